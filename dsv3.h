@@ -1,0 +1,3033 @@
+/* dsv3.h -- the whole DeepSeek-V3 system in one C header. Version 0.1.0, MIT licence (end of file).
+ *
+ * What it is: the architecture of DeepSeek-V3 -- multi-head latent attention (MLA), the sigmoid-routed
+ * mixture of experts (MoE) with its balancing bias, and the files' multi-token prediction (MTP) layers --
+ * as a library that drops into a C or C++ project with one include and reads as a textbook, chapter by
+ * chapter. DeepSeek-V2, V2-Lite, Moonlight and Kimi-K2 are configurations of the same code.
+ *
+ * What it is not: it does not allocate, open files, print, start threads behind your back, keep global
+ * state or exit. It knows no file format and no tokenizer (examples/ has small companions for files).
+ *
+ * >>example  One file of the program defines the implementation; the others only include.
+ *
+ *     #define DSV3_IMPLEMENTATION
+ *     #include "dsv3.h"
+ *
+ *     dsv3_config_check(&config, &error);                              // names the first bad field
+ *     dsv3_context_init(&context, DSV3_BACKEND_AUTO, 0);               // kernels and threads
+ *     dsv3_model_size(&config, &bytes);                                // every _size has its _init:
+ *     dsv3_model_bind(&model, &config, malloc(bytes), bytes, find, files, &error);   // by published names
+ *     dsv3_cache_size(&config, 4096, DSV3_BF16, &bytes);
+ *     dsv3_cache_init(&cache, &config, 4096, DSV3_BF16, malloc(bytes), bytes);
+ *     dsv3_workspace_size(&config, rows, context.threads, &bytes);
+ *     dsv3_workspace_init(&workspace, &config, rows, context.threads, malloc(bytes), bytes);
+ *     dsv3_forward(&context, logits, &model, &cache, 1, &batch, &workspace, &error);
+ *     dsv3_sample(&token, logits, vocab_size, 0.8f, 0.95f, &rng, candidates);
+ *
+ * Each level of the API is usable alone:
+ *   ops       dsv3_rmsnorm, dsv3_router_select, dsv3_rope_table ... on plain arrays, no model needed;
+ *   blocks    dsv3_mla_forward, dsv3_ffn_forward, dsv3_layer_forward on one layer's weights;
+ *   programs  dsv3_forward (prefill and decode of many sequences in one call), dsv3_sample.
+ *
+ * >>options  Define before the include that has DSV3_IMPLEMENTATION (no macro changes a public struct):
+ *   DSV3_IMPLEMENTATION      compile the implementation here (once per program)
+ *   DSV3_STATIC              everything static to this file (then any number of files may implement)
+ *   DSV3_API                 what stands before each public function; default: extern
+ *   DSV3_ASSERT(x)           checks preconditions of single ops; default: nothing
+ *   DSV3_NO_OPENMP           ignore OpenMP even if the compiler has it switched on
+ *   DSV3_ALLOW_FAST_MATH     accept -ffast-math (minus infinity and NaN are part of the algorithm: results
+ *                            may then be wrong without notice)
+ *   DSV3_FREESTANDING        do not include <math.h> and <string.h>; the hooks below must then be defined
+ *   DSV3_EXPF DSV3_LOGF DSV3_SQRTF DSV3_SINF DSV3_COSF    float -> float
+ *   DSV3_POW DSV3_LOG        double functions, only used when a model is bound (RoPE frequencies)
+ *   DSV3_MEMCPY DSV3_MEMSET  as in <string.h>
+ *   DSV3_MAX_...             the limits that dsv3_config_check enforces, see chapter 1
+ *
+ * >>conventions
+ *   Shapes   stand in brackets behind every pointer, row-major: float *x [n, d] is x[row * d + column].
+ *            Weights are [out, in] and y = W x, as in the published checkpoints.
+ *   Order    context or config, outputs, inputs, weights, dimensions, scratch.
+ *   Errors   0 is ok, negative is a dsv3_result; what, where, expected and found go to a dsv3_error.
+ *            A call that fails changes no cache and no model. Outputs and workspace are then unspecified.
+ *   Memory   is the caller's, all of it; a workspace may hold any bytes before a call. Buffers for _init
+ *            are aligned to DSV3_ALIGN; tensor data may have any alignment and may live in flash.
+ *   Threads  every function is reentrant. Calls running at the same time may share context, config and
+ *            model (they are only read), and must not share cache, workspace or outputs.
+ *   Bits     sums are taken in float32, in one order that does not depend on threads, on what else is in
+ *            the batch, or on how a prompt is cut into chunks -- as long as the attention form is fixed
+ *            (dsv3_context.attention). Loops are split over outputs, never over a sum. Bits may differ
+ *            between compilers, libm versions and -ffp-contract settings.
+ *   Tensors  are in the byte order of the machine.
+ *
+ * >>glossary  One letter, one meaning, here, in the comments and in the code:
+ *   n  rows (tokens) of a call    d  hidden_size             L  num_hidden_layers
+ *   H  num_attention_heads        V  vocab_size              S  positions in a cache
+ *   rq q_lora_rank                rk kv_lora_rank            D  num_nextn_predict_layers
+ *   dn qk_nope_head_dim           dr qk_rope_head_dim        dv v_head_dim
+ *   E  n_routed_experts           K  num_experts_per_tok     F  moe_intermediate_size
+ *   G  n_group                    Gt topk_group              I  intermediate_size (dense layers)
+ *   u  a normalised row           c  a latent                s  router scores     z  router logits
+ *   [R] the V3 report (arXiv 2412.19437)      [R2] the V2 report (arXiv 2405.04434)
+ *
+ * >>contents  Search for the tag to jump.
+ *   0  >>example >>options >>conventions >>glossary         front page
+ *   1  >>api      public declarations, all of them
+ *   2  >>tools    sizes, layouts, errors, number formats, parallel loops
+ *   3  >>kernels  the closed list of inner loops, plain C
+ *   4  >>ops      linear, embedding, RMSNorm, SwiGLU, log-sum-exp
+ *   5  >>rope     rotary positions and YaRN
+ *   6  >>mla      multi-head latent attention, absorbed and expanded
+ *   7  >>router   scores, groups, bias, top-K, gate weights
+ *   8  >>moe      rows grouped by expert, shared experts
+ *   9  >>block    one transformer layer
+ *   10 >>model    configurations, tensor names, binding
+ *   12 >>infer    caches, the forward program, sampling
+ *   B  >>licence
+ */
+#ifndef DSV3_H
+#define DSV3_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ========================================================================================================
+ * Chapter 1  >>api
+ * ==================================================================================================== */
+
+#define DSV3_VERSION_MAJOR 0 /* grows when a program must be changed */
+#define DSV3_VERSION_MINOR 1 /* grows when something is added */
+#define DSV3_VERSION_PATCH 0 /* grows when something is mended */
+
+#ifndef DSV3_API
+#ifdef DSV3_STATIC
+#if defined(__GNUC__)
+#define DSV3_API __attribute__((unused)) static
+#else
+#define DSV3_API static
+#endif
+#else
+#define DSV3_API extern
+#endif
+#endif
+
+#define DSV3_ALIGN 64 /* bytes; alignment of every buffer given to an _init or _bind */
+
+/* Limits. dsv3_config_check refuses more; they keep hostile files from asking for absurd work. */
+#ifndef DSV3_MAX_LAYERS
+#define DSV3_MAX_LAYERS 1024L /* num_hidden_layers + num_nextn_predict_layers */
+#endif
+#ifndef DSV3_MAX_HEADS
+#define DSV3_MAX_HEADS 4096L
+#endif
+#ifndef DSV3_MAX_EXPERTS
+#define DSV3_MAX_EXPERTS 8192L
+#endif
+#ifndef DSV3_MAX_TOPK
+#define DSV3_MAX_TOPK 512L
+#endif
+#ifndef DSV3_MAX_VOCAB
+#define DSV3_MAX_VOCAB 16777216L
+#endif
+#ifndef DSV3_MAX_DIM
+#define DSV3_MAX_DIM 1048576L /* any width: hidden, intermediate, ranks, head parts */
+#endif
+#ifndef DSV3_MAX_SEQ
+#define DSV3_MAX_SEQ 16777216L /* positions */
+#endif
+#ifndef DSV3_MAX_NAME
+#define DSV3_MAX_NAME 128 /* bytes of a tensor's name, the terminating zero included */
+#endif
+
+/* ---- Results and errors ------------------------------------------------------------------------------ */
+
+typedef enum dsv3_result {
+    DSV3_OK = 0,
+    DSV3_ERR_ARG = -1,         /* an argument or config value outside its domain, or a NULL pointer */
+    DSV3_ERR_LIMIT = -2,       /* beyond a DSV3_MAX_... limit */
+    DSV3_ERR_OVERFLOW = -3,    /* a size does not fit into size_t */
+    DSV3_ERR_UNSUPPORTED = -4, /* understood, but not something this library does */
+    DSV3_ERR_MEMORY = -5,      /* the buffer is shorter than its _size says */
+    DSV3_ERR_ALIGN = -6,       /* the buffer is not aligned to DSV3_ALIGN */
+    DSV3_ERR_MISSING = -7,     /* a tensor, or the scales of an FP8 tensor, were not found */
+    DSV3_ERR_MISMATCH = -8,    /* shape or form differs from what the config demands */
+    DSV3_ERR_TOKEN = -9,       /* token id outside the vocabulary */
+    DSV3_ERR_POSITION = -10,   /* position does not continue its sequence */
+    DSV3_ERR_CONTEXT = -11,    /* the cache is full */
+    DSV3_ERR_NAN = -12         /* NaN or infinity in weights, scores or activations */
+} dsv3_result;
+
+/* What went wrong, filled in by calls that take one (NULL is always allowed). */
+typedef struct dsv3_error {
+    dsv3_result code;
+    char name[DSV3_MAX_NAME];      /* config field, tensor, or argument */
+    const char *why;               /* one clause, static storage */
+    int32_t values;                /* how many of the numbers below mean something: 0, 1 or 2 */
+    int64_t expected[2], found[2]; /* a number, or rows and columns */
+} dsv3_error;
+
+/* A few words for a code; static storage. */
+DSV3_API const char *dsv3_result_string(dsv3_result result);
+
+/* Writes "name: why (expected 256 x 48, found 48 x 256)" into text [capacity], always zero-terminated when
+ * capacity > 0, cut when too long. Returns text. */
+DSV3_API const char *dsv3_error_text(const dsv3_error *error, char *text, size_t capacity);
+
+/* ---- Configuration ----------------------------------------------------------------------------------- */
+
+typedef enum dsv3_scoring_func { DSV3_SIGMOID = 0 /* V3 */, DSV3_SOFTMAX = 1 /* V2 */ } dsv3_scoring_func;
+
+typedef enum dsv3_topk_method {
+    DSV3_NOAUX_TC = 0,             /* V3: score + bias; a group counts by the sum of its two best */
+    DSV3_GROUP_LIMITED_GREEDY = 1, /* V2: score; a group counts by its best */
+    DSV3_GREEDY = 2                /* V2-Lite: score; no groups */
+} dsv3_topk_method;
+
+typedef enum dsv3_group_mask {
+    DSV3_MASK_NEG_INF = 0, /* experts of dropped groups are out of the question (official code) */
+    DSV3_MASK_ZERO = 1     /* they take part with a choice score of 0, as older ports do */
+} dsv3_group_mask;
+
+typedef enum dsv3_gate_scaling {
+    DSV3_SCALE_ALWAYS = 0,       /* V3: routed_scaling_factor applies with or without normalisation */
+    DSV3_SCALE_UNLESS_NORMED = 1 /* original V2 code: only when norm_topk_prob is 0 */
+} dsv3_gate_scaling;
+
+typedef enum dsv3_rope_type { DSV3_ROPE_NONE = 0, DSV3_ROPE_YARN = 1 } dsv3_rope_type;
+
+typedef struct dsv3_rope_scaling {
+    dsv3_rope_type type;
+    float factor;                             /* >= 1: how much longer than the original context */
+    int32_t original_max_position_embeddings; /* > 0 with YaRN */
+    float beta_fast, beta_slow;               /* rotations over the original context: kept / interpolated */
+    float mscale, mscale_all_dim;             /* see chapter 5 */
+} dsv3_rope_scaling;
+
+/* The fields of the published config.json under the same names, then choices that no file carries.
+ * Start from dsv3_config_default or dsv3_config_preset, so that fields added later have their defaults. */
+typedef struct dsv3_config {
+    int32_t vocab_size;
+    int32_t hidden_size;
+    int32_t intermediate_size;        /* width of the dense layers' MLP */
+    int32_t moe_intermediate_size;    /* width of one expert */
+    int32_t num_hidden_layers;        /* main layers */
+    int32_t num_nextn_predict_layers; /* D: MTP modules, stored as layers L .. L+D-1; 0 if none */
+    int32_t first_k_dense_replace;    /* layers before this one are dense */
+    int32_t moe_layer_freq;           /* of the others, those divisible by it are MoE */
+    int32_t num_attention_heads;
+    int32_t num_key_value_heads; /* ignored: MLA has one latent for all heads */
+    int32_t q_lora_rank;         /* 0 (null in files): one q_proj instead of q_a, norm, q_b */
+    int32_t kv_lora_rank;
+    int32_t qk_nope_head_dim;
+    int32_t qk_rope_head_dim; /* even */
+    int32_t v_head_dim;
+    int32_t n_routed_experts;
+    int32_t n_shared_experts; /* one MLP of n_shared_experts * moe_intermediate_size; 0 if none */
+    int32_t num_experts_per_tok;
+    int32_t n_group;
+    int32_t topk_group;
+    dsv3_scoring_func scoring_func;
+    dsv3_topk_method topk_method;
+    int32_t norm_topk_prob; /* bool: gate weights of a token sum to 1 before scaling */
+    float routed_scaling_factor;
+    int32_t seq_aux;      /* bool, training only */
+    float aux_loss_alpha; /* training only */
+    float rms_norm_eps;
+    float rope_theta;
+    dsv3_rope_scaling rope_scaling;
+    int32_t max_position_embeddings; /* the context the model was made for; caches may be any length */
+    int32_t rope_interleave;         /* bool, default 1: pairs (2i, 2i+1) as in released weights; 0: halves */
+    int32_t tie_word_embeddings;     /* bool: logits from embed_tokens; an lm_head in the file is ignored */
+    int32_t attention_bias;          /* bool, must be 0 as in every published model */
+    int32_t bos_token_id;            /* -1: none */
+    int32_t eos_token_id;            /* -1: none */
+    /* not in files */
+    float latent_norm_eps; /* eps of q_a_layernorm and kv_a_layernorm, 1e-6 whatever rms_norm_eps */
+    dsv3_group_mask group_mask;
+    dsv3_gate_scaling gate_scaling;
+} dsv3_config;
+
+typedef enum dsv3_preset {
+    DSV3_PRESET_V3,        /* DeepSeek-V3, R1: 671 B */
+    DSV3_PRESET_V2,        /* DeepSeek-V2: 236 B */
+    DSV3_PRESET_V2_LITE,   /* DeepSeek-V2-Lite: 16 B */
+    DSV3_PRESET_MOONLIGHT, /* Moonlight-16B-A3B */
+    DSV3_PRESET_K2,        /* Kimi-K2: 1 T */
+    DSV3_PRESET_AUSTEN,    /* examples/models/austen: 6.5 M, bytes */
+    DSV3_PRESET_MICRO      /* examples/models/micro: 0.3 M, bytes */
+} dsv3_preset;
+
+/* Values for every field that has a sensible default; sizes are 0 and must be set. */
+DSV3_API dsv3_config dsv3_config_default(void);
+/* A published model. An unknown preset gives dsv3_config_default. */
+DSV3_API dsv3_config dsv3_config_preset(dsv3_preset preset);
+
+/* DSV3_OK, or the first bad field and why: ARG (outside its domain), LIMIT (beyond DSV3_MAX_...), OVERFLOW
+ * (a tensor would not fit into size_t), UNSUPPORTED. All other calls expect a config that passed. */
+DSV3_API dsv3_result dsv3_config_check(const dsv3_config *config, dsv3_error *error);
+
+/* Is layer i (MTP layers included: i >= L) a mixture of experts? */
+DSV3_API int dsv3_config_is_moe(const dsv3_config *config, int32_t i);
+
+/* ---- Tensors ----------------------------------------------------------------------------------------- */
+
+typedef enum dsv3_type {
+    DSV3_F32 = 0,
+    DSV3_F16 = 1,
+    DSV3_BF16 = 2,
+    DSV3_F8_E4M3 = 3 /* one byte, no infinity, max 448; a matrix has a float32 multiplier per 128x128 block */
+} dsv3_type;
+
+#define DSV3_TYPES 4
+#define DSV3_BLOCK 128 /* rows and columns of one FP8 scale block; the last blocks may be ragged */
+
+DSV3_API size_t dsv3_type_bytes(dsv3_type type); /* of one element; 0 for an unknown type */
+DSV3_API const char *dsv3_type_name(dsv3_type type);
+
+/* A read-only view of a weight. Data belongs to the caller, must outlive the model, and may be unaligned. */
+typedef struct dsv3_tensor {
+    const void *data;  /* [rows, cols] elements of type */
+    const void *scale; /* FP8: float [ceil(rows/128), ceil(cols/128)], W = code * scale; else NULL */
+    size_t rows, cols; /* a vector has rows = 1 */
+    dsv3_type type;
+    int32_t rank; /* 1: vector, 2: matrix */
+} dsv3_tensor;
+
+/* Exact conversions of one number. Encoders round to nearest, ties to even; NaN stays NaN.
+ * E4M3 saturates at +-448 (also infinities); F16 and BF16 overflow to infinity. */
+DSV3_API float dsv3_f32_from_f16(uint16_t bits);
+DSV3_API float dsv3_f32_from_bf16(uint16_t bits);
+DSV3_API float dsv3_f32_from_f8_e4m3(uint8_t bits);
+DSV3_API uint16_t dsv3_f16_from_f32(float x);
+DSV3_API uint16_t dsv3_bf16_from_f32(float x);
+DSV3_API uint8_t dsv3_f8_e4m3_from_f32(float x);
+
+/* ---- Context: kernels and threads -------------------------------------------------------------------- */
+
+/* The closed list of inner loops, chapter 3. Filled by dsv3_context_init. */
+typedef struct dsv3_kernels {
+    void (*decode[DSV3_TYPES])(float *y, const void *w, size_t n);        /* y[i] = element i of w */
+    float (*dot)(const float *x, const float *y, size_t n);               /* sum x[i] y[i] */
+    void (*axpy)(float *y, float a, const float *x, size_t n);            /* y[i] += a x[i] */
+    float (*exp_sum)(float *p, const float *s, float top, size_t n);      /* p[i] = exp(s[i]-top); sum p[i] */
+    void (*silu_mul)(float *h, const float *a, const float *b, size_t n); /* h[i] = silu(a[i]) b[i] */
+} dsv3_kernels;
+
+typedef enum dsv3_backend {
+    DSV3_BACKEND_AUTO = 0,     /* the best one compiled in that this machine can run */
+    DSV3_BACKEND_REFERENCE = 1 /* plain C, chapter 3 */
+} dsv3_backend;
+
+typedef enum dsv3_attention {
+    DSV3_ATTENTION_AUTO = 0,     /* per sequence and call: expanded when it brings more than
+                                    rk(dn+dv) / (2rk-dn-dv) rows (171 for V3), else absorbed */
+    DSV3_ATTENTION_ABSORBED = 1, /* queries move into the latent space: decode, short chunks */
+    DSV3_ATTENTION_EXPANDED = 2  /* keys and values are rebuilt from latents: long prompts */
+} dsv3_attention;
+
+/* One piece of a parallel loop: does items [begin, end). worker < threads tells concurrent pieces apart. */
+typedef void (*dsv3_task)(void *arg, size_t begin, size_t end, size_t worker);
+
+/* A parallel loop: cover [0, n) by calls of task, each item exactly once, in any order and any cut, at most
+ * `threads` at a time with different worker numbers below `threads`; return when all are done. Memory
+ * written by the tasks must be visible to the caller afterwards. The result does not depend on the cut. */
+typedef void (*dsv3_parallel_for)(void *user, size_t threads, size_t n, dsv3_task task, void *arg);
+
+/* Watch a forward pass, called on the calling thread. Pointers are valid during the call only.
+ * hidden: after each layer, x [n, d] (the residual stream), and once with layer = L: the normalised output.
+ * routing: in each MoE layer, score [n, E], idx [n, K] by falling choice score, gate [n, K]. */
+typedef struct dsv3_observer {
+    void *user;
+    void (*hidden)(void *user, int32_t layer, const float *x, size_t n);
+    void (*routing)(void *user, int32_t layer, const float *score, const int32_t *idx, const float *gate, size_t n);
+} dsv3_observer;
+
+/* How to compute. Set the fields after dsv3_context_init; do not change them during a call. */
+typedef struct dsv3_context {
+    dsv3_kernels kernels;
+    const char *backend;            /* name of the chosen backend */
+    dsv3_parallel_for parallel_for; /* NULL: serial. With OpenMP compiled in, dsv3_context_init sets it */
+    void *parallel_user;
+    size_t threads; /* the most workers parallel_for will use, >= 1 */
+    dsv3_attention attention;
+    dsv3_observer observer; /* function pointers NULL: nobody watches */
+} dsv3_context;
+
+/* threads = 0: what OpenMP offers, or 1. Without OpenMP the result is serial, threads = 1, until the caller
+ * sets parallel_for and threads. UNSUPPORTED for a backend that is not compiled in or not runnable here. */
+DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backend, size_t threads);
+
+/* ---- Model: weights bound by their published names ---------------------------------------------------- */
+
+/* y = down_proj (silu(gate_proj u) * up_proj u) */
+typedef struct dsv3_mlp {
+    dsv3_tensor gate_proj; /* [F, d] */
+    dsv3_tensor up_proj;   /* [F, d] */
+    dsv3_tensor down_proj; /* [d, F] */
+} dsv3_mlp;
+
+typedef struct dsv3_layer {
+    dsv3_tensor input_layernorm;          /* [d] */
+    dsv3_tensor q_proj;                   /* [H(dn+dr), d], only if q_lora_rank is 0 */
+    dsv3_tensor q_a_proj;                 /* [rq, d] */
+    dsv3_tensor q_a_layernorm;            /* [rq] */
+    dsv3_tensor q_b_proj;                 /* [H(dn+dr), rq], per head: dn rows, then dr rows */
+    dsv3_tensor kv_a_proj_with_mqa;       /* [rk+dr, d], rk latent rows, then dr rows */
+    dsv3_tensor kv_a_layernorm;           /* [rk] */
+    dsv3_tensor kv_b_proj;                /* [H(dn+dv), rk], per head: dn key rows, then dv value rows */
+    dsv3_tensor o_proj;                   /* [d, H dv] */
+    dsv3_tensor post_attention_layernorm; /* [d] */
+    int32_t is_moe;
+    dsv3_mlp mlp;                        /* dense layers, F = I */
+    dsv3_tensor gate;                    /* MoE: router [E, d] */
+    dsv3_tensor e_score_correction_bias; /* MoE with noaux_tc: [E], not FP8 */
+    dsv3_mlp *experts;                   /* MoE: [E] */
+    dsv3_mlp shared_experts;             /* MoE: width n_shared_experts F; data NULL if none */
+} dsv3_layer;
+
+/* What an MTP module has beside its layer (which is layers[L + k - 1]). */
+typedef struct dsv3_mtp {
+    dsv3_tensor enorm, hnorm;     /* [d] */
+    dsv3_tensor eh_proj;          /* [d, 2d], columns: normalised embedding, then normalised hidden state */
+    dsv3_tensor shared_head_norm; /* [d] */
+    dsv3_tensor embed_tokens;     /* [V, d], the file's copy; the main model's tensor if it has none */
+    dsv3_tensor shared_head_head; /* [V, d], likewise */
+} dsv3_mtp;
+
+typedef struct dsv3_model {
+    dsv3_config config;
+    dsv3_tensor embed_tokens; /* [V, d] */
+    dsv3_tensor norm;         /* [d] */
+    dsv3_tensor lm_head;      /* [V, d]; embed_tokens if tied */
+    dsv3_layer *layers;       /* [L + D] */
+    dsv3_mtp *mtp;            /* [D] */
+    int32_t n_mtp;            /* MTP modules found, <= D; files may come without them */
+    uint64_t *rope_turns;     /* [dr/2], chapter 5 */
+    float rope_factor;        /* multiplies cos and sin */
+    float softmax_scale;      /* multiplies every attention score */
+} dsv3_model;
+
+/* Finds the tensor of this name and fills in data, rows, cols, type and rank (for FP8, scale may be left
+ * NULL: the library then asks for "<name>_scale_inv"). Returns DSV3_OK, DSV3_ERR_MISSING when there is none,
+ * or another code, which ends the binding. */
+typedef dsv3_result (*dsv3_find)(void *user, const char *name, dsv3_tensor *tensor);
+
+/* Bytes of the tables that dsv3_model_bind lays out (not of the weights, which stay where they are). */
+DSV3_API dsv3_result dsv3_model_size(const dsv3_config *config, size_t *bytes);
+
+/* Binds every tensor the config calls for, MTP layers when the file has them. Checks type, rank and shape and
+ * that router biases are finite; on failure error names the first tensor that is wrong. memory [bytes] must
+ * live as long as the model, and so must everything find returned. FP8 scales are not read here. */
+DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *config, void *memory, size_t bytes,
+                                     dsv3_find find, void *user, dsv3_error *error);
+
+typedef enum dsv3_group {
+    DSV3_GROUP_EMBED = 0,
+    DSV3_GROUP_ATTENTION,
+    DSV3_GROUP_DENSE,
+    DSV3_GROUP_ROUTER,
+    DSV3_GROUP_EXPERTS,
+    DSV3_GROUP_SHARED,
+    DSV3_GROUP_NORM,
+    DSV3_GROUP_HEAD,
+    DSV3_GROUP_MTP, /* enorm, hnorm, eh_proj, shared_head.norm and the copies */
+    DSV3_GROUPS
+} dsv3_group;
+
+/* One tensor the config calls for. */
+typedef struct dsv3_tensor_info {
+    char name[DSV3_MAX_NAME];
+    dsv3_group group;
+    int32_t layer;  /* -1: none */
+    int32_t expert; /* routed expert, -1: none */
+    int32_t rank;
+    size_t rows, cols;
+    int32_t quantised; /* bool: FP8 with scales in the published FP8 checkpoints */
+    int32_t optional;  /* bool: a copy that may be absent */
+} dsv3_tensor_info;
+
+/* Calls visit for every tensor, in file order, until it returns something other than DSV3_OK, which is
+ * returned. dsv3_model_bind sees exactly this list. */
+typedef dsv3_result (*dsv3_visit)(void *user, const dsv3_tensor_info *info);
+DSV3_API dsv3_result dsv3_model_tensors(const dsv3_config *config, dsv3_visit visit, void *user);
+
+/* ---- Cache: what MLA keeps of the past ---------------------------------------------------------------- */
+
+/* One sequence: for each layer and position the normalised latent c [rk] and the rotated key kr [dr]. */
+typedef struct dsv3_cache {
+    void *data;     /* [layers, capacity, width] of type */
+    dsv3_type type; /* DSV3_F32 or DSV3_BF16 */
+    size_t layers, capacity, width;
+    size_t length; /* positions filled; grows by dsv3_forward */
+} dsv3_cache;
+
+DSV3_API dsv3_result dsv3_cache_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes);
+/* memory [bytes], aligned; need not be cleared. */
+DSV3_API dsv3_result dsv3_cache_init(dsv3_cache *cache, const dsv3_config *config, size_t capacity, dsv3_type type,
+                                     void *memory, size_t bytes);
+/* Roll back: forget positions >= length. ARG when length is beyond what is filled. */
+DSV3_API dsv3_result dsv3_cache_truncate(dsv3_cache *cache, size_t length);
+/* Fork: to becomes a copy of from. Same model and type (MISMATCH); CONTEXT when to is too short. */
+DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from);
+
+/* ---- Workspace --------------------------------------------------------------------------------------- */
+
+/* Intermediate values of one call. Fields are for the blocks of chapters 6 to 9; treat them as private. */
+typedef struct dsv3_workspace {
+    size_t rows, threads;        /* most rows of a call, most workers */
+    int32_t *sequence;           /* [n] which cache */
+    int32_t *position;           /* [n] */
+    int32_t *leader;             /* [n] first row of this call that belongs to the same sequence */
+    int32_t *expanded;           /* [n] bool: attention in the expanded form */
+    float *cos_sin;              /* [n, dr] */
+    float *x, *u, *y;            /* [n, d] residual stream, normalised, result of a block */
+    float *q_latent;             /* [n, rq] */
+    float *q;                    /* [n, H(dn+dr)] */
+    float *kv;                   /* [n, rk+dr] */
+    float *o;                    /* [n, H dv] */
+    float *softmax;              /* [n, H, 2] running maximum and sum */
+    float *score;                /* [n, E] */
+    float *bias;                 /* [E] */
+    float *select;               /* [E + G] */
+    int32_t *idx;                /* [n, K] */
+    float *gate;                 /* [n, K] */
+    size_t *slot;                /* [n, K] row of (token, choice) among the grouped rows */
+    size_t *offset;              /* [E + 1] first grouped row of each expert */
+    float *grouped;              /* [n K, d] rows in expert order: inputs, then outputs */
+    float *h_gate, *h_up;        /* [n K F + n n_shared F] or [n, I] */
+    struct dsv3i_mlp_rows *mlps; /* [min(E, n K) + 1] */
+    struct dsv3i_job *jobs;      /* [2 (min(E, n K) + 1)] */
+    float *worker;               /* [threads, worker_floats] */
+    size_t worker_floats;
+} dsv3_workspace;
+
+/* rows: most rows of one dsv3_forward call; threads: dsv3_context.threads. */
+DSV3_API dsv3_result dsv3_workspace_size(const dsv3_config *config, size_t rows, size_t threads, size_t *bytes);
+DSV3_API dsv3_result dsv3_workspace_init(dsv3_workspace *workspace, const dsv3_config *config, size_t rows,
+                                         size_t threads, void *memory, size_t bytes);
+
+/* ---- Ops on plain arrays ----------------------------------------------------------------------------- */
+
+/* y[i] = g[i] x[i] / sqrt(mean(x^2) + eps) for each of n rows. y [n, d] may be x itself. g [d], not FP8.
+ * A row whose squares overflow float32 gives zeros (NaN where x is infinite), as the official code does. */
+DSV3_API void dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *g, size_t n,
+                           size_t d, float eps);
+
+/* y [n, rows] = x [n, cols] W^T. scratch [threads, 4, cols]. y must not overlap x. */
+DSV3_API void dsv3_linear(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *w, size_t n,
+                          float *scratch);
+
+/* log sum exp(logits[0..V)), safe for any finite logits. -log p(target) = this - logits[target], in nats. */
+DSV3_API float dsv3_log_sum_exp(const float *logits, size_t V);
+
+/* RoPE frequencies in radians per position, theta [dr/2], YaRN applied. [R] sec. 4.3; chapter 5. */
+DSV3_API void dsv3_rope_frequencies(const dsv3_config *config, double *theta);
+/* The same as 64-bit fractions of a turn (2^64 = one turn), turns [dr/2]. */
+DSV3_API void dsv3_rope_turns(const dsv3_config *config, uint64_t *turns);
+/* Multiplier of cos and sin: m(mscale) / m(mscale_all_dim); 1 for every released model. */
+DSV3_API float dsv3_rope_factor(const dsv3_config *config);
+/* (dn+dr)^-1/2 m(mscale_all_dim)^2, applied to the whole attention score. */
+DSV3_API float dsv3_softmax_scale(const dsv3_config *config);
+/* cos_sin [n, dr]: for pair i of row t, cos at [t, 2i] and sin at [t, 2i+1]. Exact at any position. */
+DSV3_API void dsv3_rope_table(float *cos_sin, const int32_t *position, const uint64_t *turns, float factor, size_t n,
+                              size_t dr);
+/* Rotates x [dr] in place by one row of the table. interleave: pairs (2i, 2i+1), else (i, i + dr/2). */
+DSV3_API void dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr, int interleave);
+
+/* score [n, E] = sigmoid or softmax of z = gate_w x, in float32. scratch as for dsv3_linear. */
+DSV3_API void dsv3_router_scores(const dsv3_context *context, const dsv3_config *config, float *score, const float *x,
+                                 const dsv3_tensor *gate_w, size_t n, float *scratch);
+/* From score [n, E] and bias [E] (NULL: none) choose idx [n, K], in order of falling choice score, ties to the
+ * lower index, and their weights gate [n, K]. Needs no model: of config it reads the routing fields only.
+ * scratch [E + G]. NaN or infinite scores count as the lowest and weigh nothing; the choice is then still valid
+ * and free of duplicates, and the call returns DSV3_ERR_NAN after all rows are done. */
+DSV3_API dsv3_result dsv3_router_select(const dsv3_config *config, int32_t *idx, float *gate, const float *score,
+                                        const float *bias, size_t n, float *scratch);
+
+/* ---- Blocks ------------------------------------------------------------------------------------------ */
+
+/* A batch of rows, see dsv3_batch below, is begun, taken through blocks, and ended:
+ * dsv3_batch_begin checks it and prepares the workspace (which row belongs to which cache, at which position,
+ * turned by which angle); it changes nothing else. dsv3_batch_end moves the caches' lengths past the rows. */
+struct dsv3_batch;
+DSV3_API dsv3_result dsv3_batch_begin(const dsv3_context *context, const dsv3_model *model, const dsv3_cache *caches,
+                                      size_t n_caches, const struct dsv3_batch *batch, dsv3_workspace *workspace,
+                                      dsv3_error *error);
+DSV3_API void dsv3_batch_end(dsv3_cache *caches, const struct dsv3_batch *batch, const dsv3_workspace *workspace);
+
+/* layer is the layer's index in the caches, n the rows of the batch that was begun.
+ * y [n, d] = MLA(u [n, d]); appends the rows' latents to their caches at their positions. u is not y. */
+DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
+                               const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
+                               dsv3_workspace *workspace);
+/* y [n, d] = FFN(u [n, d]): the dense MLP or the mixture of experts. Returns DSV3_ERR_NAN as dsv3_router_select. */
+DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
+                                      const dsv3_layer *weights, size_t layer, size_t n, dsv3_workspace *workspace);
+/* x [n, d] += MLA(norm(x)); x += FFN(norm(x)). */
+DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, const dsv3_model *model,
+                                        const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
+                                        dsv3_workspace *workspace);
+
+/* ---- Programs ---------------------------------------------------------------------------------------- */
+
+/* The rows of one forward call: prompt chunks and decode steps of several sequences, in any mixture. */
+typedef struct dsv3_batch {
+    size_t rows;             /* n >= 1 */
+    const int32_t *token;    /* [n] */
+    const int32_t *sequence; /* [n] index into caches; NULL: all 0 */
+    const int32_t *position; /* [n]; NULL: each row continues its sequence. If given it must do just that */
+    size_t outputs;          /* rows whose logits are wanted, 0 .. n */
+    const int32_t *output;   /* [outputs] their indices in the batch; NULL: the last `outputs` rows */
+} dsv3_batch;
+
+/* Runs the rows through the model and appends them to caches [n_caches]. logits [outputs, V].
+ * Errors: ARG, TOKEN, POSITION, CONTEXT, MISMATCH (cache of another model), MEMORY (more rows or threads than the
+ * workspace has), NAN (error->name is the row; some row's state is not finite). After an error all cache lengths
+ * are as before the call. Thread safety: see >>conventions. */
+DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, const dsv3_model *model,
+                                  dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
+                                  dsv3_workspace *workspace, dsv3_error *error);
+
+/* Random numbers: one 64-bit word of state, the same stream on every machine. Any seed will do. */
+typedef struct dsv3_rng {
+    uint64_t state;
+} dsv3_rng;
+DSV3_API uint64_t dsv3_random(dsv3_rng *rng);
+DSV3_API float dsv3_random_uniform(dsv3_rng *rng); /* in [0, 1) */
+
+typedef struct dsv3_candidate {
+    float p;
+    int32_t token;
+} dsv3_candidate;
+
+/* Draws a token from softmax(logits / temperature), restricted to the smallest set of most probable tokens that
+ * together have at least top_p. temperature 0: the most probable token, ties to the lower id, rng untouched.
+ * top_p 1: no restriction; 0: as temperature 0. candidates [V] is scratch. Errors: ARG (temperature negative or
+ * not finite, top_p outside 0..1, V 0), NAN (a NaN among the logits, or no finite maximum). */
+DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, float temperature, float top_p,
+                                 dsv3_rng *rng, dsv3_candidate *candidates);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* DSV3_H */
+
+/* ########################################################################################################
+ * Implementation
+ * #################################################################################################### */
+#if defined(DSV3_IMPLEMENTATION) && !defined(DSV3_IMPLEMENTED)
+#define DSV3_IMPLEMENTED
+
+#if (defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)) &&                           \
+    !defined(DSV3_ALLOW_FAST_MATH)
+#error                                                                                                               \
+    "dsv3.h: -ffast-math removes the NaN and infinity handling the algorithm needs (DSV3_ALLOW_FAST_MATH accepts it)"
+#endif
+
+#include <float.h>
+#include <limits.h>
+
+#ifdef DSV3_FREESTANDING
+#if !defined(DSV3_EXPF) || !defined(DSV3_LOGF) || !defined(DSV3_SQRTF) || !defined(DSV3_SINF) ||                     \
+    !defined(DSV3_COSF) || !defined(DSV3_POW) || !defined(DSV3_LOG) || !defined(DSV3_MEMCPY) ||                      \
+    !defined(DSV3_MEMSET)
+#error "dsv3.h: DSV3_FREESTANDING needs DSV3_EXPF LOGF SQRTF SINF COSF POW LOG MEMCPY MEMSET to be defined"
+#endif
+#else
+#include <math.h>
+#include <string.h>
+#ifndef DSV3_EXPF
+#define DSV3_EXPF expf
+#endif
+#ifndef DSV3_LOGF
+#define DSV3_LOGF logf
+#endif
+#ifndef DSV3_SQRTF
+#define DSV3_SQRTF sqrtf
+#endif
+#ifndef DSV3_SINF
+#define DSV3_SINF sinf
+#endif
+#ifndef DSV3_COSF
+#define DSV3_COSF cosf
+#endif
+#ifndef DSV3_POW
+#define DSV3_POW pow
+#endif
+#ifndef DSV3_LOG
+#define DSV3_LOG log
+#endif
+#ifndef DSV3_MEMCPY
+#define DSV3_MEMCPY memcpy
+#endif
+#ifndef DSV3_MEMSET
+#define DSV3_MEMSET memset
+#endif
+#endif
+
+#ifndef DSV3_ASSERT
+#define DSV3_ASSERT(x) ((void)0)
+#endif
+
+#if defined(_OPENMP) && !defined(DSV3_NO_OPENMP)
+#include <omp.h>
+#endif
+
+#if defined(__cplusplus) || !defined(__STDC_VERSION__) || __STDC_VERSION__ < 199901L
+#if defined(__GNUC__) || defined(_MSC_VER)
+#define DSV3I_RESTRICT __restrict
+#else
+#define DSV3I_RESTRICT
+#endif
+#else
+#define DSV3I_RESTRICT restrict
+#endif
+
+/* ========================================================================================================
+ * Chapter 2  >>tools
+ *
+ * Sizes that cannot wrap, memory layouts that cannot disagree with themselves, error reports, the number
+ * formats of checkpoints, and the parallel loop. Test: tests/test_tools.c, tests/test_codecs.c.
+ * ==================================================================================================== */
+
+/* ---- Sizes: saturating arithmetic. SIZE_MAX means "too large" and stays so. */
+
+static size_t dsv3i_add(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
+
+static size_t dsv3i_mul(size_t a, size_t b) { return b != 0 && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
+
+static size_t dsv3i_min(size_t a, size_t b) { return a < b ? a : b; }
+
+static size_t dsv3i_max(size_t a, size_t b) { return a > b ? a : b; }
+
+static size_t dsv3i_blocks(size_t n, size_t block) { return n / block + (n % block != 0); }
+
+/* ---- Layouts: one cursor walks through a buffer, or through nothing to learn the size. The same function
+ * runs for _size (base NULL) and for _init, so that the sum and the pointers cannot disagree. */
+
+typedef struct dsv3i_layout {
+    unsigned char *base; /* NULL: only measure */
+    size_t used;         /* bytes so far, SIZE_MAX once too large */
+} dsv3i_layout;
+
+/* a x b x c elements of size bytes, aligned to DSV3_ALIGN; NULL when only measuring. */
+static void *dsv3i_take(dsv3i_layout *l, size_t size, size_t a, size_t b, size_t c) {
+    size_t bytes = dsv3i_mul(dsv3i_mul(dsv3i_mul(size, a), b), c);
+    size_t padded = dsv3i_mul(dsv3i_blocks(bytes, DSV3_ALIGN), DSV3_ALIGN);
+    void *at = l->base == NULL || l->used == SIZE_MAX ? NULL : (void *)(l->base + l->used);
+    l->used = dsv3i_add(l->used, bytes == SIZE_MAX ? SIZE_MAX : padded);
+    return at;
+}
+
+static dsv3_result dsv3i_layout_size(const dsv3i_layout *l, size_t *bytes) {
+    if (bytes == NULL) return DSV3_ERR_ARG;
+    *bytes = 0;
+    if (l->used == SIZE_MAX) return DSV3_ERR_OVERFLOW;
+    *bytes = l->used;
+    return DSV3_OK;
+}
+
+/* May a layout of `need` bytes be laid over memory [bytes]? */
+static dsv3_result dsv3i_memory_check(const void *memory, size_t bytes, size_t need) {
+    if (memory == NULL) return DSV3_ERR_ARG;
+    if ((uintptr_t)memory % DSV3_ALIGN != 0) return DSV3_ERR_ALIGN;
+    return bytes < need ? DSV3_ERR_MEMORY : DSV3_OK;
+}
+
+/* ---- Text: names and messages are built without stdio. */
+
+typedef struct dsv3i_text {
+    char *at;
+    size_t left; /* the terminating zero included */
+} dsv3i_text;
+
+static dsv3i_text dsv3i_text_begin(char *out, size_t capacity) {
+    dsv3i_text t;
+    t.at = out;
+    t.left = capacity;
+    if (capacity > 0) out[0] = '\0';
+    return t;
+}
+
+static void dsv3i_text_add(dsv3i_text *t, const char *s) {
+    while (*s != '\0' && t->left > 1) {
+        *t->at++ = *s++;
+        t->left--;
+    }
+    if (t->left > 0) *t->at = '\0';
+}
+
+static void dsv3i_text_add_int(dsv3i_text *t, int64_t value) {
+    char digits[21];
+    size_t n = sizeof digits;
+    uint64_t v = value < 0 ? 0u - (uint64_t)value : (uint64_t)value;
+    digits[--n] = '\0';
+    do {
+        digits[--n] = (char)('0' + (int)(v % 10u));
+        v /= 10u;
+    } while (v != 0);
+    if (value < 0) dsv3i_text_add(t, "-");
+    dsv3i_text_add(t, digits + n);
+}
+
+/* ---- Errors */
+
+DSV3_API const char *dsv3_result_string(dsv3_result result) {
+    /* rows of characters, not pointers: nothing here needs relocation or writable memory */
+    static const char text[][28] = {"ok",
+                                    "bad argument",
+                                    "beyond a limit",
+                                    "size overflow",
+                                    "not supported",
+                                    "buffer too small",
+                                    "buffer not aligned",
+                                    "tensor missing",
+                                    "shape mismatch",
+                                    "token outside vocabulary",
+                                    "position out of sequence",
+                                    "context full",
+                                    "value not finite"};
+    int i = -(int)result;
+    return i >= 0 && i < (int)(sizeof text / sizeof text[0]) ? text[i] : "unknown result";
+}
+
+/* All errors are made here: code, name, reason, and optionally numbers (0, 1 or 2 of each). */
+static dsv3_result dsv3i_fail_numbers(dsv3_error *error, dsv3_result code, const char *name, const char *why,
+                                      int32_t values, const int64_t *expected, const int64_t *found) {
+    if (error != NULL) {
+        dsv3i_text t = dsv3i_text_begin(error->name, sizeof error->name);
+        dsv3i_text_add(&t, name);
+        error->code = code;
+        error->why = why;
+        error->values = values;
+        for (int i = 0; i < 2; i++) {
+            error->expected[i] = i < values ? expected[i] : 0;
+            error->found[i] = i < values ? found[i] : 0;
+        }
+    }
+    return code;
+}
+
+static dsv3_result dsv3i_fail(dsv3_error *error, dsv3_result code, const char *name, const char *why) {
+    return dsv3i_fail_numbers(error, code, name, why, 0, NULL, NULL);
+}
+
+static dsv3_result dsv3i_fail_number(dsv3_error *error, dsv3_result code, const char *name, const char *why,
+                                     int64_t expected, int64_t found) {
+    return dsv3i_fail_numbers(error, code, name, why, 1, &expected, &found);
+}
+
+/* The same for row i of an array: name[i]. */
+static dsv3_result dsv3i_fail_row(dsv3_error *error, dsv3_result code, const char *name, size_t i, const char *why,
+                                  int64_t expected, int64_t found) {
+    char text[DSV3_MAX_NAME];
+    dsv3i_text t = dsv3i_text_begin(text, sizeof text);
+    dsv3i_text_add(&t, name);
+    dsv3i_text_add(&t, "[");
+    dsv3i_text_add_int(&t, (int64_t)i);
+    dsv3i_text_add(&t, "]");
+    return dsv3i_fail_number(error, code, text, why, expected, found);
+}
+
+static dsv3_result dsv3i_ok(dsv3_error *error) { return dsv3i_fail(error, DSV3_OK, "", "ok"); }
+
+static void dsv3i_text_add_numbers(dsv3i_text *t, int32_t values, const int64_t *v) {
+    dsv3i_text_add_int(t, v[0]);
+    if (values > 1) {
+        dsv3i_text_add(t, " x ");
+        dsv3i_text_add_int(t, v[1]);
+    }
+}
+
+DSV3_API const char *dsv3_error_text(const dsv3_error *error, char *text, size_t capacity) {
+    dsv3i_text t = dsv3i_text_begin(text, capacity);
+    if (error->name[0] != '\0') {
+        dsv3i_text_add(&t, error->name);
+        dsv3i_text_add(&t, ": ");
+    }
+    dsv3i_text_add(&t, error->why != NULL ? error->why : dsv3_result_string(error->code));
+    if (error->values > 0) {
+        dsv3i_text_add(&t, " (expected ");
+        dsv3i_text_add_numbers(&t, error->values, error->expected);
+        dsv3i_text_add(&t, ", found ");
+        dsv3i_text_add_numbers(&t, error->values, error->found);
+        dsv3i_text_add(&t, ")");
+    }
+    return text;
+}
+
+/* ---- Number formats. Bits move through memcpy: no aliasing, no alignment, no assumption on compilers. */
+
+static uint32_t dsv3i_bits(float x) {
+    uint32_t bits;
+    DSV3_MEMCPY(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static float dsv3i_float(uint32_t bits) {
+    float x;
+    DSV3_MEMCPY(&x, &bits, sizeof x);
+    return x;
+}
+
+/* Judged by bits, so that no compiler flag can reason it away: exponent all ones is NaN or infinity. */
+static int dsv3i_is_finite(float x) { return (dsv3i_bits(x) & 0x7F800000u) != 0x7F800000u; }
+
+static int dsv3i_is_nan(float x) { return (dsv3i_bits(x) & 0x7FFFFFFFu) > 0x7F800000u; }
+
+static int dsv3i_all_finite(const float *x, size_t n) {
+    uint32_t bad = 0;
+    for (size_t i = 0; i < n; i++) bad |= (uint32_t)!dsv3i_is_finite(x[i]);
+    return !bad;
+}
+
+DSV3_API size_t dsv3_type_bytes(dsv3_type type) {
+    switch (type) {
+    case DSV3_F32: return 4;
+    case DSV3_F16: return 2;
+    case DSV3_BF16: return 2;
+    case DSV3_F8_E4M3: return 1;
+    }
+    return 0;
+}
+
+DSV3_API const char *dsv3_type_name(dsv3_type type) {
+    switch (type) {
+    case DSV3_F32: return "F32";
+    case DSV3_F16: return "F16";
+    case DSV3_BF16: return "BF16";
+    case DSV3_F8_E4M3: return "F8_E4M3";
+    }
+    return "unknown";
+}
+
+/* The decoders of the small formats put exponent and mantissa into place and correct the exponent's bias by
+ * adding to it. That gives a subnormal code (exponent field 0, no implicit one) the value (1 + m) 2^k where
+ * m 2^(k+1) is meant; 2 (1 + m) 2^k - 2^(k+1) mends it, exactly, and without touching subnormal floats. */
+
+DSV3_API float dsv3_f32_from_bf16(uint16_t bits) { return dsv3i_float((uint32_t)bits << 16); }
+
+DSV3_API float dsv3_f32_from_f16(uint16_t bits) {
+    uint32_t magnitude = ((uint32_t)bits & 0x7FFFu) << 13, sign = ((uint32_t)bits & 0x8000u) << 16;
+    uint32_t special = magnitude >= 0x0F800000u ? 112u << 23 : 0u; /* infinity and NaN keep exponent all ones */
+    float x = dsv3i_float(magnitude + (112u << 23) + special);
+    if (magnitude < 0x00800000u) x = x + x - 6.103515625e-05f; /* 2^-14 */
+    return dsv3i_float(dsv3i_bits(x) | sign);
+}
+
+DSV3_API float dsv3_f32_from_f8_e4m3(uint8_t bits) {
+    uint32_t magnitude = ((uint32_t)bits & 0x7Fu) << 20, sign = ((uint32_t)bits & 0x80u) << 24;
+    float x = dsv3i_float(magnitude + (120u << 23));
+    if (magnitude < 0x00800000u) x = x + x - 0.015625f;  /* 2^-6 */
+    sign |= magnitude == 0x07F00000u ? 0x7FC00000u : 0u; /* 0x7F and 0xFF are NaN */
+    return dsv3i_float(dsv3i_bits(x) | sign);
+}
+
+/* The encoders round normal values by adding half of the last kept bit (minus one unless that bit is odd: ties
+ * to even), and subnormal ones by adding a power of two whose last bit has the weight of the grid. */
+
+DSV3_API uint16_t dsv3_bf16_from_f32(float x) {
+    uint32_t bits = dsv3i_bits(x);
+    if (dsv3i_is_nan(x)) return (uint16_t)((bits >> 16) | 0x0040u);
+    return (uint16_t)((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+}
+
+DSV3_API uint16_t dsv3_f16_from_f32(float x) {
+    uint32_t bits = dsv3i_bits(x), sign = (bits >> 16) & 0x8000u, a = bits & 0x7FFFFFFFu;
+    if (a > 0x7F800000u) return (uint16_t)(sign | 0x7E00u);
+    if (a >= 0x477FF000u) return (uint16_t)(sign | 0x7C00u); /* 65520 and more: infinity */
+    if (a < 0x38800000u)                                     /* below 2^-14: grid 2^-24 */
+        return (uint16_t)(sign | (dsv3i_bits(dsv3i_float(a) + 0.5f) - 0x3F000000u));
+    return (uint16_t)(sign | ((a + 0xFFFu + ((a >> 13) & 1u) - (112u << 23)) >> 13));
+}
+
+DSV3_API uint8_t dsv3_f8_e4m3_from_f32(float x) {
+    uint32_t bits = dsv3i_bits(x), sign = (bits >> 24) & 0x80u, a = bits & 0x7FFFFFFFu;
+    if (a > 0x7F800000u) return (uint8_t)(sign | 0x7Fu);
+    if (a >= 0x43E80000u) return (uint8_t)(sign | 0x7Eu); /* 464 and more saturate at 448 */
+    if (a < 0x3C800000u)                                  /* below 2^-6: grid 2^-9 */
+        return (uint8_t)(sign | (dsv3i_bits(dsv3i_float(a) + 16384.0f) - 0x46800000u));
+    return (uint8_t)(sign | ((a + 0x7FFFFu + ((a >> 20) & 1u) - (120u << 23)) >> 20));
+}
+
+/* ---- Parallel loops. work is the loop's cost in multiply-adds, roughly: what is too small to be worth
+ * waking anybody runs right here. */
+
+#define DSV3I_SERIAL_WORK 32768u
+
+static void dsv3i_parallel(const dsv3_context *ctx, size_t n, size_t work, dsv3_task task, void *arg) {
+    if (n == 0) return;
+    if (ctx->parallel_for == NULL || ctx->threads < 2 || n < 2 || work < DSV3I_SERIAL_WORK) {
+        task(arg, 0, n, 0);
+    } else {
+        ctx->parallel_for(ctx->parallel_user, ctx->threads, n, task, arg);
+    }
+}
+
+#if defined(_OPENMP) && !defined(DSV3_NO_OPENMP)
+/* Eight pieces per thread: small enough to balance uneven items, large enough to be cheap. */
+static void dsv3i_parallel_openmp(void *user, size_t threads, size_t n, dsv3_task task, void *arg) {
+    size_t pieces = dsv3i_min(n, dsv3i_mul(threads, 8));
+    (void)user;
+    _Pragma("omp parallel for schedule(dynamic, 1) num_threads((int)threads)") for (long i = 0; i < (long)pieces;
+                                                                                    i++) {
+        size_t p = (size_t)i, each = n / pieces, more = n % pieces;
+        size_t begin = p * each + dsv3i_min(p, more);
+        task(arg, begin, begin + each + (p < more), (size_t)omp_get_thread_num());
+    }
+}
+#endif
+
+/* ========================================================================================================
+ * Chapter 3  >>kernels
+ *
+ * The closed list of inner loops. Everything slow in this library goes through dsv3_kernels, and these are
+ * the entries everybody can read; a backend is proved against them, by name.
+ *
+ * Order of summation: eight partial sums, element i goes to sum i mod 8, and one fixed tree at the end:
+ *     ((s0 + s4) + (s2 + s6)) + ((s1 + s5) + (s3 + s7))
+ * A float sum may not be reordered by a compiler, so a plain loop is one long chain of additions; eight
+ * chains fill a SIMD register and are faster, more exact, and as reproducible. Test: tests/test_kernels.c.
+ * ==================================================================================================== */
+
+static float dsv3i_sum8(const float s[8]) {
+    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+}
+
+static float dsv3i_dot_ref(const float *DSV3I_RESTRICT x, const float *DSV3I_RESTRICT y, size_t n) {
+    float s[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        for (size_t j = 0; j < 8; j++) s[j] += x[i + j] * y[i + j];
+    }
+    for (size_t j = 0; i + j < n; j++) s[j] += x[i + j] * y[i + j];
+    return dsv3i_sum8(s);
+}
+
+static void dsv3i_axpy_ref(float *DSV3I_RESTRICT y, float a, const float *DSV3I_RESTRICT x, size_t n) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        for (size_t j = 0; j < 8; j++) y[i + j] += a * x[i + j];
+    }
+    for (; i < n; i++) y[i] += a * x[i];
+}
+
+/* p may be s. */
+static float dsv3i_exp_sum_ref(float *p, const float *s, float top, size_t n) {
+    float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    for (size_t i = 0; i < n; i++) {
+        p[i] = DSV3_EXPF(s[i] - top);
+        sum[i % 8] += p[i];
+    }
+    return dsv3i_sum8(sum);
+}
+
+/* silu(a) = a sigmoid(a). exp(-a) may overflow to infinity, the quotient is then -0, which is right. h may be a. */
+static void dsv3i_silu_mul_ref(float *h, const float *a, const float *b, size_t n) {
+    for (size_t i = 0; i < n; i++) h[i] = a[i] / (1.0f + DSV3_EXPF(-a[i])) * b[i];
+}
+
+/* Weights come from files: any alignment, so they are fetched with memcpy (which compiles to a plain load). */
+
+static void dsv3i_decode_f32_ref(float *y, const void *w, size_t n) { DSV3_MEMCPY(y, w, n * sizeof(float)); }
+
+static void dsv3i_decode_f16_ref(float *DSV3I_RESTRICT y, const void *DSV3I_RESTRICT w, size_t n) {
+    const unsigned char *bytes = (const unsigned char *)w;
+    for (size_t i = 0; i < n; i++) {
+        uint16_t bits;
+        DSV3_MEMCPY(&bits, bytes + 2 * i, 2);
+        y[i] = dsv3_f32_from_f16(bits);
+    }
+}
+
+static void dsv3i_decode_bf16_ref(float *DSV3I_RESTRICT y, const void *DSV3I_RESTRICT w, size_t n) {
+    const unsigned char *bytes = (const unsigned char *)w;
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        uint16_t bits[8];
+        DSV3_MEMCPY(bits, bytes + 2 * i, sizeof bits);
+        for (size_t j = 0; j < 8; j++) y[i + j] = dsv3_f32_from_bf16(bits[j]);
+    }
+    for (; i < n; i++) {
+        uint16_t bits;
+        DSV3_MEMCPY(&bits, bytes + 2 * i, 2);
+        y[i] = dsv3_f32_from_bf16(bits);
+    }
+}
+
+static void dsv3i_decode_f8_e4m3_ref(float *DSV3I_RESTRICT y, const void *DSV3I_RESTRICT w, size_t n) {
+    const unsigned char *bytes = (const unsigned char *)w;
+    for (size_t i = 0; i < n; i++) y[i] = dsv3_f32_from_f8_e4m3(bytes[i]);
+}
+
+static void dsv3i_kernels_reference(dsv3_kernels *k) {
+    k->decode[DSV3_F32] = dsv3i_decode_f32_ref;
+    k->decode[DSV3_F16] = dsv3i_decode_f16_ref;
+    k->decode[DSV3_BF16] = dsv3i_decode_bf16_ref;
+    k->decode[DSV3_F8_E4M3] = dsv3i_decode_f8_e4m3_ref;
+    k->dot = dsv3i_dot_ref;
+    k->axpy = dsv3i_axpy_ref;
+    k->exp_sum = dsv3i_exp_sum_ref;
+    k->silu_mul = dsv3i_silu_mul_ref;
+}
+
+DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backend, size_t threads) {
+    if (context == NULL) return DSV3_ERR_ARG;
+    DSV3_MEMSET(context, 0, sizeof *context);
+    if (backend != DSV3_BACKEND_AUTO && backend != DSV3_BACKEND_REFERENCE) return DSV3_ERR_UNSUPPORTED;
+    dsv3i_kernels_reference(&context->kernels);
+    context->backend = "reference";
+    context->threads = 1;
+    context->attention = DSV3_ATTENTION_AUTO;
+#if defined(_OPENMP) && !defined(DSV3_NO_OPENMP)
+    if (threads > INT_MAX / 8) return DSV3_ERR_LIMIT;
+    context->threads = threads != 0 ? threads : (size_t)omp_get_max_threads();
+    context->parallel_for = dsv3i_parallel_openmp;
+#else
+    (void)threads;
+#endif
+    return DSV3_OK;
+}
+
+/* ========================================================================================================
+ * Chapter 4  >>ops
+ *
+ *   linear      y_t = W x_t                                                  W [rows, cols]
+ *   RMSNorm     y = g * x / rms(x),  rms(x) = sqrt(mean(x^2) + eps)
+ *   SwiGLU      y = W_down (silu(W_gate u) * (W_up u)),  silu(a) = a / (1 + exp(-a))
+ *   embedding   x = row `token` of embed_tokens
+ *
+ * Weights are decoded to float32 one row at a time, W = code * scale for FP8, and every sum is a float32 sum
+ * in the order of chapter 3: a weight's type changes its value, never the arithmetic. Since one row of W
+ * meets all rows of x while it is decoded, a longer batch costs less per row -- and gives the same bits.
+ * Test: tests/test_ops.c.
+ * ==================================================================================================== */
+
+/* y [cols] = row of w, decoded. FP8: block row r / 128 of the scales, one multiplier per 128 columns. */
+static void dsv3i_decode_row(const dsv3_context *ctx, float *y, const dsv3_tensor *w, size_t row) {
+    const unsigned char *bytes = (const unsigned char *)w->data;
+    ctx->kernels.decode[w->type](y, bytes + row * w->cols * dsv3_type_bytes(w->type), w->cols);
+    if (w->scale != NULL) {
+        size_t blocks = dsv3i_blocks(w->cols, DSV3_BLOCK);
+        const unsigned char *scales = (const unsigned char *)w->scale + row / DSV3_BLOCK * blocks * sizeof(float);
+        for (size_t b = 0; b < blocks; b++) {
+            size_t end = dsv3i_min((b + 1) * DSV3_BLOCK, w->cols);
+            float scale;
+            DSV3_MEMCPY(&scale, scales + b * sizeof scale, sizeof scale);
+            for (size_t i = b * DSV3_BLOCK; i < end; i++) y[i] *= scale;
+        }
+    }
+}
+
+/* ---- Linear. A job is y [n, rows] = x [n, cols] W[row0 .. row0+rows)^T; several jobs share one parallel
+ * loop, so that small ones (the experts of a token) do not wait for each other. */
+
+#define DSV3I_ROWS 4u /* weight rows decoded together: each row of x is then read once for all of them */
+
+typedef struct dsv3i_job {
+    const dsv3_tensor *w;
+    const float *x; /* [n, cols] */
+    float *y;       /* [n, w->rows] */
+    size_t n;
+    size_t first; /* its first item in the loop; an item is DSV3I_ROWS weight rows */
+} dsv3i_job;
+
+static dsv3i_job dsv3i_job_make(float *y, const float *x, const dsv3_tensor *w, size_t n) {
+    dsv3i_job job;
+    job.w = w;
+    job.x = x;
+    job.y = y;
+    job.n = n;
+    job.first = 0;
+    return job;
+}
+
+typedef struct dsv3i_linear_arg {
+    const dsv3_context *ctx;
+    const dsv3i_job *jobs;
+    size_t n_jobs;
+    float *scratch;       /* [workers, worker_floats] */
+    size_t worker_floats; /* >= DSV3I_ROWS * cols of every job */
+} dsv3i_linear_arg;
+
+static void dsv3i_linear_item(const dsv3_context *ctx, const dsv3i_job *job, size_t item, float *rows) {
+    const dsv3_tensor *w = job->w;
+    size_t r0 = item * DSV3I_ROWS, r1 = dsv3i_min(r0 + DSV3I_ROWS, w->rows);
+    for (size_t r = r0; r < r1; r++) dsv3i_decode_row(ctx, rows + (r - r0) * w->cols, w, r);
+    for (size_t t = 0; t < job->n; t++) {
+        const float *x = job->x + t * w->cols;
+        float *y = job->y + t * w->rows;
+        for (size_t r = r0; r < r1; r++) y[r] = ctx->kernels.dot(x, rows + (r - r0) * w->cols, w->cols);
+    }
+}
+
+static void dsv3i_linear_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_linear_arg *a = (const dsv3i_linear_arg *)arg;
+    size_t j = 0;
+    for (size_t i = begin; i < end; i++) {
+        while (j + 1 < a->n_jobs && a->jobs[j + 1].first <= i) j++;
+        dsv3i_linear_item(a->ctx, &a->jobs[j], i - a->jobs[j].first, a->scratch + worker * a->worker_floats);
+    }
+}
+
+static void dsv3i_linear_jobs(const dsv3_context *ctx, dsv3i_job *jobs, size_t n_jobs, float *scratch,
+                              size_t worker_floats) {
+    dsv3i_linear_arg arg;
+    size_t items = 0, work = 0;
+    for (size_t j = 0; j < n_jobs; j++) {
+        const dsv3_tensor *w = jobs[j].w;
+        DSV3_ASSERT(worker_floats >= DSV3I_ROWS * w->cols);
+        jobs[j].first = items;
+        items += dsv3i_blocks(w->rows, DSV3I_ROWS);
+        work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(w->rows, w->cols), jobs[j].n));
+    }
+    arg.ctx = ctx;
+    arg.jobs = jobs;
+    arg.n_jobs = n_jobs;
+    arg.scratch = scratch;
+    arg.worker_floats = worker_floats;
+    dsv3i_parallel(ctx, items, work, dsv3i_linear_task, &arg);
+}
+
+DSV3_API void dsv3_linear(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *w, size_t n,
+                          float *scratch) {
+    dsv3i_job job = dsv3i_job_make(y, x, w, n);
+    dsv3i_linear_jobs(context, &job, 1, scratch, DSV3I_ROWS * w->cols);
+}
+
+/* ---- RMSNorm */
+
+DSV3_API void dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *g, size_t n,
+                           size_t d, float eps) {
+    size_t step = dsv3_type_bytes(g->type);
+    DSV3_ASSERT(g->cols == d && g->scale == NULL);
+    for (size_t t = 0; t < n; t++) {
+        const float *xt = x + t * d;
+        float *yt = y + t * d;
+        float r = 1.0f / DSV3_SQRTF(context->kernels.dot(xt, xt, d) / (float)d + eps);
+        for (size_t i = 0; i < d; i += 64) { /* the gain is decoded piece by piece, on the stack */
+            float gain[64];
+            size_t m = dsv3i_min(64, d - i);
+            context->kernels.decode[g->type](gain, (const unsigned char *)g->data + i * step, m);
+            for (size_t j = 0; j < m; j++) yt[i + j] = gain[j] * (xt[i + j] * r);
+        }
+    }
+}
+
+/* ---- SwiGLU's elementwise half, split over threads because exp is slow */
+
+#define DSV3I_SILU_ITEM 256u
+
+typedef struct dsv3i_silu_arg {
+    const dsv3_context *ctx;
+    float *h;       /* [n], in: gate, out: silu(gate) * up */
+    const float *b; /* [n] */
+    size_t n;
+} dsv3i_silu_arg;
+
+static void dsv3i_silu_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_silu_arg *a = (const dsv3i_silu_arg *)arg;
+    size_t i0 = begin * DSV3I_SILU_ITEM, i1 = dsv3i_min(end * DSV3I_SILU_ITEM, a->n);
+    (void)worker;
+    a->ctx->kernels.silu_mul(a->h + i0, a->h + i0, a->b + i0, i1 - i0);
+}
+
+static void dsv3i_silu_mul(const dsv3_context *ctx, float *h, const float *b, size_t n) {
+    dsv3i_silu_arg arg;
+    arg.ctx = ctx;
+    arg.h = h;
+    arg.b = b;
+    arg.n = n;
+    dsv3i_parallel(ctx, dsv3i_blocks(n, DSV3I_SILU_ITEM), dsv3i_mul(n, 16), dsv3i_silu_task, &arg);
+}
+
+/* ---- Log-sum-exp: log sum exp(x) = top + log sum exp(x - top), whose terms are at most 1 */
+
+static float dsv3i_max_float(const float *x, size_t n) {
+    float top = x[0];
+    for (size_t i = 1; i < n; i++) {
+        if (x[i] > top) top = x[i];
+    }
+    return top;
+}
+
+DSV3_API float dsv3_log_sum_exp(const float *logits, size_t V) {
+    float top = dsv3i_max_float(logits, V), sum = 0.0f, p[64];
+    for (size_t i = 0; i < V; i += 64) sum += dsv3i_exp_sum_ref(p, logits + i, top, dsv3i_min(64, V - i));
+    return top + DSV3_LOGF(sum);
+}
+
+/* ========================================================================================================
+ * Chapter 5  >>rope
+ *
+ * Rotary position embedding turns pair i of a vector by the angle t theta_i, t the position:
+ *     (a, b) -> (a cos - b sin, a sin + b cos),    theta_i = rope_theta^(-2i/dr),  i = 0 .. dr/2 - 1
+ * so that the product of a query at t and a key at j depends on t - j only. Released weights pair
+ * neighbours (2i, 2i+1).
+ *
+ * YaRN ([R] 4.3) stretches the context by s = factor. A pair that makes many turns over the original
+ * context o keeps its frequency, a pair that makes less than about one is slowed down by s, in between
+ * a ramp mixes both:
+ *     cd(n) = dr ln(o / (2 pi n)) / (2 ln rope_theta)         the i at which a pair makes n turns over o
+ *     lo = max(floor cd(beta_fast), 0),  hi = min(ceil cd(beta_slow), dr-1),  hi += 0.001 if equal
+ *     ramp_i = clamp((i - lo) / (hi - lo), 0, 1)
+ *     theta_i = f_i (1 - ramp_i) + f_i / s ramp_i,   f_i = rope_theta^(-2i/dr)
+ * and corrects the softmax temperature, with m(x) = 0.1 x ln s + 1:
+ *     cos, sin       times m(mscale) / m(mscale_all_dim)      1 for every released model
+ *     softmax scale  (dn+dr)^-1/2 m(mscale_all_dim)^2          on the whole score, if mscale_all_dim != 0
+ * The frequencies apply at all lengths, also below o.
+ *
+ * Angles. t theta in float32 is off by 0.01 rad at t = 160000. Here theta is kept as a fraction of a turn in
+ * 64-bit fixed point: t times it, modulo 2^64, drops whole turns and nothing else, needs no double at run
+ * time, and the remaining angle lies in [-pi, pi), where sinf and cosf are exact to the last bits.
+ * Test: tests/test_rope.c.
+ * ==================================================================================================== */
+
+#define DSV3I_PI 3.14159265358979323846
+
+static double dsv3i_yarn_m(const dsv3_rope_scaling *r, float mscale) {
+    if (r->type != DSV3_ROPE_YARN || !(r->factor > 1.0f)) return 1.0;
+    return 0.1 * (double)mscale * DSV3_LOG((double)r->factor) + 1.0;
+}
+
+/* cd(n) above */
+static double dsv3i_yarn_dim(const dsv3_config *c, float turns) {
+    double o = c->rope_scaling.original_max_position_embeddings;
+    return c->qk_rope_head_dim * DSV3_LOG(o / (2.0 * DSV3I_PI * (double)turns)) /
+           (2.0 * DSV3_LOG((double)c->rope_theta));
+}
+
+/* floor and ceil of the small numbers cd(n), clamped to [0, top] (top >= 0) */
+static double dsv3i_floor_clamp(double x, double top) {
+    double y;
+    if (!(x > 0.0)) return 0.0;
+    if (x > top) return top;
+    y = (double)(int32_t)x;
+    return y;
+}
+
+static double dsv3i_ceil_clamp(double x, double top) {
+    double y = dsv3i_floor_clamp(x, top);
+    return y < x && y < top ? y + 1.0 : y;
+}
+
+/* theta_i */
+static double dsv3i_rope_theta(const dsv3_config *c, int32_t i) {
+    const dsv3_rope_scaling *r = &c->rope_scaling;
+    int32_t dr = c->qk_rope_head_dim;
+    double f = DSV3_POW((double)c->rope_theta, -2.0 * i / dr), lo, hi, ramp;
+    if (r->type != DSV3_ROPE_YARN) return f;
+    lo = dsv3i_floor_clamp(dsv3i_yarn_dim(c, r->beta_fast), (double)DSV3_MAX_DIM);
+    hi = dsv3i_ceil_clamp(dsv3i_yarn_dim(c, r->beta_slow), dr - 1.0);
+    if (!(lo < hi) && !(hi < lo)) hi += 0.001;
+    ramp = (i - lo) / (hi - lo);
+    ramp = ramp < 0.0 ? 0.0 : ramp > 1.0 ? 1.0 : ramp;
+    return f * (1.0 - ramp) + f / (double)r->factor * ramp;
+}
+
+DSV3_API void dsv3_rope_frequencies(const dsv3_config *config, double *theta) {
+    for (int32_t i = 0; i < config->qk_rope_head_dim / 2; i++) theta[i] = dsv3i_rope_theta(config, i);
+}
+
+DSV3_API void dsv3_rope_turns(const dsv3_config *config, uint64_t *turns) {
+    for (int32_t i = 0; i < config->qk_rope_head_dim / 2; i++) { /* 2^64 to the turn; theta <= 1 < 2 pi */
+        turns[i] = (uint64_t)(dsv3i_rope_theta(config, i) / (2.0 * DSV3I_PI) * 18446744073709551616.0);
+    }
+}
+
+DSV3_API float dsv3_rope_factor(const dsv3_config *config) {
+    const dsv3_rope_scaling *r = &config->rope_scaling;
+    return (float)(dsv3i_yarn_m(r, r->mscale) / dsv3i_yarn_m(r, r->mscale_all_dim));
+}
+
+DSV3_API float dsv3_softmax_scale(const dsv3_config *config) {
+    const dsv3_rope_scaling *r = &config->rope_scaling;
+    double m = dsv3i_yarn_m(r, r->mscale_all_dim);
+    double width = (double)config->qk_nope_head_dim + (double)config->qk_rope_head_dim;
+    return (float)(m * m * DSV3_POW(width, -0.5));
+}
+
+DSV3_API void dsv3_rope_table(float *cos_sin, const int32_t *position, const uint64_t *turns, float factor, size_t n,
+                              size_t dr) {
+    for (size_t t = 0; t < n; t++) {
+        for (size_t i = 0; i < dr / 2; i++) {
+            uint64_t phase = (uint64_t)position[t] * turns[i]; /* modulo one turn */
+            int64_t high = (int64_t)(phase >> 32);             /* 2^32 to the turn */
+            if (high >= 2147483648) high -= 4294967296;        /* to [-pi, pi) */
+            float angle = (float)high * (float)(2.0 * DSV3I_PI / 4294967296.0);
+            cos_sin[t * dr + 2 * i] = factor * DSV3_COSF(angle);
+            cos_sin[t * dr + 2 * i + 1] = factor * DSV3_SINF(angle);
+        }
+    }
+}
+
+DSV3_API void dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr, int interleave) {
+    size_t step = interleave ? 2 : 1, other = interleave ? 1 : dr / 2;
+    for (size_t i = 0; i < dr / 2; i++) {
+        float c = cos_sin[2 * i], s = cos_sin[2 * i + 1];
+        float a = x[step * i], b = x[step * i + other];
+        x[step * i] = a * c - b * s;
+        x[step * i + other] = a * s + b * c;
+    }
+}
+
+/* ---- Sizes that several chapters need, from one place */
+
+typedef struct dsv3i_dims {
+    size_t d, V, H, rq, rk, dn, dr, dv, E, K, G, F, I, L, D;
+    size_t qk;          /* dn + dr: one head's query */
+    size_t kv;          /* dn + dv: one head's rows of kv_b_proj */
+    size_t width;       /* rk + dr: what the cache keeps of a position */
+    size_t Hq, Hkv, Ho; /* H times qk, kv, dv */
+    size_t Fs;          /* width of the shared experts */
+} dsv3i_dims;
+
+static dsv3i_dims dsv3i_dims_of(const dsv3_config *c) {
+    dsv3i_dims m;
+    m.d = (size_t)c->hidden_size;
+    m.V = (size_t)c->vocab_size;
+    m.H = (size_t)c->num_attention_heads;
+    m.rq = (size_t)c->q_lora_rank;
+    m.rk = (size_t)c->kv_lora_rank;
+    m.dn = (size_t)c->qk_nope_head_dim;
+    m.dr = (size_t)c->qk_rope_head_dim;
+    m.dv = (size_t)c->v_head_dim;
+    m.E = (size_t)c->n_routed_experts;
+    m.K = (size_t)c->num_experts_per_tok;
+    m.G = (size_t)c->n_group;
+    m.F = (size_t)c->moe_intermediate_size;
+    m.I = (size_t)c->intermediate_size;
+    m.L = (size_t)c->num_hidden_layers;
+    m.D = (size_t)c->num_nextn_predict_layers;
+    m.qk = dsv3i_add(m.dn, m.dr);
+    m.kv = dsv3i_add(m.dn, m.dv);
+    m.width = dsv3i_add(m.rk, m.dr);
+    m.Hq = dsv3i_mul(m.H, m.qk);
+    m.Hkv = dsv3i_mul(m.H, m.kv);
+    m.Ho = dsv3i_mul(m.H, m.dv);
+    m.Fs = dsv3i_mul((size_t)c->n_shared_experts, m.F);
+    return m;
+}
+
+/* ========================================================================================================
+ * Chapter 6  >>mla
+ *
+ * Multi-head latent attention ([R2] 2.1, [R] 2.1.1). For the row u_t of token t:
+ *     cq = norm(q_a_proj u) [rq]        q = q_b_proj cq [H, dn+dr]         (q = q_proj u when rq = 0)
+ *     a  = kv_a_proj u [rk+dr]          c = norm(a[0..rk))                 the latent
+ *     kr = RoPE_t(a[rk..rk+dr))         one rotated key part for all heads, not normalised
+ *     q of head h = [qn ; qr],  qr = RoPE_t(qr)
+ *     kv_b_proj, head h = [UK (dn rows) ; UV (dv rows)], both [., rk]
+ *
+ * Expanded form: rebuild every head's keys and values from the latents.
+ *     k_j = [UK c_j ; kr_j]   v_j = UV c_j   s_tj = scale q.k_j   o_t = sum_j softmax(s_t)_j v_j
+ * Absorbed form: because qn.(UK c) = (UK^T qn).c, the query can move into the latent space instead, and
+ * because the weighted sum is linear, UV can wait until after it:
+ *     q~ = [UK^T qn ; qr]     s_tj = scale q~.[c_j ; kr_j]     m_t = sum_j softmax(s_t)_j c_j    o_t = UV m_t
+ * Both give out_t = o_proj [o_t of all heads]. Only [c ; kr] is cached: rk + dr numbers per position and
+ * layer, 576 for V3 where plain attention keeps H (dn + dr + dv) = 40960.
+ *
+ * Cost per query, key and head: expanded dn + dr + dv, absorbed 2 rk + dr multiply-adds. Expanding costs
+ * rk (dn + dv) once per key and call, absorbing as much once per query. So a call that brings n rows to a
+ * sequence gains by expanding when n (2 rk - dn - dv) > rk (dn + dv): 171 rows for V3.
+ *
+ * Running softmax. Keys come in blocks that begin at fixed positions, and the softmax is built up block
+ * by block: with m the maximum so far, l the sum of exp(s - m), and o the sum of exp(s - m) v, a new block with
+ * a larger maximum m' first scales l and o by exp(m - m'). No row of scores is ever kept, so scratch memory does not
+ * grow with the context, and neither chunking nor batching changes a bit. Both forms are the same loop
+ * over different keys and values. Test: tests/test_mla.c.
+ * ==================================================================================================== */
+
+#define DSV3I_KEYS 32u   /* keys per block */
+#define DSV3I_QUERIES 8u /* rows that share a decoded row of kv_b_proj in the absorbed form */
+
+/* Floats of worker scratch, by use (see the two tasks below). */
+static size_t dsv3i_mla_scratch(const dsv3i_dims *m) {
+    size_t shared = dsv3i_add(m->rk, dsv3i_mul(DSV3I_KEYS, dsv3i_add(m->width, 1)));
+    size_t absorbed = dsv3i_mul(DSV3I_QUERIES, dsv3i_add(m->width, m->rk));
+    size_t expanded = dsv3i_mul(DSV3I_KEYS, dsv3i_add(m->qk, m->dv));
+    return dsv3i_add(shared, dsv3i_max(absorbed, expanded));
+}
+
+/* ---- Cache rows */
+
+static unsigned char *dsv3i_cache_at(const dsv3_cache *cache, size_t layer, size_t position) {
+    size_t row = layer * cache->capacity + position;
+    return (unsigned char *)cache->data + row * cache->width * dsv3_type_bytes(cache->type);
+}
+
+static void dsv3i_cache_store(dsv3_cache *cache, size_t layer, size_t position, const float *row) {
+    unsigned char *at = dsv3i_cache_at(cache, layer, position);
+    if (cache->type == DSV3_F32) {
+        DSV3_MEMCPY(at, row, cache->width * sizeof(float));
+    } else {
+        for (size_t i = 0; i < cache->width; i++) {
+            uint16_t bits = dsv3_bf16_from_f32(row[i]);
+            DSV3_MEMCPY(at + 2 * i, &bits, 2);
+        }
+    }
+}
+
+/* n rows from position on: in place when they are float32, else decoded into scratch [n, width]. */
+static const float *dsv3i_cache_load(const dsv3_context *ctx, const dsv3_cache *cache, size_t layer, size_t position,
+                                     size_t n, float *scratch) {
+    const unsigned char *at = dsv3i_cache_at(cache, layer, position);
+    if (cache->type == DSV3_F32) return (const float *)(const void *)at;
+    ctx->kernels.decode[cache->type](scratch, at, n * cache->width);
+    return scratch;
+}
+
+/* ---- Projections: u -> q (rotated) and the latent rows, which go into the caches */
+
+static void dsv3i_mla_project(const dsv3_context *ctx, const dsv3i_dims *m, const float *u, const dsv3_model *model,
+                              const dsv3_layer *w, size_t layer, dsv3_cache *caches, size_t n, dsv3_workspace *ws) {
+    float eps = model->config.latent_norm_eps;
+    int interleave = model->config.rope_interleave;
+    dsv3i_job jobs[2];
+    jobs[0] = dsv3i_job_make(ws->kv, u, &w->kv_a_proj_with_mqa, n);
+    jobs[1] = m->rq ? dsv3i_job_make(ws->q_latent, u, &w->q_a_proj, n) : dsv3i_job_make(ws->q, u, &w->q_proj, n);
+    dsv3i_linear_jobs(ctx, jobs, 2, ws->worker, ws->worker_floats);
+    if (m->rq) {
+        dsv3_rmsnorm(ctx, ws->q_latent, ws->q_latent, &w->q_a_layernorm, n, m->rq, eps);
+        jobs[0] = dsv3i_job_make(ws->q, ws->q_latent, &w->q_b_proj, n);
+        dsv3i_linear_jobs(ctx, jobs, 1, ws->worker, ws->worker_floats);
+    }
+    for (size_t t = 0; t < n; t++) {
+        const float *cos_sin = ws->cos_sin + t * m->dr;
+        float *kv = ws->kv + t * m->width, *q = ws->q + t * m->Hq;
+        dsv3_rmsnorm(ctx, kv, kv, &w->kv_a_layernorm, 1, m->rk, eps);
+        dsv3_rope_rotate(kv + m->rk, cos_sin, m->dr, interleave);
+        for (size_t h = 0; h < m->H; h++) dsv3_rope_rotate(q + h * m->qk + m->dn, cos_sin, m->dr, interleave);
+        dsv3i_cache_store(&caches[ws->sequence[t]], layer, (size_t)ws->position[t], kv);
+    }
+}
+
+/* ---- Attention proper */
+
+typedef struct dsv3i_attention_arg {
+    const dsv3_context *ctx;
+    const dsv3i_dims *m;
+    const dsv3_tensor *kv_b;
+    const dsv3_cache *caches;
+    dsv3_workspace *ws;
+    size_t layer, n;
+    float scale;
+} dsv3i_attention_arg;
+
+/* One query q [dk] meets one block of nk keys. state: running maximum and sum; out [width]: running weighted sum
+ * of values; p [nk] is scratch. Rows of keys and values are `ld_k` and `ld_v` floats apart. */
+static void dsv3i_attend(const dsv3_context *ctx, float *out, float *state, const float *q, const float *keys,
+                         size_t ld_k, size_t dk, const float *values, size_t ld_v, size_t width, size_t nk,
+                         float scale, float *p) {
+    float top = state[0], rescale;
+    for (size_t j = 0; j < nk; j++) {
+        p[j] = scale * ctx->kernels.dot(q, keys + j * ld_k, dk);
+        if (p[j] > top) top = p[j];
+    }
+    rescale = DSV3_EXPF(state[0] - top);
+    state[0] = top;
+    state[1] = state[1] * rescale + ctx->kernels.exp_sum(p, p, top, nk);
+    for (size_t i = 0; i < width; i++) out[i] *= rescale;
+    for (size_t j = 0; j < nk; j++) ctx->kernels.axpy(out, p[j], values + j * ld_v, width);
+}
+
+/* Before the first block. The maximum starts at the lowest finite value, so that exp(m - m') is always defined. */
+static void dsv3i_attend_begin(float *out, float *state, size_t width) {
+    state[0] = -FLT_MAX;
+    state[1] = 0.0f;
+    DSV3_MEMSET(out, 0, width * sizeof *out);
+}
+
+/* After the last: divide by the sum. A row whose every score is minus infinity has sum 0 and gives zeros. */
+static void dsv3i_attend_end(float *out, const float *state, size_t width) {
+    float r = state[1] <= 0.0f ? 0.0f : 1.0f / state[1];
+    for (size_t i = 0; i < width; i++) out[i] *= r;
+}
+
+/* Absorbed: row t of the batch against its own sequence, head h. latent [width] = q~, out [rk] = m_t. */
+static void dsv3i_absorbed_row(const dsv3i_attention_arg *a, size_t t, float *state, const float *query, float *out,
+                               float *p, float *rows) {
+    const dsv3_cache *cache = &a->caches[a->ws->sequence[t]];
+    size_t position = (size_t)a->ws->position[t], width = a->m->width, rk = a->m->rk;
+    dsv3i_attend_begin(out, state, rk);
+    for (size_t b = 0; b <= position; b += DSV3I_KEYS) {
+        size_t nk = dsv3i_min(DSV3I_KEYS, position - b + 1);
+        const float *c = dsv3i_cache_load(a->ctx, cache, a->layer, b, nk, rows);
+        dsv3i_attend(a->ctx, out, state, query, c, width, width, c, width, rk, nk, a->scale, p);
+    }
+    dsv3i_attend_end(out, state, rk);
+}
+
+/* Item = head h of a block of DSV3I_QUERIES batch rows; rows that use the expanded form are passed over. */
+static void dsv3i_absorbed_item(const dsv3i_attention_arg *a, size_t item, float *scratch) {
+    const dsv3i_dims *m = a->m;
+    dsv3_workspace *ws = a->ws;
+    size_t h = item % m->H, t0 = item / m->H * DSV3I_QUERIES, t1 = dsv3i_min(t0 + DSV3I_QUERIES, a->n);
+    float *row = scratch, *p = row + m->rk, *rows = p + DSV3I_KEYS; /* a weight row, scores, latents */
+    float *query = rows + DSV3I_KEYS * m->width, *out = query + DSV3I_QUERIES * m->width; /* [QUERIES, .] */
+    for (size_t t = t0; t < t1; t++) {
+        const float *q = ws->q + t * m->Hq + h * m->qk;
+        DSV3_MEMSET(query + (t - t0) * m->width, 0, m->rk * sizeof *query);
+        DSV3_MEMCPY(query + (t - t0) * m->width + m->rk, q + m->dn, m->dr * sizeof *query);
+    }
+    for (size_t i = 0; i < m->dn; i++) { /* q~ = UK^T qn */
+        dsv3i_decode_row(a->ctx, row, a->kv_b, h * m->kv + i);
+        for (size_t t = t0; t < t1; t++) {
+            if (ws->expanded[t]) continue;
+            a->ctx->kernels.axpy(query + (t - t0) * m->width, ws->q[t * m->Hq + h * m->qk + i], row, m->rk);
+        }
+    }
+    for (size_t t = t0; t < t1; t++) {
+        if (ws->expanded[t]) continue;
+        dsv3i_absorbed_row(a, t, ws->softmax + (t * m->H + h) * 2, query + (t - t0) * m->width,
+                           out + (t - t0) * m->rk, p, rows);
+    }
+    for (size_t i = 0; i < m->dv; i++) { /* o = UV m */
+        dsv3i_decode_row(a->ctx, row, a->kv_b, h * m->kv + m->dn + i);
+        for (size_t t = t0; t < t1; t++) {
+            if (ws->expanded[t]) continue;
+            ws->o[t * m->Ho + h * m->dv + i] = a->ctx->kernels.dot(out + (t - t0) * m->rk, row, m->rk);
+        }
+    }
+}
+
+static void dsv3i_absorbed_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_attention_arg *a = (const dsv3i_attention_arg *)arg;
+    for (size_t i = begin; i < end; i++) dsv3i_absorbed_item(a, i, a->ws->worker + worker * a->ws->worker_floats);
+}
+
+/* keys [nk, dn+dr] and values [nk, dv] of head h from latents c [nk, rk+dr]; row [rk] is scratch. */
+static void dsv3i_expand(const dsv3i_attention_arg *a, float *keys, float *values, const float *c, size_t h,
+                         size_t nk, float *row) {
+    const dsv3i_dims *m = a->m;
+    for (size_t i = 0; i < m->kv; i++) {
+        float *to = i < m->dn ? keys + i : values + (i - m->dn);
+        size_t step = i < m->dn ? m->qk : m->dv;
+        dsv3i_decode_row(a->ctx, row, a->kv_b, h * m->kv + i);
+        for (size_t j = 0; j < nk; j++) to[j * step] = a->ctx->kernels.dot(c + j * m->width, row, m->rk);
+    }
+    for (size_t j = 0; j < nk; j++) {
+        DSV3_MEMCPY(keys + j * m->qk + m->dn, c + j * m->width + m->rk, m->dr * sizeof *keys);
+    }
+}
+
+/* Expanded: item = head h of the sequence whose first batch row is `leader`. Each block of keys is expanded once
+ * and meets all rows of the sequence that may see it; their running sums live in ws->o and ws->softmax. */
+static void dsv3i_expanded_item(const dsv3i_attention_arg *a, size_t leader, size_t h, float *scratch) {
+    const dsv3i_dims *m = a->m;
+    dsv3_workspace *ws = a->ws;
+    const dsv3_cache *cache = &a->caches[ws->sequence[leader]];
+    size_t last = 0;
+    float *row = scratch, *p = row + m->rk, *rows = p + DSV3I_KEYS;
+    float *keys = rows + DSV3I_KEYS * m->width, *values = keys + DSV3I_KEYS * m->qk;
+    for (size_t t = leader; t < a->n; t++) {
+        if (ws->leader[t] != (int32_t)leader) continue;
+        last = (size_t)ws->position[t];
+        dsv3i_attend_begin(ws->o + t * m->Ho + h * m->dv, ws->softmax + (t * m->H + h) * 2, m->dv);
+    }
+    for (size_t b = 0; b <= last; b += DSV3I_KEYS) {
+        size_t nk = dsv3i_min(DSV3I_KEYS, last - b + 1);
+        dsv3i_expand(a, keys, values, dsv3i_cache_load(a->ctx, cache, a->layer, b, nk, rows), h, nk, row);
+        for (size_t t = leader; t < a->n; t++) {
+            size_t position = (size_t)ws->position[t];
+            if (ws->leader[t] != (int32_t)leader || position < b) continue;
+            dsv3i_attend(a->ctx, ws->o + t * m->Ho + h * m->dv, ws->softmax + (t * m->H + h) * 2,
+                         ws->q + t * m->Hq + h * m->qk, keys, m->qk, m->qk, values, m->dv, m->dv,
+                         dsv3i_min(nk, position - b + 1), a->scale, p);
+        }
+    }
+    for (size_t t = leader; t < a->n; t++) {
+        if (ws->leader[t] != (int32_t)leader) continue;
+        dsv3i_attend_end(ws->o + t * m->Ho + h * m->dv, ws->softmax + (t * m->H + h) * 2, m->dv);
+    }
+}
+
+static void dsv3i_expanded_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_attention_arg *a = (const dsv3i_attention_arg *)arg;
+    for (size_t i = begin; i < end; i++) {
+        size_t t = i / a->m->H; /* only first rows of their sequence lead */
+        if (!a->ws->expanded[t] || a->ws->leader[t] != (int32_t)t) continue;
+        dsv3i_expanded_item(a, t, i % a->m->H, a->ws->worker + worker * a->ws->worker_floats);
+    }
+}
+
+DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
+                               const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
+                               dsv3_workspace *workspace) {
+    dsv3i_dims m = dsv3i_dims_of(&model->config);
+    dsv3i_attention_arg arg;
+    dsv3i_job job;
+    size_t work = 0, expanded = 0;
+    arg.ctx = context;
+    arg.m = &m;
+    arg.kv_b = &weights->kv_b_proj;
+    arg.caches = caches;
+    arg.ws = workspace;
+    arg.layer = layer;
+    arg.n = n;
+    arg.scale = model->softmax_scale;
+    dsv3i_mla_project(context, &m, u, model, weights, layer, caches, n, workspace);
+    for (size_t t = 0; t < n; t++) {
+        expanded += workspace->expanded[t] != 0;
+        work = dsv3i_add(work, m.H * (m.rk * m.kv + (size_t)workspace->position[t] * (m.qk + m.dv)));
+    }
+    if (expanded < n) {
+        dsv3i_parallel(context, dsv3i_blocks(n, DSV3I_QUERIES) * m.H, work, dsv3i_absorbed_task, &arg);
+    }
+    if (expanded > 0) dsv3i_parallel(context, n * m.H, work, dsv3i_expanded_task, &arg);
+    job = dsv3i_job_make(y, workspace->o, &weights->o_proj, n);
+    dsv3i_linear_jobs(context, &job, 1, workspace->worker, workspace->worker_floats);
+}
+
+/* ========================================================================================================
+ * Chapter 7  >>router
+ *
+ * Which K of E experts does a token use, and with which weights? ([R] 2.1.2, eq. 12-16; V2: [R2] 2.2)
+ *     z = W_g u,   s = sigmoid(z) (V3) or softmax(z) (V2), float32
+ *     sel = s + b                    b = e_score_correction_bias, steers the choice and nothing else
+ *     groups (G > 1): a group's score is the sum of its two largest sel (noaux_tc) or its largest
+ *                     (group_limited_greedy); only the best Gt groups stay, the others are masked
+ *     idx = the K largest sel that are left
+ *     w_k = s[idx_k], divided by (sum_k w_k + 1e-20) if norm_topk_prob, times routed_scaling_factor
+ * The weights follow s, not sel: an expert chosen for its bias is not weighted by it, and the weights need
+ * not fall in order. Ties, for groups and for experts: the higher score first, then the lower index.
+ *
+ * NaN. A NaN in sel counts as the lowest possible score, above masked experts only, and a score that is
+ * not finite weighs 0: any input gives K different experts in range. Test: tests/test_router.c.
+ * ==================================================================================================== */
+
+static void dsv3i_softmax(const dsv3_context *ctx, float *z, size_t n) {
+    float sum = ctx->kernels.exp_sum(z, z, dsv3i_max_float(z, n), n);
+    for (size_t i = 0; i < n; i++) z[i] /= sum;
+}
+
+DSV3_API void dsv3_router_scores(const dsv3_context *context, const dsv3_config *config, float *score, const float *x,
+                                 const dsv3_tensor *gate_w, size_t n, float *scratch) {
+    size_t E = gate_w->rows;
+    dsv3_linear(context, score, x, gate_w, n, scratch);
+    for (size_t t = 0; t < n; t++) {
+        float *z = score + t * E;
+        if (config->scoring_func == DSV3_SOFTMAX) {
+            dsv3i_softmax(context, z, E);
+        } else {
+            for (size_t e = 0; e < E; e++) z[e] = 1.0f / (1.0f + DSV3_EXPF(-z[e]));
+        }
+    }
+}
+
+/* Choice scores are kept within the finite floats, so that minus infinity can mean "masked". */
+static float dsv3i_choice_score(float sel) {
+    if (dsv3i_is_nan(sel) || sel < -FLT_MAX) return -FLT_MAX;
+    return sel > FLT_MAX ? FLT_MAX : sel;
+}
+
+/* Score of a group of m experts: sum of the two largest (the only one, when m = 1) or the largest. */
+static float dsv3i_group_score(const float *sel, size_t m, dsv3_topk_method method) {
+    float first = sel[0], second = -FLT_MAX;
+    for (size_t i = 1; i < m; i++) {
+        if (sel[i] > first) {
+            second = first;
+            first = sel[i];
+        } else if (sel[i] > second) {
+            second = sel[i];
+        }
+    }
+    return method == DSV3_NOAUX_TC && m > 1 ? first + second : first;
+}
+
+/* Place of group g in the order "higher score, then lower index". */
+static size_t dsv3i_group_rank(const float *group, size_t G, size_t g) {
+    size_t rank = 0;
+    for (size_t i = 0; i < G; i++) rank += group[i] > group[g] || (i < g && group[i] >= group[g]);
+    return rank;
+}
+
+static void dsv3i_mask_groups(const dsv3_config *c, float *sel, float *group) {
+    size_t G = (size_t)c->n_group, m = (size_t)c->n_routed_experts / G;
+    float masked = c->group_mask == DSV3_MASK_ZERO ? 0.0f : dsv3i_float(0xFF800000u); /* or minus infinity */
+    for (size_t g = 0; g < G; g++) group[g] = dsv3i_group_score(sel + g * m, m, c->topk_method);
+    for (size_t g = 0; g < G; g++) {
+        if (dsv3i_group_rank(group, G, g) < (size_t)c->topk_group) continue;
+        for (size_t i = 0; i < m; i++) sel[g * m + i] = masked;
+    }
+}
+
+/* idx [K] = the K largest of sel [E], in order. Insertion into a sorted list: an element passes another only
+ * when it is strictly larger, so equal ones stay in index order. */
+static void dsv3i_topk(int32_t *idx, const float *sel, size_t E, size_t K) {
+    size_t n = 0;
+    for (size_t e = 0; e < E; e++) {
+        size_t k = n;
+        while (k > 0 && sel[e] > sel[idx[k - 1]]) k--;
+        if (k == K) continue;
+        if (n < K) n++;
+        for (size_t i = n - 1; i > k; i--) idx[i] = idx[i - 1];
+        idx[k] = (int32_t)e;
+    }
+}
+
+/* gate [K] from the scores of the chosen. Returns whether they were all finite. */
+static int dsv3i_gate_weights(const dsv3_config *c, float *gate, const int32_t *idx, const float *score) {
+    size_t K = (size_t)c->num_experts_per_tok;
+    float sum = 0.0f, scale = c->routed_scaling_factor;
+    int finite = 1;
+    for (size_t k = 0; k < K; k++) {
+        float s = score[idx[k]];
+        finite &= dsv3i_is_finite(s);
+        gate[k] = dsv3i_is_finite(s) ? s : 0.0f;
+        sum += gate[k];
+    }
+    if (c->norm_topk_prob && c->gate_scaling == DSV3_SCALE_UNLESS_NORMED) scale = 1.0f;
+    for (size_t k = 0; k < K; k++) {
+        if (c->norm_topk_prob) gate[k] /= sum + 1e-20f;
+        gate[k] *= scale;
+    }
+    return finite;
+}
+
+DSV3_API dsv3_result dsv3_router_select(const dsv3_config *config, int32_t *idx, float *gate, const float *score,
+                                        const float *bias, size_t n, float *scratch) {
+    size_t E = (size_t)config->n_routed_experts, K = (size_t)config->num_experts_per_tok;
+    float *sel = scratch, *group = scratch + E;
+    int finite = 1;
+    for (size_t t = 0; t < n; t++) {
+        const float *s = score + t * E;
+        for (size_t e = 0; e < E; e++) sel[e] = dsv3i_choice_score(bias != NULL ? s[e] + bias[e] : s[e]);
+        if (config->topk_method != DSV3_GREEDY && config->n_group > 1) dsv3i_mask_groups(config, sel, group);
+        dsv3i_topk(idx + t * K, sel, E, K);
+        finite &= dsv3i_gate_weights(config, gate + t * K, idx + t * K, s);
+        finite &= dsv3i_all_finite(s, E);
+    }
+    return finite ? DSV3_OK : DSV3_ERR_NAN;
+}
+
+/* ========================================================================================================
+ * Chapter 8  >>moe
+ *
+ *     y_t = shared_experts(u_t) + sum_k w_tk expert_{idx_tk}(u_t)                          [R] eq. 12
+ *
+ * Every expert is a SwiGLU MLP (chapter 4). Rows are grouped by expert, so that each expert's weights are
+ * read once per call however many tokens chose it: row (t, k) gets the place slot[t, k] among n K grouped
+ * rows, experts in ascending order, tokens in ascending order within an expert. The gate weight applies to
+ * the expert's output. The sum over k is taken for each token alone, the shared experts first, then k = 0, 1, ..:
+ * what else is in the batch moves rows to other places and changes no sum.
+ *
+ * A dense layer is the same thing with one expert that everybody uses. Test: tests/test_moe.c.
+ * ==================================================================================================== */
+
+/* An MLP and the rows it sees. */
+typedef struct dsv3i_mlp_rows {
+    const dsv3_mlp *w;
+    const float *x; /* [n, d] */
+    float *y;       /* [n, d] */
+    size_t n;
+    size_t at; /* where its n rows of hidden values begin in h_gate and h_up */
+} dsv3i_mlp_rows;
+
+static void dsv3i_mlp_rows_set(dsv3i_mlp_rows *r, const dsv3_mlp *w, float *y, const float *x, size_t n, size_t at) {
+    r->w = w;
+    r->x = x;
+    r->y = y;
+    r->n = n;
+    r->at = at;
+}
+
+/* All MLPs of a layer: gate and up projections in one loop, SwiGLU, down projections in one loop. For routed
+ * experts y is x: the inputs are no longer needed when the outputs are written. */
+static void dsv3i_mlps(const dsv3_context *ctx, const dsv3i_mlp_rows *mlps, size_t count, dsv3_workspace *ws) {
+    size_t total = 0;
+    for (size_t i = 0; i < count; i++) {
+        const dsv3i_mlp_rows *r = &mlps[i];
+        ws->jobs[2 * i] = dsv3i_job_make(ws->h_gate + r->at, r->x, &r->w->gate_proj, r->n);
+        ws->jobs[2 * i + 1] = dsv3i_job_make(ws->h_up + r->at, r->x, &r->w->up_proj, r->n);
+        total += r->n * r->w->gate_proj.rows;
+    }
+    dsv3i_linear_jobs(ctx, ws->jobs, 2 * count, ws->worker, ws->worker_floats);
+    dsv3i_silu_mul(ctx, ws->h_gate, ws->h_up, total);
+    for (size_t i = 0; i < count; i++) {
+        ws->jobs[i] = dsv3i_job_make(mlps[i].y, ws->h_gate + mlps[i].at, &mlps[i].w->down_proj, mlps[i].n);
+    }
+    dsv3i_linear_jobs(ctx, ws->jobs, count, ws->worker, ws->worker_floats);
+}
+
+/* Fills offset [E+1] and slot [n, K] from idx [n, K]: a counting sort. */
+static void dsv3i_group_rows(size_t *offset, size_t *slot, const int32_t *idx, size_t n, size_t K, size_t E) {
+    DSV3_MEMSET(offset, 0, (E + 1) * sizeof *offset);
+    for (size_t i = 0; i < n * K; i++) offset[idx[i] + 1]++;
+    for (size_t e = 0; e < E; e++) offset[e + 1] += offset[e];
+    for (size_t i = 0; i < n * K; i++) slot[i] = offset[idx[i]]++; /* each offset ends where the next began */
+    for (size_t e = E; e > 0; e--) offset[e] = offset[e - 1];
+    offset[0] = 0;
+}
+
+static dsv3_result dsv3i_moe_forward(const dsv3_context *ctx, float *y, const float *u, const dsv3_model *model,
+                                     const dsv3_layer *w, size_t layer, size_t n, dsv3_workspace *ws) {
+    const dsv3_config *c = &model->config;
+    dsv3i_dims m = dsv3i_dims_of(c);
+    const float *bias = NULL;
+    size_t count = 0;
+    dsv3_result result;
+    if (c->topk_method == DSV3_NOAUX_TC) {
+        dsv3i_decode_row(ctx, ws->bias, &w->e_score_correction_bias, 0);
+        bias = ws->bias;
+    }
+    dsv3_router_scores(ctx, c, ws->score, u, &w->gate, n, ws->worker);
+    result = dsv3_router_select(c, ws->idx, ws->gate, ws->score, bias, n, ws->select);
+    if (ctx->observer.routing != NULL) {
+        ctx->observer.routing(ctx->observer.user, (int32_t)layer, ws->score, ws->idx, ws->gate, n);
+    }
+    dsv3i_group_rows(ws->offset, ws->slot, ws->idx, n, m.K, m.E);
+    for (size_t i = 0; i < n * m.K; i++) {
+        DSV3_MEMCPY(ws->grouped + ws->slot[i] * m.d, u + i / m.K * m.d, m.d * sizeof *u);
+    }
+    for (size_t e = 0; e < m.E; e++) {
+        size_t first = ws->offset[e], rows = ws->offset[e + 1] - first;
+        float *x = ws->grouped + first * m.d;
+        if (rows > 0) dsv3i_mlp_rows_set(&ws->mlps[count++], &w->experts[e], x, x, rows, first * m.F);
+    }
+    if (m.Fs > 0) {
+        dsv3i_mlp_rows_set(&ws->mlps[count++], &w->shared_experts, y, u, n, n * m.K * m.F);
+    } else {
+        DSV3_MEMSET(y, 0, n * m.d * sizeof *y);
+    }
+    dsv3i_mlps(ctx, ws->mlps, count, ws);
+    for (size_t i = 0; i < n * m.K; i++) {
+        ctx->kernels.axpy(y + i / m.K * m.d, ws->gate[i], ws->grouped + ws->slot[i] * m.d, m.d);
+    }
+    return result;
+}
+
+DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
+                                      const dsv3_layer *weights, size_t layer, size_t n, dsv3_workspace *workspace) {
+    if (weights->is_moe) return dsv3i_moe_forward(context, y, u, model, weights, layer, n, workspace);
+    dsv3i_mlp_rows_set(&workspace->mlps[0], &weights->mlp, y, u, n, 0);
+    dsv3i_mlps(context, workspace->mlps, 1, workspace);
+    return DSV3_OK;
+}
+
+/* ========================================================================================================
+ * Chapter 9  >>block
+ *
+ *     x += MLA(RMSNorm_input(x));   x += FFN(RMSNorm_post_attention(x))
+ *
+ * The residual stream x stays in float32 throughout. Test: tests/test_infer.c.
+ * ==================================================================================================== */
+
+DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, const dsv3_model *model,
+                                        const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
+                                        dsv3_workspace *workspace) {
+    size_t d = (size_t)model->config.hidden_size;
+    float eps = model->config.rms_norm_eps, *u = workspace->u, *y = workspace->y;
+    dsv3_result result;
+    dsv3_rmsnorm(context, u, x, &weights->input_layernorm, n, d, eps);
+    dsv3_mla_forward(context, y, u, model, weights, layer, caches, n, workspace);
+    for (size_t i = 0; i < n * d; i++) x[i] += y[i];
+    dsv3_rmsnorm(context, u, x, &weights->post_attention_layernorm, n, d, eps);
+    result = dsv3_ffn_forward(context, y, u, model, weights, layer, n, workspace);
+    for (size_t i = 0; i < n * d; i++) x[i] += y[i];
+    return result;
+}
+
+/* ========================================================================================================
+ * Chapter 10  >>model
+ *
+ * Configurations, their checks, and the weights: which tensors a configuration calls for, under which
+ * names and in which shapes. One walk over that list serves everybody: dsv3_model_tensors shows it,
+ * dsv3_model_bind fills a model from it. A name here is a name in the published files:
+ *     model.embed_tokens.weight
+ *     model.layers.{i}.input_layernorm.weight ...                         i = 0 .. L-1
+ *     model.norm.weight, lm_head.weight
+ *     model.layers.{L+k-1}.{enorm, hnorm, eh_proj ...}.weight             MTP module k = 1 .. D
+ * An FP8 tensor N comes with N_scale_inv, which despite its name is the multiplier: W = code * scale.
+ * Test: tests/test_config.c, tests/test_model.c.
+ * ==================================================================================================== */
+
+/* ---- Presets: the table of published models */
+
+DSV3_API dsv3_config dsv3_config_default(void) {
+    dsv3_config c;
+    DSV3_MEMSET(&c, 0, sizeof c);
+    c.moe_layer_freq = 1;
+    c.n_group = 1;
+    c.topk_group = 1;
+    c.scoring_func = DSV3_SIGMOID;
+    c.topk_method = DSV3_NOAUX_TC;
+    c.norm_topk_prob = 1;
+    c.routed_scaling_factor = 1.0f;
+    c.seq_aux = 1;
+    c.aux_loss_alpha = 0.001f;
+    c.rms_norm_eps = 1e-6f;
+    c.latent_norm_eps = 1e-6f;
+    c.rope_theta = 10000.0f;
+    c.rope_scaling.type = DSV3_ROPE_NONE;
+    c.rope_scaling.factor = 1.0f;
+    c.rope_scaling.beta_fast = 32.0f;
+    c.rope_scaling.beta_slow = 1.0f;
+    c.rope_scaling.mscale = 1.0f;
+    c.rope_interleave = 1;
+    c.max_position_embeddings = 4096;
+    c.bos_token_id = -1;
+    c.eos_token_id = -1;
+    return c;
+}
+
+static void dsv3i_preset_sizes(dsv3_config *c, int32_t vocab, int32_t hidden, int32_t dense, int32_t expert,
+                               int32_t layers, int32_t heads, int32_t rq) {
+    c->vocab_size = vocab;
+    c->hidden_size = hidden;
+    c->intermediate_size = dense;
+    c->moe_intermediate_size = expert;
+    c->num_hidden_layers = layers;
+    c->first_k_dense_replace = 1;
+    c->num_attention_heads = heads;
+    c->num_key_value_heads = heads;
+    c->q_lora_rank = rq;
+}
+
+static void dsv3i_preset_mla(dsv3_config *c, int32_t rk, int32_t dn, int32_t dr, int32_t dv) {
+    c->kv_lora_rank = rk;
+    c->qk_nope_head_dim = dn;
+    c->qk_rope_head_dim = dr;
+    c->v_head_dim = dv;
+}
+
+static void dsv3i_preset_experts(dsv3_config *c, int32_t E, int32_t shared, int32_t K, int32_t G, int32_t Gt,
+                                 float scale) {
+    c->n_routed_experts = E;
+    c->n_shared_experts = shared;
+    c->num_experts_per_tok = K;
+    c->n_group = G;
+    c->topk_group = Gt;
+    c->routed_scaling_factor = scale;
+}
+
+static void dsv3i_preset_v2(dsv3_config *c, dsv3_topk_method method) {
+    c->scoring_func = DSV3_SOFTMAX;
+    c->topk_method = method;
+    c->norm_topk_prob = 0;
+    c->gate_scaling = DSV3_SCALE_UNLESS_NORMED;
+}
+
+static void dsv3i_preset_yarn(dsv3_config *c, float factor, float beta_fast, float mscale, int32_t context) {
+    c->rope_scaling.type = DSV3_ROPE_YARN;
+    c->rope_scaling.factor = factor;
+    c->rope_scaling.original_max_position_embeddings = 4096;
+    c->rope_scaling.beta_fast = beta_fast;
+    c->rope_scaling.beta_slow = 1.0f;
+    c->rope_scaling.mscale = mscale;
+    c->rope_scaling.mscale_all_dim = mscale;
+    c->max_position_embeddings = context;
+}
+
+static void dsv3i_preset_tokens(dsv3_config *c, int32_t bos, int32_t eos) {
+    c->bos_token_id = bos;
+    c->eos_token_id = eos;
+}
+
+DSV3_API dsv3_config dsv3_config_preset(dsv3_preset preset) {
+    dsv3_config c = dsv3_config_default();
+    switch (preset) {
+    case DSV3_PRESET_V3:
+        dsv3i_preset_sizes(&c, 129280, 7168, 18432, 2048, 61, 128, 1536);
+        dsv3i_preset_mla(&c, 512, 128, 64, 128);
+        dsv3i_preset_experts(&c, 256, 1, 8, 8, 4, 2.5f);
+        dsv3i_preset_yarn(&c, 40.0f, 32.0f, 1.0f, 163840);
+        dsv3i_preset_tokens(&c, 0, 1);
+        c.first_k_dense_replace = 3;
+        c.num_nextn_predict_layers = 1;
+        break;
+    case DSV3_PRESET_V2:
+        dsv3i_preset_sizes(&c, 102400, 5120, 12288, 1536, 60, 128, 1536);
+        dsv3i_preset_mla(&c, 512, 128, 64, 128);
+        dsv3i_preset_experts(&c, 160, 2, 6, 8, 3, 16.0f);
+        dsv3i_preset_v2(&c, DSV3_GROUP_LIMITED_GREEDY);
+        dsv3i_preset_yarn(&c, 40.0f, 32.0f, 1.0f, 163840);
+        dsv3i_preset_tokens(&c, 100000, 100001);
+        break;
+    case DSV3_PRESET_V2_LITE:
+        dsv3i_preset_sizes(&c, 102400, 2048, 10944, 1408, 27, 16, 0);
+        dsv3i_preset_mla(&c, 512, 128, 64, 128);
+        dsv3i_preset_experts(&c, 64, 2, 6, 1, 1, 1.0f);
+        dsv3i_preset_v2(&c, DSV3_GREEDY);
+        dsv3i_preset_yarn(&c, 40.0f, 32.0f, 0.707f, 163840);
+        dsv3i_preset_tokens(&c, 100000, 100001);
+        break;
+    case DSV3_PRESET_MOONLIGHT:
+        dsv3i_preset_sizes(&c, 163840, 2048, 11264, 1408, 27, 16, 0);
+        dsv3i_preset_mla(&c, 512, 128, 64, 128);
+        dsv3i_preset_experts(&c, 64, 2, 6, 1, 1, 2.446f);
+        dsv3i_preset_tokens(&c, 163584, 163586);
+        c.rms_norm_eps = 1e-5f;
+        c.rope_theta = 50000.0f;
+        c.max_position_embeddings = 8192;
+        break;
+    case DSV3_PRESET_K2:
+        dsv3i_preset_sizes(&c, 163840, 7168, 18432, 2048, 61, 64, 1536);
+        dsv3i_preset_mla(&c, 512, 128, 64, 128);
+        dsv3i_preset_experts(&c, 384, 1, 8, 1, 1, 2.827f);
+        dsv3i_preset_yarn(&c, 32.0f, 1.0f, 1.0f, 131072);
+        dsv3i_preset_tokens(&c, 163584, 163585);
+        c.rope_theta = 50000.0f;
+        break;
+    case DSV3_PRESET_AUSTEN:
+        dsv3i_preset_sizes(&c, 256, 160, 448, 40, 5, 5, 96);
+        dsv3i_preset_mla(&c, 64, 32, 16, 32);
+        dsv3i_preset_experts(&c, 32, 1, 4, 4, 2, 1.0f);
+        dsv3i_preset_tokens(&c, 10, -1);
+        c.num_nextn_predict_layers = 4;
+        c.max_position_embeddings = 1024;
+        break;
+    case DSV3_PRESET_MICRO:
+        dsv3i_preset_sizes(&c, 256, 64, 192, 32, 3, 4, 0);
+        dsv3i_preset_mla(&c, 32, 16, 8, 16);
+        dsv3i_preset_experts(&c, 8, 1, 2, 1, 1, 1.0f);
+        dsv3i_preset_tokens(&c, 10, -1);
+        c.num_nextn_predict_layers = 1;
+        c.max_position_embeddings = 512;
+        break;
+    }
+    return c;
+}
+
+DSV3_API int dsv3_config_is_moe(const dsv3_config *config, int32_t i) {
+    return i >= config->first_k_dense_replace && i % config->moe_layer_freq == 0;
+}
+
+/* ---- Checks. Each returns DSV3_OK or has filled in the error. */
+
+static dsv3_result dsv3i_check_int(dsv3_error *error, const char *name, int32_t value, int32_t low, long high) {
+    if (value < low) {
+        return dsv3i_fail_number(error, DSV3_ERR_ARG, name, "is too small (at least the expected value)", low, value);
+    }
+    if ((int64_t)value > (int64_t)high || (uint64_t)value > (uint64_t)SIZE_MAX) {
+        return dsv3i_fail_number(error, DSV3_ERR_LIMIT, name, "is beyond the limit (at most the expected value)",
+                                 high, value);
+    }
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3i_check_float(dsv3_error *error, const char *name, float value, float low, const char *why) {
+    return value >= low && value <= FLT_MAX ? DSV3_OK : dsv3i_fail(error, DSV3_ERR_ARG, name, why);
+}
+
+static dsv3_result dsv3i_check_product(dsv3_error *error, const char *name, size_t rows, size_t cols) {
+    size_t bytes = dsv3i_mul(dsv3i_mul(rows, cols), sizeof(float));
+    return bytes != SIZE_MAX
+               ? DSV3_OK
+               : dsv3i_fail(error, DSV3_ERR_OVERFLOW, name, "a tensor of this width does not fit into size_t");
+}
+
+#define DSV3I_TRY(call)                                                                                              \
+    do {                                                                                                             \
+        dsv3_result try_result = (call);                                                                             \
+        if (try_result != DSV3_OK) return try_result;                                                                \
+    } while (0)
+
+static int dsv3i_has_moe(const dsv3_config *c) {
+    for (int32_t i = 0; i < c->num_hidden_layers + c->num_nextn_predict_layers; i++) {
+        if (dsv3_config_is_moe(c, i)) return 1;
+    }
+    return 0;
+}
+
+static dsv3_result dsv3i_check_layers(const dsv3_config *c, dsv3_error *e) {
+    DSV3I_TRY(dsv3i_check_int(e, "vocab_size", c->vocab_size, 1, DSV3_MAX_VOCAB));
+    DSV3I_TRY(dsv3i_check_int(e, "hidden_size", c->hidden_size, 1, DSV3_MAX_DIM));
+    DSV3I_TRY(dsv3i_check_int(e, "num_hidden_layers", c->num_hidden_layers, 1, DSV3_MAX_LAYERS));
+    DSV3I_TRY(dsv3i_check_int(e, "num_nextn_predict_layers", c->num_nextn_predict_layers, 0,
+                              DSV3_MAX_LAYERS - c->num_hidden_layers));
+    DSV3I_TRY(dsv3i_check_int(e, "first_k_dense_replace", c->first_k_dense_replace, 0, DSV3_MAX_LAYERS));
+    if (c->first_k_dense_replace > c->num_hidden_layers) {
+        return dsv3i_fail_number(e, DSV3_ERR_ARG, "first_k_dense_replace", "is larger than num_hidden_layers",
+                                 c->num_hidden_layers, c->first_k_dense_replace);
+    }
+    DSV3I_TRY(dsv3i_check_int(e, "moe_layer_freq", c->moe_layer_freq, 1, DSV3_MAX_LAYERS));
+    return dsv3i_check_int(e, "intermediate_size", c->intermediate_size,
+                           c->first_k_dense_replace > 0 || c->moe_layer_freq > 1, DSV3_MAX_DIM);
+}
+
+static dsv3_result dsv3i_check_mla(const dsv3_config *c, dsv3_error *e) {
+    DSV3I_TRY(dsv3i_check_int(e, "num_attention_heads", c->num_attention_heads, 1, DSV3_MAX_HEADS));
+    DSV3I_TRY(dsv3i_check_int(e, "q_lora_rank", c->q_lora_rank, 0, DSV3_MAX_DIM));
+    DSV3I_TRY(dsv3i_check_int(e, "kv_lora_rank", c->kv_lora_rank, 1, DSV3_MAX_DIM));
+    DSV3I_TRY(dsv3i_check_int(e, "qk_nope_head_dim", c->qk_nope_head_dim, 1, DSV3_MAX_DIM));
+    DSV3I_TRY(dsv3i_check_int(e, "qk_rope_head_dim", c->qk_rope_head_dim, 2, DSV3_MAX_DIM));
+    if (c->qk_rope_head_dim % 2 != 0) {
+        return dsv3i_fail(e, DSV3_ERR_ARG, "qk_rope_head_dim", "must be even: RoPE turns pairs");
+    }
+    DSV3I_TRY(dsv3i_check_int(e, "v_head_dim", c->v_head_dim, 1, DSV3_MAX_DIM));
+    if (c->attention_bias) {
+        return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "attention_bias", "no published model has attention biases");
+    }
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3i_check_router(const dsv3_config *c, dsv3_error *e) {
+    int32_t least = dsv3i_has_moe(c), per_group;
+    DSV3I_TRY(dsv3i_check_int(e, "moe_intermediate_size", c->moe_intermediate_size, least, DSV3_MAX_DIM));
+    DSV3I_TRY(dsv3i_check_int(e, "n_routed_experts", c->n_routed_experts, least, DSV3_MAX_EXPERTS));
+    DSV3I_TRY(dsv3i_check_int(e, "n_shared_experts", c->n_shared_experts, 0, DSV3_MAX_EXPERTS));
+    if ((int64_t)c->n_shared_experts * c->moe_intermediate_size > DSV3_MAX_DIM) {
+        return dsv3i_fail_number(e, DSV3_ERR_LIMIT, "n_shared_experts",
+                                 "times moe_intermediate_size is beyond the limit", DSV3_MAX_DIM,
+                                 (int64_t)c->n_shared_experts * c->moe_intermediate_size);
+    }
+    DSV3I_TRY(dsv3i_check_int(e, "n_group", c->n_group, 1, DSV3_MAX_EXPERTS));
+    if (c->n_routed_experts % c->n_group != 0) {
+        return dsv3i_fail_number(e, DSV3_ERR_ARG, "n_group", "must divide n_routed_experts", c->n_routed_experts,
+                                 c->n_group);
+    }
+    if (c->topk_group < 1 || c->topk_group > c->n_group) {
+        return dsv3i_fail_number(e, DSV3_ERR_ARG, "topk_group", "must be between 1 and n_group", c->n_group,
+                                 c->topk_group);
+    }
+    DSV3I_TRY(dsv3i_check_int(e, "num_experts_per_tok", c->num_experts_per_tok, least, DSV3_MAX_TOPK));
+    per_group = c->n_routed_experts / c->n_group;
+    if ((int64_t)c->num_experts_per_tok > (int64_t)c->topk_group * per_group) {
+        return dsv3i_fail_number(e, DSV3_ERR_ARG, "num_experts_per_tok", "is more than the selected groups have",
+                                 (int64_t)c->topk_group * per_group, c->num_experts_per_tok);
+    }
+    if (c->scoring_func != DSV3_SIGMOID && c->scoring_func != DSV3_SOFTMAX) {
+        return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "scoring_func", "must be sigmoid or softmax");
+    }
+    if (c->topk_method != DSV3_NOAUX_TC && c->topk_method != DSV3_GROUP_LIMITED_GREEDY &&
+        c->topk_method != DSV3_GREEDY) {
+        return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "topk_method", "must be noaux_tc, group_limited_greedy or greedy");
+    }
+    return dsv3i_check_float(e, "routed_scaling_factor", c->routed_scaling_factor, FLT_MIN,
+                             "must be positive and finite");
+}
+
+static dsv3_result dsv3i_check_rope(const dsv3_config *c, dsv3_error *e) {
+    const dsv3_rope_scaling *r = &c->rope_scaling;
+    if (!(c->rope_theta > 1.0f) || c->rope_theta > FLT_MAX) {
+        return dsv3i_fail(e, DSV3_ERR_ARG, "rope_theta", "must be finite and larger than 1");
+    }
+    DSV3I_TRY(dsv3i_check_int(e, "max_position_embeddings", c->max_position_embeddings, 1, DSV3_MAX_SEQ));
+    if (r->type == DSV3_ROPE_NONE) return DSV3_OK;
+    if (r->type != DSV3_ROPE_YARN) {
+        return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "rope_scaling.type", "must be yarn or absent");
+    }
+    DSV3I_TRY(dsv3i_check_float(e, "rope_scaling.factor", r->factor, 1.0f, "must be finite and at least 1"));
+    DSV3I_TRY(dsv3i_check_int(e, "rope_scaling.original_max_position_embeddings", r->original_max_position_embeddings,
+                              1, DSV3_MAX_SEQ));
+    DSV3I_TRY(dsv3i_check_float(e, "rope_scaling.beta_slow", r->beta_slow, FLT_MIN, "must be positive and finite"));
+    DSV3I_TRY(dsv3i_check_float(e, "rope_scaling.beta_fast", r->beta_fast, r->beta_slow,
+                                "must be finite and at least beta_slow"));
+    DSV3I_TRY(dsv3i_check_float(e, "rope_scaling.mscale", r->mscale, 0.0f, "must be finite and not negative"));
+    return dsv3i_check_float(e, "rope_scaling.mscale_all_dim", r->mscale_all_dim, 0.0f,
+                             "must be finite and not negative");
+}
+
+static dsv3_result dsv3i_check_token(dsv3_error *e, const char *name, int32_t token, int32_t V) {
+    if (token >= -1 && token < V) return DSV3_OK;
+    return dsv3i_fail_number(e, DSV3_ERR_ARG, name, "is not in the vocabulary (-1: none)", V, token);
+}
+
+/* Every tensor must be addressable as float32: then every size in the code below fits, too. */
+static dsv3_result dsv3i_check_sizes(const dsv3_config *c, dsv3_error *e) {
+    dsv3i_dims m = dsv3i_dims_of(c);
+    DSV3I_TRY(dsv3i_check_product(e, "vocab_size", m.V, m.d));
+    DSV3I_TRY(dsv3i_check_product(e, "num_attention_heads", m.Hq, dsv3i_max(m.rq, m.d)));
+    DSV3I_TRY(dsv3i_check_product(e, "num_attention_heads", m.Hkv, m.rk));
+    DSV3I_TRY(dsv3i_check_product(e, "num_attention_heads", m.Ho, m.d));
+    DSV3I_TRY(dsv3i_check_product(e, "kv_lora_rank", m.width, m.d));
+    DSV3I_TRY(dsv3i_check_product(e, "q_lora_rank", m.rq, m.d));
+    DSV3I_TRY(dsv3i_check_product(e, "intermediate_size", m.I, m.d));
+    DSV3I_TRY(dsv3i_check_product(e, "moe_intermediate_size", m.F, m.d));
+    DSV3I_TRY(dsv3i_check_product(e, "n_shared_experts", m.Fs, m.d));
+    DSV3I_TRY(dsv3i_check_product(e, "n_routed_experts", m.E, m.d));
+    return dsv3i_check_product(e, "hidden_size", m.d, dsv3i_mul(2, m.d));
+}
+
+DSV3_API dsv3_result dsv3_config_check(const dsv3_config *config, dsv3_error *error) {
+    if (config == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "config", "is NULL");
+    DSV3I_TRY(dsv3i_check_layers(config, error));
+    DSV3I_TRY(dsv3i_check_mla(config, error));
+    DSV3I_TRY(dsv3i_check_router(config, error));
+    DSV3I_TRY(dsv3i_check_rope(config, error));
+    DSV3I_TRY(dsv3i_check_float(error, "rms_norm_eps", config->rms_norm_eps, FLT_MIN, "must be positive and finite"));
+    DSV3I_TRY(
+        dsv3i_check_float(error, "latent_norm_eps", config->latent_norm_eps, FLT_MIN, "must be positive and finite"));
+    DSV3I_TRY(dsv3i_check_token(error, "bos_token_id", config->bos_token_id, config->vocab_size));
+    DSV3I_TRY(dsv3i_check_token(error, "eos_token_id", config->eos_token_id, config->vocab_size));
+    DSV3I_TRY(dsv3i_check_sizes(config, error));
+    return dsv3i_ok(error);
+}
+
+/* ---- The walk. walk->visit sees each tensor's description and where it belongs in the model (NULL when there is
+ * no model yet). The functions below are the checkpoint's table of contents. */
+
+typedef struct dsv3i_walk {
+    const dsv3_config *config;
+    dsv3i_dims m;
+    dsv3_tensor_info info;
+    dsv3_result (*visit)(struct dsv3i_walk *walk, dsv3_tensor *slot);
+    void *user;
+} dsv3i_walk;
+
+/* Describes tensor "prefix + name" and visits it. rows = 0: a vector of cols. */
+static dsv3_result dsv3i_walk_tensor(dsv3i_walk *w, dsv3_tensor *slot, const char *name, size_t rows, size_t cols,
+                                     dsv3_group group, int quantised) {
+    dsv3i_text t = dsv3i_text_begin(w->info.name, sizeof w->info.name);
+    if (w->info.layer >= 0) {
+        dsv3i_text_add(&t, "model.layers.");
+        dsv3i_text_add_int(&t, w->info.layer);
+        dsv3i_text_add(&t, ".");
+    }
+    if (w->info.expert >= 0) {
+        dsv3i_text_add(&t, "mlp.experts.");
+        dsv3i_text_add_int(&t, w->info.expert);
+        dsv3i_text_add(&t, ".");
+    }
+    dsv3i_text_add(&t, name);
+    w->info.group = group;
+    w->info.rank = rows == 0 ? 1 : 2;
+    w->info.rows = rows == 0 ? 1 : rows;
+    w->info.cols = cols;
+    w->info.quantised = quantised;
+    return w->visit(w, slot);
+}
+
+#define DSV3I_SLOT(owner, field) ((owner) != NULL ? &(owner)->field : NULL)
+
+static dsv3_result dsv3i_walk_attention(dsv3i_walk *w, dsv3_layer *l) {
+    const dsv3i_dims *m = &w->m;
+    dsv3_group group = DSV3_GROUP_ATTENTION;
+    if (m->rq > 0) {
+        DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(l, q_a_proj), "self_attn.q_a_proj.weight", m->rq, m->d, group, 1));
+        DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(l, q_a_layernorm), "self_attn.q_a_layernorm.weight", 0, m->rq,
+                                    DSV3_GROUP_NORM, 0));
+        DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(l, q_b_proj), "self_attn.q_b_proj.weight", m->Hq, m->rq, group, 1));
+    } else {
+        DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(l, q_proj), "self_attn.q_proj.weight", m->Hq, m->d, group, 1));
+    }
+    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(l, kv_a_proj_with_mqa), "self_attn.kv_a_proj_with_mqa.weight", m->width,
+                                m->d, group, 1));
+    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(l, kv_a_layernorm), "self_attn.kv_a_layernorm.weight", 0, m->rk,
+                                DSV3_GROUP_NORM, 0));
+    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(l, kv_b_proj), "self_attn.kv_b_proj.weight", m->Hkv, m->rk, group, 1));
+    return dsv3i_walk_tensor(w, DSV3I_SLOT(l, o_proj), "self_attn.o_proj.weight", m->d, m->Ho, group, 1);
+}
+
+static dsv3_result dsv3i_walk_mlp(dsv3i_walk *w, dsv3_mlp *mlp, const char *gate, const char *up, const char *down,
+                                  size_t F, dsv3_group group) {
+    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(mlp, gate_proj), gate, F, w->m.d, group, 1));
+    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(mlp, up_proj), up, F, w->m.d, group, 1));
+    return dsv3i_walk_tensor(w, DSV3I_SLOT(mlp, down_proj), down, w->m.d, F, group, 1);
+}
+
+static dsv3_result dsv3i_walk_moe(dsv3i_walk *w, dsv3_layer *l) {
+    const dsv3i_dims *m = &w->m;
+    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(l, gate), "mlp.gate.weight", m->E, m->d, DSV3_GROUP_ROUTER, 0));
+    if (w->config->topk_method == DSV3_NOAUX_TC) {
+        DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(l, e_score_correction_bias), "mlp.gate.e_score_correction_bias", 0,
+                                    m->E, DSV3_GROUP_ROUTER, 0));
+    }
+    for (size_t e = 0; e < m->E; e++) {
+        w->info.expert = (int32_t)e;
+        DSV3I_TRY(dsv3i_walk_mlp(w, l != NULL ? &l->experts[e] : NULL, "gate_proj.weight", "up_proj.weight",
+                                 "down_proj.weight", m->F, DSV3_GROUP_EXPERTS));
+    }
+    w->info.expert = -1;
+    if (m->Fs == 0) return DSV3_OK;
+    return dsv3i_walk_mlp(w, DSV3I_SLOT(l, shared_experts), "mlp.shared_experts.gate_proj.weight",
+                          "mlp.shared_experts.up_proj.weight", "mlp.shared_experts.down_proj.weight", m->Fs,
+                          DSV3_GROUP_SHARED);
+}
+
+static dsv3_result dsv3i_walk_layer(dsv3i_walk *w, dsv3_layer *l) {
+    size_t d = w->m.d;
+    DSV3I_TRY(
+        dsv3i_walk_tensor(w, DSV3I_SLOT(l, input_layernorm), "input_layernorm.weight", 0, d, DSV3_GROUP_NORM, 0));
+    DSV3I_TRY(dsv3i_walk_attention(w, l));
+    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(l, post_attention_layernorm), "post_attention_layernorm.weight", 0, d,
+                                DSV3_GROUP_NORM, 0));
+    if (dsv3_config_is_moe(w->config, w->info.layer)) return dsv3i_walk_moe(w, l);
+    return dsv3i_walk_mlp(w, DSV3I_SLOT(l, mlp), "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight",
+                          w->m.I, DSV3_GROUP_DENSE);
+}
+
+/* The parts of an MTP module beside its layer. eh_proj comes first: without it there is no module. */
+static dsv3_result dsv3i_walk_mtp(dsv3i_walk *w, dsv3_mtp *p) {
+    size_t d = w->m.d, V = w->m.V;
+    dsv3_group group = DSV3_GROUP_MTP;
+    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(p, eh_proj), "eh_proj.weight", d, 2 * d, group, 0));
+    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(p, enorm), "enorm.weight", 0, d, group, 0));
+    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(p, hnorm), "hnorm.weight", 0, d, group, 0));
+    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(p, shared_head_norm), "shared_head.norm.weight", 0, d, group, 0));
+    w->info.optional = 1;
+    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(p, embed_tokens), "embed_tokens.weight", V, d, group, 0));
+    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(p, shared_head_head), "shared_head.head.weight", V, d, group, 0));
+    w->info.optional = 0;
+    return DSV3_OK;
+}
+
+static void dsv3i_walk_begin(dsv3i_walk *w, const dsv3_config *config, void *user,
+                             dsv3_result (*visit)(dsv3i_walk *walk, dsv3_tensor *slot)) {
+    DSV3_MEMSET(w, 0, sizeof *w);
+    w->config = config;
+    w->m = dsv3i_dims_of(config);
+    w->visit = visit;
+    w->user = user;
+    w->info.layer = -1;
+    w->info.expert = -1;
+}
+
+static dsv3_result dsv3i_walk_main(dsv3i_walk *w, dsv3_model *model) {
+    size_t d = w->m.d, V = w->m.V;
+    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(model, embed_tokens), "model.embed_tokens.weight", V, d,
+                                DSV3_GROUP_EMBED, 0));
+    for (size_t i = 0; i < w->m.L; i++) {
+        w->info.layer = (int32_t)i;
+        DSV3I_TRY(dsv3i_walk_layer(w, model != NULL ? &model->layers[i] : NULL));
+    }
+    w->info.layer = -1;
+    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(model, norm), "model.norm.weight", 0, d, DSV3_GROUP_NORM, 0));
+    if (w->config->tie_word_embeddings) return DSV3_OK;
+    return dsv3i_walk_tensor(w, DSV3I_SLOT(model, lm_head), "lm_head.weight", V, d, DSV3_GROUP_HEAD, 0);
+}
+
+/* MTP module k = 0 .. D-1: its own parts, then its layer. */
+static dsv3_result dsv3i_walk_module(dsv3i_walk *w, dsv3_model *model, size_t k) {
+    w->info.layer = (int32_t)(w->m.L + k);
+    DSV3I_TRY(dsv3i_walk_mtp(w, model != NULL ? &model->mtp[k] : NULL));
+    return dsv3i_walk_layer(w, model != NULL ? &model->layers[w->m.L + k] : NULL);
+}
+
+typedef struct dsv3i_show {
+    dsv3_visit visit;
+    void *user;
+} dsv3i_show;
+
+static dsv3_result dsv3i_show_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
+    const dsv3i_show *show = (const dsv3i_show *)w->user;
+    (void)slot;
+    return show->visit(show->user, &w->info);
+}
+
+DSV3_API dsv3_result dsv3_model_tensors(const dsv3_config *config, dsv3_visit visit, void *user) {
+    dsv3i_walk w;
+    dsv3i_show show;
+    if (config == NULL || visit == NULL) return DSV3_ERR_ARG;
+    show.visit = visit;
+    show.user = user;
+    dsv3i_walk_begin(&w, config, &show, dsv3i_show_tensor);
+    DSV3I_TRY(dsv3i_walk_main(&w, NULL));
+    for (size_t k = 0; k < w.m.D; k++) DSV3I_TRY(dsv3i_walk_module(&w, NULL, k));
+    return DSV3_OK;
+}
+
+/* ---- Binding */
+
+static void dsv3i_model_layout(dsv3_model *model, const dsv3_config *c, dsv3i_layout *l) {
+    dsv3i_dims m = dsv3i_dims_of(c);
+    size_t layers = m.L + m.D;
+    dsv3_mlp *experts;
+    size_t moe = 0;
+    for (size_t i = 0; i < layers; i++) moe += dsv3_config_is_moe(c, (int32_t)i) != 0;
+    model->layers = (dsv3_layer *)dsv3i_take(l, sizeof *model->layers, layers, 1, 1);
+    model->mtp = (dsv3_mtp *)dsv3i_take(l, sizeof *model->mtp, m.D, 1, 1);
+    model->rope_turns = (uint64_t *)dsv3i_take(l, sizeof *model->rope_turns, m.dr / 2, 1, 1);
+    experts = (dsv3_mlp *)dsv3i_take(l, sizeof *experts, moe, m.E, 1);
+    if (l->base == NULL) return;
+    DSV3_MEMSET(l->base, 0, l->used);
+    for (size_t i = 0; i < layers; i++) {
+        model->layers[i].is_moe = dsv3_config_is_moe(c, (int32_t)i);
+        if (!model->layers[i].is_moe) continue;
+        model->layers[i].experts = experts;
+        experts += m.E;
+    }
+}
+
+DSV3_API dsv3_result dsv3_model_size(const dsv3_config *config, size_t *bytes) {
+    dsv3i_layout l = {NULL, 0};
+    dsv3_model model;
+    DSV3I_TRY(dsv3_config_check(config, NULL));
+    dsv3i_model_layout(&model, config, &l);
+    return dsv3i_layout_size(&l, bytes);
+}
+
+typedef struct dsv3i_bind {
+    dsv3_find find;
+    void *user;
+    dsv3_error *error;
+} dsv3i_bind;
+
+static dsv3_result dsv3i_bind_shape(const dsv3i_walk *w, const dsv3_tensor *t, const char *name, size_t rows,
+                                    size_t cols, int32_t rank) {
+    const dsv3i_bind *b = (const dsv3i_bind *)w->user;
+    int64_t expected[2], found[2];
+    expected[0] = (int64_t)rows;
+    expected[1] = (int64_t)cols;
+    found[0] = (int64_t)t->rows;
+    found[1] = (int64_t)t->cols;
+    if (t->rank != rank) {
+        return dsv3i_fail_number(b->error, DSV3_ERR_MISMATCH, name, "has the wrong number of dimensions", rank,
+                                 t->rank);
+    }
+    if (t->rows != rows || t->cols != cols) {
+        return dsv3i_fail_numbers(b->error, DSV3_ERR_MISMATCH, name, "has the wrong shape", 2, expected, found);
+    }
+    return t->data != NULL ? DSV3_OK : dsv3i_fail(b->error, DSV3_ERR_MISSING, name, "has no data");
+}
+
+/* An FP8 matrix: find its scales unless the finder supplied them. */
+static dsv3_result dsv3i_bind_scale(const dsv3i_walk *w, dsv3_tensor *t) {
+    const dsv3i_bind *b = (const dsv3i_bind *)w->user;
+    char name[DSV3_MAX_NAME];
+    dsv3i_text text = dsv3i_text_begin(name, sizeof name);
+    dsv3_tensor scale;
+    dsv3_result found;
+    if (t->scale != NULL) return DSV3_OK;
+    DSV3_MEMSET(&scale, 0, sizeof scale);
+    dsv3i_text_add(&text, w->info.name);
+    dsv3i_text_add(&text, "_scale_inv");
+    found = b->find(b->user, name, &scale);
+    if (found == DSV3_ERR_MISSING) {
+        return dsv3i_fail(b->error, found, name, "FP8 weights without their scales");
+    }
+    if (found != DSV3_OK) return dsv3i_fail(b->error, found, name, dsv3_result_string(found));
+    if (scale.type != DSV3_F32) return dsv3i_fail(b->error, DSV3_ERR_UNSUPPORTED, name, "scales must be F32");
+    DSV3I_TRY(
+        dsv3i_bind_shape(w, &scale, name, dsv3i_blocks(t->rows, DSV3_BLOCK), dsv3i_blocks(t->cols, DSV3_BLOCK), 2));
+    t->scale = scale.data;
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3i_bind_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
+    const dsv3i_bind *b = (const dsv3i_bind *)w->user;
+    const char *name = w->info.name;
+    dsv3_tensor t;
+    dsv3_result found;
+    DSV3_MEMSET(&t, 0, sizeof t);
+    found = b->find(b->user, name, &t);
+    if (found == DSV3_ERR_MISSING && w->info.optional) return DSV3_OK;
+    if (found != DSV3_OK) return dsv3i_fail(b->error, found, name, dsv3_result_string(found));
+    if (dsv3_type_bytes(t.type) == 0) return dsv3i_fail(b->error, DSV3_ERR_UNSUPPORTED, name, "has an unknown type");
+    DSV3I_TRY(dsv3i_bind_shape(w, &t, name, w->info.rows, w->info.cols, w->info.rank));
+    if (t.type == DSV3_F8_E4M3) {
+        if (t.rank == 1) return dsv3i_fail(b->error, DSV3_ERR_UNSUPPORTED, name, "a vector cannot be FP8");
+        DSV3I_TRY(dsv3i_bind_scale(w, &t));
+    } else {
+        t.scale = NULL;
+    }
+    *slot = t;
+    return DSV3_OK;
+}
+
+/* Router biases steer discrete choices: a file with a NaN among them is broken, and says so now. */
+static dsv3_result dsv3i_bind_check_bias(const dsv3_layer *l, int32_t layer, dsv3_error *error) {
+    const dsv3_tensor *b = &l->e_score_correction_bias;
+    dsv3_kernels k;
+    dsv3i_kernels_reference(&k);
+    for (size_t e = 0; b->data != NULL && e < b->cols; e++) {
+        float value;
+        k.decode[b->type](&value, (const unsigned char *)b->data + e * dsv3_type_bytes(b->type), 1);
+        if (!dsv3i_is_finite(value)) {
+            return dsv3i_fail_row(error, DSV3_ERR_NAN, "mlp.gate.e_score_correction_bias", e,
+                                  "is not finite in the layer found", -1, layer);
+        }
+    }
+    return DSV3_OK;
+}
+
+/* Modules are bound one after another until a file has no more of them. */
+static dsv3_result dsv3i_bind_modules(dsv3i_walk *w, dsv3_model *model) {
+    const dsv3i_bind *b = (const dsv3i_bind *)w->user;
+    for (size_t k = 0; k < w->m.D; k++) {
+        dsv3_mtp *p = &model->mtp[k];
+        dsv3_result result = dsv3i_walk_module(w, model, k);
+        if (result == DSV3_ERR_MISSING && p->eh_proj.data == NULL) {
+            dsv3i_ok(b->error);
+            return DSV3_OK;
+        }
+        if (result != DSV3_OK) return result;
+        if (p->embed_tokens.data == NULL) p->embed_tokens = model->embed_tokens;
+        if (p->shared_head_head.data == NULL) p->shared_head_head = model->lm_head;
+        model->n_mtp++;
+    }
+    return DSV3_OK;
+}
+
+DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *config, void *memory, size_t bytes,
+                                     dsv3_find find, void *user, dsv3_error *error) {
+    dsv3i_layout l = {NULL, 0};
+    dsv3i_walk w;
+    dsv3i_bind bind;
+    size_t need = 0;
+    dsv3_result result;
+    if (model == NULL || find == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "model or find", "is NULL");
+    DSV3I_TRY(dsv3_config_check(config, error));
+    result = dsv3_model_size(config, &need);
+    if (result == DSV3_OK) result = dsv3i_memory_check(memory, bytes, need);
+    if (result != DSV3_OK) {
+        return dsv3i_fail_number(error, result, "memory", dsv3_result_string(result), (int64_t)need, (int64_t)bytes);
+    }
+    DSV3_MEMSET(model, 0, sizeof *model);
+    model->config = *config;
+    l.base = (unsigned char *)memory;
+    dsv3i_model_layout(model, config, &l);
+    dsv3_rope_turns(config, model->rope_turns);
+    model->rope_factor = dsv3_rope_factor(config);
+    model->softmax_scale = dsv3_softmax_scale(config);
+    bind.find = find;
+    bind.user = user;
+    bind.error = error;
+    dsv3i_walk_begin(&w, config, &bind, dsv3i_bind_tensor);
+    DSV3I_TRY(dsv3i_walk_main(&w, model));
+    if (config->tie_word_embeddings) model->lm_head = model->embed_tokens;
+    DSV3I_TRY(dsv3i_bind_modules(&w, model));
+    for (size_t i = 0; i < w.m.L + w.m.D; i++) {
+        DSV3I_TRY(dsv3i_bind_check_bias(&model->layers[i], (int32_t)i, error));
+    }
+    return dsv3i_ok(error);
+}
+
+/* ========================================================================================================
+ * Chapter 12  >>infer
+ *
+ * The forward program:
+ *     x = embed_tokens[token];   x = layer_i(x) for i < L;   logits = lm_head RMSNorm_final(x)
+ * for a batch of rows that may belong to several sequences, each with its own cache. All rows' latents of
+ * a layer are stored before any row attends, so a row sees the earlier rows of its own sequence in the
+ * same call: a prompt chunk of n rows is n decode steps done together.
+ *
+ * Nothing is final until the end: the caches' lengths move last, so a call that fails leaves every
+ * sequence where it was. Test: tests/test_infer.c, tests/test_same_bits.c.
+ * ==================================================================================================== */
+
+/* ---- Cache */
+
+static dsv3_result dsv3i_cache_layout(const dsv3_config *config, size_t capacity, dsv3_type type, dsv3i_layout *l,
+                                      void **data) {
+    dsv3i_dims m;
+    DSV3I_TRY(dsv3_config_check(config, NULL));
+    if (type != DSV3_F32 && type != DSV3_BF16) return DSV3_ERR_UNSUPPORTED;
+    if (capacity < 1) return DSV3_ERR_ARG;
+    if (capacity > (size_t)DSV3_MAX_SEQ) return DSV3_ERR_LIMIT;
+    m = dsv3i_dims_of(config);
+    *data = dsv3i_take(l, m.width * dsv3_type_bytes(type), m.L, capacity, 1);
+    return DSV3_OK;
+}
+
+DSV3_API dsv3_result dsv3_cache_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes) {
+    dsv3i_layout l = {NULL, 0};
+    void *data;
+    DSV3I_TRY(dsv3i_cache_layout(config, capacity, type, &l, &data));
+    return dsv3i_layout_size(&l, bytes);
+}
+
+DSV3_API dsv3_result dsv3_cache_init(dsv3_cache *cache, const dsv3_config *config, size_t capacity, dsv3_type type,
+                                     void *memory, size_t bytes) {
+    dsv3i_layout l = {NULL, 0};
+    size_t need;
+    if (cache == NULL) return DSV3_ERR_ARG;
+    DSV3I_TRY(dsv3_cache_size(config, capacity, type, &need));
+    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
+    l.base = (unsigned char *)memory;
+    DSV3I_TRY(dsv3i_cache_layout(config, capacity, type, &l, &cache->data));
+    cache->type = type;
+    cache->layers = (size_t)config->num_hidden_layers;
+    cache->capacity = capacity;
+    cache->width = dsv3i_dims_of(config).width;
+    cache->length = 0;
+    return DSV3_OK;
+}
+
+DSV3_API dsv3_result dsv3_cache_truncate(dsv3_cache *cache, size_t length) {
+    if (cache == NULL || length > cache->length) return DSV3_ERR_ARG;
+    cache->length = length;
+    return DSV3_OK;
+}
+
+DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from) {
+    if (to == NULL || from == NULL) return DSV3_ERR_ARG;
+    if (to->type != from->type || to->layers != from->layers || to->width != from->width) return DSV3_ERR_MISMATCH;
+    if (to->capacity < from->length) return DSV3_ERR_CONTEXT;
+    if (to == from) return DSV3_OK;
+    for (size_t i = 0; i < from->layers; i++) {
+        DSV3_MEMCPY(dsv3i_cache_at(to, i, 0), dsv3i_cache_at(from, i, 0),
+                    from->length * from->width * dsv3_type_bytes(from->type));
+    }
+    to->length = from->length;
+    return DSV3_OK;
+}
+
+/* ---- Workspace */
+
+static size_t dsv3i_worker_floats(const dsv3i_dims *m) {
+    size_t cols = dsv3i_max(dsv3i_max(m->d, m->Ho), dsv3i_max(m->rq, m->rk));
+    size_t floats;
+    cols = dsv3i_max(dsv3i_max(cols, m->I), dsv3i_max(m->F, m->Fs));
+    floats = dsv3i_max(dsv3i_mul(DSV3I_ROWS, cols), dsv3i_mla_scratch(m));
+    return dsv3i_mul(dsv3i_blocks(floats, 16), 16); /* workers on cache lines of their own */
+}
+
+/* Attention and FFN are never active together: both halves begin at the same place. */
+static void dsv3i_workspace_layout(dsv3_workspace *ws, const dsv3i_dims *m, size_t n, size_t threads,
+                                   dsv3i_layout *l) {
+    size_t f = sizeof(float), shared, attention;
+    size_t hidden = dsv3i_max(dsv3i_add(dsv3i_mul(m->K, m->F), m->Fs), m->I);
+    size_t mlps = dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1);
+    ws->rows = n;
+    ws->threads = threads;
+    ws->worker_floats = dsv3i_worker_floats(m);
+    ws->sequence = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
+    ws->position = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
+    ws->leader = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
+    ws->expanded = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
+    ws->cos_sin = (float *)dsv3i_take(l, f, n, m->dr, 1);
+    ws->x = (float *)dsv3i_take(l, f, n, m->d, 1);
+    ws->u = (float *)dsv3i_take(l, f, n, m->d, 1);
+    ws->y = (float *)dsv3i_take(l, f, n, m->d, 1);
+    ws->worker = (float *)dsv3i_take(l, f, threads, ws->worker_floats, 1);
+    shared = l->used;
+    ws->q_latent = (float *)dsv3i_take(l, f, n, m->rq, 1);
+    ws->q = (float *)dsv3i_take(l, f, n, m->Hq, 1);
+    ws->kv = (float *)dsv3i_take(l, f, n, m->width, 1);
+    ws->o = (float *)dsv3i_take(l, f, n, m->Ho, 1);
+    ws->softmax = (float *)dsv3i_take(l, f, n, m->H, 2);
+    attention = l->used;
+    l->used = shared;
+    ws->score = (float *)dsv3i_take(l, f, n, m->E, 1);
+    ws->bias = (float *)dsv3i_take(l, f, m->E, 1, 1);
+    ws->select = (float *)dsv3i_take(l, f, dsv3i_add(m->E, m->G), 1, 1);
+    ws->idx = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, m->K, 1);
+    ws->gate = (float *)dsv3i_take(l, f, n, m->K, 1);
+    ws->slot = (size_t *)dsv3i_take(l, sizeof(size_t), n, m->K, 1);
+    ws->offset = (size_t *)dsv3i_take(l, sizeof(size_t), dsv3i_add(m->E, 1), 1, 1);
+    ws->mlps = (struct dsv3i_mlp_rows *)dsv3i_take(l, sizeof(struct dsv3i_mlp_rows), mlps, 1, 1);
+    ws->jobs = (struct dsv3i_job *)dsv3i_take(l, sizeof(struct dsv3i_job), 2, mlps, 1);
+    ws->grouped = (float *)dsv3i_take(l, f, n, m->K, m->d);
+    ws->h_gate = (float *)dsv3i_take(l, f, n, hidden, 1);
+    ws->h_up = (float *)dsv3i_take(l, f, n, hidden, 1);
+    l->used = dsv3i_max(l->used, attention);
+}
+
+DSV3_API dsv3_result dsv3_workspace_size(const dsv3_config *config, size_t rows, size_t threads, size_t *bytes) {
+    dsv3i_layout l = {NULL, 0};
+    dsv3_workspace ws;
+    dsv3i_dims m;
+    DSV3I_TRY(dsv3_config_check(config, NULL));
+    if (rows < 1 || threads < 1) return DSV3_ERR_ARG;
+    if (rows > (size_t)DSV3_MAX_SEQ) return DSV3_ERR_LIMIT;
+    m = dsv3i_dims_of(config);
+    dsv3i_workspace_layout(&ws, &m, rows, threads, &l);
+    return dsv3i_layout_size(&l, bytes);
+}
+
+DSV3_API dsv3_result dsv3_workspace_init(dsv3_workspace *workspace, const dsv3_config *config, size_t rows,
+                                         size_t threads, void *memory, size_t bytes) {
+    dsv3i_layout l = {NULL, 0};
+    dsv3i_dims m;
+    size_t need;
+    if (workspace == NULL) return DSV3_ERR_ARG;
+    DSV3I_TRY(dsv3_workspace_size(config, rows, threads, &need));
+    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
+    m = dsv3i_dims_of(config);
+    l.base = (unsigned char *)memory;
+    dsv3i_workspace_layout(workspace, &m, rows, threads, &l);
+    return DSV3_OK;
+}
+
+/* ---- A batch: checked as a whole before anything is computed */
+
+/* The row before r of the same sequence, or r itself if it is the first. */
+static size_t dsv3i_previous_row(const int32_t *sequence, size_t r) {
+    for (size_t i = r; i > 0; i--) {
+        if (sequence[i - 1] == sequence[r]) return i - 1;
+    }
+    return r;
+}
+
+static dsv3_result dsv3i_batch_row(const dsv3_model *model, const dsv3_cache *caches, size_t n_caches,
+                                   const dsv3_batch *batch, size_t r, dsv3_workspace *ws, dsv3_error *error) {
+    int32_t s = batch->sequence != NULL ? batch->sequence[r] : 0, token = batch->token[r];
+    size_t before, position;
+    if (s < 0 || (size_t)s >= n_caches) {
+        return dsv3i_fail_row(error, DSV3_ERR_ARG, "sequence", r, "is not one of the caches", (int64_t)n_caches, s);
+    }
+    if (token < 0 || token >= model->config.vocab_size) {
+        return dsv3i_fail_row(error, DSV3_ERR_TOKEN, "token", r, "is outside the vocabulary",
+                              model->config.vocab_size, token);
+    }
+    ws->sequence[r] = s;
+    before = dsv3i_previous_row(ws->sequence, r);
+    position = before == r ? caches[s].length : (size_t)ws->position[before] + 1;
+    ws->leader[r] = before == r ? (int32_t)r : ws->leader[before];
+    if (batch->position != NULL && (int64_t)batch->position[r] != (int64_t)position) {
+        return dsv3i_fail_row(error, DSV3_ERR_POSITION, "position", r, "does not continue its sequence",
+                              (int64_t)position, batch->position[r]);
+    }
+    if (position >= caches[s].capacity) {
+        return dsv3i_fail_row(error, DSV3_ERR_CONTEXT, "position", r, "is beyond the cache",
+                              (int64_t)caches[s].capacity, (int64_t)position);
+    }
+    ws->position[r] = (int32_t)position;
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3i_batch_outputs(const dsv3_batch *batch, dsv3_error *error) {
+    if (batch->outputs > batch->rows) {
+        return dsv3i_fail_number(error, DSV3_ERR_ARG, "outputs", "is more than the batch has rows",
+                                 (int64_t)batch->rows, (int64_t)batch->outputs);
+    }
+    for (size_t i = 0; batch->output != NULL && i < batch->outputs; i++) {
+        if (batch->output[i] < 0 || (size_t)batch->output[i] >= batch->rows) {
+            return dsv3i_fail_row(error, DSV3_ERR_ARG, "output", i, "is not a row of the batch", (int64_t)batch->rows,
+                                  batch->output[i]);
+        }
+    }
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3i_batch_check(const dsv3_context *ctx, const dsv3_model *model, const dsv3_cache *caches,
+                                     size_t n_caches, const dsv3_batch *batch, const dsv3_workspace *ws,
+                                     dsv3_error *error) {
+    if (ctx == NULL || model == NULL || caches == NULL || batch == NULL || ws == NULL || batch->token == NULL) {
+        return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
+    }
+    if (batch->rows < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "rows", "the batch is empty");
+    if (batch->rows > ws->rows) {
+        return dsv3i_fail_number(error, DSV3_ERR_MEMORY, "rows", "is more than the workspace was made for",
+                                 (int64_t)ws->rows, (int64_t)batch->rows);
+    }
+    if (ctx->threads > ws->threads) {
+        return dsv3i_fail_number(error, DSV3_ERR_MEMORY, "threads", "is more than the workspace was made for",
+                                 (int64_t)ws->threads, (int64_t)ctx->threads);
+    }
+    for (size_t s = 0; s < n_caches; s++) {
+        size_t width = dsv3i_dims_of(&model->config).width;
+        if (caches[s].layers != (size_t)model->config.num_hidden_layers || caches[s].width != width) {
+            return dsv3i_fail_row(error, DSV3_ERR_MISMATCH, "caches", s, "was made for another model", (int64_t)width,
+                                  (int64_t)caches[s].width);
+        }
+    }
+    return dsv3i_batch_outputs(batch, error);
+}
+
+/* Which rows use the expanded form: see chapter 6. */
+static void dsv3i_batch_forms(const dsv3_context *ctx, const dsv3i_dims *m, size_t n, dsv3_workspace *ws) {
+    for (size_t t = 0; t < n; t++) ws->expanded[t] = 0;
+    for (size_t t = 0; t < n; t++) ws->expanded[ws->leader[t]]++; /* rows of the sequence, kept by its leader */
+    for (size_t t = n; t > 0; t--) {
+        size_t leader = (size_t)ws->leader[t - 1], rows = (size_t)ws->expanded[leader];
+        int pays = 2 * m->rk > m->kv && rows > dsv3i_mul(m->rk, m->kv) / (2 * m->rk - m->kv);
+        if (ctx->attention == DSV3_ATTENTION_ABSORBED) pays = 0;
+        if (ctx->attention == DSV3_ATTENTION_EXPANDED) pays = 1;
+        ws->expanded[t - 1] = pays; /* from the back: a leader's count is overwritten last */
+    }
+}
+
+DSV3_API dsv3_result dsv3_batch_begin(const dsv3_context *context, const dsv3_model *model, const dsv3_cache *caches,
+                                      size_t n_caches, const dsv3_batch *batch, dsv3_workspace *workspace,
+                                      dsv3_error *error) {
+    dsv3i_dims m;
+    DSV3I_TRY(dsv3i_batch_check(context, model, caches, n_caches, batch, workspace, error));
+    m = dsv3i_dims_of(&model->config);
+    for (size_t r = 0; r < batch->rows; r++) {
+        DSV3I_TRY(dsv3i_batch_row(model, caches, n_caches, batch, r, workspace, error));
+    }
+    dsv3i_batch_forms(context, &m, batch->rows, workspace);
+    dsv3_rope_table(workspace->cos_sin, workspace->position, model->rope_turns, model->rope_factor, batch->rows,
+                    m.dr);
+    return dsv3i_ok(error);
+}
+
+DSV3_API void dsv3_batch_end(dsv3_cache *caches, const dsv3_batch *batch, const dsv3_workspace *workspace) {
+    for (size_t r = 0; r < batch->rows; r++) {
+        caches[workspace->sequence[r]].length = (size_t)workspace->position[r] + 1;
+    }
+}
+
+/* ---- Forward */
+
+/* The first row whose values are not all finite, or n. */
+static size_t dsv3i_first_bad_row(const float *x, size_t n, size_t d) {
+    for (size_t t = 0; t < n; t++) {
+        if (!dsv3i_all_finite(x + t * d, d)) return t;
+    }
+    return n;
+}
+
+static dsv3_result dsv3i_forward_layers(const dsv3_context *ctx, const dsv3_model *model, dsv3_cache *caches,
+                                        size_t n, dsv3_workspace *ws, dsv3_error *error) {
+    size_t L = (size_t)model->config.num_hidden_layers, E = (size_t)model->config.n_routed_experts;
+    for (size_t i = 0; i < L; i++) {
+        dsv3_result result = dsv3_layer_forward(ctx, ws->x, model, &model->layers[i], i, caches, n, ws);
+        if (result != DSV3_OK) {
+            return dsv3i_fail_row(error, result, "row", dsv3i_first_bad_row(ws->score, n, E),
+                                  "router scores are not finite in the layer found", -1, (int64_t)i);
+        }
+        if (ctx->observer.hidden != NULL) ctx->observer.hidden(ctx->observer.user, (int32_t)i, ws->x, n);
+    }
+    return DSV3_OK;
+}
+
+/* logits [outputs, V] from the normalised rows in ws->u; the wanted ones are gathered in ws->y. */
+static void dsv3i_forward_logits(const dsv3_context *ctx, float *logits, const dsv3_model *model,
+                                 const dsv3_batch *batch, dsv3_workspace *ws) {
+    size_t d = (size_t)model->config.hidden_size, skipped = batch->rows - batch->outputs;
+    dsv3i_job job = dsv3i_job_make(logits, ws->y, &model->lm_head, batch->outputs);
+    if (batch->outputs == 0) return;
+    for (size_t i = 0; i < batch->outputs; i++) {
+        size_t row = batch->output != NULL ? (size_t)batch->output[i] : skipped + i;
+        DSV3_MEMCPY(ws->y + i * d, ws->u + row * d, d * sizeof(float));
+    }
+    dsv3i_linear_jobs(ctx, &job, 1, ws->worker, ws->worker_floats);
+}
+
+DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, const dsv3_model *model,
+                                  dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
+                                  dsv3_workspace *workspace, dsv3_error *error) {
+    dsv3_workspace *ws = workspace;
+    size_t n, d, bad;
+    DSV3I_TRY(dsv3_batch_begin(context, model, caches, n_caches, batch, ws, error));
+    if (logits == NULL && batch->outputs > 0) return dsv3i_fail(error, DSV3_ERR_ARG, "logits", "is NULL");
+    n = batch->rows;
+    d = (size_t)model->config.hidden_size;
+    for (size_t t = 0; t < n; t++) {
+        dsv3i_decode_row(context, ws->x + t * d, &model->embed_tokens, (size_t)batch->token[t]);
+    }
+    DSV3I_TRY(dsv3i_forward_layers(context, model, caches, n, ws, error));
+    dsv3_rmsnorm(context, ws->u, ws->x, &model->norm, n, d, model->config.rms_norm_eps);
+    if (context->observer.hidden != NULL) {
+        context->observer.hidden(context->observer.user, model->config.num_hidden_layers, ws->u, n);
+    }
+    bad = dsv3i_first_bad_row(ws->u, n, d);
+    if (bad < n) {
+        return dsv3i_fail_row(error, DSV3_ERR_NAN, "row", bad, "is not finite at the end, sequence found", -1,
+                              ws->sequence[bad]);
+    }
+    dsv3i_forward_logits(context, logits, model, batch, ws);
+    dsv3_batch_end(caches, batch, ws);
+    return dsv3i_ok(error);
+}
+
+/* ---- Sampling */
+
+/* splitmix64: a counter and a mixing function. */
+DSV3_API uint64_t dsv3_random(dsv3_rng *rng) {
+    uint64_t z = rng->state += 0x9E3779B97F4A7C15u;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
+
+DSV3_API float dsv3_random_uniform(dsv3_rng *rng) {
+    return (float)(dsv3_random(rng) >> 40) * 5.9604644775390625e-08f; /* 24 bits times 2^-24 */
+}
+
+/* Falling probability, then rising id. */
+static int dsv3i_before(dsv3_candidate a, dsv3_candidate b) { return a.p > b.p || (a.p >= b.p && a.token < b.token); }
+
+/* Restores the heap order below i: no candidate stands above one that comes before it. */
+static void dsv3i_heap_sink(dsv3_candidate *c, size_t n, size_t i) {
+    while (2 * i + 1 < n) {
+        size_t child = 2 * i + 1;
+        dsv3_candidate moved = c[i];
+        if (child + 1 < n && dsv3i_before(c[child + 1], c[child])) child++;
+        if (!dsv3i_before(c[child], moved)) return;
+        c[i] = c[child];
+        c[child] = moved;
+        i = child;
+    }
+}
+
+/* Moves the most probable candidates to the end of c [n], best last, until their sum reaches `enough`. Returns
+ * how many; *sum is their sum. A heap, because usually a few of many are needed. */
+static size_t dsv3i_nucleus(dsv3_candidate *c, size_t n, float enough, float *sum) {
+    size_t left = n;
+    for (size_t i = n / 2; i > 0; i--) dsv3i_heap_sink(c, n, i - 1);
+    *sum = 0.0f;
+    while (left > 0) {
+        dsv3_candidate best = c[0];
+        c[0] = c[--left];
+        c[left] = best;
+        *sum += best.p;
+        if (*sum >= enough) break;
+        dsv3i_heap_sink(c, left, 0);
+    }
+    return n - left;
+}
+
+/* The candidate at which the running sum of c [n] passes u. Rounding may leave u unpassed: then the last one with
+ * a chance at all. */
+static int32_t dsv3i_pick(const dsv3_candidate *c, size_t n, float u) {
+    int32_t token = c[0].token;
+    float sum = 0.0f;
+    for (size_t i = 0; i < n; i++) {
+        if (!(c[i].p > 0.0f)) continue;
+        token = c[i].token;
+        sum += c[i].p;
+        if (sum > u) break;
+    }
+    return token;
+}
+
+DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, float temperature, float top_p,
+                                 dsv3_rng *rng, dsv3_candidate *candidates) {
+    size_t best = 0, kept = V;
+    float sum = 0.0f;
+    if (token == NULL || logits == NULL || V == 0 || V > (size_t)DSV3_MAX_VOCAB) return DSV3_ERR_ARG;
+    if (!(temperature >= 0.0f) || temperature > FLT_MAX || !(top_p >= 0.0f) || top_p > 1.0f) return DSV3_ERR_ARG;
+    for (size_t i = 0; i < V; i++) {
+        if (dsv3i_is_nan(logits[i])) return DSV3_ERR_NAN;
+        if (logits[i] > logits[best]) best = i;
+    }
+    if (!dsv3i_is_finite(logits[best])) return DSV3_ERR_NAN;
+    if (!(temperature > 0.0f) || !(top_p > 0.0f)) {
+        *token = (int32_t)best;
+        return DSV3_OK;
+    }
+    if (rng == NULL || candidates == NULL) return DSV3_ERR_ARG;
+    for (size_t i = 0; i < V; i++) {
+        candidates[i].p = DSV3_EXPF((logits[i] - logits[best]) / temperature);
+        candidates[i].token = (int32_t)i;
+        sum += candidates[i].p;
+    }
+    if (top_p < 1.0f) kept = dsv3i_nucleus(candidates, V, top_p * sum, &sum);
+    *token = dsv3i_pick(candidates + (V - kept), kept, dsv3_random_uniform(rng) * sum);
+    return DSV3_OK;
+}
+
+#undef DSV3I_KEYS
+#undef DSV3I_PI
+#undef DSV3I_QUERIES
+#undef DSV3I_RESTRICT
+#undef DSV3I_ROWS
+#undef DSV3I_SERIAL_WORK
+#undef DSV3I_SILU_ITEM
+#undef DSV3I_SLOT
+#undef DSV3I_TRY
+#endif /* DSV3_IMPLEMENTATION */
+
+/* ========================================================================================================
+ * Chapter B  >>licence
+ *
+ * MIT License
+ *
+ * Copyright (c) 2026 The dsv3.h authors
+ *
+ * Permission is hereby granted, free of charge, to any person obtaining a copy
+ * of this software and associated documentation files (the "Software"), to deal
+ * in the Software without restriction, including without limitation the rights
+ * to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+ * copies of the Software, and to permit persons to whom the Software is
+ * furnished to do so, subject to the following conditions:
+ *
+ * The above copyright notice and this permission notice shall be included in all
+ * copies or substantial portions of the Software.
+ *
+ * THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+ * IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+ * FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+ * AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+ * LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+ * OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+ * SOFTWARE.
+ * ==================================================================================================== */
