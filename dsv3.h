@@ -50,7 +50,7 @@
  *   Errors   0 is ok, negative is a dsv3_result; what, where, expected and found go to a dsv3_error.
  *            A call that fails changes no cache and no model. Outputs and workspace are then unspecified.
  *   Memory   is the caller's, all of it; a workspace may hold any bytes before a call. Buffers for _init
- *            are aligned to DSV3_ALIGN; tensor data may have any alignment and may live in flash.
+ *            are aligned to DSV3_ALIGN, as malloc's are; tensor data may have any alignment and live in flash.
  *   Threads  every function is reentrant. Calls running at the same time may share context, config and
  *            model (they are only read), and must not share cache, workspace or outputs.
  *   Bits     sums are taken in float32, in one order that does not depend on threads, on what else is in
@@ -114,7 +114,7 @@ extern "C" {
 #endif
 #endif
 
-#define DSV3_ALIGN 64 /* bytes; alignment of every buffer given to an _init or _bind */
+#define DSV3_ALIGN 8 /* bytes; alignment of every buffer given to an _init or _bind. malloc gives at least this */
 
 /* Limits. dsv3_config_check refuses more; they keep hostile files from asking for absurd work. */
 #ifndef DSV3_MAX_LAYERS
@@ -265,7 +265,7 @@ DSV3_API dsv3_config dsv3_config_default(void);
 /* A published model. An unknown preset gives dsv3_config_default. */
 DSV3_API dsv3_config dsv3_config_preset(dsv3_preset preset);
 
-/* DSV3_OK, or the first bad field and why: ARG (outside its domain), LIMIT (beyond DSV3_MAX_...), OVERFLOW
+/* DSV3_OK, or the first bad field and why: ARG (outside its domain), LIMIT (negative or beyond DSV3_MAX_...), OVERFLOW
  * (a tensor would not fit into size_t), UNSUPPORTED. All other calls expect a config that passed. */
 DSV3_API dsv3_result dsv3_config_check(const dsv3_config *config, dsv3_error *error);
 
@@ -706,17 +706,20 @@ static size_t dsv3i_max(size_t a, size_t b) { return a > b ? a : b; }
 static size_t dsv3i_blocks(size_t n, size_t block) { return n / block + (n % block != 0); }
 
 /* ---- Layouts: one cursor walks through a buffer, or through nothing to learn the size. The same function
- * runs for _size (base NULL) and for _init, so that the sum and the pointers cannot disagree. */
+ * runs for _size (base NULL) and for _init, so that the sum and the pointers cannot disagree. Parts begin on
+ * cache lines, wherever the caller's buffer begins: a size includes what is lost at its front. */
+
+#define DSV3I_LINE (sizeof(void *) > 4 ? 64u : 16u)
 
 typedef struct dsv3i_layout {
     unsigned char *base; /* NULL: only measure */
     size_t used;         /* bytes so far, SIZE_MAX once too large */
 } dsv3i_layout;
 
-/* a x b x c elements of size bytes, aligned to DSV3_ALIGN; NULL when only measuring. */
+/* a x b x c elements of size bytes; NULL when only measuring. */
 static void *dsv3i_take(dsv3i_layout *l, size_t size, size_t a, size_t b, size_t c) {
     size_t bytes = dsv3i_mul(dsv3i_mul(dsv3i_mul(size, a), b), c);
-    size_t padded = dsv3i_mul(dsv3i_blocks(bytes, DSV3_ALIGN), DSV3_ALIGN);
+    size_t padded = dsv3i_mul(dsv3i_blocks(bytes, DSV3I_LINE), DSV3I_LINE);
     void *at = l->base == NULL || l->used == SIZE_MAX ? NULL : (void *)(l->base + l->used);
     l->used = dsv3i_add(l->used, bytes == SIZE_MAX ? SIZE_MAX : padded);
     return at;
@@ -724,10 +727,16 @@ static void *dsv3i_take(dsv3i_layout *l, size_t size, size_t a, size_t b, size_t
 
 static dsv3_result dsv3i_layout_size(const dsv3i_layout *l, size_t *bytes) {
     if (bytes == NULL) return DSV3_ERR_ARG;
+    *bytes = dsv3i_add(l->used, DSV3I_LINE - DSV3_ALIGN);
+    if (*bytes < SIZE_MAX) return DSV3_OK;
     *bytes = 0;
-    if (l->used == SIZE_MAX) return DSV3_ERR_OVERFLOW;
-    *bytes = l->used;
-    return DSV3_OK;
+    return DSV3_ERR_OVERFLOW;
+}
+
+/* Where a layout over memory begins. */
+static unsigned char *dsv3i_layout_base(void *memory) {
+    size_t past = (size_t)((uintptr_t)memory % DSV3I_LINE);
+    return (unsigned char *)memory + (past == 0 ? 0 : DSV3I_LINE - past);
 }
 
 /* May a layout of `need` bytes be laid over memory [bytes]? */
@@ -2099,13 +2108,10 @@ DSV3_API int dsv3_config_is_moe(const dsv3_config *config, int32_t i) {
 /* ---- Checks. Each returns DSV3_OK or has filled in the error. */
 
 static dsv3_result dsv3i_check_int(dsv3_error *error, const char *name, int32_t value, int32_t low, long high) {
-    if (value < low) {
-        return dsv3i_fail_number(error, DSV3_ERR_ARG, name, "is too small (at least the expected value)", low, value);
+    if (value < 0 || (int64_t)value > (int64_t)high || (uint64_t)value > (uint64_t)SIZE_MAX) {
+        return dsv3i_fail_number(error, DSV3_ERR_LIMIT, name, "is negative or beyond the limit", high, value);
     }
-    if ((int64_t)value > (int64_t)high || (uint64_t)value > (uint64_t)SIZE_MAX) {
-        return dsv3i_fail_number(error, DSV3_ERR_LIMIT, name, "is beyond the limit (at most the expected value)",
-                                 high, value);
-    }
+    if (value < low) return dsv3i_fail_number(error, DSV3_ERR_ARG, name, "is too small", low, value);
     return DSV3_OK;
 }
 
@@ -2139,9 +2145,8 @@ static dsv3_result dsv3i_check_layers(const dsv3_config *c, dsv3_error *e) {
     DSV3I_TRY(dsv3i_check_int(e, "num_hidden_layers", c->num_hidden_layers, 1, DSV3_MAX_LAYERS));
     DSV3I_TRY(dsv3i_check_int(e, "num_nextn_predict_layers", c->num_nextn_predict_layers, 0,
                               DSV3_MAX_LAYERS - c->num_hidden_layers));
-    DSV3I_TRY(dsv3i_check_int(e, "first_k_dense_replace", c->first_k_dense_replace, 0, DSV3_MAX_LAYERS));
-    if (c->first_k_dense_replace > c->num_hidden_layers) {
-        return dsv3i_fail_number(e, DSV3_ERR_ARG, "first_k_dense_replace", "is larger than num_hidden_layers",
+    if (c->first_k_dense_replace < 0 || c->first_k_dense_replace > c->num_hidden_layers) {
+        return dsv3i_fail_number(e, DSV3_ERR_ARG, "first_k_dense_replace", "is not between 0 and num_hidden_layers",
                                  c->num_hidden_layers, c->first_k_dense_replace);
     }
     DSV3I_TRY(dsv3i_check_int(e, "moe_layer_freq", c->moe_layer_freq, 1, DSV3_MAX_LAYERS));
@@ -2569,7 +2574,7 @@ DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *confi
     }
     DSV3_MEMSET(model, 0, sizeof *model);
     model->config = *config;
-    l.base = (unsigned char *)memory;
+    l.base = dsv3i_layout_base(memory);
     dsv3i_model_layout(model, config, &l);
     dsv3_rope_turns(config, model->rope_turns);
     model->rope_factor = dsv3_rope_factor(config);
@@ -2628,7 +2633,7 @@ DSV3_API dsv3_result dsv3_cache_init(dsv3_cache *cache, const dsv3_config *confi
     if (cache == NULL) return DSV3_ERR_ARG;
     DSV3I_TRY(dsv3_cache_size(config, capacity, type, &need));
     DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
-    l.base = (unsigned char *)memory;
+    l.base = dsv3i_layout_base(memory);
     DSV3I_TRY(dsv3i_cache_layout(config, capacity, type, &l, &cache->data));
     cache->type = type;
     cache->layers = (size_t)config->num_hidden_layers;
@@ -2729,7 +2734,7 @@ DSV3_API dsv3_result dsv3_workspace_init(dsv3_workspace *workspace, const dsv3_c
     DSV3I_TRY(dsv3_workspace_size(config, rows, threads, &need));
     DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
     m = dsv3i_dims_of(config);
-    l.base = (unsigned char *)memory;
+    l.base = dsv3i_layout_base(memory);
     dsv3i_workspace_layout(workspace, &m, rows, threads, &l);
     return DSV3_OK;
 }
@@ -2996,6 +3001,7 @@ DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, 
 }
 
 #undef DSV3I_KEYS
+#undef DSV3I_LINE
 #undef DSV3I_PI
 #undef DSV3I_QUERIES
 #undef DSV3I_RESTRICT
