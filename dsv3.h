@@ -963,9 +963,9 @@ DSV3_API uint8_t dsv3_f8_e4m3_from_f32(float x) {
 }
 
 /* ---- Parallel loops. work is the loop's cost in multiply-adds, roughly: what is too small to be worth
- * waking anybody runs right here. */
+ * waking anybody (some tens of microseconds) runs right here. */
 
-#define DSV3I_SERIAL_WORK 32768u
+#define DSV3I_SERIAL_WORK 262144u
 
 static void dsv3i_parallel(const dsv3_context *ctx, size_t n, size_t work, dsv3_task task, void *arg) {
     if (n == 0) return;

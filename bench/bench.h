@@ -1,0 +1,405 @@
+/* bench.h -- what the benchmarks of dsv3.h share: a clock, a median, the machine's read bandwidth, peak memory,
+ * and a synthetic model. POSIX. Include it before anything else, then dsv3.h with DSV3_IMPLEMENTATION:
+ *
+ *     #include "bench.h"
+ *     #define DSV3_IMPLEMENTATION
+ *     #include "dsv3.h"
+ */
+#ifndef BENCH_H
+#define BENCH_H
+
+#ifndef _POSIX_C_SOURCE
+#define _POSIX_C_SOURCE 200809L /* clock_gettime, posix_memalign, isatty */
+#endif
+#if defined(__APPLE__) && !defined(_DARWIN_C_SOURCE)
+#define _DARWIN_C_SOURCE 1 /* ru_maxrss */
+#endif
+
+#include "dsv3.h"
+
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+
+/* ---- Failing: one line, exit 1 */
+
+static inline void bench_die(const char *what, const char *why) {
+    fprintf(stderr, "bench: %s: %s\n", what, why);
+    exit(1);
+}
+
+static inline void bench_check(dsv3_result result, const char *what) {
+    if (result != DSV3_OK) bench_die(what, dsv3_result_string(result));
+}
+
+/* ---- Memory, aligned as the library wants it; free() takes it back */
+
+static inline void *bench_alloc(size_t bytes) {
+    void *memory = NULL;
+    if (posix_memalign(&memory, DSV3_ALIGN, bytes > 0 ? bytes : 1) != 0) {
+        fprintf(stderr, "bench: out of memory (%.1f MiB asked for)\n", (double)bytes / 1048576.0);
+        exit(1);
+    }
+    return memory;
+}
+
+/* The most memory the process has had so far, in bytes; 0 if the system does not say. */
+static inline double bench_peak_bytes(void) {
+    struct rusage usage;
+    if (getrusage(RUSAGE_SELF, &usage) != 0) return 0.0;
+#ifdef __APPLE__
+    return (double)usage.ru_maxrss;
+#else
+    return (double)usage.ru_maxrss * 1024.0;
+#endif
+}
+
+/* ---- Time */
+
+/* Seconds since some moment, never set back. */
+static inline double bench_now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+typedef struct bench_stat {
+    double median, min, max;
+} bench_stat;
+
+/* Sorts v [n], n >= 1. */
+static inline bench_stat bench_summary(double *v, size_t n) {
+    bench_stat s;
+    for (size_t i = 1; i < n; i++) {
+        double x = v[i];
+        size_t j = i;
+        for (; j > 0 && v[j - 1] > x; j--) v[j] = v[j - 1];
+        v[j] = x;
+    }
+    s.median = n % 2 == 1 ? v[n / 2] : 0.5 * (v[n / 2 - 1] + v[n / 2]);
+    s.min = v[0];
+    s.max = v[n - 1];
+    return s;
+}
+
+/* ---- Names of things */
+
+/* The processor's name as the system tells it, into text [capacity]. */
+static inline const char *bench_cpu(char *text, size_t capacity) {
+    FILE *file = fopen("/proc/cpuinfo", "r");
+    char line[512];
+    snprintf(text, capacity, "unknown");
+    while (file != NULL && fgets(line, sizeof line, file) != NULL) {
+        char *value = strchr(line, ':');
+        if (strncmp(line, "model name", 10) != 0 || value == NULL) continue;
+        value += 1 + strspn(value + 1, " \t");
+        value[strcspn(value, "\n")] = '\0';
+        snprintf(text, capacity, "%s", value);
+        break;
+    }
+    if (file != NULL) fclose(file);
+    return text;
+}
+
+static inline const char *bench_compiler(void) {
+#if defined(__clang__)
+    return __VERSION__;
+#elif defined(__GNUC__)
+    return "gcc " __VERSION__;
+#else
+    return "unknown";
+#endif
+}
+
+static inline const char *bench_build(void) {
+#if defined(__GNUC__) && !defined(__OPTIMIZE__)
+    return " (built WITHOUT optimisation)";
+#else
+    return "";
+#endif
+}
+
+/* ---- Parallel loops: those of the library, so that the benchmark runs on the very threads it measures */
+
+static inline void bench_parallel(const dsv3_context *context, size_t n, dsv3_task task, void *arg) {
+    if (context->parallel_for == NULL || context->threads < 2) {
+        task(arg, 0, n, 0);
+    } else {
+        context->parallel_for(context->parallel_user, context->threads, n, task, arg);
+    }
+}
+
+/* ---- Read bandwidth: the sum of a buffer much larger than any cache */
+
+#ifndef BENCH_READ_BYTES
+#define BENCH_READ_BYTES ((size_t)512 << 20)
+#endif
+#define BENCH_READ_BLOCK 8192u /* words of one item of the loop */
+
+typedef struct bench_reader {
+    uint64_t *words; /* [blocks, BENCH_READ_BLOCK], all 1 */
+    uint64_t *sums;  /* [blocks] */
+    size_t blocks;
+} bench_reader;
+
+static inline void bench_reader_fill(void *arg, size_t begin, size_t end, size_t worker) {
+    bench_reader *r = (bench_reader *)arg;
+    (void)worker;
+    for (size_t i = begin * BENCH_READ_BLOCK; i < end * BENCH_READ_BLOCK; i++) r->words[i] = 1;
+}
+
+/* The length is a constant and the eight sums fill SIMD registers: gcc and clang vectorise this at -O2. */
+static inline uint64_t bench_reader_sum(const uint64_t *words) {
+    uint64_t s[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    for (size_t i = 0; i < BENCH_READ_BLOCK; i += 8) {
+        for (size_t j = 0; j < 8; j++) s[j] += words[i + j];
+    }
+    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+}
+
+static inline void bench_reader_task(void *arg, size_t begin, size_t end, size_t worker) {
+    bench_reader *r = (bench_reader *)arg;
+    (void)worker;
+    for (size_t b = begin; b < end; b++) r->sums[b] = bench_reader_sum(r->words + b * BENCH_READ_BLOCK);
+}
+
+static inline void bench_reader_init(bench_reader *r, const dsv3_context *context) {
+    r->blocks = BENCH_READ_BYTES / (BENCH_READ_BLOCK * sizeof(uint64_t));
+    r->words = (uint64_t *)bench_alloc(r->blocks * BENCH_READ_BLOCK * sizeof(uint64_t));
+    r->sums = (uint64_t *)bench_alloc(r->blocks * sizeof(uint64_t));
+    bench_parallel(context, r->blocks, bench_reader_fill, r); /* pages belong to whom they will serve */
+}
+
+static inline void bench_reader_free(bench_reader *r) {
+    free(r->words);
+    free(r->sums);
+}
+
+/* Bytes per second of the best of `passes` passes with the context's threads. */
+static inline double bench_read_bandwidth(bench_reader *r, const dsv3_context *context, size_t passes) {
+    double best = 0.0;
+    for (size_t p = 0; p < passes; p++) {
+        double begin = bench_now(), seconds;
+        uint64_t sum = 0;
+        bench_parallel(context, r->blocks, bench_reader_task, r);
+        seconds = bench_now() - begin;
+        for (size_t b = 0; b < r->blocks; b++) sum += r->sums[b];
+        if (sum != (uint64_t)r->blocks * BENCH_READ_BLOCK) bench_die("read bandwidth", "the sum is wrong");
+        if (seconds > 0.0 && (double)BENCH_READ_BYTES / seconds > best) best = (double)BENCH_READ_BYTES / seconds;
+    }
+    return best;
+}
+
+/* ---- Synthetic model: every tensor a configuration calls for, each in memory of its own, with random codes */
+
+typedef struct bench_tensor {
+    dsv3_tensor_info info;
+    dsv3_tensor tensor;
+    size_t bytes, scale_bytes; /* exact */
+    size_t at, scale_at;       /* where in the arena */
+} bench_tensor;
+
+typedef struct bench_synthetic {
+    dsv3_model model;
+    bench_tensor *tensors; /* [count], in file order */
+    size_t count, capacity;
+    size_t next; /* where the next search by name begins */
+    dsv3_type type;
+    unsigned char *arena; /* all weights */
+    void *tables;         /* what dsv3_model_bind lays out */
+    size_t table_bytes;
+    size_t weight_bytes; /* exact sum over all tensors, FP8 scales included */
+    size_t active_bytes; /* of these, read for one decoded token: K of E experts, one row of the embedding */
+    size_t active_macs;  /* multiply-adds with weight matrices for one prefilled token: no head, no attention */
+} bench_synthetic;
+
+/* As in the published checkpoints: router biases are F32; beside FP8 matrices everything else is BF16. */
+static inline dsv3_type bench_tensor_type(const dsv3_tensor_info *info, dsv3_type type) {
+    if (info->group == DSV3_GROUP_ROUTER && info->rank == 1) return DSV3_F32;
+    if (type == DSV3_F8_E4M3 && !info->quantised) return DSV3_BF16;
+    return type;
+}
+
+static inline size_t bench_blocks(size_t n, size_t block) { return n / block + (n % block != 0); }
+
+static inline dsv3_result bench_collect(void *user, const dsv3_tensor_info *info) {
+    bench_synthetic *s = (bench_synthetic *)user;
+    bench_tensor *t;
+    if (s->count == s->capacity) {
+        s->capacity = 2 * s->capacity + 64;
+        t = (bench_tensor *)realloc(s->tensors, s->capacity * sizeof *t);
+        if (t == NULL) bench_die("list of tensors", "out of memory");
+        s->tensors = t;
+    }
+    t = &s->tensors[s->count++];
+    memset(t, 0, sizeof *t);
+    t->info = *info;
+    t->tensor.type = bench_tensor_type(info, s->type);
+    t->tensor.rows = info->rows;
+    t->tensor.cols = info->cols;
+    t->tensor.rank = info->rank;
+    t->bytes = info->rows * info->cols * dsv3_type_bytes(t->tensor.type);
+    if (t->tensor.type == DSV3_F8_E4M3) {
+        t->scale_bytes = bench_blocks(info->rows, DSV3_BLOCK) * bench_blocks(info->cols, DSV3_BLOCK) * sizeof(float);
+    }
+    return DSV3_OK;
+}
+
+/* Places the tensors in the arena, each on a multiple of DSV3_ALIGN, and adds up. Returns the arena's size. */
+static inline size_t bench_layout(bench_synthetic *s, const dsv3_config *c) {
+    size_t used = 0, experts = 0, expert_macs = 0;
+    for (size_t i = 0; i < s->count; i++) {
+        bench_tensor *t = &s->tensors[i];
+        size_t bytes = t->bytes + t->scale_bytes, macs = t->info.rank == 2 ? t->info.rows * t->info.cols : 0;
+        t->at = used;
+        used += bench_blocks(t->bytes, DSV3_ALIGN) * DSV3_ALIGN;
+        t->scale_at = used;
+        used += bench_blocks(t->scale_bytes, DSV3_ALIGN) * DSV3_ALIGN;
+        s->weight_bytes += bytes;
+        if (t->info.layer >= c->num_hidden_layers) continue; /* MTP: not part of a plain decode step */
+        if (t->info.expert >= 0) {
+            experts += bytes;
+            expert_macs += macs;
+        } else if (t->info.group == DSV3_GROUP_EMBED) {
+            s->active_bytes += bytes / t->info.rows + (c->tie_word_embeddings ? bytes : 0);
+        } else {
+            s->active_bytes += bytes;
+            if (t->info.group != DSV3_GROUP_HEAD) s->active_macs += macs;
+        }
+    }
+    if (c->n_routed_experts > 0) { /* every expert has the same size: the quotients are exact */
+        size_t E = (size_t)c->n_routed_experts, K = (size_t)c->num_experts_per_tok;
+        s->active_bytes += experts / E * K;
+        s->active_macs += expert_macs / E * K;
+    }
+    return used;
+}
+
+/* Random codes, several to a 64-bit word: of each code the bits in `keep` are random, then `add` is added, which
+ * puts the exponent into its range. */
+typedef struct bench_fill {
+    uint64_t *words; /* [n] */
+    size_t n;
+    uint64_t keep, add, seed;
+} bench_fill;
+
+#define BENCH_FILL_ITEM 131072u /* words of one item of the loop: 1 MiB */
+
+static inline void bench_fill_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const bench_fill *f = (const bench_fill *)arg;
+    (void)worker;
+    for (size_t item = begin; item < end; item++) {
+        size_t i0 = item * BENCH_FILL_ITEM, i1 = i0 + BENCH_FILL_ITEM < f->n ? i0 + BENCH_FILL_ITEM : f->n;
+        dsv3_rng rng;
+        rng.state = f->seed + ((uint64_t)item << 40);
+        for (size_t i = i0; i < i1; i++) f->words[i] = (dsv3_random(&rng) & f->keep) + f->add;
+    }
+}
+
+/* A code of one element, repeated through a word. */
+static inline uint64_t bench_lanes(uint64_t code, dsv3_type type) {
+    switch (dsv3_type_bytes(type)) {
+    case 1: return code * 0x0101010101010101u;
+    case 2: return code * 0x0001000100010001u;
+    default: return code * 0x0000000100000001u;
+    }
+}
+
+/* Width of the mantissa, and what is added to an exponent to store it. */
+static inline void bench_format(dsv3_type type, int *mantissa, int *bias) {
+    *mantissa = type == DSV3_F32 ? 23 : type == DSV3_F16 ? 10 : type == DSV3_BF16 ? 7 : 3;
+    *bias = type == DSV3_F16 ? 15 : type == DSV3_F8_E4M3 ? 7 : 127;
+}
+
+/* Matrices: sign and mantissa random, exponent one of four, so that rms is about 1 / sqrt(cols) and a row times a
+ * normalised x is about 1. FP8 codes have magnitudes 16 .. 240, where those of real checkpoints are, and their
+ * scales do the rest. Norm gains are in [1/2, 1). Router biases stay small, so that the scores choose. */
+static inline void bench_fill_tensor(const dsv3_context *context, const bench_tensor *t, unsigned char *arena,
+                                     uint64_t seed) {
+    dsv3_type type = t->tensor.type;
+    int mantissa, bias, top = 0; /* largest exponent */
+    uint64_t sign = (uint64_t)1 << (8 * dsv3_type_bytes(type) - 1);
+    bench_fill f;
+    bench_format(type, &mantissa, &bias);
+    while (((size_t)1 << (-2 * top)) < t->info.cols) top--;
+    f.words = (uint64_t *)(void *)(arena + t->at);
+    f.n = bench_blocks(t->bytes, sizeof(uint64_t)); /* up to 7 bytes of the padding behind the tensor */
+    f.seed = seed;
+    if (t->info.rank == 1 && t->info.group != DSV3_GROUP_ROUTER) {
+        f.keep = bench_lanes(((uint64_t)1 << mantissa) - 1, type);
+        f.add = bench_lanes((uint64_t)(bias - 1) << mantissa, type);
+    } else {
+        int exponent = type == DSV3_F8_E4M3 ? 7 : t->info.rank == 1 ? -10 : top;
+        f.keep = bench_lanes(sign | (((uint64_t)4 << mantissa) - 1), type);
+        f.add = bench_lanes((uint64_t)(bias + exponent - 3) << mantissa, type);
+    }
+    bench_parallel(context, bench_blocks(f.n, BENCH_FILL_ITEM), bench_fill_task, &f);
+    if (t->scale_bytes > 0) {
+        float *scale = (float *)(void *)(arena + t->scale_at), unit = 0.0078125f; /* 2^-7 */
+        dsv3_rng rng;
+        rng.state = ~seed;
+        for (int e = 0; e > top; e--) unit *= 0.5f;
+        for (size_t i = 0; i < t->scale_bytes / sizeof(float); i++) {
+            scale[i] = unit * (0.5f + dsv3_random_uniform(&rng));
+        }
+    }
+}
+
+/* Binding asks in file order: the search begins where the last one ended. */
+static inline dsv3_result bench_find(void *user, const char *name, dsv3_tensor *tensor) {
+    bench_synthetic *s = (bench_synthetic *)user;
+    for (size_t k = 0; k < s->count; k++) {
+        size_t i = (s->next + k) % s->count;
+        if (strcmp(s->tensors[i].info.name, name) != 0) continue;
+        *tensor = s->tensors[i].tensor;
+        s->next = i + 1;
+        return DSV3_OK;
+    }
+    return DSV3_ERR_MISSING;
+}
+
+/* Makes and binds a model. Does not come back when something fails. Shows progress on a terminal. */
+static inline void bench_synthetic_init(bench_synthetic *s, const dsv3_config *config, dsv3_type type,
+                                        const dsv3_context *context) {
+    int show = isatty(STDERR_FILENO);
+    size_t done = 0, bytes;
+    dsv3_error error;
+    char text[512];
+    memset(s, 0, sizeof *s);
+    s->type = type;
+    if (dsv3_config_check(config, &error) != DSV3_OK) {
+        bench_die("config", dsv3_error_text(&error, text, sizeof text));
+    }
+    bench_check(dsv3_model_tensors(config, bench_collect, s), "list of tensors");
+    bytes = bench_layout(s, config);
+    s->arena = (unsigned char *)bench_alloc(bytes);
+    for (size_t i = 0; i < s->count; i++) {
+        bench_tensor *t = &s->tensors[i];
+        bench_fill_tensor(context, t, s->arena, (uint64_t)i << 20);
+        t->tensor.data = s->arena + t->at;
+        t->tensor.scale = t->scale_bytes > 0 ? s->arena + t->scale_at : NULL;
+        done += t->bytes;
+        if (show && (done / 50000000 != (done - t->bytes) / 50000000 || i + 1 == s->count)) {
+            fprintf(stderr, "\rmaking weights: %3d %%", (int)(100.0 * (double)done / (double)s->weight_bytes));
+        }
+    }
+    if (show) fprintf(stderr, "\r                      \r");
+    bench_check(dsv3_model_size(config, &s->table_bytes), "dsv3_model_size");
+    s->tables = bench_alloc(s->table_bytes);
+    if (dsv3_model_bind(&s->model, config, s->tables, s->table_bytes, bench_find, s, &error) != DSV3_OK) {
+        bench_die("dsv3_model_bind", dsv3_error_text(&error, text, sizeof text));
+    }
+}
+
+static inline void bench_synthetic_free(bench_synthetic *s) {
+    free(s->tensors);
+    free(s->arena);
+    free(s->tables);
+}
+
+#endif /* BENCH_H */

@@ -1,0 +1,326 @@
+/* bench_model -- speed of prefill and decode on a synthetic model, beside the bandwidth of the machine.
+ * How to read the numbers: bench/README.md. */
+#include "bench.h"
+
+#define DSV3_IMPLEMENTATION
+#include "dsv3.h"
+
+#define CHUNK 512     /* most rows of one prefill call */
+#define READ_PASSES 3 /* bandwidth passes after each repeat */
+#define MAX_TOKENS 65536
+#define MAX_REPEAT 100
+#define MAX_THREADS 1024
+
+static const char help[] =
+    "usage: bench_model [options]\n"
+    "Speed of prefill and decode on a model with random weights; bench/README.md explains the numbers.\n"
+    "  --shape NAME      bench-1b (default), austen, micro\n"
+    "  --type T          weights: F32, F16, BF16 (default), F8_E4M3\n"
+    "  --threads N       1 .. 1024; default: what OpenMP offers\n"
+    "  --prefill P       tokens before the first decode, 0 .. 65536, in calls of at most 512; default 512\n"
+    "  --decode D        tokens decoded one at a time, 0 .. 65536; default 128\n"
+    "  --repeat R        1 .. 100; default 3\n"
+    "  --attention FORM  auto (default), absorbed, expanded\n"
+    "  --cache T         F32 (default), BF16\n"
+    "  --line            one line of key=value pairs instead of the table\n"
+    "  --help            this text\n"
+    "Exit status: 0 ok, 1 failed, 2 usage.\n";
+
+/* ---- Options */
+
+typedef struct bench_options {
+    const char *shape;
+    dsv3_config config;
+    dsv3_type type, cache;
+    dsv3_attention attention;
+    size_t threads, prefill, decode, repeat; /* threads 0: not given */
+    int line;
+} bench_options;
+
+static void usage(const char *option, const char *value, const char *expected) {
+    fprintf(stderr, "bench_model: %s: found '%s', expected %s (--help)\n", option, value, expected);
+    exit(2);
+}
+
+static size_t parse_number(const char *option, const char *value, long low, long high) {
+    char *end, expected[64];
+    long number = strtol(value, &end, 10);
+    if (end == value || *end != '\0' || number < low || number > high) {
+        snprintf(expected, sizeof expected, "a number %ld .. %ld", low, high);
+        usage(option, value, expected);
+    }
+    return (size_t)number;
+}
+
+/* Index of value among the names, which a NULL ends. */
+static size_t parse_name(const char *option, const char *value, const char *const *names, const char *expected) {
+    for (size_t i = 0; names[i] != NULL; i++) {
+        if (strcmp(names[i], value) == 0) return i;
+    }
+    usage(option, value, expected);
+    return 0;
+}
+
+static dsv3_config config_bench_1b(void) {
+    dsv3_config c = dsv3_config_default();
+    c.vocab_size = 16384;
+    c.hidden_size = 1024;
+    c.intermediate_size = 4096;
+    c.moe_intermediate_size = 512;
+    c.num_hidden_layers = 10;
+    c.first_k_dense_replace = 1;
+    c.num_attention_heads = 16;
+    c.num_key_value_heads = 16;
+    c.q_lora_rank = 768;
+    c.kv_lora_rank = 512;
+    c.qk_nope_head_dim = 128;
+    c.qk_rope_head_dim = 64;
+    c.v_head_dim = 128;
+    c.n_routed_experts = 64;
+    c.n_shared_experts = 1;
+    c.num_experts_per_tok = 8;
+    c.n_group = 8;
+    c.topk_group = 4;
+    c.routed_scaling_factor = 2.5f;
+    c.max_position_embeddings = 4096;
+    return c;
+}
+
+static void parse_shape(bench_options *o, const char *value) {
+    static const char *const names[] = {"bench-1b", "austen", "micro", NULL};
+    size_t i = parse_name("--shape", value, names, "bench-1b, austen or micro");
+    o->shape = names[i];
+    o->config = i == 0   ? config_bench_1b()
+                : i == 1 ? dsv3_config_preset(DSV3_PRESET_AUSTEN)
+                         : dsv3_config_preset(DSV3_PRESET_MICRO);
+}
+
+static void parse_type(bench_options *o, const char *value) {
+    static const char *const names[] = {"F32", "F16", "BF16", "F8_E4M3", NULL};
+    static const dsv3_type types[] = {DSV3_F32, DSV3_F16, DSV3_BF16, DSV3_F8_E4M3};
+    o->type = types[parse_name("--type", value, names, "F32, F16, BF16 or F8_E4M3")];
+}
+
+static void parse_attention(bench_options *o, const char *value) {
+    static const char *const names[] = {"auto", "absorbed", "expanded", NULL};
+    static const dsv3_attention forms[] = {DSV3_ATTENTION_AUTO, DSV3_ATTENTION_ABSORBED, DSV3_ATTENTION_EXPANDED};
+    o->attention = forms[parse_name("--attention", value, names, "auto, absorbed or expanded")];
+}
+
+static void parse_cache(bench_options *o, const char *value) {
+    static const char *const names[] = {"F32", "BF16", NULL};
+    o->cache = parse_name("--cache", value, names, "F32 or BF16") == 0 ? DSV3_F32 : DSV3_BF16;
+}
+
+/* An option that takes a value. */
+static void parse_pair(bench_options *o, const char *option, const char *value) {
+    if (strcmp(option, "--shape") == 0) parse_shape(o, value);
+    if (strcmp(option, "--type") == 0) parse_type(o, value);
+    if (strcmp(option, "--attention") == 0) parse_attention(o, value);
+    if (strcmp(option, "--cache") == 0) parse_cache(o, value);
+    if (strcmp(option, "--threads") == 0) o->threads = parse_number(option, value, 1, MAX_THREADS);
+    if (strcmp(option, "--prefill") == 0) o->prefill = parse_number(option, value, 0, MAX_TOKENS);
+    if (strcmp(option, "--decode") == 0) o->decode = parse_number(option, value, 0, MAX_TOKENS);
+    if (strcmp(option, "--repeat") == 0) o->repeat = parse_number(option, value, 1, MAX_REPEAT);
+}
+
+static void parse(bench_options *o, int argc, char **argv) {
+    static const char *const pairs[] = {"--shape",   "--type",   "--attention", "--cache", "--threads",
+                                        "--prefill", "--decode", "--repeat",    NULL};
+    memset(o, 0, sizeof *o);
+    o->prefill = 512;
+    o->decode = 128;
+    o->repeat = 3;
+    parse_shape(o, "bench-1b");
+    parse_type(o, "BF16");
+    parse_attention(o, "auto");
+    parse_cache(o, "F32");
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--help") == 0) {
+            fputs(help, stdout);
+            exit(0);
+        }
+        if (strcmp(argv[i], "--line") == 0) {
+            o->line = 1;
+            continue;
+        }
+        parse_name("option", argv[i], pairs, "one of those that --help lists");
+        if (i + 1 == argc) usage(argv[i], "", "a value");
+        parse_pair(o, argv[i], argv[i + 1]);
+        i++;
+    }
+    if (o->prefill + o->decode == 0) usage("--prefill and --decode", "0 and 0", "one of them larger");
+}
+
+/* ---- What is measured */
+
+typedef struct bench_run {
+    bench_options options;
+    dsv3_context context;
+    bench_synthetic synthetic;
+    dsv3_cache cache;
+    dsv3_workspace workspace;
+    size_t cache_bytes, workspace_bytes;
+    void *cache_memory, *workspace_memory;
+    float *logits;  /* [V] */
+    int32_t *token; /* [P + D] */
+} bench_run;
+
+static void run_init(bench_run *r) {
+    const bench_options *o = &r->options;
+    const dsv3_config *c = &o->config;
+    size_t rows = o->prefill < 1 ? 1 : o->prefill < CHUNK ? o->prefill : CHUNK, V = (size_t)c->vocab_size;
+    dsv3_rng rng = {1};
+    bench_check(dsv3_context_init(&r->context, DSV3_BACKEND_AUTO, o->threads), "dsv3_context_init");
+    r->context.attention = o->attention;
+    if (o->threads > r->context.threads) {
+        fprintf(stderr, "bench_model: built without OpenMP: 1 thread, not %zu\n", o->threads);
+    }
+    bench_synthetic_init(&r->synthetic, c, o->type, &r->context);
+    bench_check(dsv3_cache_size(c, o->prefill + o->decode, o->cache, &r->cache_bytes), "dsv3_cache_size");
+    bench_check(dsv3_workspace_size(c, rows, r->context.threads, &r->workspace_bytes), "dsv3_workspace_size");
+    r->cache_memory = bench_alloc(r->cache_bytes);
+    r->workspace_memory = bench_alloc(r->workspace_bytes);
+    memset(r->cache_memory, 0, r->cache_bytes); /* the system hands out the pages now, not while we measure */
+    memset(r->workspace_memory, 0, r->workspace_bytes);
+    bench_check(dsv3_cache_init(&r->cache, c, o->prefill + o->decode, o->cache, r->cache_memory, r->cache_bytes),
+                "dsv3_cache_init");
+    bench_check(
+        dsv3_workspace_init(&r->workspace, c, rows, r->context.threads, r->workspace_memory, r->workspace_bytes),
+        "dsv3_workspace_init");
+    r->logits = (float *)bench_alloc(V * sizeof *r->logits);
+    r->token = (int32_t *)bench_alloc((o->prefill + o->decode) * sizeof *r->token);
+    for (size_t i = 0; i < o->prefill + o->decode; i++) r->token[i] = (int32_t)(dsv3_random(&rng) % V);
+}
+
+static void run_free(bench_run *r) {
+    bench_synthetic_free(&r->synthetic);
+    free(r->cache_memory);
+    free(r->workspace_memory);
+    free(r->logits);
+    free(r->token);
+}
+
+/* Tokens [begin, end) in one call; logits of the last row if wanted. */
+static void run_forward(bench_run *r, size_t begin, size_t end, size_t outputs) {
+    dsv3_batch batch;
+    dsv3_error error;
+    char text[512];
+    memset(&batch, 0, sizeof batch);
+    batch.rows = end - begin;
+    batch.token = r->token + begin;
+    batch.outputs = outputs;
+    if (dsv3_forward(&r->context, r->logits, &r->synthetic.model, &r->cache, 1, &batch, &r->workspace, &error) !=
+        DSV3_OK) {
+        bench_die("dsv3_forward", dsv3_error_text(&error, text, sizeof text));
+    }
+}
+
+/* tokens/s of one prefill from an empty cache */
+static double run_prefill(bench_run *r) {
+    size_t P = r->options.prefill;
+    double begin = bench_now();
+    bench_check(dsv3_cache_truncate(&r->cache, 0), "dsv3_cache_truncate");
+    for (size_t t = 0; t < P; t += CHUNK) {
+        size_t end = t + CHUNK < P ? t + CHUNK : P;
+        run_forward(r, t, end, end == P);
+    }
+    return P > 0 ? (double)P / (bench_now() - begin) : 0.0;
+}
+
+/* tokens/s of the decode steps behind it */
+static double run_decode(bench_run *r) {
+    size_t P = r->options.prefill, D = r->options.decode;
+    double begin = bench_now();
+    for (size_t t = P; t < P + D; t++) run_forward(r, t, t + 1, 1);
+    return D > 0 ? (double)D / (bench_now() - begin) : 0.0;
+}
+
+/* ---- What is printed */
+
+typedef struct bench_results {
+    bench_stat prefill, decode; /* tokens/s */
+    double bandwidth;           /* bytes/s */
+    double peak;                /* bytes */
+} bench_results;
+
+static double decode_share(const bench_run *r, const bench_results *m) {
+    return m->bandwidth > 0.0 ? m->decode.median * (double)r->synthetic.active_bytes / m->bandwidth : 0.0;
+}
+
+static void print_line(const bench_run *r, const bench_results *m) {
+    const bench_options *o = &r->options;
+    printf("shape=%s type=%s backend=%s threads=%zu prefill%zu=%.2f decode%zu=%.2f bytes_per_token=%zu "
+           "read_gbs=%.2f decode_share=%.4f peak_mib=%.1f\n",
+           o->shape, dsv3_type_name(o->type), r->context.backend, r->context.threads, o->prefill, m->prefill.median,
+           o->decode, m->decode.median, r->synthetic.active_bytes, 1e-9 * m->bandwidth, decode_share(r, m),
+           m->peak / 1048576.0);
+}
+
+static void print_size(const char *what, double bytes) {
+    printf("  %-22s %15.0f %11.1f MiB\n", what, bytes, bytes / 1048576.0);
+}
+
+static void print_speed(const char *what, size_t tokens, const bench_stat *s) {
+    char name[64];
+    snprintf(name, sizeof name, "%s %zu", what, tokens);
+    if (tokens > 0) printf("  %-22s %15.2f %11.2f %11.2f\n", name, s->median, s->min, s->max);
+}
+
+static void print_table(const bench_run *r, const bench_results *m) {
+    static const char *const forms[] = {"auto", "absorbed", "expanded"};
+    const bench_options *o = &r->options;
+    const bench_synthetic *s = &r->synthetic;
+    char cpu[256];
+    printf("%s %s, backend %s, threads %zu, attention %s, cache %s, repeats %zu\n", o->shape, dsv3_type_name(o->type),
+           r->context.backend, r->context.threads, forms[o->attention], dsv3_type_name(o->cache), o->repeat);
+    printf("machine  %s\n", bench_cpu(cpu, sizeof cpu));
+    printf("compiler %s%s%s\n", bench_compiler(), r->context.parallel_for != NULL ? ", OpenMP" : ", no OpenMP",
+           bench_build());
+    printf("\n  %-22s %15s %11s %11s\n", "tokens/s", "median", "min", "max");
+    print_speed("prefill", o->prefill, &m->prefill);
+    print_speed("decode", o->decode, &m->decode);
+    printf("\n  limits\n");
+    printf("  %-22s %15.2f GB/s\n", "read bandwidth", 1e-9 * m->bandwidth);
+    printf("  %-22s %15.2f GB/s\n", "decode reads", 1e-9 * m->decode.median * (double)s->active_bytes);
+    printf("  %-22s %15.4f\n", "decode share", decode_share(r, m));
+    printf("  %-22s %15.2f GFLOP/s\n", "prefill computes", 2e-9 * m->prefill.median * (double)s->active_macs);
+    printf("\n  %-22s %15s\n", "memory", "bytes");
+    print_size("weights per token", (double)s->active_bytes);
+    print_size("weights", (double)s->weight_bytes);
+    print_size("model tables", (double)s->table_bytes);
+    print_size("cache", (double)r->cache_bytes);
+    print_size("workspace", (double)r->workspace_bytes);
+    print_size("peak", m->peak);
+}
+
+int main(int argc, char **argv) {
+    static bench_run r;
+    bench_results m;
+    bench_reader reader;
+    double prefill[MAX_REPEAT], decode[MAX_REPEAT];
+    memset(&m, 0, sizeof m);
+    parse(&r.options, argc, argv);
+    run_init(&r);
+    for (size_t i = 0; i < r.options.repeat; i++) {
+        double bandwidth;
+        prefill[i] = run_prefill(&r);
+        decode[i] = run_decode(&r);
+        if (i == 0) { /* the first repeat has touched all memory of the model; the buffer below is not its own */
+            m.peak = bench_peak_bytes();
+            bench_reader_init(&reader, &r.context);
+        }
+        bandwidth = bench_read_bandwidth(&reader, &r.context, READ_PASSES);
+        if (bandwidth > m.bandwidth) m.bandwidth = bandwidth;
+    }
+    bench_reader_free(&reader);
+    m.prefill = bench_summary(prefill, r.options.repeat);
+    m.decode = bench_summary(decode, r.options.repeat);
+    if (r.options.line) {
+        print_line(&r, &m);
+    } else {
+        print_table(&r, &m);
+    }
+    run_free(&r);
+    return fflush(stdout) != 0 || ferror(stdout);
+}

@@ -1,0 +1,360 @@
+/* parity.c -- is dsv3.h equal to the official model?
+ *
+ *     build/parity DIR [--dump OUT.safetensors] [--backend NAME] [--threads N]
+ *
+ * DIR holds a checkpoint (config.json, model.safetensors) and golden.safetensors: what independent programs
+ * computed from it. Everything this version of the library computes is computed again on the golden tokens,
+ * once in each attention form, and compared. For each kind of tensor one line shows the worst error relative to
+ * the largest magnitude of its tensor, beside its bound; integers must be equal. Exit status 1 beyond a bound.
+ *
+ * Bounds: 1e-5, where float64 references exist; 1e-4 for the trained models (golden files with a `greedy`
+ * continuation), whose references are float32 programs. */
+#define DSV3_IMPLEMENTATION
+#define CHECKPOINT_IMPLEMENTATION
+#include "../examples/checkpoint.h"
+
+/* ---- What was computed: tensors under the golden file's names */
+
+typedef struct record {
+    char name[64];
+    st_dtype dtype; /* ST_F32 or ST_I32 */
+    int rank;
+    uint64_t shape[3];
+    size_t bytes;
+    void *data;
+} record;
+
+typedef struct run {
+    checkpoint *model;
+    const st_file *golden;
+    dsv3_context context;
+    const int32_t *tokens; /* [B, S] */
+    size_t B, S;
+    record *records;
+    size_t count, capacity;
+    int failed;
+} run;
+
+static void *must(void *p) {
+    if (p == NULL) {
+        fprintf(stderr, "parity: out of memory\n");
+        exit(1);
+    }
+    return p;
+}
+
+/* A new record [a, b, c]; b or c may be 0 for fewer dimensions. */
+static void *record_add(run *r, const char *prefix, long layer, const char *suffix, st_dtype dtype, size_t a,
+                        size_t b, size_t c) {
+    record *n;
+    if (r->count == r->capacity) {
+        r->capacity = r->capacity ? 2 * r->capacity : 64;
+        r->records = (record *)must(realloc(r->records, r->capacity * sizeof *r->records));
+    }
+    n = &r->records[r->count++];
+    memset(n, 0, sizeof *n);
+    if (layer >= 0) {
+        snprintf(n->name, sizeof n->name, "%s.%ld%s", prefix, layer, suffix);
+    } else {
+        snprintf(n->name, sizeof n->name, "%s", prefix);
+    }
+    n->dtype = dtype;
+    n->rank = c ? 3 : b ? 2 : 1;
+    n->shape[0] = a;
+    n->shape[1] = b;
+    n->shape[2] = c;
+    n->bytes = 4 * a * (b ? b : 1) * (c ? c : 1);
+    n->data = must(malloc(n->bytes ? n->bytes : 1));
+    return n->data;
+}
+
+static void records_clear(run *r) {
+    for (size_t i = 0; i < r->count; i++) free(r->records[i].data);
+    r->count = 0;
+}
+
+static void on_hidden(void *user, int32_t layer, const float *x, size_t n) {
+    run *r = (run *)user;
+    size_t d = (size_t)r->model->config.hidden_size;
+    long main_layer = layer < r->model->config.num_hidden_layers ? layer : -1;
+    memcpy(record_add(r, main_layer < 0 ? "final" : "hidden", main_layer, "", ST_F32, r->B, r->S, d), x,
+           n * d * sizeof *x);
+}
+
+static void on_routing(void *user, int32_t layer, const float *score, const int32_t *idx, const float *gate,
+                       size_t n) {
+    run *r = (run *)user;
+    size_t E = (size_t)r->model->config.n_routed_experts, K = (size_t)r->model->config.num_experts_per_tok;
+    int32_t *load;
+    memcpy(record_add(r, "router", layer, ".score", ST_F32, n, E, 0), score, n * E * sizeof *score);
+    memcpy(record_add(r, "router", layer, ".gate", ST_F32, n, K, 0), gate, n * K * sizeof *gate);
+    memcpy(record_add(r, "router", layer, ".idx", ST_I32, n, K, 0), idx, n * K * sizeof *idx);
+    load = (int32_t *)record_add(r, "router", layer, ".load", ST_I32, E, 0, 0);
+    memset(load, 0, E * sizeof *load);
+    for (size_t i = 0; i < n * K; i++) load[idx[i]]++;
+}
+
+/* ---- Computing */
+
+typedef struct session {
+    dsv3_cache *caches;
+    void **cache_memory;
+    size_t n_caches;
+    dsv3_workspace workspace;
+    void *workspace_memory;
+} session;
+
+static void session_begin(session *s, const run *r, size_t n_caches, size_t capacity, size_t rows) {
+    size_t bytes = 0;
+    const dsv3_config *config = &r->model->config;
+    s->n_caches = n_caches;
+    s->caches = (dsv3_cache *)must(calloc(n_caches, sizeof *s->caches));
+    s->cache_memory = (void **)must(calloc(n_caches, sizeof *s->cache_memory));
+    for (size_t i = 0; i < n_caches; i++) {
+        dsv3_cache_size(config, capacity, DSV3_F32, &bytes);
+        s->cache_memory[i] = must(malloc(bytes));
+        dsv3_cache_init(&s->caches[i], config, capacity, DSV3_F32, s->cache_memory[i], bytes);
+    }
+    dsv3_workspace_size(config, rows, r->context.threads, &bytes);
+    s->workspace_memory = must(malloc(bytes));
+    dsv3_workspace_init(&s->workspace, config, rows, r->context.threads, s->workspace_memory, bytes);
+}
+
+static void session_end(session *s) {
+    for (size_t i = 0; i < s->n_caches; i++) free(s->cache_memory[i]);
+    free(s->caches);
+    free(s->cache_memory);
+    free(s->workspace_memory);
+}
+
+static void forward(run *r, session *s, float *logits, const dsv3_batch *batch) {
+    dsv3_error error;
+    char text[256];
+    if (dsv3_forward(&r->context, logits, &r->model->model, s->caches, s->n_caches, batch, &s->workspace, &error) ==
+        DSV3_OK) {
+        return;
+    }
+    fprintf(stderr, "parity: %s\n", dsv3_error_text(&error, text, sizeof text));
+    exit(1);
+}
+
+/* All B sequences in one call; the observer records the rest. */
+static void compute_forward(run *r) {
+    size_t V = (size_t)r->model->config.vocab_size, n = r->B * r->S;
+    int32_t *sequence = (int32_t *)must(malloc(n * sizeof *sequence));
+    dsv3_batch batch;
+    session s;
+    float *logits, *nll;
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sequence[i] = (int32_t)(i / r->S);
+    memset(&batch, 0, sizeof batch);
+    batch.rows = batch.outputs = n;
+    batch.token = r->tokens;
+    batch.sequence = sequence;
+    r->context.observer.user = r;
+    r->context.observer.hidden = on_hidden;
+    r->context.observer.routing = on_routing;
+    session_begin(&s, r, r->B, r->S, n);
+    logits = (float *)record_add(r, "logits", -1, "", ST_F32, r->B, r->S, V);
+    forward(r, &s, logits, &batch);
+    r->context.observer.hidden = NULL;
+    r->context.observer.routing = NULL;
+    for (size_t i = 0; i + 1 < n; i++) {
+        if ((i + 1) % r->S == 0) continue; /* the last position of a sequence has no target */
+        sum += (double)dsv3_log_sum_exp(logits + i * V, V) - (double)logits[i * V + (size_t)r->tokens[i + 1]];
+    }
+    nll = (float *)record_add(r, "nll.main", -1, "", ST_F32, 1, 0, 0);
+    nll[0] = (float)sum;
+    session_end(&s);
+    free(sequence);
+}
+
+/* `greedy` is a prompt and its greedy continuation. Where the prompt ends is not written down, but it is a prefix
+ * of `tokens`: what both have in common serves as the prompt (were it longer than the prompt, the continuation from
+ * there would be the same). */
+static void compute_greedy(run *r) {
+    const st_tensor *want = st_find(r->golden, "greedy");
+    size_t V = (size_t)r->model->config.vocab_size, steps, prompt = 0;
+    float *logits;
+    dsv3_batch batch;
+    session s;
+    int32_t *out;
+    if (want == NULL || want->dtype != ST_I32) return;
+    steps = want->bytes / 4;
+    out = (int32_t *)record_add(r, "greedy", -1, "", ST_I32, 1, steps, 0);
+    memcpy(out, want->data, want->bytes);
+    while (prompt < steps && prompt < r->S && out[prompt] == r->tokens[prompt]) prompt++;
+    if (prompt == 0) out[0] = -1; /* strangers: nothing to continue, and nothing to agree with */
+    if (prompt == 0) return;
+    memset(out + prompt, 0, (steps - prompt) * sizeof *out);
+    logits = (float *)must(malloc(V * sizeof *logits));
+    session_begin(&s, r, 1, steps, prompt);
+    memset(&batch, 0, sizeof batch);
+    batch.rows = prompt;
+    batch.outputs = 1;
+    batch.token = out;
+    for (size_t i = prompt; i < steps; i++) {
+        forward(r, &s, logits, &batch);
+        dsv3_sample(&out[i], logits, V, 0.0f, 1.0f, NULL, NULL);
+        batch.rows = 1;
+        batch.token = &out[i];
+    }
+    session_end(&s);
+    free(logits);
+}
+
+/* ---- Comparing */
+
+/* router.3.gate -> router.gate: the kind under which errors are summed up. */
+static void kind_of(char *kind, size_t capacity, const char *name) {
+    size_t n = 0;
+    for (; *name != '\0' && n + 1 < capacity; name++) {
+        if (*name == '.' && name[1] >= '0' && name[1] <= '9') {
+            name++;
+            while (name[1] >= '0' && name[1] <= '9') name++;
+            continue;
+        }
+        kind[n++] = *name;
+    }
+    kind[n] = '\0';
+}
+
+/* Worst error relative to the largest magnitude; for integers the number of differing elements. */
+static double worst_error(const record *got, const st_tensor *want) {
+    size_t n = got->bytes / 4;
+    double worst = 0, largest = 0;
+    const char *a = (const char *)got->data, *b = (const char *)want->data;
+    if (want->dtype != got->dtype || want->bytes != got->bytes) return HUGE_VAL;
+    for (size_t i = 0; i < n; i++) {
+        if (got->dtype == ST_F32) {
+            float x, y;
+            memcpy(&x, a + 4 * i, 4);
+            memcpy(&y, b + 4 * i, 4);
+            if (fabs((double)y) > largest) largest = fabs((double)y);
+            if (!(fabs((double)x - (double)y) <= worst)) worst = fabs((double)x - (double)y);
+        } else {
+            worst += memcmp(a + 4 * i, b + 4 * i, 4) != 0;
+        }
+    }
+    return got->dtype == ST_F32 && largest > 0 ? worst / largest : worst;
+}
+
+static void compare(run *r, const char *form) {
+    char done[64][64];
+    size_t kinds = 0;
+    double bound = st_find(r->golden, "greedy") != NULL ? 1e-4 : 1e-5;
+    for (size_t i = 0; i < r->count; i++) {
+        char kind[64];
+        double worst = 0, limit = r->records[i].dtype == ST_I32 ? 0 : bound;
+        size_t tensors = 0;
+        kind_of(kind, sizeof kind, r->records[i].name);
+        for (size_t k = 0; k < kinds; k++) tensors += strcmp(done[k], kind) == 0;
+        if (tensors > 0 || kinds == 64) continue; /* seen */
+        memcpy(done[kinds++], kind, sizeof kind);
+        for (size_t j = i; j < r->count; j++) {
+            char other[64];
+            const st_tensor *want = st_find(r->golden, r->records[j].name);
+            double e;
+            kind_of(other, sizeof other, r->records[j].name);
+            if (want == NULL || strcmp(kind, other) != 0) continue;
+            e = worst_error(&r->records[j], want);
+            if (!(e <= worst)) worst = e;
+            tensors++;
+        }
+        if (tensors == 0) continue; /* the golden file does not have it */
+        r->failed |= !(worst <= limit);
+        printf("%-9s %-14s %3zu tensors  worst %-9.3g bound %-7g %s\n", form, kind, tensors, worst, limit,
+               worst <= limit ? "ok" : "FAILED");
+    }
+}
+
+static int dump(const run *r, const char *path) {
+    st_tensor *out = (st_tensor *)must(calloc(r->count ? r->count : 1, sizeof *out));
+    st_error error;
+    st_result result;
+    for (size_t i = 0; i < r->count; i++) {
+        const record *from = &r->records[i];
+        out[i].name = from->name;
+        out[i].dtype = from->dtype;
+        out[i].rank = from->rank;
+        memcpy(out[i].shape, from->shape, sizeof from->shape);
+        out[i].data = from->data;
+        out[i].bytes = from->bytes;
+    }
+    result = st_write(path, out, r->count, NULL, &error);
+    if (result != ST_OK) fprintf(stderr, "parity: %s\n", error.message);
+    free(out);
+    return result != ST_OK;
+}
+
+static int usage(void) {
+    fprintf(stderr, "usage: parity DIR [--dump OUT.safetensors] [--backend auto|reference] [--threads N]\n");
+    return 2;
+}
+
+int main(int argc, char **argv) {
+    static const char form_names[3][12] = {"", "absorbed", "expanded"};
+    const char *directory = NULL, *out = NULL, *backend = "auto";
+    long threads = 0;
+    checkpoint model;
+    st_file golden;
+    st_error error;
+    const st_tensor *tokens;
+    char path[4096];
+    run r;
+    int32_t *token_copy;
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--dump") == 0 && i + 1 < argc) {
+            out = argv[++i];
+        } else if (strcmp(argv[i], "--backend") == 0 && i + 1 < argc) {
+            backend = argv[++i];
+        } else if (strcmp(argv[i], "--threads") == 0 && i + 1 < argc) {
+            threads = strtol(argv[++i], NULL, 10);
+        } else if (argv[i][0] == '-' || directory != NULL) {
+            return usage();
+        } else {
+            directory = argv[i];
+        }
+    }
+    if (directory == NULL || threads < 0 || (strcmp(backend, "auto") != 0 && strcmp(backend, "reference") != 0)) {
+        return usage();
+    }
+    memset(&r, 0, sizeof r);
+    snprintf(path, sizeof path, "%s/golden.safetensors", directory);
+    if (st_open(&golden, path, &error) != ST_OK || checkpoint_open(&model, directory, &error) != ST_OK) {
+        fprintf(stderr, "parity: %s\n", error.message);
+        return 1;
+    }
+    tokens = st_find(&golden, "tokens");
+    if (tokens == NULL || tokens->dtype != ST_I32 || tokens->rank != 2 || tokens->bytes == 0) {
+        fprintf(stderr, "parity: %s: tokens: must be I32 [B, S]\n", path);
+        return 1;
+    }
+    if (dsv3_context_init(&r.context, strcmp(backend, "reference") == 0 ? DSV3_BACKEND_REFERENCE : DSV3_BACKEND_AUTO,
+                          (size_t)threads) != DSV3_OK) {
+        return usage();
+    }
+    token_copy = (int32_t *)must(malloc(tokens->bytes));
+    memcpy(token_copy, tokens->data, tokens->bytes);
+    r.model = &model;
+    r.golden = &golden;
+    r.tokens = token_copy;
+    r.B = (size_t)tokens->shape[0];
+    r.S = (size_t)tokens->shape[1];
+    printf("%s: %zu x %zu tokens, backend %s, %zu threads\n", directory, r.B, r.S, r.context.backend,
+           r.context.threads);
+    for (int form = DSV3_ATTENTION_EXPANDED; form >= DSV3_ATTENTION_ABSORBED; form--) {
+        records_clear(&r);
+        r.context.attention = (dsv3_attention)form;
+        compute_forward(&r);
+        compute_greedy(&r);
+        compare(&r, form_names[form]);
+    }
+    if (out != NULL) r.failed |= dump(&r, out);
+    records_clear(&r);
+    free(r.records);
+    free(token_copy);
+    checkpoint_close(&model);
+    st_close(&golden);
+    return r.failed;
+}
