@@ -52,13 +52,17 @@ static size_t parse_number(const char *option, const char *value, long low, long
     return (size_t)number;
 }
 
-/* Index of value among the names, which a NULL ends. */
+/* Index of value among the names, which a NULL ends; that of the NULL if it is none of them. */
+static size_t find_name(const char *value, const char *const *names) {
+    size_t i = 0;
+    while (names[i] != NULL && strcmp(names[i], value) != 0) i++;
+    return i;
+}
+
 static size_t parse_name(const char *option, const char *value, const char *const *names, const char *expected) {
-    for (size_t i = 0; names[i] != NULL; i++) {
-        if (strcmp(names[i], value) == 0) return i;
-    }
-    usage(option, value, expected);
-    return 0;
+    size_t i = find_name(value, names);
+    if (names[i] == NULL) usage(option, value, expected);
+    return i;
 }
 
 static dsv3_config config_bench_1b(void) {
@@ -138,14 +142,17 @@ static void parse(bench_options *o, int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--help") == 0) {
             fputs(help, stdout);
-            exit(0);
+            exit(fflush(stdout) != 0 || ferror(stdout));
         }
         if (strcmp(argv[i], "--line") == 0) {
             o->line = 1;
             continue;
         }
-        parse_name("option", argv[i], pairs, "one of those that --help lists");
-        if (i + 1 == argc) usage(argv[i], "", "a value");
+        if (pairs[find_name(argv[i], pairs)] == NULL) {
+            fprintf(stderr, "bench_model: unknown option '%s' (--help)\n", argv[i]);
+            exit(2);
+        }
+        if (i + 1 == argc) usage(argv[i], "nothing", "a value");
         parse_pair(o, argv[i], argv[i + 1]);
         i++;
     }
@@ -282,9 +289,12 @@ static void print_table(const bench_run *r, const bench_results *m) {
     print_speed("decode", o->decode, &m->decode);
     printf("\n  limits\n");
     printf("  %-22s %15.2f GB/s\n", "read bandwidth", 1e-9 * m->bandwidth);
-    printf("  %-22s %15.2f GB/s\n", "decode reads", 1e-9 * m->decode.median * (double)s->active_bytes);
-    printf("  %-22s %15.4f\n", "decode share", decode_share(r, m));
-    printf("  %-22s %15.2f GFLOP/s\n", "prefill computes", 2e-9 * m->prefill.median * (double)s->active_macs);
+    if (o->decode > 0)
+        printf("  %-22s %15.2f GB/s\n", "decode reads", 1e-9 * m->decode.median * (double)s->active_bytes);
+    if (o->decode > 0) printf("  %-22s %15.4f\n", "decode share", decode_share(r, m));
+    if (o->prefill > 0) {
+        printf("  %-22s %15.2f GFLOP/s\n", "prefill computes", 2e-9 * m->prefill.median * (double)s->active_macs);
+    }
     printf("\n  %-22s %15s\n", "memory", "bytes");
     print_size("weights per token", (double)s->active_bytes);
     print_size("weights", (double)s->weight_bytes);

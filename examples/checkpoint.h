@@ -73,7 +73,11 @@ int checkpoint_type(st_dtype dtype);
 #include <stdlib.h>
 #include <string.h>
 
-static st_result checkpointi_fail(st_error *error, st_result code, const char *format, ...) {
+#ifdef __GNUC__
+__attribute__((format(printf, 3, 4)))
+#endif
+static st_result
+checkpointi_fail(st_error *error, st_result code, const char *format, ...) {
     if (error != NULL) {
         va_list list;
         va_start(list, format);

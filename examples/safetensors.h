@@ -59,10 +59,10 @@
  *   Changing files: the length is taken once, and a file that has another one when opening ends is
  *     ST_ERR_IO. A mapped file that is cut later raises SIGBUS on access: that is how mmap works, so
  *     replace files by rename (st_write does) or use ST_NO_MMAP. */
-#if defined(SAFETENSORS_IMPLEMENTATION) && !defined(STI_IMPLEMENTED) && !defined(ST_NO_POSIX) &&             \
+#if defined(SAFETENSORS_IMPLEMENTATION) && !defined(STI_IMPLEMENTED) && !defined(ST_NO_POSIX) &&                     \
     (defined(__unix__) || defined(__APPLE__))
-#if defined(__STRICT_ANSI__) && !defined(_POSIX_C_SOURCE) && !defined(_XOPEN_SOURCE) &&                      \
-    !defined(_DEFAULT_SOURCE) && !defined(_GNU_SOURCE) && !defined(__APPLE__)
+#if defined(__STRICT_ANSI__) && !defined(_POSIX_C_SOURCE) && !defined(_XOPEN_SOURCE) && !defined(_DEFAULT_SOURCE) && \
+    !defined(_GNU_SOURCE) && !defined(__APPLE__)
 #define _POSIX_C_SOURCE 200809L
 #endif
 #ifndef _FILE_OFFSET_BITS
@@ -70,8 +70,7 @@
 #endif
 #endif
 
-#if defined(SAFETENSORS_IMPLEMENTATION) && !defined(ST_NO_JSON_IMPLEMENTATION) &&                            \
-    !defined(JSON_IMPLEMENTATION)
+#if defined(SAFETENSORS_IMPLEMENTATION) && !defined(ST_NO_JSON_IMPLEMENTATION) && !defined(JSON_IMPLEMENTATION)
 #define JSON_IMPLEMENTATION
 #endif
 #include "json.h"
@@ -189,8 +188,8 @@ const char *st_result_string(st_result result);
  * The bytes go to PATH.tmp (replaced if it exists), are synced, and are then renamed to PATH, so that a
  * reader sees the old file or the new one and never half of one. On an error PATH.tmp is removed and PATH
  * is untouched. Whatever st_open would refuse is refused here, with the same code. */
-st_result st_write(const char *path, const st_tensor *tensors, size_t count,
-                   const char *const *metadata_pairs, st_error *error);
+st_result st_write(const char *path, const st_tensor *tensors, size_t count, const char *const *metadata_pairs,
+                   st_error *error);
 
 #ifdef __cplusplus
 }
@@ -296,8 +295,7 @@ static void sti_sort(size_t *order, size_t *scratch, size_t n, sti_compare compa
             size_t left = start, middle = n - start < width ? n : start + width;
             size_t right = middle, end = n - middle < width ? n : middle + width;
             for (i = start; i < end; i++) {
-                int take_left =
-                    left < middle && (right == end || compare(context, from[left], from[right]) <= 0);
+                int take_left = left < middle && (right == end || compare(context, from[left], from[right]) <= 0);
                 to[i] = take_left ? from[left++] : from[right++];
             }
         }
@@ -419,6 +417,7 @@ static void sti_source_close(sti_source *s) { close(s->handle); }
 
 static int sti_source_length(sti_source *s, uint64_t *length) {
     struct stat status;
+    memset(&status, 0, sizeof status);
     if (fstat(s->handle, &status) != 0 || !S_ISREG(status.st_mode) || status.st_size < 0) return 0;
     *length = (uint64_t)status.st_size;
     return 1;
@@ -494,8 +493,7 @@ static st_result sti_source_open(sti_source *s, const char *path, st_error *erro
     errno = 0;
     if (!sti_source_start(s, path)) {
         int absent = errno == ENOENT;
-        return sti_fail(error, absent ? ST_ERR_MISSING : ST_ERR_IO, "%.300s: cannot open: %s", path,
-                        strerror(errno));
+        return sti_fail(error, absent ? ST_ERR_MISSING : ST_ERR_IO, "%.300s: cannot open: %s", path, strerror(errno));
     }
     if (sti_source_length(s, &s->length)) return ST_OK;
     sti_source_close(s);
@@ -535,8 +533,8 @@ static int sti_source_map(sti_source *s, sti_shard *shard) {
 /* Reads a whole text file into new memory. */
 static st_result sti_source_text(sti_source *s, char **text, size_t *length, st_error *error) {
     if (s->length > ST_MAX_HEADER)
-        return sti_fail(error, ST_ERR_LIMIT, "%.300s: %llu bytes, at most %d are read", s->path,
-                        STI_ULL(s->length), ST_MAX_HEADER);
+        return sti_fail(error, ST_ERR_LIMIT, "%.300s: %llu bytes, at most %d are read", s->path, STI_ULL(s->length),
+                        ST_MAX_HEADER);
     *length = (size_t)s->length;
     *text = (char *)sti_alloc(*length, 1, "the text", s->path, error);
     return *text ? sti_source_read(s, *text, *length, error) : ST_ERR_NOMEM;
@@ -620,9 +618,7 @@ static st_result sti_reserve(sti_job *job) {
     return ST_OK;
 }
 
-static int sti_is_metadata(const json_document *doc, size_t key) {
-    return json_equal(doc, key, "__metadata__");
-}
+static int sti_is_metadata(const json_document *doc, size_t key) { return json_equal(doc, key, "__metadata__"); }
 
 /* Counts the tensors and allocates for them and for all strings. */
 static st_result sti_prepare(sti_job *job) {
@@ -677,19 +673,17 @@ static st_result sti_read_metadata(sti_job *job, size_t object) {
 static st_result sti_read_name(sti_job *job, size_t key, const char **name) {
     json_result result = sti_take_string(&job->doc, key, &job->string, name);
     if (result == JSON_OK && **name && strlen(*name) < ST_MAX_NAME) return ST_OK;
-    return sti_fail(job->error, ST_ERR_LIMIT, "%.150s: byte %llu of the header: a tensor's name %s",
-                    job->label, STI_ULL(job->doc.token[key].start),
+    return sti_fail(job->error, ST_ERR_LIMIT, "%.150s: byte %llu of the header: a tensor's name %s", job->label,
+                    STI_ULL(job->doc.token[key].start),
                     result != JSON_OK ? "contains a NUL"
                     : **name          ? "is too long"
                                       : "is empty");
 }
 
 /* A required member of a tensor's entry. */
-static st_result sti_member(sti_job *job, const st_tensor *tensor, size_t entry, const char *key,
-                            size_t *value) {
+static st_result sti_member(sti_job *job, const st_tensor *tensor, size_t entry, const char *key, size_t *value) {
     if (json_find(&job->doc, entry, key, value) == JSON_OK) return ST_OK;
-    return sti_fail(job->error, ST_ERR_MISSING, "%.150s: tensor \"%.200s\" has no %s", job->label,
-                    tensor->name, key);
+    return sti_fail(job->error, ST_ERR_MISSING, "%.150s: tensor \"%.200s\" has no %s", job->label, tensor->name, key);
 }
 
 static st_result sti_read_dtype(sti_job *job, st_tensor *tensor, size_t value) {
@@ -700,16 +694,16 @@ static st_result sti_read_dtype(sti_job *job, st_tensor *tensor, size_t value) {
             return ST_OK;
         }
     }
-    return sti_fail(job->error, ST_ERR_UNSUPPORTED, "%.150s: tensor \"%.200s\" has an unknown dtype",
-                    job->label, tensor->name);
+    return sti_fail(job->error, ST_ERR_UNSUPPORTED, "%.150s: tensor \"%.200s\" has an unknown dtype", job->label,
+                    tensor->name);
 }
 
 static st_result sti_read_shape(sti_job *job, st_tensor *tensor, size_t value) {
     const json_token *t = &job->doc.token[value];
     size_t i;
     if (t->type != JSON_ARRAY)
-        return sti_fail(job->error, ST_ERR_FORMAT, "%.150s: tensor \"%.200s\": shape is not an array",
-                        job->label, tensor->name);
+        return sti_fail(job->error, ST_ERR_FORMAT, "%.150s: tensor \"%.200s\": shape is not an array", job->label,
+                        tensor->name);
     if (t->size > ST_MAX_RANK)
         return sti_fail(job->error, ST_ERR_LIMIT, "%.150s: tensor \"%.200s\" has %llu dimensions, at most %d",
                         job->label, tensor->name, STI_ULL(t->size), ST_MAX_RANK);
@@ -717,8 +711,8 @@ static st_result sti_read_shape(sti_job *job, st_tensor *tensor, size_t value) {
     for (i = 0; i < t->size; i++) /* numbers have one token each; anything else is refused at once */
         if (json_uint(&job->doc, value + 1 + i, &tensor->shape[i]) != JSON_OK)
             return sti_fail(job->error, ST_ERR_FORMAT,
-                            "%.150s: tensor \"%.200s\": dimension %llu is not a whole number of 64 bits",
-                            job->label, tensor->name, STI_ULL(i));
+                            "%.150s: tensor \"%.200s\": dimension %llu is not a whole number of 64 bits", job->label,
+                            tensor->name, STI_ULL(i));
     return ST_OK;
 }
 
@@ -727,9 +721,8 @@ static st_result sti_read_offsets(sti_job *job, const st_tensor *tensor, size_t 
     if (t->type == JSON_ARRAY && t->size == 2 && json_uint(&job->doc, value + 1, &range->begin) == JSON_OK &&
         json_uint(&job->doc, value + 2, &range->end) == JSON_OK)
         return ST_OK;
-    return sti_fail(job->error, ST_ERR_FORMAT,
-                    "%.150s: tensor \"%.200s\": data_offsets is not two whole numbers", job->label,
-                    tensor->name);
+    return sti_fail(job->error, ST_ERR_FORMAT, "%.150s: tensor \"%.200s\": data_offsets is not two whole numbers",
+                    job->label, tensor->name);
 }
 
 /* Shape times element size; it must fit this machine and equal the range. Dimensions of 0 are left out of
@@ -744,14 +737,13 @@ static st_result sti_check_size(sti_job *job, st_tensor *tensor, const sti_range
             fits = fits && sti_multiply(bytes, tensor->shape[i], &bytes);
     }
     if (!fits || bytes > (size_t)-1)
-        return sti_fail(job->error, ST_ERR_OVERFLOW,
-                        "%.150s: tensor \"%.200s\": the size of its shape overflows", job->label,
-                        tensor->name);
+        return sti_fail(job->error, ST_ERR_OVERFLOW, "%.150s: tensor \"%.200s\": the size of its shape overflows",
+                        job->label, tensor->name);
     if (empty) bytes = 0;
     if (range->end < range->begin)
         return sti_fail(job->error, ST_ERR_MISMATCH,
-                        "%.150s: tensor \"%.200s\" ends at %llu before it begins at %llu", job->label,
-                        tensor->name, STI_ULL(range->end), STI_ULL(range->begin));
+                        "%.150s: tensor \"%.200s\" ends at %llu before it begins at %llu", job->label, tensor->name,
+                        STI_ULL(range->end), STI_ULL(range->begin));
     if (range->end - range->begin != bytes)
         return sti_fail(job->error, ST_ERR_MISMATCH,
                         "%.150s: tensor \"%.200s\": shape and dtype need %llu bytes, data_offsets give %llu",
@@ -866,19 +858,18 @@ static st_result sti_header_length(const unsigned char first[8], uint64_t file_b
     int i;
     for (i = 7; i >= 0; i--) n = n << 8 | first[i];
     if (n > ST_MAX_HEADER)
-        return sti_fail(error, ST_ERR_LIMIT, "%.300s: a header of %llu bytes, at most %d are read", label,
-                        STI_ULL(n), ST_MAX_HEADER);
+        return sti_fail(error, ST_ERR_LIMIT, "%.300s: a header of %llu bytes, at most %d are read", label, STI_ULL(n),
+                        ST_MAX_HEADER);
     if (n == 0) return sti_fail(error, ST_ERR_FORMAT, "%.300s: the header is empty", label);
     if (n > file_bytes - 8)
-        return sti_fail(error, ST_ERR_TRUNC, "%.300s: a header of %llu bytes in a file of %llu", label,
-                        STI_ULL(n), STI_ULL(file_bytes));
+        return sti_fail(error, ST_ERR_TRUNC, "%.300s: a header of %llu bytes in a file of %llu", label, STI_ULL(n),
+                        STI_ULL(file_bytes));
     *length = n;
     return ST_OK;
 }
 
 static st_result sti_too_short(uint64_t file_bytes, const char *label, st_error *error) {
-    return sti_fail(error, ST_ERR_TRUNC, "%.300s: %llu bytes, a file has 8 or more", label,
-                    STI_ULL(file_bytes));
+    return sti_fail(error, ST_ERR_TRUNC, "%.300s: %llu bytes, a file has 8 or more", label, STI_ULL(file_bytes));
 }
 
 /* ---- opening --------------------------------------------------------------------------------------- */
@@ -917,8 +908,8 @@ static st_result sti_order_by_name(st_file *file, const char *label, st_error *e
     file->sti_capacity = n;
     for (i = 1; i < n && result == ST_OK; i++)
         if (strcmp(sorted[i - 1].name, sorted[i].name) == 0)
-            result = sti_fail(error, ST_ERR_FORMAT, "%.150s: tensor \"%.200s\" is in two shards", label,
-                              sorted[i].name);
+            result =
+                sti_fail(error, ST_ERR_FORMAT, "%.150s: tensor \"%.200s\" is in two shards", label, sorted[i].name);
     return result;
 }
 
@@ -1012,8 +1003,7 @@ static st_result sti_parse(sti_job *job, const unsigned char *bytes, size_t leng
     if (result != ST_OK) return result;
     data = bytes + 8 + job->text_bytes;
     if (ST_BIG_ENDIAN) {
-        shard->owned =
-            (unsigned char *)sti_alloc((size_t)job->data_bytes, 1, "the data", job->label, job->error);
+        shard->owned = (unsigned char *)sti_alloc((size_t)job->data_bytes, 1, "the data", job->label, job->error);
         if (!shard->owned) return ST_ERR_NOMEM;
         memcpy(shard->owned, data, (size_t)job->data_bytes);
         data = shard->owned;
@@ -1124,15 +1114,12 @@ static int sti_compare_files(const void *context, size_t a, size_t b) {
 static st_result sti_index_entry(sti_index *index, size_t key, char **string, sti_entry *entry) {
     if (sti_take_string(&index->doc, key, string, &entry->name) != JSON_OK)
         return sti_fail(index->error, ST_ERR_LIMIT, "%.150s: a tensor's name contains a NUL", index->label);
-    if (sti_take_string(&index->doc, key + 1, string, &entry->file) != JSON_OK ||
-        !sti_is_plain_name(entry->file))
-        return sti_fail(index->error, ST_ERR_FORMAT,
-                        "%.150s: tensor \"%.200s\": its shard is not a plain file name", index->label,
-                        entry->name);
+    if (sti_take_string(&index->doc, key + 1, string, &entry->file) != JSON_OK || !sti_is_plain_name(entry->file))
+        return sti_fail(index->error, ST_ERR_FORMAT, "%.150s: tensor \"%.200s\": its shard is not a plain file name",
+                        index->label, entry->name);
     if (strlen(entry->file) >= ST_MAX_NAME)
-        return sti_fail(index->error, ST_ERR_LIMIT,
-                        "%.150s: tensor \"%.200s\": the name of its shard is too long", index->label,
-                        entry->name);
+        return sti_fail(index->error, ST_ERR_LIMIT, "%.150s: tensor \"%.200s\": the name of its shard is too long",
+                        index->label, entry->name);
     return ST_OK;
 }
 
@@ -1155,8 +1142,7 @@ static st_result sti_index_prepare(sti_index *index, size_t *map) {
     index->entry =
         (sti_entry *)sti_alloc(index->count, sizeof *index->entry, "weight_map", index->label, index->error);
     if (!index->entry) return ST_ERR_NOMEM;
-    index->order =
-        (size_t *)sti_alloc(index->count, 2 * sizeof *index->order, "sorting", index->label, index->error);
+    index->order = (size_t *)sti_alloc(index->count, 2 * sizeof *index->order, "sorting", index->label, index->error);
     return index->order ? ST_OK : ST_ERR_NOMEM;
 }
 
@@ -1205,8 +1191,8 @@ static st_result sti_index_check(sti_index *index, const st_file *file) {
         const sti_entry *entry = &index->entry[i];
         const st_tensor *tensor = st_find(file, entry->name);
         if (!tensor || tensor->shard != entry->shard)
-            return sti_fail(index->error, ST_ERR_MISSING, "%.150s: tensor \"%.200s\" is not in %.100s",
-                            index->label, entry->name, entry->file);
+            return sti_fail(index->error, ST_ERR_MISSING, "%.150s: tensor \"%.200s\" is not in %.100s", index->label,
+                            entry->name, entry->file);
     }
     return ST_OK;
 }
@@ -1224,9 +1210,8 @@ static void sti_index_warn(sti_index *index, st_file *file) {
     if (json_uint(&index->doc, value, &listed) != JSON_OK)
         snprintf(file->warning, sizeof file->warning, "total_size of the index is not a whole number");
     else if (listed != total)
-        snprintf(file->warning, sizeof file->warning,
-                 "total_size of the index is %llu, the tensors have %llu bytes", STI_ULL(listed),
-                 STI_ULL(total));
+        snprintf(file->warning, sizeof file->warning, "total_size of the index is %llu, the tensors have %llu bytes",
+                 STI_ULL(listed), STI_ULL(total));
 }
 
 static st_result sti_index_open(sti_index *index, st_file *file, sti_source *source) {
@@ -1251,8 +1236,8 @@ static st_result sti_index_open(sti_index *index, st_file *file, sti_source *sou
 
 /* Opens directory/name, as an index or as a single file. ST_ERR_MISSING with *absent = 1 if that file does
  * not exist; the contents of the file can be ST_ERR_MISSING too. */
-static st_result sti_open_in(st_file *file, const char *directory, const char *name, int is_index,
-                             int *absent, st_error *error) {
+static st_result sti_open_in(st_file *file, const char *directory, const char *name, int is_index, int *absent,
+                             st_error *error) {
     sti_source source;
     sti_index index;
     st_result result;
@@ -1282,13 +1267,11 @@ st_result st_open_checkpoint(st_file *file, const char *directory, st_error *err
     st_result result;
     int absent = 0;
     if (file) memset(file, 0, sizeof *file);
-    if (!file || !directory)
-        return sti_fail(error, ST_ERR_ARG, "st_open_checkpoint: file or directory is NULL");
+    if (!file || !directory) return sti_fail(error, ST_ERR_ARG, "st_open_checkpoint: file or directory is NULL");
     result = sti_open_in(file, directory, "model.safetensors", 0, &absent, error);
     if (absent) result = sti_open_in(file, directory, "model.safetensors.index.json", 1, &absent, error);
     if (absent)
-        sti_fail(error, result, "%.300s: neither model.safetensors nor model.safetensors.index.json",
-                 directory);
+        sti_fail(error, result, "%.300s: neither model.safetensors nor model.safetensors.index.json", directory);
     return result;
 }
 
@@ -1389,8 +1372,8 @@ static st_result sti_check_arguments(const char *path, const st_tensor *tensors,
             return sti_fail(error, ST_ERR_ARG, "%.150s: tensor %llu has no name, dtype, rank or data", path,
                             STI_ULL(i));
         if (t->rank > ST_MAX_RANK)
-            return sti_fail(error, ST_ERR_LIMIT, "%.150s: tensor \"%.200s\" has %d dimensions, at most %d",
-                            path, t->name, t->rank, ST_MAX_RANK);
+            return sti_fail(error, ST_ERR_LIMIT, "%.150s: tensor \"%.200s\" has %d dimensions, at most %d", path,
+                            t->name, t->rank, ST_MAX_RANK);
         if (t->bytes > UINT64_MAX - *total)
             return sti_fail(error, ST_ERR_OVERFLOW, "%.150s: the sum of all tensors overflows", path);
         *total += t->bytes;
@@ -1399,15 +1382,14 @@ static st_result sti_check_arguments(const char *path, const st_tensor *tensors,
 }
 
 /* Builds the header in new memory and gives it to the reader's own checks. */
-static st_result sti_make_header(const char *path, const st_tensor *tensors, size_t count,
-                                 const char *const *pairs, uint64_t total, sti_text *text, st_error *error) {
+static st_result sti_make_header(const char *path, const st_tensor *tensors, size_t count, const char *const *pairs,
+                                 uint64_t total, sti_text *text, st_error *error) {
     st_file file;
     sti_job job;
     st_result result;
     sti_put_header(text, tensors, count, pairs);
     if (text->length > ST_MAX_HEADER)
-        return sti_fail(error, ST_ERR_LIMIT, "%.300s: the header would be longer than %d bytes", path,
-                        ST_MAX_HEADER);
+        return sti_fail(error, ST_ERR_LIMIT, "%.300s: the header would be longer than %d bytes", path, ST_MAX_HEADER);
     text->to = (char *)sti_alloc(text->length, 1, "the header", path, error);
     if (!text->to) return ST_ERR_NOMEM;
     text->length = 0;
@@ -1432,7 +1414,8 @@ typedef int sti_sink;
 static int sti_sink_open(sti_sink *sink, const char *path) {
     /* With what is left over from before out of the way, O_EXCL follows no link and opens no FIFO. */
     unlink(path);
-    *sink = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    do *sink = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    while (*sink < 0 && errno == EINTR);
     return *sink >= 0;
 }
 
@@ -1506,8 +1489,7 @@ static st_result sti_write_file(const char *path, const char *temporary, const s
     for (i = 0; i < 8; i++) first[i] = (unsigned char)((uint64_t)text->length >> (8 * i) & 0xFF);
     if (!sti_sink_open(&sink, temporary))
         return sti_fail(error, ST_ERR_IO, "%.300s: cannot create: %s", temporary, strerror(errno));
-    good =
-        sti_sink_put(&sink, first, 8) && sti_sink_put(&sink, (const unsigned char *)text->to, text->length);
+    good = sti_sink_put(&sink, first, 8) && sti_sink_put(&sink, (const unsigned char *)text->to, text->length);
     for (i = 0; i < count && good; i++) good = sti_sink_put_data(&sink, &tensors[i]);
     good = sti_sink_close(&sink, good);
     if (good && sti_replace(temporary, path)) return sti_succeed(error);
@@ -1516,8 +1498,8 @@ static st_result sti_write_file(const char *path, const char *temporary, const s
     return ST_ERR_IO;
 }
 
-st_result st_write(const char *path, const st_tensor *tensors, size_t count,
-                   const char *const *metadata_pairs, st_error *error) {
+st_result st_write(const char *path, const st_tensor *tensors, size_t count, const char *const *metadata_pairs,
+                   st_error *error) {
     sti_text text = {NULL, 0};
     char *temporary = NULL;
     uint64_t total = 0;

@@ -414,7 +414,7 @@ static double time_keys(size_t n, const char *prefix, size_t step, int repeat, j
     double seconds;
     text[length++] = '{';
     for (i = 0; i < n; i++) {
-        size_t key = repeat && i == n - 1 ? 0 : (i * step) % n;
+        size_t key = repeat && i == n - 1 ? 0 : (size_t)((uint64_t)i * step % n);
         length += (size_t)sprintf(text + length, "%s\"%s%lu\":0", i ? "," : "", prefix, (unsigned long)key);
     }
     text[length++] = '}';

@@ -8,20 +8,18 @@
 #if !defined(_XOPEN_SOURCE)
 #define _XOPEN_SOURCE 700 /* mkdtemp, mkfifo, setrlimit */
 #endif
-#include <stddef.h>
-
-static void *count_malloc(size_t bytes);
-static void count_free(void *memory);
-#define ST_MALLOC(bytes) count_malloc(bytes)
-#define ST_FREE(pointer) count_free(pointer)
-#define SAFETENSORS_IMPLEMENTATION
-#include "safetensors.h"
-
-#include "test.h"
+#define _FILE_OFFSET_BITS 64
+#include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/types.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -51,6 +49,101 @@ static void fail_calls(long from, long to) {
     fail_from = from;
     fail_to = to;
 }
+
+/* ---- the system under test: input and output that fail on demand ----------------------------------- */
+
+enum { NO_FAULT, FAULT_ERROR, FAULT_INTERRUPT, FAULT_SHORT, FAULT_END, FAULTS };
+static int io_fault;
+static long io_calls, io_from, io_to; /* these calls are at fault, counted from 1 */
+
+static int at_fault(int kind) { return io_fault == kind && io_calls >= io_from && io_calls <= io_to; }
+
+/* One more call; 1 if it has to fail as a whole, with errno set. */
+static int fails(int can_be_interrupted) {
+    io_calls++;
+    errno = at_fault(FAULT_INTERRUPT) ? EINTR : EIO;
+    return at_fault(FAULT_ERROR) || (can_be_interrupted && at_fault(FAULT_INTERRUPT));
+}
+
+static int fault_rename(const char *from, const char *to) { return fails(0) ? -1 : rename(from, to); }
+
+#ifndef ST_NO_POSIX
+static int fault_open(const char *path, int flags, ...) {
+    int mode = 0;
+    va_list list;
+    va_start(list, flags);
+    if (flags & O_CREAT) mode = va_arg(list, int);
+    va_end(list);
+    return fails(1) ? -1 : open(path, flags, mode);
+}
+static int fault_fstat(int handle, struct stat *status) { return fails(0) ? -1 : fstat(handle, status); }
+static int fault_fsync(int handle) { return fails(0) ? -1 : fsync(handle); }
+static int fault_close(int handle) { return fails(0) ? (close(handle), -1) : close(handle); }
+static ssize_t fault_read(int handle, void *to, size_t bytes) {
+    if (fails(1)) return -1;
+    if (at_fault(FAULT_END)) return 0;
+    return read(handle, to, at_fault(FAULT_SHORT) ? (bytes + 1) / 2 : bytes);
+}
+static ssize_t fault_write(int handle, const void *from, size_t bytes) {
+    if (fails(1)) return -1;
+    return write(handle, from, at_fault(FAULT_SHORT) ? (bytes + 1) / 2 : bytes);
+}
+#ifndef ST_NO_MMAP
+static void *fault_mmap(void *at, size_t bytes, int protection, int flags, int handle, off_t offset) {
+    return fails(0) ? MAP_FAILED : mmap(at, bytes, protection, flags, handle, offset);
+}
+#define mmap fault_mmap
+#endif
+#define open fault_open
+#define fstat(handle, status) fault_fstat(handle, status)
+#define fsync fault_fsync
+#define close fault_close
+#define read fault_read
+#define write fault_write
+#else
+static FILE *fault_fopen(const char *path, const char *mode) { return fails(0) ? NULL : fopen(path, mode); }
+static size_t fault_fread(void *to, size_t size, size_t n, FILE *f) {
+    return fails(0) ? 0 : fread(to, size, at_fault(FAULT_END) && n ? n - 1 : n, f);
+}
+static size_t fault_fwrite(const void *from, size_t size, size_t n, FILE *f) {
+    return fails(0) ? 0 : fwrite(from, size, n, f);
+}
+static int fault_fflush(FILE *f) { return fails(0) ? EOF : fflush(f); }
+static int fault_fclose(FILE *f) { return fails(0) ? (fclose(f), EOF) : fclose(f); }
+static int fault_fseek(FILE *f, long offset, int whence) { return fails(0) ? -1 : fseek(f, offset, whence); }
+static long fault_ftell(FILE *f) { return fails(0) ? -1 : ftell(f); }
+#define fopen fault_fopen
+#define fread fault_fread
+#define fwrite fault_fwrite
+#define fflush fault_fflush
+#define fclose fault_fclose
+#define fseek fault_fseek
+#define ftell fault_ftell
+#endif
+#define rename fault_rename
+
+#define ST_MALLOC(bytes) count_malloc(bytes)
+#define ST_FREE(pointer) count_free(pointer)
+#define SAFETENSORS_IMPLEMENTATION
+#include "safetensors.h"
+
+#undef mmap
+#undef open
+#undef fstat
+#undef fsync
+#undef close
+#undef read
+#undef write
+#undef fopen
+#undef fread
+#undef fwrite
+#undef fflush
+#undef fclose
+#undef fseek
+#undef ftell
+#undef rename
+
+#include "test.h"
 
 static void same(const char *id, long long got, long long want) { test_eq(got, want, "safetensors", 0, id); }
 
@@ -909,7 +1002,10 @@ static void test_write_refused(void) {
     static const char *const twice[] = {"k", "1", "k", "2", NULL};
     static const char *const bad[] = {"k", "\xff", NULL};
     static unsigned char data[64];
+    static char long_text[500000];
+    const char *many[203];
     char longer[ST_MAX_NAME + 1], old[8];
+    size_t i;
     st_tensor t = describe("x", ST_U8, 4, data, 4), pair[2];
     st_error error;
     const char *file = "old.safetensors";
@@ -953,6 +1049,10 @@ static void test_write_refused(void) {
     pair[0] = describe("a", ST_U8, SIZE_MAX, data, SIZE_MAX);
     pair[1] = describe("b", ST_U8, 2, data, 2);
     if (sizeof(size_t) == 8) check_write("sum overflows", file, pair, 2, NULL, ST_ERR_OVERFLOW);
+    for (i = 0; i < 202; i++) many[i] = long_text; /* 101 keys and values of half a megabyte each */
+    many[202] = NULL;
+    memset(long_text, 'x', sizeof long_text - 1);
+    check_write("header too long", file, NULL, 0, many, ST_ERR_LIMIT);
     CHECK(get_file(file, old, sizeof old) == 3 && memcmp(old, "old", 3) == 0);
     drop_file(file);
 }
@@ -1049,6 +1149,60 @@ static void test_no_memory(void) {
     free(m.bytes);
 }
 
+/* ---- failing input and output ---------------------------------------------------------------------- */
+
+/* Each call of the system in turn is at fault, alone or with all that follow. */
+static void test_faults(void) {
+    int operation, kind, persistent;
+    put_shards();
+    put_text(INDEX, GOOD_MAP);
+    for (operation = 0; operation < OPERATIONS; operation++) {
+        if (operation == PARSE) continue;
+        for (kind = FAULT_ERROR; kind < FAULTS; kind++) {
+            for (persistent = 0; persistent < 2; persistent++) {
+                int done = 0, failed = 0;
+                long k, before = live_blocks;
+                for (k = 1; k < 1000 && !done; k++) {
+                    st_file file;
+                    st_error error;
+                    st_result result;
+                    char old[8];
+                    if (kind == FAULT_INTERRUPT && persistent) break; /* would go on forever */
+                    put_text("nomem.safetensors", "old");
+                    io_calls = 0;
+                    io_from = k;
+                    io_to = persistent ? 1000000 : k;
+                    io_fault = kind;
+                    result = operate(operation, &file, NULL, &error);
+                    io_fault = NO_FAULT;
+                    done = io_calls < k;
+                    CHECK(result == ST_OK || result == ST_ERR_IO);
+                    if (result != ST_OK) {
+                        CHECK(is_closed(&file) && error.code == result && error.message[0]);
+                        failed = 1;
+#ifndef ST_NO_POSIX
+                        CHECK(get_file("nomem.safetensors", old, sizeof old) == 3);
+#endif
+                    } else if (operation != WRITE) {
+                        const st_tensor *a = st_find(&file, "a");
+                        CHECK(a && memcmp(a->data, "\1\2\3\4", 4) == 0);
+                    } else {
+                        CHECK(get_file("nomem.safetensors", old, sizeof old) == sizeof old);
+                    }
+                    CHECK(!exists("nomem.safetensors.tmp"));
+                    if (done) CHECK_EQ(result, ST_OK);
+                    st_close(&file);
+                    CHECK_EQ(live_blocks, before);
+                }
+                CHECK(k < 1000);
+                /* Short and interrupted calls are gone on with; errors, and ends on reading, are not. */
+                CHECK_EQ(failed, kind == FAULT_ERROR || (kind == FAULT_END && operation != WRITE));
+            }
+        }
+    }
+    drop_file("nomem.safetensors");
+}
+
 /* ---- all ------------------------------------------------------------------------------------------- */
 
 static int lowest_free_handle(void) {
@@ -1091,6 +1245,7 @@ int main(void) {
     test_write_refused();
     test_write_failures();
     test_no_memory();
+    test_faults();
     for (i = 0; i < 3; i++) drop_file(names[i]);
     CHECK_EQ(rmdir(directory), 0); /* nothing was left behind */
     CHECK_EQ(live_blocks, 0);

@@ -1,0 +1,370 @@
+/* test_ops.c -- chapter 4 (ops): linear layers of every weight type, RMSNorm, SwiGLU, log-sum-exp.
+ *
+ * A failure here means wrong numbers in every layer of every model: a scale block applied to the wrong columns, a
+ * row that depends on how many rows share the call, a norm that is off, or NaN where a finite result exists. */
+#define DSV3_IMPLEMENTATION
+#include "dsv3.h"
+
+#include "test.h"
+#include <float.h>
+
+#define UNIT ldexp(1.0, -24) /* rounding error of one float operation, relative */
+
+static dsv3_context ctx;
+
+static int same_bits(const float *a, const float *b, size_t n) { return memcmp(a, b, n * sizeof *a) == 0; }
+
+/* ---- weights of any type, built from floats ---------------------------------------------------------- */
+
+typedef struct weights {
+    dsv3_tensor tensor;
+    unsigned char *memory, *scale_memory;
+    double *value; /* [rows, cols] what the elements are worth: code times scale, exactly */
+} weights;
+
+/* Encodes one number at `at` and returns what was kept. */
+static double put(dsv3_type type, unsigned char *at, float x) {
+    uint16_t half;
+    switch (type) {
+    case DSV3_F16: return half = dsv3_f16_from_f32(x), memcpy(at, &half, 2), (double)dsv3_f32_from_f16(half);
+    case DSV3_BF16: return half = dsv3_bf16_from_f32(x), memcpy(at, &half, 2), (double)dsv3_f32_from_bf16(half);
+    case DSV3_F8_E4M3: return *at = dsv3_f8_e4m3_from_f32(x), (double)dsv3_f32_from_f8_e4m3(*at);
+    case DSV3_F32: break;
+    }
+    return memcpy(at, &x, 4), (double)x;
+}
+
+/* Data (and scales) begin `shift` bytes past what malloc gives: 1 is as misaligned as can be. */
+static weights weights_make(dsv3_type type, size_t rows, size_t cols, size_t shift) {
+    weights w;
+    size_t size = dsv3_type_bytes(type), across = (cols + 127) / 128, down = (rows + 127) / 128;
+    int quantised = type == DSV3_F8_E4M3;
+    w.memory = (unsigned char *)test_alloc(rows * cols * size + shift);
+    w.scale_memory = (unsigned char *)test_alloc(across * down * sizeof(float) + shift);
+    w.value = (double *)test_alloc(rows * cols * sizeof(double));
+    w.tensor.data = w.memory + shift;
+    w.tensor.scale = quantised ? w.scale_memory + shift : NULL;
+    w.tensor.rows = rows, w.tensor.cols = cols, w.tensor.type = type, w.tensor.rank = 2;
+    for (size_t i = 0; i < across * down; i++) { /* no two blocks alike */
+        float scale = test_uniform(0.5f, 1) * ldexpf(1, -(int)(i % 6));
+        memcpy(w.scale_memory + shift + i * sizeof scale, &scale, sizeof scale);
+    }
+    for (size_t i = 0; i < rows * cols; i++) {
+        size_t block = i / cols / 128 * across + i % cols / 128;
+        float scale;
+        memcpy(&scale, w.scale_memory + shift + block * sizeof scale, sizeof scale);
+        w.value[i] = put(type, w.memory + shift + i * size, test_uniform(-1, 1)) * (quantised ? (double)scale : 1.0);
+    }
+    return w;
+}
+
+static void weights_free(weights *w) { free(w->memory), free(w->scale_memory), free(w->value); }
+
+/* ---- linear ------------------------------------------------------------------------------------------ */
+
+/* How many y are further from the double result than (ceil(cols/8) + 5) 2^-24 sum |w x|: the bound of a dot product
+ * (tests/test_kernels.c) and the rounding of code times scale. */
+static int linear_wrong(const float *y, const float *x, const weights *w, size_t n) {
+    size_t rows = w->tensor.rows, cols = w->tensor.cols;
+    int wrong = 0;
+    for (size_t t = 0; t < n; t++) {
+        for (size_t r = 0; r < rows; r++) {
+            double sum = 0, size = 0;
+            for (size_t i = 0; i < cols; i++) {
+                double product = w->value[r * cols + i] * (double)x[t * cols + i];
+                sum += product, size += fabs(product);
+            }
+            wrong += !(fabs((double)y[t * rows + r] - sum) <= ((double)((cols + 7) / 8) + 5) * UNIT * size);
+        }
+    }
+    return wrong;
+}
+
+static void linear_case(dsv3_type type, size_t rows, size_t cols, size_t shift) {
+    enum { N = 5 };
+    weights w = weights_make(type, rows, cols, shift);
+    float *x = (float *)test_alloc(N * cols * sizeof(float)), *y = (float *)test_alloc(N * rows * sizeof(float));
+    float *one = (float *)test_alloc(rows * sizeof(float));
+    float *scratch = (float *)test_alloc(ctx.threads * 4 * cols * sizeof(float));
+    int alone = 0, wrong;
+    test_fill(x, N * cols, -1, 1);
+    memset(y, 0xFF, N * rows * sizeof(float));
+    memset(scratch, 0xFF, ctx.threads * 4 * cols * sizeof(float)); /* scratch may hold anything */
+    dsv3_linear(&ctx, y, x, &w.tensor, N, scratch);
+    wrong = linear_wrong(y, x, &w, N);
+    for (size_t t = 0; t < N; t++) {
+        memset(one, 0xFF, rows * sizeof(float));
+        dsv3_linear(&ctx, one, x + t * cols, &w.tensor, 1, scratch);
+        alone += !same_bits(one, y + t * rows, rows);
+    }
+    if (wrong || alone) fprintf(stderr, "linear %s %zux%zu shift %zu\n", dsv3_type_name(type), rows, cols, shift);
+    CHECK_EQ(wrong, 0);
+    CHECK_EQ(alone, 0);
+    weights_free(&w);
+    free(x), free(y), free(one), free(scratch);
+}
+
+static void linear_all(void) {
+    static const size_t sizes[] = {1, 127, 128, 129, 300};
+    for (int type = 0; type < DSV3_TYPES; type++) {
+        for (size_t i = 0; i < 25; i++) linear_case((dsv3_type)type, sizes[i / 5], sizes[i % 5], i % 2);
+        linear_case((dsv3_type)type, 128, 129, 1);
+        linear_case((dsv3_type)type, 3, 7, 1);
+    }
+}
+
+/* A decoded row is code times scale, rounded once. */
+static void rows_exact(void) {
+    for (int type = 0; type < DSV3_TYPES; type++) {
+        weights w = weights_make((dsv3_type)type, 257, 300, 1);
+        float y[300];
+        int wrong = 0;
+        for (size_t r = 0; r < 257; r++) {
+            memset(y, 0xFF, sizeof y);
+            dsv3i_decode_row(&ctx, y, &w.tensor, r);
+            for (size_t i = 0; i < 300; i++) wrong += y[i] != (float)w.value[r * 300 + i];
+        }
+        CHECK_EQ(wrong, 0);
+        weights_free(&w);
+    }
+}
+
+/* Backwards, item by item; user counts the calls. */
+static void backwards(void *user, size_t threads, size_t n, dsv3_task task, void *arg) {
+    ++*(int *)user;
+    while (n-- > 0) task(arg, n, n + 1, n % threads);
+}
+
+/* Several products in one loop give the bits of each alone, in one piece or in many. */
+static void linear_jobs(void) {
+    static const size_t rows[3] = {301, 6, 515}, cols[3] = {700, 129, 260}, n[3] = {3, 1, 2};
+    weights w[3];
+    dsv3i_job jobs[3];
+    float *x[3], *want[3], *got[3], *scratch = (float *)test_alloc(3 * 4 * 700 * sizeof(float));
+    dsv3_context pieces = ctx;
+    int calls = 0;
+    pieces.parallel_for = backwards;
+    pieces.parallel_user = &calls;
+    pieces.threads = 3;
+    for (size_t j = 0; j < 3; j++) {
+        w[j] = weights_make(j == 0 ? DSV3_BF16 : DSV3_F8_E4M3, rows[j], cols[j], j);
+        x[j] = (float *)test_alloc(n[j] * cols[j] * sizeof(float));
+        want[j] = (float *)test_alloc(n[j] * rows[j] * sizeof(float));
+        got[j] = (float *)test_alloc(n[j] * rows[j] * sizeof(float));
+        test_fill(x[j], n[j] * cols[j], -1, 1);
+        dsv3_linear(&ctx, want[j], x[j], &w[j].tensor, n[j], scratch);
+        jobs[j] = dsv3i_job_make(got[j], x[j], &w[j].tensor, n[j]);
+    }
+    for (int cut = 0; cut < 2; cut++) {
+        for (size_t j = 0; j < 3; j++) memset(got[j], 0xFF, n[j] * rows[j] * sizeof(float));
+        dsv3i_linear_jobs(cut ? &pieces : &ctx, jobs, 3, scratch, 4 * 700);
+        for (size_t j = 0; j < 3; j++) CHECK(same_bits(got[j], want[j], n[j] * rows[j]));
+    }
+    CHECK_EQ(calls, 1);
+    for (size_t j = 0; j < 3; j++) weights_free(&w[j]), free(x[j]), free(want[j]), free(got[j]);
+    free(scratch);
+}
+
+/* ---- RMSNorm ----------------------------------------------------------------------------------------- */
+
+static dsv3_tensor vector(const void *data, size_t n, dsv3_type type) {
+    dsv3_tensor g;
+    g.data = data, g.scale = NULL, g.rows = 1, g.cols = n, g.type = type, g.rank = 1;
+    return g;
+}
+
+static void rmsnorm_golden(void) {
+    static const double want[8] = {0.150943921, 0.656129017, 0.980923956, 1.15869678,
+                                   1.28460897,  1.31308153,  1.10309441,  0.645055261};
+    float x[8], y[8], gain[8];
+    dsv3_tensor g = vector(gain, 8, DSV3_F32);
+    for (int i = 0; i < 8; i++) {
+        x[i] = (float)sin(0.1 + 0.37 * i);
+        gain[i] = (float)(1 + 0.1 * cos((double)i));
+    }
+    dsv3_rmsnorm(&ctx, y, x, &g, 1, 8, 1e-6f);
+    CHECK(dsv3i_all_finite(y, 8));
+    CHECK_CLOSE(y, want, 8, 3e-7);
+    dsv3_rmsnorm(&ctx, x, x, &g, 1, 8, 1e-6f); /* in place */
+    CHECK(same_bits(x, y, 8));
+}
+
+/* Widths around the piece by which gains are decoded; gains of every type, misaligned; rows alone and together. */
+static void rmsnorm_case(dsv3_type type, size_t d, float eps) {
+    enum { N = 3 };
+    weights g = weights_make(type, 1, d, 1);
+    float *x = (float *)test_alloc(N * d * sizeof(float)), *y = (float *)test_alloc(N * d * sizeof(float));
+    int wrong = 0, alone = 0;
+    g.tensor.rank = 1;
+    test_fill(x, N * d, -2, 2);
+    for (size_t i = 0; i < d; i++) x[d + i] *= 1e-4f; /* a row where eps matters */
+    memset(y, 0xFF, N * d * sizeof(float));
+    dsv3_rmsnorm(&ctx, y, x, &g.tensor, N, d, eps);
+    for (size_t t = 0; t < N; t++) {
+        double sum = 0;
+        for (size_t i = 0; i < d; i++) sum += (double)x[t * d + i] * x[t * d + i];
+        for (size_t i = 0; i < d; i++) {
+            double want = g.value[i] * (double)x[t * d + i] / sqrt(sum / (double)d + (double)eps);
+            wrong += !(fabs((double)y[t * d + i] - want) <= ((double)d / 16 + 8) * UNIT * fabs(want));
+        }
+        dsv3_rmsnorm(&ctx, x + t * d, x + t * d, &g.tensor, 1, d, eps);
+        alone += !same_bits(x + t * d, y + t * d, d);
+    }
+    CHECK_EQ(wrong, 0);
+    CHECK_EQ(alone, 0);
+    weights_free(&g);
+    free(x), free(y);
+}
+
+static void rmsnorm_all(void) {
+    static const size_t widths[] = {1, 2, 63, 64, 65, 128, 200};
+    for (size_t i = 0; i < sizeof widths / sizeof widths[0]; i++) {
+        rmsnorm_case(DSV3_F32, widths[i], 1e-6f);
+        rmsnorm_case(DSV3_BF16, widths[i], 1e-5f);
+        rmsnorm_case(DSV3_F16, widths[i], 1e-6f);
+    }
+}
+
+static void rmsnorm_row(float *y, float a, float b, float c, float d) {
+    static const float gain[4] = {1, 2, 3, 4};
+    dsv3_tensor g = vector(gain, 4, DSV3_F32);
+    float x[4];
+    x[0] = a, x[1] = b, x[2] = c, x[3] = d;
+    dsv3_rmsnorm(&ctx, y, x, &g, 1, 4, 1e-6f);
+}
+
+static int all_zero(const float *y) { return y[0] == 0 && y[1] == 0 && y[2] == 0 && y[3] == 0; }
+
+static void rmsnorm_edges(void) {
+    const float tiny = 1e-30f, fits = 1e19f, over = 2e19f; /* 4 fits^2 and over^2 are beyond FLT_MAX, fits^2 is not */
+    static const double want_tiny[4] = {1e-27, 2e-27, 3e-27, -4e-27};
+    float y[4];
+    rmsnorm_row(y, 0, 0, 0, 0);
+    CHECK(all_zero(y));
+    rmsnorm_row(y, tiny, tiny, tiny, -tiny);
+    CHECK(dsv3i_all_finite(y, 4));
+    CHECK_CLOSE(y, want_tiny, 4, 1e-6);
+    rmsnorm_row(y, fits, 0, 0, 0);
+    CHECK(fabs((double)y[0] - 2) < 1e-6 && y[1] == 0);
+    rmsnorm_row(y, fits, fits, fits, fits);
+    CHECK(all_zero(y));
+    rmsnorm_row(y, 1, -over, 0, 3);
+    CHECK(all_zero(y));
+    rmsnorm_row(y, 1, NAN, 0, 3);
+    CHECK(isnan(y[0]) && isnan(y[1]) && isnan(y[2]) && isnan(y[3]));
+    rmsnorm_row(y, 1, INFINITY, -INFINITY, 3);
+    CHECK(y[0] == 0 && isnan(y[1]) && isnan(y[2]) && y[3] == 0);
+}
+
+/* A bad row harms itself only. */
+static void rmsnorm_rows_apart(void) {
+    static const float gain[4] = {1, 1, 1, 1};
+    dsv3_tensor g = vector(gain, 4, DSV3_F32);
+    float x[12] = {1, 2, 3, 4, NAN, 1, 1, INFINITY, 4, 3, 2, 1}, y[12], alone[4];
+    dsv3_rmsnorm(&ctx, y, x, &g, 3, 4, 1e-6f);
+    dsv3_rmsnorm(&ctx, alone, x, &g, 1, 4, 1e-6f);
+    CHECK(same_bits(y, alone, 4) && dsv3i_all_finite(y, 4));
+    dsv3_rmsnorm(&ctx, alone, x + 8, &g, 1, 4, 1e-6f);
+    CHECK(same_bits(y + 8, alone, 4) && dsv3i_all_finite(y + 8, 4));
+}
+
+/* ---- SwiGLU ------------------------------------------------------------------------------------------ */
+
+static void silu_edges(void) {
+    float a[8] = {100, -100, -0.0f, 0, FLT_MAX, -FLT_MAX, 88.8f, 20}, b[8] = {1, 1, 1, 1, 1, 1, -2, 0.5f};
+    float nan[1] = {NAN}, inf[1] = {INFINITY};
+    dsv3i_silu_mul(&ctx, a, b, 8);
+    CHECK(a[0] == 100);
+    CHECK(a[1] <= 0 && a[1] > -1e-37f);
+    CHECK(a[2] == 0 && signbit(a[2]));
+    CHECK(a[3] == 0 && !signbit(a[3]));
+    CHECK(a[4] == FLT_MAX);
+    CHECK(a[5] == 0);
+    CHECK(a[6] == -2 * 88.8f);
+    CHECK(fabs((double)a[7] - 10) < 1e-6);
+    dsv3i_silu_mul(&ctx, nan, b, 1);
+    CHECK(isnan(nan[0]));
+    dsv3i_silu_mul(&ctx, inf, b, 1);
+    CHECK(isinf(inf[0]) && inf[0] > 0);
+}
+
+/* Lengths around the piece of the parallel loop. */
+static void silu_lengths(void) {
+    static const size_t lengths[] = {0, 1, 255, 256, 257, 511, 513, 1000};
+    for (size_t k = 0; k < sizeof lengths / sizeof lengths[0]; k++) {
+        size_t n = lengths[k];
+        float *h = (float *)test_alloc(n * sizeof(float)), *b = (float *)test_alloc(n * sizeof(float));
+        double *want = (double *)test_alloc(n * sizeof(double));
+        test_fill(h, n, -10, 10);
+        test_fill(b, n, -1, 1);
+        for (size_t i = 0; i < n; i++) want[i] = (double)h[i] / (1 + exp(-(double)h[i])) * (double)b[i];
+        dsv3i_silu_mul(&ctx, h, b, n);
+        CHECK(dsv3i_all_finite(h, n));
+        CHECK_CLOSE(h, want, n, 5e-7);
+        free(h), free(b), free(want);
+    }
+}
+
+/* ---- log-sum-exp ------------------------------------------------------------------------------------- */
+
+static void lse_case(size_t V, float low, float high) {
+    float *z = (float *)test_alloc(V * sizeof(float)), got;
+    double top = -INFINITY, sum = 0, want;
+    int ok;
+    test_fill(z, V, low, high);
+    for (size_t i = 0; i < V; i++) top = (double)z[i] > top ? (double)z[i] : top;
+    for (size_t i = 0; i < V; i++) sum += exp((double)z[i] - top);
+    want = top + log(sum);
+    got = dsv3_log_sum_exp(z, V);
+    ok = fabs((double)got - want) <= 2e-6 + 2 * UNIT * fabs(want);
+    if (!ok) {
+        fprintf(stderr, "log_sum_exp of %zu in %g..%g: got %.9g, want %.9g\n", V, (double)low, (double)high,
+                (double)got, want);
+    }
+    CHECK(ok);
+    CHECK(isfinite(got));
+    free(z);
+}
+
+static float lse2(float a, float b) {
+    float z[2];
+    z[0] = a, z[1] = b;
+    return dsv3_log_sum_exp(z, 2);
+}
+
+static void lse_all(void) {
+    static const size_t lengths[] = {1, 2, 3, 63, 64, 65, 127, 128, 129, 1000};
+    static const float singles[] = {0, 1, -88.8f, 88.8f, 1e38f, -1e38f, FLT_MAX, -FLT_MAX, 1e-30f};
+    for (size_t i = 0; i < sizeof lengths / sizeof lengths[0]; i++) {
+        lse_case(lengths[i], -5, 5);
+        lse_case(lengths[i], -120, 0);
+        lse_case(lengths[i], 500, 501);
+        lse_case(lengths[i], 3, 3); /* equal: 3 + log V */
+    }
+    for (size_t i = 0; i < sizeof singles / sizeof singles[0]; i++) {
+        CHECK(dsv3_log_sum_exp(&singles[i], 1) == singles[i]);
+    }
+    CHECK(lse2(88.8f, -88.8f) == 88.8f && lse2(-88.8f, 88.8f) == 88.8f);
+    CHECK(lse2(1e38f, -1e38f) == 1e38f && lse2(-1e38f, 1e38f) == 1e38f);
+    CHECK(lse2(FLT_MAX, -FLT_MAX) == FLT_MAX);
+    CHECK(lse2(1e38f, 1e38f) == 1e38f); /* log 2 is nothing beside it */
+    CHECK(fabs((double)lse2(88.8f, 88.8f) - ((double)88.8f + log(2))) < 1e-5);
+    CHECK(fabs((double)lse2(0, 0) - log(2)) < 1e-7);
+    CHECK(lse2(0, -110) == 0);
+    CHECK(isfinite(lse2(1e38f, -1e38f) - -1e38f)); /* the loss of a target with probability 0 */
+}
+
+int main(void) {
+    CHECK_EQ(dsv3_context_init(&ctx, DSV3_BACKEND_REFERENCE, 1), DSV3_OK);
+    linear_all();
+    rows_exact();
+    linear_jobs();
+    rmsnorm_golden();
+    rmsnorm_all();
+    rmsnorm_edges();
+    rmsnorm_rows_apart();
+    silu_edges();
+    silu_lengths();
+    lse_all();
+    return test_done("ops");
+}

@@ -1,0 +1,233 @@
+/* test_same_bits.c -- chapters 2 and 12: results do not depend on how the work is cut.
+ *
+ * A failure means that the same tokens give other bits when they are computed by more threads, in another order, in
+ * smaller chunks, or next to other sequences: some sum is split or shared, or some scratch memory is. Greedy text
+ * would then change with the load of the machine. */
+#define DSV3_IMPLEMENTATION
+#include "dsv3.h"
+#include "synthetic.h"
+
+#include <pthread.h>
+
+#define LONGEST 136
+
+/* ---- Parallel loops. Each counts its calls by kind of loop: a loop too small to be split never gets here, and a
+ * test in which nothing was split would prove nothing. */
+
+enum { LOOP_LINEAR, LOOP_SILU, LOOP_ABSORBED, LOOP_EXPANDED, LOOP_OTHER, LOOPS };
+static long split[LOOPS];
+
+static void count_loop(dsv3_task task) {
+    int kind = LOOP_OTHER;
+    if (task == dsv3i_linear_task) kind = LOOP_LINEAR;
+    if (task == dsv3i_silu_task) kind = LOOP_SILU;
+    if (task == dsv3i_absorbed_task) kind = LOOP_ABSORBED;
+    if (task == dsv3i_expanded_task) kind = LOOP_EXPANDED;
+    split[kind]++;
+}
+
+/* Threads of the system: worker w takes every threads-th piece of three items. */
+typedef struct piece_worker {
+    dsv3_task task;
+    void *arg;
+    size_t n, worker, threads;
+} piece_worker;
+
+static void *work_pieces(void *p) {
+    const piece_worker *w = (const piece_worker *)p;
+    for (size_t begin = 3 * w->worker; begin < w->n; begin += 3 * w->threads) {
+        w->task(w->arg, begin, begin + 3 < w->n ? begin + 3 : w->n, w->worker);
+    }
+    return NULL;
+}
+
+static void parallel_threads(void *user, size_t threads, size_t n, dsv3_task task, void *arg) {
+    pthread_t thread[64];
+    piece_worker worker[64];
+    (void)user;
+    count_loop(task);
+    if (threads > 64) exit(2);
+    for (size_t i = 0; i < threads; i++) {
+        worker[i].task = task, worker[i].arg = arg, worker[i].n = n, worker[i].worker = i,
+        worker[i].threads = threads;
+        if (i > 0 && pthread_create(&thread[i], NULL, work_pieces, &worker[i]) != 0) exit(2);
+    }
+    work_pieces(&worker[0]);
+    for (size_t i = 1; i < threads; i++) pthread_join(thread[i], NULL);
+}
+
+/* One thread, but pieces of odd sizes from the last to the first, under changing worker numbers. */
+static void parallel_backwards(void *user, size_t threads, size_t n, dsv3_task task, void *arg) {
+    static const size_t sizes[] = {1, 4, 2, 7, 1, 11, 3};
+    size_t end = n, k = 0;
+    (void)user;
+    count_loop(task);
+    while (end > 0) {
+        size_t size = sizes[k % 7], begin = end > size ? end - size : 0;
+        task(arg, begin, end, k++ % threads);
+        end = begin;
+    }
+}
+
+enum { HOW_SERIAL, HOW_THREADS, HOW_BACKWARDS, HOW_OPENMP };
+
+static void set_hook(synth *s, int how, size_t threads) {
+    dsv3_attention form = s->context.attention;
+    synth_demand(dsv3_context_init(&s->context, DSV3_BACKEND_AUTO, how == HOW_OPENMP ? threads : 1), "context", NULL);
+    s->context.attention = form;
+    if (how != HOW_OPENMP) s->context.parallel_for = NULL;
+    if (how == HOW_THREADS) s->context.parallel_for = parallel_threads;
+    if (how == HOW_BACKWARDS) s->context.parallel_for = parallel_backwards;
+    s->context.threads = threads;
+}
+
+/* ---- One model, its tokens, and what the plain way gives */
+
+typedef struct subject {
+    synth *s;
+    const char *name;
+    size_t S, V, cache_bytes;
+    int32_t token[LONGEST];
+    float *want, *got;         /* [S, V] */
+    unsigned char *want_cache; /* cache after the plain way */
+} subject;
+
+/* The tokens through cache 0 from its beginning, `chunk` at a time, into got. */
+static void compute(subject *a, size_t chunk) {
+    memset(a->got, 0xFF, a->S * a->V * sizeof(float));
+    dsv3_cache_truncate(&a->s->caches[0], 0);
+    for (size_t t = 0; t < a->S; t += chunk) {
+        size_t rows = a->S - t < chunk ? a->S - t : chunk;
+        CHECK_EQ(synth_forward(a->s, a->got + t * a->V, a->token + t, rows, 0, NULL), DSV3_OK);
+    }
+}
+
+static void compare(const subject *a, const char *how, size_t threads, size_t chunk) {
+    char line[200];
+    size_t differ = 0;
+    for (size_t i = 0; i < a->S * a->V; i++) differ += memcmp(a->got + i, a->want + i, sizeof(float)) != 0;
+    snprintf(line, sizeof line, "%s, %s cache, form %d, %s, %zu threads, chunks of %zu: %zu logits differ", a->name,
+             dsv3_type_name(a->s->caches[0].type), (int)a->s->context.attention, how, threads, chunk, differ);
+    test_count(differ == 0, __FILE__, __LINE__, line);
+    CHECK(memcmp(a->want_cache, a->s->cache_memory[0], a->cache_bytes) == 0);
+}
+
+/* Threads and orders. */
+static void vary_threads(subject *a, int all) {
+    static const size_t threads[] = {16, 3, 1, 2, 4, 7};
+    for (size_t i = 0; i < (all ? 6 : 2); i++) {
+        long before = split[LOOP_LINEAR];
+        set_hook(a->s, HOW_THREADS, threads[i]);
+        compute(a, a->S);
+        compare(a, "threads", threads[i], a->S);
+        set_hook(a->s, HOW_BACKWARDS, threads[i]);
+        compute(a, a->S);
+        compare(a, "backwards", threads[i], a->S);
+        CHECK((split[LOOP_LINEAR] > before + 1) == (threads[i] > 1));
+#if defined(_OPENMP)
+        set_hook(a->s, HOW_OPENMP, threads[i]);
+        CHECK(a->s->context.parallel_for != NULL && a->s->context.threads == threads[i]);
+        compute(a, a->S);
+        compare(a, "OpenMP", threads[i], a->S);
+#endif
+    }
+}
+
+static void vary_chunks(subject *a) {
+    static const size_t chunks[] = {1, 2, 7};
+    for (size_t i = 0; i < 3; i++) {
+        set_hook(a->s, HOW_SERIAL, 1);
+        compute(a, chunks[i]);
+        compare(a, "serial", 1, chunks[i]);
+        set_hook(a->s, HOW_BACKWARDS, 5);
+        compute(a, chunks[i]);
+        compare(a, "backwards", 5, chunks[i]);
+    }
+}
+
+/* The tokens in chunks of 7, each chunk scattered among rows of two other sequences. */
+static void vary_company(subject *a, int how, size_t threads) {
+    int32_t token[21], sequence[21], output[7];
+    dsv3_batch batch;
+    set_hook(a->s, how, threads);
+    memset(a->got, 0xFF, a->S * a->V * sizeof(float));
+    for (int i = 0; i < 3; i++) dsv3_cache_truncate(&a->s->caches[i], 0);
+    for (size_t t = 0; t < a->S; t += 7) {
+        size_t rows = a->S - t < 7 ? a->S - t : 7, done = 0, n = 0;
+        while (done < rows) {
+            int mine = test_random() % 3 == 0 || n + (rows - done) >= 21;
+            if (mine) output[done] = (int32_t)n;
+            token[n] = mine ? a->token[t + done++] : (int32_t)(test_random() % a->V);
+            sequence[n] = mine ? 0 : 1 + (int32_t)(test_random() % 2);
+            n++;
+        }
+        memset(&batch, 0, sizeof batch);
+        batch.rows = n;
+        batch.token = token;
+        batch.sequence = sequence;
+        batch.outputs = rows;
+        batch.output = output;
+        CHECK_EQ(
+            dsv3_forward(&a->s->context, a->got + t * a->V, &a->s->model, a->s->caches, 3, &batch, &a->s->ws, NULL),
+            DSV3_OK);
+    }
+    compare(a, "in company", threads, 7);
+}
+
+/* ---- All of it for one configuration */
+
+static void test_config(const char *name, const dsv3_config *c, int types, size_t length) {
+    subject a;
+    memset(&a, 0, sizeof a);
+    a.s = synth_open(c, types, 71);
+    a.name = name;
+    a.S = length;
+    a.V = (size_t)c->vocab_size;
+    a.want = (float *)test_alloc(a.S * a.V * sizeof(float));
+    a.got = (float *)test_alloc(a.S * a.V * sizeof(float));
+    synth_tokens(a.token, a.S, c->vocab_size);
+    for (int form = 1; form <= 2; form++) {
+        long attention = split[form == 1 ? LOOP_ABSORBED : LOOP_EXPANDED];
+        for (int bf16 = 0; bf16 < 2; bf16++) {
+            size_t others = 3 * a.S;
+            a.s->context.attention = (dsv3_attention)form;
+            synth_run(a.s, a.S > 21 ? a.S : 21, 16, 3, others, bf16 ? DSV3_BF16 : DSV3_F32);
+            a.cache_bytes = a.s->cache_bytes;
+            a.want_cache = (unsigned char *)test_alloc(a.cache_bytes);
+            set_hook(a.s, HOW_SERIAL, 1);
+            compute(&a, a.S);
+            memcpy(a.want, a.got, a.S * a.V * sizeof(float));
+            memcpy(a.want_cache, a.s->cache_memory[0], a.cache_bytes);
+            vary_threads(&a, !bf16);
+            vary_chunks(&a);
+            vary_company(&a, HOW_SERIAL, 1);
+            vary_company(&a, HOW_BACKWARDS, 3);
+            free(a.want_cache);
+        }
+        CHECK(split[form == 1 ? LOOP_ABSORBED : LOOP_EXPANDED] > attention);
+    }
+    free(a.want), free(a.got);
+    synth_close(a.s);
+}
+
+/* Large enough that every kind of loop is split, most of them even for a single row. */
+static void test_wide(void) {
+    dsv3_config c = dsv3_config_default();
+    synth_sizes(&c, 1031, 256, 1040, 64, 2, 1);
+    synth_attention(&c, 8, 64, 128, 128, 16, 128);
+    synth_experts(&c, 8, 1, 2, 4, 2, 2.5f);
+    memset(split, 0, sizeof split);
+    test_config("wide", &c, SYNTH_BF16, 19);
+    for (int i = 0; i < LOOP_OTHER; i++) CHECK(split[i] > 0);
+    CHECK_EQ(split[LOOP_OTHER], 0);
+}
+
+int main(void) {
+    for (int which = 0; which < SYNTH_CONFIGS; which++) {
+        int types;
+        dsv3_config c = synth_config(which, &types);
+        test_config(synth_name(which), &c, types, which == SYNTH_ODD ? LONGEST : 72);
+    }
+    test_wide();
+    return test_done("test_same_bits");
+}
