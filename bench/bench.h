@@ -37,11 +37,13 @@ static inline void bench_check(dsv3_result result, const char *what) {
     if (result != DSV3_OK) bench_die(what, dsv3_result_string(result));
 }
 
-/* ---- Memory, aligned as the library wants it; free() takes it back */
+/* ---- Memory, from the start of a cache line on; free() takes it back */
+
+#define BENCH_ALIGN 64 /* bytes; no less than DSV3_ALIGN */
 
 static inline void *bench_alloc(size_t bytes) {
     void *memory = NULL;
-    if (posix_memalign(&memory, DSV3_ALIGN, bytes > 0 ? bytes : 1) != 0) {
+    if (posix_memalign(&memory, BENCH_ALIGN, bytes > 0 ? bytes : 1) != 0) {
         fprintf(stderr, "bench: out of memory (%.1f MiB asked for)\n", (double)bytes / 1048576.0);
         exit(1);
     }
@@ -153,21 +155,22 @@ static inline void bench_reader_fill(void *arg, size_t begin, size_t end, size_t
     for (size_t i = begin * BENCH_READ_BLOCK; i < end * BENCH_READ_BLOCK; i++) r->words[i] = 1;
 }
 
-/* Eight sums by name, side by side: gcc and clang make SIMD additions of them at -O2 (gcc does not of an array of
- * sums, nor of the plain loop), and no addition waits for the one before it. */
-static inline uint64_t bench_reader_sum(const uint64_t *words) {
-    uint64_t s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0;
-    for (size_t i = 0; i < BENCH_READ_BLOCK; i += 8) {
-        s0 += words[i];
-        s1 += words[i + 1];
-        s2 += words[i + 2];
-        s3 += words[i + 3];
-        s4 += words[i + 4];
-        s5 += words[i + 5];
-        s6 += words[i + 6];
-        s7 += words[i + 7];
+/* Four streams, because one core has more reads under way in several places than in one; two sums by name in each,
+ * because gcc and clang make SIMD additions of those at -O2 (gcc does not of an array of sums or a plain loop). */
+static inline uint64_t bench_reader_sum(const uint64_t *a) {
+    const uint64_t *b = a + BENCH_READ_BLOCK / 4, *c = b + BENCH_READ_BLOCK / 4, *d = c + BENCH_READ_BLOCK / 4;
+    uint64_t a0 = 0, a1 = 0, b0 = 0, b1 = 0, c0 = 0, c1 = 0, d0 = 0, d1 = 0;
+    for (size_t i = 0; i < BENCH_READ_BLOCK / 4; i += 2) {
+        a0 += a[i];
+        a1 += a[i + 1];
+        b0 += b[i];
+        b1 += b[i + 1];
+        c0 += c[i];
+        c1 += c[i + 1];
+        d0 += d[i];
+        d1 += d[i + 1];
     }
-    return ((s0 + s4) + (s2 + s6)) + ((s1 + s5) + (s3 + s7));
+    return ((a0 + a1) + (b0 + b1)) + ((c0 + c1) + (d0 + d1));
 }
 
 static inline void bench_reader_task(void *arg, size_t begin, size_t end, size_t worker) {
@@ -258,16 +261,16 @@ static inline dsv3_result bench_collect(void *user, const dsv3_tensor_info *info
     return DSV3_OK;
 }
 
-/* Places the tensors in the arena, each on a multiple of DSV3_ALIGN, and adds up. Returns the arena's size. */
+/* Places the tensors in the arena, each on a multiple of BENCH_ALIGN, and adds up. Returns the arena's size. */
 static inline size_t bench_layout(bench_synthetic *s, const dsv3_config *c) {
     size_t used = 0, experts = 0, expert_macs = 0;
     for (size_t i = 0; i < s->count; i++) {
         bench_tensor *t = &s->tensors[i];
         size_t bytes = t->bytes + t->scale_bytes, macs = t->info.rank == 2 ? t->info.rows * t->info.cols : 0;
         t->at = used;
-        used += bench_blocks(t->bytes, DSV3_ALIGN) * DSV3_ALIGN;
+        used += bench_blocks(t->bytes, BENCH_ALIGN) * BENCH_ALIGN;
         t->scale_at = used;
-        used += bench_blocks(t->scale_bytes, DSV3_ALIGN) * DSV3_ALIGN;
+        used += bench_blocks(t->scale_bytes, BENCH_ALIGN) * BENCH_ALIGN;
         s->weight_bytes += bytes;
         if (t->info.layer >= c->num_hidden_layers) continue; /* MTP: not part of a plain decode step */
         if (t->info.expert >= 0) {

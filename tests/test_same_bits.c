@@ -174,9 +174,9 @@ static void vary_company(subject *a, int how, size_t threads) {
     compare(a, "in company", threads, 7);
 }
 
-/* ---- All of it for one configuration */
+/* ---- All of it for one configuration; `all`: every number of threads, not just two */
 
-static void test_config(const char *name, const dsv3_config *c, int types, size_t length) {
+static void test_config(const char *name, const dsv3_config *c, int types, size_t length, int all) {
     subject a;
     memset(&a, 0, sizeof a);
     a.s = synth_open(c, types, 71);
@@ -198,7 +198,7 @@ static void test_config(const char *name, const dsv3_config *c, int types, size_
             compute(&a, a.S);
             memcpy(a.want, a.got, a.S * a.V * sizeof(float));
             memcpy(a.want_cache, a.s->cache_memory[0], a.cache_bytes);
-            vary_threads(&a, !bf16);
+            vary_threads(&a, all && !bf16);
             vary_chunks(&a);
             vary_company(&a, HOW_SERIAL, 1);
             vary_company(&a, HOW_BACKWARDS, 3);
@@ -217,7 +217,7 @@ static void test_wide(void) {
     synth_attention(&c, 8, 64, 128, 128, 16, 128);
     synth_experts(&c, 8, 1, 2, 4, 2, 2.5f);
     memset(split, 0, sizeof split);
-    test_config("wide", &c, SYNTH_BF16, 19);
+    test_config("wide", &c, SYNTH_BF16, 19, 1);
     for (int i = 0; i < LOOP_OTHER; i++) CHECK(split[i] > 0);
     CHECK_EQ(split[LOOP_OTHER], 0);
 }
@@ -226,7 +226,12 @@ int main(void) {
     for (int which = 0; which < SYNTH_CONFIGS; which++) {
         int types;
         dsv3_config c = synth_config(which, &types);
-        test_config(synth_name(which), &c, types, which == SYNTH_ODD ? LONGEST : 72);
+        int all = which == SYNTH_V3 || which == SYNTH_MOONLIGHT;
+        test_config(synth_name(which), &c, types,
+                    which == SYNTH_ODD      ? LONGEST
+                    : which == SYNTH_BLOCKS ? 24
+                                            : 72,
+                    all);
     }
     test_wide();
     return test_done("test_same_bits");

@@ -1,0 +1,70 @@
+# make            the tool, the lessons and the benchmarks, in build/
+# make run        writes text with the demo model
+# make test       every test that a C compiler, make and a minimal system can run
+# make check      also the compile matrix, sanitizers, 32-bit and whatever else needs `make deps`
+# make bench      speed, beside the limits of this machine
+# make install    dsv3.h, the pkg-config file and the tool; PREFIX and DESTDIR are respected
+#
+# CC, CFLAGS, LDFLAGS, LDLIBS, PREFIX and DESTDIR can be set. OpenMP is used when the compiler has it; OPENMP= turns
+# it off.
+
+CC ?= cc
+CFLAGS ?= -O2
+PREFIX ?= /usr/local
+WARN = -Wall -Wextra -Wpedantic
+OPENMP := $(shell mkdir -p build && printf '\043include <omp.h>\nint main(void){return omp_get_max_threads()<1;}\n' \
+            > build/openmp.c && $(CC) -fopenmp build/openmp.c -o build/openmp 2>/dev/null && echo -fopenmp)
+BUILD = $(CC) -std=c99 $(WARN) $(CFLAGS) $(OPENMP) -I. -Iexamples -Itests -Ibench
+
+HEADERS  = dsv3.h examples/json.h examples/safetensors.h examples/checkpoint.h
+LESSONS  = $(patsubst examples/%.c,build/%,$(wildcard examples/[0-9]*.c))
+TESTS    = $(patsubst tests/%.c,build/%,$(wildcard tests/test_*.c))
+BENCHES  = $(patsubst bench/%.c,build/%,$(wildcard bench/bench_*.c))
+PROMPT   = It is a truth universally acknowledged, that
+
+.PHONY: all run test check bench deps install uninstall clean
+all: build/dsv3 $(LESSONS) $(BENCHES)
+
+build/%: examples/%.c $(HEADERS)
+	@mkdir -p build
+	$(BUILD) $< -o $@ $(LDFLAGS) -lm $(LDLIBS)
+
+build/%: bench/%.c bench/bench.h $(HEADERS)
+	@mkdir -p build
+	$(BUILD) -D_POSIX_C_SOURCE=200809L $< -o $@ $(LDFLAGS) -lm $(LDLIBS)
+
+build/%: tests/%.c tests/test.h tests/synthetic.h $(HEADERS)
+	@mkdir -p build
+	$(BUILD) -D_POSIX_C_SOURCE=200809L $< -o $@ $(LDFLAGS) -lm -lpthread $(LDLIBS)
+
+run: build/dsv3
+	@build/dsv3 generate examples/models/austen -p '$(PROMPT)' -n 600 --stats
+
+test: build/dsv3 build/parity $(LESSONS) $(TESTS) $(BENCHES)
+	@CC='$(CC)' sh tests/run.sh $(TESTS) tests/test_*.sh
+
+check: test
+	@CC='$(CC)' sh tests/run.sh tests/check_*.sh
+
+bench: build/bench_model
+	@for t in F32 BF16 F8_E4M3; do build/bench_model --shape bench-1b --type $$t --threads 1 && \
+	 build/bench_model --shape bench-1b --type $$t --threads 2 || exit 1; done
+
+# Debian and its relatives; what `make check` uses beyond a compiler.
+deps:
+	apt-get update -q
+	apt-get install -y -q --no-install-recommends gcc g++ clang libc6-dev libomp-dev valgrind \
+	  gcc-i686-linux-gnu libc6-dev-i386-cross
+
+install: build/dsv3
+	mkdir -p '$(DESTDIR)$(PREFIX)/include' '$(DESTDIR)$(PREFIX)/share/pkgconfig' '$(DESTDIR)$(PREFIX)/bin'
+	cp dsv3.h '$(DESTDIR)$(PREFIX)/include/dsv3.h'
+	cp build/dsv3 '$(DESTDIR)$(PREFIX)/bin/dsv3'
+	printf 'prefix=%s\nincludedir=$${prefix}/include\n\nName: dsv3\nDescription: DeepSeek-V3 in one C header\nVersion: %s\nCflags: -I$${includedir}\nLibs: -lm\n' \
+	  '$(PREFIX)' "$$(build/dsv3 --version | cut -d' ' -f2)" > '$(DESTDIR)$(PREFIX)/share/pkgconfig/dsv3.pc'
+
+uninstall:
+	rm -f '$(DESTDIR)$(PREFIX)/include/dsv3.h' '$(DESTDIR)$(PREFIX)/bin/dsv3' '$(DESTDIR)$(PREFIX)/share/pkgconfig/dsv3.pc'
+
+clean:
+	rm -rf build

@@ -1,0 +1,48 @@
+#!/bin/sh
+# What a user's build sees, with the compiler at hand: no warning at the wide set, C99 and (if there is one) C++11,
+# static mode, two translation units, no writable globals, no symbol outside the allow-list, no unpublished one.
+. tests/lib.sh
+CC=${CC:-cc}
+out=build/compile
+mkdir -p $out
+wide="-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Wcast-qual -Wcast-align -Wvla -Wdouble-promotion
+ -Wfloat-equal -Wundef -Wformat=2 -Wnull-dereference -Werror"
+c="-Wstrict-prototypes -Wmissing-prototypes"
+for unit in use implement main static; do
+    check "$unit.c, C99" $CC -std=c99 -O2 $wide $c -I. -c tests/compile/$unit.c -o $out/$unit.o
+done
+check "two units link" $CC $out/main.o $out/use.o $out/implement.o $out/static.o -o $out/two -lm
+check "two units run" $out/two
+check "freestanding compiles" $CC -std=c99 -O2 -ffreestanding $wide $c -Wno-missing-prototypes -I. \
+    -c tests/compile/freestanding.c -o $out/freestanding.o
+for file in examples/*.c; do
+    check "$file" $CC -std=c99 -O2 $wide $c -Wno-float-equal -Iexamples -I. -c "$file" -o $out/example.o
+done
+if $CC -ffast-math -std=c99 -I. -c tests/compile/implement.c -o $out/fast.o 2> /dev/null; then
+    bad "-ffast-math is not refused"
+else
+    ok
+fi
+check "-ffast-math, allowed" $CC -ffast-math -DDSV3_ALLOW_FAST_MATH -std=c99 -I. -c tests/compile/implement.c -o $out/fast.o
+if command -v g++ > /dev/null; then
+    for unit in use implement main static; do
+        check "$unit.c, C++11" g++ -x c++ -std=c++11 -O2 $wide -I. -c tests/compile/$unit.c -o $out/$unit.cxx.o
+    done
+    check "C++ units link" g++ $out/main.cxx.o $out/use.cxx.o $out/implement.cxx.o -o $out/cxx
+    check "C++ units run" $out/cxx
+    check "C++ program, C library" g++ $out/main.cxx.o $out/use.cxx.o $out/implement.o -o $out/mixed -lm
+fi
+if command -v nm > /dev/null; then
+    nm $out/implement.o | grep -E ' [bBcCdD] ' > $out/globals
+    if [ -s $out/globals ]; then bad "writable globals: $(cat $out/globals)"; else ok; fi
+    for object in implement freestanding; do
+        nm -u $out/$object.o | sed 's/.* //' | grep -vxE \
+            'mem(cpy|move|set|cmp)|(my_)?(expf|logf|sqrtf|sinf|cosf|pow|log)|sincosf|_GLOBAL_OFFSET_TABLE_|__stack_chk_fail(_local)?' \
+            > $out/undefined
+        if [ -s $out/undefined ]; then bad "$object.o needs: $(tr '\n' ' ' < $out/undefined)"; else ok; fi
+    done
+    # every global the object defines is declared in chapter 1, under the public prefix
+    nm $out/implement.o | sed -n 's/.* [TR] //p' | grep -v '^dsv3_' > $out/private
+    if [ -s $out/private ]; then bad "unpublished symbols: $(cat $out/private)"; else ok; fi
+fi
+done_testing compile

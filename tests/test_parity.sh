@@ -1,0 +1,20 @@
+#!/bin/sh
+# Equal to the official model: every golden checkpoint and both trained models, see parity.c.
+. tests/lib.sh
+for dir in tests/golden/v2 tests/golden/v3 tests/golden/v3_bf16 tests/golden/v3_fp8 tests/golden/v3_noqlora \
+    examples/models/micro examples/models/austen; do
+    for threads in 1 2; do
+        check "$dir, $threads threads" build/parity "$dir" --threads $threads
+    done
+done
+# The check can fail: a golden file of another model, and a damaged one.
+mkdir -p build/parity-bad
+cp tests/golden/v3/config.json tests/golden/v3/model.safetensors build/parity-bad/
+cp tests/golden/v3_noqlora/golden.safetensors build/parity-bad/
+if build/parity build/parity-bad > /dev/null 2>&1; then bad "parity accepts another model's golden file"; else ok; fi
+# What --dump writes is a golden file itself, and equal to what was computed.
+check "dump" build/parity tests/golden/v3 --dump build/parity-bad/dump.safetensors
+cp build/parity-bad/dump.safetensors build/parity-bad/golden.safetensors
+check "dump is readable" build/dsv3 inspect build/parity-bad/dump.safetensors
+rm -rf build/parity-bad
+done_testing parity
