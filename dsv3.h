@@ -1309,18 +1309,10 @@ static double dsv3i_yarn_dim(const dsv3_config *c, float turns) {
            (2.0 * DSV3_LOG((double)c->rope_theta));
 }
 
-/* floor and ceil of the small numbers cd(n), clamped to [0, top] (top >= 0) */
-static double dsv3i_floor_clamp(double x, double top) {
-    double y;
-    if (!(x > 0.0)) return 0.0;
-    if (x > top) return top;
-    y = (double)(int32_t)x;
-    return y;
-}
-
-static double dsv3i_ceil_clamp(double x, double top) {
-    double y = dsv3i_floor_clamp(x, top);
-    return y < x && y < top ? y + 1.0 : y;
+/* Of numbers far below 2^63, as cd(n) is. */
+static double dsv3i_floor(double x) {
+    double y = (double)(int64_t)x;
+    return y > x ? y - 1.0 : y;
 }
 
 /* theta_i */
@@ -1329,8 +1321,10 @@ static double dsv3i_rope_theta(const dsv3_config *c, int32_t i) {
     int32_t dr = c->qk_rope_head_dim;
     double f = DSV3_POW((double)c->rope_theta, -2.0 * i / dr), lo, hi, ramp;
     if (r->type != DSV3_ROPE_YARN) return f;
-    lo = dsv3i_floor_clamp(dsv3i_yarn_dim(c, r->beta_fast), (double)DSV3_MAX_DIM);
-    hi = dsv3i_ceil_clamp(dsv3i_yarn_dim(c, r->beta_slow), dr - 1.0);
+    lo = dsv3i_floor(dsv3i_yarn_dim(c, r->beta_fast));
+    hi = -dsv3i_floor(-dsv3i_yarn_dim(c, r->beta_slow)); /* ceil */
+    if (lo < 0.0) lo = 0.0;
+    if (hi > dr - 1.0) hi = dr - 1.0;
     if (!(lo < hi) && !(hi < lo)) hi += 0.001;
     ramp = (i - lo) / (hi - lo);
     ramp = ramp < 0.0 ? 0.0 : ramp > 1.0 ? 1.0 : ramp;
@@ -1704,8 +1698,8 @@ DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const floa
  * The weights follow s, not sel: an expert chosen for its bias is not weighted by it, and the weights need
  * not fall in order. Ties, for groups and for experts: the higher score first, then the lower index.
  *
- * NaN. A NaN in sel counts as the lowest possible score, above masked experts only, and a score that is
- * not finite weighs 0: any input gives K different experts in range. Test: tests/test_router.c.
+ * NaN. A sel that is not finite counts as the lowest possible one, above masked experts only, and a score that
+ * is not finite weighs 0: any input gives K different experts in range. Test: tests/test_router.c.
  * ==================================================================================================== */
 
 static void dsv3i_softmax(const dsv3_context *ctx, float *z, size_t n) {
@@ -1727,11 +1721,8 @@ DSV3_API void dsv3_router_scores(const dsv3_context *context, const dsv3_config 
     }
 }
 
-/* Choice scores are kept within the finite floats, so that minus infinity can mean "masked". */
-static float dsv3i_choice_score(float sel) {
-    if (dsv3i_is_nan(sel) || sel < -FLT_MAX) return -FLT_MAX;
-    return sel > FLT_MAX ? FLT_MAX : sel;
-}
+/* Choice scores are finite, so that minus infinity can mean "masked". */
+static float dsv3i_choice_score(float sel) { return dsv3i_is_finite(sel) ? sel : -FLT_MAX; }
 
 /* Score of a group of m experts: sum of the two largest (the only one, when m = 1) or the largest. */
 static float dsv3i_group_score(const float *sel, size_t m, dsv3_topk_method method) {
@@ -2540,13 +2531,33 @@ static dsv3_result dsv3i_bind_check_bias(const dsv3_layer *l, int32_t layer, dsv
     return DSV3_OK;
 }
 
+/* Does the file have nothing of module k? (eh_proj, which is looked for first, is known to be missing.) A file
+ * without MTP layers is complete; one that has lost a single tensor is not. */
+static int dsv3i_module_absent(const dsv3i_walk *w, size_t k) {
+    static const char parts[4][24] = {"enorm.weight", "hnorm.weight", "shared_head.norm.weight",
+                                      "input_layernorm.weight"};
+    const dsv3i_bind *b = (const dsv3i_bind *)w->user;
+    for (size_t i = 0; i < 4; i++) {
+        char name[DSV3_MAX_NAME];
+        dsv3_tensor t;
+        dsv3i_text text = dsv3i_text_begin(name, sizeof name);
+        DSV3_MEMSET(&t, 0, sizeof t);
+        dsv3i_text_add(&text, "model.layers.");
+        dsv3i_text_add_int(&text, (int64_t)(w->m.L + k));
+        dsv3i_text_add(&text, ".");
+        dsv3i_text_add(&text, parts[i]);
+        if (b->find(b->user, name, &t) != DSV3_ERR_MISSING) return 0;
+    }
+    return 1;
+}
+
 /* Modules are bound one after another until a file has no more of them. */
 static dsv3_result dsv3i_bind_modules(dsv3i_walk *w, dsv3_model *model) {
     const dsv3i_bind *b = (const dsv3i_bind *)w->user;
     for (size_t k = 0; k < w->m.D; k++) {
         dsv3_mtp *p = &model->mtp[k];
         dsv3_result result = dsv3i_walk_module(w, model, k);
-        if (result == DSV3_ERR_MISSING && p->eh_proj.data == NULL) {
+        if (result == DSV3_ERR_MISSING && p->eh_proj.data == NULL && dsv3i_module_absent(w, k)) {
             dsv3i_ok(b->error);
             return DSV3_OK;
         }
@@ -2913,7 +2924,8 @@ DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, co
     return dsv3i_ok(error);
 }
 
-/* ---- Sampling */
+/* ---- Sampling. Sums are doubles: the many improbable tokens of a large vocabulary, added one by one to a float
+ * near 1, would vanish together. */
 
 /* splitmix64: a counter and a mixing function. */
 DSV3_API uint64_t dsv3_random(dsv3_rng *rng) {
@@ -2945,15 +2957,15 @@ static void dsv3i_heap_sink(dsv3_candidate *c, size_t n, size_t i) {
 
 /* Moves the most probable candidates to the end of c [n], best last, until their sum reaches `enough`. Returns
  * how many; *sum is their sum. A heap, because usually a few of many are needed. */
-static size_t dsv3i_nucleus(dsv3_candidate *c, size_t n, float enough, float *sum) {
+static size_t dsv3i_nucleus(dsv3_candidate *c, size_t n, double enough, double *sum) {
     size_t left = n;
     for (size_t i = n / 2; i > 0; i--) dsv3i_heap_sink(c, n, i - 1);
-    *sum = 0.0f;
+    *sum = 0.0;
     while (left > 0) {
         dsv3_candidate best = c[0];
         c[0] = c[--left];
         c[left] = best;
-        *sum += best.p;
+        *sum += (double)best.p;
         if (*sum >= enough) break;
         dsv3i_heap_sink(c, left, 0);
     }
@@ -2962,13 +2974,13 @@ static size_t dsv3i_nucleus(dsv3_candidate *c, size_t n, float enough, float *su
 
 /* The candidate at which the running sum of c [n] passes u. Rounding may leave u unpassed: then the last one with
  * a chance at all. */
-static int32_t dsv3i_pick(const dsv3_candidate *c, size_t n, float u) {
+static int32_t dsv3i_pick(const dsv3_candidate *c, size_t n, double u) {
     int32_t token = c[0].token;
-    float sum = 0.0f;
+    double sum = 0.0;
     for (size_t i = 0; i < n; i++) {
         if (!(c[i].p > 0.0f)) continue;
         token = c[i].token;
-        sum += c[i].p;
+        sum += (double)c[i].p;
         if (sum > u) break;
     }
     return token;
@@ -2977,7 +2989,7 @@ static int32_t dsv3i_pick(const dsv3_candidate *c, size_t n, float u) {
 DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, float temperature, float top_p,
                                  dsv3_rng *rng, dsv3_candidate *candidates) {
     size_t best = 0, kept = V;
-    float sum = 0.0f;
+    double sum = 0.0, u;
     if (token == NULL || logits == NULL || V == 0 || V > (size_t)DSV3_MAX_VOCAB) return DSV3_ERR_ARG;
     if (!(temperature >= 0.0f) || temperature > FLT_MAX || !(top_p >= 0.0f) || top_p > 1.0f) return DSV3_ERR_ARG;
     for (size_t i = 0; i < V; i++) {
@@ -2993,10 +3005,11 @@ DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, 
     for (size_t i = 0; i < V; i++) {
         candidates[i].p = DSV3_EXPF((logits[i] - logits[best]) / temperature);
         candidates[i].token = (int32_t)i;
-        sum += candidates[i].p;
+        sum += (double)candidates[i].p;
     }
-    if (top_p < 1.0f) kept = dsv3i_nucleus(candidates, V, top_p * sum, &sum);
-    *token = dsv3i_pick(candidates + (V - kept), kept, dsv3_random_uniform(rng) * sum);
+    if (top_p < 1.0f) kept = dsv3i_nucleus(candidates, V, (double)top_p * sum, &sum);
+    u = (double)(dsv3_random(rng) >> 11) * 1.1102230246251565e-16; /* 53 bits times 2^-53 */
+    *token = dsv3i_pick(candidates + (V - kept), kept, u * sum);
     return DSV3_OK;
 }
 

@@ -1,0 +1,29 @@
+#!/bin/sh
+# Every test program again, and the tool and parity, under AddressSanitizer and UndefinedBehaviorSanitizer, with gcc
+# and with clang.
+. tests/lib.sh
+out=build/sanitize
+mkdir -p $out
+san="-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all"
+compilers=0
+for cc in gcc clang; do
+    command -v $cc > /dev/null || continue
+    compilers=$((compilers + 1))
+    for source in tests/test_*.c tests/parity.c examples/dsv3.c; do
+        name=$(basename "$source" .c)
+        check "$cc build $name" $cc -std=c99 -D_POSIX_C_SOURCE=200809L -O1 -g $san -I. -Iexamples -Itests "$source" \
+            -o $out/$name -lm -lpthread
+    done
+    for source in tests/test_*.c; do
+        name=$(basename "$source" .c)
+        check "$cc run $name" $out/$name
+    done
+    for dir in tests/golden/* examples/models/micro; do check "$cc parity $dir" $out/parity "$dir"; done
+    check "$cc generate" $out/dsv3 generate examples/models/austen -n 40 --stats
+    check "$cc inspect" $out/dsv3 inspect examples/models/austen
+    check "$cc plan" $out/dsv3 plan deepseek-v3 --type F8_E4M3
+    check "$cc score" $out/dsv3 score examples/models/micro README.md
+    rm -f $out/*
+done
+if [ $compilers = 2 ]; then ok; else bad "gcc and clang are both needed (make deps)"; fi
+done_testing sanitize
