@@ -271,11 +271,14 @@ static void nucleus_never_left(void) {
     int outside = 0;
     for (int i = 0; i < 3000; i++) {
         size_t V = 1 + (size_t)(test_random() % MOST);
-        float temperature = test_uniform(0.05f, 3), top_p = test_uniform(0.001f, 1), logits[MOST];
+        float temperature = test_uniform(0.05f, 3), top_p = i % 4 ? test_uniform(0.001f, 1) : 1, logits[MOST];
         double p[MOST];
         test_fill(logits, V, -6, 6);
         if (i % 3 == 0) { /* many ties */
             for (size_t k = 0; k < V; k++) logits[k] = floorf(logits[k] / 4);
+        }
+        for (size_t k = 1; k < V; k++) {
+            if (test_random() % 4 == 0) logits[k] = -INFINITY; /* never drawn, whatever top_p is */
         }
         (void)exact(p, logits, V, (double)temperature, (double)top_p * (1 + 1e-5));
         for (int k = 0; k < 12; k++) {
@@ -286,6 +289,19 @@ static void nucleus_never_left(void) {
         }
     }
     CHECK_EQ(outside, 0);
+}
+
+/* Random numbers in [k/4, (k+1)/4) choose the k-th of four equal tokens: the same seed gives the same text for ever. */
+static void draws_in_order(void) {
+    static const float logits[4] = {1, 1, 1, 1};
+    for (uint64_t k = 0; k < 4; k++) {
+        dsv3_rng first = rng_before(k << 62), last = rng_before((k << 62) + (UINT64_MAX >> 2));
+        int32_t token;
+        CHECK_EQ(draw(&token, logits, 4, 1, 1, &first), DSV3_OK);
+        CHECK_EQ(token, k);
+        CHECK_EQ(draw(&token, logits, 4, 1, 1, &last), DSV3_OK);
+        CHECK_EQ(token, k);
+    }
 }
 
 /* ---- distribution ------------------------------------------------------------------------------------ */
@@ -366,6 +382,7 @@ int main(void) {
     greedy();
     nucleus_exact();
     nucleus_never_left();
+    draws_in_order();
     distributions();
     long_tail();
     return test_done("sample");
