@@ -68,6 +68,7 @@ int checkpoint_type(st_dtype dtype);
 #if defined(CHECKPOINT_IMPLEMENTATION) && !defined(CHECKPOINT_IMPLEMENTED)
 #define CHECKPOINT_IMPLEMENTED
 
+#include <errno.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -83,6 +84,9 @@ checkpointi_fail(st_error *error, st_result code, const char *format, ...) {
         va_start(list, format);
         vsnprintf(error->message, sizeof error->message, format, list);
         va_end(list);
+        for (char *c = error->message; *c != '\0'; c++) { /* a path may hold anything; the message is one line */
+            if ((unsigned char)*c < 0x20 || *c == 0x7F) *c = '?';
+        }
         error->code = code;
     }
     return code;
@@ -131,7 +135,7 @@ typedef struct checkpointi_reader {
 
 static void checkpointi_bad(checkpointi_reader *r, st_result code, const char *key, const char *why) {
     if (r->result != ST_OK) return;
-    r->result = checkpointi_fail(r->error, code, "%s: %s: %s", r->label, key, why);
+    r->result = checkpointi_fail(r->error, code, "%.300s: %s: %s", r->label, key, why);
 }
 
 /* What to do with a field that is absent, or null. */
@@ -267,16 +271,15 @@ static void checkpointi_rope(checkpointi_reader *r, dsv3_config *c) {
     const char *type_names[] = {types[0], types[1], NULL};
     dsv3_rope_scaling *s = &c->rope_scaling;
     size_t object, unused;
-    int type, found = checkpointi_value(r, 0, "rope_parameters", CHECKPOINTI_OPTIONAL, &object) ||
-                      checkpointi_value(r, 0, "rope_scaling", CHECKPOINTI_OPTIONAL, &object);
+    const char *key = "rope_parameters";
+    int type, inside, found = checkpointi_value(r, 0, key, CHECKPOINTI_OPTIONAL, &object);
+    if (!found) found = checkpointi_value(r, 0, key = "rope_scaling", CHECKPOINTI_OPTIONAL, &object);
     if (found && r->doc.token[object].type != JSON_OBJECT) {
-        checkpointi_bad(r, ST_ERR_FORMAT, "rope_scaling", "must be an object or null");
+        checkpointi_bad(r, ST_ERR_FORMAT, key, "must be an object or null");
         return;
     }
-    if (found) checkpointi_float(r, object, "rope_theta", CHECKPOINTI_OPTIONAL, &c->rope_theta);
-    if (!found || json_find(&r->doc, object, "rope_theta", &unused) != JSON_OK) {
-        checkpointi_float(r, 0, "rope_theta", CHECKPOINTI_REQUIRED, &c->rope_theta);
-    }
+    inside = found && checkpointi_value(r, object, "rope_theta", CHECKPOINTI_OPTIONAL, &unused);
+    checkpointi_float(r, inside ? object : 0, "rope_theta", CHECKPOINTI_REQUIRED, &c->rope_theta);
     if (!found) return;
     type = checkpointi_name(r, object,
                             json_find(&r->doc, object, "rope_type", &unused) == JSON_OK ? "rope_type" : "type",
@@ -314,6 +317,10 @@ static void checkpointi_refuse(checkpointi_reader *r) {
     size_t quantisation, block;
     checkpointi_name(r, 0, "hidden_act", CHECKPOINTI_OPTIONAL, silu);
     if (!checkpointi_value(r, 0, "quantization_config", CHECKPOINTI_OPTIONAL, &quantisation)) return;
+    if (r->doc.token[quantisation].type != JSON_OBJECT) {
+        checkpointi_bad(r, ST_ERR_FORMAT, "quantization_config", "must be an object or null");
+        return;
+    }
     checkpointi_name(r, quantisation, "quant_method", CHECKPOINTI_OPTIONAL, fp8);
     checkpointi_name(r, quantisation, "fmt", CHECKPOINTI_OPTIONAL, e4m3);
     if (!checkpointi_value(r, quantisation, "weight_block_size", CHECKPOINTI_OPTIONAL, &block)) return;
@@ -330,7 +337,7 @@ static st_result checkpointi_config_read(checkpointi_reader *r, dsv3_config *con
     char text[256];
     dsv3_config c = dsv3_config_default();
     if (r->doc.token[0].type != JSON_OBJECT) {
-        return checkpointi_fail(r->error, ST_ERR_FORMAT, "%s: is not a JSON object", r->label);
+        return checkpointi_fail(r->error, ST_ERR_FORMAT, "%.300s: is not a JSON object", r->label);
     }
     checkpointi_sizes(r, &c);
     checkpointi_experts(r, &c);
@@ -340,7 +347,7 @@ static st_result checkpointi_config_read(checkpointi_reader *r, dsv3_config *con
     checkpointi_refuse(r);
     if (r->result != ST_OK) return r->result;
     if (dsv3_config_check(&c, &why) != DSV3_OK) {
-        return checkpointi_fail(r->error, checkpointi_from_dsv3(why.code), "%s: %s", r->label,
+        return checkpointi_fail(r->error, checkpointi_from_dsv3(why.code), "%.300s: %s", r->label,
                                 dsv3_error_text(&why, text, sizeof text));
     }
     *config = c;
@@ -359,15 +366,16 @@ st_result checkpoint_config_parse(dsv3_config *config, const char *text, size_t 
     r.error = error;
     if (error != NULL) memset(error, 0, sizeof *error);
     if (parsed != JSON_OK) {
-        return checkpointi_fail(error, checkpointi_from_json(parsed), "%s: %s at byte %lu", label,
+        return checkpointi_fail(error, checkpointi_from_json(parsed), "%.300s: %s at byte %lu", label,
                                 json_result_string(parsed), (unsigned long)at);
     }
-    if (count > SIZE_MAX / sizeof *tokens) return checkpointi_fail(error, ST_ERR_OVERFLOW, "%s: is too large", label);
+    if (count > SIZE_MAX / sizeof *tokens)
+        return checkpointi_fail(error, ST_ERR_OVERFLOW, "%.300s: is too large", label);
     tokens = (json_token *)ST_MALLOC(count * sizeof *tokens);
-    if (tokens == NULL) return checkpointi_fail(error, ST_ERR_NOMEM, "%s: out of memory", label);
+    if (tokens == NULL) return checkpointi_fail(error, ST_ERR_NOMEM, "%.300s: out of memory", label);
     parsed = json_parse(text, length, tokens, count, &count, &at);
     if (parsed != JSON_OK) {
-        result = checkpointi_fail(error, checkpointi_from_json(parsed), "%s: %s at byte %lu", label,
+        result = checkpointi_fail(error, checkpointi_from_json(parsed), "%.300s: %s at byte %lu", label,
                                   json_result_string(parsed), (unsigned long)at);
     } else {
         r.doc.text = text;
@@ -385,21 +393,26 @@ st_result checkpoint_config_parse(dsv3_config *config, const char *text, size_t 
 #define CHECKPOINTI_MAX_CONFIG 1048576 /* bytes of a config.json */
 
 static st_result checkpointi_config_file(dsv3_config *config, const char *path, st_error *error) {
-    FILE *file = fopen(path, "rb");
+    FILE *file;
     char *text;
     size_t length;
     st_result result;
-    if (file == NULL) return checkpointi_fail(error, ST_ERR_IO, "%s: cannot be opened", path);
+    errno = 0;
+    file = fopen(path, "rb");
+    if (file == NULL) {
+        if (errno == ENOENT) return checkpointi_fail(error, ST_ERR_MISSING, "%.300s: does not exist", path);
+        return checkpointi_fail(error, ST_ERR_IO, "%.300s: cannot be opened: %s", path, strerror(errno));
+    }
     text = (char *)ST_MALLOC(CHECKPOINTI_MAX_CONFIG + 1);
     if (text == NULL) {
         fclose(file);
-        return checkpointi_fail(error, ST_ERR_NOMEM, "%s: out of memory", path);
+        return checkpointi_fail(error, ST_ERR_NOMEM, "%.300s: out of memory", path);
     }
     length = fread(text, 1, CHECKPOINTI_MAX_CONFIG + 1, file);
     if (ferror(file)) {
-        result = checkpointi_fail(error, ST_ERR_IO, "%s: cannot be read", path);
+        result = checkpointi_fail(error, ST_ERR_IO, "%.300s: cannot be read", path);
     } else if (length > CHECKPOINTI_MAX_CONFIG) {
-        result = checkpointi_fail(error, ST_ERR_LIMIT, "%s: is larger than a config.json can be", path);
+        result = checkpointi_fail(error, ST_ERR_LIMIT, "%.300s: is larger than a config.json can be", path);
     } else {
         result = checkpoint_config_parse(config, text, length, path, error);
     }
@@ -448,17 +461,17 @@ static st_result checkpointi_bind(checkpoint *c, const char *directory, st_error
     size_t bytes;
     dsv3_result result = dsv3_model_size(&c->config, &bytes);
     if (result != DSV3_OK) {
-        return checkpointi_fail(error, checkpointi_from_dsv3(result), "%s: %s", directory,
+        return checkpointi_fail(error, checkpointi_from_dsv3(result), "%.300s: %s", directory,
                                 dsv3_result_string(result));
     }
     c->tables = ST_MALLOC(bytes);
     if (c->tables == NULL) {
-        return checkpointi_fail(error, ST_ERR_NOMEM, "%s: no memory for %lu bytes of tables", directory,
+        return checkpointi_fail(error, ST_ERR_NOMEM, "%.300s: no memory for %lu bytes of tables", directory,
                                 (unsigned long)bytes);
     }
     if (dsv3_model_bind(&c->model, &c->config, c->tables, bytes, checkpoint_find, &c->file, &why) != DSV3_OK) {
         char text[256];
-        return checkpointi_fail(error, checkpointi_from_dsv3(why.code), "%s: %s", directory,
+        return checkpointi_fail(error, checkpointi_from_dsv3(why.code), "%.300s: %s", directory,
                                 dsv3_error_text(&why, text, sizeof text));
     }
     return ST_OK;

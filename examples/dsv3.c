@@ -88,7 +88,7 @@ static void option_number(const option *o, const char *text) {
         *(double *)o->value = x;
     } else {
         long n = strtol(text, &end, 10);
-        if (*end != '\0') stop("%s: expected a whole number, found '%s'", o->name, text);
+        if (*end != '\0' || (double)n != x) stop("%s: expected a whole number, found '%s'", o->name, text);
         *(long *)o->value = n;
     }
 }
@@ -259,7 +259,7 @@ static void tokens_add(tokens *t, int32_t id) {
     t->id[t->count++] = id;
 }
 
-/* Bytes, or numbers separated by anything that is not a digit. */
+/* Bytes, or numbers separated by white space, commas and brackets. */
 static void tokens_from_text(tokens *t, const char *where, const char *text, size_t length, size_t V, int ids) {
     size_t i = 0;
     if (!ids && V != 256) {
@@ -272,8 +272,14 @@ static void tokens_from_text(tokens *t, const char *where, const char *text, siz
         for (; i < length && text[i] >= '0' && text[i] <= '9'; i++) {
             if (id <= V) id = 10 * id + (unsigned long)(text[i] - '0');
         }
-        if (i > from && id >= V) stop("%s: token id at byte %zu: expected below %zu, found %lu", where, from, V, id);
+        if (i > from && id >= V) {
+            stop("%s: token id at byte %zu: expected below %zu, found %.*s", where, from, V,
+                 (int)(i - from < 24 ? i - from : 24), text + from);
+        }
         if (i > from) tokens_add(t, (int32_t)id);
+        if (i < length && (text[i] == '\0' || strchr(" \t\r\n,;[]", text[i]) == NULL)) {
+            stop("%s: expected token ids, found another character at byte %zu", where, i);
+        }
         if (i < length) i++;
     }
 }
@@ -574,6 +580,7 @@ static void plan_count(char *out, size_t capacity, uint64_t n, int digits) {
 }
 
 static void plan_memory(const char *name, dsv3_result result, size_t bytes, uint64_t times) {
+    if (result == DSV3_OK && bytes > UINT64_MAX / times) result = DSV3_ERR_OVERFLOW;
     if (result != DSV3_OK) {
         printf("%-42s %s\n", name, dsv3_result_string(result));
     } else {
@@ -682,9 +689,9 @@ typedef struct range {
 } range;
 
 static void range_add(range *r, double x, uint64_t index) {
-    if (x != x || x > 1.7e308 || x < -1.7e308) {
+    if (!isfinite(x)) {
         if (r->nan + r->infinite == 0) r->first_bad = index;
-        if (x != x) {
+        if (isnan(x)) {
             r->nan++;
             return;
         }
@@ -831,6 +838,7 @@ int main(int argc, char **argv) {
     }
     if (strcmp(argv[1], "--version") == 0) {
         printf("dsv3 %d.%d.%d\n", DSV3_VERSION_MAJOR, DSV3_VERSION_MINOR, DSV3_VERSION_PATCH);
+        flush_output();
         return 0;
     }
     for (size_t i = 0; i < sizeof commands / sizeof commands[0]; i++) {
