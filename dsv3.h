@@ -693,7 +693,7 @@ DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, 
  * formats of checkpoints, and the parallel loop. Test: tests/test_tools.c, tests/test_codecs.c.
  * ==================================================================================================== */
 
-/* ---- Sizes: saturating arithmetic. SIZE_MAX means "too large" and stays so. */
+/* ---- Sizes: saturating arithmetic. SIZE_MAX means "too large" and stays so (but for a product with 0). */
 
 static size_t dsv3i_add(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
 
@@ -799,8 +799,8 @@ DSV3_API const char *dsv3_result_string(dsv3_result result) {
                                     "position out of sequence",
                                     "context full",
                                     "value not finite"};
-    int i = -(int)result;
-    return i >= 0 && i < (int)(sizeof text / sizeof text[0]) ? text[i] : "unknown result";
+    size_t i = (size_t)0 - (size_t)(int)result; /* wraps to something large for a positive one */
+    return i < sizeof text / sizeof text[0] ? text[i] : "unknown result";
 }
 
 /* All errors are made here: code, name, reason, and optionally numbers (0, 1 or 2 of each). */

@@ -114,6 +114,26 @@ static void test_all_experts(void) {
     synth_close(s);
 }
 
+/* Equal scores: the lower index first, for groups and for experts. A gate of zeros gives every expert sigmoid(0). */
+static void test_ties(void) {
+    static const int32_t all_equal[] = {0, 1, 2, 3}, late_groups[] = {8, 12, 9, 10};
+    synth *s = synth_open_named(SYNTH_V3, 26);
+    synth_tensor *gate = synth_get(s, 1, -1, "mlp.gate.weight");
+    synth_tensor *bias = synth_get(s, 1, -1, "mlp.gate.e_score_correction_bias");
+    float u[2 * 64], y[2 * 64];
+    synth_run(s, 2, 1, 1, 2, DSV3_F32);
+    test_fill(u, 2 * 64, -1.7f, 1.7f);
+    for (size_t i = 0; i < gate->t.rows * gate->t.cols; i++) synth_encode(DSV3_F32, gate->data, i, 0.0f);
+    for (size_t i = 0; i < 16; i++) synth_set(bias, i, 0.0f);
+    CHECK_EQ(dsv3_ffn_forward(&s->context, y, u, &s->model, &s->model.layers[1], 1, 2, &s->ws), DSV3_OK);
+    for (int i = 0; i < 8; i++) CHECK_EQ(s->ws.idx[i], all_equal[i % 4]);
+    synth_set(bias, 8, 0.25f); /* groups 2 and 3 win and tie; within them the others tie */
+    synth_set(bias, 12, 0.25f);
+    CHECK_EQ(dsv3_ffn_forward(&s->context, y, u, &s->model, &s->model.layers[1], 1, 2, &s->ws), DSV3_OK);
+    for (int i = 0; i < 8; i++) CHECK_EQ(s->ws.idx[i], late_groups[i % 4]);
+    synth_close(s);
+}
+
 /* A NaN row: the layer says so, and the other rows are what they are without it. */
 static void test_nan_row(void) {
     synth *s = synth_open_named(SYNTH_V3, 25);
@@ -137,6 +157,7 @@ int main(void) {
     test_crowd(SYNTH_MOONLIGHT, moonlight);
     test_one_expert();
     test_all_experts();
+    test_ties();
     test_nan_row();
     return test_done("test_moe");
 }

@@ -354,23 +354,47 @@ static void distributions(void) {
 }
 
 /* Many improbable tokens are together as probable as softmax says: here 0.3 %, each 5e-8, beside one of nearly 1.
- * Evenly spaced random numbers instead of many random ones. */
-static void long_tail(void) {
-    enum { V = 60001, DRAWS = 1000 };
-    float *logits = (float *)test_alloc(V * sizeof *logits);
-    dsv3_candidate *scratch = (dsv3_candidate *)test_alloc(V * sizeof *scratch);
-    int tail = 0, wrong = 0;
-    for (size_t i = 1; i < V; i++) logits[i] = (float)log(5e-8);
-    logits[0] = 0;
-    for (uint64_t i = 0; i < DRAWS; i++) {
-        dsv3_rng rng = rng_before((2 * i + 1) * (UINT64_MAX / (2 * DRAWS)));
-        int32_t token = 0;
-        wrong += dsv3_sample(&token, logits, V, 1, 1, &rng, scratch) != DSV3_OK;
-        tail += token > 0;
+ * Evenly spaced random numbers from..to instead of many random ones; counts draws from the tail, and how many of
+ * them repeat the one before. */
+#define TAIL 60000
+
+typedef struct tail_draws {
+    int hits, repeated, failed;
+    int32_t last, highest;
+} tail_draws;
+
+static void tail_draw(tail_draws *d, const float *logits, float top_p, double from, double to, int draws,
+                      dsv3_candidate *scratch) {
+    for (int i = 0; i < draws; i++) {
+        double u = from + (to - from) * (i + 0.5) / draws;
+        dsv3_rng rng = rng_before((uint64_t)ldexp(u, 53) << 11);
+        int32_t token = -1;
+        d->failed += dsv3_sample(&token, logits, TAIL + 1, 1, top_p, &rng, scratch) != DSV3_OK;
+        if (token < 1) continue;
+        d->hits++;
+        d->repeated += token == d->last;
+        d->last = token;
+        if (token > d->highest) d->highest = token;
     }
-    if (tail < 2 || tail > 4) fprintf(stderr, "tail: drawn %d times of %d, expected 3\n", tail, (int)DRAWS);
-    CHECK_EQ(wrong, 0);
-    CHECK(tail >= 2 && tail <= 4);
+}
+
+static void long_tail(void) {
+    float *logits = (float *)test_alloc((TAIL + 1) * sizeof *logits);
+    dsv3_candidate *scratch = (dsv3_candidate *)test_alloc((TAIL + 1) * sizeof *scratch);
+    tail_draws all = {0, 0, 0, 0, 0}, nucleus = all;
+    for (size_t i = 1; i <= TAIL; i++) logits[i] = (float)log(5e-8);
+    logits[0] = 0;
+    tail_draw(&all, logits, 1, 0, 1, 1000, scratch);
+    CHECK(all.hits >= 2 && all.hits <= 4);
+    CHECK_EQ(all.repeated, 0);
+    CHECK_EQ(all.failed, 0);
+    /* 0.999 of the sum: two thirds of the tail. It lies at one end of the random numbers. */
+    tail_draw(&nucleus, logits, 0.999f, 0, 0.001, 10, scratch);
+    tail_draw(&nucleus, logits, 0.999f, 0.999, 1, 10, scratch);
+    CHECK_EQ(nucleus.hits, 10);
+    CHECK_EQ(nucleus.repeated, 0);
+    CHECK_EQ(nucleus.failed, 0);
+    CHECK(nucleus.highest <= 39950); /* 39940, and rounding */
     free(logits), free(scratch);
 }
 
