@@ -165,7 +165,7 @@ typedef struct dsv3_error {
     dsv3_result code;
     char name[DSV3_MAX_NAME];      /* config field, tensor, or argument */
     const char *why;               /* one clause, static storage */
-    int32_t values;                /* how many of the numbers below mean something: 0, 1 or 2 */
+    int32_t values;                /* numbers below that mean something: 0, 1, 2; -1: found[0], which ends `why` */
     int64_t expected[2], found[2]; /* a number, or rows and columns */
 } dsv3_error;
 
@@ -323,7 +323,7 @@ typedef enum dsv3_backend {
 
 typedef enum dsv3_attention {
     DSV3_ATTENTION_AUTO = 0,     /* per sequence and call: expanded when it brings more than
-                                    rk(dn+dv) / (2rk-dn-dv) rows (171 for V3), else absorbed */
+                                    rk(dn+dv) / (2rk-dn-dv) rows (V3: 171 or more), else absorbed */
     DSV3_ATTENTION_ABSORBED = 1, /* queries move into the latent space: decode, short chunks */
     DSV3_ATTENTION_EXPANDED = 2  /* keys and values are rebuilt from latents: long prompts */
 } dsv3_attention;
@@ -816,6 +816,7 @@ static dsv3_result dsv3i_fail_numbers(dsv3_error *error, dsv3_result code, const
             error->expected[i] = i < values ? expected[i] : 0;
             error->found[i] = i < values ? found[i] : 0;
         }
+        if (values < 0) error->found[0] = found[0];
     }
     return code;
 }
@@ -829,15 +830,26 @@ static dsv3_result dsv3i_fail_number(dsv3_error *error, dsv3_result code, const 
     return dsv3i_fail_numbers(error, code, name, why, 1, &expected, &found);
 }
 
-/* The same for row i of an array: name[i]. */
-static dsv3_result dsv3i_fail_row(dsv3_error *error, dsv3_result code, const char *name, size_t i, const char *why,
-                                  int64_t expected, int64_t found) {
-    char text[DSV3_MAX_NAME];
-    dsv3i_text t = dsv3i_text_begin(text, sizeof text);
+/* "why" ends with a number: "is not finite in layer 3". */
+static dsv3_result dsv3i_fail_in(dsv3_error *error, dsv3_result code, const char *name, const char *why,
+                                 int64_t number) {
+    return dsv3i_fail_numbers(error, code, name, why, -1, NULL, &number);
+}
+
+/* name[i] */
+static void dsv3i_name_row(char *out, size_t capacity, const char *name, size_t i) {
+    dsv3i_text t = dsv3i_text_begin(out, capacity);
     dsv3i_text_add(&t, name);
     dsv3i_text_add(&t, "[");
     dsv3i_text_add_int(&t, (int64_t)i);
     dsv3i_text_add(&t, "]");
+}
+
+/* Row i of an array. */
+static dsv3_result dsv3i_fail_row(dsv3_error *error, dsv3_result code, const char *name, size_t i, const char *why,
+                                  int64_t expected, int64_t found) {
+    char text[DSV3_MAX_NAME];
+    dsv3i_name_row(text, sizeof text, name, i);
     return dsv3i_fail_number(error, code, text, why, expected, found);
 }
 
@@ -858,7 +870,10 @@ DSV3_API const char *dsv3_error_text(const dsv3_error *error, char *text, size_t
         dsv3i_text_add(&t, ": ");
     }
     dsv3i_text_add(&t, error->why != NULL ? error->why : dsv3_result_string(error->code));
-    if (error->values > 0) {
+    if (error->values < 0) {
+        dsv3i_text_add(&t, " ");
+        dsv3i_text_add_int(&t, error->found[0]);
+    } else if (error->values > 0) {
         dsv3i_text_add(&t, " (expected ");
         dsv3i_text_add_numbers(&t, error->values, error->expected);
         dsv3i_text_add(&t, ", found ");
@@ -1448,7 +1463,7 @@ static dsv3i_dims dsv3i_dims_of(const dsv3_config *c) {
  *
  * Cost per query, key and head: expanded dn + dr + dv, absorbed 2 rk + dr multiply-adds. Expanding costs
  * rk (dn + dv) once per key and call, absorbing as much once per query. So a call that brings n rows to a
- * sequence gains by expanding when n (2 rk - dn - dv) > rk (dn + dv): 171 rows for V3.
+ * sequence gains by expanding when n (2 rk - dn - dv) > rk (dn + dv): 171 rows or more for V3.
  *
  * Running softmax. Keys come in blocks that begin at fixed positions, and the softmax is built up block
  * by block: with m the maximum so far, l the sum of exp(s - m), and o the sum of exp(s - m) v, a new block with
@@ -2206,6 +2221,12 @@ static dsv3_result dsv3i_check_router(const dsv3_config *c, dsv3_error *e) {
         c->topk_method != DSV3_GREEDY) {
         return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "topk_method", "must be noaux_tc, group_limited_greedy or greedy");
     }
+    if (c->group_mask != DSV3_MASK_NEG_INF && c->group_mask != DSV3_MASK_ZERO) {
+        return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "group_mask", "is not one of dsv3_group_mask");
+    }
+    if (c->gate_scaling != DSV3_SCALE_ALWAYS && c->gate_scaling != DSV3_SCALE_UNLESS_NORMED) {
+        return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "gate_scaling", "is not one of dsv3_gate_scaling");
+    }
     return dsv3i_check_float(e, "routed_scaling_factor", c->routed_scaling_factor, FLT_MIN,
                              "must be positive and finite");
 }
@@ -2278,15 +2299,17 @@ typedef struct dsv3i_walk {
     void *user;
 } dsv3i_walk;
 
+static void dsv3i_text_add_layer(dsv3i_text *t, int32_t layer) {
+    dsv3i_text_add(t, "model.layers.");
+    dsv3i_text_add_int(t, layer);
+    dsv3i_text_add(t, ".");
+}
+
 /* Describes tensor "prefix + name" and visits it. rows = 0: a vector of cols. */
 static dsv3_result dsv3i_walk_tensor(dsv3i_walk *w, dsv3_tensor *slot, const char *name, size_t rows, size_t cols,
                                      dsv3_group group, int quantised) {
     dsv3i_text t = dsv3i_text_begin(w->info.name, sizeof w->info.name);
-    if (w->info.layer >= 0) {
-        dsv3i_text_add(&t, "model.layers.");
-        dsv3i_text_add_int(&t, w->info.layer);
-        dsv3i_text_add(&t, ".");
-    }
+    if (w->info.layer >= 0) dsv3i_text_add_layer(&t, w->info.layer);
     if (w->info.expert >= 0) {
         dsv3i_text_add(&t, "mlp.experts.");
         dsv3i_text_add_int(&t, w->info.expert);
@@ -2537,8 +2560,11 @@ static dsv3_result dsv3i_bind_check_bias(const dsv3_layer *l, int32_t layer, dsv
         float value;
         k.decode[b->type](&value, (const unsigned char *)b->data + e * dsv3_type_bytes(b->type), 1);
         if (!dsv3i_is_finite(value)) {
-            return dsv3i_fail_row(error, DSV3_ERR_NAN, "mlp.gate.e_score_correction_bias", e,
-                                  "is not finite in the layer found", -1, layer);
+            char name[DSV3_MAX_NAME];
+            dsv3i_text t = dsv3i_text_begin(name, sizeof name);
+            dsv3i_text_add_layer(&t, layer);
+            dsv3i_text_add(&t, "mlp.gate.e_score_correction_bias");
+            return dsv3i_fail_in(error, DSV3_ERR_NAN, name, "is not finite at index", (int64_t)e);
         }
     }
     return DSV3_OK;
@@ -2555,9 +2581,7 @@ static int dsv3i_module_absent(const dsv3i_walk *w, size_t k) {
         dsv3_tensor t;
         dsv3i_text text = dsv3i_text_begin(name, sizeof name);
         DSV3_MEMSET(&t, 0, sizeof t);
-        dsv3i_text_add(&text, "model.layers.");
-        dsv3i_text_add_int(&text, (int64_t)(w->m.L + k));
-        dsv3i_text_add(&text, ".");
+        dsv3i_text_add_layer(&text, (int32_t)(w->m.L + k));
         dsv3i_text_add(&text, parts[i]);
         if (b->find(b->user, name, &t) != DSV3_ERR_MISSING) return 0;
     }
@@ -2889,8 +2913,9 @@ static dsv3_result dsv3i_forward_layers(const dsv3_context *ctx, const dsv3_mode
     for (size_t i = 0; i < L; i++) {
         dsv3_result result = dsv3_layer_forward(ctx, ws->x, model, &model->layers[i], i, caches, n, ws);
         if (result != DSV3_OK) {
-            return dsv3i_fail_row(error, result, "row", dsv3i_first_bad_row(ws->score, n, E),
-                                  "router scores are not finite in the layer found", -1, (int64_t)i);
+            char name[32];
+            dsv3i_name_row(name, sizeof name, "row", dsv3i_first_bad_row(ws->score, n, E));
+            return dsv3i_fail_in(error, result, name, "router scores are not finite in layer", (int64_t)i);
         }
         if (ctx->observer.hidden != NULL) ctx->observer.hidden(ctx->observer.user, (int32_t)i, ws->x, n);
     }
@@ -2929,8 +2954,10 @@ DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, co
     }
     bad = dsv3i_first_bad_row(ws->u, n, d);
     if (bad < n) {
-        return dsv3i_fail_row(error, DSV3_ERR_NAN, "row", bad, "is not finite at the end, sequence found", -1,
-                              ws->sequence[bad]);
+        char name[32];
+        dsv3i_name_row(name, sizeof name, "row", bad);
+        return dsv3i_fail_in(error, DSV3_ERR_NAN, name, "final hidden state is not finite, in sequence",
+                             ws->sequence[bad]);
     }
     dsv3i_forward_logits(context, logits, model, batch, ws);
     dsv3_batch_end(caches, batch, ws);

@@ -506,5 +506,5 @@ int main(void) {
     test_totals();
     test_names();
     test_walk();
-    return test_done("test_config");
+    return test_done("config");
 }

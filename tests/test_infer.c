@@ -674,5 +674,5 @@ int main(void) {
     test_cache_copy();
     test_workspace_setup();
     test_exact_memory();
-    return test_done("test_infer");
+    return test_done("infer");
 }

@@ -295,5 +295,5 @@ int main(void) {
     test_forms(16, 8, 8, 16);       /* 256 / 16 = 16 exactly: 16 rows cost the same either way */
     test_forms(8, 8, 8, 0);
     test_forms(5, 8, 8, 0);
-    return test_done("test_mla");
+    return test_done("mla");
 }

@@ -224,9 +224,10 @@ static void test_bias(void) {
                     memcpy(&bad, &bits, sizeof bad);
                     synth_encode(t->t.type, t->data, i, bad);
                     CHECK_EQ(synth_bind(s, &e), DSV3_ERR_NAN);
-                    snprintf(want, sizeof want, "e_score_correction_bias[%d]", (int)i);
-                    CHECK(strstr(e.name, want) != NULL);
-                    CHECK_EQ(e.found[0], layer);
+                    snprintf(want, sizeof want, "model.layers.%d.mlp.gate.e_score_correction_bias", layer);
+                    CHECK(strcmp(e.name, want) == 0);
+                    CHECK_EQ(e.values, -1);
+                    CHECK_EQ(e.found[0], i);
                     CHECK_EQ(synth_bind(s, NULL), DSV3_ERR_NAN);
                     synth_encode(t->t.type, t->data, i, old);
                 }
@@ -459,5 +460,5 @@ int main(void) {
         test_unaligned(which[i]);
         test_read_only(which[i]);
     }
-    return test_done("test_model");
+    return test_done("model");
 }

@@ -159,5 +159,5 @@ int main(void) {
     test_all_experts();
     test_ties();
     test_nan_row();
-    return test_done("test_moe");
+    return test_done("moe");
 }

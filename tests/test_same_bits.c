@@ -234,5 +234,5 @@ int main(void) {
                     all);
     }
     test_wide();
-    return test_done("test_same_bits");
+    return test_done("same_bits");
 }
