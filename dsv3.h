@@ -1,9 +1,10 @@
 /* dsv3.h -- the whole DeepSeek-V3 system in one C header. Version 0.1.0, MIT licence (end of file).
  *
- * What it is: the architecture of DeepSeek-V3 -- multi-head latent attention (MLA), the sigmoid-routed
- * mixture of experts (MoE) with its balancing bias, and the files' multi-token prediction (MTP) layers --
- * as a library that drops into a C or C++ project with one include and reads as a textbook, chapter by
- * chapter. DeepSeek-V2, V2-Lite, Moonlight and Kimi-K2 are configurations of the same code.
+ * What it is: the architecture of DeepSeek-V3 -- multi-head latent attention (MLA) and the sigmoid-routed
+ * mixture of experts (MoE) with its balancing bias, on checkpoints as published, FP8 blocks included -- as a library
+ * that drops into a C or C++ project with one include and reads as a textbook, chapter by chapter. DeepSeek-V2,
+ * V2-Lite, Moonlight and Kimi-K2 are configurations of the same code. This version runs models forward; the layers
+ * of multi-token prediction (MTP) are found, checked and bound.
  *
  * What it is not: it does not allocate, open files, print, start threads behind your back, keep global
  * state or exit. It knows no file format and no tokenizer (examples/ has small companions for files).
@@ -29,7 +30,7 @@
  *   blocks    dsv3_mla_forward, dsv3_ffn_forward, dsv3_layer_forward on one layer's weights;
  *   programs  dsv3_forward (prefill and decode of many sequences in one call), dsv3_sample.
  *
- * >>options  Define before the include that has DSV3_IMPLEMENTATION (no macro changes a public struct):
+ * >>options  Define before the first include of the file that has DSV3_IMPLEMENTATION (no macro changes a struct):
  *   DSV3_IMPLEMENTATION      compile the implementation here (once per program)
  *   DSV3_STATIC              everything static to this file (then any number of files may implement)
  *   DSV3_API                 what stands before each public function; default: extern
@@ -37,7 +38,9 @@
  *   DSV3_NO_OPENMP           ignore OpenMP even if the compiler has it switched on
  *   DSV3_ALLOW_FAST_MATH     accept -ffast-math (minus infinity and NaN are part of the algorithm: results
  *                            may then be wrong without notice)
- *   DSV3_FREESTANDING        do not include <math.h> and <string.h>; the hooks below must then be defined
+ *   DSV3_FREESTANDING        do not include <math.h> and <string.h>; the hooks below must then be defined.
+ *                            (__builtin_memcpy is the best DSV3_MEMCPY: as a call it would cost one per number.
+ *                            Compilers may call memcpy and memset on their own.)
  *   DSV3_EXPF DSV3_LOGF DSV3_SQRTF DSV3_SINF DSV3_COSF    float -> float
  *   DSV3_POW DSV3_LOG        double functions, only used when a model is bound (RoPE frequencies)
  *   DSV3_MEMCPY DSV3_MEMSET  as in <string.h>
@@ -46,9 +49,10 @@
  * >>conventions
  *   Shapes   stand in brackets behind every pointer, row-major: float *x [n, d] is x[row * d + column].
  *            Weights are [out, in] and y = W x, as in the published checkpoints.
- *   Order    context or config, outputs, inputs, weights, dimensions, scratch.
+ *   Order    context or config, outputs, values saved for later, inputs, weights, dimensions, scratch.
  *   Errors   0 is ok, negative is a dsv3_result; what, where, expected and found go to a dsv3_error.
- *            A call that fails changes no cache and no model. Outputs and workspace are then unspecified.
+ *            A call that fails leaves every cache as long as it was. Outputs and workspace are then unspecified;
+ *            a model whose dsv3_model_bind failed must be bound again before use.
  *   Memory   is the caller's, all of it; a workspace may hold any bytes before a call. Buffers for _init
  *            are aligned to DSV3_ALIGN, as malloc's are; tensor data may have any alignment and live in flash.
  *   Threads  every function is reentrant. Calls running at the same time may share context, config and
@@ -59,14 +63,14 @@
  *            between compilers, libm versions and -ffp-contract settings.
  *   Tensors  are in the byte order of the machine.
  *
- * >>glossary  One letter, one meaning, here, in the comments and in the code:
+ * >>glossary  The sizes of the architecture, by one name each in all comments and code:
  *   n  rows (tokens) of a call    d  hidden_size             L  num_hidden_layers
  *   H  num_attention_heads        V  vocab_size              S  positions in a cache
  *   rq q_lora_rank                rk kv_lora_rank            D  num_nextn_predict_layers
  *   dn qk_nope_head_dim           dr qk_rope_head_dim        dv v_head_dim
  *   E  n_routed_experts           K  num_experts_per_tok     F  moe_intermediate_size
  *   G  n_group                    Gt topk_group              I  intermediate_size (dense layers)
- *   u  a normalised row           c  a latent                s  router scores     z  router logits
+ *   In equations: u a normalised row, c a latent, s a score, z a logit before its sigmoid or softmax.
  *   [R] the V3 report (arXiv 2412.19437)      [R2] the V2 report (arXiv 2405.04434)
  *
  * >>contents  Search for the tag to jump.
@@ -114,7 +118,10 @@ extern "C" {
 #endif
 #endif
 
-#define DSV3_ALIGN 8 /* bytes; alignment of every buffer given to an _init or _bind. malloc gives at least this */
+#define DSV3_ALIGN                                                                                                   \
+    8 /* bytes; alignment of every buffer given to an _init or _bind. malloc's is enough on 32 and 64 bits */
+
+#define DSV3_MAX_NAME 128 /* bytes of a name in an error or a tensor's description, its zero included */
 
 /* Limits. dsv3_config_check refuses more; they keep hostile files from asking for absurd work. */
 #ifndef DSV3_MAX_LAYERS
@@ -138,9 +145,6 @@ extern "C" {
 #ifndef DSV3_MAX_SEQ
 #define DSV3_MAX_SEQ 16777216L /* positions */
 #endif
-#ifndef DSV3_MAX_NAME
-#define DSV3_MAX_NAME 128 /* bytes of a tensor's name, the terminating zero included */
-#endif
 
 /* ---- Results and errors ------------------------------------------------------------------------------ */
 
@@ -160,13 +164,21 @@ typedef enum dsv3_result {
     DSV3_ERR_NAN = -12         /* NaN or infinity in weights, scores or activations */
 } dsv3_result;
 
+/* Which numbers of an error mean something, and how dsv3_error_text shows them. */
+typedef enum dsv3_numbers {
+    DSV3_NUMBERS_NONE = 0,
+    DSV3_NUMBERS_RANGE = 1, /* expected[0] to expected[1] (one number if they are equal), found[0] */
+    DSV3_NUMBERS_SHAPE = 2, /* rows and columns of both */
+    DSV3_NUMBERS_WHERE = 3  /* found[0] completes `why`: "is not finite in layer" 3 */
+} dsv3_numbers;
+
 /* What went wrong, filled in by calls that take one (NULL is always allowed). */
 typedef struct dsv3_error {
     dsv3_result code;
-    char name[DSV3_MAX_NAME];      /* config field, tensor, or argument */
-    const char *why;               /* one clause, static storage */
-    int32_t values;                /* numbers below that mean something: 0, 1, 2; -1: found[0], which ends `why` */
-    int64_t expected[2], found[2]; /* a number, or rows and columns */
+    char name[DSV3_MAX_NAME]; /* config field, tensor, or argument */
+    const char *why;          /* one clause, static storage */
+    dsv3_numbers numbers;
+    int64_t expected[2], found[2];
 } dsv3_error;
 
 /* A few words for a code; static storage. */
@@ -265,8 +277,9 @@ DSV3_API dsv3_config dsv3_config_default(void);
 /* A published model. An unknown preset gives dsv3_config_default. */
 DSV3_API dsv3_config dsv3_config_preset(dsv3_preset preset);
 
-/* DSV3_OK, or the first bad field and why: ARG (outside its domain), LIMIT (negative or beyond DSV3_MAX_...), OVERFLOW
- * (a tensor would not fit into size_t), UNSUPPORTED. All other calls expect a config that passed. */
+/* DSV3_OK, or the first bad field and why: ARG (outside its domain), LIMIT (a size that is negative or beyond
+ * DSV3_MAX_...), OVERFLOW (a tensor would not fit into size_t), UNSUPPORTED. All other calls expect a config that
+ * passed. */
 DSV3_API dsv3_result dsv3_config_check(const dsv3_config *config, dsv3_error *error);
 
 /* Is layer i (MTP layers included: i >= L) a mixture of experts? */
@@ -309,11 +322,11 @@ DSV3_API uint8_t dsv3_f8_e4m3_from_f32(float x);
 
 /* The closed list of inner loops, chapter 3. Filled by dsv3_context_init. */
 typedef struct dsv3_kernels {
-    void (*decode[DSV3_TYPES])(float *y, const void *w, size_t n);        /* y[i] = element i of w */
-    float (*dot)(const float *x, const float *y, size_t n);               /* sum x[i] y[i] */
-    void (*axpy)(float *y, float a, const float *x, size_t n);            /* y[i] += a x[i] */
-    float (*exp_sum)(float *p, const float *s, float top, size_t n);      /* p[i] = exp(s[i]-top); sum p[i] */
-    void (*silu_mul)(float *h, const float *a, const float *b, size_t n); /* h[i] = silu(a[i]) b[i] */
+    void (*decode[DSV3_TYPES])(float *y, const void *w, size_t n);   /* y[i] = element i of w */
+    float (*dot)(const float *x, const float *y, size_t n);          /* sum x[i] y[i] */
+    void (*axpy)(float *y, float a, const float *x, size_t n);       /* y[i] += a x[i] */
+    float (*exp_sum)(float *p, const float *s, float top, size_t n); /* p[i] = exp(s[i]-top), sum of p; p may be s */
+    void (*silu_mul)(float *h, const float *a, const float *b, size_t n); /* h[i] = silu(a[i]) b[i]; h may be a */
 } dsv3_kernels;
 
 typedef enum dsv3_backend {
@@ -337,7 +350,7 @@ typedef void (*dsv3_task)(void *arg, size_t begin, size_t end, size_t worker);
 typedef void (*dsv3_parallel_for)(void *user, size_t threads, size_t n, dsv3_task task, void *arg);
 
 /* Watch a forward pass, called on the calling thread. Pointers are valid during the call only.
- * hidden: after each layer, x [n, d] (the residual stream), and once with layer = L: the normalised output.
+ * hidden: after each layer, x [n, d] (the residual stream); at the end, with layer = -1, the final norm's output.
  * routing: in each MoE layer, score [n, E], idx [n, K] by falling choice score, gate [n, K]. */
 typedef struct dsv3_observer {
     void *user;
@@ -380,6 +393,7 @@ typedef struct dsv3_layer {
     dsv3_tensor kv_b_proj;                /* [H(dn+dv), rk], per head: dn key rows, then dv value rows */
     dsv3_tensor o_proj;                   /* [d, H dv] */
     dsv3_tensor post_attention_layernorm; /* [d] */
+    int32_t index;                        /* its place in the file: 0 .. L-1, MTP modules L .. L+D-1 */
     int32_t is_moe;
     dsv3_mlp mlp;                        /* dense layers, F = I */
     dsv3_tensor gate;                    /* MoE: router [E, d] */
@@ -478,6 +492,7 @@ DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from);
 /* Intermediate values of one call. Fields are for the blocks of chapters 6 to 9; treat them as private. */
 typedef struct dsv3_workspace {
     size_t rows, threads;        /* most rows of a call, most workers */
+    uint64_t made_for;           /* fingerprint of the config's sizes */
     int32_t *sequence;           /* [n] which cache */
     int32_t *position;           /* [n] */
     int32_t *leader;             /* [n] first row of this call that belongs to the same sequence */
@@ -516,11 +531,17 @@ DSV3_API dsv3_result dsv3_workspace_init(dsv3_workspace *workspace, const dsv3_c
 DSV3_API void dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *g, size_t n,
                            size_t d, float eps);
 
-/* y [n, rows] = x [n, cols] W^T. scratch [threads, 4, cols]. y must not overlap x. */
+/* x [n, cols] = rows token[t] of w, decoded to float32: the embedding, with w = embed_tokens. token [n] in range. */
+DSV3_API void dsv3_embed(const dsv3_context *context, float *x, const int32_t *token, const dsv3_tensor *w, size_t n);
+
+/* Floats of scratch that dsv3_linear needs for a matrix of cols columns; SIZE_MAX: too many. */
+DSV3_API size_t dsv3_linear_scratch(const dsv3_context *context, size_t cols);
+
+/* y [n, rows] = x [n, cols] W^T. scratch [dsv3_linear_scratch]. y must not overlap x. */
 DSV3_API void dsv3_linear(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *w, size_t n,
                           float *scratch);
 
-/* log sum exp(logits[0..V)), safe for any finite logits. -log p(target) = this - logits[target], in nats. */
+/* log sum exp(logits[0..V)), V >= 1, safe for any finite logits. -log p(target) = this - logits[target], in nats. */
 DSV3_API float dsv3_log_sum_exp(const float *logits, size_t V);
 
 /* RoPE frequencies in radians per position, theta [dr/2], YaRN applied. [R] sec. 4.3; chapter 5. */
@@ -531,7 +552,7 @@ DSV3_API void dsv3_rope_turns(const dsv3_config *config, uint64_t *turns);
 DSV3_API float dsv3_rope_factor(const dsv3_config *config);
 /* (dn+dr)^-1/2 m(mscale_all_dim)^2, applied to the whole attention score. */
 DSV3_API float dsv3_softmax_scale(const dsv3_config *config);
-/* cos_sin [n, dr]: for pair i of row t, cos at [t, 2i] and sin at [t, 2i+1]. Exact at any position. */
+/* cos_sin [n, dr]: for pair i of row t, cos at [t, 2i] and sin at [t, 2i+1]; as exact at position 2^24 as at 1. */
 DSV3_API void dsv3_rope_table(float *cos_sin, const int32_t *position, const uint64_t *turns, float factor, size_t n,
                               size_t dr);
 /* Rotates x [dr] in place by one row of the table. interleave: pairs (2i, 2i+1), else (i, i + dr/2). */
@@ -542,8 +563,8 @@ DSV3_API void dsv3_router_scores(const dsv3_context *context, const dsv3_config 
                                  const dsv3_tensor *gate_w, size_t n, float *scratch);
 /* From score [n, E] and bias [E] (NULL: none) choose idx [n, K], in order of falling choice score, ties to the
  * lower index, and their weights gate [n, K]. Needs no model: of config it reads the routing fields only.
- * scratch [E + G]. NaN or infinite scores count as the lowest and weigh nothing; the choice is then still valid
- * and free of duplicates, and the call returns DSV3_ERR_NAN after all rows are done. */
+ * scratch [E + G]. A score, or score + bias, that is not finite counts as the lowest and weighs nothing; the choice
+ * is then still valid and free of duplicates, and the call returns DSV3_ERR_NAN after all rows are done. */
 DSV3_API dsv3_result dsv3_router_select(const dsv3_config *config, int32_t *idx, float *gate, const float *score,
                                         const float *bias, size_t n, float *scratch);
 
@@ -565,8 +586,8 @@ DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const floa
                                dsv3_workspace *workspace);
 /* y [n, d] = FFN(u [n, d]): the dense MLP or the mixture of experts. Returns DSV3_ERR_NAN as dsv3_router_select. */
 DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
-                                      const dsv3_layer *weights, size_t layer, size_t n, dsv3_workspace *workspace);
-/* x [n, d] += MLA(norm(x)); x += FFN(norm(x)). */
+                                      const dsv3_layer *weights, size_t n, dsv3_workspace *workspace);
+/* x [n, d] += MLA(norm(x)); x += FFN(norm(x)). x is not the workspace's u or y. */
 DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, const dsv3_model *model,
                                         const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
                                         dsv3_workspace *workspace);
@@ -621,14 +642,20 @@ DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, 
 #if defined(DSV3_IMPLEMENTATION) && !defined(DSV3_IMPLEMENTED)
 #define DSV3_IMPLEMENTED
 
-#if (defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)) &&                           \
+#if (defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) ||                                                      \
+     (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)) &&                                                     \
     !defined(DSV3_ALLOW_FAST_MATH)
 #error                                                                                                               \
-    "dsv3.h: -ffast-math removes the NaN and infinity handling the algorithm needs (DSV3_ALLOW_FAST_MATH accepts it)"
+    "dsv3.h: -ffast-math reorders sums and ignores NaN, which the algorithm needs (DSV3_ALLOW_FAST_MATH accepts it)"
 #endif
 
 #include <float.h>
 #include <limits.h>
+
+#if DSV3_MAX_SEQ > 2147483647L || DSV3_MAX_LAYERS > 32767L || DSV3_MAX_VOCAB > 2147483647L ||                        \
+    DSV3_MAX_DIM > 1073741824L
+#error "dsv3.h: a DSV3_MAX_... limit is larger than its fields can hold"
+#endif
 
 #ifdef DSV3_FREESTANDING
 #if !defined(DSV3_EXPF) || !defined(DSV3_LOGF) || !defined(DSV3_SQRTF) || !defined(DSV3_SINF) ||                     \
@@ -803,37 +830,35 @@ DSV3_API const char *dsv3_result_string(dsv3_result result) {
     return i < sizeof text / sizeof text[0] ? text[i] : "unknown result";
 }
 
-/* All errors are made here: code, name, reason, and optionally numbers (0, 1 or 2 of each). */
+/* All errors are made here: code, name, reason, and optionally numbers. */
 static dsv3_result dsv3i_fail_numbers(dsv3_error *error, dsv3_result code, const char *name, const char *why,
-                                      int32_t values, const int64_t *expected, const int64_t *found) {
+                                      dsv3_numbers numbers, int64_t e0, int64_t e1, int64_t f0, int64_t f1) {
     if (error != NULL) {
         dsv3i_text t = dsv3i_text_begin(error->name, sizeof error->name);
         dsv3i_text_add(&t, name);
         error->code = code;
         error->why = why;
-        error->values = values;
-        for (int i = 0; i < 2; i++) {
-            error->expected[i] = i < values ? expected[i] : 0;
-            error->found[i] = i < values ? found[i] : 0;
-        }
-        if (values < 0) error->found[0] = found[0];
+        error->numbers = numbers;
+        error->expected[0] = e0;
+        error->expected[1] = e1;
+        error->found[0] = f0;
+        error->found[1] = f1;
     }
     return code;
 }
 
 static dsv3_result dsv3i_fail(dsv3_error *error, dsv3_result code, const char *name, const char *why) {
-    return dsv3i_fail_numbers(error, code, name, why, 0, NULL, NULL);
+    return dsv3i_fail_numbers(error, code, name, why, DSV3_NUMBERS_NONE, 0, 0, 0, 0);
 }
 
-static dsv3_result dsv3i_fail_number(dsv3_error *error, dsv3_result code, const char *name, const char *why,
-                                     int64_t expected, int64_t found) {
-    return dsv3i_fail_numbers(error, code, name, why, 1, &expected, &found);
+static dsv3_result dsv3i_fail_range(dsv3_error *error, dsv3_result code, const char *name, const char *why,
+                                    int64_t low, int64_t high, int64_t found) {
+    return dsv3i_fail_numbers(error, code, name, why, DSV3_NUMBERS_RANGE, low, high, found, 0);
 }
 
-/* "why" ends with a number: "is not finite in layer 3". */
-static dsv3_result dsv3i_fail_in(dsv3_error *error, dsv3_result code, const char *name, const char *why,
-                                 int64_t number) {
-    return dsv3i_fail_numbers(error, code, name, why, -1, NULL, &number);
+static dsv3_result dsv3i_fail_where(dsv3_error *error, dsv3_result code, const char *name, const char *why,
+                                    int64_t number) {
+    return dsv3i_fail_numbers(error, code, name, why, DSV3_NUMBERS_WHERE, 0, 0, number, 0);
 }
 
 /* name[i] */
@@ -845,22 +870,37 @@ static void dsv3i_name_row(char *out, size_t capacity, const char *name, size_t 
     dsv3i_text_add(&t, "]");
 }
 
-/* Row i of an array. */
+/* Element i of an array. */
 static dsv3_result dsv3i_fail_row(dsv3_error *error, dsv3_result code, const char *name, size_t i, const char *why,
-                                  int64_t expected, int64_t found) {
-    char text[DSV3_MAX_NAME];
+                                  int64_t low, int64_t high, int64_t found) {
+    char text[32];
     dsv3i_name_row(text, sizeof text, name, i);
-    return dsv3i_fail_number(error, code, text, why, expected, found);
+    return dsv3i_fail_range(error, code, text, why, low, high, found);
 }
 
 static dsv3_result dsv3i_ok(dsv3_error *error) { return dsv3i_fail(error, DSV3_OK, "", "ok"); }
 
-static void dsv3i_text_add_numbers(dsv3i_text *t, int32_t values, const int64_t *v) {
+static void dsv3i_text_add_pair(dsv3i_text *t, const int64_t *v, const char *between) {
     dsv3i_text_add_int(t, v[0]);
-    if (values > 1) {
-        dsv3i_text_add(t, " x ");
-        dsv3i_text_add_int(t, v[1]);
+    dsv3i_text_add(t, between);
+    dsv3i_text_add_int(t, v[1]);
+}
+
+static void dsv3i_text_add_numbers(dsv3i_text *t, const dsv3_error *e) {
+    int shape = e->numbers == DSV3_NUMBERS_SHAPE;
+    dsv3i_text_add(t, " (expected ");
+    if (shape || e->expected[0] != e->expected[1]) {
+        dsv3i_text_add_pair(t, e->expected, shape ? " x " : " to ");
+    } else {
+        dsv3i_text_add_int(t, e->expected[0]);
     }
+    dsv3i_text_add(t, ", found ");
+    if (shape) {
+        dsv3i_text_add_pair(t, e->found, " x ");
+    } else {
+        dsv3i_text_add_int(t, e->found[0]);
+    }
+    dsv3i_text_add(t, ")");
 }
 
 DSV3_API const char *dsv3_error_text(const dsv3_error *error, char *text, size_t capacity) {
@@ -870,15 +910,11 @@ DSV3_API const char *dsv3_error_text(const dsv3_error *error, char *text, size_t
         dsv3i_text_add(&t, ": ");
     }
     dsv3i_text_add(&t, error->why != NULL ? error->why : dsv3_result_string(error->code));
-    if (error->values < 0) {
+    if (error->numbers == DSV3_NUMBERS_WHERE) {
         dsv3i_text_add(&t, " ");
         dsv3i_text_add_int(&t, error->found[0]);
-    } else if (error->values > 0) {
-        dsv3i_text_add(&t, " (expected ");
-        dsv3i_text_add_numbers(&t, error->values, error->expected);
-        dsv3i_text_add(&t, ", found ");
-        dsv3i_text_add_numbers(&t, error->values, error->found);
-        dsv3i_text_add(&t, ")");
+    } else if (error->numbers != DSV3_NUMBERS_NONE) {
+        dsv3i_text_add_numbers(&t, error);
     }
     return text;
 }
@@ -928,16 +964,16 @@ DSV3_API const char *dsv3_type_name(dsv3_type type) {
     return "unknown";
 }
 
-/* BF16 is the upper half of a float. F16: exponent and mantissa are put into place and the exponent's bias is corrected
- * by adding to it. That gives a subnormal code (exponent field 0, no implicit one) the value (1 + m) 2^-15 where
- * m 2^-14 is meant; 2 (1 + m) 2^-15 - 2^-14 mends it, exactly, and without touching subnormal floats. */
+/* BF16 is the upper half of a float. F16: exponent and mantissa are put into place and the exponent's bias is
+ * corrected by adding to it. That gives a subnormal code (exponent field 0, no implicit one) the value (1 + m) 2^-15
+ * where m 2^-14 is meant; 2 (1 + m) 2^-15 - 2^-14 mends it, exactly, and without touching subnormal floats. */
 
 DSV3_API float dsv3_f32_from_bf16(uint16_t bits) { return dsv3i_float((uint32_t)bits << 16); }
 
 DSV3_API float dsv3_f32_from_f16(uint16_t bits) {
     uint32_t magnitude = ((uint32_t)bits & 0x7FFFu) << 13, sign = ((uint32_t)bits & 0x8000u) << 16;
-    uint32_t special = magnitude >= 0x0F800000u ? 112u << 23 : 0u; /* infinity and NaN keep exponent all ones */
-    float x = dsv3i_float(magnitude + (112u << 23) + special);
+    uint32_t special = magnitude >= 0x0F800000u ? 0x38000000u : 0u; /* infinity and NaN keep exponent all ones */
+    float x = dsv3i_float(magnitude + 0x38000000u + special);
     if (magnitude < 0x00800000u) x = x + x - 6.103515625e-05f; /* 2^-14 */
     return dsv3i_float(dsv3i_bits(x) | sign);
 }
@@ -978,7 +1014,7 @@ DSV3_API uint16_t dsv3_f16_from_f32(float x) {
     if (a >= 0x477FF000u) return (uint16_t)(sign | 0x7C00u); /* 65520 and more: infinity */
     if (a < 0x38800000u)                                     /* below 2^-14: grid 2^-24 */
         return (uint16_t)(sign | (dsv3i_bits(dsv3i_float(a) + 0.5f) - 0x3F000000u));
-    return (uint16_t)(sign | ((a + 0xFFFu + ((a >> 13) & 1u) - (112u << 23)) >> 13));
+    return (uint16_t)(sign | ((a + 0xFFFu + ((a >> 13) & 1u) - 0x38000000u) >> 13));
 }
 
 DSV3_API uint8_t dsv3_f8_e4m3_from_f32(float x) {
@@ -987,7 +1023,7 @@ DSV3_API uint8_t dsv3_f8_e4m3_from_f32(float x) {
     if (a >= 0x43E80000u) return (uint8_t)(sign | 0x7Eu); /* 464 and more saturate at 448 */
     if (a < 0x3C800000u)                                  /* below 2^-6: grid 2^-9 */
         return (uint8_t)(sign | (dsv3i_bits(dsv3i_float(a) + 16384.0f) - 0x46800000u));
-    return (uint8_t)(sign | ((a + 0x7FFFFu + ((a >> 20) & 1u) - (120u << 23)) >> 20));
+    return (uint8_t)(sign | ((a + 0x7FFFFu + ((a >> 20) & 1u) - 0x3C000000u) >> 20));
 }
 
 /* ---- Parallel loops. work is the loop's cost in multiply-adds, roughly: what is too small to be worth
@@ -1021,8 +1057,8 @@ static void dsv3i_parallel_openmp(void *user, size_t threads, size_t n, dsv3_tas
 /* ========================================================================================================
  * Chapter 3  >>kernels
  *
- * The closed list of inner loops. Everything slow in this library goes through dsv3_kernels, and these are
- * the entries everybody can read; a backend is proved against them, by name.
+ * The closed list of inner loops. Every sum of products, every row of exponentials and every decoding of weights goes
+ * through dsv3_kernels; these are the entries everybody can read, and a backend is proved against them, by name.
  *
  * Order of summation: eight partial sums, element i goes to sum i mod 8, and one fixed tree at the end:
  *     ((s0 + s4) + (s2 + s6)) + ((s1 + s5) + (s3 + s7))
@@ -1159,6 +1195,14 @@ static void dsv3i_decode_row(const dsv3_context *ctx, float *y, const dsv3_tenso
     }
 }
 
+DSV3_API void dsv3_embed(const dsv3_context *context, float *x, const int32_t *token, const dsv3_tensor *w,
+                         size_t n) {
+    for (size_t t = 0; t < n; t++) {
+        DSV3_ASSERT(token[t] >= 0 && (size_t)token[t] < w->rows);
+        dsv3i_decode_row(context, x + t * w->cols, w, (size_t)token[t]);
+    }
+}
+
 /* ---- Linear. A job is y [n, rows] = x [n, cols] W[row0 .. row0+rows)^T; several jobs share one parallel
  * loop, so that small ones (the experts of a token) do not wait for each other. */
 
@@ -1229,6 +1273,10 @@ static void dsv3i_linear_jobs(const dsv3_context *ctx, dsv3i_job *jobs, size_t n
     dsv3i_parallel(ctx, items, work, dsv3i_linear_task, &arg);
 }
 
+DSV3_API size_t dsv3_linear_scratch(const dsv3_context *context, size_t cols) {
+    return dsv3i_mul(dsv3i_mul(context->threads, DSV3I_ROWS), cols);
+}
+
 DSV3_API void dsv3_linear(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *w, size_t n,
                           float *scratch) {
     dsv3i_job job = dsv3i_job_make(y, x, w, n);
@@ -1292,7 +1340,9 @@ static float dsv3i_max_float(const float *x, size_t n) {
 }
 
 DSV3_API float dsv3_log_sum_exp(const float *logits, size_t V) {
-    float top = dsv3i_max_float(logits, V), sum = 0.0f, p[64];
+    float top, sum = 0.0f, p[64];
+    DSV3_ASSERT(V >= 1);
+    top = dsv3i_max_float(logits, V);
     for (size_t i = 0; i < V; i += 64) sum += dsv3i_exp_sum_ref(p, logits + i, top, dsv3i_min(64, V - i));
     return top + DSV3_LOGF(sum);
 }
@@ -1397,6 +1447,7 @@ DSV3_API void dsv3_rope_table(float *cos_sin, const int32_t *position, const uin
 
 DSV3_API void dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr, int interleave) {
     size_t step = interleave ? 2 : 1, other = interleave ? 1 : dr / 2;
+    DSV3_ASSERT(dr % 2 == 0);
     for (size_t i = 0; i < dr / 2; i++) {
         float c = cos_sin[2 * i], s = cos_sin[2 * i + 1];
         float a = x[step * i], b = x[step * i + other];
@@ -1443,6 +1494,14 @@ static dsv3i_dims dsv3i_dims_of(const dsv3_config *c) {
     return m;
 }
 
+/* Tells configs of different sizes apart (FNV-1a over the sizes). */
+static uint64_t dsv3i_fingerprint(const dsv3i_dims *m) {
+    const unsigned char *bytes = (const unsigned char *)m; /* size_t throughout: no padding */
+    uint64_t h = 0xCBF29CE484222325u;
+    for (size_t i = 0; i < sizeof *m; i++) h = (h ^ bytes[i]) * 0x100000001B3u;
+    return h;
+}
+
 /* ========================================================================================================
  * Chapter 6  >>mla
  *
@@ -1462,8 +1521,10 @@ static dsv3i_dims dsv3i_dims_of(const dsv3_config *c) {
  * layer, 576 for V3 where plain attention keeps H (dn + dr + dv) = 40960.
  *
  * Cost per query, key and head: expanded dn + dr + dv, absorbed 2 rk + dr multiply-adds. Expanding costs
- * rk (dn + dv) once per key and call, absorbing as much once per query. So a call that brings n rows to a
- * sequence gains by expanding when n (2 rk - dn - dv) > rk (dn + dv): 171 rows or more for V3.
+ * rk (dn + dv) once per key and call, absorbing as much once per query. With a long past (many more keys than
+ * queries) a call that brings n rows to a sequence gains by expanding when n (2 rk - dn - dv) > rk (dn + dv):
+ * 171 rows or more for V3. With a short past expanding would win earlier; the automatic rule looks at n alone,
+ * so that it can be stated in one line.
  *
  * Running softmax. Keys come in blocks that begin at fixed positions, and the softmax is built up block
  * by block: with m the maximum so far, l the sum of exp(s - m), and o the sum of exp(s - m) v, a new block with
@@ -1598,7 +1659,10 @@ static void dsv3i_absorbed_item(const dsv3i_attention_arg *a, size_t item, float
     dsv3_workspace *ws = a->ws;
     size_t h = item % m->H, t0 = item / m->H * DSV3I_QUERIES, t1 = dsv3i_min(t0 + DSV3I_QUERIES, a->n);
     float *row = scratch, *p = row + m->rk, *rows = p + DSV3I_KEYS; /* a weight row, scores, latents */
+    size_t absorbed = 0;
     float *query = rows + DSV3I_KEYS * m->width, *out = query + DSV3I_QUERIES * m->width; /* [QUERIES, .] */
+    for (size_t t = t0; t < t1; t++) absorbed += !ws->expanded[t];
+    if (absorbed == 0) return;
     for (size_t t = t0; t < t1; t++) {
         const float *q = ws->q + t * m->Hq + h * m->qk;
         DSV3_MEMSET(query + (t - t0) * m->width, 0, m->rk * sizeof *query);
@@ -1692,6 +1756,7 @@ DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const floa
     dsv3i_attention_arg arg;
     dsv3i_job job;
     size_t work = 0, expanded = 0;
+    DSV3_ASSERT(n <= workspace->rows && context->threads <= workspace->threads);
     arg.ctx = context;
     arg.m = &m;
     arg.kv_b = &weights->kv_b_proj;
@@ -1703,7 +1768,8 @@ DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const floa
     dsv3i_mla_project(context, &m, u, model, weights, layer, caches, n, workspace);
     for (size_t t = 0; t < n; t++) {
         expanded += workspace->expanded[t] != 0;
-        work = dsv3i_add(work, m.H * (m.rk * m.kv + (size_t)workspace->position[t] * (m.qk + m.dv)));
+        work = dsv3i_add(
+            work, dsv3i_mul(m.H, dsv3i_add(m.rk * m.kv, dsv3i_mul((size_t)workspace->position[t], m.qk + m.dv))));
     }
     if (expanded < n) {
         dsv3i_parallel(context, dsv3i_blocks(n, DSV3I_QUERIES) * m.H, work, dsv3i_absorbed_task, &arg);
@@ -1749,7 +1815,8 @@ DSV3_API void dsv3_router_scores(const dsv3_context *context, const dsv3_config 
     }
 }
 
-/* Choice scores are finite, so that minus infinity can mean "masked". */
+/* A group may have a single expert, whose score then is the group's (the official code would fail there). Choice
+ * scores are finite, so that minus infinity can mean "masked". */
 static float dsv3i_choice_score(float sel) { return dsv3i_is_finite(sel) ? sel : -FLT_MAX; }
 
 /* Score of a group of m experts: sum of the two largest (the only one, when m = 1) or the largest. */
@@ -1797,14 +1864,12 @@ static void dsv3i_topk(int32_t *idx, const float *sel, size_t E, size_t K) {
     }
 }
 
-/* gate [K] from the scores of the chosen. Returns whether they were all finite. */
-static int dsv3i_gate_weights(const dsv3_config *c, float *gate, const int32_t *idx, const float *score) {
+/* gate [K] from the scores of the chosen; one that is not finite weighs nothing. */
+static void dsv3i_gate_weights(const dsv3_config *c, float *gate, const int32_t *idx, const float *score) {
     size_t K = (size_t)c->num_experts_per_tok;
     float sum = 0.0f, scale = c->routed_scaling_factor;
-    int finite = 1;
     for (size_t k = 0; k < K; k++) {
         float s = score[idx[k]];
-        finite &= dsv3i_is_finite(s);
         gate[k] = dsv3i_is_finite(s) ? s : 0.0f;
         sum += gate[k];
     }
@@ -1813,7 +1878,6 @@ static int dsv3i_gate_weights(const dsv3_config *c, float *gate, const int32_t *
         if (c->norm_topk_prob) gate[k] /= sum + 1e-20f;
         gate[k] *= scale;
     }
-    return finite;
 }
 
 DSV3_API dsv3_result dsv3_router_select(const dsv3_config *config, int32_t *idx, float *gate, const float *score,
@@ -1821,13 +1885,17 @@ DSV3_API dsv3_result dsv3_router_select(const dsv3_config *config, int32_t *idx,
     size_t E = (size_t)config->n_routed_experts, K = (size_t)config->num_experts_per_tok;
     float *sel = scratch, *group = scratch + E;
     int finite = 1;
+    DSV3_ASSERT(K >= 1 && K <= E && config->n_group >= 1 && config->n_routed_experts % config->n_group == 0);
     for (size_t t = 0; t < n; t++) {
         const float *s = score + t * E;
-        for (size_t e = 0; e < E; e++) sel[e] = dsv3i_choice_score(bias != NULL ? s[e] + bias[e] : s[e]);
+        for (size_t e = 0; e < E; e++) {
+            sel[e] = bias != NULL ? s[e] + bias[e] : s[e];
+            finite &= dsv3i_is_finite(sel[e]) && dsv3i_is_finite(s[e]);
+            sel[e] = dsv3i_choice_score(sel[e]);
+        }
         if (config->topk_method != DSV3_GREEDY && config->n_group > 1) dsv3i_mask_groups(config, sel, group);
         dsv3i_topk(idx + t * K, sel, E, K);
-        finite &= dsv3i_gate_weights(config, gate + t * K, idx + t * K, s);
-        finite &= dsv3i_all_finite(s, E);
+        dsv3i_gate_weights(config, gate + t * K, idx + t * K, s);
     }
     return finite ? DSV3_OK : DSV3_ERR_NAN;
 }
@@ -1892,7 +1960,7 @@ static void dsv3i_group_rows(size_t *offset, size_t *slot, const int32_t *idx, s
 }
 
 static dsv3_result dsv3i_moe_forward(const dsv3_context *ctx, float *y, const float *u, const dsv3_model *model,
-                                     const dsv3_layer *w, size_t layer, size_t n, dsv3_workspace *ws) {
+                                     const dsv3_layer *w, size_t n, dsv3_workspace *ws) {
     const dsv3_config *c = &model->config;
     dsv3i_dims m = dsv3i_dims_of(c);
     const float *bias = NULL;
@@ -1905,7 +1973,7 @@ static dsv3_result dsv3i_moe_forward(const dsv3_context *ctx, float *y, const fl
     dsv3_router_scores(ctx, c, ws->score, u, &w->gate, n, ws->worker);
     result = dsv3_router_select(c, ws->idx, ws->gate, ws->score, bias, n, ws->select);
     if (ctx->observer.routing != NULL) {
-        ctx->observer.routing(ctx->observer.user, (int32_t)layer, ws->score, ws->idx, ws->gate, n);
+        ctx->observer.routing(ctx->observer.user, w->index, ws->score, ws->idx, ws->gate, n);
     }
     dsv3i_group_rows(ws->offset, ws->slot, ws->idx, n, m.K, m.E);
     for (size_t i = 0; i < n * m.K; i++) {
@@ -1929,8 +1997,9 @@ static dsv3_result dsv3i_moe_forward(const dsv3_context *ctx, float *y, const fl
 }
 
 DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
-                                      const dsv3_layer *weights, size_t layer, size_t n, dsv3_workspace *workspace) {
-    if (weights->is_moe) return dsv3i_moe_forward(context, y, u, model, weights, layer, n, workspace);
+                                      const dsv3_layer *weights, size_t n, dsv3_workspace *workspace) {
+    DSV3_ASSERT(n <= workspace->rows && context->threads <= workspace->threads);
+    if (weights->is_moe) return dsv3i_moe_forward(context, y, u, model, weights, n, workspace);
     dsv3i_mlp_rows_set(&workspace->mlps[0], &weights->mlp, y, u, n, 0);
     dsv3i_mlps(context, workspace->mlps, 1, workspace);
     return DSV3_OK;
@@ -1954,7 +2023,7 @@ DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, c
     dsv3_mla_forward(context, y, u, model, weights, layer, caches, n, workspace);
     for (size_t i = 0; i < n * d; i++) x[i] += y[i];
     dsv3_rmsnorm(context, u, x, &weights->post_attention_layernorm, n, d, eps);
-    result = dsv3_ffn_forward(context, y, u, model, weights, layer, n, workspace);
+    result = dsv3_ffn_forward(context, y, u, model, weights, n, workspace);
     for (size_t i = 0; i < n * d; i++) x[i] += y[i];
     return result;
 }
@@ -2127,10 +2196,11 @@ DSV3_API int dsv3_config_is_moe(const dsv3_config *config, int32_t i) {
 /* ---- Checks. Each returns DSV3_OK or has filled in the error. */
 
 static dsv3_result dsv3i_check_int(dsv3_error *error, const char *name, int32_t value, int32_t low, long high) {
-    if (value < 0 || (int64_t)value > (int64_t)high || (uint64_t)value > (uint64_t)SIZE_MAX) {
-        return dsv3i_fail_number(error, DSV3_ERR_LIMIT, name, "is negative or beyond the limit", high, value);
+    int64_t top = (uint64_t)high < (uint64_t)SIZE_MAX ? (int64_t)high : (int64_t)SIZE_MAX;
+    if (value < 0 || (int64_t)value > top) {
+        return dsv3i_fail_range(error, DSV3_ERR_LIMIT, name, "is outside its limits", low, top, value);
     }
-    if (value < low) return dsv3i_fail_number(error, DSV3_ERR_ARG, name, "is too small", low, value);
+    if (value < low) return dsv3i_fail_range(error, DSV3_ERR_ARG, name, "is too small", low, top, value);
     return DSV3_OK;
 }
 
@@ -2165,8 +2235,8 @@ static dsv3_result dsv3i_check_layers(const dsv3_config *c, dsv3_error *e) {
     DSV3I_TRY(dsv3i_check_int(e, "num_nextn_predict_layers", c->num_nextn_predict_layers, 0,
                               DSV3_MAX_LAYERS - c->num_hidden_layers));
     if (c->first_k_dense_replace < 0 || c->first_k_dense_replace > c->num_hidden_layers) {
-        return dsv3i_fail_number(e, DSV3_ERR_ARG, "first_k_dense_replace", "is not between 0 and num_hidden_layers",
-                                 c->num_hidden_layers, c->first_k_dense_replace);
+        return dsv3i_fail_range(e, DSV3_ERR_ARG, "first_k_dense_replace", "is not between 0 and num_hidden_layers", 0,
+                                c->num_hidden_layers, c->first_k_dense_replace);
     }
     DSV3I_TRY(dsv3i_check_int(e, "moe_layer_freq", c->moe_layer_freq, 1, DSV3_MAX_LAYERS));
     return dsv3i_check_int(e, "intermediate_size", c->intermediate_size,
@@ -2190,29 +2260,29 @@ static dsv3_result dsv3i_check_mla(const dsv3_config *c, dsv3_error *e) {
 }
 
 static dsv3_result dsv3i_check_router(const dsv3_config *c, dsv3_error *e) {
-    int32_t least = dsv3i_has_moe(c), per_group;
+    int32_t least = dsv3i_has_moe(c), available;
     DSV3I_TRY(dsv3i_check_int(e, "moe_intermediate_size", c->moe_intermediate_size, least, DSV3_MAX_DIM));
     DSV3I_TRY(dsv3i_check_int(e, "n_routed_experts", c->n_routed_experts, least, DSV3_MAX_EXPERTS));
     DSV3I_TRY(dsv3i_check_int(e, "n_shared_experts", c->n_shared_experts, 0, DSV3_MAX_EXPERTS));
     if ((int64_t)c->n_shared_experts * c->moe_intermediate_size > DSV3_MAX_DIM) {
-        return dsv3i_fail_number(e, DSV3_ERR_LIMIT, "n_shared_experts",
-                                 "times moe_intermediate_size is beyond the limit", DSV3_MAX_DIM,
-                                 (int64_t)c->n_shared_experts * c->moe_intermediate_size);
+        return dsv3i_fail_range(e, DSV3_ERR_LIMIT, "n_shared_experts",
+                                "times moe_intermediate_size is beyond the limit", 0, DSV3_MAX_DIM,
+                                (int64_t)c->n_shared_experts * c->moe_intermediate_size);
     }
     DSV3I_TRY(dsv3i_check_int(e, "n_group", c->n_group, 1, DSV3_MAX_EXPERTS));
     if (c->n_routed_experts % c->n_group != 0) {
-        return dsv3i_fail_number(e, DSV3_ERR_ARG, "n_group", "must divide n_routed_experts", c->n_routed_experts,
-                                 c->n_group);
+        return dsv3i_fail_where(e, DSV3_ERR_ARG, "n_group", "must divide n_routed_experts, and is", c->n_group);
     }
     if (c->topk_group < 1 || c->topk_group > c->n_group) {
-        return dsv3i_fail_number(e, DSV3_ERR_ARG, "topk_group", "must be between 1 and n_group", c->n_group,
-                                 c->topk_group);
+        return dsv3i_fail_range(e, DSV3_ERR_ARG, "topk_group", "must be between 1 and n_group", 1, c->n_group,
+                                c->topk_group);
     }
     DSV3I_TRY(dsv3i_check_int(e, "num_experts_per_tok", c->num_experts_per_tok, least, DSV3_MAX_TOPK));
-    per_group = c->n_routed_experts / c->n_group;
-    if ((int64_t)c->num_experts_per_tok > (int64_t)c->topk_group * per_group) {
-        return dsv3i_fail_number(e, DSV3_ERR_ARG, "num_experts_per_tok", "is more than the selected groups have",
-                                 (int64_t)c->topk_group * per_group, c->num_experts_per_tok);
+    available =
+        c->topk_method == DSV3_GREEDY ? c->n_routed_experts : c->n_routed_experts / c->n_group * c->topk_group;
+    if (c->num_experts_per_tok > available) {
+        return dsv3i_fail_range(e, DSV3_ERR_ARG, "num_experts_per_tok", "is more than the selected groups have",
+                                least, available, c->num_experts_per_tok);
     }
     if (c->scoring_func != DSV3_SIGMOID && c->scoring_func != DSV3_SOFTMAX) {
         return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "scoring_func", "must be sigmoid or softmax");
@@ -2254,7 +2324,7 @@ static dsv3_result dsv3i_check_rope(const dsv3_config *c, dsv3_error *e) {
 
 static dsv3_result dsv3i_check_token(dsv3_error *e, const char *name, int32_t token, int32_t V) {
     if (token >= -1 && token < V) return DSV3_OK;
-    return dsv3i_fail_number(e, DSV3_ERR_ARG, name, "is not in the vocabulary (-1: none)", V, token);
+    return dsv3i_fail_range(e, DSV3_ERR_ARG, name, "is not in the vocabulary (-1: none)", -1, (int64_t)V - 1, token);
 }
 
 /* Every tensor must be addressable as float32: then every size in the code below fits, too. */
@@ -2468,6 +2538,7 @@ static void dsv3i_model_layout(dsv3_model *model, const dsv3_config *c, dsv3i_la
     if (l->base == NULL) return;
     DSV3_MEMSET(l->base, 0, l->used);
     for (size_t i = 0; i < layers; i++) {
+        model->layers[i].index = (int32_t)i;
         model->layers[i].is_moe = dsv3_config_is_moe(c, (int32_t)i);
         if (!model->layers[i].is_moe) continue;
         model->layers[i].experts = experts;
@@ -2492,17 +2563,13 @@ typedef struct dsv3i_bind {
 static dsv3_result dsv3i_bind_shape(const dsv3i_walk *w, const dsv3_tensor *t, const char *name, size_t rows,
                                     size_t cols, int32_t rank) {
     const dsv3i_bind *b = (const dsv3i_bind *)w->user;
-    int64_t expected[2], found[2];
-    expected[0] = (int64_t)rows;
-    expected[1] = (int64_t)cols;
-    found[0] = (int64_t)t->rows;
-    found[1] = (int64_t)t->cols;
     if (t->rank != rank) {
-        return dsv3i_fail_number(b->error, DSV3_ERR_MISMATCH, name, "has the wrong number of dimensions", rank,
-                                 t->rank);
+        return dsv3i_fail_range(b->error, DSV3_ERR_MISMATCH, name, "has the wrong number of dimensions", rank, rank,
+                                t->rank);
     }
     if (t->rows != rows || t->cols != cols) {
-        return dsv3i_fail_numbers(b->error, DSV3_ERR_MISMATCH, name, "has the wrong shape", 2, expected, found);
+        return dsv3i_fail_numbers(b->error, DSV3_ERR_MISMATCH, name, "has the wrong shape", DSV3_NUMBERS_SHAPE,
+                                  (int64_t)rows, (int64_t)cols, (int64_t)t->rows, (int64_t)t->cols);
     }
     return t->data != NULL ? DSV3_OK : dsv3i_fail(b->error, DSV3_ERR_MISSING, name, "has no data");
 }
@@ -2530,6 +2597,20 @@ static dsv3_result dsv3i_bind_scale(const dsv3i_walk *w, dsv3_tensor *t) {
     return DSV3_OK;
 }
 
+/* Router biases steer discrete choices: a file with a NaN among them is broken, and says so now. */
+static dsv3_result dsv3i_bind_finite(const dsv3i_walk *w, const dsv3_tensor *t) {
+    const dsv3i_bind *b = (const dsv3i_bind *)w->user;
+    dsv3_kernels k;
+    dsv3i_kernels_reference(&k);
+    for (size_t i = 0; i < t->cols; i++) {
+        float value;
+        k.decode[t->type](&value, (const unsigned char *)t->data + i * dsv3_type_bytes(t->type), 1);
+        if (dsv3i_is_finite(value)) continue;
+        return dsv3i_fail_where(b->error, DSV3_ERR_NAN, w->info.name, "is not finite at index", (int64_t)i);
+    }
+    return DSV3_OK;
+}
+
 static dsv3_result dsv3i_bind_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     const dsv3i_bind *b = (const dsv3i_bind *)w->user;
     const char *name = w->info.name;
@@ -2547,26 +2628,8 @@ static dsv3_result dsv3i_bind_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     } else {
         t.scale = NULL;
     }
+    if (w->info.group == DSV3_GROUP_ROUTER && t.rank == 1) DSV3I_TRY(dsv3i_bind_finite(w, &t));
     *slot = t;
-    return DSV3_OK;
-}
-
-/* Router biases steer discrete choices: a file with a NaN among them is broken, and says so now. */
-static dsv3_result dsv3i_bind_check_bias(const dsv3_layer *l, int32_t layer, dsv3_error *error) {
-    const dsv3_tensor *b = &l->e_score_correction_bias;
-    dsv3_kernels k;
-    dsv3i_kernels_reference(&k);
-    for (size_t e = 0; b->data != NULL && e < b->cols; e++) {
-        float value;
-        k.decode[b->type](&value, (const unsigned char *)b->data + e * dsv3_type_bytes(b->type), 1);
-        if (!dsv3i_is_finite(value)) {
-            char name[DSV3_MAX_NAME];
-            dsv3i_text t = dsv3i_text_begin(name, sizeof name);
-            dsv3i_text_add_layer(&t, layer);
-            dsv3i_text_add(&t, "mlp.gate.e_score_correction_bias");
-            return dsv3i_fail_in(error, DSV3_ERR_NAN, name, "is not finite at index", (int64_t)e);
-        }
-    }
     return DSV3_OK;
 }
 
@@ -2617,9 +2680,11 @@ DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *confi
     DSV3I_TRY(dsv3_config_check(config, error));
     result = dsv3_model_size(config, &need);
     if (result == DSV3_OK) result = dsv3i_memory_check(memory, bytes, need);
-    if (result != DSV3_OK) {
-        return dsv3i_fail_number(error, result, "memory", dsv3_result_string(result), (int64_t)need, (int64_t)bytes);
+    if (result == DSV3_ERR_MEMORY) {
+        return dsv3i_fail_range(error, result, "memory", "is too small", (int64_t)need, (int64_t)need,
+                                (int64_t)bytes);
     }
+    if (result != DSV3_OK) return dsv3i_fail(error, result, "memory", dsv3_result_string(result));
     DSV3_MEMSET(model, 0, sizeof *model);
     model->config = *config;
     l.base = dsv3i_layout_base(memory);
@@ -2634,9 +2699,6 @@ DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *confi
     DSV3I_TRY(dsv3i_walk_main(&w, model));
     if (config->tie_word_embeddings) model->lm_head = model->embed_tokens;
     DSV3I_TRY(dsv3i_bind_modules(&w, model));
-    for (size_t i = 0; i < w.m.L + w.m.D; i++) {
-        DSV3I_TRY(dsv3i_bind_check_bias(&model->layers[i], (int32_t)i, error));
-    }
     return dsv3i_ok(error);
 }
 
@@ -2661,7 +2723,7 @@ static dsv3_result dsv3i_cache_layout(const dsv3_config *config, size_t capacity
     DSV3I_TRY(dsv3_config_check(config, NULL));
     if (type != DSV3_F32 && type != DSV3_BF16) return DSV3_ERR_UNSUPPORTED;
     if (capacity < 1) return DSV3_ERR_ARG;
-    if (capacity > (size_t)DSV3_MAX_SEQ) return DSV3_ERR_LIMIT;
+    if ((uint64_t)capacity > (uint64_t)DSV3_MAX_SEQ) return DSV3_ERR_LIMIT;
     m = dsv3i_dims_of(config);
     *data = dsv3i_take(l, m.width * dsv3_type_bytes(type), m.L, capacity, 1);
     return DSV3_OK;
@@ -2713,7 +2775,7 @@ DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from) {
 /* ---- Workspace */
 
 static size_t dsv3i_worker_floats(const dsv3i_dims *m) {
-    size_t cols = dsv3i_max(dsv3i_max(m->d, m->Ho), dsv3i_max(m->rq, m->rk));
+    size_t cols = dsv3i_max(dsv3i_max(m->D > 0 ? 2 * m->d : m->d, m->Ho), dsv3i_max(m->rq, m->rk)); /* eh_proj: 2 d */
     size_t floats;
     cols = dsv3i_max(dsv3i_max(cols, m->I), dsv3i_max(m->F, m->Fs));
     floats = dsv3i_max(dsv3i_mul(DSV3I_ROWS, cols), dsv3i_mla_scratch(m));
@@ -2728,6 +2790,7 @@ static void dsv3i_workspace_layout(dsv3_workspace *ws, const dsv3i_dims *m, size
     size_t mlps = dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1);
     ws->rows = n;
     ws->threads = threads;
+    ws->made_for = dsv3i_fingerprint(m);
     ws->worker_floats = dsv3i_worker_floats(m);
     ws->sequence = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
     ws->position = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
@@ -2767,7 +2830,7 @@ DSV3_API dsv3_result dsv3_workspace_size(const dsv3_config *config, size_t rows,
     dsv3i_dims m;
     DSV3I_TRY(dsv3_config_check(config, NULL));
     if (rows < 1 || threads < 1) return DSV3_ERR_ARG;
-    if (rows > (size_t)DSV3_MAX_SEQ) return DSV3_ERR_LIMIT;
+    if ((uint64_t)rows > (uint64_t)DSV3_MAX_SEQ) return DSV3_ERR_LIMIT;
     m = dsv3i_dims_of(config);
     dsv3i_workspace_layout(&ws, &m, rows, threads, &l);
     return dsv3i_layout_size(&l, bytes);
@@ -2802,11 +2865,12 @@ static dsv3_result dsv3i_batch_row(const dsv3_model *model, const dsv3_cache *ca
     int32_t s = batch->sequence != NULL ? batch->sequence[r] : 0, token = batch->token[r];
     size_t before, position;
     if (s < 0 || (size_t)s >= n_caches) {
-        return dsv3i_fail_row(error, DSV3_ERR_ARG, "sequence", r, "is not one of the caches", (int64_t)n_caches, s);
+        return dsv3i_fail_row(error, DSV3_ERR_ARG, "sequence", r, "is not one of the caches", 0,
+                              (int64_t)n_caches - 1, s);
     }
     if (token < 0 || token >= model->config.vocab_size) {
-        return dsv3i_fail_row(error, DSV3_ERR_TOKEN, "token", r, "is outside the vocabulary",
-                              model->config.vocab_size, token);
+        return dsv3i_fail_row(error, DSV3_ERR_TOKEN, "token", r, "is outside the vocabulary", 0,
+                              (int64_t)model->config.vocab_size - 1, token);
     }
     ws->sequence[r] = s;
     before = dsv3i_previous_row(ws->sequence, r);
@@ -2814,11 +2878,11 @@ static dsv3_result dsv3i_batch_row(const dsv3_model *model, const dsv3_cache *ca
     ws->leader[r] = before == r ? (int32_t)r : ws->leader[before];
     if (batch->position != NULL && (int64_t)batch->position[r] != (int64_t)position) {
         return dsv3i_fail_row(error, DSV3_ERR_POSITION, "position", r, "does not continue its sequence",
-                              (int64_t)position, batch->position[r]);
+                              (int64_t)position, (int64_t)position, batch->position[r]);
     }
     if (position >= caches[s].capacity) {
-        return dsv3i_fail_row(error, DSV3_ERR_CONTEXT, "position", r, "is beyond the cache",
-                              (int64_t)caches[s].capacity, (int64_t)position);
+        return dsv3i_fail_row(error, DSV3_ERR_CONTEXT, "position", r, "is beyond the cache", 0,
+                              (int64_t)caches[s].capacity - 1, (int64_t)position);
     }
     ws->position[r] = (int32_t)position;
     return DSV3_OK;
@@ -2826,13 +2890,13 @@ static dsv3_result dsv3i_batch_row(const dsv3_model *model, const dsv3_cache *ca
 
 static dsv3_result dsv3i_batch_outputs(const dsv3_batch *batch, dsv3_error *error) {
     if (batch->outputs > batch->rows) {
-        return dsv3i_fail_number(error, DSV3_ERR_ARG, "outputs", "is more than the batch has rows",
-                                 (int64_t)batch->rows, (int64_t)batch->outputs);
+        return dsv3i_fail_range(error, DSV3_ERR_ARG, "outputs", "is more than the batch has rows", 0,
+                                (int64_t)batch->rows, (int64_t)batch->outputs);
     }
     for (size_t i = 0; batch->output != NULL && i < batch->outputs; i++) {
         if (batch->output[i] < 0 || (size_t)batch->output[i] >= batch->rows) {
-            return dsv3i_fail_row(error, DSV3_ERR_ARG, "output", i, "is not a row of the batch", (int64_t)batch->rows,
-                                  batch->output[i]);
+            return dsv3i_fail_row(error, DSV3_ERR_ARG, "output", i, "is not a row of the batch", 0,
+                                  (int64_t)batch->rows - 1, batch->output[i]);
         }
     }
     return DSV3_OK;
@@ -2841,24 +2905,30 @@ static dsv3_result dsv3i_batch_outputs(const dsv3_batch *batch, dsv3_error *erro
 static dsv3_result dsv3i_batch_check(const dsv3_context *ctx, const dsv3_model *model, const dsv3_cache *caches,
                                      size_t n_caches, const dsv3_batch *batch, const dsv3_workspace *ws,
                                      dsv3_error *error) {
+    dsv3i_dims m;
     if (ctx == NULL || model == NULL || caches == NULL || batch == NULL || ws == NULL || batch->token == NULL) {
         return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
     }
     if (batch->rows < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "rows", "the batch is empty");
     if (batch->rows > ws->rows) {
-        return dsv3i_fail_number(error, DSV3_ERR_MEMORY, "rows", "is more than the workspace was made for",
-                                 (int64_t)ws->rows, (int64_t)batch->rows);
+        return dsv3i_fail_range(error, DSV3_ERR_MEMORY, "rows", "is more than the workspace was made for", 1,
+                                (int64_t)ws->rows, (int64_t)batch->rows);
     }
     if (ctx->threads > ws->threads) {
-        return dsv3i_fail_number(error, DSV3_ERR_MEMORY, "threads", "is more than the workspace was made for",
-                                 (int64_t)ws->threads, (int64_t)ctx->threads);
+        return dsv3i_fail_range(error, DSV3_ERR_MEMORY, "threads", "is more than the workspace was made for", 1,
+                                (int64_t)ws->threads, (int64_t)ctx->threads);
+    }
+    m = dsv3i_dims_of(&model->config);
+    if (ws->made_for != dsv3i_fingerprint(&m)) {
+        return dsv3i_fail(error, DSV3_ERR_MISMATCH, "workspace", "was made for another config");
     }
     for (size_t s = 0; s < n_caches; s++) {
-        size_t width = dsv3i_dims_of(&model->config).width;
-        if (caches[s].layers != (size_t)model->config.num_hidden_layers || caches[s].width != width) {
-            return dsv3i_fail_row(error, DSV3_ERR_MISMATCH, "caches", s, "was made for another model", (int64_t)width,
+        char name[32];
+        if (caches[s].layers == m.L && caches[s].width == m.width) continue;
+        dsv3i_name_row(name, sizeof name, "caches", s);
+        return dsv3i_fail_numbers(error, DSV3_ERR_MISMATCH, name, "was made for another config", DSV3_NUMBERS_SHAPE,
+                                  (int64_t)m.L, (int64_t)m.width, (int64_t)caches[s].layers,
                                   (int64_t)caches[s].width);
-        }
     }
     return dsv3i_batch_outputs(batch, error);
 }
@@ -2915,7 +2985,7 @@ static dsv3_result dsv3i_forward_layers(const dsv3_context *ctx, const dsv3_mode
         if (result != DSV3_OK) {
             char name[32];
             dsv3i_name_row(name, sizeof name, "row", dsv3i_first_bad_row(ws->score, n, E));
-            return dsv3i_fail_in(error, result, name, "router scores are not finite in layer", (int64_t)i);
+            return dsv3i_fail_where(error, result, name, "router scores are not finite in layer", (int64_t)i);
         }
         if (ctx->observer.hidden != NULL) ctx->observer.hidden(ctx->observer.user, (int32_t)i, ws->x, n);
     }
@@ -2940,26 +3010,29 @@ DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, co
                                   dsv3_workspace *workspace, dsv3_error *error) {
     dsv3_workspace *ws = workspace;
     size_t n, d, bad;
+    char name[32];
     DSV3I_TRY(dsv3_batch_begin(context, model, caches, n_caches, batch, ws, error));
     if (logits == NULL && batch->outputs > 0) return dsv3i_fail(error, DSV3_ERR_ARG, "logits", "is NULL");
     n = batch->rows;
     d = (size_t)model->config.hidden_size;
-    for (size_t t = 0; t < n; t++) {
-        dsv3i_decode_row(context, ws->x + t * d, &model->embed_tokens, (size_t)batch->token[t]);
-    }
+    dsv3_embed(context, ws->x, batch->token, &model->embed_tokens, n);
     DSV3I_TRY(dsv3i_forward_layers(context, model, caches, n, ws, error));
     dsv3_rmsnorm(context, ws->u, ws->x, &model->norm, n, d, model->config.rms_norm_eps);
     if (context->observer.hidden != NULL) {
-        context->observer.hidden(context->observer.user, model->config.num_hidden_layers, ws->u, n);
+        context->observer.hidden(context->observer.user, -1, ws->u, n);
     }
-    bad = dsv3i_first_bad_row(ws->u, n, d);
-    if (bad < n) {
-        char name[32];
+    for (bad = 0; bad < n && dsv3i_is_finite(dsv3i_dot_ref(ws->x + bad * d, ws->x + bad * d, d)); bad++) {
+    }
+    if (bad < n) { /* NaN, infinite, or so large that the norm would make zeros of it */
         dsv3i_name_row(name, sizeof name, "row", bad);
-        return dsv3i_fail_in(error, DSV3_ERR_NAN, name, "final hidden state is not finite, in sequence",
-                             ws->sequence[bad]);
+        return dsv3i_fail_where(error, DSV3_ERR_NAN, name, "final hidden state is not finite, in sequence",
+                                ws->sequence[bad]);
     }
     dsv3i_forward_logits(context, logits, model, batch, ws);
+    bad = dsv3i_first_bad_row(logits, batch->outputs, (size_t)model->config.vocab_size);
+    if (bad < batch->outputs) {
+        return dsv3i_fail_where(error, DSV3_ERR_NAN, "logits", "are not finite, output", (int64_t)bad);
+    }
     dsv3_batch_end(caches, batch, ws);
     return dsv3i_ok(error);
 }
@@ -3030,7 +3103,7 @@ DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, 
                                  dsv3_rng *rng, dsv3_candidate *candidates) {
     size_t best = 0, kept = V;
     double sum = 0.0, u;
-    if (token == NULL || logits == NULL || V == 0 || V > (size_t)DSV3_MAX_VOCAB) return DSV3_ERR_ARG;
+    if (token == NULL || logits == NULL || V == 0 || (uint64_t)V > (uint64_t)DSV3_MAX_VOCAB) return DSV3_ERR_ARG;
     if (!(temperature >= 0.0f) || temperature > FLT_MAX || !(top_p >= 0.0f) || top_p > 1.0f) return DSV3_ERR_ARG;
     for (size_t i = 0; i < V; i++) {
         if (dsv3i_is_nan(logits[i])) return DSV3_ERR_NAN;

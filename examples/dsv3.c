@@ -296,8 +296,9 @@ static void print_token(int32_t id, int ids) {
 static char *read_file(const char *path, size_t *length) {
     FILE *file = fopen(path, "rb");
     size_t capacity = 1 << 16, n = 0, got;
-    char *text = (char *)allocate(path, capacity);
+    char *text;
     if (file == NULL) stop("%s: cannot be opened: %s", path, strerror(errno));
+    text = (char *)allocate(path, capacity);
     while ((got = fread(text + n, 1, capacity - n, file)) > 0) {
         n += got;
         if (n < capacity) continue;
@@ -306,7 +307,12 @@ static char *read_file(const char *path, size_t *length) {
         text = (char *)realloc(text, capacity);
         if (text == NULL) stop("%s: no memory for %zu bytes", path, capacity);
     }
-    if (ferror(file)) stop("%s: cannot be read: %s", path, strerror(errno));
+    if (ferror(file)) {
+        int why = errno;
+        free(text);
+        fclose(file);
+        stop("%s: cannot be read: %s", path, strerror(why));
+    }
     fclose(file);
     *length = n;
     return text;

@@ -24,7 +24,7 @@ for cc in gcc clang; do
         check "$cc $flags" $cc -std=c99 $flags $wide $c -I. -c tests/compile/implement.c -o $out/u.o
     done
     for file in examples/*.c bench/*.c tests/*.c; do
-        check "$cc $file" $cc -std=c99 -D_POSIX_C_SOURCE=200809L -O2 $wide $c -Wno-float-equal -I. -Iexamples -Itests \
+        check "$cc $file" $cc -std=c99 -D_POSIX_C_SOURCE=200809L -O2 $wide $c -Wno-float-equal -Wno-double-promotion -I. -Iexamples -Itests \
             -Ibench -c "$file" -o $out/u.o
     done
     for header in json safetensors checkpoint; do

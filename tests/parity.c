@@ -76,9 +76,7 @@ static void records_clear(run *r) {
 static void on_hidden(void *user, int32_t layer, const float *x, size_t n) {
     run *r = (run *)user;
     size_t d = (size_t)r->model->config.hidden_size;
-    long main_layer = layer < r->model->config.num_hidden_layers ? layer : -1;
-    memcpy(record_add(r, main_layer < 0 ? "final" : "hidden", main_layer, "", ST_F32, r->B, r->S, d), x,
-           n * d * sizeof *x);
+    memcpy(record_add(r, layer < 0 ? "final" : "hidden", layer, "", ST_F32, r->B, r->S, d), x, n * d * sizeof *x);
 }
 
 static void on_routing(void *user, int32_t layer, const float *score, const int32_t *idx, const float *gate,

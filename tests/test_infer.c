@@ -109,7 +109,7 @@ static void test_mixed_batch(int which, int form) {
             if (before[i] > 0) CHECK_EQ(synth_forward(s, got, token[i], before[i], i, &e), DSV3_OK);
         }
         while (total < rows[0] + rows[1] + rows[2]) {
-            size_t i = test_random() % N;
+            size_t i = (size_t)(test_random() % N);
             if (done[i] == rows[i]) continue;
             batch_position[total] = (int32_t)(before[i] + done[i]);
             batch_token[total] = token[i][before[i] + done[i]];
@@ -318,7 +318,7 @@ static void test_full_cache(void) {
     dsv3_error e;
     synth_run(s, 8, 1, 1, 7, DSV3_BF16);
     CHECK_EQ(synth_forward(s, logits, token, 8, 0, &e), DSV3_ERR_CONTEXT);
-    CHECK(strcmp(e.name, "position[7]") == 0 && e.expected[0] == 7 && e.found[0] == 7);
+    CHECK(strcmp(e.name, "position[7]") == 0 && e.expected[0] == 0 && e.expected[1] == 6 && e.found[0] == 7);
     CHECK_EQ(s->caches[0].length, 0);
     CHECK_EQ(synth_forward(s, logits, token, 6, 0, &e), DSV3_OK);
     CHECK_EQ(synth_forward(s, logits, token, 2, 0, &e), DSV3_ERR_CONTEXT);
@@ -359,7 +359,7 @@ static void watch_routing(void *user, int32_t layer, const float *score, const i
 static void watch_hidden(void *user, int32_t layer, const float *x, size_t n) {
     watch *w = (watch *)user;
     w->hidden_calls++;
-    w->wrong += layer != w->layer || n != w->n || x == NULL;
+    w->wrong += layer != (w->layer < w->s->config.num_hidden_layers ? w->layer : -1) || n != w->n || x == NULL;
     w->layer++;
 }
 
@@ -481,7 +481,7 @@ static float seen_hidden[S * 64];
 
 static void keep_hidden(void *user, int32_t layer, const float *x, size_t n) {
     const synth *s = (const synth *)user;
-    if (layer == s->config.num_hidden_layers) memcpy(seen_hidden, x, n * (size_t)s->config.hidden_size * sizeof *x);
+    if (layer == -1) memcpy(seen_hidden, x, n * (size_t)s->config.hidden_size * sizeof *x);
 }
 
 static void test_last_hidden(void) {
@@ -650,6 +650,49 @@ static void test_exact_memory(void) {
     synth_close(s);
 }
 
+/* What only the end of a pass can see: a head with a NaN, and a residual so large that its squares overflow, which the
+ * final norm would turn into zeros. */
+static void test_bad_end(void) {
+    synth *s = open_form(SYNTH_V3, 77, DSV3_ATTENTION_ABSORBED);
+    float *got = (float *)test_alloc(logits_bytes(s, S));
+    synth_tensor *head = synth_get(s, -1, -1, "lm_head.weight"),
+                 *embed = synth_get(s, -1, -1, "model.embed_tokens.weight");
+    int32_t token[3] = {1, 2, 3};
+    dsv3_error e;
+    float old = (float)head->value[9];
+    synth_run(s, S, 1, 1, S, DSV3_F32);
+    synth_set(head, 9, (float)NAN);
+    CHECK_EQ(synth_forward(s, got, token, 3, 0, &e), DSV3_ERR_NAN);
+    CHECK(strcmp(e.name, "logits") == 0 && e.numbers == DSV3_NUMBERS_WHERE && e.found[0] == 0);
+    CHECK_EQ(s->caches[0].length, 0);
+    synth_set(head, 9, old);
+    CHECK_EQ(synth_forward(s, got, token, 3, 0, &e), DSV3_OK);
+    dsv3_cache_truncate(&s->caches[0], 0);
+    synth_set(embed, 2 * (size_t)s->config.hidden_size, 1e22f);
+    CHECK_EQ(synth_forward(s, got, token, 3, 0, &e), DSV3_ERR_NAN);
+    CHECK(strcmp(e.name, "row[1]") == 0);
+    free(got);
+    synth_close(s);
+}
+
+/* A workspace laid out for other sizes would send writes anywhere: it is refused, whatever its own size. */
+static void test_foreign_workspace(void) {
+    synth *s = open_form(SYNTH_V3, 78, DSV3_ATTENTION_ABSORBED),
+          *other = open_form(SYNTH_ODD, 78, DSV3_ATTENTION_ABSORBED);
+    float *got = (float *)test_alloc(logits_bytes(s, S));
+    int32_t token[1] = {1};
+    dsv3_batch batch = {1, token, NULL, NULL, 1, NULL};
+    dsv3_error e;
+    synth_run(s, S, 1, 1, S, DSV3_F32);
+    synth_run(other, S, 1, 1, S, DSV3_F32);
+    CHECK_EQ(dsv3_forward(&s->context, got, &s->model, s->caches, 1, &batch, &other->ws, &e), DSV3_ERR_MISMATCH);
+    CHECK(strcmp(e.name, "workspace") == 0);
+    CHECK_EQ(dsv3_forward(&s->context, got, &s->model, s->caches, 1, &batch, &s->ws, &e), DSV3_OK);
+    free(got);
+    synth_close(s);
+    synth_close(other);
+}
+
 int main(void) {
     for (int which = 0; which < SYNTH_CONFIGS; which++) {
         for (int form = 1; form <= 2; form++) {
@@ -674,5 +717,7 @@ int main(void) {
     test_cache_copy();
     test_workspace_setup();
     test_exact_memory();
+    test_bad_end();
+    test_foreign_workspace();
     return test_done("infer");
 }

@@ -84,7 +84,7 @@ static void expect(synth *s, const char *name, int how, int code, const char *bl
 }
 
 static void expect_shape(const dsv3_error *e, size_t rows, size_t cols, size_t found_rows, size_t found_cols) {
-    CHECK_EQ(e->values, 2);
+    CHECK_EQ(e->numbers, DSV3_NUMBERS_SHAPE);
     CHECK(e->expected[0] == (int64_t)rows && e->expected[1] == (int64_t)cols);
     CHECK(e->found[0] == (int64_t)found_rows && e->found[1] == (int64_t)found_cols);
 }
@@ -108,7 +108,7 @@ static void spoil_each(synth *s) {
         expect(s, name, SPOIL_ROW_LESS, DSV3_ERR_MISMATCH, name, &e);
         expect(s, name, SPOIL_COL_MORE, DSV3_ERR_MISMATCH, name, &e);
         expect(s, name, SPOIL_RANK, DSV3_ERR_MISMATCH, name, &e);
-        CHECK(e.values == 1 && e.expected[0] == t->info.rank && e.found[0] == 3 - t->info.rank);
+        CHECK(e.numbers == DSV3_NUMBERS_RANGE && e.expected[0] == t->info.rank && e.found[0] == 3 - t->info.rank);
         expect(s, name, SPOIL_RANK3, DSV3_ERR_MISMATCH, name, &e);
         expect(s, name, SPOIL_TYPE, DSV3_ERR_UNSUPPORTED, name, &e);
         expect(s, name, SPOIL_EMPTY, DSV3_ERR_MISMATCH, name, &e);
@@ -226,7 +226,7 @@ static void test_bias(void) {
                     CHECK_EQ(synth_bind(s, &e), DSV3_ERR_NAN);
                     snprintf(want, sizeof want, "model.layers.%d.mlp.gate.e_score_correction_bias", layer);
                     CHECK(strcmp(e.name, want) == 0);
-                    CHECK_EQ(e.values, -1);
+                    CHECK_EQ(e.numbers, DSV3_NUMBERS_WHERE);
                     CHECK_EQ(e.found[0], i);
                     CHECK_EQ(synth_bind(s, NULL), DSV3_ERR_NAN);
                     synth_encode(t->t.type, t->data, i, old);

@@ -552,7 +552,25 @@ static void scaling(void) {
     }
 }
 
+/* greedy knows no groups: they limit neither the choice nor what the config may ask for. */
+static void greedy_ignores_groups(void) {
+    static const float score[8] = {0.1f, 0.9f, 0.2f, 0.3f, 0.8f, 0.4f, 0.7f, 0.5f};
+    dsv3_config c = dsv3_config_preset(DSV3_PRESET_MICRO);
+    dsv3_error error;
+    c.topk_method = DSV3_GREEDY;
+    c.n_group = 4;
+    c.topk_group = 1;
+    c.num_experts_per_tok = 3;
+    CHECK_EQ(dsv3_config_check(&c, &error), DSV3_OK);
+    CHECK_EQ(pick(&c, score, NULL), DSV3_OK);
+    CHECK(got_idx[0] == 1 && got_idx[1] == 4 && got_idx[2] == 6);
+    c.topk_method = DSV3_NOAUX_TC;
+    CHECK_EQ(dsv3_config_check(&c, &error), DSV3_ERR_ARG);
+    CHECK(strcmp(error.name, "num_experts_per_tok") == 0);
+}
+
 int main(void) {
+    greedy_ignores_groups();
     CHECK_EQ(dsv3_context_init(&ctx, DSV3_BACKEND_REFERENCE, 1), DSV3_OK);
     golden();
     scores();

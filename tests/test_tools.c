@@ -217,14 +217,14 @@ static void result_strings(void) {
     CHECK(strcmp(dsv3_result_string((dsv3_result)INT_MIN), "unknown result") == 0); /* has no negative */
 }
 
-static dsv3_error error_make(const char *name, const char *why, int32_t values, int64_t e0, int64_t e1, int64_t f0,
+static dsv3_error error_make(const char *name, const char *why, dsv3_numbers numbers, int64_t e0, int64_t e1, int64_t f0,
                              int64_t f1) {
     dsv3_error e;
     memset(&e, 0x55, sizeof e);
     e.code = DSV3_ERR_MISMATCH;
     strcpy(e.name, name);
     e.why = why;
-    e.values = values;
+    e.numbers = numbers;
     e.expected[0] = e0, e.expected[1] = e1;
     e.found[0] = f0, e.found[1] = f1;
     return e;
@@ -254,17 +254,19 @@ static void error_text_is(dsv3_error e, const char *want) {
 
 static void error_texts(void) {
     dsv3_error e;
-    error_text_is(error_make("n_group", "is too small", 0, 1, 2, 3, 4), "n_group: is too small");
-    error_text_is(error_make("n_group", "is too small", 1, 8, 2, 3, 4),
-                  "n_group: is too small (expected 8, found 3)");
-    error_text_is(error_make("w", "has another shape", 2, 256, 48, 48, 256),
+    error_text_is(error_make("n_group", "is too small", DSV3_NUMBERS_NONE, 1, 2, 3, 4), "n_group: is too small");
+    error_text_is(error_make("n_group", "is too small", DSV3_NUMBERS_RANGE, 8, 2, 3, 4),
+                  "n_group: is too small (expected 8 to 2, found 3)");
+    error_text_is(error_make("w", "has another shape", DSV3_NUMBERS_SHAPE, 256, 48, 48, 256),
                   "w: has another shape (expected 256 x 48, found 48 x 256)");
-    error_text_is(error_make("", "is NULL", 0, 0, 0, 0, 0), "is NULL");
-    error_text_is(error_make("x", NULL, 0, 0, 0, 0, 0), "x: shape mismatch");
-    error_text_is(error_make("", NULL, 1, 0, 0, -1, 0), "shape mismatch (expected 0, found -1)");
-    error_text_is(error_make("x", "y", 2, INT64_MIN, INT64_MAX, -10, 10),
+    error_text_is(error_make("", "is NULL", DSV3_NUMBERS_NONE, 0, 0, 0, 0), "is NULL");
+    error_text_is(error_make("x", NULL, DSV3_NUMBERS_NONE, 0, 0, 0, 0), "x: shape mismatch");
+    error_text_is(error_make("", NULL, DSV3_NUMBERS_RANGE, 0, 0, -1, 0), "shape mismatch (expected 0, found -1)");
+    error_text_is(error_make("x", "y", DSV3_NUMBERS_SHAPE, INT64_MIN, INT64_MAX, -10, 10),
                   "x: y (expected -9223372036854775808 x 9223372036854775807, found -10 x 10)");
-    e = error_make("x", "y", 0, 0, 0, 0, 0);
+    error_text_is(error_make("x", "y", DSV3_NUMBERS_RANGE, 7, 7, 8, 9), "x: y (expected 7, found 8)");
+    error_text_is(error_make("x", "is odd in layer", DSV3_NUMBERS_WHERE, 1, 2, -3, 4), "x: is odd in layer -3");
+    e = error_make("x", "y", DSV3_NUMBERS_NONE, 0, 0, 0, 0);
     CHECK(dsv3_error_text(&e, NULL, 0) == NULL);
 }
 
@@ -274,19 +276,19 @@ static void error_reports(void) {
     memset(&e, 0x55, sizeof e);
     CHECK_EQ(dsv3i_fail(&e, DSV3_ERR_LIMIT, "field", "why"), DSV3_ERR_LIMIT);
     error_text_is(e, "field: why");
-    CHECK(e.code == DSV3_ERR_LIMIT && e.values == 0);
+    CHECK(e.code == DSV3_ERR_LIMIT && e.numbers == DSV3_NUMBERS_NONE);
     CHECK(e.expected[0] == 0 && e.expected[1] == 0 && e.found[0] == 0 && e.found[1] == 0);
-    CHECK_EQ(dsv3i_fail_number(&e, DSV3_ERR_ARG, "field", "why", 5, -6), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3i_fail_range(&e, DSV3_ERR_ARG, "field", "why", 5, 5, -6), DSV3_ERR_ARG);
     error_text_is(e, "field: why (expected 5, found -6)");
-    CHECK(e.expected[1] == 0 && e.found[1] == 0);
-    CHECK_EQ(dsv3i_fail_row(&e, DSV3_ERR_TOKEN, "token", 31, "is outside", 256, 300), DSV3_ERR_TOKEN);
-    error_text_is(e, "token[31]: is outside (expected 256, found 300)");
+    CHECK(e.expected[1] == 5 && e.found[1] == 0);
+    CHECK_EQ(dsv3i_fail_row(&e, DSV3_ERR_TOKEN, "token", 31, "is outside", 0, 255, 300), DSV3_ERR_TOKEN);
+    error_text_is(e, "token[31]: is outside (expected 0 to 255, found 300)");
     CHECK_EQ(dsv3i_ok(&e), DSV3_OK);
     error_text_is(e, "ok");
     CHECK(e.code == DSV3_OK);
     CHECK_EQ(dsv3i_fail(NULL, DSV3_ERR_NAN, "a", "b"), DSV3_ERR_NAN);
-    CHECK_EQ(dsv3i_fail_number(NULL, DSV3_ERR_NAN, "a", "b", 1, 2), DSV3_ERR_NAN);
-    CHECK_EQ(dsv3i_fail_row(NULL, DSV3_ERR_NAN, "a", 0, "b", 1, 2), DSV3_ERR_NAN);
+    CHECK_EQ(dsv3i_fail_range(NULL, DSV3_ERR_NAN, "a", "b", 1, 1, 2), DSV3_ERR_NAN);
+    CHECK_EQ(dsv3i_fail_row(NULL, DSV3_ERR_NAN, "a", 0, "b", 1, 1, 2), DSV3_ERR_NAN);
     CHECK_EQ(dsv3i_ok(NULL), DSV3_OK);
     for (size_t n = DSV3_MAX_NAME - 3; n < sizeof name; n++) { /* long names are cut, not written past */
         size_t kept = n < DSV3_MAX_NAME - 1 ? n : DSV3_MAX_NAME - 1;
@@ -294,7 +296,7 @@ static void error_reports(void) {
         name[n] = '\0';
         (void)dsv3i_fail(&e, DSV3_ERR_ARG, name, "why");
         if (strlen(e.name) != kept || e.code != DSV3_ERR_ARG) CHECK_EQ(n, -1);
-        (void)dsv3i_fail_row(&e, DSV3_ERR_ARG, name, 7, "why", 0, 0);
+        (void)dsv3i_fail_row(&e, DSV3_ERR_ARG, name, 7, "why", 0, 0, 0);
         if (strlen(e.name) > DSV3_MAX_NAME - 1 || e.code != DSV3_ERR_ARG) CHECK_EQ(n, -2);
     }
 }

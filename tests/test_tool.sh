@@ -1,0 +1,513 @@
+#!/bin/sh
+# The command line tool, from outside: exit status, what goes to which stream, numbers that must come out. A failure
+# means that a script around the tool would take an error for success (or the reverse), that a user is not told what
+# is wrong and where, or that text, score, plan or inspection changed. DSV3=path tests another build of the tool.
+. tests/lib.sh
+tool=${DSV3:-build/dsv3}
+tmp=build/tool
+micro=examples/models/micro
+rm -rf $tmp
+mkdir -p $tmp
+
+# Runs the tool: $status, and the streams in $tmp/out and $tmp/err.
+run() {
+    "$tool" "$@" > $tmp/out 2> $tmp/err < /dev/null
+    status=$?
+}
+fail() { bad "$1"; head -n 3 $tmp/err >&2; }
+# good NAME ARGS...: status 0 and nothing on stderr.
+good() {
+    name=$1
+    shift
+    run "$@"
+    if [ $status = 0 ] && [ ! -s $tmp/err ]; then ok; else fail "$name: status $status"; fi
+}
+# refused NAME TEXT ARGS...: status 1, nothing on stdout, one line on stderr that names TEXT.
+refused() {
+    name=$1 text=$2
+    shift 2
+    run "$@"
+    if [ $status = 1 ] && [ ! -s $tmp/out ] && [ "$(wc -l < $tmp/err)" -eq 1 ] && grep -q '^dsv3: ' $tmp/err &&
+        grep -qF -e "$text" $tmp/err; then ok; else fail "$name: status $status, expected 1 and '$text'"; fi
+}
+# misused NAME TEXT ARGS...: status 2, nothing on stdout, stderr names TEXT.
+misused() {
+    name=$1 text=$2
+    shift 2
+    run "$@"
+    if [ $status = 2 ] && [ ! -s $tmp/out ] && grep -qF -e "$text" $tmp/err; then ok; else
+        fail "$name: status $status, expected 2 and '$text'"
+    fi
+}
+# shows NAME TEXT: the output of the last run has a line that matches.
+shows() { if grep -q -e "$2" $tmp/out; then ok; else fail "$1: no '$2' in the output"; fi; }
+same() { if cmp -s "$2" "$3"; then ok; else bad "$1: $2 and $3 differ"; fi; }
+differ() { if cmp -s "$2" "$3"; then bad "$1: $2 and $3 are equal"; else ok; fi; }
+equal() { if [ "$2" = "$3" ]; then ok; else bad "$1: '$2' is not '$3'"; fi; }
+
+# ---- Usage
+
+misused "no arguments" "usage: dsv3"
+misused "unknown command" "unknown command frobnicate" frobnicate
+misused "empty command" "unknown command" ""
+misused "option for a command" "unknown command --threads" --threads 1
+for option in --help -h; do
+    good "$option" $option
+    shows "$option" '^usage: dsv3 COMMAND'
+done
+good "version" --version
+shows "version" '^dsv3 [0-9]*\.[0-9]*\.[0-9]*$'
+for command in generate score plan inspect; do
+    for option in --help -h; do
+        good "$command $option" $command $option
+        shows "$command $option" "^usage: dsv3 $command "
+    done
+    good "$command --help behind an operand" $command nowhere --help
+    misused "$command: no operand" "operand is missing" $command
+    misused "$command: unknown option" "unknown option --frobnicate" $command --frobnicate
+    misused "$command: unknown option behind an operand" "unknown option -x" $command $micro -x
+    misused "$command: usage names the command" "dsv3 $command --help" $command
+done
+misused "score: one operand" "operand is missing" score $micro
+for command in generate plan inspect; do misused "$command: two operands" "too many: b" $command a b; done
+misused "score: three operands" "too many: c" score a b c
+for option in -p -n --temp --top-p --seed --context --cache --attention --threads; do
+    misused "generate $option without a value" "missing behind $option" generate $micro $option
+done
+for option in --last --context --cache --attention --threads; do
+    misused "score $option without a value" "missing behind $option" score $micro LICENSE $option
+done
+for option in --context --batch --rows --type --threads; do
+    misused "plan $option without a value" "missing behind $option" plan micro $option
+done
+refused "operand behind --" "--help/config.json" plan -- --help
+misused "operands behind --" "too many: --help" plan micro -- --help
+
+# ---- Values of options
+
+for value in NaN nan -1 1e999 inf -inf abc '' 1x 0x 2,5; do
+    for option in --temp --top-p; do
+        refused "generate $option '$value'" "$option: expected" generate $micro $option "$value" -n 1
+    done
+    for option in -n --seed --threads --context; do
+        refused "generate $option '$value'" "$option: expected" generate $micro $option "$value"
+    done
+    for option in --last --threads --context; do
+        refused "score $option '$value'" "$option: expected" score $micro LICENSE $option "$value"
+    done
+    for option in --context --batch --rows --threads; do
+        refused "plan $option '$value'" "$option: expected" plan micro $option "$value"
+    done
+done
+for option in -n --seed --threads --context; do
+    for value in 1.5 1e1 0x10 99999999999999999999; do
+        refused "generate $option $value" "$option: expected" generate $micro $option $value
+    done
+done
+for option in -n --context --threads; do
+    refused "generate $option 0" "$option: expected 1 to" generate $micro $option 0
+done
+for option in --context --batch --rows --threads; do
+    refused "plan $option 0" "$option: expected 1 to" plan micro $option 0
+done
+refused "--top-p above 1" "--top-p: expected 0 to 1, found 1.01" generate $micro --top-p 1.01
+refused "--last 0" "--last: expected" score $micro LICENSE --last 0
+refused "--last 101" "--last: expected" score $micro LICENSE --last 101
+refused "--threads 5000" "--threads: expected 1 to 4096, found 5000" generate $micro --threads 5000
+for text in f32 F16 F8_E4M3 I32 ''; do
+    refused "generate --cache '$text'" "" generate $micro --cache "$text" -n 1
+    refused "score --cache '$text'" "" score $micro LICENSE --cache "$text"
+done
+for text in Absorbed auto2 ''; do
+    refused "generate --attention '$text'" "--attention: expected auto, absorbed or expanded, found '$text'" \
+        generate $micro --attention "$text" -n 1
+done
+for text in bf16 F64 FP8 ''; do
+    refused "plan --type '$text'" "--type: expected F32, F16, BF16 or F8_E4M3, found '$text'" plan micro --type "$text"
+done
+
+# ---- Directories and files
+
+# copy NAME: a new directory with the micro model.
+copy() {
+    rm -rf "${tmp:?}/$1"
+    mkdir $tmp/"$1"
+    cp $micro/config.json $micro/model.safetensors $tmp/"$1"
+}
+# everywhere NAME TEXT DIRECTORY: refused by every command that binds a model.
+everywhere() {
+    refused "generate: $1" "$2" generate "$3" -n 1
+    refused "score: $1" "$2" score "$3" LICENSE
+}
+everywhere "missing directory" $tmp/none/config.json $tmp/none
+refused "plan: missing directory" "$tmp/none/config.json: does not exist" plan $tmp/none
+refused "plan: unknown name" deepseek-v9/config.json plan deepseek-v9
+refused "plan: empty name" "/config.json" plan ""
+refused "inspect: missing directory" $tmp/none inspect $tmp/none
+refused "inspect: missing file" $tmp/none.safetensors inspect $tmp/none.safetensors
+everywhere "file for a directory" LICENSE/config.json LICENSE
+refused "plan: file for a directory" LICENSE/config.json plan LICENSE
+refused "inspect: file for a directory" LICENSE inspect LICENSE
+mkdir $tmp/empty
+everywhere "directory without config.json" $tmp/empty/config.json $tmp/empty
+refused "plan: directory without config.json" $tmp/empty/config.json plan $tmp/empty
+refused "inspect: empty directory" $tmp/empty inspect $tmp/empty
+long=$(printf '%05000d' 0)
+refused "plan: path too long" "path is too long" plan "$long"
+refused "plan: a path with two lines" "?" plan "a
+b"
+
+copy broken
+for text in '' '{' '[]' 'null' '{"vocab_size": 256' '{"vocab_size": "256"}'; do
+    printf '%s' "$text" > $tmp/broken/config.json
+    everywhere "config.json is '$text'" $tmp/broken/config.json $tmp/broken
+    refused "plan: config.json is '$text'" $tmp/broken/config.json plan $tmp/broken
+done
+# edited NAME TEXT SED-EXPRESSION: config.json of micro with a change.
+edited() {
+    sed "$3" $micro/config.json > $tmp/broken/config.json
+    everywhere "$1" "$2" $tmp/broken
+}
+edited "no hidden_size" "hidden_size: is missing" '/"hidden_size"/d'
+edited "hidden_size 0" "hidden_size: is too small (expected 1, found 0)" 's/"hidden_size": 64/"hidden_size": 0/'
+edited "hidden_size null" "hidden_size: must not be null" 's/"hidden_size": 64/"hidden_size": null/'
+edited "vocab_size 10^12" "vocab_size" 's/"vocab_size": 256/"vocab_size": 1000000000000/'
+edited "unknown scoring" "scoring_func" 's/"sigmoid"/"tanh"/'
+edited "wrong vocabulary" "model.embed_tokens.weight: has the wrong shape (expected 255 x 64, found 256 x 64)" \
+    's/"vocab_size": 256/"vocab_size": 255/'
+edited "wrong width" "model.embed_tokens.weight: has the wrong shape (expected 256 x 32, found 256 x 64)" \
+    's/"hidden_size": 64/"hidden_size": 32/'
+edited "queries with a rank" "model.layers.0.self_attn.q_a_proj.weight: tensor missing" \
+    's/"q_lora_rank": null/"q_lora_rank": 7/'
+edited "the MTP module as a layer" "model.layers.4" \
+    's/"num_hidden_layers": 3/"num_hidden_layers": 5/;s/"num_nextn_predict_layers": 1/"num_nextn_predict_layers": 0/'
+edited "more experts" "mlp.gate.weight" 's/"n_routed_experts": 8/"n_routed_experts": 16/'
+
+copy cut
+size=$(wc -c < $micro/model.safetensors)
+for length in 0 1 7 8 9 100 1000 20000 $((size / 2)) $((size - 1)); do
+    head -c "$length" $micro/model.safetensors > $tmp/cut/model.safetensors
+    everywhere "model.safetensors of $length bytes" $tmp/cut/model.safetensors $tmp/cut
+    refused "inspect: model.safetensors of $length bytes" $tmp/cut/model.safetensors inspect $tmp/cut
+    refused "inspect: file of $length bytes" $tmp/cut/model.safetensors inspect $tmp/cut/model.safetensors
+done
+rm $tmp/cut/model.safetensors
+everywhere "no weights" "$tmp/cut: neither model.safetensors" $tmp/cut
+mkdir $tmp/cut/model.safetensors
+everywhere "directory for the weights" $tmp/cut/model.safetensors $tmp/cut
+good "plan needs no weights" plan $tmp/cut
+
+: > $tmp/nothing
+printf 'a' > $tmp/byte
+printf 'ab' > $tmp/two
+refused "score: empty file" "$tmp/nothing: expected at least 2 tokens, found 0" score $micro $tmp/nothing
+refused "score: one byte" "$tmp/byte: expected at least 2 tokens, found 1" score $micro $tmp/byte
+good "score: two bytes" score $micro $tmp/two
+shows "score: two bytes" '^tokens      1$'
+refused "score: missing file" "$tmp/none: cannot be opened" score $micro $tmp/none
+refused "score: directory" "$tmp/empty: cannot be read" score $micro $tmp/empty
+chmod 0 $tmp/two
+[ -r $tmp/two ] || refused "score: unreadable file" "$tmp/two: cannot be opened" score $micro $tmp/two # root reads all
+chmod 600 $tmp/two
+refused "score: --last leaves one token" "expected at least 2 tokens, found 1" score $micro $tmp/two --last 50
+
+# ---- Token ids
+
+for ids in 256 '10 256' 99999999999999999999 '1,2,4294967296'; do
+    refused "--ids $ids" "expected below 256, found ${ids##*[ ,]}" generate $micro --ids -p "$ids" -n 1
+done
+for ids in -1 'a' '1 x' 1.5 '5 -3' 0x10; do
+    refused "--ids $ids" "-p: expected token ids" generate $micro --ids -p "$ids" -n 1
+done
+printf '1 2 3 400\n' > $tmp/ids
+refused "score --ids" "$tmp/ids: token id at byte 6: expected below 256, found 400" score $micro $tmp/ids --ids
+printf '1 2\0003' > $tmp/ids
+refused "score --ids, zero byte" "$tmp/ids: expected token ids, found another character at byte 3" \
+    score $micro $tmp/ids --ids
+# Micro with another vocabulary: [256, 64] BF16 are as many bytes as [128, 64] F32.
+copy v128
+header=$(($(od -An -v -tu1 -N 2 $micro/model.safetensors | awk '{ print $1 + 256 * $2 }') + 8))
+{ head -c 8 $micro/model.safetensors && printf '%s' "$(head -c $header $micro/model.safetensors | tail -c +9 |
+    sed 's/"dtype":"BF16","shape":\[256,64\]/"dtype":"F32","shape":[128,64] /g')" &&
+    tail -c +$((header + 1)) $micro/model.safetensors; } > $tmp/v128.safetensors
+mv $tmp/v128.safetensors $tmp/v128/model.safetensors
+sed 's/"vocab_size": 256/"vocab_size": 128/' $micro/config.json > $tmp/v128/config.json
+refused "text without a tokenizer" "this model has 128 tokens" generate $tmp/v128 -p x -n 1
+refused "text without a tokenizer, no prompt" "use --ids" generate $tmp/v128 -n 1
+refused "score: text without a tokenizer" "LICENSE: this model has 128 tokens" score $tmp/v128 LICENSE
+refused "--ids, other vocabulary" "expected below 128, found 128" generate $tmp/v128 --ids -p 128 -n 1
+good "--ids, other vocabulary" generate $tmp/v128 --ids -p 127 -n 3
+equal "--ids, other vocabulary" "$(wc -w < $tmp/out | tr -d ' ')" 3
+printf '1 2 3' > $tmp/list
+good "score --ids, other vocabulary" score $tmp/v128 $tmp/list --ids
+
+# ---- generate
+
+# text FILE ARGS...: what micro writes.
+text() {
+    file=$tmp/$1
+    shift
+    good "generate $*" generate $micro "$@"
+    cp $tmp/out "$file"
+}
+text a -n 60 --seed 7
+text b -n 60 --seed 7
+same "same seed" $tmp/a $tmp/b
+equal "-n 60" "$(wc -c < $tmp/a | tr -d ' ')" 60
+text b -n 60 --seed 8
+differ "another seed" $tmp/a $tmp/b
+text b -n 60 --seed 7 --temp 1.5 --top-p 1
+differ "another temperature" $tmp/a $tmp/b
+text b -n 20 --seed 7
+head -c 20 $tmp/a > $tmp/c
+same "the first 20 of 60" $tmp/b $tmp/c
+text b -n 60 --seed 7 --context 512
+same "a longer cache" $tmp/a $tmp/b
+for n in 1 2 127 128 129 511; do
+    text b -n $n
+    equal "-n $n" "$(wc -c < $tmp/b | tr -d ' ')" $n
+done
+text greedy -n 80 --temp 0 -p "It is a truth"
+for options in "--threads 1" "--seed 99" "--top-p 0 --temp 1" "--attention absorbed" "--attention expanded" \
+    "--context 400" "--top-p 0.5"; do
+    text b -n 80 --temp 0 -p "It is a truth" $options
+    same "greedy, $options" $tmp/greedy $tmp/b
+done
+run generate $micro -n 80 --temp 0 -p "It is a truth" --threads 2 # without OpenMP with a note
+equal "--threads 2" $status 0
+same "greedy, 2 threads" $tmp/greedy $tmp/out
+text b -n 80 --temp 0 -p "It is a truth" --cache BF16
+equal "--cache BF16" "$(wc -c < $tmp/b | tr -d ' ')" 80
+text a -n 12 --ids --temp 0 -p "73 116 32"
+text b -n 12 --temp 0 -p "It "
+equal "--ids writes the bytes of the text" "$(cat $tmp/a)" "$(od -An -v -tu1 $tmp/b | tr -s ' \n' ' ' | sed 's/^ //')"
+good "--ids roundtrip" generate $micro --ids -n 6 --temp 0 -p "[73, 116, 32, $(cut -d' ' -f1-6 $tmp/a | tr ' ' ',')]"
+equal "--ids roundtrip" "$(cut -d' ' -f1-6 $tmp/out)" "$(cut -d' ' -f7-12 $tmp/a)"
+text a -n 30 --temp 0
+text b -n 30 --temp 0 -p ""
+same "empty prompt" $tmp/a $tmp/b
+text b -n 30 --temp 0 -p "
+"
+same "the begin-of-text token is a line feed" $tmp/a $tmp/b
+
+prompt=$(printf '%0600d' 0)
+refused "prompt longer than the model's context" "expected at most 512 tokens, found 600" \
+    generate $micro -p "$prompt" -n 1
+refused "prompt longer than --context" "expected at most 3 tokens, found 4" generate $micro -p abcd --context 3 -n 1
+good "prompt as long as the context" generate $micro -p abcd --context 4 -n 1
+text b -p "$prompt" --context 700 -n 100
+equal "beyond the model's context" "$(wc -c < $tmp/b | tr -d ' ')" 100
+run generate $micro -p abcd --context 10 -n 50
+equal "full context: status" $status 0
+equal "full context: 10 positions and what follows the last" "$(wc -c < $tmp/out | tr -d ' ')" 7
+equal "full context: note" "$(cat $tmp/err)" "dsv3: the context of 10 positions is full after 7 of 50 tokens"
+run generate $micro -n 5 --stats
+equal "--stats: status" $status 0
+equal "--stats: text" "$(wc -c < $tmp/out | tr -d ' ')" 5
+if grep -q '^load ' $tmp/err && grep -q '^text     5 tokens' $tmp/err; then ok; else fail "--stats"; fi
+
+# ---- Streams
+
+if [ -c /dev/full ]; then
+    for command in "generate $micro -n 5" "score $micro $tmp/two" "plan micro" "inspect $micro" --help --version \
+        "plan --help"; do
+        "$tool" $command > /dev/full 2> $tmp/err
+        equal "full disk: $command" "$? $(wc -l < $tmp/err | tr -d ' ')" "1 1"
+        if grep -q '^dsv3: standard output: cannot be written' $tmp/err; then ok; else fail "full disk: $command"; fi
+    done
+fi
+for command in "generate $micro -n 5" "score $micro $tmp/two" "plan micro" "inspect $micro" --help --version; do
+    "$tool" $command 2> $tmp/err >&-
+    equal "stdout closed: $command" "$? $(wc -l < $tmp/err | tr -d ' ')" "1 1"
+    "$tool" $command > $tmp/out 2>&-
+    equal "stderr closed: $command" "$?" 0
+    "$tool" $command > $tmp/out 2> $tmp/err <&-
+    equal "stdin closed: $command" "$? $(wc -l < $tmp/err | tr -d ' ')" "0 0"
+done
+"$tool" generate $tmp/none 2>&- >&- <&-
+equal "all closed" $? 1
+"$tool" frobnicate 2>&- >&- <&-
+equal "all closed, wrong usage" $? 2
+(unset TERM && "$tool" generate $micro -n 60 --seed 7 > $tmp/b 2> $tmp/err)
+text a -n 60 --seed 7
+same "without TERM" $tmp/a $tmp/b
+env -i "$tool" generate $micro -n 60 --seed 7 > $tmp/b 2> $tmp/err
+same "without environment" $tmp/a $tmp/b
+"$tool" generate $micro -n 400 --seed 7 2> $tmp/err | head -c 60 > $tmp/b
+same "into a pipe that closes" $tmp/a $tmp/b
+equal "into a pipe that closes: stderr" "$(cat $tmp/err)" ""
+# On a terminal (where there is a `script` to make one) the prompt stands before the text and a line feed behind it.
+if script -qec true /dev/null < /dev/null > /dev/null 2>&1; then
+    script -qec "$tool generate $micro -n 12 --temp 0 -p 'It is'" /dev/null < /dev/null > $tmp/b 2> $tmp/err
+    text a -n 12 --temp 0 -p 'It is'
+    { printf 'It is' && cat $tmp/a && echo; } > $tmp/c
+    tr -d '\r' < $tmp/b > $tmp/a
+    same "terminal" $tmp/a $tmp/c
+    script -qec "$tool score $micro LICENSE --context 8; $tool inspect $micro" /dev/null < /dev/null > $tmp/b 2> $tmp/err
+    if grep -q 'nats/token' $tmp/b && grep -q '125 tensors, ' $tmp/b; then ok; else bad "terminal: score and inspect"; fi
+fi
+
+# ---- score
+
+# nats ARGS...: the third line's number, in $nats
+nats() {
+    good "score $*" score "$@"
+    nats=$(sed -n 's/^nats\/token  //p' $tmp/out)
+}
+# calc EXPRESSION: a number.
+calc() { awk "BEGIN { printf \"%.5f\", $1 }"; }
+# within NAME VALUE LOW HIGH
+within() {
+    if awk -v x="$2" -v low="$3" -v high="$4" 'BEGIN { exit !(x != "" && x >= low && x <= high) }'; then ok; else
+        bad "$1: $2 is not between $3 and $4"
+    fi
+}
+nats $micro examples/text/austen.txt --last 0.5 --threads 1
+within "score --last 0.5" "$nats" 1.17 1.20
+shows "score --last 0.5" '^tokens      20142$'
+bits=$(sed -n 's/^bits.token *//p' $tmp/out)
+within "bits" "$bits" "$(calc "$nats / log(2) - 1e-4")" "$(calc "$nats / log(2) + 1e-4")"
+perplexity=$(sed -n 's/^perplexity *//p' $tmp/out)
+within "perplexity" "$perplexity" "$(calc "exp($nats) - 1e-3")" "$(calc "exp($nats) + 1e-3")"
+nats $micro examples/text/austen.txt --last 0.05 --threads 1
+one=$nats
+run score $micro examples/text/austen.txt --last 0.05 --threads 2
+equal "score: 1 and 2 threads" "$(sed -n 's/^nats\/token  //p' $tmp/out)" "$one"
+nats $micro examples/text/austen.txt --last 0.05 --attention expanded
+within "score: expanded" "$nats" "$(calc "$one - 2e-5")" "$(calc "$one + 2e-5")"
+nats $micro examples/text/austen.txt --last 0.05 --cache BF16
+within "score: BF16 cache" "$nats" "$(calc "$one - 0.01")" "$(calc "$one + 0.01")"
+nats $micro examples/text/austen.txt --last 0.05 --context 16
+within "score: short windows are worse" "$nats" "$(calc "$one + 0.1")" 3
+tail -c 500 examples/text/austen.txt > $tmp/part
+od -An -v -tu1 $tmp/part > $tmp/ids
+nats $micro $tmp/part
+one=$nats
+nats $micro $tmp/ids --ids
+equal "score: text and its ids" "$nats" "$one"
+head -c 100000 /dev/zero > $tmp/zeros
+nats $micro $tmp/zeros --last 0.5
+within "score: zeros are no English" "$nats" 3 100
+
+# ---- plan
+
+# planned NAME FIRST-LINE TOTAL ACTIVE CACHE
+planned() {
+    good "plan $1" plan "$1"
+    equal "plan $1" "$(head -n 1 $tmp/out)" "$1: $2"
+    equal "plan $1: main model" "$(awk '/^main model/ { print $4 }' $tmp/out)" "$3"
+    equal "plan $1: active" "$(awk '/^active for a token/ { print $5 }' $tmp/out)" "$4"
+    equal "plan $1: cache" "$(sed -n 's/^cache per token: \([0-9]*\) bytes BF16.*/\1/p' $tmp/out)" "$5"
+    equal "plan $1: groups add up" "$(awk '/^main model/ { exit } NR > 3 { n += $(NF-3); p += $(NF-2); b += $(NF-1) }
+        END { printf "%d %.0f %.0f", n, p, b }' $tmp/out)" "$(awk '/^main model/ { print $3, $4, $5 }' $tmp/out)"
+}
+planned deepseek-v3 "671.03 B parameters, 37.6 B active for a token, weights BF16" 671026419200 37552297472 70272
+planned deepseek-v2 "235.74 B parameters, 21.4 B active for a token, weights BF16" 235741434880 21375800320 69120
+planned deepseek-v2-lite "15.71 B parameters, 2.7 B active for a token, weights BF16" 15706484224 2661150208 31104
+planned moonlight "15.96 B parameters, 2.9 B active for a token, weights BF16" 15960110208 2914776192 31104
+planned kimi-k2 "1026.41 B parameters, 32.9 B active for a token, weights BF16" 1026408232448 32861500928 70272
+planned micro "0.23 M parameters, 0.2 M active for a token, weights BF16" 232496 158768 240
+good "plan austen" plan austen
+good "plan --type" plan deepseek-v3 --type F8_E4M3
+equal "the published FP8 files" "$(awk '/^main model/ || /^MTP/ { n += $(NF-3); b += $(NF-1) } END { printf "%d %.0f", n, b }' \
+    $tmp/out)" "91991 688574839360"
+good "plan --type F32" plan deepseek-v3 --type F32
+equal "plan --type F32" "$(awk '/^main model/ { print $5 }' $tmp/out)" $((671026419200 * 4))
+good "plan preset" plan micro
+sed 1d $tmp/out > $tmp/a
+for path in $micro $micro/ $micro/config.json; do
+    good "plan $path" plan $path
+    shows "plan $path" "^$path: 0.23 M parameters"
+    sed 1d $tmp/out > $tmp/b
+    same "plan $path" $tmp/a $tmp/b
+done
+good "plan --context" plan deepseek-v3 --context 16384 --batch 2 --rows 1024 --threads 4
+shows "plan --context" "^cache BF16, 2 x 16384 positions  *230267[0-9]* "
+shows "plan --batch" "^workspace, decode of 2 rows "
+shows "plan --rows" "^workspace, prompt chunks of 1024 rows "
+large=$(awk '/^workspace, prompt/ { print $(NF-1) }' $tmp/out)
+good "plan --rows 1" plan deepseek-v3 --rows 1
+within "more rows need more" "$large" "$(awk '/^workspace, prompt/ { print 100 * $(NF-1) }' $tmp/out)" 1e12
+good "plan, the most" plan kimi-k2 --context 16777216 --batch 1000000 --rows 1000000 --threads 4096
+
+# ---- inspect
+
+# listed NAME COUNT: one line a tensor, a head and a summary; ranges are ranges.
+listed() {
+    equal "$1: lines" "$(wc -l < $tmp/out | tr -d ' ')" $(($2 + 2))
+    shows "$1: summary" "^$2 tensors, "
+    equal "$1: ranges" "$(sed '1d;$d' $tmp/out | awk '$(NF-3) > $(NF-2)' | head -n 3)" ""
+}
+count=$(awk '/^main model/ || /^MTP/ { n += $(NF-3) } END { print n - 2 }' $tmp/a) # micro has no optional copies
+good "inspect micro" inspect $micro
+listed "inspect micro" "$count"
+equal "inspect: values" "$(tail -n 1 $tmp/out)" "$count tensors, 313752 values, 627552 bytes, 1 file"
+equal "inspect: all finite" "$(sed '1d;$d' $tmp/out | awk '$(NF-1) != 0 || $NF != 0')" ""
+cp $tmp/out $tmp/a
+good "inspect, file" inspect $micro/model.safetensors
+same "inspect, file" $tmp/a $tmp/out
+good "inspect --check-finite" inspect $micro --check-finite
+same "inspect --check-finite" $tmp/a $tmp/out
+good "inspect, FP8" inspect tests/golden/v3_fp8 --check-finite
+shows "inspect, FP8" ' F8_E4M3 '
+equal "inspect, FP8: scales are applied" "$(awk '$2 == "F8_E4M3" && $(NF-2) > 10' $tmp/out)" ""
+
+# Micro in one shard of its own and an index.
+mkdir $tmp/sharded
+cp $micro/config.json $tmp/sharded
+cp $micro/model.safetensors $tmp/sharded/model-00001-of-00002.safetensors
+sed '1d;$d' $tmp/a | awk 'BEGIN { printf "{\"weight_map\": {\"extra\": \"model-00002-of-00002.safetensors\"" }
+    { printf ", \"%s\": \"model-00001-of-00002.safetensors\"", $1 } END { print "}}" }' \
+    > $tmp/sharded/model.safetensors.index.json
+# safetensors FILE HEADER DATA: a file from its parts; DATA as printf takes it. The header is shorter than 256 bytes.
+safetensors() {
+    { printf "\\$(printf %o ${#2})\\0\\0\\0\\0\\0\\0\\0%s" "$2" && printf "$3"; } > "$1"
+}
+everywhere "missing shard" model-00002-of-00002.safetensors $tmp/sharded
+refused "inspect: missing shard" model-00002-of-00002.safetensors inspect $tmp/sharded
+safetensors $tmp/sharded/model-00002-of-00002.safetensors \
+    '{"extra":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}' '\0\0\200\077\0\0\0\300'
+good "inspect, shards" inspect $tmp/sharded
+listed "inspect, shards" $((count + 1))
+shows "inspect, shards" '^extra  *F32  *\[2\]  *-2  *1  *0  *0$'
+shows "inspect, shards" ', 2 files$'
+good "generate, shards" generate $tmp/sharded -n 60 --seed 7
+cp $tmp/out $tmp/b
+text a -n 60 --seed 7
+same "generate, shards" $tmp/a $tmp/b
+
+# Values that are not finite, in every type that has them.
+safetensors $tmp/bad.safetensors '{"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]},"b":{"dtype":"BF16","shape":[3],
+"data_offsets":[16,22]},"c":{"dtype":"F16","shape":[1],"data_offsets":[22,24]},"d":{"dtype":"I8","shape":[2],
+"data_offsets":[24,26]}}' \
+    '\0\0\200\077\0\0\200\277\0\0\300\177\0\0\200\177\0\077\200\177\200\377\0\176\200\177'
+good "inspect, not finite" inspect $tmp/bad.safetensors
+shows "inspect, F32" '^a  *F32  *\[2, 2\]  *-1  *inf  *1  *1$'
+shows "inspect, BF16" '^b  *BF16  *\[3\]  *-inf  *inf  *0  *2$'
+shows "inspect, F16" '^c  *F16  *\[1\]  *0  *0  *1  *0$'
+shows "inspect, I8" '^d  *I8  *\[2\]  *-128  *127  *0  *0$'
+run inspect $tmp/bad.safetensors --check-finite
+equal "--check-finite: status" $status 1
+equal "--check-finite: the first one" "$(cat $tmp/err)" "dsv3: a: value 2 is not finite"
+safetensors $tmp/bad.safetensors '{"w":{"dtype":"F8_E4M3","shape":[1,3],"data_offsets":[0,3]},"w_scale_inv":{"dtype":"F32",
+"shape":[1,1],"data_offsets":[3,7]},"x":{"dtype":"F8_E5M2","shape":[2],"data_offsets":[7,9]},"y":{"dtype":"F64","shape":[1],
+"data_offsets":[9,17]}}' '\176\070\177\0\0\0\100\174\073\177\177\177\177\177\177\357\177'
+good "inspect, FP8" inspect $tmp/bad.safetensors
+shows "inspect, E4M3" '^w  *F8_E4M3  *\[1, 3\]  *2  *896  *1  *0$'
+shows "inspect, E5M2" '^x  *F8_E5M2  *\[2\]  *0.875  *inf  *0  *1$'
+shows "inspect, F64" '^y  *F64  *\[1\]  *[0-9.e+]*30[78]  *[0-9.e+]*30[78]  *0  *0$'
+run inspect $tmp/bad.safetensors --check-finite
+equal "--check-finite, FP8" "$status $(cat $tmp/err)" "1 dsv3: w: value 2 is not finite"
+safetensors $tmp/bad.safetensors '{"e":{"dtype":"F32","shape":[0,4],"data_offsets":[0,0]}}' ''
+good "inspect, empty tensor" inspect $tmp/bad.safetensors --check-finite
+shows "inspect, empty tensor" '^e  *F32  *\[0, 4\]  *0  *0  *0  *0$'
+# A model with NaN in its last tensor, model.norm.weight: opens, and the forward pass says so.
+copy nan
+{ head -c $((size - 2)) $micro/model.safetensors && printf '\377\377'; } > $tmp/nan/model.safetensors
+run inspect $tmp/nan --check-finite
+equal "NaN in a model: status" $status 1
+cp $tmp/err $tmp/b
+everywhere "NaN in a model" "is not finite" $tmp/nan
+
+rm -rf $tmp
+done_testing tool
