@@ -118,8 +118,8 @@ extern "C" {
 #endif
 #endif
 
-#define DSV3_ALIGN                                                                                                   \
-    8 /* bytes; alignment of every buffer given to an _init or _bind. malloc's is enough on 32 and 64 bits */
+/* Bytes; alignment of every buffer given to an _init or _bind. malloc's is enough on 32 and 64 bits. */
+#define DSV3_ALIGN 8
 
 #define DSV3_MAX_NAME 128 /* bytes of a name in an error or a tensor's description, its zero included */
 
@@ -3031,7 +3031,7 @@ DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, co
     dsv3i_forward_logits(context, logits, model, batch, ws);
     bad = dsv3i_first_bad_row(logits, batch->outputs, (size_t)model->config.vocab_size);
     if (bad < batch->outputs) {
-        return dsv3i_fail_where(error, DSV3_ERR_NAN, "logits", "are not finite, output", (int64_t)bad);
+        return dsv3i_fail_where(error, DSV3_ERR_NAN, "logits", "a value is not finite, in output", (int64_t)bad);
     }
     dsv3_batch_end(caches, batch, ws);
     return dsv3i_ok(error);

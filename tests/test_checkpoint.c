@@ -1174,17 +1174,26 @@ static void test_shapes(disk *d) {
         const char *id, *name;
         int rank;
         uint64_t shape[3];
-    } shapes[] = {
-        {"ST-30 transposed", q_a, 2, {16, 8, 0}},          {"ST-30 transposed, the last expert", last, 2, {8, 16, 0}},
-        {"ST-31 one row more", q_a, 2, {9, 16, 0}},        {"ST-31 one row less", q_a, 2, {7, 16, 0}},
-        {"ST-31 one column more", q_a, 2, {8, 17, 0}},     {"ST-31 one row of a thousand", q_a, 2, {1, 1000, 0}},
-        {"ST-33 norm as [1, n]", norm, 2, {1, 16, 0}},     {"ST-33 norm as [n, 1]", norm, 2, {16, 1, 0}},
-        {"ST-33 norm one longer", norm, 1, {17, 0, 0}},    {"ST-33 norm one shorter", norm, 1, {15, 0, 0}},
-        {"ST-33 matrix as a vector", q_a, 1, {128, 0, 0}}, {"ST-33 matrix as [1, n, m]", q_a, 3, {1, 8, 16}},
-        {"ST-33 bias as [1, n]", bias, 2, {1, 8, 0}},      {"ST-33 bias one shorter", bias, 1, {7, 0, 0}},
-        {"ST-29 rank 0 for a vector", norm, 0, {0, 0, 0}}, {"ST-29 rank 0 for a matrix", embed, 0, {0, 0, 0}},
-        {"ST-41 empty vector", norm, 1, {0, 0, 0}},        {"ST-41 empty matrix", embed, 2, {40, 0, 0}},
-        {"ST-41 empty matrix", embed, 2, {0, 16, 0}}};
+    } shapes[] = {{"ST-30 transposed", q_a, 2, {16, 8, 0}},
+                  {"ST-30 transposed, the last expert", last, 2, {8, 16, 0}},
+                  {"ST-31 one row more", q_a, 2, {9, 16, 0}},
+                  {"ST-31 one row less", q_a, 2, {7, 16, 0}},
+                  {"ST-31 one column more", q_a, 2, {8, 17, 0}},
+                  {"ST-31 one row of a thousand", q_a, 2, {1, 1000, 0}},
+                  {"ST-33 norm as [1, n]", norm, 2, {1, 16, 0}},
+                  {"ST-33 norm as [n, 1]", norm, 2, {16, 1, 0}},
+                  {"ST-33 norm as [1, 1, n]", norm, 3, {1, 1, 16}},
+                  {"ST-33 norm one longer", norm, 1, {17, 0, 0}},
+                  {"ST-33 norm one shorter", norm, 1, {15, 0, 0}},
+                  {"ST-33 matrix as a vector", q_a, 1, {128, 0, 0}},
+                  {"ST-33 matrix as [1, n, m]", q_a, 3, {1, 8, 16}},
+                  {"ST-33 bias as [1, n]", bias, 2, {1, 8, 0}},
+                  {"ST-33 bias one shorter", bias, 1, {7, 0, 0}},
+                  {"ST-29 rank 0 for a vector", norm, 0, {0, 0, 0}},
+                  {"ST-29 rank 0 for a matrix", embed, 0, {0, 0, 0}},
+                  {"ST-41 empty vector", norm, 1, {0, 0, 0}},
+                  {"ST-41 empty matrix", embed, 2, {40, 0, 0}},
+                  {"ST-41 empty matrix", embed, 2, {0, 16, 0}}};
     static float room[4096];
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
         st_tensor *t;

@@ -169,7 +169,7 @@ edited() {
     everywhere "$1" "$2" $tmp/broken
 }
 edited "no hidden_size" "hidden_size: is missing" '/"hidden_size"/d'
-edited "hidden_size 0" "hidden_size: is too small (expected 1, found 0)" 's/"hidden_size": 64/"hidden_size": 0/'
+edited "hidden_size 0" "hidden_size: is too small" 's/"hidden_size": 64/"hidden_size": 0/'
 edited "hidden_size null" "hidden_size: must not be null" 's/"hidden_size": 64/"hidden_size": null/'
 edited "vocab_size 10^12" "vocab_size" 's/"vocab_size": 256/"vocab_size": 1000000000000/'
 edited "unknown scoring" "scoring_func" 's/"sigmoid"/"tanh"/'
