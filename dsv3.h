@@ -2209,10 +2209,8 @@ static dsv3_result dsv3i_check_float(dsv3_error *error, const char *name, float 
 }
 
 static dsv3_result dsv3i_check_product(dsv3_error *error, const char *name, size_t rows, size_t cols) {
-    size_t bytes = dsv3i_mul(dsv3i_mul(rows, cols), sizeof(float));
-    return bytes != SIZE_MAX
-               ? DSV3_OK
-               : dsv3i_fail(error, DSV3_ERR_OVERFLOW, name, "a tensor of this width does not fit into size_t");
+    if (dsv3i_mul(rows, cols) < SIZE_MAX) return DSV3_OK;
+    return dsv3i_fail(error, DSV3_ERR_OVERFLOW, name, "gives a tensor with more elements than size_t can count");
 }
 
 #define DSV3I_TRY(call)                                                                                              \
@@ -2327,7 +2325,7 @@ static dsv3_result dsv3i_check_token(dsv3_error *e, const char *name, int32_t to
     return dsv3i_fail_range(e, DSV3_ERR_ARG, name, "is not in the vocabulary (-1: none)", -1, (int64_t)V - 1, token);
 }
 
-/* Every tensor must be addressable as float32: then every size in the code below fits, too. */
+/* The elements of every tensor must be countable; dsv3_model_bind checks the bytes, whose type it knows. */
 static dsv3_result dsv3i_check_sizes(const dsv3_config *c, dsv3_error *e) {
     dsv3i_dims m = dsv3i_dims_of(c);
     DSV3I_TRY(dsv3i_check_product(e, "vocab_size", m.V, m.d));
@@ -2570,6 +2568,9 @@ static dsv3_result dsv3i_bind_shape(const dsv3i_walk *w, const dsv3_tensor *t, c
     if (t->rows != rows || t->cols != cols) {
         return dsv3i_fail_numbers(b->error, DSV3_ERR_MISMATCH, name, "has the wrong shape", DSV3_NUMBERS_SHAPE,
                                   (int64_t)rows, (int64_t)cols, (int64_t)t->rows, (int64_t)t->cols);
+    }
+    if (dsv3i_mul(dsv3i_mul(rows, cols), dsv3_type_bytes(t->type)) == SIZE_MAX) {
+        return dsv3i_fail(b->error, DSV3_ERR_OVERFLOW, name, "has more bytes than size_t can count");
     }
     return t->data != NULL ? DSV3_OK : dsv3i_fail(b->error, DSV3_ERR_MISSING, name, "has no data");
 }

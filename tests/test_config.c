@@ -170,6 +170,11 @@ static void expect(const dsv3_config *c, int code, const char *name, const char 
     dsv3_result result;
     memset(&error, 0xFF, sizeof error);
     result = dsv3_config_check(c, &error);
+    if (SIZE_MAX <= 0xFFFFFFFFu && code == DSV3_OK &&
+        result == DSV3_ERR_OVERFLOW) { /* 32 bits: legal, but too large */
+        test_count(strcmp(error.name, name) != 0, __FILE__, __LINE__, what);
+        return;
+    }
     snprintf(line, sizeof line, "%s = %g: got %d \"%s\", want %d", what, value, (int)result, error.name, code);
     test_count(result == code && error.code == code && strcmp(error.name, name) == 0, __FILE__, __LINE__, line);
     CHECK_EQ(dsv3_config_check(c, NULL), code);
