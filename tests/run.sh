@@ -1,10 +1,11 @@
 #!/bin/sh
 # run.sh PROGRAM... -- runs each test program or script, goes on after failures, and adds up their last lines
 # ("name: 12 passed, 0 failed"). A program that dies without such a line counts as one failure. Ends with the
-# plain line "N passed, N failed"; exit status 1 if anything failed. With two calls in one make run, the second
-# begins with the sums of the first: they are kept in build/test-sums, which only `run.sh --first` (or a first
-# argument under build/) resets.
+# plain line "N passed, N failed"; exit status 1 if anything failed. `make check` calls it twice: the wide checks
+# (tests/check_*) begin with the sums of the tests before them, kept in build/test-sums.
 set -u
+OMP_WAIT_POLICY=passive # spinning threads help nobody on a shared machine
+export OMP_WAIT_POLICY
 mkdir -p build
 passed=0 failed=0
 case "${1:-}" in tests/check_*) [ -f build/test-sums ] && read -r passed failed < build/test-sums ;; esac
