@@ -605,9 +605,9 @@ typedef struct dsv3_batch {
 } dsv3_batch;
 
 /* Runs the rows through the model and appends them to caches [n_caches]. logits [outputs, V].
- * Errors: ARG, TOKEN, POSITION, CONTEXT, MISMATCH (cache of another model), MEMORY (more rows or threads than the
- * workspace has), NAN (error->name is the row; some row's state is not finite). After an error all cache lengths
- * are as before the call. Thread safety: see >>conventions. */
+ * Errors: ARG, TOKEN, POSITION, CONTEXT, MISMATCH (cache or workspace of another config), MEMORY (more rows or threads
+ * than the workspace has), NAN (error->name is row[i], or logits: weights or state are not finite). After an error all
+ * cache lengths are as before the call. Thread safety: see >>conventions. */
 DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, const dsv3_model *model,
                                   dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                   dsv3_workspace *workspace, dsv3_error *error);
