@@ -732,6 +732,52 @@ static size_t dsv3i_max(size_t a, size_t b) { return a > b ? a : b; }
 
 static size_t dsv3i_blocks(size_t n, size_t block) { return n / block + (n % block != 0); }
 
+/* ---- The sizes of an architecture, with the names of the glossary, from one place */
+
+typedef struct dsv3i_dims {
+    size_t d, V, H, rq, rk, dn, dr, dv, E, K, G, F, I, L, D;
+    size_t qk;          /* dn + dr: one head's query */
+    size_t kv;          /* dn + dv: one head's rows of kv_b_proj */
+    size_t width;       /* rk + dr: what the cache keeps of a position */
+    size_t Hq, Hkv, Ho; /* H times qk, kv, dv */
+    size_t Fs;          /* width of the shared experts */
+} dsv3i_dims;
+
+static dsv3i_dims dsv3i_dims_of(const dsv3_config *c) {
+    dsv3i_dims m;
+    m.d = (size_t)c->hidden_size;
+    m.V = (size_t)c->vocab_size;
+    m.H = (size_t)c->num_attention_heads;
+    m.rq = (size_t)c->q_lora_rank;
+    m.rk = (size_t)c->kv_lora_rank;
+    m.dn = (size_t)c->qk_nope_head_dim;
+    m.dr = (size_t)c->qk_rope_head_dim;
+    m.dv = (size_t)c->v_head_dim;
+    m.E = (size_t)c->n_routed_experts;
+    m.K = (size_t)c->num_experts_per_tok;
+    m.G = (size_t)c->n_group;
+    m.F = (size_t)c->moe_intermediate_size;
+    m.I = (size_t)c->intermediate_size;
+    m.L = (size_t)c->num_hidden_layers;
+    m.D = (size_t)c->num_nextn_predict_layers;
+    m.qk = dsv3i_add(m.dn, m.dr);
+    m.kv = dsv3i_add(m.dn, m.dv);
+    m.width = dsv3i_add(m.rk, m.dr);
+    m.Hq = dsv3i_mul(m.H, m.qk);
+    m.Hkv = dsv3i_mul(m.H, m.kv);
+    m.Ho = dsv3i_mul(m.H, m.dv);
+    m.Fs = dsv3i_mul((size_t)c->n_shared_experts, m.F);
+    return m;
+}
+
+/* Tells configs of different sizes apart (FNV-1a over the sizes). */
+static uint64_t dsv3i_fingerprint(const dsv3i_dims *m) {
+    const unsigned char *bytes = (const unsigned char *)m; /* size_t throughout: no padding */
+    uint64_t h = 0xCBF29CE484222325u;
+    for (size_t i = 0; i < sizeof *m; i++) h = (h ^ bytes[i]) * 0x100000001B3u;
+    return h;
+}
+
 /* ---- Layouts: one cursor walks through a buffer, or through nothing to learn the size. The same function
  * runs for _size (base NULL) and for _init, so that the sum and the pointers cannot disagree. Parts begin on
  * cache lines, wherever the caller's buffer begins: a size includes what is lost at its front. */
@@ -1454,52 +1500,6 @@ DSV3_API void dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr, int in
         x[step * i] = a * c - b * s;
         x[step * i + other] = a * s + b * c;
     }
-}
-
-/* ---- Sizes that several chapters need, from one place */
-
-typedef struct dsv3i_dims {
-    size_t d, V, H, rq, rk, dn, dr, dv, E, K, G, F, I, L, D;
-    size_t qk;          /* dn + dr: one head's query */
-    size_t kv;          /* dn + dv: one head's rows of kv_b_proj */
-    size_t width;       /* rk + dr: what the cache keeps of a position */
-    size_t Hq, Hkv, Ho; /* H times qk, kv, dv */
-    size_t Fs;          /* width of the shared experts */
-} dsv3i_dims;
-
-static dsv3i_dims dsv3i_dims_of(const dsv3_config *c) {
-    dsv3i_dims m;
-    m.d = (size_t)c->hidden_size;
-    m.V = (size_t)c->vocab_size;
-    m.H = (size_t)c->num_attention_heads;
-    m.rq = (size_t)c->q_lora_rank;
-    m.rk = (size_t)c->kv_lora_rank;
-    m.dn = (size_t)c->qk_nope_head_dim;
-    m.dr = (size_t)c->qk_rope_head_dim;
-    m.dv = (size_t)c->v_head_dim;
-    m.E = (size_t)c->n_routed_experts;
-    m.K = (size_t)c->num_experts_per_tok;
-    m.G = (size_t)c->n_group;
-    m.F = (size_t)c->moe_intermediate_size;
-    m.I = (size_t)c->intermediate_size;
-    m.L = (size_t)c->num_hidden_layers;
-    m.D = (size_t)c->num_nextn_predict_layers;
-    m.qk = dsv3i_add(m.dn, m.dr);
-    m.kv = dsv3i_add(m.dn, m.dv);
-    m.width = dsv3i_add(m.rk, m.dr);
-    m.Hq = dsv3i_mul(m.H, m.qk);
-    m.Hkv = dsv3i_mul(m.H, m.kv);
-    m.Ho = dsv3i_mul(m.H, m.dv);
-    m.Fs = dsv3i_mul((size_t)c->n_shared_experts, m.F);
-    return m;
-}
-
-/* Tells configs of different sizes apart (FNV-1a over the sizes). */
-static uint64_t dsv3i_fingerprint(const dsv3i_dims *m) {
-    const unsigned char *bytes = (const unsigned char *)m; /* size_t throughout: no padding */
-    uint64_t h = 0xCBF29CE484222325u;
-    for (size_t i = 0; i < sizeof *m; i++) h = (h ^ bytes[i]) * 0x100000001B3u;
-    return h;
 }
 
 /* ========================================================================================================
