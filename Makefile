@@ -38,7 +38,7 @@ build/%: tests/%.c tests/test.h tests/synthetic.h $(HEADERS)
 	$(BUILD) -D_POSIX_C_SOURCE=200809L $< -o $@ $(LDFLAGS) -lm -lpthread $(LDLIBS)
 
 run: build/dsv3
-	@build/dsv3 generate examples/models/austen -p '$(PROMPT)' -n 600 --stats
+	@build/dsv3 generate examples/models/austen -p '$(PROMPT)' -n 600 --temp 0.6 --stats
 
 test: build/dsv3 build/parity $(LESSONS) $(TESTS) $(BENCHES)
 	@CC='$(CC)' sh tests/run.sh $(TESTS) tests/test_*.sh

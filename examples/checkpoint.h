@@ -40,7 +40,8 @@ typedef struct checkpoint {
     dsv3_config config;
     dsv3_model model;
     st_file file;
-    void *tables; /* memory of model */
+    void *tables;                /* memory of model */
+    char missing[DSV3_MAX_NAME]; /* the tensor that was looked for in vain */
 } checkpoint;
 
 /* Reads a config.json of `length` bytes that is in memory; label stands for its path in messages. */
@@ -456,10 +457,24 @@ dsv3_result checkpoint_find(void *user, const char *name, dsv3_tensor *tensor) {
     return DSV3_OK;
 }
 
+/* Is every tensor of the main model there? Asked before memory is taken, so that a config that promises a giant costs
+ * nothing when the files do not keep the promise. */
+static dsv3_result checkpointi_expect(void *user, const dsv3_tensor_info *info) {
+    checkpoint *c = (checkpoint *)user;
+    if (info->layer >= c->config.num_hidden_layers || st_find(&c->file, info->name) != NULL) return DSV3_OK;
+    snprintf(c->missing, sizeof c->missing, "%s", info->name);
+    return DSV3_ERR_MISSING;
+}
+
 static st_result checkpointi_bind(checkpoint *c, const char *directory, st_error *error) {
     dsv3_error why;
     size_t bytes;
-    dsv3_result result = dsv3_model_size(&c->config, &bytes);
+    dsv3_result result = dsv3_model_tensors(&c->config, checkpointi_expect, c);
+    if (result != DSV3_OK) {
+        return checkpointi_fail(error, ST_ERR_MISSING, "%.300s: %s: %s", directory, c->missing,
+                                dsv3_result_string(result));
+    }
+    result = dsv3_model_size(&c->config, &bytes);
     if (result != DSV3_OK) {
         return checkpointi_fail(error, checkpointi_from_dsv3(result), "%.300s: %s", directory,
                                 dsv3_result_string(result));
