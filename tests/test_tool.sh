@@ -181,7 +181,7 @@ edited "queries with a rank" "model.layers.0.self_attn.q_a_proj.weight: tensor m
     's/"q_lora_rank": null/"q_lora_rank": 7/'
 edited "the MTP module as a layer" "model.layers.4" \
     's/"num_hidden_layers": 3/"num_hidden_layers": 5/;s/"num_nextn_predict_layers": 1/"num_nextn_predict_layers": 0/'
-edited "more experts" "mlp.gate.weight" 's/"n_routed_experts": 8/"n_routed_experts": 16/'
+edited "more experts" "model.layers.1.mlp.experts.8.gate_proj.weight: tensor missing" 's/"n_routed_experts": 8/"n_routed_experts": 16/'
 
 copy cut
 size=$(wc -c < $micro/model.safetensors)
