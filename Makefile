@@ -22,23 +22,28 @@ TESTS    = $(patsubst tests/%.c,build/%,$(wildcard tests/test_*.c))
 BENCHES  = $(patsubst bench/%.c,build/%,$(wildcard bench/bench_*.c))
 PROMPT   = It is a truth universally acknowledged, that
 
-.PHONY: all run test check bench deps install uninstall clean
+.PHONY: all run test check bench deps install uninstall clean force
 all: build/dsv3 $(LESSONS) $(BENCHES)
 
-build/%: examples/%.c $(HEADERS)
+# Changes when the compiler or its flags do: then everything is built again.
+build/flags: force
+	@mkdir -p build
+	@printf '%s\n' '$(BUILD) $(LDFLAGS) $(LDLIBS)' | cmp -s - $@ || printf '%s\n' '$(BUILD) $(LDFLAGS) $(LDLIBS)' > $@
+
+build/%: examples/%.c $(HEADERS) build/flags
 	@mkdir -p build
 	$(BUILD) $< -o $@ $(LDFLAGS) -lm $(LDLIBS)
 
-build/%: bench/%.c bench/bench.h $(HEADERS)
+build/%: bench/%.c bench/bench.h $(HEADERS) build/flags
 	@mkdir -p build
 	$(BUILD) -D_POSIX_C_SOURCE=200809L $< -o $@ $(LDFLAGS) -lm $(LDLIBS)
 
-build/%: tests/%.c tests/test.h tests/synthetic.h $(HEADERS)
+build/%: tests/%.c tests/test.h tests/synthetic.h $(HEADERS) build/flags
 	@mkdir -p build
 	$(BUILD) -D_POSIX_C_SOURCE=200809L $< -o $@ $(LDFLAGS) -lm -lpthread $(LDLIBS)
 
 run: build/dsv3
-	@build/dsv3 generate examples/models/austen -p '$(PROMPT)' -n 600 --temp 0.6 --stats
+	@build/dsv3 generate examples/models/austen -p '$(PROMPT)' --echo -n 600 --temp 0.6 --stats
 
 test: build/dsv3 build/parity $(LESSONS) $(TESTS) $(BENCHES)
 	@CC='$(CC)' sh tests/run.sh $(TESTS) tests/test_*.sh

@@ -401,7 +401,10 @@ static st_result checkpointi_config_file(dsv3_config *config, const char *path, 
     errno = 0;
     file = fopen(path, "rb");
     if (file == NULL) {
-        if (errno == ENOENT) return checkpointi_fail(error, ST_ERR_MISSING, "%.300s: does not exist", path);
+        if (errno == ENOENT) {
+            return checkpointi_fail(error, ST_ERR_MISSING,
+                                    "%.300s: does not exist; expected a checkpoint's directory", path);
+        }
         return checkpointi_fail(error, ST_ERR_IO, "%.300s: cannot be opened: %s", path, strerror(errno));
     }
     text = (char *)ST_MALLOC(CHECKPOINTI_MAX_CONFIG + 1);

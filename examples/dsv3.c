@@ -5,8 +5,9 @@
  *     dsv3 plan DIR|NAME    what a model needs: parameters, bytes, cache, workspace
  *     dsv3 inspect DIR      every tensor with its range
  *
- * `dsv3 COMMAND --help` lists the options. Exit status: 0 ok, 1 bad input (one line says what, where, expected and
- * found), 2 wrong usage. Text goes to stdout, everything else to stderr.
+ * `dsv3 COMMAND --help` lists the options. Exit status: 0 ok; 1 bad input, be it a file, a text or an option's value
+ * (one line says what, where, expected and found); 2 wrong usage: an unknown command or option, a missing operand.
+ * Text goes to stdout, everything else to stderr.
  *
  * Text and tokens: the demo models have a vocabulary of 256, one token per byte. For other vocabularies (this
  * program has no tokenizer) --ids reads and writes token ids. */
@@ -83,7 +84,10 @@ static void option_number(const option *o, const char *text) {
     char *end = NULL;
     double x = strtod(text, &end);
     if (end == text || *end != '\0') stop("%s: expected a number, found '%s'", o->name, text);
-    if (!(x >= o->low && x <= o->high)) stop("%s: expected %g to %g, found %s", o->name, o->low, o->high, text);
+    if (!(x >= o->low && x <= o->high)) {
+        if (o->kind == OPTION_FLOAT) stop("%s: expected %g to %g, found %s", o->name, o->low, o->high, text);
+        stop("%s: expected %.0f to %.0f, found %s", o->name, o->low, o->high, text);
+    }
     if (o->kind == OPTION_FLOAT) {
         *(double *)o->value = x;
     } else {
@@ -93,18 +97,22 @@ static void option_number(const option *o, const char *text) {
     }
 }
 
-static const option *option_find(const option *options, const char *name) {
+/* By the text before an '=', if there is one. */
+static const option *option_find(const option *options, const char *text) {
+    size_t n = strcspn(text, "=");
     for (; options->name != NULL; options++) {
-        if (strcmp(options->name, name) == 0) return options;
+        if (strlen(options->name) == n && strncmp(options->name, text, n) == 0) return options;
     }
     return NULL;
 }
 
-/* Fills in options and operands [count]. Returns 0 to go on, else 1 + the exit status. */
+/* Fills in options (--name value or --name=value) and operands [count]. Returns 0 to go on, else 1 + the exit
+ * status. */
 static int parse(int argc, char **argv, const command *c, const option *options, const char **operands, int count) {
     int found = 0, only_operands = 0;
     for (int i = 0; i < argc; i++) {
         const option *o;
+        const char *value;
         if (!only_operands && (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0)) {
             printf("%s", c->help);
             flush_output();
@@ -113,19 +121,27 @@ static int parse(int argc, char **argv, const command *c, const option *options,
         if (!only_operands && strcmp(argv[i], "--") == 0) {
             only_operands = 1;
         } else if (only_operands || argv[i][0] != '-' || argv[i][1] == '\0') {
-            if (found == count) return 1 + usage(c, "one operand too many: ", argv[i]);
+            if (found == count) return 1 + usage(c, "unexpected argument ", argv[i]);
             operands[found++] = argv[i];
         } else if ((o = option_find(options, argv[i])) == NULL) {
             return 1 + usage(c, "unknown option ", argv[i]);
+        } else if ((value = strchr(argv[i], '=')) != NULL && o->kind == OPTION_FLAG) {
+            return 1 + usage(c, "no value is expected behind ", o->name);
         } else if (o->kind == OPTION_FLAG) {
             *(int *)o->value = 1;
-        } else if (++i == argc) {
+        } else if (value == NULL && ++i == argc) {
             return 1 + usage(c, "a value is missing behind ", o->name);
-        } else if (o->kind == OPTION_TEXT) {
-            *(const char **)o->value = argv[i];
         } else {
-            option_number(o, argv[i]);
+            value = value != NULL ? value + 1 : argv[i];
+            if (o->kind == OPTION_TEXT) {
+                *(const char **)o->value = value;
+            } else {
+                option_number(o, value);
+            }
         }
+    }
+    for (int i = 0; i < found; i++) {
+        if (operands[i][0] == '\0') return 1 + usage(c, "an operand is empty", "");
     }
     return found < count ? 1 + usage(c, "an operand is missing", "") : 0;
 }
@@ -191,6 +207,13 @@ static dsv3_type parse_type(const char *name, const char *text) {
         if (strcmp(text, dsv3_type_name((dsv3_type)t)) == 0) return (dsv3_type)t;
     }
     stop("%s: expected F32, F16, BF16 or F8_E4M3, found '%s'", name, text);
+    return DSV3_F32;
+}
+
+static dsv3_type parse_cache(const char *text) {
+    if (strcmp(text, "F32") == 0) return DSV3_F32;
+    if (strcmp(text, "BF16") == 0) return DSV3_BF16;
+    stop("--cache: expected F32 or BF16, found '%s'", text);
     return DSV3_F32;
 }
 
@@ -324,6 +347,7 @@ static const char generate_help[] =
     "usage: dsv3 generate DIR [options]\n"
     "Writes text with the checkpoint in DIR, token by token, to standard output.\n"
     "  -p TEXT          prompt (default: the model's begin-of-text token)\n"
+    "  --echo           write the prompt before the text and a line feed behind it, as on a terminal\n"
     "  -n N             tokens to write (default 400); ends earlier at the end-of-text token or a full context\n"
     "  --temp T         temperature, 0: always the most probable token (default 0.7)\n"
     "  --top-p P        only the most probable tokens that together have P (default 0.95)\n"
@@ -339,7 +363,7 @@ typedef struct generate_options {
     const char *prompt, *cache, *attention;
     long n, seed, context, threads;
     double temperature, top_p;
-    int ids, stats;
+    int echo, ids, stats;
 } generate_options;
 
 static void generate_prompt(tokens *t, const session *s, const generate_options *o) {
@@ -365,12 +389,14 @@ static void generate_stats(const session *s, size_t prompt, size_t made, double 
     }
     fprintf(stderr, "memory   cache %zu bytes (%s, %zu positions), workspace %zu bytes\n", s->cache_bytes,
             dsv3_type_name(s->cache.type), s->cache.capacity, s->workspace_bytes);
-    fprintf(stderr, "machine  backend %s, %zu threads\n", s->context.backend, s->context.threads);
+    fprintf(stderr, "machine  backend %s, %zu thread%s\n", s->context.backend, s->context.threads,
+            s->context.threads == 1 ? "" : "s");
 }
 
 static int generate(int argc, char **argv, const command *c) {
-    generate_options o = {NULL, "F32", "auto", 400, 1, 0, 0, 0.7, 0.95, 0, 0};
+    generate_options o = {NULL, "F32", "auto", 400, 1, 0, 0, 0.7, 0.95, 0, 0, 0};
     const option options[] = {{"-p", OPTION_TEXT, &o.prompt, 0, 0},
+                              {"--echo", OPTION_FLAG, &o.echo, 0, 0},
                               {"-n", OPTION_INT, &o.n, 1, 1e9},
                               {"--temp", OPTION_FLOAT, &o.temperature, 0, 1e30},
                               {"--top-p", OPTION_FLOAT, &o.top_p, 0, 1},
@@ -398,11 +424,12 @@ static int generate(int argc, char **argv, const command *c) {
     s.context.attention = parse_attention(o.attention);
     generate_prompt(&prompt, &s, &o);
     session_reserve(&s, generate_context(&s, &o, prompt.count), prompt.count < CHUNK ? prompt.count : CHUNK,
-                    parse_type("--cache", o.cache));
+                    parse_cache(o.cache));
     logits = (float *)allocate("logits", s.V * sizeof *logits);
     candidates = (dsv3_candidate *)allocate("candidates", s.V * sizeof *candidates);
     rng.state = (uint64_t)o.seed;
-    if (is_terminal(stdout) && o.prompt != NULL) printf("%s", o.prompt); /* so that the page reads whole */
+    o.echo |= is_terminal(stdout); /* so that the page reads whole */
+    if (o.echo && o.prompt != NULL) printf("%s", o.prompt);
     t1 = now();
     while (done < prompt.count) {
         size_t rows = prompt.count - done < CHUNK ? prompt.count - done : CHUNK;
@@ -420,7 +447,7 @@ static int generate(int argc, char **argv, const command *c) {
         session_forward(&s, logits, &token, 1, 1);
     }
     t3 = now();
-    if (is_terminal(stdout) || o.ids) printf("\n");
+    if (o.echo || o.ids) printf("\n");
     flush_output();
     if (made < (size_t)o.n && token != s.model.config.eos_token_id) {
         fprintf(stderr, "dsv3: the context of %zu positions is full after %zu of %ld tokens\n", s.cache.capacity,
@@ -493,7 +520,11 @@ static int score(int argc, char **argv, const command *c) {
     targets = t.count - first - 1;
     window = context > 0 ? (size_t)context : (size_t)s.model.config.max_position_embeddings;
     if (window > targets) window = targets;
-    session_reserve(&s, window, window < CHUNK ? window : CHUNK, parse_type("--cache", cache));
+    if (window > (size_t)s.model.config.max_position_embeddings) {
+        fprintf(stderr, "dsv3: warning: windows of %zu tokens, longer than the %d that the model was made for\n",
+                window, (int)s.model.config.max_position_embeddings);
+    }
+    session_reserve(&s, window, window < CHUNK ? window : CHUNK, parse_cache(cache));
     logits = (float *)allocate("logits", CHUNK * s.V * sizeof *logits);
     p = progress_begin("score");
     for (size_t done = 0; done < targets;) {
@@ -515,11 +546,13 @@ static int score(int argc, char **argv, const command *c) {
 
 /* ---- plan */
 
+#define PLAN_NAMES "deepseek-v3, deepseek-v2, deepseek-v2-lite, moonlight, kimi-k2, austen and micro"
+
 static const char plan_help[] =
     "usage: dsv3 plan DIR | CONFIG.json | NAME [options]\n"
     "What a model needs, from its configuration alone: tensors, parameters and bytes by group, parameters\n"
-    "active for a token, cache and workspace. NAME is one of deepseek-v3, deepseek-v2, deepseek-v2-lite,\n"
-    "moonlight, kimi-k2, austen, micro.\n"
+    "active for a token (routed experts: those of one token; embedding and head: whole), cache and workspace.\n"
+    "Names: " PLAN_NAMES ".\n"
     "  --context N      positions of each sequence (default 4096, or the model's if shorter)\n"
     "  --batch N        sequences at a time (default 1)\n"
     "  --rows N         rows of a prompt chunk (default 512)\n"
@@ -634,10 +667,10 @@ static void plan_print_memory(const dsv3_config *c, size_t context, size_t batch
         plan_memory(line, result, one, batch);
     }
     result = dsv3_workspace_size(c, batch, threads, &bytes);
-    snprintf(line, sizeof line, "workspace, decode of %zu rows", batch);
+    snprintf(line, sizeof line, "workspace, decode of %zu row%s", batch, batch == 1 ? "" : "s");
     plan_memory(line, result, bytes, 1);
     result = dsv3_workspace_size(c, rows, threads, &bytes);
-    snprintf(line, sizeof line, "workspace, prompt chunks of %zu rows", rows);
+    snprintf(line, sizeof line, "workspace, prompt chunks of %zu row%s", rows, rows == 1 ? "" : "s");
     plan_memory(line, result, bytes, 1);
 }
 
@@ -669,7 +702,9 @@ static int plan(int argc, char **argv, const command *c) {
     plan_state p;
     int status = parse(argc, argv, c, options, &name, 1);
     if (status != 0) return status - 1;
-    if (!plan_preset(&config, name) && checkpoint_config(&config, name, &error) != ST_OK) stop("%s", error.message);
+    if (!plan_preset(&config, name) && checkpoint_config(&config, name, &error) != ST_OK) {
+        stop(strpbrk(name, "/.") == NULL ? "%s; the names known here are " PLAN_NAMES : "%s", error.message);
+    }
     memset(&p, 0, sizeof p);
     p.config = &config;
     p.type = parse_type("--type", type);
@@ -826,7 +861,7 @@ static const char main_help[] = "usage: dsv3 COMMAND ...\n"
                                 "  score DIR FILE          how well the model predicts a text\n"
                                 "  plan DIR|CONFIG|NAME    parameters, bytes, cache and workspace of a model\n"
                                 "  inspect DIR|FILE        tensors and their ranges\n"
-                                "dsv3 COMMAND --help lists the options of a command.\n";
+                                "dsv3 COMMAND --help lists the options of a command; dsv3 --version says which.\n";
 
 int main(int argc, char **argv) {
     const command commands[] = {{"generate", generate_help, generate},
@@ -837,7 +872,7 @@ int main(int argc, char **argv) {
         fprintf(stderr, "%s", main_help);
         return 2;
     }
-    if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0) {
+    if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "help") == 0) {
         printf("%s", main_help);
         flush_output();
         return 0;

@@ -1271,7 +1271,8 @@ st_result st_open_checkpoint(st_file *file, const char *directory, st_error *err
     result = sti_open_in(file, directory, "model.safetensors", 0, &absent, error);
     if (absent) result = sti_open_in(file, directory, "model.safetensors.index.json", 1, &absent, error);
     if (absent)
-        sti_fail(error, result, "%.300s: neither model.safetensors nor model.safetensors.index.json", directory);
+        sti_fail(error, result, "%.300s: expected a directory with model.safetensors or model.safetensors.index.json",
+                 directory);
     return result;
 }
 

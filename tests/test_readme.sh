@@ -22,6 +22,9 @@ for block in $out/*.c; do
     fi
 done
 [ -f "$out/README.md-1.c" ] || bad "README.md has no program"
+check "README.md's program builds" $CC -O2 -I. $out/README.md-1.c -o $out/program -lm
+words=$($out/program | tr -cs 'A-Za-z' '\n' | grep -c '[a-z][a-z][a-z]')
+if [ "$words" -ge 20 ]; then ok; else bad "README.md's program writes $words words, expected 20 or more"; fi
 sed -e 's/#.*//' -e 's/ *&& */\n/g' $out/commands | sed 's/^ *//' > $out/lines
 while read -r first second rest; do
     case $first in

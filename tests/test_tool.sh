@@ -51,7 +51,7 @@ misused "no arguments" "usage: dsv3"
 misused "unknown command" "unknown command frobnicate" frobnicate
 misused "empty command" "unknown command" ""
 misused "option for a command" "unknown command --threads" --threads 1
-for option in --help -h; do
+for option in --help -h help; do
     good "$option" $option
     shows "$option" '^usage: dsv3 COMMAND'
 done
@@ -69,8 +69,8 @@ for command in generate score plan inspect; do
     misused "$command: usage names the command" "dsv3 $command --help" $command
 done
 misused "score: one operand" "operand is missing" score $micro
-for command in generate plan inspect; do misused "$command: two operands" "too many: b" $command a b; done
-misused "score: three operands" "too many: c" score a b c
+for command in generate plan inspect; do misused "$command: two operands" "unexpected argument b" $command a b; done
+misused "score: three operands" "unexpected argument c" score a b c
 for option in -p -n --temp --top-p --seed --context --cache --attention --threads; do
     misused "generate $option without a value" "missing behind $option" generate $micro $option
 done
@@ -80,8 +80,11 @@ done
 for option in --context --batch --rows --type --threads; do
     misused "plan $option without a value" "missing behind $option" plan micro $option
 done
+misused "flag with a value" "no value is expected behind --stats" generate $micro --stats=1
+refused "--name=value" "--top-p: expected 0 to 1, found 2" generate $micro --top-p=2
+refused "whole numbers are printed whole" "--context: expected 1 to 16777216, found 0" generate $micro --context=0
 refused "operand behind --" "--help/config.json" plan -- --help
-misused "operands behind --" "too many: --help" plan micro -- --help
+misused "operands behind --" "unexpected argument --help" plan micro -- --help
 
 # ---- Values of options
 
@@ -115,8 +118,8 @@ refused "--last 0" "--last: expected" score $micro LICENSE --last 0
 refused "--last 101" "--last: expected" score $micro LICENSE --last 101
 refused "--threads 5000" "--threads: expected 1 to 4096, found 5000" generate $micro --threads 5000
 for text in f32 F16 F8_E4M3 I32 ''; do
-    refused "generate --cache '$text'" "" generate $micro --cache "$text" -n 1
-    refused "score --cache '$text'" "" score $micro LICENSE --cache "$text"
+    refused "generate --cache '$text'" "--cache: expected F32 or BF16, found '$text'" generate $micro --cache "$text" -n 1
+    refused "score --cache '$text'" "--cache: expected F32 or BF16, found '$text'" score $micro LICENSE --cache "$text"
 done
 for text in Absorbed auto2 ''; do
     refused "generate --attention '$text'" "--attention: expected auto, absorbed or expanded, found '$text'" \
@@ -142,7 +145,8 @@ everywhere() {
 everywhere "missing directory" $tmp/none/config.json $tmp/none
 refused "plan: missing directory" "$tmp/none/config.json: does not exist" plan $tmp/none
 refused "plan: unknown name" deepseek-v9/config.json plan deepseek-v9
-refused "plan: empty name" "/config.json" plan ""
+refused "plan: known names" "names known here are deepseek-v3," plan deepseek-v9
+misused "plan: empty name" "an operand is empty" plan ""
 refused "inspect: missing directory" $tmp/none inspect $tmp/none
 refused "inspect: missing file" $tmp/none.safetensors inspect $tmp/none.safetensors
 everywhere "file for a directory" LICENSE/config.json LICENSE
@@ -192,7 +196,7 @@ for length in 0 1 7 8 9 100 1000 20000 $((size / 2)) $((size - 1)); do
     refused "inspect: file of $length bytes" $tmp/cut/model.safetensors inspect $tmp/cut/model.safetensors
 done
 rm $tmp/cut/model.safetensors
-everywhere "no weights" "$tmp/cut: neither model.safetensors" $tmp/cut
+everywhere "no weights" "$tmp/cut: expected a directory with model.safetensors" $tmp/cut
 mkdir $tmp/cut/model.safetensors
 everywhere "directory for the weights" $tmp/cut/model.safetensors $tmp/cut
 good "plan needs no weights" plan $tmp/cut
@@ -256,6 +260,12 @@ same "same seed" $tmp/a $tmp/b
 equal "-n 60" "$(wc -c < $tmp/a | tr -d ' ')" 60
 text b -n 60 --seed 8
 differ "another seed" $tmp/a $tmp/b
+text b -n=60 --seed=7
+same "--name=value" $tmp/a $tmp/b
+text b -n 60 --seed 7 -p 'a=b'
+text c -n 60 --seed 7 -p 'a=b' --echo
+{ printf 'a=b' && cat $tmp/b && echo; } > $tmp/d
+same "--echo" $tmp/d $tmp/c
 text b -n 60 --seed 7 --temp 1.5 --top-p 1
 differ "another temperature" $tmp/a $tmp/b
 text b -n 20 --seed 7
