@@ -208,6 +208,11 @@ typedef enum dsv3_gate_scaling {
     DSV3_SCALE_UNLESS_NORMED = 1 /* original V2 code: only when norm_topk_prob is 0 */
 } dsv3_gate_scaling;
 
+typedef enum dsv3_bias_form {
+    DSV3_BIAS_ADD = 0,     /* choice score s + alpha b (released models) */
+    DSV3_BIAS_MULTIPLY = 1 /* s (1 + alpha b), a variant of arXiv 2408.15664; b = 0 is neutral in both */
+} dsv3_bias_form;
+
 typedef enum dsv3_rope_type { DSV3_ROPE_NONE = 0, DSV3_ROPE_YARN = 1 } dsv3_rope_type;
 
 typedef struct dsv3_rope_scaling {
@@ -260,6 +265,7 @@ typedef struct dsv3_config {
     float latent_norm_eps; /* eps of q_a_layernorm and kv_a_layernorm, 1e-6 whatever rms_norm_eps */
     dsv3_group_mask group_mask;
     dsv3_gate_scaling gate_scaling;
+    dsv3_bias_form bias_form;
 } dsv3_config;
 
 typedef enum dsv3_preset {
@@ -349,12 +355,17 @@ typedef void (*dsv3_task)(void *arg, size_t begin, size_t end, size_t worker);
  * written by the tasks must be visible to the caller afterwards. The result does not depend on the cut. */
 typedef void (*dsv3_parallel_for)(void *user, size_t threads, size_t n, dsv3_task task, void *arg);
 
-/* Watch a forward pass, called on the calling thread. Pointers are valid during the call only.
+/* Watch a forward pass, called on the calling thread. Pointers are valid during the call only. layer is the layer's
+ * index in the file: 0 .. L-1, MTP modules from L on. Rows are those of the call; their sequences and positions
+ * stand in the workspace.
  * hidden: after each layer, x [n, d] (the residual stream); at the end, with layer = -1, the final norm's output.
- * routing: in each MoE layer, score [n, E], idx [n, K] by falling choice score, gate [n, K]. */
+ * choose: in each MoE layer, may overwrite idx [n, K] before the gate weights are computed from score [n, E], to
+ *         replay or to force a routing. Experts out of range or chosen twice by a row end the call with ARG.
+ * routing: then, score [n, E], idx [n, K] by falling choice score, gate [n, K]. */
 typedef struct dsv3_observer {
     void *user;
     void (*hidden)(void *user, int32_t layer, const float *x, size_t n);
+    void (*choose)(void *user, int32_t layer, int32_t *idx, const float *score, size_t n);
     void (*routing)(void *user, int32_t layer, const float *score, const int32_t *idx, const float *gate, size_t n);
 } dsv3_observer;
 
@@ -558,15 +569,96 @@ DSV3_API void dsv3_rope_table(float *cos_sin, const int32_t *position, const uin
 /* Rotates x [dr] in place by one row of the table. interleave: pairs (2i, 2i+1), else (i, i + dr/2). */
 DSV3_API void dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr, int interleave);
 
-/* score [n, E] = sigmoid or softmax of z = gate_w x, in float32. scratch as for dsv3_linear. */
+/* ---- The router on plain arrays: no model needed. Of config only the routing fields are read ------------- */
+
+/* score [n, E] = sigmoid or softmax of z = gate_w x + gate_bias, in float32. gate_bias [E]: NULL in every released
+ * model. scratch as for dsv3_linear. */
 DSV3_API void dsv3_router_scores(const dsv3_context *context, const dsv3_config *config, float *score, const float *x,
-                                 const dsv3_tensor *gate_w, size_t n, float *scratch);
-/* From score [n, E] and bias [E] (NULL: none) choose idx [n, K], in order of falling choice score, ties to the
- * lower index, and their weights gate [n, K]. Needs no model: of config it reads the routing fields only.
- * scratch [E + G]. A score, or score + bias, that is not finite counts as the lowest and weighs nothing; the choice
- * is then still valid and free of duplicates, and the call returns DSV3_ERR_NAN after all rows are done. */
+                                 const dsv3_tensor *gate_w, const float *gate_bias, size_t n, float *scratch);
+/* From score [n, E], bias [E] (NULL: none) and its strengths alpha [E] (NULL: 1) choose idx [n, K], in order of
+ * falling choice score, ties to the lower index, and their weights gate [n, K]. scratch [E + G]. A score or choice
+ * score that is not finite counts as the lowest and weighs nothing; the choice is then still valid and free of
+ * duplicates, and the call returns DSV3_ERR_NAN after all rows are done. */
 DSV3_API dsv3_result dsv3_router_select(const dsv3_config *config, int32_t *idx, float *gate, const float *score,
-                                        const float *bias, size_t n, float *scratch);
+                                        const float *bias, const float *alpha, size_t n, float *scratch);
+/* gate [n, K] of a choice idx [n, K] made elsewhere. ARG, and nothing written, if an expert is out of range or
+ * chosen twice by a row. */
+DSV3_API dsv3_result dsv3_router_weights(const dsv3_config *config, float *gate, const int32_t *idx,
+                                         const float *score, size_t n);
+
+/* ---- Load balancing on plain arrays. [R] 2.1.2, arXiv 2408.15664; chapter 7 --------------------------------- */
+
+/* load [E] += how often idx [n, K] names each expert; rows with mask[t] = 0 (padding) are passed over. mask [n],
+ * NULL: all rows count. Do not count evaluation or recomputation. */
+DSV3_API void dsv3_load_count(uint64_t *load, const int32_t *idx, const uint8_t *mask, size_t n, size_t K);
+
+/* How even a load is, of one batch or of several added up. All zero, and dead = E, when nothing was counted. */
+typedef struct dsv3_load_stats {
+    double mean;     /* assignments per expert */
+    double max_vio;  /* max / mean - 1: 0 is perfect, E - 1 the worst */
+    double min_load; /* min / mean */
+    double entropy;  /* of the shares, divided by log E: 1 is perfect, 0 one expert alone */
+    size_t dead;     /* experts without any row */
+} dsv3_load_stats;
+DSV3_API dsv3_load_stats dsv3_load_statistics(const uint64_t *load, size_t E);
+
+typedef enum dsv3_bias_rule {
+    DSV3_BIAS_SIGN = 0,         /* b += speed sign(e), the report's */
+    DSV3_BIAS_CENTRED = 1,      /* b += speed (sign(e) - mean sign(e)): no common drift */
+    DSV3_BIAS_PROPORTIONAL = 2, /* b += speed e */
+    DSV3_BIAS_FACTOR = 3        /* 1 + b *= 1 + speed sign(e), for DSV3_BIAS_MULTIPLY; speed < 1 */
+} dsv3_bias_rule;
+
+/* One step of bias [E] from the loads of the whole optimizer step, after it has succeeded; e is the relative error
+ * (mean - load) / mean. Always: less load never moves b down more (or up less) than more load does; an expert at the
+ * mean keeps its b (under CENTRED: moves with the common drift only); without any load nothing moves; a finite b
+ * stays finite, and under FACTOR b stays above -1 (a step that would leave that range is not taken). */
+DSV3_API void dsv3_bias_step(float *bias, const uint64_t *load, size_t E, dsv3_bias_rule rule, float speed);
+
+/* The schedule of the update speed: `speed` until `freeze` tokens (or steps) have been seen, then 0. freeze 0: never.
+ * V3: 0.001 for the first 14.3 T tokens. */
+typedef struct dsv3_bias_schedule {
+    float speed;
+    uint64_t freeze;
+} dsv3_bias_schedule;
+DSV3_API float dsv3_bias_speed(const dsv3_bias_schedule *schedule, uint64_t seen);
+
+/* Adds load [n] of all ranks, in place; DSV3_OK, or a code that ends the step. */
+typedef dsv3_result (*dsv3_reduce_load)(void *user, uint64_t *load, size_t n);
+
+/* Loads of all layers over the micro-batches of an optimizer step, and what becomes of them. */
+typedef struct dsv3_balancer {
+    dsv3_bias_rule rule;         /* set by the caller after init, as are the next three */
+    dsv3_bias_schedule schedule; /* counts optimizer steps, or whatever the caller passes as `seen` */
+    dsv3_reduce_load reduce;     /* NULL: one rank */
+    void *reduce_user;
+    size_t layers, E;   /* L + D, n_routed_experts */
+    uint64_t *load;     /* [layers, E] since the last step: add with dsv3_load_count, or let dsv3_evaluate */
+    uint64_t *load_all; /* [layers, E] of all steps: accumulated MaxVio */
+} dsv3_balancer;
+DSV3_API dsv3_result dsv3_balancer_size(const dsv3_config *config, size_t *bytes);
+/* Sign rule, speed 0.001, never frozen, no loads. */
+DSV3_API dsv3_result dsv3_balancer_init(dsv3_balancer *balancer, const dsv3_config *config, void *memory,
+                                        size_t bytes);
+/* Sums load over the ranks, moves bias [layers, E] (rows of dense layers stay), adds load to load_all and clears
+ * it. When reduce fails nothing has changed but what reduce did. */
+DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, uint64_t seen);
+
+/* Balance losses, without their weights. score [n, E], idx [n, K], mask [n] or NULL as above; 0 when no row
+ * counts. f and P are sums in double; scratch [2 E].
+ * The sequence-wise loss of one sequence, sum_i f_i P_i, [R] eq. 17-20: 1 when perfectly even. idx NULL: f from the
+ * K largest scores, without bias and groups, as the report has it; else from the actual routing. With softmax
+ * scores and idx it is V2's expert-level loss. A row whose scores add up to 0 counts in f only. */
+DSV3_API double dsv3_balance_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
+                                  size_t K, double *scratch);
+/* V2's device-level loss, [R2] eq. 26-28: experts in `devices` equal groups. */
+DSV3_API double dsv3_device_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
+                                 size_t K, size_t devices, double *scratch);
+/* V2's communication loss, [R2] eq. 29-31: a token is sent to at most most_devices (M) of them. */
+DSV3_API double dsv3_communication_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n,
+                                        size_t E, size_t K, size_t devices, size_t most_devices, double *scratch);
+/* Mean of (log sum exp z_t)^2 over the router's logits z [n, E] (ST-MoE; not used by DeepSeek). */
+DSV3_API double dsv3_z_loss(const float *z, const uint8_t *mask, size_t n, size_t E);
 
 /* ---- Blocks ------------------------------------------------------------------------------------------ */
 
@@ -923,6 +1015,13 @@ static dsv3_result dsv3i_fail_row(dsv3_error *error, dsv3_result code, const cha
     dsv3i_name_row(text, sizeof text, name, i);
     return dsv3i_fail_range(error, code, text, why, low, high, found);
 }
+
+/* Returns from the calling function when call fails. */
+#define DSV3I_TRY(call)                                                                                              \
+    do {                                                                                                             \
+        dsv3_result try_result = (call);                                                                             \
+        if (try_result != DSV3_OK) return try_result;                                                                \
+    } while (0)
 
 static dsv3_result dsv3i_ok(dsv3_error *error) { return dsv3i_fail(error, DSV3_OK, "", "ok"); }
 
@@ -1792,8 +1891,18 @@ DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const floa
  * The weights follow s, not sel: an expert chosen for its bias is not weighted by it, and the weights need
  * not fall in order. Ties, for groups and for experts: the higher score first, then the lower index.
  *
+ * Forms that no released model uses are there for experiments: a gate bias in z, strengths alpha of the bias
+ * (sel = s + alpha b), and a bias that multiplies (sel = s (1 + alpha b)).
+ *
+ * Balance. With loads c_i (rows sent to expert i in one optimizer step) and e_i = (mean c - c_i) / mean c, the
+ * bias step b_i += speed sign(e_i) raises whom few choose and lowers whom many choose, outside the gradient: no
+ * auxiliary loss pulls on the model. MaxVio = max_i c_i / mean c - 1 says how uneven a load is. What remains as a
+ * loss is small, and per sequence ([R] eq. 17-20):
+ *     sum_i f_i P_i,   f_i = E / (K T) sum_t [i in TopK(s_t)],   P_i = 1/T sum_t s_ti / sum_j s_tj
+ * and V2's three losses ([R2] 2.2.2) are of the same kind, over experts, over devices, and over devices reached.
+ *
  * NaN. A sel that is not finite counts as the lowest possible one, above masked experts only, and a score that
- * is not finite weighs 0: any input gives K different experts in range. Test: tests/test_router.c.
+ * is not finite weighs 0: any input gives K different experts in range. Test: tests/test_router.c, tests/test_balance.c.
  * ==================================================================================================== */
 
 static void dsv3i_softmax(const dsv3_context *ctx, float *z, size_t n) {
@@ -1802,17 +1911,23 @@ static void dsv3i_softmax(const dsv3_context *ctx, float *z, size_t n) {
 }
 
 DSV3_API void dsv3_router_scores(const dsv3_context *context, const dsv3_config *config, float *score, const float *x,
-                                 const dsv3_tensor *gate_w, size_t n, float *scratch) {
+                                 const dsv3_tensor *gate_w, const float *gate_bias, size_t n, float *scratch) {
     size_t E = gate_w->rows;
     dsv3_linear(context, score, x, gate_w, n, scratch);
     for (size_t t = 0; t < n; t++) {
         float *z = score + t * E;
+        for (size_t e = 0; gate_bias != NULL && e < E; e++) z[e] += gate_bias[e];
         if (config->scoring_func == DSV3_SOFTMAX) {
             dsv3i_softmax(context, z, E);
         } else {
             for (size_t e = 0; e < E; e++) z[e] = 1.0f / (1.0f + DSV3_EXPF(-z[e]));
         }
     }
+}
+
+/* What the choice goes by. */
+static float dsv3i_choice(dsv3_bias_form form, float s, float b, float alpha) {
+    return form == DSV3_BIAS_MULTIPLY ? s * (1.0f + alpha * b) : s + alpha * b;
 }
 
 /* A group may have a single expert, whose score then is the group's (the official code would fail there). Choice
@@ -1881,7 +1996,7 @@ static void dsv3i_gate_weights(const dsv3_config *c, float *gate, const int32_t 
 }
 
 DSV3_API dsv3_result dsv3_router_select(const dsv3_config *config, int32_t *idx, float *gate, const float *score,
-                                        const float *bias, size_t n, float *scratch) {
+                                        const float *bias, const float *alpha, size_t n, float *scratch) {
     size_t E = (size_t)config->n_routed_experts, K = (size_t)config->num_experts_per_tok;
     float *sel = scratch, *group = scratch + E;
     int finite = 1;
@@ -1889,7 +2004,7 @@ DSV3_API dsv3_result dsv3_router_select(const dsv3_config *config, int32_t *idx,
     for (size_t t = 0; t < n; t++) {
         const float *s = score + t * E;
         for (size_t e = 0; e < E; e++) {
-            sel[e] = bias != NULL ? s[e] + bias[e] : s[e];
+            sel[e] = bias == NULL ? s[e] : dsv3i_choice(config->bias_form, s[e], bias[e], alpha ? alpha[e] : 1.0f);
             finite &= dsv3i_is_finite(sel[e]) && dsv3i_is_finite(s[e]);
             sel[e] = dsv3i_choice_score(sel[e]);
         }
@@ -1898,6 +2013,207 @@ DSV3_API dsv3_result dsv3_router_select(const dsv3_config *config, int32_t *idx,
         dsv3i_gate_weights(config, gate + t * K, idx + t * K, s);
     }
     return finite ? DSV3_OK : DSV3_ERR_NAN;
+}
+
+/* Are these K different experts? */
+static int dsv3i_choice_valid(const int32_t *idx, size_t K, size_t E) {
+    for (size_t k = 0; k < K; k++) {
+        if (idx[k] < 0 || (size_t)idx[k] >= E) return 0;
+        for (size_t i = 0; i < k; i++) {
+            if (idx[i] == idx[k]) return 0;
+        }
+    }
+    return 1;
+}
+
+DSV3_API dsv3_result dsv3_router_weights(const dsv3_config *config, float *gate, const int32_t *idx,
+                                         const float *score, size_t n) {
+    size_t E = (size_t)config->n_routed_experts, K = (size_t)config->num_experts_per_tok;
+    for (size_t t = 0; t < n; t++) {
+        if (!dsv3i_choice_valid(idx + t * K, K, E)) return DSV3_ERR_ARG;
+    }
+    for (size_t t = 0; t < n; t++) dsv3i_gate_weights(config, gate + t * K, idx + t * K, score + t * E);
+    return DSV3_OK;
+}
+
+/* ---- Loads */
+
+static int dsv3i_counts(const uint8_t *mask, size_t t) { return mask == NULL || mask[t] != 0; }
+
+DSV3_API void dsv3_load_count(uint64_t *load, const int32_t *idx, const uint8_t *mask, size_t n, size_t K) {
+    for (size_t t = 0; t < n; t++) {
+        for (size_t k = 0; k < K && dsv3i_counts(mask, t); k++) load[idx[t * K + k]]++;
+    }
+}
+
+DSV3_API dsv3_load_stats dsv3_load_statistics(const uint64_t *load, size_t E) {
+    dsv3_load_stats r = {0.0, 0.0, 0.0, 0.0, E};
+    uint64_t sum = 0, high = 0, low = UINT64_MAX;
+    for (size_t e = 0; e < E; e++) {
+        sum += load[e];
+        if (load[e] > high) high = load[e];
+        if (load[e] < low) low = load[e];
+    }
+    if (sum == 0) return r;
+    r.mean = (double)sum / (double)E;
+    r.max_vio = (double)high / r.mean - 1.0;
+    r.min_load = (double)low / r.mean;
+    r.dead = 0;
+    for (size_t e = 0; e < E; e++) {
+        double share = (double)load[e] / (double)sum;
+        r.dead += load[e] == 0;
+        if (load[e] > 0) r.entropy -= share * DSV3_LOG(share);
+    }
+    r.entropy = E > 1 ? r.entropy / DSV3_LOG((double)E) : 1.0;
+    return r;
+}
+
+/* ---- The bias step */
+
+static float dsv3i_bias_moved(float b, double move, dsv3_bias_rule rule) {
+    double to = rule == DSV3_BIAS_FACTOR ? (1.0 + (double)b) * (1.0 + move) - 1.0 : (double)b + move;
+    float moved = (float)to;
+    if (!dsv3i_is_finite(moved)) return b;
+    return rule == DSV3_BIAS_FACTOR && !(moved > -1.0f) ? b : moved;
+}
+
+DSV3_API void dsv3_bias_step(float *bias, const uint64_t *load, size_t E, dsv3_bias_rule rule, float speed) {
+    double mean = dsv3_load_statistics(load, E).mean, drift = 0.0;
+    if (!(mean > 0.0)) return;
+    for (size_t e = 0; e < E; e++) drift += (double)(((double)load[e] < mean) - ((double)load[e] > mean));
+    drift = rule == DSV3_BIAS_CENTRED ? drift / (double)E : 0.0;
+    for (size_t e = 0; e < E; e++) {
+        double error = (mean - (double)load[e]) / mean;
+        double sign = (double)((error > 0.0) - (error < 0.0));
+        double move = (double)speed * (rule == DSV3_BIAS_PROPORTIONAL ? error : sign - drift);
+        bias[e] = dsv3i_bias_moved(bias[e], move, rule);
+    }
+}
+
+DSV3_API float dsv3_bias_speed(const dsv3_bias_schedule *schedule, uint64_t seen) {
+    return schedule->freeze == 0 || seen < schedule->freeze ? schedule->speed : 0.0f;
+}
+
+static void dsv3i_balancer_layout(dsv3_balancer *b, const dsv3_config *config, dsv3i_layout *l) {
+    dsv3i_dims m = dsv3i_dims_of(config);
+    b->layers = m.L + m.D;
+    b->E = m.E;
+    b->load = (uint64_t *)dsv3i_take(l, sizeof *b->load, b->layers, m.E, 1);
+    b->load_all = (uint64_t *)dsv3i_take(l, sizeof *b->load_all, b->layers, m.E, 1);
+}
+
+DSV3_API dsv3_result dsv3_balancer_size(const dsv3_config *config, size_t *bytes) {
+    dsv3i_layout l = {NULL, 0};
+    dsv3_balancer b;
+    DSV3I_TRY(dsv3_config_check(config, NULL));
+    dsv3i_balancer_layout(&b, config, &l);
+    return dsv3i_layout_size(&l, bytes);
+}
+
+DSV3_API dsv3_result dsv3_balancer_init(dsv3_balancer *balancer, const dsv3_config *config, void *memory,
+                                        size_t bytes) {
+    dsv3i_layout l = {NULL, 0};
+    size_t need;
+    if (balancer == NULL) return DSV3_ERR_ARG;
+    DSV3I_TRY(dsv3_balancer_size(config, &need));
+    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
+    DSV3_MEMSET(balancer, 0, sizeof *balancer);
+    balancer->schedule.speed = 0.001f;
+    l.base = dsv3i_layout_base(memory);
+    dsv3i_balancer_layout(balancer, config, &l);
+    DSV3_MEMSET(l.base, 0, l.used);
+    return DSV3_OK;
+}
+
+DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, uint64_t seen) {
+    size_t n = balancer->layers * balancer->E;
+    float speed = dsv3_bias_speed(&balancer->schedule, seen);
+    if (balancer->reduce != NULL) DSV3I_TRY(balancer->reduce(balancer->reduce_user, balancer->load, n));
+    for (size_t i = 0; i < n; i += balancer->E) { /* dense layers have no load, and so do not move */
+        dsv3_bias_step(bias + i, balancer->load + i, balancer->E, balancer->rule, speed);
+    }
+    for (size_t i = 0; i < n; i++) balancer->load_all[i] += balancer->load[i];
+    DSV3_MEMSET(balancer->load, 0, n * sizeof *balancer->load);
+    return DSV3_OK;
+}
+
+/* ---- Balance losses. f_i = E / (K T) count_i and P_i = mean s'_i have mean 1 and sum 1. */
+
+/* Sums count [E] and share [E] over the rows that count. Returns their number. */
+static double dsv3i_balance_sums(double *count, double *share, const float *score, const int32_t *idx,
+                                 const uint8_t *mask, size_t n, size_t E, size_t K) {
+    int32_t largest[DSV3_MAX_TOPK];
+    double rows = 0.0;
+    DSV3_ASSERT(K <= DSV3_MAX_TOPK);
+    for (size_t e = 0; e < E; e++) count[e] = share[e] = 0.0;
+    for (size_t t = 0; t < n; t++) {
+        const float *s = score + t * E;
+        const int32_t *chosen = idx != NULL ? idx + t * K : largest;
+        double sum = 0.0;
+        if (!dsv3i_counts(mask, t)) continue;
+        if (idx == NULL) dsv3i_topk(largest, s, E, K);
+        rows += 1.0;
+        for (size_t k = 0; k < K; k++) count[chosen[k]] += 1.0;
+        for (size_t e = 0; e < E; e++) sum += (double)s[e];
+        for (size_t e = 0; e < E && sum > 0.0; e++) share[e] += (double)s[e] / sum;
+    }
+    return rows;
+}
+
+DSV3_API double dsv3_balance_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
+                                  size_t K, double *scratch) {
+    double sum = 0.0, *count = scratch, *share = scratch + E;
+    double rows = dsv3i_balance_sums(count, share, score, idx, mask, n, E, K);
+    for (size_t e = 0; e < E; e++) sum += count[e] * share[e];
+    return rows > 0.0 ? sum * (double)E / ((double)K * rows * rows) : 0.0;
+}
+
+DSV3_API double dsv3_device_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
+                                 size_t K, size_t devices, double *scratch) {
+    double sum = 0.0, *count = scratch, *share = scratch + E;
+    double rows = dsv3i_balance_sums(count, share, score, idx, mask, n, E, K);
+    size_t each = E / devices;
+    DSV3_ASSERT(devices >= 1 && E % devices == 0);
+    for (size_t g = 0; g < devices; g++) {
+        double f = 0.0, P = 0.0;
+        for (size_t i = g * each; i < (g + 1) * each; i++) {
+            f += count[i];
+            P += share[i];
+        }
+        sum += f * P;
+    }
+    return rows > 0.0 ? sum * (double)devices / ((double)K * rows * rows) : 0.0;
+}
+
+DSV3_API double dsv3_communication_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n,
+                                        size_t E, size_t K, size_t devices, size_t most_devices, double *scratch) {
+    double sum = 0.0, *count = scratch, *share = scratch + E;
+    double rows = dsv3i_balance_sums(count, share, score, idx, mask, n, E, K);
+    size_t each = E / devices;
+    DSV3_ASSERT(devices >= 1 && E % devices == 0 && most_devices >= 1);
+    for (size_t g = 0; g < devices; g++) {
+        double P = 0.0, sent = 0.0;
+        for (size_t i = g * each; i < (g + 1) * each; i++) P += share[i];
+        for (size_t t = 0; t < n; t++) {
+            size_t k = 0;
+            while (k < K && (size_t)idx[t * K + k] / each != g) k++;
+            sent += dsv3i_counts(mask, t) && k < K;
+        }
+        sum += sent * P;
+    }
+    return rows > 0.0 ? sum * (double)devices / ((double)most_devices * rows * rows) : 0.0;
+}
+
+DSV3_API double dsv3_z_loss(const float *z, const uint8_t *mask, size_t n, size_t E) {
+    double sum = 0.0, rows = 0.0;
+    for (size_t t = 0; t < n; t++) {
+        double lse;
+        if (!dsv3i_counts(mask, t)) continue;
+        lse = (double)dsv3_log_sum_exp(z + t * E, E);
+        sum += lse * lse;
+        rows += 1.0;
+    }
+    return rows > 0.0 ? sum / rows : 0.0;
 }
 
 /* ========================================================================================================
@@ -1970,8 +2286,12 @@ static dsv3_result dsv3i_moe_forward(const dsv3_context *ctx, float *y, const fl
         dsv3i_decode_row(ctx, ws->bias, &w->e_score_correction_bias, 0);
         bias = ws->bias;
     }
-    dsv3_router_scores(ctx, c, ws->score, u, &w->gate, n, ws->worker);
-    result = dsv3_router_select(c, ws->idx, ws->gate, ws->score, bias, n, ws->select);
+    dsv3_router_scores(ctx, c, ws->score, u, &w->gate, NULL, n, ws->worker);
+    result = dsv3_router_select(c, ws->idx, ws->gate, ws->score, bias, NULL, n, ws->select);
+    if (ctx->observer.choose != NULL) {
+        ctx->observer.choose(ctx->observer.user, w->index, ws->idx, ws->score, n);
+        DSV3I_TRY(dsv3_router_weights(c, ws->gate, ws->idx, ws->score, n));
+    }
     if (ctx->observer.routing != NULL) {
         ctx->observer.routing(ctx->observer.user, w->index, ws->score, ws->idx, ws->gate, n);
     }
@@ -2213,12 +2533,6 @@ static dsv3_result dsv3i_check_product(dsv3_error *error, const char *name, size
     return dsv3i_fail(error, DSV3_ERR_OVERFLOW, name, "gives a tensor with more elements than size_t can count");
 }
 
-#define DSV3I_TRY(call)                                                                                              \
-    do {                                                                                                             \
-        dsv3_result try_result = (call);                                                                             \
-        if (try_result != DSV3_OK) return try_result;                                                                \
-    } while (0)
-
 static int dsv3i_has_moe(const dsv3_config *c) {
     for (int32_t i = 0; i < c->num_hidden_layers + c->num_nextn_predict_layers; i++) {
         if (dsv3_config_is_moe(c, i)) return 1;
@@ -2294,6 +2608,9 @@ static dsv3_result dsv3i_check_router(const dsv3_config *c, dsv3_error *e) {
     }
     if (c->gate_scaling != DSV3_SCALE_ALWAYS && c->gate_scaling != DSV3_SCALE_UNLESS_NORMED) {
         return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "gate_scaling", "is not one of dsv3_gate_scaling");
+    }
+    if (c->bias_form != DSV3_BIAS_ADD && c->bias_form != DSV3_BIAS_MULTIPLY) {
+        return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "bias_form", "is not one of dsv3_bias_form");
     }
     return dsv3i_check_float(e, "routed_scaling_factor", c->routed_scaling_factor, FLT_MIN,
                              "must be positive and finite");

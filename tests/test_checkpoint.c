@@ -524,7 +524,7 @@ static void test_groups_of_one(void) {
     dsv3_config c = config_of("CF-18", edits);
     int32_t idx[2] = {-1, -1};
     float gate[2] = {0, 0}, scratch[16];
-    CHECK_EQ(dsv3_router_select(&c, idx, gate, score, bias, 1, scratch), DSV3_OK);
+    CHECK_EQ(dsv3_router_select(&c, idx, gate, score, bias, NULL, 1, scratch), DSV3_OK);
     CHECK_EQ(idx[0], 4); /* 1.1 */
     CHECK_EQ(idx[1], 3); /* 0.8 */
     CHECK(fabs((double)gate[0] - 2.5 * 0.2) < 1e-6 && fabs((double)gate[1] - 2.5 * 0.8) < 1e-6);

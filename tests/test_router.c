@@ -108,7 +108,7 @@ static int select_wrong(const dsv3_config *c, const float *score, const float *b
     memset(idx, 0x7F, n * K * sizeof *idx);
     memset(gate, 0xFF, n * K * sizeof *gate);
     memset(scratch, 0xFF, scratch_n * sizeof *scratch);
-    result = dsv3_router_select(c, idx, gate, score, bias, n, scratch);
+    result = dsv3_router_select(c, idx, gate, score, bias, NULL, n, scratch);
     for (size_t t = 0; t < n; t++) {
         unsigned char taken[MOST] = {0};
         choice want;
@@ -146,14 +146,14 @@ static void golden_scores(const dsv3_config *c, float *score) {
         for (int t = 0; t < 3; t++) w[i * 3 + t] = (float)(2 * sin(1 + 0.9 * i + 1.7 * t));
     }
     gate_w.data = w, gate_w.scale = NULL, gate_w.rows = 16, gate_w.cols = 3, gate_w.type = DSV3_F32, gate_w.rank = 2;
-    dsv3_router_scores(&ctx, c, score, x, &gate_w, 3, scratch);
+    dsv3_router_scores(&ctx, c, score, x, &gate_w, NULL, 3, scratch);
 }
 
 static void golden_case(const dsv3_config *c, const float *bias, const int32_t *want_idx, const double *want_gate) {
     float score[3 * 16], gate[3 * 4], scratch[16 + 4];
     int32_t idx[3 * 4];
     golden_scores(c, score);
-    CHECK_EQ(dsv3_router_select(c, idx, gate, score, bias, 3, scratch), DSV3_OK);
+    CHECK_EQ(dsv3_router_select(c, idx, gate, score, bias, NULL, 3, scratch), DSV3_OK);
     for (int i = 0; i < 12; i++) {
         CHECK_EQ(idx[i], want_idx[i]);
         CHECK(fabs((double)gate[i] - want_gate[i]) <= 1e-6 * want_gate[i]);
@@ -190,7 +190,7 @@ static void scores_of(dsv3_scoring_func func, float *score, const float *z, size
     dsv3_tensor gate_w;
     c.scoring_func = func;
     gate_w.data = z, gate_w.scale = NULL, gate_w.rows = E, gate_w.cols = 1, gate_w.type = DSV3_F32, gate_w.rank = 2;
-    dsv3_router_scores(&ctx, &c, score, one, &gate_w, 1, scratch);
+    dsv3_router_scores(&ctx, &c, score, one, &gate_w, NULL, 1, scratch);
     free(scratch);
 }
 
@@ -247,10 +247,10 @@ static void scores_rows(void) {
     gate_w.data = z, gate_w.scale = NULL, gate_w.rows = 8, gate_w.cols = 1, gate_w.type = DSV3_F32, gate_w.rank = 2;
     for (int func = 0; func < 2; func++) {
         c.scoring_func = func ? DSV3_SOFTMAX : DSV3_SIGMOID;
-        dsv3_router_scores(&ctx, &c, all, x, &gate_w, 3, scratch);
+        dsv3_router_scores(&ctx, &c, all, x, &gate_w, NULL, 3, scratch);
         CHECK(isnan(all[8]) && isnan(all[15]));
         for (size_t t = 0; t < 3; t += 2) {
-            dsv3_router_scores(&ctx, &c, alone, x + t, &gate_w, 1, scratch);
+            dsv3_router_scores(&ctx, &c, alone, x + t, &gate_w, NULL, 1, scratch);
             CHECK(memcmp(alone, all + t * 8, sizeof alone) == 0);
         }
     }
@@ -370,7 +370,7 @@ static float got_gate[MOST];
 
 static dsv3_result pick(const dsv3_config *c, const float *score, const float *bias) {
     float scratch[2 * MOST];
-    return dsv3_router_select(c, got_idx, got_gate, score, bias, 1, scratch);
+    return dsv3_router_select(c, got_idx, got_gate, score, bias, NULL, 1, scratch);
 }
 
 static int picked(int32_t a, int32_t b) { return got_idx[0] == a && got_idx[1] == b; }
@@ -451,7 +451,7 @@ static void rows_apart(void) {
     int32_t idx[12];
     test_fill(score, 3 * 16, 0, 1);
     score[16 + 5] = NAN;
-    CHECK_EQ(dsv3_router_select(&c, idx, gate, score, NULL, 3, scratch), DSV3_ERR_NAN);
+    CHECK_EQ(dsv3_router_select(&c, idx, gate, score, NULL, NULL, 3, scratch), DSV3_ERR_NAN);
     for (size_t t = 0; t < 3; t += 2) {
         CHECK_EQ(pick(&c, score + t * 16, NULL), DSV3_OK);
         CHECK(memcmp(got_idx, idx + t * 4, 4 * sizeof *idx) == 0);

@@ -31,7 +31,7 @@ dsv3_result use_everything(void) {
     dsv3_rope_turns(&config, turns);
     dsv3_rope_table(cos_sin, &position, turns, dsv3_rope_factor(&config), 1, 8);
     dsv3_rope_rotate(score, cos_sin, 8, config.rope_interleave);
-    if (dsv3_router_select(&config, idx, gate, score, NULL, 1, scratch) != DSV3_OK) return DSV3_ERR_ARG;
+    if (dsv3_router_select(&config, idx, gate, score, NULL, NULL, 1, scratch) != DSV3_OK) return DSV3_ERR_ARG;
     if (dsv3_log_sum_exp(logits, 4) < 3.0f) return DSV3_ERR_ARG;
     if (dsv3_workspace_size(&config, 1, 1, &bytes) != DSV3_OK || bytes == 0) return DSV3_ERR_ARG;
     if (dsv3_workspace_init(&workspace, &config, 1, 1, NULL, 0) != DSV3_ERR_ARG) return DSV3_ERR_ARG;
