@@ -142,6 +142,9 @@ extern "C" {
 #ifndef DSV3_MAX_DIM
 #define DSV3_MAX_DIM 1048576L /* any width: hidden, intermediate, ranks, head parts */
 #endif
+#ifndef DSV3_MAX_DRAFTS
+#define DSV3_MAX_DRAFTS 15L /* tokens drafted in one step */
+#endif
 #ifndef DSV3_MAX_SEQ
 #define DSV3_MAX_SEQ 16777216L /* positions */
 #endif
@@ -213,6 +216,16 @@ typedef enum dsv3_bias_form {
     DSV3_BIAS_MULTIPLY = 1 /* s (1 + alpha b), a variant of arXiv 2408.15664; b = 0 is neutral in both */
 } dsv3_bias_form;
 
+typedef enum dsv3_mtp_concat {
+    DSV3_MTP_EMBED_FIRST = 0, /* eh_proj [enorm(embedding) ; hnorm(hidden)]: released weights */
+    DSV3_MTP_HIDDEN_FIRST = 1 /* the order in which the report writes it */
+} dsv3_mtp_concat;
+
+typedef enum dsv3_mtp_hidden {
+    DSV3_MTP_POST_NORM = 0, /* modules get states behind the final norm, and behind shared_head.norm */
+    DSV3_MTP_PRE_NORM = 1   /* before these norms */
+} dsv3_mtp_hidden;
+
 typedef enum dsv3_rope_type { DSV3_ROPE_NONE = 0, DSV3_ROPE_YARN = 1 } dsv3_rope_type;
 
 typedef struct dsv3_rope_scaling {
@@ -266,6 +279,8 @@ typedef struct dsv3_config {
     dsv3_group_mask group_mask;
     dsv3_gate_scaling gate_scaling;
     dsv3_bias_form bias_form;
+    dsv3_mtp_concat mtp_concat;
+    dsv3_mtp_hidden mtp_hidden;
 } dsv3_config;
 
 typedef enum dsv3_preset {
@@ -342,7 +357,8 @@ typedef enum dsv3_backend {
 
 typedef enum dsv3_attention {
     DSV3_ATTENTION_AUTO = 0,     /* per sequence and call: expanded when it brings more than
-                                    rk(dn+dv) / (2rk-dn-dv) rows (V3: 171 or more), else absorbed */
+                                    rk(dn+dv) / (2rk-dn-dv) rows (V3: 171 or more) and
+                                    more than a step with drafts ever does, else absorbed */
     DSV3_ATTENTION_ABSORBED = 1, /* queries move into the latent space: decode, short chunks */
     DSV3_ATTENTION_EXPANDED = 2  /* keys and values are rebuilt from latents: long prompts */
 } dsv3_attention;
@@ -528,6 +544,17 @@ typedef struct dsv3_workspace {
     struct dsv3i_job *jobs;      /* [2 (min(E, n K) + 1)] */
     float *worker;               /* [threads, worker_floats] */
     size_t worker_floats;
+    const float *hidden; /* [n, d] public: after dsv3_forward or dsv3_mtp_forward and until the next call, the
+                            rows' states as MTP modules take them (config.mtp_hidden) */
+    dsv3_cache *views;   /* [n] caches of the sequences in a call */
+    int32_t *row_token, *row_sequence; /* [n] rows gathered for a call */
+    int32_t *row_output;               /* [n] */
+    size_t *row_index;                 /* [n] where they come from */
+    uint8_t *row_mask;                 /* [n] */
+    float *row_hidden;                 /* [n, d] */
+    float *concat;                     /* [n, 2d] an MTP module's input */
+    float *loss;                       /* cross-entropy */
+    double *balance;                   /* [2 E] */
 } dsv3_workspace;
 
 /* rows: most rows of one dsv3_forward call; threads: dsv3_context.threads. */
@@ -554,6 +581,16 @@ DSV3_API void dsv3_linear(const dsv3_context *context, float *y, const float *x,
 
 /* log sum exp(logits[0..V)), V >= 1, safe for any finite logits. -log p(target) = this - logits[target], in nats. */
 DSV3_API float dsv3_log_sum_exp(const float *logits, size_t V);
+
+/* Floats of scratch that dsv3_cross_entropy needs; SIZE_MAX: too many. */
+DSV3_API size_t dsv3_cross_entropy_scratch(const dsv3_context *context, const dsv3_tensor *head, size_t n);
+
+#define DSV3_IGNORE (-100) /* a target that is none: its loss is 0 */
+
+/* nll [n] = -log softmax(head u_t)[target_t] in nats for u [n, d], head [V, d] and target [n], a token or DSV3_IGNORE.
+ * The logits are never all in memory: the vocabulary is taken in pieces. scratch [dsv3_cross_entropy_scratch]. */
+DSV3_API void dsv3_cross_entropy(const dsv3_context *context, float *nll, const float *u, const dsv3_tensor *head,
+                                 const int32_t *target, size_t n, float *scratch);
 
 /* RoPE frequencies in radians per position, theta [dr/2], YaRN applied. [R] sec. 4.3; chapter 5. */
 DSV3_API void dsv3_rope_frequencies(const dsv3_config *config, double *theta);
@@ -613,15 +650,15 @@ typedef enum dsv3_bias_rule {
  * (mean - load) / mean. Always: less load never moves b down more (or up less) than more load does; an expert at the
  * mean keeps its b (under CENTRED: moves with the common drift only); without any load nothing moves; a finite b
  * stays finite, and under FACTOR b stays above -1 (a step that would leave that range is not taken). */
-DSV3_API void dsv3_bias_step(float *bias, const uint64_t *load, size_t E, dsv3_bias_rule rule, float speed);
+DSV3_API void dsv3_bias_step(float *bias, const uint64_t *load, size_t E, dsv3_bias_rule rule, double speed);
 
 /* The schedule of the update speed: `speed` until `freeze` tokens (or steps) have been seen, then 0. freeze 0: never.
  * V3: 0.001 for the first 14.3 T tokens. */
 typedef struct dsv3_bias_schedule {
-    float speed;
+    double speed;
     uint64_t freeze;
 } dsv3_bias_schedule;
-DSV3_API float dsv3_bias_speed(const dsv3_bias_schedule *schedule, uint64_t seen);
+DSV3_API double dsv3_bias_speed(const dsv3_bias_schedule *schedule, uint64_t seen);
 
 /* Adds load [n] of all ranks, in place; DSV3_OK, or a code that ends the step. */
 typedef dsv3_result (*dsv3_reduce_load)(void *user, uint64_t *load, size_t n);
@@ -703,6 +740,62 @@ typedef struct dsv3_batch {
 DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, const dsv3_model *model,
                                   dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                   dsv3_workspace *workspace, dsv3_error *error);
+
+/* ---- Multi-token prediction. [R] 2.2; chapter 11 ----------------------------------------------------- */
+
+/* The cache of one MTP module for one sequence: a dsv3_cache of one layer. truncate and copy as for others. */
+DSV3_API dsv3_result dsv3_mtp_cache_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes);
+DSV3_API dsv3_result dsv3_mtp_cache_init(dsv3_cache *cache, const dsv3_config *config, size_t capacity,
+                                         dsv3_type type, void *memory, size_t bytes);
+
+/* Module k = 1 .. n_mtp on a batch of rows. The row at position i has as its token t_{i+k}, and as its hidden state
+ * h_i^{k-1}: workspace->hidden of dsv3_forward (k = 1) or of module k - 1, at the same position. caches [n_caches] are
+ * this module's. logits [outputs, V] predict t_{i+k+1}. hidden [n, d] may be workspace->hidden itself. Errors as of
+ * dsv3_forward, and ARG for a module that the model does not have. */
+DSV3_API dsv3_result dsv3_mtp_forward(const dsv3_context *context, float *logits, const dsv3_model *model, size_t k,
+                                      dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
+                                      const float *hidden, dsv3_workspace *workspace, dsv3_error *error);
+
+/* Whole sequences as training sees them: the row of an input token, and its target, the next token. */
+typedef struct dsv3_text {
+    size_t rows;             /* n >= 1, all sequences together */
+    const int32_t *token;    /* [n] */
+    const int32_t *target;   /* [n] DSV3_IGNORE: no loss here. NULL: the next token of the same document */
+    const int32_t *sequence; /* [n] index into caches, never falling; NULL: all 0 */
+    const int32_t *document; /* [n] of documents packed into a sequence; NULL: each sequence is one */
+    const uint8_t *mask;     /* [n] 0: padding, without loss, load and balance loss; NULL: none */
+} dsv3_text;
+
+/* What dsv3_evaluate adds to, so that micro-batches add up. Arrays are the caller's, cleared by her, not NULL unless
+ * said so. The row at position i has a loss at depth k if t_{i+k} (its input there) and t_{i+k+1} (its target)
+ * exist, belong to its document and are neither ignored nor padding: a sequence shorter than that has none. */
+typedef struct dsv3_losses {
+    size_t depths;      /* MTP depths wanted, 0 .. n_mtp */
+    double *nll;        /* [1 + depths] sums of -log p in nats: main model, then depth 1, 2 .. */
+    uint64_t *targets;  /* [1 + depths] how many terms each has */
+    uint64_t *load;     /* [L + D, E] assignments; NULL: not wanted */
+    double *balance;    /* [L + D] sums over sequences of dsv3_balance_loss; NULL: not wanted */
+    uint64_t sequences; /* how many; divide by it */
+    int32_t actual;     /* bool: f_i of the balance loss from the actual routing, not from the largest scores */
+} dsv3_losses;
+
+/* Runs the main model and `depths` MTP modules over text. caches [n_caches] and modules [depths, n_caches] are emptied
+ * first and hold the text's latents afterwards. Longer texts than the workspace has rows are taken piece by piece,
+ * except that the balance loss needs them whole (MEMORY). Observers see every layer, MTP layers included. Errors as of
+ * dsv3_forward; TOKEN for a target outside the vocabulary; after an error the sums are unspecified. */
+DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *losses, const dsv3_model *model,
+                                   dsv3_cache *caches, dsv3_cache *modules, size_t n_caches, const dsv3_text *text,
+                                   dsv3_workspace *workspace, dsv3_error *error);
+
+typedef enum dsv3_mtp_divisor {
+    DSV3_DIVIDE_BY_MAIN = 0, /* every depth by the number of main targets ([R]) */
+    DSV3_DIVIDE_BY_VALID = 1 /* each by its own */
+} dsv3_mtp_divisor;
+
+/* main + lambda / depths * sum over depths + alpha * sum over layers of the balance loss, in nats per target. [R] eq.
+ * 24-25, 17. Depths without any target add nothing; without main targets the sum is that of the rest. layers = L + D. */
+DSV3_API double dsv3_losses_total(const dsv3_losses *losses, size_t layers, double lambda, double alpha,
+                                  dsv3_mtp_divisor divisor);
 
 /* Random numbers: one 64-bit word of state, the same stream on every machine. Any seed will do. */
 typedef struct dsv3_rng {
@@ -1492,6 +1585,88 @@ DSV3_API float dsv3_log_sum_exp(const float *logits, size_t V) {
     return top + DSV3_LOGF(sum);
 }
 
+/* ---- Cross-entropy: -log p(target) = log sum exp(logits) - logit[target]. A vocabulary of 129280 times a thousand rows
+ * would be half a gigabyte of logits, so it passes by in pieces; each row keeps a running maximum and the sum of
+ * exp(logit - maximum), which is rescaled when the maximum rises. */
+
+#define DSV3I_VOCAB 1024u /* tokens of a piece, a multiple of DSV3_BLOCK */
+
+/* Rows [row, row + rows) of w as a tensor of their own. row is a multiple of DSV3_BLOCK. */
+static dsv3_tensor dsv3i_rows_of(const dsv3_tensor *w, size_t row, size_t rows) {
+    dsv3_tensor part = *w;
+    part.rows = rows;
+    part.data = (const unsigned char *)w->data + row * w->cols * dsv3_type_bytes(w->type);
+    if (w->scale != NULL) {
+        part.scale =
+            (const unsigned char *)w->scale + row / DSV3_BLOCK * dsv3i_blocks(w->cols, DSV3_BLOCK) * sizeof(float);
+    }
+    return part;
+}
+
+typedef struct dsv3i_loss_arg {
+    const dsv3_context *ctx;
+    float *logits;         /* [n, rows] of this piece */
+    float *state;          /* [n, 3] maximum, sum, the target's logit */
+    const int32_t *target; /* [n] */
+    size_t row, rows;      /* the piece */
+} dsv3i_loss_arg;
+
+static void dsv3i_loss_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_loss_arg *a = (const dsv3i_loss_arg *)arg;
+    (void)worker;
+    for (size_t t = begin; t < end; t++) {
+        float *z = a->logits + t * a->rows, *state = a->state + 3 * t, top = dsv3i_max_float(z, a->rows);
+        if (a->target[t] == DSV3_IGNORE) continue;
+        if ((size_t)a->target[t] >= a->row && (size_t)a->target[t] < a->row + a->rows) {
+            state[2] = z[(size_t)a->target[t] - a->row];
+        }
+        if (state[0] > top) top = state[0];
+        state[1] = state[1] * DSV3_EXPF(state[0] - top) + a->ctx->kernels.exp_sum(z, z, top, a->rows);
+        state[0] = top;
+    }
+}
+
+/* logits of a piece and states of n rows of V tokens */
+static size_t dsv3i_cross_entropy_floats(size_t V, size_t n) { return dsv3i_mul(n, dsv3i_min(V, DSV3I_VOCAB) + 3); }
+
+DSV3_API size_t dsv3_cross_entropy_scratch(const dsv3_context *context, const dsv3_tensor *head, size_t n) {
+    return dsv3i_add(dsv3i_cross_entropy_floats(head->rows, n), dsv3_linear_scratch(context, head->cols));
+}
+
+/* loss [dsv3i_cross_entropy_floats], worker [threads, worker_floats] */
+static void dsv3i_cross_entropy(const dsv3_context *ctx, float *nll, const float *u, const dsv3_tensor *head,
+                                const int32_t *target, size_t n, float *loss, float *worker, size_t worker_floats) {
+    dsv3i_loss_arg arg;
+    arg.ctx = ctx;
+    arg.state = loss;
+    arg.logits = loss + 3 * n;
+    arg.target = target;
+    for (size_t t = 0; t < n; t++) {
+        arg.state[3 * t] = -FLT_MAX;
+        arg.state[3 * t + 1] = arg.state[3 * t + 2] = 0.0f;
+    }
+    for (arg.row = 0; arg.row < head->rows; arg.row += DSV3I_VOCAB) {
+        dsv3_tensor part = dsv3i_rows_of(head, arg.row, dsv3i_min(DSV3I_VOCAB, head->rows - arg.row));
+        dsv3i_job job = dsv3i_job_make(arg.logits, u, &part, n);
+        arg.rows = part.rows;
+        dsv3i_linear_jobs(ctx, &job, 1, worker, worker_floats);
+        dsv3i_parallel(ctx, n, dsv3i_mul(dsv3i_mul(n, arg.rows), 16), dsv3i_loss_task, &arg);
+    }
+    for (size_t t = 0; t < n; t++) {
+        const float *state = arg.state + 3 * t;
+        nll[t] = target[t] == DSV3_IGNORE ? 0.0f : DSV3_LOGF(state[1]) + (state[0] - state[2]);
+    }
+}
+
+DSV3_API void dsv3_cross_entropy(const dsv3_context *context, float *nll, const float *u, const dsv3_tensor *head,
+                                 const int32_t *target, size_t n, float *scratch) {
+    float *worker = scratch + dsv3i_cross_entropy_floats(head->rows, n);
+    for (size_t t = 0; t < n; t++) {
+        DSV3_ASSERT(target[t] == DSV3_IGNORE || (target[t] >= 0 && (size_t)target[t] < head->rows));
+    }
+    dsv3i_cross_entropy(context, nll, u, head, target, n, scratch, worker, DSV3I_ROWS * head->cols);
+}
+
 /* ========================================================================================================
  * Chapter 5  >>rope
  *
@@ -2077,7 +2252,7 @@ static float dsv3i_bias_moved(float b, double move, dsv3_bias_rule rule) {
     return rule == DSV3_BIAS_FACTOR && !(moved > -1.0f) ? b : moved;
 }
 
-DSV3_API void dsv3_bias_step(float *bias, const uint64_t *load, size_t E, dsv3_bias_rule rule, float speed) {
+DSV3_API void dsv3_bias_step(float *bias, const uint64_t *load, size_t E, dsv3_bias_rule rule, double speed) {
     double mean = dsv3_load_statistics(load, E).mean, drift = 0.0;
     if (!(mean > 0.0)) return;
     for (size_t e = 0; e < E; e++) drift += (double)(((double)load[e] < mean) - ((double)load[e] > mean));
@@ -2085,13 +2260,13 @@ DSV3_API void dsv3_bias_step(float *bias, const uint64_t *load, size_t E, dsv3_b
     for (size_t e = 0; e < E; e++) {
         double error = (mean - (double)load[e]) / mean;
         double sign = (double)((error > 0.0) - (error < 0.0));
-        double move = (double)speed * (rule == DSV3_BIAS_PROPORTIONAL ? error : sign - drift);
+        double move = speed * (rule == DSV3_BIAS_PROPORTIONAL ? error : sign - drift);
         bias[e] = dsv3i_bias_moved(bias[e], move, rule);
     }
 }
 
-DSV3_API float dsv3_bias_speed(const dsv3_bias_schedule *schedule, uint64_t seen) {
-    return schedule->freeze == 0 || seen < schedule->freeze ? schedule->speed : 0.0f;
+DSV3_API double dsv3_bias_speed(const dsv3_bias_schedule *schedule, uint64_t seen) {
+    return schedule->freeze == 0 || seen < schedule->freeze ? schedule->speed : 0.0;
 }
 
 static void dsv3i_balancer_layout(dsv3_balancer *b, const dsv3_config *config, dsv3i_layout *l) {
@@ -2118,7 +2293,7 @@ DSV3_API dsv3_result dsv3_balancer_init(dsv3_balancer *balancer, const dsv3_conf
     DSV3I_TRY(dsv3_balancer_size(config, &need));
     DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
     DSV3_MEMSET(balancer, 0, sizeof *balancer);
-    balancer->schedule.speed = 0.001f;
+    balancer->schedule.speed = 0.001;
     l.base = dsv3i_layout_base(memory);
     dsv3i_balancer_layout(balancer, config, &l);
     DSV3_MEMSET(l.base, 0, l.used);
@@ -2127,7 +2302,7 @@ DSV3_API dsv3_result dsv3_balancer_init(dsv3_balancer *balancer, const dsv3_conf
 
 DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, uint64_t seen) {
     size_t n = balancer->layers * balancer->E;
-    float speed = dsv3_bias_speed(&balancer->schedule, seen);
+    double speed = dsv3_bias_speed(&balancer->schedule, seen);
     if (balancer->reduce != NULL) DSV3I_TRY(balancer->reduce(balancer->reduce_user, balancer->load, n));
     for (size_t i = 0; i < n; i += balancer->E) { /* dense layers have no load, and so do not move */
         dsv3_bias_step(bias + i, balancer->load + i, balancer->E, balancer->rule, speed);
@@ -2612,6 +2787,12 @@ static dsv3_result dsv3i_check_router(const dsv3_config *c, dsv3_error *e) {
     if (c->bias_form != DSV3_BIAS_ADD && c->bias_form != DSV3_BIAS_MULTIPLY) {
         return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "bias_form", "is not one of dsv3_bias_form");
     }
+    if (c->mtp_concat != DSV3_MTP_EMBED_FIRST && c->mtp_concat != DSV3_MTP_HIDDEN_FIRST) {
+        return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "mtp_concat", "is not one of dsv3_mtp_concat");
+    }
+    if (c->mtp_hidden != DSV3_MTP_POST_NORM && c->mtp_hidden != DSV3_MTP_PRE_NORM) {
+        return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "mtp_hidden", "is not one of dsv3_mtp_hidden");
+    }
     return dsv3i_check_float(e, "routed_scaling_factor", c->routed_scaling_factor, FLT_MIN,
                              "must be positive and finite");
 }
@@ -3021,9 +3202,7 @@ DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *confi
 }
 
 /* ========================================================================================================
- * Chapter 12  >>infer
- *
- * The forward program:
+ * The rest of the chapter: caches, workspaces, batches, and the forward program
  *     x = embed_tokens[token];   x = layer_i(x) for i < L;   logits = lm_head RMSNorm_final(x)
  * for a batch of rows that may belong to several sequences, each with its own cache. All rows' latents of
  * a layer are stored before any row attends, so a row sees the earlier rows of its own sequence in the
@@ -3035,40 +3214,52 @@ DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *confi
 
 /* ---- Cache */
 
-static dsv3_result dsv3i_cache_layout(const dsv3_config *config, size_t capacity, dsv3_type type, dsv3i_layout *l,
-                                      void **data) {
-    dsv3i_dims m;
+/* layers: those of the main model, or one for an MTP module. */
+static dsv3_result dsv3i_cache_layout(dsv3_cache *cache, const dsv3_config *config, size_t layers, size_t capacity,
+                                      dsv3_type type, dsv3i_layout *l) {
     DSV3I_TRY(dsv3_config_check(config, NULL));
     if (type != DSV3_F32 && type != DSV3_BF16) return DSV3_ERR_UNSUPPORTED;
     if (capacity < 1) return DSV3_ERR_ARG;
     if ((uint64_t)capacity > (uint64_t)DSV3_MAX_SEQ) return DSV3_ERR_LIMIT;
-    m = dsv3i_dims_of(config);
-    *data = dsv3i_take(l, m.width * dsv3_type_bytes(type), m.L, capacity, 1);
+    cache->type = type;
+    cache->layers = layers;
+    cache->capacity = capacity;
+    cache->width = dsv3i_dims_of(config).width;
+    cache->length = 0;
+    cache->data = dsv3i_take(l, cache->width * dsv3_type_bytes(type), layers, capacity, 1);
     return DSV3_OK;
 }
 
-DSV3_API dsv3_result dsv3_cache_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes) {
+static dsv3_result dsv3i_cache_size(const dsv3_config *config, size_t layers, size_t capacity, dsv3_type type,
+                                    size_t *bytes) {
     dsv3i_layout l = {NULL, 0};
-    void *data;
-    DSV3I_TRY(dsv3i_cache_layout(config, capacity, type, &l, &data));
+    dsv3_cache cache;
+    DSV3I_TRY(dsv3i_cache_layout(&cache, config, layers, capacity, type, &l));
     return dsv3i_layout_size(&l, bytes);
+}
+
+static dsv3_result dsv3i_cache_init(dsv3_cache *cache, const dsv3_config *config, size_t layers, size_t capacity,
+                                    dsv3_type type, void *memory, size_t bytes) {
+    dsv3i_layout l = {NULL, 0};
+    size_t need;
+    if (cache == NULL) return DSV3_ERR_ARG;
+    DSV3I_TRY(dsv3i_cache_size(config, layers, capacity, type, &need));
+    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
+    l.base = dsv3i_layout_base(memory);
+    return dsv3i_cache_layout(cache, config, layers, capacity, type, &l);
+}
+
+static size_t dsv3i_main_layers(const dsv3_config *config) {
+    return config == NULL ? 0 : (size_t)config->num_hidden_layers;
+}
+
+DSV3_API dsv3_result dsv3_cache_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes) {
+    return dsv3i_cache_size(config, dsv3i_main_layers(config), capacity, type, bytes);
 }
 
 DSV3_API dsv3_result dsv3_cache_init(dsv3_cache *cache, const dsv3_config *config, size_t capacity, dsv3_type type,
                                      void *memory, size_t bytes) {
-    dsv3i_layout l = {NULL, 0};
-    size_t need;
-    if (cache == NULL) return DSV3_ERR_ARG;
-    DSV3I_TRY(dsv3_cache_size(config, capacity, type, &need));
-    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
-    l.base = dsv3i_layout_base(memory);
-    DSV3I_TRY(dsv3i_cache_layout(config, capacity, type, &l, &cache->data));
-    cache->type = type;
-    cache->layers = (size_t)config->num_hidden_layers;
-    cache->capacity = capacity;
-    cache->width = dsv3i_dims_of(config).width;
-    cache->length = 0;
-    return DSV3_OK;
+    return dsv3i_cache_init(cache, config, dsv3i_main_layers(config), capacity, type, memory, bytes);
 }
 
 DSV3_API dsv3_result dsv3_cache_truncate(dsv3_cache *cache, size_t length) {
@@ -3100,12 +3291,12 @@ static size_t dsv3i_worker_floats(const dsv3i_dims *m) {
     return dsv3i_mul(dsv3i_blocks(floats, 16), 16); /* workers on cache lines of their own */
 }
 
-/* Attention and FFN are never active together: both halves begin at the same place. */
+/* An MTP module's input, attention, FFN and the loss are never active together: all four begin at the same place. */
 static void dsv3i_workspace_layout(dsv3_workspace *ws, const dsv3i_dims *m, size_t n, size_t threads,
                                    dsv3i_layout *l) {
-    size_t f = sizeof(float), shared, attention;
+    size_t f = sizeof(float), shared, other;
     size_t hidden = dsv3i_max(dsv3i_add(dsv3i_mul(m->K, m->F), m->Fs), m->I);
-    size_t mlps = dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1);
+    size_t mlps = dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1), modules = m->D > 0 ? 1 : 0;
     ws->rows = n;
     ws->threads = threads;
     ws->made_for = dsv3i_fingerprint(m);
@@ -3119,13 +3310,28 @@ static void dsv3i_workspace_layout(dsv3_workspace *ws, const dsv3i_dims *m, size
     ws->u = (float *)dsv3i_take(l, f, n, m->d, 1);
     ws->y = (float *)dsv3i_take(l, f, n, m->d, 1);
     ws->worker = (float *)dsv3i_take(l, f, threads, ws->worker_floats, 1);
+    ws->hidden = NULL;
+    ws->views = (dsv3_cache *)dsv3i_take(l, sizeof *ws->views, n, 1, 1);
+    ws->row_token = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
+    ws->row_sequence = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
+    ws->row_output = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
+    ws->row_index = (size_t *)dsv3i_take(l, sizeof(size_t), n, 1, 1);
+    ws->row_mask = (uint8_t *)dsv3i_take(l, sizeof(uint8_t), n, 1, 1);
+    ws->row_hidden = (float *)dsv3i_take(l, f, dsv3i_mul(n, modules), m->d, 1);
+    ws->balance = (double *)dsv3i_take(l, sizeof(double), m->E, 2, 1);
     shared = l->used;
+    ws->concat = (float *)dsv3i_take(l, f, dsv3i_mul(n, modules), m->d, 2);
+    other = l->used;
+    l->used = shared;
+    ws->loss = (float *)dsv3i_take(l, f, dsv3i_cross_entropy_floats(m->V, n), 1, 1);
+    other = dsv3i_max(other, l->used);
+    l->used = shared;
     ws->q_latent = (float *)dsv3i_take(l, f, n, m->rq, 1);
     ws->q = (float *)dsv3i_take(l, f, n, m->Hq, 1);
     ws->kv = (float *)dsv3i_take(l, f, n, m->width, 1);
     ws->o = (float *)dsv3i_take(l, f, n, m->Ho, 1);
     ws->softmax = (float *)dsv3i_take(l, f, n, m->H, 2);
-    attention = l->used;
+    other = dsv3i_max(other, l->used);
     l->used = shared;
     ws->score = (float *)dsv3i_take(l, f, n, m->E, 1);
     ws->bias = (float *)dsv3i_take(l, f, m->E, 1, 1);
@@ -3139,7 +3345,7 @@ static void dsv3i_workspace_layout(dsv3_workspace *ws, const dsv3i_dims *m, size
     ws->grouped = (float *)dsv3i_take(l, f, n, m->K, m->d);
     ws->h_gate = (float *)dsv3i_take(l, f, n, hidden, 1);
     ws->h_up = (float *)dsv3i_take(l, f, n, hidden, 1);
-    l->used = dsv3i_max(l->used, attention);
+    l->used = dsv3i_max(l->used, other);
 }
 
 DSV3_API dsv3_result dsv3_workspace_size(const dsv3_config *config, size_t rows, size_t threads, size_t *bytes) {
@@ -3221,8 +3427,8 @@ static dsv3_result dsv3i_batch_outputs(const dsv3_batch *batch, dsv3_error *erro
 }
 
 static dsv3_result dsv3i_batch_check(const dsv3_context *ctx, const dsv3_model *model, const dsv3_cache *caches,
-                                     size_t n_caches, const dsv3_batch *batch, const dsv3_workspace *ws,
-                                     dsv3_error *error) {
+                                     size_t n_caches, size_t layers, const dsv3_batch *batch,
+                                     const dsv3_workspace *ws, dsv3_error *error) {
     dsv3i_dims m;
     if (ctx == NULL || model == NULL || caches == NULL || batch == NULL || ws == NULL || batch->token == NULL) {
         return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
@@ -3242,10 +3448,10 @@ static dsv3_result dsv3i_batch_check(const dsv3_context *ctx, const dsv3_model *
     }
     for (size_t s = 0; s < n_caches; s++) {
         char name[32];
-        if (caches[s].layers == m.L && caches[s].width == m.width) continue;
+        if (caches[s].layers == layers && caches[s].width == m.width) continue;
         dsv3i_name_row(name, sizeof name, "caches", s);
         return dsv3i_fail_numbers(error, DSV3_ERR_MISMATCH, name, "was made for another config", DSV3_NUMBERS_SHAPE,
-                                  (int64_t)m.L, (int64_t)m.width, (int64_t)caches[s].layers,
+                                  (int64_t)layers, (int64_t)m.width, (int64_t)caches[s].layers,
                                   (int64_t)caches[s].width);
     }
     return dsv3i_batch_outputs(batch, error);
@@ -3257,26 +3463,34 @@ static void dsv3i_batch_forms(const dsv3_context *ctx, const dsv3i_dims *m, size
     for (size_t t = 0; t < n; t++) ws->expanded[ws->leader[t]]++; /* rows of the sequence, kept by its leader */
     for (size_t t = n; t > 0; t--) {
         size_t leader = (size_t)ws->leader[t - 1], rows = (size_t)ws->expanded[leader];
-        int pays = 2 * m->rk > m->kv && rows > dsv3i_mul(m->rk, m->kv) / (2 * m->rk - m->kv);
+        int pays =
+            rows > DSV3_MAX_DRAFTS + 1 && 2 * m->rk > m->kv && rows > dsv3i_mul(m->rk, m->kv) / (2 * m->rk - m->kv);
         if (ctx->attention == DSV3_ATTENTION_ABSORBED) pays = 0;
         if (ctx->attention == DSV3_ATTENTION_EXPANDED) pays = 1;
         ws->expanded[t - 1] = pays; /* from the back: a leader's count is overwritten last */
     }
 }
 
+/* layers: how many the caches must have. */
+static dsv3_result dsv3i_batch_begin(const dsv3_context *ctx, const dsv3_model *model, const dsv3_cache *caches,
+                                     size_t n_caches, size_t layers, const dsv3_batch *batch, dsv3_workspace *ws,
+                                     dsv3_error *error) {
+    dsv3i_dims m;
+    DSV3I_TRY(dsv3i_batch_check(ctx, model, caches, n_caches, layers, batch, ws, error));
+    m = dsv3i_dims_of(&model->config);
+    for (size_t r = 0; r < batch->rows; r++) {
+        DSV3I_TRY(dsv3i_batch_row(model, caches, n_caches, batch, r, ws, error));
+    }
+    dsv3i_batch_forms(ctx, &m, batch->rows, ws);
+    dsv3_rope_table(ws->cos_sin, ws->position, model->rope_turns, model->rope_factor, batch->rows, m.dr);
+    return dsv3i_ok(error);
+}
+
 DSV3_API dsv3_result dsv3_batch_begin(const dsv3_context *context, const dsv3_model *model, const dsv3_cache *caches,
                                       size_t n_caches, const dsv3_batch *batch, dsv3_workspace *workspace,
                                       dsv3_error *error) {
-    dsv3i_dims m;
-    DSV3I_TRY(dsv3i_batch_check(context, model, caches, n_caches, batch, workspace, error));
-    m = dsv3i_dims_of(&model->config);
-    for (size_t r = 0; r < batch->rows; r++) {
-        DSV3I_TRY(dsv3i_batch_row(model, caches, n_caches, batch, r, workspace, error));
-    }
-    dsv3i_batch_forms(context, &m, batch->rows, workspace);
-    dsv3_rope_table(workspace->cos_sin, workspace->position, model->rope_turns, model->rope_factor, batch->rows,
-                    m.dr);
-    return dsv3i_ok(error);
+    size_t layers = model == NULL ? 0 : dsv3i_main_layers(&model->config);
+    return dsv3i_batch_begin(context, model, caches, n_caches, layers, batch, workspace, error);
 }
 
 DSV3_API void dsv3_batch_end(dsv3_cache *caches, const dsv3_batch *batch, const dsv3_workspace *workspace) {
@@ -3285,7 +3499,14 @@ DSV3_API void dsv3_batch_end(dsv3_cache *caches, const dsv3_batch *batch, const 
     }
 }
 
-/* ---- Forward */
+/* ---- The pass: rows in ws->x go through a stack of layers, a norm and a head. The main model is one such stack, and
+ * so is each MTP module. */
+
+typedef struct dsv3i_stack {
+    const dsv3_layer *layers; /* [count] */
+    size_t count;
+    const dsv3_tensor *norm, *head;
+} dsv3i_stack;
 
 /* The first row whose values are not all finite, or n. */
 static size_t dsv3i_first_bad_row(const float *x, size_t n, size_t d) {
@@ -3295,65 +3516,352 @@ static size_t dsv3i_first_bad_row(const float *x, size_t n, size_t d) {
     return n;
 }
 
-static dsv3_result dsv3i_forward_layers(const dsv3_context *ctx, const dsv3_model *model, dsv3_cache *caches,
-                                        size_t n, dsv3_workspace *ws, dsv3_error *error) {
-    size_t L = (size_t)model->config.num_hidden_layers, E = (size_t)model->config.n_routed_experts;
-    for (size_t i = 0; i < L; i++) {
-        dsv3_result result = dsv3_layer_forward(ctx, ws->x, model, &model->layers[i], i, caches, n, ws);
-        if (result != DSV3_OK) {
-            char name[32];
-            dsv3i_name_row(name, sizeof name, "row", dsv3i_first_bad_row(ws->score, n, E));
-            return dsv3i_fail_where(error, result, name, "router scores are not finite in layer", (int64_t)i);
-        }
-        if (ctx->observer.hidden != NULL) ctx->observer.hidden(ctx->observer.user, (int32_t)i, ws->x, n);
+static dsv3_result dsv3i_stack_fail(const dsv3_model *model, const dsv3_layer *layer, size_t n,
+                                    const dsv3_workspace *ws, dsv3_result result, dsv3_error *error) {
+    char name[32];
+    if (result == DSV3_ERR_ARG) {
+        return dsv3i_fail_where(error, result, "observer.choose", "chose an expert twice or out of range, in layer",
+                                layer->index);
+    }
+    dsv3i_name_row(name, sizeof name, "row",
+                   dsv3i_first_bad_row(ws->score, n, (size_t)model->config.n_routed_experts));
+    return dsv3i_fail_where(error, result, name, "router scores are not finite in layer", layer->index);
+}
+
+/* NaN, infinite, or so large that the norm would make zeros of it. */
+static dsv3_result dsv3i_stack_finite(const dsv3_workspace *ws, size_t n, size_t d, dsv3_error *error) {
+    for (size_t t = 0; t < n; t++) {
+        char name[32];
+        if (dsv3i_is_finite(dsv3i_dot_ref(ws->x + t * d, ws->x + t * d, d))) continue;
+        dsv3i_name_row(name, sizeof name, "row", t);
+        return dsv3i_fail_where(error, DSV3_ERR_NAN, name, "final hidden state is not finite, in sequence",
+                                ws->sequence[t]);
     }
     return DSV3_OK;
 }
 
 /* logits [outputs, V] from the normalised rows in ws->u; the wanted ones are gathered in ws->y. */
-static void dsv3i_forward_logits(const dsv3_context *ctx, float *logits, const dsv3_model *model,
-                                 const dsv3_batch *batch, dsv3_workspace *ws) {
-    size_t d = (size_t)model->config.hidden_size, skipped = batch->rows - batch->outputs;
-    dsv3i_job job = dsv3i_job_make(logits, ws->y, &model->lm_head, batch->outputs);
-    if (batch->outputs == 0) return;
+static dsv3_result dsv3i_stack_logits(const dsv3_context *ctx, float *logits, const dsv3_tensor *head,
+                                      const dsv3_batch *batch, dsv3_workspace *ws, dsv3_error *error) {
+    size_t d = head->cols, skipped = batch->rows - batch->outputs, bad;
+    dsv3i_job job = dsv3i_job_make(logits, ws->y, head, batch->outputs);
+    if (batch->outputs == 0) return DSV3_OK;
     for (size_t i = 0; i < batch->outputs; i++) {
         size_t row = batch->output != NULL ? (size_t)batch->output[i] : skipped + i;
         DSV3_MEMCPY(ws->y + i * d, ws->u + row * d, d * sizeof(float));
     }
     dsv3i_linear_jobs(ctx, &job, 1, ws->worker, ws->worker_floats);
+    bad = dsv3i_first_bad_row(logits, batch->outputs, head->rows);
+    if (bad == batch->outputs) return DSV3_OK;
+    return dsv3i_fail_where(error, DSV3_ERR_NAN, "logits", "a value is not finite, in output", (int64_t)bad);
+}
+
+static dsv3_result dsv3i_stack_forward(const dsv3_context *ctx, float *logits, const dsv3_model *model,
+                                       const dsv3i_stack *stack, dsv3_cache *caches, const dsv3_batch *batch,
+                                       dsv3_workspace *ws, dsv3_error *error) {
+    size_t n = batch->rows, d = (size_t)model->config.hidden_size;
+    const dsv3_observer *observer = &ctx->observer;
+    for (size_t i = 0; i < stack->count; i++) {
+        const dsv3_layer *layer = &stack->layers[i];
+        dsv3_result result = dsv3_layer_forward(ctx, ws->x, model, layer, i, caches, n, ws);
+        if (result != DSV3_OK) return dsv3i_stack_fail(model, layer, n, ws, result, error);
+        if (observer->hidden != NULL) observer->hidden(observer->user, layer->index, ws->x, n);
+    }
+    dsv3_rmsnorm(ctx, ws->u, ws->x, stack->norm, n, d, model->config.rms_norm_eps);
+    ws->hidden = model->config.mtp_hidden == DSV3_MTP_PRE_NORM ? ws->x : ws->u;
+    if (observer->hidden != NULL) observer->hidden(observer->user, -1, ws->u, n);
+    DSV3I_TRY(dsv3i_stack_finite(ws, n, d, error));
+    DSV3I_TRY(dsv3i_stack_logits(ctx, logits, stack->head, batch, ws, error));
+    dsv3_batch_end(caches, batch, ws);
+    return dsv3i_ok(error);
 }
 
 DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, const dsv3_model *model,
                                   dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                   dsv3_workspace *workspace, dsv3_error *error) {
-    dsv3_workspace *ws = workspace;
-    size_t n, d, bad;
-    char name[32];
-    DSV3I_TRY(dsv3_batch_begin(context, model, caches, n_caches, batch, ws, error));
+    dsv3i_stack stack;
+    DSV3I_TRY(dsv3_batch_begin(context, model, caches, n_caches, batch, workspace, error));
     if (logits == NULL && batch->outputs > 0) return dsv3i_fail(error, DSV3_ERR_ARG, "logits", "is NULL");
-    n = batch->rows;
-    d = (size_t)model->config.hidden_size;
-    dsv3_embed(context, ws->x, batch->token, &model->embed_tokens, n);
-    DSV3I_TRY(dsv3i_forward_layers(context, model, caches, n, ws, error));
-    dsv3_rmsnorm(context, ws->u, ws->x, &model->norm, n, d, model->config.rms_norm_eps);
-    if (context->observer.hidden != NULL) {
-        context->observer.hidden(context->observer.user, -1, ws->u, n);
+    dsv3_embed(context, workspace->x, batch->token, &model->embed_tokens, batch->rows);
+    stack.layers = model->layers;
+    stack.count = (size_t)model->config.num_hidden_layers;
+    stack.norm = &model->norm;
+    stack.head = &model->lm_head;
+    return dsv3i_stack_forward(context, logits, model, &stack, caches, batch, workspace, error);
+}
+
+/* ========================================================================================================
+ * Chapter 11  >>mtp
+ *
+ * Multi-token prediction ([R] 2.2): behind the main model stands a chain of D modules. With tokens t_0, t_1, .. and
+ * h_i^0 the main model's state at position i, module k = 1 .. D computes
+ *     h'_i = eh_proj [enorm(embed_tokens[t_{i+k}]) ; hnorm(h_i^{k-1})]         eh_proj [d, 2d]
+ *     h_i^k = Layer_{L+k-1}(h')_i                                              causal over i, with its own cache
+ *     logits_i^k = shared_head.head RMSNorm_{shared_head.norm}(h_i^k)          predict t_{i+k+1}
+ * Embedding and head are the main model's (files may carry copies of them). Positions of RoPE are i.
+ *
+ * In training all depths learn together: position i of depth k exists if t_{i+k} does, so a sequence of T inputs
+ * has T - k rows at depth k, and none, silently, if T <= k. When documents are packed into one sequence, a row
+ * whose t_{i+k} or t_{i+k+1} lies in the next document has no loss. The total is
+ *     L = nll_0 / N + lambda / D sum_k nll_k / N_k + alpha sum over MoE layers of the balance loss
+ * with N the number of main targets and N_k = N ([R], which divides a sum of T - k terms by T) or the depth's own.
+ *
+ * Which hidden state a module gets is not said in the report. Released weights expect it behind the final norm, and
+ * from depth to depth behind shared_head.norm; eh_proj's first d columns are the embedding's, although eq. 21 prints
+ * them the other way round. Both are choices in the config. Test: tests/test_mtp.c.
+ * ==================================================================================================== */
+
+DSV3_API dsv3_result dsv3_mtp_cache_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes) {
+    return dsv3i_cache_size(config, 1, capacity, type, bytes);
+}
+
+DSV3_API dsv3_result dsv3_mtp_cache_init(dsv3_cache *cache, const dsv3_config *config, size_t capacity,
+                                         dsv3_type type, void *memory, size_t bytes) {
+    return dsv3i_cache_init(cache, config, 1, capacity, type, memory, bytes);
+}
+
+/* ws->x [n, d] = eh_proj [enorm(embedding) ; hnorm(hidden)] */
+static void dsv3i_mtp_input(const dsv3_context *ctx, const dsv3_model *model, const dsv3_mtp *mtp,
+                            const int32_t *token, const float *hidden, size_t n, dsv3_workspace *ws) {
+    size_t d = (size_t)model->config.hidden_size;
+    size_t e = model->config.mtp_concat == DSV3_MTP_HIDDEN_FIRST ? d : 0, h = d - e;
+    float eps = model->config.rms_norm_eps;
+    dsv3i_job job = dsv3i_job_make(ws->x, ws->concat, &mtp->eh_proj, n);
+    dsv3_embed(ctx, ws->y, token, &mtp->embed_tokens, n);
+    for (size_t t = 0; t < n; t++) {
+        dsv3_rmsnorm(ctx, ws->concat + t * 2 * d + e, ws->y + t * d, &mtp->enorm, 1, d, eps);
+        dsv3_rmsnorm(ctx, ws->concat + t * 2 * d + h, hidden + t * d, &mtp->hnorm, 1, d, eps);
     }
-    for (bad = 0; bad < n && dsv3i_is_finite(dsv3i_dot_ref(ws->x + bad * d, ws->x + bad * d, d)); bad++) {
+    dsv3i_linear_jobs(ctx, &job, 1, ws->worker, ws->worker_floats);
+}
+
+DSV3_API dsv3_result dsv3_mtp_forward(const dsv3_context *context, float *logits, const dsv3_model *model, size_t k,
+                                      dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
+                                      const float *hidden, dsv3_workspace *workspace, dsv3_error *error) {
+    dsv3i_stack stack;
+    const dsv3_mtp *mtp;
+    if (model != NULL && (k < 1 || k > (size_t)model->n_mtp)) {
+        return dsv3i_fail_range(error, DSV3_ERR_ARG, "k", "is not a module of this model", 1, model->n_mtp,
+                                (int64_t)k);
     }
-    if (bad < n) { /* NaN, infinite, or so large that the norm would make zeros of it */
-        dsv3i_name_row(name, sizeof name, "row", bad);
-        return dsv3i_fail_where(error, DSV3_ERR_NAN, name, "final hidden state is not finite, in sequence",
-                                ws->sequence[bad]);
+    DSV3I_TRY(dsv3i_batch_begin(context, model, caches, n_caches, 1, batch, workspace, error));
+    if (hidden == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "hidden", "is NULL");
+    if (logits == NULL && batch->outputs > 0) return dsv3i_fail(error, DSV3_ERR_ARG, "logits", "is NULL");
+    mtp = &model->mtp[k - 1];
+    dsv3i_mtp_input(context, model, mtp, batch->token, hidden, batch->rows, workspace);
+    stack.layers = &model->layers[(size_t)model->config.num_hidden_layers + k - 1];
+    stack.count = 1;
+    stack.norm = &mtp->shared_head_norm;
+    stack.head = &mtp->shared_head_head;
+    return dsv3i_stack_forward(context, logits, model, &stack, caches, batch, workspace, error);
+}
+
+/* ---- The training form: all depths over whole sequences */
+
+typedef struct dsv3i_evaluation {
+    dsv3_context ctx; /* the caller's, but its observer is us */
+    const dsv3_observer *observer;
+    dsv3_losses *losses;
+    const dsv3_model *model;
+    const dsv3_text *text;
+    dsv3_workspace *ws;
+    dsv3_error *error;
+} dsv3i_evaluation;
+
+static int32_t dsv3i_text_sequence(const dsv3_text *x, size_t row) {
+    return x->sequence != NULL ? x->sequence[row] : 0;
+}
+
+/* Does row + k continue the sequence, or even the document, of row? */
+static int dsv3i_text_continues(const dsv3_text *x, size_t row, size_t k) {
+    return k < x->rows - row && dsv3i_text_sequence(x, row) == dsv3i_text_sequence(x, row + k);
+}
+
+static int dsv3i_text_same(const dsv3_text *x, size_t row, size_t k) {
+    return dsv3i_text_continues(x, row, k) && (x->document == NULL || x->document[row] == x->document[row + k]);
+}
+
+/* Is the row one of depth k (0: the main model) that counts? */
+static int dsv3i_text_counts(const dsv3_text *x, size_t row, size_t k) {
+    return dsv3i_text_same(x, row, k) && dsv3i_counts(x->mask, row) && dsv3i_counts(x->mask, row + k);
+}
+
+/* t_{i+k+1} as the target of row i at depth k, or DSV3_IGNORE. */
+static int32_t dsv3i_text_target(const dsv3_text *x, size_t row, size_t k) {
+    if (!dsv3i_text_counts(x, row, k)) return DSV3_IGNORE;
+    if (x->target != NULL) return x->target[row + k];
+    return dsv3i_text_counts(x, row, k + 1) ? x->token[row + k + 1] : DSV3_IGNORE;
+}
+
+static dsv3_result dsv3i_text_check(const dsv3_text *x, int32_t V, dsv3_error *error) {
+    for (size_t r = 0; r < x->rows; r++) {
+        int32_t target = x->target != NULL ? x->target[r] : DSV3_IGNORE;
+        if (r > 0 && dsv3i_text_sequence(x, r) < dsv3i_text_sequence(x, r - 1)) {
+            return dsv3i_fail_row(error, DSV3_ERR_ARG, "sequence", r, "falls", x->sequence[r - 1], INT32_MAX,
+                                  x->sequence[r]);
+        }
+        if (target != DSV3_IGNORE && (target < 0 || target >= V)) {
+            return dsv3i_fail_row(error, DSV3_ERR_TOKEN, "target", r, "is outside the vocabulary", 0, V - 1, target);
+        }
     }
-    dsv3i_forward_logits(context, logits, model, batch, ws);
-    bad = dsv3i_first_bad_row(logits, batch->outputs, (size_t)model->config.vocab_size);
-    if (bad < batch->outputs) {
-        return dsv3i_fail_where(error, DSV3_ERR_NAN, "logits", "a value is not finite, in output", (int64_t)bad);
+    return DSV3_OK;
+}
+
+/* The balance loss of each sequence among the rows of this call, which are whole sequences. */
+static void dsv3i_evaluate_balance(const dsv3i_evaluation *a, int32_t layer, const float *score, const int32_t *idx,
+                                   size_t n) {
+    size_t E = (size_t)a->model->config.n_routed_experts, K = (size_t)a->model->config.num_experts_per_tok;
+    for (size_t begin = 0, end; begin < n; begin = end) {
+        for (end = begin + 1; end < n && a->ws->sequence[end] == a->ws->sequence[begin]; end++) {
+        }
+        a->losses->balance[layer] += dsv3_balance_loss(score + begin * E, a->losses->actual ? idx + begin * K : NULL,
+                                                       a->ws->row_mask + begin, end - begin, E, K, a->ws->balance);
     }
-    dsv3_batch_end(caches, batch, ws);
+}
+
+static void dsv3i_evaluate_routing(void *user, int32_t layer, const float *score, const int32_t *idx,
+                                   const float *gate, size_t n) {
+    const dsv3i_evaluation *a = (const dsv3i_evaluation *)user;
+    size_t E = (size_t)a->model->config.n_routed_experts, K = (size_t)a->model->config.num_experts_per_tok;
+    if (a->losses->load != NULL) {
+        dsv3_load_count(a->losses->load + (size_t)layer * E, idx, a->ws->row_mask, n, K);
+    }
+    if (a->losses->balance != NULL) dsv3i_evaluate_balance(a, layer, score, idx, n);
+    if (a->observer->routing != NULL) a->observer->routing(a->observer->user, layer, score, idx, gate, n);
+}
+
+static void dsv3i_evaluate_choose(void *user, int32_t layer, int32_t *idx, const float *score, size_t n) {
+    const dsv3_observer *o = ((const dsv3i_evaluation *)user)->observer;
+    o->choose(o->user, layer, idx, score, n);
+}
+
+static void dsv3i_evaluate_hidden(void *user, int32_t layer, const float *x, size_t n) {
+    const dsv3_observer *o = ((const dsv3i_evaluation *)user)->observer;
+    o->hidden(o->user, layer, x, n);
+}
+
+/* Puts ourselves between the pass and the caller's observer. */
+static void dsv3i_evaluate_observe(dsv3i_evaluation *a, const dsv3_context *context) {
+    a->ctx = *context;
+    a->observer = &context->observer;
+    a->ctx.observer.user = a;
+    a->ctx.observer.routing = dsv3i_evaluate_routing;
+    if (a->observer->choose != NULL) a->ctx.observer.choose = dsv3i_evaluate_choose;
+    if (a->observer->hidden != NULL) a->ctx.observer.hidden = dsv3i_evaluate_hidden;
+}
+
+/* Adds the loss of the n rows in ws->u at depth k to the sums. The rows' targets go where their tokens were. */
+static dsv3_result dsv3i_evaluate_nll(const dsv3i_evaluation *a, const dsv3_tensor *head, size_t k, size_t n) {
+    dsv3_workspace *ws = a->ws;
+    float *nll = ws->y; /* no longer needed, and long enough: d >= 1 */
+    for (size_t i = 0; i < n; i++) ws->row_token[i] = dsv3i_text_target(a->text, ws->row_index[i], k);
+    dsv3i_cross_entropy(&a->ctx, nll, ws->u, head, ws->row_token, n, ws->loss, ws->worker, ws->worker_floats);
+    for (size_t i = 0; i < n; i++) {
+        if (!dsv3i_is_finite(nll[i])) {
+            return dsv3i_fail_where(a->error, DSV3_ERR_NAN, "loss", "is not finite, of row",
+                                    (int64_t)ws->row_index[i]);
+        }
+        a->losses->nll[k] += (double)nll[i];
+        a->losses->targets[k] += ws->row_token[i] != DSV3_IGNORE;
+    }
+    return DSV3_OK;
+}
+
+/* Of the n rows gathered for depth k - 1, whose states are in ws->hidden, keeps those that depth k has. */
+static size_t dsv3i_evaluate_gather(const dsv3i_evaluation *a, size_t k, size_t n) {
+    const dsv3_text *x = a->text;
+    dsv3_workspace *ws = a->ws;
+    size_t d = (size_t)a->model->config.hidden_size, kept = 0;
+    for (size_t i = 0; i < n; i++) {
+        size_t row = ws->row_index[i];
+        if (!dsv3i_text_continues(x, row, k)) continue;
+        ws->row_index[kept] = row;
+        ws->row_token[kept] = x->token[row + k];
+        ws->row_sequence[kept] = dsv3i_text_sequence(x, row);
+        ws->row_mask[kept] = (uint8_t)dsv3i_text_counts(x, row, k);
+        if (k > 0) DSV3_MEMCPY(ws->row_hidden + kept * d, ws->hidden + i * d, d * sizeof(float));
+        kept++;
+    }
+    return kept;
+}
+
+/* Rows [begin, end) of the text through the main model and every depth. */
+static dsv3_result dsv3i_evaluate_rows(const dsv3i_evaluation *a, dsv3_cache *caches, dsv3_cache *modules,
+                                       size_t n_caches, size_t begin, size_t end) {
+    dsv3_workspace *ws = a->ws;
+    size_t n = end - begin;
+    dsv3_batch batch;
+    DSV3_MEMSET(&batch, 0, sizeof batch);
+    batch.token = ws->row_token;
+    batch.sequence = ws->row_sequence;
+    for (size_t i = 0; i < n; i++) ws->row_index[i] = begin + i;
+    for (size_t k = 0; k <= a->losses->depths; k++) {
+        n = batch.rows = dsv3i_evaluate_gather(a, k, n);
+        if (n == 0) return DSV3_OK;
+        if (k == 0) {
+            DSV3I_TRY(dsv3_forward(&a->ctx, NULL, a->model, caches, n_caches, &batch, ws, a->error));
+            DSV3I_TRY(dsv3i_evaluate_nll(a, &a->model->lm_head, 0, n));
+        } else {
+            DSV3I_TRY(dsv3_mtp_forward(&a->ctx, NULL, a->model, k, modules + (k - 1) * n_caches, n_caches, &batch,
+                                       ws->row_hidden, ws, a->error));
+            DSV3I_TRY(dsv3i_evaluate_nll(a, &a->model->mtp[k - 1].shared_head_head, k, n));
+        }
+    }
+    return DSV3_OK;
+}
+
+DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *losses, const dsv3_model *model,
+                                   dsv3_cache *caches, dsv3_cache *modules, size_t n_caches, const dsv3_text *text,
+                                   dsv3_workspace *workspace, dsv3_error *error) {
+    dsv3i_evaluation a;
+    if (context == NULL || losses == NULL || model == NULL || caches == NULL || text == NULL || workspace == NULL ||
+        text->token == NULL || losses->nll == NULL || losses->targets == NULL ||
+        (modules == NULL && losses->depths > 0)) {
+        return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
+    }
+    if (text->rows < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "rows", "the text is empty");
+    if (losses->depths > (size_t)model->n_mtp) {
+        return dsv3i_fail_range(error, DSV3_ERR_ARG, "depths", "is more than the model has modules", 0, model->n_mtp,
+                                (int64_t)losses->depths);
+    }
+    if (losses->balance != NULL && text->rows > workspace->rows) {
+        return dsv3i_fail_range(error, DSV3_ERR_MEMORY, "rows", "the balance loss needs the text in one piece", 1,
+                                (int64_t)workspace->rows, (int64_t)text->rows);
+    }
+    DSV3I_TRY(dsv3i_text_check(text, model->config.vocab_size, error));
+    for (size_t s = 0; s < n_caches; s++) caches[s].length = 0;
+    for (size_t s = 0; s < n_caches * losses->depths; s++) modules[s].length = 0;
+    a.losses = losses;
+    a.model = model;
+    a.text = text;
+    a.ws = workspace;
+    a.error = error;
+    dsv3i_evaluate_observe(&a, context);
+    for (size_t begin = 0; begin < text->rows; begin += workspace->rows) {
+        size_t end = begin + dsv3i_min(workspace->rows, text->rows - begin);
+        DSV3I_TRY(dsv3i_evaluate_rows(&a, caches, modules, n_caches, begin, end));
+    }
+    for (size_t r = 0; r < text->rows; r++) losses->sequences += !dsv3i_text_continues(text, r, 1);
     return dsv3i_ok(error);
 }
+
+DSV3_API double dsv3_losses_total(const dsv3_losses *losses, size_t layers, double lambda, double alpha,
+                                  dsv3_mtp_divisor divisor) {
+    double total = 0.0;
+    for (size_t k = 0; k <= losses->depths; k++) {
+        uint64_t terms = losses->targets[divisor == DSV3_DIVIDE_BY_VALID ? k : 0];
+        double weight = k == 0 ? 1.0 : lambda / (double)losses->depths;
+        if (losses->targets[k] > 0) total += weight * losses->nll[k] / (double)terms;
+    }
+    for (size_t i = 0; losses->balance != NULL && losses->sequences > 0 && i < layers; i++) {
+        total += alpha * losses->balance[i] / (double)losses->sequences;
+    }
+    return total;
+}
+
+/* ========================================================================================================
+ * Chapter 12  >>infer
+ * ==================================================================================================== */
 
 /* ---- Sampling. Sums are doubles: the many improbable tokens of a large vocabulary, added one by one to a float
  * near 1, would vanish together. */
@@ -3454,6 +3962,7 @@ DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, 
 #undef DSV3I_SILU_ITEM
 #undef DSV3I_SLOT
 #undef DSV3I_TRY
+#undef DSV3I_VOCAB
 #endif /* DSV3_IMPLEMENTATION */
 
 /* ========================================================================================================

@@ -26,6 +26,7 @@ typedef struct record {
 
 typedef struct run {
     checkpoint *model;
+    int module; /* 0: the main model runs, k: MTP module k */
     const st_file *golden;
     dsv3_context context;
     const int32_t *tokens; /* [B, S] */
@@ -76,6 +77,7 @@ static void records_clear(run *r) {
 static void on_hidden(void *user, int32_t layer, const float *x, size_t n) {
     run *r = (run *)user;
     size_t d = (size_t)r->model->config.hidden_size;
+    if (r->module > 0) return;
     memcpy(record_add(r, layer < 0 ? "final" : "hidden", layer, "", ST_F32, r->B, r->S, d), x, n * d * sizeof *x);
 }
 
@@ -83,21 +85,17 @@ static void on_routing(void *user, int32_t layer, const float *score, const int3
                        size_t n) {
     run *r = (run *)user;
     size_t E = (size_t)r->model->config.n_routed_experts, K = (size_t)r->model->config.num_experts_per_tok;
-    int32_t *load;
     memcpy(record_add(r, "router", layer, ".score", ST_F32, n, E, 0), score, n * E * sizeof *score);
     memcpy(record_add(r, "router", layer, ".gate", ST_F32, n, K, 0), gate, n * K * sizeof *gate);
     memcpy(record_add(r, "router", layer, ".idx", ST_I32, n, K, 0), idx, n * K * sizeof *idx);
-    load = (int32_t *)record_add(r, "router", layer, ".load", ST_I32, E, 0, 0);
-    memset(load, 0, E * sizeof *load);
-    for (size_t i = 0; i < n * K; i++) load[idx[i]]++;
 }
 
 /* ---- Computing */
 
 typedef struct session {
-    dsv3_cache *caches;
-    void **cache_memory;
-    size_t n_caches;
+    dsv3_cache *caches;  /* [n_caches] of the main model, then of each MTP module */
+    void **cache_memory; /* [n_all] */
+    size_t n_caches, n_all;
     dsv3_workspace workspace;
     void *workspace_memory;
 } session;
@@ -106,12 +104,19 @@ static void session_begin(session *s, const run *r, size_t n_caches, size_t capa
     size_t bytes = 0;
     const dsv3_config *config = &r->model->config;
     s->n_caches = n_caches;
-    s->caches = (dsv3_cache *)must(calloc(n_caches, sizeof *s->caches));
-    s->cache_memory = (void **)must(calloc(n_caches, sizeof *s->cache_memory));
-    for (size_t i = 0; i < n_caches; i++) {
-        dsv3_cache_size(config, capacity, DSV3_F32, &bytes);
-        s->cache_memory[i] = must(malloc(bytes));
-        dsv3_cache_init(&s->caches[i], config, capacity, DSV3_F32, s->cache_memory[i], bytes);
+    s->n_all = n_caches * (1 + (size_t)r->model->model.n_mtp);
+    s->caches = (dsv3_cache *)must(calloc(s->n_all, sizeof *s->caches));
+    s->cache_memory = (void **)must(calloc(s->n_all, sizeof *s->cache_memory));
+    for (size_t i = 0; i < s->n_all; i++) {
+        if (i < n_caches) {
+            dsv3_cache_size(config, capacity, DSV3_F32, &bytes);
+            s->cache_memory[i] = must(malloc(bytes));
+            dsv3_cache_init(&s->caches[i], config, capacity, DSV3_F32, s->cache_memory[i], bytes);
+        } else {
+            dsv3_mtp_cache_size(config, capacity, DSV3_F32, &bytes);
+            s->cache_memory[i] = must(malloc(bytes));
+            dsv3_mtp_cache_init(&s->caches[i], config, capacity, DSV3_F32, s->cache_memory[i], bytes);
+        }
     }
     dsv3_workspace_size(config, rows, r->context.threads, &bytes);
     s->workspace_memory = must(malloc(bytes));
@@ -119,31 +124,65 @@ static void session_begin(session *s, const run *r, size_t n_caches, size_t capa
 }
 
 static void session_end(session *s) {
-    for (size_t i = 0; i < s->n_caches; i++) free(s->cache_memory[i]);
+    for (size_t i = 0; i < s->n_all; i++) free(s->cache_memory[i]);
     free(s->caches);
     free(s->cache_memory);
     free(s->workspace_memory);
 }
 
-static void forward(run *r, session *s, float *logits, const dsv3_batch *batch) {
-    dsv3_error error;
+static void check(dsv3_result result, const dsv3_error *error) {
     char text[256];
-    if (dsv3_forward(&r->context, logits, &r->model->model, s->caches, s->n_caches, batch, &s->workspace, &error) ==
-        DSV3_OK) {
-        return;
-    }
-    fprintf(stderr, "parity: %s\n", dsv3_error_text(&error, text, sizeof text));
+    if (result == DSV3_OK) return;
+    fprintf(stderr, "parity: %s\n", dsv3_error_text(error, text, sizeof text));
     exit(1);
 }
 
-/* All B sequences in one call; the observer records the rest. */
+static void forward(run *r, session *s, float *logits, const dsv3_batch *batch) {
+    dsv3_error error;
+    check(dsv3_forward(&r->context, logits, &r->model->model, s->caches, s->n_caches, batch, &s->workspace, &error),
+          &error);
+}
+
+/* Module k on its S - k rows of each sequence; hidden [B, S - k + 1, d] are the states of the module before. */
+static float *compute_module(run *r, session *s, size_t k, const float *hidden) {
+    size_t d = (size_t)r->model->config.hidden_size, V = (size_t)r->model->config.vocab_size, S = r->S - k,
+           n = r->B * S;
+    int32_t *token = (int32_t *)must(malloc(n * sizeof *token)),
+            *sequence = (int32_t *)must(malloc(n * sizeof *token));
+    float *from = (float *)must(malloc(n * d * sizeof *from)), *to = (float *)must(malloc(n * d * sizeof *to));
+    float *logits;
+    dsv3_batch batch;
+    dsv3_error error;
+    for (size_t i = 0; i < n; i++) {
+        size_t b = i / S, t = i % S;
+        token[i] = r->tokens[b * r->S + t + k];
+        sequence[i] = (int32_t)b;
+        memcpy(from + i * d, hidden + (b * (S + 1) + t) * d, d * sizeof *from);
+    }
+    logits = (float *)record_add(r, "mtp", (long)k, ".logits", ST_F32, r->B, S, V);
+    memset(&batch, 0, sizeof batch);
+    batch.rows = batch.outputs = n;
+    batch.token = token;
+    batch.sequence = sequence;
+    r->module = (int)k;
+    check(dsv3_mtp_forward(&r->context, logits, &r->model->model, k, s->caches + k * s->n_caches, s->n_caches, &batch,
+                           from, &s->workspace, &error),
+          &error);
+    r->module = 0;
+    memcpy(to, s->workspace.hidden, n * d * sizeof *to);
+    free(token);
+    free(sequence);
+    free(from);
+    return to;
+}
+
+/* All B sequences in one call; the observer records the rest. Then the MTP modules, one after another. */
 static void compute_forward(run *r) {
-    size_t V = (size_t)r->model->config.vocab_size, n = r->B * r->S;
+    size_t V = (size_t)r->model->config.vocab_size, d = (size_t)r->model->config.hidden_size, n = r->B * r->S;
     int32_t *sequence = (int32_t *)must(malloc(n * sizeof *sequence));
     dsv3_batch batch;
     session s;
-    float *logits, *nll;
-    double sum = 0;
+    float *logits, *hidden = (float *)must(malloc(n * d * sizeof *hidden));
     for (size_t i = 0; i < n; i++) sequence[i] = (int32_t)(i / r->S);
     memset(&batch, 0, sizeof batch);
     batch.rows = batch.outputs = n;
@@ -155,15 +194,94 @@ static void compute_forward(run *r) {
     session_begin(&s, r, r->B, r->S, n);
     logits = (float *)record_add(r, "logits", -1, "", ST_F32, r->B, r->S, V);
     forward(r, &s, logits, &batch);
+    memcpy(hidden, s.workspace.hidden, n * d * sizeof *hidden);
+    for (size_t k = 1; k <= (size_t)r->model->model.n_mtp && k < r->S; k++) {
+        float *next = compute_module(r, &s, k, hidden);
+        free(hidden);
+        hidden = next;
+    }
     r->context.observer.hidden = NULL;
     r->context.observer.routing = NULL;
-    for (size_t i = 0; i + 1 < n; i++) {
-        if ((i + 1) % r->S == 0) continue; /* the last position of a sequence has no target */
-        sum += (double)dsv3_log_sum_exp(logits + i * V, V) - (double)logits[i * V + (size_t)r->tokens[i + 1]];
-    }
-    nll = (float *)record_add(r, "nll.main", -1, "", ST_F32, 1, 0, 0);
-    nll[0] = (float)sum;
     session_end(&s);
+    free(hidden);
+    free(sequence);
+}
+
+static void record_number(run *r, const char *prefix, long layer, const char *suffix, double value) {
+    *(float *)record_add(r, prefix, layer, suffix, ST_F32, 1, 0, 0) = (float)value;
+}
+
+/* The biases of all layers after one step from these loads. */
+static void compute_bias(run *r, dsv3_balancer *balancer) {
+    size_t E = balancer->E;
+    float *bias = (float *)must(calloc(balancer->layers * E, sizeof *bias));
+    for (size_t i = 0; i < balancer->layers; i++) {
+        const dsv3_tensor *b = &r->model->model.layers[i].e_score_correction_bias;
+        if (b->data != NULL) r->context.kernels.decode[b->type](bias + i * E, b->data, E);
+    }
+    dsv3_balancer_step(balancer, bias, 0);
+    for (size_t i = 0; i < balancer->layers; i++) {
+        if (r->model->model.layers[i].e_score_correction_bias.data == NULL) continue;
+        memcpy(record_add(r, "router", (long)i, ".bias_after", ST_F32, E, 0, 0), bias + i * E, E * sizeof *bias);
+    }
+    free(bias);
+}
+
+/* A number of the golden file's metadata, or fallback. */
+static double setting(const run *r, const char *name, double fallback) {
+    const char *text = st_metadata(r->golden, name);
+    return text != NULL ? strtod(text, NULL) : fallback;
+}
+
+/* What training computes: losses of all depths, balance losses, loads, the bias step. */
+static void compute_losses(run *r) {
+    size_t n = r->B * r->S, D = (size_t)r->model->model.n_mtp, layers, bytes = 0;
+    int32_t *sequence = (int32_t *)must(malloc(n * sizeof *sequence));
+    void *memory;
+    session s;
+    dsv3_text text;
+    dsv3_losses losses;
+    dsv3_balancer balancer;
+    dsv3_error error;
+    dsv3_balancer_size(&r->model->config, &bytes);
+    memory = must(malloc(bytes));
+    dsv3_balancer_init(&balancer, &r->model->config, memory, bytes);
+    layers = balancer.layers;
+    memset(&text, 0, sizeof text);
+    memset(&losses, 0, sizeof losses);
+    for (size_t i = 0; i < n; i++) sequence[i] = (int32_t)(i / r->S);
+    text.rows = n;
+    text.token = r->tokens;
+    text.sequence = sequence;
+    losses.depths = D;
+    losses.nll = (double *)must(calloc(1 + D, sizeof(double)));
+    losses.targets = (uint64_t *)must(calloc(1 + D, sizeof(uint64_t)));
+    losses.balance = (double *)must(calloc(layers, sizeof(double)));
+    losses.load = balancer.load;
+    session_begin(&s, r, r->B, r->S, n);
+    check(dsv3_evaluate(&r->context, &losses, &r->model->model, s.caches, s.caches + s.n_caches, s.n_caches, &text,
+                        &s.workspace, &error),
+          &error);
+    record_number(r, "nll.main", -1, "", losses.nll[0]);
+    for (size_t k = 1; k <= D; k++) record_number(r, "nll.mtp", (long)k, "", losses.nll[k]);
+    for (size_t i = 0; i < layers; i++) {
+        int32_t *load;
+        if (!r->model->model.layers[i].is_moe) continue;
+        record_number(r, "aux", (long)i, "", losses.balance[i] / (double)losses.sequences);
+        load = (int32_t *)record_add(r, "router", (long)i, ".load", ST_I32, balancer.E, 0, 0);
+        for (size_t e = 0; e < balancer.E; e++) load[e] = (int32_t)balancer.load[i * balancer.E + e];
+    }
+    record_number(r, "loss.total", -1, "",
+                  dsv3_losses_total(&losses, layers, setting(r, "lam", 0.3),
+                                    r->model->config.topk_method == DSV3_NOAUX_TC ? setting(r, "alpha", 0.01) : 0.0,
+                                    DSV3_DIVIDE_BY_MAIN));
+    balancer.schedule.speed = setting(r, "gamma", 0.001);
+    compute_bias(r, &balancer);
+    session_end(&s);
+    free(memory);
+    free(losses.nll);
+    free(losses.targets);
+    free(losses.balance);
     free(sequence);
 }
 
@@ -244,9 +362,10 @@ static void compare(run *r, const char *form) {
     double bound = st_find(r->golden, "greedy") != NULL ? 1e-4 : 1e-5;
     for (size_t i = 0; i < r->count; i++) {
         char kind[64];
-        double worst = 0, limit = r->records[i].dtype == ST_I32 ? 0 : bound;
+        double worst = 0, limit;
         size_t tensors = 0;
         kind_of(kind, sizeof kind, r->records[i].name);
+        limit = r->records[i].dtype == ST_I32 || strcmp(kind, "router.bias_after") == 0 ? 0 : bound;
         for (size_t k = 0; k < kinds; k++) tensors += strcmp(done[k], kind) == 0;
         if (tensors > 0 || kinds == 64) continue; /* seen */
         memcpy(done[kinds++], kind, sizeof kind);
@@ -346,6 +465,7 @@ int main(int argc, char **argv) {
         records_clear(&r);
         r.context.attention = (dsv3_attention)form;
         compute_forward(&r);
+        compute_losses(&r);
         compute_greedy(&r);
         compare(&r, form_names[form]);
     }
