@@ -816,6 +816,83 @@ typedef struct dsv3_candidate {
 DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, float temperature, float top_p,
                                  dsv3_rng *rng, dsv3_candidate *candidates);
 
+/* ---- Generation, with drafts by the MTP modules. [R] 5.4.3; chapter 12 --------------------------------- */
+
+/* A text being written: its caches, what the modules need to draft ahead, its sampler. Memory is the caller's. */
+typedef struct dsv3_sequence {
+    /* the caller's to set, after init and between calls */
+    float temperature, top_p; /* as dsv3_sample; init: 0 and 1, greedy */
+    dsv3_rng rng;             /* init: state 1 */
+    size_t drafts;            /* tokens to draft in a step, at most max_drafts; 0: plain decoding. init: max_drafts */
+    int32_t adaptive;         /* bool: fewer of them while they are seldom accepted. init: 0 */
+    float draft_cost;         /* for that: what one draft adds to the time of a step with one row. init: 0.25 */
+    int32_t stop;             /* writing ends behind this token, -1: never. init: eos_token_id */
+    /* results of a call of dsv3_generate */
+    int32_t *token; /* [n_token] written by it, in order */
+    size_t n_token; /* 0 .. max_drafts + 1 */
+    /* counters, to be read and cleared */
+    uint64_t steps;     /* steps that wrote something (not those that only read a prompt) */
+    uint64_t written;   /* tokens */
+    uint64_t *drafted;  /* [max_drafts] how often a draft stood in this place */
+    uint64_t *accepted; /* [max_drafts] and was accepted */
+    /* to be read: caches.length tokens are in the caches, one more is known if pending */
+    dsv3_cache cache;    /* main layers */
+    dsv3_cache *modules; /* [n_modules] one layer each */
+    size_t n_modules, max_drafts, rows;
+    int32_t pending;       /* bool: the last token of the text is not yet in the caches */
+    const int32_t *prompt; /* [prompt_left] appended and not yet read; the caller's memory */
+    size_t prompt_left;
+    /* private */
+    uint64_t made_for;
+    size_t d, window, top;      /* rings of `window` positions; the end of what was ever written */
+    size_t planned, step_rows;  /* drafts of the step under way, and its rows */
+    dsv3_rng rng_before;        /* in case it fails */
+    int32_t *history;           /* [window] tokens */
+    float *hidden;              /* [n_modules, window, d] states h^0 .. h^(n_modules-1) */
+    float *p;                   /* [V] */
+    float *q;                   /* [max_drafts, V] */
+    float *rate;                /* [max_drafts] chance that a draft in this place is accepted */
+    dsv3_candidate *candidates; /* [V] */
+} dsv3_sequence;
+
+/* capacity: positions of the caches; type: theirs, as for dsv3_cache_init; rows: most prompt tokens read in one call;
+ * drafts: most tokens drafted in a step, 0 .. DSV3_MAX_DRAFTS. min(drafts, D) modules are used; more drafts than
+ * modules re-use the last one. init also needs the model, to know how many modules it really has. */
+DSV3_API dsv3_result dsv3_sequence_size(const dsv3_model *model, size_t capacity, dsv3_type type, size_t rows,
+                                        size_t drafts, size_t *bytes);
+DSV3_API dsv3_result dsv3_sequence_init(dsv3_sequence *sequence, const dsv3_model *model, size_t capacity,
+                                        dsv3_type type, size_t rows, size_t drafts, void *memory, size_t bytes);
+
+/* Tokens [n] follow the text: the first prompt, or the next turn of a conversation. They are read by the next calls
+ * of dsv3_generate, and must stay where they are until prompt_left is 0. Errors, with nothing changed: ARG (n = 0,
+ * an earlier prompt not yet read), TOKEN, CONTEXT (more than the caches hold). */
+DSV3_API dsv3_result dsv3_sequence_append(dsv3_sequence *sequence, const dsv3_model *model, const int32_t *token,
+                                          size_t n);
+
+/* Tokens of the text: read, and pending. */
+DSV3_API size_t dsv3_sequence_length(const dsv3_sequence *sequence);
+
+/* Roll back to the first `length` tokens; a prompt not yet read is dropped. *kept (may be NULL) says how many
+ * are really kept: fewer than length, by the number of modules (at least 1), when length lies so far back that the
+ * states the modules need are gone. Then append tokens kept .. length - 1 of the text once more. ARG when length is
+ * more than dsv3_sequence_length. */
+DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *sequence, size_t length, size_t *kept);
+
+/* Fork: to, made with the same sizes (MISMATCH), becomes a copy of from, sampler and counters included. CONTEXT when
+ * its caches are too short. */
+DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *from);
+
+/* One step of each of n sequences, together. A sequence with a prompt reads up to `rows` of it, and behind its last token
+ * writes one; one without drafts up to `drafts` tokens, verifies them in the same call that computes the next, and
+ * writes all that agree and one more. Sequences with nothing to do or no room left write nothing.
+ * Greedy text is the same, bit for bit, with any number of drafts, any company and any number of threads; sampled
+ * text has the same distribution. n <= workspace->rows; rows that do not fit wait (drafts are dropped first).
+ * logits [sum of (max_drafts + 1), V] is scratch. Errors: as of dsv3_forward; CONTEXT when no sequence has room, ARG when
+ * none has anything to do; every sequence is then as before (its counters and random numbers too). */
+DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, const dsv3_model *model,
+                                   dsv3_sequence *const *sequences, size_t n, dsv3_workspace *workspace,
+                                   dsv3_error *error);
+
 #ifdef __cplusplus
 }
 #endif
@@ -3861,6 +3938,21 @@ DSV3_API double dsv3_losses_total(const dsv3_losses *losses, size_t layers, doub
 
 /* ========================================================================================================
  * Chapter 12  >>infer
+ *
+ * Sampling, and generation with drafts ([R] 5.4.3). A step of plain decoding reads every active weight to write one
+ * token. The MTP modules are cheap guesses at the tokens behind it: the main model then checks all of them in one
+ * call, whose rows share the reading, and every guess that it agrees with is a token for which no step is needed.
+ *
+ *     text:      t_0 .. t_{N-1}   in the caches;   t_N  known, not yet in them
+ *     draft:     module k at position N-1 gets (h^{k-1}, draft k-1) and guesses t_{N+k}            k = 1 .. K
+ *     verify:    one call of the main model with the rows t_N, draft 1 .. draft K
+ *     accept:    drafts as long as they stand; behind them one token of the main model's own
+ *     roll back: all caches to the rows that read only what stands
+ *
+ * Nothing is lost: each row of a call has the bits it would have alone (front page, >>conventions), so greedy text is
+ * that of plain decoding; sampled text has its distribution (below, at "Verifying"). The modules' caches must hold every
+ * position, prompts too: module k reads position i as soon as t_{i+k} is known, or later, before the rings that
+ * keep the states for it come round. Test: tests/test_sample.c, tests/test_generate.c.
  * ==================================================================================================== */
 
 /* ---- Sampling. Sums are doubles: the many improbable tokens of a large vocabulary, added one by one to a float
@@ -3925,37 +4017,589 @@ static int32_t dsv3i_pick(const dsv3_candidate *c, size_t n, double u) {
     return token;
 }
 
-DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, float temperature, float top_p,
-                                 dsv3_rng *rng, dsv3_candidate *candidates) {
-    size_t best = 0, kept = V;
-    double sum = 0.0, u;
-    if (token == NULL || logits == NULL || V == 0 || (uint64_t)V > (uint64_t)DSV3_MAX_VOCAB) return DSV3_ERR_ARG;
-    if (!(temperature >= 0.0f) || temperature > FLT_MAX || !(top_p >= 0.0f) || top_p > 1.0f) return DSV3_ERR_ARG;
+/* Index of the largest logit, ties to the lower one; V when there is a NaN or no finite maximum. */
+static size_t dsv3i_argmax(const float *logits, size_t V) {
+    size_t best = 0;
     for (size_t i = 0; i < V; i++) {
-        if (dsv3i_is_nan(logits[i])) return DSV3_ERR_NAN;
+        if (dsv3i_is_nan(logits[i])) return V;
         if (logits[i] > logits[best]) best = i;
     }
-    if (!dsv3i_is_finite(logits[best])) return DSV3_ERR_NAN;
+    return dsv3i_is_finite(logits[best]) ? best : V;
+}
+
+/* The tokens that may be drawn stand, with exp((logit - best) / temperature), in the last places of c [V]. Returns how
+ * many; *sum is their sum. */
+static size_t dsv3i_candidates(dsv3_candidate *c, const float *logits, size_t best, size_t V, float temperature,
+                               float top_p, double *sum) {
+    *sum = 0.0;
+    for (size_t i = 0; i < V; i++) {
+        c[i].p = DSV3_EXPF((logits[i] - logits[best]) / temperature);
+        c[i].token = (int32_t)i;
+        *sum += (double)c[i].p;
+    }
+    return top_p < 1.0f ? dsv3i_nucleus(c, V, (double)top_p * *sum, sum) : V;
+}
+
+/* 53 bits times 2^-53 */
+static double dsv3i_uniform(dsv3_rng *rng) { return (double)(dsv3_random(rng) >> 11) * 1.1102230246251565e-16; }
+
+DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, float temperature, float top_p,
+                                 dsv3_rng *rng, dsv3_candidate *candidates) {
+    size_t best, kept;
+    double sum;
+    if (token == NULL || logits == NULL || V == 0 || (uint64_t)V > (uint64_t)DSV3_MAX_VOCAB) return DSV3_ERR_ARG;
+    if (!(temperature >= 0.0f) || temperature > FLT_MAX || !(top_p >= 0.0f) || top_p > 1.0f) return DSV3_ERR_ARG;
+    best = dsv3i_argmax(logits, V);
+    if (best == V) return DSV3_ERR_NAN;
     if (!(temperature > 0.0f) || !(top_p > 0.0f)) {
         *token = (int32_t)best;
         return DSV3_OK;
     }
     if (rng == NULL || candidates == NULL) return DSV3_ERR_ARG;
-    for (size_t i = 0; i < V; i++) {
-        candidates[i].p = DSV3_EXPF((logits[i] - logits[best]) / temperature);
-        candidates[i].token = (int32_t)i;
-        sum += (double)candidates[i].p;
-    }
-    if (top_p < 1.0f) kept = dsv3i_nucleus(candidates, V, (double)top_p * sum, &sum);
-    u = (double)(dsv3_random(rng) >> 11) * 1.1102230246251565e-16; /* 53 bits times 2^-53 */
-    *token = dsv3i_pick(candidates + (V - kept), kept, u * sum);
+    kept = dsv3i_candidates(candidates, logits, best, V, temperature, top_p, &sum);
+    *token = dsv3i_pick(candidates + (V - kept), kept, dsv3i_uniform(rng) * sum);
     return DSV3_OK;
+}
+
+#define DSV3I_RATE 0.8f /* of drafts, before anything is known */
+
+/* ---- A sequence: caches, and rings of the last `window` positions. hidden of depth j holds h_i^j, the states that
+ * module j + 1 reads, until that module has been at position i. */
+
+static size_t dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, size_t capacity, dsv3_type type,
+                                    size_t rows, size_t drafts, dsv3i_layout *l) {
+    const dsv3_config *c = &model->config;
+    dsv3i_dims m = dsv3i_dims_of(c);
+    size_t f = sizeof(float), modules = dsv3i_min(drafts, (size_t)model->n_mtp);
+    s->n_modules = modules;
+    s->max_drafts = modules > 0 ? drafts : 0;
+    s->rows = rows;
+    s->d = m.d;
+    s->window = dsv3i_add(dsv3i_max(rows, s->max_drafts + 1), modules + 2);
+    s->modules = (dsv3_cache *)dsv3i_take(l, sizeof *s->modules, modules, 1, 1);
+    s->token = (int32_t *)dsv3i_take(l, sizeof(int32_t), s->max_drafts + 1, 1, 1);
+    s->drafted = (uint64_t *)dsv3i_take(l, sizeof(uint64_t), s->max_drafts, 1, 1);
+    s->accepted = (uint64_t *)dsv3i_take(l, sizeof(uint64_t), s->max_drafts, 1, 1);
+    s->history = (int32_t *)dsv3i_take(l, sizeof(int32_t), s->window, 1, 1);
+    s->hidden = (float *)dsv3i_take(l, f, modules, s->window, m.d);
+    s->p = (float *)dsv3i_take(l, f, m.V, s->max_drafts > 0, 1);
+    s->q = (float *)dsv3i_take(l, f, m.V, s->max_drafts, 1);
+    s->rate = (float *)dsv3i_take(l, f, s->max_drafts, 1, 1);
+    s->candidates = (dsv3_candidate *)dsv3i_take(l, sizeof *s->candidates, m.V, 1, 1);
+    (void)dsv3i_cache_layout(&s->cache, c, m.L, capacity, type, l);
+    for (size_t k = 0; k < modules; k++) {
+        dsv3_cache cache;
+        (void)dsv3i_cache_layout(&cache, c, 1, capacity, type, l);
+        if (l->base != NULL) s->modules[k] = cache;
+    }
+    return l->used;
+}
+
+DSV3_API dsv3_result dsv3_sequence_size(const dsv3_model *model, size_t capacity, dsv3_type type, size_t rows,
+                                        size_t drafts, size_t *bytes) {
+    dsv3i_layout l = {NULL, 0};
+    dsv3_sequence s;
+    if (model == NULL || rows < 1) return DSV3_ERR_ARG;
+    if (drafts > DSV3_MAX_DRAFTS || (uint64_t)rows > (uint64_t)DSV3_MAX_SEQ) return DSV3_ERR_LIMIT;
+    DSV3I_TRY(dsv3_cache_size(&model->config, capacity, type, bytes)); /* checks the rest */
+    dsv3i_sequence_layout(&s, model, capacity, type, rows, drafts, &l);
+    return dsv3i_layout_size(&l, bytes);
+}
+
+DSV3_API dsv3_result dsv3_sequence_init(dsv3_sequence *sequence, const dsv3_model *model, size_t capacity,
+                                        dsv3_type type, size_t rows, size_t drafts, void *memory, size_t bytes) {
+    dsv3i_layout l = {NULL, 0};
+    dsv3i_dims m;
+    dsv3_sequence *s = sequence;
+    size_t need;
+    if (s == NULL) return DSV3_ERR_ARG;
+    DSV3I_TRY(dsv3_sequence_size(model, capacity, type, rows, drafts, &need));
+    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
+    m = dsv3i_dims_of(&model->config);
+    DSV3_MEMSET(s, 0, sizeof *s);
+    l.base = dsv3i_layout_base(memory);
+    dsv3i_sequence_layout(s, model, capacity, type, rows, drafts, &l);
+    s->made_for = dsv3i_fingerprint(&m);
+    s->top_p = 1.0f;
+    s->rng.state = 1;
+    s->drafts = s->max_drafts;
+    s->draft_cost = 0.25f;
+    s->stop = model->config.eos_token_id;
+    for (size_t j = 0; j < s->max_drafts; j++) {
+        s->drafted[j] = s->accepted[j] = 0;
+        s->rate[j] = DSV3I_RATE;
+    }
+    return DSV3_OK;
+}
+
+static int32_t *dsv3i_history(const dsv3_sequence *s, size_t position) { return s->history + position % s->window; }
+
+/* h_position^depth [d] */
+static float *dsv3i_hidden(const dsv3_sequence *s, size_t depth, size_t position) {
+    return s->hidden + (depth * s->window + position % s->window) * s->d;
+}
+
+DSV3_API size_t dsv3_sequence_length(const dsv3_sequence *sequence) {
+    return sequence->cache.length + (sequence->pending != 0);
+}
+
+DSV3_API dsv3_result dsv3_sequence_append(dsv3_sequence *sequence, const dsv3_model *model, const int32_t *token,
+                                          size_t n) {
+    if (sequence == NULL || model == NULL || token == NULL || n < 1 || sequence->prompt_left > 0) return DSV3_ERR_ARG;
+    for (size_t i = 0; i < n; i++) {
+        if (token[i] < 0 || token[i] >= model->config.vocab_size) return DSV3_ERR_TOKEN;
+    }
+    if (n > sequence->cache.capacity - dsv3i_min(sequence->cache.capacity, dsv3_sequence_length(sequence))) {
+        return DSV3_ERR_CONTEXT;
+    }
+    sequence->prompt = token;
+    sequence->prompt_left = n;
+    return DSV3_OK;
+}
+
+/* Forgets what module k knows of positions >= end. */
+static void dsv3i_module_keep(dsv3_sequence *s, size_t k, size_t end) {
+    dsv3_cache *cache = &s->modules[k - 1];
+    cache->length = dsv3i_min(cache->length, end);
+}
+
+DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *sequence, size_t length, size_t *kept) {
+    dsv3_sequence *s = sequence;
+    size_t oldest, behind;
+    if (s == NULL || length > dsv3_sequence_length(s)) return DSV3_ERR_ARG;
+    s->prompt_left = 0;
+    if (kept != NULL) *kept = length;
+    if (length == dsv3_sequence_length(s)) return DSV3_OK;
+    oldest = length;
+    for (size_t k = 1; k <= s->n_modules; k++) { /* what module k must read again to go on behind `length` */
+        size_t end = length > k ? length - k : 0;
+        oldest = dsv3i_min(oldest, dsv3i_min(s->modules[k - 1].length, end));
+    }
+    if (length == 0 ||
+        (length - 1 >= s->top - dsv3i_min(s->top, s->window) && oldest >= s->top - dsv3i_min(s->top, s->window))) {
+        s->pending = length > 0;
+        s->cache.length = length - (length > 0);
+        for (size_t k = 1; k <= s->n_modules; k++) dsv3i_module_keep(s, k, length > k ? length - k : 0);
+        return DSV3_OK;
+    }
+    behind = dsv3i_max(s->n_modules, 1);
+    s->pending = 0;
+    s->cache.length = length > behind ? length - behind : 0;
+    for (size_t k = 1; k <= s->n_modules; k++) dsv3i_module_keep(s, k, s->cache.length);
+    if (kept != NULL) *kept = s->cache.length;
+    return DSV3_OK;
+}
+
+DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *from) {
+    dsv3_sequence own;
+    size_t floats;
+    if (to == NULL || from == NULL) return DSV3_ERR_ARG;
+    if (to == from) return DSV3_OK;
+    if (to->made_for != from->made_for || to->n_modules != from->n_modules || to->max_drafts != from->max_drafts ||
+        to->window != from->window) {
+        return DSV3_ERR_MISMATCH;
+    }
+    DSV3I_TRY(dsv3_cache_copy(&to->cache, &from->cache));
+    for (size_t k = 0; k < to->n_modules; k++) DSV3I_TRY(dsv3_cache_copy(&to->modules[k], &from->modules[k]));
+    own = *to; /* its pointers; everything else is from's */
+    *to = *from;
+    to->token = own.token;
+    to->drafted = own.drafted;
+    to->accepted = own.accepted;
+    to->cache = own.cache;
+    to->modules = own.modules;
+    to->history = own.history;
+    to->hidden = own.hidden;
+    to->p = own.p;
+    to->q = own.q;
+    to->rate = own.rate;
+    to->candidates = own.candidates;
+    floats = from->n_modules * from->window * from->d;
+    DSV3_MEMCPY(to->token, from->token, from->n_token * sizeof *to->token);
+    DSV3_MEMCPY(to->history, from->history, from->window * sizeof *to->history);
+    if (floats > 0) DSV3_MEMCPY(to->hidden, from->hidden, floats * sizeof *to->hidden);
+    for (size_t j = 0; j < to->max_drafts; j++) {
+        to->drafted[j] = from->drafted[j];
+        to->accepted[j] = from->accepted[j];
+        to->rate[j] = from->rate[j];
+    }
+    return DSV3_OK;
+}
+
+/* ---- Rows of several sequences, gathered for one call */
+
+typedef struct dsv3i_step {
+    dsv3_context ctx;
+    float *logits;
+    const dsv3_model *model;
+    dsv3_sequence *const *sequences;
+    size_t n; /* sequences */
+    dsv3_workspace *ws;
+    dsv3_error *error;
+    dsv3_batch batch; /* the rows gathered so far */
+} dsv3i_step;
+
+static void dsv3i_gather_begin(dsv3i_step *a) {
+    DSV3_MEMSET(&a->batch, 0, sizeof a->batch);
+    a->batch.token = a->ws->row_token;
+    a->batch.sequence = a->ws->row_sequence;
+    a->batch.output = a->ws->row_output;
+}
+
+/* The next row: token at `position` of sequence s. */
+static void dsv3i_gather_row(dsv3i_step *a, size_t s, int32_t token, size_t position, int output) {
+    size_t row = a->batch.rows++;
+    a->ws->row_token[row] = token;
+    a->ws->row_sequence[row] = (int32_t)s;
+    a->ws->row_index[row] = position;
+    if (output) a->ws->row_output[a->batch.outputs++] = (int32_t)row;
+}
+
+/* Stores the states of the call just made as h^depth. */
+static void dsv3i_gather_keep(const dsv3i_step *a, size_t depth) {
+    for (size_t r = 0; r < a->batch.rows; r++) {
+        const dsv3_sequence *s = a->sequences[a->ws->row_sequence[r]];
+        if (depth >= s->n_modules) continue;
+        DSV3_MEMCPY(dsv3i_hidden(s, depth, a->ws->row_index[r]), a->ws->hidden + r * s->d, s->d * sizeof(float));
+    }
+}
+
+/* ---- Drafting. With N = cache.length, the text's last token t_N is pending, and h_i^0 is known for i < N. Module k
+ * reads t_{i+k}; its row i = N - 1 needs draft k - 1 and gives draft k, which stands at position N + k. Draft j > D
+ * comes from the last module once more, one position further on, with its own output as the state it would get
+ * from the module before. */
+
+static void dsv3i_draft_token(const dsv3i_step *a, dsv3_sequence *s, size_t j, const float *logits) {
+    size_t V = (size_t)a->model->config.vocab_size, best = dsv3i_argmax(logits, V), kept;
+    int32_t *token = dsv3i_history(s, s->cache.length + j);
+    float *q = s->q + (j - 1) * V;
+    double sum;
+    *token = (int32_t)best; /* logits were found finite */
+    if (!(s->temperature > 0.0f) || !(s->top_p > 0.0f)) return;
+    kept = dsv3i_candidates(s->candidates, logits, best, V, s->temperature, s->top_p, &sum);
+    *token = dsv3i_pick(s->candidates + (V - kept), kept, dsv3i_uniform(&s->rng) * sum);
+    DSV3_MEMSET(q, 0, V * sizeof *q);
+    for (size_t i = V - kept; i < V; i++) q[s->candidates[i].token] = (float)((double)s->candidates[i].p / sum);
+}
+
+/* One call of module k with the rows gathered. Output rows give draft j (0: none are wanted). */
+static dsv3_result dsv3i_module_call(dsv3i_step *a, size_t k, size_t j) {
+    size_t d = (size_t)a->model->config.hidden_size, V = (size_t)a->model->config.vocab_size;
+    dsv3_workspace *ws = a->ws;
+    for (size_t r = 0; r < a->batch.rows; r++) {
+        dsv3_sequence *s = a->sequences[ws->row_sequence[r]];
+        DSV3_MEMCPY(ws->row_hidden + r * d, dsv3i_hidden(s, k - 1, ws->row_index[r]), d * sizeof(float));
+    }
+    for (size_t i = 0; i < a->n; i++) {
+        const dsv3_sequence *s = a->sequences[i];
+        ws->views[i] = k <= s->n_modules ? s->modules[k - 1] : s->cache; /* one without it has no rows here */
+        ws->views[i].layers = 1;
+    }
+    DSV3I_TRY(
+        dsv3_mtp_forward(&a->ctx, a->logits, a->model, k, ws->views, a->n, &a->batch, ws->row_hidden, ws, a->error));
+    for (size_t i = 0; i < a->n; i++) {
+        if (k <= a->sequences[i]->n_modules) a->sequences[i]->modules[k - 1].length = ws->views[i].length;
+    }
+    dsv3i_gather_keep(a, k);
+    for (size_t i = 0; i < a->batch.outputs; i++) {
+        size_t row = (size_t)ws->row_output[i];
+        dsv3_sequence *s = a->sequences[ws->row_sequence[row]];
+        dsv3i_draft_token(a, s, j, a->logits + i * V);
+        if (k == s->n_modules && j < s->planned) { /* as if from the module before, should it be used once more */
+            DSV3_MEMCPY(dsv3i_hidden(s, k - 1, ws->row_index[row] + 1), ws->hidden + row * d, d * sizeof(float));
+        }
+    }
+    dsv3i_gather_begin(a);
+    return DSV3_OK;
+}
+
+/* Module k of sequence i reads on to position end. */
+static dsv3_result dsv3i_module_read(dsv3i_step *a, size_t i, size_t k, size_t end, size_t j) {
+    dsv3_sequence *s = a->sequences[i];
+    for (size_t position = s->modules[k - 1].length; position < end; position++) {
+        int output = j > 0 && position + 1 == end;
+        dsv3i_gather_row(a, i, *dsv3i_history(s, position + k), position, output);
+        if (a->batch.rows == a->ws->rows) DSV3I_TRY(dsv3i_module_call(a, k, j));
+    }
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3i_draft(dsv3i_step *a) {
+    for (size_t j = 1; j <= DSV3_MAX_DRAFTS; j++) {
+        for (size_t k = 1; k <= j; k++) {
+            for (size_t i = 0; i < a->n; i++) {
+                const dsv3_sequence *s = a->sequences[i];
+                size_t N = s->cache.length;
+                if (s->planned < j || dsv3i_min(j, s->n_modules) != k) continue;
+                DSV3I_TRY(dsv3i_module_read(a, i, k, N + j - k, j));
+            }
+            if (a->batch.rows > 0) DSV3I_TRY(dsv3i_module_call(a, k, j));
+        }
+    }
+    return DSV3_OK;
+}
+
+/* The rings are about to be overwritten by `rows` more positions: the modules of sequence i read what they have not
+ * yet read, as far as tokens are known. */
+static dsv3_result dsv3i_catch_up(dsv3i_step *a, size_t i, size_t rows) {
+    dsv3_sequence *s = a->sequences[i];
+    size_t known = dsv3_sequence_length(s), oldest = s->cache.length;
+    for (size_t k = 1; k <= s->n_modules; k++) oldest = dsv3i_min(oldest, s->modules[k - 1].length);
+    if (s->cache.length + rows + 1 - oldest <= s->window) return DSV3_OK;
+    for (size_t k = 1; k <= s->n_modules && k < known; k++) {
+        DSV3I_TRY(dsv3i_module_read(a, i, k, known - k, 0));
+        if (a->batch.rows > 0) DSV3I_TRY(dsv3i_module_call(a, k, 0));
+    }
+    return DSV3_OK;
+}
+
+/* ---- Verifying. Row j of the sequence's outputs is the main model's opinion on position N + 1 + j, where draft j + 1
+ * stands. Greedy: it is accepted if it is the most probable token. Else with probability min(1, p(x) / q(x)), and the
+ * first one refused is replaced by a draw from max(0, p - q), which makes the text's distribution p exactly:
+ * q(x) min(1, p(x) / q(x)) + (1 - sum min(p, q)) max(0, p(x) - q(x)) / sum max(0, p - q) = p(x). */
+
+/* Is draft j (from 0) accepted? If not, *token is what replaces it. */
+static int dsv3i_verify(const dsv3i_step *a, dsv3_sequence *s, size_t j, const float *logits, int32_t *token) {
+    size_t V = (size_t)a->model->config.vocab_size, best = dsv3i_argmax(logits, V), kept;
+    int32_t draft = *dsv3i_history(s, s->cache.length + 1 + j);
+    float *p = s->p, *q = s->q + j * V;
+    double sum, u;
+    *token = (int32_t)best;
+    if (!(s->temperature > 0.0f) || !(s->top_p > 0.0f)) return draft == *token;
+    kept = dsv3i_candidates(s->candidates, logits, best, V, s->temperature, s->top_p, &sum);
+    DSV3_MEMSET(p, 0, V * sizeof *p);
+    for (size_t i = V - kept; i < V; i++) p[s->candidates[i].token] = (float)((double)s->candidates[i].p / sum);
+    if (dsv3i_uniform(&s->rng) * (double)q[draft] < (double)p[draft]) return 1;
+    sum = 0.0;
+    for (size_t i = 0; i < V; i++) {
+        p[i] = p[i] > q[i] ? p[i] - q[i] : 0.0f;
+        sum += (double)p[i];
+    }
+    u = dsv3i_uniform(&s->rng) * sum;
+    sum = 0.0;
+    for (size_t i = 0; i < V; i++) {
+        if (!(p[i] > 0.0f)) continue;
+        *token = (int32_t)i;
+        sum += (double)p[i];
+        if (sum > u) break;
+    }
+    return 0;
+}
+
+/* Draft j (from 0) stood or fell: counts it. */
+static void dsv3i_count_draft(dsv3_sequence *s, size_t j, int accepted) {
+    s->drafted[j]++;
+    s->accepted[j] += accepted != 0;
+    s->rate[j] += 0.1f * ((accepted ? 1.0f : 0.0f) - s->rate[j]);
+}
+
+/* Writes what the logits [planned + 1, V] of the sequence allow. */
+static dsv3_result dsv3i_accept(const dsv3i_step *a, dsv3_sequence *s, const float *logits) {
+    size_t V = (size_t)a->model->config.vocab_size, N = s->cache.length, accepted = 0;
+    int32_t token = -1;
+    int stopped = 0, refused = 0;
+    while (accepted < s->planned && !stopped && !refused) {
+        refused = !dsv3i_verify(a, s, accepted, logits + accepted * V, &token);
+        dsv3i_count_draft(s, accepted, !refused);
+        if (refused) break;
+        token = *dsv3i_history(s, N + 1 + accepted);
+        s->token[s->n_token++] = token;
+        stopped = token == s->stop;
+        accepted++;
+    }
+    for (size_t j = accepted + (size_t)refused; j < s->max_drafts; j++)
+        s->rate[j] += 0.01f * (DSV3I_RATE - s->rate[j]);
+    if (accepted == s->planned && !stopped) {
+        DSV3I_TRY(dsv3_sample(&token, logits + accepted * V, V, s->temperature, s->top_p, &s->rng, s->candidates));
+    }
+    if (!stopped) s->token[s->n_token++] = token;
+    for (size_t k = 1; k <= s->n_modules; k++) { /* rows that read only what stands */
+        dsv3i_module_keep(s, k, dsv3i_min(N, N + accepted + 1 > k ? N + accepted + 1 - k : 0));
+    }
+    s->cache.length = N + s->n_token;
+    *dsv3i_history(s, s->cache.length) = token;
+    s->pending = 1;
+    s->steps++;
+    s->written += s->n_token;
+    return DSV3_OK;
+}
+
+/* ---- A step: plan, draft, one call of the main model, accept */
+
+/* Drafts that pay: with k drafts a step takes 1 + cost k and writes 1 + r_1 + r_1 r_2 + .. tokens. */
+static size_t dsv3i_best_drafts(const dsv3_sequence *s, size_t most) {
+    double tokens = 1.0, chance = 1.0, best = 1.0;
+    size_t k = 0;
+    for (size_t j = 0; j < most; j++) {
+        double speed;
+        chance *= (double)s->rate[j];
+        tokens += chance;
+        speed = tokens / (1.0 + (double)s->draft_cost * (double)(j + 1));
+        if (speed <= best) continue;
+        best = speed;
+        k = j + 1;
+    }
+    return k;
+}
+
+/* Room for rows of a sequence that may use up to `spare` rows beside one: sets planned. Returns the rows it takes. */
+static size_t dsv3i_plan_rows(dsv3_sequence *s, size_t spare) {
+    size_t N = s->cache.length, room = s->cache.capacity - N, most;
+    s->planned = 0;
+    if (room == 0 || (s->prompt_left == 0 && !s->pending)) return 0;
+    if (s->prompt_left > 0) {
+        size_t rows = dsv3i_min(s->prompt_left + (s->pending != 0), s->rows);
+        return dsv3i_min(dsv3i_min(rows, room), spare + 1);
+    }
+    most = dsv3i_min(dsv3i_min(s->drafts, s->max_drafts), dsv3i_min(room - 1, spare));
+    if (N == 0) most = 0; /* no state to start from */
+    s->planned = s->adaptive ? dsv3i_best_drafts(s, most) : most;
+    return 1 + s->planned;
+}
+
+/* Rows of sequence i for the main model: the pending token, then prompt or drafts. */
+static void dsv3i_gather_main(dsv3i_step *a, size_t i, size_t rows) {
+    dsv3_sequence *s = a->sequences[i];
+    size_t N = s->cache.length, from_prompt = s->prompt_left > 0 && rows > 0 ? rows - (s->pending != 0) : 0;
+    for (size_t r = 0; r < from_prompt; r++) *dsv3i_history(s, N + (s->pending != 0) + r) = s->prompt[r];
+    for (size_t r = 0; r < rows; r++) {
+        int output = s->prompt_left == 0 || (from_prompt == s->prompt_left && r + 1 == rows);
+        dsv3i_gather_row(a, i, *dsv3i_history(s, N + r), N + r, output);
+    }
+}
+
+/* Rows [rows] of sequence i have been through the main model; its logits begin at *output. */
+static dsv3_result dsv3i_finish(const dsv3i_step *a, size_t i, size_t rows, size_t *output) {
+    dsv3_sequence *s = a->sequences[i];
+    const float *logits = a->logits + *output * (size_t)a->model->config.vocab_size;
+    if (rows == 0) return DSV3_OK;
+    if (s->prompt_left > 0) {
+        size_t read = rows - (s->pending != 0);
+        s->pending = 0;
+        s->prompt += read;
+        s->prompt_left -= read;
+        s->cache.length += rows - 1;
+        if (s->prompt_left > 0) {
+            s->cache.length++;
+            return DSV3_OK;
+        }
+    }
+    *output += s->planned + 1;
+    return dsv3i_accept(a, s, logits);
+}
+
+static dsv3_result dsv3i_generate_check(const dsv3i_step *a) {
+    dsv3i_dims m;
+    uint64_t made_for;
+    if (a->n < 1 || a->n > a->ws->rows) {
+        return dsv3i_fail_range(a->error, a->n < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "n",
+                                "is not a number of sequences the workspace has rows for", 1, (int64_t)a->ws->rows,
+                                (int64_t)a->n);
+    }
+    m = dsv3i_dims_of(&a->model->config);
+    made_for = dsv3i_fingerprint(&m);
+    for (size_t i = 0; i < a->n; i++) {
+        const dsv3_sequence *s = a->sequences[i];
+        char name[32];
+        dsv3i_name_row(name, sizeof name, "sequences", i);
+        if (s == NULL) return dsv3i_fail(a->error, DSV3_ERR_ARG, name, "is NULL");
+        if (s->made_for != made_for || s->n_modules > (size_t)a->model->n_mtp) {
+            return dsv3i_fail(a->error, DSV3_ERR_MISMATCH, name, "was made for another model");
+        }
+        if (!(s->temperature >= 0.0f) || s->temperature > FLT_MAX) {
+            return dsv3i_fail(a->error, DSV3_ERR_ARG, name, "temperature is negative or not finite");
+        }
+        if (!(s->top_p >= 0.0f) || s->top_p > 1.0f) {
+            return dsv3i_fail(a->error, DSV3_ERR_ARG, name, "top_p is not between 0 and 1");
+        }
+    }
+    return DSV3_OK;
+}
+
+/* Rows for everybody: one each, then drafts, then prompts. Returns their number. */
+static size_t dsv3i_plan(const dsv3i_step *a) {
+    size_t spare = a->ws->rows - a->n, total = 0;
+    for (int prompts = 0; prompts < 2; prompts++) {
+        for (size_t i = 0; i < a->n; i++) {
+            dsv3_sequence *s = a->sequences[i];
+            if ((s->prompt_left > 0) != prompts) continue;
+            s->n_token = 0;
+            s->rng_before = s->rng;
+            s->step_rows = dsv3i_plan_rows(s, spare);
+            spare -= s->step_rows - (s->step_rows > 0);
+            total += s->step_rows;
+        }
+    }
+    return total;
+}
+
+static dsv3_result dsv3i_nothing_to_do(const dsv3i_step *a) {
+    for (size_t i = 0; i < a->n; i++) {
+        const dsv3_sequence *s = a->sequences[i];
+        if (!s->pending) continue;
+        return dsv3i_fail_range(a->error, DSV3_ERR_CONTEXT, "sequences", "have no room left, positions",
+                                (int64_t)s->cache.capacity, (int64_t)s->cache.capacity, (int64_t)s->cache.length);
+    }
+    return dsv3i_fail(a->error, DSV3_ERR_ARG, "sequences", "have no token to go on from: append a prompt");
+}
+
+/* Everything that may fail: the sequences are changed behind it. */
+static dsv3_result dsv3i_compute(dsv3i_step *a) {
+    dsv3_workspace *ws = a->ws;
+    for (size_t i = 0; i < a->n; i++) {
+        dsv3_sequence *s = a->sequences[i];
+        if (s->step_rows > 0) DSV3I_TRY(dsv3i_catch_up(a, i, s->step_rows));
+        s->top = dsv3i_max(s->top, s->cache.length + s->step_rows + 1);
+    }
+    DSV3I_TRY(dsv3i_draft(a));
+    for (size_t i = 0; i < a->n; i++) {
+        ws->views[i] = a->sequences[i]->cache;
+        dsv3i_gather_main(a, i, a->sequences[i]->step_rows);
+    }
+    DSV3I_TRY(dsv3_forward(&a->ctx, a->logits, a->model, ws->views, a->n, &a->batch, ws, a->error));
+    dsv3i_gather_keep(a, 0);
+    return DSV3_OK;
+}
+
+DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, const dsv3_model *model,
+                                   dsv3_sequence *const *sequences, size_t n, dsv3_workspace *workspace,
+                                   dsv3_error *error) {
+    dsv3i_step a;
+    dsv3_result result;
+    size_t output = 0;
+    if (context == NULL || logits == NULL || model == NULL || sequences == NULL || workspace == NULL) {
+        return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
+    }
+    a.ctx = *context;
+    a.logits = logits;
+    a.model = model;
+    a.sequences = sequences;
+    a.n = n;
+    a.ws = workspace;
+    a.error = error;
+    DSV3I_TRY(dsv3i_generate_check(&a));
+    dsv3i_gather_begin(&a);
+    if (dsv3i_plan(&a) == 0) return dsv3i_nothing_to_do(&a);
+    result = dsv3i_compute(&a);
+    for (size_t i = 0; i < n && result != DSV3_OK; i++) {
+        dsv3_sequence *s = sequences[i];
+        size_t known = dsv3_sequence_length(s);
+        s->rng = s->rng_before;
+        for (size_t k = 1; k <= s->n_modules; k++) {
+            dsv3i_module_keep(s, k, dsv3i_min(s->cache.length, known > k ? known - k : 0));
+        }
+    }
+    for (size_t i = 0; i < n && result == DSV3_OK; i++) {
+        result = dsv3i_finish(&a, i, sequences[i]->step_rows, &output);
+    }
+    return result == DSV3_OK ? dsv3i_ok(error) : result;
 }
 
 #undef DSV3I_KEYS
 #undef DSV3I_LINE
 #undef DSV3I_PI
 #undef DSV3I_QUERIES
+#undef DSV3I_RATE
 #undef DSV3I_RESTRICT
 #undef DSV3I_ROWS
 #undef DSV3I_SERIAL_WORK
