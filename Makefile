@@ -16,7 +16,7 @@ OPENMP := $(shell mkdir -p build && printf '\043include <omp.h>\nint main(void){
             > build/openmp.c && $(CC) -fopenmp build/openmp.c -o build/openmp 2>/dev/null && echo -fopenmp)
 BUILD = $(CC) -std=c99 $(WARN) $(CFLAGS) $(OPENMP) -I. -Iexamples -Itests -Ibench
 
-HEADERS  = dsv3.h examples/json.h examples/safetensors.h examples/checkpoint.h
+HEADERS  = dsv3.h examples/json.h examples/safetensors.h examples/checkpoint.h examples/svg.h
 LESSONS  = $(patsubst examples/%.c,build/%,$(wildcard examples/[0-9]*.c))
 TESTS    = $(patsubst tests/%.c,build/%,$(wildcard tests/test_*.c))
 BENCHES  = $(patsubst bench/%.c,build/%,$(wildcard bench/bench_*.c))

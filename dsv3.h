@@ -4340,14 +4340,14 @@ static dsv3_result dsv3i_draft(dsv3i_step *a) {
 }
 
 /* The rings are about to be overwritten by `rows` more positions: the modules of sequence i read what they have not
- * yet read, as far as tokens are known. */
+ * yet read, as far as tokens are known -- except for row N - 1, from which the drafts begin. */
 static dsv3_result dsv3i_catch_up(dsv3i_step *a, size_t i, size_t rows) {
     dsv3_sequence *s = a->sequences[i];
     size_t known = dsv3_sequence_length(s), oldest = s->cache.length;
     for (size_t k = 1; k <= s->n_modules; k++) oldest = dsv3i_min(oldest, s->modules[k - 1].length);
     if (s->cache.length + rows + 1 - oldest <= s->window) return DSV3_OK;
-    for (size_t k = 1; k <= s->n_modules && k < known; k++) {
-        DSV3I_TRY(dsv3i_module_read(a, i, k, known - k, 0));
+    for (size_t k = 1; k <= s->n_modules && k < known && s->cache.length > 0; k++) {
+        DSV3I_TRY(dsv3i_module_read(a, i, k, dsv3i_min(known - k, s->cache.length - 1), 0));
         if (a->batch.rows > 0) DSV3I_TRY(dsv3i_module_call(a, k, 0));
     }
     return DSV3_OK;

@@ -208,6 +208,10 @@ refused "score: empty file" "$tmp/nothing: expected at least 2 tokens, found 0" 
 refused "score: one byte" "$tmp/byte: expected at least 2 tokens, found 1" score $micro $tmp/byte
 good "score: two bytes" score $micro $tmp/two
 shows "score: two bytes" '^tokens      1$'
+shows "score: the module has no target there" '^perplexity '
+equal "score: the module has no target there" "$(wc -l < $tmp/out | tr -d ' ')" 4
+refused "score --mtp 2" "--mtp: expected at most 1, the modules of this model, found 2" score $micro LICENSE --mtp 2
+good "score --mtp 0" score $micro $tmp/two --mtp 0
 refused "score: missing file" "$tmp/none: cannot be opened" score $micro $tmp/none
 refused "score: directory" "$tmp/empty: cannot be read" score $micro $tmp/empty
 chmod 0 $tmp/two
@@ -316,6 +320,99 @@ equal "--stats: status" $status 0
 equal "--stats: text" "$(wc -c < $tmp/out | tr -d ' ')" 5
 if grep -q '^load ' $tmp/err && grep -q '^text     5 tokens' $tmp/err; then ok; else fail "--stats"; fi
 
+# Drafts change nothing at temperature 0, in any number, and are counted.
+text greedy -n 200 --temp 0 -p "It is a truth"
+for options in "--mtp 1" "--mtp 2" "--mtp 4" "--mtp 15" "--mtp 3 --adaptive" "--mtp 2 --threads 1" "--mtp 2 --cache F32"; do
+    text b -n 200 --temp 0 -p "It is a truth" $options
+    same "greedy, $options" $tmp/greedy $tmp/b
+done
+text a -n 200 --temp 0 -p "It is a truth" --cache BF16
+text b -n 200 --temp 0 -p "It is a truth" --cache BF16 --mtp 3
+same "greedy, BF16 cache, --mtp 3" $tmp/a $tmp/b
+for n in 1 2 3 7; do
+    text b -n $n --mtp 4
+    equal "-n $n --mtp 4" "$(wc -c < $tmp/b | tr -d ' ')" $n
+done
+run generate $micro -p abcd --context 10 -n 50 --mtp 4
+equal "full context, --mtp 4" "$status $(wc -c < $tmp/out | tr -d ' ') $(cat $tmp/err)" \
+    "0 7 dsv3: the context of 10 positions is full after 7 of 50 tokens"
+run generate $micro -n 100 --temp 0 --mtp 2 --stats
+if grep -q '^drafts   [12]\.[0-9][0-9] tokens a step; accepted [0-9.]* % [0-9.]* %$' $tmp/err; then ok; else
+    fail "--stats of drafts"
+fi
+refused "--mtp -1" "--mtp: expected 0 to 15, found -1" generate $micro --mtp -1
+refused "--mtp 16" "--mtp: expected 0 to 15, found 16" generate $micro --mtp 16
+refused "--mtp without modules" "--mtp: tests/golden/v2 has no MTP modules" generate tests/golden/v2 --mtp 1
+good "--mtp 0 without modules" generate tests/golden/v2 --mtp 0 -n 3 -p x
+
+# ---- chat
+
+# said NAME INPUT ARGS...: what chat answers, in $tmp/out.
+said() {
+    name=$1 input=$2
+    shift 2
+    printf "$input" | "$tool" chat $micro "$@" > $tmp/out 2> $tmp/err
+    status=$?
+    if [ $status = 0 ] && [ ! -s $tmp/err ]; then ok; else fail "$name: status $status"; fi
+}
+for option in --system --before --after --stop -n --mtp --temp; do
+    misused "chat $option without a value" "missing behind $option" chat $micro $option
+done
+misused "chat: no operand" "operand is missing" chat
+misused "chat: two operands" "unexpected argument b" chat a b
+good "chat --help" chat --help
+shows "chat --help" "^usage: dsv3 chat DIR"
+refused "chat: missing directory" $tmp/none/config.json chat $tmp/none
+refused "chat: text without a tokenizer" "use --ids" chat $tmp/v128
+refused "chat: --stop" "--stop: expected below 256, found 256" chat $micro --stop 256
+refused "chat: a long --system" "--system: is longer than the context" chat $micro --context 5 --system "123456"
+said "chat: no turn" ''
+equal "chat: no turn" "$(wc -c < $tmp/out | tr -d ' ')" 0
+said "chat: one turn" 'It is a truth\n' --temp 0 -n 60
+cp $tmp/out $tmp/a
+text b --temp 0 -n 60 -p "
+
+It is a truth
+
+"
+equal "chat: one turn is what generate writes" "$(cat $tmp/a)" "$(sed -n 1p $tmp/b)"
+said "chat: the last line without its end" 'It is a truth' --temp 0 -n 60
+same "chat: the last line without its end" $tmp/a $tmp/out
+for options in "--mtp 1" "--mtp 4" "--mtp 2 --adaptive" "--threads 1"; do
+    said "chat: turns" 'My dear\nWhat is it?\nAnd then?\n' --temp 0 -n 50
+    cp $tmp/out $tmp/b
+    equal "chat: three turns, three replies" "$(wc -l < $tmp/b | tr -d ' ')" 3
+    said "chat $options" 'My dear\nWhat is it?\nAnd then?\n' --temp 0 -n 50 $options
+    same "chat $options" $tmp/b $tmp/out
+done
+said "chat: /undo" 'My dear\nNo\n/undo\nWhat is it?\nAnd then?\n' --temp 0 -n 50 --mtp 2
+sed 2d $tmp/out > $tmp/c
+same "chat: /undo" $tmp/b $tmp/c
+said "chat: /undo far back" 'My dear\nOne\nTwo\nThree\nFour\n/undo\n/undo\n/undo\n/undo\nWhat is it?\nAnd then?\n' --temp 0 -n 50 --mtp 2
+sed 2,5d $tmp/out > $tmp/c
+same "chat: /undo far back" $tmp/b $tmp/c
+said "chat: /reset" 'No\nNo\n/reset\nMy dear\nWhat is it?\nAnd then?\n' --temp 0 -n 50 --mtp 1
+sed 1,2d $tmp/out > $tmp/c
+same "chat: /reset" $tmp/b $tmp/c
+said "chat: /quit" 'My dear\n/quit\nWhat is it?\n' --temp 0 -n 50
+sed -n 1p $tmp/b > $tmp/c
+same "chat: /quit" $tmp/c $tmp/out
+said "chat: escapes" 'It is a truth\n' --temp 0 -n 60 --before '\n' --after '\n\n'
+same "chat: escapes" $tmp/a $tmp/out
+said "chat: --ids" '10 73 116\n32\n' --ids --temp 0 -n 5
+equal "chat: --ids" "$(wc -w < $tmp/out | tr -d ' ')" 10
+printf '/undo\n/nonsense\nMy dear\n/stats\n' | "$tool" chat $micro -n 10 > $tmp/out 2> $tmp/err
+equal "chat: status after a wrong command" $? 0
+if grep -q 'no turn to forget' $tmp/err && grep -q '/nonsense: expected' $tmp/err && grep -q '^memory ' $tmp/err; then
+    ok
+else
+    fail "chat: commands"
+fi
+printf '%0100d\n1\n/reset\n12\n' 0 | "$tool" chat $micro --context 40 -n 10 > $tmp/out 2> $tmp/err
+equal "chat: a turn too long" "$? $(grep -c 'does not fit' $tmp/err) $(wc -l < $tmp/out | tr -d ' ')" "0 1 2"
+printf '1\n2\n3\n' | "$tool" chat $micro --context 20 -n 100 --stop 0 > $tmp/out 2> $tmp/err
+equal "chat: full" "$? $(grep -c 'context is full' $tmp/err) $(grep -c 'does not fit' $tmp/err)" "0 1 2"
+
 # ---- Streams
 
 if [ -c /dev/full ]; then
@@ -378,6 +475,8 @@ shows "score --last 0.5" '^tokens      20142$'
 bits=$(sed -n 's/^bits.token *//p' $tmp/out)
 within "bits" "$bits" "$(calc "$nats / log(2) - 1e-4")" "$(calc "$nats / log(2) + 1e-4")"
 perplexity=$(sed -n 's/^perplexity *//p' $tmp/out)
+within "mtp 1" "$(sed -n 's/^mtp 1  *\([0-9.]*\) nats.*/\1/p' $tmp/out)" 1.17 1.22
+shows "mtp 1" ', 20102 tokens$'
 within "perplexity" "$perplexity" "$(calc "exp($nats) - 1e-3")" "$(calc "exp($nats) + 1e-3")"
 nats $micro examples/text/austen.txt --last 0.05 --threads 1
 one=$nats
