@@ -1,10 +1,10 @@
 /* dsv3.h -- the whole DeepSeek-V3 system in one C header. Version 0.1.0, MIT licence (end of file).
  *
- * What it is: the architecture of DeepSeek-V3 -- multi-head latent attention (MLA) and the sigmoid-routed
- * mixture of experts (MoE) with its balancing bias, on checkpoints as published, FP8 blocks included -- as a library
- * that drops into a C or C++ project with one include and reads as a textbook, chapter by chapter. DeepSeek-V2,
- * V2-Lite, Moonlight and Kimi-K2 are configurations of the same code. This version runs models forward; the layers
- * of multi-token prediction (MTP) are found, checked and bound.
+ * What it is: the architecture of DeepSeek-V3 -- multi-head latent attention (MLA), the sigmoid-routed mixture of
+ * experts (MoE) with its balancing bias, and multi-token prediction (MTP) -- on checkpoints as published, FP8 blocks
+ * included, as a library that drops into a C or C++ project with one include and reads as a textbook, chapter by
+ * chapter. DeepSeek-V2, V2-Lite, Moonlight and Kimi-K2 are configurations of the same code. This version runs models
+ * forward: it generates, with the MTP modules drafting ahead, and computes the losses of training.
  *
  * What it is not: it does not allocate, open files, print, start threads behind your back, keep global
  * state or exit. It knows no file format and no tokenizer (examples/ has small companions for files).
@@ -26,9 +26,10 @@
  *     dsv3_sample(&token, logits, vocab_size, 0.8f, 0.95f, &rng, candidates);
  *
  * Each level of the API is usable alone:
- *   ops       dsv3_rmsnorm, dsv3_router_select, dsv3_rope_table ... on plain arrays, no model needed;
+ *   ops       dsv3_rmsnorm, dsv3_router_select, dsv3_bias_step, dsv3_rope_table ... on plain arrays, without a model;
  *   blocks    dsv3_mla_forward, dsv3_ffn_forward, dsv3_layer_forward on one layer's weights;
- *   programs  dsv3_forward (prefill and decode of many sequences in one call), dsv3_sample.
+ *   programs  dsv3_forward (prefill and decode of many sequences in one call), dsv3_mtp_forward, dsv3_sample,
+ *             dsv3_generate (steps with drafts, several sequences at once), dsv3_evaluate (losses of all depths).
  *
  * >>options  Define before the first include of the file that has DSV3_IMPLEMENTATION (no macro changes a struct):
  *   DSV3_IMPLEMENTATION      compile the implementation here (once per program)
@@ -78,14 +79,15 @@
  *   1  >>api      public declarations, all of them
  *   2  >>tools    sizes, layouts, errors, number formats, parallel loops
  *   3  >>kernels  the closed list of inner loops, plain C
- *   4  >>ops      linear, embedding, RMSNorm, SwiGLU, log-sum-exp
+ *   4  >>ops      linear, embedding, RMSNorm, SwiGLU, log-sum-exp, cross-entropy
  *   5  >>rope     rotary positions and YaRN
  *   6  >>mla      multi-head latent attention, absorbed and expanded
- *   7  >>router   scores, groups, bias, top-K, gate weights
+ *   7  >>router   scores, groups, bias, top-K, gate weights; loads, the bias step, balance losses
  *   8  >>moe      rows grouped by expert, shared experts
  *   9  >>block    one transformer layer
- *   10 >>model    configurations, tensor names, binding
- *   12 >>infer    caches, the forward program, sampling
+ *   10 >>model    configurations, tensor names, binding; caches, batches, the forward program
+ *   11 >>mtp      multi-token prediction: modules, and the losses of whole texts
+ *   12 >>infer    sampling, generation with drafts
  *   B  >>licence
  */
 #ifndef DSV3_H

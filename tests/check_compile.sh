@@ -27,7 +27,7 @@ for cc in gcc clang; do
         check "$cc $file" $cc -std=c99 -D_POSIX_C_SOURCE=200809L -O2 $wide $c -Wno-float-equal -Wno-double-promotion -I. -Iexamples -Itests \
             -Ibench -c "$file" -o $out/u.o
     done
-    for header in json safetensors checkpoint; do
+    for header in json safetensors checkpoint svg; do
         upper=$(echo $header | tr a-z A-Z)
         printf '#define DSV3_IMPLEMENTATION\n#define %s_IMPLEMENTATION\n#include "%s.h"\n' $upper $header > $out/$header.c
         check "$cc $header.h alone, C99" $cc -std=c99 -O2 $wide $c -Iexamples -c $out/$header.c -o $out/u.o

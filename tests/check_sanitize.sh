@@ -23,6 +23,7 @@ for cc in gcc clang; do
     check "$cc inspect" $out/dsv3 inspect examples/models/austen
     check "$cc plan" $out/dsv3 plan deepseek-v3 --type F8_E4M3
     check "$cc score" $out/dsv3 score examples/models/micro README.md
+    check "$cc route" $out/dsv3 route examples/models/micro LICENSE --svg $out/a.svg --csv $out/a.csv
     rm -f $out/*
 done
 if [ $compilers = 2 ]; then ok; else bad "gcc and clang are both needed (make deps)"; fi

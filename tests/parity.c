@@ -264,10 +264,6 @@ static void compute_losses(run *r) {
           &error);
     record_number(r, "nll.main", -1, "", losses.nll[0]);
     for (size_t k = 1; k <= D; k++) record_number(r, "nll.mtp", (long)k, "", losses.nll[k]);
-    if (st_find(r->golden, "nll") != NULL) { /* the trained models' files have means */
-        float *mean = (float *)record_add(r, "nll", -1, "", ST_F32, 1 + D, 0, 0);
-        for (size_t k = 0; k <= D; k++) mean[k] = (float)(losses.nll[k] / (double)losses.targets[k]);
-    }
     for (size_t i = 0; i < layers; i++) {
         int32_t *load;
         if (!r->model->model.layers[i].is_moe) continue;

@@ -652,34 +652,83 @@ static inline void oracle_ffn(const synth *s, int layer, double *y, const double
     free(z), free(w), free(part), free(idx);
 }
 
-/* logits [S, V] of one sequence from its beginning. Returns the closest routing decision. */
-static inline double oracle_forward(const synth *s, double *logits, const int32_t *token, size_t S) {
+/* x [S, d] of one sequence through a layer. margin becomes smaller when a routing decision was close. */
+static inline void oracle_layer(const synth *s, int layer, double *x, size_t S, double *margin) {
+    const dsv3_config *c = &s->config;
+    size_t d = (size_t)c->hidden_size, width = (size_t)c->kv_lora_rank + (size_t)c->qk_rope_head_dim;
+    double *u = synth_doubles(S * d), *y = synth_doubles(S * d), *latent = synth_doubles(S * width);
+    const double *g = synth_get(s, layer, -1, "input_layernorm.weight")->value;
+    for (size_t t = 0; t < S; t++) oracle_norm(u + t * d, x + t * d, g, d, (double)c->rms_norm_eps);
+    oracle_latents(s, layer, latent, u, S);
+    oracle_mla(s, layer, y, u, S, latent);
+    for (size_t i = 0; i < S * d; i++) x[i] += y[i];
+    g = synth_get(s, layer, -1, "post_attention_layernorm.weight")->value;
+    for (size_t t = 0; t < S; t++) {
+        oracle_norm(u + t * d, x + t * d, g, d, (double)c->rms_norm_eps);
+        oracle_ffn(s, layer, y + t * d, u + t * d, margin);
+    }
+    for (size_t i = 0; i < S * d; i++) x[i] += y[i];
+    free(u), free(y), free(latent);
+}
+
+/* logits [S, V] = head norm(x). x [S, d] becomes what an MTP module gets of it. */
+static inline void oracle_end(const synth *s, double *logits, double *x, const double *g, const double *head,
+                              size_t S) {
     const dsv3_config *c = &s->config;
     size_t d = (size_t)c->hidden_size, V = (size_t)c->vocab_size;
-    size_t width = (size_t)c->kv_lora_rank + (size_t)c->qk_rope_head_dim;
-    double *x = synth_doubles(S * d), *u = synth_doubles(S * d), *y = synth_doubles(S * d);
-    double *latent = synth_doubles(S * width), margin = 1, eps = (double)c->rms_norm_eps;
-    const double *embed = synth_get(s, -1, -1, "model.embed_tokens.weight")->value;
-    const double *head = c->tie_word_embeddings ? embed : synth_get(s, -1, -1, "lm_head.weight")->value;
-    for (size_t i = 0; i < S * d; i++) x[i] = embed[(size_t)token[i / d] * d + i % d];
-    for (int l = 0; l < c->num_hidden_layers; l++) {
-        const double *g = synth_get(s, l, -1, "input_layernorm.weight")->value;
-        for (size_t t = 0; t < S; t++) oracle_norm(u + t * d, x + t * d, g, d, eps);
-        oracle_latents(s, l, latent, u, S);
-        oracle_mla(s, l, y, u, S, latent);
-        for (size_t i = 0; i < S * d; i++) x[i] += y[i];
-        g = synth_get(s, l, -1, "post_attention_layernorm.weight")->value;
-        for (size_t t = 0; t < S; t++) {
-            oracle_norm(u + t * d, x + t * d, g, d, eps);
-            oracle_ffn(s, l, y + t * d, u + t * d, &margin);
-        }
-        for (size_t i = 0; i < S * d; i++) x[i] += y[i];
-    }
+    double *u = synth_doubles(d);
     for (size_t t = 0; t < S; t++) {
-        oracle_norm(u + t * d, x + t * d, synth_get(s, -1, -1, "model.norm.weight")->value, d, eps);
-        oracle_linear(logits + t * V, head, u + t * d, V, d);
+        oracle_norm(u, x + t * d, g, d, (double)c->rms_norm_eps);
+        oracle_linear(logits + t * V, head, u, V, d);
+        for (size_t i = 0; i < d && c->mtp_hidden == DSV3_MTP_POST_NORM; i++) x[t * d + i] = u[i];
     }
-    free(x), free(u), free(y), free(latent);
+    free(u);
+}
+
+static inline const double *oracle_lm_head(const synth *s) {
+    int tied = s->config.tie_word_embeddings;
+    return synth_get(s, -1, -1, tied ? "model.embed_tokens.weight" : "lm_head.weight")->value;
+}
+
+/* logits [S, V] of one sequence from its beginning, and x [S, d], its states for MTP module 1. Returns the closest
+ * routing decision. */
+static inline double oracle_main(const synth *s, double *logits, double *x, const int32_t *token, size_t S) {
+    size_t d = (size_t)s->config.hidden_size;
+    const double *embed = synth_get(s, -1, -1, "model.embed_tokens.weight")->value;
+    double margin = 1;
+    for (size_t i = 0; i < S * d; i++) x[i] = embed[(size_t)token[i / d] * d + i % d];
+    for (int l = 0; l < s->config.num_hidden_layers; l++) oracle_layer(s, l, x, S, &margin);
+    oracle_end(s, logits, x, synth_get(s, -1, -1, "model.norm.weight")->value, oracle_lm_head(s), S);
+    return margin;
+}
+
+/* MTP module k on the first S positions. token [S]: t_k, t_{k+1} ..; x [S, d]: h^{k-1}, becomes h^k. */
+static inline double oracle_mtp(const synth *s, int k, double *logits, double *x, const int32_t *token, size_t S) {
+    const dsv3_config *c = &s->config;
+    int layer = c->num_hidden_layers + k - 1;
+    size_t d = (size_t)c->hidden_size, e = c->mtp_concat == DSV3_MTP_EMBED_FIRST ? 0 : d;
+    double *both = synth_doubles(2 * d), margin = 1, eps = (double)c->rms_norm_eps;
+    const double *embed = synth_get(s, -1, -1, "model.embed_tokens.weight")->value, *head = oracle_lm_head(s);
+    char name[DSV3_MAX_NAME];
+    snprintf(name, sizeof name, "model.layers.%d.embed_tokens.weight", layer);
+    if (synth_tensor_of(s, name) != NULL) embed = synth_tensor_of(s, name)->value;
+    snprintf(name, sizeof name, "model.layers.%d.shared_head.head.weight", layer);
+    if (synth_tensor_of(s, name) != NULL) head = synth_tensor_of(s, name)->value;
+    for (size_t t = 0; t < S; t++) {
+        oracle_norm(both + e, embed + (size_t)token[t] * d, synth_get(s, layer, -1, "enorm.weight")->value, d, eps);
+        oracle_norm(both + (d - e), x + t * d, synth_get(s, layer, -1, "hnorm.weight")->value, d, eps);
+        oracle_linear(x + t * d, synth_get(s, layer, -1, "eh_proj.weight")->value, both, d, 2 * d);
+    }
+    oracle_layer(s, layer, x, S, &margin);
+    oracle_end(s, logits, x, synth_get(s, layer, -1, "shared_head.norm.weight")->value, head, S);
+    free(both);
+    return margin;
+}
+
+/* The main model alone. */
+static inline double oracle_forward(const synth *s, double *logits, const int32_t *token, size_t S) {
+    double *x = synth_doubles(S * (size_t)s->config.hidden_size), margin = oracle_main(s, logits, x, token, S);
+    free(x);
     return margin;
 }
 #endif

@@ -57,7 +57,7 @@ for option in --help -h help; do
 done
 good "version" --version
 shows "version" '^dsv3 [0-9]*\.[0-9]*\.[0-9]*$'
-for command in generate score plan inspect; do
+for command in generate score route plan inspect; do
     for option in --help -h; do
         good "$command $option" $command $option
         shows "$command $option" "^usage: dsv3 $command "
@@ -68,14 +68,17 @@ for command in generate score plan inspect; do
     misused "$command: unknown option behind an operand" "unknown option -x" $command $micro -x
     misused "$command: usage names the command" "dsv3 $command --help" $command
 done
-misused "score: one operand" "operand is missing" score $micro
+for command in score route; do misused "$command: one operand" "operand is missing" $command $micro; done
 for command in generate plan inspect; do misused "$command: two operands" "unexpected argument b" $command a b; done
-misused "score: three operands" "unexpected argument c" score a b c
+for command in score route; do misused "$command: three operands" "unexpected argument c" $command a b c; done
 for option in -p -n --temp --top-p --seed --context --cache --attention --threads; do
     misused "generate $option without a value" "missing behind $option" generate $micro $option
 done
 for option in --last --context --cache --attention --threads; do
     misused "score $option without a value" "missing behind $option" score $micro LICENSE $option
+done
+for option in --last --context --cache --attention --threads --svg --csv; do
+    misused "route $option without a value" "missing behind $option" route $micro LICENSE $option
 done
 for option in --context --batch --rows --type --threads; do
     misused "plan $option without a value" "missing behind $option" plan micro $option
@@ -96,7 +99,9 @@ for value in NaN nan -1 1e999 inf -inf abc '' 1x 0x 2,5; do
         refused "generate $option '$value'" "$option: expected" generate $micro $option "$value"
     done
     for option in --last --threads --context; do
-        refused "score $option '$value'" "$option: expected" score $micro LICENSE $option "$value"
+        for command in score route; do
+            refused "$command $option '$value'" "$option: expected" $command $micro LICENSE $option "$value"
+        done
     done
     for option in --context --batch --rows --threads; do
         refused "plan $option '$value'" "$option: expected" plan micro $option "$value"
@@ -114,16 +119,23 @@ for option in --context --batch --rows --threads; do
     refused "plan $option 0" "$option: expected 1 to" plan micro $option 0
 done
 refused "--top-p above 1" "--top-p: expected 0 to 1, found 1.01" generate $micro --top-p 1.01
-refused "--last 0" "--last: expected" score $micro LICENSE --last 0
-refused "--last 101" "--last: expected" score $micro LICENSE --last 101
+for command in score route; do
+    refused "$command --last 0" "--last: expected" $command $micro LICENSE --last 0
+    refused "$command --last 101" "--last: expected" $command $micro LICENSE --last 101
+done
 refused "--threads 5000" "--threads: expected 1 to 4096, found 5000" generate $micro --threads 5000
 for text in f32 F16 F8_E4M3 I32 ''; do
     refused "generate --cache '$text'" "--cache: expected F32 or BF16, found '$text'" generate $micro --cache "$text" -n 1
-    refused "score --cache '$text'" "--cache: expected F32 or BF16, found '$text'" score $micro LICENSE --cache "$text"
+    for command in score route; do
+        refused "$command --cache '$text'" "--cache: expected F32 or BF16, found '$text'" \
+            $command $micro LICENSE --cache "$text"
+    done
 done
 for text in Absorbed auto2 ''; do
     refused "generate --attention '$text'" "--attention: expected auto, absorbed or expanded, found '$text'" \
         generate $micro --attention "$text" -n 1
+    refused "route --attention '$text'" "--attention: expected auto, absorbed or expanded, found '$text'" \
+        route $micro LICENSE --attention "$text"
 done
 for text in bf16 F64 FP8 ''; do
     refused "plan --type '$text'" "--type: expected F32, F16, BF16 or F8_E4M3, found '$text'" plan micro --type "$text"
@@ -141,6 +153,7 @@ copy() {
 everywhere() {
     refused "generate: $1" "$2" generate "$3" -n 1
     refused "score: $1" "$2" score "$3" LICENSE
+    refused "route: $1" "$2" route "$3" LICENSE
 }
 everywhere "missing directory" $tmp/none/config.json $tmp/none
 refused "plan: missing directory" "$tmp/none/config.json: does not exist" plan $tmp/none
@@ -416,14 +429,15 @@ equal "chat: full" "$? $(grep -c 'context is full' $tmp/err) $(grep -c 'does not
 # ---- Streams
 
 if [ -c /dev/full ]; then
-    for command in "generate $micro -n 5" "score $micro $tmp/two" "plan micro" "inspect $micro" --help --version \
-        "plan --help"; do
+    for command in "generate $micro -n 5" "score $micro $tmp/two" "route $micro $tmp/two" "plan micro" \
+        "inspect $micro" --help --version "plan --help"; do
         "$tool" $command > /dev/full 2> $tmp/err
         equal "full disk: $command" "$? $(wc -l < $tmp/err | tr -d ' ')" "1 1"
         if grep -q '^dsv3: standard output: cannot be written' $tmp/err; then ok; else fail "full disk: $command"; fi
     done
 fi
-for command in "generate $micro -n 5" "score $micro $tmp/two" "plan micro" "inspect $micro" --help --version; do
+for command in "generate $micro -n 5" "score $micro $tmp/two" "route $micro $tmp/two" "plan micro" "inspect $micro" \
+    --help --version; do
     "$tool" $command 2> $tmp/err >&-
     equal "stdout closed: $command" "$? $(wc -l < $tmp/err | tr -d ' ')" "1 1"
     "$tool" $command > $tmp/out 2>&-
@@ -497,6 +511,163 @@ equal "score: text and its ids" "$nats" "$one"
 head -c 100000 /dev/zero > $tmp/zeros
 nats $micro $tmp/zeros --last 0.5
 within "score: zeros are no English" "$nats" 3 100
+
+# ---- route
+
+# loads ARGS...: the tool's table, computed again from its --csv, must be what it prints; so must its map.
+loads() {
+    good "route $*" route "$@" --csv $tmp/loads.csv
+    awk -F, 'NR > 1 { sum[$1] += $3; if (!($1 in most) || $3 > most[$1]) most[$1] = $3
+        if (!($1 in least) || $3 < least[$1]) least[$1] = $3; n[$1]++; dead[$1] += $3 == 0
+        if ($3 > 0) z[$1] -= $3 * log($3) } END { for (i = 0; i < 100; i++) if (i in n) {
+        printf "%d %.4f %.4f %d %.4f\n", i, most[i] * n[i] / sum[i] - 1, least[i] * n[i] / sum[i], dead[i],
+        (z[i] / sum[i] + log(sum[i])) / log(n[i]) } }' $tmp/loads.csv > $tmp/b
+    awk '/^ *[0-9]+  *[0-9.]+  *[0-9]/ { print $1, $2, $4, $5, $6 }' $tmp/out > $tmp/c
+    same "route $*: table" $tmp/b $tmp/c
+    awk -F, 'NR > 1 { count[NR] = $3; layer[NR] = $1; sum[$1] += $3; n[$1]++ } END { for (i = 2; i <= NR; i++) {
+        s = int(5 * count[i] * n[layer[i]] / sum[layer[i]] + 1e-9)
+        printf "%s%s", substr(" .:-=+*#%@", (s > 9 ? 9 : s) + 1, 1), layer[i + 1] == layer[i] ? "" : "\n" } }' \
+        $tmp/loads.csv > $tmp/b
+    sed -n 's/^ *[0-9]* |\(.*\)|$/\1/p' $tmp/out > $tmp/c
+    same "route $*: map" $tmp/b $tmp/c
+}
+# column N: that of the mean over the layers.
+column() { awk -v n="$1" '/^ mean/ { print $n }' $tmp/out; }
+tail -c 500 examples/text/austen.txt > $tmp/part
+loads $micro $tmp/part
+shows "route" '^tokens      500$'
+shows "route" '^batches     1 of 500 tokens$'
+shows "route" '^experts     8 in each of 2 layers, 2 for a token$'
+equal "route: the first line of --csv" "$(head -n 1 $tmp/loads.csv)" "layer,expert,count,share"
+equal "route: tokens x K in each layer" "$(awk -F, 'NR > 1 { n[$1] += $3; s[$1] += $4; k[$1]++ }
+    END { printf "%d %d %.6f %.6f %d %d", n[1], n[2], s[1], s[2], k[1], k[2] }' $tmp/loads.csv)" \
+    "1000 1000 1.000000 1.000000 8 8"
+equal "route: one batch" "$(column 2)" "$(column 3)"
+equal "route: the mean" "$(column 2)" "$(awk '/^ *[12]  *0/ { s += $2 } END { printf "%.4f", s / 2 }' $tmp/out)"
+if LC_ALL=C grep -q "$(printf '[^ -~]')" $tmp/out; then bad "route: more than ASCII in a file"; else ok; fi
+cp $tmp/out $tmp/a
+run route $micro $tmp/part --threads 2
+same "route: 2 threads" $tmp/a $tmp/out
+od -An -v -tu1 $tmp/part > $tmp/ids
+good "route --ids" route $micro $tmp/ids --ids
+same "route: text and its ids" $tmp/a $tmp/out
+for options in "--attention absorbed" "--attention expanded" "--cache BF16"; do
+    loads $micro $tmp/part $options
+    within "route $options" "$(column 2)" 0.05 1
+done
+# Windows begin afresh: two of 250 tokens are two texts.
+loads $micro $tmp/part --context 250
+shows "route --context" '^batches     2 of 250 tokens$'
+cp $tmp/loads.csv $tmp/both.csv
+two=$(column 3)
+head -c 250 $tmp/part > $tmp/half
+loads $micro $tmp/half
+cp $tmp/loads.csv $tmp/first.csv
+one=$(column 2)
+loads $micro $tmp/part --last 50
+within "route: mean over batches" "$two" "$(calc "($one + $(column 2)) / 2 - 0.0001")" \
+    "$(calc "($one + $(column 2)) / 2 + 0.0001")"
+paste -d, $tmp/first.csv $tmp/loads.csv | awk -F, 'NR > 1 { print $1, $2, $3 + $7 }' > $tmp/d
+awk -F, 'NR > 1 { print $1, $2, $3 }' $tmp/both.csv > $tmp/c
+same "route: the loads of two windows add up" $tmp/d $tmp/c
+loads $micro $tmp/part --context 240
+shows "route: left over" '^batches     2 of 240 tokens, 20 tokens left over$'
+loads $micro $tmp/byte # one token: two experts, the others dead, one pair
+shows "route: one token" '^    1   3.0000   3.0000   0.0000      6   0.3333   [0-7]+[0-7]  *100.00 %   1.00$'
+loads $micro $tmp/part --context 1
+run route $micro LICENSE --context 600 # longer than the model was made for
+equal "route --context 600" "$status $(cat $tmp/err)" \
+    "0 dsv3: warning: windows of 600 tokens, longer than the 512 that the model was made for"
+# The tokens and the routing of golden.safetensors, of another program; these numbers were computed from that routing.
+tail -c 768 examples/models/austen/golden.safetensors | od -An -v -td4 > $tmp/ids
+loads examples/models/austen $tmp/ids --ids
+for line in '1 0.3750 0.3750 0.5833 0 0.9948 30+31 8.85 % 5.81' '2 0.3333 0.3333 0.7500 0 0.9956 28+29 8.85 % 8.32' \
+    '3 0.3750 0.3750 0.5417 0 0.9938 12+15 7.29 % 8.03' '4 0.5000 0.5000 0.5417 0 0.9956 27+28 8.33 % 5.29' \
+    'mean 0.3958 0.3958 0.6042 0.0 0.9950 8.33 % 6.86'; do
+    equal "route austen: $line" "$(awk -v l="${line%% *}" '$1 == l && /%/ { $1 = $1; print }' $tmp/out)" "$line"
+done
+refused "route: empty file" "$tmp/nothing: expected at least 1 token, found 0" route $micro $tmp/nothing
+refused "route: missing file" "$tmp/none: cannot be opened" route $micro $tmp/none
+refused "route: text without a tokenizer" "LICENSE: this model has 128 tokens" route $tmp/v128 LICENSE
+copy dense
+sed -e 's/"num_hidden_layers": 3/"num_hidden_layers": 1/' \
+    -e 's/"num_nextn_predict_layers": 1/"num_nextn_predict_layers": 0/' $micro/config.json > $tmp/dense/config.json
+refused "route: no MoE layers" "$tmp/dense: this model has no MoE layers" route $tmp/dense LICENSE
+
+# Files.
+well_formed() { # by a parser where there is one
+    if command -v xmllint > /dev/null; then check "$1: XML" xmllint --noout "$2"; fi
+}
+cp $tmp/part "$tmp/a<b>&\"c"
+good "route --svg" route $micro "$tmp/a<b>&\"c" --svg $tmp/map.svg
+same "route --svg prints the same" $tmp/a $tmp/out
+well_formed "route --svg" $tmp/map.svg
+equal "route --svg: a cell for each layer and expert" "$(grep -c '<title>layer [12], expert [0-7]: ' $tmp/map.svg)" 16
+equal "route --svg: its end" "$(tail -n 1 $tmp/map.svg)" "</svg>"
+if grep -q "Load of the experts: $micro on $tmp/a&#60;b&#62;&#38;&#34;c</title>" $tmp/map.svg; then ok; else
+    bad "route --svg: title"
+fi
+good "route --csv" route $micro $tmp/part --csv $tmp/loads.csv
+sed -n 's/.*<title>layer \([0-9]*\), expert \([0-9]*\): \([0-9.]*\)<.*/\1 \2 \3/p' $tmp/map.svg > $tmp/b
+awk -F, 'NR > 1 { printf "%d %d %.4g\n", $1, $2, $3 * 8 / 1000 }' $tmp/loads.csv > $tmp/c
+same "route --svg: the numbers of --csv" $tmp/b $tmp/c
+printf 'old' > $tmp/map2.svg
+good "route: both files, over an old one" route $micro $tmp/part --svg $tmp/map2.svg --csv $tmp/b
+equal "route: over an old file" "$(grep '<title>layer' $tmp/map2.svg)" "$(grep '<title>layer' $tmp/map.svg)"
+same "route: both files" $tmp/loads.csv $tmp/b
+for option in --svg --csv; do
+    refused "route $option: no such directory" "$tmp/none/x: cannot be written" \
+        route $micro $tmp/part $option $tmp/none/x
+    refused "route $option: directory" "$tmp/empty: cannot be written: is a directory" \
+        route $micro $tmp/part $option $tmp/empty
+    refused "route $option ''" "$option: expected a path" route $micro $tmp/part $option ""
+    refused "route $option: before the work" "cannot be written" route $tmp/none $tmp/none $option $tmp/none/x
+    if [ -c /dev/full ]; then
+        run route $micro $tmp/part $option /dev/full
+        equal "route $option: full device" "$status $(cat $tmp/err)" \
+            "1 dsv3: /dev/full: cannot be written: No space left on device"
+        if [ -c /dev/full ]; then ok; else bad "route $option: the device is gone"; fi
+    fi
+    # A file that may not grow to its end: the old one stays, nothing else does.
+    printf 'old' > $tmp/kept
+    (
+        trap '' XFSZ
+        ulimit -f 0 && "$tool" route $micro $tmp/part $option $tmp/kept 2>&1 > /dev/null
+        echo $?
+    ) 2>&1 | cat > $tmp/out
+    equal "route $option: no room" "$(tail -n 1 $tmp/out)" 1
+    equal "route $option: no room" "$(grep -c "^dsv3: $tmp/kept: cannot be written: " $tmp/out)" 1
+    equal "route $option: no room, the old file" "$(cat $tmp/kept)" old
+done
+refused "route: one path twice" "--csv: expected another path" route $micro $tmp/part --svg $tmp/x --csv $tmp/x
+equal "route: nothing is left over" "$(ls $tmp/*.tmp $tmp/x 2> /dev/null)" ""
+"$tool" route $micro $tmp/part --csv /dev/stdout 2> $tmp/err | cat > $tmp/out
+equal "route: --csv into a pipe" "$(sed -n '/^layer,/,$p' $tmp/out | cmp - $tmp/loads.csv 2>&1)$(cat $tmp/err)" ""
+ln -s linked $tmp/link
+good "route: --csv through a link" route $micro $tmp/part --csv $tmp/link
+same "route: --csv through a link" $tmp/linked $tmp/loads.csv
+if [ -L $tmp/link ]; then ok; else bad "route: the link is gone"; fi
+
+# On a terminal in colour, and as wide as that is.
+if script -qec true /dev/null < /dev/null > /dev/null 2>&1; then
+    escape=$(printf '\033')
+    # terminal COMMANDS: as shown, without what the terminal adds.
+    terminal() {
+        script -qec "stty cols 40; $1 '$tool' route $micro $tmp/part" /dev/null < /dev/null | tr -d '\r' > $tmp/out
+    }
+    terminal "TERM=xterm"
+    equal "route: in colour" "$(grep -c "^ *[12]  $escape\[48;5;" $tmp/out)" 2
+    for plain in "TERM=dumb" "TERM=xterm NO_COLOR=1" "env -u TERM"; do
+        terminal "$plain"
+        sed -n '/^layer/,$p' $tmp/out > $tmp/b
+        sed -n '/^layer/,$p' $tmp/a > $tmp/c
+        same "route: $plain" $tmp/b $tmp/c
+    done
+    script -qec "stty cols 25; NO_COLOR=1 '$tool' route examples/models/austen $tmp/part" /dev/null < /dev/null |
+        tr -d '\r' > $tmp/out
+    shows "route: a narrow terminal" '^each column is the mean of 2 neighbouring experts$'
+    equal "route: a narrow terminal" "$(grep -c '^    [1-4] |................|$' $tmp/out)" 4
+fi
 
 # ---- plan
 
@@ -610,13 +781,15 @@ equal "--check-finite, FP8" "$status $(cat $tmp/err)" "1 dsv3: w: value 2 is not
 safetensors $tmp/bad.safetensors '{"e":{"dtype":"F32","shape":[0,4],"data_offsets":[0,0]}}' ''
 good "inspect, empty tensor" inspect $tmp/bad.safetensors --check-finite
 shows "inspect, empty tensor" '^e  *F32  *\[0, 4\]  *0  *0  *0  *0$'
-# A model with NaN in its last tensor, model.norm.weight: opens, and the forward pass says so.
+# A model with NaN in its last tensor, model.norm.weight: opens, and the forward pass says so where it matters.
 copy nan
 { head -c $((size - 2)) $micro/model.safetensors && printf '\377\377'; } > $tmp/nan/model.safetensors
 run inspect $tmp/nan --check-finite
 equal "NaN in a model: status" $status 1
 cp $tmp/err $tmp/b
-everywhere "NaN in a model" "is not finite" $tmp/nan
+refused "generate: NaN in a model" "is not finite" generate $tmp/nan -n 1
+refused "score: NaN in a model" "is not finite" score $tmp/nan LICENSE
+good "route: NaN behind the last router" route $tmp/nan $tmp/part
 
 rm -rf $tmp
 done_testing tool
