@@ -3,8 +3,8 @@
  * What it is: the architecture of DeepSeek-V3 -- multi-head latent attention (MLA), the sigmoid-routed mixture of
  * experts (MoE) with its balancing bias, and multi-token prediction (MTP) -- on checkpoints as published, FP8 blocks
  * included, as a library that drops into a C or C++ project with one include and reads as a textbook, chapter by
- * chapter. DeepSeek-V2, V2-Lite, Moonlight and Kimi-K2 are configurations of the same code. This version runs models
- * forward: it generates, with the MTP modules drafting ahead, and computes the losses of training.
+ * chapter. DeepSeek-V2, V2-Lite, Moonlight and Kimi-K2 are configurations of the same code. It generates, with the MTP
+ * modules drafting ahead, and it trains, with every gradient.
  *
  * What it is not: it does not allocate, open files, print, start threads behind your back, keep global
  * state or exit. It knows no file format and no tokenizer (examples/ has small companions for files).
@@ -29,13 +29,15 @@
  *   ops       dsv3_rmsnorm, dsv3_router_select, dsv3_bias_step, dsv3_rope_table ... on plain arrays, without a model;
  *   blocks    dsv3_mla_forward, dsv3_ffn_forward, dsv3_layer_forward on one layer's weights;
  *   programs  dsv3_forward (prefill and decode of many sequences in one call), dsv3_mtp_forward, dsv3_sample,
- *             dsv3_generate (steps with drafts, several sequences at once), dsv3_evaluate (losses of all depths).
+ *             dsv3_generate (steps with drafts, several sequences at once), dsv3_evaluate (losses of all depths),
+ *             dsv3_train_begin, _accumulate, _end (a training step).
  *
  * >>options  Define before the first include of the file that has DSV3_IMPLEMENTATION (no macro changes a struct):
  *   DSV3_IMPLEMENTATION      compile the implementation here (once per program)
  *   DSV3_STATIC              everything static to this file (then any number of files may implement)
  *   DSV3_API                 what stands before each public function; default: extern
  *   DSV3_ASSERT(x)           checks preconditions of single ops; default: nothing
+ *   DSV3_NO_TRAINING         leave out gradients and training
  *   DSV3_NO_OPENMP           ignore OpenMP even if the compiler has it switched on
  *   DSV3_ALLOW_FAST_MATH     accept -ffast-math (minus infinity and NaN are part of the algorithm: results
  *                            may then be wrong without notice)
@@ -88,6 +90,7 @@
  *   10 >>model    configurations, tensor names, binding; caches, batches, the forward program
  *   11 >>mtp      multi-token prediction: modules, and the losses of whole texts
  *   12 >>infer    sampling, generation with drafts
+ *   13 >>train    parameters, backward through everything, AdamW, the training step
  *   B  >>licence
  */
 #ifndef DSV3_H
@@ -546,6 +549,8 @@ typedef struct dsv3_workspace {
     struct dsv3i_job *jobs;      /* [2 (min(E, n K) + 1)] */
     float *worker;               /* [threads, worker_floats] */
     size_t worker_floats;
+    float *u_ffn, *kv_raw, *q_raw, *h; /* u, kv, q_latent and h_gate, unless a backward pass wants both of a pair */
+    float *x_mid;                      /* [n, d] NULL, or gets the residual stream between attention and FFN */
     const float *hidden; /* [n, d] public: after dsv3_forward or dsv3_mtp_forward and until the next call, the
                             rows' states as MTP modules take them (config.mtp_hidden) */
     dsv3_cache *views;   /* [n] caches of the sequences in a call */
@@ -696,8 +701,47 @@ DSV3_API double dsv3_device_loss(const float *score, const int32_t *idx, const u
 /* V2's communication loss, [R2] eq. 29-31: a token is sent to at most most_devices (M) of them. */
 DSV3_API double dsv3_communication_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n,
                                         size_t E, size_t K, size_t devices, size_t most_devices, double *scratch);
+/* How much each balance loss counts. */
+typedef struct dsv3_balance_weights {
+    double expert;                /* alpha of dsv3_balance_loss: V3 0.0001, V2 0.003 */
+    double device, communication; /* V2: 0.05 and 0.02; V3: 0 */
+    size_t devices, most_devices; /* V2: 8 and 3 */
+    int32_t actual;               /* bool: f_i of the first from the actual routing (V2), not the largest scores */
+} dsv3_balance_weights;
 /* Mean of (log sum exp z_t)^2 over the router's logits z [n, E] (ST-MoE; not used by DeepSeek). */
 DSV3_API double dsv3_z_loss(const float *z, const uint8_t *mask, size_t n, size_t E);
+
+#ifndef DSV3_NO_TRAINING
+/* Backward ops. Gradients d.. are added to what stands there, so that branches and micro-batches add up; dy is the gradient
+ * of the op's output. Pointers named NULL-able are not computed then. Saved values: the op's inputs. */
+
+/* dx [n, cols] += dy W, dw [rows, cols] += dy^T x, for dy [n, rows] and x [n, cols]. dx, dw may be NULL. scratch as
+ * dsv3_linear. */
+DSV3_API void dsv3_linear_backward(const dsv3_context *context, float *dx, float *dw, const float *dy, const float *x,
+                                   const dsv3_tensor *w, size_t n, float *scratch);
+/* dx [dr] in place, from the gradient of the rotated values to that of those before. */
+DSV3_API void dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t dr, int interleave);
+/* dw [V, d]: row token[t] += dx[t]. */
+DSV3_API void dsv3_embed_backward(float *dw, const float *dx, const int32_t *token, size_t n, size_t d);
+/* dx [n, d], dg [d]. scratch [n]. */
+DSV3_API void dsv3_rmsnorm_backward(const dsv3_context *context, float *dx, float *dg, const float *dy,
+                                    const float *x, const dsv3_tensor *g, size_t n, size_t d, float eps,
+                                    float *scratch);
+/* Of weight * sum_t nll_t: du [n, d], dhead [V, d] or NULL. scratch as dsv3_cross_entropy has left it, for the same
+ * u, head and target. */
+DSV3_API void dsv3_cross_entropy_backward(const dsv3_context *context, float *du, float *dhead, float weight,
+                                          const float *u, const dsv3_tensor *head, const int32_t *target, size_t n,
+                                          float *scratch);
+/* The router's: dscore [n, E] from dgate [n, K]; dz [n, E] = from dscore [n, E] (not added; dz may be dscore); and scale
+ * times the gradient of the weighted balance losses of one sequence. scratch [2 E]. */
+DSV3_API void dsv3_router_weights_backward(const dsv3_config *config, float *dscore, const float *dgate,
+                                           const int32_t *idx, const float *score, size_t n);
+DSV3_API void dsv3_router_scores_backward(const dsv3_config *config, float *dz, const float *dscore,
+                                          const float *score, size_t n);
+DSV3_API void dsv3_balance_backward(float *dscore, double scale, const dsv3_balance_weights *weights,
+                                    const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
+                                    size_t K, double *scratch);
+#endif
 
 /* ---- Blocks ------------------------------------------------------------------------------------------ */
 
@@ -894,6 +938,117 @@ DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *
 DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, const dsv3_model *model,
                                    dsv3_sequence *const *sequences, size_t n, dsv3_workspace *workspace,
                                    dsv3_error *error);
+
+#ifndef DSV3_NO_TRAINING
+/* ---- Training. [R] 4.2; chapter 13 ------------------------------------------------------------------- */
+
+/* Every tensor a config calls for, as float32, in one array in file order (the order of dsv3_model_tensors, without the
+ * optional copies: MTP modules share the main model's embedding and head). Weights are one, gradients another. */
+typedef struct dsv3_parameters {
+    dsv3_model model; /* bound to data */
+    float *data;      /* [count] */
+    size_t count;
+} dsv3_parameters;
+DSV3_API dsv3_result dsv3_parameters_size(const dsv3_config *config, size_t *bytes);
+/* Zeros. */
+DSV3_API dsv3_result dsv3_parameters_init(dsv3_parameters *parameters, const dsv3_config *config, void *memory,
+                                          size_t bytes);
+/* Decodes a bound model of the same config into them. MISMATCH for another config, or fewer MTP modules than it names. */
+DSV3_API dsv3_result dsv3_parameters_load(dsv3_parameters *parameters, const dsv3_model *from);
+/* Matrices from N(0, std^2), norms 1, router biases 0. V3: std 0.006. */
+DSV3_API void dsv3_parameters_random(dsv3_parameters *parameters, dsv3_rng *rng, float std);
+
+/* What the forward pass keeps for the backward pass, beside what it must. The report keeps nothing of these. */
+typedef enum dsv3_keep {
+    DSV3_KEEP_NORMS = 1,          /* outputs of all RMSNorms */
+    DSV3_KEEP_UP_PROJECTIONS = 2, /* queries (keys and values are always rebuilt) */
+    DSV3_KEEP_SWIGLU = 4          /* outputs of SwiGLU */
+} dsv3_keep;
+
+/* Adds gradients [n] of all ranks, in place; DSV3_OK, or a code that ends the step. */
+typedef dsv3_result (*dsv3_reduce_gradients)(void *user, float *gradients, size_t n);
+
+/* How to train. Start from dsv3_training_default; the first five fix the memory, the others may change between steps. */
+typedef struct dsv3_training {
+    size_t rows;      /* most rows of a micro-batch */
+    size_t sequences; /* most sequences of a micro-batch */
+    size_t longest;   /* most rows of a sequence */
+    int32_t keep;     /* dsv3_keep, added up */
+    int32_t ema;      /* bool: keep an exponential moving average of the weights */
+    double lambda;    /* weight of the MTP losses: V3 0.3, later 0.1 */
+    dsv3_mtp_divisor divisor;
+    dsv3_balance_weights balance;
+    int32_t detach_trunk; /* bool: MTP losses do not reach the main model's layers */
+    int32_t detach_head;  /* bool: nor its embedding and head */
+    float beta1, beta2, eps, weight_decay;
+    float clip; /* largest global norm of the gradients; 0: no limit */
+    float ema_decay;
+    const char *const *exempt; /* names with * for any characters, NULL ends: no weight decay (vectors never have) */
+    const char *const *frozen; /* likewise: not trained. NULL: none */
+    dsv3_reduce_gradients reduce; /* NULL: one rank. The loads' hook is the balancer's */
+    void *reduce_user;
+} dsv3_training;
+
+/* The report's: lambda 0.3, balance 0.0001, AdamW (0.9, 0.95), decay 0.1, clip 1, eps 1e-8; one sequence of 4096. */
+DSV3_API dsv3_training dsv3_training_default(void);
+
+/* Warm-up from 0 to peak, constant, cosine to low, low, tail. [R] 4.2: 2000 steps to 2.2e-4, constant to 10 T tokens, cosine to
+ * 2.2e-5 over 4.3 T, 333 B tokens there, 167 B at 7.3e-6. A plain cosine has constant = warmup and low = end. */
+typedef struct dsv3_schedule {
+    double peak, low, tail;
+    uint64_t warmup, constant, cosine, end; /* steps at which each phase ends; behind `end`: tail */
+} dsv3_schedule;
+DSV3_API double dsv3_learning_rate(const dsv3_schedule *schedule, uint64_t step);
+
+/* Everything that is trained, and all memory for it. */
+typedef struct dsv3_trainer {
+    dsv3_training settings;
+    dsv3_parameters weights, gradients;
+    float *m, *v;           /* [count] moments of AdamW */
+    float *ema;             /* [count] or NULL */
+    uint64_t step;          /* optimizer steps done */
+    dsv3_balancer balancer; /* loads; rule and schedule are the caller's to set */
+    dsv3_losses losses;     /* sums of the step so far */
+    /* of the step under way */
+    uint64_t *targets; /* [1 + D] of all micro-batches and ranks */
+    uint64_t sequences;
+    /* private */
+    size_t most_rows, most_sequences, longest, threads;
+    dsv3_workspace workspace;
+    dsv3_cache *caches;        /* [sequences] one layer each */
+    struct dsv3i_saved *saved; /* [L + D] */
+    struct dsv3i_depth *depth; /* [1 + D] */
+    struct dsv3i_backward *backward;
+    float *carry[2]; /* [n, d] */
+    float *dx;       /* [n, d] */
+    float *dconcat;  /* [n, 2d] */
+    float *bias;     /* [L + D, E] */
+    double *partial; /* sums of squares */
+} dsv3_trainer;
+
+DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_training *settings, size_t threads,
+                                       size_t *bytes);
+/* Weights are zero: load or randomise trainer->weights before the first step. */
+DSV3_API dsv3_result dsv3_trainer_init(dsv3_trainer *trainer, const dsv3_config *config,
+                                       const dsv3_training *settings, size_t threads, void *memory, size_t bytes);
+
+/* Adds the targets of a text to targets [1 + depths] and its sequences to *sequences. */
+DSV3_API void dsv3_text_count(const dsv3_text *text, size_t depths, uint64_t *targets, uint64_t *sequences);
+
+/* A step in four stages. begin: clears gradients, loads and sums; targets [1 + D] and sequences are those of all
+ * micro-batches and ranks, known before the first of them, so that each term has its final weight where it is made.
+ * accumulate: forward and backward of one micro-batch; any split of the batch gives the same sums but for rounding.
+ * end: reduces over ranks, clips, AdamW, the bias step. Gradients that are not finite end it with DSV3_ERR_NAN: nothing is
+ * trained then, and the biases stay. Bits do not depend on the number of threads. */
+DSV3_API dsv3_result dsv3_train_begin(dsv3_trainer *trainer, const uint64_t *targets, uint64_t sequences);
+DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_trainer *trainer, const dsv3_text *text,
+                                           dsv3_error *error);
+/* norm (may be NULL): global norm of the gradients before clipping. */
+DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *trainer, double learning_rate,
+                                    double *norm, dsv3_error *error);
+/* The loss of the step so far, as it is minimised. */
+DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
+#endif
 
 #ifdef __cplusplus
 }
@@ -1250,10 +1405,20 @@ static float dsv3i_float(uint32_t bits) {
     return x;
 }
 
-/* Judged by bits, so that no compiler flag can reason it away: exponent all ones is NaN or infinity. */
-static int dsv3i_is_finite(float x) { return (dsv3i_bits(x) & 0x7F800000u) != 0x7F800000u; }
+/* The sign and exponent of x in the place where a float has them. Tests compile this file with double as its real
+ * type, to compare gradients with finite differences: hence the second case. */
+static uint32_t dsv3i_upper_bits(float x) {
+    uint64_t wide;
+    if (sizeof x == sizeof(uint32_t)) return dsv3i_bits(x);
+    DSV3_MEMCPY(&wide, &x, sizeof x);
+    wide = (wide & 0x7FFFFFFFFFFFFFFFu) >= 0x7FF0000000000000u ? wide >> 29 | (wide & 0x1FFFFFFFu) : 0;
+    return (uint32_t)(wide & 0x7FFFFFFFu);
+}
 
-static int dsv3i_is_nan(float x) { return (dsv3i_bits(x) & 0x7FFFFFFFu) > 0x7F800000u; }
+/* Judged by bits, so that no compiler flag can reason it away: exponent all ones is NaN or infinity. */
+static int dsv3i_is_finite(float x) { return (dsv3i_upper_bits(x) & 0x7F800000u) != 0x7F800000u; }
+
+static int dsv3i_is_nan(float x) { return (dsv3i_upper_bits(x) & 0x7FFFFFFFu) > 0x7F800000u; }
 
 static int dsv3i_all_finite(const float *x, size_t n) {
     uint32_t bad = 0;
@@ -1263,7 +1428,7 @@ static int dsv3i_all_finite(const float *x, size_t n) {
 
 DSV3_API size_t dsv3_type_bytes(dsv3_type type) {
     switch (type) {
-    case DSV3_F32: return 4;
+    case DSV3_F32: return sizeof(float);
     case DSV3_F16: return 2;
     case DSV3_BF16: return 2;
     case DSV3_F8_E4M3: return 1;
@@ -1600,6 +1765,119 @@ DSV3_API void dsv3_linear(const dsv3_context *context, float *y, const float *x,
     dsv3i_linear_jobs(context, &job, 1, scratch, DSV3I_ROWS * w->cols);
 }
 
+#ifndef DSV3_NO_TRAINING
+/* ---- Backward of linear: dx += dy W, dW += dy^T x. Both are sums of scaled rows: of W for one row of dx, of x for one row
+ * of dW. Loops are split over rows of dx and rows of dW, so that every sum is taken by one worker, in one order. */
+
+#define DSV3I_BACK 8u /* rows of dx, or of dW, that one item works on */
+
+typedef struct dsv3i_back_job {
+    const dsv3_tensor *w;
+    float *dx;       /* [n, cols], NULL: not wanted */
+    float *dw;       /* [rows, cols], NULL: not wanted */
+    const float *dy; /* [n, rows] */
+    const float *x;  /* [n, cols] */
+    size_t n;
+    size_t first[2]; /* its first item in the loops over dx and over dW */
+} dsv3i_back_job;
+
+static dsv3i_back_job dsv3i_back_make(float *dx, float *dw, const float *dy, const float *x, const dsv3_tensor *w,
+                                      size_t n) {
+    dsv3i_back_job job;
+    job.w = w;
+    job.dx = dx;
+    job.dw = dw;
+    job.dy = dy;
+    job.x = x;
+    job.n = n;
+    return job;
+}
+
+typedef struct dsv3i_back_arg {
+    const dsv3_context *ctx;
+    const dsv3i_back_job *jobs;
+    size_t n_jobs;
+    float *scratch;
+    size_t worker_floats; /* >= cols of every job */
+    int over_dw;          /* which of the two loops this is */
+} dsv3i_back_arg;
+
+/* Rows [t0, t1) of dx: each row of W is decoded once for all of them. */
+static void dsv3i_back_dx(const dsv3_context *ctx, const dsv3i_back_job *job, size_t t0, size_t t1, float *row) {
+    const dsv3_tensor *w = job->w;
+    for (size_t r = 0; r < w->rows; r++) {
+        dsv3i_decode_row(ctx, row, w, r);
+        for (size_t t = t0; t < t1; t++)
+            ctx->kernels.axpy(job->dx + t * w->cols, job->dy[t * w->rows + r], row, w->cols);
+    }
+}
+
+static void dsv3i_back_dw(const dsv3_context *ctx, const dsv3i_back_job *job, size_t r0, size_t r1) {
+    const dsv3_tensor *w = job->w;
+    for (size_t t = 0; t < job->n; t++) {
+        for (size_t r = r0; r < r1; r++) {
+            ctx->kernels.axpy(job->dw + r * w->cols, job->dy[t * w->rows + r], job->x + t * w->cols, w->cols);
+        }
+    }
+}
+
+static void dsv3i_back_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_back_arg *a = (const dsv3i_back_arg *)arg;
+    size_t j = 0;
+    for (size_t i = begin; i < end; i++) {
+        const dsv3i_back_job *job;
+        size_t at;
+        while (j + 1 < a->n_jobs && a->jobs[j + 1].first[a->over_dw] <= i) j++;
+        job = &a->jobs[j];
+        at = (i - job->first[a->over_dw]) * DSV3I_BACK;
+        if (a->over_dw) {
+            dsv3i_back_dw(a->ctx, job, at, dsv3i_min(at + DSV3I_BACK, job->w->rows));
+        } else {
+            dsv3i_back_dx(a->ctx, job, at, dsv3i_min(at + DSV3I_BACK, job->n),
+                          a->scratch + worker * a->worker_floats);
+        }
+    }
+}
+
+/* All jobs in one loop over dx and one over dW. Jobs must not share outputs. */
+static void dsv3i_back_jobs(const dsv3_context *ctx, dsv3i_back_job *jobs, size_t n_jobs, float *scratch,
+                            size_t worker_floats) {
+    dsv3i_back_arg arg;
+    size_t items[2] = {0, 0}, work = 0;
+    for (size_t j = 0; j < n_jobs; j++) {
+        const dsv3_tensor *w = jobs[j].w;
+        DSV3_ASSERT(worker_floats >= w->cols);
+        jobs[j].first[0] = items[0];
+        jobs[j].first[1] = items[1];
+        if (jobs[j].dx != NULL) items[0] += dsv3i_blocks(jobs[j].n, DSV3I_BACK);
+        if (jobs[j].dw != NULL && jobs[j].n > 0) items[1] += dsv3i_blocks(w->rows, DSV3I_BACK);
+        work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(w->rows, w->cols), jobs[j].n));
+    }
+    arg.ctx = ctx;
+    arg.jobs = jobs;
+    arg.n_jobs = n_jobs;
+    arg.scratch = scratch;
+    arg.worker_floats = worker_floats;
+    for (arg.over_dw = 0; arg.over_dw < 2; arg.over_dw++) {
+        dsv3i_parallel(ctx, items[arg.over_dw], work, dsv3i_back_task, &arg);
+    }
+}
+
+DSV3_API void dsv3_linear_backward(const dsv3_context *context, float *dx, float *dw, const float *dy, const float *x,
+                                   const dsv3_tensor *w, size_t n, float *scratch) {
+    dsv3i_back_job job = dsv3i_back_make(dx, dw, dy, x, w, n);
+    dsv3i_back_jobs(context, &job, 1, scratch, w->cols);
+}
+
+/* The embedding is a linear map of one-hot rows: its gradient is added row by row. */
+DSV3_API void dsv3_embed_backward(float *dw, const float *dx, const int32_t *token, size_t n, size_t d) {
+    for (size_t t = 0; t < n; t++) {
+        float *row = dw + (size_t)token[t] * d;
+        for (size_t i = 0; i < d; i++) row[i] += dx[t * d + i];
+    }
+}
+#endif
+
 /* ---- RMSNorm */
 
 DSV3_API void dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *g, size_t n,
@@ -1619,14 +1897,85 @@ DSV3_API void dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x
     }
 }
 
+#ifndef DSV3_NO_TRAINING
+/* Backward of RMSNorm: with r = 1 / rms(x) and v = dy * g,
+ *     dx += r v - x r^3 (v . x) / d,   dg += sum_t dy_t * x_t r_t
+ * The sum over rows is split over columns; r [n] passes from the first loop to the second. */
+
+#define DSV3I_COLUMNS 16u
+
+typedef struct dsv3i_norm_arg {
+    const dsv3_context *ctx;
+    float *dx, *dg, *r;
+    const float *dy, *x;
+    const dsv3_tensor *g;
+    size_t n, d;
+    float eps;
+} dsv3i_norm_arg;
+
+static void dsv3i_norm_dx_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_norm_arg *a = (const dsv3i_norm_arg *)arg;
+    size_t d = a->d, step = dsv3_type_bytes(a->g->type);
+    (void)worker;
+    for (size_t t = begin; t < end; t++) {
+        const float *x = a->x + t * d, *dy = a->dy + t * d;
+        float *dx = a->dx + t * d, r = 1.0f / DSV3_SQRTF(a->ctx->kernels.dot(x, x, d) / (float)d + a->eps),
+              sum = 0.0f;
+        for (int pass = 0; pass < 2; pass++) { /* v . x first, then dx */
+            float c = sum * r * r * r / (float)d;
+            for (size_t i = 0; i < d; i += 64) {
+                float gain[64];
+                size_t m = dsv3i_min(64, d - i);
+                a->ctx->kernels.decode[a->g->type](gain, (const unsigned char *)a->g->data + i * step, m);
+                for (size_t j = 0; j < m; j++) gain[j] *= dy[i + j];
+                if (pass == 0) sum += a->ctx->kernels.dot(gain, x + i, m);
+                for (size_t j = 0; j < m && pass == 1; j++) dx[i + j] += r * gain[j] - x[i + j] * c;
+            }
+        }
+        a->r[t] = r;
+    }
+}
+
+static void dsv3i_norm_dg_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_norm_arg *a = (const dsv3i_norm_arg *)arg;
+    (void)worker;
+    for (size_t i = begin * DSV3I_COLUMNS; i < dsv3i_min(end * DSV3I_COLUMNS, a->d); i += DSV3I_COLUMNS) {
+        size_t m = dsv3i_min(DSV3I_COLUMNS, a->d - i);
+        for (size_t t = 0; t < a->n; t++) {
+            const float *x = a->x + t * a->d + i, *dy = a->dy + t * a->d + i;
+            for (size_t j = 0; j < m; j++) a->dg[i + j] += dy[j] * (x[j] * a->r[t]);
+        }
+    }
+}
+
+DSV3_API void dsv3_rmsnorm_backward(const dsv3_context *context, float *dx, float *dg, const float *dy,
+                                    const float *x, const dsv3_tensor *g, size_t n, size_t d, float eps,
+                                    float *scratch) {
+    dsv3i_norm_arg arg;
+    arg.ctx = context;
+    arg.dx = dx;
+    arg.dg = dg;
+    arg.r = scratch;
+    arg.dy = dy;
+    arg.x = x;
+    arg.g = g;
+    arg.n = n;
+    arg.d = d;
+    arg.eps = eps;
+    dsv3i_parallel(context, n, dsv3i_mul(4 * n, d), dsv3i_norm_dx_task, &arg);
+    dsv3i_parallel(context, dsv3i_blocks(d, DSV3I_COLUMNS), dsv3i_mul(2 * n, d), dsv3i_norm_dg_task, &arg);
+}
+#endif
+
 /* ---- SwiGLU's elementwise half, split over threads because exp is slow */
 
 #define DSV3I_SILU_ITEM 256u
 
 typedef struct dsv3i_silu_arg {
     const dsv3_context *ctx;
-    float *h;       /* [n], in: gate, out: silu(gate) * up */
-    const float *b; /* [n] */
+    float *h;           /* [n] silu(a) * b */
+    const float *a, *b; /* [n] */
+    float *da, *db;     /* [n] backward */
     size_t n;
 } dsv3i_silu_arg;
 
@@ -1634,17 +1983,46 @@ static void dsv3i_silu_task(void *arg, size_t begin, size_t end, size_t worker) 
     const dsv3i_silu_arg *a = (const dsv3i_silu_arg *)arg;
     size_t i0 = begin * DSV3I_SILU_ITEM, i1 = dsv3i_min(end * DSV3I_SILU_ITEM, a->n);
     (void)worker;
-    a->ctx->kernels.silu_mul(a->h + i0, a->h + i0, a->b + i0, i1 - i0);
+    a->ctx->kernels.silu_mul(a->h + i0, a->a + i0, a->b + i0, i1 - i0);
 }
 
-static void dsv3i_silu_mul(const dsv3_context *ctx, float *h, const float *b, size_t n) {
+/* h may be a. */
+static void dsv3i_silu_mul(const dsv3_context *ctx, float *h, const float *a, const float *b, size_t n) {
     dsv3i_silu_arg arg;
     arg.ctx = ctx;
     arg.h = h;
+    arg.a = a;
     arg.b = b;
+    arg.da = arg.db = NULL;
     arg.n = n;
     dsv3i_parallel(ctx, dsv3i_blocks(n, DSV3I_SILU_ITEM), dsv3i_mul(n, 16), dsv3i_silu_task, &arg);
 }
+
+#ifndef DSV3_NO_TRAINING
+/* Backward of h = silu(a) b, with s = sigmoid(a): da = dh b s (1 + a (1 - s)), db = dh a s. da may be a, db may be b. */
+static void dsv3i_silu_back_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_silu_arg *v = (const dsv3i_silu_arg *)arg;
+    (void)worker;
+    for (size_t i = begin * DSV3I_SILU_ITEM; i < dsv3i_min(end * DSV3I_SILU_ITEM, v->n); i++) {
+        float a = v->a[i], b = v->b[i], dh = v->h[i], s = 1.0f / (1.0f + DSV3_EXPF(-a));
+        v->da[i] = dh * b * s * (1.0f + a * (1.0f - s));
+        v->db[i] = dh * (a * s);
+    }
+}
+
+static void dsv3i_silu_back(const dsv3_context *ctx, float *da, float *db, float *dh, const float *a, const float *b,
+                            size_t n) {
+    dsv3i_silu_arg arg;
+    arg.ctx = ctx;
+    arg.h = dh;
+    arg.a = a;
+    arg.b = b;
+    arg.da = da;
+    arg.db = db;
+    arg.n = n;
+    dsv3i_parallel(ctx, dsv3i_blocks(n, DSV3I_SILU_ITEM), dsv3i_mul(n, 32), dsv3i_silu_back_task, &arg);
+}
+#endif
 
 /* ---- Log-sum-exp: log sum exp(x) = top + log sum exp(x - top), whose terms are at most 1 */
 
@@ -1687,6 +2065,7 @@ typedef struct dsv3i_loss_arg {
     float *logits;         /* [n, rows] of this piece */
     float *state;          /* [n, 3] maximum, sum, the target's logit */
     const int32_t *target; /* [n] */
+    float weight;          /* backward: of each row's loss */
     size_t row, rows;      /* the piece */
 } dsv3i_loss_arg;
 
@@ -1712,23 +2091,37 @@ DSV3_API size_t dsv3_cross_entropy_scratch(const dsv3_context *context, const ds
     return dsv3i_add(dsv3i_cross_entropy_floats(head->rows, n), dsv3_linear_scratch(context, head->cols));
 }
 
-/* loss [dsv3i_cross_entropy_floats], worker [threads, worker_floats] */
+/* Logits of the piece that begins at arg->row. */
+static dsv3_tensor dsv3i_loss_piece(dsv3i_loss_arg *arg, const float *u, const dsv3_tensor *head, size_t n,
+                                    float *worker, size_t worker_floats) {
+    dsv3_tensor part = dsv3i_rows_of(head, arg->row, dsv3i_min(DSV3I_VOCAB, head->rows - arg->row));
+    dsv3i_job job = dsv3i_job_make(arg->logits, u, &part, n);
+    arg->rows = part.rows;
+    dsv3i_linear_jobs(arg->ctx, &job, 1, worker, worker_floats);
+    return part;
+}
+
+static void dsv3i_loss_begin(dsv3i_loss_arg *arg, const dsv3_context *ctx, const int32_t *target, size_t n,
+                             float *loss) {
+    arg->ctx = ctx;
+    arg->state = loss;
+    arg->logits = loss + 3 * n;
+    arg->target = target;
+    arg->weight = 0.0f;
+    arg->row = arg->rows = 0;
+}
+
+/* loss [dsv3i_cross_entropy_floats] keeps each row's maximum and sum; worker [threads, worker_floats] */
 static void dsv3i_cross_entropy(const dsv3_context *ctx, float *nll, const float *u, const dsv3_tensor *head,
                                 const int32_t *target, size_t n, float *loss, float *worker, size_t worker_floats) {
     dsv3i_loss_arg arg;
-    arg.ctx = ctx;
-    arg.state = loss;
-    arg.logits = loss + 3 * n;
-    arg.target = target;
+    dsv3i_loss_begin(&arg, ctx, target, n, loss);
     for (size_t t = 0; t < n; t++) {
         arg.state[3 * t] = -FLT_MAX;
         arg.state[3 * t + 1] = arg.state[3 * t + 2] = 0.0f;
     }
     for (arg.row = 0; arg.row < head->rows; arg.row += DSV3I_VOCAB) {
-        dsv3_tensor part = dsv3i_rows_of(head, arg.row, dsv3i_min(DSV3I_VOCAB, head->rows - arg.row));
-        dsv3i_job job = dsv3i_job_make(arg.logits, u, &part, n);
-        arg.rows = part.rows;
-        dsv3i_linear_jobs(ctx, &job, 1, worker, worker_floats);
+        dsv3i_loss_piece(&arg, u, head, n, worker, worker_floats);
         dsv3i_parallel(ctx, n, dsv3i_mul(dsv3i_mul(n, arg.rows), 16), dsv3i_loss_task, &arg);
     }
     for (size_t t = 0; t < n; t++) {
@@ -1736,6 +2129,52 @@ static void dsv3i_cross_entropy(const dsv3_context *ctx, float *nll, const float
         nll[t] = target[t] == DSV3_IGNORE ? 0.0f : DSV3_LOGF(state[1]) + (state[0] - state[2]);
     }
 }
+
+#ifndef DSV3_NO_TRAINING
+/* Backward: dlogits = weight (softmax - onehot), piece by piece again. */
+static void dsv3i_loss_back_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_loss_arg *a = (const dsv3i_loss_arg *)arg;
+    (void)worker;
+    for (size_t t = begin; t < end; t++) {
+        float *z = a->logits + t * a->rows, *state = a->state + 3 * t;
+        float weight = a->target[t] == DSV3_IGNORE ? 0.0f : a->weight, scale;
+        if (weight <= 0.0f && weight >= 0.0f) {
+            DSV3_MEMSET(z, 0, a->rows * sizeof *z);
+            continue;
+        }
+        a->ctx->kernels.exp_sum(z, z, state[0], a->rows);
+        scale = weight / state[1];
+        for (size_t i = 0; i < a->rows; i++) z[i] *= scale;
+        if ((size_t)a->target[t] >= a->row && (size_t)a->target[t] < a->row + a->rows) {
+            z[(size_t)a->target[t] - a->row] -= weight;
+        }
+    }
+}
+
+/* loss as dsv3i_cross_entropy has left it. du += dlogits head, dhead += dlogits^T u (NULL: not wanted). */
+static void dsv3i_cross_entropy_back(const dsv3_context *ctx, float *du, float *dhead, float weight, const float *u,
+                                     const dsv3_tensor *head, const int32_t *target, size_t n, float *loss,
+                                     float *worker, size_t worker_floats) {
+    dsv3i_loss_arg arg;
+    dsv3i_loss_begin(&arg, ctx, target, n, loss);
+    arg.weight = weight;
+    for (arg.row = 0; arg.row < head->rows; arg.row += DSV3I_VOCAB) {
+        dsv3_tensor part = dsv3i_loss_piece(&arg, u, head, n, worker, worker_floats);
+        dsv3i_back_job job =
+            dsv3i_back_make(du, dhead == NULL ? NULL : dhead + arg.row * head->cols, arg.logits, u, &part, n);
+        dsv3i_parallel(ctx, n, dsv3i_mul(dsv3i_mul(n, arg.rows), 16), dsv3i_loss_back_task, &arg);
+        dsv3i_back_jobs(ctx, &job, 1, worker, worker_floats);
+    }
+}
+
+DSV3_API void dsv3_cross_entropy_backward(const dsv3_context *context, float *du, float *dhead, float weight,
+                                          const float *u, const dsv3_tensor *head, const int32_t *target, size_t n,
+                                          float *scratch) {
+    float *worker = scratch + dsv3i_cross_entropy_floats(head->rows, n);
+    dsv3i_cross_entropy_back(context, du, dhead, weight, u, head, target, n, scratch, worker,
+                             DSV3I_ROWS * head->cols);
+}
+#endif
 
 DSV3_API void dsv3_cross_entropy(const dsv3_context *context, float *nll, const float *u, const dsv3_tensor *head,
                                  const int32_t *target, size_t n, float *scratch) {
@@ -1855,6 +2294,19 @@ DSV3_API void dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr, int in
     }
 }
 
+#ifndef DSV3_NO_TRAINING
+/* The transpose of a rotation is the rotation back. */
+DSV3_API void dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t dr, int interleave) {
+    size_t step = interleave ? 2 : 1, other = interleave ? 1 : dr / 2;
+    for (size_t i = 0; i < dr / 2; i++) {
+        float c = cos_sin[2 * i], s = cos_sin[2 * i + 1];
+        float a = dx[step * i], b = dx[step * i + other];
+        dx[step * i] = a * c + b * s;
+        dx[step * i + other] = b * c - a * s;
+    }
+}
+#endif
+
 /* ========================================================================================================
  * Chapter 6  >>mla
  *
@@ -1927,26 +2379,36 @@ static const float *dsv3i_cache_load(const dsv3_context *ctx, const dsv3_cache *
 
 /* ---- Projections: u -> q (rotated) and the latent rows, which go into the caches */
 
-static void dsv3i_mla_project(const dsv3_context *ctx, const dsv3i_dims *m, const float *u, const dsv3_model *model,
-                              const dsv3_layer *w, size_t layer, dsv3_cache *caches, size_t n, dsv3_workspace *ws) {
-    float eps = model->config.latent_norm_eps;
-    int interleave = model->config.rope_interleave;
+static void dsv3i_mla_raw(const dsv3_context *ctx, const dsv3i_dims *m, const float *u, const dsv3_layer *w, size_t n,
+                          dsv3_workspace *ws) {
     dsv3i_job jobs[2];
-    jobs[0] = dsv3i_job_make(ws->kv, u, &w->kv_a_proj_with_mqa, n);
-    jobs[1] = m->rq ? dsv3i_job_make(ws->q_latent, u, &w->q_a_proj, n) : dsv3i_job_make(ws->q, u, &w->q_proj, n);
+    jobs[0] = dsv3i_job_make(ws->kv_raw, u, &w->kv_a_proj_with_mqa, n);
+    jobs[1] = m->rq ? dsv3i_job_make(ws->q_raw, u, &w->q_a_proj, n) : dsv3i_job_make(ws->q, u, &w->q_proj, n);
     dsv3i_linear_jobs(ctx, jobs, 2, ws->worker, ws->worker_floats);
-    if (m->rq) {
-        dsv3_rmsnorm(ctx, ws->q_latent, ws->q_latent, &w->q_a_layernorm, n, m->rq, eps);
-        jobs[0] = dsv3i_job_make(ws->q, ws->q_latent, &w->q_b_proj, n);
-        dsv3i_linear_jobs(ctx, jobs, 1, ws->worker, ws->worker_floats);
-    }
+}
+
+/* kv from kv_raw: norm and rotation. */
+static void dsv3i_mla_kv(const dsv3_context *ctx, const dsv3i_dims *m, const dsv3_model *model, const dsv3_layer *w,
+                         size_t n, dsv3_workspace *ws) {
     for (size_t t = 0; t < n; t++) {
-        const float *cos_sin = ws->cos_sin + t * m->dr;
-        float *kv = ws->kv + t * m->width, *q = ws->q + t * m->Hq;
-        dsv3_rmsnorm(ctx, kv, kv, &w->kv_a_layernorm, 1, m->rk, eps);
-        dsv3_rope_rotate(kv + m->rk, cos_sin, m->dr, interleave);
-        for (size_t h = 0; h < m->H; h++) dsv3_rope_rotate(q + h * m->qk + m->dn, cos_sin, m->dr, interleave);
-        dsv3i_cache_store(&caches[ws->sequence[t]], layer, (size_t)ws->position[t], kv);
+        float *kv = ws->kv + t * m->width, *raw = ws->kv_raw + t * m->width;
+        dsv3_rmsnorm(ctx, kv, raw, &w->kv_a_layernorm, 1, m->rk, model->config.latent_norm_eps);
+        if (kv != raw) DSV3_MEMCPY(kv + m->rk, raw + m->rk, m->dr * sizeof *kv);
+        dsv3_rope_rotate(kv + m->rk, ws->cos_sin + t * m->dr, m->dr, model->config.rope_interleave);
+    }
+}
+
+/* q from q_raw: norm and q_b (without q_lora it is there already); rotation. */
+static void dsv3i_mla_q(const dsv3_context *ctx, const dsv3i_dims *m, const dsv3_model *model, const dsv3_layer *w,
+                        size_t n, dsv3_workspace *ws) {
+    if (m->rq) {
+        dsv3i_job job = dsv3i_job_make(ws->q, ws->q_latent, &w->q_b_proj, n);
+        dsv3_rmsnorm(ctx, ws->q_latent, ws->q_raw, &w->q_a_layernorm, n, m->rq, model->config.latent_norm_eps);
+        dsv3i_linear_jobs(ctx, &job, 1, ws->worker, ws->worker_floats);
+    }
+    for (size_t i = 0; i < n * m->H; i++) {
+        dsv3_rope_rotate(ws->q + i * m->qk + m->dn, ws->cos_sin + i / m->H * m->dr, m->dr,
+                         model->config.rope_interleave);
     }
 }
 
@@ -2118,8 +2580,12 @@ DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const floa
     arg.layer = layer;
     arg.n = n;
     arg.scale = model->softmax_scale;
-    dsv3i_mla_project(context, &m, u, model, weights, layer, caches, n, workspace);
+    dsv3i_mla_raw(context, &m, u, weights, n, workspace);
+    dsv3i_mla_kv(context, &m, model, weights, n, workspace);
+    dsv3i_mla_q(context, &m, model, weights, n, workspace);
     for (size_t t = 0; t < n; t++) {
+        dsv3i_cache_store(&caches[workspace->sequence[t]], layer, (size_t)workspace->position[t],
+                          workspace->kv + t * m.width);
         expanded += workspace->expanded[t] != 0;
         work = dsv3i_add(
             work, dsv3i_mul(m.H, dsv3i_add(m.rk * m.kv, dsv3i_mul((size_t)workspace->position[t], m.qk + m.dv))));
@@ -2131,6 +2597,196 @@ DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const floa
     job = dsv3i_job_make(y, workspace->o, &weights->o_proj, n);
     dsv3i_linear_jobs(context, &job, 1, workspace->worker, workspace->worker_floats);
 }
+
+#ifndef DSV3_NO_TRAINING
+/* ---- Backward. The forward pass of training is the one above, with the workspace's pointers on memory that stays
+ * (chapter 13). Saved: u or the layer's input, q_raw [n, rq], kv_raw [n, rk+dr], o [n, H dv] and the softmax's maximum and
+ * sum [n, H, 2]; rebuilt unless kept: the norms' outputs, q [n, H(dn+dr)], keys and values. With A = softmax(s):
+ *     D_t = do_t . o_t,   dA_tj = do_t . v_j,   ds_tj = scale A_tj (dA_tj - D_t)
+ *     dq_t = sum_j ds_tj k_j,   dk_j = sum_t ds_tj q_t,   dv_j = sum_t A_tj do_t
+ * A key is [UK c_j ; kr_j]: its second part is one vector for all heads, whose gradient is the sum over heads. */
+
+/* What the backward pass of a layer needs of its forward pass, for n rows. Pointers of a pair may be NULL: rebuilt. */
+typedef struct dsv3i_saved {
+    float *x_in, *x_mid;   /* [n, d] residual stream before attention and before FFN */
+    float *q_raw, *kv_raw; /* [n, rq], [n, rk+dr] */
+    float *o, *softmax;    /* [n, H dv], [n, H, 2] */
+    float *score, *gate;   /* [n, E], [n, K] */
+    int32_t *idx;          /* [n, K] */
+    size_t *slot, *offset; /* [n, K], [E + 1] */
+    float *h_gate, *h_up;  /* as in the workspace */
+    float *u, *u_ffn;      /* [n, d] kept norms */
+    float *q_latent, *kv;  /* [n, rq], [n, rk+dr] kept norms */
+    float *q;              /* [n, H(dn+dr)] kept up-projections */
+    float *h;              /* kept SwiGLU */
+} dsv3i_saved;
+
+/* Scratch of the backward pass, one for all layers. */
+typedef struct dsv3i_backward {
+    float *du;                   /* [n, d] */
+    float *dq, *keys, *dkeys;    /* [n, H(dn+dr)] */
+    float *kv_up, *dkv_up;       /* [n, H(dn+dv)] */
+    float *dout;                 /* [n, H dv] */
+    float *c, *dc;               /* [n, rk] */
+    float *dkv_raw;              /* [n, rk+dr] */
+    float *dq_latent, *dq_raw;   /* [n, rq] */
+    float *dh;                   /* like h_gate */
+    float *dgate;                /* [n, K] */
+    float *dscore;               /* [n, E] */
+    float *dgrouped;             /* [n K, d] */
+    float *r;                    /* [n max(K, 1)] */
+    struct dsv3i_back_job *jobs; /* [min(E, n K) + 1] */
+    const struct dsv3_balance_weights *balance;
+    double balance_scale; /* 1 / sequences of the step */
+} dsv3i_backward;
+
+typedef struct dsv3i_attention_back {
+    const dsv3_context *ctx;
+    const dsv3i_dims *m;
+    const dsv3_workspace *ws;
+    const dsv3i_saved *s;
+    const dsv3i_backward *b;
+    size_t n;
+    float scale;
+} dsv3i_attention_back;
+
+/* Row t meets its keys [t0, t] of head h. */
+static void dsv3i_attention_back_row(const dsv3i_attention_back *a, size_t t0, size_t t, size_t h) {
+    const dsv3i_dims *m = a->m;
+    const dsv3i_backward *b = a->b;
+    const dsv3_kernels *kernels = &a->ctx->kernels;
+    const float *q = a->ws->q + t * m->Hq + h * m->qk, *dout = b->dout + t * m->Ho + h * m->dv;
+    const float *state = a->s->softmax + (t * m->H + h) * 2;
+    float *dq = b->dq + t * m->Hq + h * m->qk, p[DSV3I_KEYS];
+    float D = kernels->dot(dout, a->s->o + t * m->Ho + h * m->dv, m->dv), r = 1.0f / state[1];
+    for (size_t j0 = t0; j0 <= t; j0 += DSV3I_KEYS) {
+        size_t nk = dsv3i_min(DSV3I_KEYS, t - j0 + 1);
+        for (size_t j = 0; j < nk; j++) {
+            p[j] = a->scale * kernels->dot(q, b->keys + (j0 + j) * m->Hq + h * m->qk, m->qk);
+        }
+        kernels->exp_sum(p, p, state[0], nk);
+        for (size_t j = 0; j < nk; j++) {
+            size_t key = (j0 + j) * m->Hq + h * m->qk, value = (j0 + j) * m->Hkv + h * m->kv + m->dn;
+            float A = p[j] * r, ds = a->scale * A * (kernels->dot(dout, b->kv_up + value, m->dv) - D);
+            kernels->axpy(b->dkv_up + value, A, dout, m->dv);
+            kernels->axpy(dq, ds, b->keys + key, m->qk);
+            kernels->axpy(b->dkeys + key, ds, q, m->qk);
+        }
+    }
+}
+
+/* Item = head h of the sequence that row t begins. */
+static void dsv3i_attention_back_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_attention_back *a = (const dsv3i_attention_back *)arg;
+    (void)worker;
+    for (size_t i = begin; i < end; i++) {
+        size_t t0 = i / a->m->H;
+        if (a->ws->leader[t0] != (int32_t)t0) continue;
+        for (size_t t = t0; t < a->n && a->ws->leader[t] == (int32_t)t0; t++) {
+            dsv3i_attention_back_row(a, t0, t, i % a->m->H);
+        }
+    }
+}
+
+/* keys [n, H, dn+dr] from kv_up and the rotated parts; what is to be summed up is cleared. */
+static void dsv3i_mla_back_begin(const dsv3_context *ctx, const dsv3i_dims *m, const dsv3_layer *w,
+                                 const dsv3_workspace *ws, const dsv3i_backward *b, size_t n) {
+    dsv3i_job job = dsv3i_job_make(b->kv_up, b->c, &w->kv_b_proj, n);
+    for (size_t t = 0; t < n; t++) DSV3_MEMCPY(b->c + t * m->rk, ws->kv + t * m->width, m->rk * sizeof(float));
+    dsv3i_linear_jobs(ctx, &job, 1, ws->worker, ws->worker_floats);
+    for (size_t i = 0; i < n * m->H; i++) {
+        float *key = b->keys + i * m->qk;
+        DSV3_MEMCPY(key, b->kv_up + i * m->kv, m->dn * sizeof *key);
+        DSV3_MEMCPY(key + m->dn, ws->kv + i / m->H * m->width + m->rk, m->dr * sizeof *key);
+    }
+    DSV3_MEMSET(b->dout, 0, n * m->Ho * sizeof(float));
+    DSV3_MEMSET(b->dq, 0, n * m->Hq * sizeof(float));
+    DSV3_MEMSET(b->dkeys, 0, n * m->Hq * sizeof(float));
+    DSV3_MEMSET(b->dkv_up, 0, n * m->Hkv * sizeof(float));
+    DSV3_MEMSET(b->dc, 0, n * m->rk * sizeof(float));
+    DSV3_MEMSET(b->dkv_raw, 0, n * m->width * sizeof(float));
+    DSV3_MEMSET(b->dq_latent, 0, n * m->rq * sizeof(float));
+    DSV3_MEMSET(b->dq_raw, 0, n * m->rq * sizeof(float));
+}
+
+/* dkeys goes to dkv_up and, summed over heads and rotated back, to dkv_raw; dq is rotated back. */
+static void dsv3i_mla_back_rotate(const dsv3i_dims *m, const dsv3_workspace *ws, const dsv3i_backward *b, size_t n,
+                                  int interleave) {
+    for (size_t t = 0; t < n; t++) {
+        const float *cos_sin = ws->cos_sin + t * m->dr;
+        float *dkr = b->dkv_raw + t * m->width + m->rk;
+        for (size_t h = 0; h < m->H; h++) {
+            const float *dkey = b->dkeys + t * m->Hq + h * m->qk;
+            DSV3_MEMCPY(b->dkv_up + t * m->Hkv + h * m->kv, dkey, m->dn * sizeof *dkey);
+            for (size_t i = 0; i < m->dr; i++) dkr[i] += dkey[m->dn + i];
+            dsv3_rope_rotate_backward(b->dq + t * m->Hq + h * m->qk + m->dn, cos_sin, m->dr, interleave);
+        }
+        dsv3_rope_rotate_backward(dkr, cos_sin, m->dr, interleave);
+    }
+}
+
+/* The gradient array of a tensor of the gradients' model. */
+static float *dsv3i_grad(const dsv3_tensor *g) { return (float *)(uintptr_t)g->data; }
+
+static void dsv3i_back(const dsv3_context *ctx, float *dx, const dsv3_tensor *g, const float *dy, const float *x,
+                       const dsv3_tensor *w, size_t n, const dsv3_workspace *ws) {
+    dsv3i_back_job job = dsv3i_back_make(dx, dsv3i_grad(g), dy, x, w, n);
+    dsv3i_back_jobs(ctx, &job, 1, ws->worker, ws->worker_floats);
+}
+
+/* ws->q and ws->q_latent as the forward pass had them. */
+static void dsv3i_mla_back_queries(const dsv3_context *ctx, const dsv3i_dims *m, const float *u,
+                                   const dsv3_model *model, const dsv3_layer *w, const dsv3i_saved *s, size_t n,
+                                   dsv3_workspace *ws) {
+    if (s->q == NULL) {
+        dsv3i_job job = dsv3i_job_make(ws->q, u, &w->q_proj, n);
+        if (m->rq == 0) dsv3i_linear_jobs(ctx, &job, 1, ws->worker, ws->worker_floats);
+        dsv3i_mla_q(ctx, m, model, w, n, ws);
+        return;
+    }
+    ws->q = s->q;
+    if (s->q_latent != NULL) {
+        ws->q_latent = s->q_latent;
+    } else if (m->rq > 0) {
+        dsv3_rmsnorm(ctx, ws->q_latent, s->q_raw, &w->q_a_layernorm, n, m->rq, model->config.latent_norm_eps);
+    }
+}
+
+/* du [n, d] += ..., for dy [n, d]. ws holds the rows' sequences and angles, and q, kv, q_latent as the forward pass had
+ * them; g the gradients of weights w. */
+static void dsv3i_mla_backward(const dsv3_context *ctx, float *du, const float *dy, const float *u,
+                               const dsv3_model *model, const dsv3_layer *w, const dsv3_layer *g,
+                               const dsv3i_saved *s, size_t n, const dsv3i_backward *b, const dsv3_workspace *ws) {
+    dsv3i_dims m = dsv3i_dims_of(&model->config);
+    float eps = model->config.latent_norm_eps;
+    dsv3i_attention_back arg;
+    dsv3i_mla_back_begin(ctx, &m, w, ws, b, n);
+    dsv3i_back(ctx, b->dout, &g->o_proj, dy, s->o, &w->o_proj, n, ws);
+    arg.ctx = ctx;
+    arg.m = &m;
+    arg.ws = ws;
+    arg.s = s;
+    arg.b = b;
+    arg.n = n;
+    arg.scale = model->softmax_scale;
+    dsv3i_parallel(ctx, n * m.H, dsv3i_mul(n * m.Hq, n), dsv3i_attention_back_task, &arg);
+    dsv3i_mla_back_rotate(&m, ws, b, n, model->config.rope_interleave);
+    dsv3i_back(ctx, b->dc, &g->kv_b_proj, b->dkv_up, b->c, &w->kv_b_proj, n, ws);
+    for (size_t t = 0; t < n; t++) {
+        dsv3_rmsnorm_backward(ctx, b->dkv_raw + t * m.width, dsv3i_grad(&g->kv_a_layernorm), b->dc + t * m.rk,
+                              s->kv_raw + t * m.width, &w->kv_a_layernorm, 1, m.rk, eps, b->r);
+    }
+    dsv3i_back(ctx, du, &g->kv_a_proj_with_mqa, b->dkv_raw, u, &w->kv_a_proj_with_mqa, n, ws);
+    if (m.rq == 0) {
+        dsv3i_back(ctx, du, &g->q_proj, b->dq, u, &w->q_proj, n, ws);
+        return;
+    }
+    dsv3i_back(ctx, b->dq_latent, &g->q_b_proj, b->dq, ws->q_latent, &w->q_b_proj, n, ws);
+    dsv3_rmsnorm_backward(ctx, b->dq_raw, dsv3i_grad(&g->q_a_layernorm), b->dq_latent, s->q_raw, &w->q_a_layernorm, n,
+                          m.rq, eps, b->r);
+    dsv3i_back(ctx, du, &g->q_a_proj, b->dq_raw, u, &w->q_a_proj, n, ws);
+}
+#endif
 
 /* ========================================================================================================
  * Chapter 7  >>router
@@ -2211,7 +2867,7 @@ static size_t dsv3i_group_rank(const float *group, size_t G, size_t g) {
 
 static void dsv3i_mask_groups(const dsv3_config *c, float *sel, float *group) {
     size_t G = (size_t)c->n_group, m = (size_t)c->n_routed_experts / G;
-    float masked = c->group_mask == DSV3_MASK_ZERO ? 0.0f : dsv3i_float(0xFF800000u); /* or minus infinity */
+    float lowest = -FLT_MAX, masked = c->group_mask == DSV3_MASK_ZERO ? 0.0f : 2.0f * lowest; /* minus infinity */
     for (size_t g = 0; g < G; g++) group[g] = dsv3i_group_score(sel + g * m, m, c->topk_method);
     for (size_t g = 0; g < G; g++) {
         if (dsv3i_group_rank(group, G, g) < (size_t)c->topk_group) continue;
@@ -2414,48 +3070,68 @@ static double dsv3i_balance_sums(double *count, double *share, const float *scor
     return rows;
 }
 
-DSV3_API double dsv3_balance_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
-                                  size_t K, double *scratch) {
-    double sum = 0.0, *count = scratch, *share = scratch + E;
-    double rows = dsv3i_balance_sums(count, share, score, idx, mask, n, E, K);
-    for (size_t e = 0; e < E; e++) sum += count[e] * share[e];
-    return rows > 0.0 ? sum * (double)E / ((double)K * rows * rows) : 0.0;
+/* The three losses are sum_i f_i P_i with P_i = share_i / rows, and differ in f_i, which takes count's place. */
+
+static void dsv3i_balance_f(double *count, double rows, size_t E, size_t K) {
+    for (size_t e = 0; e < E; e++) count[e] *= (double)E / ((double)K * rows);
 }
 
-DSV3_API double dsv3_device_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
-                                 size_t K, size_t devices, double *scratch) {
-    double sum = 0.0, *count = scratch, *share = scratch + E;
-    double rows = dsv3i_balance_sums(count, share, score, idx, mask, n, E, K);
+/* Mean of f over each device's experts. */
+static void dsv3i_device_f(double *count, double rows, size_t E, size_t K, size_t devices) {
     size_t each = E / devices;
     DSV3_ASSERT(devices >= 1 && E % devices == 0);
-    for (size_t g = 0; g < devices; g++) {
-        double f = 0.0, P = 0.0;
-        for (size_t i = g * each; i < (g + 1) * each; i++) {
-            f += count[i];
-            P += share[i];
-        }
-        sum += f * P;
+    for (size_t g = 0; g < E; g += each) {
+        double sum = 0.0;
+        for (size_t i = g; i < g + each; i++) sum += count[i];
+        for (size_t i = g; i < g + each; i++) count[i] = sum * (double)devices / ((double)K * rows);
     }
-    return rows > 0.0 ? sum * (double)devices / ((double)K * rows * rows) : 0.0;
 }
 
-DSV3_API double dsv3_communication_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n,
-                                        size_t E, size_t K, size_t devices, size_t most_devices, double *scratch) {
-    double sum = 0.0, *count = scratch, *share = scratch + E;
-    double rows = dsv3i_balance_sums(count, share, score, idx, mask, n, E, K);
+/* Tokens that each device is sent. */
+static void dsv3i_communication_f(double *count, double rows, const int32_t *idx, const uint8_t *mask, size_t n,
+                                  size_t E, size_t K, size_t devices, size_t most_devices) {
     size_t each = E / devices;
     DSV3_ASSERT(devices >= 1 && E % devices == 0 && most_devices >= 1);
     for (size_t g = 0; g < devices; g++) {
-        double P = 0.0, sent = 0.0;
-        for (size_t i = g * each; i < (g + 1) * each; i++) P += share[i];
+        double sent = 0.0;
         for (size_t t = 0; t < n; t++) {
             size_t k = 0;
             while (k < K && (size_t)idx[t * K + k] / each != g) k++;
             sent += dsv3i_counts(mask, t) && k < K;
         }
-        sum += sent * P;
+        for (size_t i = 0; i < each; i++)
+            count[g * each + i] = sent * (double)devices / ((double)most_devices * rows);
     }
-    return rows > 0.0 ? sum * (double)devices / ((double)most_devices * rows * rows) : 0.0;
+}
+
+static double dsv3i_balance_sum(const double *f, const double *share, double rows, size_t E) {
+    double sum = 0.0;
+    for (size_t e = 0; e < E; e++) sum += f[e] * share[e];
+    return sum / rows;
+}
+
+DSV3_API double dsv3_balance_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
+                                  size_t K, double *scratch) {
+    double rows = dsv3i_balance_sums(scratch, scratch + E, score, idx, mask, n, E, K);
+    if (!(rows > 0.0)) return 0.0;
+    dsv3i_balance_f(scratch, rows, E, K);
+    return dsv3i_balance_sum(scratch, scratch + E, rows, E);
+}
+
+DSV3_API double dsv3_device_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
+                                 size_t K, size_t devices, double *scratch) {
+    double rows = dsv3i_balance_sums(scratch, scratch + E, score, idx, mask, n, E, K);
+    if (!(rows > 0.0)) return 0.0;
+    dsv3i_device_f(scratch, rows, E, K, devices);
+    return dsv3i_balance_sum(scratch, scratch + E, rows, E);
+}
+
+DSV3_API double dsv3_communication_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n,
+                                        size_t E, size_t K, size_t devices, size_t most_devices, double *scratch) {
+    double rows = dsv3i_balance_sums(scratch, scratch + E, score, idx, mask, n, E, K);
+    if (!(rows > 0.0)) return 0.0;
+    dsv3i_communication_f(scratch, rows, idx, mask, n, E, K, devices, most_devices);
+    return dsv3i_balance_sum(scratch, scratch + E, rows, E);
 }
 
 DSV3_API double dsv3_z_loss(const float *z, const uint8_t *mask, size_t n, size_t E) {
@@ -2469,6 +3145,79 @@ DSV3_API double dsv3_z_loss(const float *z, const uint8_t *mask, size_t n, size_
     }
     return rows > 0.0 ? sum / rows : 0.0;
 }
+
+#ifndef DSV3_NO_TRAINING
+/* ---- Backward. The choice has no gradient, and neither has the bias. With c = routed_scaling_factor, S = sum of the chosen
+ * scores (+ 1e-20) and mu = sum_k dw_k s_k / S:
+ *     ds_k = c / S (dw_k - mu)  if norm_topk_prob,  else  c dw_k          for the chosen k
+ * A balance loss sum_i f_i P_i, f constant:  ds_ti = 1 / (T S_t) (f_i - sum_j f_j s_tj / S_t),  S_t = sum_j s_tj
+ * Sigmoid: dz = ds s (1 - s).   Softmax: dz_i = p_i (ds_i - sum_j p_j ds_j). */
+
+DSV3_API void dsv3_router_weights_backward(const dsv3_config *config, float *dscore, const float *dgate,
+                                           const int32_t *idx, const float *score, size_t n) {
+    size_t E = (size_t)config->n_routed_experts, K = (size_t)config->num_experts_per_tok;
+    for (size_t t = 0; t < n; t++) {
+        const int32_t *chosen = idx + t * K;
+        const float *s = score + t * E, *dw = dgate + t * K;
+        float sum = 0.0f, mu = 0.0f, c = config->routed_scaling_factor;
+        for (size_t k = 0; k < K; k++) {
+            sum += s[chosen[k]];
+            mu += dw[k] * s[chosen[k]];
+        }
+        sum = config->norm_topk_prob ? sum + 1e-20f : 1.0f;
+        mu = config->norm_topk_prob ? mu / sum : 0.0f;
+        if (config->norm_topk_prob && config->gate_scaling == DSV3_SCALE_UNLESS_NORMED) c = 1.0f;
+        for (size_t k = 0; k < K; k++) dscore[t * E + (size_t)chosen[k]] += c / sum * (dw[k] - mu);
+    }
+}
+
+DSV3_API void dsv3_router_scores_backward(const dsv3_config *config, float *dz, const float *dscore,
+                                          const float *score, size_t n) {
+    size_t E = (size_t)config->n_routed_experts;
+    for (size_t t = 0; t < n; t++) {
+        const float *s = score + t * E, *ds = dscore + t * E;
+        float sum = 0.0f;
+        for (size_t e = 0; e < E && config->scoring_func == DSV3_SOFTMAX; e++) sum += s[e] * ds[e];
+        for (size_t e = 0; e < E; e++) {
+            float slope = config->scoring_func == DSV3_SOFTMAX ? s[e] : s[e] * (1.0f - s[e]);
+            dz[t * E + e] = slope * (ds[e] - sum);
+        }
+    }
+}
+
+/* dscore += weight d(sum f P) */
+static void dsv3i_balance_back(float *dscore, double weight, const double *f, double rows, const float *score,
+                               const uint8_t *mask, size_t n, size_t E) {
+    for (size_t t = 0; t < n; t++) {
+        const float *s = score + t * E;
+        double sum = 0.0, mean = 0.0;
+        if (!dsv3i_counts(mask, t)) continue;
+        for (size_t e = 0; e < E; e++) {
+            sum += (double)s[e];
+            mean += f[e] * (double)s[e];
+        }
+        if (!(sum > 0.0)) continue;
+        for (size_t e = 0; e < E; e++) dscore[t * E + e] += (float)(weight / (rows * sum) * (f[e] - mean / sum));
+    }
+}
+
+DSV3_API void dsv3_balance_backward(float *dscore, double scale, const dsv3_balance_weights *weights,
+                                    const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
+                                    size_t K, double *scratch) {
+    for (int kind = 0; kind < 3; kind++) {
+        double weight = kind == 0 ? weights->expert : kind == 1 ? weights->device : weights->communication, rows;
+        if (!(weight > 0.0)) continue;
+        rows =
+            dsv3i_balance_sums(scratch, scratch + E, score, kind > 0 || weights->actual ? idx : NULL, mask, n, E, K);
+        if (!(rows > 0.0)) return;
+        if (kind == 0) dsv3i_balance_f(scratch, rows, E, K);
+        if (kind == 1) dsv3i_device_f(scratch, rows, E, K, weights->devices);
+        if (kind == 2)
+            dsv3i_communication_f(scratch, rows, idx, mask, n, E, K, weights->devices, weights->most_devices);
+        dsv3i_balance_back(dscore, scale * weight, scratch, rows, score, mask, n, E);
+    }
+}
+#endif
 
 /* ========================================================================================================
  * Chapter 8  >>moe
@@ -2490,7 +3239,9 @@ typedef struct dsv3i_mlp_rows {
     const float *x; /* [n, d] */
     float *y;       /* [n, d] */
     size_t n;
-    size_t at; /* where its n rows of hidden values begin in h_gate and h_up */
+    size_t at;         /* where its n rows of hidden values begin in h_gate and h_up */
+    const dsv3_mlp *g; /* backward: gradients of w, and of x [n, d] */
+    float *dx;
 } dsv3i_mlp_rows;
 
 static void dsv3i_mlp_rows_set(dsv3i_mlp_rows *r, const dsv3_mlp *w, float *y, const float *x, size_t n, size_t at) {
@@ -2499,6 +3250,8 @@ static void dsv3i_mlp_rows_set(dsv3i_mlp_rows *r, const dsv3_mlp *w, float *y, c
     r->y = y;
     r->n = n;
     r->at = at;
+    r->g = NULL;
+    r->dx = NULL;
 }
 
 /* All MLPs of a layer: gate and up projections in one loop, SwiGLU, down projections in one loop. For routed
@@ -2512,9 +3265,9 @@ static void dsv3i_mlps(const dsv3_context *ctx, const dsv3i_mlp_rows *mlps, size
         total += r->n * r->w->gate_proj.rows;
     }
     dsv3i_linear_jobs(ctx, ws->jobs, 2 * count, ws->worker, ws->worker_floats);
-    dsv3i_silu_mul(ctx, ws->h_gate, ws->h_up, total);
+    dsv3i_silu_mul(ctx, ws->h, ws->h_gate, ws->h_up, total);
     for (size_t i = 0; i < count; i++) {
-        ws->jobs[i] = dsv3i_job_make(mlps[i].y, ws->h_gate + mlps[i].at, &mlps[i].w->down_proj, mlps[i].n);
+        ws->jobs[i] = dsv3i_job_make(mlps[i].y, ws->h + mlps[i].at, &mlps[i].w->down_proj, mlps[i].n);
     }
     dsv3i_linear_jobs(ctx, ws->jobs, count, ws->worker, ws->worker_floats);
 }
@@ -2579,6 +3332,124 @@ DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, con
     return DSV3_OK;
 }
 
+#ifndef DSV3_NO_TRAINING
+/* ---- Backward. Expert k of row t sees dY_t; with v = W_down^T dY_t and h its SwiGLU output,
+ *     dw_tk = v . h     (the weight commutes with W_down, behind the non-linearity)
+ *     dh = w_tk v,   dW_down += dY_t (w_tk h)^T,   then SwiGLU and the two projections.
+ * Saved: the outputs of gate_proj and up_proj, idx, gate, slot, offset, scores; h is rebuilt unless kept. */
+
+/* gate_proj or up_proj of all MLPs: dx += da W, dW += da^T x. */
+static void dsv3i_mlps_back_in(const dsv3_context *ctx, const dsv3i_mlp_rows *mlps, size_t count, const float *da,
+                               int up, const dsv3i_backward *b, const dsv3_workspace *ws) {
+    for (size_t i = 0; i < count; i++) {
+        const dsv3i_mlp_rows *r = &mlps[i];
+        const dsv3_tensor *w = up ? &r->w->up_proj : &r->w->gate_proj, *g = up ? &r->g->up_proj : &r->g->gate_proj;
+        b->jobs[i] = dsv3i_back_make(r->dx, dsv3i_grad(g), da + r->at, r->x, w, r->n);
+    }
+    dsv3i_back_jobs(ctx, b->jobs, count, ws->worker, ws->worker_floats);
+}
+
+/* All MLPs of a layer. y stands for dY. gate and dgate [nK], in the order of the grouped rows, of the first n_routed rows of
+ * hidden values (F wide). h_gate and h_up are overwritten with their gradients. */
+static void dsv3i_mlps_back(const dsv3_context *ctx, const dsv3i_mlp_rows *mlps, size_t count, const float *gate,
+                            float *dgate, size_t n_routed, size_t F, size_t total, float *h_gate, float *h_up,
+                            float *h, const dsv3i_backward *b, const dsv3_workspace *ws) {
+    DSV3_MEMSET(b->dh, 0, total * sizeof(float));
+    for (size_t i = 0; i < count; i++) {
+        b->jobs[i] =
+            dsv3i_back_make(b->dh + mlps[i].at, NULL, mlps[i].y, h + mlps[i].at, &mlps[i].w->down_proj, mlps[i].n);
+    }
+    dsv3i_back_jobs(ctx, b->jobs, count, ws->worker, ws->worker_floats);
+    for (size_t i = 0; i < n_routed; i++) {
+        float *dh = b->dh + i * F, *hi = h + i * F;
+        dgate[i] = ctx->kernels.dot(dh, hi, F);
+        for (size_t j = 0; j < F; j++) {
+            dh[j] *= gate[i];
+            hi[j] *= gate[i];
+        }
+    }
+    for (size_t i = 0; i < count; i++) {
+        b->jobs[i].dx = NULL;
+        b->jobs[i].dw = dsv3i_grad(&mlps[i].g->down_proj);
+    }
+    dsv3i_back_jobs(ctx, b->jobs, count, ws->worker, ws->worker_floats);
+    dsv3i_silu_back(ctx, h_gate, h_up, b->dh, h_gate, h_up, total);
+    DSV3_MEMSET(b->dgrouped, 0, n_routed * mlps[0].w->gate_proj.cols * sizeof(float)); /* dY's place is dx's now */
+    dsv3i_mlps_back_in(ctx, mlps, count, h_gate, 0, b, ws);
+    dsv3i_mlps_back_in(ctx, mlps, count, h_up, 1, b, ws);
+}
+
+/* dscore, then du and the router's weights. */
+static void dsv3i_router_back(const dsv3_context *ctx, float *du, const float *u, const dsv3_config *c,
+                              const dsv3_layer *w, const dsv3_layer *g, const dsv3i_saved *s, size_t n,
+                              const dsv3i_backward *b, const dsv3_workspace *ws) {
+    size_t E = (size_t)c->n_routed_experts, K = (size_t)c->num_experts_per_tok;
+    DSV3_MEMSET(b->dscore, 0, n * E * sizeof(float));
+    dsv3_router_weights_backward(c, b->dscore, b->dgate, s->idx, s->score, n);
+    for (size_t begin = 0, end; begin < n; begin = end) {
+        for (end = begin + 1; end < n && ws->leader[end] == ws->leader[begin]; end++) {
+        }
+        dsv3_balance_backward(b->dscore + begin * E, b->balance_scale, b->balance, s->score + begin * E,
+                              s->idx + begin * K, ws->row_mask + begin, end - begin, E, K, ws->balance);
+    }
+    dsv3_router_scores_backward(c, b->dscore, b->dscore, s->score, n);
+    dsv3i_back(ctx, du, &g->gate, b->dscore, u, &w->gate, n, ws);
+}
+
+static void dsv3i_moe_backward(const dsv3_context *ctx, float *du, const float *dy, const float *u,
+                               const dsv3_config *c, const dsv3_layer *w, const dsv3_layer *g, const dsv3i_saved *s,
+                               float *h, size_t n, const dsv3i_backward *b, const dsv3_workspace *ws) {
+    dsv3i_dims m = dsv3i_dims_of(c);
+    size_t count = 0, n_routed = n * m.K;
+    float *gate = b->dgate, *dgate = b->r; /* in grouped order; r [n K] is free here */
+    for (size_t i = 0; i < n_routed; i++) {
+        size_t slot = s->slot[i];
+        DSV3_MEMCPY(ws->grouped + slot * m.d, u + i / m.K * m.d, m.d * sizeof *u);
+        DSV3_MEMCPY(b->dgrouped + slot * m.d, dy + i / m.K * m.d, m.d * sizeof *dy);
+        gate[slot] = s->gate[i];
+    }
+    for (size_t e = 0; e < m.E; e++) {
+        size_t first = s->offset[e], rows = s->offset[e + 1] - first;
+        dsv3i_mlp_rows *r = &ws->mlps[count];
+        if (rows == 0) continue;
+        dsv3i_mlp_rows_set(r, &w->experts[e], b->dgrouped + first * m.d, ws->grouped + first * m.d, rows,
+                           first * m.F);
+        r->g = &g->experts[e];
+        r->dx = b->dgrouped + first * m.d;
+        count++;
+    }
+    if (m.Fs > 0) {
+        dsv3i_mlp_rows_set(&ws->mlps[count], &w->shared_experts, (float *)(uintptr_t)dy, u, n, n_routed * m.F);
+        ws->mlps[count].g = &g->shared_experts;
+        ws->mlps[count++].dx = du;
+    }
+    dsv3i_mlps_back(ctx, ws->mlps, count, gate, dgate, n_routed, m.F, n_routed * m.F + n * m.Fs, s->h_gate, s->h_up,
+                    h, b, ws);
+    for (size_t i = 0; i < n_routed; i++) {
+        ctx->kernels.axpy(du + i / m.K * m.d, 1.0f, b->dgrouped + s->slot[i] * m.d, m.d);
+    }
+    for (size_t i = 0; i < n_routed; i++) b->dgate[i] = dgate[s->slot[i]];
+    dsv3i_router_back(ctx, du, u, c, w, g, s, n, b, ws);
+}
+
+static void dsv3i_ffn_backward(const dsv3_context *ctx, float *du, const float *dy, const float *u,
+                               const dsv3_config *c, const dsv3_layer *w, const dsv3_layer *g, const dsv3i_saved *s,
+                               size_t n, const dsv3i_backward *b, const dsv3_workspace *ws) {
+    dsv3i_dims m = dsv3i_dims_of(c);
+    size_t total = w->is_moe ? n * m.K * m.F + n * m.Fs : n * m.I;
+    float *h = s->h != NULL ? s->h : ws->h;
+    if (s->h == NULL) dsv3i_silu_mul(ctx, h, s->h_gate, s->h_up, total);
+    if (w->is_moe) {
+        dsv3i_moe_backward(ctx, du, dy, u, c, w, g, s, h, n, b, ws);
+        return;
+    }
+    dsv3i_mlp_rows_set(ws->mlps, &w->mlp, (float *)(uintptr_t)dy, u, n, 0);
+    ws->mlps->g = &g->mlp;
+    ws->mlps->dx = du;
+    dsv3i_mlps_back(ctx, ws->mlps, 1, NULL, NULL, 0, 0, total, s->h_gate, s->h_up, h, b, ws);
+}
+#endif
+
 /* ========================================================================================================
  * Chapter 9  >>block
  *
@@ -2591,16 +3462,47 @@ DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, c
                                         const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
                                         dsv3_workspace *workspace) {
     size_t d = (size_t)model->config.hidden_size;
-    float eps = model->config.rms_norm_eps, *u = workspace->u, *y = workspace->y;
+    float eps = model->config.rms_norm_eps, *u = workspace->u, *u_ffn = workspace->u_ffn, *y = workspace->y;
     dsv3_result result;
     dsv3_rmsnorm(context, u, x, &weights->input_layernorm, n, d, eps);
     dsv3_mla_forward(context, y, u, model, weights, layer, caches, n, workspace);
     for (size_t i = 0; i < n * d; i++) x[i] += y[i];
-    dsv3_rmsnorm(context, u, x, &weights->post_attention_layernorm, n, d, eps);
-    result = dsv3_ffn_forward(context, y, u, model, weights, n, workspace);
+    if (workspace->x_mid != NULL) DSV3_MEMCPY(workspace->x_mid, x, n * d * sizeof *x);
+    dsv3_rmsnorm(context, u_ffn, x, &weights->post_attention_layernorm, n, d, eps);
+    result = dsv3_ffn_forward(context, y, u_ffn, model, weights, n, workspace);
     for (size_t i = 0; i < n * d; i++) x[i] += y[i];
     return result;
 }
+
+#ifndef DSV3_NO_TRAINING
+/* dx [n, d]: from the gradient of the layer's output to that of its input. The rows' sequences and angles stand in ws; q,
+ * q_latent, kv are kept (in s) or rebuilt here. */
+static void dsv3i_layer_backward(const dsv3_context *ctx, float *dx, const dsv3_model *model, const dsv3_layer *w,
+                                 const dsv3_layer *g, const dsv3i_saved *s, size_t n, const dsv3i_backward *b,
+                                 const dsv3_workspace *workspace) {
+    dsv3_workspace local = *workspace, *ws = &local;
+    dsv3i_dims m = dsv3i_dims_of(&model->config);
+    size_t d = m.d, bytes = n * d * sizeof(float);
+    float eps = model->config.rms_norm_eps, *u;
+    u = s->u_ffn != NULL ? s->u_ffn : ws->u;
+    if (s->u_ffn == NULL) dsv3_rmsnorm(ctx, u, s->x_mid, &w->post_attention_layernorm, n, d, eps);
+    DSV3_MEMSET(b->du, 0, bytes);
+    dsv3i_ffn_backward(ctx, b->du, dx, u, &model->config, w, g, s, n, b, ws);
+    dsv3_rmsnorm_backward(ctx, dx, dsv3i_grad(&g->post_attention_layernorm), b->du, s->x_mid,
+                          &w->post_attention_layernorm, n, d, eps, b->r);
+    u = s->u != NULL ? s->u : ws->u;
+    if (s->u == NULL) dsv3_rmsnorm(ctx, u, s->x_in, &w->input_layernorm, n, d, eps);
+    ws->kv_raw = s->kv_raw;
+    ws->q_raw = s->q_raw;
+    if (s->kv == NULL) dsv3i_mla_kv(ctx, &m, model, w, n, ws);
+    if (s->kv != NULL) ws->kv = s->kv;
+    dsv3i_mla_back_queries(ctx, &m, u, model, w, s, n, ws);
+    DSV3_MEMSET(b->du, 0, bytes);
+    dsv3i_mla_backward(ctx, b->du, dx, u, model, w, g, s, n, b, ws);
+    dsv3_rmsnorm_backward(ctx, dx, dsv3i_grad(&g->input_layernorm), b->du, s->x_in, &w->input_layernorm, n, d, eps,
+                          b->r);
+}
+#endif
 
 /* ========================================================================================================
  * Chapter 10  >>model
@@ -3102,7 +4004,7 @@ DSV3_API dsv3_result dsv3_model_tensors(const dsv3_config *config, dsv3_visit vi
 
 static void dsv3i_model_layout(dsv3_model *model, const dsv3_config *c, dsv3i_layout *l) {
     dsv3i_dims m = dsv3i_dims_of(c);
-    size_t layers = m.L + m.D;
+    size_t layers = m.L + m.D, begin = l->used;
     dsv3_mlp *experts;
     size_t moe = 0;
     for (size_t i = 0; i < layers; i++) moe += dsv3_config_is_moe(c, (int32_t)i) != 0;
@@ -3111,7 +4013,7 @@ static void dsv3i_model_layout(dsv3_model *model, const dsv3_config *c, dsv3i_la
     model->rope_turns = (uint64_t *)dsv3i_take(l, sizeof *model->rope_turns, m.dr / 2, 1, 1);
     experts = (dsv3_mlp *)dsv3i_take(l, sizeof *experts, moe, m.E, 1);
     if (l->base == NULL) return;
-    DSV3_MEMSET(l->base, 0, l->used);
+    DSV3_MEMSET(l->base + begin, 0, l->used - begin);
     for (size_t i = 0; i < layers; i++) {
         model->layers[i].index = (int32_t)i;
         model->layers[i].is_moe = dsv3_config_is_moe(c, (int32_t)i);
@@ -3425,6 +4327,11 @@ static void dsv3i_workspace_layout(dsv3_workspace *ws, const dsv3i_dims *m, size
     ws->h_gate = (float *)dsv3i_take(l, f, n, hidden, 1);
     ws->h_up = (float *)dsv3i_take(l, f, n, hidden, 1);
     l->used = dsv3i_max(l->used, other);
+    ws->u_ffn = ws->u;
+    ws->kv_raw = ws->kv;
+    ws->q_raw = ws->q_latent;
+    ws->h = ws->h_gate;
+    ws->x_mid = NULL;
 }
 
 DSV3_API dsv3_result dsv3_workspace_size(const dsv3_config *config, size_t rows, size_t threads, size_t *bytes) {
@@ -3699,18 +4606,24 @@ DSV3_API dsv3_result dsv3_mtp_cache_init(dsv3_cache *cache, const dsv3_config *c
     return dsv3i_cache_init(cache, config, 1, capacity, type, memory, bytes);
 }
 
-/* ws->x [n, d] = eh_proj [enorm(embedding) ; hnorm(hidden)] */
-static void dsv3i_mtp_input(const dsv3_context *ctx, const dsv3_model *model, const dsv3_mtp *mtp,
-                            const int32_t *token, const float *hidden, size_t n, dsv3_workspace *ws) {
+/* ws->y [n, d] = embedding, ws->concat [n, 2d] = [enorm(embedding) ; hnorm(hidden)] */
+static void dsv3i_mtp_concat(const dsv3_context *ctx, const dsv3_model *model, const dsv3_mtp *mtp,
+                             const int32_t *token, const float *hidden, size_t n, dsv3_workspace *ws) {
     size_t d = (size_t)model->config.hidden_size;
     size_t e = model->config.mtp_concat == DSV3_MTP_HIDDEN_FIRST ? d : 0, h = d - e;
     float eps = model->config.rms_norm_eps;
-    dsv3i_job job = dsv3i_job_make(ws->x, ws->concat, &mtp->eh_proj, n);
     dsv3_embed(ctx, ws->y, token, &mtp->embed_tokens, n);
     for (size_t t = 0; t < n; t++) {
         dsv3_rmsnorm(ctx, ws->concat + t * 2 * d + e, ws->y + t * d, &mtp->enorm, 1, d, eps);
         dsv3_rmsnorm(ctx, ws->concat + t * 2 * d + h, hidden + t * d, &mtp->hnorm, 1, d, eps);
     }
+}
+
+/* ws->x [n, d] = eh_proj concat */
+static void dsv3i_mtp_input(const dsv3_context *ctx, const dsv3_model *model, const dsv3_mtp *mtp,
+                            const int32_t *token, const float *hidden, size_t n, dsv3_workspace *ws) {
+    dsv3i_job job = dsv3i_job_make(ws->x, ws->concat, &mtp->eh_proj, n);
+    dsv3i_mtp_concat(ctx, model, mtp, token, hidden, n, ws);
     dsv3i_linear_jobs(ctx, &job, 1, ws->worker, ws->worker_floats);
 }
 
@@ -4597,6 +5510,801 @@ DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, c
     return result == DSV3_OK ? dsv3i_ok(error) : result;
 }
 
+#ifndef DSV3_NO_TRAINING
+/* ========================================================================================================
+ * Chapter 13  >>train
+ *
+ * Training as a program ([R] 4.2). A step is
+ *     begin       how many targets will there be, in all micro-batches of all ranks?
+ *     accumulate  forward, loads, backward: gradients += weight * d loss, with the final weight already in it
+ *     end         sum over ranks, one global norm, clip, AdamW on float32 weights, bias step, moving average
+ * so that gradient accumulation is right by construction: no mean of means, no rescaling behind the fact.
+ *
+ * The forward pass is that of inference (chapters 4 to 11), in the expanded attention form, with the workspace's
+ * pointers on memory that stays until the backward pass. Per layer and row are kept, in floats:
+ *     2 d (residual stream twice), rq + rk + dr, H dv + 2 H, E + 2 K (and K indices), 2 (K F + n_shared F) or 2 I
+ * and beside them, if settings.keep asks for it, 2 d + rq + rk + dr (norms), H (dn + dr) (queries), half of the last
+ * (SwiGLU). What is not kept is computed again. Backward goes from the last MTP module down: each gives the one
+ * before the gradient of the states it was given.
+ *
+ * AdamW: m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2,
+ *     w = w (1 - lr decay) - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+ * Test: tests/test_gradients.c, tests/test_train.c.
+ * ==================================================================================================== */
+
+/* ---- Parameters: tensors one behind the other, in the order of the walk */
+
+typedef struct dsv3i_flat {
+    float *data; /* NULL: only count */
+    size_t count;
+} dsv3i_flat;
+
+static dsv3_result dsv3i_flat_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
+    dsv3i_flat *flat = (dsv3i_flat *)w->user;
+    if (w->info.optional) return DSV3_OK;
+    if (flat->data != NULL) {
+        slot->data = flat->data + flat->count;
+        slot->rows = w->info.rows;
+        slot->cols = w->info.cols;
+        slot->rank = w->info.rank;
+        slot->type = DSV3_F32;
+    }
+    flat->count = dsv3i_add(flat->count, dsv3i_mul(w->info.rows, w->info.cols));
+    return DSV3_OK;
+}
+
+/* Walks over every tensor of a config, with the places of model, or NULLs. */
+static dsv3_result dsv3i_walk_all(const dsv3_config *config, dsv3_model *model, void *user,
+                                  dsv3_result (*visit)(dsv3i_walk *walk, dsv3_tensor *slot)) {
+    dsv3i_walk w;
+    dsv3i_walk_begin(&w, config, user, visit);
+    DSV3I_TRY(dsv3i_walk_main(&w, model));
+    for (size_t k = 0; k < w.m.D; k++) DSV3I_TRY(dsv3i_walk_module(&w, model, k));
+    return DSV3_OK;
+}
+
+static void dsv3i_parameters_layout(dsv3_parameters *q, const dsv3_config *config, dsv3i_layout *l) {
+    dsv3i_flat flat = {NULL, 0};
+    unsigned char *base = l->base;
+    (void)dsv3i_walk_all(config, NULL, &flat, dsv3i_flat_tensor);
+    q->count = flat.count;
+    dsv3i_model_layout(&q->model, config, l);
+    q->data = (float *)dsv3i_take(l, sizeof *q->data, q->count, 1, 1);
+    if (base != NULL) DSV3_MEMSET(q->data, 0, q->count * sizeof *q->data);
+}
+
+static void dsv3i_parameters_bind(dsv3_parameters *q, const dsv3_config *config) {
+    dsv3i_flat flat = {q->data, 0};
+    dsv3_model *model = &q->model;
+    model->config = *config;
+    model->n_mtp = config->num_nextn_predict_layers;
+    dsv3_rope_turns(config, model->rope_turns);
+    model->rope_factor = dsv3_rope_factor(config);
+    model->softmax_scale = dsv3_softmax_scale(config);
+    (void)dsv3i_walk_all(config, model, &flat, dsv3i_flat_tensor);
+    if (config->tie_word_embeddings) model->lm_head = model->embed_tokens;
+    for (int32_t k = 0; k < model->n_mtp; k++) {
+        model->mtp[k].embed_tokens = model->embed_tokens;
+        model->mtp[k].shared_head_head = model->lm_head;
+    }
+}
+
+DSV3_API dsv3_result dsv3_parameters_size(const dsv3_config *config, size_t *bytes) {
+    dsv3i_layout l = {NULL, 0};
+    dsv3_parameters q;
+    DSV3I_TRY(dsv3_config_check(config, NULL));
+    dsv3i_parameters_layout(&q, config, &l);
+    return dsv3i_layout_size(&l, bytes);
+}
+
+DSV3_API dsv3_result dsv3_parameters_init(dsv3_parameters *parameters, const dsv3_config *config, void *memory,
+                                          size_t bytes) {
+    dsv3i_layout l = {NULL, 0};
+    size_t need;
+    if (parameters == NULL) return DSV3_ERR_ARG;
+    DSV3I_TRY(dsv3_parameters_size(config, &need));
+    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
+    l.base = dsv3i_layout_base(memory);
+    DSV3_MEMSET(parameters, 0, sizeof *parameters);
+    dsv3i_parameters_layout(parameters, config, &l);
+    dsv3i_parameters_bind(parameters, config);
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3i_load_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
+    dsv3i_flat *flat = (dsv3i_flat *)w->user;
+    dsv3_context ctx;
+    if (w->info.optional) return DSV3_OK;
+    if (slot->data == NULL || slot->rows != w->info.rows || slot->cols != w->info.cols) return DSV3_ERR_MISMATCH;
+    DSV3_MEMSET(&ctx, 0, sizeof ctx);
+    dsv3i_kernels_reference(&ctx.kernels);
+    for (size_t r = 0; r < slot->rows; r++, flat->count += slot->cols) {
+        dsv3i_decode_row(&ctx, flat->data + flat->count, slot, r);
+    }
+    return DSV3_OK;
+}
+
+DSV3_API dsv3_result dsv3_parameters_load(dsv3_parameters *parameters, const dsv3_model *from) {
+    dsv3i_flat flat;
+    dsv3_model copy;
+    dsv3i_dims to_dims, from_dims;
+    if (parameters == NULL || from == NULL) return DSV3_ERR_ARG;
+    to_dims = dsv3i_dims_of(&parameters->model.config);
+    from_dims = dsv3i_dims_of(&from->config);
+    if (dsv3i_fingerprint(&to_dims) != dsv3i_fingerprint(&from_dims) || from->n_mtp < parameters->model.n_mtp) {
+        return DSV3_ERR_MISMATCH;
+    }
+    copy = *from;
+    flat.data = parameters->data;
+    flat.count = 0;
+    return dsv3i_walk_all(&parameters->model.config, &copy, &flat, dsv3i_load_tensor);
+}
+
+typedef struct dsv3i_random {
+    dsv3_rng *rng;
+    float *data, std;
+} dsv3i_random;
+
+/* Box and Muller: two uniform numbers give a normal one. */
+static float dsv3i_normal(dsv3_rng *rng) {
+    float u = 1.0f - dsv3_random_uniform(rng), v = dsv3_random_uniform(rng);
+    return DSV3_SQRTF(-2.0f * DSV3_LOGF(u)) * DSV3_COSF(6.28318530718f * v);
+}
+
+static dsv3_result dsv3i_random_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
+    dsv3i_random *r = (dsv3i_random *)w->user;
+    size_t n = w->info.rows * w->info.cols;
+    float fill = w->info.group == DSV3_GROUP_ROUTER ? 0.0f : 1.0f;
+    (void)slot;
+    if (w->info.optional) return DSV3_OK;
+    for (size_t i = 0; i < n; i++) r->data[i] = w->info.rank == 1 ? fill : r->std * dsv3i_normal(r->rng);
+    r->data += n;
+    return DSV3_OK;
+}
+
+DSV3_API void dsv3_parameters_random(dsv3_parameters *parameters, dsv3_rng *rng, float std) {
+    dsv3i_random r;
+    r.rng = rng;
+    r.data = parameters->data;
+    r.std = std;
+    (void)dsv3i_walk_all(&parameters->model.config, NULL, &r, dsv3i_random_tensor);
+}
+
+/* ---- Settings and memory */
+
+DSV3_API dsv3_training dsv3_training_default(void) {
+    dsv3_training s;
+    DSV3_MEMSET(&s, 0, sizeof s);
+    s.rows = 4096;
+    s.sequences = 1;
+    s.longest = 4096;
+    s.lambda = 0.3;
+    s.balance.expert = 0.0001;
+    s.balance.devices = 1;
+    s.balance.most_devices = 1;
+    s.beta1 = 0.9f;
+    s.beta2 = 0.95f;
+    s.eps = 1e-8f;
+    s.weight_decay = 0.1f;
+    s.clip = 1.0f;
+    s.ema_decay = 0.999f;
+    return s;
+}
+
+DSV3_API double dsv3_learning_rate(const dsv3_schedule *schedule, uint64_t step) {
+    const dsv3_schedule *s = schedule;
+    if (step < s->warmup) return s->peak * (double)(step + 1) / (double)s->warmup;
+    if (step < s->constant) return s->peak;
+    if (step < s->cosine) {
+        double part = (double)(step - s->constant) / (double)(s->cosine - s->constant);
+        return s->low + 0.5 * (s->peak - s->low) * (1.0 + (double)DSV3_COSF((float)(3.14159265358979 * part)));
+    }
+    return step < s->end ? s->low : s->tail;
+}
+
+/* The rows of one depth (0: the main model), and what its head was given. */
+typedef struct dsv3i_depth {
+    size_t n;
+    int32_t *token, *target, *sequence, *position, *leader; /* [n] */
+    uint8_t *mask;                                          /* [n] */
+    size_t *row;                                            /* [n] of the text */
+    size_t *from;                                           /* [n] rows of the depth before with the same position */
+    float *cos_sin;                                         /* [n, dr] */
+    float *x, *u;                                           /* [n, d] before and behind the final norm */
+    float *du;                                              /* [n, d] */
+} dsv3i_depth;
+
+static void dsv3i_depth_layout(dsv3i_depth *v, const dsv3i_dims *m, size_t n, dsv3i_layout *l) {
+    size_t f = sizeof(float);
+    v->n = 0;
+    v->token = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
+    v->target = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
+    v->sequence = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
+    v->position = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
+    v->leader = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
+    v->mask = (uint8_t *)dsv3i_take(l, 1, n, 1, 1);
+    v->row = (size_t *)dsv3i_take(l, sizeof(size_t), n, 1, 1);
+    v->from = (size_t *)dsv3i_take(l, sizeof(size_t), n, 1, 1);
+    v->cos_sin = (float *)dsv3i_take(l, f, n, m->dr, 1);
+    v->x = (float *)dsv3i_take(l, f, n, m->d, 1);
+    v->u = (float *)dsv3i_take(l, f, n, m->d, 1);
+    v->du = (float *)dsv3i_take(l, f, n, m->d, 1);
+}
+
+static size_t dsv3i_hidden_floats(const dsv3i_dims *m, int is_moe) {
+    return is_moe ? dsv3i_add(dsv3i_mul(m->K, m->F), m->Fs) : m->I;
+}
+
+static void dsv3i_saved_layout(dsv3i_saved *v, const dsv3i_dims *m, size_t n, int is_moe, int32_t keep,
+                               dsv3i_layout *l) {
+    size_t f = sizeof(float), hidden = dsv3i_hidden_floats(m, is_moe), moe = is_moe ? n : 0;
+    v->x_in = (float *)dsv3i_take(l, f, n, m->d, 1);
+    v->x_mid = (float *)dsv3i_take(l, f, n, m->d, 1);
+    v->q_raw = (float *)dsv3i_take(l, f, n, m->rq, 1);
+    v->kv_raw = (float *)dsv3i_take(l, f, n, m->width, 1);
+    v->o = (float *)dsv3i_take(l, f, n, m->Ho, 1);
+    v->softmax = (float *)dsv3i_take(l, f, n, m->H, 2);
+    v->score = (float *)dsv3i_take(l, f, moe, m->E, 1);
+    v->gate = (float *)dsv3i_take(l, f, moe, m->K, 1);
+    v->idx = (int32_t *)dsv3i_take(l, sizeof(int32_t), moe, m->K, 1);
+    v->slot = (size_t *)dsv3i_take(l, sizeof(size_t), moe, m->K, 1);
+    v->offset = (size_t *)dsv3i_take(l, sizeof(size_t), is_moe ? m->E + 1 : 0, 1, 1);
+    v->h_gate = (float *)dsv3i_take(l, f, n, hidden, 1);
+    v->h_up = (float *)dsv3i_take(l, f, n, hidden, 1);
+    v->u = v->u_ffn = v->q_latent = v->kv = v->q = v->h = NULL;
+    if (keep & DSV3_KEEP_NORMS) {
+        v->u = (float *)dsv3i_take(l, f, n, m->d, 1);
+        v->u_ffn = (float *)dsv3i_take(l, f, n, m->d, 1);
+        v->q_latent = (float *)dsv3i_take(l, f, n, m->rq, 1);
+        v->kv = (float *)dsv3i_take(l, f, n, m->width, 1);
+    }
+    if (keep & DSV3_KEEP_UP_PROJECTIONS) v->q = (float *)dsv3i_take(l, f, n, m->Hq, 1);
+    if (keep & DSV3_KEEP_SWIGLU) v->h = (float *)dsv3i_take(l, f, n, hidden, 1);
+}
+
+static void dsv3i_backward_layout(dsv3i_backward *b, const dsv3i_dims *m, size_t n, dsv3i_layout *l) {
+    size_t f = sizeof(float), hidden = dsv3i_max(dsv3i_hidden_floats(m, 1), m->I);
+    b->du = (float *)dsv3i_take(l, f, n, m->d, 1);
+    b->dq = (float *)dsv3i_take(l, f, n, m->Hq, 1);
+    b->keys = (float *)dsv3i_take(l, f, n, m->Hq, 1);
+    b->dkeys = (float *)dsv3i_take(l, f, n, m->Hq, 1);
+    b->kv_up = (float *)dsv3i_take(l, f, n, m->Hkv, 1);
+    b->dkv_up = (float *)dsv3i_take(l, f, n, m->Hkv, 1);
+    b->dout = (float *)dsv3i_take(l, f, n, m->Ho, 1);
+    b->c = (float *)dsv3i_take(l, f, n, m->rk, 1);
+    b->dc = (float *)dsv3i_take(l, f, n, m->rk, 1);
+    b->dkv_raw = (float *)dsv3i_take(l, f, n, m->width, 1);
+    b->dq_latent = (float *)dsv3i_take(l, f, n, m->rq, 1);
+    b->dq_raw = (float *)dsv3i_take(l, f, n, m->rq, 1);
+    b->dh = (float *)dsv3i_take(l, f, n, hidden, 1);
+    b->dgate = (float *)dsv3i_take(l, f, n, m->K, 1);
+    b->dscore = (float *)dsv3i_take(l, f, n, m->E, 1);
+    b->dgrouped = (float *)dsv3i_take(l, f, n, m->K, m->d);
+    b->r = (float *)dsv3i_take(l, f, n, dsv3i_max(m->K, 1), 1);
+    b->jobs = (struct dsv3i_back_job *)dsv3i_take(l, sizeof(struct dsv3i_back_job),
+                                                  dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1), 1, 1);
+}
+
+#define DSV3I_SQUARES 4096u /* elements whose squares one worker adds up */
+
+static void dsv3i_trainer_layout(dsv3_trainer *t, const dsv3_config *c, const dsv3_training *s, size_t threads,
+                                 dsv3i_layout *l) {
+    dsv3i_dims m = dsv3i_dims_of(c);
+    size_t n = s->rows, f = sizeof(float), layers = m.L + m.D;
+    dsv3i_parameters_layout(&t->weights, c, l);
+    dsv3i_parameters_layout(&t->gradients, c, l);
+    t->m = (float *)dsv3i_take(l, f, t->weights.count, 1, 1);
+    t->v = (float *)dsv3i_take(l, f, t->weights.count, 1, 1);
+    t->ema = s->ema ? (float *)dsv3i_take(l, f, t->weights.count, 1, 1) : NULL;
+    dsv3i_balancer_layout(&t->balancer, c, l);
+    t->losses.nll = (double *)dsv3i_take(l, sizeof(double), 1 + m.D, 1, 1);
+    t->losses.targets = (uint64_t *)dsv3i_take(l, sizeof(uint64_t), 1 + m.D, 1, 1);
+    t->losses.balance = (double *)dsv3i_take(l, sizeof(double), layers, 1, 1);
+    t->targets = (uint64_t *)dsv3i_take(l, sizeof(uint64_t), 1 + m.D, 1, 1);
+    t->bias = (float *)dsv3i_take(l, f, layers, m.E, 1);
+    t->partial = (double *)dsv3i_take(l, sizeof(double), dsv3i_blocks(t->weights.count, DSV3I_SQUARES), 1, 1);
+    t->saved = (dsv3i_saved *)dsv3i_take(l, sizeof *t->saved, layers, 1, 1);
+    t->depth = (dsv3i_depth *)dsv3i_take(l, sizeof *t->depth, 1 + m.D, 1, 1);
+    t->backward = (dsv3i_backward *)dsv3i_take(l, sizeof *t->backward, 1, 1, 1);
+    t->caches = (dsv3_cache *)dsv3i_take(l, sizeof *t->caches, s->sequences, 1, 1);
+    for (size_t i = 0; i < s->sequences; i++) {
+        dsv3_cache cache;
+        (void)dsv3i_cache_layout(&cache, c, 1, s->longest, DSV3_F32, l);
+        if (l->base != NULL) t->caches[i] = cache;
+    }
+    for (size_t i = 0; i < layers; i++) {
+        dsv3i_saved saved;
+        dsv3i_saved_layout(&saved, &m, n, dsv3_config_is_moe(c, (int32_t)i), s->keep, l);
+        if (l->base != NULL) t->saved[i] = saved;
+    }
+    for (size_t k = 0; k <= m.D; k++) {
+        dsv3i_depth depth;
+        dsv3i_depth_layout(&depth, &m, n, l);
+        if (l->base != NULL) t->depth[k] = depth;
+    }
+    {
+        dsv3i_backward backward;
+        dsv3i_backward_layout(&backward, &m, n, l);
+        if (l->base != NULL) *t->backward = backward;
+    }
+    t->carry[0] = (float *)dsv3i_take(l, f, n, m.d, 1);
+    t->carry[1] = (float *)dsv3i_take(l, f, n, m.d, 1);
+    t->dx = (float *)dsv3i_take(l, f, n, m.d, 1);
+    t->dconcat = (float *)dsv3i_take(l, f, n, m.d, 2);
+    dsv3i_workspace_layout(&t->workspace, &m, n, threads, l);
+}
+
+DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_training *settings, size_t threads,
+                                       size_t *bytes) {
+    dsv3i_layout l = {NULL, 0};
+    dsv3_trainer t;
+    DSV3I_TRY(dsv3_config_check(config, NULL));
+    if (settings == NULL || settings->rows < 1 || settings->sequences < 1 || settings->longest < 1 || threads < 1) {
+        return DSV3_ERR_ARG;
+    }
+    if ((uint64_t)settings->rows > (uint64_t)DSV3_MAX_SEQ || (uint64_t)settings->longest > (uint64_t)DSV3_MAX_SEQ) {
+        return DSV3_ERR_LIMIT;
+    }
+    dsv3i_trainer_layout(&t, config, settings, threads, &l);
+    return dsv3i_layout_size(&l, bytes);
+}
+
+DSV3_API dsv3_result dsv3_trainer_init(dsv3_trainer *trainer, const dsv3_config *config,
+                                       const dsv3_training *settings, size_t threads, void *memory, size_t bytes) {
+    dsv3i_layout l = {NULL, 0};
+    size_t need, n;
+    dsv3_trainer *t = trainer;
+    if (t == NULL) return DSV3_ERR_ARG;
+    DSV3I_TRY(dsv3_trainer_size(config, settings, threads, &need));
+    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
+    l.base = dsv3i_layout_base(memory);
+    DSV3_MEMSET(t, 0, sizeof *t);
+    dsv3i_trainer_layout(t, config, settings, threads, &l);
+    t->settings = *settings;
+    t->most_rows = settings->rows;
+    t->most_sequences = settings->sequences;
+    t->longest = settings->longest;
+    t->threads = threads;
+    dsv3i_parameters_bind(&t->weights, config);
+    dsv3i_parameters_bind(&t->gradients, config);
+    n = t->weights.count * sizeof(float);
+    DSV3_MEMSET(t->m, 0, n);
+    DSV3_MEMSET(t->v, 0, n);
+    if (t->ema != NULL) DSV3_MEMSET(t->ema, 0, n);
+    DSV3_MEMSET(t->balancer.load_all, 0, t->balancer.layers * t->balancer.E * sizeof *t->balancer.load_all);
+    t->balancer.schedule.speed = 0.001;
+    t->losses.depths = (size_t)config->num_nextn_predict_layers;
+    return dsv3_train_begin(t, NULL, 0);
+}
+
+/* ---- Begin */
+
+DSV3_API void dsv3_text_count(const dsv3_text *text, size_t depths, uint64_t *targets, uint64_t *sequences) {
+    for (size_t r = 0; r < text->rows; r++) {
+        for (size_t k = 0; k <= depths; k++) targets[k] += dsv3i_text_target(text, r, k) != DSV3_IGNORE;
+        *sequences += !dsv3i_text_continues(text, r, 1);
+    }
+}
+
+DSV3_API dsv3_result dsv3_train_begin(dsv3_trainer *trainer, const uint64_t *targets, uint64_t sequences) {
+    dsv3_trainer *t = trainer;
+    size_t layers;
+    if (t == NULL) return DSV3_ERR_ARG;
+    layers = t->balancer.layers;
+    for (size_t k = 0; k <= t->losses.depths; k++) {
+        t->targets[k] = targets != NULL ? targets[k] : 0;
+        t->losses.nll[k] = 0.0;
+        t->losses.targets[k] = 0;
+    }
+    for (size_t i = 0; i < layers; i++) t->losses.balance[i] = 0.0;
+    t->sequences = sequences;
+    t->losses.sequences = 0;
+    t->losses.load = t->balancer.load;
+    DSV3_MEMSET(t->balancer.load, 0, layers * t->balancer.E * sizeof *t->balancer.load);
+    DSV3_MEMSET(t->gradients.data, 0, t->gradients.count * sizeof(float));
+    return DSV3_OK;
+}
+
+/* Weight of each target's loss at depth k. */
+static double dsv3i_train_weight(const dsv3_trainer *t, size_t k) {
+    uint64_t terms = t->targets[t->settings.divisor == DSV3_DIVIDE_BY_VALID ? k : 0];
+    double weight = k == 0 ? 1.0 : t->settings.lambda / (double)t->losses.depths;
+    return terms > 0 ? weight / (double)terms : 0.0;
+}
+
+DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer) {
+    const dsv3_trainer *t = trainer;
+    double total = 0.0;
+    for (size_t k = 0; k <= t->losses.depths; k++) total += dsv3i_train_weight(t, k) * t->losses.nll[k];
+    for (size_t i = 0; t->sequences > 0 && i < t->balancer.layers; i++) {
+        total += t->settings.balance.expert * t->losses.balance[i] / (double)t->sequences;
+    }
+    return total;
+}
+
+/* ---- Accumulate: forward */
+
+/* The rows that stand gathered in the workspace, and what the batch made of them, become those of depth k. */
+static void dsv3i_train_keep_rows(dsv3_trainer *t, const dsv3_text *text, size_t k, size_t n) {
+    const dsv3_workspace *ws = &t->workspace;
+    dsv3i_depth *v = &t->depth[k];
+    size_t dr = (size_t)t->weights.model.config.qk_rope_head_dim, at = 0;
+    v->n = n;
+    for (size_t i = 0; i < n; i++) {
+        v->token[i] = ws->row_token[i];
+        v->row[i] = ws->row_index[i];
+        v->mask[i] = ws->row_mask[i];
+        v->target[i] = dsv3i_text_target(text, v->row[i], k);
+        v->sequence[i] = ws->sequence[i];
+        v->position[i] = ws->position[i];
+        v->leader[i] = ws->leader[i];
+        while (k > 0 && t->depth[k - 1].row[at] != v->row[i]) at++;
+        v->from[i] = at;
+    }
+    DSV3_MEMCPY(v->cos_sin, ws->cos_sin, n * dr * sizeof(float));
+}
+
+/* A workspace whose pointers are on what layer keeps. */
+static dsv3_workspace dsv3i_train_workspace(const dsv3_trainer *t, const dsv3i_saved *s, int is_moe) {
+    dsv3_workspace ws = t->workspace;
+    ws.q_raw = s->q_raw;
+    ws.kv_raw = s->kv_raw;
+    ws.o = s->o;
+    ws.softmax = s->softmax;
+    ws.x_mid = s->x_mid;
+    ws.h_gate = s->h_gate;
+    ws.h_up = s->h_up;
+    if (is_moe) {
+        ws.score = s->score;
+        ws.gate = s->gate;
+        ws.idx = s->idx;
+        ws.slot = s->slot;
+        ws.offset = s->offset;
+    }
+    if (s->u != NULL) ws.u = s->u;
+    if (s->u_ffn != NULL) ws.u_ffn = s->u_ffn;
+    if (s->q_latent != NULL) ws.q_latent = s->q_latent;
+    if (s->kv != NULL) ws.kv = s->kv;
+    if (s->q != NULL) ws.q = s->q;
+    if (s->h != NULL) ws.h = s->h;
+    return ws;
+}
+
+static const dsv3_layer *dsv3i_depth_layers(const dsv3_model *model, size_t k, size_t *count) {
+    size_t L = (size_t)model->config.num_hidden_layers;
+    *count = k == 0 ? L : 1;
+    return model->layers + (k == 0 ? 0 : L + k - 1);
+}
+
+static const dsv3_tensor *dsv3i_depth_norm(const dsv3_model *model, size_t k) {
+    return k == 0 ? &model->norm : &model->mtp[k - 1].shared_head_norm;
+}
+
+static dsv3_result dsv3i_train_layers(dsv3i_evaluation *a, dsv3_trainer *t, size_t k, size_t n) {
+    const dsv3_model *model = &t->weights.model;
+    size_t count, d = (size_t)model->config.hidden_size;
+    const dsv3_layer *layers = dsv3i_depth_layers(model, k, &count);
+    float *x = t->workspace.x;
+    for (size_t i = 0; i < count; i++) {
+        dsv3i_saved *s = &t->saved[layers[i].index];
+        dsv3_workspace ws = dsv3i_train_workspace(t, s, layers[i].is_moe);
+        dsv3_result result;
+        DSV3_MEMCPY(s->x_in, x, n * d * sizeof *x);
+        result = dsv3_layer_forward(&a->ctx, x, model, &layers[i], 0, t->caches, n, &ws);
+        if (result != DSV3_OK) return dsv3i_stack_fail(model, &layers[i], n, &ws, result, a->error);
+        if (a->ctx.observer.hidden != NULL) a->ctx.observer.hidden(a->ctx.observer.user, layers[i].index, x, n);
+    }
+    return DSV3_OK;
+}
+
+/* Final norm, loss, and at once the loss's gradients: du of the depth, and the head's. */
+static dsv3_result dsv3i_train_head(dsv3i_evaluation *a, dsv3_trainer *t, size_t k) {
+    const dsv3_model *model = &t->weights.model;
+    dsv3_workspace *ws = &t->workspace;
+    dsv3i_depth *v = &t->depth[k];
+    size_t d = (size_t)model->config.hidden_size, bytes = v->n * d * sizeof(float);
+    float *nll = ws->y, *dhead = dsv3i_grad(&t->gradients.model.lm_head);
+    DSV3_MEMCPY(v->x, ws->x, bytes);
+    dsv3_rmsnorm(&a->ctx, v->u, v->x, dsv3i_depth_norm(model, k), v->n, d, model->config.rms_norm_eps);
+    ws->hidden = model->config.mtp_hidden == DSV3_MTP_PRE_NORM ? v->x : v->u;
+    if (a->ctx.observer.hidden != NULL) a->ctx.observer.hidden(a->ctx.observer.user, -1, v->u, v->n);
+    dsv3i_cross_entropy(&a->ctx, nll, v->u, &model->lm_head, v->target, v->n, ws->loss, ws->worker,
+                        ws->worker_floats);
+    for (size_t i = 0; i < v->n; i++) {
+        if (!dsv3i_is_finite(nll[i])) {
+            return dsv3i_fail_where(a->error, DSV3_ERR_NAN, "loss", "is not finite, of row", (int64_t)v->row[i]);
+        }
+        t->losses.nll[k] += (double)nll[i];
+        t->losses.targets[k] += v->target[i] != DSV3_IGNORE;
+    }
+    DSV3_MEMSET(v->du, 0, bytes);
+    dsv3i_cross_entropy_back(&a->ctx, v->du, k > 0 && t->settings.detach_head ? NULL : dhead,
+                             (float)dsv3i_train_weight(t, k), v->u, &model->lm_head, v->target, v->n, ws->loss,
+                             ws->worker, ws->worker_floats);
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3i_train_forward(dsv3i_evaluation *a, dsv3_trainer *t) {
+    const dsv3_model *model = &t->weights.model;
+    dsv3_workspace *ws = &t->workspace;
+    size_t n = a->text->rows, D = t->losses.depths;
+    dsv3_batch batch;
+    DSV3_MEMSET(&batch, 0, sizeof batch);
+    batch.token = ws->row_token;
+    batch.sequence = ws->row_sequence;
+    for (size_t i = 0; i < n; i++) ws->row_index[i] = i;
+    for (size_t k = 0; k <= D; k++) {
+        t->depth[k].n = n = batch.rows = dsv3i_evaluate_gather(a, k, n);
+        if (n == 0) continue;
+        for (size_t s = 0; s < t->most_sequences; s++) t->caches[s].length = 0;
+        DSV3I_TRY(dsv3i_batch_begin(&a->ctx, model, t->caches, t->most_sequences, 1, &batch, ws, a->error));
+        dsv3i_train_keep_rows(t, a->text, k, n);
+        if (k == 0) {
+            dsv3_embed(&a->ctx, ws->x, batch.token, &model->embed_tokens, n);
+        } else {
+            dsv3i_mtp_input(&a->ctx, model, &model->mtp[k - 1], batch.token, ws->row_hidden, n, ws);
+        }
+        DSV3I_TRY(dsv3i_train_layers(a, t, k, n));
+        DSV3I_TRY(dsv3i_train_head(a, t, k));
+    }
+    return DSV3_OK;
+}
+
+/* ---- Accumulate: backward */
+
+/* dx [n, d] of h' = eh_proj [enorm(e) ; hnorm(h)] goes to the module's parts, to the embedding, and, as carry, to the
+ * states of the depth before. */
+static void dsv3i_mtp_back(const dsv3i_evaluation *a, dsv3_trainer *t, size_t k, float *carry) {
+    const dsv3_model *model = &t->weights.model;
+    const dsv3_mtp *w = &model->mtp[k - 1], *g = &t->gradients.model.mtp[k - 1];
+    const dsv3i_depth *v = &t->depth[k], *before = &t->depth[k - 1];
+    dsv3_workspace *ws = &t->workspace;
+    const dsv3i_backward *b = t->backward;
+    size_t d = (size_t)model->config.hidden_size, n = v->n, bytes = d * sizeof(float);
+    size_t e = model->config.mtp_concat == DSV3_MTP_HIDDEN_FIRST ? d : 0, h = d - e;
+    const float *states = model->config.mtp_hidden == DSV3_MTP_PRE_NORM ? before->x : before->u;
+    float eps = model->config.rms_norm_eps, *part = ws->u, *hidden = ws->row_hidden;
+    for (size_t i = 0; i < n; i++) DSV3_MEMCPY(hidden + i * d, states + v->from[i] * d, bytes);
+    dsv3i_mtp_concat(&a->ctx, model, w, v->token, hidden, n, ws);
+    DSV3_MEMSET(t->dconcat, 0, 2 * n * bytes);
+    dsv3i_back(&a->ctx, t->dconcat, &g->eh_proj, t->dx, ws->concat, &w->eh_proj, n, ws);
+    for (int half = 0; half < 2; half++) {
+        const dsv3_tensor *norm = half ? &w->hnorm : &w->enorm, *dnorm = half ? &g->hnorm : &g->enorm;
+        for (size_t i = 0; i < n; i++) DSV3_MEMCPY(part + i * d, t->dconcat + 2 * i * d + (half ? h : e), bytes);
+        DSV3_MEMSET(b->du, 0, n * bytes);
+        dsv3_rmsnorm_backward(&a->ctx, b->du, dsv3i_grad(dnorm), part, half ? hidden : ws->y, norm, n, d, eps, b->r);
+        if (half == 0 && !t->settings.detach_head) {
+            dsv3_embed_backward(dsv3i_grad(&t->gradients.model.embed_tokens), b->du, v->token, n, d);
+        }
+    }
+    for (size_t i = 0; i < n && !(k == 1 && t->settings.detach_trunk); i++) {
+        a->ctx.kernels.axpy(carry + v->from[i] * d, 1.0f, b->du + i * d, d);
+    }
+}
+
+/* Depth k: from the head's gradient, and carry from the depth behind it, down to its input. */
+static void dsv3i_train_back(const dsv3i_evaluation *a, dsv3_trainer *t, size_t k, float *carry) {
+    const dsv3_model *model = &t->weights.model, *grad = &t->gradients.model;
+    dsv3i_depth *v = &t->depth[k];
+    dsv3_workspace ws = t->workspace;
+    size_t d = (size_t)model->config.hidden_size, n = v->n, count, at;
+    const dsv3_layer *layers = dsv3i_depth_layers(model, k, &count), *g = dsv3i_depth_layers(grad, k, &count);
+    int pre_norm = model->config.mtp_hidden == DSV3_MTP_PRE_NORM;
+    ws.cos_sin = v->cos_sin;
+    ws.leader = v->leader;
+    ws.row_mask = v->mask;
+    for (size_t i = 0; i < n * d; i++) {
+        t->dx[i] = pre_norm ? carry[i] : 0.0f;
+        if (!pre_norm) v->du[i] += carry[i];
+    }
+    dsv3_rmsnorm_backward(&a->ctx, t->dx, dsv3i_grad(dsv3i_depth_norm(grad, k)), v->du, v->x,
+                          dsv3i_depth_norm(model, k), n, d, model->config.rms_norm_eps, t->backward->r);
+    for (at = count; at > 0; at--) {
+        dsv3i_layer_backward(&a->ctx, t->dx, model, &layers[at - 1], &g[at - 1], &t->saved[layers[at - 1].index], n,
+                             t->backward, &ws);
+    }
+    if (k == 0) dsv3_embed_backward(dsv3i_grad(&grad->embed_tokens), t->dx, v->token, n, d);
+}
+
+static void dsv3i_train_backward(const dsv3i_evaluation *a, dsv3_trainer *t) {
+    size_t d = (size_t)t->weights.model.config.hidden_size, n = t->depth[0].n;
+    float *carry = t->carry[0], *next = t->carry[1], *swap;
+    t->backward->balance = &t->settings.balance;
+    t->backward->balance_scale = t->sequences > 0 ? 1.0 / (double)t->sequences : 0.0;
+    DSV3_MEMSET(carry, 0, n * d * sizeof *carry);
+    for (size_t k = t->losses.depths + 1; k > 0; k--) {
+        if (t->depth[k - 1].n == 0) continue;
+        dsv3i_train_back(a, t, k - 1, carry);
+        if (k == 1) return;
+        DSV3_MEMSET(next, 0, n * d * sizeof *next);
+        dsv3i_mtp_back(a, t, k - 1, next);
+        swap = carry;
+        carry = next;
+        next = swap;
+    }
+}
+
+DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_trainer *trainer, const dsv3_text *text,
+                                           dsv3_error *error) {
+    dsv3i_evaluation a;
+    dsv3_trainer *t = trainer;
+    if (context == NULL || t == NULL || text == NULL || text->token == NULL) {
+        return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
+    }
+    if (text->rows < 1 || text->rows > t->most_rows) {
+        return dsv3i_fail_range(error, text->rows < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "rows",
+                                "is not a micro-batch the trainer was made for", 1, (int64_t)t->most_rows,
+                                (int64_t)text->rows);
+    }
+    DSV3I_TRY(dsv3i_text_check(text, t->weights.model.config.vocab_size, error));
+    a.losses = &t->losses;
+    a.losses->actual = t->settings.balance.actual;
+    a.model = &t->weights.model;
+    a.text = text;
+    a.ws = &t->workspace;
+    a.error = error;
+    dsv3i_evaluate_observe(&a, context);
+    a.ctx.attention = DSV3_ATTENTION_EXPANDED;
+    DSV3I_TRY(dsv3i_train_forward(&a, t));
+    for (size_t r = 0; r < text->rows; r++) t->losses.sequences += !dsv3i_text_continues(text, r, 1);
+    dsv3i_train_backward(&a, t);
+    return dsv3i_ok(error);
+}
+
+/* ---- End */
+
+/* Does name match the pattern, in which * stands for any characters? */
+static int dsv3i_matches(const char *pattern, const char *name) {
+    for (; *pattern != '\0'; pattern++, name++) {
+        if (*pattern == '*') {
+            for (;; name++) {
+                if (dsv3i_matches(pattern + 1, name)) return 1;
+                if (*name == '\0') return 0;
+            }
+        }
+        if (*pattern != *name) return 0;
+    }
+    return *name == '\0';
+}
+
+static int dsv3i_matches_any(const char *const *patterns, const char *name) {
+    for (; patterns != NULL && *patterns != NULL; patterns++) {
+        if (dsv3i_matches(*patterns, name)) return 1;
+    }
+    return 0;
+}
+
+typedef struct dsv3i_optimizer {
+    const dsv3_context *ctx;
+    dsv3_trainer *t;
+    size_t at, n;                   /* the tensor's elements */
+    double squares;                 /* of all gradients so far */
+    float scale, decay, rate, root; /* clipping; 1 - lr decay; lr / (1 - b1^t); 1 / sqrt(1 - b2^t) */
+    double lr;
+} dsv3i_optimizer;
+
+/* Is this tensor trained by AdamW? Steps over it in any case. */
+static int dsv3i_optimizer_visit(dsv3i_optimizer *o, const dsv3i_walk *w) {
+    const dsv3_tensor_info *info = &w->info;
+    if (info->optional) return 0;
+    o->at += o->n;
+    o->n = info->rows * info->cols;
+    return !(info->group == DSV3_GROUP_ROUTER && info->rank == 1) &&
+           !dsv3i_matches_any(o->t->settings.frozen, info->name);
+}
+
+static void dsv3i_squares_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_optimizer *o = (const dsv3i_optimizer *)arg;
+    (void)worker;
+    for (size_t i = begin; i < end; i++) {
+        const float *g = o->t->gradients.data + o->at;
+        size_t last = dsv3i_min((i + 1) * DSV3I_SQUARES, o->n);
+        double sum = 0.0;
+        for (size_t j = i * DSV3I_SQUARES; j < last; j++) sum += (double)g[j] * (double)g[j];
+        o->t->partial[i] = sum;
+    }
+}
+
+static dsv3_result dsv3i_squares_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
+    dsv3i_optimizer *o = (dsv3i_optimizer *)w->user;
+    size_t blocks;
+    (void)slot;
+    if (!dsv3i_optimizer_visit(o, w)) return DSV3_OK;
+    blocks = dsv3i_blocks(o->n, DSV3I_SQUARES);
+    dsv3i_parallel(o->ctx, blocks, o->n, dsv3i_squares_task, o);
+    for (size_t i = 0; i < blocks; i++) o->squares += o->t->partial[i];
+    return DSV3_OK;
+}
+
+static void dsv3i_adamw_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_optimizer *o = (const dsv3i_optimizer *)arg;
+    const dsv3_training *s = &o->t->settings;
+    float *w = o->t->weights.data + o->at, *m = o->t->m + o->at, *v = o->t->v + o->at;
+    const float *gradient = o->t->gradients.data + o->at;
+    size_t last = dsv3i_min(end * DSV3I_SQUARES, o->n);
+    (void)worker;
+    for (size_t i = begin * DSV3I_SQUARES; i < last; i++) {
+        float g = gradient[i] * o->scale;
+        m[i] = s->beta1 * m[i] + (1.0f - s->beta1) * g;
+        v[i] = s->beta2 * v[i] + (1.0f - s->beta2) * (g * g);
+        w[i] = w[i] * o->decay - o->rate * m[i] / (DSV3_SQRTF(v[i]) * o->root + s->eps);
+    }
+}
+
+static dsv3_result dsv3i_adamw_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
+    dsv3i_optimizer *o = (dsv3i_optimizer *)w->user;
+    const dsv3_training *s = &o->t->settings;
+    (void)slot;
+    if (!dsv3i_optimizer_visit(o, w)) return DSV3_OK;
+    o->decay = 1.0f;
+    if (w->info.rank == 2 && !dsv3i_matches_any(s->exempt, w->info.name)) {
+        o->decay = (float)(1.0 - o->lr * (double)s->weight_decay);
+    }
+    dsv3i_parallel(o->ctx, dsv3i_blocks(o->n, DSV3I_SQUARES), dsv3i_mul(o->n, 8), dsv3i_adamw_task, o);
+    return DSV3_OK;
+}
+
+/* The bias step on the weights' biases. */
+static dsv3_result dsv3i_train_bias(dsv3_trainer *t) {
+    size_t E = t->balancer.E;
+    for (int back = 0; back < 2; back++) {
+        for (size_t i = 0; i < t->balancer.layers; i++) {
+            float *bias = dsv3i_grad(&t->weights.model.layers[i].e_score_correction_bias), *row = t->bias + i * E;
+            if (bias != NULL && back) DSV3_MEMCPY(bias, row, E * sizeof *bias);
+            if (bias != NULL && !back) DSV3_MEMCPY(row, bias, E * sizeof *bias);
+            if (bias == NULL) DSV3_MEMSET(row, 0, E * sizeof *row);
+        }
+        if (!back) DSV3I_TRY(dsv3_balancer_step(&t->balancer, t->bias, t->step));
+    }
+    return DSV3_OK;
+}
+
+/* w b1^t without pow: t is small where it matters. */
+static double dsv3i_power(double base, uint64_t n) {
+    double result = 1.0;
+    for (; n > 0; n >>= 1, base *= base) {
+        if (n & 1u) result *= base;
+    }
+    return result;
+}
+
+DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *trainer, double learning_rate,
+                                    double *norm, dsv3_error *error) {
+    dsv3_trainer *t = trainer;
+    dsv3i_optimizer o;
+    double size;
+    if (context == NULL || t == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
+    if (t->settings.reduce != NULL) {
+        dsv3_result result = t->settings.reduce(t->settings.reduce_user, t->gradients.data, t->gradients.count);
+        if (result != DSV3_OK) return dsv3i_fail(error, result, "reduce", "failed");
+    }
+    DSV3_MEMSET(&o, 0, sizeof o);
+    o.ctx = context;
+    o.t = t;
+    o.lr = learning_rate;
+    (void)dsv3i_walk_all(&t->weights.model.config, NULL, &o, dsv3i_squares_tensor);
+    size = DSV3_POW(o.squares, 0.5);
+    if (norm != NULL) *norm = size;
+    if (!(size <= DBL_MAX))
+        return dsv3i_fail(error, DSV3_ERR_NAN, "gradients", "are not finite: the step is skipped");
+    o.scale =
+        t->settings.clip > 0.0f && size > (double)t->settings.clip ? (float)((double)t->settings.clip / size) : 1.0f;
+    o.rate = (float)(learning_rate / (1.0 - dsv3i_power((double)t->settings.beta1, t->step + 1)));
+    o.root = (float)DSV3_POW(1.0 - dsv3i_power((double)t->settings.beta2, t->step + 1), -0.5);
+    o.at = o.n = 0;
+    (void)dsv3i_walk_all(&t->weights.model.config, NULL, &o, dsv3i_adamw_tensor);
+    DSV3I_TRY(dsv3i_train_bias(t));
+    for (size_t i = 0; t->ema != NULL && i < t->weights.count; i++) {
+        float decay = t->step == 0 ? 0.0f : t->settings.ema_decay;
+        t->ema[i] = decay * t->ema[i] + (1.0f - decay) * t->weights.data[i];
+    }
+    t->step++;
+    return dsv3i_ok(error);
+}
+#endif /* DSV3_NO_TRAINING */
+
+#undef DSV3I_BACK
+#undef DSV3I_COLUMNS
 #undef DSV3I_KEYS
 #undef DSV3I_LINE
 #undef DSV3I_PI
@@ -4607,6 +6315,7 @@ DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, c
 #undef DSV3I_SERIAL_WORK
 #undef DSV3I_SILU_ITEM
 #undef DSV3I_SLOT
+#undef DSV3I_SQUARES
 #undef DSV3I_TRY
 #undef DSV3I_VOCAB
 #endif /* DSV3_IMPLEMENTATION */

@@ -1,11 +1,15 @@
 /* parity.c -- is dsv3.h equal to the official model?
  *
- *     build/parity DIR [--dump OUT.safetensors] [--backend NAME] [--threads N]
+ *     build/parity DIR [--dump OUT.safetensors] [--backend NAME] [--threads N] [--trajectory]
  *
  * DIR holds a checkpoint (config.json, model.safetensors) and golden.safetensors: what independent programs
  * computed from it. Everything this version of the library computes is computed again on the golden tokens,
  * once in each attention form, and compared. For each kind of tensor one line shows the worst error relative to
  * the largest magnitude of its tensor, beside its bound; integers must be equal. Exit status 1 beyond a bound.
+ *
+ * --trajectory replays DIR/traj.safetensors instead: optimizer steps from the checkpoint's weights, with the settings of
+ * its metadata. Losses must agree to 1e-5 at every step, the gradients' norm to 1e-4, the final weights to 5e-3 of their
+ * largest magnitude, and loads exactly.
  *
  * Bounds: 1e-5, where float64 references exist; 1e-4 for the trained models (golden files with a `greedy`
  * continuation), whose references are float32 programs. */
@@ -16,7 +20,7 @@
 /* ---- What was computed: tensors under the golden file's names */
 
 typedef struct record {
-    char name[64];
+    char name[DSV3_MAX_NAME + 8];
     st_dtype dtype; /* ST_F32 or ST_I32 */
     int rank;
     uint64_t shape[3];
@@ -233,6 +237,11 @@ static double setting(const run *r, const char *name, double fallback) {
     return text != NULL ? strtod(text, NULL) : fallback;
 }
 
+/* Weight of the balance loss: the golden V2 model has none. */
+static double balance_weight(const run *r) {
+    return r->model->config.topk_method == DSV3_NOAUX_TC ? setting(r, "alpha", 0.01) : 0.0;
+}
+
 /* What training computes: losses of all depths, balance losses, loads, the bias step. */
 static void compute_losses(run *r) {
     size_t n = r->B * r->S, D = (size_t)r->model->model.n_mtp, layers, bytes = 0;
@@ -272,9 +281,7 @@ static void compute_losses(run *r) {
         for (size_t e = 0; e < balancer.E; e++) load[e] = (int32_t)balancer.load[i * balancer.E + e];
     }
     record_number(r, "loss.total", -1, "",
-                  dsv3_losses_total(&losses, layers, setting(r, "lam", 0.3),
-                                    r->model->config.topk_method == DSV3_NOAUX_TC ? setting(r, "alpha", 0.01) : 0.0,
-                                    DSV3_DIVIDE_BY_MAIN));
+                  dsv3_losses_total(&losses, layers, setting(r, "lam", 0.3), balance_weight(r), DSV3_DIVIDE_BY_MAIN));
     balancer.schedule.speed = setting(r, "gamma", 0.001);
     compute_bias(r, &balancer);
     session_end(&s);
@@ -283,6 +290,149 @@ static void compute_losses(run *r) {
     free(losses.targets);
     free(losses.balance);
     free(sequence);
+}
+
+/* ---- Gradients of loss.total, with respect to the decoded weights */
+
+/* Records the tensors of a dsv3_parameters that the golden file has, under prefix + name. */
+typedef struct parameter_walk {
+    run *r;
+    const char *prefix;
+    const float *data;
+    size_t at;
+} parameter_walk;
+
+static dsv3_result record_parameter(void *user, const dsv3_tensor_info *info) {
+    parameter_walk *w = (parameter_walk *)user;
+    char name[DSV3_MAX_NAME + 8];
+    size_t n = info->rows * info->cols;
+    if (info->optional) return DSV3_OK;
+    snprintf(name, sizeof name, "%s%s", w->prefix, info->name);
+    if (st_find(w->r->golden, name) != NULL) {
+        memcpy(record_add(w->r, name, -1, "", ST_F32, info->rank == 1 ? info->cols : info->rows,
+                          info->rank == 1 ? 0 : info->cols, 0),
+               w->data + w->at, n * sizeof(float));
+    }
+    w->at += n;
+    return DSV3_OK;
+}
+
+static void record_parameters(run *r, const char *prefix, const dsv3_parameters *parameters) {
+    parameter_walk walk;
+    walk.r = r;
+    walk.prefix = prefix;
+    walk.data = parameters->data;
+    walk.at = 0;
+    dsv3_model_tensors(&r->model->config, record_parameter, &walk);
+}
+
+/* B sequences of S tokens, one after another. */
+static dsv3_text text_of(const int32_t *tokens, int32_t *sequence, size_t B, size_t S) {
+    dsv3_text text;
+    memset(&text, 0, sizeof text);
+    for (size_t i = 0; i < B * S; i++) sequence[i] = (int32_t)(i / S);
+    text.rows = B * S;
+    text.token = tokens;
+    text.sequence = sequence;
+    return text;
+}
+
+typedef struct training {
+    dsv3_trainer trainer;
+    void *memory;
+    int32_t *sequence; /* [B, S] */
+    uint64_t *targets; /* [1 + D] */
+    size_t D;
+} training;
+
+static void training_begin(training *t, run *r, size_t B, size_t S, dsv3_training settings) {
+    size_t bytes = 0;
+    t->D = (size_t)r->model->model.n_mtp;
+    t->sequence = (int32_t *)must(malloc(B * S * sizeof *t->sequence));
+    t->targets = (uint64_t *)must(calloc(1 + t->D, sizeof *t->targets));
+    settings.rows = B * S;
+    settings.sequences = B;
+    settings.longest = S;
+    settings.lambda = setting(r, "lam", 0.3);
+    settings.balance.expert = balance_weight(r);
+    dsv3_trainer_size(&r->model->config, &settings, r->context.threads, &bytes);
+    t->memory = must(malloc(bytes));
+    dsv3_trainer_init(&t->trainer, &r->model->config, &settings, r->context.threads, t->memory, bytes);
+    t->trainer.balancer.schedule.speed = setting(r, "gamma", 0.001);
+    dsv3_parameters_load(&t->trainer.weights, &r->model->model);
+}
+
+static void training_end(training *t) {
+    free(t->memory);
+    free(t->sequence);
+    free(t->targets);
+}
+
+static void compute_gradients(run *r) {
+    training t;
+    dsv3_text text;
+    dsv3_error error;
+    uint64_t sequences = 0;
+    if (st_find(r->golden, "loss.total") == NULL) return; /* a trained model's file */
+    training_begin(&t, r, r->B, r->S, dsv3_training_default());
+    text = text_of(r->tokens, t.sequence, r->B, r->S);
+    dsv3_text_count(&text, t.D, t.targets, &sequences);
+    dsv3_train_begin(&t.trainer, t.targets, sequences);
+    check(dsv3_train_accumulate(&r->context, &t.trainer, &text, &error), &error);
+    record_parameters(r, "grad.", &t.trainer.gradients);
+    training_end(&t);
+}
+
+/* tokens [steps, micro, B, S]: each step has `micro` micro-batches. */
+static void compute_trajectory(run *r, size_t steps, size_t micro) {
+    size_t B = r->B, S = r->S, E = (size_t)r->model->config.n_routed_experts, layers;
+    float *loss = (float *)record_add(r, "loss", -1, "", ST_F32, steps, 0, 0);
+    float *first = (float *)record_add(r, "main", -1, "", ST_F32, steps, 0, 0);
+    float *norm = (float *)record_add(r, "grad_norm", -1, "", ST_F32, steps, 0, 0);
+    int32_t **load;
+    training t;
+    dsv3_training settings = dsv3_training_default();
+    settings.beta1 = (float)setting(r, "beta1", 0.9);
+    settings.beta2 = (float)setting(r, "beta2", 0.95);
+    settings.eps = (float)setting(r, "eps", 1e-8);
+    settings.weight_decay = (float)setting(r, "weight_decay", 0.1);
+    settings.clip = (float)setting(r, "clip", 1.0);
+    training_begin(&t, r, B, S, settings);
+    layers = t.trainer.balancer.layers;
+    load = (int32_t **)must(calloc(layers, sizeof *load));
+    for (size_t i = 0; i < layers; i++) {
+        if (t.trainer.weights.model.layers[i].is_moe) {
+            load[i] = (int32_t *)record_add(r, "router", (long)i, ".load", ST_I32, steps, E, 0);
+        }
+    }
+    for (size_t step = 0; step < steps; step++) {
+        const int32_t *tokens = r->tokens + step * micro * B * S;
+        uint64_t sequences = 0;
+        dsv3_error error;
+        double size = 0;
+        memset(t.targets, 0, (1 + t.D) * sizeof *t.targets);
+        for (size_t i = 0; i < micro; i++) {
+            dsv3_text text = text_of(tokens + i * B * S, t.sequence, B, S);
+            dsv3_text_count(&text, t.D, t.targets, &sequences);
+        }
+        dsv3_train_begin(&t.trainer, t.targets, sequences);
+        for (size_t i = 0; i < micro; i++) {
+            dsv3_text text = text_of(tokens + i * B * S, t.sequence, B, S);
+            check(dsv3_train_accumulate(&r->context, &t.trainer, &text, &error), &error);
+        }
+        loss[step] = (float)dsv3_train_loss(&t.trainer);
+        first[step] = (float)(t.trainer.losses.nll[0] / (double)t.trainer.losses.targets[0]);
+        for (size_t i = 0; i < layers; i++) {
+            for (size_t e = 0; load[i] != NULL && e < E; e++) {
+                load[i][step * E + e] = (int32_t)t.trainer.balancer.load[i * E + e];
+            }
+        }
+        check(dsv3_train_end(&r->context, &t.trainer, setting(r, "lr", 0.003), &size, &error), &error);
+        norm[step] = (float)size;
+    }
+    record_parameters(r, "final.", &t.trainer.weights);
+    training_end(&t);
+    free(load);
 }
 
 /* `greedy` is a prompt and its greedy continuation. Where the prompt ends is not written down, but it is a prefix
@@ -324,6 +474,8 @@ static void compute_greedy(run *r) {
 /* router.3.gate -> router.gate: the kind under which errors are summed up. */
 static void kind_of(char *kind, size_t capacity, const char *name) {
     size_t n = 0;
+    if (strncmp(name, "grad.", 5) == 0) name = "grad";
+    if (strncmp(name, "final.", 6) == 0) name = "final weights";
     for (; *name != '\0' && n + 1 < capacity; name++) {
         if (*name == '.' && name[1] >= '0' && name[1] <= '9') {
             name++;
@@ -335,19 +487,24 @@ static void kind_of(char *kind, size_t capacity, const char *name) {
     kind[n] = '\0';
 }
 
-/* Worst error relative to the largest magnitude; for integers the number of differing elements. */
+/* Worst error relative to the largest magnitude (for a series over steps: to its own); for integers the number of
+ * differing elements. */
 static double worst_error(const record *got, const st_tensor *want) {
     size_t n = got->bytes / 4;
+    int series =
+        strcmp(got->name, "loss") == 0 || strcmp(got->name, "main") == 0 || strcmp(got->name, "grad_norm") == 0;
     double worst = 0, largest = 0;
     const char *a = (const char *)got->data, *b = (const char *)want->data;
     if (want->dtype != got->dtype || want->bytes != got->bytes) return HUGE_VAL;
     for (size_t i = 0; i < n; i++) {
         if (got->dtype == ST_F32) {
             float x, y;
+            double error;
             memcpy(&x, a + 4 * i, 4);
             memcpy(&y, b + 4 * i, 4);
-            if (fabs((double)y) > largest) largest = fabs((double)y);
-            if (!(fabs((double)x - (double)y) <= worst)) worst = fabs((double)x - (double)y);
+            error = fabs((double)x - (double)y) / (series ? fabs((double)y) : 1.0);
+            if (fabs((double)y) > largest) largest = series ? 1.0 : fabs((double)y);
+            if (!(error <= worst)) worst = error;
             if (isnan(worst)) return worst;
         } else {
             worst += memcmp(a + 4 * i, b + 4 * i, 4) != 0;
@@ -366,6 +523,8 @@ static void compare(run *r, const char *form) {
         size_t tensors = 0;
         kind_of(kind, sizeof kind, r->records[i].name);
         limit = r->records[i].dtype == ST_I32 || strcmp(kind, "router.bias_after") == 0 ? 0 : bound;
+        if (strcmp(kind, "grad") == 0 || strcmp(kind, "grad_norm") == 0) limit = 1e-4;
+        if (strcmp(kind, "final weights") == 0) limit = 5e-3;
         for (size_t k = 0; k < kinds; k++) tensors += strcmp(done[k], kind) == 0;
         if (tensors > 0 || kinds == 64) continue; /* seen */
         memcpy(done[kinds++], kind, sizeof kind);
@@ -406,7 +565,8 @@ static int dump(const run *r, const char *path) {
 }
 
 static int usage(void) {
-    fprintf(stderr, "usage: parity DIR [--dump OUT.safetensors] [--backend auto|reference] [--threads N]\n");
+    fprintf(stderr, "usage: parity DIR [--dump OUT.safetensors] [--backend auto|reference] [--threads N] "
+                    "[--trajectory]\n");
     return 2;
 }
 
@@ -414,6 +574,7 @@ int main(int argc, char **argv) {
     static const char form_names[3][12] = {"", "absorbed", "expanded"};
     const char *directory = NULL, *out = NULL, *backend = "auto";
     long threads = 0;
+    int trajectory = 0;
     checkpoint model;
     st_file golden;
     st_error error;
@@ -428,6 +589,8 @@ int main(int argc, char **argv) {
             backend = argv[++i];
         } else if (strcmp(argv[i], "--threads") == 0 && i + 1 < argc) {
             threads = strtol(argv[++i], NULL, 10);
+        } else if (strcmp(argv[i], "--trajectory") == 0) {
+            trajectory = 1;
         } else if (argv[i][0] == '-' || directory != NULL) {
             return usage();
         } else {
@@ -438,14 +601,14 @@ int main(int argc, char **argv) {
         return usage();
     }
     memset(&r, 0, sizeof r);
-    snprintf(path, sizeof path, "%s/golden.safetensors", directory);
+    snprintf(path, sizeof path, "%s/%s.safetensors", directory, trajectory ? "traj" : "golden");
     if (st_open(&golden, path, &error) != ST_OK || checkpoint_open(&model, directory, &error) != ST_OK) {
         fprintf(stderr, "parity: %s\n", error.message);
         return 1;
     }
     tokens = st_find(&golden, "tokens");
-    if (tokens == NULL || tokens->dtype != ST_I32 || tokens->rank != 2 || tokens->bytes == 0) {
-        fprintf(stderr, "parity: %s: tokens: must be I32 [B, S]\n", path);
+    if (tokens == NULL || tokens->dtype != ST_I32 || tokens->rank != (trajectory ? 4 : 2) || tokens->bytes == 0) {
+        fprintf(stderr, "parity: %s: tokens: must be I32 %s\n", path, trajectory ? "[steps, micro, B, S]" : "[B, S]");
         return 1;
     }
     if (dsv3_context_init(&r.context, strcmp(backend, "reference") == 0 ? DSV3_BACKEND_REFERENCE : DSV3_BACKEND_AUTO,
@@ -457,15 +620,20 @@ int main(int argc, char **argv) {
     r.model = &model;
     r.golden = &golden;
     r.tokens = token_copy;
-    r.B = (size_t)tokens->shape[0];
-    r.S = (size_t)tokens->shape[1];
+    r.B = (size_t)tokens->shape[tokens->rank - 2];
+    r.S = (size_t)tokens->shape[tokens->rank - 1];
     printf("%s: %zu x %zu tokens, backend %s, %zu threads\n", directory, r.B, r.S, r.context.backend,
            r.context.threads);
-    for (int form = DSV3_ATTENTION_EXPANDED; form >= DSV3_ATTENTION_ABSORBED; form--) {
+    if (trajectory) {
+        compute_trajectory(&r, (size_t)tokens->shape[0], (size_t)tokens->shape[1]);
+        compare(&r, "training");
+    }
+    for (int form = DSV3_ATTENTION_EXPANDED; !trajectory && form >= DSV3_ATTENTION_ABSORBED; form--) {
         records_clear(&r);
         r.context.attention = (dsv3_attention)form;
         compute_forward(&r);
         compute_losses(&r);
+        if (form == DSV3_ATTENTION_EXPANDED) compute_gradients(&r); /* training knows no other form */
         compute_greedy(&r);
         compare(&r, form_names[form]);
     }

@@ -7,11 +7,16 @@ for dir in tests/golden/v2 tests/golden/v3 tests/golden/v3_bf16 tests/golden/v3_
         check "$dir, $threads threads" build/parity "$dir" --threads $threads
     done
 done
+for threads in 1 2; do check "trajectory, $threads threads" build/parity tests/golden/v3 --trajectory --threads $threads; done
 # The check can fail: a golden file of another model, and a damaged one.
 mkdir -p build/parity-bad
 cp tests/golden/v3/config.json tests/golden/v3/model.safetensors build/parity-bad/
 cp tests/golden/v3_noqlora/golden.safetensors build/parity-bad/
 if build/parity build/parity-bad > /dev/null 2>&1; then bad "parity accepts another model's golden file"; else ok; fi
+cp tests/golden/v3_noqlora/config.json tests/golden/v3_noqlora/model.safetensors tests/golden/v3/traj.safetensors \
+    build/parity-bad/
+if build/parity build/parity-bad --trajectory > /dev/null 2>&1; then bad "parity accepts another model's trajectory"; else ok; fi
+cp tests/golden/v3/config.json tests/golden/v3/model.safetensors build/parity-bad/
 # What --dump writes is a golden file itself, and equal to what was computed.
 check "dump" build/parity tests/golden/v3 --dump build/parity-bad/dump.safetensors
 cp build/parity-bad/dump.safetensors build/parity-bad/golden.safetensors
