@@ -1,8 +1,8 @@
 /* svg.h -- heat maps and line charts as SVG text, in one header: no allocation, no globals, no script inside.
  *
- * What it is: two functions that lay out a chart and write it to a FILE. The result is a file of its own (or an <img>)
- * that every browser shows: it scales, follows the reader's light or dark theme, and names each cell and line when
- * the mouse rests on it. The colours can be told apart with any common colour blindness.
+ * What it is: two functions that lay out a chart and write it to a FILE. The result is a file of its own (or an
+ * <img>) that every browser shows: it scales, follows the reader's light or dark theme, and names each cell and line
+ * when the mouse rests on it. The colours can be told apart with any common colour blindness.
  *
  * What it is not: a plotting library. Nothing can be placed by hand, and there is no other kind of chart.
  *
@@ -30,7 +30,7 @@
  *   Values: any double. What is not finite, or not above 0 on a logarithmic axis, is "no data": an empty cell, a gap.
  *   Text: UTF-8. What may not stand in XML is escaped; bytes that are no UTF-8 and control characters become U+FFFD.
  *   Locale: the decimal point is always '.', whatever setlocale says.
- *   Size: about 90 bytes for each cell; of a line no more than four points for each column of pixels. */
+ *   Size: about 100 bytes for each cell; of a line no more than four points for each column of pixels. */
 #ifndef SVG_H
 #define SVG_H
 
@@ -409,7 +409,7 @@ typedef struct svgi_map {
     double cell_width, cell_height, gap;
     double left, top;               /* of the cells */
     double width, height;           /* of the page */
-    size_t row_step, column_step;   /* every so manieth has a label */
+    size_t row_step, column_step;   /* one label for so many */
     double row_space, column_space; /* for the labels */
     int steep;                      /* column labels are turned */
 } svgi_map;
@@ -501,7 +501,7 @@ static double svgi_map_part(const svgi_map *m, double x) {
 static void svgi_bar_ticks(FILE *file, const svgi_map *m, double x, double y, double width) {
     double tick[2 * SVG_MAX_TICKS], last = -HUGE_VAL;
     size_t n = svg_ticks(tick, m->low, m->two_colours ? m->middle : m->high, 0, m->two_colours ? 2 : 5);
-    if (m->two_colours) n += svg_ticks(tick + n, m->middle, m->high, 0, 3);
+    if (m->two_colours) n += svg_ticks(tick + n, m->middle, m->high, 0, 2);
     for (size_t i = 0; i < n; i++) {
         double at = x + width * svgi_map_part(m, tick[i]);
         if (at - last < 30) continue;
@@ -511,7 +511,7 @@ static void svgi_bar_ticks(FILE *file, const svgi_map *m, double x, double y, do
     }
 }
 
-/* "value [colours] [] no data" in one line, the bar beginning above the first column. */
+/* "value [colours] [] no data" in one line. */
 static void svgi_map_legend(FILE *file, const svgi_map *m) {
     double name = svgi_label_width(m->heat->value_name), width = 3.0 * SVGI_STEPS, y = m->top - 58;
     double x = svgi_has(m->heat->value_name) ? SVGI_MARGIN + name + 16 : SVGI_MARGIN + 6;
