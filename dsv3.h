@@ -655,8 +655,9 @@ typedef enum dsv3_bias_rule {
 
 /* One step of bias [E] from the loads of the whole optimizer step, after it has succeeded; e is the relative error
  * (mean - load) / mean. Always: less load never moves b down more (or up less) than more load does; an expert at the
- * mean keeps its b (under CENTRED: moves with the common drift only); without any load nothing moves; a finite b
- * stays finite, and under FACTOR b stays above -1 (a step that would leave that range is not taken). */
+ * mean keeps its b (under CENTRED: moves with the common drift only); without any load, or unless speed is positive and
+ * finite, nothing moves; a finite b
+ * stays finite, and under FACTOR b stays above -1: there it stops. The loads add up to less than 2^64. */
 DSV3_API void dsv3_bias_step(float *bias, const uint64_t *load, size_t E, dsv3_bias_rule rule, double speed);
 
 /* The schedule of the update speed: `speed` until `freeze` tokens (or steps) have been seen, then 0. freeze 0: never.
@@ -2980,22 +2981,33 @@ DSV3_API dsv3_load_stats dsv3_load_statistics(const uint64_t *load, size_t E) {
 
 /* ---- The bias step */
 
+/* 1: below the mean whole + rest / E, -1: above it. */
+static double dsv3i_load_sign(uint64_t load, uint64_t whole, uint64_t rest) {
+    return load > whole ? -1.0 : load < whole || rest > 0 ? 1.0 : 0.0;
+}
+
+/* A b that would leave its range stops at the end of it, so that the order of moves is kept there too. */
 static float dsv3i_bias_moved(float b, double move, dsv3_bias_rule rule) {
-    double to = rule == DSV3_BIAS_FACTOR ? (1.0 + (double)b) * (1.0 + move) - 1.0 : (double)b + move;
-    float moved = (float)to;
-    if (!dsv3i_is_finite(moved)) return b;
-    return rule == DSV3_BIAS_FACTOR && !(moved > -1.0f) ? b : moved;
+    double low = rule == DSV3_BIAS_FACTOR ? -0.999999940395 : -(double)FLT_MAX,
+           to = (double)b + move; /* 2^-24 above -1 */
+    if (rule == DSV3_BIAS_FACTOR) to = (double)b + move * (1.0 + (double)b);
+    return (float)(to < low ? low : to > (double)FLT_MAX ? (double)FLT_MAX : to);
 }
 
 DSV3_API void dsv3_bias_step(float *bias, const uint64_t *load, size_t E, dsv3_bias_rule rule, double speed) {
-    double mean = dsv3_load_statistics(load, E).mean, drift = 0.0;
-    if (!(mean > 0.0)) return;
-    for (size_t e = 0; e < E; e++) drift += (double)(((double)load[e] < mean) - ((double)load[e] > mean));
+    uint64_t sum = 0, whole, rest;
+    double mean, drift = 0.0;
+    for (size_t e = 0; e < E; e++) sum += load[e];
+    if (sum == 0 || !(speed > 0.0) || !(speed <= DBL_MAX)) return;
+    whole = sum / E; /* the mean is whole + rest / E, exactly */
+    rest = sum % E;
+    mean = (double)sum / (double)E;
+    for (size_t e = 0; e < E; e++) drift += dsv3i_load_sign(load[e], whole, rest);
     drift = rule == DSV3_BIAS_CENTRED ? drift / (double)E : 0.0;
     for (size_t e = 0; e < E; e++) {
-        double error = (mean - (double)load[e]) / mean;
-        double sign = (double)((error > 0.0) - (error < 0.0));
-        double move = speed * (rule == DSV3_BIAS_PROPORTIONAL ? error : sign - drift);
+        double sign = dsv3i_load_sign(load[e], whole, rest), error = (mean - (double)load[e]) / mean;
+        double move =
+            speed * (rule == DSV3_BIAS_PROPORTIONAL ? (sign > 0.0 || sign < 0.0 ? error : 0.0) : sign - drift);
         bias[e] = dsv3i_bias_moved(bias[e], move, rule);
     }
 }
