@@ -815,21 +815,22 @@ typedef struct dsv3_text {
 
 /* What dsv3_evaluate adds to, so that micro-batches add up. Arrays are the caller's, cleared by her, not NULL unless
  * said so. The row at position i has a loss at depth k if t_{i+k} (its input there) and t_{i+k+1} (its target)
- * exist, belong to its document and are neither ignored nor padding: a sequence shorter than that has none. */
+ * exist, belong to its document and are neither ignored nor padding: a sequence shorter than that has none. Where
+ * text->target is given it decides on the border itself: the target of a document's last row is ignored or not. */
 typedef struct dsv3_losses {
     size_t depths;      /* MTP depths wanted, 0 .. n_mtp */
     double *nll;        /* [1 + depths] sums of -log p in nats: main model, then depth 1, 2 .. */
     uint64_t *targets;  /* [1 + depths] how many terms each has */
     uint64_t *load;     /* [L + D, E] assignments; NULL: not wanted */
     double *balance;    /* [L + D] sums over sequences of dsv3_balance_loss; NULL: not wanted */
-    uint64_t sequences; /* how many; divide by it */
+    uint64_t sequences; /* how many, those of padding alone left out; divide by it */
     int32_t actual;     /* bool: f_i of the balance loss from the actual routing, not from the largest scores */
 } dsv3_losses;
 
 /* Runs the main model and `depths` MTP modules over text. caches [n_caches] and modules [depths, n_caches] are emptied
  * first and hold the text's latents afterwards. Longer texts than the workspace has rows are taken piece by piece,
  * except that the balance loss needs them whole (MEMORY). Observers see every layer, MTP layers included. Errors as of
- * dsv3_forward; TOKEN for a target outside the vocabulary; after an error the sums are unspecified. */
+ * dsv3_forward; TOKEN for a target outside the vocabulary; after an error sums and caches are unspecified. */
 DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *losses, const dsv3_model *model,
                                    dsv3_cache *caches, dsv3_cache *modules, size_t n_caches, const dsv3_text *text,
                                    dsv3_workspace *workspace, dsv3_error *error);
@@ -4526,11 +4527,13 @@ static dsv3_result dsv3i_stack_fail(const dsv3_model *model, const dsv3_layer *l
     return dsv3i_fail_where(error, result, name, "router scores are not finite in layer", layer->index);
 }
 
-/* NaN, infinite, or so large that the norm would make zeros of it. */
+/* NaN, infinite, or so large that the norm would make zeros of it; or the norm's gain is not finite. */
 static dsv3_result dsv3i_stack_finite(const dsv3_workspace *ws, size_t n, size_t d, dsv3_error *error) {
     for (size_t t = 0; t < n; t++) {
         char name[32];
-        if (dsv3i_is_finite(dsv3i_dot_ref(ws->x + t * d, ws->x + t * d, d))) continue;
+        if (dsv3i_is_finite(dsv3i_dot_ref(ws->x + t * d, ws->x + t * d, d)) && dsv3i_all_finite(ws->u + t * d, d)) {
+            continue;
+        }
         dsv3i_name_row(name, sizeof name, "row", t);
         return dsv3i_fail_where(error, DSV3_ERR_NAN, name, "final hidden state is not finite, in sequence",
                                 ws->sequence[t]);
@@ -4697,9 +4700,25 @@ static int32_t dsv3i_text_target(const dsv3_text *x, size_t row, size_t k) {
     return dsv3i_text_counts(x, row, k + 1) ? x->token[row + k + 1] : DSV3_IGNORE;
 }
 
+/* Sequences that have a row which counts. */
+static uint64_t dsv3i_text_sequences(const dsv3_text *x) {
+    uint64_t sequences = 0;
+    int counts = 0;
+    for (size_t r = 0; r < x->rows; r++) {
+        counts |= dsv3i_counts(x->mask, r);
+        if (dsv3i_text_continues(x, r, 1)) continue;
+        sequences += (uint64_t)counts;
+        counts = 0;
+    }
+    return sequences;
+}
+
 static dsv3_result dsv3i_text_check(const dsv3_text *x, int32_t V, dsv3_error *error) {
     for (size_t r = 0; r < x->rows; r++) {
-        int32_t target = x->target != NULL ? x->target[r] : DSV3_IGNORE;
+        int32_t token = x->token[r], target = x->target != NULL ? x->target[r] : DSV3_IGNORE;
+        if (token < 0 || token >= V) {
+            return dsv3i_fail_row(error, DSV3_ERR_TOKEN, "token", r, "is outside the vocabulary", 0, V - 1, token);
+        }
         if (r > 0 && dsv3i_text_sequence(x, r) < dsv3i_text_sequence(x, r - 1)) {
             return dsv3i_fail_row(error, DSV3_ERR_ARG, "sequence", r, "falls", x->sequence[r - 1], INT32_MAX,
                                   x->sequence[r]);
@@ -4824,6 +4843,7 @@ DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *los
         return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
     }
     if (text->rows < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "rows", "the text is empty");
+    if (workspace->rows < 1) return dsv3i_fail(error, DSV3_ERR_MEMORY, "workspace", "has no rows");
     if (losses->depths > (size_t)model->n_mtp) {
         return dsv3i_fail_range(error, DSV3_ERR_ARG, "depths", "is more than the model has modules", 0, model->n_mtp,
                                 (int64_t)losses->depths);
@@ -4845,7 +4865,7 @@ DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *los
         size_t end = begin + dsv3i_min(workspace->rows, text->rows - begin);
         DSV3I_TRY(dsv3i_evaluate_rows(&a, caches, modules, n_caches, begin, end));
     }
-    for (size_t r = 0; r < text->rows; r++) losses->sequences += !dsv3i_text_continues(text, r, 1);
+    losses->sequences += dsv3i_text_sequences(text);
     return dsv3i_ok(error);
 }
 
@@ -4855,7 +4875,7 @@ DSV3_API double dsv3_losses_total(const dsv3_losses *losses, size_t layers, doub
     for (size_t k = 0; k <= losses->depths; k++) {
         uint64_t terms = losses->targets[divisor == DSV3_DIVIDE_BY_VALID ? k : 0];
         double weight = k == 0 ? 1.0 : lambda / (double)losses->depths;
-        if (losses->targets[k] > 0) total += weight * losses->nll[k] / (double)terms;
+        if (losses->targets[k] > 0 && terms > 0) total += weight * losses->nll[k] / (double)terms;
     }
     for (size_t i = 0; losses->balance != NULL && losses->sequences > 0 && i < layers; i++) {
         total += alpha * losses->balance[i] / (double)losses->sequences;
@@ -5894,8 +5914,8 @@ DSV3_API dsv3_result dsv3_trainer_init(dsv3_trainer *trainer, const dsv3_config 
 DSV3_API void dsv3_text_count(const dsv3_text *text, size_t depths, uint64_t *targets, uint64_t *sequences) {
     for (size_t r = 0; r < text->rows; r++) {
         for (size_t k = 0; k <= depths; k++) targets[k] += dsv3i_text_target(text, r, k) != DSV3_IGNORE;
-        *sequences += !dsv3i_text_continues(text, r, 1);
     }
+    *sequences += dsv3i_text_sequences(text);
 }
 
 DSV3_API dsv3_result dsv3_train_begin(dsv3_trainer *trainer, const uint64_t *targets, uint64_t sequences) {
@@ -6158,7 +6178,7 @@ DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_tra
     dsv3i_evaluate_observe(&a, context);
     a.ctx.attention = DSV3_ATTENTION_EXPANDED;
     DSV3I_TRY(dsv3i_train_forward(&a, t));
-    for (size_t r = 0; r < text->rows; r++) t->losses.sequences += !dsv3i_text_continues(text, r, 1);
+    t->losses.sequences += dsv3i_text_sequences(text);
     dsv3i_train_backward(&a, t);
     return dsv3i_ok(error);
 }

@@ -1,4 +1,4 @@
-/* test_ops.c -- chapter 4 (ops): linear layers of every weight type, RMSNorm, SwiGLU, log-sum-exp.
+/* test_ops.c -- chapter 4 (ops): linear layers of every weight type, RMSNorm, SwiGLU, log-sum-exp, cross-entropy.
  *
  * A failure here means wrong numbers in every layer of every model: a scale block applied to the wrong columns, a
  * row that depends on how many rows share the call, a norm that is off, or NaN where a finite result exists. */
@@ -273,7 +273,7 @@ static void rmsnorm_rows_apart(void) {
 static void silu_edges(void) {
     float a[8] = {100, -100, -0.0f, 0, FLT_MAX, -FLT_MAX, 88.8f, 20}, b[8] = {1, 1, 1, 1, 1, 1, -2, 0.5f};
     float nan[1] = {NAN}, inf[1] = {INFINITY};
-    dsv3i_silu_mul(&ctx, a, b, 8);
+    dsv3i_silu_mul(&ctx, a, a, b, 8);
     CHECK(a[0] == 100);
     CHECK(a[1] <= 0 && a[1] > -1e-37f);
     CHECK(a[2] == 0 && signbit(a[2]));
@@ -282,9 +282,9 @@ static void silu_edges(void) {
     CHECK(a[5] == 0);
     CHECK(a[6] == -2 * 88.8f);
     CHECK(fabs((double)a[7] - 10) < 1e-6);
-    dsv3i_silu_mul(&ctx, nan, b, 1);
+    dsv3i_silu_mul(&ctx, nan, nan, b, 1);
     CHECK(isnan(nan[0]));
-    dsv3i_silu_mul(&ctx, inf, b, 1);
+    dsv3i_silu_mul(&ctx, inf, inf, b, 1);
     CHECK(isinf(inf[0]) && inf[0] > 0);
 }
 
@@ -298,7 +298,7 @@ static void silu_lengths(void) {
         test_fill(h, n, -10, 10);
         test_fill(b, n, -1, 1);
         for (size_t i = 0; i < n; i++) want[i] = (double)h[i] / (1 + exp(-(double)h[i])) * (double)b[i];
-        dsv3i_silu_mul(&ctx, h, b, n);
+        dsv3i_silu_mul(&ctx, h, h, b, n);
         CHECK(dsv3i_all_finite(h, n));
         CHECK_CLOSE(h, want, n, 5e-7);
         free(h), free(b), free(want);
@@ -354,6 +354,144 @@ static void lse_all(void) {
     CHECK(isfinite(lse2(1e38f, -1e38f) - -1e38f)); /* the loss of a target with probability 0 */
 }
 
+/* ---- cross-entropy ----------------------------------------------------------------------------------- */
+
+/* -log p(target) of row u in double, and how far a float result may be from it: two logits' errors (linear_wrong),
+ * and those of exp, sum and log. */
+static double entropy_want(const weights *w, const float *u, int32_t target, double *bound) {
+    size_t V = w->tensor.rows, d = w->tensor.cols;
+    double *z = (double *)test_alloc(V * sizeof *z), top = -INFINITY, sum = 0, largest = 0, want;
+    for (size_t v = 0; v < V; v++) {
+        double size = 0;
+        z[v] = 0;
+        for (size_t i = 0; i < d; i++) {
+            z[v] += w->value[v * d + i] * (double)u[i];
+            size += fabs(w->value[v * d + i] * (double)u[i]);
+        }
+        top = fmax(top, z[v]), largest = fmax(largest, size);
+    }
+    for (size_t v = 0; v < V; v++) sum += exp(z[v] - top);
+    want = top + log(sum) - z[target];
+    *bound = 2 * ((double)((d + 7) / 8) + 5) * UNIT * largest + 2e-6 + 2 * UNIT * fabs(want);
+    free(z);
+    return want;
+}
+
+/* Targets on both sides of the pieces' borders, and one that is none. All scratch is exactly as large as said. */
+static void entropy_case(dsv3_type type, size_t V, size_t d) {
+    enum { N = 8 };
+    static const int32_t wish[N] = {0, 1023, 1024, DSV3_IGNORE, 1022, 2047, 2048, INT32_MAX};
+    weights w = weights_make(type, V, d, 1);
+    size_t floats = dsv3_cross_entropy_scratch(&ctx, &w.tensor, N);
+    size_t floats_one = dsv3_cross_entropy_scratch(&ctx, &w.tensor, 1);
+    float *u = (float *)test_alloc(N * d * sizeof(float)), *nll = (float *)test_alloc(N * sizeof(float)), one;
+    float *scratch = (float *)test_alloc(floats * sizeof(float)), *scratch_one;
+    int32_t target[N];
+    int wrong = 0, alone = 0;
+    scratch_one = (float *)test_alloc(floats_one * sizeof(float));
+    for (size_t t = 0; t < N; t++) target[t] = wish[t] < (int32_t)V ? wish[t] : (int32_t)V - 1;
+    test_fill(u, N * d, -1, 1);
+    memset(nll, 0xFF, N * sizeof(float));
+    memset(scratch, 0xFF, floats * sizeof(float));
+    dsv3_cross_entropy(&ctx, nll, u, &w.tensor, target, N, scratch);
+    for (size_t t = 0; t < N; t++) {
+        double bound = 0, want = target[t] == DSV3_IGNORE ? 0 : entropy_want(&w, u + t * d, target[t], &bound);
+        wrong += !(fabs((double)nll[t] - want) <= bound);
+        memset(scratch_one, 0xFF, floats_one * sizeof(float));
+        dsv3_cross_entropy(&ctx, &one, u + t * d, &w.tensor, target + t, 1, scratch_one);
+        alone += !same_bits(&one, nll + t, 1);
+    }
+    if (wrong || alone) fprintf(stderr, "cross-entropy %s %zux%zu\n", dsv3_type_name(type), V, d);
+    CHECK_EQ(wrong, 0);
+    CHECK_EQ(alone, 0);
+    weights_free(&w);
+    free(u), free(nll), free(scratch), free(scratch_one);
+}
+
+static void entropy_all(void) {
+    static const size_t sizes[] = {1, 2, 255, 1023, 1024, 1025, 3000};
+    for (int type = 0; type < DSV3_TYPES; type++) {
+        for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+            entropy_case((dsv3_type)type, sizes[i], 130); /* two FP8 blocks across, the second ragged */
+            entropy_case((dsv3_type)type, sizes[i], 7);
+        }
+    }
+}
+
+/* One token's logit is `high`, all others are `low`: -log p of that token and of another. */
+static void entropy_peak(size_t V, size_t peak, float low, float high) {
+    float *head = (float *)test_alloc(V * sizeof(float)), u[3] = {1, 1, 1}, nll[3], *scratch;
+    int32_t target[3];
+    dsv3_tensor w;
+    double rest = log(exp((double)low - (double)high) * (double)(V - 1) + 1);
+    for (size_t i = 0; i < V; i++) head[i] = i == peak ? high : low;
+    w.data = head, w.scale = NULL, w.rows = V, w.cols = 1, w.type = DSV3_F32, w.rank = 2;
+    target[0] = (int32_t)peak, target[1] = peak == 0 ? 1 : 0, target[2] = DSV3_IGNORE;
+    scratch = (float *)test_alloc(dsv3_cross_entropy_scratch(&ctx, &w, 3) * sizeof(float));
+    dsv3_cross_entropy(&ctx, nll, u, &w, target, 3, scratch);
+    CHECK(fabs((double)nll[0] - rest) <= 2e-6);
+    CHECK(fabs((double)nll[1] - (rest + ((double)high - (double)low))) <= 2e-6 + UNIT * (double)(high - low));
+    CHECK(nll[2] == 0 && !signbit(nll[2]));
+    free(head), free(scratch);
+}
+
+static void entropy_extremes(void) {
+    static const size_t peaks[] = {0, 1023, 1024, 2047, 2048, 2999};
+    for (size_t i = 0; i < sizeof peaks / sizeof peaks[0]; i++) {
+        entropy_peak(3000, peaks[i], -1e4f, 1e4f); /* the maximum rises in a later piece, or never */
+        entropy_peak(3000, peaks[i], 1e4f, 1e4f);  /* equal: log V */
+        entropy_peak(3000, peaks[i], -1e4f, -1e4f + 1);
+        entropy_peak(3000, peaks[i], -1e37f, 1e37f);
+    }
+    entropy_peak(2, 1, -1e4f, 1e4f);
+}
+
+/* A NaN is the trouble of its own row, wherever it appears; a row without a target has none. */
+static void entropy_nan(void) {
+    enum { N = 4, V = 1500, D = 9 };
+    static const int32_t target[N] = {7, 1400, DSV3_IGNORE, 3};
+    weights w = weights_make(DSV3_F32, V, D, 0);
+    float u[N * D], good[N], bad[N];
+    float *scratch = (float *)test_alloc(dsv3_cross_entropy_scratch(&ctx, &w.tensor, N) * sizeof(float));
+    test_fill(u, N * D, -1, 1);
+    dsv3_cross_entropy(&ctx, good, u, &w.tensor, target, N, scratch);
+    u[D + 3] = u[2 * D] = NAN;
+    dsv3_cross_entropy(&ctx, bad, u, &w.tensor, target, N, scratch);
+    CHECK(isnan(bad[1]) && bad[2] == 0);
+    CHECK(same_bits(good, bad, 1) && same_bits(good + 3, bad + 3, 1));
+    weights_free(&w);
+    free(scratch);
+}
+
+/* Any number of threads, any cut: the same bits, and no scratch beyond what those threads are said to need. */
+static void entropy_threads(void) {
+    enum { N = 40, V = 3000, D = 130 };
+    weights w = weights_make(DSV3_F8_E4M3, V, D, 1);
+    float *u = (float *)test_alloc(N * D * sizeof(float)), want[N], got[N];
+    int32_t target[N];
+    test_fill(u, N * D, -1, 1);
+    for (size_t t = 0; t < N; t++) target[t] = t % 7 == 3 ? DSV3_IGNORE : (int32_t)(test_random() % V);
+    for (size_t threads = 1; threads <= 4; threads++) {
+        for (int hook = 0; hook < 2; hook++) {
+            dsv3_context many;
+            int calls = 0;
+            float *scratch;
+            CHECK_EQ(dsv3_context_init(&many, DSV3_BACKEND_REFERENCE, threads), DSV3_OK); /* OpenMP, or serial */
+            if (hook) many.parallel_for = backwards, many.parallel_user = &calls, many.threads = threads;
+            scratch = (float *)test_alloc(dsv3_cross_entropy_scratch(&many, &w.tensor, N) * sizeof(float));
+            memset(got, 0xFF, sizeof got);
+            dsv3_cross_entropy(&many, got, u, &w.tensor, target, N, scratch);
+            if (threads == 1 && !hook) memcpy(want, got, sizeof want);
+            CHECK(same_bits(got, want, N));
+            CHECK_EQ(calls, hook && threads > 1 ? 6 : 0); /* logits and losses of three pieces */
+            free(scratch);
+        }
+    }
+    CHECK_EQ(dsv3_cross_entropy_scratch(&ctx, &w.tensor, SIZE_MAX / 8), SIZE_MAX);
+    weights_free(&w);
+    free(u);
+}
+
 int main(void) {
     CHECK_EQ(dsv3_context_init(&ctx, DSV3_BACKEND_REFERENCE, 1), DSV3_OK);
     linear_all();
@@ -366,5 +504,9 @@ int main(void) {
     silu_edges();
     silu_lengths();
     lse_all();
+    entropy_all();
+    entropy_extremes();
+    entropy_nan();
+    entropy_threads();
     return test_done("ops");
 }
