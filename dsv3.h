@@ -871,7 +871,8 @@ typedef struct dsv3_sequence {
     /* the caller's to set, after init and between calls */
     float temperature, top_p; /* as dsv3_sample; init: 0 and 1, greedy */
     dsv3_rng rng;             /* init: state 1 */
-    size_t drafts;            /* tokens to draft in a step, at most max_drafts; 0: plain decoding. init: max_drafts */
+    size_t drafts;            /* tokens to draft in a step, at most max_drafts. init: max_drafts. With 0, plain decoding,
+                                 the modules still read along now and then: to do without them, init with 0 */
     int32_t adaptive;         /* bool: fewer of them while they are seldom accepted. init: 0 */
     float draft_cost;         /* for that: what one draft adds to the time of a step with one row. init: 0.25 */
     int32_t stop;             /* writing ends behind this token, -1: never. init: eos_token_id */

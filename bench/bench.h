@@ -1,6 +1,7 @@
-/* bench.h -- what the benchmarks of dsv3.h share: a clock, a median, the machine's read bandwidth, peak memory,
- * and a synthetic model. POSIX. Include it before anything else, then dsv3.h with DSV3_IMPLEMENTATION:
+/* bench.h -- what the benchmarks of dsv3.h share: options, a clock, a median, the machine's read bandwidth, peak
+ * memory, and a synthetic model. POSIX. Include it before anything else, then dsv3.h with DSV3_IMPLEMENTATION:
  *
+ *     #define BENCH_NAME "bench_model"
  *     #include "bench.h"
  *     #define DSV3_IMPLEMENTATION
  *     #include "dsv3.h"
@@ -26,15 +27,124 @@
 #include <time.h>
 #include <unistd.h>
 
+#ifndef BENCH_NAME
+#define BENCH_NAME "bench" /* the program's, for messages */
+#endif
+
 /* ---- Failing: one line, exit 1 */
 
 static inline void bench_die(const char *what, const char *why) {
-    fprintf(stderr, "bench: %s: %s\n", what, why);
+    fprintf(stderr, BENCH_NAME ": %s: %s\n", what, why);
     exit(1);
 }
 
 static inline void bench_check(dsv3_result result, const char *what) {
     if (result != DSV3_OK) bench_die(what, dsv3_result_string(result));
+}
+
+/* For calls that say more than a code. */
+static inline void bench_check_error(dsv3_result result, const char *what, const dsv3_error *error) {
+    char text[512];
+    if (result != DSV3_OK) bench_die(what, dsv3_error_text(error, text, sizeof text));
+}
+
+/* ---- Options: what is wrong with them ends the program with status 2 */
+
+static inline void bench_usage(const char *option, const char *value, const char *expected) {
+    fprintf(stderr, BENCH_NAME ": %s: found '%s', expected %s (--help)\n", option, value, expected);
+    exit(2);
+}
+
+static inline size_t bench_number(const char *option, const char *value, long low, long high) {
+    char *end, expected[64];
+    long number = strtol(value, &end, 10);
+    if (end == value || *end != '\0' || number < low || number > high) {
+        snprintf(expected, sizeof expected, "a number %ld .. %ld", low, high);
+        bench_usage(option, value, expected);
+    }
+    return (size_t)number;
+}
+
+/* Index of value among the names, which a NULL ends; that of the NULL if it is none of them. */
+static inline size_t bench_index(const char *value, const char *const *names) {
+    size_t i = 0;
+    while (names[i] != NULL && strcmp(names[i], value) != 0) i++;
+    return i;
+}
+
+static inline size_t bench_choice(const char *option, const char *value, const char *const *names,
+                                  const char *expected) {
+    size_t i = bench_index(value, names);
+    if (names[i] == NULL) bench_usage(option, value, expected);
+    return i;
+}
+
+static inline dsv3_type bench_type(const char *option, const char *value) {
+    static const char *const names[] = {"F32", "F16", "BF16", "F8_E4M3", NULL};
+    static const dsv3_type types[] = {DSV3_F32, DSV3_F16, DSV3_BF16, DSV3_F8_E4M3};
+    return types[bench_choice(option, value, names, "F32, F16, BF16 or F8_E4M3")];
+}
+
+/* Takes the value of an option that has one. */
+typedef void (*bench_pair)(void *options, const char *option, const char *value);
+
+/* pairs: the options that have a value, ended by a NULL. Beside them: --help, and --line, which sets *line. */
+static inline void bench_parse(void *options, const char *const *pairs, bench_pair pair, int *line, const char *help,
+                               int argc, char **argv) {
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--help") == 0) {
+            fputs(help, stdout);
+            exit(fflush(stdout) != 0 || ferror(stdout));
+        }
+        if (strcmp(argv[i], "--line") == 0) {
+            *line = 1;
+            continue;
+        }
+        if (pairs[bench_index(argv[i], pairs)] == NULL) {
+            fprintf(stderr, BENCH_NAME ": unknown option '%s' (--help)\n", argv[i]);
+            exit(2);
+        }
+        if (i + 1 == argc) bench_usage(argv[i], "nothing", "a value");
+        pair(options, argv[i], argv[i + 1]);
+        i++;
+    }
+}
+
+/* ---- Shapes of synthetic models */
+
+static inline dsv3_config bench_config_1b(void) {
+    dsv3_config c = dsv3_config_default();
+    c.vocab_size = 16384;
+    c.hidden_size = 1024;
+    c.intermediate_size = 4096;
+    c.moe_intermediate_size = 512;
+    c.num_hidden_layers = 10;
+    c.first_k_dense_replace = 1;
+    c.num_attention_heads = 16;
+    c.num_key_value_heads = 16;
+    c.q_lora_rank = 768;
+    c.kv_lora_rank = 512;
+    c.qk_nope_head_dim = 128;
+    c.qk_rope_head_dim = 64;
+    c.v_head_dim = 128;
+    c.n_routed_experts = 64;
+    c.n_shared_experts = 1;
+    c.num_experts_per_tok = 8;
+    c.n_group = 8;
+    c.topk_group = 4;
+    c.routed_scaling_factor = 2.5f;
+    c.max_position_embeddings = 4096;
+    return c;
+}
+
+/* The configuration of a shape; *shape becomes its name. */
+static inline dsv3_config bench_shape(const char *option, const char *value, const char **shape) {
+    static const char *const names[] = {"bench-1b", "austen", "micro", NULL};
+    size_t i = bench_choice(option, value, names, "bench-1b, austen or micro");
+    *shape = names[i];
+    return i == 0   ? bench_config_1b()
+           : i == 1 ? dsv3_config_preset(DSV3_PRESET_AUSTEN)
+                    : dsv3_config_preset(DSV3_PRESET_MICRO);
 }
 
 /* ---- Memory, from the start of a cache line on; free() takes it back */
@@ -44,7 +154,7 @@ static inline void bench_check(dsv3_result result, const char *what) {
 static inline void *bench_alloc(size_t bytes) {
     void *memory = NULL;
     if (posix_memalign(&memory, BENCH_ALIGN, bytes > 0 ? bytes : 1) != 0) {
-        fprintf(stderr, "bench: out of memory (%.1f MiB asked for)\n", (double)bytes / 1048576.0);
+        fprintf(stderr, BENCH_NAME ": out of memory (%.1f MiB asked for)\n", (double)bytes / 1048576.0);
         exit(1);
     }
     return memory;
@@ -126,6 +236,35 @@ static inline const char *bench_build(void) {
 #endif
 }
 
+/* Two lines: where and with what this was measured. */
+static inline void bench_print_machine(const dsv3_context *context) {
+    char cpu[256];
+    printf("machine  %s\n", bench_cpu(cpu, sizeof cpu));
+    printf("compiler %s%s%s\n", bench_compiler(), context->parallel_for != NULL ? ", OpenMP" : ", no OpenMP",
+           bench_build());
+}
+
+static inline void bench_context(dsv3_context *context, dsv3_backend backend, size_t threads) {
+    bench_check(dsv3_context_init(context, backend, threads), "dsv3_context_init");
+    if (threads > context->threads) {
+        fprintf(stderr, BENCH_NAME ": built without OpenMP: 1 thread, not %zu\n", threads);
+    }
+}
+
+#define BENCH_BACKENDS 16 /* no more than that are looked for */
+
+/* The backends compiled in that this machine can run, or only the one called `name` if that is not NULL: list
+ * [BENCH_BACKENDS]. Returns how many. */
+static inline size_t bench_backends(dsv3_backend *list, const char *name) {
+    size_t n = 0;
+    for (int b = DSV3_BACKEND_AUTO + 1; b <= BENCH_BACKENDS; b++) {
+        dsv3_context context;
+        if (dsv3_context_init(&context, (dsv3_backend)b, 1) != DSV3_OK) continue;
+        if (name == NULL || strcmp(name, context.backend) == 0) list[n++] = (dsv3_backend)b;
+    }
+    return n;
+}
+
 /* ---- Parallel loops: those of the library, so that the benchmark runs on the very threads it measures */
 
 static inline void bench_parallel(const dsv3_context *context, size_t n, dsv3_task task, void *arg) {
@@ -156,8 +295,8 @@ static inline void bench_reader_fill(void *arg, size_t begin, size_t end, size_t
 }
 
 /* Four streams, because one core has more reads under way in several places than in one. clang makes SIMD additions
- * of this at -O2, gcc at -O3; gcc's plain ones at -O2 still are two loads per cycle, more than memory delivers. A form
- * that gcc vectorises at -O2, one stream into eight named sums, read more slowly. */
+ * of this at -O2, gcc at -O3; gcc's plain ones at -O2 still are two loads per cycle, more than memory delivers. A
+ * form that gcc vectorises at -O2, one stream into eight named sums, read more slowly. */
 static inline uint64_t bench_reader_sum(const uint64_t *words) {
     const size_t quarter = BENCH_READ_BLOCK / 4;
     uint64_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
@@ -377,12 +516,9 @@ static inline void bench_synthetic_init(bench_synthetic *s, const dsv3_config *c
     int show = isatty(STDERR_FILENO);
     size_t done = 0, bytes;
     dsv3_error error;
-    char text[512];
     memset(s, 0, sizeof *s);
     s->type = type;
-    if (dsv3_config_check(config, &error) != DSV3_OK) {
-        bench_die("config", dsv3_error_text(&error, text, sizeof text));
-    }
+    bench_check_error(dsv3_config_check(config, &error), "config", &error);
     bench_check(dsv3_model_tensors(config, bench_collect, s), "list of tensors");
     bytes = bench_layout(s, config);
     s->arena = (unsigned char *)bench_alloc(bytes);
@@ -399,15 +535,128 @@ static inline void bench_synthetic_init(bench_synthetic *s, const dsv3_config *c
     if (show) fprintf(stderr, "\r                      \r");
     bench_check(dsv3_model_size(config, &s->table_bytes), "dsv3_model_size");
     s->tables = bench_alloc(s->table_bytes);
-    if (dsv3_model_bind(&s->model, config, s->tables, s->table_bytes, bench_find, s, &error) != DSV3_OK) {
-        bench_die("dsv3_model_bind", dsv3_error_text(&error, text, sizeof text));
-    }
+    bench_check_error(dsv3_model_bind(&s->model, config, s->tables, s->table_bytes, bench_find, s, &error),
+                      "dsv3_model_bind", &error);
 }
 
 static inline void bench_synthetic_free(bench_synthetic *s) {
     free(s->tensors);
     free(s->arena);
     free(s->tables);
+}
+
+/* ---- Multiply-adds per second: independent chains x = x * a + b that never leave their registers
+ *
+ * bench_peak_compiled is what this build may use: vectors of the width the compiler's flags allow, a multiplication and
+ * an addition apart, as C99 without contraction asks for. On x86-64 bench_peak_fma is the machine's own peak, fused,
+ * in the widest vectors the processor has, whatever the flags. Twelve chains cover the latency of the two. */
+
+#define BENCH_PEAK_CHAINS 12
+#define BENCH_PEAK_ROUNDS 200000u /* of each chain, in one item of the loop: about 10 ms */
+
+typedef struct bench_peak {
+    float start[BENCH_PEAK_CHAINS];
+    float a, b;
+    float *sums; /* [items] */
+} bench_peak;
+
+/* A loop of one kind. STEP(x) is x * va + vb; the sum makes sure that nothing is left out. */
+#define BENCH_PEAK_LOOP(name, attributes, vector, SET, STEP)                                                         \
+    attributes static inline void name(void *arg, size_t begin, size_t end, size_t worker) {                         \
+        const bench_peak *p = (const bench_peak *)arg;                                                               \
+        (void)worker;                                                                                                \
+        for (size_t item = begin; item < end; item++) {                                                              \
+            vector va = SET(p->a), vb = SET(p->b), sum;                                                              \
+            vector x0 = SET(p->start[0]), x1 = SET(p->start[1]), x2 = SET(p->start[2]), x3 = SET(p->start[3]);       \
+            vector x4 = SET(p->start[4]), x5 = SET(p->start[5]), x6 = SET(p->start[6]), x7 = SET(p->start[7]);       \
+            vector x8 = SET(p->start[8]), x9 = SET(p->start[9]), x10 = SET(p->start[10]), x11 = SET(p->start[11]);   \
+            float lanes[sizeof(vector) / sizeof(float)];                                                             \
+            for (size_t i = 0; i < BENCH_PEAK_ROUNDS; i++) {                                                         \
+                x0 = STEP(x0), x1 = STEP(x1), x2 = STEP(x2), x3 = STEP(x3), x4 = STEP(x4), x5 = STEP(x5);            \
+                x6 = STEP(x6), x7 = STEP(x7), x8 = STEP(x8), x9 = STEP(x9), x10 = STEP(x10), x11 = STEP(x11);        \
+            }                                                                                                        \
+            sum = x0 + x1 + x2 + x3 + x4 + x5 + x6 + x7 + x8 + x9 + x10 + x11;                                       \
+            memcpy(lanes, &sum, sizeof lanes);                                                                       \
+            p->sums[item] = lanes[0];                                                                                \
+        }                                                                                                            \
+    }
+
+#if defined(__GNUC__)
+#if defined(__AVX512F__)
+#define BENCH_PEAK_LANES 16
+#elif defined(__AVX__)
+#define BENCH_PEAK_LANES 8
+#else
+#define BENCH_PEAK_LANES 4
+#endif
+typedef float bench_vector __attribute__((vector_size(BENCH_PEAK_LANES * sizeof(float))));
+#else
+#define BENCH_PEAK_LANES 1
+typedef float bench_vector;
+#endif
+
+static inline bench_vector bench_vector_set(float value) {
+    bench_vector v;
+    float lanes[BENCH_PEAK_LANES];
+    for (size_t i = 0; i < BENCH_PEAK_LANES; i++) lanes[i] = value;
+    memcpy(&v, lanes, sizeof v);
+    return v;
+}
+
+#define BENCH_STEP_COMPILED(x) ((x)*va + vb)
+BENCH_PEAK_LOOP(bench_peak_task, , bench_vector, bench_vector_set, BENCH_STEP_COMPILED)
+
+#if defined(__GNUC__) && defined(__x86_64__)
+#include <immintrin.h>
+#define BENCH_STEP_256(x) _mm256_fmadd_ps(x, va, vb)
+#define BENCH_STEP_512(x) _mm512_fmadd_ps(x, va, vb)
+BENCH_PEAK_LOOP(bench_peak_256_task, __attribute__((target("avx2,fma"))), __m256, _mm256_set1_ps, BENCH_STEP_256)
+BENCH_PEAK_LOOP(bench_peak_512_task, __attribute__((target("avx512f"))), __m512, _mm512_set1_ps, BENCH_STEP_512)
+#endif
+
+/* Floating-point operations per second of the best of `passes` passes with the context's threads. */
+static inline double bench_peak_run(const dsv3_context *context, dsv3_task task, size_t lanes, size_t passes) {
+    size_t items = 2 * context->threads; /* a thread that starts late leaves one to the others */
+    double flops = 2.0 * BENCH_PEAK_CHAINS * BENCH_PEAK_ROUNDS * (double)lanes * (double)items, best = 0.0;
+    bench_peak p;
+    p.a = 0.999f;
+    p.b = 0.001f; /* the chains stay near 1 */
+    for (size_t i = 0; i < BENCH_PEAK_CHAINS; i++) p.start[i] = 1.0f + 0.01f * (float)i;
+    p.sums = (float *)bench_alloc(items * sizeof *p.sums);
+    for (size_t i = 0; i < passes; i++) {
+        double begin = bench_now(), seconds;
+        bench_parallel(context, items, task, &p);
+        seconds = bench_now() - begin;
+        for (size_t j = 0; j < items; j++) {
+            if (!(p.sums[j] > 11.0f && p.sums[j] < 14.0f)) bench_die("multiply-adds", "the sum is wrong");
+        }
+        if (seconds > 0.0 && flops / seconds > best) best = flops / seconds;
+    }
+    free(p.sums);
+    return best;
+}
+
+static inline double bench_peak_compiled(const dsv3_context *context, size_t passes) {
+    return bench_peak_run(context, bench_peak_task, BENCH_PEAK_LANES, passes);
+}
+
+/* *name becomes that of the instructions; 0 and "" where they are not known. */
+static inline double bench_peak_fma(const dsv3_context *context, size_t passes, const char **name) {
+    *name = "";
+#if defined(__GNUC__) && defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f")) {
+        *name = "AVX-512";
+        return bench_peak_run(context, bench_peak_512_task, 16, passes);
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        *name = "AVX2";
+        return bench_peak_run(context, bench_peak_256_task, 8, passes);
+    }
+#endif
+    (void)context;
+    (void)passes;
+    return 0.0;
 }
 
 #endif /* BENCH_H */

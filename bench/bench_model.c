@@ -1,5 +1,6 @@
 /* bench_model -- speed of prefill and decode on a synthetic model, beside the bandwidth of the machine.
  * How to read the numbers: bench/README.md. */
+#define BENCH_NAME "bench_model"
 #include "bench.h"
 
 #define DSV3_IMPLEMENTATION
@@ -37,95 +38,27 @@ typedef struct bench_options {
     int line;
 } bench_options;
 
-static void usage(const char *option, const char *value, const char *expected) {
-    fprintf(stderr, "bench_model: %s: found '%s', expected %s (--help)\n", option, value, expected);
-    exit(2);
-}
-
-static size_t parse_number(const char *option, const char *value, long low, long high) {
-    char *end, expected[64];
-    long number = strtol(value, &end, 10);
-    if (end == value || *end != '\0' || number < low || number > high) {
-        snprintf(expected, sizeof expected, "a number %ld .. %ld", low, high);
-        usage(option, value, expected);
-    }
-    return (size_t)number;
-}
-
-/* Index of value among the names, which a NULL ends; that of the NULL if it is none of them. */
-static size_t find_name(const char *value, const char *const *names) {
-    size_t i = 0;
-    while (names[i] != NULL && strcmp(names[i], value) != 0) i++;
-    return i;
-}
-
-static size_t parse_name(const char *option, const char *value, const char *const *names, const char *expected) {
-    size_t i = find_name(value, names);
-    if (names[i] == NULL) usage(option, value, expected);
-    return i;
-}
-
-static dsv3_config config_bench_1b(void) {
-    dsv3_config c = dsv3_config_default();
-    c.vocab_size = 16384;
-    c.hidden_size = 1024;
-    c.intermediate_size = 4096;
-    c.moe_intermediate_size = 512;
-    c.num_hidden_layers = 10;
-    c.first_k_dense_replace = 1;
-    c.num_attention_heads = 16;
-    c.num_key_value_heads = 16;
-    c.q_lora_rank = 768;
-    c.kv_lora_rank = 512;
-    c.qk_nope_head_dim = 128;
-    c.qk_rope_head_dim = 64;
-    c.v_head_dim = 128;
-    c.n_routed_experts = 64;
-    c.n_shared_experts = 1;
-    c.num_experts_per_tok = 8;
-    c.n_group = 8;
-    c.topk_group = 4;
-    c.routed_scaling_factor = 2.5f;
-    c.max_position_embeddings = 4096;
-    return c;
-}
-
-static void parse_shape(bench_options *o, const char *value) {
-    static const char *const names[] = {"bench-1b", "austen", "micro", NULL};
-    size_t i = parse_name("--shape", value, names, "bench-1b, austen or micro");
-    o->shape = names[i];
-    o->config = i == 0   ? config_bench_1b()
-                : i == 1 ? dsv3_config_preset(DSV3_PRESET_AUSTEN)
-                         : dsv3_config_preset(DSV3_PRESET_MICRO);
-}
-
-static void parse_type(bench_options *o, const char *value) {
-    static const char *const names[] = {"F32", "F16", "BF16", "F8_E4M3", NULL};
-    static const dsv3_type types[] = {DSV3_F32, DSV3_F16, DSV3_BF16, DSV3_F8_E4M3};
-    o->type = types[parse_name("--type", value, names, "F32, F16, BF16 or F8_E4M3")];
-}
-
 static void parse_attention(bench_options *o, const char *value) {
     static const char *const names[] = {"auto", "absorbed", "expanded", NULL};
     static const dsv3_attention forms[] = {DSV3_ATTENTION_AUTO, DSV3_ATTENTION_ABSORBED, DSV3_ATTENTION_EXPANDED};
-    o->attention = forms[parse_name("--attention", value, names, "auto, absorbed or expanded")];
+    o->attention = forms[bench_choice("--attention", value, names, "auto, absorbed or expanded")];
 }
 
 static void parse_cache(bench_options *o, const char *value) {
     static const char *const names[] = {"F32", "BF16", NULL};
-    o->cache = parse_name("--cache", value, names, "F32 or BF16") == 0 ? DSV3_F32 : DSV3_BF16;
+    o->cache = bench_choice("--cache", value, names, "F32 or BF16") == 0 ? DSV3_F32 : DSV3_BF16;
 }
 
-/* An option that takes a value. */
-static void parse_pair(bench_options *o, const char *option, const char *value) {
-    if (strcmp(option, "--shape") == 0) parse_shape(o, value);
-    if (strcmp(option, "--type") == 0) parse_type(o, value);
+static void parse_pair(void *options, const char *option, const char *value) {
+    bench_options *o = (bench_options *)options;
+    if (strcmp(option, "--shape") == 0) o->config = bench_shape(option, value, &o->shape);
+    if (strcmp(option, "--type") == 0) o->type = bench_type(option, value);
     if (strcmp(option, "--attention") == 0) parse_attention(o, value);
     if (strcmp(option, "--cache") == 0) parse_cache(o, value);
-    if (strcmp(option, "--threads") == 0) o->threads = parse_number(option, value, 1, MAX_THREADS);
-    if (strcmp(option, "--prefill") == 0) o->prefill = parse_number(option, value, 0, MAX_TOKENS);
-    if (strcmp(option, "--decode") == 0) o->decode = parse_number(option, value, 0, MAX_TOKENS);
-    if (strcmp(option, "--repeat") == 0) o->repeat = parse_number(option, value, 1, MAX_REPEAT);
+    if (strcmp(option, "--threads") == 0) o->threads = bench_number(option, value, 1, MAX_THREADS);
+    if (strcmp(option, "--prefill") == 0) o->prefill = bench_number(option, value, 0, MAX_TOKENS);
+    if (strcmp(option, "--decode") == 0) o->decode = bench_number(option, value, 0, MAX_TOKENS);
+    if (strcmp(option, "--repeat") == 0) o->repeat = bench_number(option, value, 1, MAX_REPEAT);
 }
 
 static void parse(bench_options *o, int argc, char **argv) {
@@ -135,28 +68,12 @@ static void parse(bench_options *o, int argc, char **argv) {
     o->prefill = 512;
     o->decode = 128;
     o->repeat = 3;
-    parse_shape(o, "bench-1b");
-    parse_type(o, "BF16");
-    parse_attention(o, "auto");
-    parse_cache(o, "F32");
-    for (int i = 1; i < argc; i++) {
-        if (strcmp(argv[i], "--help") == 0) {
-            fputs(help, stdout);
-            exit(fflush(stdout) != 0 || ferror(stdout));
-        }
-        if (strcmp(argv[i], "--line") == 0) {
-            o->line = 1;
-            continue;
-        }
-        if (pairs[find_name(argv[i], pairs)] == NULL) {
-            fprintf(stderr, "bench_model: unknown option '%s' (--help)\n", argv[i]);
-            exit(2);
-        }
-        if (i + 1 == argc) usage(argv[i], "nothing", "a value");
-        parse_pair(o, argv[i], argv[i + 1]);
-        i++;
-    }
-    if (o->prefill + o->decode == 0) usage("--prefill and --decode", "0 and 0", "one of them larger");
+    o->config = bench_shape("--shape", "bench-1b", &o->shape);
+    o->type = DSV3_BF16;
+    o->attention = DSV3_ATTENTION_AUTO;
+    o->cache = DSV3_F32;
+    bench_parse(o, pairs, parse_pair, &o->line, help, argc, argv);
+    if (o->prefill + o->decode == 0) bench_usage("--prefill and --decode", "0 and 0", "one of them larger");
 }
 
 /* ---- What is measured */
@@ -178,11 +95,8 @@ static void run_init(bench_run *r) {
     const dsv3_config *c = &o->config;
     size_t rows = o->prefill < 1 ? 1 : o->prefill < CHUNK ? o->prefill : CHUNK, V = (size_t)c->vocab_size;
     dsv3_rng rng = {1};
-    bench_check(dsv3_context_init(&r->context, DSV3_BACKEND_AUTO, o->threads), "dsv3_context_init");
+    bench_context(&r->context, DSV3_BACKEND_AUTO, o->threads);
     r->context.attention = o->attention;
-    if (o->threads > r->context.threads) {
-        fprintf(stderr, "bench_model: built without OpenMP: 1 thread, not %zu\n", o->threads);
-    }
     bench_synthetic_init(&r->synthetic, c, o->type, &r->context);
     bench_check(dsv3_cache_size(c, o->prefill + o->decode, o->cache, &r->cache_bytes), "dsv3_cache_size");
     bench_check(dsv3_workspace_size(c, rows, r->context.threads, &r->workspace_bytes), "dsv3_workspace_size");
@@ -212,15 +126,13 @@ static void run_free(bench_run *r) {
 static void run_forward(bench_run *r, size_t begin, size_t end, size_t outputs) {
     dsv3_batch batch;
     dsv3_error error;
-    char text[512];
     memset(&batch, 0, sizeof batch);
     batch.rows = end - begin;
     batch.token = r->token + begin;
     batch.outputs = outputs;
-    if (dsv3_forward(&r->context, r->logits, &r->synthetic.model, &r->cache, 1, &batch, &r->workspace, &error) !=
-        DSV3_OK) {
-        bench_die("dsv3_forward", dsv3_error_text(&error, text, sizeof text));
-    }
+    bench_check_error(
+        dsv3_forward(&r->context, r->logits, &r->synthetic.model, &r->cache, 1, &batch, &r->workspace, &error),
+        "dsv3_forward", &error);
 }
 
 /* tokens/s of one prefill from an empty cache */
@@ -278,12 +190,9 @@ static void print_table(const bench_run *r, const bench_results *m) {
     static const char *const forms[] = {"auto", "absorbed", "expanded"};
     const bench_options *o = &r->options;
     const bench_synthetic *s = &r->synthetic;
-    char cpu[256];
     printf("%s %s, backend %s, threads %zu, attention %s, cache %s, repeats %zu\n", o->shape, dsv3_type_name(o->type),
            r->context.backend, r->context.threads, forms[o->attention], dsv3_type_name(o->cache), o->repeat);
-    printf("machine  %s\n", bench_cpu(cpu, sizeof cpu));
-    printf("compiler %s%s%s\n", bench_compiler(), r->context.parallel_for != NULL ? ", OpenMP" : ", no OpenMP",
-           bench_build());
+    bench_print_machine(&r->context);
     printf("\n  %-22s %15s %11s %11s\n", "tokens/s", "median", "min", "max");
     print_speed("prefill", o->prefill, &m->prefill);
     print_speed("decode", o->decode, &m->decode);
