@@ -3,8 +3,8 @@
  * What it is: the architecture of DeepSeek-V3 -- multi-head latent attention (MLA), the sigmoid-routed mixture of
  * experts (MoE) with its balancing bias, and multi-token prediction (MTP) -- on checkpoints as published, FP8 blocks
  * included, as a library that drops into a C or C++ project with one include and reads as a textbook, chapter by
- * chapter. DeepSeek-V2, V2-Lite, Moonlight and Kimi-K2 are configurations of the same code. It generates, with the MTP
- * modules drafting ahead, and it trains, with every gradient.
+ * chapter. DeepSeek-V2, V2-Lite, Moonlight and Kimi-K2 are configurations of the same code. It generates, with the
+ * MTP modules drafting ahead, and it trains, with every gradient.
  *
  * What it is not: it does not allocate, open files, print, start threads behind your back, keep global
  * state or exit. It knows no file format and no tokenizer (examples/ has small companions for files).
@@ -594,8 +594,9 @@ DSV3_API size_t dsv3_cross_entropy_scratch(const dsv3_context *context, const ds
 
 #define DSV3_IGNORE (-100) /* a target that is none: its loss is 0 */
 
-/* nll [n] = -log softmax(head u_t)[target_t] in nats for u [n, d], head [V, d] and target [n], a token or DSV3_IGNORE.
- * The logits are never all in memory: the vocabulary is taken in pieces. scratch [dsv3_cross_entropy_scratch]. */
+/* nll [n] = -log softmax(head u_t)[target_t] in nats for u [n, d], head [V, d] and target [n], a token or
+ * DSV3_IGNORE. The logits are never all in memory: the vocabulary is taken in pieces. scratch
+ * [dsv3_cross_entropy_scratch]. */
 DSV3_API void dsv3_cross_entropy(const dsv3_context *context, float *nll, const float *u, const dsv3_tensor *head,
                                  const int32_t *target, size_t n, float *scratch);
 
@@ -639,7 +640,7 @@ DSV3_API void dsv3_load_count(uint64_t *load, const int32_t *idx, const uint8_t 
 /* How even a load is, of one batch or of several added up. All zero, and dead = E, when nothing was counted. */
 typedef struct dsv3_load_stats {
     double mean;     /* assignments per expert */
-    double max_vio;  /* max / mean - 1: 0 is perfect, E - 1 the worst */
+    double max_vio;  /* max / mean - 1: 0 is perfect, E / K - 1 the worst */
     double min_load; /* min / mean */
     double entropy;  /* of the shares, divided by log E: 1 is perfect, 0 one expert alone */
     size_t dead;     /* experts without any row */
@@ -655,9 +656,9 @@ typedef enum dsv3_bias_rule {
 
 /* One step of bias [E] from the loads of the whole optimizer step, after it has succeeded; e is the relative error
  * (mean - load) / mean. Always: less load never moves b down more (or up less) than more load does; an expert at the
- * mean keeps its b (under CENTRED: moves with the common drift only); without any load, or unless speed is positive and
- * finite, nothing moves; a finite b
- * stays finite, and under FACTOR b stays above -1: there it stops. The loads add up to less than 2^64. */
+ * mean keeps its b (under CENTRED: moves with the common drift only); without any load, or unless speed is positive
+ * and finite, nothing moves; a finite b stays finite, and under FACTOR b stays within -0.999 and above, from where it
+ * can still come back. The loads add up to less than 2^64. */
 DSV3_API void dsv3_bias_step(float *bias, const uint64_t *load, size_t E, dsv3_bias_rule rule, double speed);
 
 /* The schedule of the update speed: `speed` until `freeze` tokens (or steps) have been seen, then 0. freeze 0: never.
@@ -690,16 +691,16 @@ DSV3_API dsv3_result dsv3_balancer_init(dsv3_balancer *balancer, const dsv3_conf
 DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, uint64_t seen);
 
 /* Balance losses, without their weights. score [n, E], idx [n, K], mask [n] or NULL as above; 0 when no row
- * counts. f and P are sums in double; scratch [2 E].
+ * counts. Scores are finite, K at most DSV3_MAX_TOPK; f and P are sums in double; scratch [2 E].
  * The sequence-wise loss of one sequence, sum_i f_i P_i, [R] eq. 17-20: 1 when perfectly even. idx NULL: f from the
  * K largest scores, without bias and groups, as the report has it; else from the actual routing. With softmax
  * scores and idx it is V2's expert-level loss. A row whose scores add up to 0 counts in f only. */
 DSV3_API double dsv3_balance_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
                                   size_t K, double *scratch);
-/* V2's device-level loss, [R2] eq. 26-28: experts in `devices` equal groups. */
+/* V2's device-level loss, [R2] eq. 26-28: experts in `devices` equal groups. idx may be NULL as above. */
 DSV3_API double dsv3_device_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
                                  size_t K, size_t devices, double *scratch);
-/* V2's communication loss, [R2] eq. 29-31: a token is sent to at most most_devices (M) of them. */
+/* V2's communication loss, [R2] eq. 29-31: a token is sent to at most most_devices (M) of them. idx not NULL. */
 DSV3_API double dsv3_communication_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n,
                                         size_t E, size_t K, size_t devices, size_t most_devices, double *scratch);
 /* How much each balance loss counts. */
@@ -713,8 +714,8 @@ typedef struct dsv3_balance_weights {
 DSV3_API double dsv3_z_loss(const float *z, const uint8_t *mask, size_t n, size_t E);
 
 #ifndef DSV3_NO_TRAINING
-/* Backward ops. Gradients d.. are added to what stands there, so that branches and micro-batches add up; dy is the gradient
- * of the op's output. Pointers named NULL-able are not computed then. Saved values: the op's inputs. */
+/* Backward ops. Gradients d.. are added to what stands there, so that branches and micro-batches add up; dy is the
+ * gradient of the op's output. Saved values: the op's inputs. */
 
 /* dx [n, cols] += dy W, dw [rows, cols] += dy^T x, for dy [n, rows] and x [n, cols]. dx, dw may be NULL. scratch as
  * dsv3_linear. */
@@ -733,8 +734,8 @@ DSV3_API void dsv3_rmsnorm_backward(const dsv3_context *context, float *dx, floa
 DSV3_API void dsv3_cross_entropy_backward(const dsv3_context *context, float *du, float *dhead, float weight,
                                           const float *u, const dsv3_tensor *head, const int32_t *target, size_t n,
                                           float *scratch);
-/* The router's: dscore [n, E] from dgate [n, K]; dz [n, E] = from dscore [n, E] (not added; dz may be dscore); and scale
- * times the gradient of the weighted balance losses of one sequence. scratch [2 E]. */
+/* The router's: dscore [n, E] from dgate [n, K]; dz [n, E] = from dscore [n, E] (not added; dz may be dscore); and
+ * scale times the gradient of the weighted balance losses of one sequence. scratch [2 E]. */
 DSV3_API void dsv3_router_weights_backward(const dsv3_config *config, float *dscore, const float *dgate,
                                            const int32_t *idx, const float *score, size_t n);
 DSV3_API void dsv3_router_scores_backward(const dsv3_config *config, float *dz, const float *dscore,
@@ -781,9 +782,9 @@ typedef struct dsv3_batch {
 } dsv3_batch;
 
 /* Runs the rows through the model and appends them to caches [n_caches]. logits [outputs, V].
- * Errors: ARG, TOKEN, POSITION, CONTEXT, MISMATCH (cache or workspace of another config), MEMORY (more rows or threads
- * than the workspace has), NAN (error->name is row[i], or logits: weights or state are not finite). After an error all
- * cache lengths are as before the call. Thread safety: see >>conventions. */
+ * Errors: ARG, TOKEN, POSITION, CONTEXT, MISMATCH (cache or workspace of another config), MEMORY (more rows or
+ * threads than the workspace has), NAN (error->name is row[i], or logits: weights or state are not finite). After an
+ * error all cache lengths are as before the call. Thread safety: see >>conventions. */
 DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, const dsv3_model *model,
                                   dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                   dsv3_workspace *workspace, dsv3_error *error);
@@ -796,9 +797,9 @@ DSV3_API dsv3_result dsv3_mtp_cache_init(dsv3_cache *cache, const dsv3_config *c
                                          dsv3_type type, void *memory, size_t bytes);
 
 /* Module k = 1 .. n_mtp on a batch of rows. The row at position i has as its token t_{i+k}, and as its hidden state
- * h_i^{k-1}: workspace->hidden of dsv3_forward (k = 1) or of module k - 1, at the same position. caches [n_caches] are
- * this module's. logits [outputs, V] predict t_{i+k+1}. hidden [n, d] may be workspace->hidden itself. Errors as of
- * dsv3_forward, and ARG for a module that the model does not have. */
+ * h_i^{k-1}: workspace->hidden of dsv3_forward (k = 1) or of module k - 1, at the same position. caches [n_caches]
+ * are this module's. logits [outputs, V] predict t_{i+k+1}. hidden [n, d] may be workspace->hidden itself. Errors as
+ * of dsv3_forward, and ARG for a module that the model does not have. */
 DSV3_API dsv3_result dsv3_mtp_forward(const dsv3_context *context, float *logits, const dsv3_model *model, size_t k,
                                       dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                       const float *hidden, dsv3_workspace *workspace, dsv3_error *error);
@@ -827,10 +828,11 @@ typedef struct dsv3_losses {
     int32_t actual;     /* bool: f_i of the balance loss from the actual routing, not from the largest scores */
 } dsv3_losses;
 
-/* Runs the main model and `depths` MTP modules over text. caches [n_caches] and modules [depths, n_caches] are emptied
- * first and hold the text's latents afterwards. Longer texts than the workspace has rows are taken piece by piece,
- * except that the balance loss needs them whole (MEMORY). Observers see every layer, MTP layers included. Errors as of
- * dsv3_forward; TOKEN for a target outside the vocabulary; after an error sums and caches are unspecified. */
+/* Runs the main model and `depths` MTP modules over text. caches [n_caches] and modules [depths, n_caches] are
+ * emptied first and hold the text's latents afterwards. Longer texts than the workspace has rows are taken piece by
+ * piece, except that the balance loss needs them whole (MEMORY). Observers see every layer, MTP layers included.
+ * Errors as of dsv3_forward; TOKEN for a target outside the vocabulary; after an error sums and caches are
+ * unspecified. */
 DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *losses, const dsv3_model *model,
                                    dsv3_cache *caches, dsv3_cache *modules, size_t n_caches, const dsv3_text *text,
                                    dsv3_workspace *workspace, dsv3_error *error);
@@ -841,7 +843,8 @@ typedef enum dsv3_mtp_divisor {
 } dsv3_mtp_divisor;
 
 /* main + lambda / depths * sum over depths + alpha * sum over layers of the balance loss, in nats per target. [R] eq.
- * 24-25, 17. Depths without any target add nothing; without main targets the sum is that of the rest. layers = L + D. */
+ * 24-25, 17. Depths without any target add nothing; without main targets the sum is that of the rest. layers = L +
+ * D. */
 DSV3_API double dsv3_losses_total(const dsv3_losses *losses, size_t layers, double lambda, double alpha,
                                   dsv3_mtp_divisor divisor);
 
@@ -871,11 +874,11 @@ typedef struct dsv3_sequence {
     /* the caller's to set, after init and between calls */
     float temperature, top_p; /* as dsv3_sample; init: 0 and 1, greedy */
     dsv3_rng rng;             /* init: state 1 */
-    size_t drafts;            /* tokens to draft in a step, at most max_drafts. init: max_drafts. With 0, plain decoding,
+    size_t drafts;    /* tokens to draft in a step, at most max_drafts. init: max_drafts. With 0, plain decoding,
                                  the modules still read along now and then: to do without them, init with 0 */
-    int32_t adaptive;         /* bool: fewer of them while they are seldom accepted. init: 0 */
-    float draft_cost;         /* for that: what one draft adds to the time of a step with one row. init: 0.25 */
-    int32_t stop;             /* writing ends behind this token, -1: never. init: eos_token_id */
+    int32_t adaptive; /* bool: fewer of them while they are seldom accepted. init: 0 */
+    float draft_cost; /* for that: what one draft adds to the time of a step with one row. init: 0.25 */
+    int32_t stop;     /* writing ends behind this token, -1: never. init: eos_token_id */
     /* results of a call of dsv3_generate */
     int32_t *token; /* [n_token] written by it, in order */
     size_t n_token; /* 0 .. max_drafts + 1 */
@@ -931,13 +934,13 @@ DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *sequence, size_t leng
  * its caches are too short. */
 DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *from);
 
-/* One step of each of n sequences, together. A sequence with a prompt reads up to `rows` of it, and behind its last token
- * writes one; one without drafts up to `drafts` tokens, verifies them in the same call that computes the next, and
- * writes all that agree and one more. Sequences with nothing to do or no room left write nothing.
+/* One step of each of n sequences, together. A sequence with a prompt reads up to `rows` of it, and behind its last
+ * token writes one; one without drafts up to `drafts` tokens, verifies them in the same call that computes the next,
+ * and writes all that agree and one more. Sequences with nothing to do or no room left write nothing.
  * Greedy text is the same, bit for bit, with any number of drafts, any company and any number of threads; sampled
  * text has the same distribution. n <= workspace->rows; rows that do not fit wait (drafts are dropped first).
- * logits [sum of (max_drafts + 1), V] is scratch. Errors: as of dsv3_forward; CONTEXT when no sequence has room, ARG when
- * none has anything to do; every sequence is then as before (its counters and random numbers too). */
+ * logits [sum of (max_drafts + 1), V] is scratch. Errors: as of dsv3_forward; CONTEXT when no sequence has room, ARG
+ * when none has anything to do; every sequence is then as before (its counters and random numbers too). */
 DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, const dsv3_model *model,
                                    dsv3_sequence *const *sequences, size_t n, dsv3_workspace *workspace,
                                    dsv3_error *error);
@@ -945,8 +948,8 @@ DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, c
 #ifndef DSV3_NO_TRAINING
 /* ---- Training. [R] 4.2; chapter 13 ------------------------------------------------------------------- */
 
-/* Every tensor a config calls for, as float32, in one array in file order (the order of dsv3_model_tensors, without the
- * optional copies: MTP modules share the main model's embedding and head). Weights are one, gradients another. */
+/* Every tensor a config calls for, as float32, in one array in file order (the order of dsv3_model_tensors, without
+ * the optional copies: MTP modules share the main model's embedding and head). Weights are one, gradients another. */
 typedef struct dsv3_parameters {
     dsv3_model model; /* bound to data */
     float *data;      /* [count] */
@@ -956,7 +959,8 @@ DSV3_API dsv3_result dsv3_parameters_size(const dsv3_config *config, size_t *byt
 /* Zeros. */
 DSV3_API dsv3_result dsv3_parameters_init(dsv3_parameters *parameters, const dsv3_config *config, void *memory,
                                           size_t bytes);
-/* Decodes a bound model of the same config into them. MISMATCH for another config, or fewer MTP modules than it names. */
+/* Decodes a bound model of the same config into them. MISMATCH for another config, or fewer MTP modules than it
+ * names. */
 DSV3_API dsv3_result dsv3_parameters_load(dsv3_parameters *parameters, const dsv3_model *from);
 /* Matrices from N(0, std^2), norms 1, router biases 0. V3: std 0.006. */
 DSV3_API void dsv3_parameters_random(dsv3_parameters *parameters, dsv3_rng *rng, float std);
@@ -971,7 +975,8 @@ typedef enum dsv3_keep {
 /* Adds gradients [n] of all ranks, in place; DSV3_OK, or a code that ends the step. */
 typedef dsv3_result (*dsv3_reduce_gradients)(void *user, float *gradients, size_t n);
 
-/* How to train. Start from dsv3_training_default; the first five fix the memory, the others may change between steps. */
+/* How to train. Start from dsv3_training_default; the first five fix the memory, the others may change between
+ * steps. */
 typedef struct dsv3_training {
     size_t rows;      /* most rows of a micro-batch */
     size_t sequences; /* most sequences of a micro-batch */
@@ -995,8 +1000,9 @@ typedef struct dsv3_training {
 /* The report's: lambda 0.3, balance 0.0001, AdamW (0.9, 0.95), decay 0.1, clip 1, eps 1e-8; one sequence of 4096. */
 DSV3_API dsv3_training dsv3_training_default(void);
 
-/* Warm-up from 0 to peak, constant, cosine to low, low, tail. [R] 4.2: 2000 steps to 2.2e-4, constant to 10 T tokens, cosine to
- * 2.2e-5 over 4.3 T, 333 B tokens there, 167 B at 7.3e-6. A plain cosine has constant = warmup and low = end. */
+/* Warm-up from 0 to peak, constant, cosine to low, low, tail. [R] 4.2: 2000 steps to 2.2e-4, constant to 10 T
+ * tokens, cosine to 2.2e-5 over 4.3 T, 333 B tokens there, 167 B at 7.3e-6. A plain cosine has constant = warmup and
+ * low = end. */
 typedef struct dsv3_schedule {
     double peak, low, tail;
     uint64_t warmup, constant, cosine, end; /* steps at which each phase ends; behind `end`: tail */
@@ -1041,8 +1047,8 @@ DSV3_API void dsv3_text_count(const dsv3_text *text, size_t depths, uint64_t *ta
 /* A step in four stages. begin: clears gradients, loads and sums; targets [1 + D] and sequences are those of all
  * micro-batches and ranks, known before the first of them, so that each term has its final weight where it is made.
  * accumulate: forward and backward of one micro-batch; any split of the batch gives the same sums but for rounding.
- * end: reduces over ranks, clips, AdamW, the bias step. Gradients that are not finite end it with DSV3_ERR_NAN: nothing is
- * trained then, and the biases stay. Bits do not depend on the number of threads. */
+ * end: reduces over ranks, clips, AdamW, the bias step. Gradients that are not finite end it with DSV3_ERR_NAN:
+ * nothing is trained then, and the biases stay. Bits do not depend on the number of threads. */
 DSV3_API dsv3_result dsv3_train_begin(dsv3_trainer *trainer, const uint64_t *targets, uint64_t sequences);
 DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_trainer *trainer, const dsv3_text *text,
                                            dsv3_error *error);
@@ -1769,8 +1775,9 @@ DSV3_API void dsv3_linear(const dsv3_context *context, float *y, const float *x,
 }
 
 #ifndef DSV3_NO_TRAINING
-/* ---- Backward of linear: dx += dy W, dW += dy^T x. Both are sums of scaled rows: of W for one row of dx, of x for one row
- * of dW. Loops are split over rows of dx and rows of dW, so that every sum is taken by one worker, in one order. */
+/* ---- Backward of linear: dx += dy W, dW += dy^T x. Both are sums of scaled rows: of W for one row of dx, of x for
+ * one row of dW. Loops are split over rows of dx and rows of dW, so that every sum is taken by one worker, in one
+ * order. */
 
 #define DSV3I_BACK 8u /* rows of dx, or of dW, that one item works on */
 
@@ -2002,7 +2009,8 @@ static void dsv3i_silu_mul(const dsv3_context *ctx, float *h, const float *a, co
 }
 
 #ifndef DSV3_NO_TRAINING
-/* Backward of h = silu(a) b, with s = sigmoid(a): da = dh b s (1 + a (1 - s)), db = dh a s. da may be a, db may be b. */
+/* Backward of h = silu(a) b, with s = sigmoid(a): da = dh b s (1 + a (1 - s)), db = dh a s. da may be a, db may be
+ * b. */
 static void dsv3i_silu_back_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_silu_arg *v = (const dsv3i_silu_arg *)arg;
     (void)worker;
@@ -2045,8 +2053,8 @@ DSV3_API float dsv3_log_sum_exp(const float *logits, size_t V) {
     return top + DSV3_LOGF(sum);
 }
 
-/* ---- Cross-entropy: -log p(target) = log sum exp(logits) - logit[target]. A vocabulary of 129280 times a thousand rows
- * would be half a gigabyte of logits, so it passes by in pieces; each row keeps a running maximum and the sum of
+/* ---- Cross-entropy: -log p(target) = log sum exp(logits) - logit[target]. A vocabulary of 129280 times a thousand
+ * rows would be half a gigabyte of logits, so it passes by in pieces; each row keeps a running maximum and the sum of
  * exp(logit - maximum), which is rescaled when the maximum rises. */
 
 #define DSV3I_VOCAB 1024u /* tokens of a piece, a multiple of DSV3_BLOCK */
@@ -2603,13 +2611,15 @@ DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const floa
 
 #ifndef DSV3_NO_TRAINING
 /* ---- Backward. The forward pass of training is the one above, with the workspace's pointers on memory that stays
- * (chapter 13). Saved: u or the layer's input, q_raw [n, rq], kv_raw [n, rk+dr], o [n, H dv] and the softmax's maximum and
- * sum [n, H, 2]; rebuilt unless kept: the norms' outputs, q [n, H(dn+dr)], keys and values. With A = softmax(s):
+ * (chapter 13). Saved: u or the layer's input, q_raw [n, rq], kv_raw [n, rk+dr], o [n, H dv] and the softmax's
+ * maximum and sum [n, H, 2]; rebuilt unless kept: the norms' outputs, q [n, H(dn+dr)], keys and values. With A =
+ * softmax(s):
  *     D_t = do_t . o_t,   dA_tj = do_t . v_j,   ds_tj = scale A_tj (dA_tj - D_t)
  *     dq_t = sum_j ds_tj k_j,   dk_j = sum_t ds_tj q_t,   dv_j = sum_t A_tj do_t
  * A key is [UK c_j ; kr_j]: its second part is one vector for all heads, whose gradient is the sum over heads. */
 
-/* What the backward pass of a layer needs of its forward pass, for n rows. Pointers of a pair may be NULL: rebuilt. */
+/* What the backward pass of a layer needs of its forward pass, for n rows. Pointers of a pair may be NULL:
+ * rebuilt. */
 typedef struct dsv3i_saved {
     float *x_in, *x_mid;   /* [n, d] residual stream before attention and before FFN */
     float *q_raw, *kv_raw; /* [n, rq], [n, rk+dr] */
@@ -2755,8 +2765,8 @@ static void dsv3i_mla_back_queries(const dsv3_context *ctx, const dsv3i_dims *m,
     }
 }
 
-/* du [n, d] += ..., for dy [n, d]. ws holds the rows' sequences and angles, and q, kv, q_latent as the forward pass had
- * them; g the gradients of weights w. */
+/* du [n, d] += ..., for dy [n, d]. ws holds the rows' sequences and angles, and q, kv, q_latent as the forward pass
+ * had them; g the gradients of weights w. */
 static void dsv3i_mla_backward(const dsv3_context *ctx, float *du, const float *dy, const float *u,
                                const dsv3_model *model, const dsv3_layer *w, const dsv3_layer *g,
                                const dsv3i_saved *s, size_t n, const dsv3i_backward *b, const dsv3_workspace *ws) {
@@ -2815,7 +2825,8 @@ static void dsv3i_mla_backward(const dsv3_context *ctx, float *du, const float *
  * and V2's three losses ([R2] 2.2.2) are of the same kind, over experts, over devices, and over devices reached.
  *
  * NaN. A sel that is not finite counts as the lowest possible one, above masked experts only, and a score that
- * is not finite weighs 0: any input gives K different experts in range. Test: tests/test_router.c, tests/test_balance.c.
+ * is not finite weighs 0: any input gives K different experts in range. Test: tests/test_router.c,
+ * tests/test_balance.c.
  * ==================================================================================================== */
 
 static void dsv3i_softmax(const dsv3_context *ctx, float *z, size_t n) {
@@ -2990,8 +3001,7 @@ static double dsv3i_load_sign(uint64_t load, uint64_t whole, uint64_t rest) {
 
 /* A b that would leave its range stops at the end of it, so that the order of moves is kept there too. */
 static float dsv3i_bias_moved(float b, double move, dsv3_bias_rule rule) {
-    double low = rule == DSV3_BIAS_FACTOR ? -0.999999940395 : -(double)FLT_MAX,
-           to = (double)b + move; /* 2^-24 above -1 */
+    double low = rule == DSV3_BIAS_FACTOR ? -0.999 : -(double)FLT_MAX, to = (double)b + move;
     if (rule == DSV3_BIAS_FACTOR) to = (double)b + move * (1.0 + (double)b);
     return (float)(to < low ? low : to > (double)FLT_MAX ? (double)FLT_MAX : to);
 }
@@ -3161,8 +3171,8 @@ DSV3_API double dsv3_z_loss(const float *z, const uint8_t *mask, size_t n, size_
 }
 
 #ifndef DSV3_NO_TRAINING
-/* ---- Backward. The choice has no gradient, and neither has the bias. With c = routed_scaling_factor, S = sum of the chosen
- * scores (+ 1e-20) and mu = sum_k dw_k s_k / S:
+/* ---- Backward. The choice has no gradient, and neither has the bias. With c = routed_scaling_factor, S = sum of
+ * the chosen scores (+ 1e-20) and mu = sum_k dw_k s_k / S:
  *     ds_k = c / S (dw_k - mu)  if norm_topk_prob,  else  c dw_k          for the chosen k
  * A balance loss sum_i f_i P_i, f constant:  ds_ti = 1 / (T S_t) (f_i - sum_j f_j s_tj / S_t),  S_t = sum_j s_tj
  * Sigmoid: dz = ds s (1 - s).   Softmax: dz_i = p_i (ds_i - sum_j p_j ds_j). */
@@ -3363,8 +3373,8 @@ static void dsv3i_mlps_back_in(const dsv3_context *ctx, const dsv3i_mlp_rows *ml
     dsv3i_back_jobs(ctx, b->jobs, count, ws->worker, ws->worker_floats);
 }
 
-/* All MLPs of a layer. y stands for dY. gate and dgate [nK], in the order of the grouped rows, of the first n_routed rows of
- * hidden values (F wide). h_gate and h_up are overwritten with their gradients. */
+/* All MLPs of a layer. y stands for dY. gate and dgate [nK], in the order of the grouped rows, of the first n_routed
+ * rows of hidden values (F wide). h_gate and h_up are overwritten with their gradients. */
 static void dsv3i_mlps_back(const dsv3_context *ctx, const dsv3i_mlp_rows *mlps, size_t count, const float *gate,
                             float *dgate, size_t n_routed, size_t F, size_t total, float *h_gate, float *h_up,
                             float *h, const dsv3i_backward *b, const dsv3_workspace *ws) {
@@ -3489,8 +3499,8 @@ DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, c
 }
 
 #ifndef DSV3_NO_TRAINING
-/* dx [n, d]: from the gradient of the layer's output to that of its input. The rows' sequences and angles stand in ws; q,
- * q_latent, kv are kept (in s) or rebuilt here. */
+/* dx [n, d]: from the gradient of the layer's output to that of its input. The rows' sequences and angles stand in
+ * ws; q, q_latent, kv are kept (in s) or rebuilt here. */
 static void dsv3i_layer_backward(const dsv3_context *ctx, float *dx, const dsv3_model *model, const dsv3_layer *w,
                                  const dsv3_layer *g, const dsv3i_saved *s, size_t n, const dsv3i_backward *b,
                                  const dsv3_workspace *workspace) {
@@ -4898,8 +4908,8 @@ DSV3_API double dsv3_losses_total(const dsv3_losses *losses, size_t layers, doub
  *     roll back: all caches to the rows that read only what stands
  *
  * Nothing is lost: each row of a call has the bits it would have alone (front page, >>conventions), so greedy text is
- * that of plain decoding; sampled text has its distribution (below, at "Verifying"). The modules' caches must hold every
- * position, prompts too: module k reads position i as soon as t_{i+k} is known, or later, before the rings that
+ * that of plain decoding; sampled text has its distribution (below, at "Verifying"). The modules' caches must hold
+ * every position, prompts too: module k reads position i as soon as t_{i+k} is known, or later, before the rings that
  * keep the states for it come round. Test: tests/test_sample.c, tests/test_generate.c.
  * ==================================================================================================== */
 
@@ -4975,8 +4985,8 @@ static size_t dsv3i_argmax(const float *logits, size_t V) {
     return dsv3i_is_finite(logits[best]) ? best : V;
 }
 
-/* The tokens that may be drawn stand, with exp((logit - best) / temperature), in the last places of c [V]. Returns how
- * many; *sum is their sum. */
+/* The tokens that may be drawn stand, with exp((logit - best) / temperature), in the last places of c [V]. Returns
+ * how many; *sum is their sum. */
 static size_t dsv3i_candidates(dsv3_candidate *c, const float *logits, size_t best, size_t V, float temperature,
                                float top_p, double *sum) {
     *sum = 0.0;
@@ -5301,9 +5311,9 @@ static dsv3_result dsv3i_catch_up(dsv3i_step *a, size_t i, size_t rows) {
     return DSV3_OK;
 }
 
-/* ---- Verifying. Row j of the sequence's outputs is the main model's opinion on position N + 1 + j, where draft j + 1
- * stands. Greedy: it is accepted if it is the most probable token. Else with probability min(1, p(x) / q(x)), and the
- * first one refused is replaced by a draw from max(0, p - q), which makes the text's distribution p exactly:
+/* ---- Verifying. Row j of the sequence's outputs is the main model's opinion on position N + 1 + j, where draft j +
+ * 1 stands. Greedy: it is accepted if it is the most probable token. Else with probability min(1, p(x) / q(x)), and
+ * the first one refused is replaced by a draw from max(0, p - q), which makes the text's distribution p exactly:
  * q(x) min(1, p(x) / q(x)) + (1 - sum min(p, q)) max(0, p(x) - q(x)) / sum max(0, p - q) = p(x). */
 
 /* Is draft j (from 0) accepted? If not, *token is what replaces it. */

@@ -475,6 +475,162 @@ static void test_observer(void) {
     }
 }
 
+/* ---- Replay: the observer's choose decides the routing */
+
+typedef enum replay_mode {
+    REPLAY_OFFERED, /* takes what it is offered, and keeps it */
+    REPLAY_KEPT,    /* puts in what was kept */
+    REPLAY_NEXT,    /* every expert's next one */
+    REPLAY_BAD      /* what was kept, but for one place */
+} replay_mode;
+
+typedef struct replay {
+    const synth *s;
+    replay_mode mode;
+    size_t first;           /* row of idx that row 0 of the call is */
+    int32_t idx[8][S * 8];  /* [layer][row, K] what was kept or put in */
+    float gate[8][S * 8];   /* what routing saw */
+    int offers, seen, open; /* calls of choose and routing; open: a choice that routing has not yet seen */
+    int same, wrong;        /* offers equal to what was kept; faults */
+    int bad_layer;
+    size_t bad_at;
+    int32_t bad;
+} replay;
+
+static void replay_choose(void *user, int32_t layer, int32_t *idx, const float *score, size_t n) {
+    replay *r = (replay *)user;
+    size_t K = (size_t)r->s->config.num_experts_per_tok;
+    int32_t E = r->s->config.n_routed_experts, *kept = r->idx[layer] + r->first * K;
+    r->wrong += !dsv3_config_is_moe(&r->s->config, layer) || r->open != 0 || score == NULL;
+    r->open = 1;
+    r->offers++;
+    r->same += memcmp(idx, kept, n * K * sizeof *idx) == 0;
+    for (size_t i = 0; i < n * K && r->mode == REPLAY_NEXT; i++) idx[i] = (idx[i] + 1) % E;
+    if (r->mode == REPLAY_OFFERED || r->mode == REPLAY_NEXT) memcpy(kept, idx, n * K * sizeof *idx);
+    if (r->mode == REPLAY_KEPT || r->mode == REPLAY_BAD) memcpy(idx, kept, n * K * sizeof *idx);
+    if (r->mode == REPLAY_BAD && layer == r->bad_layer) idx[r->bad_at] = r->bad;
+}
+
+/* Sees the choice that was made, with the weights of exactly that choice. */
+static void replay_routing(void *user, int32_t layer, const float *score, const int32_t *idx, const float *gate,
+                           size_t n) {
+    replay *r = (replay *)user;
+    size_t K = (size_t)r->s->config.num_experts_per_tok;
+    float want[S * 8];
+    r->wrong += r->open != 1;
+    r->open = 0;
+    r->seen++;
+    r->wrong += memcmp(idx, r->idx[layer] + r->first * K, n * K * sizeof *idx) != 0;
+    r->wrong += dsv3_router_weights(&r->s->config, want, idx, score, n) != DSV3_OK;
+    r->wrong += memcmp(want, gate, n * K * sizeof *gate) != 0;
+    memcpy(r->gate[layer] + r->first * K, gate, n * K * sizeof *gate);
+}
+
+static void replay_begin(replay *r, synth *s, replay_mode mode) {
+    r->s = s;
+    r->mode = mode;
+    r->first = 0;
+    r->offers = r->seen = r->open = r->same = r->wrong = 0;
+    s->context.observer.user = r;
+    s->context.observer.choose = replay_choose;
+    s->context.observer.routing = replay_routing;
+    dsv3_cache_truncate(&s->caches[0], 0);
+}
+
+/* Other biases: by itself the model would now choose otherwise. */
+static void scramble_biases(synth *s) {
+    for (size_t i = 0; i < s->count; i++) {
+        synth_tensor *t = &s->tensors[i];
+        if (strstr(t->info.name, "e_score_correction_bias") == NULL) continue;
+        for (size_t e = 0; e < t->t.cols; e++) synth_set(t, e, test_uniform(-2, 2));
+    }
+}
+
+static void test_replay(int which) {
+    synth *s = open_form(which, 64, DSV3_ATTENTION_ABSORBED);
+    size_t n = logits_bytes(s, S), V = (size_t)s->config.vocab_size;
+    float *want = (float *)test_alloc(n), *got = (float *)test_alloc(n), gate[8][S * 8];
+    int32_t token[S];
+    int moe = 0;
+    replay *r = (replay *)test_alloc(sizeof *r);
+    memset(r, 0, sizeof *r);
+    for (int l = 0; l < s->config.num_hidden_layers; l++) moe += dsv3_config_is_moe(&s->config, l) != 0;
+    synth_run(s, S, 1, 1, S, DSV3_F32);
+    reference(s, token, want, 16);
+    replay_begin(r, s, REPLAY_OFFERED); /* a hook that changes nothing changes nothing */
+    CHECK_EQ(synth_forward(s, got, token, S, 0, NULL), DSV3_OK);
+    CHECK(memcmp(got, want, n) == 0);
+    CHECK(r->offers == moe && r->seen == moe && r->wrong == 0);
+    memcpy(gate, r->gate, sizeof gate);
+    replay_begin(r, s, REPLAY_KEPT);
+    CHECK_EQ(synth_forward(s, got, token, S, 0, NULL), DSV3_OK);
+    CHECK(memcmp(got, want, n) == 0 && memcmp(gate, r->gate, sizeof gate) == 0);
+    CHECK(r->offers == moe && r->seen == moe && r->same == moe && r->wrong == 0);
+    if (s->config.topk_method == DSV3_NOAUX_TC) {
+        scramble_biases(s);
+        replay_begin(r, s, REPLAY_KEPT); /* the choice is replayed, token by token, and so are all bits */
+        for (size_t t = 0; t < S; t++) {
+            r->first = t;
+            CHECK_EQ(synth_forward(s, got + t * V, token + t, 1, 0, NULL), DSV3_OK);
+        }
+        CHECK(memcmp(got, want, n) == 0 && memcmp(gate, r->gate, sizeof gate) == 0);
+        CHECK(r->same < r->offers && r->offers == moe * S && r->wrong == 0);
+        s->context.observer.choose = NULL; /* and this is what the biases would have done */
+        s->context.observer.routing = NULL;
+        dsv3_cache_truncate(&s->caches[0], 0);
+        CHECK_EQ(synth_forward(s, got, token, S, 0, NULL), DSV3_OK);
+        CHECK(memcmp(got, want, n) != 0);
+    }
+    replay_begin(r, s, REPLAY_NEXT); /* a forced routing is seen, weighted and felt */
+    CHECK_EQ(synth_forward(s, got, token, S, 0, NULL), DSV3_OK);
+    CHECK(memcmp(got, want, n) != 0);
+    CHECK(r->offers == moe && r->seen == moe && r->wrong == 0);
+    free(want), free(got), free(r);
+    synth_close(s);
+}
+
+/* A choice that is none ends the call, in whichever layer and row; the cache is as long as before. */
+static void test_bad_replay(void) {
+    static const int32_t bad[] = {-1, 16, INT32_MIN, INT32_MAX};
+    static const int layers[] = {1, 3}; /* the first with experts, and the last */
+    static const size_t places[] = {0, 9, 4 * (S - 5) - 1};
+    synth *s = open_form(SYNTH_V3, 65, DSV3_ATTENTION_ABSORBED);
+    size_t n = logits_bytes(s, S), V = (size_t)s->config.vocab_size;
+    float *want = (float *)test_alloc(n), *got = (float *)test_alloc(n);
+    int32_t token[S];
+    dsv3_error e;
+    replay *r = (replay *)test_alloc(sizeof *r);
+    memset(r, 0, sizeof *r);
+    synth_run(s, S, 1, 1, S, DSV3_F32);
+    reference(s, token, want, 17);
+    replay_begin(r, s, REPLAY_OFFERED);
+    CHECK_EQ(synth_forward(s, got, token, 5, 0, NULL), DSV3_OK);
+    r->first = 5;
+    CHECK_EQ(synth_forward(s, got, token + 5, S - 5, 0, NULL), DSV3_OK);
+    r->mode = REPLAY_BAD;
+    dsv3_cache_truncate(&s->caches[0], 5);
+    for (int l = 0; l < 2; l++) {
+        for (size_t p = 0; p < 3; p++) {
+            for (size_t i = 0; i < 5; i++) {
+                const int32_t *kept = r->idx[layers[l]] + 5 * 4;
+                r->bad_layer = layers[l], r->bad_at = places[p];
+                r->bad = i < 4 ? bad[i] : kept[places[p] % 4 == 0 ? places[p] + 3 : places[p] - 1]; /* or twice */
+                r->seen = r->open = 0;
+                CHECK_EQ(synth_forward(s, got, token + 5, S - 5, 0, &e), DSV3_ERR_ARG);
+                CHECK_EQ(e.code, DSV3_ERR_ARG);
+                CHECK_EQ(synth_forward(s, got, token + 5, S - 5, 0, NULL), DSV3_ERR_ARG);
+                CHECK_EQ(s->caches[0].length, 5);
+                CHECK_EQ(r->seen, 2 * (layers[l] - 1)); /* nobody sees the bad one */
+            }
+        }
+    }
+    r->mode = REPLAY_KEPT, r->wrong = r->open = 0;
+    CHECK_EQ(synth_forward(s, got, token + 5, S - 5, 0, NULL), DSV3_OK);
+    CHECK(memcmp(got, want + 5 * V, logits_bytes(s, S - 5)) == 0 && r->wrong == 0);
+    free(want), free(got), free(r);
+    synth_close(s);
+}
+
 /* ---- The last hidden state that the observer sees is what the logits are made from */
 
 static float seen_hidden[S * 64];
@@ -712,6 +868,12 @@ int main(void) {
     test_bad_embedding(SYNTH_V3, (float)NAN);
     test_bad_embedding(SYNTH_DENSE, -(float)INFINITY);
     test_observer();
+    test_replay(SYNTH_V3);
+    test_replay(SYNTH_V2);
+    test_replay(SYNTH_ODD);
+    test_replay(SYNTH_FREQ);
+    test_replay(SYNTH_NO_SHARED);
+    test_bad_replay();
     test_last_hidden();
     test_cache_setup();
     test_cache_copy();

@@ -46,19 +46,34 @@ static float group_worth(const dsv3_config *c, const float *sel, int m) {
     return c->topk_method == DSV3_NOAUX_TC && m > 1 ? sorted[0] + sorted[1] : sorted[0];
 }
 
+/* s + alpha b or s (1 + alpha b), each operation rounded by itself. */
+static float choice_score(dsv3_bias_form form, float s, float b, float alpha) {
+    volatile float moved = alpha * b, result;
+    if (form == DSV3_BIAS_ADD) {
+        result = s + moved;
+    } else {
+        moved = 1 + moved;
+        result = s * moved;
+    }
+    return result;
+}
+
 typedef struct choice {
     int32_t idx[MOST];
     double gate[MOST];
-    int finite; /* every score */
+    int finite; /* every score and choice score */
 } choice;
 
-static void expected_indices(const dsv3_config *c, choice *out, const float *s, const float *bias) {
+static void expected_indices(const dsv3_config *c, choice *out, const float *s, const float *bias,
+                             const float *alpha) {
     int E = c->n_routed_experts, G = c->n_group, m = E / G;
     ranked expert[MOST], group[MOST];
     float sel[MOST];
+    out->finite = 1;
     for (int e = 0; e < E; e++) {
-        volatile float sum = bias != NULL ? s[e] + bias[e] : s[e];
-        sel[e] = isfinite(s[e]) && isfinite(sum) ? sum : -FLT_MAX; /* not finite: the lowest */
+        sel[e] = bias != NULL ? choice_score(c->bias_form, s[e], bias[e], alpha != NULL ? alpha[e] : 1) : s[e];
+        out->finite &= isfinite(s[e]) && isfinite(sel[e]);
+        if (!isfinite(sel[e])) sel[e] = -FLT_MAX; /* the lowest */
     }
     if (c->topk_method != DSV3_GREEDY && G > 1) {
         for (int g = 0; g < G; g++) group[g].value = group_worth(c, sel + g * m, m), group[g].index = g;
@@ -85,34 +100,40 @@ static void expected_gates(const dsv3_config *c, choice *out, const float *s) {
     }
 }
 
-static void expected(const dsv3_config *c, choice *out, const float *s, const float *bias) {
-    expected_indices(c, out, s, bias);
+static void expected(const dsv3_config *c, choice *out, const float *s, const float *bias, const float *alpha) {
+    expected_indices(c, out, s, bias, alpha);
     expected_gates(c, out, s);
-    out->finite = 1;
-    for (int e = 0; e < c->n_routed_experts; e++) out->finite &= isfinite(s[e]) != 0;
 }
 
 /* ---- one comparison ---------------------------------------------------------------------------------- */
 
 static int select_shown;
 
-/* Selects for n rows in memory of exact size and compares each with the second implementation. The result: what is
- * wrong, as a number of faults. */
-static int select_wrong(const dsv3_config *c, const float *score, const float *bias, size_t n, const char *what) {
+/* Selects for n rows in memory of exact size, twice, and compares each with the second implementation and the gates
+ * with dsv3_router_weights. The result: what is wrong, as a number of faults. */
+static int select_wrong(const dsv3_config *c, const float *score, const float *bias, const float *alpha, size_t n,
+                        const char *what) {
     size_t E = (size_t)c->n_routed_experts, K = (size_t)c->num_experts_per_tok, scratch_n = E + (size_t)c->n_group;
     int32_t *idx = (int32_t *)test_alloc(n * K * sizeof *idx);
-    float *gate = (float *)test_alloc(n * K * sizeof *gate),
+    int32_t *again = (int32_t *)test_alloc(n * K * sizeof *again);
+    float *gate = (float *)test_alloc(n * K * sizeof *gate), *gate_again = (float *)test_alloc(n * K * sizeof *gate),
           *scratch = (float *)test_alloc(scratch_n * sizeof *scratch);
     int index = 0, weight = 0, invalid = 0, finite = 1;
     dsv3_result result;
     memset(idx, 0x7F, n * K * sizeof *idx);
     memset(gate, 0xFF, n * K * sizeof *gate);
     memset(scratch, 0xFF, scratch_n * sizeof *scratch);
-    result = dsv3_router_select(c, idx, gate, score, bias, NULL, n, scratch);
+    result = dsv3_router_select(c, idx, gate, score, bias, alpha, n, scratch);
+    memset(scratch, 0x3F, scratch_n * sizeof *scratch);
+    invalid += dsv3_router_select(c, again, gate_again, score, bias, alpha, n, scratch) != result;
+    invalid += memcmp(idx, again, n * K * sizeof *idx) != 0 || memcmp(gate, gate_again, n * K * sizeof *gate) != 0;
+    memset(gate_again, 0xFF, n * K * sizeof *gate);
+    invalid += dsv3_router_weights(c, gate_again, idx, score, n) != DSV3_OK;
+    invalid += memcmp(gate, gate_again, n * K * sizeof *gate) != 0;
     for (size_t t = 0; t < n; t++) {
         unsigned char taken[MOST] = {0};
         choice want;
-        expected(c, &want, score + t * E, bias);
+        expected(c, &want, score + t * E, bias, alpha);
         finite &= want.finite;
         for (size_t k = 0; k < K; k++) {
             int32_t e = idx[t * K + k];
@@ -125,13 +146,13 @@ static int select_wrong(const dsv3_config *c, const float *score, const float *b
     invalid += result != (finite ? DSV3_OK : DSV3_ERR_NAN);
     if (index + weight + invalid && select_shown++ < 20) {
         fprintf(stderr,
-                "select %s: E %d G %d Gt %d K %d method %d mask %d norm %d scaling %d bias %d: %d indices, %d "
-                "weights, %d invalid, result %d\n",
+                "select %s: E %d G %d Gt %d K %d method %d mask %d norm %d scaling %d bias %d form %d alpha %d: %d "
+                "indices, %d weights, %d invalid, result %d\n",
                 what, c->n_routed_experts, c->n_group, c->topk_group, c->num_experts_per_tok, (int)c->topk_method,
-                (int)c->group_mask, c->norm_topk_prob, (int)c->gate_scaling, bias != NULL, index, weight, invalid,
-                (int)result);
+                (int)c->group_mask, c->norm_topk_prob, (int)c->gate_scaling, bias != NULL, (int)c->bias_form,
+                alpha != NULL, index, weight, invalid, (int)result);
     }
-    free(idx), free(gate), free(scratch);
+    free(idx), free(again), free(gate), free(gate_again), free(scratch);
     return index + weight + invalid;
 }
 
@@ -182,16 +203,20 @@ static void golden(void) {
 
 /* ---- scores ------------------------------------------------------------------------------------------ */
 
-/* Scores of logits z [E] through a gate of one column. */
-static void scores_of(dsv3_scoring_func func, float *score, const float *z, size_t E) {
+/* Scores of logits z [E] through a gate of one column, and a gate bias. */
+static void scores_biased(dsv3_scoring_func func, float *score, const float *z, const float *gate_bias, size_t E) {
     static const float one[1] = {1};
     float *scratch = (float *)test_alloc(ctx.threads * 4 * sizeof(float));
     dsv3_config c = dsv3_config_default();
     dsv3_tensor gate_w;
     c.scoring_func = func;
     gate_w.data = z, gate_w.scale = NULL, gate_w.rows = E, gate_w.cols = 1, gate_w.type = DSV3_F32, gate_w.rank = 2;
-    dsv3_router_scores(&ctx, &c, score, one, &gate_w, NULL, 1, scratch);
+    dsv3_router_scores(&ctx, &c, score, one, &gate_w, gate_bias, 1, scratch);
     free(scratch);
+}
+
+static void scores_of(dsv3_scoring_func func, float *score, const float *z, size_t E) {
+    scores_biased(func, score, z, NULL, E);
 }
 
 /* To 1e-6 relative; what is below the normal floats may be 0. */
@@ -256,6 +281,42 @@ static void scores_rows(void) {
     }
 }
 
+/* A gate bias is added to the logits of every row, before the sigmoid or the softmax. */
+static void scores_gate_bias(void) {
+    static const size_t sizes[] = {1, 2, 9, 64, 256};
+    float w[MOST], gate_bias[MOST], zero[MOST] = {0}, z[MOST], score[3 * MOST], plain[3 * MOST], scratch[64 * 4];
+    static const float x[3] = {1, -0.5f, 2};
+    for (int func = 0; func < 2; func++) {
+        for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+            size_t E = sizes[i];
+            dsv3_config c = dsv3_config_default();
+            dsv3_tensor gate_w = {w, NULL, E, 1, DSV3_F32, 2};
+            int wrong = 0;
+            c.scoring_func = func ? DSV3_SOFTMAX : DSV3_SIGMOID;
+            test_fill(w, E, -3, 3), test_fill(gate_bias, E, -3, 3);
+            dsv3_router_scores(&ctx, &c, score, x, &gate_w, gate_bias, 3, scratch);
+            for (size_t t = 0; t < 3; t++) {
+                double sum = 0;
+                for (size_t e = 0; e < E; e++) z[e] = w[e] * x[t] + gate_bias[e], sum += exp((double)z[e]);
+                for (size_t e = 0; e < E; e++) {
+                    double want = func ? exp((double)z[e]) / sum : 1 / (1 + exp(-(double)z[e]));
+                    wrong += !(fabs((double)score[t * E + e] - want) <= 3e-6 * want);
+                }
+            }
+            CHECK_EQ(wrong, 0);
+            dsv3_router_scores(&ctx, &c, plain, x, &gate_w, NULL, 3, scratch); /* none is the same as zero */
+            dsv3_router_scores(&ctx, &c, score, x, &gate_w, zero, 3, scratch);
+            CHECK(memcmp(score, plain, 3 * E * sizeof *score) == 0);
+        }
+    }
+    w[0] = w[1] = 1e4f, w[2] = w[3] = -1e4f; /* a bias can bring back what had underflowed */
+    for (int e = 0; e < 4; e++) gate_bias[e] = -w[e];
+    scores_biased(DSV3_SIGMOID, score, w, gate_bias, 4);
+    for (int e = 0; e < 4; e++) CHECK(score[e] == 0.5f);
+    scores_biased(DSV3_SOFTMAX, score, w, gate_bias, 4);
+    for (int e = 0; e < 4; e++) CHECK(score[e] == 0.25f);
+}
+
 /* ---- selection: many shapes, modes and inputs -------------------------------------------------------- */
 
 typedef enum pattern {
@@ -273,7 +334,9 @@ typedef enum pattern {
     ALL_NAN,
     MINUS_INF,
     ALL_MINUS_INF,
-    MIXED_BAD, /* NaN and minus infinity among numbers */
+    PLUS_INF,
+    ALL_PLUS_INF,
+    MIXED_BAD, /* NaN and infinities among numbers */
     PATTERNS
 } pattern;
 
@@ -292,7 +355,9 @@ static float pattern_value(pattern p, size_t i, size_t n) {
     case ALL_NAN: return NAN;
     case MINUS_INF: return r < 0.3f ? -INFINITY : r;
     case ALL_MINUS_INF: return -INFINITY;
-    case MIXED_BAD: return r < 0.2f ? NAN : r < 0.4f ? -INFINITY : r;
+    case PLUS_INF: return r < 0.3f ? INFINITY : r;
+    case ALL_PLUS_INF: return INFINITY;
+    case MIXED_BAD: return r < 0.2f ? NAN : r < 0.4f ? -INFINITY : r < 0.5f ? INFINITY : r;
     case RANDOM:
     case ONE_NAN:
     case PATTERNS: break;
@@ -305,25 +370,42 @@ static void pattern_fill(pattern p, float *x, size_t n) {
     if (p == ONE_NAN) x[test_random() % n] = NAN;
 }
 
-static const char *const bias_names[] = {"no bias", "small bias", "bias -2", "bias around 0", "bias +2..7"};
-#define BIASES 5
+static const char *const bias_names[] = {"no bias",       "small bias", "bias -2",   "biases -7..-2",
+                                         "bias around 0", "bias +2..7", "bad biases"};
+#define BIASES 7
 
 static const float *bias_fill(int kind, float *bias, size_t n) {
-    static const float low[BIASES] = {0, -0.1f, -2, -1, 2}, high[BIASES] = {0, 0.1f, -2, 1, 7};
+    static const float low[BIASES] = {0, -0.1f, -2, -7, -1, 2, 0}, high[BIASES] = {0, 0.1f, -2, -2, 1, 7, 1};
     if (kind == 0) return NULL;
     test_fill(bias, n, low[kind], high[kind]);
+    if (kind == BIASES - 1) {
+        static const float bad[3] = {NAN, INFINITY, -INFINITY};
+        for (size_t i = 0; i < n; i++) bias[i] = test_random() % 4 ? bias[i] : bad[test_random() % 3];
+    }
     return bias;
 }
 
-/* All modes of one shape with one input. norm over negative scores has no meaning (their sum may vanish). */
+/* Strengths by which a product is exact, so that it does not matter whether it is fused with the sum. */
+static const float *alpha_fill(float *alpha, size_t n) {
+    static const float strengths[] = {1, 0, 0.5f, 2, -1, 4};
+    for (size_t i = 0; i < n; i++) alpha[i] = strengths[test_random() % 6];
+    return alpha;
+}
+
+/* All modes of one shape with one input, each in one form of the bias or the other, with strengths or without. norm
+ * over negative scores has no meaning (their sum may vanish). */
 static int modes_wrong(dsv3_config c, pattern p, const float *score, const float *bias, const char *what) {
+    float strengths[MOST];
+    const float *alpha;
     int wrong = 0;
     for (int mode = 0; mode < 3 * 2 * 2 * 2; mode++) {
         c.topk_method = (dsv3_topk_method)(mode % 3);
         c.group_mask = mode / 3 % 2 ? DSV3_MASK_ZERO : DSV3_MASK_NEG_INF;
         c.norm_topk_prob = mode / 6 % 2 && p != NEGATIVE;
         c.gate_scaling = mode / 12 ? DSV3_SCALE_UNLESS_NORMED : DSV3_SCALE_ALWAYS;
-        wrong += select_wrong(&c, score, bias, 2, what);
+        alpha = test_random() % 2 ? NULL : alpha_fill(strengths, (size_t)c.n_routed_experts);
+        c.bias_form = test_random() % 2 ? DSV3_BIAS_ADD : DSV3_BIAS_MULTIPLY;
+        wrong += select_wrong(&c, score, bias, alpha, 2, what);
     }
     return wrong;
 }
@@ -368,16 +450,20 @@ static void shapes(void) {
 static int32_t got_idx[MOST];
 static float got_gate[MOST];
 
-static dsv3_result pick(const dsv3_config *c, const float *score, const float *bias) {
+static dsv3_result pick_alpha(const dsv3_config *c, const float *score, const float *bias, const float *alpha) {
     float scratch[2 * MOST];
-    return dsv3_router_select(c, got_idx, got_gate, score, bias, NULL, 1, scratch);
+    return dsv3_router_select(c, got_idx, got_gate, score, bias, alpha, 1, scratch);
+}
+
+static dsv3_result pick(const dsv3_config *c, const float *score, const float *bias) {
+    return pick_alpha(c, score, bias, NULL);
 }
 
 static int picked(int32_t a, int32_t b) { return got_idx[0] == a && got_idx[1] == b; }
 
 /* Equal scores, and none: experts 0, 1, 2 ... of the lowest groups. */
 static void ties(void) {
-    static const float values[] = {0.5f, 0, 1, NAN, -INFINITY};
+    static const float values[] = {0.5f, 0, 1, NAN, -INFINITY, INFINITY};
     dsv3_config c = routing(256, 8, 4, 8);
     float score[256];
     for (size_t v = 0; v < sizeof values / sizeof values[0]; v++) {
@@ -437,10 +523,10 @@ static void plus_infinity(void) {
 static void bias_not_finite(void) {
     static const float score[4] = {0.1f, 0.2f, 0.3f, 0.4f}, bias[4] = {0, 0, NAN, -INFINITY};
     dsv3_config c = routing(4, 1, 1, 2);
-    (void)pick(&c, score, bias);
+    CHECK_EQ(pick(&c, score, bias), DSV3_ERR_NAN);
     CHECK(picked(1, 0));
     c.num_experts_per_tok = 4;
-    (void)pick(&c, score, bias);
+    CHECK_EQ(pick(&c, score, bias), DSV3_ERR_NAN);
     CHECK(picked(1, 0) && got_idx[2] == 2 && got_idx[3] == 3);
 }
 
@@ -531,6 +617,98 @@ static void bias_steers_only(void) {
     }
 }
 
+/* The two forms of the bias and its strengths, by hand. Neither enters a weight. */
+static void bias_forms(void) {
+    static const float score[4] = {0.25f, 0.5f, 0.75f, 0.125f}, bias[4] = {1, 0, -0.5f, 4};
+    static const float alpha[4] = {0, 1, 1, 0.5f}, off[4] = {0, 0, 0, 0}, against[4] = {-1, -1, -1, -1};
+    dsv3_config c = routing(4, 1, 1, 2);
+    c.norm_topk_prob = 0;
+    CHECK_EQ(pick(&c, score, bias), DSV3_OK); /* 1.25 0.5 0.25 4.125 */
+    CHECK(picked(3, 0) && got_gate[0] == 0.125f && got_gate[1] == 0.25f);
+    CHECK_EQ(pick_alpha(&c, score, bias, alpha), DSV3_OK); /* 0.25 0.5 0.25 2.125 */
+    CHECK(picked(3, 1) && got_gate[0] == 0.125f && got_gate[1] == 0.5f);
+    CHECK_EQ(pick_alpha(&c, score, bias, against), DSV3_OK); /* -0.75 0.5 1.25 -3.875 */
+    CHECK(picked(2, 1));
+    CHECK_EQ(pick_alpha(&c, score, bias, off), DSV3_OK);
+    CHECK(picked(2, 1));
+    c.bias_form = DSV3_BIAS_MULTIPLY;
+    CHECK_EQ(pick(&c, score, bias), DSV3_OK); /* 0.5 0.5 0.375 0.625 */
+    CHECK(picked(3, 0) && got_gate[0] == 0.125f && got_gate[1] == 0.25f);
+    CHECK_EQ(pick_alpha(&c, score, bias, alpha), DSV3_OK); /* 0.25 0.5 0.375 0.375 */
+    CHECK(picked(1, 2) && got_gate[0] == 0.5f && got_gate[1] == 0.75f);
+    CHECK_EQ(pick_alpha(&c, score, bias, against), DSV3_OK); /* 0 0.5 1.125 -0.375 */
+    CHECK(picked(2, 1));
+    CHECK_EQ(pick_alpha(&c, score, bias, off), DSV3_OK);
+    CHECK(picked(2, 1));
+    CHECK_EQ(pick(&c, score, off), DSV3_OK); /* b = 0 is neutral */
+    CHECK(picked(2, 1));
+    CHECK_EQ(pick_alpha(&c, score, NULL, alpha), DSV3_OK); /* without a bias there is nothing to be strong */
+    CHECK(picked(2, 1));
+}
+
+/* ---- weights of a choice made elsewhere -------------------------------------------------------------- */
+
+/* Any valid choice, of finite and other scores, has the weights of the formula; two rows may choose the same. */
+static void weights_of_choice(void) {
+    for (int round = 0; round < 400; round++) {
+        int32_t E = 1 + (int32_t)(test_random() % 64), K = 1 + (int32_t)(test_random() % (uint64_t)E);
+        dsv3_config c = routing(E, 1, 1, K);
+        size_t n = (size_t)(1 + test_random() % 5);
+        float *score = (float *)test_alloc(n * (size_t)E * sizeof *score),
+              *gate = (float *)test_alloc(n * (size_t)K * sizeof *gate);
+        int32_t *idx = (int32_t *)test_alloc(n * (size_t)K * sizeof *idx);
+        int wrong = 0;
+        c.norm_topk_prob = round % 2, c.routed_scaling_factor = 2.5f;
+        c.gate_scaling = round / 2 % 2 ? DSV3_SCALE_UNLESS_NORMED : DSV3_SCALE_ALWAYS;
+        pattern_fill(round % 3 ? RANDOM : MIXED_BAD, score, n * (size_t)E);
+        for (size_t t = 0; t < n; t++) { /* every `step`-th expert, round and round: all different */
+            int32_t at = (int32_t)(test_random() % (uint64_t)E), step = E % 2 ? 2 : 1;
+            for (int32_t k = 0; k < K; k++, at = (at + step) % E) idx[t * (size_t)K + (size_t)k] = at;
+        }
+        CHECK_EQ(dsv3_router_weights(&c, gate, idx, score, n), DSV3_OK);
+        for (size_t t = 0; t < n; t++) {
+            choice want;
+            memcpy(want.idx, idx + t * (size_t)K, (size_t)K * sizeof *idx);
+            expected_gates(&c, &want, score + t * (size_t)E);
+            for (size_t k = 0; k < (size_t)K; k++) {
+                wrong += !(fabs((double)gate[t * (size_t)K + k] - want.gate[k]) <= 2e-6 * want.gate[k] + 1e-37);
+            }
+        }
+        CHECK_EQ(wrong, 0);
+        free(score), free(gate), free(idx);
+    }
+}
+
+/* One bad place anywhere, and nothing is written, not even for the rows before it. */
+static void weights_refused(void) {
+    enum { N = 3, K = 4, E = 6 };
+    static const int32_t bad[] = {-1, E, E + 1, INT32_MIN, INT32_MAX}, valid[K] = {5, 0, 3, 2};
+    dsv3_config c = routing(E, 1, 1, K);
+    float score[N * E], gate[N * K], untouched[N * K];
+    int32_t idx[N * K];
+    test_fill(score, N * E, 0, 1);
+    memset(untouched, 0x7B, sizeof untouched);
+    memcpy(gate, untouched, sizeof gate);
+    for (int i = 0; i < N * K; i++) idx[i] = valid[i % K];
+    for (int i = 0; i < N * K; i++) {
+        int32_t old = idx[i];
+        for (size_t j = 0; j < sizeof bad / sizeof bad[0]; j++) {
+            idx[i] = bad[j];
+            CHECK_EQ(dsv3_router_weights(&c, gate, idx, score, N), DSV3_ERR_ARG);
+        }
+        for (int k = 1; k < K; k++) { /* the same as another place of its row */
+            idx[i] = valid[(i + k) % K];
+            CHECK_EQ(dsv3_router_weights(&c, gate, idx, score, N), DSV3_ERR_ARG);
+        }
+        CHECK(memcmp(gate, untouched, sizeof gate) == 0);
+        idx[i] = old;
+    }
+    CHECK_EQ(dsv3_router_weights(&c, gate, idx, score, 0), DSV3_OK);
+    CHECK(memcmp(gate, untouched, sizeof gate) == 0);
+    CHECK_EQ(dsv3_router_weights(&c, gate, idx, score, N), DSV3_OK);
+    for (int i = 0; i < N * K; i++) CHECK(gate[i] >= 0 && gate[i] <= 1);
+}
+
 /* Scaling with and without normalisation. */
 static void scaling(void) {
     static const float score[4] = {0.25f, 0.5f, 0.75f, 0.125f};
@@ -575,6 +753,7 @@ int main(void) {
     golden();
     scores();
     scores_rows();
+    scores_gate_bias();
     shapes();
     ties();
     not_finite();
@@ -585,6 +764,9 @@ int main(void) {
     masks();
     group_methods();
     bias_steers_only();
+    bias_forms();
+    weights_of_choice();
+    weights_refused();
     scaling();
     return test_done("router");
 }
