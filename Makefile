@@ -51,11 +51,12 @@ test: build/dsv3 build/parity $(LESSONS) $(TESTS) $(BENCHES)
 check: test
 	@CC='$(CC)' sh tests/run.sh tests/check_*.sh
 
-bench: build/bench_model build/bench_mtp
+bench: build/bench_model build/bench_mtp build/bench_train
 	@for t in F32 BF16 F8_E4M3; do for n in 1 2; do build/bench_model --shape bench-1b --type $$t --threads $$n \
 	 --prefill 128 --decode 24 --repeat 2 && echo || exit 1; done; done
 	@build/bench_mtp --threads 1 --prompts 2 --tokens 150 && echo
-	@build/bench_mtp --shape bench-1b --threads 1 --tokens 4
+	@build/bench_mtp --shape bench-1b --threads 1 --tokens 4 && echo
+	@for p in micro austen; do build/bench_train --preset $$p --batch 4 --repeat 3 && echo || exit 1; done
 
 # Debian and its relatives; what `make check` uses beyond a compiler.
 deps:

@@ -1016,14 +1016,14 @@ typedef struct dsv3_trainer {
     float *m, *v;           /* [count] moments of AdamW */
     float *ema;             /* [count] or NULL */
     uint64_t step;          /* optimizer steps done */
-    dsv3_balancer balancer; /* loads; rule and schedule are the caller's to set */
-    dsv3_losses losses;     /* sums of the step so far */
+    dsv3_balancer balancer; /* loads, until dsv3_train_end clears them; rule and schedule are the caller's to set */
+    dsv3_losses losses;     /* sums of the step so far, until the next begins */
     /* of the step under way */
     uint64_t *targets; /* [1 + D] of all micro-batches and ranks */
     uint64_t sequences;
+    dsv3_workspace workspace; /* of settings.rows rows; free for other calls between the stages */
     /* private */
     size_t most_rows, most_sequences, longest, threads;
-    dsv3_workspace workspace;
     dsv3_cache *caches;        /* [sequences] one layer each */
     struct dsv3i_saved *saved; /* [L + D] */
     struct dsv3i_depth *depth; /* [1 + D] */
@@ -1055,7 +1055,8 @@ DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_tra
 /* norm (may be NULL): global norm of the gradients before clipping. */
 DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *trainer, double learning_rate,
                                     double *norm, dsv3_error *error);
-/* The loss of the step so far, as it is minimised. */
+/* The loss of the step so far, as it is minimised -- but for V2's device and communication losses, whose gradients are
+ * taken and whose values are not. */
 DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 #endif
 

@@ -547,12 +547,12 @@ static inline void bench_synthetic_free(bench_synthetic *s) {
 
 /* ---- Multiply-adds per second: independent chains x = x * a + b that never leave their registers
  *
- * bench_peak_compiled is what this build may use: vectors of the width the compiler's flags allow, a multiplication and
- * an addition apart, as C99 without contraction asks for. On x86-64 bench_peak_fma is the machine's own peak, fused,
- * in the widest vectors the processor has, whatever the flags. Twelve chains cover the latency of the two. */
+ * bench_peak_compiled is what this build may use: vectors of the width the compiler's flags allow, a multiplication
+ * and an addition apart, as C99 without contraction asks for. On x86-64 bench_peak_fma is the machine's own peak,
+ * fused, in the widest vectors the processor has, whatever the flags. Twelve chains cover the latency of the two. */
 
 #define BENCH_PEAK_CHAINS 12
-#define BENCH_PEAK_ROUNDS 200000u /* of each chain, in one item of the loop: about 10 ms */
+#define BENCH_PEAK_ROUNDS 2000000u /* of each chain, in one item of the loop: some 5 ms */
 
 typedef struct bench_peak {
     float start[BENCH_PEAK_CHAINS];
