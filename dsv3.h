@@ -3060,15 +3060,24 @@ DSV3_API dsv3_result dsv3_balancer_init(dsv3_balancer *balancer, const dsv3_conf
     return DSV3_OK;
 }
 
-DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, uint64_t seen) {
-    size_t n = balancer->layers * balancer->E;
-    double speed = dsv3_bias_speed(&balancer->schedule, seen);
-    if (balancer->reduce != NULL) DSV3I_TRY(balancer->reduce(balancer->reduce_user, balancer->load, n));
-    for (size_t i = 0; i < n; i += balancer->E) { /* dense layers have no load, and so do not move */
-        dsv3_bias_step(bias + i, balancer->load + i, balancer->E, balancer->rule, speed);
+static dsv3_result dsv3i_balancer_reduce(const dsv3_balancer *b) {
+    return b->reduce == NULL ? DSV3_OK : b->reduce(b->reduce_user, b->load, b->layers * b->E);
+}
+
+/* The step itself, on loads that are summed over the ranks. */
+static void dsv3i_balancer_move(dsv3_balancer *b, float *bias, uint64_t seen) {
+    size_t n = b->layers * b->E;
+    double speed = dsv3_bias_speed(&b->schedule, seen);
+    for (size_t i = 0; i < n; i += b->E) { /* dense layers have no load, and so do not move */
+        dsv3_bias_step(bias + i, b->load + i, b->E, b->rule, speed);
     }
-    for (size_t i = 0; i < n; i++) balancer->load_all[i] += balancer->load[i];
-    DSV3_MEMSET(balancer->load, 0, n * sizeof *balancer->load);
+    for (size_t i = 0; i < n; i++) b->load_all[i] += b->load[i];
+    DSV3_MEMSET(b->load, 0, n * sizeof *b->load);
+}
+
+DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, uint64_t seen) {
+    DSV3I_TRY(dsv3i_balancer_reduce(balancer));
+    dsv3i_balancer_move(balancer, bias, seen);
     return DSV3_OK;
 }
 
@@ -6289,7 +6298,7 @@ static dsv3_result dsv3i_adamw_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
 }
 
 /* The bias step on the weights' biases. */
-static dsv3_result dsv3i_train_bias(dsv3_trainer *t) {
+static void dsv3i_train_bias(dsv3_trainer *t) {
     size_t E = t->balancer.E;
     for (int back = 0; back < 2; back++) {
         for (size_t i = 0; i < t->balancer.layers; i++) {
@@ -6298,9 +6307,8 @@ static dsv3_result dsv3i_train_bias(dsv3_trainer *t) {
             if (bias != NULL && !back) DSV3_MEMCPY(row, bias, E * sizeof *bias);
             if (bias == NULL) DSV3_MEMSET(row, 0, E * sizeof *row);
         }
-        if (!back) DSV3I_TRY(dsv3_balancer_step(&t->balancer, t->bias, t->step));
+        if (!back) dsv3i_balancer_move(&t->balancer, t->bias, t->step);
     }
-    return DSV3_OK;
 }
 
 /* w b1^t without pow: t is small where it matters. */
@@ -6316,12 +6324,14 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
                                     double *norm, dsv3_error *error) {
     dsv3_trainer *t = trainer;
     dsv3i_optimizer o;
+    dsv3_result result = DSV3_OK;
     double size;
     if (context == NULL || t == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
     if (t->settings.reduce != NULL) {
-        dsv3_result result = t->settings.reduce(t->settings.reduce_user, t->gradients.data, t->gradients.count);
-        if (result != DSV3_OK) return dsv3i_fail(error, result, "reduce", "failed");
+        result = t->settings.reduce(t->settings.reduce_user, t->gradients.data, t->gradients.count);
     }
+    if (result == DSV3_OK) result = dsv3i_balancer_reduce(&t->balancer); /* before anything has moved */
+    if (result != DSV3_OK) return dsv3i_fail(error, result, "reduce", "failed");
     DSV3_MEMSET(&o, 0, sizeof o);
     o.ctx = context;
     o.t = t;
@@ -6337,7 +6347,7 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
     o.root = (float)DSV3_POW(1.0 - dsv3i_power((double)t->settings.beta2, t->step + 1), -0.5);
     o.at = o.n = 0;
     (void)dsv3i_walk_all(&t->weights.model.config, NULL, &o, dsv3i_adamw_tensor);
-    DSV3I_TRY(dsv3i_train_bias(t));
+    dsv3i_train_bias(t);
     for (size_t i = 0; t->ema != NULL && i < t->weights.count; i++) {
         float decay = t->step == 0 ? 0.0f : t->settings.ema_decay;
         t->ema[i] = decay * t->ema[i] + (1.0f - decay) * t->weights.data[i];
