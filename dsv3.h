@@ -5134,13 +5134,16 @@ static void dsv3i_module_keep(dsv3_sequence *s, size_t k, size_t end) {
 DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *sequence, size_t length, size_t *kept) {
     dsv3_sequence *s = sequence;
     size_t oldest, behind;
+    int ahead; /* a module knows tokens that were to be appended again: perhaps they will not be */
     if (s == NULL || length > dsv3_sequence_length(s)) return DSV3_ERR_ARG;
     s->prompt_left = 0;
     if (kept != NULL) *kept = length;
-    if (length == dsv3_sequence_length(s)) return DSV3_OK;
+    ahead = 0;
+    for (size_t k = 1; k <= s->n_modules; k++) ahead |= s->modules[k - 1].length > (length > k ? length - k : 0);
+    if (length == dsv3_sequence_length(s) && !ahead) return DSV3_OK;
     oldest = length;
     for (size_t k = 1; k <= s->n_modules; k++) { /* what module k must read again to go on behind `length` */
-        size_t end = length > k ? length - k : 0;
+        size_t again = dsv3i_max(k, 2), end = length > again ? length - again : 0;
         oldest = dsv3i_min(oldest, dsv3i_min(s->modules[k - 1].length, end));
     }
     if (length == 0 ||
@@ -5148,12 +5151,14 @@ DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *sequence, size_t leng
         s->pending = length > 0;
         s->cache.length = length - (length > 0);
         for (size_t k = 1; k <= s->n_modules; k++) dsv3i_module_keep(s, k, length > k ? length - k : 0);
+        if (length == 0) s->top = 0;
         return DSV3_OK;
     }
     behind = dsv3i_max(s->n_modules, 1);
     s->pending = 0;
     s->cache.length = length > behind ? length - behind : 0;
     for (size_t k = 1; k <= s->n_modules; k++) dsv3i_module_keep(s, k, s->cache.length);
+    s->top = s->cache.length + s->window; /* from here on the rings are filled anew */
     if (kept != NULL) *kept = s->cache.length;
     return DSV3_OK;
 }
@@ -5166,6 +5171,9 @@ DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *
     if (to->made_for != from->made_for || to->n_modules != from->n_modules || to->max_drafts != from->max_drafts ||
         to->window != from->window) {
         return DSV3_ERR_MISMATCH;
+    }
+    if (dsv3_sequence_length(from) + from->prompt_left > to->cache.capacity + (from->prompt_left == 0)) {
+        return DSV3_ERR_CONTEXT;
     }
     DSV3I_TRY(dsv3_cache_copy(&to->cache, &from->cache));
     for (size_t k = 0; k < to->n_modules; k++) DSV3I_TRY(dsv3_cache_copy(&to->modules[k], &from->modules[k]));
@@ -5284,6 +5292,7 @@ static dsv3_result dsv3i_module_call(dsv3i_step *a, size_t k, size_t j) {
 /* Module k of sequence i reads on to position end. */
 static dsv3_result dsv3i_module_read(dsv3i_step *a, size_t i, size_t k, size_t end, size_t j) {
     dsv3_sequence *s = a->sequences[i];
+    if (j > 0) dsv3i_module_keep(s, k, end - 1); /* the draft is what comes out there, even if it was read before */
     for (size_t position = s->modules[k - 1].length; position < end; position++) {
         int output = j > 0 && position + 1 == end;
         dsv3i_gather_row(a, i, *dsv3i_history(s, position + k), position, output);
@@ -5467,10 +5476,14 @@ static dsv3_result dsv3i_generate_check(const dsv3i_step *a) {
     m = dsv3i_dims_of(&a->model->config);
     made_for = dsv3i_fingerprint(&m);
     for (size_t i = 0; i < a->n; i++) {
-        const dsv3_sequence *s = a->sequences[i];
+        if (a->sequences[i] != NULL) a->sequences[i]->step_rows = 0; /* 1 once it has been seen */
+    }
+    for (size_t i = 0; i < a->n; i++) {
+        dsv3_sequence *s = a->sequences[i];
         char name[32];
         dsv3i_name_row(name, sizeof name, "sequences", i);
         if (s == NULL) return dsv3i_fail(a->error, DSV3_ERR_ARG, name, "is NULL");
+        if (s->step_rows++ > 0) return dsv3i_fail(a->error, DSV3_ERR_ARG, name, "is given twice");
         if (s->made_for != made_for || s->n_modules > (size_t)a->model->n_mtp) {
             return dsv3i_fail(a->error, DSV3_ERR_MISMATCH, name, "was made for another model");
         }
@@ -6340,7 +6353,7 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
     size = DSV3_POW(o.squares, 0.5);
     if (norm != NULL) *norm = size;
     if (!(size <= DBL_MAX))
-        return dsv3i_fail(error, DSV3_ERR_NAN, "gradients", "are not finite: the step is skipped");
+        return dsv3i_fail(error, DSV3_ERR_NAN, "gradients", "are not finite, and the step is skipped");
     o.scale =
         t->settings.clip > 0.0f && size > (double)t->settings.clip ? (float)((double)t->settings.clip / size) : 1.0f;
     o.rate = (float)(learning_rate / (1.0 - dsv3i_power((double)t->settings.beta1, t->step + 1)));

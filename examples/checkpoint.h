@@ -1,7 +1,7 @@
-/* checkpoint.h -- from a directory as published (config.json, *.safetensors) to a bound dsv3_model.
+/* checkpoint.h -- from a directory as published (config.json, *.safetensors) to a bound dsv3_model, and back.
  *
  * What it is: the glue between dsv3.h, which knows no files, and safetensors.h and json.h, which know no
- * model. What it is not: a tokenizer, a downloader, or a converter.
+ * model. What it is not: a tokenizer or a downloader.
  *
  * Use: in exactly one file of the program, before any other #include,
  *
@@ -61,6 +61,28 @@ dsv3_result checkpoint_find(void *user, const char *name, dsv3_tensor *tensor);
 /* The type of dsv3.h for a file's, or -1: not a weight type. */
 int checkpoint_type(st_dtype dtype);
 
+/* ---- Writing. Each file is written under another name, synced, and renamed: whatever happens, there is the old
+ * one or the new one. */
+
+/* Writes directory/model.safetensors: every tensor the config calls for, as far as find has it (only copies and whole
+ * MTP modules may be missing), converted to type. With DSV3_F8_E4M3, those tensors that are FP8 in the published
+ * files become FP8 with scales amax / 448 of 128 x 128 blocks (1 for a block of zeros) and the others BF16. Router
+ * biases are always F32. A tensor that has its type already is copied bit for bit, with its scales. A value that the
+ * type cannot hold (not finite as FP8; finite, but infinity as F16 or BF16) is ST_ERR_OVERFLOW. Takes memory for 128
+ * rows of the widest tensor. */
+st_result checkpoint_save(const char *directory, const dsv3_config *config, dsv3_find find, void *user,
+                          dsv3_type type, st_error *error);
+
+/* A config.json for weights of that type, to be released with ST_FREE: made from a config, which must be valid ... */
+st_result checkpoint_config_text(char **text, const dsv3_config *config, dsv3_type type, st_error *error);
+/* ... or from another config.json [length], of which everything stays but torch_dtype and quantization_config. */
+st_result checkpoint_config_adapt(char **text, const char *from, size_t length, const char *label, dsv3_type type,
+                                  st_error *error);
+/* Reads path, or path/config.json if path is a directory, as it stands. The caller releases *text with ST_FREE. */
+st_result checkpoint_config_read(char **text, size_t *length, const char *path, st_error *error);
+/* Writes directory/config.json. */
+st_result checkpoint_config_write(const char *directory, const char *text, st_error *error);
+
 #ifdef __cplusplus
 }
 #endif
@@ -70,6 +92,7 @@ int checkpoint_type(st_dtype dtype);
 #define CHECKPOINT_IMPLEMENTED
 
 #include <errno.h>
+#include <float.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -393,11 +416,12 @@ st_result checkpoint_config_parse(dsv3_config *config, const char *text, size_t 
 
 #define CHECKPOINTI_MAX_CONFIG 1048576 /* bytes of a config.json */
 
-static st_result checkpointi_config_file(dsv3_config *config, const char *path, st_error *error) {
+/* Reads a whole config.json. */
+static st_result checkpointi_config_load(char **out, size_t *length, const char *path, st_error *error) {
     FILE *file;
     char *text;
-    size_t length;
-    st_result result;
+    st_result result = ST_OK;
+    *out = NULL;
     errno = 0;
     file = fopen(path, "rb");
     if (file == NULL) {
@@ -412,29 +436,54 @@ static st_result checkpointi_config_file(dsv3_config *config, const char *path, 
         fclose(file);
         return checkpointi_fail(error, ST_ERR_NOMEM, "%.300s: out of memory", path);
     }
-    length = fread(text, 1, CHECKPOINTI_MAX_CONFIG + 1, file);
+    *length = fread(text, 1, CHECKPOINTI_MAX_CONFIG + 1, file);
     if (ferror(file)) {
         result = checkpointi_fail(error, ST_ERR_IO, "%.300s: cannot be read", path);
-    } else if (length > CHECKPOINTI_MAX_CONFIG) {
+    } else if (*length > CHECKPOINTI_MAX_CONFIG) {
         result = checkpointi_fail(error, ST_ERR_LIMIT, "%.300s: is larger than a config.json can be", path);
-    } else {
-        result = checkpoint_config_parse(config, text, length, path, error);
     }
-    ST_FREE(text);
     fclose(file);
+    if (result == ST_OK) {
+        *out = text;
+    } else {
+        ST_FREE(text);
+    }
     return result;
 }
 
-st_result checkpoint_config(dsv3_config *config, const char *path, st_error *error) {
+/* directory/name, or ST_ERR_LIMIT. */
+static st_result checkpointi_path(char *path, size_t capacity, const char *directory, const char *name,
+                                  st_error *error) {
+    int written = snprintf(path, capacity, "%s/%s", directory, name);
+    if (written >= 0 && (size_t)written < capacity) return ST_OK;
+    return checkpointi_fail(error, ST_ERR_LIMIT, "%.100s...: the path is too long", directory);
+}
+
+/* path itself, or the config.json in it. */
+static st_result checkpointi_config_path(char *inside, size_t capacity, const char *path, st_error *error) {
     size_t n = strlen(path);
+    if (n < 5 || strcmp(path + n - 5, ".json") != 0)
+        return checkpointi_path(inside, capacity, path, "config.json", error);
+    if (n >= capacity) return checkpointi_fail(error, ST_ERR_LIMIT, "%.100s...: the path is too long", path);
+    memcpy(inside, path, n + 1);
+    return ST_OK;
+}
+
+st_result checkpoint_config_read(char **text, size_t *length, const char *path, st_error *error) {
     char inside[4096];
-    int written;
-    if (n >= 5 && strcmp(path + n - 5, ".json") == 0) return checkpointi_config_file(config, path, error);
-    written = snprintf(inside, sizeof inside, "%s/config.json", path);
-    if (written < 0 || (size_t)written >= sizeof inside) {
-        return checkpointi_fail(error, ST_ERR_LIMIT, "%.100s...: the path is too long", path);
-    }
-    return checkpointi_config_file(config, inside, error);
+    st_result result = checkpointi_config_path(inside, sizeof inside, path, error);
+    *text = NULL;
+    return result == ST_OK ? checkpointi_config_load(text, length, inside, error) : result;
+}
+
+st_result checkpoint_config(dsv3_config *config, const char *path, st_error *error) {
+    char inside[4096], *text = NULL;
+    size_t length = 0;
+    st_result result = checkpointi_config_path(inside, sizeof inside, path, error);
+    if (result == ST_OK) result = checkpointi_config_load(&text, &length, inside, error);
+    if (result == ST_OK) result = checkpoint_config_parse(config, text, length, inside, error);
+    ST_FREE(text);
+    return result;
 }
 
 int checkpoint_type(st_dtype dtype) {
@@ -509,6 +558,508 @@ void checkpoint_close(checkpoint *c) {
     st_close(&c->file);
     ST_FREE(c->tables);
     c->tables = NULL;
+}
+
+/* ---- Writing config.json */
+
+/* Text that grows in a buffer of fixed size; too much of it only sets full. */
+typedef struct checkpointi_text {
+    char *at;
+    size_t length, capacity;
+    int full;
+} checkpointi_text;
+
+static void checkpointi_put(checkpointi_text *t, const char *bytes, size_t n) {
+    if (n >= t->capacity - t->length) {
+        t->full = 1;
+        return;
+    }
+    memcpy(t->at + t->length, bytes, n);
+    t->length += n;
+    t->at[t->length] = '\0';
+}
+
+#ifdef __GNUC__
+__attribute__((format(printf, 2, 3)))
+#endif
+static void
+checkpointi_print(checkpointi_text *t, const char *format, ...) {
+    char line[512];
+    va_list list;
+    int n;
+    va_start(list, format);
+    n = vsnprintf(line, sizeof line, format, list);
+    va_end(list);
+    if (n < 0 || (size_t)n >= sizeof line) {
+        t->full = 1;
+    } else {
+        checkpointi_put(t, line, (size_t)n);
+    }
+}
+
+/* The shortest decimal number that is read back as x, with a point whatever the locale. */
+static void checkpointi_put_float(checkpointi_text *t, const char *key, float x) {
+    char text[64];
+    size_t n = 0;
+    for (int digits = 1; digits <= 9; digits++) {
+        float back;
+        snprintf(text, sizeof text, "%.*g", digits, (double)x);
+        back = strtof(text, NULL);
+        if (memcmp(&x, &back, sizeof x) == 0) break;
+    }
+    for (const char *c = text; *c != '\0'; c++) {
+        int digit = strchr("0123456789+-e", *c) != NULL;
+        if (digit || n == 0 || text[n - 1] != '.') text[n++] = digit ? *c : '.';
+    }
+    text[n] = '\0';
+    checkpointi_print(t, "  \"%s\": %s%s,\n", key, text, strpbrk(text, ".e") == NULL ? ".0" : "");
+}
+
+static void checkpointi_put_int(checkpointi_text *t, const char *key, int32_t x) {
+    checkpointi_print(t, "  \"%s\": %ld,\n", key, (long)x);
+}
+
+/* What the file says when there is none. */
+static void checkpointi_put_or_null(checkpointi_text *t, const char *key, int32_t x, int32_t none) {
+    if (x == none) {
+        checkpointi_print(t, "  \"%s\": null,\n", key);
+    } else {
+        checkpointi_put_int(t, key, x);
+    }
+}
+
+static void checkpointi_put_bool(checkpointi_text *t, const char *key, int32_t x) {
+    checkpointi_print(t, "  \"%s\": %s,\n", key, x ? "true" : "false");
+}
+
+static void checkpointi_put_sizes(checkpointi_text *t, const dsv3_config *c) {
+    checkpointi_put_int(t, "vocab_size", c->vocab_size);
+    checkpointi_put_int(t, "hidden_size", c->hidden_size);
+    checkpointi_put_int(t, "intermediate_size", c->intermediate_size);
+    checkpointi_put_int(t, "moe_intermediate_size", c->moe_intermediate_size);
+    checkpointi_put_int(t, "num_hidden_layers", c->num_hidden_layers);
+    checkpointi_put_int(t, "num_nextn_predict_layers", c->num_nextn_predict_layers);
+    checkpointi_put_int(t, "num_attention_heads", c->num_attention_heads);
+    checkpointi_put_int(t, "num_key_value_heads", c->num_attention_heads);
+    checkpointi_put_or_null(t, "q_lora_rank", c->q_lora_rank, 0);
+    checkpointi_put_int(t, "kv_lora_rank", c->kv_lora_rank);
+    checkpointi_put_int(t, "qk_nope_head_dim", c->qk_nope_head_dim);
+    checkpointi_put_int(t, "qk_rope_head_dim", c->qk_rope_head_dim);
+    checkpointi_put_int(t, "v_head_dim", c->v_head_dim);
+    checkpointi_put_int(t, "max_position_embeddings", c->max_position_embeddings);
+    checkpointi_put_float(t, "rms_norm_eps", c->rms_norm_eps);
+    checkpointi_put_bool(t, "tie_word_embeddings", c->tie_word_embeddings);
+    checkpointi_put_bool(t, "attention_bias", c->attention_bias);
+    checkpointi_put_float(t, "attention_dropout", 0.0f);
+    checkpointi_print(t, "  \"hidden_act\": \"silu\",\n");
+    checkpointi_put_or_null(t, "bos_token_id", c->bos_token_id, -1);
+    checkpointi_put_or_null(t, "eos_token_id", c->eos_token_id, -1);
+}
+
+static void checkpointi_put_experts(checkpointi_text *t, const dsv3_config *c) {
+    static const char methods[3][21] = {"noaux_tc", "group_limited_greedy", "greedy"};
+    checkpointi_put_int(t, "n_routed_experts", c->n_routed_experts);
+    checkpointi_put_int(t, "n_shared_experts", c->n_shared_experts);
+    checkpointi_put_int(t, "num_experts_per_tok", c->num_experts_per_tok);
+    checkpointi_put_int(t, "n_group", c->n_group);
+    checkpointi_put_int(t, "topk_group", c->topk_group);
+    checkpointi_put_int(t, "first_k_dense_replace", c->first_k_dense_replace);
+    checkpointi_put_int(t, "moe_layer_freq", c->moe_layer_freq);
+    checkpointi_print(t, "  \"scoring_func\": \"%s\",\n", c->scoring_func == DSV3_SOFTMAX ? "softmax" : "sigmoid");
+    checkpointi_print(t, "  \"topk_method\": \"%s\",\n", methods[c->topk_method]);
+    checkpointi_put_bool(t, "norm_topk_prob", c->norm_topk_prob);
+    checkpointi_put_float(t, "routed_scaling_factor", c->routed_scaling_factor);
+    checkpointi_put_bool(t, "seq_aux", c->seq_aux);
+    checkpointi_put_float(t, "aux_loss_alpha", c->aux_loss_alpha);
+}
+
+static void checkpointi_put_rope(checkpointi_text *t, const dsv3_config *c) {
+    const dsv3_rope_scaling *s = &c->rope_scaling;
+    checkpointi_put_float(t, "rope_theta", c->rope_theta);
+    checkpointi_put_bool(t, "rope_interleave", c->rope_interleave);
+    if (s->type == DSV3_ROPE_NONE) {
+        checkpointi_print(t, "  \"rope_scaling\": null,\n");
+        return;
+    }
+    checkpointi_print(t, "  \"rope_scaling\": {\n");
+    checkpointi_put_float(t, "beta_fast", s->beta_fast);
+    checkpointi_put_float(t, "beta_slow", s->beta_slow);
+    checkpointi_put_float(t, "factor", s->factor);
+    checkpointi_put_float(t, "mscale", s->mscale);
+    checkpointi_put_float(t, "mscale_all_dim", s->mscale_all_dim);
+    checkpointi_put_int(t, "original_max_position_embeddings", s->original_max_position_embeddings);
+    checkpointi_print(t, "  \"type\": \"yarn\"\n  },\n");
+}
+
+/* As in the published files: the type that is not quantised. */
+static const char *checkpointi_torch_type(dsv3_type type) {
+    return type == DSV3_F32 ? "\"float32\"" : type == DSV3_F16 ? "\"float16\"" : "\"bfloat16\"";
+}
+
+static const char checkpointi_quantisation[] = "{\n    \"activation_scheme\": \"dynamic\",\n    \"fmt\": \"e4m3\",\n"
+                                               "    \"quant_method\": \"fp8\",\n"
+                                               "    \"weight_block_size\": [128, 128]\n  }";
+
+/* Room for n bytes of text. */
+static st_result checkpointi_text_begin(checkpointi_text *t, size_t n, st_error *error) {
+    memset(t, 0, sizeof *t);
+    t->capacity = n;
+    t->at = (char *)ST_MALLOC(n);
+    if (t->at == NULL)
+        return checkpointi_fail(error, ST_ERR_NOMEM, "config.json: no memory for %lu bytes", (unsigned long)n);
+    t->at[0] = '\0';
+    return ST_OK;
+}
+
+static st_result checkpointi_text_end(checkpointi_text *t, char **text, st_error *error) {
+    if (!t->full) {
+        *text = t->at;
+        return ST_OK;
+    }
+    ST_FREE(t->at);
+    return checkpointi_fail(error, ST_ERR_LIMIT, "config.json: is too long");
+}
+
+st_result checkpoint_config_text(char **text, const dsv3_config *config, dsv3_type type, st_error *error) {
+    const char *family = config->topk_method == DSV3_NOAUX_TC ? "3" : "2";
+    checkpointi_text t;
+    *text = NULL;
+    if (checkpointi_text_begin(&t, 8192, error) != ST_OK) return ST_ERR_NOMEM;
+    checkpointi_print(&t, "{\n  \"architectures\": [\"DeepseekV%sForCausalLM\"],\n", family);
+    checkpointi_print(&t, "  \"model_type\": \"deepseek_v%s\",\n", family);
+    checkpointi_put_sizes(&t, config);
+    checkpointi_put_experts(&t, config);
+    checkpointi_put_rope(&t, config);
+    if (type == DSV3_F8_E4M3) checkpointi_print(&t, "  \"quantization_config\": %s,\n", checkpointi_quantisation);
+    checkpointi_print(&t, "  \"torch_dtype\": %s\n}\n", checkpointi_torch_type(type));
+    return checkpointi_text_end(&t, text, error);
+}
+
+/* The members of the old file one by one; values as they are written there. */
+static void checkpointi_adapt(checkpointi_text *t, const json_document *doc, dsv3_type type) {
+    const json_token *token = doc->token;
+    int had_type = 0, had_quantisation = 0;
+    checkpointi_put(t, "{", 1);
+    for (size_t i = 1; i < token[0].next; i = token[i + 1].next) {
+        const json_token *key = &token[i], *value = &token[i + 1];
+        size_t quote = value->type == JSON_STRING;
+        int names_type = json_equal(doc, i, "torch_dtype") || json_equal(doc, i, "dtype");
+        int quantisation = json_equal(doc, i, "quantization_config");
+        if (quantisation && type != DSV3_F8_E4M3) continue;
+        checkpointi_put(t, t->length > 1 ? ",\n  \"" : "\n  \"", t->length > 1 ? 5 : 4);
+        checkpointi_put(t, doc->text + key->start, key->end - key->start);
+        checkpointi_put(t, "\": ", 3);
+        had_type |= names_type;
+        had_quantisation |= quantisation && value->type == JSON_OBJECT;
+        if (names_type) {
+            checkpointi_put(t, checkpointi_torch_type(type), strlen(checkpointi_torch_type(type)));
+        } else if (quantisation && value->type != JSON_OBJECT) {
+            checkpointi_put(t, checkpointi_quantisation, sizeof checkpointi_quantisation - 1);
+            had_quantisation = 1;
+        } else {
+            checkpointi_put(t, doc->text + value->start - quote, value->end - value->start + 2 * quote);
+        }
+    }
+    if (!had_type) checkpointi_print(t, ",\n  \"torch_dtype\": %s", checkpointi_torch_type(type));
+    if (!had_quantisation && type == DSV3_F8_E4M3) {
+        checkpointi_print(t, ",\n  \"quantization_config\": %s", checkpointi_quantisation);
+    }
+    checkpointi_put(t, "\n}\n", 3);
+}
+
+st_result checkpoint_config_adapt(char **text, const char *from, size_t length, const char *label, dsv3_type type,
+                                  st_error *error) {
+    checkpointi_text t;
+    json_document doc;
+    json_token *tokens;
+    dsv3_config config;
+    size_t count = 0;
+    st_result result = checkpoint_config_parse(&config, from, length, label, error); /* a usable object, then */
+    *text = NULL;
+    if (result != ST_OK) return result;
+    if (json_parse(from, length, NULL, 0, &count, NULL) != JSON_OK || count > SIZE_MAX / sizeof *tokens ||
+        length > SIZE_MAX / 4) {
+        return checkpointi_fail(error, ST_ERR_OVERFLOW, "%.300s: is too large", label);
+    }
+    result = checkpointi_text_begin(&t, 2 * length + 1024, error);
+    if (result != ST_OK) return result;
+    tokens = (json_token *)ST_MALLOC(count * sizeof *tokens);
+    if (tokens == NULL || json_parse(from, length, tokens, count, &count, NULL) != JSON_OK) {
+        ST_FREE(tokens);
+        ST_FREE(t.at);
+        return checkpointi_fail(error, ST_ERR_NOMEM, "%.300s: out of memory", label);
+    }
+    doc.text = from;
+    doc.length = length;
+    doc.token = tokens;
+    doc.count = count;
+    checkpointi_adapt(&t, &doc, type);
+    ST_FREE(tokens);
+    return checkpointi_text_end(&t, text, error);
+}
+
+st_result checkpoint_config_write(const char *directory, const char *text, st_error *error) {
+    char path[4096];
+    st_result result = checkpointi_path(path, sizeof path, directory, "config.json", error);
+    return result == ST_OK ? st_write_bytes(path, text, strlen(text), error) : result;
+}
+
+/* ---- Writing weights */
+
+/* A tensor of the new file. */
+typedef struct checkpointi_piece {
+    dsv3_tensor from;
+    dsv3_type to;
+    int scales; /* bool: the scales of an FP8 tensor, not the tensor */
+    char name[DSV3_MAX_NAME + 16];
+} checkpointi_piece;
+
+typedef struct checkpointi_save {
+    const dsv3_config *config;
+    dsv3_find find;
+    void *user;
+    dsv3_type type;
+    st_error *error;
+    st_tensor *tensors;
+    checkpointi_piece *pieces; /* NULL: only count */
+    size_t count, bytes;       /* bytes: of an element. Larger elements go first, so that all are aligned */
+    size_t widest;             /* columns */
+    dsv3_context context;
+    float *rows;    /* [128, widest] */
+    float *scale;   /* [widest / 128, rounded up] */
+    uint16_t *code; /* [128, widest] in the new type */
+} checkpointi_save;
+
+static size_t checkpointi_blocks(size_t n) { return n / DSV3_BLOCK + (n % DSV3_BLOCK != 0); }
+
+/* The type that a tensor has in a file of type. */
+static dsv3_type checkpointi_type_of(const dsv3_tensor_info *info, dsv3_type type) {
+    if (info->group == DSV3_GROUP_ROUTER && info->rank == 1) return DSV3_F32;
+    return type == DSV3_F8_E4M3 && !info->quantised ? DSV3_BF16 : type;
+}
+
+static st_dtype checkpointi_dtype(dsv3_type type) {
+    return type == DSV3_F32 ? ST_F32 : type == DSV3_F16 ? ST_F16 : type == DSV3_BF16 ? ST_BF16 : ST_F8_E4M3;
+}
+
+static dsv3_result checkpointi_save_fail(checkpointi_save *s, const char *name, const char *why, dsv3_result code) {
+    checkpointi_fail(s->error, checkpointi_from_dsv3(code), "%.200s: %s", name, why);
+    return code;
+}
+
+/* The tensor, with its scales. data is NULL when it is missing, and may be. */
+static dsv3_result checkpointi_save_find(checkpointi_save *s, const dsv3_tensor_info *info, dsv3_tensor *tensor) {
+    char name[DSV3_MAX_NAME + 16];
+    dsv3_tensor scale;
+    dsv3_result result;
+    memset(tensor, 0, sizeof *tensor);
+    result = s->find(s->user, info->name, tensor);
+    if (result == DSV3_ERR_MISSING && (info->optional || info->layer >= s->config->num_hidden_layers)) {
+        tensor->data = NULL;
+        return DSV3_OK;
+    }
+    if (result != DSV3_OK) return checkpointi_save_fail(s, info->name, dsv3_result_string(result), result);
+    if (tensor->rank != info->rank || tensor->rows != info->rows || tensor->cols != info->cols) {
+        return checkpointi_save_fail(s, info->name, "has the wrong shape", DSV3_ERR_MISMATCH);
+    }
+    if (tensor->type != DSV3_F8_E4M3 || tensor->scale != NULL) return DSV3_OK;
+    snprintf(name, sizeof name, "%s_scale_inv", info->name);
+    memset(&scale, 0, sizeof scale);
+    result = s->find(s->user, name, &scale);
+    if (result != DSV3_OK) return checkpointi_save_fail(s, name, dsv3_result_string(result), DSV3_ERR_UNSUPPORTED);
+    if (scale.type != DSV3_F32 || scale.rows != checkpointi_blocks(tensor->rows) ||
+        scale.cols != checkpointi_blocks(tensor->cols)) {
+        return checkpointi_save_fail(s, name, "has the wrong type or shape", DSV3_ERR_MISMATCH);
+    }
+    tensor->scale = scale.data;
+    return DSV3_OK;
+}
+
+static void checkpointi_save_add(checkpointi_save *s, const dsv3_tensor_info *info, const dsv3_tensor *from,
+                                 int scales) {
+    size_t i = s->count++, rows = scales ? checkpointi_blocks(info->rows) : info->rows;
+    size_t cols = scales ? checkpointi_blocks(info->cols) : info->cols;
+    checkpointi_piece *piece;
+    st_tensor *t;
+    if (s->pieces == NULL) return;
+    piece = &s->pieces[i];
+    piece->from = *from;
+    piece->to = checkpointi_type_of(info, s->type);
+    piece->scales = scales;
+    snprintf(piece->name, sizeof piece->name, "%s%s", info->name, scales ? "_scale_inv" : "");
+    t = &s->tensors[i];
+    memset(t, 0, sizeof *t);
+    t->name = piece->name;
+    t->dtype = scales ? ST_F32 : checkpointi_dtype(piece->to);
+    t->rank = info->rank;
+    t->shape[0] = info->rank == 2 ? rows : cols;
+    if (info->rank == 2) t->shape[1] = cols;
+    t->bytes = rows * cols * st_dtype_bytes(t->dtype);
+}
+
+static dsv3_result checkpointi_save_visit(void *user, const dsv3_tensor_info *info) {
+    checkpointi_save *s = (checkpointi_save *)user;
+    dsv3_type type = checkpointi_type_of(info, s->type);
+    int scales = type == DSV3_F8_E4M3 && s->bytes == 4;
+    dsv3_tensor tensor;
+    dsv3_result result;
+    if (dsv3_type_bytes(type) != s->bytes && !scales) return DSV3_OK;
+    result = checkpointi_save_find(s, info, &tensor);
+    if (result != DSV3_OK || tensor.data == NULL) return result;
+    if (info->rows > SIZE_MAX / 4 / info->cols) {
+        return checkpointi_save_fail(s, info->name, "is too large", DSV3_ERR_OVERFLOW);
+    }
+    if (info->cols > s->widest) s->widest = info->cols;
+    checkpointi_save_add(s, info, &tensor, scales);
+    return DSV3_OK;
+}
+
+/* Lists the tensors, or counts them. */
+static dsv3_result checkpointi_save_walk(checkpointi_save *s) {
+    dsv3_result result = DSV3_OK;
+    s->count = 0;
+    for (s->bytes = 4; s->bytes > 0 && result == DSV3_OK; s->bytes /= 2) {
+        result = dsv3_model_tensors(s->config, checkpointi_save_visit, s);
+    }
+    return result;
+}
+
+/* Decodes rows [begin, begin + n) of a tensor. */
+static void checkpointi_decode(checkpointi_save *s, const dsv3_tensor *t, size_t begin, size_t n) {
+    size_t bytes = dsv3_type_bytes(t->type), blocks = checkpointi_blocks(t->cols);
+    for (size_t r = 0; r < n; r++) {
+        float *row = s->rows + r * t->cols;
+        const unsigned char *from = (const unsigned char *)t->data + (begin + r) * t->cols * bytes;
+        s->context.kernels.decode[t->type](row, from, t->cols);
+        for (size_t b = 0; t->type == DSV3_F8_E4M3 && b < blocks; b++) {
+            size_t end = (b + 1) * DSV3_BLOCK < t->cols ? (b + 1) * DSV3_BLOCK : t->cols;
+            float scale;
+            memcpy(&scale, (const unsigned char *)t->scale + ((begin + r) / DSV3_BLOCK * blocks + b) * sizeof scale,
+                   sizeof scale);
+            for (size_t i = b * DSV3_BLOCK; i < end; i++) row[i] *= scale;
+        }
+    }
+}
+
+/* Scales of the n rows that were decoded. Returns 0 for a value that is not finite. */
+static int checkpointi_scales(checkpointi_save *s, size_t n, size_t cols) {
+    size_t blocks = checkpointi_blocks(cols);
+    for (size_t b = 0; b < blocks; b++) s->scale[b] = 0.0f;
+    for (size_t r = 0; r < n; r++) {
+        for (size_t i = 0; i < cols; i++) {
+            float x = s->rows[r * cols + i], *most = &s->scale[i / DSV3_BLOCK];
+            x = x < 0.0f ? -x : x;
+            if (!(x <= FLT_MAX)) return 0;
+            if (x > *most) *most = x;
+        }
+    }
+    for (size_t b = 0; b < blocks; b++) { /* what is too small for a scale becomes zeros */
+        s->scale[b] = s->scale[b] / 448.0f < FLT_MIN ? 1.0f : s->scale[b] / 448.0f;
+    }
+    return 1;
+}
+
+/* n values of one row, or of many, as type. Returns 0 for a finite one that is too large. */
+static int checkpointi_encode(uint16_t *code, const float *x, size_t n, dsv3_type type) {
+    uint16_t infinity = type == DSV3_F16 ? 0x7C00 : 0x7F80;
+    for (size_t i = 0; i < n; i++) {
+        code[i] = type == DSV3_F16 ? dsv3_f16_from_f32(x[i]) : dsv3_bf16_from_f32(x[i]);
+        if ((code[i] & 0x7FFF) == infinity && x[i] <= FLT_MAX && x[i] >= -FLT_MAX) return 0;
+    }
+    return 1;
+}
+
+static void checkpointi_encode_fp8(checkpointi_save *s, size_t n, size_t cols) {
+    unsigned char *code = (unsigned char *)s->code;
+    for (size_t r = 0; r < n; r++) {
+        for (size_t i = 0; i < cols; i++) {
+            code[r * cols + i] = dsv3_f8_e4m3_from_f32(s->rows[r * cols + i] / s->scale[i / DSV3_BLOCK]);
+        }
+    }
+}
+
+/* 128 rows at a time. */
+static st_result checkpointi_save_rows(checkpointi_save *s, const checkpointi_piece *piece, size_t begin, size_t n,
+                                       st_sink *sink) {
+    size_t cols = piece->from.cols;
+    checkpointi_decode(s, &piece->from, begin, n);
+    if (piece->to == DSV3_F32) return st_put(sink, s->rows, n * cols * sizeof *s->rows);
+    if (piece->to != DSV3_F8_E4M3) {
+        if (!checkpointi_encode(s->code, s->rows, n * cols, piece->to)) return ST_ERR_OVERFLOW;
+        return st_put(sink, s->code, n * cols * sizeof *s->code);
+    }
+    if (!checkpointi_scales(s, n, cols)) return ST_ERR_OVERFLOW;
+    if (piece->scales) return st_put(sink, s->scale, checkpointi_blocks(cols) * sizeof *s->scale);
+    checkpointi_encode_fp8(s, n, cols);
+    return st_put(sink, s->code, n * cols);
+}
+
+static st_result checkpointi_save_tensor(void *user, size_t index, st_sink *sink, st_error *error) {
+    checkpointi_save *s = (checkpointi_save *)user;
+    const checkpointi_piece *piece = &s->pieces[index];
+    const dsv3_tensor *from = &piece->from;
+    st_result result = ST_OK;
+    if (from->type == piece->to) {
+        return st_put(sink, piece->scales ? from->scale : from->data, s->tensors[index].bytes);
+    }
+    for (size_t begin = 0; begin < from->rows && result == ST_OK; begin += DSV3_BLOCK) {
+        size_t n = from->rows - begin < DSV3_BLOCK ? from->rows - begin : DSV3_BLOCK;
+        result = checkpointi_save_rows(s, piece, begin, n, sink);
+    }
+    if (result == ST_ERR_OVERFLOW) {
+        checkpointi_fail(error, result, "%.200s: has a value that %s cannot hold", piece->name,
+                         dsv3_type_name(piece->to));
+    }
+    return result;
+}
+
+/* count x size bytes, or NULL. */
+static void *checkpointi_memory(size_t count, size_t size, st_error *error) {
+    void *p = count <= SIZE_MAX / size ? ST_MALLOC(count > 0 ? count * size : 1) : NULL;
+    if (p == NULL) {
+        checkpointi_fail(error, ST_ERR_NOMEM, "saving: no memory for %lu x %lu bytes", (unsigned long)count,
+                         (unsigned long)size);
+    }
+    return p;
+}
+
+static st_result checkpointi_save_run(checkpointi_save *s, const char *path, st_error *error) {
+    static const char *const pairs[] = {"format", "pt", NULL};
+    size_t cells = s->widest <= SIZE_MAX / DSV3_BLOCK ? s->widest * DSV3_BLOCK : SIZE_MAX;
+    s->tensors = (st_tensor *)checkpointi_memory(s->count, sizeof *s->tensors, error);
+    s->pieces = (checkpointi_piece *)checkpointi_memory(s->count, sizeof *s->pieces, error);
+    s->rows = (float *)checkpointi_memory(cells, sizeof *s->rows, error);
+    s->code = (uint16_t *)checkpointi_memory(cells, sizeof *s->code, error);
+    s->scale = (float *)checkpointi_memory(checkpointi_blocks(s->widest), sizeof *s->scale, error);
+    if (s->tensors == NULL || s->pieces == NULL || s->rows == NULL || s->code == NULL || s->scale == NULL) {
+        return ST_ERR_NOMEM;
+    }
+    if (checkpointi_save_walk(s) != DSV3_OK) return ST_ERR_ARG; /* it was another list a moment ago */
+    return st_write_made(path, s->tensors, s->count, pairs, checkpointi_save_tensor, s, error);
+}
+
+st_result checkpoint_save(const char *directory, const dsv3_config *config, dsv3_find find, void *user,
+                          dsv3_type type, st_error *error) {
+    checkpointi_save s;
+    char path[4096];
+    dsv3_result walked;
+    st_result result = checkpointi_path(path, sizeof path, directory, "model.safetensors", error);
+    if (result != ST_OK) return result;
+    memset(&s, 0, sizeof s);
+    s.config = config;
+    s.find = find;
+    s.user = user;
+    s.type = type;
+    s.error = error;
+    (void)dsv3_context_init(&s.context, DSV3_BACKEND_REFERENCE, 1);
+    walked = checkpointi_save_walk(&s);
+    result = walked == DSV3_OK ? checkpointi_save_run(&s, path, error) : checkpointi_from_dsv3(walked);
+    ST_FREE(s.tensors);
+    ST_FREE(s.pieces);
+    ST_FREE(s.rows);
+    ST_FREE(s.code);
+    ST_FREE(s.scale);
+    return result;
 }
 
 #endif /* CHECKPOINT_IMPLEMENTATION */

@@ -1,4 +1,4 @@
-/* dsv3.c -- the command line tool: text from a checkpoint, its score, its routing, its plan, its contents.
+/* dsv3.c -- the command line tool: text from a checkpoint, its score, routing, plan and contents; and its training.
  *
  *     dsv3 generate DIR     writes text
  *     dsv3 chat DIR         writes it in turns with you
@@ -6,6 +6,8 @@
  *     dsv3 route DIR FILE   how evenly a text is spread over the experts
  *     dsv3 plan DIR|NAME    what a model needs: parameters, bytes, cache, workspace
  *     dsv3 inspect DIR      every tensor with its range
+ *     dsv3 convert DIR OUT  the same checkpoint in another type
+ *     dsv3 train            a checkpoint from text
  *
  * `dsv3 COMMAND --help` lists the options. Exit status: 0 ok; 1 bad input, be it a file, a text or an option's value
  * (one line says what, where, expected and found); 2 wrong usage: an unknown command or option, a missing operand.
@@ -68,12 +70,28 @@ static void flush_output(void) {
 
 /* ---- Options. A command has a table of them; what is left over are its operands. */
 
-typedef enum option_kind { OPTION_FLAG, OPTION_TEXT, OPTION_INT, OPTION_FLOAT } option_kind;
+typedef enum option_kind { OPTION_FLAG, OPTION_TEXT, OPTION_INT, OPTION_FLOAT, OPTION_LIST } option_kind;
+
+/* The values of an option that may be repeated. */
+typedef struct texts {
+    const char **item; /* [count], then NULL; NULL if there are none */
+    size_t count;
+    int replace; /* bool: the next one added takes the place of all */
+} texts;
+
+static void texts_add(texts *t, const char *text) {
+    if (t->replace) t->count = 0;
+    t->replace = 0;
+    t->item = (const char **)realloc(t->item, (t->count + 2) * sizeof *t->item);
+    if (t->item == NULL) stop("options: no memory for %zu texts", t->count);
+    t->item[t->count++] = text;
+    t->item[t->count] = NULL;
+}
 
 typedef struct option {
     const char *name;
     option_kind kind;
-    void *value;      /* int *, const char **, long *, double * */
+    void *value;      /* int *, const char **, long *, double *, texts * */
     double low, high; /* of numbers, both inclusive */
 } option;
 
@@ -142,6 +160,9 @@ static int parse(int argc, char **argv, const command *c, const option *options,
             value = value != NULL ? value + 1 : argv[i];
             if (o->kind == OPTION_TEXT) {
                 *(const char **)o->value = value;
+            } else if (o->kind == OPTION_LIST) {
+                if (*value == '\0') stop("%s: expected a value, found ''", o->name);
+                texts_add((texts *)o->value, value);
             } else {
                 option_number(o, value);
             }
@@ -1624,6 +1645,1408 @@ static int inspect(int argc, char **argv, const command *c) {
     return 0;
 }
 
+/* ---- Directories that are written */
+
+static void make_directory(const char *name, const char *path) {
+#ifdef TOOL_POSIX
+    struct stat s;
+    if (*path == '\0') stop("%s: expected a directory, found ''", name);
+    if (mkdir(path, 0777) == 0) return;
+    if (errno != EEXIST) stop("%s: cannot be made: %s", path, strerror(errno));
+    if (stat(path, &s) == 0 && !S_ISDIR(s.st_mode)) stop("%s: is not a directory", path);
+#else
+    (void)name, (void)path; /* C alone cannot make one: it must be there */
+#endif
+}
+
+static int file_exists(const char *directory, const char *name) {
+    char path[4096];
+    FILE *file;
+    int n = snprintf(path, sizeof path, "%s/%s", directory, name);
+    if (n < 0 || (size_t)n >= sizeof path) stop("%.100s...: the path is too long", directory);
+    file = fopen(path, "rb");
+    if (file != NULL) fclose(file);
+    return file != NULL;
+}
+
+/* ---- convert */
+
+static const char convert_help[] =
+    "usage: dsv3 convert DIR OUT --type TYPE\n"
+    "Writes the checkpoint in DIR to the directory OUT in another type: OUT/model.safetensors, one file, and\n"
+    "OUT/config.json with torch_dtype and quantization_config to match. Other files of DIR are not copied.\n"
+    "  --type TYPE      F32, F16, BF16 or F8_E4M3. With F8_E4M3, embedding, head, norms, routers and eh_proj become\n"
+    "                   BF16 as in the published files, and each 128x128 block of the other matrices has a scale.\n"
+    "                   Router biases are always F32. What has its type already is copied bit for bit\n";
+
+static int is_same_directory(const char *a, const char *b) {
+#ifdef TOOL_POSIX
+    struct stat s, t;
+    if (stat(a, &s) == 0 && stat(b, &t) == 0) return s.st_dev == t.st_dev && s.st_ino == t.st_ino;
+#endif
+    return strcmp(a, b) == 0;
+}
+
+typedef struct convert_state {
+    const st_file *file;
+    size_t used; /* tensors of the file that the config calls for */
+} convert_state;
+
+static dsv3_result convert_count(void *user, const dsv3_tensor_info *info) {
+    convert_state *s = (convert_state *)user;
+    char name[DSV3_MAX_NAME + 16];
+    snprintf(name, sizeof name, "%s_scale_inv", info->name);
+    s->used += st_find(s->file, info->name) != NULL;
+    s->used += st_find(s->file, name) != NULL;
+    return DSV3_OK;
+}
+
+static void convert_print(const char *directory, dsv3_type type) {
+    checkpoint c;
+    st_error error;
+    unsigned long long bytes = 0;
+    if (checkpoint_open(&c, directory, &error) != ST_OK) stop("%s", error.message);
+    for (size_t i = 0; i < c.file.count; i++) bytes += c.file.tensor[i].bytes;
+    printf("%s: %s, %zu tensors, %llu bytes\n", directory, dsv3_type_name(type), c.file.count, bytes);
+    flush_output();
+    checkpoint_close(&c);
+}
+
+static int convert(int argc, char **argv, const command *c) {
+    const char *type_name = NULL, *operands[2] = {NULL, NULL};
+    const option options[] = {{"--type", OPTION_TEXT, &type_name, 0, 0}, {NULL, OPTION_FLAG, NULL, 0, 0}};
+    checkpoint from;
+    st_error error;
+    dsv3_type type;
+    convert_state state;
+    char *old = NULL, *text = NULL;
+    size_t length = 0;
+    int status = parse(argc, argv, c, options, operands, 2);
+    if (status != 0) return status - 1;
+    if (type_name == NULL) return usage(c, "an option is missing: --type", "");
+    type = parse_type("--type", type_name);
+    if (is_same_directory(operands[0], operands[1])) {
+        stop("%s: expected another directory than the one to convert", operands[1]);
+    }
+    if (checkpoint_open(&from, operands[0], &error) != ST_OK) stop("%s", error.message);
+    state.file = &from.file;
+    state.used = 0;
+    stop_result(operands[0], dsv3_model_tensors(&from.config, convert_count, &state));
+    if (state.used < from.file.count) {
+        fprintf(stderr, "dsv3: warning: left out: %zu tensors that the configuration does not call for\n",
+                from.file.count - state.used);
+    }
+    if (checkpoint_config_read(&old, &length, operands[0], &error) != ST_OK ||
+        checkpoint_config_adapt(&text, old, length, operands[0], type, &error) != ST_OK) {
+        stop("%s", error.message);
+    }
+    make_directory("OUT", operands[1]);
+    if (checkpoint_save(operands[1], &from.config, checkpoint_find, &from.file, type, &error) != ST_OK ||
+        checkpoint_config_write(operands[1], text, &error) != ST_OK) {
+        stop("%s", error.message);
+    }
+    free(old);
+    free(text);
+    checkpoint_close(&from);
+    convert_print(operands[1], type);
+    return 0;
+}
+
+/* ---- train: options */
+
+static const char train_help[] =
+    "usage: dsv3 train (--preset NAME | --config FILE | --init DIR) --text FILE --out DIR [options]\n"
+    "       dsv3 train --resume --out DIR\n"
+    "Trains a model on text: AdamW, multi-token prediction, experts balanced by their biases. DIR gets the\n"
+    "checkpoint (model.safetensors, config.json), what --resume needs (train.safetensors), log.csv and pictures of\n"
+    "it. Ctrl-C ends it after the current step, with everything saved. Standard error shows the progress.\n"
+    "The model:\n"
+    "  --preset NAME    random weights for one of " PLAN_NAMES "\n"
+    "  --config FILE    random weights for this config.json, or the one in this directory\n"
+    "  --init DIR       the weights of a checkpoint\n"
+    "  --std X          standard deviation of random weights (default 0.02)\n"
+    "  --freeze NAMES   these tensors are not trained; * stands for any characters; may be repeated\n"
+    "The text:\n"
+    "  --text FILE      may be repeated: the files are joined\n"
+    "  --ids            they hold token ids\n"
+    "  --val P          the last P percent are for validation (default 5)\n"
+    "  --seq N          tokens of a sequence (default: what the model was made for, at most 256)\n"
+    "  --batch N        sequences of a step (default 8)\n"
+    "  --accum N        micro-batches into which they are divided, to save memory (default: up to 4096 tokens each)\n"
+    "The recipe:\n"
+    "  --steps N        (default 1000)\n"
+    "  --lr X           highest learning rate (default 0.003)\n"
+    "  --schedule S     v3 (warm-up, constant, cosine, low, tail) or cosine (default v3)\n"
+    "  --warmup N       steps of the warm-up (default: a twentieth)\n"
+    "  --constant F     v3: where the constant phase ends, as a fraction of the steps (default 0.676). The cosine "
+    "ends\n"
+    "                   at 0.966 and the low phase at 0.989, as for V3\n"
+    "  --low F          rate of the low phase, or where the cosine ends, as a fraction of --lr (default 0.1)\n"
+    "  --tail F         v3: rate of the last phase, likewise (default 0.033)\n"
+    "  --lambda X       weight of the MTP losses (default 0.3)\n"
+    "  --alpha X        weight of the balance loss (default 0.0001)\n"
+    "  --bias-speed X   step of the routers' biases (default 0.001)\n"
+    "  --bias-freeze F  where the biases stop, as a fraction of the steps (default 0.966)\n"
+    "  --weight-decay X (default 0.1)\n"
+    "  --exempt NAMES   no weight decay for these tensors (norms never have any); may be repeated\n"
+    "  --clip X         largest norm of the gradients, 0: any (default 1)\n"
+    "  --ema X          decay of a moving average of the weights, kept in DIR/ema; 0: none (default 0)\n"
+    "  --seed N         (default 1)\n"
+    "Memory and output:\n"
+    "  --keep WHAT      activations that are kept, not computed again: none, norms, up, swiglu or all (default "
+    "none)\n"
+    "  --type TYPE      of the saved weights: F32, F16, BF16 or F8_E4M3 (default F32)\n"
+    "  --save-every N   steps between checkpoints (default 100)\n"
+    "  --val-every N    steps between validations (default 100)\n"
+    "  --val-tokens N   tokens of a validation (default 8192)\n"
+    "  --sample-every N steps between samples of the model's text, 0: none (default 0)\n"
+    "  --threads N      default: all cores; does not change the result\n"
+    "  --resume         goes on with the run in DIR, bit for bit as if it had never stopped; options and text are "
+    "those\n"
+    "                   of the run, and what is given again must agree (except under \"Memory and output\")\n";
+
+typedef struct train_options {
+    const char *config, *preset, *init, *out, *schedule, *keep, *type;
+    texts text, freeze, exempt;
+    long steps, batch, accum, seq, warmup, seed, val_every, val_tokens, sample_every, save_every, threads;
+    double std, val, lr, constant, low, tail, lambda, alpha, bias_speed, bias_freeze, weight_decay, clip, ema;
+    int ids, resume;
+} train_options;
+
+#define TRAIN_OPTIONS 36
+
+/* What --resume does with an option: it belongs to one call only; it is stored, but may change; it must stay. */
+typedef enum train_role { TRAIN_CALL, TRAIN_FREE, TRAIN_FIXED } train_role;
+
+static void train_table(option *table, train_options *o) {
+    const option options[TRAIN_OPTIONS + 1] = {{"--config", OPTION_TEXT, &o->config, 0, 0},
+                                               {"--preset", OPTION_TEXT, &o->preset, 0, 0},
+                                               {"--init", OPTION_TEXT, &o->init, 0, 0},
+                                               {"--out", OPTION_TEXT, &o->out, 0, 0},
+                                               {"--resume", OPTION_FLAG, &o->resume, 0, 0},
+                                               {"--threads", OPTION_INT, &o->threads, 1, 4096},
+                                               {"--text", OPTION_LIST, &o->text, 0, 0},
+                                               {"--keep", OPTION_TEXT, &o->keep, 0, 0},
+                                               {"--type", OPTION_TEXT, &o->type, 0, 0},
+                                               {"--save-every", OPTION_INT, &o->save_every, 1, 1e9},
+                                               {"--val-every", OPTION_INT, &o->val_every, 1, 1e9},
+                                               {"--val-tokens", OPTION_INT, &o->val_tokens, 1, 1e15},
+                                               {"--sample-every", OPTION_INT, &o->sample_every, 0, 1e9},
+                                               {"--std", OPTION_FLOAT, &o->std, 0, 100},
+                                               {"--freeze", OPTION_LIST, &o->freeze, 0, 0},
+                                               {"--ids", OPTION_FLAG, &o->ids, 0, 0},
+                                               {"--val", OPTION_FLOAT, &o->val, 0, 99},
+                                               {"--seq", OPTION_INT, &o->seq, 1, (double)DSV3_MAX_SEQ},
+                                               {"--batch", OPTION_INT, &o->batch, 1, 1e6},
+                                               {"--accum", OPTION_INT, &o->accum, 1, 1e6},
+                                               {"--steps", OPTION_INT, &o->steps, 1, 1e9},
+                                               {"--lr", OPTION_FLOAT, &o->lr, 0, 1e30},
+                                               {"--schedule", OPTION_TEXT, &o->schedule, 0, 0},
+                                               {"--warmup", OPTION_INT, &o->warmup, 0, 1e9},
+                                               {"--constant", OPTION_FLOAT, &o->constant, 0, 1},
+                                               {"--low", OPTION_FLOAT, &o->low, 0, 1},
+                                               {"--tail", OPTION_FLOAT, &o->tail, 0, 1},
+                                               {"--lambda", OPTION_FLOAT, &o->lambda, 0, 1e6},
+                                               {"--alpha", OPTION_FLOAT, &o->alpha, 0, 1e6},
+                                               {"--bias-speed", OPTION_FLOAT, &o->bias_speed, 0, 1e6},
+                                               {"--bias-freeze", OPTION_FLOAT, &o->bias_freeze, 0, 1},
+                                               {"--weight-decay", OPTION_FLOAT, &o->weight_decay, 0, 1e6},
+                                               {"--exempt", OPTION_LIST, &o->exempt, 0, 0},
+                                               {"--clip", OPTION_FLOAT, &o->clip, 0, 1e30},
+                                               {"--ema", OPTION_FLOAT, &o->ema, 0, 0.999999999},
+                                               {"--seed", OPTION_INT, &o->seed, 0, 9e15},
+                                               {NULL, OPTION_FLAG, NULL, 0, 0}};
+    memcpy(table, options, sizeof options);
+}
+
+static train_role train_role_of(const char *name) {
+    static const char calls[6][12] = {"--config", "--preset", "--init", "--out", "--resume", "--threads"};
+    static const char frees[7][16] = {"--text",      "--keep",       "--type",        "--save-every",
+                                      "--val-every", "--val-tokens", "--sample-every"};
+    for (int i = 0; i < 6; i++) {
+        if (strcmp(name, calls[i]) == 0) return TRAIN_CALL;
+    }
+    for (int i = 0; i < 7; i++) {
+        if (strcmp(name, frees[i]) == 0) return TRAIN_FREE;
+    }
+    return TRAIN_FIXED;
+}
+
+static train_options train_defaults(void) {
+    train_options o;
+    memset(&o, 0, sizeof o);
+    o.schedule = "v3";
+    o.keep = "none";
+    o.type = "F32";
+    o.steps = 1000;
+    o.batch = 8;
+    o.warmup = -1;
+    o.seed = 1;
+    o.save_every = o.val_every = 100;
+    o.val_tokens = 8192;
+    o.std = 0.02;
+    o.val = 5;
+    o.lr = 0.003;
+    o.constant = 10.0 / 14.8; /* [R] 4.2: trillions of tokens */
+    o.low = 0.1;
+    o.tail = 7.3e-6 / 2.2e-4;
+    o.lambda = 0.3;
+    o.alpha = 0.0001;
+    o.bias_speed = 0.001;
+    o.bias_freeze = 14.3 / 14.8;
+    o.weight_decay = 0.1;
+    o.clip = 1;
+    return o;
+}
+
+static int32_t train_keep(const char *text) {
+    static const char names[5][8] = {"none", "norms", "up", "swiglu", "all"};
+    static const int32_t keep[5] = {0, DSV3_KEEP_NORMS, DSV3_KEEP_UP_PROJECTIONS, DSV3_KEEP_SWIGLU,
+                                    DSV3_KEEP_NORMS + DSV3_KEEP_UP_PROJECTIONS + DSV3_KEEP_SWIGLU};
+    for (int i = 0; i < 5; i++) {
+        if (strcmp(text, names[i]) == 0) return keep[i];
+    }
+    stop("--keep: expected none, norms, up, swiglu or all, found '%s'", text);
+    return 0;
+}
+
+/* Everything about the options that needs no file. */
+static void train_check(const train_options *o) {
+    int models = (o->config != NULL) + (o->preset != NULL) + (o->init != NULL);
+    if (o->out == NULL) stop("--out: expected a directory, found nothing");
+    if (o->resume && models > 0) stop("--resume: the model is the one in %s; expected no other", o->out);
+    if (!o->resume && models != 1) stop("expected one of --preset, --config and --init, found %d", models);
+    if (!o->resume && o->text.count == 0) stop("--text: expected at least one file, found none");
+    (void)train_keep(o->keep);
+    (void)parse_type("--type", o->type);
+    if (strcmp(o->schedule, "v3") != 0 && strcmp(o->schedule, "cosine") != 0) {
+        stop("--schedule: expected v3 or cosine, found '%s'", o->schedule);
+    }
+    if (o->accum > 0 && o->batch % o->accum != 0) {
+        stop("--accum: expected a divisor of the batch of %ld sequences, found %ld", o->batch, o->accum);
+    }
+    if (o->warmup > o->steps) stop("--warmup: expected at most %ld, the steps, found %ld", o->steps, o->warmup);
+}
+
+/* ---- train: everything there is */
+
+#define NOTHING ((double)NAN) /* a number that was not measured */
+#define TRAIN_PATIENCE 10     /* steps in a row without finite gradients before it is given up */
+
+/* A tensor of the parameters. */
+typedef struct train_tensor {
+    char name[DSV3_MAX_NAME];
+    size_t at; /* its first element */
+    size_t rows, cols;
+    int rank;
+} train_tensor;
+
+/* The rows of log.csv, column by column; NOTHING: not measured. */
+typedef struct train_log {
+    FILE *file;
+    char *path;
+    double **column; /* [columns][capacity] */
+    size_t columns, rows, capacity;
+} train_log;
+
+typedef struct train_state {
+    train_options o;
+    char **string; /* [strings] what was restored */
+    size_t strings;
+    dsv3_config config;
+    dsv3_type type;
+    size_t D;
+    tokens text;
+    size_t taught; /* tokens that are trained on; the others are for validation */
+    uint64_t hash; /* of the tokens */
+    dsv3_training settings;
+    dsv3_schedule schedule;
+    dsv3_trainer trainer;
+    void *trainer_memory;
+    train_tensor *tensor; /* [tensors] in the order of the parameters */
+    size_t tensors;
+    size_t accum, sequences, seq;          /* micro-batches; sequences of one; tokens of a sequence */
+    int32_t *token, *target, *sequence_id; /* [sequences * seq] */
+    session eval;                          /* the trainer's weights, for validation and samples */
+    dsv3_cache *modules;
+    void *modules_memory;
+    dsv3_losses val;
+    size_t moe;        /* layers with experts, MTP modules included */
+    int32_t *layer;    /* [moe] */
+    double *load;      /* [moe, E] since the last picture */
+    uint64_t done;     /* steps, skipped ones included */
+    uint64_t skipped;  /* of these */
+    uint64_t in_a_row; /* of these, the last ones */
+    uint64_t saved;    /* the step of the last checkpoint */
+    train_log log;
+    double begin, shown, drawn; /* seconds */
+    uint64_t began_at;          /* step */
+} train_state;
+
+/* The columns of the log: step, tokens, lr, loss, main, mtp 1 .. D, balance, grad_norm, MaxVio, val main, mtp 1 .. */
+enum { TRAIN_STEP, TRAIN_TOKENS, TRAIN_LR, TRAIN_LOSS, TRAIN_MAIN };
+static size_t train_balance(const train_state *s) { return TRAIN_MAIN + 1 + s->D; }
+static size_t train_norm(const train_state *s) { return train_balance(s) + 1; }
+static size_t train_vio(const train_state *s) { return train_balance(s) + 2; }
+static size_t train_val(const train_state *s) { return train_balance(s) + 3; }
+
+/* ---- train: names of tensors */
+
+static int train_matches(const char *pattern, const char *name) {
+    const char *star = NULL, *back = NULL; /* the last * and the name it may still have to swallow */
+    while (*name != '\0') {
+        if (*pattern == '*') {
+            star = pattern++;
+            back = name;
+        } else if (*pattern == *name) {
+            pattern++;
+            name++;
+        } else if (star != NULL) {
+            pattern = star + 1;
+            name = ++back;
+        } else {
+            return 0;
+        }
+    }
+    while (*pattern == '*') pattern++;
+    return *pattern == '\0';
+}
+
+typedef struct train_names {
+    const char *pattern;
+    size_t matches, shared;
+} train_names;
+
+static dsv3_result train_match_visit(void *user, const dsv3_tensor_info *info) {
+    train_names *n = (train_names *)user;
+    int found = !info->optional && train_matches(n->pattern, info->name);
+    n->matches += found != 0;
+    n->shared += found && info->group == DSV3_GROUP_SHARED;
+    return DSV3_OK;
+}
+
+/* A pattern that names nothing is a mistake. */
+static void train_check_names(const train_state *s, const char *which, const texts *patterns) {
+    size_t shared = 0;
+    for (size_t i = 0; i < patterns->count; i++) {
+        train_names n = {patterns->item[i], 0, 0};
+        stop_result(which, dsv3_model_tensors(&s->config, train_match_visit, &n));
+        if (n.matches == 0) stop("%s: no tensor has a name like '%s'", which, n.pattern);
+        shared += n.shared;
+    }
+    if (shared > 0 && strcmp(which, "--freeze") == 0) {
+        fprintf(stderr,
+                "dsv3: warning: --freeze: %zu tensors of shared experts stay as they are%s; every token passes "
+                "through them\n",
+                shared, s->o.init == NULL && !s->o.resume ? ", random" : "");
+    }
+}
+
+static dsv3_result train_tensor_visit(void *user, const dsv3_tensor_info *info) {
+    train_state *s = (train_state *)user;
+    if (info->optional) return DSV3_OK;
+    if (s->tensor != NULL) {
+        train_tensor *t = &s->tensor[s->tensors];
+        memcpy(t->name, info->name, sizeof t->name);
+        t->rank = info->rank;
+        t->rows = info->rows;
+        t->cols = info->cols;
+        t->at = s->tensors > 0 ? t[-1].at + t[-1].rows * t[-1].cols : 0;
+    }
+    s->tensors++;
+    return DSV3_OK;
+}
+
+static void train_list_tensors(train_state *s) {
+    stop_result("tensors", dsv3_model_tensors(&s->config, train_tensor_visit, s));
+    s->tensor = (train_tensor *)route_table("tensors", s->tensors, 1, 1, sizeof *s->tensor);
+    s->tensors = 0;
+    stop_result("tensors", dsv3_model_tensors(&s->config, train_tensor_visit, s));
+}
+
+/* A dsv3_find over an array in the order of the parameters. It is mostly asked in that order. */
+typedef struct train_lookup {
+    const train_state *s;
+    const float *data;
+    size_t next;
+} train_lookup;
+
+static dsv3_result train_find(void *user, const char *name, dsv3_tensor *tensor) {
+    train_lookup *l = (train_lookup *)user;
+    for (size_t i = 0; i < l->s->tensors; i++) {
+        const train_tensor *t = &l->s->tensor[(l->next + i) % l->s->tensors];
+        if (strcmp(t->name, name) != 0) continue;
+        l->next += i + 1;
+        tensor->data = l->data + t->at;
+        tensor->type = DSV3_F32;
+        tensor->rank = t->rank;
+        tensor->rows = t->rows;
+        tensor->cols = t->cols;
+        return DSV3_OK;
+    }
+    return DSV3_ERR_MISSING;
+}
+
+/* ---- train: options as text, in train.safetensors */
+
+/* A path or pattern in a list: without spaces, in ASCII, whatever its bytes are. */
+static char *train_escape(char *to, const char *text) {
+    for (; *text != '\0'; text++) {
+        unsigned char c = (unsigned char)*text;
+        if (c > 0x20 && c < 0x7F && c != '%') {
+            *to++ = *text;
+        } else {
+            to += snprintf(to, 4, "%%%02X", (unsigned)c);
+        }
+    }
+    *to = '\0';
+    return to;
+}
+
+static int train_hex(char c) { return c >= 'A' ? c - 'A' + 10 : c - '0'; }
+
+static char *train_value(const option *o) {
+    const texts *list = (const texts *)o->value;
+    size_t n = 64;
+    char *text, *at;
+    if (o->kind == OPTION_TEXT) n += strlen(*(const char **)o->value);
+    for (size_t i = 0; o->kind == OPTION_LIST && i < list->count; i++) n += 3 * strlen(list->item[i]) + 1;
+    at = text = (char *)allocate(o->name, n);
+    *text = '\0';
+    switch (o->kind) {
+    case OPTION_FLAG: snprintf(text, n, "%d", *(int *)o->value); break;
+    case OPTION_TEXT: snprintf(text, n, "%s", *(const char **)o->value); break;
+    case OPTION_INT: snprintf(text, n, "%ld", *(long *)o->value); break;
+    case OPTION_FLOAT: snprintf(text, n, "%.17g", *(double *)o->value); break;
+    case OPTION_LIST:
+        for (size_t i = 0; i < list->count; i++) {
+            if (i > 0) *at++ = ' ';
+            at = train_escape(at, list->item[i]);
+        }
+        break;
+    }
+    return text;
+}
+
+/* A copy that lives as long as the run. */
+static const char *train_keep_string(train_state *s, const char *text, size_t n) {
+    char *copy = (char *)allocate("options", n + 1);
+    memcpy(copy, text, n);
+    copy[n] = '\0';
+    s->string = (char **)realloc(s->string, (s->strings + 1) * sizeof *s->string);
+    if (s->string == NULL) stop("options: no memory for %zu texts", s->strings + 1);
+    return s->string[s->strings++] = copy;
+}
+
+static void train_restore_list(train_state *s, texts *list, const char *text) {
+    while (*text != '\0') {
+        size_t n = strcspn(text, " "), length = 0;
+        char *plain = (char *)allocate("options", n + 1);
+        for (size_t i = 0; i < n; i++) {
+            int escaped = text[i] == '%' && n - i > 2;
+            plain[length++] = escaped ? (char)(16 * train_hex(text[i + 1]) + train_hex(text[i + 2])) : text[i];
+            i += escaped ? 2 : 0;
+        }
+        texts_add(list, train_keep_string(s, plain, length));
+        free(plain);
+        text += n;
+        text += *text == ' ';
+    }
+    list->replace = 1;
+}
+
+static void train_restore(train_state *s, const st_file *file, const char *path) {
+    option table[TRAIN_OPTIONS + 1];
+    train_table(table, &s->o);
+    for (const option *o = table; o->name != NULL; o++) {
+        const char *value = st_metadata(file, o->name);
+        if (train_role_of(o->name) == TRAIN_CALL) continue;
+        if (value == NULL) stop("%s: is no state of a training run: %s is missing", path, o->name);
+        if (o->kind == OPTION_LIST) {
+            train_restore_list(s, (texts *)o->value, value);
+        } else if (o->kind == OPTION_TEXT) {
+            *(const char **)o->value = train_keep_string(s, value, strlen(value));
+        } else if (o->kind == OPTION_FLAG) {
+            *(int *)o->value = strcmp(value, "1") == 0;
+        } else {
+            option_number(o, value);
+        }
+    }
+}
+
+/* After the command line was read once more, over what was restored. */
+static void train_compare(train_state *s, const st_file *file) {
+    option table[TRAIN_OPTIONS + 1];
+    train_table(table, &s->o);
+    for (const option *o = table; o->name != NULL; o++) {
+        const char *before = st_metadata(file, o->name);
+        char *now_is;
+        if (train_role_of(o->name) != TRAIN_FIXED || before == NULL) continue;
+        now_is = train_value(o);
+        if (strcmp(before, now_is) != 0) {
+            stop("%s: expected '%s', as the run in %s has it, found '%s'", o->name, before, s->o.out, now_is);
+        }
+        free(now_is);
+    }
+}
+
+/* ---- train: files */
+
+static char *train_path(const train_state *s, const char *name) {
+    size_t n = strlen(s->o.out) + strlen(name) + 2;
+    char *path = (char *)allocate("path", n);
+    snprintf(path, n, "%s/%s", s->o.out, name);
+    return path;
+}
+
+static uint64_t train_number(const st_file *file, const char *path, const char *key) {
+    const char *value = st_metadata(file, key);
+    uint64_t n = 0;
+    if (value == NULL || *value == '\0') stop("%s: is no state of a training run: %s is missing", path, key);
+    for (; *value >= '0' && *value <= '9' && n < UINT64_MAX / 10; value++) n = 10 * n + (uint64_t)(*value - '0');
+    if (*value != '\0') stop("%s: %s is not a number", path, key);
+    return n;
+}
+
+#define TRAIN_ARRAYS 4
+
+/* The arrays of the state, by the first part of their tensors' names. */
+static size_t train_arrays(train_state *s, float **array, const char *prefix[TRAIN_ARRAYS]) {
+    static const char names[TRAIN_ARRAYS][12] = {"weights.", "m.", "v.", "ema."};
+    array[0] = s->trainer.weights.data;
+    array[1] = s->trainer.m;
+    array[2] = s->trainer.v;
+    array[3] = s->trainer.ema;
+    for (size_t i = 0; i < TRAIN_ARRAYS; i++) prefix[i] = names[i];
+    return s->trainer.ema != NULL ? 4 : 3;
+}
+
+static void train_load_state(train_state *s, const st_file *file, const char *path) {
+    float *array[TRAIN_ARRAYS];
+    const char *prefix[TRAIN_ARRAYS];
+    size_t arrays = train_arrays(s, array, prefix);
+    const dsv3_balancer *b = &s->trainer.balancer;
+    const st_tensor *loads = st_find(file, "loads");
+    for (size_t a = 0; a < arrays; a++) {
+        for (size_t i = 0; i < s->tensors; i++) {
+            const train_tensor *t = &s->tensor[i];
+            char name[ST_MAX_NAME];
+            const st_tensor *from;
+            snprintf(name, sizeof name, "%s%s", prefix[a], t->name);
+            from = st_find(file, name);
+            if (from == NULL) stop("%s: %s is missing", path, name);
+            if (from->dtype != ST_F32 || from->bytes != t->rows * t->cols * sizeof(float)) {
+                stop("%s: %s has the wrong type or shape", path, name);
+            }
+            memcpy(array[a] + t->at, from->data, from->bytes);
+        }
+    }
+    if (loads == NULL || loads->dtype != ST_U64 || loads->bytes != b->layers * b->E * sizeof *b->load_all) {
+        stop("%s: loads is missing or has the wrong type or shape", path);
+    }
+    memcpy(b->load_all, loads->data, loads->bytes);
+    s->done = train_number(file, path, "step");
+    s->trainer.step = train_number(file, path, "trained");
+    s->skipped = train_number(file, path, "skipped");
+}
+
+/* The tensors of train.safetensors; their names follow them in the same memory. */
+static st_tensor *train_state_tensors(train_state *s, size_t *count) {
+    float *array[TRAIN_ARRAYS];
+    const char *prefix[TRAIN_ARRAYS];
+    size_t arrays = train_arrays(s, array, prefix), n = 0;
+    const dsv3_balancer *b = &s->trainer.balancer;
+    st_tensor *list = (st_tensor *)route_table("state", arrays * s->tensors + 1, 1, 1, sizeof *list + ST_MAX_NAME);
+    char(*name)[ST_MAX_NAME] = (char(*)[ST_MAX_NAME])(void *)(list + arrays * s->tensors + 1);
+    list[n].name = "loads";
+    list[n].dtype = ST_U64;
+    list[n].rank = 2;
+    list[n].shape[0] = b->layers;
+    list[n].shape[1] = b->E;
+    list[n].data = b->load_all;
+    list[n++].bytes = b->layers * b->E * sizeof *b->load_all;
+    for (size_t a = 0; a < arrays; a++) {
+        for (size_t i = 0; i < s->tensors; i++, n++) {
+            const train_tensor *t = &s->tensor[i];
+            snprintf(name[n], ST_MAX_NAME, "%s%s", prefix[a], t->name);
+            list[n].name = name[n];
+            list[n].dtype = ST_F32;
+            list[n].rank = t->rank;
+            list[n].shape[0] = t->rank == 2 ? t->rows : t->cols;
+            if (t->rank == 2) list[n].shape[1] = t->cols;
+            list[n].data = array[a] + t->at;
+            list[n].bytes = t->rows * t->cols * sizeof(float);
+        }
+    }
+    *count = n;
+    return list;
+}
+
+static void train_save_state(train_state *s) {
+    static const char keys[5][12] = {"step", "trained", "skipped", "text tokens", "text hash"};
+    const uint64_t values[5] = {s->done, s->trainer.step, s->skipped, s->text.count, s->hash};
+    const char *pairs[2 * (TRAIN_OPTIONS + 8) + 1];
+    char numbers[5][24], *path = train_path(s, "train.safetensors"), *config = NULL, *value[TRAIN_OPTIONS];
+    option table[TRAIN_OPTIONS + 1];
+    size_t n = 0, count = 0, stored = 0;
+    st_error error;
+    st_tensor *list = train_state_tensors(s, &count);
+    if (checkpoint_config_text(&config, &s->config, DSV3_F32, &error) != ST_OK) stop("%s", error.message);
+    pairs[n++] = "config";
+    pairs[n++] = config;
+    for (int i = 0; i < 5; i++) {
+        snprintf(numbers[i], sizeof numbers[i], "%llu", (unsigned long long)values[i]);
+        pairs[n++] = keys[i];
+        pairs[n++] = numbers[i];
+    }
+    train_table(table, &s->o);
+    for (const option *o = table; o->name != NULL; o++) {
+        if (train_role_of(o->name) == TRAIN_CALL) continue;
+        value[stored] = train_value(o);
+        pairs[n++] = o->name;
+        pairs[n++] = value[stored++];
+    }
+    pairs[n] = NULL;
+    if (st_write(path, list, count, pairs, &error) != ST_OK) stop("%s", error.message);
+    while (stored > 0) free(value[--stored]);
+    free(config);
+    free(list);
+    free(path);
+}
+
+static void train_save_model(const train_state *s, const char *directory, const float *data) {
+    train_lookup lookup = {s, data, 0};
+    st_error error;
+    char *text = NULL;
+    if (checkpoint_config_text(&text, &s->config, s->type, &error) != ST_OK ||
+        checkpoint_config_write(directory, text, &error) != ST_OK ||
+        checkpoint_save(directory, &s->config, train_find, &lookup, s->type, &error) != ST_OK) {
+        stop("%s", error.message);
+    }
+    free(text);
+}
+
+/* The state first: it alone is enough to go on, so it does not matter when this is cut short between the files. */
+static void train_save(train_state *s) {
+    for (size_t i = 0; i < s->trainer.weights.count; i++) {
+        if (!isfinite(s->trainer.weights.data[i])) {
+            stop("step %llu: the weights are not finite any more; what was saved before stays in %s",
+                 (unsigned long long)s->done, s->o.out);
+        }
+    }
+#ifdef TOOL_POSIX
+    if (s->log.file != NULL) (void)fsync(fileno(s->log.file));
+#endif
+    s->saved = s->done;
+    train_save_state(s);
+    train_save_model(s, s->o.out, s->trainer.weights.data);
+    if (s->trainer.ema != NULL && s->trainer.step > 0) {
+        char *path = train_path(s, "ema");
+        make_directory("--out", path);
+        train_save_model(s, path, s->trainer.ema);
+        free(path);
+    }
+}
+
+/* ---- train: log.csv */
+
+static void train_log_header(const train_state *s, FILE *file) {
+    fprintf(file, "step,tokens,lr,loss,main");
+    for (size_t k = 1; k <= s->D; k++) fprintf(file, ",mtp%zu", k);
+    fprintf(file, ",balance,grad_norm,maxvio,val_main");
+    for (size_t k = 1; k <= s->D; k++) fprintf(file, ",val_mtp%zu", k);
+    fprintf(file, "\n");
+}
+
+static void train_log_reserve(train_log *log) {
+    if (log->rows < log->capacity) return;
+    log->capacity = log->capacity > 0 ? 2 * log->capacity : 256;
+    for (size_t c = 0; c < log->columns; c++) {
+        log->column[c] = (double *)realloc(log->column[c], log->capacity * sizeof **log->column);
+        if (log->column[c] == NULL) stop("%s: no memory for %zu rows", log->path, log->capacity);
+    }
+}
+
+/* A line of the file as a row. Returns 0 if it is none, or one of a step behind `last`. */
+static int train_log_parse(train_log *log, const char *line, double last) {
+    train_log_reserve(log);
+    for (size_t c = 0; c < log->columns; c++) {
+        const char last_one = c + 1 < log->columns ? ',' : '\n';
+        char *end = NULL;
+        double x = *line == last_one ? NOTHING : strtod(line, &end);
+        log->column[c][log->rows] = x;
+        if (end == line || (end != NULL ? *end : *line) != last_one) return 0;
+        line = (end != NULL ? end : line) + 1;
+    }
+    return log->column[TRAIN_STEP][log->rows] <= last;
+}
+
+typedef struct train_log_text {
+    const train_state *s;
+    const char *text;
+    size_t length;
+} train_log_text;
+
+static int train_log_put(FILE *file, const void *what) {
+    const train_log_text *t = (const train_log_text *)what;
+    train_log_header(t->s, file);
+    return fwrite(t->text, 1, t->length, file) == t->length && fflush(file) == 0 && !ferror(file);
+}
+
+/* Begins the file, or keeps the rows up to the step of the state: those behind it are about to be written again. */
+static void train_log_open(train_state *s) {
+    train_log *log = &s->log;
+    train_log_text kept = {s, "", 0};
+    char *text = NULL, *line;
+    log->path = train_path(s, "log.csv");
+    log->columns = train_val(s) + 1 + s->D;
+    log->column = (double **)route_table("log", log->columns, 1, 1, sizeof *log->column);
+    if (s->o.resume && file_exists(s->o.out, "log.csv")) {
+        size_t length = 0;
+        text = read_file(log->path, &length);
+        text = (char *)realloc(text, length + 1);
+        if (text == NULL) stop("%s: no memory for %zu bytes", log->path, length + 1);
+        text[length] = '\0';
+        line = strchr(text, '\n');
+        kept.text = line = line != NULL ? line + 1 : text + length;
+        while (strchr(line, '\n') != NULL && train_log_parse(log, line, (double)s->done)) {
+            log->rows++;
+            line = strchr(line, '\n') + 1;
+        }
+        kept.length = (size_t)(line - kept.text);
+    }
+    output_write(log->path, train_log_put, &kept);
+    free(text);
+    log->file = fopen(log->path, "ab");
+    if (log->file == NULL) stop("%s: cannot be written: %s", log->path, strerror(errno));
+}
+
+static void train_log_add(train_log *log, const double *row) {
+    train_log_reserve(log);
+    for (size_t c = 0; c < log->columns; c++) {
+        log->column[c][log->rows] = row[c];
+        if (c > 0) fputc(',', log->file);
+        if (isfinite(row[c])) fprintf(log->file, "%.9g", row[c]);
+    }
+    fputc('\n', log->file);
+    log->rows++;
+    if (fflush(log->file) != 0 || ferror(log->file)) {
+        stop("%s: cannot be written: %s; what was saved before stays", log->path, strerror(errno));
+    }
+}
+
+/* ---- train: pictures */
+
+static int train_put_lines(FILE *file, const void *what) { return svg_write_lines(file, (const svg_lines *)what); }
+
+/* The named columns as lines over the steps. */
+static void train_draw_lines(const train_state *s, const char *name, const char *title, const char *y_name, int log_y,
+                             const size_t *column, const char (*names)[24], size_t count) {
+    const train_log *log = &s->log;
+    svg_series *series = (svg_series *)route_table("picture", count, 1, 1, sizeof *series);
+    double *point = (double *)route_table("picture", log->rows + 1, count, 2, sizeof *point), *at = point;
+    char *path = train_path(s, name);
+    svg_lines chart;
+    for (size_t i = 0; i < count; i++) {
+        double *x = at, *y = at + log->rows;
+        size_t n = 0;
+        for (size_t r = 0; r < log->rows; r++) { /* what was not measured leaves no gap */
+            if (!isfinite(log->column[column[i]][r])) continue;
+            x[n] = log->column[TRAIN_STEP][r];
+            y[n++] = log->column[column[i]][r];
+        }
+        series[i].name = count > 1 ? names[i] : NULL;
+        series[i].x = x;
+        series[i].y = y;
+        series[i].n = n;
+        at += 2 * log->rows;
+    }
+    memset(&chart, 0, sizeof chart);
+    chart.title = title;
+    chart.x_name = "step";
+    chart.y_name = y_name;
+    chart.log_y = log_y;
+    chart.series = series;
+    chart.count = count;
+    output_write(path, train_put_lines, &chart);
+    free(path);
+    free(point);
+    free(series);
+}
+
+static void train_draw_losses(const train_state *s) {
+    size_t count = 2 * (1 + s->D), *column = (size_t *)route_table("picture", count, 1, 1, sizeof *column);
+    char(*names)[24] = (char(*)[24])route_table("picture", count, 1, 1, sizeof *names);
+    for (size_t k = 0; k <= s->D; k++) {
+        column[k] = TRAIN_MAIN + k;
+        column[1 + s->D + k] = train_val(s) + k;
+        snprintf(names[k], sizeof names[k], k == 0 ? "main" : "MTP %u", (unsigned)k);
+        snprintf(names[1 + s->D + k], sizeof names[k], k == 0 ? "validation" : "validation, MTP %u", (unsigned)k);
+    }
+    train_draw_lines(s, "loss.svg", "Loss", "nats per token", 0, column, (const char(*)[24])names,
+                     s->taught < s->text.count ? count : count / 2);
+    free(column);
+    free(names);
+}
+
+/* A map of layers and experts. */
+static void train_draw_map(const train_state *s, const char *name, const char *title, const char *value_name,
+                           const double *value, double low, double middle, double high) {
+    char(*label)[24] = (char(*)[24])route_table("picture", s->moe, 1, 1, sizeof *label), *path = train_path(s, name);
+    const char **labels = (const char **)route_table("picture", s->moe, 1, 1, sizeof *labels);
+    char subtitle[64];
+    svg_heat h;
+    for (size_t i = 0; i < s->moe; i++) {
+        snprintf(label[i], sizeof label[i], "%d%s", (int)s->layer[i],
+                 s->layer[i] >= s->config.num_hidden_layers ? " (MTP)" : "");
+        labels[i] = label[i];
+    }
+    snprintf(subtitle, sizeof subtitle, "step %llu", (unsigned long long)s->done);
+    memset(&h, 0, sizeof h);
+    h.title = title;
+    h.subtitle = subtitle;
+    h.row_name = "layer";
+    h.column_name = "expert";
+    h.value_name = value_name;
+    h.value = value;
+    h.rows = s->moe;
+    h.columns = (size_t)s->config.n_routed_experts;
+    h.row_label = labels;
+    h.low = low;
+    h.middle = middle;
+    h.high = high;
+    output_write(path, route_write_heat, &h);
+    free(path);
+    free(label);
+    free(labels);
+}
+
+static void train_draw_loads(train_state *s) {
+    size_t E = (size_t)s->config.n_routed_experts;
+    double high = 2;
+    for (size_t i = 0; i < s->moe; i++) {
+        double sum = 0;
+        for (size_t e = 0; e < E; e++) sum += s->load[i * E + e];
+        for (size_t e = 0; e < E; e++) {
+            double *x = &s->load[i * E + e];
+            *x = sum > 0 ? *x * (double)E / sum : NOTHING;
+            if (*x > high) high = *x;
+        }
+    }
+    train_draw_map(s, "load.svg", "Load of the experts since the last picture", "load / mean load", s->load, 0, 1,
+                   high);
+    memset(s->load, 0, s->moe * E * sizeof *s->load);
+}
+
+static void train_draw_biases(const train_state *s) {
+    size_t E = (size_t)s->config.n_routed_experts;
+    double *value = (double *)route_table("picture", s->moe, E, 1, sizeof *value), most = 0.001;
+    for (size_t i = 0; i < s->moe; i++) {
+        const dsv3_layer *layer = &s->trainer.weights.model.layers[s->layer[i]];
+        const float *bias = (const float *)layer->e_score_correction_bias.data;
+        for (size_t e = 0; e < E; e++) {
+            value[i * E + e] = bias != NULL ? (double)bias[e] : NOTHING;
+            if (fabs(value[i * E + e]) > most) most = fabs(value[i * E + e]);
+        }
+    }
+    train_draw_map(s, "bias.svg", "Biases of the routers", "bias", value, -most, 0, most);
+    free(value);
+}
+
+static void train_draw(train_state *s) {
+    const size_t lr = TRAIN_LR, norm = train_norm(s), vio = train_vio(s);
+    train_draw_losses(s);
+    train_draw_lines(s, "lr.svg", "Learning rate", NULL, 0, &lr, NULL, 1);
+    train_draw_lines(s, "grad_norm.svg", "Norm of the gradients, before clipping", NULL, 1, &norm, NULL, 1);
+    if (s->moe > 0) {
+        train_draw_lines(s, "maxvio.svg", "MaxVio of a step, mean over the layers", "busiest expert / mean load - 1",
+                         0, &vio, NULL, 1);
+        train_draw_loads(s);
+        if (s->config.topk_method == DSV3_NOAUX_TC) train_draw_biases(s);
+    }
+    s->drawn = now();
+}
+
+/* ---- train: the run's beginning */
+
+static void train_read_text(train_state *s) {
+    for (size_t i = 0; i < s->o.text.count; i++) {
+        size_t length = 0;
+        char *text = read_file(s->o.text.item[i], &length);
+        tokens_from_text(&s->text, s->o.text.item[i], text, length, (size_t)s->config.vocab_size, s->o.ids);
+        free(text);
+    }
+    s->hash = 0xCBF29CE484222325u; /* FNV-1a */
+    for (size_t i = 0; i < s->text.count; i++) s->hash = (s->hash ^ (uint64_t)s->text.id[i]) * 0x100000001B3u;
+    s->taught = (size_t)((double)s->text.count * (1 - s->o.val / 100)); /* the rest is what score --last P reads */
+    if (s->taught <= (size_t)s->o.seq) {
+        stop("--text: expected at least %ld tokens before the part for validation, found %zu", s->o.seq + 1,
+             s->taught);
+    }
+    if (s->taught < s->text.count && s->text.count - s->taught < 2) s->taught = s->text.count;
+}
+
+/* The micro-batches: as many sequences as make up to 4096 tokens, of those numbers that divide the batch. */
+static void train_resolve(train_options *o, const dsv3_config *c) {
+    if (o->seq == 0) o->seq = c->max_position_embeddings < 256 ? c->max_position_embeddings : 256;
+    if (o->warmup < 0) o->warmup = o->steps / 20;
+    if (o->accum == 0) {
+        o->accum = 1;
+        while (o->batch % o->accum != 0 || (o->accum < o->batch && o->batch / o->accum > 4096 / o->seq)) o->accum++;
+    }
+    if (o->seq > c->max_position_embeddings) {
+        fprintf(stderr, "dsv3: warning: sequences of %ld tokens, longer than the %ld that the model was made for\n",
+                o->seq, (long)c->max_position_embeddings);
+    }
+}
+
+static void train_set(train_state *s) {
+    const train_options *o = &s->o;
+    dsv3_training *t = &s->settings;
+    uint64_t steps = (uint64_t)o->steps;
+    s->accum = (size_t)o->accum;
+    s->seq = (size_t)o->seq;
+    s->sequences = (size_t)o->batch / s->accum;
+    *t = dsv3_training_default();
+    if (s->seq > SIZE_MAX / s->sequences) stop("--batch: %zu x %zu tokens are too many", s->sequences, s->seq);
+    t->rows = s->sequences * s->seq;
+    t->sequences = s->sequences;
+    t->longest = s->seq;
+    t->keep = train_keep(o->keep);
+    t->ema = o->ema > 0;
+    t->ema_decay = (float)o->ema;
+    t->lambda = o->lambda;
+    t->balance.expert = o->alpha;
+    t->weight_decay = (float)o->weight_decay;
+    t->clip = (float)o->clip;
+    t->frozen = o->freeze.count > 0 ? o->freeze.item : NULL;
+    t->exempt = o->exempt.count > 0 ? o->exempt.item : NULL;
+    s->schedule.peak = o->lr;
+    s->schedule.low = o->lr * o->low;
+    s->schedule.tail = o->lr * o->tail;
+    s->schedule.warmup = (uint64_t)o->warmup;
+    s->schedule.constant = s->schedule.warmup;
+    s->schedule.cosine = s->schedule.end = steps;
+    if (strcmp(o->schedule, "v3") == 0) {
+        uint64_t constant = (uint64_t)(o->constant * (double)steps);
+        if (constant > s->schedule.constant) s->schedule.constant = constant;
+        s->schedule.cosine = (uint64_t)(14.3 / 14.8 * (double)steps);
+        s->schedule.end = (uint64_t)(14.633 / 14.8 * (double)steps);
+    }
+}
+
+static void train_set_balancer(train_state *s) {
+    dsv3_balancer *b = &s->trainer.balancer;
+    uint64_t freeze = (uint64_t)(s->o.bias_freeze * (double)s->o.steps);
+    b->schedule.speed = freeze > 0 ? s->o.bias_speed : 0;
+    b->schedule.freeze = freeze < (uint64_t)s->o.steps ? freeze : 0; /* 0: never */
+}
+
+static void train_reserve(train_state *s) {
+    size_t bytes = 0, n = s->settings.rows, E = (size_t)s->config.n_routed_experts;
+    stop_result("threads", dsv3_context_init(&s->eval.context, DSV3_BACKEND_AUTO, (size_t)s->o.threads));
+    stop_result("training", dsv3_trainer_size(&s->config, &s->settings, s->eval.context.threads, &bytes));
+    s->trainer_memory = allocate("training", bytes);
+    stop_result("training", dsv3_trainer_init(&s->trainer, &s->config, &s->settings, s->eval.context.threads,
+                                              s->trainer_memory, bytes));
+    train_set_balancer(s);
+    train_list_tensors(s);
+    s->token = (int32_t *)route_table("batch", n, 1, 1, sizeof *s->token);
+    s->target = (int32_t *)route_table("batch", n, 1, 1, sizeof *s->target);
+    s->sequence_id = (int32_t *)route_table("batch", n, 1, 1, sizeof *s->sequence_id);
+    for (size_t i = 0; i < n; i++) s->sequence_id[i] = (int32_t)(i / s->seq);
+    s->layer = (int32_t *)route_table("layers", s->trainer.balancer.layers, 1, 1, sizeof *s->layer);
+    for (size_t i = 0; i < s->trainer.balancer.layers; i++) {
+        if (dsv3_config_is_moe(&s->config, (int32_t)i)) s->layer[s->moe++] = (int32_t)i;
+    }
+    s->load = (double *)route_table("loads", s->moe + 1, E + 1, 1, sizeof *s->load);
+}
+
+/* The weights as a model that is evaluated. */
+static void train_reserve_evaluation(train_state *s) {
+    size_t rows = s->seq < 4 * CHUNK ? s->seq : 4 * CHUNK;
+    s->eval.model.model = s->trainer.weights.model;
+    s->eval.model.config = s->config;
+    s->eval.V = (size_t)s->config.vocab_size;
+    session_reserve(&s->eval, s->seq, rows, DSV3_F32);
+    s->modules = (dsv3_cache *)route_table("caches", s->D + 1, 1, 1, sizeof *s->modules);
+    s->modules_memory = score_modules(&s->eval, s->modules, s->D);
+    s->val.depths = s->D;
+    s->val.nll = (double *)route_table("losses", s->D + 1, 1, 1, sizeof *s->val.nll);
+    s->val.targets = (uint64_t *)route_table("losses", s->D + 1, 1, 1, sizeof *s->val.targets);
+}
+
+/* Of a new run: the configuration, and the checkpoint with the weights if there is one. */
+static void train_model(train_state *s, checkpoint *from) {
+    st_error error;
+    if (s->o.init != NULL) {
+        if (checkpoint_open(from, s->o.init, &error) != ST_OK) stop("%s", error.message);
+        s->config = from->config;
+        s->config.num_nextn_predict_layers = from->model.n_mtp; /* files may come without modules */
+    } else if (s->o.config != NULL) {
+        if (checkpoint_config(&s->config, s->o.config, &error) != ST_OK) stop("%s", error.message);
+    } else if (!plan_preset(&s->config, s->o.preset)) {
+        stop("--preset: expected one of " PLAN_NAMES ", found '%s'", s->o.preset);
+    }
+}
+
+static void train_first_weights(train_state *s, checkpoint *from) {
+    dsv3_rng rng;
+    rng.state = (uint64_t)s->o.seed;
+    if (s->o.init != NULL) {
+        stop_result(s->o.init, dsv3_parameters_load(&s->trainer.weights, &from->model));
+        checkpoint_close(from);
+    } else {
+        dsv3_parameters_random(&s->trainer.weights, &rng, (float)s->o.std);
+    }
+}
+
+static void train_prepare(train_state *s) {
+    s->D = (size_t)s->config.num_nextn_predict_layers;
+    s->type = parse_type("--type", s->o.type);
+    train_check_names(s, "--freeze", &s->o.freeze);
+    train_check_names(s, "--exempt", &s->o.exempt);
+    train_read_text(s);
+    train_set(s);
+    train_reserve(s);
+    train_reserve_evaluation(s);
+}
+
+static void train_begin(train_state *s) {
+    checkpoint from;
+    memset(&from, 0, sizeof from);
+    train_model(s, &from);
+    train_resolve(&s->o, &s->config);
+    train_prepare(s);
+    make_directory("--out", s->o.out);
+    if (file_exists(s->o.out, "train.safetensors") || file_exists(s->o.out, "model.safetensors") ||
+        file_exists(s->o.out, "model.safetensors.index.json")) {
+        stop("%s: holds a checkpoint already; expected another directory, or --resume to go on", s->o.out);
+    }
+    train_first_weights(s, &from);
+    train_log_open(s);
+    train_save(s); /* there is a checkpoint from the first moment on; and what cannot be written shows up now */
+}
+
+/* Returns parse's result. */
+static int train_resume(train_state *s, int argc, char **argv, const command *c, const char *out) {
+    option table[TRAIN_OPTIONS + 1];
+    st_file file;
+    st_error error;
+    const char *config;
+    char *path;
+    int status;
+    s->o = train_defaults();
+    s->o.out = out;
+    path = train_path(s, "train.safetensors");
+    if (!file_exists(out, "train.safetensors")) stop("%s: does not exist; there is no run to go on with", path);
+    if (st_open(&file, path, &error) != ST_OK) stop("%s", error.message);
+    train_restore(s, &file, path);
+    train_table(table, &s->o);
+    status = parse(argc, argv, c, table, NULL, 0);
+    if (status != 0) return status;
+    train_compare(s, &file);
+    train_check(&s->o);
+    config = st_metadata(&file, "config");
+    if (config == NULL) stop("%s: is no state of a training run: config is missing", path);
+    if (checkpoint_config_parse(&s->config, config, strlen(config), path, &error) != ST_OK) stop("%s", error.message);
+    train_prepare(s);
+    if (s->text.count != train_number(&file, path, "text tokens") ||
+        s->hash != train_number(&file, path, "text hash")) {
+        stop("--text: expected the text of the run in %s, found another", out);
+    }
+    train_load_state(s, &file, path);
+    train_log_open(s);
+    st_close(&file);
+    free(path);
+    return 0;
+}
+
+/* ---- train: a step */
+
+/* Where sequence j of a step begins: from the seed and these two alone, so that nothing has to be remembered. */
+static size_t train_place(const train_state *s, uint64_t step, uint64_t j) {
+    dsv3_rng rng;
+    rng.state = (uint64_t)s->o.seed;
+    rng.state = dsv3_random(&rng) + step;
+    rng.state = dsv3_random(&rng) + j;
+    return (size_t)(dsv3_random(&rng) % (s->taught - s->seq));
+}
+
+static dsv3_text train_micro_batch(train_state *s, uint64_t step, size_t micro) {
+    dsv3_text text;
+    memset(&text, 0, sizeof text);
+    for (size_t i = 0; i < s->sequences; i++) {
+        const int32_t *from = s->text.id + train_place(s, step, micro * s->sequences + i);
+        memcpy(s->token + i * s->seq, from, s->seq * sizeof *from);
+        memcpy(s->target + i * s->seq, from + 1, s->seq * sizeof *from);
+    }
+    text.rows = s->settings.rows;
+    text.token = s->token;
+    text.target = s->target;
+    text.sequence = s->sequence_id;
+    return text;
+}
+
+/* Adds the step's loads to those of the picture; returns MaxVio, the mean over the layers. */
+static double train_loads(train_state *s) {
+    size_t E = (size_t)s->config.n_routed_experts;
+    double sum = 0;
+    for (size_t i = 0; i < s->moe; i++) {
+        const uint64_t *load = s->trainer.balancer.load + (size_t)s->layer[i] * E;
+        sum += dsv3_load_statistics(load, E).max_vio;
+        for (size_t e = 0; e < E; e++) s->load[i * E + e] += (double)load[e];
+    }
+    return s->moe > 0 ? sum / (double)s->moe : NOTHING;
+}
+
+/* Losses of the step into its row. */
+static void train_note_losses(train_state *s, double *row) {
+    const dsv3_losses *l = &s->trainer.losses;
+    double balance = 0;
+    for (size_t i = 0; i < s->trainer.balancer.layers; i++) balance += l->balance[i] / (double)l->sequences;
+    for (size_t k = 0; k <= s->D; k++) {
+        if (l->targets[k] > 0) row[TRAIN_MAIN + k] = l->nll[k] / (double)l->targets[k];
+    }
+    row[TRAIN_LOSS] = dsv3_train_loss(&s->trainer);
+    row[train_balance(s)] = balance;
+    row[train_vio(s)] = train_loads(s);
+}
+
+/* One step; what it was goes into row. Steps that are not finite change nothing. */
+static void train_step(train_state *s, double *row) {
+    uint64_t *targets = (uint64_t *)route_table("targets", 1 + s->D, 1, 1, sizeof *targets), sequences = 0;
+    dsv3_result result = DSV3_OK;
+    dsv3_error error;
+    dsv3_text text = train_micro_batch(s, s->done, 0);
+    char message[256];
+    for (size_t m = 0; m < s->accum; m++) dsv3_text_count(&text, s->D, targets, &sequences);
+    row[TRAIN_LR] = dsv3_learning_rate(&s->schedule, s->done);
+    stop_result("training", dsv3_train_begin(&s->trainer, targets, sequences));
+    for (size_t m = 0; m < s->accum && result == DSV3_OK; m++) {
+        text = train_micro_batch(s, s->done, m);
+        result = dsv3_train_accumulate(&s->eval.context, &s->trainer, &text, &error);
+    }
+    if (result == DSV3_OK) {
+        train_note_losses(s, row);
+        result = dsv3_train_end(&s->eval.context, &s->trainer, row[TRAIN_LR], &row[train_norm(s)], &error);
+    }
+    free(targets);
+    s->done++;
+    s->in_a_row = result == DSV3_OK ? 0 : s->in_a_row + 1;
+    if (result == DSV3_OK) return;
+    row[train_norm(s)] = NOTHING;
+    s->skipped++;
+    dsv3_error_text(&error, message, sizeof message);
+    if (result != DSV3_ERR_NAN) stop("step %llu: %s", (unsigned long long)s->done, message);
+    fprintf(stderr, "dsv3: step %llu changes nothing: %s\n", (unsigned long long)s->done, message);
+}
+
+static void train_validate(train_state *s, double *row) {
+    size_t end = s->text.count - 1, limit = (size_t)s->o.val_tokens;
+    dsv3_text text;
+    dsv3_error error;
+    if (end - s->taught > limit) end = s->taught + limit;
+    memset(&text, 0, sizeof text);
+    memset(s->val.nll, 0, (1 + s->D) * sizeof *s->val.nll);
+    memset(s->val.targets, 0, (1 + s->D) * sizeof *s->val.targets);
+    for (size_t at = s->taught; at < end; at += text.rows) {
+        text.rows = end - at < s->seq ? end - at : s->seq;
+        text.token = s->text.id + at;
+        text.target = s->text.id + at + 1;
+        if (dsv3_evaluate(&s->eval.context, &s->val, &s->eval.model.model, &s->eval.cache, s->modules, 1, &text,
+                          &s->eval.workspace, &error) != DSV3_OK) {
+            return; /* not finite: the steps will tell */
+        }
+    }
+    for (size_t k = 0; k <= s->D; k++) {
+        if (s->val.targets[k] > 0) row[train_val(s) + k] = s->val.nll[k] / (double)s->val.targets[k];
+    }
+}
+
+/* A line of what the model writes by now. */
+static void train_sample(const train_state *s) {
+    writer_options o = {"F32", "auto", 160, 1, 0, 0, 0, 0.7, 0.95, 0, 0, 0};
+    session model = s->eval;
+    writer w;
+    int32_t first = s->config.bos_token_id >= 0 ? s->config.bos_token_id : s->text.id[0];
+    writer_open(&w, &model, &o, s->seq < 161 ? s->seq : 161, 1);
+    stop_result("sample", dsv3_sequence_append(&w.sequence, &model.model.model, &first, 1));
+    fprintf(stderr, "sample at step %llu: ", (unsigned long long)s->done);
+    while (!writer_full(&w)) {
+        dsv3_sequence *one = &w.sequence;
+        if (dsv3_generate(&model.context, w.logits, &model.model.model, &one, 1, &model.workspace, NULL) != DSV3_OK)
+            break;
+        for (size_t i = 0; i < one->n_token; i++) {
+            int32_t id = one->token[i];
+            if (s->o.ids) {
+                fprintf(stderr, "%ld ", (long)id);
+            } else {
+                fputc(id < 0x20 || id == 0x7F ? ' ' : (int)id, stderr);
+            }
+        }
+    }
+    fprintf(stderr, "\n");
+    writer_close(&w);
+    free(model.workspace_memory);
+}
+
+/* ---- train: the run */
+
+static volatile sig_atomic_t train_interrupted;
+
+static void train_interrupt(int signal_number) {
+    (void)signal_number;
+    train_interrupted = 1;
+}
+
+/* The first Ctrl-C is a request, the second one ends the program. */
+static void train_catch_interrupts(void) {
+#ifdef TOOL_POSIX
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = train_interrupt;
+    action.sa_flags = SA_RESTART;
+#ifdef SA_RESETHAND
+    action.sa_flags |= (int)SA_RESETHAND;
+#endif
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+#else
+    signal(SIGINT, train_interrupt);
+#endif
+}
+
+static void train_print_losses(char *out, size_t capacity, const double *loss, size_t count) {
+    size_t n = 0;
+    out[0] = '\0';
+    for (size_t k = 0; k < count && n < capacity; k++) {
+        n += (size_t)snprintf(out + n, capacity - n, " %.4f", loss[k]);
+    }
+}
+
+/* One line: rewritten on a terminal, else now and then. */
+static void train_show(train_state *s, const double *row, int measured) {
+    double t = now(), steps = (double)(s->done - s->began_at), left = (t - s->begin) / steps;
+    int terminal = is_terminal(stderr), last = s->done == (uint64_t)s->o.steps || train_interrupted;
+    char line[1024], losses[256], val[256] = "", vio[32] = "", time[32];
+    if (!last && !measured && s->done > s->began_at + 1 && t - s->shown < (terminal ? 0.2 : 10)) return;
+    s->shown = t;
+    left *= (double)s->o.steps - (double)s->done;
+    train_print_losses(losses, sizeof losses, row + TRAIN_MAIN, 1 + s->D);
+    if (measured) train_print_losses(val, sizeof val, row + train_val(s), 1 + s->D);
+    snprintf(time, sizeof time, "%.0f:%02.0f:%02.0f", floor(left / 3600), floor(fmod(left / 60, 60)),
+             floor(fmod(left, 60)));
+    if (isfinite(row[train_vio(s)])) snprintf(vio, sizeof vio, "  MaxVio %.2f", row[train_vio(s)]);
+    snprintf(line, sizeof line, "step %llu/%ld  loss%s%s%s  norm %.3g  lr %.3g%s  %.0f tokens/s  %s left",
+             (unsigned long long)s->done, s->o.steps, losses, measured ? "  validation" : "", val, row[train_norm(s)],
+             row[TRAIN_LR], vio, steps * (double)(s->accum * s->settings.rows) / (t - s->begin), time);
+    if (terminal) {
+        size_t width = terminal_width(stderr);
+        fprintf(stderr, "\r%-*.*s%s", (int)width - 1, measured || last ? 1023 : (int)width - 1, line,
+                measured || last ? "\n" : "");
+    } else {
+        fprintf(stderr, "%s\n", line);
+    }
+}
+
+static int train_due(uint64_t step, long every) { return every > 0 && step % (uint64_t)every == 0; }
+
+/* One more step, and all that is due behind it. A state whose last step was skipped is not saved: if the weights are
+ * to blame, what was saved before is better. */
+static void train_once(train_state *s, double *row) {
+    int measure;
+    for (size_t c = 0; c < s->log.columns; c++) row[c] = NOTHING;
+    train_step(s, row);
+    row[TRAIN_STEP] = (double)s->done;
+    row[TRAIN_TOKENS] = (double)s->done * (double)s->o.batch * (double)s->seq;
+    measure = s->taught < s->text.count && (train_due(s->done, s->o.val_every) || s->done == (uint64_t)s->o.steps);
+    if (measure) train_validate(s, row);
+    train_log_add(&s->log, row);
+    train_show(s, row, measure && isfinite(row[train_val(s)]));
+    if (train_due(s->done, s->o.sample_every)) train_sample(s);
+    if (train_due(s->done, s->o.save_every) && s->in_a_row == 0) train_save(s);
+    if (now() - s->drawn > 10) train_draw(s);
+}
+
+static void train_run(train_state *s) {
+    double *row = (double *)route_table("log", s->log.columns, 1, 1, sizeof *row);
+    uint64_t steps = (uint64_t)s->o.steps;
+    train_catch_interrupts();
+    s->begin = s->shown = s->drawn = now();
+    s->began_at = s->done;
+    while (s->done < steps && !train_interrupted && s->in_a_row < TRAIN_PATIENCE) train_once(s, row);
+    free(row);
+    if (s->done > s->began_at) train_draw(s);
+    if (s->in_a_row > 0) {
+        stop("the last %llu steps changed nothing%s: they are not saved; what was saved before stays in %s",
+             (unsigned long long)s->in_a_row, s->in_a_row < TRAIN_PATIENCE ? "" : ", the training has diverged",
+             s->o.out);
+    }
+    if (s->saved != s->done || s->done == s->began_at) train_save(s);
+    if (s->skipped > 0) fprintf(stderr, "dsv3: %llu steps changed nothing\n", (unsigned long long)s->skipped);
+    if (s->done == s->began_at && s->done == steps) {
+        fprintf(stderr, "dsv3: the run in %s is complete: step %llu of %ld\n", s->o.out, (unsigned long long)s->done,
+                s->o.steps);
+    }
+    if (s->done < steps) {
+        fprintf(stderr, "dsv3: stopped and saved after step %llu; go on with: dsv3 train --resume --out %s\n",
+                (unsigned long long)s->done, s->o.out);
+    }
+}
+
+static void train_end(train_state *s) {
+    for (size_t c = 0; c < s->log.columns; c++) free(s->log.column[c]);
+    free(s->log.column);
+    free(s->log.path);
+    if (s->log.file != NULL && fclose(s->log.file) != 0) stop("log.csv: cannot be written: %s", strerror(errno));
+    for (size_t i = 0; i < s->strings; i++) free(s->string[i]);
+    free(s->string);
+    free(s->o.text.item);
+    free(s->o.freeze.item);
+    free(s->o.exempt.item);
+    free(s->text.id);
+    free(s->trainer_memory);
+    free(s->tensor);
+    free(s->token);
+    free(s->target);
+    free(s->sequence_id);
+    free(s->eval.cache_memory);
+    free(s->eval.workspace_memory);
+    free(s->modules);
+    free(s->modules_memory);
+    free(s->val.nll);
+    free(s->val.targets);
+    free(s->layer);
+    free(s->load);
+}
+
+static int train(int argc, char **argv, const command *c) {
+    option table[TRAIN_OPTIONS + 1];
+    train_options first;
+    train_state s;
+    int status;
+    memset(&s, 0, sizeof s);
+    s.o = train_defaults();
+    train_table(table, &s.o);
+    status = parse(argc, argv, c, table, NULL, 0);
+    if (status != 0) return status - 1;
+    train_check(&s.o);
+    first = s.o;
+    if (first.resume) {
+        status = train_resume(&s, argc, argv, c, first.out);
+        if (status != 0) return status - 1;
+        free(first.text.item);
+        free(first.freeze.item);
+        free(first.exempt.item);
+    } else {
+        train_begin(&s);
+    }
+    train_run(&s);
+    train_end(&s);
+    return 0;
+}
+
 /* ---- main */
 
 static const char main_help[] = "usage: dsv3 COMMAND ...\n"
@@ -1633,12 +3056,15 @@ static const char main_help[] = "usage: dsv3 COMMAND ...\n"
                                 "  route DIR FILE          how evenly a text is spread over the experts\n"
                                 "  plan DIR|CONFIG|NAME    parameters, bytes, cache and workspace of a model\n"
                                 "  inspect DIR|FILE        tensors and their ranges\n"
+                                "  convert DIR OUT         the same checkpoint in another type\n"
+                                "  train                   a checkpoint from text\n"
                                 "dsv3 COMMAND --help lists the options of a command; dsv3 --version says which.\n";
 
 int main(int argc, char **argv) {
     const command commands[] = {
-        {"generate", generate_help, generate}, {"chat", chat_help, chat}, {"score", score_help, score},
-        {"route", route_help, route},          {"plan", plan_help, plan}, {"inspect", inspect_help, inspect}};
+        {"generate", generate_help, generate}, {"chat", chat_help, chat},   {"score", score_help, score},
+        {"route", route_help, route},          {"plan", plan_help, plan},   {"inspect", inspect_help, inspect},
+        {"convert", convert_help, convert},    {"train", train_help, train}};
     if (argc < 2) {
         fprintf(stderr, "%s", main_help);
         return 2;

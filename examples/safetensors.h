@@ -191,6 +191,19 @@ const char *st_result_string(st_result result);
 st_result st_write(const char *path, const st_tensor *tensors, size_t count, const char *const *metadata_pairs,
                    st_error *error);
 
+/* The same for tensors that are not in memory. The data fields are not looked at: `make` is called once for each
+ * tensor, in their order, and hands its elements to st_put, piece by piece, whole elements in host byte order, until
+ * all of the tensor's bytes are there. It returns ST_OK, or the code with which to give up, after filling *error. */
+typedef struct st_sink st_sink;
+typedef st_result (*st_make)(void *user, size_t index, st_sink *sink, st_error *error);
+st_result st_write_made(const char *path, const st_tensor *tensors, size_t count, const char *const *metadata_pairs,
+                        st_make make, void *user, st_error *error);
+/* Next `bytes` bytes of the tensor being made. ST_ERR_IO: return that, st_write_made then fills in the error. */
+st_result st_put(st_sink *sink, const void *data, size_t bytes);
+
+/* Replaces any file by these bytes, in the same way: PATH.tmp, sync, rename. */
+st_result st_write_bytes(const char *path, const void *bytes, size_t length, st_error *error);
+
 #ifdef __cplusplus
 }
 #endif
@@ -1360,7 +1373,7 @@ static void sti_put_header(sti_text *text, const st_tensor *tensors, size_t coun
 
 /* What has to hold before the arguments can be looked at more closely. */
 static st_result sti_check_arguments(const char *path, const st_tensor *tensors, size_t count,
-                                     const char *const *pairs, uint64_t *total, st_error *error) {
+                                     const char *const *pairs, int made, uint64_t *total, st_error *error) {
     size_t i;
     if (!path || (!tensors && count)) return sti_fail(error, ST_ERR_ARG, "st_write: path or tensors is NULL");
     for (i = 0; pairs && pairs[i]; i += 2)
@@ -1369,7 +1382,7 @@ static st_result sti_check_arguments(const char *path, const st_tensor *tensors,
     *total = 0;
     for (i = 0; i < count; i++) {
         const st_tensor *t = &tensors[i];
-        if (!t->name || !st_dtype_bytes(t->dtype) || t->rank < 0 || (!t->data && t->bytes))
+        if (!t->name || !st_dtype_bytes(t->dtype) || t->rank < 0 || (!t->data && t->bytes && !made))
             return sti_fail(error, ST_ERR_ARG, "%.150s: tensor %llu has no name, dtype, rank or data", path,
                             STI_ULL(i));
         if (t->rank > ST_MAX_RANK)
@@ -1480,44 +1493,120 @@ static int sti_sink_put_data(sti_sink *sink, const st_tensor *tensor) {
     return 1;
 }
 
+/* A tensor on its way into the file. */
+struct st_sink {
+    sti_sink file;
+    st_tensor tensor; /* of which data and bytes are the next piece */
+    size_t left;      /* bytes that are still to come */
+};
+
+st_result st_put(st_sink *sink, const void *data, size_t bytes) {
+    if (bytes > sink->left) return ST_ERR_MISMATCH;
+    sink->left -= bytes;
+    sink->tensor.data = data;
+    sink->tensor.bytes = bytes;
+    return sti_sink_put_data(&sink->file, &sink->tensor) ? ST_OK : ST_ERR_IO;
+}
+
+/* What is to be written, and where to. */
+typedef struct sti_job_out {
+    const char *path, *temporary;
+    const st_tensor *tensors;
+    size_t count;
+    st_make make; /* NULL: the tensors' data */
+    void *user;
+    const void *front; /* what comes before the tensors: a header, or a whole file of another kind */
+    size_t front_bytes;
+    unsigned char length[8]; /* of the header, before it */
+    size_t length_bytes;     /* 8, or 0 */
+} sti_job_out;
+
+/* ST_ERR_IO is left to the caller to explain; all else is explained here or by make. */
+static st_result sti_write_tensor(const sti_job_out *job, size_t i, st_sink *sink, st_error *error) {
+    const st_tensor *t = &job->tensors[i];
+    st_result result;
+    sink->tensor = *t;
+    sink->left = t->bytes;
+    result = job->make ? job->make(job->user, i, sink, error) : st_put(sink, t->data, t->bytes);
+    if (result == ST_OK && sink->left > 0) result = ST_ERR_MISMATCH;
+    if (result == ST_ERR_MISMATCH)
+        sti_fail(error, result, "%.150s: tensor \"%.200s\" was given too few or too many bytes", job->path, t->name);
+    return result;
+}
+
 /* Fills the temporary file and moves it into place. */
-static st_result sti_write_file(const char *path, const char *temporary, const sti_text *text,
-                                const st_tensor *tensors, size_t count, st_error *error) {
-    unsigned char first[8];
-    sti_sink sink;
+static st_result sti_write_file(const sti_job_out *job, st_error *error) {
+    st_sink sink;
+    st_result result;
     size_t i;
-    int good;
-    for (i = 0; i < 8; i++) first[i] = (unsigned char)((uint64_t)text->length >> (8 * i) & 0xFF);
-    if (!sti_sink_open(&sink, temporary))
-        return sti_fail(error, ST_ERR_IO, "%.300s: cannot create: %s", temporary, strerror(errno));
-    good = sti_sink_put(&sink, first, 8) && sti_sink_put(&sink, (const unsigned char *)text->to, text->length);
-    for (i = 0; i < count && good; i++) good = sti_sink_put_data(&sink, &tensors[i]);
-    good = sti_sink_close(&sink, good);
-    if (good && sti_replace(temporary, path)) return sti_succeed(error);
-    sti_fail(error, ST_ERR_IO, "%.300s: cannot %s: %s", path, good ? "replace" : "write", strerror(errno));
-    remove(temporary);
-    return ST_ERR_IO;
+    int whole;
+    if (!sti_sink_open(&sink.file, job->temporary))
+        return sti_fail(error, ST_ERR_IO, "%.300s: cannot create: %s", job->temporary, strerror(errno));
+    result = sti_sink_put(&sink.file, job->length, job->length_bytes) &&
+                     sti_sink_put(&sink.file, (const unsigned char *)job->front, job->front_bytes)
+                 ? ST_OK
+                 : ST_ERR_IO;
+    for (i = 0; i < job->count && result == ST_OK; i++) result = sti_write_tensor(job, i, &sink, error);
+    whole = sti_sink_close(&sink.file, result == ST_OK);
+    if (result == ST_OK && whole && sti_replace(job->temporary, job->path)) return sti_succeed(error);
+    if (result == ST_OK || result == ST_ERR_IO) {
+        result = sti_fail(error, ST_ERR_IO, "%.300s: cannot %s: %s", job->path, whole ? "replace" : "write",
+                          strerror(errno));
+    }
+    remove(job->temporary);
+    return result;
+}
+
+static st_result sti_write(sti_job_out *job, st_error *error) {
+    size_t length = strlen(job->path);
+    st_result result = ST_ERR_NOMEM;
+    char *temporary = (char *)sti_alloc(length + sizeof ".tmp", 1, "a path", job->path, error);
+    if (temporary) {
+        memcpy(temporary, job->path, length);
+        memcpy(temporary + length, ".tmp", sizeof ".tmp");
+        job->temporary = temporary;
+        result = sti_write_file(job, error);
+    }
+    sti_free(temporary);
+    return result;
+}
+
+static st_result sti_write_tensors(sti_job_out *job, const char *const *metadata_pairs, st_error *error) {
+    sti_text text = {NULL, 0};
+    uint64_t total = 0;
+    int i;
+    st_result result =
+        sti_check_arguments(job->path, job->tensors, job->count, metadata_pairs, job->make != NULL, &total, error);
+    if (result == ST_OK)
+        result = sti_make_header(job->path, job->tensors, job->count, metadata_pairs, total, &text, error);
+    if (result == ST_OK) {
+        job->front = text.to;
+        job->front_bytes = text.length;
+        job->length_bytes = 8;
+        for (i = 0; i < 8; i++) job->length[i] = (unsigned char)((uint64_t)text.length >> (8 * i) & 0xFF);
+        result = sti_write(job, error);
+    }
+    sti_free(text.to);
+    return result;
 }
 
 st_result st_write(const char *path, const st_tensor *tensors, size_t count, const char *const *metadata_pairs,
                    st_error *error) {
-    sti_text text = {NULL, 0};
-    char *temporary = NULL;
-    uint64_t total = 0;
-    st_result result = sti_check_arguments(path, tensors, count, metadata_pairs, &total, error);
-    if (result == ST_OK) result = sti_make_header(path, tensors, count, metadata_pairs, total, &text, error);
-    if (result == ST_OK) {
-        size_t length = strlen(path);
-        temporary = (char *)sti_alloc(length + sizeof ".tmp", 1, "a path", path, error);
-        if (temporary) {
-            memcpy(temporary, path, length);
-            memcpy(temporary + length, ".tmp", sizeof ".tmp");
-        }
-        result = temporary ? sti_write_file(path, temporary, &text, tensors, count, error) : ST_ERR_NOMEM;
-    }
-    sti_free(temporary);
-    sti_free(text.to);
-    return result;
+    sti_job_out job = {path, NULL, tensors, count, NULL, NULL, NULL, 0, {0}, 0};
+    return sti_write_tensors(&job, metadata_pairs, error);
+}
+
+st_result st_write_made(const char *path, const st_tensor *tensors, size_t count, const char *const *metadata_pairs,
+                        st_make make, void *user, st_error *error) {
+    sti_job_out job = {path, NULL, tensors, count, make, user, NULL, 0, {0}, 0};
+    if (!make) return sti_fail(error, ST_ERR_ARG, "st_write_made: make is NULL");
+    return sti_write_tensors(&job, metadata_pairs, error);
+}
+
+st_result st_write_bytes(const char *path, const void *bytes, size_t length, st_error *error) {
+    sti_job_out job = {path, NULL, NULL, 0, NULL, NULL, bytes, length, {0}, 0};
+    if (!path || (!bytes && length)) return sti_fail(error, ST_ERR_ARG, "st_write_bytes: path or bytes is NULL");
+    return sti_write(&job, error);
 }
 
 #ifdef __cplusplus

@@ -24,7 +24,11 @@ for cc in gcc clang; do
     check "$cc plan" $out/dsv3 plan deepseek-v3 --type F8_E4M3
     check "$cc score" $out/dsv3 score examples/models/micro README.md
     check "$cc route" $out/dsv3 route examples/models/micro LICENSE --svg $out/a.svg --csv $out/a.csv
-    rm -f $out/*
+    check "$cc chat" sh -c "echo x | $out/dsv3 chat examples/models/micro -n 20 --mtp 3"
+    rm -rf $out/run $out/fp8
+    check "$cc train" $out/dsv3 train --preset micro --text LICENSE --out $out/run --steps 3 --batch 2 --seq 32
+    check "$cc convert" $out/dsv3 convert $out/run $out/fp8 --type F8_E4M3
+    rm -rf $out/*
 done
 if [ $compilers = 2 ]; then ok; else bad "gcc and clang are both needed (make deps)"; fi
 done_testing sanitize

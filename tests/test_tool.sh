@@ -789,7 +789,292 @@ equal "NaN in a model: status" $status 1
 cp $tmp/err $tmp/b
 refused "generate: NaN in a model" "is not finite" generate $tmp/nan -n 1
 refused "score: NaN in a model" "is not finite" score $tmp/nan LICENSE
-good "route: NaN behind the last router" route $tmp/nan $tmp/part
+refused "route: NaN in a model" "is not finite" route $tmp/nan $tmp/part
+
+# ---- convert
+
+for option in --help -h; do
+    good "convert $option" convert $option
+    shows "convert $option" '^usage: dsv3 convert '
+done
+misused "convert: no operand" "operand is missing" convert
+misused "convert: one operand" "operand is missing" convert $micro --type F32
+misused "convert: three operands" "unexpected argument c" convert a b c
+misused "convert: no type" "an option is missing: --type" convert $micro $tmp/converted
+misused "convert: unknown option" "unknown option -x" convert $micro $tmp/converted -x
+for value in f32 FP8 I32 ''; do
+    refused "convert --type '$value'" "--type: expected F32, F16, BF16 or F8_E4M3, found '$value'" \
+        convert $micro $tmp/converted --type "$value"
+done
+refused "convert: missing directory" "$tmp/none/config.json" convert $tmp/none $tmp/converted --type F32
+refused "convert: OUT is DIR" "expected another directory" convert $micro $micro --type F32
+refused "convert: OUT is DIR by another name" "expected another directory" convert $micro $micro/../micro/ --type F32
+refused "convert: OUT is a file" "LICENSE: is not a directory" convert $micro LICENSE --type F32
+refused "convert: OUT in nowhere" "$tmp/none/x: cannot be made" convert $micro $tmp/none/x --type F32
+if [ -e $tmp/converted ]; then bad "convert: a directory from an error"; else ok; fi
+
+# converted NAME FROM TYPE: $tmp/NAME is FROM in TYPE.
+converted() {
+    good "convert $1" convert "$2" $tmp/"$1" --type "$3"
+    shows "convert $1" "^$tmp/$1: $3, [0-9]* tensors, [0-9]* bytes$"
+    good "inspect $1" inspect $tmp/"$1" --check-finite
+    cp $tmp/out $tmp/"$1".list
+}
+# score_of NAME DIR: the score of a short text.
+score_of() {
+    good "score $1" score "$2" $tmp/part
+    sed -n 's/^nats.token *//p' $tmp/out
+}
+good "inspect micro" inspect $micro
+cp $tmp/out $tmp/micro.list
+converted wide $micro F32
+converted sixteen $micro F16
+converted narrow $tmp/wide BF16
+converted again $micro BF16
+converted fp8 $micro F8_E4M3
+converted fp8b $tmp/fp8 F8_E4M3
+same "BF16 -> F32 -> BF16" $tmp/micro.list $tmp/narrow.list
+same "BF16 -> BF16" $tmp/micro.list $tmp/again.list
+same "BF16 -> F32 -> BF16, every byte" $tmp/narrow/model.safetensors $tmp/again/model.safetensors
+same "FP8 -> FP8, every byte" $tmp/fp8/model.safetensors $tmp/fp8b/model.safetensors
+same "FP8 -> FP8, config.json" $tmp/fp8/config.json $tmp/fp8b/config.json
+score_of micro $micro > $tmp/a
+for name in wide sixteen narrow; do
+    score_of "$name" $tmp/"$name" > $tmp/b
+    same "convert $name: score" $tmp/a $tmp/b
+done
+score_of fp8 $tmp/fp8 > $tmp/b
+if paste $tmp/a $tmp/b | awk '{ exit !($2 - $1 < 0.05 && $1 - $2 < 0.05 && $1 != $2) }'; then ok; else
+    bad "FP8: score $(cat $tmp/b), of the original $(cat $tmp/a)"
+fi
+equal "F32: no other type" "$(grep -c ' F32 ' $tmp/wide.list)" "$count"
+cp $tmp/fp8.list $tmp/out
+shows "FP8: experts" 'experts.0.down_proj.weight  *F8_E4M3 '
+shows "FP8: scales" 'experts.0.down_proj.weight_scale_inv  *F32 *\[1, 1\]'
+shows "FP8: ragged blocks" 'layers.0.mlp.down_proj.weight_scale_inv  *F32 *\[1, 2\]'
+for name in model.embed_tokens.weight lm_head.weight model.norm.weight layers.1.mlp.gate.weight eh_proj.weight; do
+    shows "FP8: $name" "$name  *BF16 "
+done
+shows "FP8: router biases" 'e_score_correction_bias  *F32 '
+cp $tmp/fp8/config.json $tmp/out
+shows "FP8: config.json" '"weight_block_size": \[128, 128\]'
+shows "config.json keeps what it had" '"architectures": \['
+cp $tmp/sixteen/config.json $tmp/out
+shows "F16: config.json" '"torch_dtype": "float16"'
+if grep -q quantization_config $tmp/sixteen/config.json; then bad "F16: quantization_config"; else ok; fi
+good "FP8 -> BF16" convert $tmp/fp8 $tmp/b16 --type BF16
+if grep -q quantization_config $tmp/b16/config.json; then bad "FP8 -> BF16: quantization_config"; else ok; fi
+copy nan # with NaN in the middle of the file, where the experts are
+{ head -c $((size / 2)) $micro/model.safetensors && printf '\377\177' && tail -c +$((size / 2 + 3)) $micro/model.safetensors; } \
+    > $tmp/nan/model.safetensors
+refused "convert: NaN as FP8" "has a value that F8_E4M3 cannot hold" convert $tmp/nan $tmp/fp8nan --type F8_E4M3
+good "convert: NaN as F32" convert $tmp/nan $tmp/widenan --type F32
+(
+    trap '' XFSZ
+    ulimit -f 100 # blocks of 512 bytes: less than a checkpoint
+    "$tool" convert $micro $tmp/full --type F32 > /dev/null 2> $tmp/err
+)
+equal "convert: no room: status" $? 1
+if grep -q "$tmp/full/model.safetensors: cannot write" $tmp/err; then ok; else fail "convert: no room"; fi
+equal "convert: no room: nothing is left" "$(ls $tmp/full)" ""
+
+# ---- train
+
+head -c 20000 examples/text/austen.txt > $tmp/train.txt
+recipe="--preset micro --text $tmp/train.txt --seq 12 --batch 4 --val-every 4 --val-tokens 48 --threads 1"
+# trains NAME ARGS...: status 0 and nothing on stdout.
+trains() {
+    name=$1
+    shift
+    run train "$@"
+    if [ $status = 0 ] && [ ! -s $tmp/out ]; then ok; else fail "train, $name: status $status"; fi
+}
+for option in --help -h; do
+    good "train $option" train $option
+    shows "train $option" '^usage: dsv3 train '
+done
+misused "train: an operand" "unexpected argument a" train a
+misused "train: unknown option" "unknown option --frobnicate" train --frobnicate
+refused "train: no options" "--out: expected a directory" train
+refused "train: no model" "expected one of --preset, --config and --init, found 0" train --out $tmp/t --text LICENSE
+refused "train: two models" "found 2" train --out $tmp/t --text LICENSE --preset micro --init $micro
+refused "train: no text" "--text: expected at least one file" train --out $tmp/t --preset micro
+refused "train: empty --text" "--text: expected a value, found ''" train --out $tmp/t --preset micro --text ''
+for option in --steps --batch --accum --seq --save-every --val-every --val-tokens --threads; do
+    misused "train $option without a value" "missing behind $option" train $option
+    for value in 0 -1 1.5 nan abc ''; do
+        refused "train $option '$value'" "$option: expected" train $recipe --out $tmp/t $option "$value"
+    done
+done
+for option in --warmup --seed --sample-every; do
+    for value in -1 1.5 nan abc ''; do
+        refused "train $option '$value'" "$option: expected" train $recipe --out $tmp/t $option "$value"
+    done
+done
+for option in --lr --constant --low --tail --lambda --alpha --bias-speed --bias-freeze --weight-decay --clip --ema --std --val; do
+    misused "train $option without a value" "missing behind $option" train $option
+    for value in -1 1e31 nan inf abc ''; do
+        refused "train $option '$value'" "$option: expected" train $recipe --out $tmp/t $option "$value"
+    done
+done
+refused "train --val 100" "--val: expected 0 to 99, found 100" train $recipe --out $tmp/t --val 100
+refused "train --schedule" "--schedule: expected v3 or cosine, found 'linear'" train $recipe --out $tmp/t --schedule linear
+refused "train --keep" "--keep: expected none, norms, up, swiglu or all, found 'some'" train $recipe --out $tmp/t --keep some
+refused "train --type" "--type: expected F32, F16, BF16 or F8_E4M3, found 'FP8'" train $recipe --out $tmp/t --type FP8
+refused "train --accum 3" "--accum: expected a divisor of the batch of 4" train $recipe --out $tmp/t --accum 3
+refused "train --warmup" "--warmup: expected at most 8" train $recipe --out $tmp/t --warmup 9 --steps 8
+for option in --freeze --exempt; do
+    refused "train $option" "$option: no tensor has a name like 'layers.*'" train $recipe --out $tmp/t $option 'layers.*'
+done
+refused "train --preset" "--preset: expected one of deepseek-v3," train --preset nano --text LICENSE --out $tmp/t
+refused "train --config" "$tmp/none" train --config $tmp/none --text LICENSE --out $tmp/t
+refused "train --init" "$tmp/none" train --init $tmp/none --text LICENSE --out $tmp/t
+refused "train: missing text" "$tmp/none: cannot be opened" train $recipe --text $tmp/none --out $tmp/t
+refused "train: short text" "--text: expected at least 257 tokens before the part for validation, found 1" \
+    train --preset micro --text $tmp/two --out $tmp/t
+refused "train: no tokenizer" "use --ids" train --preset moonlight --text LICENSE --out $tmp/t
+refused "train: more memory than there is" "no memory for" train --preset deepseek-v3 --ids --text $tmp/list --seq 1 --out $tmp/t
+if [ -e $tmp/t ]; then bad "train: a directory from an error"; else ok; fi
+refused "train: OUT is a file" "LICENSE: is not a directory" train $recipe --out LICENSE
+refused "train: OUT in nowhere" "$tmp/none/x: cannot be made" train $recipe --out $tmp/none/x
+refused "train: OUT holds a checkpoint" "$tmp/wide: holds a checkpoint already" train $recipe --out $tmp/wide
+refused "train: nothing to resume" "train.safetensors: does not exist" train --resume --out $tmp/wide
+mkdir $tmp/locked
+chmod 500 $tmp/locked
+[ -w $tmp/locked ] || refused "train: read-only directory" "$tmp/locked/log.csv: cannot be written" train $recipe --out $tmp/locked
+chmod 700 $tmp/locked
+if [ -c /dev/full ]; then
+    mkdir $tmp/full2
+    ln -s /dev/full $tmp/full2/log.csv
+    refused "train: full disk" "log.csv: cannot be written" train $recipe --out $tmp/full2
+fi
+
+# One whole run, and what it leaves behind.
+trains "a run" $recipe --out $tmp/whole --steps 12 --save-every 5
+equal "train: rows" "$(wc -l < $tmp/whole/log.csv | tr -d ' ')" 13
+equal "train: columns" "$(head -n 1 $tmp/whole/log.csv)" \
+    "step,tokens,lr,loss,main,mtp1,balance,grad_norm,maxvio,val_main,val_mtp1"
+equal "train: each row has them" "$(awk -F, 'NF != 11' $tmp/whole/log.csv)" ""
+equal "train: validations" "$(awk -F, '$10 != "" { printf "%s ", $1 }' $tmp/whole/log.csv)" "step 4 8 12 "
+if awk -F, 'NR == 2 { a = $5 } END { exit !($5 < a - 0.5 && $2 == 576) }' $tmp/whole/log.csv; then ok; else
+    bad "train: it does not learn"
+fi
+for name in loss lr grad_norm maxvio load bias; do
+    file=$tmp/whole/$name.svg
+    if [ "$(head -c 4 $file)" = "<svg" ] && [ "$(tail -n 1 $file)" = "</svg>" ] && ! grep -qi nan $file; then ok; else
+        bad "train: $name.svg"
+    fi
+done
+cp $tmp/whole/loss.svg $tmp/out
+shows "train: loss.svg" '>validation, MTP 1<'
+good "generate from it" generate $tmp/whole -n 5 --mtp 1
+good "score it" score $tmp/whole $tmp/train.txt --last 5 --context 12
+good "plan it" plan $tmp/whole
+good "route it" route $tmp/whole $tmp/part
+good "inspect it" inspect $tmp/whole --check-finite
+good "inspect its state" inspect $tmp/whole/train.safetensors --check-finite
+shows "inspect its state" '^m.model.norm.weight  *F32 *\[64\]'
+shows "inspect its state" '^loads  *U64 *\[4, 8\]'
+refused "train: not again" "holds a checkpoint already" train $recipe --out $tmp/whole
+
+# The same numbers, whatever the threads, and whatever is kept.
+trains "two threads" $recipe --out $tmp/threads --steps 12 --save-every 5 --threads 2
+for file in model.safetensors train.safetensors log.csv config.json; do
+    same "train: two threads" $tmp/whole/$file $tmp/threads/$file
+done
+trains "--keep all" $recipe --out $tmp/keepall --steps 12 --keep all --type BF16
+same "train --keep" $tmp/whole/log.csv $tmp/keepall/log.csv
+trains "--accum 4" $recipe --out $tmp/accum --steps 12 --accum 4
+if paste -d, $tmp/whole/log.csv $tmp/accum/log.csv |
+    awk -F, 'NR > 1 { d = $4 - $15; if (d > 1e-3 || d < -1e-3) bad = 1 } END { exit bad }'; then ok; else
+    bad "train --accum: other losses"
+fi
+trains "--seed 2" $recipe --out $tmp/seed --steps 1 --seed 2
+differ "train --seed" $tmp/whole/model.safetensors $tmp/seed/model.safetensors
+converted narrower $tmp/whole BF16
+same "train --type BF16 is convert's" $tmp/narrower/model.safetensors $tmp/keepall/model.safetensors
+
+# A run that is interrupted, or killed, at any moment, goes on as if nothing had happened.
+whole() {
+    for file in model.safetensors train.safetensors log.csv config.json; do
+        same "train: $1" $tmp/whole/$file $tmp/"$2"/$file
+    done
+}
+"$tool" train $recipe --out $tmp/stopped --steps 12 --save-every 5 > $tmp/out 2> $tmp/err &
+child=$!
+for try in 1 2 3 4 5 6 7 8 9 10; do
+    [ -f $tmp/stopped/log.csv ] && [ "$(wc -l < $tmp/stopped/log.csv)" -gt 1 ] && break
+    sleep 0.05
+done
+kill -INT $child 2> /dev/null
+wait $child
+equal "train: Ctrl-C: status" $? 0
+trains "after Ctrl-C" --resume --out $tmp/stopped
+whole "after Ctrl-C" stopped
+trains "a complete run" --resume --out $tmp/stopped --threads 1
+whole "a complete run, resumed" stopped
+refused "train --resume: another option" "--lr: expected '0.0030000000000000001', as the run in $tmp/stopped has it" \
+    train --resume --out $tmp/stopped --lr 0.004
+refused "train --resume: another text" "--text: expected the text of the run" train --resume --out $tmp/stopped --text LICENSE
+refused "train --resume: a model" "--resume: the model is the one in" train --resume --out $tmp/stopped --preset micro
+moment=0
+for pause in 0 0.02 0.05 0.1 0.15; do
+    moment=$((moment + 1))
+    rm -rf $tmp/killed
+    "$tool" train $recipe --out $tmp/killed --steps 12 --save-every 1 --type F32 > $tmp/out 2> $tmp/err &
+    child=$!
+    while kill -0 $child 2> /dev/null && [ ! -f $tmp/killed/model.safetensors ]; do sleep 0.01; done
+    sleep $pause
+    kill -9 $child 2> /dev/null
+    wait $child 2> /dev/null
+    good "kill -9, moment $moment: a checkpoint is there" inspect $tmp/killed --check-finite
+    good "kill -9, moment $moment: it opens" generate $tmp/killed -n 1
+    trains "kill -9, moment $moment" --resume --out $tmp/killed --save-every 5
+    whole "kill -9, moment $moment" killed
+done
+head -c 3000 $tmp/whole/train.safetensors > $tmp/killed/train.safetensors
+refused "train --resume: a damaged state" "$tmp/killed/train.safetensors" train --resume --out $tmp/killed
+cp $micro/model.safetensors $tmp/killed/train.safetensors
+refused "train --resume: another file" "is no state of a training run" train --resume --out $tmp/killed
+# The disk fills up later: what was saved before stays.
+trains "before the disk is full" $recipe --out $tmp/late --steps 12 --save-every 100
+cp $tmp/late/train.safetensors $tmp/a
+(
+    trap '' XFSZ
+    ulimit -f 2000
+    "$tool" train --resume --out $tmp/late > /dev/null 2> $tmp/err
+)
+equal "train: no room: status" $? 1
+if grep -q "train.safetensors: cannot write" $tmp/err; then ok; else fail "train: no room"; fi
+same "train: no room: the old state stays" $tmp/a $tmp/late/train.safetensors
+good "train: no room: the old checkpoint stays" inspect $tmp/late --check-finite
+
+# Other beginnings, settings and ends.
+good "score micro" score $micro $tmp/train.txt --context 12
+before=$(sed -n 's/^nats.token *//p' $tmp/out)
+trains "--init" --init $micro --text $tmp/train.txt --seq 12 --batch 32 --steps 1 --lr 0 --out $tmp/init --threads 1
+if awk -F, -v a="$before" 'END { exit !($5 - a < 0.15 && a - $5 < 0.15) }' $tmp/init/log.csv; then ok; else
+    bad "train --init: loss $(tail -n 1 $tmp/init/log.csv), score $before"
+fi
+converted initial $tmp/init BF16
+same "train --init, rate 0: the weights stay" $tmp/micro.list $tmp/initial.list
+trains "--freeze" $recipe --out $tmp/frozen --steps 2 --freeze '*shared_experts*' --exempt '*embed_tokens*' --ema 0.9 \
+    --type F8_E4M3 --schedule cosine --sample-every 2 --warmup 0 --bias-freeze 0
+if grep -q 'warning: --freeze: 9 tensors of shared experts' $tmp/err; then ok; else fail "train --freeze: no warning"; fi
+if grep -q '^sample at step 2: ' $tmp/err; then ok; else fail "train --sample-every: no sample"; fi
+good "train --ema: a checkpoint" score $tmp/frozen/ema $tmp/part
+good "train --type F8_E4M3" score $tmp/frozen $tmp/part
+good "train --bias-freeze 0" inspect $tmp/frozen/train.safetensors
+shows "train --bias-freeze 0" '^weights.model.layers.1.mlp.gate.e_score_correction_bias  *F32 *\[8\] *0  *0 '
+trains "--resume with --ema" --resume --out $tmp/frozen
+trains "--config, --ids, two texts" --config $tmp/v128 --ids --text $tmp/list --text $tmp/list --val 0 --seq 4 --steps 2 \
+    --batch 2 --out $tmp/ids2 --threads 1
+good "score --ids of it" score $tmp/ids2 $tmp/list --ids
+run train $recipe --lr 1e30 --clip 0 --steps 40 --out $tmp/diverged --save-every 20
+equal "train: diverged: status" $status 1
+if grep -q 'the training has diverged: they are not saved' $tmp/err; then ok; else fail "train: diverged"; fi
+good "train: diverged: the first checkpoint stays" inspect $tmp/diverged --check-finite
+equal "train: diverged: skipped steps in the log" "$(awk -F, '$8 == ""' $tmp/diverged/log.csv | wc -l | tr -d ' ')" 10
 
 rm -rf $tmp
 done_testing tool

@@ -1,0 +1,285 @@
+/* test_save.c -- writing checkpoints: checkpoint_save and its config.json, st_write_made, st_write_bytes.
+ *
+ * Every kind of model in every type of weights is saved in every type, opened again, and compared number by number. A
+ * failure means that a saved or converted checkpoint holds other numbers than it should, that FP8 loses more than its
+ * rounding, that a config.json does not come back as it was, or that a failed write leaves something behind. */
+#ifndef _POSIX_C_SOURCE
+#define _POSIX_C_SOURCE 200809L /* mkdtemp, posix_memalign */
+#endif
+#define DSV3_IMPLEMENTATION
+#define CHECKPOINT_IMPLEMENTATION
+#include "checkpoint.h"
+#include "synthetic.h"
+#include <unistd.h>
+
+static char directory[] = "/tmp/dsv3-save-XXXXXX";
+static char weights[64];
+
+/* ---- Numbers */
+
+static dsv3_type expected_type(const dsv3_tensor_info *info, dsv3_type type) {
+    if (strstr(info->name, "e_score_correction_bias") != NULL) return DSV3_F32;
+    return type == DSV3_F8_E4M3 && !info->quantised ? DSV3_BF16 : type;
+}
+
+/* Scales are amax / 448 of their block, and no value is further off than half a step. */
+static int fp8_is_right(const synth_tensor *t, const st_tensor *code, const st_tensor *scale) {
+    size_t rows = t->t.rows, cols = t->t.cols, across = (cols + 127) / 128;
+    if (scale == NULL || scale->dtype != ST_F32 || scale->bytes != 4 * across * ((rows + 127) / 128)) return 0;
+    for (size_t b = 0; b < scale->bytes / 4; b++) {
+        double most = 0, s = synth_element(DSV3_F32, (const unsigned char *)scale->data, b);
+        for (size_t i = 0; i < rows * cols; i++) {
+            double x = t->value[i], y;
+            if (i / cols / 128 * across + i % cols / 128 != b) continue;
+            y = synth_element(DSV3_F8_E4M3, (const unsigned char *)code->data, i) * s;
+            if (fabs(x) > most) most = fabs(x);
+            if (!(fabs(x - y) <= fabs(x) / 16 * 1.00001 + s * ldexp(1, -10))) return 0;
+        }
+        if (fabs(s - (most > 0 ? most / 448 : 1)) > 1e-6 * s) return 0;
+    }
+    return 1;
+}
+
+static int is_right(const synth *s, const synth_tensor *t, const st_file *file, dsv3_type type) {
+    const st_tensor *to = st_find(file, t->info.name);
+    char name[DSV3_MAX_NAME + 16];
+    dsv3_type want = expected_type(&t->info, type);
+    (void)s;
+    snprintf(name, sizeof name, "%s_scale_inv", t->info.name);
+    if (to == NULL || checkpoint_type(to->dtype) != (int)want) return 0;
+    if ((uintptr_t)to->data % dsv3_type_bytes(want) != 0) return 0;
+    if (t->t.type == want) return memcmp(to->data, t->data, to->bytes) == 0;
+    if (want == DSV3_F8_E4M3) return fp8_is_right(t, to, st_find(file, name));
+    for (size_t i = 0; i < t->t.rows * t->t.cols; i++) {
+        unsigned char code[4];
+        synth_encode(want, code, 0, (float)t->value[i]);
+        if (memcmp(code, (const unsigned char *)to->data + i * dsv3_type_bytes(want), dsv3_type_bytes(want)) != 0)
+            return 0;
+    }
+    return st_find(file, name) == NULL;
+}
+
+static void check_model(synth *s, dsv3_type type) {
+    checkpoint c;
+    st_error error;
+    char *text = NULL;
+    int right = 1;
+    CHECK_EQ(checkpoint_save(directory, &s->config, synth_find, s, type, &error), ST_OK);
+    CHECK_EQ(checkpoint_config_text(&text, &s->config, type, &error), ST_OK);
+    CHECK_EQ(checkpoint_config_write(directory, text, &error), ST_OK);
+    ST_FREE(text);
+    CHECK_EQ(checkpoint_open(&c, directory, &error), ST_OK);
+    for (size_t i = 0; i < s->count && c.tables != NULL; i++) {
+        if (is_right(s, &s->tensors[i], &c.file, type)) continue;
+        fprintf(stderr, "%s as %s\n", s->tensors[i].info.name, dsv3_type_name(type));
+        right = 0;
+    }
+    CHECK(right);
+    checkpoint_close(&c);
+}
+
+static void test_models(void) {
+    for (int which = 0; which < SYNTH_CONFIGS; which++) {
+        int types;
+        dsv3_config config = synth_config(which, &types);
+        for (types = SYNTH_F32; types <= SYNTH_MIXED; types++) {
+            synth *s = synth_make(&config, types, 7);
+            for (int type = 0; type < DSV3_TYPES; type++) check_model(s, (dsv3_type)type);
+            synth_close(s);
+        }
+    }
+}
+
+/* Blocks of zeros, of numbers too small for a scale, and values that a type cannot hold. */
+static void test_edges(void) {
+    int types;
+    dsv3_config config = synth_config(SYNTH_BLOCKS, &types);
+    synth *s = synth_make(&config, SYNTH_F32, 3);
+    synth_tensor *t = synth_get(s, 0, -1, "self_attn.o_proj.weight");
+    const struct {
+        float x;
+        int wrong; /* bits: F16, BF16, FP8 */
+    } edge[] = {{INFINITY, 4}, {-INFINITY, 4}, {NAN, 4}, {65520.0f, 1}, {65519.0f, 0}, {3.4e38f, 3}, {1e-44f, 0}};
+    for (size_t i = 0; i < t->t.rows * t->t.cols; i++) synth_encode(DSV3_F32, t->data, i, i % 2 ? 0.0f : 1e-43f);
+    synth_refresh(t);
+    CHECK_EQ(checkpoint_save(directory, &config, synth_find, s, DSV3_F8_E4M3, NULL), ST_OK);
+    for (size_t k = 0; k < sizeof edge / sizeof edge[0]; k++) {
+        synth_set(t, t->t.cols + 1, edge[k].x);
+        for (int bit = 0; bit < 3; bit++) {
+            st_error error;
+            int wrong = edge[k].wrong >> bit & 1;
+            st_result result =
+                checkpoint_save(directory, &config, synth_find, s, (dsv3_type)(DSV3_F16 + bit), &error);
+            CHECK_EQ(result, wrong ? ST_ERR_OVERFLOW : ST_OK);
+            CHECK(!wrong || strstr(error.message, t->info.name) != NULL);
+        }
+    }
+    synth_close(s);
+}
+
+/* What find does not have, or has otherwise. */
+static dsv3_result find_without(void *user, const char *name, dsv3_tensor *tensor) {
+    if (strcmp(name, "model.norm.weight") == 0) return DSV3_ERR_MISSING;
+    return synth_find(user, name, tensor);
+}
+static dsv3_result find_short(void *user, const char *name, dsv3_tensor *tensor) {
+    dsv3_result result = synth_find(user, name, tensor);
+    if (strcmp(name, "lm_head.weight") == 0) tensor->rows--;
+    return result;
+}
+static dsv3_result find_unscaled(void *user, const char *name, dsv3_tensor *tensor) {
+    if (strstr(name, "o_proj.weight_scale_inv") != NULL) return DSV3_ERR_MISSING;
+    return synth_find(user, name, tensor);
+}
+static dsv3_result find_main(void *user, const char *name, dsv3_tensor *tensor) {
+    if (strncmp(name, "model.layers.3.", 15) == 0) return DSV3_ERR_MISSING;
+    return synth_find(user, name, tensor);
+}
+
+static void test_errors(void) {
+    int types;
+    dsv3_config config = synth_config(SYNTH_BLOCKS, &types), mtp = synth_config(SYNTH_MTP, &types);
+    synth *s = synth_make(&config, SYNTH_FP8, 3), *with_module = synth_make(&mtp, SYNTH_F32, 3);
+    st_error error;
+    checkpoint c;
+    char *text = NULL;
+    CHECK_EQ(checkpoint_save(directory, &config, find_without, s, DSV3_F32, &error), ST_ERR_MISSING);
+    CHECK(strstr(error.message, "model.norm.weight") != NULL);
+    CHECK_EQ(checkpoint_save(directory, &config, find_short, s, DSV3_F32, &error), ST_ERR_MISMATCH);
+    CHECK(strstr(error.message, "lm_head.weight") != NULL);
+    CHECK(checkpoint_save(directory, &config, find_unscaled, s, DSV3_F32, &error) != ST_OK);
+    CHECK(strstr(error.message, "o_proj.weight_scale_inv") != NULL);
+    CHECK_EQ(checkpoint_save("/tmp/dsv3-no-such-directory", &config, synth_find, s, DSV3_F32, &error), ST_ERR_IO);
+    CHECK_EQ(checkpoint_config_write("/tmp/dsv3-no-such-directory", "{}", &error), ST_ERR_IO);
+    CHECK_EQ(mtp.num_hidden_layers, 3); /* find_main: all but the module */
+    CHECK_EQ(checkpoint_save(directory, &mtp, find_main, with_module, DSV3_BF16, &error), ST_OK);
+    CHECK_EQ(checkpoint_config_text(&text, &mtp, DSV3_BF16, &error), ST_OK);
+    CHECK_EQ(checkpoint_config_write(directory, text, &error), ST_OK);
+    CHECK_EQ(checkpoint_open(&c, directory, &error), ST_OK);
+    CHECK_EQ(c.model.n_mtp, 0);
+    checkpoint_close(&c);
+    ST_FREE(text);
+    synth_close(s);
+    synth_close(with_module);
+}
+
+/* ---- config.json */
+
+static void check_config(const dsv3_config *want, const char *text) {
+    dsv3_config got, plain = *want;
+    st_error error;
+    CHECK_EQ(checkpoint_config_parse(&got, text, strlen(text), "text", &error), ST_OK);
+    plain.num_key_value_heads = want->num_attention_heads;
+    plain.gate_scaling = got.gate_scaling; /* in no file */
+    if (plain.rope_scaling.type == DSV3_ROPE_NONE) plain.rope_scaling = got.rope_scaling;
+    CHECK(memcmp(&got, &plain, sizeof got) == 0);
+}
+
+static void test_configs(void) {
+    char *text, *other;
+    st_error error;
+    for (int which = 0; which <= DSV3_PRESET_MICRO; which++) {
+        dsv3_config config = dsv3_config_preset((dsv3_preset)which);
+        for (int type = 0; type < DSV3_TYPES; type++) {
+            CHECK_EQ(checkpoint_config_text(&text, &config, (dsv3_type)type, &error), ST_OK);
+            check_config(&config, text);
+            CHECK_EQ(strstr(text, "quantization_config") != NULL, type == DSV3_F8_E4M3);
+            for (int to = 0; to < DSV3_TYPES; to++) {
+                CHECK_EQ(checkpoint_config_adapt(&other, text, strlen(text), "text", (dsv3_type)to, &error), ST_OK);
+                check_config(&config, other);
+                CHECK_EQ(strstr(other, "quantization_config") != NULL, to == DSV3_F8_E4M3);
+                CHECK_EQ(strstr(other, "float32") != NULL, to == DSV3_F32);
+                ST_FREE(other);
+            }
+            ST_FREE(text);
+        }
+    }
+    other = NULL;
+    CHECK(checkpoint_config_adapt(&other, "{\"a\": 1}", 8, "text", DSV3_F32, &error) != ST_OK);
+    CHECK(other == NULL);
+}
+
+/* Everything else stays, byte for byte. */
+static void test_adapt(void) {
+    dsv3_config config = dsv3_config_preset(DSV3_PRESET_MICRO);
+    char *text, *other, *own;
+    st_error error;
+    size_t n;
+    CHECK_EQ(checkpoint_config_text(&text, &config, DSV3_F32, &error), ST_OK);
+    n = strlen(text);
+    own = (char *)test_alloc(n + 200);
+    snprintf(own, n + 200, "{\"dtype\":\"float32\",\"a \\\"b\":[1,{\"c\":null}],\"quantization_config\":null,%s",
+             text + 1);
+    CHECK_EQ(checkpoint_config_adapt(&other, own, strlen(own), "text", DSV3_F8_E4M3, &error), ST_OK);
+    CHECK(strstr(other, "\"dtype\": \"bfloat16\"") != NULL);
+    CHECK(strstr(other, "\"a \\\"b\": [1,{\"c\":null}]") != NULL);
+    CHECK(strstr(other, "\"quantization_config\": {") != NULL);
+    check_config(&config, other);
+    free(own);
+    ST_FREE(other);
+    ST_FREE(text);
+}
+
+/* ---- Files */
+
+static st_result make_bytes(void *user, size_t index, st_sink *sink, st_error *error) {
+    const int *how = (const int *)user;
+    const float x[3] = {1.0f, 2.0f, 3.0f};
+    (void)index;
+    if (*how == 3) {
+        if (error != NULL) snprintf(error->message, sizeof error->message, "no more");
+        return ST_ERR_NOMEM;
+    }
+    if (*how == 4) return st_put(sink, x, sizeof x + 1);
+    for (int i = 0; i < (*how == 1 ? 2 : 3); i++) {
+        st_result result = st_put(sink, x + i, sizeof x[i]);
+        if (result != ST_OK) return result;
+    }
+    return *how == 2 ? st_put(sink, x, sizeof x[0]) : ST_OK;
+}
+
+static void test_files(void) {
+    static const st_result want[5] = {ST_OK, ST_ERR_MISMATCH, ST_ERR_MISMATCH, ST_ERR_NOMEM, ST_ERR_MISMATCH};
+    st_tensor t;
+    st_file file;
+    st_error error;
+    char temporary[80];
+    memset(&t, 0, sizeof t);
+    t.name = "x";
+    t.dtype = ST_F32;
+    t.rank = 1;
+    t.shape[0] = 3;
+    t.bytes = 12;
+    snprintf(temporary, sizeof temporary, "%s.tmp", weights);
+    for (int how = 0; how < 5; how++) {
+        CHECK_EQ(st_write_made(weights, &t, 1, NULL, make_bytes, &how, &error), want[how]);
+        CHECK_EQ(error.message[0] != '\0', how > 0);
+        CHECK(access(temporary, F_OK) != 0);
+        CHECK_EQ(st_open(&file, weights, &error), ST_OK); /* the first one, all the time */
+        CHECK(file.count == 1 && memcmp(file.tensor[0].data, "\0\0\200\077\0\0\0\100\0\0\100\100", 12) == 0);
+        st_close(&file);
+    }
+    CHECK_EQ(st_write_made(weights, &t, 1, NULL, NULL, NULL, &error), ST_ERR_ARG);
+    CHECK_EQ(st_write_bytes(NULL, "a", 1, &error), ST_ERR_ARG);
+    CHECK_EQ(st_write_bytes(weights, NULL, 1, &error), ST_ERR_ARG);
+    CHECK_EQ(st_write_bytes(weights, "a", 1, &error), ST_OK);
+    CHECK_EQ(st_write_bytes(weights, "", 0, &error), ST_OK);
+    CHECK_EQ(st_open(&file, weights, &error), ST_ERR_TRUNC);
+}
+
+int main(void) {
+    char config[64];
+    if (mkdtemp(directory) == NULL) return 2;
+    snprintf(weights, sizeof weights, "%s/model.safetensors", directory);
+    snprintf(config, sizeof config, "%s/config.json", directory);
+    test_models();
+    test_edges();
+    test_errors();
+    test_configs();
+    test_adapt();
+    test_files();
+    remove(weights);
+    remove(config);
+    CHECK(rmdir(directory) == 0); /* nothing else was left there */
+    return test_done("save");
+}
