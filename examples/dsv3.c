@@ -1770,8 +1770,9 @@ static const char train_help[] =
     "  --text FILE      may be repeated: the files are joined\n"
     "  --ids            they hold token ids\n"
     "  --val P          the last P percent are for validation (default 5)\n"
-    "  --seq N          tokens of a sequence (default: what the model was made for, at most 256)\n"
-    "  --batch N        sequences of a step (default 8)\n"
+    "  --seq N          tokens of a sequence (default: what the model was made for, at most 1024; it will predict\n"
+    "                   badly at positions it has not seen)\n"
+    "  --batch N        sequences of a step (default 4)\n"
     "  --accum N        micro-batches into which they are divided, to save memory (default: up to 4096 tokens each)\n"
     "The recipe:\n"
     "  --steps N        (default 1000)\n"
@@ -1879,7 +1880,7 @@ static train_options train_defaults(void) {
     o.keep = "none";
     o.type = "F32";
     o.steps = 1000;
-    o.batch = 8;
+    o.batch = 4;
     o.warmup = -1;
     o.seed = 1;
     o.save_every = o.val_every = 100;
@@ -2588,7 +2589,7 @@ static void train_read_text(train_state *s) {
 
 /* The micro-batches: as many sequences as make up to 4096 tokens, of those numbers that divide the batch. */
 static void train_resolve(train_options *o, const dsv3_config *c) {
-    if (o->seq == 0) o->seq = c->max_position_embeddings < 256 ? c->max_position_embeddings : 256;
+    if (o->seq == 0) o->seq = c->max_position_embeddings < 1024 ? c->max_position_embeddings : 1024;
     if (o->warmup < 0) o->warmup = o->steps / 20;
     if (o->accum == 0) {
         o->accum = 1;
