@@ -18,6 +18,7 @@ check "freestanding compiles" $CC -std=c99 -O2 -ffreestanding $wide $c -Wno-miss
 for file in examples/*.c; do
     check "$file" $CC -std=c99 -O2 $wide $c -Wno-float-equal -Iexamples -I. -c "$file" -o $out/example.o
 done
+check "without training" $CC -std=c99 -O2 $wide $c -DDSV3_NO_TRAINING -I. -c tests/compile/implement.c -o $out/inference.o
 if $CC -ffast-math -std=c99 -I. -c tests/compile/implement.c -o $out/fast.o 2> /dev/null; then
     bad "-ffast-math is not refused"
 else
@@ -41,6 +42,8 @@ if command -v nm > /dev/null; then
             > $out/undefined
         if [ -s $out/undefined ]; then bad "$object.o needs: $(tr '\n' ' ' < $out/undefined)"; else ok; fi
     done
+    nm $out/inference.o | grep -E 'train|backward|parameters|learning_rate|text_count$|adamw' > $out/training
+    if [ -s $out/training ]; then bad "training is left in: $(tr '\n' ' ' < $out/training)"; else ok; fi
     # every global the object defines is declared in chapter 1, under the public prefix
     nm $out/implement.o | sed -n 's/.* [TR] //p' | grep -v '^dsv3_' > $out/private
     if [ -s $out/private ]; then bad "unpublished symbols: $(cat $out/private)"; else ok; fi

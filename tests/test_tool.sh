@@ -930,7 +930,7 @@ refused "train --preset" "--preset: expected one of deepseek-v3," train --preset
 refused "train --config" "$tmp/none" train --config $tmp/none --text LICENSE --out $tmp/t
 refused "train --init" "$tmp/none" train --init $tmp/none --text LICENSE --out $tmp/t
 refused "train: missing text" "$tmp/none: cannot be opened" train $recipe --text $tmp/none --out $tmp/t
-refused "train: short text" "--text: expected at least 257 tokens before the part for validation, found 1" \
+refused "train: short text" "--text: expected at least 513 tokens before the part for validation, found 1" \
     train --preset micro --text $tmp/two --out $tmp/t
 refused "train: no tokenizer" "use --ids" train --preset moonlight --text LICENSE --out $tmp/t
 refused "train: more memory than there is" "no memory for" train --preset deepseek-v3 --ids --text $tmp/list --seq 1 --out $tmp/t
