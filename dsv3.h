@@ -979,7 +979,7 @@ typedef dsv3_result (*dsv3_reduce_gradients)(void *user, float *gradients, size_
  * steps. */
 typedef struct dsv3_training {
     size_t rows;      /* most rows of a micro-batch */
-    size_t sequences; /* most sequences of a micro-batch */
+    size_t sequences; /* most sequences of a micro-batch, <= rows */
     size_t longest;   /* most rows of a sequence */
     int32_t keep;     /* dsv3_keep, added up */
     int32_t ema;      /* bool: keep an exponential moving average of the weights */
@@ -5908,7 +5908,8 @@ DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_tra
     if (settings == NULL || settings->rows < 1 || settings->sequences < 1 || settings->longest < 1 || threads < 1) {
         return DSV3_ERR_ARG;
     }
-    if ((uint64_t)settings->rows > (uint64_t)DSV3_MAX_SEQ || (uint64_t)settings->longest > (uint64_t)DSV3_MAX_SEQ) {
+    if ((uint64_t)settings->rows > (uint64_t)DSV3_MAX_SEQ || (uint64_t)settings->longest > (uint64_t)DSV3_MAX_SEQ ||
+        settings->sequences > settings->rows) {
         return DSV3_ERR_LIMIT;
     }
     dsv3i_trainer_layout(&t, config, settings, threads, &l);
@@ -6194,13 +6195,20 @@ DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_tra
                                            dsv3_error *error) {
     dsv3i_evaluation a;
     dsv3_trainer *t = trainer;
+    const dsv3_balance_weights *balance;
     if (context == NULL || t == NULL || text == NULL || text->token == NULL) {
         return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
     }
+    balance = &t->settings.balance;
     if (text->rows < 1 || text->rows > t->most_rows) {
         return dsv3i_fail_range(error, text->rows < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "rows",
                                 "is not a micro-batch the trainer was made for", 1, (int64_t)t->most_rows,
                                 (int64_t)text->rows);
+    }
+    if ((balance->device > 0.0 || balance->communication > 0.0) &&
+        (balance->devices < 1 || balance->most_devices < 1 || t->balancer.E % balance->devices != 0)) {
+        return dsv3i_fail(error, DSV3_ERR_ARG, "balance.devices",
+                          "must divide the experts, and most_devices be positive");
     }
     DSV3I_TRY(dsv3i_text_check(text, t->weights.model.config.vocab_size, error));
     a.losses = &t->losses;
