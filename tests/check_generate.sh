@@ -1,6 +1,6 @@
 #!/bin/sh
-# Greedy texts of the larger demo model (tests/test_generate.c has the small one) with 1 to 15 drafts, by one thread and by two, alone and all together: they must
-# be those of plain decoding, byte for byte. Takes minutes.
+# Greedy texts of the larger demo model (tests/test_generate.c has the small one) with 1 to 15 drafts, by one thread
+# and by two, alone and all together: they must be those of plain decoding, byte for byte. Takes minutes.
 . tests/lib.sh
 for model in austen; do
     out=$(build/test_generate full examples/models/$model 2>&1)
