@@ -8,16 +8,16 @@
  * module. The loss that is minimised is main + 0.3 MTP + balance. MaxVio (lesson 4) is that of the main model's MoE
  * layer: soon a few experts have all the tokens, then biases and gradients share them out.
  * 54528 parameters and 192 characters: when the batch is known by heart, the model has learned nothing else. The
- * module has learned it, too: drafting ahead, the model needs 22 steps for 43 characters.
+ * module has learned it, too: drafting ahead, the model needs 22 steps for 43 characters. What lies between step 10
+ * and the end is not printed: roundings, which differ between machines, change it.
  *
  * Build and run:  make build/07_train_tiny && build/07_train_tiny
- * Expected output (roundings, which differ between compilers, move what lies between step 30 and the end):
+ * Expected output:
  *     54528 parameters, ln 128 = 4.852
  *     step   main    MTP  MaxVio
  *        0  4.852  4.849     1.0
+ *        5   4.31   4.30     3.0
  *       10   3.17   3.17     2.2
- *       20   2.25   2.26     1.8
- *       30   1.64   1.73     0.4
  *      150   0.00   0.00   < 0.3
  *     It is |a truth universally acknowledged, that a si| 22 steps
  *     Emma W|oodhouse, handsome, clever, and rich, with | 22 steps
@@ -105,7 +105,7 @@ static void train(const dsv3_text *text) {
         check(dsv3_train_end(&context, &trainer, rate, NULL, &error)); /* clears the loads */
         main_loss = sum->nll[0] / (double)sum->targets[0];
         mtp_loss = sum->nll[1] / (double)sum->targets[1];
-        if (s % 10 == 0 && s <= 30) {
+        if (s % 5 == 0 && s <= 10) {
             printf("%4d  %5.*f  %5.*f  %6.1f\n", s, s ? 2 : 3, main_loss, s ? 2 : 3, mtp_loss, vio);
         }
         if (s == STEPS) printf("%4d  %5.2f  %5.2f  %s\n", s, main_loss, mtp_loss, vio < 0.3 ? " < 0.3" : ">= 0.3");

@@ -1015,20 +1015,25 @@ static void test_observer(void) {
 
 /* ---- Parameters */
 
+/* The tensors written and the parameters read, which lie in the order of dsv3_model_tensors. */
+typedef struct {
+    const synth *written;
+    const float *at;
+} compared;
+
 static dsv3_result same_tensor(void *user, const dsv3_tensor_info *info) {
     const synth_tensor *t;
-    void **args = (void **)user;
-    const float **at = (const float **)&args[1];
+    compared *both = (compared *)user;
     size_t n = info->rows * info->cols;
     double worst = 0;
     if (info->optional) return DSV3_OK;
-    t = synth_tensor_of((const synth *)args[0], info->name);
+    t = synth_tensor_of(both->written, info->name);
     for (size_t i = 0; i < n; i++) {
-        double e = fabs((double)(*at)[i] - t->value[i]);
+        double e = fabs((double)both->at[i] - t->value[i]);
         if (!(e <= 1e-6 * fabs(t->value[i]))) worst = e; /* code times scale rounds once */
     }
     test_count(worst <= 0, __FILE__, __LINE__, info->name);
-    *at += n;
+    both->at += n;
     return DSV3_OK;
 }
 
@@ -1044,12 +1049,13 @@ static void open_parameters(dsv3_parameters *q, void **memory, const dsv3_config
 static void test_load(int which) {
     synth *s = synth_open_named(which, 4);
     dsv3_parameters q;
-    void *memory, *args[2];
+    void *memory;
+    compared both;
     open_parameters(&q, &memory, &s->config);
     CHECK_EQ(dsv3_parameters_load(&q, &s->model), DSV3_OK);
-    args[0] = s, args[1] = q.data;
-    synth_demand(dsv3_model_tensors(&s->config, same_tensor, args), "compare", NULL);
-    CHECK_EQ((float *)args[1] - q.data, q.count);
+    both.written = s, both.at = q.data;
+    synth_demand(dsv3_model_tensors(&s->config, same_tensor, &both), "compare", NULL);
+    CHECK_EQ(both.at - q.data, q.count);
     CHECK_EQ(dsv3_parameters_load(NULL, &s->model), DSV3_ERR_ARG);
     CHECK_EQ(dsv3_parameters_load(&q, NULL), DSV3_ERR_ARG);
     s->config.vocab_size++;
