@@ -40,7 +40,7 @@ build/%: bench/%.c bench/bench.h $(HEADERS) build/flags
 
 build/%: tests/%.c tests/test.h tests/synthetic.h $(HEADERS) build/flags
 	@mkdir -p build
-	$(BUILD) -D_POSIX_C_SOURCE=200809L $< -o $@ $(LDFLAGS) -lm -lpthread $(LDLIBS)
+	$(BUILD) -D_POSIX_C_SOURCE=200809L -DDSV3_SIMD $< -o $@ $(LDFLAGS) -lm -lpthread $(LDLIBS)
 
 run: build/dsv3
 	@build/dsv3 generate examples/models/austen -p '$(PROMPT)' --echo -n 600 --temp 0.6 --stats

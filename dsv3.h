@@ -37,6 +37,8 @@
  *   DSV3_STATIC              everything static to this file (then any number of files may implement)
  *   DSV3_API                 what stands before each public function; default: extern
  *   DSV3_ASSERT(x)           checks preconditions of single ops; default: nothing
+ *   DSV3_SIMD                compile the SIMD backends in (x86-64; elsewhere it changes nothing). The CPU is asked
+ *                            at run time: no -m flags are needed, and an older CPU gets what it can run
  *   DSV3_NO_TRAINING         leave out gradients and training
  *   DSV3_NO_OPENMP           ignore OpenMP even if the compiler has it switched on
  *   DSV3_ALLOW_FAST_MATH     accept -ffast-math (minus infinity and NaN are part of the algorithm: results
@@ -91,6 +93,7 @@
  *   11 >>mtp      multi-token prediction: modules, and the losses of whole texts
  *   12 >>infer    sampling, generation with drafts
  *   13 >>train    parameters, backward through everything, AdamW, the training step
+ *   A  >>simd     the same kernels for AVX2 and AVX-512, and the choice of a backend
  *   B  >>licence
  */
 #ifndef DSV3_H
@@ -329,7 +332,7 @@ DSV3_API const char *dsv3_type_name(dsv3_type type);
 /* A read-only view of a weight. Data belongs to the caller, must outlive the model, and may be unaligned. */
 typedef struct dsv3_tensor {
     const void *data;  /* [rows, cols] elements of type */
-    const void *scale; /* FP8: float [ceil(rows/128), ceil(cols/128)], W = code * scale; else NULL */
+    const void *scale; /* FP8: float [ceil(rows/128), ceil(cols/128)], below 2^119, W = code * scale; else NULL */
     size_t rows, cols; /* a vector has rows = 1 */
     dsv3_type type;
     int32_t rank; /* 1: vector, 2: matrix */
@@ -346,19 +349,36 @@ DSV3_API uint8_t dsv3_f8_e4m3_from_f32(float x);
 
 /* ---- Context: kernels and threads -------------------------------------------------------------------- */
 
-/* The closed list of inner loops, chapter 3. Filled by dsv3_context_init. */
+/* The closed list of inner loops, chapter 3. Filled by dsv3_context_init.
+ * tile: y[t ldy + r] = x_t . w_r, k terms each, for nx rows x_t and nw rows w_r, which lie ldx and ldw elements apart
+ *       in x and w (w of type F32 is aligned). scale: FP8, one multiplier per 128 columns, the same for all nw rows (unaligned); else NULL.
+ *       NULL for a type that is decoded first.
+ * outer: y_t += sum_j a[t at + j aj] b_j, n numbers each, for m rows y_t and, in this order, k rows b_j. */
 typedef struct dsv3_kernels {
     void (*decode[DSV3_TYPES])(float *y, const void *w, size_t n);   /* y[i] = element i of w */
     float (*dot)(const float *x, const float *y, size_t n);          /* sum x[i] y[i] */
     void (*axpy)(float *y, float a, const float *x, size_t n);       /* y[i] += a x[i] */
     float (*exp_sum)(float *p, const float *s, float top, size_t n); /* p[i] = exp(s[i]-top), sum of p; p may be s */
     void (*silu_mul)(float *h, const float *a, const float *b, size_t n); /* h[i] = silu(a[i]) b[i]; h may be a */
+    void (*tile[DSV3_TYPES])(float *y, size_t ldy, const float *x, size_t ldx, size_t nx, const void *w, size_t ldw,
+                             const void *scale, size_t nw, size_t k);
+    void (*outer)(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj, const float *b, size_t ldb,
+                  size_t k, size_t n);
 } dsv3_kernels;
 
 typedef enum dsv3_backend {
-    DSV3_BACKEND_AUTO = 0,     /* the best one compiled in that this machine can run */
-    DSV3_BACKEND_REFERENCE = 1 /* plain C, chapter 3 */
+    DSV3_BACKEND_AUTO = 0,      /* the best one compiled in that this machine can run */
+    DSV3_BACKEND_REFERENCE = 1, /* "reference": plain C, chapter 3 */
+    DSV3_BACKEND_AVX2 = 2,      /* "avx2": x86-64 with AVX2, FMA and F16C; with DSV3_SIMD */
+    DSV3_BACKEND_AVX512 = 3     /* "avx512": also AVX-512 F, BW, DQ and VL; with DSV3_SIMD */
 } dsv3_backend;
+
+#define DSV3_BACKENDS 4
+
+/* "auto", "reference", ...; NULL for an unknown one. */
+DSV3_API const char *dsv3_backend_name(dsv3_backend backend);
+/* The backend of that name; ARG if there is none. Whether it runs here, dsv3_context_init tells. */
+DSV3_API dsv3_result dsv3_backend_find(dsv3_backend *backend, const char *name);
 
 typedef enum dsv3_attention {
     DSV3_ATTENTION_AUTO = 0,     /* per sequence and call: expanded when it brings more than
@@ -402,7 +422,8 @@ typedef struct dsv3_context {
 } dsv3_context;
 
 /* threads = 0: what OpenMP offers, or 1. Without OpenMP the result is serial, threads = 1, until the caller
- * sets parallel_for and threads. UNSUPPORTED for a backend that is not compiled in or not runnable here. */
+ * sets parallel_for and threads. UNSUPPORTED for a backend that is not compiled in or that this machine cannot run:
+ * the CPU and the operating system are asked on each call, nothing is remembered. */
 DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backend, size_t threads);
 
 /* ---- Model: weights bound by their published names ---------------------------------------------------- */
@@ -1132,6 +1153,21 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 #include <omp.h>
 #endif
 
+/* The one place that looks at compilers and processors for chapter A. */
+#if defined(DSV3_SIMD) && (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
+#define DSV3I_X86
+#define DSV3I_TARGET(isa) __attribute__((target(isa)))
+#define DSV3I_INLINE(isa) static inline __attribute__((always_inline, target(isa)))
+#include <cpuid.h>
+#include <immintrin.h>
+#elif defined(DSV3_SIMD) && defined(_MSC_VER) && defined(_M_X64)
+#define DSV3I_X86
+#define DSV3I_TARGET(isa)
+#define DSV3I_INLINE(isa) static __forceinline
+#include <immintrin.h>
+#include <intrin.h>
+#endif
+
 #if defined(__cplusplus) || !defined(__STDC_VERSION__) || __STDC_VERSION__ < 199901L
 #if defined(__GNUC__) || defined(_MSC_VER)
 #define DSV3I_RESTRICT __restrict
@@ -1580,6 +1616,24 @@ static void dsv3i_axpy_ref(float *DSV3I_RESTRICT y, float a, const float *DSV3I_
     for (; i < n; i++) y[i] += a * x[i];
 }
 
+/* The products of a layer, many dots: all the pairs of some rows of x and some of w. */
+static void dsv3i_tile_ref(float *DSV3I_RESTRICT y, size_t ldy, const float *DSV3I_RESTRICT x, size_t ldx, size_t nx,
+                           const void *DSV3I_RESTRICT w, size_t ldw, const void *scale, size_t nw, size_t k) {
+    const float *rows = (const float *)w;
+    (void)scale;
+    for (size_t t = 0; t < nx; t++) {
+        for (size_t r = 0; r < nw; r++) y[t * ldy + r] = dsv3i_dot_ref(x + t * ldx, rows + r * ldw, k);
+    }
+}
+
+/* The products of a gradient, and sums of weighted values: many axpys. */
+static void dsv3i_outer_ref(float *DSV3I_RESTRICT y, size_t ldy, size_t m, const float *DSV3I_RESTRICT a, size_t at,
+                            size_t aj, const float *DSV3I_RESTRICT b, size_t ldb, size_t k, size_t n) {
+    for (size_t j = 0; j < k; j++) {
+        for (size_t t = 0; t < m; t++) dsv3i_axpy_ref(y + t * ldy, a[t * at + j * aj], b + j * ldb, n);
+    }
+}
+
 /* p may be s. */
 static float dsv3i_exp_sum_ref(float *p, const float *s, float top, size_t n) {
     float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
@@ -1637,24 +1691,9 @@ static void dsv3i_kernels_reference(dsv3_kernels *k) {
     k->axpy = dsv3i_axpy_ref;
     k->exp_sum = dsv3i_exp_sum_ref;
     k->silu_mul = dsv3i_silu_mul_ref;
-}
-
-DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backend, size_t threads) {
-    if (context == NULL) return DSV3_ERR_ARG;
-    DSV3_MEMSET(context, 0, sizeof *context);
-    if (backend != DSV3_BACKEND_AUTO && backend != DSV3_BACKEND_REFERENCE) return DSV3_ERR_UNSUPPORTED;
-    dsv3i_kernels_reference(&context->kernels);
-    context->backend = "reference";
-    context->threads = 1;
-    context->attention = DSV3_ATTENTION_AUTO;
-#if defined(_OPENMP) && !defined(DSV3_NO_OPENMP)
-    if (threads > INT_MAX / 8) return DSV3_ERR_LIMIT;
-    context->threads = threads != 0 ? threads : (size_t)omp_get_max_threads();
-    context->parallel_for = dsv3i_parallel_openmp;
-#else
-    (void)threads;
-#endif
-    return DSV3_OK;
+    for (size_t i = 0; i < DSV3_TYPES; i++) k->tile[i] = NULL;
+    k->tile[DSV3_F32] = dsv3i_tile_ref;
+    k->outer = dsv3i_outer_ref;
 }
 
 /* ========================================================================================================
@@ -1671,19 +1710,26 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
  * Test: tests/test_ops.c.
  * ==================================================================================================== */
 
+static const unsigned char *dsv3i_row_at(const dsv3_tensor *w, size_t row) {
+    return (const unsigned char *)w->data + row * w->cols * dsv3_type_bytes(w->type);
+}
+
+/* The multipliers of a row's blocks, or NULL. */
+static const unsigned char *dsv3i_scale_at(const dsv3_tensor *w, size_t row) {
+    size_t blocks = dsv3i_blocks(w->cols, DSV3_BLOCK);
+    if (w->scale == NULL) return NULL;
+    return (const unsigned char *)w->scale + row / DSV3_BLOCK * blocks * sizeof(float);
+}
+
 /* y [cols] = row of w, decoded. FP8: block row r / 128 of the scales, one multiplier per 128 columns. */
 static void dsv3i_decode_row(const dsv3_context *ctx, float *y, const dsv3_tensor *w, size_t row) {
-    const unsigned char *bytes = (const unsigned char *)w->data;
-    ctx->kernels.decode[w->type](y, bytes + row * w->cols * dsv3_type_bytes(w->type), w->cols);
-    if (w->scale != NULL) {
-        size_t blocks = dsv3i_blocks(w->cols, DSV3_BLOCK);
-        const unsigned char *scales = (const unsigned char *)w->scale + row / DSV3_BLOCK * blocks * sizeof(float);
-        for (size_t b = 0; b < blocks; b++) {
-            size_t end = dsv3i_min((b + 1) * DSV3_BLOCK, w->cols);
-            float scale;
-            DSV3_MEMCPY(&scale, scales + b * sizeof scale, sizeof scale);
-            for (size_t i = b * DSV3_BLOCK; i < end; i++) y[i] *= scale;
-        }
+    const unsigned char *scales = dsv3i_scale_at(w, row);
+    ctx->kernels.decode[w->type](y, dsv3i_row_at(w, row), w->cols);
+    for (size_t i = 0; scales != NULL && i < w->cols; scales += sizeof(float)) {
+        size_t end = dsv3i_min(i + DSV3_BLOCK, w->cols);
+        float scale;
+        DSV3_MEMCPY(&scale, scales, sizeof scale);
+        for (; i < end; i++) y[i] *= scale;
     }
 }
 
@@ -1698,7 +1744,36 @@ DSV3_API void dsv3_embed(const dsv3_context *context, float *x, const int32_t *t
 /* ---- Linear. A job is y [n, rows] = x [n, cols] W[row0 .. row0+rows)^T; several jobs share one parallel
  * loop, so that small ones (the experts of a token) do not wait for each other. */
 
-#define DSV3I_ROWS 4u /* weight rows decoded together: each row of x is then read once for all of them */
+#define DSV3I_ROWS 16u /* weight rows of an item: each row of x is read once for all of them; divides DSV3_BLOCK */
+#define DSV3I_FEW 3u   /* rows of x for which weights are used as they are: more are worth a decoded copy */
+
+/* Rows of weights decoded together when there are n rows of x. */
+static size_t dsv3i_panel(size_t n) { return n < 8 ? 4 : DSV3I_ROWS; }
+
+/* Can the kernel read rows of w itself? n rows of x wait for it. */
+static int dsv3i_is_direct(const dsv3_context *ctx, const dsv3_tensor *w, size_t n) {
+    if (w->type == DSV3_F32) return (uintptr_t)w->data % sizeof(float) == 0;
+    return n <= DSV3I_FEW && ctx->kernels.tile[w->type] != NULL;
+}
+
+/* y[t ldy + (r - r0)] = x_t . row r of w, for n rows x_t, ldx floats apart, and rows r0 <= r < r1 of w; panel
+ * [dsv3i_panel(n), cols] is scratch. Rows are taken up to multiples of the panel's height, which divides DSV3_BLOCK,
+ * so that all of them have the same scales. */
+static void dsv3i_linear_rows(const dsv3_context *ctx, float *y, size_t ldy, const float *x, size_t ldx, size_t n,
+                              const dsv3_tensor *w, size_t r0, size_t r1, float *panel) {
+    size_t height = dsv3i_panel(n);
+    int direct = dsv3i_is_direct(ctx, w, n);
+    for (size_t r = r0, end; r < r1; r = end) {
+        end = dsv3i_min(r - r % height + height, r1);
+        if (direct) {
+            ctx->kernels.tile[w->type](y + (r - r0), ldy, x, ldx, n, dsv3i_row_at(w, r), w->cols,
+                                       dsv3i_scale_at(w, r), end - r, w->cols);
+        } else {
+            for (size_t i = r; i < end; i++) dsv3i_decode_row(ctx, panel + (i - r) * w->cols, w, i);
+            ctx->kernels.tile[DSV3_F32](y + (r - r0), ldy, x, ldx, n, panel, w->cols, NULL, end - r, w->cols);
+        }
+    }
+}
 
 typedef struct dsv3i_job {
     const dsv3_tensor *w;
@@ -1723,18 +1798,13 @@ typedef struct dsv3i_linear_arg {
     const dsv3i_job *jobs;
     size_t n_jobs;
     float *scratch;       /* [workers, worker_floats] */
-    size_t worker_floats; /* >= DSV3I_ROWS * cols of every job */
+    size_t worker_floats; /* >= dsv3i_panel(n) * cols of every job */
 } dsv3i_linear_arg;
 
-static void dsv3i_linear_item(const dsv3_context *ctx, const dsv3i_job *job, size_t item, float *rows) {
+static void dsv3i_linear_item(const dsv3_context *ctx, const dsv3i_job *job, size_t item, float *panel) {
     const dsv3_tensor *w = job->w;
     size_t r0 = item * DSV3I_ROWS, r1 = dsv3i_min(r0 + DSV3I_ROWS, w->rows);
-    for (size_t r = r0; r < r1; r++) dsv3i_decode_row(ctx, rows + (r - r0) * w->cols, w, r);
-    for (size_t t = 0; t < job->n; t++) {
-        const float *x = job->x + t * w->cols;
-        float *y = job->y + t * w->rows;
-        for (size_t r = r0; r < r1; r++) y[r] = ctx->kernels.dot(x, rows + (r - r0) * w->cols, w->cols);
-    }
+    dsv3i_linear_rows(ctx, job->y + r0, w->rows, job->x, w->cols, job->n, w, r0, r1, panel);
 }
 
 static void dsv3i_linear_task(void *arg, size_t begin, size_t end, size_t worker) {
@@ -1752,7 +1822,7 @@ static void dsv3i_linear_jobs(const dsv3_context *ctx, dsv3i_job *jobs, size_t n
     size_t items = 0, work = 0;
     for (size_t j = 0; j < n_jobs; j++) {
         const dsv3_tensor *w = jobs[j].w;
-        DSV3_ASSERT(worker_floats >= DSV3I_ROWS * w->cols);
+        DSV3_ASSERT(worker_floats >= dsv3i_panel(jobs[j].n) * w->cols);
         jobs[j].first = items;
         items += dsv3i_blocks(w->rows, DSV3I_ROWS);
         work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(w->rows, w->cols), jobs[j].n));
@@ -1780,7 +1850,7 @@ DSV3_API void dsv3_linear(const dsv3_context *context, float *y, const float *x,
  * one row of dW. Loops are split over rows of dx and rows of dW, so that every sum is taken by one worker, in one
  * order. */
 
-#define DSV3I_BACK 8u /* rows of dx, or of dW, that one item works on */
+#define DSV3I_BACK 16u /* rows of dx, or of dW, that one item works on */
 
 typedef struct dsv3i_back_job {
     const dsv3_tensor *w;
@@ -1809,27 +1879,28 @@ typedef struct dsv3i_back_arg {
     const dsv3i_back_job *jobs;
     size_t n_jobs;
     float *scratch;
-    size_t worker_floats; /* >= cols of every job */
+    size_t worker_floats; /* >= dsv3i_panel(n) * cols of every job */
     int over_dw;          /* which of the two loops this is */
 } dsv3i_back_arg;
 
 /* Rows [t0, t1) of dx: each row of W is decoded once for all of them. */
-static void dsv3i_back_dx(const dsv3_context *ctx, const dsv3i_back_job *job, size_t t0, size_t t1, float *row) {
+static void dsv3i_back_dx(const dsv3_context *ctx, const dsv3i_back_job *job, size_t t0, size_t t1, float *panel) {
     const dsv3_tensor *w = job->w;
-    for (size_t r = 0; r < w->rows; r++) {
-        dsv3i_decode_row(ctx, row, w, r);
-        for (size_t t = t0; t < t1; t++)
-            ctx->kernels.axpy(job->dx + t * w->cols, job->dy[t * w->rows + r], row, w->cols);
+    int direct = w->type == DSV3_F32 && dsv3i_is_direct(ctx, w, t1 - t0);
+    for (size_t r = 0, end; r < w->rows; r = end) {
+        const float *rows = panel;
+        end = direct ? w->rows : dsv3i_min(r + dsv3i_panel(job->n), w->rows);
+        if (direct) rows = (const float *)w->data;
+        for (size_t i = r; !direct && i < end; i++) dsv3i_decode_row(ctx, panel + (i - r) * w->cols, w, i);
+        ctx->kernels.outer(job->dx + t0 * w->cols, w->cols, t1 - t0, job->dy + t0 * w->rows + r, w->rows, 1, rows,
+                           w->cols, end - r, w->cols);
     }
 }
 
 static void dsv3i_back_dw(const dsv3_context *ctx, const dsv3i_back_job *job, size_t r0, size_t r1) {
     const dsv3_tensor *w = job->w;
-    for (size_t t = 0; t < job->n; t++) {
-        for (size_t r = r0; r < r1; r++) {
-            ctx->kernels.axpy(job->dw + r * w->cols, job->dy[t * w->rows + r], job->x + t * w->cols, w->cols);
-        }
-    }
+    ctx->kernels.outer(job->dw + r0 * w->cols, w->cols, r1 - r0, job->dy + r0, 1, w->rows, job->x, w->cols, job->n,
+                       w->cols);
 }
 
 static void dsv3i_back_task(void *arg, size_t begin, size_t end, size_t worker) {
@@ -1857,7 +1928,7 @@ static void dsv3i_back_jobs(const dsv3_context *ctx, dsv3i_back_job *jobs, size_
     size_t items[2] = {0, 0}, work = 0;
     for (size_t j = 0; j < n_jobs; j++) {
         const dsv3_tensor *w = jobs[j].w;
-        DSV3_ASSERT(worker_floats >= w->cols);
+        DSV3_ASSERT(worker_floats >= dsv3i_panel(jobs[j].n) * w->cols);
         jobs[j].first[0] = items[0];
         jobs[j].first[1] = items[1];
         if (jobs[j].dx != NULL) items[0] += dsv3i_blocks(jobs[j].n, DSV3I_BACK);
@@ -1877,7 +1948,7 @@ static void dsv3i_back_jobs(const dsv3_context *ctx, dsv3i_back_job *jobs, size_
 DSV3_API void dsv3_linear_backward(const dsv3_context *context, float *dx, float *dw, const float *dy, const float *x,
                                    const dsv3_tensor *w, size_t n, float *scratch) {
     dsv3i_back_job job = dsv3i_back_make(dx, dw, dy, x, w, n);
-    dsv3i_back_jobs(context, &job, 1, scratch, w->cols);
+    dsv3i_back_jobs(context, &job, 1, scratch, DSV3I_ROWS * w->cols);
 }
 
 /* The embedding is a linear map of one-hot rows: its gradient is added row by row. */
@@ -2064,11 +2135,8 @@ DSV3_API float dsv3_log_sum_exp(const float *logits, size_t V) {
 static dsv3_tensor dsv3i_rows_of(const dsv3_tensor *w, size_t row, size_t rows) {
     dsv3_tensor part = *w;
     part.rows = rows;
-    part.data = (const unsigned char *)w->data + row * w->cols * dsv3_type_bytes(w->type);
-    if (w->scale != NULL) {
-        part.scale =
-            (const unsigned char *)w->scale + row / DSV3_BLOCK * dsv3i_blocks(w->cols, DSV3_BLOCK) * sizeof(float);
-    }
+    part.data = dsv3i_row_at(w, row);
+    part.scale = dsv3i_scale_at(w, row);
     return part;
 }
 
@@ -2351,14 +2419,16 @@ DSV3_API void dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t 
  * ==================================================================================================== */
 
 #define DSV3I_KEYS 32u   /* keys per block */
-#define DSV3I_QUERIES 8u /* rows that share a decoded row of kv_b_proj in the absorbed form */
+#define DSV3I_QUERIES 8u /* rows that share decoded rows of kv_b_proj in the absorbed form */
+#define DSV3I_BULK 32u   /* rows that meet a block of keys together in the expanded form */
 
-/* Floats of worker scratch, by use (see the two tasks below). */
-static size_t dsv3i_mla_scratch(const dsv3i_dims *m) {
-    size_t shared = dsv3i_add(m->rk, dsv3i_mul(DSV3I_KEYS, dsv3i_add(m->width, 1)));
-    size_t absorbed = dsv3i_mul(DSV3I_QUERIES, dsv3i_add(m->width, m->rk));
+/* Floats of worker scratch for calls of n rows, by use (see the two tasks below). */
+static size_t dsv3i_mla_scratch(const dsv3i_dims *m, size_t n) {
+    size_t panel = dsv3i_mul(DSV3I_ROWS, m->rk), latents = dsv3i_mul(DSV3I_KEYS, m->width);
+    size_t scores = dsv3i_mul(DSV3I_KEYS, dsv3i_max(m->H, dsv3i_min(n, DSV3I_BULK)));
+    size_t absorbed = dsv3i_mul(dsv3i_mul(dsv3i_min(n, DSV3I_QUERIES), m->H), dsv3i_add(m->width, m->rk));
     size_t expanded = dsv3i_mul(DSV3I_KEYS, dsv3i_add(m->qk, m->dv));
-    return dsv3i_add(shared, dsv3i_max(absorbed, expanded));
+    return dsv3i_add(dsv3i_add(panel, latents), dsv3i_add(scores, dsv3i_max(absorbed, expanded)));
 }
 
 /* ---- Cache rows */
@@ -2433,24 +2503,41 @@ typedef struct dsv3i_attention_arg {
     const dsv3_cache *caches;
     dsv3_workspace *ws;
     size_t layer, n;
+    size_t heads; /* of an item, in the absorbed form */
     float scale;
 } dsv3i_attention_arg;
 
-/* One query q [dk] meets one block of nk keys. state: running maximum and sum; out [width]: running weighted sum
- * of values; p [nk] is scratch. Rows of keys and values are `ld_k` and `ld_v` floats apart. */
-static void dsv3i_attend(const dsv3_context *ctx, float *out, float *state, const float *q, const float *keys,
-                         size_t ld_k, size_t dk, const float *values, size_t ld_v, size_t width, size_t nk,
-                         float scale, float *p) {
+/* Queries q [., dk], with the running state of their softmax [., 2], maximum and sum, and their running weighted sums
+ * out [., width], meet keys [., dk] and values [., width]. Rows lie ld_... floats apart. */
+typedef struct dsv3i_meeting {
+    const float *q, *keys, *values;
+    float *out, *state, *p; /* p [queries, keys] is scratch */
+    size_t ld_q, ld_k, ld_v, ld_out, ld_state, dk, width;
+    float scale;
+} dsv3i_meeting;
+
+/* Scores p [nk] of one query become weights; what its state and out hold is rescaled to the new maximum. */
+static void dsv3i_attend_weights(const dsv3_context *ctx, float *p, float *state, float *out, size_t nk, size_t width,
+                                 float scale) {
     float top = state[0], rescale;
     for (size_t j = 0; j < nk; j++) {
-        p[j] = scale * ctx->kernels.dot(q, keys + j * ld_k, dk);
+        p[j] *= scale;
         if (p[j] > top) top = p[j];
     }
     rescale = DSV3_EXPF(state[0] - top);
     state[0] = top;
     state[1] = state[1] * rescale + ctx->kernels.exp_sum(p, p, top, nk);
     for (size_t i = 0; i < width; i++) out[i] *= rescale;
-    for (size_t j = 0; j < nk; j++) ctx->kernels.axpy(out, p[j], values + j * ld_v, width);
+}
+
+/* nq queries meet one block of nk keys. */
+static void dsv3i_attend(const dsv3_context *ctx, const dsv3i_meeting *a, size_t nq, size_t nk) {
+    ctx->kernels.tile[DSV3_F32](a->p, nk, a->q, a->ld_q, nq, a->keys, a->ld_k, NULL, nk, a->dk);
+    for (size_t i = 0; i < nq; i++) {
+        dsv3i_attend_weights(ctx, a->p + i * nk, a->state + i * a->ld_state, a->out + i * a->ld_out, nk, a->width,
+                             a->scale);
+    }
+    ctx->kernels.outer(a->out, a->ld_out, nq, a->p, nk, 1, a->values, a->ld_v, nk, a->width);
 }
 
 /* Before the first block. The maximum starts at the lowest finite value, so that exp(m - m') is always defined. */
@@ -2466,52 +2553,82 @@ static void dsv3i_attend_end(float *out, const float *state, size_t width) {
     for (size_t i = 0; i < width; i++) out[i] *= r;
 }
 
-/* Absorbed: row t of the batch against its own sequence, head h. latent [width] = q~, out [rk] = m_t. */
-static void dsv3i_absorbed_row(const dsv3i_attention_arg *a, size_t t, float *state, const float *query, float *out,
-                               float *p, float *rows) {
-    const dsv3_cache *cache = &a->caches[a->ws->sequence[t]];
-    size_t position = (size_t)a->ws->position[t], width = a->m->width, rk = a->m->rk;
-    dsv3i_attend_begin(out, state, rk);
-    for (size_t b = 0; b <= position; b += DSV3I_KEYS) {
-        size_t nk = dsv3i_min(DSV3I_KEYS, position - b + 1);
-        const float *c = dsv3i_cache_load(a->ctx, cache, a->layer, b, nk, rows);
-        dsv3i_attend(a->ctx, out, state, query, c, width, width, c, width, rk, nk, a->scale, p);
+/* Absorbed: rows [t0, t1) of one sequence, heads [h0, h0 + heads). Each block of latents is loaded once for all of
+ * them. The queries are q~ [rows, heads, width], the sums out [rows, heads, rk] become m_t. */
+static void dsv3i_absorbed_rows(const dsv3i_attention_arg *a, size_t t0, size_t t1, size_t h0, size_t heads,
+                                const float *query, float *out, float *p, float *latents) {
+    const dsv3i_dims *m = a->m;
+    const dsv3_cache *cache = &a->caches[a->ws->sequence[t0]];
+    size_t last = (size_t)a->ws->position[t1 - 1];
+    dsv3i_meeting with;
+    with.p = p;
+    with.ld_q = with.ld_k = with.ld_v = with.dk = m->width;
+    with.ld_out = with.width = m->rk;
+    with.ld_state = 2;
+    with.scale = a->scale;
+    for (size_t i = 0; i < (t1 - t0) * heads; i++) {
+        dsv3i_attend_begin(out + i * m->rk, a->ws->softmax + ((t0 + i / heads) * m->H + h0 + i % heads) * 2, m->rk);
     }
-    dsv3i_attend_end(out, state, rk);
+    for (size_t b = 0; b <= last; b += DSV3I_KEYS) {
+        size_t nk = dsv3i_min(DSV3I_KEYS, last - b + 1);
+        with.keys = with.values = dsv3i_cache_load(a->ctx, cache, a->layer, b, nk, latents);
+        for (size_t t = t0; t < t1; t++) {
+            size_t position = (size_t)a->ws->position[t];
+            if (position < b) continue;
+            with.q = query + (t - t0) * heads * m->width;
+            with.out = out + (t - t0) * heads * m->rk;
+            with.state = a->ws->softmax + (t * m->H + h0) * 2;
+            dsv3i_attend(a->ctx, &with, heads, dsv3i_min(nk, position - b + 1));
+        }
+    }
+    for (size_t i = 0; i < (t1 - t0) * heads; i++) {
+        dsv3i_attend_end(out + i * m->rk, a->ws->softmax + ((t0 + i / heads) * m->H + h0 + i % heads) * 2, m->rk);
+    }
 }
 
-/* Item = head h of a block of DSV3I_QUERIES batch rows; rows that use the expanded form are passed over. */
+/* query [nt, heads, width] = q~ of rows [t0, t0 + nt): UK^T qn, and the rotated part as it is. */
+static void dsv3i_absorb(const dsv3i_attention_arg *a, float *query, size_t t0, size_t nt, size_t h0, size_t heads,
+                         float *panel) {
+    const dsv3i_dims *m = a->m;
+    size_t height = dsv3i_panel(nt);
+    for (size_t i = 0; i < nt * heads; i++) {
+        const float *q = a->ws->q + (t0 + i / heads) * m->Hq + (h0 + i % heads) * m->qk;
+        DSV3_MEMSET(query + i * m->width, 0, m->rk * sizeof *query);
+        DSV3_MEMCPY(query + i * m->width + m->rk, q + m->dn, m->dr * sizeof *query);
+    }
+    for (size_t h = 0; h < heads; h++) {
+        const float *q = a->ws->q + t0 * m->Hq + (h0 + h) * m->qk;
+        for (size_t i = 0, rows; i < m->dn; i += rows) {
+            rows = dsv3i_min(height, m->dn - i);
+            for (size_t r = 0; r < rows; r++) {
+                dsv3i_decode_row(a->ctx, panel + r * m->rk, a->kv_b, (h0 + h) * m->kv + i + r);
+            }
+            a->ctx->kernels.outer(query + h * m->width, heads * m->width, nt, q + i, m->Hq, 1, panel, m->rk, rows,
+                                  m->rk);
+        }
+    }
+}
+
+/* Item = a group of heads of a block of DSV3I_QUERIES batch rows. Runs of absorbed rows of one sequence within the
+ * block are done together; rows that use the expanded form are passed over. */
 static void dsv3i_absorbed_item(const dsv3i_attention_arg *a, size_t item, float *scratch) {
     const dsv3i_dims *m = a->m;
     dsv3_workspace *ws = a->ws;
-    size_t h = item % m->H, t0 = item / m->H * DSV3I_QUERIES, t1 = dsv3i_min(t0 + DSV3I_QUERIES, a->n);
-    float *row = scratch, *p = row + m->rk, *rows = p + DSV3I_KEYS; /* a weight row, scores, latents */
-    size_t absorbed = 0;
-    float *query = rows + DSV3I_KEYS * m->width, *out = query + DSV3I_QUERIES * m->width; /* [QUERIES, .] */
-    for (size_t t = t0; t < t1; t++) absorbed += !ws->expanded[t];
-    if (absorbed == 0) return;
-    for (size_t t = t0; t < t1; t++) {
-        const float *q = ws->q + t * m->Hq + h * m->qk;
-        DSV3_MEMSET(query + (t - t0) * m->width, 0, m->rk * sizeof *query);
-        DSV3_MEMCPY(query + (t - t0) * m->width + m->rk, q + m->dn, m->dr * sizeof *query);
-    }
-    for (size_t i = 0; i < m->dn; i++) { /* q~ = UK^T qn */
-        dsv3i_decode_row(a->ctx, row, a->kv_b, h * m->kv + i);
-        for (size_t t = t0; t < t1; t++) {
-            if (ws->expanded[t]) continue;
-            a->ctx->kernels.axpy(query + (t - t0) * m->width, ws->q[t * m->Hq + h * m->qk + i], row, m->rk);
+    size_t groups = dsv3i_blocks(m->H, a->heads), h0 = item % groups * a->heads;
+    size_t heads = dsv3i_min(a->heads, m->H - h0), t0 = item / groups * DSV3I_QUERIES;
+    size_t end = dsv3i_min(t0 + DSV3I_QUERIES, a->n);
+    float *panel = scratch, *p = panel + DSV3I_ROWS * m->rk;
+    float *latents = p + DSV3I_KEYS * m->H, *query = latents + DSV3I_KEYS * m->width, *out;
+    for (size_t t = t0, t1; t < end; t = t1) {
+        for (t1 = t + 1; t1 < end && ws->leader[t1] == ws->leader[t] && !ws->expanded[t]; t1++) {
         }
-    }
-    for (size_t t = t0; t < t1; t++) {
         if (ws->expanded[t]) continue;
-        dsv3i_absorbed_row(a, t, ws->softmax + (t * m->H + h) * 2, query + (t - t0) * m->width,
-                           out + (t - t0) * m->rk, p, rows);
-    }
-    for (size_t i = 0; i < m->dv; i++) { /* o = UV m */
-        dsv3i_decode_row(a->ctx, row, a->kv_b, h * m->kv + m->dn + i);
-        for (size_t t = t0; t < t1; t++) {
-            if (ws->expanded[t]) continue;
-            ws->o[t * m->Ho + h * m->dv + i] = a->ctx->kernels.dot(out + (t - t0) * m->rk, row, m->rk);
+        out = query + (t1 - t) * heads * m->width;
+        dsv3i_absorb(a, query, t, t1 - t, h0, heads, panel);
+        dsv3i_absorbed_rows(a, t, t1, h0, heads, query, out, p, latents);
+        for (size_t h = h0; h < h0 + heads; h++) { /* o = UV m */
+            dsv3i_linear_rows(a->ctx, ws->o + t * m->Ho + h * m->dv, m->Ho, out + (h - h0) * m->rk, heads * m->rk,
+                              t1 - t, a->kv_b, h * m->kv + m->dn, (h + 1) * m->kv, panel);
         }
     }
 }
@@ -2521,30 +2638,39 @@ static void dsv3i_absorbed_task(void *arg, size_t begin, size_t end, size_t work
     for (size_t i = begin; i < end; i++) dsv3i_absorbed_item(a, i, a->ws->worker + worker * a->ws->worker_floats);
 }
 
-/* keys [nk, dn+dr] and values [nk, dv] of head h from latents c [nk, rk+dr]; row [rk] is scratch. */
+/* keys [nk, dn+dr] and values [nk, dv] of head h from latents c [nk, rk+dr]; panel [DSV3I_ROWS, rk] is
+ * scratch. */
 static void dsv3i_expand(const dsv3i_attention_arg *a, float *keys, float *values, const float *c, size_t h,
-                         size_t nk, float *row) {
+                         size_t nk, float *panel) {
     const dsv3i_dims *m = a->m;
-    for (size_t i = 0; i < m->kv; i++) {
-        float *to = i < m->dn ? keys + i : values + (i - m->dn);
-        size_t step = i < m->dn ? m->qk : m->dv;
-        dsv3i_decode_row(a->ctx, row, a->kv_b, h * m->kv + i);
-        for (size_t j = 0; j < nk; j++) to[j * step] = a->ctx->kernels.dot(c + j * m->width, row, m->rk);
-    }
+    size_t first = h * m->kv;
+    dsv3i_linear_rows(a->ctx, keys, m->qk, c, m->width, nk, a->kv_b, first, first + m->dn, panel);
+    dsv3i_linear_rows(a->ctx, values, m->dv, c, m->width, nk, a->kv_b, first + m->dn, first + m->kv, panel);
     for (size_t j = 0; j < nk; j++) {
         DSV3_MEMCPY(keys + j * m->qk + m->dn, c + j * m->width + m->rk, m->dr * sizeof *keys);
     }
 }
 
 /* Expanded: item = head h of the sequence whose first batch row is `leader`. Each block of keys is expanded once
- * and meets all rows of the sequence that may see it; their running sums live in ws->o and ws->softmax. */
+ * and meets all rows of the sequence that may see it; their running sums live in ws->o and ws->softmax. Rows next to
+ * each other that see all of a block meet it together. */
 static void dsv3i_expanded_item(const dsv3i_attention_arg *a, size_t leader, size_t h, float *scratch) {
     const dsv3i_dims *m = a->m;
     dsv3_workspace *ws = a->ws;
     const dsv3_cache *cache = &a->caches[ws->sequence[leader]];
     size_t last = 0;
-    float *row = scratch, *p = row + m->rk, *rows = p + DSV3I_KEYS;
-    float *keys = rows + DSV3I_KEYS * m->width, *values = keys + DSV3I_KEYS * m->qk;
+    float *panel = scratch, *latents = panel + DSV3I_ROWS * m->rk;
+    float *keys = latents + DSV3I_KEYS * m->width, *values = keys + DSV3I_KEYS * m->qk;
+    dsv3i_meeting with;
+    with.keys = keys;
+    with.values = values;
+    with.p = values + DSV3I_KEYS * m->dv;
+    with.ld_q = m->Hq;
+    with.ld_k = with.dk = m->qk;
+    with.ld_v = with.width = m->dv;
+    with.ld_out = m->Ho;
+    with.ld_state = m->H * 2;
+    with.scale = a->scale;
     for (size_t t = leader; t < a->n; t++) {
         if (ws->leader[t] != (int32_t)leader) continue;
         last = (size_t)ws->position[t];
@@ -2552,13 +2678,17 @@ static void dsv3i_expanded_item(const dsv3i_attention_arg *a, size_t leader, siz
     }
     for (size_t b = 0; b <= last; b += DSV3I_KEYS) {
         size_t nk = dsv3i_min(DSV3I_KEYS, last - b + 1);
-        dsv3i_expand(a, keys, values, dsv3i_cache_load(a->ctx, cache, a->layer, b, nk, rows), h, nk, row);
-        for (size_t t = leader; t < a->n; t++) {
-            size_t position = (size_t)ws->position[t];
-            if (ws->leader[t] != (int32_t)leader || position < b) continue;
-            dsv3i_attend(a->ctx, ws->o + t * m->Ho + h * m->dv, ws->softmax + (t * m->H + h) * 2,
-                         ws->q + t * m->Hq + h * m->qk, keys, m->qk, m->qk, values, m->dv, m->dv,
-                         dsv3i_min(nk, position - b + 1), a->scale, p);
+        dsv3i_expand(a, keys, values, dsv3i_cache_load(a->ctx, cache, a->layer, b, nk, latents), h, nk, panel);
+        for (size_t t = leader, nq; t < a->n; t += nq) {
+            size_t seen;
+            nq = 1;
+            if (ws->leader[t] != (int32_t)leader || (size_t)ws->position[t] < b) continue;
+            seen = dsv3i_min(nk, (size_t)ws->position[t] - b + 1);
+            while (seen == nk && nq < DSV3I_BULK && t + nq < a->n && ws->leader[t + nq] == (int32_t)leader) nq++;
+            with.q = ws->q + t * m->Hq + h * m->qk;
+            with.out = ws->o + t * m->Ho + h * m->dv;
+            with.state = ws->softmax + (t * m->H + h) * 2;
+            dsv3i_attend(a->ctx, &with, nq, seen);
         }
     }
     for (size_t t = leader; t < a->n; t++) {
@@ -2591,6 +2721,7 @@ DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const floa
     arg.ws = workspace;
     arg.layer = layer;
     arg.n = n;
+    arg.heads = m.H;
     arg.scale = model->softmax_scale;
     dsv3i_mla_raw(context, &m, u, weights, n, workspace);
     dsv3i_mla_kv(context, &m, model, weights, n, workspace);
@@ -2602,8 +2733,11 @@ DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const floa
         work = dsv3i_add(
             work, dsv3i_mul(m.H, dsv3i_add(m.rk * m.kv, dsv3i_mul((size_t)workspace->position[t], m.qk + m.dv))));
     }
-    if (expanded < n) {
-        dsv3i_parallel(context, dsv3i_blocks(n, DSV3I_QUERIES) * m.H, work, dsv3i_absorbed_task, &arg);
+    if (expanded < n) { /* as few groups of heads as keep all threads busy: each group reads the cache */
+        size_t blocks = dsv3i_blocks(n, DSV3I_QUERIES),
+               groups = dsv3i_min(dsv3i_blocks(context->threads, blocks), m.H);
+        arg.heads = dsv3i_blocks(m.H, groups);
+        dsv3i_parallel(context, blocks * dsv3i_blocks(m.H, arg.heads), work, dsv3i_absorbed_task, &arg);
     }
     if (expanded > 0) dsv3i_parallel(context, n * m.H, work, dsv3i_expanded_task, &arg);
     job = dsv3i_job_make(y, workspace->o, &weights->o_proj, n);
@@ -2664,40 +2798,53 @@ typedef struct dsv3i_attention_back {
     float scale;
 } dsv3i_attention_back;
 
-/* Row t meets its keys [t0, t] of head h. */
-static void dsv3i_attention_back_row(const dsv3i_attention_back *a, size_t t0, size_t t, size_t h) {
+#define DSV3I_BACK_ROWS 16u /* rows that meet a block of keys together */
+
+/* p: scores of row t with keys j0 .. j0+nk-1, da: their dA. They become A and ds; 0 where a key lies ahead of t. */
+static void dsv3i_attention_back_row(const dsv3i_attention_back *a, float *p, float *da, size_t t, size_t h,
+                                     size_t j0, size_t nk) {
     const dsv3i_dims *m = a->m;
-    const dsv3i_backward *b = a->b;
-    const dsv3_kernels *kernels = &a->ctx->kernels;
-    const float *q = a->ws->q + t * m->Hq + h * m->qk, *dout = b->dout + t * m->Ho + h * m->dv;
     const float *state = a->s->softmax + (t * m->H + h) * 2;
-    float *dq = b->dq + t * m->Hq + h * m->qk, p[DSV3I_KEYS];
-    float D = kernels->dot(dout, a->s->o + t * m->Ho + h * m->dv, m->dv), r = 1.0f / state[1];
-    for (size_t j0 = t0; j0 <= t; j0 += DSV3I_KEYS) {
-        size_t nk = dsv3i_min(DSV3I_KEYS, t - j0 + 1);
-        for (size_t j = 0; j < nk; j++) {
-            p[j] = a->scale * kernels->dot(q, b->keys + (j0 + j) * m->Hq + h * m->qk, m->qk);
-        }
-        kernels->exp_sum(p, p, state[0], nk);
-        for (size_t j = 0; j < nk; j++) {
-            size_t key = (j0 + j) * m->Hq + h * m->qk, value = (j0 + j) * m->Hkv + h * m->kv + m->dn;
-            float A = p[j] * r, ds = a->scale * A * (kernels->dot(dout, b->kv_up + value, m->dv) - D);
-            kernels->axpy(b->dkv_up + value, A, dout, m->dv);
-            kernels->axpy(dq, ds, b->keys + key, m->qk);
-            kernels->axpy(b->dkeys + key, ds, q, m->qk);
-        }
+    size_t at = t * m->Ho + h * m->dv, seen = t < j0 ? 0 : dsv3i_min(nk, t - j0 + 1);
+    float D = a->ctx->kernels.dot(a->b->dout + at, a->s->o + at, m->dv), r = 1.0f / state[1];
+    for (size_t j = 0; j < seen; j++) p[j] *= a->scale;
+    a->ctx->kernels.exp_sum(p, p, state[0], seen);
+    for (size_t j = 0; j < nk; j++) {
+        p[j] = j < seen ? p[j] * r : 0.0f;
+        da[j] = j < seen ? a->scale * p[j] * (da[j] - D) : 0.0f;
     }
 }
 
-/* Item = head h of the sequence that row t begins. */
+/* Rows t .. t+nq-1 meet keys j0 .. j0+nk-1 of head h. */
+static void dsv3i_attention_back_block(const dsv3i_attention_back *a, size_t t, size_t nq, size_t h, size_t j0,
+                                       size_t nk) {
+    const dsv3i_dims *m = a->m;
+    const dsv3i_backward *b = a->b;
+    const dsv3_kernels *k = &a->ctx->kernels;
+    size_t query = t * m->Hq + h * m->qk, key = j0 * m->Hq + h * m->qk, value = j0 * m->Hkv + h * m->kv + m->dn;
+    const float *q = a->ws->q + query, *dout = b->dout + t * m->Ho + h * m->dv;
+    float p[DSV3I_BACK_ROWS * DSV3I_KEYS], da[DSV3I_BACK_ROWS * DSV3I_KEYS];
+    k->tile[DSV3_F32](p, nk, q, m->Hq, nq, b->keys + key, m->Hq, NULL, nk, m->qk);
+    k->tile[DSV3_F32](da, nk, dout, m->Ho, nq, b->kv_up + value, m->Hkv, NULL, nk, m->dv);
+    for (size_t i = 0; i < nq; i++) dsv3i_attention_back_row(a, p + i * nk, da + i * nk, t + i, h, j0, nk);
+    k->outer(b->dkv_up + value, m->Hkv, nk, p, 1, nk, dout, m->Ho, nq, m->dv);
+    k->outer(b->dq + query, m->Hq, nq, da, nk, 1, b->keys + key, m->Hq, nk, m->qk);
+    k->outer(b->dkeys + key, m->Hq, nk, da, 1, nk, q, m->Hq, nq, m->qk);
+}
+
+/* Item = head h of the sequence that row t0 begins. */
 static void dsv3i_attention_back_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_attention_back *a = (const dsv3i_attention_back *)arg;
     (void)worker;
     for (size_t i = begin; i < end; i++) {
-        size_t t0 = i / a->m->H;
+        size_t t0 = i / a->m->H, t1 = t0;
         if (a->ws->leader[t0] != (int32_t)t0) continue;
-        for (size_t t = t0; t < a->n && a->ws->leader[t] == (int32_t)t0; t++) {
-            dsv3i_attention_back_row(a, t0, t, i % a->m->H);
+        while (t1 < a->n && a->ws->leader[t1] == (int32_t)t0) t1++;
+        for (size_t t = t0; t < t1; t += DSV3I_BACK_ROWS) {
+            size_t nq = dsv3i_min(DSV3I_BACK_ROWS, t1 - t);
+            for (size_t j = t0; j < t + nq; j += DSV3I_KEYS) {
+                dsv3i_attention_back_block(a, t, nq, i % a->m->H, j, dsv3i_min(DSV3I_KEYS, t + nq - j));
+            }
         }
     }
 }
@@ -4298,11 +4445,11 @@ DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from) {
 
 /* ---- Workspace */
 
-static size_t dsv3i_worker_floats(const dsv3i_dims *m) {
+static size_t dsv3i_worker_floats(const dsv3i_dims *m, size_t n) {
     size_t cols = dsv3i_max(dsv3i_max(m->D > 0 ? 2 * m->d : m->d, m->Ho), dsv3i_max(m->rq, m->rk)); /* eh_proj: 2 d */
     size_t floats;
     cols = dsv3i_max(dsv3i_max(cols, m->I), dsv3i_max(m->F, m->Fs));
-    floats = dsv3i_max(dsv3i_mul(DSV3I_ROWS, cols), dsv3i_mla_scratch(m));
+    floats = dsv3i_max(dsv3i_mul(dsv3i_panel(n), cols), dsv3i_mla_scratch(m, n));
     return dsv3i_mul(dsv3i_blocks(floats, 16), 16); /* workers on cache lines of their own */
 }
 
@@ -4315,7 +4462,7 @@ static void dsv3i_workspace_layout(dsv3_workspace *ws, const dsv3i_dims *m, size
     ws->rows = n;
     ws->threads = threads;
     ws->made_for = dsv3i_fingerprint(m);
-    ws->worker_floats = dsv3i_worker_floats(m);
+    ws->worker_floats = dsv3i_worker_floats(m, n);
     ws->sequence = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
     ws->position = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
     ws->leader = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
@@ -6378,8 +6525,727 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
 }
 #endif /* DSV3_NO_TRAINING */
 
+/* ========================================================================================================
+ * Chapter A  >>simd
+ *
+ * The kernels of chapter 3 once more, for one instruction set after the other, and the choice between them. Nothing
+ * here needs to be read to understand the model: a backend computes what the reference computes, within bounds that
+ * tests/test_kernels.c states for each kernel and proves for each backend by name.
+ *
+ * What is the same in all backends. Numbers are decoded exactly. A dot product has one partial sum per lane, element
+ * i in lane i mod lanes, one fixed tree at the end, and the rest of a row that does not fill the lanes is filled up
+ * with zeros: a tile, whatever its size and whatever else it holds, gives the bits that each of its dots would have
+ * alone. outer adds its terms in the order of j. exp treats every element alike, wherever it lies. So the promises of
+ * the front page hold within each backend; between backends results differ by rounding only.
+ *
+ * How it is fast. Sums wait for their own previous term (4 cycles); a tile therefore has many sums at once, as many as
+ * there are registers: 4 rows of weights times 3 or 4 rows of x, so that a loaded number is used 3 or 4 times.
+ * Weights are decoded in registers on the way when few rows want them.
+ *
+ * Another instruction set is one more block like these, a line in dsv3_context_init, and one in dsv3_backend_name.
+ * ==================================================================================================== */
+
+#ifdef DSV3I_X86
+
+/* ---- Detection: what the CPU has, and whether the operating system saves the registers. */
+
+static void dsv3i_cpuid(uint32_t leaf, uint32_t r[4]) {
+#if defined(__GNUC__) || defined(__clang__)
+    r[0] = r[1] = r[2] = r[3] = 0;
+    (void)__get_cpuid_count(leaf, 0, &r[0], &r[1], &r[2], &r[3]);
+#else
+    int out[4];
+    __cpuidex(out, (int)leaf, 0);
+    for (int i = 0; i < 4; i++) r[i] = (uint32_t)out[i];
+#endif
+}
+
+/* The registers that the operating system saves; only if OSXSAVE. */
+static uint32_t dsv3i_xcr0(void) {
+#if defined(__GNUC__) || defined(__clang__)
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    (void)high;
+    return low;
+#else
+    return (uint32_t)_xgetbv(0);
+#endif
+}
+
+/* The best backend that this machine can run. */
+static dsv3_backend dsv3i_best_backend(void) {
+    const uint32_t fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29; /* leaf 1, ecx */
+    const uint32_t avx2 = 1u << 5,
+                   avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31; /* leaf 7, ebx: F, DQ, BW, VL */
+    const uint32_t ymm = 6u, zmm = 0xE6u;                              /* xcr0 */
+    uint32_t top[4], one[4], seven[4], saved;
+    dsv3i_cpuid(0, top);
+    if (top[0] < 7) return DSV3_BACKEND_REFERENCE;
+    dsv3i_cpuid(1, one);
+    dsv3i_cpuid(7, seven);
+    if ((one[2] & (fma | osxsave | avx | f16c)) != (fma | osxsave | avx | f16c)) return DSV3_BACKEND_REFERENCE;
+    saved = dsv3i_xcr0();
+    if ((saved & ymm) != ymm || (seven[1] & avx2) == 0) return DSV3_BACKEND_REFERENCE;
+    return (saved & zmm) == zmm && (seven[1] & avx512) == avx512 ? DSV3_BACKEND_AVX512 : DSV3_BACKEND_AVX2;
+}
+
+/* ---- AVX2, FMA, F16C: 8 lanes. */
+
+#define DSV3I_AVX2 "avx2,fma,f16c"
+
+/* exp by x = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor series of e^r to r^7 (its rest is below 2^-27). 2^n comes in
+ * two factors, so that results may be subnormal; below -104 they are 0, above 89 infinite. NaN stays NaN. */
+DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_exp(__m256 x) {
+    const __m256i bias = _mm256_set1_epi32(127);
+    __m256 n, r, p;
+    __m256i i, half;
+    x = _mm256_min_ps(_mm256_set1_ps(89.0f), _mm256_max_ps(_mm256_set1_ps(-104.0f), x));
+    n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x); /* ln 2 in two parts, the first with few bits */
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
+    p = _mm256_set1_ps(1.0f / 5040.0f);
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 720.0f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 120.0f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 24.0f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 6.0f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
+    i = _mm256_cvtps_epi32(n);
+    half = _mm256_srai_epi32(i, 1);
+    p = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23)));
+    i = _mm256_sub_epi32(i, half);
+    return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(i, bias), 23)));
+}
+
+/* The sums of the lanes of a, b, c, d: ((l0+l2)+(l1+l3)) + ((l4+l6)+(l5+l7)) of each. */
+DSV3I_INLINE(DSV3I_AVX2) __m128 dsv3i_avx2_sums(__m256 a, __m256 b, __m256 c, __m256 d) {
+    const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+    const __m256 t = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
+    return _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
+}
+
+/* The first n of 4 numbers. (A store under a mask would be a slow one on some processors.) */
+DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_store(float *y, __m128 v, size_t n) {
+    if (n >= 4) {
+        _mm_storeu_ps(y, v);
+        return;
+    }
+    if (n & 2) _mm_storel_pi((__m64 *)(void *)y, v);
+    if (n & 2) v = _mm_movehl_ps(v, v);
+    if (n & 1) _mm_store_ss(y + (n & 2), v);
+}
+
+/* Lanes 0 .. n-1 of 8. */
+DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_mask(size_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+/* Elements 0 .. 7 at w. E4M3: the code's seven low bits become exponent and fraction of a half, whose exponent is 8 too
+ * small: what is returned is the value / 256, exactly, and NaN for NaN. */
+DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_load(const dsv3_type type, const unsigned char *w) {
+    const void *at = w;
+    __m128i h, nan;
+    if (type == DSV3_F32) return _mm256_loadu_ps((const float *)at);
+    if (type == DSV3_F16) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at));
+    if (type == DSV3_BF16) {
+        __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)at));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+    }
+    h = _mm_and_si128(_mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)at)), 7),
+                      _mm_set1_epi16((short)-16512)); /* 0xBF80: sign, exponent, fraction */
+    nan = _mm_cmpeq_epi16(_mm_and_si128(h, _mm_set1_epi16(0x3F80)), _mm_set1_epi16(0x3F80));
+    return _mm256_cvtph_ps(_mm_or_si128(h, _mm_srli_epi16(nan, 1)));
+}
+
+DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_decode(const dsv3_type type, float *y, const void *w, size_t n) {
+    const unsigned char *bytes = (const unsigned char *)w;
+    const size_t size = type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2;
+    const __m256 unit = _mm256_set1_ps(type == DSV3_F8_E4M3 ? 256.0f : 1.0f);
+    unsigned char rest[32] = {0};
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        _mm256_storeu_ps(y + i, _mm256_mul_ps(dsv3i_avx2_load(type, bytes + i * size), unit));
+    }
+    if (i == n) return;
+    DSV3_MEMCPY(rest, bytes + i * size, (n - i) * size);
+    _mm256_maskstore_ps(y + i, dsv3i_avx2_mask(n - i), _mm256_mul_ps(dsv3i_avx2_load(type, rest), unit));
+}
+
+/* Eight terms of 4 times nx dots: acc[4 t + r] += x_t w_r. at: element; unit: multiplier of the weights. */
+DSV3I_INLINE(DSV3I_AVX2)
+void dsv3i_avx2_terms(const dsv3_type type, const int nx, __m256 acc[12], const float *const x[3], size_t at_x,
+                      const unsigned char *const w[4], size_t at_w, __m256 unit) {
+    const __m256 x0 = _mm256_loadu_ps(x[0] + at_x);
+    const __m256 x1 = nx > 1 ? _mm256_loadu_ps(x[1] + at_x) : x0, x2 = nx > 1 ? _mm256_loadu_ps(x[2] + at_x) : x0;
+    __m256 r = dsv3i_avx2_load(type, w[0] + at_w);
+    if (type == DSV3_F8_E4M3) r = _mm256_mul_ps(r, unit);
+    acc[0] = _mm256_fmadd_ps(x0, r, acc[0]);
+    if (nx > 1) acc[4] = _mm256_fmadd_ps(x1, r, acc[4]);
+    if (nx > 1) acc[8] = _mm256_fmadd_ps(x2, r, acc[8]);
+    r = dsv3i_avx2_load(type, w[1] + at_w);
+    if (type == DSV3_F8_E4M3) r = _mm256_mul_ps(r, unit);
+    acc[1] = _mm256_fmadd_ps(x0, r, acc[1]);
+    if (nx > 1) acc[5] = _mm256_fmadd_ps(x1, r, acc[5]);
+    if (nx > 1) acc[9] = _mm256_fmadd_ps(x2, r, acc[9]);
+    r = dsv3i_avx2_load(type, w[2] + at_w);
+    if (type == DSV3_F8_E4M3) r = _mm256_mul_ps(r, unit);
+    acc[2] = _mm256_fmadd_ps(x0, r, acc[2]);
+    if (nx > 1) acc[6] = _mm256_fmadd_ps(x1, r, acc[6]);
+    if (nx > 1) acc[10] = _mm256_fmadd_ps(x2, r, acc[10]);
+    r = dsv3i_avx2_load(type, w[3] + at_w);
+    if (type == DSV3_F8_E4M3) r = _mm256_mul_ps(r, unit);
+    acc[3] = _mm256_fmadd_ps(x0, r, acc[3]);
+    if (nx > 1) acc[7] = _mm256_fmadd_ps(x1, r, acc[7]);
+    if (nx > 1) acc[11] = _mm256_fmadd_ps(x2, r, acc[11]);
+}
+
+/* The last k < 8 terms, filled up with zeros. */
+DSV3I_INLINE(DSV3I_AVX2)
+void dsv3i_avx2_rest(const dsv3_type type, const int nx, __m256 acc[12], const float *const x[3], size_t at_x,
+                     const unsigned char *const w[4], size_t at_w, size_t k, __m256 unit) {
+    const size_t size = type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2;
+    float fx[3][8] = {{0}, {0}, {0}};
+    unsigned char fw[4][32] = {{0}, {0}, {0}, {0}};
+    const float *const px[3] = {fx[0], fx[1], fx[2]};
+    const unsigned char *const pw[4] = {fw[0], fw[1], fw[2], fw[3]};
+    for (int t = 0; t < nx; t++) DSV3_MEMCPY(fx[t], x[t] + at_x, k * sizeof(float));
+    for (int r = 0; r < 4; r++) DSV3_MEMCPY(fw[r], w[r] + at_w, k * size);
+    dsv3i_avx2_terms(type, nx, acc, px, 0, pw, 0, unit);
+}
+
+/* 4 times nx dots (nx is 1 or 3) of k terms: sums[t] of x_t with the four rows of w. */
+DSV3I_INLINE(DSV3I_AVX2)
+void dsv3i_avx2_dots(const dsv3_type type, const int nx, __m128 sums[3], const float *const x[3],
+                     const unsigned char *const w[4], const unsigned char *scale, size_t k) {
+    const size_t size = type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2;
+    const size_t block = type == DSV3_F8_E4M3 ? DSV3_BLOCK : k;
+    const __m256 zero = _mm256_setzero_ps();
+    __m256 acc[12] = {zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero}, unit = zero;
+    for (size_t i = 0, end; i < k; i = end) {
+        end = k - i > block ? i + block : k;
+        if (type == DSV3_F8_E4M3) {
+            float value = 1.0f;
+            if (scale != NULL) DSV3_MEMCPY(&value, scale + i / DSV3_BLOCK * sizeof value, sizeof value);
+            unit = _mm256_set1_ps(value * 256.0f);
+        }
+        for (; i + 8 <= end; i += 8) dsv3i_avx2_terms(type, nx, acc, x, i, w, i * size, unit);
+        if (i < end) dsv3i_avx2_rest(type, nx, acc, x, i, w, i * size, end - i, unit);
+    }
+    sums[0] = dsv3i_avx2_sums(acc[0], acc[1], acc[2], acc[3]);
+    if (nx > 1) sums[1] = dsv3i_avx2_sums(acc[4], acc[5], acc[6], acc[7]);
+    if (nx > 1) sums[2] = dsv3i_avx2_sums(acc[8], acc[9], acc[10], acc[11]);
+}
+
+/* Tiles at the edge compute their last row again instead of one that is not there, and do not store it. */
+DSV3I_INLINE(DSV3I_AVX2)
+void dsv3i_avx2_tile(const dsv3_type type, float *y, size_t ldy, const float *x, size_t ldx, size_t nx, const void *w,
+                     size_t ldw, const void *scale, size_t nw, size_t k) {
+    const size_t row = ldw * (type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2);
+    const unsigned char *rows = (const unsigned char *)w, *scales = (const unsigned char *)scale;
+    for (size_t t = 0, nt; t < nx; t += nt) {
+        const size_t last = nx - 1 - t;
+        const float *const x0 = x + t * ldx;
+        const float *const xs[3] = {x0, x0 + dsv3i_min(1, last) * ldx, x0 + dsv3i_min(2, last) * ldx};
+        nt = last == 0 ? 1 : dsv3i_min(3, nx - t);
+        for (size_t r = 0; r < nw; r += 4) {
+            const size_t end = nw - 1 - r;
+            const unsigned char *const w0 = rows + r * row;
+            const unsigned char *const ws[4] = {w0, w0 + dsv3i_min(1, end) * row, w0 + dsv3i_min(2, end) * row,
+                                                w0 + dsv3i_min(3, end) * row};
+            __m128 sums[3];
+            if (nt == 1) {
+                dsv3i_avx2_dots(type, 1, sums, xs, ws, scales, k);
+            } else {
+                dsv3i_avx2_dots(type, 3, sums, xs, ws, scales, k);
+            }
+            dsv3i_avx2_store(y + t * ldy + r, sums[0], nw - r);
+            if (nt > 1) dsv3i_avx2_store(y + (t + 1) * ldy + r, sums[1], nw - r);
+            if (nt > 2) dsv3i_avx2_store(y + (t + 2) * ldy + r, sums[2], nw - r);
+        }
+    }
+}
+
+/* Up to 4 rows of y and `vectors` times 8 columns, the last ones under a mask: y_t += sum_j a_tj b_j. */
+DSV3I_INLINE(DSV3I_AVX2)
+void dsv3i_avx2_outer_tile(const int vectors, float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj,
+                           const float *b, size_t ldb, size_t k, __m256i mask) {
+    const size_t t1 = dsv3i_min(1, m - 1), t2 = dsv3i_min(2, m - 1), t3 = dsv3i_min(3, m - 1);
+    const float *const a1 = a + t1 * at, *const a2 = a + t2 * at, *const a3 = a + t3 * at;
+    float *const y1 = y + t1 * ldy, *const y2 = y + t2 * ldy, *const y3 = y + t3 * ldy;
+    const int whole = vectors == 2;
+    __m256 c0 = whole ? _mm256_loadu_ps(y) : _mm256_maskload_ps(y, mask);
+    __m256 c1 = whole ? _mm256_loadu_ps(y1) : _mm256_maskload_ps(y1, mask);
+    __m256 c2 = whole ? _mm256_loadu_ps(y2) : _mm256_maskload_ps(y2, mask);
+    __m256 c3 = whole ? _mm256_loadu_ps(y3) : _mm256_maskload_ps(y3, mask);
+    __m256 d0 = whole ? _mm256_loadu_ps(y + 8) : c0, d1 = whole ? _mm256_loadu_ps(y1 + 8) : c1;
+    __m256 d2 = whole ? _mm256_loadu_ps(y2 + 8) : c2, d3 = whole ? _mm256_loadu_ps(y3 + 8) : c3;
+    for (size_t j = 0; j < k; j++, b += ldb) {
+        const __m256 b0 = whole ? _mm256_loadu_ps(b) : _mm256_maskload_ps(b, mask);
+        const __m256 b1 = whole ? _mm256_loadu_ps(b + 8) : b0;
+        __m256 f = _mm256_broadcast_ss(a + j * aj);
+        c0 = _mm256_fmadd_ps(f, b0, c0);
+        if (whole) d0 = _mm256_fmadd_ps(f, b1, d0);
+        f = _mm256_broadcast_ss(a1 + j * aj);
+        c1 = _mm256_fmadd_ps(f, b0, c1);
+        if (whole) d1 = _mm256_fmadd_ps(f, b1, d1);
+        f = _mm256_broadcast_ss(a2 + j * aj);
+        c2 = _mm256_fmadd_ps(f, b0, c2);
+        if (whole) d2 = _mm256_fmadd_ps(f, b1, d2);
+        f = _mm256_broadcast_ss(a3 + j * aj);
+        c3 = _mm256_fmadd_ps(f, b0, c3);
+        if (whole) d3 = _mm256_fmadd_ps(f, b1, d3);
+    }
+    if (whole) {
+        _mm256_storeu_ps(y, c0), _mm256_storeu_ps(y1, c1), _mm256_storeu_ps(y2, c2), _mm256_storeu_ps(y3, c3);
+        _mm256_storeu_ps(y + 8, d0), _mm256_storeu_ps(y1 + 8, d1);
+        _mm256_storeu_ps(y2 + 8, d2), _mm256_storeu_ps(y3 + 8, d3);
+    } else {
+        _mm256_maskstore_ps(y, mask, c0), _mm256_maskstore_ps(y1, mask, c1);
+        _mm256_maskstore_ps(y2, mask, c2), _mm256_maskstore_ps(y3, mask, c3);
+    }
+}
+
+/* b in panels of 16 columns and at most 256 rows, which stay in the first cache while all rows of y pass by. */
+DSV3I_TARGET(DSV3I_AVX2)
+static void dsv3i_avx2_outer(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj, const float *b,
+                             size_t ldb, size_t k, size_t n) {
+    for (size_t j = 0; j < k; j += 256) {
+        const size_t nj = dsv3i_min(256, k - j);
+        for (size_t i = 0, ni; i < n; i += ni) {
+            const __m256i mask = dsv3i_avx2_mask(dsv3i_min(8, n - i));
+            ni = n - i >= 16 ? 16 : dsv3i_min(8, n - i);
+            for (size_t t = 0; t < m; t += 4) {
+                float *to = y + t * ldy + i;
+                const float *from = a + t * at + j * aj, *panel = b + j * ldb + i;
+                if (ni == 16) {
+                    dsv3i_avx2_outer_tile(2, to, ldy, dsv3i_min(4, m - t), from, at, aj, panel, ldb, nj, mask);
+                } else {
+                    dsv3i_avx2_outer_tile(1, to, ldy, dsv3i_min(4, m - t), from, at, aj, panel, ldb, nj, mask);
+                }
+            }
+        }
+    }
+}
+
+DSV3I_TARGET(DSV3I_AVX2) static float dsv3i_avx2_dot(const float *x, const float *y, size_t n) {
+    const void *bytes = y;
+    const unsigned char *const w = (const unsigned char *)bytes, *const ws[4] = {w, w, w, w};
+    const float *const xs[3] = {x, x, x};
+    __m256 acc[12], unit = _mm256_setzero_ps();
+    size_t i = 0;
+    acc[0] = acc[1] = acc[2] = acc[3] = _mm256_setzero_ps();
+    for (; i + 8 <= n; i += 8) acc[0] = _mm256_fmadd_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i), acc[0]);
+    if (i < n) dsv3i_avx2_rest(DSV3_F32, 1, acc, xs, i, ws, i * sizeof(float), n - i, unit);
+    return _mm_cvtss_f32(dsv3i_avx2_sums(acc[0], acc[0], acc[0], acc[0]));
+}
+
+DSV3I_TARGET(DSV3I_AVX2) static void dsv3i_avx2_axpy(float *y, float a, const float *x, size_t n) {
+    const __m256 f = _mm256_set1_ps(a);
+    __m256i mask;
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        _mm256_storeu_ps(y + i, _mm256_fmadd_ps(f, _mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i)));
+    }
+    mask = dsv3i_avx2_mask(n - i);
+    if (i < n) {
+        _mm256_maskstore_ps(y + i, mask,
+                            _mm256_fmadd_ps(f, _mm256_maskload_ps(x + i, mask), _mm256_maskload_ps(y + i, mask)));
+    }
+}
+
+DSV3I_TARGET(DSV3I_AVX2) static float dsv3i_avx2_exp_sum(float *p, const float *s, float top, size_t n) {
+    const __m256 t = _mm256_set1_ps(top);
+    __m256 sum = _mm256_setzero_ps(), e;
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        e = dsv3i_avx2_exp(_mm256_sub_ps(_mm256_loadu_ps(s + i), t));
+        sum = _mm256_add_ps(sum, e);
+        _mm256_storeu_ps(p + i, e);
+    }
+    if (i < n) {
+        const __m256i mask = dsv3i_avx2_mask(n - i);
+        e = dsv3i_avx2_exp(_mm256_sub_ps(_mm256_maskload_ps(s + i, mask), t));
+        sum = _mm256_add_ps(sum, _mm256_and_ps(e, _mm256_castsi256_ps(mask)));
+        _mm256_maskstore_ps(p + i, mask, e);
+    }
+    return _mm_cvtss_f32(dsv3i_avx2_sums(sum, sum, sum, sum));
+}
+
+DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_silu(__m256 a, __m256 b) {
+    const __m256 one = _mm256_set1_ps(1.0f), minus = _mm256_set1_ps(-0.0f);
+    return _mm256_mul_ps(_mm256_div_ps(a, _mm256_add_ps(one, dsv3i_avx2_exp(_mm256_xor_ps(a, minus)))), b);
+}
+
+DSV3I_TARGET(DSV3I_AVX2) static void dsv3i_avx2_silu_mul(float *h, const float *a, const float *b, size_t n) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        _mm256_storeu_ps(h + i, dsv3i_avx2_silu(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i)));
+    }
+    if (i < n) {
+        const __m256i mask = dsv3i_avx2_mask(n - i);
+        _mm256_maskstore_ps(h + i, mask,
+                            dsv3i_avx2_silu(_mm256_maskload_ps(a + i, mask), _mm256_maskload_ps(b + i, mask)));
+    }
+}
+
+/* ---- AVX-512 F, BW, DQ, VL: 16 lanes, and masks for what does not fill them. */
+
+#if defined(__GNUC__) && !defined(__clang__) /* of variables in gcc's own header, where "undefined" is meant */
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+#define DSV3I_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+
+/* Lanes 0 .. n-1 of 16. */
+DSV3I_INLINE(DSV3I_AVX512) __mmask16 dsv3i_avx512_mask(size_t n) {
+    return (__mmask16)(n >= 16 ? 0xFFFFu : (1u << n) - 1u);
+}
+
+/* As dsv3i_avx2_exp. */
+DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_exp(__m512 x) {
+    __m512 n, r, p;
+    x = _mm512_min_ps(_mm512_set1_ps(89.0f), _mm512_max_ps(_mm512_set1_ps(-104.0f), x));
+    n = _mm512_fmadd_ps(x, _mm512_set1_ps(1.44269504f),
+                        _mm512_set1_ps(12582912.0f));  /* 1.5 2^23: the sum is rounded */
+    n = _mm512_sub_ps(n, _mm512_set1_ps(12582912.0f)); /* to a whole number */
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    p = _mm512_set1_ps(1.0f / 5040.0f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 720.0f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120.0f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24.0f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6.0f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+/* Lane i + 8 to lane i, then as dsv3i_avx2_sums. */
+DSV3I_INLINE(DSV3I_AVX512) __m256 dsv3i_avx512_half(__m512 a) {
+    return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+}
+
+DSV3I_INLINE(DSV3I_AVX512) __m128 dsv3i_avx512_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
+    return dsv3i_avx2_sums(dsv3i_avx512_half(a), dsv3i_avx512_half(b), dsv3i_avx512_half(c), dsv3i_avx512_half(d));
+}
+
+/* Elements at w in the lanes of the mask, 0 in the others. E4M3: the value / 256. */
+DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_load(const dsv3_type type, __mmask16 m, const unsigned char *w) {
+    const void *at = w;
+    __m256i h;
+    __mmask16 nan;
+    if (type == DSV3_F32) return _mm512_maskz_loadu_ps(m, at);
+    if (type == DSV3_F16) return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, at));
+    if (type == DSV3_BF16) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, at)), 16));
+    }
+    h = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_maskz_loadu_epi8(m, at)), 7);
+    h = _mm256_and_si256(h, _mm256_set1_epi16((short)-16512)); /* 0xBF80 */
+    nan = _mm256_cmpeq_epi16_mask(_mm256_and_si256(h, _mm256_set1_epi16(0x3F80)), _mm256_set1_epi16(0x3F80));
+    return _mm512_cvtph_ps(_mm256_mask_mov_epi16(h, nan, _mm256_set1_epi16(0x7FFF)));
+}
+
+DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_decode(const dsv3_type type, float *y, const void *w, size_t n) {
+    const unsigned char *bytes = (const unsigned char *)w;
+    const size_t size = type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2;
+    const __m512 unit = _mm512_set1_ps(type == DSV3_F8_E4M3 ? 256.0f : 1.0f);
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 m = dsv3i_avx512_mask(n - i);
+        _mm512_mask_storeu_ps(y + i, m, _mm512_mul_ps(dsv3i_avx512_load(type, m, bytes + i * size), unit));
+    }
+}
+
+/* Sixteen terms of 4 times nx dots: acc[4 t + r] += x_t w_r. */
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_terms(const dsv3_type type, const int nx, __mmask16 m, __m512 acc[16], const float *const x[4],
+                        size_t at_x, const unsigned char *const w[4], size_t at_w, __m512 unit) {
+    const __m512 x0 = _mm512_maskz_loadu_ps(m, x[0] + at_x);
+    const __m512 x1 = nx > 1 ? _mm512_maskz_loadu_ps(m, x[1] + at_x) : x0;
+    const __m512 x2 = nx > 1 ? _mm512_maskz_loadu_ps(m, x[2] + at_x) : x0;
+    const __m512 x3 = nx > 1 ? _mm512_maskz_loadu_ps(m, x[3] + at_x) : x0;
+    __m512 r = dsv3i_avx512_load(type, m, w[0] + at_w);
+    if (type == DSV3_F8_E4M3) r = _mm512_mul_ps(r, unit);
+    acc[0] = _mm512_fmadd_ps(x0, r, acc[0]);
+    if (nx > 1) acc[4] = _mm512_fmadd_ps(x1, r, acc[4]);
+    if (nx > 1) acc[8] = _mm512_fmadd_ps(x2, r, acc[8]);
+    if (nx > 1) acc[12] = _mm512_fmadd_ps(x3, r, acc[12]);
+    r = dsv3i_avx512_load(type, m, w[1] + at_w);
+    if (type == DSV3_F8_E4M3) r = _mm512_mul_ps(r, unit);
+    acc[1] = _mm512_fmadd_ps(x0, r, acc[1]);
+    if (nx > 1) acc[5] = _mm512_fmadd_ps(x1, r, acc[5]);
+    if (nx > 1) acc[9] = _mm512_fmadd_ps(x2, r, acc[9]);
+    if (nx > 1) acc[13] = _mm512_fmadd_ps(x3, r, acc[13]);
+    r = dsv3i_avx512_load(type, m, w[2] + at_w);
+    if (type == DSV3_F8_E4M3) r = _mm512_mul_ps(r, unit);
+    acc[2] = _mm512_fmadd_ps(x0, r, acc[2]);
+    if (nx > 1) acc[6] = _mm512_fmadd_ps(x1, r, acc[6]);
+    if (nx > 1) acc[10] = _mm512_fmadd_ps(x2, r, acc[10]);
+    if (nx > 1) acc[14] = _mm512_fmadd_ps(x3, r, acc[14]);
+    r = dsv3i_avx512_load(type, m, w[3] + at_w);
+    if (type == DSV3_F8_E4M3) r = _mm512_mul_ps(r, unit);
+    acc[3] = _mm512_fmadd_ps(x0, r, acc[3]);
+    if (nx > 1) acc[7] = _mm512_fmadd_ps(x1, r, acc[7]);
+    if (nx > 1) acc[11] = _mm512_fmadd_ps(x2, r, acc[11]);
+    if (nx > 1) acc[15] = _mm512_fmadd_ps(x3, r, acc[15]);
+}
+
+/* 4 times nx dots (nx is 1 or 4) of k terms: sums[t] of x_t with the four rows of w. */
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_dots(const dsv3_type type, const int nx, __m128 sums[4], const float *const x[4],
+                       const unsigned char *const w[4], const unsigned char *scale, size_t k) {
+    const size_t size = type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2;
+    const size_t block = type == DSV3_F8_E4M3 ? DSV3_BLOCK : k;
+    const __m512 zero = _mm512_setzero_ps();
+    __m512 unit = zero;
+    __m512 acc[16] = {zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero};
+    for (size_t i = 0, end; i < k; i = end) {
+        end = k - i > block ? i + block : k;
+        if (type == DSV3_F8_E4M3) {
+            float value = 1.0f;
+            if (scale != NULL) DSV3_MEMCPY(&value, scale + i / DSV3_BLOCK * sizeof value, sizeof value);
+            unit = _mm512_set1_ps(value * 256.0f);
+        }
+        for (; i + 16 <= end; i += 16) dsv3i_avx512_terms(type, nx, 0xFFFF, acc, x, i, w, i * size, unit);
+        if (i < end) dsv3i_avx512_terms(type, nx, dsv3i_avx512_mask(end - i), acc, x, i, w, i * size, unit);
+    }
+    sums[0] = dsv3i_avx512_sums(acc[0], acc[1], acc[2], acc[3]);
+    if (nx > 1) sums[1] = dsv3i_avx512_sums(acc[4], acc[5], acc[6], acc[7]);
+    if (nx > 1) sums[2] = dsv3i_avx512_sums(acc[8], acc[9], acc[10], acc[11]);
+    if (nx > 1) sums[3] = dsv3i_avx512_sums(acc[12], acc[13], acc[14], acc[15]);
+}
+
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_tile(const dsv3_type type, float *y, size_t ldy, const float *x, size_t ldx, size_t nx,
+                       const void *w, size_t ldw, const void *scale, size_t nw, size_t k) {
+    const size_t row = ldw * (type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2);
+    const unsigned char *rows = (const unsigned char *)w, *scales = (const unsigned char *)scale;
+    for (size_t t = 0, nt; t < nx; t += nt) {
+        const size_t last = nx - 1 - t;
+        const float *const x0 = x + t * ldx;
+        const float *const xs[4] = {x0, x0 + dsv3i_min(1, last) * ldx, x0 + dsv3i_min(2, last) * ldx,
+                                    x0 + dsv3i_min(3, last) * ldx};
+        nt = dsv3i_min(4, nx - t);
+        for (size_t r = 0; r < nw; r += 4) {
+            const size_t end = nw - 1 - r;
+            const unsigned char *const w0 = rows + r * row;
+            const unsigned char *const ws[4] = {w0, w0 + dsv3i_min(1, end) * row, w0 + dsv3i_min(2, end) * row,
+                                                w0 + dsv3i_min(3, end) * row};
+            __m128 sums[4];
+            if (nt == 1) {
+                dsv3i_avx512_dots(type, 1, sums, xs, ws, scales, k);
+            } else {
+                dsv3i_avx512_dots(type, 4, sums, xs, ws, scales, k);
+            }
+            dsv3i_avx2_store(y + t * ldy + r, sums[0], nw - r);
+            if (nt > 1) dsv3i_avx2_store(y + (t + 1) * ldy + r, sums[1], nw - r);
+            if (nt > 2) dsv3i_avx2_store(y + (t + 2) * ldy + r, sums[2], nw - r);
+            if (nt > 3) dsv3i_avx2_store(y + (t + 3) * ldy + r, sums[3], nw - r);
+        }
+    }
+}
+
+/* Up to 4 rows of y and `vectors` times 16 columns, the last of them under the mask. */
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_outer_tile(const int vectors, float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj,
+                             const float *b, size_t ldb, size_t k, __mmask16 mask) {
+    const size_t t1 = dsv3i_min(1, m - 1), t2 = dsv3i_min(2, m - 1), t3 = dsv3i_min(3, m - 1);
+    const float *const a1 = a + t1 * at, *const a2 = a + t2 * at, *const a3 = a + t3 * at;
+    float *const y1 = y + t1 * ldy, *const y2 = y + t2 * ldy, *const y3 = y + t3 * ldy;
+    const int two = vectors == 2;
+    const size_t last = two ? 16 : 0;
+    __m512 c0 = _mm512_maskz_loadu_ps(mask, y + last), c1 = _mm512_maskz_loadu_ps(mask, y1 + last);
+    __m512 c2 = _mm512_maskz_loadu_ps(mask, y2 + last), c3 = _mm512_maskz_loadu_ps(mask, y3 + last);
+    __m512 d0 = two ? _mm512_loadu_ps(y) : c0, d1 = two ? _mm512_loadu_ps(y1) : c1;
+    __m512 d2 = two ? _mm512_loadu_ps(y2) : c2, d3 = two ? _mm512_loadu_ps(y3) : c3;
+    for (size_t j = 0; j < k; j++, b += ldb) {
+        const __m512 b0 = _mm512_maskz_loadu_ps(mask, b + last), b1 = two ? _mm512_loadu_ps(b) : b0;
+        __m512 f = _mm512_set1_ps(a[j * aj]);
+        c0 = _mm512_fmadd_ps(f, b0, c0);
+        if (two) d0 = _mm512_fmadd_ps(f, b1, d0);
+        f = _mm512_set1_ps(a1[j * aj]);
+        c1 = _mm512_fmadd_ps(f, b0, c1);
+        if (two) d1 = _mm512_fmadd_ps(f, b1, d1);
+        f = _mm512_set1_ps(a2[j * aj]);
+        c2 = _mm512_fmadd_ps(f, b0, c2);
+        if (two) d2 = _mm512_fmadd_ps(f, b1, d2);
+        f = _mm512_set1_ps(a3[j * aj]);
+        c3 = _mm512_fmadd_ps(f, b0, c3);
+        if (two) d3 = _mm512_fmadd_ps(f, b1, d3);
+    }
+    _mm512_mask_storeu_ps(y + last, mask, c0), _mm512_mask_storeu_ps(y1 + last, mask, c1);
+    _mm512_mask_storeu_ps(y2 + last, mask, c2), _mm512_mask_storeu_ps(y3 + last, mask, c3);
+    if (two) {
+        _mm512_storeu_ps(y, d0), _mm512_storeu_ps(y1, d1), _mm512_storeu_ps(y2, d2), _mm512_storeu_ps(y3, d3);
+    }
+}
+
+DSV3I_TARGET(DSV3I_AVX512)
+static void dsv3i_avx512_outer(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj, const float *b,
+                               size_t ldb, size_t k, size_t n) {
+    for (size_t j = 0; j < k; j += 256) {
+        const size_t nj = dsv3i_min(256, k - j);
+        for (size_t i = 0, ni; i < n; i += ni) {
+            const int two = n - i > 16;
+            const __mmask16 mask = dsv3i_avx512_mask(two ? n - i - 16 : n - i);
+            ni = dsv3i_min(two ? 32 : 16, n - i);
+            for (size_t t = 0; t < m; t += 4) {
+                float *to = y + t * ldy + i;
+                const float *from = a + t * at + j * aj, *panel = b + j * ldb + i;
+                if (two) {
+                    dsv3i_avx512_outer_tile(2, to, ldy, dsv3i_min(4, m - t), from, at, aj, panel, ldb, nj, mask);
+                } else {
+                    dsv3i_avx512_outer_tile(1, to, ldy, dsv3i_min(4, m - t), from, at, aj, panel, ldb, nj, mask);
+                }
+            }
+        }
+    }
+}
+
+DSV3I_TARGET(DSV3I_AVX512) static float dsv3i_avx512_dot(const float *x, const float *y, size_t n) {
+    __m512 sum = _mm512_setzero_ps();
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 m = dsv3i_avx512_mask(n - i);
+        sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(m, x + i), _mm512_maskz_loadu_ps(m, y + i), sum);
+    }
+    return _mm_cvtss_f32(dsv3i_avx512_sums(sum, sum, sum, sum));
+}
+
+DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_axpy(float *y, float a, const float *x, size_t n) {
+    const __m512 f = _mm512_set1_ps(a);
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 m = dsv3i_avx512_mask(n - i);
+        const __m512 old = _mm512_maskz_loadu_ps(m, y + i);
+        _mm512_mask_storeu_ps(y + i, m, _mm512_fmadd_ps(f, _mm512_maskz_loadu_ps(m, x + i), old));
+    }
+}
+
+DSV3I_TARGET(DSV3I_AVX512) static float dsv3i_avx512_exp_sum(float *p, const float *s, float top, size_t n) {
+    const __m512 t = _mm512_set1_ps(top);
+    __m512 sum = _mm512_setzero_ps();
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 m = dsv3i_avx512_mask(n - i);
+        const __m512 e = dsv3i_avx512_exp(_mm512_sub_ps(_mm512_maskz_loadu_ps(m, s + i), t));
+        sum = _mm512_mask_add_ps(sum, m, sum, e);
+        _mm512_mask_storeu_ps(p + i, m, e);
+    }
+    return _mm_cvtss_f32(dsv3i_avx512_sums(sum, sum, sum, sum));
+}
+
+DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_silu_mul(float *h, const float *a, const float *b, size_t n) {
+    const __m512 one = _mm512_set1_ps(1.0f), minus = _mm512_set1_ps(-0.0f);
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 m = dsv3i_avx512_mask(n - i);
+        const __m512 v = _mm512_maskz_loadu_ps(m, a + i);
+        const __m512 below = _mm512_add_ps(one, dsv3i_avx512_exp(_mm512_xor_ps(v, minus)));
+        _mm512_mask_storeu_ps(h + i, m, _mm512_mul_ps(_mm512_div_ps(v, below), _mm512_maskz_loadu_ps(m, b + i)));
+    }
+}
+
+/* ---- The bodies above, once for each type, and the tables. */
+
+#define DSV3I_TYPE(isa, target, name, type)                                                                          \
+    DSV3I_TARGET(target) static void dsv3i_##isa##_decode_##name(float *y, const void *w, size_t n) {                \
+        dsv3i_##isa##_decode(type, y, w, n);                                                                         \
+    }                                                                                                                \
+    DSV3I_TARGET(target)                                                                                             \
+    static void dsv3i_##isa##_tile_##name(float *y, size_t ldy, const float *x, size_t ldx, size_t nx,               \
+                                          const void *w, size_t ldw, const void *scale, size_t nw, size_t k) {       \
+        dsv3i_##isa##_tile(type, y, ldy, x, ldx, nx, w, ldw, scale, nw, k);                                          \
+    }
+#define DSV3I_TYPES(isa, target)                                                                                     \
+    DSV3I_TYPE(isa, target, f32, DSV3_F32)                                                                           \
+    DSV3I_TYPE(isa, target, f16, DSV3_F16)                                                                           \
+    DSV3I_TYPE(isa, target, bf16, DSV3_BF16)                                                                         \
+    DSV3I_TYPE(isa, target, f8_e4m3, DSV3_F8_E4M3)                                                                   \
+    static void dsv3i_kernels_##isa(dsv3_kernels *k) {                                                               \
+        k->decode[DSV3_F32] = dsv3i_##isa##_decode_f32;                                                              \
+        k->decode[DSV3_F16] = dsv3i_##isa##_decode_f16;                                                              \
+        k->decode[DSV3_BF16] = dsv3i_##isa##_decode_bf16;                                                            \
+        k->decode[DSV3_F8_E4M3] = dsv3i_##isa##_decode_f8_e4m3;                                                      \
+        k->tile[DSV3_F32] = dsv3i_##isa##_tile_f32;                                                                  \
+        k->tile[DSV3_F16] = dsv3i_##isa##_tile_f16;                                                                  \
+        k->tile[DSV3_BF16] = dsv3i_##isa##_tile_bf16;                                                                \
+        k->tile[DSV3_F8_E4M3] = dsv3i_##isa##_tile_f8_e4m3;                                                          \
+        k->dot = dsv3i_##isa##_dot;                                                                                  \
+        k->axpy = dsv3i_##isa##_axpy;                                                                                \
+        k->outer = dsv3i_##isa##_outer;                                                                              \
+        k->exp_sum = dsv3i_##isa##_exp_sum;                                                                          \
+        k->silu_mul = dsv3i_##isa##_silu_mul;                                                                        \
+    }
+DSV3I_TYPES(avx2, DSV3I_AVX2)
+DSV3I_TYPES(avx512, DSV3I_AVX512)
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+#endif /* DSV3I_X86 */
+
+/* ---- The choice */
+
+DSV3_API const char *dsv3_backend_name(dsv3_backend backend) {
+    switch (backend) {
+    case DSV3_BACKEND_AUTO: return "auto";
+    case DSV3_BACKEND_REFERENCE: return "reference";
+    case DSV3_BACKEND_AVX2: return "avx2";
+    case DSV3_BACKEND_AVX512: return "avx512";
+    default: return NULL;
+    }
+}
+
+DSV3_API dsv3_result dsv3_backend_find(dsv3_backend *backend, const char *name) {
+    if (backend == NULL || name == NULL) return DSV3_ERR_ARG;
+    for (int i = 0; i < DSV3_BACKENDS; i++) {
+        const char *a = dsv3_backend_name((dsv3_backend)i), *b = name;
+        while (*a != '\0' && *a == *b) a++, b++;
+        if (*a == *b) {
+            *backend = (dsv3_backend)i;
+            return DSV3_OK;
+        }
+    }
+    return DSV3_ERR_ARG;
+}
+
+#ifndef DSV3I_X86
+static dsv3_backend dsv3i_best_backend(void) { return DSV3_BACKEND_REFERENCE; }
+#endif
+
+DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backend, size_t threads) {
+    dsv3_backend best = dsv3i_best_backend();
+    if (context == NULL) return DSV3_ERR_ARG;
+    DSV3_MEMSET(context, 0, sizeof *context);
+    if (backend == DSV3_BACKEND_AUTO) backend = best;
+    if ((int)backend < (int)DSV3_BACKEND_REFERENCE || (int)backend > (int)best) return DSV3_ERR_UNSUPPORTED;
+    dsv3i_kernels_reference(&context->kernels);
+#ifdef DSV3I_X86
+    if (backend == DSV3_BACKEND_AVX2) dsv3i_kernels_avx2(&context->kernels);
+    if (backend == DSV3_BACKEND_AVX512) dsv3i_kernels_avx512(&context->kernels);
+#endif
+    context->backend = dsv3_backend_name(backend);
+    context->threads = 1;
+    context->attention = DSV3_ATTENTION_AUTO;
+#if defined(_OPENMP) && !defined(DSV3_NO_OPENMP)
+    if (threads > INT_MAX / 8) return DSV3_ERR_LIMIT;
+    context->threads = threads != 0 ? threads : (size_t)omp_get_max_threads();
+    context->parallel_for = dsv3i_parallel_openmp;
+#else
+    (void)threads;
+#endif
+    return DSV3_OK;
+}
+
+#undef DSV3I_AVX2
+#undef DSV3I_AVX512
 #undef DSV3I_BACK
+#undef DSV3I_BACK_ROWS
+#undef DSV3I_BULK
 #undef DSV3I_COLUMNS
+#undef DSV3I_FEW
+#undef DSV3I_INLINE
 #undef DSV3I_KEYS
 #undef DSV3I_LINE
 #undef DSV3I_PI
@@ -6391,8 +7257,12 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
 #undef DSV3I_SILU_ITEM
 #undef DSV3I_SLOT
 #undef DSV3I_SQUARES
+#undef DSV3I_TARGET
 #undef DSV3I_TRY
+#undef DSV3I_TYPE
+#undef DSV3I_TYPES
 #undef DSV3I_VOCAB
+#undef DSV3I_X86
 #endif /* DSV3_IMPLEMENTATION */
 
 /* ========================================================================================================

@@ -16,6 +16,7 @@
 #define _DARWIN_C_SOURCE 1 /* ru_maxrss */
 #endif
 
+#define DSV3_SIMD
 #include "dsv3.h"
 
 #include <stdint.h>
@@ -251,13 +252,13 @@ static inline void bench_context(dsv3_context *context, dsv3_backend backend, si
     }
 }
 
-#define BENCH_BACKENDS 16 /* no more than that are looked for */
+#define BENCH_BACKENDS DSV3_BACKENDS
 
 /* The backends compiled in that this machine can run, or only the one called `name` if that is not NULL: list
  * [BENCH_BACKENDS]. Returns how many. */
 static inline size_t bench_backends(dsv3_backend *list, const char *name) {
     size_t n = 0;
-    for (int b = DSV3_BACKEND_AUTO + 1; b <= BENCH_BACKENDS; b++) {
+    for (int b = DSV3_BACKEND_AUTO + 1; b < BENCH_BACKENDS; b++) {
         dsv3_context context;
         if (dsv3_context_init(&context, (dsv3_backend)b, 1) != DSV3_OK) continue;
         if (name == NULL || strcmp(name, context.backend) == 0) list[n++] = (dsv3_backend)b;

@@ -18,6 +18,7 @@
 #if !defined(_POSIX_C_SOURCE) && (defined(__unix__) || defined(__APPLE__))
 #define _POSIX_C_SOURCE 200809L
 #endif
+#define DSV3_SIMD
 #define DSV3_IMPLEMENTATION
 #define CHECKPOINT_IMPLEMENTATION
 #include "checkpoint.h"
@@ -268,13 +269,28 @@ static dsv3_attention parse_attention(const char *text) {
     return DSV3_ATTENTION_AUTO;
 }
 
-static void session_open(session *s, const char *directory, long threads) {
+#define COMPUTE_HELP                                                                                                 \
+    "  --threads N      default: all cores\n"                                                                        \
+    "  --backend NAME   auto, reference, avx2 or avx512 (default auto: the best that runs here)\n"
+
+static void open_context(dsv3_context *context, const char *name, long threads) {
+    dsv3_backend backend;
+    dsv3_result result;
+    if (dsv3_backend_find(&backend, name) != DSV3_OK) {
+        stop("--backend: expected auto, reference, avx2 or avx512, found '%s'", name);
+    }
+    result = dsv3_context_init(context, backend, (size_t)threads);
+    if (result == DSV3_ERR_UNSUPPORTED) stop("--backend: %s does not run on this machine", name);
+    stop_result("threads", result);
+    if (threads > 1 && context->threads == 1) fprintf(stderr, "dsv3: built without OpenMP: one thread\n");
+}
+
+static void session_open(session *s, const char *directory, const char *backend, long threads) {
     st_error error;
     memset(s, 0, sizeof *s);
     if (checkpoint_open(&s->model, directory, &error) != ST_OK) stop("%s", error.message);
     if (s->model.file.warning[0] != '\0') fprintf(stderr, "dsv3: warning: %s\n", s->model.file.warning);
-    stop_result("threads", dsv3_context_init(&s->context, DSV3_BACKEND_AUTO, (size_t)threads));
-    if (threads > 1 && s->context.threads == 1) fprintf(stderr, "dsv3: built without OpenMP: one thread\n");
+    open_context(&s->context, backend, threads);
     s->V = (size_t)s->model.config.vocab_size;
 }
 
@@ -398,11 +414,11 @@ static char *read_file(const char *path, size_t *length) {
     "  --cache TYPE     F32 or BF16 (default F32)\n"                                                                 \
     "  --attention F    auto, absorbed or expanded (default auto)\n"                                                 \
     "  --ids            prompt and output are token ids\n"                                                           \
-    "  --threads N      default: all cores\n"                                                                        \
+    COMPUTE_HELP                                                                                                     \
     "  --stats          speed, memory and accepted drafts to standard error\n"
 
 typedef struct writer_options {
-    const char *cache, *attention;
+    const char *cache, *attention, *backend;
     long n, seed, mtp, context, threads;
     double temperature, top_p;
     int adaptive, ids, stats;
@@ -421,6 +437,7 @@ typedef struct writer_options {
     {"--attention", OPTION_TEXT, &(o).attention, 0, 0},                                                              \
     {"--ids", OPTION_FLAG, &(o).ids, 0, 0},                                                                          \
     {"--threads", OPTION_INT, &(o).threads, 1, 4096},                                                                \
+    {"--backend", OPTION_TEXT, &(o).backend, 0, 0},                                                                  \
     {"--stats", OPTION_FLAG, &(o).stats, 0, 0}
 /* clang-format on */
 
@@ -436,7 +453,7 @@ typedef struct writer {
 
 /* Opens the model, before there is a text. */
 static void writer_model(session *s, const char *directory, const writer_options *o) {
-    session_open(s, directory, o->threads);
+    session_open(s, directory, o->backend, o->threads);
     if (!o->ids && s->V != 256) {
         stop("%s: this model has %zu tokens and this program no tokenizer; use --ids and give token ids", directory,
              s->V);
@@ -540,7 +557,7 @@ static size_t generate_context(const session *s, const writer_options *o, size_t
 }
 
 static int generate(int argc, char **argv, const command *c) {
-    writer_options o = {"F32", "auto", 400, 1, 0, 0, 0, 0.7, 0.95, 0, 0, 0};
+    writer_options o = {"F32", "auto", "auto", 400, 1, 0, 0, 0, 0.7, 0.95, 0, 0, 0};
     const char *directory = NULL, *text = NULL;
     int echo = 0, status, ended = 0;
     const option options[] = {{"-p", OPTION_TEXT, &text, 0, 0},
@@ -768,7 +785,7 @@ static int chat(int argc, char **argv, const command *c) {
                               {"--stop", OPTION_INT, &stop_token, 0, (double)DSV3_MAX_VOCAB},
                               WRITER_OPTIONS(chat.o),
                               {NULL, OPTION_FLAG, NULL, 0, 0}};
-    writer_options defaults = {"F32", "auto", 400, 1, 0, 0, 0, 0.7, 0.95, 0, 0, 0};
+    writer_options defaults = {"F32", "auto", "auto", 400, 1, 0, 0, 0, 0.7, 0.95, 0, 0, 0};
     chat.o = defaults;
     status = parse(argc, argv, c, options, &directory, 1);
     if (status != 0) return status - 1;
@@ -876,10 +893,10 @@ static void output_write(const char *path, int (*put)(FILE *file, const void *wh
     "  --cache TYPE     F32 or BF16 (default F32)\n"                                                                 \
     "  --attention F    auto, absorbed or expanded (default auto)\n"                                                 \
     "  --ids            FILE holds token ids\n"                                                                      \
-    "  --threads N      default: all cores\n"
+    COMPUTE_HELP
 
 typedef struct window_options {
-    const char *cache, *attention;
+    const char *cache, *attention, *backend;
     double last;
     long context, threads;
     int ids;
@@ -892,7 +909,8 @@ typedef struct window_options {
     {"--cache", OPTION_TEXT, &(o).cache, 0, 0},                                                                      \
     {"--attention", OPTION_TEXT, &(o).attention, 0, 0},                                                              \
     {"--ids", OPTION_FLAG, &(o).ids, 0, 0},                                                                          \
-    {"--threads", OPTION_INT, &(o).threads, 1, 4096}
+    {"--threads", OPTION_INT, &(o).threads, 1, 4096},                                                                \
+    {"--backend", OPTION_TEXT, &(o).backend, 0, 0}
 /* clang-format on */
 
 /* Opens the model in operands[0], reads the tokens of the file operands[1] and takes the memory for a window of them;
@@ -901,7 +919,7 @@ static size_t windows_open(session *s, tokens *t, const char *const *operands, c
                            size_t ahead) {
     size_t length = 0, first, window, most;
     char *text;
-    session_open(s, operands[0], o->threads);
+    session_open(s, operands[0], o->backend, o->threads);
     s->context.attention = parse_attention(o->attention);
     text = read_file(operands[1], &length);
     tokens_from_text(t, operands[1], text, length, s->V, o->ids);
@@ -960,7 +978,7 @@ static void score_print(size_t k, double nats, uint64_t count) {
 
 static int score(int argc, char **argv, const command *c) {
     const char *operands[2] = {NULL, NULL};
-    window_options o = {"F32", "auto", 100, 0, 0, 0};
+    window_options o = {"F32", "auto", "auto", 100, 0, 0, 0};
     long modules = -1;
     const option options[] = {WINDOW_OPTIONS(o),
                               {"--mtp", OPTION_INT, &modules, 0, (double)DSV3_MAX_LAYERS},
@@ -1306,7 +1324,7 @@ static void route_write_svg(const route_state *r, const char *path, const char *
 
 static int route(int argc, char **argv, const command *c) {
     const char *svg = NULL, *csv = NULL, *operands[2] = {NULL, NULL};
-    window_options o = {"F32", "auto", 100, 0, 0, 0};
+    window_options o = {"F32", "auto", "auto", 100, 0, 0, 0};
     const option options[] = {WINDOW_OPTIONS(o),
                               {"--svg", OPTION_TEXT, &svg, 0, 0},
                               {"--csv", OPTION_TEXT, &csv, 0, 0},
@@ -1802,19 +1820,21 @@ static const char train_help[] =
     "  --val-tokens N   tokens of a validation (default 8192)\n"
     "  --sample-every N steps between samples of the model's text, 0: none (default 0)\n"
     "  --threads N      default: all cores; does not change the result\n"
+    "  --backend NAME   auto, reference, avx2 or avx512 (default auto: the best that runs here); roundings\n"
+    "                   depend on it\n"
     "  --resume         goes on with the run in DIR, bit for bit as if it had never stopped; options and text are "
     "those\n"
     "                   of the run, and what is given again must agree (except under \"Memory and output\")\n";
 
 typedef struct train_options {
-    const char *config, *preset, *init, *out, *schedule, *keep, *type;
+    const char *config, *preset, *init, *out, *schedule, *keep, *type, *backend;
     texts text, freeze, exempt;
     long steps, batch, accum, seq, warmup, seed, val_every, val_tokens, sample_every, save_every, threads;
     double std, val, lr, constant, low, tail, lambda, alpha, bias_speed, bias_freeze, weight_decay, clip, ema;
     int ids, resume;
 } train_options;
 
-#define TRAIN_OPTIONS 36
+#define TRAIN_OPTIONS 37
 
 /* What --resume does with an option: it belongs to one call only; it is stored, but may change; it must stay. */
 typedef enum train_role { TRAIN_CALL, TRAIN_FREE, TRAIN_FIXED } train_role;
@@ -1826,6 +1846,7 @@ static void train_table(option *table, train_options *o) {
                                                {"--out", OPTION_TEXT, &o->out, 0, 0},
                                                {"--resume", OPTION_FLAG, &o->resume, 0, 0},
                                                {"--threads", OPTION_INT, &o->threads, 1, 4096},
+                                               {"--backend", OPTION_TEXT, &o->backend, 0, 0},
                                                {"--text", OPTION_LIST, &o->text, 0, 0},
                                                {"--keep", OPTION_TEXT, &o->keep, 0, 0},
                                                {"--type", OPTION_TEXT, &o->type, 0, 0},
@@ -1861,10 +1882,10 @@ static void train_table(option *table, train_options *o) {
 }
 
 static train_role train_role_of(const char *name) {
-    static const char calls[6][12] = {"--config", "--preset", "--init", "--out", "--resume", "--threads"};
+    static const char calls[7][12] = {"--config", "--preset", "--init", "--out", "--resume", "--threads", "--backend"};
     static const char frees[7][16] = {"--text",      "--keep",       "--type",        "--save-every",
                                       "--val-every", "--val-tokens", "--sample-every"};
-    for (int i = 0; i < 6; i++) {
+    for (int i = 0; i < 7; i++) {
         if (strcmp(name, calls[i]) == 0) return TRAIN_CALL;
     }
     for (int i = 0; i < 7; i++) {
@@ -1877,6 +1898,7 @@ static train_options train_defaults(void) {
     train_options o;
     memset(&o, 0, sizeof o);
     o.schedule = "v3";
+    o.backend = "auto";
     o.keep = "none";
     o.type = "F32";
     o.steps = 1000;
@@ -2645,7 +2667,7 @@ static void train_set_balancer(train_state *s) {
 
 static void train_reserve(train_state *s) {
     size_t bytes = 0, n = s->settings.rows, E = (size_t)s->config.n_routed_experts;
-    stop_result("threads", dsv3_context_init(&s->eval.context, DSV3_BACKEND_AUTO, (size_t)s->o.threads));
+    open_context(&s->eval.context, s->o.backend, s->o.threads);
     stop_result("training", dsv3_trainer_size(&s->config, &s->settings, s->eval.context.threads, &bytes));
     s->trainer_memory = allocate("training", bytes);
     stop_result("training", dsv3_trainer_init(&s->trainer, &s->config, &s->settings, s->eval.context.threads,
@@ -2867,7 +2889,7 @@ static void train_validate(train_state *s, double *row) {
 
 /* A line of what the model writes by now. */
 static void train_sample(const train_state *s) {
-    writer_options o = {"F32", "auto", 160, 1, 0, 0, 0, 0.7, 0.95, 0, 0, 0};
+    writer_options o = {"F32", "auto", "auto", 160, 1, 0, 0, 0, 0.7, 0.95, 0, 0, 0};
     session model = s->eval;
     writer w;
     int32_t first = s->config.bos_token_id >= 0 ? s->config.bos_token_id : s->text.id[0];

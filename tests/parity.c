@@ -565,7 +565,7 @@ static int dump(const run *r, const char *path) {
 }
 
 static int usage(void) {
-    fprintf(stderr, "usage: parity DIR [--dump OUT.safetensors] [--backend auto|reference] [--threads N] "
+    fprintf(stderr, "usage: parity DIR [--dump OUT.safetensors] [--backend NAME] [--threads N] "
                     "[--trajectory]\n");
     return 2;
 }
@@ -573,6 +573,7 @@ static int usage(void) {
 int main(int argc, char **argv) {
     static const char form_names[3][12] = {"", "absorbed", "expanded"};
     const char *directory = NULL, *out = NULL, *backend = "auto";
+    dsv3_backend which = DSV3_BACKEND_AUTO;
     long threads = 0;
     int trajectory = 0;
     checkpoint model;
@@ -597,7 +598,7 @@ int main(int argc, char **argv) {
             directory = argv[i];
         }
     }
-    if (directory == NULL || threads < 0 || (strcmp(backend, "auto") != 0 && strcmp(backend, "reference") != 0)) {
+    if (directory == NULL || threads < 0 || dsv3_backend_find(&which, backend) != DSV3_OK) {
         return usage();
     }
     memset(&r, 0, sizeof r);
@@ -611,9 +612,9 @@ int main(int argc, char **argv) {
         fprintf(stderr, "parity: %s: tokens: must be I32 %s\n", path, trajectory ? "[steps, micro, B, S]" : "[B, S]");
         return 1;
     }
-    if (dsv3_context_init(&r.context, strcmp(backend, "reference") == 0 ? DSV3_BACKEND_REFERENCE : DSV3_BACKEND_AUTO,
-                          (size_t)threads) != DSV3_OK) {
-        return usage();
+    if (dsv3_context_init(&r.context, which, (size_t)threads) != DSV3_OK) {
+        fprintf(stderr, "parity: backend %s: not on this machine\n", backend);
+        return 1;
     }
     token_copy = (int32_t *)must(malloc(tokens->bytes));
     memcpy(token_copy, tokens->data, tokens->bytes);

@@ -24,6 +24,19 @@ static void test_count(int ok, const char *file, int line, const char *what) {
     }
 }
 
+#ifdef DSV3_H
+/* The backend under test: the one that the environment names in TEST_BACKEND, else the plain one. */
+static inline dsv3_backend test_backend(void) {
+    const char *name = getenv("TEST_BACKEND");
+    dsv3_backend backend = DSV3_BACKEND_REFERENCE;
+    if (name != NULL && dsv3_backend_find(&backend, name) != DSV3_OK) {
+        fprintf(stderr, "TEST_BACKEND: there is no backend '%s'\n", name);
+        exit(2);
+    }
+    return backend;
+}
+#endif
+
 #define CHECK(condition) test_count((condition) != 0, __FILE__, __LINE__, #condition)
 
 /* CHECK_EQ: two integers (result codes, sizes, ids) that must be equal; prints both when they are not. */

@@ -1007,7 +1007,7 @@ static dsv3_result run_checkpoint(const checkpoint *c, float *logits) {
     size_t cache_bytes = 0, ws_bytes = 0;
     void *cache_memory, *ws_memory;
     dsv3_result result;
-    synth_demand(dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1), "context", NULL);
+    synth_demand(dsv3_context_init(&context, test_backend(), 1), "context", NULL);
     synth_demand(dsv3_cache_size(&c->config, ROWS, DSV3_F32, &cache_bytes), "cache size", NULL);
     synth_demand(dsv3_workspace_size(&c->config, ROWS, 1, &ws_bytes), "workspace size", NULL);
     cache_memory = synth_alloc(cache_bytes);

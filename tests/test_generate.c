@@ -41,7 +41,7 @@ static void halves(void *user, size_t threads, size_t n, dsv3_task task, void *a
 
 static dsv3_context context_of(dsv3_attention form, size_t threads) {
     dsv3_context c;
-    synth_demand(dsv3_context_init(&c, DSV3_BACKEND_AUTO, threads), "context", NULL);
+    synth_demand(dsv3_context_init(&c, test_backend(), threads), "context", NULL);
     if (threads > 1 && c.threads == 1) {
         c.threads = threads;
         c.parallel_for = halves;

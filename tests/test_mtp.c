@@ -308,7 +308,7 @@ static void backwards(void *user, size_t threads, size_t n, dsv3_task task, void
 /* `threads` of OpenMP where it is compiled in, else of the hook. */
 static void set_threads(rig *r, size_t threads, int hook) {
     dsv3_attention form = r->s->context.attention;
-    synth_demand(dsv3_context_init(&r->s->context, DSV3_BACKEND_AUTO, threads), "context", NULL);
+    synth_demand(dsv3_context_init(&r->s->context, test_backend(), threads), "context", NULL);
     if (hook) r->s->context.parallel_for = backwards;
     r->s->context.threads = threads;
     r->s->context.attention = form;

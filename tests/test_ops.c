@@ -476,7 +476,7 @@ static void entropy_threads(void) {
             dsv3_context many;
             int calls = 0;
             float *scratch;
-            CHECK_EQ(dsv3_context_init(&many, DSV3_BACKEND_REFERENCE, threads), DSV3_OK); /* OpenMP, or serial */
+            CHECK_EQ(dsv3_context_init(&many, test_backend(), threads), DSV3_OK); /* OpenMP, or serial */
             if (hook) many.parallel_for = backwards, many.parallel_user = &calls, many.threads = threads;
             scratch = (float *)test_alloc(dsv3_cross_entropy_scratch(&many, &w.tensor, N) * sizeof(float));
             memset(got, 0xFF, sizeof got);
@@ -493,7 +493,7 @@ static void entropy_threads(void) {
 }
 
 int main(void) {
-    CHECK_EQ(dsv3_context_init(&ctx, DSV3_BACKEND_REFERENCE, 1), DSV3_OK);
+    CHECK_EQ(dsv3_context_init(&ctx, test_backend(), 1), DSV3_OK);
     linear_all();
     rows_exact();
     linear_jobs();

@@ -749,7 +749,7 @@ static void greedy_ignores_groups(void) {
 
 int main(void) {
     greedy_ignores_groups();
-    CHECK_EQ(dsv3_context_init(&ctx, DSV3_BACKEND_REFERENCE, 1), DSV3_OK);
+    CHECK_EQ(dsv3_context_init(&ctx, test_backend(), 1), DSV3_OK);
     golden();
     scores();
     scores_rows();

@@ -73,7 +73,7 @@ enum { HOW_SERIAL, HOW_THREADS, HOW_BACKWARDS, HOW_OPENMP };
 
 static void set_hook(synth *s, int how, size_t threads) {
     dsv3_attention form = s->context.attention;
-    synth_demand(dsv3_context_init(&s->context, DSV3_BACKEND_AUTO, how == HOW_OPENMP ? threads : 1), "context", NULL);
+    synth_demand(dsv3_context_init(&s->context, test_backend(), how == HOW_OPENMP ? threads : 1), "context", NULL);
     s->context.attention = form;
     if (how != HOW_OPENMP) s->context.parallel_for = NULL;
     if (how == HOW_THREADS) s->context.parallel_for = parallel_threads;

@@ -358,7 +358,7 @@ static void parallel_calls(void) {
     dsv3_context ctx;
     shuffler s = {0, 0, 0};
     tally t;
-    CHECK_EQ(dsv3_context_init(&ctx, DSV3_BACKEND_REFERENCE, 1), DSV3_OK);
+    CHECK_EQ(dsv3_context_init(&ctx, test_backend(), 1), DSV3_OK);
     ctx.parallel_for = NULL;
     ctx.threads = 4;
     t = run_tally(&ctx, 10, SIZE_MAX); /* no hook: one piece, by worker 0, on the spot */
@@ -394,7 +394,7 @@ static void parallel_bits(void) {
     test_fill(data, ROWS * COLS, -1, 1);
     test_fill(x, N * COLS, -1, 1);
     test_fill(b, SILU, -1, 1);
-    CHECK_EQ(dsv3_context_init(&serial, DSV3_BACKEND_REFERENCE, 1), DSV3_OK);
+    CHECK_EQ(dsv3_context_init(&serial, test_backend(), 1), DSV3_OK);
     serial.parallel_for = NULL;
     ctx = serial;
     ctx.parallel_for = shuffle;
