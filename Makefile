@@ -62,7 +62,7 @@ bench: build/bench_model build/bench_mtp build/bench_train
 deps:
 	apt-get update -q
 	apt-get install -y -q --no-install-recommends gcc g++ clang libc6-dev libomp-dev valgrind \
-	  gcc-i686-linux-gnu libc6-dev-i386-cross
+	  gcc-i686-linux-gnu libc6-dev-i386-cross qemu-user
 
 install: build/dsv3
 	mkdir -p '$(DESTDIR)$(PREFIX)/include' '$(DESTDIR)$(PREFIX)/share/pkgconfig' '$(DESTDIR)$(PREFIX)/bin'

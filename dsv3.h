@@ -6715,10 +6715,11 @@ void dsv3i_avx2_rest(const dsv3_type type, const int nx, __m256 acc[12], const f
     dsv3i_avx2_terms(type, nx, acc, px, 0, pw, 0, unit);
 }
 
-/* 4 times nx dots (nx is 1 or 3) of k terms: sums[t] of x_t with the four rows of w. */
+/* 4 times nx dots (nx is 1 or 3) of k terms: sums[t] of x_t with the four rows of w; the four that will be wanted next
+ * lie `ahead` bytes behind them. */
 DSV3I_INLINE(DSV3I_AVX2)
 void dsv3i_avx2_dots(const dsv3_type type, const int nx, __m128 sums[3], const float *const x[3],
-                     const unsigned char *const w[4], const unsigned char *scale, size_t k) {
+                     const unsigned char *const w[4], size_t ahead, const unsigned char *scale, size_t k) {
     const size_t size = type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2;
     const size_t block = type == DSV3_F8_E4M3 ? DSV3_BLOCK : k;
     const __m256 zero = _mm256_setzero_ps();
@@ -6729,6 +6730,10 @@ void dsv3i_avx2_dots(const dsv3_type type, const int nx, __m128 sums[3], const f
             float value = 1.0f;
             if (scale != NULL) DSV3_MEMCPY(&value, scale + i / DSV3_BLOCK * sizeof value, sizeof value);
             unit = _mm256_set1_ps(value * 256.0f);
+        }
+        for (size_t line = 64 / size; nx == 1 && i + line <= end;) { /* what is read once comes from memory */
+            for (int r = 0; r < 4; r++) _mm_prefetch((const char *)w[r] + i * size + ahead, _MM_HINT_T0);
+            for (size_t stop = i + line; i < stop; i += 8) dsv3i_avx2_terms(type, nx, acc, x, i, w, i * size, unit);
         }
         for (; i + 8 <= end; i += 8) dsv3i_avx2_terms(type, nx, acc, x, i, w, i * size, unit);
         if (i < end) dsv3i_avx2_rest(type, nx, acc, x, i, w, i * size, end - i, unit);
@@ -6756,9 +6761,9 @@ void dsv3i_avx2_tile(const dsv3_type type, float *y, size_t ldy, const float *x,
                                                 w0 + dsv3i_min(3, end) * row};
             __m128 sums[3];
             if (nt == 1) {
-                dsv3i_avx2_dots(type, 1, sums, xs, ws, scales, k);
+                dsv3i_avx2_dots(type, 1, sums, xs, ws, 4 * row, scales, k);
             } else {
-                dsv3i_avx2_dots(type, 3, sums, xs, ws, scales, k);
+                dsv3i_avx2_dots(type, 3, sums, xs, ws, 4 * row, scales, k);
             }
             dsv3i_avx2_store(y + t * ldy + r, sums[0], nw - r);
             if (nt > 1) dsv3i_avx2_store(y + (t + 1) * ldy + r, sums[1], nw - r);

@@ -1,5 +1,7 @@
-# lib.sh -- counting for test scripts: check NAME COMMAND..., then done_testing.
+# lib.sh -- counting for test scripts: check NAME COMMAND..., then done_testing. Slow and independent ones go by
+# later NAME COMMAND... and run together, one for each core, when run_later is called.
 passed=0 failed=0
+later_count=0 later_dir=build/later.$$
 ok() { passed=$((passed + 1)); }
 bad() { failed=$((failed + 1)); printf 'FAILED: %s\n' "$1" >&2; }
 # The command must succeed; its output is shown when it does not.
@@ -8,7 +10,32 @@ check() {
     shift
     if "$@" > build/check-output 2>&1; then ok; else bad "$check_name"; head -n 20 build/check-output >&2; fi
 }
+later() {
+    mkdir -p $later_dir
+    later_count=$((later_count + 1))
+    later_file=$later_dir/$(printf '%05d' $later_count)
+    printf '%s\n' "$1" > $later_file.name
+    shift
+    for later_word in "$@"; do
+        printf "'%s' " "$(printf '%s\n' "$later_word" | sed "s/'/'\\\\''/g")"
+    done > $later_file
+}
+run_later() {
+    [ $later_count = 0 ] && return
+    ls $later_dir | grep -v '\.' | xargs -P "$(nproc 2> /dev/null || echo 2)" -I{} \
+        sh -c "sh $later_dir/{} > $later_dir/{}.out 2>&1 < /dev/null && : > $later_dir/{}.ok"
+    for later_file in $later_dir/*.name; do
+        later_file=${later_file%.name}
+        if [ -f $later_file.ok ]; then ok; else
+            bad "$(cat $later_file.name)"
+            tail -n 20 $later_file.out >&2
+        fi
+    done
+    rm -rf $later_dir
+    later_count=0
+}
 done_testing() {
+    run_later
     printf '%s: %s passed, %s failed\n' "$1" "$passed" "$failed"
     [ "$failed" = 0 ]
 }

@@ -8,7 +8,7 @@ mkdir -p $out
 wide="-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Wcast-qual -Wcast-align -Wvla -Wdouble-promotion
  -Wfloat-equal -Wundef -Wformat=2 -Wnull-dereference -Werror"
 c="-Wstrict-prototypes -Wmissing-prototypes"
-for unit in use implement main static; do
+for unit in use implement main static simd; do
     check "$unit.c, C99" $CC -std=c99 -O2 $wide $c -I. -c tests/compile/$unit.c -o $out/$unit.o
 done
 check "two units link" $CC $out/main.o $out/use.o $out/implement.o $out/static.o -o $out/two -lm
@@ -26,7 +26,7 @@ else
 fi
 check "-ffast-math, allowed" $CC -ffast-math -DDSV3_ALLOW_FAST_MATH -std=c99 -I. -c tests/compile/implement.c -o $out/fast.o
 if command -v g++ > /dev/null; then
-    for unit in use implement main static; do
+    for unit in use implement main static simd; do
         check "$unit.c, C++11" g++ -x c++ -std=c++11 -O2 $wide -I. -c tests/compile/$unit.c -o $out/$unit.cxx.o
     done
     check "C++ units link" g++ $out/main.cxx.o $out/use.cxx.o $out/implement.cxx.o -o $out/cxx
@@ -34,9 +34,11 @@ if command -v g++ > /dev/null; then
     check "C++ program, C library" g++ $out/main.cxx.o $out/use.cxx.o $out/implement.o -o $out/mixed -lm
 fi
 if command -v nm > /dev/null; then
-    nm $out/implement.o | grep -E ' [bBcCdD] ' > $out/globals
-    if [ -s $out/globals ]; then bad "writable globals: $(cat $out/globals)"; else ok; fi
-    for object in implement freestanding; do
+    for object in implement simd; do
+        nm $out/$object.o | grep -E ' [bBcCdD] ' > $out/globals
+        if [ -s $out/globals ]; then bad "writable globals of $object: $(cat $out/globals)"; else ok; fi
+    done
+    for object in implement freestanding simd; do
         nm -u $out/$object.o | sed 's/.* //' | grep -vxE \
             'mem(cpy|move|set|cmp)|(my_)?(expf|logf|sqrtf|sinf|cosf|pow|log)|sincosf|_GLOBAL_OFFSET_TABLE_|__stack_chk_fail(_local)?' \
             > $out/undefined

@@ -1,0 +1,20 @@
+#!/bin/sh
+# Other CPUs than this one, emulated: without AVX2 the tool must choose the reference, with AVX2 that, and run.
+. tests/lib.sh
+if ! command -v qemu-x86_64 > /dev/null; then
+    bad "qemu-x86_64 is needed (make deps)"
+    done_testing "emulated"
+    exit
+fi
+case $(uname -m) in x86_64) ;; *) ok; done_testing "emulated"; exit ;; esac
+for pair in Nehalem:reference SandyBridge:reference Haswell:avx2; do
+    cpu=${pair%:*} backend=${pair#*:}
+    check "$cpu generates" qemu-x86_64 -cpu $cpu build/dsv3 generate examples/models/micro -n 8 --threads 1 --stats
+    if grep -q "backend $backend," build/check-output; then ok; else bad "$cpu: $(grep backend build/check-output)"; fi
+    for name in kernels mla moe; do check "$cpu $name" qemu-x86_64 -cpu $cpu build/test_$name; done
+    check "$cpu parity" qemu-x86_64 -cpu $cpu build/parity tests/golden/v3_fp8
+done
+if qemu-x86_64 -cpu Nehalem build/dsv3 generate examples/models/micro -n 1 --backend avx2 > build/check-output 2>&1; then
+    bad "avx2 is accepted where it does not run"
+else ok; fi
+done_testing "emulated"
