@@ -1757,12 +1757,12 @@ static int dsv3i_is_direct(const dsv3_context *ctx, const dsv3_tensor *w, size_t
 }
 
 /* y[t ldy + (r - r0)] = x_t . row r of w, for n rows x_t, ldx floats apart, and rows r0 <= r < r1 of w; panel
- * [dsv3i_panel(n), cols] is scratch. Rows are taken up to multiples of the panel's height, which divides DSV3_BLOCK,
- * so that all of them have the same scales. */
+ * [dsv3i_panel(n), cols] is scratch. Rows are taken up to multiples of a height that divides DSV3_BLOCK if there are
+ * scales: all rows of a tile have the same. */
 static void dsv3i_linear_rows(const dsv3_context *ctx, float *y, size_t ldy, const float *x, size_t ldx, size_t n,
                               const dsv3_tensor *w, size_t r0, size_t r1, float *panel) {
-    size_t height = dsv3i_panel(n);
     int direct = dsv3i_is_direct(ctx, w, n);
+    size_t height = !direct ? dsv3i_panel(n) : n > DSV3I_FEW ? DSV3I_ROWS : w->scale != NULL ? DSV3_BLOCK : w->rows;
     for (size_t r = r0, end; r < r1; r = end) {
         end = dsv3i_min(r - r % height + height, r1);
         if (direct) {
@@ -1801,18 +1801,20 @@ typedef struct dsv3i_linear_arg {
     size_t worker_floats; /* >= dsv3i_panel(n) * cols of every job */
 } dsv3i_linear_arg;
 
-static void dsv3i_linear_item(const dsv3_context *ctx, const dsv3i_job *job, size_t item, float *panel) {
-    const dsv3_tensor *w = job->w;
-    size_t r0 = item * DSV3I_ROWS, r1 = dsv3i_min(r0 + DSV3I_ROWS, w->rows);
-    dsv3i_linear_rows(ctx, job->y + r0, w->rows, job->x, w->cols, job->n, w, r0, r1, panel);
-}
-
+/* Items of one job that lie next to each other are done in one go. */
 static void dsv3i_linear_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_linear_arg *a = (const dsv3i_linear_arg *)arg;
-    size_t j = 0;
-    for (size_t i = begin; i < end; i++) {
+    size_t j = 0, next;
+    for (size_t i = begin; i < end; i = next) {
+        const dsv3i_job *job;
+        size_t r0, r1;
         while (j + 1 < a->n_jobs && a->jobs[j + 1].first <= i) j++;
-        dsv3i_linear_item(a->ctx, &a->jobs[j], i - a->jobs[j].first, a->scratch + worker * a->worker_floats);
+        job = &a->jobs[j];
+        next = j + 1 < a->n_jobs ? dsv3i_min(end, a->jobs[j + 1].first) : end;
+        r0 = (i - job->first) * DSV3I_ROWS;
+        r1 = dsv3i_min((next - job->first) * DSV3I_ROWS, job->w->rows);
+        dsv3i_linear_rows(a->ctx, job->y + r0, job->w->rows, job->x, job->w->cols, job->n, job->w, r0, r1,
+                          a->scratch + worker * a->worker_floats);
     }
 }
 
@@ -6626,15 +6628,15 @@ DSV3I_INLINE(DSV3I_AVX2) __m128 dsv3i_avx2_sums(__m256 a, __m256 b, __m256 c, __
     return _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
 }
 
-/* The first n of 4 numbers. (A store under a mask would be a slow one on some processors.) */
-DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_store(float *y, __m128 v, size_t n) {
-    if (n >= 4) {
+/* The first n of 4 numbers, step apart. (A store under a mask would be a slow one on some processors.) */
+DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_store(float *y, __m128 v, size_t n, size_t step) {
+    float four[4];
+    if (n >= 4 && step == 1) {
         _mm_storeu_ps(y, v);
         return;
     }
-    if (n & 2) _mm_storel_pi((__m64 *)(void *)y, v);
-    if (n & 2) v = _mm_movehl_ps(v, v);
-    if (n & 1) _mm_store_ss(y + (n & 2), v);
+    _mm_storeu_ps(four, v);
+    for (size_t i = 0; i < 4 && i < n; i++) y[i * step] = four[i];
 }
 
 /* Lanes 0 .. n-1 of 8. */
@@ -6715,11 +6717,10 @@ void dsv3i_avx2_rest(const dsv3_type type, const int nx, __m256 acc[12], const f
     dsv3i_avx2_terms(type, nx, acc, px, 0, pw, 0, unit);
 }
 
-/* 4 times nx dots (nx is 1 or 3) of k terms: sums[t] of x_t with the four rows of w; the four that will be wanted next
- * lie `ahead` bytes behind them. */
+/* 4 times nx dots (nx is 1 or 3) of k terms: sums[t] of x_t with the four rows of w. */
 DSV3I_INLINE(DSV3I_AVX2)
 void dsv3i_avx2_dots(const dsv3_type type, const int nx, __m128 sums[3], const float *const x[3],
-                     const unsigned char *const w[4], size_t ahead, const unsigned char *scale, size_t k) {
+                     const unsigned char *const w[4], const unsigned char *scale, size_t k) {
     const size_t size = type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2;
     const size_t block = type == DSV3_F8_E4M3 ? DSV3_BLOCK : k;
     const __m256 zero = _mm256_setzero_ps();
@@ -6731,10 +6732,6 @@ void dsv3i_avx2_dots(const dsv3_type type, const int nx, __m128 sums[3], const f
             if (scale != NULL) DSV3_MEMCPY(&value, scale + i / DSV3_BLOCK * sizeof value, sizeof value);
             unit = _mm256_set1_ps(value * 256.0f);
         }
-        for (size_t line = 64 / size; nx == 1 && i + line <= end;) { /* what is read once comes from memory */
-            for (int r = 0; r < 4; r++) _mm_prefetch((const char *)w[r] + i * size + ahead, _MM_HINT_T0);
-            for (size_t stop = i + line; i < stop; i += 8) dsv3i_avx2_terms(type, nx, acc, x, i, w, i * size, unit);
-        }
         for (; i + 8 <= end; i += 8) dsv3i_avx2_terms(type, nx, acc, x, i, w, i * size, unit);
         if (i < end) dsv3i_avx2_rest(type, nx, acc, x, i, w, i * size, end - i, unit);
     }
@@ -6743,31 +6740,37 @@ void dsv3i_avx2_dots(const dsv3_type type, const int nx, __m128 sums[3], const f
     if (nx > 1) sums[2] = dsv3i_avx2_sums(acc[8], acc[9], acc[10], acc[11]);
 }
 
-/* Tiles at the edge compute their last row again instead of one that is not there, and do not store it. */
+/* Four rows of w at a time: next to each other; or, when w is read only once and so comes from memory, one of each
+ * quarter, because four long streams are what a processor fetches ahead best. Tiles at the edge compute their last row
+ * again instead of one that is not there, and do not store it. */
 DSV3I_INLINE(DSV3I_AVX2)
 void dsv3i_avx2_tile(const dsv3_type type, float *y, size_t ldy, const float *x, size_t ldx, size_t nx, const void *w,
                      size_t ldw, const void *scale, size_t nw, size_t k) {
     const size_t row = ldw * (type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2);
     const unsigned char *rows = (const unsigned char *)w, *scales = (const unsigned char *)scale;
+    const size_t stream = nx <= DSV3I_FEW ? nw / 4 : 0;
     for (size_t t = 0, nt; t < nx; t += nt) {
         const size_t last = nx - 1 - t;
         const float *const x0 = x + t * ldx;
         const float *const xs[3] = {x0, x0 + dsv3i_min(1, last) * ldx, x0 + dsv3i_min(2, last) * ldx};
         nt = last == 0 ? 1 : dsv3i_min(3, nx - t);
-        for (size_t r = 0; r < nw; r += 4) {
-            const size_t end = nw - 1 - r;
+        for (size_t r = 0, next; r < nw; r = next) {
+            const int far = r < stream;
+            const size_t step = far ? stream : 1, end = far ? 3 : nw - 1 - r;
             const unsigned char *const w0 = rows + r * row;
-            const unsigned char *const ws[4] = {w0, w0 + dsv3i_min(1, end) * row, w0 + dsv3i_min(2, end) * row,
-                                                w0 + dsv3i_min(3, end) * row};
+            const unsigned char *const ws[4] = {w0, w0 + dsv3i_min(1, end) * step * row,
+                                                w0 + dsv3i_min(2, end) * step * row,
+                                                w0 + dsv3i_min(3, end) * step * row};
             __m128 sums[3];
+            next = far ? (r + 1 < stream ? r + 1 : 4 * stream) : r + 4;
             if (nt == 1) {
-                dsv3i_avx2_dots(type, 1, sums, xs, ws, 4 * row, scales, k);
+                dsv3i_avx2_dots(type, 1, sums, xs, ws, scales, k);
             } else {
-                dsv3i_avx2_dots(type, 3, sums, xs, ws, 4 * row, scales, k);
+                dsv3i_avx2_dots(type, 3, sums, xs, ws, scales, k);
             }
-            dsv3i_avx2_store(y + t * ldy + r, sums[0], nw - r);
-            if (nt > 1) dsv3i_avx2_store(y + (t + 1) * ldy + r, sums[1], nw - r);
-            if (nt > 2) dsv3i_avx2_store(y + (t + 2) * ldy + r, sums[2], nw - r);
+            dsv3i_avx2_store(y + t * ldy + r, sums[0], nw - r, step);
+            if (nt > 1) dsv3i_avx2_store(y + (t + 1) * ldy + r, sums[1], nw - r, step);
+            if (nt > 2) dsv3i_avx2_store(y + (t + 2) * ldy + r, sums[2], nw - r, step);
         }
     }
 }
@@ -7029,27 +7032,31 @@ void dsv3i_avx512_tile(const dsv3_type type, float *y, size_t ldy, const float *
                        const void *w, size_t ldw, const void *scale, size_t nw, size_t k) {
     const size_t row = ldw * (type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2);
     const unsigned char *rows = (const unsigned char *)w, *scales = (const unsigned char *)scale;
+    const size_t stream = nx <= DSV3I_FEW ? nw / 4 : 0;
     for (size_t t = 0, nt; t < nx; t += nt) {
         const size_t last = nx - 1 - t;
         const float *const x0 = x + t * ldx;
         const float *const xs[4] = {x0, x0 + dsv3i_min(1, last) * ldx, x0 + dsv3i_min(2, last) * ldx,
                                     x0 + dsv3i_min(3, last) * ldx};
         nt = dsv3i_min(4, nx - t);
-        for (size_t r = 0; r < nw; r += 4) {
-            const size_t end = nw - 1 - r;
+        for (size_t r = 0, next; r < nw; r = next) {
+            const int far = r < stream;
+            const size_t step = far ? stream : 1, end = far ? 3 : nw - 1 - r;
             const unsigned char *const w0 = rows + r * row;
-            const unsigned char *const ws[4] = {w0, w0 + dsv3i_min(1, end) * row, w0 + dsv3i_min(2, end) * row,
-                                                w0 + dsv3i_min(3, end) * row};
+            const unsigned char *const ws[4] = {w0, w0 + dsv3i_min(1, end) * step * row,
+                                                w0 + dsv3i_min(2, end) * step * row,
+                                                w0 + dsv3i_min(3, end) * step * row};
             __m128 sums[4];
+            next = far ? (r + 1 < stream ? r + 1 : 4 * stream) : r + 4;
             if (nt == 1) {
                 dsv3i_avx512_dots(type, 1, sums, xs, ws, scales, k);
             } else {
                 dsv3i_avx512_dots(type, 4, sums, xs, ws, scales, k);
             }
-            dsv3i_avx2_store(y + t * ldy + r, sums[0], nw - r);
-            if (nt > 1) dsv3i_avx2_store(y + (t + 1) * ldy + r, sums[1], nw - r);
-            if (nt > 2) dsv3i_avx2_store(y + (t + 2) * ldy + r, sums[2], nw - r);
-            if (nt > 3) dsv3i_avx2_store(y + (t + 3) * ldy + r, sums[3], nw - r);
+            dsv3i_avx2_store(y + t * ldy + r, sums[0], nw - r, step);
+            if (nt > 1) dsv3i_avx2_store(y + (t + 1) * ldy + r, sums[1], nw - r, step);
+            if (nt > 2) dsv3i_avx2_store(y + (t + 2) * ldy + r, sums[2], nw - r, step);
+            if (nt > 3) dsv3i_avx2_store(y + (t + 3) * ldy + r, sums[3], nw - r, step);
         }
     }
 }
