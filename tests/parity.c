@@ -294,12 +294,13 @@ static void compute_losses(run *r) {
 
 /* ---- Gradients of loss.total, with respect to the decoded weights */
 
-/* Records the tensors of a dsv3_parameters that the golden file has, under prefix + name. */
+/* Records all tensors of a dsv3_parameters under prefix + name, but of gradients the biases': they have none. */
 typedef struct parameter_walk {
     run *r;
     const char *prefix;
     const float *data;
     size_t at;
+    int gradient;
 } parameter_walk;
 
 static dsv3_result record_parameter(void *user, const dsv3_tensor_info *info) {
@@ -308,7 +309,7 @@ static dsv3_result record_parameter(void *user, const dsv3_tensor_info *info) {
     size_t n = info->rows * info->cols;
     if (info->optional) return DSV3_OK;
     snprintf(name, sizeof name, "%s%s", w->prefix, info->name);
-    if (st_find(w->r->golden, name) != NULL) {
+    if (!w->gradient || info->group != DSV3_GROUP_ROUTER || info->rank == 2) {
         memcpy(record_add(w->r, name, -1, "", ST_F32, info->rank == 1 ? info->cols : info->rows,
                           info->rank == 1 ? 0 : info->cols, 0),
                w->data + w->at, n * sizeof(float));
@@ -323,6 +324,7 @@ static void record_parameters(run *r, const char *prefix, const dsv3_parameters 
     walk.prefix = prefix;
     walk.data = parameters->data;
     walk.at = 0;
+    walk.gradient = strcmp(prefix, "grad.") == 0;
     dsv3_model_tensors(&r->model->config, record_parameter, &walk);
 }
 
@@ -373,7 +375,7 @@ static void compute_gradients(run *r) {
     dsv3_text text;
     dsv3_error error;
     uint64_t sequences = 0;
-    if (st_find(r->golden, "loss.total") == NULL) return; /* a trained model's file */
+    if (st_find(r->golden, "greedy") != NULL) return; /* a trained model's file */
     training_begin(&t, r, r->B, r->S, dsv3_training_default());
     text = text_of(r->tokens, t.sequence, r->B, r->S);
     dsv3_text_count(&text, t.D, t.targets, &sequences);
@@ -510,6 +512,7 @@ static double worst_error(const record *got, const st_tensor *want) {
             worst += memcmp(a + 4 * i, b + 4 * i, 4) != 0;
         }
     }
+    if (largest <= 0 && worst > 0 && strstr(got->name, ".experts.") != NULL) return HUGE_VAL; /* nobody chose it: 0 */
     return got->dtype == ST_F32 && largest > 0 ? worst / largest : worst;
 }
 
@@ -629,8 +632,8 @@ int main(int argc, char **argv) {
         compute_trajectory(&r, (size_t)tokens->shape[0], (size_t)tokens->shape[1]);
         compare(&r, "training");
     }
-    for (int form = DSV3_ATTENTION_EXPANDED; !trajectory && form >= DSV3_ATTENTION_ABSORBED; form--) {
-        records_clear(&r);
+    for (int form = DSV3_ATTENTION_ABSORBED; !trajectory && form <= DSV3_ATTENTION_EXPANDED; form++) {
+        records_clear(&r); /* the dump is of the last form, gradients included */
         r.context.attention = (dsv3_attention)form;
         compute_forward(&r);
         compute_losses(&r);

@@ -21,5 +21,8 @@ cp tests/golden/v3/config.json tests/golden/v3/model.safetensors build/parity-ba
 check "dump" build/parity tests/golden/v3 --dump build/parity-bad/dump.safetensors
 cp build/parity-bad/dump.safetensors build/parity-bad/golden.safetensors
 check "dump is readable" build/dsv3 inspect build/parity-bad/dump.safetensors
+check "dump holds gradients" sh -c 'build/dsv3 inspect build/parity-bad/dump.safetensors | grep -q grad.lm_head.weight'
+check "dump of a trajectory" build/parity tests/golden/v3 --trajectory --dump build/parity-bad/dump.safetensors
+check "dump holds weights" sh -c 'build/dsv3 inspect build/parity-bad/dump.safetensors | grep -q final.lm_head.weight'
 rm -rf build/parity-bad
 done_testing parity
