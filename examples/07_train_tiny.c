@@ -7,9 +7,8 @@
  * Weights near 0 make all characters equally likely: the loss begins at ln V, for the main model and for the MTP
  * module. The loss that is minimised is main + 0.3 MTP + balance. MaxVio (lesson 4) is that of the main model's MoE
  * layer: soon a few experts have all the tokens, then biases and gradients share them out.
- * 54528 parameters and 192 characters: when the batch is known by heart, the model has learned nothing else. The
- * module has learned it, too: drafting ahead, the model needs 22 steps for 43 characters. What lies between step 10
- * and the end is not printed: roundings, which differ between machines, change it.
+ * 54528 parameters and 192 characters: the model learns them by heart and nothing else. So does the module: with its
+ * drafts 43 characters take 22 steps. Between step 10 and the end roundings show, which differ between machines.
  *
  * Build and run:  make build/07_train_tiny && build/07_train_tiny
  * Expected output:
@@ -118,9 +117,8 @@ static void recite(const int32_t *prompt) {
     dsv3_sequence s, *list = &s;
     float logits[2 * V];
     size_t bytes = 0, n = PROMPT;
-    void *memory;
     check(dsv3_sequence_size(model, T + 2, DSV3_F32, PROMPT, 1, &bytes));
-    memory = malloc(bytes);
+    void *memory = malloc(bytes);
     check(dsv3_sequence_init(&s, model, T + 2, DSV3_F32, PROMPT, 1, memory, bytes));
     check(dsv3_sequence_append(&s, model, prompt, PROMPT));
     for (int i = 0; i < PROMPT; i++) putchar((char)prompt[i]);
@@ -136,14 +134,13 @@ static void recite(const int32_t *prompt) {
 int main(void) {
     dsv3_config config = tiny();
     dsv3_text text = {B * T, token, target, sequence, NULL, NULL};
-    void *memory;
     for (int i = 0; i < B * T; i++) {
         token[i] = novel[i / T][i % T];
         target[i] = novel[i / T][i % T + 1];
         sequence[i] = i / T;
     }
     dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1);
-    memory = prepare(&config);
+    void *memory = prepare(&config);
     printf("%d parameters, ln %d = %.3f\n", (int)trainer.weights.count, V, log((double)V));
     train(&text);
     for (int b = 0; b < B; b++) recite(token + b * T);
