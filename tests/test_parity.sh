@@ -17,12 +17,21 @@ cp tests/golden/v3_noqlora/config.json tests/golden/v3_noqlora/model.safetensors
     build/parity-bad/
 if build/parity build/parity-bad --trajectory > /dev/null 2>&1; then bad "parity accepts another model's trajectory"; else ok; fi
 cp tests/golden/v3/config.json tests/golden/v3/model.safetensors build/parity-bad/
-# What --dump writes is a golden file itself, and equal to what was computed.
+# What --dump writes is a file under the golden file's names, with everything in it.
 check "dump" build/parity tests/golden/v3 --dump build/parity-bad/dump.safetensors
-cp build/parity-bad/dump.safetensors build/parity-bad/golden.safetensors
+names() { build/dsv3 inspect "$1" | sed -n 's/^\([a-z][^ ]*\)  *[FI]32 .*/\1/p' | grep -v '^tokens$' | sort; }
+names tests/golden/v3/golden.safetensors > build/parity-bad/want
+names build/parity-bad/dump.safetensors > build/parity-bad/found
+check "dump has all names" test -z "$(comm -23 build/parity-bad/want build/parity-bad/found)"
+check "names" grep -q '^grad.model.layers.4.eh_proj.weight$' build/parity-bad/found
 check "dump is readable" build/dsv3 inspect build/parity-bad/dump.safetensors
 check "dump holds gradients" sh -c 'build/dsv3 inspect build/parity-bad/dump.safetensors | grep -q grad.lm_head.weight'
 check "dump of a trajectory" build/parity tests/golden/v3 --trajectory --dump build/parity-bad/dump.safetensors
 check "dump holds weights" sh -c 'build/dsv3 inspect build/parity-bad/dump.safetensors | grep -q final.lm_head.weight'
+# A golden file with nothing to compare is no agreement. (Its header: 64 bytes.)
+printf '\100\0\0\0\0\0\0\0%-64s\1\0\0\0\2\0\0\0' '{"tokens":{"dtype":"I32","shape":[1,2],"data_offsets":[0,8]}}' \
+    > build/parity-bad/golden.safetensors
+if build/parity build/parity-bad > build/parity-bad/said 2>&1; then bad "parity accepts an empty comparison"; else ok; fi
+check "it says why" grep -q 'nothing to compare' build/parity-bad/said
 rm -rf build/parity-bad
 done_testing parity
