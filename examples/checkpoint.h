@@ -48,7 +48,7 @@ typedef struct checkpoint {
 st_result checkpoint_config_parse(dsv3_config *config, const char *text, size_t length, const char *label,
                                   st_error *error);
 
-/* Reads path, or path/config.json if path is a directory. */
+/* Reads path if its name ends in .json, else path/config.json. */
 st_result checkpoint_config(dsv3_config *config, const char *path, st_error *error);
 
 /* Config, files (one or sharded) and binding. */
@@ -78,7 +78,7 @@ st_result checkpoint_config_text(char **text, const dsv3_config *config, dsv3_ty
 /* ... or from another config.json [length], of which everything stays but torch_dtype and quantization_config. */
 st_result checkpoint_config_adapt(char **text, const char *from, size_t length, const char *label, dsv3_type type,
                                   st_error *error);
-/* Reads path, or path/config.json if path is a directory, as it stands. The caller releases *text with ST_FREE. */
+/* Reads path if its name ends in .json, else path/config.json, as it stands. The caller releases *text with ST_FREE. */
 st_result checkpoint_config_read(char **text, size_t *length, const char *path, st_error *error);
 /* Writes directory/config.json. */
 st_result checkpoint_config_write(const char *directory, const char *text, st_error *error);
