@@ -320,13 +320,20 @@ typedef enum dsv3_type {
     DSV3_F32 = 0,
     DSV3_F16 = 1,
     DSV3_BF16 = 2,
-    DSV3_F8_E4M3 = 3 /* one byte, no infinity, max 448; a matrix has a float32 multiplier per 128x128 block */
+    DSV3_F8_E4M3 = 3, /* one byte, no infinity, max 448; a matrix has a float32 multiplier per 128x128 block */
+    DSV3_Q8_0 = 4, /* blocks of 32 in a row, 34 bytes: an F16 multiplier, then 32 signed bytes (as in GGUF files) */
+    DSV3_Q4_0 = 5  /* likewise, 18 bytes: F16 multiplier, 16 bytes; byte i has element i in its low four bits and
+                      element i + 16 in its high ones, each stored with 8 added (as in GGUF files) */
 } dsv3_type;
 
-#define DSV3_TYPES 4
-#define DSV3_BLOCK 128 /* rows and columns of one FP8 scale block; the last blocks may be ragged */
+#define DSV3_TYPES 6
+#define DSV3_BLOCK 128  /* rows and columns of one FP8 scale block; the last blocks may be ragged */
+#define DSV3_QBLOCK 32  /* columns of one Q8_0 or Q4_0 block; a matrix of these types has whole blocks only */
 
-DSV3_API size_t dsv3_type_bytes(dsv3_type type); /* of one element; 0 for an unknown type */
+DSV3_API size_t dsv3_type_block(dsv3_type type); /* elements that are stored together: 1, or DSV3_QBLOCK */
+DSV3_API size_t dsv3_type_bytes(dsv3_type type); /* of dsv3_type_block elements; 0 for an unknown type */
+/* Bytes of a row of cols elements (FP8: without scales); SIZE_MAX: too many, 0: cols is no multiple of the block. */
+DSV3_API size_t dsv3_row_bytes(dsv3_type type, size_t cols);
 DSV3_API const char *dsv3_type_name(dsv3_type type);
 
 /* A read-only view of a weight. Data belongs to the caller, must outlive the model, and may be unaligned. */
@@ -335,7 +342,8 @@ typedef struct dsv3_tensor {
     const void *scale; /* FP8: float [ceil(rows/128), ceil(cols/128)], below 2^119, W = code * scale; else NULL */
     size_t rows, cols; /* a vector has rows = 1 */
     dsv3_type type;
-    int32_t rank; /* 1: vector, 2: matrix */
+    int32_t rank;   /* 1: vector, 2: matrix */
+    int32_t packed; /* bool: in the order of dsv3_pack; 0 for what a finder returns */
 } dsv3_tensor;
 
 /* Exact conversions of one number. Encoders round to nearest, ties to even; NaN stays NaN.
@@ -380,6 +388,14 @@ DSV3_API const char *dsv3_backend_name(dsv3_backend backend);
 /* The backend of that name; ARG if there is none. Whether it runs here, dsv3_context_init tells. */
 DSV3_API dsv3_result dsv3_backend_find(dsv3_backend *backend, const char *name);
 
+/* What a product of weights and activations is computed from. Sums are float32 either way. */
+typedef enum dsv3_compute {
+    DSV3_EXACT = 0, /* activations as they are, float32 */
+    DSV3_FAST = 1   /* activations rounded first: to BF16 for BF16 and FP8 weights, to a multiple, -127 to 127, of
+                       1/127 of the largest of 32 for Q8_0 and Q4_0; as they are for F32 and F16. The router, norms and
+                       softmax stay exact. Training is always exact */
+} dsv3_compute;
+
 typedef enum dsv3_attention {
     DSV3_ATTENTION_AUTO = 0,     /* per sequence and call: expanded when it brings more than
                                     rk(dn+dv) / (2rk-dn-dv) rows (V3: 171 or more) and
@@ -417,6 +433,7 @@ typedef struct dsv3_context {
     dsv3_parallel_for parallel_for; /* NULL: serial. With OpenMP compiled in, dsv3_context_init sets it */
     void *parallel_user;
     size_t threads; /* the most workers parallel_for will use, >= 1 */
+    dsv3_compute compute;
     dsv3_attention attention;
     dsv3_observer observer; /* function pointers NULL: nobody watches */
 } dsv3_context;
@@ -1472,14 +1489,25 @@ static int dsv3i_all_finite(const float *x, size_t n) {
     return !bad;
 }
 
+DSV3_API size_t dsv3_type_block(dsv3_type type) {
+    return type == DSV3_Q8_0 || type == DSV3_Q4_0 ? DSV3_QBLOCK : 1;
+}
+
 DSV3_API size_t dsv3_type_bytes(dsv3_type type) {
     switch (type) {
     case DSV3_F32: return sizeof(float);
     case DSV3_F16: return 2;
     case DSV3_BF16: return 2;
     case DSV3_F8_E4M3: return 1;
+    case DSV3_Q8_0: return 2 + DSV3_QBLOCK;
+    case DSV3_Q4_0: return 2 + DSV3_QBLOCK / 2;
     }
     return 0;
+}
+
+DSV3_API size_t dsv3_row_bytes(dsv3_type type, size_t cols) {
+    size_t block = dsv3_type_block(type);
+    return cols % block != 0 ? 0 : dsv3i_mul(cols / block, dsv3_type_bytes(type));
 }
 
 DSV3_API const char *dsv3_type_name(dsv3_type type) {
@@ -1488,6 +1516,8 @@ DSV3_API const char *dsv3_type_name(dsv3_type type) {
     case DSV3_F16: return "F16";
     case DSV3_BF16: return "BF16";
     case DSV3_F8_E4M3: return "F8_E4M3";
+    case DSV3_Q8_0: return "Q8_0";
+    case DSV3_Q4_0: return "Q4_0";
     }
     return "unknown";
 }
@@ -1682,11 +1712,41 @@ static void dsv3i_decode_f8_e4m3_ref(float *DSV3I_RESTRICT y, const void *DSV3I_
     for (size_t i = 0; i < n; i++) y[i] = dsv3_f32_from_f8_e4m3(bytes[i]);
 }
 
+/* Q8_0 and Q4_0: whole blocks of 32. */
+static void dsv3i_decode_q8_0_ref(float *DSV3I_RESTRICT y, const void *DSV3I_RESTRICT w, size_t n) {
+    const unsigned char *bytes = (const unsigned char *)w;
+    for (size_t i = 0; i < n; i += DSV3_QBLOCK, bytes += 2 + DSV3_QBLOCK) {
+        uint16_t bits;
+        float d;
+        DSV3_MEMCPY(&bits, bytes, 2);
+        d = dsv3_f32_from_f16(bits);
+        for (size_t j = 0; j < DSV3_QBLOCK; j++) {
+            y[i + j] = d * (float)(bytes[2 + j] < 128 ? bytes[2 + j] : bytes[2 + j] - 256);
+        }
+    }
+}
+
+static void dsv3i_decode_q4_0_ref(float *DSV3I_RESTRICT y, const void *DSV3I_RESTRICT w, size_t n) {
+    const unsigned char *bytes = (const unsigned char *)w;
+    for (size_t i = 0; i < n; i += DSV3_QBLOCK, bytes += 2 + DSV3_QBLOCK / 2) {
+        uint16_t bits;
+        float d;
+        DSV3_MEMCPY(&bits, bytes, 2);
+        d = dsv3_f32_from_f16(bits);
+        for (size_t j = 0; j < DSV3_QBLOCK / 2; j++) {
+            y[i + j] = d * (float)((int)(bytes[2 + j] & 15u) - 8);
+            y[i + j + DSV3_QBLOCK / 2] = d * (float)((int)(bytes[2 + j] >> 4) - 8);
+        }
+    }
+}
+
 static void dsv3i_kernels_reference(dsv3_kernels *k) {
     k->decode[DSV3_F32] = dsv3i_decode_f32_ref;
     k->decode[DSV3_F16] = dsv3i_decode_f16_ref;
     k->decode[DSV3_BF16] = dsv3i_decode_bf16_ref;
     k->decode[DSV3_F8_E4M3] = dsv3i_decode_f8_e4m3_ref;
+    k->decode[DSV3_Q8_0] = dsv3i_decode_q8_0_ref;
+    k->decode[DSV3_Q4_0] = dsv3i_decode_q4_0_ref;
     k->dot = dsv3i_dot_ref;
     k->axpy = dsv3i_axpy_ref;
     k->exp_sum = dsv3i_exp_sum_ref;
@@ -1711,7 +1771,7 @@ static void dsv3i_kernels_reference(dsv3_kernels *k) {
  * ==================================================================================================== */
 
 static const unsigned char *dsv3i_row_at(const dsv3_tensor *w, size_t row) {
-    return (const unsigned char *)w->data + row * w->cols * dsv3_type_bytes(w->type);
+    return (const unsigned char *)w->data + row * dsv3_row_bytes(w->type, w->cols);
 }
 
 /* The multipliers of a row's blocks, or NULL. */
@@ -4231,7 +4291,12 @@ static dsv3_result dsv3i_bind_shape(const dsv3i_walk *w, const dsv3_tensor *t, c
         return dsv3i_fail_numbers(b->error, DSV3_ERR_MISMATCH, name, "has the wrong shape", DSV3_NUMBERS_SHAPE,
                                   (int64_t)rows, (int64_t)cols, (int64_t)t->rows, (int64_t)t->cols);
     }
-    if (dsv3i_mul(dsv3i_mul(rows, cols), dsv3_type_bytes(t->type)) == SIZE_MAX) {
+    if (cols % dsv3_type_block(t->type) != 0) {
+        return dsv3i_fail_range(b->error, DSV3_ERR_MISMATCH, name, "has columns that are not whole blocks",
+                                (int64_t)(cols / DSV3_QBLOCK + 1) * DSV3_QBLOCK,
+                                (int64_t)(cols / DSV3_QBLOCK + 1) * DSV3_QBLOCK, (int64_t)cols);
+    }
+    if (dsv3i_mul(rows, dsv3_row_bytes(t->type, cols)) == SIZE_MAX) {
         return dsv3i_fail(b->error, DSV3_ERR_OVERFLOW, name, "has more bytes than size_t can count");
     }
     return t->data != NULL ? DSV3_OK : dsv3i_fail(b->error, DSV3_ERR_MISSING, name, "has no data");
@@ -4285,8 +4350,10 @@ static dsv3_result dsv3i_bind_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     if (found != DSV3_OK) return dsv3i_fail(b->error, found, name, dsv3_result_string(found));
     if (dsv3_type_bytes(t.type) == 0) return dsv3i_fail(b->error, DSV3_ERR_UNSUPPORTED, name, "has an unknown type");
     DSV3I_TRY(dsv3i_bind_shape(w, &t, name, w->info.rows, w->info.cols, w->info.rank));
+    if (t.rank == 1 && (t.type == DSV3_F8_E4M3 || dsv3_type_block(t.type) > 1)) {
+        return dsv3i_fail(b->error, DSV3_ERR_UNSUPPORTED, name, "a vector cannot be FP8, Q8_0 or Q4_0");
+    }
     if (t.type == DSV3_F8_E4M3) {
-        if (t.rank == 1) return dsv3i_fail(b->error, DSV3_ERR_UNSUPPORTED, name, "a vector cannot be FP8");
         DSV3I_TRY(dsv3i_bind_scale(w, &t));
     } else {
         t.scale = NULL;
@@ -7239,6 +7306,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #endif
     context->backend = dsv3_backend_name(backend);
     context->threads = 1;
+    context->compute = DSV3_EXACT;
     context->attention = DSV3_ATTENTION_AUTO;
 #if defined(_OPENMP) && !defined(DSV3_NO_OPENMP)
     if (threads > INT_MAX / 8) return DSV3_ERR_LIMIT;
