@@ -357,31 +357,64 @@ DSV3_API uint8_t dsv3_f8_e4m3_from_f32(float x);
 
 /* ---- Context: kernels and threads -------------------------------------------------------------------- */
 
+/* Weights as products of a SIMD backend take them (chapter 4): panels of 16 rows, one behind the other, each with its
+ * terms in the order in which they are added. */
+typedef struct dsv3_panels {
+    const void *values;  /* of a panel: float [k, 16], BF16 [k/2, 16, 2] or bytes [k/4, 16, 4]; zeros behind k */
+    size_t stride;       /* bytes from one panel to the next */
+    const float *scale;  /* [panels][k / block, 16] multipliers; NULL: none */
+    size_t scale_stride; /* floats from those of one panel to those of the next */
+    size_t block;        /* terms that share a multiplier; k if there are none */
+    int32_t zero;        /* bytes: the code of 0, 128 or 8 */
+} dsv3_panels;
+
+typedef enum dsv3_product {
+    DSV3_PRODUCT_F32 = 0,       /* float rows and panels */
+    DSV3_PRODUCT_BF16 = 1,      /* float rows, at most 4, and BF16 panels */
+    DSV3_PRODUCT_BYTES = 2,     /* float rows, at most 4, and panels of bytes */
+    DSV3_PRODUCT_FAST_BF16 = 3, /* BF16 rows and panels */
+    DSV3_PRODUCT_FAST_BYTES = 4 /* rows of bytes, and panels of bytes */
+} dsv3_product;
+
+#define DSV3_PRODUCTS 5
+
 /* The closed list of inner loops, chapter 3. Filled by dsv3_context_init.
- * tile: y[t ldy + r] = x_t . w_r, k terms each, for nx rows x_t and nw rows w_r, which lie ldx and ldw elements apart
- *       in x and w (w of type F32 is aligned). scale: FP8, one multiplier per 128 columns, the same for all nw rows (unaligned); else NULL.
- *       NULL for a type that is decoded first.
- * outer: y_t += sum_j a[t at + j aj] b_j, n numbers each, for m rows y_t and, in this order, k rows b_j. */
+ * tile: y[t ldy + r] = x_t . w_r, k terms each, for nx rows x_t and nw rows w_r, which lie ldx and ldw floats apart.
+ * outer: y_t += sum_j a[t at + j aj] b_j, n numbers each, for m rows y_t and, in this order, k rows b_j.
+ * round: activations x [k] for DSV3_FAST with weights of this type. As numbers: out is float [k]. For the fast
+ *       products: BF16 [k, rounded up to 4]; or, for every 32, those bytes, a float multiplier and an int32, -8 times
+ *       the sum of the bytes. NULL: nothing is rounded.
+ * pack, widen, product: SIMD backends only, else NULL. pack: rows <= 16 of w, row_bytes apart, become a panel, with
+ *       scale [k/32, 16] for Q8_0 and Q4_0. widen: from a panel of codes to one for products (FP8: BF16, F16: float,
+ *       Q4_0: bytes; NULL: it is one already); float_panel: from a panel of BF16 [0] or bytes [1] to floats.
+ *       product: y[t ldy + r] (+)= x_t . w_r for n rows x_t, ldx bytes apart, and rows r of panels. */
 typedef struct dsv3_kernels {
     void (*decode[DSV3_TYPES])(float *y, const void *w, size_t n);   /* y[i] = element i of w */
     float (*dot)(const float *x, const float *y, size_t n);          /* sum x[i] y[i] */
     void (*axpy)(float *y, float a, const float *x, size_t n);       /* y[i] += a x[i] */
     float (*exp_sum)(float *p, const float *s, float top, size_t n); /* p[i] = exp(s[i]-top), sum of p; p may be s */
     void (*silu_mul)(float *h, const float *a, const float *b, size_t n); /* h[i] = silu(a[i]) b[i]; h may be a */
-    void (*tile[DSV3_TYPES])(float *y, size_t ldy, const float *x, size_t ldx, size_t nx, const void *w, size_t ldw,
-                             const void *scale, size_t nw, size_t k);
+    void (*tile)(float *y, size_t ldy, const float *x, size_t ldx, size_t nx, const float *w, size_t ldw, size_t nw,
+                 size_t k);
     void (*outer)(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj, const float *b, size_t ldb,
                   size_t k, size_t n);
+    void (*round[DSV3_TYPES])(void *out, const float *x, size_t k);
+    void (*pack[DSV3_TYPES])(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k);
+    void (*widen[DSV3_TYPES])(void *values, const void *panel, size_t k);
+    void (*float_panel[2])(float *values, const void *panel, size_t k, int32_t zero);
+    void (*product[DSV3_PRODUCTS])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panels *w,
+                                   size_t rows, size_t k, int add);
 } dsv3_kernels;
 
 typedef enum dsv3_backend {
     DSV3_BACKEND_AUTO = 0,      /* the best one compiled in that this machine can run */
     DSV3_BACKEND_REFERENCE = 1, /* "reference": plain C, chapter 3 */
     DSV3_BACKEND_AVX2 = 2,      /* "avx2": x86-64 with AVX2, FMA and F16C; with DSV3_SIMD */
-    DSV3_BACKEND_AVX512 = 3     /* "avx512": also AVX-512 F, BW, DQ and VL; with DSV3_SIMD */
+    DSV3_BACKEND_AVX512 = 3,    /* "avx512": also AVX-512 F, BW, DQ and VL; with DSV3_SIMD */
+    DSV3_BACKEND_AVX512_BF16 = 4 /* "avx512_bf16": also AVX-512 VBMI, VNNI and BF16; with DSV3_SIMD */
 } dsv3_backend;
 
-#define DSV3_BACKENDS 4
+#define DSV3_BACKENDS 5
 
 /* "auto", "reference", ...; NULL for an unknown one. */
 DSV3_API const char *dsv3_backend_name(dsv3_backend backend);
@@ -587,6 +620,7 @@ typedef struct dsv3_workspace {
     struct dsv3i_job *jobs;      /* [2 (min(E, n K) + 1)] */
     float *worker;               /* [threads, worker_floats] */
     size_t worker_floats;
+    float *rounded;              /* activations of a linear op, rounded; DSV3_FAST */
     float *u_ffn, *kv_raw, *q_raw, *h; /* u, kv, q_latent and h_gate, unless a backward pass wants both of a pair */
     float *x_mid;                      /* [n, d] NULL, or gets the residual stream between attention and FFN */
     const float *hidden; /* [n, d] public: after dsv3_forward or dsv3_mtp_forward and until the next call, the
@@ -617,8 +651,8 @@ DSV3_API void dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x
 /* x [n, cols] = rows token[t] of w, decoded to float32: the embedding, with w = embed_tokens. token [n] in range. */
 DSV3_API void dsv3_embed(const dsv3_context *context, float *x, const int32_t *token, const dsv3_tensor *w, size_t n);
 
-/* Floats of scratch that dsv3_linear needs for a matrix of cols columns; SIZE_MAX: too many. */
-DSV3_API size_t dsv3_linear_scratch(const dsv3_context *context, size_t cols);
+/* Floats of scratch that dsv3_linear needs for n rows and a matrix of cols columns; SIZE_MAX: too many. */
+DSV3_API size_t dsv3_linear_scratch(const dsv3_context *context, size_t n, size_t cols);
 
 /* y [n, rows] = x [n, cols] W^T. scratch [dsv3_linear_scratch]. y must not overlap x. */
 DSV3_API void dsv3_linear(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *w, size_t n,
@@ -1175,12 +1209,18 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 #define DSV3I_X86
 #define DSV3I_TARGET(isa) __attribute__((target(isa)))
 #define DSV3I_INLINE(isa) static inline __attribute__((always_inline, target(isa)))
+#if defined(__clang__)
+#define DSV3I_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define DSV3I_UNROLL _Pragma("GCC unroll 64")
+#endif
 #include <cpuid.h>
 #include <immintrin.h>
 #elif defined(DSV3_SIMD) && defined(_MSC_VER) && defined(_M_X64)
 #define DSV3I_X86
 #define DSV3I_TARGET(isa)
 #define DSV3I_INLINE(isa) static __forceinline
+#define DSV3I_UNROLL
 #include <immintrin.h>
 #include <intrin.h>
 #endif
@@ -1648,11 +1688,9 @@ static void dsv3i_axpy_ref(float *DSV3I_RESTRICT y, float a, const float *DSV3I_
 
 /* The products of a layer, many dots: all the pairs of some rows of x and some of w. */
 static void dsv3i_tile_ref(float *DSV3I_RESTRICT y, size_t ldy, const float *DSV3I_RESTRICT x, size_t ldx, size_t nx,
-                           const void *DSV3I_RESTRICT w, size_t ldw, const void *scale, size_t nw, size_t k) {
-    const float *rows = (const float *)w;
-    (void)scale;
+                           const float *DSV3I_RESTRICT w, size_t ldw, size_t nw, size_t k) {
     for (size_t t = 0; t < nx; t++) {
-        for (size_t r = 0; r < nw; r++) y[t * ldy + r] = dsv3i_dot_ref(x + t * ldx, rows + r * ldw, k);
+        for (size_t r = 0; r < nw; r++) y[t * ldy + r] = dsv3i_dot_ref(x + t * ldx, w + r * ldw, k);
     }
 }
 
@@ -1740,7 +1778,40 @@ static void dsv3i_decode_q4_0_ref(float *DSV3I_RESTRICT y, const void *DSV3I_RES
     }
 }
 
+/* Rounding of activations, DSV3_FAST: what the fast products of other backends compute with, as numbers. */
+
+static void dsv3i_round_bf16_ref(void *out, const float *x, size_t k) {
+    float *y = (float *)out;
+    for (size_t i = 0; i < k; i++) y[i] = dsv3_f32_from_bf16(dsv3_bf16_from_f32(x[i]));
+}
+
+/* The multiplier of 32 activations, and its inverse: the largest becomes 127. Something that is not finite stays so. */
+static float dsv3i_round_unit(float *inverse, const float *x, size_t n) {
+    float top = 0.0f, bad = 0.0f;
+    for (size_t i = 0; i < n; i++) {
+        float a = x[i] < 0.0f ? -x[i] : x[i];
+        if (a > top) top = a;
+        bad += x[i] * 0.0f;
+    }
+    if (top < 1e-30f) top = 0.0f; /* its inverse would be infinite */
+    *inverse = top > 0.0f ? 127.0f / top : 0.0f;
+    return top / 127.0f + bad;
+}
+
+/* To the nearest whole number, ties to even, for |x| <= 2^22: behind 1.5 2^23 a float has no places. (Through its bits,
+ * so that no wider register keeps them.) */
+static float dsv3i_round_float(float x) { return dsv3i_float(dsv3i_bits(x + 12582912.0f)) - 12582912.0f; }
+
+static void dsv3i_round_q8_ref(void *out, const float *x, size_t k) {
+    float *y = (float *)out;
+    for (size_t i = 0; i < k; i += DSV3_QBLOCK) {
+        float inverse, unit = dsv3i_round_unit(&inverse, x + i, DSV3_QBLOCK);
+        for (size_t j = i; j < i + DSV3_QBLOCK; j++) y[j] = unit * dsv3i_round_float(x[j] * inverse);
+    }
+}
+
 static void dsv3i_kernels_reference(dsv3_kernels *k) {
+    DSV3_MEMSET(k, 0, sizeof *k);
     k->decode[DSV3_F32] = dsv3i_decode_f32_ref;
     k->decode[DSV3_F16] = dsv3i_decode_f16_ref;
     k->decode[DSV3_BF16] = dsv3i_decode_bf16_ref;
@@ -1751,9 +1822,10 @@ static void dsv3i_kernels_reference(dsv3_kernels *k) {
     k->axpy = dsv3i_axpy_ref;
     k->exp_sum = dsv3i_exp_sum_ref;
     k->silu_mul = dsv3i_silu_mul_ref;
-    for (size_t i = 0; i < DSV3_TYPES; i++) k->tile[i] = NULL;
-    k->tile[DSV3_F32] = dsv3i_tile_ref;
+    k->tile = dsv3i_tile_ref;
     k->outer = dsv3i_outer_ref;
+    k->round[DSV3_BF16] = k->round[DSV3_F8_E4M3] = dsv3i_round_bf16_ref;
+    k->round[DSV3_Q8_0] = k->round[DSV3_Q4_0] = dsv3i_round_q8_ref;
 }
 
 /* ========================================================================================================
@@ -1801,37 +1873,250 @@ DSV3_API void dsv3_embed(const dsv3_context *context, float *x, const int32_t *t
     }
 }
 
+/* ---- Panels: 16 rows of weights, their terms interleaved, so that a SIMD register holds the same term of 16 outputs
+ * and meets one number of x. Each output is then a chain of additions in the order of its terms, however many rows x
+ * has, and needs no sum over lanes. Codes stay codes: a panel is as large as its rows.
+ *     F32 [k, 16]     F16, BF16 [k/2, 16, 2]     Q8_0 [k/4, 16, 4] bytes, 128 added
+ *     Q4_0 [k/32, 4, 16, 4] bytes: of a block of 32, terms 4 i .. 4 i + 3 in the low and 16 more in the high bits
+ *     E4M3 [k/4, 4, 2, 4, 2]: of four rows, terms 0 and 1 of each, then terms 2 and 3 of each
+ * Behind the values: multipliers, E4M3 float [k/128], Q8_0 and Q4_0 F16 [k/32, 16]. dsv3_pack makes all panels once, in
+ * memory of the caller; else they are made on the way, some terms at a time, with the same bits. */
+
+#define DSV3I_PANEL 16u
+#define DSV3I_FEW 4u     /* rows of x for which codes are decoded in registers; more are worth panels of floats */
+#define DSV3I_TERMS 256u /* of a piece that is made on the way; a multiple of DSV3_BLOCK */
+
+#ifdef DSV3I_X86
+#define DSV3I_STAGE (DSV3I_FEW * DSV3I_PANEL * DSV3I_TERMS) /* floats */
+#else
+#define DSV3I_STAGE 0u /* no backend with panels is compiled in */
+#endif
+
+/* Floats of a worker's scratch for pieces of panels: two stages, and multipliers. */
+#define DSV3I_STAGES (2 * DSV3I_STAGE + DSV3I_STAGE / DSV3_QBLOCK)
+
+typedef enum dsv3i_form { DSV3I_FLOATS = 0, DSV3I_BF16S = 1, DSV3I_BYTES = 2 } dsv3i_form; /* of values in products */
+
+static dsv3i_form dsv3i_form_of(dsv3_type type) {
+    if (dsv3_type_block(type) > 1) return DSV3I_BYTES;
+    return type == DSV3_BF16 || type == DSV3_F8_E4M3 ? DSV3I_BF16S : DSV3I_FLOATS;
+}
+
+/* Bytes of a panel's values in a form; of its codes; of codes and multipliers. */
+static size_t dsv3i_form_bytes(dsv3i_form form, size_t k) {
+    size_t each = form == DSV3I_FLOATS ? 1 : form == DSV3I_BF16S ? 2 : 4; /* terms in four bytes */
+    return dsv3i_mul(dsv3i_blocks(k, each), 4 * DSV3I_PANEL);
+}
+
+static size_t dsv3i_codes_bytes(dsv3_type type, size_t k) {
+    size_t bytes = dsv3_type_bytes(type);
+    if (dsv3_type_block(type) > 1) return dsv3i_mul(k / DSV3_QBLOCK, DSV3I_PANEL * (bytes - 2));
+    return dsv3i_mul(dsv3i_blocks(k, 4 / bytes), 4 * DSV3I_PANEL);
+}
+
+static size_t dsv3i_panel_bytes(dsv3_type type, size_t k) {
+    size_t scales = type == DSV3_F8_E4M3 ? sizeof(float) * dsv3i_blocks(k, DSV3_BLOCK) : 0;
+    if (dsv3_type_block(type) > 1) scales = 2 * DSV3I_PANEL * (k / DSV3_QBLOCK);
+    return dsv3i_mul(dsv3i_blocks(dsv3i_add(dsv3i_codes_bytes(type, k), scales), 64), 64);
+}
+
+static const unsigned char *dsv3i_panel_at(const dsv3_tensor *w, size_t row) {
+    return (const unsigned char *)w->data + row / DSV3I_PANEL * dsv3i_panel_bytes(w->type, w->cols);
+}
+
+/* Some rows of some panels: rows r .. r+rows-1 (r a multiple of 16, or rows do not reach the next one), terms k0 ..
+ * k0+k-1. */
+typedef struct dsv3i_piece {
+    const dsv3_tensor *w;
+    size_t r, rows, k0, k;
+} dsv3i_piece;
+
+/* Multipliers [panels, blocks, 16] of a piece, but for those that kernels.pack writes. */
+static void dsv3i_piece_scales(const dsv3_context *ctx, dsv3_panels *out, const dsv3i_piece *a, float *s) {
+    int quantised = dsv3_type_block(a->w->type) > 1;
+    out->block = a->k;
+    out->scale = NULL;
+    if (!quantised && (a->w->type != DSV3_F8_E4M3 || (a->w->scale == NULL && !a->w->packed))) return;
+    out->scale = s;
+    out->block = quantised ? DSV3_QBLOCK : DSV3_BLOCK;
+    out->scale_stride = dsv3i_blocks(a->k, out->block) * DSV3I_PANEL;
+    for (size_t row = a->r; row < a->r + a->rows; row += DSV3I_PANEL, s += out->scale_stride) {
+        size_t first = a->k0 / out->block;
+        const unsigned char *at = dsv3i_scale_at(a->w, row);
+        if (a->w->packed) at = dsv3i_panel_at(a->w, row) + dsv3i_codes_bytes(a->w->type, a->w->cols);
+        if (quantised) {
+            if (a->w->packed) ctx->kernels.decode[DSV3_F16](s, at + first * 2 * DSV3I_PANEL, out->scale_stride);
+            continue;
+        }
+        for (size_t i = 0; i < out->scale_stride; i++) {
+            DSV3_MEMCPY(s + i, at + (first + i / DSV3I_PANEL) * sizeof *s, sizeof *s);
+        }
+    }
+}
+
+/* The codes of a piece as panels: where they lie, or packed into codes [DSV3I_STAGE]. */
+static void dsv3i_piece_codes(const dsv3_context *ctx, dsv3_panels *out, const dsv3i_piece *a, float *scale,
+                              float *codes) {
+    dsv3_type type = a->w->type;
+    size_t row_bytes = dsv3_row_bytes(type, a->w->cols), skip = dsv3_row_bytes(type, a->k0), p = 0;
+    if (a->w->packed) {
+        out->values = dsv3i_panel_at(a->w, a->r) + dsv3i_codes_bytes(type, a->k0);
+        out->stride = dsv3i_panel_bytes(type, a->w->cols);
+        return;
+    }
+    out->values = codes;
+    out->stride = dsv3i_codes_bytes(type, a->k);
+    for (size_t row = 0; row < a->rows; row += DSV3I_PANEL, p++) {
+        ctx->kernels.pack[type]((unsigned char *)(void *)codes + p * out->stride, scale + p * out->scale_stride,
+                                dsv3i_row_at(a->w, a->r + row) + skip, row_bytes, dsv3i_min(DSV3I_PANEL, a->rows - row),
+                                a->k);
+    }
+}
+
+/* A piece as products take it. Which product: the return value. scratch [DSV3I_STAGES]. */
+static dsv3_product dsv3i_piece_make(const dsv3_context *ctx, dsv3_panels *out, const dsv3i_piece *a, int fast, int few,
+                                     float *scratch) {
+    const dsv3_kernels *kernels = &ctx->kernels;
+    dsv3i_form form = dsv3i_form_of(a->w->type);
+    float *stage = scratch, *other = scratch + DSV3I_STAGE, *scale = scratch + 2 * DSV3I_STAGE;
+    size_t panels = dsv3i_blocks(a->rows, DSV3I_PANEL), stride;
+    const unsigned char *from;
+    out->scale_stride = 0;
+    out->zero = a->w->type == DSV3_Q4_0 ? 8 : 128;
+    dsv3i_piece_scales(ctx, out, a, scale);
+    dsv3i_piece_codes(ctx, out, a, scale, stage);
+    if (kernels->widen[a->w->type] != NULL) {
+        from = (const unsigned char *)out->values;
+        stride = dsv3i_form_bytes(form, a->k);
+        for (size_t p = 0; p < panels; p++) {
+            kernels->widen[a->w->type]((unsigned char *)(void *)other + p * stride, from + p * out->stride, a->k);
+        }
+        out->values = other;
+        out->stride = stride;
+        other = stage;
+    }
+    if (form == DSV3I_FLOATS) return DSV3_PRODUCT_F32;
+    if (fast) return form == DSV3I_BF16S ? DSV3_PRODUCT_FAST_BF16 : DSV3_PRODUCT_FAST_BYTES;
+    if (few) return form == DSV3I_BF16S ? DSV3_PRODUCT_BF16 : DSV3_PRODUCT_BYTES;
+    from = (const unsigned char *)out->values;
+    stride = dsv3i_form_bytes(DSV3I_FLOATS, a->k + a->k % 2);
+    for (size_t p = 0; p < panels; p++) {
+        kernels->float_panel[form == DSV3I_BYTES](other + p * (stride / sizeof(float)), from + p * out->stride, a->k,
+                                                  out->zero);
+    }
+    out->values = other;
+    out->stride = stride;
+    return DSV3_PRODUCT_F32;
+}
+
 /* ---- Linear. A job is y [n, rows] = x [n, cols] W[row0 .. row0+rows)^T; several jobs share one parallel
  * loop, so that small ones (the experts of a token) do not wait for each other. */
 
-#define DSV3I_ROWS 16u /* weight rows of an item: each row of x is read once for all of them; divides DSV3_BLOCK */
-#define DSV3I_FEW 3u   /* rows of x for which weights are used as they are: more are worth a decoded copy */
+#define DSV3I_ROWS 64u   /* weight rows of an item; divides DSV3_BLOCK */
+#define DSV3I_DECODE 16u /* rows that are decoded together where there are no panels */
 
 /* Rows of weights decoded together when there are n rows of x. */
-static size_t dsv3i_panel(size_t n) { return n < 8 ? 4 : DSV3I_ROWS; }
+static size_t dsv3i_panel(size_t n) { return n < 8 ? 4 : DSV3I_DECODE; }
 
-/* Can the kernel read rows of w itself? n rows of x wait for it. */
-static int dsv3i_is_direct(const dsv3_context *ctx, const dsv3_tensor *w, size_t n) {
-    if (w->type == DSV3_F32) return (uintptr_t)w->data % sizeof(float) == 0;
-    return n <= DSV3I_FEW && ctx->kernels.tile[w->type] != NULL;
+/* Floats of a worker's scratch for products with n rows of x and matrices of cols columns. */
+static size_t dsv3i_panel_floats(size_t n, size_t cols) {
+    return dsv3i_max(dsv3i_mul(dsv3i_panel(n), cols), DSV3I_STAGES);
 }
 
-/* y[t ldy + (r - r0)] = x_t . row r of w, for n rows x_t, ldx floats apart, and rows r0 <= r < r1 of w; panel
- * [dsv3i_panel(n), cols] is scratch. Rows are taken up to multiples of a height that divides DSV3_BLOCK if there are
- * scales: all rows of a tile have the same. */
-static void dsv3i_linear_rows(const dsv3_context *ctx, float *y, size_t ldy, const float *x, size_t ldx, size_t n,
-                              const dsv3_tensor *w, size_t r0, size_t r1, float *panel) {
-    int direct = dsv3i_is_direct(ctx, w, n);
-    size_t height = !direct ? dsv3i_panel(n) : n > DSV3I_FEW ? DSV3I_ROWS : w->scale != NULL ? DSV3_BLOCK : w->rows;
-    for (size_t r = r0, end; r < r1; r = end) {
-        end = dsv3i_min(r - r % height + height, r1);
-        if (direct) {
-            ctx->kernels.tile[w->type](y + (r - r0), ldy, x, ldx, n, dsv3i_row_at(w, r), w->cols,
-                                       dsv3i_scale_at(w, r), end - r, w->cols);
-        } else {
-            for (size_t i = r; i < end; i++) dsv3i_decode_row(ctx, panel + (i - r) * w->cols, w, i);
-            ctx->kernels.tile[DSV3_F32](y + (r - r0), ldy, x, ldx, n, panel, w->cols, NULL, end - r, w->cols);
+/* Can tiles read rows of w as they lie? */
+static int dsv3i_is_direct(const dsv3_tensor *w) {
+    return w->type == DSV3_F32 && !w->packed && (uintptr_t)w->data % sizeof(float) == 0;
+}
+
+/* Rows of x for products: as they are, or rounded (DSV3_FAST) for one type of weights. */
+typedef struct dsv3i_input {
+    const void *x;
+    size_t stride; /* bytes */
+    int fast;      /* rounded to what fast products take */
+} dsv3i_input;
+
+static dsv3i_input dsv3i_input_floats(const float *x, size_t ldx) {
+    dsv3i_input in;
+    in.x = x;
+    in.stride = ldx * sizeof *x;
+    in.fast = 0;
+    return in;
+}
+
+/* Are activations rounded for weights of this type? To codes, and not to floats? */
+static int dsv3i_is_rounded(const dsv3_context *ctx, dsv3_type type) {
+    return ctx->compute == DSV3_FAST && ctx->kernels.round[type] != NULL;
+}
+
+static int dsv3i_has_fast(const dsv3_context *ctx, dsv3_type type) {
+    dsv3i_form form = dsv3i_form_of(type);
+    return form != DSV3I_FLOATS &&
+           ctx->kernels.product[form == DSV3I_BF16S ? DSV3_PRODUCT_FAST_BF16 : DSV3_PRODUCT_FAST_BYTES] != NULL;
+}
+
+/* Floats that a rounded row of k numbers takes, at most. */
+static size_t dsv3i_rounded_floats(size_t k) { return dsv3i_mul(dsv3i_blocks(k, 4), 4); }
+
+/* Rows x [n, k], ldx floats apart, rounded into out [n, dsv3i_rounded_floats(k)]; or just as they are. */
+static dsv3i_input dsv3i_input_round(const dsv3_context *ctx, float *out, const float *x, size_t ldx, dsv3_type type,
+                                     size_t n, size_t k) {
+    dsv3i_input in = dsv3i_input_floats(x, ldx);
+    if (!dsv3i_is_rounded(ctx, type)) return in;
+    in = dsv3i_input_floats(out, dsv3i_rounded_floats(k));
+    in.fast = dsv3i_has_fast(ctx, type);
+    for (size_t t = 0; t < n; t++) ctx->kernels.round[type](out + t * dsv3i_rounded_floats(k), x + t * ldx, k);
+    return in;
+}
+
+/* Bytes of the first k numbers (a multiple of DSV3_BLOCK) of a row. */
+static size_t dsv3i_input_skip(const dsv3i_input *in, dsv3_type type, size_t k) {
+    if (!in->fast) return k * sizeof(float);
+    return dsv3i_form_of(type) == DSV3I_BF16S ? 2 * k : k / DSV3_QBLOCK * (DSV3_QBLOCK + 2 * sizeof(float));
+}
+
+/* y[t ldy + (r - r0)] = x_t . row r of w for n rows x_t and rows r0 <= r < r1 of w, by panels. */
+static void dsv3i_linear_panels(const dsv3_context *ctx, float *y, size_t ldy, const dsv3i_input *in, size_t n,
+                                const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
+    int few = n <= DSV3I_FEW, whole = w->packed && few && (w->type == DSV3_F32 || w->type == DSV3_BF16);
+    size_t step = whole ? w->cols : DSV3I_TERMS, height = (few ? DSV3I_FEW : 2) * DSV3I_PANEL;
+    dsv3i_piece piece;
+    piece.w = w;
+    for (piece.r = r0; piece.r < r1; piece.r += piece.rows) {
+        piece.rows = piece.r % DSV3I_PANEL ? DSV3I_PANEL - piece.r % DSV3I_PANEL : whole ? r1 - piece.r : height;
+        piece.rows = dsv3i_min(piece.rows, r1 - piece.r);
+        for (piece.k0 = 0; piece.k0 < w->cols; piece.k0 += step) {
+            dsv3_panels panels;
+            dsv3_product product;
+            piece.k = dsv3i_min(step, w->cols - piece.k0);
+            product = dsv3i_piece_make(ctx, &panels, &piece, in->fast, few, scratch);
+            ctx->kernels.product[product](y + (piece.r - r0), ldy,
+                                          (const unsigned char *)in->x + dsv3i_input_skip(in, w->type, piece.k0),
+                                          in->stride, n, &panels, piece.rows, piece.k, piece.k0 > 0);
         }
+    }
+}
+
+/* The same by tiles of decoded rows. */
+static void dsv3i_linear_tiles(const dsv3_context *ctx, float *y, size_t ldy, const dsv3i_input *in, size_t n,
+                               const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
+    int direct = dsv3i_is_direct(w);
+    size_t height = direct ? w->rows : dsv3i_panel(n);
+    for (size_t r = r0, end; r < r1; r = end) {
+        const float *rows = scratch;
+        end = dsv3i_min(r + height, r1);
+        if (direct) rows = (const float *)(const void *)dsv3i_row_at(w, r);
+        for (size_t i = r; i < end && !direct; i++) dsv3i_decode_row(ctx, scratch + (i - r) * w->cols, w, i);
+        ctx->kernels.tile(y + (r - r0), ldy, (const float *)in->x, in->stride / sizeof(float), n, rows, w->cols,
+                          end - r, w->cols);
+    }
+}
+
+static void dsv3i_linear_rows(const dsv3_context *ctx, float *y, size_t ldy, const dsv3i_input *in, size_t n,
+                              const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
+    if (ctx->kernels.pack[w->type] != NULL) {
+        dsv3i_linear_panels(ctx, y, ldy, in, n, w, r0, r1, scratch);
+    } else {
+        dsv3i_linear_tiles(ctx, y, ldy, in, n, w, r0, r1, scratch);
     }
 }
 
@@ -1840,7 +2125,8 @@ typedef struct dsv3i_job {
     const float *x; /* [n, cols] */
     float *y;       /* [n, w->rows] */
     size_t n;
-    size_t first; /* its first item in the loop; an item is DSV3I_ROWS weight rows */
+    dsv3i_input in; /* x as the products take it */
+    size_t first;   /* its first item in the loop; an item is DSV3I_ROWS weight rows */
 } dsv3i_job;
 
 static dsv3i_job dsv3i_job_make(float *y, const float *x, const dsv3_tensor *w, size_t n) {
@@ -1849,6 +2135,7 @@ static dsv3i_job dsv3i_job_make(float *y, const float *x, const dsv3_tensor *w, 
     job.x = x;
     job.y = y;
     job.n = n;
+    job.in = dsv3i_input_floats(x, w->cols);
     job.first = 0;
     return job;
 }
@@ -1858,7 +2145,7 @@ typedef struct dsv3i_linear_arg {
     const dsv3i_job *jobs;
     size_t n_jobs;
     float *scratch;       /* [workers, worker_floats] */
-    size_t worker_floats; /* >= dsv3i_panel(n) * cols of every job */
+    size_t worker_floats; /* >= dsv3i_panel_floats(n, cols) of every job */
 } dsv3i_linear_arg;
 
 /* Items of one job that lie next to each other are done in one go. */
@@ -1873,38 +2160,90 @@ static void dsv3i_linear_task(void *arg, size_t begin, size_t end, size_t worker
         next = j + 1 < a->n_jobs ? dsv3i_min(end, a->jobs[j + 1].first) : end;
         r0 = (i - job->first) * DSV3I_ROWS;
         r1 = dsv3i_min((next - job->first) * DSV3I_ROWS, job->w->rows);
-        dsv3i_linear_rows(a->ctx, job->y + r0, job->w->rows, job->x, job->w->cols, job->n, job->w, r0, r1,
+        dsv3i_linear_rows(a->ctx, job->y + r0, job->w->rows, &job->in, job->n, job->w, r0, r1,
                           a->scratch + worker * a->worker_floats);
     }
 }
 
+/* Rounds the rows of all jobs; jobs[j].first counts them. Jobs next to each other that want the same of the same rows
+ * share them. */
+static void dsv3i_round_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_linear_arg *a = (const dsv3i_linear_arg *)arg;
+    size_t j = 0, next;
+    (void)worker;
+    for (size_t i = begin; i < end; i = next) {
+        const dsv3i_job *job;
+        size_t t, k;
+        while (j + 1 < a->n_jobs && a->jobs[j + 1].first <= i) j++;
+        job = &a->jobs[j];
+        k = job->w->cols;
+        t = i - job->first;
+        next = j + 1 < a->n_jobs ? dsv3i_min(end, a->jobs[j + 1].first) : end;
+        (void)dsv3i_input_round(a->ctx, (float *)(uintptr_t)job->in.x + t * dsv3i_rounded_floats(k), job->x + t * k, k,
+                                job->w->type, next - i, k);
+    }
+}
+
+static int dsv3i_same_input(const dsv3_context *ctx, const dsv3i_job *a, const dsv3i_job *b) {
+    return a->x == b->x && a->n == b->n && a->w->cols == b->w->cols &&
+           ctx->kernels.round[a->w->type] == ctx->kernels.round[b->w->type];
+}
+
+/* rounded: room for the rows of all jobs. */
+static void dsv3i_round_jobs(dsv3i_linear_arg *arg, dsv3i_job *jobs, float *rounded) {
+    size_t rows = 0, work = 0;
+    for (size_t j = 0; j < arg->n_jobs; j++) {
+        dsv3i_job *job = &jobs[j];
+        size_t floats = dsv3i_rounded_floats(job->w->cols);
+        job->first = rows;
+        if (!dsv3i_is_rounded(arg->ctx, job->w->type)) continue;
+        if (j > 0 && dsv3i_same_input(arg->ctx, job, job - 1)) {
+            job->in = job[-1].in;
+            continue;
+        }
+        job->in = dsv3i_input_floats(rounded, floats);
+        job->in.fast = dsv3i_has_fast(arg->ctx, job->w->type);
+        rounded += job->n * floats;
+        rows += job->n;
+        work = dsv3i_add(work, dsv3i_mul(job->n, 4 * floats));
+    }
+    dsv3i_parallel(arg->ctx, rows, work, dsv3i_round_task, arg);
+}
+
+/* All jobs in one loop. scratch [threads, worker_floats]; rounded (used with DSV3_FAST only): room for
+ * dsv3i_rounded_floats of all rows that differ. */
 static void dsv3i_linear_jobs(const dsv3_context *ctx, dsv3i_job *jobs, size_t n_jobs, float *scratch,
-                              size_t worker_floats) {
+                              size_t worker_floats, float *rounded) {
     dsv3i_linear_arg arg;
     size_t items = 0, work = 0;
-    for (size_t j = 0; j < n_jobs; j++) {
-        const dsv3_tensor *w = jobs[j].w;
-        DSV3_ASSERT(worker_floats >= dsv3i_panel(jobs[j].n) * w->cols);
-        jobs[j].first = items;
-        items += dsv3i_blocks(w->rows, DSV3I_ROWS);
-        work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(w->rows, w->cols), jobs[j].n));
-    }
     arg.ctx = ctx;
     arg.jobs = jobs;
     arg.n_jobs = n_jobs;
     arg.scratch = scratch;
     arg.worker_floats = worker_floats;
+    if (ctx->compute == DSV3_FAST) dsv3i_round_jobs(&arg, jobs, rounded);
+    for (size_t j = 0; j < n_jobs; j++) {
+        const dsv3_tensor *w = jobs[j].w;
+        DSV3_ASSERT(worker_floats >= dsv3i_panel_floats(jobs[j].n, w->cols));
+        jobs[j].first = items;
+        items += dsv3i_blocks(w->rows, DSV3I_ROWS);
+        work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(w->rows, w->cols), jobs[j].n));
+    }
     dsv3i_parallel(ctx, items, work, dsv3i_linear_task, &arg);
 }
 
-DSV3_API size_t dsv3_linear_scratch(const dsv3_context *context, size_t cols) {
-    return dsv3i_mul(dsv3i_mul(context->threads, DSV3I_ROWS), cols);
+/* Of one worker. */
+static size_t dsv3i_linear_floats(size_t cols) { return dsv3i_panel_floats(DSV3I_DECODE, cols); }
+
+DSV3_API size_t dsv3_linear_scratch(const dsv3_context *context, size_t n, size_t cols) {
+    return dsv3i_add(dsv3i_mul(context->threads, dsv3i_linear_floats(cols)), dsv3i_mul(n, dsv3i_rounded_floats(cols)));
 }
 
 DSV3_API void dsv3_linear(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *w, size_t n,
                           float *scratch) {
     dsv3i_job job = dsv3i_job_make(y, x, w, n);
-    dsv3i_linear_jobs(context, &job, 1, scratch, DSV3I_ROWS * w->cols);
+    size_t floats = dsv3i_linear_floats(w->cols);
+    dsv3i_linear_jobs(context, &job, 1, scratch, floats, scratch + context->threads * floats);
 }
 
 #ifndef DSV3_NO_TRAINING
@@ -1948,7 +2287,7 @@ typedef struct dsv3i_back_arg {
 /* Rows [t0, t1) of dx: each row of W is decoded once for all of them. */
 static void dsv3i_back_dx(const dsv3_context *ctx, const dsv3i_back_job *job, size_t t0, size_t t1, float *panel) {
     const dsv3_tensor *w = job->w;
-    int direct = w->type == DSV3_F32 && dsv3i_is_direct(ctx, w, t1 - t0);
+    int direct = dsv3i_is_direct(w);
     for (size_t r = 0, end; r < w->rows; r = end) {
         const float *rows = panel;
         end = direct ? w->rows : dsv3i_min(r + dsv3i_panel(job->n), w->rows);
@@ -2010,7 +2349,7 @@ static void dsv3i_back_jobs(const dsv3_context *ctx, dsv3i_back_job *jobs, size_
 DSV3_API void dsv3_linear_backward(const dsv3_context *context, float *dx, float *dw, const float *dy, const float *x,
                                    const dsv3_tensor *w, size_t n, float *scratch) {
     dsv3i_back_job job = dsv3i_back_make(dx, dw, dy, x, w, n);
-    dsv3i_back_jobs(context, &job, 1, scratch, DSV3I_ROWS * w->cols);
+    dsv3i_back_jobs(context, &job, 1, scratch, dsv3i_linear_floats(w->cols));
 }
 
 /* The embedding is a linear map of one-hot rows: its gradient is added row by row. */
@@ -2230,16 +2569,16 @@ static void dsv3i_loss_task(void *arg, size_t begin, size_t end, size_t worker) 
 static size_t dsv3i_cross_entropy_floats(size_t V, size_t n) { return dsv3i_mul(n, dsv3i_min(V, DSV3I_VOCAB) + 3); }
 
 DSV3_API size_t dsv3_cross_entropy_scratch(const dsv3_context *context, const dsv3_tensor *head, size_t n) {
-    return dsv3i_add(dsv3i_cross_entropy_floats(head->rows, n), dsv3_linear_scratch(context, head->cols));
+    return dsv3i_add(dsv3i_cross_entropy_floats(head->rows, n), dsv3_linear_scratch(context, n, head->cols));
 }
 
 /* Logits of the piece that begins at arg->row. */
 static dsv3_tensor dsv3i_loss_piece(dsv3i_loss_arg *arg, const float *u, const dsv3_tensor *head, size_t n,
-                                    float *worker, size_t worker_floats) {
+                                    float *worker, size_t worker_floats, float *rounded) {
     dsv3_tensor part = dsv3i_rows_of(head, arg->row, dsv3i_min(DSV3I_VOCAB, head->rows - arg->row));
     dsv3i_job job = dsv3i_job_make(arg->logits, u, &part, n);
     arg->rows = part.rows;
-    dsv3i_linear_jobs(arg->ctx, &job, 1, worker, worker_floats);
+    dsv3i_linear_jobs(arg->ctx, &job, 1, worker, worker_floats, rounded);
     return part;
 }
 
@@ -2255,7 +2594,8 @@ static void dsv3i_loss_begin(dsv3i_loss_arg *arg, const dsv3_context *ctx, const
 
 /* loss [dsv3i_cross_entropy_floats] keeps each row's maximum and sum; worker [threads, worker_floats] */
 static void dsv3i_cross_entropy(const dsv3_context *ctx, float *nll, const float *u, const dsv3_tensor *head,
-                                const int32_t *target, size_t n, float *loss, float *worker, size_t worker_floats) {
+                                const int32_t *target, size_t n, float *loss, float *worker, size_t worker_floats,
+                                float *rounded) {
     dsv3i_loss_arg arg;
     dsv3i_loss_begin(&arg, ctx, target, n, loss);
     for (size_t t = 0; t < n; t++) {
@@ -2263,7 +2603,7 @@ static void dsv3i_cross_entropy(const dsv3_context *ctx, float *nll, const float
         arg.state[3 * t + 1] = arg.state[3 * t + 2] = 0.0f;
     }
     for (arg.row = 0; arg.row < head->rows; arg.row += DSV3I_VOCAB) {
-        dsv3i_loss_piece(&arg, u, head, n, worker, worker_floats);
+        dsv3i_loss_piece(&arg, u, head, n, worker, worker_floats, rounded);
         dsv3i_parallel(ctx, n, dsv3i_mul(dsv3i_mul(n, arg.rows), 16), dsv3i_loss_task, &arg);
     }
     for (size_t t = 0; t < n; t++) {
@@ -2296,12 +2636,12 @@ static void dsv3i_loss_back_task(void *arg, size_t begin, size_t end, size_t wor
 /* loss as dsv3i_cross_entropy has left it. du += dlogits head, dhead += dlogits^T u (NULL: not wanted). */
 static void dsv3i_cross_entropy_back(const dsv3_context *ctx, float *du, float *dhead, float weight, const float *u,
                                      const dsv3_tensor *head, const int32_t *target, size_t n, float *loss,
-                                     float *worker, size_t worker_floats) {
+                                     float *worker, size_t worker_floats, float *rounded) {
     dsv3i_loss_arg arg;
     dsv3i_loss_begin(&arg, ctx, target, n, loss);
     arg.weight = weight;
     for (arg.row = 0; arg.row < head->rows; arg.row += DSV3I_VOCAB) {
-        dsv3_tensor part = dsv3i_loss_piece(&arg, u, head, n, worker, worker_floats);
+        dsv3_tensor part = dsv3i_loss_piece(&arg, u, head, n, worker, worker_floats, rounded);
         dsv3i_back_job job =
             dsv3i_back_make(du, dhead == NULL ? NULL : dhead + arg.row * head->cols, arg.logits, u, &part, n);
         dsv3i_parallel(ctx, n, dsv3i_mul(dsv3i_mul(n, arg.rows), 16), dsv3i_loss_back_task, &arg);
@@ -2313,18 +2653,21 @@ DSV3_API void dsv3_cross_entropy_backward(const dsv3_context *context, float *du
                                           const float *u, const dsv3_tensor *head, const int32_t *target, size_t n,
                                           float *scratch) {
     float *worker = scratch + dsv3i_cross_entropy_floats(head->rows, n);
-    dsv3i_cross_entropy_back(context, du, dhead, weight, u, head, target, n, scratch, worker,
-                             DSV3I_ROWS * head->cols);
+    size_t floats = dsv3i_linear_floats(head->cols);
+    dsv3i_cross_entropy_back(context, du, dhead, weight, u, head, target, n, scratch, worker, floats,
+                             worker + context->threads * floats);
 }
 #endif
 
 DSV3_API void dsv3_cross_entropy(const dsv3_context *context, float *nll, const float *u, const dsv3_tensor *head,
                                  const int32_t *target, size_t n, float *scratch) {
     float *worker = scratch + dsv3i_cross_entropy_floats(head->rows, n);
+    size_t floats = dsv3i_linear_floats(head->cols);
     for (size_t t = 0; t < n; t++) {
         DSV3_ASSERT(target[t] == DSV3_IGNORE || (target[t] >= 0 && (size_t)target[t] < head->rows));
     }
-    dsv3i_cross_entropy(context, nll, u, head, target, n, scratch, worker, DSV3I_ROWS * head->cols);
+    dsv3i_cross_entropy(context, nll, u, head, target, n, scratch, worker, floats,
+                        worker + context->threads * floats);
 }
 
 /* ========================================================================================================
@@ -2484,9 +2827,14 @@ DSV3_API void dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t 
 #define DSV3I_QUERIES 8u /* rows that share decoded rows of kv_b_proj in the absorbed form */
 #define DSV3I_BULK 32u   /* rows that meet a block of keys together in the expanded form */
 
+/* Floats for products with kv_b_proj: panels, and DSV3I_KEYS rounded rows. */
+static size_t dsv3i_mla_panel(const dsv3i_dims *m) {
+    return dsv3i_add(dsv3i_linear_floats(m->rk), dsv3i_mul(DSV3I_KEYS, dsv3i_rounded_floats(m->rk)));
+}
+
 /* Floats of worker scratch for calls of n rows, by use (see the two tasks below). */
 static size_t dsv3i_mla_scratch(const dsv3i_dims *m, size_t n) {
-    size_t panel = dsv3i_mul(DSV3I_ROWS, m->rk), latents = dsv3i_mul(DSV3I_KEYS, m->width);
+    size_t panel = dsv3i_mla_panel(m), latents = dsv3i_mul(DSV3I_KEYS, m->width);
     size_t scores = dsv3i_mul(DSV3I_KEYS, dsv3i_max(m->H, dsv3i_min(n, DSV3I_BULK)));
     size_t absorbed = dsv3i_mul(dsv3i_mul(dsv3i_min(n, DSV3I_QUERIES), m->H), dsv3i_add(m->width, m->rk));
     size_t expanded = dsv3i_mul(DSV3I_KEYS, dsv3i_add(m->qk, m->dv));
@@ -2528,7 +2876,7 @@ static void dsv3i_mla_raw(const dsv3_context *ctx, const dsv3i_dims *m, const fl
     dsv3i_job jobs[2];
     jobs[0] = dsv3i_job_make(ws->kv_raw, u, &w->kv_a_proj_with_mqa, n);
     jobs[1] = m->rq ? dsv3i_job_make(ws->q_raw, u, &w->q_a_proj, n) : dsv3i_job_make(ws->q, u, &w->q_proj, n);
-    dsv3i_linear_jobs(ctx, jobs, 2, ws->worker, ws->worker_floats);
+    dsv3i_linear_jobs(ctx, jobs, 2, ws->worker, ws->worker_floats, ws->rounded);
 }
 
 /* kv from kv_raw: norm and rotation. */
@@ -2548,7 +2896,7 @@ static void dsv3i_mla_q(const dsv3_context *ctx, const dsv3i_dims *m, const dsv3
     if (m->rq) {
         dsv3i_job job = dsv3i_job_make(ws->q, ws->q_latent, &w->q_b_proj, n);
         dsv3_rmsnorm(ctx, ws->q_latent, ws->q_raw, &w->q_a_layernorm, n, m->rq, model->config.latent_norm_eps);
-        dsv3i_linear_jobs(ctx, &job, 1, ws->worker, ws->worker_floats);
+        dsv3i_linear_jobs(ctx, &job, 1, ws->worker, ws->worker_floats, ws->rounded);
     }
     for (size_t i = 0; i < n * m->H; i++) {
         dsv3_rope_rotate(ws->q + i * m->qk + m->dn, ws->cos_sin + i / m->H * m->dr, m->dr,
@@ -2594,7 +2942,7 @@ static void dsv3i_attend_weights(const dsv3_context *ctx, float *p, float *state
 
 /* nq queries meet one block of nk keys. */
 static void dsv3i_attend(const dsv3_context *ctx, const dsv3i_meeting *a, size_t nq, size_t nk) {
-    ctx->kernels.tile[DSV3_F32](a->p, nk, a->q, a->ld_q, nq, a->keys, a->ld_k, NULL, nk, a->dk);
+    ctx->kernels.tile(a->p, nk, a->q, a->ld_q, nq, a->keys, a->ld_k, nk, a->dk);
     for (size_t i = 0; i < nq; i++) {
         dsv3i_attend_weights(ctx, a->p + i * nk, a->state + i * a->ld_state, a->out + i * a->ld_out, nk, a->width,
                              a->scale);
@@ -2679,7 +3027,7 @@ static void dsv3i_absorbed_item(const dsv3i_attention_arg *a, size_t item, float
     size_t groups = dsv3i_blocks(m->H, a->heads), h0 = item % groups * a->heads;
     size_t heads = dsv3i_min(a->heads, m->H - h0), t0 = item / groups * DSV3I_QUERIES;
     size_t end = dsv3i_min(t0 + DSV3I_QUERIES, a->n);
-    float *panel = scratch, *p = panel + DSV3I_ROWS * m->rk;
+    float *panel = scratch, *p = panel + dsv3i_mla_panel(m);
     float *latents = p + DSV3I_KEYS * m->H, *query = latents + DSV3I_KEYS * m->width, *out;
     for (size_t t = t0, t1; t < end; t = t1) {
         for (t1 = t + 1; t1 < end && ws->leader[t1] == ws->leader[t] && !ws->expanded[t]; t1++) {
@@ -2689,8 +3037,10 @@ static void dsv3i_absorbed_item(const dsv3i_attention_arg *a, size_t item, float
         dsv3i_absorb(a, query, t, t1 - t, h0, heads, panel);
         dsv3i_absorbed_rows(a, t, t1, h0, heads, query, out, p, latents);
         for (size_t h = h0; h < h0 + heads; h++) { /* o = UV m */
-            dsv3i_linear_rows(a->ctx, ws->o + t * m->Ho + h * m->dv, m->Ho, out + (h - h0) * m->rk, heads * m->rk,
-                              t1 - t, a->kv_b, h * m->kv + m->dn, (h + 1) * m->kv, panel);
+            dsv3i_input in = dsv3i_input_round(a->ctx, panel + dsv3i_linear_floats(m->rk), out + (h - h0) * m->rk,
+                                               heads * m->rk, a->kv_b->type, t1 - t, m->rk);
+            dsv3i_linear_rows(a->ctx, ws->o + t * m->Ho + h * m->dv, m->Ho, &in, t1 - t, a->kv_b, h * m->kv + m->dn,
+                              (h + 1) * m->kv, panel);
         }
     }
 }
@@ -2700,14 +3050,15 @@ static void dsv3i_absorbed_task(void *arg, size_t begin, size_t end, size_t work
     for (size_t i = begin; i < end; i++) dsv3i_absorbed_item(a, i, a->ws->worker + worker * a->ws->worker_floats);
 }
 
-/* keys [nk, dn+dr] and values [nk, dv] of head h from latents c [nk, rk+dr]; panel [DSV3I_ROWS, rk] is
+/* keys [nk, dn+dr] and values [nk, dv] of head h from latents c [nk, rk+dr]; panel [dsv3i_mla_panel] is
  * scratch. */
 static void dsv3i_expand(const dsv3i_attention_arg *a, float *keys, float *values, const float *c, size_t h,
                          size_t nk, float *panel) {
     const dsv3i_dims *m = a->m;
     size_t first = h * m->kv;
-    dsv3i_linear_rows(a->ctx, keys, m->qk, c, m->width, nk, a->kv_b, first, first + m->dn, panel);
-    dsv3i_linear_rows(a->ctx, values, m->dv, c, m->width, nk, a->kv_b, first + m->dn, first + m->kv, panel);
+    dsv3i_input in = dsv3i_input_round(a->ctx, panel + dsv3i_linear_floats(m->rk), c, m->width, a->kv_b->type, nk, m->rk);
+    dsv3i_linear_rows(a->ctx, keys, m->qk, &in, nk, a->kv_b, first, first + m->dn, panel);
+    dsv3i_linear_rows(a->ctx, values, m->dv, &in, nk, a->kv_b, first + m->dn, first + m->kv, panel);
     for (size_t j = 0; j < nk; j++) {
         DSV3_MEMCPY(keys + j * m->qk + m->dn, c + j * m->width + m->rk, m->dr * sizeof *keys);
     }
@@ -2721,7 +3072,7 @@ static void dsv3i_expanded_item(const dsv3i_attention_arg *a, size_t leader, siz
     dsv3_workspace *ws = a->ws;
     const dsv3_cache *cache = &a->caches[ws->sequence[leader]];
     size_t last = 0;
-    float *panel = scratch, *latents = panel + DSV3I_ROWS * m->rk;
+    float *panel = scratch, *latents = panel + dsv3i_mla_panel(m);
     float *keys = latents + DSV3I_KEYS * m->width, *values = keys + DSV3I_KEYS * m->qk;
     dsv3i_meeting with;
     with.keys = keys;
@@ -2803,7 +3154,7 @@ DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const floa
     }
     if (expanded > 0) dsv3i_parallel(context, n * m.H, work, dsv3i_expanded_task, &arg);
     job = dsv3i_job_make(y, workspace->o, &weights->o_proj, n);
-    dsv3i_linear_jobs(context, &job, 1, workspace->worker, workspace->worker_floats);
+    dsv3i_linear_jobs(context, &job, 1, workspace->worker, workspace->worker_floats, workspace->rounded);
 }
 
 #ifndef DSV3_NO_TRAINING
@@ -2886,8 +3237,8 @@ static void dsv3i_attention_back_block(const dsv3i_attention_back *a, size_t t, 
     size_t query = t * m->Hq + h * m->qk, key = j0 * m->Hq + h * m->qk, value = j0 * m->Hkv + h * m->kv + m->dn;
     const float *q = a->ws->q + query, *dout = b->dout + t * m->Ho + h * m->dv;
     float p[DSV3I_BACK_ROWS * DSV3I_KEYS], da[DSV3I_BACK_ROWS * DSV3I_KEYS];
-    k->tile[DSV3_F32](p, nk, q, m->Hq, nq, b->keys + key, m->Hq, NULL, nk, m->qk);
-    k->tile[DSV3_F32](da, nk, dout, m->Ho, nq, b->kv_up + value, m->Hkv, NULL, nk, m->dv);
+    k->tile(p, nk, q, m->Hq, nq, b->keys + key, m->Hq, nk, m->qk);
+    k->tile(da, nk, dout, m->Ho, nq, b->kv_up + value, m->Hkv, nk, m->dv);
     for (size_t i = 0; i < nq; i++) dsv3i_attention_back_row(a, p + i * nk, da + i * nk, t + i, h, j0, nk);
     k->outer(b->dkv_up + value, m->Hkv, nk, p, 1, nk, dout, m->Ho, nq, m->dv);
     k->outer(b->dq + query, m->Hq, nq, da, nk, 1, b->keys + key, m->Hq, nk, m->qk);
@@ -2916,7 +3267,7 @@ static void dsv3i_mla_back_begin(const dsv3_context *ctx, const dsv3i_dims *m, c
                                  const dsv3_workspace *ws, const dsv3i_backward *b, size_t n) {
     dsv3i_job job = dsv3i_job_make(b->kv_up, b->c, &w->kv_b_proj, n);
     for (size_t t = 0; t < n; t++) DSV3_MEMCPY(b->c + t * m->rk, ws->kv + t * m->width, m->rk * sizeof(float));
-    dsv3i_linear_jobs(ctx, &job, 1, ws->worker, ws->worker_floats);
+    dsv3i_linear_jobs(ctx, &job, 1, ws->worker, ws->worker_floats, ws->rounded);
     for (size_t i = 0; i < n * m->H; i++) {
         float *key = b->keys + i * m->qk;
         DSV3_MEMCPY(key, b->kv_up + i * m->kv, m->dn * sizeof *key);
@@ -2963,7 +3314,7 @@ static void dsv3i_mla_back_queries(const dsv3_context *ctx, const dsv3i_dims *m,
                                    dsv3_workspace *ws) {
     if (s->q == NULL) {
         dsv3i_job job = dsv3i_job_make(ws->q, u, &w->q_proj, n);
-        if (m->rq == 0) dsv3i_linear_jobs(ctx, &job, 1, ws->worker, ws->worker_floats);
+        if (m->rq == 0) dsv3i_linear_jobs(ctx, &job, 1, ws->worker, ws->worker_floats, ws->rounded);
         dsv3i_mla_q(ctx, m, model, w, n, ws);
         return;
     }
@@ -3044,10 +3395,15 @@ static void dsv3i_softmax(const dsv3_context *ctx, float *z, size_t n) {
     for (size_t i = 0; i < n; i++) z[i] /= sum;
 }
 
-DSV3_API void dsv3_router_scores(const dsv3_context *context, const dsv3_config *config, float *score, const float *x,
-                                 const dsv3_tensor *gate_w, const float *gate_bias, size_t n, float *scratch) {
+/* scratch [threads, worker_floats]. The router's product is exact, whatever the context says. */
+static void dsv3i_router_scores(const dsv3_context *context, const dsv3_config *config, float *score, const float *x,
+                                const dsv3_tensor *gate_w, const float *gate_bias, size_t n, float *scratch,
+                                size_t worker_floats) {
+    dsv3i_job job = dsv3i_job_make(score, x, gate_w, n);
+    dsv3_context exact = *context;
     size_t E = gate_w->rows;
-    dsv3_linear(context, score, x, gate_w, n, scratch);
+    exact.compute = DSV3_EXACT;
+    dsv3i_linear_jobs(&exact, &job, 1, scratch, worker_floats, NULL);
     for (size_t t = 0; t < n; t++) {
         float *z = score + t * E;
         for (size_t e = 0; gate_bias != NULL && e < E; e++) z[e] += gate_bias[e];
@@ -3057,6 +3413,11 @@ DSV3_API void dsv3_router_scores(const dsv3_context *context, const dsv3_config 
             for (size_t e = 0; e < E; e++) z[e] = 1.0f / (1.0f + DSV3_EXPF(-z[e]));
         }
     }
+}
+
+DSV3_API void dsv3_router_scores(const dsv3_context *context, const dsv3_config *config, float *score, const float *x,
+                                 const dsv3_tensor *gate_w, const float *gate_bias, size_t n, float *scratch) {
+    dsv3i_router_scores(context, config, score, x, gate_w, gate_bias, n, scratch, dsv3i_linear_floats(gate_w->cols));
 }
 
 /* What the choice goes by. */
@@ -3507,12 +3868,12 @@ static void dsv3i_mlps(const dsv3_context *ctx, const dsv3i_mlp_rows *mlps, size
         ws->jobs[2 * i + 1] = dsv3i_job_make(ws->h_up + r->at, r->x, &r->w->up_proj, r->n);
         total += r->n * r->w->gate_proj.rows;
     }
-    dsv3i_linear_jobs(ctx, ws->jobs, 2 * count, ws->worker, ws->worker_floats);
+    dsv3i_linear_jobs(ctx, ws->jobs, 2 * count, ws->worker, ws->worker_floats, ws->rounded);
     dsv3i_silu_mul(ctx, ws->h, ws->h_gate, ws->h_up, total);
     for (size_t i = 0; i < count; i++) {
         ws->jobs[i] = dsv3i_job_make(mlps[i].y, ws->h + mlps[i].at, &mlps[i].w->down_proj, mlps[i].n);
     }
-    dsv3i_linear_jobs(ctx, ws->jobs, count, ws->worker, ws->worker_floats);
+    dsv3i_linear_jobs(ctx, ws->jobs, count, ws->worker, ws->worker_floats, ws->rounded);
 }
 
 /* Fills offset [E+1] and slot [n, K] from idx [n, K]: a counting sort. */
@@ -3536,7 +3897,7 @@ static dsv3_result dsv3i_moe_forward(const dsv3_context *ctx, float *y, const fl
         dsv3i_decode_row(ctx, ws->bias, &w->e_score_correction_bias, 0);
         bias = ws->bias;
     }
-    dsv3_router_scores(ctx, c, ws->score, u, &w->gate, NULL, n, ws->worker);
+    dsv3i_router_scores(ctx, c, ws->score, u, &w->gate, NULL, n, ws->worker, ws->worker_floats);
     result = dsv3_router_select(c, ws->idx, ws->gate, ws->score, bias, NULL, n, ws->select);
     if (ctx->observer.choose != NULL) {
         ctx->observer.choose(ctx->observer.user, w->index, ws->idx, ws->score, n);
@@ -4518,8 +4879,17 @@ static size_t dsv3i_worker_floats(const dsv3i_dims *m, size_t n) {
     size_t cols = dsv3i_max(dsv3i_max(m->D > 0 ? 2 * m->d : m->d, m->Ho), dsv3i_max(m->rq, m->rk)); /* eh_proj: 2 d */
     size_t floats;
     cols = dsv3i_max(dsv3i_max(cols, m->I), dsv3i_max(m->F, m->Fs));
-    floats = dsv3i_max(dsv3i_mul(dsv3i_panel(n), cols), dsv3i_mla_scratch(m, n));
+    floats = dsv3i_max(dsv3i_panel_floats(n, cols), dsv3i_mla_scratch(m, n));
     return dsv3i_mul(dsv3i_blocks(floats, 16), 16); /* workers on cache lines of their own */
+}
+
+/* Of one row: the largest input of a linear op, or inputs of ops that share a loop, rounded. */
+static size_t dsv3i_rounded_row(const dsv3i_dims *m) {
+    size_t d = dsv3i_rounded_floats(m->d), experts = dsv3i_add(m->K, 1), floats;
+    floats = dsv3i_max(dsv3i_rounded_floats(m->I), dsv3i_rounded_floats(m->Ho));
+    floats = dsv3i_max(floats, dsv3i_max(dsv3i_rounded_floats(m->rq), m->D > 0 ? 2 * d : d));
+    floats = dsv3i_max(floats, dsv3i_mul(experts, d));
+    return dsv3i_max(floats, dsv3i_add(dsv3i_mul(m->K, dsv3i_rounded_floats(m->F)), dsv3i_rounded_floats(m->Fs)));
 }
 
 /* An MTP module's input, attention, FFN and the loss are never active together: all four begin at the same place. */
@@ -4541,6 +4911,7 @@ static void dsv3i_workspace_layout(dsv3_workspace *ws, const dsv3i_dims *m, size
     ws->u = (float *)dsv3i_take(l, f, n, m->d, 1);
     ws->y = (float *)dsv3i_take(l, f, n, m->d, 1);
     ws->worker = (float *)dsv3i_take(l, f, threads, ws->worker_floats, 1);
+    ws->rounded = (float *)dsv3i_take(l, f, n, dsv3i_rounded_row(m), 1);
     ws->hidden = NULL;
     ws->views = (dsv3_cache *)dsv3i_take(l, sizeof *ws->views, n, 1, 1);
     ws->row_token = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
@@ -4788,7 +5159,7 @@ static dsv3_result dsv3i_stack_logits(const dsv3_context *ctx, float *logits, co
         size_t row = batch->output != NULL ? (size_t)batch->output[i] : skipped + i;
         DSV3_MEMCPY(ws->y + i * d, ws->u + row * d, d * sizeof(float));
     }
-    dsv3i_linear_jobs(ctx, &job, 1, ws->worker, ws->worker_floats);
+    dsv3i_linear_jobs(ctx, &job, 1, ws->worker, ws->worker_floats, ws->rounded);
     bad = dsv3i_first_bad_row(logits, batch->outputs, head->rows);
     if (bad == batch->outputs) return DSV3_OK;
     return dsv3i_fail_where(error, DSV3_ERR_NAN, "logits", "a value is not finite, in output", (int64_t)bad);
@@ -4876,7 +5247,7 @@ static void dsv3i_mtp_input(const dsv3_context *ctx, const dsv3_model *model, co
                             const int32_t *token, const float *hidden, size_t n, dsv3_workspace *ws) {
     dsv3i_job job = dsv3i_job_make(ws->x, ws->concat, &mtp->eh_proj, n);
     dsv3i_mtp_concat(ctx, model, mtp, token, hidden, n, ws);
-    dsv3i_linear_jobs(ctx, &job, 1, ws->worker, ws->worker_floats);
+    dsv3i_linear_jobs(ctx, &job, 1, ws->worker, ws->worker_floats, ws->rounded);
 }
 
 DSV3_API dsv3_result dsv3_mtp_forward(const dsv3_context *context, float *logits, const dsv3_model *model, size_t k,
@@ -5015,7 +5386,8 @@ static dsv3_result dsv3i_evaluate_nll(const dsv3i_evaluation *a, const dsv3_tens
     dsv3_workspace *ws = a->ws;
     float *nll = ws->y; /* no longer needed, and long enough: d >= 1 */
     for (size_t i = 0; i < n; i++) ws->row_token[i] = dsv3i_text_target(a->text, ws->row_index[i], k);
-    dsv3i_cross_entropy(&a->ctx, nll, ws->u, head, ws->row_token, n, ws->loss, ws->worker, ws->worker_floats);
+    dsv3i_cross_entropy(&a->ctx, nll, ws->u, head, ws->row_token, n, ws->loss, ws->worker, ws->worker_floats,
+                        ws->rounded);
     for (size_t i = 0; i < n; i++) {
         if (!dsv3i_is_finite(nll[i])) {
             return dsv3i_fail_where(a->error, DSV3_ERR_NAN, "loss", "is not finite, of row",
@@ -6292,7 +6664,7 @@ static dsv3_result dsv3i_train_head(dsv3i_evaluation *a, dsv3_trainer *t, size_t
     ws->hidden = model->config.mtp_hidden == DSV3_MTP_PRE_NORM ? v->x : v->u;
     if (a->ctx.observer.hidden != NULL) a->ctx.observer.hidden(a->ctx.observer.user, -1, v->u, v->n);
     dsv3i_cross_entropy(&a->ctx, nll, v->u, &model->lm_head, v->target, v->n, ws->loss, ws->worker,
-                        ws->worker_floats);
+                        ws->worker_floats, ws->rounded);
     for (size_t i = 0; i < v->n; i++) {
         if (!dsv3i_is_finite(nll[i])) {
             return dsv3i_fail_where(a->error, DSV3_ERR_NAN, "loss", "is not finite, of row", (int64_t)v->row[i]);
@@ -6303,7 +6675,7 @@ static dsv3_result dsv3i_train_head(dsv3i_evaluation *a, dsv3_trainer *t, size_t
     DSV3_MEMSET(v->du, 0, bytes);
     dsv3i_cross_entropy_back(&a->ctx, v->du, k > 0 && t->settings.detach_head ? NULL : dhead,
                              (float)dsv3i_train_weight(t, k), v->u, &model->lm_head, v->target, v->n, ws->loss,
-                             ws->worker, ws->worker_floats);
+                             ws->worker, ws->worker_floats, ws->rounded);
     return DSV3_OK;
 }
 
@@ -6618,13 +6990,13 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
 
 /* ---- Detection: what the CPU has, and whether the operating system saves the registers. */
 
-static void dsv3i_cpuid(uint32_t leaf, uint32_t r[4]) {
+static void dsv3i_cpuid(uint32_t leaf, uint32_t part, uint32_t r[4]) {
 #if defined(__GNUC__) || defined(__clang__)
     r[0] = r[1] = r[2] = r[3] = 0;
-    (void)__get_cpuid_count(leaf, 0, &r[0], &r[1], &r[2], &r[3]);
+    (void)__get_cpuid_count(leaf, part, &r[0], &r[1], &r[2], &r[3]);
 #else
     int out[4];
-    __cpuidex(out, (int)leaf, 0);
+    __cpuidex(out, (int)leaf, (int)part);
     for (int i = 0; i < 4; i++) r[i] = (uint32_t)out[i];
 #endif
 }
@@ -6647,15 +7019,19 @@ static dsv3_backend dsv3i_best_backend(void) {
     const uint32_t avx2 = 1u << 5,
                    avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31; /* leaf 7, ebx: F, DQ, BW, VL */
     const uint32_t ymm = 6u, zmm = 0xE6u;                              /* xcr0 */
-    uint32_t top[4], one[4], seven[4], saved;
-    dsv3i_cpuid(0, top);
+    const uint32_t vbmi = 1u << 1, vnni = 1u << 11, bf16 = 1u << 5; /* leaf 7, ecx; leaf 7, part 1, eax */
+    uint32_t top[4], one[4], seven[4], more[4], saved;
+    dsv3i_cpuid(0, 0, top);
     if (top[0] < 7) return DSV3_BACKEND_REFERENCE;
-    dsv3i_cpuid(1, one);
-    dsv3i_cpuid(7, seven);
+    dsv3i_cpuid(1, 0, one);
+    dsv3i_cpuid(7, 0, seven);
+    dsv3i_cpuid(7, 1, more);
     if ((one[2] & (fma | osxsave | avx | f16c)) != (fma | osxsave | avx | f16c)) return DSV3_BACKEND_REFERENCE;
     saved = dsv3i_xcr0();
     if ((saved & ymm) != ymm || (seven[1] & avx2) == 0) return DSV3_BACKEND_REFERENCE;
-    return (saved & zmm) == zmm && (seven[1] & avx512) == avx512 ? DSV3_BACKEND_AVX512 : DSV3_BACKEND_AVX2;
+    if ((saved & zmm) != zmm || (seven[1] & avx512) != avx512) return DSV3_BACKEND_AVX2;
+    if ((seven[2] & (vbmi | vnni)) != (vbmi | vnni) || (more[0] & bf16) == 0) return DSV3_BACKEND_AVX512;
+    return DSV3_BACKEND_AVX512_BF16;
 }
 
 /* ---- AVX2, FMA, F16C: 8 lanes. */
@@ -6695,15 +7071,15 @@ DSV3I_INLINE(DSV3I_AVX2) __m128 dsv3i_avx2_sums(__m256 a, __m256 b, __m256 c, __
     return _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
 }
 
-/* The first n of 4 numbers, step apart. (A store under a mask would be a slow one on some processors.) */
-DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_store(float *y, __m128 v, size_t n, size_t step) {
+/* The first n <= 4 of 4 numbers. (A store under a mask would be a slow one on some processors.) */
+DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_store(float *y, __m128 v, size_t n) {
     float four[4];
-    if (n >= 4 && step == 1) {
+    if (n >= 4) {
         _mm_storeu_ps(y, v);
         return;
     }
     _mm_storeu_ps(four, v);
-    for (size_t i = 0; i < 4 && i < n; i++) y[i * step] = four[i];
+    for (size_t i = 0; i < n; i++) y[i] = four[i];
 }
 
 /* Lanes 0 .. n-1 of 8. */
@@ -6742,177 +7118,68 @@ DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_decode(const dsv3_type type, float *y, 
     _mm256_maskstore_ps(y + i, dsv3i_avx2_mask(n - i), _mm256_mul_ps(dsv3i_avx2_load(type, rest), unit));
 }
 
-/* Eight terms of 4 times nx dots: acc[4 t + r] += x_t w_r. at: element; unit: multiplier of the weights. */
+/* Four rows of w and nx (1 or 3) of x: acc[4 t + r] += eight terms of x_t . w_r */
 DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_terms(const dsv3_type type, const int nx, __m256 acc[12], const float *const x[3], size_t at_x,
-                      const unsigned char *const w[4], size_t at_w, __m256 unit) {
-    const __m256 x0 = _mm256_loadu_ps(x[0] + at_x);
-    const __m256 x1 = nx > 1 ? _mm256_loadu_ps(x[1] + at_x) : x0, x2 = nx > 1 ? _mm256_loadu_ps(x[2] + at_x) : x0;
-    __m256 r = dsv3i_avx2_load(type, w[0] + at_w);
-    if (type == DSV3_F8_E4M3) r = _mm256_mul_ps(r, unit);
-    acc[0] = _mm256_fmadd_ps(x0, r, acc[0]);
-    if (nx > 1) acc[4] = _mm256_fmadd_ps(x1, r, acc[4]);
-    if (nx > 1) acc[8] = _mm256_fmadd_ps(x2, r, acc[8]);
-    r = dsv3i_avx2_load(type, w[1] + at_w);
-    if (type == DSV3_F8_E4M3) r = _mm256_mul_ps(r, unit);
-    acc[1] = _mm256_fmadd_ps(x0, r, acc[1]);
-    if (nx > 1) acc[5] = _mm256_fmadd_ps(x1, r, acc[5]);
-    if (nx > 1) acc[9] = _mm256_fmadd_ps(x2, r, acc[9]);
-    r = dsv3i_avx2_load(type, w[2] + at_w);
-    if (type == DSV3_F8_E4M3) r = _mm256_mul_ps(r, unit);
-    acc[2] = _mm256_fmadd_ps(x0, r, acc[2]);
-    if (nx > 1) acc[6] = _mm256_fmadd_ps(x1, r, acc[6]);
-    if (nx > 1) acc[10] = _mm256_fmadd_ps(x2, r, acc[10]);
-    r = dsv3i_avx2_load(type, w[3] + at_w);
-    if (type == DSV3_F8_E4M3) r = _mm256_mul_ps(r, unit);
-    acc[3] = _mm256_fmadd_ps(x0, r, acc[3]);
-    if (nx > 1) acc[7] = _mm256_fmadd_ps(x1, r, acc[7]);
-    if (nx > 1) acc[11] = _mm256_fmadd_ps(x2, r, acc[11]);
+void dsv3i_avx2_terms(const int nx, __m256 acc[12], const float *const x[3], const float *const w[4], size_t at) {
+    __m256 f[4];
+    DSV3I_UNROLL for (int r = 0; r < 4; r++) f[r] = _mm256_loadu_ps(w[r] + at);
+    DSV3I_UNROLL for (int t = 0; t < nx; t++) {
+        const __m256 xt = _mm256_loadu_ps(x[t] + at);
+        DSV3I_UNROLL for (int r = 0; r < 4; r++) acc[4 * t + r] = _mm256_fmadd_ps(xt, f[r], acc[4 * t + r]);
+    }
 }
 
 /* The last k < 8 terms, filled up with zeros. */
 DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_rest(const dsv3_type type, const int nx, __m256 acc[12], const float *const x[3], size_t at_x,
-                     const unsigned char *const w[4], size_t at_w, size_t k, __m256 unit) {
-    const size_t size = type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2;
-    float fx[3][8] = {{0}, {0}, {0}};
-    unsigned char fw[4][32] = {{0}, {0}, {0}, {0}};
-    const float *const px[3] = {fx[0], fx[1], fx[2]};
-    const unsigned char *const pw[4] = {fw[0], fw[1], fw[2], fw[3]};
-    for (int t = 0; t < nx; t++) DSV3_MEMCPY(fx[t], x[t] + at_x, k * sizeof(float));
-    for (int r = 0; r < 4; r++) DSV3_MEMCPY(fw[r], w[r] + at_w, k * size);
-    dsv3i_avx2_terms(type, nx, acc, px, 0, pw, 0, unit);
+void dsv3i_avx2_rest(const int nx, __m256 acc[12], const float *const x[3], const float *const w[4], size_t at,
+                     size_t k) {
+    float fx[3][8] = {{0}, {0}, {0}}, fw[4][8] = {{0}, {0}, {0}, {0}};
+    const float *const px[3] = {fx[0], fx[1], fx[2]}, *const pw[4] = {fw[0], fw[1], fw[2], fw[3]};
+    for (int t = 0; t < nx; t++) DSV3_MEMCPY(fx[t], x[t] + at, k * sizeof(float));
+    for (int r = 0; r < 4; r++) DSV3_MEMCPY(fw[r], w[r] + at, k * sizeof(float));
+    dsv3i_avx2_terms(nx, acc, px, pw, 0);
 }
 
-/* 4 times nx dots (nx is 1 or 3) of k terms: sums[t] of x_t with the four rows of w. */
+/* nw <= 4 rows of w, nx (1 or 3) of x, of which n are stored. What is not there is its neighbour once more. */
 DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_dots(const dsv3_type type, const int nx, __m128 sums[3], const float *const x[3],
-                     const unsigned char *const w[4], const unsigned char *scale, size_t k) {
-    const size_t size = type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2;
-    const size_t block = type == DSV3_F8_E4M3 ? DSV3_BLOCK : k;
-    const __m256 zero = _mm256_setzero_ps();
-    __m256 acc[12] = {zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero}, unit = zero;
-    for (size_t i = 0, end; i < k; i = end) {
-        end = k - i > block ? i + block : k;
-        if (type == DSV3_F8_E4M3) {
-            float value = 1.0f;
-            if (scale != NULL) DSV3_MEMCPY(&value, scale + i / DSV3_BLOCK * sizeof value, sizeof value);
-            unit = _mm256_set1_ps(value * 256.0f);
-        }
-        for (; i + 8 <= end; i += 8) dsv3i_avx2_terms(type, nx, acc, x, i, w, i * size, unit);
-        if (i < end) dsv3i_avx2_rest(type, nx, acc, x, i, w, i * size, end - i, unit);
-    }
-    sums[0] = dsv3i_avx2_sums(acc[0], acc[1], acc[2], acc[3]);
-    if (nx > 1) sums[1] = dsv3i_avx2_sums(acc[4], acc[5], acc[6], acc[7]);
-    if (nx > 1) sums[2] = dsv3i_avx2_sums(acc[8], acc[9], acc[10], acc[11]);
-}
-
-/* Four rows of w at a time: next to each other; or, when w is read only once and so comes from memory, one of each
- * quarter, because four long streams are what a processor fetches ahead best. Tiles at the edge compute their last row
- * again instead of one that is not there, and do not store it. */
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_tile(const dsv3_type type, float *y, size_t ldy, const float *x, size_t ldx, size_t nx, const void *w,
-                     size_t ldw, const void *scale, size_t nw, size_t k) {
-    const size_t row = ldw * (type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2);
-    const unsigned char *rows = (const unsigned char *)w, *scales = (const unsigned char *)scale;
-    const size_t stream = nx <= DSV3I_FEW ? nw / 4 : 0;
-    for (size_t t = 0, nt; t < nx; t += nt) {
-        const size_t last = nx - 1 - t;
-        const float *const x0 = x + t * ldx;
-        const float *const xs[3] = {x0, x0 + dsv3i_min(1, last) * ldx, x0 + dsv3i_min(2, last) * ldx};
-        nt = last == 0 ? 1 : dsv3i_min(3, nx - t);
-        for (size_t r = 0, next; r < nw; r = next) {
-            const int far = r < stream;
-            const size_t step = far ? stream : 1, end = far ? 3 : nw - 1 - r;
-            const unsigned char *const w0 = rows + r * row;
-            const unsigned char *const ws[4] = {w0, w0 + dsv3i_min(1, end) * step * row,
-                                                w0 + dsv3i_min(2, end) * step * row,
-                                                w0 + dsv3i_min(3, end) * step * row};
-            __m128 sums[3];
-            next = far ? (r + 1 < stream ? r + 1 : 4 * stream) : r + 4;
-            if (nt == 1) {
-                dsv3i_avx2_dots(type, 1, sums, xs, ws, scales, k);
-            } else {
-                dsv3i_avx2_dots(type, 3, sums, xs, ws, scales, k);
-            }
-            dsv3i_avx2_store(y + t * ldy + r, sums[0], nw - r, step);
-            if (nt > 1) dsv3i_avx2_store(y + (t + 1) * ldy + r, sums[1], nw - r, step);
-            if (nt > 2) dsv3i_avx2_store(y + (t + 2) * ldy + r, sums[2], nw - r, step);
-        }
+void dsv3i_avx2_dots(const int nx, float *y, size_t ldy, const float *x, size_t ldx, size_t n, const float *w,
+                     size_t ldw, size_t nw, size_t k) {
+    const float *const xs[3] = {x, x + dsv3i_min(1, n - 1) * ldx, x + dsv3i_min(2, n - 1) * ldx};
+    const float *const ws[4] = {w, w + dsv3i_min(1, nw - 1) * ldw, w + dsv3i_min(2, nw - 1) * ldw,
+                                w + dsv3i_min(3, nw - 1) * ldw};
+    __m256 acc[12];
+    size_t i = 0;
+    DSV3I_UNROLL for (int j = 0; j < 4 * nx; j++) acc[j] = _mm256_setzero_ps();
+    for (; i + 8 <= k; i += 8) dsv3i_avx2_terms(nx, acc, xs, ws, i);
+    if (i < k) dsv3i_avx2_rest(nx, acc, xs, ws, i, k - i);
+    DSV3I_UNROLL for (int t = 0; t < nx; t++) {
+        const __m128 sums = dsv3i_avx2_sums(acc[4 * t], acc[4 * t + 1], acc[4 * t + 2], acc[4 * t + 3]);
+        if ((size_t)t < n) dsv3i_avx2_store(y + (size_t)t * ldy, sums, nw);
     }
 }
 
-/* Up to 4 rows of y and `vectors` times 8 columns, the last ones under a mask: y_t += sum_j a_tj b_j. */
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_outer_tile(const int vectors, float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj,
-                           const float *b, size_t ldb, size_t k, __m256i mask) {
-    const size_t t1 = dsv3i_min(1, m - 1), t2 = dsv3i_min(2, m - 1), t3 = dsv3i_min(3, m - 1);
-    const float *const a1 = a + t1 * at, *const a2 = a + t2 * at, *const a3 = a + t3 * at;
-    float *const y1 = y + t1 * ldy, *const y2 = y + t2 * ldy, *const y3 = y + t3 * ldy;
-    const int whole = vectors == 2;
-    __m256 c0 = whole ? _mm256_loadu_ps(y) : _mm256_maskload_ps(y, mask);
-    __m256 c1 = whole ? _mm256_loadu_ps(y1) : _mm256_maskload_ps(y1, mask);
-    __m256 c2 = whole ? _mm256_loadu_ps(y2) : _mm256_maskload_ps(y2, mask);
-    __m256 c3 = whole ? _mm256_loadu_ps(y3) : _mm256_maskload_ps(y3, mask);
-    __m256 d0 = whole ? _mm256_loadu_ps(y + 8) : c0, d1 = whole ? _mm256_loadu_ps(y1 + 8) : c1;
-    __m256 d2 = whole ? _mm256_loadu_ps(y2 + 8) : c2, d3 = whole ? _mm256_loadu_ps(y3 + 8) : c3;
-    for (size_t j = 0; j < k; j++, b += ldb) {
-        const __m256 b0 = whole ? _mm256_loadu_ps(b) : _mm256_maskload_ps(b, mask);
-        const __m256 b1 = whole ? _mm256_loadu_ps(b + 8) : b0;
-        __m256 f = _mm256_broadcast_ss(a + j * aj);
-        c0 = _mm256_fmadd_ps(f, b0, c0);
-        if (whole) d0 = _mm256_fmadd_ps(f, b1, d0);
-        f = _mm256_broadcast_ss(a1 + j * aj);
-        c1 = _mm256_fmadd_ps(f, b0, c1);
-        if (whole) d1 = _mm256_fmadd_ps(f, b1, d1);
-        f = _mm256_broadcast_ss(a2 + j * aj);
-        c2 = _mm256_fmadd_ps(f, b0, c2);
-        if (whole) d2 = _mm256_fmadd_ps(f, b1, d2);
-        f = _mm256_broadcast_ss(a3 + j * aj);
-        c3 = _mm256_fmadd_ps(f, b0, c3);
-        if (whole) d3 = _mm256_fmadd_ps(f, b1, d3);
-    }
-    if (whole) {
-        _mm256_storeu_ps(y, c0), _mm256_storeu_ps(y1, c1), _mm256_storeu_ps(y2, c2), _mm256_storeu_ps(y3, c3);
-        _mm256_storeu_ps(y + 8, d0), _mm256_storeu_ps(y1 + 8, d1);
-        _mm256_storeu_ps(y2 + 8, d2), _mm256_storeu_ps(y3 + 8, d3);
-    } else {
-        _mm256_maskstore_ps(y, mask, c0), _mm256_maskstore_ps(y1, mask, c1);
-        _mm256_maskstore_ps(y2, mask, c2), _mm256_maskstore_ps(y3, mask, c3);
-    }
-}
-
-/* b in panels of 16 columns and at most 256 rows, which stay in the first cache while all rows of y pass by. */
 DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_outer(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj, const float *b,
-                             size_t ldb, size_t k, size_t n) {
-    for (size_t j = 0; j < k; j += 256) {
-        const size_t nj = dsv3i_min(256, k - j);
-        for (size_t i = 0, ni; i < n; i += ni) {
-            const __m256i mask = dsv3i_avx2_mask(dsv3i_min(8, n - i));
-            ni = n - i >= 16 ? 16 : dsv3i_min(8, n - i);
-            for (size_t t = 0; t < m; t += 4) {
-                float *to = y + t * ldy + i;
-                const float *from = a + t * at + j * aj, *panel = b + j * ldb + i;
-                if (ni == 16) {
-                    dsv3i_avx2_outer_tile(2, to, ldy, dsv3i_min(4, m - t), from, at, aj, panel, ldb, nj, mask);
-                } else {
-                    dsv3i_avx2_outer_tile(1, to, ldy, dsv3i_min(4, m - t), from, at, aj, panel, ldb, nj, mask);
-                }
+static void dsv3i_avx2_tile(float *y, size_t ldy, const float *x, size_t ldx, size_t nx, const float *w, size_t ldw,
+                            size_t nw, size_t k) {
+    for (size_t t = 0; t < nx; t += 3) {
+        for (size_t r = 0; r < nw; r += 4) {
+            const size_t n = dsv3i_min(3, nx - t), rows = dsv3i_min(4, nw - r);
+            if (n == 1) {
+                dsv3i_avx2_dots(1, y + t * ldy + r, ldy, x + t * ldx, ldx, 1, w + r * ldw, ldw, rows, k);
+            } else {
+                dsv3i_avx2_dots(3, y + t * ldy + r, ldy, x + t * ldx, ldx, n, w + r * ldw, ldw, rows, k);
             }
         }
     }
 }
 
 DSV3I_TARGET(DSV3I_AVX2) static float dsv3i_avx2_dot(const float *x, const float *y, size_t n) {
-    const void *bytes = y;
-    const unsigned char *const w = (const unsigned char *)bytes, *const ws[4] = {w, w, w, w};
-    const float *const xs[3] = {x, x, x};
-    __m256 acc[12], unit = _mm256_setzero_ps();
+    const float *const xs[3] = {x, x, x}, *const ys[4] = {y, y, y, y};
+    __m256 acc[12];
     size_t i = 0;
     acc[0] = acc[1] = acc[2] = acc[3] = _mm256_setzero_ps();
     for (; i + 8 <= n; i += 8) acc[0] = _mm256_fmadd_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i), acc[0]);
-    if (i < n) dsv3i_avx2_rest(DSV3_F32, 1, acc, xs, i, ws, i * sizeof(float), n - i, unit);
+    if (i < n) dsv3i_avx2_rest(1, acc, xs, ys, i, n - i);
     return _mm_cvtss_f32(dsv3i_avx2_sums(acc[0], acc[0], acc[0], acc[0]));
 }
 
@@ -6962,6 +7229,408 @@ DSV3I_TARGET(DSV3I_AVX2) static void dsv3i_avx2_silu_mul(float *h, const float *
         const __m256i mask = dsv3i_avx2_mask(n - i);
         _mm256_maskstore_ps(h + i, mask,
                             dsv3i_avx2_silu(_mm256_maskload_ps(a + i, mask), _mm256_maskload_ps(b + i, mask)));
+    }
+}
+
+/* ---- AVX2: products with panels */
+
+/* 8 rows of 8 words of four bytes, transposed. */
+DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_transpose(__m256i r[8]) {
+    __m256i t[8];
+    DSV3I_UNROLL for (int i = 0; i < 4; i++) {
+        t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    DSV3I_UNROLL for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    DSV3I_UNROLL for (int i = 0; i < 4; i++) {
+        const __m256i a = r[i], b = r[4 + i];
+        r[i] = _mm256_permute2x128_si256(a, b, 0x20);
+        r[4 + i] = _mm256_permute2x128_si256(a, b, 0x31);
+    }
+}
+
+/* `count` times four bytes of 16 rows at w; row 0 once more for rows that are not there. */
+DSV3I_INLINE(DSV3I_AVX2)
+void dsv3i_avx2_pack_words(unsigned char *to, const unsigned char *const w[16], size_t bytes, __m256i code, int fp8) {
+    const __m256i order = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    for (size_t half = 0; half < 2; half++) {
+        __m256i r[8];
+        for (size_t j = 0; j < 8; j++) {
+            const unsigned char *at = w[8 * half + j];
+            unsigned char part[32] = {0};
+            if (at != NULL && bytes >= 32) {
+                r[j] = _mm256_loadu_si256((const __m256i *)(const void *)at);
+            } else {
+                if (at != NULL) DSV3_MEMCPY(part, at, bytes);
+                r[j] = _mm256_loadu_si256((const __m256i *)(const void *)part);
+            }
+            r[j] = _mm256_xor_si256(r[j], code);
+        }
+        dsv3i_avx2_transpose(r);
+        for (size_t j = 0; j < 8 && 4 * j < bytes; j++) {
+            if (fp8) r[j] = _mm256_shuffle_epi8(r[j], order);
+            _mm256_storeu_si256((__m256i *)(void *)(to + 64 * j + 32 * half), r[j]);
+        }
+    }
+}
+
+DSV3I_INLINE(DSV3I_AVX2)
+void dsv3i_avx2_pack(const size_t size, void *panel, const void *w, size_t row_bytes, size_t rows, size_t k) {
+    unsigned char *to = (unsigned char *)panel;
+    for (size_t i = 0; i < k * size; i += 32, to += 512) {
+        const unsigned char *at[16];
+        for (size_t j = 0; j < 16; j++) at[j] = j < rows ? (const unsigned char *)w + j * row_bytes + i : NULL;
+        dsv3i_avx2_pack_words(to, at, dsv3i_min(32, k * size - i), _mm256_setzero_si256(), size == 1);
+    }
+}
+
+DSV3I_TARGET(DSV3I_AVX2)
+static void dsv3i_avx2_pack_4(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
+    (void)scale;
+    dsv3i_avx2_pack(4, panel, w, row_bytes, rows, k);
+}
+
+DSV3I_TARGET(DSV3I_AVX2)
+static void dsv3i_avx2_pack_2(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
+    (void)scale;
+    dsv3i_avx2_pack(2, panel, w, row_bytes, rows, k);
+}
+
+DSV3I_TARGET(DSV3I_AVX2)
+static void dsv3i_avx2_pack_1(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
+    (void)scale;
+    dsv3i_avx2_pack(1, panel, w, row_bytes, rows, k);
+}
+
+DSV3I_INLINE(DSV3I_AVX2)
+void dsv3i_avx2_pack_blocks(const size_t size, void *panel, float *scale, const void *w, size_t row_bytes, size_t rows,
+                            size_t k) {
+    const __m256i code = _mm256_set1_epi8(size == 32 ? (char)-128 : 0);
+    unsigned char *to = (unsigned char *)panel;
+    for (size_t b = 0; b < k / DSV3_QBLOCK; b++, to += 16 * size, scale += 16) {
+        const unsigned char *at[16];
+        uint16_t bits[16];
+        for (size_t j = 0; j < 16; j++) {
+            const unsigned char *block = (const unsigned char *)w + dsv3i_min(j, rows - 1) * row_bytes + b * (2 + size);
+            DSV3_MEMCPY(&bits[j], block, 2);
+            if (j >= rows) bits[j] = 0;
+            at[j] = block + 2;
+        }
+        dsv3i_avx2_pack_words(to, at, size, code, 0);
+        _mm256_storeu_ps(scale, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)bits)));
+        _mm256_storeu_ps(scale + 8, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(bits + 8))));
+    }
+}
+
+DSV3I_TARGET(DSV3I_AVX2)
+static void dsv3i_avx2_pack_q8_0(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
+    dsv3i_avx2_pack_blocks(32, panel, scale, w, row_bytes, rows, k);
+}
+
+DSV3I_TARGET(DSV3I_AVX2)
+static void dsv3i_avx2_pack_q4_0(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
+    dsv3i_avx2_pack_blocks(16, panel, scale, w, row_bytes, rows, k);
+}
+
+/* The lower and the upper 16 bits of eight words, each as eight halves. */
+DSV3I_INLINE(DSV3I_AVX2) __m128i dsv3i_avx2_halves(__m256i v, const int upper) {
+    const __m256i w = upper ? _mm256_srli_epi32(v, 16) : _mm256_and_si256(v, _mm256_set1_epi32(65535));
+    return _mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
+}
+
+DSV3I_TARGET(DSV3I_AVX2) static void dsv3i_avx2_widen_f16(void *values, const void *panel, size_t k) {
+    const unsigned char *from = (const unsigned char *)panel;
+    float *to = (float *)values;
+    for (size_t i = 0; i < k; i += 2, from += 64, to += 32) {
+        for (size_t half = 0; half < 2; half++) {
+            const __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)(from + 32 * half));
+            _mm256_storeu_ps(to + 8 * half, _mm256_cvtph_ps(dsv3i_avx2_halves(v, 0)));
+            if (i + 1 < k) _mm256_storeu_ps(to + 16 + 8 * half, _mm256_cvtph_ps(dsv3i_avx2_halves(v, 1)));
+        }
+    }
+}
+
+/* 16 codes of E4M3 in the upper bytes of v, to BF16, by way of halves (see dsv3i_avx2_load). */
+DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_bf16(__m256i v) {
+    const __m256i bits = _mm256_set1_epi16(0x3F80);
+    __m256i h = _mm256_and_si256(_mm256_srai_epi16(v, 1), _mm256_set1_epi16((short)-16512));
+    __m256 a, b;
+    h = _mm256_or_si256(h, _mm256_srli_epi16(_mm256_cmpeq_epi16(_mm256_and_si256(h, bits), bits), 1));
+    a = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_set1_ps(256.0f));
+    b = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)), _mm256_set1_ps(256.0f));
+    h = _mm256_packus_epi32(_mm256_srli_epi32(_mm256_castps_si256(a), 16),
+                            _mm256_srli_epi32(_mm256_castps_si256(b), 16));
+    return _mm256_permute4x64_epi64(h, 0xD8);
+}
+
+DSV3I_TARGET(DSV3I_AVX2) static void dsv3i_avx2_widen_f8(void *values, const void *panel, size_t k) {
+    const unsigned char *from = (const unsigned char *)panel;
+    unsigned char *to = (unsigned char *)values;
+    for (size_t i = 0; i < k; i += 4, from += 64, to += 128) {
+        for (size_t half = 0; half < 2; half++) {
+            const __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)(from + 32 * half));
+            const __m256i low = dsv3i_avx2_bf16(_mm256_unpacklo_epi8(_mm256_setzero_si256(), v));
+            const __m256i high = dsv3i_avx2_bf16(_mm256_unpackhi_epi8(_mm256_setzero_si256(), v));
+            _mm256_storeu_si256((__m256i *)(void *)(to + 32 * half), low);
+            if (i + 2 < k) _mm256_storeu_si256((__m256i *)(void *)(to + 64 + 32 * half), high);
+        }
+    }
+}
+
+DSV3I_TARGET(DSV3I_AVX2) static void dsv3i_avx2_widen_q4_0(void *values, const void *panel, size_t k) {
+    const __m256i low = _mm256_set1_epi8(15);
+    const unsigned char *from = (const unsigned char *)panel;
+    unsigned char *to = (unsigned char *)values;
+    for (size_t i = 0; i < k; i += DSV3_QBLOCK, from += 256, to += 512) {
+        for (size_t j = 0; j < 256; j += 32) {
+            const __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)(from + j));
+            _mm256_storeu_si256((__m256i *)(void *)(to + j), _mm256_and_si256(v, low));
+            _mm256_storeu_si256((__m256i *)(void *)(to + j + 256), _mm256_and_si256(_mm256_srli_epi16(v, 4), low));
+        }
+    }
+}
+
+/* As dsv3i_avx512_floats. */
+DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_floats(const int bytes, __m256 f[4], __m256i v, __m256 zero) {
+    const __m256i byte = _mm256_set1_epi32(255);
+    if (!bytes) {
+        f[0] = _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
+        f[1] = _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(-65536)));
+        return;
+    }
+    f[0] = _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_and_si256(v, byte)), zero);
+    f[1] = _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(v, 8), byte)), zero);
+    f[2] = _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(v, 16), byte)), zero);
+    f[3] = _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_srli_epi32(v, 24)), zero);
+}
+
+DSV3I_INLINE(DSV3I_AVX2)
+void dsv3i_avx2_float_panel(const int bytes, float *values, const void *panel, size_t k, int32_t zero) {
+    const unsigned char *from = (const unsigned char *)panel;
+    const size_t each = bytes ? 4 : 2;
+    for (size_t i = 0; i < k; i += each, from += 64) {
+        for (size_t half = 0; half < 2; half++) {
+            __m256 f[4];
+            dsv3i_avx2_floats(bytes, f, _mm256_loadu_si256((const __m256i *)(const void *)(from + 32 * half)),
+                              _mm256_set1_ps((float)zero));
+            for (size_t j = 0; j < each && i + j < k; j++) _mm256_storeu_ps(values + (i + j) * 16 + 8 * half, f[j]);
+        }
+    }
+}
+
+DSV3I_TARGET(DSV3I_AVX2)
+static void dsv3i_avx2_float_bf16(float *values, const void *panel, size_t k, int32_t zero) {
+    dsv3i_avx2_float_panel(0, values, panel, k, zero);
+}
+
+DSV3I_TARGET(DSV3I_AVX2)
+static void dsv3i_avx2_float_bytes(float *values, const void *panel, size_t k, int32_t zero) {
+    dsv3i_avx2_float_panel(1, values, panel, k, zero);
+}
+
+/* M rows of x and one panel (or other 16 columns of a matrix) in two registers each. */
+typedef struct dsv3i_avx2_place {
+    const unsigned char *x[6], *w;
+    const float *scale;
+    float *y;
+    size_t ldy, n, columns; /* rows and columns that are wanted: other rows repeat the last */
+} dsv3i_avx2_place;
+
+DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_rows(const int M, dsv3i_avx2_place *a, const void *x, size_t ldx, size_t n) {
+    a->n = dsv3i_min((size_t)M, n);
+    DSV3I_UNROLL for (int m = 0; m < M; m++) {
+        a->x[m] = (const unsigned char *)x + dsv3i_min((size_t)m, n - 1) * ldx;
+    }
+}
+
+/* Columns 8 half .. 8 half + 7 of 16. */
+DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_get(const float *y, size_t columns, const int half) {
+    if (columns >= 8 * (size_t)half + 8) return _mm256_loadu_ps(y + 8 * half);
+    return columns <= 8 * (size_t)half ? _mm256_setzero_ps()
+                                       : _mm256_maskload_ps(y + 8 * half, dsv3i_avx2_mask(columns - 8 * (size_t)half));
+}
+
+DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_put(float *y, size_t columns, const int half, __m256 v) {
+    if (columns >= 8 * (size_t)half + 8) {
+        _mm256_storeu_ps(y + 8 * half, v);
+    } else if (columns > 8 * (size_t)half) {
+        _mm256_maskstore_ps(y + 8 * half, dsv3i_avx2_mask(columns - 8 * (size_t)half), v);
+    }
+}
+
+DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_begin(const int M, __m256 acc[12], const dsv3i_avx2_place *a, int add) {
+    DSV3I_UNROLL for (int i = 0; i < 2 * M; i++) {
+        acc[i] = _mm256_setzero_ps();
+        if (add) acc[i] = dsv3i_avx2_get(a->y + dsv3i_min((size_t)(i / 2), a->n - 1) * a->ldy, a->columns, i % 2);
+    }
+}
+
+/* As dsv3i_avx512_end. */
+DSV3I_INLINE(DSV3I_AVX2)
+void dsv3i_avx2_end(const int M, const __m256 acc[12], const dsv3i_avx2_place *a, int scaled, size_t at, int add) {
+    DSV3I_UNROLL for (int i = 0; i < 2 * M; i++) {
+        float *y = a->y + (size_t)(i / 2) * a->ldy;
+        __m256 sum = acc[i];
+        if ((size_t)(i / 2) >= a->n) continue;
+        if (scaled) {
+            const __m256 old = add ? dsv3i_avx2_get(y, a->columns, i % 2) : _mm256_setzero_ps();
+            sum = _mm256_fmadd_ps(sum, _mm256_loadu_ps(a->scale + at + 8 * (i % 2)), old);
+        }
+        dsv3i_avx2_put(y, a->columns, i % 2, sum);
+    }
+}
+
+DSV3I_INLINE(DSV3I_AVX2)
+void dsv3i_avx2_float_terms(const int M, const int edge, __m256 acc[12], const dsv3i_avx2_place *a, size_t aj,
+                            size_t ldb, size_t k) {
+    size_t x = 0;
+    const float *w = (const float *)(const void *)a->w;
+    for (size_t j = 0; j < k; j++, x += aj * sizeof(float), w += ldb) {
+        const __m256 b0 = edge ? dsv3i_avx2_get(w, a->columns, 0) : _mm256_loadu_ps(w);
+        const __m256 b1 = edge ? dsv3i_avx2_get(w, a->columns, 1) : _mm256_loadu_ps(w + 8);
+        DSV3I_UNROLL for (int m = 0; m < M; m++) {
+            const __m256 f = _mm256_set1_ps(*(const float *)(const void *)(a->x[m] + x));
+            acc[2 * m] = _mm256_fmadd_ps(f, b0, acc[2 * m]);
+            acc[2 * m + 1] = _mm256_fmadd_ps(f, b1, acc[2 * m + 1]);
+        }
+    }
+}
+
+DSV3I_INLINE(DSV3I_AVX2)
+void dsv3i_avx2_code_terms(const int bytes, const int M, __m256 acc[12], const dsv3i_avx2_place *a, __m256 zero,
+                           size_t i0, size_t i1) {
+    const int each = bytes ? 4 : 2;
+    for (size_t i = i0; i < i1; i += (size_t)each) {
+        const int rest = i1 - i < (size_t)each;
+        DSV3I_UNROLL for (int half = 0; half < 2; half++) {
+            const unsigned char *w = a->w + i / (size_t)each * 64 + 32 * half;
+            __m256 f[4];
+            dsv3i_avx2_floats(bytes, f, _mm256_loadu_si256((const __m256i *)(const void *)w), zero);
+            DSV3I_UNROLL for (int j = 0; j < each; j++) {
+                if (j > 0 && rest) continue;
+                DSV3I_UNROLL for (int m = 0; m < M; m++) {
+                    const float *x = (const float *)(const void *)a->x[m] + i + j;
+                    acc[2 * m + half] = _mm256_fmadd_ps(_mm256_set1_ps(*x), f[j], acc[2 * m + half]);
+                }
+            }
+        }
+    }
+}
+
+DSV3I_INLINE(DSV3I_AVX2)
+void dsv3i_avx2_exact(const dsv3_product kind, const int M, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+                      const dsv3_panels *w, size_t row, size_t rows, size_t k, int add) {
+    const __m256 zero = _mm256_set1_ps((float)w->zero);
+    const int scaled = w->scale != NULL;
+    dsv3i_avx2_place a;
+    __m256 acc[12];
+    a.y = y + row;
+    a.ldy = ldy;
+    a.columns = rows - row;
+    a.w = (const unsigned char *)w->values + row / 16 * w->stride;
+    a.scale = scaled ? w->scale + row / 16 * w->scale_stride : NULL;
+    dsv3i_avx2_rows(M, &a, x, ldx, n);
+    for (size_t i = 0, end, at = 0; i < k; i = end, at += 16) {
+        end = dsv3i_min(i + w->block, k);
+        dsv3i_avx2_begin(M, acc, &a, add && !scaled);
+        if (kind == DSV3_PRODUCT_F32) {
+            dsv3i_avx2_float_terms(M, 0, acc, &a, 1, 16, end - i);
+            DSV3I_UNROLL for (int m = 0; m < M; m++) a.x[m] += (end - i) * sizeof(float);
+            a.w += (end - i) * 64;
+        } else {
+            dsv3i_avx2_code_terms(kind == DSV3_PRODUCT_BYTES, M, acc, &a, zero, i, end);
+        }
+        dsv3i_avx2_end(M, acc, &a, scaled, at, add || i > 0);
+    }
+}
+
+DSV3I_INLINE(DSV3I_AVX2)
+void dsv3i_avx2_few(const dsv3_product kind, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+                    const dsv3_panels *w, size_t rows, size_t k, int add) {
+    for (size_t row = 0; row < rows; row += 16) {
+        switch (n) {
+        case 1: dsv3i_avx2_exact(kind, 1, y, ldy, x, ldx, 1, w, row, rows, k, add); break;
+        case 2: dsv3i_avx2_exact(kind, 2, y, ldy, x, ldx, 2, w, row, rows, k, add); break;
+        case 3: dsv3i_avx2_exact(kind, 3, y, ldy, x, ldx, 3, w, row, rows, k, add); break;
+        default: dsv3i_avx2_exact(kind, 4, y, ldy, x, ldx, 4, w, row, rows, k, add);
+        }
+    }
+}
+
+DSV3I_TARGET(DSV3I_AVX2)
+static void dsv3i_avx2_product_f32(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panels *w,
+                                   size_t rows, size_t k, int add) {
+    if (n <= DSV3I_FEW) {
+        dsv3i_avx2_few(DSV3_PRODUCT_F32, y, ldy, x, ldx, n, w, rows, k, add);
+        return;
+    }
+    for (size_t row = 0; row < rows; row += 16) {
+        for (size_t t = 0; t < n; t += 6) {
+            const unsigned char *xt = (const unsigned char *)x + t * ldx;
+            if (n - t > 3) {
+                dsv3i_avx2_exact(DSV3_PRODUCT_F32, 6, y + t * ldy, ldy, xt, ldx, n - t, w, row, rows, k, add);
+            } else {
+                dsv3i_avx2_exact(DSV3_PRODUCT_F32, 3, y + t * ldy, ldy, xt, ldx, n - t, w, row, rows, k, add);
+            }
+        }
+    }
+}
+
+DSV3I_TARGET(DSV3I_AVX2)
+static void dsv3i_avx2_product_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panels *w,
+                                    size_t rows, size_t k, int add) {
+    dsv3i_avx2_few(DSV3_PRODUCT_BF16, y, ldy, x, ldx, n, w, rows, k, add);
+}
+
+DSV3I_TARGET(DSV3I_AVX2)
+static void dsv3i_avx2_product_bytes(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panels *w,
+                                     size_t rows, size_t k, int add) {
+    dsv3i_avx2_few(DSV3_PRODUCT_BYTES, y, ldy, x, ldx, n, w, rows, k, add);
+}
+
+/* Up to M rows of y and `columns` <= 16 columns. */
+DSV3I_INLINE(DSV3I_AVX2)
+void dsv3i_avx2_outer_tile(const int M, const int edge, float *y, size_t ldy, size_t m, const float *x, size_t at,
+                           size_t aj, const float *b, size_t ldb, size_t k, size_t columns) {
+    dsv3i_avx2_place a;
+    __m256 acc[12];
+    a.y = y;
+    a.ldy = ldy;
+    a.columns = columns;
+    a.w = (const unsigned char *)(const void *)b;
+    a.scale = NULL;
+    dsv3i_avx2_rows(M, &a, x, at * sizeof *x, m);
+    dsv3i_avx2_begin(M, acc, &a, 1);
+    dsv3i_avx2_float_terms(M, edge, acc, &a, aj, ldb, k);
+    dsv3i_avx2_end(M, acc, &a, 0, 0, 0);
+}
+
+/* b in panels of 16 columns and at most 256 rows, which stay in the first cache while all rows of y pass by. */
+DSV3I_TARGET(DSV3I_AVX2)
+static void dsv3i_avx2_outer(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj, const float *b,
+                             size_t ldb, size_t k, size_t n) {
+    for (size_t j = 0; j < k; j += 256) {
+        const size_t nj = dsv3i_min(256, k - j);
+        for (size_t i = 0; i < n; i += 16) {
+            for (size_t t = 0; t < m; t += 6) {
+                float *to = y + t * ldy + i;
+                const float *from = a + t * at + j * aj, *panel = b + j * ldb + i;
+                const size_t columns = n - i;
+                if (columns < 16) {
+                    dsv3i_avx2_outer_tile(6, 1, to, ldy, m - t, from, at, aj, panel, ldb, nj, columns);
+                } else if (m - t > 3) {
+                    dsv3i_avx2_outer_tile(6, 0, to, ldy, m - t, from, at, aj, panel, ldb, nj, columns);
+                } else {
+                    dsv3i_avx2_outer_tile(3, 0, to, ldy, m - t, from, at, aj, panel, ldb, nj, columns);
+                }
+            }
+        }
     }
 }
 
@@ -7035,151 +7704,42 @@ DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_decode(const dsv3_type type, float 
     }
 }
 
-/* Sixteen terms of 4 times nx dots: acc[4 t + r] += x_t w_r. */
+/* nw <= 4 rows of w, NX (1 or 4) of x, of which n are stored. What is not there is its neighbour once more. */
 DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_terms(const dsv3_type type, const int nx, __mmask16 m, __m512 acc[16], const float *const x[4],
-                        size_t at_x, const unsigned char *const w[4], size_t at_w, __m512 unit) {
-    const __m512 x0 = _mm512_maskz_loadu_ps(m, x[0] + at_x);
-    const __m512 x1 = nx > 1 ? _mm512_maskz_loadu_ps(m, x[1] + at_x) : x0;
-    const __m512 x2 = nx > 1 ? _mm512_maskz_loadu_ps(m, x[2] + at_x) : x0;
-    const __m512 x3 = nx > 1 ? _mm512_maskz_loadu_ps(m, x[3] + at_x) : x0;
-    __m512 r = dsv3i_avx512_load(type, m, w[0] + at_w);
-    if (type == DSV3_F8_E4M3) r = _mm512_mul_ps(r, unit);
-    acc[0] = _mm512_fmadd_ps(x0, r, acc[0]);
-    if (nx > 1) acc[4] = _mm512_fmadd_ps(x1, r, acc[4]);
-    if (nx > 1) acc[8] = _mm512_fmadd_ps(x2, r, acc[8]);
-    if (nx > 1) acc[12] = _mm512_fmadd_ps(x3, r, acc[12]);
-    r = dsv3i_avx512_load(type, m, w[1] + at_w);
-    if (type == DSV3_F8_E4M3) r = _mm512_mul_ps(r, unit);
-    acc[1] = _mm512_fmadd_ps(x0, r, acc[1]);
-    if (nx > 1) acc[5] = _mm512_fmadd_ps(x1, r, acc[5]);
-    if (nx > 1) acc[9] = _mm512_fmadd_ps(x2, r, acc[9]);
-    if (nx > 1) acc[13] = _mm512_fmadd_ps(x3, r, acc[13]);
-    r = dsv3i_avx512_load(type, m, w[2] + at_w);
-    if (type == DSV3_F8_E4M3) r = _mm512_mul_ps(r, unit);
-    acc[2] = _mm512_fmadd_ps(x0, r, acc[2]);
-    if (nx > 1) acc[6] = _mm512_fmadd_ps(x1, r, acc[6]);
-    if (nx > 1) acc[10] = _mm512_fmadd_ps(x2, r, acc[10]);
-    if (nx > 1) acc[14] = _mm512_fmadd_ps(x3, r, acc[14]);
-    r = dsv3i_avx512_load(type, m, w[3] + at_w);
-    if (type == DSV3_F8_E4M3) r = _mm512_mul_ps(r, unit);
-    acc[3] = _mm512_fmadd_ps(x0, r, acc[3]);
-    if (nx > 1) acc[7] = _mm512_fmadd_ps(x1, r, acc[7]);
-    if (nx > 1) acc[11] = _mm512_fmadd_ps(x2, r, acc[11]);
-    if (nx > 1) acc[15] = _mm512_fmadd_ps(x3, r, acc[15]);
-}
-
-/* 4 times nx dots (nx is 1 or 4) of k terms: sums[t] of x_t with the four rows of w. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_dots(const dsv3_type type, const int nx, __m128 sums[4], const float *const x[4],
-                       const unsigned char *const w[4], const unsigned char *scale, size_t k) {
-    const size_t size = type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2;
-    const size_t block = type == DSV3_F8_E4M3 ? DSV3_BLOCK : k;
-    const __m512 zero = _mm512_setzero_ps();
-    __m512 unit = zero;
-    __m512 acc[16] = {zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero};
-    for (size_t i = 0, end; i < k; i = end) {
-        end = k - i > block ? i + block : k;
-        if (type == DSV3_F8_E4M3) {
-            float value = 1.0f;
-            if (scale != NULL) DSV3_MEMCPY(&value, scale + i / DSV3_BLOCK * sizeof value, sizeof value);
-            unit = _mm512_set1_ps(value * 256.0f);
-        }
-        for (; i + 16 <= end; i += 16) dsv3i_avx512_terms(type, nx, 0xFFFF, acc, x, i, w, i * size, unit);
-        if (i < end) dsv3i_avx512_terms(type, nx, dsv3i_avx512_mask(end - i), acc, x, i, w, i * size, unit);
+void dsv3i_avx512_dots(const int NX, float *y, size_t ldy, const float *x, size_t ldx, size_t n, const float *w,
+                       size_t ldw, size_t nw, size_t k) {
+    const float *xs[4], *ws[4];
+    __m512 acc[16];
+    DSV3I_UNROLL for (int i = 0; i < 4; i++) {
+        xs[i] = x + dsv3i_min((size_t)i, n - 1) * ldx;
+        ws[i] = w + dsv3i_min((size_t)i, nw - 1) * ldw;
     }
-    sums[0] = dsv3i_avx512_sums(acc[0], acc[1], acc[2], acc[3]);
-    if (nx > 1) sums[1] = dsv3i_avx512_sums(acc[4], acc[5], acc[6], acc[7]);
-    if (nx > 1) sums[2] = dsv3i_avx512_sums(acc[8], acc[9], acc[10], acc[11]);
-    if (nx > 1) sums[3] = dsv3i_avx512_sums(acc[12], acc[13], acc[14], acc[15]);
-}
-
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_tile(const dsv3_type type, float *y, size_t ldy, const float *x, size_t ldx, size_t nx,
-                       const void *w, size_t ldw, const void *scale, size_t nw, size_t k) {
-    const size_t row = ldw * (type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2);
-    const unsigned char *rows = (const unsigned char *)w, *scales = (const unsigned char *)scale;
-    const size_t stream = nx <= DSV3I_FEW ? nw / 4 : 0;
-    for (size_t t = 0, nt; t < nx; t += nt) {
-        const size_t last = nx - 1 - t;
-        const float *const x0 = x + t * ldx;
-        const float *const xs[4] = {x0, x0 + dsv3i_min(1, last) * ldx, x0 + dsv3i_min(2, last) * ldx,
-                                    x0 + dsv3i_min(3, last) * ldx};
-        nt = dsv3i_min(4, nx - t);
-        for (size_t r = 0, next; r < nw; r = next) {
-            const int far = r < stream;
-            const size_t step = far ? stream : 1, end = far ? 3 : nw - 1 - r;
-            const unsigned char *const w0 = rows + r * row;
-            const unsigned char *const ws[4] = {w0, w0 + dsv3i_min(1, end) * step * row,
-                                                w0 + dsv3i_min(2, end) * step * row,
-                                                w0 + dsv3i_min(3, end) * step * row};
-            __m128 sums[4];
-            next = far ? (r + 1 < stream ? r + 1 : 4 * stream) : r + 4;
-            if (nt == 1) {
-                dsv3i_avx512_dots(type, 1, sums, xs, ws, scales, k);
-            } else {
-                dsv3i_avx512_dots(type, 4, sums, xs, ws, scales, k);
-            }
-            dsv3i_avx2_store(y + t * ldy + r, sums[0], nw - r, step);
-            if (nt > 1) dsv3i_avx2_store(y + (t + 1) * ldy + r, sums[1], nw - r, step);
-            if (nt > 2) dsv3i_avx2_store(y + (t + 2) * ldy + r, sums[2], nw - r, step);
-            if (nt > 3) dsv3i_avx2_store(y + (t + 3) * ldy + r, sums[3], nw - r, step);
+    DSV3I_UNROLL for (int i = 0; i < 4 * NX; i++) acc[i] = _mm512_setzero_ps();
+    for (size_t i = 0; i < k; i += 16) {
+        const __mmask16 m = dsv3i_avx512_mask(k - i);
+        __m512 f[4];
+        DSV3I_UNROLL for (int r = 0; r < 4; r++) f[r] = _mm512_maskz_loadu_ps(m, ws[r] + i);
+        DSV3I_UNROLL for (int t = 0; t < NX; t++) {
+            const __m512 xt = _mm512_maskz_loadu_ps(m, xs[t] + i);
+            DSV3I_UNROLL for (int r = 0; r < 4; r++) acc[4 * t + r] = _mm512_fmadd_ps(xt, f[r], acc[4 * t + r]);
         }
     }
-}
-
-/* Up to 4 rows of y and `vectors` times 16 columns, the last of them under the mask. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_outer_tile(const int vectors, float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj,
-                             const float *b, size_t ldb, size_t k, __mmask16 mask) {
-    const size_t t1 = dsv3i_min(1, m - 1), t2 = dsv3i_min(2, m - 1), t3 = dsv3i_min(3, m - 1);
-    const float *const a1 = a + t1 * at, *const a2 = a + t2 * at, *const a3 = a + t3 * at;
-    float *const y1 = y + t1 * ldy, *const y2 = y + t2 * ldy, *const y3 = y + t3 * ldy;
-    const int two = vectors == 2;
-    const size_t last = two ? 16 : 0;
-    __m512 c0 = _mm512_maskz_loadu_ps(mask, y + last), c1 = _mm512_maskz_loadu_ps(mask, y1 + last);
-    __m512 c2 = _mm512_maskz_loadu_ps(mask, y2 + last), c3 = _mm512_maskz_loadu_ps(mask, y3 + last);
-    __m512 d0 = two ? _mm512_loadu_ps(y) : c0, d1 = two ? _mm512_loadu_ps(y1) : c1;
-    __m512 d2 = two ? _mm512_loadu_ps(y2) : c2, d3 = two ? _mm512_loadu_ps(y3) : c3;
-    for (size_t j = 0; j < k; j++, b += ldb) {
-        const __m512 b0 = _mm512_maskz_loadu_ps(mask, b + last), b1 = two ? _mm512_loadu_ps(b) : b0;
-        __m512 f = _mm512_set1_ps(a[j * aj]);
-        c0 = _mm512_fmadd_ps(f, b0, c0);
-        if (two) d0 = _mm512_fmadd_ps(f, b1, d0);
-        f = _mm512_set1_ps(a1[j * aj]);
-        c1 = _mm512_fmadd_ps(f, b0, c1);
-        if (two) d1 = _mm512_fmadd_ps(f, b1, d1);
-        f = _mm512_set1_ps(a2[j * aj]);
-        c2 = _mm512_fmadd_ps(f, b0, c2);
-        if (two) d2 = _mm512_fmadd_ps(f, b1, d2);
-        f = _mm512_set1_ps(a3[j * aj]);
-        c3 = _mm512_fmadd_ps(f, b0, c3);
-        if (two) d3 = _mm512_fmadd_ps(f, b1, d3);
-    }
-    _mm512_mask_storeu_ps(y + last, mask, c0), _mm512_mask_storeu_ps(y1 + last, mask, c1);
-    _mm512_mask_storeu_ps(y2 + last, mask, c2), _mm512_mask_storeu_ps(y3 + last, mask, c3);
-    if (two) {
-        _mm512_storeu_ps(y, d0), _mm512_storeu_ps(y1, d1), _mm512_storeu_ps(y2, d2), _mm512_storeu_ps(y3, d3);
+    DSV3I_UNROLL for (int t = 0; t < NX; t++) {
+        const __m128 sums = dsv3i_avx512_sums(acc[4 * t], acc[4 * t + 1], acc[4 * t + 2], acc[4 * t + 3]);
+        if ((size_t)t < n) dsv3i_avx2_store(y + (size_t)t * ldy, sums, nw);
     }
 }
 
 DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_outer(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj, const float *b,
-                               size_t ldb, size_t k, size_t n) {
-    for (size_t j = 0; j < k; j += 256) {
-        const size_t nj = dsv3i_min(256, k - j);
-        for (size_t i = 0, ni; i < n; i += ni) {
-            const int two = n - i > 16;
-            const __mmask16 mask = dsv3i_avx512_mask(two ? n - i - 16 : n - i);
-            ni = dsv3i_min(two ? 32 : 16, n - i);
-            for (size_t t = 0; t < m; t += 4) {
-                float *to = y + t * ldy + i;
-                const float *from = a + t * at + j * aj, *panel = b + j * ldb + i;
-                if (two) {
-                    dsv3i_avx512_outer_tile(2, to, ldy, dsv3i_min(4, m - t), from, at, aj, panel, ldb, nj, mask);
-                } else {
-                    dsv3i_avx512_outer_tile(1, to, ldy, dsv3i_min(4, m - t), from, at, aj, panel, ldb, nj, mask);
-                }
+static void dsv3i_avx512_tile(float *y, size_t ldy, const float *x, size_t ldx, size_t nx, const float *w, size_t ldw,
+                              size_t nw, size_t k) {
+    for (size_t t = 0; t < nx; t += 4) {
+        for (size_t r = 0; r < nw; r += 4) {
+            const size_t n = dsv3i_min(4, nx - t), rows = dsv3i_min(4, nw - r);
+            if (n == 1) {
+                dsv3i_avx512_dots(1, y + t * ldy + r, ldy, x + t * ldx, ldx, 1, w + r * ldw, ldw, rows, k);
+            } else {
+                dsv3i_avx512_dots(4, y + t * ldy + r, ldy, x + t * ldx, ldx, n, w + r * ldw, ldw, rows, k);
             }
         }
     }
@@ -7225,39 +7785,638 @@ DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_silu_mul(float *h, const flo
     }
 }
 
-/* ---- The bodies above, once for each type, and the tables. */
+/* ---- AVX-512: products with panels */
 
-#define DSV3I_TYPE(isa, target, name, type)                                                                          \
+/* 16 rows of 16 words of four bytes, transposed. */
+DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_transpose(__m512i r[16]) {
+    __m512i t[16];
+    DSV3I_UNROLL for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    DSV3I_UNROLL for (int i = 0; i < 16; i += 4) { /* r[i + j], lane l: column 4 l + j of rows i .. i+3 */
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    DSV3I_UNROLL for (int j = 0; j < 4; j++) {
+        const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xDD);
+        const __m512i c = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+        const __m512i d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xDD);
+        t[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+        t[8 + j] = _mm512_shuffle_i32x4(a, c, 0xDD);
+        t[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
+        t[12 + j] = _mm512_shuffle_i32x4(b, d, 0xDD);
+    }
+    DSV3I_UNROLL for (int i = 0; i < 16; i++) r[i] = t[i];
+}
+
+/* Rows of `size` bytes an element, 64 bytes at a time. */
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_pack(const size_t size, void *panel, const void *w, size_t row_bytes, size_t rows, size_t k) {
+    const __m512i fp8 = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    const unsigned char *from = (const unsigned char *)w;
+    unsigned char *to = (unsigned char *)panel;
+    const size_t bytes = k * size;
+    for (size_t i = 0; i < bytes; i += 64, to += 1024) {
+        const size_t left = bytes - i;
+        const __mmask64 m = left >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << left) - 1;
+        __m512i r[16];
+        if (rows == DSV3I_PANEL && left >= 64) {
+            DSV3I_UNROLL for (int j = 0; j < 16; j++) r[j] = _mm512_loadu_si512(from + (size_t)j * row_bytes + i);
+        } else {
+            for (size_t j = 0; j < 16; j++) {
+                r[j] = _mm512_setzero_si512();
+                if (j < rows) r[j] = _mm512_maskz_loadu_epi8(m, from + j * row_bytes + i);
+            }
+        }
+        dsv3i_avx512_transpose(r);
+        for (size_t j = 0; j < 16 && 4 * j < left; j++) {
+            if (size == 1) r[j] = _mm512_shuffle_epi8(r[j], fp8);
+            _mm512_storeu_si512(to + 64 * j, r[j]);
+        }
+    }
+}
+
+DSV3I_TARGET(DSV3I_AVX512)
+static void dsv3i_avx512_pack_4(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
+    (void)scale;
+    dsv3i_avx512_pack(4, panel, w, row_bytes, rows, k);
+}
+
+DSV3I_TARGET(DSV3I_AVX512)
+static void dsv3i_avx512_pack_2(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
+    (void)scale;
+    dsv3i_avx512_pack(2, panel, w, row_bytes, rows, k);
+}
+
+DSV3I_TARGET(DSV3I_AVX512)
+static void dsv3i_avx512_pack_1(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
+    (void)scale;
+    dsv3i_avx512_pack(1, panel, w, row_bytes, rows, k);
+}
+
+/* The F16 multipliers of a block of each row. */
+DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_scales(const unsigned char *w, size_t row_bytes, size_t rows) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i at = _mm512_mullo_epi32(lane, _mm512_set1_epi32((int)row_bytes));
+    const __m512i words = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), dsv3i_avx512_mask(rows), at, w, 1);
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words));
+}
+
+/* Blocks of 2 + size bytes, 64 / size of them at a time. */
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_pack_blocks(const size_t size, void *panel, float *scale, const void *w, size_t row_bytes,
+                              size_t rows, size_t k) {
+    const unsigned char *from = (const unsigned char *)w;
+    unsigned char *to = (unsigned char *)panel;
+    const size_t blocks = k / DSV3_QBLOCK, many = 64 / size;
+    const __m512i code = _mm512_set1_epi8(size == 32 ? (char)-128 : 0);
+    for (size_t b = 0; b < blocks; b += many) {
+        const size_t count = dsv3i_min(many, blocks - b);
+        __m512i r[16];
+        for (size_t j = 0; j < 16; j++) {
+            const unsigned char *at = from + dsv3i_min(j, rows - 1) * row_bytes + b * (2 + size) + 2;
+            unsigned char part[64];
+            if (count == many && size == 32) {
+                r[j] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(const void *)at)),
+                                          _mm256_loadu_si256((const __m256i *)(const void *)(at + 34)), 1);
+            } else if (count == many) {
+                r[j] = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(const void *)at));
+                r[j] = _mm512_inserti32x4(r[j], _mm_loadu_si128((const __m128i *)(const void *)(at + 18)), 1);
+                r[j] = _mm512_inserti32x4(r[j], _mm_loadu_si128((const __m128i *)(const void *)(at + 36)), 2);
+                r[j] = _mm512_inserti32x4(r[j], _mm_loadu_si128((const __m128i *)(const void *)(at + 54)), 3);
+            } else {
+                DSV3_MEMSET(part, 0, sizeof part);
+                for (size_t i = 0; i < count; i++) DSV3_MEMCPY(part + i * size, at + i * (2 + size), size);
+                r[j] = _mm512_loadu_si512(part);
+            }
+            r[j] = _mm512_xor_si512(r[j], code);
+        }
+        dsv3i_avx512_transpose(r);
+        for (size_t j = 0; j < count * size / 4; j++) _mm512_storeu_si512(to + 64 * j, r[j]);
+        to += 16 * count * size;
+        for (size_t i = 0; i < count; i++, scale += 16) {
+            _mm512_storeu_ps(scale, dsv3i_avx512_scales(from + (b + i) * (2 + size), row_bytes, rows));
+        }
+    }
+}
+
+DSV3I_TARGET(DSV3I_AVX512)
+static void dsv3i_avx512_pack_q8_0(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
+    dsv3i_avx512_pack_blocks(32, panel, scale, w, row_bytes, rows, k);
+}
+
+DSV3I_TARGET(DSV3I_AVX512)
+static void dsv3i_avx512_pack_q4_0(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
+    dsv3i_avx512_pack_blocks(16, panel, scale, w, row_bytes, rows, k);
+}
+
+DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_widen_f16(void *values, const void *panel, size_t k) {
+    const unsigned char *from = (const unsigned char *)panel;
+    float *to = (float *)values;
+    for (size_t i = 0; i < k; i += 2, from += 64, to += 32) {
+        const __m512i v = _mm512_loadu_si512(from);
+        _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)));
+        if (i + 1 < k) _mm512_storeu_ps(to + 16, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16))));
+    }
+}
+
+/* E4M3 to BF16. Normal: exponent + 120; the eight smallest by a table; NaN. v: codes in the upper bytes. */
+DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_bf16(__m512i v) {
+    const __m512i small = _mm512_broadcast_i32x4(
+        _mm_setr_epi16(0, 0x3B00, 0x3B80, 0x3BC0, 0x3C00, 0x3C20, 0x3C40, 0x3C60)); /* 0 to 7 times 2^-9 */
+    const __m512i size = _mm512_and_si512(_mm512_srli_epi16(v, 8), _mm512_set1_epi16(0x7F));
+    __m512i r = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_set1_epi16(0x3C00));
+    r = _mm512_mask_permutexvar_epi16(r, _mm512_cmplt_epi16_mask(size, _mm512_set1_epi16(8)), size, small);
+    r = _mm512_mask_mov_epi16(r, _mm512_cmpeq_epi16_mask(size, _mm512_set1_epi16(0x7F)), _mm512_set1_epi16(0x7FC0));
+    return _mm512_or_si512(r, _mm512_and_si512(v, _mm512_set1_epi16((short)-32768)));
+}
+
+DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_widen_f8(void *values, const void *panel, size_t k) {
+    const unsigned char *from = (const unsigned char *)panel;
+    unsigned char *to = (unsigned char *)values;
+    for (size_t i = 0; i < k; i += 4, from += 64, to += 128) {
+        const __m512i v = _mm512_loadu_si512(from), zero = _mm512_setzero_si512();
+        _mm512_storeu_si512(to, dsv3i_avx512_bf16(_mm512_unpacklo_epi8(zero, v)));
+        if (i + 2 < k) _mm512_storeu_si512(to + 64, dsv3i_avx512_bf16(_mm512_unpackhi_epi8(zero, v)));
+    }
+}
+
+DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_widen_q4_0(void *values, const void *panel, size_t k) {
+    const __m512i low = _mm512_set1_epi8(15);
+    const unsigned char *from = (const unsigned char *)panel;
+    unsigned char *to = (unsigned char *)values;
+    for (size_t i = 0; i < k; i += DSV3_QBLOCK, from += 256, to += 512) {
+        DSV3I_UNROLL for (int j = 0; j < 4; j++) {
+            const __m512i v = _mm512_loadu_si512(from + 64 * j);
+            _mm512_storeu_si512(to + 64 * j, _mm512_and_si512(v, low));
+            _mm512_storeu_si512(to + 64 * j + 256, _mm512_and_si512(_mm512_srli_epi16(v, 4), low));
+        }
+    }
+}
+
+/* The terms in four bytes of each lane, as floats: two of BF16, or four of bytes. */
+DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_floats(const int bytes, __m512 f[4], __m512i v, __m512 zero) {
+    const __m512i byte = _mm512_set1_epi32(255);
+    if (!bytes) {
+        f[0] = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
+        f[1] = _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(-65536)));
+        return;
+    }
+    f[0] = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_and_si512(v, byte)), zero);
+    f[1] = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(v, 8), byte)), zero);
+    f[2] = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(v, 16), byte)), zero);
+    f[3] = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(v, 24)), zero);
+}
+
+DSV3I_TARGET(DSV3I_AVX512)
+static void dsv3i_avx512_float_bf16(float *values, const void *panel, size_t k, int32_t zero) {
+    const unsigned char *from = (const unsigned char *)panel;
+    __m512 f[4];
+    (void)zero;
+    for (size_t i = 0; i < k; i += 2, from += 64) {
+        dsv3i_avx512_floats(0, f, _mm512_loadu_si512(from), _mm512_setzero_ps());
+        _mm512_storeu_ps(values + i * 16, f[0]);
+        if (i + 1 < k) _mm512_storeu_ps(values + i * 16 + 16, f[1]);
+    }
+}
+
+DSV3I_TARGET(DSV3I_AVX512)
+static void dsv3i_avx512_float_bytes(float *values, const void *panel, size_t k, int32_t zero) {
+    const unsigned char *from = (const unsigned char *)panel;
+    __m512 f[4];
+    for (size_t i = 0; i < k; i += 4, from += 64) {
+        dsv3i_avx512_floats(1, f, _mm512_loadu_si512(from), _mm512_set1_ps((float)zero));
+        DSV3I_UNROLL for (int j = 0; j < 4; j++) _mm512_storeu_ps(values + (i + (size_t)j) * 16, f[j]);
+    }
+}
+
+/* NP panels (or other 16 columns of a matrix) and M rows of x: where they lie, and which of their outputs are wanted. */
+typedef struct dsv3i_avx512_place {
+    const unsigned char *x[12], *w[4];
+    const float *scale[4];
+    float *y;
+    size_t ldy, n; /* of the M rows, n are real: the others repeat the last */
+    __mmask16 mask[4];
+} dsv3i_avx512_place;
+
+DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_rows(const int M, dsv3i_avx512_place *a, const void *x, size_t ldx, size_t n) {
+    a->n = dsv3i_min((size_t)M, n);
+    DSV3I_UNROLL for (int m = 0; m < M; m++) {
+        a->x[m] = (const unsigned char *)x + dsv3i_min((size_t)m, n - 1) * ldx;
+    }
+}
+
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_panels(const int NP, dsv3i_avx512_place *a, const dsv3_panels *w, size_t row, size_t rows) {
+    DSV3I_UNROLL for (int p = 0; p < NP; p++) {
+        size_t at = dsv3i_min(row / 16 + (size_t)p, (rows - 1) / 16);
+        a->w[p] = (const unsigned char *)w->values + at * w->stride;
+        a->scale[p] = w->scale == NULL ? NULL : w->scale + at * w->scale_stride;
+        a->mask[p] = row + 16 * (size_t)p < rows ? dsv3i_avx512_mask(rows - row - 16 * (size_t)p) : (__mmask16)0;
+    }
+}
+
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_begin(const int M, const int NP, __m512 acc[24], const dsv3i_avx512_place *a, int add) {
+    DSV3I_UNROLL for (int i = 0; i < M * NP; i++) {
+        acc[i] = _mm512_setzero_ps();
+        if (add) acc[i] = _mm512_maskz_loadu_ps(a->mask[i % NP], a->y + dsv3i_min((size_t)(i / NP), a->n - 1) * a->ldy + 16 * (i % NP));
+    }
+}
+
+/* y = acc; or, with multipliers, y = acc * scale, added to what is there if `add`. */
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_end(const int M, const int NP, const __m512 acc[24], const dsv3i_avx512_place *a, int scaled, size_t at, int add) {
+    DSV3I_UNROLL for (int i = 0; i < M * NP; i++) {
+        const int m = i / NP, p = i % NP;
+        float *y = a->y + (size_t)m * a->ldy + 16 * p;
+        __m512 sum = acc[i];
+        if ((size_t)m >= a->n) continue;
+        if (scaled) {
+            const __m512 old = add ? _mm512_maskz_loadu_ps(a->mask[p], y) : _mm512_setzero_ps();
+            sum = _mm512_fmadd_ps(sum, _mm512_loadu_ps(a->scale[p] + at), old);
+        }
+        _mm512_mask_storeu_ps(y, a->mask[p], sum);
+    }
+}
+
+/* Terms of float rows, aj floats apart, and floats of 16 columns, ldb floats apart: acc += sum_j x_mj w_j. */
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_float_terms(const int M, const int NP, const int edge, __m512 acc[24], const dsv3i_avx512_place *a,
+                              size_t aj, size_t ldb, size_t k) {
+    size_t x = 0, w = 0;
+    for (size_t j = 0; j < k; j++, x += aj * sizeof(float), w += ldb * sizeof(float)) {
+        __m512 b[4];
+        DSV3I_UNROLL for (int p = 0; p < NP; p++) {
+            b[p] = edge ? _mm512_maskz_loadu_ps(a->mask[p], a->w[p] + w) : _mm512_loadu_ps(a->w[p] + w);
+        }
+        DSV3I_UNROLL for (int m = 0; m < M; m++) {
+            const __m512 f = _mm512_set1_ps(*(const float *)(const void *)(a->x[m] + x));
+            DSV3I_UNROLL for (int p = 0; p < NP; p++) acc[m * NP + p] = _mm512_fmadd_ps(f, b[p], acc[m * NP + p]);
+        }
+    }
+}
+
+/* Terms i0 .. i1-1 of float rows and panels of codes. */
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_code_terms(const int bytes, const int M, const int NP, __m512 acc[24], const dsv3i_avx512_place *a,
+                             __m512 zero, size_t i0, size_t i1) {
+    const int each = bytes ? 4 : 2;
+    for (size_t i = i0; i < i1; i += (size_t)each) {
+        const int rest = i1 - i < (size_t)each; /* an odd last term of BF16 */
+        DSV3I_UNROLL for (int p = 0; p < NP; p++) {
+            __m512 f[4];
+            dsv3i_avx512_floats(bytes, f, _mm512_loadu_si512(a->w[p] + i / (size_t)each * 64), zero);
+            DSV3I_UNROLL for (int j = 0; j < each; j++) {
+                if (j > 0 && rest) continue;
+                DSV3I_UNROLL for (int m = 0; m < M; m++) {
+                    const float *x = (const float *)(const void *)a->x[m] + i + j;
+                    acc[m * NP + p] = _mm512_fmadd_ps(_mm512_set1_ps(*x), f[j], acc[m * NP + p]);
+                }
+            }
+        }
+    }
+}
+
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_exact(const dsv3_product kind, const int M, const int NP, float *y, size_t ldy, const void *x,
+                        size_t ldx, size_t n, const dsv3_panels *w, size_t row, size_t rows, size_t k, int add) {
+    dsv3i_avx512_place a;
+    __m512 acc[24];
+    const __m512 zero = _mm512_set1_ps((float)w->zero);
+    const int scaled = w->scale != NULL;
+    a.y = y + row;
+    a.ldy = ldy;
+    dsv3i_avx512_rows(M, &a, x, ldx, n);
+    dsv3i_avx512_panels(NP, &a, w, row, rows);
+    for (size_t i = 0, end, at = 0; i < k; i = end, at += 16) {
+        end = dsv3i_min(i + w->block, k);
+        dsv3i_avx512_begin(M, NP, acc, &a, add && !scaled);
+        if (kind == DSV3_PRODUCT_F32) {
+            dsv3i_avx512_float_terms(M, NP, 0, acc, &a, 1, 16, end - i);
+            DSV3I_UNROLL for (int m = 0; m < M; m++) a.x[m] += (end - i) * sizeof(float);
+            DSV3I_UNROLL for (int p = 0; p < NP; p++) a.w[p] += (end - i) * 64;
+        } else {
+            dsv3i_avx512_code_terms(kind == DSV3_PRODUCT_BYTES, M, NP, acc, &a, zero, i, end);
+        }
+        dsv3i_avx512_end(M, NP, acc, &a, scaled, at, add || i > 0);
+    }
+}
+
+/* Few rows and codes: four panels at a time. */
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_few(const dsv3_product kind, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+                      const dsv3_panels *w, size_t rows, size_t k, int add) {
+    for (size_t row = 0; row < rows; row += 64) {
+        switch (n) {
+        case 1: dsv3i_avx512_exact(kind, 1, 4, y, ldy, x, ldx, 1, w, row, rows, k, add); break;
+        case 2: dsv3i_avx512_exact(kind, 2, 4, y, ldy, x, ldx, 2, w, row, rows, k, add); break;
+        case 3: dsv3i_avx512_exact(kind, 3, 4, y, ldy, x, ldx, 3, w, row, rows, k, add); break;
+        default: dsv3i_avx512_exact(kind, 4, 4, y, ldy, x, ldx, 4, w, row, rows, k, add);
+        }
+    }
+}
+
+DSV3I_TARGET(DSV3I_AVX512)
+static void dsv3i_avx512_product_f32(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panels *w,
+                                     size_t rows, size_t k, int add) {
+    if (n <= DSV3I_FEW) {
+        dsv3i_avx512_few(DSV3_PRODUCT_F32, y, ldy, x, ldx, n, w, rows, k, add);
+        return;
+    }
+    for (size_t row = 0; row < rows; row += 32) {
+        for (size_t t = 0; t < n; t += 12) {
+            const unsigned char *xt = (const unsigned char *)x + t * ldx;
+            float *yt = y + t * ldy;
+            const size_t left = n - t;
+            if (left > 8) {
+                dsv3i_avx512_exact(DSV3_PRODUCT_F32, 12, 2, yt, ldy, xt, ldx, left, w, row, rows, k, add);
+            } else if (left > 4) {
+                dsv3i_avx512_exact(DSV3_PRODUCT_F32, 8, 2, yt, ldy, xt, ldx, left, w, row, rows, k, add);
+            } else {
+                dsv3i_avx512_exact(DSV3_PRODUCT_F32, 4, 2, yt, ldy, xt, ldx, left, w, row, rows, k, add);
+            }
+        }
+    }
+}
+
+DSV3I_TARGET(DSV3I_AVX512)
+static void dsv3i_avx512_product_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panels *w,
+                                      size_t rows, size_t k, int add) {
+    dsv3i_avx512_few(DSV3_PRODUCT_BF16, y, ldy, x, ldx, n, w, rows, k, add);
+}
+
+DSV3I_TARGET(DSV3I_AVX512)
+static void dsv3i_avx512_product_bytes(float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+                                       const dsv3_panels *w, size_t rows, size_t k, int add) {
+    dsv3i_avx512_few(DSV3_PRODUCT_BYTES, y, ldy, x, ldx, n, w, rows, k, add);
+}
+
+/* Up to M rows of y and `columns` <= 16 NP columns. */
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_outer_tile(const int M, const int NP, float *y, size_t ldy, size_t m, const float *x, size_t at,
+                             size_t aj, const float *b, size_t ldb, size_t k, size_t columns) {
+    dsv3i_avx512_place a;
+    __m512 acc[24];
+    a.y = y;
+    a.ldy = ldy;
+    dsv3i_avx512_rows(M, &a, x, at * sizeof *x, m);
+    DSV3I_UNROLL for (int p = 0; p < NP; p++) {
+        a.mask[p] = columns > 16 * (size_t)p ? dsv3i_avx512_mask(columns - 16 * (size_t)p) : (__mmask16)0;
+        a.w[p] = (const unsigned char *)(const void *)b + (a.mask[p] ? 64 * p : 0);
+    }
+    dsv3i_avx512_begin(M, NP, acc, &a, 1);
+    dsv3i_avx512_float_terms(M, NP, 1, acc, &a, aj, ldb, k);
+    dsv3i_avx512_end(M, NP, acc, &a, 0, 0, 0);
+}
+
+/* b in panels of 32 columns and at most 256 rows, which stay in the first cache while all rows of y pass by. */
+DSV3I_TARGET(DSV3I_AVX512)
+static void dsv3i_avx512_outer(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj, const float *b,
+                               size_t ldb, size_t k, size_t n) {
+    const size_t width = m == 1 ? 64 : 32;
+    for (size_t j = 0; j < k; j += 256) {
+        const size_t nj = dsv3i_min(256, k - j);
+        for (size_t i = 0; i < n; i += width) {
+            for (size_t t = 0; t < m; t += 12) {
+                float *to = y + t * ldy + i;
+                const float *from = a + t * at + j * aj, *panel = b + j * ldb + i;
+                const size_t left = m - t, columns = dsv3i_min(width, n - i);
+                if (m == 1) {
+                    dsv3i_avx512_outer_tile(1, 4, to, ldy, left, from, at, aj, panel, ldb, nj, columns);
+                } else if (left > 8) {
+                    dsv3i_avx512_outer_tile(12, 2, to, ldy, left, from, at, aj, panel, ldb, nj, columns);
+                } else if (left > 4) {
+                    dsv3i_avx512_outer_tile(8, 2, to, ldy, left, from, at, aj, panel, ldb, nj, columns);
+                } else {
+                    dsv3i_avx512_outer_tile(4, 2, to, ldy, left, from, at, aj, panel, ldb, nj, columns);
+                }
+            }
+        }
+    }
+}
+
+/* ---- AVX-512 with VBMI, VNNI and BF16: codes by tables, and products of codes. */
+
+#define DSV3I_AVX512_BF16 "avx512vbmi,avx512vnni,avx512bf16," DSV3I_AVX512
+
+/* E4M3 to BF16: both bytes by tables of 128. */
+DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_widen_f8(void *values, const void *panel, size_t k) {
+    const unsigned char *from = (const unsigned char *)panel;
+    unsigned char *to = (unsigned char *)values, table[2][128];
+    __m512i low[2], high[2];
+    for (size_t i = 0; i < 128; i += 16) {
+        const __m512i bits = _mm512_loadu_si512(dsv3i_e4m3 + i);
+        _mm_storeu_si128((__m128i *)(void *)(table[0] + i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(bits, 16)));
+        _mm_storeu_si128((__m128i *)(void *)(table[1] + i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(bits, 24)));
+    }
+    for (int i = 0; i < 2; i++) {
+        low[i] = _mm512_loadu_si512(table[0] + 64 * i);
+        high[i] = _mm512_loadu_si512(table[1] + 64 * i);
+    }
+    for (size_t i = 0; i < k; i += 4, from += 64, to += 128) {
+        const __m512i v = _mm512_loadu_si512(from), sign = _mm512_set1_epi8((char)-128);
+        const __m512i l = _mm512_permutex2var_epi8(low[0], v, low[1]);
+        const __m512i h = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(high[0], v, high[1]), v, sign, 0xF8);
+        _mm512_storeu_si512(to, _mm512_unpacklo_epi8(l, h));
+        if (i + 2 < k) _mm512_storeu_si512(to + 64, _mm512_unpackhi_epi8(l, h));
+    }
+}
+
+DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_round_bf16(void *out, const float *x, size_t k) {
+    unsigned char *to = (unsigned char *)out;
+    for (size_t i = 0; i < k; i += 16, to += 32) {
+        const __m256bh v = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(dsv3i_avx512_mask(k - i), x + i));
+        if (k - i >= 16) {
+            _mm256_storeu_si256((__m256i *)(void *)to, (__m256i)v);
+        } else {
+            _mm256_mask_storeu_epi16(to, dsv3i_avx512_mask((k - i + 3) / 4 * 4), (__m256i)v);
+        }
+    }
+}
+
+/* 32 bytes, their multiplier, and -8 times their sum. */
+DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_round_bytes(void *out, const float *x, size_t k) {
+    unsigned char *to = (unsigned char *)out;
+    for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += DSV3_QBLOCK + 8) {
+        const __m512 a = _mm512_loadu_ps(x + i), b = _mm512_loadu_ps(x + i + 16), zero = _mm512_setzero_ps();
+        float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b))), unit, inverse;
+        const __m512 bad = _mm512_add_ps(_mm512_mul_ps(a, zero), _mm512_mul_ps(b, zero));
+        int32_t sum;
+        __m512 f;
+        __m512i qa, qb;
+        if (!(top >= 1e-30f)) top = 0.0f;
+        inverse = top > 0.0f ? 127.0f / top : 0.0f;
+        unit = top / 127.0f;
+        if (_mm512_cmp_ps_mask(bad, bad, _CMP_UNORD_Q)) unit = dsv3i_float(0x7FC00000u);
+        f = _mm512_set1_ps(inverse);
+        qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, f));
+        qb = _mm512_cvtps_epi32(_mm512_mul_ps(b, f));
+        sum = -8 * _mm512_reduce_add_epi32(_mm512_add_epi32(qa, qb));
+        _mm_storeu_si128((__m128i *)(void *)to, _mm512_cvtsepi32_epi8(qa));
+        _mm_storeu_si128((__m128i *)(void *)(to + 16), _mm512_cvtsepi32_epi8(qb));
+        DSV3_MEMCPY(to + DSV3_QBLOCK, &unit, 4);
+        DSV3_MEMCPY(to + DSV3_QBLOCK + 4, &sum, 4);
+    }
+}
+
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_terms(const int M, const int NP, __m512 acc[24], const dsv3i_avx512_place *a, size_t i0,
+                             size_t i1) {
+    for (size_t i = i0; i < i1; i += 2) {
+        __m512bh b[4];
+        DSV3I_UNROLL for (int p = 0; p < NP; p++) b[p] = (__m512bh)_mm512_loadu_si512(a->w[p] + i * 32);
+        DSV3I_UNROLL for (int m = 0; m < M; m++) {
+            const __m512bh f = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(const void *)(a->x[m] + 2 * i));
+            DSV3I_UNROLL for (int p = 0; p < NP; p++) {
+                acc[m * NP + p] = _mm512_dpbf16_ps(acc[m * NP + p], f, b[p]);
+            }
+        }
+    }
+}
+
+/* One block of 32: the sum of products of whole numbers, exactly, times the multiplier of x. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_bytes(const int M, const int NP, __m512 acc[24], const dsv3i_avx512_place *a, __m128i shift,
+                             size_t block) {
+    __m512i sum[24];
+    const size_t at = block * (DSV3_QBLOCK + 8);
+    DSV3I_UNROLL for (int m = 0; m < M; m++) {
+        const int32_t zero = *(const int32_t *)(const void *)(a->x[m] + at + DSV3_QBLOCK + 4);
+        DSV3I_UNROLL for (int p = 0; p < NP; p++) sum[m * NP + p] = _mm512_sll_epi32(_mm512_set1_epi32(zero), shift);
+    }
+    DSV3I_UNROLL for (int j = 0; j < 8; j++) {
+        __m512i b[4];
+        DSV3I_UNROLL for (int p = 0; p < NP; p++) b[p] = _mm512_loadu_si512(a->w[p] + block * 512 + 64 * j);
+        DSV3I_UNROLL for (int m = 0; m < M; m++) {
+            const __m512i f = _mm512_set1_epi32(*(const int32_t *)(const void *)(a->x[m] + at + 4 * j));
+            DSV3I_UNROLL for (int p = 0; p < NP; p++) {
+                sum[m * NP + p] = _mm512_dpbusd_epi32(sum[m * NP + p], b[p], f);
+            }
+        }
+    }
+    DSV3I_UNROLL for (int m = 0; m < M; m++) {
+        const __m512 unit = _mm512_set1_ps(*(const float *)(const void *)(a->x[m] + at + DSV3_QBLOCK));
+        DSV3I_UNROLL for (int p = 0; p < NP; p++) {
+            acc[m * NP + p] = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[m * NP + p]), unit);
+        }
+    }
+}
+
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_fast(const int bytes, const int M, const int NP, float *y, size_t ldy, const void *x,
+                            size_t ldx, size_t n, const dsv3_panels *w, size_t row, size_t rows, size_t k, int add) {
+    dsv3i_avx512_place a;
+    __m512 acc[24];
+    const __m128i shift = _mm_cvtsi32_si128(w->zero == 128 ? 4 : 0);
+    const int scaled = bytes || w->scale != NULL;
+    a.y = y + row;
+    a.ldy = ldy;
+    dsv3i_avx512_rows(M, &a, x, ldx, n);
+    dsv3i_avx512_panels(NP, &a, w, row, rows);
+    for (size_t i = 0, end, at = 0; i < k; i = end, at += 16) {
+        end = dsv3i_min(i + w->block, k);
+        if (bytes) {
+            dsv3i_avx512_bf16_bytes(M, NP, acc, &a, shift, i / DSV3_QBLOCK);
+        } else {
+            dsv3i_avx512_begin(M, NP, acc, &a, add && !scaled);
+            dsv3i_avx512_bf16_terms(M, NP, acc, &a, i, end);
+        }
+        dsv3i_avx512_end(M, NP, acc, &a, scaled, at, add || i > 0);
+    }
+}
+
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_product(const int bytes, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+                               const dsv3_panels *w, size_t rows, size_t k, int add) {
+    for (size_t row = 0; row < rows; row += 64) {
+        switch (n) {
+        case 1: dsv3i_avx512_bf16_fast(bytes, 1, 4, y, ldy, x, ldx, 1, w, row, rows, k, add); continue;
+        case 2: dsv3i_avx512_bf16_fast(bytes, 2, 4, y, ldy, x, ldx, 2, w, row, rows, k, add); continue;
+        case 3: dsv3i_avx512_bf16_fast(bytes, 3, 4, y, ldy, x, ldx, 3, w, row, rows, k, add); continue;
+        case 4: dsv3i_avx512_bf16_fast(bytes, 4, 4, y, ldy, x, ldx, 4, w, row, rows, k, add); continue;
+        default: break;
+        }
+        for (size_t half = row; half < dsv3i_min(row + 64, rows); half += 32) {
+            for (size_t t = 0; t < n; t += 12) {
+                const unsigned char *xt = (const unsigned char *)x + t * ldx;
+                float *yt = y + t * ldy;
+                const size_t left = n - t;
+                if (left > 8) {
+                    dsv3i_avx512_bf16_fast(bytes, 12, 2, yt, ldy, xt, ldx, left, w, half, rows, k, add);
+                } else if (left > 4) {
+                    dsv3i_avx512_bf16_fast(bytes, 8, 2, yt, ldy, xt, ldx, left, w, half, rows, k, add);
+                } else {
+                    dsv3i_avx512_bf16_fast(bytes, 4, 2, yt, ldy, xt, ldx, left, w, half, rows, k, add);
+                }
+            }
+        }
+    }
+}
+
+DSV3I_TARGET(DSV3I_AVX512_BF16)
+static void dsv3i_avx512_bf16_product_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+                                           const dsv3_panels *w, size_t rows, size_t k, int add) {
+    dsv3i_avx512_bf16_product(0, y, ldy, x, ldx, n, w, rows, k, add);
+}
+
+DSV3I_TARGET(DSV3I_AVX512_BF16)
+static void dsv3i_avx512_bf16_product_bytes(float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+                                            const dsv3_panels *w, size_t rows, size_t k, int add) {
+    dsv3i_avx512_bf16_product(1, y, ldy, x, ldx, n, w, rows, k, add);
+}
+
+/* ---- The tables. */
+
+#define DSV3I_DECODE_TYPE(isa, target, name, type)                                                                   \
     DSV3I_TARGET(target) static void dsv3i_##isa##_decode_##name(float *y, const void *w, size_t n) {                \
         dsv3i_##isa##_decode(type, y, w, n);                                                                         \
-    }                                                                                                                \
-    DSV3I_TARGET(target)                                                                                             \
-    static void dsv3i_##isa##_tile_##name(float *y, size_t ldy, const float *x, size_t ldx, size_t nx,               \
-                                          const void *w, size_t ldw, const void *scale, size_t nw, size_t k) {       \
-        dsv3i_##isa##_tile(type, y, ldy, x, ldx, nx, w, ldw, scale, nw, k);                                          \
     }
-#define DSV3I_TYPES(isa, target)                                                                                     \
-    DSV3I_TYPE(isa, target, f32, DSV3_F32)                                                                           \
-    DSV3I_TYPE(isa, target, f16, DSV3_F16)                                                                           \
-    DSV3I_TYPE(isa, target, bf16, DSV3_BF16)                                                                         \
-    DSV3I_TYPE(isa, target, f8_e4m3, DSV3_F8_E4M3)                                                                   \
+#define DSV3I_TABLE(isa, target)                                                                                     \
+    DSV3I_DECODE_TYPE(isa, target, f32, DSV3_F32)                                                                    \
+    DSV3I_DECODE_TYPE(isa, target, f16, DSV3_F16)                                                                    \
+    DSV3I_DECODE_TYPE(isa, target, bf16, DSV3_BF16)                                                                  \
+    DSV3I_DECODE_TYPE(isa, target, f8_e4m3, DSV3_F8_E4M3)                                                            \
     static void dsv3i_kernels_##isa(dsv3_kernels *k) {                                                               \
         k->decode[DSV3_F32] = dsv3i_##isa##_decode_f32;                                                              \
         k->decode[DSV3_F16] = dsv3i_##isa##_decode_f16;                                                              \
         k->decode[DSV3_BF16] = dsv3i_##isa##_decode_bf16;                                                            \
         k->decode[DSV3_F8_E4M3] = dsv3i_##isa##_decode_f8_e4m3;                                                      \
-        k->tile[DSV3_F32] = dsv3i_##isa##_tile_f32;                                                                  \
-        k->tile[DSV3_F16] = dsv3i_##isa##_tile_f16;                                                                  \
-        k->tile[DSV3_BF16] = dsv3i_##isa##_tile_bf16;                                                                \
-        k->tile[DSV3_F8_E4M3] = dsv3i_##isa##_tile_f8_e4m3;                                                          \
         k->dot = dsv3i_##isa##_dot;                                                                                  \
         k->axpy = dsv3i_##isa##_axpy;                                                                                \
-        k->outer = dsv3i_##isa##_outer;                                                                              \
         k->exp_sum = dsv3i_##isa##_exp_sum;                                                                          \
         k->silu_mul = dsv3i_##isa##_silu_mul;                                                                        \
+        k->tile = dsv3i_##isa##_tile;                                                                                \
+        k->outer = dsv3i_##isa##_outer;                                                                              \
+        k->pack[DSV3_F32] = dsv3i_##isa##_pack_4;                                                                    \
+        k->pack[DSV3_F16] = k->pack[DSV3_BF16] = dsv3i_##isa##_pack_2;                                               \
+        k->pack[DSV3_F8_E4M3] = dsv3i_##isa##_pack_1;                                                                \
+        k->pack[DSV3_Q8_0] = dsv3i_##isa##_pack_q8_0;                                                                \
+        k->pack[DSV3_Q4_0] = dsv3i_##isa##_pack_q4_0;                                                                \
+        k->widen[DSV3_F16] = dsv3i_##isa##_widen_f16;                                                                \
+        k->widen[DSV3_F8_E4M3] = dsv3i_##isa##_widen_f8;                                                             \
+        k->widen[DSV3_Q4_0] = dsv3i_##isa##_widen_q4_0;                                                              \
+        k->float_panel[0] = dsv3i_##isa##_float_bf16;                                                                \
+        k->float_panel[1] = dsv3i_##isa##_float_bytes;                                                               \
+        k->product[DSV3_PRODUCT_F32] = dsv3i_##isa##_product_f32;                                                    \
+        k->product[DSV3_PRODUCT_BF16] = dsv3i_##isa##_product_bf16;                                                  \
+        k->product[DSV3_PRODUCT_BYTES] = dsv3i_##isa##_product_bytes;                                                \
     }
-DSV3I_TYPES(avx2, DSV3I_AVX2)
-DSV3I_TYPES(avx512, DSV3I_AVX512)
+DSV3I_TABLE(avx2, DSV3I_AVX2)
+DSV3I_TABLE(avx512, DSV3I_AVX512)
+
+/* What the table of avx512 has, but for this. */
+static void dsv3i_kernels_avx512_bf16(dsv3_kernels *k) {
+    dsv3i_kernels_avx512(k);
+    k->round[DSV3_BF16] = k->round[DSV3_F8_E4M3] = dsv3i_avx512_bf16_round_bf16;
+    k->round[DSV3_Q8_0] = k->round[DSV3_Q4_0] = dsv3i_avx512_bf16_round_bytes;
+    k->widen[DSV3_F8_E4M3] = dsv3i_avx512_bf16_widen_f8;
+    k->product[DSV3_PRODUCT_FAST_BF16] = dsv3i_avx512_bf16_product_bf16;
+    k->product[DSV3_PRODUCT_FAST_BYTES] = dsv3i_avx512_bf16_product_bytes;
+}
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
@@ -7272,6 +8431,7 @@ DSV3_API const char *dsv3_backend_name(dsv3_backend backend) {
     case DSV3_BACKEND_REFERENCE: return "reference";
     case DSV3_BACKEND_AVX2: return "avx2";
     case DSV3_BACKEND_AVX512: return "avx512";
+    case DSV3_BACKEND_AVX512_BF16: return "avx512_bf16";
     default: return NULL;
     }
 }
@@ -7303,6 +8463,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #ifdef DSV3I_X86
     if (backend == DSV3_BACKEND_AVX2) dsv3i_kernels_avx2(&context->kernels);
     if (backend == DSV3_BACKEND_AVX512) dsv3i_kernels_avx512(&context->kernels);
+    if (backend == DSV3_BACKEND_AVX512_BF16) dsv3i_kernels_avx512_bf16(&context->kernels);
 #endif
     context->backend = dsv3_backend_name(backend);
     context->threads = 1;
@@ -7320,14 +8481,18 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 
 #undef DSV3I_AVX2
 #undef DSV3I_AVX512
+#undef DSV3I_AVX512_BF16
 #undef DSV3I_BACK
 #undef DSV3I_BACK_ROWS
 #undef DSV3I_BULK
 #undef DSV3I_COLUMNS
+#undef DSV3I_DECODE
+#undef DSV3I_DECODE_TYPE
 #undef DSV3I_FEW
 #undef DSV3I_INLINE
 #undef DSV3I_KEYS
 #undef DSV3I_LINE
+#undef DSV3I_PANEL
 #undef DSV3I_PI
 #undef DSV3I_QUERIES
 #undef DSV3I_RATE
@@ -7337,10 +8502,13 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_SILU_ITEM
 #undef DSV3I_SLOT
 #undef DSV3I_SQUARES
+#undef DSV3I_STAGE
+#undef DSV3I_STAGES
 #undef DSV3I_TARGET
 #undef DSV3I_TRY
-#undef DSV3I_TYPE
-#undef DSV3I_TYPES
+#undef DSV3I_TABLE
+#undef DSV3I_TERMS
+#undef DSV3I_UNROLL
 #undef DSV3I_VOCAB
 #undef DSV3I_X86
 #endif /* DSV3_IMPLEMENTATION */
