@@ -357,16 +357,14 @@ DSV3_API uint8_t dsv3_f8_e4m3_from_f32(float x);
 
 /* ---- Context: kernels and threads -------------------------------------------------------------------- */
 
-/* Weights as products of a SIMD backend take them (chapter 4): panels of 16 rows, one behind the other, each with its
- * terms in the order in which they are added. */
-typedef struct dsv3_panels {
-    const void *values;  /* of a panel: float [k, 16], BF16 [k/2, 16, 2] or bytes [k/4, 16, 4]; zeros behind k */
-    size_t stride;       /* bytes from one panel to the next */
-    const float *scale;  /* [panels][k / block, 16] multipliers; NULL: none */
-    size_t scale_stride; /* floats from those of one panel to those of the next */
-    size_t block;        /* terms that share a multiplier; k if there are none */
-    int32_t zero;        /* bytes: the code of 0, 128 or 8 */
-} dsv3_panels;
+/* Weights as products of a SIMD backend take them (chapter 4): some terms of up to 64 rows, in columns of 16 rows. */
+typedef struct dsv3_panel {
+    const void *values; /* float [k, columns, 16], BF16 [k/2, columns, 16, 2] or bytes [k/4, columns, 16, 4] */
+    size_t columns;     /* of 16 rows, 1 to 4; zeros where there are no rows, and behind k */
+    const float *scale; /* [k / block, columns, 16] multipliers; NULL: none */
+    size_t block;       /* terms that share a multiplier; k if there are none */
+    int32_t zero;       /* bytes: the code of 0, 128 or 8 */
+} dsv3_panel;
 
 typedef enum dsv3_product {
     DSV3_PRODUCT_F32 = 0,       /* float rows and panels */
@@ -384,10 +382,10 @@ typedef enum dsv3_product {
  * round: activations x [k] for DSV3_FAST with weights of this type. As numbers: out is float [k]. For the fast
  *       products: BF16 [k, rounded up to 4]; or, for every 32, those bytes, a float multiplier and an int32, -8 times
  *       the sum of the bytes. NULL: nothing is rounded.
- * pack, widen, product: SIMD backends only, else NULL. pack: rows <= 16 of w, row_bytes apart, become a panel, with
- *       scale [k/32, 16] for Q8_0 and Q4_0. widen: from a panel of codes to one for products (FP8: BF16, F16: float,
- *       Q4_0: bytes; NULL: it is one already); float_panel: from a panel of BF16 [0] or bytes [1] to floats.
- *       product: y[t ldy + r] (+)= x_t . w_r for n rows x_t, ldx bytes apart, and rows r of panels. */
+ * pack, widen, float_panel, product: SIMD backends only, else NULL. pack: rows <= 64 of w, row_bytes apart, become a
+ *       panel of codes, with scale as in dsv3_panel for Q8_0 and Q4_0. widen: from codes to values (FP8: BF16, F16:
+ *       float, Q4_0: bytes; NULL: codes are values); float_panel: from values, BF16 [0] or bytes [1], to floats.
+ *       product: y[t ldy + r] (+)= x_t . w_r for n rows x_t, ldx bytes apart, and `rows` rows of a panel of k terms. */
 typedef struct dsv3_kernels {
     void (*decode[DSV3_TYPES])(float *y, const void *w, size_t n);   /* y[i] = element i of w */
     float (*dot)(const float *x, const float *y, size_t n);          /* sum x[i] y[i] */
@@ -400,9 +398,9 @@ typedef struct dsv3_kernels {
                   size_t k, size_t n);
     void (*round[DSV3_TYPES])(void *out, const float *x, size_t k);
     void (*pack[DSV3_TYPES])(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k);
-    void (*widen[DSV3_TYPES])(void *values, const void *panel, size_t k);
-    void (*float_panel[2])(float *values, const void *panel, size_t k, int32_t zero);
-    void (*product[DSV3_PRODUCTS])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panels *w,
+    void (*widen[DSV3_TYPES])(void *values, const void *panel, size_t columns, size_t k);
+    void (*float_panel[2])(float *values, const void *panel, size_t columns, size_t k, int32_t zero);
+    void (*product[DSV3_PRODUCTS])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
                                    size_t rows, size_t k, int add);
 } dsv3_kernels;
 
@@ -540,6 +538,15 @@ DSV3_API dsv3_result dsv3_model_size(const dsv3_config *config, size_t *bytes);
  * live as long as the model, and so must everything find returned. FP8 scales are not read here. */
 DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *config, void *memory, size_t bytes,
                                      dsv3_find find, void *user, dsv3_error *error);
+
+/* Copies of the matrices in the order in which a SIMD backend reads them (chapter 4), so that it need not reorder them
+ * on each call: faster, at the price of the memory. Bits do not change. 0 bytes for a backend that reads weights as they
+ * lie. Embedding and kv_b_proj stay where they are, since their rows are wanted as such. */
+DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_model *model, size_t *bytes);
+/* Packs, with the context's threads, and makes the model's tensors point into memory [bytes], which must live as long as
+ * it. Whatever find returned for packed tensors is no longer needed. All backends can use a packed model. A model is
+ * packed once: tensors that are packed stay as they are. */
+DSV3_API dsv3_result dsv3_pack(const dsv3_context *context, dsv3_model *model, void *memory, size_t bytes);
 
 typedef enum dsv3_group {
     DSV3_GROUP_EMBED = 0,
@@ -1853,9 +1860,97 @@ static const unsigned char *dsv3i_scale_at(const dsv3_tensor *w, size_t row) {
     return (const unsigned char *)w->scale + row / DSV3_BLOCK * blocks * sizeof(float);
 }
 
+/* ---- Panels: up to 64 rows of weights in columns of 16, terms interleaved, so that a SIMD register holds the same terms
+ * of 16 outputs and meets numbers of x. Each output is then a chain of additions in the order of its terms, however many
+ * rows x has, and needs no sum over lanes. A panel is cut into pieces of 128 terms; what is read together lies together:
+ *     F32 [k, columns, 16]     F16, BF16 [k/2, columns, 16, 2]     Q8_0 [k/4, columns, 16, 4] bytes, 128 added
+ *     Q4_0 [k/32, 4, columns, 16, 4]: of a block, terms 4 i .. 4 i + 3 in the low four bits, those 16 later in the high
+ *     E4M3 [k/4, columns, 4, 2, 4, 2]: of four rows, terms 0 and 1 of each, then terms 2 and 3 of each
+ * and, behind these codes, multipliers: E4M3 one float, Q8_0 and Q4_0 F16 [k/32, columns, 16]. dsv3_pack makes all panels
+ * once, in memory of the caller; else pieces are made on the way, with the same bits. */
+
+#define DSV3I_PANEL 64u
+#define DSV3I_LANES 16u
+#define DSV3I_TERMS DSV3_BLOCK /* of a piece */
+#define DSV3I_FEW 4u           /* rows of x for which codes are decoded in registers; more are worth floats */
+
+/* Bytes of codes of k terms: words of four bytes for each of 16 rows. */
+static size_t dsv3i_codes_bytes(dsv3_type type, size_t columns, size_t k) {
+    size_t each = type == DSV3_Q4_0 ? 8 : type == DSV3_F32 ? 1 : type == DSV3_F16 || type == DSV3_BF16 ? 2 : 4;
+    return dsv3i_blocks(k, each) * columns * DSV3I_LANES * 4;
+}
+
+static size_t dsv3i_piece_bytes(dsv3_type type, size_t columns, size_t k) {
+    size_t scales = type == DSV3_F8_E4M3 ? 1 : 0;
+    if (dsv3_type_block(type) > 1) scales = k / DSV3_QBLOCK * columns * DSV3I_LANES * 2;
+    return dsv3i_codes_bytes(type, columns, k) + dsv3i_blocks(scales, 64) * 64;
+}
+
+static size_t dsv3i_panel_bytes(dsv3_type type, size_t columns, size_t k) {
+    size_t last = k % DSV3I_TERMS, bytes = dsv3i_mul(k / DSV3I_TERMS, dsv3i_piece_bytes(type, columns, DSV3I_TERMS));
+    return last == 0 ? bytes : dsv3i_add(bytes, dsv3i_piece_bytes(type, columns, last));
+}
+
+static size_t dsv3i_packed_bytes(const dsv3_tensor *w) {
+    size_t whole = w->rows / DSV3I_PANEL, last = dsv3i_blocks(w->rows % DSV3I_PANEL, DSV3I_LANES);
+    size_t bytes = dsv3i_mul(whole, dsv3i_panel_bytes(w->type, DSV3I_PANEL / DSV3I_LANES, w->cols));
+    return dsv3i_add(bytes, dsv3i_panel_bytes(w->type, last, w->cols));
+}
+
+/* Columns of the panel that begins at row r. */
+static size_t dsv3i_panel_columns(const dsv3_tensor *w, size_t r) {
+    return dsv3i_blocks(dsv3i_min(DSV3I_PANEL, w->rows - r), DSV3I_LANES);
+}
+
+/* The piece of a packed tensor with row r and term k. */
+static const unsigned char *dsv3i_piece_at(const dsv3_tensor *w, size_t r, size_t k) {
+    size_t first = r - r % DSV3I_PANEL, columns = dsv3i_panel_columns(w, first);
+    size_t panel = r / DSV3I_PANEL * dsv3i_panel_bytes(w->type, DSV3I_PANEL / DSV3I_LANES, w->cols);
+    return (const unsigned char *)w->data + panel + k / DSV3I_TERMS * dsv3i_piece_bytes(w->type, columns, DSV3I_TERMS);
+}
+
+/* One row of a packed tensor, number by number. */
+static void dsv3i_decode_packed(float *y, const dsv3_tensor *w, size_t row) {
+    size_t columns = dsv3i_panel_columns(w, row - row % DSV3I_PANEL), r = row % DSV3I_PANEL, lane = r % DSV3I_LANES;
+    for (size_t k = 0; k < w->cols; k++) {
+        size_t i = k % DSV3I_TERMS, terms = dsv3i_min(DSV3I_TERMS, w->cols - (k - i)), column = r / DSV3I_LANES;
+        const unsigned char *codes = dsv3i_piece_at(w, row, k), *scales = codes;
+        uint16_t two;
+        float one;
+        scales += dsv3i_codes_bytes(w->type, columns, terms);
+        scales += (i / DSV3_QBLOCK * columns * DSV3I_LANES + r) * (dsv3_type_block(w->type) > 1 ? 2 : 0);
+        switch (w->type) {
+        case DSV3_F32: DSV3_MEMCPY(&y[k], codes + ((i * columns + column) * 16 + lane) * 4, sizeof y[k]); break;
+        case DSV3_F16:
+        case DSV3_BF16:
+            DSV3_MEMCPY(&two, codes + ((i / 2 * columns + column) * 16 + lane) * 4 + i % 2 * 2, 2);
+            y[k] = w->type == DSV3_F16 ? dsv3_f32_from_f16(two) : dsv3_f32_from_bf16(two);
+            break;
+        case DSV3_F8_E4M3:
+            DSV3_MEMCPY(&one, scales, sizeof one);
+            codes += (i / 4 * columns + column) * 64 + lane / 4 * 16 + i % 4 / 2 * 8 + lane % 4 * 2 + i % 2;
+            y[k] = dsv3_f32_from_f8_e4m3(*codes) * one;
+            break;
+        case DSV3_Q8_0:
+            DSV3_MEMCPY(&two, scales, 2);
+            codes += ((i / 4 * columns + column) * 16 + lane) * 4 + i % 4;
+            y[k] = dsv3_f32_from_f16(two) * (float)((int)*codes - 128);
+            break;
+        case DSV3_Q4_0:
+            DSV3_MEMCPY(&two, scales, 2);
+            codes += (((i / 32 * 4 + i % 16 / 4) * columns + column) * 16 + lane) * 4 + i % 4;
+            y[k] = dsv3_f32_from_f16(two) * (float)((i % 32 < 16 ? *codes & 15 : *codes >> 4) - 8);
+        }
+    }
+}
+
 /* y [cols] = row of w, decoded. FP8: block row r / 128 of the scales, one multiplier per 128 columns. */
 static void dsv3i_decode_row(const dsv3_context *ctx, float *y, const dsv3_tensor *w, size_t row) {
     const unsigned char *scales = dsv3i_scale_at(w, row);
+    if (w->packed) {
+        dsv3i_decode_packed(y, w, row);
+        return;
+    }
     ctx->kernels.decode[w->type](y, dsv3i_row_at(w, row), w->cols);
     for (size_t i = 0; scales != NULL && i < w->cols; scales += sizeof(float)) {
         size_t end = dsv3i_min(i + DSV3_BLOCK, w->cols);
@@ -1873,146 +1968,79 @@ DSV3_API void dsv3_embed(const dsv3_context *context, float *x, const int32_t *t
     }
 }
 
-/* ---- Panels: 16 rows of weights, their terms interleaved, so that a SIMD register holds the same term of 16 outputs
- * and meets one number of x. Each output is then a chain of additions in the order of its terms, however many rows x
- * has, and needs no sum over lanes. Codes stay codes: a panel is as large as its rows.
- *     F32 [k, 16]     F16, BF16 [k/2, 16, 2]     Q8_0 [k/4, 16, 4] bytes, 128 added
- *     Q4_0 [k/32, 4, 16, 4] bytes: of a block of 32, terms 4 i .. 4 i + 3 in the low and 16 more in the high bits
- *     E4M3 [k/4, 4, 2, 4, 2]: of four rows, terms 0 and 1 of each, then terms 2 and 3 of each
- * Behind the values: multipliers, E4M3 float [k/128], Q8_0 and Q4_0 F16 [k/32, 16]. dsv3_pack makes all panels once, in
- * memory of the caller; else they are made on the way, some terms at a time, with the same bits. */
-
-#define DSV3I_PANEL 16u
-#define DSV3I_FEW 4u     /* rows of x for which codes are decoded in registers; more are worth panels of floats */
-#define DSV3I_TERMS 256u /* of a piece that is made on the way; a multiple of DSV3_BLOCK */
+/* ---- Pieces of panels for products */
 
 #ifdef DSV3I_X86
-#define DSV3I_STAGE (DSV3I_FEW * DSV3I_PANEL * DSV3I_TERMS) /* floats */
+#define DSV3I_STAGE (DSV3I_PANEL * DSV3I_TERMS) /* floats of a piece */
 #else
 #define DSV3I_STAGE 0u /* no backend with panels is compiled in */
 #endif
 
-/* Floats of a worker's scratch for pieces of panels: two stages, and multipliers. */
+/* Floats of a worker's scratch: two pieces, and multipliers. */
 #define DSV3I_STAGES (2 * DSV3I_STAGE + DSV3I_STAGE / DSV3_QBLOCK)
 
-typedef enum dsv3i_form { DSV3I_FLOATS = 0, DSV3I_BF16S = 1, DSV3I_BYTES = 2 } dsv3i_form; /* of values in products */
+typedef enum dsv3i_form { DSV3I_FLOATS = 0, DSV3I_BF16S = 1, DSV3I_BYTES = 2 } dsv3i_form; /* of values */
 
 static dsv3i_form dsv3i_form_of(dsv3_type type) {
     if (dsv3_type_block(type) > 1) return DSV3I_BYTES;
     return type == DSV3_BF16 || type == DSV3_F8_E4M3 ? DSV3I_BF16S : DSV3I_FLOATS;
 }
 
-/* Bytes of a panel's values in a form; of its codes; of codes and multipliers. */
-static size_t dsv3i_form_bytes(dsv3i_form form, size_t k) {
-    size_t each = form == DSV3I_FLOATS ? 1 : form == DSV3I_BF16S ? 2 : 4; /* terms in four bytes */
-    return dsv3i_mul(dsv3i_blocks(k, each), 4 * DSV3I_PANEL);
-}
-
-static size_t dsv3i_codes_bytes(dsv3_type type, size_t k) {
-    size_t bytes = dsv3_type_bytes(type);
-    if (dsv3_type_block(type) > 1) return dsv3i_mul(k / DSV3_QBLOCK, DSV3I_PANEL * (bytes - 2));
-    return dsv3i_mul(dsv3i_blocks(k, 4 / bytes), 4 * DSV3I_PANEL);
-}
-
-static size_t dsv3i_panel_bytes(dsv3_type type, size_t k) {
-    size_t scales = type == DSV3_F8_E4M3 ? sizeof(float) * dsv3i_blocks(k, DSV3_BLOCK) : 0;
-    if (dsv3_type_block(type) > 1) scales = 2 * DSV3I_PANEL * (k / DSV3_QBLOCK);
-    return dsv3i_mul(dsv3i_blocks(dsv3i_add(dsv3i_codes_bytes(type, k), scales), 64), 64);
-}
-
-static const unsigned char *dsv3i_panel_at(const dsv3_tensor *w, size_t row) {
-    return (const unsigned char *)w->data + row / DSV3I_PANEL * dsv3i_panel_bytes(w->type, w->cols);
-}
-
-/* Some rows of some panels: rows r .. r+rows-1 (r a multiple of 16, or rows do not reach the next one), terms k0 ..
- * k0+k-1. */
+/* Rows r .. r+rows-1 of w, which do not reach the next multiple of 64, and terms k0 .. k0+k-1 of a piece. */
 typedef struct dsv3i_piece {
     const dsv3_tensor *w;
     size_t r, rows, k0, k;
 } dsv3i_piece;
 
-/* Multipliers [panels, blocks, 16] of a piece, but for those that kernels.pack writes. */
-static void dsv3i_piece_scales(const dsv3_context *ctx, dsv3_panels *out, const dsv3i_piece *a, float *s) {
-    int quantised = dsv3_type_block(a->w->type) > 1;
-    out->block = a->k;
+/* The multipliers of a piece, but for those that kernels.pack writes. */
+static void dsv3i_piece_scales(const dsv3_context *ctx, dsv3_panel *out, const dsv3i_piece *a, float *s) {
+    const dsv3_tensor *w = a->w;
+    int blocks = dsv3_type_block(w->type) > 1;
+    const unsigned char *at = dsv3i_scale_at(w, a->r);
     out->scale = NULL;
-    if (!quantised && (a->w->type != DSV3_F8_E4M3 || (a->w->scale == NULL && !a->w->packed))) return;
+    out->block = blocks ? DSV3_QBLOCK : a->k;
+    if (!blocks && (w->type != DSV3_F8_E4M3 || (at == NULL && !w->packed))) return;
     out->scale = s;
-    out->block = quantised ? DSV3_QBLOCK : DSV3_BLOCK;
-    out->scale_stride = dsv3i_blocks(a->k, out->block) * DSV3I_PANEL;
-    for (size_t row = a->r; row < a->r + a->rows; row += DSV3I_PANEL, s += out->scale_stride) {
-        size_t first = a->k0 / out->block;
-        const unsigned char *at = dsv3i_scale_at(a->w, row);
-        if (a->w->packed) at = dsv3i_panel_at(a->w, row) + dsv3i_codes_bytes(a->w->type, a->w->cols);
-        if (quantised) {
-            if (a->w->packed) ctx->kernels.decode[DSV3_F16](s, at + first * 2 * DSV3I_PANEL, out->scale_stride);
-            continue;
-        }
-        for (size_t i = 0; i < out->scale_stride; i++) {
-            DSV3_MEMCPY(s + i, at + (first + i / DSV3I_PANEL) * sizeof *s, sizeof *s);
-        }
-    }
-}
-
-/* The codes of a piece as panels: where they lie, or packed into codes [DSV3I_STAGE]. */
-static void dsv3i_piece_codes(const dsv3_context *ctx, dsv3_panels *out, const dsv3i_piece *a, float *scale,
-                              float *codes) {
-    dsv3_type type = a->w->type;
-    size_t row_bytes = dsv3_row_bytes(type, a->w->cols), skip = dsv3_row_bytes(type, a->k0), p = 0;
-    if (a->w->packed) {
-        out->values = dsv3i_panel_at(a->w, a->r) + dsv3i_codes_bytes(type, a->k0);
-        out->stride = dsv3i_panel_bytes(type, a->w->cols);
+    if (w->packed) at = (const unsigned char *)out->values + dsv3i_codes_bytes(w->type, out->columns, a->k);
+    if (blocks) {
+        if (w->packed) ctx->kernels.decode[DSV3_F16](s, at, a->k / DSV3_QBLOCK * out->columns * DSV3I_LANES);
         return;
     }
-    out->values = codes;
-    out->stride = dsv3i_codes_bytes(type, a->k);
-    for (size_t row = 0; row < a->rows; row += DSV3I_PANEL, p++) {
-        ctx->kernels.pack[type]((unsigned char *)(void *)codes + p * out->stride, scale + p * out->scale_stride,
-                                dsv3i_row_at(a->w, a->r + row) + skip, row_bytes, dsv3i_min(DSV3I_PANEL, a->rows - row),
-                                a->k);
-    }
+    if (!w->packed) at += a->k0 / DSV3_BLOCK * sizeof *s;
+    for (size_t i = 0; i < out->columns * DSV3I_LANES; i++) DSV3_MEMCPY(s + i, at, sizeof *s);
 }
 
-/* A piece as products take it. Which product: the return value. scratch [DSV3I_STAGES]. */
-static dsv3_product dsv3i_piece_make(const dsv3_context *ctx, dsv3_panels *out, const dsv3i_piece *a, int fast, int few,
+/* A piece as products take it: where it lies, or made in scratch [DSV3I_STAGES]. Returns which product. */
+static dsv3_product dsv3i_piece_make(const dsv3_context *ctx, dsv3_panel *out, const dsv3i_piece *a, int fast, int few,
                                      float *scratch) {
     const dsv3_kernels *kernels = &ctx->kernels;
-    dsv3i_form form = dsv3i_form_of(a->w->type);
+    const dsv3_tensor *w = a->w;
+    dsv3i_form form = dsv3i_form_of(w->type);
     float *stage = scratch, *other = scratch + DSV3I_STAGE, *scale = scratch + 2 * DSV3I_STAGE;
-    size_t panels = dsv3i_blocks(a->rows, DSV3I_PANEL), stride;
-    const unsigned char *from;
-    out->scale_stride = 0;
-    out->zero = a->w->type == DSV3_Q4_0 ? 8 : 128;
+    out->zero = w->type == DSV3_Q4_0 ? 8 : 128;
+    out->columns = dsv3i_blocks(a->rows, DSV3I_LANES);
+    out->values = w->packed ? (const void *)dsv3i_piece_at(w, a->r, a->k0) : stage;
     dsv3i_piece_scales(ctx, out, a, scale);
-    dsv3i_piece_codes(ctx, out, a, scale, stage);
-    if (kernels->widen[a->w->type] != NULL) {
-        from = (const unsigned char *)out->values;
-        stride = dsv3i_form_bytes(form, a->k);
-        for (size_t p = 0; p < panels; p++) {
-            kernels->widen[a->w->type]((unsigned char *)(void *)other + p * stride, from + p * out->stride, a->k);
-        }
+    if (!w->packed) {
+        kernels->pack[w->type](stage, scale, dsv3i_row_at(w, a->r) + dsv3_row_bytes(w->type, a->k0),
+                               dsv3_row_bytes(w->type, w->cols), a->rows, a->k);
+    }
+    if (kernels->widen[w->type] != NULL) {
+        kernels->widen[w->type](other, out->values, out->columns, a->k);
         out->values = other;
-        out->stride = stride;
         other = stage;
     }
     if (form == DSV3I_FLOATS) return DSV3_PRODUCT_F32;
     if (fast) return form == DSV3I_BF16S ? DSV3_PRODUCT_FAST_BF16 : DSV3_PRODUCT_FAST_BYTES;
     if (few) return form == DSV3I_BF16S ? DSV3_PRODUCT_BF16 : DSV3_PRODUCT_BYTES;
-    from = (const unsigned char *)out->values;
-    stride = dsv3i_form_bytes(DSV3I_FLOATS, a->k + a->k % 2);
-    for (size_t p = 0; p < panels; p++) {
-        kernels->float_panel[form == DSV3I_BYTES](other + p * (stride / sizeof(float)), from + p * out->stride, a->k,
-                                                  out->zero);
-    }
+    kernels->float_panel[form == DSV3I_BYTES](other, out->values, out->columns, a->k, out->zero);
     out->values = other;
-    out->stride = stride;
     return DSV3_PRODUCT_F32;
 }
 
 /* ---- Linear. A job is y [n, rows] = x [n, cols] W[row0 .. row0+rows)^T; several jobs share one parallel
  * loop, so that small ones (the experts of a token) do not wait for each other. */
 
-#define DSV3I_ROWS 64u   /* weight rows of an item; divides DSV3_BLOCK */
 #define DSV3I_DECODE 16u /* rows that are decoded together where there are no panels */
 
 /* Rows of weights decoded together when there are n rows of x. */
@@ -2077,21 +2105,18 @@ static size_t dsv3i_input_skip(const dsv3i_input *in, dsv3_type type, size_t k) 
 /* y[t ldy + (r - r0)] = x_t . row r of w for n rows x_t and rows r0 <= r < r1 of w, by panels. */
 static void dsv3i_linear_panels(const dsv3_context *ctx, float *y, size_t ldy, const dsv3i_input *in, size_t n,
                                 const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
-    int few = n <= DSV3I_FEW, whole = w->packed && few && (w->type == DSV3_F32 || w->type == DSV3_BF16);
-    size_t step = whole ? w->cols : DSV3I_TERMS, height = (few ? DSV3I_FEW : 2) * DSV3I_PANEL;
     dsv3i_piece piece;
     piece.w = w;
     for (piece.r = r0; piece.r < r1; piece.r += piece.rows) {
-        piece.rows = piece.r % DSV3I_PANEL ? DSV3I_PANEL - piece.r % DSV3I_PANEL : whole ? r1 - piece.r : height;
-        piece.rows = dsv3i_min(piece.rows, r1 - piece.r);
-        for (piece.k0 = 0; piece.k0 < w->cols; piece.k0 += step) {
-            dsv3_panels panels;
+        piece.rows = dsv3i_min(DSV3I_PANEL - piece.r % DSV3I_PANEL, r1 - piece.r);
+        for (piece.k0 = 0; piece.k0 < w->cols; piece.k0 += piece.k) {
+            dsv3_panel panel;
             dsv3_product product;
-            piece.k = dsv3i_min(step, w->cols - piece.k0);
-            product = dsv3i_piece_make(ctx, &panels, &piece, in->fast, few, scratch);
+            piece.k = dsv3i_min(DSV3I_TERMS, w->cols - piece.k0);
+            product = dsv3i_piece_make(ctx, &panel, &piece, in->fast, n <= DSV3I_FEW, scratch);
             ctx->kernels.product[product](y + (piece.r - r0), ldy,
                                           (const unsigned char *)in->x + dsv3i_input_skip(in, w->type, piece.k0),
-                                          in->stride, n, &panels, piece.rows, piece.k, piece.k0 > 0);
+                                          in->stride, n, &panel, piece.rows, piece.k, piece.k0 > 0);
         }
     }
 }
@@ -2126,7 +2151,7 @@ typedef struct dsv3i_job {
     float *y;       /* [n, w->rows] */
     size_t n;
     dsv3i_input in; /* x as the products take it */
-    size_t first;   /* its first item in the loop; an item is DSV3I_ROWS weight rows */
+    size_t first;   /* its first item in the loop; an item is a panel: 64 rows of weights */
 } dsv3i_job;
 
 static dsv3i_job dsv3i_job_make(float *y, const float *x, const dsv3_tensor *w, size_t n) {
@@ -2158,8 +2183,8 @@ static void dsv3i_linear_task(void *arg, size_t begin, size_t end, size_t worker
         while (j + 1 < a->n_jobs && a->jobs[j + 1].first <= i) j++;
         job = &a->jobs[j];
         next = j + 1 < a->n_jobs ? dsv3i_min(end, a->jobs[j + 1].first) : end;
-        r0 = (i - job->first) * DSV3I_ROWS;
-        r1 = dsv3i_min((next - job->first) * DSV3I_ROWS, job->w->rows);
+        r0 = (i - job->first) * DSV3I_PANEL;
+        r1 = dsv3i_min((next - job->first) * DSV3I_PANEL, job->w->rows);
         dsv3i_linear_rows(a->ctx, job->y + r0, job->w->rows, &job->in, job->n, job->w, r0, r1,
                           a->scratch + worker * a->worker_floats);
     }
@@ -2226,7 +2251,7 @@ static void dsv3i_linear_jobs(const dsv3_context *ctx, dsv3i_job *jobs, size_t n
         const dsv3_tensor *w = jobs[j].w;
         DSV3_ASSERT(worker_floats >= dsv3i_panel_floats(jobs[j].n, w->cols));
         jobs[j].first = items;
-        items += dsv3i_blocks(w->rows, DSV3I_ROWS);
+        items += dsv3i_blocks(w->rows, DSV3I_PANEL);
         work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(w->rows, w->cols), jobs[j].n));
     }
     dsv3i_parallel(ctx, items, work, dsv3i_linear_task, &arg);
@@ -2536,7 +2561,7 @@ DSV3_API float dsv3_log_sum_exp(const float *logits, size_t V) {
 static dsv3_tensor dsv3i_rows_of(const dsv3_tensor *w, size_t row, size_t rows) {
     dsv3_tensor part = *w;
     part.rows = rows;
-    part.data = dsv3i_row_at(w, row);
+    part.data = w->packed ? dsv3i_piece_at(w, row, 0) : dsv3i_row_at(w, row);
     part.scale = dsv3i_scale_at(w, row);
     return part;
 }
@@ -4873,6 +4898,115 @@ DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from) {
     return DSV3_OK;
 }
 
+/* ---- Packing */
+
+typedef struct dsv3i_packing {
+    const dsv3_context *ctx;
+    const dsv3_tensor *w;
+    unsigned char *to;
+    dsv3i_layout l;
+} dsv3i_packing;
+
+static void dsv3i_pack_piece(const dsv3i_packing *a, size_t r, size_t rows, size_t k0, size_t k) {
+    const dsv3_tensor *w = a->w;
+    size_t columns = dsv3i_blocks(rows, DSV3I_LANES), row_bytes = dsv3_row_bytes(w->type, w->cols);
+    unsigned char *to = a->to + r / DSV3I_PANEL * dsv3i_panel_bytes(w->type, DSV3I_PANEL / DSV3I_LANES, w->cols);
+    float scale[DSV3I_TERMS / DSV3_QBLOCK * DSV3I_PANEL], one = 1.0f;
+    to += k0 / DSV3I_TERMS * dsv3i_piece_bytes(w->type, columns, DSV3I_TERMS);
+    a->ctx->kernels.pack[w->type](to, scale, dsv3i_row_at(w, r) + dsv3_row_bytes(w->type, k0), row_bytes, rows, k);
+    to += dsv3i_codes_bytes(w->type, columns, k);
+    for (size_t i = 0; dsv3_type_block(w->type) > 1 && i < k / DSV3_QBLOCK * columns * DSV3I_LANES; i++, to += 2) {
+        uint16_t bits = dsv3_f16_from_f32(scale[i]);
+        DSV3_MEMCPY(to, &bits, 2);
+    }
+    if (w->type != DSV3_F8_E4M3) return;
+    if (w->scale != NULL) DSV3_MEMCPY(&one, dsv3i_scale_at(w, r) + k0 / DSV3_BLOCK * sizeof one, sizeof one);
+    DSV3_MEMCPY(to, &one, sizeof one);
+}
+
+static void dsv3i_pack_panel(const dsv3i_packing *a, size_t p) {
+    size_t r = p * DSV3I_PANEL, rows = dsv3i_min(DSV3I_PANEL, a->w->rows - r);
+    for (size_t k0 = 0; k0 < a->w->cols; k0 += DSV3I_TERMS) {
+        dsv3i_pack_piece(a, r, rows, k0, dsv3i_min(DSV3I_TERMS, a->w->cols - k0));
+    }
+}
+
+static void dsv3i_pack_task(void *arg, size_t begin, size_t end, size_t worker) {
+    (void)worker;
+    for (size_t p = begin; p < end; p++) dsv3i_pack_panel((const dsv3i_packing *)arg, p);
+}
+
+/* Measures w, or packs it. */
+static void dsv3i_pack_tensor(dsv3i_packing *a, dsv3_tensor *w) {
+    size_t panels = dsv3i_blocks(w->rows, DSV3I_PANEL);
+    if (w->data == NULL || w->packed || a->ctx->kernels.pack[w->type] == NULL) return;
+    a->w = w;
+    a->to = (unsigned char *)dsv3i_take(&a->l, dsv3i_packed_bytes(w), 1, 1, 1);
+    if (a->to == NULL) return;
+    dsv3i_parallel(a->ctx, panels, dsv3i_mul(w->rows, w->cols), dsv3i_pack_task, a);
+    w->data = a->to;
+    w->scale = NULL;
+    w->packed = 1;
+}
+
+static void dsv3i_pack_mlp(dsv3i_packing *a, dsv3_mlp *w) {
+    dsv3i_pack_tensor(a, &w->gate_proj);
+    dsv3i_pack_tensor(a, &w->up_proj);
+    dsv3i_pack_tensor(a, &w->down_proj);
+}
+
+static void dsv3i_pack_layer(dsv3i_packing *a, dsv3_layer *w, size_t experts) {
+    dsv3i_pack_tensor(a, &w->q_proj);
+    dsv3i_pack_tensor(a, &w->q_a_proj);
+    dsv3i_pack_tensor(a, &w->q_b_proj);
+    dsv3i_pack_tensor(a, &w->kv_a_proj_with_mqa);
+    dsv3i_pack_tensor(a, &w->o_proj);
+    dsv3i_pack_tensor(a, &w->gate);
+    dsv3i_pack_mlp(a, &w->mlp);
+    for (size_t e = 0; w->is_moe && e < experts; e++) dsv3i_pack_mlp(a, &w->experts[e]);
+    dsv3i_pack_mlp(a, &w->shared_experts);
+}
+
+static void dsv3i_pack_model(dsv3i_packing *a, dsv3_model *model) {
+    size_t layers = (size_t)model->config.num_hidden_layers + (size_t)model->n_mtp;
+    const void *head = model->lm_head.data;
+    if (head != model->embed_tokens.data) dsv3i_pack_tensor(a, &model->lm_head);
+    for (size_t i = 0; i < layers; i++) dsv3i_pack_layer(a, &model->layers[i], (size_t)model->config.n_routed_experts);
+    for (size_t k = 0; k < (size_t)model->n_mtp; k++) {
+        dsv3i_pack_tensor(a, &model->mtp[k].eh_proj);
+        if (model->mtp[k].shared_head_head.data != head) {
+            dsv3i_pack_tensor(a, &model->mtp[k].shared_head_head);
+        } else if (a->l.base != NULL) {
+            model->mtp[k].shared_head_head = model->lm_head;
+        }
+    }
+}
+
+DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_model *model, size_t *bytes) {
+    dsv3i_packing a;
+    dsv3_model view;
+    if (context == NULL || model == NULL || bytes == NULL) return DSV3_ERR_ARG;
+    DSV3_MEMSET(&a, 0, sizeof a);
+    a.ctx = context;
+    view = *model; /* its tables are not written to, since there is no memory to point to */
+    dsv3i_pack_model(&a, &view);
+    *bytes = 0;
+    return a.l.used == 0 ? DSV3_OK : dsv3i_layout_size(&a.l, bytes);
+}
+
+DSV3_API dsv3_result dsv3_pack(const dsv3_context *context, dsv3_model *model, void *memory, size_t bytes) {
+    dsv3i_packing a;
+    size_t need;
+    DSV3I_TRY(dsv3_pack_size(context, model, &need));
+    if (need == 0) return DSV3_OK;
+    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
+    DSV3_MEMSET(&a, 0, sizeof a);
+    a.ctx = context;
+    a.l.base = dsv3i_layout_base(memory);
+    dsv3i_pack_model(&a, model);
+    return DSV3_OK;
+}
+
 /* ---- Workspace */
 
 static size_t dsv3i_worker_floats(const dsv3i_dims *m, size_t n) {
@@ -7034,6 +7168,12 @@ static dsv3_backend dsv3i_best_backend(void) {
     return DSV3_BACKEND_AVX512_BF16;
 }
 
+/* How many of n rows of x go together: kernels are made for 1, 2, 3, 4 and, with floats or codes on both sides, 6. */
+static size_t dsv3i_rows_together(size_t n) {
+    if (n <= 6) return n;
+    return n <= 8 ? 4 : 6;
+}
+
 /* ---- AVX2, FMA, F16C: 8 lanes. */
 
 #define DSV3I_AVX2 "avx2,fma,f16c"
@@ -7254,9 +7394,10 @@ DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_transpose(__m256i r[8]) {
     }
 }
 
-/* `count` times four bytes of 16 rows at w; row 0 once more for rows that are not there. */
+/* Up to 32 bytes of each of 16 rows (NULL: zeros); steps of four bytes lie `step` apart. */
 DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_pack_words(unsigned char *to, const unsigned char *const w[16], size_t bytes, __m256i code, int fp8) {
+void dsv3i_avx2_pack_words(unsigned char *to, size_t step, const unsigned char *const w[16], size_t bytes,
+                           __m256i code, int fp8) {
     const __m256i order = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
     for (size_t half = 0; half < 2; half++) {
@@ -7275,18 +7416,23 @@ void dsv3i_avx2_pack_words(unsigned char *to, const unsigned char *const w[16], 
         dsv3i_avx2_transpose(r);
         for (size_t j = 0; j < 8 && 4 * j < bytes; j++) {
             if (fp8) r[j] = _mm256_shuffle_epi8(r[j], order);
-            _mm256_storeu_si256((__m256i *)(void *)(to + 64 * j + 32 * half), r[j]);
+            _mm256_storeu_si256((__m256i *)(void *)(to + step * j + 32 * half), r[j]);
         }
     }
 }
 
 DSV3I_INLINE(DSV3I_AVX2)
 void dsv3i_avx2_pack(const size_t size, void *panel, const void *w, size_t row_bytes, size_t rows, size_t k) {
-    unsigned char *to = (unsigned char *)panel;
-    for (size_t i = 0; i < k * size; i += 32, to += 512) {
-        const unsigned char *at[16];
-        for (size_t j = 0; j < 16; j++) at[j] = j < rows ? (const unsigned char *)w + j * row_bytes + i : NULL;
-        dsv3i_avx2_pack_words(to, at, dsv3i_min(32, k * size - i), _mm256_setzero_si256(), size == 1);
+    const size_t columns = (rows + 15) / 16;
+    for (size_t c = 0; c < columns; c++) {
+        unsigned char *to = (unsigned char *)panel + 64 * c;
+        for (size_t i = 0; i < k * size; i += 32, to += 8 * 64 * columns) {
+            const unsigned char *at[16];
+            for (size_t j = 0; j < 16; j++) {
+                at[j] = 16 * c + j < rows ? (const unsigned char *)w + (16 * c + j) * row_bytes + i : NULL;
+            }
+            dsv3i_avx2_pack_words(to, 64 * columns, at, dsv3i_min(32, k * size - i), _mm256_setzero_si256(), size == 1);
+        }
     }
 }
 
@@ -7312,19 +7458,23 @@ DSV3I_INLINE(DSV3I_AVX2)
 void dsv3i_avx2_pack_blocks(const size_t size, void *panel, float *scale, const void *w, size_t row_bytes, size_t rows,
                             size_t k) {
     const __m256i code = _mm256_set1_epi8(size == 32 ? (char)-128 : 0);
+    const size_t columns = (rows + 15) / 16;
     unsigned char *to = (unsigned char *)panel;
-    for (size_t b = 0; b < k / DSV3_QBLOCK; b++, to += 16 * size, scale += 16) {
-        const unsigned char *at[16];
-        uint16_t bits[16];
-        for (size_t j = 0; j < 16; j++) {
-            const unsigned char *block = (const unsigned char *)w + dsv3i_min(j, rows - 1) * row_bytes + b * (2 + size);
-            DSV3_MEMCPY(&bits[j], block, 2);
-            if (j >= rows) bits[j] = 0;
-            at[j] = block + 2;
+    for (size_t b = 0; b < k / DSV3_QBLOCK; b++, to += (size / 4 - 1) * 64 * columns) {
+        for (size_t c = 0; c < columns; c++, to += 64, scale += 16) {
+            const unsigned char *at[16];
+            uint16_t bits[16];
+            for (size_t j = 0; j < 16; j++) {
+                const unsigned char *block =
+                    (const unsigned char *)w + dsv3i_min(16 * c + j, rows - 1) * row_bytes + b * (2 + size);
+                DSV3_MEMCPY(&bits[j], block, 2);
+                if (16 * c + j >= rows) bits[j] = 0;
+                at[j] = block + 2;
+            }
+            dsv3i_avx2_pack_words(to, 64 * columns, at, size, code, 0);
+            _mm256_storeu_ps(scale, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)bits)));
+            _mm256_storeu_ps(scale + 8, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(bits + 8))));
         }
-        dsv3i_avx2_pack_words(to, at, size, code, 0);
-        _mm256_storeu_ps(scale, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)bits)));
-        _mm256_storeu_ps(scale + 8, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(bits + 8))));
     }
 }
 
@@ -7344,14 +7494,15 @@ DSV3I_INLINE(DSV3I_AVX2) __m128i dsv3i_avx2_halves(__m256i v, const int upper) {
     return _mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
 }
 
-DSV3I_TARGET(DSV3I_AVX2) static void dsv3i_avx2_widen_f16(void *values, const void *panel, size_t k) {
+DSV3I_TARGET(DSV3I_AVX2)
+static void dsv3i_avx2_widen_f16(void *values, const void *panel, size_t columns, size_t k) {
     const unsigned char *from = (const unsigned char *)panel;
     float *to = (float *)values;
-    for (size_t i = 0; i < k; i += 2, from += 64, to += 32) {
-        for (size_t half = 0; half < 2; half++) {
-            const __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)(from + 32 * half));
-            _mm256_storeu_ps(to + 8 * half, _mm256_cvtph_ps(dsv3i_avx2_halves(v, 0)));
-            if (i + 1 < k) _mm256_storeu_ps(to + 16 + 8 * half, _mm256_cvtph_ps(dsv3i_avx2_halves(v, 1)));
+    for (size_t i = 0; i < k; i += 2, to += 16 * columns) {
+        for (size_t c = 0; c < 2 * columns; c++, from += 32, to += 8) {
+            const __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)from);
+            _mm256_storeu_ps(to, _mm256_cvtph_ps(dsv3i_avx2_halves(v, 0)));
+            _mm256_storeu_ps(to + 16 * columns, _mm256_cvtph_ps(dsv3i_avx2_halves(v, 1)));
         }
     }
 }
@@ -7369,29 +7520,32 @@ DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_bf16(__m256i v) {
     return _mm256_permute4x64_epi64(h, 0xD8);
 }
 
-DSV3I_TARGET(DSV3I_AVX2) static void dsv3i_avx2_widen_f8(void *values, const void *panel, size_t k) {
+DSV3I_TARGET(DSV3I_AVX2)
+static void dsv3i_avx2_widen_f8(void *values, const void *panel, size_t columns, size_t k) {
     const unsigned char *from = (const unsigned char *)panel;
     unsigned char *to = (unsigned char *)values;
-    for (size_t i = 0; i < k; i += 4, from += 64, to += 128) {
-        for (size_t half = 0; half < 2; half++) {
-            const __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)(from + 32 * half));
+    for (size_t i = 0; i < k; i += 4, to += 64 * columns) {
+        for (size_t c = 0; c < 2 * columns; c++, from += 32, to += 32) {
+            const __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)from);
             const __m256i low = dsv3i_avx2_bf16(_mm256_unpacklo_epi8(_mm256_setzero_si256(), v));
             const __m256i high = dsv3i_avx2_bf16(_mm256_unpackhi_epi8(_mm256_setzero_si256(), v));
-            _mm256_storeu_si256((__m256i *)(void *)(to + 32 * half), low);
-            if (i + 2 < k) _mm256_storeu_si256((__m256i *)(void *)(to + 64 + 32 * half), high);
+            _mm256_storeu_si256((__m256i *)(void *)to, low);
+            _mm256_storeu_si256((__m256i *)(void *)(to + 64 * columns), high);
         }
     }
 }
 
-DSV3I_TARGET(DSV3I_AVX2) static void dsv3i_avx2_widen_q4_0(void *values, const void *panel, size_t k) {
+DSV3I_TARGET(DSV3I_AVX2)
+static void dsv3i_avx2_widen_q4_0(void *values, const void *panel, size_t columns, size_t k) {
     const __m256i low = _mm256_set1_epi8(15);
     const unsigned char *from = (const unsigned char *)panel;
     unsigned char *to = (unsigned char *)values;
-    for (size_t i = 0; i < k; i += DSV3_QBLOCK, from += 256, to += 512) {
-        for (size_t j = 0; j < 256; j += 32) {
-            const __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)(from + j));
-            _mm256_storeu_si256((__m256i *)(void *)(to + j), _mm256_and_si256(v, low));
-            _mm256_storeu_si256((__m256i *)(void *)(to + j + 256), _mm256_and_si256(_mm256_srli_epi16(v, 4), low));
+    for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += 256 * columns) {
+        for (size_t j = 0; j < 8 * columns; j++, from += 32, to += 32) {
+            const __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)from);
+            _mm256_storeu_si256((__m256i *)(void *)to, _mm256_and_si256(v, low));
+            _mm256_storeu_si256((__m256i *)(void *)(to + 256 * columns),
+                                _mm256_and_si256(_mm256_srli_epi16(v, 4), low));
         }
     }
 }
@@ -7411,39 +7565,49 @@ DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_floats(const int bytes, __m256 f[4], __
 }
 
 DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_float_panel(const int bytes, float *values, const void *panel, size_t k, int32_t zero) {
+void dsv3i_avx2_float_panel(const int bytes, float *values, const void *panel, size_t columns, size_t k,
+                            int32_t zero) {
     const unsigned char *from = (const unsigned char *)panel;
+    const __m256 code = _mm256_set1_ps((float)zero);
     const size_t each = bytes ? 4 : 2;
-    for (size_t i = 0; i < k; i += each, from += 64) {
-        for (size_t half = 0; half < 2; half++) {
+    for (size_t i = 0; i < k; i += each, values += 16 * columns * (each - 1)) {
+        for (size_t c = 0; c < 2 * columns; c++, from += 32, values += 8) {
             __m256 f[4];
-            dsv3i_avx2_floats(bytes, f, _mm256_loadu_si256((const __m256i *)(const void *)(from + 32 * half)),
-                              _mm256_set1_ps((float)zero));
-            for (size_t j = 0; j < each && i + j < k; j++) _mm256_storeu_ps(values + (i + j) * 16 + 8 * half, f[j]);
+            dsv3i_avx2_floats(bytes, f, _mm256_loadu_si256((const __m256i *)(const void *)from), code);
+            DSV3I_UNROLL for (size_t j = 0; j < each; j++) _mm256_storeu_ps(values + 16 * columns * j, f[j]);
         }
     }
 }
 
 DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_float_bf16(float *values, const void *panel, size_t k, int32_t zero) {
-    dsv3i_avx2_float_panel(0, values, panel, k, zero);
+static void dsv3i_avx2_float_bf16(float *values, const void *panel, size_t columns, size_t k, int32_t zero) {
+    dsv3i_avx2_float_panel(0, values, panel, columns, k, zero);
 }
 
 DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_float_bytes(float *values, const void *panel, size_t k, int32_t zero) {
-    dsv3i_avx2_float_panel(1, values, panel, k, zero);
+static void dsv3i_avx2_float_bytes(float *values, const void *panel, size_t columns, size_t k, int32_t zero) {
+    dsv3i_avx2_float_panel(1, values, panel, columns, k, zero);
 }
 
-/* M rows of x and one panel (or other 16 columns of a matrix) in two registers each. */
+/* 16 outputs, in two registers, and M rows of x. */
 typedef struct dsv3i_avx2_place {
     const unsigned char *x[6], *w;
     const float *scale;
     float *y;
     size_t ldy, n, columns; /* rows and columns that are wanted: other rows repeat the last */
+    size_t step;            /* bytes from a step of w to the next */
 } dsv3i_avx2_place;
 
-DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_rows(const int M, dsv3i_avx2_place *a, const void *x, size_t ldx, size_t n) {
+DSV3I_INLINE(DSV3I_AVX2)
+void dsv3i_avx2_place_set(const int M, dsv3i_avx2_place *a, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+                          const void *w, size_t step, size_t columns) {
+    a->y = y;
+    a->ldy = ldy;
     a->n = dsv3i_min((size_t)M, n);
+    a->w = (const unsigned char *)w;
+    a->step = step;
+    a->scale = NULL;
+    a->columns = columns;
     DSV3I_UNROLL for (int m = 0; m < M; m++) {
         a->x[m] = (const unsigned char *)x + dsv3i_min((size_t)m, n - 1) * ldx;
     }
@@ -7473,14 +7637,14 @@ DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_begin(const int M, __m256 acc[12], cons
 
 /* As dsv3i_avx512_end. */
 DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_end(const int M, const __m256 acc[12], const dsv3i_avx2_place *a, int scaled, size_t at, int add) {
+void dsv3i_avx2_end(const int M, const __m256 acc[12], const dsv3i_avx2_place *a, int add) {
     DSV3I_UNROLL for (int i = 0; i < 2 * M; i++) {
         float *y = a->y + (size_t)(i / 2) * a->ldy;
         __m256 sum = acc[i];
         if ((size_t)(i / 2) >= a->n) continue;
-        if (scaled) {
+        if (a->scale != NULL) {
             const __m256 old = add ? dsv3i_avx2_get(y, a->columns, i % 2) : _mm256_setzero_ps();
-            sum = _mm256_fmadd_ps(sum, _mm256_loadu_ps(a->scale + at + 8 * (i % 2)), old);
+            sum = _mm256_fmadd_ps(sum, _mm256_loadu_ps(a->scale + 8 * (i % 2)), old);
         }
         dsv3i_avx2_put(y, a->columns, i % 2, sum);
     }
@@ -7488,16 +7652,17 @@ void dsv3i_avx2_end(const int M, const __m256 acc[12], const dsv3i_avx2_place *a
 
 DSV3I_INLINE(DSV3I_AVX2)
 void dsv3i_avx2_float_terms(const int M, const int edge, __m256 acc[12], const dsv3i_avx2_place *a, size_t aj,
-                            size_t ldb, size_t k) {
+                            size_t k) {
+    const unsigned char *w = a->w;
     size_t x = 0;
-    const float *w = (const float *)(const void *)a->w;
-    for (size_t j = 0; j < k; j++, x += aj * sizeof(float), w += ldb) {
-        const __m256 b0 = edge ? dsv3i_avx2_get(w, a->columns, 0) : _mm256_loadu_ps(w);
-        const __m256 b1 = edge ? dsv3i_avx2_get(w, a->columns, 1) : _mm256_loadu_ps(w + 8);
+    for (size_t j = 0; j < k; j++, x += aj * sizeof(float), w += a->step) {
+        const float *f = (const float *)(const void *)w;
+        const __m256 b0 = edge ? dsv3i_avx2_get(f, a->columns, 0) : _mm256_loadu_ps(f);
+        const __m256 b1 = edge ? dsv3i_avx2_get(f, a->columns, 1) : _mm256_loadu_ps(f + 8);
         DSV3I_UNROLL for (int m = 0; m < M; m++) {
-            const __m256 f = _mm256_set1_ps(*(const float *)(const void *)(a->x[m] + x));
-            acc[2 * m] = _mm256_fmadd_ps(f, b0, acc[2 * m]);
-            acc[2 * m + 1] = _mm256_fmadd_ps(f, b1, acc[2 * m + 1]);
+            const __m256 xm = _mm256_set1_ps(*(const float *)(const void *)(a->x[m] + x));
+            acc[2 * m] = _mm256_fmadd_ps(xm, b0, acc[2 * m]);
+            acc[2 * m + 1] = _mm256_fmadd_ps(xm, b1, acc[2 * m + 1]);
         }
     }
 }
@@ -7506,12 +7671,12 @@ DSV3I_INLINE(DSV3I_AVX2)
 void dsv3i_avx2_code_terms(const int bytes, const int M, __m256 acc[12], const dsv3i_avx2_place *a, __m256 zero,
                            size_t i0, size_t i1) {
     const int each = bytes ? 4 : 2;
-    for (size_t i = i0; i < i1; i += (size_t)each) {
+    const unsigned char *w = a->w + i0 / (size_t)each * a->step;
+    for (size_t i = i0; i < i1; i += (size_t)each, w += a->step) {
         const int rest = i1 - i < (size_t)each;
         DSV3I_UNROLL for (int half = 0; half < 2; half++) {
-            const unsigned char *w = a->w + i / (size_t)each * 64 + 32 * half;
             __m256 f[4];
-            dsv3i_avx2_floats(bytes, f, _mm256_loadu_si256((const __m256i *)(const void *)w), zero);
+            dsv3i_avx2_floats(bytes, f, _mm256_loadu_si256((const __m256i *)(const void *)(w + 32 * half)), zero);
             DSV3I_UNROLL for (int j = 0; j < each; j++) {
                 if (j > 0 && rest) continue;
                 DSV3I_UNROLL for (int m = 0; m < M; m++) {
@@ -7523,92 +7688,80 @@ void dsv3i_avx2_code_terms(const int bytes, const int M, __m256 acc[12], const d
     }
 }
 
+/* Column c of a panel. */
 DSV3I_INLINE(DSV3I_AVX2)
 void dsv3i_avx2_exact(const dsv3_product kind, const int M, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                      const dsv3_panels *w, size_t row, size_t rows, size_t k, int add) {
+                      const dsv3_panel *w, size_t c, size_t rows, size_t k, int add) {
     const __m256 zero = _mm256_set1_ps((float)w->zero);
     const int scaled = w->scale != NULL;
     dsv3i_avx2_place a;
     __m256 acc[12];
-    a.y = y + row;
-    a.ldy = ldy;
-    a.columns = rows - row;
-    a.w = (const unsigned char *)w->values + row / 16 * w->stride;
-    a.scale = scaled ? w->scale + row / 16 * w->scale_stride : NULL;
-    dsv3i_avx2_rows(M, &a, x, ldx, n);
-    for (size_t i = 0, end, at = 0; i < k; i = end, at += 16) {
+    dsv3i_avx2_place_set(M, &a, y + 16 * c, ldy, x, ldx, n, (const unsigned char *)w->values + 64 * c,
+                         64 * w->columns, rows - 16 * c);
+    if (scaled) a.scale = w->scale + 16 * c;
+    for (size_t i = 0, end; i < k; i = end) {
         end = dsv3i_min(i + w->block, k);
         dsv3i_avx2_begin(M, acc, &a, add && !scaled);
         if (kind == DSV3_PRODUCT_F32) {
-            dsv3i_avx2_float_terms(M, 0, acc, &a, 1, 16, end - i);
+            dsv3i_avx2_float_terms(M, 0, acc, &a, 1, end - i);
             DSV3I_UNROLL for (int m = 0; m < M; m++) a.x[m] += (end - i) * sizeof(float);
-            a.w += (end - i) * 64;
+            a.w += (end - i) * a.step;
         } else {
             dsv3i_avx2_code_terms(kind == DSV3_PRODUCT_BYTES, M, acc, &a, zero, i, end);
         }
-        dsv3i_avx2_end(M, acc, &a, scaled, at, add || i > 0);
+        dsv3i_avx2_end(M, acc, &a, add || i > 0);
+        if (scaled) a.scale += 16 * w->columns;
     }
 }
 
 DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_few(const dsv3_product kind, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                    const dsv3_panels *w, size_t rows, size_t k, int add) {
-    for (size_t row = 0; row < rows; row += 16) {
-        switch (n) {
-        case 1: dsv3i_avx2_exact(kind, 1, y, ldy, x, ldx, 1, w, row, rows, k, add); break;
-        case 2: dsv3i_avx2_exact(kind, 2, y, ldy, x, ldx, 2, w, row, rows, k, add); break;
-        case 3: dsv3i_avx2_exact(kind, 3, y, ldy, x, ldx, 3, w, row, rows, k, add); break;
-        default: dsv3i_avx2_exact(kind, 4, y, ldy, x, ldx, 4, w, row, rows, k, add);
-        }
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_product_f32(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panels *w,
-                                   size_t rows, size_t k, int add) {
-    if (n <= DSV3I_FEW) {
-        dsv3i_avx2_few(DSV3_PRODUCT_F32, y, ldy, x, ldx, n, w, rows, k, add);
-        return;
-    }
-    for (size_t row = 0; row < rows; row += 16) {
-        for (size_t t = 0; t < n; t += 6) {
+void dsv3i_avx2_product(const dsv3_product kind, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+                        const dsv3_panel *w, size_t rows, size_t k, int add) {
+    for (size_t c = 0; c < w->columns; c++) {
+        for (size_t t = 0, m; t < n; t += m) {
             const unsigned char *xt = (const unsigned char *)x + t * ldx;
-            if (n - t > 3) {
-                dsv3i_avx2_exact(DSV3_PRODUCT_F32, 6, y + t * ldy, ldy, xt, ldx, n - t, w, row, rows, k, add);
-            } else {
-                dsv3i_avx2_exact(DSV3_PRODUCT_F32, 3, y + t * ldy, ldy, xt, ldx, n - t, w, row, rows, k, add);
+            float *yt = y + t * ldy;
+            m = dsv3i_rows_together(n - t);
+            switch (m) {
+            case 1: dsv3i_avx2_exact(kind, 1, yt, ldy, xt, ldx, 1, w, c, rows, k, add); break;
+            case 2: dsv3i_avx2_exact(kind, 2, yt, ldy, xt, ldx, 2, w, c, rows, k, add); break;
+            case 3: dsv3i_avx2_exact(kind, 3, yt, ldy, xt, ldx, 3, w, c, rows, k, add); break;
+            case 4: dsv3i_avx2_exact(kind, 4, yt, ldy, xt, ldx, 4, w, c, rows, k, add); break;
+            default:
+                if (kind == DSV3_PRODUCT_F32) dsv3i_avx2_exact(kind, 6, yt, ldy, xt, ldx, m, w, c, rows, k, add);
             }
         }
     }
 }
 
 DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_product_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panels *w,
-                                    size_t rows, size_t k, int add) {
-    dsv3i_avx2_few(DSV3_PRODUCT_BF16, y, ldy, x, ldx, n, w, rows, k, add);
+static void dsv3i_avx2_product_f32(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
+                                   size_t rows, size_t k, int add) {
+    dsv3i_avx2_product(DSV3_PRODUCT_F32, y, ldy, x, ldx, n, w, rows, k, add);
 }
 
 DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_product_bytes(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panels *w,
-                                     size_t rows, size_t k, int add) {
-    dsv3i_avx2_few(DSV3_PRODUCT_BYTES, y, ldy, x, ldx, n, w, rows, k, add);
+static void dsv3i_avx2_product_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
+                                    size_t rows, size_t k, int add) {
+    dsv3i_avx2_product(DSV3_PRODUCT_BF16, y, ldy, x, ldx, n, w, rows, k, add);
 }
 
-/* Up to M rows of y and `columns` <= 16 columns. */
+DSV3I_TARGET(DSV3I_AVX2)
+static void dsv3i_avx2_product_bytes(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
+                                     size_t rows, size_t k, int add) {
+    dsv3i_avx2_product(DSV3_PRODUCT_BYTES, y, ldy, x, ldx, n, w, rows, k, add);
+}
+
+/* Up to M rows of y and `columns` columns, of which 16 at most are done. */
 DSV3I_INLINE(DSV3I_AVX2)
 void dsv3i_avx2_outer_tile(const int M, const int edge, float *y, size_t ldy, size_t m, const float *x, size_t at,
                            size_t aj, const float *b, size_t ldb, size_t k, size_t columns) {
     dsv3i_avx2_place a;
     __m256 acc[12];
-    a.y = y;
-    a.ldy = ldy;
-    a.columns = columns;
-    a.w = (const unsigned char *)(const void *)b;
-    a.scale = NULL;
-    dsv3i_avx2_rows(M, &a, x, at * sizeof *x, m);
+    dsv3i_avx2_place_set(M, &a, y, ldy, x, at * sizeof *x, m, b, ldb * sizeof *b, columns);
     dsv3i_avx2_begin(M, acc, &a, 1);
-    dsv3i_avx2_float_terms(M, edge, acc, &a, aj, ldb, k);
-    dsv3i_avx2_end(M, acc, &a, 0, 0, 0);
+    dsv3i_avx2_float_terms(M, edge, acc, &a, aj, k);
+    dsv3i_avx2_end(M, acc, &a, 0);
 }
 
 /* b in panels of 16 columns and at most 256 rows, which stay in the first cache while all rows of y pass by. */
@@ -7621,13 +7774,14 @@ static void dsv3i_avx2_outer(float *y, size_t ldy, size_t m, const float *a, siz
             for (size_t t = 0; t < m; t += 6) {
                 float *to = y + t * ldy + i;
                 const float *from = a + t * at + j * aj, *panel = b + j * ldb + i;
-                const size_t columns = n - i;
-                if (columns < 16) {
-                    dsv3i_avx2_outer_tile(6, 1, to, ldy, m - t, from, at, aj, panel, ldb, nj, columns);
+                if (n - i < 16) {
+                    dsv3i_avx2_outer_tile(6, 1, to, ldy, m - t, from, at, aj, panel, ldb, nj, n - i);
                 } else if (m - t > 3) {
-                    dsv3i_avx2_outer_tile(6, 0, to, ldy, m - t, from, at, aj, panel, ldb, nj, columns);
+                    dsv3i_avx2_outer_tile(6, 0, to, ldy, m - t, from, at, aj, panel, ldb, nj, 16);
+                } else if (m - t > 1) {
+                    dsv3i_avx2_outer_tile(3, 0, to, ldy, m - t, from, at, aj, panel, ldb, nj, 16);
                 } else {
-                    dsv3i_avx2_outer_tile(3, 0, to, ldy, m - t, from, at, aj, panel, ldb, nj, columns);
+                    dsv3i_avx2_outer_tile(1, 0, to, ldy, 1, from, at, aj, panel, ldb, nj, 16);
                 }
             }
         }
@@ -7812,30 +7966,44 @@ DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_transpose(__m512i r[16]) {
     DSV3I_UNROLL for (int i = 0; i < 16; i++) r[i] = t[i];
 }
 
-/* Rows of `size` bytes an element, 64 bytes at a time. */
+/* `bytes` of 16 rows, 64 at a time; from one step of four bytes to the next it is `step` bytes. ahead: what is fetched
+ * already for the next piece. */
 DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_pack(const size_t size, void *panel, const void *w, size_t row_bytes, size_t rows, size_t k) {
-    const __m512i fp8 = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
-    const unsigned char *from = (const unsigned char *)w;
-    unsigned char *to = (unsigned char *)panel;
-    const size_t bytes = k * size;
-    for (size_t i = 0; i < bytes; i += 64, to += 1024) {
+void dsv3i_avx512_pack_rows(const int fp8, unsigned char *to, size_t step, const unsigned char *w, size_t row_bytes,
+                            size_t rows, size_t bytes, size_t ahead) {
+    const __m512i order =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    for (size_t i = 0; i < bytes; i += 64, to += 16 * step) {
         const size_t left = bytes - i;
         const __mmask64 m = left >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << left) - 1;
         __m512i r[16];
-        if (rows == DSV3I_PANEL && left >= 64) {
-            DSV3I_UNROLL for (int j = 0; j < 16; j++) r[j] = _mm512_loadu_si512(from + (size_t)j * row_bytes + i);
+        if (rows >= 16 && left >= 64) {
+            DSV3I_UNROLL for (int j = 0; j < 16; j++) {
+                r[j] = _mm512_loadu_si512(w + (size_t)j * row_bytes + i);
+                if (ahead) _mm_prefetch((const char *)(w + (size_t)j * row_bytes + i + ahead), _MM_HINT_T0);
+            }
         } else {
             for (size_t j = 0; j < 16; j++) {
                 r[j] = _mm512_setzero_si512();
-                if (j < rows) r[j] = _mm512_maskz_loadu_epi8(m, from + j * row_bytes + i);
+                if (j < rows) r[j] = _mm512_maskz_loadu_epi8(m, w + j * row_bytes + i);
             }
         }
         dsv3i_avx512_transpose(r);
         for (size_t j = 0; j < 16 && 4 * j < left; j++) {
-            if (size == 1) r[j] = _mm512_shuffle_epi8(r[j], fp8);
-            _mm512_storeu_si512(to + 64 * j, r[j]);
+            if (fp8) r[j] = _mm512_shuffle_epi8(r[j], order);
+            _mm512_storeu_si512(to + step * j, r[j]);
         }
+    }
+}
+
+/* Elements of `size` bytes. */
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_pack(const size_t size, void *panel, const void *w, size_t row_bytes, size_t rows, size_t k) {
+    const size_t columns = (rows + 15) / 16;
+    for (size_t c = 0; c < columns; c++) {
+        dsv3i_avx512_pack_rows(size == 1, (unsigned char *)panel + 64 * c, 64 * columns,
+                               (const unsigned char *)w + 16 * c * row_bytes, row_bytes, rows - 16 * c, k * size,
+                               DSV3I_TERMS * size);
     }
 }
 
@@ -7865,40 +8033,53 @@ DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_scales(const unsigned char *w, si
     return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words));
 }
 
-/* Blocks of 2 + size bytes, 64 / size of them at a time. */
+/* The 64 bytes of codes of 64 / size blocks of 2 + size bytes at w, of which `count` are there. */
+DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_blocks(const size_t size, const unsigned char *w, size_t count) {
+    const void *at = w + 2;
+    __m512i v;
+    unsigned char part[64];
+    if (count == 64 / size && size == 32) {
+        v = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)at));
+        at = w + 36;
+        return _mm512_inserti64x4(v, _mm256_loadu_si256((const __m256i *)at), 1);
+    }
+    if (count == 64 / size) {
+        v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)at));
+        at = w + 20;
+        v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)at), 1);
+        at = w + 38;
+        v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)at), 2);
+        at = w + 56;
+        return _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)at), 3);
+    }
+    DSV3_MEMSET(part, 0, sizeof part);
+    for (size_t i = 0; i < count; i++) DSV3_MEMCPY(part + i * size, w + i * (2 + size) + 2, size);
+    return _mm512_loadu_si512(part);
+}
+
 DSV3I_INLINE(DSV3I_AVX512)
 void dsv3i_avx512_pack_blocks(const size_t size, void *panel, float *scale, const void *w, size_t row_bytes,
                               size_t rows, size_t k) {
-    const unsigned char *from = (const unsigned char *)w;
-    unsigned char *to = (unsigned char *)panel;
-    const size_t blocks = k / DSV3_QBLOCK, many = 64 / size;
+    const size_t blocks = k / DSV3_QBLOCK, many = 64 / size, columns = (rows + 15) / 16, step = 64 * columns;
     const __m512i code = _mm512_set1_epi8(size == 32 ? (char)-128 : 0);
-    for (size_t b = 0; b < blocks; b += many) {
-        const size_t count = dsv3i_min(many, blocks - b);
-        __m512i r[16];
-        for (size_t j = 0; j < 16; j++) {
-            const unsigned char *at = from + dsv3i_min(j, rows - 1) * row_bytes + b * (2 + size) + 2;
-            unsigned char part[64];
-            if (count == many && size == 32) {
-                r[j] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(const void *)at)),
-                                          _mm256_loadu_si256((const __m256i *)(const void *)(at + 34)), 1);
-            } else if (count == many) {
-                r[j] = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(const void *)at));
-                r[j] = _mm512_inserti32x4(r[j], _mm_loadu_si128((const __m128i *)(const void *)(at + 18)), 1);
-                r[j] = _mm512_inserti32x4(r[j], _mm_loadu_si128((const __m128i *)(const void *)(at + 36)), 2);
-                r[j] = _mm512_inserti32x4(r[j], _mm_loadu_si128((const __m128i *)(const void *)(at + 54)), 3);
-            } else {
-                DSV3_MEMSET(part, 0, sizeof part);
-                for (size_t i = 0; i < count; i++) DSV3_MEMCPY(part + i * size, at + i * (2 + size), size);
-                r[j] = _mm512_loadu_si512(part);
+    for (size_t c = 0; c < columns; c++) {
+        const unsigned char *from = (const unsigned char *)w + 16 * c * row_bytes;
+        unsigned char *to = (unsigned char *)panel + 64 * c;
+        const size_t left = rows - 16 * c;
+        for (size_t b = 0; b < blocks; b += many) {
+            const size_t count = dsv3i_min(many, blocks - b);
+            __m512i r[16];
+            DSV3I_UNROLL for (int j = 0; j < 16; j++) {
+                const unsigned char *row = from + dsv3i_min((size_t)j, left - 1) * row_bytes;
+                r[j] = _mm512_xor_si512(dsv3i_avx512_blocks(size, row + b * (2 + size), count), code);
+                _mm_prefetch((const char *)(row + b * (2 + size) + DSV3I_TERMS / DSV3_QBLOCK * (2 + size)), _MM_HINT_T0);
             }
-            r[j] = _mm512_xor_si512(r[j], code);
-        }
-        dsv3i_avx512_transpose(r);
-        for (size_t j = 0; j < count * size / 4; j++) _mm512_storeu_si512(to + 64 * j, r[j]);
-        to += 16 * count * size;
-        for (size_t i = 0; i < count; i++, scale += 16) {
-            _mm512_storeu_ps(scale, dsv3i_avx512_scales(from + (b + i) * (2 + size), row_bytes, rows));
+            dsv3i_avx512_transpose(r);
+            for (size_t j = 0; j < count * size / 4; j++, to += step) _mm512_storeu_si512(to, r[j]);
+            for (size_t i = b; i < b + count; i++) {
+                _mm512_storeu_ps(scale + 16 * (i * columns + c),
+                                 dsv3i_avx512_scales(from + i * (2 + size), row_bytes, left));
+            }
         }
     }
 }
@@ -7913,13 +8094,16 @@ static void dsv3i_avx512_pack_q4_0(void *panel, float *scale, const void *w, siz
     dsv3i_avx512_pack_blocks(16, panel, scale, w, row_bytes, rows, k);
 }
 
-DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_widen_f16(void *values, const void *panel, size_t k) {
+DSV3I_TARGET(DSV3I_AVX512)
+static void dsv3i_avx512_widen_f16(void *values, const void *panel, size_t columns, size_t k) {
     const unsigned char *from = (const unsigned char *)panel;
     float *to = (float *)values;
-    for (size_t i = 0; i < k; i += 2, from += 64, to += 32) {
-        const __m512i v = _mm512_loadu_si512(from);
-        _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)));
-        if (i + 1 < k) _mm512_storeu_ps(to + 16, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16))));
+    for (size_t i = 0; i < k; i += 2, to += 16 * columns) {
+        for (size_t c = 0; c < columns; c++, from += 64, to += 16) {
+            const __m512i v = _mm512_loadu_si512(from);
+            _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)));
+            _mm512_storeu_ps(to + 16 * columns, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16))));
+        }
     }
 }
 
@@ -7929,30 +8113,35 @@ DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_bf16(__m512i v) {
         _mm_setr_epi16(0, 0x3B00, 0x3B80, 0x3BC0, 0x3C00, 0x3C20, 0x3C40, 0x3C60)); /* 0 to 7 times 2^-9 */
     const __m512i size = _mm512_and_si512(_mm512_srli_epi16(v, 8), _mm512_set1_epi16(0x7F));
     __m512i r = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_set1_epi16(0x3C00));
-    r = _mm512_mask_permutexvar_epi16(r, _mm512_cmplt_epi16_mask(size, _mm512_set1_epi16(8)), size, small);
+    const __mmask32 tiny = _mm512_cmplt_epi16_mask(size, _mm512_set1_epi16(8));
+    r = _mm512_mask_mov_epi16(r, tiny, _mm512_permutexvar_epi16(size, small));
     r = _mm512_mask_mov_epi16(r, _mm512_cmpeq_epi16_mask(size, _mm512_set1_epi16(0x7F)), _mm512_set1_epi16(0x7FC0));
     return _mm512_or_si512(r, _mm512_and_si512(v, _mm512_set1_epi16((short)-32768)));
 }
 
-DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_widen_f8(void *values, const void *panel, size_t k) {
+DSV3I_TARGET(DSV3I_AVX512)
+static void dsv3i_avx512_widen_f8(void *values, const void *panel, size_t columns, size_t k) {
     const unsigned char *from = (const unsigned char *)panel;
     unsigned char *to = (unsigned char *)values;
-    for (size_t i = 0; i < k; i += 4, from += 64, to += 128) {
-        const __m512i v = _mm512_loadu_si512(from), zero = _mm512_setzero_si512();
-        _mm512_storeu_si512(to, dsv3i_avx512_bf16(_mm512_unpacklo_epi8(zero, v)));
-        if (i + 2 < k) _mm512_storeu_si512(to + 64, dsv3i_avx512_bf16(_mm512_unpackhi_epi8(zero, v)));
+    for (size_t i = 0; i < k; i += 4, to += 64 * columns) {
+        for (size_t c = 0; c < columns; c++, from += 64, to += 64) {
+            const __m512i v = _mm512_loadu_si512(from), zero = _mm512_setzero_si512();
+            _mm512_storeu_si512(to, dsv3i_avx512_bf16(_mm512_unpacklo_epi8(zero, v)));
+            _mm512_storeu_si512(to + 64 * columns, dsv3i_avx512_bf16(_mm512_unpackhi_epi8(zero, v)));
+        }
     }
 }
 
-DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_widen_q4_0(void *values, const void *panel, size_t k) {
+DSV3I_TARGET(DSV3I_AVX512)
+static void dsv3i_avx512_widen_q4_0(void *values, const void *panel, size_t columns, size_t k) {
     const __m512i low = _mm512_set1_epi8(15);
     const unsigned char *from = (const unsigned char *)panel;
     unsigned char *to = (unsigned char *)values;
-    for (size_t i = 0; i < k; i += DSV3_QBLOCK, from += 256, to += 512) {
-        DSV3I_UNROLL for (int j = 0; j < 4; j++) {
-            const __m512i v = _mm512_loadu_si512(from + 64 * j);
-            _mm512_storeu_si512(to + 64 * j, _mm512_and_si512(v, low));
-            _mm512_storeu_si512(to + 64 * j + 256, _mm512_and_si512(_mm512_srli_epi16(v, 4), low));
+    for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += 256 * columns) {
+        for (size_t j = 0; j < 4 * columns; j++, from += 64, to += 64) {
+            const __m512i v = _mm512_loadu_si512(from);
+            _mm512_storeu_si512(to, _mm512_and_si512(v, low));
+            _mm512_storeu_si512(to + 256 * columns, _mm512_and_si512(_mm512_srli_epi16(v, 4), low));
         }
     }
 }
@@ -7971,87 +8160,93 @@ DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_floats(const int bytes, __m512 f[4]
     f[3] = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(v, 24)), zero);
 }
 
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_float_bf16(float *values, const void *panel, size_t k, int32_t zero) {
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_float_panel(const int bytes, float *values, const void *panel, size_t columns, size_t k,
+                              int32_t zero) {
     const unsigned char *from = (const unsigned char *)panel;
-    __m512 f[4];
-    (void)zero;
-    for (size_t i = 0; i < k; i += 2, from += 64) {
-        dsv3i_avx512_floats(0, f, _mm512_loadu_si512(from), _mm512_setzero_ps());
-        _mm512_storeu_ps(values + i * 16, f[0]);
-        if (i + 1 < k) _mm512_storeu_ps(values + i * 16 + 16, f[1]);
+    const __m512 code = _mm512_set1_ps((float)zero);
+    const size_t each = bytes ? 4 : 2;
+    for (size_t i = 0; i < k; i += each, values += 16 * columns * (each - 1)) {
+        for (size_t c = 0; c < columns; c++, from += 64, values += 16) {
+            __m512 f[4];
+            dsv3i_avx512_floats(bytes, f, _mm512_loadu_si512(from), code);
+            DSV3I_UNROLL for (size_t j = 0; j < each; j++) _mm512_storeu_ps(values + 16 * columns * j, f[j]);
+        }
     }
 }
 
 DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_float_bytes(float *values, const void *panel, size_t k, int32_t zero) {
-    const unsigned char *from = (const unsigned char *)panel;
-    __m512 f[4];
-    for (size_t i = 0; i < k; i += 4, from += 64) {
-        dsv3i_avx512_floats(1, f, _mm512_loadu_si512(from), _mm512_set1_ps((float)zero));
-        DSV3I_UNROLL for (int j = 0; j < 4; j++) _mm512_storeu_ps(values + (i + (size_t)j) * 16, f[j]);
-    }
+static void dsv3i_avx512_float_bf16(float *values, const void *panel, size_t columns, size_t k, int32_t zero) {
+    dsv3i_avx512_float_panel(0, values, panel, columns, k, zero);
 }
 
-/* NP panels (or other 16 columns of a matrix) and M rows of x: where they lie, and which of their outputs are wanted. */
+DSV3I_TARGET(DSV3I_AVX512)
+static void dsv3i_avx512_float_bytes(float *values, const void *panel, size_t columns, size_t k, int32_t zero) {
+    dsv3i_avx512_float_panel(1, values, panel, columns, k, zero);
+}
+
+/* Up to 4 columns of 16 outputs and 6 rows of x: where they lie, and which outputs are wanted. */
 typedef struct dsv3i_avx512_place {
-    const unsigned char *x[12], *w[4];
-    const float *scale[4];
+    const unsigned char *x[6], *w; /* rows; the first column */
+    const float *scale;
     float *y;
     size_t ldy, n; /* of the M rows, n are real: the others repeat the last */
+    size_t step;   /* bytes from a step of w to the next */
     __mmask16 mask[4];
 } dsv3i_avx512_place;
 
-DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_rows(const int M, dsv3i_avx512_place *a, const void *x, size_t ldx, size_t n) {
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_place_set(const int M, const int NP, dsv3i_avx512_place *a, float *y, size_t ldy, const void *x,
+                            size_t ldx, size_t n, const void *w, size_t step, size_t columns) {
+    a->y = y;
+    a->ldy = ldy;
     a->n = dsv3i_min((size_t)M, n);
+    a->w = (const unsigned char *)w;
+    a->step = step;
+    a->scale = NULL;
     DSV3I_UNROLL for (int m = 0; m < M; m++) {
         a->x[m] = (const unsigned char *)x + dsv3i_min((size_t)m, n - 1) * ldx;
     }
-}
-
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_panels(const int NP, dsv3i_avx512_place *a, const dsv3_panels *w, size_t row, size_t rows) {
     DSV3I_UNROLL for (int p = 0; p < NP; p++) {
-        size_t at = dsv3i_min(row / 16 + (size_t)p, (rows - 1) / 16);
-        a->w[p] = (const unsigned char *)w->values + at * w->stride;
-        a->scale[p] = w->scale == NULL ? NULL : w->scale + at * w->scale_stride;
-        a->mask[p] = row + 16 * (size_t)p < rows ? dsv3i_avx512_mask(rows - row - 16 * (size_t)p) : (__mmask16)0;
+        a->mask[p] = columns > 16 * (size_t)p ? dsv3i_avx512_mask(columns - 16 * (size_t)p) : (__mmask16)0;
     }
 }
 
 DSV3I_INLINE(DSV3I_AVX512)
 void dsv3i_avx512_begin(const int M, const int NP, __m512 acc[24], const dsv3i_avx512_place *a, int add) {
+    DSV3I_UNROLL for (int i = 0; i < M * NP; i++) acc[i] = _mm512_setzero_ps();
+    if (!add) return;
     DSV3I_UNROLL for (int i = 0; i < M * NP; i++) {
-        acc[i] = _mm512_setzero_ps();
-        if (add) acc[i] = _mm512_maskz_loadu_ps(a->mask[i % NP], a->y + dsv3i_min((size_t)(i / NP), a->n - 1) * a->ldy + 16 * (i % NP));
+        const float *y = a->y + dsv3i_min((size_t)(i / NP), a->n - 1) * a->ldy + 16 * (i % NP);
+        acc[i] = _mm512_maskz_loadu_ps(a->mask[i % NP], y);
     }
 }
 
 /* y = acc; or, with multipliers, y = acc * scale, added to what is there if `add`. */
 DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_end(const int M, const int NP, const __m512 acc[24], const dsv3i_avx512_place *a, int scaled, size_t at, int add) {
+void dsv3i_avx512_end(const int M, const int NP, const __m512 acc[24], const dsv3i_avx512_place *a, int add) {
     DSV3I_UNROLL for (int i = 0; i < M * NP; i++) {
-        const int m = i / NP, p = i % NP;
-        float *y = a->y + (size_t)m * a->ldy + 16 * p;
+        float *y = a->y + (size_t)(i / NP) * a->ldy + 16 * (i % NP);
         __m512 sum = acc[i];
-        if ((size_t)m >= a->n) continue;
-        if (scaled) {
-            const __m512 old = add ? _mm512_maskz_loadu_ps(a->mask[p], y) : _mm512_setzero_ps();
-            sum = _mm512_fmadd_ps(sum, _mm512_loadu_ps(a->scale[p] + at), old);
+        if ((size_t)(i / NP) >= a->n) continue;
+        if (a->scale != NULL) {
+            const __m512 old = add ? _mm512_maskz_loadu_ps(a->mask[i % NP], y) : _mm512_setzero_ps();
+            sum = _mm512_fmadd_ps(sum, _mm512_loadu_ps(a->scale + 16 * (i % NP)), old);
         }
-        _mm512_mask_storeu_ps(y, a->mask[p], sum);
+        _mm512_mask_storeu_ps(y, a->mask[i % NP], sum);
     }
 }
 
-/* Terms of float rows, aj floats apart, and floats of 16 columns, ldb floats apart: acc += sum_j x_mj w_j. */
+/* Terms of float rows, aj floats apart, and floats of columns: acc += sum_j x_mj w_j. edge: columns under the mask. */
 DSV3I_INLINE(DSV3I_AVX512)
 void dsv3i_avx512_float_terms(const int M, const int NP, const int edge, __m512 acc[24], const dsv3i_avx512_place *a,
-                              size_t aj, size_t ldb, size_t k) {
-    size_t x = 0, w = 0;
-    for (size_t j = 0; j < k; j++, x += aj * sizeof(float), w += ldb * sizeof(float)) {
+                              size_t aj, size_t k) {
+    const unsigned char *w = a->w;
+    size_t x = 0;
+    for (size_t j = 0; j < k; j++, x += aj * sizeof(float), w += a->step) {
         __m512 b[4];
         DSV3I_UNROLL for (int p = 0; p < NP; p++) {
-            b[p] = edge ? _mm512_maskz_loadu_ps(a->mask[p], a->w[p] + w) : _mm512_loadu_ps(a->w[p] + w);
+            b[p] = edge ? _mm512_maskz_loadu_ps(a->mask[p], w + 64 * p) : _mm512_loadu_ps(w + 64 * p);
         }
         DSV3I_UNROLL for (int m = 0; m < M; m++) {
             const __m512 f = _mm512_set1_ps(*(const float *)(const void *)(a->x[m] + x));
@@ -8065,11 +8260,12 @@ DSV3I_INLINE(DSV3I_AVX512)
 void dsv3i_avx512_code_terms(const int bytes, const int M, const int NP, __m512 acc[24], const dsv3i_avx512_place *a,
                              __m512 zero, size_t i0, size_t i1) {
     const int each = bytes ? 4 : 2;
-    for (size_t i = i0; i < i1; i += (size_t)each) {
+    const unsigned char *w = a->w + i0 / (size_t)each * a->step;
+    for (size_t i = i0; i < i1; i += (size_t)each, w += a->step) {
         const int rest = i1 - i < (size_t)each; /* an odd last term of BF16 */
         DSV3I_UNROLL for (int p = 0; p < NP; p++) {
             __m512 f[4];
-            dsv3i_avx512_floats(bytes, f, _mm512_loadu_si512(a->w[p] + i / (size_t)each * 64), zero);
+            dsv3i_avx512_floats(bytes, f, _mm512_loadu_si512(w + 64 * p), zero);
             DSV3I_UNROLL for (int j = 0; j < each; j++) {
                 if (j > 0 && rest) continue;
                 DSV3I_UNROLL for (int m = 0; m < M; m++) {
@@ -8081,118 +8277,110 @@ void dsv3i_avx512_code_terms(const int bytes, const int M, const int NP, __m512 
     }
 }
 
+/* Columns c0 .. of a panel. */
 DSV3I_INLINE(DSV3I_AVX512)
 void dsv3i_avx512_exact(const dsv3_product kind, const int M, const int NP, float *y, size_t ldy, const void *x,
-                        size_t ldx, size_t n, const dsv3_panels *w, size_t row, size_t rows, size_t k, int add) {
-    dsv3i_avx512_place a;
-    __m512 acc[24];
+                        size_t ldx, size_t n, const dsv3_panel *w, size_t c0, size_t rows, size_t k, int add) {
     const __m512 zero = _mm512_set1_ps((float)w->zero);
     const int scaled = w->scale != NULL;
-    a.y = y + row;
-    a.ldy = ldy;
-    dsv3i_avx512_rows(M, &a, x, ldx, n);
-    dsv3i_avx512_panels(NP, &a, w, row, rows);
-    for (size_t i = 0, end, at = 0; i < k; i = end, at += 16) {
+    dsv3i_avx512_place a;
+    __m512 acc[24];
+    dsv3i_avx512_place_set(M, NP, &a, y + 16 * c0, ldy, x, ldx, n, (const unsigned char *)w->values + 64 * c0,
+                           64 * w->columns, rows - 16 * c0);
+    if (scaled) a.scale = w->scale + 16 * c0;
+    for (size_t i = 0, end; i < k; i = end) {
         end = dsv3i_min(i + w->block, k);
         dsv3i_avx512_begin(M, NP, acc, &a, add && !scaled);
         if (kind == DSV3_PRODUCT_F32) {
-            dsv3i_avx512_float_terms(M, NP, 0, acc, &a, 1, 16, end - i);
+            dsv3i_avx512_float_terms(M, NP, 0, acc, &a, 1, end - i);
             DSV3I_UNROLL for (int m = 0; m < M; m++) a.x[m] += (end - i) * sizeof(float);
-            DSV3I_UNROLL for (int p = 0; p < NP; p++) a.w[p] += (end - i) * 64;
+            a.w += (end - i) * a.step;
         } else {
             dsv3i_avx512_code_terms(kind == DSV3_PRODUCT_BYTES, M, NP, acc, &a, zero, i, end);
         }
-        dsv3i_avx512_end(M, NP, acc, &a, scaled, at, add || i > 0);
+        dsv3i_avx512_end(M, NP, acc, &a, add || i > 0);
+        if (scaled) a.scale += 16 * w->columns;
     }
 }
 
-/* Few rows and codes: four panels at a time. */
+/* n rows, some at a time. */
 DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_few(const dsv3_product kind, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                      const dsv3_panels *w, size_t rows, size_t k, int add) {
-    for (size_t row = 0; row < rows; row += 64) {
-        switch (n) {
-        case 1: dsv3i_avx512_exact(kind, 1, 4, y, ldy, x, ldx, 1, w, row, rows, k, add); break;
-        case 2: dsv3i_avx512_exact(kind, 2, 4, y, ldy, x, ldx, 2, w, row, rows, k, add); break;
-        case 3: dsv3i_avx512_exact(kind, 3, 4, y, ldy, x, ldx, 3, w, row, rows, k, add); break;
-        default: dsv3i_avx512_exact(kind, 4, 4, y, ldy, x, ldx, 4, w, row, rows, k, add);
+void dsv3i_avx512_columns(const dsv3_product kind, const int NP, float *y, size_t ldy, const void *x, size_t ldx,
+                          size_t n, const dsv3_panel *w, size_t c0, size_t rows, size_t k, int add) {
+    for (size_t t = 0, m; t < n; t += m) {
+        const unsigned char *xt = (const unsigned char *)x + t * ldx;
+        float *yt = y + t * ldy;
+        m = dsv3i_rows_together(n - t);
+        switch (m) {
+        case 1: dsv3i_avx512_exact(kind, 1, NP, yt, ldy, xt, ldx, 1, w, c0, rows, k, add); break;
+        case 2: dsv3i_avx512_exact(kind, 2, NP, yt, ldy, xt, ldx, 2, w, c0, rows, k, add); break;
+        case 3: dsv3i_avx512_exact(kind, 3, NP, yt, ldy, xt, ldx, 3, w, c0, rows, k, add); break;
+        case 4: dsv3i_avx512_exact(kind, 4, NP, yt, ldy, xt, ldx, 4, w, c0, rows, k, add); break;
+        default:
+            if (kind == DSV3_PRODUCT_F32) dsv3i_avx512_exact(kind, 6, NP, yt, ldy, xt, ldx, m, w, c0, rows, k, add);
         }
     }
 }
 
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_product_f32(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panels *w,
-                                     size_t rows, size_t k, int add) {
-    if (n <= DSV3I_FEW) {
-        dsv3i_avx512_few(DSV3_PRODUCT_F32, y, ldy, x, ldx, n, w, rows, k, add);
+/* Whole panels at once, the last one of a matrix by columns. */
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_product(const dsv3_product kind, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+                          const dsv3_panel *w, size_t rows, size_t k, int add) {
+    if (w->columns == 4) {
+        dsv3i_avx512_columns(kind, 4, y, ldy, x, ldx, n, w, 0, rows, k, add);
         return;
     }
-    for (size_t row = 0; row < rows; row += 32) {
-        for (size_t t = 0; t < n; t += 12) {
-            const unsigned char *xt = (const unsigned char *)x + t * ldx;
-            float *yt = y + t * ldy;
-            const size_t left = n - t;
-            if (left > 8) {
-                dsv3i_avx512_exact(DSV3_PRODUCT_F32, 12, 2, yt, ldy, xt, ldx, left, w, row, rows, k, add);
-            } else if (left > 4) {
-                dsv3i_avx512_exact(DSV3_PRODUCT_F32, 8, 2, yt, ldy, xt, ldx, left, w, row, rows, k, add);
-            } else {
-                dsv3i_avx512_exact(DSV3_PRODUCT_F32, 4, 2, yt, ldy, xt, ldx, left, w, row, rows, k, add);
-            }
-        }
-    }
+    for (size_t c = 0; c < w->columns; c++) dsv3i_avx512_columns(kind, 1, y, ldy, x, ldx, n, w, c, rows, k, add);
 }
 
 DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_product_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panels *w,
+static void dsv3i_avx512_product_f32(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
+                                     size_t rows, size_t k, int add) {
+    dsv3i_avx512_product(DSV3_PRODUCT_F32, y, ldy, x, ldx, n, w, rows, k, add);
+}
+
+DSV3I_TARGET(DSV3I_AVX512)
+static void dsv3i_avx512_product_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
                                       size_t rows, size_t k, int add) {
-    dsv3i_avx512_few(DSV3_PRODUCT_BF16, y, ldy, x, ldx, n, w, rows, k, add);
+    dsv3i_avx512_product(DSV3_PRODUCT_BF16, y, ldy, x, ldx, n, w, rows, k, add);
 }
 
 DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_product_bytes(float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                                       const dsv3_panels *w, size_t rows, size_t k, int add) {
-    dsv3i_avx512_few(DSV3_PRODUCT_BYTES, y, ldy, x, ldx, n, w, rows, k, add);
+static void dsv3i_avx512_product_bytes(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
+                                       size_t rows, size_t k, int add) {
+    dsv3i_avx512_product(DSV3_PRODUCT_BYTES, y, ldy, x, ldx, n, w, rows, k, add);
 }
 
-/* Up to M rows of y and `columns` <= 16 NP columns. */
+/* Up to M rows of y and `columns` <= 64 columns. */
 DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_outer_tile(const int M, const int NP, float *y, size_t ldy, size_t m, const float *x, size_t at,
-                             size_t aj, const float *b, size_t ldb, size_t k, size_t columns) {
+void dsv3i_avx512_outer_tile(const int M, float *y, size_t ldy, size_t m, const float *x, size_t at, size_t aj,
+                             const float *b, size_t ldb, size_t k, size_t columns) {
     dsv3i_avx512_place a;
     __m512 acc[24];
-    a.y = y;
-    a.ldy = ldy;
-    dsv3i_avx512_rows(M, &a, x, at * sizeof *x, m);
-    DSV3I_UNROLL for (int p = 0; p < NP; p++) {
-        a.mask[p] = columns > 16 * (size_t)p ? dsv3i_avx512_mask(columns - 16 * (size_t)p) : (__mmask16)0;
-        a.w[p] = (const unsigned char *)(const void *)b + (a.mask[p] ? 64 * p : 0);
-    }
-    dsv3i_avx512_begin(M, NP, acc, &a, 1);
-    dsv3i_avx512_float_terms(M, NP, 1, acc, &a, aj, ldb, k);
-    dsv3i_avx512_end(M, NP, acc, &a, 0, 0, 0);
+    dsv3i_avx512_place_set(M, 4, &a, y, ldy, x, at * sizeof *x, m, b, ldb * sizeof *b, columns);
+    dsv3i_avx512_begin(M, 4, acc, &a, 1);
+    dsv3i_avx512_float_terms(M, 4, 1, acc, &a, aj, k);
+    dsv3i_avx512_end(M, 4, acc, &a, 0);
 }
 
-/* b in panels of 32 columns and at most 256 rows, which stay in the first cache while all rows of y pass by. */
+/* b in panels of 64 columns and at most 128 rows, which stay in the first cache while all rows of y pass by. */
 DSV3I_TARGET(DSV3I_AVX512)
 static void dsv3i_avx512_outer(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj, const float *b,
                                size_t ldb, size_t k, size_t n) {
-    const size_t width = m == 1 ? 64 : 32;
-    for (size_t j = 0; j < k; j += 256) {
-        const size_t nj = dsv3i_min(256, k - j);
-        for (size_t i = 0; i < n; i += width) {
-            for (size_t t = 0; t < m; t += 12) {
+    for (size_t j = 0; j < k; j += 128) {
+        const size_t nj = dsv3i_min(128, k - j);
+        for (size_t i = 0; i < n; i += 64) {
+            for (size_t t = 0, rows; t < m; t += rows) {
                 float *to = y + t * ldy + i;
                 const float *from = a + t * at + j * aj, *panel = b + j * ldb + i;
-                const size_t left = m - t, columns = dsv3i_min(width, n - i);
-                if (m == 1) {
-                    dsv3i_avx512_outer_tile(1, 4, to, ldy, left, from, at, aj, panel, ldb, nj, columns);
-                } else if (left > 8) {
-                    dsv3i_avx512_outer_tile(12, 2, to, ldy, left, from, at, aj, panel, ldb, nj, columns);
-                } else if (left > 4) {
-                    dsv3i_avx512_outer_tile(8, 2, to, ldy, left, from, at, aj, panel, ldb, nj, columns);
-                } else {
-                    dsv3i_avx512_outer_tile(4, 2, to, ldy, left, from, at, aj, panel, ldb, nj, columns);
+                const size_t columns = dsv3i_min(64, n - i);
+                rows = dsv3i_rows_together(m - t);
+                switch (rows) {
+                case 1: dsv3i_avx512_outer_tile(1, to, ldy, 1, from, at, aj, panel, ldb, nj, columns); break;
+                case 2: dsv3i_avx512_outer_tile(2, to, ldy, 2, from, at, aj, panel, ldb, nj, columns); break;
+                case 3:
+                case 4: dsv3i_avx512_outer_tile(4, to, ldy, rows, from, at, aj, panel, ldb, nj, columns); break;
+                default: dsv3i_avx512_outer_tile(6, to, ldy, rows, from, at, aj, panel, ldb, nj, columns);
                 }
             }
         }
@@ -8204,9 +8392,11 @@ static void dsv3i_avx512_outer(float *y, size_t ldy, size_t m, const float *a, s
 #define DSV3I_AVX512_BF16 "avx512vbmi,avx512vnni,avx512bf16," DSV3I_AVX512
 
 /* E4M3 to BF16: both bytes by tables of 128. */
-DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_widen_f8(void *values, const void *panel, size_t k) {
+DSV3I_TARGET(DSV3I_AVX512_BF16)
+static void dsv3i_avx512_bf16_widen_f8(void *values, const void *panel, size_t columns, size_t k) {
     const unsigned char *from = (const unsigned char *)panel;
     unsigned char *to = (unsigned char *)values, table[2][128];
+    const __m512i sign = _mm512_set1_epi8((char)-128);
     __m512i low[2], high[2];
     for (size_t i = 0; i < 128; i += 16) {
         const __m512i bits = _mm512_loadu_si512(dsv3i_e4m3 + i);
@@ -8217,12 +8407,14 @@ DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_widen_f8(void *val
         low[i] = _mm512_loadu_si512(table[0] + 64 * i);
         high[i] = _mm512_loadu_si512(table[1] + 64 * i);
     }
-    for (size_t i = 0; i < k; i += 4, from += 64, to += 128) {
-        const __m512i v = _mm512_loadu_si512(from), sign = _mm512_set1_epi8((char)-128);
-        const __m512i l = _mm512_permutex2var_epi8(low[0], v, low[1]);
-        const __m512i h = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(high[0], v, high[1]), v, sign, 0xF8);
-        _mm512_storeu_si512(to, _mm512_unpacklo_epi8(l, h));
-        if (i + 2 < k) _mm512_storeu_si512(to + 64, _mm512_unpackhi_epi8(l, h));
+    for (size_t i = 0; i < k; i += 4, to += 64 * columns) {
+        for (size_t c = 0; c < columns; c++, from += 64, to += 64) {
+            const __m512i v = _mm512_loadu_si512(from);
+            const __m512i l = _mm512_permutex2var_epi8(low[0], v, low[1]);
+            const __m512i h = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(high[0], v, high[1]), v, sign, 0xF8);
+            _mm512_storeu_si512(to, _mm512_unpacklo_epi8(l, h));
+            _mm512_storeu_si512(to + 64 * columns, _mm512_unpackhi_epi8(l, h));
+        }
     }
 }
 
@@ -8264,11 +8456,11 @@ DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_round_bytes(void *
 }
 
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_terms(const int M, const int NP, __m512 acc[24], const dsv3i_avx512_place *a, size_t i0,
-                             size_t i1) {
-    for (size_t i = i0; i < i1; i += 2) {
+void dsv3i_avx512_bf16_terms(const int M, const int NP, __m512 acc[24], const dsv3i_avx512_place *a, size_t k) {
+    const unsigned char *w = a->w;
+    for (size_t i = 0; i < k; i += 2, w += a->step) {
         __m512bh b[4];
-        DSV3I_UNROLL for (int p = 0; p < NP; p++) b[p] = (__m512bh)_mm512_loadu_si512(a->w[p] + i * 32);
+        DSV3I_UNROLL for (int p = 0; p < NP; p++) b[p] = (__m512bh)_mm512_loadu_si512(w + 64 * p);
         DSV3I_UNROLL for (int m = 0; m < M; m++) {
             const __m512bh f = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(const void *)(a->x[m] + 2 * i));
             DSV3I_UNROLL for (int p = 0; p < NP; p++) {
@@ -8278,28 +8470,27 @@ void dsv3i_avx512_bf16_terms(const int M, const int NP, __m512 acc[24], const ds
     }
 }
 
-/* One block of 32: the sum of products of whole numbers, exactly, times the multiplier of x. */
+/* A block of 32: the sum of products of whole numbers, exactly, times the multiplier of x. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_bytes(const int M, const int NP, __m512 acc[24], const dsv3i_avx512_place *a, __m128i shift,
-                             size_t block) {
+void dsv3i_avx512_bf16_bytes(const int M, const int NP, __m512 acc[24], const dsv3i_avx512_place *a, __m128i shift) {
     __m512i sum[24];
-    const size_t at = block * (DSV3_QBLOCK + 8);
+    const unsigned char *w = a->w;
     DSV3I_UNROLL for (int m = 0; m < M; m++) {
-        const int32_t zero = *(const int32_t *)(const void *)(a->x[m] + at + DSV3_QBLOCK + 4);
+        const int32_t zero = *(const int32_t *)(const void *)(a->x[m] + DSV3_QBLOCK + 4);
         DSV3I_UNROLL for (int p = 0; p < NP; p++) sum[m * NP + p] = _mm512_sll_epi32(_mm512_set1_epi32(zero), shift);
     }
-    DSV3I_UNROLL for (int j = 0; j < 8; j++) {
+    DSV3I_UNROLL for (int j = 0; j < 8; j++, w += a->step) {
         __m512i b[4];
-        DSV3I_UNROLL for (int p = 0; p < NP; p++) b[p] = _mm512_loadu_si512(a->w[p] + block * 512 + 64 * j);
+        DSV3I_UNROLL for (int p = 0; p < NP; p++) b[p] = _mm512_loadu_si512(w + 64 * p);
         DSV3I_UNROLL for (int m = 0; m < M; m++) {
-            const __m512i f = _mm512_set1_epi32(*(const int32_t *)(const void *)(a->x[m] + at + 4 * j));
+            const __m512i f = _mm512_set1_epi32(*(const int32_t *)(const void *)(a->x[m] + 4 * j));
             DSV3I_UNROLL for (int p = 0; p < NP; p++) {
                 sum[m * NP + p] = _mm512_dpbusd_epi32(sum[m * NP + p], b[p], f);
             }
         }
     }
     DSV3I_UNROLL for (int m = 0; m < M; m++) {
-        const __m512 unit = _mm512_set1_ps(*(const float *)(const void *)(a->x[m] + at + DSV3_QBLOCK));
+        const __m512 unit = _mm512_set1_ps(*(const float *)(const void *)(a->x[m] + DSV3_QBLOCK));
         DSV3I_UNROLL for (int p = 0; p < NP; p++) {
             acc[m * NP + p] = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[m * NP + p]), unit);
         }
@@ -8308,64 +8499,65 @@ void dsv3i_avx512_bf16_bytes(const int M, const int NP, __m512 acc[24], const ds
 
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_fast(const int bytes, const int M, const int NP, float *y, size_t ldy, const void *x,
-                            size_t ldx, size_t n, const dsv3_panels *w, size_t row, size_t rows, size_t k, int add) {
-    dsv3i_avx512_place a;
-    __m512 acc[24];
+                            size_t ldx, size_t n, const dsv3_panel *w, size_t c0, size_t rows, size_t k, int add) {
     const __m128i shift = _mm_cvtsi32_si128(w->zero == 128 ? 4 : 0);
     const int scaled = bytes || w->scale != NULL;
-    a.y = y + row;
-    a.ldy = ldy;
-    dsv3i_avx512_rows(M, &a, x, ldx, n);
-    dsv3i_avx512_panels(NP, &a, w, row, rows);
-    for (size_t i = 0, end, at = 0; i < k; i = end, at += 16) {
+    dsv3i_avx512_place a;
+    __m512 acc[24];
+    dsv3i_avx512_place_set(M, NP, &a, y + 16 * c0, ldy, x, ldx, n, (const unsigned char *)w->values + 64 * c0,
+                           64 * w->columns, rows - 16 * c0);
+    if (scaled) a.scale = w->scale + 16 * c0;
+    for (size_t i = 0, end; i < k; i = end) {
         end = dsv3i_min(i + w->block, k);
         if (bytes) {
-            dsv3i_avx512_bf16_bytes(M, NP, acc, &a, shift, i / DSV3_QBLOCK);
+            dsv3i_avx512_bf16_bytes(M, NP, acc, &a, shift);
         } else {
             dsv3i_avx512_begin(M, NP, acc, &a, add && !scaled);
-            dsv3i_avx512_bf16_terms(M, NP, acc, &a, i, end);
+            dsv3i_avx512_bf16_terms(M, NP, acc, &a, end - i);
         }
-        dsv3i_avx512_end(M, NP, acc, &a, scaled, at, add || i > 0);
+        DSV3I_UNROLL for (int m = 0; m < M; m++) a.x[m] += bytes ? DSV3_QBLOCK + 8 : 2 * (end - i);
+        a.w += (end - i) / (bytes ? 4 : 2) * a.step;
+        dsv3i_avx512_end(M, NP, acc, &a, add || i > 0);
+        if (scaled) a.scale += 16 * w->columns;
+    }
+}
+
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_columns(const int bytes, const int NP, float *y, size_t ldy, const void *x, size_t ldx,
+                               size_t n, const dsv3_panel *w, size_t c0, size_t rows, size_t k, int add) {
+    for (size_t t = 0, m; t < n; t += m) {
+        const unsigned char *xt = (const unsigned char *)x + t * ldx;
+        float *yt = y + t * ldy;
+        m = dsv3i_rows_together(n - t);
+        switch (m) {
+        case 1: dsv3i_avx512_bf16_fast(bytes, 1, NP, yt, ldy, xt, ldx, 1, w, c0, rows, k, add); break;
+        case 2: dsv3i_avx512_bf16_fast(bytes, 2, NP, yt, ldy, xt, ldx, 2, w, c0, rows, k, add); break;
+        case 3: dsv3i_avx512_bf16_fast(bytes, 3, NP, yt, ldy, xt, ldx, 3, w, c0, rows, k, add); break;
+        case 4: dsv3i_avx512_bf16_fast(bytes, 4, NP, yt, ldy, xt, ldx, 4, w, c0, rows, k, add); break;
+        default: dsv3i_avx512_bf16_fast(bytes, 6, NP, yt, ldy, xt, ldx, m, w, c0, rows, k, add);
+        }
     }
 }
 
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_product(const int bytes, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                               const dsv3_panels *w, size_t rows, size_t k, int add) {
-    for (size_t row = 0; row < rows; row += 64) {
-        switch (n) {
-        case 1: dsv3i_avx512_bf16_fast(bytes, 1, 4, y, ldy, x, ldx, 1, w, row, rows, k, add); continue;
-        case 2: dsv3i_avx512_bf16_fast(bytes, 2, 4, y, ldy, x, ldx, 2, w, row, rows, k, add); continue;
-        case 3: dsv3i_avx512_bf16_fast(bytes, 3, 4, y, ldy, x, ldx, 3, w, row, rows, k, add); continue;
-        case 4: dsv3i_avx512_bf16_fast(bytes, 4, 4, y, ldy, x, ldx, 4, w, row, rows, k, add); continue;
-        default: break;
-        }
-        for (size_t half = row; half < dsv3i_min(row + 64, rows); half += 32) {
-            for (size_t t = 0; t < n; t += 12) {
-                const unsigned char *xt = (const unsigned char *)x + t * ldx;
-                float *yt = y + t * ldy;
-                const size_t left = n - t;
-                if (left > 8) {
-                    dsv3i_avx512_bf16_fast(bytes, 12, 2, yt, ldy, xt, ldx, left, w, half, rows, k, add);
-                } else if (left > 4) {
-                    dsv3i_avx512_bf16_fast(bytes, 8, 2, yt, ldy, xt, ldx, left, w, half, rows, k, add);
-                } else {
-                    dsv3i_avx512_bf16_fast(bytes, 4, 2, yt, ldy, xt, ldx, left, w, half, rows, k, add);
-                }
-            }
-        }
+                               const dsv3_panel *w, size_t rows, size_t k, int add) {
+    if (w->columns == 4) {
+        dsv3i_avx512_bf16_columns(bytes, 4, y, ldy, x, ldx, n, w, 0, rows, k, add);
+        return;
     }
+    for (size_t c = 0; c < w->columns; c++) dsv3i_avx512_bf16_columns(bytes, 1, y, ldy, x, ldx, n, w, c, rows, k, add);
 }
 
 DSV3I_TARGET(DSV3I_AVX512_BF16)
 static void dsv3i_avx512_bf16_product_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                                           const dsv3_panels *w, size_t rows, size_t k, int add) {
+                                           const dsv3_panel *w, size_t rows, size_t k, int add) {
     dsv3i_avx512_bf16_product(0, y, ldy, x, ldx, n, w, rows, k, add);
 }
 
 DSV3I_TARGET(DSV3I_AVX512_BF16)
 static void dsv3i_avx512_bf16_product_bytes(float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                                            const dsv3_panels *w, size_t rows, size_t k, int add) {
+                                            const dsv3_panel *w, size_t rows, size_t k, int add) {
     dsv3i_avx512_bf16_product(1, y, ldy, x, ldx, n, w, rows, k, add);
 }
 
@@ -8491,13 +8683,13 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_FEW
 #undef DSV3I_INLINE
 #undef DSV3I_KEYS
+#undef DSV3I_LANES
 #undef DSV3I_LINE
 #undef DSV3I_PANEL
 #undef DSV3I_PI
 #undef DSV3I_QUERIES
 #undef DSV3I_RATE
 #undef DSV3I_RESTRICT
-#undef DSV3I_ROWS
 #undef DSV3I_SERIAL_WORK
 #undef DSV3I_SILU_ITEM
 #undef DSV3I_SLOT
