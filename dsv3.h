@@ -492,6 +492,7 @@ typedef struct dsv3_layer {
     dsv3_tensor kv_a_proj_with_mqa;       /* [rk+dr, d], rk latent rows, then dr rows */
     dsv3_tensor kv_a_layernorm;           /* [rk] */
     dsv3_tensor kv_b_proj;                /* [H(dn+dv), rk], per head: dn key rows, then dv value rows */
+    dsv3_tensor kv_b_packed;              /* the same once more, from dsv3_pack; data NULL: none */
     dsv3_tensor o_proj;                   /* [d, H dv] */
     dsv3_tensor post_attention_layernorm; /* [d] */
     int32_t index;                        /* its place in the file: 0 .. L-1, MTP modules L .. L+D-1 */
@@ -541,7 +542,7 @@ DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *confi
 
 /* Copies of the matrices in the order in which a SIMD backend reads them (chapter 4), so that it need not reorder them
  * on each call: faster, at the price of the memory. Bits do not change. 0 bytes for a backend that reads weights as they
- * lie. Embedding and kv_b_proj stay where they are, since their rows are wanted as such. */
+ * lie. The embedding stays where it is, since its rows are wanted as such, and so does kv_b_proj, beside its copy. */
 DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_model *model, size_t *bytes);
 /* Packs, with the context's threads, and makes the model's tensors point into memory [bytes], which must live as long as
  * it. Whatever find returned for packed tensors is no longer needed. All backends can use a packed model. A model is
@@ -1956,6 +1957,9 @@ static void dsv3i_decode_row(const dsv3_context *ctx, float *y, const dsv3_tenso
         size_t end = dsv3i_min(i + DSV3_BLOCK, w->cols);
         float scale;
         DSV3_MEMCPY(&scale, scales, sizeof scale);
+        for (; i + 8 <= end; i += 8) {
+            for (size_t j = 0; j < 8; j++) y[i + j] *= scale;
+        }
         for (; i < end; i++) y[i] *= scale;
     }
 }
@@ -2043,6 +2047,8 @@ static dsv3_product dsv3i_piece_make(const dsv3_context *ctx, dsv3_panel *out, c
 
 #define DSV3I_DECODE 16u /* rows that are decoded together where there are no panels */
 
+#define DSV3I_MANY 60u   /* rows of x that meet a piece of a panel together: all of it stays in the first cache */
+
 /* Rows of weights decoded together when there are n rows of x. */
 static size_t dsv3i_panel(size_t n) { return n < 8 ? 4 : DSV3I_DECODE; }
 
@@ -2110,13 +2116,13 @@ static void dsv3i_linear_panels(const dsv3_context *ctx, float *y, size_t ldy, c
     for (piece.r = r0; piece.r < r1; piece.r += piece.rows) {
         piece.rows = dsv3i_min(DSV3I_PANEL - piece.r % DSV3I_PANEL, r1 - piece.r);
         for (piece.k0 = 0; piece.k0 < w->cols; piece.k0 += piece.k) {
+            const unsigned char *x = (const unsigned char *)in->x + dsv3i_input_skip(in, w->type, piece.k0);
             dsv3_panel panel;
             dsv3_product product;
             piece.k = dsv3i_min(DSV3I_TERMS, w->cols - piece.k0);
             product = dsv3i_piece_make(ctx, &panel, &piece, in->fast, n <= DSV3I_FEW, scratch);
-            ctx->kernels.product[product](y + (piece.r - r0), ldy,
-                                          (const unsigned char *)in->x + dsv3i_input_skip(in, w->type, piece.k0),
-                                          in->stride, n, &panel, piece.rows, piece.k, piece.k0 > 0);
+            ctx->kernels.product[product](y + (piece.r - r0), ldy, x, in->stride, n, &panel, piece.rows, piece.k,
+                                          piece.k0 > 0);
         }
     }
 }
@@ -2139,7 +2145,11 @@ static void dsv3i_linear_tiles(const dsv3_context *ctx, float *y, size_t ldy, co
 static void dsv3i_linear_rows(const dsv3_context *ctx, float *y, size_t ldy, const dsv3i_input *in, size_t n,
                               const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
     if (ctx->kernels.pack[w->type] != NULL) {
-        dsv3i_linear_panels(ctx, y, ldy, in, n, w, r0, r1, scratch);
+        for (size_t t = 0; t < n; t += DSV3I_MANY) {
+            dsv3i_input some = *in;
+            some.x = (const unsigned char *)in->x + t * in->stride;
+            dsv3i_linear_panels(ctx, y + t * ldy, ldy, &some, dsv3i_min(DSV3I_MANY, n - t), w, r0, r1, scratch);
+        }
     } else {
         dsv3i_linear_tiles(ctx, y, ldy, in, n, w, r0, r1, scratch);
     }
@@ -2851,18 +2861,19 @@ DSV3_API void dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t 
 #define DSV3I_KEYS 32u   /* keys per block */
 #define DSV3I_QUERIES 8u /* rows that share decoded rows of kv_b_proj in the absorbed form */
 #define DSV3I_BULK 32u   /* rows that meet a block of keys together in the expanded form */
+#define DSV3I_EXPAND 128u /* keys expanded together, DSV3I_KEYS times a whole number */
 
-/* Floats for products with kv_b_proj: panels, and DSV3I_KEYS rounded rows. */
+/* Floats for products with kv_b_proj: panels, and rounded rows. */
 static size_t dsv3i_mla_panel(const dsv3i_dims *m) {
-    return dsv3i_add(dsv3i_linear_floats(m->rk), dsv3i_mul(DSV3I_KEYS, dsv3i_rounded_floats(m->rk)));
+    return dsv3i_add(dsv3i_linear_floats(m->rk), dsv3i_mul(DSV3I_EXPAND, dsv3i_rounded_floats(m->rk)));
 }
 
 /* Floats of worker scratch for calls of n rows, by use (see the two tasks below). */
 static size_t dsv3i_mla_scratch(const dsv3i_dims *m, size_t n) {
-    size_t panel = dsv3i_mla_panel(m), latents = dsv3i_mul(DSV3I_KEYS, m->width);
+    size_t panel = dsv3i_mla_panel(m), latents = dsv3i_mul(DSV3I_EXPAND, m->width);
     size_t scores = dsv3i_mul(DSV3I_KEYS, dsv3i_max(m->H, dsv3i_min(n, DSV3I_BULK)));
     size_t absorbed = dsv3i_mul(dsv3i_mul(dsv3i_min(n, DSV3I_QUERIES), m->H), dsv3i_add(m->width, m->rk));
-    size_t expanded = dsv3i_mul(DSV3I_KEYS, dsv3i_add(m->qk, m->dv));
+    size_t expanded = dsv3i_mul(DSV3I_EXPAND, dsv3i_add(m->qk, m->dv));
     return dsv3i_add(dsv3i_add(panel, latents), dsv3i_add(scores, dsv3i_max(absorbed, expanded)));
 }
 
@@ -2934,7 +2945,7 @@ static void dsv3i_mla_q(const dsv3_context *ctx, const dsv3i_dims *m, const dsv3
 typedef struct dsv3i_attention_arg {
     const dsv3_context *ctx;
     const dsv3i_dims *m;
-    const dsv3_tensor *kv_b;
+    const dsv3_tensor *kv_b, *kv_up; /* kv_b_proj; it or its packed copy, for products with its rows */
     const dsv3_cache *caches;
     dsv3_workspace *ws;
     size_t layer, n;
@@ -3053,7 +3064,7 @@ static void dsv3i_absorbed_item(const dsv3i_attention_arg *a, size_t item, float
     size_t heads = dsv3i_min(a->heads, m->H - h0), t0 = item / groups * DSV3I_QUERIES;
     size_t end = dsv3i_min(t0 + DSV3I_QUERIES, a->n);
     float *panel = scratch, *p = panel + dsv3i_mla_panel(m);
-    float *latents = p + DSV3I_KEYS * m->H, *query = latents + DSV3I_KEYS * m->width, *out;
+    float *latents = p + DSV3I_KEYS * m->H, *query = latents + DSV3I_EXPAND * m->width, *out;
     for (size_t t = t0, t1; t < end; t = t1) {
         for (t1 = t + 1; t1 < end && ws->leader[t1] == ws->leader[t] && !ws->expanded[t]; t1++) {
         }
@@ -3064,7 +3075,7 @@ static void dsv3i_absorbed_item(const dsv3i_attention_arg *a, size_t item, float
         for (size_t h = h0; h < h0 + heads; h++) { /* o = UV m */
             dsv3i_input in = dsv3i_input_round(a->ctx, panel + dsv3i_linear_floats(m->rk), out + (h - h0) * m->rk,
                                                heads * m->rk, a->kv_b->type, t1 - t, m->rk);
-            dsv3i_linear_rows(a->ctx, ws->o + t * m->Ho + h * m->dv, m->Ho, &in, t1 - t, a->kv_b, h * m->kv + m->dn,
+            dsv3i_linear_rows(a->ctx, ws->o + t * m->Ho + h * m->dv, m->Ho, &in, t1 - t, a->kv_up, h * m->kv + m->dn,
                               (h + 1) * m->kv, panel);
         }
     }
@@ -3082,8 +3093,8 @@ static void dsv3i_expand(const dsv3i_attention_arg *a, float *keys, float *value
     const dsv3i_dims *m = a->m;
     size_t first = h * m->kv;
     dsv3i_input in = dsv3i_input_round(a->ctx, panel + dsv3i_linear_floats(m->rk), c, m->width, a->kv_b->type, nk, m->rk);
-    dsv3i_linear_rows(a->ctx, keys, m->qk, &in, nk, a->kv_b, first, first + m->dn, panel);
-    dsv3i_linear_rows(a->ctx, values, m->dv, &in, nk, a->kv_b, first + m->dn, first + m->kv, panel);
+    dsv3i_linear_rows(a->ctx, keys, m->qk, &in, nk, a->kv_up, first, first + m->dn, panel);
+    dsv3i_linear_rows(a->ctx, values, m->dv, &in, nk, a->kv_up, first + m->dn, first + m->kv, panel);
     for (size_t j = 0; j < nk; j++) {
         DSV3_MEMCPY(keys + j * m->qk + m->dn, c + j * m->width + m->rk, m->dr * sizeof *keys);
     }
@@ -3098,11 +3109,9 @@ static void dsv3i_expanded_item(const dsv3i_attention_arg *a, size_t leader, siz
     const dsv3_cache *cache = &a->caches[ws->sequence[leader]];
     size_t last = 0;
     float *panel = scratch, *latents = panel + dsv3i_mla_panel(m);
-    float *keys = latents + DSV3I_KEYS * m->width, *values = keys + DSV3I_KEYS * m->qk;
+    float *keys = latents + DSV3I_EXPAND * m->width, *values = keys + DSV3I_EXPAND * m->qk;
     dsv3i_meeting with;
-    with.keys = keys;
-    with.values = values;
-    with.p = values + DSV3I_KEYS * m->dv;
+    with.p = values + DSV3I_EXPAND * m->dv;
     with.ld_q = m->Hq;
     with.ld_k = with.dk = m->qk;
     with.ld_v = with.width = m->dv;
@@ -3115,8 +3124,12 @@ static void dsv3i_expanded_item(const dsv3i_attention_arg *a, size_t leader, siz
         dsv3i_attend_begin(ws->o + t * m->Ho + h * m->dv, ws->softmax + (t * m->H + h) * 2, m->dv);
     }
     for (size_t b = 0; b <= last; b += DSV3I_KEYS) {
-        size_t nk = dsv3i_min(DSV3I_KEYS, last - b + 1);
-        dsv3i_expand(a, keys, values, dsv3i_cache_load(a->ctx, cache, a->layer, b, nk, latents), h, nk, panel);
+        size_t nk = dsv3i_min(DSV3I_KEYS, last - b + 1), many = dsv3i_min(DSV3I_EXPAND, last - b + 1);
+        if (b % DSV3I_EXPAND == 0) {
+            dsv3i_expand(a, keys, values, dsv3i_cache_load(a->ctx, cache, a->layer, b, many, latents), h, many, panel);
+        }
+        with.keys = keys + b % DSV3I_EXPAND * m->qk;
+        with.values = values + b % DSV3I_EXPAND * m->dv;
         for (size_t t = leader, nq; t < a->n; t += nq) {
             size_t seen;
             nq = 1;
@@ -3155,6 +3168,7 @@ DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const floa
     arg.ctx = context;
     arg.m = &m;
     arg.kv_b = &weights->kv_b_proj;
+    arg.kv_up = weights->kv_b_packed.data != NULL ? &weights->kv_b_packed : &weights->kv_b_proj;
     arg.caches = caches;
     arg.ws = workspace;
     arg.layer = layer;
@@ -4955,23 +4969,33 @@ static void dsv3i_pack_mlp(dsv3i_packing *a, dsv3_mlp *w) {
     dsv3i_pack_tensor(a, &w->down_proj);
 }
 
-static void dsv3i_pack_layer(dsv3i_packing *a, dsv3_layer *w, size_t experts) {
+/* Products are taken of one head's key or value rows: they must begin with a panel. */
+static void dsv3i_pack_kv_b(dsv3i_packing *a, dsv3_layer *w, const dsv3i_dims *m) {
+    dsv3_tensor copy = w->kv_b_proj;
+    if (m->dn % DSV3I_PANEL != 0 || m->dv % DSV3I_PANEL != 0 || w->kv_b_packed.data != NULL) return;
+    dsv3i_pack_tensor(a, &copy);
+    if (copy.packed) w->kv_b_packed = copy;
+}
+
+static void dsv3i_pack_layer(dsv3i_packing *a, dsv3_layer *w, const dsv3i_dims *m) {
     dsv3i_pack_tensor(a, &w->q_proj);
     dsv3i_pack_tensor(a, &w->q_a_proj);
     dsv3i_pack_tensor(a, &w->q_b_proj);
     dsv3i_pack_tensor(a, &w->kv_a_proj_with_mqa);
+    dsv3i_pack_kv_b(a, w, m);
     dsv3i_pack_tensor(a, &w->o_proj);
     dsv3i_pack_tensor(a, &w->gate);
     dsv3i_pack_mlp(a, &w->mlp);
-    for (size_t e = 0; w->is_moe && e < experts; e++) dsv3i_pack_mlp(a, &w->experts[e]);
+    for (size_t e = 0; w->is_moe && e < m->E; e++) dsv3i_pack_mlp(a, &w->experts[e]);
     dsv3i_pack_mlp(a, &w->shared_experts);
 }
 
 static void dsv3i_pack_model(dsv3i_packing *a, dsv3_model *model) {
     size_t layers = (size_t)model->config.num_hidden_layers + (size_t)model->n_mtp;
     const void *head = model->lm_head.data;
+    dsv3i_dims m = dsv3i_dims_of(&model->config);
     if (head != model->embed_tokens.data) dsv3i_pack_tensor(a, &model->lm_head);
-    for (size_t i = 0; i < layers; i++) dsv3i_pack_layer(a, &model->layers[i], (size_t)model->config.n_routed_experts);
+    for (size_t i = 0; i < layers; i++) dsv3i_pack_layer(a, &model->layers[i], &m);
     for (size_t k = 0; k < (size_t)model->n_mtp; k++) {
         dsv3i_pack_tensor(a, &model->mtp[k].eh_proj);
         if (model->mtp[k].shared_head_head.data != head) {
@@ -7796,6 +7820,7 @@ static void dsv3i_avx2_outer(float *y, size_t ldy, size_t m, const float *a, siz
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
+#define DSV3I_AHEAD 8192 /* bytes by which codes are fetched ahead: about a piece of a panel */
 #define DSV3I_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 
 /* Lanes 0 .. n-1 of 16. */
@@ -8140,6 +8165,7 @@ static void dsv3i_avx512_widen_q4_0(void *values, const void *panel, size_t colu
     for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += 256 * columns) {
         for (size_t j = 0; j < 4 * columns; j++, from += 64, to += 64) {
             const __m512i v = _mm512_loadu_si512(from);
+            _mm_prefetch((const char *)from + DSV3I_AHEAD, _MM_HINT_T0);
             _mm512_storeu_si512(to, _mm512_and_si512(v, low));
             _mm512_storeu_si512(to + 256 * columns, _mm512_and_si512(_mm512_srli_epi16(v, 4), low));
         }
@@ -8409,9 +8435,9 @@ static void dsv3i_avx512_bf16_widen_f8(void *values, const void *panel, size_t c
     }
     for (size_t i = 0; i < k; i += 4, to += 64 * columns) {
         for (size_t c = 0; c < columns; c++, from += 64, to += 64) {
-            const __m512i v = _mm512_loadu_si512(from);
-            const __m512i l = _mm512_permutex2var_epi8(low[0], v, low[1]);
+            const __m512i v = _mm512_loadu_si512(from), l = _mm512_permutex2var_epi8(low[0], v, low[1]);
             const __m512i h = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(high[0], v, high[1]), v, sign, 0xF8);
+            _mm_prefetch((const char *)from + DSV3I_AHEAD, _MM_HINT_T0);
             _mm512_storeu_si512(to, _mm512_unpacklo_epi8(l, h));
             _mm512_storeu_si512(to + 64 * columns, _mm512_unpackhi_epi8(l, h));
         }
@@ -8671,6 +8697,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
     return DSV3_OK;
 }
 
+#undef DSV3I_AHEAD
 #undef DSV3I_AVX2
 #undef DSV3I_AVX512
 #undef DSV3I_AVX512_BF16
@@ -8680,6 +8707,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_COLUMNS
 #undef DSV3I_DECODE
 #undef DSV3I_DECODE_TYPE
+#undef DSV3I_EXPAND
 #undef DSV3I_FEW
 #undef DSV3I_INLINE
 #undef DSV3I_KEYS
