@@ -355,6 +355,22 @@ DSV3_API uint16_t dsv3_f16_from_f32(float x);
 DSV3_API uint16_t dsv3_bf16_from_f32(float x);
 DSV3_API uint8_t dsv3_f8_e4m3_from_f32(float x);
 
+/* Encodes a matrix x [rows, cols], row-major, as any type; a vector is one row. Plain C, the same bytes everywhere.
+ *   data   [rows, dsv3_row_bytes(type, cols)] bytes of the caller's, at any address, not x; FP8: may be NULL, then only
+ *          the scales are computed
+ *   scale  FP8: float [ceil(rows/128), ceil(cols/128)] of the caller's, at any address; else not used
+ * Every number becomes the nearest that its type and its block's multiplier offer; ties go to the even code.
+ *   FP8    multiplier amax / 448, amax being the largest magnitude in the block; 1 if that is no normal float, and all
+ *          of the block becomes zero
+ *   Q8_0   multiplier d = amax / 127, codes -127 to 127
+ *   Q4_0   d = (the value of largest magnitude, the first of equals) / -8, codes 0 to 15: the other sign ends at 7 |d|
+ * d is rounded to F16 before x is divided by it: to the nearest, but away from zero below 2^-14, where the nearest may
+ * be far off, so that no d of a block that is not all zero is 0.
+ * ARG: a pointer that is needed is NULL, the type is unknown, or cols are not whole blocks. OVERFLOW: rows x cols does
+ * not fit into size_t, or a finite number is too large for the type (FP8: a multiplier of 2^119 or more). NAN: NaN or
+ * infinity as FP8, Q8_0 or Q4_0; F32, F16 and BF16 keep them. After an error data and scale may hold anything. */
+DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3_type type, size_t rows, size_t cols);
+
 /* ---- Context: kernels and threads -------------------------------------------------------------------- */
 
 /* Weights as products of a SIMD backend take them (chapter 4): some terms of up to 64 rows, in columns of 16 rows. */
@@ -1630,6 +1646,124 @@ DSV3_API uint8_t dsv3_f8_e4m3_from_f32(float x) {
     if (a < 0x3C800000u)                                  /* below 2^-6: grid 2^-9 */
         return (uint8_t)(sign | (dsv3i_bits(dsv3i_float(a) + 16384.0f) - 0x46800000u));
     return (uint8_t)(sign | ((a + 0x7FFFFu + ((a >> 20) & 1u) - 0x3C000000u) >> 20));
+}
+
+/* ---- Whole matrices */
+
+static float dsv3i_largest(const float *x, size_t n) {
+    float most = 0.0f;
+    for (size_t i = 0; i < n; i++) {
+        float a = x[i] < 0.0f ? -x[i] : x[i];
+        if (a > most) most = a;
+    }
+    return most;
+}
+
+/* One block of 128 x 128, or what there is of it, of a matrix whose rows are cols wide. */
+static int dsv3i_quantize_f8(unsigned char *codes, unsigned char *scale, const float *x, size_t rows, size_t width,
+                             size_t cols) {
+    float d = 0.0f;
+    for (size_t r = 0; r < rows; r++) {
+        float most = dsv3i_largest(x + r * cols, width);
+        if (most > d) d = most;
+    }
+    d /= 448.0f;
+    if (d < 1.17549435e-38f) d = 1.0f; /* 2^-126: a smaller one would have lost bits */
+    if (d >= 6.64613998e35f) return 0; /* 2^119: 448 times that is no float any more */
+    DSV3_MEMCPY(scale, &d, sizeof d);
+    for (size_t r = 0; codes != NULL && r < rows; r++) {
+        for (size_t i = 0; i < width; i++) codes[r * cols + i] = dsv3_f8_e4m3_from_f32(x[r * cols + i] / d);
+    }
+    return 1;
+}
+
+/* The integer nearest to x, which is small; ties to even. */
+static int dsv3i_nearest(float x) {
+    int q = (int)x; /* towards zero, and what is left is exact */
+    float left = x < 0.0f ? (float)q - x : x - (float)q;
+    if (left > 0.5f || (!(left < 0.5f) && q % 2 != 0)) q += x < 0.0f ? -1 : 1;
+    return q;
+}
+
+/* The multiplier of a block of 32, as F16: most >= 0 becomes `top` times it. */
+static uint16_t dsv3i_multiplier(float most, float top) {
+    uint16_t bits = dsv3_f16_from_f32(most / top);
+    int less = dsv3_f32_from_f16(bits) * top < most; /* exact: 11 bits times few */
+    return (uint16_t)(bits + (bits < 0x0400u && less));
+}
+
+static int dsv3i_quantize_q8_0(unsigned char *y, const float *x) {
+    uint16_t bits = dsv3i_multiplier(dsv3i_largest(x, DSV3_QBLOCK), 127.0f);
+    float d = dsv3_f32_from_f16(bits);
+    DSV3_MEMCPY(y, &bits, 2);
+    if (!dsv3i_is_finite(d)) return 0;
+    for (size_t i = 0; i < DSV3_QBLOCK; i++) {
+        y[2 + i] = (unsigned char)(d > 0.0f ? dsv3i_nearest(x[i] / d) : 0); /* |x / d| < 127.1 */
+    }
+    return 1;
+}
+
+static int dsv3i_quantize_q4_0(unsigned char *y, const float *x) {
+    float most = 0.0f, d;
+    uint16_t bits;
+    unsigned char code[DSV3_QBLOCK];
+    for (size_t i = 0; i < DSV3_QBLOCK; i++) {
+        if (dsv3i_largest(x + i, 1) > dsv3i_largest(&most, 1)) most = x[i];
+    }
+    bits = (uint16_t)(dsv3i_multiplier(dsv3i_largest(&most, 1), 8.0f) | (most > 0.0f ? 0x8000u : 0u));
+    d = dsv3_f32_from_f16(bits);
+    DSV3_MEMCPY(y, &bits, 2);
+    if (!dsv3i_is_finite(d)) return 0;
+    for (size_t i = 0; i < DSV3_QBLOCK; i++) {
+        int q = 8 + (d > 0.0f || d < 0.0f ? dsv3i_nearest(x[i] / d) : 0);
+        code[i] = (unsigned char)(q > 15 ? 15 : q); /* x / d > -8.1, so q >= 0 */
+    }
+    for (size_t i = 0; i < DSV3_QBLOCK / 2; i++) y[2 + i] = (unsigned char)(code[i] | code[i + DSV3_QBLOCK / 2] << 4);
+    return 1;
+}
+
+/* n numbers, each by itself or 32 at a time. Returns 0 for one that is too large. */
+static int dsv3i_encode(unsigned char *y, const float *x, dsv3_type type, size_t n) {
+    size_t block = dsv3_type_block(type), bytes = dsv3_type_bytes(type);
+    for (size_t i = 0; i < n; i += block, y += bytes) {
+        if (type == DSV3_Q8_0) {
+            if (!dsv3i_quantize_q8_0(y, x + i)) return 0;
+        } else if (type == DSV3_Q4_0) {
+            if (!dsv3i_quantize_q4_0(y, x + i)) return 0;
+        } else {
+            uint16_t bits = type == DSV3_F16 ? dsv3_f16_from_f32(x[i]) : dsv3_bf16_from_f32(x[i]);
+            float kept = type == DSV3_F16 ? dsv3_f32_from_f16(bits) : dsv3_f32_from_bf16(bits);
+            if (!dsv3i_is_finite(kept) && dsv3i_is_finite(x[i])) return 0;
+            DSV3_MEMCPY(y, &bits, 2);
+        }
+    }
+    return 1;
+}
+
+DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3_type type, size_t rows,
+                                   size_t cols) {
+    unsigned char *y = (unsigned char *)data, *scales = (unsigned char *)scale;
+    size_t n = dsv3i_mul(rows, cols);
+    int is_f8 = type == DSV3_F8_E4M3;
+    if (x == NULL || (is_f8 ? scale : data) == NULL || dsv3_type_bytes(type) == 0) return DSV3_ERR_ARG;
+    if (cols % dsv3_type_block(type) != 0) return DSV3_ERR_ARG;
+    if (dsv3i_mul(n, sizeof *x) == SIZE_MAX) return DSV3_ERR_OVERFLOW;
+    if ((is_f8 || dsv3_type_block(type) > 1) && !dsv3i_all_finite(x, n)) return DSV3_ERR_NAN;
+    if (type == DSV3_F32) {
+        DSV3_MEMCPY(y, x, n * sizeof *x);
+        return DSV3_OK;
+    }
+    if (!is_f8) return dsv3i_encode(y, x, type, n) ? DSV3_OK : DSV3_ERR_OVERFLOW; /* blocks do not cross rows */
+    for (size_t r = 0; r < rows; r += DSV3_BLOCK) {
+        for (size_t i = 0; i < cols; i += DSV3_BLOCK, scales += sizeof(float)) {
+            size_t at = r * cols + i, width = dsv3i_min(cols - i, DSV3_BLOCK);
+            size_t height = dsv3i_min(rows - r, DSV3_BLOCK);
+            if (!dsv3i_quantize_f8(y != NULL ? y + at : NULL, scales, x + at, height, width, cols)) {
+                return DSV3_ERR_OVERFLOW;
+            }
+        }
+    }
+    return DSV3_OK;
 }
 
 /* ---- Parallel loops. work is the loop's cost in multiply-adds, roughly: what is too small to be worth

@@ -1,7 +1,8 @@
-/* test_codecs.c -- chapter 2 (tools), number formats: BF16, F16 and FP8 E4M3, both ways.
+/* test_codecs.c -- chapter 2 (tools), number formats: BF16, F16, FP8 E4M3, Q8_0 and Q4_0, both ways, and dsv3_quantize.
  *
  * A failure here means that weights are read as other numbers than the file holds, or that rounding to a small
- * format does not take the nearest number (ties to even), overflows at the wrong place, or loses a NaN. */
+ * format does not take the nearest number (ties to even), overflows at the wrong place, or loses a NaN. What
+ * dsv3_quantize writes is compared with its rules, spelled out once more in double. */
 #define DSV3_IMPLEMENTATION
 #include "dsv3.h"
 
@@ -224,7 +225,313 @@ static void finite_and_nan(void) {
     }
 }
 
+/* ---- Blocks of 32: an F16 multiplier d, and codes */
+
+#define QBLOCK 32
+
+static size_t block_bytes(dsv3_type type) { return type == DSV3_Q8_0 ? 34 : 18; }
+static int lowest_code(dsv3_type type) { return type == DSV3_Q8_0 ? -127 : -8; }
+static int highest_code(dsv3_type type) { return type == DSV3_Q8_0 ? 127 : 7; }
+
+/* The multiplier of a block, by the definition of F16. */
+static double block_d(const unsigned char *block) {
+    uint16_t bits;
+    uint32_t a;
+    double d;
+    memcpy(&bits, block, 2);
+    a = bits & 0x7FFFu;
+    d = a > 0x7C00 ? (double)NAN : a == 0x7C00 ? (double)INFINITY : value_of(&formats[1], a);
+    return bits & 0x8000u ? -d : d;
+}
+
+/* The multiple of d that element i is. */
+static int block_code(dsv3_type type, const unsigned char *block, size_t i) {
+    int byte = block[type == DSV3_Q8_0 ? 2 + i : 2 + i % 16];
+    if (type == DSV3_Q8_0) return byte < 128 ? byte : byte - 256;
+    return (i < 16 ? byte % 16 : byte / 16) - 8;
+}
+
+static int decoded_wrong(const dsv3_kernels *k, dsv3_type type, const unsigned char *w, size_t blocks) {
+    float *y = (float *)test_alloc(blocks * QBLOCK * sizeof *y);
+    int wrong = 0;
+    k->decode[type](y, w, blocks * QBLOCK);
+    for (size_t i = 0; i < blocks * QBLOCK; i++) {
+        const unsigned char *block = w + i / QBLOCK * block_bytes(type);
+        double want = block_d(block) * block_code(type, block, i % QBLOCK);
+        wrong += isnan(want) ? !isnan(y[i]) : (double)y[i] != want;
+    }
+    free(y);
+    return wrong;
+}
+
+/* Every multiplier with some codes, and some multipliers with every code in every place. */
+static void blocks_decode(dsv3_type type) {
+    static const uint16_t some[] = {0x0000, 0x8000, 0x0001, 0x83FF, 0x0400, 0x3C00, 0xBC00,
+                                    0x3555, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00};
+    size_t bytes = block_bytes(type);
+    unsigned char *w = (unsigned char *)test_alloc(65536 * bytes);
+    dsv3_context c;
+    int wrong = 0;
+    CHECK_EQ(dsv3_context_init(&c, DSV3_BACKEND_REFERENCE, 1), DSV3_OK);
+    for (size_t b = 0; b < 65536; b++) {
+        uint16_t d = (uint16_t)b;
+        for (size_t i = 2; i < bytes; i++) w[b * bytes + i] = (unsigned char)(test_random() >> 56);
+        memcpy(w + b * bytes, &d, 2);
+    }
+    CHECK_EQ(decoded_wrong(&c.kernels, type, w, 65536), 0);
+    for (size_t k = 0; k < sizeof some / sizeof some[0]; k++) {
+        for (size_t b = 0; b < 256; b++) {
+            memcpy(w + b * bytes, &some[k], 2);
+            for (size_t i = 2; i < bytes; i++) w[b * bytes + i] = (unsigned char)(b + 37 * i);
+        }
+        wrong += decoded_wrong(&c.kernels, type, w, 256);
+    }
+    CHECK_EQ(wrong, 0);
+    free(w);
+}
+
+/* Is the block what dsv3_quantize says of x [32]? The multiplier from its rule, and each code the nearest of all. */
+static int block_wrong(dsv3_type type, const unsigned char *block, const float *x) {
+    double most = 0, d = block_d(block), top = type == DSV3_Q8_0 ? 127 : 8, want;
+    int wrong = 0;
+    for (size_t i = 0; i < QBLOCK; i++) {
+        if (fabs((double)x[i]) > fabs(most)) most = (double)x[i];
+    }
+    want = value_of(&formats[1], nearest(&formats[1], (float)(fabs(most) / top)));
+    if (want < ldexp(1, -14) && want * top < fabs(most)) want += ldexp(1, -24);
+    wrong += d != (type == DSV3_Q4_0 && most > 0 ? -want : want);
+    wrong += most != 0 && d == 0;
+    for (size_t i = 0; i < QBLOCK; i++) {
+        int code = block_code(type, block, i), best = 0;
+        double v = (double)x[i], error;
+        for (int q = lowest_code(type); q <= highest_code(type); q++) {
+            double this = fabs(v - d * q), that = fabs(v - d * best);
+            if (this < that || (this <= that && best % 2 != 0 && q % 2 == 0)) best = q;
+        }
+        error = fabs(v - d * code);
+        wrong += code != best;
+        wrong += !(error <= fabs(d) / 2 || (type == DSV3_Q4_0 && v / d > 7.5 && error <= 1.004 * fabs(d)));
+    }
+    return wrong;
+}
+
+/* Encodes rows x cols into memory that ends where it should, at an odd address. */
+static unsigned char *quantized(dsv3_type type, const float *x, size_t rows, size_t cols, dsv3_result want) {
+    size_t bytes = rows * dsv3_row_bytes(type, cols);
+    unsigned char *memory = (unsigned char *)test_alloc(bytes + 1);
+    CHECK_EQ(dsv3_quantize(memory + 1, NULL, x, type, rows, cols), want);
+    return memory;
+}
+
+static int quantized_wrong(dsv3_type type, const float *x, size_t rows, size_t cols) {
+    unsigned char *memory = quantized(type, x, rows, cols, DSV3_OK);
+    int wrong = 0;
+    for (size_t b = 0; b < rows * cols / QBLOCK; b++) {
+        wrong += block_wrong(type, memory + 1 + b * block_bytes(type), x + b * QBLOCK);
+    }
+    free(memory);
+    return wrong;
+}
+
+/* Blocks of every size of number, with equal magnitudes, with ties, and almost empty ones. */
+static void blocks_encode(dsv3_type type) {
+    enum { ROWS = 64, COLS = 3 * QBLOCK, N = ROWS * COLS };
+    float *x = (float *)test_alloc(N * sizeof *x);
+    int wrong = 0, top = type == DSV3_Q8_0 ? 127 : 8;
+    for (int size = -150; size <= (type == DSV3_Q8_0 ? 22 : 18); size++) {
+        for (size_t i = 0; i < N; i++) x[i] = ldexpf(test_uniform(-1, 1), size);
+        wrong += quantized_wrong(type, x, ROWS, COLS);
+    }
+    CHECK_EQ(wrong, 0);
+    for (wrong = 0; wrong == 0 && test_random() % 64 != 0;) { /* all sizes in one block */
+        for (size_t i = 0; i < N; i++) x[i] = ldexpf(test_uniform(-1, 1), (int)(test_random() % 40) - 30);
+        wrong += quantized_wrong(type, x, ROWS, COLS);
+    }
+    CHECK_EQ(wrong, 0);
+    for (size_t i = 0; i < N; i++) { /* halfway between codes, and next to that; d is exact, normal or not */
+        float d = ldexpf(1.25f, i / QBLOCK % 2 ? -3 : -20), half = (float)(int)(test_random() % 16) - 8.5f;
+        int end = i % QBLOCK == 5;
+        x[i] = d * (end ? (float)-top : half);
+        if (!end && test_random() % 3 == 0) x[i] = nextafterf(x[i], test_random() % 2 ? 1.0f : -1.0f);
+        if (fabsf(x[i]) > d * (float)top) x[i] = 0;
+    }
+    CHECK_EQ(quantized_wrong(type, x, ROWS, COLS), 0);
+    for (size_t i = 0; i < N; i++) x[i] = test_random() % 2 ? 3.0f : -3.0f; /* the first of equals decides */
+    CHECK_EQ(quantized_wrong(type, x, ROWS, COLS), 0);
+    for (size_t i = 0; i < N; i++)
+        x[i] = i % QBLOCK == i / QBLOCK % QBLOCK ? ldexpf(-1, 4 - (int)(i / QBLOCK)) : 0.0f;
+    CHECK_EQ(quantized_wrong(type, x, ROWS, COLS), 0);
+    for (size_t i = 0; i < N; i++) x[i] = i % 2 ? -0.0f : 0.0f;
+    CHECK_EQ(quantized_wrong(type, x, ROWS, COLS), 0);
+    free(x);
+}
+
+/* Codes that reach the end of their range come back as they were. */
+static void blocks_back(dsv3_type type) {
+    enum { N = 2000 };
+    size_t bytes = block_bytes(type);
+    unsigned char *w = (unsigned char *)test_alloc(N * bytes), *again;
+    float *x = (float *)test_alloc(N * QBLOCK * sizeof *x), *y = (float *)test_alloc(N * QBLOCK * sizeof *y);
+    dsv3_kernels k;
+    int wrong = 0;
+    dsv3i_kernels_reference(&k);
+    for (size_t b = 0; b < N; b++) {
+        uint16_t d = (uint16_t)(test_random() % 0x7C00 | (test_random() & 0x8000));
+        if (b % 7 == 0) d &= 0x83FF;
+        for (size_t i = 2; i < bytes; i++) {
+            do {
+                w[b * bytes + i] = (unsigned char)(test_random() >> 56);
+            } while (type == DSV3_Q8_0 && w[b * bytes + i] == 0x80);
+        }
+        w[b * bytes + 2 + b % 16] = type == DSV3_Q8_0 ? (b % 2 ? 127 : 129) : 0x40;
+        memcpy(w + b * bytes, &d, 2);
+    }
+    k.decode[type](x, w, N * QBLOCK);
+    again = quantized(type, x, N, QBLOCK, DSV3_OK);
+    k.decode[type](y, again + 1, N * QBLOCK);
+    for (size_t i = 0; i < N * QBLOCK; i++) wrong += !(x[i] >= y[i] && x[i] <= y[i]);
+    CHECK_EQ(wrong, 0);
+    free(w), free(again), free(x), free(y);
+}
+
+/* Too large, NaN, infinity: in each place of the second of two blocks. */
+static void blocks_refused(dsv3_type type) {
+    float limit = type == DSV3_Q8_0 ? 127 * 65520.0f : 8 * 65520.0f, x[2 * QBLOCK];
+    const struct {
+        float x;
+        dsv3_result want;
+    } cases[] = {{limit, DSV3_ERR_OVERFLOW},    {-limit, DSV3_ERR_OVERFLOW},     {FLT_MAX, DSV3_ERR_OVERFLOW},
+                 {-FLT_MAX, DSV3_ERR_OVERFLOW}, {nextafterf(limit, 0), DSV3_OK}, {-nextafterf(limit, 0), DSV3_OK},
+                 {INFINITY, DSV3_ERR_NAN},      {-INFINITY, DSV3_ERR_NAN},       {NAN, DSV3_ERR_NAN},
+                 {-NAN, DSV3_ERR_NAN}};
+    for (size_t k = 0; k < sizeof cases / sizeof cases[0]; k++) {
+        for (size_t i = QBLOCK; i < 2 * QBLOCK; i++) {
+            test_fill(x, 2 * QBLOCK, -1, 1);
+            x[i] = cases[k].x;
+            free(quantized(type, x, 1, 2 * QBLOCK, cases[k].want));
+            if (cases[k].want == DSV3_OK) CHECK_EQ(quantized_wrong(type, x, 1, 2 * QBLOCK), 0);
+        }
+    }
+}
+
+/* ---- dsv3_quantize, types of single numbers */
+
+static void quantize_f8(size_t rows, size_t cols, int size) {
+    size_t across = (cols + 127) / 128, blocks = across * ((rows + 127) / 128);
+    float *x = (float *)test_alloc(rows * cols * sizeof *x);
+    unsigned char *codes = (unsigned char *)test_alloc(rows * cols + 1);
+    unsigned char *scales = (unsigned char *)test_alloc(4 * blocks + 1), *alone;
+    int wrong = 0;
+    for (size_t i = 0; i < rows * cols; i++) {
+        x[i] = ldexpf(test_uniform(-1, 1), size - (int)(test_random() % 12) - (int)(i / cols / 128 + i % cols / 128));
+    }
+    CHECK_EQ(dsv3_quantize(codes + 1, scales + 1, x, DSV3_F8_E4M3, rows, cols), DSV3_OK);
+    for (size_t b = 0; b < blocks; b++) {
+        float most = 0, scale, got;
+        for (size_t i = 0; i < rows * cols; i++) {
+            if (i / cols / 128 * across + i % cols / 128 == b && fabsf(x[i]) > most) most = fabsf(x[i]);
+        }
+        scale = (float)((double)most / 448);
+        if (scale < FLT_MIN) scale = 1;
+        memcpy(&got, scales + 1 + 4 * b, 4);
+        wrong += memcmp(&got, &scale, 4) != 0;
+        for (size_t i = 0; i < rows * cols; i++) {
+            if (i / cols / 128 * across + i % cols / 128 != b) continue;
+            wrong += codes[1 + i] != nearest(&formats[2], (float)((double)x[i] / (double)scale));
+        }
+    }
+    CHECK_EQ(wrong, 0);
+    alone = (unsigned char *)test_alloc(4 * blocks);
+    CHECK_EQ(dsv3_quantize(NULL, alone, x, DSV3_F8_E4M3, rows, cols), DSV3_OK);
+    CHECK(memcmp(alone, scales + 1, 4 * blocks) == 0);
+    free(x), free(codes), free(scales), free(alone);
+}
+
+/* Codes with a largest one, at multipliers that 448 times them leaves exact, come back as they were. */
+static void quantize_f8_back(void) {
+    enum { ROWS = 140, COLS = 260 };
+    float *x = (float *)test_alloc(ROWS * COLS * sizeof *x), scales[6], again[6];
+    unsigned char *w = (unsigned char *)test_alloc(ROWS * COLS), *y = (unsigned char *)test_alloc(ROWS * COLS);
+    for (size_t b = 0; b < 6; b++) scales[b] = ldexpf((float)(1 + b), (int)(b * 7) - 20);
+    for (size_t i = 0; i < ROWS * COLS; i++) {
+        size_t row = i / COLS, col = i % COLS;
+        w[i] = (unsigned char)(test_random() % 127 | (test_random() & 128));
+        if (row % 128 == 3 && col % 128 == 2) w[i] = 0xFE;
+        x[i] = dsv3_f32_from_f8_e4m3(w[i]) * scales[row / 128 * 3 + col / 128];
+    }
+    CHECK_EQ(dsv3_quantize(y, again, x, DSV3_F8_E4M3, ROWS, COLS), DSV3_OK);
+    CHECK(memcmp(scales, again, sizeof scales) == 0);
+    CHECK(memcmp(w, y, ROWS * COLS) == 0);
+    free(x), free(w), free(y);
+}
+
+static void quantize_plain(void) {
+    static const uint32_t bits[] = {0x7FC00000u, 0xFFC00001u, 0x7F800000u, 0xFF800000u, 0x3F800000u, 0x80000000u};
+    enum { ROWS = 3, COLS = 67 };
+    float x[ROWS * COLS], y[ROWS * COLS];
+    uint16_t half[ROWS * COLS];
+    int wrong = 0;
+    for (size_t i = 0; i < ROWS * COLS; i++) x[i] = i < 6 ? dsv3i_float(bits[i]) : test_uniform(-2, 2);
+    CHECK_EQ(dsv3_quantize(y, NULL, x, DSV3_F32, ROWS, COLS), DSV3_OK);
+    CHECK(memcmp(x, y, sizeof x) == 0);
+    CHECK_EQ(dsv3_quantize(half, NULL, x, DSV3_F16, ROWS, COLS), DSV3_OK);
+    for (size_t i = 0; i < ROWS * COLS; i++) wrong += half[i] != dsv3_f16_from_f32(x[i]);
+    CHECK_EQ(dsv3_quantize(half, NULL, x, DSV3_BF16, ROWS, COLS), DSV3_OK);
+    for (size_t i = 0; i < ROWS * COLS; i++) wrong += half[i] != dsv3_bf16_from_f32(x[i]);
+    CHECK_EQ(wrong, 0);
+    x[100] = 65519.0f;
+    CHECK_EQ(dsv3_quantize(half, NULL, x, DSV3_F16, ROWS, COLS), DSV3_OK);
+    x[100] = -65520.0f;
+    CHECK_EQ(dsv3_quantize(half, NULL, x, DSV3_F16, ROWS, COLS), DSV3_ERR_OVERFLOW);
+    CHECK_EQ(dsv3_quantize(half, NULL, x, DSV3_BF16, ROWS, COLS), DSV3_OK);
+    x[100] = FLT_MAX;
+    CHECK_EQ(dsv3_quantize(half, NULL, x, DSV3_BF16, ROWS, COLS), DSV3_ERR_OVERFLOW);
+}
+
+static void quantize_refuses(void) {
+    static const float bad[] = {NAN, -NAN, INFINITY, -INFINITY};
+    float x[4 * QBLOCK], scale[1];
+    unsigned char y[4 * QBLOCK * 4];
+    test_fill(x, 4 * QBLOCK, -1, 1);
+    for (int type = 0; type < DSV3_TYPES; type++) {
+        int is_f8 = type == DSV3_F8_E4M3, blocks = dsv3_type_block((dsv3_type)type) > 1;
+        CHECK_EQ(dsv3_quantize(y, scale, x, (dsv3_type)type, 2, 2 * QBLOCK), DSV3_OK);
+        CHECK_EQ(dsv3_quantize(y, scale, NULL, (dsv3_type)type, 2, 2 * QBLOCK), DSV3_ERR_ARG);
+        CHECK_EQ(dsv3_quantize(NULL, scale, x, (dsv3_type)type, 2, 2 * QBLOCK), is_f8 ? DSV3_OK : DSV3_ERR_ARG);
+        CHECK_EQ(dsv3_quantize(y, NULL, x, (dsv3_type)type, 2, 2 * QBLOCK), is_f8 ? DSV3_ERR_ARG : DSV3_OK);
+        CHECK_EQ(dsv3_quantize(y, scale, x, (dsv3_type)type, 2, QBLOCK + 16), blocks ? DSV3_ERR_ARG : DSV3_OK);
+        CHECK_EQ(dsv3_quantize(y, scale, x, (dsv3_type)type, 0, QBLOCK), DSV3_OK);
+        CHECK_EQ(dsv3_quantize(y, scale, x, (dsv3_type)type, 1, 0), DSV3_OK);
+        CHECK_EQ(dsv3_quantize(y, scale, x, (dsv3_type)type, SIZE_MAX / QBLOCK, 2 * QBLOCK), DSV3_ERR_OVERFLOW);
+        for (size_t i = 0; i < 4; i++) {
+            x[70] = bad[i];
+            CHECK_EQ(dsv3_quantize(y, scale, x, (dsv3_type)type, 2, 2 * QBLOCK),
+                     is_f8 || blocks ? DSV3_ERR_NAN : DSV3_OK);
+        }
+        x[70] = 0;
+    }
+    CHECK_EQ(dsv3_quantize(y, scale, x, (dsv3_type)DSV3_TYPES, 2, 2 * QBLOCK), DSV3_ERR_ARG);
+    x[3] = 448 * 6.6e35f; /* below 2^119 */
+    CHECK_EQ(dsv3_quantize(y, scale, x, DSV3_F8_E4M3, 1, QBLOCK), DSV3_OK);
+    x[3] = -448 * 6.7e35f;
+    CHECK_EQ(dsv3_quantize(y, scale, x, DSV3_F8_E4M3, 1, QBLOCK), DSV3_ERR_OVERFLOW);
+}
+
 static void types(void) {
+    CHECK_EQ(dsv3_type_bytes(DSV3_Q8_0), 34);
+    CHECK_EQ(dsv3_type_bytes(DSV3_Q4_0), 18);
+    for (int type = 0; type <= DSV3_TYPES; type++) {
+        int blocks = type == DSV3_Q8_0 || type == DSV3_Q4_0;
+        size_t bytes = dsv3_type_bytes((dsv3_type)type);
+        CHECK_EQ(dsv3_type_block((dsv3_type)type), blocks ? 32 : 1);
+        CHECK_EQ(dsv3_row_bytes((dsv3_type)type, 96), blocks ? 3 * bytes : 96 * bytes);
+        CHECK_EQ(dsv3_row_bytes((dsv3_type)type, 97), blocks ? 0 : 97 * bytes);
+        CHECK_EQ(dsv3_row_bytes((dsv3_type)type, 0), 0);
+    }
+    CHECK(dsv3_row_bytes(DSV3_Q8_0, SIZE_MAX / 32 * 32) == SIZE_MAX);
+    CHECK(dsv3_row_bytes(DSV3_F32, SIZE_MAX / 4 + 1) == SIZE_MAX);
+    CHECK(strcmp(dsv3_type_name(DSV3_Q8_0), "Q8_0") == 0);
+    CHECK(strcmp(dsv3_type_name(DSV3_Q4_0), "Q4_0") == 0);
     CHECK_EQ(dsv3_type_bytes(DSV3_F32), 4);
     CHECK_EQ(dsv3_type_bytes(DSV3_F16), 2);
     CHECK_EQ(dsv3_type_bytes(DSV3_BF16), 2);
@@ -247,6 +554,19 @@ int main(void) {
     overflow_edges();
     e4m3_golden();
     finite_and_nan();
+    for (int type = DSV3_Q8_0; type <= DSV3_Q4_0; type++) {
+        blocks_decode((dsv3_type)type);
+        blocks_encode((dsv3_type)type);
+        blocks_back((dsv3_type)type);
+        blocks_refused((dsv3_type)type);
+    }
+    quantize_f8(1, 1, 0);
+    quantize_f8(3, 200, 20);
+    quantize_f8(129, 128, -110);
+    quantize_f8(130, 257, -130);
+    quantize_f8_back();
+    quantize_plain();
+    quantize_refuses();
     types();
     return test_done("codecs");
 }
