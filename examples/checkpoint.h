@@ -21,7 +21,15 @@
  * for q_lora_rank, n_shared_experts, n_group, topk_group and the token ids); scoring_func and topk_method
  * default by model_type; rope_parameters (newer files) and rope_scaling (older ones) are both understood;
  * eos_token_id may be a list, whose first id is kept. A field this library could not honour is refused:
- * another activation, another RoPE scaling, another FP8 block size. Unknown fields are ignored. */
+ * another activation, another RoPE scaling, another FP8 block size. Unknown fields are ignored.
+ *
+ * Q8_0 and Q4_0: safetensors files know no types that store numbers in blocks. A matrix [rows, cols] of these types has
+ * its published name, dtype U8 and the shape [rows, bytes of a row]; the bytes are those of the same tensor in a GGUF
+ * file (34, or 18, for 32 numbers in a row). What they mean is said in config.json, for all U8 matrices of the files:
+ *
+ *     "quantization_config": {"quant_method": "blocks", "format": "q8_0", "block": 32}           or "q4_0"
+ *
+ * Without that, U8 is refused as a type of weights, and rows that are not whole blocks always are. */
 #if defined(CHECKPOINT_IMPLEMENTATION) && !defined(SAFETENSORS_IMPLEMENTATION)
 #define SAFETENSORS_IMPLEMENTATION
 #endif
@@ -40,8 +48,9 @@ typedef struct checkpoint {
     dsv3_config config;
     dsv3_model model;
     st_file file;
-    void *tables;                /* memory of model */
-    char missing[DSV3_MAX_NAME]; /* the tensor that was looked for in vain */
+    int blocks;                /* what U8 matrices are: DSV3_Q8_0, DSV3_Q4_0, or -1: not weights */
+    void *tables;              /* memory of model */
+    char wrong[DSV3_MAX_NAME]; /* the first tensor that is missing or unusable */
 } checkpoint;
 
 /* Reads a config.json of `length` bytes that is in memory; label stands for its path in messages. */
@@ -51,25 +60,31 @@ st_result checkpoint_config_parse(dsv3_config *config, const char *text, size_t 
 /* Reads path if its name ends in .json, else path/config.json. */
 st_result checkpoint_config(dsv3_config *config, const char *path, st_error *error);
 
+/* What U8 matrices of the checkpoint are, by its config.json alone, of which nothing else is read: see checkpoint. */
+st_result checkpoint_blocks(int *blocks, const char *path, st_error *error);
+
 /* Config, files (one or sharded) and binding. */
 st_result checkpoint_open(checkpoint *c, const char *directory, st_error *error);
 void checkpoint_close(checkpoint *c);
 
-/* A dsv3_find over an st_file. */
+/* A dsv3_find; user is a checkpoint of which file and blocks are set. */
 dsv3_result checkpoint_find(void *user, const char *name, dsv3_tensor *tensor);
 
-/* The type of dsv3.h for a file's, or -1: not a weight type. */
-int checkpoint_type(st_dtype dtype);
+/* The type of dsv3.h for a file's, or -1: not a weight type. blocks: as in checkpoint. */
+int checkpoint_type(st_dtype dtype, int blocks);
 
 /* ---- Writing. Each file is written under another name, synced, and renamed: whatever happens, there is the old
  * one or the new one. */
 
+/* The type that a tensor has in a checkpoint of `type`. F8_E4M3: the tensors that are FP8 in the published files are,
+ * the others are BF16. Q8_0 and Q4_0: all matrices are, but the routers' and those whose columns are not whole blocks
+ * of 32, which are BF16 as the norms are. Router biases are always F32. */
+dsv3_type checkpoint_type_of(const dsv3_tensor_info *info, dsv3_type type);
+
 /* Writes directory/model.safetensors: every tensor the config calls for, as far as find has it (only copies and whole
- * MTP modules may be missing), converted to type. With DSV3_F8_E4M3, those tensors that are FP8 in the published
- * files become FP8 with scales amax / 448 of 128 x 128 blocks (1 for a block of zeros) and the others BF16. Router
- * biases are always F32. A tensor that has its type already is copied bit for bit, with its scales. A value that the
- * type cannot hold (not finite as FP8; finite, but infinity as F16 or BF16) is ST_ERR_OVERFLOW. Takes memory for 128
- * rows of the widest tensor. */
+ * MTP modules may be missing), converted to type by the rules of dsv3_quantize. A tensor that has its type already is
+ * copied bit for bit, with its scales. A value that the type cannot hold (finite, but too large; not finite as FP8, Q8_0
+ * or Q4_0) is ST_ERR_OVERFLOW. Takes memory for 128 rows of the widest tensor. */
 st_result checkpoint_save(const char *directory, const dsv3_config *config, dsv3_find find, void *user,
                           dsv3_type type, st_error *error);
 
@@ -92,7 +107,6 @@ st_result checkpoint_config_write(const char *directory, const char *text, st_er
 #define CHECKPOINT_IMPLEMENTED
 
 #include <errno.h>
-#include <float.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -155,6 +169,7 @@ typedef struct checkpointi_reader {
     const char *label;
     st_error *error;
     st_result result;
+    int blocks; /* as in checkpoint */
 } checkpointi_reader;
 
 static void checkpointi_bad(checkpointi_reader *r, st_result code, const char *key, const char *why) {
@@ -334,18 +349,31 @@ static void checkpointi_token(checkpointi_reader *r, const char *key, int32_t *o
     if (r->result == ST_OK && *out < 0) checkpointi_bad(r, ST_ERR_ARG, key, "must not be negative");
 }
 
-/* What cannot be honoured is refused. */
-static void checkpointi_refuse(checkpointi_reader *r) {
-    static const char words[3][5] = {"silu", "fp8", "e4m3"};
-    const char *silu[] = {words[0], NULL}, *fp8[] = {words[1], NULL}, *e4m3[] = {words[2], NULL};
+/* The type of blocks that the object says. */
+static int checkpointi_block_format(checkpointi_reader *r, size_t object) {
+    static const char words[2][5] = {"q8_0", "q4_0"};
+    const char *formats[] = {words[0], words[1], NULL};
+    int32_t block = DSV3_QBLOCK;
+    int format = checkpointi_name(r, object, "format", CHECKPOINTI_REQUIRED, formats);
+    checkpointi_int(r, object, "block", CHECKPOINTI_REQUIRED, &block);
+    if (block != DSV3_QBLOCK) checkpointi_bad(r, ST_ERR_UNSUPPORTED, "block", "must be 32");
+    return format < 0 ? -1 : format == 0 ? DSV3_Q8_0 : DSV3_Q4_0;
+}
+
+/* quantization_config: what cannot be honoured is refused. */
+static void checkpointi_quantised(checkpointi_reader *r) {
+    static const char words[3][7] = {"fp8", "blocks", "e4m3"};
+    const char *methods[] = {words[0], words[1], NULL}, *e4m3[] = {words[2], NULL};
     size_t quantisation, block;
-    checkpointi_name(r, 0, "hidden_act", CHECKPOINTI_OPTIONAL, silu);
     if (!checkpointi_value(r, 0, "quantization_config", CHECKPOINTI_OPTIONAL, &quantisation)) return;
     if (r->doc.token[quantisation].type != JSON_OBJECT) {
         checkpointi_bad(r, ST_ERR_FORMAT, "quantization_config", "must be an object or null");
         return;
     }
-    checkpointi_name(r, quantisation, "quant_method", CHECKPOINTI_OPTIONAL, fp8);
+    if (checkpointi_name(r, quantisation, "quant_method", CHECKPOINTI_OPTIONAL, methods) == 1) {
+        r->blocks = checkpointi_block_format(r, quantisation);
+        return;
+    }
     checkpointi_name(r, quantisation, "fmt", CHECKPOINTI_OPTIONAL, e4m3);
     if (!checkpointi_value(r, quantisation, "weight_block_size", CHECKPOINTI_OPTIONAL, &block)) return;
     if (r->doc.token[block].type == JSON_ARRAY && r->doc.token[block].size == 2) {
@@ -357,18 +385,25 @@ static void checkpointi_refuse(checkpointi_reader *r) {
 }
 
 static st_result checkpointi_config_read(checkpointi_reader *r, dsv3_config *config) {
+    static const char silu[] = "silu";
+    const char *activations[] = {silu, NULL};
     dsv3_error why;
     char text[256];
     dsv3_config c = dsv3_config_default();
     if (r->doc.token[0].type != JSON_OBJECT) {
         return checkpointi_fail(r->error, ST_ERR_FORMAT, "%.300s: is not a JSON object", r->label);
     }
+    if (config == NULL) {
+        checkpointi_quantised(r);
+        return r->result;
+    }
     checkpointi_sizes(r, &c);
     checkpointi_experts(r, &c);
     checkpointi_rope(r, &c);
     checkpointi_token(r, "bos_token_id", &c.bos_token_id);
     checkpointi_token(r, "eos_token_id", &c.eos_token_id);
-    checkpointi_refuse(r);
+    checkpointi_name(r, 0, "hidden_act", CHECKPOINTI_OPTIONAL, activations);
+    checkpointi_quantised(r);
     if (r->result != ST_OK) return r->result;
     if (dsv3_config_check(&c, &why) != DSV3_OK) {
         return checkpointi_fail(r->error, checkpointi_from_dsv3(why.code), "%.300s: %s", r->label,
@@ -378,8 +413,9 @@ static st_result checkpointi_config_read(checkpointi_reader *r, dsv3_config *con
     return ST_OK;
 }
 
-st_result checkpoint_config_parse(dsv3_config *config, const char *text, size_t length, const char *label,
-                                  st_error *error) {
+/* config may be NULL, to learn only what is in blocks. */
+static st_result checkpointi_parse(dsv3_config *config, int *blocks, const char *text, size_t length,
+                                   const char *label, st_error *error) {
     checkpointi_reader r;
     json_token *tokens;
     size_t count = 0, at = 0;
@@ -388,6 +424,7 @@ st_result checkpoint_config_parse(dsv3_config *config, const char *text, size_t 
     memset(&r, 0, sizeof r);
     r.label = label;
     r.error = error;
+    r.blocks = -1;
     if (error != NULL) memset(error, 0, sizeof *error);
     if (parsed != JSON_OK) {
         return checkpointi_fail(error, checkpointi_from_json(parsed), "%.300s: %s at byte %lu", label,
@@ -407,9 +444,16 @@ st_result checkpoint_config_parse(dsv3_config *config, const char *text, size_t 
         r.doc.token = tokens;
         r.doc.count = count;
         result = checkpointi_config_read(&r, config);
+        *blocks = r.blocks;
     }
     ST_FREE(tokens);
     return result;
+}
+
+st_result checkpoint_config_parse(dsv3_config *config, const char *text, size_t length, const char *label,
+                                  st_error *error) {
+    int blocks;
+    return checkpointi_parse(config, &blocks, text, length, label, error);
 }
 
 /* ---- Files */
@@ -476,18 +520,29 @@ st_result checkpoint_config_read(char **text, size_t *length, const char *path, 
     return result == ST_OK ? checkpointi_config_load(text, length, inside, error) : result;
 }
 
-st_result checkpoint_config(dsv3_config *config, const char *path, st_error *error) {
+static st_result checkpointi_config_file(dsv3_config *config, int *blocks, const char *path, st_error *error) {
     char inside[4096], *text = NULL;
     size_t length = 0;
     st_result result = checkpointi_config_path(inside, sizeof inside, path, error);
+    *blocks = -1;
     if (result == ST_OK) result = checkpointi_config_load(&text, &length, inside, error);
-    if (result == ST_OK) result = checkpoint_config_parse(config, text, length, inside, error);
+    if (result == ST_OK) result = checkpointi_parse(config, blocks, text, length, inside, error);
     ST_FREE(text);
     return result;
 }
 
-int checkpoint_type(st_dtype dtype) {
+st_result checkpoint_config(dsv3_config *config, const char *path, st_error *error) {
+    int blocks;
+    return checkpointi_config_file(config, &blocks, path, error);
+}
+
+st_result checkpoint_blocks(int *blocks, const char *path, st_error *error) {
+    return checkpointi_config_file(NULL, blocks, path, error);
+}
+
+int checkpoint_type(st_dtype dtype, int blocks) {
     switch (dtype) {
+    case ST_U8: return blocks;
     case ST_F32: return DSV3_F32;
     case ST_F16: return DSV3_F16;
     case ST_BF16: return DSV3_BF16;
@@ -497,35 +552,65 @@ int checkpoint_type(st_dtype dtype) {
 }
 
 dsv3_result checkpoint_find(void *user, const char *name, dsv3_tensor *tensor) {
-    const st_tensor *t = st_find((const st_file *)user, name);
+    const checkpoint *c = (const checkpoint *)user;
+    const st_tensor *t = st_find(&c->file, name);
+    int type;
     if (t == NULL) return DSV3_ERR_MISSING;
-    if (checkpoint_type(t->dtype) < 0) return DSV3_ERR_UNSUPPORTED;
+    type = checkpoint_type(t->dtype, c->blocks);
+    if (type < 0) return DSV3_ERR_UNSUPPORTED;
     tensor->data = t->data;
     tensor->scale = NULL;
-    tensor->type = (dsv3_type)checkpoint_type(t->dtype);
+    tensor->type = (dsv3_type)type;
     tensor->rank = t->rank;
     tensor->rows = t->rank == 2 ? (size_t)t->shape[0] : 1; /* st_open has checked that shapes fit size_t */
     tensor->cols = t->rank == 0 ? 1 : (size_t)t->shape[t->rank - 1];
+    if (t->dtype == ST_U8) {
+        size_t bytes = dsv3_type_bytes(tensor->type);
+        if (t->rank != 2 || tensor->cols % bytes != 0 || tensor->cols / bytes > SIZE_MAX / DSV3_QBLOCK) {
+            return DSV3_ERR_MISMATCH;
+        }
+        tensor->cols = tensor->cols / bytes * DSV3_QBLOCK;
+    }
     return DSV3_OK;
 }
 
-/* Is every tensor of the main model there? Asked before memory is taken, so that a config that promises a giant costs
- * nothing when the files do not keep the promise. */
+/* Is every tensor of the main model there, and are U8 tensors whole blocks? Asked before memory is taken, so that a
+ * config that promises a giant costs nothing when the files do not keep the promise. */
 static dsv3_result checkpointi_expect(void *user, const dsv3_tensor_info *info) {
     checkpoint *c = (checkpoint *)user;
-    if (info->layer >= c->config.num_hidden_layers || st_find(&c->file, info->name) != NULL) return DSV3_OK;
-    snprintf(c->missing, sizeof c->missing, "%s", info->name);
-    return DSV3_ERR_MISSING;
+    const st_tensor *t = st_find(&c->file, info->name);
+    dsv3_tensor tensor;
+    dsv3_result result = t == NULL && info->layer < c->config.num_hidden_layers ? DSV3_ERR_MISSING : DSV3_OK;
+    if (t != NULL && t->dtype == ST_U8) result = checkpoint_find(c, info->name, &tensor);
+    if (result != DSV3_OK) snprintf(c->wrong, sizeof c->wrong, "%s", info->name);
+    return result;
+}
+
+static st_result checkpointi_unexpected(const checkpoint *c, dsv3_result why, const char *directory,
+                                        st_error *error) {
+    const st_tensor *t = st_find(&c->file, c->wrong);
+    if (why == DSV3_ERR_UNSUPPORTED) {
+        return checkpointi_fail(error, ST_ERR_UNSUPPORTED,
+                                "%.300s: %s: is U8, but config.json has no quantization_config of blocks", directory,
+                                c->wrong);
+    }
+    if (why == DSV3_ERR_MISMATCH && t != NULL) {
+        dsv3_type type = (dsv3_type)c->blocks;
+        return checkpointi_fail(error, ST_ERR_MISMATCH,
+                                "%.300s: %s: expected rank 2 and rows of whole %s blocks, %lu bytes each; found "
+                                "rank %d and rows of %lu bytes",
+                                directory, c->wrong, dsv3_type_name(type), (unsigned long)dsv3_type_bytes(type),
+                                t->rank, t->rank == 0 ? 1ul : (unsigned long)t->shape[t->rank - 1]);
+    }
+    return checkpointi_fail(error, checkpointi_from_dsv3(why), "%.300s: %s: %s", directory, c->wrong,
+                            dsv3_result_string(why));
 }
 
 static st_result checkpointi_bind(checkpoint *c, const char *directory, st_error *error) {
     dsv3_error why;
     size_t bytes;
     dsv3_result result = dsv3_model_tensors(&c->config, checkpointi_expect, c);
-    if (result != DSV3_OK) {
-        return checkpointi_fail(error, ST_ERR_MISSING, "%.300s: %s: %s", directory, c->missing,
-                                dsv3_result_string(result));
-    }
+    if (result != DSV3_OK) return checkpointi_unexpected(c, result, directory, error);
     result = dsv3_model_size(&c->config, &bytes);
     if (result != DSV3_OK) {
         return checkpointi_fail(error, checkpointi_from_dsv3(result), "%.300s: %s", directory,
@@ -536,7 +621,7 @@ static st_result checkpointi_bind(checkpoint *c, const char *directory, st_error
         return checkpointi_fail(error, ST_ERR_NOMEM, "%.300s: no memory for %lu bytes of tables", directory,
                                 (unsigned long)bytes);
     }
-    if (dsv3_model_bind(&c->model, &c->config, c->tables, bytes, checkpoint_find, &c->file, &why) != DSV3_OK) {
+    if (dsv3_model_bind(&c->model, &c->config, c->tables, bytes, checkpoint_find, c, &why) != DSV3_OK) {
         char text[256];
         return checkpointi_fail(error, checkpointi_from_dsv3(why.code), "%.300s: %s", directory,
                                 dsv3_error_text(&why, text, sizeof text));
@@ -547,7 +632,7 @@ static st_result checkpointi_bind(checkpoint *c, const char *directory, st_error
 st_result checkpoint_open(checkpoint *c, const char *directory, st_error *error) {
     st_result result;
     memset(c, 0, sizeof *c);
-    result = checkpoint_config(&c->config, directory, error);
+    result = checkpointi_config_file(&c->config, &c->blocks, directory, error);
     if (result == ST_OK) result = st_open_checkpoint(&c->file, directory, error);
     if (result == ST_OK) result = checkpointi_bind(c, directory, error);
     if (result != ST_OK) checkpoint_close(c);
@@ -696,9 +781,18 @@ static const char *checkpointi_torch_type(dsv3_type type) {
     return type == DSV3_F32 ? "\"float32\"" : type == DSV3_F16 ? "\"float16\"" : "\"bfloat16\"";
 }
 
-static const char checkpointi_quantisation[] = "{\n    \"activation_scheme\": \"dynamic\",\n    \"fmt\": \"e4m3\",\n"
-                                               "    \"quant_method\": \"fp8\",\n"
-                                               "    \"weight_block_size\": [128, 128]\n  }";
+/* The quantization_config of a type, or NULL. */
+static const char *checkpointi_quantisation(dsv3_type type) {
+    if (type == DSV3_F8_E4M3) {
+        return "{\n    \"activation_scheme\": \"dynamic\",\n    \"fmt\": \"e4m3\",\n    \"quant_method\": \"fp8\",\n"
+               "    \"weight_block_size\": [128, 128]\n  }";
+    }
+    if (type == DSV3_Q8_0)
+        return "{\n    \"block\": 32,\n    \"format\": \"q8_0\",\n    \"quant_method\": \"blocks\"\n  }";
+    if (type == DSV3_Q4_0)
+        return "{\n    \"block\": 32,\n    \"format\": \"q4_0\",\n    \"quant_method\": \"blocks\"\n  }";
+    return NULL;
+}
 
 /* Room for n bytes of text. */
 static st_result checkpointi_text_begin(checkpointi_text *t, size_t n, st_error *error) {
@@ -722,6 +816,7 @@ static st_result checkpointi_text_end(checkpointi_text *t, char **text, st_error
 
 st_result checkpoint_config_text(char **text, const dsv3_config *config, dsv3_type type, st_error *error) {
     const char *family = config->topk_method == DSV3_NOAUX_TC ? "3" : "2";
+    const char *quantisation = checkpointi_quantisation(type);
     checkpointi_text t;
     *text = NULL;
     if (checkpointi_text_begin(&t, 8192, error) != ST_OK) return ST_ERR_NOMEM;
@@ -730,40 +825,38 @@ st_result checkpoint_config_text(char **text, const dsv3_config *config, dsv3_ty
     checkpointi_put_sizes(&t, config);
     checkpointi_put_experts(&t, config);
     checkpointi_put_rope(&t, config);
-    if (type == DSV3_F8_E4M3) checkpointi_print(&t, "  \"quantization_config\": %s,\n", checkpointi_quantisation);
+    if (quantisation != NULL) checkpointi_print(&t, "  \"quantization_config\": %s,\n", quantisation);
     checkpointi_print(&t, "  \"torch_dtype\": %s\n}\n", checkpointi_torch_type(type));
     return checkpointi_text_end(&t, text, error);
 }
 
-/* The members of the old file one by one; values as they are written there. */
-static void checkpointi_adapt(checkpointi_text *t, const json_document *doc, dsv3_type type) {
+/* The members of the old file one by one; values as they are written there. is_same: a quantization_config in it is of
+ * the same kind, so that it stays, too. */
+static void checkpointi_adapt(checkpointi_text *t, const json_document *doc, dsv3_type type, int is_same) {
     const json_token *token = doc->token;
-    int had_type = 0, had_quantisation = 0;
+    const char *quantisation = checkpointi_quantisation(type);
+    int had_type = 0;
     checkpointi_put(t, "{", 1);
     for (size_t i = 1; i < token[0].next; i = token[i + 1].next) {
         const json_token *key = &token[i], *value = &token[i + 1];
         size_t quote = value->type == JSON_STRING;
         int names_type = json_equal(doc, i, "torch_dtype") || json_equal(doc, i, "dtype");
-        int quantisation = json_equal(doc, i, "quantization_config");
-        if (quantisation && type != DSV3_F8_E4M3) continue;
+        if (json_equal(doc, i, "quantization_config")) {
+            if (quantisation == NULL || !is_same || value->type != JSON_OBJECT) continue;
+            quantisation = NULL; /* there it is */
+        }
         checkpointi_put(t, t->length > 1 ? ",\n  \"" : "\n  \"", t->length > 1 ? 5 : 4);
         checkpointi_put(t, doc->text + key->start, key->end - key->start);
         checkpointi_put(t, "\": ", 3);
         had_type |= names_type;
-        had_quantisation |= quantisation && value->type == JSON_OBJECT;
         if (names_type) {
             checkpointi_put(t, checkpointi_torch_type(type), strlen(checkpointi_torch_type(type)));
-        } else if (quantisation && value->type != JSON_OBJECT) {
-            checkpointi_put(t, checkpointi_quantisation, sizeof checkpointi_quantisation - 1);
-            had_quantisation = 1;
         } else {
             checkpointi_put(t, doc->text + value->start - quote, value->end - value->start + 2 * quote);
         }
     }
     if (!had_type) checkpointi_print(t, ",\n  \"torch_dtype\": %s", checkpointi_torch_type(type));
-    if (!had_quantisation && type == DSV3_F8_E4M3) {
-        checkpointi_print(t, ",\n  \"quantization_config\": %s", checkpointi_quantisation);
-    }
+    if (quantisation != NULL) checkpointi_print(t, ",\n  \"quantization_config\": %s", quantisation);
     checkpointi_put(t, "\n}\n", 3);
 }
 
@@ -774,7 +867,8 @@ st_result checkpoint_config_adapt(char **text, const char *from, size_t length, 
     json_token *tokens;
     dsv3_config config;
     size_t count = 0;
-    st_result result = checkpoint_config_parse(&config, from, length, label, error); /* a usable object, then */
+    int blocks = -1; /* of the old file; -1: FP8, if anything */
+    st_result result = checkpointi_parse(&config, &blocks, from, length, label, error); /* a usable object, then */
     *text = NULL;
     if (result != ST_OK) return result;
     if (json_parse(from, length, NULL, 0, &count, NULL) != JSON_OK || count > SIZE_MAX / sizeof *tokens ||
@@ -793,7 +887,7 @@ st_result checkpoint_config_adapt(char **text, const char *from, size_t length, 
     doc.length = length;
     doc.token = tokens;
     doc.count = count;
-    checkpointi_adapt(&t, &doc, type);
+    checkpointi_adapt(&t, &doc, type, type == DSV3_F8_E4M3 ? blocks < 0 : (int)type == blocks);
     ST_FREE(tokens);
     return checkpointi_text_end(&t, text, error);
 }
@@ -822,7 +916,7 @@ typedef struct checkpointi_save {
     st_error *error;
     st_tensor *tensors;
     checkpointi_piece *pieces; /* NULL: only count */
-    size_t count, bytes;       /* bytes: of an element. Larger elements go first, so that all are aligned */
+    size_t count, bytes;       /* bytes: of a file's element. Larger ones go first, so that all are aligned */
     size_t widest;             /* columns */
     dsv3_context context;
     float *rows;    /* [128, widest] */
@@ -832,14 +926,24 @@ typedef struct checkpointi_save {
 
 static size_t checkpointi_blocks(size_t n) { return n / DSV3_BLOCK + (n % DSV3_BLOCK != 0); }
 
-/* The type that a tensor has in a file of type. */
-static dsv3_type checkpointi_type_of(const dsv3_tensor_info *info, dsv3_type type) {
-    if (info->group == DSV3_GROUP_ROUTER && info->rank == 1) return DSV3_F32;
-    return type == DSV3_F8_E4M3 && !info->quantised ? DSV3_BF16 : type;
+dsv3_type checkpoint_type_of(const dsv3_tensor_info *info, dsv3_type type) {
+    int is_router = info->group == DSV3_GROUP_ROUTER;
+    if (is_router && info->rank == 1) return DSV3_F32;
+    if (type == DSV3_F8_E4M3) return info->quantised ? type : DSV3_BF16;
+    if (dsv3_type_block(type) == 1) return type;
+    return is_router || info->rank == 1 || info->cols % dsv3_type_block(type) != 0 ? DSV3_BF16 : type;
 }
 
 static st_dtype checkpointi_dtype(dsv3_type type) {
-    return type == DSV3_F32 ? ST_F32 : type == DSV3_F16 ? ST_F16 : type == DSV3_BF16 ? ST_BF16 : ST_F8_E4M3;
+    switch (type) {
+    case DSV3_F32: return ST_F32;
+    case DSV3_F16: return ST_F16;
+    case DSV3_BF16: return ST_BF16;
+    case DSV3_F8_E4M3: return ST_F8_E4M3;
+    case DSV3_Q8_0:
+    case DSV3_Q4_0: return ST_U8;
+    }
+    return ST_U8;
 }
 
 static dsv3_result checkpointi_save_fail(checkpointi_save *s, const char *name, const char *why, dsv3_result code) {
@@ -862,6 +966,9 @@ static dsv3_result checkpointi_save_find(checkpointi_save *s, const dsv3_tensor_
     if (tensor->rank != info->rank || tensor->rows != info->rows || tensor->cols != info->cols) {
         return checkpointi_save_fail(s, info->name, "has the wrong shape", DSV3_ERR_MISMATCH);
     }
+    if (dsv3_type_bytes(tensor->type) == 0 || tensor->cols % dsv3_type_block(tensor->type) != 0) {
+        return checkpointi_save_fail(s, info->name, "has an unknown type or no whole blocks", DSV3_ERR_UNSUPPORTED);
+    }
     if (tensor->type != DSV3_F8_E4M3 || tensor->scale != NULL) return DSV3_OK;
     snprintf(name, sizeof name, "%s_scale_inv", info->name);
     memset(&scale, 0, sizeof scale);
@@ -877,14 +984,16 @@ static dsv3_result checkpointi_save_find(checkpointi_save *s, const dsv3_tensor_
 
 static void checkpointi_save_add(checkpointi_save *s, const dsv3_tensor_info *info, const dsv3_tensor *from,
                                  int scales) {
+    dsv3_type type = checkpoint_type_of(info, s->type);
     size_t i = s->count++, rows = scales ? checkpointi_blocks(info->rows) : info->rows;
-    size_t cols = scales ? checkpointi_blocks(info->cols) : info->cols;
+    size_t cols = scales ? checkpointi_blocks(info->cols) : info->cols; /* of the file's elements */
     checkpointi_piece *piece;
     st_tensor *t;
     if (s->pieces == NULL) return;
+    if (dsv3_type_block(type) > 1) cols = dsv3_row_bytes(type, cols);
     piece = &s->pieces[i];
     piece->from = *from;
-    piece->to = checkpointi_type_of(info, s->type);
+    piece->to = type;
     piece->scales = scales;
     snprintf(piece->name, sizeof piece->name, "%s%s", info->name, scales ? "_scale_inv" : "");
     t = &s->tensors[i];
@@ -899,11 +1008,11 @@ static void checkpointi_save_add(checkpointi_save *s, const dsv3_tensor_info *in
 
 static dsv3_result checkpointi_save_visit(void *user, const dsv3_tensor_info *info) {
     checkpointi_save *s = (checkpointi_save *)user;
-    dsv3_type type = checkpointi_type_of(info, s->type);
+    dsv3_type type = checkpoint_type_of(info, s->type);
     int scales = type == DSV3_F8_E4M3 && s->bytes == 4;
     dsv3_tensor tensor;
     dsv3_result result;
-    if (dsv3_type_bytes(type) != s->bytes && !scales) return DSV3_OK;
+    if (st_dtype_bytes(checkpointi_dtype(type)) != s->bytes && !scales) return DSV3_OK;
     result = checkpointi_save_find(s, info, &tensor);
     if (result != DSV3_OK || tensor.data == NULL) return result;
     if (info->rows > SIZE_MAX / 4 / info->cols) {
@@ -926,10 +1035,10 @@ static dsv3_result checkpointi_save_walk(checkpointi_save *s) {
 
 /* Decodes rows [begin, begin + n) of a tensor. */
 static void checkpointi_decode(checkpointi_save *s, const dsv3_tensor *t, size_t begin, size_t n) {
-    size_t bytes = dsv3_type_bytes(t->type), blocks = checkpointi_blocks(t->cols);
+    size_t bytes = dsv3_row_bytes(t->type, t->cols), blocks = checkpointi_blocks(t->cols);
     for (size_t r = 0; r < n; r++) {
         float *row = s->rows + r * t->cols;
-        const unsigned char *from = (const unsigned char *)t->data + (begin + r) * t->cols * bytes;
+        const unsigned char *from = (const unsigned char *)t->data + (begin + r) * bytes;
         s->context.kernels.decode[t->type](row, from, t->cols);
         for (size_t b = 0; t->type == DSV3_F8_E4M3 && b < blocks; b++) {
             size_t end = (b + 1) * DSV3_BLOCK < t->cols ? (b + 1) * DSV3_BLOCK : t->cols;
@@ -941,57 +1050,17 @@ static void checkpointi_decode(checkpointi_save *s, const dsv3_tensor *t, size_t
     }
 }
 
-/* Scales of the n rows that were decoded. Returns 0 for a value that is not finite. */
-static int checkpointi_scales(checkpointi_save *s, size_t n, size_t cols) {
-    size_t blocks = checkpointi_blocks(cols);
-    for (size_t b = 0; b < blocks; b++) s->scale[b] = 0.0f;
-    for (size_t r = 0; r < n; r++) {
-        for (size_t i = 0; i < cols; i++) {
-            float x = s->rows[r * cols + i], *most = &s->scale[i / DSV3_BLOCK];
-            x = x < 0.0f ? -x : x;
-            if (!(x <= FLT_MAX)) return 0;
-            if (x > *most) *most = x;
-        }
-    }
-    for (size_t b = 0; b < blocks; b++) { /* what is too small for a scale becomes zeros */
-        s->scale[b] = s->scale[b] / 448.0f < FLT_MIN ? 1.0f : s->scale[b] / 448.0f;
-    }
-    return 1;
-}
-
-/* n values of one row, or of many, as type. Returns 0 for a finite one that is too large. */
-static int checkpointi_encode(uint16_t *code, const float *x, size_t n, dsv3_type type) {
-    uint16_t infinity = type == DSV3_F16 ? 0x7C00 : 0x7F80;
-    for (size_t i = 0; i < n; i++) {
-        code[i] = type == DSV3_F16 ? dsv3_f16_from_f32(x[i]) : dsv3_bf16_from_f32(x[i]);
-        if ((code[i] & 0x7FFF) == infinity && x[i] <= FLT_MAX && x[i] >= -FLT_MAX) return 0;
-    }
-    return 1;
-}
-
-static void checkpointi_encode_fp8(checkpointi_save *s, size_t n, size_t cols) {
-    unsigned char *code = (unsigned char *)s->code;
-    for (size_t r = 0; r < n; r++) {
-        for (size_t i = 0; i < cols; i++) {
-            code[r * cols + i] = dsv3_f8_e4m3_from_f32(s->rows[r * cols + i] / s->scale[i / DSV3_BLOCK]);
-        }
-    }
-}
-
-/* 128 rows at a time. */
+/* 128 rows at a time: one row of scale blocks. */
 static st_result checkpointi_save_rows(checkpointi_save *s, const checkpointi_piece *piece, size_t begin, size_t n,
                                        st_sink *sink) {
     size_t cols = piece->from.cols;
     checkpointi_decode(s, &piece->from, begin, n);
     if (piece->to == DSV3_F32) return st_put(sink, s->rows, n * cols * sizeof *s->rows);
-    if (piece->to != DSV3_F8_E4M3) {
-        if (!checkpointi_encode(s->code, s->rows, n * cols, piece->to)) return ST_ERR_OVERFLOW;
-        return st_put(sink, s->code, n * cols * sizeof *s->code);
+    if (dsv3_quantize(piece->scales ? NULL : s->code, s->scale, s->rows, piece->to, n, cols) != DSV3_OK) {
+        return ST_ERR_OVERFLOW; /* nothing else can have happened */
     }
-    if (!checkpointi_scales(s, n, cols)) return ST_ERR_OVERFLOW;
     if (piece->scales) return st_put(sink, s->scale, checkpointi_blocks(cols) * sizeof *s->scale);
-    checkpointi_encode_fp8(s, n, cols);
-    return st_put(sink, s->code, n * cols);
+    return st_put(sink, s->code, n * dsv3_row_bytes(piece->to, cols));
 }
 
 static st_result checkpointi_save_tensor(void *user, size_t index, st_sink *sink, st_error *error) {

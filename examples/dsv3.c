@@ -250,7 +250,7 @@ static dsv3_type parse_type(const char *name, const char *text) {
     for (int t = 0; t < DSV3_TYPES; t++) {
         if (strcmp(text, dsv3_type_name((dsv3_type)t)) == 0) return (dsv3_type)t;
     }
-    stop("%s: expected F32, F16, BF16 or F8_E4M3, found '%s'", name, text);
+    stop("%s: expected F32, F16, BF16, F8_E4M3, Q8_0 or Q4_0, found '%s'", name, text);
     return DSV3_F32;
 }
 
@@ -271,7 +271,8 @@ static dsv3_attention parse_attention(const char *text) {
 
 #define COMPUTE_HELP                                                                                                 \
     "  --threads N      default: all cores\n"                                                                        \
-    "  --backend NAME   auto, reference, avx2 or avx512 (default auto: the best that runs here)\n"
+    "  --backend NAME   auto, reference, avx2 or avx512 (default auto: the best that runs here)\n"                   \
+    "  --fast           activations are rounded (to BF16 or to 8 bits) before they meet weights\n"
 
 static void open_context(dsv3_context *context, const char *name, long threads) {
     dsv3_backend backend;
@@ -421,7 +422,7 @@ typedef struct writer_options {
     const char *cache, *attention, *backend;
     long n, seed, mtp, context, threads;
     double temperature, top_p;
-    int adaptive, ids, stats;
+    int adaptive, ids, fast, stats;
 } writer_options;
 
 /* clang-format off */
@@ -438,6 +439,7 @@ typedef struct writer_options {
     {"--ids", OPTION_FLAG, &(o).ids, 0, 0},                                                                          \
     {"--threads", OPTION_INT, &(o).threads, 1, 4096},                                                                \
     {"--backend", OPTION_TEXT, &(o).backend, 0, 0},                                                                  \
+    {"--fast", OPTION_FLAG, &(o).fast, 0, 0},                                                                        \
     {"--stats", OPTION_FLAG, &(o).stats, 0, 0}
 /* clang-format on */
 
@@ -459,6 +461,7 @@ static void writer_model(session *s, const char *directory, const writer_options
              s->V);
     }
     s->context.attention = parse_attention(o->attention);
+    s->context.compute = o->fast ? DSV3_FAST : DSV3_EXACT;
     if (o->mtp > 0 && s->model.model.n_mtp == 0) stop("--mtp: %s has no MTP modules", directory);
 }
 
@@ -528,8 +531,8 @@ static void writer_stats(const writer *w, const session *s) {
     }
     fprintf(stderr, "memory   cache %zu bytes (%s, %zu positions), workspace %zu bytes\n", w->bytes,
             dsv3_type_name(q->cache.type), q->cache.capacity, s->workspace_bytes);
-    fprintf(stderr, "machine  backend %s, %zu thread%s\n", s->context.backend, s->context.threads,
-            s->context.threads == 1 ? "" : "s");
+    fprintf(stderr, "machine  backend %s%s, %zu thread%s\n", s->context.backend,
+            s->context.compute == DSV3_FAST ? ", fast" : "", s->context.threads, s->context.threads == 1 ? "" : "s");
 }
 
 /* ---- generate */
@@ -557,7 +560,7 @@ static size_t generate_context(const session *s, const writer_options *o, size_t
 }
 
 static int generate(int argc, char **argv, const command *c) {
-    writer_options o = {"F32", "auto", "auto", 400, 1, 0, 0, 0, 0.7, 0.95, 0, 0, 0};
+    writer_options o = {"F32", "auto", "auto", 400, 1, 0, 0, 0, 0.7, 0.95, 0, 0, 0, 0};
     const char *directory = NULL, *text = NULL;
     int echo = 0, status, ended = 0;
     const option options[] = {{"-p", OPTION_TEXT, &text, 0, 0},
@@ -785,7 +788,7 @@ static int chat(int argc, char **argv, const command *c) {
                               {"--stop", OPTION_INT, &stop_token, 0, (double)DSV3_MAX_VOCAB},
                               WRITER_OPTIONS(chat.o),
                               {NULL, OPTION_FLAG, NULL, 0, 0}};
-    writer_options defaults = {"F32", "auto", "auto", 400, 1, 0, 0, 0, 0.7, 0.95, 0, 0, 0};
+    writer_options defaults = {"F32", "auto", "auto", 400, 1, 0, 0, 0, 0.7, 0.95, 0, 0, 0, 0};
     chat.o = defaults;
     status = parse(argc, argv, c, options, &directory, 1);
     if (status != 0) return status - 1;
@@ -899,7 +902,7 @@ typedef struct window_options {
     const char *cache, *attention, *backend;
     double last;
     long context, threads;
-    int ids;
+    int ids, fast;
 } window_options;
 
 /* clang-format off */
@@ -910,7 +913,8 @@ typedef struct window_options {
     {"--attention", OPTION_TEXT, &(o).attention, 0, 0},                                                              \
     {"--ids", OPTION_FLAG, &(o).ids, 0, 0},                                                                          \
     {"--threads", OPTION_INT, &(o).threads, 1, 4096},                                                                \
-    {"--backend", OPTION_TEXT, &(o).backend, 0, 0}
+    {"--backend", OPTION_TEXT, &(o).backend, 0, 0},                                                                  \
+    {"--fast", OPTION_FLAG, &(o).fast, 0, 0}
 /* clang-format on */
 
 /* Opens the model in operands[0], reads the tokens of the file operands[1] and takes the memory for a window of them;
@@ -921,6 +925,7 @@ static size_t windows_open(session *s, tokens *t, const char *const *operands, c
     char *text;
     session_open(s, operands[0], o->backend, o->threads);
     s->context.attention = parse_attention(o->attention);
+    s->context.compute = o->fast ? DSV3_FAST : DSV3_EXACT;
     text = read_file(operands[1], &length);
     tokens_from_text(t, operands[1], text, length, s->V, o->ids);
     free(text);
@@ -978,7 +983,7 @@ static void score_print(size_t k, double nats, uint64_t count) {
 
 static int score(int argc, char **argv, const command *c) {
     const char *operands[2] = {NULL, NULL};
-    window_options o = {"F32", "auto", "auto", 100, 0, 0, 0};
+    window_options o = {"F32", "auto", "auto", 100, 0, 0, 0, 0};
     long modules = -1;
     const option options[] = {WINDOW_OPTIONS(o),
                               {"--mtp", OPTION_INT, &modules, 0, (double)DSV3_MAX_LAYERS},
@@ -1324,7 +1329,7 @@ static void route_write_svg(const route_state *r, const char *path, const char *
 
 static int route(int argc, char **argv, const command *c) {
     const char *svg = NULL, *csv = NULL, *operands[2] = {NULL, NULL};
-    window_options o = {"F32", "auto", "auto", 100, 0, 0, 0};
+    window_options o = {"F32", "auto", "auto", 100, 0, 0, 0, 0};
     const option options[] = {WINDOW_OPTIONS(o),
                               {"--svg", OPTION_TEXT, &svg, 0, 0},
                               {"--csv", OPTION_TEXT, &csv, 0, 0},
@@ -1365,8 +1370,7 @@ static const char plan_help[] =
     "  --context N      positions of each sequence (default 4096, or the model's if shorter)\n"
     "  --batch N        sequences at a time (default 1)\n"
     "  --rows N         rows of a prompt chunk (default 512)\n"
-    "  --type TYPE      weights: F32, F16, BF16 or F8_E4M3 (default BF16). With F8_E4M3, embedding, head, norms,\n"
-    "                   routers and eh_proj stay BF16 as in the published files; router biases are always F32\n"
+    "  --type TYPE      weights: F32, F16, BF16, F8_E4M3, Q8_0 or Q4_0 (default BF16), as convert writes them\n"
     "  --threads N      workers of the workspace (default 1)\n";
 
 /* Sums of one tensor group. 64 bits everywhere: a plan must work on machines the model does not fit. */
@@ -1389,17 +1393,15 @@ static void plan_add(plan_sum *to, const plan_sum *one) {
 
 static dsv3_result plan_tensor(void *user, const dsv3_tensor_info *info) {
     plan_state *p = (plan_state *)user;
+    dsv3_type type = checkpoint_type_of(info, p->type);
     uint64_t rows = info->rows, cols = info->cols, n = rows * cols;
     plan_sum one = {1, 0, 0, 0};
     one.parameters = n;
     one.active = n;
-    if (info->group == DSV3_GROUP_ROUTER && info->rank == 1) {
-        one.bytes = 4 * n;
-    } else if (p->type == DSV3_F8_E4M3 && info->quantised) {
-        one.bytes = n + 4 * ((rows + DSV3_BLOCK - 1) / DSV3_BLOCK) * ((cols + DSV3_BLOCK - 1) / DSV3_BLOCK);
+    one.bytes = rows * dsv3_row_bytes(type, info->cols);
+    if (type == DSV3_F8_E4M3) {
+        one.bytes += 4 * ((rows + DSV3_BLOCK - 1) / DSV3_BLOCK) * ((cols + DSV3_BLOCK - 1) / DSV3_BLOCK);
         one.tensors = 2;
-    } else {
-        one.bytes = n * dsv3_type_bytes(p->type == DSV3_F8_E4M3 ? DSV3_BF16 : p->type);
     }
     if (info->group == DSV3_GROUP_EXPERTS && info->expert >= p->config->num_experts_per_tok) one.active = 0;
     if (info->optional) {
@@ -1530,7 +1532,7 @@ static int plan(int argc, char **argv, const command *c) {
 static const char inspect_help[] =
     "usage: dsv3 inspect DIR | FILE.safetensors [options]\n"
     "Lists every tensor: type, shape, smallest and largest value, number of NaN and infinite values. FP8 values\n"
-    "are shown with their scales applied.\n"
+    "are shown with their scales applied, and what is Q8_0 or Q4_0 by DIR/config.json as such.\n"
     "  --check-finite   exit status 1 if a value is not finite; names the first one\n";
 
 typedef struct range {
@@ -1594,6 +1596,21 @@ static const st_tensor *inspect_scales(const st_file *file, const st_tensor *t) 
     return scales->shape[1] == (t->shape[1] + DSV3_BLOCK - 1) / DSV3_BLOCK ? scales : NULL;
 }
 
+/* A matrix in blocks, as the numbers that it stands for. */
+static range inspect_blocks(const dsv3_tensor *t) {
+    range r = {HUGE_VAL, -HUGE_VAL, 0, 0, 0};
+    const unsigned char *block = (const unsigned char *)t->data;
+    uint64_t n = (uint64_t)t->rows * t->cols;
+    dsv3_context context;
+    stop_result("reference", dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1));
+    for (uint64_t i = 0; i < n; i += DSV3_QBLOCK, block += dsv3_type_bytes(t->type)) {
+        float x[DSV3_QBLOCK];
+        context.kernels.decode[t->type](x, block, DSV3_QBLOCK);
+        for (uint64_t j = 0; j < DSV3_QBLOCK; j++) range_add(&r, (double)x[j], i + j);
+    }
+    return r;
+}
+
 static range inspect_range(const st_file *file, const st_tensor *t) {
     range r = {HUGE_VAL, -HUGE_VAL, 0, 0, 0};
     const st_tensor *scales = inspect_scales(file, t);
@@ -1606,60 +1623,81 @@ static range inspect_range(const st_file *file, const st_tensor *t) {
     return r;
 }
 
-static void inspect_shape(char *out, size_t capacity, const st_tensor *t) {
+static void inspect_shape(char *out, size_t capacity, const uint64_t *shape, int rank) {
     size_t n = (size_t)snprintf(out, capacity, "[");
-    for (int i = 0; i < t->rank && n < capacity; i++) {
-        n += (size_t)snprintf(out + n, capacity - n, "%s%llu", i ? ", " : "", (unsigned long long)t->shape[i]);
+    for (int i = 0; i < rank && n < capacity; i++) {
+        n += (size_t)snprintf(out + n, capacity - n, "%s%llu", i ? ", " : "", (unsigned long long)shape[i]);
     }
     if (n < capacity) snprintf(out + n, capacity - n, "]");
+}
+
+/* Opens the files alone; of a directory also what its config.json says of U8 matrices, if there is one. */
+static void inspect_open(checkpoint *c, const char *path) {
+    size_t n = strlen(path);
+    int is_file = n > 12 && strcmp(path + n - 12, ".safetensors") == 0;
+    st_error error;
+    st_result result;
+    memset(c, 0, sizeof *c);
+    c->blocks = -1;
+    result = is_file ? st_open(&c->file, path, &error) : st_open_checkpoint(&c->file, path, &error);
+    if (result != ST_OK) stop("%s", error.message);
+    if (c->file.warning[0] != '\0') fprintf(stderr, "dsv3: warning: %s\n", c->file.warning);
+    result = is_file ? ST_OK : checkpoint_blocks(&c->blocks, path, &error);
+    if (result != ST_OK && result != ST_ERR_MISSING) fprintf(stderr, "dsv3: warning: %s\n", error.message);
 }
 
 static int inspect(int argc, char **argv, const command *c) {
     int check_finite = 0, status;
     const option options[] = {{"--check-finite", OPTION_FLAG, &check_finite, 0, 0}, {NULL, OPTION_FLAG, NULL, 0, 0}};
     const char *path = NULL, *bad_name = NULL;
-    st_file file;
-    st_error error;
-    st_result opened;
+    checkpoint model;
+    const st_file *file = &model.file;
     progress p;
     uint64_t bad_index = 0, bytes = 0, parameters = 0;
-    size_t n, width = 4;
+    size_t width = 4;
     status = parse(argc, argv, c, options, &path, 1);
     if (status != 0) return status - 1;
-    n = strlen(path);
-    opened = n > 12 && strcmp(path + n - 12, ".safetensors") == 0 ? st_open(&file, path, &error)
-                                                                  : st_open_checkpoint(&file, path, &error);
-    if (opened != ST_OK) stop("%s", error.message);
-    if (file.warning[0] != '\0') fprintf(stderr, "dsv3: warning: %s\n", file.warning);
-    for (size_t i = 0; i < file.count; i++) {
-        if (strlen(file.tensor[i].name) > width) width = strlen(file.tensor[i].name);
+    inspect_open(&model, path);
+    for (size_t i = 0; i < file->count; i++) {
+        if (strlen(file->tensor[i].name) > width) width = strlen(file->tensor[i].name);
     }
     if (width > 72) width = 72;
     printf("%-*s %-8s %-16s %12s %12s %6s %6s\n", (int)width, "name", "type", "shape", "min", "max", "nan", "inf");
     p = progress_begin("inspect");
-    for (size_t i = 0; i < file.count; i++) {
-        const st_tensor *t = &file.tensor[i];
+    for (size_t i = 0; i < file->count; i++) {
+        const st_tensor *t = &file->tensor[i];
         char shape[256];
-        range r = inspect_range(&file, t);
-        inspect_shape(shape, sizeof shape, t);
+        const char *type = st_dtype_name(t->dtype);
+        uint64_t real[2], values = t->bytes / st_dtype_bytes(t->dtype);
+        dsv3_tensor blocks;
+        range r;
+        if (t->dtype == ST_U8 && checkpoint_find(&model, t->name, &blocks) == DSV3_OK) {
+            real[0] = blocks.rows, real[1] = blocks.cols, values = real[0] * real[1];
+            type = dsv3_type_name(blocks.type);
+            r = inspect_blocks(&blocks);
+            inspect_shape(shape, sizeof shape, real, 2);
+        } else {
+            r = inspect_range(file, t);
+            inspect_shape(shape, sizeof shape, t->shape, t->rank);
+        }
         if (r.low > r.high) r.low = r.high = 0; /* no values at all */
-        printf("%-*s %-8s %-16s %12.5g %12.5g %6llu %6llu\n", (int)width, t->name, st_dtype_name(t->dtype), shape,
-               r.low, r.high, (unsigned long long)r.nan, (unsigned long long)r.infinite);
+        printf("%-*s %-8s %-16s %12.5g %12.5g %6llu %6llu\n", (int)width, t->name, type, shape, r.low, r.high,
+               (unsigned long long)r.nan, (unsigned long long)r.infinite);
         if (bad_name == NULL && r.nan + r.infinite > 0) {
             bad_name = t->name;
             bad_index = r.first_bad;
         }
         bytes += t->bytes;
-        parameters += t->bytes / st_dtype_bytes(t->dtype);
-        progress_show(&p, (double)(i + 1), (double)file.count);
+        parameters += values;
+        progress_show(&p, (double)(i + 1), (double)file->count);
     }
-    printf("%zu tensors, %llu values, %llu bytes, %d file%s\n", file.count, (unsigned long long)parameters,
-           (unsigned long long)bytes, file.shards, file.shards == 1 ? "" : "s");
+    printf("%zu tensors, %llu values, %llu bytes, %d file%s\n", file->count, (unsigned long long)parameters,
+           (unsigned long long)bytes, file->shards, file->shards == 1 ? "" : "s");
     flush_output();
     if (check_finite && bad_name != NULL) {
         stop("%s: value %llu is not finite", bad_name, (unsigned long long)bad_index);
     }
-    st_close(&file);
+    checkpoint_close(&model);
     return 0;
 }
 
@@ -1693,9 +1731,14 @@ static const char convert_help[] =
     "usage: dsv3 convert DIR OUT --type TYPE\n"
     "Writes the checkpoint in DIR to the directory OUT in another type: OUT/model.safetensors, one file, and\n"
     "OUT/config.json with torch_dtype and quantization_config to match. Other files of DIR are not copied.\n"
-    "  --type TYPE      F32, F16, BF16 or F8_E4M3. With F8_E4M3, embedding, head, norms, routers and eh_proj become\n"
-    "                   BF16 as in the published files, and each 128x128 block of the other matrices has a scale.\n"
-    "                   Router biases are always F32. What has its type already is copied bit for bit\n";
+    "  --type TYPE      F32, F16, BF16, F8_E4M3, Q8_0 or Q4_0. With F8_E4M3, embedding, head, norms, routers and\n"
+    "                   eh_proj become BF16 as in the published files, and each 128x128 block of the other matrices\n"
+    "                   has a scale. With Q8_0 and Q4_0, 8 and 4 bits a number, all matrices have a multiplier for "
+    "32\n"
+    "                   numbers of a row, as in GGUF files; routers, norms, and matrices whose columns are no "
+    "multiple\n"
+    "                   of 32 become BF16. Router biases are always F32. What has its type already is copied bit\n"
+    "                   for bit\n";
 
 static int is_same_directory(const char *a, const char *b) {
 #ifdef TOOL_POSIX
@@ -1759,7 +1802,7 @@ static int convert(int argc, char **argv, const command *c) {
         stop("%s", error.message);
     }
     make_directory("OUT", operands[1]);
-    if (checkpoint_save(operands[1], &from.config, checkpoint_find, &from.file, type, &error) != ST_OK ||
+    if (checkpoint_save(operands[1], &from.config, checkpoint_find, &from, type, &error) != ST_OK ||
         checkpoint_config_write(operands[1], text, &error) != ST_OK) {
         stop("%s", error.message);
     }
@@ -1814,7 +1857,7 @@ static const char train_help[] =
     "Memory and output:\n"
     "  --keep WHAT      activations that are kept, not computed again: none, norms, up, swiglu or all (default "
     "none)\n"
-    "  --type TYPE      of the saved weights: F32, F16, BF16 or F8_E4M3 (default F32)\n"
+    "  --type TYPE      of the saved weights: F32, F16, BF16, F8_E4M3, Q8_0 or Q4_0 (default F32)\n"
     "  --save-every N   steps between checkpoints (default 100)\n"
     "  --val-every N    steps between validations (default 100)\n"
     "  --val-tokens N   tokens of a validation (default 8192)\n"
@@ -1882,7 +1925,8 @@ static void train_table(option *table, train_options *o) {
 }
 
 static train_role train_role_of(const char *name) {
-    static const char calls[7][12] = {"--config", "--preset", "--init", "--out", "--resume", "--threads", "--backend"};
+    static const char calls[7][12] = {"--config", "--preset",  "--init",   "--out",
+                                      "--resume", "--threads", "--backend"};
     static const char frees[7][16] = {"--text",      "--keep",       "--type",        "--save-every",
                                       "--val-every", "--val-tokens", "--sample-every"};
     for (int i = 0; i < 7; i++) {
@@ -2889,7 +2933,7 @@ static void train_validate(train_state *s, double *row) {
 
 /* A line of what the model writes by now. */
 static void train_sample(const train_state *s) {
-    writer_options o = {"F32", "auto", "auto", 160, 1, 0, 0, 0, 0.7, 0.95, 0, 0, 0};
+    writer_options o = {"F32", "auto", "auto", 160, 1, 0, 0, 0, 0.7, 0.95, 0, 0, 0, 0};
     session model = s->eval;
     writer w;
     int32_t first = s->config.bos_token_id >= 0 ? s->config.bos_token_id : s->text.id[0];
