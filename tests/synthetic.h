@@ -15,7 +15,8 @@
 
 /* ---- Configurations */
 
-enum { SYNTH_F32, SYNTH_F16, SYNTH_BF16, SYNTH_FP8, SYNTH_MIXED }; /* types of the weights */
+/* Types of the weights. Q8, Q4: Q8_0 and Q4_0 where that can be, else BF16. */
+enum { SYNTH_F32, SYNTH_F16, SYNTH_BF16, SYNTH_FP8, SYNTH_MIXED, SYNTH_Q8, SYNTH_Q4, SYNTH_TYPES };
 
 enum {
     SYNTH_V3,        /* groups, YaRN, q_lora */
@@ -28,6 +29,8 @@ enum {
     SYNTH_DENSE,     /* no MoE layer at all */
     SYNTH_TIED,      /* logits from the embedding, V2-Lite routing */
     SYNTH_MTP,       /* one MTP module */
+    SYNTH_EIGHT,     /* Q8_0, and a latent that is not whole blocks */
+    SYNTH_FOUR,      /* Q4_0, no q_lora, two shared experts */
     SYNTH_CONFIGS
 };
 
@@ -68,8 +71,8 @@ static inline void synth_yarn(dsv3_config *c, float factor, int original, float 
 }
 
 static inline const char *synth_name(int which) {
-    static const char *const name[SYNTH_CONFIGS] = {"v3",   "moonlight", "v2",    "odd",  "blocks",
-                                                    "freq", "no_shared", "dense", "tied", "mtp"};
+    static const char *const name[SYNTH_CONFIGS] = {"v3",        "moonlight", "v2",   "odd", "blocks", "freq",
+                                                    "no_shared", "dense",     "tied", "mtp", "eight",  "four"};
     return name[which];
 }
 
@@ -136,6 +139,17 @@ static inline dsv3_config synth_config(int which, int *types) {
         c.topk_method = DSV3_GREEDY;
         break;
     case SYNTH_MTP: c.num_nextn_predict_layers = 1; break;
+    case SYNTH_EIGHT:
+        use = SYNTH_Q8;
+        synth_sizes(&c, 97, 64, 96, 32, 3, 1);
+        synth_attention(&c, 4, 32, 40, 8, 16, 16);
+        break;
+    case SYNTH_FOUR:
+        use = SYNTH_Q4;
+        synth_sizes(&c, 64, 96, 64, 32, 2, 1);
+        synth_attention(&c, 3, 0, 64, 24, 8, 32);
+        synth_experts(&c, 8, 2, 3, 2, 1, 1.0f);
+        break;
     default: break;
     }
     if (types != NULL) *types = use;
@@ -203,9 +217,19 @@ static inline double synth_decode(unsigned bits, int exponent_bits, int fraction
 }
 
 static inline double synth_element(dsv3_type type, const unsigned char *data, size_t i) {
+    const unsigned char *block = data + i / 32 * (type == DSV3_Q8_0 ? 34 : 18); /* of those types that have them */
     uint16_t half;
     float x;
+    int code;
     switch (type) {
+    case DSV3_Q8_0:
+        memcpy(&half, block, 2);
+        code = block[2 + i % 32];
+        return synth_decode(half, 5, 10, 15) * (code < 128 ? code : code - 256);
+    case DSV3_Q4_0:
+        memcpy(&half, block, 2);
+        code = i % 32 < 16 ? block[2 + i % 16] % 16 : block[2 + i % 16] / 16;
+        return synth_decode(half, 5, 10, 15) * (code - 8);
     case DSV3_F16: memcpy(&half, data + 2 * i, 2); return synth_decode(half, 5, 10, 15);
     case DSV3_BF16: memcpy(&half, data + 2 * i, 2); return synth_decode(half, 8, 7, 127);
     case DSV3_F8_E4M3: return synth_decode(data[i], 4, 3, 7);
@@ -214,11 +238,28 @@ static inline double synth_element(dsv3_type type, const unsigned char *data, si
     }
 }
 
+/* Of Q8_0 and Q4_0 the code of the element, with the multiplier that its block has. */
+static inline void synth_encode_code(dsv3_type type, unsigned char *data, size_t i, float x) {
+    unsigned char *block = data + i / 32 * (type == DSV3_Q8_0 ? 34 : 18), *byte;
+    uint16_t half;
+    double q;
+    memcpy(&half, block, 2);
+    q = nearbyint((double)x / synth_decode(half, 5, 10, 15));
+    byte = block + 2 + i % (type == DSV3_Q8_0 ? 32 : 16);
+    if (type == DSV3_Q8_0) {
+        *byte = (unsigned char)(int)fmax(-127, fmin(127, q));
+    } else {
+        int code = 8 + (int)fmax(-8, fmin(7, q));
+        *byte = (unsigned char)(i % 32 < 16 ? *byte / 16 * 16 + code : *byte % 16 + 16 * code);
+    }
+}
+
 static inline void synth_encode(dsv3_type type, unsigned char *data, size_t i, float x) {
     uint16_t half = type == DSV3_F16 ? dsv3_f16_from_f32(x) : dsv3_bf16_from_f32(x);
     if (type == DSV3_F32) memcpy(data + 4 * i, &x, 4);
     if (type == DSV3_F16 || type == DSV3_BF16) memcpy(data + 2 * i, &half, 2);
     if (type == DSV3_F8_E4M3) data[i] = dsv3_f8_e4m3_from_f32(x);
+    if (type == DSV3_Q8_0 || type == DSV3_Q4_0) synth_encode_code(type, data, i, x);
 }
 
 /* Brings value up to date with data and scale. */
@@ -237,6 +278,10 @@ static inline dsv3_type synth_type(int types, const dsv3_tensor_info *info, size
     if (types == SYNTH_F16) return DSV3_F16;
     if (types == SYNTH_BF16) return DSV3_BF16;
     if (types == SYNTH_FP8) return info->quantised ? DSV3_F8_E4M3 : is_bias ? DSV3_F32 : DSV3_BF16;
+    if (types == SYNTH_Q8 || types == SYNTH_Q4) {
+        int is_plain = info->rank == 1 || info->group == DSV3_GROUP_ROUTER || info->cols % 32 != 0;
+        return is_bias ? DSV3_F32 : is_plain ? DSV3_BF16 : types == SYNTH_Q8 ? DSV3_Q8_0 : DSV3_Q4_0;
+    }
     if (types == SYNTH_MIXED) return mixed[info->rank == 1 ? 1 + index % 3 : index % 4];
     return DSV3_F32;
 }
@@ -258,7 +303,7 @@ static inline dsv3_result synth_add(void *user, const dsv3_tensor_info *info) {
     t->t.rank = info->rank;
     t->t.rows = info->rows;
     t->t.cols = info->cols;
-    t->data = (unsigned char *)test_alloc(n * dsv3_type_bytes(t->t.type));
+    t->data = (unsigned char *)test_alloc(info->rows * dsv3_row_bytes(t->t.type, info->cols));
     t->value = (double *)test_alloc(n * sizeof *t->value);
     t->t.data = t->data;
     high = info->group == DSV3_GROUP_EMBED ? 1.7f : (float)sqrt(3.0 / (double)info->cols);
@@ -270,6 +315,10 @@ static inline dsv3_result synth_add(void *user, const dsv3_tensor_info *info) {
         t->scale = (float *)test_alloc(blocks * sizeof(float));
         for (size_t i = 0; i < blocks; i++) t->scale[i] = high / 448.0f * test_uniform(0.5f, 1.5f);
         low = -448.0f, high = 448.0f;
+    }
+    for (size_t i = 0; i < n && dsv3_type_block(t->t.type) > 1; i += 32) { /* no two multipliers alike */
+        uint16_t half = dsv3_f16_from_f32(high / (t->t.type == DSV3_Q8_0 ? 127.0f : -8.0f) * test_uniform(0.5f, 1));
+        memcpy(t->data + i / 32 * dsv3_type_bytes(t->t.type), &half, 2);
     }
     for (size_t i = 0; i < n; i++) synth_encode(t->t.type, t->data, i, test_uniform(low, high));
     synth_refresh(t);

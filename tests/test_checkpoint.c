@@ -356,6 +356,8 @@ static void test_ranges(void) {
 #define QUANT(method, fmt, block)                                                                                    \
     "{\"quant_method\": \"" method "\", \"fmt\": \"" fmt "\", \"weight_block_size\": " block "}"
 
+#define BLOCKS(format, block) "{\"quant_method\": \"blocks\", \"format\": " format ", \"block\": " block "}"
+
 static const struct {
     const char *id;
     st_result code;
@@ -476,6 +478,24 @@ static const struct {
      {{"quantization_config", QUANT("gptq", "e4m3", "[128, 128]")}}},
     {"CF-26 string", ST_ERR_FORMAT, "quantization_config", {{"quantization_config", "\"fp8\""}}},
     {"CF-26 array", ST_ERR_FORMAT, "quantization_config", {{"quantization_config", "[]"}}},
+    {"blocks q8_0", ST_OK, "", {{"quantization_config", BLOCKS("\"q8_0\"", "32")}}},
+    {"blocks q4_0", ST_OK, "", {{"quantization_config", BLOCKS("\"q4_0\"", "32")}}},
+    {"blocks q5_0", ST_ERR_UNSUPPORTED, "format", {{"quantization_config", BLOCKS("\"q5_0\"", "32")}}},
+    {"blocks Q8_0", ST_ERR_UNSUPPORTED, "format", {{"quantization_config", BLOCKS("\"Q8_0\"", "32")}}},
+    {"blocks 8", ST_ERR_FORMAT, "format", {{"quantization_config", BLOCKS("8", "32")}}},
+    {"blocks null", ST_ERR_FORMAT, "format", {{"quantization_config", BLOCKS("null", "32")}}},
+    {"blocks of 64", ST_ERR_UNSUPPORTED, "block", {{"quantization_config", BLOCKS("\"q8_0\"", "64")}}},
+    {"blocks of 0", ST_ERR_UNSUPPORTED, "block", {{"quantization_config", BLOCKS("\"q8_0\"", "0")}}},
+    {"blocks of a half", ST_ERR_FORMAT, "block", {{"quantization_config", BLOCKS("\"q8_0\"", "32.5")}}},
+    {"blocks of a text", ST_ERR_FORMAT, "block", {{"quantization_config", BLOCKS("\"q8_0\"", "\"32\"")}}},
+    {"blocks, no format",
+     ST_ERR_MISSING,
+     "format",
+     {{"quantization_config", "{\"quant_method\": \"blocks\", \"block\": 32}"}}},
+    {"blocks, no block",
+     ST_ERR_MISSING,
+     "block",
+     {{"quantization_config", "{\"quant_method\": \"blocks\", \"format\": \"q8_0\"}"}}},
     {"CF-27 kv_lora_rank 0", ST_ERR_ARG, "kv_lora_rank", {{"kv_lora_rank", "0"}}},
     {"CF-27 v_head_dim 0", ST_ERR_ARG, "v_head_dim", {{"v_head_dim", "0"}}},
     {"CF-28 MTP 10^9", ST_ERR_LIMIT, "num_nextn_predict_layers", {{"num_nextn_predict_layers", "1000000000"}}},
@@ -908,6 +928,7 @@ static void config_json(char *out, size_t capacity, const dsv3_config *c) {
 typedef struct disk {
     synth *s;
     dsv3_config config; /* what config.json will say */
+    const char *quantisation;
     size_t count;
     st_tensor t[MOST_TENSORS];
     char scale_name[MOST_TENSORS][160];
@@ -918,6 +939,8 @@ static st_dtype file_type(dsv3_type type) {
     case DSV3_F16: return ST_F16;
     case DSV3_BF16: return ST_BF16;
     case DSV3_F8_E4M3: return ST_F8_E4M3;
+    case DSV3_Q8_0:
+    case DSV3_Q4_0: return ST_U8;
     case DSV3_F32:
     default: return ST_F32;
     }
@@ -939,12 +962,16 @@ static st_tensor file_tensor(const char *name, st_dtype type, int rank, size_t r
 /* The list of tensors as the model has them. */
 static void disk_reset(disk *d) {
     d->config = d->s->config;
+    d->quantisation = d->s->types == SYNTH_Q8   ? BLOCKS("\"q8_0\"", "32")
+                      : d->s->types == SYNTH_Q4 ? BLOCKS("\"q4_0\"", "32")
+                                                : "null";
     d->count = 0;
     for (size_t i = 0; i < d->s->count; i++) {
         const synth_tensor *from = &d->s->tensors[i];
         if (d->count + 2 > MOST_TENSORS) fprintf(stderr, "checkpoint: too many tensors\n"), exit(2);
-        d->t[d->count++] = file_tensor(from->info.name, file_type(from->t.type), from->t.rank, from->t.rows,
-                                       from->t.cols, from->data);
+        size_t across = dsv3_row_bytes(from->t.type, from->t.cols) / st_dtype_bytes(file_type(from->t.type));
+        d->t[d->count++] =
+            file_tensor(from->info.name, file_type(from->t.type), from->t.rank, from->t.rows, across, from->data);
         if (from->scale == NULL) continue;
         snprintf(d->scale_name[i], sizeof d->scale_name[i], "%.128s_scale_inv", from->info.name);
         d->t[d->count++] = file_tensor(d->scale_name[i], ST_F32, 2, (from->t.rows + 127) / 128,
@@ -987,7 +1014,10 @@ static void disk_drop(disk *d, const char *part) {
 static void disk_write(const disk *d) {
     char text[4096];
     st_error error;
+    size_t n;
     config_json(text, sizeof text, &d->config);
+    n = strlen(text) - 1;
+    snprintf(text + n, sizeof text - n, ", \"quantization_config\": %s}", d->quantisation);
     put_text(CONFIG, text);
     if (st_write(in_directory(WEIGHTS), d->t, d->count, NULL, &error) != ST_OK) {
         fprintf(stderr, "checkpoint: %s\n", error.message);
@@ -1159,7 +1189,9 @@ static void test_types(void) {
         if (i == ST_F16) want = DSV3_F16;
         if (i == ST_BF16) want = DSV3_BF16;
         if (i == ST_F8_E4M3) want = DSV3_F8_E4M3;
-        CHECK_EQ(checkpoint_type((st_dtype)i), want);
+        CHECK_EQ(checkpoint_type((st_dtype)i, -1), want);
+        CHECK_EQ(checkpoint_type((st_dtype)i, DSV3_Q8_0), i == ST_U8 ? DSV3_Q8_0 : want);
+        CHECK_EQ(checkpoint_type((st_dtype)i, DSV3_Q4_0), i == ST_U8 ? DSV3_Q4_0 : want);
     }
 }
 
@@ -1538,6 +1570,82 @@ static void test_fp8(void) {
 
 /* ---- Values that are not finite (ST-48..49) */
 
+/* U8 matrices: config.json says what they are, and rows are whole blocks. */
+static void test_blocks(int which) {
+    static const char first[] = "model.embed_tokens.weight", last[] = "lm_head.weight";
+    static unsigned char room[65536];
+    int types;
+    dsv3_config config = synth_config(which, &types);
+    disk *d = disk_open(&config, types);
+    synth_tensor *t = synth_get(d->s, -1, -1, last);
+    size_t across = dsv3_row_bytes(t->t.type, t->t.cols), bytes = dsv3_type_bytes(t->t.type);
+    const size_t rows[] = {across + 1, across - 1, across - bytes, across + bytes, 1, 0, t->t.cols};
+    const char *other = types == SYNTH_Q8 ? BLOCKS("\"q4_0\"", "32") : BLOCKS("\"q8_0\"", "32");
+    uint16_t nan = 0x7E01, kept;
+    checkpoint c;
+    st_error error;
+    dsv3_tensor found;
+    int blocks = 0;
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        disk_reset(d);
+        disk_tensor(d, last)->shape[1] = rows[i];
+        disk_tensor(d, last)->bytes = t->t.rows * rows[i];
+        disk_tensor(d, last)->data = room;
+        check_disk("rows in blocks", d, ST_ERR_MISMATCH, last);
+        if (rows[i] % bytes != 0) check_disk("rows in blocks", d, ST_ERR_MISMATCH, "whole Q");
+    }
+    disk_reset(d);
+    disk_tensor(d, last)->shape[0]--;
+    disk_tensor(d, last)->bytes -= across;
+    check_disk("a row less", d, ST_ERR_MISMATCH, last);
+    disk_reset(d);
+    disk_tensor(d, last)->rank = 1;
+    disk_tensor(d, last)->shape[0] = across;
+    disk_tensor(d, last)->bytes = across;
+    check_disk("a vector in blocks", d, ST_ERR_MISMATCH, last);
+    disk_reset(d);
+    disk_tensor(d, "model.norm.weight")->dtype = ST_U8;
+    disk_tensor(d, "model.norm.weight")->bytes /= 2; /* was BF16 */
+    check_disk("a norm in blocks", d, ST_ERR_MISMATCH, "model.norm.weight");
+    disk_reset(d);
+    d->quantisation = "null";
+    check_disk("nobody says blocks", d, ST_ERR_UNSUPPORTED, first);
+    check_disk("nobody says blocks", d, ST_ERR_UNSUPPORTED, "quantization_config");
+    d->quantisation = QUANT("fp8", "e4m3", "[128, 128]");
+    check_disk("blocks called FP8", d, ST_ERR_UNSUPPORTED, first);
+    d->quantisation = BLOCKS("\"q8_1\"", "32");
+    check_disk("unknown blocks", d, ST_ERR_UNSUPPORTED, "format");
+    d->quantisation = other;
+    check_disk("other blocks", d, ST_ERR_MISMATCH, first);
+    disk_reset(d);
+    memcpy(&kept, t->data, 2);
+    memcpy(t->data, &nan, 2);
+    CHECK_EQ(check_disk("a multiplier that is NaN", d, ST_OK, ""), DSV3_ERR_NAN);
+    memcpy(t->data, &kept, 2);
+    disk_write(d);
+    CHECK_EQ(checkpoint_open(&c, directory, &error), ST_OK);
+    CHECK_EQ(checkpoint_find(&c, last, &found), DSV3_OK); /* where the file was mapped, as it is */
+    CHECK(found.type == t->t.type && found.rows == t->t.rows && found.cols == t->t.cols && found.rank == 2);
+    CHECK(found.data == st_find(&c.file, last)->data && c.model.lm_head.data == found.data);
+    c.blocks = -1;
+    CHECK_EQ(checkpoint_find(&c, last, &found), DSV3_ERR_UNSUPPORTED);
+    checkpoint_close(&c);
+    CHECK_EQ(checkpoint_blocks(&blocks, directory, &error), ST_OK);
+    CHECK_EQ(blocks, t->t.type);
+    put_text(CONFIG, "{\"quantization_config\": " BLOCKS("\"q4_0\"", "32") "}");
+    CHECK_EQ(checkpoint_blocks(&blocks, directory, &error), ST_OK);
+    CHECK_EQ(blocks, DSV3_Q4_0);
+    put_text(CONFIG, "{}");
+    CHECK_EQ(checkpoint_blocks(&blocks, directory, &error), ST_OK);
+    CHECK_EQ(blocks, -1);
+    put_text(CONFIG, "[]");
+    CHECK_EQ(checkpoint_blocks(&blocks, directory, &error), ST_ERR_FORMAT);
+    drop_file(CONFIG);
+    CHECK_EQ(checkpoint_blocks(&blocks, directory, &error), ST_ERR_MISSING);
+    CHECK_EQ(blocks, -1);
+    disk_close(d);
+}
+
 static void fill(synth_tensor *t, float x) {
     for (size_t i = 0; i < t->t.rows * t->t.cols; i++) memcpy(t->data + 4 * i, &x, 4);
 }
@@ -1655,6 +1763,8 @@ int main(void) {
     test_paths();
     test_round_trips();
     test_fp8();
+    test_blocks(SYNTH_EIGHT);
+    test_blocks(SYNTH_FOUR);
     test_values();
     config = tiny_config();
     d = disk_open(&config, SYNTH_F32);

@@ -412,24 +412,39 @@ static float decode_one(dsv3_type type, const unsigned char *bytes) {
     case DSV3_F16: return memcpy(&half, bytes, 2), dsv3_f32_from_f16(half);
     case DSV3_BF16: return memcpy(&half, bytes, 2), dsv3_f32_from_bf16(half);
     case DSV3_F8_E4M3: return dsv3_f32_from_f8_e4m3(bytes[0]);
+    case DSV3_Q8_0:
+    case DSV3_Q4_0: /* decode_element */
     case DSV3_F32: break;
     }
     return memcpy(&x, bytes, 4), x;
 }
 
-static void check_decode(const dsv3_kernels *k, dsv3_type type) {
+/* Element i of what lies at w. */
+static float decode_element(dsv3_type type, const unsigned char *w, size_t i) {
     size_t size = dsv3_type_bytes(type);
+    const unsigned char *block = w + i / DSV3_QBLOCK * size;
+    uint16_t half;
+    if (dsv3_type_block(type) == 1) return decode_one(type, w + i * size);
+    memcpy(&half, block, 2);
+    i %= DSV3_QBLOCK;
+    if (type == DSV3_Q8_0) return dsv3_f32_from_f16(half) * (float)(block[2 + i] - (block[2 + i] < 128 ? 0 : 256));
+    return dsv3_f32_from_f16(half) * (float)((i < 16 ? block[2 + i] % 16 : block[2 + i % 16] / 16) - 8);
+}
+
+static void check_decode(const dsv3_kernels *k, dsv3_type type) {
+    size_t block = dsv3_type_block(type);
     guarded gy;
     int wrong = 0, touched = 0;
-    for (size_t n = 0; n <= MOST; n++) {
+    for (size_t n = 0; n <= MOST; n += block) {
+        size_t bytes = dsv3_row_bytes(type, n);
         for (size_t offsets = 0; offsets < OFFSETS * OFFSETS; offsets++) {
             size_t shift = offsets % OFFSETS;
             float *y = guarded_begin(&gy, offsets / OFFSETS, n);
-            unsigned char *memory = (unsigned char *)test_alloc(shift + n * size), *w = memory + shift;
-            for (size_t i = 0; i < n * size; i++) w[i] = (unsigned char)(test_random() >> 56);
+            unsigned char *memory = (unsigned char *)test_alloc(shift + bytes), *w = memory + shift;
+            for (size_t i = 0; i < bytes; i++) w[i] = (unsigned char)(test_random() >> 56);
             k->decode[type](y, w, n);
             for (size_t i = 0; i < n; i++) {
-                float want = decode_one(type, w + i * size);
+                float want = decode_element(type, w, i);
                 wrong += isnan(want) ? !isnan(y[i]) : !same_bits(&y[i], &want, 1);
             }
             touched += guarded_broken(&gy);
@@ -495,6 +510,8 @@ static void random_code(dsv3_type type, unsigned char *w) {
         break;
     case DSV3_BF16: half = (uint16_t)((bits & 0x807Fu) | (small ? 0u : (121u + (bits >> 16) % 13u) << 7)); break;
     case DSV3_F8_E4M3: w[0] = (unsigned char)((bits & 0x7Fu) == 0x7Fu ? bits & 0x80u : bits); return;
+    case DSV3_Q8_0:
+    case DSV3_Q4_0: return; /* blocks have no code of one number */
     case DSV3_F32:
         fill_terms(&x, 1);
         if (small) x = dsv3i_float(bits & (bits & 0x100u ? 0x807C0000u : 0x80000000u));

@@ -26,6 +26,8 @@ typedef struct spoiled {
         SPOIL_RANK,  /* a vector as [1, n], a matrix as a vector */
         SPOIL_RANK3, /* three dimensions */
         SPOIL_FP8,   /* one byte each, no scale given */
+        SPOIL_Q8_0,  /* in blocks */
+        SPOIL_Q4_0,
         SPOIL_TYPE,  /* a type nobody knows */
         SPOIL_BF16,  /* other type, same shape */
         SPOIL_DATA,  /* data NULL */
@@ -51,6 +53,8 @@ static dsv3_result find_spoiled(void *user, const char *name, dsv3_tensor *t) {
     case SPOIL_RANK: t->rank = 3 - t->rank; break;
     case SPOIL_RANK3: t->rank = 3; break;
     case SPOIL_FP8: t->type = DSV3_F8_E4M3, t->scale = NULL; break;
+    case SPOIL_Q8_0: t->type = DSV3_Q8_0, t->scale = NULL; break;
+    case SPOIL_Q4_0: t->type = DSV3_Q4_0, t->scale = NULL; break;
     case SPOIL_TYPE: t->type = (dsv3_type)DSV3_TYPES; break;
     case SPOIL_BF16: t->type = DSV3_BF16; break;
     case SPOIL_DATA: t->data = NULL; break;
@@ -115,6 +119,12 @@ static void spoil_each(synth *s) {
         expect(s, name, SPOIL_CODE, DSV3_ERR_OVERFLOW, name, &e);
         expect(s, name, SPOIL_CODE, DSV3_ERR_UNSUPPORTED, name, &e);
         expect(s, name, SPOIL_DATA, DSV3_ERR_MISSING, name, &e);
+        for (int how = SPOIL_Q8_0; how <= SPOIL_Q4_0; how++) {
+            int code = cols % 32 != 0 ? DSV3_ERR_MISMATCH : t->info.rank == 1 ? DSV3_ERR_UNSUPPORTED : DSV3_OK;
+            expect(s, name, how, code, code == DSV3_OK ? "" : name, &e);
+            if (cols % 32 != 0) CHECK(e.numbers == DSV3_NUMBERS_RANGE && e.found[0] == (int64_t)cols);
+            if (cols % 32 != 0) CHECK(e.expected[0] == (int64_t)((cols + 31) / 32 * 32));
+        }
         if (t->info.rank == 1) expect(s, name, SPOIL_FP8, DSV3_ERR_UNSUPPORTED, name, &e);
     }
 }
@@ -127,6 +137,9 @@ static void test_each_tensor(void) {
     spoil_each(s);
     synth_close(s);
     s = synth_open_named(SYNTH_TIED, 33);
+    spoil_each(s);
+    synth_close(s);
+    s = synth_open_named(SYNTH_EIGHT, 34);
     spoil_each(s);
     synth_close(s);
     s = synth_open_named(SYNTH_ODD, 34);
@@ -395,7 +408,7 @@ static void test_unaligned(int which) {
     for (size_t shift = 1; shift <= 3; shift++) {
         for (size_t i = 0; i < s->count; i++) {
             synth_tensor *t = &s->tensors[i];
-            size_t bytes = t->t.rows * t->t.cols * dsv3_type_bytes(t->t.type);
+            size_t bytes = t->t.rows * dsv3_row_bytes(t->t.type, t->t.cols);
             size_t blocks = (t->t.rows + 127) / 128 * ((t->t.cols + 127) / 128) * sizeof(float);
             unsigned char *data = (unsigned char *)test_alloc(bytes + shift);
             unsigned char *scale = (unsigned char *)test_alloc(blocks + shift);
@@ -427,7 +440,7 @@ static void test_read_only(int which) {
     logits_of(s, want);
     for (size_t i = 0; i < s->count; i++) {
         const dsv3_tensor *t = &s->tensors[i].t;
-        total += fwrite(t->data, 1, t->rows * t->cols * dsv3_type_bytes(t->type), file);
+        total += fwrite(t->data, 1, t->rows * dsv3_row_bytes(t->type, t->cols), file);
     }
     fflush(file);
     pages = (unsigned char *)mmap(NULL, total, PROT_READ, MAP_PRIVATE, fileno(file), 0);
@@ -435,7 +448,7 @@ static void test_read_only(int which) {
     for (size_t i = 0; i < s->count; i++) {
         dsv3_tensor *t = &s->tensors[i].t;
         t->data = pages + at;
-        at += t->rows * t->cols * dsv3_type_bytes(t->type);
+        at += t->rows * dsv3_row_bytes(t->type, t->cols);
     }
     CHECK_EQ(at, total);
     CHECK_EQ(synth_bind(s, &e), DSV3_OK);
@@ -448,7 +461,8 @@ static void test_read_only(int which) {
 }
 
 int main(void) {
-    static const int which[] = {SYNTH_V3, SYNTH_MOONLIGHT, SYNTH_V2, SYNTH_ODD, SYNTH_BLOCKS};
+    static const int which[] = {SYNTH_V3,     SYNTH_MOONLIGHT, SYNTH_V2,  SYNTH_ODD,
+                                SYNTH_BLOCKS, SYNTH_EIGHT,     SYNTH_FOUR};
     test_each_tensor();
     test_scales();
     test_given_scales();

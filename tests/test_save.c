@@ -19,7 +19,24 @@ static char weights[64];
 
 static dsv3_type expected_type(const dsv3_tensor_info *info, dsv3_type type) {
     if (strstr(info->name, "e_score_correction_bias") != NULL) return DSV3_F32;
+    if (type == DSV3_Q8_0 || type == DSV3_Q4_0) {
+        int is_router = strstr(info->name, "mlp.gate.weight") != NULL;
+        return info->rank == 2 && info->cols % 32 == 0 && !is_router ? type : DSV3_BF16;
+    }
     return type == DSV3_F8_E4M3 && !info->quantised ? DSV3_BF16 : type;
+}
+
+/* The bytes that dsv3_quantize makes of the whole matrix (tests/test_codecs.c is about those). */
+static int blocks_are_right(const synth_tensor *t, const st_tensor *code, dsv3_type type) {
+    size_t n = t->t.rows * t->t.cols, bytes = t->t.rows * dsv3_row_bytes(type, t->t.cols);
+    float *x = (float *)test_alloc(n * sizeof *x);
+    unsigned char *want = (unsigned char *)test_alloc(bytes);
+    int right = code->bytes == bytes && code->shape[0] == t->t.rows && code->shape[1] * t->t.rows == bytes;
+    for (size_t i = 0; i < n; i++) x[i] = (float)t->value[i];
+    CHECK_EQ(dsv3_quantize(want, NULL, x, type, t->t.rows, t->t.cols), DSV3_OK);
+    right = right && memcmp(want, code->data, bytes) == 0;
+    free(x), free(want);
+    return right;
 }
 
 /* Scales are amax / 448 of their block, and no value is further off than half a step. */
@@ -40,15 +57,16 @@ static int fp8_is_right(const synth_tensor *t, const st_tensor *code, const st_t
     return 1;
 }
 
-static int is_right(const synth *s, const synth_tensor *t, const st_file *file, dsv3_type type) {
+static int is_right(const synth_tensor *t, const st_file *file, dsv3_type type, int blocks) {
     const st_tensor *to = st_find(file, t->info.name);
     char name[DSV3_MAX_NAME + 16];
     dsv3_type want = expected_type(&t->info, type);
-    (void)s;
     snprintf(name, sizeof name, "%s_scale_inv", t->info.name);
-    if (to == NULL || checkpoint_type(to->dtype) != (int)want) return 0;
-    if ((uintptr_t)to->data % dsv3_type_bytes(want) != 0) return 0;
+    if (to == NULL || checkpoint_type(to->dtype, blocks) != (int)want) return 0;
+    if ((uintptr_t)to->data % st_dtype_bytes(to->dtype) != 0) return 0;
+    if (to->bytes != t->t.rows * dsv3_row_bytes(want, t->t.cols)) return 0;
     if (t->t.type == want) return memcmp(to->data, t->data, to->bytes) == 0;
+    if (dsv3_type_block(want) > 1) return blocks_are_right(t, to, want);
     if (want == DSV3_F8_E4M3) return fp8_is_right(t, to, st_find(file, name));
     for (size_t i = 0; i < t->t.rows * t->t.cols; i++) {
         unsigned char code[4];
@@ -69,8 +87,9 @@ static void check_model(synth *s, dsv3_type type) {
     CHECK_EQ(checkpoint_config_write(directory, text, &error), ST_OK);
     ST_FREE(text);
     CHECK_EQ(checkpoint_open(&c, directory, &error), ST_OK);
+    CHECK_EQ(c.blocks, type == DSV3_Q8_0 || type == DSV3_Q4_0 ? (int)type : -1);
     for (size_t i = 0; i < s->count && c.tables != NULL; i++) {
-        if (is_right(s, &s->tensors[i], &c.file, type)) continue;
+        if (is_right(&s->tensors[i], &c.file, type, c.blocks)) continue;
         fprintf(stderr, "%s as %s\n", s->tensors[i].info.name, dsv3_type_name(type));
         right = 0;
     }
@@ -82,7 +101,7 @@ static void test_models(void) {
     for (int which = 0; which < SYNTH_CONFIGS; which++) {
         int types;
         dsv3_config config = synth_config(which, &types);
-        for (types = SYNTH_F32; types <= SYNTH_MIXED; types++) {
+        for (types = SYNTH_F32; types < SYNTH_TYPES; types++) {
             synth *s = synth_make(&config, types, 7);
             for (int type = 0; type < DSV3_TYPES; type++) check_model(s, (dsv3_type)type);
             synth_close(s);
@@ -95,17 +114,20 @@ static void test_edges(void) {
     int types;
     dsv3_config config = synth_config(SYNTH_BLOCKS, &types);
     synth *s = synth_make(&config, SYNTH_F32, 3);
-    synth_tensor *t = synth_get(s, 0, -1, "self_attn.o_proj.weight");
+    synth_tensor *t = synth_get(s, 0, -1, "self_attn.q_a_proj.weight"); /* ragged FP8 blocks, whole ones of 32 */
     const struct {
         float x;
-        int wrong; /* bits: F16, BF16, FP8 */
-    } edge[] = {{INFINITY, 4}, {-INFINITY, 4}, {NAN, 4}, {65520.0f, 1}, {65519.0f, 0}, {3.4e38f, 3}, {1e-44f, 0}};
+        int wrong; /* bits: F16, BF16, FP8, Q8_0, Q4_0 */
+    } edge[] = {{INFINITY, 28}, {-INFINITY, 28}, {NAN, 28},       {65520.0f, 1},  {65519.0f, 0},    {3.4e38f, 31},
+                {2.9e38f, 25},  {1e-44f, 0},     {524160.0f, 17}, {524159.0f, 1}, {8321040.0f, 25}, {8321039.0f, 17}};
     for (size_t i = 0; i < t->t.rows * t->t.cols; i++) synth_encode(DSV3_F32, t->data, i, i % 2 ? 0.0f : 1e-43f);
     synth_refresh(t);
-    CHECK_EQ(checkpoint_save(directory, &config, synth_find, s, DSV3_F8_E4M3, NULL), ST_OK);
+    for (int bit = 0; bit < 5; bit++) {
+        CHECK_EQ(checkpoint_save(directory, &config, synth_find, s, (dsv3_type)(DSV3_F16 + bit), NULL), ST_OK);
+    }
     for (size_t k = 0; k < sizeof edge / sizeof edge[0]; k++) {
         synth_set(t, t->t.cols + 1, edge[k].x);
-        for (int bit = 0; bit < 3; bit++) {
+        for (int bit = 0; bit < 5; bit++) {
             st_error error;
             int wrong = edge[k].wrong >> bit & 1;
             st_result result =
@@ -183,11 +205,16 @@ static void test_configs(void) {
         for (int type = 0; type < DSV3_TYPES; type++) {
             CHECK_EQ(checkpoint_config_text(&text, &config, (dsv3_type)type, &error), ST_OK);
             check_config(&config, text);
-            CHECK_EQ(strstr(text, "quantization_config") != NULL, type == DSV3_F8_E4M3);
+            CHECK_EQ(strstr(text, "quantization_config") != NULL, type >= DSV3_F8_E4M3);
             for (int to = 0; to < DSV3_TYPES; to++) {
                 CHECK_EQ(checkpoint_config_adapt(&other, text, strlen(text), "text", (dsv3_type)to, &error), ST_OK);
                 check_config(&config, other);
-                CHECK_EQ(strstr(other, "quantization_config") != NULL, to == DSV3_F8_E4M3);
+                CHECK_EQ(strstr(other, "quantization_config") != NULL, to >= DSV3_F8_E4M3);
+                CHECK_EQ(strstr(other, "\"fp8\"") != NULL, to == DSV3_F8_E4M3);
+                CHECK_EQ(strstr(other, "\"q8_0\"") != NULL, to == DSV3_Q8_0);
+                CHECK_EQ(strstr(other, "\"q4_0\"") != NULL, to == DSV3_Q4_0);
+                CHECK(strstr(other, "quant_method") == NULL ||
+                      strstr(strstr(other, "quant_method") + 1, "quant_method") == NULL);
                 CHECK_EQ(strstr(other, "float32") != NULL, to == DSV3_F32);
                 ST_FREE(other);
             }

@@ -138,7 +138,7 @@ for text in Absorbed auto2 ''; do
         route $micro LICENSE --attention "$text"
 done
 for text in bf16 F64 FP8 ''; do
-    refused "plan --type '$text'" "--type: expected F32, F16, BF16 or F8_E4M3, found '$text'" plan micro --type "$text"
+    refused "plan --type '$text'" "--type: expected F32, F16, BF16, F8_E4M3, Q8_0 or Q4_0, found '$text'" plan micro --type "$text"
 done
 
 # ---- Directories and files
@@ -691,6 +691,12 @@ good "plan austen" plan austen
 good "plan --type" plan deepseek-v3 --type F8_E4M3
 equal "the published FP8 files" "$(awk '/^main model/ || /^MTP/ { n += $(NF-3); b += $(NF-1) } END { printf "%d %.0f", n, b }' \
     $tmp/out)" "91991 688574839360"
+for type in "Q8_0 34" "Q4_0 18"; do # V3: every matrix but the routers' is whole blocks
+    good "plan --type $type" plan deepseek-v3 --type ${type% *}
+    equal "plan --type $type" "$(awk '/^embedding/ || /^output head/ || /^routed experts/ { b += $(NF-1) } END { printf "%.0f", b }' \
+        $tmp/out)" $(((2 * 129280 * 7168 + 58 * 256 * 3 * 7168 * 2048) / 32 * ${type#* }))
+    equal "plan --type $type: routers" "$(awk '/^routers/ { print $(NF-1) }' $tmp/out)" $((58 * 256 * (2 * 7168 + 4)))
+done
 good "plan --type F32" plan deepseek-v3 --type F32
 equal "plan --type F32" "$(awk '/^main model/ { print $5 }' $tmp/out)" $((671026419200 * 4))
 good "plan preset" plan micro
@@ -803,7 +809,7 @@ misused "convert: three operands" "unexpected argument c" convert a b c
 misused "convert: no type" "an option is missing: --type" convert $micro $tmp/converted
 misused "convert: unknown option" "unknown option -x" convert $micro $tmp/converted -x
 for value in f32 FP8 I32 ''; do
-    refused "convert --type '$value'" "--type: expected F32, F16, BF16 or F8_E4M3, found '$value'" \
+    refused "convert --type '$value'" "--type: expected F32, F16, BF16, F8_E4M3, Q8_0 or Q4_0, found '$value'" \
         convert $micro $tmp/converted --type "$value"
 done
 refused "convert: missing directory" "$tmp/none/config.json" convert $tmp/none $tmp/converted --type F32
@@ -864,9 +870,89 @@ shows "F16: config.json" '"torch_dtype": "float16"'
 if grep -q quantization_config $tmp/sixteen/config.json; then bad "F16: quantization_config"; else ok; fi
 good "FP8 -> BF16" convert $tmp/fp8 $tmp/b16 --type BF16
 if grep -q quantization_config $tmp/b16/config.json; then bad "FP8 -> BF16: quantization_config"; else ok; fi
+# blocks TYPE BYTES: micro in blocks of 32 numbers that take BYTES.
+blocks() {
+    format=$(echo "$1" | tr Q q)
+    converted "$format" $micro "$1"
+    equal "$1: bytes as planned" "$(sed -n "s/.* \([0-9]*\) bytes, 1 file$/\1/p" $tmp/out)" \
+        "$("$tool" plan $micro --type "$1" | awk '/^main model/ || /^MTP modules/ { b += $(NF-1) } END { print b }')"
+    equal "$1: values" "$(tail -n 1 $tmp/out | cut -d' ' -f1-4)" "$count tensors, 313752 values,"
+    equal "$1: shapes" "$(sed '1d;$d;s/  .*\[/ [/;s/\].*//' $tmp/$format.list)" \
+        "$(sed '1d;$d;s/  .*\[/ [/;s/\].*//' $tmp/micro.list)"
+    equal "$1: types" "$(awk '{ print $2 }' $tmp/$format.list | sort -u | tr '\n' ' ')" "BF16 F32 $1 tensors, type "
+    shows "$1: ranges" "^model.embed_tokens.weight  *$1 "
+    equal "$1: ranges" "$(sed '1d;$d' $tmp/$format.list | awk '$(NF-3) < -9 || $(NF-2) > 9 || $(NF-3) > $(NF-2)')" ""
+    for name in model.embed_tokens.weight lm_head.weight eh_proj.weight layers.1.self_attn.o_proj.weight; do
+        shows "$1: $name" "$name  *$1 "
+    done
+    for name in model.norm.weight layers.1.mlp.gate.weight; do shows "$1: $name" "$name  *BF16 "; done
+    shows "$1: router biases" 'e_score_correction_bias  *F32 '
+    good "$1: as a file" inspect $tmp/$format/model.safetensors
+    shows "$1: as a file" "^model.embed_tokens.weight  *U8 "
+    cp $tmp/$format/config.json $tmp/out
+    shows "$1: config.json" '"quant_method": "blocks"'
+    shows "$1: config.json" "\"format\": \"$format\""
+    converted ${format}b $tmp/$format "$1"
+    same "$1 -> $1, every byte" $tmp/$format/model.safetensors $tmp/${format}b/model.safetensors
+    same "$1 -> $1, config.json" $tmp/$format/config.json $tmp/${format}b/config.json
+    score_of $format $tmp/$format > $tmp/b
+    if paste $tmp/a $tmp/b | awk -v most="$2" '{ exit !($2 - $1 < most && $1 - $2 < most && $1 != $2) }'; then ok; else
+        bad "$1: score $(cat $tmp/b), of the original $(cat $tmp/a)"
+    fi
+    converted ${format}wide $tmp/$format F32 # what the blocks stand for, exactly
+    score_of ${format}wide $tmp/${format}wide > $tmp/c
+    same "$1 -> F32: score" $tmp/b $tmp/c
+    if grep -q quantization_config $tmp/${format}wide/config.json; then bad "$1 -> F32: quantization_config"; else ok; fi
+    for type in F16 BF16 F8_E4M3; do converted ${format}to$type $tmp/$format $type; done
+    if grep -q '"quant_method": "fp8"' $tmp/${format}toF8_E4M3/config.json; then ok; else bad "$1 -> FP8: config.json"; fi
+    good "$1: generate" generate $tmp/$format -n 20 --mtp 1
+    good "$1: generate --fast" generate $tmp/$format -n 20 --fast
+    good "$1: route" route $tmp/$format $tmp/part --fast
+    good "$1: chat" chat $tmp/$format
+    good "$1: plan" plan $tmp/$format
+}
+score_of micro $micro > $tmp/a
+blocks Q8_0 0.01
+blocks Q4_0 0.2
+converted q4_of_q8 $tmp/q8_0 Q4_0
+# A config.json that says something else: what it is about, and nothing is read as weights.
+mkdir $tmp/blocks
+cp $tmp/q8_0/model.safetensors $tmp/blocks
+# told SED TEXT: config.json changed by SED is refused with TEXT.
+told() {
+    sed "$1" $tmp/q8_0/config.json > $tmp/blocks/config.json
+    for command in "generate $tmp/blocks -n 1" "score $tmp/blocks $tmp/part" "convert $tmp/blocks $tmp/blocks2 --type F32"; do
+        refused "blocks, $1: $command" "$2" $command
+    done
+}
+told 's/"q8_0"/"q4_0"/' "rows of whole Q4_0 blocks, 18 bytes each; found rank 2 and rows of "
+told 's/"q8_0"/"q6_k"/' "config.json: format: has a value that is not supported"
+told 's/"block": 32/"block": 16/' "config.json: block: must be 32"
+told 's/"block": 32,//' "config.json: block: is missing"
+told 's/"format": "q8_0",//' "config.json: format: is missing"
+told 's/"blocks"/"gguf"/' "config.json: quant_method: has a value that is not supported"
+told 's/"blocks"/"fp8"/' "is U8, but config.json has no quantization_config of blocks"
+told 's/quantization_config/other_config/' "is U8, but config.json has no quantization_config of blocks"
+good "inspect: nobody says blocks" inspect $tmp/blocks
+shows "inspect: nobody says blocks" "^model.embed_tokens.weight  *U8 "
+sed 's/"q8_0"/"q6_k"/' $tmp/q8_0/config.json > $tmp/blocks/config.json
+run inspect $tmp/blocks
+equal "inspect: unknown blocks" "$status $(grep -c 'warning: .*format: has a value' $tmp/err)" "0 1"
+rm $tmp/blocks/config.json
+good "inspect: no config.json" inspect $tmp/blocks
+# A multiplier that is NaN makes 32 of them: inspect counts, the forward pass refuses.
+cp $tmp/q8_0/config.json $tmp/blocks
+length=$(wc -c < $tmp/blocks/model.safetensors)
+{ head -c $((length - 34)) $tmp/blocks/model.safetensors && printf '\1\176' && tail -c 32 $tmp/blocks/model.safetensors; } \
+    > $tmp/blocks/m && mv $tmp/blocks/m $tmp/blocks/model.safetensors
+run inspect $tmp/blocks --check-finite
+equal "inspect: NaN in a block" "$status $(awk '$(NF-1) == 32' $tmp/out | wc -l | tr -d ' ')" "1 1"
+good "convert: NaN in a block, as F32" convert $tmp/blocks $tmp/blocks2 --type F32
+refused "convert: NaN in a block, as Q4_0" "has a value that Q4_0 cannot hold" convert $tmp/blocks $tmp/blocks3 --type Q4_0
 copy nan # with NaN in the middle of the file, where the experts are
 { head -c $((size / 2)) $micro/model.safetensors && printf '\377\177' && tail -c +$((size / 2 + 3)) $micro/model.safetensors; } \
     > $tmp/nan/model.safetensors
+refused "convert: NaN as Q8_0" "has a value that Q8_0 cannot hold" convert $tmp/nan $tmp/fp8nan --type Q8_0
 refused "convert: NaN as FP8" "has a value that F8_E4M3 cannot hold" convert $tmp/nan $tmp/fp8nan --type F8_E4M3
 good "convert: NaN as F32" convert $tmp/nan $tmp/widenan --type F32
 (
@@ -920,7 +1006,7 @@ done
 refused "train --val 100" "--val: expected 0 to 99, found 100" train $recipe --out $tmp/t --val 100
 refused "train --schedule" "--schedule: expected v3 or cosine, found 'linear'" train $recipe --out $tmp/t --schedule linear
 refused "train --keep" "--keep: expected none, norms, up, swiglu or all, found 'some'" train $recipe --out $tmp/t --keep some
-refused "train --type" "--type: expected F32, F16, BF16 or F8_E4M3, found 'FP8'" train $recipe --out $tmp/t --type FP8
+refused "train --type" "--type: expected F32, F16, BF16, F8_E4M3, Q8_0 or Q4_0, found 'FP8'" train $recipe --out $tmp/t --type FP8
 refused "train --accum 3" "--accum: expected a divisor of the batch of 4" train $recipe --out $tmp/t --accum 3
 refused "train --warmup" "--warmup: expected at most 8" train $recipe --out $tmp/t --warmup 9 --steps 8
 for option in --freeze --exempt; do

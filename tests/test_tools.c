@@ -472,6 +472,7 @@ static void context_codes(void) {
     CHECK_EQ(dsv3_context_init(&c, DSV3_BACKEND_AUTO, 1), DSV3_OK);
     CHECK(c.backend != NULL && c.backend[0] != '\0');
     for (size_t i = 0; i < DSV3_TYPES; i++) CHECK(c.kernels.decode[i] != NULL);
+    CHECK_EQ(c.compute, DSV3_EXACT);
     CHECK(c.kernels.dot != NULL && c.kernels.axpy != NULL && c.kernels.exp_sum != NULL && c.kernels.silu_mul != NULL);
 }
 

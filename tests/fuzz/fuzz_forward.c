@@ -39,7 +39,8 @@ static dsv3_result find(void *user, const char *name, dsv3_tensor *t) {
     s->name = plain;
     dsv3_model_tensors(s->config, same_name, s);
     if (s->info.rank == 0) return DSV3_ERR_MISSING;
-    if (s->info.rank == 1 && t->type == DSV3_F8_E4M3) t->type = DSV3_BF16;
+    if (s->info.rank == 1 && t->type >= DSV3_F8_E4M3) t->type = DSV3_BF16;
+    if (s->info.cols % dsv3_type_block(t->type) != 0) t->type = DSV3_BF16;
     t->rank = s->info.rank;
     t->rows = s->info.rows;
     t->cols = s->info.cols;
@@ -65,7 +66,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     size_t bytes = 0;
     void *memory[4] = {NULL, NULL, NULL, NULL};
     c.vocab_size = 1 + (int32_t)(take(&s) % 32);
-    c.hidden_size = 1 + (int32_t)(take(&s) % 24);
+    c.hidden_size = 1 + (int32_t)(take(&s) % 40);
     c.intermediate_size = 1 + (int32_t)(take(&s) % 24);
     c.moe_intermediate_size = 1 + (int32_t)(take(&s) % 12);
     c.num_hidden_layers = 1 + (int32_t)(take(&s) % 3);
