@@ -2,9 +2,10 @@
  *
  * What it is: the architecture of DeepSeek-V3 -- multi-head latent attention (MLA), the sigmoid-routed mixture of
  * experts (MoE) with its balancing bias, and multi-token prediction (MTP) -- on checkpoints as published, FP8 blocks
- * included, as a library that drops into a C or C++ project with one include and reads as a textbook, chapter by
- * chapter. DeepSeek-V2, V2-Lite, Moonlight and Kimi-K2 are configurations of the same code. It generates, with the
- * MTP modules drafting ahead, and it trains, with every gradient.
+ * included, and in the 8 and 4 bit blocks of GGUF files (Q8_0, Q4_0), as a library that drops into a C or C++ project
+ * with one include and reads as a textbook, chapter by chapter. DeepSeek-V2, V2-Lite, Moonlight and Kimi-K2 are
+ * configurations of the same code. It generates, with the MTP modules drafting ahead, and it trains, with every
+ * gradient.
  *
  * What it is not: it does not allocate, open files, print, start threads behind your back, keep global
  * state or exit. It knows no file format and no tokenizer (examples/ has small companions for files).

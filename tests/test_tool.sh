@@ -877,8 +877,10 @@ blocks() {
     equal "$1: bytes as planned" "$(sed -n "s/.* \([0-9]*\) bytes, 1 file$/\1/p" $tmp/out)" \
         "$("$tool" plan $micro --type "$1" | awk '/^main model/ || /^MTP modules/ { b += $(NF-1) } END { print b }')"
     equal "$1: values" "$(tail -n 1 $tmp/out | cut -d' ' -f1-4)" "$count tensors, 313752 values,"
-    equal "$1: shapes" "$(sed '1d;$d;s/  .*\[/ [/;s/\].*//' $tmp/$format.list)" \
-        "$(sed '1d;$d;s/  .*\[/ [/;s/\].*//' $tmp/micro.list)"
+    for name in $format micro; do
+        sed '1d;$d' $tmp/$name.list | awk '{ match($0, /\[.*\]/); print $1, substr($0, RSTART, RLENGTH) }' > $tmp/$name.shapes
+    done
+    same "$1: shapes" $tmp/$format.shapes $tmp/micro.shapes
     equal "$1: types" "$(awk '{ print $2 }' $tmp/$format.list | sort -u | tr '\n' ' ')" "BF16 F32 $1 tensors, type "
     shows "$1: ranges" "^model.embed_tokens.weight  *$1 "
     equal "$1: ranges" "$(sed '1d;$d' $tmp/$format.list | awk '$(NF-3) < -9 || $(NF-2) > 9 || $(NF-3) > $(NF-2)')" ""
