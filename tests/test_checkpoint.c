@@ -1603,6 +1603,7 @@ static void test_blocks(int which) {
     disk_tensor(d, last)->shape[0] = across;
     disk_tensor(d, last)->bytes = across;
     check_disk("a vector in blocks", d, ST_ERR_MISMATCH, last);
+    check_disk("a vector in blocks", d, ST_ERR_MISMATCH, "expected rank 2 and rows of whole Q");
     disk_reset(d);
     disk_tensor(d, "model.norm.weight")->dtype = ST_U8;
     disk_tensor(d, "model.norm.weight")->bytes /= 2; /* was BF16 */

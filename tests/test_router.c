@@ -290,7 +290,7 @@ static void scores_gate_bias(void) {
         for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
             size_t E = sizes[i];
             dsv3_config c = dsv3_config_default();
-            dsv3_tensor gate_w = {w, NULL, E, 1, DSV3_F32, 2};
+            dsv3_tensor gate_w = {w, NULL, E, 1, DSV3_F32, 2, 0};
             int wrong = 0;
             c.scoring_func = func ? DSV3_SOFTMAX : DSV3_SIGMOID;
             test_fill(w, E, -3, 3), test_fill(gate_bias, E, -3, 3);
