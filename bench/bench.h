@@ -1,5 +1,6 @@
-/* bench.h -- what the benchmarks of dsv3.h share: options, a clock, a median, the machine's read bandwidth, peak
- * memory, and a synthetic model. POSIX. Include it before anything else, then dsv3.h with DSV3_IMPLEMENTATION:
+/* bench.h -- what the benchmarks of dsv3.h share: options, a clock, a median, the machine's limits (read bandwidth,
+ * multiply-adds of its best instructions), peak memory, and a synthetic model. POSIX. Include it before anything else,
+ * then dsv3.h with DSV3_IMPLEMENTATION:
  *
  *     #define BENCH_NAME "bench_model"
  *     #include "bench.h"
@@ -81,17 +82,44 @@ static inline size_t bench_choice(const char *option, const char *value, const c
 }
 
 static inline dsv3_type bench_type(const char *option, const char *value) {
-    static const char *const names[] = {"F32", "F16", "BF16", "F8_E4M3", NULL};
-    static const dsv3_type types[] = {DSV3_F32, DSV3_F16, DSV3_BF16, DSV3_F8_E4M3};
-    return types[bench_choice(option, value, names, "F32, F16, BF16 or F8_E4M3")];
+    for (int t = 0; t < DSV3_TYPES; t++) {
+        if (strcmp(value, dsv3_type_name((dsv3_type)t)) == 0) return (dsv3_type)t;
+    }
+    bench_usage(option, value, "F32, F16, BF16, F8_E4M3, Q8_0 or Q4_0");
+    return DSV3_F32;
 }
 
-/* Takes the value of an option that has one. */
+static const char *const bench_mode_names[] = {"exact", "fast", NULL}; /* by dsv3_compute */
+
+static inline dsv3_compute bench_mode(const char *option, const char *value) {
+    return bench_choice(option, value, bench_mode_names, "exact or fast") == 0 ? DSV3_EXACT : DSV3_FAST;
+}
+
+/* Numbers with commas between them, at most `most`, into list. Returns how many. */
+static inline size_t bench_numbers(size_t *list, size_t most, const char *option, const char *value, long low,
+                                   long high) {
+    size_t n = 0;
+    for (const char *at = value; n < most; at++) {
+        char number[32];
+        size_t length = strcspn(at, ",");
+        if (length >= sizeof number) length = sizeof number - 1;
+        memcpy(number, at, length);
+        number[length] = '\0';
+        list[n++] = bench_number(option, number, low, high);
+        at += length;
+        if (*at == '\0') return n;
+    }
+    bench_usage(option, value, "fewer numbers");
+    return n;
+}
+
+/* Takes an option's value; that of a flag is NULL. */
 typedef void (*bench_pair)(void *options, const char *option, const char *value);
 
-/* pairs: the options that have a value, ended by a NULL. Beside them: --help, and --line, which sets *line. */
-static inline void bench_parse(void *options, const char *const *pairs, bench_pair pair, int *line, const char *help,
-                               int argc, char **argv) {
+/* pairs: the options that have a value, ended by a NULL; flags: those that have none, likewise, or NULL. Beside
+ * them: --help, and --line, which sets *line. */
+static inline void bench_parse_flags(void *options, const char *const *pairs, const char *const *flags,
+                                     bench_pair pair, int *line, const char *help, int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--help") == 0) {
             fputs(help, stdout);
@@ -99,6 +127,10 @@ static inline void bench_parse(void *options, const char *const *pairs, bench_pa
         }
         if (strcmp(argv[i], "--line") == 0) {
             *line = 1;
+            continue;
+        }
+        if (flags != NULL && flags[bench_index(argv[i], flags)] != NULL) {
+            pair(options, argv[i], NULL);
             continue;
         }
         if (pairs[bench_index(argv[i], pairs)] == NULL) {
@@ -109,6 +141,11 @@ static inline void bench_parse(void *options, const char *const *pairs, bench_pa
         pair(options, argv[i], argv[i + 1]);
         i++;
     }
+}
+
+static inline void bench_parse(void *options, const char *const *pairs, bench_pair pair, int *line, const char *help,
+                               int argc, char **argv) {
+    bench_parse_flags(options, pairs, NULL, pair, line, help, argc, argv);
 }
 
 /* ---- Shapes of synthetic models */
@@ -170,6 +207,18 @@ static inline double bench_peak_bytes(void) {
 #else
     return (double)usage.ru_maxrss * 1024.0;
 #endif
+}
+
+/* What the system could give away now, in bytes; 0 if it does not say. */
+static inline double bench_available_bytes(void) {
+    FILE *file = fopen("/proc/meminfo", "r");
+    char line[256];
+    double bytes = 0.0;
+    while (file != NULL && fgets(line, sizeof line, file) != NULL) {
+        if (strncmp(line, "MemAvailable:", 13) == 0) bytes = 1024.0 * strtod(line + 13, NULL);
+    }
+    if (file != NULL) fclose(file);
+    return bytes;
 }
 
 /* ---- Time */
@@ -281,7 +330,7 @@ static inline void bench_parallel(const dsv3_context *context, size_t n, dsv3_ta
 #ifndef BENCH_READ_BYTES
 #define BENCH_READ_BYTES ((size_t)512 << 20)
 #endif
-#define BENCH_READ_BLOCK 8192u /* words of one item of the loop */
+#define BENCH_READ_BLOCK 131072u /* words of one item of the loop: 1 MiB */
 
 typedef struct bench_reader {
     uint64_t *words; /* [blocks, BENCH_READ_BLOCK], all 1 */
@@ -295,26 +344,54 @@ static inline void bench_reader_fill(void *arg, size_t begin, size_t end, size_t
     for (size_t i = begin * BENCH_READ_BLOCK; i < end * BENCH_READ_BLOCK; i++) r->words[i] = 1;
 }
 
-/* Four streams, because one core has more reads under way in several places than in one. clang makes SIMD additions
- * of this at -O2, gcc at -O3; gcc's plain ones at -O2 still are two loads per cycle, more than memory delivers. A
- * form that gcc vectorises at -O2, one stream into eight named sums, read more slowly. */
-static inline uint64_t bench_reader_sum(const uint64_t *words) {
-    const size_t quarter = BENCH_READ_BLOCK / 4;
-    uint64_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-    for (size_t i = 0; i < quarter; i++) {
-        s0 += words[i];
-        s1 += words[i + quarter];
-        s2 += words[i + 2 * quarter];
-        s3 += words[i + 3 * quarter];
+/* Four streams, because one core has more reads under way in several places than in one; they are long, because
+ * whatever fetches ahead begins anew with each. */
+#define BENCH_READER(name, attributes, SUM)                                                                          \
+    attributes static inline void name(void *arg, size_t begin, size_t end, size_t worker) {                         \
+        bench_reader *r = (bench_reader *)arg;                                                                       \
+        (void)worker;                                                                                                \
+        for (size_t b = begin; b < end; b++) {                                                                       \
+            const uint64_t *w = r->words + b * BENCH_READ_BLOCK;                                                     \
+            const size_t q = BENCH_READ_BLOCK / 4;                                                                   \
+            SUM                                                                                                      \
+        }                                                                                                            \
     }
-    return (s0 + s1) + (s2 + s3);
-}
 
-static inline void bench_reader_task(void *arg, size_t begin, size_t end, size_t worker) {
-    bench_reader *r = (bench_reader *)arg;
-    (void)worker;
-    for (size_t b = begin; b < end; b++) r->sums[b] = bench_reader_sum(r->words + b * BENCH_READ_BLOCK);
-}
+#define BENCH_SUM_PLAIN                                                                                              \
+    uint64_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;                                                                         \
+    for (size_t i = 0; i < q; i++) s0 += w[i], s1 += w[i + q], s2 += w[i + 2 * q], s3 += w[i + 3 * q];               \
+    r->sums[b] = (s0 + s1) + (s2 + s3);
+
+BENCH_READER(bench_reader_plain, , BENCH_SUM_PLAIN)
+
+#if defined(__GNUC__) && defined(__x86_64__)
+#include <immintrin.h>
+/* `words` at a time, each line asked for AHEAD words before it is needed if AHEAD is not 0. */
+#define BENCH_SUM_SIMD(vector, words, ZERO, ADD, LOAD, AHEAD)                                                        \
+    vector s0 = ZERO(), s1 = s0, s2 = s0, s3 = s0;                                                                   \
+    uint64_t lanes[words], sum = 0;                                                                                  \
+    for (size_t i = 0; i < q; i += (words)) {                                                                        \
+        if ((AHEAD) > 0 && i + (AHEAD) < q && i % 8 == 0) {                                                          \
+            __builtin_prefetch(w + i + (AHEAD)), __builtin_prefetch(w + i + q + (AHEAD));                            \
+            __builtin_prefetch(w + i + 2 * q + (AHEAD)), __builtin_prefetch(w + i + 3 * q + (AHEAD));                \
+        }                                                                                                            \
+        s0 = ADD(s0, LOAD((const void *)(w + i))), s1 = ADD(s1, LOAD((const void *)(w + i + q)));                    \
+        s2 = ADD(s2, LOAD((const void *)(w + i + 2 * q))), s3 = ADD(s3, LOAD((const void *)(w + i + 3 * q)));        \
+    }                                                                                                                \
+    s0 = ADD(ADD(s0, s1), ADD(s2, s3));                                                                              \
+    memcpy(lanes, &s0, sizeof lanes);                                                                                \
+    for (size_t i = 0; i < (words); i++) sum += lanes[i];                                                            \
+    r->sums[b] = sum;
+
+#define BENCH_LOAD_256(p) _mm256_load_si256((const __m256i *)(p))
+#define BENCH_SUM_256(AHEAD) BENCH_SUM_SIMD(__m256i, 4, _mm256_setzero_si256, _mm256_add_epi64, BENCH_LOAD_256, AHEAD)
+#define BENCH_SUM_512(AHEAD)                                                                                         \
+    BENCH_SUM_SIMD(__m512i, 8, _mm512_setzero_si512, _mm512_add_epi64, _mm512_load_si512, AHEAD)
+BENCH_READER(bench_reader_256, __attribute__((target("avx2"))), BENCH_SUM_256(0u))
+BENCH_READER(bench_reader_256_ahead, __attribute__((target("avx2"))), BENCH_SUM_256(128u))
+BENCH_READER(bench_reader_512, __attribute__((target("avx512f"))), BENCH_SUM_512(0u))
+BENCH_READER(bench_reader_512_ahead, __attribute__((target("avx512f"))), BENCH_SUM_512(128u))
+#endif
 
 static inline void bench_reader_init(bench_reader *r, const dsv3_context *context) {
     r->blocks = BENCH_READ_BYTES / (BENCH_READ_BLOCK * sizeof(uint64_t));
@@ -328,17 +405,36 @@ static inline void bench_reader_free(bench_reader *r) {
     free(r->sums);
 }
 
-/* Bytes per second of the best of `passes` passes with the context's threads. */
+static inline double bench_reader_pass(bench_reader *r, const dsv3_context *context, dsv3_task task) {
+    double begin = bench_now(), seconds;
+    uint64_t sum = 0;
+    bench_parallel(context, r->blocks, task, r);
+    seconds = bench_now() - begin;
+    for (size_t b = 0; b < r->blocks; b++) sum += r->sums[b];
+    if (sum != (uint64_t)r->blocks * BENCH_READ_BLOCK) bench_die("read bandwidth", "the sum is wrong");
+    return seconds > 0.0 ? (double)BENCH_READ_BYTES / seconds : 0.0;
+}
+
+/* Bytes per second of the best of `passes` passes with the context's threads, each with every loop that this machine
+ * can run: none is the best on all. */
 static inline double bench_read_bandwidth(bench_reader *r, const dsv3_context *context, size_t passes) {
+    dsv3_task tasks[5] = {bench_reader_plain};
+    size_t n = 1;
     double best = 0.0;
-    for (size_t p = 0; p < passes; p++) {
-        double begin = bench_now(), seconds;
-        uint64_t sum = 0;
-        bench_parallel(context, r->blocks, bench_reader_task, r);
-        seconds = bench_now() - begin;
-        for (size_t b = 0; b < r->blocks; b++) sum += r->sums[b];
-        if (sum != (uint64_t)r->blocks * BENCH_READ_BLOCK) bench_die("read bandwidth", "the sum is wrong");
-        if (seconds > 0.0 && (double)BENCH_READ_BYTES / seconds > best) best = (double)BENCH_READ_BYTES / seconds;
+#if defined(__GNUC__) && defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2")) {
+        tasks[n++] = bench_reader_256;
+        tasks[n++] = bench_reader_256_ahead;
+    }
+    if (__builtin_cpu_supports("avx512f")) {
+        tasks[n++] = bench_reader_512;
+        tasks[n++] = bench_reader_512_ahead;
+    }
+#endif
+    for (size_t i = 0; i < passes * n; i++) {
+        double speed = bench_reader_pass(r, context, tasks[i % n]);
+        if (speed > best) best = speed;
     }
     return best;
 }
@@ -366,10 +462,15 @@ typedef struct bench_synthetic {
     size_t active_macs;  /* multiply-adds with weight matrices for one prefilled token: no head, no attention */
 } bench_synthetic;
 
-/* As in the published checkpoints: router biases are F32; beside FP8 matrices everything else is BF16. */
+/* As in the published checkpoints: router biases are F32; beside FP8 matrices everything else is BF16. Q8_0 and Q4_0
+ * hold for every matrix but the router's whose rows are whole blocks; the rest is BF16. */
 static inline dsv3_type bench_tensor_type(const dsv3_tensor_info *info, dsv3_type type) {
     if (info->group == DSV3_GROUP_ROUTER && info->rank == 1) return DSV3_F32;
-    if (type == DSV3_F8_E4M3 && !info->quantised) return DSV3_BF16;
+    if (type == DSV3_F8_E4M3) return info->quantised ? type : DSV3_BF16;
+    if (dsv3_type_block(type) > 1 &&
+        (info->rank == 1 || info->group == DSV3_GROUP_ROUTER || info->cols % dsv3_type_block(type) != 0)) {
+        return DSV3_BF16;
+    }
     return type;
 }
 
@@ -391,7 +492,7 @@ static inline dsv3_result bench_collect(void *user, const dsv3_tensor_info *info
     t->tensor.rows = info->rows;
     t->tensor.cols = info->cols;
     t->tensor.rank = info->rank;
-    t->bytes = info->rows * info->cols * dsv3_type_bytes(t->tensor.type);
+    t->bytes = info->rows * dsv3_row_bytes(t->tensor.type, info->cols);
     if (t->tensor.type == DSV3_F8_E4M3) {
         t->scale_bytes = bench_blocks(info->rows, DSV3_BLOCK) * bench_blocks(info->cols, DSV3_BLOCK) * sizeof(float);
     }
@@ -464,6 +565,52 @@ static inline void bench_format(dsv3_type type, int *mantissa, int *bias) {
     *bias = type == DSV3_F16 ? 15 : type == DSV3_F8_E4M3 ? 7 : 127;
 }
 
+/* Q8_0 and Q4_0: codes -64 .. 63 and -8 .. 7, and F16 multipliers of unit * (1/2 .. 3/2). */
+typedef struct bench_block_fill {
+    unsigned char *data; /* [blocks] of 2 + codes bytes */
+    size_t blocks, codes;
+    uint64_t seed;
+    float unit;
+} bench_block_fill;
+
+#define BENCH_BLOCK_ITEM 32768u /* blocks of one item of the loop */
+
+static inline void bench_block_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const bench_block_fill *f = (const bench_block_fill *)arg;
+    (void)worker;
+    for (size_t item = begin; item < end; item++) {
+        size_t b0 = item * BENCH_BLOCK_ITEM,
+               b1 = b0 + BENCH_BLOCK_ITEM < f->blocks ? b0 + BENCH_BLOCK_ITEM : f->blocks;
+        dsv3_rng rng;
+        rng.state = f->seed + ((uint64_t)item << 40);
+        for (size_t b = b0; b < b1; b++) {
+            unsigned char *at = f->data + b * (2 + f->codes);
+            uint16_t scale = dsv3_f16_from_f32(f->unit * (0.5f + dsv3_random_uniform(&rng)));
+            memcpy(at, &scale, sizeof scale);
+            for (size_t i = 0; i < f->codes; i += sizeof(uint64_t)) {
+                uint64_t word = dsv3_random(&rng);
+                if (f->codes == DSV3_QBLOCK) { /* bit 6 of a byte becomes that of its sign */
+                    word &= 0xbfbfbfbfbfbfbfbfu;
+                    word |= (word & 0x8080808080808080u) >> 1;
+                }
+                memcpy(at + 2 + i, &word, sizeof word);
+            }
+        }
+    }
+}
+
+static inline void bench_fill_blocks(const dsv3_context *context, const bench_tensor *t, unsigned char *arena,
+                                     uint64_t seed) {
+    bench_block_fill f;
+    f.data = arena + t->at;
+    f.codes = dsv3_type_bytes(t->tensor.type) - 2;
+    f.blocks = t->bytes / (2 + f.codes);
+    f.seed = seed;
+    f.unit = f.codes == DSV3_QBLOCK ? 0.0232f : 0.182f; /* over the codes' rms: 0.86 */
+    for (size_t n = 1; n < t->info.cols; n *= 4) f.unit *= 0.5f;
+    bench_parallel(context, bench_blocks(f.blocks, BENCH_BLOCK_ITEM), bench_block_task, &f);
+}
+
 /* Matrices: sign and mantissa random, exponent one of four, so that rms is about 1 / sqrt(cols) and a row times a
  * normalised x is about 1. FP8 codes have magnitudes 16 .. 240, where those of real checkpoints are, and their
  * scales do the rest. Norm gains are in [1/2, 1). Router biases stay small, so that the scores choose. */
@@ -471,8 +618,13 @@ static inline void bench_fill_tensor(const dsv3_context *context, const bench_te
                                      uint64_t seed) {
     dsv3_type type = t->tensor.type;
     int mantissa, bias, top = 0; /* largest exponent */
-    uint64_t sign = (uint64_t)1 << (8 * dsv3_type_bytes(type) - 1);
+    uint64_t sign;
     bench_fill f;
+    if (dsv3_type_block(type) > 1) {
+        bench_fill_blocks(context, t, arena, seed);
+        return;
+    }
+    sign = (uint64_t)1 << (8 * dsv3_type_bytes(type) - 1);
     bench_format(type, &mantissa, &bias);
     while (((size_t)1 << (-2 * top)) < t->info.cols) top--;
     f.words = (uint64_t *)(void *)(arena + t->at);
@@ -546,39 +698,47 @@ static inline void bench_synthetic_free(bench_synthetic *s) {
     free(s->tables);
 }
 
-/* ---- Multiply-adds per second: independent chains x = x * a + b that never leave their registers
+/* ---- Multiply-adds per second: independent chains x = x + a b that never leave their registers
  *
  * bench_peak_compiled is what this build may use: vectors of the width the compiler's flags allow, a multiplication
- * and an addition apart, as C99 without contraction asks for. On x86-64 bench_peak_fma is the machine's own peak,
- * fused, in the widest vectors the processor has, whatever the flags. Twelve chains cover the latency of the two. */
+ * and an addition apart, as C99 without contraction asks for. On x86-64 the others are the machine's own peaks in
+ * the widest vectors the processor has, whatever the flags: fused float32, pairs of BF16 into float32 (vdpbf16ps),
+ * fours of bytes into int32 (vpdpbusd). Twelve to sixteen chains cover the latency of the two units that some have. */
 
-#define BENCH_PEAK_CHAINS 12
+#define BENCH_PEAK_CHAINS 16       /* at most */
 #define BENCH_PEAK_ROUNDS 2000000u /* of each chain, in one item of the loop: some 5 ms */
 
 typedef struct bench_peak {
     float start[BENCH_PEAK_CHAINS];
     float a, b;
-    float *sums; /* [items] */
+    double *sums; /* [items] */
 } bench_peak;
 
-/* A loop of one kind. STEP(x) is x * va + vb; the sum makes sure that nothing is left out. */
-#define BENCH_PEAK_LOOP(name, attributes, vector, SET, STEP)                                                         \
+#define BENCH_CHAINS_12(M) M(0) M(1) M(2) M(3) M(4) M(5) M(6) M(7) M(8) M(9) M(10) M(11)
+#define BENCH_CHAINS_16(M) BENCH_CHAINS_12(M) M(12) M(13) M(14) M(15)
+#define BENCH_CHAIN_ADD(i) sum = sum + x##i;
+
+/* A loop of one kind: vectors whose first element has the type `element`; START(i) declares x_i, and STEP(i) takes it
+ * one step on, with va and vb, which are A and B. x_i depends on the item, so that no register keeps its beginning. The
+ * sum makes sure that nothing is left out. */
+#define BENCH_PEAK_LOOP(name, attributes, CHAINS, vector, element, factor, A, B, START, STEP)                        \
     attributes static inline void name(void *arg, size_t begin, size_t end, size_t worker) {                         \
         const bench_peak *p = (const bench_peak *)arg;                                                               \
         (void)worker;                                                                                                \
         for (size_t item = begin; item < end; item++) {                                                              \
-            vector va = SET(p->a), vb = SET(p->b), sum;                                                              \
-            vector x0 = SET(p->start[0]), x1 = SET(p->start[1]), x2 = SET(p->start[2]), x3 = SET(p->start[3]);       \
-            vector x4 = SET(p->start[4]), x5 = SET(p->start[5]), x6 = SET(p->start[6]), x7 = SET(p->start[7]);       \
-            vector x8 = SET(p->start[8]), x9 = SET(p->start[9]), x10 = SET(p->start[10]), x11 = SET(p->start[11]);   \
-            float lanes[sizeof(vector) / sizeof(float)];                                                             \
+            factor va = A, vb = B;                                                                                   \
+            CHAINS(START)                                                                                            \
+            element lanes[sizeof(vector) / sizeof(element)] = {0};                                                   \
+            vector sum;                                                                                              \
+            double total = 0.0;                                                                                      \
+            memcpy(&sum, lanes, sizeof sum);                                                                         \
             for (size_t i = 0; i < BENCH_PEAK_ROUNDS; i++) {                                                         \
-                x0 = STEP(x0), x1 = STEP(x1), x2 = STEP(x2), x3 = STEP(x3), x4 = STEP(x4), x5 = STEP(x5);            \
-                x6 = STEP(x6), x7 = STEP(x7), x8 = STEP(x8), x9 = STEP(x9), x10 = STEP(x10), x11 = STEP(x11);        \
+                CHAINS(STEP)                                                                                         \
             }                                                                                                        \
-            sum = x0 + x1 + x2 + x3 + x4 + x5 + x6 + x7 + x8 + x9 + x10 + x11;                                       \
+            CHAINS(BENCH_CHAIN_ADD)                                                                                  \
             memcpy(lanes, &sum, sizeof lanes);                                                                       \
-            p->sums[item] = lanes[0];                                                                                \
+            for (size_t i = 0; i < sizeof lanes / sizeof *lanes; i++) total += (double)lanes[i];                     \
+            p->sums[item] = total / (double)(sizeof lanes / sizeof *lanes);                                          \
         }                                                                                                            \
     }
 
@@ -604,32 +764,66 @@ static inline bench_vector bench_vector_set(float value) {
     return v;
 }
 
-#define BENCH_STEP_COMPILED(x) ((x)*va + vb)
-BENCH_PEAK_LOOP(bench_peak_task, , bench_vector, bench_vector_set, BENCH_STEP_COMPILED)
+#define BENCH_START_COMPILED(i) bench_vector x##i = bench_vector_set(p->start[(i + item) % BENCH_PEAK_CHAINS]);
+#define BENCH_STEP_COMPILED(i) x##i = x##i * va + vb;
+BENCH_PEAK_LOOP(bench_peak_task, , BENCH_CHAINS_12, bench_vector, float, bench_vector, bench_vector_set(p->a),
+                bench_vector_set(p->b), BENCH_START_COMPILED, BENCH_STEP_COMPILED)
 
 #if defined(__GNUC__) && defined(__x86_64__)
-#include <immintrin.h>
-#define BENCH_STEP_256(x) _mm256_fmadd_ps(x, va, vb)
-#define BENCH_STEP_512(x) _mm512_fmadd_ps(x, va, vb)
-BENCH_PEAK_LOOP(bench_peak_256_task, __attribute__((target("avx2,fma"))), __m256, _mm256_set1_ps, BENCH_STEP_256)
-BENCH_PEAK_LOOP(bench_peak_512_task, __attribute__((target("avx512f"))), __m512, _mm512_set1_ps, BENCH_STEP_512)
+#define BENCH_START_256(i) __m256 x##i = _mm256_set1_ps(p->start[(i + item) % BENCH_PEAK_CHAINS]);
+#define BENCH_STEP_256(i) x##i = _mm256_fmadd_ps(x##i, va, vb);
+BENCH_PEAK_LOOP(bench_peak_256_task, __attribute__((target("avx2,fma"))), BENCH_CHAINS_12, __m256, float, __m256,
+                _mm256_set1_ps(p->a), _mm256_set1_ps(p->b), BENCH_START_256, BENCH_STEP_256)
+#define BENCH_START_512(i) __m512 x##i = _mm512_set1_ps(p->start[(i + item) % BENCH_PEAK_CHAINS]);
+#define BENCH_STEP_512(i) x##i = _mm512_fmadd_ps(x##i, va, vb);
+BENCH_PEAK_LOOP(bench_peak_512_task, __attribute__((target("avx512f"))), BENCH_CHAINS_16, __m512, float, __m512,
+                _mm512_set1_ps(p->a), _mm512_set1_ps(p->b), BENCH_START_512, BENCH_STEP_512)
+
+#if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
+#define BENCH_PEAK_DOTS
+#include <cpuid.h>
+/* Two products of 2^-10 and 2^-10 in a step. */
+#define BENCH_SMALL (__m512bh) _mm512_set1_epi16(0x3A80)
+#define BENCH_STEP_BF16(i) x##i = _mm512_dpbf16_ps(x##i, va, vb);
+BENCH_PEAK_LOOP(bench_peak_bf16_task, __attribute__((target("avx512f,avx512bw,avx512bf16"))), BENCH_CHAINS_16, __m512,
+                float, __m512bh, BENCH_SMALL, BENCH_SMALL, BENCH_START_512, BENCH_STEP_BF16)
+/* Four products of 3 and 5 in a step: the sum of the chains stays below 2^31. */
+#define BENCH_START_INT_512(i) __m512i x##i = _mm512_set1_epi32((int)((i + item) % 16));
+#define BENCH_STEP_INT_512(i) x##i = _mm512_dpbusd_epi32(x##i, va, vb);
+BENCH_PEAK_LOOP(bench_peak_int8_512_task, __attribute__((target("avx512f,avx512vnni"))), BENCH_CHAINS_16, __m512i,
+                int32_t, __m512i, _mm512_set1_epi8(3), _mm512_set1_epi8(5), BENCH_START_INT_512, BENCH_STEP_INT_512)
+#define BENCH_START_INT_256(i) __m256i x##i = _mm256_set1_epi32((int)((i + item) % 12));
+#define BENCH_STEP_INT_256(i) x##i = _mm256_dpbusd_avx_epi32(x##i, va, vb);
+BENCH_PEAK_LOOP(bench_peak_int8_256_task, __attribute__((target("avx2,avxvnni"))), BENCH_CHAINS_12, __m256i, int32_t,
+                __m256i, _mm256_set1_epi8(3), _mm256_set1_epi8(5), BENCH_START_INT_256, BENCH_STEP_INT_256)
+
+/* Bits of leaf 7: whether the processor knows the instructions. Whether the system saves the registers is asked
+ * apart, with __builtin_cpu_supports, which does not know these extensions in every compiler. */
+static inline unsigned bench_cpu_leaf7(unsigned subleaf, int want_ecx) {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (!__get_cpuid_count(7, subleaf, &eax, &ebx, &ecx, &edx)) return 0;
+    return want_ecx ? ecx : eax;
+}
+#endif
 #endif
 
-/* Floating-point operations per second of the best of `passes` passes with the context's threads. */
-static inline double bench_peak_run(const dsv3_context *context, dsv3_task task, size_t lanes, size_t passes) {
+/* Operations per second, a multiply-add being two, of the best of `passes` passes with the context's threads. chains:
+ * of the loop; macs: of one step; sum: of the chains at the end, to 2. */
+static inline double bench_peak_run(const dsv3_context *context, dsv3_task task, size_t chains, size_t macs,
+                                    double sum, size_t passes) {
     size_t items = 2 * context->threads; /* a thread that starts late leaves one to the others */
-    double flops = 2.0 * BENCH_PEAK_CHAINS * BENCH_PEAK_ROUNDS * (double)lanes * (double)items, best = 0.0;
+    double flops = 2.0 * BENCH_PEAK_ROUNDS * (double)(chains * macs * items), best = 0.0;
     bench_peak p;
     p.a = 0.999f;
     p.b = 0.001f; /* the chains stay near 1 */
     for (size_t i = 0; i < BENCH_PEAK_CHAINS; i++) p.start[i] = 1.0f + 0.01f * (float)i;
-    p.sums = (float *)bench_alloc(items * sizeof *p.sums);
+    p.sums = (double *)bench_alloc(items * sizeof *p.sums);
     for (size_t i = 0; i < passes; i++) {
         double begin = bench_now(), seconds;
         bench_parallel(context, items, task, &p);
         seconds = bench_now() - begin;
         for (size_t j = 0; j < items; j++) {
-            if (!(p.sums[j] > 11.0f && p.sums[j] < 14.0f)) bench_die("multiply-adds", "the sum is wrong");
+            if (!(p.sums[j] > sum - 2.0 && p.sums[j] < sum + 2.0)) bench_die("multiply-adds", "the sum is wrong");
         }
         if (seconds > 0.0 && flops / seconds > best) best = flops / seconds;
     }
@@ -638,7 +832,7 @@ static inline double bench_peak_run(const dsv3_context *context, dsv3_task task,
 }
 
 static inline double bench_peak_compiled(const dsv3_context *context, size_t passes) {
-    return bench_peak_run(context, bench_peak_task, BENCH_PEAK_LANES, passes);
+    return bench_peak_run(context, bench_peak_task, 12, BENCH_PEAK_LANES, 12.0, passes);
 }
 
 /* *name becomes that of the instructions; 0 and "" where they are not known. */
@@ -648,16 +842,97 @@ static inline double bench_peak_fma(const dsv3_context *context, size_t passes, 
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f")) {
         *name = "AVX-512";
-        return bench_peak_run(context, bench_peak_512_task, 16, passes);
+        return bench_peak_run(context, bench_peak_512_task, 16, 16, 16.0, passes);
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
         *name = "AVX2";
-        return bench_peak_run(context, bench_peak_256_task, 8, passes);
+        return bench_peak_run(context, bench_peak_256_task, 12, 8, 12.0, passes);
     }
 #endif
     (void)context;
     (void)passes;
     return 0.0;
+}
+
+/* Likewise, of dot products of pairs of BF16. */
+static inline double bench_peak_bf16(const dsv3_context *context, size_t passes, const char **name) {
+    *name = "";
+#ifdef BENCH_PEAK_DOTS
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512bw") && (bench_cpu_leaf7(1, 0) >> 5 & 1) != 0) {
+        *name = "AVX-512 BF16";
+        return bench_peak_run(context, bench_peak_bf16_task, 16, 32, 17.2 + 16.0 * BENCH_PEAK_ROUNDS / 524288.0,
+                              passes);
+    }
+#endif
+    (void)context;
+    (void)passes;
+    return 0.0;
+}
+
+/* Likewise, of fours of bytes. */
+static inline double bench_peak_int8(const dsv3_context *context, size_t passes, const char **name) {
+    *name = "";
+#ifdef BENCH_PEAK_DOTS
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && (bench_cpu_leaf7(0, 1) >> 11 & 1) != 0) {
+        *name = "AVX-512 VNNI";
+        return bench_peak_run(context, bench_peak_int8_512_task, 16, 64, 120.0 + 16.0 * 60.0 * BENCH_PEAK_ROUNDS,
+                              passes);
+    }
+    if (__builtin_cpu_supports("avx2") && (bench_cpu_leaf7(1, 0) >> 4 & 1) != 0) {
+        *name = "AVX-VNNI";
+        return bench_peak_run(context, bench_peak_int8_256_task, 12, 32, 66.0 + 12.0 * 60.0 * BENCH_PEAK_ROUNDS,
+                              passes);
+    }
+#endif
+    (void)context;
+    (void)passes;
+    return 0.0;
+}
+
+/* ---- Limits of the machine, with the threads of a context: the best of all passes so far */
+
+typedef enum bench_kind { BENCH_FMA = 0, BENCH_BF16 = 1, BENCH_INT8 = 2 } bench_kind;
+#define BENCH_KINDS 3
+
+static const char *const bench_kind_names[BENCH_KINDS] = {"fma", "bf16", "int8"};
+
+typedef struct bench_limits {
+    double read;                   /* bytes/s */
+    double peak[BENCH_KINDS];      /* operations/s; 0: the machine lacks the instructions, or nobody knows */
+    const char *name[BENCH_KINDS]; /* of the instructions */
+} bench_limits;
+
+/* passes of each; to be called between repeats of what is compared with them. */
+static inline void bench_limits_pass(bench_limits *l, bench_reader *reader, const dsv3_context *context,
+                                     size_t passes) {
+    double now[BENCH_KINDS], read = bench_read_bandwidth(reader, context, passes);
+    now[BENCH_FMA] = bench_peak_fma(context, passes, &l->name[BENCH_FMA]);
+    now[BENCH_BF16] = bench_peak_bf16(context, passes, &l->name[BENCH_BF16]);
+    now[BENCH_INT8] = bench_peak_int8(context, passes, &l->name[BENCH_INT8]);
+    if (read > l->read) l->read = read;
+    for (int k = 0; k < BENCH_KINDS; k++) {
+        if (now[k] > l->peak[k]) l->peak[k] = now[k];
+    }
+}
+
+/* The instructions a product of this type of weights may use in this mode: those for float32 where activations stay
+ * float32, and where the machine has no better ones. */
+static inline bench_kind bench_limits_kind(const bench_limits *l, dsv3_type type, dsv3_compute compute) {
+    bench_kind kind = type == DSV3_BF16 || type == DSV3_F8_E4M3 ? BENCH_BF16
+                      : dsv3_type_block(type) > 1               ? BENCH_INT8
+                                                                : BENCH_FMA;
+    return compute == DSV3_FAST && l->peak[kind] > 0.0 ? kind : BENCH_FMA;
+}
+
+static inline void bench_print_limits(const bench_limits *l) {
+    static const char *const what[BENCH_KINDS] = {"float32 FMA", "BF16 dot", "int8 dot"};
+    printf("limits   read %.1f GB/s", 1e-9 * l->read);
+    for (int k = 0; k < BENCH_KINDS; k++) {
+        if (l->peak[k] > 0.0) printf(", %s %.0f G/s (%s)", what[k], 1e-9 * l->peak[k], l->name[k]);
+    }
+    printf("\n");
 }
 
 #endif /* BENCH_H */

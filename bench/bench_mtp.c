@@ -25,7 +25,7 @@ static const char help[] =
     "  --prompts N       prompts of 128 tokens, 1 .. 1024; default 4, or as many as --sequences\n"
     "  --temp T          0 (default) .. 100\n"
     "  --shape NAME      instead of --model, random weights: bench-1b, austen, micro. Times steps of several rows\n"
-    "  --type T          weights of the shape: F32, F16, BF16 (default), F8_E4M3\n"
+    "  --type T          weights of the shape: F32, F16, BF16 (default), F8_E4M3, Q8_0, Q4_0\n"
     "  --drafts K        most drafts in a step, 1 .. 15; default 4. All numbers of drafts from 0 on are run\n"
     "  --tokens N        tokens written behind each prompt, 1 .. 16384, default 300; with --shape: steps, default 8\n"
     "  --sequences S     texts written together, 1 .. 64; default 1\n"
