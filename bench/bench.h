@@ -315,6 +315,15 @@ static inline size_t bench_backends(dsv3_backend *list, const char *name) {
     return n;
 }
 
+/* The value of --backend: one that is compiled in and runs here. */
+static inline dsv3_backend bench_backend(const char *option, const char *value) {
+    dsv3_backend list[BENCH_BACKENDS];
+    if (bench_backends(list, value) == 0) {
+        bench_usage(option, value, "one that is compiled in and runs here, as \"reference\"");
+    }
+    return list[0];
+}
+
 /* ---- Parallel loops: those of the library, so that the benchmark runs on the very threads it measures */
 
 static inline void bench_parallel(const dsv3_context *context, size_t n, dsv3_task task, void *arg) {
@@ -460,6 +469,8 @@ typedef struct bench_synthetic {
     size_t weight_bytes; /* exact sum over all tensors, FP8 scales included */
     size_t active_bytes; /* of these, read for one decoded token: K of E experts, one row of the embedding */
     size_t active_macs;  /* multiply-adds with weight matrices for one prefilled token: no head, no attention */
+    void *packed;        /* what dsv3_pack has written, or NULL */
+    size_t packed_bytes;
 } bench_synthetic;
 
 /* As in the published checkpoints: router biases are F32; beside FP8 matrices everything else is BF16. Q8_0 and Q4_0
@@ -663,6 +674,29 @@ static inline dsv3_result bench_find(void *user, const char *name, dsv3_tensor *
     return DSV3_ERR_MISSING;
 }
 
+/* Binds the tensors as they were made: also what undoes dsv3_pack. */
+static inline void bench_synthetic_bind(bench_synthetic *s, const dsv3_config *config) {
+    dsv3_error error;
+    free(s->packed);
+    s->packed = NULL;
+    s->packed_bytes = 0;
+    bench_check_error(dsv3_model_bind(&s->model, config, s->tables, s->table_bytes, bench_find, s, &error),
+                      "dsv3_model_bind", &error);
+}
+
+/* Packs the model for the context's backend. Without effect for a backend that reads weights as they are. */
+static inline void bench_synthetic_pack(bench_synthetic *s, const dsv3_context *context) {
+#ifdef DSV3_HAS_PACK
+    bench_check(dsv3_pack_size(context, &s->model, &s->packed_bytes), "dsv3_pack_size");
+    if (s->packed_bytes == 0) return;
+    s->packed = bench_alloc(s->packed_bytes);
+    bench_check(dsv3_pack(context, &s->model, s->packed, s->packed_bytes), "dsv3_pack");
+#else
+    (void)s;
+    (void)context;
+#endif
+}
+
 /* Makes and binds a model. Does not come back when something fails. Shows progress on a terminal. */
 static inline void bench_synthetic_init(bench_synthetic *s, const dsv3_config *config, dsv3_type type,
                                         const dsv3_context *context) {
@@ -688,14 +722,55 @@ static inline void bench_synthetic_init(bench_synthetic *s, const dsv3_config *c
     if (show) fprintf(stderr, "\r                      \r");
     bench_check(dsv3_model_size(config, &s->table_bytes), "dsv3_model_size");
     s->tables = bench_alloc(s->table_bytes);
-    bench_check_error(dsv3_model_bind(&s->model, config, s->tables, s->table_bytes, bench_find, s, &error),
-                      "dsv3_model_bind", &error);
+    bench_synthetic_bind(s, config);
 }
 
 static inline void bench_synthetic_free(bench_synthetic *s) {
     free(s->tensors);
     free(s->arena);
     free(s->tables);
+    free(s->packed);
+}
+
+/* ---- What a model computes and reads */
+
+/* Operations, a multiply-add being two, that the attention of one layer needs for a query and a key it sees: with
+ * keys and values rebuilt, dn + dr and dv of them for each head; absorbed, rk + dr and rk. */
+static inline double bench_pair_flops(const dsv3_config *c, int absorbed) {
+    int32_t width = c->qk_rope_head_dim + (absorbed ? 2 * c->kv_lora_rank : c->qk_nope_head_dim + c->v_head_dim);
+    return 2.0 * (double)c->num_attention_heads * (double)width;
+}
+
+/* Of a prompt of `rows` tokens: weights for all, the head for one, and P (P + 1) / 2 pairs in each layer. */
+static inline double bench_prefill_flops(const bench_synthetic *s, size_t rows) {
+    const dsv3_config *c = &s->model.config;
+    double P = (double)rows;
+    return 2.0 * P * (double)s->active_macs + 2.0 * (double)c->vocab_size * (double)c->hidden_size +
+           (double)c->num_hidden_layers * 0.5 * P * (P + 1.0) * bench_pair_flops(c, 0);
+}
+
+/* Bytes of the main layers' cache, `length` positions. */
+static inline double bench_cache_bytes(const dsv3_config *c, dsv3_type type, double length) {
+    return (double)c->num_hidden_layers * (double)(c->kv_lora_rank + c->qk_rope_head_dim) * length *
+           (double)dsv3_type_bytes(type);
+}
+
+/* Fills the first `length` positions with random latents, so that decoding can be timed there without reading a
+ * prompt. They have the magnitude of normalised ones. */
+static inline void bench_cache_fill(dsv3_cache *cache, size_t length) {
+    dsv3_rng rng = {7};
+    for (size_t layer = 0; layer < cache->layers; layer++) {
+        size_t begin = layer * cache->capacity * cache->width, n = length * cache->width;
+        for (size_t i = begin; i < begin + n; i++) {
+            float x = 3.4f * (dsv3_random_uniform(&rng) - 0.5f); /* rms about 1 */
+            if (cache->type == DSV3_F32) {
+                ((float *)cache->data)[i] = x;
+            } else {
+                ((uint16_t *)cache->data)[i] = dsv3_bf16_from_f32(x);
+            }
+        }
+    }
+    cache->length = length;
 }
 
 /* ---- Multiply-adds per second: independent chains x = x + a b that never leave their registers
