@@ -34,7 +34,7 @@ build/%: examples/%.c $(HEADERS) build/flags
 	@mkdir -p build
 	$(BUILD) $< -o $@ $(LDFLAGS) -lm $(LDLIBS)
 
-build/%: bench/%.c bench/bench.h $(HEADERS) build/flags
+build/%: bench/%.c $(wildcard bench/*.h) $(HEADERS) build/flags
 	@mkdir -p build
 	$(BUILD) -D_POSIX_C_SOURCE=200809L $< -o $@ $(LDFLAGS) -lm $(LDLIBS)
 
@@ -51,11 +51,15 @@ test: build/dsv3 build/parity $(LESSONS) $(TESTS) $(BENCHES)
 check: test
 	@CC='$(CC)' sh tests/run.sh tests/check_*.sh
 
-bench: build/bench_model build/bench_mtp build/bench_train
-	@for t in F32 BF16 F8_E4M3; do for n in 1 2; do build/bench_model --shape bench-1b --type $$t --threads $$n \
-	 --prefill 128 --decode 24 --repeat 2 && echo || exit 1; done; done
+# Under ten minutes on two cores. bench_layer wants 13 GB of memory, and makes do with less.
+bench: $(BENCHES)
+	@build/bench_kernels --backend auto --threads 2 --rows 1,4,512 --ms 2 && echo
+	@build/bench_model --shape bench-1b --sweep --repeat 1 --svg build/roofline.svg && echo
+	@build/bench_model --shape bench-1b --pack 1 --threads 2 --decode 16 --repeat 2 --depths 0,2048,8192,32768 && echo
+	@build/bench_layer --threads 2 --tokens 8 --repeat 2 || build/bench_layer --experts 64 --threads 2 --tokens 8; echo
+	@for n in 1 2; do build/bench_scenarios --threads $$n --repeat 2 && echo || exit 1; done
 	@build/bench_mtp --threads 1 --prompts 2 --tokens 150 && echo
-	@build/bench_mtp --shape bench-1b --threads 1 --tokens 4 && echo
+	@build/bench_mtp --shape bench-1b --backend auto --threads 1 --tokens 4 && echo
 	@for p in micro austen; do build/bench_train --preset $$p --batch 4 --repeat 3 && echo || exit 1; done
 
 # Debian and its relatives; what `make check` uses beyond a compiler.

@@ -303,10 +303,13 @@ static inline void bench_context(dsv3_context *context, dsv3_backend backend, si
 
 #define BENCH_BACKENDS DSV3_BACKENDS
 
-/* The backends compiled in that this machine can run, or only the one called `name` if that is not NULL: list
- * [BENCH_BACKENDS]. Returns how many. */
+/* The backends compiled in that this machine can run, or only the one called `name` if that is not NULL ("auto": the
+ * best one): list [BENCH_BACKENDS]. Returns how many. */
 static inline size_t bench_backends(dsv3_backend *list, const char *name) {
+    dsv3_context best;
     size_t n = 0;
+    bench_check(dsv3_context_init(&best, DSV3_BACKEND_AUTO, 1), "dsv3_context_init");
+    if (name != NULL && strcmp(name, dsv3_backend_name(DSV3_BACKEND_AUTO)) == 0) name = best.backend;
     for (int b = DSV3_BACKEND_AUTO + 1; b < BENCH_BACKENDS; b++) {
         dsv3_context context;
         if (dsv3_context_init(&context, (dsv3_backend)b, 1) != DSV3_OK) continue;

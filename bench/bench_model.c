@@ -296,7 +296,7 @@ static void print_size(const char *what, double bytes) {
 
 static void print_speed(const char *what, size_t tokens, size_t count, const bench_stat *s) {
     char name[64];
-    snprintf(name, sizeof name, what, tokens);
+    snprintf(name, sizeof name, "%s %zu", what, tokens);
     if (count > 0) printf("  %-22s %15.2f %11.2f %11.2f\n", name, s->median, s->min, s->max);
 }
 
@@ -314,9 +314,9 @@ static void print_table(const bench_run *r, const bench_case *k) {
     bench_print_machine(&r->context);
     bench_print_limits(&k->limits);
     printf("\n  %-22s %15s %11s %11s\n", "tokens/s", "median", "min", "max");
-    print_speed("prefill %zu", o->prefill, o->prefill, &k->prefill);
-    print_speed("decode %zu", o->decode, o->decode, &k->decode);
-    print_speed("decode at %zu", o->depth, k->deep, &k->at_depth);
+    print_speed("prefill", o->prefill, o->prefill, &k->prefill);
+    print_speed("decode", o->decode, o->decode, &k->decode);
+    print_speed("decode at", o->depth, k->deep, &k->at_depth);
     printf("\n  shares of the limits\n");
     if (o->decode > 0) {
         printf("  %-22s %15.2f of %.2f GB/s\n", "decode reads", 1e-9 * k->decode.median * (double)k->active_bytes,
