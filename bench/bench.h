@@ -689,15 +689,10 @@ static inline void bench_synthetic_bind(bench_synthetic *s, const dsv3_config *c
 
 /* Packs the model for the context's backend. Without effect for a backend that reads weights as they are. */
 static inline void bench_synthetic_pack(bench_synthetic *s, const dsv3_context *context) {
-#ifdef DSV3_HAS_PACK
     bench_check(dsv3_pack_size(context, &s->model, &s->packed_bytes), "dsv3_pack_size");
     if (s->packed_bytes == 0) return;
     s->packed = bench_alloc(s->packed_bytes);
     bench_check(dsv3_pack(context, &s->model, s->packed, s->packed_bytes), "dsv3_pack");
-#else
-    (void)s;
-    (void)context;
-#endif
 }
 
 /* Makes and binds a model. Does not come back when something fails. Shows progress on a terminal. */
