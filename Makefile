@@ -53,7 +53,7 @@ check: test
 
 # Under ten minutes on two cores. bench_layer wants 13 GB of memory, and makes do with less.
 bench: $(BENCHES)
-	@build/bench_kernels --backend auto --threads 2 --rows 1,4,512 --ms 2 && echo
+	@build/bench_kernels --backend auto --threads 2 --pack 1 --rows 1,4,512 --ms 2 && echo
 	@build/bench_model --shape bench-1b --sweep --repeat 1 --svg build/roofline.svg && echo
 	@build/bench_model --shape bench-1b --pack 1 --threads 2 --decode 16 --repeat 2 --depths 0,2048,8192,32768 && echo
 	@build/bench_layer --threads 2 --tokens 8 --repeat 2 || build/bench_layer --experts 64 --threads 2 --tokens 8; echo

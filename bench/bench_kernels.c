@@ -21,6 +21,7 @@ static const char help[] =
     "  --what W          kernels, linear, all (default)\n"
     "  --type T          of the weights: F32, F16, BF16, F8_E4M3, Q8_0, Q4_0; default: each\n"
     "  --mode M          activations of products: exact, fast; default: each\n"
+    "  --pack P          1: weights of products in the order of the backend, 0: as they are; default: each\n"
     "  --rows LIST       activation rows of a product, 1 .. 512; default 1,2,4,8,64,512\n"
     "  --threads N       of products, 1 .. 1024; default: what OpenMP offers\n"
     "  --ms N            time of one pass at least, 1 .. 1000; default 4\n"
@@ -34,9 +35,9 @@ static const char help[] =
 typedef struct bench_options {
     dsv3_backend backends[BENCH_BACKENDS];
     size_t n_backends;
-    int named;           /* bool: --backend was given */
-    int kernels, linear; /* bool */
-    int type, mode;      /* -1: each */
+    int named;            /* bool: --backend was given */
+    int kernels, linear;  /* bool */
+    int type, mode, pack; /* -1: each */
     size_t rows[MAX_LIST], n_rows, threads, ms;
     int line;
 } bench_options;
@@ -56,6 +57,7 @@ static void parse_pair(void *options, const char *option, const char *value) {
     }
     if (strcmp(option, "--type") == 0) o->type = (int)bench_type(option, value);
     if (strcmp(option, "--mode") == 0) o->mode = (int)bench_mode(option, value);
+    if (strcmp(option, "--pack") == 0) o->pack = (int)bench_number(option, value, 0, 1);
     if (strcmp(option, "--rows") == 0)
         o->n_rows = bench_numbers(o->rows, MAX_LIST, option, value, 1, (long)MOST_ROWS);
     if (strcmp(option, "--threads") == 0) o->threads = bench_number(option, value, 1, MAX_THREADS);
@@ -63,13 +65,13 @@ static void parse_pair(void *options, const char *option, const char *value) {
 }
 
 static void parse(bench_options *o, int argc, char **argv) {
-    static const char *const pairs[] = {"--backend", "--what",    "--type", "--mode",
-                                        "--rows",    "--threads", "--ms",   NULL};
+    static const char *const pairs[] = {"--pack", "--backend", "--what", "--type", "--mode",
+                                        "--rows", "--threads", "--ms",   NULL};
     static const size_t rows[] = {1, 2, 4, 8, 64, 512};
     memset(o, 0, sizeof *o);
     o->n_backends = bench_backends(o->backends, NULL);
     o->kernels = o->linear = 1;
-    o->type = o->mode = -1;
+    o->type = o->mode = o->pack = -1;
     o->n_rows = sizeof rows / sizeof *rows;
     memcpy(o->rows, rows, sizeof rows);
     o->ms = 4;
@@ -104,7 +106,7 @@ static double seconds_per_call(const bench_options *o, bench_call call, void *ar
 
 static double ratio(double a, double b) { return b > 0.0 ? a / b : 0.0; }
 
-/* ---- Data: weights of one type, in one tall tensor that is cut into as many matrices as are wanted */
+/* ---- Kernels. Their weights: many rows of NEAR numbers of one type */
 
 typedef struct bench_weights {
     bench_tensor tall;
@@ -130,20 +132,6 @@ static void weights_init(bench_weights *w, const dsv3_context *context, dsv3_typ
     t->tensor.data = w->arena;
     t->tensor.scale = t->scale_bytes > 0 ? w->arena + t->scale_at : NULL;
 }
-
-/* Matrix i of `rows` rows; a multiple of 128 for FP8. */
-static dsv3_tensor weights_cut(const bench_weights *w, size_t rows, size_t i) {
-    dsv3_tensor t = w->tall.tensor;
-    size_t first = rows * (i % (t.rows / rows));
-    t.data = w->arena + first * dsv3_row_bytes(t.type, t.cols);
-    if (t.scale != NULL) {
-        t.scale = w->arena + w->tall.scale_at + first / DSV3_BLOCK * bench_blocks(t.cols, DSV3_BLOCK) * sizeof(float);
-    }
-    t.rows = rows;
-    return t;
-}
-
-/* ---- Kernels */
 
 typedef struct bench_kernel {
     const dsv3_kernels *k;
@@ -280,81 +268,132 @@ static void kernels_run(const bench_options *o, const dsv3_context *c, const ben
     free(b.x);
 }
 
-/* ---- Products with weights, through the public op */
+/* ---- Products with weights, through the public op. The matrices are the experts' of a model with one layer, because
+ * models can be packed. */
+
+#define MOST_EXPERTS 256u
 
 typedef struct bench_linear {
     const dsv3_context *context;
-    const bench_weights *w;
-    size_t rows, n;
+    bench_synthetic synthetic;
+    dsv3_tensor matrix[2 * MOST_EXPERTS]; /* [matrices, rows, cols] gate_proj and up_proj of each expert */
+    size_t matrices, n;
     float *x, *y, *scratch;
 } bench_linear;
 
+static dsv3_config linear_config(size_t rows, size_t cols, size_t experts) {
+    dsv3_config c = bench_config_1b();
+    c.vocab_size = 16;
+    c.num_hidden_layers = 1;
+    c.first_k_dense_replace = 0;
+    c.hidden_size = (int32_t)cols;
+    c.moe_intermediate_size = (int32_t)rows;
+    c.n_routed_experts = (int32_t)experts;
+    c.n_shared_experts = 0;
+    c.num_experts_per_tok = 1;
+    c.n_group = c.topk_group = 1;
+    return c;
+}
+
+static void linear_init(bench_linear *b, const dsv3_context *context, dsv3_type type, size_t rows, size_t cols) {
+    size_t experts = FAR_BYTES / (2 * rows * dsv3_row_bytes(type, cols)) + 2;
+    dsv3_config config;
+    dsv3_rng rng = {3};
+    memset(b, 0, sizeof *b);
+    if (experts > MOST_EXPERTS) experts = MOST_EXPERTS;
+    config = linear_config(rows, cols, experts);
+    b->context = context;
+    b->matrices = 2 * experts;
+    bench_synthetic_init(&b->synthetic, &config, type, context);
+    b->x = (float *)bench_alloc(MOST_ROWS * cols * sizeof *b->x);
+    b->y = (float *)bench_alloc(MOST_ROWS * rows * sizeof *b->y);
+    for (size_t i = 0; i < MOST_ROWS * cols; i++) b->x[i] = 2.0f * dsv3_random_uniform(&rng) - 1.0f;
+}
+
+/* The matrices as they lie now, packed or not. */
+static void linear_collect(bench_linear *b) {
+    for (size_t e = 0; e < b->matrices / 2; e++) {
+        b->matrix[2 * e] = b->synthetic.model.layers[0].experts[e].gate_proj;
+        b->matrix[2 * e + 1] = b->synthetic.model.layers[0].experts[e].up_proj;
+    }
+}
+
+static void linear_free(bench_linear *b) {
+    bench_synthetic_free(&b->synthetic);
+    free(b->x);
+    free(b->y);
+}
+
 static void call_linear(void *arg, size_t i) {
     const bench_linear *b = (const bench_linear *)arg;
-    dsv3_tensor w = weights_cut(b->w, b->rows, i);
-    dsv3_linear(b->context, b->y, b->x, &w, b->n, b->scratch);
+    dsv3_linear(b->context, b->y, b->x, &b->matrix[i % b->matrices], b->n, b->scratch);
 }
 
 static void linear_print(const bench_options *o, const bench_linear *b, const bench_limits *l, double seconds) {
     const dsv3_context *c = b->context;
-    const dsv3_tensor *t = &b->w->tall.tensor;
+    const dsv3_tensor *t = &b->matrix[0];
     bench_kind kind = bench_limits_kind(l, t->type, c->compute);
-    double flops = 2.0 * (double)(b->n * b->rows) * (double)t->cols;
-    double bytes = (double)(b->w->tall.bytes + b->w->tall.scale_bytes) * (double)b->rows / (double)t->rows;
-    double reading = ratio(bytes, l->read), computing = ratio(flops, l->peak[kind]);
-    double share = (reading > computing ? reading : computing) / seconds;
+    double flops = 2.0 * (double)(b->n * t->rows) * (double)t->cols;
+    double bytes = (double)(t->rows * dsv3_row_bytes(t->type, t->cols));
+    double reading, computing, share;
+    if (t->type == DSV3_F8_E4M3) {
+        bytes += (double)(bench_blocks(t->rows, DSV3_BLOCK) * bench_blocks(t->cols, DSV3_BLOCK) * sizeof(float));
+    }
+    reading = ratio(bytes, l->read);
+    computing = ratio(flops, l->peak[kind]);
+    share = (reading > computing ? reading : computing) / seconds;
     if (o->line) {
-        printf(
-            "op=linear type=%s mode=%s backend=%s threads=%zu rows=%zu cols=%zu n=%zu us=%.2f gflops=%.2f gbs=%.2f "
-            "share=%.4f limit=%s\n",
-            dsv3_type_name(t->type), bench_mode_names[c->compute], c->backend, c->threads, b->rows, t->cols, b->n,
-            1e6 * seconds, 1e-9 * flops / seconds, 1e-9 * bytes / seconds, share,
-            reading > computing ? "read" : bench_kind_names[kind]);
+        printf("op=linear type=%s mode=%s backend=%s threads=%zu packed=%d rows=%zu cols=%zu n=%zu us=%.2f "
+               "gflops=%.2f gbs=%.2f "
+               "share=%.4f limit=%s\n",
+               dsv3_type_name(t->type), bench_mode_names[c->compute], c->backend, c->threads, t->packed != 0, t->rows,
+               t->cols, b->n, 1e6 * seconds, 1e-9 * flops / seconds, 1e-9 * bytes / seconds, share,
+               reading > computing ? "read" : bench_kind_names[kind]);
     } else {
-        printf("  %-8s %-5s %-12s %5zu x %-5zu %4zu %11.1f %9.2f %8.2f %6.3f %s\n", dsv3_type_name(t->type),
-               bench_mode_names[c->compute], c->backend, b->rows, t->cols, b->n, 1e6 * seconds,
-               1e-9 * flops / seconds, 1e-9 * bytes / seconds, share,
+        printf("  %-8s %-5s %-12s %-6s %5zu x %-5zu %4zu %11.1f %9.2f %8.2f %6.3f %s\n", dsv3_type_name(t->type),
+               bench_mode_names[c->compute], c->backend, t->packed ? "yes" : "no", t->rows, t->cols, b->n,
+               1e6 * seconds, 1e-9 * flops / seconds, 1e-9 * bytes / seconds, share,
                reading > computing ? "read" : bench_kind_names[kind]);
     }
     fflush(stdout);
 }
 
+/* One packing, all modes and numbers of rows. */
+static void linear_modes(const bench_options *o, bench_linear *b, dsv3_context *c, const bench_limits *l) {
+    int reference = strcmp(c->backend, dsv3_backend_name(DSV3_BACKEND_REFERENCE)) == 0;
+    dsv3_type type = b->matrix[0].type;
+    for (int mode = DSV3_EXACT; mode <= DSV3_FAST; mode++) {
+        if (o->mode >= 0 ? mode != o->mode : mode == DSV3_FAST && (type == DSV3_F32 || type == DSV3_F16)) continue;
+        c->compute = (dsv3_compute)mode;
+        for (size_t i = 0; i < o->n_rows; i++) {
+            b->n = o->rows[i];
+            if (reference && !o->named && b->n > 8) continue;
+            b->scratch = (float *)bench_alloc(dsv3_linear_scratch(c, b->n, b->matrix[0].cols) * sizeof *b->scratch);
+            linear_print(o, b, l, seconds_per_call(o, call_linear, b));
+            free(b->scratch);
+        }
+    }
+}
+
 static void linear_run(const bench_options *o, dsv3_context *c, const bench_limits *l) {
     static const size_t sizes[][2] = {{512, 1024}, {1024, 512}, {1024, 1024}, {4096, 1024}, {2048, 7168}};
-    int reference = strcmp(c->backend, dsv3_backend_name(DSV3_BACKEND_REFERENCE)) == 0;
+    static bench_linear b;
     if (!o->line) {
-        printf("\n  %-8s %-5s %-12s %13s %4s %11s %9s %8s %6s of\n", "type", "mode", "backend", "rows x cols", "n",
-               "us", "GFLOP/s", "GB/s", "share");
+        printf("\n  %-8s %-5s %-12s %-6s %13s %4s %11s %9s %8s %6s of\n", "type", "mode", "backend", "packed",
+               "rows x cols", "n", "us", "GFLOP/s", "GB/s", "share");
     }
     for (int t = 0; t < DSV3_TYPES; t++) {
         if (o->type >= 0 && t != o->type) continue;
         for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++) {
-            size_t rows = sizes[s][0], cols = sizes[s][1];
-            size_t copies = FAR_BYTES / (rows * dsv3_row_bytes((dsv3_type)t, cols)) + 1;
-            bench_weights w;
-            bench_linear b;
-            dsv3_rng rng = {3};
-            weights_init(&w, c, (dsv3_type)t, rows * copies, cols);
-            b.context = c;
-            b.w = &w;
-            b.rows = rows;
-            b.x = (float *)bench_alloc(MOST_ROWS * cols * sizeof *b.x);
-            b.y = (float *)bench_alloc(MOST_ROWS * rows * sizeof *b.y);
-            for (size_t i = 0; i < MOST_ROWS * cols; i++) b.x[i] = 2.0f * dsv3_random_uniform(&rng) - 1.0f;
-            for (int mode = DSV3_EXACT; mode <= DSV3_FAST; mode++) {
-                if (o->mode >= 0 ? mode != o->mode : mode == DSV3_FAST && t <= DSV3_F16) continue;
-                c->compute = (dsv3_compute)mode;
-                for (size_t i = 0; i < o->n_rows; i++) {
-                    b.n = o->rows[i];
-                    if (reference && !o->named && b.n > 8) continue;
-                    b.scratch = (float *)bench_alloc(dsv3_linear_scratch(c, b.n, cols) * sizeof *b.scratch);
-                    linear_print(o, &b, l, seconds_per_call(o, call_linear, &b));
-                    free(b.scratch);
-                }
+            linear_init(&b, c, (dsv3_type)t, sizes[s][0], sizes[s][1]);
+            linear_collect(&b);
+            if (o->pack != 1) linear_modes(o, &b, c, l);
+            if (o->pack != 0) {
+                bench_synthetic_pack(&b.synthetic, c);
+                linear_collect(&b);
+                if (b.synthetic.packed != NULL || o->pack == 1) linear_modes(o, &b, c, l);
             }
-            free(b.x);
-            free(b.y);
-            free(w.arena);
+            linear_free(&b);
         }
     }
 }
