@@ -381,6 +381,7 @@ typedef struct dsv3_panel {
     const float *scale; /* [k / block, columns, 16] multipliers; NULL: none */
     size_t block;       /* terms that share a multiplier; k if there are none */
     int32_t zero;       /* bytes: the code of 0, 128 or 8 */
+    size_t ahead;       /* bytes from values to what will be read next, to be fetched early; 0: nothing */
 } dsv3_panel;
 
 typedef enum dsv3_product {
@@ -402,7 +403,8 @@ typedef enum dsv3_product {
  * pack, widen, float_panel, product: SIMD backends only, else NULL. pack: rows <= 64 of w, row_bytes apart, become a
  *       panel of codes, with scale as in dsv3_panel for Q8_0 and Q4_0. widen: from codes to values (FP8: BF16, F16:
  *       float, Q4_0: bytes; NULL: codes are values); float_panel: from values, BF16 [0] or bytes [1], to floats.
- *       product: y[t ldy + r] (+)= x_t . w_r for n rows x_t, ldx bytes apart, and `rows` rows of a panel of k terms. */
+ *       product: y[t ldy + r] (+)= x_t . w_r for n rows x_t, ldx bytes apart, and `rows` rows of a panel of k terms.
+ * few:  the fast products for n <= 4 rounded rows and whole packed panels, one behind the other; NULL: by product. */
 typedef struct dsv3_kernels {
     void (*decode[DSV3_TYPES])(float *y, const void *w, size_t n);   /* y[i] = element i of w */
     float (*dot)(const float *x, const float *y, size_t n);          /* sum x[i] y[i] */
@@ -419,6 +421,8 @@ typedef struct dsv3_kernels {
     void (*float_panel[2])(float *values, const void *panel, size_t columns, size_t k, int32_t zero);
     void (*product[DSV3_PRODUCTS])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
                                    size_t rows, size_t k, int add);
+    void (*few[DSV3_TYPES])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t panels,
+                            size_t k);
 } dsv3_kernels;
 
 typedef enum dsv3_backend {
@@ -2159,6 +2163,7 @@ static dsv3_product dsv3i_piece_make(const dsv3_context *ctx, dsv3_panel *out, c
     out->zero = w->type == DSV3_Q4_0 ? 8 : 128;
     out->columns = dsv3i_blocks(a->rows, DSV3I_LANES);
     out->values = w->packed ? (const void *)dsv3i_piece_at(w, a->r, a->k0) : stage;
+    out->ahead = w->packed ? dsv3i_piece_bytes(w->type, out->columns, a->k) : 0;
     dsv3i_piece_scales(ctx, out, a, scale);
     if (!w->packed) {
         kernels->pack[w->type](stage, scale, dsv3i_row_at(w, a->r) + dsv3_row_bytes(w->type, a->k0),
@@ -2167,6 +2172,7 @@ static dsv3_product dsv3i_piece_make(const dsv3_context *ctx, dsv3_panel *out, c
     if (kernels->widen[w->type] != NULL) {
         kernels->widen[w->type](other, out->values, out->columns, a->k);
         out->values = other;
+        out->ahead = 0;
         other = stage;
     }
     if (form == DSV3I_FLOATS) return DSV3_PRODUCT_F32;
@@ -2174,6 +2180,7 @@ static dsv3_product dsv3i_piece_make(const dsv3_context *ctx, dsv3_panel *out, c
     if (few) return form == DSV3I_BF16S ? DSV3_PRODUCT_BF16 : DSV3_PRODUCT_BYTES;
     kernels->float_panel[form == DSV3I_BYTES](other, out->values, out->columns, a->k, out->zero);
     out->values = other;
+    out->ahead = 0;
     return DSV3_PRODUCT_F32;
 }
 
@@ -2182,7 +2189,7 @@ static dsv3_product dsv3i_piece_make(const dsv3_context *ctx, dsv3_panel *out, c
 
 #define DSV3I_DECODE 16u /* rows that are decoded together where there are no panels */
 
-#define DSV3I_MANY 60u   /* rows of x that meet a piece of a panel together: all of it stays in the first cache */
+#define DSV3I_MANY 96u   /* rows of x that meet a piece of a panel together, at most: both stay in near caches */
 
 /* Rows of weights decoded together when there are n rows of x. */
 static size_t dsv3i_panel(size_t n) { return n < 8 ? 4 : DSV3I_DECODE; }
@@ -2247,6 +2254,12 @@ static size_t dsv3i_input_skip(const dsv3i_input *in, dsv3_type type, size_t k) 
 static void dsv3i_linear_panels(const dsv3_context *ctx, float *y, size_t ldy, const dsv3i_input *in, size_t n,
                                 const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
     dsv3i_piece piece;
+    if (in->fast && w->packed && n <= DSV3I_FEW && ctx->kernels.few[w->type] != NULL) {
+        size_t panels = (r1 - r0) / DSV3I_PANEL;
+        ctx->kernels.few[w->type](y, ldy, in->x, in->stride, n, dsv3i_piece_at(w, r0, 0), panels, w->cols);
+        y += panels * DSV3I_PANEL;
+        r0 += panels * DSV3I_PANEL;
+    }
     piece.w = w;
     for (piece.r = r0; piece.r < r1; piece.r += piece.rows) {
         piece.rows = dsv3i_min(DSV3I_PANEL - piece.r % DSV3I_PANEL, r1 - piece.r);
@@ -2280,10 +2293,11 @@ static void dsv3i_linear_tiles(const dsv3_context *ctx, float *y, size_t ldy, co
 static void dsv3i_linear_rows(const dsv3_context *ctx, float *y, size_t ldy, const dsv3i_input *in, size_t n,
                               const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
     if (ctx->kernels.pack[w->type] != NULL) {
-        for (size_t t = 0; t < n; t += DSV3I_MANY) {
+        size_t parts = dsv3i_blocks(n, DSV3I_MANY), many = parts > 1 ? dsv3i_blocks(dsv3i_blocks(n, parts), 6) * 6 : n;
+        for (size_t t = 0; t < n; t += many) {
             dsv3i_input some = *in;
             some.x = (const unsigned char *)in->x + t * in->stride;
-            dsv3i_linear_panels(ctx, y + t * ldy, ldy, &some, dsv3i_min(DSV3I_MANY, n - t), w, r0, r1, scratch);
+            dsv3i_linear_panels(ctx, y + t * ldy, ldy, &some, dsv3i_min(many, n - t), w, r0, r1, scratch);
         }
     } else {
         dsv3i_linear_tiles(ctx, y, ldy, in, n, w, r0, r1, scratch);
@@ -2316,6 +2330,7 @@ typedef struct dsv3i_linear_arg {
     size_t n_jobs;
     float *scratch;       /* [workers, worker_floats] */
     size_t worker_floats; /* >= dsv3i_panel_floats(n, cols) of every job */
+    size_t item;          /* rows of weights */
 } dsv3i_linear_arg;
 
 /* Items of one job that lie next to each other are done in one go. */
@@ -2328,8 +2343,8 @@ static void dsv3i_linear_task(void *arg, size_t begin, size_t end, size_t worker
         while (j + 1 < a->n_jobs && a->jobs[j + 1].first <= i) j++;
         job = &a->jobs[j];
         next = j + 1 < a->n_jobs ? dsv3i_min(end, a->jobs[j + 1].first) : end;
-        r0 = (i - job->first) * DSV3I_PANEL;
-        r1 = dsv3i_min((next - job->first) * DSV3I_PANEL, job->w->rows);
+        r0 = (i - job->first) * a->item;
+        r1 = dsv3i_min((next - job->first) * a->item, job->w->rows);
         dsv3i_linear_rows(a->ctx, job->y + r0, job->w->rows, &job->in, job->n, job->w, r0, r1,
                           a->scratch + worker * a->worker_floats);
     }
@@ -2380,6 +2395,18 @@ static void dsv3i_round_jobs(dsv3i_linear_arg *arg, dsv3i_job *jobs, float *roun
     dsv3i_parallel(arg->ctx, rows, work, dsv3i_round_task, arg);
 }
 
+/* Rows of weights in an item: up to four panels, which are read side by side when there is one row of x, but enough
+ * items for all threads. */
+static size_t dsv3i_linear_item(const dsv3_context *ctx, const dsv3i_job *jobs, size_t n_jobs) {
+    size_t panels = 0, together = 4;
+    for (size_t j = 0; j < n_jobs; j++) {
+        panels += dsv3i_blocks(jobs[j].w->rows, DSV3I_PANEL);
+        if (jobs[j].n > 1) together = 1;
+    }
+    together = dsv3i_min(together, panels / (3 * ctx->threads));
+    return dsv3i_max(together, 1) * DSV3I_PANEL;
+}
+
 /* All jobs in one loop. scratch [threads, worker_floats]; rounded (used with DSV3_FAST only): room for
  * dsv3i_rounded_floats of all rows that differ. */
 static void dsv3i_linear_jobs(const dsv3_context *ctx, dsv3i_job *jobs, size_t n_jobs, float *scratch,
@@ -2391,12 +2418,13 @@ static void dsv3i_linear_jobs(const dsv3_context *ctx, dsv3i_job *jobs, size_t n
     arg.n_jobs = n_jobs;
     arg.scratch = scratch;
     arg.worker_floats = worker_floats;
+    arg.item = dsv3i_linear_item(ctx, jobs, n_jobs);
     if (ctx->compute == DSV3_FAST) dsv3i_round_jobs(&arg, jobs, rounded);
     for (size_t j = 0; j < n_jobs; j++) {
         const dsv3_tensor *w = jobs[j].w;
         DSV3_ASSERT(worker_floats >= dsv3i_panel_floats(jobs[j].n, w->cols));
         jobs[j].first = items;
-        items += dsv3i_blocks(w->rows, DSV3I_PANEL);
+        items += dsv3i_blocks(w->rows, arg.item);
         work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(w->rows, w->cols), jobs[j].n));
     }
     dsv3i_parallel(ctx, items, work, dsv3i_linear_task, &arg);
@@ -8353,6 +8381,7 @@ typedef struct dsv3i_avx512_place {
     float *y;
     size_t ldy, n; /* of the M rows, n are real: the others repeat the last */
     size_t step;   /* bytes from a step of w to the next */
+    size_t ahead;  /* fetched early: what lies so far ahead */
     __mmask16 mask[4];
 } dsv3i_avx512_place;
 
@@ -8364,6 +8393,7 @@ void dsv3i_avx512_place_set(const int M, const int NP, dsv3i_avx512_place *a, fl
     a->n = dsv3i_min((size_t)M, n);
     a->w = (const unsigned char *)w;
     a->step = step;
+    a->ahead = 0;
     a->scale = NULL;
     DSV3I_UNROLL for (int m = 0; m < M; m++) {
         a->x[m] = (const unsigned char *)x + dsv3i_min((size_t)m, n - 1) * ldx;
@@ -8416,6 +8446,15 @@ void dsv3i_avx512_float_terms(const int M, const int NP, const int edge, __m512 
     }
 }
 
+/* Fetches a step of what comes next: the whole step when rows are few, else a quarter (other rows fetch the rest). */
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_ahead(const int M, const int NP, const dsv3i_avx512_place *a, const unsigned char *w) {
+    const int lines = M > 4 ? 1 : NP;
+    DSV3I_UNROLL for (int p = 0; p < NP; p++) {
+        if (p < lines) _mm_prefetch((const char *)w + a->ahead + 64 * p, _MM_HINT_T0);
+    }
+}
+
 /* Terms i0 .. i1-1 of float rows and panels of codes. */
 DSV3I_INLINE(DSV3I_AVX512)
 void dsv3i_avx512_code_terms(const int bytes, const int M, const int NP, __m512 acc[24], const dsv3i_avx512_place *a,
@@ -8424,6 +8463,7 @@ void dsv3i_avx512_code_terms(const int bytes, const int M, const int NP, __m512 
     const unsigned char *w = a->w + i0 / (size_t)each * a->step;
     for (size_t i = i0; i < i1; i += (size_t)each, w += a->step) {
         const int rest = i1 - i < (size_t)each; /* an odd last term of BF16 */
+        dsv3i_avx512_ahead(M, NP, a, w);
         DSV3I_UNROLL for (int p = 0; p < NP; p++) {
             __m512 f[4];
             dsv3i_avx512_floats(bytes, f, _mm512_loadu_si512(w + 64 * p), zero);
@@ -8448,6 +8488,7 @@ void dsv3i_avx512_exact(const dsv3_product kind, const int M, const int NP, floa
     __m512 acc[24];
     dsv3i_avx512_place_set(M, NP, &a, y + 16 * c0, ldy, x, ldx, n, (const unsigned char *)w->values + 64 * c0,
                            64 * w->columns, rows - 16 * c0);
+    a.ahead = w->ahead;
     if (scaled) a.scale = w->scale + 16 * c0;
     for (size_t i = 0, end; i < k; i = end) {
         end = dsv3i_min(i + w->block, k);
@@ -8552,26 +8593,29 @@ static void dsv3i_avx512_outer(float *y, size_t ldy, size_t m, const float *a, s
 
 #define DSV3I_AVX512_BF16 "avx512vbmi,avx512vnni,avx512bf16," DSV3I_AVX512
 
-/* E4M3 to BF16: both bytes by tables of 128. */
+/* The lower and the upper bytes of the BF16 of the 128 positive codes of E4M3. */
+DSV3I_INLINE(DSV3I_AVX512_BF16) void dsv3i_avx512_bf16_tables(__m512i table[4]) {
+    unsigned char bytes[2][128];
+    for (size_t i = 0; i < 128; i += 16) {
+        const __m512i bits = _mm512_loadu_si512(dsv3i_e4m3 + i);
+        _mm_storeu_si128((__m128i *)(void *)(bytes[0] + i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(bits, 16)));
+        _mm_storeu_si128((__m128i *)(void *)(bytes[1] + i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(bits, 24)));
+    }
+    for (int i = 0; i < 4; i++) table[i] = _mm512_loadu_si512(bytes[i / 2] + 64 * (i % 2));
+}
+
+/* E4M3 to BF16: both bytes by tables. */
 DSV3I_TARGET(DSV3I_AVX512_BF16)
 static void dsv3i_avx512_bf16_widen_f8(void *values, const void *panel, size_t columns, size_t k) {
     const unsigned char *from = (const unsigned char *)panel;
-    unsigned char *to = (unsigned char *)values, table[2][128];
+    unsigned char *to = (unsigned char *)values;
     const __m512i sign = _mm512_set1_epi8((char)-128);
-    __m512i low[2], high[2];
-    for (size_t i = 0; i < 128; i += 16) {
-        const __m512i bits = _mm512_loadu_si512(dsv3i_e4m3 + i);
-        _mm_storeu_si128((__m128i *)(void *)(table[0] + i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(bits, 16)));
-        _mm_storeu_si128((__m128i *)(void *)(table[1] + i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(bits, 24)));
-    }
-    for (int i = 0; i < 2; i++) {
-        low[i] = _mm512_loadu_si512(table[0] + 64 * i);
-        high[i] = _mm512_loadu_si512(table[1] + 64 * i);
-    }
+    __m512i table[4];
+    dsv3i_avx512_bf16_tables(table);
     for (size_t i = 0; i < k; i += 4, to += 64 * columns) {
         for (size_t c = 0; c < columns; c++, from += 64, to += 64) {
-            const __m512i v = _mm512_loadu_si512(from), l = _mm512_permutex2var_epi8(low[0], v, low[1]);
-            const __m512i h = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(high[0], v, high[1]), v, sign, 0xF8);
+            const __m512i v = _mm512_loadu_si512(from), l = _mm512_permutex2var_epi8(table[0], v, table[1]);
+            const __m512i h = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(table[2], v, table[3]), v, sign, 0xF8);
             _mm_prefetch((const char *)from + DSV3I_AHEAD, _MM_HINT_T0);
             _mm512_storeu_si512(to, _mm512_unpacklo_epi8(l, h));
             _mm512_storeu_si512(to + 64 * columns, _mm512_unpackhi_epi8(l, h));
@@ -8622,6 +8666,7 @@ void dsv3i_avx512_bf16_terms(const int M, const int NP, __m512 acc[24], const ds
     for (size_t i = 0; i < k; i += 2, w += a->step) {
         __m512bh b[4];
         DSV3I_UNROLL for (int p = 0; p < NP; p++) b[p] = (__m512bh)_mm512_loadu_si512(w + 64 * p);
+        dsv3i_avx512_ahead(M, NP, a, w);
         DSV3I_UNROLL for (int m = 0; m < M; m++) {
             const __m512bh f = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(const void *)(a->x[m] + 2 * i));
             DSV3I_UNROLL for (int p = 0; p < NP; p++) {
@@ -8643,6 +8688,7 @@ void dsv3i_avx512_bf16_bytes(const int M, const int NP, __m512 acc[24], const ds
     DSV3I_UNROLL for (int j = 0; j < 8; j++, w += a->step) {
         __m512i b[4];
         DSV3I_UNROLL for (int p = 0; p < NP; p++) b[p] = _mm512_loadu_si512(w + 64 * p);
+        dsv3i_avx512_ahead(M, NP, a, w);
         DSV3I_UNROLL for (int m = 0; m < M; m++) {
             const __m512i f = _mm512_set1_epi32(*(const int32_t *)(const void *)(a->x[m] + 4 * j));
             DSV3I_UNROLL for (int p = 0; p < NP; p++) {
@@ -8660,13 +8706,15 @@ void dsv3i_avx512_bf16_bytes(const int M, const int NP, __m512 acc[24], const ds
 
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_fast(const int bytes, const int M, const int NP, float *y, size_t ldy, const void *x,
-                            size_t ldx, size_t n, const dsv3_panel *w, size_t c0, size_t rows, size_t k, int add) {
+                            size_t ldx, size_t t, size_t n, const dsv3_panel *w, size_t c0, size_t rows, size_t k,
+                            int add) {
     const __m128i shift = _mm_cvtsi32_si128(w->zero == 128 ? 4 : 0);
     const int scaled = bytes || w->scale != NULL;
     dsv3i_avx512_place a;
     __m512 acc[24];
     dsv3i_avx512_place_set(M, NP, &a, y + 16 * c0, ldy, x, ldx, n, (const unsigned char *)w->values + 64 * c0,
                            64 * w->columns, rows - 16 * c0);
+    a.ahead = w->ahead + (M > 4 ? 64 * (t / 6 % 4) : 0);
     if (scaled) a.scale = w->scale + 16 * c0;
     for (size_t i = 0, end; i < k; i = end) {
         end = dsv3i_min(i + w->block, k);
@@ -8691,11 +8739,11 @@ void dsv3i_avx512_bf16_columns(const int bytes, const int NP, float *y, size_t l
         float *yt = y + t * ldy;
         m = dsv3i_rows_together(n - t);
         switch (m) {
-        case 1: dsv3i_avx512_bf16_fast(bytes, 1, NP, yt, ldy, xt, ldx, 1, w, c0, rows, k, add); break;
-        case 2: dsv3i_avx512_bf16_fast(bytes, 2, NP, yt, ldy, xt, ldx, 2, w, c0, rows, k, add); break;
-        case 3: dsv3i_avx512_bf16_fast(bytes, 3, NP, yt, ldy, xt, ldx, 3, w, c0, rows, k, add); break;
-        case 4: dsv3i_avx512_bf16_fast(bytes, 4, NP, yt, ldy, xt, ldx, 4, w, c0, rows, k, add); break;
-        default: dsv3i_avx512_bf16_fast(bytes, 6, NP, yt, ldy, xt, ldx, m, w, c0, rows, k, add);
+        case 1: dsv3i_avx512_bf16_fast(bytes, 1, NP, yt, ldy, xt, ldx, t, 1, w, c0, rows, k, add); break;
+        case 2: dsv3i_avx512_bf16_fast(bytes, 2, NP, yt, ldy, xt, ldx, t, 2, w, c0, rows, k, add); break;
+        case 3: dsv3i_avx512_bf16_fast(bytes, 3, NP, yt, ldy, xt, ldx, t, 3, w, c0, rows, k, add); break;
+        case 4: dsv3i_avx512_bf16_fast(bytes, 4, NP, yt, ldy, xt, ldx, t, 4, w, c0, rows, k, add); break;
+        default: dsv3i_avx512_bf16_fast(bytes, 6, NP, yt, ldy, xt, ldx, t, m, w, c0, rows, k, add);
         }
     }
 }
@@ -8721,6 +8769,170 @@ static void dsv3i_avx512_bf16_product_bytes(float *y, size_t ldy, const void *x,
                                             const dsv3_panel *w, size_t rows, size_t k, int add) {
     dsv3i_avx512_bf16_product(1, y, ldy, x, ldx, n, w, rows, k, add);
 }
+
+/* ---- Few rows and packed weights: decoding. Reading is all that counts. Panels of several far places are read side by
+ * side, because several streams are what a processor fetches ahead best, and codes stay in registers. */
+
+/* One step of four bytes for 16 outputs as values for products of codes: FP8 gives two of BF16, Q4_0 two of bytes. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_values(const dsv3_type type, __m512i b[2], const unsigned char *w, const __m512i table[4]) {
+    const __m512i v = _mm512_loadu_si512(w);
+    b[0] = v;
+    if (type != DSV3_BF16) _mm_prefetch((const char *)w + 1024, _MM_HINT_T0);
+    if (type == DSV3_F8_E4M3) {
+        const __m512i l = _mm512_permutex2var_epi8(table[0], v, table[1]);
+        const __m512i h = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(table[2], v, table[3]), v,
+                                                    _mm512_set1_epi8((char)-128), 0xF8);
+        b[0] = _mm512_unpacklo_epi8(l, h);
+        b[1] = _mm512_unpackhi_epi8(l, h);
+    } else if (type == DSV3_Q4_0) {
+        b[0] = _mm512_and_si512(v, _mm512_set1_epi8(15));
+        b[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15));
+    }
+}
+
+/* Terms of a piece of BF16 or FP8: acc[m * 4 NS + column] += .. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_few_terms(const dsv3_type type, const int M, const int NS, __m512 acc[16],
+                                 const unsigned char *const w[4], const unsigned char *const x[4], size_t k,
+                                 const __m512i table[4]) {
+    const size_t each = type == DSV3_F8_E4M3 ? 4 : 2;
+    for (size_t i = 0; i < k; i += each) {
+        DSV3I_UNROLL for (int c = 0; c < 4 * NS; c++) {
+            __m512i b[2];
+            dsv3i_avx512_bf16_values(type, b, w[c / 4] + i / each * 256 + 64 * (c % 4), table);
+            DSV3I_UNROLL for (int m = 0; m < M; m++) {
+                const unsigned char *xm = x[m] + 2 * i;
+                const __m512i f = _mm512_set1_epi32(*(const int32_t *)(const void *)xm);
+                acc[m * 4 * NS + c] = _mm512_dpbf16_ps(acc[m * 4 * NS + c], (__m512bh)f, (__m512bh)b[0]);
+                if (type == DSV3_F8_E4M3) {
+                    const __m512i g = _mm512_set1_epi32(*(const int32_t *)(const void *)(xm + 4));
+                    acc[m * 4 * NS + c] = _mm512_dpbf16_ps(acc[m * 4 * NS + c], (__m512bh)g, (__m512bh)b[1]);
+                }
+            }
+        }
+    }
+}
+
+/* Terms of a block of 32 of Q8_0 or Q4_0. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_few_block(const dsv3_type type, const int M, const int NS, __m512i sum[16],
+                                 const unsigned char *const w[4], const unsigned char *const x[4]) {
+    const int steps = type == DSV3_Q8_0 ? 8 : 4;
+    DSV3I_UNROLL for (int m = 0; m < M; m++) {
+        const int32_t zero = *(const int32_t *)(const void *)(x[m] + DSV3_QBLOCK + 4);
+        DSV3I_UNROLL for (int c = 0; c < 4 * NS; c++) {
+            sum[m * 4 * NS + c] = _mm512_set1_epi32(type == DSV3_Q8_0 ? zero * 16 : zero);
+        }
+    }
+    DSV3I_UNROLL for (int j = 0; j < steps; j++) {
+        DSV3I_UNROLL for (int c = 0; c < 4 * NS; c++) {
+            __m512i b[2];
+            dsv3i_avx512_bf16_values(type, b, w[c / 4] + 256 * j + 64 * (c % 4), NULL);
+            DSV3I_UNROLL for (int m = 0; m < M; m++) {
+                const __m512i f = _mm512_set1_epi32(*(const int32_t *)(const void *)(x[m] + 4 * j));
+                sum[m * 4 * NS + c] = _mm512_dpbusd_epi32(sum[m * 4 * NS + c], b[0], f);
+                if (type == DSV3_Q4_0) {
+                    const __m512i g = _mm512_set1_epi32(*(const int32_t *)(const void *)(x[m] + 16 + 4 * j));
+                    sum[m * 4 * NS + c] = _mm512_dpbusd_epi32(sum[m * 4 * NS + c], b[1], g);
+                }
+            }
+        }
+    }
+}
+
+/* NS panels, `apart` bytes from one to the next, and their outputs, 64 NP apart; M rows. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_few_panels(const dsv3_type type, const int M, const int NS, float *y, size_t ldy, size_t ldp,
+                                  const unsigned char *x, size_t ldx, const unsigned char *w, size_t apart, size_t k,
+                                  const __m512i table[4]) {
+    const int blocks = type == DSV3_Q8_0 || type == DSV3_Q4_0;
+    const unsigned char *ws[4], *xs[4];
+    __m512 acc[16];
+    DSV3I_UNROLL for (int s = 0; s < NS; s++) ws[s] = w + (size_t)s * apart;
+    DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] = x + (size_t)m * ldx;
+    DSV3I_UNROLL for (int c = 0; c < 4 * M * NS; c++) acc[c] = _mm512_setzero_ps();
+    for (size_t i = 0, terms; i < k; i += terms) {
+        size_t codes, piece;
+        terms = dsv3i_min(DSV3I_TERMS, k - i);
+        codes = dsv3i_codes_bytes(type, 4, terms);
+        piece = dsv3i_piece_bytes(type, 4, terms);
+        if (blocks) {
+            for (size_t b = 0; b < terms / DSV3_QBLOCK; b++) {
+                const unsigned char *at[4];
+                __m512i sum[16];
+                DSV3I_UNROLL for (int s = 0; s < NS; s++) at[s] = ws[s] + b * (type == DSV3_Q8_0 ? 2048 : 1024);
+                dsv3i_avx512_bf16_few_block(type, M, NS, sum, at, xs);
+                DSV3I_UNROLL for (int c = 0; c < 4 * NS; c++) {
+                    const void *halves = ws[c / 4] + codes + b * 128 + 32 * (c % 4);
+                    const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)halves));
+                    DSV3I_UNROLL for (int m = 0; m < M; m++) {
+                        const float unit = *(const float *)(const void *)(xs[m] + DSV3_QBLOCK);
+                        const __m512 f = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[m * 4 * NS + c]), _mm512_set1_ps(unit));
+                        acc[m * 4 * NS + c] = _mm512_fmadd_ps(f, scale, acc[m * 4 * NS + c]);
+                    }
+                }
+                DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] += DSV3_QBLOCK + 8;
+            }
+        } else if (type == DSV3_F8_E4M3) {
+            __m512 part[16];
+            DSV3I_UNROLL for (int c = 0; c < 4 * M * NS; c++) part[c] = _mm512_setzero_ps();
+            dsv3i_avx512_bf16_few_terms(type, M, NS, part, ws, xs, terms, table);
+            DSV3I_UNROLL for (int c = 0; c < 4 * M * NS; c++) {
+                const float scale = *(const float *)(const void *)(ws[c / 4 % NS] + codes);
+                acc[c] = _mm512_fmadd_ps(part[c], _mm512_set1_ps(scale), acc[c]);
+            }
+        } else {
+            dsv3i_avx512_bf16_few_terms(type, M, NS, acc, ws, xs, terms, table);
+        }
+        DSV3I_UNROLL for (int m = 0; m < M && !blocks; m++) xs[m] += 2 * terms;
+        DSV3I_UNROLL for (int s = 0; s < NS; s++) ws[s] += piece;
+    }
+    DSV3I_UNROLL for (int c = 0; c < 4 * M * NS; c++) {
+        _mm512_storeu_ps(y + (size_t)(c / (4 * NS)) * ldy + (size_t)(c / 4 % NS) * ldp + 16 * (c % 4), acc[c]);
+    }
+}
+
+/* n <= 4 rows and `panels` whole panels. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_few(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+                           const void *w, size_t panels, size_t k) {
+    const unsigned char *xs = (const unsigned char *)x, *ws = (const unsigned char *)w;
+    const int blocks = type == DSV3_Q8_0 || type == DSV3_Q4_0; /* they need registers for sums and for results */
+    const size_t bytes = dsv3i_panel_bytes(type, 4, k);
+    const size_t streams = n > 2 ? 1 : (blocks ? 2 : 4) / n, far = panels / streams;
+    __m512i table[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(),
+                        _mm512_setzero_si512()};
+    if (type == DSV3_F8_E4M3) dsv3i_avx512_bf16_tables(table);
+    for (size_t p = 0, done; p < panels; p += done) {
+        float *yp = y + 64 * p;
+        const unsigned char *wp = ws + p * bytes;
+        done = 1;
+        if (p < far && streams > 1) {
+            if (n == 1) dsv3i_avx512_bf16_few_panels(type, 1, blocks ? 2 : 4, yp, ldy, 64 * far, xs, ldx, wp, far * bytes, k, table);
+            if (n == 2) dsv3i_avx512_bf16_few_panels(type, 2, blocks ? 1 : 2, yp, ldy, 64 * far, xs, ldx, wp, far * bytes, k, table);
+            if (p + 1 == far) done = far * streams - p;
+            continue;
+        }
+        switch (n) {
+        case 1: dsv3i_avx512_bf16_few_panels(type, 1, 1, yp, ldy, 0, xs, ldx, wp, 0, k, table); break;
+        case 2: dsv3i_avx512_bf16_few_panels(type, 2, 1, yp, ldy, 0, xs, ldx, wp, 0, k, table); break;
+        case 3: dsv3i_avx512_bf16_few_panels(type, 3, 1, yp, ldy, 0, xs, ldx, wp, 0, k, table); break;
+        default: dsv3i_avx512_bf16_few_panels(type, 4, 1, yp, ldy, 0, xs, ldx, wp, 0, k, table);
+        }
+    }
+}
+
+#define DSV3I_FEW_TYPE(name, type)                                                                                   \
+    DSV3I_TARGET(DSV3I_AVX512_BF16)                                                                                  \
+    static void dsv3i_avx512_bf16_few_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n,              \
+                                             const void *w, size_t panels, size_t k) {                               \
+        dsv3i_avx512_bf16_few(type, y, ldy, x, ldx, n, w, panels, k);                                                \
+    }
+DSV3I_FEW_TYPE(bf16, DSV3_BF16)
+DSV3I_FEW_TYPE(f8_e4m3, DSV3_F8_E4M3)
+DSV3I_FEW_TYPE(q8_0, DSV3_Q8_0)
+DSV3I_FEW_TYPE(q4_0, DSV3_Q4_0)
 
 /* ---- The tables. */
 
@@ -8769,6 +8981,10 @@ static void dsv3i_kernels_avx512_bf16(dsv3_kernels *k) {
     k->widen[DSV3_F8_E4M3] = dsv3i_avx512_bf16_widen_f8;
     k->product[DSV3_PRODUCT_FAST_BF16] = dsv3i_avx512_bf16_product_bf16;
     k->product[DSV3_PRODUCT_FAST_BYTES] = dsv3i_avx512_bf16_product_bytes;
+    k->few[DSV3_BF16] = dsv3i_avx512_bf16_few_bf16;
+    k->few[DSV3_F8_E4M3] = dsv3i_avx512_bf16_few_f8_e4m3;
+    k->few[DSV3_Q8_0] = dsv3i_avx512_bf16_few_q8_0;
+    k->few[DSV3_Q4_0] = dsv3i_avx512_bf16_few_q4_0;
 }
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -8844,6 +9060,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_DECODE_TYPE
 #undef DSV3I_EXPAND
 #undef DSV3I_FEW
+#undef DSV3I_FEW_TYPE
 #undef DSV3I_INLINE
 #undef DSV3I_KEYS
 #undef DSV3I_LANES
