@@ -384,6 +384,21 @@ typedef struct dsv3_panel {
     size_t ahead;       /* bytes from values to what will be read next, to be fetched early; 0: nothing */
 } dsv3_panel;
 
+/* Some queries, up to 64, meet a block of keys and their values (chapter 6). */
+typedef struct dsv3_meeting {
+    const float *q;           /* [lanes, dk], ld_q floats apart */
+    const void *keys;         /* [nk, dk], ld_k numbers apart */
+    const void *values;       /* [nk, dv], ld_v numbers apart */
+    dsv3_type type;           /* of keys and values: float, or BF16 where meet takes them */
+    float *out;               /* [lanes, dv], ld_out floats apart: running weighted sums */
+    float top[64], sum[64];   /* [lanes] running maxima, and sums of exponentials */
+    int32_t seen[64];         /* [lanes] of the keys, that many are seen */
+    size_t ld_q, ld_k, ld_v, ld_out, lanes, dk, dv;
+    float scale;
+    const struct dsv3_kernels *kernels;
+    void *scratch; /* of meet: scores, and what else it needs */
+} dsv3_meeting;
+
 typedef enum dsv3_product {
     DSV3_PRODUCT_F32 = 0,       /* float rows and panels */
     DSV3_PRODUCT_BF16 = 1,      /* float rows, at most 4, and BF16 panels */
@@ -404,6 +419,8 @@ typedef enum dsv3_product {
  *       panel of codes, with scale as in dsv3_panel for Q8_0 and Q4_0. widen: from codes to values (FP8: BF16, F16:
  *       float, Q4_0: bytes; NULL: codes are values); float_panel: from values, BF16 [0] or bytes [1], to floats.
  *       product: y[t ldy + r] (+)= x_t . w_r for n rows x_t, ldx bytes apart, and `rows` rows of a panel of k terms.
+ * meet: scores of all queries with nk <= 32 keys, softmax, weighted sums. meet_begin: once before, for the same queries
+ *       (NULL: not needed). [1]: with everything rounded to BF16, for DSV3_FAST; NULL: as [0].
  * few:  the fast products for n <= 4 rounded rows and whole packed panels, one behind the other; NULL: by product. */
 typedef struct dsv3_kernels {
     void (*decode[DSV3_TYPES])(float *y, const void *w, size_t n);   /* y[i] = element i of w */
@@ -421,6 +438,8 @@ typedef struct dsv3_kernels {
     void (*float_panel[2])(float *values, const void *panel, size_t columns, size_t k, int32_t zero);
     void (*product[DSV3_PRODUCTS])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
                                    size_t rows, size_t k, int add);
+    void (*meet_begin[2])(dsv3_meeting *a);
+    void (*meet[2])(dsv3_meeting *a, size_t nk);
     void (*few[DSV3_TYPES])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t panels,
                             size_t k);
 } dsv3_kernels;
@@ -3023,7 +3042,6 @@ DSV3_API void dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t 
 
 #define DSV3I_KEYS 32u   /* keys per block */
 #define DSV3I_QUERIES 8u /* rows that share decoded rows of kv_b_proj in the absorbed form */
-#define DSV3I_BULK 32u   /* rows that meet a block of keys together in the expanded form */
 #define DSV3I_EXPAND 128u /* keys expanded together, DSV3I_KEYS times a whole number */
 
 /* Floats for products with kv_b_proj: panels, and rounded rows. */
@@ -3031,13 +3049,25 @@ static size_t dsv3i_mla_panel(const dsv3i_dims *m) {
     return dsv3i_add(dsv3i_linear_floats(m->rk), dsv3i_mul(DSV3I_EXPAND, dsv3i_rounded_floats(m->rk)));
 }
 
+/* Queries that meet a block of keys together, at most. */
+static size_t dsv3i_lanes(const dsv3i_dims *m, size_t n) {
+    return dsv3i_min(64, dsv3i_max(n, dsv3i_mul(dsv3i_min(n, DSV3I_QUERIES), m->H)));
+}
+
+/* Floats of dsv3_meeting.scratch: scores; with SIMD the queries as a panel, keys rounded, scores of whole columns. */
+static size_t dsv3i_meeting_floats(const dsv3i_dims *m, size_t n) {
+    size_t lanes = dsv3i_lanes(m, n), columns = dsv3i_blocks(lanes, DSV3I_LANES) * DSV3I_LANES;
+    size_t dk = dsv3i_add(dsv3i_max(m->width, m->qk), 4);
+    if (DSV3I_STAGE == 0) return dsv3i_mul(lanes, DSV3I_KEYS);
+    return dsv3i_add(dsv3i_mul(columns, dsv3i_add(dk, DSV3I_KEYS)), dsv3i_mul(DSV3I_KEYS, dk));
+}
+
 /* Floats of worker scratch for calls of n rows, by use (see the two tasks below). */
 static size_t dsv3i_mla_scratch(const dsv3i_dims *m, size_t n) {
     size_t panel = dsv3i_mla_panel(m), latents = dsv3i_mul(DSV3I_EXPAND, m->width);
-    size_t scores = dsv3i_mul(DSV3I_KEYS, dsv3i_max(m->H, dsv3i_min(n, DSV3I_BULK)));
     size_t absorbed = dsv3i_mul(dsv3i_mul(dsv3i_min(n, DSV3I_QUERIES), m->H), dsv3i_add(m->width, m->rk));
     size_t expanded = dsv3i_mul(DSV3I_EXPAND, dsv3i_add(m->qk, m->dv));
-    return dsv3i_add(dsv3i_add(panel, latents), dsv3i_add(scores, dsv3i_max(absorbed, expanded)));
+    return dsv3i_add(dsv3i_add(panel, latents), dsv3i_add(dsv3i_meeting_floats(m, n), dsv3i_max(absorbed, expanded)));
 }
 
 /* ---- Cache rows */
@@ -3116,82 +3146,92 @@ typedef struct dsv3i_attention_arg {
     float scale;
 } dsv3i_attention_arg;
 
-/* Queries q [., dk], with the running state of their softmax [., 2], maximum and sum, and their running weighted sums
- * out [., width], meet keys [., dk] and values [., width]. Rows lie ld_... floats apart. */
-typedef struct dsv3i_meeting {
-    const float *q, *keys, *values;
-    float *out, *state, *p; /* p [queries, keys] is scratch */
-    size_t ld_q, ld_k, ld_v, ld_out, ld_state, dk, width;
-    float scale;
-} dsv3i_meeting;
-
-/* Scores p [nk] of one query become weights; what its state and out hold is rescaled to the new maximum. */
-static void dsv3i_attend_weights(const dsv3_context *ctx, float *p, float *state, float *out, size_t nk, size_t width,
-                                 float scale) {
-    float top = state[0], rescale;
-    for (size_t j = 0; j < nk; j++) {
-        p[j] *= scale;
-        if (p[j] > top) top = p[j];
-    }
-    rescale = DSV3_EXPF(state[0] - top);
-    state[0] = top;
-    state[1] = state[1] * rescale + ctx->kernels.exp_sum(p, p, top, nk);
-    for (size_t i = 0; i < width; i++) out[i] *= rescale;
+/* The kernels' meet that applies. */
+static int dsv3i_meet_kind(const dsv3_context *ctx) {
+    return ctx->compute == DSV3_FAST && ctx->kernels.meet[1] != NULL;
 }
 
-/* nq queries meet one block of nk keys. */
-static void dsv3i_attend(const dsv3_context *ctx, const dsv3i_meeting *a, size_t nq, size_t nk) {
-    ctx->kernels.tile(a->p, nk, a->q, a->ld_q, nq, a->keys, a->ld_k, nk, a->dk);
-    for (size_t i = 0; i < nq; i++) {
-        dsv3i_attend_weights(ctx, a->p + i * nk, a->state + i * a->ld_state, a->out + i * a->ld_out, nk, a->width,
-                             a->scale);
+/* Scores p [nk] of query i become weights, 0 for keys it does not see; what its sums hold is rescaled to the new
+ * maximum. */
+static void dsv3i_meet_weights(dsv3_meeting *a, size_t i, float *p, size_t nk) {
+    size_t seen = (size_t)a->seen[i];
+    float top = a->top[i], rescale, *out = a->out + i * a->ld_out;
+    for (size_t j = 0; j < nk; j++) {
+        p[j] = j < seen ? p[j] * a->scale : 0.0f;
+        if (j < seen && p[j] > top) top = p[j];
     }
-    ctx->kernels.outer(a->out, a->ld_out, nq, a->p, nk, 1, a->values, a->ld_v, nk, a->width);
+    rescale = DSV3_EXPF(a->top[i] - top);
+    a->top[i] = top;
+    a->sum[i] = a->sum[i] * rescale + a->kernels->exp_sum(p, p, top, seen);
+    for (size_t j = 0; j < a->dv; j++) out[j] *= rescale;
+}
+
+static void dsv3i_meet_ref(dsv3_meeting *a, size_t nk) {
+    const float *keys = (const float *)a->keys, *values = (const float *)a->values;
+    float *p = (float *)a->scratch;
+    a->kernels->tile(p, nk, a->q, a->ld_q, a->lanes, keys, a->ld_k, nk, a->dk);
+    for (size_t i = 0; i < a->lanes; i++) dsv3i_meet_weights(a, i, p + i * nk, nk);
+    a->kernels->outer(a->out, a->ld_out, a->lanes, p, nk, 1, values, a->ld_v, nk, a->dv);
+}
+
+/* Queries are ready: rows of `width` numbers, state and sums are set. */
+static void dsv3i_meet_begin(const dsv3_context *ctx, dsv3_meeting *a, void *scratch) {
+    int kind = dsv3i_meet_kind(ctx);
+    a->kernels = &ctx->kernels;
+    a->scratch = scratch;
+    if (ctx->kernels.meet_begin[kind] != NULL) ctx->kernels.meet_begin[kind](a);
 }
 
 /* Before the first block. The maximum starts at the lowest finite value, so that exp(m - m') is always defined. */
-static void dsv3i_attend_begin(float *out, float *state, size_t width) {
-    state[0] = -FLT_MAX;
-    state[1] = 0.0f;
+static void dsv3i_attend_begin(float *out, float *top, float *sum, size_t width) {
+    *top = -FLT_MAX;
+    *sum = 0.0f;
     DSV3_MEMSET(out, 0, width * sizeof *out);
 }
 
 /* After the last: divide by the sum. A row whose every score is minus infinity has sum 0 and gives zeros. */
-static void dsv3i_attend_end(float *out, const float *state, size_t width) {
-    float r = state[1] <= 0.0f ? 0.0f : 1.0f / state[1];
+static void dsv3i_attend_end(float *out, float sum, size_t width) {
+    float r = sum <= 0.0f ? 0.0f : 1.0f / sum;
     for (size_t i = 0; i < width; i++) out[i] *= r;
 }
 
-/* Absorbed: rows [t0, t1) of one sequence, heads [h0, h0 + heads). Each block of latents is loaded once for all of
- * them. The queries are q~ [rows, heads, width], the sums out [rows, heads, rk] become m_t. */
-static void dsv3i_absorbed_rows(const dsv3i_attention_arg *a, size_t t0, size_t t1, size_t h0, size_t heads,
-                                const float *query, float *out, float *p, float *latents) {
+/* How many of nk keys from position b on does the row of a batch see? */
+static int32_t dsv3i_seen(const dsv3_workspace *ws, size_t row, size_t b, size_t nk) {
+    size_t position = (size_t)ws->position[row];
+    return position < b ? 0 : (int32_t)dsv3i_min(nk, position - b + 1);
+}
+
+/* Absorbed: rows [t0, t1) of one sequence, `heads` heads of each: all pairs are queries, q~ [rows, heads, width], and meet
+ * each block of latents together, up to 64. Sums out [rows, heads, rk] become m_t. */
+static void dsv3i_absorbed_rows(const dsv3i_attention_arg *a, size_t t0, size_t t1, size_t heads, const float *query,
+                                float *out, float *scratch, float *latents) {
     const dsv3i_dims *m = a->m;
     const dsv3_cache *cache = &a->caches[a->ws->sequence[t0]];
-    size_t last = (size_t)a->ws->position[t1 - 1];
-    dsv3i_meeting with;
-    with.p = p;
-    with.ld_q = with.ld_k = with.ld_v = with.dk = m->width;
-    with.ld_out = with.width = m->rk;
-    with.ld_state = 2;
-    with.scale = a->scale;
-    for (size_t i = 0; i < (t1 - t0) * heads; i++) {
-        dsv3i_attend_begin(out + i * m->rk, a->ws->softmax + ((t0 + i / heads) * m->H + h0 + i % heads) * 2, m->rk);
-    }
-    for (size_t b = 0; b <= last; b += DSV3I_KEYS) {
-        size_t nk = dsv3i_min(DSV3I_KEYS, last - b + 1);
-        with.keys = with.values = dsv3i_cache_load(a->ctx, cache, a->layer, b, nk, latents);
-        for (size_t t = t0; t < t1; t++) {
-            size_t position = (size_t)a->ws->position[t];
-            if (position < b) continue;
-            with.q = query + (t - t0) * heads * m->width;
-            with.out = out + (t - t0) * heads * m->rk;
-            with.state = a->ws->softmax + (t * m->H + h0) * 2;
-            dsv3i_attend(a->ctx, &with, heads, dsv3i_min(nk, position - b + 1));
+    int kind = dsv3i_meet_kind(a->ctx), raw = kind == 1 && cache->type == DSV3_BF16 && m->width % 2 == 0;
+    for (size_t first = 0, count = (t1 - t0) * heads; first < count; first += 64) {
+        size_t last = (size_t)a->ws->position[t0 + dsv3i_min(first + 63, count - 1) / heads];
+        dsv3_meeting with;
+        with.lanes = dsv3i_min(64, count - first);
+        with.q = query + first * m->width;
+        with.out = out + first * m->rk;
+        with.ld_q = with.ld_k = with.ld_v = with.dk = m->width;
+        with.ld_out = with.dv = m->rk;
+        with.scale = a->scale;
+        with.type = raw ? DSV3_BF16 : DSV3_F32;
+        for (size_t i = 0; i < 64; i++) {
+            dsv3i_attend_begin(with.out + i * m->rk, with.top + i, with.sum + i, i < with.lanes ? m->rk : 0);
         }
-    }
-    for (size_t i = 0; i < (t1 - t0) * heads; i++) {
-        dsv3i_attend_end(out + i * m->rk, a->ws->softmax + ((t0 + i / heads) * m->H + h0 + i % heads) * 2, m->rk);
+        dsv3i_meet_begin(a->ctx, &with, scratch);
+        for (size_t b = 0; b <= last; b += DSV3I_KEYS) {
+            size_t nk = dsv3i_min(DSV3I_KEYS, last - b + 1);
+            for (size_t i = 0; i < 64; i++) {
+                with.seen[i] = dsv3i_seen(a->ws, t0 + (first + dsv3i_min(i, with.lanes - 1)) / heads, b, nk);
+            }
+            with.keys = with.values = raw ? (const void *)dsv3i_cache_at(cache, a->layer, b)
+                                          : dsv3i_cache_load(a->ctx, cache, a->layer, b, nk, latents);
+            a->ctx->kernels.meet[kind](&with, nk);
+        }
+        for (size_t i = 0; i < with.lanes; i++) dsv3i_attend_end(with.out + i * m->rk, with.sum[i], m->rk);
     }
 }
 
@@ -3226,15 +3266,15 @@ static void dsv3i_absorbed_item(const dsv3i_attention_arg *a, size_t item, float
     size_t groups = dsv3i_blocks(m->H, a->heads), h0 = item % groups * a->heads;
     size_t heads = dsv3i_min(a->heads, m->H - h0), t0 = item / groups * DSV3I_QUERIES;
     size_t end = dsv3i_min(t0 + DSV3I_QUERIES, a->n);
-    float *panel = scratch, *p = panel + dsv3i_mla_panel(m);
-    float *latents = p + DSV3I_KEYS * m->H, *query = latents + DSV3I_EXPAND * m->width, *out;
+    float *panel = scratch, *meeting = panel + dsv3i_mla_panel(m);
+    float *latents = meeting + dsv3i_meeting_floats(m, ws->rows), *query = latents + DSV3I_EXPAND * m->width, *out;
     for (size_t t = t0, t1; t < end; t = t1) {
         for (t1 = t + 1; t1 < end && ws->leader[t1] == ws->leader[t] && !ws->expanded[t]; t1++) {
         }
         if (ws->expanded[t]) continue;
         out = query + (t1 - t) * heads * m->width;
         dsv3i_absorb(a, query, t, t1 - t, h0, heads, panel);
-        dsv3i_absorbed_rows(a, t, t1, h0, heads, query, out, p, latents);
+        dsv3i_absorbed_rows(a, t, t1, heads, query, out, meeting, latents);
         for (size_t h = h0; h < h0 + heads; h++) { /* o = UV m */
             dsv3i_input in = dsv3i_input_round(a->ctx, panel + dsv3i_linear_floats(m->rk), out + (h - h0) * m->rk,
                                                heads * m->rk, a->kv_b->type, t1 - t, m->rk);
@@ -3263,51 +3303,74 @@ static void dsv3i_expand(const dsv3i_attention_arg *a, float *keys, float *value
     }
 }
 
-/* Expanded: item = head h of the sequence whose first batch row is `leader`. Each block of keys is expanded once
- * and meets all rows of the sequence that may see it; their running sums live in ws->o and ws->softmax. Rows next to
- * each other that see all of a block meet it together. */
+/* Rows t .. of one sequence, up to 64 next to each other, and their head h meet expanded keys b .. b+nk-1. Their sums live
+ * in ws->o and ws->softmax. Returns how many rows. */
+static size_t dsv3i_expanded_rows(const dsv3i_attention_arg *a, size_t t, size_t h, const float *keys,
+                                  const float *values, size_t b, size_t nk, float *scratch) {
+    const dsv3i_dims *m = a->m;
+    dsv3_workspace *ws = a->ws;
+    int kind = dsv3i_meet_kind(a->ctx);
+    dsv3_meeting with;
+    with.lanes = 1;
+    while (with.lanes < 64 && t + with.lanes < a->n && ws->leader[t + with.lanes] == ws->leader[t]) with.lanes++;
+    if ((size_t)ws->position[t + with.lanes - 1] < b) return with.lanes;
+    with.q = ws->q + t * m->Hq + h * m->qk;
+    with.out = ws->o + t * m->Ho + h * m->dv;
+    with.ld_q = m->Hq;
+    with.ld_k = with.dk = m->qk;
+    with.ld_v = with.dv = m->dv;
+    with.ld_out = m->Ho;
+    with.scale = a->scale;
+    with.type = DSV3_F32;
+    for (size_t i = 0; i < 64; i++) {
+        const float *state = ws->softmax + ((t + dsv3i_min(i, with.lanes - 1)) * m->H + h) * 2;
+        with.top[i] = state[0];
+        with.sum[i] = state[1];
+    }
+    dsv3i_meet_begin(a->ctx, &with, scratch);
+    for (size_t j = 0; j < nk && b + j <= (size_t)ws->position[t + with.lanes - 1]; j += DSV3I_KEYS) {
+        size_t some = dsv3i_min(DSV3I_KEYS, nk - j);
+        for (size_t i = 0; i < 64; i++) {
+            with.seen[i] = dsv3i_seen(ws, t + dsv3i_min(i, with.lanes - 1), b + j, some);
+        }
+        with.keys = keys + j * m->qk;
+        with.values = values + j * m->dv;
+        a->ctx->kernels.meet[kind](&with, some);
+    }
+    for (size_t i = 0; i < with.lanes; i++) {
+        float *state = ws->softmax + ((t + i) * m->H + h) * 2;
+        state[0] = with.top[i];
+        state[1] = with.sum[i];
+    }
+    return with.lanes;
+}
+
+/* Expanded: item = head h of the sequence whose first batch row is `leader`. Each block of keys is expanded once and
+ * meets all rows of the sequence that may see it. */
 static void dsv3i_expanded_item(const dsv3i_attention_arg *a, size_t leader, size_t h, float *scratch) {
     const dsv3i_dims *m = a->m;
     dsv3_workspace *ws = a->ws;
     const dsv3_cache *cache = &a->caches[ws->sequence[leader]];
     size_t last = 0;
-    float *panel = scratch, *latents = panel + dsv3i_mla_panel(m);
+    float *panel = scratch, *meeting = panel + dsv3i_mla_panel(m), *latents = meeting + dsv3i_meeting_floats(m, ws->rows);
     float *keys = latents + DSV3I_EXPAND * m->width, *values = keys + DSV3I_EXPAND * m->qk;
-    dsv3i_meeting with;
-    with.p = values + DSV3I_EXPAND * m->dv;
-    with.ld_q = m->Hq;
-    with.ld_k = with.dk = m->qk;
-    with.ld_v = with.width = m->dv;
-    with.ld_out = m->Ho;
-    with.ld_state = m->H * 2;
-    with.scale = a->scale;
     for (size_t t = leader; t < a->n; t++) {
+        float *state = ws->softmax + (t * m->H + h) * 2;
         if (ws->leader[t] != (int32_t)leader) continue;
         last = (size_t)ws->position[t];
-        dsv3i_attend_begin(ws->o + t * m->Ho + h * m->dv, ws->softmax + (t * m->H + h) * 2, m->dv);
+        dsv3i_attend_begin(ws->o + t * m->Ho + h * m->dv, state, state + 1, m->dv);
     }
-    for (size_t b = 0; b <= last; b += DSV3I_KEYS) {
-        size_t nk = dsv3i_min(DSV3I_KEYS, last - b + 1), many = dsv3i_min(DSV3I_EXPAND, last - b + 1);
-        if (b % DSV3I_EXPAND == 0) {
-            dsv3i_expand(a, keys, values, dsv3i_cache_load(a->ctx, cache, a->layer, b, many, latents), h, many, panel);
-        }
-        with.keys = keys + b % DSV3I_EXPAND * m->qk;
-        with.values = values + b % DSV3I_EXPAND * m->dv;
-        for (size_t t = leader, nq; t < a->n; t += nq) {
-            size_t seen;
-            nq = 1;
-            if (ws->leader[t] != (int32_t)leader || (size_t)ws->position[t] < b) continue;
-            seen = dsv3i_min(nk, (size_t)ws->position[t] - b + 1);
-            while (seen == nk && nq < DSV3I_BULK && t + nq < a->n && ws->leader[t + nq] == (int32_t)leader) nq++;
-            with.q = ws->q + t * m->Hq + h * m->qk;
-            with.out = ws->o + t * m->Ho + h * m->dv;
-            with.state = ws->softmax + (t * m->H + h) * 2;
-            dsv3i_attend(a->ctx, &with, nq, seen);
+    for (size_t b = 0; b <= last; b += DSV3I_EXPAND) {
+        size_t nk = dsv3i_min(DSV3I_EXPAND, last - b + 1);
+        dsv3i_expand(a, keys, values, dsv3i_cache_load(a->ctx, cache, a->layer, b, nk, latents), h, nk, panel);
+        for (size_t t = leader, rows; t < a->n; t += rows) {
+            rows = 1;
+            if (ws->leader[t] == (int32_t)leader) rows = dsv3i_expanded_rows(a, t, h, keys, values, b, nk, meeting);
         }
     }
     for (size_t t = leader; t < a->n; t++) {
         if (ws->leader[t] != (int32_t)leader) continue;
-        dsv3i_attend_end(ws->o + t * m->Ho + h * m->dv, ws->softmax + (t * m->H + h) * 2, m->dv);
+        dsv3i_attend_end(ws->o + t * m->Ho + h * m->dv, ws->softmax[(t * m->H + h) * 2 + 1], m->dv);
     }
 }
 
@@ -8589,6 +8652,71 @@ static void dsv3i_avx512_outer(float *y, size_t ldy, size_t m, const float *a, s
     }
 }
 
+/* ---- AVX-512: attention. Lanes are queries: scores p [nk, columns, 16]. */
+
+/* Scores become weights; the rescaling of what is there to the new maxima. p [nk, columns, 16] */
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_softmax(dsv3_meeting *a, float *p, float rescale[64], size_t columns, size_t nk) {
+    const __m512 scale = _mm512_set1_ps(a->scale);
+    for (size_t c = 0; c < columns; c++) {
+        const __m512 before = _mm512_loadu_ps(a->top + 16 * c);
+        const __m512i seen = _mm512_loadu_si512(a->seen + 16 * c);
+        __m512 top = before, sum, factor;
+        for (size_t j = 0; j < nk; j++) {
+            float *at = p + 16 * (j * columns + c);
+            const __mmask16 m = _mm512_cmplt_epi32_mask(_mm512_set1_epi32((int)j), seen);
+            const __m512 s = _mm512_mul_ps(_mm512_loadu_ps(at), scale);
+            top = _mm512_mask_max_ps(top, m, s, top);
+            _mm512_storeu_ps(at, s);
+        }
+        factor = dsv3i_avx512_exp(_mm512_sub_ps(before, top));
+        sum = _mm512_mul_ps(_mm512_loadu_ps(a->sum + 16 * c), factor);
+        for (size_t j = 0; j < nk; j++) {
+            float *at = p + 16 * (j * columns + c);
+            const __mmask16 m = _mm512_cmplt_epi32_mask(_mm512_set1_epi32((int)j), seen);
+            const __m512 e = dsv3i_avx512_exp(_mm512_sub_ps(_mm512_loadu_ps(at), top));
+            sum = _mm512_mask_add_ps(sum, m, sum, e);
+            _mm512_storeu_ps(at, _mm512_maskz_mov_ps(m, e));
+        }
+        _mm512_storeu_ps(a->top + 16 * c, top);
+        _mm512_storeu_ps(a->sum + 16 * c, sum);
+        _mm512_storeu_ps(rescale + 16 * c, factor);
+    }
+}
+
+DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_rescale(const dsv3_meeting *a, const float rescale[64]) {
+    for (size_t i = 0; i < a->lanes; i++) {
+        const __m512 f = _mm512_set1_ps(rescale[i]);
+        float *out = a->out + i * a->ld_out;
+        if (rescale[i] >= 1.0f) continue;
+        for (size_t j = 0; j < a->dv; j += 16) {
+            const __mmask16 m = dsv3i_avx512_mask(a->dv - j);
+            _mm512_mask_storeu_ps(out + j, m, _mm512_mul_ps(f, _mm512_maskz_loadu_ps(m, out + j)));
+        }
+    }
+}
+
+/* A panel of queries, and behind it room for scores. */
+DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_meet_begin(dsv3_meeting *a) {
+    dsv3i_avx512_pack(4, a->scratch, a->q, a->ld_q * sizeof *a->q, a->lanes, a->dk);
+}
+
+DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_meet(dsv3_meeting *a, size_t nk) {
+    const size_t columns = (a->lanes + 15) / 16;
+    float *p = (float *)a->scratch + 16 * columns * a->dk, rescale[64];
+    dsv3_panel queries;
+    queries.values = a->scratch;
+    queries.columns = columns;
+    queries.scale = NULL;
+    queries.block = a->dk;
+    queries.zero = 0;
+    queries.ahead = 0;
+    dsv3i_avx512_product_f32(p, 16 * columns, a->keys, a->ld_k * sizeof(float), nk, &queries, 16 * columns, a->dk, 0);
+    dsv3i_avx512_softmax(a, p, rescale, columns, nk);
+    dsv3i_avx512_rescale(a, rescale);
+    dsv3i_avx512_outer(a->out, a->ld_out, a->lanes, p, 1, 16 * columns, (const float *)a->values, a->ld_v, nk, a->dv);
+}
+
 /* ---- AVX-512 with VBMI, VNNI and BF16: codes by tables, and products of codes. */
 
 #define DSV3I_AVX512_BF16 "avx512vbmi,avx512vnni,avx512bf16," DSV3I_AVX512
@@ -8768,6 +8896,104 @@ DSV3I_TARGET(DSV3I_AVX512_BF16)
 static void dsv3i_avx512_bf16_product_bytes(float *y, size_t ldy, const void *x, size_t ldx, size_t n,
                                             const dsv3_panel *w, size_t rows, size_t k, int add) {
     dsv3i_avx512_bf16_product(1, y, ldy, x, ldx, n, w, rows, k, add);
+}
+
+/* ---- Attention in BF16. scratch: the queries as a panel; scores [32, columns, 16]; keys [32, dk]; weights [lanes, 32];
+ * a panel of values [16, 4, 16, 2]. */
+
+DSV3I_INLINE(DSV3I_AVX512_BF16) size_t dsv3i_avx512_bf16_pad(size_t k) { return (k + 3) / 4 * 4; }
+
+DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_meet_begin(dsv3_meeting *a) {
+    const size_t dk = dsv3i_avx512_bf16_pad(a->dk), columns = (a->lanes + 15) / 16;
+    unsigned char *rows = (unsigned char *)a->scratch + 32 * columns * dk;
+    for (size_t i = 0; i < a->lanes; i++) dsv3i_avx512_bf16_round_bf16(rows + 2 * i * dk, a->q + i * a->ld_q, a->dk);
+    dsv3i_avx512_pack(2, a->scratch, rows, 2 * dk, a->lanes, dk);
+}
+
+/* Numbers j and j + 1 of each lane, as BF16 in four bytes. */
+DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_pairs(__m512 first, __m512 second) {
+    const __m512i a = _mm512_set1_epi32(0x7FFF);
+    __m512i low = _mm512_castps_si512(first), high = _mm512_castps_si512(second);
+    const __m512i one = _mm512_set1_epi32(1);
+    low = _mm512_add_epi32(low, _mm512_add_epi32(a, _mm512_and_si512(_mm512_srli_epi32(low, 16), one)));
+    high = _mm512_add_epi32(high, _mm512_add_epi32(a, _mm512_and_si512(_mm512_srli_epi32(high, 16), one)));
+    return _mm512_or_si512(_mm512_srli_epi32(low, 16), _mm512_and_si512(high, _mm512_set1_epi32(-65536)));
+}
+
+/* Weights p [nk, columns, 16] as rows of 32 BF16 for each lane. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_weights(unsigned char *rows, const float *p, size_t columns, size_t nk) {
+    for (size_t c = 0; c < columns; c++) {
+        __m512i r[16];
+        for (size_t j = 0; j < 16; j++) {
+            const float *at = p + 16 * (2 * j * columns + c);
+            const __m512 zero = _mm512_setzero_ps();
+            r[j] = dsv3i_avx512_bf16_pairs(2 * j < nk ? _mm512_loadu_ps(at) : zero,
+                                           2 * j + 1 < nk ? _mm512_loadu_ps(at + 16 * columns) : zero);
+        }
+        dsv3i_avx512_transpose(r);
+        for (size_t i = 0; i < 16; i++) _mm512_storeu_si512(rows + 64 * (16 * c + i), r[i]);
+    }
+}
+
+/* Columns i .. i+63 of values, two keys in four bytes: [nk/2, 4, 16, 2]. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3_meeting *a, size_t i, size_t nk) {
+    const size_t columns = (dsv3i_min(64, a->dv - i) + 15) / 16;
+    for (size_t j = 0; j < nk; j += 2) {
+        for (size_t c = 0; c < columns; c++, panel += 64) {
+            const __mmask16 m = dsv3i_avx512_mask(a->dv - i - 16 * c);
+            const __mmask16 next = j + 1 < nk ? m : (__mmask16)0;
+            const size_t at = j * a->ld_v + i + 16 * c, after = next ? at + a->ld_v : at;
+            if (a->type == DSV3_BF16) {
+                const uint16_t *v = (const uint16_t *)a->values;
+                const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, v + at));
+                const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(next, v + after));
+                _mm512_storeu_si512(panel, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            } else {
+                const float *v = (const float *)a->values;
+                _mm512_storeu_si512(panel, dsv3i_avx512_bf16_pairs(_mm512_maskz_loadu_ps(m, v + at),
+                                                                   _mm512_maskz_loadu_ps(next, v + after)));
+            }
+        }
+    }
+}
+
+DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_meet(dsv3_meeting *a, size_t nk) {
+    const size_t dk = dsv3i_avx512_bf16_pad(a->dk), columns = (a->lanes + 15) / 16;
+    unsigned char *scratch = (unsigned char *)a->scratch + 32 * columns * dk, *keys, weights[64 * 64], values[64 * 64];
+    float *p = (float *)(void *)scratch, rescale[64];
+    size_t ldx = 2 * a->ld_k;
+    const void *x = a->keys;
+    dsv3_panel panel;
+    panel.values = a->scratch;
+    panel.columns = columns;
+    panel.scale = NULL;
+    panel.block = dk;
+    panel.zero = 0;
+    panel.ahead = 0;
+    keys = scratch + 64 * columns * 32;
+    if (a->type == DSV3_F32) {
+        for (size_t j = 0; j < nk; j++) {
+            dsv3i_avx512_bf16_round_bf16(keys + 2 * j * dk, (const float *)a->keys + j * a->ld_k, a->dk);
+        }
+        x = keys;
+        ldx = 2 * dk;
+    } else {
+        panel.block = a->dk;
+    }
+    dsv3i_avx512_bf16_product_bf16(p, 16 * columns, x, ldx, nk, &panel, 16 * columns, panel.block, 0);
+    dsv3i_avx512_softmax(a, p, rescale, columns, nk);
+    dsv3i_avx512_rescale(a, rescale);
+    dsv3i_avx512_bf16_weights(weights, p, columns, nk);
+    panel.values = values;
+    panel.block = (nk + 1) / 2 * 2;
+    for (size_t i = 0; i < a->dv; i += 64) {
+        const size_t rows = dsv3i_min(64, a->dv - i);
+        dsv3i_avx512_bf16_value_panel(values, a, i, nk);
+        panel.columns = (rows + 15) / 16;
+        dsv3i_avx512_bf16_product_bf16(a->out + i, a->ld_out, weights, 64, a->lanes, &panel, rows, panel.block, 1);
+    }
 }
 
 /* ---- Few rows and packed weights: decoding. Reading is all that counts. Panels of several far places are read side by
@@ -8973,9 +9199,17 @@ DSV3I_FEW_TYPE(q4_0, DSV3_Q4_0)
 DSV3I_TABLE(avx2, DSV3I_AVX2)
 DSV3I_TABLE(avx512, DSV3I_AVX512)
 
+static void dsv3i_kernels_avx512_meet(dsv3_kernels *k) {
+    dsv3i_kernels_avx512(k);
+    k->meet_begin[0] = dsv3i_avx512_meet_begin;
+    k->meet[0] = dsv3i_avx512_meet;
+}
+
 /* What the table of avx512 has, but for this. */
 static void dsv3i_kernels_avx512_bf16(dsv3_kernels *k) {
-    dsv3i_kernels_avx512(k);
+    dsv3i_kernels_avx512_meet(k);
+    k->meet_begin[1] = dsv3i_avx512_bf16_meet_begin;
+    k->meet[1] = dsv3i_avx512_bf16_meet;
     k->round[DSV3_BF16] = k->round[DSV3_F8_E4M3] = dsv3i_avx512_bf16_round_bf16;
     k->round[DSV3_Q8_0] = k->round[DSV3_Q4_0] = dsv3i_avx512_bf16_round_bytes;
     k->widen[DSV3_F8_E4M3] = dsv3i_avx512_bf16_widen_f8;
@@ -9029,9 +9263,10 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
     if (backend == DSV3_BACKEND_AUTO) backend = best;
     if ((int)backend < (int)DSV3_BACKEND_REFERENCE || (int)backend > (int)best) return DSV3_ERR_UNSUPPORTED;
     dsv3i_kernels_reference(&context->kernels);
+    context->kernels.meet[0] = dsv3i_meet_ref;
 #ifdef DSV3I_X86
     if (backend == DSV3_BACKEND_AVX2) dsv3i_kernels_avx2(&context->kernels);
-    if (backend == DSV3_BACKEND_AVX512) dsv3i_kernels_avx512(&context->kernels);
+    if (backend == DSV3_BACKEND_AVX512) dsv3i_kernels_avx512_meet(&context->kernels);
     if (backend == DSV3_BACKEND_AVX512_BF16) dsv3i_kernels_avx512_bf16(&context->kernels);
 #endif
     context->backend = dsv3_backend_name(backend);
@@ -9054,7 +9289,6 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_AVX512_BF16
 #undef DSV3I_BACK
 #undef DSV3I_BACK_ROWS
-#undef DSV3I_BULK
 #undef DSV3I_COLUMNS
 #undef DSV3I_DECODE
 #undef DSV3I_DECODE_TYPE
