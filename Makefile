@@ -5,8 +5,8 @@
 # make bench      speed, beside the limits of this machine
 # make install    dsv3.h, the pkg-config file and the tool; PREFIX and DESTDIR are respected
 #
-# CC, CFLAGS, LDFLAGS, LDLIBS, PREFIX and DESTDIR can be set. OpenMP is used when the compiler has it; OPENMP= turns
-# it off.
+# CC, CFLAGS, LDFLAGS, LDLIBS, PREFIX and DESTDIR can be set. The tool and the benchmarks have threads of their own
+# (examples/threads.h); lessons and tests use OpenMP when the compiler has it; OPENMP= turns it off.
 
 CC ?= cc
 CFLAGS ?= -O2
@@ -16,7 +16,8 @@ OPENMP := $(shell mkdir -p build && printf '\043include <omp.h>\nint main(void){
             > build/openmp.c && $(CC) -fopenmp build/openmp.c -o build/openmp 2>/dev/null && echo -fopenmp)
 BUILD = $(CC) -std=c99 $(WARN) $(CFLAGS) $(OPENMP) -I. -Iexamples -Itests -Ibench
 
-HEADERS  = dsv3.h examples/json.h examples/safetensors.h examples/checkpoint.h examples/svg.h
+HEADERS  = dsv3.h examples/json.h examples/safetensors.h examples/checkpoint.h examples/svg.h \
+           examples/threads.h
 LESSONS  = $(patsubst examples/%.c,build/%,$(wildcard examples/[0-9]*.c))
 TESTS    = $(patsubst tests/%.c,build/%,$(wildcard tests/test_*.c))
 BENCHES  = $(patsubst bench/%.c,build/%,$(wildcard bench/bench_*.c))
@@ -30,13 +31,15 @@ build/flags: force
 	@mkdir -p build
 	@printf '%s\n' '$(BUILD) $(LDFLAGS) $(LDLIBS)' | cmp -s - $@ || printf '%s\n' '$(BUILD) $(LDFLAGS) $(LDLIBS)' > $@
 
+build/dsv3 $(BENCHES): private OPENMP =
+
 build/%: examples/%.c $(HEADERS) build/flags
 	@mkdir -p build
-	$(BUILD) $< -o $@ $(LDFLAGS) -lm $(LDLIBS)
+	$(BUILD) $< -o $@ $(LDFLAGS) -lm -lpthread $(LDLIBS)
 
 build/%: bench/%.c $(wildcard bench/*.h) $(HEADERS) build/flags
 	@mkdir -p build
-	$(BUILD) -D_POSIX_C_SOURCE=200809L $< -o $@ $(LDFLAGS) -lm $(LDLIBS)
+	$(BUILD) -D_POSIX_C_SOURCE=200809L $< -o $@ $(LDFLAGS) -lm -lpthread $(LDLIBS)
 
 build/%: tests/%.c tests/test.h tests/synthetic.h $(HEADERS) build/flags
 	@mkdir -p build

@@ -10,6 +10,9 @@
 #ifndef BENCH_H
 #define BENCH_H
 
+#if defined(__linux__) && !defined(_GNU_SOURCE)
+#define _GNU_SOURCE 1 /* the affinity mask, for threads.h */
+#endif
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L /* clock_gettime, posix_memalign, isatty */
 #endif
@@ -19,6 +22,8 @@
 
 #define DSV3_SIMD
 #include "dsv3.h"
+#define THREADS_IMPLEMENTATION
+#include "../examples/threads.h"
 
 #include <stdint.h>
 #include <stdio.h>
@@ -289,15 +294,27 @@ static inline const char *bench_build(void) {
 /* Two lines: where and with what this was measured. */
 static inline void bench_print_machine(const dsv3_context *context) {
     char cpu[256];
-    printf("machine  %s\n", bench_cpu(cpu, sizeof cpu));
-    printf("compiler %s%s%s\n", bench_compiler(), context->parallel_for != NULL ? ", OpenMP" : ", no OpenMP",
-           bench_build());
+    printf("machine  %s, %zu of %zu cores\n", bench_cpu(cpu, sizeof cpu), context->threads, threads_cores());
+    printf("compiler %s%s\n", bench_compiler(), bench_build());
 }
 
+/* Kernels, and threads (0: one for each core this process may use). They are those of the context before, unless it had
+ * another number of them: then that one can no longer be used. */
 static inline void bench_context(dsv3_context *context, dsv3_backend backend, size_t threads) {
-    bench_check(dsv3_context_init(context, backend, threads), "dsv3_context_init");
+    static threads_pool *pool;
+    static size_t asked;
+    bench_check(dsv3_context_init(context, backend, 1), "dsv3_context_init");
+    if (threads == 0) threads = threads_cores();
+    if (asked != threads) {
+        threads_destroy(pool);
+        pool = threads_create(asked = threads);
+        if (pool == NULL) bench_die("threads", "out of memory");
+    }
+    context->parallel_for = threads_for;
+    context->parallel_user = pool;
+    context->threads = threads_count(pool);
     if (threads > context->threads) {
-        fprintf(stderr, BENCH_NAME ": built without OpenMP: 1 thread, not %zu\n", threads);
+        fprintf(stderr, BENCH_NAME ": the system gives %zu threads, not %zu\n", context->threads, threads);
     }
 }
 

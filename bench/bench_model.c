@@ -27,7 +27,7 @@ static const char help[] =
     "  --mode M          activations: exact (default), fast\n"
     "  --pack P          1: weights in the order of the backend, if it has one; 0 (default; with --sweep 1)\n"
     "  --backend NAME    default: the best one that runs here\n"
-    "  --threads N       1 .. 1024; default: what OpenMP offers, with --sweep 2\n"
+    "  --threads N       1 .. 1024; default: all cores, with --sweep 2\n"
     "  --prefill P       tokens of a prompt, 0 .. 65536, read in calls of at most 512; default 512\n"
     "  --decode D        tokens decoded one at a time from an empty cache, 0 .. 65536; default 128\n"
     "  --depth N         and at most 64 of them behind N tokens of cache, 0 .. 65536; default 2048. 0: not at all\n"

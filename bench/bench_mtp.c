@@ -30,7 +30,7 @@ static const char help[] =
     "  --tokens N        tokens written behind each prompt, 1 .. 16384, default 300; with --shape: steps, default 8\n"
     "  --sequences S     texts written together, 1 .. 64; default 1\n"
     "  --backend NAME    default: every one that this machine can run, one after the other\n"
-    "  --threads N       1 .. 1024; default: what OpenMP offers\n"
+    "  --threads N       1 .. 1024; default: all cores\n"
     "  --repeat R        1 .. 100; default 3\n"
     "  --line            lines of key=value pairs instead of tables\n"
     "  --help            this text\n"

@@ -24,7 +24,7 @@ static const char help[] =
     "  --target X     validation loss to reach, in thousandths of a nat per byte; default: the lowest multiple of "
     "50\n"
     "                 that every run has reached\n"
-    "  --threads N    1 .. 1024; default: what OpenMP offers\n"
+    "  --threads N    1 .. 1024; default: all cores\n"
     "  --curves FILE  writes the validation losses of all runs there, as CSV\n"
     "  --line         one line of key=value pairs for each run instead of the table\n"
     "  --help         this text\n"

@@ -15,6 +15,9 @@
  *
  * Text and tokens: the demo models have a vocabulary of 256, one token per byte. For other vocabularies (this
  * program has no tokenizer) --ids reads and writes token ids. */
+#if defined(__linux__) && !defined(_GNU_SOURCE)
+#define _GNU_SOURCE 1 /* the affinity mask, for threads.h */
+#endif
 #if !defined(_POSIX_C_SOURCE) && (defined(__unix__) || defined(__APPLE__))
 #define _POSIX_C_SOURCE 200809L
 #endif
@@ -24,6 +27,8 @@
 #include "checkpoint.h"
 #define SVG_IMPLEMENTATION
 #include "svg.h"
+#define THREADS_IMPLEMENTATION
+#include "threads.h"
 
 #include <errno.h>
 #include <signal.h>
@@ -270,21 +275,33 @@ static dsv3_attention parse_attention(const char *text) {
 }
 
 #define COMPUTE_HELP                                                                                                 \
-    "  --threads N      default: all cores\n"                                                                        \
-    "  --backend NAME   auto, reference, avx2 or avx512 (default auto: the best that runs here)\n"                   \
+    "  --threads N      default: all cores this process may use\n"                                                   \
+    "  --backend NAME   auto, reference, avx2, avx512 or avx512_bf16 (default auto: the best here)\n"           \
     "  --fast           activations are rounded (to BF16 or to 8 bits) before they meet weights\n"
 
+/* Kernels, and a pool of threads (0: one for each core), which close_context ends. */
 static void open_context(dsv3_context *context, const char *name, long threads) {
     dsv3_backend backend;
     dsv3_result result;
+    threads_pool *pool;
     if (dsv3_backend_find(&backend, name) != DSV3_OK) {
         stop("--backend: expected auto, reference, avx2 or avx512, found '%s'", name);
     }
-    result = dsv3_context_init(context, backend, (size_t)threads);
+    result = dsv3_context_init(context, backend, 1);
     if (result == DSV3_ERR_UNSUPPORTED) stop("--backend: %s does not run on this machine", name);
-    stop_result("threads", result);
-    if (threads > 1 && context->threads == 1) fprintf(stderr, "dsv3: built without OpenMP: one thread\n");
+    stop_result("--backend", result);
+    pool = threads_create((size_t)threads);
+    if (pool == NULL) stop("threads: out of memory");
+    context->parallel_for = threads_for;
+    context->parallel_user = pool;
+    context->threads = threads_count(pool);
+    if ((size_t)threads > context->threads) {
+        fprintf(stderr, "dsv3: the system gives %zu thread%s, not %ld\n", context->threads,
+                context->threads == 1 ? "" : "s", threads);
+    }
 }
+
+static void close_context(dsv3_context *context) { threads_destroy((threads_pool *)context->parallel_user); }
 
 static void session_open(session *s, const char *directory, const char *backend, long threads) {
     st_error error;
@@ -307,6 +324,7 @@ static void session_reserve(session *s, size_t positions, size_t rows, dsv3_type
 }
 
 static void session_close(session *s) {
+    close_context(&s->context);
     free(s->cache_memory);
     free(s->workspace_memory);
     checkpoint_close(&s->model);
@@ -3078,6 +3096,7 @@ static void train_end(train_state *s) {
     free(s->token);
     free(s->target);
     free(s->sequence_id);
+    close_context(&s->eval.context);
     free(s->eval.cache_memory);
     free(s->eval.workspace_memory);
     free(s->modules);
