@@ -6,7 +6,7 @@
 # make install    dsv3.h, the pkg-config file and the tool; PREFIX and DESTDIR are respected
 #
 # CC, CFLAGS, LDFLAGS, LDLIBS, PREFIX and DESTDIR can be set. The tool and the benchmarks have threads of their own
-# (examples/threads.h); lessons and tests use OpenMP when the compiler has it; OPENMP= turns it off.
+# (examples/thread_pool.h); lessons and tests use OpenMP when the compiler has it; OPENMP= turns it off.
 
 CC ?= cc
 CFLAGS ?= -O2
@@ -17,7 +17,7 @@ OPENMP := $(shell mkdir -p build && printf '\043include <omp.h>\nint main(void){
 BUILD = $(CC) -std=c99 $(WARN) $(CFLAGS) $(OPENMP) -I. -Iexamples -Itests -Ibench
 
 HEADERS  = dsv3.h examples/json.h examples/safetensors.h examples/checkpoint.h examples/svg.h \
-           examples/threads.h
+           examples/thread_pool.h
 LESSONS  = $(patsubst examples/%.c,build/%,$(wildcard examples/[0-9]*.c))
 TESTS    = $(patsubst tests/%.c,build/%,$(wildcard tests/test_*.c))
 BENCHES  = $(patsubst bench/%.c,build/%,$(wildcard bench/bench_*.c))

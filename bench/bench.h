@@ -11,7 +11,7 @@
 #define BENCH_H
 
 #if defined(__linux__) && !defined(_GNU_SOURCE)
-#define _GNU_SOURCE 1 /* the affinity mask, for threads.h */
+#define _GNU_SOURCE 1 /* the affinity mask, for thread_pool.h */
 #endif
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L /* clock_gettime, posix_memalign, isatty */
@@ -23,7 +23,7 @@
 #define DSV3_SIMD
 #include "dsv3.h"
 #define THREADS_IMPLEMENTATION
-#include "../examples/threads.h"
+#include "../examples/thread_pool.h"
 
 #include <stdint.h>
 #include <stdio.h>

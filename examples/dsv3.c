@@ -16,7 +16,7 @@
  * Text and tokens: the demo models have a vocabulary of 256, one token per byte. For other vocabularies (this
  * program has no tokenizer) --ids reads and writes token ids. */
 #if defined(__linux__) && !defined(_GNU_SOURCE)
-#define _GNU_SOURCE 1 /* the affinity mask, for threads.h */
+#define _GNU_SOURCE 1 /* the affinity mask, for thread_pool.h */
 #endif
 #if !defined(_POSIX_C_SOURCE) && (defined(__unix__) || defined(__APPLE__))
 #define _POSIX_C_SOURCE 200809L
@@ -28,7 +28,7 @@
 #define SVG_IMPLEMENTATION
 #include "svg.h"
 #define THREADS_IMPLEMENTATION
-#include "threads.h"
+#include "thread_pool.h"
 
 #include <errno.h>
 #include <signal.h>

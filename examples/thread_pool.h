@@ -1,16 +1,15 @@
-/* threads.h -- a pool of threads for parallel loops, in one header: spins for a moment, then sleeps.
+/* thread_pool.h -- a pool of threads for parallel loops, in one header: spins for a moment, then sleeps.
  *
  * What it is: threads that are started once and then share out one loop after another, thousands of them a second,
  * each of which may take only microseconds. threads_for has the form of dsv3_parallel_for, but this header knows
  * nothing of dsv3.h.
  *
- * What it is not: a queue of jobs, a scheduler, or a set of locks. There is one loop at a time. (Nor is it C11's
- * <threads.h>: include this one by "..." and keep its folder out of the search path of programs that use that.)
+ * What it is not: a queue of jobs, a scheduler, or a set of locks. There is one loop at a time.
  *
  * Use: in exactly one C or C++ file
  *
  *     #define THREADS_IMPLEMENTATION
- *     #include "threads.h"
+ *     #include "thread_pool.h"
  *
  * and in any other file only the #include. With dsv3.h:
  *
