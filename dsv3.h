@@ -668,7 +668,7 @@ typedef struct dsv3_workspace {
     struct dsv3i_job *jobs;      /* [2 (min(E, n K) + 1)] */
     float *worker;               /* [threads, worker_floats] */
     size_t worker_floats;
-    float *rounded;              /* activations of a linear op, rounded; DSV3_FAST */
+    float *rounded;              /* activations of linear ops, rounded or copied */
     float *u_ffn, *kv_raw, *q_raw, *h; /* u, kv, q_latent and h_gate, unless a backward pass wants both of a pair */
     float *x_mid;                      /* [n, d] NULL, or gets the residual stream between attention and FFN */
     const float *hidden; /* [n, d] public: after dsv3_forward or dsv3_mtp_forward and until the next call, the
@@ -2249,24 +2249,46 @@ static int dsv3i_has_fast(const dsv3_context *ctx, dsv3_type type) {
            ctx->kernels.product[form == DSV3I_BF16S ? DSV3_PRODUCT_FAST_BF16 : DSV3_PRODUCT_FAST_BYTES] != NULL;
 }
 
-/* Floats that a rounded row of k numbers takes, at most. */
-static size_t dsv3i_rounded_floats(size_t k) { return dsv3i_mul(dsv3i_blocks(k, 4), 4); }
+/* Floats from one rounded row of k numbers to the next, at most. */
+static size_t dsv3i_rounded_floats(size_t k) { return dsv3i_mul(dsv3i_add(dsv3i_blocks(k, 16), 2), 16); }
 
-/* Rows x [n, k], ldx floats apart, rounded into out [n, dsv3i_rounded_floats(k)]; or just as they are. */
-static dsv3i_input dsv3i_input_round(const dsv3_context *ctx, float *out, const float *x, size_t ldx, dsv3_type type,
-                                     size_t n, size_t k) {
-    dsv3i_input in = dsv3i_input_floats(x, ldx);
-    if (!dsv3i_is_rounded(ctx, type)) return in;
-    in = dsv3i_input_floats(out, dsv3i_rounded_floats(k));
-    in.fast = dsv3i_has_fast(ctx, type);
-    for (size_t t = 0; t < n; t++) ctx->kernels.round[type](out + t * dsv3i_rounded_floats(k), x + t * ldx, k);
+/* Bytes of a row of k numbers as products take it. */
+static size_t dsv3i_input_bytes(int codes, dsv3_type type, size_t k) {
+    if (!codes) return k * sizeof(float);
+    return dsv3i_form_of(type) == DSV3I_BF16S ? dsv3i_blocks(k, 4) * 8 : k / DSV3_QBLOCK * (DSV3_QBLOCK + 8);
+}
+
+/* Where rounded rows go: next to each other, but not a power of two apart, since a cache would then have room for few of
+ * them. */
+static dsv3i_input dsv3i_input_rounded(const dsv3_context *ctx, const float *out, dsv3_type type, size_t k) {
+    dsv3i_input in = dsv3i_input_floats(out, 0);
+    in.fast = dsv3i_is_rounded(ctx, type) && dsv3i_has_fast(ctx, type);
+    in.stride = dsv3i_blocks(dsv3i_input_bytes(in.fast, type, k), 64) * 64;
+    if (in.stride % 256 == 0) in.stride += 64;
     return in;
 }
 
-/* Bytes of the first k numbers (a multiple of DSV3_BLOCK) of a row. */
-static size_t dsv3i_input_skip(const dsv3i_input *in, dsv3_type type, size_t k) {
-    if (!in->fast) return k * sizeof(float);
-    return dsv3i_form_of(type) == DSV3I_BF16S ? 2 * k : k / DSV3_QBLOCK * (DSV3_QBLOCK + 2 * sizeof(float));
+/* Rows x [n, k], ldx floats apart, rounded or just copied to where `to` says. */
+static void dsv3i_input_fill(const dsv3_context *ctx, const dsv3i_input *to, const float *x, size_t ldx, dsv3_type type,
+                             size_t n, size_t k) {
+    unsigned char *out = (unsigned char *)(uintptr_t)to->x;
+    for (size_t t = 0; t < n; t++, out += to->stride) {
+        if (dsv3i_is_rounded(ctx, type)) {
+            ctx->kernels.round[type](out, x + t * ldx, k);
+        } else {
+            DSV3_MEMCPY(out, x + t * ldx, k * sizeof *x);
+        }
+    }
+}
+
+/* Rows x [n, k], rounded into out [n, dsv3i_rounded_floats(k)] with DSV3_FAST, else as they are. */
+static dsv3i_input dsv3i_input_round(const dsv3_context *ctx, float *out, const float *x, size_t ldx, dsv3_type type,
+                                     size_t n, size_t k) {
+    dsv3i_input in;
+    if (!dsv3i_is_rounded(ctx, type)) return dsv3i_input_floats(x, ldx);
+    in = dsv3i_input_rounded(ctx, out, type, k);
+    dsv3i_input_fill(ctx, &in, x, ldx, type, n, k);
+    return in;
 }
 
 /* y[t ldy + (r - r0)] = x_t . row r of w for n rows x_t and rows r0 <= r < r1 of w, by panels. */
@@ -2283,7 +2305,7 @@ static void dsv3i_linear_panels(const dsv3_context *ctx, float *y, size_t ldy, c
     for (piece.r = r0; piece.r < r1; piece.r += piece.rows) {
         piece.rows = dsv3i_min(DSV3I_PANEL - piece.r % DSV3I_PANEL, r1 - piece.r);
         for (piece.k0 = 0; piece.k0 < w->cols; piece.k0 += piece.k) {
-            const unsigned char *x = (const unsigned char *)in->x + dsv3i_input_skip(in, w->type, piece.k0);
+            const unsigned char *x = (const unsigned char *)in->x + dsv3i_input_bytes(in->fast, w->type, piece.k0);
             dsv3_panel panel;
             dsv3_product product;
             piece.k = dsv3i_min(DSV3I_TERMS, w->cols - piece.k0);
@@ -2377,20 +2399,28 @@ static void dsv3i_round_task(void *arg, size_t begin, size_t end, size_t worker)
     (void)worker;
     for (size_t i = begin; i < end; i = next) {
         const dsv3i_job *job;
+        dsv3i_input to;
         size_t t, k;
         while (j + 1 < a->n_jobs && a->jobs[j + 1].first <= i) j++;
         job = &a->jobs[j];
         k = job->w->cols;
         t = i - job->first;
         next = j + 1 < a->n_jobs ? dsv3i_min(end, a->jobs[j + 1].first) : end;
-        (void)dsv3i_input_round(a->ctx, (float *)(uintptr_t)job->in.x + t * dsv3i_rounded_floats(k), job->x + t * k, k,
-                                job->w->type, next - i, k);
+        to = job->in;
+        to.x = (const unsigned char *)to.x + t * to.stride;
+        dsv3i_input_fill(a->ctx, &to, job->x + t * k, k, job->w->type, next - i, k);
     }
 }
 
+/* Many rows that lie a power of two apart are copied, for the same reason (see dsv3i_input_rounded). */
+static int dsv3i_is_copied(const dsv3_context *ctx, const dsv3i_job *job) {
+    return ctx->kernels.pack[job->w->type] != NULL && job->n > DSV3I_FEW && job->w->cols % 128 == 0;
+}
+
 static int dsv3i_same_input(const dsv3_context *ctx, const dsv3i_job *a, const dsv3i_job *b) {
-    return a->x == b->x && a->n == b->n && a->w->cols == b->w->cols &&
-           ctx->kernels.round[a->w->type] == ctx->kernels.round[b->w->type];
+    return a->x == b->x && a->n == b->n && a->w->cols == b->w->cols && a->in.x != a->x &&
+           dsv3i_is_rounded(ctx, a->w->type) == dsv3i_is_rounded(ctx, b->w->type) &&
+           (ctx->compute == DSV3_EXACT || ctx->kernels.round[a->w->type] == ctx->kernels.round[b->w->type]);
 }
 
 /* rounded: room for the rows of all jobs. */
@@ -2400,13 +2430,12 @@ static void dsv3i_round_jobs(dsv3i_linear_arg *arg, dsv3i_job *jobs, float *roun
         dsv3i_job *job = &jobs[j];
         size_t floats = dsv3i_rounded_floats(job->w->cols);
         job->first = rows;
-        if (!dsv3i_is_rounded(arg->ctx, job->w->type)) continue;
-        if (j > 0 && dsv3i_same_input(arg->ctx, job, job - 1)) {
+        if (!dsv3i_is_rounded(arg->ctx, job->w->type) && !dsv3i_is_copied(arg->ctx, job)) continue;
+        if (j > 0 && dsv3i_same_input(arg->ctx, job - 1, job)) {
             job->in = job[-1].in;
             continue;
         }
-        job->in = dsv3i_input_floats(rounded, floats);
-        job->in.fast = dsv3i_has_fast(arg->ctx, job->w->type);
+        job->in = dsv3i_input_rounded(arg->ctx, rounded, job->w->type, job->w->cols);
         rounded += job->n * floats;
         rows += job->n;
         work = dsv3i_add(work, dsv3i_mul(job->n, 4 * floats));
@@ -2426,8 +2455,8 @@ static size_t dsv3i_linear_item(const dsv3_context *ctx, const dsv3i_job *jobs, 
     return dsv3i_max(together, 1) * DSV3I_PANEL;
 }
 
-/* All jobs in one loop. scratch [threads, worker_floats]; rounded (used with DSV3_FAST only): room for
- * dsv3i_rounded_floats of all rows that differ. */
+/* All jobs in one loop. scratch [threads, worker_floats]; rounded: room for dsv3i_rounded_floats of all rows that
+ * differ, or NULL with DSV3_EXACT. */
 static void dsv3i_linear_jobs(const dsv3_context *ctx, dsv3i_job *jobs, size_t n_jobs, float *scratch,
                               size_t worker_floats, float *rounded) {
     dsv3i_linear_arg arg;
@@ -2438,7 +2467,7 @@ static void dsv3i_linear_jobs(const dsv3_context *ctx, dsv3i_job *jobs, size_t n
     arg.scratch = scratch;
     arg.worker_floats = worker_floats;
     arg.item = dsv3i_linear_item(ctx, jobs, n_jobs);
-    if (ctx->compute == DSV3_FAST) dsv3i_round_jobs(&arg, jobs, rounded);
+    if (rounded != NULL) dsv3i_round_jobs(&arg, jobs, rounded);
     for (size_t j = 0; j < n_jobs; j++) {
         const dsv3_tensor *w = jobs[j].w;
         DSV3_ASSERT(worker_floats >= dsv3i_panel_floats(jobs[j].n, w->cols));
