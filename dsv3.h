@@ -7537,6 +7537,38 @@ DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_decode(const dsv3_type type, float *y, 
     _mm256_maskstore_ps(y + i, dsv3i_avx2_mask(n - i), _mm256_mul_ps(dsv3i_avx2_load(type, rest), unit));
 }
 
+/* Q8_0 and Q4_0: whole blocks. */
+DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_decode_blocks(const size_t size, float *y, const void *w, size_t n) {
+    const unsigned char *bytes = (const unsigned char *)w;
+    for (size_t i = 0; i < n; i += DSV3_QBLOCK, bytes += 2 + size) {
+        const __m128i low = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
+        __m128i part[2];
+        __m256 d;
+        uint16_t bits;
+        DSV3_MEMCPY(&bits, bytes, 2);
+        d = _mm256_set1_ps(_cvtsh_ss(bits));
+        DSV3_MEMCPY(&part[0], bytes + 2, 16);
+        if (size == 32) {
+            DSV3_MEMCPY(&part[1], bytes + 18, 16);
+        } else {
+            part[1] = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(part[0], 4), low), eight);
+            part[0] = _mm_sub_epi8(_mm_and_si128(part[0], low), eight);
+        }
+        DSV3I_UNROLL for (int j = 0; j < 4; j++) {
+            const __m128i q = j % 2 ? _mm_srli_si128(part[j / 2], 8) : part[j / 2];
+            _mm256_storeu_ps(y + i + 8 * (size_t)j, _mm256_mul_ps(d, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q))));
+        }
+    }
+}
+
+DSV3I_TARGET(DSV3I_AVX2) static void dsv3i_avx2_decode_q8_0(float *y, const void *w, size_t n) {
+    dsv3i_avx2_decode_blocks(32, y, w, n);
+}
+
+DSV3I_TARGET(DSV3I_AVX2) static void dsv3i_avx2_decode_q4_0(float *y, const void *w, size_t n) {
+    dsv3i_avx2_decode_blocks(16, y, w, n);
+}
+
 /* Four rows of w and nx (1 or 3) of x: acc[4 t + r] += eight terms of x_t . w_r */
 DSV3I_INLINE(DSV3I_AVX2)
 void dsv3i_avx2_terms(const int nx, __m256 acc[12], const float *const x[3], const float *const w[4], size_t at) {
@@ -8134,6 +8166,7 @@ DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_decode(const dsv3_type type, float 
     const __m512 unit = _mm512_set1_ps(type == DSV3_F8_E4M3 ? 256.0f : 1.0f);
     for (size_t i = 0; i < n; i += 16) {
         const __mmask16 m = dsv3i_avx512_mask(n - i);
+        _mm_prefetch((const char *)bytes + i * size + 2048, _MM_HINT_T0); /* rows follow each other */
         _mm512_mask_storeu_ps(y + i, m, _mm512_mul_ps(dsv3i_avx512_load(type, m, bytes + i * size), unit));
     }
 }
@@ -9205,6 +9238,8 @@ DSV3I_FEW_TYPE(q4_0, DSV3_Q4_0)
         k->decode[DSV3_F16] = dsv3i_##isa##_decode_f16;                                                              \
         k->decode[DSV3_BF16] = dsv3i_##isa##_decode_bf16;                                                            \
         k->decode[DSV3_F8_E4M3] = dsv3i_##isa##_decode_f8_e4m3;                                                      \
+        k->decode[DSV3_Q8_0] = dsv3i_avx2_decode_q8_0;                                                               \
+        k->decode[DSV3_Q4_0] = dsv3i_avx2_decode_q4_0;                                                               \
         k->dot = dsv3i_##isa##_dot;                                                                                  \
         k->axpy = dsv3i_##isa##_axpy;                                                                                \
         k->exp_sum = dsv3i_##isa##_exp_sum;                                                                          \
