@@ -8115,6 +8115,15 @@ DSV3I_INLINE(DSV3I_AVX512) __mmask16 dsv3i_avx512_mask(size_t n) {
     return (__mmask16)(n >= 16 ? 0xFFFFu : (1u << n) - 1u);
 }
 
+/* The lanes of the mask. (Stores under a mask are slow on some processors, most of all when they are read soon.) */
+DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_put(float *y, __mmask16 m, __m512 v) {
+    if (m == 0xFFFF) {
+        _mm512_storeu_ps(y, v);
+    } else {
+        _mm512_mask_storeu_ps(y, m, v);
+    }
+}
+
 /* As dsv3i_avx2_exp. */
 DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_exp(__m512 x) {
     __m512 n, r, p;
@@ -8167,7 +8176,7 @@ DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_decode(const dsv3_type type, float 
     for (size_t i = 0; i < n; i += 16) {
         const __mmask16 m = dsv3i_avx512_mask(n - i);
         _mm_prefetch((const char *)bytes + i * size + 2048, _MM_HINT_T0); /* rows follow each other */
-        _mm512_mask_storeu_ps(y + i, m, _mm512_mul_ps(dsv3i_avx512_load(type, m, bytes + i * size), unit));
+        dsv3i_avx512_put(y + i, m, _mm512_mul_ps(dsv3i_avx512_load(type, m, bytes + i * size), unit));
     }
 }
 
@@ -8226,7 +8235,7 @@ DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_axpy(float *y, float a, cons
     for (size_t i = 0; i < n; i += 16) {
         const __mmask16 m = dsv3i_avx512_mask(n - i);
         const __m512 old = _mm512_maskz_loadu_ps(m, y + i);
-        _mm512_mask_storeu_ps(y + i, m, _mm512_fmadd_ps(f, _mm512_maskz_loadu_ps(m, x + i), old));
+        dsv3i_avx512_put(y + i, m, _mm512_fmadd_ps(f, _mm512_maskz_loadu_ps(m, x + i), old));
     }
 }
 
@@ -8237,7 +8246,7 @@ DSV3I_TARGET(DSV3I_AVX512) static float dsv3i_avx512_exp_sum(float *p, const flo
         const __mmask16 m = dsv3i_avx512_mask(n - i);
         const __m512 e = dsv3i_avx512_exp(_mm512_sub_ps(_mm512_maskz_loadu_ps(m, s + i), t));
         sum = _mm512_mask_add_ps(sum, m, sum, e);
-        _mm512_mask_storeu_ps(p + i, m, e);
+        dsv3i_avx512_put(p + i, m, e);
     }
     return _mm_cvtss_f32(dsv3i_avx512_sums(sum, sum, sum, sum));
 }
@@ -8248,7 +8257,7 @@ DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_silu_mul(float *h, const flo
         const __mmask16 m = dsv3i_avx512_mask(n - i);
         const __m512 v = _mm512_maskz_loadu_ps(m, a + i);
         const __m512 below = _mm512_add_ps(one, dsv3i_avx512_exp(_mm512_xor_ps(v, minus)));
-        _mm512_mask_storeu_ps(h + i, m, _mm512_mul_ps(_mm512_div_ps(v, below), _mm512_maskz_loadu_ps(m, b + i)));
+        dsv3i_avx512_put(h + i, m, _mm512_mul_ps(_mm512_div_ps(v, below), _mm512_maskz_loadu_ps(m, b + i)));
     }
 }
 
@@ -8549,7 +8558,7 @@ void dsv3i_avx512_end(const int M, const int NP, const __m512 acc[24], const dsv
             const __m512 old = add ? _mm512_maskz_loadu_ps(a->mask[i % NP], y) : _mm512_setzero_ps();
             sum = _mm512_fmadd_ps(sum, _mm512_loadu_ps(a->scale + 16 * (i % NP)), old);
         }
-        _mm512_mask_storeu_ps(y, a->mask[i % NP], sum);
+        dsv3i_avx512_put(y, a->mask[i % NP], sum);
     }
 }
 
@@ -8753,7 +8762,7 @@ DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_rescale(const dsv3_meeting *a, cons
         if (rescale[i] >= 1.0f) continue;
         for (size_t j = 0; j < a->dv; j += 16) {
             const __mmask16 m = dsv3i_avx512_mask(a->dv - j);
-            _mm512_mask_storeu_ps(out + j, m, _mm512_mul_ps(f, _mm512_maskz_loadu_ps(m, out + j)));
+            dsv3i_avx512_put(out + j, m, _mm512_mul_ps(f, _mm512_maskz_loadu_ps(m, out + j)));
         }
     }
 }
