@@ -2335,10 +2335,13 @@ static void dsv3i_linear_rows(const dsv3_context *ctx, float *y, size_t ldy, con
                               const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
     if (ctx->kernels.pack[w->type] != NULL) {
         size_t parts = dsv3i_blocks(n, DSV3I_MANY), many = parts > 1 ? dsv3i_blocks(dsv3i_blocks(n, parts), 6) * 6 : n;
-        for (size_t t = 0; t < n; t += many) {
-            dsv3i_input some = *in;
-            some.x = (const unsigned char *)in->x + t * in->stride;
-            dsv3i_linear_panels(ctx, y + t * ldy, ldy, &some, dsv3i_min(many, n - t), w, r0, r1, scratch);
+        for (size_t r = r0, end; r < r1; r = end) { /* one panel, which stays near, and all rows; or all panels */
+            end = parts > 1 ? dsv3i_min(r - r % DSV3I_PANEL + DSV3I_PANEL, r1) : r1;
+            for (size_t t = 0; t < n; t += many) {
+                dsv3i_input some = *in;
+                some.x = (const unsigned char *)in->x + t * in->stride;
+                dsv3i_linear_panels(ctx, y + t * ldy + (r - r0), ldy, &some, dsv3i_min(many, n - t), w, r, end, scratch);
+            }
         }
     } else {
         dsv3i_linear_tiles(ctx, y, ldy, in, n, w, r0, r1, scratch);
