@@ -8953,11 +8953,12 @@ void dsv3i_avx512_bf16_columns(const int bytes, const int NP, float *y, size_t l
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_product(const int bytes, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
                                const dsv3_panel *w, size_t rows, size_t k, int add) {
-    if (w->columns == 4) {
-        dsv3i_avx512_bf16_columns(bytes, 4, y, ldy, x, ldx, n, w, 0, rows, k, add);
-        return;
+    switch (w->columns) {
+    case 1: dsv3i_avx512_bf16_columns(bytes, 1, y, ldy, x, ldx, n, w, 0, rows, k, add); break;
+    case 2: dsv3i_avx512_bf16_columns(bytes, 2, y, ldy, x, ldx, n, w, 0, rows, k, add); break;
+    case 3: dsv3i_avx512_bf16_columns(bytes, 3, y, ldy, x, ldx, n, w, 0, rows, k, add); break;
+    default: dsv3i_avx512_bf16_columns(bytes, 4, y, ldy, x, ldx, n, w, 0, rows, k, add);
     }
-    for (size_t c = 0; c < w->columns; c++) dsv3i_avx512_bf16_columns(bytes, 1, y, ldy, x, ldx, n, w, c, rows, k, add);
 }
 
 DSV3I_TARGET(DSV3I_AVX512_BF16)

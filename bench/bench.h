@@ -704,12 +704,19 @@ static inline void bench_synthetic_bind(bench_synthetic *s, const dsv3_config *c
                       "dsv3_model_bind", &error);
 }
 
-/* Packs the model for the context's backend. Without effect for a backend that reads weights as they are. */
+/* Packs a model for the context's backend, into memory to be freed by the caller: bytes of it. NULL for a backend that
+ * reads weights as they are. */
+static inline void *bench_pack(const dsv3_context *context, dsv3_model *model, size_t *bytes) {
+    void *memory;
+    bench_check(dsv3_pack_size(context, model, bytes), "dsv3_pack_size");
+    if (*bytes == 0) return NULL;
+    memory = bench_alloc(*bytes);
+    bench_check(dsv3_pack(context, model, memory, *bytes), "dsv3_pack");
+    return memory;
+}
+
 static inline void bench_synthetic_pack(bench_synthetic *s, const dsv3_context *context) {
-    bench_check(dsv3_pack_size(context, &s->model, &s->packed_bytes), "dsv3_pack_size");
-    if (s->packed_bytes == 0) return;
-    s->packed = bench_alloc(s->packed_bytes);
-    bench_check(dsv3_pack(context, &s->model, s->packed, s->packed_bytes), "dsv3_pack");
+    s->packed = bench_pack(context, &s->model, &s->packed_bytes);
 }
 
 /* Makes and binds a model. Does not come back when something fails. Shows progress on a terminal. */

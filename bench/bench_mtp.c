@@ -30,6 +30,8 @@ static const char help[] =
     "  --tokens N        tokens written behind each prompt, 1 .. 16384, default 300; with --shape: steps, default 8\n"
     "  --sequences S     texts written together, 1 .. 64; default 1\n"
     "  --backend NAME    default: every one that this machine can run, one after the other\n"
+    "  --mode M          activations: exact (default), fast\n"
+    "  --pack P          1: weights in the order of the backend, if it has one; 0 (default)\n"
     "  --threads N       1 .. 1024; default: all cores\n"
     "  --repeat R        1 .. 100; default 3\n"
     "  --line            lines of key=value pairs instead of tables\n"
@@ -47,7 +49,8 @@ typedef struct bench_options {
     size_t prompts, drafts, tokens, sequences, threads, repeat; /* 0: not given */
     dsv3_backend backends[BENCH_BACKENDS];
     size_t n_backends;
-    int line;
+    dsv3_compute mode;
+    int pack, line;
 } bench_options;
 
 static void parse_backend(bench_options *o, const char *value) {
@@ -77,6 +80,8 @@ static void parse_pair(void *options, const char *option, const char *value) {
     if (strcmp(option, "--backend") == 0) parse_backend(o, value);
     if (strcmp(option, "--threads") == 0) o->threads = bench_number(option, value, 1, MAX_THREADS);
     if (strcmp(option, "--repeat") == 0) o->repeat = bench_number(option, value, 1, MAX_REPEAT);
+    if (strcmp(option, "--mode") == 0) o->mode = bench_mode(option, value);
+    if (strcmp(option, "--pack") == 0) o->pack = (int)bench_number(option, value, 0, 1);
     if (strcmp(option, "--type") == 0) {
         o->type = bench_type(option, value);
         o->type_given = 1;
@@ -86,7 +91,7 @@ static void parse_pair(void *options, const char *option, const char *value) {
 static void parse(bench_options *o, int argc, char **argv) {
     static const char *const pairs[] = {"--model",   "--text",   "--prompts", "--temp",      "--shape",
                                         "--type",    "--drafts", "--tokens",  "--sequences", "--backend",
-                                        "--threads", "--repeat", NULL};
+                                        "--threads", "--repeat", "--mode",    "--pack",      NULL};
     memset(o, 0, sizeof *o);
     o->type = DSV3_BF16;
     o->temperature = -1.0;
@@ -150,6 +155,8 @@ typedef struct bench_tally {
 
 typedef struct bench_writer {
     const bench_options *options;
+    void *packed; /* weights, or NULL */
+    size_t packed_bytes;
     checkpoint file;
     dsv3_context context;
     bench_watch watch;
@@ -302,6 +309,8 @@ static void writer_run(bench_writer *w, dsv3_backend backend) {
     memset(w->accepted, 0, sizeof w->accepted);
     memset(&warm, 0, sizeof warm);
     bench_context(&w->context, backend, o->threads);
+    w->context.compute = o->mode;
+    if (o->pack && w->packed == NULL) w->packed = bench_pack(&w->context, &w->file.model, &w->packed_bytes);
     w->context.observer.user = &w->watch;
     w->context.observer.hidden = watch_hidden;
     w->watch.layers = w->file.config.num_hidden_layers;
@@ -408,6 +417,8 @@ static void bench_writing(const bench_options *o) {
 
 typedef struct bench_stepper {
     const bench_options *options;
+    void *packed; /* weights, or NULL */
+    size_t packed_bytes;
     dsv3_config config;
     bench_synthetic synthetic;
     size_t n_mtp;
@@ -512,6 +523,8 @@ static void stepper_run(bench_stepper *p, dsv3_backend backend) {
     memset(p->module, 0, sizeof p->module);
     p->rng.state = 1;
     bench_context(&p->context, backend, o->threads);
+    p->context.compute = o->mode;
+    if (o->pack && p->packed == NULL) p->packed = bench_pack(&p->context, &p->synthetic.model, &p->packed_bytes);
     p->workspace = workspace_make(&p->config, o->sequences * PROMPT, p->context.threads, &p->workspace_memory);
     stepper_tokens(p, o->sequences * PROMPT);
     for (size_t k = 0; k <= p->n_mtp; k++) (void)stepper_call(p, k, 0, PROMPT, 0);

@@ -23,6 +23,7 @@ static const char help[] =
     "  --text FILE       cut the prompts from this file; default: the last 5 % of " TEXT "\n"
     "  --mtp K           also with K drafts of the MTP modules in a step, 0 .. 15; default 3. 0: without only\n"
     "  --mode M          activations: exact, fast; default: both\n"
+    "  --pack P          1: weights in the order of the backend, if it has one; 0 (default)\n"
     "  --backend NAME    default: the best one that runs here\n"
     "  --threads N       1 .. 1024; default: what OpenMP offers\n"
     "  --repeat R        1 .. 100; default 3. Every repeat has prompts of its own\n"
@@ -52,6 +53,7 @@ static const scenario scenarios[] = {
 typedef struct bench_options {
     const char *model, *text;
     int mode; /* -1: both */
+    int pack;
     dsv3_backend backend;
     size_t drafts, threads, repeat;
     int line;
@@ -63,6 +65,7 @@ static void parse_pair(void *options, const char *option, const char *value) {
     if (strcmp(option, "--text") == 0) o->text = value;
     if (strcmp(option, "--mtp") == 0) o->drafts = bench_number(option, value, 0, MAX_DRAFTS);
     if (strcmp(option, "--mode") == 0) o->mode = (int)bench_mode(option, value);
+    if (strcmp(option, "--pack") == 0) o->pack = (int)bench_number(option, value, 0, 1);
     if (strcmp(option, "--backend") == 0) o->backend = bench_backend(option, value);
     if (strcmp(option, "--threads") == 0) o->threads = bench_number(option, value, 1, MAX_THREADS);
     if (strcmp(option, "--repeat") == 0) o->repeat = bench_number(option, value, 1, MAX_REPEAT);
@@ -70,7 +73,7 @@ static void parse_pair(void *options, const char *option, const char *value) {
 
 static void parse(bench_options *o, int argc, char **argv) {
     static const char *const pairs[] = {"--model",   "--text",    "--mtp",    "--mode",
-                                        "--backend", "--threads", "--repeat", NULL};
+                                        "--pack",    "--backend", "--threads", "--repeat", NULL};
     memset(o, 0, sizeof *o);
     o->model = "examples/models/austen";
     o->mode = -1;
@@ -142,6 +145,7 @@ static void run_init(bench_run *r) {
     if (c->max_position_embeddings < 1024) bench_die(o->model, "was made for less than 1024 positions");
     read_text(r);
     bench_context(&r->context, o->backend, o->threads);
+    if (o->pack) (void)bench_pack(&r->context, &r->file.model, &bytes);
     for (int mode = DSV3_EXACT; mode <= DSV3_FAST; mode++) {
         for (int drafts = 0; drafts < 2; drafts++) {
             if ((o->mode >= 0 && mode != o->mode) || (drafts && (o->drafts == 0 || r->file.model.n_mtp < 1)))
