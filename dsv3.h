@@ -7450,7 +7450,7 @@ static dsv3_backend dsv3i_best_backend(void) {
     return DSV3_BACKEND_AVX512_BF16;
 }
 
-/* How many of n rows of x go together: kernels are made for 1, 2, 3, 4 and, with floats or codes on both sides, 6. */
+/* How many of n rows of x go together: kernels are made for 1, 2, 4 and, with floats or codes on both sides, 6. */
 static size_t dsv3i_rows_together(size_t n) {
     if (n <= 6) return n;
     return n <= 8 ? 4 : 6;
@@ -8039,8 +8039,8 @@ void dsv3i_avx2_product(const dsv3_product kind, float *y, size_t ldy, const voi
             switch (m) {
             case 1: dsv3i_avx2_exact(kind, 1, yt, ldy, xt, ldx, 1, w, c, rows, k, add); break;
             case 2: dsv3i_avx2_exact(kind, 2, yt, ldy, xt, ldx, 2, w, c, rows, k, add); break;
-            case 3: dsv3i_avx2_exact(kind, 3, yt, ldy, xt, ldx, 3, w, c, rows, k, add); break;
-            case 4: dsv3i_avx2_exact(kind, 4, yt, ldy, xt, ldx, 4, w, c, rows, k, add); break;
+            case 3:
+            case 4: dsv3i_avx2_exact(kind, 4, yt, ldy, xt, ldx, m, w, c, rows, k, add); break;
             default:
                 if (kind == DSV3_PRODUCT_F32) dsv3i_avx2_exact(kind, 6, yt, ldy, xt, ldx, m, w, c, rows, k, add);
             }
@@ -8653,8 +8653,8 @@ void dsv3i_avx512_columns(const dsv3_product kind, const int NP, float *y, size_
         switch (m) {
         case 1: dsv3i_avx512_exact(kind, 1, NP, yt, ldy, xt, ldx, 1, w, c0, rows, k, add); break;
         case 2: dsv3i_avx512_exact(kind, 2, NP, yt, ldy, xt, ldx, 2, w, c0, rows, k, add); break;
-        case 3: dsv3i_avx512_exact(kind, 3, NP, yt, ldy, xt, ldx, 3, w, c0, rows, k, add); break;
-        case 4: dsv3i_avx512_exact(kind, 4, NP, yt, ldy, xt, ldx, 4, w, c0, rows, k, add); break;
+        case 3:
+        case 4: dsv3i_avx512_exact(kind, 4, NP, yt, ldy, xt, ldx, m, w, c0, rows, k, add); break;
         default:
             if (kind == DSV3_PRODUCT_F32) dsv3i_avx512_exact(kind, 6, NP, yt, ldy, xt, ldx, m, w, c0, rows, k, add);
         }
@@ -8943,8 +8943,8 @@ void dsv3i_avx512_bf16_columns(const int bytes, const int NP, float *y, size_t l
         switch (m) {
         case 1: dsv3i_avx512_bf16_fast(bytes, 1, NP, yt, ldy, xt, ldx, t, 1, w, c0, rows, k, add); break;
         case 2: dsv3i_avx512_bf16_fast(bytes, 2, NP, yt, ldy, xt, ldx, t, 2, w, c0, rows, k, add); break;
-        case 3: dsv3i_avx512_bf16_fast(bytes, 3, NP, yt, ldy, xt, ldx, t, 3, w, c0, rows, k, add); break;
-        case 4: dsv3i_avx512_bf16_fast(bytes, 4, NP, yt, ldy, xt, ldx, t, 4, w, c0, rows, k, add); break;
+        case 3:
+        case 4: dsv3i_avx512_bf16_fast(bytes, 4, NP, yt, ldy, xt, ldx, t, m, w, c0, rows, k, add); break;
         default: dsv3i_avx512_bf16_fast(bytes, 6, NP, yt, ldy, xt, ldx, t, m, w, c0, rows, k, add);
         }
     }
