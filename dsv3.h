@@ -2497,7 +2497,7 @@ DSV3_API void dsv3_linear(const dsv3_context *context, float *y, const float *x,
  * one row of dW. Loops are split over rows of dx and rows of dW, so that every sum is taken by one worker, in one
  * order. */
 
-#define DSV3I_BACK 16u /* rows of dx, or of dW, that one item works on */
+#define DSV3I_BACK 96u /* rows of dx, or of dW, that one item works on, at most */
 
 typedef struct dsv3i_back_job {
     const dsv3_tensor *w;
@@ -2528,6 +2528,7 @@ typedef struct dsv3i_back_arg {
     float *scratch;
     size_t worker_floats; /* >= dsv3i_panel(n) * cols of every job */
     int over_dw;          /* which of the two loops this is */
+    size_t item[2];       /* rows of an item of each */
 } dsv3i_back_arg;
 
 /* Rows [t0, t1) of dx: each row of W is decoded once for all of them. */
@@ -2558,28 +2559,36 @@ static void dsv3i_back_task(void *arg, size_t begin, size_t end, size_t worker) 
         size_t at;
         while (j + 1 < a->n_jobs && a->jobs[j + 1].first[a->over_dw] <= i) j++;
         job = &a->jobs[j];
-        at = (i - job->first[a->over_dw]) * DSV3I_BACK;
+        at = (i - job->first[a->over_dw]) * a->item[a->over_dw];
         if (a->over_dw) {
-            dsv3i_back_dw(a->ctx, job, at, dsv3i_min(at + DSV3I_BACK, job->w->rows));
+            dsv3i_back_dw(a->ctx, job, at, dsv3i_min(at + a->item[1], job->w->rows));
         } else {
-            dsv3i_back_dx(a->ctx, job, at, dsv3i_min(at + DSV3I_BACK, job->n),
+            dsv3i_back_dx(a->ctx, job, at, dsv3i_min(at + a->item[0], job->n),
                           a->scratch + worker * a->worker_floats);
         }
     }
+}
+
+/* Items of all jobs in one of the loops, if each has up to `item` rows. */
+static size_t dsv3i_back_items(dsv3i_back_job *jobs, size_t n_jobs, int over_dw, size_t item) {
+    size_t items = 0;
+    for (size_t j = 0; j < n_jobs; j++) {
+        const dsv3i_back_job *job = &jobs[j];
+        jobs[j].first[over_dw] = items;
+        if (!over_dw && job->dx != NULL) items += dsv3i_blocks(job->n, item);
+        if (over_dw && job->dw != NULL && job->n > 0) items += dsv3i_blocks(job->w->rows, item);
+    }
+    return items;
 }
 
 /* All jobs in one loop over dx and one over dW. Jobs must not share outputs. */
 static void dsv3i_back_jobs(const dsv3_context *ctx, dsv3i_back_job *jobs, size_t n_jobs, float *scratch,
                             size_t worker_floats) {
     dsv3i_back_arg arg;
-    size_t items[2] = {0, 0}, work = 0;
+    size_t work = 0;
     for (size_t j = 0; j < n_jobs; j++) {
         const dsv3_tensor *w = jobs[j].w;
         DSV3_ASSERT(worker_floats >= dsv3i_panel(jobs[j].n) * w->cols);
-        jobs[j].first[0] = items[0];
-        jobs[j].first[1] = items[1];
-        if (jobs[j].dx != NULL) items[0] += dsv3i_blocks(jobs[j].n, DSV3I_BACK);
-        if (jobs[j].dw != NULL && jobs[j].n > 0) items[1] += dsv3i_blocks(w->rows, DSV3I_BACK);
         work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(w->rows, w->cols), jobs[j].n));
     }
     arg.ctx = ctx;
@@ -2587,8 +2596,13 @@ static void dsv3i_back_jobs(const dsv3_context *ctx, dsv3i_back_job *jobs, size_
     arg.n_jobs = n_jobs;
     arg.scratch = scratch;
     arg.worker_floats = worker_floats;
-    for (arg.over_dw = 0; arg.over_dw < 2; arg.over_dw++) {
-        dsv3i_parallel(ctx, items[arg.over_dw], work, dsv3i_back_task, &arg);
+    for (arg.over_dw = 0; arg.over_dw < 2; arg.over_dw++) { /* large items, but enough for all threads */
+        size_t *item = &arg.item[arg.over_dw], items;
+        for (*item = DSV3I_BACK;; *item /= 2) {
+            items = dsv3i_back_items(jobs, n_jobs, arg.over_dw, *item);
+            if (ctx->threads == 1 || items >= 4 * ctx->threads || *item <= 12) break;
+        }
+        dsv3i_parallel(ctx, items, work, dsv3i_back_task, &arg);
     }
 }
 
@@ -8687,16 +8701,34 @@ static void dsv3i_avx512_product_bytes(float *y, size_t ldy, const void *x, size
     dsv3i_avx512_product(DSV3_PRODUCT_BYTES, y, ldy, x, ldx, n, w, rows, k, add);
 }
 
-/* Up to M rows of y and `columns` <= 64 columns. */
+/* Up to M rows of y and `columns` <= 16 NP columns. */
 DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_outer_tile(const int M, float *y, size_t ldy, size_t m, const float *x, size_t at, size_t aj,
-                             const float *b, size_t ldb, size_t k, size_t columns) {
+void dsv3i_avx512_outer_tile(const int M, const int NP, float *y, size_t ldy, size_t m, const float *x, size_t at,
+                             size_t aj, const float *b, size_t ldb, size_t k, size_t columns) {
     dsv3i_avx512_place a;
     __m512 acc[24];
-    dsv3i_avx512_place_set(M, 4, &a, y, ldy, x, at * sizeof *x, m, b, ldb * sizeof *b, columns);
-    dsv3i_avx512_begin(M, 4, acc, &a, 1);
-    dsv3i_avx512_float_terms(M, 4, 1, acc, &a, aj, k);
-    dsv3i_avx512_end(M, 4, acc, &a, 0);
+    dsv3i_avx512_place_set(M, NP, &a, y, ldy, x, at * sizeof *x, m, b, ldb * sizeof *b, columns);
+    dsv3i_avx512_begin(M, NP, acc, &a, 1);
+    dsv3i_avx512_float_terms(M, NP, 1, acc, &a, aj, k);
+    dsv3i_avx512_end(M, NP, acc, &a, 0);
+}
+
+/* All m rows of y. */
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_outer_panel(const int NP, float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj,
+                              const float *b, size_t ldb, size_t k, size_t columns) {
+    for (size_t t = 0, rows; t < m; t += rows) {
+        float *to = y + t * ldy;
+        const float *from = a + t * at;
+        rows = dsv3i_rows_together(m - t);
+        switch (rows) {
+        case 1: dsv3i_avx512_outer_tile(1, NP, to, ldy, 1, from, at, aj, b, ldb, k, columns); break;
+        case 2: dsv3i_avx512_outer_tile(2, NP, to, ldy, 2, from, at, aj, b, ldb, k, columns); break;
+        case 3:
+        case 4: dsv3i_avx512_outer_tile(4, NP, to, ldy, rows, from, at, aj, b, ldb, k, columns); break;
+        default: dsv3i_avx512_outer_tile(6, NP, to, ldy, rows, from, at, aj, b, ldb, k, columns);
+        }
+    }
 }
 
 /* b in panels of 64 columns and at most 128 rows, which stay in the first cache while all rows of y pass by. */
@@ -8706,18 +8738,14 @@ static void dsv3i_avx512_outer(float *y, size_t ldy, size_t m, const float *a, s
     for (size_t j = 0; j < k; j += 128) {
         const size_t nj = dsv3i_min(128, k - j);
         for (size_t i = 0; i < n; i += 64) {
-            for (size_t t = 0, rows; t < m; t += rows) {
-                float *to = y + t * ldy + i;
-                const float *from = a + t * at + j * aj, *panel = b + j * ldb + i;
-                const size_t columns = dsv3i_min(64, n - i);
-                rows = dsv3i_rows_together(m - t);
-                switch (rows) {
-                case 1: dsv3i_avx512_outer_tile(1, to, ldy, 1, from, at, aj, panel, ldb, nj, columns); break;
-                case 2: dsv3i_avx512_outer_tile(2, to, ldy, 2, from, at, aj, panel, ldb, nj, columns); break;
-                case 3:
-                case 4: dsv3i_avx512_outer_tile(4, to, ldy, rows, from, at, aj, panel, ldb, nj, columns); break;
-                default: dsv3i_avx512_outer_tile(6, to, ldy, rows, from, at, aj, panel, ldb, nj, columns);
-                }
+            float *to = y + i;
+            const float *from = a + j * aj, *panel = b + j * ldb + i;
+            const size_t columns = dsv3i_min(64, n - i);
+            switch (dsv3i_blocks(columns, 16)) {
+            case 1: dsv3i_avx512_outer_panel(1, to, ldy, m, from, at, aj, panel, ldb, nj, columns); break;
+            case 2: dsv3i_avx512_outer_panel(2, to, ldy, m, from, at, aj, panel, ldb, nj, columns); break;
+            case 3: dsv3i_avx512_outer_panel(3, to, ldy, m, from, at, aj, panel, ldb, nj, columns); break;
+            default: dsv3i_avx512_outer_panel(4, to, ldy, m, from, at, aj, panel, ldb, nj, columns);
             }
         }
     }
