@@ -3495,7 +3495,8 @@ typedef struct dsv3i_backward {
     float *du;                   /* [n, d] */
     float *dq, *keys, *dkeys;    /* [n, H(dn+dr)] */
     float *kv_up, *dkv_up;       /* [n, H(dn+dv)] */
-    float *dout;                 /* [n, H dv] */
+    float *dout, *D;             /* [n, H dv], [n, H] */
+    float *attention;            /* [threads, dsv3i_attention_back_floats] */
     float *c, *dc;               /* [n, rk] */
     float *dkv_raw;              /* [n, rk+dr] */
     float *dq_latent, *dq_raw;   /* [n, rq] */
@@ -3519,53 +3520,99 @@ typedef struct dsv3i_attention_back {
     float scale;
 } dsv3i_attention_back;
 
-#define DSV3I_BACK_ROWS 16u /* rows that meet a block of keys together */
+#define DSV3I_BACK_ROWS 48u /* rows that meet a block of keys together */
+#define DSV3I_BACK_KEYS 64u /* keys of a block */
 
-/* p: scores of row t with keys j0 .. j0+nk-1, da: their dA. They become A and ds; 0 where a key lies ahead of t. */
-static void dsv3i_attention_back_row(const dsv3i_attention_back *a, float *p, float *da, size_t t, size_t h,
-                                     size_t j0, size_t nk) {
-    const dsv3i_dims *m = a->m;
-    const float *state = a->s->softmax + (t * m->H + h) * 2;
-    size_t at = t * m->Ho + h * m->dv, seen = t < j0 ? 0 : dsv3i_min(nk, t - j0 + 1);
-    float D = a->ctx->kernels.dot(a->b->dout + at, a->s->o + at, m->dv), r = 1.0f / state[1];
-    for (size_t j = 0; j < seen; j++) p[j] *= a->scale;
-    a->ctx->kernels.exp_sum(p, p, state[0], seen);
-    for (size_t j = 0; j < nk; j++) {
-        p[j] = j < seen ? p[j] * r : 0.0f;
-        da[j] = j < seen ? a->scale * p[j] * (da[j] - D) : 0.0f;
+/* Floats that k terms of a block of keys, or values, take as panels. */
+static size_t dsv3i_block_floats(size_t k) { return dsv3i_mul(DSV3I_BACK_KEYS, k); }
+
+/* Floats of a worker's scratch: keys and values as panels, p and dA. */
+static size_t dsv3i_attention_back_floats(const dsv3i_dims *m) {
+    return dsv3i_add(dsv3i_block_floats(dsv3i_add(m->qk, m->dv)), 2 * DSV3I_BACK_ROWS * DSV3I_BACK_KEYS);
+}
+
+/* Rows w_r [nk, k], ldw floats apart, become panels of 128 terms, if the backend has panels. */
+static void dsv3i_block_pack(const dsv3_context *ctx, float *panels, const float *w, size_t ldw, size_t nk, size_t k) {
+    size_t wide = dsv3i_blocks(nk, DSV3I_LANES) * DSV3I_LANES;
+    for (size_t i = 0; ctx->kernels.pack[DSV3_F32] != NULL && i < k; i += DSV3I_TERMS) {
+        ctx->kernels.pack[DSV3_F32](panels + i * wide, NULL, w + i, ldw * sizeof *w, nk, dsv3i_min(DSV3I_TERMS, k - i));
     }
 }
 
-/* Rows t .. t+nq-1 meet keys j0 .. j0+nk-1 of head h. */
-static void dsv3i_attention_back_block(const dsv3i_attention_back *a, size_t t, size_t nq, size_t h, size_t j0,
-                                       size_t nk) {
+/* y[t, r] = x_t . w_r for nq rows x_t, by the panels that dsv3i_block_pack has made of rows w_r. y [nq, BACK_KEYS] */
+static void dsv3i_block_dots(const dsv3_context *ctx, float *y, const float *x, size_t ldx, size_t nq,
+                             const float *panels, const float *w, size_t ldw, size_t nk, size_t k) {
+    dsv3_panel panel;
+    if (ctx->kernels.pack[DSV3_F32] == NULL) {
+        ctx->kernels.tile(y, DSV3I_BACK_KEYS, x, ldx, nq, w, ldw, nk, k);
+        return;
+    }
+    DSV3_MEMSET(&panel, 0, sizeof panel);
+    panel.columns = dsv3i_blocks(nk, DSV3I_LANES);
+    for (size_t i = 0; i < k; i += DSV3I_TERMS) {
+        panel.values = panels + i * panel.columns * DSV3I_LANES;
+        panel.block = dsv3i_min(DSV3I_TERMS, k - i);
+        ctx->kernels.product[DSV3_PRODUCT_F32](y, DSV3I_BACK_KEYS, x + i, ldx * sizeof *x, nq, &panel, nk, panel.block,
+                                               i > 0);
+    }
+}
+
+/* p: scores of row t with keys j0 .. , da: their dA, of which t sees the first `seen`. They become A and ds; 0 for the
+ * others. D = do . o */
+static void dsv3i_attention_back_row(const dsv3i_attention_back *a, float *DSV3I_RESTRICT p, float *DSV3I_RESTRICT da,
+                                     const float *state, float D, size_t seen) {
+    float scale = a->scale, r = 1.0f / state[1];
+    for (size_t j = seen; j < DSV3I_BACK_KEYS; j++) p[j] = da[j] = 0.0f;
+    for (size_t j = 0; j < DSV3I_BACK_KEYS; j++) p[j] *= scale;
+    a->ctx->kernels.exp_sum(p, p, state[0], seen);
+    for (size_t j = 0; j < DSV3I_BACK_KEYS; j++) {
+        p[j] *= r;
+        da[j] = scale * p[j] * (da[j] - D);
+    }
+}
+
+/* Keys j0 .. j0+nk-1 of head h meet the rows of their sequence that see some of them, up to t1-1. */
+static void dsv3i_attention_back_block(const dsv3i_attention_back *a, size_t t1, size_t h, size_t j0, size_t nk,
+                                       float *scratch) {
     const dsv3i_dims *m = a->m;
     const dsv3i_backward *b = a->b;
     const dsv3_kernels *k = &a->ctx->kernels;
-    size_t query = t * m->Hq + h * m->qk, key = j0 * m->Hq + h * m->qk, value = j0 * m->Hkv + h * m->kv + m->dn;
-    const float *q = a->ws->q + query, *dout = b->dout + t * m->Ho + h * m->dv;
-    float p[DSV3I_BACK_ROWS * DSV3I_KEYS], da[DSV3I_BACK_ROWS * DSV3I_KEYS];
-    k->tile(p, nk, q, m->Hq, nq, b->keys + key, m->Hq, nk, m->qk);
-    k->tile(da, nk, dout, m->Ho, nq, b->kv_up + value, m->Hkv, nk, m->dv);
-    for (size_t i = 0; i < nq; i++) dsv3i_attention_back_row(a, p + i * nk, da + i * nk, t + i, h, j0, nk);
-    k->outer(b->dkv_up + value, m->Hkv, nk, p, 1, nk, dout, m->Ho, nq, m->dv);
-    k->outer(b->dq + query, m->Hq, nq, da, nk, 1, b->keys + key, m->Hq, nk, m->qk);
-    k->outer(b->dkeys + key, m->Hq, nk, da, 1, nk, q, m->Hq, nq, m->qk);
+    size_t key = j0 * m->Hq + h * m->qk, value = j0 * m->Hkv + h * m->kv + m->dn;
+    const float *keys = b->keys + key, *values = b->kv_up + value;
+    float *key_panel = scratch, *value_panel = key_panel + dsv3i_block_floats(m->qk);
+    float *p = value_panel + dsv3i_block_floats(m->dv), *da = p + DSV3I_BACK_ROWS * DSV3I_BACK_KEYS;
+    dsv3i_block_pack(a->ctx, key_panel, keys, m->Hq, nk, m->qk);
+    dsv3i_block_pack(a->ctx, value_panel, values, m->Hkv, nk, m->dv);
+    for (size_t t = j0, nq; t < t1; t += nq) {
+        const float *q = a->ws->q + t * m->Hq + h * m->qk, *dout = b->dout + t * m->Ho + h * m->dv;
+        nq = dsv3i_min(DSV3I_BACK_ROWS, t1 - t);
+        dsv3i_block_dots(a->ctx, p, q, m->Hq, nq, key_panel, keys, m->Hq, nk, m->qk);
+        dsv3i_block_dots(a->ctx, da, dout, m->Ho, nq, value_panel, values, m->Hkv, nk, m->dv);
+        for (size_t i = 0; i < nq; i++) {
+            size_t at = (t + i) * m->H + h, row = i * DSV3I_BACK_KEYS;
+            dsv3i_attention_back_row(a, p + row, da + row, a->s->softmax + 2 * at, b->D[at],
+                                     dsv3i_min(nk, t + i - j0 + 1));
+        }
+        k->outer(b->dkv_up + value, m->Hkv, nk, p, 1, DSV3I_BACK_KEYS, dout, m->Ho, nq, m->dv);
+        k->outer(b->dq + t * m->Hq + h * m->qk, m->Hq, nq, da, DSV3I_BACK_KEYS, 1, keys, m->Hq, nk, m->qk);
+        k->outer(b->dkeys + key, m->Hq, nk, da, 1, DSV3I_BACK_KEYS, q, m->Hq, nq, m->qk);
+    }
 }
 
 /* Item = head h of the sequence that row t0 begins. */
 static void dsv3i_attention_back_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_attention_back *a = (const dsv3i_attention_back *)arg;
-    (void)worker;
+    const dsv3i_dims *m = a->m;
+    float *scratch = a->b->attention + worker * dsv3i_attention_back_floats(m);
     for (size_t i = begin; i < end; i++) {
-        size_t t0 = i / a->m->H, t1 = t0;
+        size_t t0 = i / m->H, h = i % m->H, t1 = t0;
         if (a->ws->leader[t0] != (int32_t)t0) continue;
-        while (t1 < a->n && a->ws->leader[t1] == (int32_t)t0) t1++;
-        for (size_t t = t0; t < t1; t += DSV3I_BACK_ROWS) {
-            size_t nq = dsv3i_min(DSV3I_BACK_ROWS, t1 - t);
-            for (size_t j = t0; j < t + nq; j += DSV3I_KEYS) {
-                dsv3i_attention_back_block(a, t, nq, i % a->m->H, j, dsv3i_min(DSV3I_KEYS, t + nq - j));
-            }
+        for (; t1 < a->n && a->ws->leader[t1] == (int32_t)t0; t1++) {
+            size_t at = t1 * m->Ho + h * m->dv;
+            a->b->D[t1 * m->H + h] = a->ctx->kernels.dot(a->b->dout + at, a->s->o + at, m->dv);
+        }
+        for (size_t j = t0; j < t1; j += DSV3I_BACK_KEYS) {
+            dsv3i_attention_back_block(a, t1, h, j, dsv3i_min(DSV3I_BACK_KEYS, t1 - j), scratch);
         }
     }
 }
@@ -6843,7 +6890,7 @@ static void dsv3i_saved_layout(dsv3i_saved *v, const dsv3i_dims *m, size_t n, in
     if (keep & DSV3_KEEP_SWIGLU) v->h = (float *)dsv3i_take(l, f, n, hidden, 1);
 }
 
-static void dsv3i_backward_layout(dsv3i_backward *b, const dsv3i_dims *m, size_t n, dsv3i_layout *l) {
+static void dsv3i_backward_layout(dsv3i_backward *b, const dsv3i_dims *m, size_t n, size_t threads, dsv3i_layout *l) {
     size_t f = sizeof(float), hidden = dsv3i_max(dsv3i_hidden_floats(m, 1), m->I);
     b->du = (float *)dsv3i_take(l, f, n, m->d, 1);
     b->dq = (float *)dsv3i_take(l, f, n, m->Hq, 1);
@@ -6852,6 +6899,8 @@ static void dsv3i_backward_layout(dsv3i_backward *b, const dsv3i_dims *m, size_t
     b->kv_up = (float *)dsv3i_take(l, f, n, m->Hkv, 1);
     b->dkv_up = (float *)dsv3i_take(l, f, n, m->Hkv, 1);
     b->dout = (float *)dsv3i_take(l, f, n, m->Ho, 1);
+    b->D = (float *)dsv3i_take(l, f, n, m->H, 1);
+    b->attention = (float *)dsv3i_take(l, f, threads, dsv3i_attention_back_floats(m), 1);
     b->c = (float *)dsv3i_take(l, f, n, m->rk, 1);
     b->dc = (float *)dsv3i_take(l, f, n, m->rk, 1);
     b->dkv_raw = (float *)dsv3i_take(l, f, n, m->width, 1);
@@ -6905,7 +6954,7 @@ static void dsv3i_trainer_layout(dsv3_trainer *t, const dsv3_config *c, const ds
     }
     {
         dsv3i_backward backward;
-        dsv3i_backward_layout(&backward, &m, n, l);
+        dsv3i_backward_layout(&backward, &m, n, threads, l);
         if (l->base != NULL) *t->backward = backward;
     }
     t->carry[0] = (float *)dsv3i_take(l, f, n, m.d, 1);
@@ -9390,6 +9439,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_AVX512_BF16
 #undef DSV3I_BACK
 #undef DSV3I_BACK_ROWS
+#undef DSV3I_BACK_KEYS
 #undef DSV3I_COLUMNS
 #undef DSV3I_DECODE
 #undef DSV3I_DECODE_TYPE
