@@ -2500,7 +2500,7 @@ DSV3_API void dsv3_linear(const dsv3_context *context, float *y, const float *x,
  * one row of dW. Loops are split over rows of dx and rows of dW, so that every sum is taken by one worker, in one
  * order. */
 
-#define DSV3I_BACK 16u /* rows of dx, or of dW, that one item works on */
+#define DSV3I_BACK 96u /* rows of dx, or of dW, that one item works on, at most */
 
 typedef struct dsv3i_back_job {
     const dsv3_tensor *w;
@@ -2531,6 +2531,7 @@ typedef struct dsv3i_back_arg {
     float *scratch;
     size_t worker_floats; /* >= dsv3i_panel(n) * cols of every job */
     int over_dw;          /* which of the two loops this is */
+    size_t item[2];       /* rows of an item of each */
 } dsv3i_back_arg;
 
 /* Rows [t0, t1) of dx: each row of W is decoded once for all of them. */
@@ -2561,28 +2562,36 @@ static void dsv3i_back_task(void *arg, size_t begin, size_t end, size_t worker) 
         size_t at;
         while (j + 1 < a->n_jobs && a->jobs[j + 1].first[a->over_dw] <= i) j++;
         job = &a->jobs[j];
-        at = (i - job->first[a->over_dw]) * DSV3I_BACK;
+        at = (i - job->first[a->over_dw]) * a->item[a->over_dw];
         if (a->over_dw) {
-            dsv3i_back_dw(a->ctx, job, at, dsv3i_min(at + DSV3I_BACK, job->w->rows));
+            dsv3i_back_dw(a->ctx, job, at, dsv3i_min(at + a->item[1], job->w->rows));
         } else {
-            dsv3i_back_dx(a->ctx, job, at, dsv3i_min(at + DSV3I_BACK, job->n),
+            dsv3i_back_dx(a->ctx, job, at, dsv3i_min(at + a->item[0], job->n),
                           a->scratch + worker * a->worker_floats);
         }
     }
+}
+
+/* Items of all jobs in one of the loops, if each has up to `item` rows. */
+static size_t dsv3i_back_items(dsv3i_back_job *jobs, size_t n_jobs, int over_dw, size_t item) {
+    size_t items = 0;
+    for (size_t j = 0; j < n_jobs; j++) {
+        const dsv3i_back_job *job = &jobs[j];
+        jobs[j].first[over_dw] = items;
+        if (!over_dw && job->dx != NULL) items += dsv3i_blocks(job->n, item);
+        if (over_dw && job->dw != NULL && job->n > 0) items += dsv3i_blocks(job->w->rows, item);
+    }
+    return items;
 }
 
 /* All jobs in one loop over dx and one over dW. Jobs must not share outputs. */
 static void dsv3i_back_jobs(const dsv3_context *ctx, dsv3i_back_job *jobs, size_t n_jobs, float *scratch,
                             size_t worker_floats) {
     dsv3i_back_arg arg;
-    size_t items[2] = {0, 0}, work = 0;
+    size_t work = 0;
     for (size_t j = 0; j < n_jobs; j++) {
         const dsv3_tensor *w = jobs[j].w;
         DSV3_ASSERT(worker_floats >= dsv3i_panel(jobs[j].n) * w->cols);
-        jobs[j].first[0] = items[0];
-        jobs[j].first[1] = items[1];
-        if (jobs[j].dx != NULL) items[0] += dsv3i_blocks(jobs[j].n, DSV3I_BACK);
-        if (jobs[j].dw != NULL && jobs[j].n > 0) items[1] += dsv3i_blocks(w->rows, DSV3I_BACK);
         work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(w->rows, w->cols), jobs[j].n));
     }
     arg.ctx = ctx;
@@ -2590,8 +2599,13 @@ static void dsv3i_back_jobs(const dsv3_context *ctx, dsv3i_back_job *jobs, size_
     arg.n_jobs = n_jobs;
     arg.scratch = scratch;
     arg.worker_floats = worker_floats;
-    for (arg.over_dw = 0; arg.over_dw < 2; arg.over_dw++) {
-        dsv3i_parallel(ctx, items[arg.over_dw], work, dsv3i_back_task, &arg);
+    for (arg.over_dw = 0; arg.over_dw < 2; arg.over_dw++) { /* large items, but enough for all threads */
+        size_t *item = &arg.item[arg.over_dw], items;
+        for (*item = DSV3I_BACK;; *item /= 2) {
+            items = dsv3i_back_items(jobs, n_jobs, arg.over_dw, *item);
+            if (ctx->threads == 1 || items >= 4 * ctx->threads || *item <= 12) break;
+        }
+        dsv3i_parallel(ctx, items, work, dsv3i_back_task, &arg);
     }
 }
 
@@ -3484,7 +3498,8 @@ typedef struct dsv3i_backward {
     float *du;                   /* [n, d] */
     float *dq, *keys, *dkeys;    /* [n, H(dn+dr)] */
     float *kv_up, *dkv_up;       /* [n, H(dn+dv)] */
-    float *dout;                 /* [n, H dv] */
+    float *dout, *D;             /* [n, H dv], [n, H] */
+    float *attention;            /* [threads, dsv3i_attention_back_floats] */
     float *c, *dc;               /* [n, rk] */
     float *dkv_raw;              /* [n, rk+dr] */
     float *dq_latent, *dq_raw;   /* [n, rq] */
@@ -3508,53 +3523,99 @@ typedef struct dsv3i_attention_back {
     float scale;
 } dsv3i_attention_back;
 
-#define DSV3I_BACK_ROWS 16u /* rows that meet a block of keys together */
+#define DSV3I_BACK_ROWS 48u /* rows that meet a block of keys together */
+#define DSV3I_BACK_KEYS 64u /* keys of a block */
 
-/* p: scores of row t with keys j0 .. j0+nk-1, da: their dA. They become A and ds; 0 where a key lies ahead of t. */
-static void dsv3i_attention_back_row(const dsv3i_attention_back *a, float *p, float *da, size_t t, size_t h,
-                                     size_t j0, size_t nk) {
-    const dsv3i_dims *m = a->m;
-    const float *state = a->s->softmax + (t * m->H + h) * 2;
-    size_t at = t * m->Ho + h * m->dv, seen = t < j0 ? 0 : dsv3i_min(nk, t - j0 + 1);
-    float D = a->ctx->kernels.dot(a->b->dout + at, a->s->o + at, m->dv), r = 1.0f / state[1];
-    for (size_t j = 0; j < seen; j++) p[j] *= a->scale;
-    a->ctx->kernels.exp_sum(p, p, state[0], seen);
-    for (size_t j = 0; j < nk; j++) {
-        p[j] = j < seen ? p[j] * r : 0.0f;
-        da[j] = j < seen ? a->scale * p[j] * (da[j] - D) : 0.0f;
+/* Floats that k terms of a block of keys, or values, take as panels. */
+static size_t dsv3i_block_floats(size_t k) { return dsv3i_mul(DSV3I_BACK_KEYS, k); }
+
+/* Floats of a worker's scratch: keys and values as panels, p and dA. */
+static size_t dsv3i_attention_back_floats(const dsv3i_dims *m) {
+    return dsv3i_add(dsv3i_block_floats(dsv3i_add(m->qk, m->dv)), 2 * DSV3I_BACK_ROWS * DSV3I_BACK_KEYS);
+}
+
+/* Rows w_r [nk, k], ldw floats apart, become panels of 128 terms, if the backend has panels. */
+static void dsv3i_block_pack(const dsv3_context *ctx, float *panels, const float *w, size_t ldw, size_t nk, size_t k) {
+    size_t wide = dsv3i_blocks(nk, DSV3I_LANES) * DSV3I_LANES;
+    for (size_t i = 0; ctx->kernels.pack[DSV3_F32] != NULL && i < k; i += DSV3I_TERMS) {
+        ctx->kernels.pack[DSV3_F32](panels + i * wide, NULL, w + i, ldw * sizeof *w, nk, dsv3i_min(DSV3I_TERMS, k - i));
     }
 }
 
-/* Rows t .. t+nq-1 meet keys j0 .. j0+nk-1 of head h. */
-static void dsv3i_attention_back_block(const dsv3i_attention_back *a, size_t t, size_t nq, size_t h, size_t j0,
-                                       size_t nk) {
+/* y[t, r] = x_t . w_r for nq rows x_t, by the panels that dsv3i_block_pack has made of rows w_r. y [nq, BACK_KEYS] */
+static void dsv3i_block_dots(const dsv3_context *ctx, float *y, const float *x, size_t ldx, size_t nq,
+                             const float *panels, const float *w, size_t ldw, size_t nk, size_t k) {
+    dsv3_panel panel;
+    if (ctx->kernels.pack[DSV3_F32] == NULL) {
+        ctx->kernels.tile(y, DSV3I_BACK_KEYS, x, ldx, nq, w, ldw, nk, k);
+        return;
+    }
+    DSV3_MEMSET(&panel, 0, sizeof panel);
+    panel.columns = dsv3i_blocks(nk, DSV3I_LANES);
+    for (size_t i = 0; i < k; i += DSV3I_TERMS) {
+        panel.values = panels + i * panel.columns * DSV3I_LANES;
+        panel.block = dsv3i_min(DSV3I_TERMS, k - i);
+        ctx->kernels.product[DSV3_PRODUCT_F32](y, DSV3I_BACK_KEYS, x + i, ldx * sizeof *x, nq, &panel, nk, panel.block,
+                                               i > 0);
+    }
+}
+
+/* p: scores of row t with keys j0 .. , da: their dA, of which t sees the first `seen`. They become A and ds; 0 for the
+ * others. D = do . o */
+static void dsv3i_attention_back_row(const dsv3i_attention_back *a, float *DSV3I_RESTRICT p, float *DSV3I_RESTRICT da,
+                                     const float *state, float D, size_t seen) {
+    float scale = a->scale, r = 1.0f / state[1];
+    for (size_t j = seen; j < DSV3I_BACK_KEYS; j++) p[j] = da[j] = 0.0f;
+    for (size_t j = 0; j < DSV3I_BACK_KEYS; j++) p[j] *= scale;
+    a->ctx->kernels.exp_sum(p, p, state[0], seen);
+    for (size_t j = 0; j < DSV3I_BACK_KEYS; j++) {
+        p[j] *= r;
+        da[j] = scale * p[j] * (da[j] - D);
+    }
+}
+
+/* Keys j0 .. j0+nk-1 of head h meet the rows of their sequence that see some of them, up to t1-1. */
+static void dsv3i_attention_back_block(const dsv3i_attention_back *a, size_t t1, size_t h, size_t j0, size_t nk,
+                                       float *scratch) {
     const dsv3i_dims *m = a->m;
     const dsv3i_backward *b = a->b;
     const dsv3_kernels *k = &a->ctx->kernels;
-    size_t query = t * m->Hq + h * m->qk, key = j0 * m->Hq + h * m->qk, value = j0 * m->Hkv + h * m->kv + m->dn;
-    const float *q = a->ws->q + query, *dout = b->dout + t * m->Ho + h * m->dv;
-    float p[DSV3I_BACK_ROWS * DSV3I_KEYS], da[DSV3I_BACK_ROWS * DSV3I_KEYS];
-    k->tile(p, nk, q, m->Hq, nq, b->keys + key, m->Hq, nk, m->qk);
-    k->tile(da, nk, dout, m->Ho, nq, b->kv_up + value, m->Hkv, nk, m->dv);
-    for (size_t i = 0; i < nq; i++) dsv3i_attention_back_row(a, p + i * nk, da + i * nk, t + i, h, j0, nk);
-    k->outer(b->dkv_up + value, m->Hkv, nk, p, 1, nk, dout, m->Ho, nq, m->dv);
-    k->outer(b->dq + query, m->Hq, nq, da, nk, 1, b->keys + key, m->Hq, nk, m->qk);
-    k->outer(b->dkeys + key, m->Hq, nk, da, 1, nk, q, m->Hq, nq, m->qk);
+    size_t key = j0 * m->Hq + h * m->qk, value = j0 * m->Hkv + h * m->kv + m->dn;
+    const float *keys = b->keys + key, *values = b->kv_up + value;
+    float *key_panel = scratch, *value_panel = key_panel + dsv3i_block_floats(m->qk);
+    float *p = value_panel + dsv3i_block_floats(m->dv), *da = p + DSV3I_BACK_ROWS * DSV3I_BACK_KEYS;
+    dsv3i_block_pack(a->ctx, key_panel, keys, m->Hq, nk, m->qk);
+    dsv3i_block_pack(a->ctx, value_panel, values, m->Hkv, nk, m->dv);
+    for (size_t t = j0, nq; t < t1; t += nq) {
+        const float *q = a->ws->q + t * m->Hq + h * m->qk, *dout = b->dout + t * m->Ho + h * m->dv;
+        nq = dsv3i_min(DSV3I_BACK_ROWS, t1 - t);
+        dsv3i_block_dots(a->ctx, p, q, m->Hq, nq, key_panel, keys, m->Hq, nk, m->qk);
+        dsv3i_block_dots(a->ctx, da, dout, m->Ho, nq, value_panel, values, m->Hkv, nk, m->dv);
+        for (size_t i = 0; i < nq; i++) {
+            size_t at = (t + i) * m->H + h, row = i * DSV3I_BACK_KEYS;
+            dsv3i_attention_back_row(a, p + row, da + row, a->s->softmax + 2 * at, b->D[at],
+                                     dsv3i_min(nk, t + i - j0 + 1));
+        }
+        k->outer(b->dkv_up + value, m->Hkv, nk, p, 1, DSV3I_BACK_KEYS, dout, m->Ho, nq, m->dv);
+        k->outer(b->dq + t * m->Hq + h * m->qk, m->Hq, nq, da, DSV3I_BACK_KEYS, 1, keys, m->Hq, nk, m->qk);
+        k->outer(b->dkeys + key, m->Hq, nk, da, 1, DSV3I_BACK_KEYS, q, m->Hq, nq, m->qk);
+    }
 }
 
 /* Item = head h of the sequence that row t0 begins. */
 static void dsv3i_attention_back_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_attention_back *a = (const dsv3i_attention_back *)arg;
-    (void)worker;
+    const dsv3i_dims *m = a->m;
+    float *scratch = a->b->attention + worker * dsv3i_attention_back_floats(m);
     for (size_t i = begin; i < end; i++) {
-        size_t t0 = i / a->m->H, t1 = t0;
+        size_t t0 = i / m->H, h = i % m->H, t1 = t0;
         if (a->ws->leader[t0] != (int32_t)t0) continue;
-        while (t1 < a->n && a->ws->leader[t1] == (int32_t)t0) t1++;
-        for (size_t t = t0; t < t1; t += DSV3I_BACK_ROWS) {
-            size_t nq = dsv3i_min(DSV3I_BACK_ROWS, t1 - t);
-            for (size_t j = t0; j < t + nq; j += DSV3I_KEYS) {
-                dsv3i_attention_back_block(a, t, nq, i % a->m->H, j, dsv3i_min(DSV3I_KEYS, t + nq - j));
-            }
+        for (; t1 < a->n && a->ws->leader[t1] == (int32_t)t0; t1++) {
+            size_t at = t1 * m->Ho + h * m->dv;
+            a->b->D[t1 * m->H + h] = a->ctx->kernels.dot(a->b->dout + at, a->s->o + at, m->dv);
+        }
+        for (size_t j = t0; j < t1; j += DSV3I_BACK_KEYS) {
+            dsv3i_attention_back_block(a, t1, h, j, dsv3i_min(DSV3I_BACK_KEYS, t1 - j), scratch);
         }
     }
 }
@@ -6832,7 +6893,7 @@ static void dsv3i_saved_layout(dsv3i_saved *v, const dsv3i_dims *m, size_t n, in
     if (keep & DSV3_KEEP_SWIGLU) v->h = (float *)dsv3i_take(l, f, n, hidden, 1);
 }
 
-static void dsv3i_backward_layout(dsv3i_backward *b, const dsv3i_dims *m, size_t n, dsv3i_layout *l) {
+static void dsv3i_backward_layout(dsv3i_backward *b, const dsv3i_dims *m, size_t n, size_t threads, dsv3i_layout *l) {
     size_t f = sizeof(float), hidden = dsv3i_max(dsv3i_hidden_floats(m, 1), m->I);
     b->du = (float *)dsv3i_take(l, f, n, m->d, 1);
     b->dq = (float *)dsv3i_take(l, f, n, m->Hq, 1);
@@ -6841,6 +6902,8 @@ static void dsv3i_backward_layout(dsv3i_backward *b, const dsv3i_dims *m, size_t
     b->kv_up = (float *)dsv3i_take(l, f, n, m->Hkv, 1);
     b->dkv_up = (float *)dsv3i_take(l, f, n, m->Hkv, 1);
     b->dout = (float *)dsv3i_take(l, f, n, m->Ho, 1);
+    b->D = (float *)dsv3i_take(l, f, n, m->H, 1);
+    b->attention = (float *)dsv3i_take(l, f, threads, dsv3i_attention_back_floats(m), 1);
     b->c = (float *)dsv3i_take(l, f, n, m->rk, 1);
     b->dc = (float *)dsv3i_take(l, f, n, m->rk, 1);
     b->dkv_raw = (float *)dsv3i_take(l, f, n, m->width, 1);
@@ -6894,7 +6957,7 @@ static void dsv3i_trainer_layout(dsv3_trainer *t, const dsv3_config *c, const ds
     }
     {
         dsv3i_backward backward;
-        dsv3i_backward_layout(&backward, &m, n, l);
+        dsv3i_backward_layout(&backward, &m, n, threads, l);
         if (l->base != NULL) *t->backward = backward;
     }
     t->carry[0] = (float *)dsv3i_take(l, f, n, m.d, 1);
@@ -8690,16 +8753,34 @@ static void dsv3i_avx512_product_bytes(float *y, size_t ldy, const void *x, size
     dsv3i_avx512_product(DSV3_PRODUCT_BYTES, y, ldy, x, ldx, n, w, rows, k, add);
 }
 
-/* Up to M rows of y and `columns` <= 64 columns. */
+/* Up to M rows of y and `columns` <= 16 NP columns. */
 DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_outer_tile(const int M, float *y, size_t ldy, size_t m, const float *x, size_t at, size_t aj,
-                             const float *b, size_t ldb, size_t k, size_t columns) {
+void dsv3i_avx512_outer_tile(const int M, const int NP, float *y, size_t ldy, size_t m, const float *x, size_t at,
+                             size_t aj, const float *b, size_t ldb, size_t k, size_t columns) {
     dsv3i_avx512_place a;
     __m512 acc[24];
-    dsv3i_avx512_place_set(M, 4, &a, y, ldy, x, at * sizeof *x, m, b, ldb * sizeof *b, columns);
-    dsv3i_avx512_begin(M, 4, acc, &a, 1);
-    dsv3i_avx512_float_terms(M, 4, 1, acc, &a, aj, k);
-    dsv3i_avx512_end(M, 4, acc, &a, 0);
+    dsv3i_avx512_place_set(M, NP, &a, y, ldy, x, at * sizeof *x, m, b, ldb * sizeof *b, columns);
+    dsv3i_avx512_begin(M, NP, acc, &a, 1);
+    dsv3i_avx512_float_terms(M, NP, 1, acc, &a, aj, k);
+    dsv3i_avx512_end(M, NP, acc, &a, 0);
+}
+
+/* All m rows of y. */
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_outer_panel(const int NP, float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj,
+                              const float *b, size_t ldb, size_t k, size_t columns) {
+    for (size_t t = 0, rows; t < m; t += rows) {
+        float *to = y + t * ldy;
+        const float *from = a + t * at;
+        rows = dsv3i_rows_together(m - t);
+        switch (rows) {
+        case 1: dsv3i_avx512_outer_tile(1, NP, to, ldy, 1, from, at, aj, b, ldb, k, columns); break;
+        case 2: dsv3i_avx512_outer_tile(2, NP, to, ldy, 2, from, at, aj, b, ldb, k, columns); break;
+        case 3:
+        case 4: dsv3i_avx512_outer_tile(4, NP, to, ldy, rows, from, at, aj, b, ldb, k, columns); break;
+        default: dsv3i_avx512_outer_tile(6, NP, to, ldy, rows, from, at, aj, b, ldb, k, columns);
+        }
+    }
 }
 
 /* b in panels of 64 columns and at most 128 rows, which stay in the first cache while all rows of y pass by. */
@@ -8709,18 +8790,14 @@ static void dsv3i_avx512_outer(float *y, size_t ldy, size_t m, const float *a, s
     for (size_t j = 0; j < k; j += 128) {
         const size_t nj = dsv3i_min(128, k - j);
         for (size_t i = 0; i < n; i += 64) {
-            for (size_t t = 0, rows; t < m; t += rows) {
-                float *to = y + t * ldy + i;
-                const float *from = a + t * at + j * aj, *panel = b + j * ldb + i;
-                const size_t columns = dsv3i_min(64, n - i);
-                rows = dsv3i_rows_together(m - t);
-                switch (rows) {
-                case 1: dsv3i_avx512_outer_tile(1, to, ldy, 1, from, at, aj, panel, ldb, nj, columns); break;
-                case 2: dsv3i_avx512_outer_tile(2, to, ldy, 2, from, at, aj, panel, ldb, nj, columns); break;
-                case 3:
-                case 4: dsv3i_avx512_outer_tile(4, to, ldy, rows, from, at, aj, panel, ldb, nj, columns); break;
-                default: dsv3i_avx512_outer_tile(6, to, ldy, rows, from, at, aj, panel, ldb, nj, columns);
-                }
+            float *to = y + i;
+            const float *from = a + j * aj, *panel = b + j * ldb + i;
+            const size_t columns = dsv3i_min(64, n - i);
+            switch (dsv3i_blocks(columns, 16)) {
+            case 1: dsv3i_avx512_outer_panel(1, to, ldy, m, from, at, aj, panel, ldb, nj, columns); break;
+            case 2: dsv3i_avx512_outer_panel(2, to, ldy, m, from, at, aj, panel, ldb, nj, columns); break;
+            case 3: dsv3i_avx512_outer_panel(3, to, ldy, m, from, at, aj, panel, ldb, nj, columns); break;
+            default: dsv3i_avx512_outer_panel(4, to, ldy, m, from, at, aj, panel, ldb, nj, columns);
             }
         }
     }
@@ -9366,6 +9443,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_AVX512_BF16
 #undef DSV3I_BACK
 #undef DSV3I_BACK_ROWS
+#undef DSV3I_BACK_KEYS
 #undef DSV3I_COLUMNS
 #undef DSV3I_DECODE
 #undef DSV3I_DECODE_TYPE
