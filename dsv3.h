@@ -3228,6 +3228,47 @@ static void dsv3i_meet_begin(const dsv3_context *ctx, dsv3_meeting *a, void *scr
     if (ctx->kernels.meet_begin[kind] != NULL) ctx->kernels.meet_begin[kind](a);
 }
 
+/* Are there keys, of nk, that a query does not see and whose values are not finite? */
+static int dsv3i_meet_hides(const dsv3_meeting *a, size_t nk) {
+    size_t least = nk;
+    for (size_t i = 0; i < a->lanes; i++) least = dsv3i_min(least, (size_t)a->seen[i]);
+    for (; least < nk; least++) {
+        for (size_t i = 0; i < a->dv; i += 64) {
+            size_t at = least * a->ld_v + i, n = dsv3i_min(64, a->dv - i);
+            float v[64];
+            a->kernels->decode[a->type](v, (const unsigned char *)a->values + at * dsv3_type_bytes(a->type), n);
+            if (!dsv3i_is_finite(a->kernels->dot(v, v, n))) return 1;
+        }
+    }
+    return 0;
+}
+
+/* A block of keys. What a query does not see must not matter to it, not even as 0 times infinity: then each query meets
+ * what it sees alone. */
+static void dsv3i_meet(const dsv3_context *ctx, dsv3_meeting *a, size_t nk) {
+    int kind = dsv3i_meet_kind(ctx);
+    if (!dsv3i_meet_hides(a, nk)) {
+        ctx->kernels.meet[kind](a, nk);
+        return;
+    }
+    for (size_t i = 0; i < a->lanes; i++) {
+        dsv3_meeting one = *a;
+        one.lanes = 1;
+        one.q = a->q + i * a->ld_q;
+        one.out = a->out + i * a->ld_out;
+        for (size_t j = 0; j < 64; j++) {
+            one.top[j] = a->top[i];
+            one.sum[j] = a->sum[i];
+            one.seen[j] = a->seen[i];
+        }
+        dsv3i_meet_begin(ctx, &one, a->scratch);
+        if (a->seen[i] > 0) ctx->kernels.meet[kind](&one, (size_t)a->seen[i]);
+        a->top[i] = one.top[0];
+        a->sum[i] = one.sum[0];
+    }
+    dsv3i_meet_begin(ctx, a, a->scratch);
+}
+
 /* Before the first block. The maximum starts at the lowest finite value, so that exp(m - m') is always defined. */
 static void dsv3i_attend_begin(float *out, float *top, float *sum, size_t width) {
     *top = -FLT_MAX;
@@ -3275,7 +3316,7 @@ static void dsv3i_absorbed_rows(const dsv3i_attention_arg *a, size_t t0, size_t 
             }
             with.keys = with.values = raw ? (const void *)dsv3i_cache_at(cache, a->layer, b)
                                           : dsv3i_cache_load(a->ctx, cache, a->layer, b, nk, latents);
-            a->ctx->kernels.meet[kind](&with, nk);
+            dsv3i_meet(a->ctx, &with, nk);
         }
         for (size_t i = 0; i < with.lanes; i++) dsv3i_attend_end(with.out + i * m->rk, with.sum[i], m->rk);
     }
@@ -3355,7 +3396,6 @@ static size_t dsv3i_expanded_rows(const dsv3i_attention_arg *a, size_t t, size_t
                                   const float *values, size_t b, size_t nk, float *scratch) {
     const dsv3i_dims *m = a->m;
     dsv3_workspace *ws = a->ws;
-    int kind = dsv3i_meet_kind(a->ctx);
     dsv3_meeting with;
     with.lanes = 1;
     while (with.lanes < 64 && t + with.lanes < a->n && ws->leader[t + with.lanes] == ws->leader[t]) with.lanes++;
@@ -3381,7 +3421,7 @@ static size_t dsv3i_expanded_rows(const dsv3i_attention_arg *a, size_t t, size_t
         }
         with.keys = keys + j * m->qk;
         with.values = values + j * m->dv;
-        a->ctx->kernels.meet[kind](&with, some);
+        dsv3i_meet(a->ctx, &with, some);
     }
     for (size_t i = 0; i < with.lanes; i++) {
         float *state = ws->softmax + ((t + i) * m->H + h) * 2;

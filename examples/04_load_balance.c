@@ -62,7 +62,7 @@ static void draw_tokens(dsv3_rng *rng) {
 static void route(const dsv3_context *context, router *r, int s, uint64_t *load, float *linear_scratch) {
     float scratch[E + 1];
     double sums[2 * E];
-    dsv3_tensor w = {r->w, NULL, E, D, DSV3_F32, 2};
+    dsv3_tensor w = {r->w, NULL, E, D, DSV3_F32, 2, 0};
     dsv3_router_scores(context, &r->config, score, x, &w, NULL, N, linear_scratch);
     dsv3_router_select(&r->config, idx, gate, score, r->bias, NULL, N, scratch);
     for (int e = 0; e < E; e++) load[e] = 0;
@@ -126,7 +126,7 @@ int main(void) {
     dsv3_context context;
     dsv3_rng rng = {3};
     dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1);
-    scratch = (float *)malloc(dsv3_linear_scratch(&context, D) * sizeof(float));
+    scratch = (float *)malloc(dsv3_linear_scratch(&context, N, D) * sizeof(float));
     if (scratch == NULL) return 1;
     for (int i = 0; i < WORDS * D; i++) word[i] = noise(&rng);
     for (int i = 0; i < E * D; i++) first_w[i] = noise(&rng);

@@ -49,7 +49,7 @@ static float x[N], g[N], dy[N]; /* input, gains, and what the rest of the model 
 
 /* The loss, as a function of all inputs: its gradient at y is dy. The sum is taken in double; y is a float. */
 static double loss(const float *row, const float *gains) {
-    dsv3_tensor t = {gains, NULL, 1, N, DSV3_F32, 1};
+    dsv3_tensor t = {gains, NULL, 1, N, DSV3_F32, 1, 0};
     float y[N];
     double sum = 0;
     dsv3_rmsnorm(&context, y, row, &t, 1, N, eps);
@@ -102,7 +102,7 @@ static void print_digits(const float *dx, int power) {
 
 int main(void) {
     static const int powers[] = {-1, -3, -5, -7, -11, -14, -17, -21};
-    dsv3_tensor t = {g, NULL, 1, N, DSV3_F32, 1};
+    dsv3_tensor t = {g, NULL, 1, N, DSV3_F32, 1, 0};
     float dx[N] = {0}, dg[N] = {0}, wrong[N], scratch[1]; /* gradients are added to what stands there: zeros */
     dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1);
     for (int i = 0; i < N; i++) {

@@ -65,6 +65,7 @@ static weights weights_make(dsv3_type type, size_t rows, size_t cols, size_t shi
     w.tensor.data = w.memory + shift;
     w.tensor.scale = quantised ? w.scale_memory + shift : NULL;
     w.tensor.rows = rows, w.tensor.cols = cols, w.tensor.type = type, w.tensor.rank = 2;
+    w.tensor.packed = 0;
     for (size_t i = 0; i < across * down; i++) { /* no two blocks alike */
         float scale = test_uniform(0.5f, 1) * ldexpf(1, -(int)(i % 6));
         memcpy(w.scale_memory + shift + i * sizeof scale, &scale, sizeof scale);
@@ -85,10 +86,12 @@ static void weights_free(weights *w) { free(w->memory), free(w->scale_memory), f
 
 /* ---- linear ------------------------------------------------------------------------------------------ */
 
-/* How many y are further from the double result than (ceil(cols/8) + 5) 2^-24 sum |w x|: the bound of a dot product
- * (tests/test_kernels.c) and the rounding of code times scale. */
+/* How many y are further from the double result than (terms + 5) 2^-24 sum |w x|: the bound of a dot product
+ * (tests/test_kernels.c) and the rounding of code times scale. An output is the sum of eight chains in the reference, of
+ * ceil(cols/8) terms each, and one chain of all terms where weights go by panels. */
 static int linear_wrong(const float *y, const float *x, const weights *w, size_t n) {
     size_t rows = w->tensor.rows, cols = w->tensor.cols;
+    size_t terms = ctx.kernels.pack[w->tensor.type] == NULL ? (cols + 7) / 8 : cols;
     int wrong = 0;
     for (size_t t = 0; t < n; t++) {
         for (size_t r = 0; r < rows; r++) {
@@ -97,7 +100,7 @@ static int linear_wrong(const float *y, const float *x, const weights *w, size_t
                 double product = w->value[r * cols + i] * (double)x[t * cols + i];
                 sum += product, size += fabs(product);
             }
-            wrong += !(fabs((double)y[t * rows + r] - sum) <= ((double)((cols + 7) / 8) + 5) * UNIT * size);
+            wrong += !(fabs((double)y[t * rows + r] - sum) <= ((double)terms + 5) * UNIT * size);
         }
     }
     return wrong;
@@ -108,11 +111,12 @@ static void linear_case(dsv3_type type, size_t rows, size_t cols, size_t shift) 
     weights w = weights_make(type, rows, cols, shift);
     float *x = (float *)test_alloc(N * cols * sizeof(float)), *y = (float *)test_alloc(N * rows * sizeof(float));
     float *one = (float *)test_alloc(rows * sizeof(float));
-    float *scratch = (float *)test_alloc(ctx.threads * 4 * cols * sizeof(float));
+    size_t floats = dsv3_linear_scratch(&ctx, N, cols);
+    float *scratch = (float *)test_alloc(floats * sizeof(float));
     int alone = 0, wrong;
     test_fill(x, N * cols, -1, 1);
     memset(y, 0xFF, N * rows * sizeof(float));
-    memset(scratch, 0xFF, ctx.threads * 4 * cols * sizeof(float)); /* scratch may hold anything */
+    memset(scratch, 0xFF, floats * sizeof(float)); /* scratch may hold anything */
     dsv3_linear(&ctx, y, x, &w.tensor, N, scratch);
     wrong = linear_wrong(y, x, &w, N);
     for (size_t t = 0; t < N; t++) {
@@ -165,12 +169,14 @@ static void linear_jobs(void) {
     static const size_t rows[3] = {301, 6, 515}, cols[3] = {700, 129, 260}, n[3] = {3, 1, 2};
     weights w[3];
     dsv3i_job jobs[3];
-    float *x[3], *want[3], *got[3], *scratch = (float *)test_alloc(3 * 4 * 700 * sizeof(float));
+    float *x[3], *want[3], *got[3], *scratch;
     dsv3_context pieces = ctx;
+    size_t floats = dsv3i_linear_floats(700);
     int calls = 0;
     pieces.parallel_for = backwards;
     pieces.parallel_user = &calls;
     pieces.threads = 3;
+    scratch = (float *)test_alloc(dsv3_linear_scratch(&pieces, 3, 700) * sizeof(float));
     for (size_t j = 0; j < 3; j++) {
         w[j] = weights_make(j == 0 ? DSV3_BF16 : DSV3_F8_E4M3, rows[j], cols[j], j);
         x[j] = (float *)test_alloc(n[j] * cols[j] * sizeof(float));
@@ -182,7 +188,7 @@ static void linear_jobs(void) {
     }
     for (int cut = 0; cut < 2; cut++) {
         for (size_t j = 0; j < 3; j++) memset(got[j], 0xFF, n[j] * rows[j] * sizeof(float));
-        dsv3i_linear_jobs(cut ? &pieces : &ctx, jobs, 3, scratch, 4 * 700);
+        dsv3i_linear_jobs(cut ? &pieces : &ctx, jobs, 3, scratch, floats, NULL);
         for (size_t j = 0; j < 3; j++) CHECK(same_bits(got[j], want[j], n[j] * rows[j]));
     }
     CHECK_EQ(calls, 1);
@@ -194,7 +200,7 @@ static void linear_jobs(void) {
 
 static dsv3_tensor vector(const void *data, size_t n, dsv3_type type) {
     dsv3_tensor g;
-    g.data = data, g.scale = NULL, g.rows = 1, g.cols = n, g.type = type, g.rank = 1;
+    g.data = data, g.scale = NULL, g.rows = 1, g.cols = n, g.type = type, g.rank = 1, g.packed = 0;
     return g;
 }
 
@@ -451,7 +457,7 @@ static void entropy_peak(size_t V, size_t peak, float low, float high) {
     dsv3_tensor w;
     double rest = log(exp((double)low - (double)high) * (double)(V - 1) + 1);
     for (size_t i = 0; i < V; i++) head[i] = i == peak ? high : low;
-    w.data = head, w.scale = NULL, w.rows = V, w.cols = 1, w.type = DSV3_F32, w.rank = 2;
+    w.data = head, w.scale = NULL, w.rows = V, w.cols = 1, w.type = DSV3_F32, w.rank = 2, w.packed = 0;
     target[0] = (int32_t)peak, target[1] = peak == 0 ? 1 : 0, target[2] = DSV3_IGNORE;
     scratch = (float *)test_alloc(dsv3_cross_entropy_scratch(&ctx, &w, 3) * sizeof(float));
     dsv3_cross_entropy(&ctx, nll, u, &w, target, 3, scratch);

@@ -388,7 +388,7 @@ static void parallel_bits(void) {
     shuffler s = {0, 0, 0};
     float *data = (float *)test_alloc(ROWS * COLS * sizeof(float));
     float *x = (float *)test_alloc(N * COLS * sizeof(float));
-    float *scratch = (float *)test_alloc(THREADS * 4 * COLS * sizeof(float));
+    float *scratch;
     float *want = (float *)test_alloc(SILU * sizeof(float)), *got = (float *)test_alloc(SILU * sizeof(float));
     float *b = (float *)test_alloc(SILU * sizeof(float));
     test_fill(data, ROWS * COLS, -1, 1);
@@ -400,7 +400,8 @@ static void parallel_bits(void) {
     ctx.parallel_for = shuffle;
     ctx.parallel_user = &s;
     ctx.threads = THREADS;
-    w.data = data, w.scale = NULL, w.rows = ROWS, w.cols = COLS, w.type = DSV3_F32, w.rank = 2;
+    scratch = (float *)test_alloc(dsv3_linear_scratch(&ctx, N, COLS) * sizeof(float));
+    w.data = data, w.scale = NULL, w.rows = ROWS, w.cols = COLS, w.type = DSV3_F32, w.rank = 2, w.packed = 0;
     dsv3_linear(&serial, want, x, &w, N, scratch);
     for (int i = 0; i < 20; i++) {
         memset(got, 0xFF, N * ROWS * sizeof(float));
