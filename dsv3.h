@@ -2446,15 +2446,15 @@ static void dsv3i_round_jobs(dsv3i_linear_arg *arg, dsv3i_job *jobs, float *roun
     dsv3i_parallel(arg->ctx, rows, work, dsv3i_round_task, arg);
 }
 
-/* Rows of weights in an item: up to four panels, which are read side by side when there is one row of x, but enough
+/* Rows of weights in an item: some panels, which are read side by side when there is one row of x, but enough
  * items for all threads. */
 static size_t dsv3i_linear_item(const dsv3_context *ctx, const dsv3i_job *jobs, size_t n_jobs) {
-    size_t panels = 0, together = 4;
+    size_t panels = 0, together = 8;
     for (size_t j = 0; j < n_jobs; j++) {
         panels += dsv3i_blocks(jobs[j].w->rows, DSV3I_PANEL);
         if (jobs[j].n > 1) together = 1;
     }
-    together = dsv3i_min(together, panels / (3 * ctx->threads));
+    together = dsv3i_min(together, panels / (2 * ctx->threads));
     return dsv3i_max(together, 1) * DSV3I_PANEL;
 }
 
