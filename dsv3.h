@@ -7492,15 +7492,16 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
  * here needs to be read to understand the model: a backend computes what the reference computes, within bounds that
  * tests/test_kernels.c states for each kernel and proves for each backend by name.
  *
- * What is the same in all backends. Numbers are decoded exactly. A dot product has one partial sum per lane, element
- * i in lane i mod lanes, one fixed tree at the end, and the rest of a row that does not fill the lanes is filled up
- * with zeros: a tile, whatever its size and whatever else it holds, gives the bits that each of its dots would have
- * alone. outer adds its terms in the order of j. exp treats every element alike, wherever it lies. So the promises of
- * the front page hold within each backend; between backends results differ by rounding only.
+ * What is the same in all backends. Numbers are decoded exactly. A product has one chain of additions for each output,
+ * in the order of its terms, however many rows and outputs are computed together, whether weights are packed or not; for
+ * FP8, Q8_0 and Q4_0 there is a chain for each block of terms, then one over the blocks. outer adds its terms in the order
+ * of j, exp treats every element alike, wherever it lies. So the promises of the front page hold within each backend and
+ * each way of computing; between backends results differ by rounding only.
  *
  * How it is fast. Sums wait for their own previous term (4 cycles); a tile therefore has many sums at once, as many as
- * there are registers: 4 rows of weights times 3 or 4 rows of x, so that a loaded number is used 3 or 4 times.
- * Weights are decoded in registers on the way when few rows want them.
+ * there are registers: 64 outputs times 6 rows of x with AVX-512, 16 times 6 with AVX2, so that a loaded number is used 4
+ * to 6 times. A piece of a panel (chapter 4) stays in the first cache while rows of x pass by. With one row there is nothing
+ * to use twice, and only reading counts: panels in four places are read side by side, and codes never leave registers.
  *
  * Another instruction set is one more block like these, a line in dsv3_context_init, and one in dsv3_backend_name.
  * ==================================================================================================== */
