@@ -3088,7 +3088,11 @@ DSV3_API void dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t 
 
 #define DSV3I_KEYS 32u   /* keys per block */
 #define DSV3I_QUERIES 8u /* rows that share decoded rows of kv_b_proj in the absorbed form */
-#define DSV3I_EXPAND 128u /* keys expanded together, DSV3I_KEYS times a whole number */
+#ifdef DSV3I_X86
+#define DSV3I_EXPAND 128u /* keys expanded together, DSV3I_KEYS times a whole number: more, where panels are made for them */
+#else
+#define DSV3I_EXPAND DSV3I_KEYS
+#endif
 
 /* Floats for products with kv_b_proj: panels, and rounded rows. */
 static size_t dsv3i_mla_panel(const dsv3i_dims *m) {
