@@ -1255,8 +1255,21 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 /* The one place that looks at compilers and processors for chapter A. */
 #if defined(DSV3_SIMD) && (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
 #define DSV3I_X86
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define DSV3I_SANITIZED
+#endif
+#elif defined(__SANITIZE_ADDRESS__)
+#define DSV3I_SANITIZED
+#endif
+#ifdef DSV3I_SANITIZED /* unrolled loops with a check at each access take minutes to compile */
+#define DSV3I_TARGET(isa) __attribute__((target(isa), no_sanitize("address"), no_sanitize("undefined")))
+#define DSV3I_INLINE(isa)                                                                                            \
+    static inline __attribute__((always_inline, target(isa), no_sanitize("address"), no_sanitize("undefined")))
+#else
 #define DSV3I_TARGET(isa) __attribute__((target(isa)))
 #define DSV3I_INLINE(isa) static inline __attribute__((always_inline, target(isa)))
+#endif
 #if defined(__clang__)
 #define DSV3I_UNROLL _Pragma("clang loop unroll(full)")
 #else
@@ -9504,6 +9517,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_QUERIES
 #undef DSV3I_RATE
 #undef DSV3I_RESTRICT
+#undef DSV3I_SANITIZED
 #undef DSV3I_SERIAL_WORK
 #undef DSV3I_SILU_ITEM
 #undef DSV3I_SLOT
