@@ -56,7 +56,10 @@ static list list_of(dsv3_model *m) {
 /* Bytes of a packed matrix: for each panel of 64 rows, in columns of 16, and each piece of 128 terms, words of four bytes
  * for a row's 1, 2, 4 or 8 terms, and, up to a multiple of 64 bytes, a float or F16 for each 32 terms. */
 static size_t packed_bytes(const dsv3_tensor *t) {
-    size_t each = t->type == DSV3_F32 ? 1 : t->type == DSV3_F16 || t->type == DSV3_BF16 ? 2 : t->type == DSV3_Q4_0 ? 8 : 4;
+    size_t each = t->type == DSV3_F32                           ? 1
+                  : t->type == DSV3_F16 || t->type == DSV3_BF16 ? 2
+                  : t->type == DSV3_Q4_0                        ? 8
+                                                                : 4;
     size_t bytes = 0;
     for (size_t r = 0; r < t->rows; r += 64) {
         size_t columns = ((t->rows - r < 64 ? t->rows - r : 64) + 15) / 16;
@@ -98,7 +101,8 @@ static void wipe_packed(synth *s) {
         if (strstr(t->info.name, "kv_b_proj") || strstr(t->info.name, "embed_tokens")) continue;
         if (s->config.tie_word_embeddings && t->info.group == DSV3_GROUP_HEAD) continue;
         memset(t->data, 0x55, t->t.rows * dsv3_row_bytes(t->t.type, t->t.cols));
-        if (t->scale != NULL) memset(t->scale, 0xFF, (t->t.rows + 127) / 128 * ((t->t.cols + 127) / 128) * sizeof(float));
+        if (t->scale != NULL)
+            memset(t->scale, 0xFF, (t->t.rows + 127) / 128 * ((t->t.cols + 127) / 128) * sizeof(float));
     }
 }
 
@@ -144,8 +148,8 @@ static void check_packed_by(const dsv3_context *packer, const char *name, const 
             ctx.attention = way & 2 ? DSV3_ATTENTION_EXPANDED : DSV3_ATTENTION_ABSORBED;
             logits_of(plain, &ctx, way & 1 ? DSV3_FAST : DSV3_EXACT, want);
             logits_of(s, &ctx, way & 1 ? DSV3_FAST : DSV3_EXACT, got);
-            snprintf(line, sizeof line, "%s, types %d, packed by %s, read by %s, way %d", name, types, packer->backend,
-                     ctx.backend, way);
+            snprintf(line, sizeof line, "%s, types %d, packed by %s, read by %s, way %d", name, types,
+                     packer->backend, ctx.backend, way);
             test_count(memcmp(got, want, n * sizeof *got) == 0, __FILE__, __LINE__, line);
         }
     }
@@ -323,7 +327,8 @@ static void check_unscaled(const dsv3_context *packer) {
 
 int main(void) {
     for (int i = DSV3_BACKEND_REFERENCE; i < DSV3_BACKENDS; i++) {
-        if (dsv3_context_init(&contexts[n_contexts], (dsv3_backend)i, 1) != DSV3_OK) continue; /* not on this machine */
+        if (dsv3_context_init(&contexts[n_contexts], (dsv3_backend)i, 1) != DSV3_OK)
+            continue; /* not on this machine */
         contexts[n_contexts++].parallel_for = NULL;
     }
     check_nothing();

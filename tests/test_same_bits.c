@@ -318,7 +318,8 @@ static void test_ways(const char *name, const dsv3_config *c, int types, size_t 
         vary_kinds(&a, &p, DSV3_EXACT, form);
         memcpy(exact, a.want, a.S * a.V * sizeof(float));
         vary_kinds(&a, &p, DSV3_FAST, form);
-        if (backend == DSV3_BACKEND_REFERENCE) compare_ways(&a, exact, a.want, types != SYNTH_F32 && types != SYNTH_F16);
+        if (backend == DSV3_BACKEND_REFERENCE)
+            compare_ways(&a, exact, a.want, types != SYNTH_F32 && types != SYNTH_F16);
     }
     for (int i = 0; i < KINDS; i++) synth_close(p.s[i]);
     synth_release(p.memory);
@@ -327,7 +328,7 @@ static void test_ways(const char *name, const dsv3_config *c, int types, size_t 
 
 /* Heads of 64 and 128, so that kv_b_proj has a packed copy; a second piece of 32 terms; rows that are no whole panels. */
 static void test_ways_even(int types) {
-    static const char *const names[SYNTH_TYPES] = {"even F32", "even F16",   "even BF16", "even FP8",
+    static const char *const names[SYNTH_TYPES] = {"even F32",   "even F16",  "even BF16", "even FP8",
                                                    "even mixed", "even Q8_0", "even Q4_0"};
     dsv3_config c = dsv3_config_default();
     synth_sizes(&c, 131, 160, 192, 96, 2, 1);
