@@ -2172,17 +2172,19 @@ static void dsv3i_piece_scales(const dsv3_context *ctx, dsv3_panel *out, const d
     const dsv3_tensor *w = a->w;
     int blocks = dsv3_type_block(w->type) > 1;
     const unsigned char *at = dsv3i_scale_at(w, a->r);
+    float one = 1.0f;
     out->scale = NULL;
     out->block = blocks ? DSV3_QBLOCK : a->k;
-    if (!blocks && (w->type != DSV3_F8_E4M3 || (at == NULL && !w->packed))) return;
+    if (!blocks && w->type != DSV3_F8_E4M3) return;
     out->scale = s;
     if (w->packed) at = (const unsigned char *)out->values + dsv3i_codes_bytes(w->type, out->columns, a->k);
     if (blocks) {
         if (w->packed) ctx->kernels.decode[DSV3_F16](s, at, a->k / DSV3_QBLOCK * out->columns * DSV3I_LANES);
         return;
     }
-    if (!w->packed) at += a->k0 / DSV3_BLOCK * sizeof *s;
-    for (size_t i = 0; i < out->columns * DSV3I_LANES; i++) DSV3_MEMCPY(s + i, at, sizeof *s);
+    if (!w->packed && at != NULL) at += a->k0 / DSV3_BLOCK * sizeof *s;
+    if (w->packed || at != NULL) DSV3_MEMCPY(&one, at, sizeof one); /* FP8 without scales: 1, as dsv3_pack writes it */
+    for (size_t i = 0; i < out->columns * DSV3I_LANES; i++) s[i] = one;
 }
 
 /* A piece as products take it: where it lies, or made in scratch [DSV3I_STAGES]. Returns which product. */

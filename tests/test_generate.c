@@ -39,6 +39,8 @@ static void halves(void *user, size_t threads, size_t n, dsv3_task task, void *a
     task(arg, 0, n > 1 ? n / 2 : n, 0);
 }
 
+static dsv3_compute computing = DSV3_EXACT;
+
 static dsv3_context context_of(dsv3_attention form, size_t threads) {
     dsv3_context c;
     synth_demand(dsv3_context_init(&c, test_backend(), threads), "context", NULL);
@@ -47,6 +49,7 @@ static dsv3_context context_of(dsv3_attention form, size_t threads) {
         c.parallel_for = halves;
     }
     c.attention = form;
+    c.compute = computing;
     return c;
 }
 
@@ -609,6 +612,27 @@ static void test_micro(void) {
     library_truth(l, DSV3_ATTENTION_EXPANDED, DSV3_F32, 24, 4);
     lossless(l, DSV3_ATTENTION_EXPANDED, 4, 4, 0);
     library_close(l);
+}
+
+/* Rounded activations: drafts must not show there, either, nor that the second half is written with packed weights. */
+static void test_micro_fast(void) {
+    library *l = library_open("examples/models/micro", LIGHT ? 2 : 4, LIGHT ? 24 : 60);
+    dsv3_context ctx;
+    size_t bytes;
+    void *memory;
+    computing = DSV3_FAST;
+    ctx = context_of(DSV3_ATTENTION_ABSORBED, 1);
+    library_truth(l, DSV3_ATTENTION_ABSORBED, DSV3_F32, 24, 4);
+    lossless(l, DSV3_ATTENTION_ABSORBED, 1, 4, 0);
+    synth_demand(dsv3_pack_size(&ctx, &l->model.model, &bytes), "pack size", NULL);
+    memory = synth_alloc(bytes);
+    CHECK_EQ(dsv3_pack(&ctx, &l->model.model, memory, bytes), DSV3_OK);
+    lossless(l, DSV3_ATTENTION_ABSORBED, 1, 4, 0);
+    library_truth(l, DSV3_ATTENTION_EXPANDED, DSV3_F32, 24, 4);
+    lossless(l, DSV3_ATTENTION_EXPANDED, 2, 3, 0);
+    computing = DSV3_EXACT;
+    library_close(l);
+    synth_release(memory);
 }
 
 /* All of it, for the patient. */
@@ -1805,11 +1829,13 @@ static void test_huge(void) {
     if (sizeof(size_t) == 4) CHECK(overflown > 10); /* 64 bits are enough for all that the limits allow */
 }
 
-static void (*const tests[])(void) = {
-    test_micro,       test_random_models, test_distributions, test_sampled_company, test_roll_back,
-    test_long_lives,  test_chunks,        test_turns,         test_forks,           test_truncate_edges,
-    test_stop,        test_full_context,  test_drafts_change, test_adaptive,        test_bad_sizes,
-    test_bad_appends, test_bad_copies,    test_bad_steps,     test_accidents,       test_huge};
+static void (*const tests[])(void) = {test_micro,         test_micro_fast,      test_random_models,
+                                      test_distributions, test_sampled_company, test_roll_back,
+                                      test_long_lives,    test_chunks,          test_turns,
+                                      test_forks,         test_truncate_edges,  test_stop,
+                                      test_full_context,  test_drafts_change,   test_adaptive,
+                                      test_bad_sizes,     test_bad_appends,     test_bad_copies,
+                                      test_bad_steps,     test_accidents,       test_huge};
 
 int main(int argc, char **argv) {
     if (argc == 3 && strcmp(argv[1], "full") == 0) {

@@ -1,8 +1,11 @@
-/* test_same_bits.c -- chapters 2 and 12: results do not depend on how the work is cut.
+/* test_same_bits.c -- chapters 2, 4, 10 and 12: results do not depend on how the work is cut, nor on packing.
  *
  * A failure means that the same tokens give other bits when they are computed by more threads, in another order, in
- * smaller chunks, or next to other sequences: some sum is split or shared, or some scratch memory is. Greedy text
- * would then change with the load of the machine. */
+ * smaller chunks, next to other sequences, or with packed weights: some sum is split or shared, or some scratch memory
+ * is. Greedy text would then change with the load of the machine.
+ *
+ * The first part, all configurations, is for one backend (TEST_BACKEND); the second for all of them, unless one is
+ * named, both ways of computing, and all types. */
 #define DSV3_IMPLEMENTATION
 #include "dsv3.h"
 #include "synthetic.h"
@@ -71,10 +74,14 @@ static void parallel_backwards(void *user, size_t threads, size_t n, dsv3_task t
 
 enum { HOW_SERIAL, HOW_THREADS, HOW_BACKWARDS, HOW_OPENMP };
 
+static dsv3_backend backend; /* the one under test */
+
 static void set_hook(synth *s, int how, size_t threads) {
     dsv3_attention form = s->context.attention;
-    synth_demand(dsv3_context_init(&s->context, test_backend(), how == HOW_OPENMP ? threads : 1), "context", NULL);
+    dsv3_compute compute = s->context.compute;
+    synth_demand(dsv3_context_init(&s->context, backend, how == HOW_OPENMP ? threads : 1), "context", NULL);
     s->context.attention = form;
+    s->context.compute = compute;
     if (how != HOW_OPENMP) s->context.parallel_for = NULL;
     if (how == HOW_THREADS) s->context.parallel_for = parallel_threads;
     if (how == HOW_BACKWARDS) s->context.parallel_for = parallel_backwards;
@@ -106,8 +113,10 @@ static void compare(const subject *a, const char *how, size_t threads, size_t ch
     char line[200];
     size_t differ = 0;
     for (size_t i = 0; i < a->S * a->V; i++) differ += memcmp(a->got + i, a->want + i, sizeof(float)) != 0;
-    snprintf(line, sizeof line, "%s, %s cache, form %d, %s, %zu threads, chunks of %zu: %zu logits differ", a->name,
-             dsv3_type_name(a->s->caches[0].type), (int)a->s->context.attention, how, threads, chunk, differ);
+    snprintf(line, sizeof line, "%s, %s, %s cache, %s, form %d, %s, %zu threads, chunks of %zu: %zu logits differ",
+             a->s->context.backend, a->name, dsv3_type_name(a->s->caches[0].type),
+             a->s->context.compute == DSV3_FAST ? "fast" : "exact", (int)a->s->context.attention, how, threads, chunk,
+             differ);
     test_count(differ == 0, __FILE__, __LINE__, line);
     CHECK(memcmp(a->want_cache, a->s->cache_memory[0], a->cache_bytes) == 0);
 }
@@ -222,7 +231,136 @@ static void test_wide(void) {
     CHECK_EQ(split[LOOP_OTHER], 0);
 }
 
+/* ---- Every backend of this CPU, exact and fast, with weights of every type, packed and not */
+
+enum { PLAIN, PACKED, KINDS };
+
+typedef struct pair {
+    synth *s[KINDS]; /* the same model */
+    void *memory;
+    size_t bytes;
+} pair;
+
+static pair pair_open(const dsv3_config *c, int types) {
+    pair p;
+    for (int i = 0; i < KINDS; i++) {
+        p.s[i] = synth_open(c, types, 72);
+        set_hook(p.s[i], HOW_SERIAL, 1);
+    }
+    CHECK_EQ(dsv3_pack_size(&p.s[PACKED]->context, &p.s[PACKED]->model, &p.bytes), DSV3_OK);
+    p.memory = synth_alloc(p.bytes);
+    CHECK_EQ(dsv3_pack(&p.s[PACKED]->context, &p.s[PACKED]->model, p.memory, p.bytes), DSV3_OK);
+    CHECK_EQ(p.bytes > 0, backend != DSV3_BACKEND_REFERENCE);
+    CHECK_EQ(p.s[PACKED]->model.lm_head.packed, backend != DSV3_BACKEND_REFERENCE);
+    return p;
+}
+
+/* All ways of cutting, against the plain way with weights as they lie. */
+static void vary_all(subject *a, int kind) {
+    static const size_t threads[4] = {2, 3, 4, 7}, chunks[4] = {1, 2, 7, LONGEST};
+    long before = split[LOOP_LINEAR];
+    for (size_t i = 0; i < 4; i++) {
+        set_hook(a->s, HOW_THREADS, threads[i]);
+        compute(a, a->S);
+        compare(a, kind == PACKED ? "packed, threads" : "threads", threads[i], a->S);
+        set_hook(a->s, i % 2 ? HOW_BACKWARDS : HOW_SERIAL, i % 2 ? 5 : 1);
+        compute(a, chunks[i]);
+        compare(a, kind == PACKED ? "packed, one thread" : "one thread", a->s->context.threads, chunks[i]);
+    }
+    CHECK(split[LOOP_LINEAR] > before);
+    vary_company(a, HOW_BACKWARDS, 3);
+}
+
+static void vary_kinds(subject *a, const pair *p, dsv3_compute way, int form) {
+    for (int kind = 0; kind < KINDS; kind++) {
+        if (kind == PACKED && p->bytes == 0) continue;
+        a->s = p->s[kind];
+        a->s->context.attention = (dsv3_attention)form;
+        a->s->context.compute = way;
+        synth_run(a->s, a->S > 21 ? a->S : 21, 7, 3, 3 * a->S, form == 1 ? DSV3_F32 : DSV3_BF16);
+        if (kind == PLAIN) {
+            a->cache_bytes = a->s->cache_bytes;
+            a->want_cache = (unsigned char *)test_alloc(a->cache_bytes);
+            set_hook(a->s, HOW_SERIAL, 1);
+            compute(a, a->S);
+            memcpy(a->want, a->got, a->S * a->V * sizeof(float));
+            memcpy(a->want_cache, a->s->cache_memory[0], a->cache_bytes);
+        }
+        vary_all(a, kind);
+    }
+    free(a->want_cache);
+}
+
+/* exact [S, V] and fast [S, V]: the mode must make a difference where activations are rounded, and a small one on average
+ * (a close choice of experts may go another way). */
+static void compare_ways(const subject *a, const float *exact, const float *fast, int is_rounded) {
+    double sum = 0, largest = 0;
+    for (size_t i = 0; i < a->S * a->V; i++) {
+        sum += fabs((double)exact[i] - (double)fast[i]), largest = fmax(largest, fabs((double)exact[i]));
+    }
+    CHECK_EQ(sum > 0, is_rounded);
+    CHECK(sum <= 0.01 * largest * (double)(a->S * a->V));
+}
+
+static void test_ways(const char *name, const dsv3_config *c, int types, size_t length) {
+    subject a;
+    pair p = pair_open(c, types);
+    float *exact;
+    memset(&a, 0, sizeof a);
+    a.name = name;
+    a.S = length;
+    a.V = (size_t)c->vocab_size;
+    a.want = (float *)test_alloc(a.S * a.V * sizeof(float));
+    a.got = (float *)test_alloc(a.S * a.V * sizeof(float));
+    exact = (float *)test_alloc(a.S * a.V * sizeof(float));
+    synth_tokens(a.token, a.S, c->vocab_size);
+    for (int form = 1; form <= 2; form++) {
+        vary_kinds(&a, &p, DSV3_EXACT, form);
+        memcpy(exact, a.want, a.S * a.V * sizeof(float));
+        vary_kinds(&a, &p, DSV3_FAST, form);
+        if (backend == DSV3_BACKEND_REFERENCE)
+            compare_ways(&a, exact, a.want, types != SYNTH_F32 && types != SYNTH_F16);
+    }
+    for (int i = 0; i < KINDS; i++) synth_close(p.s[i]);
+    synth_release(p.memory);
+    free(a.want), free(a.got), free(exact);
+}
+
+/* Heads of 64 and 128, so that kv_b_proj has a packed copy; a second piece of 32 terms; rows that are no whole panels. */
+static void test_ways_even(int types) {
+    static const char *const names[SYNTH_TYPES] = {"even F32",   "even F16",  "even BF16", "even FP8",
+                                                   "even mixed", "even Q8_0", "even Q4_0"};
+    dsv3_config c = dsv3_config_default();
+    synth_sizes(&c, 131, 160, 192, 96, 2, 1);
+    synth_attention(&c, 2, 64, 96, 64, 16, 128);
+    synth_experts(&c, 4, 1, 2, 1, 1, 1.0f);
+    test_ways(names[types], &c, types, 101);
+}
+
+/* Nothing is a multiple of anything. */
+static void test_ways_odd(int types) {
+    static const char *const names[SYNTH_TYPES] = {"odd F32", "odd F16", "odd BF16", "odd FP8", "odd mixed", "", ""};
+    dsv3_config c = dsv3_config_default();
+    synth_sizes(&c, 67, 149, 133, 29, 2, 1);
+    synth_attention(&c, 3, 71, 51, 21, 6, 67);
+    synth_experts(&c, 3, 1, 2, 1, 1, 1.0f);
+    test_ways(names[types], &c, types, 38);
+}
+
+static void test_backends(void) {
+    for (int i = DSV3_BACKEND_REFERENCE; i < DSV3_BACKENDS; i++) {
+        dsv3_context ctx;
+        backend = (dsv3_backend)i;
+        if (dsv3_context_init(&ctx, backend, 1) != DSV3_OK) continue; /* not on this machine */
+        for (int types = 0; types < SYNTH_TYPES; types++) {
+            if (types != SYNTH_MIXED) test_ways_even(types);
+            if (types != SYNTH_Q8 && types != SYNTH_Q4) test_ways_odd(types);
+        }
+    }
+}
+
 int main(void) {
+    backend = test_backend();
     for (int which = 0; which < SYNTH_CONFIGS; which++) {
         int types;
         dsv3_config c = synth_config(which, &types);
@@ -234,5 +372,6 @@ int main(void) {
                     all);
     }
     test_wide();
+    if (getenv("TEST_BACKEND") == NULL) test_backends();
     return test_done("same_bits");
 }
