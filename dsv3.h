@@ -2650,37 +2650,67 @@ DSV3_API void dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x
  *     dx += r v - x r^3 (v . x) / d,   dg += sum_t dy_t * x_t r_t
  * The sum over rows is split over columns; r [n] passes from the first loop to the second. */
 
-#define DSV3I_COLUMNS 16u
+#define DSV3I_COLUMNS 32u
+#define DSV3I_NORM_ROWS 16u /* rows that meet a decoded gain together */
 
 typedef struct dsv3i_norm_arg {
     const dsv3_context *ctx;
     float *dx, *dg, *r;
     const float *dy, *x;
     const dsv3_tensor *g;
-    size_t n, d;
+    size_t n, d, ldx; /* rows of x and dx lie ldx floats apart */
     float eps;
 } dsv3i_norm_arg;
 
-static void dsv3i_norm_dx_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_norm_arg *a = (const dsv3i_norm_arg *)arg;
+/* sum g dy x */
+static float dsv3i_norm_dot(const float *DSV3I_RESTRICT g, const float *DSV3I_RESTRICT dy,
+                            const float *DSV3I_RESTRICT x, size_t n) {
+    float s[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        for (size_t j = 0; j < 8; j++) s[j] += g[i + j] * dy[i + j] * x[i + j];
+    }
+    for (size_t j = 0; i + j < n; j++) s[j] += g[i + j] * dy[i + j] * x[i + j];
+    return dsv3i_sum8(s);
+}
+
+/* dx += r g dy - c x */
+static void dsv3i_norm_add(float *DSV3I_RESTRICT dx, float r, const float *DSV3I_RESTRICT g,
+                           const float *DSV3I_RESTRICT dy, float c, const float *DSV3I_RESTRICT x, size_t n) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        for (size_t j = 0; j < 8; j++) dx[i + j] += r * (g[i + j] * dy[i + j]) - c * x[i + j];
+    }
+    for (; i < n; i++) dx[i] += r * (g[i] * dy[i]) - c * x[i];
+}
+
+/* Up to DSV3I_NORM_ROWS rows from t0 on. */
+static void dsv3i_norm_dx_rows(const dsv3i_norm_arg *a, size_t t0, size_t n) {
     size_t d = a->d, step = dsv3_type_bytes(a->g->type);
-    (void)worker;
-    for (size_t t = begin; t < end; t++) {
-        const float *x = a->x + t * d, *dy = a->dy + t * d;
-        float *dx = a->dx + t * d, r = 1.0f / DSV3_SQRTF(a->ctx->kernels.dot(x, x, d) / (float)d + a->eps),
-              sum = 0.0f;
-        for (int pass = 0; pass < 2; pass++) { /* v . x first, then dx */
-            float c = sum * r * r * r / (float)d;
-            for (size_t i = 0; i < d; i += 64) {
-                float gain[64];
-                size_t m = dsv3i_min(64, d - i);
-                a->ctx->kernels.decode[a->g->type](gain, (const unsigned char *)a->g->data + i * step, m);
-                for (size_t j = 0; j < m; j++) gain[j] *= dy[i + j];
-                if (pass == 0) sum += a->ctx->kernels.dot(gain, x + i, m);
-                for (size_t j = 0; j < m && pass == 1; j++) dx[i + j] += r * gain[j] - x[i + j] * c;
+    float sum[DSV3I_NORM_ROWS] = {0}, *r = a->r + t0;
+    for (size_t t = 0; t < n; t++) {
+        const float *x = a->x + (t0 + t) * a->ldx;
+        r[t] = 1.0f / DSV3_SQRTF(a->ctx->kernels.dot(x, x, d) / (float)d + a->eps);
+    }
+    for (int pass = 0; pass < 2; pass++) { /* v . x first, then dx */
+        for (size_t i = 0; i < d; i += 64) {
+            float gain[64];
+            size_t m = dsv3i_min(64, d - i);
+            a->ctx->kernels.decode[a->g->type](gain, (const unsigned char *)a->g->data + i * step, m);
+            for (size_t t = 0; t < n; t++) {
+                const float *dy = a->dy + (t0 + t) * d + i, *x = a->x + (t0 + t) * a->ldx + i;
+                float *dx = a->dx + (t0 + t) * a->ldx + i;
+                if (pass == 0) sum[t] += dsv3i_norm_dot(gain, dy, x, m);
+                if (pass == 1) dsv3i_norm_add(dx, r[t], gain, dy, sum[t] * r[t] * r[t] * r[t] / (float)d, x, m);
             }
         }
-        a->r[t] = r;
+    }
+}
+
+static void dsv3i_norm_dx_task(void *arg, size_t begin, size_t end, size_t worker) {
+    (void)worker;
+    for (size_t t = begin; t < end; t += DSV3I_NORM_ROWS) {
+        dsv3i_norm_dx_rows((const dsv3i_norm_arg *)arg, t, dsv3i_min(DSV3I_NORM_ROWS, end - t));
     }
 }
 
@@ -2688,30 +2718,44 @@ static void dsv3i_norm_dg_task(void *arg, size_t begin, size_t end, size_t worke
     const dsv3i_norm_arg *a = (const dsv3i_norm_arg *)arg;
     (void)worker;
     for (size_t i = begin * DSV3I_COLUMNS; i < dsv3i_min(end * DSV3I_COLUMNS, a->d); i += DSV3I_COLUMNS) {
+        float sum[DSV3I_COLUMNS];
         size_t m = dsv3i_min(DSV3I_COLUMNS, a->d - i);
+        DSV3_MEMCPY(sum, a->dg + i, m * sizeof *sum);
         for (size_t t = 0; t < a->n; t++) {
-            const float *x = a->x + t * a->d + i, *dy = a->dy + t * a->d + i;
-            for (size_t j = 0; j < m; j++) a->dg[i + j] += dy[j] * (x[j] * a->r[t]);
+            const float *x = a->x + t * a->ldx + i, *dy = a->dy + t * a->d + i;
+            size_t k = 0;
+            for (; k + 8 <= m; k += 8) {
+                for (size_t j = 0; j < 8; j++) sum[k + j] += dy[k + j] * (x[k + j] * a->r[t]);
+            }
+            for (; k < m; k++) sum[k] += dy[k] * (x[k] * a->r[t]);
         }
+        DSV3_MEMCPY(a->dg + i, sum, m * sizeof *sum);
     }
 }
 
-DSV3_API void dsv3_rmsnorm_backward(const dsv3_context *context, float *dx, float *dg, const float *dy,
-                                    const float *x, const dsv3_tensor *g, size_t n, size_t d, float eps,
-                                    float *scratch) {
+/* Rows of x and dx lie ldx floats apart. */
+static void dsv3i_rmsnorm_back(const dsv3_context *ctx, float *dx, size_t ldx, float *dg, const float *dy,
+                               const float *x, const dsv3_tensor *g, size_t n, size_t d, float eps, float *r) {
     dsv3i_norm_arg arg;
-    arg.ctx = context;
+    arg.ctx = ctx;
     arg.dx = dx;
     arg.dg = dg;
-    arg.r = scratch;
+    arg.r = r;
     arg.dy = dy;
     arg.x = x;
     arg.g = g;
     arg.n = n;
     arg.d = d;
+    arg.ldx = ldx;
     arg.eps = eps;
-    dsv3i_parallel(context, n, dsv3i_mul(4 * n, d), dsv3i_norm_dx_task, &arg);
-    dsv3i_parallel(context, dsv3i_blocks(d, DSV3I_COLUMNS), dsv3i_mul(2 * n, d), dsv3i_norm_dg_task, &arg);
+    dsv3i_parallel(ctx, n, dsv3i_mul(4 * n, d), dsv3i_norm_dx_task, &arg);
+    dsv3i_parallel(ctx, dsv3i_blocks(d, DSV3I_COLUMNS), dsv3i_mul(2 * n, d), dsv3i_norm_dg_task, &arg);
+}
+
+DSV3_API void dsv3_rmsnorm_backward(const dsv3_context *context, float *dx, float *dg, const float *dy,
+                                    const float *x, const dsv3_tensor *g, size_t n, size_t d, float eps,
+                                    float *scratch) {
+    dsv3i_rmsnorm_back(context, dx, d, dg, dy, x, g, n, d, eps, scratch);
 }
 #endif
 
@@ -3793,10 +3837,8 @@ static void dsv3i_mla_backward(const dsv3_context *ctx, float *du, const float *
     dsv3i_parallel(ctx, n * m.H, dsv3i_mul(n * m.Hq, n), dsv3i_attention_back_task, &arg);
     dsv3i_mla_back_rotate(&m, ws, b, n, model->config.rope_interleave);
     dsv3i_back(ctx, b->dc, 1, &g->kv_b_proj, b->dkv_up, b->c, &w->kv_b_proj, n, ws);
-    for (size_t t = 0; t < n; t++) {
-        dsv3_rmsnorm_backward(ctx, b->dkv_raw + t * m.width, dsv3i_grad(&g->kv_a_layernorm), b->dc + t * m.rk,
-                              s->kv_raw + t * m.width, &w->kv_a_layernorm, 1, m.rk, eps, b->r);
-    }
+    dsv3i_rmsnorm_back(ctx, b->dkv_raw, m.width, dsv3i_grad(&g->kv_a_layernorm), b->dc, s->kv_raw, &w->kv_a_layernorm,
+                       n, m.rk, eps, b->r);
     dsv3i_back(ctx, du, 1, &g->kv_a_proj_with_mqa, b->dkv_raw, u, &w->kv_a_proj_with_mqa, n, ws);
     if (m.rq == 0) {
         dsv3i_back(ctx, du, 0, &g->q_proj, b->dq, u, &w->q_proj, n, ws);
@@ -7449,9 +7491,13 @@ static void dsv3i_squares_task(void *arg, size_t begin, size_t end, size_t worke
     for (size_t i = begin; i < end; i++) {
         const float *g = o->t->gradients.data + o->at;
         size_t last = dsv3i_min((i + 1) * DSV3I_SQUARES, o->n);
-        double sum = 0.0;
-        for (size_t j = i * DSV3I_SQUARES; j < last; j++) sum += (double)g[j] * (double)g[j];
-        o->t->partial[i] = sum;
+        double sum[4] = {0, 0, 0, 0};
+        size_t j = i * DSV3I_SQUARES;
+        for (; j + 4 <= last; j += 4) {
+            for (size_t k = 0; k < 4; k++) sum[k] += (double)g[j + k] * (double)g[j + k];
+        }
+        for (size_t k = 0; j + k < last; k++) sum[k] += (double)g[j + k] * (double)g[j + k];
+        o->t->partial[i] = (sum[0] + sum[2]) + (sum[1] + sum[3]);
     }
 }
 
@@ -7466,19 +7512,24 @@ static dsv3_result dsv3i_squares_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     return DSV3_OK;
 }
 
+/* Elements i .. i+n-1 of a tensor. */
+static void dsv3i_adamw(const dsv3i_optimizer *o, float *DSV3I_RESTRICT w, float *DSV3I_RESTRICT m,
+                        float *DSV3I_RESTRICT v, const float *DSV3I_RESTRICT gradient, size_t n) {
+    const float b1 = o->t->settings.beta1, b2 = o->t->settings.beta2, eps = o->t->settings.eps, scale = o->scale;
+    const float decay = o->decay, rate = o->rate, root = o->root;
+    for (size_t i = 0; i < n; i++) {
+        float g = gradient[i] * scale;
+        m[i] = b1 * m[i] + (1.0f - b1) * g;
+        v[i] = b2 * v[i] + (1.0f - b2) * (g * g);
+        w[i] = w[i] * decay - rate * m[i] / (DSV3_SQRTF(v[i]) * root + eps);
+    }
+}
+
 static void dsv3i_adamw_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_optimizer *o = (const dsv3i_optimizer *)arg;
-    const dsv3_training *s = &o->t->settings;
-    float *w = o->t->weights.data + o->at, *m = o->t->m + o->at, *v = o->t->v + o->at;
-    const float *gradient = o->t->gradients.data + o->at;
-    size_t last = dsv3i_min(end * DSV3I_SQUARES, o->n);
+    size_t first = begin * DSV3I_SQUARES, n = dsv3i_min(end * DSV3I_SQUARES, o->n) - first, at = o->at + first;
     (void)worker;
-    for (size_t i = begin * DSV3I_SQUARES; i < last; i++) {
-        float g = gradient[i] * o->scale;
-        m[i] = s->beta1 * m[i] + (1.0f - s->beta1) * g;
-        v[i] = s->beta2 * v[i] + (1.0f - s->beta2) * (g * g);
-        w[i] = w[i] * o->decay - o->rate * m[i] / (DSV3_SQRTF(v[i]) * o->root + s->eps);
-    }
+    dsv3i_adamw(o, o->t->weights.data + at, o->t->m + at, o->t->v + at, o->t->gradients.data + at, n);
 }
 
 static dsv3_result dsv3i_adamw_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
@@ -9555,6 +9606,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_BACK_ROWS
 #undef DSV3I_BACK_KEYS
 #undef DSV3I_COLUMNS
+#undef DSV3I_NORM_ROWS
 #undef DSV3I_DECODE
 #undef DSV3I_DECODE_TYPE
 #undef DSV3I_EXPAND
