@@ -2512,8 +2512,8 @@ DSV3_API void dsv3_linear(const dsv3_context *context, float *y, const float *x,
 
 #ifndef DSV3_NO_TRAINING
 /* ---- Backward of linear: dx += dy W, dW += dy^T x. Both are sums of scaled rows: of W for one row of dx, of x for
- * one row of dW. Loops are split over rows of dx and rows of dW, so that every sum is taken by one worker, in one
- * order. */
+ * one row of dW. The loop is split over rows of dx and rows of dW, so that every sum is taken by one worker, in one
+ * order. What reads the same rows comes one after the other: they are still in a cache then. */
 
 #define DSV3I_BACK 96u /* rows of dx, or of dW, that one item works on, at most */
 
@@ -2524,7 +2524,9 @@ typedef struct dsv3i_back_job {
     const float *dy; /* [n, rows] */
     const float *x;  /* [n, cols] */
     size_t n;
-    size_t first[2]; /* its first item in the loops over dx and over dW */
+    int fresh;       /* dx is set, not added to */
+    int joint;       /* the next job, of the same shape, has no dx: its dy W goes to this one's, too */
+    size_t first[2]; /* its first items, of dx and of dW */
 } dsv3i_back_job;
 
 static dsv3i_back_job dsv3i_back_make(float *dx, float *dw, const float *dy, const float *x, const dsv3_tensor *w,
@@ -2536,6 +2538,7 @@ static dsv3i_back_job dsv3i_back_make(float *dx, float *dw, const float *dy, con
     job.dy = dy;
     job.x = x;
     job.n = n;
+    job.fresh = job.joint = 0;
     return job;
 }
 
@@ -2545,12 +2548,12 @@ typedef struct dsv3i_back_arg {
     size_t n_jobs;
     float *scratch;
     size_t worker_floats; /* >= dsv3i_panel(n) * cols of every job */
-    int over_dw;          /* which of the two loops this is */
-    size_t item[2];       /* rows of an item of each */
+    size_t item;          /* rows of dx, or of dW */
 } dsv3i_back_arg;
 
 /* Rows [t0, t1) of dx: each row of W is decoded once for all of them. */
-static void dsv3i_back_dx(const dsv3_context *ctx, const dsv3i_back_job *job, size_t t0, size_t t1, float *panel) {
+static void dsv3i_back_dx(const dsv3_context *ctx, float *dx, const dsv3i_back_job *job, size_t t0, size_t t1,
+                          float *panel) {
     const dsv3_tensor *w = job->w;
     int direct = dsv3i_is_direct(w);
     for (size_t r = 0, end; r < w->rows; r = end) {
@@ -2558,7 +2561,7 @@ static void dsv3i_back_dx(const dsv3_context *ctx, const dsv3i_back_job *job, si
         end = direct ? w->rows : dsv3i_min(r + dsv3i_panel(job->n), w->rows);
         if (direct) rows = (const float *)w->data;
         for (size_t i = r; !direct && i < end; i++) dsv3i_decode_row(ctx, panel + (i - r) * w->cols, w, i);
-        ctx->kernels.outer(job->dx + t0 * w->cols, w->cols, t1 - t0, job->dy + t0 * w->rows + r, w->rows, 1, rows,
+        ctx->kernels.outer(dx + t0 * w->cols, w->cols, t1 - t0, job->dy + t0 * w->rows + r, w->rows, 1, rows,
                            w->cols, end - r, w->cols);
     }
 }
@@ -2571,57 +2574,56 @@ static void dsv3i_back_dw(const dsv3_context *ctx, const dsv3i_back_job *job, si
 
 static void dsv3i_back_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_back_arg *a = (const dsv3i_back_arg *)arg;
+    float *panel = a->scratch + worker * a->worker_floats;
     size_t j = 0;
     for (size_t i = begin; i < end; i++) {
         const dsv3i_back_job *job;
-        size_t at;
-        while (j + 1 < a->n_jobs && a->jobs[j + 1].first[a->over_dw] <= i) j++;
+        while (j + 1 < a->n_jobs && a->jobs[j + 1].first[0] <= i) j++;
         job = &a->jobs[j];
-        at = (i - job->first[a->over_dw]) * a->item[a->over_dw];
-        if (a->over_dw) {
-            dsv3i_back_dw(a->ctx, job, at, dsv3i_min(at + a->item[1], job->w->rows));
+        if (i >= job->first[1]) {
+            size_t r = (i - job->first[1]) * a->item;
+            dsv3i_back_dw(a->ctx, job, r, dsv3i_min(r + a->item, job->w->rows));
         } else {
-            dsv3i_back_dx(a->ctx, job, at, dsv3i_min(at + a->item[0], job->n),
-                          a->scratch + worker * a->worker_floats);
+            size_t t = (i - job->first[0]) * a->item, last = dsv3i_min(t + a->item, job->n), d = job->w->cols;
+            if (job->fresh) DSV3_MEMSET(job->dx + t * d, 0, (last - t) * d * sizeof *job->dx);
+            dsv3i_back_dx(a->ctx, job->dx, job, t, last, panel);
+            if (job->joint) dsv3i_back_dx(a->ctx, job->dx, job + 1, t, last, panel);
         }
     }
 }
 
-/* Items of all jobs in one of the loops, if each has up to `item` rows. */
-static size_t dsv3i_back_items(dsv3i_back_job *jobs, size_t n_jobs, int over_dw, size_t item) {
+/* Items of all jobs, with up to `item` rows each. */
+static size_t dsv3i_back_items(dsv3i_back_job *jobs, size_t n_jobs, size_t item) {
     size_t items = 0;
     for (size_t j = 0; j < n_jobs; j++) {
-        const dsv3i_back_job *job = &jobs[j];
-        jobs[j].first[over_dw] = items;
-        if (!over_dw && job->dx != NULL) items += dsv3i_blocks(job->n, item);
-        if (over_dw && job->dw != NULL && job->n > 0) items += dsv3i_blocks(job->w->rows, item);
+        jobs[j].first[0] = items;
+        if (jobs[j].dx != NULL) items += dsv3i_blocks(jobs[j].n, item);
+        jobs[j].first[1] = items;
+        if (jobs[j].dw != NULL && jobs[j].n > 0) items += dsv3i_blocks(jobs[j].w->rows, item);
     }
     return items;
 }
 
-/* All jobs in one loop over dx and one over dW. Jobs must not share outputs. */
+/* All jobs in one loop. Jobs must not share outputs, nor read what others write. */
 static void dsv3i_back_jobs(const dsv3_context *ctx, dsv3i_back_job *jobs, size_t n_jobs, float *scratch,
                             size_t worker_floats) {
     dsv3i_back_arg arg;
-    size_t work = 0;
-    for (size_t j = 0; j < n_jobs; j++) {
-        const dsv3_tensor *w = jobs[j].w;
-        DSV3_ASSERT(worker_floats >= dsv3i_panel(jobs[j].n) * w->cols);
-        work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(w->rows, w->cols), jobs[j].n));
-    }
+    size_t work = 0, items = dsv3i_back_items(jobs, n_jobs, DSV3I_BACK);
     arg.ctx = ctx;
     arg.jobs = jobs;
     arg.n_jobs = n_jobs;
     arg.scratch = scratch;
     arg.worker_floats = worker_floats;
-    for (arg.over_dw = 0; arg.over_dw < 2; arg.over_dw++) { /* large items, but enough for all threads */
-        size_t *item = &arg.item[arg.over_dw], items;
-        for (*item = DSV3I_BACK;; *item /= 2) {
-            items = dsv3i_back_items(jobs, n_jobs, arg.over_dw, *item);
-            if (ctx->threads == 1 || items >= 4 * ctx->threads || *item <= 12) break;
-        }
-        dsv3i_parallel(ctx, items, work, dsv3i_back_task, &arg);
+    for (size_t j = 0; j < n_jobs; j++) {
+        const dsv3_tensor *w = jobs[j].w;
+        DSV3_ASSERT(worker_floats >= dsv3i_panel(jobs[j].n) * w->cols);
+        work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(w->rows, w->cols), jobs[j].n));
     }
+    for (arg.item = DSV3I_BACK; arg.item > 12 && ctx->threads > 1 && items < 8 * ctx->threads;) {
+        arg.item /= 2; /* enough items for all threads */
+        items = dsv3i_back_items(jobs, n_jobs, arg.item);
+    }
+    dsv3i_parallel(ctx, items, work, dsv3i_back_task, &arg);
 }
 
 DSV3_API void dsv3_linear_backward(const dsv3_context *context, float *dx, float *dw, const float *dy, const float *x,
@@ -2663,37 +2665,67 @@ DSV3_API void dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x
  *     dx += r v - x r^3 (v . x) / d,   dg += sum_t dy_t * x_t r_t
  * The sum over rows is split over columns; r [n] passes from the first loop to the second. */
 
-#define DSV3I_COLUMNS 16u
+#define DSV3I_COLUMNS 32u
+#define DSV3I_NORM_ROWS 16u /* rows that meet a decoded gain together */
 
 typedef struct dsv3i_norm_arg {
     const dsv3_context *ctx;
     float *dx, *dg, *r;
     const float *dy, *x;
     const dsv3_tensor *g;
-    size_t n, d;
+    size_t n, d, ldx; /* rows of x and dx lie ldx floats apart */
     float eps;
 } dsv3i_norm_arg;
 
-static void dsv3i_norm_dx_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_norm_arg *a = (const dsv3i_norm_arg *)arg;
+/* sum g dy x */
+static float dsv3i_norm_dot(const float *DSV3I_RESTRICT g, const float *DSV3I_RESTRICT dy,
+                            const float *DSV3I_RESTRICT x, size_t n) {
+    float s[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        for (size_t j = 0; j < 8; j++) s[j] += g[i + j] * dy[i + j] * x[i + j];
+    }
+    for (size_t j = 0; i + j < n; j++) s[j] += g[i + j] * dy[i + j] * x[i + j];
+    return dsv3i_sum8(s);
+}
+
+/* dx += r g dy - c x */
+static void dsv3i_norm_add(float *DSV3I_RESTRICT dx, float r, const float *DSV3I_RESTRICT g,
+                           const float *DSV3I_RESTRICT dy, float c, const float *DSV3I_RESTRICT x, size_t n) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        for (size_t j = 0; j < 8; j++) dx[i + j] += r * (g[i + j] * dy[i + j]) - c * x[i + j];
+    }
+    for (; i < n; i++) dx[i] += r * (g[i] * dy[i]) - c * x[i];
+}
+
+/* Up to DSV3I_NORM_ROWS rows from t0 on. */
+static void dsv3i_norm_dx_rows(const dsv3i_norm_arg *a, size_t t0, size_t n) {
     size_t d = a->d, step = dsv3_type_bytes(a->g->type);
-    (void)worker;
-    for (size_t t = begin; t < end; t++) {
-        const float *x = a->x + t * d, *dy = a->dy + t * d;
-        float *dx = a->dx + t * d, r = 1.0f / DSV3_SQRTF(a->ctx->kernels.dot(x, x, d) / (float)d + a->eps),
-              sum = 0.0f;
-        for (int pass = 0; pass < 2; pass++) { /* v . x first, then dx */
-            float c = sum * r * r * r / (float)d;
-            for (size_t i = 0; i < d; i += 64) {
-                float gain[64];
-                size_t m = dsv3i_min(64, d - i);
-                a->ctx->kernels.decode[a->g->type](gain, (const unsigned char *)a->g->data + i * step, m);
-                for (size_t j = 0; j < m; j++) gain[j] *= dy[i + j];
-                if (pass == 0) sum += a->ctx->kernels.dot(gain, x + i, m);
-                for (size_t j = 0; j < m && pass == 1; j++) dx[i + j] += r * gain[j] - x[i + j] * c;
+    float sum[DSV3I_NORM_ROWS] = {0}, *r = a->r + t0;
+    for (size_t t = 0; t < n; t++) {
+        const float *x = a->x + (t0 + t) * a->ldx;
+        r[t] = 1.0f / DSV3_SQRTF(a->ctx->kernels.dot(x, x, d) / (float)d + a->eps);
+    }
+    for (int pass = 0; pass < 2; pass++) { /* v . x first, then dx */
+        for (size_t i = 0; i < d; i += 64) {
+            float gain[64];
+            size_t m = dsv3i_min(64, d - i);
+            a->ctx->kernels.decode[a->g->type](gain, (const unsigned char *)a->g->data + i * step, m);
+            for (size_t t = 0; t < n; t++) {
+                const float *dy = a->dy + (t0 + t) * d + i, *x = a->x + (t0 + t) * a->ldx + i;
+                float *dx = a->dx + (t0 + t) * a->ldx + i;
+                if (pass == 0) sum[t] += dsv3i_norm_dot(gain, dy, x, m);
+                if (pass == 1) dsv3i_norm_add(dx, r[t], gain, dy, sum[t] * r[t] * r[t] * r[t] / (float)d, x, m);
             }
         }
-        a->r[t] = r;
+    }
+}
+
+static void dsv3i_norm_dx_task(void *arg, size_t begin, size_t end, size_t worker) {
+    (void)worker;
+    for (size_t t = begin; t < end; t += DSV3I_NORM_ROWS) {
+        dsv3i_norm_dx_rows((const dsv3i_norm_arg *)arg, t, dsv3i_min(DSV3I_NORM_ROWS, end - t));
     }
 }
 
@@ -2701,30 +2733,44 @@ static void dsv3i_norm_dg_task(void *arg, size_t begin, size_t end, size_t worke
     const dsv3i_norm_arg *a = (const dsv3i_norm_arg *)arg;
     (void)worker;
     for (size_t i = begin * DSV3I_COLUMNS; i < dsv3i_min(end * DSV3I_COLUMNS, a->d); i += DSV3I_COLUMNS) {
+        float sum[DSV3I_COLUMNS];
         size_t m = dsv3i_min(DSV3I_COLUMNS, a->d - i);
+        DSV3_MEMCPY(sum, a->dg + i, m * sizeof *sum);
         for (size_t t = 0; t < a->n; t++) {
-            const float *x = a->x + t * a->d + i, *dy = a->dy + t * a->d + i;
-            for (size_t j = 0; j < m; j++) a->dg[i + j] += dy[j] * (x[j] * a->r[t]);
+            const float *x = a->x + t * a->ldx + i, *dy = a->dy + t * a->d + i;
+            size_t k = 0;
+            for (; k + 8 <= m; k += 8) {
+                for (size_t j = 0; j < 8; j++) sum[k + j] += dy[k + j] * (x[k + j] * a->r[t]);
+            }
+            for (; k < m; k++) sum[k] += dy[k] * (x[k] * a->r[t]);
         }
+        DSV3_MEMCPY(a->dg + i, sum, m * sizeof *sum);
     }
 }
 
-DSV3_API void dsv3_rmsnorm_backward(const dsv3_context *context, float *dx, float *dg, const float *dy,
-                                    const float *x, const dsv3_tensor *g, size_t n, size_t d, float eps,
-                                    float *scratch) {
+/* Rows of x and dx lie ldx floats apart. */
+static void dsv3i_rmsnorm_back(const dsv3_context *ctx, float *dx, size_t ldx, float *dg, const float *dy,
+                               const float *x, const dsv3_tensor *g, size_t n, size_t d, float eps, float *r) {
     dsv3i_norm_arg arg;
-    arg.ctx = context;
+    arg.ctx = ctx;
     arg.dx = dx;
     arg.dg = dg;
-    arg.r = scratch;
+    arg.r = r;
     arg.dy = dy;
     arg.x = x;
     arg.g = g;
     arg.n = n;
     arg.d = d;
+    arg.ldx = ldx;
     arg.eps = eps;
-    dsv3i_parallel(context, n, dsv3i_mul(4 * n, d), dsv3i_norm_dx_task, &arg);
-    dsv3i_parallel(context, dsv3i_blocks(d, DSV3I_COLUMNS), dsv3i_mul(2 * n, d), dsv3i_norm_dg_task, &arg);
+    dsv3i_parallel(ctx, n, dsv3i_mul(4 * n, d), dsv3i_norm_dx_task, &arg);
+    dsv3i_parallel(ctx, dsv3i_blocks(d, DSV3I_COLUMNS), dsv3i_mul(2 * n, d), dsv3i_norm_dg_task, &arg);
+}
+
+DSV3_API void dsv3_rmsnorm_backward(const dsv3_context *context, float *dx, float *dg, const float *dy,
+                                    const float *x, const dsv3_tensor *g, size_t n, size_t d, float eps,
+                                    float *scratch) {
+    dsv3i_rmsnorm_back(context, dx, d, dg, dy, x, g, n, d, eps, scratch);
 }
 #endif
 
@@ -2737,7 +2783,9 @@ typedef struct dsv3i_silu_arg {
     float *h;           /* [n] silu(a) * b */
     const float *a, *b; /* [n] */
     float *da, *db;     /* [n] backward */
-    size_t n;
+    const float *gate;  /* [n / width] backward: of an expert's rows, or NULL */
+    float *dgate;
+    size_t n, width;    /* of an item */
 } dsv3i_silu_arg;
 
 static void dsv3i_silu_task(void *arg, size_t begin, size_t end, size_t worker) {
@@ -2754,26 +2802,56 @@ static void dsv3i_silu_mul(const dsv3_context *ctx, float *h, const float *a, co
     arg.h = h;
     arg.a = a;
     arg.b = b;
-    arg.da = arg.db = NULL;
+    arg.da = arg.db = arg.dgate = NULL;
+    arg.gate = NULL;
     arg.n = n;
+    arg.width = DSV3I_SILU_ITEM;
     dsv3i_parallel(ctx, dsv3i_blocks(n, DSV3I_SILU_ITEM), dsv3i_mul(n, 16), dsv3i_silu_task, &arg);
 }
 
 #ifndef DSV3_NO_TRAINING
-/* Backward of h = silu(a) b, with s = sigmoid(a): da = dh b s (1 + a (1 - s)), db = dh a s. da may be a, db may be
- * b. */
+/* Backward of h = silu(a) b, with s = sigmoid(a): da = dh b s (1 + a (1 - s)), db = dh a s. Rows of experts have a
+ * gate w: dh is that of w h, and dw = dh . h. */
+
+/* n <= 64 numbers. Returns dh . h. */
+static float dsv3i_silu_back_piece(const dsv3_context *ctx, float *da, float *db, const float *dh, const float *a,
+                                   const float *b, float gate, size_t n) {
+    float x[64], y[64], d[64], h[64];
+    for (size_t j = 0; j < 64; j++) x[j] = y[j] = d[j] = 0.0f;
+    for (size_t j = 0; j < n; j++) h[j] = -a[j];
+    ctx->kernels.exp_sum(x, h, 0.0f, n);
+    for (size_t j = 0; j < 64; j++) h[j] = 1.0f / (1.0f + x[j]);
+    DSV3_MEMCPY(x, a, n * sizeof *a);
+    DSV3_MEMCPY(y, b, n * sizeof *b);
+    DSV3_MEMCPY(d, dh, n * sizeof *dh);
+    for (size_t j = 0; j < 64; j++) {
+        float s = h[j], silu = x[j] * s, slope = s * (1.0f + x[j] * (1.0f - s));
+        h[j] = silu * y[j];
+        x[j] = gate * d[j] * y[j] * slope;
+        y[j] = gate * d[j] * silu;
+    }
+    DSV3_MEMCPY(da, x, n * sizeof *da);
+    DSV3_MEMCPY(db, y, n * sizeof *db);
+    return ctx->kernels.dot(d, h, n);
+}
+
 static void dsv3i_silu_back_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_silu_arg *v = (const dsv3i_silu_arg *)arg;
     (void)worker;
-    for (size_t i = begin * DSV3I_SILU_ITEM; i < dsv3i_min(end * DSV3I_SILU_ITEM, v->n); i++) {
-        float a = v->a[i], b = v->b[i], dh = v->h[i], s = 1.0f / (1.0f + DSV3_EXPF(-a));
-        v->da[i] = dh * b * s * (1.0f + a * (1.0f - s));
-        v->db[i] = dh * (a * s);
+    for (size_t i = begin; i < end; i++) {
+        float gate = v->gate != NULL ? v->gate[i] : 1.0f, sum = 0.0f;
+        size_t last = dsv3i_min((i + 1) * v->width, v->n);
+        for (size_t j = i * v->width; j < last; j += 64) {
+            sum += dsv3i_silu_back_piece(v->ctx, v->da + j, v->db + j, v->h + j, v->a + j, v->b + j, gate,
+                                         dsv3i_min(64, last - j));
+        }
+        if (v->dgate != NULL) v->dgate[i] = sum;
     }
 }
 
+/* da may be a, db may be b. gate and dgate [n / width]: NULL, or rows are `width` numbers. */
 static void dsv3i_silu_back(const dsv3_context *ctx, float *da, float *db, float *dh, const float *a, const float *b,
-                            size_t n) {
+                            size_t n, const float *gate, float *dgate, size_t width) {
     dsv3i_silu_arg arg;
     arg.ctx = ctx;
     arg.h = dh;
@@ -2781,8 +2859,20 @@ static void dsv3i_silu_back(const dsv3_context *ctx, float *da, float *db, float
     arg.b = b;
     arg.da = da;
     arg.db = db;
+    arg.gate = gate;
+    arg.dgate = dgate;
     arg.n = n;
-    dsv3i_parallel(ctx, dsv3i_blocks(n, DSV3I_SILU_ITEM), dsv3i_mul(n, 32), dsv3i_silu_back_task, &arg);
+    arg.width = width;
+    dsv3i_parallel(ctx, dsv3i_blocks(n, width), dsv3i_mul(n, 32), dsv3i_silu_back_task, &arg);
+}
+
+/* x *= a */
+static void dsv3i_scale(float *x, float a, size_t n) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        for (size_t j = 0; j < 8; j++) x[i + j] *= a;
+    }
+    for (; i < n; i++) x[i] *= a;
 }
 #endif
 
@@ -3567,7 +3657,7 @@ typedef struct dsv3i_backward {
     float *dscore;               /* [n, E] */
     float *dgrouped;             /* [n K, d] */
     float *r;                    /* [n max(K, 1)] */
-    struct dsv3i_back_job *jobs; /* [min(E, n K) + 1] */
+    struct dsv3i_back_job *jobs; /* [2 (min(E, n K) + 1)] */
     const struct dsv3_balance_weights *balance;
     double balance_scale; /* 1 / sequences of the step */
 } dsv3i_backward;
@@ -3690,13 +3780,10 @@ static void dsv3i_mla_back_begin(const dsv3_context *ctx, const dsv3i_dims *m, c
         DSV3_MEMCPY(key, b->kv_up + i * m->kv, m->dn * sizeof *key);
         DSV3_MEMCPY(key + m->dn, ws->kv + i / m->H * m->width + m->rk, m->dr * sizeof *key);
     }
-    DSV3_MEMSET(b->dout, 0, n * m->Ho * sizeof(float));
     DSV3_MEMSET(b->dq, 0, n * m->Hq * sizeof(float));
     DSV3_MEMSET(b->dkeys, 0, n * m->Hq * sizeof(float));
     DSV3_MEMSET(b->dkv_up, 0, n * m->Hkv * sizeof(float));
-    DSV3_MEMSET(b->dc, 0, n * m->rk * sizeof(float));
     DSV3_MEMSET(b->dkv_raw, 0, n * m->width * sizeof(float));
-    DSV3_MEMSET(b->dq_latent, 0, n * m->rq * sizeof(float));
     DSV3_MEMSET(b->dq_raw, 0, n * m->rq * sizeof(float));
 }
 
@@ -3719,9 +3806,11 @@ static void dsv3i_mla_back_rotate(const dsv3i_dims *m, const dsv3_workspace *ws,
 /* The gradient array of a tensor of the gradients' model. */
 static float *dsv3i_grad(const dsv3_tensor *g) { return (float *)(uintptr_t)g->data; }
 
-static void dsv3i_back(const dsv3_context *ctx, float *dx, const dsv3_tensor *g, const float *dy, const float *x,
-                       const dsv3_tensor *w, size_t n, const dsv3_workspace *ws) {
+/* One linear map. fresh: dx is set, not added to. */
+static void dsv3i_back(const dsv3_context *ctx, float *dx, int fresh, const dsv3_tensor *g, const float *dy,
+                       const float *x, const dsv3_tensor *w, size_t n, const dsv3_workspace *ws) {
     dsv3i_back_job job = dsv3i_back_make(dx, dsv3i_grad(g), dy, x, w, n);
+    job.fresh = fresh;
     dsv3i_back_jobs(ctx, &job, 1, ws->worker, ws->worker_floats);
 }
 
@@ -3743,7 +3832,7 @@ static void dsv3i_mla_back_queries(const dsv3_context *ctx, const dsv3i_dims *m,
     }
 }
 
-/* du [n, d] += ..., for dy [n, d]. ws holds the rows' sequences and angles, and q, kv, q_latent as the forward pass
+/* du [n, d] for dy [n, d]. ws holds the rows' sequences and angles, and q, kv, q_latent as the forward pass
  * had them; g the gradients of weights w. */
 static void dsv3i_mla_backward(const dsv3_context *ctx, float *du, const float *dy, const float *u,
                                const dsv3_model *model, const dsv3_layer *w, const dsv3_layer *g,
@@ -3752,7 +3841,7 @@ static void dsv3i_mla_backward(const dsv3_context *ctx, float *du, const float *
     float eps = model->config.latent_norm_eps;
     dsv3i_attention_back arg;
     dsv3i_mla_back_begin(ctx, &m, w, ws, b, n);
-    dsv3i_back(ctx, b->dout, &g->o_proj, dy, s->o, &w->o_proj, n, ws);
+    dsv3i_back(ctx, b->dout, 1, &g->o_proj, dy, s->o, &w->o_proj, n, ws);
     arg.ctx = ctx;
     arg.m = &m;
     arg.ws = ws;
@@ -3762,20 +3851,18 @@ static void dsv3i_mla_backward(const dsv3_context *ctx, float *du, const float *
     arg.scale = model->softmax_scale;
     dsv3i_parallel(ctx, n * m.H, dsv3i_mul(n * m.Hq, n), dsv3i_attention_back_task, &arg);
     dsv3i_mla_back_rotate(&m, ws, b, n, model->config.rope_interleave);
-    dsv3i_back(ctx, b->dc, &g->kv_b_proj, b->dkv_up, b->c, &w->kv_b_proj, n, ws);
-    for (size_t t = 0; t < n; t++) {
-        dsv3_rmsnorm_backward(ctx, b->dkv_raw + t * m.width, dsv3i_grad(&g->kv_a_layernorm), b->dc + t * m.rk,
-                              s->kv_raw + t * m.width, &w->kv_a_layernorm, 1, m.rk, eps, b->r);
-    }
-    dsv3i_back(ctx, du, &g->kv_a_proj_with_mqa, b->dkv_raw, u, &w->kv_a_proj_with_mqa, n, ws);
+    dsv3i_back(ctx, b->dc, 1, &g->kv_b_proj, b->dkv_up, b->c, &w->kv_b_proj, n, ws);
+    dsv3i_rmsnorm_back(ctx, b->dkv_raw, m.width, dsv3i_grad(&g->kv_a_layernorm), b->dc, s->kv_raw, &w->kv_a_layernorm,
+                       n, m.rk, eps, b->r);
+    dsv3i_back(ctx, du, 1, &g->kv_a_proj_with_mqa, b->dkv_raw, u, &w->kv_a_proj_with_mqa, n, ws);
     if (m.rq == 0) {
-        dsv3i_back(ctx, du, &g->q_proj, b->dq, u, &w->q_proj, n, ws);
+        dsv3i_back(ctx, du, 0, &g->q_proj, b->dq, u, &w->q_proj, n, ws);
         return;
     }
-    dsv3i_back(ctx, b->dq_latent, &g->q_b_proj, b->dq, ws->q_latent, &w->q_b_proj, n, ws);
+    dsv3i_back(ctx, b->dq_latent, 1, &g->q_b_proj, b->dq, ws->q_latent, &w->q_b_proj, n, ws);
     dsv3_rmsnorm_backward(ctx, b->dq_raw, dsv3i_grad(&g->q_a_layernorm), b->dq_latent, s->q_raw, &w->q_a_layernorm, n,
                           m.rq, eps, b->r);
-    dsv3i_back(ctx, du, &g->q_a_proj, b->dq_raw, u, &w->q_a_proj, n, ws);
+    dsv3i_back(ctx, du, 0, &g->q_a_proj, b->dq_raw, u, &w->q_a_proj, n, ws);
 }
 #endif
 
@@ -4359,45 +4446,29 @@ DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, con
  *     dh = w_tk v,   dW_down += dY_t (w_tk h)^T,   then SwiGLU and the two projections.
  * Saved: the outputs of gate_proj and up_proj, idx, gate, slot, offset, scores; h is rebuilt unless kept. */
 
-/* gate_proj or up_proj of all MLPs: dx += da W, dW += da^T x. */
-static void dsv3i_mlps_back_in(const dsv3_context *ctx, const dsv3i_mlp_rows *mlps, size_t count, const float *da,
-                               int up, const dsv3i_backward *b, const dsv3_workspace *ws) {
-    for (size_t i = 0; i < count; i++) {
-        const dsv3i_mlp_rows *r = &mlps[i];
-        const dsv3_tensor *w = up ? &r->w->up_proj : &r->w->gate_proj, *g = up ? &r->g->up_proj : &r->g->gate_proj;
-        b->jobs[i] = dsv3i_back_make(r->dx, dsv3i_grad(g), da + r->at, r->x, w, r->n);
-    }
-    dsv3i_back_jobs(ctx, b->jobs, count, ws->worker, ws->worker_floats);
-}
-
 /* All MLPs of a layer. y stands for dY. gate and dgate [nK], in the order of the grouped rows, of the first n_routed
- * rows of hidden values (F wide). h_gate and h_up are overwritten with their gradients. */
+ * rows of hidden values (F wide), for which h is w h already. h_gate and h_up are overwritten with their gradients. */
 static void dsv3i_mlps_back(const dsv3_context *ctx, const dsv3i_mlp_rows *mlps, size_t count, const float *gate,
                             float *dgate, size_t n_routed, size_t F, size_t total, float *h_gate, float *h_up,
-                            float *h, const dsv3i_backward *b, const dsv3_workspace *ws) {
-    DSV3_MEMSET(b->dh, 0, total * sizeof(float));
+                            const float *h, const dsv3i_backward *b, const dsv3_workspace *ws) {
+    size_t routed = n_routed * F;
     for (size_t i = 0; i < count; i++) {
-        b->jobs[i] =
-            dsv3i_back_make(b->dh + mlps[i].at, NULL, mlps[i].y, h + mlps[i].at, &mlps[i].w->down_proj, mlps[i].n);
+        const dsv3i_mlp_rows *r = &mlps[i];
+        b->jobs[i] = dsv3i_back_make(b->dh + r->at, dsv3i_grad(&r->g->down_proj), r->y, h + r->at, &r->w->down_proj, r->n);
+        b->jobs[i].fresh = 1;
     }
     dsv3i_back_jobs(ctx, b->jobs, count, ws->worker, ws->worker_floats);
-    for (size_t i = 0; i < n_routed; i++) {
-        float *dh = b->dh + i * F, *hi = h + i * F;
-        dgate[i] = ctx->kernels.dot(dh, hi, F);
-        for (size_t j = 0; j < F; j++) {
-            dh[j] *= gate[i];
-            hi[j] *= gate[i];
-        }
+    if (routed > 0) dsv3i_silu_back(ctx, h_gate, h_up, b->dh, h_gate, h_up, routed, gate, dgate, F);
+    dsv3i_silu_back(ctx, h_gate + routed, h_up + routed, b->dh + routed, h_gate + routed, h_up + routed, total - routed,
+                    NULL, NULL, DSV3I_SILU_ITEM);
+    for (size_t i = 0; i < count; i++) { /* dx = da W_gate + db W_up: dY's place can be dx's now */
+        const dsv3i_mlp_rows *r = &mlps[i];
+        dsv3i_back_job *job = b->jobs + 2 * i;
+        job[0] = dsv3i_back_make(r->dx, dsv3i_grad(&r->g->gate_proj), h_gate + r->at, r->x, &r->w->gate_proj, r->n);
+        job[1] = dsv3i_back_make(NULL, dsv3i_grad(&r->g->up_proj), h_up + r->at, r->x, &r->w->up_proj, r->n);
+        job->fresh = job->joint = 1;
     }
-    for (size_t i = 0; i < count; i++) {
-        b->jobs[i].dx = NULL;
-        b->jobs[i].dw = dsv3i_grad(&mlps[i].g->down_proj);
-    }
-    dsv3i_back_jobs(ctx, b->jobs, count, ws->worker, ws->worker_floats);
-    dsv3i_silu_back(ctx, h_gate, h_up, b->dh, h_gate, h_up, total);
-    DSV3_MEMSET(b->dgrouped, 0, n_routed * mlps[0].w->gate_proj.cols * sizeof(float)); /* dY's place is dx's now */
-    dsv3i_mlps_back_in(ctx, mlps, count, h_gate, 0, b, ws);
-    dsv3i_mlps_back_in(ctx, mlps, count, h_up, 1, b, ws);
+    dsv3i_back_jobs(ctx, b->jobs, 2 * count, ws->worker, ws->worker_floats);
 }
 
 /* dscore, then du and the router's weights. */
@@ -4414,7 +4485,39 @@ static void dsv3i_router_back(const dsv3_context *ctx, float *du, const float *u
                               s->idx + begin * K, ws->row_mask + begin, end - begin, E, K, ws->balance);
     }
     dsv3_router_scores_backward(c, b->dscore, b->dscore, s->score, n);
-    dsv3i_back(ctx, du, &g->gate, b->dscore, u, &w->gate, n, ws);
+    dsv3i_back(ctx, du, 0, &g->gate, b->dscore, u, &w->gate, n, ws);
+}
+
+typedef struct dsv3i_moe_back {
+    const dsv3_context *ctx;
+    const dsv3i_dims *m;
+    const dsv3i_saved *s;
+    const float *u, *dy;
+    float *grouped, *dgrouped, *h, *gate, *du;
+} dsv3i_moe_back;
+
+/* Rows of tokens to grouped rows: u, dY, gate; h is multiplied by its gate. */
+static void dsv3i_moe_gather_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_moe_back *a = (const dsv3i_moe_back *)arg;
+    size_t d = a->m->d, F = a->m->F;
+    (void)worker;
+    for (size_t i = begin; i < end; i++) {
+        size_t slot = a->s->slot[i], t = i / a->m->K;
+        DSV3_MEMCPY(a->grouped + slot * d, a->u + t * d, d * sizeof *a->u);
+        DSV3_MEMCPY(a->dgrouped + slot * d, a->dy + t * d, d * sizeof *a->dy);
+        dsv3i_scale(a->h + slot * F, a->s->gate[i], F);
+        a->gate[slot] = a->s->gate[i];
+    }
+}
+
+/* And back: du of each token, from all its experts. */
+static void dsv3i_moe_scatter_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_moe_back *a = (const dsv3i_moe_back *)arg;
+    size_t d = a->m->d, K = a->m->K;
+    (void)worker;
+    for (size_t i = begin * K; i < end * K; i++) {
+        a->ctx->kernels.axpy(a->du + i / K * d, 1.0f, a->dgrouped + a->s->slot[i] * d, d);
+    }
 }
 
 static void dsv3i_moe_backward(const dsv3_context *ctx, float *du, const float *dy, const float *u,
@@ -4423,12 +4526,18 @@ static void dsv3i_moe_backward(const dsv3_context *ctx, float *du, const float *
     dsv3i_dims m = dsv3i_dims_of(c);
     size_t count = 0, n_routed = n * m.K;
     float *gate = b->dgate, *dgate = b->r; /* in grouped order; r [n K] is free here */
-    for (size_t i = 0; i < n_routed; i++) {
-        size_t slot = s->slot[i];
-        DSV3_MEMCPY(ws->grouped + slot * m.d, u + i / m.K * m.d, m.d * sizeof *u);
-        DSV3_MEMCPY(b->dgrouped + slot * m.d, dy + i / m.K * m.d, m.d * sizeof *dy);
-        gate[slot] = s->gate[i];
-    }
+    dsv3i_moe_back arg;
+    arg.ctx = ctx;
+    arg.m = &m;
+    arg.s = s;
+    arg.u = u;
+    arg.dy = dy;
+    arg.grouped = ws->grouped;
+    arg.dgrouped = b->dgrouped;
+    arg.h = h;
+    arg.gate = gate;
+    arg.du = du;
+    dsv3i_parallel(ctx, n_routed, dsv3i_mul(n_routed, 2 * m.d), dsv3i_moe_gather_task, &arg);
     for (size_t e = 0; e < m.E; e++) {
         size_t first = s->offset[e], rows = s->offset[e + 1] - first;
         dsv3i_mlp_rows *r = &ws->mlps[count];
@@ -4443,16 +4552,17 @@ static void dsv3i_moe_backward(const dsv3_context *ctx, float *du, const float *
         dsv3i_mlp_rows_set(&ws->mlps[count], &w->shared_experts, (float *)(uintptr_t)dy, u, n, n_routed * m.F);
         ws->mlps[count].g = &g->shared_experts;
         ws->mlps[count++].dx = du;
+    } else {
+        DSV3_MEMSET(du, 0, n * m.d * sizeof *du);
     }
     dsv3i_mlps_back(ctx, ws->mlps, count, gate, dgate, n_routed, m.F, n_routed * m.F + n * m.Fs, s->h_gate, s->h_up,
                     h, b, ws);
-    for (size_t i = 0; i < n_routed; i++) {
-        ctx->kernels.axpy(du + i / m.K * m.d, 1.0f, b->dgrouped + s->slot[i] * m.d, m.d);
-    }
+    dsv3i_parallel(ctx, n, dsv3i_mul(n_routed, m.d), dsv3i_moe_scatter_task, &arg);
     for (size_t i = 0; i < n_routed; i++) b->dgate[i] = dgate[s->slot[i]];
     dsv3i_router_back(ctx, du, u, c, w, g, s, n, b, ws);
 }
 
+/* du [n, d] for dy [n, d] */
 static void dsv3i_ffn_backward(const dsv3_context *ctx, float *du, const float *dy, const float *u,
                                const dsv3_config *c, const dsv3_layer *w, const dsv3_layer *g, const dsv3i_saved *s,
                                size_t n, const dsv3i_backward *b, const dsv3_workspace *ws) {
@@ -4503,11 +4613,10 @@ static void dsv3i_layer_backward(const dsv3_context *ctx, float *dx, const dsv3_
                                  const dsv3_workspace *workspace) {
     dsv3_workspace local = *workspace, *ws = &local;
     dsv3i_dims m = dsv3i_dims_of(&model->config);
-    size_t d = m.d, bytes = n * d * sizeof(float);
+    size_t d = m.d;
     float eps = model->config.rms_norm_eps, *u;
     u = s->u_ffn != NULL ? s->u_ffn : ws->u;
     if (s->u_ffn == NULL) dsv3_rmsnorm(ctx, u, s->x_mid, &w->post_attention_layernorm, n, d, eps);
-    DSV3_MEMSET(b->du, 0, bytes);
     dsv3i_ffn_backward(ctx, b->du, dx, u, &model->config, w, g, s, n, b, ws);
     dsv3_rmsnorm_backward(ctx, dx, dsv3i_grad(&g->post_attention_layernorm), b->du, s->x_mid,
                           &w->post_attention_layernorm, n, d, eps, b->r);
@@ -4518,7 +4627,6 @@ static void dsv3i_layer_backward(const dsv3_context *ctx, float *dx, const dsv3_
     if (s->kv == NULL) dsv3i_mla_kv(ctx, &m, model, w, n, ws);
     if (s->kv != NULL) ws->kv = s->kv;
     dsv3i_mla_back_queries(ctx, &m, u, model, w, s, n, ws);
-    DSV3_MEMSET(b->du, 0, bytes);
     dsv3i_mla_backward(ctx, b->du, dx, u, model, w, g, s, n, b, ws);
     dsv3_rmsnorm_backward(ctx, dx, dsv3i_grad(&g->input_layernorm), b->du, s->x_in, &w->input_layernorm, n, d, eps,
                           b->r);
@@ -6974,7 +7082,7 @@ static void dsv3i_backward_layout(dsv3i_backward *b, const dsv3i_dims *m, size_t
     b->dgrouped = (float *)dsv3i_take(l, f, n, m->K, m->d);
     b->r = (float *)dsv3i_take(l, f, n, dsv3i_max(m->K, 1), 1);
     b->jobs = (struct dsv3i_back_job *)dsv3i_take(l, sizeof(struct dsv3i_back_job),
-                                                  dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1), 1, 1);
+                                                  dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1), 2, 1);
 }
 
 #define DSV3I_SQUARES 4096u /* elements whose squares one worker adds up */
@@ -7259,8 +7367,7 @@ static void dsv3i_mtp_back(const dsv3i_evaluation *a, dsv3_trainer *t, size_t k,
     float eps = model->config.rms_norm_eps, *part = ws->u, *hidden = ws->row_hidden;
     for (size_t i = 0; i < n; i++) DSV3_MEMCPY(hidden + i * d, states + v->from[i] * d, bytes);
     dsv3i_mtp_concat(&a->ctx, model, w, v->token, hidden, n, ws);
-    DSV3_MEMSET(t->dconcat, 0, 2 * n * bytes);
-    dsv3i_back(&a->ctx, t->dconcat, &g->eh_proj, t->dx, ws->concat, &w->eh_proj, n, ws);
+    dsv3i_back(&a->ctx, t->dconcat, 1, &g->eh_proj, t->dx, ws->concat, &w->eh_proj, n, ws);
     for (int half = 0; half < 2; half++) {
         const dsv3_tensor *norm = half ? &w->hnorm : &w->enorm, *dnorm = half ? &g->hnorm : &g->enorm;
         for (size_t i = 0; i < n; i++) DSV3_MEMCPY(part + i * d, t->dconcat + 2 * i * d + (half ? h : e), bytes);
@@ -7399,9 +7506,13 @@ static void dsv3i_squares_task(void *arg, size_t begin, size_t end, size_t worke
     for (size_t i = begin; i < end; i++) {
         const float *g = o->t->gradients.data + o->at;
         size_t last = dsv3i_min((i + 1) * DSV3I_SQUARES, o->n);
-        double sum = 0.0;
-        for (size_t j = i * DSV3I_SQUARES; j < last; j++) sum += (double)g[j] * (double)g[j];
-        o->t->partial[i] = sum;
+        double sum[4] = {0, 0, 0, 0};
+        size_t j = i * DSV3I_SQUARES;
+        for (; j + 4 <= last; j += 4) {
+            for (size_t k = 0; k < 4; k++) sum[k] += (double)g[j + k] * (double)g[j + k];
+        }
+        for (size_t k = 0; j + k < last; k++) sum[k] += (double)g[j + k] * (double)g[j + k];
+        o->t->partial[i] = (sum[0] + sum[2]) + (sum[1] + sum[3]);
     }
 }
 
@@ -7416,19 +7527,24 @@ static dsv3_result dsv3i_squares_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     return DSV3_OK;
 }
 
+/* Elements i .. i+n-1 of a tensor. */
+static void dsv3i_adamw(const dsv3i_optimizer *o, float *DSV3I_RESTRICT w, float *DSV3I_RESTRICT m,
+                        float *DSV3I_RESTRICT v, const float *DSV3I_RESTRICT gradient, size_t n) {
+    const float b1 = o->t->settings.beta1, b2 = o->t->settings.beta2, eps = o->t->settings.eps, scale = o->scale;
+    const float decay = o->decay, rate = o->rate, root = o->root;
+    for (size_t i = 0; i < n; i++) {
+        float g = gradient[i] * scale;
+        m[i] = b1 * m[i] + (1.0f - b1) * g;
+        v[i] = b2 * v[i] + (1.0f - b2) * (g * g);
+        w[i] = w[i] * decay - rate * m[i] / (DSV3_SQRTF(v[i]) * root + eps);
+    }
+}
+
 static void dsv3i_adamw_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_optimizer *o = (const dsv3i_optimizer *)arg;
-    const dsv3_training *s = &o->t->settings;
-    float *w = o->t->weights.data + o->at, *m = o->t->m + o->at, *v = o->t->v + o->at;
-    const float *gradient = o->t->gradients.data + o->at;
-    size_t last = dsv3i_min(end * DSV3I_SQUARES, o->n);
+    size_t first = begin * DSV3I_SQUARES, n = dsv3i_min(end * DSV3I_SQUARES, o->n) - first, at = o->at + first;
     (void)worker;
-    for (size_t i = begin * DSV3I_SQUARES; i < last; i++) {
-        float g = gradient[i] * o->scale;
-        m[i] = s->beta1 * m[i] + (1.0f - s->beta1) * g;
-        v[i] = s->beta2 * v[i] + (1.0f - s->beta2) * (g * g);
-        w[i] = w[i] * o->decay - o->rate * m[i] / (DSV3_SQRTF(v[i]) * o->root + s->eps);
-    }
+    dsv3i_adamw(o, o->t->weights.data + at, o->t->m + at, o->t->v + at, o->t->gradients.data + at, n);
 }
 
 static dsv3_result dsv3i_adamw_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
@@ -9505,6 +9621,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_BACK_ROWS
 #undef DSV3I_BACK_KEYS
 #undef DSV3I_COLUMNS
+#undef DSV3I_NORM_ROWS
 #undef DSV3I_DECODE
 #undef DSV3I_DECODE_TYPE
 #undef DSV3I_EXPAND
