@@ -8589,12 +8589,12 @@ static void dsv3i_avx512_pack_1(void *panel, float *scale, const void *w, size_t
     dsv3i_avx512_pack(1, panel, w, row_bytes, rows, k);
 }
 
-/* The F16 multipliers of a block of each row. */
+/* The F16 multipliers of a block of each row; 0 for rows that are not there. */
 DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_scales(const unsigned char *w, size_t row_bytes, size_t rows) {
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i at = _mm512_mullo_epi32(lane, _mm512_set1_epi32((int)row_bytes));
-    const __m512i words = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), dsv3i_avx512_mask(rows), at, w, 1);
-    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words));
+    uint16_t bits[16] = {0};
+    const void *at = bits;
+    for (size_t i = 0; i < dsv3i_min(rows, 16); i++) DSV3_MEMCPY(&bits[i], w + i * row_bytes, 2);
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at));
 }
 
 /* The 64 bytes of codes of 64 / size blocks of 2 + size bytes at w, of which `count` are there. */

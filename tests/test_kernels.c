@@ -832,7 +832,7 @@ static void check_pack(const dsv3_kernels *kernels, dsv3_type type) {
     size_t block = dsv3_type_block(type);
     for (size_t k = block; k <= 260; k += block) {
         for (size_t rows = 1; rows <= 64; rows++) {
-            if ((k / block + 3 * rows + 4 * (guard_bits == guards[0])) % 8 != 0) continue;
+            if ((k / block + 3 * rows + 4 * (size_t)(guard_bits == guards[0])) % 8 != 0) continue;
             check_pack_shape(kernels, &bad, type, rows, k);
         }
     }
@@ -1072,7 +1072,7 @@ static void check_product(const dsv3_kernels *kernels, dsv3_product kind) {
         size_t k = length <= MOST ? length : longer[length - MOST - 1];
         if (k % block != 0) continue;
         for (size_t rows = 1; rows <= 64; rows++) {
-            size_t turn = length + rows + 2 * (guard_bits == guards[0]);
+            size_t turn = length + rows + 2 * (size_t)(guard_bits == guards[0]);
             int scaled = (int)(test_random() % 3), add = (int)(test_random() % 2);
             if (block == 1 && turn % 4 != 0) continue;
             if (scaled == 2 && (k % 32 != 0 || kind == DSV3_PRODUCT_BF16 || kind == DSV3_PRODUCT_FAST_BF16))
@@ -1307,30 +1307,30 @@ typedef struct attention {
     float scale;
 } attention;
 
-/* Lanes [first, first + lanes) meet both blocks. top, sum [lanes]; out as a->out. */
-static void attention_run(const dsv3_context *ctx, int kind, const attention *a, size_t first, size_t lanes,
+/* Lanes [first, first + count) meet both blocks. top, sum [count]; out as a->out. */
+static void attention_run(const dsv3_context *ctx, int kind, const attention *a, size_t first, size_t count,
                           float *out, size_t ld, float *top, float *sum) {
     const dsv3_kernels *kernels = &ctx->kernels;
-    size_t columns = up(lanes, 16), dk = a->dk + 4, floats = columns * (dk + 32) + 32 * dk;
+    size_t columns = up(count, 16), dk = a->dk + 4, floats = columns * (dk + 32) + 32 * dk;
     dsv3_meeting with;
     box scratch;
     memset(&with, 0, sizeof with);
-    with.q = a->q.x + first * a->q.ld, with.ld_q = a->q.ld, with.lanes = lanes;
+    with.q = a->q.x + first * a->q.ld, with.ld_q = a->q.ld, with.lanes = count;
     with.out = out, with.ld_out = ld, with.dk = a->dk, with.dv = a->dv, with.scale = a->scale;
     with.kernels = kernels;
     with.type = a->keys16 != NULL ? DSV3_BF16 : DSV3_F32;
     with.ld_k = a->keys.ld, with.ld_v = a->values.ld;
     with.scratch = box_output(&scratch, 16, floats * sizeof(float));
     for (size_t i = 0; i < 64; i++) with.top[i] = -FLT_MAX;
-    for (size_t i = 0; i < lanes; i++) memset(out + i * ld, 0, a->dv * sizeof *out);
+    for (size_t i = 0; i < count; i++) memset(out + i * ld, 0, a->dv * sizeof *out);
     if (kernels->meet_begin[kind] != NULL) kernels->meet_begin[kind](&with);
     for (size_t b = 0, at = 0; b < 2; at += a->nk[b++]) {
-        for (size_t i = 0; i < 64; i++) with.seen[i] = a->seen[b][first + (i < lanes ? i : lanes - 1)];
+        for (size_t i = 0; i < 64; i++) with.seen[i] = a->seen[b][first + (i < count ? i : count - 1)];
         with.keys = a->keys.x + at * a->keys.ld, with.values = a->values.x + at * a->values.ld;
         if (a->keys16 != NULL) with.keys = a->keys16 + at * a->keys.ld, with.values = a->values16 + at * a->values.ld;
         kernels->meet[kind](&with, a->nk[b]);
     }
-    memcpy(top, with.top, lanes * sizeof *top), memcpy(sum, with.sum, lanes * sizeof *sum);
+    memcpy(top, with.top, count * sizeof *top), memcpy(sum, with.sum, count * sizeof *sum);
     if (box_broken(&scratch)) verdict("scratch of meet", 1);
     free(scratch.memory);
 }
