@@ -7452,6 +7452,7 @@ DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_tra
     a.error = error;
     dsv3i_evaluate_observe(&a, context);
     a.ctx.attention = DSV3_ATTENTION_EXPANDED;
+    a.ctx.compute = DSV3_EXACT;
     DSV3I_TRY(dsv3i_train_forward(&a, t));
     t->losses.sequences += dsv3i_text_sequences(text);
     dsv3i_train_backward(&a, t);
