@@ -11,10 +11,14 @@ for pair in Nehalem:reference SandyBridge:reference Haswell:avx2; do
     cpu=${pair%:*} backend=${pair#*:}
     check "$cpu generates" qemu-x86_64 -cpu $cpu build/dsv3 generate examples/models/micro -n 8 --threads 1 --stats
     if grep -q "backend $backend," build/check-output; then ok; else bad "$cpu: $(grep backend build/check-output)"; fi
-    for name in kernels mla moe; do check "$cpu $name" qemu-x86_64 -cpu $cpu build/test_$name; done
-    check "$cpu parity" qemu-x86_64 -cpu $cpu build/parity tests/golden/v3_fp8
+    for name in kernels mla moe pack; do check "$cpu $name" qemu-x86_64 -cpu $cpu build/test_$name; done
+    for options in '' '--fast --packed'; do
+        check "$cpu parity $options" qemu-x86_64 -cpu $cpu build/parity tests/golden/v3_fp8 $options
+    done
 done
-if qemu-x86_64 -cpu Nehalem build/dsv3 generate examples/models/micro -n 1 --backend avx2 > build/check-output 2>&1; then
-    bad "avx2 is accepted where it does not run"
-else ok; fi
+for pair in Nehalem:avx2 Haswell:avx512 Haswell:avx512_bf16; do
+    if qemu-x86_64 -cpu ${pair%:*} build/dsv3 generate examples/models/micro -n 1 --backend ${pair#*:} > build/check-output 2>&1; then
+        bad "${pair#*:} is accepted where it does not run"
+    else ok; fi
+done
 done_testing "emulated"

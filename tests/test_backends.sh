@@ -9,7 +9,11 @@ for backend in avx2 avx512 avx512_bf16; do
     for name in balance checkpoint generate infer mla model moe mtp ops router same_bits tools train; do
         check "$name, $backend" env TEST_BACKEND=$backend build/test_$name
     done
-    for dir in tests/golden/* examples/models/*; do check "parity $dir, $backend" build/parity "$dir" --backend $backend; done
+    for dir in tests/golden/* examples/models/*; do
+        for options in '' --packed --fast '--fast --packed'; do # unquoted: each a word of its own
+            check "parity $dir, $backend $options" build/parity "$dir" --backend $backend $options
+        done
+    done
     check "trajectory, $backend" build/parity tests/golden/v3 --trajectory --backend $backend
 done
 # What is not there must be refused by name, not run.

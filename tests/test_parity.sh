@@ -8,6 +8,9 @@ for dir in tests/golden/v2 tests/golden/v3 tests/golden/v3_bf16 tests/golden/v3_
     done
 done
 for threads in 1 2; do check "trajectory, $threads threads" build/parity tests/golden/v3 --trajectory --threads $threads; done
+for options in --packed --fast '--fast --packed'; do
+    check "$options" build/parity tests/golden/v3_fp8 $options
+done
 # The check can fail: a golden file of another model, and a damaged one.
 mkdir -p build/parity-bad
 cp tests/golden/v3/config.json tests/golden/v3/model.safetensors build/parity-bad/
