@@ -1244,11 +1244,11 @@ static void packed_product(const dsv3_kernels *kernels, float *y, size_t ldy, co
             dsv3_panel w;
             w.values = at, w.columns = 4, w.scale = type == DSV3_BF16 ? NULL : scale;
             w.block = blocks ? 32 : some, w.zero = type == DSV3_Q4_0 ? 8 : 128, w.ahead = 0;
-            for (size_t j = 0; j < (blocks ? some / 32 * 64 : 64); j++) {
+            for (size_t j = 0; type != DSV3_BF16 && j < (blocks ? some / 32 * 64 : 64); j++) {
                 uint16_t half;
                 memcpy(&half, at + codes + (blocks ? 2 * j : 0), 2);
                 scale[j] = dsv3_f32_from_f16(half);
-                if (type == DSV3_F8_E4M3) memcpy(scale + j, at + codes, 4);
+                if (!blocks) memcpy(scale + j, at + codes, 4);
             }
             if (kernels->widen[type] != NULL) kernels->widen[type](values, at, 4, some), w.values = values;
             kernels->product[blocks ? DSV3_PRODUCT_FAST_BYTES : DSV3_PRODUCT_FAST_BF16](
