@@ -9104,10 +9104,13 @@ DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_round_bytes(void *
         if (!(top >= 1e-30f)) top = 0.0f;
         inverse = top > 0.0f ? 127.0f / top : 0.0f;
         unit = top / 127.0f;
-        if (_mm512_cmp_ps_mask(bad, bad, _CMP_UNORD_Q)) unit = dsv3i_float(0x7FC00000u);
         f = _mm512_set1_ps(inverse);
         qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, f));
         qb = _mm512_cvtps_epi32(_mm512_mul_ps(b, f));
+        if (_mm512_cmp_ps_mask(bad, bad, _CMP_UNORD_Q)) {
+            unit = dsv3i_float(0x7FC00000u);
+            qa = qb = _mm512_setzero_si512();
+        }
         sum = -8 * _mm512_reduce_add_epi32(_mm512_add_epi32(qa, qb));
         _mm_storeu_si128((__m128i *)(void *)to, _mm512_cvtsepi32_epi8(qa));
         _mm_storeu_si128((__m128i *)(void *)(to + 16), _mm512_cvtsepi32_epi8(qb));
