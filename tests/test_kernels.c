@@ -15,6 +15,8 @@
 
 #include "test.h"
 #include <float.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #define MOST 67 /* longest array: eight lanes of eight, and a ragged tail */
 #define OFFSETS 4
@@ -645,26 +647,44 @@ static void check_outer(const dsv3_kernels *kernels) {
     verdict("guards of outer", bad.touched);
 }
 
-/* ---- bytes between guards, for panels and what is rounded. Those to read end with their last byte. */
+/* ---- bytes between guards, for panels and what is rounded. Behind those to read is a page that nobody can. */
 
 typedef struct box {
-    unsigned char *memory, *at; /* `at` begins `offset` past a 64-byte boundary */
-    size_t before, bytes, after;
+    unsigned char *memory, *at;
+    size_t before, bytes, after, locked; /* locked: bytes of that page */
 } box;
 
-static unsigned char *box_make(box *b, size_t offset, size_t bytes, size_t after) {
-    unsigned char guard = (unsigned char)guard_bits;
+static unsigned char *box_make(box *b, size_t before, size_t bytes, size_t after, size_t locked) {
     void *memory = NULL;
-    b->before = 64 + offset, b->bytes = bytes, b->after = after;
-    if (posix_memalign(&memory, 64, b->before + bytes + after) != 0) exit(2);
+    b->before = before, b->bytes = bytes, b->after = after, b->locked = locked;
+    if (posix_memalign(&memory, locked ? locked : 64, before + bytes + after + locked) != 0) exit(2);
     b->memory = (unsigned char *)memory;
-    memset(b->memory, guard, b->before + bytes + after);
-    b->at = b->memory + b->before;
+    b->at = b->memory + before;
+    memset(b->memory, (unsigned char)guard_bits, before + bytes + after);
+    if (locked && mprotect(b->at + bytes + after, locked, PROT_NONE) != 0) exit(2);
     return b->at;
 }
 
-static unsigned char *box_input(box *b, size_t offset, size_t bytes) { return box_make(b, offset, bytes, 0); }
-static unsigned char *box_output(box *b, size_t offset, size_t bytes) { return box_make(b, offset, bytes, 192); }
+static unsigned char *box_input(box *b, size_t bytes) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    return box_make(b, (page - bytes % page) % page, bytes, 0, page);
+}
+
+/* Whole words of 64 bytes, which would be aligned each time: half of them end some floats before that page. */
+static unsigned char *box_words(box *b, size_t bytes) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), after = test_random() % 2 ? 4 * (test_random() % 16) : 0;
+    return box_make(b, (page - (bytes + after) % page) % page, bytes, after, page);
+}
+
+/* It begins `offset` past a 64-byte boundary. */
+static unsigned char *box_output(box *b, size_t offset, size_t bytes) {
+    return box_make(b, 64 + offset, bytes, 192, 0);
+}
+
+static void box_free(box *b) {
+    if (b->locked && mprotect(b->at + b->bytes + b->after, b->locked, PROT_READ | PROT_WRITE) != 0) exit(2);
+    free(b->memory);
+}
 
 static int box_broken(const box *b) {
     unsigned char guard = (unsigned char)guard_bits;
@@ -732,7 +752,7 @@ static uint32_t panel_code(dsv3_type type, const unsigned char *panel, size_t co
  * from any byte. Multipliers of blocks: any, too. */
 static size_t rows_make(box *w, dsv3_type type, size_t rows, size_t k, size_t row_bytes) {
     size_t bytes = (rows - 1) * row_bytes + dsv3_row_bytes(type, k);
-    unsigned char *at = box_input(w, test_random() % 64, bytes);
+    unsigned char *at = box_input(w, bytes);
     for (size_t i = 0; i < bytes; i++) at[i] = (unsigned char)(test_random() >> 56);
     return row_bytes;
 }
@@ -796,10 +816,10 @@ static void check_widen(const dsv3_kernels *kernels, panel_faults *bad, dsv3_typ
             }
         }
         bad->touched += box_broken(&floats);
-        free(floats.memory);
+        box_free(&floats);
     }
     bad->touched += box_broken(&values);
-    free(values.memory);
+    box_free(&values);
 }
 
 static void check_pack_shape(const dsv3_kernels *kernels, panel_faults *bad, dsv3_type type, size_t rows, size_t k) {
@@ -823,7 +843,7 @@ static void check_pack_shape(const dsv3_kernels *kernels, panel_faults *bad, dsv
     }
     bad->touched += box_broken(&panel) + box_broken(&scale);
     check_widen(kernels, bad, type, panel.at, rows, columns, k);
-    free(w.memory), free(panel.memory), free(scale.memory);
+    box_free(&w), box_free(&panel), box_free(&scale);
 }
 
 /* All numbers of rows meet all k up to 260, an eighth of the pairs with each guard. */
@@ -848,7 +868,7 @@ static void check_widen_all(const dsv3_kernels *kernels, dsv3_type type) {
     size_t size = dsv3_type_bytes(type), n = size == 1 ? 256 : 65536;
     panel_faults bad = {0, 0, 0, 0, 0};
     box w, panel;
-    box_input(&w, 1, 64 * 64 * size), box_output(&panel, 0, piece_codes(type, 4, 64));
+    box_input(&w, 64 * 64 * size), box_output(&panel, 0, piece_codes(type, 4, 64));
     for (size_t first = 0; first < n; first += size == 1 ? 64 : 4096) {
         for (size_t i = 0; i < 4096; i++) {
             uint16_t half = (uint16_t)(size == 1 ? (first + i * 17 + i / 64) % 256 : first + i);
@@ -860,7 +880,7 @@ static void check_widen_all(const dsv3_kernels *kernels, dsv3_type type) {
     }
     verdict("all codes of widen", bad.widen);
     verdict("all codes of float_panel", bad.floats);
-    free(w.memory), free(panel.memory);
+    box_free(&w), box_free(&panel);
 }
 
 /* ---- product. x [n, k] and a panel w of `rows` rows, as each product takes them, and beside them the numbers they stand
@@ -895,7 +915,7 @@ static void factor_x(factor *f) {
     if (f->kind == DSV3_PRODUCT_FAST_BF16) bytes = up(k, 4) * 2;
     if (f->kind == DSV3_PRODUCT_FAST_BYTES) bytes = k / 32 * 40;
     f->ldx = bytes + 4 * (test_random() % 4);
-    box_input(&f->x, 4 * (test_random() % 16), (f->n - 1) * f->ldx + bytes);
+    box_input(&f->x, (f->n - 1) * f->ldx + bytes);
     for (size_t t = 0; t < f->n; t++) {
         float *x = f->fx + t * k;
         unsigned char *row = f->x.at + t * f->ldx;
@@ -944,11 +964,7 @@ static void factor_make(factor *f, dsv3_product kind, size_t n, size_t rows, siz
     factor_x(f);
     f->w.columns = columns, f->w.zero = test_random() % 2 ? 128 : 8, f->w.ahead = test_random() % 2 * 512;
     f->w.block = scaled == 2 ? 32 : k;
-    f->w.values = box_input(&f->values, 4 * (test_random() % 16),
-                            steps * columns * 64 /
-                                (floats  ? 1
-                                 : codes ? 4
-                                         : 2));
+    f->w.values = box_words(&f->values, steps * columns * 64 / (floats ? 1 : codes ? 4 : 2));
     memset(f->values.at, 0, f->values.bytes);
     for (size_t r = 0; r < rows; r++) {
         for (size_t i = 0; i < k; i++) {
@@ -962,7 +978,7 @@ static void factor_make(factor *f, dsv3_product kind, size_t n, size_t rows, siz
         }
     }
     f->w.scale = NULL;
-    box_input(&f->scale, 4 * (test_random() % 16), scaled ? (k / f->w.block) * columns * 64 : 0);
+    box_words(&f->scale, scaled ? (k / f->w.block) * columns * 64 : 0);
     if (!scaled) return;
     memset(f->scale.at, 0, f->scale.bytes);
     f->w.scale = (const float *)(const void *)f->scale.at;
@@ -974,7 +990,7 @@ static void factor_make(factor *f, dsv3_product kind, size_t n, size_t rows, siz
 }
 
 static void factor_free(factor *f) {
-    free(f->x.memory), free(f->values.memory), free(f->scale.memory), free(f->fx), free(f->fw);
+    box_free(&f->x), box_free(&f->values), box_free(&f->scale), free(f->fx), free(f->fw);
 }
 
 /* Output of row t and row r, in double: is got within the bound? before: what y held, 0 if that is not added. */
@@ -1180,7 +1196,7 @@ static void check_round(const dsv3_kernels *kernels, dsv3_type type) {
         for (size_t again = 0; again < (blocks ? 64 : 4); again++) {
             size_t bytes = !codes ? 4 * k : blocks ? k / 32 * 40 : up(k, 4) * 2;
             box x, out;
-            box_input(&x, 4 * (test_random() % 16), 4 * k), box_output(&out, 4 * (test_random() % 16), bytes);
+            box_input(&x, 4 * k), box_output(&out, 4 * (test_random() % 16), bytes);
             fill_activations((float *)(void *)x.at, k);
             kernels->round[type](out.at, (const float *)(const void *)x.at, k);
             if (!blocks) wrong += round_bf16_wrong(kernels, (const float *)(const void *)x.at, out.at, k, codes);
@@ -1189,7 +1205,7 @@ static void check_round(const dsv3_kernels *kernels, dsv3_type type) {
                                            out.at + (codes ? i / 32 * 40 : 4 * i), codes);
             }
             touched += box_broken(&out);
-            free(x.memory), free(out.memory);
+            box_free(&x), box_free(&out);
         }
     }
     verdict(blocks ? "round to bytes" : "round to BF16", wrong);
@@ -1209,7 +1225,7 @@ static void packed_make(box *b, dsv3_type type, size_t panels, size_t k) {
     size_t bytes = 0;
     unsigned char *at;
     for (size_t i = 0; i < k; i += 128) bytes += piece_bytes(type, 4, k - i < 128 ? k - i : 128);
-    at = box_input(b, 0, panels * bytes);
+    at = box_input(b, panels * bytes);
     memset(at, 0, panels * bytes);
     for (size_t p = 0; p < panels; p++) {
         for (size_t i = 0; i < k; i += 128) {
@@ -1270,7 +1286,7 @@ static void check_few(const dsv3_kernels *kernels, dsv3_type type) {
             float numbers[288];
             table y, want;
             box x, w;
-            box_input(&x, 4 * (test_random() % 16), (n - 1) * ldx + row);
+            box_input(&x, (n - 1) * ldx + row);
             for (size_t t = 0; t < n; t++) {
                 fill_wild(numbers, k);
                 kernels->round[type](x.at + t * ldx, numbers, k);
@@ -1281,7 +1297,7 @@ static void check_few(const dsv3_kernels *kernels, dsv3_type type) {
             packed_product(kernels, want.x, want.ld, x.at, ldx, n, w.at, type, panels, k);
             for (size_t t = 0; t < n; t++) bits += !same_bits(y.x + t * y.ld, want.x + t * want.ld, 64 * panels);
             touched += table_broken(&y);
-            free(y.memory), free(want.memory), free(x.memory), free(w.memory);
+            free(y.memory), free(want.memory), box_free(&x), box_free(&w);
         }
     }
     verdict("bits of few", bits);
@@ -1332,7 +1348,7 @@ static void attention_run(const dsv3_context *ctx, int kind, const attention *a,
     }
     memcpy(top, with.top, count * sizeof *top), memcpy(sum, with.sum, count * sizeof *sum);
     if (box_broken(&scratch)) verdict("scratch of meet", 1);
-    free(scratch.memory);
+    box_free(&scratch);
 }
 
 static int attention_wrong(const attention *a, int kind, size_t lane, float got_top, float sum) {
