@@ -8960,12 +8960,13 @@ void dsv3i_avx512_outer_panel(const int NP, float *y, size_t ldy, size_t m, cons
     }
 }
 
-/* b in panels of 64 columns and at most 128 rows, which stay in the first cache while all rows of y pass by. */
+/* b in panels of 64 columns and at most 160 rows, which stay in a near cache while all rows of y pass by. */
 DSV3I_TARGET(DSV3I_AVX512)
 static void dsv3i_avx512_outer(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj, const float *b,
                                size_t ldb, size_t k, size_t n) {
-    for (size_t j = 0; j < k; j += 128) {
-        const size_t nj = dsv3i_min(128, k - j);
+    const size_t parts = dsv3i_blocks(k, 160), each = parts > 0 ? dsv3i_blocks(k, parts) : 0;
+    for (size_t j = 0; j < k; j += each) {
+        const size_t nj = dsv3i_min(each, k - j);
         for (size_t i = 0; i < n; i += 64) {
             float *to = y + i;
             const float *from = a + j * aj, *panel = b + j * ldb + i;
