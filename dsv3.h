@@ -3656,6 +3656,7 @@ typedef struct dsv3i_backward {
     float *dgate;                /* [n, K] */
     float *dscore;               /* [n, E] */
     float *dgrouped;             /* [n K, d] */
+    size_t *pair;                /* [n K] */
     float *r;                    /* [n max(K, 1)] */
     struct dsv3i_back_job *jobs; /* [2 (min(E, n K) + 1)] */
     const struct dsv3_balance_weights *balance;
@@ -4446,29 +4447,49 @@ DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, con
  *     dh = w_tk v,   dW_down += dY_t (w_tk h)^T,   then SwiGLU and the two projections.
  * Saved: the outputs of gate_proj and up_proj, idx, gate, slot, offset, scores; h is rebuilt unless kept. */
 
-/* All MLPs of a layer. y stands for dY. gate and dgate [nK], in the order of the grouped rows, of the first n_routed
- * rows of hidden values (F wide), for which h is w h already. h_gate and h_up are overwritten with their gradients. */
+/* Some MLPs, whose hidden values are those from `at` on, total ones, and h [total]. y stands for dY. Those of experts
+ * have gate, by which h is multiplied already, and dgate, one for `width` values; else NULL. h_gate and h_up are
+ * overwritten with their gradients. */
 static void dsv3i_mlps_back(const dsv3_context *ctx, const dsv3i_mlp_rows *mlps, size_t count, const float *gate,
-                            float *dgate, size_t n_routed, size_t F, size_t total, float *h_gate, float *h_up,
-                            const float *h, const dsv3i_backward *b, const dsv3_workspace *ws) {
-    size_t routed = n_routed * F;
+                            float *dgate, size_t at, size_t total, size_t width, const dsv3i_saved *s, const float *h,
+                            const dsv3i_backward *b, const dsv3_workspace *ws) {
+    float *da = s->h_gate, *db = s->h_up;
     for (size_t i = 0; i < count; i++) {
         const dsv3i_mlp_rows *r = &mlps[i];
-        b->jobs[i] = dsv3i_back_make(b->dh + r->at, dsv3i_grad(&r->g->down_proj), r->y, h + r->at, &r->w->down_proj, r->n);
+        size_t to = r->at - at;
+        b->jobs[i] = dsv3i_back_make(b->dh + to, dsv3i_grad(&r->g->down_proj), r->y, h + to, &r->w->down_proj, r->n);
         b->jobs[i].fresh = 1;
     }
     dsv3i_back_jobs(ctx, b->jobs, count, ws->worker, ws->worker_floats);
-    if (routed > 0) dsv3i_silu_back(ctx, h_gate, h_up, b->dh, h_gate, h_up, routed, gate, dgate, F);
-    dsv3i_silu_back(ctx, h_gate + routed, h_up + routed, b->dh + routed, h_gate + routed, h_up + routed, total - routed,
-                    NULL, NULL, DSV3I_SILU_ITEM);
+    dsv3i_silu_back(ctx, da + at, db + at, b->dh, da + at, db + at, total, gate, dgate, width);
     for (size_t i = 0; i < count; i++) { /* dx = da W_gate + db W_up: dY's place can be dx's now */
         const dsv3i_mlp_rows *r = &mlps[i];
         dsv3i_back_job *job = b->jobs + 2 * i;
-        job[0] = dsv3i_back_make(r->dx, dsv3i_grad(&r->g->gate_proj), h_gate + r->at, r->x, &r->w->gate_proj, r->n);
-        job[1] = dsv3i_back_make(NULL, dsv3i_grad(&r->g->up_proj), h_up + r->at, r->x, &r->w->up_proj, r->n);
+        job[0] = dsv3i_back_make(r->dx, dsv3i_grad(&r->g->gate_proj), da + r->at, r->x, &r->w->gate_proj, r->n);
+        job[1] = dsv3i_back_make(NULL, dsv3i_grad(&r->g->up_proj), db + r->at, r->x, &r->w->up_proj, r->n);
         job->fresh = job->joint = 1;
     }
     dsv3i_back_jobs(ctx, b->jobs, 2 * count, ws->worker, ws->worker_floats);
+}
+
+/* h from `at` on, as it was kept or once more. */
+static float *dsv3i_back_hidden(const dsv3_context *ctx, const dsv3i_saved *s, size_t at, size_t total,
+                                const dsv3_workspace *ws) {
+    if (s->h != NULL) return s->h + at;
+    dsv3i_silu_mul(ctx, ws->h, s->h_gate + at, s->h_up + at, total);
+    return ws->h;
+}
+
+/* An MLP that all n rows go through. du is set. */
+static void dsv3i_mlp_back(const dsv3_context *ctx, float *du, const float *dy, const float *u, const dsv3_mlp *w,
+                           const dsv3_mlp *g, size_t at, const dsv3i_saved *s, size_t n, const dsv3i_backward *b,
+                           const dsv3_workspace *ws) {
+    size_t total = n * w->gate_proj.rows;
+    float *h = dsv3i_back_hidden(ctx, s, at, total, ws);
+    dsv3i_mlp_rows_set(ws->mlps, w, (float *)(uintptr_t)dy, u, n, at);
+    ws->mlps->g = g;
+    ws->mlps->dx = du;
+    dsv3i_mlps_back(ctx, ws->mlps, 1, NULL, NULL, at, total, DSV3I_SILU_ITEM, s, h, b, ws);
 }
 
 /* dscore, then du and the router's weights. */
@@ -4493,7 +4514,10 @@ typedef struct dsv3i_moe_back {
     const dsv3i_dims *m;
     const dsv3i_saved *s;
     const float *u, *dy;
-    float *grouped, *dgrouped, *h, *gate, *du;
+    float *dgrouped, *gate, *du; /* of all grouped rows */
+    float *grouped, *h;          /* of those from `first` on: u, and hidden values */
+    const size_t *pair;          /* [n K] of a grouped row: t K + k */
+    size_t first;
 } dsv3i_moe_back;
 
 /* Rows of tokens to grouped rows: u, dY, gate; h is multiplied by its gate. */
@@ -4502,11 +4526,11 @@ static void dsv3i_moe_gather_task(void *arg, size_t begin, size_t end, size_t wo
     size_t d = a->m->d, F = a->m->F;
     (void)worker;
     for (size_t i = begin; i < end; i++) {
-        size_t slot = a->s->slot[i], t = i / a->m->K;
-        DSV3_MEMCPY(a->grouped + slot * d, a->u + t * d, d * sizeof *a->u);
-        DSV3_MEMCPY(a->dgrouped + slot * d, a->dy + t * d, d * sizeof *a->dy);
-        dsv3i_scale(a->h + slot * F, a->s->gate[i], F);
-        a->gate[slot] = a->s->gate[i];
+        size_t row = a->first + i, t = a->pair[row] / a->m->K;
+        DSV3_MEMCPY(a->grouped + i * d, a->u + t * d, d * sizeof *a->u);
+        DSV3_MEMCPY(a->dgrouped + row * d, a->dy + t * d, d * sizeof *a->dy);
+        a->gate[row] = a->s->gate[a->pair[row]];
+        dsv3i_scale(a->h + i * F, a->gate[row], F);
     }
 }
 
@@ -4520,12 +4544,37 @@ static void dsv3i_moe_scatter_task(void *arg, size_t begin, size_t end, size_t w
     }
 }
 
+/* Experts e0 .. e1-1 */
+static void dsv3i_experts_back(dsv3i_moe_back *a, float *dgate, const dsv3_layer *w, const dsv3_layer *g, size_t e0,
+                               size_t e1, const dsv3i_backward *b, const dsv3_workspace *ws) {
+    const dsv3i_saved *s = a->s;
+    size_t d = a->m->d, F = a->m->F, first = s->offset[e0], n = s->offset[e1] - first, at = first * F, count = 0;
+    if (n == 0) return;
+    a->h = dsv3i_back_hidden(a->ctx, s, at, n * F, ws);
+    a->first = first;
+    dsv3i_parallel(a->ctx, n, dsv3i_mul(n, 2 * d), dsv3i_moe_gather_task, a);
+    for (size_t e = e0; e < e1; e++) {
+        size_t from = s->offset[e], rows = s->offset[e + 1] - from;
+        dsv3i_mlp_rows *r = &ws->mlps[count];
+        if (rows == 0) continue;
+        dsv3i_mlp_rows_set(r, &w->experts[e], a->dgrouped + from * d, a->grouped + (from - first) * d, rows,
+                           from * F);
+        r->g = &g->experts[e];
+        r->dx = a->dgrouped + from * d;
+        count++;
+    }
+    dsv3i_mlps_back(a->ctx, ws->mlps, count, a->gate + first, dgate + first, at, n * F, F, s, a->h, b, ws);
+}
+
+#define DSV3I_NEAR 65536u /* floats of u and dY that a worker's cache surely holds */
+
+/* A few experts at a time, whose rows stay in caches from the first product to the last. */
 static void dsv3i_moe_backward(const dsv3_context *ctx, float *du, const float *dy, const float *u,
                                const dsv3_config *c, const dsv3_layer *w, const dsv3_layer *g, const dsv3i_saved *s,
-                               float *h, size_t n, const dsv3i_backward *b, const dsv3_workspace *ws) {
+                               size_t n, const dsv3i_backward *b, const dsv3_workspace *ws) {
     dsv3i_dims m = dsv3i_dims_of(c);
-    size_t count = 0, n_routed = n * m.K;
-    float *gate = b->dgate, *dgate = b->r; /* in grouped order; r [n K] is free here */
+    size_t n_routed = n * m.K, most = dsv3i_mul(ctx->threads, DSV3I_NEAR);
+    float *dgate = b->r; /* in grouped order, as gate; r [n K] is free here */
     dsv3i_moe_back arg;
     arg.ctx = ctx;
     arg.m = &m;
@@ -4534,29 +4583,20 @@ static void dsv3i_moe_backward(const dsv3_context *ctx, float *du, const float *
     arg.dy = dy;
     arg.grouped = ws->grouped;
     arg.dgrouped = b->dgrouped;
-    arg.h = h;
-    arg.gate = gate;
+    arg.gate = b->dgate;
     arg.du = du;
-    dsv3i_parallel(ctx, n_routed, dsv3i_mul(n_routed, 2 * m.d), dsv3i_moe_gather_task, &arg);
-    for (size_t e = 0; e < m.E; e++) {
-        size_t first = s->offset[e], rows = s->offset[e + 1] - first;
-        dsv3i_mlp_rows *r = &ws->mlps[count];
-        if (rows == 0) continue;
-        dsv3i_mlp_rows_set(r, &w->experts[e], b->dgrouped + first * m.d, ws->grouped + first * m.d, rows,
-                           first * m.F);
-        r->g = &g->experts[e];
-        r->dx = b->dgrouped + first * m.d;
-        count++;
+    arg.pair = b->pair;
+    for (size_t i = 0; i < n_routed; i++) b->pair[s->slot[i]] = i;
+    for (size_t e = 0, last; e < m.E; e = last) {
+        for (last = e + 1; last < m.E && (s->offset[last] - s->offset[e]) * 2 * m.d < most; last++) {
+        }
+        dsv3i_experts_back(&arg, dgate, w, g, e, last, b, ws);
     }
     if (m.Fs > 0) {
-        dsv3i_mlp_rows_set(&ws->mlps[count], &w->shared_experts, (float *)(uintptr_t)dy, u, n, n_routed * m.F);
-        ws->mlps[count].g = &g->shared_experts;
-        ws->mlps[count++].dx = du;
+        dsv3i_mlp_back(ctx, du, dy, u, &w->shared_experts, &g->shared_experts, n_routed * m.F, s, n, b, ws);
     } else {
         DSV3_MEMSET(du, 0, n * m.d * sizeof *du);
     }
-    dsv3i_mlps_back(ctx, ws->mlps, count, gate, dgate, n_routed, m.F, n_routed * m.F + n * m.Fs, s->h_gate, s->h_up,
-                    h, b, ws);
     dsv3i_parallel(ctx, n, dsv3i_mul(n_routed, m.d), dsv3i_moe_scatter_task, &arg);
     for (size_t i = 0; i < n_routed; i++) b->dgate[i] = dgate[s->slot[i]];
     dsv3i_router_back(ctx, du, u, c, w, g, s, n, b, ws);
@@ -4566,18 +4606,11 @@ static void dsv3i_moe_backward(const dsv3_context *ctx, float *du, const float *
 static void dsv3i_ffn_backward(const dsv3_context *ctx, float *du, const float *dy, const float *u,
                                const dsv3_config *c, const dsv3_layer *w, const dsv3_layer *g, const dsv3i_saved *s,
                                size_t n, const dsv3i_backward *b, const dsv3_workspace *ws) {
-    dsv3i_dims m = dsv3i_dims_of(c);
-    size_t total = w->is_moe ? n * m.K * m.F + n * m.Fs : n * m.I;
-    float *h = s->h != NULL ? s->h : ws->h;
-    if (s->h == NULL) dsv3i_silu_mul(ctx, h, s->h_gate, s->h_up, total);
     if (w->is_moe) {
-        dsv3i_moe_backward(ctx, du, dy, u, c, w, g, s, h, n, b, ws);
-        return;
+        dsv3i_moe_backward(ctx, du, dy, u, c, w, g, s, n, b, ws);
+    } else {
+        dsv3i_mlp_back(ctx, du, dy, u, &w->mlp, &g->mlp, 0, s, n, b, ws);
     }
-    dsv3i_mlp_rows_set(ws->mlps, &w->mlp, (float *)(uintptr_t)dy, u, n, 0);
-    ws->mlps->g = &g->mlp;
-    ws->mlps->dx = du;
-    dsv3i_mlps_back(ctx, ws->mlps, 1, NULL, NULL, 0, 0, total, s->h_gate, s->h_up, h, b, ws);
 }
 #endif
 
@@ -7080,6 +7113,7 @@ static void dsv3i_backward_layout(dsv3i_backward *b, const dsv3i_dims *m, size_t
     b->dgate = (float *)dsv3i_take(l, f, n, m->K, 1);
     b->dscore = (float *)dsv3i_take(l, f, n, m->E, 1);
     b->dgrouped = (float *)dsv3i_take(l, f, n, m->K, m->d);
+    b->pair = (size_t *)dsv3i_take(l, sizeof(size_t), n, m->K, 1);
     b->r = (float *)dsv3i_take(l, f, n, dsv3i_max(m->K, 1), 1);
     b->jobs = (struct dsv3i_back_job *)dsv3i_take(l, sizeof(struct dsv3i_back_job),
                                                   dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1), 2, 1);
@@ -9626,6 +9660,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_BACK_ROWS
 #undef DSV3I_BACK_KEYS
 #undef DSV3I_COLUMNS
+#undef DSV3I_NEAR
 #undef DSV3I_NORM_ROWS
 #undef DSV3I_DECODE
 #undef DSV3I_DECODE_TYPE
