@@ -9478,7 +9478,9 @@ void dsv3i_avx512_bf16_few_panels(const dsv3_type type, const int M, const int N
         } else {
             dsv3i_avx512_bf16_few_terms(type, M, NS, acc, ws, xs, terms, table);
         }
-        DSV3I_UNROLL for (int m = 0; m < M && !blocks; m++) xs[m] += 2 * terms;
+        if (!blocks) {
+            DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] += 2 * terms;
+        }
         DSV3I_UNROLL for (int s = 0; s < NS; s++) ws[s] += piece;
     }
     DSV3I_UNROLL for (int c = 0; c < 4 * M * NS; c++) {

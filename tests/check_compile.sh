@@ -23,6 +23,9 @@ for cc in gcc clang; do
         "-O2 -DDSV3_NO_OPENMP -fopenmp" "-O2 -fvisibility=hidden -fPIC"; do
         later "$cc $flags" $cc -std=c99 $flags $wide $c -I. -c tests/compile/implement.c -o /dev/null
     done
+    for level in -O0 -O1 -Os; do
+        later "$cc $level, backends" $cc -std=c99 $level $wide $c -I. -c tests/compile/simd.c -o /dev/null
+    done
     for file in examples/*.c bench/*.c tests/*.c; do
         later "$cc $file" $cc -std=c99 -D_POSIX_C_SOURCE=200809L -O2 $wide $c -Wno-float-equal -Wno-double-promotion -I. -Iexamples -Itests \
             -Ibench -c "$file" -o /dev/null

@@ -74,6 +74,7 @@ static uint64_t test_random(void) {
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
     return z ^ (z >> 31);
 }
+static size_t test_below(size_t n) { return (size_t)(test_random() % n); }
 static float test_uniform(float low, float high) {
     return low + (high - low) * ((float)(test_random() >> 40) / 16777216.0f);
 }
@@ -89,7 +90,7 @@ static void *test_alloc(size_t n) {
 }
 
 static int test_done(const char *name) {
-    (void)test_close, (void)test_eq, (void)test_random, (void)test_uniform, (void)test_fill, (void)test_alloc;
+    (void)test_close, (void)test_eq, (void)test_below, (void)test_uniform, (void)test_fill, (void)test_alloc;
     printf("%s: %d passed, %d failed\n", name, test_passed, test_failed);
     return test_failed != 0;
 }

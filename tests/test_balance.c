@@ -13,7 +13,6 @@
 #define MOST 64 /* experts */
 #define ROWS 48
 
-static size_t pick_below(size_t n) { return (size_t)(test_random() % n); }
 
 static int near(double got, double want, double bound) {
     int ok = fabs(got - want) <= bound * fmax(1.0, fabs(want)); /* NaN never passes */
@@ -27,7 +26,7 @@ static void random_choice(int32_t *idx, size_t n, size_t K, size_t E) {
     for (size_t t = 0; t < n; t++) {
         for (size_t e = 0; e < E; e++) all[e] = (int32_t)e;
         for (size_t k = 0; k < K; k++) {
-            size_t j = k + pick_below(E - k);
+            size_t j = k + test_below(E - k);
             int32_t e = all[j];
             all[j] = all[k];
             all[k] = idx[t * K + k] = e;
@@ -38,14 +37,14 @@ static void random_choice(int32_t *idx, size_t n, size_t K, size_t E) {
 /* Any value but 0 counts. */
 static void random_mask(uint8_t *mask, size_t n) {
     static const uint8_t values[4] = {0, 1, 255, 0};
-    for (size_t t = 0; t < n; t++) mask[t] = values[pick_below(4)];
+    for (size_t t = 0; t < n; t++) mask[t] = values[test_below(4)];
 }
 
 /* ---- Loads --------------------------------------------------------------------------------------------- */
 
 static void counting(void) {
     for (int round = 0; round < 300; round++) {
-        size_t E = 1 + pick_below(MOST), K = 1 + pick_below(E), n = pick_below(ROWS);
+        size_t E = 1 + test_below(MOST), K = 1 + test_below(E), n = test_below(ROWS);
         uint64_t *load = (uint64_t *)test_alloc(E * sizeof *load), want[MOST];
         int32_t *idx = (int32_t *)test_alloc(n * K * sizeof *idx);
         uint8_t *mask = round % 3 == 0 ? NULL : (uint8_t *)test_alloc(n);
@@ -93,12 +92,12 @@ static void statistics_golden(void) {
 
 static void statistics_random(void) {
     for (int round = 0; round < 300; round++) {
-        size_t E = 2 + pick_below(MOST - 1), dead = 0;
+        size_t E = 2 + test_below(MOST - 1), dead = 0;
         uint64_t load[MOST], high = 0, low = UINT64_MAX;
         double sum = 0, entropy = 0;
         dsv3_load_stats s;
         for (size_t e = 0; e < E; e++) load[e] = test_random() % 4 == 0 ? 0 : test_random() >> (11 + 7 * (round % 7));
-        load[pick_below(E)] += 1;
+        load[test_below(E)] += 1;
         for (size_t e = 0; e < E; e++) {
             sum += (double)load[e], dead += load[e] == 0;
             if (load[e] > high) high = load[e];
@@ -138,7 +137,7 @@ static double moved(double b, const uint64_t *load, size_t E, size_t i, dsv3_bia
 
 /* Random loads whose mean is a whole number, and the load of some. */
 static void random_load(uint64_t *load, size_t E) {
-    uint64_t sum = 0, most = (uint64_t)1 << pick_below(30), mean;
+    uint64_t sum = 0, most = (uint64_t)1 << test_below(30), mean;
     for (size_t e = 0; e < E; e++) sum += load[e] = test_random() % (most + 1);
     mean = sum / (uint64_t)E + 1;
     load[0] += mean * (uint64_t)E - sum;
@@ -173,9 +172,9 @@ static void step_golden(void) {
 static void step_random(void) {
     static const double speeds[] = {0, 0.0001, 0.001, 0.01, 0.5};
     for (int round = 0; round < 400; round++) {
-        size_t E = 1 + pick_below(MOST);
+        size_t E = 1 + test_below(MOST);
         dsv3_bias_rule rule = (dsv3_bias_rule)(round % RULES);
-        double speed = speeds[pick_below(5)];
+        double speed = speeds[test_below(5)];
         float *bias = (float *)test_alloc(E * sizeof *bias), before[MOST];
         uint64_t *load = (uint64_t *)test_alloc(E * sizeof *load);
         int wrong = 0;
@@ -195,7 +194,7 @@ static void step_random(void) {
 /* Of experts with the same b, one with less load does not end below one with more; at the mean b stays. */
 static void step_order(void) {
     for (int round = 0; round < 400; round++) {
-        size_t E = 2 + pick_below(MOST - 1);
+        size_t E = 2 + test_below(MOST - 1);
         dsv3_bias_rule rule = (dsv3_bias_rule)(round % RULES);
         float start = test_uniform(-0.99f, 3), bias[MOST];
         uint64_t load[MOST], sum = 0;
@@ -243,7 +242,7 @@ static void step_stays_finite(void) {
                 uint64_t load[9];
                 random_load(load, 9);
                 for (size_t e = 0; e < 9; e++) {
-                    bias[e] = edges[pick_below(9)];
+                    bias[e] = edges[test_below(9)];
                     if (rule == DSV3_BIAS_FACTOR && bias[e] <= -1) bias[e] = FLT_MAX;
                 }
                 for (int again = 0; again < 5; again++) {
@@ -310,7 +309,7 @@ static void step_edges(void) {
 /* CENTRED moves are SIGN moves less a common one, and add up to nothing. */
 static void step_centred(void) {
     for (int round = 0; round < 200; round++) {
-        size_t E = 2 + pick_below(MOST - 1);
+        size_t E = 2 + test_below(MOST - 1);
         float centred[MOST] = {0}, sign[MOST] = {0};
         uint64_t load[MOST];
         double sum = 0, drift = 0;
@@ -555,7 +554,7 @@ static void balancer_micro_batches(void) {
         balance_open(&parts);
         memcpy(parts.bias, whole.bias, sizeof parts.bias);
         for (size_t t = 0, n; t < ROWS; t += n) {
-            n = cut == 0 ? 1 : 1 + pick_below(ROWS - t);
+            n = cut == 0 ? 1 : 1 + test_below(ROWS - t);
             for (size_t l = 1; l < LAYERS; l++) {
                 dsv3_load_count(parts.b.load + l * EXPERTS, idx[l] + t * CHOSEN, mask + t, n, CHOSEN);
             }
@@ -680,11 +679,11 @@ static double loss_got(const batch *b, int kind) {
 
 static void random_batch(batch *b, int round) {
     memset(b, 0, sizeof *b);
-    b->devices = 1 + pick_below(8);
-    b->E = b->devices * (1 + pick_below(MOST / b->devices));
-    b->K = 1 + pick_below(b->E < 9 ? b->E : 9);
-    b->most = 1 + pick_below(b->devices);
-    b->n = 1 + pick_below(ROWS);
+    b->devices = 1 + test_below(8);
+    b->E = b->devices * (1 + test_below(MOST / b->devices));
+    b->K = 1 + test_below(b->E < 9 ? b->E : 9);
+    b->most = 1 + test_below(b->devices);
+    b->n = 1 + test_below(ROWS);
     b->masked = round % 2, b->chosen = round / 2 % 2, b->hostile = round / 4 % 2;
     for (size_t i = 0; i < b->n * b->E; i++) {
         b->score[i] = round % 5 == 0 ? (float)(test_random() % 4) * 0.25f : test_uniform(0, 1); /* ties too */
@@ -764,7 +763,7 @@ static void loss_zero_row(void) {
 static void z_loss(void) {
     static const float zeros[12] = {0}, large[4] = {1e4f, 1e4f, -1e4f, 0};
     for (int round = 0; round < 200; round++) {
-        size_t E = 1 + pick_below(MOST), n = 1 + pick_below(ROWS);
+        size_t E = 1 + test_below(MOST), n = 1 + test_below(ROWS);
         float *z = (float *)test_alloc(n * E * sizeof *z), range = round % 4 ? 3 : 50;
         uint8_t *mask = round % 2 ? (uint8_t *)test_alloc(n) : NULL;
         double sum = 0, rows = 0;

@@ -1154,7 +1154,6 @@ typedef struct life {
 
 #define LIFE 90 /* positions */
 
-static size_t below(size_t n) { return (size_t)(test_random() % n); }
 
 /* Whatever the text is now, the truth behind it. */
 static void life_truth(life *f) {
@@ -1164,8 +1163,8 @@ static void life_truth(life *f) {
 }
 
 static void life_steps(life *f, size_t n) {
-    f->w->s.drafts = below(f->drafts + 2); /* one more than there are */
-    f->w->s.adaptive = below(4) == 0;
+    f->w->s.drafts = test_below(f->drafts + 2); /* one more than there are */
+    f->w->s.adaptive = test_below(4) == 0;
     for (size_t i = 0; i < n; i++) {
         if (f->w->length >= LIFE - f->drafts && f->w->s.prompt_left == 0) return;
         f->w->goal = f->w->length + 1;
@@ -1175,10 +1174,10 @@ static void life_steps(life *f, size_t n) {
 
 static void life_cut(life *f) {
     int32_t extra[4];
-    size_t length, n = below(5), have = dsv3_sequence_length(&f->w->s);
+    size_t length, n = test_below(5), have = dsv3_sequence_length(&f->w->s);
     f->unread += f->w->s.prompt_left > 0;
     synth_tokens(extra, 4, f->model->config.vocab_size);
-    length = below(3) > 0 && have > 6 ? have - below(6) : below(have + 1);
+    length = test_below(3) > 0 && have > 6 ? have - test_below(6) : test_below(have + 1);
     if (n == 0 && (length == 0 || (length == have && !f->w->s.pending)))
         n = 1; /* else there is nothing to go on from */
     writer_truncate(f->w, f->model, length, extra, n);
@@ -1187,7 +1186,7 @@ static void life_cut(life *f) {
 
 static void life_turn(life *f) {
     int32_t token[12];
-    size_t n = 1 + below(12);
+    size_t n = 1 + test_below(12);
     if (f->w->s.prompt_left > 0 || f->w->length + n > LIFE - 8) return;
     synth_tokens(token, n, f->model->config.vocab_size);
     writer_append(f->w, f->model, token, n);
@@ -1209,7 +1208,7 @@ static void live(life *f, size_t events) {
     f->w = desk_add(f->k, writer_open(f->model, LIFE, f->type, f->rows, f->drafts));
     writer_append(f->w, f->model, first, 1);
     for (size_t i = 0; i < events && f->w->wrong == 0; i++) {
-        switch (below(5)) {
+        switch (test_below(5)) {
         case 0: life_turn(f); break;
         case 1:
         case 2: life_cut(f); break;
@@ -1218,7 +1217,7 @@ static void live(life *f, size_t events) {
         }
         if (f->w->length + 8 * (f->drafts + 1) > LIFE - f->drafts) writer_truncate(f->w, f->model, 5, first, 1);
         life_truth(f);
-        life_steps(f, 1 + below(7));
+        life_steps(f, 1 + test_below(7));
         CHECK(writer_caches(f->w));
     }
     CHECK_EQ(f->w->wrong, 0);

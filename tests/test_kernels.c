@@ -75,8 +75,8 @@ typedef struct table {
 } table;
 
 static float *table_make(table *m, size_t before, size_t after, size_t rows, size_t cols, uint32_t bits) {
-    m->rows = rows, m->cols = cols, m->ld = cols + test_random() % 4;
-    m->offset = before + test_random() % OFFSETS;
+    m->rows = rows, m->cols = cols, m->ld = cols + test_below(4);
+    m->offset = before + test_below(OFFSETS);
     m->cells = m->offset + (rows == 0 ? 0 : (rows - 1) * m->ld + cols) + after;
     m->memory = (float *)test_alloc(m->cells * sizeof(float));
     m->x = m->memory + m->offset;
@@ -104,7 +104,7 @@ static int table_broken(const table *m) {
 
 /* Values of very different sizes, so that the order of a sum shows in its bits. */
 static void fill_wild(float *x, size_t n) {
-    for (size_t i = 0; i < n; i++) x[i] = ldexpf(test_uniform(-1, 1), (int)(test_random() % 13) - 6);
+    for (size_t i = 0; i < n; i++) x[i] = ldexpf(test_uniform(-1, 1), (int)test_below(13) - 6);
 }
 
 /* Such values with 11 significant bits: their products are exact floats. Compilers and backends may fuse a product
@@ -112,7 +112,7 @@ static void fill_wild(float *x, size_t n) {
  * values it makes no difference, and what is left to see is the order of the additions. */
 static void fill_short(float *x, size_t n) {
     for (size_t i = 0; i < n; i++) {
-        x[i] = ldexpf((float)((int)(test_random() % 4095) - 2047), (int)(test_random() % 13) - 17);
+        x[i] = ldexpf((float)((int)test_below(4095) - 2047), (int)test_below(13) - 17);
     }
 }
 
@@ -280,9 +280,9 @@ static void fill_scores(float *s, size_t n, float *top) {
     *top = -INFINITY;
     for (size_t i = 0; i < n; i++) {
         s[i] = test_uniform(-110, 10);
-        if (test_random() % 8 == 0) s[i] = -1e30f;
-        if (test_random() % 8 == 0) s[i] = -INFINITY;
-        if (test_random() % 2 == 0) s[i] = test_uniform(-1, 1);
+        if (test_below(8) == 0) s[i] = -1e30f;
+        if (test_below(8) == 0) s[i] = -INFINITY;
+        if (test_below(2) == 0) s[i] = test_uniform(-1, 1);
         if (s[i] > *top) *top = s[i];
     }
     if (!(*top > -INFINITY)) *top = 0;
@@ -637,10 +637,10 @@ static void check_outer(const dsv3_kernels *kernels) {
         for (size_t n = 0; n <= MOST; n++) {
             size_t half = guard_bits == guards[0];
             for (size_t k = (m + n + half) % 2; k <= 9; k += 2) {
-                check_outer_shape(kernels, &bad, m, k, n, (int)(test_random() % 2));
+                check_outer_shape(kernels, &bad, m, k, n, (int)test_below(2));
             }
             if ((m + n + half) % 3 != 0) continue;
-            check_outer_shape(kernels, &bad, m, longer[(m + n / 3) % 4], n, (int)(test_random() % 2));
+            check_outer_shape(kernels, &bad, m, longer[(m + n / 3) % 4], n, (int)test_below(2));
         }
     }
     if (HONEST_FLOATS) verdict("bits of outer", bad.bits);
@@ -672,7 +672,7 @@ static unsigned char *box_input(box *b, size_t bytes) {
 
 /* Whole words of 64 bytes, which would be aligned each time: half of them end some floats before that page. */
 static unsigned char *box_words(box *b, size_t bytes) {
-    size_t page = (size_t)sysconf(_SC_PAGESIZE), after = test_random() % 2 ? 4 * (test_random() % 16) : 0;
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), after = test_below(2) ? 4 * test_below(16) : 0;
     return box_make(b, (page - (bytes + after) % page) % page, bytes, after, page);
 }
 
@@ -783,7 +783,7 @@ static void check_widen(const dsv3_kernels *kernels, panel_faults *bad, dsv3_typ
     int bytes = dsv3_type_block(type) > 1;
     size_t steps = up(k, type == DSV3_F32 ? 1 : type == DSV3_F8_E4M3 || bytes ? 4 : 2), n = steps * columns * 16;
     dsv3_type form = type == DSV3_F16 || type == DSV3_F32 ? DSV3_F32 : bytes ? DSV3_Q8_0 : DSV3_BF16;
-    size_t offset = 4 * (test_random() % 16);
+    size_t offset = 4 * test_below(16);
     box values, floats;
     int32_t zero = type == DSV3_Q4_0 ? 8 : 128;
     const unsigned char *from = panel;
@@ -824,7 +824,7 @@ static void check_widen(const dsv3_kernels *kernels, panel_faults *bad, dsv3_typ
 
 static void check_pack_shape(const dsv3_kernels *kernels, panel_faults *bad, dsv3_type type, size_t rows, size_t k) {
     size_t columns = (rows + 15) / 16, block = dsv3_type_block(type), codes = piece_codes(type, columns, k);
-    size_t row_bytes = dsv3_row_bytes(type, k) + test_random() % 5, offset = 4 * (test_random() % 16);
+    size_t row_bytes = dsv3_row_bytes(type, k) + test_below(5), offset = 4 * test_below(16);
     box w, panel, scale;
     rows_make(&w, type, rows, k, row_bytes);
     box_output(&panel, offset, codes);
@@ -905,8 +905,8 @@ static int is_codes(dsv3_product kind) { return kind == DSV3_PRODUCT_BYTES || ki
 
 /* Mostly of about the same size, sometimes below the normal numbers. */
 static float bf16_number(void) {
-    float x = ldexpf(test_uniform(-1, 1), (int)(test_random() % 13) - 6);
-    if (test_random() % 32 == 0) x = dsv3i_float((uint32_t)(test_random() >> 32) & 0x807F0000u);
+    float x = ldexpf(test_uniform(-1, 1), (int)test_below(13) - 6);
+    if (test_below(32) == 0) x = dsv3i_float((uint32_t)(test_random() >> 32) & 0x807F0000u);
     return dsv3_f32_from_bf16(dsv3_bf16_from_f32(x));
 }
 
@@ -914,7 +914,7 @@ static void factor_x(factor *f) {
     size_t k = f->k, bytes = k * 4;
     if (f->kind == DSV3_PRODUCT_FAST_BF16) bytes = up(k, 4) * 2;
     if (f->kind == DSV3_PRODUCT_FAST_BYTES) bytes = k / 32 * 40;
-    f->ldx = bytes + 4 * (test_random() % 4);
+    f->ldx = bytes + 4 * test_below(4);
     box_input(&f->x, (f->n - 1) * f->ldx + bytes);
     for (size_t t = 0; t < f->n; t++) {
         float *x = f->fx + t * k;
@@ -930,8 +930,8 @@ static void factor_x(factor *f) {
                 float unit = test_uniform(0.001f, 0.1f);
                 int32_t sum = 0;
                 for (size_t i = 0; i < 32; i++) {
-                    int q = (int)(test_random() % 255) - 127;
-                    if (test_random() % 4 == 0) q = q < 0 ? -127 : 127;
+                    int q = (int)test_below(255) - 127;
+                    if (test_below(4) == 0) q = q < 0 ? -127 : 127;
                     row[i] = (unsigned char)q, x[32 * b + i] = (float)q, sum -= 8 * q;
                 }
                 memcpy(row + 32, &unit, 4), memcpy(row + 36, &sum, 4);
@@ -962,13 +962,13 @@ static void factor_make(factor *f, dsv3_product kind, size_t n, size_t rows, siz
     f->kind = kind, f->n = n, f->rows = rows, f->k = k;
     f->fx = (float *)test_alloc(n * k * sizeof(float)), f->fw = (float *)test_alloc(rows * k * sizeof(float));
     factor_x(f);
-    f->w.columns = columns, f->w.zero = test_random() % 2 ? 128 : 8, f->w.ahead = test_random() % 2 * 512;
+    f->w.columns = columns, f->w.zero = test_below(2) ? 128 : 8, f->w.ahead = test_below(2) * 512;
     f->w.block = scaled == 2 ? 32 : k;
     f->w.values = box_words(&f->values, steps * columns * 64 / (floats ? 1 : codes ? 4 : 2));
     memset(f->values.at, 0, f->values.bytes);
     for (size_t r = 0; r < rows; r++) {
         for (size_t i = 0; i < k; i++) {
-            int code = (int)(test_random() % (f->w.zero == 8 ? 16 : 256));
+            int code = (int)test_below(f->w.zero == 8 ? 16 : 256);
             float w = codes ? (float)(code - f->w.zero) : bf16_number();
             uint16_t half = dsv3_bf16_from_f32(w);
             unsigned char *at = f->values.at + piece_place(form, columns, r, i), byte = (unsigned char)code;
@@ -1019,7 +1019,7 @@ typedef struct product_faults {
 /* One row of x, and one column of the panel as a panel of its own, give the bits that they have in y. */
 static int product_unlike(const dsv3_kernels *kernels, const factor *f, const table *y, const table *before,
                           int add) {
-    size_t t = test_random() % f->n, c = test_random() % f->w.columns,
+    size_t t = test_below(f->n), c = test_below(f->w.columns),
            rows = f->rows - 16 * c < 16 ? f->rows - 16 * c : 16;
     size_t step = 64, steps = f->values.bytes / f->w.columns / 64, blocks = f->scale.bytes / f->w.columns / 64;
     float *values = (float *)test_alloc(steps * step), *scale = (float *)test_alloc(blocks * step), one[16];
@@ -1089,7 +1089,7 @@ static void check_product(const dsv3_kernels *kernels, dsv3_product kind) {
         if (k % block != 0) continue;
         for (size_t rows = 1; rows <= 64; rows++) {
             size_t turn = length + rows + 2 * (size_t)(guard_bits == guards[0]);
-            int scaled = (int)(test_random() % 3), add = (int)(test_random() % 2);
+            int scaled = (int)test_below(3), add = (int)test_below(2);
             if (block == 1 && turn % 4 != 0) continue;
             if (scaled == 2 && (k % 32 != 0 || kind == DSV3_PRODUCT_BF16 || kind == DSV3_PRODUCT_FAST_BF16))
                 scaled = 0;
@@ -1173,18 +1173,18 @@ static int round_bytes_wrong(const float *x, const unsigned char *out, int codes
 
 static void fill_activations(float *x, size_t k) {
     static const uint32_t special[6] = {0x7F800000u, 0xFF800000u, 0x7FC00000u, 0xFFC12345u, 0x7F7FFFFFu, 0x80000001u};
-    int size = (int)(test_random() % 300) - 149; /* blocks of any size */
-    if (test_random() % 4) size = 0;
+    int size = (int)test_below(300) - 149; /* blocks of any size */
+    if (test_below(4)) size = 0;
     for (size_t i = 0; i < k; i++) {
         x[i] = ldexpf(test_uniform(-1, 1), size < 128 ? size : 127);
-        if (test_random() % 8 == 0)
+        if (test_below(8) == 0)
             x[i] = dsv3i_float((dsv3i_bits(x[i]) & 0xFFFF0000u) | 0x8000u); /* a tie of BF16 */
-        if (test_random() % 512 == 0) x[i] = dsv3i_float(special[test_random() % 6]);
+        if (test_below(512) == 0) x[i] = dsv3i_float(special[test_below(6)]);
     }
-    if (k >= 32 && test_random() % 4 == 0) { /* ties of whole numbers */
-        x[test_random() % k] = 127;
+    if (k >= 32 && test_below(4) == 0) { /* ties of whole numbers */
+        x[test_below(k)] = 127;
         for (size_t i = 0; i < k; i++)
-            x[i] = fabsf(x[i]) < 127 ? (float)((int)(test_random() % 253) - 126) + 0.5f : x[i];
+            x[i] = fabsf(x[i]) < 127 ? (float)((int)test_below(253) - 126) + 0.5f : x[i];
     }
 }
 
@@ -1196,7 +1196,7 @@ static void check_round(const dsv3_kernels *kernels, dsv3_type type) {
         for (size_t again = 0; again < (blocks ? 64 : 4); again++) {
             size_t bytes = !codes ? 4 * k : blocks ? k / 32 * 40 : up(k, 4) * 2;
             box x, out;
-            box_input(&x, 4 * k), box_output(&out, 4 * (test_random() % 16), bytes);
+            box_input(&x, 4 * k), box_output(&out, 4 * test_below(16), bytes);
             fill_activations((float *)(void *)x.at, k);
             kernels->round[type](out.at, (const float *)(const void *)x.at, k);
             if (!blocks) wrong += round_bf16_wrong(kernels, (const float *)(const void *)x.at, out.at, k, codes);
@@ -1282,7 +1282,7 @@ static void check_few(const dsv3_kernels *kernels, dsv3_type type) {
         if (k % dsv3_type_block(type) != 0) continue;
         for (size_t turn = 0; turn < 40; turn++) {
             size_t n = 1 + turn % 4, panels = turn / 4, row = blocks ? k / 32 * 40 : up(k, 4) * 2;
-            size_t ldx = row + 4 * (test_random() % 4);
+            size_t ldx = row + 4 * test_below(4);
             float numbers[288];
             table y, want;
             box x, w;
@@ -1396,7 +1396,7 @@ static void attention_fill(attention *a, int bf16) {
     for (size_t i = 0; i < n; i++) test_fill(a->values.x + i * a->values.ld, a->dv, -3, 3);
     for (size_t i = 0; i < 64; i++) {
         for (size_t b = 0; b < 2; b++) {
-            a->seen[b][i] = (int32_t)(test_random() % 2 ? a->nk[b] : test_random() % (a->nk[b] + 1));
+            a->seen[b][i] = (int32_t)(test_below(2) ? a->nk[b] : test_below(a->nk[b] + 1));
         }
     }
     if (!bf16) return;
@@ -1425,7 +1425,7 @@ static void check_meet(const dsv3_context *ctx, int kind) {
         int bf16 = kind && turn % 2;
         memset(&a, 0, sizeof a);
         a.lanes = 1 + turn % 64;
-        a.nk[0] = turn % 3 ? 32 : 1 + test_random() % 32, a.nk[1] = 1 + test_random() % 32;
+        a.nk[0] = turn % 3 ? 32 : 1 + test_below(32), a.nk[1] = 1 + test_below(32);
         a.dk = 1 + (turn / 2 * 7) % MEET_DK, a.dv = 1 + (turn / 2 * 11) % MEET_DV,
         a.scale = 0.5f / sqrtf((float)a.dk);
         if (bf16) a.dk = up(a.dk, 2); /* chapter 6 takes cache rows as they are only then */
@@ -1433,7 +1433,7 @@ static void check_meet(const dsv3_context *ctx, int kind) {
         table_output(&a.out, a.lanes, a.dv);
         attention_run(ctx, kind, &a, 0, a.lanes, a.out.x, a.out.ld, top, sum);
         for (i = 0; i < a.lanes; i++) wrong += attention_wrong(&a, kind, i, top[i], sum[i]);
-        i = test_random() % a.lanes;
+        i = test_below(a.lanes);
         attention_run(ctx, kind, &a, i, 1, one, MEET_DV, &one_top, &one_sum);
         alone += !same_bits(one, a.out.x + i * a.out.ld, a.dv) || !same_bits(&one_top, top + i, 1) ||
                  !same_bits(&one_sum, sum + i, 1);
