@@ -421,7 +421,9 @@ typedef enum dsv3_product {
  *       product: y[t ldy + r] (+)= x_t . w_r for n rows x_t, ldx bytes apart, and `rows` rows of a panel of k terms.
  * meet: scores of all queries with nk <= 32 keys, softmax, weighted sums. meet_begin: once before, for the same queries
  *       (NULL: not needed). [1]: with everything rounded to BF16, for DSV3_FAST; NULL: as [0].
- * few:  the fast products for n <= 4 rounded rows and whole packed panels, one behind the other; NULL: by product. */
+ * few:  the fast products for n <= 4 rounded rows and whole packed panels, one behind the other; NULL: by product.
+ * mix:  y += sum_r x[r] w_r, n numbers each, in this order, for k rows of codes as they lie, row_bytes apart; their values
+ *       are those of decode, times scale (NULL: 1), a float for every 128 of them. NULL: by decode and outer. */
 typedef struct dsv3_kernels {
     void (*decode[DSV3_TYPES])(float *y, const void *w, size_t n);   /* y[i] = element i of w */
     float (*dot)(const float *x, const float *y, size_t n);          /* sum x[i] y[i] */
@@ -442,6 +444,8 @@ typedef struct dsv3_kernels {
     void (*meet[2])(dsv3_meeting *a, size_t nk);
     void (*few[DSV3_TYPES])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t panels,
                             size_t k);
+    void (*mix[DSV3_TYPES])(float *y, const float *x, const void *w, size_t row_bytes, const void *scale, size_t k,
+                            size_t n);
 } dsv3_kernels;
 
 typedef enum dsv3_backend {
@@ -582,7 +586,7 @@ DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *confi
 
 /* Copies of the matrices in the order in which a SIMD backend reads them (chapter 4), so that it need not reorder them
  * on each call: faster, at the price of the memory. Bits do not change. 0 bytes for a backend that reads weights as they
- * lie. The embedding stays where it is, since its rows are wanted as such, and so does kv_b_proj, beside its copy. */
+ * lie. The embedding stays where it is, since its rows are wanted as such; kv_b_proj is there in both orders. */
 DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_model *model, size_t *bytes);
 /* Packs, with the context's threads, and makes the model's tensors point into memory [bytes], which must live as long as
  * it. Whatever find returned for packed tensors is no longer needed. All backends can use a packed model. A model is
@@ -655,6 +659,7 @@ typedef struct dsv3_workspace {
     float *kv;                   /* [n, rk+dr] */
     float *o;                    /* [n, H dv] */
     float *softmax;              /* [n, H, 2] running maximum and sum */
+    float *query, *mixed, *part; /* absorbed form: [rows, H, rk+dr], [rows, H, rk], sums of segments */
     float *score;                /* [n, E] */
     float *bias;                 /* [E] */
     float *select;               /* [E + G] */
@@ -3192,7 +3197,8 @@ DSV3_API void dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t 
  * ==================================================================================================== */
 
 #define DSV3I_KEYS 32u   /* keys per block */
-#define DSV3I_QUERIES 8u /* rows that share decoded rows of kv_b_proj in the absorbed form */
+#define DSV3I_SEGMENT 256u /* keys, blocks of them, whose sums one thread builds up in the absorbed form */
+#define DSV3I_QUERIES 8u   /* rows that share decoded rows of kv_b_proj in the absorbed form */
 #ifdef DSV3I_X86
 #define DSV3I_EXPAND 128u /* keys expanded together, DSV3I_KEYS times a whole number: more, where panels are made for them */
 #else
@@ -3220,9 +3226,20 @@ static size_t dsv3i_meeting_floats(const dsv3i_dims *m, size_t n) {
 /* Floats of worker scratch for calls of n rows, by use (see the two tasks below). */
 static size_t dsv3i_mla_scratch(const dsv3i_dims *m, size_t n) {
     size_t panel = dsv3i_mla_panel(m), latents = dsv3i_mul(DSV3I_EXPAND, m->width);
-    size_t absorbed = dsv3i_mul(dsv3i_mul(dsv3i_min(n, DSV3I_QUERIES), m->H), dsv3i_add(m->width, m->rk));
     size_t expanded = dsv3i_mul(DSV3I_EXPAND, dsv3i_add(m->qk, m->dv));
-    return dsv3i_add(dsv3i_add(panel, latents), dsv3i_add(dsv3i_meeting_floats(m, n), dsv3i_max(absorbed, expanded)));
+    return dsv3i_add(dsv3i_add(panel, latents), dsv3i_add(dsv3i_meeting_floats(m, n), expanded));
+}
+
+/* Sums of one query over a segment: [rk] of latents, maximum, sum of exponentials. */
+static size_t dsv3i_part_floats(const dsv3i_dims *m) {
+    return dsv3i_mul(dsv3i_blocks(dsv3i_add(m->rk, 2), DSV3I_LANES), DSV3I_LANES);
+}
+
+/* Groups of queries times segments that are worked on at once, at most: no fewer than there are groups in a window, and
+ * enough for all threads when there is one. */
+static size_t dsv3i_parts(const dsv3i_dims *m, size_t n, size_t threads) {
+    size_t rows = dsv3i_min(n, DSV3I_QUERIES), groups = dsv3i_add(dsv3i_blocks(dsv3i_mul(rows, m->H), 64), rows - 1);
+    return dsv3i_max(groups, threads > 1 ? dsv3i_mul(4, threads) : 1);
 }
 
 /* ---- Cache rows */
@@ -3297,7 +3314,6 @@ typedef struct dsv3i_attention_arg {
     const dsv3_cache *caches;
     dsv3_workspace *ws;
     size_t layer, n;
-    size_t heads; /* of an item, in the absorbed form */
     float scale;
 } dsv3i_attention_arg;
 
@@ -3397,92 +3413,235 @@ static int32_t dsv3i_seen(const dsv3_workspace *ws, size_t row, size_t b, size_t
     return position < b ? 0 : (int32_t)dsv3i_min(nk, position - b + 1);
 }
 
-/* Absorbed: rows [t0, t1) of one sequence, `heads` heads of each: all pairs are queries, q~ [rows, heads, width], and meet
- * each block of latents together, up to 64. Sums out [rows, heads, rk] become m_t. */
-static void dsv3i_absorbed_rows(const dsv3i_attention_arg *a, size_t t0, size_t t1, size_t heads, const float *query,
-                                float *out, float *scratch, float *latents) {
-    const dsv3i_dims *m = a->m;
-    const dsv3_cache *cache = &a->caches[a->ws->sequence[t0]];
-    int kind = dsv3i_meet_kind(a->ctx), raw = kind == 1 && cache->type == DSV3_BF16 && m->width % 2 == 0;
-    for (size_t first = 0, count = (t1 - t0) * heads; first < count; first += 64) {
-        size_t last = (size_t)a->ws->position[t0 + dsv3i_min(first + 63, count - 1) / heads];
-        dsv3_meeting with;
-        with.lanes = dsv3i_min(64, count - first);
-        with.q = query + first * m->width;
-        with.out = out + first * m->rk;
-        with.ld_q = with.ld_k = with.ld_v = with.dk = m->width;
-        with.ld_out = with.dv = m->rk;
-        with.scale = a->scale;
-        with.type = raw ? DSV3_BF16 : DSV3_F32;
-        for (size_t i = 0; i < 64; i++) {
-            dsv3i_attend_begin(with.out + i * m->rk, with.top + i, with.sum + i, i < with.lanes ? m->rk : 0);
-        }
-        dsv3i_meet_begin(a->ctx, &with, scratch);
-        for (size_t b = 0; b <= last; b += DSV3I_KEYS) {
-            size_t nk = dsv3i_min(DSV3I_KEYS, last - b + 1);
-            for (size_t i = 0; i < 64; i++) {
-                with.seen[i] = dsv3i_seen(a->ws, t0 + (first + dsv3i_min(i, with.lanes - 1)) / heads, b, nk);
-            }
-            with.keys = with.values = raw ? (const void *)dsv3i_cache_at(cache, a->layer, b)
-                                          : dsv3i_cache_load(a->ctx, cache, a->layer, b, nk, latents);
-            dsv3i_meet(a->ctx, &with, nk);
-        }
-        for (size_t i = 0; i < with.lanes; i++) dsv3i_attend_end(with.out + i * m->rk, with.sum[i], m->rk);
-    }
+/* ---- Absorbed form. A window of rows goes through three loops: the queries of each head; groups of queries meet
+ * segments of their cache; the sums of segments are put together, in their order, and UV is applied. Segments are what
+ * keeps many threads busy behind a long past, whose latents all heads share. */
+
+typedef struct dsv3i_absorbed {
+    const dsv3i_attention_arg *a;
+    size_t t0, t1;          /* rows; those with the expanded form are passed over */
+    size_t groups;          /* of queries */
+    size_t segment, count;  /* segments [segment, segment + count) of each are dealt with, */
+    size_t segments;        /* of so many, at most */
+} dsv3i_absorbed;
+
+/* Up to 64 queries (rows, then heads) of one sequence. */
+typedef struct dsv3i_group {
+    size_t t;            /* a row of theirs */
+    size_t first, lanes; /* among the queries of the window */
+    size_t last;         /* position that one of them still sees */
+} dsv3i_group;
+
+/* The end of the rows from t on that belong to its sequence. */
+static size_t dsv3i_absorbed_end(const dsv3i_absorbed *b, size_t t) {
+    const int32_t *leader = b->a->ws->leader;
+    size_t end = t + 1;
+    while (end < b->t1 && leader[end] == leader[t]) end++;
+    return end;
 }
 
-/* query [nt, heads, width] = q~ of rows [t0, t0 + nt): UK^T qn, and the rotated part as it is. */
-static void dsv3i_absorb(const dsv3i_attention_arg *a, float *query, size_t t0, size_t nt, size_t h0, size_t heads,
-                         float *panel) {
-    const dsv3i_dims *m = a->m;
-    size_t height = dsv3i_panel(nt);
-    for (size_t i = 0; i < nt * heads; i++) {
-        const float *q = a->ws->q + (t0 + i / heads) * m->Hq + (h0 + i % heads) * m->qk;
-        DSV3_MEMSET(query + i * m->width, 0, m->rk * sizeof *query);
-        DSV3_MEMCPY(query + i * m->width + m->rk, q + m->dn, m->dr * sizeof *query);
-    }
-    for (size_t h = 0; h < heads; h++) {
-        const float *q = a->ws->q + t0 * m->Hq + (h0 + h) * m->qk;
-        for (size_t i = 0, rows; i < m->dn; i += rows) {
-            rows = dsv3i_min(height, m->dn - i);
-            for (size_t r = 0; r < rows; r++) {
-                dsv3i_decode_row(a->ctx, panel + r * m->rk, a->kv_b, (h0 + h) * m->kv + i + r);
-            }
-            a->ctx->kernels.outer(query + h * m->width, heads * m->width, nt, q + i, m->Hq, 1, panel, m->rk, rows,
-                                  m->rk);
-        }
-    }
-}
-
-/* Item = a group of heads of a block of DSV3I_QUERIES batch rows. Runs of absorbed rows of one sequence within the
- * block are done together; rows that use the expanded form are passed over. */
-static void dsv3i_absorbed_item(const dsv3i_attention_arg *a, size_t item, float *scratch) {
-    const dsv3i_dims *m = a->m;
-    dsv3_workspace *ws = a->ws;
-    size_t groups = dsv3i_blocks(m->H, a->heads), h0 = item % groups * a->heads;
-    size_t heads = dsv3i_min(a->heads, m->H - h0), t0 = item / groups * DSV3I_QUERIES;
-    size_t end = dsv3i_min(t0 + DSV3I_QUERIES, a->n);
-    float *panel = scratch, *meeting = panel + dsv3i_mla_panel(m);
-    float *latents = meeting + dsv3i_meeting_floats(m, ws->rows), *query = latents + DSV3I_EXPAND * m->width, *out;
-    for (size_t t = t0, t1; t < end; t = t1) {
-        for (t1 = t + 1; t1 < end && ws->leader[t1] == ws->leader[t] && !ws->expanded[t]; t1++) {
-        }
+/* Group g; 0: there are not so many. */
+static int dsv3i_group_at(const dsv3i_absorbed *b, size_t g, dsv3i_group *group) {
+    const dsv3_workspace *ws = b->a->ws;
+    size_t H = b->a->m->H;
+    for (size_t t = b->t0, end, groups; t < b->t1; t = end) {
+        end = dsv3i_absorbed_end(b, t);
         if (ws->expanded[t]) continue;
-        out = query + (t1 - t) * heads * m->width;
-        dsv3i_absorb(a, query, t, t1 - t, h0, heads, panel);
-        dsv3i_absorbed_rows(a, t, t1, heads, query, out, meeting, latents);
-        for (size_t h = h0; h < h0 + heads; h++) { /* o = UV m */
-            dsv3i_input in = dsv3i_input_round(a->ctx, panel + dsv3i_linear_floats(m->rk), out + (h - h0) * m->rk,
-                                               heads * m->rk, a->kv_b->type, t1 - t, m->rk);
-            dsv3i_linear_rows(a->ctx, ws->o + t * m->Ho + h * m->dv, m->Ho, &in, t1 - t, a->kv_up, h * m->kv + m->dn,
-                              (h + 1) * m->kv, panel);
+        groups = dsv3i_blocks((end - t) * H, 64);
+        if (g < groups) {
+            group->t = t;
+            group->first = (t - b->t0) * H + 64 * g;
+            group->lanes = dsv3i_min(64, (end - t) * H - 64 * g);
+            group->last = (size_t)ws->position[b->t0 + (group->first + group->lanes - 1) / H];
+            return 1;
+        }
+        g -= groups;
+    }
+    return 0;
+}
+
+/* The sums of row t, head h over segment b->segment + s. */
+static float *dsv3i_part_of(const dsv3i_absorbed *b, size_t t, size_t h, size_t s) {
+    const dsv3_workspace *ws = b->a->ws;
+    size_t g = 0, H = b->a->m->H, lanes = dsv3i_lanes(b->a->m, ws->rows);
+    for (size_t r = b->t0, end, query; r < b->t1; r = end) {
+        end = dsv3i_absorbed_end(b, r);
+        query = (t - r) * H + h; /* of those of this sequence */
+        if (t < end) return ws->part + (((g + query / 64) * b->count + s) * lanes + query % 64) * dsv3i_part_floats(b->a->m);
+        if (!ws->expanded[r]) g += dsv3i_blocks((end - r) * H, 64);
+    }
+    return NULL;
+}
+
+/* y_t += sum_i x_t[i] w_i for n rows x_t, y_t and rows r0 <= i < r1 of w; scratch [dsv3i_linear_floats(cols)]. */
+static void dsv3i_mix_rows(const dsv3_context *ctx, float *y, size_t ldy, const float *x, size_t ldx, size_t n,
+                           const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
+    int few = n <= DSV3I_FEW && ctx->kernels.mix[w->type] != NULL && !w->packed;
+    for (size_t r = r0, rows; r < r1; r += rows) {
+        rows = dsv3i_min(few ? DSV3_BLOCK - r % DSV3_BLOCK : dsv3i_panel(n), r1 - r);
+        for (size_t t = 0; t < n && few; t++) {
+            ctx->kernels.mix[w->type](y + t * ldy, x + t * ldx + (r - r0), dsv3i_row_at(w, r),
+                                      dsv3_row_bytes(w->type, w->cols), dsv3i_scale_at(w, r), rows, w->cols);
+        }
+        if (few) continue;
+        for (size_t i = 0; i < rows; i++) dsv3i_decode_row(ctx, scratch + i * w->cols, w, r + i);
+        ctx->kernels.outer(y, ldy, n, x + (r - r0), ldx, 1, scratch, w->cols, rows, w->cols);
+    }
+}
+
+/* query [n, rk] = UK^T qn of rows [t, t + n), rotated parts behind; head h. */
+static void dsv3i_absorb(const dsv3i_attention_arg *a, float *query, size_t t, size_t n, size_t h, float *scratch) {
+    const dsv3i_dims *m = a->m;
+    const float *q = a->ws->q + t * m->Hq + h * m->qk;
+    size_t ld = m->H * m->width;
+    for (size_t i = 0; i < n; i++) {
+        DSV3_MEMSET(query + i * ld, 0, m->rk * sizeof *query);
+        DSV3_MEMCPY(query + i * ld + m->rk, q + i * m->Hq + m->dn, m->dr * sizeof *query);
+    }
+    dsv3i_mix_rows(a->ctx, query, ld, q, m->Hq, n, a->kv_b, h * m->kv, h * m->kv + m->dn, scratch);
+}
+
+/* Item = a head: its queries, and sums to begin with. */
+static void dsv3i_absorb_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_absorbed *b = (const dsv3i_absorbed *)arg;
+    const dsv3i_dims *m = b->a->m;
+    dsv3_workspace *ws = b->a->ws;
+    for (size_t h = begin; h < end; h++) {
+        for (size_t t = b->t0, rows; t < b->t1; t += rows) {
+            rows = 1;
+            if (ws->expanded[t]) continue;
+            while (t + rows < b->t1 && !ws->expanded[t + rows]) rows++;
+            dsv3i_absorb(b->a, ws->query + ((t - b->t0) * m->H + h) * m->width, t, rows, h,
+                         ws->worker + worker * ws->worker_floats);
+            for (size_t i = t; i < t + rows; i++) {
+                float *state = ws->softmax + (i * m->H + h) * 2;
+                dsv3i_attend_begin(ws->mixed + ((i - b->t0) * m->H + h) * m->rk, state, state + 1, m->rk);
+            }
         }
     }
 }
 
-static void dsv3i_absorbed_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_attention_arg *a = (const dsv3i_attention_arg *)arg;
-    for (size_t i = begin; i < end; i++) dsv3i_absorbed_item(a, i, a->ws->worker + worker * a->ws->worker_floats);
+/* Queries of a group meet the keys of positions [begin, end); part [lanes, dsv3i_part_floats]. */
+static void dsv3i_segment_meet(const dsv3i_absorbed *b, const dsv3i_group *group, size_t begin, size_t end, float *part,
+                               float *scratch) {
+    const dsv3i_attention_arg *a = b->a;
+    const dsv3i_dims *m = a->m;
+    const dsv3_cache *cache = &a->caches[a->ws->sequence[group->t]];
+    int raw = dsv3i_meet_kind(a->ctx) == 1 && cache->type == DSV3_BF16 && m->width % 2 == 0;
+    float *latents = scratch + dsv3i_meeting_floats(m, a->ws->rows);
+    size_t ld = dsv3i_part_floats(m);
+    dsv3_meeting with;
+    with.lanes = group->lanes;
+    with.q = a->ws->query + group->first * m->width;
+    with.out = part;
+    with.ld_q = with.ld_k = with.ld_v = with.dk = m->width;
+    with.ld_out = ld;
+    with.dv = m->rk;
+    with.scale = a->scale;
+    with.type = raw ? DSV3_BF16 : DSV3_F32;
+    for (size_t i = 0; i < 64; i++) {
+        dsv3i_attend_begin(part + i * ld, with.top + i, with.sum + i, i < with.lanes ? m->rk : 0);
+    }
+    dsv3i_meet_begin(a->ctx, &with, scratch);
+    for (size_t at = begin, nk; at < end; at += nk) {
+        nk = dsv3i_min(DSV3I_KEYS, end - at);
+        for (size_t i = 0; i < 64; i++) {
+            size_t query = group->first + dsv3i_min(i, with.lanes - 1);
+            with.seen[i] = dsv3i_seen(a->ws, b->t0 + query / m->H, at, nk);
+        }
+        with.keys = with.values = raw ? (const void *)dsv3i_cache_at(cache, a->layer, at)
+                                      : dsv3i_cache_load(a->ctx, cache, a->layer, at, nk, latents);
+        dsv3i_meet(a->ctx, &with, nk);
+    }
+    for (size_t i = 0; i < with.lanes; i++) {
+        part[i * ld + m->rk] = with.top[i];
+        part[i * ld + m->rk + 1] = with.sum[i];
+    }
+}
+
+/* Item = a group and one of the segments. */
+static void dsv3i_segment_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_absorbed *b = (const dsv3i_absorbed *)arg;
+    const dsv3i_dims *m = b->a->m;
+    dsv3_workspace *ws = b->a->ws;
+    size_t floats = dsv3i_lanes(m, ws->rows) * dsv3i_part_floats(m);
+    for (size_t i = begin; i < end; i++) {
+        size_t from = (b->segment + i % b->count) * DSV3I_SEGMENT;
+        dsv3i_group group;
+        if (!dsv3i_group_at(b, i / b->count, &group)) return;
+        dsv3i_segment_meet(b, &group, from, dsv3i_min(from + DSV3I_SEGMENT, group.last + 1), ws->part + i * floats,
+                           ws->worker + worker * ws->worker_floats);
+    }
+}
+
+/* Sums over one more segment join those so far: both are scaled to the larger maximum. */
+static void dsv3i_part_join(const dsv3_context *ctx, float *mixed, float state[2], const float *part, size_t rk) {
+    float top = part[rk] > state[0] ? part[rk] : state[0], now = DSV3_EXPF(state[0] - top), add = DSV3_EXPF(part[rk] - top);
+    if (part[rk + 1] <= 0.0f) return; /* it saw none */
+    for (size_t i = 0; i < rk && now < 1.0f; i++) mixed[i] *= now;
+    ctx->kernels.axpy(mixed, add, part, rk);
+    state[0] = top;
+    state[1] = state[1] * now + part[rk + 1] * add;
+}
+
+/* o = UV m for head h of rows [t, t + n), whose sums m are complete. */
+static void dsv3i_absorbed_up(const dsv3i_absorbed *b, size_t t, size_t n, size_t h, float *scratch) {
+    const dsv3i_attention_arg *a = b->a;
+    const dsv3i_dims *m = a->m;
+    float *mixed = a->ws->mixed + ((t - b->t0) * m->H + h) * m->rk;
+    dsv3i_input in;
+    for (size_t i = 0; i < n; i++) {
+        dsv3i_attend_end(mixed + i * m->H * m->rk, a->ws->softmax[((t + i) * m->H + h) * 2 + 1], m->rk);
+    }
+    in = dsv3i_input_round(a->ctx, scratch + dsv3i_linear_floats(m->rk), mixed, m->H * m->rk, a->kv_b->type, n, m->rk);
+    dsv3i_linear_rows(a->ctx, a->ws->o + t * m->Ho + h * m->dv, m->Ho, &in, n, a->kv_up, h * m->kv + m->dn,
+                      (h + 1) * m->kv, scratch);
+}
+
+/* Item = a head: segments join, and after the last one UV is applied. */
+static void dsv3i_join_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_absorbed *b = (const dsv3i_absorbed *)arg;
+    const dsv3i_dims *m = b->a->m;
+    dsv3_workspace *ws = b->a->ws;
+    for (size_t h = begin; h < end; h++) {
+        for (size_t t = b->t0, rows; t < b->t1; t += rows) {
+            for (rows = 0; t + rows < b->t1 && !ws->expanded[t + rows]; rows++) {
+                float *mixed = ws->mixed + ((t + rows - b->t0) * m->H + h) * m->rk;
+                for (size_t s = 0; s < b->count; s++) {
+                    dsv3i_part_join(b->a->ctx, mixed, ws->softmax + ((t + rows) * m->H + h) * 2,
+                                    dsv3i_part_of(b, t + rows, h, s), m->rk);
+                }
+            }
+            if (rows > 0 && b->segment + b->count >= b->segments) {
+                dsv3i_absorbed_up(b, t, rows, h, ws->worker + worker * ws->worker_floats);
+            }
+            if (rows == 0) rows = 1;
+        }
+    }
+}
+
+/* Rows [t0, t1). */
+static void dsv3i_absorbed_window(const dsv3i_attention_arg *a, size_t t0, size_t t1) {
+    const dsv3i_dims *m = a->m;
+    size_t last = 0, rows = t1 - t0, parts = dsv3i_parts(m, a->ws->rows, a->ws->threads);
+    dsv3i_absorbed b;
+    dsv3i_group group;
+    b.a = a;
+    b.t0 = t0;
+    b.t1 = t1;
+    for (b.groups = 0; dsv3i_group_at(&b, b.groups, &group); b.groups++) last = dsv3i_max(last, group.last);
+    if (b.groups == 0) return;
+    b.segments = last / DSV3I_SEGMENT + 1;
+    dsv3i_parallel(a->ctx, m->H, dsv3i_mul(dsv3i_mul(rows, m->H), m->dn * m->rk), dsv3i_absorb_task, &b);
+    for (b.segment = 0; b.segment < b.segments; b.segment += b.count) {
+        size_t keys, up = dsv3i_mul(dsv3i_mul(rows, m->H), m->dv * m->rk);
+        b.count = dsv3i_min(dsv3i_max(parts / b.groups, 1), b.segments - b.segment);
+        keys = dsv3i_min(b.count * DSV3I_SEGMENT, last + 1 - b.segment * DSV3I_SEGMENT);
+        dsv3i_parallel(a->ctx, b.groups * b.count, dsv3i_mul(dsv3i_mul(rows, m->H), keys * (m->width + m->rk)),
+                       dsv3i_segment_task, &b);
+        if (b.segment + b.count < b.segments) up = dsv3i_mul(dsv3i_mul(rows, m->H), b.count * m->rk);
+        dsv3i_parallel(a->ctx, m->H, up, dsv3i_join_task, &b);
+    }
 }
 
 /* keys [nk, dn+dr] and values [nk, dv] of head h from latents c [nk, rk+dr]; panel [dsv3i_mla_panel] is
@@ -3594,7 +3753,6 @@ DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const floa
     arg.ws = workspace;
     arg.layer = layer;
     arg.n = n;
-    arg.heads = m.H;
     arg.scale = model->softmax_scale;
     dsv3i_mla_raw(context, &m, u, weights, n, workspace);
     dsv3i_mla_kv(context, &m, model, weights, n, workspace);
@@ -3606,11 +3764,8 @@ DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const floa
         work = dsv3i_add(
             work, dsv3i_mul(m.H, dsv3i_add(m.rk * m.kv, dsv3i_mul((size_t)workspace->position[t], m.qk + m.dv))));
     }
-    if (expanded < n) { /* as few groups of heads as keep all threads busy: each group reads the cache */
-        size_t blocks = dsv3i_blocks(n, DSV3I_QUERIES),
-               groups = dsv3i_min(dsv3i_blocks(context->threads, blocks), m.H);
-        arg.heads = dsv3i_blocks(m.H, groups);
-        dsv3i_parallel(context, blocks * dsv3i_blocks(m.H, arg.heads), work, dsv3i_absorbed_task, &arg);
+    for (size_t t = 0; t < n && expanded < n; t += DSV3I_QUERIES) {
+        dsv3i_absorbed_window(&arg, t, dsv3i_min(t + DSV3I_QUERIES, n));
     }
     if (expanded > 0) dsv3i_parallel(context, n * m.H, work, dsv3i_expanded_task, &arg);
     job = dsv3i_job_make(y, workspace->o, &weights->o_proj, n);
@@ -5488,12 +5643,29 @@ static void dsv3i_pack_mlp(dsv3i_packing *a, dsv3_mlp *w) {
     dsv3i_pack_tensor(a, &w->down_proj);
 }
 
-/* Products are taken of one head's key or value rows: they must begin with a panel. */
+/* Copies what data points to, if there is memory. */
+static const void *dsv3i_pack_copy(dsv3i_packing *a, const void *data, size_t bytes) {
+    void *to = dsv3i_take(&a->l, bytes, 1, 1, 1);
+    if (to == NULL) return data;
+    DSV3_MEMCPY(to, data, bytes);
+    return to;
+}
+
+/* Products are taken of one head's key or value rows: they must begin with a panel. The absorbed form wants rows as
+ * they are; they come along, since large pages or memory that is near matter to them, too. */
 static void dsv3i_pack_kv_b(dsv3i_packing *a, dsv3_layer *w, const dsv3i_dims *m) {
-    dsv3_tensor copy = w->kv_b_proj;
+    dsv3_tensor copy = w->kv_b_proj, rows = copy;
     if (m->dn % DSV3I_PANEL != 0 || m->dv % DSV3I_PANEL != 0 || w->kv_b_packed.data != NULL) return;
+    if (copy.data == NULL || a->ctx->kernels.pack[copy.type] == NULL) return;
     dsv3i_pack_tensor(a, &copy);
-    if (copy.packed) w->kv_b_packed = copy;
+    rows.data = dsv3i_pack_copy(a, rows.data, dsv3i_mul(rows.rows, dsv3_row_bytes(rows.type, rows.cols)));
+    if (rows.scale != NULL) {
+        size_t blocks = dsv3i_blocks(rows.rows, DSV3_BLOCK) * dsv3i_blocks(rows.cols, DSV3_BLOCK);
+        rows.scale = dsv3i_pack_copy(a, rows.scale, blocks * sizeof(float));
+    }
+    if (!copy.packed) return; /* there is no memory: this is about the size */
+    w->kv_b_proj = rows;
+    w->kv_b_packed = copy;
 }
 
 static void dsv3i_pack_layer(dsv3i_packing *a, dsv3_layer *w, const dsv3i_dims *m) {
@@ -5610,6 +5782,9 @@ static void dsv3i_workspace_layout(dsv3_workspace *ws, const dsv3i_dims *m, size
     ws->kv = (float *)dsv3i_take(l, f, n, m->width, 1);
     ws->o = (float *)dsv3i_take(l, f, n, m->Ho, 1);
     ws->softmax = (float *)dsv3i_take(l, f, n, m->H, 2);
+    ws->query = (float *)dsv3i_take(l, f, dsv3i_min(n, DSV3I_QUERIES), m->H, m->width);
+    ws->mixed = (float *)dsv3i_take(l, f, dsv3i_min(n, DSV3I_QUERIES), m->H, m->rk);
+    ws->part = (float *)dsv3i_take(l, f, dsv3i_parts(m, n, threads), dsv3i_lanes(m, n), dsv3i_part_floats(m));
     other = dsv3i_max(other, l->used);
     l->used = shared;
     ws->score = (float *)dsv3i_take(l, f, n, m->E, 1);
@@ -8457,6 +8632,77 @@ DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_decode(const dsv3_type type, float 
     }
 }
 
+/* Columns i .. i+15 of a row of Q8_0 or Q4_0 as floats. */
+DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_load_block(const dsv3_type type, const unsigned char *w, size_t i) {
+    const unsigned char *block = w + i / DSV3_QBLOCK * (type == DSV3_Q8_0 ? 34 : 18);
+    const void *codes = block + 2 + (type == DSV3_Q8_0 ? i % DSV3_QBLOCK : 0);
+    __m128i c = _mm_loadu_si128((const __m128i *)codes);
+    int16_t half;
+    DSV3_MEMCPY(&half, block, sizeof half);
+    if (type == DSV3_Q4_0) {
+        if (i % DSV3_QBLOCK) c = _mm_srli_epi16(c, 4);
+        c = _mm_sub_epi8(_mm_and_si128(c, _mm_set1_epi8(15)), _mm_set1_epi8(8));
+    }
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(c)), _mm512_cvtph_ps(_mm256_set1_epi16(half)));
+}
+
+/* NC columns of 16, of n numbers, from number i of each row on. */
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_mix_columns(const dsv3_type type, const int NC, float *y, const float *x, const unsigned char *w,
+                              size_t row_bytes, const float scale[2], size_t k, size_t i, size_t n) {
+    const int blocks = type == DSV3_Q8_0 || type == DSV3_Q4_0;
+    const size_t size = blocks ? 0 : type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2;
+    __mmask16 mask[16];
+    __m512 acc[16];
+    DSV3I_UNROLL for (int c = 0; c < NC; c++) {
+        mask[c] = dsv3i_avx512_mask(dsv3i_min(n, 256) - dsv3i_min(16 * (size_t)c, n));
+        acc[c] = _mm512_maskz_loadu_ps(mask[c], y + 16 * c);
+    }
+    for (size_t r = 0; r < k; r++, w += row_bytes) {
+        const __m512 f = _mm512_set1_ps(x[r]);
+        DSV3I_UNROLL for (int c = 0; c < NC; c++) {
+            const unsigned char *at = w + (i + 16 * (size_t)c) * size;
+            __m512 v;
+            v = blocks ? dsv3i_avx512_load_block(type, w, i + (mask[c] ? 16 * (size_t)c : 0))
+                              : dsv3i_avx512_load(type, NC == 16 ? (__mmask16)0xFFFF : mask[c], at);
+            if (type == DSV3_F8_E4M3) v = _mm512_mul_ps(_mm512_mul_ps(v, _mm512_set1_ps(256.0f)), _mm512_set1_ps(scale[c / 8]));
+            acc[c] = _mm512_fmadd_ps(f, v, acc[c]);
+        }
+    }
+    DSV3I_UNROLL for (int c = 0; c < NC; c++) dsv3i_avx512_put(y + 16 * c, mask[c], acc[c]);
+}
+
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_mix(const dsv3_type type, float *y, const float *x, const void *w, size_t row_bytes,
+                      const void *scale, size_t k, size_t n) {
+    const unsigned char *rows = (const unsigned char *)w, *scales = (const unsigned char *)scale;
+    for (size_t i = 0, columns; i < n; i += columns) {
+        float unit[2] = {1.0f, 1.0f};
+        columns = n - i >= 256 ? 256 : dsv3i_min(n - i, 64);
+        if (scales != NULL) {
+            DSV3_MEMCPY(unit, scales + i / DSV3_BLOCK * sizeof *unit, (columns > DSV3_BLOCK ? 2 : 1) * sizeof *unit);
+        }
+        if (columns == 256) {
+            dsv3i_avx512_mix_columns(type, 16, y + i, x, rows, row_bytes, unit, k, i, columns);
+        } else {
+            dsv3i_avx512_mix_columns(type, 4, y + i, x, rows, row_bytes, unit, k, i, columns);
+        }
+    }
+}
+
+#define DSV3I_MIX_TYPE(name, type)                                                                                   \
+    DSV3I_TARGET(DSV3I_AVX512)                                                                                       \
+    static void dsv3i_avx512_mix_##name(float *y, const float *x, const void *w, size_t row_bytes,                   \
+                                        const void *scale, size_t k, size_t n) {                                     \
+        dsv3i_avx512_mix(type, y, x, w, row_bytes, scale, k, n);                                                     \
+    }
+DSV3I_MIX_TYPE(f16, DSV3_F16)
+DSV3I_MIX_TYPE(bf16, DSV3_BF16)
+DSV3I_MIX_TYPE(f8_e4m3, DSV3_F8_E4M3)
+DSV3I_MIX_TYPE(q8_0, DSV3_Q8_0)
+DSV3I_MIX_TYPE(q4_0, DSV3_Q4_0)
+#undef DSV3I_MIX_TYPE
+
 /* nw <= 4 rows of w, NX (1 or 4) of x, of which n are stored. What is not there is its neighbour once more. */
 DSV3I_INLINE(DSV3I_AVX512)
 void dsv3i_avx512_dots(const int NX, float *y, size_t ldy, const float *x, size_t ldx, size_t n, const float *w,
@@ -9570,15 +9816,20 @@ DSV3I_FEW_TYPE(q4_0, DSV3_Q4_0)
 DSV3I_TABLE(avx2, DSV3I_AVX2)
 DSV3I_TABLE(avx512, DSV3I_AVX512)
 
-static void dsv3i_kernels_avx512_meet(dsv3_kernels *k) {
+static void dsv3i_kernels_avx512_whole(dsv3_kernels *k) {
     dsv3i_kernels_avx512(k);
     k->meet_begin[0] = dsv3i_avx512_meet_begin;
     k->meet[0] = dsv3i_avx512_meet;
+    k->mix[DSV3_F16] = dsv3i_avx512_mix_f16;
+    k->mix[DSV3_BF16] = dsv3i_avx512_mix_bf16;
+    k->mix[DSV3_F8_E4M3] = dsv3i_avx512_mix_f8_e4m3;
+    k->mix[DSV3_Q8_0] = dsv3i_avx512_mix_q8_0;
+    k->mix[DSV3_Q4_0] = dsv3i_avx512_mix_q4_0;
 }
 
 /* What the table of avx512 has, but for this. */
 static void dsv3i_kernels_avx512_bf16(dsv3_kernels *k) {
-    dsv3i_kernels_avx512_meet(k);
+    dsv3i_kernels_avx512_whole(k);
     k->meet_begin[1] = dsv3i_avx512_bf16_meet_begin;
     k->meet[1] = dsv3i_avx512_bf16_meet;
     k->round[DSV3_BF16] = k->round[DSV3_F8_E4M3] = dsv3i_avx512_bf16_round_bf16;
@@ -9637,7 +9888,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
     context->kernels.meet[0] = dsv3i_meet_ref;
 #ifdef DSV3I_X86
     if (backend == DSV3_BACKEND_AVX2) dsv3i_kernels_avx2(&context->kernels);
-    if (backend == DSV3_BACKEND_AVX512) dsv3i_kernels_avx512_meet(&context->kernels);
+    if (backend == DSV3_BACKEND_AVX512) dsv3i_kernels_avx512_whole(&context->kernels);
     if (backend == DSV3_BACKEND_AVX512_BF16) dsv3i_kernels_avx512_bf16(&context->kernels);
 #endif
     context->backend = dsv3_backend_name(backend);
@@ -9676,6 +9927,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_PANEL
 #undef DSV3I_PI
 #undef DSV3I_QUERIES
+#undef DSV3I_SEGMENT
 #undef DSV3I_RATE
 #undef DSV3I_RESTRICT
 #undef DSV3I_SANITIZED

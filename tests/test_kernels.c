@@ -1304,6 +1304,56 @@ static void check_few(const dsv3_kernels *kernels, dsv3_type type) {
     verdict("guards of few", touched);
 }
 
+/* ---- mix: the bits of decode, scales and outer, which are checked above */
+
+static int check_mix_shape(const dsv3_kernels *kernels, dsv3_type type, size_t k, size_t n, int scaled, int *touched) {
+    size_t row_bytes = dsv3_row_bytes(type, n) + test_below(5), blocks = (n + DSV3_BLOCK - 1) / DSV3_BLOCK;
+    float *x = (float *)test_alloc(k * sizeof(float)), *rows = (float *)test_alloc(k * n * sizeof(float));
+    float *want = (float *)test_alloc(n * sizeof(float));
+    table y;
+    box w, scales;
+    int bad = 0;
+    rows_make(&w, type, k, n, row_bytes);
+    box_input(&scales, blocks * sizeof(float));
+    for (size_t i = 0; i < blocks; i++) {
+        float scale = test_uniform(0.01f, 2.0f);
+        memcpy(scales.at + i * sizeof scale, &scale, sizeof scale);
+    }
+    fill_wild(x, k);
+    table_output(&y, 1, n);
+    fill_wild(y.x, n);
+    memcpy(want, y.x, n * sizeof(float));
+    for (size_t r = 0; r < k; r++) {
+        kernels->decode[type](rows + r * n, w.at + r * row_bytes, n);
+        for (size_t i = 0; i < n && scaled; i++) {
+            float scale;
+            memcpy(&scale, scales.at + i / DSV3_BLOCK * sizeof scale, sizeof scale);
+            rows[r * n + i] *= scale;
+        }
+    }
+    kernels->outer(want, n, 1, x, k, 1, rows, n, k, n);
+    kernels->mix[type](y.x, x, w.at, row_bytes, scaled ? scales.at : NULL, k, n);
+    for (size_t i = 0; i < n; i++) bad += !same_float(y.x[i], want[i]);
+    *touched += table_broken(&y);
+    free(x), free(rows), free(want), free(y.memory), box_free(&w), box_free(&scales);
+    return bad;
+}
+
+static void check_mix(const dsv3_kernels *kernels, dsv3_type type) {
+    static const size_t longer[6] = {127, 128, 200, 256, 320, 576};
+    size_t block = dsv3_type_block(type);
+    int bits = 0, touched = 0;
+    for (size_t turn = 0; turn < 68 + 6; turn++) {
+        size_t n = turn < 68 ? turn : longer[turn - 68];
+        if (n == 0 || n % block != 0) continue;
+        for (size_t k = 1; k < 200; k += k < 4 ? 1 : 65) {
+            bits += check_mix_shape(kernels, type, k, n, type == DSV3_F8_E4M3 && k % 2 == 0, &touched);
+        }
+    }
+    verdict("bits of mix", bits);
+    verdict("guards of mix", touched);
+}
+
 /* ---- meet: attention of some queries with blocks of at most 32 keys. Bounds for each number of out / sum, relative to
  * the largest value seen: exp(2 d) - 1 + v, where d bounds the error of a score, and of the running maximum, and v that of
  * weights and weighted sums.
@@ -1460,6 +1510,8 @@ static void check_panels(const dsv3_context *ctx) {
         if (k->pack[type] != NULL) check_pack(k, (dsv3_type)type);
         CHECK((k->few[type] != NULL) == (type >= DSV3_BF16 && k->product[DSV3_PRODUCT_FAST_BF16] != NULL));
         if (k->few[type] != NULL) check_few(k, (dsv3_type)type);
+        CHECK((k->mix[type] != NULL) == (type != DSV3_F32 && strncmp(ctx->backend, "avx512", 6) == 0));
+        if (k->mix[type] != NULL) check_mix(k, (dsv3_type)type);
     }
     if (some) {
         check_widen_all(k, DSV3_F16);

@@ -321,6 +321,7 @@ static void scores_gate_bias(void) {
     for (int e = 0; e < 4; e++) CHECK(score[e] == 0.5f);
     scores_biased(DSV3_SOFTMAX, score, w, gate_bias, 4);
     for (int e = 0; e < 4; e++) CHECK(score[e] == 0.25f);
+    free(scratch);
 }
 
 /* ---- selection: many shapes, modes and inputs -------------------------------------------------------- */
