@@ -465,7 +465,7 @@ static void print_head(const bench_run *r) {
     printf("\n%s: %zu tokens (%s%s), %zu at a time\n", r->model, r->n, r->is_text ? what : "golden",
            r->is_text ? o->text : "", r->window);
     printf("  %-13s  %-13s %10s %9s %9s %9s %9s %7s %7s %10s %8s\n", "weights, mode", "against", "logit max",
-           "routed", "logit rms", "KL mean", "KL max", "same %", "routed", "bits/token", "against");
+           "of routed", "logit rms", "KL mean", "KL max", "same %", "routed%", "bits/token", "against");
 }
 
 static void print_run(const bench_run *r) {
