@@ -61,6 +61,7 @@ bench: $(BENCHES)
 	@build/bench_model --shape bench-1b --pack 1 --threads 2 --decode 16 --repeat 2 --depths 0,2048,8192,32768 && echo
 	@build/bench_layer --threads 2 --tokens 8 --repeat 2 || build/bench_layer --experts 64 --threads 2 --tokens 8; echo
 	@for n in 1 2; do build/bench_scenarios --threads $$n --repeat 2 && echo || exit 1; done
+	@build/bench_modes && echo
 	@build/bench_mtp --threads 1 --prompts 2 --tokens 150 && echo
 	@build/bench_mtp --shape bench-1b --backend auto --threads 1 --tokens 4 && echo
 	@for p in micro austen; do build/bench_train --preset $$p --batch 4 --repeat 3 && echo || exit 1; done

@@ -66,7 +66,7 @@
  *   Bits     sums are taken in float32, in one order that does not depend on threads, on what else is in
  *            the batch, or on how a prompt is cut into chunks -- as long as the attention form is fixed
  *            (dsv3_context.attention). Loops are split over outputs, never over a sum. Bits may differ
- *            between compilers, libm versions and -ffp-contract settings.
+ *            between backends, compilers, libm versions and -ffp-contract settings.
  *   Tensors  are in the byte order of the machine.
  *
  * >>glossary  The sizes of the architecture, by one name each in all comments and code:
@@ -467,8 +467,11 @@ DSV3_API dsv3_result dsv3_backend_find(dsv3_backend *backend, const char *name);
 typedef enum dsv3_compute {
     DSV3_EXACT = 0, /* activations as they are, float32 */
     DSV3_FAST = 1   /* activations rounded first: to BF16 for BF16 and FP8 weights, to a multiple, -127 to 127, of
-                       1/127 of the largest of 32 for Q8_0 and Q4_0; as they are for F32 and F16. The router, norms and
-                       softmax stay exact. Training is always exact */
+                       1/127 of the largest of 32 for Q8_0 and Q4_0; as they are for F32 and F16. The backend
+                       avx512_bf16 also rounds to BF16, with any type of weights, what attention multiplies:
+                       queries, keys, values and the softmax's weights. The router, norms and the softmax itself
+                       stay exact. Training is always exact. README.md, "Speed", has the errors that
+                       bench/bench_modes.c measures */
 } dsv3_compute;
 
 typedef enum dsv3_attention {

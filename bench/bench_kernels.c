@@ -23,7 +23,7 @@ static const char help[] =
     "  --mode M          activations of products: exact, fast; default: each\n"
     "  --pack P          1: weights of products in the order of the backend, 0: as they are; default: each\n"
     "  --rows LIST       activation rows of a product, 1 .. 512; default 1,2,4,8,64,512\n"
-    "  --threads N       of products, 1 .. 1024; default: what OpenMP offers\n"
+    "  --threads N       of products, 1 .. 1024; default: all cores\n"
     "  --ms N            time of one pass at least, 1 .. 1000; default 4\n"
     "  --line            lines of key=value pairs instead of tables\n"
     "  --help            this text\n"

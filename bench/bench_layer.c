@@ -21,7 +21,7 @@ static const char help[] =
     "  --mode M          activations: exact (default), fast\n"
     "  --pack P          1: weights in the order of the backend, if it has one: twice the memory; default 0\n"
     "  --backend NAME    default: the best one that runs here\n"
-    "  --threads N       1 .. 1024; default: what OpenMP offers\n"
+    "  --threads N       1 .. 1024; default: all cores\n"
     "  --tokens N        decoded in a repeat, 1 .. 4096; default 16\n"
     "  --depth N         behind so many tokens of cache, 0 .. 65536; default 0\n"
     "  --repeat R        1 .. 100; default 3\n"

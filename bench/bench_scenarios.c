@@ -25,7 +25,7 @@ static const char help[] =
     "  --mode M          activations: exact, fast; default: both\n"
     "  --pack P          1: weights in the order of the backend, if it has one; 0 (default)\n"
     "  --backend NAME    default: the best one that runs here\n"
-    "  --threads N       1 .. 1024; default: what OpenMP offers\n"
+    "  --threads N       1 .. 1024; default: all cores\n"
     "  --repeat R        1 .. 100; default 3. Every repeat has prompts of its own\n"
     "  --line            lines of key=value pairs instead of tables\n"
     "  --help            this text\n"

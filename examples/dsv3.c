@@ -277,7 +277,8 @@ static dsv3_attention parse_attention(const char *text) {
 #define COMPUTE_HELP                                                                                                 \
     "  --threads N      default: all cores this process may use\n"                                                   \
     "  --backend NAME   auto, reference, avx2, avx512 or avx512_bf16 (default auto: the best that runs here)\n"      \
-    "  --fast           activations are rounded (to BF16 or to 8 bits) before they meet weights\n"
+    "  --fast           activations are rounded before they meet weights: to BF16 for BF16 and FP8, to 8 bits for\n" \
+    "                   Q8_0 and Q4_0; avx512_bf16 also computes attention in BF16\n"
 
 /* Kernels, and a pool of threads (0: one for each core), which close_context ends. */
 static void open_context(dsv3_context *context, const char *name, long threads) {
