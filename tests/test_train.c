@@ -1183,14 +1183,45 @@ static void test_parameter_memory(void) {
     CHECK_EQ(with - without, bytes);
 }
 
-/* All keep policies, the same bits. */
+/* A policy of each layer costs what that layer's does, to the byte; one byte less is refused. */
+static void test_kept_layers(void) {
+    dsv3_config c = tiny_config();
+    dsv3_training s = dsv3_training_default();
+    int32_t layers[4] = {0, 0, 0, 0}; /* dense, MoE, MoE, MTP */
+    dsv3_trainer t;
+    size_t bytes = 0, sum = 0, none = size_of(&c, 0, 64);
+    s.rows = 64, s.longest = 64, s.keep = 7, s.keep_layers = layers;
+    CHECK_EQ(dsv3_trainer_size(&c, &s, 1, &bytes), DSV3_OK);
+    CHECK_EQ(bytes, none); /* keep itself is not read then */
+    for (int i = 0; i < 4; i++) {
+        layers[i] = 7;
+        CHECK_EQ(dsv3_trainer_size(&c, &s, 1, &bytes), DSV3_OK);
+        CHECK_EQ(bytes - none, 64 * (size_per_row(&c, 7, i == 0) - size_per_row(&c, 0, i == 0)));
+        sum += bytes - none;
+        layers[i] = 0;
+    }
+    for (int i = 0; i < 4; i++) layers[i] = 7;
+    CHECK_EQ(dsv3_trainer_size(&c, &s, 1, &bytes), DSV3_OK);
+    CHECK_EQ(bytes - none, sum);
+    CHECK_EQ(bytes, size_of(&c, 7, 64));
+    {
+        void *memory = synth_alloc(bytes);
+        CHECK_EQ(dsv3_trainer_init(&t, &c, &s, 1, memory, bytes - 1), DSV3_ERR_MEMORY);
+        CHECK_EQ(dsv3_trainer_init(&t, &c, &s, 1, memory, bytes), DSV3_OK);
+        synth_release(memory);
+    }
+}
+
+/* All keep policies, the same bits; also if each layer has its own. The memory is exactly that asked for. */
 static void test_keep(void) {
     static const int lengths[] = {9, 14, 7, 0};
     float *want = NULL;
-    for (int32_t keep = 0; keep < 8; keep++) {
+    for (int32_t keep = 0; keep < 16; keep++) {
+        const int32_t layers[4] = {keep % 8, (keep + 3) % 8, 7 - keep % 8, (5 * keep) % 8};
         subject a;
         prepare(&a, lengths);
-        a.s.keep = keep;
+        a.s.keep = keep % 8;
+        if (keep >= 8) a.s.keep_layers = layers;
         open_trainer(&a, 1);
         for (int i = 0; i < 2; i++) step(&a, 0.01);
         if (want == NULL) want = copy_floats(a.t.weights.data, a.t.weights.count);
@@ -1286,6 +1317,7 @@ int main(void) {
     test_random_parameters();
     test_kept();
     test_parameter_memory();
+    test_kept_layers();
     test_keep();
     test_schedule();
     test_overfit();
