@@ -1113,7 +1113,7 @@ typedef struct dsv3_training {
     float clip; /* largest global norm of the gradients; 0: no limit */
     float ema_decay;
     const char *const *exempt; /* names with * for any characters, NULL ends: no weight decay (vectors never have) */
-    const char *const *frozen; /* likewise: not trained. NULL: none */
+    const char *const *frozen; /* likewise: not trained, routers' biases not moved. NULL: none */
     dsv3_reduce_gradients reduce; /* NULL: one rank. The loads' hook is the balancer's */
     void *reduce_user;
 } dsv3_training;
@@ -7597,18 +7597,33 @@ static dsv3_result dsv3i_adamw_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     return DSV3_OK;
 }
 
-/* The bias step on the weights' biases. */
-static void dsv3i_train_bias(dsv3_trainer *t) {
-    size_t E = t->balancer.E;
-    for (int back = 0; back < 2; back++) {
-        for (size_t i = 0; i < t->balancer.layers; i++) {
-            float *bias = dsv3i_grad(&t->weights.model.layers[i].e_score_correction_bias), *row = t->bias + i * E;
-            if (bias != NULL && back) DSV3_MEMCPY(bias, row, E * sizeof *bias);
-            if (bias != NULL && !back) DSV3_MEMCPY(row, bias, E * sizeof *bias);
-            if (bias == NULL) DSV3_MEMSET(row, 0, E * sizeof *row);
-        }
-        if (!back) dsv3i_balancer_move(&t->balancer, t->bias, t->step);
+typedef struct dsv3i_biases {
+    dsv3_trainer *t;
+    int back; /* bool: from the rows of t->bias to the weights, not the other way */
+} dsv3i_biases;
+
+static dsv3_result dsv3i_bias_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
+    const dsv3i_biases *b = (const dsv3i_biases *)w->user;
+    float *bias = dsv3i_grad(slot), *row;
+    if (w->info.group != DSV3_GROUP_ROUTER || w->info.rank != 1) return DSV3_OK;
+    row = b->t->bias + (size_t)w->info.layer * w->info.cols;
+    if (!b->back) {
+        DSV3_MEMCPY(row, bias, w->info.cols * sizeof *bias);
+    } else if (!dsv3i_matches_any(b->t->settings.frozen, w->info.name)) {
+        DSV3_MEMCPY(bias, row, w->info.cols * sizeof *bias);
     }
+    return DSV3_OK;
+}
+
+/* The bias step on the weights' biases, as far as these are not frozen. */
+static void dsv3i_train_bias(dsv3_trainer *t) {
+    dsv3_model *model = &t->weights.model;
+    dsv3i_biases b = {t, 0};
+    DSV3_MEMSET(t->bias, 0, t->balancer.layers * t->balancer.E * sizeof *t->bias);
+    (void)dsv3i_walk_all(&model->config, model, &b, dsv3i_bias_tensor);
+    dsv3i_balancer_move(&t->balancer, t->bias, t->step);
+    b.back = 1;
+    (void)dsv3i_walk_all(&model->config, model, &b, dsv3i_bias_tensor);
 }
 
 /* w b1^t without pow: t is small where it matters. */

@@ -648,6 +648,26 @@ static void test_bias(void) {
     close_trainer(&a);
 }
 
+/* A frozen bias stays, and only that; the loads are counted as ever. */
+static void test_frozen_bias(void) {
+    static const int lengths[] = {9, 14, 7, 0};
+    static const char *const names[] = {"model.layers.1.*_bias", NULL};
+    subject a;
+    place frozen, other;
+    prepare(&a, lengths);
+    a.s.frozen = names;
+    open_trainer(&a, 1);
+    a.t.balancer.schedule.speed = 0.125;
+    frozen = place_of(&a, "model.layers.1.mlp.gate.e_score_correction_bias");
+    other = place_of(&a, "model.layers.2.mlp.gate.e_score_correction_bias");
+    for (size_t e = 0; e < 6; e++) a.t.weights.data[frozen.at + e] = a.t.weights.data[other.at + e] = 0.5f;
+    step(&a, 0.01);
+    for (size_t e = 0; e < 6; e++) CHECK(fabs((double)a.t.weights.data[frozen.at + e] - 0.5) <= 0);
+    CHECK(largest_of(a.t.weights.data + other.at, 6) > 0.6);
+    CHECK(a.t.balancer.load_all[6] + a.t.balancer.load_all[7] + a.t.balancer.load_all[8] > 0);
+    close_trainer(&a);
+}
+
 /* ---- Failed steps leave no traces */
 
 typedef struct snapshot {
@@ -1299,6 +1319,7 @@ int main(void) {
     test_patterns();
     test_decay();
     test_bias();
+    test_frozen_bias();
     test_not_finite();
     test_overflow();
     test_all_ignored();
