@@ -1883,8 +1883,8 @@ static const char train_help[] =
     "  --ema X          decay of a moving average of the weights, kept in DIR/ema; 0: none (default 0)\n"
     "  --seed N         (default 1)\n"
     "Memory and output:\n"
-    "  --keep WHAT      activations that are kept, not computed again: none, norms, up, swiglu or all (default "
-    "none)\n"
+    "  --keep WHAT      activations that are kept, not computed again: none (default), all, or some of norms, up,\n"
+    "                   swiglu with commas between them; does not change the result\n"
     "  --type TYPE      of the saved weights: F32, F16, BF16, F8_E4M3, Q8_0 or Q4_0 (default F32)\n"
     "  --save-every N   steps between checkpoints (default 100)\n"
     "  --val-every N    steps between validations (default 100)\n"
@@ -1996,13 +1996,17 @@ static train_options train_defaults(void) {
 
 static int32_t train_keep(const char *text) {
     static const char names[5][8] = {"none", "norms", "up", "swiglu", "all"};
-    static const int32_t keep[5] = {0, DSV3_KEEP_NORMS, DSV3_KEEP_UP_PROJECTIONS, DSV3_KEEP_SWIGLU,
+    static const int32_t bits[5] = {0, DSV3_KEEP_NORMS, DSV3_KEEP_UP_PROJECTIONS, DSV3_KEEP_SWIGLU,
                                     DSV3_KEEP_NORMS + DSV3_KEEP_UP_PROJECTIONS + DSV3_KEEP_SWIGLU};
-    for (int i = 0; i < 5; i++) {
-        if (strcmp(text, names[i]) == 0) return keep[i];
+    int32_t keep = 0;
+    for (const char *at = text;; at++) {
+        size_t n = strcspn(at, ","), i = 0;
+        while (i < 5 && (strlen(names[i]) != n || strncmp(names[i], at, n) != 0)) i++;
+        if (i == 5) stop("--keep: expected none, all, or norms, up, swiglu with commas between, found '%s'", text);
+        keep |= bits[i];
+        at += n;
+        if (*at == '\0') return keep;
     }
-    stop("--keep: expected none, norms, up, swiglu or all, found '%s'", text);
-    return 0;
 }
 
 /* Everything about the options that needs no file. */

@@ -1008,7 +1008,10 @@ done
 refused "train --val 100" "--val: expected 0 to 99, found 100" train $recipe --out $tmp/t --val 100
 refused "train --ema 1" "--ema: expected 0 to 0.999999999, found 1" train $recipe --out $tmp/t --ema 1
 refused "train --schedule" "--schedule: expected v3 or cosine, found 'linear'" train $recipe --out $tmp/t --schedule linear
-refused "train --keep" "--keep: expected none, norms, up, swiglu or all, found 'some'" train $recipe --out $tmp/t --keep some
+for value in some norms, ,up norms,,up upp u NORMS "norms up" ''; do
+    refused "train --keep '$value'" "--keep: expected none, all, or norms, up, swiglu with commas between, found '$value'" \
+        train $recipe --out $tmp/t --keep "$value"
+done
 refused "train --type" "--type: expected F32, F16, BF16, F8_E4M3, Q8_0 or Q4_0, found 'FP8'" train $recipe --out $tmp/t --type FP8
 refused "train --accum 3" "--accum: expected a divisor of the batch of 4" train $recipe --out $tmp/t --accum 3
 refused "train --warmup" "--warmup: expected at most 8" train $recipe --out $tmp/t --warmup 9 --steps 8
@@ -1073,6 +1076,8 @@ for file in model.safetensors train.safetensors log.csv config.json; do
 done
 trains "--keep all" $recipe --out $tmp/keepall --steps 12 --keep all --type BF16
 same "train --keep" $tmp/whole/log.csv $tmp/keepall/log.csv
+trains "--keep norms,swiglu" $recipe --out $tmp/keepsome --steps 12 --keep norms,swiglu
+same "train --keep norms,swiglu" $tmp/whole/log.csv $tmp/keepsome/log.csv
 trains "--accum 4" $recipe --out $tmp/accum --steps 12 --accum 4
 if paste -d, $tmp/whole/log.csv $tmp/accum/log.csv |
     awk -F, 'NR > 1 { d = $4 - $15; if (d > 1e-3 || d < -1e-3) bad = 1 } END { exit bad }'; then ok; else
