@@ -3025,7 +3025,8 @@ static void train_print_losses(char *out, size_t capacity, const double *loss, s
     size_t n = 0;
     out[0] = '\0';
     for (size_t k = 0; k < count && n < capacity; k++) {
-        n += (size_t)snprintf(out + n, capacity - n, " %.*f", digits, loss[k]);
+        n += (size_t)(isfinite(loss[k]) ? snprintf(out + n, capacity - n, " %.*f", digits, loss[k])
+                                        : snprintf(out + n, capacity - n, " -")); /* not measured */
     }
 }
 
@@ -3034,17 +3035,18 @@ static void train_print_losses(char *out, size_t capacity, const double *loss, s
 /* The line of a step. What matters least goes first: cut 1 leaves out norm and rate, 2 MaxVio, 3 digits of losses. */
 static void train_line(const train_state *s, char line[TRAIN_LINE], const double *row, int measured, int cut) {
     double spent = s->shown - s->begin, steps = (double)(s->done - s->began_at), left;
-    char losses[256], val[272] = "", norm[64] = "", vio[32] = "";
+    char losses[256], val[272] = "", norm[32] = "", lr[32] = "", vio[32] = "";
     train_print_losses(losses, sizeof losses, row + TRAIN_MAIN, 1 + s->D, cut < 3 ? 4 : 2);
     if (measured) {
         int n = snprintf(val, sizeof val, "  validation");
         train_print_losses(val + n, sizeof val - (size_t)n, row + train_val(s), 1 + s->D, 4);
     }
-    if (cut < 1) snprintf(norm, sizeof norm, "  norm %.3g  lr %.3g", row[train_norm(s)], row[TRAIN_LR]);
+    if (cut < 1 && isfinite(row[train_norm(s)])) snprintf(norm, sizeof norm, "  norm %.3g", row[train_norm(s)]);
+    if (cut < 1) snprintf(lr, sizeof lr, "  lr %.3g", row[TRAIN_LR]);
     if (cut < 2 && isfinite(row[train_vio(s)])) snprintf(vio, sizeof vio, "  MaxVio %.2f", row[train_vio(s)]);
     left = spent / steps * ((double)s->o.steps - (double)s->done);
-    snprintf(line, TRAIN_LINE, "step %llu/%ld  loss%s%s%s%s  %.0f tokens/s  %.0f:%02.0f:%02.0f left",
-             (unsigned long long)s->done, s->o.steps, losses, val, norm, vio,
+    snprintf(line, TRAIN_LINE, "step %llu/%ld  loss%s%s%s%s%s  %.0f tokens/s  %.0f:%02.0f:%02.0f left",
+             (unsigned long long)s->done, s->o.steps, losses, val, norm, lr, vio,
              steps * (double)(s->accum * s->settings.rows) / spent, floor(left / 3600), floor(fmod(left / 60, 60)),
              floor(fmod(left, 60)));
 }

@@ -1182,6 +1182,8 @@ trains "--resume with --ema" --resume --out $tmp/frozen
 trains "--config, --ids, two texts" --config $tmp/v128 --ids --text $tmp/list --text $tmp/list --val 0 --seq 4 --steps 2 \
     --batch 2 --out $tmp/ids2 --threads 1
 good "score --ids of it" score $tmp/ids2 $tmp/list --ids
+trains "a validation too short for the module" $recipe --steps 1 --val 0.01 --out $tmp/short
+if grep -q '  validation [0-9.]* -  norm' $tmp/err; then ok; else fail "train: what is not measured is a dash"; fi
 trains "--freeze: a bias" $recipe --steps 2 --freeze '*layers.1.mlp.gate.*' --out $tmp/steady --type F32
 good "train --freeze: a bias" inspect $tmp/steady
 shows "train --freeze: a bias" '^model.layers.1.mlp.gate.e_score_correction_bias  *F32 *\[8\] *0  *0 '
