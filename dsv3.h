@@ -1103,14 +1103,15 @@ typedef enum dsv3_keep {
 /* Adds gradients [n] of all ranks, in place; DSV3_OK, or a code that ends the step. */
 typedef dsv3_result (*dsv3_reduce_gradients)(void *user, float *gradients, size_t n);
 
-/* How to train. Start from dsv3_training_default; the first five fix the memory, the others may change between
+/* How to train. Start from dsv3_training_default; the first six fix the memory, the others may change between
  * steps. */
 typedef struct dsv3_training {
     size_t rows;      /* most rows of a micro-batch */
     size_t sequences; /* most sequences of a micro-batch, <= rows */
     size_t longest;   /* most rows of a sequence */
-    int32_t keep;     /* dsv3_keep, added up */
+    int32_t keep;     /* dsv3_keep, added up: of every layer */
     int32_t ema;      /* bool: keep an exponential moving average of the weights */
+    const int32_t *keep_layers; /* [L + D] a keep for each layer, MTP modules last, for _size and _init. NULL: keep */
     double lambda;    /* weight of the MTP losses: V3 0.3, later 0.1 */
     dsv3_mtp_divisor divisor;
     dsv3_balance_weights balance;
@@ -1120,7 +1121,7 @@ typedef struct dsv3_training {
     float clip; /* largest global norm of the gradients; 0: no limit */
     float ema_decay;
     const char *const *exempt; /* names with * for any characters, NULL ends: no weight decay (vectors never have) */
-    const char *const *frozen; /* likewise: not trained. NULL: none */
+    const char *const *frozen; /* likewise: not trained, routers' biases not moved. NULL: none */
     dsv3_reduce_gradients reduce; /* NULL: one rank. The loads' hook is the balancer's */
     void *reduce_user;
 } dsv3_training;
@@ -7032,9 +7033,9 @@ DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, c
  * The forward pass is that of inference (chapters 4 to 11), in the expanded attention form, with the workspace's
  * pointers on memory that stays until the backward pass. Per layer and row are kept, in floats:
  *     2 d (residual stream twice), rq + rk + dr, H dv + 2 H, E + 2 K (and K indices), 2 (K F + n_shared F) or 2 I
- * and beside them, if settings.keep asks for it, 2 d + rq + rk + dr (norms), H (dn + dr) (queries), half of the last
- * (SwiGLU). What is not kept is computed again. Backward goes from the last MTP module down: each gives the one
- * before the gradient of the states it was given.
+ * and beside them, if settings.keep (or, layer by layer, keep_layers) asks for it, 2 d + rq + rk + dr (norms),
+ * H (dn + dr) (queries), half of the last (SwiGLU). What is not kept is computed again. Backward goes from the last
+ * MTP module down: each gives the one before the gradient of the states it was given.
  *
  * AdamW: m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2,
  *     w = w (1 - lr decay) - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
@@ -7326,7 +7327,8 @@ static void dsv3i_trainer_layout(dsv3_trainer *t, const dsv3_config *c, const ds
     }
     for (size_t i = 0; i < layers; i++) {
         dsv3i_saved saved;
-        dsv3i_saved_layout(&saved, &m, n, dsv3_config_is_moe(c, (int32_t)i), s->keep, l);
+        int32_t keep = s->keep_layers != NULL ? s->keep_layers[i] : s->keep;
+        dsv3i_saved_layout(&saved, &m, n, dsv3_config_is_moe(c, (int32_t)i), keep, l);
         if (l->base != NULL) t->saved[i] = saved;
     }
     for (size_t k = 0; k <= m.D; k++) {
@@ -7773,18 +7775,33 @@ static dsv3_result dsv3i_adamw_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     return DSV3_OK;
 }
 
-/* The bias step on the weights' biases. */
-static void dsv3i_train_bias(dsv3_trainer *t) {
-    size_t E = t->balancer.E;
-    for (int back = 0; back < 2; back++) {
-        for (size_t i = 0; i < t->balancer.layers; i++) {
-            float *bias = dsv3i_grad(&t->weights.model.layers[i].e_score_correction_bias), *row = t->bias + i * E;
-            if (bias != NULL && back) DSV3_MEMCPY(bias, row, E * sizeof *bias);
-            if (bias != NULL && !back) DSV3_MEMCPY(row, bias, E * sizeof *bias);
-            if (bias == NULL) DSV3_MEMSET(row, 0, E * sizeof *row);
-        }
-        if (!back) dsv3i_balancer_move(&t->balancer, t->bias, t->step);
+typedef struct dsv3i_biases {
+    dsv3_trainer *t;
+    int back; /* bool: from the rows of t->bias to the weights, not the other way */
+} dsv3i_biases;
+
+static dsv3_result dsv3i_bias_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
+    const dsv3i_biases *b = (const dsv3i_biases *)w->user;
+    float *bias = dsv3i_grad(slot), *row;
+    if (w->info.group != DSV3_GROUP_ROUTER || w->info.rank != 1) return DSV3_OK;
+    row = b->t->bias + (size_t)w->info.layer * w->info.cols;
+    if (!b->back) {
+        DSV3_MEMCPY(row, bias, w->info.cols * sizeof *bias);
+    } else if (!dsv3i_matches_any(b->t->settings.frozen, w->info.name)) {
+        DSV3_MEMCPY(bias, row, w->info.cols * sizeof *bias);
     }
+    return DSV3_OK;
+}
+
+/* The bias step on the weights' biases, as far as these are not frozen. */
+static void dsv3i_train_bias(dsv3_trainer *t) {
+    dsv3_model *model = &t->weights.model;
+    dsv3i_biases b = {t, 0};
+    DSV3_MEMSET(t->bias, 0, t->balancer.layers * t->balancer.E * sizeof *t->bias);
+    (void)dsv3i_walk_all(&model->config, model, &b, dsv3i_bias_tensor);
+    dsv3i_balancer_move(&t->balancer, t->bias, t->step);
+    b.back = 1;
+    (void)dsv3i_walk_all(&model->config, model, &b, dsv3i_bias_tensor);
 }
 
 /* w b1^t without pow: t is small where it matters. */

@@ -44,6 +44,14 @@
 
 /* ---- Ending with one line */
 
+static int progress_stands; /* bool: a line of progress is on the terminal, and has no end yet */
+
+/* What else is printed there begins on a line of its own. */
+static void progress_leave(void) {
+    if (progress_stands) fputc('\n', stderr);
+    progress_stands = 0;
+}
+
 #ifdef __GNUC__
 __attribute__((format(printf, 1, 2), noreturn))
 #endif
@@ -51,6 +59,7 @@ static void
 stop(const char *format, ...) {
     va_list list;
     fflush(stdout);
+    progress_leave();
     fprintf(stderr, "dsv3: ");
     va_start(list, format);
     vfprintf(stderr, format, list);
@@ -116,7 +125,7 @@ static void option_number(const option *o, const char *text) {
     double x = strtod(text, &end);
     if (end == text || *end != '\0') stop("%s: expected a number, found '%s'", o->name, text);
     if (!(x >= o->low && x <= o->high)) {
-        if (o->kind == OPTION_FLOAT) stop("%s: expected %g to %g, found %s", o->name, o->low, o->high, text);
+        if (o->kind == OPTION_FLOAT) stop("%s: expected %.10g to %.10g, found %s", o->name, o->low, o->high, text);
         stop("%s: expected %.0f to %.0f, found %s", o->name, o->low, o->high, text);
     }
     if (o->kind == OPTION_FLOAT) {
@@ -233,6 +242,7 @@ static void progress_show(progress *p, double done, double total) {
     double t = now(), spent = t - p->begin, left = done > 0 ? spent / done * (total - done) : 0;
     if (!p->active || (done < total && t - p->shown < 0.2)) return;
     p->shown = t;
+    progress_stands = done < total;
     if (done < total) {
         fprintf(stderr, "\r%s %3.0f %%, %.0f s left   ", p->what, 100 * done / total, left);
     } else {
@@ -1874,8 +1884,8 @@ static const char train_help[] =
     "  --ema X          decay of a moving average of the weights, kept in DIR/ema; 0: none (default 0)\n"
     "  --seed N         (default 1)\n"
     "Memory and output:\n"
-    "  --keep WHAT      activations that are kept, not computed again: none, norms, up, swiglu or all (default "
-    "none)\n"
+    "  --keep WHAT      activations that are kept, not computed again: none (default), all, or some of norms, up,\n"
+    "                   swiglu with commas between them; does not change the result\n"
     "  --type TYPE      of the saved weights: F32, F16, BF16, F8_E4M3, Q8_0 or Q4_0 (default F32)\n"
     "  --save-every N   steps between checkpoints (default 100)\n"
     "  --val-every N    steps between validations (default 100)\n"
@@ -1987,13 +1997,17 @@ static train_options train_defaults(void) {
 
 static int32_t train_keep(const char *text) {
     static const char names[5][8] = {"none", "norms", "up", "swiglu", "all"};
-    static const int32_t keep[5] = {0, DSV3_KEEP_NORMS, DSV3_KEEP_UP_PROJECTIONS, DSV3_KEEP_SWIGLU,
+    static const int32_t bits[5] = {0, DSV3_KEEP_NORMS, DSV3_KEEP_UP_PROJECTIONS, DSV3_KEEP_SWIGLU,
                                     DSV3_KEEP_NORMS + DSV3_KEEP_UP_PROJECTIONS + DSV3_KEEP_SWIGLU};
-    for (int i = 0; i < 5; i++) {
-        if (strcmp(text, names[i]) == 0) return keep[i];
+    int32_t keep = 0;
+    for (const char *at = text;; at++) {
+        size_t n = strcspn(at, ","), i = 0;
+        while (i < 5 && (strlen(names[i]) != n || strncmp(names[i], at, n) != 0)) i++;
+        if (i == 5) stop("--keep: expected none, all, or norms, up, swiglu with commas between, found '%s'", text);
+        keep |= bits[i];
+        at += n;
+        if (*at == '\0') return keep;
     }
-    stop("--keep: expected none, norms, up, swiglu or all, found '%s'", text);
-    return 0;
 }
 
 /* Everything about the options that needs no file. */
@@ -2925,6 +2939,7 @@ static void train_step(train_state *s, double *row) {
     s->skipped++;
     dsv3_error_text(&error, message, sizeof message);
     if (result != DSV3_ERR_NAN) stop("step %llu: %s", (unsigned long long)s->done, message);
+    progress_leave();
     fprintf(stderr, "dsv3: step %llu changes nothing: %s\n", (unsigned long long)s->done, message);
 }
 
@@ -2958,6 +2973,7 @@ static void train_sample(const train_state *s) {
     int32_t first = s->config.bos_token_id >= 0 ? s->config.bos_token_id : s->text.id[0];
     writer_open(&w, &model, &o, s->seq < 161 ? s->seq : 161, 1);
     stop_result("sample", dsv3_sequence_append(&w.sequence, &model.model.model, &first, 1));
+    progress_leave();
     fprintf(stderr, "sample at step %llu: ", (unsigned long long)s->done);
     while (!writer_full(&w)) {
         dsv3_sequence *one = &w.sequence;
@@ -2986,13 +3002,16 @@ static void train_interrupt(int signal_number) {
     train_interrupted = 1;
 }
 
-/* The first Ctrl-C is a request, the second one ends the program. */
+/* The first Ctrl-C is a request, the second one ends the program. Those who listen may go first (Ctrl-C also ends the
+ * tee behind a pipe; a terminal is closed): that is the same request, as often as it comes. */
 static void train_catch_interrupts(void) {
 #ifdef TOOL_POSIX
-    struct sigaction action;
+    struct sigaction action, before;
     memset(&action, 0, sizeof action);
     action.sa_handler = train_interrupt;
     action.sa_flags = SA_RESTART;
+    sigaction(SIGPIPE, &action, NULL);
+    if (sigaction(SIGHUP, NULL, &before) == 0 && before.sa_handler != SIG_IGN) sigaction(SIGHUP, &action, NULL);
 #ifdef SA_RESETHAND
     action.sa_flags |= (int)SA_RESETHAND;
 #endif
@@ -3003,37 +3022,55 @@ static void train_catch_interrupts(void) {
 #endif
 }
 
-static void train_print_losses(char *out, size_t capacity, const double *loss, size_t count) {
+static void train_print_losses(char *out, size_t capacity, const double *loss, size_t count, int digits) {
     size_t n = 0;
     out[0] = '\0';
     for (size_t k = 0; k < count && n < capacity; k++) {
-        n += (size_t)snprintf(out + n, capacity - n, " %.4f", loss[k]);
+        n += (size_t)(isfinite(loss[k]) ? snprintf(out + n, capacity - n, " %.*f", digits, loss[k])
+                                        : snprintf(out + n, capacity - n, " -")); /* not measured */
     }
 }
 
-/* One line: rewritten on a terminal, else now and then. */
+#define TRAIN_LINE 1024
+
+/* The line of a step. What matters least goes first: cut 1 leaves out norm and rate, 2 MaxVio, 3 digits of losses. */
+static void train_line(const train_state *s, char line[TRAIN_LINE], const double *row, int measured, int cut) {
+    double spent = s->shown - s->begin, steps = (double)(s->done - s->began_at), left;
+    char losses[256], val[272] = "", norm[32] = "", lr[32] = "", vio[32] = "";
+    train_print_losses(losses, sizeof losses, row + TRAIN_MAIN, 1 + s->D, cut < 3 ? 4 : 2);
+    if (measured) {
+        int n = snprintf(val, sizeof val, "  validation");
+        train_print_losses(val + n, sizeof val - (size_t)n, row + train_val(s), 1 + s->D, 4);
+    }
+    if (cut < 1 && isfinite(row[train_norm(s)])) snprintf(norm, sizeof norm, "  norm %.3g", row[train_norm(s)]);
+    if (cut < 1) snprintf(lr, sizeof lr, "  lr %.3g", row[TRAIN_LR]);
+    if (cut < 2 && isfinite(row[train_vio(s)])) snprintf(vio, sizeof vio, "  MaxVio %.2f", row[train_vio(s)]);
+    left = spent / steps * ((double)s->o.steps - (double)s->done);
+    snprintf(line, TRAIN_LINE, "step %llu/%ld  loss%s%s%s%s%s  %.0f tokens/s  %.0f:%02.0f:%02.0f left",
+             (unsigned long long)s->done, s->o.steps, losses, val, norm, lr, vio,
+             steps * (double)(s->accum * s->settings.rows) / spent, floor(left / 3600), floor(fmod(left / 60, 60)),
+             floor(fmod(left, 60)));
+}
+
+/* One line: rewritten on a terminal, and never wider than it unless it stays; else now and then. */
 static void train_show(train_state *s, const double *row, int measured) {
-    double t = now(), steps = (double)(s->done - s->began_at), left = (t - s->begin) / steps;
+    double t = now();
     int terminal = is_terminal(stderr), last = s->done == (uint64_t)s->o.steps || train_interrupted;
-    char line[1024], losses[256], val[256] = "", vio[32] = "", time[32];
+    int stays = measured || last || !terminal, width;
+    char line[TRAIN_LINE];
     if (!last && !measured && s->done > s->began_at + 1 && t - s->shown < (terminal ? 0.2 : 10)) return;
     s->shown = t;
-    left *= (double)s->o.steps - (double)s->done;
-    train_print_losses(losses, sizeof losses, row + TRAIN_MAIN, 1 + s->D);
-    if (measured) train_print_losses(val, sizeof val, row + train_val(s), 1 + s->D);
-    snprintf(time, sizeof time, "%.0f:%02.0f:%02.0f", floor(left / 3600), floor(fmod(left / 60, 60)),
-             floor(fmod(left, 60)));
-    if (isfinite(row[train_vio(s)])) snprintf(vio, sizeof vio, "  MaxVio %.2f", row[train_vio(s)]);
-    snprintf(line, sizeof line, "step %llu/%ld  loss%s%s%s  norm %.3g  lr %.3g%s  %.0f tokens/s  %s left",
-             (unsigned long long)s->done, s->o.steps, losses, measured ? "  validation" : "", val, row[train_norm(s)],
-             row[TRAIN_LR], vio, steps * (double)(s->accum * s->settings.rows) / (t - s->begin), time);
-    if (terminal) {
-        size_t width = terminal_width(stderr);
-        fprintf(stderr, "\r%-*.*s%s", (int)width - 1, measured || last ? 1023 : (int)width - 1, line,
-                measured || last ? "\n" : "");
-    } else {
+    train_line(s, line, row, measured, 0);
+    if (!terminal) {
         fprintf(stderr, "%s\n", line);
+        return;
     }
+    width = (int)terminal_width(stderr) - 1;
+    for (int cut = 1; cut <= 3 && !stays && strlen(line) > (size_t)width; cut++) {
+        train_line(s, line, row, measured, cut);
+    }
+    fprintf(stderr, "\r%-*.*s%s", width, stays ? TRAIN_LINE : width, line, stays ? "\n" : "");
+    progress_stands = !stays;
 }
 
 static int train_due(uint64_t step, long every) { return every > 0 && step % (uint64_t)every == 0; }
@@ -3063,6 +3100,7 @@ static void train_run(train_state *s) {
     s->began_at = s->done;
     while (s->done < steps && !train_interrupted && s->in_a_row < TRAIN_PATIENCE) train_once(s, row);
     free(row);
+    progress_leave();
     if (s->done > s->began_at) train_draw(s);
     if (s->in_a_row > 0) {
         stop("the last %llu steps changed nothing%s: they are not saved; what was saved before stays in %s",

@@ -18,7 +18,10 @@ check "freestanding compiles" $CC -std=c99 -O2 -ffreestanding $wide $c -Wno-miss
 for file in examples/*.c; do
     check "$file" $CC -std=c99 -O2 $wide $c -Wno-float-equal -Iexamples -I. -c "$file" -o $out/example.o
 done
-check "without training" $CC -std=c99 -O2 $wide $c -DDSV3_NO_TRAINING -I. -c tests/compile/implement.c -o $out/inference.o
+for unit in implement simd; do
+    check "$unit.c without training" $CC -std=c99 -O2 $wide $c -DDSV3_NO_TRAINING -I. -c tests/compile/$unit.c \
+        -o $out/inference-$unit.o
+done
 if $CC -ffast-math -std=c99 -I. -c tests/compile/implement.c -o $out/fast.o 2> /dev/null; then
     bad "-ffast-math is not refused"
 else
@@ -44,8 +47,11 @@ if command -v nm > /dev/null; then
             > $out/undefined
         if [ -s $out/undefined ]; then bad "$object.o needs: $(tr '\n' ' ' < $out/undefined)"; else ok; fi
     done
-    nm $out/inference.o | grep -E 'train|backward|parameters|learning_rate|text_count$|adamw' > $out/training
-    if [ -s $out/training ]; then bad "training is left in: $(tr '\n' ' ' < $out/training)"; else ok; fi
+    for unit in implement simd; do
+        nm $out/inference-$unit.o | grep -E 'train|_back(ward)?(_|$)|parameters|learning_rate|text_count$|adamw|optimizer' \
+            > $out/training
+        if [ -s $out/training ]; then bad "training is left in $unit: $(tr '\n' ' ' < $out/training)"; else ok; fi
+    done
     # every global the object defines is declared in chapter 1, under the public prefix
     nm $out/implement.o | sed -n 's/.* [TR] //p' | grep -v '^dsv3_' > $out/private
     if [ -s $out/private ]; then bad "unpublished symbols: $(cat $out/private)"; else ok; fi

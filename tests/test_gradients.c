@@ -897,16 +897,20 @@ static void test_differences(setup *a, const real *g) {
     }
 }
 
-/* All eight keep policies give the same bits. */
+/* All eight keep policies give the same bits; so do others in every layer. */
 static void test_keep(int which, const real *g) {
-    for (int32_t keep = 0; keep < 8; keep++) {
+    for (int32_t keep = 0; keep < 16; keep++) {
         setup a;
         char text[80];
+        int32_t layers[8];
+        for (int32_t i = 0; i < 8; i++) layers[i] = (keep + 3 * i) % 8;
         set_case(&a, which);
-        a.s.keep = keep;
+        a.s.keep = keep % 8;
+        if (keep >= 8) a.s.keep_layers = layers;
         open_setup(&a, 7);
         pass(&a);
-        snprintf(text, sizeof text, "%s: gradients with keep %d", a.name, (int)keep);
+        snprintf(text, sizeof text, "%s: gradients with keep %d%s", a.name, (int)keep % 8,
+                 keep < 8 ? "" : ", other layers others");
         test_count(memcmp(a.t.gradients.data, g, a.t.gradients.count * sizeof *g) == 0, __FILE__, __LINE__, text);
         close_setup(&a);
     }

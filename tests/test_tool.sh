@@ -1006,8 +1006,12 @@ for option in --lr --constant --low --tail --lambda --alpha --bias-speed --bias-
     done
 done
 refused "train --val 100" "--val: expected 0 to 99, found 100" train $recipe --out $tmp/t --val 100
+refused "train --ema 1" "--ema: expected 0 to 0.999999999, found 1" train $recipe --out $tmp/t --ema 1
 refused "train --schedule" "--schedule: expected v3 or cosine, found 'linear'" train $recipe --out $tmp/t --schedule linear
-refused "train --keep" "--keep: expected none, norms, up, swiglu or all, found 'some'" train $recipe --out $tmp/t --keep some
+for value in some norms, ,up norms,,up upp u NORMS "norms up" ''; do
+    refused "train --keep '$value'" "--keep: expected none, all, or norms, up, swiglu with commas between, found '$value'" \
+        train $recipe --out $tmp/t --keep "$value"
+done
 refused "train --type" "--type: expected F32, F16, BF16, F8_E4M3, Q8_0 or Q4_0, found 'FP8'" train $recipe --out $tmp/t --type FP8
 refused "train --accum 3" "--accum: expected a divisor of the batch of 4" train $recipe --out $tmp/t --accum 3
 refused "train --warmup" "--warmup: expected at most 8" train $recipe --out $tmp/t --warmup 9 --steps 8
@@ -1072,6 +1076,8 @@ for file in model.safetensors train.safetensors log.csv config.json; do
 done
 trains "--keep all" $recipe --out $tmp/keepall --steps 12 --keep all --type BF16
 same "train --keep" $tmp/whole/log.csv $tmp/keepall/log.csv
+trains "--keep norms,swiglu" $recipe --out $tmp/keepsome --steps 12 --keep norms,swiglu
+same "train --keep norms,swiglu" $tmp/whole/log.csv $tmp/keepsome/log.csv
 trains "--accum 4" $recipe --out $tmp/accum --steps 12 --accum 4
 if paste -d, $tmp/whole/log.csv $tmp/accum/log.csv |
     awk -F, 'NR > 1 { d = $4 - $15; if (d > 1e-3 || d < -1e-3) bad = 1 } END { exit bad }'; then ok; else
@@ -1105,6 +1111,15 @@ refused "train --resume: another option" "--lr: expected '0.0030000000000000001'
     train --resume --out $tmp/stopped --lr 0.004
 refused "train --resume: another text" "--text: expected the text of the run" train --resume --out $tmp/stopped --text LICENSE
 refused "train --resume: a model" "--resume: the model is the one in" train --resume --out $tmp/stopped --preset micro
+# The reader behind a pipe ends, as tee does by Ctrl-C: so does the run, with everything saved.
+rm -rf $tmp/stopped
+{
+    "$tool" train $recipe --out $tmp/stopped --steps 12 --save-every 5
+    echo $? > $tmp/status
+} 2>&1 | head -n 1 > $tmp/out
+equal "train: a closed pipe: status" "$(cat $tmp/status)" 0
+trains "after a closed pipe" --resume --out $tmp/stopped
+whole "after a closed pipe" stopped
 moment=0
 for pause in 0 0.02 0.05 0.1 0.15; do
     moment=$((moment + 1))
@@ -1137,6 +1152,15 @@ if grep -q "train.safetensors: cannot write" $tmp/err; then ok; else fail "train
 same "train: no room: the old state stays" $tmp/a $tmp/late/train.safetensors
 good "train: no room: the old checkpoint stays" inspect $tmp/late --check-finite
 
+# On a terminal: one line that is rewritten and fits, with the time left at its end; all else on lines of its own.
+if script --version 2> /dev/null | grep -q util-linux; then
+    TERM=xterm script -qec "stty cols 60; '$tool' train $recipe --steps 40 --sample-every 7 --out $tmp/terminal" /dev/null \
+        < /dev/null | tr -d '\n' | tr '\r' '\n' | grep -v validation > $tmp/out
+    shows "train: terminal: a line" '^step [0-9]*/40  loss [0-9.]* [0-9.]*  .*[0-9] tokens/s  0:00:0[0-9] left *$'
+    equal "train: terminal: lines that are too long" "$(awk 'length > 60 && !/^sample/' $tmp/out)" ""
+    equal "train: terminal: samples" "$(grep -c '^sample at step ' $tmp/out)" 5
+fi
+
 # Other beginnings, settings and ends.
 good "score micro" score $micro $tmp/train.txt --context 12
 before=$(sed -n 's/^nats.token *//p' $tmp/out)
@@ -1158,6 +1182,16 @@ trains "--resume with --ema" --resume --out $tmp/frozen
 trains "--config, --ids, two texts" --config $tmp/v128 --ids --text $tmp/list --text $tmp/list --val 0 --seq 4 --steps 2 \
     --batch 2 --out $tmp/ids2 --threads 1
 good "score --ids of it" score $tmp/ids2 $tmp/list --ids
+trains "a validation too short for the module" $recipe --steps 1 --val 0.01 --out $tmp/short
+if grep -q '  validation [0-9.]* -  norm' $tmp/err; then ok; else fail "train: what is not measured is a dash"; fi
+trains "--freeze: a bias" $recipe --steps 2 --freeze '*layers.1.mlp.gate.*' --out $tmp/steady --type F32
+good "train --freeze: a bias" inspect $tmp/steady
+shows "train --freeze: a bias" '^model.layers.1.mlp.gate.e_score_correction_bias  *F32 *\[8\] *0  *0 '
+if grep -q '^model.layers.2.mlp.gate.e_score_correction_bias  *F32 *\[8\] *0  *0 ' $tmp/out; then
+    bad "train --freeze: a bias: others, too"
+else
+    ok
+fi
 run train $recipe --lr 1e30 --clip 0 --steps 40 --out $tmp/diverged --save-every 20
 equal "train: diverged: status" $status 1
 if grep -q 'the training has diverged: they are not saved' $tmp/err; then ok; else fail "train: diverged"; fi

@@ -648,6 +648,26 @@ static void test_bias(void) {
     close_trainer(&a);
 }
 
+/* A frozen bias stays, and only that; the loads are counted as ever. */
+static void test_frozen_bias(void) {
+    static const int lengths[] = {9, 14, 7, 0};
+    static const char *const names[] = {"model.layers.1.*_bias", NULL};
+    subject a;
+    place frozen, other;
+    prepare(&a, lengths);
+    a.s.frozen = names;
+    open_trainer(&a, 1);
+    a.t.balancer.schedule.speed = 0.125;
+    frozen = place_of(&a, "model.layers.1.mlp.gate.e_score_correction_bias");
+    other = place_of(&a, "model.layers.2.mlp.gate.e_score_correction_bias");
+    for (size_t e = 0; e < 6; e++) a.t.weights.data[frozen.at + e] = a.t.weights.data[other.at + e] = 0.5f;
+    step(&a, 0.01);
+    for (size_t e = 0; e < 6; e++) CHECK(fabs((double)a.t.weights.data[frozen.at + e] - 0.5) <= 0);
+    CHECK(largest_of(a.t.weights.data + other.at, 6) > 0.6);
+    CHECK(a.t.balancer.load_all[6] + a.t.balancer.load_all[7] + a.t.balancer.load_all[8] > 0);
+    close_trainer(&a);
+}
+
 /* ---- Failed steps leave no traces */
 
 typedef struct snapshot {
@@ -1183,14 +1203,45 @@ static void test_parameter_memory(void) {
     CHECK_EQ(with - without, bytes);
 }
 
-/* All keep policies, the same bits. */
+/* A policy of each layer costs what that layer's does, to the byte; one byte less is refused. */
+static void test_kept_layers(void) {
+    dsv3_config c = tiny_config();
+    dsv3_training s = dsv3_training_default();
+    int32_t layers[4] = {0, 0, 0, 0}; /* dense, MoE, MoE, MTP */
+    dsv3_trainer t;
+    size_t bytes = 0, sum = 0, none = size_of(&c, 0, 64);
+    s.rows = 64, s.longest = 64, s.keep = 7, s.keep_layers = layers;
+    CHECK_EQ(dsv3_trainer_size(&c, &s, 1, &bytes), DSV3_OK);
+    CHECK_EQ(bytes, none); /* keep itself is not read then */
+    for (int i = 0; i < 4; i++) {
+        layers[i] = 7;
+        CHECK_EQ(dsv3_trainer_size(&c, &s, 1, &bytes), DSV3_OK);
+        CHECK_EQ(bytes - none, 64 * (size_per_row(&c, 7, i == 0) - size_per_row(&c, 0, i == 0)));
+        sum += bytes - none;
+        layers[i] = 0;
+    }
+    for (int i = 0; i < 4; i++) layers[i] = 7;
+    CHECK_EQ(dsv3_trainer_size(&c, &s, 1, &bytes), DSV3_OK);
+    CHECK_EQ(bytes - none, sum);
+    CHECK_EQ(bytes, size_of(&c, 7, 64));
+    {
+        void *memory = synth_alloc(bytes);
+        CHECK_EQ(dsv3_trainer_init(&t, &c, &s, 1, memory, bytes - 1), DSV3_ERR_MEMORY);
+        CHECK_EQ(dsv3_trainer_init(&t, &c, &s, 1, memory, bytes), DSV3_OK);
+        synth_release(memory);
+    }
+}
+
+/* All keep policies, the same bits; also if each layer has its own. The memory is exactly that asked for. */
 static void test_keep(void) {
     static const int lengths[] = {9, 14, 7, 0};
     float *want = NULL;
-    for (int32_t keep = 0; keep < 8; keep++) {
+    for (int32_t keep = 0; keep < 16; keep++) {
+        const int32_t layers[4] = {keep % 8, (keep + 3) % 8, 7 - keep % 8, (5 * keep) % 8};
         subject a;
         prepare(&a, lengths);
-        a.s.keep = keep;
+        a.s.keep = keep % 8;
+        if (keep >= 8) a.s.keep_layers = layers;
         open_trainer(&a, 1);
         for (int i = 0; i < 2; i++) step(&a, 0.01);
         if (want == NULL) want = copy_floats(a.t.weights.data, a.t.weights.count);
@@ -1268,6 +1319,7 @@ int main(void) {
     test_patterns();
     test_decay();
     test_bias();
+    test_frozen_bias();
     test_not_finite();
     test_overflow();
     test_all_ignored();
@@ -1286,6 +1338,7 @@ int main(void) {
     test_random_parameters();
     test_kept();
     test_parameter_memory();
+    test_kept_layers();
     test_keep();
     test_schedule();
     test_overfit();
