@@ -1815,7 +1815,9 @@ DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3
 /* ---- Parallel loops. work is the loop's cost in multiply-adds, roughly: what is too small to be worth
  * waking anybody (some tens of microseconds) runs right here. */
 
+#ifndef DSV3I_SERIAL_WORK
 #define DSV3I_SERIAL_WORK 262144u
+#endif
 
 static void dsv3i_parallel(const dsv3_context *ctx, size_t n, size_t work, dsv3_task task, void *arg) {
     if (n == 0) return;
@@ -3201,7 +3203,9 @@ DSV3_API void dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t 
  * ==================================================================================================== */
 
 #define DSV3I_KEYS 32u   /* keys per block */
-#define DSV3I_SEGMENT 256u /* keys, blocks of them, whose sums one thread builds up in the absorbed form */
+#ifndef DSV3I_SEGMENT
+#define DSV3I_SEGMENT 256u /* keys whose sums one thread builds up in the absorbed form, DSV3I_KEYS times a whole number */
+#endif
 #define DSV3I_QUERIES 8u   /* rows that share decoded rows of kv_b_proj in the absorbed form */
 #ifdef DSV3I_X86
 #define DSV3I_EXPAND 128u /* keys expanded together, DSV3I_KEYS times a whole number: more, where panels are made for them */

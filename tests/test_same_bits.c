@@ -6,6 +6,8 @@
  *
  * The first part, all configurations, is for one backend (TEST_BACKEND); the second for all of them, unless one is
  * named, both ways of computing, and all types. */
+#define DSV3I_SEGMENT 32u       /* so that short contexts have several */
+#define DSV3I_SERIAL_WORK 1024u /* and small loops are split */
 #define DSV3_IMPLEMENTATION
 #include "dsv3.h"
 #include "synthetic.h"
@@ -29,14 +31,15 @@
 /* ---- Parallel loops. Each counts its calls by kind of loop: a loop too small to be split never gets here, and a
  * test in which nothing was split would prove nothing. */
 
-enum { LOOP_LINEAR, LOOP_SILU, LOOP_ABSORBED, LOOP_EXPANDED, LOOP_OTHER, LOOPS };
+enum { LOOP_LINEAR, LOOP_SILU, LOOP_ABSORBED, LOOP_SEGMENTS, LOOP_EXPANDED, LOOP_OTHER, LOOPS };
 static long split[LOOPS];
 
 static void count_loop(dsv3_task task) {
     int kind = LOOP_OTHER;
     if (task == dsv3i_linear_task) kind = LOOP_LINEAR;
     if (task == dsv3i_silu_task) kind = LOOP_SILU;
-    if (task == dsv3i_absorbed_task) kind = LOOP_ABSORBED;
+    if (task == dsv3i_segment_task) kind = LOOP_SEGMENTS;
+    if (task == dsv3i_absorb_task || task == dsv3i_join_task) kind = LOOP_ABSORBED;
     if (task == dsv3i_expanded_task) kind = LOOP_EXPANDED;
     split[kind]++;
 }
@@ -208,7 +211,7 @@ static void test_config(const char *name, const dsv3_config *c, int types, size_
     a.got = (float *)test_alloc(a.S * a.V * sizeof(float));
     synth_tokens(a.token, a.S, c->vocab_size);
     for (int form = 1; form <= 2; form++) {
-        long attention = split[form == 1 ? LOOP_ABSORBED : LOOP_EXPANDED];
+        long attention = split[form == 1 ? LOOP_ABSORBED : LOOP_EXPANDED], segments = split[LOOP_SEGMENTS];
         for (int bf16 = 0; bf16 < 2; bf16++) {
             size_t others = 3 * a.S;
             a.s->context.attention = (dsv3_attention)form;
@@ -226,6 +229,7 @@ static void test_config(const char *name, const dsv3_config *c, int types, size_
             free(a.want_cache);
         }
         CHECK(split[form == 1 ? LOOP_ABSORBED : LOOP_EXPANDED] > attention);
+        if (form == 1 && length > 64) CHECK(split[LOOP_SEGMENTS] > segments);
     }
     free(a.want), free(a.got);
     synth_close(a.s);
