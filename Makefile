@@ -17,7 +17,7 @@ OPENMP := $(shell mkdir -p build && printf '\043include <omp.h>\nint main(void){
 BUILD = $(CC) -std=c99 $(WARN) $(CFLAGS) $(OPENMP) -I. -Iexamples -Itests -Ibench
 
 HEADERS  = dsv3.h examples/json.h examples/safetensors.h examples/checkpoint.h examples/svg.h \
-           examples/thread_pool.h
+           examples/thread_pool.h examples/large_pages.h
 LESSONS  = $(patsubst examples/%.c,build/%,$(wildcard examples/[0-9]*.c))
 TESTS    = $(patsubst tests/%.c,build/%,$(wildcard tests/test_*.c))
 BENCHES  = $(patsubst bench/%.c,build/%,$(wildcard bench/bench_*.c))

@@ -24,6 +24,7 @@
 #include "dsv3.h"
 #define THREADS_IMPLEMENTATION
 #include "../examples/thread_pool.h"
+#include "../examples/large_pages.h"
 
 #include <stdint.h>
 #include <stdio.h>
@@ -190,13 +191,14 @@ static inline dsv3_config bench_shape(const char *option, const char *value, con
                     : dsv3_config_preset(DSV3_PRESET_MICRO);
 }
 
-/* ---- Memory, from the start of a cache line on; free() takes it back */
+/* ---- Memory, from the start of a cache line on, and all of it on large pages where there are any: the limits that are
+ * measured, too. free() takes it back */
 
 #define BENCH_ALIGN 64 /* bytes; no less than DSV3_ALIGN */
 
 static inline void *bench_alloc(size_t bytes) {
-    void *memory = NULL;
-    if (posix_memalign(&memory, BENCH_ALIGN, bytes > 0 ? bytes : 1) != 0) {
+    void *memory = large_pages_alloc(bytes);
+    if (memory == NULL) {
         fprintf(stderr, BENCH_NAME ": out of memory (%.1f MiB asked for)\n", (double)bytes / 1048576.0);
         exit(1);
     }

@@ -30,7 +30,7 @@ for cc in gcc clang; do
         later "$cc $file" $cc -std=c99 -D_POSIX_C_SOURCE=200809L -O2 $wide $c -Wno-float-equal -Wno-double-promotion -I. -Iexamples -Itests \
             -Ibench -c "$file" -o /dev/null
     done
-    for header in json safetensors checkpoint svg thread_pool; do
+    for header in json safetensors checkpoint svg thread_pool large_pages; do
         upper=$(echo ${header%_pool} | tr a-z A-Z | sed 's/^THREAD$/THREADS/')
         printf '#define DSV3_IMPLEMENTATION\n#define %s_IMPLEMENTATION\n#include "%s.h"\n' $upper $header > $out/$header.c
         later "$cc $header.h alone, C99" $cc -std=c99 -O2 $wide $c -Iexamples -c $out/$header.c -o /dev/null
