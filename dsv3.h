@@ -9573,34 +9573,64 @@ void dsv3i_avx512_bf16_weights(unsigned char *rows, const float *p, size_t colum
     }
 }
 
+/* Sixteen numbers of values as BF16, from number `at` on, those of the mask. */
+DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_value(const dsv3_meeting *a, size_t at, __mmask16 m) {
+    if (a->type == DSV3_BF16) {
+        return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, (const uint16_t *)a->values + at));
+    }
+    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(m, (const float *)a->values + at)));
+}
+
 /* Columns i .. i+63 of values, two keys in four bytes: [nk/2, 4, 16, 2]. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3_meeting *a, size_t i, size_t nk) {
     const size_t columns = (dsv3i_min(64, a->dv - i) + 15) / 16;
+    const __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i first = _mm512_or_si512(at, _mm512_slli_epi32(_mm512_add_epi32(at, _mm512_set1_epi32(32)), 16));
+    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
     for (size_t j = 0; j < nk; j += 2) {
+        if (a->type == DSV3_BF16 && columns == 4 && j + 1 < nk) { /* nothing is missing */
+            const uint16_t *low = (const uint16_t *)a->values + j * a->ld_v + i, *high = low + a->ld_v;
+            DSV3I_UNROLL for (int c = 0; c < 4; c += 2, panel += 128) {
+                const __m512i x = _mm512_loadu_si512(low + 16 * c), y = _mm512_loadu_si512(high + 16 * c);
+                _mm512_storeu_si512(panel, _mm512_permutex2var_epi16(x, first, y));
+                _mm512_storeu_si512(panel + 64, _mm512_permutex2var_epi16(x, second, y));
+            }
+            continue;
+        }
         for (size_t c = 0; c < columns; c++, panel += 64) {
             const __mmask16 m = dsv3i_avx512_mask(a->dv - i - 16 * c);
             const __mmask16 next = j + 1 < nk ? m : (__mmask16)0;
-            const size_t at = j * a->ld_v + i + 16 * c, after = next ? at + a->ld_v : at;
-            if (a->type == DSV3_BF16) {
-                const uint16_t *v = (const uint16_t *)a->values;
-                const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, v + at));
-                const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(next, v + after));
-                _mm512_storeu_si512(panel, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-            } else {
-                const float *v = (const float *)a->values;
-                _mm512_storeu_si512(panel, dsv3i_avx512_bf16_pairs(_mm512_maskz_loadu_ps(m, v + at),
-                                                                   _mm512_maskz_loadu_ps(next, v + after)));
-            }
+            const size_t from = j * a->ld_v + i + 16 * c, after = next ? from + a->ld_v : from;
+            const __m512i low = dsv3i_avx512_bf16_value(a, from, m), high = dsv3i_avx512_bf16_value(a, after, next);
+            _mm512_storeu_si512(panel, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
         }
     }
+}
+
+/* Scores of M keys with the queries of one column: as a product of more rows, so that sums hide their latency. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_scores(const int M, float *p, const unsigned char *keys, size_t ldx, const unsigned char *q,
+                              size_t k) {
+    const unsigned char *x[6]; /* every third key: addresses of the others are sums */
+    __m512 acc[16];
+    DSV3I_UNROLL for (int m = 0; m < M; m += 3) x[m / 3] = keys + (size_t)m * ldx;
+    DSV3I_UNROLL for (int m = 0; m < M; m++) acc[m] = _mm512_setzero_ps();
+    for (size_t i = 0; i < k; i += 2) {
+        const __m512bh b = (__m512bh)_mm512_loadu_si512(q + 32 * i);
+        DSV3I_UNROLL for (int m = 0; m < M; m++) {
+            const void *at = x[m / 3] + (size_t)(m % 3) * ldx + 2 * i;
+            acc[m] = _mm512_dpbf16_ps(acc[m], (__m512bh)_mm512_set1_epi32(*(const int32_t *)at), b);
+        }
+    }
+    DSV3I_UNROLL for (int m = 0; m < M; m++) _mm512_storeu_ps(p + 16 * m, acc[m]);
 }
 
 DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_meet(dsv3_meeting *a, size_t nk) {
     const size_t dk = dsv3i_avx512_bf16_pad(a->dk), columns = (a->lanes + 15) / 16;
     unsigned char *scratch = (unsigned char *)a->scratch + 32 * columns * dk, *keys, weights[64 * 64], values[64 * 64];
     float *p = (float *)(void *)scratch, rescale[64];
-    size_t ldx = 2 * a->ld_k;
+    size_t ldx = 2 * a->ld_k, scored = 0;
     const void *x = a->keys;
     dsv3_panel panel;
     panel.values = a->scratch;
@@ -9619,7 +9649,12 @@ DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_meet(dsv3_meeting 
     } else {
         panel.block = a->dk;
     }
-    dsv3i_avx512_bf16_product_bf16(p, 16 * columns, x, ldx, nk, &panel, 16 * columns, panel.block, 0);
+    for (; columns == 1 && scored + 16 <= nk; scored += 16) {
+        dsv3i_avx512_bf16_scores(16, p + 16 * scored, (const unsigned char *)x + scored * ldx, ldx,
+                                 (const unsigned char *)panel.values, panel.block);
+    }
+    dsv3i_avx512_bf16_product_bf16(p + 16 * columns * scored, 16 * columns, (const unsigned char *)x + scored * ldx, ldx,
+                                   nk - scored, &panel, 16 * columns, panel.block, 0);
     dsv3i_avx512_softmax(a, p, rescale, columns, nk);
     dsv3i_avx512_rescale(a, rescale);
     dsv3i_avx512_bf16_weights(weights, p, columns, nk);
