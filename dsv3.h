@@ -3247,7 +3247,7 @@ static size_t dsv3i_part_floats(const dsv3i_dims *m) {
  * enough for all threads when there is one. */
 static size_t dsv3i_parts(const dsv3i_dims *m, size_t n, size_t threads) {
     size_t rows = dsv3i_min(n, DSV3I_QUERIES), groups = dsv3i_add(dsv3i_blocks(dsv3i_mul(rows, m->H), 64), rows - 1);
-    return dsv3i_max(groups, threads > 1 ? dsv3i_mul(4, threads) : 1);
+    return dsv3i_max(groups, threads > 1 ? dsv3i_mul(8, threads) : 1);
 }
 
 /* ---- Cache rows */
@@ -9593,6 +9593,8 @@ void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3_meeting *a, 
             const uint16_t *low = (const uint16_t *)a->values + j * a->ld_v + i, *high = low + a->ld_v;
             DSV3I_UNROLL for (int c = 0; c < 4; c += 2, panel += 128) {
                 const __m512i x = _mm512_loadu_si512(low + 16 * c), y = _mm512_loadu_si512(high + 16 * c);
+                _mm_prefetch((const char *)(low + 16 * c + 32 * a->ld_v), _MM_HINT_T0); /* the next block */
+                _mm_prefetch((const char *)(high + 16 * c + 32 * a->ld_v), _MM_HINT_T0);
                 _mm512_storeu_si512(panel, _mm512_permutex2var_epi16(x, first, y));
                 _mm512_storeu_si512(panel + 64, _mm512_permutex2var_epi16(x, second, y));
             }
