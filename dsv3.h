@@ -2654,21 +2654,61 @@ DSV3_API void dsv3_embed_backward(float *dw, const float *dx, const int32_t *tok
 
 /* ---- RMSNorm */
 
-DSV3_API void dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *g, size_t n,
-                           size_t d, float eps) {
-    size_t step = dsv3_type_bytes(g->type);
-    DSV3_ASSERT(g->cols == d && g->scale == NULL);
-    for (size_t t = 0; t < n; t++) {
-        const float *xt = x + t * d;
-        float *yt = y + t * d;
-        float r = 1.0f / DSV3_SQRTF(context->kernels.dot(xt, xt, d) / (float)d + eps);
+typedef struct dsv3i_rows_arg { /* of loops over rows of d numbers */
+    const dsv3_context *ctx;
+    float *y;
+    const float *x;
+    const dsv3_tensor *g;
+    size_t d;
+    float eps;
+} dsv3i_rows_arg;
+
+static void dsv3i_rmsnorm_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_rows_arg *a = (const dsv3i_rows_arg *)arg;
+    size_t d = a->d, step = dsv3_type_bytes(a->g->type);
+    (void)worker;
+    for (size_t t = begin; t < end; t++) {
+        const float *xt = a->x + t * d;
+        float *yt = a->y + t * d;
+        float r = 1.0f / DSV3_SQRTF(a->ctx->kernels.dot(xt, xt, d) / (float)d + a->eps);
         for (size_t i = 0; i < d; i += 64) { /* the gain is decoded piece by piece, on the stack */
             float gain[64];
             size_t m = dsv3i_min(64, d - i);
-            context->kernels.decode[g->type](gain, (const unsigned char *)g->data + i * step, m);
+            a->ctx->kernels.decode[a->g->type](gain, (const unsigned char *)a->g->data + i * step, m);
             for (size_t j = 0; j < m; j++) yt[i + j] = gain[j] * (xt[i + j] * r);
         }
     }
+}
+
+DSV3_API void dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *g, size_t n,
+                           size_t d, float eps) {
+    dsv3i_rows_arg a;
+    DSV3_ASSERT(g->cols == d && g->scale == NULL);
+    a.ctx = context;
+    a.y = y;
+    a.x = x;
+    a.g = g;
+    a.d = d;
+    a.eps = eps;
+    dsv3i_parallel(context, n, dsv3i_mul(4 * n, d), dsv3i_rmsnorm_task, &a);
+}
+
+static void dsv3i_add_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_rows_arg *a = (const dsv3i_rows_arg *)arg;
+    (void)worker;
+    a->ctx->kernels.axpy(a->y + begin * a->d, 1.0f, a->x + begin * a->d, (end - begin) * a->d);
+}
+
+/* y [n, d] += x: the residual stream. */
+static void dsv3i_add_rows(const dsv3_context *ctx, float *y, const float *x, size_t n, size_t d) {
+    dsv3i_rows_arg a;
+    a.ctx = ctx;
+    a.y = y;
+    a.x = x;
+    a.g = NULL;
+    a.d = d;
+    a.eps = 0.0f;
+    dsv3i_parallel(ctx, n, dsv3i_mul(2 * n, d), dsv3i_add_task, &a);
 }
 
 #ifndef DSV3_NO_TRAINING
@@ -3288,29 +3328,66 @@ static void dsv3i_mla_raw(const dsv3_context *ctx, const dsv3i_dims *m, const fl
     dsv3i_linear_jobs(ctx, jobs, 2, ws->worker, ws->worker_floats, ws->rounded);
 }
 
+typedef struct dsv3i_projection { /* of loops over rows */
+    const dsv3_context *ctx;
+    const dsv3i_dims *m;
+    const dsv3_model *model;
+    const dsv3_layer *w;
+    dsv3_workspace *ws;
+} dsv3i_projection;
+
 /* kv from kv_raw: norm and rotation. */
+static void dsv3i_mla_kv_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_projection *a = (const dsv3i_projection *)arg;
+    const dsv3i_dims *m = a->m;
+    const dsv3_config *c = &a->model->config;
+    (void)worker;
+    for (size_t t = begin; t < end; t++) {
+        float *kv = a->ws->kv + t * m->width, *raw = a->ws->kv_raw + t * m->width;
+        dsv3_rmsnorm(a->ctx, kv, raw, &a->w->kv_a_layernorm, 1, m->rk, c->latent_norm_eps);
+        if (kv != raw) DSV3_MEMCPY(kv + m->rk, raw + m->rk, m->dr * sizeof *kv);
+        dsv3_rope_rotate(kv + m->rk, a->ws->cos_sin + t * m->dr, m->dr, c->rope_interleave);
+    }
+}
+
+/* Rotation of every head's query. */
+static void dsv3i_mla_rotate_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_projection *a = (const dsv3i_projection *)arg;
+    const dsv3i_dims *m = a->m;
+    (void)worker;
+    for (size_t i = begin * m->H; i < end * m->H; i++) {
+        dsv3_rope_rotate(a->ws->q + i * m->qk + m->dn, a->ws->cos_sin + i / m->H * m->dr, m->dr,
+                         a->model->config.rope_interleave);
+    }
+}
+
+static dsv3i_projection dsv3i_projection_make(const dsv3_context *ctx, const dsv3i_dims *m, const dsv3_model *model,
+                                              const dsv3_layer *w, dsv3_workspace *ws) {
+    dsv3i_projection a;
+    a.ctx = ctx;
+    a.m = m;
+    a.model = model;
+    a.w = w;
+    a.ws = ws;
+    return a;
+}
+
 static void dsv3i_mla_kv(const dsv3_context *ctx, const dsv3i_dims *m, const dsv3_model *model, const dsv3_layer *w,
                          size_t n, dsv3_workspace *ws) {
-    for (size_t t = 0; t < n; t++) {
-        float *kv = ws->kv + t * m->width, *raw = ws->kv_raw + t * m->width;
-        dsv3_rmsnorm(ctx, kv, raw, &w->kv_a_layernorm, 1, m->rk, model->config.latent_norm_eps);
-        if (kv != raw) DSV3_MEMCPY(kv + m->rk, raw + m->rk, m->dr * sizeof *kv);
-        dsv3_rope_rotate(kv + m->rk, ws->cos_sin + t * m->dr, m->dr, model->config.rope_interleave);
-    }
+    dsv3i_projection a = dsv3i_projection_make(ctx, m, model, w, ws);
+    dsv3i_parallel(ctx, n, dsv3i_mul(4 * n, m->width), dsv3i_mla_kv_task, &a);
 }
 
 /* q from q_raw: norm and q_b (without q_lora it is there already); rotation. */
 static void dsv3i_mla_q(const dsv3_context *ctx, const dsv3i_dims *m, const dsv3_model *model, const dsv3_layer *w,
                         size_t n, dsv3_workspace *ws) {
+    dsv3i_projection a = dsv3i_projection_make(ctx, m, model, w, ws);
     if (m->rq) {
         dsv3i_job job = dsv3i_job_make(ws->q, ws->q_latent, &w->q_b_proj, n);
         dsv3_rmsnorm(ctx, ws->q_latent, ws->q_raw, &w->q_a_layernorm, n, m->rq, model->config.latent_norm_eps);
         dsv3i_linear_jobs(ctx, &job, 1, ws->worker, ws->worker_floats, ws->rounded);
     }
-    for (size_t i = 0; i < n * m->H; i++) {
-        dsv3_rope_rotate(ws->q + i * m->qk + m->dn, ws->cos_sin + i / m->H * m->dr, m->dr,
-                         model->config.rope_interleave);
-    }
+    dsv3i_parallel(ctx, n, dsv3i_mul(4 * n, m->H * m->dr), dsv3i_mla_rotate_task, &a);
 }
 
 /* ---- Attention proper */
@@ -3736,11 +3813,18 @@ static void dsv3i_expanded_item(const dsv3i_attention_arg *a, size_t leader, siz
     }
 }
 
+/* The first row of a sequence that uses the expanded form? */
+static int dsv3i_is_expanded_leader(const dsv3_workspace *ws, size_t t) {
+    return ws->expanded[t] && ws->leader[t] == (int32_t)t;
+}
+
 static void dsv3i_expanded_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_attention_arg *a = (const dsv3i_attention_arg *)arg;
     for (size_t i = begin; i < end; i++) {
-        size_t t = i / a->m->H; /* only first rows of their sequence lead */
-        if (!a->ws->expanded[t] || a->ws->leader[t] != (int32_t)t) continue;
+        size_t t = 0;
+        for (size_t s = 0;; t++) { /* the leader of expanded sequence i / H */
+            if (dsv3i_is_expanded_leader(a->ws, t) && s++ == i / a->m->H) break;
+        }
         dsv3i_expanded_item(a, t, i % a->m->H, a->ws->worker + worker * a->ws->worker_floats);
     }
 }
@@ -3751,7 +3835,7 @@ DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const floa
     dsv3i_dims m = dsv3i_dims_of(&model->config);
     dsv3i_attention_arg arg;
     dsv3i_job job;
-    size_t work = 0, expanded = 0;
+    size_t work = 0, expanded = 0, leaders = 0;
     DSV3_ASSERT(n <= workspace->rows && context->threads <= workspace->threads);
     arg.ctx = context;
     arg.m = &m;
@@ -3769,13 +3853,14 @@ DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const floa
         dsv3i_cache_store(&caches[workspace->sequence[t]], layer, (size_t)workspace->position[t],
                           workspace->kv + t * m.width);
         expanded += workspace->expanded[t] != 0;
+        leaders += dsv3i_is_expanded_leader(workspace, t) != 0;
         work = dsv3i_add(
             work, dsv3i_mul(m.H, dsv3i_add(m.rk * m.kv, dsv3i_mul((size_t)workspace->position[t], m.qk + m.dv))));
     }
     for (size_t t = 0; t < n && expanded < n; t += DSV3I_QUERIES) {
         dsv3i_absorbed_window(&arg, t, dsv3i_min(t + DSV3I_QUERIES, n));
     }
-    if (expanded > 0) dsv3i_parallel(context, n * m.H, work, dsv3i_expanded_task, &arg);
+    dsv3i_parallel(context, leaders * m.H, work, dsv3i_expanded_task, &arg);
     job = dsv3i_job_make(y, workspace->o, &weights->o_proj, n);
     dsv3i_linear_jobs(context, &job, 1, workspace->worker, workspace->worker_floats, workspace->rounded);
 }
@@ -4554,12 +4639,41 @@ static void dsv3i_group_rows(size_t *offset, size_t *slot, const int32_t *idx, s
     offset[0] = 0;
 }
 
+typedef struct dsv3i_moe_rows {
+    const dsv3_context *ctx;
+    const dsv3i_dims *m;
+    float *y;
+    const float *u;
+    dsv3_workspace *ws;
+} dsv3i_moe_rows;
+
+/* Rows of tokens to the rows of their experts. */
+static void dsv3i_moe_group_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_moe_rows *a = (const dsv3i_moe_rows *)arg;
+    size_t d = a->m->d, K = a->m->K;
+    (void)worker;
+    for (size_t i = begin * K; i < end * K; i++) {
+        DSV3_MEMCPY(a->ws->grouped + a->ws->slot[i] * d, a->u + i / K * d, d * sizeof *a->u);
+    }
+}
+
+/* And back: what the experts of a token say, each with its weight. */
+static void dsv3i_moe_combine_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_moe_rows *a = (const dsv3i_moe_rows *)arg;
+    size_t d = a->m->d, K = a->m->K;
+    (void)worker;
+    for (size_t i = begin * K; i < end * K; i++) {
+        a->ctx->kernels.axpy(a->y + i / K * d, a->ws->gate[i], a->ws->grouped + a->ws->slot[i] * d, d);
+    }
+}
+
 static dsv3_result dsv3i_moe_forward(const dsv3_context *ctx, float *y, const float *u, const dsv3_model *model,
                                      const dsv3_layer *w, size_t n, dsv3_workspace *ws) {
     const dsv3_config *c = &model->config;
     dsv3i_dims m = dsv3i_dims_of(c);
     const float *bias = NULL;
     size_t count = 0;
+    dsv3i_moe_rows rows;
     dsv3_result result;
     if (c->topk_method == DSV3_NOAUX_TC) {
         dsv3i_decode_row(ctx, ws->bias, &w->e_score_correction_bias, 0);
@@ -4575,13 +4689,16 @@ static dsv3_result dsv3i_moe_forward(const dsv3_context *ctx, float *y, const fl
         ctx->observer.routing(ctx->observer.user, w->index, ws->score, ws->idx, ws->gate, n);
     }
     dsv3i_group_rows(ws->offset, ws->slot, ws->idx, n, m.K, m.E);
-    for (size_t i = 0; i < n * m.K; i++) {
-        DSV3_MEMCPY(ws->grouped + ws->slot[i] * m.d, u + i / m.K * m.d, m.d * sizeof *u);
-    }
+    rows.ctx = ctx;
+    rows.m = &m;
+    rows.y = y;
+    rows.u = u;
+    rows.ws = ws;
+    dsv3i_parallel(ctx, n, dsv3i_mul(n * m.K, m.d), dsv3i_moe_group_task, &rows);
     for (size_t e = 0; e < m.E; e++) {
-        size_t first = ws->offset[e], rows = ws->offset[e + 1] - first;
+        size_t first = ws->offset[e], some = ws->offset[e + 1] - first;
         float *x = ws->grouped + first * m.d;
-        if (rows > 0) dsv3i_mlp_rows_set(&ws->mlps[count++], &w->experts[e], x, x, rows, first * m.F);
+        if (some > 0) dsv3i_mlp_rows_set(&ws->mlps[count++], &w->experts[e], x, x, some, first * m.F);
     }
     if (m.Fs > 0) {
         dsv3i_mlp_rows_set(&ws->mlps[count++], &w->shared_experts, y, u, n, n * m.K * m.F);
@@ -4589,9 +4706,7 @@ static dsv3_result dsv3i_moe_forward(const dsv3_context *ctx, float *y, const fl
         DSV3_MEMSET(y, 0, n * m.d * sizeof *y);
     }
     dsv3i_mlps(ctx, ws->mlps, count, ws);
-    for (size_t i = 0; i < n * m.K; i++) {
-        ctx->kernels.axpy(y + i / m.K * m.d, ws->gate[i], ws->grouped + ws->slot[i] * m.d, m.d);
-    }
+    dsv3i_parallel(ctx, n, dsv3i_mul(n * m.K, m.d), dsv3i_moe_combine_task, &rows);
     return result;
 }
 
@@ -4793,11 +4908,11 @@ DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, c
     dsv3_result result;
     dsv3_rmsnorm(context, u, x, &weights->input_layernorm, n, d, eps);
     dsv3_mla_forward(context, y, u, model, weights, layer, caches, n, workspace);
-    for (size_t i = 0; i < n * d; i++) x[i] += y[i];
+    dsv3i_add_rows(context, x, y, n, d);
     if (workspace->x_mid != NULL) DSV3_MEMCPY(workspace->x_mid, x, n * d * sizeof *x);
     dsv3_rmsnorm(context, u_ffn, x, &weights->post_attention_layernorm, n, d, eps);
     result = dsv3_ffn_forward(context, y, u_ffn, model, weights, n, workspace);
-    for (size_t i = 0; i < n * d; i++) x[i] += y[i];
+    dsv3i_add_rows(context, x, y, n, d);
     return result;
 }
 

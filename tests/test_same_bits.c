@@ -31,13 +31,16 @@
 /* ---- Parallel loops. Each counts its calls by kind of loop: a loop too small to be split never gets here, and a
  * test in which nothing was split would prove nothing. */
 
-enum { LOOP_LINEAR, LOOP_SILU, LOOP_ABSORBED, LOOP_SEGMENTS, LOOP_EXPANDED, LOOP_OTHER, LOOPS };
+enum { LOOP_LINEAR, LOOP_SILU, LOOP_ROWS, LOOP_EXPERTS, LOOP_ABSORBED, LOOP_SEGMENTS, LOOP_EXPANDED, LOOP_OTHER, LOOPS };
 static long split[LOOPS];
 
 static void count_loop(dsv3_task task) {
     int kind = LOOP_OTHER;
     if (task == dsv3i_linear_task) kind = LOOP_LINEAR;
     if (task == dsv3i_silu_task) kind = LOOP_SILU;
+    if (task == dsv3i_rmsnorm_task || task == dsv3i_add_task || task == dsv3i_round_task) kind = LOOP_ROWS;
+    if (task == dsv3i_mla_kv_task || task == dsv3i_mla_rotate_task) kind = LOOP_ROWS;
+    if (task == dsv3i_moe_group_task || task == dsv3i_moe_combine_task) kind = LOOP_EXPERTS;
     if (task == dsv3i_segment_task) kind = LOOP_SEGMENTS;
     if (task == dsv3i_absorb_task || task == dsv3i_join_task) kind = LOOP_ABSORBED;
     if (task == dsv3i_expanded_task) kind = LOOP_EXPANDED;
