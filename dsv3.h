@@ -422,8 +422,8 @@ typedef enum dsv3_product {
  * meet: scores of all queries with nk <= 32 keys, softmax, weighted sums. meet_begin: once before, for the same queries
  *       (NULL: not needed). [1]: with everything rounded to BF16, for DSV3_FAST; NULL: as [0].
  * few:  the fast products for n <= 4 rounded rows and whole packed panels, one behind the other; NULL: by product.
- * mix:  y += sum_r x[r] w_r, n numbers each, in this order, for k rows of codes as they lie, row_bytes apart; their values
- *       are those of decode, times scale (NULL: 1), a float for every 128 of them. NULL: by decode and outer. */
+ * mix:  y += sum_r x[r] w_r, n numbers each, in this order, for k rows of codes as they lie, row_bytes apart; their
+ *       values are those of decode, times scale (NULL: 1), a float for every 128 of them. NULL: by decode and outer. */
 typedef struct dsv3_kernels {
     void (*decode[DSV3_TYPES])(float *y, const void *w, size_t n);   /* y[i] = element i of w */
     float (*dot)(const float *x, const float *y, size_t n);          /* sum x[i] y[i] */
@@ -2652,16 +2652,27 @@ DSV3_API void dsv3_embed_backward(float *dw, const float *dx, const int32_t *tok
 }
 #endif
 
-/* ---- RMSNorm */
+/* ---- RMSNorm, and the sum of rows */
 
 typedef struct dsv3i_rows_arg { /* of loops over rows of d numbers */
     const dsv3_context *ctx;
     float *y;
     const float *x;
-    const dsv3_tensor *g;
     size_t d;
+    const dsv3_tensor *g; /* of a norm, as eps */
     float eps;
 } dsv3i_rows_arg;
+
+static dsv3i_rows_arg dsv3i_rows_make(const dsv3_context *ctx, float *y, const float *x, size_t d) {
+    dsv3i_rows_arg a;
+    a.ctx = ctx;
+    a.y = y;
+    a.x = x;
+    a.d = d;
+    a.g = NULL;
+    a.eps = 0.0f;
+    return a;
+}
 
 static void dsv3i_rmsnorm_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_rows_arg *a = (const dsv3i_rows_arg *)arg;
@@ -2682,13 +2693,9 @@ static void dsv3i_rmsnorm_task(void *arg, size_t begin, size_t end, size_t worke
 
 DSV3_API void dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *g, size_t n,
                            size_t d, float eps) {
-    dsv3i_rows_arg a;
+    dsv3i_rows_arg a = dsv3i_rows_make(context, y, x, d);
     DSV3_ASSERT(g->cols == d && g->scale == NULL);
-    a.ctx = context;
-    a.y = y;
-    a.x = x;
     a.g = g;
-    a.d = d;
     a.eps = eps;
     dsv3i_parallel(context, n, dsv3i_mul(4 * n, d), dsv3i_rmsnorm_task, &a);
 }
@@ -2701,13 +2708,7 @@ static void dsv3i_add_task(void *arg, size_t begin, size_t end, size_t worker) {
 
 /* y [n, d] += x: the residual stream. */
 static void dsv3i_add_rows(const dsv3_context *ctx, float *y, const float *x, size_t n, size_t d) {
-    dsv3i_rows_arg a;
-    a.ctx = ctx;
-    a.y = y;
-    a.x = x;
-    a.g = NULL;
-    a.d = d;
-    a.eps = 0.0f;
+    dsv3i_rows_arg a = dsv3i_rows_make(ctx, y, x, d);
     dsv3i_parallel(ctx, n, dsv3i_mul(2 * n, d), dsv3i_add_task, &a);
 }
 
@@ -3239,14 +3240,20 @@ DSV3_API void dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t 
  * by block: with m the maximum so far, l the sum of exp(s - m), and o the sum of exp(s - m) v, a new block with
  * a larger maximum m' first scales l and o by exp(m - m'). No row of scores is ever kept, so scratch memory does not
  * grow with the context, and neither chunking nor batching changes a bit. Both forms are the same loop
- * over different keys and values. Test: tests/test_mla.c.
+ * over different keys and values.
+ *
+ * Segments. In the absorbed form all heads share their keys, and a token that is decoded behind a long past has more
+ * keys than heads to give to threads: the past is cut at fixed positions into segments, whose (m, l, o) are built up
+ * independently. Two of them join as a block does: with M the larger of m and m',
+ *     l'' = l exp(m - M) + l' exp(m' - M)      o'' = o exp(m - M) + o' exp(m' - M)
+ * in the order of their positions, whoever computed them. Test: tests/test_mla.c.
  * ==================================================================================================== */
 
-#define DSV3I_KEYS 32u   /* keys per block */
+#define DSV3I_KEYS 32u /* keys per block */
 #ifndef DSV3I_SEGMENT
-#define DSV3I_SEGMENT 256u /* keys whose sums one thread builds up in the absorbed form, DSV3I_KEYS times a whole number */
+#define DSV3I_SEGMENT 256u /* keys per segment, DSV3I_KEYS times a whole number */
 #endif
-#define DSV3I_QUERIES 8u   /* rows that share decoded rows of kv_b_proj in the absorbed form */
+#define DSV3I_QUERIES 8u /* rows that share decoded rows of kv_b_proj in the absorbed form */
 #ifdef DSV3I_X86
 #define DSV3I_EXPAND 128u /* keys expanded together, DSV3I_KEYS times a whole number: more, where panels are made for them */
 #else
@@ -3499,15 +3506,14 @@ static int32_t dsv3i_seen(const dsv3_workspace *ws, size_t row, size_t b, size_t
 }
 
 /* ---- Absorbed form. A window of rows goes through three loops: the queries of each head; groups of queries meet
- * segments of their cache; the sums of segments are put together, in their order, and UV is applied. Segments are what
- * keeps many threads busy behind a long past, whose latents all heads share. */
+ * segments of their cache; the sums of segments join, in their order, and UV is applied. */
 
 typedef struct dsv3i_absorbed {
     const dsv3i_attention_arg *a;
-    size_t t0, t1;          /* rows; those with the expanded form are passed over */
-    size_t groups;          /* of queries */
-    size_t segment, count;  /* segments [segment, segment + count) of each are dealt with, */
-    size_t segments;        /* of so many, at most */
+    size_t t0, t1;         /* rows; those with the expanded form are passed over */
+    size_t groups;         /* of queries */
+    size_t segment, count; /* segments [segment, segment + count) of each are dealt with, */
+    size_t segments;       /* of so many, at most */
 } dsv3i_absorbed;
 
 /* Up to 64 queries (rows, then heads) of one sequence. */
@@ -3548,11 +3554,11 @@ static int dsv3i_group_at(const dsv3i_absorbed *b, size_t g, dsv3i_group *group)
 /* The sums of row t, head h over segment b->segment + s. */
 static float *dsv3i_part_of(const dsv3i_absorbed *b, size_t t, size_t h, size_t s) {
     const dsv3_workspace *ws = b->a->ws;
-    size_t g = 0, H = b->a->m->H, lanes = dsv3i_lanes(b->a->m, ws->rows);
+    size_t g = 0, H = b->a->m->H, lanes = dsv3i_lanes(b->a->m, ws->rows), floats = dsv3i_part_floats(b->a->m);
     for (size_t r = b->t0, end, query; r < b->t1; r = end) {
         end = dsv3i_absorbed_end(b, r);
         query = (t - r) * H + h; /* of those of this sequence */
-        if (t < end) return ws->part + (((g + query / 64) * b->count + s) * lanes + query % 64) * dsv3i_part_floats(b->a->m);
+        if (t < end) return ws->part + (((g + query / 64) * b->count + s) * lanes + query % 64) * floats;
         if (!ws->expanded[r]) g += dsv3i_blocks((end - r) * H, 64);
     }
     return NULL;
@@ -3661,7 +3667,8 @@ static void dsv3i_segment_task(void *arg, size_t begin, size_t end, size_t worke
 
 /* Sums over one more segment join those so far: both are scaled to the larger maximum. */
 static void dsv3i_part_join(const dsv3_context *ctx, float *mixed, float state[2], const float *part, size_t rk) {
-    float top = part[rk] > state[0] ? part[rk] : state[0], now = DSV3_EXPF(state[0] - top), add = DSV3_EXPF(part[rk] - top);
+    float top = part[rk] > state[0] ? part[rk] : state[0];
+    float now = DSV3_EXPF(state[0] - top), add = DSV3_EXPF(part[rk] - top);
     if (part[rk + 1] <= 0.0f) return; /* it saw none */
     for (size_t i = 0; i < rk && now < 1.0f; i++) mixed[i] *= now;
     ctx->kernels.axpy(mixed, add, part, rk);
@@ -8804,7 +8811,9 @@ void dsv3i_avx512_mix_columns(const dsv3_type type, const int NC, float *y, cons
             __m512 v;
             v = blocks ? dsv3i_avx512_load_block(type, w, i + (mask[c] ? 16 * (size_t)c : 0))
                               : dsv3i_avx512_load(type, NC == 16 ? (__mmask16)0xFFFF : mask[c], at);
-            if (type == DSV3_F8_E4M3) v = _mm512_mul_ps(_mm512_mul_ps(v, _mm512_set1_ps(256.0f)), _mm512_set1_ps(scale[c / 8]));
+            if (type == DSV3_F8_E4M3) {
+                v = _mm512_mul_ps(_mm512_mul_ps(v, _mm512_set1_ps(256.0f)), _mm512_set1_ps(scale[c / 8]));
+            }
             acc[c] = _mm512_fmadd_ps(f, v, acc[c]);
         }
     }
@@ -9770,8 +9779,8 @@ DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_meet(dsv3_meeting 
         dsv3i_avx512_bf16_scores(16, p + 16 * scored, (const unsigned char *)x + scored * ldx, ldx,
                                  (const unsigned char *)panel.values, panel.block);
     }
-    dsv3i_avx512_bf16_product_bf16(p + 16 * columns * scored, 16 * columns, (const unsigned char *)x + scored * ldx, ldx,
-                                   nk - scored, &panel, 16 * columns, panel.block, 0);
+    dsv3i_avx512_bf16_product_bf16(p + 16 * columns * scored, 16 * columns, (const unsigned char *)x + scored * ldx,
+                                   ldx, nk - scored, &panel, 16 * columns, panel.block, 0);
     dsv3i_avx512_softmax(a, p, rescale, columns, nk);
     dsv3i_avx512_rescale(a, rescale);
     dsv3i_avx512_bf16_weights(weights, p, columns, nk);

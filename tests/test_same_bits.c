@@ -201,6 +201,16 @@ static void vary_company(subject *a, int how, size_t threads) {
     compare(a, "in company", threads, 7);
 }
 
+/* A workspace for a row and one thread has room for one segment at a time, not for all at once: they come in rounds. */
+static void vary_workspace(subject *a, size_t others, dsv3_type cache) {
+    for (size_t threads = 1; threads <= 2; threads++) {
+        synth_run(a->s, threads, threads, 3, others, cache);
+        set_hook(a->s, threads == 1 ? HOW_SERIAL : HOW_BACKWARDS, threads);
+        compute(a, threads);
+        compare(a, "a small workspace", threads, threads);
+    }
+}
+
 /* ---- All of it for one configuration; `all`: every number of threads, not just two */
 
 static void test_config(const char *name, const dsv3_config *c, int types, size_t length, int all) {
@@ -229,6 +239,7 @@ static void test_config(const char *name, const dsv3_config *c, int types, size_
             vary_chunks(&a);
             vary_company(&a, HOW_SERIAL, 1);
             vary_company(&a, HOW_BACKWARDS, 3);
+            vary_workspace(&a, others, bf16 ? DSV3_BF16 : DSV3_F32);
             free(a.want_cache);
         }
         CHECK(split[form == 1 ? LOOP_ABSORBED : LOOP_EXPANDED] > attention);

@@ -910,6 +910,16 @@ blocks() {
     good "$1: generate" generate $tmp/$format -n 20 --mtp 1
     good "$1: generate --fast" generate $tmp/$format -n 20 --fast
     good "$1: route" route $tmp/$format $tmp/part --fast
+    for mode in "" --fast; do # packing changes no byte
+        run generate $tmp/$format -n 60 $mode
+        cp $tmp/out $tmp/unpacked
+        run generate $tmp/$format -n 60 $mode --pack
+        same "$1: generate --pack $mode" $tmp/out $tmp/unpacked
+    done
+    run score $tmp/$format $tmp/part
+    cp $tmp/out $tmp/unpacked
+    run score $tmp/$format $tmp/part --pack
+    same "$1: score --pack" $tmp/out $tmp/unpacked
     good "$1: chat" chat $tmp/$format
     good "$1: plan" plan $tmp/$format
 }
