@@ -669,6 +669,7 @@ typedef struct dsv3_workspace {
     int32_t *idx;                /* [n, K] */
     float *gate;                 /* [n, K] */
     size_t *slot;                /* [n, K] row of (token, choice) among the grouped rows */
+    size_t *pair;                /* [n K] and of a grouped row: token K + choice */
     size_t *offset;              /* [E + 1] first grouped row of each expert */
     float *grouped;              /* [n K, d] rows in expert order: inputs, then outputs */
     float *h_gate, *h_up;        /* [n K F + n n_shared F] or [n, I] */
@@ -3911,7 +3912,6 @@ typedef struct dsv3i_backward {
     float *dgate;                /* [n, K] */
     float *dscore;               /* [n, E] */
     float *dgrouped;             /* [n K, d] */
-    size_t *pair;                /* [n K] */
     float *r;                    /* [n max(K, 1)] */
     struct dsv3i_back_job *jobs; /* [2 (min(E, n K) + 1)] */
     const struct dsv3_balance_weights *balance;
@@ -4604,9 +4604,12 @@ typedef struct dsv3i_mlp_rows {
     float *y;       /* [n, d] */
     size_t n;
     size_t at;         /* where its n rows of hidden values begin in h_gate and h_up */
+    size_t row, item;  /* forward: its first row of grouped, or DSV3I_NO_ROW; its first item in a loop */
     const dsv3_mlp *g; /* backward: gradients of w, and of x [n, d] */
     float *dx;
 } dsv3i_mlp_rows;
+
+#define DSV3I_NO_ROW ((size_t)-1)
 
 static void dsv3i_mlp_rows_set(dsv3i_mlp_rows *r, const dsv3_mlp *w, float *y, const float *x, size_t n, size_t at) {
     r->w = w;
@@ -4614,13 +4617,15 @@ static void dsv3i_mlp_rows_set(dsv3i_mlp_rows *r, const dsv3_mlp *w, float *y, c
     r->y = y;
     r->n = n;
     r->at = at;
+    r->row = DSV3I_NO_ROW;
+    r->item = 0;
     r->g = NULL;
     r->dx = NULL;
 }
 
 /* All MLPs of a layer: gate and up projections in one loop, SwiGLU, down projections in one loop. For routed
  * experts y is x: the inputs are no longer needed when the outputs are written. */
-static void dsv3i_mlps(const dsv3_context *ctx, const dsv3i_mlp_rows *mlps, size_t count, dsv3_workspace *ws) {
+static void dsv3i_mlps_by_panels(const dsv3_context *ctx, const dsv3i_mlp_rows *mlps, size_t count, dsv3_workspace *ws) {
     size_t total = 0;
     for (size_t i = 0; i < count; i++) {
         const dsv3i_mlp_rows *r = &mlps[i];
@@ -4636,37 +4641,53 @@ static void dsv3i_mlps(const dsv3_context *ctx, const dsv3i_mlp_rows *mlps, size
     dsv3i_linear_jobs(ctx, ws->jobs, count, ws->worker, ws->worker_floats, ws->rounded);
 }
 
-/* Fills offset [E+1] and slot [n, K] from idx [n, K]: a counting sort. */
-static void dsv3i_group_rows(size_t *offset, size_t *slot, const int32_t *idx, size_t n, size_t K, size_t E) {
+/* Fills offset [E+1], slot [n, K] and its inverse pair [n K] from idx [n, K]: a counting sort. */
+static void dsv3i_group_rows(size_t *offset, size_t *slot, size_t *pair, const int32_t *idx, size_t n, size_t K,
+                             size_t E) {
     DSV3_MEMSET(offset, 0, (E + 1) * sizeof *offset);
     for (size_t i = 0; i < n * K; i++) offset[idx[i] + 1]++;
     for (size_t e = 0; e < E; e++) offset[e + 1] += offset[e];
     for (size_t i = 0; i < n * K; i++) slot[i] = offset[idx[i]]++; /* each offset ends where the next began */
     for (size_t e = E; e > 0; e--) offset[e] = offset[e - 1];
     offset[0] = 0;
+    for (size_t i = 0; i < n * K; i++) pair[slot[i]] = i;
 }
 
-typedef struct dsv3i_moe_rows {
+/* An FFN of n rows u. */
+typedef struct dsv3i_ffn_rows {
     const dsv3_context *ctx;
     const dsv3i_dims *m;
     float *y;
     const float *u;
     dsv3_workspace *ws;
-} dsv3i_moe_rows;
+    size_t count, experts; /* MLPs in ws->mlps; those that see grouped rows */
+} dsv3i_ffn_rows;
+
+static dsv3i_ffn_rows dsv3i_ffn_rows_make(const dsv3_context *ctx, const dsv3i_dims *m, float *y, const float *u,
+                                          dsv3_workspace *ws) {
+    dsv3i_ffn_rows a;
+    a.ctx = ctx;
+    a.m = m;
+    a.y = y;
+    a.u = u;
+    a.ws = ws;
+    a.count = a.experts = 0;
+    return a;
+}
 
 /* Rows of tokens to the rows of their experts. */
 static void dsv3i_moe_group_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_moe_rows *a = (const dsv3i_moe_rows *)arg;
+    const dsv3i_ffn_rows *a = (const dsv3i_ffn_rows *)arg;
     size_t d = a->m->d, K = a->m->K;
     (void)worker;
-    for (size_t i = begin * K; i < end * K; i++) {
-        DSV3_MEMCPY(a->ws->grouped + a->ws->slot[i] * d, a->u + i / K * d, d * sizeof *a->u);
+    for (size_t i = begin; i < end; i++) {
+        DSV3_MEMCPY(a->ws->grouped + i * d, a->u + a->ws->pair[i] / K * d, d * sizeof *a->u);
     }
 }
 
 /* And back: what the experts of a token say, each with its weight. */
 static void dsv3i_moe_combine_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_moe_rows *a = (const dsv3i_moe_rows *)arg;
+    const dsv3i_ffn_rows *a = (const dsv3i_ffn_rows *)arg;
     size_t d = a->m->d, K = a->m->K;
     (void)worker;
     for (size_t i = begin * K; i < end * K; i++) {
@@ -4674,13 +4695,90 @@ static void dsv3i_moe_combine_task(void *arg, size_t begin, size_t end, size_t w
     }
 }
 
+/* Floats for a row of an MLP's inputs, rounded, and later of its hidden values. */
+static size_t dsv3i_mlp_rounded(size_t d, size_t F) {
+    return dsv3i_max(dsv3i_rounded_floats(d), dsv3i_rounded_floats(F));
+}
+
+/* Where many rows are, they go through an MLP block by block: each block from its inputs to its outputs by one worker,
+ * in whose cache it stays. The results are those of dsv3i_mlps_by_panels, bit for bit. */
+
+/* Rows of an MLP in a block: as dsv3i_linear_rows cuts them. */
+static size_t dsv3i_mlp_block(const dsv3i_mlp_rows *r) {
+    size_t parts = dsv3i_blocks(r->n, DSV3I_MANY);
+    return parts > 1 ? dsv3i_blocks(dsv3i_blocks(r->n, parts), 6) * 6 : r->n;
+}
+
+/* The job of one worker; its inputs are rounded or copied to where `rounded` says, unless `same` wants the same. */
+static dsv3i_job dsv3i_mlp_linear(const dsv3i_ffn_rows *a, float *y, const float *x, const dsv3_tensor *w, size_t n,
+                                  const dsv3i_job *same, float *rounded, float *panel) {
+    dsv3i_job job = dsv3i_job_make(y, x, w, n);
+    if (same != NULL && dsv3i_same_input(a->ctx, same, &job)) {
+        job.in = same->in;
+    } else if (dsv3i_is_rounded(a->ctx, w->type) || dsv3i_is_copied(a->ctx, &job)) {
+        job.in = dsv3i_input_rounded(a->ctx, rounded, w->type, w->cols);
+        dsv3i_input_fill(a->ctx, &job.in, x, w->cols, w->type, n, w->cols);
+    }
+    dsv3i_linear_rows(a->ctx, y, w->rows, &job.in, n, w, 0, w->rows, panel);
+    return job;
+}
+
+/* Rows [t, t + n) of those that an MLP sees. */
+static void dsv3i_mlp_rows_forward(const dsv3i_ffn_rows *a, const dsv3i_mlp_rows *r, size_t t, size_t n,
+                                   size_t worker) {
+    dsv3_workspace *ws = a->ws;
+    size_t d = r->w->gate_proj.cols, F = r->w->gate_proj.rows, at = r->at + t * F;
+    float *panel = ws->worker + worker * ws->worker_floats, *rounded = ws->rounded;
+    const float *x = r->x + t * d;
+    dsv3i_job gate;
+    if (r->row == DSV3I_NO_ROW) {
+        rounded += a->experts * dsv3i_mlp_rounded(a->m->d, a->m->F) + t * dsv3i_mlp_rounded(d, F);
+    } else {
+        rounded += (r->row + t) * dsv3i_mlp_rounded(d, F);
+        dsv3i_moe_group_task((void *)(uintptr_t)a, r->row + t, r->row + t + n, worker);
+    }
+    gate = dsv3i_mlp_linear(a, ws->h_gate + at, x, &r->w->gate_proj, n, NULL, rounded, panel);
+    dsv3i_mlp_linear(a, ws->h_up + at, x, &r->w->up_proj, n, &gate, rounded, panel);
+    a->ctx->kernels.silu_mul(ws->h + at, ws->h_gate + at, ws->h_up + at, n * F);
+    dsv3i_mlp_linear(a, r->y + t * d, ws->h + at, &r->w->down_proj, n, NULL, rounded, panel);
+}
+
+static void dsv3i_mlp_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_ffn_rows *a = (const dsv3i_ffn_rows *)arg;
+    const dsv3i_mlp_rows *r = a->ws->mlps;
+    for (size_t i = begin, j = 0; i < end; i++) {
+        size_t t, some;
+        while (j + 1 < a->count && r[j + 1].item <= i) j++;
+        some = dsv3i_mlp_block(&r[j]);
+        t = (i - r[j].item) * some;
+        dsv3i_mlp_rows_forward(a, &r[j], t, dsv3i_min(some, r[j].n - t), worker);
+    }
+}
+
+#define DSV3I_BLOCKS 16u /* of rows, for each thread: their loop has one end where somebody waits; panels have two */
+
+static void dsv3i_mlps(dsv3i_ffn_rows *a) {
+    size_t items = 0, work = 0;
+    for (size_t j = 0; j < a->count; j++) {
+        dsv3i_mlp_rows *r = &a->ws->mlps[j];
+        r->item = items;
+        items += dsv3i_blocks(r->n, dsv3i_mlp_block(r));
+        work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(3 * r->n, r->w->gate_proj.rows), r->w->gate_proj.cols));
+    }
+    if (items >= dsv3i_mul(a->ctx->threads, DSV3I_BLOCKS)) {
+        dsv3i_parallel(a->ctx, items, work, dsv3i_mlp_task, a);
+        return;
+    }
+    dsv3i_parallel(a->ctx, a->experts, dsv3i_mul(a->experts, a->m->d), dsv3i_moe_group_task, a);
+    dsv3i_mlps_by_panels(a->ctx, a->ws->mlps, a->count, a->ws);
+}
+
 static dsv3_result dsv3i_moe_forward(const dsv3_context *ctx, float *y, const float *u, const dsv3_model *model,
                                      const dsv3_layer *w, size_t n, dsv3_workspace *ws) {
     const dsv3_config *c = &model->config;
     dsv3i_dims m = dsv3i_dims_of(c);
     const float *bias = NULL;
-    size_t count = 0;
-    dsv3i_moe_rows rows;
+    dsv3i_ffn_rows rows = dsv3i_ffn_rows_make(ctx, &m, y, u, ws);
     dsv3_result result;
     if (c->topk_method == DSV3_NOAUX_TC) {
         dsv3i_decode_row(ctx, ws->bias, &w->e_score_correction_bias, 0);
@@ -4695,34 +4793,33 @@ static dsv3_result dsv3i_moe_forward(const dsv3_context *ctx, float *y, const fl
     if (ctx->observer.routing != NULL) {
         ctx->observer.routing(ctx->observer.user, w->index, ws->score, ws->idx, ws->gate, n);
     }
-    dsv3i_group_rows(ws->offset, ws->slot, ws->idx, n, m.K, m.E);
-    rows.ctx = ctx;
-    rows.m = &m;
-    rows.y = y;
-    rows.u = u;
-    rows.ws = ws;
-    dsv3i_parallel(ctx, n, dsv3i_mul(n * m.K, m.d), dsv3i_moe_group_task, &rows);
+    dsv3i_group_rows(ws->offset, ws->slot, ws->pair, ws->idx, n, m.K, m.E);
+    rows.experts = n * m.K;
     for (size_t e = 0; e < m.E; e++) {
         size_t first = ws->offset[e], some = ws->offset[e + 1] - first;
         float *x = ws->grouped + first * m.d;
-        if (some > 0) dsv3i_mlp_rows_set(&ws->mlps[count++], &w->experts[e], x, x, some, first * m.F);
+        if (some == 0) continue;
+        dsv3i_mlp_rows_set(&ws->mlps[rows.count], &w->experts[e], x, x, some, first * m.F);
+        ws->mlps[rows.count++].row = first;
     }
     if (m.Fs > 0) {
-        dsv3i_mlp_rows_set(&ws->mlps[count++], &w->shared_experts, y, u, n, n * m.K * m.F);
+        dsv3i_mlp_rows_set(&ws->mlps[rows.count++], &w->shared_experts, y, u, n, n * m.K * m.F);
     } else {
         DSV3_MEMSET(y, 0, n * m.d * sizeof *y);
     }
-    dsv3i_mlps(ctx, ws->mlps, count, ws);
+    dsv3i_mlps(&rows);
     dsv3i_parallel(ctx, n, dsv3i_mul(n * m.K, m.d), dsv3i_moe_combine_task, &rows);
     return result;
 }
 
 DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
                                       const dsv3_layer *weights, size_t n, dsv3_workspace *workspace) {
+    dsv3i_dims m = dsv3i_dims_of(&model->config);
+    dsv3i_ffn_rows rows = dsv3i_ffn_rows_make(context, &m, y, u, workspace);
     DSV3_ASSERT(n <= workspace->rows && context->threads <= workspace->threads);
     if (weights->is_moe) return dsv3i_moe_forward(context, y, u, model, weights, n, workspace);
-    dsv3i_mlp_rows_set(&workspace->mlps[0], &weights->mlp, y, u, n, 0);
-    dsv3i_mlps(context, workspace->mlps, 1, workspace);
+    dsv3i_mlp_rows_set(&workspace->mlps[rows.count++], &weights->mlp, y, u, n, 0);
+    dsv3i_mlps(&rows);
     return DSV3_OK;
 }
 
@@ -4870,8 +4967,8 @@ static void dsv3i_moe_backward(const dsv3_context *ctx, float *du, const float *
     arg.dgrouped = b->dgrouped;
     arg.gate = b->dgate;
     arg.du = du;
-    arg.pair = b->pair;
-    for (size_t i = 0; i < n_routed; i++) b->pair[s->slot[i]] = i;
+    arg.pair = ws->pair;
+    for (size_t i = 0; i < n_routed; i++) ws->pair[s->slot[i]] = i;
     for (size_t e = 0, last; e < m.E; e = last) {
         for (last = e + 1; last < m.E && (s->offset[last] - s->offset[e]) * 2 * m.d < most; last++) {
         }
@@ -5864,11 +5961,10 @@ static size_t dsv3i_worker_floats(const dsv3i_dims *m, size_t n) {
 
 /* Of one row: the largest input of a linear op, or inputs of ops that share a loop, rounded. */
 static size_t dsv3i_rounded_row(const dsv3i_dims *m) {
-    size_t d = dsv3i_rounded_floats(m->d), experts = dsv3i_add(m->K, 1), floats;
+    size_t d = dsv3i_rounded_floats(m->d), floats;
     floats = dsv3i_max(dsv3i_rounded_floats(m->I), dsv3i_rounded_floats(m->Ho));
     floats = dsv3i_max(floats, dsv3i_max(dsv3i_rounded_floats(m->rq), m->D > 0 ? 2 * d : d));
-    floats = dsv3i_max(floats, dsv3i_mul(experts, d));
-    return dsv3i_max(floats, dsv3i_add(dsv3i_mul(m->K, dsv3i_rounded_floats(m->F)), dsv3i_rounded_floats(m->Fs)));
+    return dsv3i_max(floats, dsv3i_add(dsv3i_mul(m->K, dsv3i_mlp_rounded(m->d, m->F)), dsv3i_mlp_rounded(m->d, m->Fs)));
 }
 
 /* An MTP module's input, attention, FFN and the loss are never active together: all four begin at the same place. */
@@ -5923,6 +6019,7 @@ static void dsv3i_workspace_layout(dsv3_workspace *ws, const dsv3i_dims *m, size
     ws->idx = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, m->K, 1);
     ws->gate = (float *)dsv3i_take(l, f, n, m->K, 1);
     ws->slot = (size_t *)dsv3i_take(l, sizeof(size_t), n, m->K, 1);
+    ws->pair = (size_t *)dsv3i_take(l, sizeof(size_t), n, m->K, 1);
     ws->offset = (size_t *)dsv3i_take(l, sizeof(size_t), dsv3i_add(m->E, 1), 1, 1);
     ws->mlps = (struct dsv3i_mlp_rows *)dsv3i_take(l, sizeof(struct dsv3i_mlp_rows), mlps, 1, 1);
     ws->jobs = (struct dsv3i_job *)dsv3i_take(l, sizeof(struct dsv3i_job), 2, mlps, 1);
@@ -7418,7 +7515,6 @@ static void dsv3i_backward_layout(dsv3i_backward *b, const dsv3i_dims *m, size_t
     b->dgate = (float *)dsv3i_take(l, f, n, m->K, 1);
     b->dscore = (float *)dsv3i_take(l, f, n, m->E, 1);
     b->dgrouped = (float *)dsv3i_take(l, f, n, m->K, m->d);
-    b->pair = (size_t *)dsv3i_take(l, sizeof(size_t), n, m->K, 1);
     b->r = (float *)dsv3i_take(l, f, n, dsv3i_max(m->K, 1), 1);
     b->jobs = (struct dsv3i_back_job *)dsv3i_take(l, sizeof(struct dsv3i_back_job),
                                                   dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1), 2, 1);
@@ -8792,49 +8888,112 @@ DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_load_block(const dsv3_type type, 
     return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(c)), _mm512_cvtph_ps(_mm256_set1_epi16(half)));
 }
 
-/* NC columns of 16, of n numbers, from number i of each row on. */
+/* The 32 numbers of a block of Q8_0 or Q4_0, times f, to two sums. Q4_0: a table of the 16 values there are. */
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_mix_block(const dsv3_type type, __m512 acc[2], __m512 f, const unsigned char *block) {
+    const __m512 sixteen = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    const __m128i *codes = (const __m128i *)(const void *)(block + 2);
+    int16_t half;
+    __m512 d, v[2];
+    DSV3_MEMCPY(&half, block, sizeof half);
+    d = _mm512_cvtph_ps(_mm256_set1_epi16(half));
+    if (type == DSV3_Q4_0) {
+        const __m512 table = _mm512_mul_ps(sixteen, d);
+        const __m512i c = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes));
+        v[0] = _mm512_permutexvar_ps(c, table); /* of an index, four bits count */
+        v[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(c, 4), table);
+    } else {
+        v[0] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(codes))), d);
+        v[1] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(codes + 1))), d);
+    }
+    acc[0] = _mm512_fmadd_ps(f, v[0], acc[0]);
+    acc[1] = _mm512_fmadd_ps(f, v[1], acc[1]);
+}
+
+/* Fetches n numbers of a row that lies ahead. */
+DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_mix_ahead(const dsv3_type type, const int n, const unsigned char *w) {
+    const int bytes = type == DSV3_Q4_0 ? n / 32 * 18 : type == DSV3_Q8_0 ? n / 32 * 34 : type == DSV3_F8_E4M3 ? n : 2 * n;
+    DSV3I_UNROLL for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)w + i + DSV3I_AHEAD, _MM_HINT_T0);
+}
+
+/* NC columns of 16 numbers, from w on, of k rows. */
 DSV3I_INLINE(DSV3I_AVX512)
 void dsv3i_avx512_mix_columns(const dsv3_type type, const int NC, float *y, const float *x, const unsigned char *w,
-                              size_t row_bytes, const float scale[2], size_t k, size_t i, size_t n) {
-    const int blocks = type == DSV3_Q8_0 || type == DSV3_Q4_0;
-    const size_t size = blocks ? 0 : type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2;
-    __mmask16 mask[16];
+                              size_t row_bytes, const float scale[2], size_t k) {
+    const size_t size = type == DSV3_F8_E4M3 ? 1 : 2;
     __m512 acc[16];
-    DSV3I_UNROLL for (int c = 0; c < NC; c++) {
-        mask[c] = dsv3i_avx512_mask(dsv3i_min(n, 256) - dsv3i_min(16 * (size_t)c, n));
-        acc[c] = _mm512_maskz_loadu_ps(mask[c], y + 16 * c);
-    }
+    DSV3I_UNROLL for (int c = 0; c < NC; c++) acc[c] = _mm512_loadu_ps(y + 16 * c);
     for (size_t r = 0; r < k; r++, w += row_bytes) {
         const __m512 f = _mm512_set1_ps(x[r]);
+        dsv3i_avx512_mix_ahead(type, 16 * NC, w);
         DSV3I_UNROLL for (int c = 0; c < NC; c++) {
-            const unsigned char *at = w + (i + 16 * (size_t)c) * size;
             __m512 v;
-            v = blocks ? dsv3i_avx512_load_block(type, w, i + (mask[c] ? 16 * (size_t)c : 0))
-                              : dsv3i_avx512_load(type, NC == 16 ? (__mmask16)0xFFFF : mask[c], at);
+            if (type == DSV3_Q8_0 || type == DSV3_Q4_0) {
+                if (c % 2 == 0) dsv3i_avx512_mix_block(type, acc + c, f, w + c / 2 * (type == DSV3_Q8_0 ? 34 : 18));
+                continue;
+            }
+            v = dsv3i_avx512_load(type, 0xFFFF, w + 16 * (size_t)c * size);
             if (type == DSV3_F8_E4M3) {
                 v = _mm512_mul_ps(_mm512_mul_ps(v, _mm512_set1_ps(256.0f)), _mm512_set1_ps(scale[c / 8]));
             }
             acc[c] = _mm512_fmadd_ps(f, v, acc[c]);
         }
     }
-    DSV3I_UNROLL for (int c = 0; c < NC; c++) dsv3i_avx512_put(y + 16 * c, mask[c], acc[c]);
+    DSV3I_UNROLL for (int c = 0; c < NC; c++) _mm512_storeu_ps(y + 16 * c, acc[c]);
+}
+
+/* The same of up to 16 numbers, from number i of a row on. */
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_mix_some(const dsv3_type type, float *y, const float *x, const unsigned char *w, size_t row_bytes,
+                         float scale, size_t k, size_t i, size_t n) {
+    const size_t size = type == DSV3_F8_E4M3 ? 1 : 2;
+    const __mmask16 m = dsv3i_avx512_mask(n);
+    __m512 acc = _mm512_maskz_loadu_ps(m, y);
+    for (size_t r = 0; r < k; r++, w += row_bytes) {
+        __m512 v;
+        if (type == DSV3_Q8_0 || type == DSV3_Q4_0) {
+            v = dsv3i_avx512_load_block(type, w, i);
+        } else {
+            v = dsv3i_avx512_load(type, m, w + i * size);
+            if (type == DSV3_F8_E4M3) {
+                v = _mm512_mul_ps(_mm512_mul_ps(v, _mm512_set1_ps(256.0f)), _mm512_set1_ps(scale));
+            }
+        }
+        acc = _mm512_fmadd_ps(_mm512_set1_ps(x[r]), v, acc);
+    }
+    dsv3i_avx512_put(y, m, acc);
+}
+
+/* Sixteen rows at a time: rows are read nearly as they lie though only 256 numbers of them go together. */
+#define DSV3I_MIX_TOGETHER 16u
+
+DSV3I_INLINE(DSV3I_AVX512)
+void dsv3i_avx512_mix_rows(const dsv3_type type, float *y, const float *x, const unsigned char *w, size_t row_bytes,
+                           const unsigned char *scale, size_t k, size_t n) {
+    for (size_t i = 0, columns; i < n; i += columns) {
+        const unsigned char *at = w + i / DSV3_QBLOCK * dsv3_row_bytes(type, DSV3_QBLOCK);
+        float unit[2] = {1.0f, 1.0f};
+        columns = n - i >= 256 ? 256 : n - i >= 64 ? 64 : dsv3i_min(n - i, 16);
+        if (scale != NULL) {
+            DSV3_MEMCPY(unit, scale + i / DSV3_BLOCK * sizeof *unit, (columns == 256 ? 2 : 1) * sizeof *unit);
+        }
+        if (columns == 256) {
+            dsv3i_avx512_mix_columns(type, 16, y + i, x, at, row_bytes, unit, k);
+        } else if (columns == 64) {
+            dsv3i_avx512_mix_columns(type, 4, y + i, x, at, row_bytes, unit, k);
+        } else {
+            dsv3i_avx512_mix_some(type, y + i, x, w, row_bytes, unit[0], k, i, columns);
+        }
+    }
 }
 
 DSV3I_INLINE(DSV3I_AVX512)
 void dsv3i_avx512_mix(const dsv3_type type, float *y, const float *x, const void *w, size_t row_bytes,
                       const void *scale, size_t k, size_t n) {
-    const unsigned char *rows = (const unsigned char *)w, *scales = (const unsigned char *)scale;
-    for (size_t i = 0, columns; i < n; i += columns) {
-        float unit[2] = {1.0f, 1.0f};
-        columns = n - i >= 256 ? 256 : dsv3i_min(n - i, 64);
-        if (scales != NULL) {
-            DSV3_MEMCPY(unit, scales + i / DSV3_BLOCK * sizeof *unit, (columns > DSV3_BLOCK ? 2 : 1) * sizeof *unit);
-        }
-        if (columns == 256) {
-            dsv3i_avx512_mix_columns(type, 16, y + i, x, rows, row_bytes, unit, k, i, columns);
-        } else {
-            dsv3i_avx512_mix_columns(type, 4, y + i, x, rows, row_bytes, unit, k, i, columns);
-        }
+    for (size_t r = 0, some; r < k; r += some) {
+        some = dsv3i_min(DSV3I_MIX_TOGETHER, k - r);
+        dsv3i_avx512_mix_rows(type, y, x + r, (const unsigned char *)w + r * row_bytes, row_bytes,
+                              (const unsigned char *)scale, some, n);
     }
 }
 
@@ -9251,13 +9410,10 @@ void dsv3i_avx512_float_terms(const int M, const int NP, const int edge, __m512 
     }
 }
 
-/* Fetches a step of what comes next: the whole step when rows are few, else a quarter (other rows fetch the rest). */
+/* Fetches a step of what comes next. */
 DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_ahead(const int M, const int NP, const dsv3i_avx512_place *a, const unsigned char *w) {
-    const int lines = M > 4 ? 1 : NP;
-    DSV3I_UNROLL for (int p = 0; p < NP; p++) {
-        if (p < lines) _mm_prefetch((const char *)w + a->ahead + 64 * p, _MM_HINT_T0);
-    }
+void dsv3i_avx512_ahead(const int NP, const dsv3i_avx512_place *a, const unsigned char *w) {
+    DSV3I_UNROLL for (int p = 0; p < NP; p++) _mm_prefetch((const char *)w + a->ahead + 64 * p, _MM_HINT_T0);
 }
 
 /* Terms i0 .. i1-1 of float rows and panels of codes. */
@@ -9268,7 +9424,7 @@ void dsv3i_avx512_code_terms(const int bytes, const int M, const int NP, __m512 
     const unsigned char *w = a->w + i0 / (size_t)each * a->step;
     for (size_t i = i0; i < i1; i += (size_t)each, w += a->step) {
         const int rest = i1 - i < (size_t)each; /* an odd last term of BF16 */
-        dsv3i_avx512_ahead(M, NP, a, w);
+        dsv3i_avx512_ahead(NP, a, w);
         DSV3I_UNROLL for (int p = 0; p < NP; p++) {
             __m512 f[4];
             dsv3i_avx512_floats(bytes, f, _mm512_loadu_si512(w + 64 * p), zero);
@@ -9508,6 +9664,55 @@ static void dsv3i_avx512_bf16_widen_f8(void *values, const void *panel, size_t c
     }
 }
 
+/* 256 numbers of k rows of E4M3: 64 codes, put into the order in which four sums of 16 want them, become BF16 by tables,
+ * and floats. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_mix_256(float *y, const float *x, const unsigned char *w, size_t row_bytes, const float scale[2],
+                               size_t k, const __m512i table[4], __m512i order) {
+    const __m512i sign = _mm512_set1_epi8((char)-128), upper = _mm512_set1_epi32(-65536);
+    __m512 acc[16];
+    DSV3I_UNROLL for (int c = 0; c < 16; c++) acc[c] = _mm512_loadu_ps(y + 16 * c);
+    for (size_t r = 0; r < k; r++, w += row_bytes) {
+        const __m512 f = _mm512_set1_ps(x[r]);
+        DSV3I_UNROLL for (int c = 0; c < 16; c += 4) {
+            const __m512i v = _mm512_permutexvar_epi8(order, _mm512_loadu_si512(w + 16 * c));
+            const __m512i l = _mm512_permutex2var_epi8(table[0], v, table[1]);
+            const __m512i h = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(table[2], v, table[3]), v, sign, 0xF8);
+            const __m512i pair[2] = {_mm512_unpacklo_epi8(l, h), _mm512_unpackhi_epi8(l, h)};
+            _mm_prefetch((const char *)w + 16 * c + DSV3I_AHEAD, _MM_HINT_T0);
+            DSV3I_UNROLL for (int i = 0; i < 4; i++) {
+                const __m512i bits = i % 2 ? _mm512_and_si512(pair[i / 2], upper) : _mm512_slli_epi32(pair[i / 2], 16);
+                const __m512 value = _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(scale[c / 8]));
+                acc[c + i] = _mm512_fmadd_ps(f, value, acc[c + i]);
+            }
+        }
+    }
+    DSV3I_UNROLL for (int c = 0; c < 16; c++) _mm512_storeu_ps(y + 16 * c, acc[c]);
+}
+
+DSV3I_TARGET(DSV3I_AVX512_BF16)
+static void dsv3i_avx512_bf16_mix_f8_e4m3(float *y, const float *x, const void *w, size_t row_bytes, const void *scale,
+                                          size_t k, size_t n) {
+    const size_t whole = n / 256 * 256;
+    unsigned char at[64];
+    __m512i table[4], order;
+    for (unsigned i = 0; i < 64; i++) at[i] = (unsigned char)(i % 16 / 8 * 32 + i % 2 * 16 + i / 16 * 4 + i % 8 / 2);
+    order = _mm512_loadu_si512(at);
+    dsv3i_avx512_bf16_tables(table);
+    for (size_t r = 0, some; r < k; r += some) {
+        const unsigned char *rows = (const unsigned char *)w + r * row_bytes;
+        const unsigned char *scales = (const unsigned char *)scale;
+        some = dsv3i_min(DSV3I_MIX_TOGETHER, k - r);
+        for (size_t i = 0; i < whole; i += 256) {
+            float unit[2] = {1.0f, 1.0f};
+            if (scales != NULL) DSV3_MEMCPY(unit, scales + i / DSV3_BLOCK * sizeof *unit, sizeof unit);
+            dsv3i_avx512_bf16_mix_256(y + i, x + r, rows + i, row_bytes, unit, some, table, order);
+        }
+        if (scales != NULL) scales += whole / DSV3_BLOCK * sizeof(float);
+        dsv3i_avx512_mix_rows(DSV3_F8_E4M3, y + whole, x + r, rows + whole, row_bytes, scales, some, n - whole);
+    }
+}
+
 DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_round_bf16(void *out, const float *x, size_t k) {
     unsigned char *to = (unsigned char *)out;
     for (size_t i = 0; i < k; i += 16, to += 32) {
@@ -9554,7 +9759,7 @@ void dsv3i_avx512_bf16_terms(const int M, const int NP, __m512 acc[24], const ds
     for (size_t i = 0; i < k; i += 2, w += a->step) {
         __m512bh b[4];
         DSV3I_UNROLL for (int p = 0; p < NP; p++) b[p] = (__m512bh)_mm512_loadu_si512(w + 64 * p);
-        dsv3i_avx512_ahead(M, NP, a, w);
+        dsv3i_avx512_ahead(NP, a, w);
         DSV3I_UNROLL for (int m = 0; m < M; m++) {
             const __m512bh f = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(const void *)(a->x[m] + 2 * i));
             DSV3I_UNROLL for (int p = 0; p < NP; p++) {
@@ -9564,19 +9769,35 @@ void dsv3i_avx512_bf16_terms(const int M, const int NP, __m512 acc[24], const ds
     }
 }
 
-/* A block of 32: the sum of products of whole numbers, exactly, times the multiplier of x. */
+/* BF16s, with one multiplier for all terms of a block or with none. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_bytes(const int M, const int NP, __m512 acc[24], const dsv3i_avx512_place *a, __m128i shift) {
-    __m512i sum[24];
+void dsv3i_avx512_bf16_pairs_of(const int M, const int NP, dsv3i_avx512_place *a, const dsv3_panel *w, size_t k,
+                                int add) {
+    __m512 acc[24];
+    for (size_t i = 0, end; i < k; i = end) {
+        end = dsv3i_min(i + w->block, k);
+        dsv3i_avx512_begin(M, NP, acc, a, add && a->scale == NULL);
+        dsv3i_avx512_bf16_terms(M, NP, acc, a, end - i);
+        DSV3I_UNROLL for (int m = 0; m < M; m++) a->x[m] += 2 * (end - i);
+        a->w += (end - i) / 2 * a->step;
+        dsv3i_avx512_end(M, NP, acc, a, add || i > 0);
+        if (a->scale != NULL) a->scale += 16 * w->columns;
+    }
+}
+
+/* A block of 32: sums of products of whole numbers, exact. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_block(const int M, const int NP, __m512i sum[12], const dsv3i_avx512_place *a, __m128i shift) {
     const unsigned char *w = a->w;
     DSV3I_UNROLL for (int m = 0; m < M; m++) {
         const int32_t zero = *(const int32_t *)(const void *)(a->x[m] + DSV3_QBLOCK + 4);
-        DSV3I_UNROLL for (int p = 0; p < NP; p++) sum[m * NP + p] = _mm512_sll_epi32(_mm512_set1_epi32(zero), shift);
+        const __m512i start = _mm512_sll_epi32(_mm512_set1_epi32(zero), shift);
+        DSV3I_UNROLL for (int p = 0; p < NP; p++) sum[m * NP + p] = start;
     }
     DSV3I_UNROLL for (int j = 0; j < 8; j++, w += a->step) {
         __m512i b[4];
         DSV3I_UNROLL for (int p = 0; p < NP; p++) b[p] = _mm512_loadu_si512(w + 64 * p);
-        dsv3i_avx512_ahead(M, NP, a, w);
+        dsv3i_avx512_ahead(NP, a, w);
         DSV3I_UNROLL for (int m = 0; m < M; m++) {
             const __m512i f = _mm512_set1_epi32(*(const int32_t *)(const void *)(a->x[m] + 4 * j));
             DSV3I_UNROLL for (int p = 0; p < NP; p++) {
@@ -9584,38 +9805,47 @@ void dsv3i_avx512_bf16_bytes(const int M, const int NP, __m512 acc[24], const ds
             }
         }
     }
-    DSV3I_UNROLL for (int m = 0; m < M; m++) {
-        const __m512 unit = _mm512_set1_ps(*(const float *)(const void *)(a->x[m] + DSV3_QBLOCK));
-        DSV3I_UNROLL for (int p = 0; p < NP; p++) {
-            acc[m * NP + p] = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[m * NP + p]), unit);
+}
+
+/* Codes: each block times the multipliers of its rows of x and of w. Both kinds of sums fit the registers if there are
+ * 12 of each at most. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_blocks(const int M, const int NP, dsv3i_avx512_place *a, const dsv3_panel *w, size_t k, int add) {
+    const __m128i shift = _mm_cvtsi32_si128(w->zero == 128 ? 4 : 0);
+    const float *scale = a->scale;
+    __m512 acc[24];
+    a->scale = NULL; /* what is stored is finished */
+    dsv3i_avx512_begin(M, NP, acc, a, add);
+    for (size_t i = 0; i < k; i += DSV3_QBLOCK) {
+        __m512i sum[12];
+        dsv3i_avx512_bf16_block(M, NP, sum, a, shift);
+        DSV3I_UNROLL for (int m = 0; m < M; m++) {
+            const __m512 unit = _mm512_set1_ps(*(const float *)(const void *)(a->x[m] + DSV3_QBLOCK));
+            DSV3I_UNROLL for (int p = 0; p < NP; p++) {
+                const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[m * NP + p]), unit);
+                acc[m * NP + p] = _mm512_fmadd_ps(product, _mm512_loadu_ps(scale + 16 * p), acc[m * NP + p]);
+            }
+            a->x[m] += DSV3_QBLOCK + 8;
         }
+        a->w += 8 * a->step;
+        scale += 16 * w->columns;
     }
+    dsv3i_avx512_end(M, NP, acc, a, 0);
 }
 
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_fast(const int bytes, const int M, const int NP, float *y, size_t ldy, const void *x,
-                            size_t ldx, size_t t, size_t n, const dsv3_panel *w, size_t c0, size_t rows, size_t k,
-                            int add) {
-    const __m128i shift = _mm_cvtsi32_si128(w->zero == 128 ? 4 : 0);
-    const int scaled = bytes || w->scale != NULL;
+                            size_t ldx, size_t n, const dsv3_panel *w, size_t c0, size_t rows, size_t k, int add) {
     dsv3i_avx512_place a;
-    __m512 acc[24];
     dsv3i_avx512_place_set(M, NP, &a, y + 16 * c0, ldy, x, ldx, n, (const unsigned char *)w->values + 64 * c0,
                            64 * w->columns, rows - 16 * c0);
-    a.ahead = w->ahead + (M > 4 ? 64 * (t / 6 % 4) : 0);
-    if (scaled) a.scale = w->scale + 16 * c0;
-    for (size_t i = 0, end; i < k; i = end) {
-        end = dsv3i_min(i + w->block, k);
-        if (bytes) {
-            dsv3i_avx512_bf16_bytes(M, NP, acc, &a, shift);
-        } else {
-            dsv3i_avx512_begin(M, NP, acc, &a, add && !scaled);
-            dsv3i_avx512_bf16_terms(M, NP, acc, &a, end - i);
-        }
-        DSV3I_UNROLL for (int m = 0; m < M; m++) a.x[m] += bytes ? DSV3_QBLOCK + 8 : 2 * (end - i);
-        a.w += (end - i) / (bytes ? 4 : 2) * a.step;
-        dsv3i_avx512_end(M, NP, acc, &a, add || i > 0);
-        if (scaled) a.scale += 16 * w->columns;
+    a.ahead = w->ahead;
+
+    if (w->scale != NULL) a.scale = w->scale + 16 * c0;
+    if (bytes) {
+        dsv3i_avx512_bf16_blocks(M, NP, &a, w, k, add);
+    } else {
+        dsv3i_avx512_bf16_pairs_of(M, NP, &a, w, k, add);
     }
 }
 
@@ -9627,36 +9857,32 @@ void dsv3i_avx512_bf16_columns(const int bytes, const int NP, float *y, size_t l
         float *yt = y + t * ldy;
         m = dsv3i_rows_together(n - t);
         switch (m) {
-        case 1: dsv3i_avx512_bf16_fast(bytes, 1, NP, yt, ldy, xt, ldx, t, 1, w, c0, rows, k, add); break;
-        case 2: dsv3i_avx512_bf16_fast(bytes, 2, NP, yt, ldy, xt, ldx, t, 2, w, c0, rows, k, add); break;
+        case 1: dsv3i_avx512_bf16_fast(bytes, 1, NP, yt, ldy, xt, ldx, 1, w, c0, rows, k, add); break;
+        case 2: dsv3i_avx512_bf16_fast(bytes, 2, NP, yt, ldy, xt, ldx, 2, w, c0, rows, k, add); break;
         case 3:
-        case 4: dsv3i_avx512_bf16_fast(bytes, 4, NP, yt, ldy, xt, ldx, t, m, w, c0, rows, k, add); break;
-        default: dsv3i_avx512_bf16_fast(bytes, 6, NP, yt, ldy, xt, ldx, t, m, w, c0, rows, k, add);
+        case 4: dsv3i_avx512_bf16_fast(bytes, 4, NP, yt, ldy, xt, ldx, m, w, c0, rows, k, add); break;
+        default: dsv3i_avx512_bf16_fast(bytes, 6, NP, yt, ldy, xt, ldx, m, w, c0, rows, k, add);
         }
-    }
-}
-
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_product(const int bytes, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                               const dsv3_panel *w, size_t rows, size_t k, int add) {
-    switch (w->columns) {
-    case 1: dsv3i_avx512_bf16_columns(bytes, 1, y, ldy, x, ldx, n, w, 0, rows, k, add); break;
-    case 2: dsv3i_avx512_bf16_columns(bytes, 2, y, ldy, x, ldx, n, w, 0, rows, k, add); break;
-    case 3: dsv3i_avx512_bf16_columns(bytes, 3, y, ldy, x, ldx, n, w, 0, rows, k, add); break;
-    default: dsv3i_avx512_bf16_columns(bytes, 4, y, ldy, x, ldx, n, w, 0, rows, k, add);
     }
 }
 
 DSV3I_TARGET(DSV3I_AVX512_BF16)
 static void dsv3i_avx512_bf16_product_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n,
                                            const dsv3_panel *w, size_t rows, size_t k, int add) {
-    dsv3i_avx512_bf16_product(0, y, ldy, x, ldx, n, w, rows, k, add);
+    switch (w->columns) {
+    case 1: dsv3i_avx512_bf16_columns(0, 1, y, ldy, x, ldx, n, w, 0, rows, k, add); break;
+    case 2: dsv3i_avx512_bf16_columns(0, 2, y, ldy, x, ldx, n, w, 0, rows, k, add); break;
+    case 3: dsv3i_avx512_bf16_columns(0, 3, y, ldy, x, ldx, n, w, 0, rows, k, add); break;
+    default: dsv3i_avx512_bf16_columns(0, 4, y, ldy, x, ldx, n, w, 0, rows, k, add);
+    }
 }
 
 DSV3I_TARGET(DSV3I_AVX512_BF16)
 static void dsv3i_avx512_bf16_product_bytes(float *y, size_t ldy, const void *x, size_t ldx, size_t n,
                                             const dsv3_panel *w, size_t rows, size_t k, int add) {
-    dsv3i_avx512_bf16_product(1, y, ldy, x, ldx, n, w, rows, k, add);
+    size_t c = 0;
+    for (; c + 2 <= w->columns; c += 2) dsv3i_avx512_bf16_columns(1, 2, y, ldy, x, ldx, n, w, c, rows, k, add);
+    if (c < w->columns) dsv3i_avx512_bf16_columns(1, 1, y, ldy, x, ldx, n, w, c, rows, k, add);
 }
 
 /* ---- Attention in BF16. scratch: the queries as a panel; scores [32, columns, 16]; keys [32, dk]; weights [lanes, 32];
@@ -10022,6 +10248,7 @@ static void dsv3i_kernels_avx512_bf16(dsv3_kernels *k) {
     k->widen[DSV3_F8_E4M3] = dsv3i_avx512_bf16_widen_f8;
     k->product[DSV3_PRODUCT_FAST_BF16] = dsv3i_avx512_bf16_product_bf16;
     k->product[DSV3_PRODUCT_FAST_BYTES] = dsv3i_avx512_bf16_product_bytes;
+    k->mix[DSV3_F8_E4M3] = dsv3i_avx512_bf16_mix_f8_e4m3;
     k->few[DSV3_BF16] = dsv3i_avx512_bf16_few_bf16;
     k->few[DSV3_F8_E4M3] = dsv3i_avx512_bf16_few_f8_e4m3;
     k->few[DSV3_Q8_0] = dsv3i_avx512_bf16_few_q8_0;
@@ -10098,6 +10325,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_BACK_ROWS
 #undef DSV3I_BACK_KEYS
 #undef DSV3I_COLUMNS
+#undef DSV3I_MIX_TOGETHER
 #undef DSV3I_NEAR
 #undef DSV3I_NORM_ROWS
 #undef DSV3I_DECODE

@@ -76,8 +76,9 @@ size_t threads_count(const threads_pool *pool);
 /* A parallel loop: covers [0, n) by calls of task, each item exactly once, at most `threads` of them at a time (and no
  * more than the pool has), with different worker numbers below `threads`; returns when all are done.
  *   pool  a threads_pool; NULL: the loop is serial
- * Items go out in up to 8 contiguous pieces for each thread, to whoever is free: uneven items are balanced, and the
- * cut is the same in every run of the same n and threads, but not who does which piece. A serial loop is one piece. */
+ * Items go out in contiguous pieces to whoever is free: each a fourth of what would be a thread's share of the items
+ * left, so that few pieces do, and the last ones are single items: uneven items are balanced. The cut is the same in
+ * every run of the same n and threads, but not who does which piece. A serial loop is one piece. */
 void threads_for(void *pool, size_t threads, size_t n, threads_task task, void *arg);
 
 #ifdef __cplusplus
@@ -142,7 +143,6 @@ typedef atomic_size_t threadsi_size;
 #define THREADSI_SET_STRICT(p, x) atomic_store_explicit(p, x, memory_order_seq_cst)
 #define THREADSI_SET(p, x) atomic_store_explicit(p, x, memory_order_release)
 #define THREADSI_SWAP(p, x) atomic_exchange_explicit(p, x, memory_order_acquire)
-#define THREADSI_ADD(p, x) atomic_fetch_add_explicit(p, x, memory_order_relaxed)
 #define THREADSI_CHANGE(p, old, x)                                                                                   \
     atomic_compare_exchange_weak_explicit(p, old, x, memory_order_acq_rel, memory_order_acquire)
 #else
@@ -153,7 +153,6 @@ typedef size_t threadsi_size;
 #define THREADSI_SET_STRICT(p, x) __atomic_store_n(p, x, __ATOMIC_SEQ_CST)
 #define THREADSI_SET(p, x) __atomic_store_n(p, x, __ATOMIC_RELEASE)
 #define THREADSI_SWAP(p, x) __atomic_exchange_n(p, x, __ATOMIC_ACQUIRE)
-#define THREADSI_ADD(p, x) __atomic_fetch_add(p, x, __ATOMIC_RELAXED)
 #define THREADSI_CHANGE(p, old, x) __atomic_compare_exchange_n(p, old, x, 1, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)
 #endif
 
@@ -183,16 +182,16 @@ static void threadsi_pause(void) {
 #define THREADSI_WAITING 0x00008000u
 #define THREADSI_SEATS 0x7FFF0000u
 #define THREADSI_SEAT 0x00010000u
-#define THREADSI_PIECES 8u /* of a loop, for each thread */
+#define THREADSI_SHARE 4u /* a piece is so much of what a thread would get */
 
 struct threads_pool {
     threadsi_word state;
     threadsi_word asleep; /* helpers that sleep and that nobody has woken yet; changed under `lock` */
     threads_task task;    /* the loop */
     void *arg;
-    size_t n, pieces;
+    size_t n, shares;
     char apart1[128];   /* what many write lies alone in its cache lines */
-    threadsi_size next; /* piece */
+    threadsi_size next; /* item */
     char apart2[128];
     threadsi_word taken; /* by a caller of threads_for */
     size_t threads;      /* helpers + 1 */
@@ -231,12 +230,14 @@ static int threadsi_spin(threads_pool *p, unsigned bits, int set) {
 
 /* ---- Helpers */
 
-/* Does pieces until there are none left. */
+/* Does pieces until there are no items left. */
 static void threadsi_work(threads_pool *p, size_t worker) {
-    size_t pieces = p->pieces, each = p->n / pieces, more = p->n % pieces, i;
-    while ((i = THREADSI_ADD(&p->next, 1)) < pieces) {
-        size_t begin = i * each + (i < more ? i : more);
-        p->task(p->arg, begin, begin + each + (i < more), worker);
+    size_t n = p->n, shares = p->shares, begin = THREADSI_GET(&p->next);
+    while (begin < n) {
+        size_t some = n - begin < 2 * shares ? 1 : (n - begin) / shares;
+        if (!THREADSI_CHANGE(&p->next, &begin, begin + some)) continue;
+        p->task(p->arg, begin, begin + some, worker);
+        begin = THREADSI_GET(&p->next);
     }
 }
 
@@ -334,9 +335,9 @@ void threads_for(void *pool, size_t threads, size_t n, threads_task task, void *
     p->task = task;
     p->arg = arg;
     p->n = n;
-    p->pieces = n / THREADSI_PIECES < threads ? n : threads * THREADSI_PIECES;
+    p->shares = threads * THREADSI_SHARE;
     THREADSI_SET(&p->next, 0);
-    seats = (threads < p->pieces ? threads : p->pieces) - 1;
+    seats = (threads < n ? threads : n) - 1;
     THREADSI_SET_STRICT(&p->state, (unsigned)seats * THREADSI_SEAT);
     if (THREADSI_GET_STRICT(&p->asleep) > 0) threadsi_wake(p, (unsigned)seats);
     threadsi_work(p, 0);

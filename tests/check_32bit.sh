@@ -11,11 +11,13 @@ if ! command -v i686-linux-gnu-gcc > /dev/null; then
     done_testing "32 bit"
     exit
 fi
+cc="$cc -Wall -Wextra -Wconversion -Wsign-conversion -Werror"
+later "build dsv3" $cc -UDSV3_SIMD examples/dsv3.c -o $out/dsv3 -lm
+library $out "$cc"
 for source in tests/test_*.c tests/parity.c; do
     name=$(basename "$source" .c)
-    later "build $name" $cc -Wall -Wextra -Wconversion -Wsign-conversion -Werror "$source" -o $out/$name -lm -lpthread
+    later "build $name" $cc "$source" -o $out/$name $out/libdsv3.a -lm -lpthread
 done
-later "build dsv3" $cc -UDSV3_SIMD -Wall -Wextra -Wconversion -Wsign-conversion -Werror examples/dsv3.c -o $out/dsv3 -lm
 run_later
 emulate=
 if ! $out/dsv3 --version > /dev/null 2>&1; then emulate=qemu-i386; fi

@@ -12,11 +12,13 @@ for cc in gcc clang; do
     command -v $cc > /dev/null || continue
     compilers=$((compilers + 1))
     for unit in use implement main static simd; do
-        for std in c99 c11 c17 gnu99 gnu11; do
-            later "$cc -std=$std $unit" $cc -std=$std -O2 $wide $c -I. -c tests/compile/$unit.c -o /dev/null
+        later "$cc -std=c99 -O2 $unit" $cc -std=c99 -O2 $wide $c -I. -c tests/compile/$unit.c -o /dev/null
+        later "$cc -std=c++11 -O2 $unit" $cc -x c++ -std=c++11 -O2 $wide -I. -c tests/compile/$unit.c -o /dev/null
+        for std in c11 c17 gnu99 gnu11; do # a standard changes what is parsed, not what is optimised
+            later "$cc -std=$std $unit" $cc -std=$std -O0 $wide $c -I. -c tests/compile/$unit.c -o /dev/null
         done
-        for std in c++11 c++17 c++20; do
-            later "$cc -std=$std $unit" $cc -x c++ -std=$std -O2 $wide -I. -c tests/compile/$unit.c -o /dev/null
+        for std in c++17 c++20; do
+            later "$cc -std=$std $unit" $cc -x c++ -std=$std -O0 $wide -I. -c tests/compile/$unit.c -o /dev/null
         done
     done
     for flags in -O0 -Os -O3 "-O2 -fopenmp" "-O2 -fshort-enums" "-O2 -funsigned-char" "-O2 -march=native" \
@@ -27,7 +29,7 @@ for cc in gcc clang; do
         later "$cc $level, backends" $cc -std=c99 $level $wide $c -I. -c tests/compile/simd.c -o /dev/null
     done
     for file in examples/*.c bench/*.c tests/*.c; do
-        later "$cc $file" $cc -std=c99 -D_POSIX_C_SOURCE=200809L -O2 $wide $c -Wno-float-equal -Wno-double-promotion -I. -Iexamples -Itests \
+        later "$cc $file" $cc -std=c99 -D_POSIX_C_SOURCE=200809L -O1 $wide $c -Wno-float-equal -Wno-double-promotion -I. -Iexamples -Itests \
             -Ibench -c "$file" -o /dev/null
     done
     for header in json safetensors checkpoint svg thread_pool large_pages; do

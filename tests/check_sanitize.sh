@@ -9,15 +9,15 @@ compilers=0
 for cc in gcc clang; do
     command -v $cc > /dev/null || continue
     compilers=$((compilers + 1))
+    # Backends take long to compile: once, where they are what is tested.
+    simd=
+    [ $cc = gcc ] && simd=-DDSV3_SIMD
+    flags="$cc -std=c99 -D_POSIX_C_SOURCE=200809L -O1 -g $san"
+    library $out "$flags $simd"
     for source in tests/test_*.c tests/parity.c examples/dsv3.c; do
         name=$(basename "$source" .c)
-        case $cc-$name in # backends take long to compile: once, where they are what is tested
-        gcc-test_kernels | gcc-test_infer | gcc-test_mla | gcc-test_mtp | gcc-test_train | gcc-test_same_bits | gcc-parity)
-            simd=-DDSV3_SIMD ;;
-        *) simd= ;;
-        esac
-        later "$cc build $name" $cc -std=c99 -D_POSIX_C_SOURCE=200809L $simd -O1 -g $san -I. -Iexamples -Itests "$source" \
-            -o $out/$name -lm -lpthread
+        case $name in test_kernels | test_train | test_same_bits) with=$simd ;; *) with= ;; esac
+        later "$cc build $name" $flags $with -I. -Iexamples -Itests "$source" -o $out/$name $out/libdsv3.a -lm -lpthread
     done
     run_later
     for source in tests/test_*.c; do
@@ -26,7 +26,7 @@ for cc in gcc clang; do
     done
     for dir in tests/golden/* examples/models/micro; do later "$cc parity $dir" $out/parity "$dir"; done
     run_later
-    for name in infer mla mtp train same_bits; do
+    for name in infer mla moe mtp train same_bits; do
         [ $cc = gcc ] && later "run $name, best backend" env TEST_BACKEND=auto $out/test_$name
     done
     run_later

@@ -1,5 +1,6 @@
 # lib.sh -- counting for test scripts: check NAME COMMAND..., then done_testing. Slow and independent ones go by
-# later NAME COMMAND... and run together, one for each core, when run_later is called.
+# later NAME COMMAND... and run together, one for each core, when run_later is called; build/check-seconds then tells
+# how long each took.
 passed=0 failed=0
 later_count=0 later_dir=build/later.$$
 ok() { passed=$((passed + 1)); }
@@ -23,9 +24,11 @@ later() {
 run_later() {
     [ $later_count = 0 ] && return
     ls $later_dir | grep -v '\.' | xargs -P "$(nproc 2> /dev/null || echo 2)" -I{} \
-        sh -c "sh $later_dir/{} > $later_dir/{}.out 2>&1 < /dev/null && : > $later_dir/{}.ok"
+        sh -c "begin=\$(date +%s); sh $later_dir/{} > $later_dir/{}.out 2>&1 < /dev/null && : > $later_dir/{}.ok
+               echo \$((\$(date +%s) - begin)) > $later_dir/{}.seconds"
     for later_file in $later_dir/*.name; do
         later_file=${later_file%.name}
+        printf '%s %s\n' "$(cat $later_file.seconds)" "$(cat $later_file.name)" >> build/check-seconds
         if [ -f $later_file.ok ]; then ok; else
             bad "$(cat $later_file.name)"
             tail -n 20 $later_file.out >&2
@@ -33,6 +36,12 @@ run_later() {
     done
     rm -rf $later_dir
     later_count=0
+}
+# library DIR "CC and its flags": DIR/libdsv3.a, for test programs that call only what is published.
+library() {
+    check "build $1/libdsv3.a" $2 -I. -c tests/library.c -o $1/library.o
+    rm -f $1/libdsv3.a
+    ar rc $1/libdsv3.a $1/library.o
 }
 done_testing() {
     run_later

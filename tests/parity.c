@@ -19,9 +19,9 @@
  *
  * Bounds: 1e-5, where float64 references exist; 1e-4 for the trained models (golden files with a `greedy`
  * continuation), whose references are float32 programs. */
-#define DSV3_IMPLEMENTATION
 #define CHECKPOINT_IMPLEMENTATION
 #include "../examples/checkpoint.h"
+#include <math.h>
 
 /* ---- What was computed: tensors under the golden file's names */
 

@@ -4,7 +4,6 @@
  * failure here means that padding is counted as load, that MaxVio or a loss is off by a factor, that the bias moves
  * the wrong way, drifts, leaves the finite numbers, or depends on how a step was cut into micro-batches and ranks, or
  * that training would not balance its experts. */
-#define DSV3_IMPLEMENTATION
 #include "dsv3.h"
 #include "synthetic.h"
 

@@ -3,7 +3,6 @@
  * A failure means that a bad configuration would get through (and sizes computed from it could be anything), that a
  * good one is refused, that an error does not say which field is wrong, or that the tensors a published model is
  * expected to have are not the ones its files contain. */
-#define DSV3_IMPLEMENTATION
 #include "dsv3.h"
 #include "test.h"
 

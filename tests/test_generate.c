@@ -9,7 +9,6 @@
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
 #endif
-#define DSV3_IMPLEMENTATION
 #define CHECKPOINT_IMPLEMENTATION
 #include "checkpoint.h"
 #include "synthetic.h"

@@ -3,7 +3,6 @@
  * A failure means that a whole model gives wrong logits, that sequences in one call disturb each other, that a bad
  * call is computed instead of refused, that it is refused with the wrong code, or that a call that failed has moved
  * or overwritten a cache. */
-#define DSV3_IMPLEMENTATION
 #include "dsv3.h"
 #include "synthetic.h"
 

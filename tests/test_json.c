@@ -392,36 +392,27 @@ static void test_collisions(void) {
     free(token);
 }
 
-/* Time limits are for plain builds: sanitizers get 5 times as much, and TEST_SLOW in the environment lifts
- * them for slower instruments. */
-static double time_limit(double seconds) {
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(memory_sanitizer)
-    seconds *= 5;
-#endif
-#elif defined(__SANITIZE_ADDRESS__)
-    seconds *= 5;
-#endif
-    return getenv("TEST_SLOW") ? seconds * 100 : seconds;
-}
-
-/* n members with keys from a format, parsed; seconds taken. `repeat` makes the last key equal the first. */
+/* n members with keys from a format, parsed: the CPU time of the fastest of three. `repeat` makes the last key equal
+ * the first. */
 static double time_keys(size_t n, const char *prefix, size_t step, int repeat, json_result want) {
     size_t room = strlen(prefix) + 32, length = 0, i, count = 0;
     char *text = (char *)test_alloc(n * room + 2);
     json_token *token = (json_token *)test_alloc((2 * n + 1) * sizeof *token);
-    clock_t start;
-    double seconds;
+    double least = 1e9;
+    int k;
     text[length++] = '{';
     for (i = 0; i < n; i++) {
         size_t key = repeat && i == n - 1 ? 0 : (size_t)((uint64_t)i * step % n);
         length += (size_t)sprintf(text + length, "%s\"%s%lu\":0", i ? "," : "", prefix, (unsigned long)key);
     }
     text[length++] = '}';
-    start = clock();
-    CHECK_EQ(json_parse(text, length, token, 2 * n + 1, &count, NULL), want);
-    seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
-    if (want == JSON_OK) {
+    for (k = 0; k < 3; k++) {
+        clock_t start = clock();
+        double seconds;
+        CHECK_EQ(json_parse(text, length, token, 2 * n + 1, &count, NULL), want);
+        seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
+        if (seconds < least) least = seconds;
+        if (want != JSON_OK) continue;
         CHECK_EQ(count, 2 * n + 1);
         for (i = 1; i < count; i++) /* the working memory was put back */
             if (token[i].size != 0 || token[i].next != i + 1) break;
@@ -429,18 +420,28 @@ static double time_keys(size_t n, const char *prefix, size_t step, int repeat, j
     }
     free(text);
     free(token);
-    return seconds;
+    return least;
+}
+
+/* Eight times the keys take at most 32 times as long: sorting takes 8 to 11 times, comparing all pairs 64. No limit in
+ * seconds: that would test the machine; and numbers that fit a cache, for the same reason. (A millisecond is for the
+ * clock.) */
+static void check_growth(size_t n, const char *prefix, size_t step, int repeat, json_result want) {
+    double few = time_keys(n / 8, prefix, step, repeat, want), many = time_keys(n, prefix, step, repeat, want);
+    CHECK(many < 32 * few + 1e-3);
+    printf("%lu keys in %.2f ms, %lu in %.1f\n", (unsigned long)(n / 8), 1000 * few, (unsigned long)n, 1000 * many);
 }
 
 static void test_many_keys(void) {
     static char prefix[4001];
-    CHECK(time_keys(100000, "model.layers.mlp.experts.", 1, 0, JSON_OK) < time_limit(1));
-    CHECK(time_keys(100000, "k", 99999, 0, JSON_OK) < time_limit(1));
-    CHECK(time_keys(100000, "", 7919, 0, JSON_OK) < time_limit(1));
-    CHECK(time_keys(100000, "tensor", 1, 1, JSON_ERR_FORMAT) < time_limit(1));
+    check_growth(12000, "model.layers.mlp.experts.", 1, 0, JSON_OK);
+    check_growth(12000, "k", 11999, 0, JSON_OK);
+    check_growth(12000, "", 7919, 0, JSON_OK);
+    check_growth(12000, "tensor", 1, 1, JSON_ERR_FORMAT);
+    time_keys(100000, "tensor", 7919, 0, JSON_OK);
     memset(prefix, 'x', sizeof prefix - 1); /* long common beginnings */
-    CHECK(time_keys(2000, prefix, 1, 0, JSON_OK) < time_limit(1));
-    CHECK(time_keys(2000, prefix, 1, 1, JSON_ERR_FORMAT) < time_limit(1));
+    check_growth(2000, prefix, 1, 0, JSON_OK);
+    check_growth(2000, prefix, 1, 1, JSON_ERR_FORMAT);
 }
 
 /* ---- accessors ------------------------------------------------------------------------------------- */

@@ -4,7 +4,6 @@
  * query block is cut in the wrong place, RoPE turns the wrong part, the absorbed and the expanded form have come
  * apart, or the cache keeps something other than the normalised latent and the rotated key. */
 #define DSV3I_SEGMENT 32u /* several in short contexts */
-#define DSV3_IMPLEMENTATION
 #include "dsv3.h"
 #include "synthetic.h"
 

@@ -3,7 +3,6 @@
  * A failure means that a file with a missing, misshapen or broken tensor would be bound (and read past its end later),
  * that the error names the wrong tensor, that a buffer which is too small or not aligned is used all the same, or
  * that weights must be writable or aligned after all. */
-#define DSV3_IMPLEMENTATION
 #include "dsv3.h"
 #include "synthetic.h"
 

@@ -3,7 +3,6 @@
  * A failure means that a feed-forward layer gives wrong numbers: rows go to the wrong expert or come back to the wrong
  * token, a gate weight or the shared experts are lost, an expert without tokens disturbs its neighbours, or the result
  * of a token depends on what else is in the batch. */
-#define DSV3_IMPLEMENTATION
 #include "dsv3.h"
 #include "synthetic.h"
 

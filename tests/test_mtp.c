@@ -3,9 +3,6 @@
  * A failure means that a module predicts from the wrong token, state or weights (drafts would seldom be accepted, and
  * nothing else would show it), that its results depend on how the work is cut, that a loss or load counts a row which
  * does not exist, lies in another document or is padding, or that a bad call is computed instead of refused. */
-#include <assert.h>
-#define DSV3_ASSERT(x) assert(x)
-#define DSV3_IMPLEMENTATION
 #include "dsv3.h"
 #include "synthetic.h"
 

@@ -3,7 +3,6 @@
  * Selection is compared with a second implementation that sorts; over many shapes, modes and hostile scores. A
  * failure here means that tokens go to other experts than in the published models, that ties fall differently on
  * different machines, that the balancing bias leaks into the weights, or that a NaN yields an invalid expert. */
-#define DSV3_IMPLEMENTATION
 #include "dsv3.h"
 
 #include "test.h"

@@ -472,28 +472,14 @@ static void test_name_lengths(void) {
     }
 }
 
-/* Time limits are for plain builds: sanitizers get 5 times as much, and TEST_SLOW in the environment lifts
- * them for slower instruments. */
-static double time_limit(double seconds) {
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(memory_sanitizer)
-    seconds *= 5;
-#endif
-#elif defined(__SANITIZE_ADDRESS__)
-    seconds *= 5;
-#endif
-    return getenv("TEST_SLOW") ? seconds * 100 : seconds;
-}
-
-/* ST-39: many tiny entries, not in the order of their names. */
-static void test_many_entries(void) {
-    const size_t n = 100000;
+/* n tiny entries, not in the order of their names, opened: the CPU time of the fastest of three. */
+static double time_entries(size_t n) {
     char *json = (char *)test_alloc(n * 100), name[64];
     size_t length = 1, i;
     image m;
     st_file file;
-    clock_t start;
-    double seconds;
+    double least = 1e9;
+    int k;
     json[0] = '{';
     for (i = 0; i < n; i++)
         length += (size_t)sprintf(
@@ -501,23 +487,36 @@ static void test_many_entries(void) {
             i ? "," : "", (unsigned long)(i * 7919 % n), (unsigned long)i, (unsigned long)i + 1);
     json[length++] = '}';
     m = make_raw(length, json, length, n);
-    start = clock();
-    CHECK_EQ(st_parse(&file, m.bytes, m.length, "ST-39", NULL), ST_OK);
-    seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
-    printf("ST-39: %lu tensors in %.0f ms\n", (unsigned long)file.count, 1000 * seconds);
-    CHECK(seconds < time_limit(1));
-    CHECK_EQ(file.count, n);
-    check_open_file(&file);
-    for (i = 0; i < n; i += 97) {
-        const st_tensor *t;
-        snprintf(name, sizeof name, "layer.%lu", (unsigned long)(i * 7919 % n));
-        t = st_find(&file, name);
-        if (!t || t->bytes != 1 || *(const unsigned char *)t->data != ((i + 1) & 0xFF)) break;
+    for (k = 0; k < 3; k++) {
+        clock_t start = clock();
+        double seconds;
+        CHECK_EQ(st_parse(&file, m.bytes, m.length, "ST-39", NULL), ST_OK);
+        seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
+        if (seconds < least) least = seconds;
+        CHECK_EQ(file.count, n);
+        check_open_file(&file);
+        for (i = 0; i < n; i += 97) {
+            const st_tensor *t;
+            snprintf(name, sizeof name, "layer.%lu", (unsigned long)(i * 7919 % n));
+            t = st_find(&file, name);
+            if (!t || t->bytes != 1 || *(const unsigned char *)t->data != ((i + 1) & 0xFF)) break;
+        }
+        CHECK(i >= n);
+        st_close(&file);
     }
-    CHECK(i >= n);
-    st_close(&file);
     free(m.bytes);
     free(json);
+    return least;
+}
+
+/* ST-39: 100000 tiny entries load, and eight times as many take at most 32 times as long: sorting takes 8 to 11 times,
+ * comparing all pairs 64. No limit in seconds: that would test the machine; and numbers that fit a cache, for the
+ * same reason. (A millisecond is for the clock.) */
+static void test_many_entries(void) {
+    double few = time_entries(1500), many = time_entries(12000);
+    CHECK(many < 32 * few + 1e-3);
+    printf("ST-39: 1500 tensors in %.2f ms, 12000 in %.1f, ", 1000 * few, 1000 * many);
+    printf("100000 in %.0f\n", 1000 * time_entries(100000));
 }
 
 static void test_fields(void) {

@@ -2,7 +2,6 @@
  *
  * A failure here means that seeds give other texts than before, that tokens are drawn with other probabilities than
  * softmax(logits / temperature) or from outside the nucleus, or that bad input is taken for good. */
-#define DSV3_IMPLEMENTATION
 #include "dsv3.h"
 
 #include "test.h"

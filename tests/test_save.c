@@ -6,7 +6,6 @@
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L /* mkdtemp, posix_memalign */
 #endif
-#define DSV3_IMPLEMENTATION
 #define CHECKPOINT_IMPLEMENTATION
 #include "checkpoint.h"
 #include "synthetic.h"

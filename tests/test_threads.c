@@ -7,7 +7,6 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE 1
 #endif
-#define DSV3_IMPLEMENTATION
 #include "dsv3.h"
 #include "synthetic.h"
 #define THREADS_IMPLEMENTATION
@@ -59,6 +58,14 @@ static void tally_task(void *arg, size_t begin, size_t end, size_t worker) {
     pthread_mutex_unlock(&lock);
 }
 
+/* Pieces of a loop, as thread_pool.h describes them. */
+static long pieces_of(size_t n, size_t threads) {
+    long pieces = 0;
+    if (threads < 2 || n < 2) return n > 0;
+    for (; n > 0; pieces++) n -= n < 8 * threads ? 1 : n / (4 * threads);
+    return pieces;
+}
+
 static void one_loop(threads_pool *pool, size_t threads, size_t n) {
     tally t;
     size_t wrong = 0, count = threads_count(pool) < threads ? threads_count(pool) : threads;
@@ -74,7 +81,7 @@ static void one_loop(threads_pool *pool, size_t threads, size_t n) {
     CHECK_EQ(t.outside, 0);
     CHECK_EQ(t.present, 0);
     CHECK(t.most <= (int)t.threads);
-    CHECK_EQ(t.pieces, n == 0 ? 0 : t.threads < 2 ? 1 : n < 8 * t.threads ? (long)n : (long)(8 * t.threads));
+    CHECK_EQ(t.pieces, pieces_of(n, t.threads));
     free(t.seen);
 }
 
