@@ -2358,12 +2358,19 @@ static void dsv3i_linear_tiles(const dsv3_context *ctx, float *y, size_t ldy, co
     }
 }
 
+/* Rows of x, of n, that meet pieces of w together: what fits near caches, or four times as many where a piece is to be made
+ * first. */
+static size_t dsv3i_rows_near(const dsv3_tensor *w, size_t n) {
+    size_t parts = dsv3i_blocks(n, w->packed ? DSV3I_MANY : 4 * DSV3I_MANY);
+    return parts > 1 ? dsv3i_blocks(dsv3i_blocks(n, parts), 6) * 6 : n;
+}
+
 static void dsv3i_linear_rows(const dsv3_context *ctx, float *y, size_t ldy, const dsv3i_input *in, size_t n,
                               const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
     if (ctx->kernels.pack[w->type] != NULL) {
-        size_t parts = dsv3i_blocks(n, DSV3I_MANY), many = parts > 1 ? dsv3i_blocks(dsv3i_blocks(n, parts), 6) * 6 : n;
+        size_t many = dsv3i_rows_near(w, n);
         for (size_t r = r0, end; r < r1; r = end) { /* one panel, which stays near, and all rows; or all panels */
-            end = parts > 1 ? dsv3i_min(r - r % DSV3I_PANEL + DSV3I_PANEL, r1) : r1;
+            end = many < n ? dsv3i_min(r - r % DSV3I_PANEL + DSV3I_PANEL, r1) : r1;
             for (size_t t = 0; t < n; t += many) {
                 dsv3i_input some = *in;
                 some.x = (const unsigned char *)in->x + t * in->stride;
@@ -2381,7 +2388,7 @@ typedef struct dsv3i_job {
     float *y;       /* [n, w->rows] */
     size_t n;
     dsv3i_input in; /* x as the products take it */
-    size_t first;   /* its first item in the loop; an item is a panel: 64 rows of weights */
+    size_t first;   /* its first item in the loop; an item is some panels of 64 rows of weights */
 } dsv3i_job;
 
 static dsv3i_job dsv3i_job_make(float *y, const float *x, const dsv3_tensor *w, size_t n) {
@@ -2401,7 +2408,7 @@ typedef struct dsv3i_linear_arg {
     size_t n_jobs;
     float *scratch;       /* [workers, worker_floats] */
     size_t worker_floats; /* >= dsv3i_panel_floats(n, cols) of every job */
-    size_t item;          /* rows of weights */
+    size_t item, rows;    /* rows of weights and of x in an item */
 } dsv3i_linear_arg;
 
 /* Items of one job that lie next to each other are done in one go. */
@@ -2410,14 +2417,20 @@ static void dsv3i_linear_task(void *arg, size_t begin, size_t end, size_t worker
     size_t j = 0, next;
     for (size_t i = begin; i < end; i = next) {
         const dsv3i_job *job;
-        size_t r0, r1;
+        size_t panels, part, t, r0, r1;
+        dsv3i_input some;
         while (j + 1 < a->n_jobs && a->jobs[j + 1].first <= i) j++;
         job = &a->jobs[j];
-        next = j + 1 < a->n_jobs ? dsv3i_min(end, a->jobs[j + 1].first) : end;
-        r0 = (i - job->first) * a->item;
-        r1 = dsv3i_min((next - job->first) * a->item, job->w->rows);
-        dsv3i_linear_rows(a->ctx, job->y + r0, job->w->rows, &job->in, job->n, job->w, r0, r1,
-                          a->scratch + worker * a->worker_floats);
+        panels = dsv3i_blocks(job->w->rows, a->item);
+        part = (i - job->first) / panels;
+        next = dsv3i_min(end, job->first + (part + 1) * panels);
+        t = part * a->rows;
+        r0 = (i - job->first) % panels * a->item;
+        r1 = dsv3i_min(r0 + (next - i) * a->item, job->w->rows);
+        some = job->in;
+        some.x = (const unsigned char *)some.x + t * some.stride;
+        dsv3i_linear_rows(a->ctx, job->y + t * job->w->rows + r0, job->w->rows, &some, dsv3i_min(a->rows, job->n - t),
+                          job->w, r0, r1, a->scratch + worker * a->worker_floats);
     }
 }
 
@@ -2485,6 +2498,18 @@ static size_t dsv3i_linear_item(const dsv3_context *ctx, const dsv3i_job *jobs, 
     return dsv3i_max(together, 1) * DSV3I_PANEL;
 }
 
+/* Rows of x in an item: all, or fewer, if they are many, to have eight items for each thread. */
+static size_t dsv3i_linear_part(const dsv3_context *ctx, const dsv3i_job *jobs, size_t n_jobs, size_t item) {
+    size_t items = 0, n = 1;
+    for (size_t j = 0; j < n_jobs; j++) {
+        items += dsv3i_blocks(jobs[j].w->rows, item);
+        n = dsv3i_max(n, jobs[j].n);
+    }
+    if (ctx->threads < 2 || ctx->kernels.pack[jobs[0].w->type] == NULL) return n;
+    n = dsv3i_blocks(n, dsv3i_blocks(8 * ctx->threads, items));
+    return dsv3i_blocks(dsv3i_max(n, 48), 6) * 6;
+}
+
 /* All jobs in one loop. scratch [threads, worker_floats]; rounded: room for dsv3i_rounded_floats of all rows that
  * differ, or NULL with DSV3_EXACT. */
 static void dsv3i_linear_jobs(const dsv3_context *ctx, dsv3i_job *jobs, size_t n_jobs, float *scratch,
@@ -2497,12 +2522,13 @@ static void dsv3i_linear_jobs(const dsv3_context *ctx, dsv3i_job *jobs, size_t n
     arg.scratch = scratch;
     arg.worker_floats = worker_floats;
     arg.item = dsv3i_linear_item(ctx, jobs, n_jobs);
+    arg.rows = dsv3i_linear_part(ctx, jobs, n_jobs, arg.item);
     if (rounded != NULL) dsv3i_round_jobs(&arg, jobs, rounded);
     for (size_t j = 0; j < n_jobs; j++) {
         const dsv3_tensor *w = jobs[j].w;
         DSV3_ASSERT(worker_floats >= dsv3i_panel_floats(jobs[j].n, w->cols));
         jobs[j].first = items;
-        items += dsv3i_blocks(w->rows, arg.item);
+        items += dsv3i_blocks(w->rows, arg.item) * dsv3i_blocks(jobs[j].n, arg.rows);
         work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(w->rows, w->cols), jobs[j].n));
     }
     dsv3i_parallel(ctx, items, work, dsv3i_linear_task, &arg);
@@ -2675,6 +2701,24 @@ static dsv3i_rows_arg dsv3i_rows_make(const dsv3_context *ctx, float *y, const f
     return a;
 }
 
+/* x *= a */
+static void dsv3i_scale(float *x, float a, size_t n) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        for (size_t j = 0; j < 8; j++) x[i + j] *= a;
+    }
+    for (; i < n; i++) x[i] *= a;
+}
+
+/* v = gain (v r) */
+static void dsv3i_norm_scale(float *DSV3I_RESTRICT v, const float *DSV3I_RESTRICT gain, float r, size_t n) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        for (size_t j = 0; j < 8; j++) v[i + j] = gain[i + j] * (v[i + j] * r);
+    }
+    for (; i < n; i++) v[i] = gain[i] * (v[i] * r);
+}
+
 static void dsv3i_rmsnorm_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_rows_arg *a = (const dsv3i_rows_arg *)arg;
     size_t d = a->d, step = dsv3_type_bytes(a->g->type);
@@ -2684,10 +2728,12 @@ static void dsv3i_rmsnorm_task(void *arg, size_t begin, size_t end, size_t worke
         float *yt = a->y + t * d;
         float r = 1.0f / DSV3_SQRTF(a->ctx->kernels.dot(xt, xt, d) / (float)d + a->eps);
         for (size_t i = 0; i < d; i += 64) { /* the gain is decoded piece by piece, on the stack */
-            float gain[64];
+            float gain[64], v[64];
             size_t m = dsv3i_min(64, d - i);
             a->ctx->kernels.decode[a->g->type](gain, (const unsigned char *)a->g->data + i * step, m);
-            for (size_t j = 0; j < m; j++) yt[i + j] = gain[j] * (xt[i + j] * r);
+            DSV3_MEMCPY(v, xt + i, m * sizeof *v);
+            dsv3i_norm_scale(v, gain, r, m);
+            DSV3_MEMCPY(yt + i, v, m * sizeof *v);
         }
     }
 }
@@ -2919,14 +2965,6 @@ static void dsv3i_silu_back(const dsv3_context *ctx, float *da, float *db, float
     dsv3i_parallel(ctx, dsv3i_blocks(n, width), dsv3i_mul(n, 32), dsv3i_silu_back_task, &arg);
 }
 
-/* x *= a */
-static void dsv3i_scale(float *x, float a, size_t n) {
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        for (size_t j = 0; j < 8; j++) x[i + j] *= a;
-    }
-    for (; i < n; i++) x[i] *= a;
-}
 #endif
 
 /* ---- Log-sum-exp: log sum exp(x) = top + log sum exp(x - top), whose terms are at most 1 */
@@ -3496,8 +3534,7 @@ static void dsv3i_attend_begin(float *out, float *top, float *sum, size_t width)
 
 /* After the last: divide by the sum. A row whose every score is minus infinity has sum 0 and gives zeros. */
 static void dsv3i_attend_end(float *out, float sum, size_t width) {
-    float r = sum <= 0.0f ? 0.0f : 1.0f / sum;
-    for (size_t i = 0; i < width; i++) out[i] *= r;
+    dsv3i_scale(out, sum <= 0.0f ? 0.0f : 1.0f / sum, width);
 }
 
 /* How many of nk keys from position b on does the row of a batch see? */
@@ -3671,7 +3708,7 @@ static void dsv3i_part_join(const dsv3_context *ctx, float *mixed, float state[2
     float top = part[rk] > state[0] ? part[rk] : state[0];
     float now = DSV3_EXPF(state[0] - top), add = DSV3_EXPF(part[rk] - top);
     if (part[rk + 1] <= 0.0f) return; /* it saw none */
-    for (size_t i = 0; i < rk && now < 1.0f; i++) mixed[i] *= now;
+    if (now < 1.0f) dsv3i_scale(mixed, now, rk);
     ctx->kernels.axpy(mixed, add, part, rk);
     state[0] = top;
     state[1] = state[1] * now + part[rk + 1] * add;
@@ -4703,12 +4740,6 @@ static size_t dsv3i_mlp_rounded(size_t d, size_t F) {
 /* Where many rows are, they go through an MLP block by block: each block from its inputs to its outputs by one worker,
  * in whose cache it stays. The results are those of dsv3i_mlps_by_panels, bit for bit. */
 
-/* Rows of an MLP in a block: as dsv3i_linear_rows cuts them. */
-static size_t dsv3i_mlp_block(const dsv3i_mlp_rows *r) {
-    size_t parts = dsv3i_blocks(r->n, DSV3I_MANY);
-    return parts > 1 ? dsv3i_blocks(dsv3i_blocks(r->n, parts), 6) * 6 : r->n;
-}
-
 /* The job of one worker; its inputs are rounded or copied to where `rounded` says, unless `same` wants the same. */
 static dsv3i_job dsv3i_mlp_linear(const dsv3i_ffn_rows *a, float *y, const float *x, const dsv3_tensor *w, size_t n,
                                   const dsv3i_job *same, float *rounded, float *panel) {
@@ -4749,7 +4780,7 @@ static void dsv3i_mlp_task(void *arg, size_t begin, size_t end, size_t worker) {
     for (size_t i = begin, j = 0; i < end; i++) {
         size_t t, some;
         while (j + 1 < a->count && r[j + 1].item <= i) j++;
-        some = dsv3i_mlp_block(&r[j]);
+        some = dsv3i_rows_near(&r[j].w->gate_proj, r[j].n);
         t = (i - r[j].item) * some;
         dsv3i_mlp_rows_forward(a, &r[j], t, dsv3i_min(some, r[j].n - t), worker);
     }
@@ -4762,7 +4793,7 @@ static void dsv3i_mlps(dsv3i_ffn_rows *a) {
     for (size_t j = 0; j < a->count; j++) {
         dsv3i_mlp_rows *r = &a->ws->mlps[j];
         r->item = items;
-        items += dsv3i_blocks(r->n, dsv3i_mlp_block(r));
+        items += dsv3i_blocks(r->n, dsv3i_rows_near(&r->w->gate_proj, r->n));
         work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(3 * r->n, r->w->gate_proj.rows), r->w->gate_proj.cols));
     }
     if (items >= dsv3i_mul(a->ctx->threads, DSV3I_BLOCKS)) {
@@ -9485,15 +9516,19 @@ void dsv3i_avx512_columns(const dsv3_product kind, const int NP, float *y, size_
     }
 }
 
-/* Whole panels at once, the last one of a matrix by columns. */
+/* Whole panels at once; of codes, the last one of a matrix by columns (it is not worth the instructions). */
 DSV3I_INLINE(DSV3I_AVX512)
 void dsv3i_avx512_product(const dsv3_product kind, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
                           const dsv3_panel *w, size_t rows, size_t k, int add) {
     if (w->columns == 4) {
         dsv3i_avx512_columns(kind, 4, y, ldy, x, ldx, n, w, 0, rows, k, add);
-        return;
+    } else if (kind == DSV3_PRODUCT_F32 && w->columns == 3) {
+        dsv3i_avx512_columns(kind, 3, y, ldy, x, ldx, n, w, 0, rows, k, add);
+    } else if (kind == DSV3_PRODUCT_F32 && w->columns == 2) {
+        dsv3i_avx512_columns(kind, 2, y, ldy, x, ldx, n, w, 0, rows, k, add);
+    } else {
+        for (size_t c = 0; c < w->columns; c++) dsv3i_avx512_columns(kind, 1, y, ldy, x, ldx, n, w, c, rows, k, add);
     }
-    for (size_t c = 0; c < w->columns; c++) dsv3i_avx512_columns(kind, 1, y, ldy, x, ldx, n, w, c, rows, k, add);
 }
 
 DSV3I_TARGET(DSV3I_AVX512)

@@ -259,7 +259,7 @@ typedef struct session {
     dsv3_cache cache;
     dsv3_workspace workspace;
     void *cache_memory, *workspace_memory, *packed_memory;
-    size_t V, cache_bytes, workspace_bytes;
+    size_t V, cache_bytes, workspace_bytes, packed_bytes;
 } session;
 
 static dsv3_type parse_type(const char *name, const char *text) {
@@ -290,7 +290,8 @@ static dsv3_attention parse_attention(const char *text) {
     "  --backend NAME   auto, reference, avx2, avx512 or avx512_bf16 (default auto: the best that runs here)\n"      \
     "  --fast           activations are rounded before they meet weights: to BF16 for BF16 and FP8, to 8 bits for\n" \
     "                   Q8_0 and Q4_0; avx512_bf16 also computes attention in BF16\n"                                 \
-    "  --pack           the weights once more in memory, in the order of the backend: the same text, faster\n"
+    "  --pack           the weights once more in memory, in the order of the backend: the same text, faster; when\n" \
+    "                   that takes up to 64 MiB it is done unasked, unless --no-pack forbids it\n"
 
 /* Kernels, and a pool of threads (0: one for each core), which close_context ends. */
 static void open_context(dsv3_context *context, const char *name, long threads) {
@@ -316,13 +317,24 @@ static void open_context(dsv3_context *context, const char *name, long threads) 
 
 static void close_context(dsv3_context *context) { threads_destroy((threads_pool *)context->parallel_user); }
 
+enum { PACK_SMALL, PACK_ALWAYS, PACK_NEVER };
+
+static int parse_pack(int pack, int no_pack) {
+    if (pack && no_pack) stop("--pack and --no-pack exclude each other");
+    return pack ? PACK_ALWAYS : no_pack ? PACK_NEVER : PACK_SMALL;
+}
+
+#define PACK_UNASKED ((size_t)64 << 20)
+
 /* A backend that reads weights as they lie wants no memory. */
-static void session_pack(session *s) {
+static void session_pack(session *s, int pack) {
     size_t bytes;
+    if (pack == PACK_NEVER) return;
     stop_result("--pack", dsv3_pack_size(&s->context, &s->model.model, &bytes));
-    if (bytes == 0) return;
+    if (bytes == 0 || (pack == PACK_SMALL && bytes > PACK_UNASKED)) return;
     s->packed_memory = large_pages_alloc(bytes);
     if (s->packed_memory == NULL) stop("--pack: no memory for %zu bytes", bytes);
+    s->packed_bytes = bytes;
     stop_result("--pack", dsv3_pack(&s->context, &s->model.model, s->packed_memory, bytes));
 }
 
@@ -333,7 +345,7 @@ static void session_open(session *s, const char *directory, const char *backend,
     if (s->model.file.warning[0] != '\0') fprintf(stderr, "dsv3: warning: %s\n", s->model.file.warning);
     open_context(&s->context, backend, threads);
     s->V = (size_t)s->model.config.vocab_size;
-    if (pack) session_pack(s);
+    session_pack(s, pack);
 }
 
 static void session_reserve(session *s, size_t positions, size_t rows, dsv3_type type) {
@@ -465,7 +477,7 @@ typedef struct writer_options {
     const char *cache, *attention, *backend;
     long n, seed, mtp, context, threads;
     double temperature, top_p;
-    int adaptive, ids, fast, pack, stats;
+    int adaptive, ids, fast, pack, no_pack, stats;
 } writer_options;
 
 /* clang-format off */
@@ -484,6 +496,7 @@ typedef struct writer_options {
     {"--backend", OPTION_TEXT, &(o).backend, 0, 0},                                                                  \
     {"--fast", OPTION_FLAG, &(o).fast, 0, 0},                                                                        \
     {"--pack", OPTION_FLAG, &(o).pack, 0, 0},                                                                        \
+    {"--no-pack", OPTION_FLAG, &(o).no_pack, 0, 0},                                                                  \
     {"--stats", OPTION_FLAG, &(o).stats, 0, 0}
 /* clang-format on */
 
@@ -499,7 +512,7 @@ typedef struct writer {
 
 /* Opens the model, before there is a text. */
 static void writer_model(session *s, const char *directory, const writer_options *o) {
-    session_open(s, directory, o->backend, o->threads, o->pack);
+    session_open(s, directory, o->backend, o->threads, parse_pack(o->pack, o->no_pack));
     if (!o->ids && s->V != 256) {
         stop("%s: this model has %zu tokens and this program no tokenizer; use --ids and give token ids", directory,
              s->V);
@@ -573,8 +586,8 @@ static void writer_stats(const writer *w, const session *s) {
         }
         fprintf(stderr, "\n");
     }
-    fprintf(stderr, "memory   cache %zu bytes (%s, %zu positions), workspace %zu bytes\n", w->bytes,
-            dsv3_type_name(q->cache.type), q->cache.capacity, s->workspace_bytes);
+    fprintf(stderr, "memory   cache %zu bytes (%s, %zu positions), workspace %zu bytes, packed weights %zu bytes\n",
+            w->bytes, dsv3_type_name(q->cache.type), q->cache.capacity, s->workspace_bytes, s->packed_bytes);
     fprintf(stderr, "machine  backend %s%s, %zu thread%s\n", s->context.backend,
             s->context.compute == DSV3_FAST ? ", fast" : "", s->context.threads, s->context.threads == 1 ? "" : "s");
 }
@@ -604,7 +617,7 @@ static size_t generate_context(const session *s, const writer_options *o, size_t
 }
 
 static int generate(int argc, char **argv, const command *c) {
-    writer_options o = {"F32", "auto", "auto", 400, 1, 0, 0, 0, 0.7, 0.95, 0, 0, 0, 0, 0};
+    writer_options o = {"F32", "auto", "auto", 400, 1, 0, 0, 0, 0.7, 0.95, 0, 0, 0, 0, 0, 0};
     const char *directory = NULL, *text = NULL;
     int echo = 0, status, ended = 0;
     const option options[] = {{"-p", OPTION_TEXT, &text, 0, 0},
@@ -832,7 +845,7 @@ static int chat(int argc, char **argv, const command *c) {
                               {"--stop", OPTION_INT, &stop_token, 0, (double)DSV3_MAX_VOCAB},
                               WRITER_OPTIONS(chat.o),
                               {NULL, OPTION_FLAG, NULL, 0, 0}};
-    writer_options defaults = {"F32", "auto", "auto", 400, 1, 0, 0, 0, 0.7, 0.95, 0, 0, 0, 0, 0};
+    writer_options defaults = {"F32", "auto", "auto", 400, 1, 0, 0, 0, 0.7, 0.95, 0, 0, 0, 0, 0, 0};
     chat.o = defaults;
     status = parse(argc, argv, c, options, &directory, 1);
     if (status != 0) return status - 1;
@@ -946,7 +959,7 @@ typedef struct window_options {
     const char *cache, *attention, *backend;
     double last;
     long context, threads;
-    int ids, fast, pack;
+    int ids, fast, pack, no_pack;
 } window_options;
 
 /* clang-format off */
@@ -959,7 +972,8 @@ typedef struct window_options {
     {"--threads", OPTION_INT, &(o).threads, 1, 4096},                                                                \
     {"--backend", OPTION_TEXT, &(o).backend, 0, 0},                                                                  \
     {"--fast", OPTION_FLAG, &(o).fast, 0, 0},                                                                        \
-    {"--pack", OPTION_FLAG, &(o).pack, 0, 0}
+    {"--pack", OPTION_FLAG, &(o).pack, 0, 0},                                                                        \
+    {"--no-pack", OPTION_FLAG, &(o).no_pack, 0, 0}
 /* clang-format on */
 
 /* Opens the model in operands[0], reads the tokens of the file operands[1] and takes the memory for a window of them;
@@ -968,7 +982,7 @@ static size_t windows_open(session *s, tokens *t, const char *const *operands, c
                            size_t ahead) {
     size_t length = 0, first, window, most;
     char *text;
-    session_open(s, operands[0], o->backend, o->threads, o->pack);
+    session_open(s, operands[0], o->backend, o->threads, parse_pack(o->pack, o->no_pack));
     s->context.attention = parse_attention(o->attention);
     s->context.compute = o->fast ? DSV3_FAST : DSV3_EXACT;
     text = read_file(operands[1], &length);
@@ -1028,7 +1042,7 @@ static void score_print(size_t k, double nats, uint64_t count) {
 
 static int score(int argc, char **argv, const command *c) {
     const char *operands[2] = {NULL, NULL};
-    window_options o = {"F32", "auto", "auto", 100, 0, 0, 0, 0, 0};
+    window_options o = {"F32", "auto", "auto", 100, 0, 0, 0, 0, 0, 0};
     long modules = -1;
     const option options[] = {WINDOW_OPTIONS(o),
                               {"--mtp", OPTION_INT, &modules, 0, (double)DSV3_MAX_LAYERS},
@@ -1374,7 +1388,7 @@ static void route_write_svg(const route_state *r, const char *path, const char *
 
 static int route(int argc, char **argv, const command *c) {
     const char *svg = NULL, *csv = NULL, *operands[2] = {NULL, NULL};
-    window_options o = {"F32", "auto", "auto", 100, 0, 0, 0, 0, 0};
+    window_options o = {"F32", "auto", "auto", 100, 0, 0, 0, 0, 0, 0};
     const option options[] = {WINDOW_OPTIONS(o),
                               {"--svg", OPTION_TEXT, &svg, 0, 0},
                               {"--csv", OPTION_TEXT, &csv, 0, 0},
@@ -2983,7 +2997,7 @@ static void train_validate(train_state *s, double *row) {
 
 /* A line of what the model writes by now. */
 static void train_sample(const train_state *s) {
-    writer_options o = {"F32", "auto", "auto", 160, 1, 0, 0, 0, 0.7, 0.95, 0, 0, 0, 0, 0};
+    writer_options o = {"F32", "auto", "auto", 160, 1, 0, 0, 0, 0.7, 0.95, 0, 0, 0, 0, 0, 0};
     session model = s->eval;
     writer w;
     int32_t first = s->config.bos_token_id >= 0 ? s->config.bos_token_id : s->text.id[0];

@@ -118,6 +118,7 @@ done
 for option in --context --batch --rows --threads; do
     refused "plan $option 0" "$option: expected 1 to" plan micro $option 0
 done
+refused "--pack and --no-pack" "--pack and --no-pack exclude each other" generate $micro --pack --no-pack -n 1
 refused "--top-p above 1" "--top-p: expected 0 to 1, found 1.01" generate $micro --top-p 1.01
 for command in score route; do
     refused "$command --last 0" "--last: expected" $command $micro LICENSE --last 0
@@ -911,12 +912,12 @@ blocks() {
     good "$1: generate --fast" generate $tmp/$format -n 20 --fast
     good "$1: route" route $tmp/$format $tmp/part --fast
     for mode in "" --fast; do # packing changes no byte
-        run generate $tmp/$format -n 60 $mode
+        run generate $tmp/$format -n 60 $mode --no-pack
         cp $tmp/out $tmp/unpacked
         run generate $tmp/$format -n 60 $mode --pack
         same "$1: generate --pack $mode" $tmp/out $tmp/unpacked
     done
-    run score $tmp/$format $tmp/part
+    run score $tmp/$format $tmp/part --no-pack
     cp $tmp/out $tmp/unpacked
     run score $tmp/$format $tmp/part --pack
     same "$1: score --pack" $tmp/out $tmp/unpacked
