@@ -421,7 +421,8 @@ typedef enum dsv3_product {
  *       product: y[t ldy + r] (+)= x_t . w_r for n rows x_t, ldx bytes apart, and `rows` rows of a panel of k terms.
  * meet: scores of all queries with nk <= 32 keys, softmax, weighted sums. meet_begin: once before, for the same queries
  *       (NULL: not needed). [1]: with everything rounded to BF16, for DSV3_FAST; NULL: as [0].
- * few:  the fast products for n <= 4 rounded rows and whole packed panels, one behind the other; NULL: by product.
+ * few:  the products of n <= 4 rows, floats [0] of which k is a multiple of 4, or rounded [1], with whole packed panels,
+ *       one behind the other; NULL: by product.
  * mix:  y += sum_r x[r] w_r, n numbers each, in this order, for k rows of codes as they lie, row_bytes apart; their
  *       values are those of decode, times scale (NULL: 1), a float for every 128 of them. NULL: by decode and outer. */
 typedef struct dsv3_kernels {
@@ -442,8 +443,8 @@ typedef struct dsv3_kernels {
                                    size_t rows, size_t k, int add);
     void (*meet_begin[2])(dsv3_meeting *a);
     void (*meet[2])(dsv3_meeting *a, size_t nk);
-    void (*few[DSV3_TYPES])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t panels,
-                            size_t k);
+    void (*few[2][DSV3_TYPES])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,
+                               size_t panels, size_t k);
     void (*mix[DSV3_TYPES])(float *y, const float *x, const void *w, size_t row_bytes, const void *scale, size_t k,
                             size_t n);
 } dsv3_kernels;
@@ -2322,9 +2323,9 @@ static dsv3i_input dsv3i_input_round(const dsv3_context *ctx, float *out, const 
 static void dsv3i_linear_panels(const dsv3_context *ctx, float *y, size_t ldy, const dsv3i_input *in, size_t n,
                                 const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
     dsv3i_piece piece;
-    if (in->fast && w->packed && n <= DSV3I_FEW && ctx->kernels.few[w->type] != NULL) {
+    if (w->packed && n <= DSV3I_FEW && ctx->kernels.few[in->fast][w->type] != NULL && (in->fast || w->cols % 4 == 0)) {
         size_t panels = (r1 - r0) / DSV3I_PANEL;
-        ctx->kernels.few[w->type](y, ldy, in->x, in->stride, n, dsv3i_piece_at(w, r0, 0), panels, w->cols);
+        ctx->kernels.few[in->fast][w->type](y, ldy, in->x, in->stride, n, dsv3i_piece_at(w, r0, 0), panels, w->cols);
         y += panels * DSV3I_PANEL;
         r0 += panels * DSV3I_PANEL;
     }
@@ -10056,7 +10057,8 @@ DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_meet(dsv3_meeting 
 }
 
 /* ---- Few rows and packed weights: decoding. Reading is all that counts. Panels of several far places are read side by
- * side, because several streams are what a processor fetches ahead best, and codes stay in registers. */
+ * side, because several streams are what a processor fetches ahead best, and codes stay in registers. (Rows of floats and
+ * Q8_0 are left to product: making floats of bytes takes longer than reading them.) */
 
 /* One step of four bytes for 16 outputs as values for products of codes: FP8 gives two of BF16, Q4_0 two of bytes. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
@@ -10126,10 +10128,70 @@ void dsv3i_avx512_bf16_few_block(const dsv3_type type, const int M, const int NS
     }
 }
 
+/* The same of rows of floats: every number of w becomes one, and terms are added one after the other. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_few_float_terms(const dsv3_type type, const int M, const int NS, __m512 acc[16],
+                                       const unsigned char *const w[4], const unsigned char *const x[4], size_t k,
+                                       const __m512i table[4]) {
+    const int each = type == DSV3_F8_E4M3 ? 4 : 2;
+    for (size_t i = 0; i < k; i += (size_t)each) {
+        DSV3I_UNROLL for (int c = 0; c < 4 * NS; c++) {
+            __m512i b[2];
+            dsv3i_avx512_bf16_values(type, b, w[c / 4] + i / (size_t)each * 256 + 64 * (c % 4), table);
+            DSV3I_UNROLL for (int j = 0; j < each; j++) {
+                __m512 f[4];
+                dsv3i_avx512_floats(0, f, b[j / 2], _mm512_setzero_ps());
+                DSV3I_UNROLL for (int m = 0; m < M; m++) {
+                    const float *xm = (const float *)(const void *)x[m] + i;
+                    acc[m * 4 * NS + c] = _mm512_fmadd_ps(_mm512_set1_ps(xm[j]), f[j % 2], acc[m * 4 * NS + c]);
+                }
+            }
+        }
+    }
+}
+
+/* And of a block of Q4_0. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_few_float_block(const int M, const int NS, __m512 sum[16],
+                                       const unsigned char *const w[4], const unsigned char *const x[4]) {
+    const __m512 zero = _mm512_set1_ps(8.0f);
+    DSV3I_UNROLL for (int c = 0; c < 4 * M * NS; c++) sum[c] = _mm512_setzero_ps();
+    DSV3I_UNROLL for (int i = 0; i < 8; i++) {
+        DSV3I_UNROLL for (int c = 0; c < 4 * NS; c++) {
+            __m512i b[2];
+            __m512 f[4];
+            dsv3i_avx512_bf16_values(DSV3_Q4_0, b, w[c / 4] + 256 * (i % 4) + 64 * (c % 4), NULL);
+            dsv3i_avx512_floats(1, f, b[i / 4], zero); /* the upper halves of bytes are the later terms */
+            DSV3I_UNROLL for (int j = 0; j < 4; j++) {
+                DSV3I_UNROLL for (int m = 0; m < M; m++) {
+                    const float *xm = (const float *)(const void *)x[m] + 4 * i;
+                    sum[m * 4 * NS + c] = _mm512_fmadd_ps(_mm512_set1_ps(xm[j]), f[j], sum[m * 4 * NS + c]);
+                }
+            }
+        }
+    }
+}
+
+/* A block of 32 of Q8_0 or Q4_0, with the multipliers of x. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_few_sums(const int fast, const dsv3_type type, const int M, const int NS, __m512 f[16],
+                                const unsigned char *const w[4], const unsigned char *const x[4]) {
+    __m512i sum[16];
+    if (!fast) {
+        dsv3i_avx512_bf16_few_float_block(M, NS, f, w, x);
+        return;
+    }
+    dsv3i_avx512_bf16_few_block(type, M, NS, sum, w, x);
+    DSV3I_UNROLL for (int i = 0; i < 4 * M * NS; i++) {
+        const float unit = *(const float *)(const void *)(x[i / (4 * NS)] + DSV3_QBLOCK);
+        f[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[i]), _mm512_set1_ps(unit));
+    }
+}
+
 /* NS panels, `apart` bytes from one to the next, and their outputs, 64 NP apart; M rows. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_panels(const dsv3_type type, const int M, const int NS, float *y, size_t ldy, size_t ldp,
-                                  const unsigned char *x, size_t ldx, const unsigned char *w, size_t apart, size_t k,
+void dsv3i_avx512_bf16_few_panels(const int fast, const dsv3_type type, const int M, const int NS, float *y,
+                                  size_t ldy, size_t ldp, const unsigned char *x, size_t ldx, const unsigned char *w, size_t apart, size_t k,
                                   const __m512i table[4]) {
     const int blocks = type == DSV3_Q8_0 || type == DSV3_Q4_0;
     const unsigned char *ws[4], *xs[4];
@@ -10145,33 +10207,33 @@ void dsv3i_avx512_bf16_few_panels(const dsv3_type type, const int M, const int N
         if (blocks) {
             for (size_t b = 0; b < terms / DSV3_QBLOCK; b++) {
                 const unsigned char *at[4];
-                __m512i sum[16];
+                __m512 f[16];
                 DSV3I_UNROLL for (int s = 0; s < NS; s++) at[s] = ws[s] + b * (type == DSV3_Q8_0 ? 2048 : 1024);
-                dsv3i_avx512_bf16_few_block(type, M, NS, sum, at, xs);
+                dsv3i_avx512_bf16_few_sums(fast, type, M, NS, f, at, xs);
                 DSV3I_UNROLL for (int c = 0; c < 4 * NS; c++) {
                     const void *halves = ws[c / 4] + codes + b * 128 + 32 * (c % 4);
                     const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)halves));
                     DSV3I_UNROLL for (int m = 0; m < M; m++) {
-                        const float unit = *(const float *)(const void *)(xs[m] + DSV3_QBLOCK);
-                        const __m512 f = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[m * 4 * NS + c]), _mm512_set1_ps(unit));
-                        acc[m * 4 * NS + c] = _mm512_fmadd_ps(f, scale, acc[m * 4 * NS + c]);
+                        acc[m * 4 * NS + c] = _mm512_fmadd_ps(f[m * 4 * NS + c], scale, acc[m * 4 * NS + c]);
                     }
                 }
-                DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] += DSV3_QBLOCK + 8;
+                DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] += fast ? DSV3_QBLOCK + 8 : 4 * DSV3_QBLOCK;
             }
         } else if (type == DSV3_F8_E4M3) {
             __m512 part[16];
             DSV3I_UNROLL for (int c = 0; c < 4 * M * NS; c++) part[c] = _mm512_setzero_ps();
-            dsv3i_avx512_bf16_few_terms(type, M, NS, part, ws, xs, terms, table);
+            if (fast) dsv3i_avx512_bf16_few_terms(type, M, NS, part, ws, xs, terms, table);
+            if (!fast) dsv3i_avx512_bf16_few_float_terms(type, M, NS, part, ws, xs, terms, table);
             DSV3I_UNROLL for (int c = 0; c < 4 * M * NS; c++) {
                 const float scale = *(const float *)(const void *)(ws[c / 4 % NS] + codes);
                 acc[c] = _mm512_fmadd_ps(part[c], _mm512_set1_ps(scale), acc[c]);
             }
         } else {
-            dsv3i_avx512_bf16_few_terms(type, M, NS, acc, ws, xs, terms, table);
+            if (fast) dsv3i_avx512_bf16_few_terms(type, M, NS, acc, ws, xs, terms, table);
+            if (!fast) dsv3i_avx512_bf16_few_float_terms(type, M, NS, acc, ws, xs, terms, table);
         }
         if (!blocks) {
-            DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] += 2 * terms;
+            DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] += (fast ? 2 : 4) * terms;
         }
         DSV3I_UNROLL for (int s = 0; s < NS; s++) ws[s] += piece;
     }
@@ -10182,7 +10244,7 @@ void dsv3i_avx512_bf16_few_panels(const dsv3_type type, const int M, const int N
 
 /* n <= 4 rows and `panels` whole panels. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+void dsv3i_avx512_bf16_few(const int fast, const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
                            const void *w, size_t panels, size_t k) {
     const unsigned char *xs = (const unsigned char *)x, *ws = (const unsigned char *)w;
     const int blocks = type == DSV3_Q8_0 || type == DSV3_Q4_0; /* they need registers for sums and for results */
@@ -10196,30 +10258,33 @@ void dsv3i_avx512_bf16_few(const dsv3_type type, float *y, size_t ldy, const voi
         const unsigned char *wp = ws + p * bytes;
         done = 1;
         if (p < far && streams > 1) {
-            if (n == 1) dsv3i_avx512_bf16_few_panels(type, 1, blocks ? 2 : 4, yp, ldy, 64 * far, xs, ldx, wp, far * bytes, k, table);
-            if (n == 2) dsv3i_avx512_bf16_few_panels(type, 2, blocks ? 1 : 2, yp, ldy, 64 * far, xs, ldx, wp, far * bytes, k, table);
+            if (n == 1) dsv3i_avx512_bf16_few_panels(fast, type, 1, blocks ? 2 : 4, yp, ldy, 64 * far, xs, ldx, wp, far * bytes, k, table);
+            if (n == 2) dsv3i_avx512_bf16_few_panels(fast, type, 2, blocks ? 1 : 2, yp, ldy, 64 * far, xs, ldx, wp, far * bytes, k, table);
             if (p + 1 == far) done = far * streams - p;
             continue;
         }
         switch (n) {
-        case 1: dsv3i_avx512_bf16_few_panels(type, 1, 1, yp, ldy, 0, xs, ldx, wp, 0, k, table); break;
-        case 2: dsv3i_avx512_bf16_few_panels(type, 2, 1, yp, ldy, 0, xs, ldx, wp, 0, k, table); break;
-        case 3: dsv3i_avx512_bf16_few_panels(type, 3, 1, yp, ldy, 0, xs, ldx, wp, 0, k, table); break;
-        default: dsv3i_avx512_bf16_few_panels(type, 4, 1, yp, ldy, 0, xs, ldx, wp, 0, k, table);
+        case 1: dsv3i_avx512_bf16_few_panels(fast, type, 1, 1, yp, ldy, 0, xs, ldx, wp, 0, k, table); break;
+        case 2: dsv3i_avx512_bf16_few_panels(fast, type, 2, 1, yp, ldy, 0, xs, ldx, wp, 0, k, table); break;
+        case 3: dsv3i_avx512_bf16_few_panels(fast, type, 3, 1, yp, ldy, 0, xs, ldx, wp, 0, k, table); break;
+        default: dsv3i_avx512_bf16_few_panels(fast, type, 4, 1, yp, ldy, 0, xs, ldx, wp, 0, k, table);
         }
     }
 }
 
-#define DSV3I_FEW_TYPE(name, type)                                                                                   \
+#define DSV3I_FEW_TYPE(name, fast, type)                                                                             \
     DSV3I_TARGET(DSV3I_AVX512_BF16)                                                                                  \
     static void dsv3i_avx512_bf16_few_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n,              \
                                              const void *w, size_t panels, size_t k) {                               \
-        dsv3i_avx512_bf16_few(type, y, ldy, x, ldx, n, w, panels, k);                                                \
+        dsv3i_avx512_bf16_few(fast, type, y, ldy, x, ldx, n, w, panels, k);                                          \
     }
-DSV3I_FEW_TYPE(bf16, DSV3_BF16)
-DSV3I_FEW_TYPE(f8_e4m3, DSV3_F8_E4M3)
-DSV3I_FEW_TYPE(q8_0, DSV3_Q8_0)
-DSV3I_FEW_TYPE(q4_0, DSV3_Q4_0)
+DSV3I_FEW_TYPE(exact_bf16, 0, DSV3_BF16)
+DSV3I_FEW_TYPE(exact_f8_e4m3, 0, DSV3_F8_E4M3)
+DSV3I_FEW_TYPE(exact_q4_0, 0, DSV3_Q4_0)
+DSV3I_FEW_TYPE(bf16, 1, DSV3_BF16)
+DSV3I_FEW_TYPE(f8_e4m3, 1, DSV3_F8_E4M3)
+DSV3I_FEW_TYPE(q8_0, 1, DSV3_Q8_0)
+DSV3I_FEW_TYPE(q4_0, 1, DSV3_Q4_0)
 
 /* ---- The tables. */
 
@@ -10284,10 +10349,13 @@ static void dsv3i_kernels_avx512_bf16(dsv3_kernels *k) {
     k->product[DSV3_PRODUCT_FAST_BF16] = dsv3i_avx512_bf16_product_bf16;
     k->product[DSV3_PRODUCT_FAST_BYTES] = dsv3i_avx512_bf16_product_bytes;
     k->mix[DSV3_F8_E4M3] = dsv3i_avx512_bf16_mix_f8_e4m3;
-    k->few[DSV3_BF16] = dsv3i_avx512_bf16_few_bf16;
-    k->few[DSV3_F8_E4M3] = dsv3i_avx512_bf16_few_f8_e4m3;
-    k->few[DSV3_Q8_0] = dsv3i_avx512_bf16_few_q8_0;
-    k->few[DSV3_Q4_0] = dsv3i_avx512_bf16_few_q4_0;
+    k->few[0][DSV3_BF16] = dsv3i_avx512_bf16_few_exact_bf16;
+    k->few[0][DSV3_F8_E4M3] = dsv3i_avx512_bf16_few_exact_f8_e4m3;
+    k->few[0][DSV3_Q4_0] = dsv3i_avx512_bf16_few_exact_q4_0;
+    k->few[1][DSV3_BF16] = dsv3i_avx512_bf16_few_bf16;
+    k->few[1][DSV3_F8_E4M3] = dsv3i_avx512_bf16_few_f8_e4m3;
+    k->few[1][DSV3_Q8_0] = dsv3i_avx512_bf16_few_q8_0;
+    k->few[1][DSV3_Q4_0] = dsv3i_avx512_bf16_few_q4_0;
 }
 
 #if defined(__GNUC__) && !defined(__clang__)

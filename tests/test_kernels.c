@@ -1212,7 +1212,7 @@ static void check_round(const dsv3_kernels *kernels, dsv3_type type) {
     verdict("guards of round", touched);
 }
 
-/* ---- few: of packed rows and few rounded rows of x, the bits of so many products, panel by panel and piece by piece */
+/* ---- few: of packed rows and few rows of x, floats or rounded, the bits of so many products, panel by panel and piece by piece */
 
 /* A matrix in the order of dsv3_pack, written by the test: panels of 64 rows; of each, pieces of 128 terms; of each, codes
  * and multipliers, up to a multiple of 64 bytes: E4M3 one float, Q8_0 and Q4_0 F16 [k/32, columns, 16]. */
@@ -1249,10 +1249,12 @@ static void packed_make(box *b, dsv3_type type, size_t panels, size_t k) {
     }
 }
 
-/* The same by kernels.product. x: rows as `round` makes them, ldx apart. */
-static void packed_product(const dsv3_kernels *kernels, float *y, size_t ldy, const unsigned char *x, size_t ldx,
+/* The same by kernels.product. x: floats, or rows as `round` makes them, ldx apart. */
+static void packed_product(const dsv3_kernels *kernels, int fast, float *y, size_t ldy, const unsigned char *x, size_t ldx,
                            size_t n, const unsigned char *at, dsv3_type type, size_t panels, size_t k) {
     int blocks = dsv3_type_block(type) > 1;
+    dsv3_product product = blocks ? DSV3_PRODUCT_BYTES : DSV3_PRODUCT_BF16;
+    if (fast) product = blocks ? DSV3_PRODUCT_FAST_BYTES : DSV3_PRODUCT_FAST_BF16;
     for (size_t p = 0; p < panels; p++) {
         for (size_t i = 0; i < k; i += 128) {
             size_t some = k - i < 128 ? k - i : 128, codes = piece_codes(type, 4, some);
@@ -1267,21 +1269,21 @@ static void packed_product(const dsv3_kernels *kernels, float *y, size_t ldy, co
                 if (!blocks) memcpy(scale + j, at + codes, 4);
             }
             if (kernels->widen[type] != NULL) kernels->widen[type](values, at, 4, some), w.values = values;
-            kernels->product[blocks ? DSV3_PRODUCT_FAST_BYTES : DSV3_PRODUCT_FAST_BF16](
-                y + 64 * p, ldy, x + (blocks ? i / 32 * 40 : 2 * i), ldx, n, &w, 64, some, i > 0);
+            kernels->product[product](y + 64 * p, ldy, x + (!fast ? 4 * i : blocks ? i / 32 * 40 : 2 * i), ldx, n, &w,
+                                      64, some, i > 0);
             at += piece_bytes(type, 4, some);
         }
     }
 }
 
-static void check_few(const dsv3_kernels *kernels, dsv3_type type) {
+static void check_few(const dsv3_kernels *kernels, int fast, dsv3_type type) {
     static const size_t lengths[12] = {1, 2, 3, 4, 31, 32, 64, 96, 127, 128, 160, 288};
     int bits = 0, touched = 0, blocks = dsv3_type_block(type) > 1;
     for (size_t length = 0; length < 12; length++) {
         size_t k = lengths[length];
-        if (k % dsv3_type_block(type) != 0) continue;
+        if (k % dsv3_type_block(type) != 0 || (!fast && k % 4 != 0)) continue;
         for (size_t turn = 0; turn < 40; turn++) {
-            size_t n = 1 + turn % 4, panels = turn / 4, row = blocks ? k / 32 * 40 : up(k, 4) * 2;
+            size_t n = 1 + turn % 4, panels = turn / 4, row = !fast ? 4 * k : blocks ? k / 32 * 40 : up(k, 4) * 2;
             size_t ldx = row + 4 * test_below(4);
             float numbers[288];
             table y, want;
@@ -1289,12 +1291,13 @@ static void check_few(const dsv3_kernels *kernels, dsv3_type type) {
             box_input(&x, (n - 1) * ldx + row);
             for (size_t t = 0; t < n; t++) {
                 fill_wild(numbers, k);
-                kernels->round[type](x.at + t * ldx, numbers, k);
+                memcpy(x.at + t * ldx, numbers, !fast ? row : 0);
+                if (fast) kernels->round[type](x.at + t * ldx, numbers, k);
             }
             packed_make(&w, type, panels, k);
             table_output(&y, n, 64 * panels), table_output(&want, n, 64 * panels);
-            kernels->few[type](y.x, y.ld, x.at, ldx, n, w.at, panels, k);
-            packed_product(kernels, want.x, want.ld, x.at, ldx, n, w.at, type, panels, k);
+            kernels->few[fast][type](y.x, y.ld, x.at, ldx, n, w.at, panels, k);
+            packed_product(kernels, fast, want.x, want.ld, x.at, ldx, n, w.at, type, panels, k);
             for (size_t t = 0; t < n; t++) bits += !same_bits(y.x + t * y.ld, want.x + t * want.ld, 64 * panels);
             touched += table_broken(&y);
             free(y.memory), free(want.memory), box_free(&x), box_free(&w);
@@ -1508,8 +1511,11 @@ static void check_panels(const dsv3_context *ctx) {
         CHECK((k->round[type] != NULL) == (type >= DSV3_BF16));
         if (k->round[type] != NULL) check_round(k, (dsv3_type)type);
         if (k->pack[type] != NULL) check_pack(k, (dsv3_type)type);
-        CHECK((k->few[type] != NULL) == (type >= DSV3_BF16 && k->product[DSV3_PRODUCT_FAST_BF16] != NULL));
-        if (k->few[type] != NULL) check_few(k, (dsv3_type)type);
+        for (int fast = 0; fast < 2; fast++) {
+            int none = type < DSV3_BF16 || (!fast && type == DSV3_Q8_0);
+            CHECK((k->few[fast][type] != NULL) == (!none && k->product[DSV3_PRODUCT_FAST_BF16] != NULL));
+            if (k->few[fast][type] != NULL) check_few(k, fast, (dsv3_type)type);
+        }
         CHECK((k->mix[type] != NULL) == (type != DSV3_F32 && strncmp(ctx->backend, "avx512", 6) == 0));
         if (k->mix[type] != NULL) check_mix(k, (dsv3_type)type);
     }
