@@ -2359,8 +2359,8 @@ static void dsv3i_linear_tiles(const dsv3_context *ctx, float *y, size_t ldy, co
     }
 }
 
-/* Rows of x, of n, that meet pieces of w together: what fits near caches, or four times as many where a piece is to be made
- * first. */
+/* Rows of x, of n, that meet pieces of w together: what fits near caches, or four times as many where a piece is to be
+ * made first. */
 static size_t dsv3i_rows_near(const dsv3_tensor *w, size_t n) {
     size_t parts = dsv3i_blocks(n, w->packed ? DSV3I_MANY : 4 * DSV3I_MANY);
     return parts > 1 ? dsv3i_blocks(dsv3i_blocks(n, parts), 6) * 6 : n;
@@ -2965,7 +2965,6 @@ static void dsv3i_silu_back(const dsv3_context *ctx, float *da, float *db, float
     arg.width = width;
     dsv3i_parallel(ctx, dsv3i_blocks(n, width), dsv3i_mul(n, 32), dsv3i_silu_back_task, &arg);
 }
-
 #endif
 
 /* ---- Log-sum-exp: log sum exp(x) = top + log sum exp(x - top), whose terms are at most 1 */
@@ -4663,7 +4662,8 @@ static void dsv3i_mlp_rows_set(dsv3i_mlp_rows *r, const dsv3_mlp *w, float *y, c
 
 /* All MLPs of a layer: gate and up projections in one loop, SwiGLU, down projections in one loop. For routed
  * experts y is x: the inputs are no longer needed when the outputs are written. */
-static void dsv3i_mlps_by_panels(const dsv3_context *ctx, const dsv3i_mlp_rows *mlps, size_t count, dsv3_workspace *ws) {
+static void dsv3i_mlps_by_panels(const dsv3_context *ctx, const dsv3i_mlp_rows *mlps, size_t count,
+                                 dsv3_workspace *ws) {
     size_t total = 0;
     for (size_t i = 0; i < count; i++) {
         const dsv3i_mlp_rows *r = &mlps[i];
@@ -4713,14 +4713,17 @@ static dsv3i_ffn_rows dsv3i_ffn_rows_make(const dsv3_context *ctx, const dsv3i_d
     return a;
 }
 
-/* Rows of tokens to the rows of their experts. */
-static void dsv3i_moe_group_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_ffn_rows *a = (const dsv3i_ffn_rows *)arg;
+/* Rows of tokens to rows [begin, end) of their experts. */
+static void dsv3i_moe_group(const dsv3i_ffn_rows *a, size_t begin, size_t end) {
     size_t d = a->m->d, K = a->m->K;
-    (void)worker;
     for (size_t i = begin; i < end; i++) {
         DSV3_MEMCPY(a->ws->grouped + i * d, a->u + a->ws->pair[i] / K * d, d * sizeof *a->u);
     }
+}
+
+static void dsv3i_moe_group_task(void *arg, size_t begin, size_t end, size_t worker) {
+    (void)worker;
+    dsv3i_moe_group((const dsv3i_ffn_rows *)arg, begin, end);
 }
 
 /* And back: what the experts of a token say, each with its weight. */
@@ -4767,7 +4770,7 @@ static void dsv3i_mlp_rows_forward(const dsv3i_ffn_rows *a, const dsv3i_mlp_rows
         rounded += a->experts * dsv3i_mlp_rounded(a->m->d, a->m->F) + t * dsv3i_mlp_rounded(d, F);
     } else {
         rounded += (r->row + t) * dsv3i_mlp_rounded(d, F);
-        dsv3i_moe_group_task((void *)(uintptr_t)a, r->row + t, r->row + t + n, worker);
+        dsv3i_moe_group(a, r->row + t, r->row + t + n);
     }
     gate = dsv3i_mlp_linear(a, ws->h_gate + at, x, &r->w->gate_proj, n, NULL, rounded, panel);
     dsv3i_mlp_linear(a, ws->h_up + at, x, &r->w->up_proj, n, &gate, rounded, panel);
@@ -4787,8 +4790,9 @@ static void dsv3i_mlp_task(void *arg, size_t begin, size_t end, size_t worker) {
     }
 }
 
-#define DSV3I_BLOCKS 16u /* of rows, for each thread: their loop has one end where somebody waits; panels have two */
+#define DSV3I_MLP_ITEMS 16u /* blocks of rows for each thread: then the loop's end, where threads wait, is short */
 
+/* All MLPs of a layer, grouped rows included: by blocks of rows if there are many, else by panels. */
 static void dsv3i_mlps(dsv3i_ffn_rows *a) {
     size_t items = 0, work = 0;
     for (size_t j = 0; j < a->count; j++) {
@@ -4797,7 +4801,7 @@ static void dsv3i_mlps(dsv3i_ffn_rows *a) {
         items += dsv3i_blocks(r->n, dsv3i_rows_near(&r->w->gate_proj, r->n));
         work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(3 * r->n, r->w->gate_proj.rows), r->w->gate_proj.cols));
     }
-    if (items >= dsv3i_mul(a->ctx->threads, DSV3I_BLOCKS)) {
+    if (items >= dsv3i_mul(a->ctx->threads, DSV3I_MLP_ITEMS)) {
         dsv3i_parallel(a->ctx, items, work, dsv3i_mlp_task, a);
         return;
     }
@@ -8118,9 +8122,10 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
  * each way of computing; between backends results differ by rounding only.
  *
  * How it is fast. Sums wait for their own previous term (4 cycles); a tile therefore has many sums at once, as many as
- * there are registers: 64 outputs times 6 rows of x with AVX-512, 16 times 6 with AVX2, so that a loaded number is used 4
- * to 6 times. A piece of a panel (chapter 4) stays in the first cache while rows of x pass by. With one row there is nothing
- * to use twice, and only reading counts: panels in four places are read side by side, and codes never leave registers.
+ * there are registers: 64 outputs times 6 rows of x with AVX-512 (32 for codes, whose whole numbers need registers, too),
+ * 16 times 6 with AVX2, so that a loaded number is used 2 to 6 times. A piece of a panel (chapter 4) stays in the first
+ * cache while rows of x pass by. With one row there is nothing to use twice, and only reading counts: panels in four places
+ * are read side by side, and codes never leave registers.
  *
  * Another instruction set is one more block like these, a line in dsv3_context_init, and one in dsv3_backend_name.
  * ==================================================================================================== */
@@ -10428,9 +10433,12 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_BACK_ROWS
 #undef DSV3I_BACK_KEYS
 #undef DSV3I_COLUMNS
+#undef DSV3I_MANY
 #undef DSV3I_MIX_TOGETHER
+#undef DSV3I_MLP_ITEMS
 #undef DSV3I_NEAR
 #undef DSV3I_NORM_ROWS
+#undef DSV3I_NO_ROW
 #undef DSV3I_DECODE
 #undef DSV3I_DECODE_TYPE
 #undef DSV3I_EXPAND

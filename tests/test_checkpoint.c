@@ -564,18 +564,30 @@ static void test_null_rank(void) {
     check_same_config("CF-27", &a, &b);
 }
 
-/* CF-28: the largest numbers of everything are judged at once, without work in proportion to them. */
+/* CPU seconds of judging a configuration, the fastest of three. */
+static double time_config(const char *id, const edit *edits) {
+    double least = 1e9;
+    for (int k = 0; k < 3; k++) {
+        clock_t start = clock();
+        dsv3_config c = config_of(id, edits);
+        size_t bytes = 0;
+        dsv3_result sized = dsv3_model_size(&c, &bytes);
+        double seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
+        holds(id, sized == DSV3_OK || sized == DSV3_ERR_OVERFLOW);
+        if (seconds < least) least = seconds;
+    }
+    return least;
+}
+
+/* CF-28: the largest numbers of everything are judged without work in proportion to them, which would be a million times
+ * that of the base. No limit in seconds: that would test the machine. (A millisecond is for the clock.) */
 static void test_bounded(void) {
-    static const edit edits[MOST_EDITS] = {{"num_hidden_layers", "1024"},
+    static const edit large[MOST_EDITS] = {{"num_hidden_layers", "1024"},
                                            {"num_nextn_predict_layers", "0"},
                                            {"n_routed_experts", "8192"},
-                                           {"max_position_embeddings", "16777216"}};
-    clock_t start = clock();
-    dsv3_config c = config_of("CF-28", edits);
-    size_t bytes = 0;
-    dsv3_result sized = dsv3_model_size(&c, &bytes);
-    CHECK(sized == DSV3_OK || sized == DSV3_ERR_OVERFLOW);
-    CHECK((double)(clock() - start) < 1.0 * CLOCKS_PER_SEC);
+                                           {"max_position_embeddings", "16777216"}},
+                      base_edits[MOST_EDITS] = {{NULL, NULL}};
+    CHECK(time_config("CF-28", large) < 1000 * time_config("CF-28 base", base_edits) + 1e-3);
 }
 
 /* CF-30: what the token ids become. */
