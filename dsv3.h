@@ -454,10 +454,11 @@ typedef enum dsv3_backend {
     DSV3_BACKEND_REFERENCE = 1, /* "reference": plain C, chapter 3 */
     DSV3_BACKEND_AVX2 = 2,      /* "avx2": x86-64 with AVX2, FMA and F16C; with DSV3_SIMD */
     DSV3_BACKEND_AVX512 = 3,    /* "avx512": also AVX-512 F, BW, DQ and VL; with DSV3_SIMD */
-    DSV3_BACKEND_AVX512_BF16 = 4 /* "avx512_bf16": also AVX-512 VBMI, VNNI and BF16; with DSV3_SIMD */
+    DSV3_BACKEND_AVX512_BF16 = 4, /* "avx512_bf16": also AVX-512 VBMI, VNNI and BF16; with DSV3_SIMD */
+    DSV3_BACKEND_AMX = 5          /* "amx": also AMX tiles of BF16 and bytes; with DSV3_SIMD, on Linux */
 } dsv3_backend;
 
-#define DSV3_BACKENDS 5
+#define DSV3_BACKENDS 6
 
 /* "auto", "reference", ...; NULL for an unknown one. */
 DSV3_API const char *dsv3_backend_name(dsv3_backend backend);
@@ -1285,6 +1286,9 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 #define DSV3I_UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define DSV3I_UNROLL _Pragma("GCC unroll 64")
+#endif
+#if defined(__linux__) && defined(__LP64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define DSV3I_TILES
 #endif
 #include <cpuid.h>
 #include <immintrin.h>
@@ -8164,6 +8168,7 @@ static dsv3_backend dsv3i_best_backend(void) {
                    avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31; /* leaf 7, ebx: F, DQ, BW, VL */
     const uint32_t ymm = 6u, zmm = 0xE6u;                              /* xcr0 */
     const uint32_t vbmi = 1u << 1, vnni = 1u << 11, bf16 = 1u << 5; /* leaf 7, ecx; leaf 7, part 1, eax */
+    const uint32_t amx = 1u << 22 | 1u << 24 | 1u << 25, tiles = 3u << 17; /* leaf 7, edx; xcr0 */
     uint32_t top[4], one[4], seven[4], more[4], saved;
     dsv3i_cpuid(0, 0, top);
     if (top[0] < 7) return DSV3_BACKEND_REFERENCE;
@@ -8175,7 +8180,8 @@ static dsv3_backend dsv3i_best_backend(void) {
     if ((saved & ymm) != ymm || (seven[1] & avx2) == 0) return DSV3_BACKEND_REFERENCE;
     if ((saved & zmm) != zmm || (seven[1] & avx512) != avx512) return DSV3_BACKEND_AVX2;
     if ((seven[2] & (vbmi | vnni)) != (vbmi | vnni) || (more[0] & bf16) == 0) return DSV3_BACKEND_AVX512;
-    return DSV3_BACKEND_AVX512_BF16;
+    if ((saved & tiles) != tiles || (seven[3] & amx) != amx) return DSV3_BACKEND_AVX512_BF16;
+    return DSV3_BACKEND_AMX;
 }
 
 /* How many of n rows of x go together: kernels are made for 1, 2, 4 and, with floats or codes on both sides, 6. */
@@ -9926,6 +9932,9 @@ static void dsv3i_avx512_bf16_product_bytes(float *y, size_t ldy, const void *x,
     if (c < w->columns) dsv3i_avx512_bf16_columns(1, 1, y, ldy, x, ldx, n, w, c, rows, k, add);
 }
 
+typedef void (*dsv3i_product)(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w, size_t rows,
+                              size_t k, int add);
+
 /* ---- Attention in BF16. scratch: the queries as a panel; scores [32, columns, 16]; keys [32, dk]; weights [lanes, 32];
  * a panel of values [16, 4, 16, 2]. */
 
@@ -10019,7 +10028,9 @@ void dsv3i_avx512_bf16_scores(const int M, float *p, const unsigned char *keys, 
     DSV3I_UNROLL for (int m = 0; m < M; m++) _mm512_storeu_ps(p + 16 * m, acc[m]);
 }
 
-DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_meet(dsv3_meeting *a, size_t nk) {
+/* product: of rows and panels of BF16. */
+DSV3I_TARGET(DSV3I_AVX512_BF16)
+static void dsv3i_avx512_bf16_meeting(dsv3_meeting *a, size_t nk, dsv3i_product product) {
     const size_t dk = dsv3i_avx512_bf16_pad(a->dk), columns = (a->lanes + 15) / 16;
     unsigned char *scratch = (unsigned char *)a->scratch + 32 * columns * dk, *keys, weights[64 * 64], values[64 * 64];
     float *p = (float *)(void *)scratch, rescale[64];
@@ -10042,11 +10053,11 @@ DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_meet(dsv3_meeting 
     } else {
         panel.block = a->dk;
     }
-    for (; columns == 1 && scored + 16 <= nk; scored += 16) {
+    for (; product == dsv3i_avx512_bf16_product_bf16 && columns == 1 && scored + 16 <= nk; scored += 16) {
         dsv3i_avx512_bf16_scores(16, p + 16 * scored, (const unsigned char *)x + scored * ldx, ldx,
                                  (const unsigned char *)panel.values, panel.block);
     }
-    dsv3i_avx512_bf16_product_bf16(p + 16 * columns * scored, 16 * columns, (const unsigned char *)x + scored * ldx,
+    product(p + 16 * columns * scored, 16 * columns, (const unsigned char *)x + scored * ldx,
                                    ldx, nk - scored, &panel, 16 * columns, panel.block, 0);
     dsv3i_avx512_softmax(a, p, rescale, columns, nk);
     dsv3i_avx512_rescale(a, rescale);
@@ -10057,8 +10068,12 @@ DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_meet(dsv3_meeting 
         const size_t rows = dsv3i_min(64, a->dv - i);
         dsv3i_avx512_bf16_value_panel(values, a, i, nk);
         panel.columns = (rows + 15) / 16;
-        dsv3i_avx512_bf16_product_bf16(a->out + i, a->ld_out, weights, 64, a->lanes, &panel, rows, panel.block, 1);
+        product(a->out + i, a->ld_out, weights, 64, a->lanes, &panel, rows, panel.block, 1);
     }
+}
+
+DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_meet(dsv3_meeting *a, size_t nk) {
+    dsv3i_avx512_bf16_meeting(a, nk, dsv3i_avx512_bf16_product_bf16);
 }
 
 /* ---- Few rows and packed weights: decoding. Reading is all that counts. Panels of several far places are read side by
@@ -10363,6 +10378,290 @@ static void dsv3i_kernels_avx512_bf16(dsv3_kernels *k) {
     k->few[1][DSV3_Q4_0] = dsv3i_avx512_bf16_few_q4_0;
 }
 
+#ifdef DSV3I_TILES
+/* ---- AMX: products of tiles of 16 rows of 64 bytes. A tile of x (16 rows, 32 terms of BF16) times a tile of a panel (32
+ * terms of 16 outputs, which lie as a panel has them) is added to a tile of sums. For every output, the sum of a step's even
+ * terms and that of its odd terms are added up, and then to what is there; subnormal numbers count as 0. */
+
+#define DSV3I_AMX "amx-tile,amx-bf16,amx-int8," DSV3I_AVX512_BF16
+#define DSV3I_STEP 32u /* terms of BF16 in a row of a tile */
+
+/* Linux saves tiles only for processes that have asked for them. 1: this one may use them, now and later. */
+static int dsv3i_amx_permit(void) {
+    long number = 158, code = 0x1023, state = 18, result; /* arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
+    __asm__ volatile("syscall" : "=a"(result) : "0"(number), "D"(code), "S"(state) : "rcx", "r11", "memory");
+    return result == 0;
+}
+
+/* Shapes of the tiles: 0 to 3 are sums, of m0 rows (0, 1) and of m1 rows (2, 3); 4 and 5 rows of x; 6 and 7 weights. */
+DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_shape(size_t m0, size_t m1) {
+    const size_t rows[8] = {m0, m0, m1, m1, m0, m1, 16, 16};
+    unsigned char shape[64] = {0};
+    shape[0] = 1;
+    for (int i = 0; i < 8; i++) {
+        shape[16 + 2 * i] = 64;
+        shape[48 + i] = (unsigned char)rows[i];
+    }
+    _tile_loadconfig(shape);
+}
+
+/* Two times 16 rows of x, of which m[0] and m[1] are there, and two columns of a panel. */
+typedef struct dsv3i_amx_place {
+    const unsigned char *x[2], *w;
+    size_t ldx, step; /* bytes from row to row of x, and from a pair of terms of w to the next */
+    float *y;
+    size_t ldy, m[2], columns; /* outputs that are wanted, 1 to 32 */
+    const float *scale;
+} dsv3i_amx_place;
+
+/* R times 16 rows and C columns: tile 2 r + c of sums. */
+DSV3I_INLINE(DSV3I_AMX)
+void dsv3i_amx_step(const int R, const int C, const unsigned char *x0, const unsigned char *x1, size_t ldx,
+                    const unsigned char *w0, const unsigned char *w1, size_t step) {
+    _tile_loadd(4, x0, ldx);
+    _tile_loadd(6, w0, step);
+    _tile_dpbf16ps(0, 4, 6);
+    if (C > 1) _tile_loadd(7, w1, step);
+    if (C > 1) _tile_dpbf16ps(1, 4, 7);
+    if (R > 1) _tile_loadd(5, x1, ldx);
+    if (R > 1) _tile_dpbf16ps(2, 5, 6);
+    if (R > 1 && C > 1) _tile_dpbf16ps(3, 5, 7);
+}
+
+/* The last k < 32 terms, filled up with zeros. */
+DSV3I_INLINE(DSV3I_AMX)
+void dsv3i_amx_rest(const int R, const int C, const dsv3i_amx_place *a, size_t i, size_t k) {
+    const size_t pairs = (k + 1) / 2;
+    unsigned char x[2][16 * 64], w[2][16 * 64];
+    DSV3_MEMSET(x, 0, sizeof x);
+    DSV3_MEMSET(w, 0, sizeof w);
+    for (int r = 0; r < R; r++) {
+        for (size_t t = 0; t < a->m[r]; t++) DSV3_MEMCPY(x[r] + 64 * t, a->x[r] + t * a->ldx + 2 * i, 4 * pairs);
+    }
+    for (size_t j = 0; j < pairs; j++) {
+        for (int c = 0; c < C; c++) DSV3_MEMCPY(w[c] + 64 * j, a->w + (i / 2 + j) * a->step + 64 * c, 64);
+    }
+    dsv3i_amx_step(R, C, x[0], x[1], 64, w[0], w[1], 64);
+}
+
+/* Sums begin with y, or with 0 where they are to be multiplied first. The buffer is for what does not fill a tile. */
+#define DSV3I_AMX_BEGIN(tile, r, c)                                                                                  \
+    if (!from) {                                                                                                     \
+        _tile_zero(tile);                                                                                            \
+    } else if (a->columns >= 16 * (c) + 16) {                                                                        \
+        _tile_loadd(tile, a->y + (r) * 16 * a->ldy + 16 * (c), a->ldy * sizeof *a->y);                               \
+    } else {                                                                                                         \
+        for (size_t t = 0; t < a->m[r]; t++) {                                                                       \
+            const float *at = a->y + ((r) * 16 + t) * a->ldy + 16 * (c);                                             \
+            _mm512_storeu_ps(sums + 16 * t, _mm512_maskz_loadu_ps(dsv3i_avx512_mask(a->columns - 16 * (c)), at));    \
+        }                                                                                                            \
+        _tile_loadd(tile, sums, 64);                                                                                 \
+    }
+
+#define DSV3I_AMX_END(tile, r, c)                                                                                    \
+    if (a->scale == NULL && a->columns >= 16 * (c) + 16) {                                                           \
+        _tile_stored(tile, a->y + (r) * 16 * a->ldy + 16 * (c), a->ldy * sizeof *a->y);                              \
+    } else {                                                                                                         \
+        _tile_stored(tile, sums, 64);                                                                                \
+        dsv3i_amx_put(a, sums, r, c, add);                                                                           \
+    }
+
+/* y = sums, or sums times multipliers, added to what is there if `add`. */
+DSV3I_INLINE(DSV3I_AMX)
+void dsv3i_amx_put(const dsv3i_amx_place *a, const float *sums, size_t r, size_t c, int add) {
+    const __mmask16 mask = dsv3i_avx512_mask(a->columns - 16 * c);
+    const __m512 scale = a->scale != NULL ? _mm512_loadu_ps(a->scale + 16 * c) : _mm512_setzero_ps();
+    for (size_t t = 0; t < a->m[r]; t++) {
+        float *y = a->y + (16 * r + t) * a->ldy + 16 * c;
+        __m512 sum = _mm512_loadu_ps(sums + 16 * t);
+        if (a->scale != NULL) {
+            sum = _mm512_fmadd_ps(sum, scale, add ? _mm512_maskz_loadu_ps(mask, y) : _mm512_setzero_ps());
+        }
+        dsv3i_avx512_put(y, mask, sum);
+    }
+}
+
+/* Terms i .. end-1, which share multipliers. */
+DSV3I_INLINE(DSV3I_AMX)
+void dsv3i_amx_terms(const int R, const int C, const dsv3i_amx_place *a, size_t i, size_t end, int add) {
+    float room[16 * 17], *sums = room + (64 - (uintptr_t)room % 64) % 64 / sizeof *room;
+    const int from = add && a->scale == NULL;
+    DSV3I_AMX_BEGIN(0, 0u, 0u)
+    if (C > 1) { DSV3I_AMX_BEGIN(1, 0u, 1u) }
+    if (R > 1) { DSV3I_AMX_BEGIN(2, 1u, 0u) }
+    if (R > 1 && C > 1) { DSV3I_AMX_BEGIN(3, 1u, 1u) }
+    for (; i + DSV3I_STEP <= end; i += DSV3I_STEP) {
+        const unsigned char *w = a->w + i / 2 * a->step;
+        dsv3i_amx_step(R, C, a->x[0] + 2 * i, a->x[1] + 2 * i, a->ldx, w, w + 64, a->step);
+    }
+    if (i < end) dsv3i_amx_rest(R, C, a, i, end - i);
+    DSV3I_AMX_END(0, 0u, 0u)
+    if (C > 1) { DSV3I_AMX_END(1, 0u, 1u) }
+    if (R > 1) { DSV3I_AMX_END(2, 1u, 0u) }
+    if (R > 1 && C > 1) { DSV3I_AMX_END(3, 1u, 1u) }
+}
+
+/* Columns c, and c + 1 with C = 2. */
+DSV3I_INLINE(DSV3I_AMX)
+void dsv3i_amx_block(const int R, const int C, dsv3i_amx_place *a, const dsv3_panel *w, size_t c, size_t k, int add) {
+    a->w = (const unsigned char *)w->values + 64 * c;
+    a->scale = w->scale != NULL ? w->scale + 16 * c : NULL;
+    for (size_t i = 0, end; i < k; i = end) {
+        end = dsv3i_min(i + w->block, k);
+        dsv3i_amx_terms(R, C, a, i, end, add || i > 0);
+        if (a->scale != NULL) a->scale += 16 * w->columns;
+    }
+}
+
+/* Up to 32 rows. */
+DSV3I_INLINE(DSV3I_AMX)
+void dsv3i_amx_rows(const int R, dsv3i_amx_place *a, float *y, const dsv3_panel *w, size_t rows, size_t k, int add) {
+    for (size_t c = 0; c < w->columns; c += 2) {
+        a->y = y + 16 * c;
+        a->columns = dsv3i_min(32, rows - 16 * c);
+        if (a->columns > 16) dsv3i_amx_block(R, 2, a, w, c, k, add);
+        if (a->columns <= 16) dsv3i_amx_block(R, 1, a, w, c, k, add);
+    }
+}
+
+DSV3I_TARGET(DSV3I_AMX)
+static void dsv3i_amx_product_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
+                                   size_t rows, size_t k, int add) {
+    dsv3i_amx_place a;
+    a.ldx = ldx;
+    a.step = 64 * w->columns;
+    a.ldy = ldy;
+    a.m[0] = a.m[1] = 0;
+    for (size_t t = 0; t < n; t += 32) {
+        const size_t m0 = dsv3i_min(16, n - t), m1 = dsv3i_min(16, n - t - m0);
+        if (m0 != a.m[0] || m1 != a.m[1]) dsv3i_amx_shape(m0, m1 > 0 ? m1 : 1);
+        a.m[0] = m0;
+        a.m[1] = m1;
+        a.x[0] = (const unsigned char *)x + t * ldx;
+        a.x[1] = a.x[0] + (m1 > 0 ? 16 * ldx : 0);
+        if (m1 > 0) dsv3i_amx_rows(2, &a, y + t * ldy, w, rows, k, add);
+        if (m1 == 0) dsv3i_amx_rows(1, &a, y + t * ldy, w, rows, k, add);
+    }
+    _tile_release();
+}
+
+DSV3I_TARGET(DSV3I_AMX) static void dsv3i_amx_meet(dsv3_meeting *a, size_t nk) {
+    dsv3i_avx512_bf16_meeting(a, nk, dsv3i_amx_product_bf16);
+}
+
+/* ---- Few rows and packed weights. The product of a tile takes as long for one row as for 16, and less than reading its
+ * kilobyte from memory. */
+
+/* Terms of 64 outputs as BF16 [16, 4, 16, 2]: where they lie, or made in `to`. k < 32: filled up with zeros. */
+DSV3I_INLINE(DSV3I_AMX)
+const unsigned char *dsv3i_amx_few_values(const dsv3_type type, unsigned char *to, const unsigned char *w, size_t k,
+                                          const __m512i table[4]) {
+    const size_t each = type == DSV3_F8_E4M3 ? 4 : 2, words = 4 * dsv3i_blocks(k, each);
+    for (size_t i = 0; i < words; i++) _mm_prefetch((const char *)w + 64 * i + DSV3I_AHEAD, _MM_HINT_T0);
+    if (type == DSV3_BF16 && k == DSV3I_STEP) return w;
+    if (k < DSV3I_STEP) DSV3_MEMSET(to, 0, 16 * 256);
+    for (size_t i = 0; i < words; i++) {
+        unsigned char *at = to + 256 * (each / 2) * (i / 4) + 64 * (i % 4);
+        __m512i b[2];
+        dsv3i_avx512_bf16_values(type, b, w + 64 * i, table);
+        _mm512_storeu_si512(at, b[0]);
+        if (type == DSV3_F8_E4M3) _mm512_storeu_si512(at + 256, b[1]);
+    }
+    return to;
+}
+
+DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_few_step(const unsigned char *x, size_t ldx, const unsigned char *w) {
+    _tile_loadd(4, x, ldx);
+    _tile_loadd(6, w, 256);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, w + 64, 256);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(6, w + 128, 256);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_loadd(7, w + 192, 256);
+    _tile_dpbf16ps(3, 4, 7);
+}
+
+DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_few_zero(void) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_few_store(float *y, size_t ldy) {
+    _tile_stored(0, y, ldy * sizeof *y);
+    _tile_stored(1, y + 16, ldy * sizeof *y);
+    _tile_stored(2, y + 32, ldy * sizeof *y);
+    _tile_stored(3, y + 48, ldy * sizeof *y);
+}
+
+/* Sums of a piece times its multiplier join those so far: [n, 64] each. */
+DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_few_scale(float *y, size_t ldy, size_t n, float scale, int add) {
+    float sums[4 * 64];
+    dsv3i_amx_few_store(sums, 64);
+    for (size_t i = 0; i < 4 * n; i++) {
+        float *to = y + i / 4 * ldy + 16 * (i % 4);
+        const __m512 old = add ? _mm512_loadu_ps(to) : _mm512_setzero_ps();
+        _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_loadu_ps(sums + 16 * i), _mm512_set1_ps(scale), old));
+    }
+    dsv3i_amx_few_zero();
+}
+
+/* n <= 4 rows and `panels` whole panels. */
+DSV3I_INLINE(DSV3I_AMX)
+void dsv3i_amx_few(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,
+                   size_t panels, size_t k) {
+    const unsigned char *xs = (const unsigned char *)x, *ws = (const unsigned char *)w;
+    const size_t pair = type == DSV3_F8_E4M3 ? 128 : 256; /* bytes of two terms */
+    unsigned char room[2][17 * 256], rest[4 * 64] = {0};
+    __m512i table[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(),
+                        _mm512_setzero_si512()};
+    size_t turn = 0;
+    if (type == DSV3_F8_E4M3) dsv3i_avx512_bf16_tables(table);
+    for (size_t t = 0; t < n; t++) DSV3_MEMCPY(rest + 64 * t, xs + t * ldx + k / 32 * 64, dsv3i_blocks(k % 32, 2) * 4);
+    dsv3i_amx_shape(n, n);
+    for (size_t p = 0; p < panels; p++, y += 64) {
+        dsv3i_amx_few_zero();
+        for (size_t i = 0, terms; i < k; i += terms) {
+            terms = dsv3i_min(DSV3I_TERMS, k - i);
+            for (size_t j = 0; j < terms; j += DSV3I_STEP, turn ^= 1) {
+                const size_t some = dsv3i_min(DSV3I_STEP, terms - j);
+                unsigned char *to = room[turn] + (64 - (uintptr_t)room % 64) % 64;
+                const unsigned char *values = dsv3i_amx_few_values(type, to, ws + j / 2 * pair, some, table);
+                if (some == DSV3I_STEP) dsv3i_amx_few_step(xs + 2 * (i + j), ldx, values);
+                if (some < DSV3I_STEP) dsv3i_amx_few_step(rest, 64, values);
+            }
+            if (type == DSV3_F8_E4M3) {
+                float scale;
+                DSV3_MEMCPY(&scale, ws + dsv3i_codes_bytes(type, 4, terms), sizeof scale);
+                dsv3i_amx_few_scale(y, ldy, n, scale, i > 0);
+            }
+            ws += dsv3i_piece_bytes(type, 4, terms);
+        }
+        if (type == DSV3_BF16) dsv3i_amx_few_store(y, ldy);
+    }
+    _tile_release();
+}
+
+#define DSV3I_AMX_FEW(name, type)                                                                                    \
+    DSV3I_TARGET(DSV3I_AMX)                                                                                          \
+    static void dsv3i_amx_few_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,       \
+                                     size_t panels, size_t k) {                                                      \
+        dsv3i_amx_few(type, y, ldy, x, ldx, n, w, panels, k);                                                        \
+    }
+DSV3I_AMX_FEW(bf16, DSV3_BF16)
+DSV3I_AMX_FEW(f8_e4m3, DSV3_F8_E4M3)
+
+static void dsv3i_kernels_amx(dsv3_kernels *k) {
+    dsv3i_kernels_avx512_bf16(k);
+    k->meet[1] = dsv3i_amx_meet;
+    k->product[DSV3_PRODUCT_FAST_BF16] = dsv3i_amx_product_bf16;
+    k->few[1][DSV3_BF16] = dsv3i_amx_few_bf16;
+    k->few[1][DSV3_F8_E4M3] = dsv3i_amx_few_f8_e4m3;
+}
+#endif /* DSV3I_TILES */
+
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
@@ -10377,6 +10676,7 @@ DSV3_API const char *dsv3_backend_name(dsv3_backend backend) {
     case DSV3_BACKEND_AVX2: return "avx2";
     case DSV3_BACKEND_AVX512: return "avx512";
     case DSV3_BACKEND_AVX512_BF16: return "avx512_bf16";
+    case DSV3_BACKEND_AMX: return "amx";
     default: return NULL;
     }
 }
@@ -10402,6 +10702,13 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
     dsv3_backend best = dsv3i_best_backend();
     if (context == NULL) return DSV3_ERR_ARG;
     DSV3_MEMSET(context, 0, sizeof *context);
+#ifdef DSV3I_TILES
+    if (best == DSV3_BACKEND_AMX && ((backend != DSV3_BACKEND_AUTO && backend != best) || !dsv3i_amx_permit())) {
+        best = DSV3_BACKEND_AVX512_BF16;
+    }
+#else
+    if (best == DSV3_BACKEND_AMX) best = DSV3_BACKEND_AVX512_BF16;
+#endif
     if (backend == DSV3_BACKEND_AUTO) backend = best;
     if ((int)backend < (int)DSV3_BACKEND_REFERENCE || (int)backend > (int)best) return DSV3_ERR_UNSUPPORTED;
     dsv3i_kernels_reference(&context->kernels);
@@ -10410,6 +10717,9 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
     if (backend == DSV3_BACKEND_AVX2) dsv3i_kernels_avx2(&context->kernels);
     if (backend == DSV3_BACKEND_AVX512) dsv3i_kernels_avx512_whole(&context->kernels);
     if (backend == DSV3_BACKEND_AVX512_BF16) dsv3i_kernels_avx512_bf16(&context->kernels);
+#endif
+#ifdef DSV3I_TILES
+    if (backend == DSV3_BACKEND_AMX) dsv3i_kernels_amx(&context->kernels);
 #endif
     context->backend = dsv3_backend_name(backend);
     context->threads = 1;
@@ -10426,6 +10736,10 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 }
 
 #undef DSV3I_AHEAD
+#undef DSV3I_AMX
+#undef DSV3I_AMX_BEGIN
+#undef DSV3I_AMX_FEW
+#undef DSV3I_AMX_END
 #undef DSV3I_AVX2
 #undef DSV3I_AVX512
 #undef DSV3I_AVX512_BF16
@@ -10464,7 +10778,9 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_TARGET
 #undef DSV3I_TRY
 #undef DSV3I_TABLE
+#undef DSV3I_STEP
 #undef DSV3I_TERMS
+#undef DSV3I_TILES
 #undef DSV3I_UNROLL
 #undef DSV3I_VOCAB
 #undef DSV3I_X86
