@@ -10080,6 +10080,12 @@ DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_meet(dsv3_meeting 
  * side, because several streams are what a processor fetches ahead best, and codes stay in registers. (Rows of floats and
  * Q8_0 are left to product: making floats of bytes takes longer than reading them.) */
 
+typedef enum dsv3i_few_kind { /* rows of floats; rows of codes; rows of BF16, added as AMX adds */
+    DSV3I_FEW_FLOATS = 0,
+    DSV3I_FEW_CODES = 1,
+    DSV3I_FEW_STEPS = 2
+} dsv3i_few_kind;
+
 /* One step of four bytes for 16 outputs as values for products of codes: FP8 gives two of BF16, Q4_0 two of bytes. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_values(const dsv3_type type, __m512i b[2], const unsigned char *w, const __m512i table[4]) {
@@ -10115,6 +10121,48 @@ void dsv3i_avx512_bf16_few_terms(const dsv3_type type, const int M, const int NS
                 if (type == DSV3_F8_E4M3) {
                     const __m512i g = _mm512_set1_epi32(*(const int32_t *)(const void *)(xm + 4));
                     acc[m * 4 * NS + c] = _mm512_dpbf16_ps(acc[m * 4 * NS + c], (__m512bh)g, (__m512bh)b[1]);
+                }
+            }
+        }
+    }
+}
+
+/* The same with the sums of AMX: of each 32 terms, those of even and of odd ones, which are added, and then to what is there.
+ * Some columns at a time, so that registers last. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_few_steps(const dsv3_type type, const int M, const int NS, __m512 acc[16],
+                                 const unsigned char *const w[4], const unsigned char *const x[4], size_t k,
+                                 const __m512i table[4]) {
+    const int columns = 8 / M > 4 * NS ? 4 * NS : 8 / M;
+    const size_t each = type == DSV3_F8_E4M3 ? 4 : 2;
+    for (size_t i0 = 0, end; i0 < k; i0 = end) {
+        end = dsv3i_min(i0 + 32, k);
+        DSV3I_UNROLL for (int c0 = 0; c0 < 4 * NS; c0 += columns) {
+            __m512 sum[16];
+            DSV3I_UNROLL for (int s = 0; s < 2 * M * columns; s++) sum[s] = _mm512_setzero_ps();
+            for (size_t i = i0; i < end; i += each) {
+                DSV3I_UNROLL for (int c = 0; c < columns; c++) {
+                    __m512i b[2];
+                    dsv3i_avx512_bf16_values(type, b, w[(c0 + c) / 4] + i / each * 256 + 64 * ((c0 + c) % 4), table);
+                    DSV3I_UNROLL for (size_t j = 0; j < each; j += 2) {
+                        __m512 f[4];
+                        dsv3i_avx512_floats(0, f, b[j / 2], _mm512_setzero_ps());
+                        DSV3I_UNROLL for (int m = 0; m < M; m++) {
+                            __m512 *at = sum + 2 * (m * columns + c), g[4];
+                            const unsigned char *xm = x[m] + 2 * (i + j);
+                            dsv3i_avx512_floats(0, g, _mm512_set1_epi32(*(const int32_t *)(const void *)xm),
+                                                _mm512_setzero_ps());
+                            at[0] = _mm512_fmadd_ps(g[0], f[0], at[0]);
+                            at[1] = _mm512_fmadd_ps(g[1], f[1], at[1]);
+                        }
+                    }
+                }
+            }
+            DSV3I_UNROLL for (int m = 0; m < M; m++) {
+                DSV3I_UNROLL for (int c = 0; c < columns; c++) {
+                    const __m512 *at = sum + 2 * (m * columns + c);
+                    __m512 *to = acc + m * 4 * NS + c0 + c;
+                    *to = _mm512_add_ps(*to, _mm512_add_ps(at[0], at[1]));
                 }
             }
         }
@@ -10194,10 +10242,10 @@ void dsv3i_avx512_bf16_few_float_block(const int M, const int NS, __m512 sum[16]
 
 /* A block of 32 of Q8_0 or Q4_0, with the multipliers of x. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_sums(const int fast, const dsv3_type type, const int M, const int NS, __m512 f[16],
+void dsv3i_avx512_bf16_few_sums(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int NS, __m512 f[16],
                                 const unsigned char *const w[4], const unsigned char *const x[4]) {
     __m512i sum[16];
-    if (!fast) {
+    if (kind == DSV3I_FEW_FLOATS) {
         dsv3i_avx512_bf16_few_float_block(M, NS, f, w, x);
         return;
     }
@@ -10208,9 +10256,18 @@ void dsv3i_avx512_bf16_few_sums(const int fast, const dsv3_type type, const int 
     }
 }
 
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_few_some(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int NS,
+                                __m512 acc[16], const unsigned char *const w[4], const unsigned char *const x[4],
+                                size_t k, const __m512i table[4]) {
+    if (kind == DSV3I_FEW_FLOATS) dsv3i_avx512_bf16_few_float_terms(type, M, NS, acc, w, x, k, table);
+    if (kind == DSV3I_FEW_CODES) dsv3i_avx512_bf16_few_terms(type, M, NS, acc, w, x, k, table);
+    if (kind == DSV3I_FEW_STEPS) dsv3i_avx512_bf16_few_steps(type, M, NS, acc, w, x, k, table);
+}
+
 /* NS panels, `apart` bytes from one to the next, and their outputs, 64 NP apart; M rows. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_panels(const int fast, const dsv3_type type, const int M, const int NS, float *y,
+void dsv3i_avx512_bf16_few_panels(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int NS, float *y,
                                   size_t ldy, size_t ldp, const unsigned char *x, size_t ldx, const unsigned char *w, size_t apart, size_t k,
                                   const __m512i table[4]) {
     const int blocks = type == DSV3_Q8_0 || type == DSV3_Q4_0;
@@ -10229,7 +10286,7 @@ void dsv3i_avx512_bf16_few_panels(const int fast, const dsv3_type type, const in
                 const unsigned char *at[4];
                 __m512 f[16];
                 DSV3I_UNROLL for (int s = 0; s < NS; s++) at[s] = ws[s] + b * (type == DSV3_Q8_0 ? 2048 : 1024);
-                dsv3i_avx512_bf16_few_sums(fast, type, M, NS, f, at, xs);
+                dsv3i_avx512_bf16_few_sums(kind, type, M, NS, f, at, xs);
                 DSV3I_UNROLL for (int c = 0; c < 4 * NS; c++) {
                     const void *halves = ws[c / 4] + codes + b * 128 + 32 * (c % 4);
                     const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)halves));
@@ -10237,23 +10294,21 @@ void dsv3i_avx512_bf16_few_panels(const int fast, const dsv3_type type, const in
                         acc[m * 4 * NS + c] = _mm512_fmadd_ps(f[m * 4 * NS + c], scale, acc[m * 4 * NS + c]);
                     }
                 }
-                DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] += fast ? DSV3_QBLOCK + 8 : 4 * DSV3_QBLOCK;
+                DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] += kind != DSV3I_FEW_FLOATS ? DSV3_QBLOCK + 8 : 4 * DSV3_QBLOCK;
             }
         } else if (type == DSV3_F8_E4M3) {
             __m512 part[16];
             DSV3I_UNROLL for (int c = 0; c < 4 * M * NS; c++) part[c] = _mm512_setzero_ps();
-            if (fast) dsv3i_avx512_bf16_few_terms(type, M, NS, part, ws, xs, terms, table);
-            if (!fast) dsv3i_avx512_bf16_few_float_terms(type, M, NS, part, ws, xs, terms, table);
+            dsv3i_avx512_bf16_few_some(kind, type, M, NS, part, ws, xs, terms, table);
             DSV3I_UNROLL for (int c = 0; c < 4 * M * NS; c++) {
                 const float scale = *(const float *)(const void *)(ws[c / 4 % NS] + codes);
                 acc[c] = _mm512_fmadd_ps(part[c], _mm512_set1_ps(scale), acc[c]);
             }
         } else {
-            if (fast) dsv3i_avx512_bf16_few_terms(type, M, NS, acc, ws, xs, terms, table);
-            if (!fast) dsv3i_avx512_bf16_few_float_terms(type, M, NS, acc, ws, xs, terms, table);
+            dsv3i_avx512_bf16_few_some(kind, type, M, NS, acc, ws, xs, terms, table);
         }
         if (!blocks) {
-            DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] += (fast ? 2 : 4) * terms;
+            DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] += (kind != DSV3I_FEW_FLOATS ? 2 : 4) * terms;
         }
         DSV3I_UNROLL for (int s = 0; s < NS; s++) ws[s] += piece;
     }
@@ -10264,7 +10319,7 @@ void dsv3i_avx512_bf16_few_panels(const int fast, const dsv3_type type, const in
 
 /* n <= 4 rows and `panels` whole panels. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few(const int fast, const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+void dsv3i_avx512_bf16_few(const dsv3i_few_kind kind, const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
                            const void *w, size_t panels, size_t k) {
     const unsigned char *xs = (const unsigned char *)x, *ws = (const unsigned char *)w;
     const int blocks = type == DSV3_Q8_0 || type == DSV3_Q4_0; /* they need registers for sums and for results */
@@ -10278,33 +10333,33 @@ void dsv3i_avx512_bf16_few(const int fast, const dsv3_type type, float *y, size_
         const unsigned char *wp = ws + p * bytes;
         done = 1;
         if (p < far && streams > 1) {
-            if (n == 1) dsv3i_avx512_bf16_few_panels(fast, type, 1, blocks ? 2 : 4, yp, ldy, 64 * far, xs, ldx, wp, far * bytes, k, table);
-            if (n == 2) dsv3i_avx512_bf16_few_panels(fast, type, 2, blocks ? 1 : 2, yp, ldy, 64 * far, xs, ldx, wp, far * bytes, k, table);
+            if (n == 1) dsv3i_avx512_bf16_few_panels(kind, type, 1, blocks ? 2 : 4, yp, ldy, 64 * far, xs, ldx, wp, far * bytes, k, table);
+            if (n == 2) dsv3i_avx512_bf16_few_panels(kind, type, 2, blocks ? 1 : 2, yp, ldy, 64 * far, xs, ldx, wp, far * bytes, k, table);
             if (p + 1 == far) done = far * streams - p;
             continue;
         }
         switch (n) {
-        case 1: dsv3i_avx512_bf16_few_panels(fast, type, 1, 1, yp, ldy, 0, xs, ldx, wp, 0, k, table); break;
-        case 2: dsv3i_avx512_bf16_few_panels(fast, type, 2, 1, yp, ldy, 0, xs, ldx, wp, 0, k, table); break;
-        case 3: dsv3i_avx512_bf16_few_panels(fast, type, 3, 1, yp, ldy, 0, xs, ldx, wp, 0, k, table); break;
-        default: dsv3i_avx512_bf16_few_panels(fast, type, 4, 1, yp, ldy, 0, xs, ldx, wp, 0, k, table);
+        case 1: dsv3i_avx512_bf16_few_panels(kind, type, 1, 1, yp, ldy, 0, xs, ldx, wp, 0, k, table); break;
+        case 2: dsv3i_avx512_bf16_few_panels(kind, type, 2, 1, yp, ldy, 0, xs, ldx, wp, 0, k, table); break;
+        case 3: dsv3i_avx512_bf16_few_panels(kind, type, 3, 1, yp, ldy, 0, xs, ldx, wp, 0, k, table); break;
+        default: dsv3i_avx512_bf16_few_panels(kind, type, 4, 1, yp, ldy, 0, xs, ldx, wp, 0, k, table);
         }
     }
 }
 
-#define DSV3I_FEW_TYPE(name, fast, type)                                                                             \
+#define DSV3I_FEW_TYPE(name, kind, type)                                                                             \
     DSV3I_TARGET(DSV3I_AVX512_BF16)                                                                                  \
     static void dsv3i_avx512_bf16_few_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n,              \
                                              const void *w, size_t panels, size_t k) {                               \
-        dsv3i_avx512_bf16_few(fast, type, y, ldy, x, ldx, n, w, panels, k);                                          \
+        dsv3i_avx512_bf16_few(kind, type, y, ldy, x, ldx, n, w, panels, k);                                          \
     }
-DSV3I_FEW_TYPE(exact_bf16, 0, DSV3_BF16)
-DSV3I_FEW_TYPE(exact_f8_e4m3, 0, DSV3_F8_E4M3)
-DSV3I_FEW_TYPE(exact_q4_0, 0, DSV3_Q4_0)
-DSV3I_FEW_TYPE(bf16, 1, DSV3_BF16)
-DSV3I_FEW_TYPE(f8_e4m3, 1, DSV3_F8_E4M3)
-DSV3I_FEW_TYPE(q8_0, 1, DSV3_Q8_0)
-DSV3I_FEW_TYPE(q4_0, 1, DSV3_Q4_0)
+DSV3I_FEW_TYPE(exact_bf16, DSV3I_FEW_FLOATS, DSV3_BF16)
+DSV3I_FEW_TYPE(exact_f8_e4m3, DSV3I_FEW_FLOATS, DSV3_F8_E4M3)
+DSV3I_FEW_TYPE(exact_q4_0, DSV3I_FEW_FLOATS, DSV3_Q4_0)
+DSV3I_FEW_TYPE(bf16, DSV3I_FEW_CODES, DSV3_BF16)
+DSV3I_FEW_TYPE(f8_e4m3, DSV3I_FEW_CODES, DSV3_F8_E4M3)
+DSV3I_FEW_TYPE(q8_0, DSV3I_FEW_CODES, DSV3_Q8_0)
+DSV3I_FEW_TYPE(q4_0, DSV3I_FEW_CODES, DSV3_Q4_0)
 
 /* ---- The tables. */
 
@@ -10393,6 +10448,16 @@ static int dsv3i_amx_permit(void) {
     return result == 0;
 }
 
+/* The control register of vector instructions: 0x8040 are its bits for subnormal numbers. What reads or writes memory stays
+ * on its side of this. */
+DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_control(unsigned value) {
+    __asm__ volatile("ldmxcsr %0" : : "m"(value) : "memory");
+}
+
+/* Intrinsics of gcc do not say that tiles are loaded from memory, and what was written there could be left out. */
+#define DSV3I_AMX_LOAD(tile, at, stride)                                                                             \
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(at), "r"((size_t)(stride)) : "memory")
+
 /* Shapes of the tiles: 0 to 3 are sums, of m0 rows (0, 1) and of m1 rows (2, 3); 4 and 5 rows of x; 6 and 7 weights. */
 DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_shape(size_t m0, size_t m1) {
     const size_t rows[8] = {m0, m0, m1, m1, m0, m1, 16, 16};
@@ -10418,12 +10483,12 @@ typedef struct dsv3i_amx_place {
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_step(const int R, const int C, const unsigned char *x0, const unsigned char *x1, size_t ldx,
                     const unsigned char *w0, const unsigned char *w1, size_t step) {
-    _tile_loadd(4, x0, ldx);
-    _tile_loadd(6, w0, step);
+    DSV3I_AMX_LOAD(4, x0, ldx);
+    DSV3I_AMX_LOAD(6, w0, step);
     _tile_dpbf16ps(0, 4, 6);
-    if (C > 1) _tile_loadd(7, w1, step);
+    if (C > 1) DSV3I_AMX_LOAD(7, w1, step);
     if (C > 1) _tile_dpbf16ps(1, 4, 7);
-    if (R > 1) _tile_loadd(5, x1, ldx);
+    if (R > 1) DSV3I_AMX_LOAD(5, x1, ldx);
     if (R > 1) _tile_dpbf16ps(2, 5, 6);
     if (R > 1 && C > 1) _tile_dpbf16ps(3, 5, 7);
 }
@@ -10449,13 +10514,13 @@ void dsv3i_amx_rest(const int R, const int C, const dsv3i_amx_place *a, size_t i
     if (!from) {                                                                                                     \
         _tile_zero(tile);                                                                                            \
     } else if (a->columns >= 16 * (c) + 16) {                                                                        \
-        _tile_loadd(tile, a->y + (r) * 16 * a->ldy + 16 * (c), a->ldy * sizeof *a->y);                               \
+        DSV3I_AMX_LOAD(tile, a->y + (r) * 16 * a->ldy + 16 * (c), a->ldy * sizeof *a->y);                               \
     } else {                                                                                                         \
         for (size_t t = 0; t < a->m[r]; t++) {                                                                       \
             const float *at = a->y + ((r) * 16 + t) * a->ldy + 16 * (c);                                             \
             _mm512_storeu_ps(sums + 16 * t, _mm512_maskz_loadu_ps(dsv3i_avx512_mask(a->columns - 16 * (c)), at));    \
         }                                                                                                            \
-        _tile_loadd(tile, sums, 64);                                                                                 \
+        DSV3I_AMX_LOAD(tile, sums, 64);                                                                                 \
     }
 
 #define DSV3I_AMX_END(tile, r, c)                                                                                    \
@@ -10549,106 +10614,15 @@ DSV3I_TARGET(DSV3I_AMX) static void dsv3i_amx_meet(dsv3_meeting *a, size_t nk) {
     dsv3i_avx512_bf16_meeting(a, nk, dsv3i_amx_product_bf16);
 }
 
-/* ---- Few rows and packed weights. The product of a tile takes as long for one row as for 16, and less than reading its
- * kilobyte from memory. */
-
-/* Terms of 64 outputs as BF16 [16, 4, 16, 2]: where they lie, or made in `to`. k < 32: filled up with zeros. */
-DSV3I_INLINE(DSV3I_AMX)
-const unsigned char *dsv3i_amx_few_values(const dsv3_type type, unsigned char *to, const unsigned char *w, size_t k,
-                                          const __m512i table[4]) {
-    const size_t each = type == DSV3_F8_E4M3 ? 4 : 2, words = 4 * dsv3i_blocks(k, each);
-    for (size_t i = 0; i < words; i++) _mm_prefetch((const char *)w + 64 * i + DSV3I_AHEAD, _MM_HINT_T0);
-    if (type == DSV3_BF16 && k == DSV3I_STEP) return w;
-    if (k < DSV3I_STEP) DSV3_MEMSET(to, 0, 16 * 256);
-    for (size_t i = 0; i < words; i++) {
-        unsigned char *at = to + 256 * (each / 2) * (i / 4) + 64 * (i % 4);
-        __m512i b[2];
-        dsv3i_avx512_bf16_values(type, b, w + 64 * i, table);
-        _mm512_storeu_si512(at, b[0]);
-        if (type == DSV3_F8_E4M3) _mm512_storeu_si512(at + 256, b[1]);
-    }
-    return to;
-}
-
-DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_few_step(const unsigned char *x, size_t ldx, const unsigned char *w) {
-    _tile_loadd(4, x, ldx);
-    _tile_loadd(6, w, 256);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, w + 64, 256);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(6, w + 128, 256);
-    _tile_dpbf16ps(2, 4, 6);
-    _tile_loadd(7, w + 192, 256);
-    _tile_dpbf16ps(3, 4, 7);
-}
-
-DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_few_zero(void) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-}
-
-DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_few_store(float *y, size_t ldy) {
-    _tile_stored(0, y, ldy * sizeof *y);
-    _tile_stored(1, y + 16, ldy * sizeof *y);
-    _tile_stored(2, y + 32, ldy * sizeof *y);
-    _tile_stored(3, y + 48, ldy * sizeof *y);
-}
-
-/* Sums of a piece times its multiplier join those so far: [n, 64] each. */
-DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_few_scale(float *y, size_t ldy, size_t n, float scale, int add) {
-    float sums[4 * 64];
-    dsv3i_amx_few_store(sums, 64);
-    for (size_t i = 0; i < 4 * n; i++) {
-        float *to = y + i / 4 * ldy + 16 * (i % 4);
-        const __m512 old = add ? _mm512_loadu_ps(to) : _mm512_setzero_ps();
-        _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_loadu_ps(sums + 16 * i), _mm512_set1_ps(scale), old));
-    }
-    dsv3i_amx_few_zero();
-}
-
-/* n <= 4 rows and `panels` whole panels. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_few(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,
-                   size_t panels, size_t k) {
-    const unsigned char *xs = (const unsigned char *)x, *ws = (const unsigned char *)w;
-    const size_t pair = type == DSV3_F8_E4M3 ? 128 : 256; /* bytes of two terms */
-    unsigned char room[2][17 * 256], rest[4 * 64] = {0};
-    __m512i table[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(),
-                        _mm512_setzero_si512()};
-    size_t turn = 0;
-    if (type == DSV3_F8_E4M3) dsv3i_avx512_bf16_tables(table);
-    for (size_t t = 0; t < n; t++) DSV3_MEMCPY(rest + 64 * t, xs + t * ldx + k / 32 * 64, dsv3i_blocks(k % 32, 2) * 4);
-    dsv3i_amx_shape(n, n);
-    for (size_t p = 0; p < panels; p++, y += 64) {
-        dsv3i_amx_few_zero();
-        for (size_t i = 0, terms; i < k; i += terms) {
-            terms = dsv3i_min(DSV3I_TERMS, k - i);
-            for (size_t j = 0; j < terms; j += DSV3I_STEP, turn ^= 1) {
-                const size_t some = dsv3i_min(DSV3I_STEP, terms - j);
-                unsigned char *to = room[turn] + (64 - (uintptr_t)room % 64) % 64;
-                const unsigned char *values = dsv3i_amx_few_values(type, to, ws + j / 2 * pair, some, table);
-                if (some == DSV3I_STEP) dsv3i_amx_few_step(xs + 2 * (i + j), ldx, values);
-                if (some < DSV3I_STEP) dsv3i_amx_few_step(rest, 64, values);
-            }
-            if (type == DSV3_F8_E4M3) {
-                float scale;
-                DSV3_MEMCPY(&scale, ws + dsv3i_codes_bytes(type, 4, terms), sizeof scale);
-                dsv3i_amx_few_scale(y, ldy, n, scale, i > 0);
-            }
-            ws += dsv3i_piece_bytes(type, 4, terms);
-        }
-        if (type == DSV3_BF16) dsv3i_amx_few_store(y, ldy);
-    }
-    _tile_release();
-}
-
+/* Few rows and packed weights: the sums of tiles in registers, to the bit, with subnormal numbers as 0. */
 #define DSV3I_AMX_FEW(name, type)                                                                                    \
     DSV3I_TARGET(DSV3I_AMX)                                                                                          \
     static void dsv3i_amx_few_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,       \
                                      size_t panels, size_t k) {                                                      \
-        dsv3i_amx_few(type, y, ldy, x, ldx, n, w, panels, k);                                                        \
+        const unsigned before = _mm_getcsr();                                                                        \
+        dsv3i_amx_control(before | 0x8040);                                                                          \
+        dsv3i_avx512_bf16_few(DSV3I_FEW_STEPS, type, y, ldy, x, ldx, n, w, panels, k);                               \
+        dsv3i_amx_control(before);                                                                                   \
     }
 DSV3I_AMX_FEW(bf16, DSV3_BF16)
 DSV3I_AMX_FEW(f8_e4m3, DSV3_F8_E4M3)
@@ -10739,6 +10713,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_AMX
 #undef DSV3I_AMX_BEGIN
 #undef DSV3I_AMX_FEW
+#undef DSV3I_AMX_LOAD
 #undef DSV3I_AMX_END
 #undef DSV3I_AVX2
 #undef DSV3I_AVX512
