@@ -423,6 +423,7 @@ typedef enum dsv3_product {
  *       (NULL: not needed). [1]: with everything rounded to BF16, for DSV3_FAST; NULL: as [0].
  * few:  the products of n <= 4 rows, floats [0] of which k is a multiple of 4, or rounded [1], with whole packed panels,
  *       one behind the other; NULL: by product.
+ * many: the same of more rows, which are rounded.
  * mix:  y += sum_r x[r] w_r, n numbers each, in this order, for k rows of codes as they lie, row_bytes apart; their
  *       values are those of decode, times scale (NULL: 1), a float for every 128 of them. NULL: by decode and outer. */
 typedef struct dsv3_kernels {
@@ -445,6 +446,8 @@ typedef struct dsv3_kernels {
     void (*meet[2])(dsv3_meeting *a, size_t nk);
     void (*few[2][DSV3_TYPES])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,
                                size_t panels, size_t k);
+    void (*many[DSV3_TYPES])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t panels,
+                             size_t k);
     void (*mix[DSV3_TYPES])(float *y, const float *x, const void *w, size_t row_bytes, const void *scale, size_t k,
                             size_t n);
 } dsv3_kernels;
@@ -2323,13 +2326,17 @@ static dsv3i_input dsv3i_input_round(const dsv3_context *ctx, float *out, const 
     return in;
 }
 
+typedef void (*dsv3i_whole)(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t panels,
+                            size_t k);
+
 /* y[t ldy + (r - r0)] = x_t . row r of w for n rows x_t and rows r0 <= r < r1 of w, by panels. */
 static void dsv3i_linear_panels(const dsv3_context *ctx, float *y, size_t ldy, const dsv3i_input *in, size_t n,
                                 const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
     dsv3i_piece piece;
-    if (w->packed && n <= DSV3I_FEW && ctx->kernels.few[in->fast][w->type] != NULL && (in->fast || w->cols % 4 == 0)) {
+    dsv3i_whole whole = n <= DSV3I_FEW ? ctx->kernels.few[in->fast][w->type] : in->fast ? ctx->kernels.many[w->type] : NULL;
+    if (w->packed && whole != NULL && (in->fast || w->cols % 4 == 0)) {
         size_t panels = (r1 - r0) / DSV3I_PANEL;
-        ctx->kernels.few[in->fast][w->type](y, ldy, in->x, in->stride, n, dsv3i_piece_at(w, r0, 0), panels, w->cols);
+        whole(y, ldy, in->x, in->stride, n, dsv3i_piece_at(w, r0, 0), panels, w->cols);
         y += panels * DSV3I_PANEL;
         r0 += panels * DSV3I_PANEL;
     }
@@ -10458,17 +10465,19 @@ DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_control(unsigned value) {
 #define DSV3I_AMX_LOAD(tile, at, stride)                                                                             \
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(at), "r"((size_t)(stride)) : "memory")
 
-/* Shapes of the tiles: 0 to 3 are sums, of m0 rows (0, 1) and of m1 rows (2, 3); 4 and 5 rows of x; 6 and 7 weights. */
-DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_shape(size_t m0, size_t m1) {
-    const size_t rows[8] = {m0, m0, m1, m1, m0, m1, 16, 16};
-    unsigned char shape[64] = {0};
-    shape[0] = 1;
-    for (int i = 0; i < 8; i++) {
-        shape[16 + 2 * i] = 64;
-        shape[48 + i] = (unsigned char)rows[i];
-    }
-    _tile_loadconfig(shape);
+/* Shapes of the tiles: 0 to 3 are sums, of m0 rows (0, 1) and of m1 rows (2, 3); 4 and 5 rows of x; 6 and 7 weights: `words`
+ * of four bytes for each of 16 outputs. */
+DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_shape(size_t m0, size_t m1, size_t words) {
+    const uint64_t rows = (uint64_t)m0 * 0x101u + (uint64_t)m1 * 0x1010000u, x = (uint64_t)m0 | (uint64_t)m1 << 8;
+    const __m512i wide = _mm512_maskz_set1_epi16(0xFF00, 64), inner = _mm512_set1_epi16((short)(4 * words)); /* row bytes */
+    const __m512i shape = _mm512_mask_blend_epi16(0x3000, wide, inner);
+    unsigned char at[64];
+    _mm512_storeu_si512(at, _mm512_mask_set1_epi64(_mm512_mask_set1_epi64(shape, 1, 1), 1u << 6,
+                                                   (int64_t)(rows | (x | (uint64_t)words * 0x1010000u) << 32)));
+    __asm__ volatile("ldtilecfg %0" : : "m"(at));
 }
+
+DSV3I_INLINE(DSV3I_AMX) float *dsv3i_amx_aligned(float *room) { return room + (64 - (uintptr_t)room % 64) % 64 / sizeof *room; }
 
 /* Two times 16 rows of x, of which m[0] and m[1] are there, and two columns of a panel. */
 typedef struct dsv3i_amx_place {
@@ -10476,8 +10485,14 @@ typedef struct dsv3i_amx_place {
     size_t ldx, step; /* bytes from row to row of x, and from a pair of terms of w to the next */
     float *y;
     size_t ldy, m[2], columns; /* outputs that are wanted, 1 to 32 */
+    const unsigned char *next; /* what is fetched early, ... */
+    size_t lines;              /* ... so many lines at each step */
     const float *scale;
 } dsv3i_amx_place;
+
+DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_fetch(dsv3i_amx_place *a) {
+    for (size_t i = 0; i < a->lines; i++, a->next += 64) _mm_prefetch((const char *)a->next, _MM_HINT_T1);
+}
 
 /* R times 16 rows and C columns: tile 2 r + c of sums. */
 DSV3I_INLINE(DSV3I_AMX)
@@ -10548,8 +10563,8 @@ void dsv3i_amx_put(const dsv3i_amx_place *a, const float *sums, size_t r, size_t
 
 /* Terms i .. end-1, which share multipliers. */
 DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_terms(const int R, const int C, const dsv3i_amx_place *a, size_t i, size_t end, int add) {
-    float room[16 * 17], *sums = room + (64 - (uintptr_t)room % 64) % 64 / sizeof *room;
+void dsv3i_amx_terms(const int R, const int C, dsv3i_amx_place *a, size_t i, size_t end, int add) {
+    float room[16 * 17], *sums = dsv3i_amx_aligned(room);
     const int from = add && a->scale == NULL;
     DSV3I_AMX_BEGIN(0, 0u, 0u)
     if (C > 1) { DSV3I_AMX_BEGIN(1, 0u, 1u) }
@@ -10557,6 +10572,7 @@ void dsv3i_amx_terms(const int R, const int C, const dsv3i_amx_place *a, size_t 
     if (R > 1 && C > 1) { DSV3I_AMX_BEGIN(3, 1u, 1u) }
     for (; i + DSV3I_STEP <= end; i += DSV3I_STEP) {
         const unsigned char *w = a->w + i / 2 * a->step;
+        dsv3i_amx_fetch(a);
         dsv3i_amx_step(R, C, a->x[0] + 2 * i, a->x[1] + 2 * i, a->ldx, w, w + 64, a->step);
     }
     if (i < end) dsv3i_amx_rest(R, C, a, i, end - i);
@@ -10599,9 +10615,11 @@ static void dsv3i_amx_product_bf16(float *y, size_t ldy, const void *x, size_t l
     a.m[0] = a.m[1] = 0;
     for (size_t t = 0; t < n; t += 32) {
         const size_t m0 = dsv3i_min(16, n - t), m1 = dsv3i_min(16, n - t - m0);
-        if (m0 != a.m[0] || m1 != a.m[1]) dsv3i_amx_shape(m0, m1 > 0 ? m1 : 1);
+        if (m0 != a.m[0] || m1 != a.m[1]) dsv3i_amx_shape(m0, m1 > 0 ? m1 : 1, 16);
         a.m[0] = m0;
         a.m[1] = m1;
+        a.next = (const unsigned char *)w->values + w->ahead;
+        a.lines = w->ahead > 0 ? dsv3i_blocks(w->ahead, 64 * 8 * dsv3i_blocks(n, 32)) : 0;
         a.x[0] = (const unsigned char *)x + t * ldx;
         a.x[1] = a.x[0] + (m1 > 0 ? 16 * ldx : 0);
         if (m1 > 0) dsv3i_amx_rows(2, &a, y + t * ldy, w, rows, k, add);
@@ -10613,6 +10631,170 @@ static void dsv3i_amx_product_bf16(float *y, size_t ldy, const void *x, size_t l
 DSV3I_TARGET(DSV3I_AMX) static void dsv3i_amx_meet(dsv3_meeting *a, size_t nk) {
     dsv3i_avx512_bf16_meeting(a, nk, dsv3i_amx_product_bf16);
 }
+
+/* ---- Many rows and packed weights: panel by panel, and for each 64 rows of x piece by piece. Sums that are not finished
+ * wait in a near cache. */
+
+#define DSV3I_AMX_ROWS 64u /* of x */
+
+typedef struct dsv3i_amx_room {
+    float y[DSV3I_AMX_ROWS * 64], scale[DSV3I_TERMS / DSV3_QBLOCK * 64];
+    unsigned char values[64 * DSV3I_TERMS * 2];
+} dsv3i_amx_room;
+
+/* Values of a piece as tiles take them: where they lie, or in `to`; bytes with their signs. */
+DSV3I_INLINE(DSV3I_AMX)
+const unsigned char *dsv3i_amx_values(const dsv3_type type, unsigned char *to, const unsigned char *w, size_t k) {
+    const unsigned char *values = to;
+    const __m512i zero = _mm512_set1_epi8(type == DSV3_Q8_0 ? (char)-128 : 8);
+    if (type == DSV3_BF16) return w;
+    if (type == DSV3_F8_E4M3) dsv3i_avx512_bf16_widen_f8(to, w, 4, k);
+    for (size_t i = 0; type == DSV3_Q8_0 && i < 64 * k; i += 64) {
+        _mm512_storeu_si512(to + i, _mm512_xor_si512(_mm512_loadu_si512(w + i), zero));
+    }
+    for (size_t i = 0; type == DSV3_Q4_0 && i < k; i += DSV3_QBLOCK, to += 2048) {
+        for (size_t j = 0; j < 1024; j += 64, w += 64) {
+            const __m512i v = _mm512_loadu_si512(w), low = _mm512_set1_epi8(15);
+            _mm512_storeu_si512(to + j, _mm512_sub_epi8(_mm512_and_si512(v, low), zero));
+            _mm512_storeu_si512(to + 1024 + j, _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(v, 4), low), zero));
+        }
+    }
+    return values;
+}
+
+/* Multipliers [blocks, 64] of a piece, which lie at w. */
+DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_scales(const dsv3_type type, float *scale, const unsigned char *w, size_t k) {
+    float one = 1.0f;
+    if (type == DSV3_F8_E4M3) DSV3_MEMCPY(&one, w, sizeof one);
+    for (size_t i = 0; i < (dsv3_type_block(type) > 1 ? k / DSV3_QBLOCK * 64 : 64); i += 16) {
+        __m512 f = _mm512_set1_ps(one);
+        if (dsv3_type_block(type) > 1) f = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(w + 2 * i)));
+        _mm512_storeu_ps(scale + i, f);
+    }
+}
+
+/* Rows of bytes: blocks of 32, each with its multiplier behind it. Tiles hold the sums of the four blocks of a piece, which
+ * are exact, for one column of outputs. While those of the next column are on their way, they become floats. */
+#define DSV3I_AMX_BLOCK(tile)                                                                                        \
+    if (blocks > (tile)) {                                                                                           \
+        _tile_zero(tile);                                                                                            \
+        DSV3I_AMX_LOAD(4, x + (tile) * (DSV3_QBLOCK + 8), a->ldx);                                                   \
+        DSV3I_AMX_LOAD(6, w + (tile) * 8 * a->step, a->step);                                                        \
+        _tile_dpbssd(tile, 4, 6);                                                                                    \
+        _tile_stored(tile, sums + (tile) * 256, 64);                                                                 \
+    }
+
+DSV3I_INLINE(DSV3I_AMX)
+void dsv3i_amx_column_sums(const dsv3i_amx_place *a, float *sums, const unsigned char *x, const unsigned char *w,
+                           size_t blocks) {
+    DSV3I_AMX_BLOCK(0)
+    DSV3I_AMX_BLOCK(1)
+    DSV3I_AMX_BLOCK(2)
+    DSV3I_AMX_BLOCK(3)
+}
+
+/* 16 rows and the four columns of a piece. Rows of x that are not there are the last one once more. */
+DSV3I_INLINE(DSV3I_AMX)
+void dsv3i_amx_bytes(dsv3i_amx_place *a, const unsigned char *x, size_t m, size_t k, int add) {
+    float room[2 * 4 * 256 + 16], *sums = dsv3i_amx_aligned(room);
+    const size_t blocks = k / DSV3_QBLOCK;
+    size_t row[16];
+    for (size_t t = 0; t < 16; t++) row[t] = dsv3i_min(t, m - 1) * a->ldx + DSV3_QBLOCK;
+    dsv3i_amx_column_sums(a, sums, x, a->w, blocks);
+    for (size_t c = 0; c < 4; c++) {
+        float *y = a->y + 16 * c;
+        __m512 acc[16];
+        dsv3i_amx_fetch(a);
+        if (c < 3) dsv3i_amx_column_sums(a, sums + (c + 1) % 2 * 1024, x, a->w + 64 * (c + 1), blocks);
+        DSV3I_UNROLL for (int t = 0; t < 16; t++) acc[t] = add ? _mm512_loadu_ps(y + 64 * t) : _mm512_setzero_ps();
+        for (size_t b = 0; b < blocks; b++) {
+            const __m512 scale = _mm512_loadu_ps(a->scale + 64 * b + 16 * c);
+            const unsigned char *unit = x + b * (DSV3_QBLOCK + 8);
+            const float *from = sums + c % 2 * 1024 + 256 * b;
+            DSV3I_UNROLL for (int t = 0; t < 16; t++) {
+                const __m512 f = _mm512_set1_ps(*(const float *)(const void *)(unit + row[t]));
+                const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(from + 16 * t)), f);
+                acc[t] = _mm512_fmadd_ps(product, scale, acc[t]);
+            }
+        }
+        DSV3I_UNROLL for (int t = 0; t < 16; t++) _mm512_storeu_ps(y + 64 * t, acc[t]);
+    }
+}
+
+/* n <= 64 rows meet a piece of k terms. */
+DSV3I_INLINE(DSV3I_AMX)
+void dsv3i_amx_piece(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, const unsigned char *x, size_t n,
+                     const unsigned char *w, size_t k, int add) {
+    const unsigned char *values = dsv3i_amx_values(type, room->values, w, k);
+    if (type != DSV3_BF16) dsv3i_amx_scales(type, room->scale, w + dsv3i_codes_bytes(type, 4, k), k);
+    for (size_t t = 0; dsv3_type_block(type) > 1 && t < n; t += 16, x += 16 * a->ldx) {
+        const size_t m = dsv3i_min(16, n - t);
+        if (m != a->m[0]) dsv3i_amx_shape(m, m, 8);
+        a->m[0] = m;
+        a->y = room->y + 64 * t;
+        a->w = values;
+        a->scale = room->scale;
+        dsv3i_amx_bytes(a, x, m, k, add);
+    }
+    for (size_t t = 0; dsv3_type_block(type) == 1 && t < n; t += 32, x += 32 * a->ldx) {
+        const size_t m0 = dsv3i_min(16, n - t), m1 = dsv3i_min(16, n - t - m0);
+        if (m0 != a->m[0] || m1 != a->m[1]) dsv3i_amx_shape(m0, m1 > 0 ? m1 : 1, 16);
+        a->m[0] = m0;
+        a->m[1] = m1;
+        a->x[0] = x;
+        a->x[1] = x + 16 * a->ldx;
+        for (size_t c = 0; c < 4; c += 2) {
+            a->y = room->y + 64 * t + 16 * c;
+            a->w = values + 64 * c;
+            a->scale = type == DSV3_BF16 ? NULL : room->scale + 16 * c;
+            if (m1 > 0) dsv3i_amx_terms(2, 2, a, 0, k, add);
+            if (m1 == 0) dsv3i_amx_terms(1, 2, a, 0, k, add);
+        }
+    }
+}
+
+DSV3I_INLINE(DSV3I_AMX)
+void dsv3i_amx_many(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,
+                    size_t panels, size_t k) {
+    const size_t bytes = dsv3i_panel_bytes(type, 4, k);
+    dsv3i_amx_room room;
+    dsv3i_amx_place a;
+    a.ldx = ldx;
+    a.step = 256;
+    a.ldy = 64;
+    a.columns = 32;
+    a.m[0] = a.m[1] = 0;
+    for (size_t p = 0; p < panels; p++, y += 64) {
+        for (size_t t = 0, rows; t < n; t += rows) {
+            const unsigned char *xt = (const unsigned char *)x + t * ldx, *piece = (const unsigned char *)w + p * bytes;
+            rows = dsv3i_min(DSV3I_AMX_ROWS, n - t);
+            for (size_t i = 0, terms; i < k; i += terms) {
+                const size_t codes = dsv3i_piece_bytes(type, 4, DSV3I_TERMS), steps = dsv3i_blocks(rows, 32) * 8;
+                terms = dsv3i_min(DSV3I_TERMS, k - i);
+                a.next = piece + codes;
+                a.lines = t == 0 ? dsv3i_blocks(codes, 64 * steps) : 0;
+                dsv3i_amx_piece(type, &room, &a, xt, rows, piece, terms, i > 0);
+                piece += dsv3i_piece_bytes(type, 4, terms);
+                xt += dsv3i_input_bytes(1, type, terms);
+            }
+            for (size_t i = 0; i < 4 * rows; i++) {
+                _mm512_storeu_ps(y + (t + i / 4) * ldy + 16 * (i % 4), _mm512_loadu_ps(room.y + 16 * i));
+            }
+        }
+    }
+    _tile_release();
+}
+
+#define DSV3I_AMX_MANY(name, type)                                                                                   \
+    DSV3I_TARGET(DSV3I_AMX)                                                                                          \
+    static void dsv3i_amx_many_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,      \
+                                      size_t panels, size_t k) {                                                     \
+        dsv3i_amx_many(type, y, ldy, x, ldx, n, w, panels, k);                                                       \
+    }
+DSV3I_AMX_MANY(bf16, DSV3_BF16)
+DSV3I_AMX_MANY(f8_e4m3, DSV3_F8_E4M3)
+DSV3I_AMX_MANY(q8_0, DSV3_Q8_0)
+DSV3I_AMX_MANY(q4_0, DSV3_Q4_0)
 
 /* Few rows and packed weights: the sums of tiles in registers, to the bit, with subnormal numbers as 0. */
 #define DSV3I_AMX_FEW(name, type)                                                                                    \
@@ -10633,6 +10815,10 @@ static void dsv3i_kernels_amx(dsv3_kernels *k) {
     k->product[DSV3_PRODUCT_FAST_BF16] = dsv3i_amx_product_bf16;
     k->few[1][DSV3_BF16] = dsv3i_amx_few_bf16;
     k->few[1][DSV3_F8_E4M3] = dsv3i_amx_few_f8_e4m3;
+    k->many[DSV3_BF16] = dsv3i_amx_many_bf16;
+    k->many[DSV3_F8_E4M3] = dsv3i_amx_many_f8_e4m3;
+    k->many[DSV3_Q8_0] = dsv3i_amx_many_q8_0;
+    k->many[DSV3_Q4_0] = dsv3i_amx_many_q4_0;
 }
 #endif /* DSV3I_TILES */
 
@@ -10712,8 +10898,11 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_AHEAD
 #undef DSV3I_AMX
 #undef DSV3I_AMX_BEGIN
+#undef DSV3I_AMX_BLOCK
 #undef DSV3I_AMX_FEW
 #undef DSV3I_AMX_LOAD
+#undef DSV3I_AMX_MANY
+#undef DSV3I_AMX_ROWS
 #undef DSV3I_AMX_END
 #undef DSV3I_AVX2
 #undef DSV3I_AVX512
