@@ -10675,31 +10675,36 @@ DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_scales(const dsv3_type type, float *scale
 
 /* Rows of bytes: blocks of 32, each with its multiplier behind it. Tiles hold the sums of the four blocks of a piece, which
  * are exact, for one column of outputs. While those of the next column are on their way, they become floats. */
-#define DSV3I_AMX_BLOCK(tile)                                                                                        \
+#define DSV3I_AMX_BLOCK(tile, rows, columns)                                                                         \
+    _tile_zero(tile);                                                                                                \
     if (blocks > (tile)) {                                                                                           \
-        _tile_zero(tile);                                                                                            \
-        DSV3I_AMX_LOAD(4, x + (tile) * (DSV3_QBLOCK + 8), a->ldx);                                                   \
-        DSV3I_AMX_LOAD(6, w + (tile) * 8 * a->step, a->step);                                                        \
-        _tile_dpbssd(tile, 4, 6);                                                                                    \
-        _tile_stored(tile, sums + (tile) * 256, 64);                                                                 \
+        DSV3I_AMX_LOAD(rows, x + (tile) * (DSV3_QBLOCK + 8), a->ldx);                                                \
+        DSV3I_AMX_LOAD(columns, w + (tile) * 8 * a->step, a->step);                                                  \
+        _tile_dpbssd(tile, rows, columns);                                                                           \
     }
 
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_column_sums(const dsv3i_amx_place *a, float *sums, const unsigned char *x, const unsigned char *w,
                            size_t blocks) {
-    DSV3I_AMX_BLOCK(0)
-    DSV3I_AMX_BLOCK(1)
-    DSV3I_AMX_BLOCK(2)
-    DSV3I_AMX_BLOCK(3)
+    DSV3I_AMX_BLOCK(0, 4, 6)
+    DSV3I_AMX_BLOCK(1, 5, 7)
+    DSV3I_AMX_BLOCK(2, 4, 6)
+    DSV3I_AMX_BLOCK(3, 5, 7)
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + 256, 64);
+    _tile_stored(2, sums + 512, 64);
+    _tile_stored(3, sums + 768, 64);
 }
 
 /* 16 rows and the four columns of a piece. Rows of x that are not there are the last one once more. */
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_bytes(dsv3i_amx_place *a, const unsigned char *x, size_t m, size_t k, int add) {
-    float room[2 * 4 * 256 + 16], *sums = dsv3i_amx_aligned(room);
+    float room[2 * 4 * 256 + 16], *sums = dsv3i_amx_aligned(room), unit[4 * 16];
     const size_t blocks = k / DSV3_QBLOCK;
-    size_t row[16];
-    for (size_t t = 0; t < 16; t++) row[t] = dsv3i_min(t, m - 1) * a->ldx + DSV3_QBLOCK;
+    for (size_t t = 0; t < 16; t++) {
+        const unsigned char *row = x + dsv3i_min(t, m - 1) * a->ldx + DSV3_QBLOCK;
+        for (size_t b = 0; b < blocks; b++) DSV3_MEMCPY(unit + 16 * b + t, row + b * (DSV3_QBLOCK + 8), sizeof *unit);
+    }
     dsv3i_amx_column_sums(a, sums, x, a->w, blocks);
     for (size_t c = 0; c < 4; c++) {
         float *y = a->y + 16 * c;
@@ -10709,10 +10714,9 @@ void dsv3i_amx_bytes(dsv3i_amx_place *a, const unsigned char *x, size_t m, size_
         DSV3I_UNROLL for (int t = 0; t < 16; t++) acc[t] = add ? _mm512_loadu_ps(y + 64 * t) : _mm512_setzero_ps();
         for (size_t b = 0; b < blocks; b++) {
             const __m512 scale = _mm512_loadu_ps(a->scale + 64 * b + 16 * c);
-            const unsigned char *unit = x + b * (DSV3_QBLOCK + 8);
             const float *from = sums + c % 2 * 1024 + 256 * b;
             DSV3I_UNROLL for (int t = 0; t < 16; t++) {
-                const __m512 f = _mm512_set1_ps(*(const float *)(const void *)(unit + row[t]));
+                const __m512 f = _mm512_set1_ps(unit[16 * b + t]);
                 const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(from + 16 * t)), f);
                 acc[t] = _mm512_fmadd_ps(product, scale, acc[t]);
             }
@@ -10771,7 +10775,7 @@ void dsv3i_amx_many(const dsv3_type type, float *y, size_t ldy, const void *x, s
             for (size_t i = 0, terms; i < k; i += terms) {
                 const size_t codes = dsv3i_piece_bytes(type, 4, DSV3I_TERMS), steps = dsv3i_blocks(rows, 32) * 8;
                 terms = dsv3i_min(DSV3I_TERMS, k - i);
-                a.next = piece + codes;
+                a.next = piece + 2 * codes;
                 a.lines = t == 0 ? dsv3i_blocks(codes, 64 * steps) : 0;
                 dsv3i_amx_piece(type, &room, &a, xt, rows, piece, terms, i > 0);
                 piece += dsv3i_piece_bytes(type, 4, terms);
