@@ -10635,7 +10635,7 @@ DSV3I_TARGET(DSV3I_AMX) static void dsv3i_amx_meet(dsv3_meeting *a, size_t nk) {
 /* ---- Many rows and packed weights: panel by panel, and for each 64 rows of x piece by piece. Sums that are not finished
  * wait in a near cache. */
 
-#define DSV3I_AMX_ROWS 64u /* of x */
+#define DSV3I_AMX_ROWS 96u /* of x */
 
 typedef struct dsv3i_amx_room {
     float y[DSV3I_AMX_ROWS * 64], scale[DSV3I_TERMS / DSV3_QBLOCK * 64];
