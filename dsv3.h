@@ -4709,7 +4709,9 @@ typedef struct dsv3i_ffn_rows {
     float *y;
     const float *u;
     dsv3_workspace *ws;
-    size_t count, experts; /* MLPs in ws->mlps; those that see grouped rows */
+    size_t count, experts; /* MLPs in ws->mlps; rows of those that see grouped rows */
+    size_t own;            /* rows of memory that each worker uses for block after block; 0: every block has its own */
+    size_t width, rounded; /* of such a row: hidden values, floats for rounded inputs */
 } dsv3i_ffn_rows;
 
 static dsv3i_ffn_rows dsv3i_ffn_rows_make(const dsv3_context *ctx, const dsv3i_dims *m, float *y, const float *u,
@@ -4720,7 +4722,7 @@ static dsv3i_ffn_rows dsv3i_ffn_rows_make(const dsv3_context *ctx, const dsv3i_d
     a.y = y;
     a.u = u;
     a.ws = ws;
-    a.count = a.experts = 0;
+    a.count = a.experts = a.own = a.width = a.rounded = 0;
     return a;
 }
 
@@ -4755,18 +4757,28 @@ static size_t dsv3i_mlp_rounded(size_t d, size_t F) {
 /* Where many rows are, they go through an MLP block by block: each block from its inputs to its outputs by one worker,
  * in whose cache it stays. The results are those of dsv3i_mlps_by_panels, bit for bit. */
 
-/* The job of one worker; its inputs are rounded or copied to where `rounded` says, unless `same` wants the same. */
-static dsv3i_job dsv3i_mlp_linear(const dsv3i_ffn_rows *a, float *y, const float *x, const dsv3_tensor *w, size_t n,
-                                  const dsv3i_job *same, float *rounded, float *panel) {
-    dsv3i_job job = dsv3i_job_make(y, x, w, n);
-    if (same != NULL && dsv3i_same_input(a->ctx, same, &job)) {
-        job.in = same->in;
-    } else if (dsv3i_is_rounded(a->ctx, w->type) || dsv3i_is_copied(a->ctx, &job)) {
-        job.in = dsv3i_input_rounded(a->ctx, rounded, w->type, w->cols);
-        dsv3i_input_fill(a->ctx, &job.in, x, w->cols, w->type, n, w->cols);
+/* Rows [t, t + n) of the inputs of an MLP as products with w take them: rounded or copied to where `rounded` says, from the
+ * rows of their tokens if they are grouped. */
+static dsv3i_job dsv3i_mlp_inputs(const dsv3i_ffn_rows *a, const dsv3i_mlp_rows *r, size_t t, size_t n,
+                                  const dsv3_tensor *w, float *rounded) {
+    size_t d = w->cols, row = r->row + t;
+    dsv3i_job job = dsv3i_job_make(NULL, r->x + t * d, w, n);
+    dsv3i_input one;
+    if (!dsv3i_is_rounded(a->ctx, w->type) && !dsv3i_is_copied(a->ctx, &job)) {
+        if (r->row != DSV3I_NO_ROW) dsv3i_moe_group(a, row, row + n);
+        return job;
     }
-    dsv3i_linear_rows(a->ctx, y, w->rows, &job.in, n, w, 0, w->rows, panel);
+    one = job.in = dsv3i_input_rounded(a->ctx, rounded, w->type, d);
+    for (size_t i = 0; i < n; i++) {
+        const float *x = r->row == DSV3I_NO_ROW ? job.x + i * d : a->u + a->ws->pair[row + i] / a->m->K * d;
+        one.x = (const unsigned char *)job.in.x + i * one.stride;
+        dsv3i_input_fill(a->ctx, &one, x, d, w->type, 1, d);
+    }
     return job;
+}
+
+static void dsv3i_mlp_linear(const dsv3i_ffn_rows *a, float *y, const dsv3i_job *job, float *panel) {
+    dsv3i_linear_rows(a->ctx, y, job->w->rows, &job->in, job->n, job->w, 0, job->w->rows, panel);
 }
 
 /* Rows [t, t + n) of those that an MLP sees. */
@@ -4775,18 +4787,26 @@ static void dsv3i_mlp_rows_forward(const dsv3i_ffn_rows *a, const dsv3i_mlp_rows
     dsv3_workspace *ws = a->ws;
     size_t d = r->w->gate_proj.cols, F = r->w->gate_proj.rows, at = r->at + t * F;
     float *panel = ws->worker + worker * ws->worker_floats, *rounded = ws->rounded;
-    const float *x = r->x + t * d;
-    dsv3i_job gate;
-    if (r->row == DSV3I_NO_ROW) {
+    dsv3i_mlp_rows hidden;
+    dsv3i_job gate, up, down;
+    if (a->own > 0) {
+        at = worker * a->own * a->width;
+        rounded += worker * a->own * a->rounded;
+    } else if (r->row == DSV3I_NO_ROW) {
         rounded += a->experts * dsv3i_mlp_rounded(a->m->d, a->m->F) + t * dsv3i_mlp_rounded(d, F);
     } else {
         rounded += (r->row + t) * dsv3i_mlp_rounded(d, F);
-        dsv3i_moe_group(a, r->row + t, r->row + t + n);
     }
-    gate = dsv3i_mlp_linear(a, ws->h_gate + at, x, &r->w->gate_proj, n, NULL, rounded, panel);
-    dsv3i_mlp_linear(a, ws->h_up + at, x, &r->w->up_proj, n, &gate, rounded, panel);
+    gate = dsv3i_mlp_inputs(a, r, t, n, &r->w->gate_proj, rounded);
+    dsv3i_mlp_linear(a, ws->h_gate + at, &gate, panel);
+    up = dsv3i_job_make(NULL, gate.x, &r->w->up_proj, n);
+    up.in = gate.in;
+    if (!dsv3i_same_input(a->ctx, &gate, &up)) up = dsv3i_mlp_inputs(a, r, t, n, &r->w->up_proj, rounded);
+    dsv3i_mlp_linear(a, ws->h_up + at, &up, panel);
     a->ctx->kernels.silu_mul(ws->h + at, ws->h_gate + at, ws->h_up + at, n * F);
-    dsv3i_mlp_linear(a, r->y + t * d, ws->h + at, &r->w->down_proj, n, NULL, rounded, panel);
+    dsv3i_mlp_rows_set(&hidden, r->w, NULL, ws->h + at, n, 0);
+    down = dsv3i_mlp_inputs(a, &hidden, 0, n, &r->w->down_proj, rounded);
+    dsv3i_mlp_linear(a, r->y + t * d, &down, panel);
 }
 
 static void dsv3i_mlp_task(void *arg, size_t begin, size_t end, size_t worker) {
@@ -4803,6 +4823,24 @@ static void dsv3i_mlp_task(void *arg, size_t begin, size_t end, size_t worker) {
 
 #define DSV3I_MLP_ITEMS 16u /* blocks of rows for each thread: then the loop's end, where threads wait, is short */
 
+/* Memory that stays in caches, instead of one pass after the other through all of it: a part of it for each worker, if
+ * nobody wants the hidden values later, and there are rows enough. */
+static void dsv3i_mlps_own(dsv3i_ffn_rows *a) {
+    size_t rows = 0, most = 0;
+    for (size_t j = 0; j < a->count; j++) {
+        const dsv3i_mlp_rows *r = &a->ws->mlps[j];
+        size_t d = r->w->gate_proj.cols, F = r->w->gate_proj.rows;
+        most = dsv3i_max(most, dsv3i_rows_near(&r->w->gate_proj, r->n));
+        a->width = dsv3i_max(a->width, F);
+        a->rounded = dsv3i_max(a->rounded, dsv3i_mlp_rounded(d, F));
+    }
+    for (size_t j = 0; j < a->count; j++) { /* only rows that are as wide count */
+        const dsv3i_mlp_rows *r = &a->ws->mlps[j];
+        if (r->w->gate_proj.rows == a->width) rows += r->n;
+    }
+    a->own = a->ws->h == a->ws->h_gate && dsv3i_mul(a->ctx->threads, most) <= rows ? most : 0;
+}
+
 /* All MLPs of a layer, grouped rows included: by blocks of rows if there are many, else by panels. */
 static void dsv3i_mlps(dsv3i_ffn_rows *a) {
     size_t items = 0, work = 0;
@@ -4813,6 +4851,7 @@ static void dsv3i_mlps(dsv3i_ffn_rows *a) {
         work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(3 * r->n, r->w->gate_proj.rows), r->w->gate_proj.cols));
     }
     if (items >= dsv3i_mul(a->ctx->threads, DSV3I_MLP_ITEMS)) {
+        dsv3i_mlps_own(a);
         dsv3i_parallel(a->ctx, items, work, dsv3i_mlp_task, a);
         return;
     }
@@ -10639,6 +10678,7 @@ DSV3I_TARGET(DSV3I_AMX) static void dsv3i_amx_meet(dsv3_meeting *a, size_t nk) {
 
 typedef struct dsv3i_amx_room {
     float y[DSV3I_AMX_ROWS * 64], scale[DSV3I_TERMS / DSV3_QBLOCK * 64];
+    float sums[2 * 1024 + 16];
     unsigned char values[64 * DSV3I_TERMS * 2];
 } dsv3i_amx_room;
 
@@ -10725,34 +10765,98 @@ void dsv3i_amx_bytes(dsv3i_amx_place *a, const unsigned char *x, size_t m, size_
     }
 }
 
-/* n <= 64 rows meet a piece of k terms. */
+/* All tiles of rows are of one height, so that their shapes stay: the last one begins early enough, and its first rows may be
+ * those of others, once more. */
+typedef struct dsv3i_amx_tiles {
+    size_t count, height, rows;
+} dsv3i_amx_tiles;
+
+static dsv3i_amx_tiles dsv3i_amx_tiles_of(size_t rows) {
+    dsv3i_amx_tiles t;
+    t.count = dsv3i_blocks(rows, 16);
+    t.height = dsv3i_blocks(rows, t.count);
+    t.rows = rows;
+    return t;
+}
+
+static size_t dsv3i_amx_tile_row(const dsv3i_amx_tiles *t, size_t i) { return dsv3i_min(i * t->height, t->rows - t->height); }
+
+/* Sums [2, 16, 32] of FP8, times multipliers, join those of `rows` tiles of rows. */
 DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_piece(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, const unsigned char *x, size_t n,
-                     const unsigned char *w, size_t k, int add) {
+void dsv3i_amx_join(float *y, const float *sums, const float *scale, size_t rows, size_t height, int add) {
+    const __m512 unit[2] = {_mm512_loadu_ps(scale), _mm512_loadu_ps(scale + 16)};
+    for (size_t r = 0; r < rows; r++, y += 16 * 64, sums += 16 * 32) {
+        for (size_t i = 0; i < height; i++) {
+            DSV3I_UNROLL for (size_t c = 0; c < 2; c++) {
+                float *to = y + 64 * i + 16 * c;
+                const __m512 old = add ? _mm512_loadu_ps(to) : _mm512_setzero_ps();
+                _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_loadu_ps(sums + 32 * i + 16 * c), unit[c], old));
+            }
+        }
+    }
+}
+
+/* Two tiles of rows, or the last one, and two columns of values. */
+DSV3I_INLINE(DSV3I_AMX)
+void dsv3i_amx_pair(dsv3i_amx_place *a, const dsv3i_amx_tiles *tiles, size_t i, const unsigned char *x,
+                    const unsigned char *values, size_t k, int add) {
+    a->w = values;
+    a->x[0] = x + dsv3i_amx_tile_row(tiles, i) * a->ldx;
+    a->x[1] = x + dsv3i_amx_tile_row(tiles, i + 1) * a->ldx;
+    if (i + 1 < tiles->count) dsv3i_amx_terms(2, 2, a, 0, k, add);
+    if (i + 1 == tiles->count) dsv3i_amx_terms(1, 2, a, 0, k, add);
+}
+
+/* Rows x meet a piece of k terms. Of FP8, sums of a pair of tiles join y while those of the next are on their way. */
+DSV3I_INLINE(DSV3I_AMX)
+void dsv3i_amx_piece(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, const dsv3i_amx_tiles *tiles,
+                     const unsigned char *x, const unsigned char *w, size_t k, int add) {
     const unsigned char *values = dsv3i_amx_values(type, room->values, w, k);
+    float *sums = dsv3i_amx_aligned(room->sums), *y = room->y, *before = NULL;
+    const size_t pairs = dsv3i_blocks(tiles->count, 2) * 2; /* of tiles and columns */
     if (type != DSV3_BF16) dsv3i_amx_scales(type, room->scale, w + dsv3i_codes_bytes(type, 4, k), k);
-    for (size_t t = 0; dsv3_type_block(type) > 1 && t < n; t += 16, x += 16 * a->ldx) {
-        const size_t m = dsv3i_min(16, n - t);
-        if (m != a->m[0]) dsv3i_amx_shape(m, m, 8);
-        a->m[0] = m;
-        a->y = room->y + 64 * t;
+    for (size_t i = 0; dsv3_type_block(type) > 1 && i < tiles->count; i++) {
+        a->y = y + 1024 * i;
         a->w = values;
         a->scale = room->scale;
-        dsv3i_amx_bytes(a, x, m, k, add);
+        dsv3i_amx_bytes(a, x + dsv3i_amx_tile_row(tiles, i) * a->ldx, tiles->height, k, add);
     }
-    for (size_t t = 0; dsv3_type_block(type) == 1 && t < n; t += 32, x += 32 * a->ldx) {
-        const size_t m0 = dsv3i_min(16, n - t), m1 = dsv3i_min(16, n - t - m0);
-        if (m0 != a->m[0] || m1 != a->m[1]) dsv3i_amx_shape(m0, m1 > 0 ? m1 : 1, 16);
-        a->m[0] = m0;
-        a->m[1] = m1;
-        a->x[0] = x;
-        a->x[1] = x + 16 * a->ldx;
-        for (size_t c = 0; c < 4; c += 2) {
-            a->y = room->y + 64 * t + 16 * c;
-            a->w = values + 64 * c;
-            a->scale = type == DSV3_BF16 ? NULL : room->scale + 16 * c;
-            if (m1 > 0) dsv3i_amx_terms(2, 2, a, 0, k, add);
-            if (m1 == 0) dsv3i_amx_terms(1, 2, a, 0, k, add);
+    for (size_t i = 0; dsv3_type_block(type) == 1 && i < pairs; i++) {
+        const size_t first = i / 2 * 2, rows = dsv3i_min(2, tiles->count - first);
+        float *to = y + 1024 * first + i % 2 * 32;
+        a->y = type == DSV3_BF16 ? to : sums + i % 2 * 1024;
+        a->ldy = type == DSV3_BF16 ? 64 : 32;
+        a->scale = NULL;
+        dsv3i_amx_pair(a, tiles, first, x, values + i % 2 * 128, k, add && type == DSV3_BF16);
+        if (type == DSV3_BF16) continue;
+        if (before != NULL) {
+            dsv3i_amx_join(before, sums + (i + 1) % 2 * 1024, room->scale, i % 2 ? rows : 2, tiles->height, add);
+        }
+        before = to;
+        if (i + 1 == pairs) dsv3i_amx_join(to, sums + i % 2 * 1024, room->scale, rows, tiles->height, add);
+    }
+}
+
+/* Up to DSV3I_AMX_ROWS rows and a panel, of which the next pieces are fetched early. */
+DSV3I_INLINE(DSV3I_AMX)
+void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, float *y, size_t ldy,
+                     const unsigned char *x, size_t rows, const unsigned char *w, size_t k, int fetch) {
+    const dsv3i_amx_tiles tiles = dsv3i_amx_tiles_of(rows);
+    const size_t piece = dsv3i_piece_bytes(type, 4, DSV3I_TERMS), steps = dsv3i_blocks(tiles.count, 2) * 8;
+    dsv3i_amx_shape(tiles.height, tiles.height, dsv3_type_block(type) > 1 ? 8 : 16);
+    a->m[0] = a->m[1] = tiles.height;
+    a->lines = fetch ? dsv3i_blocks(piece, 64 * steps) : 0;
+    for (size_t i = 0, terms; i < k; i += terms) {
+        terms = dsv3i_min(DSV3I_TERMS, k - i);
+        a->next = w + 2 * piece;
+        dsv3i_amx_piece(type, room, a, &tiles, x, w, terms, i > 0);
+        w += dsv3i_piece_bytes(type, 4, terms);
+        x += dsv3i_input_bytes(1, type, terms);
+    }
+    for (size_t i = 0; i < tiles.count; i++) {
+        float *to = y + dsv3i_amx_tile_row(&tiles, i) * ldy;
+        for (size_t j = 0; j < 4 * tiles.height; j++) {
+            _mm512_storeu_ps(to + j / 4 * ldy + 16 * (j % 4), _mm512_loadu_ps(room->y + 1024 * i + 16 * j));
         }
     }
 }
@@ -10767,23 +10871,11 @@ void dsv3i_amx_many(const dsv3_type type, float *y, size_t ldy, const void *x, s
     a.step = 256;
     a.ldy = 64;
     a.columns = 32;
-    a.m[0] = a.m[1] = 0;
-    for (size_t p = 0; p < panels; p++, y += 64) {
+    for (size_t p = 0; p < panels; p++) {
         for (size_t t = 0, rows; t < n; t += rows) {
-            const unsigned char *xt = (const unsigned char *)x + t * ldx, *piece = (const unsigned char *)w + p * bytes;
             rows = dsv3i_min(DSV3I_AMX_ROWS, n - t);
-            for (size_t i = 0, terms; i < k; i += terms) {
-                const size_t codes = dsv3i_piece_bytes(type, 4, DSV3I_TERMS), steps = dsv3i_blocks(rows, 32) * 8;
-                terms = dsv3i_min(DSV3I_TERMS, k - i);
-                a.next = piece + 2 * codes;
-                a.lines = t == 0 ? dsv3i_blocks(codes, 64 * steps) : 0;
-                dsv3i_amx_piece(type, &room, &a, xt, rows, piece, terms, i > 0);
-                piece += dsv3i_piece_bytes(type, 4, terms);
-                xt += dsv3i_input_bytes(1, type, terms);
-            }
-            for (size_t i = 0; i < 4 * rows; i++) {
-                _mm512_storeu_ps(y + (t + i / 4) * ldy + 16 * (i % 4), _mm512_loadu_ps(room.y + 16 * i));
-            }
+            dsv3i_amx_panel(type, &room, &a, y + t * ldy + 64 * p, ldy, (const unsigned char *)x + t * ldx, rows,
+                            (const unsigned char *)w + p * bytes, k, t == 0);
         }
     }
     _tile_release();
