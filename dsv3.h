@@ -419,7 +419,7 @@ typedef enum dsv3_product {
  *       panel of codes, with scale as in dsv3_panel for Q8_0 and Q4_0. widen: from codes to values (FP8: BF16, F16:
  *       float, Q4_0: bytes; NULL: codes are values); float_panel: from values, BF16 [0] or bytes [1], to floats.
  *       product: y[t ldy + r] (+)= x_t . w_r for n rows x_t, ldx bytes apart, and `rows` rows of a panel of k terms.
- * meet: scores of all queries with nk <= 32 keys, softmax, weighted sums. meet_begin: once before, for the same queries
+ * meet: scores of all queries with nk <= 64 keys, softmax, weighted sums. meet_begin: once before, for the same queries
  *       (NULL: not needed). [1]: with everything rounded to BF16, for DSV3_FAST; NULL: as [0].
  * few:  the products of n <= 4 rows, floats [0] of which k is a multiple of 4, or rounded [1], with whole packed panels,
  *       one behind the other; NULL: by product.
@@ -3299,7 +3299,11 @@ DSV3_API void dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t 
  * in the order of their positions, whoever computed them. Test: tests/test_mla.c.
  * ==================================================================================================== */
 
-#define DSV3I_KEYS 32u /* keys per block */
+#ifdef DSV3I_X86
+#define DSV3I_KEYS 64u /* keys per block, 64 at most */
+#else
+#define DSV3I_KEYS 32u
+#endif
 #ifndef DSV3I_SEGMENT
 #define DSV3I_SEGMENT 256u /* keys per segment, DSV3I_KEYS times a whole number */
 #endif
@@ -3320,10 +3324,12 @@ static size_t dsv3i_lanes(const dsv3i_dims *m, size_t n) {
     return dsv3i_min(64, dsv3i_max(n, dsv3i_mul(dsv3i_min(n, DSV3I_QUERIES), m->H)));
 }
 
-/* Floats of dsv3_meeting.scratch: scores; with SIMD the queries as a panel, keys rounded, scores of whole columns. */
+/* Floats of dsv3_meeting.scratch: scores; with SIMD the queries as a panel, scores of whole columns, keys rounded and, in
+ * the other half of their place, values. */
 static size_t dsv3i_meeting_floats(const dsv3i_dims *m, size_t n) {
     size_t lanes = dsv3i_lanes(m, n), columns = dsv3i_blocks(lanes, DSV3I_LANES) * DSV3I_LANES;
-    size_t dk = dsv3i_add(dsv3i_max(m->width, m->qk), 4);
+    size_t dv = dsv3i_blocks(dsv3i_max(m->rk, m->dv), DSV3I_LANES) * DSV3I_LANES;
+    size_t dk = dsv3i_add(dsv3i_max(dsv3i_max(m->width, m->qk), dv), 4);
     if (DSV3I_STAGE == 0) return dsv3i_mul(lanes, DSV3I_KEYS);
     return dsv3i_add(dsv3i_mul(columns, dsv3i_add(dk, DSV3I_KEYS)), dsv3i_mul(DSV3I_KEYS, dk));
 }
@@ -3799,10 +3805,36 @@ static void dsv3i_expand(const dsv3i_attention_arg *a, float *keys, float *value
     }
 }
 
+/* Keys [nk, dn+dr] and values [nk, dv] of a head, as meet takes them. */
+typedef struct dsv3i_expanded {
+    float *keys, *values;
+    dsv3_type type;
+    size_t ld_k, ld_v; /* numbers from one to the next */
+} dsv3i_expanded;
+
+/* n rows of `width` floats become BF16, each behind the last, in place. Returns the width of such a row. */
+static size_t dsv3i_round_rows(const dsv3_context *ctx, float *x, size_t n, size_t width) {
+    size_t ld = dsv3i_blocks(width, 4) * 4;
+    for (size_t j = 0; j < n; j++) ctx->kernels.round[DSV3_BF16]((unsigned char *)x + 2 * j * ld, x + j * width, width);
+    return ld;
+}
+
+/* They are rounded once for all queries, if meet can take what it would round each time. */
+static void dsv3i_expanded_round(const dsv3i_attention_arg *a, dsv3i_expanded *e, size_t nk) {
+    const dsv3i_dims *m = a->m;
+    e->type = DSV3_F32;
+    e->ld_k = m->qk;
+    e->ld_v = m->dv;
+    if (dsv3i_meet_kind(a->ctx) != 1 || m->qk % 2 != 0 || m->dv < 4) return;
+    e->type = DSV3_BF16;
+    e->ld_k = dsv3i_round_rows(a->ctx, e->keys, nk, m->qk);
+    e->ld_v = dsv3i_round_rows(a->ctx, e->values, nk, m->dv);
+}
+
 /* Rows t .. of one sequence, up to 64 next to each other, and their head h meet expanded keys b .. b+nk-1. Their sums live
  * in ws->o and ws->softmax. Returns how many rows. */
-static size_t dsv3i_expanded_rows(const dsv3i_attention_arg *a, size_t t, size_t h, const float *keys,
-                                  const float *values, size_t b, size_t nk, float *scratch) {
+static size_t dsv3i_expanded_rows(const dsv3i_attention_arg *a, size_t t, size_t h, const dsv3i_expanded *e, size_t b,
+                                  size_t nk, float *scratch) {
     const dsv3i_dims *m = a->m;
     dsv3_workspace *ws = a->ws;
     dsv3_meeting with;
@@ -3812,11 +3844,13 @@ static size_t dsv3i_expanded_rows(const dsv3i_attention_arg *a, size_t t, size_t
     with.q = ws->q + t * m->Hq + h * m->qk;
     with.out = ws->o + t * m->Ho + h * m->dv;
     with.ld_q = m->Hq;
-    with.ld_k = with.dk = m->qk;
-    with.ld_v = with.dv = m->dv;
+    with.dk = m->qk;
+    with.dv = m->dv;
+    with.ld_k = e->ld_k;
+    with.ld_v = e->ld_v;
     with.ld_out = m->Ho;
     with.scale = a->scale;
-    with.type = DSV3_F32;
+    with.type = e->type;
     for (size_t i = 0; i < 64; i++) {
         const float *state = ws->softmax + ((t + dsv3i_min(i, with.lanes - 1)) * m->H + h) * 2;
         with.top[i] = state[0];
@@ -3828,8 +3862,8 @@ static size_t dsv3i_expanded_rows(const dsv3i_attention_arg *a, size_t t, size_t
         for (size_t i = 0; i < 64; i++) {
             with.seen[i] = dsv3i_seen(ws, t + dsv3i_min(i, with.lanes - 1), b + j, some);
         }
-        with.keys = keys + j * m->qk;
-        with.values = values + j * m->dv;
+        with.keys = (const unsigned char *)e->keys + j * e->ld_k * dsv3_type_bytes(e->type);
+        with.values = (const unsigned char *)e->values + j * e->ld_v * dsv3_type_bytes(e->type);
         dsv3i_meet(a->ctx, &with, some);
     }
     for (size_t i = 0; i < with.lanes; i++) {
@@ -3848,7 +3882,9 @@ static void dsv3i_expanded_item(const dsv3i_attention_arg *a, size_t leader, siz
     const dsv3_cache *cache = &a->caches[ws->sequence[leader]];
     size_t last = 0;
     float *panel = scratch, *meeting = panel + dsv3i_mla_panel(m), *latents = meeting + dsv3i_meeting_floats(m, ws->rows);
-    float *keys = latents + DSV3I_EXPAND * m->width, *values = keys + DSV3I_EXPAND * m->qk;
+    dsv3i_expanded e;
+    e.keys = latents + DSV3I_EXPAND * m->width;
+    e.values = e.keys + DSV3I_EXPAND * m->qk;
     for (size_t t = leader; t < a->n; t++) {
         float *state = ws->softmax + (t * m->H + h) * 2;
         if (ws->leader[t] != (int32_t)leader) continue;
@@ -3857,10 +3893,11 @@ static void dsv3i_expanded_item(const dsv3i_attention_arg *a, size_t leader, siz
     }
     for (size_t b = 0; b <= last; b += DSV3I_EXPAND) {
         size_t nk = dsv3i_min(DSV3I_EXPAND, last - b + 1);
-        dsv3i_expand(a, keys, values, dsv3i_cache_load(a->ctx, cache, a->layer, b, nk, latents), h, nk, panel);
+        dsv3i_expand(a, e.keys, e.values, dsv3i_cache_load(a->ctx, cache, a->layer, b, nk, latents), h, nk, panel);
+        dsv3i_expanded_round(a, &e, nk);
         for (size_t t = leader, rows; t < a->n; t += rows) {
             rows = 1;
-            if (ws->leader[t] == (int32_t)leader) rows = dsv3i_expanded_rows(a, t, h, keys, values, b, nk, meeting);
+            if (ws->leader[t] == (int32_t)leader) rows = dsv3i_expanded_rows(a, t, h, &e, b, nk, meeting);
         }
     }
     for (size_t t = leader; t < a->n; t++) {
@@ -9981,8 +10018,10 @@ static void dsv3i_avx512_bf16_product_bytes(float *y, size_t ldy, const void *x,
 typedef void (*dsv3i_product)(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w, size_t rows,
                               size_t k, int add);
 
-/* ---- Attention in BF16. scratch: the queries as a panel; scores [32, columns, 16]; keys [32, dk]; weights [lanes, 32];
- * a panel of values [16, 4, 16, 2]. */
+/* ---- Attention in BF16. scratch: the queries as a panel; scores [64, columns, 16]; keys [64, dk] and, where products take
+ * more than 4 columns, all values as one panel. */
+
+#define DSV3I_MEET 64u /* keys of a block, at most */
 
 DSV3I_INLINE(DSV3I_AVX512_BF16) size_t dsv3i_avx512_bf16_pad(size_t k) { return (k + 3) / 4 * 4; }
 
@@ -10003,19 +10042,22 @@ DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_pairs(__m512 first, __
     return _mm512_or_si512(_mm512_srli_epi32(low, 16), _mm512_and_si512(high, _mm512_set1_epi32(-65536)));
 }
 
-/* Weights p [nk, columns, 16] as rows of 32 BF16 for each lane. */
+/* Weights p [nk, columns, 16] as rows of 64 BF16 for each lane. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_weights(unsigned char *rows, const float *p, size_t columns, size_t nk) {
-    for (size_t c = 0; c < columns; c++) {
+    for (size_t i = 0; i < columns * (DSV3I_MEET / 32); i++, rows += i % 2 ? 64 : 16 * 2 * DSV3I_MEET - 64) {
+        const size_t c = i / 2, first = i % 2 * 32;
         __m512i r[16];
+        if (first >= nk) continue;
         for (size_t j = 0; j < 16; j++) {
-            const float *at = p + 16 * (2 * j * columns + c);
+            const size_t key = first + 2 * j;
+            const float *at = p + 16 * (key * columns + c);
             const __m512 zero = _mm512_setzero_ps();
-            r[j] = dsv3i_avx512_bf16_pairs(2 * j < nk ? _mm512_loadu_ps(at) : zero,
-                                           2 * j + 1 < nk ? _mm512_loadu_ps(at + 16 * columns) : zero);
+            r[j] = dsv3i_avx512_bf16_pairs(key < nk ? _mm512_loadu_ps(at) : zero,
+                                           key + 1 < nk ? _mm512_loadu_ps(at + 16 * columns) : zero);
         }
         dsv3i_avx512_transpose(r);
-        for (size_t i = 0; i < 16; i++) _mm512_storeu_si512(rows + 64 * (16 * c + i), r[i]);
+        for (size_t lane = 0; lane < 16; lane++) _mm512_storeu_si512(rows + 2 * DSV3I_MEET * lane, r[lane]);
     }
 }
 
@@ -10027,31 +10069,32 @@ DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_value(const dsv3_meeti
     return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(m, (const float *)a->values + at)));
 }
 
-/* Columns i .. i+63 of values, two keys in four bytes: [nk/2, 4, 16, 2]. */
+/* Columns i .. i+63 of values, two keys in four bytes: [nk/2, 4, 16, 2], `step` bytes from two keys to the next. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3_meeting *a, size_t i, size_t nk) {
+void dsv3i_avx512_bf16_value_panel(unsigned char *panel, size_t step, const dsv3_meeting *a, size_t i, size_t nk) {
     const size_t columns = (dsv3i_min(64, a->dv - i) + 15) / 16;
     const __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i first = _mm512_or_si512(at, _mm512_slli_epi32(_mm512_add_epi32(at, _mm512_set1_epi32(32)), 16));
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
-    for (size_t j = 0; j < nk; j += 2) {
+    for (size_t j = 0; j < nk; j += 2, panel += step) {
+        unsigned char *to = panel;
         if (a->type == DSV3_BF16 && columns == 4 && j + 1 < nk) { /* nothing is missing */
             const uint16_t *low = (const uint16_t *)a->values + j * a->ld_v + i, *high = low + a->ld_v;
-            DSV3I_UNROLL for (int c = 0; c < 4; c += 2, panel += 128) {
+            DSV3I_UNROLL for (int c = 0; c < 4; c += 2, to += 128) {
                 const __m512i x = _mm512_loadu_si512(low + 16 * c), y = _mm512_loadu_si512(high + 16 * c);
-                _mm_prefetch((const char *)(low + 16 * c + 32 * a->ld_v), _MM_HINT_T0); /* the next block */
-                _mm_prefetch((const char *)(high + 16 * c + 32 * a->ld_v), _MM_HINT_T0);
-                _mm512_storeu_si512(panel, _mm512_permutex2var_epi16(x, first, y));
-                _mm512_storeu_si512(panel + 64, _mm512_permutex2var_epi16(x, second, y));
+                _mm_prefetch((const char *)(low + 16 * c + DSV3I_MEET * a->ld_v), _MM_HINT_T0); /* the next block */
+                _mm_prefetch((const char *)(high + 16 * c + DSV3I_MEET * a->ld_v), _MM_HINT_T0);
+                _mm512_storeu_si512(to, _mm512_permutex2var_epi16(x, first, y));
+                _mm512_storeu_si512(to + 64, _mm512_permutex2var_epi16(x, second, y));
             }
             continue;
         }
-        for (size_t c = 0; c < columns; c++, panel += 64) {
+        for (size_t c = 0; c < columns; c++, to += 64) {
             const __mmask16 m = dsv3i_avx512_mask(a->dv - i - 16 * c);
             const __mmask16 next = j + 1 < nk ? m : (__mmask16)0;
             const size_t from = j * a->ld_v + i + 16 * c, after = next ? from + a->ld_v : from;
             const __m512i low = dsv3i_avx512_bf16_value(a, from, m), high = dsv3i_avx512_bf16_value(a, after, next);
-            _mm512_storeu_si512(panel, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
         }
     }
 }
@@ -10078,8 +10121,11 @@ void dsv3i_avx512_bf16_scores(const int M, float *p, const unsigned char *keys, 
 DSV3I_TARGET(DSV3I_AVX512_BF16)
 static void dsv3i_avx512_bf16_meeting(dsv3_meeting *a, size_t nk, dsv3i_product product) {
     const size_t dk = dsv3i_avx512_bf16_pad(a->dk), columns = (a->lanes + 15) / 16;
-    unsigned char *scratch = (unsigned char *)a->scratch + 32 * columns * dk, *keys, weights[64 * 64], values[64 * 64];
+    unsigned char *scratch = (unsigned char *)a->scratch + 32 * columns * dk, *keys, weights[64 * 2 * DSV3I_MEET];
+    unsigned char part[DSV3I_MEET / 2 * 256], *values = part;
     float *p = (float *)(void *)scratch, rescale[64];
+    const int wide = product != dsv3i_avx512_bf16_product_bf16;
+    const size_t most = wide ? a->dv : 64;
     size_t ldx = 2 * a->ld_k, scored = 0;
     const void *x = a->keys;
     dsv3_panel panel;
@@ -10089,7 +10135,8 @@ static void dsv3i_avx512_bf16_meeting(dsv3_meeting *a, size_t nk, dsv3i_product 
     panel.block = dk;
     panel.zero = 0;
     panel.ahead = 0;
-    keys = scratch + 64 * columns * 32;
+    keys = scratch + 64 * columns * DSV3I_MEET;
+    if (wide) values = keys + 2 * DSV3I_MEET * dk;
     if (a->type == DSV3_F32) {
         for (size_t j = 0; j < nk; j++) {
             dsv3i_avx512_bf16_round_bf16(keys + 2 * j * dk, (const float *)a->keys + j * a->ld_k, a->dk);
@@ -10099,7 +10146,7 @@ static void dsv3i_avx512_bf16_meeting(dsv3_meeting *a, size_t nk, dsv3i_product 
     } else {
         panel.block = a->dk;
     }
-    for (; product == dsv3i_avx512_bf16_product_bf16 && columns == 1 && scored + 16 <= nk; scored += 16) {
+    for (; !wide && columns == 1 && scored + 16 <= nk; scored += 16) {
         dsv3i_avx512_bf16_scores(16, p + 16 * scored, (const unsigned char *)x + scored * ldx, ldx,
                                  (const unsigned char *)panel.values, panel.block);
     }
@@ -10110,11 +10157,13 @@ static void dsv3i_avx512_bf16_meeting(dsv3_meeting *a, size_t nk, dsv3i_product 
     dsv3i_avx512_bf16_weights(weights, p, columns, nk);
     panel.values = values;
     panel.block = (nk + 1) / 2 * 2;
-    for (size_t i = 0; i < a->dv; i += 64) {
-        const size_t rows = dsv3i_min(64, a->dv - i);
-        dsv3i_avx512_bf16_value_panel(values, a, i, nk);
+    for (size_t i = 0; i < a->dv; i += most) {
+        const size_t rows = dsv3i_min(most, a->dv - i);
         panel.columns = (rows + 15) / 16;
-        product(a->out + i, a->ld_out, weights, 64, a->lanes, &panel, rows, panel.block, 1);
+        for (size_t j = 0; j < rows; j += 64) {
+            dsv3i_avx512_bf16_value_panel(values + 4 * j, 64 * panel.columns, a, i + j, nk);
+        }
+        product(a->out + i, a->ld_out, weights, 2 * DSV3I_MEET, a->lanes, &panel, rows, panel.block, 1);
     }
 }
 
@@ -11008,6 +11057,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_BACK_KEYS
 #undef DSV3I_COLUMNS
 #undef DSV3I_MANY
+#undef DSV3I_MEET
 #undef DSV3I_MIX_TOGETHER
 #undef DSV3I_MLP_ITEMS
 #undef DSV3I_NEAR

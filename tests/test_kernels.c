@@ -1357,7 +1357,7 @@ static void check_mix(const dsv3_kernels *kernels, dsv3_type type) {
     verdict("guards of mix", touched);
 }
 
-/* ---- meet: attention of some queries with blocks of at most 32 keys. Bounds for each number of out / sum, relative to
+/* ---- meet: attention of some queries with blocks of at most 64 keys. Bounds for each number of out / sum, relative to
  * the largest value seen: exp(2 d) - 1 + v, where d bounds the error of a score, and of the running maximum, and v that of
  * weights and weighted sums.
  *   [0] d = 2^-24 scale (dk + 3) sum |q k| and half a unit of the score;  v = (3 keys + 16) 2^-24
@@ -1380,7 +1380,8 @@ typedef struct attention {
 static void attention_run(const dsv3_context *ctx, int kind, const attention *a, size_t first, size_t count,
                           float *out, size_t ld, float *top, float *sum) {
     const dsv3_kernels *kernels = &ctx->kernels;
-    size_t columns = up(count, 16), dk = a->dk + 4, floats = columns * (dk + 32) + 32 * dk;
+    size_t columns = up(count, 16), dk = a->dk + 4, wide = up(a->dv, 16) + 4;
+    size_t floats = columns * (dk + 64) + 64 * (dk > wide ? dk : wide);
     dsv3_meeting with;
     box scratch;
     memset(&with, 0, sizeof with);
@@ -1405,8 +1406,8 @@ static void attention_run(const dsv3_context *ctx, int kind, const attention *a,
 }
 
 static int attention_wrong(const attention *a, int kind, size_t lane, float got_top, float sum) {
-    double score[64], top = -INFINITY, total = 0, error = 0, most = 0;
-    size_t keys[64], n = 0;
+    double score[128], top = -INFINITY, total = 0, error = 0, most = 0;
+    size_t keys[128], n = 0;
     int bad = 0;
     for (size_t j = 0; j < a->nk[0] + a->nk[1]; j++) {
         size_t b = j >= a->nk[0], at = j - (b ? a->nk[0] : 0);
@@ -1478,7 +1479,7 @@ static void check_meet(const dsv3_context *ctx, int kind) {
         int bf16 = kind && turn % 2;
         memset(&a, 0, sizeof a);
         a.lanes = 1 + turn % 64;
-        a.nk[0] = turn % 3 ? 32 : 1 + test_below(32), a.nk[1] = 1 + test_below(32);
+        a.nk[0] = turn % 3 ? 64 : 1 + test_below(64), a.nk[1] = 1 + test_below(64);
         a.dk = 1 + (turn / 2 * 7) % MEET_DK, a.dv = 1 + (turn / 2 * 11) % MEET_DV,
         a.scale = 0.5f / sqrtf((float)a.dk);
         if (bf16) a.dk = up(a.dk, 2); /* chapter 6 takes cache rows as they are only then */
