@@ -2371,16 +2371,17 @@ static void dsv3i_linear_tiles(const dsv3_context *ctx, float *y, size_t ldy, co
 }
 
 /* Rows of x, of n, that meet pieces of w together: what fits near caches, or four times as many where a piece is to be
- * made first. */
-static size_t dsv3i_rows_near(const dsv3_tensor *w, size_t n) {
-    size_t parts = dsv3i_blocks(n, w->packed ? DSV3I_MANY : 4 * DSV3I_MANY);
+ * made first, or where rows meet whole panels, which then take care of that. */
+static size_t dsv3i_rows_near(const dsv3_context *ctx, const dsv3_tensor *w, size_t n) {
+    int far = !w->packed || (dsv3i_is_rounded(ctx, w->type) && ctx->kernels.many[w->type] != NULL);
+    size_t parts = dsv3i_blocks(n, far ? 4 * DSV3I_MANY : DSV3I_MANY);
     return parts > 1 ? dsv3i_blocks(dsv3i_blocks(n, parts), 6) * 6 : n;
 }
 
 static void dsv3i_linear_rows(const dsv3_context *ctx, float *y, size_t ldy, const dsv3i_input *in, size_t n,
                               const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
     if (ctx->kernels.pack[w->type] != NULL) {
-        size_t many = dsv3i_rows_near(w, n);
+        size_t many = dsv3i_rows_near(ctx, w, n);
         for (size_t r = r0, end; r < r1; r = end) { /* one panel, which stays near, and all rows; or all panels */
             end = many < n ? dsv3i_min(r - r % DSV3I_PANEL + DSV3I_PANEL, r1) : r1;
             for (size_t t = 0; t < n; t += many) {
@@ -3791,26 +3792,44 @@ static void dsv3i_absorbed_window(const dsv3i_attention_arg *a, size_t t0, size_
     }
 }
 
-/* keys [nk, dn+dr] and values [nk, dv] of head h from latents c [nk, rk+dr]; panel [dsv3i_mla_panel] is
- * scratch. */
-static void dsv3i_expand(const dsv3i_attention_arg *a, float *keys, float *values, const float *c, size_t h,
-                         size_t nk, float *panel) {
-    const dsv3i_dims *m = a->m;
-    size_t first = h * m->kv;
-    dsv3i_input in = dsv3i_input_round(a->ctx, panel + dsv3i_linear_floats(m->rk), c, m->width, a->kv_b->type, nk, m->rk);
-    dsv3i_linear_rows(a->ctx, keys, m->qk, &in, nk, a->kv_up, first, first + m->dn, panel);
-    dsv3i_linear_rows(a->ctx, values, m->dv, &in, nk, a->kv_up, first + m->dn, first + m->kv, panel);
-    for (size_t j = 0; j < nk; j++) {
-        DSV3_MEMCPY(keys + j * m->qk + m->dn, c + j * m->width + m->rk, m->dr * sizeof *keys);
-    }
-}
-
 /* Keys [nk, dn+dr] and values [nk, dv] of a head, as meet takes them. */
 typedef struct dsv3i_expanded {
     float *keys, *values;
     dsv3_type type;
     size_t ld_k, ld_v; /* numbers from one to the next */
 } dsv3i_expanded;
+
+/* Latents [nk, rk] as products with kv_b_proj take them: cache rows where they lie, if these are what would come out; else
+ * decoded into latents, and rounded into scratch. */
+static dsv3i_input dsv3i_latent_input(const dsv3i_attention_arg *a, const dsv3_cache *cache, size_t b, size_t nk,
+                                      float *latents, float *scratch) {
+    const dsv3i_dims *m = a->m;
+    dsv3_type type = a->kv_up->type;
+    dsv3i_input in;
+    if (cache->type == DSV3_BF16 && dsv3i_form_of(type) == DSV3I_BF16S && dsv3i_is_rounded(a->ctx, type) &&
+        dsv3i_has_fast(a->ctx, type) && m->rk % 4 == 0) {
+        in.x = dsv3i_cache_at(cache, a->layer, b);
+        in.stride = m->width * 2;
+        in.fast = 1;
+        return in;
+    }
+    return dsv3i_input_round(a->ctx, scratch, dsv3i_cache_load(a->ctx, cache, a->layer, b, nk, latents), m->width, type,
+                             nk, m->rk);
+}
+
+/* Head h at positions b .. b+nk-1; latents [nk, width] and panel [dsv3i_mla_panel] are scratch. */
+static void dsv3i_expand(const dsv3i_attention_arg *a, const dsv3i_expanded *e, const dsv3_cache *cache, size_t b,
+                         size_t nk, size_t h, float *latents, float *panel) {
+    const dsv3i_dims *m = a->m;
+    size_t first = h * m->kv, size = dsv3_type_bytes(cache->type);
+    dsv3i_input in = dsv3i_latent_input(a, cache, b, nk, latents, panel + dsv3i_linear_floats(m->rk));
+    dsv3i_linear_rows(a->ctx, e->keys, m->qk, &in, nk, a->kv_up, first, first + m->dn, panel);
+    dsv3i_linear_rows(a->ctx, e->values, m->dv, &in, nk, a->kv_up, first + m->dn, first + m->kv, panel);
+    for (size_t j = 0; j < nk; j++) {
+        a->ctx->kernels.decode[cache->type](e->keys + j * m->qk + m->dn,
+                                            dsv3i_cache_at(cache, a->layer, b + j) + m->rk * size, m->dr);
+    }
+}
 
 /* n rows of `width` floats become BF16, each behind the last, in place. Returns the width of such a row. */
 static size_t dsv3i_round_rows(const dsv3_context *ctx, float *x, size_t n, size_t width) {
@@ -3893,7 +3912,7 @@ static void dsv3i_expanded_item(const dsv3i_attention_arg *a, size_t leader, siz
     }
     for (size_t b = 0; b <= last; b += DSV3I_EXPAND) {
         size_t nk = dsv3i_min(DSV3I_EXPAND, last - b + 1);
-        dsv3i_expand(a, e.keys, e.values, dsv3i_cache_load(a->ctx, cache, a->layer, b, nk, latents), h, nk, panel);
+        dsv3i_expand(a, &e, cache, b, nk, h, latents, panel);
         dsv3i_expanded_round(a, &e, nk);
         for (size_t t = leader, rows; t < a->n; t += rows) {
             rows = 1;
@@ -4852,7 +4871,7 @@ static void dsv3i_mlp_task(void *arg, size_t begin, size_t end, size_t worker) {
     for (size_t i = begin, j = 0; i < end; i++) {
         size_t t, some;
         while (j + 1 < a->count && r[j + 1].item <= i) j++;
-        some = dsv3i_rows_near(&r[j].w->gate_proj, r[j].n);
+        some = dsv3i_rows_near(a->ctx, &r[j].w->gate_proj, r[j].n);
         t = (i - r[j].item) * some;
         dsv3i_mlp_rows_forward(a, &r[j], t, dsv3i_min(some, r[j].n - t), worker);
     }
@@ -4867,7 +4886,7 @@ static void dsv3i_mlps_own(dsv3i_ffn_rows *a) {
     for (size_t j = 0; j < a->count; j++) {
         const dsv3i_mlp_rows *r = &a->ws->mlps[j];
         size_t d = r->w->gate_proj.cols, F = r->w->gate_proj.rows;
-        most = dsv3i_max(most, dsv3i_rows_near(&r->w->gate_proj, r->n));
+        most = dsv3i_max(most, dsv3i_rows_near(a->ctx, &r->w->gate_proj, r->n));
         a->width = dsv3i_max(a->width, F);
         a->rounded = dsv3i_max(a->rounded, dsv3i_mlp_rounded(d, F));
     }
@@ -4884,7 +4903,7 @@ static void dsv3i_mlps(dsv3i_ffn_rows *a) {
     for (size_t j = 0; j < a->count; j++) {
         dsv3i_mlp_rows *r = &a->ws->mlps[j];
         r->item = items;
-        items += dsv3i_blocks(r->n, dsv3i_rows_near(&r->w->gate_proj, r->n));
+        items += dsv3i_blocks(r->n, dsv3i_rows_near(a->ctx, &r->w->gate_proj, r->n));
         work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(3 * r->n, r->w->gate_proj.rows), r->w->gate_proj.cols));
     }
     if (items >= dsv3i_mul(a->ctx->threads, DSV3I_MLP_ITEMS)) {
@@ -10574,26 +10593,37 @@ typedef struct dsv3i_amx_place {
     float *y;
     size_t ldy, m[2], columns; /* outputs that are wanted, 1 to 32 */
     const unsigned char *next; /* what is fetched early, ... */
-    size_t lines;              /* ... so many lines at each step */
+    size_t lines;              /* ... so many lines with each product of tiles */
     const float *scale;
 } dsv3i_amx_place;
 
-DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_fetch(dsv3i_amx_place *a) {
-    for (size_t i = 0; i < a->lines; i++, a->next += 64) _mm_prefetch((const char *)a->next, _MM_HINT_T1);
+/* A few lines at a time: more would keep tiles waiting for theirs. */
+DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_fetch(const unsigned char *next, size_t lines) {
+    for (size_t i = 0; i < lines; i++) _mm_prefetch((const char *)next + 64 * i, _MM_HINT_T1);
 }
 
-/* R times 16 rows and C columns: tile 2 r + c of sums. */
+/* R times 16 rows, from x[0] and x[1] on, and C columns: tile 2 r + c of sums. `lines` from next on are fetched at each. */
 DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_step(const int R, const int C, const unsigned char *x0, const unsigned char *x1, size_t ldx,
-                    const unsigned char *w0, const unsigned char *w1, size_t step) {
-    DSV3I_AMX_LOAD(4, x0, ldx);
-    DSV3I_AMX_LOAD(6, w0, step);
+void dsv3i_amx_step(const int R, const int C, const unsigned char *const x[2], size_t ldx,
+                    const unsigned char *const w[2], size_t step, const unsigned char *next, size_t lines) {
+    DSV3I_AMX_LOAD(4, x[0], ldx);
+    DSV3I_AMX_LOAD(6, w[0], step);
     _tile_dpbf16ps(0, 4, 6);
-    if (C > 1) DSV3I_AMX_LOAD(7, w1, step);
-    if (C > 1) _tile_dpbf16ps(1, 4, 7);
-    if (R > 1) DSV3I_AMX_LOAD(5, x1, ldx);
-    if (R > 1) _tile_dpbf16ps(2, 5, 6);
-    if (R > 1 && C > 1) _tile_dpbf16ps(3, 5, 7);
+    dsv3i_amx_fetch(next, lines);
+    if (C > 1) {
+        DSV3I_AMX_LOAD(7, w[1], step);
+        _tile_dpbf16ps(1, 4, 7);
+        dsv3i_amx_fetch(next + 64 * lines, lines);
+    }
+    if (R > 1) {
+        DSV3I_AMX_LOAD(5, x[1], ldx);
+        _tile_dpbf16ps(2, 5, 6);
+        dsv3i_amx_fetch(next + 64 * lines * (size_t)C, lines);
+    }
+    if (R > 1 && C > 1) {
+        _tile_dpbf16ps(3, 5, 7);
+        dsv3i_amx_fetch(next + 192 * lines, lines);
+    }
 }
 
 /* The last k < 32 terms, filled up with zeros. */
@@ -10601,6 +10631,7 @@ DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_rest(const int R, const int C, const dsv3i_amx_place *a, size_t i, size_t k) {
     const size_t pairs = (k + 1) / 2;
     unsigned char x[2][16 * 64], w[2][16 * 64];
+    const unsigned char *const xs[2] = {x[0], x[1]}, *const ws[2] = {w[0], w[1]};
     DSV3_MEMSET(x, 0, sizeof x);
     DSV3_MEMSET(w, 0, sizeof w);
     for (int r = 0; r < R; r++) {
@@ -10609,7 +10640,7 @@ void dsv3i_amx_rest(const int R, const int C, const dsv3i_amx_place *a, size_t i
     for (size_t j = 0; j < pairs; j++) {
         for (int c = 0; c < C; c++) DSV3_MEMCPY(w[c] + 64 * j, a->w + (i / 2 + j) * a->step + 64 * c, 64);
     }
-    dsv3i_amx_step(R, C, x[0], x[1], 64, w[0], w[1], 64);
+    dsv3i_amx_step(R, C, xs, 64, ws, 64, NULL, 0);
 }
 
 /* Sums begin with y, or with 0 where they are to be multiplied first. The buffer is for what does not fill a tile. */
@@ -10654,15 +10685,19 @@ DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_terms(const int R, const int C, dsv3i_amx_place *a, size_t i, size_t end, int add) {
     float room[16 * 17], *sums = dsv3i_amx_aligned(room);
     const int from = add && a->scale == NULL;
+    const unsigned char *next = a->next;
+    const size_t lines = a->lines;
     DSV3I_AMX_BEGIN(0, 0u, 0u)
     if (C > 1) { DSV3I_AMX_BEGIN(1, 0u, 1u) }
     if (R > 1) { DSV3I_AMX_BEGIN(2, 1u, 0u) }
     if (R > 1 && C > 1) { DSV3I_AMX_BEGIN(3, 1u, 1u) }
     for (; i + DSV3I_STEP <= end; i += DSV3I_STEP) {
-        const unsigned char *w = a->w + i / 2 * a->step;
-        dsv3i_amx_fetch(a);
-        dsv3i_amx_step(R, C, a->x[0] + 2 * i, a->x[1] + 2 * i, a->ldx, w, w + 64, a->step);
+        const unsigned char *const x[2] = {a->x[0] + 2 * i, a->x[1] + 2 * i};
+        const unsigned char *const w[2] = {a->w + i / 2 * a->step, a->w + i / 2 * a->step + 64};
+        dsv3i_amx_step(R, C, x, a->ldx, w, a->step, next, lines);
+        next += 64 * lines * (size_t)(R * C);
     }
+    a->next = next;
     if (i < end) dsv3i_amx_rest(R, C, a, i, end - i);
     DSV3I_AMX_END(0, 0u, 0u)
     if (C > 1) { DSV3I_AMX_END(1, 0u, 1u) }
@@ -10707,7 +10742,7 @@ static void dsv3i_amx_product_bf16(float *y, size_t ldy, const void *x, size_t l
         a.m[0] = m0;
         a.m[1] = m1;
         a.next = (const unsigned char *)w->values + w->ahead;
-        a.lines = w->ahead > 0 ? dsv3i_blocks(w->ahead, 64 * 8 * dsv3i_blocks(n, 32)) : 0;
+        a.lines = w->ahead > 0 ? dsv3i_blocks(w->ahead, 64 * 16 * dsv3i_blocks(n, 16)) : 0;
         a.x[0] = (const unsigned char *)x + t * ldx;
         a.x[1] = a.x[0] + (m1 > 0 ? 16 * ldx : 0);
         if (m1 > 0) dsv3i_amx_rows(2, &a, y + t * ldy, w, rows, k, add);
@@ -10770,15 +10805,17 @@ DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_scales(const dsv3_type type, float *scale
         DSV3I_AMX_LOAD(rows, x + (tile) * (DSV3_QBLOCK + 8), a->ldx);                                                \
         DSV3I_AMX_LOAD(columns, w + (tile) * 8 * a->step, a->step);                                                  \
         _tile_dpbssd(tile, rows, columns);                                                                           \
+        dsv3i_amx_fetch(a->next + 64 * (tile) * a->lines, a->lines);                                                 \
     }
 
 DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_column_sums(const dsv3i_amx_place *a, float *sums, const unsigned char *x, const unsigned char *w,
+void dsv3i_amx_column_sums(dsv3i_amx_place *a, float *sums, const unsigned char *x, const unsigned char *w,
                            size_t blocks) {
     DSV3I_AMX_BLOCK(0, 4, 6)
     DSV3I_AMX_BLOCK(1, 5, 7)
     DSV3I_AMX_BLOCK(2, 4, 6)
     DSV3I_AMX_BLOCK(3, 5, 7)
+    a->next += 256 * a->lines;
     _tile_stored(0, sums, 64);
     _tile_stored(1, sums + 256, 64);
     _tile_stored(2, sums + 512, 64);
@@ -10798,7 +10835,6 @@ void dsv3i_amx_bytes(dsv3i_amx_place *a, const unsigned char *x, size_t m, size_
     for (size_t c = 0; c < 4; c++) {
         float *y = a->y + 16 * c;
         __m512 acc[16];
-        dsv3i_amx_fetch(a);
         if (c < 3) dsv3i_amx_column_sums(a, sums + (c + 1) % 2 * 1024, x, a->w + 64 * (c + 1), blocks);
         DSV3I_UNROLL for (int t = 0; t < 16; t++) acc[t] = add ? _mm512_loadu_ps(y + 64 * t) : _mm512_setzero_ps();
         for (size_t b = 0; b < blocks; b++) {
@@ -10891,10 +10927,10 @@ DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, float *y, size_t ldy,
                      const unsigned char *x, size_t rows, const unsigned char *w, size_t k, int fetch) {
     const dsv3i_amx_tiles tiles = dsv3i_amx_tiles_of(rows);
-    const size_t piece = dsv3i_piece_bytes(type, 4, DSV3I_TERMS), steps = dsv3i_blocks(tiles.count, 2) * 8;
+    const size_t piece = dsv3i_piece_bytes(type, 4, DSV3I_TERMS);
     dsv3i_amx_shape(tiles.height, tiles.height, dsv3_type_block(type) > 1 ? 8 : 16);
     a->m[0] = a->m[1] = tiles.height;
-    a->lines = fetch ? dsv3i_blocks(piece, 64 * steps) : 0;
+    a->lines = fetch ? dsv3i_blocks(piece, 64 * 16 * tiles.count) : 0;
     for (size_t i = 0, terms; i < k; i += terms) {
         terms = dsv3i_min(DSV3I_TERMS, k - i);
         a->next = w + 2 * piece;
