@@ -382,6 +382,7 @@ typedef struct dsv3_panel {
     size_t block;       /* terms that share a multiplier; k if there are none */
     int32_t zero;       /* bytes: the code of 0, 128 or 8 */
     size_t ahead;       /* bytes from values to what will be read next, to be fetched early; 0: nothing */
+    size_t ahead_bytes; /* of floats: how much that is; of codes it is as much as these */
 } dsv3_panel;
 
 /* Some queries, up to 64, meet a block of keys and their values (chapter 6). */
@@ -2214,10 +2215,12 @@ static dsv3_product dsv3i_piece_make(const dsv3_context *ctx, dsv3_panel *out, c
     const dsv3_tensor *w = a->w;
     dsv3i_form form = dsv3i_form_of(w->type);
     float *stage = scratch, *other = scratch + DSV3I_STAGE, *scale = scratch + 2 * DSV3I_STAGE;
+    uintptr_t next;
     out->zero = w->type == DSV3_Q4_0 ? 8 : 128;
     out->columns = dsv3i_blocks(a->rows, DSV3I_LANES);
     out->values = w->packed ? (const void *)dsv3i_piece_at(w, a->r, a->k0) : stage;
-    out->ahead = w->packed ? dsv3i_piece_bytes(w->type, out->columns, a->k) : 0;
+    out->ahead = out->ahead_bytes = w->packed ? dsv3i_piece_bytes(w->type, out->columns, a->k) : 0;
+    next = (uintptr_t)out->values + out->ahead;
     dsv3i_piece_scales(ctx, out, a, scale);
     if (!w->packed) {
         kernels->pack[w->type](stage, scale, dsv3i_row_at(w, a->r) + dsv3_row_bytes(w->type, a->k0),
@@ -2234,7 +2237,7 @@ static dsv3_product dsv3i_piece_make(const dsv3_context *ctx, dsv3_panel *out, c
     if (few) return form == DSV3I_BF16S ? DSV3_PRODUCT_BF16 : DSV3_PRODUCT_BYTES;
     kernels->float_panel[form == DSV3I_BYTES](other, out->values, out->columns, a->k, out->zero);
     out->values = other;
-    out->ahead = 0;
+    out->ahead = w->packed ? (size_t)(next - (uintptr_t)other) : 0;
     return DSV3_PRODUCT_F32;
 }
 
@@ -9491,6 +9494,7 @@ typedef struct dsv3i_avx512_place {
     size_t ldy, n; /* of the M rows, n are real: the others repeat the last */
     size_t step;   /* bytes from a step of w to the next */
     size_t ahead;  /* fetched early: what lies so far ahead */
+    size_t lines;  /* of floats: so many lines of it */
     __mmask16 mask[4];
 } dsv3i_avx512_place;
 
@@ -9502,7 +9506,7 @@ void dsv3i_avx512_place_set(const int M, const int NP, dsv3i_avx512_place *a, fl
     a->n = dsv3i_min((size_t)M, n);
     a->w = (const unsigned char *)w;
     a->step = step;
-    a->ahead = 0;
+    a->ahead = a->lines = 0;
     a->scale = NULL;
     DSV3I_UNROLL for (int m = 0; m < M; m++) {
         a->x[m] = (const unsigned char *)x + dsv3i_min((size_t)m, n - 1) * ldx;
@@ -9541,10 +9545,11 @@ void dsv3i_avx512_end(const int M, const int NP, const __m512 acc[24], const dsv
 DSV3I_INLINE(DSV3I_AVX512)
 void dsv3i_avx512_float_terms(const int M, const int NP, const int edge, __m512 acc[24], const dsv3i_avx512_place *a,
                               size_t aj, size_t k) {
-    const unsigned char *w = a->w;
-    size_t x = 0;
+    const unsigned char *w = a->w, *next = w + a->ahead;
+    size_t x = 0, lines = a->lines;
     for (size_t j = 0; j < k; j++, x += aj * sizeof(float), w += a->step) {
         __m512 b[4];
+        if (j < lines) _mm_prefetch((const char *)next + 64 * j, _MM_HINT_T1);
         DSV3I_UNROLL for (int p = 0; p < NP; p++) {
             b[p] = edge ? _mm512_maskz_loadu_ps(a->mask[p], w + 64 * p) : _mm512_loadu_ps(w + 64 * p);
         }
@@ -9587,7 +9592,7 @@ void dsv3i_avx512_code_terms(const int bytes, const int M, const int NP, __m512 
 /* Columns c0 .. of a panel. */
 DSV3I_INLINE(DSV3I_AVX512)
 void dsv3i_avx512_exact(const dsv3_product kind, const int M, const int NP, float *y, size_t ldy, const void *x,
-                        size_t ldx, size_t n, const dsv3_panel *w, size_t c0, size_t rows, size_t k, int add) {
+                        size_t ldx, size_t n, const dsv3_panel *w, size_t c0, size_t rows, size_t k, int add, size_t fetch, size_t fetch_bytes) {
     const __m512 zero = _mm512_set1_ps((float)w->zero);
     const int scaled = w->scale != NULL;
     dsv3i_avx512_place a;
@@ -9595,6 +9600,8 @@ void dsv3i_avx512_exact(const dsv3_product kind, const int M, const int NP, floa
     dsv3i_avx512_place_set(M, NP, &a, y + 16 * c0, ldy, x, ldx, n, (const unsigned char *)w->values + 64 * c0,
                            64 * w->columns, rows - 16 * c0);
     a.ahead = w->ahead;
+    a.lines = fetch_bytes / 64;
+    if (a.lines > 0) a.ahead += fetch / 64 * 64;
     if (scaled) a.scale = w->scale + 16 * c0;
     for (size_t i = 0, end; i < k; i = end) {
         end = dsv3i_min(i + w->block, k);
@@ -9611,21 +9618,23 @@ void dsv3i_avx512_exact(const dsv3_product kind, const int M, const int NP, floa
     }
 }
 
-/* n rows, some at a time. */
+/* n rows, some at a time. Each share of them fetches its share of what is read next. */
 DSV3I_INLINE(DSV3I_AVX512)
 void dsv3i_avx512_columns(const dsv3_product kind, const int NP, float *y, size_t ldy, const void *x, size_t ldx,
                           size_t n, const dsv3_panel *w, size_t c0, size_t rows, size_t k, int add) {
     for (size_t t = 0, m; t < n; t += m) {
         const unsigned char *xt = (const unsigned char *)x + t * ldx;
         float *yt = y + t * ldy;
+        const size_t more = kind == DSV3_PRODUCT_F32 && w->ahead > 0 && c0 == 0 ? w->ahead_bytes / n : 0;
+        const size_t from = more * t;
         m = dsv3i_rows_together(n - t);
         switch (m) {
-        case 1: dsv3i_avx512_exact(kind, 1, NP, yt, ldy, xt, ldx, 1, w, c0, rows, k, add); break;
-        case 2: dsv3i_avx512_exact(kind, 2, NP, yt, ldy, xt, ldx, 2, w, c0, rows, k, add); break;
+        case 1: dsv3i_avx512_exact(kind, 1, NP, yt, ldy, xt, ldx, 1, w, c0, rows, k, add, from, more * m); break;
+        case 2: dsv3i_avx512_exact(kind, 2, NP, yt, ldy, xt, ldx, 2, w, c0, rows, k, add, from, more * m); break;
         case 3:
-        case 4: dsv3i_avx512_exact(kind, 4, NP, yt, ldy, xt, ldx, m, w, c0, rows, k, add); break;
+        case 4: dsv3i_avx512_exact(kind, 4, NP, yt, ldy, xt, ldx, m, w, c0, rows, k, add, from, more * m); break;
         default:
-            if (kind == DSV3_PRODUCT_F32) dsv3i_avx512_exact(kind, 6, NP, yt, ldy, xt, ldx, m, w, c0, rows, k, add);
+            if (kind == DSV3_PRODUCT_F32) dsv3i_avx512_exact(kind, 6, NP, yt, ldy, xt, ldx, m, w, c0, rows, k, add, from, more * m);
         }
     }
 }

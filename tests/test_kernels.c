@@ -962,7 +962,7 @@ static void factor_make(factor *f, dsv3_product kind, size_t n, size_t rows, siz
     f->kind = kind, f->n = n, f->rows = rows, f->k = k;
     f->fx = (float *)test_alloc(n * k * sizeof(float)), f->fw = (float *)test_alloc(rows * k * sizeof(float));
     factor_x(f);
-    f->w.columns = columns, f->w.zero = test_below(2) ? 128 : 8, f->w.ahead = test_below(2) * 512;
+    f->w.columns = columns, f->w.zero = test_below(2) ? 128 : 8, f->w.ahead = test_below(2) * 512, f->w.ahead_bytes = 4096;
     f->w.block = scaled == 2 ? 32 : k;
     f->w.values = box_words(&f->values, steps * columns * 64 / (floats ? 1 : codes ? 4 : 2));
     memset(f->values.at, 0, f->values.bytes);
@@ -1261,7 +1261,7 @@ static void packed_product(const dsv3_kernels *kernels, int fast, float *y, size
             float values[64 * 128 / 2], scale[4 * 64]; /* BF16 or bytes */
             dsv3_panel w;
             w.values = at, w.columns = 4, w.scale = type == DSV3_BF16 ? NULL : scale;
-            w.block = blocks ? 32 : some, w.zero = type == DSV3_Q4_0 ? 8 : 128, w.ahead = 0;
+            w.block = blocks ? 32 : some, w.zero = type == DSV3_Q4_0 ? 8 : 128, w.ahead = w.ahead_bytes = 0;
             for (size_t j = 0; type != DSV3_BF16 && j < (blocks ? some / 32 * 64 : 64); j++) {
                 uint16_t half;
                 memcpy(&half, at + codes + (blocks ? 2 * j : 0), 2);
