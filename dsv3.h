@@ -671,7 +671,7 @@ typedef struct dsv3_workspace {
     float *query, *mixed, *part; /* absorbed form: [rows, H, rk+dr], [rows, H, rk], sums of segments */
     float *score;                /* [n, E] */
     float *bias;                 /* [E] */
-    float *select;               /* [E + G] */
+    float *select;               /* [threads, E + G + 1] */
     int32_t *idx;                /* [n, K] */
     float *gate;                 /* [n, K] */
     size_t *slot;                /* [n, K] row of (token, choice) among the grouped rows */
@@ -4918,6 +4918,38 @@ static void dsv3i_mlps(dsv3i_ffn_rows *a) {
     dsv3i_mlps_by_panels(a->ctx, a->ws->mlps, a->count, a->ws);
 }
 
+typedef struct dsv3i_selection {
+    const dsv3_config *c;
+    const float *bias;
+    dsv3_workspace *ws;
+    size_t floats; /* of a worker's scratch; the last one tells whether there were scores that are not finite */
+} dsv3i_selection;
+
+static void dsv3i_select_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_selection *a = (const dsv3i_selection *)arg;
+    size_t E = (size_t)a->c->n_routed_experts, K = (size_t)a->c->num_experts_per_tok;
+    float *scratch = a->ws->select + worker * a->floats;
+    if (dsv3_router_select(a->c, a->ws->idx + begin * K, a->ws->gate + begin * K, a->ws->score + begin * E, a->bias, NULL,
+                           end - begin, scratch) != DSV3_OK) {
+        scratch[a->floats - 1] = 1.0f;
+    }
+}
+
+/* dsv3_router_select by all threads. */
+static dsv3_result dsv3i_select(const dsv3_context *ctx, const dsv3_config *c, const float *bias, size_t n,
+                                dsv3_workspace *ws) {
+    size_t E = (size_t)c->n_routed_experts, bad = 0;
+    dsv3i_selection a;
+    a.c = c;
+    a.bias = bias;
+    a.ws = ws;
+    a.floats = E + (size_t)c->n_group + 1;
+    for (size_t i = 0; i < ctx->threads; i++) ws->select[(i + 1) * a.floats - 1] = 0.0f;
+    dsv3i_parallel(ctx, n, dsv3i_mul(n, 8 * E), dsv3i_select_task, &a);
+    for (size_t i = 0; i < ctx->threads; i++) bad += ws->select[(i + 1) * a.floats - 1] > 0.0f;
+    return bad == 0 ? DSV3_OK : DSV3_ERR_NAN;
+}
+
 static dsv3_result dsv3i_moe_forward(const dsv3_context *ctx, float *y, const float *u, const dsv3_model *model,
                                      const dsv3_layer *w, size_t n, dsv3_workspace *ws) {
     const dsv3_config *c = &model->config;
@@ -4930,7 +4962,7 @@ static dsv3_result dsv3i_moe_forward(const dsv3_context *ctx, float *y, const fl
         bias = ws->bias;
     }
     dsv3i_router_scores(ctx, c, ws->score, u, &w->gate, NULL, n, ws->worker, ws->worker_floats);
-    result = dsv3_router_select(c, ws->idx, ws->gate, ws->score, bias, NULL, n, ws->select);
+    result = dsv3i_select(ctx, c, bias, n, ws);
     if (ctx->observer.choose != NULL) {
         ctx->observer.choose(ctx->observer.user, w->index, ws->idx, ws->score, n);
         DSV3I_TRY(dsv3_router_weights(c, ws->gate, ws->idx, ws->score, n));
@@ -6160,7 +6192,7 @@ static void dsv3i_workspace_layout(dsv3_workspace *ws, const dsv3i_dims *m, size
     l->used = shared;
     ws->score = (float *)dsv3i_take(l, f, n, m->E, 1);
     ws->bias = (float *)dsv3i_take(l, f, m->E, 1, 1);
-    ws->select = (float *)dsv3i_take(l, f, dsv3i_add(m->E, m->G), 1, 1);
+    ws->select = (float *)dsv3i_take(l, f, threads, dsv3i_add(dsv3i_add(m->E, m->G), 1), 1);
     ws->idx = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, m->K, 1);
     ws->gate = (float *)dsv3i_take(l, f, n, m->K, 1);
     ws->slot = (size_t *)dsv3i_take(l, sizeof(size_t), n, m->K, 1);
@@ -8067,6 +8099,7 @@ typedef struct dsv3i_optimizer {
     const dsv3_context *ctx;
     dsv3_trainer *t;
     size_t at, n;                   /* the tensor's elements */
+    size_t from, count;             /* elements that wait for AdamW, with the same decay */
     double squares;                 /* of all gradients so far */
     float scale, decay, rate, root; /* clipping; 1 - lr decay; lr / (1 - b1^t); 1 / sqrt(1 - b2^t) */
     double lr;
@@ -8124,21 +8157,32 @@ static void dsv3i_adamw(const dsv3i_optimizer *o, float *DSV3I_RESTRICT w, float
 
 static void dsv3i_adamw_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_optimizer *o = (const dsv3i_optimizer *)arg;
-    size_t first = begin * DSV3I_SQUARES, n = dsv3i_min(end * DSV3I_SQUARES, o->n) - first, at = o->at + first;
+    size_t first = begin * DSV3I_SQUARES, n = dsv3i_min(end * DSV3I_SQUARES, o->count) - first, at = o->from + first;
     (void)worker;
     dsv3i_adamw(o, o->t->weights.data + at, o->t->m + at, o->t->v + at, o->t->gradients.data + at, n);
 }
 
+static void dsv3i_adamw_flush(dsv3i_optimizer *o) {
+    dsv3i_parallel(o->ctx, dsv3i_blocks(o->count, DSV3I_SQUARES), dsv3i_mul(o->count, 8), dsv3i_adamw_task, o);
+    o->count = 0;
+}
+
+/* Tensors that lie next to each other share a loop: most are small. */
 static dsv3_result dsv3i_adamw_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     dsv3i_optimizer *o = (dsv3i_optimizer *)w->user;
     const dsv3_training *s = &o->t->settings;
+    float decay = 1.0f;
     (void)slot;
     if (!dsv3i_optimizer_visit(o, w)) return DSV3_OK;
-    o->decay = 1.0f;
     if (w->info.rank == 2 && !dsv3i_matches_any(s->exempt, w->info.name)) {
-        o->decay = (float)(1.0 - o->lr * (double)s->weight_decay);
+        decay = (float)(1.0 - o->lr * (double)s->weight_decay);
     }
-    dsv3i_parallel(o->ctx, dsv3i_blocks(o->n, DSV3I_SQUARES), dsv3i_mul(o->n, 8), dsv3i_adamw_task, o);
+    if (o->count == 0 || dsv3i_bits(decay) != dsv3i_bits(o->decay) || o->from + o->count != o->at) {
+        dsv3i_adamw_flush(o);
+        o->from = o->at;
+        o->decay = decay;
+    }
+    o->count += o->n;
     return DSV3_OK;
 }
 
@@ -8207,6 +8251,7 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
     o.root = (float)DSV3_POW(1.0 - dsv3i_power((double)t->settings.beta2, t->step + 1), -0.5);
     o.at = o.n = 0;
     (void)dsv3i_walk_all(&t->weights.model.config, NULL, &o, dsv3i_adamw_tensor);
+    dsv3i_adamw_flush(&o);
     dsv3i_train_bias(t);
     for (size_t i = 0; t->ema != NULL && i < t->weights.count; i++) {
         float decay = t->step == 0 ? 0.0f : t->settings.ema_decay;
