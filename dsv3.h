@@ -10155,8 +10155,8 @@ void dsv3i_avx512_bf16_value_panel(unsigned char *panel, size_t step, const dsv3
             const uint16_t *low = (const uint16_t *)a->values + j * a->ld_v + i, *high = low + a->ld_v;
             DSV3I_UNROLL for (int c = 0; c < 4; c += 2, to += 128) {
                 const __m512i x = _mm512_loadu_si512(low + 16 * c), y = _mm512_loadu_si512(high + 16 * c);
-                _mm_prefetch((const char *)(low + 16 * c + DSV3I_MEET * a->ld_v), _MM_HINT_T0); /* the next block */
-                _mm_prefetch((const char *)(high + 16 * c + DSV3I_MEET * a->ld_v), _MM_HINT_T0);
+                _mm_prefetch((const char *)(low + 16 * c + DSV3I_MEET * a->ld_v), _MM_HINT_T1); /* the next block */
+                _mm_prefetch((const char *)(high + 16 * c + DSV3I_MEET * a->ld_v), _MM_HINT_T1);
                 _mm512_storeu_si512(to, _mm512_permutex2var_epi16(x, first, y));
                 _mm512_storeu_si512(to + 64, _mm512_permutex2var_epi16(x, second, y));
             }

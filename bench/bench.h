@@ -802,10 +802,12 @@ static inline void bench_cache_fill(dsv3_cache *cache, size_t length) {
  * bench_peak_compiled is what this build may use: vectors of the width the compiler's flags allow, a multiplication
  * and an addition apart, as C99 without contraction asks for. On x86-64 the others are the machine's own peaks in
  * the widest vectors the processor has, whatever the flags: fused float32, pairs of BF16 into float32 (vdpbf16ps),
- * fours of bytes into int32 (vpdpbusd). Twelve to sixteen chains cover the latency of the two units that some have. */
+ * fours of bytes into int32 (vpdpbusd), and tiles of either (tdpbf16ps, tdpbssd). Twelve to sixteen chains cover the
+ * latency of the two units that some have, four that of tiles. */
 
 #define BENCH_PEAK_CHAINS 16       /* at most */
 #define BENCH_PEAK_ROUNDS 2000000u /* of each chain, in one item of the loop: some 5 ms */
+#define BENCH_TILE_ROUNDS 131072u  /* likewise, of tiles */
 
 typedef struct bench_peak {
     float start[BENCH_PEAK_CHAINS];
@@ -896,6 +898,48 @@ BENCH_PEAK_LOOP(bench_peak_int8_512_task, __attribute__((target("avx512f,avx512v
 BENCH_PEAK_LOOP(bench_peak_int8_256_task, __attribute__((target("avx2,avxvnni"))), BENCH_CHAINS_12, __m256i, int32_t,
                 __m256i, _mm256_set1_epi8(3), _mm256_set1_epi8(5), BENCH_START_INT_256, BENCH_STEP_INT_256)
 
+#if defined(__linux__) && defined(__LP64__)
+#define BENCH_PEAK_TILES
+/* Four tiles of sums, [16, 16] each, and two of either factor, all of whose elements are the same. */
+#define BENCH_TILE_LOOP(name, product, code)                                                                         \
+    static inline void name(void *arg, size_t begin, size_t end, size_t worker) {                                    \
+        const bench_peak *p = (const bench_peak *)arg;                                                               \
+        unsigned char shape[64] = {1}, values[16 * 64];                                                              \
+        float sums[4][256];                                                                                          \
+        (void)worker;                                                                                                \
+        for (size_t i = 0; i < 8; i++) shape[16 + 2 * i] = 64, shape[48 + i] = 16;                                   \
+        for (size_t i = 0; i < sizeof values; i += 2) memcpy(values + i, &(uint16_t){code}, 2);                      \
+        for (size_t item = begin; item < end; item++) {                                                              \
+            __asm__ volatile("ldtilecfg (%0)\n\ttileloadd (%1,%2,1), %%tmm4\n\ttileloadd (%1,%2,1), %%tmm5\n\t"      \
+                             "tileloadd (%1,%2,1), %%tmm6\n\ttileloadd (%1,%2,1), %%tmm7" ::"r"(shape),              \
+                             "r"(values), "r"((size_t)64)                                                            \
+                             : "memory");                                                                            \
+            for (size_t i = 0; i < BENCH_TILE_ROUNDS; i++) {                                                         \
+                __asm__ volatile(product " %tmm6, %tmm4, %tmm0\n\t" product " %tmm7, %tmm4, %tmm1\n\t" product        \
+                                         " %tmm6, %tmm5, %tmm2\n\t" product " %tmm7, %tmm5, %tmm3");                 \
+            }                                                                                                        \
+            __asm__ volatile("tilestored %%tmm0, (%0,%4,1)\n\ttilestored %%tmm1, (%1,%4,1)\n\t"                      \
+                             "tilestored %%tmm2, (%2,%4,1)\n\ttilestored %%tmm3, (%3,%4,1)\n\ttilerelease" ::"r"(   \
+                                 sums[0]),                                                                           \
+                             "r"(sums[1]), "r"(sums[2]), "r"(sums[3]), "r"((size_t)64)                               \
+                             : "memory");                                                                            \
+            p->sums[item] = bench_tile_sum(sums[0], code);                                                           \
+        }                                                                                                            \
+    }
+/* The mean of four tiles, times four. Bytes have integer sums. */
+static inline double bench_tile_sum(const float *sums, unsigned code) {
+    double total = 0.0;
+    for (size_t i = 0; i < 4 * 256; i++) {
+        int32_t whole;
+        memcpy(&whole, sums + i, sizeof whole);
+        total += code == 0x3A80 ? (double)sums[i] : (double)whole;
+    }
+    return total / 256.0;
+}
+BENCH_TILE_LOOP(bench_tile_bf16_task, "tdpbf16ps", 0x3A80) /* 2^-10: 2^-15 in a step */
+BENCH_TILE_LOOP(bench_tile_int8_task, "tdpbssd", 0x0303)   /* 3: 576 in a step */
+#endif
+
 /* Bits of leaf 7: whether the processor knows the instructions. Whether the system saves the registers is asked
  * apart, with __builtin_cpu_supports, which does not know these extensions in every compiler. */
 static inline unsigned bench_cpu_leaf7(unsigned subleaf, int want_ecx) {
@@ -906,12 +950,12 @@ static inline unsigned bench_cpu_leaf7(unsigned subleaf, int want_ecx) {
 #endif
 #endif
 
-/* Operations per second, a multiply-add being two, of the best of `passes` passes with the context's threads. chains:
- * of the loop; macs: of one step; sum: of the chains at the end, to 2. */
-static inline double bench_peak_run(const dsv3_context *context, dsv3_task task, size_t chains, size_t macs,
-                                    double sum, size_t passes) {
+/* Operations per second, a multiply-add being two, of the best of `passes` passes with the context's threads. macs: of
+ * all steps of an item; sum: of the chains at the end, to 2. */
+static inline double bench_peak_items(const dsv3_context *context, dsv3_task task, double macs, double sum,
+                                      size_t passes) {
     size_t items = 2 * context->threads; /* a thread that starts late leaves one to the others */
-    double flops = 2.0 * BENCH_PEAK_ROUNDS * (double)(chains * macs * items), best = 0.0;
+    double flops = 2.0 * macs * (double)items, best = 0.0;
     bench_peak p;
     p.a = 0.999f;
     p.b = 0.001f; /* the chains stay near 1 */
@@ -928,6 +972,12 @@ static inline double bench_peak_run(const dsv3_context *context, dsv3_task task,
     }
     free(p.sums);
     return best;
+}
+
+/* chains: of the loop; macs: of one step. */
+static inline double bench_peak_run(const dsv3_context *context, dsv3_task task, size_t chains, size_t macs,
+                                    double sum, size_t passes) {
+    return bench_peak_items(context, task, (double)BENCH_PEAK_ROUNDS * (double)(chains * macs), sum, passes);
 }
 
 static inline double bench_peak_compiled(const dsv3_context *context, size_t passes) {
@@ -990,12 +1040,38 @@ static inline double bench_peak_int8(const dsv3_context *context, size_t passes,
     return 0.0;
 }
 
+/* Likewise, of tiles of BF16 or of bytes. */
+static inline double bench_peak_tiles(const dsv3_context *context, int bytes, size_t passes, const char **name) {
+    *name = "";
+#ifdef BENCH_PEAK_TILES
+    dsv3_context probe; /* whether the system allows them */
+    if (dsv3_context_init(&probe, DSV3_BACKEND_AMX, 1) == DSV3_OK) {
+        double steps = 4.0 * BENCH_TILE_ROUNDS;
+        *name = "AMX";
+        return bytes ? bench_peak_items(context, bench_tile_int8_task, 16 * 16 * 64 * steps, 576 * steps, passes)
+                     : bench_peak_items(context, bench_tile_bf16_task, 16 * 16 * 32 * steps, steps / 32768, passes);
+    }
+#endif
+    (void)context;
+    (void)bytes;
+    (void)passes;
+    return 0.0;
+}
+
 /* ---- Limits of the machine, with the threads of a context: the best of all passes so far */
 
-typedef enum bench_kind { BENCH_FMA = 0, BENCH_BF16 = 1, BENCH_INT8 = 2 } bench_kind;
-#define BENCH_KINDS 3
+typedef enum bench_kind {
+    BENCH_FMA = 0,
+    BENCH_BF16 = 1,
+    BENCH_INT8 = 2,
+    BENCH_BF16_TILES = 3,
+    BENCH_INT8_TILES = 4
+} bench_kind;
+#define BENCH_KINDS 5
 
-static const char *const bench_kind_names[BENCH_KINDS] = {"fma", "bf16", "int8"};
+static const char *const bench_kind_names[BENCH_KINDS] = {"fma", "bf16", "int8", "bf16_tiles", "int8_tiles"};
+static const char *const bench_kind_titles[BENCH_KINDS] = {"float32 FMA", "BF16 dot", "int8 dot", "BF16 tiles",
+                                                           "int8 tiles"};
 
 typedef struct bench_limits {
     double read;                   /* bytes/s */
@@ -1010,6 +1086,8 @@ static inline void bench_limits_pass(bench_limits *l, bench_reader *reader, cons
     now[BENCH_FMA] = bench_peak_fma(context, passes, &l->name[BENCH_FMA]);
     now[BENCH_BF16] = bench_peak_bf16(context, passes, &l->name[BENCH_BF16]);
     now[BENCH_INT8] = bench_peak_int8(context, passes, &l->name[BENCH_INT8]);
+    now[BENCH_BF16_TILES] = bench_peak_tiles(context, 0, passes, &l->name[BENCH_BF16_TILES]);
+    now[BENCH_INT8_TILES] = bench_peak_tiles(context, 1, passes, &l->name[BENCH_INT8_TILES]);
     if (read > l->read) l->read = read;
     for (int k = 0; k < BENCH_KINDS; k++) {
         if (now[k] > l->peak[k]) l->peak[k] = now[k];
@@ -1025,11 +1103,16 @@ static inline bench_kind bench_limits_kind(const bench_limits *l, dsv3_type type
     return compute == DSV3_FAST && l->peak[kind] > 0.0 ? kind : BENCH_FMA;
 }
 
+/* And of the backend "amx" in its place. */
+static inline bench_kind bench_limits_tiles(const bench_limits *l, bench_kind kind, const char *backend) {
+    bench_kind tiles = kind == BENCH_BF16 ? BENCH_BF16_TILES : kind == BENCH_INT8 ? BENCH_INT8_TILES : kind;
+    return strcmp(backend, "amx") == 0 && l->peak[tiles] > 0.0 ? tiles : kind;
+}
+
 static inline void bench_print_limits(const bench_limits *l) {
-    static const char *const what[BENCH_KINDS] = {"float32 FMA", "BF16 dot", "int8 dot"};
     printf("limits   read %.1f GB/s", 1e-9 * l->read);
     for (int k = 0; k < BENCH_KINDS; k++) {
-        if (l->peak[k] > 0.0) printf(", %s %.0f G/s (%s)", what[k], 1e-9 * l->peak[k], l->name[k]);
+        if (l->peak[k] > 0.0) printf(", %s %.0f G/s (%s)", bench_kind_titles[k], 1e-9 * l->peak[k], l->name[k]);
     }
     printf("\n");
 }

@@ -332,7 +332,7 @@ static void call_linear(void *arg, size_t i) {
 static void linear_print(const bench_options *o, const bench_linear *b, const bench_limits *l, double seconds) {
     const dsv3_context *c = b->context;
     const dsv3_tensor *t = &b->matrix[0];
-    bench_kind kind = bench_limits_kind(l, t->type, c->compute);
+    bench_kind kind = bench_limits_tiles(l, bench_limits_kind(l, t->type, c->compute), c->backend);
     double flops = 2.0 * (double)(b->n * t->rows) * (double)t->cols;
     double bytes = (double)(t->rows * dsv3_row_bytes(t->type, t->cols));
     double reading, computing, share;

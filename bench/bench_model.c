@@ -275,18 +275,26 @@ static double prefill_share(const bench_options *o, const bench_case *k) {
     return ratio(prefill_speed(o, k), k->limits.peak[case_kind(k)]);
 }
 
+/* The kind of tiles that the backend has instead; the same kind: none. */
+static bench_kind case_tiles(const bench_case *k) { return bench_limits_tiles(&k->limits, case_kind(k), k->backend); }
+
+static double tile_share(const bench_options *o, const bench_case *k) {
+    return case_tiles(k) == case_kind(k) ? 0.0 : ratio(prefill_speed(o, k), k->limits.peak[case_tiles(k)]);
+}
+
 /* ---- What is printed of cases */
 
 static void print_line(const bench_options *o, const bench_case *k) {
     bench_kind kind = case_kind(k);
     printf("shape=%s type=%s mode=%s backend=%s threads=%zu prefill%zu=%.2f decode%zu=%.2f decode_at%zu=%.2f "
            "read_gbs=%.2f decode_share=%.4f prefill_share=%.4f packed=%d bytes_per_token=%zu prefill_gflop=%.2f "
-           "peak=%.2f peak_kind=%s at%zu_ratio=%.4f cache=%s peak_mib=%.1f\n",
+           "peak=%.2f peak_kind=%s tile_share=%.4f tile_peak=%.2f at%zu_ratio=%.4f cache=%s peak_mib=%.1f\n",
            o->shape, dsv3_type_name(k->type), bench_mode_names[k->mode], k->backend, k->threads, o->prefill,
            k->prefill.median, o->decode, k->decode.median, o->depth, k->at_depth.median, 1e-9 * k->limits.read,
            decode_share(k), prefill_share(o, k), k->packed, k->active_bytes, 1e-9 * k->flops,
-           1e-9 * k->limits.peak[kind], bench_kind_names[kind], o->depth, ratio(k->at_depth.median, k->decode.median),
-           dsv3_type_name(o->cache), k->memory / 1048576.0);
+           1e-9 * k->limits.peak[kind], bench_kind_names[kind], tile_share(o, k),
+           case_tiles(k) == kind ? 0.0 : 1e-9 * k->limits.peak[case_tiles(k)], o->depth,
+           ratio(k->at_depth.median, k->decode.median), dsv3_type_name(o->cache), k->memory / 1048576.0);
     fflush(stdout);
 }
 
@@ -330,6 +338,10 @@ static void print_table(const bench_run *r, const bench_case *k) {
         printf("  %-22s %15.2f of %.2f GFLOP/s (%s)\n", "prefill computes", 1e-9 * prefill_speed(o, k),
                1e-9 * k->limits.peak[kind], bench_kind_names[kind]);
         printf("  %-22s %15.4f\n", "prefill share", prefill_share(o, k));
+        if (case_tiles(k) != kind) {
+            printf("  %-22s %15.4f of %.2f GFLOP/s (%s)\n", "share of tiles", tile_share(o, k),
+                   1e-9 * k->limits.peak[case_tiles(k)], bench_kind_names[case_tiles(k)]);
+        }
         printf("  %-22s %15.2f GFLOP\n", "prefill", 1e-9 * k->flops);
     }
     printf("\n  %-22s %15s\n", "memory", "bytes");
@@ -383,7 +395,6 @@ static void picture_add(roofline *picture, const bench_case *k, const char *what
 }
 
 static void picture_write(const bench_options *o, const bench_case *cases, size_t n, size_t threads) {
-    static const char *const what[BENCH_KINDS] = {"float32 FMA", "BF16 dot", "int8 dot"};
     static roofline picture;
     char title[96], subtitle[512], cpu[256];
     FILE *file;
@@ -408,7 +419,7 @@ static void picture_write(const bench_options *o, const bench_case *cases, size_
     picture.read = limits.read;
     for (int j = 0; j < BENCH_KINDS; j++) {
         if (limits.peak[j] <= 0.0) continue;
-        picture.roof_name[picture.roofs] = what[j];
+        picture.roof_name[picture.roofs] = bench_kind_titles[j];
         picture.roof[picture.roofs++] = limits.peak[j];
     }
     if (picture.roofs == 0 || picture.read <= 0.0) bench_die(o->svg, "no limits are known on this machine");

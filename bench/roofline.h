@@ -7,7 +7,7 @@
 #include <math.h>
 #include <stdio.h>
 
-#define ROOFLINE_ROOFS 4
+#define ROOFLINE_ROOFS 8
 #define ROOFLINE_POINTS 64
 
 typedef struct roofline_point {
