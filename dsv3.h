@@ -11037,6 +11037,10 @@ DSV3I_AMX_MANY(q4_0, DSV3_Q4_0)
     static void dsv3i_amx_few_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,       \
                                      size_t panels, size_t k) {                                                      \
         const unsigned before = _mm_getcsr();                                                                        \
+        if (n > 1) {                                                                                                 \
+            dsv3i_amx_many(type, y, ldy, x, ldx, n, w, panels, k);                                                   \
+            return;                                                                                                  \
+        }                                                                                                            \
         dsv3i_amx_control(before | 0x8040);                                                                          \
         dsv3i_avx512_bf16_few(DSV3I_FEW_STEPS, type, y, ldy, x, ldx, n, w, panels, k);                               \
         dsv3i_amx_control(before);                                                                                   \
