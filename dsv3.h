@@ -40,6 +40,7 @@
  *   DSV3_ASSERT(x)           checks preconditions of single ops; default: nothing
  *   DSV3_SIMD                compile the SIMD backends in (x86-64; elsewhere it changes nothing). The CPU is asked
  *                            at run time: no -m flags are needed, and an older CPU gets what it can run
+ *   DSV3_NO_AMX              leave the backend "amx" out, for which Linux must be asked (see dsv3_context_init)
  *   DSV3_NO_TRAINING         leave out gradients and training
  *   DSV3_NO_OPENMP           ignore OpenMP even if the compiler has it switched on
  *   DSV3_ALLOW_FAST_MATH     accept -ffast-math (minus infinity and NaN are part of the algorithm: results
@@ -94,7 +95,7 @@
  *   11 >>mtp      multi-token prediction: modules, and the losses of whole texts
  *   12 >>infer    sampling, generation with drafts
  *   13 >>train    parameters, backward through everything, AdamW, the training step
- *   A  >>simd     the same kernels for AVX2 and AVX-512, and the choice of a backend
+ *   A  >>simd     the same kernels for AVX2, AVX-512 and AMX, and the choice of a backend
  *   B  >>licence
  */
 #ifndef DSV3_H
@@ -474,7 +475,7 @@ typedef enum dsv3_compute {
     DSV3_EXACT = 0, /* activations as they are, float32 */
     DSV3_FAST = 1   /* activations rounded first: to BF16 for BF16 and FP8 weights, to a multiple, -127 to 127, of
                        1/127 of the largest of 32 for Q8_0 and Q4_0; as they are for F32 and F16. The backend
-                       avx512_bf16 also rounds to BF16, with any type of weights, what attention multiplies:
+                       avx512_bf16 and amx also round to BF16, with any type of weights, what attention multiplies:
                        queries, keys, values and the softmax's weights. The router, norms and the softmax itself
                        stay exact. Training is always exact. README.md, "Speed", has the errors that
                        bench/bench_modes.c measures */
@@ -524,7 +525,10 @@ typedef struct dsv3_context {
 
 /* threads = 0: what OpenMP offers, or 1. Without OpenMP the result is serial, threads = 1, until the caller
  * sets parallel_for and threads. UNSUPPORTED for a backend that is not compiled in or that this machine cannot run:
- * the CPU and the operating system are asked on each call, nothing is remembered. */
+ * the CPU and the operating system are asked on each call, nothing is remembered. Where the CPU has AMX, and with the
+ * backends AUTO and AMX only, Linux is asked to let this process use tiles (arch_prctl, which allocates nothing): it may
+ * from then on, in all threads, and its signal frames need 8 KiB more, so that stacks of sigaltstack may have to grow. If
+ * Linux refuses, AUTO means avx512_bf16, and AMX is unsupported. */
 DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backend, size_t threads);
 
 /* ---- Model: weights bound by their published names ---------------------------------------------------- */
@@ -1291,7 +1295,7 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 #else
 #define DSV3I_UNROLL _Pragma("GCC unroll 64")
 #endif
-#if defined(__linux__) && defined(__LP64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#if defined(__linux__) && defined(__LP64__) && !defined(DSV3_NO_AMX) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define DSV3I_TILES
 #endif
 #include <cpuid.h>
@@ -8271,15 +8275,17 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
  *
  * What is the same in all backends. Numbers are decoded exactly. A product has one chain of additions for each output,
  * in the order of its terms, however many rows and outputs are computed together, whether weights are packed or not; for
- * FP8, Q8_0 and Q4_0 there is a chain for each block of terms, then one over the blocks. outer adds its terms in the order
- * of j, exp treats every element alike, wherever it lies. So the promises of the front page hold within each backend and
+ * FP8, Q8_0 and Q4_0 there is a chain for each block of terms, then one over the blocks. (Of AMX a link of the chain is the
+ * sum of 32 terms of BF16, always cut at the same places.) outer adds its terms in the order of j, exp treats every
+ * element alike, wherever it lies. So the promises of the front page hold within each backend and
  * each way of computing; between backends results differ by rounding only.
  *
  * How it is fast. Sums wait for their own previous term (4 cycles); a tile therefore has many sums at once, as many as
  * there are registers: 64 outputs times 6 rows of x with AVX-512 (32 for codes, whose whole numbers need registers, too),
  * 16 times 6 with AVX2, so that a loaded number is used 2 to 6 times. A piece of a panel (chapter 4) stays in the first
  * cache while rows of x pass by. With one row there is nothing to use twice, and only reading counts: panels in four places
- * are read side by side, and codes never leave registers.
+ * are read side by side, and codes never leave registers. AMX multiplies tiles, 16 rows by 16 outputs, up to 32 times as
+ * fast: then reading counts with 64 rows, too, and the next pieces are fetched while tiles are multiplied.
  *
  * Another instruction set is one more block like these, a line in dsv3_context_init, and one in dsv3_backend_name.
  * ==================================================================================================== */

@@ -287,9 +287,9 @@ static dsv3_attention parse_attention(const char *text) {
 
 #define COMPUTE_HELP                                                                                                 \
     "  --threads N      default: all cores this process may use\n"                                                   \
-    "  --backend NAME   auto, reference, avx2, avx512 or avx512_bf16 (default auto: the best that runs here)\n"      \
+    "  --backend NAME   auto, reference, avx2, avx512, avx512_bf16 or amx (default auto: the best that runs here)\n" \
     "  --fast           activations are rounded before they meet weights: to BF16 for BF16 and FP8, to 8 bits for\n" \
-    "                   Q8_0 and Q4_0; avx512_bf16 also computes attention in BF16\n"                                 \
+    "                   Q8_0 and Q4_0; avx512_bf16 and amx also compute attention in BF16\n"                          \
     "  --pack           the weights once more in memory, in the order of the backend: the same text, faster; when\n" \
     "                   that takes up to 64 MiB it is done unasked, unless --no-pack forbids it\n"
 
@@ -299,7 +299,7 @@ static void open_context(dsv3_context *context, const char *name, long threads) 
     dsv3_result result;
     threads_pool *pool;
     if (dsv3_backend_find(&backend, name) != DSV3_OK) {
-        stop("--backend: expected auto, reference, avx2, avx512 or avx512_bf16, found '%s'", name);
+        stop("--backend: expected auto, reference, avx2, avx512, avx512_bf16 or amx, found '%s'", name);
     }
     result = dsv3_context_init(context, backend, 1);
     if (result == DSV3_ERR_UNSUPPORTED) stop("--backend: %s does not run on this machine", name);
@@ -1922,7 +1922,7 @@ static const char train_help[] =
     "  --val-tokens N   tokens of a validation (default 8192)\n"
     "  --sample-every N steps between samples of the model's text, 0: none (default 0)\n"
     "  --threads N      default: all cores; does not change the result\n"
-    "  --backend NAME   auto, reference, avx2, avx512 or avx512_bf16 (default auto: the best); roundings\n"
+    "  --backend NAME   auto, reference, avx2, avx512, avx512_bf16 or amx (default auto: the best); roundings\n"
     "                   depend on it\n"
     "  --resume         goes on with the run in DIR, bit for bit as if it had never stopped; options and text are "
     "those\n"

@@ -16,7 +16,7 @@ for pair in Nehalem:reference SandyBridge:reference Haswell:avx2; do
         check "$cpu parity $options" qemu-x86_64 -cpu $cpu build/parity tests/golden/v3_fp8 $options
     done
 done
-for pair in Nehalem:avx2 Haswell:avx512 Haswell:avx512_bf16; do
+for pair in Nehalem:avx2 Haswell:avx512 Haswell:avx512_bf16 Haswell:amx; do
     if qemu-x86_64 -cpu ${pair%:*} build/dsv3 generate examples/models/micro -n 1 --backend ${pair#*:} > build/check-output 2>&1; then
         bad "${pair#*:} is accepted where it does not run"
     else ok; fi

@@ -2,7 +2,7 @@
 # Every test program that computes, and parity, once more with each SIMD backend that runs here, by name. (The
 # programs alone have tested the reference; test_kernels tests all backends at once.)
 . tests/lib.sh
-for backend in avx2 avx512 avx512_bf16; do
+for backend in avx2 avx512 avx512_bf16 amx; do
     if ! build/parity tests/golden/v2 --backend $backend > build/check-output 2>&1; then
         if grep -q 'not on this machine' build/check-output; then continue; fi
     fi
