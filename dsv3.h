@@ -455,10 +455,10 @@ typedef struct dsv3_kernels {
 } dsv3_kernels;
 
 typedef enum dsv3_backend {
-    DSV3_BACKEND_AUTO = 0,      /* the best one compiled in that this machine can run */
-    DSV3_BACKEND_REFERENCE = 1, /* "reference": plain C, chapter 3 */
-    DSV3_BACKEND_AVX2 = 2,      /* "avx2": x86-64 with AVX2, FMA and F16C; with DSV3_SIMD */
-    DSV3_BACKEND_AVX512 = 3,    /* "avx512": also AVX-512 F, BW, DQ and VL; with DSV3_SIMD */
+    DSV3_BACKEND_AUTO = 0,        /* the best one compiled in that this machine can run */
+    DSV3_BACKEND_REFERENCE = 1,   /* "reference": plain C, chapter 3 */
+    DSV3_BACKEND_AVX2 = 2,        /* "avx2": x86-64 with AVX2, FMA and F16C; with DSV3_SIMD */
+    DSV3_BACKEND_AVX512 = 3,      /* "avx512": also AVX-512 F, BW, DQ and VL; with DSV3_SIMD */
     DSV3_BACKEND_AVX512_BF16 = 4, /* "avx512_bf16": also AVX-512 VBMI, VNNI and BF16; with DSV3_SIMD */
     DSV3_BACKEND_AMX = 5          /* "amx": also AMX tiles of BF16 and bytes; with DSV3_SIMD, on Linux */
 } dsv3_backend;
@@ -1295,7 +1295,8 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 #else
 #define DSV3I_UNROLL _Pragma("GCC unroll 64")
 #endif
-#if defined(__linux__) && defined(__LP64__) && !defined(DSV3_NO_AMX) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#if defined(__linux__) && defined(__LP64__) && !defined(DSV3_NO_AMX) &&                                              \
+    (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define DSV3I_TILES
 #endif
 #include <cpuid.h>
@@ -2340,7 +2341,9 @@ typedef void (*dsv3i_whole)(float *y, size_t ldy, const void *x, size_t ldx, siz
 static void dsv3i_linear_panels(const dsv3_context *ctx, float *y, size_t ldy, const dsv3i_input *in, size_t n,
                                 const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
     dsv3i_piece piece;
-    dsv3i_whole whole = n <= DSV3I_FEW ? ctx->kernels.few[in->fast][w->type] : in->fast ? ctx->kernels.many[w->type] : NULL;
+    dsv3i_whole whole = n <= DSV3I_FEW ? ctx->kernels.few[in->fast][w->type]
+                        : in->fast     ? ctx->kernels.many[w->type]
+                                       : NULL;
     if (w->packed && whole != NULL && (in->fast || w->cols % 4 == 0)) {
         size_t panels = (r1 - r0) / DSV3I_PANEL;
         whole(y, ldy, in->x, in->stride, n, dsv3i_piece_at(w, r0, 0), panels, w->cols);
@@ -3820,8 +3823,8 @@ static dsv3i_input dsv3i_latent_input(const dsv3i_attention_arg *a, const dsv3_c
         in.fast = 1;
         return in;
     }
-    return dsv3i_input_round(a->ctx, scratch, dsv3i_cache_load(a->ctx, cache, a->layer, b, nk, latents), m->width, type,
-                             nk, m->rk);
+    return dsv3i_input_round(a->ctx, scratch, dsv3i_cache_load(a->ctx, cache, a->layer, b, nk, latents), m->width,
+                             type, nk, m->rk);
 }
 
 /* Head h at positions b .. b+nk-1; latents [nk, width] and panel [dsv3i_mla_panel] are scratch. */
@@ -3841,7 +3844,8 @@ static void dsv3i_expand(const dsv3i_attention_arg *a, const dsv3i_expanded *e, 
 /* n rows of `width` floats become BF16, each behind the last, in place. Returns the width of such a row. */
 static size_t dsv3i_round_rows(const dsv3_context *ctx, float *x, size_t n, size_t width) {
     size_t ld = dsv3i_blocks(width, 4) * 4;
-    for (size_t j = 0; j < n; j++) ctx->kernels.round[DSV3_BF16]((unsigned char *)x + 2 * j * ld, x + j * width, width);
+    for (size_t j = 0; j < n; j++)
+        ctx->kernels.round[DSV3_BF16]((unsigned char *)x + 2 * j * ld, x + j * width, width);
     return ld;
 }
 
@@ -4773,7 +4777,7 @@ typedef struct dsv3i_ffn_rows {
     const float *u;
     dsv3_workspace *ws;
     size_t count, experts; /* MLPs in ws->mlps; rows of those that see grouped rows */
-    size_t own;            /* rows of memory that each worker uses for block after block; 0: every block has its own */
+    size_t own; /* rows of memory that each worker uses for block after block; 0: every block has its own */
     size_t width, rounded; /* of such a row: hidden values, floats for rounded inputs */
 } dsv3i_ffn_rows;
 
@@ -4933,8 +4937,8 @@ static void dsv3i_select_task(void *arg, size_t begin, size_t end, size_t worker
     const dsv3i_selection *a = (const dsv3i_selection *)arg;
     size_t E = (size_t)a->c->n_routed_experts, K = (size_t)a->c->num_experts_per_tok;
     float *scratch = a->ws->select + worker * a->floats;
-    if (dsv3_router_select(a->c, a->ws->idx + begin * K, a->ws->gate + begin * K, a->ws->score + begin * E, a->bias, NULL,
-                           end - begin, scratch) != DSV3_OK) {
+    if (dsv3_router_select(a->c, a->ws->idx + begin * K, a->ws->gate + begin * K, a->ws->score + begin * E, a->bias,
+                           NULL, end - begin, scratch) != DSV3_OK) {
         scratch[a->floats - 1] = 1.0f;
     }
 }
@@ -9643,7 +9647,8 @@ void dsv3i_avx512_code_terms(const int bytes, const int M, const int NP, __m512 
 /* Columns c0 .. of a panel. */
 DSV3I_INLINE(DSV3I_AVX512)
 void dsv3i_avx512_exact(const dsv3_product kind, const int M, const int NP, float *y, size_t ldy, const void *x,
-                        size_t ldx, size_t n, const dsv3_panel *w, size_t c0, size_t rows, size_t k, int add, size_t fetch, size_t fetch_bytes) {
+                        size_t ldx, size_t n, const dsv3_panel *w, size_t c0, size_t rows, size_t k, int add,
+                        size_t fetch, size_t fetch_bytes) {
     const __m512 zero = _mm512_set1_ps((float)w->zero);
     const int scaled = w->scale != NULL;
     dsv3i_avx512_place a;
@@ -9685,7 +9690,8 @@ void dsv3i_avx512_columns(const dsv3_product kind, const int NP, float *y, size_
         case 3:
         case 4: dsv3i_avx512_exact(kind, 4, NP, yt, ldy, xt, ldx, m, w, c0, rows, k, add, from, more * m); break;
         default:
-            if (kind == DSV3_PRODUCT_F32) dsv3i_avx512_exact(kind, 6, NP, yt, ldy, xt, ldx, m, w, c0, rows, k, add, from, more * m);
+            if (kind == DSV3_PRODUCT_F32)
+                dsv3i_avx512_exact(kind, 6, NP, yt, ldy, xt, ldx, m, w, c0, rows, k, add, from, more * m);
         }
     }
 }
@@ -10094,8 +10100,8 @@ static void dsv3i_avx512_bf16_product_bytes(float *y, size_t ldy, const void *x,
     if (c < w->columns) dsv3i_avx512_bf16_columns(1, 1, y, ldy, x, ldx, n, w, c, rows, k, add);
 }
 
-typedef void (*dsv3i_product)(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w, size_t rows,
-                              size_t k, int add);
+typedef void (*dsv3i_product)(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
+                              size_t rows, size_t k, int add);
 
 /* ---- Attention in BF16. scratch: the queries as a panel; scores [64, columns, 16]; keys [64, dk] and, where products take
  * more than 4 columns, all values as one panel. */
@@ -10229,8 +10235,8 @@ static void dsv3i_avx512_bf16_meeting(dsv3_meeting *a, size_t nk, dsv3i_product 
         dsv3i_avx512_bf16_scores(16, p + 16 * scored, (const unsigned char *)x + scored * ldx, ldx,
                                  (const unsigned char *)panel.values, panel.block);
     }
-    product(p + 16 * columns * scored, 16 * columns, (const unsigned char *)x + scored * ldx,
-                                   ldx, nk - scored, &panel, 16 * columns, panel.block, 0);
+    product(p + 16 * columns * scored, 16 * columns, (const unsigned char *)x + scored * ldx, ldx, nk - scored,
+            &panel, 16 * columns, panel.block, 0);
     dsv3i_avx512_softmax(a, p, rescale, columns, nk);
     dsv3i_avx512_rescale(a, rescale);
     dsv3i_avx512_bf16_weights(weights, p, columns, nk);
@@ -10255,9 +10261,9 @@ DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_meet(dsv3_meeting 
  * Q8_0 are left to product: making floats of bytes takes longer than reading them.) */
 
 typedef enum dsv3i_few_kind { /* rows of floats; rows of codes; rows of BF16, added as AMX adds */
-    DSV3I_FEW_FLOATS = 0,
-    DSV3I_FEW_CODES = 1,
-    DSV3I_FEW_STEPS = 2
+                              DSV3I_FEW_FLOATS = 0,
+                              DSV3I_FEW_CODES = 1,
+                              DSV3I_FEW_STEPS = 2
 } dsv3i_few_kind;
 
 /* One step of four bytes for 16 outputs as values for products of codes: FP8 gives two of BF16, Q4_0 two of bytes. */
@@ -10416,8 +10422,8 @@ void dsv3i_avx512_bf16_few_float_block(const int M, const int NS, __m512 sum[16]
 
 /* A block of 32 of Q8_0 or Q4_0, with the multipliers of x. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_sums(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int NS, __m512 f[16],
-                                const unsigned char *const w[4], const unsigned char *const x[4]) {
+void dsv3i_avx512_bf16_few_sums(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int NS,
+                                __m512 f[16], const unsigned char *const w[4], const unsigned char *const x[4]) {
     __m512i sum[16];
     if (kind == DSV3I_FEW_FLOATS) {
         dsv3i_avx512_bf16_few_float_block(M, NS, f, w, x);
@@ -10441,9 +10447,9 @@ void dsv3i_avx512_bf16_few_some(const dsv3i_few_kind kind, const dsv3_type type,
 
 /* NS panels, `apart` bytes from one to the next, and their outputs, 64 NP apart; M rows. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_panels(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int NS, float *y,
-                                  size_t ldy, size_t ldp, const unsigned char *x, size_t ldx, const unsigned char *w, size_t apart, size_t k,
-                                  const __m512i table[4]) {
+void dsv3i_avx512_bf16_few_panels(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int NS,
+                                  float *y, size_t ldy, size_t ldp, const unsigned char *x, size_t ldx,
+                                  const unsigned char *w, size_t apart, size_t k, const __m512i table[4]) {
     const int blocks = type == DSV3_Q8_0 || type == DSV3_Q4_0;
     const unsigned char *ws[4], *xs[4];
     __m512 acc[16];
@@ -10468,7 +10474,8 @@ void dsv3i_avx512_bf16_few_panels(const dsv3i_few_kind kind, const dsv3_type typ
                         acc[m * 4 * NS + c] = _mm512_fmadd_ps(f[m * 4 * NS + c], scale, acc[m * 4 * NS + c]);
                     }
                 }
-                DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] += kind != DSV3I_FEW_FLOATS ? DSV3_QBLOCK + 8 : 4 * DSV3_QBLOCK;
+                DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] +=
+                    kind != DSV3I_FEW_FLOATS ? DSV3_QBLOCK + 8 : 4 * DSV3_QBLOCK;
             }
         } else if (type == DSV3_F8_E4M3) {
             __m512 part[16];
@@ -10493,8 +10500,8 @@ void dsv3i_avx512_bf16_few_panels(const dsv3i_few_kind kind, const dsv3_type typ
 
 /* n <= 4 rows and `panels` whole panels. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few(const dsv3i_few_kind kind, const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                           const void *w, size_t panels, size_t k) {
+void dsv3i_avx512_bf16_few(const dsv3i_few_kind kind, const dsv3_type type, float *y, size_t ldy, const void *x,
+                           size_t ldx, size_t n, const void *w, size_t panels, size_t k) {
     const unsigned char *xs = (const unsigned char *)x, *ws = (const unsigned char *)w;
     const int blocks = type == DSV3_Q8_0 || type == DSV3_Q4_0; /* they need registers for sums and for results */
     const size_t bytes = dsv3i_panel_bytes(type, 4, k);
@@ -10507,8 +10514,12 @@ void dsv3i_avx512_bf16_few(const dsv3i_few_kind kind, const dsv3_type type, floa
         const unsigned char *wp = ws + p * bytes;
         done = 1;
         if (p < far && streams > 1) {
-            if (n == 1) dsv3i_avx512_bf16_few_panels(kind, type, 1, blocks ? 2 : 4, yp, ldy, 64 * far, xs, ldx, wp, far * bytes, k, table);
-            if (n == 2) dsv3i_avx512_bf16_few_panels(kind, type, 2, blocks ? 1 : 2, yp, ldy, 64 * far, xs, ldx, wp, far * bytes, k, table);
+            if (n == 1)
+                dsv3i_avx512_bf16_few_panels(kind, type, 1, blocks ? 2 : 4, yp, ldy, 64 * far, xs, ldx, wp,
+                                             far * bytes, k, table);
+            if (n == 2)
+                dsv3i_avx512_bf16_few_panels(kind, type, 2, blocks ? 1 : 2, yp, ldy, 64 * far, xs, ldx, wp,
+                                             far * bytes, k, table);
             if (p + 1 == far) done = far * streams - p;
             continue;
         }
@@ -10636,7 +10647,8 @@ DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_control(unsigned value) {
  * of four bytes for each of 16 outputs. */
 DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_shape(size_t m0, size_t m1, size_t words) {
     const uint64_t rows = (uint64_t)m0 * 0x101u + (uint64_t)m1 * 0x1010000u, x = (uint64_t)m0 | (uint64_t)m1 << 8;
-    const __m512i wide = _mm512_maskz_set1_epi16(0xFF00, 64), inner = _mm512_set1_epi16((short)(4 * words)); /* row bytes */
+    const __m512i wide = _mm512_maskz_set1_epi16(0xFF00, 64),
+                  inner = _mm512_set1_epi16((short)(4 * words)); /* row bytes */
     const __m512i shape = _mm512_mask_blend_epi16(0x3000, wide, inner);
     unsigned char at[64];
     _mm512_storeu_si512(at, _mm512_mask_set1_epi64(_mm512_mask_set1_epi64(shape, 1, 1), 1u << 6,
@@ -10644,7 +10656,9 @@ DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_shape(size_t m0, size_t m1, size_t words)
     __asm__ volatile("ldtilecfg %0" : : "m"(at));
 }
 
-DSV3I_INLINE(DSV3I_AMX) float *dsv3i_amx_aligned(float *room) { return room + (64 - (uintptr_t)room % 64) % 64 / sizeof *room; }
+DSV3I_INLINE(DSV3I_AMX) float *dsv3i_amx_aligned(float *room) {
+    return room + (64 - (uintptr_t)room % 64) % 64 / sizeof *room;
+}
 
 /* Two times 16 rows of x, of which m[0] and m[1] are there, and two columns of a panel. */
 typedef struct dsv3i_amx_place {
@@ -10708,18 +10722,18 @@ void dsv3i_amx_rest(const int R, const int C, const dsv3i_amx_place *a, size_t i
     if (!from) {                                                                                                     \
         _tile_zero(tile);                                                                                            \
     } else if (a->columns >= 16 * (c) + 16) {                                                                        \
-        DSV3I_AMX_LOAD(tile, a->y + (r) * 16 * a->ldy + 16 * (c), a->ldy * sizeof *a->y);                               \
+        DSV3I_AMX_LOAD(tile, a->y + (r)*16 * a->ldy + 16 * (c), a->ldy * sizeof *a->y);                              \
     } else {                                                                                                         \
         for (size_t t = 0; t < a->m[r]; t++) {                                                                       \
-            const float *at = a->y + ((r) * 16 + t) * a->ldy + 16 * (c);                                             \
+            const float *at = a->y + ((r)*16 + t) * a->ldy + 16 * (c);                                               \
             _mm512_storeu_ps(sums + 16 * t, _mm512_maskz_loadu_ps(dsv3i_avx512_mask(a->columns - 16 * (c)), at));    \
         }                                                                                                            \
-        DSV3I_AMX_LOAD(tile, sums, 64);                                                                                 \
+        DSV3I_AMX_LOAD(tile, sums, 64);                                                                              \
     }
 
 #define DSV3I_AMX_END(tile, r, c)                                                                                    \
     if (a->scale == NULL && a->columns >= 16 * (c) + 16) {                                                           \
-        _tile_stored(tile, a->y + (r) * 16 * a->ldy + 16 * (c), a->ldy * sizeof *a->y);                              \
+        _tile_stored(tile, a->y + (r)*16 * a->ldy + 16 * (c), a->ldy * sizeof *a->y);                                \
     } else {                                                                                                         \
         _tile_stored(tile, sums, 64);                                                                                \
         dsv3i_amx_put(a, sums, r, c, add);                                                                           \
@@ -10748,9 +10762,15 @@ void dsv3i_amx_terms(const int R, const int C, dsv3i_amx_place *a, size_t i, siz
     const unsigned char *next = a->next;
     const size_t lines = a->lines;
     DSV3I_AMX_BEGIN(0, 0u, 0u)
-    if (C > 1) { DSV3I_AMX_BEGIN(1, 0u, 1u) }
-    if (R > 1) { DSV3I_AMX_BEGIN(2, 1u, 0u) }
-    if (R > 1 && C > 1) { DSV3I_AMX_BEGIN(3, 1u, 1u) }
+    if (C > 1) {
+        DSV3I_AMX_BEGIN(1, 0u, 1u)
+    }
+    if (R > 1) {
+        DSV3I_AMX_BEGIN(2, 1u, 0u)
+    }
+    if (R > 1 && C > 1) {
+        DSV3I_AMX_BEGIN(3, 1u, 1u)
+    }
     for (; i + DSV3I_STEP <= end; i += DSV3I_STEP) {
         const unsigned char *const x[2] = {a->x[0] + 2 * i, a->x[1] + 2 * i};
         const unsigned char *const w[2] = {a->w + i / 2 * a->step, a->w + i / 2 * a->step + 64};
@@ -10760,9 +10780,15 @@ void dsv3i_amx_terms(const int R, const int C, dsv3i_amx_place *a, size_t i, siz
     a->next = next;
     if (i < end) dsv3i_amx_rest(R, C, a, i, end - i);
     DSV3I_AMX_END(0, 0u, 0u)
-    if (C > 1) { DSV3I_AMX_END(1, 0u, 1u) }
-    if (R > 1) { DSV3I_AMX_END(2, 1u, 0u) }
-    if (R > 1 && C > 1) { DSV3I_AMX_END(3, 1u, 1u) }
+    if (C > 1) {
+        DSV3I_AMX_END(1, 0u, 1u)
+    }
+    if (R > 1) {
+        DSV3I_AMX_END(2, 1u, 0u)
+    }
+    if (R > 1 && C > 1) {
+        DSV3I_AMX_END(3, 1u, 1u)
+    }
 }
 
 /* Columns c, and c + 1 with C = 2. */
@@ -10852,7 +10878,8 @@ DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_scales(const dsv3_type type, float *scale
     if (type == DSV3_F8_E4M3) DSV3_MEMCPY(&one, w, sizeof one);
     for (size_t i = 0; i < (dsv3_type_block(type) > 1 ? k / DSV3_QBLOCK * 64 : 64); i += 16) {
         __m512 f = _mm512_set1_ps(one);
-        if (dsv3_type_block(type) > 1) f = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(w + 2 * i)));
+        if (dsv3_type_block(type) > 1)
+            f = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(w + 2 * i)));
         _mm512_storeu_ps(scale + i, f);
     }
 }
@@ -10863,9 +10890,9 @@ DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_scales(const dsv3_type type, float *scale
     _tile_zero(tile);                                                                                                \
     if (blocks > (tile)) {                                                                                           \
         DSV3I_AMX_LOAD(rows, x + (tile) * (DSV3_QBLOCK + 8), a->ldx);                                                \
-        DSV3I_AMX_LOAD(columns, w + (tile) * 8 * a->step, a->step);                                                  \
+        DSV3I_AMX_LOAD(columns, w + (tile)*8 * a->step, a->step);                                                    \
         _tile_dpbssd(tile, rows, columns);                                                                           \
-        dsv3i_amx_fetch(a->next + 64 * (tile) * a->lines, a->lines);                                                 \
+        dsv3i_amx_fetch(a->next + 64 * (tile)*a->lines, a->lines);                                                   \
     }
 
 DSV3I_INLINE(DSV3I_AMX)
@@ -10924,7 +10951,9 @@ static dsv3i_amx_tiles dsv3i_amx_tiles_of(size_t rows) {
     return t;
 }
 
-static size_t dsv3i_amx_tile_row(const dsv3i_amx_tiles *t, size_t i) { return dsv3i_min(i * t->height, t->rows - t->height); }
+static size_t dsv3i_amx_tile_row(const dsv3i_amx_tiles *t, size_t i) {
+    return dsv3i_min(i * t->height, t->rows - t->height);
+}
 
 /* Sums [2, 16, 32] of FP8, times multipliers, join those of `rows` tiles of rows. */
 DSV3I_INLINE(DSV3I_AMX)

@@ -915,14 +915,14 @@ BENCH_PEAK_LOOP(bench_peak_int8_256_task, __attribute__((target("avx2,avxvnni"))
                              "r"(values), "r"((size_t)64)                                                            \
                              : "memory");                                                                            \
             for (size_t i = 0; i < BENCH_TILE_ROUNDS; i++) {                                                         \
-                __asm__ volatile(product " %tmm6, %tmm4, %tmm0\n\t" product " %tmm7, %tmm4, %tmm1\n\t" product        \
+                __asm__ volatile(product " %tmm6, %tmm4, %tmm0\n\t" product " %tmm7, %tmm4, %tmm1\n\t" product       \
                                          " %tmm6, %tmm5, %tmm2\n\t" product " %tmm7, %tmm5, %tmm3");                 \
             }                                                                                                        \
-            __asm__ volatile("tilestored %%tmm0, (%0,%4,1)\n\ttilestored %%tmm1, (%1,%4,1)\n\t"                      \
-                             "tilestored %%tmm2, (%2,%4,1)\n\ttilestored %%tmm3, (%3,%4,1)\n\ttilerelease" ::"r"(   \
-                                 sums[0]),                                                                           \
-                             "r"(sums[1]), "r"(sums[2]), "r"(sums[3]), "r"((size_t)64)                               \
-                             : "memory");                                                                            \
+            __asm__ volatile(                                                                                        \
+                "tilestored %%tmm0, (%0,%4,1)\n\ttilestored %%tmm1, (%1,%4,1)\n\t"                                   \
+                "tilestored %%tmm2, (%2,%4,1)\n\ttilestored %%tmm3, (%3,%4,1)\n\ttilerelease" ::"r"(sums[0]),        \
+                "r"(sums[1]), "r"(sums[2]), "r"(sums[3]), "r"((size_t)64)                                            \
+                : "memory");                                                                                         \
             p->sums[item] = bench_tile_sum(sums[0], code);                                                           \
         }                                                                                                            \
     }

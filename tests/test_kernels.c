@@ -962,7 +962,8 @@ static void factor_make(factor *f, dsv3_product kind, size_t n, size_t rows, siz
     f->kind = kind, f->n = n, f->rows = rows, f->k = k;
     f->fx = (float *)test_alloc(n * k * sizeof(float)), f->fw = (float *)test_alloc(rows * k * sizeof(float));
     factor_x(f);
-    f->w.columns = columns, f->w.zero = test_below(2) ? 128 : 8, f->w.ahead = test_below(2) * 512, f->w.ahead_bytes = 4096;
+    f->w.columns = columns, f->w.zero = test_below(2) ? 128 : 8, f->w.ahead = test_below(2) * 512,
+    f->w.ahead_bytes = 4096;
     f->w.block = scaled == 2 ? 32 : k;
     f->w.values = box_words(&f->values, steps * columns * 64 / (floats ? 1 : codes ? 4 : 2));
     memset(f->values.at, 0, f->values.bytes);
@@ -1517,7 +1518,8 @@ static void check_panels(const dsv3_context *ctx) {
             CHECK((k->few[fast][type] != NULL) == (!none && k->product[DSV3_PRODUCT_FAST_BF16] != NULL));
             if (k->few[fast][type] != NULL) check_few(k, fast, (dsv3_type)type);
         }
-        CHECK((k->mix[type] != NULL) == (type != DSV3_F32 && strncmp(ctx->backend, "a", 1) == 0 && strcmp(ctx->backend, "avx2") != 0));
+        CHECK((k->mix[type] != NULL) ==
+              (type != DSV3_F32 && strncmp(ctx->backend, "a", 1) == 0 && strcmp(ctx->backend, "avx2") != 0));
         if (k->mix[type] != NULL) check_mix(k, (dsv3_type)type);
     }
     if (some) {
