@@ -22,7 +22,7 @@ for cc in gcc clang; do
         done
     done
     for flags in -O0 -Os -O3 "-O2 -fopenmp" "-O2 -fshort-enums" "-O2 -funsigned-char" "-O2 -march=native" \
-        "-O2 -DDSV3_NO_OPENMP -fopenmp" "-O2 -fvisibility=hidden -fPIC"; do
+        "-O2 -DDSV3_NO_OPENMP -fopenmp" "-O2 -DDSV3_NO_AMX" "-O2 -fvisibility=hidden -fPIC"; do
         later "$cc $flags" $cc -std=c99 $flags $wide $c -I. -c tests/compile/implement.c -o /dev/null
     done
     for level in -O0 -O1 -Os; do
