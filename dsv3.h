@@ -10817,11 +10817,13 @@ void dsv3i_amx_rows(const int R, dsv3i_amx_place *a, float *y, const dsv3_panel 
 DSV3I_TARGET(DSV3I_AMX)
 static void dsv3i_amx_product_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
                                    size_t rows, size_t k, int add) {
+    const unsigned before = _mm_getcsr();
     dsv3i_amx_place a;
     a.ldx = ldx;
     a.step = 64 * w->columns;
     a.ldy = ldy;
     a.m[0] = a.m[1] = 0;
+    dsv3i_amx_control(before | 0x8040); /* what is done to sums of tiles is done as in tiles */
     for (size_t t = 0; t < n; t += 32) {
         const size_t m0 = dsv3i_min(16, n - t), m1 = dsv3i_min(16, n - t - m0);
         if (m0 != a.m[0] || m1 != a.m[1]) dsv3i_amx_shape(m0, m1 > 0 ? m1 : 1, 16);
@@ -10835,13 +10837,14 @@ static void dsv3i_amx_product_bf16(float *y, size_t ldy, const void *x, size_t l
         if (m1 == 0) dsv3i_amx_rows(1, &a, y + t * ldy, w, rows, k, add);
     }
     _tile_release();
+    dsv3i_amx_control(before);
 }
 
 DSV3I_TARGET(DSV3I_AMX) static void dsv3i_amx_meet(dsv3_meeting *a, size_t nk) {
     dsv3i_avx512_bf16_meeting(a, nk, dsv3i_amx_product_bf16);
 }
 
-/* ---- Many rows and packed weights: panel by panel, and for each 64 rows of x piece by piece. Sums that are not finished
+/* ---- Many rows and packed weights: panel by panel, and for each 96 rows of x piece by piece. Sums that are not finished
  * wait in a near cache. */
 
 #define DSV3I_AMX_ROWS 96u /* of x */
@@ -11039,12 +11042,14 @@ DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_many(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,
                     size_t panels, size_t k) {
     const size_t bytes = dsv3i_panel_bytes(type, 4, k);
+    const unsigned before = _mm_getcsr();
     dsv3i_amx_room room;
     dsv3i_amx_place a;
     a.ldx = ldx;
     a.step = 256;
     a.ldy = 64;
     a.columns = 32;
+    if (type == DSV3_F8_E4M3) dsv3i_amx_control(before | 0x8040);
     for (size_t p = 0; p < panels; p++) {
         for (size_t t = 0, rows; t < n; t += rows) {
             rows = dsv3i_min(DSV3I_AMX_ROWS, n - t);
@@ -11053,6 +11058,7 @@ void dsv3i_amx_many(const dsv3_type type, float *y, size_t ldy, const void *x, s
         }
     }
     _tile_release();
+    if (type == DSV3_F8_E4M3) dsv3i_amx_control(before);
 }
 
 #define DSV3I_AMX_MANY(name, type)                                                                                   \

@@ -885,7 +885,8 @@ static void check_widen_all(const dsv3_kernels *kernels, dsv3_type type) {
 
 /* ---- product. x [n, k] and a panel w of `rows` rows, as each product takes them, and beside them the numbers they stand
  * for. Bounds, |error| relative to S, the sum of the magnitudes of all terms and of what y held before:
- *   float rows: an output is a chain of k fused multiply-adds, and one more for each multiplier: (k + blocks) 2^-24 S
+ *   float rows: an output is a chain of k fused multiply-adds, and one more for each multiplier: (k + blocks) 2^-24 S, or
+ *     2^-150 each, half of the smallest number, times the multiplier, where numbers are below the normal ones
  *   BF16 rows: products are exact and added one after the other, k 2^-24 S and one more for the multiplier; but the
  *     instruction takes numbers below 2^-126 for 0 and makes such sums 0: a term loses at most 2^-126 (|x| + |w| + 1)
  *   rows of bytes: whole numbers, exactly; each block is rounded once by its multiplier and once when it is added:
@@ -999,15 +1000,16 @@ static int product_exact(const factor *f, size_t t, size_t r, float got, float b
     const float *x = f->fx + t * f->k, *w = f->fw + r * f->k;
     double sum = (double)before, size = fabs((double)before), part = 0, parts = fabs((double)before), lost = 0;
     size_t blocks = f->w.scale == NULL ? 0 : f->k / f->w.block;
-    double tiny = ldexp(1, -126), bound;
+    double tiny = ldexp(1, -126), most = 1, bound;
     for (size_t i = 0; i < f->k; i++) {
         double times = (double)factor_scale(f, r, i) * (double)factor_unit(f, t, i);
         double term = (double)x[i] * (double)w[i];
         size += fabs(term * times), part += term; /* whole numbers: exact */
+        most = fmax(most, fabs(times));
         lost += tiny * (fabs((double)x[i]) + fabs((double)w[i]) + 1) * fmax(1, fabs(times));
         if ((i + 1) % f->w.block == 0) sum += part * times, parts += fabs(part * times), part = 0;
     }
-    bound = (double)(f->k + blocks) * UNIT * size * 1.001 + (double)f->k * ldexp(1, -149);
+    bound = (double)(f->k + blocks) * (UNIT * size * 1.001 + ldexp(most, -150));
     if (f->kind == DSV3_PRODUCT_FAST_BYTES) bound = (double)(2 + blocks) * UNIT * parts * 1.001;
     if (f->kind == DSV3_PRODUCT_FAST_BF16) bound += lost;
     return fabs((double)got - sum) <= bound;
@@ -1277,35 +1279,39 @@ static void packed_product(const dsv3_kernels *kernels, int fast, float *y, size
     }
 }
 
-static void check_few(const dsv3_kernels *kernels, int fast, dsv3_type type) {
+/* few, and many: all numbers of rows that few takes, and edges of those that tiles of 16 rows and groups of them have. Some
+ * rows are so small that sums are subnormal. */
+static void check_whole(const dsv3_kernels *kernels, int many, int fast, dsv3_type type) {
     static const size_t lengths[12] = {1, 2, 3, 4, 31, 32, 64, 96, 127, 128, 160, 288};
+    static const size_t heights[16] = {5, 6, 15, 16, 17, 31, 32, 33, 47, 48, 49, 64, 95, 96, 97, 200};
     int bits = 0, touched = 0, blocks = dsv3_type_block(type) > 1;
     for (size_t length = 0; length < 12; length++) {
         size_t k = lengths[length];
         if (k % dsv3_type_block(type) != 0 || (!fast && k % 4 != 0)) continue;
         for (size_t turn = 0; turn < 40; turn++) {
-            size_t n = 1 + turn % 4, panels = turn / 4, row = !fast ? 4 * k : blocks ? k / 32 * 40 : up(k, 4) * 2;
-            size_t ldx = row + 4 * test_below(4);
+            size_t n = many ? heights[turn % 16] : 1 + turn % 4, panels = many ? turn % 3 : turn / 4;
+            size_t row = !fast ? 4 * k : blocks ? k / 32 * 40 : up(k, 4) * 2, ldx = row + 4 * test_below(4);
             float numbers[288];
             table y, want;
             box x, w;
             box_input(&x, (n - 1) * ldx + row);
             for (size_t t = 0; t < n; t++) {
                 fill_wild(numbers, k);
+                for (size_t i = 0; turn % 5 == 4 && i < k; i++) numbers[i] = test_uniform(-1, 1) * ldexpf(1.0f, -122);
                 memcpy(x.at + t * ldx, numbers, !fast ? row : 0);
                 if (fast) kernels->round[type](x.at + t * ldx, numbers, k);
             }
             packed_make(&w, type, panels, k);
             table_output(&y, n, 64 * panels), table_output(&want, n, 64 * panels);
-            kernels->few[fast][type](y.x, y.ld, x.at, ldx, n, w.at, panels, k);
+            (many ? kernels->many[type] : kernels->few[fast][type])(y.x, y.ld, x.at, ldx, n, w.at, panels, k);
             packed_product(kernels, fast, want.x, want.ld, x.at, ldx, n, w.at, type, panels, k);
             for (size_t t = 0; t < n; t++) bits += !same_bits(y.x + t * y.ld, want.x + t * want.ld, 64 * panels);
             touched += table_broken(&y);
             free(y.memory), free(want.memory), box_free(&x), box_free(&w);
         }
     }
-    verdict("bits of few", bits);
-    verdict("guards of few", touched);
+    verdict(many ? "bits of many" : "bits of few", bits);
+    verdict(many ? "guards of many" : "guards of few", touched);
 }
 
 /* ---- mix: the bits of decode, scales and outer, which are checked above */
@@ -1516,8 +1522,10 @@ static void check_panels(const dsv3_context *ctx) {
         for (int fast = 0; fast < 2; fast++) {
             int none = type < DSV3_BF16 || (!fast && type == DSV3_Q8_0);
             CHECK((k->few[fast][type] != NULL) == (!none && k->product[DSV3_PRODUCT_FAST_BF16] != NULL));
-            if (k->few[fast][type] != NULL) check_few(k, fast, (dsv3_type)type);
+            if (k->few[fast][type] != NULL) check_whole(k, 0, fast, (dsv3_type)type);
         }
+        CHECK((k->many[type] != NULL) == (type >= DSV3_BF16 && strcmp(ctx->backend, "amx") == 0));
+        if (k->many[type] != NULL) check_whole(k, 1, 1, (dsv3_type)type);
         CHECK((k->mix[type] != NULL) ==
               (type != DSV3_F32 && strncmp(ctx->backend, "a", 1) == 0 && strcmp(ctx->backend, "avx2") != 0));
         if (k->mix[type] != NULL) check_mix(k, (dsv3_type)type);
