@@ -10714,7 +10714,7 @@ void dsv3i_amx_rest(const int R, const int C, const dsv3i_amx_place *a, size_t i
     for (size_t j = 0; j < pairs; j++) {
         for (int c = 0; c < C; c++) DSV3_MEMCPY(w[c] + 64 * j, a->w + (i / 2 + j) * a->step + 64 * c, 64);
     }
-    dsv3i_amx_step(R, C, xs, 64, ws, 64, NULL, 0);
+    dsv3i_amx_step(R, C, xs, 64, ws, 64, w[0], 0);
 }
 
 /* Sums begin with y, or with 0 where they are to be multiplied first. The buffer is for what does not fill a tile. */
