@@ -39,7 +39,8 @@
  *   DSV3_API                 what stands before each public function; default: extern
  *   DSV3_ASSERT(x)           checks preconditions of single ops; default: nothing
  *   DSV3_SIMD                compile the SIMD backends in (x86-64; elsewhere it changes nothing). The CPU is asked
- *                            at run time: no -m flags are needed, and an older CPU gets what it can run
+ *                            at run time: no -m flags are needed, and an older CPU gets what it can run. (The
+ *                            bits of "reference", too, are others than without it: blocks of keys are larger)
  *   DSV3_NO_AMX              leave the backend "amx" out, for which Linux must be asked (see dsv3_context_init)
  *   DSV3_NO_TRAINING         leave out gradients and training
  *   DSV3_NO_OPENMP           ignore OpenMP even if the compiler has it switched on
@@ -383,7 +384,8 @@ typedef struct dsv3_panel {
     size_t block;       /* terms that share a multiplier; k if there are none */
     int32_t zero;       /* bytes: the code of 0, 128 or 8 */
     size_t ahead;       /* bytes from values to what will be read next, to be fetched early; 0: nothing */
-    size_t ahead_bytes; /* of floats: how much that is; of codes it is as much as these */
+    const void *next;   /* products of floats: what will be read next instead, ... */
+    size_t next_bytes;  /* ... and how much that is; 0: nothing */
 } dsv3_panel;
 
 /* Some queries, up to 64, meet a block of keys and their values (chapter 6). */
@@ -528,7 +530,7 @@ typedef struct dsv3_context {
  * the CPU and the operating system are asked on each call, nothing is remembered. Where the CPU has AMX, and with the
  * backends AUTO and AMX only, Linux is asked to let this process use tiles (arch_prctl, which allocates nothing): it may
  * from then on, in all threads, and its signal frames need 8 KiB more, so that stacks of sigaltstack may have to grow. If
- * Linux refuses, AUTO means avx512_bf16, and AMX is unsupported. */
+ * Linux refuses, AUTO means avx512_bf16, and AMX is unsupported. SIMD backends use up to 80 KiB of stack, in all threads. */
 DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backend, size_t threads);
 
 /* ---- Model: weights bound by their published names ---------------------------------------------------- */
@@ -2220,12 +2222,13 @@ static dsv3_product dsv3i_piece_make(const dsv3_context *ctx, dsv3_panel *out, c
     const dsv3_tensor *w = a->w;
     dsv3i_form form = dsv3i_form_of(w->type);
     float *stage = scratch, *other = scratch + DSV3I_STAGE, *scale = scratch + 2 * DSV3I_STAGE;
-    uintptr_t next;
+    size_t next_bytes = w->packed ? dsv3i_piece_bytes(w->type, dsv3i_blocks(a->rows, DSV3I_LANES), a->k) : 0;
     out->zero = w->type == DSV3_Q4_0 ? 8 : 128;
     out->columns = dsv3i_blocks(a->rows, DSV3I_LANES);
     out->values = w->packed ? (const void *)dsv3i_piece_at(w, a->r, a->k0) : stage;
-    out->ahead = out->ahead_bytes = w->packed ? dsv3i_piece_bytes(w->type, out->columns, a->k) : 0;
-    next = (uintptr_t)out->values + out->ahead;
+    out->ahead = next_bytes;
+    out->next = (const unsigned char *)out->values + out->ahead;
+    out->next_bytes = 0;
     dsv3i_piece_scales(ctx, out, a, scale);
     if (!w->packed) {
         kernels->pack[w->type](stage, scale, dsv3i_row_at(w, a->r) + dsv3_row_bytes(w->type, a->k0),
@@ -2242,7 +2245,8 @@ static dsv3_product dsv3i_piece_make(const dsv3_context *ctx, dsv3_panel *out, c
     if (few) return form == DSV3I_BF16S ? DSV3_PRODUCT_BF16 : DSV3_PRODUCT_BYTES;
     kernels->float_panel[form == DSV3I_BYTES](other, out->values, out->columns, a->k, out->zero);
     out->values = other;
-    out->ahead = w->packed ? (size_t)(next - (uintptr_t)other) : 0;
+    out->ahead = 0;
+    out->next_bytes = next_bytes;
     return DSV3_PRODUCT_F32;
 }
 
@@ -3317,6 +3321,9 @@ DSV3_API void dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t 
 #endif
 #ifndef DSV3I_SEGMENT
 #define DSV3I_SEGMENT 256u /* keys per segment, DSV3I_KEYS times a whole number */
+#endif
+#if DSV3I_SEGMENT % DSV3I_KEYS != 0
+#error "a segment is whole blocks of keys"
 #endif
 #define DSV3I_QUERIES 8u /* rows that share decoded rows of kv_b_proj in the absorbed form */
 #ifdef DSV3I_X86
@@ -9549,7 +9556,8 @@ typedef struct dsv3i_avx512_place {
     size_t ldy, n; /* of the M rows, n are real: the others repeat the last */
     size_t step;   /* bytes from a step of w to the next */
     size_t ahead;  /* fetched early: what lies so far ahead */
-    size_t lines;  /* of floats: so many lines of it */
+    const unsigned char *next; /* products of floats: what is fetched instead, so many lines */
+    size_t lines;
     __mmask16 mask[4];
 } dsv3i_avx512_place;
 
@@ -9562,6 +9570,7 @@ void dsv3i_avx512_place_set(const int M, const int NP, dsv3i_avx512_place *a, fl
     a->w = (const unsigned char *)w;
     a->step = step;
     a->ahead = a->lines = 0;
+    a->next = a->w;
     a->scale = NULL;
     DSV3I_UNROLL for (int m = 0; m < M; m++) {
         a->x[m] = (const unsigned char *)x + dsv3i_min((size_t)m, n - 1) * ldx;
@@ -9600,7 +9609,7 @@ void dsv3i_avx512_end(const int M, const int NP, const __m512 acc[24], const dsv
 DSV3I_INLINE(DSV3I_AVX512)
 void dsv3i_avx512_float_terms(const int M, const int NP, const int edge, __m512 acc[24], const dsv3i_avx512_place *a,
                               size_t aj, size_t k) {
-    const unsigned char *w = a->w, *next = w + a->ahead;
+    const unsigned char *w = a->w, *next = a->next;
     size_t x = 0, lines = a->lines;
     for (size_t j = 0; j < k; j++, x += aj * sizeof(float), w += a->step) {
         __m512 b[4];
@@ -9657,7 +9666,7 @@ void dsv3i_avx512_exact(const dsv3_product kind, const int M, const int NP, floa
                            64 * w->columns, rows - 16 * c0);
     a.ahead = w->ahead;
     a.lines = fetch_bytes / 64;
-    if (a.lines > 0) a.ahead += fetch / 64 * 64;
+    if (a.lines > 0) a.next = (const unsigned char *)w->next + fetch;
     if (scaled) a.scale = w->scale + 16 * c0;
     for (size_t i = 0, end; i < k; i = end) {
         end = dsv3i_min(i + w->block, k);
@@ -9670,6 +9679,7 @@ void dsv3i_avx512_exact(const dsv3_product kind, const int M, const int NP, floa
             dsv3i_avx512_code_terms(kind == DSV3_PRODUCT_BYTES, M, NP, acc, &a, zero, i, end);
         }
         dsv3i_avx512_end(M, NP, acc, &a, add || i > 0);
+        a.lines = 0;
         if (scaled) a.scale += 16 * w->columns;
     }
 }
@@ -9681,7 +9691,7 @@ void dsv3i_avx512_columns(const dsv3_product kind, const int NP, float *y, size_
     for (size_t t = 0, m; t < n; t += m) {
         const unsigned char *xt = (const unsigned char *)x + t * ldx;
         float *yt = y + t * ldy;
-        const size_t more = kind == DSV3_PRODUCT_F32 && w->ahead > 0 && c0 == 0 ? w->ahead_bytes / n : 0;
+        const size_t more = kind == DSV3_PRODUCT_F32 && c0 == 0 ? w->next_bytes / n : 0;
         const size_t from = more * t;
         m = dsv3i_rows_together(n - t);
         switch (m) {
@@ -9838,7 +9848,7 @@ DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_meet(dsv3_meeting *a, size_t
     queries.scale = NULL;
     queries.block = a->dk;
     queries.zero = 0;
-    queries.ahead = 0;
+    queries.ahead = queries.next_bytes = 0;
     dsv3i_avx512_product_f32(p, 16 * columns, a->keys, a->ld_k * sizeof(float), nk, &queries, 16 * columns, a->dk, 0);
     dsv3i_avx512_softmax(a, p, rescale, columns, nk);
     dsv3i_avx512_rescale(a, rescale);
@@ -10163,7 +10173,7 @@ void dsv3i_avx512_bf16_value_panel(unsigned char *panel, size_t step, const dsv3
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
     for (size_t j = 0; j < nk; j += 2, panel += step) {
         unsigned char *to = panel;
-        if (a->type == DSV3_BF16 && columns == 4 && j + 1 < nk) { /* nothing is missing */
+        if (a->type == DSV3_BF16 && a->dv - i >= 64 && j + 1 < nk) { /* nothing is missing */
             const uint16_t *low = (const uint16_t *)a->values + j * a->ld_v + i, *high = low + a->ld_v;
             DSV3I_UNROLL for (int c = 0; c < 4; c += 2, to += 128) {
                 const __m512i x = _mm512_loadu_si512(low + 16 * c), y = _mm512_loadu_si512(high + 16 * c);
@@ -10219,7 +10229,7 @@ static void dsv3i_avx512_bf16_meeting(dsv3_meeting *a, size_t nk, dsv3i_product 
     panel.scale = NULL;
     panel.block = dk;
     panel.zero = 0;
-    panel.ahead = 0;
+    panel.ahead = panel.next_bytes = 0;
     keys = scratch + 64 * columns * DSV3I_MEET;
     if (wide) values = keys + 2 * DSV3I_MEET * dk;
     if (a->type == DSV3_F32) {
@@ -10336,6 +10346,11 @@ void dsv3i_avx512_bf16_few_steps(const dsv3_type type, const int M, const int NS
                             at[1] = _mm512_fmadd_ps(g[1], f[1], at[1]);
                         }
                     }
+                }
+            }
+            if (dsv3i_blocks(end - i0, each) * each < 32) { /* a tile goes on with zeros, and -0 + 0 = 0 */
+                DSV3I_UNROLL for (int s = 0; s < 2 * M * columns; s++) {
+                    sum[s] = _mm512_add_ps(sum[s], _mm512_setzero_ps());
                 }
             }
             DSV3I_UNROLL for (int m = 0; m < M; m++) {
@@ -10931,7 +10946,7 @@ void dsv3i_amx_bytes(dsv3i_amx_place *a, const unsigned char *x, size_t m, size_
             const __m512 scale = _mm512_loadu_ps(a->scale + 64 * b + 16 * c);
             const float *from = sums + c % 2 * 1024 + 256 * b;
             DSV3I_UNROLL for (int t = 0; t < 16; t++) {
-                const __m512 f = _mm512_set1_ps(unit[16 * b + t]);
+                const __m512 f = _mm512_set1_ps(unit[16 * b + (size_t)t]);
                 const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(from + 16 * t)), f);
                 acc[t] = _mm512_fmadd_ps(product, scale, acc[t]);
             }

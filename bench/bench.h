@@ -905,7 +905,7 @@ BENCH_PEAK_LOOP(bench_peak_int8_256_task, __attribute__((target("avx2,avxvnni"))
     static inline void name(void *arg, size_t begin, size_t end, size_t worker) {                                    \
         const bench_peak *p = (const bench_peak *)arg;                                                               \
         unsigned char shape[64] = {1}, values[16 * 64];                                                              \
-        float sums[4][256];                                                                                          \
+        float sums[4 * 256];                                                                                         \
         (void)worker;                                                                                                \
         for (size_t i = 0; i < 8; i++) shape[16 + 2 * i] = 64, shape[48 + i] = 16;                                   \
         for (size_t i = 0; i < sizeof values; i += 2) memcpy(values + i, &(uint16_t){code}, 2);                      \
@@ -920,10 +920,10 @@ BENCH_PEAK_LOOP(bench_peak_int8_256_task, __attribute__((target("avx2,avxvnni"))
             }                                                                                                        \
             __asm__ volatile(                                                                                        \
                 "tilestored %%tmm0, (%0,%4,1)\n\ttilestored %%tmm1, (%1,%4,1)\n\t"                                   \
-                "tilestored %%tmm2, (%2,%4,1)\n\ttilestored %%tmm3, (%3,%4,1)\n\ttilerelease" ::"r"(sums[0]),        \
-                "r"(sums[1]), "r"(sums[2]), "r"(sums[3]), "r"((size_t)64)                                            \
+                "tilestored %%tmm2, (%2,%4,1)\n\ttilestored %%tmm3, (%3,%4,1)\n\ttilerelease" ::"r"(sums),        \
+                "r"(sums + 256), "r"(sums + 512), "r"(sums + 768), "r"((size_t)64)                                            \
                 : "memory");                                                                                         \
-            p->sums[item] = bench_tile_sum(sums[0], code);                                                           \
+            p->sums[item] = bench_tile_sum(sums, code);                                                           \
         }                                                                                                            \
     }
 /* The mean of four tiles, times four. Bytes have integer sums. */

@@ -16,8 +16,8 @@
  * --fast: with rounded activations (DSV3_FAST). What is measured is shown. Where two experts are about equally good,
  * rounding decides, and models with random weights are full of that: single numbers have no bound. Losses have 1e-3 (the
  * golden models show up to 7.6e-4) and, because a token that another expert has seen is predicted otherwise, 1e-3 more for
- * each choice that differs in the layer where most do, up to 1e-2 (shown: 5.1e-3, where 7 of 160 differ). Gradients keep
- * their bound, since training is always exact.
+ * each choice that differs in the layer where most do, up to 1e-2 (shown: 5.1e-3, where 7 of 160 differ); choices, that a
+ * quarter of them differs (shown: 21 of 160). Gradients keep their bound, since training is always exact.
  *
  * Bounds: 1e-5, where float64 references exist; 1e-4 for the trained models (golden files with a `greedy`
  * continuation), whose references are float32 programs. */
@@ -549,7 +549,9 @@ static void compare(run *r, const char *form) {
         kind_of(kind, sizeof kind, r->records[i].name);
         limit = r->records[i].dtype == ST_I32 || strcmp(kind, "router.bias_after") == 0 ? 0 : bound;
         if (r->context.compute == DSV3_FAST) {
-            limit = strncmp(kind, "nll", 3) == 0 || strcmp(kind, "loss.total") == 0 ? rounded : HUGE_VAL;
+            limit = strcmp(kind, "router.idx") == 0 ? (double)(r->records[i].bytes / 16) /* a quarter of them */
+                    : strncmp(kind, "nll", 3) == 0 || strcmp(kind, "loss.total") == 0 ? rounded
+                                                                                      : HUGE_VAL;
         }
         if (strcmp(kind, "grad") == 0 || strcmp(kind, "grad_norm") == 0) limit = 1e-4;
         if (strcmp(kind, "final weights") == 0) limit = 5e-3;

@@ -964,7 +964,7 @@ static void factor_make(factor *f, dsv3_product kind, size_t n, size_t rows, siz
     f->fx = (float *)test_alloc(n * k * sizeof(float)), f->fw = (float *)test_alloc(rows * k * sizeof(float));
     factor_x(f);
     f->w.columns = columns, f->w.zero = test_below(2) ? 128 : 8, f->w.ahead = test_below(2) * 512,
-    f->w.ahead_bytes = 4096;
+    f->w.next = &f->w, f->w.next_bytes = test_below(2) * 4096;
     f->w.block = scaled == 2 ? 32 : k;
     f->w.values = box_words(&f->values, steps * columns * 64 / (floats ? 1 : codes ? 4 : 2));
     memset(f->values.at, 0, f->values.bytes);
@@ -1264,7 +1264,7 @@ static void packed_product(const dsv3_kernels *kernels, int fast, float *y, size
             float values[64 * 128 / 2], scale[4 * 64]; /* BF16 or bytes */
             dsv3_panel w;
             w.values = at, w.columns = 4, w.scale = type == DSV3_BF16 ? NULL : scale;
-            w.block = blocks ? 32 : some, w.zero = type == DSV3_Q4_0 ? 8 : 128, w.ahead = w.ahead_bytes = 0;
+            w.block = blocks ? 32 : some, w.zero = type == DSV3_Q4_0 ? 8 : 128, w.ahead = w.next_bytes = 0;
             for (size_t j = 0; type != DSV3_BF16 && j < (blocks ? some / 32 * 64 : 64); j++) {
                 uint16_t half;
                 memcpy(&half, at + codes + (blocks ? 2 * j : 0), 2);
@@ -1312,6 +1312,27 @@ static void check_whole(const dsv3_kernels *kernels, int many, int fast, dsv3_ty
     }
     verdict(many ? "bits of many" : "bits of few", bits);
     verdict(many ? "guards of many" : "guards of few", touched);
+}
+
+/* Sums that are taken for 0 keep their sign only where nothing is added to them, also not the zeros that fill a tile: one row
+ * alone, for which there may be no tiles, and the same row several times. */
+static void check_zeros(const dsv3_kernels *kernels) {
+    static const size_t at[4] = {0, 32, 64, 65};
+    static const float x[4] = {1.5f, -1.75f, -1, -1};
+    enum { K = 66, N = 7 };
+    unsigned char *w = (unsigned char *)test_alloc(K * 128), *rows = (unsigned char *)test_alloc(N * 2 * (K + 2));
+    float y[N * 64], one[64];
+    memset(w, 0, K * 128), memset(rows, 0, N * 2 * (K + 2));
+    for (size_t i = 0; i < 4; i++) {
+        uint16_t half = dsv3_bf16_from_f32(ldexpf(x[i], i < 2 ? -63 : -100));
+        for (size_t t = 0; t < N; t++) memcpy(rows + t * 2 * (K + 2) + 2 * at[i], &half, 2);
+        half = dsv3_bf16_from_f32(ldexpf(1, i < 2 ? -63 : -100));
+        for (size_t r = 0; r < 64; r++) memcpy(w + piece_place(DSV3_BF16, 4, r, at[i]), &half, 2);
+    }
+    kernels->few[1][DSV3_BF16](one, 64, rows, 2 * (K + 2), 1, w, 1, K);
+    kernels->many[DSV3_BF16](y, 64, rows, 2 * (K + 2), N, w, 1, K);
+    for (size_t t = 0; t < N; t++) CHECK(same_bits(y + 64 * t, one, 64));
+    free(w), free(rows);
 }
 
 /* ---- mix: the bits of decode, scales and outer, which are checked above */
@@ -1378,6 +1399,7 @@ static void check_mix(const dsv3_kernels *kernels, dsv3_type type) {
 typedef struct attention {
     table q, keys, values, out;
     uint16_t *keys16, *values16; /* the same as BF16, with the same distances; NULL: floats are given */
+    box keys_box, values_box;
     int32_t seen[2][64];
     size_t lanes, nk[2], dk, dv;
     float scale;
@@ -1461,9 +1483,10 @@ static void attention_fill(attention *a, int bf16) {
         }
     }
     if (!bf16) return;
-    a->keys16 = (uint16_t *)test_alloc(n * a->keys.ld * 2),
-    a->values16 = (uint16_t *)test_alloc(n * a->values.ld * 2);
-    memset(a->keys16, 0xFF, n * a->keys.ld * 2), memset(a->values16, 0xFF, n * a->values.ld * 2);
+    box_input(&a->keys_box, ((n - 1) * a->keys.ld + a->dk) * 2);
+    box_input(&a->values_box, ((n - 1) * a->values.ld + a->dv) * 2);
+    memset(a->keys_box.at, 0xFF, a->keys_box.bytes), memset(a->values_box.at, 0xFF, a->values_box.bytes);
+    a->keys16 = (uint16_t *)(void *)a->keys_box.at, a->values16 = (uint16_t *)(void *)a->values_box.at;
     for (size_t j = 0; j < n; j++) {
         for (size_t i = 0; i < a->dk; i++) {
             float *x = a->keys.x + j * a->keys.ld + i;
@@ -1500,7 +1523,7 @@ static void check_meet(const dsv3_context *ctx, int kind) {
                  !same_bits(&one_sum, sum + i, 1);
         touched += table_broken(&a.out);
         free(a.q.memory), free(a.keys.memory), free(a.values.memory), free(a.out.memory);
-        free(a.keys16), free(a.values16);
+        if (bf16) box_free(&a.keys_box), box_free(&a.values_box);
     }
     snprintf(text, sizeof text, "exactness of meet[%d]", kind);
     verdict(text, wrong);
@@ -1526,6 +1549,7 @@ static void check_panels(const dsv3_context *ctx) {
         }
         CHECK((k->many[type] != NULL) == (type >= DSV3_BF16 && strcmp(ctx->backend, "amx") == 0));
         if (k->many[type] != NULL) check_whole(k, 1, 1, (dsv3_type)type);
+        if (k->many[type] != NULL && type == DSV3_BF16) check_zeros(k);
         CHECK((k->mix[type] != NULL) ==
               (type != DSV3_F32 && strncmp(ctx->backend, "a", 1) == 0 && strcmp(ctx->backend, "avx2") != 0));
         if (k->mix[type] != NULL) check_mix(k, (dsv3_type)type);

@@ -6,7 +6,7 @@
  *
  * The first part, all configurations, is for one backend (TEST_BACKEND); the second for all of them, unless one is
  * named, both ways of computing, and all types. */
-#define DSV3I_SEGMENT 32u       /* so that short contexts have several */
+#define DSV3I_SEGMENT 64u       /* so that short contexts have several */
 #define DSV3I_SERIAL_WORK 256u  /* and small loops are split */
 #define DSV3_IMPLEMENTATION
 #include "dsv3.h"
