@@ -10867,16 +10867,27 @@ DSV3I_TARGET(DSV3I_AMX) static void dsv3i_amx_meet(dsv3_meeting *a, size_t nk) {
 typedef struct dsv3i_amx_room {
     float y[DSV3I_AMX_ROWS * 64], scale[DSV3I_TERMS / DSV3_QBLOCK * 64];
     float sums[2 * 1024 + 16];
-    unsigned char values[64 * DSV3I_TERMS * 2];
+    unsigned char values[2][64 * DSV3I_TERMS * 2]; /* of a piece and, of FP8, of the next one */
+    __m512i table[4];                              /* of FP8 */
 } dsv3i_amx_room;
 
-/* Values of a piece as tiles take them: where they lie, or in `to`; bytes with their signs. */
+/* Fours of terms g0 .. g1-1 of a piece of FP8 become BF16. */
 DSV3I_INLINE(DSV3I_AMX)
-const unsigned char *dsv3i_amx_values(const dsv3_type type, unsigned char *to, const unsigned char *w, size_t k) {
-    const unsigned char *values = to;
+void dsv3i_amx_widen(dsv3i_amx_room *room, unsigned char *to, const unsigned char *w, size_t g0, size_t g1) {
+    for (size_t g = g0; g < g1; g++) {
+        DSV3I_UNROLL for (size_t c = 0; c < 4; c++) {
+            __m512i b[2];
+            dsv3i_avx512_bf16_values(DSV3_F8_E4M3, b, w + 256 * g + 64 * c, room->table);
+            _mm512_storeu_si512(to + 512 * g + 64 * c, b[0]);
+            _mm512_storeu_si512(to + 512 * g + 64 * c + 256, b[1]);
+        }
+    }
+}
+
+/* Values of a piece of bytes as tiles take them: with their signs. */
+DSV3I_INLINE(DSV3I_AMX)
+void dsv3i_amx_signed(const dsv3_type type, unsigned char *to, const unsigned char *w, size_t k) {
     const __m512i zero = _mm512_set1_epi8(type == DSV3_Q8_0 ? (char)-128 : 8);
-    if (type == DSV3_BF16) return w;
-    if (type == DSV3_F8_E4M3) dsv3i_avx512_bf16_widen_f8(to, w, 4, k);
     for (size_t i = 0; type == DSV3_Q8_0 && i < 64 * k; i += 64) {
         _mm512_storeu_si512(to + i, _mm512_xor_si512(_mm512_loadu_si512(w + i), zero));
     }
@@ -10887,7 +10898,6 @@ const unsigned char *dsv3i_amx_values(const dsv3_type type, unsigned char *to, c
             _mm512_storeu_si512(to + 1024 + j, _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(v, 4), low), zero));
         }
     }
-    return values;
 }
 
 /* Multipliers [blocks, 64] of a piece, which lie at w. */
@@ -10999,33 +11009,43 @@ void dsv3i_amx_pair(dsv3i_amx_place *a, const dsv3i_amx_tiles *tiles, size_t i, 
     if (i + 1 == tiles->count) dsv3i_amx_terms(1, 2, a, 0, k, add);
 }
 
-/* Rows x meet a piece of k terms. Of FP8, sums of a pair of tiles join y while those of the next are on their way. */
+/* Rows x meet a piece of k terms of BF16, or of FP8, whose values are made already. There, while sums of a pair of tiles are
+ * on their way, those of the pair before join y, and some of the next piece's values are made: `coming` terms. */
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_piece(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, const dsv3i_amx_tiles *tiles,
-                     const unsigned char *x, const unsigned char *w, size_t k, int add) {
-    const unsigned char *values = dsv3i_amx_values(type, room->values, w, k);
+                     const unsigned char *x, const unsigned char *w, size_t k, size_t turn, size_t coming) {
+    const unsigned char *values = type == DSV3_BF16 ? w : room->values[turn % 2];
+    const unsigned char *next = w + dsv3i_piece_bytes(type, 4, k);
     float *sums = dsv3i_amx_aligned(room->sums), *y = room->y, *before = NULL;
     const size_t pairs = dsv3i_blocks(tiles->count, 2) * 2; /* of tiles and columns */
-    if (type != DSV3_BF16) dsv3i_amx_scales(type, room->scale, w + dsv3i_codes_bytes(type, 4, k), k);
-    for (size_t i = 0; dsv3_type_block(type) > 1 && i < tiles->count; i++) {
-        a->y = y + 1024 * i;
-        a->w = values;
-        a->scale = room->scale;
-        dsv3i_amx_bytes(a, x + dsv3i_amx_tile_row(tiles, i) * a->ldx, tiles->height, k, add);
-    }
-    for (size_t i = 0; dsv3_type_block(type) == 1 && i < pairs; i++) {
+    const size_t fours = type == DSV3_BF16 ? 0 : dsv3i_blocks(coming, 4);
+    a->scale = NULL;
+    for (size_t i = 0; i < pairs; i++) {
         const size_t first = i / 2 * 2, rows = dsv3i_min(2, tiles->count - first);
         float *to = y + 1024 * first + i % 2 * 32;
         a->y = type == DSV3_BF16 ? to : sums + i % 2 * 1024;
         a->ldy = type == DSV3_BF16 ? 64 : 32;
-        a->scale = NULL;
-        dsv3i_amx_pair(a, tiles, first, x, values + i % 2 * 128, k, add && type == DSV3_BF16);
+        dsv3i_amx_pair(a, tiles, first, x, values + i % 2 * 128, k, turn > 0 && type == DSV3_BF16);
         if (type == DSV3_BF16) continue;
+        dsv3i_amx_widen(room, room->values[(turn + 1) % 2], next, fours * i / pairs, fours * (i + 1) / pairs);
         if (before != NULL) {
-            dsv3i_amx_join(before, sums + (i + 1) % 2 * 1024, room->scale, i % 2 ? rows : 2, tiles->height, add);
+            dsv3i_amx_join(before, sums + (i + 1) % 2 * 1024, room->scale, i % 2 ? rows : 2, tiles->height, turn > 0);
         }
         before = to;
-        if (i + 1 == pairs) dsv3i_amx_join(to, sums + i % 2 * 1024, room->scale, rows, tiles->height, add);
+        if (i + 1 == pairs) dsv3i_amx_join(to, sums + i % 2 * 1024, room->scale, rows, tiles->height, turn > 0);
+    }
+}
+
+DSV3I_INLINE(DSV3I_AMX)
+void dsv3i_amx_byte_piece(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a,
+                          const dsv3i_amx_tiles *tiles, const unsigned char *x, const unsigned char *w, size_t k,
+                          size_t turn) {
+    dsv3i_amx_signed(type, room->values[0], w, k);
+    a->w = room->values[0];
+    a->scale = room->scale;
+    for (size_t i = 0; i < tiles->count; i++) {
+        a->y = room->y + 1024 * i;
+        dsv3i_amx_bytes(a, x + dsv3i_amx_tile_row(tiles, i) * a->ldx, tiles->height, k, turn > 0);
     }
 }
 
@@ -11035,13 +11055,23 @@ void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place
                      const unsigned char *x, size_t rows, const unsigned char *w, size_t k, int fetch) {
     const dsv3i_amx_tiles tiles = dsv3i_amx_tiles_of(rows);
     const size_t piece = dsv3i_piece_bytes(type, 4, DSV3I_TERMS);
-    dsv3i_amx_shape(tiles.height, tiles.height, dsv3_type_block(type) > 1 ? 8 : 16);
+    const int blocks = dsv3_type_block(type) > 1;
+    dsv3i_amx_shape(tiles.height, tiles.height, blocks ? 8 : 16);
     a->m[0] = a->m[1] = tiles.height;
     a->lines = fetch ? dsv3i_blocks(piece, 64 * 16 * tiles.count) : 0;
-    for (size_t i = 0, terms; i < k; i += terms) {
+    if (type == DSV3_F8_E4M3) {
+        dsv3i_amx_widen(room, room->values[0], w, 0, dsv3i_blocks(dsv3i_min(DSV3I_TERMS, k), 4));
+    }
+    for (size_t i = 0, turn = 0, terms; i < k; i += terms, turn++) {
         terms = dsv3i_min(DSV3I_TERMS, k - i);
         a->next = w + 2 * piece;
-        dsv3i_amx_piece(type, room, a, &tiles, x, w, terms, i > 0);
+        if (type != DSV3_BF16) {
+            dsv3i_amx_scales(type, room->scale, w + dsv3i_codes_bytes(type, 4, terms), terms);
+        }
+        if (blocks) dsv3i_amx_byte_piece(type, room, a, &tiles, x, w, terms, turn);
+        if (!blocks) {
+            dsv3i_amx_piece(type, room, a, &tiles, x, w, terms, turn, dsv3i_min(DSV3I_TERMS, k - i - terms));
+        }
         w += dsv3i_piece_bytes(type, 4, terms);
         x += dsv3i_input_bytes(1, type, terms);
     }
@@ -11064,7 +11094,10 @@ void dsv3i_amx_many(const dsv3_type type, float *y, size_t ldy, const void *x, s
     a.step = 256;
     a.ldy = 64;
     a.columns = 32;
-    if (type == DSV3_F8_E4M3) dsv3i_amx_control(before | 0x8040);
+    if (type == DSV3_F8_E4M3) {
+        dsv3i_avx512_bf16_tables(room.table);
+        dsv3i_amx_control(before | 0x8040);
+    }
     for (size_t p = 0; p < panels; p++) {
         for (size_t t = 0, rows; t < n; t += rows) {
             rows = dsv3i_min(DSV3I_AMX_ROWS, n - t);
