@@ -10164,32 +10164,30 @@ DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_value(const dsv3_meeti
     return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(m, (const float *)a->values + at)));
 }
 
-/* Columns i .. i+63 of values, two keys in four bytes: [nk/2, 4, 16, 2], `step` bytes from two keys to the next. */
+/* Numbers i .. end-1 of values, i a multiple of 16, two keys in four bytes: [nk/2, columns, 16, 2]. Key by key, as they lie:
+ * those of the next block are fetched meanwhile. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_value_panel(unsigned char *panel, size_t step, const dsv3_meeting *a, size_t i, size_t nk) {
-    const size_t columns = (dsv3i_min(64, a->dv - i) + 15) / 16;
+void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3_meeting *a, size_t i, size_t end, size_t nk) {
     const __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i first = _mm512_or_si512(at, _mm512_slli_epi32(_mm512_add_epi32(at, _mm512_set1_epi32(32)), 16));
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
-    for (size_t j = 0; j < nk; j += 2, panel += step) {
-        unsigned char *to = panel;
-        if (a->type == DSV3_BF16 && a->dv - i >= 64 && j + 1 < nk) { /* nothing is missing */
-            const uint16_t *low = (const uint16_t *)a->values + j * a->ld_v + i, *high = low + a->ld_v;
-            DSV3I_UNROLL for (int c = 0; c < 4; c += 2, to += 128) {
-                const __m512i x = _mm512_loadu_si512(low + 16 * c), y = _mm512_loadu_si512(high + 16 * c);
-                _mm_prefetch((const char *)(low + 16 * c + DSV3I_MEET * a->ld_v), _MM_HINT_T1); /* the next block */
-                _mm_prefetch((const char *)(high + 16 * c + DSV3I_MEET * a->ld_v), _MM_HINT_T1);
-                _mm512_storeu_si512(to, _mm512_permutex2var_epi16(x, first, y));
-                _mm512_storeu_si512(to + 64, _mm512_permutex2var_epi16(x, second, y));
-            }
-            continue;
+    for (size_t j = 0; j < nk; j += 2) {
+        const int whole = a->type == DSV3_BF16 && j + 1 < nk;
+        size_t c = i;
+        for (; whole && c + 32 <= end; c += 32, panel += 128) {
+            const uint16_t *low = (const uint16_t *)a->values + j * a->ld_v + c, *high = low + a->ld_v;
+            const __m512i x = _mm512_loadu_si512(low), y = _mm512_loadu_si512(high);
+            _mm_prefetch((const char *)(low + DSV3I_MEET * a->ld_v), _MM_HINT_T1);
+            _mm_prefetch((const char *)(high + DSV3I_MEET * a->ld_v), _MM_HINT_T1);
+            _mm512_storeu_si512(panel, _mm512_permutex2var_epi16(x, first, y));
+            _mm512_storeu_si512(panel + 64, _mm512_permutex2var_epi16(x, second, y));
         }
-        for (size_t c = 0; c < columns; c++, to += 64) {
-            const __mmask16 m = dsv3i_avx512_mask(a->dv - i - 16 * c);
+        for (; c < end; c += 16, panel += 64) {
+            const __mmask16 m = dsv3i_avx512_mask(end - c);
             const __mmask16 next = j + 1 < nk ? m : (__mmask16)0;
-            const size_t from = j * a->ld_v + i + 16 * c, after = next ? from + a->ld_v : from;
+            const size_t from = j * a->ld_v + c, after = next ? from + a->ld_v : from;
             const __m512i low = dsv3i_avx512_bf16_value(a, from, m), high = dsv3i_avx512_bf16_value(a, after, next);
-            _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            _mm512_storeu_si512(panel, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
         }
     }
 }
@@ -10255,9 +10253,7 @@ static void dsv3i_avx512_bf16_meeting(dsv3_meeting *a, size_t nk, dsv3i_product 
     for (size_t i = 0; i < a->dv; i += most) {
         const size_t rows = dsv3i_min(most, a->dv - i);
         panel.columns = (rows + 15) / 16;
-        for (size_t j = 0; j < rows; j += 64) {
-            dsv3i_avx512_bf16_value_panel(values + 4 * j, 64 * panel.columns, a, i + j, nk);
-        }
+        dsv3i_avx512_bf16_value_panel(values, a, i, i + rows, nk);
         product(a->out + i, a->ld_out, weights, 2 * DSV3I_MEET, a->lanes, &panel, rows, panel.block, 1);
     }
 }
