@@ -3851,8 +3851,9 @@ static void dsv3i_expand(const dsv3i_attention_arg *a, const dsv3i_expanded *e, 
 /* n rows of `width` floats become BF16, each behind the last, in place. Returns the width of such a row. */
 static size_t dsv3i_round_rows(const dsv3_context *ctx, float *x, size_t n, size_t width) {
     size_t ld = dsv3i_blocks(width, 4) * 4;
-    for (size_t j = 0; j < n; j++)
+    for (size_t j = 0; j < n; j++) {
         ctx->kernels.round[DSV3_BF16]((unsigned char *)x + 2 * j * ld, x + j * width, width);
+    }
     return ld;
 }
 
@@ -10728,6 +10729,19 @@ void dsv3i_amx_rest(const int R, const int C, const dsv3i_amx_place *a, size_t i
     dsv3i_amx_step(R, C, xs, 64, ws, 64, w[0], 0);
 }
 
+/* What is done to each tile of sums: its number, and its place among R times 16 rows and C columns. */
+#define DSV3I_AMX_EACH(DO)                                                                                           \
+    DO(0, 0u, 0u)                                                                                                    \
+    if (C > 1) {                                                                                                     \
+        DO(1, 0u, 1u)                                                                                                \
+    }                                                                                                                \
+    if (R > 1) {                                                                                                     \
+        DO(2, 1u, 0u)                                                                                                \
+    }                                                                                                                \
+    if (R > 1 && C > 1) {                                                                                            \
+        DO(3, 1u, 1u)                                                                                                \
+    }
+
 /* Sums begin with y, or with 0 where they are to be multiplied first. The buffer is for what does not fill a tile. */
 #define DSV3I_AMX_BEGIN(tile, r, c)                                                                                  \
     if (!from) {                                                                                                     \
@@ -10772,16 +10786,7 @@ void dsv3i_amx_terms(const int R, const int C, dsv3i_amx_place *a, size_t i, siz
     const int from = add && a->scale == NULL;
     const unsigned char *next = a->next;
     const size_t lines = a->lines;
-    DSV3I_AMX_BEGIN(0, 0u, 0u)
-    if (C > 1) {
-        DSV3I_AMX_BEGIN(1, 0u, 1u)
-    }
-    if (R > 1) {
-        DSV3I_AMX_BEGIN(2, 1u, 0u)
-    }
-    if (R > 1 && C > 1) {
-        DSV3I_AMX_BEGIN(3, 1u, 1u)
-    }
+    DSV3I_AMX_EACH(DSV3I_AMX_BEGIN)
     for (; i + DSV3I_STEP <= end; i += DSV3I_STEP) {
         const unsigned char *const x[2] = {a->x[0] + 2 * i, a->x[1] + 2 * i};
         const unsigned char *const w[2] = {a->w + i / 2 * a->step, a->w + i / 2 * a->step + 64};
@@ -10790,16 +10795,7 @@ void dsv3i_amx_terms(const int R, const int C, dsv3i_amx_place *a, size_t i, siz
     }
     a->next = next;
     if (i < end) dsv3i_amx_rest(R, C, a, i, end - i);
-    DSV3I_AMX_END(0, 0u, 0u)
-    if (C > 1) {
-        DSV3I_AMX_END(1, 0u, 1u)
-    }
-    if (R > 1) {
-        DSV3I_AMX_END(2, 1u, 0u)
-    }
-    if (R > 1 && C > 1) {
-        DSV3I_AMX_END(3, 1u, 1u)
-    }
+    DSV3I_AMX_EACH(DSV3I_AMX_END)
 }
 
 /* Columns c, and c + 1 with C = 2. */
@@ -11223,6 +11219,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_AMX
 #undef DSV3I_AMX_BEGIN
 #undef DSV3I_AMX_BLOCK
+#undef DSV3I_AMX_EACH
 #undef DSV3I_AMX_FEW
 #undef DSV3I_AMX_LOAD
 #undef DSV3I_AMX_MANY
