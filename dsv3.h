@@ -9556,9 +9556,10 @@ typedef struct dsv3i_avx512_place {
     float *y;
     size_t ldy, n; /* of the M rows, n are real: the others repeat the last */
     size_t step;   /* bytes from a step of w to the next */
-    size_t ahead;  /* fetched early: what lies so far ahead */
-    const unsigned char *next; /* products of floats: what is fetched instead, so many lines */
-    size_t lines;
+    size_t gap;    /* bytes from the end of a piece of codes to the next */
+    size_t ahead;  /* fetched early: what lies so far ahead, ... */
+    const unsigned char *next; /* ... or this, so many lines, some with each step */
+    size_t lines, each;
     __mmask16 mask[4];
 } dsv3i_avx512_place;
 
@@ -9570,7 +9571,8 @@ void dsv3i_avx512_place_set(const int M, const int NP, dsv3i_avx512_place *a, fl
     a->n = dsv3i_min((size_t)M, n);
     a->w = (const unsigned char *)w;
     a->step = step;
-    a->ahead = a->lines = 0;
+    a->gap = a->ahead = a->lines = 0;
+    a->each = 1;
     a->next = a->w;
     a->scale = NULL;
     DSV3I_UNROLL for (int m = 0; m < M; m++) {
@@ -9629,6 +9631,14 @@ void dsv3i_avx512_float_terms(const int M, const int NP, const int edge, __m512 
 DSV3I_INLINE(DSV3I_AVX512)
 void dsv3i_avx512_ahead(const int NP, const dsv3i_avx512_place *a, const unsigned char *w) {
     DSV3I_UNROLL for (int p = 0; p < NP; p++) _mm_prefetch((const char *)w + a->ahead + 64 * p, _MM_HINT_T0);
+}
+
+/* The same, where many steps share what is fetched. */
+DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_fetch(dsv3i_avx512_place *a) {
+    if (a->lines == 0) return;
+    for (size_t i = 0; i < a->each; i++) _mm_prefetch((const char *)a->next + 64 * i, _MM_HINT_T1);
+    a->next += 64 * a->each;
+    a->lines -= dsv3i_min(a->each, a->lines);
 }
 
 /* Terms i0 .. i1-1 of float rows and panels of codes. */
@@ -9980,12 +9990,12 @@ DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_round_bytes(void *
 }
 
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_terms(const int M, const int NP, __m512 acc[24], const dsv3i_avx512_place *a, size_t k) {
+void dsv3i_avx512_bf16_terms(const int M, const int NP, __m512 acc[24], dsv3i_avx512_place *a, size_t k) {
     const unsigned char *w = a->w;
     for (size_t i = 0; i < k; i += 2, w += a->step) {
         __m512bh b[4];
         DSV3I_UNROLL for (int p = 0; p < NP; p++) b[p] = (__m512bh)_mm512_loadu_si512(w + 64 * p);
-        dsv3i_avx512_ahead(NP, a, w);
+        dsv3i_avx512_fetch(a);
         DSV3I_UNROLL for (int m = 0; m < M; m++) {
             const __m512bh f = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(const void *)(a->x[m] + 2 * i));
             DSV3I_UNROLL for (int p = 0; p < NP; p++) {
@@ -9997,54 +10007,61 @@ void dsv3i_avx512_bf16_terms(const int M, const int NP, __m512 acc[24], const ds
 
 /* BF16s, with one multiplier for all terms of a block or with none. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_pairs_of(const int M, const int NP, dsv3i_avx512_place *a, const dsv3_panel *w, size_t k,
-                                int add) {
+void dsv3i_avx512_bf16_pairs_of(const int M, const int NP, dsv3i_avx512_place *a, size_t block, size_t next_scale,
+                                size_t k, int add) {
     __m512 acc[24];
     for (size_t i = 0, end; i < k; i = end) {
-        end = dsv3i_min(i + w->block, k);
+        end = dsv3i_min(i + block, k);
         dsv3i_avx512_begin(M, NP, acc, a, add && a->scale == NULL);
         dsv3i_avx512_bf16_terms(M, NP, acc, a, end - i);
         DSV3I_UNROLL for (int m = 0; m < M; m++) a->x[m] += 2 * (end - i);
         a->w += (end - i) / 2 * a->step;
         dsv3i_avx512_end(M, NP, acc, a, add || i > 0);
-        if (a->scale != NULL) a->scale += 16 * w->columns;
+        if (a->scale != NULL) a->scale += next_scale;
     }
 }
 
-/* A block of 32: sums of products of whole numbers, exact. */
+/* A block of 32: sums of products of whole numbers, exact. Values are bytes, or two in the halves of a byte (Q4_0). */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_block(const int M, const int NP, __m512i sum[12], const dsv3i_avx512_place *a, __m128i shift) {
-    const unsigned char *w = a->w;
+void dsv3i_avx512_bf16_block(const dsv3_type type, const int M, const int NP, __m512i sum[12], dsv3i_avx512_place *a,
+                             __m128i shift) {
+    const int steps = type == DSV3_Q4_0 ? 4 : 8;
+    const __m512i low = _mm512_set1_epi8(15);
     DSV3I_UNROLL for (int m = 0; m < M; m++) {
         const int32_t zero = *(const int32_t *)(const void *)(a->x[m] + DSV3_QBLOCK + 4);
         const __m512i start = _mm512_sll_epi32(_mm512_set1_epi32(zero), shift);
         DSV3I_UNROLL for (int p = 0; p < NP; p++) sum[m * NP + p] = start;
     }
-    DSV3I_UNROLL for (int j = 0; j < 8; j++, w += a->step) {
-        __m512i b[4];
-        DSV3I_UNROLL for (int p = 0; p < NP; p++) b[p] = _mm512_loadu_si512(w + 64 * p);
-        dsv3i_avx512_ahead(NP, a, w);
-        DSV3I_UNROLL for (int m = 0; m < M; m++) {
-            const __m512i f = _mm512_set1_epi32(*(const int32_t *)(const void *)(a->x[m] + 4 * j));
-            DSV3I_UNROLL for (int p = 0; p < NP; p++) {
-                sum[m * NP + p] = _mm512_dpbusd_epi32(sum[m * NP + p], b[p], f);
+    DSV3I_UNROLL for (int j = 0; j < steps; j++, a->w += a->step) {
+        __m512i b[2][2];
+        dsv3i_avx512_fetch(a);
+        DSV3I_UNROLL for (int p = 0; p < NP; p++) {
+            const __m512i v = _mm512_loadu_si512(a->w + 64 * p);
+            b[0][p] = type == DSV3_Q4_0 ? _mm512_and_si512(v, low) : v;
+            b[1][p] = type == DSV3_Q4_0 ? _mm512_and_si512(_mm512_srli_epi16(v, 4), low) : v;
+        }
+        DSV3I_UNROLL for (int i = 0; i < 8 / steps; i++) {
+            DSV3I_UNROLL for (int m = 0; m < M; m++) {
+                const __m512i f = _mm512_set1_epi32(*(const int32_t *)(const void *)(a->x[m] + 16 * i + 4 * j));
+                DSV3I_UNROLL for (int p = 0; p < NP; p++) {
+                    sum[m * NP + p] = _mm512_dpbusd_epi32(sum[m * NP + p], b[i][p], f);
+                }
             }
         }
     }
 }
 
 /* Codes: each block times the multipliers of its rows of x and of w. Both kinds of sums fit the registers if there are
- * 12 of each at most. */
+ * 12 of each at most. scale: [k / 32, 4 or fewer columns, 16], `next_scale` floats from a block's to the next's. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_blocks(const int M, const int NP, dsv3i_avx512_place *a, const dsv3_panel *w, size_t k, int add) {
-    const __m128i shift = _mm_cvtsi32_si128(w->zero == 128 ? 4 : 0);
-    const float *scale = a->scale;
+void dsv3i_avx512_bf16_blocks(const dsv3_type type, const int M, const int NP, dsv3i_avx512_place *a,
+                              const float *scale, size_t next_scale, int32_t zero, size_t k, int add) {
+    const __m128i shift = _mm_cvtsi32_si128(zero == 128 ? 4 : 0);
     __m512 acc[24];
-    a->scale = NULL; /* what is stored is finished */
     dsv3i_avx512_begin(M, NP, acc, a, add);
-    for (size_t i = 0; i < k; i += DSV3_QBLOCK) {
+    for (size_t i = 0; i < k; i += DSV3_QBLOCK, scale += next_scale) {
         __m512i sum[12];
-        dsv3i_avx512_bf16_block(M, NP, sum, a, shift);
+        dsv3i_avx512_bf16_block(type, M, NP, sum, a, shift);
         DSV3I_UNROLL for (int m = 0; m < M; m++) {
             const __m512 unit = _mm512_set1_ps(*(const float *)(const void *)(a->x[m] + DSV3_QBLOCK));
             DSV3I_UNROLL for (int p = 0; p < NP; p++) {
@@ -10053,8 +10070,7 @@ void dsv3i_avx512_bf16_blocks(const int M, const int NP, dsv3i_avx512_place *a, 
             }
             a->x[m] += DSV3_QBLOCK + 8;
         }
-        a->w += 8 * a->step;
-        scale += 16 * w->columns;
+        if ((i + DSV3_QBLOCK) % DSV3I_TERMS == 0) a->w += a->gap;
     }
     dsv3i_avx512_end(M, NP, acc, a, 0);
 }
@@ -10065,13 +10081,11 @@ void dsv3i_avx512_bf16_fast(const int bytes, const int M, const int NP, float *y
     dsv3i_avx512_place a;
     dsv3i_avx512_place_set(M, NP, &a, y + 16 * c0, ldy, x, ldx, n, (const unsigned char *)w->values + 64 * c0,
                            64 * w->columns, rows - 16 * c0);
-    a.ahead = w->ahead;
-
-    if (w->scale != NULL) a.scale = w->scale + 16 * c0;
     if (bytes) {
-        dsv3i_avx512_bf16_blocks(M, NP, &a, w, k, add);
+        dsv3i_avx512_bf16_blocks(DSV3_Q8_0, M, NP, &a, w->scale + 16 * c0, 16 * w->columns, w->zero, k, add);
     } else {
-        dsv3i_avx512_bf16_pairs_of(M, NP, &a, w, k, add);
+        if (w->scale != NULL) a.scale = w->scale + 16 * c0;
+        dsv3i_avx512_bf16_pairs_of(M, NP, &a, w->block, 16 * w->columns, k, add);
     }
 }
 
@@ -10558,6 +10572,112 @@ DSV3I_FEW_TYPE(f8_e4m3, DSV3I_FEW_CODES, DSV3_F8_E4M3)
 DSV3I_FEW_TYPE(q8_0, DSV3I_FEW_CODES, DSV3_Q8_0)
 DSV3I_FEW_TYPE(q4_0, DSV3I_FEW_CODES, DSV3_Q4_0)
 
+/* ---- Many rows and packed weights: prefill. Outputs stay in registers while terms pass by that near caches hold, and each
+ * share of the rows fetches its share of what comes next. */
+
+/* Terms of a panel that all rows meet before the next ones do. Those of FP8 become BF16 first. */
+#define DSV3I_MANY_BF16 1024u
+#define DSV3I_MANY_F8 256u
+#define DSV3I_MANY_BYTES 512u
+
+/* So many terms of a panel: codes, the multipliers behind each piece as floats, and where the next terms are. */
+typedef struct dsv3i_avx512_many {
+    const unsigned char *codes, *next;
+    float scale[DSV3I_MANY_BYTES / DSV3_QBLOCK * 64];
+    unsigned char values[64 * DSV3I_MANY_F8 * 2];
+} dsv3i_avx512_many;
+
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_many_begin(const dsv3_type type, dsv3i_avx512_many *a, const unsigned char *w, size_t k) {
+    a->codes = w;
+    for (size_t i = 0, some; i < k; i += some) {
+        const unsigned char *behind;
+        some = dsv3i_min(DSV3I_TERMS, k - i);
+        behind = w + dsv3i_codes_bytes(type, 4, some);
+        if (type == DSV3_F8_E4M3) {
+            float one;
+            DSV3_MEMCPY(&one, behind, sizeof one);
+            dsv3i_avx512_bf16_widen_f8(a->values + 128 * i, w, 4, some);
+            for (size_t j = 0; j < 64; j++) a->scale[i / DSV3I_TERMS * 64 + j] = one;
+        } else if (type != DSV3_BF16) {
+            dsv3i_avx512_decode(DSV3_F16, a->scale + 2 * i, behind, 2 * some);
+        }
+        w += dsv3i_piece_bytes(type, 4, some);
+    }
+    a->next = w;
+    if (type == DSV3_F8_E4M3) a->codes = a->values;
+}
+
+/* M rows and NP columns meet k terms. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_many_rows(const dsv3_type type, const int M, const int NP, dsv3i_avx512_place *a,
+                                 const float *scale, size_t k, int add) {
+    if (type == DSV3_F8_E4M3) a->scale = scale;
+    if (type == DSV3_BF16 || type == DSV3_F8_E4M3) {
+        dsv3i_avx512_bf16_pairs_of(M, NP, a, type == DSV3_BF16 ? k : DSV3I_TERMS, 64, k, add);
+    } else {
+        dsv3i_avx512_bf16_blocks(type, M, NP, a, scale, 64, type == DSV3_Q8_0 ? 128 : 8, k, add);
+    }
+}
+
+/* n rows meet k terms. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_many_terms(const dsv3_type type, float *y, size_t ldy, const unsigned char *x, size_t ldx,
+                                  size_t n, const dsv3i_avx512_many *w, size_t k, int add) {
+    const int NP = type == DSV3_BF16 || type == DSV3_F8_E4M3 ? 4 : 2;
+    const size_t steps = dsv3i_codes_bytes(type, 4, k) / 256;
+    const size_t lines = type == DSV3_F8_E4M3 ? 0 : (size_t)(w->next - w->codes) / (64 * n * (size_t)(4 / NP));
+    const unsigned char *next = w->next;
+    for (int c = 0; c < 4; c += NP) {
+        for (size_t t = 0, m; t < n; t += m) {
+            dsv3i_avx512_place a;
+            m = dsv3i_rows_together(n - t);
+            dsv3i_avx512_place_set(6, NP, &a, y + t * ldy + 16 * c, ldy, x + t * ldx, ldx, m, w->codes + 64 * c, 256,
+                                   64);
+            a.gap = dsv3i_piece_bytes(type, 4, DSV3I_TERMS) - dsv3i_codes_bytes(type, 4, DSV3I_TERMS);
+            a.next = next;
+            a.lines = lines * m;
+            a.each = dsv3i_max(dsv3i_blocks(a.lines, steps), 1);
+            next += 64 * a.lines;
+            switch (m) {
+            case 1: dsv3i_avx512_bf16_many_rows(type, 1, NP, &a, w->scale + 16 * c, k, add); break;
+            case 2: dsv3i_avx512_bf16_many_rows(type, 2, NP, &a, w->scale + 16 * c, k, add); break;
+            case 3:
+            case 4: dsv3i_avx512_bf16_many_rows(type, 4, NP, &a, w->scale + 16 * c, k, add); break;
+            default: dsv3i_avx512_bf16_many_rows(type, 6, NP, &a, w->scale + 16 * c, k, add);
+            }
+        }
+    }
+}
+
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_many(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+                            const void *w, size_t panels, size_t k) {
+    const size_t most = type == DSV3_BF16 ? DSV3I_MANY_BF16 : type == DSV3_F8_E4M3 ? DSV3I_MANY_F8 : DSV3I_MANY_BYTES;
+    dsv3i_avx512_many some;
+    some.next = (const unsigned char *)w;
+    for (size_t p = 0; p < panels; p++) {
+        for (size_t i = 0, terms; i < k; i += terms) {
+            terms = dsv3i_min(most, k - i);
+            dsv3i_avx512_bf16_many_begin(type, &some, some.next, terms);
+            dsv3i_avx512_bf16_many_terms(type, y + 64 * p, ldy,
+                                         (const unsigned char *)x + dsv3i_input_bytes(1, type, i), ldx, n, &some,
+                                         terms, i > 0);
+        }
+    }
+}
+
+#define DSV3I_MANY_TYPE(name, type)                                                                                  \
+    DSV3I_TARGET(DSV3I_AVX512_BF16)                                                                                  \
+    static void dsv3i_avx512_bf16_many_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n,             \
+                                              const void *w, size_t panels, size_t k) {                              \
+        dsv3i_avx512_bf16_many(type, y, ldy, x, ldx, n, w, panels, k);                                               \
+    }
+DSV3I_MANY_TYPE(bf16, DSV3_BF16)
+DSV3I_MANY_TYPE(f8_e4m3, DSV3_F8_E4M3)
+DSV3I_MANY_TYPE(q8_0, DSV3_Q8_0)
+DSV3I_MANY_TYPE(q4_0, DSV3_Q4_0)
+
 /* ---- The tables. */
 
 #define DSV3I_DECODE_TYPE(isa, target, name, type)                                                                   \
@@ -10628,6 +10748,10 @@ static void dsv3i_kernels_avx512_bf16(dsv3_kernels *k) {
     k->few[1][DSV3_F8_E4M3] = dsv3i_avx512_bf16_few_f8_e4m3;
     k->few[1][DSV3_Q8_0] = dsv3i_avx512_bf16_few_q8_0;
     k->few[1][DSV3_Q4_0] = dsv3i_avx512_bf16_few_q4_0;
+    k->many[DSV3_BF16] = dsv3i_avx512_bf16_many_bf16;
+    k->many[DSV3_F8_E4M3] = dsv3i_avx512_bf16_many_f8_e4m3;
+    k->many[DSV3_Q8_0] = dsv3i_avx512_bf16_many_q8_0;
+    k->many[DSV3_Q4_0] = dsv3i_avx512_bf16_many_q4_0;
 }
 
 #ifdef DSV3I_TILES

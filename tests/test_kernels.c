@@ -1279,19 +1279,20 @@ static void packed_product(const dsv3_kernels *kernels, int fast, float *y, size
     }
 }
 
-/* few, and many: all numbers of rows that few takes, and edges of those that tiles of 16 rows and groups of them have. Some
- * rows are so small that sums are subnormal. */
+/* few, and many: all numbers of rows that few takes, and edges of those that tiles of 16 rows and groups of them have; lengths
+ * on both sides of a piece, and of the 256, 512 or 1024 terms that many takes at once. Some rows are so small that sums are
+ * subnormal. */
 static void check_whole(const dsv3_kernels *kernels, int many, int fast, dsv3_type type) {
-    static const size_t lengths[12] = {1, 2, 3, 4, 31, 32, 64, 96, 127, 128, 160, 288};
+    static const size_t lengths[14] = {1, 2, 3, 4, 31, 32, 64, 96, 127, 128, 160, 288, 672, 1093};
     static const size_t heights[16] = {5, 6, 15, 16, 17, 31, 32, 33, 47, 48, 49, 64, 95, 96, 97, 200};
     int bits = 0, touched = 0, blocks = dsv3_type_block(type) > 1;
-    for (size_t length = 0; length < 12; length++) {
+    for (size_t length = 0; length < 14; length++) {
         size_t k = lengths[length];
         if (k % dsv3_type_block(type) != 0 || (!fast && k % 4 != 0)) continue;
         for (size_t turn = 0; turn < 40; turn++) {
             size_t n = many ? heights[turn % 16] : 1 + turn % 4, panels = many ? turn % 3 : turn / 4;
             size_t row = !fast ? 4 * k : blocks ? k / 32 * 40 : up(k, 4) * 2, ldx = row + 4 * test_below(4);
-            float numbers[288];
+            float numbers[1093];
             table y, want;
             box x, w;
             box_input(&x, (n - 1) * ldx + row);
@@ -1547,7 +1548,7 @@ static void check_panels(const dsv3_context *ctx) {
             CHECK((k->few[fast][type] != NULL) == (!none && k->product[DSV3_PRODUCT_FAST_BF16] != NULL));
             if (k->few[fast][type] != NULL) check_whole(k, 0, fast, (dsv3_type)type);
         }
-        CHECK((k->many[type] != NULL) == (type >= DSV3_BF16 && strcmp(ctx->backend, "amx") == 0));
+        CHECK((k->many[type] != NULL) == (k->few[1][type] != NULL));
         if (k->many[type] != NULL) check_whole(k, 1, 1, (dsv3_type)type);
         if (k->many[type] != NULL && type == DSV3_BF16) check_zeros(k);
         CHECK((k->mix[type] != NULL) ==
