@@ -10292,13 +10292,13 @@ DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_values(const dsv3_type type, __m512i b[2], const unsigned char *w, const __m512i table[4]) {
     const __m512i v = _mm512_loadu_si512(w);
     b[0] = v;
-    if (type != DSV3_BF16) _mm_prefetch((const char *)w + 1024, _MM_HINT_T0);
     if (type == DSV3_F8_E4M3) {
         const __m512i l = _mm512_permutex2var_epi8(table[0], v, table[1]);
         const __m512i h = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(table[2], v, table[3]), v,
                                                     _mm512_set1_epi8((char)-128), 0xF8);
         b[0] = _mm512_unpacklo_epi8(l, h);
         b[1] = _mm512_unpackhi_epi8(l, h);
+        _mm_prefetch((const char *)w + 1024, _MM_HINT_T0); /* other types are slower with it */
     } else if (type == DSV3_Q4_0) {
         b[0] = _mm512_and_si512(v, _mm512_set1_epi8(15));
         b[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15));
@@ -10491,7 +10491,12 @@ void dsv3i_avx512_bf16_few_panels(const dsv3i_few_kind kind, const dsv3_type typ
             for (size_t b = 0; b < terms / DSV3_QBLOCK; b++) {
                 const unsigned char *at[4];
                 __m512 f[16];
-                DSV3I_UNROLL for (int s = 0; s < NS; s++) at[s] = ws[s] + b * (type == DSV3_Q8_0 ? 2048 : 1024);
+                DSV3I_UNROLL for (int s = 0; s < NS; s++) {
+                    at[s] = ws[s] + b * (type == DSV3_Q8_0 ? 2048 : 1024);
+                    if (type == DSV3_Q8_0) continue;
+                    _mm_prefetch((const char *)ws[s] + codes + b * 128 + piece, _MM_HINT_T0); /* next multipliers */
+                    _mm_prefetch((const char *)ws[s] + codes + b * 128 + piece + 64, _MM_HINT_T0);
+                }
                 dsv3i_avx512_bf16_few_sums(kind, type, M, NS, f, at, xs);
                 DSV3I_UNROLL for (int c = 0; c < 4 * NS; c++) {
                     const void *halves = ws[c / 4] + codes + b * 128 + 32 * (c % 4);
@@ -10529,31 +10534,35 @@ DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_few(const dsv3i_few_kind kind, const dsv3_type type, float *y, size_t ldy, const void *x,
                            size_t ldx, size_t n, const void *w, size_t panels, size_t k) {
     const unsigned char *xs = (const unsigned char *)x, *ws = (const unsigned char *)w;
-    const int blocks = type == DSV3_Q8_0 || type == DSV3_Q4_0; /* they need registers for sums and for results */
     const size_t bytes = dsv3i_panel_bytes(type, 4, k);
-    const size_t streams = n > 2 ? 1 : (blocks ? 2 : 4) / n, far = panels / streams;
+    const int four = n == 1 && type != DSV3_Q4_0; /* Q4_0, whose codes become two values, needs more registers */
     __m512i table[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(),
                         _mm512_setzero_si512()};
     if (type == DSV3_F8_E4M3) dsv3i_avx512_bf16_tables(table);
-    for (size_t p = 0, done; p < panels; p += done) {
-        float *yp = y + 64 * p;
-        const unsigned char *wp = ws + p * bytes;
-        done = 1;
-        if (p < far && streams > 1) {
-            if (n == 1)
-                dsv3i_avx512_bf16_few_panels(kind, type, 1, blocks ? 2 : 4, yp, ldy, 64 * far, xs, ldx, wp,
-                                             far * bytes, k, table);
-            if (n == 2)
-                dsv3i_avx512_bf16_few_panels(kind, type, 2, blocks ? 1 : 2, yp, ldy, 64 * far, xs, ldx, wp,
-                                             far * bytes, k, table);
-            if (p + 1 == far) done = far * streams - p;
-            continue;
-        }
-        switch (n) {
-        case 1: dsv3i_avx512_bf16_few_panels(kind, type, 1, 1, yp, ldy, 0, xs, ldx, wp, 0, k, table); break;
-        case 2: dsv3i_avx512_bf16_few_panels(kind, type, 2, 1, yp, ldy, 0, xs, ldx, wp, 0, k, table); break;
-        case 3: dsv3i_avx512_bf16_few_panels(kind, type, 3, 1, yp, ldy, 0, xs, ldx, wp, 0, k, table); break;
-        default: dsv3i_avx512_bf16_few_panels(kind, type, 4, 1, yp, ldy, 0, xs, ldx, wp, 0, k, table);
+    for (size_t p = 0, streams, far; p < panels; p += streams * far) {
+        streams = n > 2 || panels - p < 2 ? 1 : four && panels - p >= 4 ? 4 : 2;
+        far = (panels - p) / streams;
+        for (size_t i = p; i < p + far; i++) {
+            float *yi = y + 64 * i;
+            const unsigned char *wi = ws + i * bytes;
+            size_t ldp = 64 * far, apart = far * bytes;
+            if (n == 1) {
+                if (streams == 4 && type != DSV3_Q4_0)
+                    dsv3i_avx512_bf16_few_panels(kind, type, 1, 4, yi, ldy, ldp, xs, ldx, wi, apart, k, table);
+                if (streams == 2)
+                    dsv3i_avx512_bf16_few_panels(kind, type, 1, 2, yi, ldy, ldp, xs, ldx, wi, apart, k, table);
+                if (streams == 1)
+                    dsv3i_avx512_bf16_few_panels(kind, type, 1, 1, yi, ldy, ldp, xs, ldx, wi, apart, k, table);
+            } else if (n == 2) {
+                if (streams == 2)
+                    dsv3i_avx512_bf16_few_panels(kind, type, 2, 2, yi, ldy, ldp, xs, ldx, wi, apart, k, table);
+                if (streams == 1)
+                    dsv3i_avx512_bf16_few_panels(kind, type, 2, 1, yi, ldy, ldp, xs, ldx, wi, apart, k, table);
+            } else if (n == 3) {
+                dsv3i_avx512_bf16_few_panels(kind, type, 3, 1, yi, ldy, ldp, xs, ldx, wi, apart, k, table);
+            } else {
+                dsv3i_avx512_bf16_few_panels(kind, type, 4, 1, yi, ldy, ldp, xs, ldx, wi, apart, k, table);
+            }
         }
     }
 }
