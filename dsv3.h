@@ -5087,12 +5087,14 @@ static void dsv3i_router_back(const dsv3_context *ctx, float *du, const float *u
 typedef struct dsv3i_moe_back {
     const dsv3_context *ctx;
     const dsv3i_dims *m;
+    const dsv3_layer *w, *g;
     const dsv3i_saved *s;
+    const dsv3i_backward *b;
+    const dsv3_workspace *ws;
     const float *u, *dy;
-    float *dgrouped, *gate, *du; /* of all grouped rows */
-    float *grouped, *h;          /* of those from `first` on: u, and hidden values */
-    const size_t *pair;          /* [n K] of a grouped row: t K + k */
-    size_t first;
+    float *gate, *dgate, *du; /* of all grouped rows, as b->dgrouped */
+    float *grouped, *h;       /* of those from `first` on: u, and hidden values */
+    size_t first, most;       /* most: rows of the expert that has the most */
 } dsv3i_moe_back;
 
 /* Rows of tokens to grouped rows: u, dY, gate; h is multiplied by its gate. */
@@ -5101,10 +5103,10 @@ static void dsv3i_moe_gather_task(void *arg, size_t begin, size_t end, size_t wo
     size_t d = a->m->d, F = a->m->F;
     (void)worker;
     for (size_t i = begin; i < end; i++) {
-        size_t row = a->first + i, t = a->pair[row] / a->m->K;
+        size_t row = a->first + i, pair = a->ws->pair[row], t = pair / a->m->K;
         DSV3_MEMCPY(a->grouped + i * d, a->u + t * d, d * sizeof *a->u);
-        DSV3_MEMCPY(a->dgrouped + row * d, a->dy + t * d, d * sizeof *a->dy);
-        a->gate[row] = a->s->gate[a->pair[row]];
+        DSV3_MEMCPY(a->b->dgrouped + row * d, a->dy + t * d, d * sizeof *a->dy);
+        a->gate[row] = a->s->gate[pair];
         dsv3i_scale(a->h + i * F, a->gate[row], F);
     }
 }
@@ -5115,65 +5117,100 @@ static void dsv3i_moe_scatter_task(void *arg, size_t begin, size_t end, size_t w
     size_t d = a->m->d, K = a->m->K;
     (void)worker;
     for (size_t i = begin * K; i < end * K; i++) {
-        a->ctx->kernels.axpy(a->du + i / K * d, 1.0f, a->dgrouped + a->s->slot[i] * d, d);
+        a->ctx->kernels.axpy(a->du + i / K * d, 1.0f, a->b->dgrouped + a->s->slot[i] * d, d);
     }
 }
 
 /* Experts e0 .. e1-1 */
-static void dsv3i_experts_back(dsv3i_moe_back *a, float *dgate, const dsv3_layer *w, const dsv3_layer *g, size_t e0,
-                               size_t e1, const dsv3i_backward *b, const dsv3_workspace *ws) {
+static void dsv3i_experts_back(dsv3i_moe_back *a, size_t e0, size_t e1) {
     const dsv3i_saved *s = a->s;
+    dsv3i_mlp_rows *mlps = a->ws->mlps;
     size_t d = a->m->d, F = a->m->F, first = s->offset[e0], n = s->offset[e1] - first, at = first * F, count = 0;
     if (n == 0) return;
-    a->h = dsv3i_back_hidden(a->ctx, s, at, n * F, ws);
+    a->h = dsv3i_back_hidden(a->ctx, s, at, n * F, a->ws);
     a->first = first;
     dsv3i_parallel(a->ctx, n, dsv3i_mul(n, 2 * d), dsv3i_moe_gather_task, a);
     for (size_t e = e0; e < e1; e++) {
         size_t from = s->offset[e], rows = s->offset[e + 1] - from;
-        dsv3i_mlp_rows *r = &ws->mlps[count];
+        float *dx = a->b->dgrouped + from * d;
         if (rows == 0) continue;
-        dsv3i_mlp_rows_set(r, &w->experts[e], a->dgrouped + from * d, a->grouped + (from - first) * d, rows,
-                           from * F);
-        r->g = &g->experts[e];
-        r->dx = a->dgrouped + from * d;
-        count++;
+        dsv3i_mlp_rows_set(&mlps[count], &a->w->experts[e], dx, a->grouped + (from - first) * d, rows, from * F);
+        mlps[count].g = &a->g->experts[e];
+        mlps[count++].dx = dx;
     }
-    dsv3i_mlps_back(a->ctx, ws->mlps, count, a->gate + first, dgate + first, at, n * F, F, s, a->h, b, ws);
+    dsv3i_mlps_back(a->ctx, mlps, count, a->gate + first, a->dgate + first, at, n * F, F, s, a->h, a->b, a->ws);
+}
+
+/* Each expert by one worker, with a part of the memory that stays in its cache. */
+static void dsv3i_experts_back_task(void *arg, size_t begin, size_t end, size_t worker) {
+    dsv3i_moe_back a = *(const dsv3i_moe_back *)arg;
+    dsv3_context alone = *a.ctx;
+    dsv3_workspace ws = *a.ws;
+    dsv3i_backward b = *a.b;
+    dsv3i_mlp_rows mlp;
+    dsv3i_back_job jobs[2];
+    size_t row = worker * a.most;
+    alone.threads = 1;
+    ws.worker += worker * ws.worker_floats;
+    ws.h += row * a.m->F;
+    ws.mlps = &mlp;
+    b.dh += row * a.m->F;
+    b.jobs = jobs;
+    a.ctx = &alone;
+    a.ws = &ws;
+    a.b = &b;
+    a.grouped += row * a.m->d;
+    for (size_t e = begin; e < end; e++) dsv3i_experts_back(&a, e, e + 1);
 }
 
 #define DSV3I_NEAR 65536u /* floats of u and dY that a worker's cache surely holds */
 
-/* A few experts at a time, whose rows stay in caches from the first product to the last. */
+/* Experts one by one if there are enough of them for all threads, else a few at a time: their rows stay in caches
+ * from the first product to the last. */
+static void dsv3i_all_experts_back(dsv3i_moe_back *a, size_t n_routed) {
+    const size_t *offset = a->s->offset;
+    size_t d = a->m->d, E = a->m->E, threads = a->ctx->threads;
+    a->most = 0;
+    for (size_t e = 0; e < E; e++) a->most = dsv3i_max(a->most, offset[e + 1] - offset[e]);
+    if (dsv3i_mul(a->most, 2 * threads) <= n_routed) {
+        dsv3i_parallel(a->ctx, E, dsv3i_mul(n_routed, 6 * d * a->m->F), dsv3i_experts_back_task, a);
+        return;
+    }
+    for (size_t e = 0, last; e < E; e = last) {
+        for (last = e + 1; last < E && (offset[last] - offset[e]) * 2 * d < dsv3i_mul(threads, DSV3I_NEAR); last++) {
+        }
+        dsv3i_experts_back(a, e, last);
+    }
+}
+
 static void dsv3i_moe_backward(const dsv3_context *ctx, float *du, const float *dy, const float *u,
                                const dsv3_config *c, const dsv3_layer *w, const dsv3_layer *g, const dsv3i_saved *s,
                                size_t n, const dsv3i_backward *b, const dsv3_workspace *ws) {
     dsv3i_dims m = dsv3i_dims_of(c);
-    size_t n_routed = n * m.K, most = dsv3i_mul(ctx->threads, DSV3I_NEAR);
-    float *dgate = b->r; /* in grouped order, as gate; r [n K] is free here */
+    size_t n_routed = n * m.K;
     dsv3i_moe_back arg;
     arg.ctx = ctx;
     arg.m = &m;
+    arg.w = w;
+    arg.g = g;
     arg.s = s;
+    arg.b = b;
+    arg.ws = ws;
     arg.u = u;
     arg.dy = dy;
-    arg.grouped = ws->grouped;
-    arg.dgrouped = b->dgrouped;
     arg.gate = b->dgate;
+    arg.dgate = b->r; /* in grouped order, as gate; r [n K] is free here */
     arg.du = du;
-    arg.pair = ws->pair;
+    arg.grouped = ws->grouped;
     for (size_t i = 0; i < n_routed; i++) ws->pair[s->slot[i]] = i;
-    for (size_t e = 0, last; e < m.E; e = last) {
-        for (last = e + 1; last < m.E && (s->offset[last] - s->offset[e]) * 2 * m.d < most; last++) {
-        }
-        dsv3i_experts_back(&arg, dgate, w, g, e, last, b, ws);
-    }
+    dsv3i_all_experts_back(&arg, n_routed);
     if (m.Fs > 0) {
         dsv3i_mlp_back(ctx, du, dy, u, &w->shared_experts, &g->shared_experts, n_routed * m.F, s, n, b, ws);
     } else {
         DSV3_MEMSET(du, 0, n * m.d * sizeof *du);
     }
     dsv3i_parallel(ctx, n, dsv3i_mul(n_routed, m.d), dsv3i_moe_scatter_task, &arg);
-    for (size_t i = 0; i < n_routed; i++) b->dgate[i] = dgate[s->slot[i]];
+    for (size_t i = 0; i < n_routed; i++) b->dgate[i] = arg.dgate[s->slot[i]];
     dsv3i_router_back(ctx, du, u, c, w, g, s, n, b, ws);
 }
 
