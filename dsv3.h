@@ -2163,12 +2163,75 @@ static void dsv3i_decode_row(const dsv3_context *ctx, float *y, const dsv3_tenso
     }
 }
 
+/* ---- Rows of d numbers: embeddings, copies, sums. A copy or a sum of all rows is short, but not beside loops that
+ * many threads share. */
+
+typedef struct dsv3i_rows_arg {
+    const dsv3_context *ctx;
+    float *y;
+    const float *x;
+    size_t d, ldy, ldx;   /* rows of y, and of x, lie so many floats apart */
+    const size_t *at;     /* [n] which rows of the other array these are; NULL: the same */
+    const int32_t *token; /* [n] of embeddings */
+    const dsv3_tensor *w; /* embeddings, or a norm's gain */
+    float eps;
+} dsv3i_rows_arg;
+
+static dsv3i_rows_arg dsv3i_rows_make(const dsv3_context *ctx, float *y, const float *x, size_t d) {
+    dsv3i_rows_arg a;
+    a.ctx = ctx;
+    a.y = y;
+    a.x = x;
+    a.d = a.ldy = a.ldx = d;
+    a.at = NULL;
+    a.token = NULL;
+    a.w = NULL;
+    a.eps = 0.0f;
+    return a;
+}
+
+static void dsv3i_embed_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_rows_arg *a = (const dsv3i_rows_arg *)arg;
+    (void)worker;
+    for (size_t t = begin; t < end; t++) {
+        DSV3_ASSERT(a->token[t] >= 0 && (size_t)a->token[t] < a->w->rows);
+        dsv3i_decode_row(a->ctx, a->y + t * a->d, a->w, (size_t)a->token[t]);
+    }
+}
+
 DSV3_API void dsv3_embed(const dsv3_context *context, float *x, const int32_t *token, const dsv3_tensor *w,
                          size_t n) {
-    for (size_t t = 0; t < n; t++) {
-        DSV3_ASSERT(token[t] >= 0 && (size_t)token[t] < w->rows);
-        dsv3i_decode_row(context, x + t * w->cols, w, (size_t)token[t]);
+    dsv3i_rows_arg a = dsv3i_rows_make(context, x, NULL, w->cols);
+    a.token = token;
+    a.w = w;
+    dsv3i_parallel(context, n, dsv3i_mul(2 * n, w->cols), dsv3i_embed_task, &a);
+}
+
+static void dsv3i_copy_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_rows_arg *a = (const dsv3i_rows_arg *)arg;
+    (void)worker;
+    for (size_t t = begin; t < end; t++) {
+        DSV3_MEMCPY(a->y + t * a->ldy, a->x + (a->at != NULL ? a->at[t] : t) * a->ldx, a->d * sizeof *a->y);
     }
+}
+
+static void dsv3i_copy_rows(const dsv3_context *ctx, float *y, const float *x, size_t n, size_t d) {
+    dsv3i_rows_arg a = dsv3i_rows_make(ctx, y, x, d);
+    dsv3i_parallel(ctx, n, dsv3i_mul(2 * n, d), dsv3i_copy_task, &a);
+}
+
+static void dsv3i_add_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_rows_arg *a = (const dsv3i_rows_arg *)arg;
+    (void)worker;
+    for (size_t t = begin; t < end; t++) {
+        a->ctx->kernels.axpy(a->y + (a->at != NULL ? a->at[t] : t) * a->d, 1.0f, a->x + t * a->d, a->d);
+    }
+}
+
+/* y [n, d] += x: the residual stream. */
+static void dsv3i_add_rows(const dsv3_context *ctx, float *y, const float *x, size_t n, size_t d) {
+    dsv3i_rows_arg a = dsv3i_rows_make(ctx, y, x, d);
+    dsv3i_parallel(ctx, n, dsv3i_mul(2 * n, d), dsv3i_add_task, &a);
 }
 
 /* ---- Pieces of panels for products */
@@ -2697,36 +2760,46 @@ DSV3_API void dsv3_linear_backward(const dsv3_context *context, float *dx, float
     dsv3i_back_jobs(context, &job, 1, scratch, dsv3i_linear_floats(w->cols));
 }
 
-/* The embedding is a linear map of one-hot rows: its gradient is added row by row. */
-DSV3_API void dsv3_embed_backward(float *dw, const float *dx, const int32_t *token, size_t n, size_t d) {
-    for (size_t t = 0; t < n; t++) {
-        float *row = dw + (size_t)token[t] * d;
-        for (size_t i = 0; i < d; i++) row[i] += dx[t * d + i];
+/* The embedding is a linear map of one-hot rows: its gradient is added row by row, columns apart. */
+
+#define DSV3I_COLUMNS 32u
+
+typedef struct dsv3i_embed_back_arg {
+    float *dw;
+    const float *dx;
+    const int32_t *token;
+    size_t n, d;
+} dsv3i_embed_back_arg;
+
+static void dsv3i_embed_back_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_embed_back_arg *a = (const dsv3i_embed_back_arg *)arg;
+    size_t first = begin * DSV3I_COLUMNS, last = dsv3i_min(end * DSV3I_COLUMNS, a->d);
+    (void)worker;
+    for (size_t t = 0; t < a->n; t++) {
+        float *row = a->dw + (size_t)a->token[t] * a->d;
+        for (size_t i = first; i < last; i++) row[i] += a->dx[t * a->d + i];
     }
+}
+
+static void dsv3i_embed_back(const dsv3_context *ctx, float *dw, const float *dx, const int32_t *token, size_t n,
+                             size_t d) {
+    dsv3i_embed_back_arg a;
+    a.dw = dw;
+    a.dx = dx;
+    a.token = token;
+    a.n = n;
+    a.d = d;
+    dsv3i_parallel(ctx, dsv3i_blocks(d, DSV3I_COLUMNS), dsv3i_mul(2 * n, d), dsv3i_embed_back_task, &a);
+}
+
+DSV3_API void dsv3_embed_backward(float *dw, const float *dx, const int32_t *token, size_t n, size_t d) {
+    dsv3_context alone;
+    DSV3_MEMSET(&alone, 0, sizeof alone);
+    dsv3i_embed_back(&alone, dw, dx, token, n, d);
 }
 #endif
 
-/* ---- RMSNorm, and the sum of rows */
-
-typedef struct dsv3i_rows_arg { /* of loops over rows of d numbers */
-    const dsv3_context *ctx;
-    float *y;
-    const float *x;
-    size_t d;
-    const dsv3_tensor *g; /* of a norm, as eps */
-    float eps;
-} dsv3i_rows_arg;
-
-static dsv3i_rows_arg dsv3i_rows_make(const dsv3_context *ctx, float *y, const float *x, size_t d) {
-    dsv3i_rows_arg a;
-    a.ctx = ctx;
-    a.y = y;
-    a.x = x;
-    a.d = d;
-    a.g = NULL;
-    a.eps = 0.0f;
-    return a;
-}
+/* ---- RMSNorm */
 
 /* x *= a */
 static void dsv3i_scale(float *x, float a, size_t n) {
@@ -2748,16 +2821,16 @@ static void dsv3i_norm_scale(float *DSV3I_RESTRICT v, const float *DSV3I_RESTRIC
 
 static void dsv3i_rmsnorm_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_rows_arg *a = (const dsv3i_rows_arg *)arg;
-    size_t d = a->d, step = dsv3_type_bytes(a->g->type);
+    size_t d = a->d, step = dsv3_type_bytes(a->w->type);
     (void)worker;
     for (size_t t = begin; t < end; t++) {
-        const float *xt = a->x + t * d;
-        float *yt = a->y + t * d;
+        const float *xt = a->x + t * a->ldx;
+        float *yt = a->y + t * a->ldy;
         float r = 1.0f / DSV3_SQRTF(a->ctx->kernels.dot(xt, xt, d) / (float)d + a->eps);
         for (size_t i = 0; i < d; i += 64) { /* the gain is decoded piece by piece, on the stack */
             float gain[64], v[64];
             size_t m = dsv3i_min(64, d - i);
-            a->ctx->kernels.decode[a->g->type](gain, (const unsigned char *)a->g->data + i * step, m);
+            a->ctx->kernels.decode[a->w->type](gain, (const unsigned char *)a->w->data + i * step, m);
             DSV3_MEMCPY(v, xt + i, m * sizeof *v);
             dsv3i_norm_scale(v, gain, r, m);
             DSV3_MEMCPY(yt + i, v, m * sizeof *v);
@@ -2765,25 +2838,20 @@ static void dsv3i_rmsnorm_task(void *arg, size_t begin, size_t end, size_t worke
     }
 }
 
+/* Rows of y lie ldy floats apart. */
+static void dsv3i_rmsnorm(const dsv3_context *ctx, float *y, size_t ldy, const float *x, const dsv3_tensor *g,
+                          size_t n, size_t d, float eps) {
+    dsv3i_rows_arg a = dsv3i_rows_make(ctx, y, x, d);
+    DSV3_ASSERT(g->cols == d && g->scale == NULL);
+    a.ldy = ldy;
+    a.w = g;
+    a.eps = eps;
+    dsv3i_parallel(ctx, n, dsv3i_mul(4 * n, d), dsv3i_rmsnorm_task, &a);
+}
+
 DSV3_API void dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *g, size_t n,
                            size_t d, float eps) {
-    dsv3i_rows_arg a = dsv3i_rows_make(context, y, x, d);
-    DSV3_ASSERT(g->cols == d && g->scale == NULL);
-    a.g = g;
-    a.eps = eps;
-    dsv3i_parallel(context, n, dsv3i_mul(4 * n, d), dsv3i_rmsnorm_task, &a);
-}
-
-static void dsv3i_add_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_rows_arg *a = (const dsv3i_rows_arg *)arg;
-    (void)worker;
-    a->ctx->kernels.axpy(a->y + begin * a->d, 1.0f, a->x + begin * a->d, (end - begin) * a->d);
-}
-
-/* y [n, d] += x: the residual stream. */
-static void dsv3i_add_rows(const dsv3_context *ctx, float *y, const float *x, size_t n, size_t d) {
-    dsv3i_rows_arg a = dsv3i_rows_make(ctx, y, x, d);
-    dsv3i_parallel(ctx, n, dsv3i_mul(2 * n, d), dsv3i_add_task, &a);
+    dsv3i_rmsnorm(context, y, d, x, g, n, d, eps);
 }
 
 #ifndef DSV3_NO_TRAINING
@@ -2791,7 +2859,6 @@ static void dsv3i_add_rows(const dsv3_context *ctx, float *y, const float *x, si
  *     dx += r v - x r^3 (v . x) / d,   dg += sum_t dy_t * x_t r_t
  * The sum over rows is split over columns; r [n] passes from the first loop to the second. */
 
-#define DSV3I_COLUMNS 32u
 #define DSV3I_NORM_ROWS 16u /* rows that meet a decoded gain together */
 
 typedef struct dsv3i_norm_arg {
@@ -2799,8 +2866,9 @@ typedef struct dsv3i_norm_arg {
     float *dx, *dg, *r;
     const float *dy, *x;
     const dsv3_tensor *g;
-    size_t n, d, ldx; /* rows of x and dx lie ldx floats apart */
+    size_t n, d, ldx, ldy; /* rows of x and dx lie ldx floats apart, rows of dy ldy */
     float eps;
+    int fresh; /* dx is set, not added to */
 } dsv3i_norm_arg;
 
 /* sum g dy x */
@@ -2832,6 +2900,7 @@ static void dsv3i_norm_dx_rows(const dsv3i_norm_arg *a, size_t t0, size_t n) {
     for (size_t t = 0; t < n; t++) {
         const float *x = a->x + (t0 + t) * a->ldx;
         r[t] = 1.0f / DSV3_SQRTF(a->ctx->kernels.dot(x, x, d) / (float)d + a->eps);
+        if (a->fresh) DSV3_MEMSET(a->dx + (t0 + t) * a->ldx, 0, d * sizeof *a->dx);
     }
     for (int pass = 0; pass < 2; pass++) { /* v . x first, then dx */
         for (size_t i = 0; i < d; i += 64) {
@@ -2839,7 +2908,7 @@ static void dsv3i_norm_dx_rows(const dsv3i_norm_arg *a, size_t t0, size_t n) {
             size_t m = dsv3i_min(64, d - i);
             a->ctx->kernels.decode[a->g->type](gain, (const unsigned char *)a->g->data + i * step, m);
             for (size_t t = 0; t < n; t++) {
-                const float *dy = a->dy + (t0 + t) * d + i, *x = a->x + (t0 + t) * a->ldx + i;
+                const float *dy = a->dy + (t0 + t) * a->ldy + i, *x = a->x + (t0 + t) * a->ldx + i;
                 float *dx = a->dx + (t0 + t) * a->ldx + i;
                 if (pass == 0) sum[t] += dsv3i_norm_dot(gain, dy, x, m);
                 if (pass == 1) dsv3i_norm_add(dx, r[t], gain, dy, sum[t] * r[t] * r[t] * r[t] / (float)d, x, m);
@@ -2863,7 +2932,7 @@ static void dsv3i_norm_dg_task(void *arg, size_t begin, size_t end, size_t worke
         size_t m = dsv3i_min(DSV3I_COLUMNS, a->d - i);
         DSV3_MEMCPY(sum, a->dg + i, m * sizeof *sum);
         for (size_t t = 0; t < a->n; t++) {
-            const float *x = a->x + t * a->ldx + i, *dy = a->dy + t * a->d + i;
+            const float *x = a->x + t * a->ldx + i, *dy = a->dy + t * a->ldy + i;
             size_t k = 0;
             for (; k + 8 <= m; k += 8) {
                 for (size_t j = 0; j < 8; j++) sum[k + j] += dy[k + j] * (x[k + j] * a->r[t]);
@@ -2874,9 +2943,8 @@ static void dsv3i_norm_dg_task(void *arg, size_t begin, size_t end, size_t worke
     }
 }
 
-/* Rows of x and dx lie ldx floats apart. */
-static void dsv3i_rmsnorm_back(const dsv3_context *ctx, float *dx, size_t ldx, float *dg, const float *dy,
-                               const float *x, const dsv3_tensor *g, size_t n, size_t d, float eps, float *r) {
+static dsv3i_norm_arg dsv3i_norm_make(const dsv3_context *ctx, float *dx, float *dg, const float *dy, const float *x,
+                                      const dsv3_tensor *g, size_t n, size_t d, float eps, float *r) {
     dsv3i_norm_arg arg;
     arg.ctx = ctx;
     arg.dx = dx;
@@ -2886,17 +2954,23 @@ static void dsv3i_rmsnorm_back(const dsv3_context *ctx, float *dx, size_t ldx, f
     arg.x = x;
     arg.g = g;
     arg.n = n;
-    arg.d = d;
-    arg.ldx = ldx;
+    arg.d = arg.ldx = arg.ldy = d;
     arg.eps = eps;
-    dsv3i_parallel(ctx, n, dsv3i_mul(4 * n, d), dsv3i_norm_dx_task, &arg);
-    dsv3i_parallel(ctx, dsv3i_blocks(d, DSV3I_COLUMNS), dsv3i_mul(2 * n, d), dsv3i_norm_dg_task, &arg);
+    arg.fresh = 0;
+    return arg;
+}
+
+static void dsv3i_norm_back(dsv3i_norm_arg *arg) {
+    size_t n = arg->n, d = arg->d;
+    dsv3i_parallel(arg->ctx, n, dsv3i_mul(4 * n, d), dsv3i_norm_dx_task, arg);
+    dsv3i_parallel(arg->ctx, dsv3i_blocks(d, DSV3I_COLUMNS), dsv3i_mul(2 * n, d), dsv3i_norm_dg_task, arg);
 }
 
 DSV3_API void dsv3_rmsnorm_backward(const dsv3_context *context, float *dx, float *dg, const float *dy,
                                     const float *x, const dsv3_tensor *g, size_t n, size_t d, float eps,
                                     float *scratch) {
-    dsv3i_rmsnorm_back(context, dx, d, dg, dy, x, g, n, d, eps, scratch);
+    dsv3i_norm_arg arg = dsv3i_norm_make(context, dx, dg, dy, x, g, n, d, eps, scratch);
+    dsv3i_norm_back(&arg);
 }
 #endif
 
@@ -4049,7 +4123,15 @@ typedef struct dsv3i_attention_back {
     const dsv3i_backward *b;
     size_t n;
     float scale;
+    int interleave;
 } dsv3i_attention_back;
+
+/* Rows of the sequence that row t begins; 0 if it begins none. The rows of each sequence lie together. */
+static size_t dsv3i_sequence_rows(const int32_t *leader, size_t t, size_t n) {
+    size_t rows = 0;
+    while (t + rows < n && leader[t + rows] == (int32_t)t) rows++;
+    return rows;
+}
 
 #define DSV3I_BACK_ROWS 48u /* rows that meet a block of keys together */
 #define DSV3I_BACK_KEYS 64u /* keys of a block */
@@ -4130,55 +4212,63 @@ static void dsv3i_attention_back_block(const dsv3i_attention_back *a, size_t t1,
     }
 }
 
+/* Head h of rows [t0, t1): keys from kv_up and the rotated parts, D = dout . o; what is to be summed up is cleared. */
+static void dsv3i_attention_back_begin(const dsv3i_attention_back *a, size_t t0, size_t t1, size_t h) {
+    const dsv3i_dims *m = a->m;
+    const dsv3i_backward *b = a->b;
+    for (size_t t = t0; t < t1; t++) {
+        size_t key = t * m->Hq + h * m->qk, up = t * m->Hkv + h * m->kv, out = t * m->Ho + h * m->dv;
+        DSV3_MEMCPY(b->keys + key, b->kv_up + up, m->dn * sizeof(float));
+        DSV3_MEMCPY(b->keys + key + m->dn, a->ws->kv + t * m->width + m->rk, m->dr * sizeof(float));
+        DSV3_MEMSET(b->dkeys + key, 0, m->qk * sizeof(float));
+        DSV3_MEMSET(b->dq + key, 0, m->qk * sizeof(float));
+        DSV3_MEMSET(b->dkv_up + up, 0, m->kv * sizeof(float));
+        b->D[t * m->H + h] = a->ctx->kernels.dot(b->dout + out, a->s->o + out, m->dv);
+    }
+}
+
 /* Item = head h of the sequence that row t0 begins. */
 static void dsv3i_attention_back_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_attention_back *a = (const dsv3i_attention_back *)arg;
     const dsv3i_dims *m = a->m;
     float *scratch = a->b->attention + worker * dsv3i_attention_back_floats(m);
     for (size_t i = begin; i < end; i++) {
-        size_t t0 = i / m->H, h = i % m->H, t1 = t0;
-        if (a->ws->leader[t0] != (int32_t)t0) continue;
-        for (; t1 < a->n && a->ws->leader[t1] == (int32_t)t0; t1++) {
-            size_t at = t1 * m->Ho + h * m->dv;
-            a->b->D[t1 * m->H + h] = a->ctx->kernels.dot(a->b->dout + at, a->s->o + at, m->dv);
-        }
+        size_t t0 = i / m->H, h = i % m->H, t1 = t0 + dsv3i_sequence_rows(a->ws->leader, t0, a->n);
+        if (t1 == t0) continue;
+        dsv3i_attention_back_begin(a, t0, t1, h);
         for (size_t j = t0; j < t1; j += DSV3I_BACK_KEYS) {
             dsv3i_attention_back_block(a, t1, h, j, dsv3i_min(DSV3I_BACK_KEYS, t1 - j), scratch);
         }
     }
 }
 
-/* keys [n, H, dn+dr] from kv_up and the rotated parts; what is to be summed up is cleared. */
+/* kv_up once more. */
 static void dsv3i_mla_back_begin(const dsv3_context *ctx, const dsv3i_dims *m, const dsv3_layer *w,
                                  const dsv3_workspace *ws, const dsv3i_backward *b, size_t n) {
     dsv3i_job job = dsv3i_job_make(b->kv_up, b->c, &w->kv_b_proj, n);
-    for (size_t t = 0; t < n; t++) DSV3_MEMCPY(b->c + t * m->rk, ws->kv + t * m->width, m->rk * sizeof(float));
+    dsv3i_rows_arg rows = dsv3i_rows_make(ctx, b->c, ws->kv, m->rk);
+    rows.ldx = m->width;
+    dsv3i_parallel(ctx, n, dsv3i_mul(2 * n, m->rk), dsv3i_copy_task, &rows);
     dsv3i_linear_jobs(ctx, &job, 1, ws->worker, ws->worker_floats, ws->rounded);
-    for (size_t i = 0; i < n * m->H; i++) {
-        float *key = b->keys + i * m->qk;
-        DSV3_MEMCPY(key, b->kv_up + i * m->kv, m->dn * sizeof *key);
-        DSV3_MEMCPY(key + m->dn, ws->kv + i / m->H * m->width + m->rk, m->dr * sizeof *key);
-    }
-    DSV3_MEMSET(b->dq, 0, n * m->Hq * sizeof(float));
-    DSV3_MEMSET(b->dkeys, 0, n * m->Hq * sizeof(float));
-    DSV3_MEMSET(b->dkv_up, 0, n * m->Hkv * sizeof(float));
-    DSV3_MEMSET(b->dkv_raw, 0, n * m->width * sizeof(float));
-    DSV3_MEMSET(b->dq_raw, 0, n * m->rq * sizeof(float));
 }
 
 /* dkeys goes to dkv_up and, summed over heads and rotated back, to dkv_raw; dq is rotated back. */
-static void dsv3i_mla_back_rotate(const dsv3i_dims *m, const dsv3_workspace *ws, const dsv3i_backward *b, size_t n,
-                                  int interleave) {
-    for (size_t t = 0; t < n; t++) {
-        const float *cos_sin = ws->cos_sin + t * m->dr;
+static void dsv3i_mla_back_rotate_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_attention_back *a = (const dsv3i_attention_back *)arg;
+    const dsv3i_dims *m = a->m;
+    const dsv3i_backward *b = a->b;
+    (void)worker;
+    for (size_t t = begin; t < end; t++) {
+        const float *cos_sin = a->ws->cos_sin + t * m->dr;
         float *dkr = b->dkv_raw + t * m->width + m->rk;
+        DSV3_MEMSET(dkr, 0, m->dr * sizeof *dkr);
         for (size_t h = 0; h < m->H; h++) {
             const float *dkey = b->dkeys + t * m->Hq + h * m->qk;
             DSV3_MEMCPY(b->dkv_up + t * m->Hkv + h * m->kv, dkey, m->dn * sizeof *dkey);
             for (size_t i = 0; i < m->dr; i++) dkr[i] += dkey[m->dn + i];
-            dsv3_rope_rotate_backward(b->dq + t * m->Hq + h * m->qk + m->dn, cos_sin, m->dr, interleave);
+            dsv3_rope_rotate_backward(b->dq + t * m->Hq + h * m->qk + m->dn, cos_sin, m->dr, a->interleave);
         }
-        dsv3_rope_rotate_backward(dkr, cos_sin, m->dr, interleave);
+        dsv3_rope_rotate_backward(dkr, cos_sin, m->dr, a->interleave);
     }
 }
 
@@ -4219,6 +4309,8 @@ static void dsv3i_mla_backward(const dsv3_context *ctx, float *du, const float *
     dsv3i_dims m = dsv3i_dims_of(&model->config);
     float eps = model->config.latent_norm_eps;
     dsv3i_attention_back arg;
+    dsv3i_norm_arg norm = dsv3i_norm_make(ctx, b->dkv_raw, dsv3i_grad(&g->kv_a_layernorm), b->dc, s->kv_raw,
+                                          &w->kv_a_layernorm, n, m.rk, eps, b->r);
     dsv3i_mla_back_begin(ctx, &m, w, ws, b, n);
     dsv3i_back(ctx, b->dout, 1, &g->o_proj, dy, s->o, &w->o_proj, n, ws);
     arg.ctx = ctx;
@@ -4228,19 +4320,23 @@ static void dsv3i_mla_backward(const dsv3_context *ctx, float *du, const float *
     arg.b = b;
     arg.n = n;
     arg.scale = model->softmax_scale;
+    arg.interleave = model->config.rope_interleave;
     dsv3i_parallel(ctx, n * m.H, dsv3i_mul(n * m.Hq, n), dsv3i_attention_back_task, &arg);
-    dsv3i_mla_back_rotate(&m, ws, b, n, model->config.rope_interleave);
+    dsv3i_parallel(ctx, n, dsv3i_mul(4 * n, m.Hq), dsv3i_mla_back_rotate_task, &arg);
     dsv3i_back(ctx, b->dc, 1, &g->kv_b_proj, b->dkv_up, b->c, &w->kv_b_proj, n, ws);
-    dsv3i_rmsnorm_back(ctx, b->dkv_raw, m.width, dsv3i_grad(&g->kv_a_layernorm), b->dc, s->kv_raw, &w->kv_a_layernorm,
-                       n, m.rk, eps, b->r);
+    norm.ldx = m.width;
+    norm.fresh = 1;
+    dsv3i_norm_back(&norm);
     dsv3i_back(ctx, du, 1, &g->kv_a_proj_with_mqa, b->dkv_raw, u, &w->kv_a_proj_with_mqa, n, ws);
     if (m.rq == 0) {
         dsv3i_back(ctx, du, 0, &g->q_proj, b->dq, u, &w->q_proj, n, ws);
         return;
     }
     dsv3i_back(ctx, b->dq_latent, 1, &g->q_b_proj, b->dq, ws->q_latent, &w->q_b_proj, n, ws);
-    dsv3_rmsnorm_backward(ctx, b->dq_raw, dsv3i_grad(&g->q_a_layernorm), b->dq_latent, s->q_raw, &w->q_a_layernorm, n,
-                          m.rq, eps, b->r);
+    norm = dsv3i_norm_make(ctx, b->dq_raw, dsv3i_grad(&g->q_a_layernorm), b->dq_latent, s->q_raw, &w->q_a_layernorm, n,
+                           m.rq, eps, b->r);
+    norm.fresh = 1;
+    dsv3i_norm_back(&norm);
     dsv3i_back(ctx, du, 0, &g->q_a_proj, b->dq_raw, u, &w->q_a_proj, n, ws);
 }
 #endif
@@ -5243,7 +5339,7 @@ DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, c
     dsv3_rmsnorm(context, u, x, &weights->input_layernorm, n, d, eps);
     dsv3_mla_forward(context, y, u, model, weights, layer, caches, n, workspace);
     dsv3i_add_rows(context, x, y, n, d);
-    if (workspace->x_mid != NULL) DSV3_MEMCPY(workspace->x_mid, x, n * d * sizeof *x);
+    if (workspace->x_mid != NULL) dsv3i_copy_rows(context, workspace->x_mid, x, n, d);
     dsv3_rmsnorm(context, u_ffn, x, &weights->post_attention_layernorm, n, d, eps);
     result = dsv3_ffn_forward(context, y, u_ffn, model, weights, n, workspace);
     dsv3i_add_rows(context, x, y, n, d);
@@ -6545,10 +6641,8 @@ static void dsv3i_mtp_concat(const dsv3_context *ctx, const dsv3_model *model, c
     size_t e = model->config.mtp_concat == DSV3_MTP_HIDDEN_FIRST ? d : 0, h = d - e;
     float eps = model->config.rms_norm_eps;
     dsv3_embed(ctx, ws->y, token, &mtp->embed_tokens, n);
-    for (size_t t = 0; t < n; t++) {
-        dsv3_rmsnorm(ctx, ws->concat + t * 2 * d + e, ws->y + t * d, &mtp->enorm, 1, d, eps);
-        dsv3_rmsnorm(ctx, ws->concat + t * 2 * d + h, hidden + t * d, &mtp->hnorm, 1, d, eps);
-    }
+    dsv3i_rmsnorm(ctx, ws->concat + e, 2 * d, ws->y, &mtp->enorm, n, d, eps);
+    dsv3i_rmsnorm(ctx, ws->concat + h, 2 * d, hidden, &mtp->hnorm, n, d, eps);
 }
 
 /* ws->x [n, d] = eh_proj concat */
@@ -7956,7 +8050,7 @@ static dsv3_result dsv3i_train_layers(dsv3i_evaluation *a, dsv3_trainer *t, size
         dsv3i_saved *s = &t->saved[layers[i].index];
         dsv3_workspace ws = dsv3i_train_workspace(t, s, layers[i].is_moe);
         dsv3_result result;
-        DSV3_MEMCPY(s->x_in, x, n * d * sizeof *x);
+        dsv3i_copy_rows(&a->ctx, s->x_in, x, n, d);
         result = dsv3_layer_forward(&a->ctx, x, model, &layers[i], 0, t->caches, n, &ws);
         if (result != DSV3_OK) return dsv3i_stack_fail(model, &layers[i], n, &ws, result, a->error);
         if (a->ctx.observer.hidden != NULL) a->ctx.observer.hidden(a->ctx.observer.user, layers[i].index, x, n);
@@ -7971,7 +8065,7 @@ static dsv3_result dsv3i_train_head(dsv3i_evaluation *a, dsv3_trainer *t, size_t
     dsv3i_depth *v = &t->depth[k];
     size_t d = (size_t)model->config.hidden_size, bytes = v->n * d * sizeof(float);
     float *nll = ws->y, *dhead = dsv3i_grad(&t->gradients.model.lm_head);
-    DSV3_MEMCPY(v->x, ws->x, bytes);
+    dsv3i_copy_rows(&a->ctx, v->x, ws->x, v->n, d);
     dsv3_rmsnorm(&a->ctx, v->u, v->x, dsv3i_depth_norm(model, k), v->n, d, model->config.rms_norm_eps);
     ws->hidden = model->config.mtp_hidden == DSV3_MTP_PRE_NORM ? v->x : v->u;
     if (a->ctx.observer.hidden != NULL) a->ctx.observer.hidden(a->ctx.observer.user, -1, v->u, v->n);
