@@ -702,7 +702,8 @@ typedef struct dsv3_workspace {
     float *row_hidden;                 /* [n, d] */
     float *concat;                     /* [n, 2d] an MTP module's input */
     float *loss;                       /* cross-entropy */
-    double *balance;                   /* [2 E] */
+    double *balance;                   /* [threads, 2 E] */
+    double *sequence_loss;             /* [n] balance loss of the sequence that begins there */
 } dsv3_workspace;
 
 /* rows: most rows of one dsv3_forward call; threads: dsv3_context.threads. */
@@ -4374,24 +4375,43 @@ static void dsv3i_softmax(const dsv3_context *ctx, float *z, size_t n) {
     for (size_t i = 0; i < n; i++) z[i] /= sum;
 }
 
+typedef struct dsv3i_scores_arg {
+    const dsv3_context *ctx;
+    float *score;      /* [n, E] z before, s behind */
+    const float *bias; /* [E] or NULL */
+    size_t E;
+    dsv3_scoring_func func;
+} dsv3i_scores_arg;
+
+static void dsv3i_scores_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_scores_arg *a = (const dsv3i_scores_arg *)arg;
+    (void)worker;
+    for (size_t t = begin; t < end; t++) {
+        float *z = a->score + t * a->E;
+        for (size_t e = 0; a->bias != NULL && e < a->E; e++) z[e] += a->bias[e];
+        if (a->func == DSV3_SOFTMAX) {
+            dsv3i_softmax(a->ctx, z, a->E);
+        } else {
+            for (size_t e = 0; e < a->E; e++) z[e] = 1.0f / (1.0f + DSV3_EXPF(-z[e]));
+        }
+    }
+}
+
 /* scratch [threads, worker_floats]. The router's product is exact, whatever the context says. */
 static void dsv3i_router_scores(const dsv3_context *context, const dsv3_config *config, float *score, const float *x,
                                 const dsv3_tensor *gate_w, const float *gate_bias, size_t n, float *scratch,
                                 size_t worker_floats) {
     dsv3i_job job = dsv3i_job_make(score, x, gate_w, n);
     dsv3_context exact = *context;
-    size_t E = gate_w->rows;
+    dsv3i_scores_arg a;
     exact.compute = DSV3_EXACT;
     dsv3i_linear_jobs(&exact, &job, 1, scratch, worker_floats, NULL);
-    for (size_t t = 0; t < n; t++) {
-        float *z = score + t * E;
-        for (size_t e = 0; gate_bias != NULL && e < E; e++) z[e] += gate_bias[e];
-        if (config->scoring_func == DSV3_SOFTMAX) {
-            dsv3i_softmax(context, z, E);
-        } else {
-            for (size_t e = 0; e < E; e++) z[e] = 1.0f / (1.0f + DSV3_EXPF(-z[e]));
-        }
-    }
+    a.ctx = context;
+    a.score = score;
+    a.bias = gate_bias;
+    a.E = gate_w->rows;
+    a.func = config->scoring_func;
+    dsv3i_parallel(context, n, dsv3i_mul(n, 16 * a.E), dsv3i_scores_task, &a);
 }
 
 DSV3_API void dsv3_router_scores(const dsv3_context *context, const dsv3_config *config, float *score, const float *x,
@@ -4632,28 +4652,40 @@ DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, ui
 
 /* ---- Balance losses. f_i = E / (K T) count_i and P_i = mean s'_i have mean 1 and sum 1. */
 
-/* Sums count [E] and share [E] over the rows that count. Returns their number. */
-static double dsv3i_balance_sums(double *count, double *share, const float *score, const int32_t *idx,
-                                 const uint8_t *mask, size_t n, size_t E, size_t K) {
+/* Sums count [E] over the rows that count. Returns their number. */
+static double dsv3i_balance_count(double *count, const float *score, const int32_t *idx, const uint8_t *mask, size_t n,
+                                  size_t E, size_t K) {
     int32_t largest[DSV3_MAX_TOPK];
     double rows = 0.0;
     DSV3_ASSERT(K <= DSV3_MAX_TOPK);
-    for (size_t e = 0; e < E; e++) count[e] = share[e] = 0.0;
+    for (size_t e = 0; e < E; e++) count[e] = 0.0;
     for (size_t t = 0; t < n; t++) {
-        const float *s = score + t * E;
         const int32_t *chosen = idx != NULL ? idx + t * K : largest;
-        double sum = 0.0;
         if (!dsv3i_counts(mask, t)) continue;
-        if (idx == NULL) dsv3i_topk(largest, s, E, K);
+        if (idx == NULL) dsv3i_topk(largest, score + t * E, E, K);
         rows += 1.0;
         for (size_t k = 0; k < K; k++) count[chosen[k]] += 1.0;
-        for (size_t e = 0; e < E; e++) sum += (double)s[e];
-        for (size_t e = 0; e < E && sum > 0.0; e++) share[e] += (double)s[e] / sum;
     }
     return rows;
 }
 
-/* The three losses are sum_i f_i P_i with P_i = share_i / rows, and differ in f_i, which takes count's place. */
+/* sum_i f_i P_i with P_i = share_i / rows. share [E] is scratch. */
+static double dsv3i_balance_sum(double *share, const double *f, double rows, const float *score, const uint8_t *mask,
+                                size_t n, size_t E) {
+    double total = 0.0;
+    for (size_t e = 0; e < E; e++) share[e] = 0.0;
+    for (size_t t = 0; t < n; t++) {
+        const float *s = score + t * E;
+        double sum = 0.0;
+        if (!dsv3i_counts(mask, t)) continue;
+        for (size_t e = 0; e < E; e++) sum += (double)s[e];
+        for (size_t e = 0; e < E && sum > 0.0; e++) share[e] += (double)s[e] / sum;
+    }
+    for (size_t e = 0; e < E; e++) total += f[e] * share[e];
+    return total / rows;
+}
+
+/* The three losses differ in f_i, which takes count's place. */
 
 static void dsv3i_balance_f(double *count, double rows, size_t E, size_t K) {
     for (size_t e = 0; e < E; e++) count[e] *= (double)E / ((double)K * rows);
@@ -4687,34 +4719,28 @@ static void dsv3i_communication_f(double *count, double rows, const int32_t *idx
     }
 }
 
-static double dsv3i_balance_sum(const double *f, const double *share, double rows, size_t E) {
-    double sum = 0.0;
-    for (size_t e = 0; e < E; e++) sum += f[e] * share[e];
-    return sum / rows;
-}
-
 DSV3_API double dsv3_balance_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
                                   size_t K, double *scratch) {
-    double rows = dsv3i_balance_sums(scratch, scratch + E, score, idx, mask, n, E, K);
+    double rows = dsv3i_balance_count(scratch, score, idx, mask, n, E, K);
     if (!(rows > 0.0)) return 0.0;
     dsv3i_balance_f(scratch, rows, E, K);
-    return dsv3i_balance_sum(scratch, scratch + E, rows, E);
+    return dsv3i_balance_sum(scratch + E, scratch, rows, score, mask, n, E);
 }
 
 DSV3_API double dsv3_device_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
                                  size_t K, size_t devices, double *scratch) {
-    double rows = dsv3i_balance_sums(scratch, scratch + E, score, idx, mask, n, E, K);
+    double rows = dsv3i_balance_count(scratch, score, idx, mask, n, E, K);
     if (!(rows > 0.0)) return 0.0;
     dsv3i_device_f(scratch, rows, E, K, devices);
-    return dsv3i_balance_sum(scratch, scratch + E, rows, E);
+    return dsv3i_balance_sum(scratch + E, scratch, rows, score, mask, n, E);
 }
 
 DSV3_API double dsv3_communication_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n,
                                         size_t E, size_t K, size_t devices, size_t most_devices, double *scratch) {
-    double rows = dsv3i_balance_sums(scratch, scratch + E, score, idx, mask, n, E, K);
+    double rows = dsv3i_balance_count(scratch, score, idx, mask, n, E, K);
     if (!(rows > 0.0)) return 0.0;
     dsv3i_communication_f(scratch, rows, idx, mask, n, E, K, devices, most_devices);
-    return dsv3i_balance_sum(scratch, scratch + E, rows, E);
+    return dsv3i_balance_sum(scratch + E, scratch, rows, score, mask, n, E);
 }
 
 DSV3_API double dsv3_z_loss(const float *z, const uint8_t *mask, size_t n, size_t E) {
@@ -4790,8 +4816,7 @@ DSV3_API void dsv3_balance_backward(float *dscore, double scale, const dsv3_bala
     for (int kind = 0; kind < 3; kind++) {
         double weight = kind == 0 ? weights->expert : kind == 1 ? weights->device : weights->communication, rows;
         if (!(weight > 0.0)) continue;
-        rows =
-            dsv3i_balance_sums(scratch, scratch + E, score, kind > 0 || weights->actual ? idx : NULL, mask, n, E, K);
+        rows = dsv3i_balance_count(scratch, score, kind > 0 || weights->actual ? idx : NULL, mask, n, E, K);
         if (!(rows > 0.0)) return;
         if (kind == 0) dsv3i_balance_f(scratch, rows, E, K);
         if (kind == 1) dsv3i_device_f(scratch, rows, E, K, weights->devices);
@@ -5163,20 +5188,44 @@ static void dsv3i_mlp_back(const dsv3_context *ctx, float *du, const float *dy, 
     dsv3i_mlps_back(ctx, ws->mlps, 1, NULL, NULL, at, total, DSV3I_SILU_ITEM, s, h, b, ws);
 }
 
+typedef struct dsv3i_router_back_arg {
+    const dsv3_config *c;
+    const dsv3i_saved *s;
+    const dsv3i_backward *b;
+    const dsv3_workspace *ws;
+    size_t n;
+} dsv3i_router_back_arg;
+
+/* dscore, in the end of z. A balance loss is one of a whole sequence: whoever has its first row does all of it. */
+static void dsv3i_router_back_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_router_back_arg *a = (const dsv3i_router_back_arg *)arg;
+    const dsv3i_saved *s = a->s;
+    size_t E = (size_t)a->c->n_routed_experts, K = (size_t)a->c->num_experts_per_tok;
+    double *scratch = a->ws->balance + worker * 2 * E;
+    for (size_t t = begin; t < end; t++) {
+        size_t rows = dsv3i_sequence_rows(a->ws->leader, t, a->n);
+        const float *score = s->score + t * E;
+        const int32_t *idx = s->idx + t * K;
+        float *dscore = a->b->dscore + t * E;
+        DSV3_MEMSET(dscore, 0, rows * E * sizeof *dscore);
+        dsv3_router_weights_backward(a->c, dscore, a->b->dgate + t * K, idx, score, rows);
+        dsv3_balance_backward(dscore, a->b->balance_scale, a->b->balance, score, idx, a->ws->row_mask + t, rows, E, K,
+                              scratch);
+        dsv3_router_scores_backward(a->c, dscore, dscore, score, rows);
+    }
+}
+
 /* dscore, then du and the router's weights. */
 static void dsv3i_router_back(const dsv3_context *ctx, float *du, const float *u, const dsv3_config *c,
                               const dsv3_layer *w, const dsv3_layer *g, const dsv3i_saved *s, size_t n,
                               const dsv3i_backward *b, const dsv3_workspace *ws) {
-    size_t E = (size_t)c->n_routed_experts, K = (size_t)c->num_experts_per_tok;
-    DSV3_MEMSET(b->dscore, 0, n * E * sizeof(float));
-    dsv3_router_weights_backward(c, b->dscore, b->dgate, s->idx, s->score, n);
-    for (size_t begin = 0, end; begin < n; begin = end) {
-        for (end = begin + 1; end < n && ws->leader[end] == ws->leader[begin]; end++) {
-        }
-        dsv3_balance_backward(b->dscore + begin * E, b->balance_scale, b->balance, s->score + begin * E,
-                              s->idx + begin * K, ws->row_mask + begin, end - begin, E, K, ws->balance);
-    }
-    dsv3_router_scores_backward(c, b->dscore, b->dscore, s->score, n);
+    dsv3i_router_back_arg a;
+    a.c = c;
+    a.s = s;
+    a.b = b;
+    a.ws = ws;
+    a.n = n;
+    dsv3i_parallel(ctx, n, dsv3i_mul(n, 16 * w->gate.rows), dsv3i_router_back_task, &a);
     dsv3i_back(ctx, du, 0, &g->gate, b->dscore, u, &w->gate, n, ws);
 }
 
@@ -6321,7 +6370,8 @@ static void dsv3i_workspace_layout(dsv3_workspace *ws, const dsv3i_dims *m, size
     ws->row_index = (size_t *)dsv3i_take(l, sizeof(size_t), n, 1, 1);
     ws->row_mask = (uint8_t *)dsv3i_take(l, sizeof(uint8_t), n, 1, 1);
     ws->row_hidden = (float *)dsv3i_take(l, f, dsv3i_mul(n, modules), m->d, 1);
-    ws->balance = (double *)dsv3i_take(l, sizeof(double), m->E, 2, 1);
+    ws->balance = (double *)dsv3i_take(l, sizeof(double), threads, m->E, 2);
+    ws->sequence_loss = (double *)dsv3i_take(l, sizeof(double), n, 1, 1);
     shared = l->used;
     ws->concat = (float *)dsv3i_take(l, f, dsv3i_mul(n, modules), m->d, 2);
     other = l->used;
@@ -6741,16 +6791,37 @@ static dsv3_result dsv3i_text_check(const dsv3_text *x, int32_t V, dsv3_error *e
     return DSV3_OK;
 }
 
+typedef struct dsv3i_evaluate_balance_arg {
+    const dsv3i_evaluation *a;
+    const float *score;
+    const int32_t *idx; /* NULL: by score alone */
+    size_t n;
+} dsv3i_evaluate_balance_arg;
+
+static void dsv3i_evaluate_balance_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_evaluate_balance_arg *b = (const dsv3i_evaluate_balance_arg *)arg;
+    const dsv3_workspace *ws = b->a->ws;
+    const dsv3_config *c = &b->a->model->config;
+    size_t E = (size_t)c->n_routed_experts, K = (size_t)c->num_experts_per_tok;
+    for (size_t t = begin; t < end; t++) {
+        size_t rows = dsv3i_sequence_rows(ws->leader, t, b->n);
+        ws->sequence_loss[t] =
+            dsv3_balance_loss(b->score + t * E, b->idx != NULL ? b->idx + t * K : NULL, ws->row_mask + t, rows, E, K,
+                              ws->balance + worker * 2 * E);
+    }
+}
+
 /* The balance loss of each sequence among the rows of this call, which are whole sequences. */
 static void dsv3i_evaluate_balance(const dsv3i_evaluation *a, int32_t layer, const float *score, const int32_t *idx,
                                    size_t n) {
-    size_t E = (size_t)a->model->config.n_routed_experts, K = (size_t)a->model->config.num_experts_per_tok;
-    for (size_t begin = 0, end; begin < n; begin = end) {
-        for (end = begin + 1; end < n && a->ws->sequence[end] == a->ws->sequence[begin]; end++) {
-        }
-        a->losses->balance[layer] += dsv3_balance_loss(score + begin * E, a->losses->actual ? idx + begin * K : NULL,
-                                                       a->ws->row_mask + begin, end - begin, E, K, a->ws->balance);
-    }
+    dsv3i_evaluate_balance_arg b;
+    b.a = a;
+    b.score = score;
+    b.idx = a->losses->actual ? idx : NULL;
+    b.n = n;
+    dsv3i_parallel(&a->ctx, n, dsv3i_mul(n, 16 * (size_t)a->model->config.n_routed_experts),
+                   dsv3i_evaluate_balance_task, &b);
+    for (size_t t = 0; t < n; t++) a->losses->balance[layer] += a->ws->sequence_loss[t];
 }
 
 static void dsv3i_evaluate_routing(void *user, int32_t layer, const float *score, const int32_t *idx,
@@ -8121,25 +8192,30 @@ static void dsv3i_mtp_back(const dsv3i_evaluation *a, dsv3_trainer *t, size_t k,
     const dsv3i_depth *v = &t->depth[k], *before = &t->depth[k - 1];
     dsv3_workspace *ws = &t->workspace;
     const dsv3i_backward *b = t->backward;
-    size_t d = (size_t)model->config.hidden_size, n = v->n, bytes = d * sizeof(float);
+    size_t d = (size_t)model->config.hidden_size, n = v->n;
     size_t e = model->config.mtp_concat == DSV3_MTP_HIDDEN_FIRST ? d : 0, h = d - e;
     const float *states = model->config.mtp_hidden == DSV3_MTP_PRE_NORM ? before->x : before->u;
-    float eps = model->config.rms_norm_eps, *part = ws->u, *hidden = ws->row_hidden;
-    for (size_t i = 0; i < n; i++) DSV3_MEMCPY(hidden + i * d, states + v->from[i] * d, bytes);
+    float eps = model->config.rms_norm_eps, *hidden = ws->row_hidden;
+    dsv3i_rows_arg rows = dsv3i_rows_make(&a->ctx, hidden, states, d);
+    rows.at = v->from;
+    dsv3i_parallel(&a->ctx, n, dsv3i_mul(2 * n, d), dsv3i_copy_task, &rows);
     dsv3i_mtp_concat(&a->ctx, model, w, v->token, hidden, n, ws);
     dsv3i_back(&a->ctx, t->dconcat, 1, &g->eh_proj, t->dx, ws->concat, &w->eh_proj, n, ws);
     for (int half = 0; half < 2; half++) {
-        const dsv3_tensor *norm = half ? &w->hnorm : &w->enorm, *dnorm = half ? &g->hnorm : &g->enorm;
-        for (size_t i = 0; i < n; i++) DSV3_MEMCPY(part + i * d, t->dconcat + 2 * i * d + (half ? h : e), bytes);
-        DSV3_MEMSET(b->du, 0, n * bytes);
-        dsv3_rmsnorm_backward(&a->ctx, b->du, dsv3i_grad(dnorm), part, half ? hidden : ws->y, norm, n, d, eps, b->r);
+        const dsv3_tensor *gain = half ? &w->hnorm : &w->enorm, *dgain = half ? &g->hnorm : &g->enorm;
+        dsv3i_norm_arg norm = dsv3i_norm_make(&a->ctx, b->du, dsv3i_grad(dgain), t->dconcat + (half ? h : e),
+                                              half ? hidden : ws->y, gain, n, d, eps, b->r);
+        norm.ldy = 2 * d;
+        norm.fresh = 1;
+        dsv3i_norm_back(&norm);
         if (half == 0 && !t->settings.detach_head) {
-            dsv3_embed_backward(dsv3i_grad(&t->gradients.model.embed_tokens), b->du, v->token, n, d);
+            dsv3i_embed_back(&a->ctx, dsv3i_grad(&t->gradients.model.embed_tokens), b->du, v->token, n, d);
         }
     }
-    for (size_t i = 0; i < n && !(k == 1 && t->settings.detach_trunk); i++) {
-        a->ctx.kernels.axpy(carry + v->from[i] * d, 1.0f, b->du + i * d, d);
-    }
+    if (k == 1 && t->settings.detach_trunk) return;
+    rows.y = carry;
+    rows.x = b->du;
+    dsv3i_parallel(&a->ctx, n, dsv3i_mul(2 * n, d), dsv3i_add_task, &rows);
 }
 
 /* Depth k: from the head's gradient, and carry from the depth behind it, down to its input. */
@@ -8149,21 +8225,24 @@ static void dsv3i_train_back(const dsv3i_evaluation *a, dsv3_trainer *t, size_t 
     dsv3_workspace ws = t->workspace;
     size_t d = (size_t)model->config.hidden_size, n = v->n, count, at;
     const dsv3_layer *layers = dsv3i_depth_layers(model, k, &count), *g = dsv3i_depth_layers(grad, k, &count);
-    int pre_norm = model->config.mtp_hidden == DSV3_MTP_PRE_NORM;
+    dsv3i_norm_arg norm = dsv3i_norm_make(&a->ctx, t->dx, dsv3i_grad(dsv3i_depth_norm(grad, k)), v->du, v->x,
+                                          dsv3i_depth_norm(model, k), n, d, model->config.rms_norm_eps,
+                                          t->backward->r);
     ws.cos_sin = v->cos_sin;
     ws.leader = v->leader;
     ws.row_mask = v->mask;
-    for (size_t i = 0; i < n * d; i++) {
-        t->dx[i] = pre_norm ? carry[i] : 0.0f;
-        if (!pre_norm) v->du[i] += carry[i];
+    if (model->config.mtp_hidden == DSV3_MTP_PRE_NORM) {
+        dsv3i_copy_rows(&a->ctx, t->dx, carry, n, d);
+    } else {
+        dsv3i_add_rows(&a->ctx, v->du, carry, n, d);
+        norm.fresh = 1;
     }
-    dsv3_rmsnorm_backward(&a->ctx, t->dx, dsv3i_grad(dsv3i_depth_norm(grad, k)), v->du, v->x,
-                          dsv3i_depth_norm(model, k), n, d, model->config.rms_norm_eps, t->backward->r);
+    dsv3i_norm_back(&norm);
     for (at = count; at > 0; at--) {
         dsv3i_layer_backward(&a->ctx, t->dx, model, &layers[at - 1], &g[at - 1], &t->saved[layers[at - 1].index], n,
                              t->backward, &ws);
     }
-    if (k == 0) dsv3_embed_backward(dsv3i_grad(&grad->embed_tokens), t->dx, v->token, n, d);
+    if (k == 0) dsv3i_embed_back(&a->ctx, dsv3i_grad(&grad->embed_tokens), t->dx, v->token, n, d);
 }
 
 static void dsv3i_train_backward(const dsv3i_evaluation *a, dsv3_trainer *t) {
