@@ -1175,7 +1175,7 @@ typedef struct dsv3_trainer {
     float *dx;       /* [n, d] */
     float *dconcat;  /* [n, 2d] */
     float *bias;     /* [L + D, E] */
-    double *partial; /* sums of squares */
+    struct dsv3i_squares *squares; /* pieces of the gradients */
 } dsv3_trainer;
 
 DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_training *settings, size_t threads,
@@ -3193,8 +3193,9 @@ static void dsv3i_loss_back_task(void *arg, size_t begin, size_t end, size_t wor
     }
 }
 
-/* loss as dsv3i_cross_entropy has left it. du += dlogits head, dhead += dlogits^T u (NULL: not wanted). */
-static void dsv3i_cross_entropy_back(const dsv3_context *ctx, float *du, float *dhead, float weight, const float *u,
+/* loss as dsv3i_cross_entropy has left it. du += dlogits head (fresh: is set), dhead += dlogits^T u (NULL: not
+ * wanted). */
+static void dsv3i_cross_entropy_back(const dsv3_context *ctx, float *du, int fresh, float *dhead, float weight, const float *u,
                                      const dsv3_tensor *head, const int32_t *target, size_t n, float *loss,
                                      float *worker, size_t worker_floats, float *rounded) {
     dsv3i_loss_arg arg;
@@ -3204,6 +3205,7 @@ static void dsv3i_cross_entropy_back(const dsv3_context *ctx, float *du, float *
         dsv3_tensor part = dsv3i_loss_piece(&arg, u, head, n, worker, worker_floats, rounded);
         dsv3i_back_job job =
             dsv3i_back_make(du, dhead == NULL ? NULL : dhead + arg.row * head->cols, arg.logits, u, &part, n);
+        job.fresh = fresh && arg.row == 0;
         dsv3i_parallel(ctx, n, dsv3i_mul(dsv3i_mul(n, arg.rows), 16), dsv3i_loss_back_task, &arg);
         dsv3i_back_jobs(ctx, &job, 1, worker, worker_floats);
     }
@@ -3214,7 +3216,7 @@ DSV3_API void dsv3_cross_entropy_backward(const dsv3_context *context, float *du
                                           float *scratch) {
     float *worker = scratch + dsv3i_cross_entropy_floats(head->rows, n);
     size_t floats = dsv3i_linear_floats(head->cols);
-    dsv3i_cross_entropy_back(context, du, dhead, weight, u, head, target, n, scratch, worker, floats,
+    dsv3i_cross_entropy_back(context, du, 0, dhead, weight, u, head, target, n, scratch, worker, floats,
                              worker + context->threads * floats);
 }
 #endif
@@ -4071,6 +4073,14 @@ DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const floa
     dsv3i_linear_jobs(context, &job, 1, workspace->worker, workspace->worker_floats, workspace->rounded);
 }
 
+/* Rows of the sequence that row t begins; 0 if it begins none. Where losses are computed, the rows of
+ * a sequence lie together. */
+static size_t dsv3i_sequence_rows(const int32_t *leader, size_t t, size_t n) {
+    size_t rows = 0;
+    while (t + rows < n && leader[t + rows] == (int32_t)t) rows++;
+    return rows;
+}
+
 #ifndef DSV3_NO_TRAINING
 /* ---- Backward. The forward pass of training is the one above, with the workspace's pointers on memory that stays
  * (chapter 13). Saved: u or the layer's input, q_raw [n, rq], kv_raw [n, rk+dr], o [n, H dv] and the softmax's
@@ -4126,13 +4136,6 @@ typedef struct dsv3i_attention_back {
     float scale;
     int interleave;
 } dsv3i_attention_back;
-
-/* Rows of the sequence that row t begins; 0 if it begins none. The rows of each sequence lie together. */
-static size_t dsv3i_sequence_rows(const int32_t *leader, size_t t, size_t n) {
-    size_t rows = 0;
-    while (t + rows < n && leader[t + rows] == (int32_t)t) rows++;
-    return rows;
-}
 
 #define DSV3I_BACK_ROWS 48u /* rows that meet a block of keys together */
 #define DSV3I_BACK_KEYS 64u /* keys of a block */
@@ -7662,9 +7665,17 @@ DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, c
 
 /* ---- Parameters: tensors one behind the other, in the order of the walk */
 
+#define DSV3I_SQUARES 4096u /* elements of a tensor whose squares are summed up together */
+
+/* Such a piece of the gradients. */
+typedef struct dsv3i_squares {
+    size_t at, n;
+    double sum;
+} dsv3i_squares;
+
 typedef struct dsv3i_flat {
     float *data; /* NULL: only count */
-    size_t count;
+    size_t count, pieces;
 } dsv3i_flat;
 
 static dsv3_result dsv3i_flat_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
@@ -7678,6 +7689,7 @@ static dsv3_result dsv3i_flat_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
         slot->type = DSV3_F32;
     }
     flat->count = dsv3i_add(flat->count, dsv3i_mul(w->info.rows, w->info.cols));
+    flat->pieces = dsv3i_add(flat->pieces, dsv3i_blocks(dsv3i_mul(w->info.rows, w->info.cols), DSV3I_SQUARES));
     return DSV3_OK;
 }
 
@@ -7692,7 +7704,7 @@ static dsv3_result dsv3i_walk_all(const dsv3_config *config, dsv3_model *model, 
 }
 
 static void dsv3i_parameters_layout(dsv3_parameters *q, const dsv3_config *config, dsv3i_layout *l) {
-    dsv3i_flat flat = {NULL, 0};
+    dsv3i_flat flat = {NULL, 0, 0};
     unsigned char *base = l->base;
     (void)dsv3i_walk_all(config, NULL, &flat, dsv3i_flat_tensor);
     q->count = flat.count;
@@ -7702,7 +7714,7 @@ static void dsv3i_parameters_layout(dsv3_parameters *q, const dsv3_config *confi
 }
 
 static void dsv3i_parameters_bind(dsv3_parameters *q, const dsv3_config *config) {
-    dsv3i_flat flat = {q->data, 0};
+    dsv3i_flat flat = {q->data, 0, 0};
     dsv3_model *model = &q->model;
     model->config = *config;
     model->n_mtp = config->num_nextn_predict_layers;
@@ -7764,7 +7776,7 @@ DSV3_API dsv3_result dsv3_parameters_load(dsv3_parameters *parameters, const dsv
     }
     copy = *from;
     flat.data = parameters->data;
-    flat.count = 0;
+    flat.count = flat.pieces = 0;
     return dsv3i_walk_all(&parameters->model.config, &copy, &flat, dsv3i_load_tensor);
 }
 
@@ -7915,12 +7927,12 @@ static void dsv3i_backward_layout(dsv3i_backward *b, const dsv3i_dims *m, size_t
                                                   dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1), 2, 1);
 }
 
-#define DSV3I_SQUARES 4096u /* elements whose squares one worker adds up */
-
 static void dsv3i_trainer_layout(dsv3_trainer *t, const dsv3_config *c, const dsv3_training *s, size_t threads,
                                  dsv3i_layout *l) {
     dsv3i_dims m = dsv3i_dims_of(c);
     size_t n = s->rows, f = sizeof(float), layers = m.L + m.D;
+    dsv3i_flat flat = {NULL, 0, 0};
+    (void)dsv3i_walk_all(c, NULL, &flat, dsv3i_flat_tensor);
     dsv3i_parameters_layout(&t->weights, c, l);
     dsv3i_parameters_layout(&t->gradients, c, l);
     t->m = (float *)dsv3i_take(l, f, t->weights.count, 1, 1);
@@ -7932,7 +7944,7 @@ static void dsv3i_trainer_layout(dsv3_trainer *t, const dsv3_config *c, const ds
     t->losses.balance = (double *)dsv3i_take(l, sizeof(double), layers, 1, 1);
     t->targets = (uint64_t *)dsv3i_take(l, sizeof(uint64_t), 1 + m.D, 1, 1);
     t->bias = (float *)dsv3i_take(l, f, layers, m.E, 1);
-    t->partial = (double *)dsv3i_take(l, sizeof(double), dsv3i_blocks(t->weights.count, DSV3I_SQUARES), 1, 1);
+    t->squares = (dsv3i_squares *)dsv3i_take(l, sizeof *t->squares, flat.pieces, 1, 1);
     t->saved = (dsv3i_saved *)dsv3i_take(l, sizeof *t->saved, layers, 1, 1);
     t->depth = (dsv3i_depth *)dsv3i_take(l, sizeof *t->depth, 1 + m.D, 1, 1);
     t->backward = (dsv3i_backward *)dsv3i_take(l, sizeof *t->backward, 1, 1, 1);
@@ -8134,7 +8146,7 @@ static dsv3_result dsv3i_train_head(dsv3i_evaluation *a, dsv3_trainer *t, size_t
     const dsv3_model *model = &t->weights.model;
     dsv3_workspace *ws = &t->workspace;
     dsv3i_depth *v = &t->depth[k];
-    size_t d = (size_t)model->config.hidden_size, bytes = v->n * d * sizeof(float);
+    size_t d = (size_t)model->config.hidden_size;
     float *nll = ws->y, *dhead = dsv3i_grad(&t->gradients.model.lm_head);
     dsv3i_copy_rows(&a->ctx, v->x, ws->x, v->n, d);
     dsv3_rmsnorm(&a->ctx, v->u, v->x, dsv3i_depth_norm(model, k), v->n, d, model->config.rms_norm_eps);
@@ -8149,8 +8161,7 @@ static dsv3_result dsv3i_train_head(dsv3i_evaluation *a, dsv3_trainer *t, size_t
         t->losses.nll[k] += (double)nll[i];
         t->losses.targets[k] += v->target[i] != DSV3_IGNORE;
     }
-    DSV3_MEMSET(v->du, 0, bytes);
-    dsv3i_cross_entropy_back(&a->ctx, v->du, k > 0 && t->settings.detach_head ? NULL : dhead,
+    dsv3i_cross_entropy_back(&a->ctx, v->du, 1, k > 0 && t->settings.detach_head ? NULL : dhead,
                              (float)dsv3i_train_weight(t, k), v->u, &model->lm_head, v->target, v->n, ws->loss,
                              ws->worker, ws->worker_floats, ws->rounded);
     return DSV3_OK;
@@ -8326,7 +8337,7 @@ typedef struct dsv3i_optimizer {
     dsv3_trainer *t;
     size_t at, n;                   /* the tensor's elements */
     size_t from, count;             /* elements that wait for AdamW, with the same decay */
-    double squares;                 /* of all gradients so far */
+    size_t pieces;                  /* in t->squares */
     float scale, decay, rate, root; /* clipping; 1 - lr decay; lr / (1 - b1^t); 1 / sqrt(1 - b2^t) */
     double lr;
 } dsv3i_optimizer;
@@ -8345,27 +8356,38 @@ static void dsv3i_squares_task(void *arg, size_t begin, size_t end, size_t worke
     const dsv3i_optimizer *o = (const dsv3i_optimizer *)arg;
     (void)worker;
     for (size_t i = begin; i < end; i++) {
-        const float *g = o->t->gradients.data + o->at;
-        size_t last = dsv3i_min((i + 1) * DSV3I_SQUARES, o->n);
+        dsv3i_squares *piece = &o->t->squares[i];
+        const float *g = o->t->gradients.data + piece->at;
         double sum[4] = {0, 0, 0, 0};
-        size_t j = i * DSV3I_SQUARES;
-        for (; j + 4 <= last; j += 4) {
+        size_t j = 0;
+        for (; j + 4 <= piece->n; j += 4) {
             for (size_t k = 0; k < 4; k++) sum[k] += (double)g[j + k] * (double)g[j + k];
         }
-        for (size_t k = 0; j + k < last; k++) sum[k] += (double)g[j + k] * (double)g[j + k];
-        o->t->partial[i] = (sum[0] + sum[2]) + (sum[1] + sum[3]);
+        for (size_t k = 0; j + k < piece->n; k++) sum[k] += (double)g[j + k] * (double)g[j + k];
+        piece->sum = (sum[0] + sum[2]) + (sum[1] + sum[3]);
     }
 }
 
 static dsv3_result dsv3i_squares_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     dsv3i_optimizer *o = (dsv3i_optimizer *)w->user;
-    size_t blocks;
     (void)slot;
     if (!dsv3i_optimizer_visit(o, w)) return DSV3_OK;
-    blocks = dsv3i_blocks(o->n, DSV3I_SQUARES);
-    dsv3i_parallel(o->ctx, blocks, o->n, dsv3i_squares_task, o);
-    for (size_t i = 0; i < blocks; i++) o->squares += o->t->partial[i];
+    for (size_t i = 0; i < o->n; i += DSV3I_SQUARES) {
+        dsv3i_squares *piece = &o->t->squares[o->pieces++];
+        piece->at = o->at + i;
+        piece->n = dsv3i_min(DSV3I_SQUARES, o->n - i);
+    }
     return DSV3_OK;
+}
+
+/* Of the gradients of all that is trained. */
+static double dsv3i_sum_of_squares(dsv3i_optimizer *o) {
+    double sum = 0.0;
+    (void)dsv3i_walk_all(&o->t->weights.model.config, NULL, o, dsv3i_squares_tensor);
+    dsv3i_parallel(o->ctx, o->pieces, o->t->gradients.count, dsv3i_squares_task, o);
+    for (size_t i = 0; i < o->pieces; i++) sum += o->t->squares[i].sum;
+    o->at = o->n = 0;
+    return sum;
 }
 
 /* Elements i .. i+n-1 of a tensor. */
@@ -8410,6 +8432,16 @@ static dsv3_result dsv3i_adamw_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     }
     o->count += o->n;
     return DSV3_OK;
+}
+
+/* The moving average follows the weights, biases included. */
+static void dsv3i_ema_task(void *arg, size_t begin, size_t end, size_t worker) {
+    dsv3_trainer *t = ((const dsv3i_optimizer *)arg)->t;
+    float decay = t->step == 0 ? 0.0f : t->settings.ema_decay;
+    (void)worker;
+    for (size_t i = begin * DSV3I_SQUARES; i < dsv3i_min(end * DSV3I_SQUARES, t->weights.count); i++) {
+        t->ema[i] = decay * t->ema[i] + (1.0f - decay) * t->weights.data[i];
+    }
 }
 
 typedef struct dsv3i_biases {
@@ -8466,8 +8498,7 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
     o.ctx = context;
     o.t = t;
     o.lr = learning_rate;
-    (void)dsv3i_walk_all(&t->weights.model.config, NULL, &o, dsv3i_squares_tensor);
-    size = DSV3_POW(o.squares, 0.5);
+    size = DSV3_POW(dsv3i_sum_of_squares(&o), 0.5);
     if (norm != NULL) *norm = size;
     if (!(size <= DBL_MAX))
         return dsv3i_fail(error, DSV3_ERR_NAN, "gradients", "are not finite, and the step is skipped");
@@ -8475,13 +8506,12 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
         t->settings.clip > 0.0f && size > (double)t->settings.clip ? (float)((double)t->settings.clip / size) : 1.0f;
     o.rate = (float)(learning_rate / (1.0 - dsv3i_power((double)t->settings.beta1, t->step + 1)));
     o.root = (float)DSV3_POW(1.0 - dsv3i_power((double)t->settings.beta2, t->step + 1), -0.5);
-    o.at = o.n = 0;
     (void)dsv3i_walk_all(&t->weights.model.config, NULL, &o, dsv3i_adamw_tensor);
     dsv3i_adamw_flush(&o);
     dsv3i_train_bias(t);
-    for (size_t i = 0; t->ema != NULL && i < t->weights.count; i++) {
-        float decay = t->step == 0 ? 0.0f : t->settings.ema_decay;
-        t->ema[i] = decay * t->ema[i] + (1.0f - decay) * t->weights.data[i];
+    if (t->ema != NULL) {
+        size_t count = t->weights.count;
+        dsv3i_parallel(context, dsv3i_blocks(count, DSV3I_SQUARES), dsv3i_mul(count, 2), dsv3i_ema_task, &o);
     }
     t->step++;
     return dsv3i_ok(error);
