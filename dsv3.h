@@ -3195,9 +3195,9 @@ static void dsv3i_loss_back_task(void *arg, size_t begin, size_t end, size_t wor
 
 /* loss as dsv3i_cross_entropy has left it. du += dlogits head (fresh: is set), dhead += dlogits^T u (NULL: not
  * wanted). */
-static void dsv3i_cross_entropy_back(const dsv3_context *ctx, float *du, int fresh, float *dhead, float weight, const float *u,
-                                     const dsv3_tensor *head, const int32_t *target, size_t n, float *loss,
-                                     float *worker, size_t worker_floats, float *rounded) {
+static void dsv3i_cross_entropy_back(const dsv3_context *ctx, float *du, int fresh, float *dhead, float weight,
+                                     const float *u, const dsv3_tensor *head, const int32_t *target, size_t n,
+                                     float *loss, float *worker, size_t worker_floats, float *rounded) {
     dsv3i_loss_arg arg;
     dsv3i_loss_begin(&arg, ctx, target, n, loss);
     arg.weight = weight;
@@ -4337,8 +4337,8 @@ static void dsv3i_mla_backward(const dsv3_context *ctx, float *du, const float *
         return;
     }
     dsv3i_back(ctx, b->dq_latent, 1, &g->q_b_proj, b->dq, ws->q_latent, &w->q_b_proj, n, ws);
-    norm = dsv3i_norm_make(ctx, b->dq_raw, dsv3i_grad(&g->q_a_layernorm), b->dq_latent, s->q_raw, &w->q_a_layernorm, n,
-                           m.rq, eps, b->r);
+    norm = dsv3i_norm_make(ctx, b->dq_raw, dsv3i_grad(&g->q_a_layernorm), b->dq_latent, s->q_raw, &w->q_a_layernorm,
+                           n, m.rq, eps, b->r);
     norm.fresh = 1;
     dsv3i_norm_back(&norm);
     dsv3i_back(ctx, du, 0, &g->q_a_proj, b->dq_raw, u, &w->q_a_proj, n, ws);
@@ -4656,8 +4656,8 @@ DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, ui
 /* ---- Balance losses. f_i = E / (K T) count_i and P_i = mean s'_i have mean 1 and sum 1. */
 
 /* Sums count [E] over the rows that count. Returns their number. */
-static double dsv3i_balance_count(double *count, const float *score, const int32_t *idx, const uint8_t *mask, size_t n,
-                                  size_t E, size_t K) {
+static double dsv3i_balance_count(double *count, const float *score, const int32_t *idx, const uint8_t *mask,
+                                  size_t n, size_t E, size_t K) {
     int32_t largest[DSV3_MAX_TOPK];
     double rows = 0.0;
     DSV3_ASSERT(K <= DSV3_MAX_TOPK);
@@ -6808,9 +6808,8 @@ static void dsv3i_evaluate_balance_task(void *arg, size_t begin, size_t end, siz
     size_t E = (size_t)c->n_routed_experts, K = (size_t)c->num_experts_per_tok;
     for (size_t t = begin; t < end; t++) {
         size_t rows = dsv3i_sequence_rows(ws->leader, t, b->n);
-        ws->sequence_loss[t] =
-            dsv3_balance_loss(b->score + t * E, b->idx != NULL ? b->idx + t * K : NULL, ws->row_mask + t, rows, E, K,
-                              ws->balance + worker * 2 * E);
+        ws->sequence_loss[t] = dsv3_balance_loss(b->score + t * E, b->idx != NULL ? b->idx + t * K : NULL,
+                                                 ws->row_mask + t, rows, E, K, ws->balance + worker * 2 * E);
     }
 }
 
@@ -8236,9 +8235,9 @@ static void dsv3i_train_back(const dsv3i_evaluation *a, dsv3_trainer *t, size_t 
     dsv3_workspace ws = t->workspace;
     size_t d = (size_t)model->config.hidden_size, n = v->n, count, at;
     const dsv3_layer *layers = dsv3i_depth_layers(model, k, &count), *g = dsv3i_depth_layers(grad, k, &count);
-    dsv3i_norm_arg norm = dsv3i_norm_make(&a->ctx, t->dx, dsv3i_grad(dsv3i_depth_norm(grad, k)), v->du, v->x,
-                                          dsv3i_depth_norm(model, k), n, d, model->config.rms_norm_eps,
-                                          t->backward->r);
+    dsv3i_norm_arg norm =
+        dsv3i_norm_make(&a->ctx, t->dx, dsv3i_grad(dsv3i_depth_norm(grad, k)), v->du, v->x,
+                        dsv3i_depth_norm(model, k), n, d, model->config.rms_norm_eps, t->backward->r);
     ws.cos_sin = v->cos_sin;
     ws.leader = v->leader;
     ws.row_mask = v->mask;
