@@ -2644,7 +2644,7 @@ DSV3_API void dsv3_linear(const dsv3_context *context, float *y, const float *x,
  * one row of dW. The loop is split over rows of dx and rows of dW, so that every sum is taken by one worker, in one
  * order. What reads the same rows comes one after the other: they are still in a cache then. */
 
-#define DSV3I_BACK 96u /* rows of dx that one item works on, at most; of dW, whose sums are longer, half as many */
+#define DSV3I_BACK 96u /* rows of dx, or of dW, that one item works on, at most */
 
 typedef struct dsv3i_back_job {
     const dsv3_tensor *w;
@@ -2677,7 +2677,7 @@ typedef struct dsv3i_back_arg {
     size_t n_jobs;
     float *scratch;
     size_t worker_floats; /* >= dsv3i_panel(n) * cols of every job */
-    size_t item;          /* rows of dx; of dW half as many */
+    size_t item;          /* rows of dx, or of dW */
 } dsv3i_back_arg;
 
 /* Rows [t0, t1) of dx: each row of W is decoded once for all of them. */
@@ -2710,8 +2710,8 @@ static void dsv3i_back_task(void *arg, size_t begin, size_t end, size_t worker) 
         while (j + 1 < a->n_jobs && a->jobs[j + 1].first[0] <= i) j++;
         job = &a->jobs[j];
         if (i < job->first[1]) {
-            size_t r = (i - job->first[0]) * (a->item / 2);
-            dsv3i_back_dw(a->ctx, job, r, dsv3i_min(r + a->item / 2, job->w->rows));
+            size_t r = (i - job->first[0]) * a->item;
+            dsv3i_back_dw(a->ctx, job, r, dsv3i_min(r + a->item, job->w->rows));
         } else {
             size_t t = (i - job->first[1]) * a->item, last = dsv3i_min(t + a->item, job->n), d = job->w->cols;
             if (job->fresh) DSV3_MEMSET(job->dx + t * d, 0, (last - t) * d * sizeof *job->dx);
@@ -2726,7 +2726,7 @@ static size_t dsv3i_back_items(dsv3i_back_job *jobs, size_t n_jobs, size_t item)
     size_t items = 0;
     for (size_t j = 0; j < n_jobs; j++) {
         jobs[j].first[0] = items;
-        if (jobs[j].dw != NULL && jobs[j].n > 0) items += dsv3i_blocks(jobs[j].w->rows, item / 2);
+        if (jobs[j].dw != NULL && jobs[j].n > 0) items += dsv3i_blocks(jobs[j].w->rows, item);
         jobs[j].first[1] = items;
         if (jobs[j].dx != NULL) items += dsv3i_blocks(jobs[j].n, item);
     }
