@@ -2225,7 +2225,7 @@ static void dsv3i_add_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_rows_arg *a = (const dsv3i_rows_arg *)arg;
     (void)worker;
     for (size_t t = begin; t < end; t++) {
-        a->ctx->kernels.axpy(a->y + (a->at != NULL ? a->at[t] : t) * a->d, 1.0f, a->x + t * a->d, a->d);
+        a->ctx->kernels.axpy(a->y + (a->at != NULL ? a->at[t] : t) * a->ldy, 1.0f, a->x + t * a->ldx, a->d);
     }
 }
 
@@ -5199,7 +5199,8 @@ typedef struct dsv3i_router_back_arg {
     size_t n;
 } dsv3i_router_back_arg;
 
-/* dscore, in the end of z. A balance loss is one of a whole sequence: whoever has its first row does all of it. */
+/* The gradients of scores, then of z. A balance loss is one of a whole sequence: whoever has its first row does all
+ * of it. */
 static void dsv3i_router_back_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_router_back_arg *a = (const dsv3i_router_back_arg *)arg;
     const dsv3i_saved *s = a->s;
@@ -5218,7 +5219,7 @@ static void dsv3i_router_back_task(void *arg, size_t begin, size_t end, size_t w
     }
 }
 
-/* dscore, then du and the router's weights. */
+/* b->dscore, then du and the router's weights. */
 static void dsv3i_router_back(const dsv3_context *ctx, float *du, const float *u, const dsv3_config *c,
                               const dsv3_layer *w, const dsv3_layer *g, const dsv3i_saved *s, size_t n,
                               const dsv3i_backward *b, const dsv3_workspace *ws) {
