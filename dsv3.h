@@ -702,7 +702,8 @@ typedef struct dsv3_workspace {
     float *row_hidden;                 /* [n, d] */
     float *concat;                     /* [n, 2d] an MTP module's input */
     float *loss;                       /* cross-entropy */
-    double *balance;                   /* [2 E] */
+    double *balance;                   /* [threads, 2 E] */
+    double *sequence_loss;             /* [n] balance loss of the sequence that begins there */
 } dsv3_workspace;
 
 /* rows: most rows of one dsv3_forward call; threads: dsv3_context.threads. */
@@ -1174,7 +1175,7 @@ typedef struct dsv3_trainer {
     float *dx;       /* [n, d] */
     float *dconcat;  /* [n, 2d] */
     float *bias;     /* [L + D, E] */
-    double *partial; /* sums of squares */
+    struct dsv3i_squares *squares; /* pieces of the gradients */
 } dsv3_trainer;
 
 DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_training *settings, size_t threads,
@@ -2163,12 +2164,75 @@ static void dsv3i_decode_row(const dsv3_context *ctx, float *y, const dsv3_tenso
     }
 }
 
+/* ---- Rows of d numbers: embeddings, copies, sums. A copy or a sum of all rows is short, but not beside loops that
+ * many threads share. */
+
+typedef struct dsv3i_rows_arg {
+    const dsv3_context *ctx;
+    float *y;
+    const float *x;
+    size_t d, ldy, ldx;   /* rows of y, and of x, lie so many floats apart */
+    const size_t *at;     /* [n] which rows of the other array these are; NULL: the same */
+    const int32_t *token; /* [n] of embeddings */
+    const dsv3_tensor *w; /* embeddings, or a norm's gain */
+    float eps;
+} dsv3i_rows_arg;
+
+static dsv3i_rows_arg dsv3i_rows_make(const dsv3_context *ctx, float *y, const float *x, size_t d) {
+    dsv3i_rows_arg a;
+    a.ctx = ctx;
+    a.y = y;
+    a.x = x;
+    a.d = a.ldy = a.ldx = d;
+    a.at = NULL;
+    a.token = NULL;
+    a.w = NULL;
+    a.eps = 0.0f;
+    return a;
+}
+
+static void dsv3i_embed_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_rows_arg *a = (const dsv3i_rows_arg *)arg;
+    (void)worker;
+    for (size_t t = begin; t < end; t++) {
+        DSV3_ASSERT(a->token[t] >= 0 && (size_t)a->token[t] < a->w->rows);
+        dsv3i_decode_row(a->ctx, a->y + t * a->d, a->w, (size_t)a->token[t]);
+    }
+}
+
 DSV3_API void dsv3_embed(const dsv3_context *context, float *x, const int32_t *token, const dsv3_tensor *w,
                          size_t n) {
-    for (size_t t = 0; t < n; t++) {
-        DSV3_ASSERT(token[t] >= 0 && (size_t)token[t] < w->rows);
-        dsv3i_decode_row(context, x + t * w->cols, w, (size_t)token[t]);
+    dsv3i_rows_arg a = dsv3i_rows_make(context, x, NULL, w->cols);
+    a.token = token;
+    a.w = w;
+    dsv3i_parallel(context, n, dsv3i_mul(2 * n, w->cols), dsv3i_embed_task, &a);
+}
+
+static void dsv3i_copy_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_rows_arg *a = (const dsv3i_rows_arg *)arg;
+    (void)worker;
+    for (size_t t = begin; t < end; t++) {
+        DSV3_MEMCPY(a->y + t * a->ldy, a->x + (a->at != NULL ? a->at[t] : t) * a->ldx, a->d * sizeof *a->y);
     }
+}
+
+static void dsv3i_copy_rows(const dsv3_context *ctx, float *y, const float *x, size_t n, size_t d) {
+    dsv3i_rows_arg a = dsv3i_rows_make(ctx, y, x, d);
+    dsv3i_parallel(ctx, n, dsv3i_mul(2 * n, d), dsv3i_copy_task, &a);
+}
+
+static void dsv3i_add_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_rows_arg *a = (const dsv3i_rows_arg *)arg;
+    (void)worker;
+    for (size_t t = begin; t < end; t++) {
+        a->ctx->kernels.axpy(a->y + (a->at != NULL ? a->at[t] : t) * a->ldy, 1.0f, a->x + t * a->ldx, a->d);
+    }
+}
+
+/* y [n, d] += x: the residual stream. */
+static void dsv3i_add_rows(const dsv3_context *ctx, float *y, const float *x, size_t n, size_t d) {
+    dsv3i_rows_arg a = dsv3i_rows_make(ctx, y, x, d);
+    dsv3i_parallel(ctx, n, dsv3i_mul(2 * n, d), dsv3i_add_task, &a);
 }
 
 /* ---- Pieces of panels for products */
@@ -2591,7 +2655,7 @@ typedef struct dsv3i_back_job {
     size_t n;
     int fresh;       /* dx is set, not added to */
     int joint;       /* the next job, of the same shape, has no dx: its dy W goes to this one's, too */
-    size_t first[2]; /* its first items, of dx and of dW */
+    size_t first[2]; /* its first items, of dW and of dx */
 } dsv3i_back_job;
 
 static dsv3i_back_job dsv3i_back_make(float *dx, float *dw, const float *dy, const float *x, const dsv3_tensor *w,
@@ -2645,11 +2709,11 @@ static void dsv3i_back_task(void *arg, size_t begin, size_t end, size_t worker) 
         const dsv3i_back_job *job;
         while (j + 1 < a->n_jobs && a->jobs[j + 1].first[0] <= i) j++;
         job = &a->jobs[j];
-        if (i >= job->first[1]) {
-            size_t r = (i - job->first[1]) * a->item;
+        if (i < job->first[1]) {
+            size_t r = (i - job->first[0]) * a->item;
             dsv3i_back_dw(a->ctx, job, r, dsv3i_min(r + a->item, job->w->rows));
         } else {
-            size_t t = (i - job->first[0]) * a->item, last = dsv3i_min(t + a->item, job->n), d = job->w->cols;
+            size_t t = (i - job->first[1]) * a->item, last = dsv3i_min(t + a->item, job->n), d = job->w->cols;
             if (job->fresh) DSV3_MEMSET(job->dx + t * d, 0, (last - t) * d * sizeof *job->dx);
             dsv3i_back_dx(a->ctx, job->dx, job, t, last, panel);
             if (job->joint) dsv3i_back_dx(a->ctx, job->dx, job + 1, t, last, panel);
@@ -2657,14 +2721,14 @@ static void dsv3i_back_task(void *arg, size_t begin, size_t end, size_t worker) 
     }
 }
 
-/* Items of all jobs, with up to `item` rows each. */
+/* Items of all jobs. Those of dW come first: they are the longest, and the loop's end would wait for them. */
 static size_t dsv3i_back_items(dsv3i_back_job *jobs, size_t n_jobs, size_t item) {
     size_t items = 0;
     for (size_t j = 0; j < n_jobs; j++) {
         jobs[j].first[0] = items;
-        if (jobs[j].dx != NULL) items += dsv3i_blocks(jobs[j].n, item);
-        jobs[j].first[1] = items;
         if (jobs[j].dw != NULL && jobs[j].n > 0) items += dsv3i_blocks(jobs[j].w->rows, item);
+        jobs[j].first[1] = items;
+        if (jobs[j].dx != NULL) items += dsv3i_blocks(jobs[j].n, item);
     }
     return items;
 }
@@ -2697,36 +2761,46 @@ DSV3_API void dsv3_linear_backward(const dsv3_context *context, float *dx, float
     dsv3i_back_jobs(context, &job, 1, scratch, dsv3i_linear_floats(w->cols));
 }
 
-/* The embedding is a linear map of one-hot rows: its gradient is added row by row. */
-DSV3_API void dsv3_embed_backward(float *dw, const float *dx, const int32_t *token, size_t n, size_t d) {
-    for (size_t t = 0; t < n; t++) {
-        float *row = dw + (size_t)token[t] * d;
-        for (size_t i = 0; i < d; i++) row[i] += dx[t * d + i];
+/* The embedding is a linear map of one-hot rows: its gradient is added row by row, columns apart. */
+
+#define DSV3I_COLUMNS 32u
+
+typedef struct dsv3i_embed_back_arg {
+    float *dw;
+    const float *dx;
+    const int32_t *token;
+    size_t n, d;
+} dsv3i_embed_back_arg;
+
+static void dsv3i_embed_back_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_embed_back_arg *a = (const dsv3i_embed_back_arg *)arg;
+    size_t first = begin * DSV3I_COLUMNS, last = dsv3i_min(end * DSV3I_COLUMNS, a->d);
+    (void)worker;
+    for (size_t t = 0; t < a->n; t++) {
+        float *row = a->dw + (size_t)a->token[t] * a->d;
+        for (size_t i = first; i < last; i++) row[i] += a->dx[t * a->d + i];
     }
+}
+
+static void dsv3i_embed_back(const dsv3_context *ctx, float *dw, const float *dx, const int32_t *token, size_t n,
+                             size_t d) {
+    dsv3i_embed_back_arg a;
+    a.dw = dw;
+    a.dx = dx;
+    a.token = token;
+    a.n = n;
+    a.d = d;
+    dsv3i_parallel(ctx, dsv3i_blocks(d, DSV3I_COLUMNS), dsv3i_mul(2 * n, d), dsv3i_embed_back_task, &a);
+}
+
+DSV3_API void dsv3_embed_backward(float *dw, const float *dx, const int32_t *token, size_t n, size_t d) {
+    dsv3_context alone;
+    DSV3_MEMSET(&alone, 0, sizeof alone);
+    dsv3i_embed_back(&alone, dw, dx, token, n, d);
 }
 #endif
 
-/* ---- RMSNorm, and the sum of rows */
-
-typedef struct dsv3i_rows_arg { /* of loops over rows of d numbers */
-    const dsv3_context *ctx;
-    float *y;
-    const float *x;
-    size_t d;
-    const dsv3_tensor *g; /* of a norm, as eps */
-    float eps;
-} dsv3i_rows_arg;
-
-static dsv3i_rows_arg dsv3i_rows_make(const dsv3_context *ctx, float *y, const float *x, size_t d) {
-    dsv3i_rows_arg a;
-    a.ctx = ctx;
-    a.y = y;
-    a.x = x;
-    a.d = d;
-    a.g = NULL;
-    a.eps = 0.0f;
-    return a;
-}
+/* ---- RMSNorm */
 
 /* x *= a */
 static void dsv3i_scale(float *x, float a, size_t n) {
@@ -2748,16 +2822,16 @@ static void dsv3i_norm_scale(float *DSV3I_RESTRICT v, const float *DSV3I_RESTRIC
 
 static void dsv3i_rmsnorm_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_rows_arg *a = (const dsv3i_rows_arg *)arg;
-    size_t d = a->d, step = dsv3_type_bytes(a->g->type);
+    size_t d = a->d, step = dsv3_type_bytes(a->w->type);
     (void)worker;
     for (size_t t = begin; t < end; t++) {
-        const float *xt = a->x + t * d;
-        float *yt = a->y + t * d;
+        const float *xt = a->x + t * a->ldx;
+        float *yt = a->y + t * a->ldy;
         float r = 1.0f / DSV3_SQRTF(a->ctx->kernels.dot(xt, xt, d) / (float)d + a->eps);
         for (size_t i = 0; i < d; i += 64) { /* the gain is decoded piece by piece, on the stack */
             float gain[64], v[64];
             size_t m = dsv3i_min(64, d - i);
-            a->ctx->kernels.decode[a->g->type](gain, (const unsigned char *)a->g->data + i * step, m);
+            a->ctx->kernels.decode[a->w->type](gain, (const unsigned char *)a->w->data + i * step, m);
             DSV3_MEMCPY(v, xt + i, m * sizeof *v);
             dsv3i_norm_scale(v, gain, r, m);
             DSV3_MEMCPY(yt + i, v, m * sizeof *v);
@@ -2765,25 +2839,20 @@ static void dsv3i_rmsnorm_task(void *arg, size_t begin, size_t end, size_t worke
     }
 }
 
+/* Rows of y lie ldy floats apart. */
+static void dsv3i_rmsnorm(const dsv3_context *ctx, float *y, size_t ldy, const float *x, const dsv3_tensor *g,
+                          size_t n, size_t d, float eps) {
+    dsv3i_rows_arg a = dsv3i_rows_make(ctx, y, x, d);
+    DSV3_ASSERT(g->cols == d && g->scale == NULL);
+    a.ldy = ldy;
+    a.w = g;
+    a.eps = eps;
+    dsv3i_parallel(ctx, n, dsv3i_mul(4 * n, d), dsv3i_rmsnorm_task, &a);
+}
+
 DSV3_API void dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *g, size_t n,
                            size_t d, float eps) {
-    dsv3i_rows_arg a = dsv3i_rows_make(context, y, x, d);
-    DSV3_ASSERT(g->cols == d && g->scale == NULL);
-    a.g = g;
-    a.eps = eps;
-    dsv3i_parallel(context, n, dsv3i_mul(4 * n, d), dsv3i_rmsnorm_task, &a);
-}
-
-static void dsv3i_add_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_rows_arg *a = (const dsv3i_rows_arg *)arg;
-    (void)worker;
-    a->ctx->kernels.axpy(a->y + begin * a->d, 1.0f, a->x + begin * a->d, (end - begin) * a->d);
-}
-
-/* y [n, d] += x: the residual stream. */
-static void dsv3i_add_rows(const dsv3_context *ctx, float *y, const float *x, size_t n, size_t d) {
-    dsv3i_rows_arg a = dsv3i_rows_make(ctx, y, x, d);
-    dsv3i_parallel(ctx, n, dsv3i_mul(2 * n, d), dsv3i_add_task, &a);
+    dsv3i_rmsnorm(context, y, d, x, g, n, d, eps);
 }
 
 #ifndef DSV3_NO_TRAINING
@@ -2791,7 +2860,6 @@ static void dsv3i_add_rows(const dsv3_context *ctx, float *y, const float *x, si
  *     dx += r v - x r^3 (v . x) / d,   dg += sum_t dy_t * x_t r_t
  * The sum over rows is split over columns; r [n] passes from the first loop to the second. */
 
-#define DSV3I_COLUMNS 32u
 #define DSV3I_NORM_ROWS 16u /* rows that meet a decoded gain together */
 
 typedef struct dsv3i_norm_arg {
@@ -2799,8 +2867,9 @@ typedef struct dsv3i_norm_arg {
     float *dx, *dg, *r;
     const float *dy, *x;
     const dsv3_tensor *g;
-    size_t n, d, ldx; /* rows of x and dx lie ldx floats apart */
+    size_t n, d, ldx, ldy; /* rows of x and dx lie ldx floats apart, rows of dy ldy */
     float eps;
+    int fresh; /* dx is set, not added to */
 } dsv3i_norm_arg;
 
 /* sum g dy x */
@@ -2832,6 +2901,7 @@ static void dsv3i_norm_dx_rows(const dsv3i_norm_arg *a, size_t t0, size_t n) {
     for (size_t t = 0; t < n; t++) {
         const float *x = a->x + (t0 + t) * a->ldx;
         r[t] = 1.0f / DSV3_SQRTF(a->ctx->kernels.dot(x, x, d) / (float)d + a->eps);
+        if (a->fresh) DSV3_MEMSET(a->dx + (t0 + t) * a->ldx, 0, d * sizeof *a->dx);
     }
     for (int pass = 0; pass < 2; pass++) { /* v . x first, then dx */
         for (size_t i = 0; i < d; i += 64) {
@@ -2839,7 +2909,7 @@ static void dsv3i_norm_dx_rows(const dsv3i_norm_arg *a, size_t t0, size_t n) {
             size_t m = dsv3i_min(64, d - i);
             a->ctx->kernels.decode[a->g->type](gain, (const unsigned char *)a->g->data + i * step, m);
             for (size_t t = 0; t < n; t++) {
-                const float *dy = a->dy + (t0 + t) * d + i, *x = a->x + (t0 + t) * a->ldx + i;
+                const float *dy = a->dy + (t0 + t) * a->ldy + i, *x = a->x + (t0 + t) * a->ldx + i;
                 float *dx = a->dx + (t0 + t) * a->ldx + i;
                 if (pass == 0) sum[t] += dsv3i_norm_dot(gain, dy, x, m);
                 if (pass == 1) dsv3i_norm_add(dx, r[t], gain, dy, sum[t] * r[t] * r[t] * r[t] / (float)d, x, m);
@@ -2863,7 +2933,7 @@ static void dsv3i_norm_dg_task(void *arg, size_t begin, size_t end, size_t worke
         size_t m = dsv3i_min(DSV3I_COLUMNS, a->d - i);
         DSV3_MEMCPY(sum, a->dg + i, m * sizeof *sum);
         for (size_t t = 0; t < a->n; t++) {
-            const float *x = a->x + t * a->ldx + i, *dy = a->dy + t * a->d + i;
+            const float *x = a->x + t * a->ldx + i, *dy = a->dy + t * a->ldy + i;
             size_t k = 0;
             for (; k + 8 <= m; k += 8) {
                 for (size_t j = 0; j < 8; j++) sum[k + j] += dy[k + j] * (x[k + j] * a->r[t]);
@@ -2874,9 +2944,8 @@ static void dsv3i_norm_dg_task(void *arg, size_t begin, size_t end, size_t worke
     }
 }
 
-/* Rows of x and dx lie ldx floats apart. */
-static void dsv3i_rmsnorm_back(const dsv3_context *ctx, float *dx, size_t ldx, float *dg, const float *dy,
-                               const float *x, const dsv3_tensor *g, size_t n, size_t d, float eps, float *r) {
+static dsv3i_norm_arg dsv3i_norm_make(const dsv3_context *ctx, float *dx, float *dg, const float *dy, const float *x,
+                                      const dsv3_tensor *g, size_t n, size_t d, float eps, float *r) {
     dsv3i_norm_arg arg;
     arg.ctx = ctx;
     arg.dx = dx;
@@ -2886,17 +2955,23 @@ static void dsv3i_rmsnorm_back(const dsv3_context *ctx, float *dx, size_t ldx, f
     arg.x = x;
     arg.g = g;
     arg.n = n;
-    arg.d = d;
-    arg.ldx = ldx;
+    arg.d = arg.ldx = arg.ldy = d;
     arg.eps = eps;
-    dsv3i_parallel(ctx, n, dsv3i_mul(4 * n, d), dsv3i_norm_dx_task, &arg);
-    dsv3i_parallel(ctx, dsv3i_blocks(d, DSV3I_COLUMNS), dsv3i_mul(2 * n, d), dsv3i_norm_dg_task, &arg);
+    arg.fresh = 0;
+    return arg;
+}
+
+static void dsv3i_norm_back(dsv3i_norm_arg *arg) {
+    size_t n = arg->n, d = arg->d;
+    dsv3i_parallel(arg->ctx, n, dsv3i_mul(4 * n, d), dsv3i_norm_dx_task, arg);
+    dsv3i_parallel(arg->ctx, dsv3i_blocks(d, DSV3I_COLUMNS), dsv3i_mul(2 * n, d), dsv3i_norm_dg_task, arg);
 }
 
 DSV3_API void dsv3_rmsnorm_backward(const dsv3_context *context, float *dx, float *dg, const float *dy,
                                     const float *x, const dsv3_tensor *g, size_t n, size_t d, float eps,
                                     float *scratch) {
-    dsv3i_rmsnorm_back(context, dx, d, dg, dy, x, g, n, d, eps, scratch);
+    dsv3i_norm_arg arg = dsv3i_norm_make(context, dx, dg, dy, x, g, n, d, eps, scratch);
+    dsv3i_norm_back(&arg);
 }
 #endif
 
@@ -3118,10 +3193,11 @@ static void dsv3i_loss_back_task(void *arg, size_t begin, size_t end, size_t wor
     }
 }
 
-/* loss as dsv3i_cross_entropy has left it. du += dlogits head, dhead += dlogits^T u (NULL: not wanted). */
-static void dsv3i_cross_entropy_back(const dsv3_context *ctx, float *du, float *dhead, float weight, const float *u,
-                                     const dsv3_tensor *head, const int32_t *target, size_t n, float *loss,
-                                     float *worker, size_t worker_floats, float *rounded) {
+/* loss as dsv3i_cross_entropy has left it. du += dlogits head (fresh: is set), dhead += dlogits^T u (NULL: not
+ * wanted). */
+static void dsv3i_cross_entropy_back(const dsv3_context *ctx, float *du, int fresh, float *dhead, float weight,
+                                     const float *u, const dsv3_tensor *head, const int32_t *target, size_t n,
+                                     float *loss, float *worker, size_t worker_floats, float *rounded) {
     dsv3i_loss_arg arg;
     dsv3i_loss_begin(&arg, ctx, target, n, loss);
     arg.weight = weight;
@@ -3129,6 +3205,7 @@ static void dsv3i_cross_entropy_back(const dsv3_context *ctx, float *du, float *
         dsv3_tensor part = dsv3i_loss_piece(&arg, u, head, n, worker, worker_floats, rounded);
         dsv3i_back_job job =
             dsv3i_back_make(du, dhead == NULL ? NULL : dhead + arg.row * head->cols, arg.logits, u, &part, n);
+        job.fresh = fresh && arg.row == 0;
         dsv3i_parallel(ctx, n, dsv3i_mul(dsv3i_mul(n, arg.rows), 16), dsv3i_loss_back_task, &arg);
         dsv3i_back_jobs(ctx, &job, 1, worker, worker_floats);
     }
@@ -3139,7 +3216,7 @@ DSV3_API void dsv3_cross_entropy_backward(const dsv3_context *context, float *du
                                           float *scratch) {
     float *worker = scratch + dsv3i_cross_entropy_floats(head->rows, n);
     size_t floats = dsv3i_linear_floats(head->cols);
-    dsv3i_cross_entropy_back(context, du, dhead, weight, u, head, target, n, scratch, worker, floats,
+    dsv3i_cross_entropy_back(context, du, 0, dhead, weight, u, head, target, n, scratch, worker, floats,
                              worker + context->threads * floats);
 }
 #endif
@@ -3996,6 +4073,14 @@ DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const floa
     dsv3i_linear_jobs(context, &job, 1, workspace->worker, workspace->worker_floats, workspace->rounded);
 }
 
+/* Rows of the sequence that row t begins; 0 if it begins none. Where losses are computed, the rows of
+ * a sequence lie together. */
+static size_t dsv3i_sequence_rows(const int32_t *leader, size_t t, size_t n) {
+    size_t rows = 0;
+    while (t + rows < n && leader[t + rows] == (int32_t)t) rows++;
+    return rows;
+}
+
 #ifndef DSV3_NO_TRAINING
 /* ---- Backward. The forward pass of training is the one above, with the workspace's pointers on memory that stays
  * (chapter 13). Saved: u or the layer's input, q_raw [n, rq], kv_raw [n, rk+dr], o [n, H dv] and the softmax's
@@ -4049,6 +4134,7 @@ typedef struct dsv3i_attention_back {
     const dsv3i_backward *b;
     size_t n;
     float scale;
+    int interleave;
 } dsv3i_attention_back;
 
 #define DSV3I_BACK_ROWS 48u /* rows that meet a block of keys together */
@@ -4130,55 +4216,63 @@ static void dsv3i_attention_back_block(const dsv3i_attention_back *a, size_t t1,
     }
 }
 
+/* Head h of rows [t0, t1): keys from kv_up and the rotated parts, D = dout . o; what is to be summed up is cleared. */
+static void dsv3i_attention_back_begin(const dsv3i_attention_back *a, size_t t0, size_t t1, size_t h) {
+    const dsv3i_dims *m = a->m;
+    const dsv3i_backward *b = a->b;
+    for (size_t t = t0; t < t1; t++) {
+        size_t key = t * m->Hq + h * m->qk, up = t * m->Hkv + h * m->kv, out = t * m->Ho + h * m->dv;
+        DSV3_MEMCPY(b->keys + key, b->kv_up + up, m->dn * sizeof(float));
+        DSV3_MEMCPY(b->keys + key + m->dn, a->ws->kv + t * m->width + m->rk, m->dr * sizeof(float));
+        DSV3_MEMSET(b->dkeys + key, 0, m->qk * sizeof(float));
+        DSV3_MEMSET(b->dq + key, 0, m->qk * sizeof(float));
+        DSV3_MEMSET(b->dkv_up + up, 0, m->kv * sizeof(float));
+        b->D[t * m->H + h] = a->ctx->kernels.dot(b->dout + out, a->s->o + out, m->dv);
+    }
+}
+
 /* Item = head h of the sequence that row t0 begins. */
 static void dsv3i_attention_back_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_attention_back *a = (const dsv3i_attention_back *)arg;
     const dsv3i_dims *m = a->m;
     float *scratch = a->b->attention + worker * dsv3i_attention_back_floats(m);
     for (size_t i = begin; i < end; i++) {
-        size_t t0 = i / m->H, h = i % m->H, t1 = t0;
-        if (a->ws->leader[t0] != (int32_t)t0) continue;
-        for (; t1 < a->n && a->ws->leader[t1] == (int32_t)t0; t1++) {
-            size_t at = t1 * m->Ho + h * m->dv;
-            a->b->D[t1 * m->H + h] = a->ctx->kernels.dot(a->b->dout + at, a->s->o + at, m->dv);
-        }
+        size_t t0 = i / m->H, h = i % m->H, t1 = t0 + dsv3i_sequence_rows(a->ws->leader, t0, a->n);
+        if (t1 == t0) continue;
+        dsv3i_attention_back_begin(a, t0, t1, h);
         for (size_t j = t0; j < t1; j += DSV3I_BACK_KEYS) {
             dsv3i_attention_back_block(a, t1, h, j, dsv3i_min(DSV3I_BACK_KEYS, t1 - j), scratch);
         }
     }
 }
 
-/* keys [n, H, dn+dr] from kv_up and the rotated parts; what is to be summed up is cleared. */
+/* kv_up once more. */
 static void dsv3i_mla_back_begin(const dsv3_context *ctx, const dsv3i_dims *m, const dsv3_layer *w,
                                  const dsv3_workspace *ws, const dsv3i_backward *b, size_t n) {
     dsv3i_job job = dsv3i_job_make(b->kv_up, b->c, &w->kv_b_proj, n);
-    for (size_t t = 0; t < n; t++) DSV3_MEMCPY(b->c + t * m->rk, ws->kv + t * m->width, m->rk * sizeof(float));
+    dsv3i_rows_arg rows = dsv3i_rows_make(ctx, b->c, ws->kv, m->rk);
+    rows.ldx = m->width;
+    dsv3i_parallel(ctx, n, dsv3i_mul(2 * n, m->rk), dsv3i_copy_task, &rows);
     dsv3i_linear_jobs(ctx, &job, 1, ws->worker, ws->worker_floats, ws->rounded);
-    for (size_t i = 0; i < n * m->H; i++) {
-        float *key = b->keys + i * m->qk;
-        DSV3_MEMCPY(key, b->kv_up + i * m->kv, m->dn * sizeof *key);
-        DSV3_MEMCPY(key + m->dn, ws->kv + i / m->H * m->width + m->rk, m->dr * sizeof *key);
-    }
-    DSV3_MEMSET(b->dq, 0, n * m->Hq * sizeof(float));
-    DSV3_MEMSET(b->dkeys, 0, n * m->Hq * sizeof(float));
-    DSV3_MEMSET(b->dkv_up, 0, n * m->Hkv * sizeof(float));
-    DSV3_MEMSET(b->dkv_raw, 0, n * m->width * sizeof(float));
-    DSV3_MEMSET(b->dq_raw, 0, n * m->rq * sizeof(float));
 }
 
 /* dkeys goes to dkv_up and, summed over heads and rotated back, to dkv_raw; dq is rotated back. */
-static void dsv3i_mla_back_rotate(const dsv3i_dims *m, const dsv3_workspace *ws, const dsv3i_backward *b, size_t n,
-                                  int interleave) {
-    for (size_t t = 0; t < n; t++) {
-        const float *cos_sin = ws->cos_sin + t * m->dr;
+static void dsv3i_mla_back_rotate_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_attention_back *a = (const dsv3i_attention_back *)arg;
+    const dsv3i_dims *m = a->m;
+    const dsv3i_backward *b = a->b;
+    (void)worker;
+    for (size_t t = begin; t < end; t++) {
+        const float *cos_sin = a->ws->cos_sin + t * m->dr;
         float *dkr = b->dkv_raw + t * m->width + m->rk;
+        DSV3_MEMSET(dkr, 0, m->dr * sizeof *dkr);
         for (size_t h = 0; h < m->H; h++) {
             const float *dkey = b->dkeys + t * m->Hq + h * m->qk;
             DSV3_MEMCPY(b->dkv_up + t * m->Hkv + h * m->kv, dkey, m->dn * sizeof *dkey);
             for (size_t i = 0; i < m->dr; i++) dkr[i] += dkey[m->dn + i];
-            dsv3_rope_rotate_backward(b->dq + t * m->Hq + h * m->qk + m->dn, cos_sin, m->dr, interleave);
+            dsv3_rope_rotate_backward(b->dq + t * m->Hq + h * m->qk + m->dn, cos_sin, m->dr, a->interleave);
         }
-        dsv3_rope_rotate_backward(dkr, cos_sin, m->dr, interleave);
+        dsv3_rope_rotate_backward(dkr, cos_sin, m->dr, a->interleave);
     }
 }
 
@@ -4219,6 +4313,8 @@ static void dsv3i_mla_backward(const dsv3_context *ctx, float *du, const float *
     dsv3i_dims m = dsv3i_dims_of(&model->config);
     float eps = model->config.latent_norm_eps;
     dsv3i_attention_back arg;
+    dsv3i_norm_arg norm = dsv3i_norm_make(ctx, b->dkv_raw, dsv3i_grad(&g->kv_a_layernorm), b->dc, s->kv_raw,
+                                          &w->kv_a_layernorm, n, m.rk, eps, b->r);
     dsv3i_mla_back_begin(ctx, &m, w, ws, b, n);
     dsv3i_back(ctx, b->dout, 1, &g->o_proj, dy, s->o, &w->o_proj, n, ws);
     arg.ctx = ctx;
@@ -4228,19 +4324,23 @@ static void dsv3i_mla_backward(const dsv3_context *ctx, float *du, const float *
     arg.b = b;
     arg.n = n;
     arg.scale = model->softmax_scale;
+    arg.interleave = model->config.rope_interleave;
     dsv3i_parallel(ctx, n * m.H, dsv3i_mul(n * m.Hq, n), dsv3i_attention_back_task, &arg);
-    dsv3i_mla_back_rotate(&m, ws, b, n, model->config.rope_interleave);
+    dsv3i_parallel(ctx, n, dsv3i_mul(4 * n, m.Hq), dsv3i_mla_back_rotate_task, &arg);
     dsv3i_back(ctx, b->dc, 1, &g->kv_b_proj, b->dkv_up, b->c, &w->kv_b_proj, n, ws);
-    dsv3i_rmsnorm_back(ctx, b->dkv_raw, m.width, dsv3i_grad(&g->kv_a_layernorm), b->dc, s->kv_raw, &w->kv_a_layernorm,
-                       n, m.rk, eps, b->r);
+    norm.ldx = m.width;
+    norm.fresh = 1;
+    dsv3i_norm_back(&norm);
     dsv3i_back(ctx, du, 1, &g->kv_a_proj_with_mqa, b->dkv_raw, u, &w->kv_a_proj_with_mqa, n, ws);
     if (m.rq == 0) {
         dsv3i_back(ctx, du, 0, &g->q_proj, b->dq, u, &w->q_proj, n, ws);
         return;
     }
     dsv3i_back(ctx, b->dq_latent, 1, &g->q_b_proj, b->dq, ws->q_latent, &w->q_b_proj, n, ws);
-    dsv3_rmsnorm_backward(ctx, b->dq_raw, dsv3i_grad(&g->q_a_layernorm), b->dq_latent, s->q_raw, &w->q_a_layernorm, n,
-                          m.rq, eps, b->r);
+    norm = dsv3i_norm_make(ctx, b->dq_raw, dsv3i_grad(&g->q_a_layernorm), b->dq_latent, s->q_raw, &w->q_a_layernorm,
+                           n, m.rq, eps, b->r);
+    norm.fresh = 1;
+    dsv3i_norm_back(&norm);
     dsv3i_back(ctx, du, 0, &g->q_a_proj, b->dq_raw, u, &w->q_a_proj, n, ws);
 }
 #endif
@@ -4278,24 +4378,43 @@ static void dsv3i_softmax(const dsv3_context *ctx, float *z, size_t n) {
     for (size_t i = 0; i < n; i++) z[i] /= sum;
 }
 
+typedef struct dsv3i_scores_arg {
+    const dsv3_context *ctx;
+    float *score;      /* [n, E] z before, s behind */
+    const float *bias; /* [E] or NULL */
+    size_t E;
+    dsv3_scoring_func func;
+} dsv3i_scores_arg;
+
+static void dsv3i_scores_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_scores_arg *a = (const dsv3i_scores_arg *)arg;
+    (void)worker;
+    for (size_t t = begin; t < end; t++) {
+        float *z = a->score + t * a->E;
+        for (size_t e = 0; a->bias != NULL && e < a->E; e++) z[e] += a->bias[e];
+        if (a->func == DSV3_SOFTMAX) {
+            dsv3i_softmax(a->ctx, z, a->E);
+        } else {
+            for (size_t e = 0; e < a->E; e++) z[e] = 1.0f / (1.0f + DSV3_EXPF(-z[e]));
+        }
+    }
+}
+
 /* scratch [threads, worker_floats]. The router's product is exact, whatever the context says. */
 static void dsv3i_router_scores(const dsv3_context *context, const dsv3_config *config, float *score, const float *x,
                                 const dsv3_tensor *gate_w, const float *gate_bias, size_t n, float *scratch,
                                 size_t worker_floats) {
     dsv3i_job job = dsv3i_job_make(score, x, gate_w, n);
     dsv3_context exact = *context;
-    size_t E = gate_w->rows;
+    dsv3i_scores_arg a;
     exact.compute = DSV3_EXACT;
     dsv3i_linear_jobs(&exact, &job, 1, scratch, worker_floats, NULL);
-    for (size_t t = 0; t < n; t++) {
-        float *z = score + t * E;
-        for (size_t e = 0; gate_bias != NULL && e < E; e++) z[e] += gate_bias[e];
-        if (config->scoring_func == DSV3_SOFTMAX) {
-            dsv3i_softmax(context, z, E);
-        } else {
-            for (size_t e = 0; e < E; e++) z[e] = 1.0f / (1.0f + DSV3_EXPF(-z[e]));
-        }
-    }
+    a.ctx = context;
+    a.score = score;
+    a.bias = gate_bias;
+    a.E = gate_w->rows;
+    a.func = config->scoring_func;
+    dsv3i_parallel(context, n, dsv3i_mul(n, 16 * a.E), dsv3i_scores_task, &a);
 }
 
 DSV3_API void dsv3_router_scores(const dsv3_context *context, const dsv3_config *config, float *score, const float *x,
@@ -4536,28 +4655,40 @@ DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, ui
 
 /* ---- Balance losses. f_i = E / (K T) count_i and P_i = mean s'_i have mean 1 and sum 1. */
 
-/* Sums count [E] and share [E] over the rows that count. Returns their number. */
-static double dsv3i_balance_sums(double *count, double *share, const float *score, const int32_t *idx,
-                                 const uint8_t *mask, size_t n, size_t E, size_t K) {
+/* Sums count [E] over the rows that count. Returns their number. */
+static double dsv3i_balance_count(double *count, const float *score, const int32_t *idx, const uint8_t *mask,
+                                  size_t n, size_t E, size_t K) {
     int32_t largest[DSV3_MAX_TOPK];
     double rows = 0.0;
     DSV3_ASSERT(K <= DSV3_MAX_TOPK);
-    for (size_t e = 0; e < E; e++) count[e] = share[e] = 0.0;
+    for (size_t e = 0; e < E; e++) count[e] = 0.0;
     for (size_t t = 0; t < n; t++) {
-        const float *s = score + t * E;
         const int32_t *chosen = idx != NULL ? idx + t * K : largest;
-        double sum = 0.0;
         if (!dsv3i_counts(mask, t)) continue;
-        if (idx == NULL) dsv3i_topk(largest, s, E, K);
+        if (idx == NULL) dsv3i_topk(largest, score + t * E, E, K);
         rows += 1.0;
         for (size_t k = 0; k < K; k++) count[chosen[k]] += 1.0;
-        for (size_t e = 0; e < E; e++) sum += (double)s[e];
-        for (size_t e = 0; e < E && sum > 0.0; e++) share[e] += (double)s[e] / sum;
     }
     return rows;
 }
 
-/* The three losses are sum_i f_i P_i with P_i = share_i / rows, and differ in f_i, which takes count's place. */
+/* sum_i f_i P_i with P_i = share_i / rows. share [E] is scratch. */
+static double dsv3i_balance_sum(double *share, const double *f, double rows, const float *score, const uint8_t *mask,
+                                size_t n, size_t E) {
+    double total = 0.0;
+    for (size_t e = 0; e < E; e++) share[e] = 0.0;
+    for (size_t t = 0; t < n; t++) {
+        const float *s = score + t * E;
+        double sum = 0.0;
+        if (!dsv3i_counts(mask, t)) continue;
+        for (size_t e = 0; e < E; e++) sum += (double)s[e];
+        for (size_t e = 0; e < E && sum > 0.0; e++) share[e] += (double)s[e] / sum;
+    }
+    for (size_t e = 0; e < E; e++) total += f[e] * share[e];
+    return total / rows;
+}
+
+/* The three losses differ in f_i, which takes count's place. */
 
 static void dsv3i_balance_f(double *count, double rows, size_t E, size_t K) {
     for (size_t e = 0; e < E; e++) count[e] *= (double)E / ((double)K * rows);
@@ -4591,34 +4722,28 @@ static void dsv3i_communication_f(double *count, double rows, const int32_t *idx
     }
 }
 
-static double dsv3i_balance_sum(const double *f, const double *share, double rows, size_t E) {
-    double sum = 0.0;
-    for (size_t e = 0; e < E; e++) sum += f[e] * share[e];
-    return sum / rows;
-}
-
 DSV3_API double dsv3_balance_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
                                   size_t K, double *scratch) {
-    double rows = dsv3i_balance_sums(scratch, scratch + E, score, idx, mask, n, E, K);
+    double rows = dsv3i_balance_count(scratch, score, idx, mask, n, E, K);
     if (!(rows > 0.0)) return 0.0;
     dsv3i_balance_f(scratch, rows, E, K);
-    return dsv3i_balance_sum(scratch, scratch + E, rows, E);
+    return dsv3i_balance_sum(scratch + E, scratch, rows, score, mask, n, E);
 }
 
 DSV3_API double dsv3_device_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
                                  size_t K, size_t devices, double *scratch) {
-    double rows = dsv3i_balance_sums(scratch, scratch + E, score, idx, mask, n, E, K);
+    double rows = dsv3i_balance_count(scratch, score, idx, mask, n, E, K);
     if (!(rows > 0.0)) return 0.0;
     dsv3i_device_f(scratch, rows, E, K, devices);
-    return dsv3i_balance_sum(scratch, scratch + E, rows, E);
+    return dsv3i_balance_sum(scratch + E, scratch, rows, score, mask, n, E);
 }
 
 DSV3_API double dsv3_communication_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n,
                                         size_t E, size_t K, size_t devices, size_t most_devices, double *scratch) {
-    double rows = dsv3i_balance_sums(scratch, scratch + E, score, idx, mask, n, E, K);
+    double rows = dsv3i_balance_count(scratch, score, idx, mask, n, E, K);
     if (!(rows > 0.0)) return 0.0;
     dsv3i_communication_f(scratch, rows, idx, mask, n, E, K, devices, most_devices);
-    return dsv3i_balance_sum(scratch, scratch + E, rows, E);
+    return dsv3i_balance_sum(scratch + E, scratch, rows, score, mask, n, E);
 }
 
 DSV3_API double dsv3_z_loss(const float *z, const uint8_t *mask, size_t n, size_t E) {
@@ -4694,8 +4819,7 @@ DSV3_API void dsv3_balance_backward(float *dscore, double scale, const dsv3_bala
     for (int kind = 0; kind < 3; kind++) {
         double weight = kind == 0 ? weights->expert : kind == 1 ? weights->device : weights->communication, rows;
         if (!(weight > 0.0)) continue;
-        rows =
-            dsv3i_balance_sums(scratch, scratch + E, score, kind > 0 || weights->actual ? idx : NULL, mask, n, E, K);
+        rows = dsv3i_balance_count(scratch, score, kind > 0 || weights->actual ? idx : NULL, mask, n, E, K);
         if (!(rows > 0.0)) return;
         if (kind == 0) dsv3i_balance_f(scratch, rows, E, K);
         if (kind == 1) dsv3i_device_f(scratch, rows, E, K, weights->devices);
@@ -5067,32 +5191,59 @@ static void dsv3i_mlp_back(const dsv3_context *ctx, float *du, const float *dy, 
     dsv3i_mlps_back(ctx, ws->mlps, 1, NULL, NULL, at, total, DSV3I_SILU_ITEM, s, h, b, ws);
 }
 
-/* dscore, then du and the router's weights. */
+typedef struct dsv3i_router_back_arg {
+    const dsv3_config *c;
+    const dsv3i_saved *s;
+    const dsv3i_backward *b;
+    const dsv3_workspace *ws;
+    size_t n;
+} dsv3i_router_back_arg;
+
+/* The gradients of scores, then of z. A balance loss is one of a whole sequence: whoever has its first row does all
+ * of it. */
+static void dsv3i_router_back_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_router_back_arg *a = (const dsv3i_router_back_arg *)arg;
+    const dsv3i_saved *s = a->s;
+    size_t E = (size_t)a->c->n_routed_experts, K = (size_t)a->c->num_experts_per_tok;
+    double *scratch = a->ws->balance + worker * 2 * E;
+    for (size_t t = begin; t < end; t++) {
+        size_t rows = dsv3i_sequence_rows(a->ws->leader, t, a->n);
+        const float *score = s->score + t * E;
+        const int32_t *idx = s->idx + t * K;
+        float *dscore = a->b->dscore + t * E;
+        DSV3_MEMSET(dscore, 0, rows * E * sizeof *dscore);
+        dsv3_router_weights_backward(a->c, dscore, a->b->dgate + t * K, idx, score, rows);
+        dsv3_balance_backward(dscore, a->b->balance_scale, a->b->balance, score, idx, a->ws->row_mask + t, rows, E, K,
+                              scratch);
+        dsv3_router_scores_backward(a->c, dscore, dscore, score, rows);
+    }
+}
+
+/* b->dscore, then du and the router's weights. */
 static void dsv3i_router_back(const dsv3_context *ctx, float *du, const float *u, const dsv3_config *c,
                               const dsv3_layer *w, const dsv3_layer *g, const dsv3i_saved *s, size_t n,
                               const dsv3i_backward *b, const dsv3_workspace *ws) {
-    size_t E = (size_t)c->n_routed_experts, K = (size_t)c->num_experts_per_tok;
-    DSV3_MEMSET(b->dscore, 0, n * E * sizeof(float));
-    dsv3_router_weights_backward(c, b->dscore, b->dgate, s->idx, s->score, n);
-    for (size_t begin = 0, end; begin < n; begin = end) {
-        for (end = begin + 1; end < n && ws->leader[end] == ws->leader[begin]; end++) {
-        }
-        dsv3_balance_backward(b->dscore + begin * E, b->balance_scale, b->balance, s->score + begin * E,
-                              s->idx + begin * K, ws->row_mask + begin, end - begin, E, K, ws->balance);
-    }
-    dsv3_router_scores_backward(c, b->dscore, b->dscore, s->score, n);
+    dsv3i_router_back_arg a;
+    a.c = c;
+    a.s = s;
+    a.b = b;
+    a.ws = ws;
+    a.n = n;
+    dsv3i_parallel(ctx, n, dsv3i_mul(n, 16 * w->gate.rows), dsv3i_router_back_task, &a);
     dsv3i_back(ctx, du, 0, &g->gate, b->dscore, u, &w->gate, n, ws);
 }
 
 typedef struct dsv3i_moe_back {
     const dsv3_context *ctx;
     const dsv3i_dims *m;
+    const dsv3_layer *w, *g;
     const dsv3i_saved *s;
+    const dsv3i_backward *b;
+    const dsv3_workspace *ws;
     const float *u, *dy;
-    float *dgrouped, *gate, *du; /* of all grouped rows */
-    float *grouped, *h;          /* of those from `first` on: u, and hidden values */
-    const size_t *pair;          /* [n K] of a grouped row: t K + k */
-    size_t first;
+    float *gate, *dgate, *du; /* of all grouped rows, as b->dgrouped */
+    float *grouped, *h;       /* of those from `first` on: u, and hidden values */
+    size_t first, most;       /* most: rows of the expert that has the most */
 } dsv3i_moe_back;
 
 /* Rows of tokens to grouped rows: u, dY, gate; h is multiplied by its gate. */
@@ -5101,10 +5252,10 @@ static void dsv3i_moe_gather_task(void *arg, size_t begin, size_t end, size_t wo
     size_t d = a->m->d, F = a->m->F;
     (void)worker;
     for (size_t i = begin; i < end; i++) {
-        size_t row = a->first + i, t = a->pair[row] / a->m->K;
+        size_t row = a->first + i, pair = a->ws->pair[row], t = pair / a->m->K;
         DSV3_MEMCPY(a->grouped + i * d, a->u + t * d, d * sizeof *a->u);
-        DSV3_MEMCPY(a->dgrouped + row * d, a->dy + t * d, d * sizeof *a->dy);
-        a->gate[row] = a->s->gate[a->pair[row]];
+        DSV3_MEMCPY(a->b->dgrouped + row * d, a->dy + t * d, d * sizeof *a->dy);
+        a->gate[row] = a->s->gate[pair];
         dsv3i_scale(a->h + i * F, a->gate[row], F);
     }
 }
@@ -5115,65 +5266,100 @@ static void dsv3i_moe_scatter_task(void *arg, size_t begin, size_t end, size_t w
     size_t d = a->m->d, K = a->m->K;
     (void)worker;
     for (size_t i = begin * K; i < end * K; i++) {
-        a->ctx->kernels.axpy(a->du + i / K * d, 1.0f, a->dgrouped + a->s->slot[i] * d, d);
+        a->ctx->kernels.axpy(a->du + i / K * d, 1.0f, a->b->dgrouped + a->s->slot[i] * d, d);
     }
 }
 
 /* Experts e0 .. e1-1 */
-static void dsv3i_experts_back(dsv3i_moe_back *a, float *dgate, const dsv3_layer *w, const dsv3_layer *g, size_t e0,
-                               size_t e1, const dsv3i_backward *b, const dsv3_workspace *ws) {
+static void dsv3i_experts_back(dsv3i_moe_back *a, size_t e0, size_t e1) {
     const dsv3i_saved *s = a->s;
+    dsv3i_mlp_rows *mlps = a->ws->mlps;
     size_t d = a->m->d, F = a->m->F, first = s->offset[e0], n = s->offset[e1] - first, at = first * F, count = 0;
     if (n == 0) return;
-    a->h = dsv3i_back_hidden(a->ctx, s, at, n * F, ws);
+    a->h = dsv3i_back_hidden(a->ctx, s, at, n * F, a->ws);
     a->first = first;
     dsv3i_parallel(a->ctx, n, dsv3i_mul(n, 2 * d), dsv3i_moe_gather_task, a);
     for (size_t e = e0; e < e1; e++) {
         size_t from = s->offset[e], rows = s->offset[e + 1] - from;
-        dsv3i_mlp_rows *r = &ws->mlps[count];
+        float *dx = a->b->dgrouped + from * d;
         if (rows == 0) continue;
-        dsv3i_mlp_rows_set(r, &w->experts[e], a->dgrouped + from * d, a->grouped + (from - first) * d, rows,
-                           from * F);
-        r->g = &g->experts[e];
-        r->dx = a->dgrouped + from * d;
-        count++;
+        dsv3i_mlp_rows_set(&mlps[count], &a->w->experts[e], dx, a->grouped + (from - first) * d, rows, from * F);
+        mlps[count].g = &a->g->experts[e];
+        mlps[count++].dx = dx;
     }
-    dsv3i_mlps_back(a->ctx, ws->mlps, count, a->gate + first, dgate + first, at, n * F, F, s, a->h, b, ws);
+    dsv3i_mlps_back(a->ctx, mlps, count, a->gate + first, a->dgate + first, at, n * F, F, s, a->h, a->b, a->ws);
+}
+
+/* Each expert by one worker, with a part of the memory that stays in its cache. */
+static void dsv3i_experts_back_task(void *arg, size_t begin, size_t end, size_t worker) {
+    dsv3i_moe_back a = *(const dsv3i_moe_back *)arg;
+    dsv3_context alone = *a.ctx;
+    dsv3_workspace ws = *a.ws;
+    dsv3i_backward b = *a.b;
+    dsv3i_mlp_rows mlp;
+    dsv3i_back_job jobs[2];
+    size_t row = worker * a.most;
+    alone.threads = 1;
+    ws.worker += worker * ws.worker_floats;
+    ws.h += row * a.m->F;
+    ws.mlps = &mlp;
+    b.dh += row * a.m->F;
+    b.jobs = jobs;
+    a.ctx = &alone;
+    a.ws = &ws;
+    a.b = &b;
+    a.grouped += row * a.m->d;
+    for (size_t e = begin; e < end; e++) dsv3i_experts_back(&a, e, e + 1);
 }
 
 #define DSV3I_NEAR 65536u /* floats of u and dY that a worker's cache surely holds */
 
-/* A few experts at a time, whose rows stay in caches from the first product to the last. */
+/* Experts one by one if there are enough of them for all threads, else a few at a time: their rows stay in caches
+ * from the first product to the last. */
+static void dsv3i_all_experts_back(dsv3i_moe_back *a, size_t n_routed) {
+    const size_t *offset = a->s->offset;
+    size_t d = a->m->d, E = a->m->E, threads = a->ctx->threads;
+    a->most = 0;
+    for (size_t e = 0; e < E; e++) a->most = dsv3i_max(a->most, offset[e + 1] - offset[e]);
+    if (dsv3i_mul(a->most, 2 * threads) <= n_routed) {
+        dsv3i_parallel(a->ctx, E, dsv3i_mul(n_routed, 6 * d * a->m->F), dsv3i_experts_back_task, a);
+        return;
+    }
+    for (size_t e = 0, last; e < E; e = last) {
+        for (last = e + 1; last < E && (offset[last] - offset[e]) * 2 * d < dsv3i_mul(threads, DSV3I_NEAR); last++) {
+        }
+        dsv3i_experts_back(a, e, last);
+    }
+}
+
 static void dsv3i_moe_backward(const dsv3_context *ctx, float *du, const float *dy, const float *u,
                                const dsv3_config *c, const dsv3_layer *w, const dsv3_layer *g, const dsv3i_saved *s,
                                size_t n, const dsv3i_backward *b, const dsv3_workspace *ws) {
     dsv3i_dims m = dsv3i_dims_of(c);
-    size_t n_routed = n * m.K, most = dsv3i_mul(ctx->threads, DSV3I_NEAR);
-    float *dgate = b->r; /* in grouped order, as gate; r [n K] is free here */
+    size_t n_routed = n * m.K;
     dsv3i_moe_back arg;
     arg.ctx = ctx;
     arg.m = &m;
+    arg.w = w;
+    arg.g = g;
     arg.s = s;
+    arg.b = b;
+    arg.ws = ws;
     arg.u = u;
     arg.dy = dy;
-    arg.grouped = ws->grouped;
-    arg.dgrouped = b->dgrouped;
     arg.gate = b->dgate;
+    arg.dgate = b->r; /* in grouped order, as gate; r [n K] is free here */
     arg.du = du;
-    arg.pair = ws->pair;
+    arg.grouped = ws->grouped;
     for (size_t i = 0; i < n_routed; i++) ws->pair[s->slot[i]] = i;
-    for (size_t e = 0, last; e < m.E; e = last) {
-        for (last = e + 1; last < m.E && (s->offset[last] - s->offset[e]) * 2 * m.d < most; last++) {
-        }
-        dsv3i_experts_back(&arg, dgate, w, g, e, last, b, ws);
-    }
+    dsv3i_all_experts_back(&arg, n_routed);
     if (m.Fs > 0) {
         dsv3i_mlp_back(ctx, du, dy, u, &w->shared_experts, &g->shared_experts, n_routed * m.F, s, n, b, ws);
     } else {
         DSV3_MEMSET(du, 0, n * m.d * sizeof *du);
     }
     dsv3i_parallel(ctx, n, dsv3i_mul(n_routed, m.d), dsv3i_moe_scatter_task, &arg);
-    for (size_t i = 0; i < n_routed; i++) b->dgate[i] = dgate[s->slot[i]];
+    for (size_t i = 0; i < n_routed; i++) b->dgate[i] = arg.dgate[s->slot[i]];
     dsv3i_router_back(ctx, du, u, c, w, g, s, n, b, ws);
 }
 
@@ -5206,7 +5392,7 @@ DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, c
     dsv3_rmsnorm(context, u, x, &weights->input_layernorm, n, d, eps);
     dsv3_mla_forward(context, y, u, model, weights, layer, caches, n, workspace);
     dsv3i_add_rows(context, x, y, n, d);
-    if (workspace->x_mid != NULL) DSV3_MEMCPY(workspace->x_mid, x, n * d * sizeof *x);
+    if (workspace->x_mid != NULL) dsv3i_copy_rows(context, workspace->x_mid, x, n, d);
     dsv3_rmsnorm(context, u_ffn, x, &weights->post_attention_layernorm, n, d, eps);
     result = dsv3_ffn_forward(context, y, u_ffn, model, weights, n, workspace);
     dsv3i_add_rows(context, x, y, n, d);
@@ -6188,7 +6374,8 @@ static void dsv3i_workspace_layout(dsv3_workspace *ws, const dsv3i_dims *m, size
     ws->row_index = (size_t *)dsv3i_take(l, sizeof(size_t), n, 1, 1);
     ws->row_mask = (uint8_t *)dsv3i_take(l, sizeof(uint8_t), n, 1, 1);
     ws->row_hidden = (float *)dsv3i_take(l, f, dsv3i_mul(n, modules), m->d, 1);
-    ws->balance = (double *)dsv3i_take(l, sizeof(double), m->E, 2, 1);
+    ws->balance = (double *)dsv3i_take(l, sizeof(double), threads, m->E, 2);
+    ws->sequence_loss = (double *)dsv3i_take(l, sizeof(double), n, 1, 1);
     shared = l->used;
     ws->concat = (float *)dsv3i_take(l, f, dsv3i_mul(n, modules), m->d, 2);
     other = l->used;
@@ -6508,10 +6695,8 @@ static void dsv3i_mtp_concat(const dsv3_context *ctx, const dsv3_model *model, c
     size_t e = model->config.mtp_concat == DSV3_MTP_HIDDEN_FIRST ? d : 0, h = d - e;
     float eps = model->config.rms_norm_eps;
     dsv3_embed(ctx, ws->y, token, &mtp->embed_tokens, n);
-    for (size_t t = 0; t < n; t++) {
-        dsv3_rmsnorm(ctx, ws->concat + t * 2 * d + e, ws->y + t * d, &mtp->enorm, 1, d, eps);
-        dsv3_rmsnorm(ctx, ws->concat + t * 2 * d + h, hidden + t * d, &mtp->hnorm, 1, d, eps);
-    }
+    dsv3i_rmsnorm(ctx, ws->concat + e, 2 * d, ws->y, &mtp->enorm, n, d, eps);
+    dsv3i_rmsnorm(ctx, ws->concat + h, 2 * d, hidden, &mtp->hnorm, n, d, eps);
 }
 
 /* ws->x [n, d] = eh_proj concat */
@@ -6610,16 +6795,36 @@ static dsv3_result dsv3i_text_check(const dsv3_text *x, int32_t V, dsv3_error *e
     return DSV3_OK;
 }
 
+typedef struct dsv3i_evaluate_balance_arg {
+    const dsv3i_evaluation *a;
+    const float *score;
+    const int32_t *idx; /* NULL: by score alone */
+    size_t n;
+} dsv3i_evaluate_balance_arg;
+
+static void dsv3i_evaluate_balance_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_evaluate_balance_arg *b = (const dsv3i_evaluate_balance_arg *)arg;
+    const dsv3_workspace *ws = b->a->ws;
+    const dsv3_config *c = &b->a->model->config;
+    size_t E = (size_t)c->n_routed_experts, K = (size_t)c->num_experts_per_tok;
+    for (size_t t = begin; t < end; t++) {
+        size_t rows = dsv3i_sequence_rows(ws->leader, t, b->n);
+        ws->sequence_loss[t] = dsv3_balance_loss(b->score + t * E, b->idx != NULL ? b->idx + t * K : NULL,
+                                                 ws->row_mask + t, rows, E, K, ws->balance + worker * 2 * E);
+    }
+}
+
 /* The balance loss of each sequence among the rows of this call, which are whole sequences. */
 static void dsv3i_evaluate_balance(const dsv3i_evaluation *a, int32_t layer, const float *score, const int32_t *idx,
                                    size_t n) {
-    size_t E = (size_t)a->model->config.n_routed_experts, K = (size_t)a->model->config.num_experts_per_tok;
-    for (size_t begin = 0, end; begin < n; begin = end) {
-        for (end = begin + 1; end < n && a->ws->sequence[end] == a->ws->sequence[begin]; end++) {
-        }
-        a->losses->balance[layer] += dsv3_balance_loss(score + begin * E, a->losses->actual ? idx + begin * K : NULL,
-                                                       a->ws->row_mask + begin, end - begin, E, K, a->ws->balance);
-    }
+    dsv3i_evaluate_balance_arg b;
+    b.a = a;
+    b.score = score;
+    b.idx = a->losses->actual ? idx : NULL;
+    b.n = n;
+    dsv3i_parallel(&a->ctx, n, dsv3i_mul(n, 16 * (size_t)a->model->config.n_routed_experts),
+                   dsv3i_evaluate_balance_task, &b);
+    for (size_t t = 0; t < n; t++) a->losses->balance[layer] += a->ws->sequence_loss[t];
 }
 
 static void dsv3i_evaluate_routing(void *user, int32_t layer, const float *score, const int32_t *idx,
@@ -7460,9 +7665,17 @@ DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, c
 
 /* ---- Parameters: tensors one behind the other, in the order of the walk */
 
+#define DSV3I_SQUARES 4096u /* elements of a tensor whose squares are summed up together */
+
+/* Such a piece of the gradients. */
+typedef struct dsv3i_squares {
+    size_t at, n;
+    double sum;
+} dsv3i_squares;
+
 typedef struct dsv3i_flat {
     float *data; /* NULL: only count */
-    size_t count;
+    size_t count, pieces;
 } dsv3i_flat;
 
 static dsv3_result dsv3i_flat_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
@@ -7476,6 +7689,7 @@ static dsv3_result dsv3i_flat_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
         slot->type = DSV3_F32;
     }
     flat->count = dsv3i_add(flat->count, dsv3i_mul(w->info.rows, w->info.cols));
+    flat->pieces = dsv3i_add(flat->pieces, dsv3i_blocks(dsv3i_mul(w->info.rows, w->info.cols), DSV3I_SQUARES));
     return DSV3_OK;
 }
 
@@ -7490,7 +7704,7 @@ static dsv3_result dsv3i_walk_all(const dsv3_config *config, dsv3_model *model, 
 }
 
 static void dsv3i_parameters_layout(dsv3_parameters *q, const dsv3_config *config, dsv3i_layout *l) {
-    dsv3i_flat flat = {NULL, 0};
+    dsv3i_flat flat = {NULL, 0, 0};
     unsigned char *base = l->base;
     (void)dsv3i_walk_all(config, NULL, &flat, dsv3i_flat_tensor);
     q->count = flat.count;
@@ -7500,7 +7714,7 @@ static void dsv3i_parameters_layout(dsv3_parameters *q, const dsv3_config *confi
 }
 
 static void dsv3i_parameters_bind(dsv3_parameters *q, const dsv3_config *config) {
-    dsv3i_flat flat = {q->data, 0};
+    dsv3i_flat flat = {q->data, 0, 0};
     dsv3_model *model = &q->model;
     model->config = *config;
     model->n_mtp = config->num_nextn_predict_layers;
@@ -7562,7 +7776,7 @@ DSV3_API dsv3_result dsv3_parameters_load(dsv3_parameters *parameters, const dsv
     }
     copy = *from;
     flat.data = parameters->data;
-    flat.count = 0;
+    flat.count = flat.pieces = 0;
     return dsv3i_walk_all(&parameters->model.config, &copy, &flat, dsv3i_load_tensor);
 }
 
@@ -7713,12 +7927,12 @@ static void dsv3i_backward_layout(dsv3i_backward *b, const dsv3i_dims *m, size_t
                                                   dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1), 2, 1);
 }
 
-#define DSV3I_SQUARES 4096u /* elements whose squares one worker adds up */
-
 static void dsv3i_trainer_layout(dsv3_trainer *t, const dsv3_config *c, const dsv3_training *s, size_t threads,
                                  dsv3i_layout *l) {
     dsv3i_dims m = dsv3i_dims_of(c);
     size_t n = s->rows, f = sizeof(float), layers = m.L + m.D;
+    dsv3i_flat flat = {NULL, 0, 0};
+    (void)dsv3i_walk_all(c, NULL, &flat, dsv3i_flat_tensor);
     dsv3i_parameters_layout(&t->weights, c, l);
     dsv3i_parameters_layout(&t->gradients, c, l);
     t->m = (float *)dsv3i_take(l, f, t->weights.count, 1, 1);
@@ -7730,7 +7944,7 @@ static void dsv3i_trainer_layout(dsv3_trainer *t, const dsv3_config *c, const ds
     t->losses.balance = (double *)dsv3i_take(l, sizeof(double), layers, 1, 1);
     t->targets = (uint64_t *)dsv3i_take(l, sizeof(uint64_t), 1 + m.D, 1, 1);
     t->bias = (float *)dsv3i_take(l, f, layers, m.E, 1);
-    t->partial = (double *)dsv3i_take(l, sizeof(double), dsv3i_blocks(t->weights.count, DSV3I_SQUARES), 1, 1);
+    t->squares = (dsv3i_squares *)dsv3i_take(l, sizeof *t->squares, flat.pieces, 1, 1);
     t->saved = (dsv3i_saved *)dsv3i_take(l, sizeof *t->saved, layers, 1, 1);
     t->depth = (dsv3i_depth *)dsv3i_take(l, sizeof *t->depth, 1 + m.D, 1, 1);
     t->backward = (dsv3i_backward *)dsv3i_take(l, sizeof *t->backward, 1, 1, 1);
@@ -7919,7 +8133,7 @@ static dsv3_result dsv3i_train_layers(dsv3i_evaluation *a, dsv3_trainer *t, size
         dsv3i_saved *s = &t->saved[layers[i].index];
         dsv3_workspace ws = dsv3i_train_workspace(t, s, layers[i].is_moe);
         dsv3_result result;
-        DSV3_MEMCPY(s->x_in, x, n * d * sizeof *x);
+        dsv3i_copy_rows(&a->ctx, s->x_in, x, n, d);
         result = dsv3_layer_forward(&a->ctx, x, model, &layers[i], 0, t->caches, n, &ws);
         if (result != DSV3_OK) return dsv3i_stack_fail(model, &layers[i], n, &ws, result, a->error);
         if (a->ctx.observer.hidden != NULL) a->ctx.observer.hidden(a->ctx.observer.user, layers[i].index, x, n);
@@ -7932,9 +8146,9 @@ static dsv3_result dsv3i_train_head(dsv3i_evaluation *a, dsv3_trainer *t, size_t
     const dsv3_model *model = &t->weights.model;
     dsv3_workspace *ws = &t->workspace;
     dsv3i_depth *v = &t->depth[k];
-    size_t d = (size_t)model->config.hidden_size, bytes = v->n * d * sizeof(float);
+    size_t d = (size_t)model->config.hidden_size;
     float *nll = ws->y, *dhead = dsv3i_grad(&t->gradients.model.lm_head);
-    DSV3_MEMCPY(v->x, ws->x, bytes);
+    dsv3i_copy_rows(&a->ctx, v->x, ws->x, v->n, d);
     dsv3_rmsnorm(&a->ctx, v->u, v->x, dsv3i_depth_norm(model, k), v->n, d, model->config.rms_norm_eps);
     ws->hidden = model->config.mtp_hidden == DSV3_MTP_PRE_NORM ? v->x : v->u;
     if (a->ctx.observer.hidden != NULL) a->ctx.observer.hidden(a->ctx.observer.user, -1, v->u, v->n);
@@ -7947,8 +8161,7 @@ static dsv3_result dsv3i_train_head(dsv3i_evaluation *a, dsv3_trainer *t, size_t
         t->losses.nll[k] += (double)nll[i];
         t->losses.targets[k] += v->target[i] != DSV3_IGNORE;
     }
-    DSV3_MEMSET(v->du, 0, bytes);
-    dsv3i_cross_entropy_back(&a->ctx, v->du, k > 0 && t->settings.detach_head ? NULL : dhead,
+    dsv3i_cross_entropy_back(&a->ctx, v->du, 1, k > 0 && t->settings.detach_head ? NULL : dhead,
                              (float)dsv3i_train_weight(t, k), v->u, &model->lm_head, v->target, v->n, ws->loss,
                              ws->worker, ws->worker_floats, ws->rounded);
     return DSV3_OK;
@@ -7990,25 +8203,30 @@ static void dsv3i_mtp_back(const dsv3i_evaluation *a, dsv3_trainer *t, size_t k,
     const dsv3i_depth *v = &t->depth[k], *before = &t->depth[k - 1];
     dsv3_workspace *ws = &t->workspace;
     const dsv3i_backward *b = t->backward;
-    size_t d = (size_t)model->config.hidden_size, n = v->n, bytes = d * sizeof(float);
+    size_t d = (size_t)model->config.hidden_size, n = v->n;
     size_t e = model->config.mtp_concat == DSV3_MTP_HIDDEN_FIRST ? d : 0, h = d - e;
     const float *states = model->config.mtp_hidden == DSV3_MTP_PRE_NORM ? before->x : before->u;
-    float eps = model->config.rms_norm_eps, *part = ws->u, *hidden = ws->row_hidden;
-    for (size_t i = 0; i < n; i++) DSV3_MEMCPY(hidden + i * d, states + v->from[i] * d, bytes);
+    float eps = model->config.rms_norm_eps, *hidden = ws->row_hidden;
+    dsv3i_rows_arg rows = dsv3i_rows_make(&a->ctx, hidden, states, d);
+    rows.at = v->from;
+    dsv3i_parallel(&a->ctx, n, dsv3i_mul(2 * n, d), dsv3i_copy_task, &rows);
     dsv3i_mtp_concat(&a->ctx, model, w, v->token, hidden, n, ws);
     dsv3i_back(&a->ctx, t->dconcat, 1, &g->eh_proj, t->dx, ws->concat, &w->eh_proj, n, ws);
     for (int half = 0; half < 2; half++) {
-        const dsv3_tensor *norm = half ? &w->hnorm : &w->enorm, *dnorm = half ? &g->hnorm : &g->enorm;
-        for (size_t i = 0; i < n; i++) DSV3_MEMCPY(part + i * d, t->dconcat + 2 * i * d + (half ? h : e), bytes);
-        DSV3_MEMSET(b->du, 0, n * bytes);
-        dsv3_rmsnorm_backward(&a->ctx, b->du, dsv3i_grad(dnorm), part, half ? hidden : ws->y, norm, n, d, eps, b->r);
+        const dsv3_tensor *gain = half ? &w->hnorm : &w->enorm, *dgain = half ? &g->hnorm : &g->enorm;
+        dsv3i_norm_arg norm = dsv3i_norm_make(&a->ctx, b->du, dsv3i_grad(dgain), t->dconcat + (half ? h : e),
+                                              half ? hidden : ws->y, gain, n, d, eps, b->r);
+        norm.ldy = 2 * d;
+        norm.fresh = 1;
+        dsv3i_norm_back(&norm);
         if (half == 0 && !t->settings.detach_head) {
-            dsv3_embed_backward(dsv3i_grad(&t->gradients.model.embed_tokens), b->du, v->token, n, d);
+            dsv3i_embed_back(&a->ctx, dsv3i_grad(&t->gradients.model.embed_tokens), b->du, v->token, n, d);
         }
     }
-    for (size_t i = 0; i < n && !(k == 1 && t->settings.detach_trunk); i++) {
-        a->ctx.kernels.axpy(carry + v->from[i] * d, 1.0f, b->du + i * d, d);
-    }
+    if (k == 1 && t->settings.detach_trunk) return;
+    rows.y = carry;
+    rows.x = b->du;
+    dsv3i_parallel(&a->ctx, n, dsv3i_mul(2 * n, d), dsv3i_add_task, &rows);
 }
 
 /* Depth k: from the head's gradient, and carry from the depth behind it, down to its input. */
@@ -8018,21 +8236,24 @@ static void dsv3i_train_back(const dsv3i_evaluation *a, dsv3_trainer *t, size_t 
     dsv3_workspace ws = t->workspace;
     size_t d = (size_t)model->config.hidden_size, n = v->n, count, at;
     const dsv3_layer *layers = dsv3i_depth_layers(model, k, &count), *g = dsv3i_depth_layers(grad, k, &count);
-    int pre_norm = model->config.mtp_hidden == DSV3_MTP_PRE_NORM;
+    dsv3i_norm_arg norm =
+        dsv3i_norm_make(&a->ctx, t->dx, dsv3i_grad(dsv3i_depth_norm(grad, k)), v->du, v->x,
+                        dsv3i_depth_norm(model, k), n, d, model->config.rms_norm_eps, t->backward->r);
     ws.cos_sin = v->cos_sin;
     ws.leader = v->leader;
     ws.row_mask = v->mask;
-    for (size_t i = 0; i < n * d; i++) {
-        t->dx[i] = pre_norm ? carry[i] : 0.0f;
-        if (!pre_norm) v->du[i] += carry[i];
+    if (model->config.mtp_hidden == DSV3_MTP_PRE_NORM) {
+        dsv3i_copy_rows(&a->ctx, t->dx, carry, n, d);
+    } else {
+        dsv3i_add_rows(&a->ctx, v->du, carry, n, d);
+        norm.fresh = 1;
     }
-    dsv3_rmsnorm_backward(&a->ctx, t->dx, dsv3i_grad(dsv3i_depth_norm(grad, k)), v->du, v->x,
-                          dsv3i_depth_norm(model, k), n, d, model->config.rms_norm_eps, t->backward->r);
+    dsv3i_norm_back(&norm);
     for (at = count; at > 0; at--) {
         dsv3i_layer_backward(&a->ctx, t->dx, model, &layers[at - 1], &g[at - 1], &t->saved[layers[at - 1].index], n,
                              t->backward, &ws);
     }
-    if (k == 0) dsv3_embed_backward(dsv3i_grad(&grad->embed_tokens), t->dx, v->token, n, d);
+    if (k == 0) dsv3i_embed_back(&a->ctx, dsv3i_grad(&grad->embed_tokens), t->dx, v->token, n, d);
 }
 
 static void dsv3i_train_backward(const dsv3i_evaluation *a, dsv3_trainer *t) {
@@ -8116,7 +8337,7 @@ typedef struct dsv3i_optimizer {
     dsv3_trainer *t;
     size_t at, n;                   /* the tensor's elements */
     size_t from, count;             /* elements that wait for AdamW, with the same decay */
-    double squares;                 /* of all gradients so far */
+    size_t pieces;                  /* in t->squares */
     float scale, decay, rate, root; /* clipping; 1 - lr decay; lr / (1 - b1^t); 1 / sqrt(1 - b2^t) */
     double lr;
 } dsv3i_optimizer;
@@ -8135,27 +8356,38 @@ static void dsv3i_squares_task(void *arg, size_t begin, size_t end, size_t worke
     const dsv3i_optimizer *o = (const dsv3i_optimizer *)arg;
     (void)worker;
     for (size_t i = begin; i < end; i++) {
-        const float *g = o->t->gradients.data + o->at;
-        size_t last = dsv3i_min((i + 1) * DSV3I_SQUARES, o->n);
+        dsv3i_squares *piece = &o->t->squares[i];
+        const float *g = o->t->gradients.data + piece->at;
         double sum[4] = {0, 0, 0, 0};
-        size_t j = i * DSV3I_SQUARES;
-        for (; j + 4 <= last; j += 4) {
+        size_t j = 0;
+        for (; j + 4 <= piece->n; j += 4) {
             for (size_t k = 0; k < 4; k++) sum[k] += (double)g[j + k] * (double)g[j + k];
         }
-        for (size_t k = 0; j + k < last; k++) sum[k] += (double)g[j + k] * (double)g[j + k];
-        o->t->partial[i] = (sum[0] + sum[2]) + (sum[1] + sum[3]);
+        for (size_t k = 0; j + k < piece->n; k++) sum[k] += (double)g[j + k] * (double)g[j + k];
+        piece->sum = (sum[0] + sum[2]) + (sum[1] + sum[3]);
     }
 }
 
 static dsv3_result dsv3i_squares_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     dsv3i_optimizer *o = (dsv3i_optimizer *)w->user;
-    size_t blocks;
     (void)slot;
     if (!dsv3i_optimizer_visit(o, w)) return DSV3_OK;
-    blocks = dsv3i_blocks(o->n, DSV3I_SQUARES);
-    dsv3i_parallel(o->ctx, blocks, o->n, dsv3i_squares_task, o);
-    for (size_t i = 0; i < blocks; i++) o->squares += o->t->partial[i];
+    for (size_t i = 0; i < o->n; i += DSV3I_SQUARES) {
+        dsv3i_squares *piece = &o->t->squares[o->pieces++];
+        piece->at = o->at + i;
+        piece->n = dsv3i_min(DSV3I_SQUARES, o->n - i);
+    }
     return DSV3_OK;
+}
+
+/* Of the gradients of all that is trained. */
+static double dsv3i_sum_of_squares(dsv3i_optimizer *o) {
+    double sum = 0.0;
+    (void)dsv3i_walk_all(&o->t->weights.model.config, NULL, o, dsv3i_squares_tensor);
+    dsv3i_parallel(o->ctx, o->pieces, o->t->gradients.count, dsv3i_squares_task, o);
+    for (size_t i = 0; i < o->pieces; i++) sum += o->t->squares[i].sum;
+    o->at = o->n = 0;
+    return sum;
 }
 
 /* Elements i .. i+n-1 of a tensor. */
@@ -8200,6 +8432,16 @@ static dsv3_result dsv3i_adamw_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     }
     o->count += o->n;
     return DSV3_OK;
+}
+
+/* The moving average follows the weights, biases included. */
+static void dsv3i_ema_task(void *arg, size_t begin, size_t end, size_t worker) {
+    dsv3_trainer *t = ((const dsv3i_optimizer *)arg)->t;
+    float decay = t->step == 0 ? 0.0f : t->settings.ema_decay;
+    (void)worker;
+    for (size_t i = begin * DSV3I_SQUARES; i < dsv3i_min(end * DSV3I_SQUARES, t->weights.count); i++) {
+        t->ema[i] = decay * t->ema[i] + (1.0f - decay) * t->weights.data[i];
+    }
 }
 
 typedef struct dsv3i_biases {
@@ -8256,8 +8498,7 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
     o.ctx = context;
     o.t = t;
     o.lr = learning_rate;
-    (void)dsv3i_walk_all(&t->weights.model.config, NULL, &o, dsv3i_squares_tensor);
-    size = DSV3_POW(o.squares, 0.5);
+    size = DSV3_POW(dsv3i_sum_of_squares(&o), 0.5);
     if (norm != NULL) *norm = size;
     if (!(size <= DBL_MAX))
         return dsv3i_fail(error, DSV3_ERR_NAN, "gradients", "are not finite, and the step is skipped");
@@ -8265,13 +8506,12 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
         t->settings.clip > 0.0f && size > (double)t->settings.clip ? (float)((double)t->settings.clip / size) : 1.0f;
     o.rate = (float)(learning_rate / (1.0 - dsv3i_power((double)t->settings.beta1, t->step + 1)));
     o.root = (float)DSV3_POW(1.0 - dsv3i_power((double)t->settings.beta2, t->step + 1), -0.5);
-    o.at = o.n = 0;
     (void)dsv3i_walk_all(&t->weights.model.config, NULL, &o, dsv3i_adamw_tensor);
     dsv3i_adamw_flush(&o);
     dsv3i_train_bias(t);
-    for (size_t i = 0; t->ema != NULL && i < t->weights.count; i++) {
-        float decay = t->step == 0 ? 0.0f : t->settings.ema_decay;
-        t->ema[i] = decay * t->ema[i] + (1.0f - decay) * t->weights.data[i];
+    if (t->ema != NULL) {
+        size_t count = t->weights.count;
+        dsv3i_parallel(context, dsv3i_blocks(count, DSV3I_SQUARES), dsv3i_mul(count, 2), dsv3i_ema_task, &o);
     }
     t->step++;
     return dsv3i_ok(error);

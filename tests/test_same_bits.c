@@ -33,7 +33,7 @@
 
 enum {
     LOOP_LINEAR, LOOP_SILU, LOOP_ROWS, LOOP_EXPERTS, LOOP_BLOCKS, LOOP_ABSORBED, LOOP_SEGMENTS, LOOP_EXPANDED,
-    LOOP_SELECT, LOOP_OTHER, LOOPS
+    LOOP_EMBED, LOOP_SCORES, LOOP_SELECT, LOOP_OTHER, LOOPS
 };
 static long split[LOOPS];
 
@@ -48,6 +48,8 @@ static void count_loop(dsv3_task task) {
     if (task == dsv3i_segment_task) kind = LOOP_SEGMENTS;
     if (task == dsv3i_absorb_task || task == dsv3i_join_task) kind = LOOP_ABSORBED;
     if (task == dsv3i_expanded_task) kind = LOOP_EXPANDED;
+    if (task == dsv3i_embed_task) kind = LOOP_EMBED;
+    if (task == dsv3i_scores_task) kind = LOOP_SCORES;
     if (task == dsv3i_select_task) kind = LOOP_SELECT;
     split[kind]++;
 }
