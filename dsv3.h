@@ -5054,7 +5054,9 @@ static void dsv3i_mlps(dsv3i_ffn_rows *a) {
         dsv3i_parallel(a->ctx, items, work, dsv3i_mlp_task, a);
         return;
     }
-    dsv3i_parallel(a->ctx, a->experts, dsv3i_mul(a->experts, a->m->d), dsv3i_moe_group_task, a);
+    if (a->ws->mlps->x != a->u) { /* a token alone is what all its experts see */
+        dsv3i_parallel(a->ctx, a->experts, dsv3i_mul(a->experts, a->m->d), dsv3i_moe_group_task, a);
+    }
     dsv3i_mlps_by_panels(a->ctx, a->ws->mlps, a->count, a->ws);
 }
 
@@ -5116,7 +5118,7 @@ static dsv3_result dsv3i_moe_forward(const dsv3_context *ctx, float *y, const fl
         size_t first = ws->offset[e], some = ws->offset[e + 1] - first;
         float *x = ws->grouped + first * m.d;
         if (some == 0) continue;
-        dsv3i_mlp_rows_set(&ws->mlps[rows.count], &w->experts[e], x, x, some, first * m.F);
+        dsv3i_mlp_rows_set(&ws->mlps[rows.count], &w->experts[e], x, n == 1 ? u : x, some, first * m.F);
         ws->mlps[rows.count++].row = first;
     }
     if (m.Fs > 0) {
@@ -10532,13 +10534,13 @@ DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_values(const dsv3_type type, __m512i b[2], const unsigned char *w, const __m512i table[4]) {
     const __m512i v = _mm512_loadu_si512(w);
     b[0] = v;
+    if (type == DSV3_F8_E4M3) _mm_prefetch((const char *)w + 1024, _MM_HINT_T0); /* others are slower with it */
     if (type == DSV3_F8_E4M3) {
         const __m512i l = _mm512_permutex2var_epi8(table[0], v, table[1]);
         const __m512i h = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(table[2], v, table[3]), v,
                                                     _mm512_set1_epi8((char)-128), 0xF8);
         b[0] = _mm512_unpacklo_epi8(l, h);
         b[1] = _mm512_unpackhi_epi8(l, h);
-        _mm_prefetch((const char *)w + 1024, _MM_HINT_T0); /* other types are slower with it */
     } else if (type == DSV3_Q4_0) {
         b[0] = _mm512_and_si512(v, _mm512_set1_epi8(15));
         b[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15));
