@@ -10422,9 +10422,10 @@ DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_value(const dsv3_meeti
 }
 
 /* Numbers i .. end-1 of values, i a multiple of 16, two keys in four bytes: [nk/2, columns, 16, 2]. Key by key, as they lie:
- * those of the next block are fetched meanwhile. */
+ * those of the next block are fetched meanwhile, if scores have not done so. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3_meeting *a, size_t i, size_t end, size_t nk) {
+void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3_meeting *a, size_t i, size_t end, size_t nk,
+                                   int fetch) {
     const __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i first = _mm512_or_si512(at, _mm512_slli_epi32(_mm512_add_epi32(at, _mm512_set1_epi32(32)), 16));
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
@@ -10434,8 +10435,8 @@ void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3_meeting *a, 
         for (; whole && c + 32 <= end; c += 32, panel += 128) {
             const uint16_t *low = (const uint16_t *)a->values + j * a->ld_v + c, *high = low + a->ld_v;
             const __m512i x = _mm512_loadu_si512(low), y = _mm512_loadu_si512(high);
-            _mm_prefetch((const char *)(low + DSV3I_MEET * a->ld_v), _MM_HINT_T1);
-            _mm_prefetch((const char *)(high + DSV3I_MEET * a->ld_v), _MM_HINT_T1);
+            if (fetch) _mm_prefetch((const char *)(low + DSV3I_MEET * a->ld_v), _MM_HINT_T1);
+            if (fetch) _mm_prefetch((const char *)(high + DSV3I_MEET * a->ld_v), _MM_HINT_T1);
             _mm512_storeu_si512(panel, _mm512_permutex2var_epi16(x, first, y));
             _mm512_storeu_si512(panel + 64, _mm512_permutex2var_epi16(x, second, y));
         }
@@ -10449,7 +10450,8 @@ void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3_meeting *a, 
     }
 }
 
-/* Scores of M keys with the queries of one column: as a product of more rows, so that sums hide their latency. */
+/* Scores of M keys with the queries of one column: as a product of more rows, so that sums hide their latency. With each step
+ * goes a line of the next block's keys. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_scores(const int M, float *p, const unsigned char *keys, size_t ldx, const unsigned char *q,
                               size_t k) {
@@ -10459,6 +10461,7 @@ void dsv3i_avx512_bf16_scores(const int M, float *p, const unsigned char *keys, 
     DSV3I_UNROLL for (int m = 0; m < M; m++) acc[m] = _mm512_setzero_ps();
     for (size_t i = 0; i < k; i += 2) {
         const __m512bh b = (__m512bh)_mm512_loadu_si512(q + 32 * i);
+        _mm_prefetch((const char *)x[0] + (DSV3I_MEET + i / 2 % 16) * ldx + i / 32 * 64, _MM_HINT_T1);
         DSV3I_UNROLL for (int m = 0; m < M; m++) {
             const void *at = x[m / 3] + (size_t)(m % 3) * ldx + 2 * i;
             acc[m] = _mm512_dpbf16_ps(acc[m], (__m512bh)_mm512_set1_epi32(*(const int32_t *)at), b);
@@ -10510,7 +10513,7 @@ static void dsv3i_avx512_bf16_meeting(dsv3_meeting *a, size_t nk, dsv3i_product 
     for (size_t i = 0; i < a->dv; i += most) {
         const size_t rows = dsv3i_min(most, a->dv - i);
         panel.columns = (rows + 15) / 16;
-        dsv3i_avx512_bf16_value_panel(values, a, i, i + rows, nk);
+        dsv3i_avx512_bf16_value_panel(values, a, i, i + rows, nk, scored == 0);
         product(a->out + i, a->ld_out, weights, 2 * DSV3I_MEET, a->lanes, &panel, rows, panel.block, 1);
     }
 }
