@@ -9363,9 +9363,10 @@ void dsv3i_avx512_mix_block(const dsv3_type type, __m512 acc[2], __m512 f, const
     acc[1] = _mm512_fmadd_ps(f, v[1], acc[1]);
 }
 
-/* Fetches n numbers of a row that lies ahead. */
+/* Fetches n codes of a row that lies ahead. */
 DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_mix_ahead(const dsv3_type type, const int n, const unsigned char *w) {
-    const int bytes = type == DSV3_Q4_0 ? n / 32 * 18 : type == DSV3_Q8_0 ? n / 32 * 34 : type == DSV3_F8_E4M3 ? n : 2 * n;
+    const int bytes = type == DSV3_Q4_0 ? n / 32 * 18 : type == DSV3_Q8_0 ? n / 32 * 34 : n;
+    if (type == DSV3_F16 || type == DSV3_BF16) return;
     DSV3I_UNROLL for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)w + i + DSV3I_AHEAD, _MM_HINT_T0);
 }
 
@@ -9417,7 +9418,8 @@ void dsv3i_avx512_mix_some(const dsv3_type type, float *y, const float *x, const
     dsv3i_avx512_put(y, m, acc);
 }
 
-/* Sixteen rows at a time: rows are read nearly as they lie though only 256 numbers of them go together. */
+/* Sixteen rows of codes at a time: they are read nearly as they lie though only 256 numbers of them go together. Numbers of two
+ * bytes, which take less arithmetic, come faster row by row, exactly as they lie and without being fetched early. */
 #define DSV3I_MIX_TOGETHER 16u
 
 DSV3I_INLINE(DSV3I_AVX512)
@@ -9443,8 +9445,9 @@ void dsv3i_avx512_mix_rows(const dsv3_type type, float *y, const float *x, const
 DSV3I_INLINE(DSV3I_AVX512)
 void dsv3i_avx512_mix(const dsv3_type type, float *y, const float *x, const void *w, size_t row_bytes,
                       const void *scale, size_t k, size_t n) {
+    const size_t most = type == DSV3_F16 || type == DSV3_BF16 ? 1 : DSV3I_MIX_TOGETHER;
     for (size_t r = 0, some; r < k; r += some) {
-        some = dsv3i_min(DSV3I_MIX_TOGETHER, k - r);
+        some = dsv3i_min(most, k - r);
         dsv3i_avx512_mix_rows(type, y, x + r, (const unsigned char *)w + r * row_bytes, row_bytes,
                               (const unsigned char *)scale, some, n);
     }
