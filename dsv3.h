@@ -877,7 +877,7 @@ DSV3_API void dsv3_cross_entropy_backward(const dsv3_context *context, float *du
                                           const float *u, const dsv3_tensor *head, const int32_t *target, size_t n,
                                           float *scratch);
 /* The router's: dscore [n, E] from dgate [n, K]; dz [n, E] = from dscore [n, E] (not added; dz may be dscore); and
- * scale times the gradient of the weighted balance losses of one sequence. scratch [2 E]. */
+ * scale times the gradient of the weighted balance losses of one sequence. scratch [E]. */
 DSV3_API void dsv3_router_weights_backward(const dsv3_config *config, float *dscore, const float *dgate,
                                            const int32_t *idx, const float *score, size_t n);
 DSV3_API void dsv3_router_scores_backward(const dsv3_config *config, float *dz, const float *dscore,
@@ -4871,7 +4871,7 @@ static void dsv3i_mlp_rows_set(dsv3i_mlp_rows *r, const dsv3_mlp *w, float *y, c
 }
 
 /* All MLPs of a layer: gate and up projections in one loop, SwiGLU, down projections in one loop. For routed
- * experts y is x: the inputs are no longer needed when the outputs are written. */
+ * experts y is x, or x is the only row: inputs are no longer needed when outputs are written. */
 static void dsv3i_mlps_by_panels(const dsv3_context *ctx, const dsv3i_mlp_rows *mlps, size_t count,
                                  dsv3_workspace *ws) {
     size_t total = 0;
@@ -4964,7 +4964,7 @@ static dsv3i_job dsv3i_mlp_inputs(const dsv3i_ffn_rows *a, const dsv3i_mlp_rows 
     dsv3i_job job = dsv3i_job_make(NULL, r->x + t * d, w, n);
     dsv3i_input one;
     if (!dsv3i_is_rounded(a->ctx, w->type) && !dsv3i_is_copied(a->ctx, &job)) {
-        if (r->row != DSV3I_NO_ROW) dsv3i_moe_group(a, row, row + n);
+        if (r->row != DSV3I_NO_ROW && r->x != a->u) dsv3i_moe_group(a, row, row + n);
         return job;
     }
     one = job.in = dsv3i_input_rounded(a->ctx, rounded, w->type, d);
@@ -8537,9 +8537,10 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
  * How it is fast. Sums wait for their own previous term (4 cycles); a tile therefore has many sums at once, as many as
  * there are registers: 64 outputs times 6 rows of x with AVX-512 (32 for codes, whose whole numbers need registers, too),
  * 16 times 6 with AVX2, so that a loaded number is used 2 to 6 times. A piece of a panel (chapter 4) stays in the first
- * cache while rows of x pass by. With one row there is nothing to use twice, and only reading counts: panels in four places
- * are read side by side, and codes never leave registers. AMX multiplies tiles, 16 rows by 16 outputs, up to 32 times as
- * fast: then reading counts with 64 rows, too, and the next pieces are fetched while tiles are multiplied.
+ * cache while rows of x pass by, or, with BF16 and VNNI, a longer stretch in the second one, and the next is fetched
+ * meanwhile. With one row there is nothing to use twice, and only reading counts: panels in two or four places are read side
+ * by side, and codes never leave registers. AMX multiplies tiles, 16 rows by 16 outputs, up to 32 times as fast: then reading
+ * counts with 64 rows, too.
  *
  * Another instruction set is one more block like these, a line in dsv3_context_init, and one in dsv3_backend_name.
  * ==================================================================================================== */
@@ -10719,7 +10720,7 @@ void dsv3i_avx512_bf16_few_some(const dsv3i_few_kind kind, const dsv3_type type,
     if (kind == DSV3I_FEW_STEPS) dsv3i_avx512_bf16_few_steps(type, M, NS, acc, w, x, k, table);
 }
 
-/* NS panels, `apart` bytes from one to the next, and their outputs, 64 NP apart; M rows. */
+/* NS panels, `apart` bytes from one to the next, and their outputs, ldp apart; M rows. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_few_panels(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int NS,
                                   float *y, size_t ldy, size_t ldp, const unsigned char *x, size_t ldx,
@@ -11614,6 +11615,10 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_BACK_KEYS
 #undef DSV3I_COLUMNS
 #undef DSV3I_MANY
+#undef DSV3I_MANY_BF16
+#undef DSV3I_MANY_BYTES
+#undef DSV3I_MANY_F8
+#undef DSV3I_MANY_TYPE
 #undef DSV3I_MEET
 #undef DSV3I_MIX_TOGETHER
 #undef DSV3I_MLP_ITEMS

@@ -252,7 +252,7 @@ static void test_evaluate_agrees(void) {
 
 enum {
     LOOP_BACK, LOOP_LOSS, LOOP_ATTENTION, LOOP_SILU, LOOP_EXPERTS, LOOP_ROUTER, LOOP_BALANCE, LOOP_EMBED, LOOP_ROTATE,
-    LOOP_NORM_DX, LOOP_NORM_DG, LOOP_SQUARES, LOOP_ADAMW, LOOPS
+    LOOP_NORM_DX, LOOP_NORM_DG, LOOP_SQUARES, LOOP_ADAMW, LOOP_EMA, LOOP_GATHER, LOOP_SCATTER, LOOP_COPY, LOOPS
 };
 static long split[LOOPS];
 
@@ -261,7 +261,7 @@ static void count_loop(dsv3_task task) {
         dsv3i_back_task,         dsv3i_loss_back_task,   dsv3i_attention_back_task,   dsv3i_silu_back_task,
         dsv3i_experts_back_task, dsv3i_router_back_task, dsv3i_evaluate_balance_task, dsv3i_embed_back_task,
         dsv3i_mla_back_rotate_task, dsv3i_norm_dx_task,  dsv3i_norm_dg_task,          dsv3i_squares_task,
-        dsv3i_adamw_task};
+        dsv3i_adamw_task, dsv3i_ema_task, dsv3i_moe_gather_task, dsv3i_moe_scatter_task, dsv3i_copy_task};
     for (int i = 0; i < LOOPS; i++) split[i] += tasks[i] == task;
 }
 
@@ -328,17 +328,20 @@ static void prepare_wide(subject *a) {
     for (size_t i = 0; i < a->text.rows; i++) a->token[i] = (int32_t)(test_random() % 600);
 }
 
-/* The weights after three steps. */
+/* The weights after three steps, and their moving average. */
 static float *three_steps(int how, size_t threads, dsv3_compute way, size_t *count) {
     subject a;
     float *w;
     prepare_wide(&a);
+    a.s.ema = 1;
     open_trainer(&a, threads);
     set_how(&a.ctx, how, threads);
     a.ctx.compute = way;
     for (int i = 0; i < 3; i++) step(&a, 0.01);
-    *count = a.t.weights.count;
-    w = copy_floats(a.t.weights.data, *count);
+    *count = 2 * a.t.weights.count;
+    w = (float *)test_alloc(*count * sizeof *w);
+    memcpy(w, a.t.weights.data, *count / 2 * sizeof *w);
+    memcpy(w + *count / 2, a.t.ema, *count / 2 * sizeof *w);
     close_trainer(&a);
     return w;
 }
