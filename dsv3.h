@@ -382,6 +382,7 @@ typedef struct dsv3_panel {
     size_t columns;     /* of 16 rows, 1 to 4; zeros where there are no rows, and behind k */
     const float *scale; /* [k / block, columns, 16] multipliers; NULL: none */
     size_t block;       /* terms that share a multiplier; k if there are none */
+    size_t gap;         /* bytes: so many between the values of a block and those of the next */
     int32_t zero;       /* bytes: the code of 0, 128 or 8 */
     size_t ahead;       /* bytes from values to what will be read next, to be fetched early; 0: nothing */
     const void *next;   /* products of floats: what will be read next instead, ... */
@@ -2063,16 +2064,17 @@ static const unsigned char *dsv3i_scale_at(const dsv3_tensor *w, size_t row) {
 
 /* ---- Panels: up to 64 rows of weights in columns of 16, terms interleaved, so that a SIMD register holds the same terms
  * of 16 outputs and meets numbers of x. Each output is then a chain of additions in the order of its terms, however many
- * rows x has, and needs no sum over lanes. A panel is cut into pieces of 128 terms; what is read together lies together:
+ * rows x has, and needs no sum over lanes. A panel is cut into pieces of 128 terms, of Q8_0 and Q4_0 of a block's 32, so
+ * that what is read together lies together and one after the other:
  *     F32 [k, columns, 16]     F16, BF16 [k/2, columns, 16, 2]     Q8_0 [k/4, columns, 16, 4] bytes, 128 added
- *     Q4_0 [k/32, 4, columns, 16, 4]: of a block, terms 4 i .. 4 i + 3 in the low four bits, those 16 later in the high
+ *     Q4_0 [4, columns, 16, 4] bytes: terms 4 i .. 4 i + 3 in the low four bits, those 16 later in the high
  *     E4M3 [k/4, columns, 4, 2, 4, 2]: of four rows, terms 0 and 1 of each, then terms 2 and 3 of each
- * and, behind these codes, multipliers: E4M3 one float, Q8_0 and Q4_0 F16 [k/32, columns, 16]. dsv3_pack makes all panels
- * once, in memory of the caller; else pieces are made on the way, with the same bits. */
+ * and, behind these codes, multipliers: E4M3 one float, Q8_0 and Q4_0 F16 [columns, 16]. dsv3_pack makes all panels once,
+ * in memory of the caller; else they are made on the way, 128 terms at a time, with the same bits. */
 
 #define DSV3I_PANEL 64u
 #define DSV3I_LANES 16u
-#define DSV3I_TERMS DSV3_BLOCK /* of a piece */
+#define DSV3I_TERMS DSV3_BLOCK /* that rows of x meet at once: whole pieces */
 #define DSV3I_FEW 4u           /* rows of x for which codes are decoded in registers; more are worth floats */
 
 /* Bytes of codes of k terms: words of four bytes for each of 16 rows. */
@@ -2081,14 +2083,18 @@ static size_t dsv3i_codes_bytes(dsv3_type type, size_t columns, size_t k) {
     return dsv3i_blocks(k, each) * columns * DSV3I_LANES * 4;
 }
 
+/* Terms of a piece: those that share a multiplier. */
+static size_t dsv3i_piece_terms(dsv3_type type) { return dsv3_type_block(type) > 1 ? DSV3_QBLOCK : DSV3I_TERMS; }
+
 static size_t dsv3i_piece_bytes(dsv3_type type, size_t columns, size_t k) {
-    size_t scales = type == DSV3_F8_E4M3 ? 1 : 0;
-    if (dsv3_type_block(type) > 1) scales = k / DSV3_QBLOCK * columns * DSV3I_LANES * 2;
+    size_t scales = type == DSV3_F8_E4M3 ? 4 : dsv3_type_block(type) > 1 ? columns * DSV3I_LANES * 2 : 0;
     return dsv3i_codes_bytes(type, columns, k) + dsv3i_blocks(scales, 64) * 64;
 }
 
+/* Bytes of k terms of a panel, from the start of a piece on. */
 static size_t dsv3i_panel_bytes(dsv3_type type, size_t columns, size_t k) {
-    size_t last = k % DSV3I_TERMS, bytes = dsv3i_mul(k / DSV3I_TERMS, dsv3i_piece_bytes(type, columns, DSV3I_TERMS));
+    size_t most = dsv3i_piece_terms(type), last = k % most;
+    size_t bytes = dsv3i_mul(k / most, dsv3i_piece_bytes(type, columns, most));
     return last == 0 ? bytes : dsv3i_add(bytes, dsv3i_piece_bytes(type, columns, last));
 }
 
@@ -2107,19 +2113,21 @@ static size_t dsv3i_panel_columns(const dsv3_tensor *w, size_t r) {
 static const unsigned char *dsv3i_piece_at(const dsv3_tensor *w, size_t r, size_t k) {
     size_t first = r - r % DSV3I_PANEL, columns = dsv3i_panel_columns(w, first);
     size_t panel = r / DSV3I_PANEL * dsv3i_panel_bytes(w->type, DSV3I_PANEL / DSV3I_LANES, w->cols);
-    return (const unsigned char *)w->data + panel + k / DSV3I_TERMS * dsv3i_piece_bytes(w->type, columns, DSV3I_TERMS);
+    return (const unsigned char *)w->data + panel +
+           dsv3i_panel_bytes(w->type, columns, k - k % dsv3i_piece_terms(w->type));
 }
 
 /* One row of a packed tensor, number by number. */
 static void dsv3i_decode_packed(float *y, const dsv3_tensor *w, size_t row) {
     size_t columns = dsv3i_panel_columns(w, row - row % DSV3I_PANEL), r = row % DSV3I_PANEL, lane = r % DSV3I_LANES;
+    size_t most = dsv3i_piece_terms(w->type);
     for (size_t k = 0; k < w->cols; k++) {
-        size_t i = k % DSV3I_TERMS, terms = dsv3i_min(DSV3I_TERMS, w->cols - (k - i)), column = r / DSV3I_LANES;
+        size_t i = k % most, terms = dsv3i_min(most, w->cols - (k - i)), column = r / DSV3I_LANES;
         const unsigned char *codes = dsv3i_piece_at(w, row, k), *scales = codes;
         uint16_t two;
         float one;
         scales += dsv3i_codes_bytes(w->type, columns, terms);
-        scales += (i / DSV3_QBLOCK * columns * DSV3I_LANES + r) * (dsv3_type_block(w->type) > 1 ? 2 : 0);
+        scales += r * (dsv3_type_block(w->type) > 1 ? 2 : 0);
         switch (w->type) {
         case DSV3_F32: DSV3_MEMCPY(&y[k], codes + ((i * columns + column) * 16 + lane) * 4, sizeof y[k]); break;
         case DSV3_F16:
@@ -2139,8 +2147,8 @@ static void dsv3i_decode_packed(float *y, const dsv3_tensor *w, size_t row) {
             break;
         case DSV3_Q4_0:
             DSV3_MEMCPY(&two, scales, 2);
-            codes += (((i / 32 * 4 + i % 16 / 4) * columns + column) * 16 + lane) * 4 + i % 4;
-            y[k] = dsv3_f32_from_f16(two) * (float)((i % 32 < 16 ? *codes & 15 : *codes >> 4) - 8);
+            codes += ((i % 16 / 4 * columns + column) * 16 + lane) * 4 + i % 4;
+            y[k] = dsv3_f32_from_f16(two) * (float)((i < 16 ? *codes & 15 : *codes >> 4) - 8);
         }
     }
 }
@@ -2235,15 +2243,15 @@ static void dsv3i_add_rows(const dsv3_context *ctx, float *y, const float *x, si
     dsv3i_parallel(ctx, n, dsv3i_mul(2 * n, d), dsv3i_add_task, &a);
 }
 
-/* ---- Pieces of panels for products */
+/* ---- Stretches of panels for products */
 
 #ifdef DSV3I_X86
-#define DSV3I_STAGE (DSV3I_PANEL * DSV3I_TERMS) /* floats of a piece */
+#define DSV3I_STAGE (DSV3I_PANEL * DSV3I_TERMS) /* floats of a stretch */
 #else
 #define DSV3I_STAGE 0u /* no backend with panels is compiled in */
 #endif
 
-/* Floats of a worker's scratch: two pieces, and multipliers. */
+/* Floats of a worker's scratch: two stretches, and multipliers. */
 #define DSV3I_STAGES (2 * DSV3I_STAGE + DSV3I_STAGE / DSV3_QBLOCK)
 
 typedef enum dsv3i_form { DSV3I_FLOATS = 0, DSV3I_BF16S = 1, DSV3I_BYTES = 2 } dsv3i_form; /* of values */
@@ -2253,63 +2261,89 @@ static dsv3i_form dsv3i_form_of(dsv3_type type) {
     return type == DSV3_BF16 || type == DSV3_F8_E4M3 ? DSV3I_BF16S : DSV3I_FLOATS;
 }
 
-/* Rows r .. r+rows-1 of w, which do not reach the next multiple of 64, and terms k0 .. k0+k-1 of a piece. */
-typedef struct dsv3i_piece {
+/* Rows r .. r+rows-1 of w, which do not reach the next multiple of 64, and terms k0 .. k0+k-1, 128 if there are as many. */
+typedef struct dsv3i_stretch {
     const dsv3_tensor *w;
     size_t r, rows, k0, k;
-} dsv3i_piece;
+} dsv3i_stretch;
 
-/* The multipliers of a piece, but for those that kernels.pack writes. */
-static void dsv3i_piece_scales(const dsv3_context *ctx, dsv3_panel *out, const dsv3i_piece *a, float *s) {
+/* The multipliers of a stretch, but for those that kernels.pack writes. */
+static void dsv3i_stretch_scales(const dsv3_context *ctx, dsv3_panel *out, const dsv3i_stretch *a, float *s) {
     const dsv3_tensor *w = a->w;
-    int blocks = dsv3_type_block(w->type) > 1;
+    size_t codes = dsv3i_codes_bytes(w->type, out->columns, out->block), lanes = out->columns * DSV3I_LANES;
     const unsigned char *at = dsv3i_scale_at(w, a->r);
+    int blocks = dsv3_type_block(w->type) > 1;
     float one = 1.0f;
     out->scale = NULL;
-    out->block = blocks ? DSV3_QBLOCK : a->k;
     if (!blocks && w->type != DSV3_F8_E4M3) return;
     out->scale = s;
-    if (w->packed) at = (const unsigned char *)out->values + dsv3i_codes_bytes(w->type, out->columns, a->k);
+    if (w->packed) at = (const unsigned char *)out->values + codes;
     if (blocks) {
-        if (w->packed) ctx->kernels.decode[DSV3_F16](s, at, a->k / DSV3_QBLOCK * out->columns * DSV3I_LANES);
+        for (size_t i = 0; w->packed && i < a->k; i += out->block, at += codes + out->gap, s += lanes) {
+            ctx->kernels.decode[DSV3_F16](s, at, lanes);
+        }
         return;
     }
     if (!w->packed && at != NULL) at += a->k0 / DSV3_BLOCK * sizeof *s;
     if (w->packed || at != NULL) DSV3_MEMCPY(&one, at, sizeof one); /* FP8 without scales: 1, as dsv3_pack writes it */
-    for (size_t i = 0; i < out->columns * DSV3I_LANES; i++) s[i] = one;
+    for (size_t i = 0; i < lanes; i++) s[i] = one;
 }
 
-/* A piece as products take it: where it lies, or made in scratch [DSV3I_STAGES]. Returns which product. */
-static dsv3_product dsv3i_piece_make(const dsv3_context *ctx, dsv3_panel *out, const dsv3i_piece *a, int fast, int few,
-                                     float *scratch) {
+/* Codes become values, block by block, or values floats. Where there are several blocks, values are bytes. */
+static void dsv3i_stretch_widen(const dsv3_kernels *kernels, dsv3_type type, float *to, dsv3_panel *w, size_t k) {
+    const unsigned char *codes = (const unsigned char *)w->values;
+    unsigned char *values = (unsigned char *)to;
+    for (size_t i = 0; i < k; i += w->block, values += w->block * w->columns * DSV3I_LANES) {
+        kernels->widen[type](values, codes, w->columns, w->block);
+        codes += dsv3i_codes_bytes(type, w->columns, w->block) + w->gap;
+    }
+    w->values = to;
+    w->ahead = w->gap = 0;
+}
+
+static void dsv3i_stretch_floats(const dsv3_kernels *kernels, dsv3i_form form, float *to, dsv3_panel *w, size_t k) {
+    const unsigned char *values = (const unsigned char *)w->values;
+    for (size_t i = 0; i < k; i += w->block, values += w->block * w->columns * DSV3I_LANES + w->gap) {
+        kernels->float_panel[form == DSV3I_BYTES](to + i * w->columns * DSV3I_LANES, values, w->columns, w->block,
+                                                  w->zero);
+    }
+    w->values = to;
+    w->ahead = w->gap = 0;
+}
+
+/* A stretch as products take it: where it lies, or made in scratch [DSV3I_STAGES]. Returns which product. */
+static dsv3_product dsv3i_stretch_make(const dsv3_context *ctx, dsv3_panel *out, const dsv3i_stretch *a, int fast,
+                                       int few, float *scratch) {
     const dsv3_kernels *kernels = &ctx->kernels;
     const dsv3_tensor *w = a->w;
     dsv3i_form form = dsv3i_form_of(w->type);
     float *stage = scratch, *other = scratch + DSV3I_STAGE, *scale = scratch + 2 * DSV3I_STAGE;
-    size_t next_bytes = w->packed ? dsv3i_piece_bytes(w->type, dsv3i_blocks(a->rows, DSV3I_LANES), a->k) : 0;
+    size_t next_bytes = w->packed ? dsv3i_panel_bytes(w->type, dsv3i_blocks(a->rows, DSV3I_LANES), a->k) : 0;
     out->zero = w->type == DSV3_Q4_0 ? 8 : 128;
     out->columns = dsv3i_blocks(a->rows, DSV3I_LANES);
+    out->block = dsv3i_min(dsv3i_piece_terms(w->type), a->k);
     out->values = w->packed ? (const void *)dsv3i_piece_at(w, a->r, a->k0) : stage;
+    out->gap = 0;
+    if (w->packed) {
+        out->gap = dsv3i_piece_bytes(w->type, out->columns, out->block) -
+                   dsv3i_codes_bytes(w->type, out->columns, out->block);
+    }
     out->ahead = next_bytes;
     out->next = (const unsigned char *)out->values + out->ahead;
     out->next_bytes = 0;
-    dsv3i_piece_scales(ctx, out, a, scale);
+    dsv3i_stretch_scales(ctx, out, a, scale);
     if (!w->packed) {
         kernels->pack[w->type](stage, scale, dsv3i_row_at(w, a->r) + dsv3_row_bytes(w->type, a->k0),
                                dsv3_row_bytes(w->type, w->cols), a->rows, a->k);
     }
     if (kernels->widen[w->type] != NULL) {
-        kernels->widen[w->type](other, out->values, out->columns, a->k);
-        out->values = other;
-        out->ahead = 0;
+        dsv3i_stretch_widen(kernels, w->type, other, out, a->k);
         other = stage;
     }
     if (form == DSV3I_FLOATS) return DSV3_PRODUCT_F32;
     if (fast) return form == DSV3I_BF16S ? DSV3_PRODUCT_FAST_BF16 : DSV3_PRODUCT_FAST_BYTES;
     if (few) return form == DSV3I_BF16S ? DSV3_PRODUCT_BF16 : DSV3_PRODUCT_BYTES;
-    kernels->float_panel[form == DSV3I_BYTES](other, out->values, out->columns, a->k, out->zero);
-    out->values = other;
-    out->ahead = 0;
+    dsv3i_stretch_floats(kernels, form, other, out, a->k);
     out->next_bytes = next_bytes;
     return DSV3_PRODUCT_F32;
 }
@@ -2408,7 +2442,7 @@ typedef void (*dsv3i_whole)(float *y, size_t ldy, const void *x, size_t ldx, siz
 /* y[t ldy + (r - r0)] = x_t . row r of w for n rows x_t and rows r0 <= r < r1 of w, by panels. */
 static void dsv3i_linear_panels(const dsv3_context *ctx, float *y, size_t ldy, const dsv3i_input *in, size_t n,
                                 const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
-    dsv3i_piece piece;
+    dsv3i_stretch stretch;
     dsv3i_whole whole = n <= DSV3I_FEW ? ctx->kernels.few[in->fast][w->type]
                         : in->fast     ? ctx->kernels.many[w->type]
                                        : NULL;
@@ -2418,17 +2452,17 @@ static void dsv3i_linear_panels(const dsv3_context *ctx, float *y, size_t ldy, c
         y += panels * DSV3I_PANEL;
         r0 += panels * DSV3I_PANEL;
     }
-    piece.w = w;
-    for (piece.r = r0; piece.r < r1; piece.r += piece.rows) {
-        piece.rows = dsv3i_min(DSV3I_PANEL - piece.r % DSV3I_PANEL, r1 - piece.r);
-        for (piece.k0 = 0; piece.k0 < w->cols; piece.k0 += piece.k) {
-            const unsigned char *x = (const unsigned char *)in->x + dsv3i_input_bytes(in->fast, w->type, piece.k0);
+    stretch.w = w;
+    for (stretch.r = r0; stretch.r < r1; stretch.r += stretch.rows) {
+        stretch.rows = dsv3i_min(DSV3I_PANEL - stretch.r % DSV3I_PANEL, r1 - stretch.r);
+        for (stretch.k0 = 0; stretch.k0 < w->cols; stretch.k0 += stretch.k) {
+            const unsigned char *x = (const unsigned char *)in->x + dsv3i_input_bytes(in->fast, w->type, stretch.k0);
             dsv3_panel panel;
             dsv3_product product;
-            piece.k = dsv3i_min(DSV3I_TERMS, w->cols - piece.k0);
-            product = dsv3i_piece_make(ctx, &panel, &piece, in->fast, n <= DSV3I_FEW, scratch);
-            ctx->kernels.product[product](y + (piece.r - r0), ldy, x, in->stride, n, &panel, piece.rows, piece.k,
-                                          piece.k0 > 0);
+            stretch.k = dsv3i_min(DSV3I_TERMS, w->cols - stretch.k0);
+            product = dsv3i_stretch_make(ctx, &panel, &stretch, in->fast, n <= DSV3I_FEW, scratch);
+            ctx->kernels.product[product](y + (stretch.r - r0), ldy, x, in->stride, n, &panel, stretch.rows,
+                                          stretch.k, stretch.k0 > 0);
         }
     }
 }
@@ -6207,11 +6241,11 @@ static void dsv3i_pack_piece(const dsv3i_packing *a, size_t r, size_t rows, size
     const dsv3_tensor *w = a->w;
     size_t columns = dsv3i_blocks(rows, DSV3I_LANES), row_bytes = dsv3_row_bytes(w->type, w->cols);
     unsigned char *to = a->to + r / DSV3I_PANEL * dsv3i_panel_bytes(w->type, DSV3I_PANEL / DSV3I_LANES, w->cols);
-    float scale[DSV3I_TERMS / DSV3_QBLOCK * DSV3I_PANEL], one = 1.0f;
-    to += k0 / DSV3I_TERMS * dsv3i_piece_bytes(w->type, columns, DSV3I_TERMS);
+    float scale[DSV3I_PANEL], one = 1.0f;
+    to += dsv3i_panel_bytes(w->type, columns, k0);
     a->ctx->kernels.pack[w->type](to, scale, dsv3i_row_at(w, r) + dsv3_row_bytes(w->type, k0), row_bytes, rows, k);
     to += dsv3i_codes_bytes(w->type, columns, k);
-    for (size_t i = 0; dsv3_type_block(w->type) > 1 && i < k / DSV3_QBLOCK * columns * DSV3I_LANES; i++, to += 2) {
+    for (size_t i = 0; dsv3_type_block(w->type) > 1 && i < columns * DSV3I_LANES; i++, to += 2) {
         uint16_t bits = dsv3_f16_from_f32(scale[i]);
         DSV3_MEMCPY(to, &bits, 2);
     }
@@ -6221,10 +6255,8 @@ static void dsv3i_pack_piece(const dsv3i_packing *a, size_t r, size_t rows, size
 }
 
 static void dsv3i_pack_panel(const dsv3i_packing *a, size_t p) {
-    size_t r = p * DSV3I_PANEL, rows = dsv3i_min(DSV3I_PANEL, a->w->rows - r);
-    for (size_t k0 = 0; k0 < a->w->cols; k0 += DSV3I_TERMS) {
-        dsv3i_pack_piece(a, r, rows, k0, dsv3i_min(DSV3I_TERMS, a->w->cols - k0));
-    }
+    size_t r = p * DSV3I_PANEL, rows = dsv3i_min(DSV3I_PANEL, a->w->rows - r), k = dsv3i_piece_terms(a->w->type);
+    for (size_t k0 = 0; k0 < a->w->cols; k0 += k) dsv3i_pack_piece(a, r, rows, k0, dsv3i_min(k, a->w->cols - k0));
 }
 
 static void dsv3i_pack_task(void *arg, size_t begin, size_t end, size_t worker) {
@@ -9168,6 +9200,7 @@ void dsv3i_avx2_exact(const dsv3_product kind, const int M, float *y, size_t ldy
         } else {
             dsv3i_avx2_code_terms(kind == DSV3_PRODUCT_BYTES, M, acc, &a, zero, i, end);
         }
+        a.w += w->gap;
         dsv3i_avx2_end(M, acc, &a, add || i > 0);
         if (scaled) a.scale += 16 * w->columns;
     }
@@ -9802,7 +9835,7 @@ typedef struct dsv3i_avx512_place {
     float *y;
     size_t ldy, n; /* of the M rows, n are real: the others repeat the last */
     size_t step;   /* bytes from a step of w to the next */
-    size_t gap;    /* bytes from the end of a piece of codes to the next */
+    size_t gap;    /* bytes from the end of a block of codes to the next */
     size_t ahead;  /* fetched early: what lies so far ahead, ... */
     const unsigned char *next; /* ... or this, so many lines, some with each step */
     size_t lines, each;
@@ -9935,6 +9968,7 @@ void dsv3i_avx512_exact(const dsv3_product kind, const int M, const int NP, floa
         } else {
             dsv3i_avx512_code_terms(kind == DSV3_PRODUCT_BYTES, M, NP, acc, &a, zero, i, end);
         }
+        a.w += w->gap;
         dsv3i_avx512_end(M, NP, acc, &a, add || i > 0);
         a.lines = 0;
         if (scaled) a.scale += 16 * w->columns;
@@ -10105,7 +10139,7 @@ DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_meet(dsv3_meeting *a, size_t
     queries.scale = NULL;
     queries.block = a->dk;
     queries.zero = 0;
-    queries.ahead = queries.next_bytes = 0;
+    queries.gap = queries.ahead = queries.next_bytes = 0;
     dsv3i_avx512_product_f32(p, 16 * columns, a->keys, a->ld_k * sizeof(float), nk, &queries, 16 * columns, a->dk, 0);
     dsv3i_avx512_softmax(a, p, rescale, columns, nk);
     dsv3i_avx512_rescale(a, rescale);
@@ -10316,7 +10350,7 @@ void dsv3i_avx512_bf16_blocks(const dsv3_type type, const int M, const int NP, d
             }
             a->x[m] += DSV3_QBLOCK + 8;
         }
-        if ((i + DSV3_QBLOCK) % DSV3I_TERMS == 0) a->w += a->gap;
+        a->w += a->gap;
     }
     dsv3i_avx512_end(M, NP, acc, a, 0);
 }
@@ -10328,6 +10362,7 @@ void dsv3i_avx512_bf16_fast(const int bytes, const int M, const int NP, float *y
     dsv3i_avx512_place_set(M, NP, &a, y + 16 * c0, ldy, x, ldx, n, (const unsigned char *)w->values + 64 * c0,
                            64 * w->columns, rows - 16 * c0);
     if (bytes) {
+        a.gap = w->gap;
         dsv3i_avx512_bf16_blocks(DSV3_Q8_0, M, NP, &a, w->scale + 16 * c0, 16 * w->columns, w->zero, k, add);
     } else {
         if (w->scale != NULL) a.scale = w->scale + 16 * c0;
@@ -10491,7 +10526,7 @@ static void dsv3i_avx512_bf16_meeting(dsv3_meeting *a, size_t nk, dsv3i_product 
     panel.scale = NULL;
     panel.block = dk;
     panel.zero = 0;
-    panel.ahead = panel.next_bytes = 0;
+    panel.gap = panel.ahead = panel.next_bytes = 0;
     keys = scratch + 64 * columns * DSV3I_MEET;
     if (wide) values = keys + 2 * DSV3I_MEET * dk;
     if (a->type == DSV3_F32) {
@@ -10732,30 +10767,18 @@ void dsv3i_avx512_bf16_few_panels(const dsv3i_few_kind kind, const dsv3_type typ
     DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] = x + (size_t)m * ldx;
     DSV3I_UNROLL for (int c = 0; c < 4 * M * NS; c++) acc[c] = _mm512_setzero_ps();
     for (size_t i = 0, terms; i < k; i += terms) {
-        size_t codes, piece;
-        terms = dsv3i_min(DSV3I_TERMS, k - i);
+        size_t codes;
+        terms = dsv3i_min(dsv3i_piece_terms(type), k - i);
         codes = dsv3i_codes_bytes(type, 4, terms);
-        piece = dsv3i_piece_bytes(type, 4, terms);
         if (blocks) {
-            for (size_t b = 0; b < terms / DSV3_QBLOCK; b++) {
-                const unsigned char *at[4];
-                __m512 f[16];
-                DSV3I_UNROLL for (int s = 0; s < NS; s++) {
-                    at[s] = ws[s] + b * (type == DSV3_Q8_0 ? 2048 : 1024);
-                    if (type == DSV3_Q8_0) continue;
-                    _mm_prefetch((const char *)ws[s] + codes + b * 128 + piece, _MM_HINT_T0); /* next multipliers */
-                    _mm_prefetch((const char *)ws[s] + codes + b * 128 + piece + 64, _MM_HINT_T0);
+            __m512 f[16];
+            dsv3i_avx512_bf16_few_sums(kind, type, M, NS, f, ws, xs);
+            DSV3I_UNROLL for (int c = 0; c < 4 * NS; c++) {
+                const void *halves = ws[c / 4] + codes + 32 * (c % 4);
+                const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)halves));
+                DSV3I_UNROLL for (int m = 0; m < M; m++) {
+                    acc[m * 4 * NS + c] = _mm512_fmadd_ps(f[m * 4 * NS + c], scale, acc[m * 4 * NS + c]);
                 }
-                dsv3i_avx512_bf16_few_sums(kind, type, M, NS, f, at, xs);
-                DSV3I_UNROLL for (int c = 0; c < 4 * NS; c++) {
-                    const void *halves = ws[c / 4] + codes + b * 128 + 32 * (c % 4);
-                    const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)halves));
-                    DSV3I_UNROLL for (int m = 0; m < M; m++) {
-                        acc[m * 4 * NS + c] = _mm512_fmadd_ps(f[m * 4 * NS + c], scale, acc[m * 4 * NS + c]);
-                    }
-                }
-                DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] +=
-                    kind != DSV3I_FEW_FLOATS ? DSV3_QBLOCK + 8 : 4 * DSV3_QBLOCK;
             }
         } else if (type == DSV3_F8_E4M3) {
             __m512 part[16];
@@ -10768,10 +10791,8 @@ void dsv3i_avx512_bf16_few_panels(const dsv3i_few_kind kind, const dsv3_type typ
         } else {
             dsv3i_avx512_bf16_few_some(kind, type, M, NS, acc, ws, xs, terms, table);
         }
-        if (!blocks) {
-            DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] += (kind != DSV3I_FEW_FLOATS ? 2 : 4) * terms;
-        }
-        DSV3I_UNROLL for (int s = 0; s < NS; s++) ws[s] += piece;
+        DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] += dsv3i_input_bytes(kind != DSV3I_FEW_FLOATS, type, terms);
+        DSV3I_UNROLL for (int s = 0; s < NS; s++) ws[s] += dsv3i_piece_bytes(type, 4, terms);
     }
     DSV3I_UNROLL for (int c = 0; c < 4 * M * NS; c++) {
         _mm512_storeu_ps(y + (size_t)(c / (4 * NS)) * ldy + (size_t)(c / 4 % NS) * ldp + 16 * (c % 4), acc[c]);
@@ -10850,7 +10871,7 @@ void dsv3i_avx512_bf16_many_begin(const dsv3_type type, dsv3i_avx512_many *a, co
     a->codes = w;
     for (size_t i = 0, some; i < k; i += some) {
         const unsigned char *behind;
-        some = dsv3i_min(DSV3I_TERMS, k - i);
+        some = dsv3i_min(dsv3i_piece_terms(type), k - i);
         behind = w + dsv3i_codes_bytes(type, 4, some);
         if (type == DSV3_F8_E4M3) {
             float one;
@@ -10858,7 +10879,7 @@ void dsv3i_avx512_bf16_many_begin(const dsv3_type type, dsv3i_avx512_many *a, co
             dsv3i_avx512_bf16_widen_f8(a->values + 128 * i, w, 4, some);
             for (size_t j = 0; j < 64; j++) a->scale[i / DSV3I_TERMS * 64 + j] = one;
         } else if (type != DSV3_BF16) {
-            dsv3i_avx512_decode(DSV3_F16, a->scale + 2 * i, behind, 2 * some);
+            dsv3i_avx512_decode(DSV3_F16, a->scale + 2 * i, behind, 64);
         }
         w += dsv3i_piece_bytes(type, 4, some);
     }
@@ -10892,7 +10913,7 @@ void dsv3i_avx512_bf16_many_terms(const dsv3_type type, float *y, size_t ldy, co
             m = dsv3i_rows_together(n - t);
             dsv3i_avx512_place_set(6, NP, &a, y + t * ldy + 16 * c, ldy, x + t * ldx, ldx, m, w->codes + 64 * c, 256,
                                    64);
-            a.gap = dsv3i_piece_bytes(type, 4, DSV3I_TERMS) - dsv3i_codes_bytes(type, 4, DSV3I_TERMS);
+            a.gap = 128; /* the multipliers of Q8_0 and Q4_0 */
             a.next = next;
             a.lines = lines * m;
             a.each = dsv3i_max(dsv3i_blocks(a.lines, steps), 1);
@@ -11258,35 +11279,36 @@ void dsv3i_amx_widen(dsv3i_amx_room *room, unsigned char *to, const unsigned cha
     }
 }
 
-/* Values of a piece of bytes as tiles take them: with their signs. */
+/* Values of blocks of bytes as tiles take them, with their signs, and their multipliers. */
 DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_signed(const dsv3_type type, unsigned char *to, const unsigned char *w, size_t k) {
-    const __m512i zero = _mm512_set1_epi8(type == DSV3_Q8_0 ? (char)-128 : 8);
-    for (size_t i = 0; type == DSV3_Q8_0 && i < 64 * k; i += 64) {
-        _mm512_storeu_si512(to + i, _mm512_xor_si512(_mm512_loadu_si512(w + i), zero));
-    }
-    for (size_t i = 0; type == DSV3_Q4_0 && i < k; i += DSV3_QBLOCK, to += 2048) {
-        for (size_t j = 0; j < 1024; j += 64, w += 64) {
-            const __m512i v = _mm512_loadu_si512(w), low = _mm512_set1_epi8(15);
+void dsv3i_amx_signed(const dsv3_type type, dsv3i_amx_room *room, const unsigned char *w, size_t k) {
+    const __m512i zero = _mm512_set1_epi8(type == DSV3_Q8_0 ? (char)-128 : 8), low = _mm512_set1_epi8(15);
+    unsigned char *to = room->values[0];
+    float *scale = room->scale;
+    for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += 2048) {
+        for (size_t j = 0; j < dsv3i_codes_bytes(type, 4, DSV3_QBLOCK); j += 64, w += 64) {
+            const __m512i v = _mm512_loadu_si512(w);
+            if (type == DSV3_Q8_0) {
+                _mm512_storeu_si512(to + j, _mm512_xor_si512(v, zero));
+                continue;
+            }
             _mm512_storeu_si512(to + j, _mm512_sub_epi8(_mm512_and_si512(v, low), zero));
             _mm512_storeu_si512(to + 1024 + j, _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(v, 4), low), zero));
+        }
+        for (size_t c = 0; c < 4; c++, w += 32, scale += 16) {
+            _mm512_storeu_ps(scale, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)w)));
         }
     }
 }
 
-/* Multipliers [blocks, 64] of a piece, which lie at w. */
-DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_scales(const dsv3_type type, float *scale, const unsigned char *w, size_t k) {
-    float one = 1.0f;
-    if (type == DSV3_F8_E4M3) DSV3_MEMCPY(&one, w, sizeof one);
-    for (size_t i = 0; i < (dsv3_type_block(type) > 1 ? k / DSV3_QBLOCK * 64 : 64); i += 16) {
-        __m512 f = _mm512_set1_ps(one);
-        if (dsv3_type_block(type) > 1)
-            f = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(w + 2 * i)));
-        _mm512_storeu_ps(scale + i, f);
-    }
+/* The multiplier of a piece of FP8. */
+static void dsv3i_amx_scale(float *scale, const unsigned char *w) {
+    float one;
+    DSV3_MEMCPY(&one, w, sizeof one);
+    for (size_t i = 0; i < 64; i++) scale[i] = one;
 }
 
-/* Rows of bytes: blocks of 32, each with its multiplier behind it. Tiles hold the sums of the four blocks of a piece, which
+/* Rows of bytes: blocks of 32, each with its multiplier behind it. Tiles hold the sums of up to four blocks, which
  * are exact, for one column of outputs. While those of the next column are on their way, they become floats. */
 #define DSV3I_AMX_BLOCK(tile, rows, columns)                                                                         \
     _tile_zero(tile);                                                                                                \
@@ -11311,7 +11333,7 @@ void dsv3i_amx_column_sums(dsv3i_amx_place *a, float *sums, const unsigned char 
     _tile_stored(3, sums + 768, 64);
 }
 
-/* 16 rows and the four columns of a piece. Rows of x that are not there are the last one once more. */
+/* 16 rows and four columns, up to four blocks. Rows of x that are not there are the last one once more. */
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_bytes(dsv3i_amx_place *a, const unsigned char *x, size_t m, size_t k, int add) {
     float room[2 * 4 * 256 + 16], *sums = dsv3i_amx_aligned(room), unit[4 * 16];
@@ -11414,7 +11436,7 @@ DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_byte_piece(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a,
                           const dsv3i_amx_tiles *tiles, const unsigned char *x, const unsigned char *w, size_t k,
                           size_t turn) {
-    dsv3i_amx_signed(type, room->values[0], w, k);
+    dsv3i_amx_signed(type, room, w, k);
     a->w = room->values[0];
     a->scale = room->scale;
     for (size_t i = 0; i < tiles->count; i++) {
@@ -11428,7 +11450,7 @@ DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, float *y, size_t ldy,
                      const unsigned char *x, size_t rows, const unsigned char *w, size_t k, int fetch) {
     const dsv3i_amx_tiles tiles = dsv3i_amx_tiles_of(rows);
-    const size_t piece = dsv3i_piece_bytes(type, 4, DSV3I_TERMS);
+    const size_t piece = dsv3i_panel_bytes(type, 4, DSV3I_TERMS);
     const int blocks = dsv3_type_block(type) > 1;
     dsv3i_amx_shape(tiles.height, tiles.height, blocks ? 8 : 16);
     a->m[0] = a->m[1] = tiles.height;
@@ -11439,14 +11461,12 @@ void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place
     for (size_t i = 0, turn = 0, terms; i < k; i += terms, turn++) {
         terms = dsv3i_min(DSV3I_TERMS, k - i);
         a->next = w + 2 * piece;
-        if (type != DSV3_BF16) {
-            dsv3i_amx_scales(type, room->scale, w + dsv3i_codes_bytes(type, 4, terms), terms);
-        }
+        if (type == DSV3_F8_E4M3) dsv3i_amx_scale(room->scale, w + dsv3i_codes_bytes(type, 4, terms));
         if (blocks) dsv3i_amx_byte_piece(type, room, a, &tiles, x, w, terms, turn);
         if (!blocks) {
             dsv3i_amx_piece(type, room, a, &tiles, x, w, terms, turn, dsv3i_min(DSV3I_TERMS, k - i - terms));
         }
-        w += dsv3i_piece_bytes(type, 4, terms);
+        w += dsv3i_panel_bytes(type, 4, terms);
         x += dsv3i_input_bytes(1, type, terms);
     }
     for (size_t i = 0; i < tiles.count; i++) {

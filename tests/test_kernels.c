@@ -965,7 +965,7 @@ static void factor_make(factor *f, dsv3_product kind, size_t n, size_t rows, siz
     factor_x(f);
     f->w.columns = columns, f->w.zero = test_below(2) ? 128 : 8, f->w.ahead = test_below(2) * 512,
     f->w.next = &f->w, f->w.next_bytes = test_below(2) * 4096;
-    f->w.block = scaled == 2 ? 32 : k;
+    f->w.block = scaled == 2 ? 32 : k, f->w.gap = 0;
     f->w.values = box_words(&f->values, steps * columns * 64 / (floats ? 1 : codes ? 4 : 2));
     memset(f->values.at, 0, f->values.bytes);
     for (size_t r = 0; r < rows; r++) {
@@ -1016,7 +1016,7 @@ static int product_exact(const factor *f, size_t t, size_t r, float got, float b
 }
 
 typedef struct product_faults {
-    int inexact, alone, columns, floats, touched;
+    int inexact, alone, floats, gaps, touched;
 } product_faults;
 
 /* One row of x, and one column of the panel as a panel of its own, give the bits that they have in y. */
@@ -1054,15 +1054,31 @@ static int product_unlike_floats(const dsv3_kernels *kernels, const factor *f, c
     return bad;
 }
 
+/* The same with something between the blocks of bytes. */
+static int product_unlike_gaps(const dsv3_kernels *kernels, const factor *f, const table *y, table *before, int add) {
+    size_t block = f->w.block * f->w.columns * 16, gap = 32 * (1 + test_below(4)), n = f->k / f->w.block;
+    unsigned char *values = (unsigned char *)test_alloc(n * (block + gap));
+    dsv3_panel w = f->w;
+    int bad = 0;
+    memset(values, 0xFF, n * (block + gap));
+    for (size_t i = 0; i < n; i++) memcpy(values + i * (block + gap), f->values.at + i * block, block);
+    w.values = values, w.gap = gap;
+    kernels->product[f->kind](before->x, before->ld, f->x.at, f->ldx, f->n, &w, f->rows, f->k, add);
+    for (size_t t = 0; t < f->n; t++) bad += !same_bits(before->x + t * before->ld, y->x + t * y->ld, f->rows);
+    free(values);
+    return bad;
+}
+
 static void check_product_shape(const dsv3_kernels *kernels, product_faults *bad, dsv3_product kind, size_t n,
                                 size_t rows, size_t k, int scaled, int add) {
-    table y, before;
+    table y, before, again;
     factor f;
     factor_make(&f, kind, n, rows, k, scaled);
-    table_output(&y, n, rows), table_output(&before, n, rows);
+    table_output(&y, n, rows), table_output(&before, n, rows), table_output(&again, n, rows);
     for (size_t t = 0; t < n; t++) {
         if (add) fill_wild(y.x + t * y.ld, rows); /* else a NaN may stand there */
         memcpy(before.x + t * before.ld, y.x + t * y.ld, rows * sizeof(float));
+        memcpy(again.x + t * again.ld, y.x + t * y.ld, rows * sizeof(float));
     }
     kernels->product[kind](y.x, y.ld, f.x.at, f.ldx, n, &f.w, rows, k, add);
     for (size_t t = 0; t < n; t++) {
@@ -1074,8 +1090,9 @@ static void check_product_shape(const dsv3_kernels *kernels, product_faults *bad
     if (kind == DSV3_PRODUCT_BF16 || kind == DSV3_PRODUCT_BYTES) {
         bad->floats += product_unlike_floats(kernels, &f, &y, &before, add);
     }
+    if (is_codes(kind)) bad->gaps += product_unlike_gaps(kernels, &f, &y, &again, add);
     bad->touched += table_broken(&y);
-    free(y.memory), free(before.memory);
+    free(y.memory), free(before.memory), free(again.memory);
     factor_free(&f);
 }
 
@@ -1107,6 +1124,8 @@ static void check_product(const dsv3_kernels *kernels, dsv3_product kind) {
     verdict(text, bad.alone);
     snprintf(text, sizeof text, "bits of floats of %s", names[kind]);
     verdict(text, bad.floats);
+    snprintf(text, sizeof text, "gaps of %s", names[kind]);
+    verdict(text, bad.gaps);
     snprintf(text, sizeof text, "guards of %s", names[kind]);
     verdict(text, bad.touched);
 }
@@ -1217,22 +1236,24 @@ static void check_round(const dsv3_kernels *kernels, dsv3_type type) {
 
 /* ---- few: of packed rows and few rows of x, floats or rounded, the bits of so many products, panel by panel and piece by piece */
 
-/* A matrix in the order of dsv3_pack, written by the test: panels of 64 rows; of each, pieces of 128 terms; of each, codes
- * and multipliers, up to a multiple of 64 bytes: E4M3 one float, Q8_0 and Q4_0 F16 [k/32, columns, 16]. */
+/* A matrix in the order of dsv3_pack, written by the test: panels of 64 rows; of each, pieces of 128 terms, of Q8_0 and Q4_0
+ * of 32; of each, codes and multipliers, up to a multiple of 64 bytes: E4M3 one float, Q8_0 and Q4_0 F16 [columns, 16]. */
+static size_t piece_terms(dsv3_type type) { return dsv3_type_block(type) > 1 ? 32 : 128; }
+
 static size_t piece_bytes(dsv3_type type, size_t columns, size_t k) {
-    size_t scales = type == DSV3_F8_E4M3 ? 4 : dsv3_type_block(type) > 1 ? k / 32 * columns * 32 : 0;
+    size_t scales = type == DSV3_F8_E4M3 ? 4 : dsv3_type_block(type) > 1 ? columns * 32 : 0;
     return piece_codes(type, columns, k) + up(scales, 64);
 }
 
 static void packed_make(box *b, dsv3_type type, size_t panels, size_t k) {
-    size_t bytes = 0;
+    size_t bytes = 0, most = piece_terms(type);
     unsigned char *at;
-    for (size_t i = 0; i < k; i += 128) bytes += piece_bytes(type, 4, k - i < 128 ? k - i : 128);
+    for (size_t i = 0; i < k; i += most) bytes += piece_bytes(type, 4, k - i < most ? k - i : most);
     at = box_input(b, panels * bytes);
     memset(at, 0, panels * bytes);
     for (size_t p = 0; p < panels; p++) {
-        for (size_t i = 0; i < k; i += 128) {
-            size_t some = k - i < 128 ? k - i : 128, codes = piece_codes(type, 4, some);
+        for (size_t i = 0; i < k; i += most) {
+            size_t some = k - i < most ? k - i : most, codes = piece_codes(type, 4, some);
             float scale = test_uniform(-2, 2);
             for (size_t r = 0; r < 64; r++) {
                 for (size_t j = 0; j < some; j++) {
@@ -1243,29 +1264,30 @@ static void packed_make(box *b, dsv3_type type, size_t panels, size_t k) {
                 }
             }
             if (type == DSV3_F8_E4M3) memcpy(at + codes, &scale, 4);
-            for (size_t j = 0; dsv3_type_block(type) > 1 && j < some / 32 * 64; j++) {
+            for (size_t r = 0; dsv3_type_block(type) > 1 && r < 64; r++) {
                 uint16_t half = dsv3_f16_from_f32(test_uniform(-0.1f, 0.1f));
-                memcpy(at + codes + 2 * j, &half, 2);
+                memcpy(at + codes + 2 * r, &half, 2);
             }
             at += piece_bytes(type, 4, some);
         }
     }
 }
 
-/* The same by kernels.product. x: floats, or rows as `round` makes them, ldx apart. */
+/* The same by kernels.product, piece by piece. x: floats, or rows as `round` makes them, ldx apart. */
 static void packed_product(const dsv3_kernels *kernels, int fast, float *y, size_t ldy, const unsigned char *x, size_t ldx,
                            size_t n, const unsigned char *at, dsv3_type type, size_t panels, size_t k) {
     int blocks = dsv3_type_block(type) > 1;
     dsv3_product product = blocks ? DSV3_PRODUCT_BYTES : DSV3_PRODUCT_BF16;
     if (fast) product = blocks ? DSV3_PRODUCT_FAST_BYTES : DSV3_PRODUCT_FAST_BF16;
     for (size_t p = 0; p < panels; p++) {
-        for (size_t i = 0; i < k; i += 128) {
-            size_t some = k - i < 128 ? k - i : 128, codes = piece_codes(type, 4, some);
-            float values[64 * 128 / 2], scale[4 * 64]; /* BF16 or bytes */
+        for (size_t i = 0, some; i < k; i += some) {
+            size_t codes;
+            float values[64 * 128 / 2], scale[64]; /* BF16 or bytes */
             dsv3_panel w;
+            some = k - i < piece_terms(type) ? k - i : piece_terms(type), codes = piece_codes(type, 4, some);
             w.values = at, w.columns = 4, w.scale = type == DSV3_BF16 ? NULL : scale;
-            w.block = blocks ? 32 : some, w.zero = type == DSV3_Q4_0 ? 8 : 128, w.ahead = w.next_bytes = 0;
-            for (size_t j = 0; type != DSV3_BF16 && j < (blocks ? some / 32 * 64 : 64); j++) {
+            w.block = some, w.zero = type == DSV3_Q4_0 ? 8 : 128, w.gap = w.ahead = w.next_bytes = 0;
+            for (size_t j = 0; type != DSV3_BF16 && j < 64; j++) {
                 uint16_t half;
                 memcpy(&half, at + codes + (blocks ? 2 * j : 0), 2);
                 scale[j] = dsv3_f32_from_f16(half);

@@ -53,19 +53,19 @@ static list list_of(dsv3_model *m) {
     return l;
 }
 
-/* Bytes of a packed matrix: for each panel of 64 rows, in columns of 16, and each piece of 128 terms, words of four bytes
- * for a row's 1, 2, 4 or 8 terms, and, up to a multiple of 64 bytes, a float or F16 for each 32 terms. */
+/* Bytes of a packed matrix: for each panel of 64 rows, in columns of 16, and each piece of 128 terms, of Q8_0 and Q4_0 of 32,
+ * words of four bytes for a row's 1, 2, 4 or 8 terms, and, up to a multiple of 64 bytes, a float or F16 for each row. */
 static size_t packed_bytes(const dsv3_tensor *t) {
     size_t each = t->type == DSV3_F32                           ? 1
                   : t->type == DSV3_F16 || t->type == DSV3_BF16 ? 2
                   : t->type == DSV3_Q4_0                        ? 8
                                                                 : 4;
-    size_t bytes = 0;
+    size_t bytes = 0, most = dsv3_type_block(t->type) > 1 ? 32 : 128;
     for (size_t r = 0; r < t->rows; r += 64) {
         size_t columns = ((t->rows - r < 64 ? t->rows - r : 64) + 15) / 16;
-        for (size_t k = 0; k < t->cols; k += 128) {
-            size_t terms = t->cols - k < 128 ? t->cols - k : 128, scales = t->type == DSV3_F8_E4M3 ? 4 : 0;
-            if (dsv3_type_block(t->type) > 1) scales = terms / 32 * columns * 16 * 2;
+        for (size_t k = 0; k < t->cols; k += most) {
+            size_t terms = t->cols - k < most ? t->cols - k : most, scales = t->type == DSV3_F8_E4M3 ? 4 : 0;
+            if (most == 32) scales = columns * 16 * 2;
             bytes += (terms + each - 1) / each * columns * 64 + (scales + 63) / 64 * 64;
         }
     }
