@@ -9397,69 +9397,50 @@ void dsv3i_avx512_mix_block(const dsv3_type type, __m512 acc[2], __m512 f, const
     acc[1] = _mm512_fmadd_ps(f, v[1], acc[1]);
 }
 
-/* Fetches n codes of a row that lies ahead. */
-DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_mix_ahead(const dsv3_type type, const int n, const unsigned char *w) {
-    const int bytes = type == DSV3_Q4_0 ? n / 32 * 18 : type == DSV3_Q8_0 ? n / 32 * 34 : n;
-    if (type == DSV3_F16 || type == DSV3_BF16) return;
-    DSV3I_UNROLL for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)w + i + DSV3I_AHEAD, _MM_HINT_T0);
-}
-
-/* NC columns of 16 numbers, from w on, of k rows. */
+/* NC columns of 16 numbers of a row, from w on, times f. */
 DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_mix_columns(const dsv3_type type, const int NC, float *y, const float *x, const unsigned char *w,
-                              size_t row_bytes, const float scale[2], size_t k) {
+void dsv3i_avx512_mix_columns(const dsv3_type type, const int NC, float *y, __m512 f, const unsigned char *w,
+                              const float scale[2]) {
     const size_t size = type == DSV3_F8_E4M3 ? 1 : 2;
     __m512 acc[16];
     DSV3I_UNROLL for (int c = 0; c < NC; c++) acc[c] = _mm512_loadu_ps(y + 16 * c);
-    for (size_t r = 0; r < k; r++, w += row_bytes) {
-        const __m512 f = _mm512_set1_ps(x[r]);
-        dsv3i_avx512_mix_ahead(type, 16 * NC, w);
-        DSV3I_UNROLL for (int c = 0; c < NC; c++) {
-            __m512 v;
-            if (type == DSV3_Q8_0 || type == DSV3_Q4_0) {
-                if (c % 2 == 0) dsv3i_avx512_mix_block(type, acc + c, f, w + c / 2 * (type == DSV3_Q8_0 ? 34 : 18));
-                continue;
-            }
-            v = dsv3i_avx512_load(type, 0xFFFF, w + 16 * (size_t)c * size);
-            if (type == DSV3_F8_E4M3) {
-                v = _mm512_mul_ps(_mm512_mul_ps(v, _mm512_set1_ps(256.0f)), _mm512_set1_ps(scale[c / 8]));
-            }
-            acc[c] = _mm512_fmadd_ps(f, v, acc[c]);
+    DSV3I_UNROLL for (int c = 0; c < NC; c++) {
+        __m512 v;
+        if (type == DSV3_Q8_0 || type == DSV3_Q4_0) {
+            if (c % 2 == 0) dsv3i_avx512_mix_block(type, acc + c, f, w + c / 2 * (type == DSV3_Q8_0 ? 34 : 18));
+            continue;
         }
+        v = dsv3i_avx512_load(type, 0xFFFF, w + 16 * (size_t)c * size);
+        if (type == DSV3_F8_E4M3) {
+            v = _mm512_mul_ps(_mm512_mul_ps(v, _mm512_set1_ps(256.0f)), _mm512_set1_ps(scale[c / 8]));
+        }
+        acc[c] = _mm512_fmadd_ps(f, v, acc[c]);
     }
     DSV3I_UNROLL for (int c = 0; c < NC; c++) _mm512_storeu_ps(y + 16 * c, acc[c]);
 }
 
 /* The same of up to 16 numbers, from number i of a row on. */
 DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_mix_some(const dsv3_type type, float *y, const float *x, const unsigned char *w, size_t row_bytes,
-                         float scale, size_t k, size_t i, size_t n) {
+void dsv3i_avx512_mix_some(const dsv3_type type, float *y, __m512 f, const unsigned char *w, float scale, size_t i,
+                           size_t n) {
     const size_t size = type == DSV3_F8_E4M3 ? 1 : 2;
     const __mmask16 m = dsv3i_avx512_mask(n);
-    __m512 acc = _mm512_maskz_loadu_ps(m, y);
-    for (size_t r = 0; r < k; r++, w += row_bytes) {
-        __m512 v;
-        if (type == DSV3_Q8_0 || type == DSV3_Q4_0) {
-            v = dsv3i_avx512_load_block(type, w, i);
-        } else {
-            v = dsv3i_avx512_load(type, m, w + i * size);
-            if (type == DSV3_F8_E4M3) {
-                v = _mm512_mul_ps(_mm512_mul_ps(v, _mm512_set1_ps(256.0f)), _mm512_set1_ps(scale));
-            }
-        }
-        acc = _mm512_fmadd_ps(_mm512_set1_ps(x[r]), v, acc);
+    __m512 v;
+    if (type == DSV3_Q8_0 || type == DSV3_Q4_0) {
+        v = dsv3i_avx512_load_block(type, w, i);
+    } else {
+        v = dsv3i_avx512_load(type, m, w + i * size);
+        if (type == DSV3_F8_E4M3) v = _mm512_mul_ps(_mm512_mul_ps(v, _mm512_set1_ps(256.0f)), _mm512_set1_ps(scale));
     }
-    dsv3i_avx512_put(y, m, acc);
+    dsv3i_avx512_put(y, m, _mm512_fmadd_ps(f, v, _mm512_maskz_loadu_ps(m, y)));
 }
 
-/* Sixteen rows of codes at a time: they are read nearly as they lie though only 256 numbers of them go together. Numbers of two
- * bytes, which take less arithmetic, come faster row by row, exactly as they lie and without being fetched early. */
-#define DSV3I_MIX_TOGETHER 16u
-
+/* A row, from number i on. */
 DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_mix_rows(const dsv3_type type, float *y, const float *x, const unsigned char *w, size_t row_bytes,
-                           const unsigned char *scale, size_t k, size_t n) {
-    for (size_t i = 0, columns; i < n; i += columns) {
+void dsv3i_avx512_mix_row(const dsv3_type type, float *y, float x, const unsigned char *w, const unsigned char *scale,
+                          size_t i, size_t n) {
+    const __m512 f = _mm512_set1_ps(x);
+    for (size_t columns; i < n; i += columns) {
         const unsigned char *at = w + i / DSV3_QBLOCK * dsv3_row_bytes(type, DSV3_QBLOCK);
         float unit[2] = {1.0f, 1.0f};
         columns = n - i >= 256 ? 256 : n - i >= 64 ? 64 : dsv3i_min(n - i, 16);
@@ -9467,23 +9448,22 @@ void dsv3i_avx512_mix_rows(const dsv3_type type, float *y, const float *x, const
             DSV3_MEMCPY(unit, scale + i / DSV3_BLOCK * sizeof *unit, (columns == 256 ? 2 : 1) * sizeof *unit);
         }
         if (columns == 256) {
-            dsv3i_avx512_mix_columns(type, 16, y + i, x, at, row_bytes, unit, k);
+            dsv3i_avx512_mix_columns(type, 16, y + i, f, at, unit);
         } else if (columns == 64) {
-            dsv3i_avx512_mix_columns(type, 4, y + i, x, at, row_bytes, unit, k);
+            dsv3i_avx512_mix_columns(type, 4, y + i, f, at, unit);
         } else {
-            dsv3i_avx512_mix_some(type, y + i, x, w, row_bytes, unit[0], k, i, columns);
+            dsv3i_avx512_mix_some(type, y + i, f, w, unit[0], i, columns);
         }
     }
 }
 
+/* Row by row, exactly as they lie, is how they come fastest, although sums then wait in a near cache. */
 DSV3I_INLINE(DSV3I_AVX512)
 void dsv3i_avx512_mix(const dsv3_type type, float *y, const float *x, const void *w, size_t row_bytes,
                       const void *scale, size_t k, size_t n) {
-    const size_t most = type == DSV3_F16 || type == DSV3_BF16 ? 1 : DSV3I_MIX_TOGETHER;
-    for (size_t r = 0, some; r < k; r += some) {
-        some = dsv3i_min(most, k - r);
-        dsv3i_avx512_mix_rows(type, y, x + r, (const unsigned char *)w + r * row_bytes, row_bytes,
-                              (const unsigned char *)scale, some, n);
+    for (size_t r = 0; r < k; r++) {
+        dsv3i_avx512_mix_row(type, y, x[r], (const unsigned char *)w + r * row_bytes, (const unsigned char *)scale, 0,
+                             n);
     }
 }
 
@@ -10180,52 +10160,44 @@ static void dsv3i_avx512_bf16_widen_f8(void *values, const void *panel, size_t c
     }
 }
 
-/* 256 numbers of k rows of E4M3: 64 codes, put into the order in which four sums of 16 want them, become BF16 by tables,
- * and floats. */
+/* 256 numbers of a row of E4M3: 64 codes, put into the order in which four sums of 16 want them, become BF16 by tables, and
+ * floats. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_mix_256(float *y, const float *x, const unsigned char *w, size_t row_bytes, const float scale[2],
-                               size_t k, const __m512i table[4], __m512i order) {
+void dsv3i_avx512_bf16_mix_256(float *y, __m512 f, const unsigned char *w, const float scale[2],
+                               const __m512i table[4], __m512i order) {
     const __m512i sign = _mm512_set1_epi8((char)-128), upper = _mm512_set1_epi32(-65536);
-    __m512 acc[16];
-    DSV3I_UNROLL for (int c = 0; c < 16; c++) acc[c] = _mm512_loadu_ps(y + 16 * c);
-    for (size_t r = 0; r < k; r++, w += row_bytes) {
-        const __m512 f = _mm512_set1_ps(x[r]);
-        DSV3I_UNROLL for (int c = 0; c < 16; c += 4) {
-            const __m512i v = _mm512_permutexvar_epi8(order, _mm512_loadu_si512(w + 16 * c));
-            const __m512i l = _mm512_permutex2var_epi8(table[0], v, table[1]);
-            const __m512i h = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(table[2], v, table[3]), v, sign, 0xF8);
-            const __m512i pair[2] = {_mm512_unpacklo_epi8(l, h), _mm512_unpackhi_epi8(l, h)};
-            _mm_prefetch((const char *)w + 16 * c + DSV3I_AHEAD, _MM_HINT_T0);
-            DSV3I_UNROLL for (int i = 0; i < 4; i++) {
-                const __m512i bits = i % 2 ? _mm512_and_si512(pair[i / 2], upper) : _mm512_slli_epi32(pair[i / 2], 16);
-                const __m512 value = _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(scale[c / 8]));
-                acc[c + i] = _mm512_fmadd_ps(f, value, acc[c + i]);
-            }
+    DSV3I_UNROLL for (size_t c = 0; c < 16; c += 4) {
+        const __m512i v = _mm512_permutexvar_epi8(order, _mm512_loadu_si512(w + 16 * c));
+        const __m512i l = _mm512_permutex2var_epi8(table[0], v, table[1]);
+        const __m512i h = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(table[2], v, table[3]), v, sign, 0xF8);
+        const __m512i pair[2] = {_mm512_unpacklo_epi8(l, h), _mm512_unpackhi_epi8(l, h)};
+        _mm_prefetch((const char *)w + 16 * c + DSV3I_AHEAD, _MM_HINT_T0);
+        DSV3I_UNROLL for (size_t i = 0; i < 4; i++) {
+            const __m512i bits = i % 2 ? _mm512_and_si512(pair[i / 2], upper) : _mm512_slli_epi32(pair[i / 2], 16);
+            const __m512 value = _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(scale[c / 8]));
+            float *to = y + 16 * (c + i);
+            _mm512_storeu_ps(to, _mm512_fmadd_ps(f, value, _mm512_loadu_ps(to)));
         }
     }
-    DSV3I_UNROLL for (int c = 0; c < 16; c++) _mm512_storeu_ps(y + 16 * c, acc[c]);
 }
 
 DSV3I_TARGET(DSV3I_AVX512_BF16)
 static void dsv3i_avx512_bf16_mix_f8_e4m3(float *y, const float *x, const void *w, size_t row_bytes, const void *scale,
                                           size_t k, size_t n) {
+    const unsigned char *row = (const unsigned char *)w, *scales = (const unsigned char *)scale;
     const size_t whole = n / 256 * 256;
     unsigned char at[64];
     __m512i table[4], order;
     for (unsigned i = 0; i < 64; i++) at[i] = (unsigned char)(i % 16 / 8 * 32 + i % 2 * 16 + i / 16 * 4 + i % 8 / 2);
     order = _mm512_loadu_si512(at);
     dsv3i_avx512_bf16_tables(table);
-    for (size_t r = 0, some; r < k; r += some) {
-        const unsigned char *rows = (const unsigned char *)w + r * row_bytes;
-        const unsigned char *scales = (const unsigned char *)scale;
-        some = dsv3i_min(DSV3I_MIX_TOGETHER, k - r);
+    for (size_t r = 0; r < k; r++, row += row_bytes) {
         for (size_t i = 0; i < whole; i += 256) {
             float unit[2] = {1.0f, 1.0f};
             if (scales != NULL) DSV3_MEMCPY(unit, scales + i / DSV3_BLOCK * sizeof *unit, sizeof unit);
-            dsv3i_avx512_bf16_mix_256(y + i, x + r, rows + i, row_bytes, unit, some, table, order);
+            dsv3i_avx512_bf16_mix_256(y + i, _mm512_set1_ps(x[r]), row + i, unit, table, order);
         }
-        if (scales != NULL) scales += whole / DSV3_BLOCK * sizeof(float);
-        dsv3i_avx512_mix_rows(DSV3_F8_E4M3, y + whole, x + r, rows + whole, row_bytes, scales, some, n - whole);
+        dsv3i_avx512_mix_row(DSV3_F8_E4M3, y, x[r], row, scales, whole, n);
     }
 }
 
@@ -11640,7 +11612,6 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_MANY_F8
 #undef DSV3I_MANY_TYPE
 #undef DSV3I_MEET
-#undef DSV3I_MIX_TOGETHER
 #undef DSV3I_MLP_ITEMS
 #undef DSV3I_NEAR
 #undef DSV3I_NORM_ROWS
