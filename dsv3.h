@@ -426,9 +426,9 @@ typedef enum dsv3_product {
  *       product: y[t ldy + r] (+)= x_t . w_r for n rows x_t, ldx bytes apart, and `rows` rows of a panel of k terms.
  * meet: scores of all queries with nk <= 64 keys, softmax, weighted sums. meet_begin: once before, for the same queries
  *       (NULL: not needed). [1]: with everything rounded to BF16, for DSV3_FAST; NULL: as [0].
- * few:  the products of n <= 4 rows, floats [0] of which k is a multiple of 4, or rounded [1], with whole packed panels,
- *       one behind the other; NULL: by product.
- * many: the same of more rows, which are rounded.
+ * few:  the products of n <= 4 rows, floats [0] of which k is a multiple of 4, or rounded [1], with packed panels, one
+ *       behind the other, of `rows` rows in all; NULL: by product.
+ * many: the same of more rows, which are rounded, and a multiple of 64 rows of weights.
  * mix:  y += sum_r x[r] w_r, n numbers each, in this order, for k rows of codes as they lie, row_bytes apart; their
  *       values are those of decode, times scale (NULL: 1), a float for every 128 of them. NULL: by decode and outer. */
 typedef struct dsv3_kernels {
@@ -449,9 +449,9 @@ typedef struct dsv3_kernels {
                                    size_t rows, size_t k, int add);
     void (*meet_begin[2])(dsv3_meeting *a);
     void (*meet[2])(dsv3_meeting *a, size_t nk);
-    void (*few[2][DSV3_TYPES])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,
-                               size_t panels, size_t k);
-    void (*many[DSV3_TYPES])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t panels,
+    void (*few[2][DSV3_TYPES])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows,
+                               size_t k);
+    void (*many[DSV3_TYPES])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows,
                              size_t k);
     void (*mix[DSV3_TYPES])(float *y, const float *x, const void *w, size_t row_bytes, const void *scale, size_t k,
                             size_t n);
@@ -2436,7 +2436,7 @@ static dsv3i_input dsv3i_input_round(const dsv3_context *ctx, float *out, const 
     return in;
 }
 
-typedef void (*dsv3i_whole)(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t panels,
+typedef void (*dsv3i_whole)(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows,
                             size_t k);
 
 /* y[t ldy + (r - r0)] = x_t . row r of w for n rows x_t and rows r0 <= r < r1 of w, by panels. */
@@ -2447,10 +2447,11 @@ static void dsv3i_linear_panels(const dsv3_context *ctx, float *y, size_t ldy, c
                         : in->fast     ? ctx->kernels.many[w->type]
                                        : NULL;
     if (w->packed && whole != NULL && (in->fast || w->cols % 4 == 0)) {
-        size_t panels = (r1 - r0) / DSV3I_PANEL;
-        whole(y, ldy, in->x, in->stride, n, dsv3i_piece_at(w, r0, 0), panels, w->cols);
-        y += panels * DSV3I_PANEL;
-        r0 += panels * DSV3I_PANEL;
+        size_t rows = n <= DSV3I_FEW ? r1 - r0 : (r1 - r0) / DSV3I_PANEL * DSV3I_PANEL;
+        DSV3_ASSERT(r0 % DSV3I_PANEL == 0 && (r1 % DSV3I_PANEL == 0 || r1 == w->rows));
+        whole(y, ldy, in->x, in->stride, n, dsv3i_piece_at(w, r0, 0), rows, w->cols);
+        y += rows;
+        r0 += rows;
     }
     stretch.w = w;
     for (stretch.r = r0; stretch.r < r1; stretch.r += stretch.rows) {
@@ -10561,23 +10562,23 @@ void dsv3i_avx512_bf16_values(const dsv3_type type, __m512i b[2], const unsigned
     }
 }
 
-/* Terms of a piece of BF16 or FP8: acc[m * 4 NS + column] += .. */
+/* Terms of a piece of BF16 or FP8 for M rows and NS panels of NC columns: acc[m * NC NS + column] += .. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_terms(const dsv3_type type, const int M, const int NS, __m512 acc[16],
+void dsv3i_avx512_bf16_few_terms(const dsv3_type type, const int M, const int NS, const int NC, __m512 acc[16],
                                  const unsigned char *const w[4], const unsigned char *const x[4], size_t k,
                                  const __m512i table[4]) {
     const size_t each = type == DSV3_F8_E4M3 ? 4 : 2;
     for (size_t i = 0; i < k; i += each) {
-        DSV3I_UNROLL for (int c = 0; c < 4 * NS; c++) {
+        DSV3I_UNROLL for (int c = 0; c < NC * NS; c++) {
             __m512i b[2];
-            dsv3i_avx512_bf16_values(type, b, w[c / 4] + i / each * 256 + 64 * (c % 4), table);
+            dsv3i_avx512_bf16_values(type, b, w[c / NC] + i / each * (size_t)(64 * NC) + 64 * (c % NC), table);
             DSV3I_UNROLL for (int m = 0; m < M; m++) {
                 const unsigned char *xm = x[m] + 2 * i;
                 const __m512i f = _mm512_set1_epi32(*(const int32_t *)(const void *)xm);
-                acc[m * 4 * NS + c] = _mm512_dpbf16_ps(acc[m * 4 * NS + c], (__m512bh)f, (__m512bh)b[0]);
+                acc[m * NC * NS + c] = _mm512_dpbf16_ps(acc[m * NC * NS + c], (__m512bh)f, (__m512bh)b[0]);
                 if (type == DSV3_F8_E4M3) {
                     const __m512i g = _mm512_set1_epi32(*(const int32_t *)(const void *)(xm + 4));
-                    acc[m * 4 * NS + c] = _mm512_dpbf16_ps(acc[m * 4 * NS + c], (__m512bh)g, (__m512bh)b[1]);
+                    acc[m * NC * NS + c] = _mm512_dpbf16_ps(acc[m * NC * NS + c], (__m512bh)g, (__m512bh)b[1]);
                 }
             }
         }
@@ -10587,20 +10588,21 @@ void dsv3i_avx512_bf16_few_terms(const dsv3_type type, const int M, const int NS
 /* The same with the sums of AMX: of each 32 terms, those of even and of odd ones, which are added, and then to what is there.
  * Some columns at a time, so that registers last. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_steps(const dsv3_type type, const int M, const int NS, __m512 acc[16],
+void dsv3i_avx512_bf16_few_steps(const dsv3_type type, const int M, const int NS, const int NC, __m512 acc[16],
                                  const unsigned char *const w[4], const unsigned char *const x[4], size_t k,
                                  const __m512i table[4]) {
-    const int columns = 8 / M > 4 * NS ? 4 * NS : 8 / M;
+    const int columns = 8 / M > NC * NS ? NC * NS : 8 / M;
     const size_t each = type == DSV3_F8_E4M3 ? 4 : 2;
     for (size_t i0 = 0, end; i0 < k; i0 = end) {
         end = dsv3i_min(i0 + 32, k);
-        DSV3I_UNROLL for (int c0 = 0; c0 < 4 * NS; c0 += columns) {
+        DSV3I_UNROLL for (int c0 = 0; c0 < NC * NS; c0 += columns) {
             __m512 sum[16];
             DSV3I_UNROLL for (int s = 0; s < 2 * M * columns; s++) sum[s] = _mm512_setzero_ps();
             for (size_t i = i0; i < end; i += each) {
                 DSV3I_UNROLL for (int c = 0; c < columns; c++) {
                     __m512i b[2];
-                    dsv3i_avx512_bf16_values(type, b, w[(c0 + c) / 4] + i / each * 256 + 64 * ((c0 + c) % 4), table);
+                    dsv3i_avx512_bf16_values(
+                        type, b, w[(c0 + c) / NC] + i / each * (size_t)(64 * NC) + 64 * ((c0 + c) % NC), table);
                     DSV3I_UNROLL for (size_t j = 0; j < each; j += 2) {
                         __m512 f[4];
                         dsv3i_avx512_floats(0, f, b[j / 2], _mm512_setzero_ps());
@@ -10623,7 +10625,7 @@ void dsv3i_avx512_bf16_few_steps(const dsv3_type type, const int M, const int NS
             DSV3I_UNROLL for (int m = 0; m < M; m++) {
                 DSV3I_UNROLL for (int c = 0; c < columns; c++) {
                     const __m512 *at = sum + 2 * (m * columns + c);
-                    __m512 *to = acc + m * 4 * NS + c0 + c;
+                    __m512 *to = acc + m * NC * NS + c0 + c;
                     *to = _mm512_add_ps(*to, _mm512_add_ps(at[0], at[1]));
                 }
             }
@@ -10633,25 +10635,25 @@ void dsv3i_avx512_bf16_few_steps(const dsv3_type type, const int M, const int NS
 
 /* Terms of a block of 32 of Q8_0 or Q4_0. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_block(const dsv3_type type, const int M, const int NS, __m512i sum[16],
+void dsv3i_avx512_bf16_few_block(const dsv3_type type, const int M, const int NS, const int NC, __m512i sum[16],
                                  const unsigned char *const w[4], const unsigned char *const x[4]) {
     const int steps = type == DSV3_Q8_0 ? 8 : 4;
     DSV3I_UNROLL for (int m = 0; m < M; m++) {
         const int32_t zero = *(const int32_t *)(const void *)(x[m] + DSV3_QBLOCK + 4);
-        DSV3I_UNROLL for (int c = 0; c < 4 * NS; c++) {
-            sum[m * 4 * NS + c] = _mm512_set1_epi32(type == DSV3_Q8_0 ? zero * 16 : zero);
+        DSV3I_UNROLL for (int c = 0; c < NC * NS; c++) {
+            sum[m * NC * NS + c] = _mm512_set1_epi32(type == DSV3_Q8_0 ? zero * 16 : zero);
         }
     }
     DSV3I_UNROLL for (int j = 0; j < steps; j++) {
-        DSV3I_UNROLL for (int c = 0; c < 4 * NS; c++) {
+        DSV3I_UNROLL for (int c = 0; c < NC * NS; c++) {
             __m512i b[2];
-            dsv3i_avx512_bf16_values(type, b, w[c / 4] + 256 * j + 64 * (c % 4), NULL);
+            dsv3i_avx512_bf16_values(type, b, w[c / NC] + 64 * NC * j + 64 * (c % NC), NULL);
             DSV3I_UNROLL for (int m = 0; m < M; m++) {
                 const __m512i f = _mm512_set1_epi32(*(const int32_t *)(const void *)(x[m] + 4 * j));
-                sum[m * 4 * NS + c] = _mm512_dpbusd_epi32(sum[m * 4 * NS + c], b[0], f);
+                sum[m * NC * NS + c] = _mm512_dpbusd_epi32(sum[m * NC * NS + c], b[0], f);
                 if (type == DSV3_Q4_0) {
                     const __m512i g = _mm512_set1_epi32(*(const int32_t *)(const void *)(x[m] + 16 + 4 * j));
-                    sum[m * 4 * NS + c] = _mm512_dpbusd_epi32(sum[m * 4 * NS + c], b[1], g);
+                    sum[m * NC * NS + c] = _mm512_dpbusd_epi32(sum[m * NC * NS + c], b[1], g);
                 }
             }
         }
@@ -10660,20 +10662,21 @@ void dsv3i_avx512_bf16_few_block(const dsv3_type type, const int M, const int NS
 
 /* The same of rows of floats: every number of w becomes one, and terms are added one after the other. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_float_terms(const dsv3_type type, const int M, const int NS, __m512 acc[16],
+void dsv3i_avx512_bf16_few_float_terms(const dsv3_type type, const int M, const int NS, const int NC, __m512 acc[16],
                                        const unsigned char *const w[4], const unsigned char *const x[4], size_t k,
                                        const __m512i table[4]) {
     const int each = type == DSV3_F8_E4M3 ? 4 : 2;
     for (size_t i = 0; i < k; i += (size_t)each) {
-        DSV3I_UNROLL for (int c = 0; c < 4 * NS; c++) {
+        DSV3I_UNROLL for (int c = 0; c < NC * NS; c++) {
             __m512i b[2];
-            dsv3i_avx512_bf16_values(type, b, w[c / 4] + i / (size_t)each * 256 + 64 * (c % 4), table);
+            dsv3i_avx512_bf16_values(type, b, w[c / NC] + i / (size_t)each * (size_t)(64 * NC) + 64 * (c % NC),
+                                     table);
             DSV3I_UNROLL for (int j = 0; j < each; j++) {
                 __m512 f[4];
                 dsv3i_avx512_floats(0, f, b[j / 2], _mm512_setzero_ps());
                 DSV3I_UNROLL for (int m = 0; m < M; m++) {
                     const float *xm = (const float *)(const void *)x[m] + i;
-                    acc[m * 4 * NS + c] = _mm512_fmadd_ps(_mm512_set1_ps(xm[j]), f[j % 2], acc[m * 4 * NS + c]);
+                    acc[m * NC * NS + c] = _mm512_fmadd_ps(_mm512_set1_ps(xm[j]), f[j % 2], acc[m * NC * NS + c]);
                 }
             }
         }
@@ -10682,20 +10685,20 @@ void dsv3i_avx512_bf16_few_float_terms(const dsv3_type type, const int M, const 
 
 /* And of a block of Q4_0. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_float_block(const int M, const int NS, __m512 sum[16],
+void dsv3i_avx512_bf16_few_float_block(const int M, const int NS, const int NC, __m512 sum[16],
                                        const unsigned char *const w[4], const unsigned char *const x[4]) {
     const __m512 zero = _mm512_set1_ps(8.0f);
-    DSV3I_UNROLL for (int c = 0; c < 4 * M * NS; c++) sum[c] = _mm512_setzero_ps();
+    DSV3I_UNROLL for (int c = 0; c < NC * M * NS; c++) sum[c] = _mm512_setzero_ps();
     DSV3I_UNROLL for (int i = 0; i < 8; i++) {
-        DSV3I_UNROLL for (int c = 0; c < 4 * NS; c++) {
+        DSV3I_UNROLL for (int c = 0; c < NC * NS; c++) {
             __m512i b[2];
             __m512 f[4];
-            dsv3i_avx512_bf16_values(DSV3_Q4_0, b, w[c / 4] + 256 * (i % 4) + 64 * (c % 4), NULL);
+            dsv3i_avx512_bf16_values(DSV3_Q4_0, b, w[c / NC] + 64 * NC * (i % 4) + 64 * (c % NC), NULL);
             dsv3i_avx512_floats(1, f, b[i / 4], zero); /* the upper halves of bytes are the later terms */
             DSV3I_UNROLL for (int j = 0; j < 4; j++) {
                 DSV3I_UNROLL for (int m = 0; m < M; m++) {
                     const float *xm = (const float *)(const void *)x[m] + 4 * i;
-                    sum[m * 4 * NS + c] = _mm512_fmadd_ps(_mm512_set1_ps(xm[j]), f[j], sum[m * 4 * NS + c]);
+                    sum[m * NC * NS + c] = _mm512_fmadd_ps(_mm512_set1_ps(xm[j]), f[j], sum[m * NC * NS + c]);
                 }
             }
         }
@@ -10705,78 +10708,108 @@ void dsv3i_avx512_bf16_few_float_block(const int M, const int NS, __m512 sum[16]
 /* A block of 32 of Q8_0 or Q4_0, with the multipliers of x. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_few_sums(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int NS,
-                                __m512 f[16], const unsigned char *const w[4], const unsigned char *const x[4]) {
+                                const int NC, __m512 f[16], const unsigned char *const w[4],
+                                const unsigned char *const x[4]) {
     __m512i sum[16];
     if (kind == DSV3I_FEW_FLOATS) {
-        dsv3i_avx512_bf16_few_float_block(M, NS, f, w, x);
+        dsv3i_avx512_bf16_few_float_block(M, NS, NC, f, w, x);
         return;
     }
-    dsv3i_avx512_bf16_few_block(type, M, NS, sum, w, x);
-    DSV3I_UNROLL for (int i = 0; i < 4 * M * NS; i++) {
-        const float unit = *(const float *)(const void *)(x[i / (4 * NS)] + DSV3_QBLOCK);
+    dsv3i_avx512_bf16_few_block(type, M, NS, NC, sum, w, x);
+    DSV3I_UNROLL for (int i = 0; i < NC * M * NS; i++) {
+        const float unit = *(const float *)(const void *)(x[i / (NC * NS)] + DSV3_QBLOCK);
         f[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[i]), _mm512_set1_ps(unit));
     }
 }
 
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_few_some(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int NS,
-                                __m512 acc[16], const unsigned char *const w[4], const unsigned char *const x[4],
-                                size_t k, const __m512i table[4]) {
-    if (kind == DSV3I_FEW_FLOATS) dsv3i_avx512_bf16_few_float_terms(type, M, NS, acc, w, x, k, table);
-    if (kind == DSV3I_FEW_CODES) dsv3i_avx512_bf16_few_terms(type, M, NS, acc, w, x, k, table);
-    if (kind == DSV3I_FEW_STEPS) dsv3i_avx512_bf16_few_steps(type, M, NS, acc, w, x, k, table);
+                                const int NC, __m512 acc[16], const unsigned char *const w[4],
+                                const unsigned char *const x[4], size_t k, const __m512i table[4]) {
+    if (kind == DSV3I_FEW_FLOATS) dsv3i_avx512_bf16_few_float_terms(type, M, NS, NC, acc, w, x, k, table);
+    if (kind == DSV3I_FEW_CODES) dsv3i_avx512_bf16_few_terms(type, M, NS, NC, acc, w, x, k, table);
+    if (kind == DSV3I_FEW_STEPS) dsv3i_avx512_bf16_few_steps(type, M, NS, NC, acc, w, x, k, table);
 }
 
-/* NS panels, `apart` bytes from one to the next, and their outputs, ldp apart; M rows. */
+/* NS panels, `apart` bytes from one to the next, and their outputs, ldp apart, of each so many; M rows. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_few_panels(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int NS,
-                                  float *y, size_t ldy, size_t ldp, const unsigned char *x, size_t ldx,
-                                  const unsigned char *w, size_t apart, size_t k, const __m512i table[4]) {
+                                  const int NC, float *y, size_t ldy, size_t ldp, size_t outputs,
+                                  const unsigned char *x, size_t ldx, const unsigned char *w, size_t apart, size_t k,
+                                  const __m512i table[4]) {
     const int blocks = type == DSV3_Q8_0 || type == DSV3_Q4_0;
     const unsigned char *ws[4], *xs[4];
     __m512 acc[16];
     DSV3I_UNROLL for (int s = 0; s < NS; s++) ws[s] = w + (size_t)s * apart;
     DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] = x + (size_t)m * ldx;
-    DSV3I_UNROLL for (int c = 0; c < 4 * M * NS; c++) acc[c] = _mm512_setzero_ps();
+    DSV3I_UNROLL for (int c = 0; c < NC * M * NS; c++) acc[c] = _mm512_setzero_ps();
     for (size_t i = 0, terms; i < k; i += terms) {
         size_t codes;
         terms = dsv3i_min(dsv3i_piece_terms(type), k - i);
-        codes = dsv3i_codes_bytes(type, 4, terms);
+        codes = dsv3i_codes_bytes(type, (size_t)NC, terms);
         if (blocks) {
             __m512 f[16];
-            dsv3i_avx512_bf16_few_sums(kind, type, M, NS, f, ws, xs);
-            DSV3I_UNROLL for (int c = 0; c < 4 * NS; c++) {
-                const void *halves = ws[c / 4] + codes + 32 * (c % 4);
+            dsv3i_avx512_bf16_few_sums(kind, type, M, NS, NC, f, ws, xs);
+            DSV3I_UNROLL for (int c = 0; c < NC * NS; c++) {
+                const void *halves = ws[c / NC] + codes + 32 * (c % NC);
                 const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)halves));
                 DSV3I_UNROLL for (int m = 0; m < M; m++) {
-                    acc[m * 4 * NS + c] = _mm512_fmadd_ps(f[m * 4 * NS + c], scale, acc[m * 4 * NS + c]);
+                    acc[m * NC * NS + c] = _mm512_fmadd_ps(f[m * NC * NS + c], scale, acc[m * NC * NS + c]);
                 }
             }
         } else if (type == DSV3_F8_E4M3) {
             __m512 part[16];
-            DSV3I_UNROLL for (int c = 0; c < 4 * M * NS; c++) part[c] = _mm512_setzero_ps();
-            dsv3i_avx512_bf16_few_some(kind, type, M, NS, part, ws, xs, terms, table);
-            DSV3I_UNROLL for (int c = 0; c < 4 * M * NS; c++) {
-                const float scale = *(const float *)(const void *)(ws[c / 4 % NS] + codes);
+            DSV3I_UNROLL for (int c = 0; c < NC * M * NS; c++) part[c] = _mm512_setzero_ps();
+            dsv3i_avx512_bf16_few_some(kind, type, M, NS, NC, part, ws, xs, terms, table);
+            DSV3I_UNROLL for (int c = 0; c < NC * M * NS; c++) {
+                const float scale = *(const float *)(const void *)(ws[c / NC % NS] + codes);
                 acc[c] = _mm512_fmadd_ps(part[c], _mm512_set1_ps(scale), acc[c]);
             }
         } else {
-            dsv3i_avx512_bf16_few_some(kind, type, M, NS, acc, ws, xs, terms, table);
+            dsv3i_avx512_bf16_few_some(kind, type, M, NS, NC, acc, ws, xs, terms, table);
         }
         DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] += dsv3i_input_bytes(kind != DSV3I_FEW_FLOATS, type, terms);
-        DSV3I_UNROLL for (int s = 0; s < NS; s++) ws[s] += dsv3i_piece_bytes(type, 4, terms);
+        DSV3I_UNROLL for (int s = 0; s < NS; s++) ws[s] += dsv3i_piece_bytes(type, (size_t)NC, terms);
     }
-    DSV3I_UNROLL for (int c = 0; c < 4 * M * NS; c++) {
-        _mm512_storeu_ps(y + (size_t)(c / (4 * NS)) * ldy + (size_t)(c / 4 % NS) * ldp + 16 * (c % 4), acc[c]);
+    DSV3I_UNROLL for (int c = 0; c < NC * M * NS; c++) {
+        dsv3i_avx512_put(y + (size_t)(c / (NC * NS)) * ldy + (size_t)(c / NC % NS) * ldp + 16 * (c % NC),
+                         dsv3i_avx512_mask(outputs - 16 * (size_t)(c % NC)), acc[c]);
     }
 }
 
-/* n <= 4 rows and `panels` whole panels. */
+/* The last panel, of less than 64 outputs. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_few_last(const dsv3i_few_kind kind, const dsv3_type type, const int M, float *y, size_t ldy,
+                                const unsigned char *x, size_t ldx, const unsigned char *w, size_t rows, size_t k,
+                                const __m512i table[4]) {
+    switch ((rows + 15) / 16) {
+    case 1: dsv3i_avx512_bf16_few_panels(kind, type, M, 1, 1, y, ldy, 0, rows, x, ldx, w, 0, k, table); break;
+    case 2: dsv3i_avx512_bf16_few_panels(kind, type, M, 1, 2, y, ldy, 0, rows, x, ldx, w, 0, k, table); break;
+    case 3: dsv3i_avx512_bf16_few_panels(kind, type, M, 1, 3, y, ldy, 0, rows, x, ldx, w, 0, k, table); break;
+    default: dsv3i_avx512_bf16_few_panels(kind, type, M, 1, 4, y, ldy, 0, rows, x, ldx, w, 0, k, table);
+    }
+}
+
+/* NS whole panels and n <= 4 rows. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_few_whole(const dsv3i_few_kind kind, const dsv3_type type, const int NS, float *y, size_t ldy,
+                                 size_t ldp, const unsigned char *x, size_t ldx, size_t n, const unsigned char *w,
+                                 size_t apart, size_t k, const __m512i table[4]) {
+    if (n == 1) dsv3i_avx512_bf16_few_panels(kind, type, 1, NS, 4, y, ldy, ldp, 64, x, ldx, w, apart, k, table);
+    if (n == 2 && NS < 4) {
+        dsv3i_avx512_bf16_few_panels(kind, type, 2, NS, 4, y, ldy, ldp, 64, x, ldx, w, apart, k, table);
+    }
+    if (NS > 1) return; /* more rows leave registers for one */
+    if (n == 3) dsv3i_avx512_bf16_few_panels(kind, type, 3, 1, 4, y, ldy, ldp, 64, x, ldx, w, apart, k, table);
+    if (n == 4) dsv3i_avx512_bf16_few_panels(kind, type, 4, 1, 4, y, ldy, ldp, 64, x, ldx, w, apart, k, table);
+}
+
+/* n <= 4 rows of x and `rows` of weights. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_few(const dsv3i_few_kind kind, const dsv3_type type, float *y, size_t ldy, const void *x,
-                           size_t ldx, size_t n, const void *w, size_t panels, size_t k) {
+                           size_t ldx, size_t n, const void *w, size_t rows, size_t k) {
     const unsigned char *xs = (const unsigned char *)x, *ws = (const unsigned char *)w;
-    const size_t bytes = dsv3i_panel_bytes(type, 4, k);
+    const size_t bytes = dsv3i_panel_bytes(type, 4, k), panels = rows / 64, rest = rows % 64;
     const int four = n == 1 && type != DSV3_Q4_0; /* Q4_0, whose codes become two values, needs more registers */
     __m512i table[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(),
                         _mm512_setzero_si512()};
@@ -10787,33 +10820,30 @@ void dsv3i_avx512_bf16_few(const dsv3i_few_kind kind, const dsv3_type type, floa
         for (size_t i = p; i < p + far; i++) {
             float *yi = y + 64 * i;
             const unsigned char *wi = ws + i * bytes;
-            size_t ldp = 64 * far, apart = far * bytes;
-            if (n == 1) {
-                if (streams == 4 && type != DSV3_Q4_0)
-                    dsv3i_avx512_bf16_few_panels(kind, type, 1, 4, yi, ldy, ldp, xs, ldx, wi, apart, k, table);
-                if (streams == 2)
-                    dsv3i_avx512_bf16_few_panels(kind, type, 1, 2, yi, ldy, ldp, xs, ldx, wi, apart, k, table);
-                if (streams == 1)
-                    dsv3i_avx512_bf16_few_panels(kind, type, 1, 1, yi, ldy, ldp, xs, ldx, wi, apart, k, table);
-            } else if (n == 2) {
-                if (streams == 2)
-                    dsv3i_avx512_bf16_few_panels(kind, type, 2, 2, yi, ldy, ldp, xs, ldx, wi, apart, k, table);
-                if (streams == 1)
-                    dsv3i_avx512_bf16_few_panels(kind, type, 2, 1, yi, ldy, ldp, xs, ldx, wi, apart, k, table);
-            } else if (n == 3) {
-                dsv3i_avx512_bf16_few_panels(kind, type, 3, 1, yi, ldy, ldp, xs, ldx, wi, apart, k, table);
-            } else {
-                dsv3i_avx512_bf16_few_panels(kind, type, 4, 1, yi, ldy, ldp, xs, ldx, wi, apart, k, table);
+            const size_t ldp = 64 * far, apart = far * bytes;
+            if (streams == 4 && type != DSV3_Q4_0) {
+                dsv3i_avx512_bf16_few_whole(kind, type, 4, yi, ldy, ldp, xs, ldx, n, wi, apart, k, table);
             }
+            if (streams == 2)
+                dsv3i_avx512_bf16_few_whole(kind, type, 2, yi, ldy, ldp, xs, ldx, n, wi, apart, k, table);
+            if (streams == 1)
+                dsv3i_avx512_bf16_few_whole(kind, type, 1, yi, ldy, ldp, xs, ldx, n, wi, apart, k, table);
         }
+    }
+    for (size_t t = 0, m; rest > 0 && t < n; t += m) {
+        float *yt = y + t * ldy + 64 * panels;
+        const unsigned char *xt = xs + t * ldx, *last = ws + panels * bytes;
+        m = kind == DSV3I_FEW_STEPS || n - t < 2 ? 1 : 2;
+        if (m == 1) dsv3i_avx512_bf16_few_last(kind, type, 1, yt, ldy, xt, ldx, last, rest, k, table);
+        if (m == 2) dsv3i_avx512_bf16_few_last(kind, type, 2, yt, ldy, xt, ldx, last, rest, k, table);
     }
 }
 
 #define DSV3I_FEW_TYPE(name, kind, type)                                                                             \
     DSV3I_TARGET(DSV3I_AVX512_BF16)                                                                                  \
     static void dsv3i_avx512_bf16_few_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n,              \
-                                             const void *w, size_t panels, size_t k) {                               \
-        dsv3i_avx512_bf16_few(kind, type, y, ldy, x, ldx, n, w, panels, k);                                          \
+                                             const void *w, size_t rows, size_t k) {                                 \
+        dsv3i_avx512_bf16_few(kind, type, y, ldy, x, ldx, n, w, rows, k);                                            \
     }
 DSV3I_FEW_TYPE(exact_bf16, DSV3I_FEW_FLOATS, DSV3_BF16)
 DSV3I_FEW_TYPE(exact_f8_e4m3, DSV3I_FEW_FLOATS, DSV3_F8_E4M3)
@@ -10903,11 +10933,11 @@ void dsv3i_avx512_bf16_many_terms(const dsv3_type type, float *y, size_t ldy, co
 
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_many(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                            const void *w, size_t panels, size_t k) {
+                            const void *w, size_t rows, size_t k) {
     const size_t most = type == DSV3_BF16 ? DSV3I_MANY_BF16 : type == DSV3_F8_E4M3 ? DSV3I_MANY_F8 : DSV3I_MANY_BYTES;
     dsv3i_avx512_many some;
     some.next = (const unsigned char *)w;
-    for (size_t p = 0; p < panels; p++) {
+    for (size_t p = 0; p < rows / 64; p++) {
         for (size_t i = 0, terms; i < k; i += terms) {
             terms = dsv3i_min(most, k - i);
             dsv3i_avx512_bf16_many_begin(type, &some, some.next, terms);
@@ -10921,8 +10951,8 @@ void dsv3i_avx512_bf16_many(const dsv3_type type, float *y, size_t ldy, const vo
 #define DSV3I_MANY_TYPE(name, type)                                                                                  \
     DSV3I_TARGET(DSV3I_AVX512_BF16)                                                                                  \
     static void dsv3i_avx512_bf16_many_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n,             \
-                                              const void *w, size_t panels, size_t k) {                              \
-        dsv3i_avx512_bf16_many(type, y, ldy, x, ldx, n, w, panels, k);                                               \
+                                              const void *w, size_t rows, size_t k) {                                \
+        dsv3i_avx512_bf16_many(type, y, ldy, x, ldx, n, w, rows, k);                                                 \
     }
 DSV3I_MANY_TYPE(bf16, DSV3_BF16)
 DSV3I_MANY_TYPE(f8_e4m3, DSV3_F8_E4M3)
@@ -11451,7 +11481,7 @@ void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place
 
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_many(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,
-                    size_t panels, size_t k) {
+                    size_t rows, size_t k) {
     const size_t bytes = dsv3i_panel_bytes(type, 4, k);
     const unsigned before = _mm_getcsr();
     dsv3i_amx_room room;
@@ -11464,10 +11494,10 @@ void dsv3i_amx_many(const dsv3_type type, float *y, size_t ldy, const void *x, s
         dsv3i_avx512_bf16_tables(room.table);
         dsv3i_amx_control(before | 0x8040);
     }
-    for (size_t p = 0; p < panels; p++) {
-        for (size_t t = 0, rows; t < n; t += rows) {
-            rows = dsv3i_min(DSV3I_AMX_ROWS, n - t);
-            dsv3i_amx_panel(type, &room, &a, y + t * ldy + 64 * p, ldy, (const unsigned char *)x + t * ldx, rows,
+    for (size_t p = 0; p < rows / 64; p++) {
+        for (size_t t = 0, some; t < n; t += some) {
+            some = dsv3i_min(DSV3I_AMX_ROWS, n - t);
+            dsv3i_amx_panel(type, &room, &a, y + t * ldy + 64 * p, ldy, (const unsigned char *)x + t * ldx, some,
                             (const unsigned char *)w + p * bytes, k, t == 0);
         }
     }
@@ -11478,27 +11508,37 @@ void dsv3i_amx_many(const dsv3_type type, float *y, size_t ldy, const void *x, s
 #define DSV3I_AMX_MANY(name, type)                                                                                   \
     DSV3I_TARGET(DSV3I_AMX)                                                                                          \
     static void dsv3i_amx_many_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,      \
-                                      size_t panels, size_t k) {                                                     \
-        dsv3i_amx_many(type, y, ldy, x, ldx, n, w, panels, k);                                                       \
+                                      size_t rows, size_t k) {                                                       \
+        dsv3i_amx_many(type, y, ldy, x, ldx, n, w, rows, k);                                                         \
     }
 DSV3I_AMX_MANY(bf16, DSV3_BF16)
 DSV3I_AMX_MANY(f8_e4m3, DSV3_F8_E4M3)
 DSV3I_AMX_MANY(q8_0, DSV3_Q8_0)
 DSV3I_AMX_MANY(q4_0, DSV3_Q4_0)
 
-/* Few rows and packed weights: the sums of tiles in registers, to the bit, with subnormal numbers as 0. */
+/* Few rows and packed weights: the sums of tiles in registers, to the bit, with subnormal numbers as 0. Several rows meet whole
+ * panels in tiles. */
+DSV3I_INLINE(DSV3I_AMX)
+void dsv3i_amx_few(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,
+                   size_t rows, size_t k) {
+    const size_t done = n > 1 ? rows / 64 * 64 : 0;
+    const unsigned char *rest = (const unsigned char *)w + done / 64 * dsv3i_panel_bytes(type, 4, k);
+    const unsigned before = _mm_getcsr();
+    if (done > 0) dsv3i_amx_many(type, y, ldy, x, ldx, n, w, done, k);
+    if (done == rows) return;
+    dsv3i_amx_control(before | 0x8040);
+    for (size_t t = 0; t < n; t++) {
+        dsv3i_avx512_bf16_few(DSV3I_FEW_STEPS, type, y + t * ldy + done, ldy, (const unsigned char *)x + t * ldx, ldx,
+                              1, rest, rows - done, k);
+    }
+    dsv3i_amx_control(before);
+}
+
 #define DSV3I_AMX_FEW(name, type)                                                                                    \
     DSV3I_TARGET(DSV3I_AMX)                                                                                          \
     static void dsv3i_amx_few_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,       \
-                                     size_t panels, size_t k) {                                                      \
-        const unsigned before = _mm_getcsr();                                                                        \
-        if (n > 1) {                                                                                                 \
-            dsv3i_amx_many(type, y, ldy, x, ldx, n, w, panels, k);                                                   \
-            return;                                                                                                  \
-        }                                                                                                            \
-        dsv3i_amx_control(before | 0x8040);                                                                          \
-        dsv3i_avx512_bf16_few(DSV3I_FEW_STEPS, type, y, ldy, x, ldx, n, w, panels, k);                               \
-        dsv3i_amx_control(before);                                                                                   \
+                                     size_t rows, size_t k) {                                                        \
+        dsv3i_amx_few(type, y, ldy, x, ldx, n, w, rows, k);                                                          \
     }
 DSV3I_AMX_FEW(bf16, DSV3_BF16)
 DSV3I_AMX_FEW(f8_e4m3, DSV3_F8_E4M3)

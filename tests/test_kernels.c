@@ -1245,58 +1245,70 @@ static size_t piece_bytes(dsv3_type type, size_t columns, size_t k) {
     return piece_codes(type, columns, k) + up(scales, 64);
 }
 
-static void packed_make(box *b, dsv3_type type, size_t panels, size_t k) {
+static size_t panel_columns(size_t rows) { return rows < 64 ? (rows + 15) / 16 : 4; }
+
+static void packed_make(box *b, dsv3_type type, size_t rows, size_t k) {
     size_t bytes = 0, most = piece_terms(type);
     unsigned char *at;
-    for (size_t i = 0; i < k; i += most) bytes += piece_bytes(type, 4, k - i < most ? k - i : most);
-    at = box_input(b, panels * bytes);
-    memset(at, 0, panels * bytes);
-    for (size_t p = 0; p < panels; p++) {
+    for (size_t p = 0; p < rows; p += 64) {
         for (size_t i = 0; i < k; i += most) {
-            size_t some = k - i < most ? k - i : most, codes = piece_codes(type, 4, some);
+            bytes += piece_bytes(type, panel_columns(rows - p), k - i < most ? k - i : most);
+        }
+    }
+    at = box_input(b, bytes);
+    memset(at, 0, bytes);
+    for (size_t p = 0; p < rows; p += 64) {
+        size_t columns = panel_columns(rows - p), tall = rows - p < 64 ? rows - p : 64;
+        for (size_t i = 0; i < k; i += most) {
+            size_t some = k - i < most ? k - i : most, codes = piece_codes(type, columns, some);
             float scale = test_uniform(-2, 2);
-            for (size_t r = 0; r < 64; r++) {
+            for (size_t r = 0; r < tall; r++) {
                 for (size_t j = 0; j < some; j++) {
-                    unsigned char *to = at + piece_place(type, 4, r, j), byte = (unsigned char)(test_random() >> 56);
+                    unsigned char *to = at + piece_place(type, columns, r, j),
+                                  byte = (unsigned char)(test_random() >> 56);
                     uint16_t half = dsv3_bf16_from_f32(bf16_number());
                     if (type == DSV3_F8_E4M3 && byte % 128 == 127) byte = 0;
                     memcpy(to, type == DSV3_BF16 ? (const void *)&half : &byte, type == DSV3_BF16 ? 2 : 1);
                 }
             }
             if (type == DSV3_F8_E4M3) memcpy(at + codes, &scale, 4);
-            for (size_t r = 0; dsv3_type_block(type) > 1 && r < 64; r++) {
+            for (size_t r = 0; dsv3_type_block(type) > 1 && r < tall; r++) {
                 uint16_t half = dsv3_f16_from_f32(test_uniform(-0.1f, 0.1f));
                 memcpy(at + codes + 2 * r, &half, 2);
             }
-            at += piece_bytes(type, 4, some);
+            at += piece_bytes(type, columns, some);
         }
     }
 }
 
 /* The same by kernels.product, piece by piece. x: floats, or rows as `round` makes them, ldx apart. */
-static void packed_product(const dsv3_kernels *kernels, int fast, float *y, size_t ldy, const unsigned char *x, size_t ldx,
-                           size_t n, const unsigned char *at, dsv3_type type, size_t panels, size_t k) {
+static void packed_product(const dsv3_kernels *kernels, int fast, float *y, size_t ldy, const unsigned char *x,
+                           size_t ldx, size_t n, const unsigned char *at, dsv3_type type, size_t rows, size_t k) {
     int blocks = dsv3_type_block(type) > 1;
     dsv3_product product = blocks ? DSV3_PRODUCT_BYTES : DSV3_PRODUCT_BF16;
     if (fast) product = blocks ? DSV3_PRODUCT_FAST_BYTES : DSV3_PRODUCT_FAST_BF16;
-    for (size_t p = 0; p < panels; p++) {
+    for (size_t p = 0; p < rows; p += 64) {
+        size_t columns = panel_columns(rows - p), tall = rows - p < 64 ? rows - p : 64;
         for (size_t i = 0, some; i < k; i += some) {
             size_t codes;
             float values[64 * 128 / 2], scale[64]; /* BF16 or bytes */
             dsv3_panel w;
-            some = k - i < piece_terms(type) ? k - i : piece_terms(type), codes = piece_codes(type, 4, some);
-            w.values = at, w.columns = 4, w.scale = type == DSV3_BF16 ? NULL : scale;
+            some = k - i < piece_terms(type) ? k - i : piece_terms(type), codes = piece_codes(type, columns, some);
+            w.values = at, w.columns = columns, w.scale = type == DSV3_BF16 ? NULL : scale;
             w.block = some, w.zero = type == DSV3_Q4_0 ? 8 : 128, w.gap = w.ahead = w.next_bytes = 0;
-            for (size_t j = 0; type != DSV3_BF16 && j < 64; j++) {
+            for (size_t j = 0; type != DSV3_BF16 && j < 16 * columns; j++) {
                 uint16_t half;
                 memcpy(&half, at + codes + (blocks ? 2 * j : 0), 2);
                 scale[j] = dsv3_f32_from_f16(half);
                 if (!blocks) memcpy(scale + j, at + codes, 4);
             }
-            if (kernels->widen[type] != NULL) kernels->widen[type](values, at, 4, some), w.values = values;
-            kernels->product[product](y + 64 * p, ldy, x + (!fast ? 4 * i : blocks ? i / 32 * 40 : 2 * i), ldx, n, &w,
-                                      64, some, i > 0);
-            at += piece_bytes(type, 4, some);
+            if (kernels->widen[type] != NULL) kernels->widen[type](values, at, columns, some), w.values = values;
+            kernels->product[product](y + p, ldy,
+                                      x + (!fast    ? 4 * i
+                                           : blocks ? i / 32 * 40
+                                                    : 2 * i),
+                                      ldx, n, &w, tall, some, i > 0);
+            at += piece_bytes(type, columns, some);
         }
     }
 }
@@ -1312,7 +1324,8 @@ static void check_whole(const dsv3_kernels *kernels, int many, int fast, dsv3_ty
         size_t k = lengths[length];
         if (k % dsv3_type_block(type) != 0 || (!fast && k % 4 != 0)) continue;
         for (size_t turn = 0; turn < 40; turn++) {
-            size_t n = many ? heights[turn % 16] : 1 + turn % 4, panels = many ? turn % 3 : turn / 4;
+            size_t n = many ? heights[turn % 16] : 1 + turn % 4;
+            size_t rows = 64 * (many ? turn % 3 : turn / 4) + (many || turn % 3 == 0 ? 0 : test_below(64));
             size_t row = !fast ? 4 * k : blocks ? k / 32 * 40 : up(k, 4) * 2, ldx = row + 4 * test_below(4);
             float numbers[1093];
             table y, want;
@@ -1324,11 +1337,11 @@ static void check_whole(const dsv3_kernels *kernels, int many, int fast, dsv3_ty
                 memcpy(x.at + t * ldx, numbers, !fast ? row : 0);
                 if (fast) kernels->round[type](x.at + t * ldx, numbers, k);
             }
-            packed_make(&w, type, panels, k);
-            table_output(&y, n, 64 * panels), table_output(&want, n, 64 * panels);
-            (many ? kernels->many[type] : kernels->few[fast][type])(y.x, y.ld, x.at, ldx, n, w.at, panels, k);
-            packed_product(kernels, fast, want.x, want.ld, x.at, ldx, n, w.at, type, panels, k);
-            for (size_t t = 0; t < n; t++) bits += !same_bits(y.x + t * y.ld, want.x + t * want.ld, 64 * panels);
+            packed_make(&w, type, rows, k);
+            table_output(&y, n, rows), table_output(&want, n, rows);
+            (many ? kernels->many[type] : kernels->few[fast][type])(y.x, y.ld, x.at, ldx, n, w.at, rows, k);
+            packed_product(kernels, fast, want.x, want.ld, x.at, ldx, n, w.at, type, rows, k);
+            for (size_t t = 0; t < n; t++) bits += !same_bits(y.x + t * y.ld, want.x + t * want.ld, rows);
             touched += table_broken(&y);
             free(y.memory), free(want.memory), box_free(&x), box_free(&w);
         }
@@ -1352,8 +1365,8 @@ static void check_zeros(const dsv3_kernels *kernels) {
         half = dsv3_bf16_from_f32(ldexpf(1, i < 2 ? -63 : -100));
         for (size_t r = 0; r < 64; r++) memcpy(w + piece_place(DSV3_BF16, 4, r, at[i]), &half, 2);
     }
-    kernels->few[1][DSV3_BF16](one, 64, rows, 2 * (K + 2), 1, w, 1, K);
-    kernels->many[DSV3_BF16](y, 64, rows, 2 * (K + 2), N, w, 1, K);
+    kernels->few[1][DSV3_BF16](one, 64, rows, 2 * (K + 2), 1, w, 64, K);
+    kernels->many[DSV3_BF16](y, 64, rows, 2 * (K + 2), N, w, 64, K);
     for (size_t t = 0; t < N; t++) CHECK(same_bits(y + 64 * t, one, 64));
     free(w), free(rows);
 }
