@@ -10535,8 +10535,7 @@ DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_meet(dsv3_meeting 
 }
 
 /* ---- Few rows and packed weights: decoding. Reading is all that counts. Panels of several far places are read side by
- * side, because several streams are what a processor fetches ahead best, and codes stay in registers. (Rows of floats and
- * Q8_0 are left to product: making floats of bytes takes longer than reading them.) */
+ * side, because several streams are what a processor fetches ahead best, and codes stay in registers. */
 
 typedef enum dsv3i_few_kind { /* rows of floats; rows of codes; rows of BF16, added as AMX adds */
                               DSV3I_FEW_FLOATS = 0,
@@ -10683,18 +10682,19 @@ void dsv3i_avx512_bf16_few_float_terms(const dsv3_type type, const int M, const 
     }
 }
 
-/* And of a block of Q4_0. */
+/* And of a block of Q8_0 or Q4_0, of which the upper halves of bytes are the later terms. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_float_block(const int M, const int NS, const int NC, __m512 sum[16],
+void dsv3i_avx512_bf16_few_float_block(const dsv3_type type, const int M, const int NS, const int NC, __m512 sum[16],
                                        const unsigned char *const w[4], const unsigned char *const x[4]) {
-    const __m512 zero = _mm512_set1_ps(8.0f);
+    const __m512 zero = _mm512_set1_ps(type == DSV3_Q8_0 ? 128.0f : 8.0f);
     DSV3I_UNROLL for (int c = 0; c < NC * M * NS; c++) sum[c] = _mm512_setzero_ps();
     DSV3I_UNROLL for (int i = 0; i < 8; i++) {
+        const int step = type == DSV3_Q8_0 ? i : i % 4, half = type == DSV3_Q8_0 ? 0 : i / 4;
         DSV3I_UNROLL for (int c = 0; c < NC * NS; c++) {
             __m512i b[2];
             __m512 f[4];
-            dsv3i_avx512_bf16_values(DSV3_Q4_0, b, w[c / NC] + 64 * NC * (i % 4) + 64 * (c % NC), NULL);
-            dsv3i_avx512_floats(1, f, b[i / 4], zero); /* the upper halves of bytes are the later terms */
+            dsv3i_avx512_bf16_values(type, b, w[c / NC] + 64 * NC * step + 64 * (c % NC), NULL);
+            dsv3i_avx512_floats(1, f, b[half], zero);
             DSV3I_UNROLL for (int j = 0; j < 4; j++) {
                 DSV3I_UNROLL for (int m = 0; m < M; m++) {
                     const float *xm = (const float *)(const void *)x[m] + 4 * i;
@@ -10712,7 +10712,7 @@ void dsv3i_avx512_bf16_few_sums(const dsv3i_few_kind kind, const dsv3_type type,
                                 const unsigned char *const x[4]) {
     __m512i sum[16];
     if (kind == DSV3I_FEW_FLOATS) {
-        dsv3i_avx512_bf16_few_float_block(M, NS, NC, f, w, x);
+        dsv3i_avx512_bf16_few_float_block(type, M, NS, NC, f, w, x);
         return;
     }
     dsv3i_avx512_bf16_few_block(type, M, NS, NC, sum, w, x);
@@ -10847,6 +10847,7 @@ void dsv3i_avx512_bf16_few(const dsv3i_few_kind kind, const dsv3_type type, floa
     }
 DSV3I_FEW_TYPE(exact_bf16, DSV3I_FEW_FLOATS, DSV3_BF16)
 DSV3I_FEW_TYPE(exact_f8_e4m3, DSV3I_FEW_FLOATS, DSV3_F8_E4M3)
+DSV3I_FEW_TYPE(exact_q8_0, DSV3I_FEW_FLOATS, DSV3_Q8_0)
 DSV3I_FEW_TYPE(exact_q4_0, DSV3I_FEW_FLOATS, DSV3_Q4_0)
 DSV3I_FEW_TYPE(bf16, DSV3I_FEW_CODES, DSV3_BF16)
 DSV3I_FEW_TYPE(f8_e4m3, DSV3I_FEW_CODES, DSV3_F8_E4M3)
@@ -11024,6 +11025,7 @@ static void dsv3i_kernels_avx512_bf16(dsv3_kernels *k) {
     k->mix[DSV3_F8_E4M3] = dsv3i_avx512_bf16_mix_f8_e4m3;
     k->few[0][DSV3_BF16] = dsv3i_avx512_bf16_few_exact_bf16;
     k->few[0][DSV3_F8_E4M3] = dsv3i_avx512_bf16_few_exact_f8_e4m3;
+    k->few[0][DSV3_Q8_0] = dsv3i_avx512_bf16_few_exact_q8_0;
     k->few[0][DSV3_Q4_0] = dsv3i_avx512_bf16_few_exact_q4_0;
     k->few[1][DSV3_BF16] = dsv3i_avx512_bf16_few_bf16;
     k->few[1][DSV3_F8_E4M3] = dsv3i_avx512_bf16_few_f8_e4m3;

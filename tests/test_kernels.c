@@ -1579,8 +1579,7 @@ static void check_panels(const dsv3_context *ctx) {
         if (k->round[type] != NULL) check_round(k, (dsv3_type)type);
         if (k->pack[type] != NULL) check_pack(k, (dsv3_type)type);
         for (int fast = 0; fast < 2; fast++) {
-            int none = type < DSV3_BF16 || (!fast && type == DSV3_Q8_0);
-            CHECK((k->few[fast][type] != NULL) == (!none && k->product[DSV3_PRODUCT_FAST_BF16] != NULL));
+            CHECK((k->few[fast][type] != NULL) == (type >= DSV3_BF16 && k->product[DSV3_PRODUCT_FAST_BF16] != NULL));
             if (k->few[fast][type] != NULL) check_whole(k, 0, fast, (dsv3_type)type);
         }
         CHECK((k->many[type] != NULL) == (k->few[1][type] != NULL));
