@@ -382,7 +382,7 @@ typedef struct dsv3_panel {
     size_t columns;     /* of 16 rows, 1 to 4; zeros where there are no rows, and behind k */
     const float *scale; /* [k / block, columns, 16] multipliers; NULL: none */
     size_t block;       /* terms that share a multiplier; k if there are none */
-    size_t gap;         /* bytes: so many between the values of a block and those of the next */
+    size_t gap;         /* of panels of bytes: so many bytes between the values of a block and those of the next */
     int32_t zero;       /* bytes: the code of 0, 128 or 8 */
     size_t ahead;       /* bytes from values to what will be read next, to be fetched early; 0: nothing */
     const void *next;   /* products of floats: what will be read next instead, ... */
@@ -2083,7 +2083,7 @@ static size_t dsv3i_codes_bytes(dsv3_type type, size_t columns, size_t k) {
     return dsv3i_blocks(k, each) * columns * DSV3I_LANES * 4;
 }
 
-/* Terms of a piece: those that share a multiplier. */
+/* Terms of a piece: those that share a multiplier, or as many as of FP8. */
 static size_t dsv3i_piece_terms(dsv3_type type) { return dsv3_type_block(type) > 1 ? DSV3_QBLOCK : DSV3I_TERMS; }
 
 static size_t dsv3i_piece_bytes(dsv3_type type, size_t columns, size_t k) {
@@ -2324,7 +2324,7 @@ static dsv3_product dsv3i_stretch_make(const dsv3_context *ctx, dsv3_panel *out,
     out->block = dsv3i_min(dsv3i_piece_terms(w->type), a->k);
     out->values = w->packed ? (const void *)dsv3i_piece_at(w, a->r, a->k0) : stage;
     out->gap = 0;
-    if (w->packed) {
+    if (w->packed && form == DSV3I_BYTES) {
         out->gap = dsv3i_piece_bytes(w->type, out->columns, out->block) -
                    dsv3i_codes_bytes(w->type, out->columns, out->block);
     }
@@ -2353,7 +2353,7 @@ static dsv3_product dsv3i_stretch_make(const dsv3_context *ctx, dsv3_panel *out,
 
 #define DSV3I_DECODE 16u /* rows that are decoded together where there are no panels */
 
-#define DSV3I_MANY 96u   /* rows of x that meet a piece of a panel together, at most: both stay in near caches */
+#define DSV3I_MANY 96u /* rows of x that meet a stretch of a panel together, at most: both stay in near caches */
 
 /* Rows of weights decoded together when there are n rows of x. */
 static size_t dsv3i_panel(size_t n) { return n < 8 ? 4 : DSV3I_DECODE; }
@@ -2483,7 +2483,7 @@ static void dsv3i_linear_tiles(const dsv3_context *ctx, float *y, size_t ldy, co
     }
 }
 
-/* Rows of x, of n, that meet pieces of w together: what fits near caches, or four times as many where a piece is to be
+/* Rows of x, of n, that meet stretches of w together: what fits near caches, or four times as many where one is to be
  * made first, or where rows meet whole panels, which then take care of that. */
 static size_t dsv3i_rows_near(const dsv3_context *ctx, const dsv3_tensor *w, size_t n) {
     int far = !w->packed || (dsv3i_is_rounded(ctx, w->type) && ctx->kernels.many[w->type] != NULL);
@@ -6238,26 +6238,41 @@ typedef struct dsv3i_packing {
     dsv3i_layout l;
 } dsv3i_packing;
 
-static void dsv3i_pack_piece(const dsv3i_packing *a, size_t r, size_t rows, size_t k0, size_t k) {
+/* Codes of Q8_0 and Q4_0, made of many terms at once, and their multipliers, block by block. */
+static void dsv3i_pack_blocks(unsigned char *to, const dsv3_tensor *w, const unsigned char *codes, const float *scale,
+                              size_t columns, size_t k) {
+    size_t bytes = dsv3i_codes_bytes(w->type, columns, DSV3_QBLOCK), lanes = columns * DSV3I_LANES;
+    size_t piece = dsv3i_piece_bytes(w->type, columns, DSV3_QBLOCK);
+    for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += piece, codes += bytes, scale += lanes) {
+        DSV3_MEMCPY(to, codes, bytes);
+        for (size_t j = 0; j < lanes; j++) {
+            uint16_t bits = dsv3_f16_from_f32(scale[j]);
+            DSV3_MEMCPY(to + bytes + 2 * j, &bits, 2);
+        }
+    }
+}
+
+static void dsv3i_pack_stretch(const dsv3i_packing *a, size_t r, size_t rows, size_t k0, size_t k) {
     const dsv3_tensor *w = a->w;
     size_t columns = dsv3i_blocks(rows, DSV3I_LANES), row_bytes = dsv3_row_bytes(w->type, w->cols);
     unsigned char *to = a->to + r / DSV3I_PANEL * dsv3i_panel_bytes(w->type, DSV3I_PANEL / DSV3I_LANES, w->cols);
-    float scale[DSV3I_PANEL], one = 1.0f;
+    unsigned char codes[DSV3I_PANEL * DSV3I_TERMS];
+    float scale[DSV3I_TERMS / DSV3_QBLOCK * DSV3I_PANEL], one = 1.0f;
+    int blocks = dsv3_type_block(w->type) > 1;
     to += dsv3i_panel_bytes(w->type, columns, k0);
-    a->ctx->kernels.pack[w->type](to, scale, dsv3i_row_at(w, r) + dsv3_row_bytes(w->type, k0), row_bytes, rows, k);
-    to += dsv3i_codes_bytes(w->type, columns, k);
-    for (size_t i = 0; dsv3_type_block(w->type) > 1 && i < columns * DSV3I_LANES; i++, to += 2) {
-        uint16_t bits = dsv3_f16_from_f32(scale[i]);
-        DSV3_MEMCPY(to, &bits, 2);
-    }
+    a->ctx->kernels.pack[w->type](blocks ? codes : to, scale, dsv3i_row_at(w, r) + dsv3_row_bytes(w->type, k0),
+                                  row_bytes, rows, k);
+    if (blocks) dsv3i_pack_blocks(to, w, codes, scale, columns, k);
     if (w->type != DSV3_F8_E4M3) return;
     if (w->scale != NULL) DSV3_MEMCPY(&one, dsv3i_scale_at(w, r) + k0 / DSV3_BLOCK * sizeof one, sizeof one);
-    DSV3_MEMCPY(to, &one, sizeof one);
+    DSV3_MEMCPY(to + dsv3i_codes_bytes(w->type, columns, k), &one, sizeof one);
 }
 
 static void dsv3i_pack_panel(const dsv3i_packing *a, size_t p) {
-    size_t r = p * DSV3I_PANEL, rows = dsv3i_min(DSV3I_PANEL, a->w->rows - r), k = dsv3i_piece_terms(a->w->type);
-    for (size_t k0 = 0; k0 < a->w->cols; k0 += k) dsv3i_pack_piece(a, r, rows, k0, dsv3i_min(k, a->w->cols - k0));
+    size_t r = p * DSV3I_PANEL, rows = dsv3i_min(DSV3I_PANEL, a->w->rows - r);
+    for (size_t k0 = 0; k0 < a->w->cols; k0 += DSV3I_TERMS) {
+        dsv3i_pack_stretch(a, r, rows, k0, dsv3i_min(DSV3I_TERMS, a->w->cols - k0));
+    }
 }
 
 static void dsv3i_pack_task(void *arg, size_t begin, size_t end, size_t worker) {
@@ -8569,8 +8584,8 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
  *
  * How it is fast. Sums wait for their own previous term (4 cycles); a tile therefore has many sums at once, as many as
  * there are registers: 64 outputs times 6 rows of x with AVX-512 (32 for codes, whose whole numbers need registers, too),
- * 16 times 6 with AVX2, so that a loaded number is used 2 to 6 times. A piece of a panel (chapter 4) stays in the first
- * cache while rows of x pass by, or, with BF16 and VNNI, a longer stretch in the second one, and the next is fetched
+ * 16 times 6 with AVX2, so that a loaded number is used 2 to 6 times. A stretch of a panel (chapter 4) stays in the first
+ * cache while rows of x pass by, or, with BF16 and VNNI, a longer one in the second one, and the next is fetched
  * meanwhile. With one row there is nothing to use twice, and only reading counts: panels in two or four places are read side
  * by side, and codes never leave registers. AMX multiplies tiles, 16 rows by 16 outputs, up to 32 times as fast: then reading
  * counts with 64 rows, too.
@@ -9289,7 +9304,7 @@ static void dsv3i_avx2_outer(float *y, size_t ldy, size_t m, const float *a, siz
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
-#define DSV3I_AHEAD 8192 /* bytes by which codes are fetched ahead: about a piece of a panel */
+#define DSV3I_AHEAD 8192 /* bytes by which codes are fetched ahead: about a stretch of a panel */
 #define DSV3I_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 
 /* Lanes 0 .. n-1 of 16. */
@@ -10821,9 +10836,8 @@ void dsv3i_avx512_bf16_few(const dsv3i_few_kind kind, const dsv3_type type, floa
             float *yi = y + 64 * i;
             const unsigned char *wi = ws + i * bytes;
             const size_t ldp = 64 * far, apart = far * bytes;
-            if (streams == 4 && type != DSV3_Q4_0) {
+            if (streams == 4 && type != DSV3_Q4_0)
                 dsv3i_avx512_bf16_few_whole(kind, type, 4, yi, ldy, ldp, xs, ldx, n, wi, apart, k, table);
-            }
             if (streams == 2)
                 dsv3i_avx512_bf16_few_whole(kind, type, 2, yi, ldy, ldp, xs, ldx, n, wi, apart, k, table);
             if (streams == 1)
@@ -11266,7 +11280,7 @@ DSV3I_TARGET(DSV3I_AMX) static void dsv3i_amx_meet(dsv3_meeting *a, size_t nk) {
 typedef struct dsv3i_amx_room {
     float y[DSV3I_AMX_ROWS * 64], scale[DSV3I_TERMS / DSV3_QBLOCK * 64];
     float sums[2 * 1024 + 16];
-    unsigned char values[2][64 * DSV3I_TERMS * 2]; /* of a piece and, of FP8, of the next one */
+    unsigned char values[2][64 * DSV3I_TERMS * 2]; /* of 128 terms and, of FP8, of the next ones */
     __m512i table[4];                              /* of FP8 */
 } dsv3i_amx_room;
 
@@ -11437,7 +11451,7 @@ void dsv3i_amx_piece(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place
 }
 
 DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_byte_piece(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a,
+void dsv3i_amx_byte_terms(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a,
                           const dsv3i_amx_tiles *tiles, const unsigned char *x, const unsigned char *w, size_t k,
                           size_t turn) {
     dsv3i_amx_signed(type, room, w, k);
@@ -11449,24 +11463,24 @@ void dsv3i_amx_byte_piece(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_
     }
 }
 
-/* Up to DSV3I_AMX_ROWS rows and a panel, of which the next pieces are fetched early. */
+/* Up to DSV3I_AMX_ROWS rows and a panel, of which what comes next is fetched early. */
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, float *y, size_t ldy,
                      const unsigned char *x, size_t rows, const unsigned char *w, size_t k, int fetch) {
     const dsv3i_amx_tiles tiles = dsv3i_amx_tiles_of(rows);
-    const size_t piece = dsv3i_panel_bytes(type, 4, DSV3I_TERMS);
+    const size_t stretch = dsv3i_panel_bytes(type, 4, DSV3I_TERMS);
     const int blocks = dsv3_type_block(type) > 1;
     dsv3i_amx_shape(tiles.height, tiles.height, blocks ? 8 : 16);
     a->m[0] = a->m[1] = tiles.height;
-    a->lines = fetch ? dsv3i_blocks(piece, 64 * 16 * tiles.count) : 0;
+    a->lines = fetch ? dsv3i_blocks(stretch, 64 * 16 * tiles.count) : 0;
     if (type == DSV3_F8_E4M3) {
         dsv3i_amx_widen(room, room->values[0], w, 0, dsv3i_blocks(dsv3i_min(DSV3I_TERMS, k), 4));
     }
     for (size_t i = 0, turn = 0, terms; i < k; i += terms, turn++) {
         terms = dsv3i_min(DSV3I_TERMS, k - i);
-        a->next = w + 2 * piece;
+        a->next = w + 2 * stretch;
         if (type == DSV3_F8_E4M3) dsv3i_amx_scale(room->scale, w + dsv3i_codes_bytes(type, 4, terms));
-        if (blocks) dsv3i_amx_byte_piece(type, room, a, &tiles, x, w, terms, turn);
+        if (blocks) dsv3i_amx_byte_terms(type, room, a, &tiles, x, w, terms, turn);
         if (!blocks) {
             dsv3i_amx_piece(type, room, a, &tiles, x, w, terms, turn, dsv3i_min(DSV3I_TERMS, k - i - terms));
         }

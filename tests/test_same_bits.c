@@ -363,7 +363,7 @@ static void test_ways(const char *name, const dsv3_config *c, int types, size_t 
     free(a.want), free(a.got), free(exact);
 }
 
-/* Heads of 64 and 128, so that kv_b_proj has a packed copy; a second piece of 32 terms; rows that are no whole panels. */
+/* Heads of 64 and 128, so that kv_b_proj has a packed copy; 32 terms behind the first 128; rows that are no whole panels. */
 static void test_ways_even(int types) {
     static const char *const names[SYNTH_TYPES] = {"even F32",   "even F16",  "even BF16", "even FP8",
                                                    "even mixed", "even Q8_0", "even Q4_0"};
