@@ -1123,7 +1123,7 @@ static void check_product(const dsv3_kernels *kernels, dsv3_product kind) {
     snprintf(text, sizeof text, "bits alone of %s", names[kind]);
     verdict(text, bad.alone);
     snprintf(text, sizeof text, "bits of floats of %s", names[kind]);
-    verdict(text, bad.floats);
+    if (kind == DSV3_PRODUCT_BF16 || kind == DSV3_PRODUCT_BYTES) verdict(text, bad.floats);
     snprintf(text, sizeof text, "gaps of %s", names[kind]);
     if (is_codes(kind)) verdict(text, bad.gaps);
     snprintf(text, sizeof text, "guards of %s", names[kind]);
@@ -1290,6 +1290,7 @@ static void packed_product(const dsv3_kernels *kernels, int fast, float *y, size
     for (size_t p = 0; p < rows; p += 64) {
         size_t columns = panel_columns(rows - p), tall = rows - p < 64 ? rows - p : 64;
         for (size_t i = 0, some; i < k; i += some) {
+            const unsigned char *xi = x + (!fast ? 4 * i : blocks ? i / 32 * 40 : 2 * i);
             size_t codes;
             float values[64 * 128 / 2], scale[64]; /* BF16 or bytes */
             dsv3_panel w;
@@ -1303,11 +1304,7 @@ static void packed_product(const dsv3_kernels *kernels, int fast, float *y, size
                 if (!blocks) memcpy(scale + j, at + codes, 4);
             }
             if (kernels->widen[type] != NULL) kernels->widen[type](values, at, columns, some), w.values = values;
-            kernels->product[product](y + p, ldy,
-                                      x + (!fast    ? 4 * i
-                                           : blocks ? i / 32 * 40
-                                                    : 2 * i),
-                                      ldx, n, &w, tall, some, i > 0);
+            kernels->product[product](y + p, ldy, xi, ldx, n, &w, tall, some, i > 0);
             at += piece_bytes(type, columns, some);
         }
     }
@@ -1351,23 +1348,34 @@ static void check_whole(const dsv3_kernels *kernels, int many, int fast, dsv3_ty
 }
 
 /* Sums that are taken for 0 keep their sign only where nothing is added to them, also not the zeros that fill a tile: one row
- * alone, for which there may be no tiles, and the same row several times. */
+ * alone, for which there may be no tiles, and the same row several times; a whole panel, and 40 rows, which are none. */
+static void zeros_panel(unsigned char *w, size_t columns, size_t rows, const size_t at[4]) {
+    for (size_t i = 0; i < 4; i++) {
+        uint16_t half = dsv3_bf16_from_f32(ldexpf(1, i < 2 ? -63 : -100));
+        for (size_t r = 0; r < rows; r++) memcpy(w + piece_place(DSV3_BF16, columns, r, at[i]), &half, 2);
+    }
+}
+
 static void check_zeros(const dsv3_kernels *kernels) {
     static const size_t at[4] = {0, 32, 64, 65};
     static const float x[4] = {1.5f, -1.75f, -1, -1};
     enum { K = 66, N = 7 };
     unsigned char *w = (unsigned char *)test_alloc(K * 128), *rows = (unsigned char *)test_alloc(N * 2 * (K + 2));
     float y[N * 64], one[64];
-    memset(w, 0, K * 128), memset(rows, 0, N * 2 * (K + 2));
+    memset(rows, 0, N * 2 * (K + 2));
     for (size_t i = 0; i < 4; i++) {
         uint16_t half = dsv3_bf16_from_f32(ldexpf(x[i], i < 2 ? -63 : -100));
         for (size_t t = 0; t < N; t++) memcpy(rows + t * 2 * (K + 2) + 2 * at[i], &half, 2);
-        half = dsv3_bf16_from_f32(ldexpf(1, i < 2 ? -63 : -100));
-        for (size_t r = 0; r < 64; r++) memcpy(w + piece_place(DSV3_BF16, 4, r, at[i]), &half, 2);
     }
+    memset(w, 0, K * 128), zeros_panel(w, 4, 64, at);
     kernels->few[1][DSV3_BF16](one, 64, rows, 2 * (K + 2), 1, w, 64, K);
     kernels->many[DSV3_BF16](y, 64, rows, 2 * (K + 2), N, w, 64, K);
     for (size_t t = 0; t < N; t++) CHECK(same_bits(y + 64 * t, one, 64));
+    memset(w, 0, K * 128), zeros_panel(w, 3, 40, at);
+    for (size_t n = 1; n <= 4; n++) {
+        kernels->few[1][DSV3_BF16](y, 64, rows, 2 * (K + 2), n, w, 40, K);
+        for (size_t t = 0; t < n; t++) CHECK(same_bits(y + 64 * t, one, 40));
+    }
     free(w), free(rows);
 }
 
