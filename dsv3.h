@@ -1430,6 +1430,16 @@ static dsv3_result dsv3i_memory_check(const void *memory, size_t bytes, size_t n
     return bytes < need ? DSV3_ERR_MEMORY : DSV3_OK;
 }
 
+/* A struct of pointers into such a buffer has its members in a list, with their shapes,
+ *     #define DSV3I_PAIR(X) X(int32_t, token, n, 1) X(float, x, n, m->d)
+ * of which one macro makes the struct and the other its layout, where l, at, n and m are known:
+ *     struct dsv3i_pair { DSV3I_PAIR(DSV3I_MEMBER) };         int32_t *token; float *x;
+ *     DSV3I_PAIR(DSV3I_PLACE)                                 at->token = dsv3i_take(l, sizeof(int32_t), n, 1, 1); ..
+ * A member of 0 rows is NULL. */
+#define DSV3I_MEMBER(type, name, rows, columns) type *name;
+#define DSV3I_PLACE(type, name, rows, columns)                                                                       \
+    at->name = (rows) == 0 ? NULL : (type *)dsv3i_take(l, sizeof(type), rows, columns, 1);
+
 /* ---- Text: names and messages are built without stdio. */
 
 typedef struct dsv3i_text {
@@ -7892,139 +7902,93 @@ DSV3_API double dsv3_learning_rate(const dsv3_schedule *schedule, uint64_t step)
     return step < s->end ? s->low : s->tail;
 }
 
-/* The rows of one depth (0: the main model), and what its head was given. */
+/* The rows of one depth (0: the main model), and what its head was given: `row` of the text; `from`, the row of the
+ * depth before that has the same position; x and u, before and behind the final norm. */
+#define DSV3I_DEPTH(X)                                                                                               \
+    X(int32_t, token, n, 1) X(int32_t, target, n, 1) X(uint8_t, mask, n, 1) X(size_t, row, n, 1)                     \
+    X(size_t, from, n, 1) X(int32_t, sequence, n, 1) X(int32_t, position, n, 1) X(int32_t, leader, n, 1)             \
+    X(float, cos_sin, n, m->dr) X(float, x, n, m->d) X(float, u, n, m->d) X(float, du, n, m->d)
+
 typedef struct dsv3i_depth {
     size_t n;
-    int32_t *token, *target, *sequence, *position, *leader; /* [n] */
-    uint8_t *mask;                                          /* [n] */
-    size_t *row;                                            /* [n] of the text */
-    size_t *from;                                           /* [n] rows of the depth before with the same position */
-    float *cos_sin;                                         /* [n, dr] */
-    float *x, *u;                                           /* [n, d] before and behind the final norm */
-    float *du;                                              /* [n, d] */
+    DSV3I_DEPTH(DSV3I_MEMBER)
 } dsv3i_depth;
 
-static void dsv3i_depth_layout(dsv3i_depth *v, const dsv3i_dims *m, size_t n, dsv3i_layout *l) {
-    size_t f = sizeof(float);
-    v->n = 0;
-    v->token = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
-    v->target = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
-    v->sequence = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
-    v->position = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
-    v->leader = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
-    v->mask = (uint8_t *)dsv3i_take(l, 1, n, 1, 1);
-    v->row = (size_t *)dsv3i_take(l, sizeof(size_t), n, 1, 1);
-    v->from = (size_t *)dsv3i_take(l, sizeof(size_t), n, 1, 1);
-    v->cos_sin = (float *)dsv3i_take(l, f, n, m->dr, 1);
-    v->x = (float *)dsv3i_take(l, f, n, m->d, 1);
-    v->u = (float *)dsv3i_take(l, f, n, m->d, 1);
-    v->du = (float *)dsv3i_take(l, f, n, m->d, 1);
+static void dsv3i_depth_layout(dsv3i_depth *at, const dsv3i_dims *m, size_t n, dsv3i_layout *l) {
+    at->n = 0;
+    DSV3I_DEPTH(DSV3I_PLACE)
 }
 
 static size_t dsv3i_hidden_floats(const dsv3i_dims *m, int is_moe) {
     return is_moe ? dsv3i_add(dsv3i_mul(m->K, m->F), m->Fs) : m->I;
 }
 
-static void dsv3i_saved_layout(dsv3i_saved *v, const dsv3i_dims *m, size_t n, int is_moe, int32_t keep,
+/* What a layer keeps. moe, norms, queries, swiglu: n, or 0 where the layer is dense or need not keep the member. */
+#define DSV3I_SAVED(X)                                                                                               \
+    X(float, x_in, n, m->d) X(float, x_mid, n, m->d) X(float, q_raw, n, m->rq) X(float, kv_raw, n, m->width)         \
+    X(float, o, n, m->Ho) X(float, softmax, n, 2 * m->H)                                                             \
+    X(float, score, moe, m->E) X(float, gate, moe, m->K) X(int32_t, idx, moe, m->K)                                  \
+    X(size_t, slot, moe, m->K) X(size_t, offset, moe > 0 ? m->E + 1 : 0, 1)                                          \
+    X(float, h_gate, n, hidden) X(float, h_up, n, hidden)                                                            \
+    X(float, u, norms, m->d) X(float, u_ffn, norms, m->d) X(float, q_latent, norms, m->rq)                           \
+    X(float, kv, norms, m->width) X(float, q, queries, m->Hq) X(float, h, swiglu, hidden)
+
+static void dsv3i_saved_layout(dsv3i_saved *at, const dsv3i_dims *m, size_t n, int is_moe, int32_t keep,
                                dsv3i_layout *l) {
-    size_t f = sizeof(float), hidden = dsv3i_hidden_floats(m, is_moe), moe = is_moe ? n : 0;
-    v->x_in = (float *)dsv3i_take(l, f, n, m->d, 1);
-    v->x_mid = (float *)dsv3i_take(l, f, n, m->d, 1);
-    v->q_raw = (float *)dsv3i_take(l, f, n, m->rq, 1);
-    v->kv_raw = (float *)dsv3i_take(l, f, n, m->width, 1);
-    v->o = (float *)dsv3i_take(l, f, n, m->Ho, 1);
-    v->softmax = (float *)dsv3i_take(l, f, n, m->H, 2);
-    v->score = (float *)dsv3i_take(l, f, moe, m->E, 1);
-    v->gate = (float *)dsv3i_take(l, f, moe, m->K, 1);
-    v->idx = (int32_t *)dsv3i_take(l, sizeof(int32_t), moe, m->K, 1);
-    v->slot = (size_t *)dsv3i_take(l, sizeof(size_t), moe, m->K, 1);
-    v->offset = (size_t *)dsv3i_take(l, sizeof(size_t), is_moe ? m->E + 1 : 0, 1, 1);
-    v->h_gate = (float *)dsv3i_take(l, f, n, hidden, 1);
-    v->h_up = (float *)dsv3i_take(l, f, n, hidden, 1);
-    v->u = v->u_ffn = v->q_latent = v->kv = v->q = v->h = NULL;
-    if (keep & DSV3_KEEP_NORMS) {
-        v->u = (float *)dsv3i_take(l, f, n, m->d, 1);
-        v->u_ffn = (float *)dsv3i_take(l, f, n, m->d, 1);
-        v->q_latent = (float *)dsv3i_take(l, f, n, m->rq, 1);
-        v->kv = (float *)dsv3i_take(l, f, n, m->width, 1);
-    }
-    if (keep & DSV3_KEEP_UP_PROJECTIONS) v->q = (float *)dsv3i_take(l, f, n, m->Hq, 1);
-    if (keep & DSV3_KEEP_SWIGLU) v->h = (float *)dsv3i_take(l, f, n, hidden, 1);
+    size_t hidden = dsv3i_hidden_floats(m, is_moe), moe = is_moe ? n : 0, norms = keep & DSV3_KEEP_NORMS ? n : 0;
+    size_t queries = keep & DSV3_KEEP_UP_PROJECTIONS ? n : 0, swiglu = keep & DSV3_KEEP_SWIGLU ? n : 0;
+    DSV3I_SAVED(DSV3I_PLACE)
 }
 
-static void dsv3i_backward_layout(dsv3i_backward *b, const dsv3i_dims *m, size_t n, size_t threads, dsv3i_layout *l) {
-    size_t f = sizeof(float), hidden = dsv3i_max(dsv3i_hidden_floats(m, 1), m->I);
-    b->du = (float *)dsv3i_take(l, f, n, m->d, 1);
-    b->dq = (float *)dsv3i_take(l, f, n, m->Hq, 1);
-    b->keys = (float *)dsv3i_take(l, f, n, m->Hq, 1);
-    b->dkeys = (float *)dsv3i_take(l, f, n, m->Hq, 1);
-    b->kv_up = (float *)dsv3i_take(l, f, n, m->Hkv, 1);
-    b->dkv_up = (float *)dsv3i_take(l, f, n, m->Hkv, 1);
-    b->dout = (float *)dsv3i_take(l, f, n, m->Ho, 1);
-    b->D = (float *)dsv3i_take(l, f, n, m->H, 1);
-    b->attention = (float *)dsv3i_take(l, f, threads, dsv3i_attention_back_floats(m), 1);
-    b->c = (float *)dsv3i_take(l, f, n, m->rk, 1);
-    b->dc = (float *)dsv3i_take(l, f, n, m->rk, 1);
-    b->dkv_raw = (float *)dsv3i_take(l, f, n, m->width, 1);
-    b->dq_latent = (float *)dsv3i_take(l, f, n, m->rq, 1);
-    b->dq_raw = (float *)dsv3i_take(l, f, n, m->rq, 1);
-    b->dh = (float *)dsv3i_take(l, f, n, hidden, 1);
-    b->dgate = (float *)dsv3i_take(l, f, n, m->K, 1);
-    b->dscore = (float *)dsv3i_take(l, f, n, m->E, 1);
-    b->dgrouped = (float *)dsv3i_take(l, f, n, m->K, m->d);
-    b->r = (float *)dsv3i_take(l, f, n, dsv3i_max(m->K, 1), 1);
-    b->jobs = (struct dsv3i_back_job *)dsv3i_take(l, sizeof(struct dsv3i_back_job),
-                                                  dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1), 2, 1);
+#define DSV3I_BACKWARD(X)                                                                                            \
+    X(float, du, n, m->d) X(float, dq, n, m->Hq) X(float, keys, n, m->Hq) X(float, dkeys, n, m->Hq)                  \
+    X(float, kv_up, n, m->Hkv) X(float, dkv_up, n, m->Hkv) X(float, dout, n, m->Ho) X(float, D, n, m->H)             \
+    X(float, attention, threads, dsv3i_attention_back_floats(m)) X(float, c, n, m->rk) X(float, dc, n, m->rk)        \
+    X(float, dkv_raw, n, m->width) X(float, dq_latent, n, m->rq) X(float, dq_raw, n, m->rq)                          \
+    X(float, dh, n, hidden) X(float, dgate, n, m->K) X(float, dscore, n, m->E)                                       \
+    X(float, dgrouped, n, dsv3i_mul(m->K, m->d)) X(float, r, n, dsv3i_max(m->K, 1))                                  \
+    X(struct dsv3i_back_job, jobs, 2, dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1))
+
+static void dsv3i_backward_layout(dsv3i_backward *at, const dsv3i_dims *m, size_t n, size_t threads,
+                                  dsv3i_layout *l) {
+    size_t hidden = dsv3i_max(dsv3i_hidden_floats(m, 1), m->I);
+    DSV3I_BACKWARD(DSV3I_PLACE)
 }
 
-static void dsv3i_trainer_layout(dsv3_trainer *t, const dsv3_config *c, const dsv3_training *s, size_t threads,
+#define DSV3I_TRAINER(X)                                                                                             \
+    X(float, m, count, 1) X(float, v, count, 1) X(float, ema, s->ema ? count : 0, 1) X(float, bias, layers, m.E)     \
+    X(double, losses.nll, depths, 1) X(uint64_t, losses.targets, depths, 1) X(double, losses.balance, layers, 1)     \
+    X(uint64_t, targets, depths, 1) X(dsv3i_squares, squares, flat.pieces, 1) X(dsv3_cache, caches, s->sequences, 1) \
+    X(dsv3i_saved, saved, layers, 1) X(dsv3i_depth, depth, depths, 1) X(dsv3i_backward, backward, 1, 1)              \
+    X(float, carry[0], n, m.d) X(float, carry[1], n, m.d) X(float, dx, n, m.d) X(float, dconcat, n, 2 * m.d)
+
+/* Nobody may look into `at` while sizes are measured: what lies in the buffer is then made on the stack. */
+static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const dsv3_training *s, size_t threads,
                                  dsv3i_layout *l) {
     dsv3i_dims m = dsv3i_dims_of(c);
-    size_t n = s->rows, f = sizeof(float), layers = m.L + m.D;
+    size_t n = s->rows, layers = m.L + m.D, depths = 1 + m.D, count;
+    int exists = l->base != NULL;
     dsv3i_flat flat = {NULL, 0, 0};
+    dsv3_cache cache;
+    dsv3i_saved saved;
+    dsv3i_depth depth;
+    dsv3i_backward backward;
     (void)dsv3i_walk_all(c, NULL, &flat, dsv3i_flat_tensor);
-    dsv3i_parameters_layout(&t->weights, c, l);
-    dsv3i_parameters_layout(&t->gradients, c, l);
-    t->m = (float *)dsv3i_take(l, f, t->weights.count, 1, 1);
-    t->v = (float *)dsv3i_take(l, f, t->weights.count, 1, 1);
-    t->ema = s->ema ? (float *)dsv3i_take(l, f, t->weights.count, 1, 1) : NULL;
-    dsv3i_balancer_layout(&t->balancer, c, l);
-    t->losses.nll = (double *)dsv3i_take(l, sizeof(double), 1 + m.D, 1, 1);
-    t->losses.targets = (uint64_t *)dsv3i_take(l, sizeof(uint64_t), 1 + m.D, 1, 1);
-    t->losses.balance = (double *)dsv3i_take(l, sizeof(double), layers, 1, 1);
-    t->targets = (uint64_t *)dsv3i_take(l, sizeof(uint64_t), 1 + m.D, 1, 1);
-    t->bias = (float *)dsv3i_take(l, f, layers, m.E, 1);
-    t->squares = (dsv3i_squares *)dsv3i_take(l, sizeof *t->squares, flat.pieces, 1, 1);
-    t->saved = (dsv3i_saved *)dsv3i_take(l, sizeof *t->saved, layers, 1, 1);
-    t->depth = (dsv3i_depth *)dsv3i_take(l, sizeof *t->depth, 1 + m.D, 1, 1);
-    t->backward = (dsv3i_backward *)dsv3i_take(l, sizeof *t->backward, 1, 1, 1);
-    t->caches = (dsv3_cache *)dsv3i_take(l, sizeof *t->caches, s->sequences, 1, 1);
+    count = flat.count;
+    dsv3i_parameters_layout(&at->weights, c, l);
+    dsv3i_parameters_layout(&at->gradients, c, l);
+    dsv3i_balancer_layout(&at->balancer, c, l);
+    dsv3i_workspace_layout(&at->workspace, &m, n, threads, l);
+    DSV3I_TRAINER(DSV3I_PLACE)
     for (size_t i = 0; i < s->sequences; i++) {
-        dsv3_cache cache;
-        (void)dsv3i_cache_layout(&cache, c, 1, s->longest, DSV3_F32, l);
-        if (l->base != NULL) t->caches[i] = cache;
+        (void)dsv3i_cache_layout(exists ? &at->caches[i] : &cache, c, 1, s->longest, DSV3_F32, l);
     }
     for (size_t i = 0; i < layers; i++) {
-        dsv3i_saved saved;
         int32_t keep = s->keep_layers != NULL ? s->keep_layers[i] : s->keep;
-        dsv3i_saved_layout(&saved, &m, n, dsv3_config_is_moe(c, (int32_t)i), keep, l);
-        if (l->base != NULL) t->saved[i] = saved;
+        dsv3i_saved_layout(exists ? &at->saved[i] : &saved, &m, n, dsv3_config_is_moe(c, (int32_t)i), keep, l);
     }
-    for (size_t k = 0; k <= m.D; k++) {
-        dsv3i_depth depth;
-        dsv3i_depth_layout(&depth, &m, n, l);
-        if (l->base != NULL) t->depth[k] = depth;
-    }
-    {
-        dsv3i_backward backward;
-        dsv3i_backward_layout(&backward, &m, n, threads, l);
-        if (l->base != NULL) *t->backward = backward;
-    }
-    t->carry[0] = (float *)dsv3i_take(l, f, n, m.d, 1);
-    t->carry[1] = (float *)dsv3i_take(l, f, n, m.d, 1);
-    t->dx = (float *)dsv3i_take(l, f, n, m.d, 1);
-    t->dconcat = (float *)dsv3i_take(l, f, n, m.d, 2);
-    dsv3i_workspace_layout(&t->workspace, &m, n, threads, l);
+    for (size_t k = 0; k < depths; k++) dsv3i_depth_layout(exists ? &at->depth[k] : &depth, &m, n, l);
+    dsv3i_backward_layout(exists ? at->backward : &backward, &m, n, threads, l);
 }
 
 DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_training *settings, size_t threads,
