@@ -6791,31 +6791,29 @@ DSV3_API dsv3_result dsv3_mtp_forward(const dsv3_context *context, float *logits
 /* ---- The training form: all depths over whole sequences */
 
 typedef struct dsv3i_evaluation {
-    dsv3_context ctx; /* the caller's, but its observer is us */
-    const dsv3_observer *observer;
+    dsv3_context ctx;              /* the caller's, but its observer is us */
+    const dsv3_observer *observer; /* the caller's */
     dsv3_losses *losses;
     const dsv3_model *model;
     const dsv3_text *text;
     dsv3_workspace *ws;
     dsv3_error *error;
+    const float *score; /* [n, E] and [n, K] of the layer whose balance loss is computed; idx NULL: by score alone */
+    const int32_t *idx;
+    size_t n, E, K;
 } dsv3i_evaluation;
 
-static int32_t dsv3i_text_sequence(const dsv3_text *x, size_t row) {
-    return x->sequence != NULL ? x->sequence[row] : 0;
-}
+static int32_t dsv3i_text_sequence(const dsv3_text *x, size_t r) { return x->sequence != NULL ? x->sequence[r] : 0; }
 
-/* Does row + k continue the sequence, or even the document, of row? */
+/* Is row + k in the sequence of row? */
 static int dsv3i_text_continues(const dsv3_text *x, size_t row, size_t k) {
     return k < x->rows - row && dsv3i_text_sequence(x, row) == dsv3i_text_sequence(x, row + k);
 }
 
-static int dsv3i_text_same(const dsv3_text *x, size_t row, size_t k) {
-    return dsv3i_text_continues(x, row, k) && (x->document == NULL || x->document[row] == x->document[row + k]);
-}
-
-/* Is the row one of depth k (0: the main model) that counts? */
+/* Is the row one of depth k (0: the main model) that counts: row + k in the same document, and neither padding? */
 static int dsv3i_text_counts(const dsv3_text *x, size_t row, size_t k) {
-    return dsv3i_text_same(x, row, k) && dsv3i_counts(x->mask, row) && dsv3i_counts(x->mask, row + k);
+    return dsv3i_text_continues(x, row, k) && (x->document == NULL || x->document[row] == x->document[row + k]) &&
+           dsv3i_counts(x->mask, row) && dsv3i_counts(x->mask, row + k);
 }
 
 /* t_{i+k+1} as the target of row i at depth k, or DSV3_IGNORE. */
@@ -6828,12 +6826,11 @@ static int32_t dsv3i_text_target(const dsv3_text *x, size_t row, size_t k) {
 /* Sequences that have a row which counts. */
 static uint64_t dsv3i_text_sequences(const dsv3_text *x) {
     uint64_t sequences = 0;
-    int counts = 0;
+    int found = 0; /* in this sequence, so far */
     for (size_t r = 0; r < x->rows; r++) {
-        counts |= dsv3i_counts(x->mask, r);
-        if (dsv3i_text_continues(x, r, 1)) continue;
-        sequences += (uint64_t)counts;
-        counts = 0;
+        int first = !found && dsv3i_counts(x->mask, r);
+        sequences += (uint64_t)first;
+        found = (found || first) && dsv3i_text_continues(x, r, 1);
     }
     return sequences;
 }
@@ -6855,47 +6852,33 @@ static dsv3_result dsv3i_text_check(const dsv3_text *x, int32_t V, dsv3_error *e
     return DSV3_OK;
 }
 
-typedef struct dsv3i_evaluate_balance_arg {
-    const dsv3i_evaluation *a;
-    const float *score;
-    const int32_t *idx; /* NULL: by score alone */
-    size_t n;
-} dsv3i_evaluate_balance_arg;
-
+/* The balance loss of each sequence among the rows, which are whole sequences; 0 for rows that begin none. */
 static void dsv3i_evaluate_balance_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_evaluate_balance_arg *b = (const dsv3i_evaluate_balance_arg *)arg;
-    const dsv3_workspace *ws = b->a->ws;
-    const dsv3_config *c = &b->a->model->config;
-    size_t E = (size_t)c->n_routed_experts, K = (size_t)c->num_experts_per_tok;
+    const dsv3i_evaluation *a = (const dsv3i_evaluation *)arg;
+    const dsv3_workspace *ws = a->ws;
     for (size_t t = begin; t < end; t++) {
-        size_t rows = dsv3i_sequence_rows(ws->leader, t, b->n);
-        ws->sequence_loss[t] = dsv3_balance_loss(b->score + t * E, b->idx != NULL ? b->idx + t * K : NULL,
-                                                 ws->row_mask + t, rows, E, K, ws->balance + worker * 2 * E);
+        const int32_t *idx = a->idx != NULL ? a->idx + t * a->K : NULL;
+        size_t rows = dsv3i_sequence_rows(ws->leader, t, a->n);
+        ws->sequence_loss[t] = dsv3_balance_loss(a->score + t * a->E, idx, ws->row_mask + t, rows, a->E, a->K,
+                                                 ws->balance + worker * 2 * a->E);
     }
 }
 
-/* The balance loss of each sequence among the rows of this call, which are whole sequences. */
-static void dsv3i_evaluate_balance(const dsv3i_evaluation *a, int32_t layer, const float *score, const int32_t *idx,
-                                   size_t n) {
-    dsv3i_evaluate_balance_arg b;
-    b.a = a;
-    b.score = score;
-    b.idx = a->losses->actual ? idx : NULL;
-    b.n = n;
-    dsv3i_parallel(&a->ctx, n, dsv3i_mul(n, 16 * (size_t)a->model->config.n_routed_experts),
-                   dsv3i_evaluate_balance_task, &b);
-    for (size_t t = 0; t < n; t++) a->losses->balance[layer] += a->ws->sequence_loss[t];
-}
-
+/* We stand between the pass and the caller's observer: loads and balance losses are taken where routers show them. */
 static void dsv3i_evaluate_routing(void *user, int32_t layer, const float *score, const int32_t *idx,
                                    const float *gate, size_t n) {
-    const dsv3i_evaluation *a = (const dsv3i_evaluation *)user;
-    size_t E = (size_t)a->model->config.n_routed_experts, K = (size_t)a->model->config.num_experts_per_tok;
-    if (a->losses->load != NULL) {
-        dsv3_load_count(a->losses->load + (size_t)layer * E, idx, a->ws->row_mask, n, K);
+    dsv3i_evaluation *a = (dsv3i_evaluation *)user;
+    const dsv3_observer *o = a->observer;
+    dsv3_losses *sums = a->losses;
+    if (sums->load != NULL) dsv3_load_count(sums->load + (size_t)layer * a->E, idx, a->ws->row_mask, n, a->K);
+    if (sums->balance != NULL) {
+        a->score = score;
+        a->idx = sums->actual ? idx : NULL;
+        a->n = n;
+        dsv3i_parallel(&a->ctx, n, dsv3i_mul(n, 16 * a->E), dsv3i_evaluate_balance_task, a);
+        for (size_t t = 0; t < n; t++) sums->balance[layer] += a->ws->sequence_loss[t];
     }
-    if (a->losses->balance != NULL) dsv3i_evaluate_balance(a, layer, score, idx, n);
-    if (a->observer->routing != NULL) a->observer->routing(a->observer->user, layer, score, idx, gate, n);
+    if (o->routing != NULL) o->routing(o->user, layer, score, idx, gate, n);
 }
 
 static void dsv3i_evaluate_choose(void *user, int32_t layer, int32_t *idx, const float *score, size_t n) {
@@ -6908,30 +6891,32 @@ static void dsv3i_evaluate_hidden(void *user, int32_t layer, const float *x, siz
     o->hidden(o->user, layer, x, n);
 }
 
-/* Puts ourselves between the pass and the caller's observer. */
 static void dsv3i_evaluate_observe(dsv3i_evaluation *a, const dsv3_context *context) {
+    const dsv3_observer *o = a->observer = &context->observer;
+    a->E = (size_t)a->model->config.n_routed_experts;
+    a->K = (size_t)a->model->config.num_experts_per_tok;
     a->ctx = *context;
-    a->observer = &context->observer;
     a->ctx.observer.user = a;
     a->ctx.observer.routing = dsv3i_evaluate_routing;
-    if (a->observer->choose != NULL) a->ctx.observer.choose = dsv3i_evaluate_choose;
-    if (a->observer->hidden != NULL) a->ctx.observer.hidden = dsv3i_evaluate_hidden;
+    a->ctx.observer.choose = o->choose != NULL ? dsv3i_evaluate_choose : NULL;
+    a->ctx.observer.hidden = o->hidden != NULL ? dsv3i_evaluate_hidden : NULL;
 }
 
-/* Adds the loss of the n rows in ws->u at depth k to the sums. The rows' targets go where their tokens were. */
+/* Adds the loss of the n rows in ws->u at depth k to the sums. ws->y (d >= 1) and ws->row_output are free: nobody has
+ * asked for logits. */
 static dsv3_result dsv3i_evaluate_nll(const dsv3i_evaluation *a, const dsv3_tensor *head, size_t k, size_t n) {
     dsv3_workspace *ws = a->ws;
-    float *nll = ws->y; /* no longer needed, and long enough: d >= 1 */
-    for (size_t i = 0; i < n; i++) ws->row_token[i] = dsv3i_text_target(a->text, ws->row_index[i], k);
-    dsv3i_cross_entropy(&a->ctx, nll, ws->u, head, ws->row_token, n, ws->loss, ws->worker, ws->worker_floats,
-                        ws->rounded);
+    int32_t *target = ws->row_output;
+    float *nll = ws->y;
+    for (size_t i = 0; i < n; i++) target[i] = dsv3i_text_target(a->text, ws->row_index[i], k);
+    dsv3i_cross_entropy(&a->ctx, nll, ws->u, head, target, n, ws->loss, ws->worker, ws->worker_floats, ws->rounded);
     for (size_t i = 0; i < n; i++) {
         if (!dsv3i_is_finite(nll[i])) {
             return dsv3i_fail_where(a->error, DSV3_ERR_NAN, "loss", "is not finite, of row",
                                     (int64_t)ws->row_index[i]);
         }
         a->losses->nll[k] += (double)nll[i];
-        a->losses->targets[k] += ws->row_token[i] != DSV3_IGNORE;
+        a->losses->targets[k] += target[i] != DSV3_IGNORE;
     }
     return DSV3_OK;
 }
@@ -6954,27 +6939,23 @@ static size_t dsv3i_evaluate_gather(const dsv3i_evaluation *a, size_t k, size_t 
     return kept;
 }
 
-/* Rows [begin, end) of the text through the main model and every depth. */
+/* Rows [begin, begin + n) of the text through the main model and every depth. */
 static dsv3_result dsv3i_evaluate_rows(const dsv3i_evaluation *a, dsv3_cache *caches, dsv3_cache *modules,
-                                       size_t n_caches, size_t begin, size_t end) {
+                                       size_t n_caches, size_t begin, size_t n) {
     dsv3_workspace *ws = a->ws;
-    size_t n = end - begin;
     dsv3_batch batch;
     DSV3_MEMSET(&batch, 0, sizeof batch);
     batch.token = ws->row_token;
     batch.sequence = ws->row_sequence;
     for (size_t i = 0; i < n; i++) ws->row_index[i] = begin + i;
     for (size_t k = 0; k <= a->losses->depths; k++) {
+        const dsv3_tensor *head = k == 0 ? &a->model->lm_head : &a->model->mtp[k - 1].shared_head_head;
         n = batch.rows = dsv3i_evaluate_gather(a, k, n);
         if (n == 0) return DSV3_OK;
-        if (k == 0) {
-            DSV3I_TRY(dsv3_forward(&a->ctx, NULL, a->model, caches, n_caches, &batch, ws, a->error));
-            DSV3I_TRY(dsv3i_evaluate_nll(a, &a->model->lm_head, 0, n));
-        } else {
-            DSV3I_TRY(dsv3_mtp_forward(&a->ctx, NULL, a->model, k, modules + (k - 1) * n_caches, n_caches, &batch,
-                                       ws->row_hidden, ws, a->error));
-            DSV3I_TRY(dsv3i_evaluate_nll(a, &a->model->mtp[k - 1].shared_head_head, k, n));
-        }
+        DSV3I_TRY(k == 0 ? dsv3_forward(&a->ctx, NULL, a->model, caches, n_caches, &batch, ws, a->error)
+                         : dsv3_mtp_forward(&a->ctx, NULL, a->model, k, modules + (k - 1) * n_caches, n_caches,
+                                            &batch, ws->row_hidden, ws, a->error));
+        DSV3I_TRY(dsv3i_evaluate_nll(a, head, k, n));
     }
     return DSV3_OK;
 }
@@ -7008,25 +6989,35 @@ DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *los
     a.error = error;
     dsv3i_evaluate_observe(&a, context);
     for (size_t begin = 0; begin < text->rows; begin += workspace->rows) {
-        size_t end = begin + dsv3i_min(workspace->rows, text->rows - begin);
-        DSV3I_TRY(dsv3i_evaluate_rows(&a, caches, modules, n_caches, begin, end));
+        size_t n = dsv3i_min(workspace->rows, text->rows - begin);
+        DSV3I_TRY(dsv3i_evaluate_rows(&a, caches, modules, n_caches, begin, n));
     }
     losses->sequences += dsv3i_text_sequences(text);
     return dsv3i_ok(error);
 }
 
-DSV3_API double dsv3_losses_total(const dsv3_losses *losses, size_t layers, double lambda, double alpha,
-                                  dsv3_mtp_divisor divisor) {
+/* What the mean loss of depth k is multiplied with. */
+static double dsv3i_depth_weight(size_t k, size_t D, double lambda) { return k == 0 ? 1.0 : lambda / (double)D; }
+
+/* L of the chapter's head, or what the sums have of a step with targets [1 + D] and sequences. weighted: each term has
+ * its weight from the start, and is (w / N) nll, not (w nll) / N. */
+static double dsv3i_loss_total(const dsv3_losses *sums, const uint64_t *targets, uint64_t sequences, size_t layers,
+                               double lambda, double alpha, dsv3_mtp_divisor divisor, int weighted) {
     double total = 0.0;
-    for (size_t k = 0; k <= losses->depths; k++) {
-        uint64_t terms = losses->targets[divisor == DSV3_DIVIDE_BY_VALID ? k : 0];
-        double weight = k == 0 ? 1.0 : lambda / (double)losses->depths;
-        if (losses->targets[k] > 0 && terms > 0) total += weight * losses->nll[k] / (double)terms;
+    for (size_t k = 0; k <= sums->depths; k++) {
+        double w = dsv3i_depth_weight(k, sums->depths, lambda), nll = sums->nll[k];
+        uint64_t N = targets[divisor == DSV3_DIVIDE_BY_VALID ? k : 0];
+        if (sums->targets[k] > 0 && N > 0) total += weighted ? w / (double)N * nll : w * nll / (double)N;
     }
-    for (size_t i = 0; losses->balance != NULL && losses->sequences > 0 && i < layers; i++) {
-        total += alpha * losses->balance[i] / (double)losses->sequences;
+    for (size_t i = 0; sums->balance != NULL && sequences > 0 && i < layers; i++) {
+        total += alpha * sums->balance[i] / (double)sequences;
     }
     return total;
+}
+
+DSV3_API double dsv3_losses_total(const dsv3_losses *losses, size_t layers, double lambda, double alpha,
+                                  dsv3_mtp_divisor divisor) {
+    return dsv3i_loss_total(losses, losses->targets, losses->sequences, layers, lambda, alpha, divisor, 0);
 }
 
 /* ========================================================================================================
@@ -8066,18 +8057,13 @@ DSV3_API dsv3_result dsv3_train_begin(dsv3_trainer *trainer, const uint64_t *tar
 /* Weight of each target's loss at depth k. */
 static double dsv3i_train_weight(const dsv3_trainer *t, size_t k) {
     uint64_t terms = t->targets[t->settings.divisor == DSV3_DIVIDE_BY_VALID ? k : 0];
-    double weight = k == 0 ? 1.0 : t->settings.lambda / (double)t->losses.depths;
-    return terms > 0 ? weight / (double)terms : 0.0;
+    return terms > 0 ? dsv3i_depth_weight(k, t->losses.depths, t->settings.lambda) / (double)terms : 0.0;
 }
 
 DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer) {
     const dsv3_trainer *t = trainer;
-    double total = 0.0;
-    for (size_t k = 0; k <= t->losses.depths; k++) total += dsv3i_train_weight(t, k) * t->losses.nll[k];
-    for (size_t i = 0; t->sequences > 0 && i < t->balancer.layers; i++) {
-        total += t->settings.balance.expert * t->losses.balance[i] / (double)t->sequences;
-    }
-    return total;
+    return dsv3i_loss_total(&t->losses, t->targets, t->sequences, t->balancer.layers, t->settings.lambda,
+                            t->settings.balance.expert, t->settings.divisor, 1);
 }
 
 /* ---- Accumulate: forward */
