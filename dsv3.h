@@ -7716,17 +7716,18 @@ DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, c
 
 /* ---- Parameters: tensors one behind the other, in the order of the walk */
 
-#define DSV3I_SQUARES 4096u /* elements of a tensor whose squares are summed up together */
+#define DSV3I_RUN 4096u /* most elements that the optimizer takes together */
 
-/* Such a piece of the gradients. */
+/* Such a run of elements of one tensor. */
 typedef struct dsv3i_squares {
-    size_t at, n;
-    double sum;
+    size_t at, n; /* among the parameters */
+    float decay;  /* what its weights are multiplied with */
+    double sum;   /* of the squares of its gradients */
 } dsv3i_squares;
 
 typedef struct dsv3i_flat {
     float *data; /* NULL: only count */
-    size_t count, pieces;
+    size_t count, runs;
 } dsv3i_flat;
 
 static dsv3_result dsv3i_flat_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
@@ -7740,7 +7741,7 @@ static dsv3_result dsv3i_flat_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
         slot->type = DSV3_F32;
     }
     flat->count = dsv3i_add(flat->count, dsv3i_mul(w->info.rows, w->info.cols));
-    flat->pieces = dsv3i_add(flat->pieces, dsv3i_blocks(dsv3i_mul(w->info.rows, w->info.cols), DSV3I_SQUARES));
+    flat->runs = dsv3i_add(flat->runs, dsv3i_blocks(dsv3i_mul(w->info.rows, w->info.cols), DSV3I_RUN));
     return DSV3_OK;
 }
 
@@ -7827,7 +7828,7 @@ DSV3_API dsv3_result dsv3_parameters_load(dsv3_parameters *parameters, const dsv
     }
     copy = *from;
     flat.data = parameters->data;
-    flat.count = flat.pieces = 0;
+    flat.count = flat.runs = 0;
     return dsv3i_walk_all(&parameters->model.config, &copy, &flat, dsv3i_load_tensor);
 }
 
@@ -7949,7 +7950,7 @@ static void dsv3i_backward_layout(dsv3i_backward *at, const dsv3i_dims *m, size_
 #define DSV3I_TRAINER(X)                                                                                             \
     X(float, m, count, 1) X(float, v, count, 1) X(float, ema, s->ema ? count : 0, 1) X(float, bias, layers, m.E)     \
     X(double, losses.nll, depths, 1) X(uint64_t, losses.targets, depths, 1) X(double, losses.balance, layers, 1)     \
-    X(uint64_t, targets, depths, 1) X(dsv3i_squares, squares, flat.pieces, 1) X(dsv3_cache, caches, s->sequences, 1) \
+    X(uint64_t, targets, depths, 1) X(dsv3i_squares, squares, flat.runs, 1) X(dsv3_cache, caches, s->sequences, 1)   \
     X(dsv3i_saved, saved, layers, 1) X(dsv3i_depth, depth, depths, 1) X(dsv3i_backward, backward, 1, 1)              \
     X(float, carry[0], n, m.d) X(float, carry[1], n, m.d) X(float, dx, n, m.d) X(float, dconcat, n, 2 * m.d)
 
@@ -8313,16 +8314,10 @@ DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_tra
 
 /* Does name match the pattern, in which * stands for any characters? */
 static int dsv3i_matches(const char *pattern, const char *name) {
-    for (; *pattern != '\0'; pattern++, name++) {
-        if (*pattern == '*') {
-            for (;; name++) {
-                if (dsv3i_matches(pattern + 1, name)) return 1;
-                if (*name == '\0') return 0;
-            }
-        }
-        if (*pattern != *name) return 0;
+    if (*pattern == '*') {
+        return dsv3i_matches(pattern + 1, name) || (*name != '\0' && dsv3i_matches(pattern, name + 1));
     }
-    return *name == '\0';
+    return *pattern == *name && (*name == '\0' || dsv3i_matches(pattern + 1, name + 1));
 }
 
 static int dsv3i_matches_any(const char *const *patterns, const char *name) {
@@ -8333,68 +8328,58 @@ static int dsv3i_matches_any(const char *const *patterns, const char *name) {
 }
 
 typedef struct dsv3i_optimizer {
-    const dsv3_context *ctx;
     dsv3_trainer *t;
-    size_t at, n;                   /* the tensor's elements */
-    size_t from, count;             /* elements that wait for AdamW, with the same decay */
-    size_t pieces;                  /* in t->squares */
-    float scale, decay, rate, root; /* clipping; 1 - lr decay; lr / (1 - b1^t); 1 / sqrt(1 - b2^t) */
-    double lr;
+    size_t at, runs;                /* the walk's place among the parameters; t->squares in use */
+    float decay, scale, rate, root; /* 1 - lr decay; clipping; lr / (1 - b1^t); 1 / sqrt(1 - b2^t) */
 } dsv3i_optimizer;
 
-/* Is this tensor trained by AdamW? Steps over it in any case. */
-static int dsv3i_optimizer_visit(dsv3i_optimizer *o, const dsv3i_walk *w) {
-    const dsv3_tensor_info *info = &w->info;
-    if (info->optional) return 0;
-    o->at += o->n;
-    o->n = info->rows * info->cols;
-    return !(info->group == DSV3_GROUP_ROUTER && info->rank == 1) &&
-           !dsv3i_matches_any(o->t->settings.frozen, info->name);
-}
-
-static void dsv3i_squares_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_optimizer *o = (const dsv3i_optimizer *)arg;
-    (void)worker;
-    for (size_t i = begin; i < end; i++) {
-        dsv3i_squares *piece = &o->t->squares[i];
-        const float *g = o->t->gradients.data + piece->at;
-        double sum[4] = {0, 0, 0, 0};
-        size_t j = 0;
-        for (; j + 4 <= piece->n; j += 4) {
-            for (size_t k = 0; k < 4; k++) sum[k] += (double)g[j + k] * (double)g[j + k];
-        }
-        for (size_t k = 0; j + k < piece->n; k++) sum[k] += (double)g[j + k] * (double)g[j + k];
-        piece->sum = (sum[0] + sum[2]) + (sum[1] + sum[3]);
-    }
-}
-
-static dsv3_result dsv3i_squares_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
+/* Cuts what AdamW trains into runs: all but frozen tensors and routers' biases. Vectors do not decay. */
+static dsv3_result dsv3i_optimizer_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     dsv3i_optimizer *o = (dsv3i_optimizer *)w->user;
+    const dsv3_training *s = &o->t->settings;
+    const dsv3_tensor_info *info = &w->info;
+    size_t n = info->rows * info->cols;
+    int skip = (info->group == DSV3_GROUP_ROUTER && info->rank == 1) || dsv3i_matches_any(s->frozen, info->name);
     (void)slot;
-    if (!dsv3i_optimizer_visit(o, w)) return DSV3_OK;
-    for (size_t i = 0; i < o->n; i += DSV3I_SQUARES) {
-        dsv3i_squares *piece = &o->t->squares[o->pieces++];
-        piece->at = o->at + i;
-        piece->n = dsv3i_min(DSV3I_SQUARES, o->n - i);
+    if (info->optional) return DSV3_OK;
+    for (size_t i = 0; i < n && !skip; i += DSV3I_RUN) {
+        dsv3i_squares *run = &o->t->squares[o->runs++];
+        run->at = o->at + i;
+        run->n = dsv3i_min(DSV3I_RUN, n - i);
+        run->decay = info->rank == 2 && !dsv3i_matches_any(s->exempt, info->name) ? o->decay : 1.0f;
     }
+    o->at += n;
     return DSV3_OK;
 }
 
-/* Of the gradients of all that is trained. */
-static double dsv3i_sum_of_squares(dsv3i_optimizer *o) {
-    double sum = 0.0;
-    (void)dsv3i_walk_all(&o->t->weights.model.config, NULL, o, dsv3i_squares_tensor);
-    dsv3i_parallel(o->ctx, o->pieces, o->t->gradients.count, dsv3i_squares_task, o);
-    for (size_t i = 0; i < o->pieces; i++) sum += o->t->squares[i].sum;
-    o->at = o->n = 0;
-    return sum;
+static void dsv3i_squares_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3_trainer *t = (const dsv3_trainer *)arg;
+    (void)worker;
+    for (size_t i = begin; i < end; i++) {
+        const float *g = t->gradients.data + t->squares[i].at;
+        size_t n = t->squares[i].n, j = 0;
+        double sum[4] = {0, 0, 0, 0};
+        for (; j + 4 <= n; j += 4) {
+            for (size_t k = 0; k < 4; k++) sum[k] += (double)g[j + k] * (double)g[j + k];
+        }
+        for (size_t k = 0; j + k < n; k++) sum[k] += (double)g[j + k] * (double)g[j + k];
+        t->squares[i].sum = (sum[0] + sum[2]) + (sum[1] + sum[3]);
+    }
 }
 
-/* Elements i .. i+n-1 of a tensor. */
-static void dsv3i_adamw(const dsv3i_optimizer *o, float *DSV3I_RESTRICT w, float *DSV3I_RESTRICT m,
+/* The global norm: of the gradients of all that is trained. */
+static double dsv3i_gradient_norm(const dsv3_context *ctx, dsv3_trainer *t, size_t runs) {
+    double sum = 0.0;
+    dsv3i_parallel(ctx, runs, t->gradients.count, dsv3i_squares_task, t);
+    for (size_t i = 0; i < runs; i++) sum += t->squares[i].sum;
+    return DSV3_POW(sum, 0.5);
+}
+
+/* AdamW on w, with moments m and v; all [n]. */
+static void dsv3i_adamw(const dsv3i_optimizer *o, float decay, float *DSV3I_RESTRICT w, float *DSV3I_RESTRICT m,
                         float *DSV3I_RESTRICT v, const float *DSV3I_RESTRICT gradient, size_t n) {
-    const float b1 = o->t->settings.beta1, b2 = o->t->settings.beta2, eps = o->t->settings.eps, scale = o->scale;
-    const float decay = o->decay, rate = o->rate, root = o->root;
+    const float b1 = o->t->settings.beta1, b2 = o->t->settings.beta2, eps = o->t->settings.eps;
+    const float scale = o->scale, rate = o->rate, root = o->root;
     for (size_t i = 0; i < n; i++) {
         float g = gradient[i] * scale;
         m[i] = b1 * m[i] + (1.0f - b1) * g;
@@ -8405,75 +8390,48 @@ static void dsv3i_adamw(const dsv3i_optimizer *o, float *DSV3I_RESTRICT w, float
 
 static void dsv3i_adamw_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_optimizer *o = (const dsv3i_optimizer *)arg;
-    size_t first = begin * DSV3I_SQUARES, n = dsv3i_min(end * DSV3I_SQUARES, o->count) - first, at = o->from + first;
+    const dsv3_trainer *t = o->t;
     (void)worker;
-    dsv3i_adamw(o, o->t->weights.data + at, o->t->m + at, o->t->v + at, o->t->gradients.data + at, n);
-}
-
-static void dsv3i_adamw_flush(dsv3i_optimizer *o) {
-    dsv3i_parallel(o->ctx, dsv3i_blocks(o->count, DSV3I_SQUARES), dsv3i_mul(o->count, 8), dsv3i_adamw_task, o);
-    o->count = 0;
-}
-
-/* Tensors that lie next to each other share a loop: most are small. */
-static dsv3_result dsv3i_adamw_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
-    dsv3i_optimizer *o = (dsv3i_optimizer *)w->user;
-    const dsv3_training *s = &o->t->settings;
-    float decay = 1.0f;
-    (void)slot;
-    if (!dsv3i_optimizer_visit(o, w)) return DSV3_OK;
-    if (w->info.rank == 2 && !dsv3i_matches_any(s->exempt, w->info.name)) {
-        decay = (float)(1.0 - o->lr * (double)s->weight_decay);
+    for (size_t i = begin; i < end; i++) {
+        size_t at = t->squares[i].at;
+        dsv3i_adamw(o, t->squares[i].decay, t->weights.data + at, t->m + at, t->v + at, t->gradients.data + at,
+                    t->squares[i].n);
     }
-    if (o->count == 0 || dsv3i_bits(decay) != dsv3i_bits(o->decay) || o->from + o->count != o->at) {
-        dsv3i_adamw_flush(o);
-        o->from = o->at;
-        o->decay = decay;
-    }
-    o->count += o->n;
-    return DSV3_OK;
 }
 
 /* The moving average follows the weights, biases included. */
 static void dsv3i_ema_task(void *arg, size_t begin, size_t end, size_t worker) {
-    dsv3_trainer *t = ((const dsv3i_optimizer *)arg)->t;
+    const dsv3_trainer *t = (const dsv3_trainer *)arg;
     float decay = t->step == 0 ? 0.0f : t->settings.ema_decay;
     (void)worker;
-    for (size_t i = begin * DSV3I_SQUARES; i < dsv3i_min(end * DSV3I_SQUARES, t->weights.count); i++) {
+    for (size_t i = begin * DSV3I_RUN; i < dsv3i_min(end * DSV3I_RUN, t->weights.count); i++) {
         t->ema[i] = decay * t->ema[i] + (1.0f - decay) * t->weights.data[i];
     }
 }
 
-typedef struct dsv3i_biases {
-    dsv3_trainer *t;
-    int back; /* bool: from the rows of t->bias to the weights, not the other way */
-} dsv3i_biases;
-
 static dsv3_result dsv3i_bias_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
-    const dsv3i_biases *b = (const dsv3i_biases *)w->user;
-    float *bias = dsv3i_grad(slot), *row;
+    const dsv3_trainer *t = (const dsv3_trainer *)w->user;
+    size_t E = w->info.cols;
     if (w->info.group != DSV3_GROUP_ROUTER || w->info.rank != 1) return DSV3_OK;
-    row = b->t->bias + (size_t)w->info.layer * w->info.cols;
-    if (!b->back) {
-        DSV3_MEMCPY(row, bias, w->info.cols * sizeof *bias);
-    } else if (!dsv3i_matches_any(b->t->settings.frozen, w->info.name)) {
-        DSV3_MEMCPY(bias, row, w->info.cols * sizeof *bias);
-    }
+    if (dsv3i_matches_any(t->settings.frozen, w->info.name)) return DSV3_OK;
+    DSV3_MEMCPY(dsv3i_grad(slot), t->bias + (size_t)w->info.layer * E, E * sizeof *t->bias);
     return DSV3_OK;
 }
 
-/* The bias step on the weights' biases, as far as these are not frozen. */
+/* The bias step on all routers' biases [L + D, E], 0 where there is none. Those not frozen go back to the weights. */
 static void dsv3i_train_bias(dsv3_trainer *t) {
     dsv3_model *model = &t->weights.model;
-    dsv3i_biases b = {t, 0};
-    DSV3_MEMSET(t->bias, 0, t->balancer.layers * t->balancer.E * sizeof *t->bias);
-    (void)dsv3i_walk_all(&model->config, model, &b, dsv3i_bias_tensor);
+    size_t layers = t->balancer.layers, E = t->balancer.E;
+    DSV3_MEMSET(t->bias, 0, layers * E * sizeof *t->bias);
+    for (size_t i = 0; i < layers; i++) {
+        const void *bias = model->layers[i].e_score_correction_bias.data;
+        if (bias != NULL) DSV3_MEMCPY(t->bias + i * E, bias, E * sizeof *t->bias);
+    }
     dsv3i_balancer_move(&t->balancer, t->bias, t->step);
-    b.back = 1;
-    (void)dsv3i_walk_all(&model->config, model, &b, dsv3i_bias_tensor);
+    (void)dsv3i_walk_all(&model->config, model, t, dsv3i_bias_tensor);
 }
 
-/* w b1^t without pow: t is small where it matters. */
+/* base^n, by squaring: the same on every machine. */
 static double dsv3i_power(double base, uint64_t n) {
     double result = 1.0;
     for (; n > 0; n >>= 1, base *= base) {
@@ -8487,7 +8445,7 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
     dsv3_trainer *t = trainer;
     dsv3i_optimizer o;
     dsv3_result result = DSV3_OK;
-    double size;
+    double size, clip;
     if (context == NULL || t == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
     if (t->settings.reduce != NULL) {
         result = t->settings.reduce(t->settings.reduce_user, t->gradients.data, t->gradients.count);
@@ -8495,23 +8453,23 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
     if (result == DSV3_OK) result = dsv3i_balancer_reduce(&t->balancer); /* before anything has moved */
     if (result != DSV3_OK) return dsv3i_fail(error, result, "reduce", "failed");
     DSV3_MEMSET(&o, 0, sizeof o);
-    o.ctx = context;
     o.t = t;
-    o.lr = learning_rate;
-    size = DSV3_POW(dsv3i_sum_of_squares(&o), 0.5);
+    o.decay = (float)(1.0 - learning_rate * (double)t->settings.weight_decay);
+    (void)dsv3i_walk_all(&t->weights.model.config, NULL, &o, dsv3i_optimizer_tensor);
+    size = dsv3i_gradient_norm(context, t, o.runs);
     if (norm != NULL) *norm = size;
-    if (!(size <= DBL_MAX))
+    if (!(size <= DBL_MAX)) {
         return dsv3i_fail(error, DSV3_ERR_NAN, "gradients", "are not finite, and the step is skipped");
-    o.scale =
-        t->settings.clip > 0.0f && size > (double)t->settings.clip ? (float)((double)t->settings.clip / size) : 1.0f;
+    }
+    clip = (double)t->settings.clip;
+    o.scale = clip > 0.0 && size > clip ? (float)(clip / size) : 1.0f;
     o.rate = (float)(learning_rate / (1.0 - dsv3i_power((double)t->settings.beta1, t->step + 1)));
     o.root = (float)DSV3_POW(1.0 - dsv3i_power((double)t->settings.beta2, t->step + 1), -0.5);
-    (void)dsv3i_walk_all(&t->weights.model.config, NULL, &o, dsv3i_adamw_tensor);
-    dsv3i_adamw_flush(&o);
+    dsv3i_parallel(context, o.runs, dsv3i_mul(t->weights.count, 8), dsv3i_adamw_task, &o);
     dsv3i_train_bias(t);
     if (t->ema != NULL) {
-        size_t count = t->weights.count;
-        dsv3i_parallel(context, dsv3i_blocks(count, DSV3I_SQUARES), dsv3i_mul(count, 2), dsv3i_ema_task, &o);
+        size_t n = t->weights.count;
+        dsv3i_parallel(context, dsv3i_blocks(n, DSV3I_RUN), dsv3i_mul(n, 2), dsv3i_ema_task, t);
     }
     t->step++;
     return dsv3i_ok(error);
