@@ -6996,7 +6996,7 @@ DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *los
     return dsv3i_ok(error);
 }
 
-/* What the mean loss of depth k is multiplied with. */
+/* What the mean loss of depth k is multiplied by. */
 static double dsv3i_depth_weight(size_t k, size_t D, double lambda) { return k == 0 ? 1.0 : lambda / (double)D; }
 
 /* L of the chapter's head, or what the sums have of a step with targets [1 + D] and sequences. weighted: each term has
@@ -7694,7 +7694,7 @@ DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, c
 
 #ifndef DSV3_NO_TRAINING
 /* ========================================================================================================
- * Chapter 13  >>train
+ * Chapter 14  >>train
  *
  * Training as a program ([R] 4.2). A step is
  *     begin       how many targets will there be, in all micro-batches of all ranks?
@@ -7702,12 +7702,11 @@ DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, c
  *     end         sum over ranks, one global norm, clip, AdamW on float32 weights, bias step, moving average
  * so that gradient accumulation is right by construction: no mean of means, no rescaling behind the fact.
  *
- * The forward pass is that of inference (chapters 4 to 11), in the expanded attention form, with the workspace's
- * pointers on memory that stays until the backward pass. Per layer and row are kept, in floats:
- *     2 d (residual stream twice), rq + rk + dr, H dv + 2 H, E + 2 K (and K indices), 2 (K F + n_shared F) or 2 I
- * and beside them, if settings.keep (or, layer by layer, keep_layers) asks for it, 2 d + rq + rk + dr (norms),
- * H (dn + dr) (queries), half of the last (SwiGLU). What is not kept is computed again. Backward goes from the last
- * MTP module down: each gives the one before the gradient of the states it was given.
+ * The forward pass is that of inference (chapters 4 to 12), in the expanded attention form, with the workspace's
+ * pointers on memory that stays until the backward pass. Of each layer and row stay about 2 d + rq + rk + H dv floats,
+ * and 2 (K F + n_shared F) or 2 I; more, if settings.keep (or, layer by layer, keep_layers) asks for it (DSV3I_SAVED).
+ * What is not kept is computed again. Backward goes from the last MTP module down: each gives the one before the
+ * gradient of the states it was given.
  *
  * AdamW: m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2,
  *     w = w (1 - lr decay) - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
@@ -7721,17 +7720,18 @@ DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, c
 /* Such a run of elements of one tensor. */
 typedef struct dsv3i_squares {
     size_t at, n; /* among the parameters */
-    float decay;  /* what its weights are multiplied with */
+    float decay;  /* what its weights are multiplied by */
     double sum;   /* of the squares of its gradients */
 } dsv3i_squares;
 
 typedef struct dsv3i_flat {
     float *data; /* NULL: only count */
-    size_t count, runs;
+    size_t count, runs; /* elements and their runs, so far */
 } dsv3i_flat;
 
 static dsv3_result dsv3i_flat_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     dsv3i_flat *flat = (dsv3i_flat *)w->user;
+    size_t n = dsv3i_mul(w->info.rows, w->info.cols);
     if (w->info.optional) return DSV3_OK;
     if (flat->data != NULL) {
         slot->data = flat->data + flat->count;
@@ -7740,8 +7740,8 @@ static dsv3_result dsv3i_flat_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
         slot->rank = w->info.rank;
         slot->type = DSV3_F32;
     }
-    flat->count = dsv3i_add(flat->count, dsv3i_mul(w->info.rows, w->info.cols));
-    flat->runs = dsv3i_add(flat->runs, dsv3i_blocks(dsv3i_mul(w->info.rows, w->info.cols), DSV3I_RUN));
+    flat->count = dsv3i_add(flat->count, n);
+    flat->runs = dsv3i_add(flat->runs, dsv3i_blocks(n, DSV3I_RUN));
     return DSV3_OK;
 }
 
@@ -7757,12 +7757,11 @@ static dsv3_result dsv3i_walk_all(const dsv3_config *config, dsv3_model *model, 
 
 static void dsv3i_parameters_layout(dsv3_parameters *q, const dsv3_config *config, dsv3i_layout *l) {
     dsv3i_flat flat = {NULL, 0, 0};
-    unsigned char *base = l->base;
     (void)dsv3i_walk_all(config, NULL, &flat, dsv3i_flat_tensor);
     q->count = flat.count;
     dsv3i_model_layout(&q->model, config, l);
     q->data = (float *)dsv3i_take(l, sizeof *q->data, q->count, 1, 1);
-    if (base != NULL) DSV3_MEMSET(q->data, 0, q->count * sizeof *q->data);
+    if (l->base != NULL) DSV3_MEMSET(q->data, 0, q->count * sizeof *q->data);
 }
 
 static void dsv3i_parameters_bind(dsv3_parameters *q, const dsv3_config *config) {
@@ -7817,18 +7816,16 @@ static dsv3_result dsv3i_load_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
 }
 
 DSV3_API dsv3_result dsv3_parameters_load(dsv3_parameters *parameters, const dsv3_model *from) {
-    dsv3i_flat flat;
+    dsv3i_flat flat = {NULL, 0, 0};
     dsv3_model copy;
-    dsv3i_dims to_dims, from_dims;
+    dsv3i_dims to, m;
     if (parameters == NULL || from == NULL) return DSV3_ERR_ARG;
-    to_dims = dsv3i_dims_of(&parameters->model.config);
-    from_dims = dsv3i_dims_of(&from->config);
-    if (dsv3i_fingerprint(&to_dims) != dsv3i_fingerprint(&from_dims) || from->n_mtp < parameters->model.n_mtp) {
-        return DSV3_ERR_MISMATCH;
-    }
+    to = dsv3i_dims_of(&parameters->model.config);
+    m = dsv3i_dims_of(&from->config);
+    if (dsv3i_fingerprint(&to) != dsv3i_fingerprint(&m)) return DSV3_ERR_MISMATCH;
+    if (from->n_mtp < parameters->model.n_mtp) return DSV3_ERR_MISMATCH;
     copy = *from;
     flat.data = parameters->data;
-    flat.count = flat.runs = 0;
     return dsv3i_walk_all(&parameters->model.config, &copy, &flat, dsv3i_load_tensor);
 }
 
@@ -7855,10 +7852,7 @@ static dsv3_result dsv3i_random_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
 }
 
 DSV3_API void dsv3_parameters_random(dsv3_parameters *parameters, dsv3_rng *rng, float std) {
-    dsv3i_random r;
-    r.rng = rng;
-    r.data = parameters->data;
-    r.std = std;
+    dsv3i_random r = {rng, parameters->data, std};
     (void)dsv3i_walk_all(&parameters->model.config, NULL, &r, dsv3i_random_tensor);
 }
 
@@ -7867,13 +7861,11 @@ DSV3_API void dsv3_parameters_random(dsv3_parameters *parameters, dsv3_rng *rng,
 DSV3_API dsv3_training dsv3_training_default(void) {
     dsv3_training s;
     DSV3_MEMSET(&s, 0, sizeof s);
-    s.rows = 4096;
+    s.rows = s.longest = 4096;
     s.sequences = 1;
-    s.longest = 4096;
     s.lambda = 0.3;
     s.balance.expert = 0.0001;
-    s.balance.devices = 1;
-    s.balance.most_devices = 1;
+    s.balance.devices = s.balance.most_devices = 1;
     s.beta1 = 0.9f;
     s.beta2 = 0.95f;
     s.eps = 1e-8f;
@@ -7915,13 +7907,12 @@ static size_t dsv3i_hidden_floats(const dsv3i_dims *m, int is_moe) {
     return is_moe ? dsv3i_add(dsv3i_mul(m->K, m->F), m->Fs) : m->I;
 }
 
-/* What a layer keeps. moe, norms, queries, swiglu: n, or 0 where the layer is dense or need not keep the member. */
+/* What a layer keeps. moe, norms, queries, swiglu: n, or 0 where the layer is dense or need not keep that. */
 #define DSV3I_SAVED(X)                                                                                               \
     X(float, x_in, n, m->d) X(float, x_mid, n, m->d) X(float, q_raw, n, m->rq) X(float, kv_raw, n, m->width)         \
-    X(float, o, n, m->Ho) X(float, softmax, n, 2 * m->H)                                                             \
+    X(float, o, n, m->Ho) X(float, softmax, n, 2 * m->H) X(float, h_gate, n, hidden) X(float, h_up, n, hidden)       \
     X(float, score, moe, m->E) X(float, gate, moe, m->K) X(int32_t, idx, moe, m->K)                                  \
     X(size_t, slot, moe, m->K) X(size_t, offset, moe > 0 ? m->E + 1 : 0, 1)                                          \
-    X(float, h_gate, n, hidden) X(float, h_up, n, hidden)                                                            \
     X(float, u, norms, m->d) X(float, u_ffn, norms, m->d) X(float, q_latent, norms, m->rq)                           \
     X(float, kv, norms, m->width) X(float, q, queries, m->Hq) X(float, h, swiglu, hidden)
 
@@ -7948,25 +7939,24 @@ static void dsv3i_backward_layout(dsv3i_backward *at, const dsv3i_dims *m, size_
 }
 
 #define DSV3I_TRAINER(X)                                                                                             \
-    X(float, m, count, 1) X(float, v, count, 1) X(float, ema, s->ema ? count : 0, 1) X(float, bias, layers, m.E)     \
+    X(float, m, flat.count, 1) X(float, v, flat.count, 1) X(float, ema, s->ema ? flat.count : 0, 1)                  \
     X(double, losses.nll, depths, 1) X(uint64_t, losses.targets, depths, 1) X(double, losses.balance, layers, 1)     \
-    X(uint64_t, targets, depths, 1) X(dsv3i_squares, squares, flat.runs, 1) X(dsv3_cache, caches, s->sequences, 1)   \
-    X(dsv3i_saved, saved, layers, 1) X(dsv3i_depth, depth, depths, 1) X(dsv3i_backward, backward, 1, 1)              \
-    X(float, carry[0], n, m.d) X(float, carry[1], n, m.d) X(float, dx, n, m.d) X(float, dconcat, n, 2 * m.d)
+    X(uint64_t, targets, depths, 1) X(float, bias, layers, m.E) X(dsv3i_squares, squares, flat.runs, 1)              \
+    X(dsv3_cache, caches, s->sequences, 1) X(dsv3i_saved, saved, layers, 1) X(dsv3i_depth, depth, depths, 1)         \
+    X(dsv3i_backward, backward, 1, 1) X(float, dx, n, m.d) X(float, dconcat, n, 2 * m.d)                             \
+    X(float, carry[0], n, m.d) X(float, carry[1], n, m.d)
 
-/* Nobody may look into `at` while sizes are measured: what lies in the buffer is then made on the stack. */
 static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const dsv3_training *s, size_t threads,
                                  dsv3i_layout *l) {
     dsv3i_dims m = dsv3i_dims_of(c);
-    size_t n = s->rows, layers = m.L + m.D, depths = 1 + m.D, count;
-    int exists = l->base != NULL;
+    size_t n = s->rows, layers = m.L + m.D, depths = 1 + m.D;
+    int exists = l->base != NULL; /* else there are no arrays, and their elements are laid out for nobody */
     dsv3i_flat flat = {NULL, 0, 0};
     dsv3_cache cache;
     dsv3i_saved saved;
     dsv3i_depth depth;
     dsv3i_backward backward;
     (void)dsv3i_walk_all(c, NULL, &flat, dsv3i_flat_tensor);
-    count = flat.count;
     dsv3i_parameters_layout(&at->weights, c, l);
     dsv3i_parameters_layout(&at->gradients, c, l);
     dsv3i_balancer_layout(&at->balancer, c, l);
@@ -7986,16 +7976,12 @@ static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const d
 DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_training *settings, size_t threads,
                                        size_t *bytes) {
     dsv3i_layout l = {NULL, 0};
+    const dsv3_training *s = settings;
     dsv3_trainer t;
     DSV3I_TRY(dsv3_config_check(config, NULL));
-    if (settings == NULL || settings->rows < 1 || settings->sequences < 1 || settings->longest < 1 || threads < 1) {
-        return DSV3_ERR_ARG;
-    }
-    if ((uint64_t)settings->rows > (uint64_t)DSV3_MAX_SEQ || (uint64_t)settings->longest > (uint64_t)DSV3_MAX_SEQ ||
-        settings->sequences > settings->rows) {
-        return DSV3_ERR_LIMIT;
-    }
-    dsv3i_trainer_layout(&t, config, settings, threads, &l);
+    if (s == NULL || s->rows < 1 || s->sequences < 1 || s->longest < 1 || threads < 1) return DSV3_ERR_ARG;
+    if (dsv3i_max(s->rows, s->longest) > (uint64_t)DSV3_MAX_SEQ || s->sequences > s->rows) return DSV3_ERR_LIMIT;
+    dsv3i_trainer_layout(&t, config, s, threads, &l);
     return dsv3i_layout_size(&l, bytes);
 }
 
@@ -8038,19 +8024,19 @@ DSV3_API void dsv3_text_count(const dsv3_text *text, size_t depths, uint64_t *ta
 
 DSV3_API dsv3_result dsv3_train_begin(dsv3_trainer *trainer, const uint64_t *targets, uint64_t sequences) {
     dsv3_trainer *t = trainer;
-    size_t layers;
+    dsv3_losses *sums;
+    dsv3_balancer *b;
     if (t == NULL) return DSV3_ERR_ARG;
-    layers = t->balancer.layers;
-    for (size_t k = 0; k <= t->losses.depths; k++) {
-        t->targets[k] = targets != NULL ? targets[k] : 0;
-        t->losses.nll[k] = 0.0;
-        t->losses.targets[k] = 0;
-    }
-    for (size_t i = 0; i < layers; i++) t->losses.balance[i] = 0.0;
+    sums = &t->losses;
+    b = &t->balancer;
+    for (size_t k = 0; k <= sums->depths; k++) t->targets[k] = targets != NULL ? targets[k] : 0;
     t->sequences = sequences;
-    t->losses.sequences = 0;
-    t->losses.load = t->balancer.load;
-    DSV3_MEMSET(t->balancer.load, 0, layers * t->balancer.E * sizeof *t->balancer.load);
+    sums->sequences = 0;
+    sums->load = b->load;
+    DSV3_MEMSET(sums->nll, 0, (1 + sums->depths) * sizeof *sums->nll);
+    DSV3_MEMSET(sums->targets, 0, (1 + sums->depths) * sizeof *sums->targets);
+    DSV3_MEMSET(sums->balance, 0, b->layers * sizeof *sums->balance);
+    DSV3_MEMSET(b->load, 0, b->layers * b->E * sizeof *b->load);
     DSV3_MEMSET(t->gradients.data, 0, t->gradients.count * sizeof(float));
     return DSV3_OK;
 }
