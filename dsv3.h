@@ -853,8 +853,6 @@ typedef struct dsv3_balance_weights {
     size_t devices, most_devices; /* V2: 8 and 3 */
     int32_t actual;               /* bool: f_i of the first from the actual routing (V2), not the largest scores */
 } dsv3_balance_weights;
-/* Mean of (log sum exp z_t)^2 over the router's logits z [n, E] (ST-MoE; not used by DeepSeek). */
-DSV3_API double dsv3_z_loss(const float *z, const uint8_t *mask, size_t n, size_t E);
 
 #ifndef DSV3_NO_TRAINING
 /* Backward ops. Gradients d.. are added to what stands there, so that branches and micro-batches add up; dy is the
@@ -4779,18 +4777,6 @@ DSV3_API double dsv3_communication_loss(const float *score, const int32_t *idx, 
     if (!(rows > 0.0)) return 0.0;
     dsv3i_communication_f(scratch, rows, idx, mask, n, E, K, devices, most_devices);
     return dsv3i_balance_sum(scratch + E, scratch, rows, score, mask, n, E);
-}
-
-DSV3_API double dsv3_z_loss(const float *z, const uint8_t *mask, size_t n, size_t E) {
-    double sum = 0.0, rows = 0.0;
-    for (size_t t = 0; t < n; t++) {
-        double lse;
-        if (!dsv3i_counts(mask, t)) continue;
-        lse = (double)dsv3_log_sum_exp(z + t * E, E);
-        sum += lse * lse;
-        rows += 1.0;
-    }
-    return rows > 0.0 ? sum / rows : 0.0;
 }
 
 #ifndef DSV3_NO_TRAINING
