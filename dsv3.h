@@ -1325,8 +1325,8 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 /* ========================================================================================================
  * Chapter 2  >>tools
  *
- * Sizes that cannot wrap, memory layouts that cannot disagree with themselves, error reports, the number
- * formats of checkpoints, and the parallel loop. Test: tests/test_tools.c, tests/test_codecs.c.
+ * Sizes that cannot wrap, memory layouts that cannot disagree with themselves, error reports, and the parallel loop.
+ * Test: tests/test_tools.c.
  * ==================================================================================================== */
 
 /* ---- Sizes: saturating arithmetic. SIZE_MAX means "too large" and stays so (but for a product with 0). */
@@ -1334,6 +1334,9 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 static size_t dsv3i_add(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
 
 static size_t dsv3i_mul(size_t a, size_t b) { return b != 0 && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
+
+/* The other way round: a - b, but never below 0. */
+static size_t dsv3i_sub(size_t a, size_t b) { return a > b ? a - b : 0; }
 
 static size_t dsv3i_min(size_t a, size_t b) { return a < b ? a : b; }
 
@@ -1345,6 +1348,7 @@ static size_t dsv3i_blocks(size_t n, size_t block) { return n / block + (n % blo
 
 typedef struct dsv3i_dims {
     size_t d, V, H, rq, rk, dn, dr, dv, E, K, G, F, I, L, D;
+    size_t d2;          /* 2 d: what an MTP module joins */
     size_t qk;          /* dn + dr: one head's query */
     size_t kv;          /* dn + dv: one head's rows of kv_b_proj */
     size_t width;       /* rk + dr: what the cache keeps of a position */
@@ -1369,6 +1373,7 @@ static dsv3i_dims dsv3i_dims_of(const dsv3_config *c) {
     m.I = (size_t)c->intermediate_size;
     m.L = (size_t)c->num_hidden_layers;
     m.D = (size_t)c->num_nextn_predict_layers;
+    m.d2 = dsv3i_mul(2, m.d);
     m.qk = dsv3i_add(m.dn, m.dr);
     m.kv = dsv3i_add(m.dn, m.dv);
     m.width = dsv3i_add(m.rk, m.dr);
@@ -1485,14 +1490,24 @@ DSV3_API const char *dsv3_result_string(dsv3_result result) {
     return i < sizeof text / sizeof text[0] ? text[i] : "unknown result";
 }
 
-/* All errors are made here: code, name, reason, and optionally numbers. */
-static dsv3_result dsv3i_fail_numbers(dsv3_error *error, dsv3_result code, const char *name, const char *why,
-                                      dsv3_numbers numbers, int64_t e0, int64_t e1, int64_t f0, int64_t f1) {
+/* All errors are made here: code, name and reason. Numbers may be added. */
+static dsv3_result dsv3i_fail(dsv3_error *error, dsv3_result code, const char *name, const char *why) {
     if (error != NULL) {
         dsv3i_text t = dsv3i_text_begin(error->name, sizeof error->name);
         dsv3i_text_add(&t, name);
         error->code = code;
         error->why = why;
+        error->numbers = DSV3_NUMBERS_NONE;
+        error->expected[0] = error->expected[1] = 0;
+        error->found[0] = error->found[1] = 0;
+    }
+    return code;
+}
+
+static dsv3_result dsv3i_fail_numbers(dsv3_error *error, dsv3_result code, const char *name, const char *why,
+                                      dsv3_numbers numbers, int64_t e0, int64_t e1, int64_t f0, int64_t f1) {
+    (void)dsv3i_fail(error, code, name, why);
+    if (error != NULL) {
         error->numbers = numbers;
         error->expected[0] = e0;
         error->expected[1] = e1;
@@ -1500,10 +1515,6 @@ static dsv3_result dsv3i_fail_numbers(dsv3_error *error, dsv3_result code, const
         error->found[1] = f1;
     }
     return code;
-}
-
-static dsv3_result dsv3i_fail(dsv3_error *error, dsv3_result code, const char *name, const char *why) {
-    return dsv3i_fail_numbers(error, code, name, why, DSV3_NUMBERS_NONE, 0, 0, 0, 0);
 }
 
 static dsv3_result dsv3i_fail_range(dsv3_error *error, dsv3_result code, const char *name, const char *why,
@@ -1542,25 +1553,20 @@ static dsv3_result dsv3i_fail_row(dsv3_error *error, dsv3_result code, const cha
 
 static dsv3_result dsv3i_ok(dsv3_error *error) { return dsv3i_fail(error, DSV3_OK, "", "ok"); }
 
-static void dsv3i_text_add_pair(dsv3i_text *t, const int64_t *v, const char *between) {
-    dsv3i_text_add_int(t, v[0]);
-    dsv3i_text_add(t, between);
-    dsv3i_text_add_int(t, v[1]);
-}
-
+/* " (expected 256 x 48, found 48 x 256)": pairs for shapes, "1 to 8" for a range of several numbers. */
 static void dsv3i_text_add_numbers(dsv3i_text *t, const dsv3_error *e) {
     int shape = e->numbers == DSV3_NUMBERS_SHAPE;
     dsv3i_text_add(t, " (expected ");
+    dsv3i_text_add_int(t, e->expected[0]);
     if (shape || e->expected[0] != e->expected[1]) {
-        dsv3i_text_add_pair(t, e->expected, shape ? " x " : " to ");
-    } else {
-        dsv3i_text_add_int(t, e->expected[0]);
+        dsv3i_text_add(t, shape ? " x " : " to ");
+        dsv3i_text_add_int(t, e->expected[1]);
     }
     dsv3i_text_add(t, ", found ");
+    dsv3i_text_add_int(t, e->found[0]);
     if (shape) {
-        dsv3i_text_add_pair(t, e->found, " x ");
-    } else {
-        dsv3i_text_add_int(t, e->found[0]);
+        dsv3i_text_add(t, " x ");
+        dsv3i_text_add_int(t, e->found[1]);
     }
     dsv3i_text_add(t, ")");
 }
@@ -1581,7 +1587,47 @@ DSV3_API const char *dsv3_error_text(const dsv3_error *error, char *text, size_t
     return text;
 }
 
-/* ---- Number formats. Bits move through memcpy: no aliasing, no alignment, no assumption on compilers. */
+/* ---- Parallel loops. work is the loop's cost in multiply-adds, roughly: what is too small to be worth
+ * waking anybody (some tens of microseconds) runs right here. */
+
+#ifndef DSV3I_SERIAL_WORK
+#define DSV3I_SERIAL_WORK 262144u
+#endif
+
+static void dsv3i_parallel(const dsv3_context *ctx, size_t n, size_t work, dsv3_task task, void *arg) {
+    if (n == 0) return;
+    if (ctx->parallel_for == NULL || ctx->threads < 2 || n < 2 || work < DSV3I_SERIAL_WORK) {
+        task(arg, 0, n, 0);
+    } else {
+        ctx->parallel_for(ctx->parallel_user, ctx->threads, n, task, arg);
+    }
+}
+
+#if defined(_OPENMP) && !defined(DSV3_NO_OPENMP)
+/* Eight parts per thread: small enough to balance uneven items, large enough to be cheap. */
+static void dsv3i_parallel_openmp(void *user, size_t threads, size_t n, dsv3_task task, void *arg) {
+    size_t parts = dsv3i_min(n, dsv3i_mul(threads, 8));
+    (void)user;
+    _Pragma("omp parallel for schedule(dynamic, 1) num_threads((int)threads)") for (long i = 0; i < (long)parts;
+                                                                                    i++) {
+        size_t p = (size_t)i, each = n / parts, more = n % parts;
+        size_t begin = p * each + dsv3i_min(p, more);
+        task(arg, begin, begin + each + (p < more), (size_t)omp_get_thread_num());
+    }
+}
+#endif
+
+/* ========================================================================================================
+ * Chapter 3  >>formats
+ *
+ * The number formats of checkpoints: what their bits mean, the nearest code of a number, and whole matrices of codes.
+ *     F16      1 sign, 5 exponent and 10 mantissa bits        BF16    1, 8 and 7: the upper half of a float
+ *     E4M3     1, 4 and 3; a float multiplier for every 128 x 128 of a matrix
+ *     Q8_0     32 signed bytes and their F16 multiplier       Q4_0    32 times 4 bits, likewise
+ * Test: tests/test_codecs.c.
+ * ==================================================================================================== */
+
+/* ---- Floats. Bits move through memcpy: no aliasing, no alignment, no assumption on compilers. */
 
 static uint32_t dsv3i_bits(float x) {
     uint32_t bits;
@@ -1616,20 +1662,15 @@ static int dsv3i_all_finite(const float *x, size_t n) {
     return !bad;
 }
 
+/* ---- Types */
+
 DSV3_API size_t dsv3_type_block(dsv3_type type) {
     return type == DSV3_Q8_0 || type == DSV3_Q4_0 ? DSV3_QBLOCK : 1;
 }
 
 DSV3_API size_t dsv3_type_bytes(dsv3_type type) {
-    switch (type) {
-    case DSV3_F32: return sizeof(float);
-    case DSV3_F16: return 2;
-    case DSV3_BF16: return 2;
-    case DSV3_F8_E4M3: return 1;
-    case DSV3_Q8_0: return 2 + DSV3_QBLOCK;
-    case DSV3_Q4_0: return 2 + DSV3_QBLOCK / 2;
-    }
-    return 0;
+    static const uint8_t bytes[DSV3_TYPES] = {sizeof(float), 2, 2, 1, 2 + DSV3_QBLOCK, 2 + DSV3_QBLOCK / 2};
+    return (unsigned)type < DSV3_TYPES ? bytes[type] : 0;
 }
 
 DSV3_API size_t dsv3_row_bytes(dsv3_type type, size_t cols) {
@@ -1638,18 +1679,11 @@ DSV3_API size_t dsv3_row_bytes(dsv3_type type, size_t cols) {
 }
 
 DSV3_API const char *dsv3_type_name(dsv3_type type) {
-    switch (type) {
-    case DSV3_F32: return "F32";
-    case DSV3_F16: return "F16";
-    case DSV3_BF16: return "BF16";
-    case DSV3_F8_E4M3: return "F8_E4M3";
-    case DSV3_Q8_0: return "Q8_0";
-    case DSV3_Q4_0: return "Q4_0";
-    }
-    return "unknown";
+    static const char name[][8] = {"F32", "F16", "BF16", "F8_E4M3", "Q8_0", "Q4_0", "unknown"};
+    return name[(unsigned)type < DSV3_TYPES ? type : DSV3_TYPES];
 }
 
-/* BF16 is the upper half of a float. F16: exponent and mantissa are put into place and the exponent's bias is
+/* ---- Numbers. BF16 is the upper half of a float. F16: exponent and mantissa are put into place and the exponent's bias is
  * corrected by adding to it. That gives a subnormal code (exponent field 0, no implicit one) the value (1 + m) 2^-15
  * where m 2^-14 is meant; 2 (1 + m) 2^-15 - 2^-14 mends it, exactly, and without touching subnormal floats. */
 
@@ -1713,22 +1747,16 @@ DSV3_API uint8_t dsv3_f8_e4m3_from_f32(float x) {
 
 /* ---- Whole matrices */
 
-static float dsv3i_largest(const float *x, size_t n) {
-    float most = 0.0f;
-    for (size_t i = 0; i < n; i++) {
-        float a = x[i] < 0.0f ? -x[i] : x[i];
-        if (a > most) most = a;
-    }
-    return most;
-}
+static float dsv3i_magnitude(float x) { return x < 0.0f ? -x : x; }
 
 /* One block of 128 x 128, or what there is of it, of a matrix whose rows are cols wide. */
 static int dsv3i_quantize_f8(unsigned char *codes, unsigned char *scale, const float *x, size_t rows, size_t width,
                              size_t cols) {
     float d = 0.0f;
     for (size_t r = 0; r < rows; r++) {
-        float most = dsv3i_largest(x + r * cols, width);
-        if (most > d) d = most;
+        for (size_t i = 0; i < width; i++) {
+            if (dsv3i_magnitude(x[r * cols + i]) > d) d = dsv3i_magnitude(x[r * cols + i]);
+        }
     }
     d /= 448.0f;
     if (d < 1.17549435e-38f) d = 1.0f; /* 2^-126: a smaller one would have lost bits */
@@ -1743,7 +1771,7 @@ static int dsv3i_quantize_f8(unsigned char *codes, unsigned char *scale, const f
 /* The integer nearest to x, which is small; ties to even. */
 static int dsv3i_nearest(float x) {
     int q = (int)x; /* towards zero, and what is left is exact */
-    float left = x < 0.0f ? (float)q - x : x - (float)q;
+    float left = dsv3i_magnitude(x - (float)q);
     if (left > 0.5f || (!(left < 0.5f) && q % 2 != 0)) q += x < 0.0f ? -1 : 1;
     return q;
 }
@@ -1755,69 +1783,58 @@ static uint16_t dsv3i_multiplier(float most, float top) {
     return (uint16_t)(bits + (bits < 0x0400u && less));
 }
 
-static int dsv3i_quantize_q8_0(unsigned char *y, const float *x) {
-    uint16_t bits = dsv3i_multiplier(dsv3i_largest(x, DSV3_QBLOCK), 127.0f);
-    float d = dsv3_f32_from_f16(bits);
-    DSV3_MEMCPY(y, &bits, 2);
-    if (!dsv3i_is_finite(d)) return 0;
-    for (size_t i = 0; i < DSV3_QBLOCK; i++) {
-        y[2 + i] = (unsigned char)(d > 0.0f ? dsv3i_nearest(x[i] / d) : 0); /* |x / d| < 127.1 */
-    }
-    return 1;
-}
-
-static int dsv3i_quantize_q4_0(unsigned char *y, const float *x) {
+/* A block of 32 as Q8_0 or Q4_0. Returns 0 for a number that is too large. */
+static int dsv3i_quantize_block(unsigned char *y, const float *x, dsv3_type type) {
+    int is_q4 = type == DSV3_Q4_0;
     float most = 0.0f, d;
     uint16_t bits;
     unsigned char code[DSV3_QBLOCK];
     for (size_t i = 0; i < DSV3_QBLOCK; i++) {
-        if (dsv3i_largest(x + i, 1) > dsv3i_largest(&most, 1)) most = x[i];
+        if (dsv3i_magnitude(x[i]) > dsv3i_magnitude(most)) most = x[i];
     }
-    bits = (uint16_t)(dsv3i_multiplier(dsv3i_largest(&most, 1), 8.0f) | (most > 0.0f ? 0x8000u : 0u));
+    bits = dsv3i_multiplier(dsv3i_magnitude(most), is_q4 ? 8.0f : 127.0f);
+    if (is_q4 && most > 0.0f) bits = (uint16_t)(bits | 0x8000u); /* most becomes -8 */
     d = dsv3_f32_from_f16(bits);
     DSV3_MEMCPY(y, &bits, 2);
     if (!dsv3i_is_finite(d)) return 0;
     for (size_t i = 0; i < DSV3_QBLOCK; i++) {
-        int q = 8 + (d > 0.0f || d < 0.0f ? dsv3i_nearest(x[i] / d) : 0);
-        code[i] = (unsigned char)(q > 15 ? 15 : q); /* x / d > -8.1, so q >= 0 */
+        int q = d > 0.0f || d < 0.0f ? dsv3i_nearest(x[i] / d) : 0; /* |x / d| < 127.1; Q4_0: x / d > -8.1 */
+        code[i] = (unsigned char)(!is_q4 ? q : q < 8 ? q + 8 : 15);
     }
-    for (size_t i = 0; i < DSV3_QBLOCK / 2; i++) y[2 + i] = (unsigned char)(code[i] | code[i + DSV3_QBLOCK / 2] << 4);
+    for (size_t i = 0; is_q4 && i < DSV3_QBLOCK / 2; i++) {
+        code[i] = (unsigned char)(code[i] | code[i + DSV3_QBLOCK / 2] << 4);
+    }
+    DSV3_MEMCPY(y + 2, code, dsv3_type_bytes(type) - 2);
     return 1;
 }
 
-/* n numbers, each by itself or 32 at a time. Returns 0 for one that is too large. */
-static int dsv3i_encode(unsigned char *y, const float *x, dsv3_type type, size_t n) {
-    size_t block = dsv3_type_block(type), bytes = dsv3_type_bytes(type);
-    for (size_t i = 0; i < n; i += block, y += bytes) {
-        if (type == DSV3_Q8_0) {
-            if (!dsv3i_quantize_q8_0(y, x + i)) return 0;
-        } else if (type == DSV3_Q4_0) {
-            if (!dsv3i_quantize_q4_0(y, x + i)) return 0;
-        } else {
-            uint16_t bits = type == DSV3_F16 ? dsv3_f16_from_f32(x[i]) : dsv3_bf16_from_f32(x[i]);
-            float kept = type == DSV3_F16 ? dsv3_f32_from_f16(bits) : dsv3_f32_from_bf16(bits);
-            if (!dsv3i_is_finite(kept) && dsv3i_is_finite(x[i])) return 0;
-            DSV3_MEMCPY(y, &bits, 2);
-        }
-    }
-    return 1;
+/* A number as F16 or BF16. Returns 0 for one that is too large. */
+static int dsv3i_quantize_half(unsigned char *y, float x, dsv3_type type) {
+    uint16_t bits = type == DSV3_F16 ? dsv3_f16_from_f32(x) : dsv3_bf16_from_f32(x);
+    DSV3_MEMCPY(y, &bits, 2);
+    return dsv3i_is_finite(type == DSV3_F16 ? dsv3_f32_from_f16(bits) : dsv3_f32_from_bf16(bits)) ||
+           !dsv3i_is_finite(x);
 }
 
 DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3_type type, size_t rows,
                                    size_t cols) {
     unsigned char *y = (unsigned char *)data, *scales = (unsigned char *)scale;
-    size_t n = dsv3i_mul(rows, cols);
+    size_t n = dsv3i_mul(rows, cols), block = dsv3_type_block(type);
     int is_f8 = type == DSV3_F8_E4M3;
     if (x == NULL || (is_f8 ? scale : data) == NULL || dsv3_type_bytes(type) == 0) return DSV3_ERR_ARG;
-    if (cols % dsv3_type_block(type) != 0) return DSV3_ERR_ARG;
+    if (cols % block != 0) return DSV3_ERR_ARG;
     if (dsv3i_mul(n, sizeof *x) == SIZE_MAX) return DSV3_ERR_OVERFLOW;
-    if ((is_f8 || dsv3_type_block(type) > 1) && !dsv3i_all_finite(x, n)) return DSV3_ERR_NAN;
+    if ((is_f8 || block > 1) && !dsv3i_all_finite(x, n)) return DSV3_ERR_NAN;
     if (type == DSV3_F32) {
         DSV3_MEMCPY(y, x, n * sizeof *x);
         return DSV3_OK;
     }
-    if (!is_f8) return dsv3i_encode(y, x, type, n) ? DSV3_OK : DSV3_ERR_OVERFLOW; /* blocks do not cross rows */
-    for (size_t r = 0; r < rows; r += DSV3_BLOCK) {
+    for (size_t i = 0; !is_f8 && i < n; i += block, y += dsv3_type_bytes(type)) { /* blocks do not cross rows */
+        if (!(block > 1 ? dsv3i_quantize_block(y, x + i, type) : dsv3i_quantize_half(y, x[i], type))) {
+            return DSV3_ERR_OVERFLOW;
+        }
+    }
+    for (size_t r = 0; is_f8 && r < rows; r += DSV3_BLOCK) {
         for (size_t i = 0; i < cols; i += DSV3_BLOCK, scales += sizeof(float)) {
             size_t at = r * cols + i, width = dsv3i_min(cols - i, DSV3_BLOCK);
             size_t height = dsv3i_min(rows - r, DSV3_BLOCK);
@@ -1828,36 +1845,6 @@ DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3
     }
     return DSV3_OK;
 }
-
-/* ---- Parallel loops. work is the loop's cost in multiply-adds, roughly: what is too small to be worth
- * waking anybody (some tens of microseconds) runs right here. */
-
-#ifndef DSV3I_SERIAL_WORK
-#define DSV3I_SERIAL_WORK 262144u
-#endif
-
-static void dsv3i_parallel(const dsv3_context *ctx, size_t n, size_t work, dsv3_task task, void *arg) {
-    if (n == 0) return;
-    if (ctx->parallel_for == NULL || ctx->threads < 2 || n < 2 || work < DSV3I_SERIAL_WORK) {
-        task(arg, 0, n, 0);
-    } else {
-        ctx->parallel_for(ctx->parallel_user, ctx->threads, n, task, arg);
-    }
-}
-
-#if defined(_OPENMP) && !defined(DSV3_NO_OPENMP)
-/* Eight pieces per thread: small enough to balance uneven items, large enough to be cheap. */
-static void dsv3i_parallel_openmp(void *user, size_t threads, size_t n, dsv3_task task, void *arg) {
-    size_t pieces = dsv3i_min(n, dsv3i_mul(threads, 8));
-    (void)user;
-    _Pragma("omp parallel for schedule(dynamic, 1) num_threads((int)threads)") for (long i = 0; i < (long)pieces;
-                                                                                    i++) {
-        size_t p = (size_t)i, each = n / pieces, more = n % pieces;
-        size_t begin = p * each + dsv3i_min(p, more);
-        task(arg, begin, begin + each + (p < more), (size_t)omp_get_thread_num());
-    }
-}
-#endif
 
 /* ========================================================================================================
  * Chapter 3  >>kernels
