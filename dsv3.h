@@ -1384,6 +1384,13 @@ static dsv3i_dims dsv3i_dims_of(const dsv3_config *c) {
     return m;
 }
 
+/* The size at this offset in dsv3i_dims. */
+static size_t dsv3i_dim(const dsv3i_dims *m, size_t at) {
+    size_t size;
+    DSV3_MEMCPY(&size, (const unsigned char *)m + at, sizeof size);
+    return size;
+}
+
 /* Tells configs of different sizes apart (FNV-1a over the sizes). */
 static uint64_t dsv3i_fingerprint(const dsv3i_dims *m) {
     const unsigned char *bytes = (const unsigned char *)m; /* size_t throughout: no padding */
@@ -5489,107 +5496,47 @@ DSV3_API dsv3_config dsv3_config_default(void) {
     return c;
 }
 
+/* In the order of dsv3_preset: the first fields of dsv3_config, as they follow each other there. */
+static const int32_t dsv3i_preset_sizes[][20] = {
+    /* V, d, I, F, L, D, dense layers, 1, H, H, rq, rk, dn, dr, dv, E, shared experts, K, G, Gt */
+    {129280, 7168, 18432, 2048, 61, 1, 3, 1, 128, 128, 1536, 512, 128, 64, 128, 256, 1, 8, 8, 4}, /* V3 */
+    {102400, 5120, 12288, 1536, 60, 0, 1, 1, 128, 128, 1536, 512, 128, 64, 128, 160, 2, 6, 8, 3}, /* V2 */
+    {102400, 2048, 10944, 1408, 27, 0, 1, 1, 16, 16, 0, 512, 128, 64, 128, 64, 2, 6, 1, 1},       /* V2-Lite */
+    {163840, 2048, 11264, 1408, 27, 0, 1, 1, 16, 16, 0, 512, 128, 64, 128, 64, 2, 6, 1, 1},       /* Moonlight */
+    {163840, 7168, 18432, 2048, 61, 0, 1, 1, 64, 64, 1536, 512, 128, 64, 128, 384, 1, 8, 1, 1},   /* Kimi-K2 */
+    {256, 160, 448, 40, 5, 4, 1, 1, 5, 5, 96, 64, 32, 16, 32, 32, 1, 4, 4, 2},                    /* austen */
+    {256, 64, 192, 32, 3, 1, 1, 1, 4, 4, 0, 32, 16, 8, 16, 8, 1, 2, 1, 1},                        /* micro */
+};
+
 typedef struct dsv3i_preset {
-    int32_t size[20];           /* the first fields of dsv3_config, in its order */
+    int32_t context, bos, eos;
     float scale, theta, eps;    /* routed_scaling_factor, rope_theta, rms_norm_eps */
-    float factor, fast, mscale; /* YaRN: factor (0: none), beta_fast, mscale and mscale_all_dim */
-    int32_t context, bos, eos;  /* max_position_embeddings, tokens */
-    dsv3_topk_method method;    /* other than noaux_tc: V2's router */
+    float factor, fast, mscale; /* YaRN's factor, beta_fast, both mscales; factor 0: no YaRN */
+    dsv3_topk_method method;    /* noaux_tc, or one of V2 */
 } dsv3i_preset;
 
-/* In the order of dsv3_preset. A number without a row of its own is that of dsv3_config_default. */
 static const dsv3i_preset dsv3i_presets[] = {
-    /* vocabulary, d, I, F, L, D, dense layers, 1, H, H, rq, rk, dn, dr, dv, E, shared, K, G, Gt */
-    {{129280, 7168, 18432, 2048, 61, 1, 3, 1, 128, 128, 1536, 512, 128, 64, 128, 256, 1, 8, 8, 4}, /* V3 */
-     2.5f,
-     10000.0f,
-     1e-6f,
-     40.0f,
-     32.0f,
-     1.0f,
-     163840,
-     0,
-     1,
-     DSV3_NOAUX_TC},
-    {{102400, 5120, 12288, 1536, 60, 0, 1, 1, 128, 128, 1536, 512, 128, 64, 128, 160, 2, 6, 8, 3}, /* V2 */
-     16.0f,
-     10000.0f,
-     1e-6f,
-     40.0f,
-     32.0f,
-     1.0f,
-     163840,
-     100000,
-     100001,
-     DSV3_GROUP_LIMITED_GREEDY},
-    {{102400, 2048, 10944, 1408, 27, 0, 1, 1, 16, 16, 0, 512, 128, 64, 128, 64, 2, 6, 1, 1}, /* V2-Lite */
-     1.0f,
-     10000.0f,
-     1e-6f,
-     40.0f,
-     32.0f,
-     0.707f,
-     163840,
-     100000,
-     100001,
-     DSV3_GREEDY},
-    {{163840, 2048, 11264, 1408, 27, 0, 1, 1, 16, 16, 0, 512, 128, 64, 128, 64, 2, 6, 1, 1}, /* Moonlight */
-     2.446f,
-     50000.0f,
-     1e-5f,
-     0.0f,
-     0.0f,
-     0.0f,
-     8192,
-     163584,
-     163586,
-     DSV3_NOAUX_TC},
-    {{163840, 7168, 18432, 2048, 61, 0, 1, 1, 64, 64, 1536, 512, 128, 64, 128, 384, 1, 8, 1, 1}, /* Kimi-K2 */
-     2.827f,
-     50000.0f,
-     1e-6f,
-     32.0f,
-     1.0f,
-     1.0f,
-     131072,
-     163584,
-     163585,
-     DSV3_NOAUX_TC},
-    {{256, 160, 448, 40, 5, 4, 1, 1, 5, 5, 96, 64, 32, 16, 32, 32, 1, 4, 4, 2}, /* austen */
-     1.0f,
-     10000.0f,
-     1e-6f,
-     0.0f,
-     0.0f,
-     0.0f,
-     1024,
-     10,
-     -1,
-     DSV3_NOAUX_TC},
-    {{256, 64, 192, 32, 3, 1, 1, 1, 4, 4, 0, 32, 16, 8, 16, 8, 1, 2, 1, 1}, /* micro */
-     1.0f,
-     10000.0f,
-     1e-6f,
-     0.0f,
-     0.0f,
-     0.0f,
-     512,
-     10,
-     -1,
-     DSV3_NOAUX_TC},
+    {163840, 0, 1, 2.5f, 10000.0f, 1e-6f, 40.0f, 32.0f, 1.0f, DSV3_NOAUX_TC},
+    {163840, 100000, 100001, 16.0f, 10000.0f, 1e-6f, 40.0f, 32.0f, 1.0f, DSV3_GROUP_LIMITED_GREEDY},
+    {163840, 100000, 100001, 1.0f, 10000.0f, 1e-6f, 40.0f, 32.0f, 0.707f, DSV3_GREEDY},
+    {8192, 163584, 163586, 2.446f, 50000.0f, 1e-5f, 0.0f, 0.0f, 0.0f, DSV3_NOAUX_TC},
+    {131072, 163584, 163585, 2.827f, 50000.0f, 1e-6f, 32.0f, 1.0f, 1.0f, DSV3_NOAUX_TC},
+    {1024, 10, -1, 1.0f, 10000.0f, 1e-6f, 0.0f, 0.0f, 0.0f, DSV3_NOAUX_TC},
+    {512, 10, -1, 1.0f, 10000.0f, 1e-6f, 0.0f, 0.0f, 0.0f, DSV3_NOAUX_TC},
 };
 
 DSV3_API dsv3_config dsv3_config_preset(dsv3_preset preset) {
     dsv3_config c = dsv3_config_default();
-    const dsv3i_preset *p = dsv3i_presets + preset;
+    const dsv3i_preset *p;
     if ((size_t)preset >= sizeof dsv3i_presets / sizeof dsv3i_presets[0]) return c;
-    DSV3_MEMCPY(&c, p->size, sizeof p->size);
-    c.routed_scaling_factor = p->scale;
-    c.rope_theta = p->theta;
-    c.rms_norm_eps = p->eps;
+    p = dsv3i_presets + preset;
+    DSV3_MEMCPY(&c, dsv3i_preset_sizes[preset], sizeof dsv3i_preset_sizes[preset]);
     c.max_position_embeddings = p->context;
     c.bos_token_id = p->bos;
     c.eos_token_id = p->eos;
+    c.routed_scaling_factor = p->scale;
+    c.rope_theta = p->theta;
+    c.rms_norm_eps = p->eps;
     if (p->factor > 0.0f) {
         c.rope_scaling.type = DSV3_ROPE_YARN;
         c.rope_scaling.factor = p->factor;
@@ -5636,6 +5583,8 @@ static dsv3_result dsv3i_check_choice(dsv3_error *error, const char *name, int v
 /* The fields of config c, with errors to e. */
 #define DSV3I_INT(field, low, high) DSV3I_TRY(dsv3i_check_int(e, #field, c->field, low, high))
 #define DSV3I_FLOAT(field, low, why) DSV3I_TRY(dsv3i_check_float(e, #field, c->field, low, why))
+#define DSV3I_BETWEEN(field, low, high, why)                                                                         \
+    DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_ARG, #field, why, c->field, low, high))
 #define DSV3I_CHOICE(field, choices, why) DSV3I_TRY(dsv3i_check_choice(e, #field, (int)c->field, choices, why))
 
 static dsv3_result dsv3i_check_layers(const dsv3_config *c, dsv3_error *e) {
@@ -5643,8 +5592,7 @@ static dsv3_result dsv3i_check_layers(const dsv3_config *c, dsv3_error *e) {
     DSV3I_INT(hidden_size, 1, DSV3_MAX_DIM);
     DSV3I_INT(num_hidden_layers, 1, DSV3_MAX_LAYERS);
     DSV3I_INT(num_nextn_predict_layers, 0, DSV3_MAX_LAYERS - c->num_hidden_layers);
-    DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_ARG, "first_k_dense_replace", "is not between 0 and num_hidden_layers",
-                                  c->first_k_dense_replace, 0, c->num_hidden_layers));
+    DSV3I_BETWEEN(first_k_dense_replace, 0, c->num_hidden_layers, "is not between 0 and num_hidden_layers");
     DSV3I_INT(moe_layer_freq, 1, DSV3_MAX_LAYERS);
     DSV3I_INT(intermediate_size, c->first_k_dense_replace > 0 || c->moe_layer_freq > 1, DSV3_MAX_DIM);
     return DSV3_OK;
@@ -5683,23 +5631,11 @@ static dsv3_result dsv3i_check_experts(const dsv3_config *c, dsv3_error *e) {
     if (c->n_routed_experts % c->n_group != 0) {
         return dsv3i_fail_where(e, DSV3_ERR_ARG, "n_group", "must divide n_routed_experts, and is", c->n_group);
     }
-    DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_ARG, "topk_group", "must be between 1 and n_group", c->topk_group, 1,
-                                  c->n_group));
+    DSV3I_BETWEEN(topk_group, 1, c->n_group, "must be between 1 and n_group");
     DSV3I_INT(num_experts_per_tok, least, DSV3_MAX_TOPK);
     available = c->n_routed_experts;
     if (c->topk_method != DSV3_GREEDY) available = available / c->n_group * c->topk_group;
-    return dsv3i_check_between(e, DSV3_ERR_ARG, "num_experts_per_tok", "is more than the selected groups have",
-                               c->num_experts_per_tok, least, available);
-}
-
-static dsv3_result dsv3i_check_choices(const dsv3_config *c, dsv3_error *e) {
-    DSV3I_CHOICE(scoring_func, 2, "must be sigmoid or softmax");
-    DSV3I_CHOICE(topk_method, 3, "must be noaux_tc, group_limited_greedy or greedy");
-    DSV3I_CHOICE(group_mask, 2, "is not one of dsv3_group_mask");
-    DSV3I_CHOICE(gate_scaling, 2, "is not one of dsv3_gate_scaling");
-    DSV3I_CHOICE(bias_form, 2, "is not one of dsv3_bias_form");
-    DSV3I_CHOICE(mtp_concat, 2, "is not one of dsv3_mtp_concat");
-    DSV3I_CHOICE(mtp_hidden, 2, "is not one of dsv3_mtp_hidden");
+    DSV3I_BETWEEN(num_experts_per_tok, least, available, "is more than the selected groups have");
     return DSV3_OK;
 }
 
@@ -5719,11 +5655,6 @@ static dsv3_result dsv3i_check_rope(const dsv3_config *c, dsv3_error *e) {
     DSV3I_FLOAT(rope_scaling.mscale, 0.0f, "must be finite and not negative");
     DSV3I_FLOAT(rope_scaling.mscale_all_dim, 0.0f, "must be finite and not negative");
     return DSV3_OK;
-}
-
-static dsv3_result dsv3i_check_token(dsv3_error *e, const char *name, int32_t token, int32_t V) {
-    return dsv3i_check_between(e, DSV3_ERR_ARG, name, "is not in the vocabulary (-1: none)", token, -1,
-                               (int64_t)V - 1);
 }
 
 static dsv3_result dsv3i_check_product(dsv3_error *error, const char *name, size_t rows, size_t cols) {
@@ -5754,24 +5685,30 @@ DSV3_API dsv3_result dsv3_config_check(const dsv3_config *config, dsv3_error *er
     DSV3I_TRY(dsv3i_check_layers(c, e));
     DSV3I_TRY(dsv3i_check_mla(c, e));
     DSV3I_TRY(dsv3i_check_experts(c, e));
-    DSV3I_TRY(dsv3i_check_choices(c, e));
+    DSV3I_CHOICE(scoring_func, 2, "must be sigmoid or softmax");
+    DSV3I_CHOICE(topk_method, 3, "must be noaux_tc, group_limited_greedy or greedy");
+    DSV3I_CHOICE(group_mask, 2, "is not one of dsv3_group_mask");
+    DSV3I_CHOICE(gate_scaling, 2, "is not one of dsv3_gate_scaling");
+    DSV3I_CHOICE(bias_form, 2, "is not one of dsv3_bias_form");
+    DSV3I_CHOICE(mtp_concat, 2, "is not one of dsv3_mtp_concat");
+    DSV3I_CHOICE(mtp_hidden, 2, "is not one of dsv3_mtp_hidden");
     DSV3I_FLOAT(routed_scaling_factor, FLT_MIN, "must be positive and finite");
     DSV3I_TRY(dsv3i_check_rope(c, e));
     DSV3I_FLOAT(rms_norm_eps, FLT_MIN, "must be positive and finite");
     DSV3I_FLOAT(latent_norm_eps, FLT_MIN, "must be positive and finite");
-    DSV3I_TRY(dsv3i_check_token(e, "bos_token_id", c->bos_token_id, c->vocab_size));
-    DSV3I_TRY(dsv3i_check_token(e, "eos_token_id", c->eos_token_id, c->vocab_size));
+    DSV3I_BETWEEN(bos_token_id, -1, c->vocab_size - 1, "is not in the vocabulary (-1: none)");
+    DSV3I_BETWEEN(eos_token_id, -1, c->vocab_size - 1, "is not in the vocabulary (-1: none)");
     DSV3I_TRY(dsv3i_check_sizes(c, e));
     return dsv3i_ok(e);
 }
 
 #undef DSV3I_INT
 #undef DSV3I_FLOAT
+#undef DSV3I_BETWEEN
 #undef DSV3I_CHOICE
 
-/* ---- The checkpoint's table of contents, in file order: where a tensor belongs in the model, its name (behind
- * "model.layers.{i}." in a layer, and then "mlp.experts.{e}." in an expert), its shape, its group, and the part it is
- * of: lines that are there together. FP8 marks the matrices that published FP8 checkpoints keep as such. */
+/* ---- The checkpoint's table of contents, in file order: the part that a tensor is of, its place in the model, its
+ * name (behind "model.layers.{i}." in a layer, and then "mlp.experts.{e}." in an expert), shape and group. */
 
 enum {
     DSV3I_PART_EMBED = 1,
@@ -5791,23 +5728,20 @@ enum {
     DSV3I_PART_SHARED = 16384
 };
 
-enum { DSV3I_IS_VECTOR, DSV3I_IS_MATRIX, DSV3I_IS_FP8 };
-
 typedef struct dsv3i_place {
     char name[36];
-    uint16_t at, part;   /* offset in the struct that owns the tensor */
-    uint8_t rows, cols;  /* offsets in dsv3i_dims; of a vector, cols counts */
-    uint8_t group, form; /* dsv3_group, DSV3I_IS_... */
+    uint16_t at, part;  /* offset in the struct that owns the tensor */
+    uint8_t rows, cols; /* offsets in dsv3i_dims; a vector has cols */
+    uint8_t rank, group;
 } dsv3i_place;
 
-#define DSV3I_PLACE(form, part, owner, field, name, rows, cols, group)                                               \
+#define DSV3I_PLACE(rank, part, owner, field, name, rows, cols, group)                                               \
     {                                                                                                                \
         name, (uint16_t)offsetof(owner, field), DSV3I_PART_##part, (uint8_t)offsetof(dsv3i_dims, rows),              \
-            (uint8_t)offsetof(dsv3i_dims, cols), DSV3_GROUP_##group, DSV3I_IS_##form                                 \
+            (uint8_t)offsetof(dsv3i_dims, cols), rank, DSV3_GROUP_##group                                            \
     }
-#define DSV3I_VECTOR(part, owner, field, name, n, group) DSV3I_PLACE(VECTOR, part, owner, field, name, n, n, group)
-#define DSV3I_MATRIX(part, owner, field, name, n, m, group) DSV3I_PLACE(MATRIX, part, owner, field, name, n, m, group)
-#define DSV3I_FP8(part, owner, field, name, n, m, group) DSV3I_PLACE(FP8, part, owner, field, name, n, m, group)
+#define DSV3I_VECTOR(part, owner, field, name, n, group) DSV3I_PLACE(1, part, owner, field, name, n, n, group)
+#define DSV3I_MATRIX(part, owner, field, name, n, m, group) DSV3I_PLACE(2, part, owner, field, name, n, m, group)
 
 static const dsv3i_place dsv3i_places[] = {
     DSV3I_MATRIX(EMBED, dsv3_model, embed_tokens, "model.embed_tokens.weight", V, d, EMBED),
@@ -5818,33 +5752,32 @@ static const dsv3i_place dsv3i_places[] = {
     DSV3I_MATRIX(COPIES, dsv3_mtp, embed_tokens, "embed_tokens.weight", V, d, MTP),
     DSV3I_MATRIX(COPIES, dsv3_mtp, shared_head_head, "shared_head.head.weight", V, d, MTP),
     DSV3I_VECTOR(FIRST, dsv3_layer, input_layernorm, "input_layernorm.weight", d, NORM),
-    DSV3I_FP8(Q_LATENT, dsv3_layer, q_a_proj, "self_attn.q_a_proj.weight", rq, d, ATTENTION),
+    DSV3I_MATRIX(Q_LATENT, dsv3_layer, q_a_proj, "self_attn.q_a_proj.weight", rq, d, ATTENTION),
     DSV3I_VECTOR(Q_LATENT, dsv3_layer, q_a_layernorm, "self_attn.q_a_layernorm.weight", rq, NORM),
-    DSV3I_FP8(Q_LATENT, dsv3_layer, q_b_proj, "self_attn.q_b_proj.weight", Hq, rq, ATTENTION),
-    DSV3I_FP8(Q, dsv3_layer, q_proj, "self_attn.q_proj.weight", Hq, d, ATTENTION),
-    DSV3I_FP8(LAYER, dsv3_layer, kv_a_proj_with_mqa, "self_attn.kv_a_proj_with_mqa.weight", width, d, ATTENTION),
+    DSV3I_MATRIX(Q_LATENT, dsv3_layer, q_b_proj, "self_attn.q_b_proj.weight", Hq, rq, ATTENTION),
+    DSV3I_MATRIX(Q, dsv3_layer, q_proj, "self_attn.q_proj.weight", Hq, d, ATTENTION),
+    DSV3I_MATRIX(LAYER, dsv3_layer, kv_a_proj_with_mqa, "self_attn.kv_a_proj_with_mqa.weight", width, d, ATTENTION),
     DSV3I_VECTOR(LAYER, dsv3_layer, kv_a_layernorm, "self_attn.kv_a_layernorm.weight", rk, NORM),
-    DSV3I_FP8(LAYER, dsv3_layer, kv_b_proj, "self_attn.kv_b_proj.weight", Hkv, rk, ATTENTION),
-    DSV3I_FP8(LAYER, dsv3_layer, o_proj, "self_attn.o_proj.weight", d, Ho, ATTENTION),
+    DSV3I_MATRIX(LAYER, dsv3_layer, kv_b_proj, "self_attn.kv_b_proj.weight", Hkv, rk, ATTENTION),
+    DSV3I_MATRIX(LAYER, dsv3_layer, o_proj, "self_attn.o_proj.weight", d, Ho, ATTENTION),
     DSV3I_VECTOR(LAYER, dsv3_layer, post_attention_layernorm, "post_attention_layernorm.weight", d, NORM),
-    DSV3I_FP8(DENSE, dsv3_layer, mlp.gate_proj, "mlp.gate_proj.weight", I, d, DENSE),
-    DSV3I_FP8(DENSE, dsv3_layer, mlp.up_proj, "mlp.up_proj.weight", I, d, DENSE),
-    DSV3I_FP8(DENSE, dsv3_layer, mlp.down_proj, "mlp.down_proj.weight", d, I, DENSE),
+    DSV3I_MATRIX(DENSE, dsv3_layer, mlp.gate_proj, "mlp.gate_proj.weight", I, d, DENSE),
+    DSV3I_MATRIX(DENSE, dsv3_layer, mlp.up_proj, "mlp.up_proj.weight", I, d, DENSE),
+    DSV3I_MATRIX(DENSE, dsv3_layer, mlp.down_proj, "mlp.down_proj.weight", d, I, DENSE),
     DSV3I_MATRIX(ROUTER, dsv3_layer, gate, "mlp.gate.weight", E, d, ROUTER),
     DSV3I_VECTOR(BIAS, dsv3_layer, e_score_correction_bias, "mlp.gate.e_score_correction_bias", E, ROUTER),
-    DSV3I_FP8(EXPERT, dsv3_mlp, gate_proj, "gate_proj.weight", F, d, EXPERTS),
-    DSV3I_FP8(EXPERT, dsv3_mlp, up_proj, "up_proj.weight", F, d, EXPERTS),
-    DSV3I_FP8(EXPERT, dsv3_mlp, down_proj, "down_proj.weight", d, F, EXPERTS),
-    DSV3I_FP8(SHARED, dsv3_layer, shared_experts.gate_proj, "mlp.shared_experts.gate_proj.weight", Fs, d, SHARED),
-    DSV3I_FP8(SHARED, dsv3_layer, shared_experts.up_proj, "mlp.shared_experts.up_proj.weight", Fs, d, SHARED),
-    DSV3I_FP8(SHARED, dsv3_layer, shared_experts.down_proj, "mlp.shared_experts.down_proj.weight", d, Fs, SHARED),
+    DSV3I_MATRIX(EXPERT, dsv3_mlp, gate_proj, "gate_proj.weight", F, d, EXPERTS),
+    DSV3I_MATRIX(EXPERT, dsv3_mlp, up_proj, "up_proj.weight", F, d, EXPERTS),
+    DSV3I_MATRIX(EXPERT, dsv3_mlp, down_proj, "down_proj.weight", d, F, EXPERTS),
+    DSV3I_MATRIX(SHARED, dsv3_layer, shared_experts.gate_proj, "mlp.shared_experts.gate_proj.weight", Fs, d, SHARED),
+    DSV3I_MATRIX(SHARED, dsv3_layer, shared_experts.up_proj, "mlp.shared_experts.up_proj.weight", Fs, d, SHARED),
+    DSV3I_MATRIX(SHARED, dsv3_layer, shared_experts.down_proj, "mlp.shared_experts.down_proj.weight", d, Fs, SHARED),
     DSV3I_VECTOR(LAST, dsv3_model, norm, "model.norm.weight", d, NORM),
     DSV3I_MATRIX(HEAD, dsv3_model, lm_head, "lm_head.weight", V, d, HEAD),
 };
 #undef DSV3I_PLACE
 #undef DSV3I_VECTOR
 #undef DSV3I_MATRIX
-#undef DSV3I_FP8
 
 /* ---- The walk through it. walk->visit sees each tensor's description and its slot in the model (NULL when there is
  * no model yet). */
@@ -5855,6 +5788,9 @@ typedef struct dsv3i_walk {
     dsv3_tensor_info info;
     dsv3_result (*visit)(struct dsv3i_walk *walk, dsv3_tensor *slot);
     void *user;
+    dsv3_visit show; /* for dsv3_model_tensors */
+    dsv3_find find;  /* these two for dsv3_model_bind */
+    dsv3_error *error;
 } dsv3i_walk;
 
 static void dsv3i_walk_begin(dsv3i_walk *w, const dsv3_config *config, void *user,
@@ -5868,23 +5804,17 @@ static void dsv3i_walk_begin(dsv3i_walk *w, const dsv3_config *config, void *use
     w->info.expert = -1;
 }
 
-/* The size at this offset. */
-static size_t dsv3i_dim(const dsv3i_dims *m, size_t at) {
-    size_t size;
-    DSV3_MEMCPY(&size, (const unsigned char *)m + at, sizeof size);
-    return size;
-}
-
 static void dsv3i_walk_describe(dsv3i_walk *w, const dsv3i_place *p) {
     dsv3i_text t = dsv3i_text_begin(w->info.name, sizeof w->info.name);
     if (w->info.layer >= 0) dsv3i_text_add_index(&t, "model.layers.", w->info.layer, ".");
     if (w->info.expert >= 0) dsv3i_text_add_index(&t, "mlp.experts.", w->info.expert, ".");
     dsv3i_text_add(&t, p->name);
     w->info.group = (dsv3_group)p->group;
-    w->info.rank = p->form == DSV3I_IS_VECTOR ? 1 : 2;
-    w->info.rows = p->form == DSV3I_IS_VECTOR ? 1 : dsv3i_dim(&w->m, p->rows);
+    w->info.rank = p->rank;
+    w->info.rows = p->rank == 1 ? 1 : dsv3i_dim(&w->m, p->rows);
     w->info.cols = dsv3i_dim(&w->m, p->cols);
-    w->info.quantised = p->form == DSV3I_IS_FP8;
+    w->info.quantised = p->rank == 2 && (p->group == DSV3_GROUP_ATTENTION || p->group == DSV3_GROUP_DENSE ||
+                                         p->group == DSV3_GROUP_EXPERTS || p->group == DSV3_GROUP_SHARED);
     w->info.optional = p->part == DSV3I_PART_COPIES;
 }
 
@@ -5931,24 +5861,16 @@ static dsv3_result dsv3i_walk_module(dsv3i_walk *w, dsv3_model *model, size_t k)
     return dsv3i_walk_layer(w, model != NULL ? &model->layers[w->m.L + k] : NULL);
 }
 
-typedef struct dsv3i_show {
-    dsv3_visit visit;
-    void *user;
-} dsv3i_show;
-
 static dsv3_result dsv3i_show_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
-    const dsv3i_show *show = (const dsv3i_show *)w->user;
     (void)slot;
-    return show->visit(show->user, &w->info);
+    return w->show(w->user, &w->info);
 }
 
 DSV3_API dsv3_result dsv3_model_tensors(const dsv3_config *config, dsv3_visit visit, void *user) {
     dsv3i_walk w;
-    dsv3i_show show;
     if (config == NULL || visit == NULL) return DSV3_ERR_ARG;
-    show.visit = visit;
-    show.user = user;
-    dsv3i_walk_begin(&w, config, &show, dsv3i_show_tensor);
+    dsv3i_walk_begin(&w, config, user, dsv3i_show_tensor);
+    w.show = visit;
     DSV3I_TRY(dsv3i_walk_main(&w, NULL));
     for (size_t k = 0; k < w.m.D; k++) DSV3I_TRY(dsv3i_walk_module(&w, NULL, k));
     return DSV3_OK;
@@ -5958,9 +5880,8 @@ DSV3_API dsv3_result dsv3_model_tensors(const dsv3_config *config, dsv3_visit vi
 
 static void dsv3i_model_layout(dsv3_model *model, const dsv3_config *c, dsv3i_layout *l) {
     dsv3i_dims m = dsv3i_dims_of(c);
-    size_t layers = m.L + m.D, begin = l->used;
+    size_t layers = m.L + m.D, begin = l->used, moe = 0;
     dsv3_mlp *experts;
-    size_t moe = 0;
     for (size_t i = 0; i < layers; i++) moe += dsv3_config_is_moe(c, (int32_t)i) != 0;
     model->layers = (dsv3_layer *)dsv3i_take(l, sizeof *model->layers, layers, 1, 1);
     model->mtp = (dsv3_mtp *)dsv3i_take(l, sizeof *model->mtp, m.D, 1, 1);
@@ -5985,37 +5906,29 @@ DSV3_API dsv3_result dsv3_model_size(const dsv3_config *config, size_t *bytes) {
     return dsv3i_layout_size(&l, bytes);
 }
 
-typedef struct dsv3i_bind {
-    dsv3_find find;
-    void *user;
-    dsv3_error *error;
-} dsv3i_bind;
-
-static dsv3_result dsv3i_bind_shape(const dsv3i_walk *w, const dsv3_tensor *t, const char *name, size_t rows,
+static dsv3_result dsv3i_bind_shape(dsv3_error *error, const dsv3_tensor *t, const char *name, size_t rows,
                                     size_t cols, int32_t rank) {
-    const dsv3i_bind *b = (const dsv3i_bind *)w->user;
     if (t->rank != rank) {
-        return dsv3i_fail_range(b->error, DSV3_ERR_MISMATCH, name, "has the wrong number of dimensions", rank, rank,
+        return dsv3i_fail_range(error, DSV3_ERR_MISMATCH, name, "has the wrong number of dimensions", rank, rank,
                                 t->rank);
     }
     if (t->rows != rows || t->cols != cols) {
-        return dsv3i_fail_numbers(b->error, DSV3_ERR_MISMATCH, name, "has the wrong shape", DSV3_NUMBERS_SHAPE,
+        return dsv3i_fail_numbers(error, DSV3_ERR_MISMATCH, name, "has the wrong shape", DSV3_NUMBERS_SHAPE,
                                   (int64_t)rows, (int64_t)cols, (int64_t)t->rows, (int64_t)t->cols);
     }
     if (cols % dsv3_type_block(t->type) != 0) {
-        return dsv3i_fail_range(b->error, DSV3_ERR_MISMATCH, name, "has columns that are not whole blocks",
-                                (int64_t)(cols / DSV3_QBLOCK + 1) * DSV3_QBLOCK,
-                                (int64_t)(cols / DSV3_QBLOCK + 1) * DSV3_QBLOCK, (int64_t)cols);
+        int64_t whole = (int64_t)dsv3i_blocks(cols, DSV3_QBLOCK) * DSV3_QBLOCK;
+        return dsv3i_fail_range(error, DSV3_ERR_MISMATCH, name, "has columns that are not whole blocks", whole, whole,
+                                (int64_t)cols);
     }
     if (dsv3i_mul(rows, dsv3_row_bytes(t->type, cols)) == SIZE_MAX) {
-        return dsv3i_fail(b->error, DSV3_ERR_OVERFLOW, name, "has more bytes than size_t can count");
+        return dsv3i_fail(error, DSV3_ERR_OVERFLOW, name, "has more bytes than size_t can count");
     }
-    return t->data != NULL ? DSV3_OK : dsv3i_fail(b->error, DSV3_ERR_MISSING, name, "has no data");
+    return t->data != NULL ? DSV3_OK : dsv3i_fail(error, DSV3_ERR_MISSING, name, "has no data");
 }
 
 /* An FP8 matrix: find its scales unless the finder supplied them. */
 static dsv3_result dsv3i_bind_scale(const dsv3i_walk *w, dsv3_tensor *t) {
-    const dsv3i_bind *b = (const dsv3i_bind *)w->user;
     char name[DSV3_MAX_NAME];
     dsv3i_text text = dsv3i_text_begin(name, sizeof name);
     dsv3_tensor scale;
@@ -6024,63 +5937,56 @@ static dsv3_result dsv3i_bind_scale(const dsv3i_walk *w, dsv3_tensor *t) {
     DSV3_MEMSET(&scale, 0, sizeof scale);
     dsv3i_text_add(&text, w->info.name);
     dsv3i_text_add(&text, "_scale_inv");
-    found = b->find(b->user, name, &scale);
-    if (found == DSV3_ERR_MISSING) {
-        return dsv3i_fail(b->error, found, name, "FP8 weights without their scales");
+    found = w->find(w->user, name, &scale);
+    if (found != DSV3_OK) {
+        return dsv3i_fail(w->error, found, name,
+                          found == DSV3_ERR_MISSING ? "FP8 weights without their scales" : dsv3_result_string(found));
     }
-    if (found != DSV3_OK) return dsv3i_fail(b->error, found, name, dsv3_result_string(found));
-    if (scale.type != DSV3_F32) return dsv3i_fail(b->error, DSV3_ERR_UNSUPPORTED, name, "scales must be F32");
-    DSV3I_TRY(
-        dsv3i_bind_shape(w, &scale, name, dsv3i_blocks(t->rows, DSV3_BLOCK), dsv3i_blocks(t->cols, DSV3_BLOCK), 2));
+    if (scale.type != DSV3_F32) return dsv3i_fail(w->error, DSV3_ERR_UNSUPPORTED, name, "scales must be F32");
     t->scale = scale.data;
-    return DSV3_OK;
+    return dsv3i_bind_shape(w->error, &scale, name, dsv3i_blocks(t->rows, DSV3_BLOCK),
+                            dsv3i_blocks(t->cols, DSV3_BLOCK), 2);
 }
 
 /* Router biases steer discrete choices: a file with a NaN among them is broken, and says so now. */
 static dsv3_result dsv3i_bind_finite(const dsv3i_walk *w, const dsv3_tensor *t) {
-    const dsv3i_bind *b = (const dsv3i_bind *)w->user;
     size_t bytes = dsv3_type_bytes(t->type);
     for (size_t i = 0; i < t->cols; i++) {
         if (dsv3i_is_finite(dsv3i_number((const unsigned char *)t->data + i * bytes, t->type))) continue;
-        return dsv3i_fail_where(b->error, DSV3_ERR_NAN, w->info.name, "is not finite at index", (int64_t)i);
+        return dsv3i_fail_where(w->error, DSV3_ERR_NAN, w->info.name, "is not finite at index", (int64_t)i);
     }
     return DSV3_OK;
 }
 
 static dsv3_result dsv3i_bind_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
-    const dsv3i_bind *b = (const dsv3i_bind *)w->user;
     const char *name = w->info.name;
     dsv3_tensor t;
     dsv3_result found;
     DSV3_MEMSET(&t, 0, sizeof t);
-    found = b->find(b->user, name, &t);
+    found = w->find(w->user, name, &t);
     if (found == DSV3_ERR_MISSING && w->info.optional) return DSV3_OK;
-    if (found != DSV3_OK) return dsv3i_fail(b->error, found, name, dsv3_result_string(found));
-    if (dsv3_type_bytes(t.type) == 0) return dsv3i_fail(b->error, DSV3_ERR_UNSUPPORTED, name, "has an unknown type");
-    DSV3I_TRY(dsv3i_bind_shape(w, &t, name, w->info.rows, w->info.cols, w->info.rank));
+    if (found != DSV3_OK) return dsv3i_fail(w->error, found, name, dsv3_result_string(found));
+    if (dsv3_type_bytes(t.type) == 0) return dsv3i_fail(w->error, DSV3_ERR_UNSUPPORTED, name, "has an unknown type");
+    DSV3I_TRY(dsv3i_bind_shape(w->error, &t, name, w->info.rows, w->info.cols, w->info.rank));
     if (t.rank == 1 && (t.type == DSV3_F8_E4M3 || dsv3_type_block(t.type) > 1)) {
-        return dsv3i_fail(b->error, DSV3_ERR_UNSUPPORTED, name, "a vector cannot be FP8, Q8_0 or Q4_0");
+        return dsv3i_fail(w->error, DSV3_ERR_UNSUPPORTED, name, "a vector cannot be FP8, Q8_0 or Q4_0");
     }
-    if (t.type == DSV3_F8_E4M3) {
-        DSV3I_TRY(dsv3i_bind_scale(w, &t));
-    } else {
-        t.scale = NULL;
-    }
+    if (t.type != DSV3_F8_E4M3) t.scale = NULL;
+    if (t.type == DSV3_F8_E4M3) DSV3I_TRY(dsv3i_bind_scale(w, &t));
     if (w->info.group == DSV3_GROUP_ROUTER && t.rank == 1) DSV3I_TRY(dsv3i_bind_finite(w, &t));
     *slot = t;
     return DSV3_OK;
 }
 
 static dsv3_result dsv3i_bind_absent(dsv3i_walk *w, dsv3_tensor *slot) {
-    const dsv3i_bind *b = (const dsv3i_bind *)w->user;
     dsv3_tensor t;
     (void)slot;
     DSV3_MEMSET(&t, 0, sizeof t);
-    return b->find(b->user, w->info.name, &t) == DSV3_ERR_MISSING ? DSV3_OK : DSV3_ERR_MISMATCH;
+    return w->find(w->user, w->info.name, &t) == DSV3_ERR_MISSING ? DSV3_OK : DSV3_ERR_MISMATCH;
 }
 
-/* Does the file have nothing of the module at which the walk is? (Its eh_proj is known to be missing.) A file without MTP layers is complete; one that has
- * lost a single tensor is not. */
+/* Does the file have nothing of the module at which the walk is? (Its eh_proj is known to be missing.) A file
+ * without MTP layers is complete; one that has lost a single tensor is not. */
 static int dsv3i_module_absent(dsv3i_walk *w) {
     dsv3_result absent;
     w->visit = dsv3i_bind_absent;
@@ -6091,14 +5997,10 @@ static int dsv3i_module_absent(dsv3i_walk *w) {
 
 /* Modules are bound one after another until a file has no more of them. */
 static dsv3_result dsv3i_bind_modules(dsv3i_walk *w, dsv3_model *model) {
-    const dsv3i_bind *b = (const dsv3i_bind *)w->user;
     for (size_t k = 0; k < w->m.D; k++) {
         dsv3_mtp *p = &model->mtp[k];
         dsv3_result result = dsv3i_walk_module(w, model, k);
-        if (result == DSV3_ERR_MISSING && p->eh_proj.data == NULL && dsv3i_module_absent(w)) {
-            dsv3i_ok(b->error);
-            return DSV3_OK;
-        }
+        if (result == DSV3_ERR_MISSING && p->eh_proj.data == NULL && dsv3i_module_absent(w)) break;
         if (result != DSV3_OK) return result;
         if (p->embed_tokens.data == NULL) p->embed_tokens = model->embed_tokens;
         if (p->shared_head_head.data == NULL) p->shared_head_head = model->lm_head;
@@ -6111,7 +6013,6 @@ DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *confi
                                      dsv3_find find, void *user, dsv3_error *error) {
     dsv3i_layout l = {NULL, 0};
     dsv3i_walk w;
-    dsv3i_bind bind;
     size_t need = 0;
     dsv3_result result;
     if (model == NULL || find == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "model or find", "is NULL");
@@ -6130,10 +6031,9 @@ DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *confi
     dsv3_rope_turns(config, model->rope_turns);
     model->rope_factor = dsv3_rope_factor(config);
     model->softmax_scale = dsv3_softmax_scale(config);
-    bind.find = find;
-    bind.user = user;
-    bind.error = error;
-    dsv3i_walk_begin(&w, config, &bind, dsv3i_bind_tensor);
+    dsv3i_walk_begin(&w, config, user, dsv3i_bind_tensor);
+    w.find = find;
+    w.error = error;
     DSV3I_TRY(dsv3i_walk_main(&w, model));
     if (config->tie_word_embeddings) model->lm_head = model->embed_tokens;
     DSV3I_TRY(dsv3i_bind_modules(&w, model));
