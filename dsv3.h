@@ -853,8 +853,6 @@ typedef struct dsv3_balance_weights {
     size_t devices, most_devices; /* V2: 8 and 3 */
     int32_t actual;               /* bool: f_i of the first from the actual routing (V2), not the largest scores */
 } dsv3_balance_weights;
-/* Mean of (log sum exp z_t)^2 over the router's logits z [n, E] (ST-MoE; not used by DeepSeek). */
-DSV3_API double dsv3_z_loss(const float *z, const uint8_t *mask, size_t n, size_t E);
 
 #ifndef DSV3_NO_TRAINING
 /* Backward ops. Gradients d.. are added to what stands there, so that branches and micro-batches add up; dy is the
@@ -1327,8 +1325,8 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 /* ========================================================================================================
  * Chapter 2  >>tools
  *
- * Sizes that cannot wrap, memory layouts that cannot disagree with themselves, error reports, the number
- * formats of checkpoints, and the parallel loop. Test: tests/test_tools.c, tests/test_codecs.c.
+ * Sizes that cannot wrap, memory layouts that cannot disagree with themselves, error reports, and the parallel loop.
+ * Test: tests/test_tools.c.
  * ==================================================================================================== */
 
 /* ---- Sizes: saturating arithmetic. SIZE_MAX means "too large" and stays so (but for a product with 0). */
@@ -1336,6 +1334,9 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 static size_t dsv3i_add(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
 
 static size_t dsv3i_mul(size_t a, size_t b) { return b != 0 && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
+
+/* The other way round: a - b, but never below 0. */
+static size_t dsv3i_sub(size_t a, size_t b) { return a > b ? a - b : 0; }
 
 static size_t dsv3i_min(size_t a, size_t b) { return a < b ? a : b; }
 
@@ -1347,6 +1348,7 @@ static size_t dsv3i_blocks(size_t n, size_t block) { return n / block + (n % blo
 
 typedef struct dsv3i_dims {
     size_t d, V, H, rq, rk, dn, dr, dv, E, K, G, F, I, L, D;
+    size_t d2;          /* 2 d: what an MTP module joins */
     size_t qk;          /* dn + dr: one head's query */
     size_t kv;          /* dn + dv: one head's rows of kv_b_proj */
     size_t width;       /* rk + dr: what the cache keeps of a position */
@@ -1371,6 +1373,7 @@ static dsv3i_dims dsv3i_dims_of(const dsv3_config *c) {
     m.I = (size_t)c->intermediate_size;
     m.L = (size_t)c->num_hidden_layers;
     m.D = (size_t)c->num_nextn_predict_layers;
+    m.d2 = dsv3i_mul(2, m.d);
     m.qk = dsv3i_add(m.dn, m.dr);
     m.kv = dsv3i_add(m.dn, m.dv);
     m.width = dsv3i_add(m.rk, m.dr);
@@ -1379,6 +1382,13 @@ static dsv3i_dims dsv3i_dims_of(const dsv3_config *c) {
     m.Ho = dsv3i_mul(m.H, m.dv);
     m.Fs = dsv3i_mul((size_t)c->n_shared_experts, m.F);
     return m;
+}
+
+/* The size at this offset in dsv3i_dims. */
+static size_t dsv3i_dim(const dsv3i_dims *m, size_t at) {
+    size_t size;
+    DSV3_MEMCPY(&size, (const unsigned char *)m + at, sizeof size);
+    return size;
 }
 
 /* Tells configs of different sizes apart (FNV-1a over the sizes). */
@@ -1476,6 +1486,13 @@ static void dsv3i_text_add_int(dsv3i_text *t, int64_t value) {
     dsv3i_text_add(t, digits + n);
 }
 
+/* "layers." 3 "." */
+static void dsv3i_text_add_index(dsv3i_text *t, const char *before, int64_t index, const char *behind) {
+    dsv3i_text_add(t, before);
+    dsv3i_text_add_int(t, index);
+    dsv3i_text_add(t, behind);
+}
+
 /* ---- Errors */
 
 DSV3_API const char *dsv3_result_string(dsv3_result result) {
@@ -1497,14 +1514,24 @@ DSV3_API const char *dsv3_result_string(dsv3_result result) {
     return i < sizeof text / sizeof text[0] ? text[i] : "unknown result";
 }
 
-/* All errors are made here: code, name, reason, and optionally numbers. */
-static dsv3_result dsv3i_fail_numbers(dsv3_error *error, dsv3_result code, const char *name, const char *why,
-                                      dsv3_numbers numbers, int64_t e0, int64_t e1, int64_t f0, int64_t f1) {
+/* All errors are made here: code, name and reason. Numbers may be added. */
+static dsv3_result dsv3i_fail(dsv3_error *error, dsv3_result code, const char *name, const char *why) {
     if (error != NULL) {
         dsv3i_text t = dsv3i_text_begin(error->name, sizeof error->name);
         dsv3i_text_add(&t, name);
         error->code = code;
         error->why = why;
+        error->numbers = DSV3_NUMBERS_NONE;
+        error->expected[0] = error->expected[1] = 0;
+        error->found[0] = error->found[1] = 0;
+    }
+    return code;
+}
+
+static dsv3_result dsv3i_fail_numbers(dsv3_error *error, dsv3_result code, const char *name, const char *why,
+                                      dsv3_numbers numbers, int64_t e0, int64_t e1, int64_t f0, int64_t f1) {
+    (void)dsv3i_fail(error, code, name, why);
+    if (error != NULL) {
         error->numbers = numbers;
         error->expected[0] = e0;
         error->expected[1] = e1;
@@ -1512,10 +1539,6 @@ static dsv3_result dsv3i_fail_numbers(dsv3_error *error, dsv3_result code, const
         error->found[1] = f1;
     }
     return code;
-}
-
-static dsv3_result dsv3i_fail(dsv3_error *error, dsv3_result code, const char *name, const char *why) {
-    return dsv3i_fail_numbers(error, code, name, why, DSV3_NUMBERS_NONE, 0, 0, 0, 0);
 }
 
 static dsv3_result dsv3i_fail_range(dsv3_error *error, dsv3_result code, const char *name, const char *why,
@@ -1532,9 +1555,7 @@ static dsv3_result dsv3i_fail_where(dsv3_error *error, dsv3_result code, const c
 static void dsv3i_name_row(char *out, size_t capacity, const char *name, size_t i) {
     dsv3i_text t = dsv3i_text_begin(out, capacity);
     dsv3i_text_add(&t, name);
-    dsv3i_text_add(&t, "[");
-    dsv3i_text_add_int(&t, (int64_t)i);
-    dsv3i_text_add(&t, "]");
+    dsv3i_text_add_index(&t, "[", (int64_t)i, "]");
 }
 
 /* Element i of an array. */
@@ -1554,26 +1575,15 @@ static dsv3_result dsv3i_fail_row(dsv3_error *error, dsv3_result code, const cha
 
 static dsv3_result dsv3i_ok(dsv3_error *error) { return dsv3i_fail(error, DSV3_OK, "", "ok"); }
 
-static void dsv3i_text_add_pair(dsv3i_text *t, const int64_t *v, const char *between) {
-    dsv3i_text_add_int(t, v[0]);
-    dsv3i_text_add(t, between);
-    dsv3i_text_add_int(t, v[1]);
-}
-
+/* " (expected 256 x 48, found 48 x 256)": pairs for shapes, "1 to 8" for a range of several numbers. */
 static void dsv3i_text_add_numbers(dsv3i_text *t, const dsv3_error *e) {
     int shape = e->numbers == DSV3_NUMBERS_SHAPE;
-    dsv3i_text_add(t, " (expected ");
+    dsv3i_text_add_index(t, " (expected ", e->expected[0], "");
     if (shape || e->expected[0] != e->expected[1]) {
-        dsv3i_text_add_pair(t, e->expected, shape ? " x " : " to ");
-    } else {
-        dsv3i_text_add_int(t, e->expected[0]);
+        dsv3i_text_add_index(t, shape ? " x " : " to ", e->expected[1], "");
     }
-    dsv3i_text_add(t, ", found ");
-    if (shape) {
-        dsv3i_text_add_pair(t, e->found, " x ");
-    } else {
-        dsv3i_text_add_int(t, e->found[0]);
-    }
+    dsv3i_text_add_index(t, ", found ", e->found[0], "");
+    if (shape) dsv3i_text_add_index(t, " x ", e->found[1], "");
     dsv3i_text_add(t, ")");
 }
 
@@ -1585,15 +1595,54 @@ DSV3_API const char *dsv3_error_text(const dsv3_error *error, char *text, size_t
     }
     dsv3i_text_add(&t, error->why != NULL ? error->why : dsv3_result_string(error->code));
     if (error->numbers == DSV3_NUMBERS_WHERE) {
-        dsv3i_text_add(&t, " ");
-        dsv3i_text_add_int(&t, error->found[0]);
+        dsv3i_text_add_index(&t, " ", error->found[0], "");
     } else if (error->numbers != DSV3_NUMBERS_NONE) {
         dsv3i_text_add_numbers(&t, error);
     }
     return text;
 }
 
-/* ---- Number formats. Bits move through memcpy: no aliasing, no alignment, no assumption on compilers. */
+/* ---- Parallel loops. work is the loop's cost in multiply-adds, roughly: what is too small to be worth
+ * waking anybody (some tens of microseconds) runs right here. */
+
+#ifndef DSV3I_SERIAL_WORK
+#define DSV3I_SERIAL_WORK 262144u
+#endif
+
+static void dsv3i_parallel(const dsv3_context *ctx, size_t n, size_t work, dsv3_task task, void *arg) {
+    if (n == 0) return;
+    if (ctx->parallel_for == NULL || ctx->threads < 2 || n < 2 || work < DSV3I_SERIAL_WORK) {
+        task(arg, 0, n, 0);
+    } else {
+        ctx->parallel_for(ctx->parallel_user, ctx->threads, n, task, arg);
+    }
+}
+
+#if defined(_OPENMP) && !defined(DSV3_NO_OPENMP)
+/* Eight parts per thread: small enough to balance uneven items, large enough to be cheap. */
+static void dsv3i_parallel_openmp(void *user, size_t threads, size_t n, dsv3_task task, void *arg) {
+    size_t parts = dsv3i_min(n, dsv3i_mul(threads, 8));
+    (void)user;
+    _Pragma("omp parallel for schedule(dynamic, 1) num_threads((int)threads)") for (long i = 0; i < (long)parts;
+                                                                                    i++) {
+        size_t p = (size_t)i, each = n / parts, more = n % parts;
+        size_t begin = p * each + dsv3i_min(p, more);
+        task(arg, begin, begin + each + (p < more), (size_t)omp_get_thread_num());
+    }
+}
+#endif
+
+/* ========================================================================================================
+ * Chapter 3  >>formats
+ *
+ * The number formats of checkpoints: what their bits mean, the nearest code of a number, and whole matrices of codes.
+ *     F16      1 sign, 5 exponent and 10 mantissa bits        BF16    1, 8 and 7: the upper half of a float
+ *     E4M3     1, 4 and 3; a float multiplier for every 128 x 128 of a matrix
+ *     Q8_0     32 signed bytes and their F16 multiplier       Q4_0    32 times 4 bits, likewise
+ * Test: tests/test_codecs.c.
+ * ==================================================================================================== */
+
+/* ---- Floats. Bits move through memcpy: no aliasing, no alignment, no assumption on compilers. */
 
 static uint32_t dsv3i_bits(float x) {
     uint32_t bits;
@@ -1628,20 +1677,15 @@ static int dsv3i_all_finite(const float *x, size_t n) {
     return !bad;
 }
 
+/* ---- Types */
+
 DSV3_API size_t dsv3_type_block(dsv3_type type) {
     return type == DSV3_Q8_0 || type == DSV3_Q4_0 ? DSV3_QBLOCK : 1;
 }
 
 DSV3_API size_t dsv3_type_bytes(dsv3_type type) {
-    switch (type) {
-    case DSV3_F32: return sizeof(float);
-    case DSV3_F16: return 2;
-    case DSV3_BF16: return 2;
-    case DSV3_F8_E4M3: return 1;
-    case DSV3_Q8_0: return 2 + DSV3_QBLOCK;
-    case DSV3_Q4_0: return 2 + DSV3_QBLOCK / 2;
-    }
-    return 0;
+    static const uint8_t bytes[DSV3_TYPES] = {sizeof(float), 2, 2, 1, 2 + DSV3_QBLOCK, 2 + DSV3_QBLOCK / 2};
+    return (unsigned)type < DSV3_TYPES ? bytes[type] : 0;
 }
 
 DSV3_API size_t dsv3_row_bytes(dsv3_type type, size_t cols) {
@@ -1650,18 +1694,11 @@ DSV3_API size_t dsv3_row_bytes(dsv3_type type, size_t cols) {
 }
 
 DSV3_API const char *dsv3_type_name(dsv3_type type) {
-    switch (type) {
-    case DSV3_F32: return "F32";
-    case DSV3_F16: return "F16";
-    case DSV3_BF16: return "BF16";
-    case DSV3_F8_E4M3: return "F8_E4M3";
-    case DSV3_Q8_0: return "Q8_0";
-    case DSV3_Q4_0: return "Q4_0";
-    }
-    return "unknown";
+    static const char name[][8] = {"F32", "F16", "BF16", "F8_E4M3", "Q8_0", "Q4_0", "unknown"};
+    return name[(unsigned)type < DSV3_TYPES ? type : DSV3_TYPES];
 }
 
-/* BF16 is the upper half of a float. F16: exponent and mantissa are put into place and the exponent's bias is
+/* ---- Numbers. BF16 is the upper half of a float. F16: exponent and mantissa are put into place and the exponent's bias is
  * corrected by adding to it. That gives a subnormal code (exponent field 0, no implicit one) the value (1 + m) 2^-15
  * where m 2^-14 is meant; 2 (1 + m) 2^-15 - 2^-14 mends it, exactly, and without touching subnormal floats. */
 
@@ -1723,24 +1760,30 @@ DSV3_API uint8_t dsv3_f8_e4m3_from_f32(float x) {
     return (uint8_t)(sign | ((a + 0x7FFFFu + ((a >> 20) & 1u) - 0x3C000000u) >> 20));
 }
 
+/* A number in one of the formats that are floats of 32 or 16 bits. */
+static float dsv3i_number(const unsigned char *at, dsv3_type type) {
+    uint16_t bits;
+    float x;
+    if (type == DSV3_F32) {
+        DSV3_MEMCPY(&x, at, sizeof x);
+        return x;
+    }
+    DSV3_MEMCPY(&bits, at, sizeof bits);
+    return type == DSV3_F16 ? dsv3_f32_from_f16(bits) : dsv3_f32_from_bf16(bits);
+}
+
 /* ---- Whole matrices */
 
-static float dsv3i_largest(const float *x, size_t n) {
-    float most = 0.0f;
-    for (size_t i = 0; i < n; i++) {
-        float a = x[i] < 0.0f ? -x[i] : x[i];
-        if (a > most) most = a;
-    }
-    return most;
-}
+static float dsv3i_magnitude(float x) { return x < 0.0f ? -x : x; }
 
 /* One block of 128 x 128, or what there is of it, of a matrix whose rows are cols wide. */
 static int dsv3i_quantize_f8(unsigned char *codes, unsigned char *scale, const float *x, size_t rows, size_t width,
                              size_t cols) {
     float d = 0.0f;
     for (size_t r = 0; r < rows; r++) {
-        float most = dsv3i_largest(x + r * cols, width);
-        if (most > d) d = most;
+        for (size_t i = 0; i < width; i++) {
+            if (dsv3i_magnitude(x[r * cols + i]) > d) d = dsv3i_magnitude(x[r * cols + i]);
+        }
     }
     d /= 448.0f;
     if (d < 1.17549435e-38f) d = 1.0f; /* 2^-126: a smaller one would have lost bits */
@@ -1755,7 +1798,7 @@ static int dsv3i_quantize_f8(unsigned char *codes, unsigned char *scale, const f
 /* The integer nearest to x, which is small; ties to even. */
 static int dsv3i_nearest(float x) {
     int q = (int)x; /* towards zero, and what is left is exact */
-    float left = x < 0.0f ? (float)q - x : x - (float)q;
+    float left = dsv3i_magnitude(x - (float)q);
     if (left > 0.5f || (!(left < 0.5f) && q % 2 != 0)) q += x < 0.0f ? -1 : 1;
     return q;
 }
@@ -1767,69 +1810,57 @@ static uint16_t dsv3i_multiplier(float most, float top) {
     return (uint16_t)(bits + (bits < 0x0400u && less));
 }
 
-static int dsv3i_quantize_q8_0(unsigned char *y, const float *x) {
-    uint16_t bits = dsv3i_multiplier(dsv3i_largest(x, DSV3_QBLOCK), 127.0f);
-    float d = dsv3_f32_from_f16(bits);
-    DSV3_MEMCPY(y, &bits, 2);
-    if (!dsv3i_is_finite(d)) return 0;
-    for (size_t i = 0; i < DSV3_QBLOCK; i++) {
-        y[2 + i] = (unsigned char)(d > 0.0f ? dsv3i_nearest(x[i] / d) : 0); /* |x / d| < 127.1 */
-    }
-    return 1;
-}
-
-static int dsv3i_quantize_q4_0(unsigned char *y, const float *x) {
+/* A block of 32 as Q8_0 or Q4_0. Returns 0 for a number that is too large. */
+static int dsv3i_quantize_block(unsigned char *y, const float *x, dsv3_type type) {
+    int is_q4 = type == DSV3_Q4_0;
     float most = 0.0f, d;
     uint16_t bits;
     unsigned char code[DSV3_QBLOCK];
     for (size_t i = 0; i < DSV3_QBLOCK; i++) {
-        if (dsv3i_largest(x + i, 1) > dsv3i_largest(&most, 1)) most = x[i];
+        if (dsv3i_magnitude(x[i]) > dsv3i_magnitude(most)) most = x[i];
     }
-    bits = (uint16_t)(dsv3i_multiplier(dsv3i_largest(&most, 1), 8.0f) | (most > 0.0f ? 0x8000u : 0u));
+    bits = dsv3i_multiplier(dsv3i_magnitude(most), is_q4 ? 8.0f : 127.0f);
+    if (is_q4 && most > 0.0f) bits = (uint16_t)(bits | 0x8000u); /* most becomes -8 */
     d = dsv3_f32_from_f16(bits);
     DSV3_MEMCPY(y, &bits, 2);
     if (!dsv3i_is_finite(d)) return 0;
     for (size_t i = 0; i < DSV3_QBLOCK; i++) {
-        int q = 8 + (d > 0.0f || d < 0.0f ? dsv3i_nearest(x[i] / d) : 0);
-        code[i] = (unsigned char)(q > 15 ? 15 : q); /* x / d > -8.1, so q >= 0 */
+        int q = d > 0.0f || d < 0.0f ? dsv3i_nearest(x[i] / d) : 0; /* |x / d| < 127.1; Q4_0: x / d > -8.1 */
+        code[i] = (unsigned char)(!is_q4 ? q : q < 8 ? q + 8 : 15);
     }
-    for (size_t i = 0; i < DSV3_QBLOCK / 2; i++) y[2 + i] = (unsigned char)(code[i] | code[i + DSV3_QBLOCK / 2] << 4);
+    for (size_t i = 0; is_q4 && i < DSV3_QBLOCK / 2; i++) {
+        code[i] = (unsigned char)(code[i] | code[i + DSV3_QBLOCK / 2] << 4);
+    }
+    DSV3_MEMCPY(y + 2, code, dsv3_type_bytes(type) - 2);
     return 1;
 }
 
-/* n numbers, each by itself or 32 at a time. Returns 0 for one that is too large. */
-static int dsv3i_encode(unsigned char *y, const float *x, dsv3_type type, size_t n) {
-    size_t block = dsv3_type_block(type), bytes = dsv3_type_bytes(type);
-    for (size_t i = 0; i < n; i += block, y += bytes) {
-        if (type == DSV3_Q8_0) {
-            if (!dsv3i_quantize_q8_0(y, x + i)) return 0;
-        } else if (type == DSV3_Q4_0) {
-            if (!dsv3i_quantize_q4_0(y, x + i)) return 0;
-        } else {
-            uint16_t bits = type == DSV3_F16 ? dsv3_f16_from_f32(x[i]) : dsv3_bf16_from_f32(x[i]);
-            float kept = type == DSV3_F16 ? dsv3_f32_from_f16(bits) : dsv3_f32_from_bf16(bits);
-            if (!dsv3i_is_finite(kept) && dsv3i_is_finite(x[i])) return 0;
-            DSV3_MEMCPY(y, &bits, 2);
-        }
-    }
-    return 1;
+/* A number as F16 or BF16. Returns 0 for one that is too large. */
+static int dsv3i_quantize_half(unsigned char *y, float x, dsv3_type type) {
+    uint16_t bits = type == DSV3_F16 ? dsv3_f16_from_f32(x) : dsv3_bf16_from_f32(x);
+    DSV3_MEMCPY(y, &bits, 2);
+    return dsv3i_is_finite(dsv3i_number(y, type)) || !dsv3i_is_finite(x);
 }
 
 DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3_type type, size_t rows,
                                    size_t cols) {
     unsigned char *y = (unsigned char *)data, *scales = (unsigned char *)scale;
-    size_t n = dsv3i_mul(rows, cols);
+    size_t n = dsv3i_mul(rows, cols), block = dsv3_type_block(type);
     int is_f8 = type == DSV3_F8_E4M3;
     if (x == NULL || (is_f8 ? scale : data) == NULL || dsv3_type_bytes(type) == 0) return DSV3_ERR_ARG;
-    if (cols % dsv3_type_block(type) != 0) return DSV3_ERR_ARG;
+    if (cols % block != 0) return DSV3_ERR_ARG;
     if (dsv3i_mul(n, sizeof *x) == SIZE_MAX) return DSV3_ERR_OVERFLOW;
-    if ((is_f8 || dsv3_type_block(type) > 1) && !dsv3i_all_finite(x, n)) return DSV3_ERR_NAN;
+    if ((is_f8 || block > 1) && !dsv3i_all_finite(x, n)) return DSV3_ERR_NAN;
     if (type == DSV3_F32) {
         DSV3_MEMCPY(y, x, n * sizeof *x);
         return DSV3_OK;
     }
-    if (!is_f8) return dsv3i_encode(y, x, type, n) ? DSV3_OK : DSV3_ERR_OVERFLOW; /* blocks do not cross rows */
-    for (size_t r = 0; r < rows; r += DSV3_BLOCK) {
+    for (size_t i = 0; !is_f8 && i < n; i += block, y += dsv3_type_bytes(type)) { /* blocks do not cross rows */
+        if (!(block > 1 ? dsv3i_quantize_block(y, x + i, type) : dsv3i_quantize_half(y, x[i], type))) {
+            return DSV3_ERR_OVERFLOW;
+        }
+    }
+    for (size_t r = 0; is_f8 && r < rows; r += DSV3_BLOCK) {
         for (size_t i = 0; i < cols; i += DSV3_BLOCK, scales += sizeof(float)) {
             size_t at = r * cols + i, width = dsv3i_min(cols - i, DSV3_BLOCK);
             size_t height = dsv3i_min(rows - r, DSV3_BLOCK);
@@ -1840,36 +1871,6 @@ DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3
     }
     return DSV3_OK;
 }
-
-/* ---- Parallel loops. work is the loop's cost in multiply-adds, roughly: what is too small to be worth
- * waking anybody (some tens of microseconds) runs right here. */
-
-#ifndef DSV3I_SERIAL_WORK
-#define DSV3I_SERIAL_WORK 262144u
-#endif
-
-static void dsv3i_parallel(const dsv3_context *ctx, size_t n, size_t work, dsv3_task task, void *arg) {
-    if (n == 0) return;
-    if (ctx->parallel_for == NULL || ctx->threads < 2 || n < 2 || work < DSV3I_SERIAL_WORK) {
-        task(arg, 0, n, 0);
-    } else {
-        ctx->parallel_for(ctx->parallel_user, ctx->threads, n, task, arg);
-    }
-}
-
-#if defined(_OPENMP) && !defined(DSV3_NO_OPENMP)
-/* Eight pieces per thread: small enough to balance uneven items, large enough to be cheap. */
-static void dsv3i_parallel_openmp(void *user, size_t threads, size_t n, dsv3_task task, void *arg) {
-    size_t pieces = dsv3i_min(n, dsv3i_mul(threads, 8));
-    (void)user;
-    _Pragma("omp parallel for schedule(dynamic, 1) num_threads((int)threads)") for (long i = 0; i < (long)pieces;
-                                                                                    i++) {
-        size_t p = (size_t)i, each = n / pieces, more = n % pieces;
-        size_t begin = p * each + dsv3i_min(p, more);
-        task(arg, begin, begin + each + (p < more), (size_t)omp_get_thread_num());
-    }
-}
-#endif
 
 /* ========================================================================================================
  * Chapter 3  >>kernels
@@ -4791,18 +4792,6 @@ DSV3_API double dsv3_communication_loss(const float *score, const int32_t *idx, 
     return dsv3i_balance_sum(scratch + E, scratch, rows, score, mask, n, E);
 }
 
-DSV3_API double dsv3_z_loss(const float *z, const uint8_t *mask, size_t n, size_t E) {
-    double sum = 0.0, rows = 0.0;
-    for (size_t t = 0; t < n; t++) {
-        double lse;
-        if (!dsv3i_counts(mask, t)) continue;
-        lse = (double)dsv3_log_sum_exp(z + t * E, E);
-        sum += lse * lse;
-        rows += 1.0;
-    }
-    return rows > 0.0 ? sum / rows : 0.0;
-}
-
 #ifndef DSV3_NO_TRAINING
 /* ---- Backward. The choice has no gradient, and neither has the bias. With c = routed_scaling_factor, S = sum of
  * the chosen scores (+ 1e-20) and mu = sum_k dw_k s_k / S:
@@ -5517,120 +5506,59 @@ DSV3_API dsv3_config dsv3_config_default(void) {
     return c;
 }
 
-static void dsv3i_preset_sizes(dsv3_config *c, int32_t vocab, int32_t hidden, int32_t dense, int32_t expert,
-                               int32_t layers, int32_t heads, int32_t rq) {
-    c->vocab_size = vocab;
-    c->hidden_size = hidden;
-    c->intermediate_size = dense;
-    c->moe_intermediate_size = expert;
-    c->num_hidden_layers = layers;
-    c->first_k_dense_replace = 1;
-    c->num_attention_heads = heads;
-    c->num_key_value_heads = heads;
-    c->q_lora_rank = rq;
-}
+/* In the order of dsv3_preset: the first fields of dsv3_config, as they follow each other there. */
+static const int32_t dsv3i_preset_sizes[][20] = {
+    /* V, d, I, F, L, D, dense layers, 1, H, H, rq, rk, dn, dr, dv, E, shared experts, K, G, Gt */
+    {129280, 7168, 18432, 2048, 61, 1, 3, 1, 128, 128, 1536, 512, 128, 64, 128, 256, 1, 8, 8, 4}, /* V3 */
+    {102400, 5120, 12288, 1536, 60, 0, 1, 1, 128, 128, 1536, 512, 128, 64, 128, 160, 2, 6, 8, 3}, /* V2 */
+    {102400, 2048, 10944, 1408, 27, 0, 1, 1, 16, 16, 0, 512, 128, 64, 128, 64, 2, 6, 1, 1},       /* V2-Lite */
+    {163840, 2048, 11264, 1408, 27, 0, 1, 1, 16, 16, 0, 512, 128, 64, 128, 64, 2, 6, 1, 1},       /* Moonlight */
+    {163840, 7168, 18432, 2048, 61, 0, 1, 1, 64, 64, 1536, 512, 128, 64, 128, 384, 1, 8, 1, 1},   /* Kimi-K2 */
+    {256, 160, 448, 40, 5, 4, 1, 1, 5, 5, 96, 64, 32, 16, 32, 32, 1, 4, 4, 2},                    /* austen */
+    {256, 64, 192, 32, 3, 1, 1, 1, 4, 4, 0, 32, 16, 8, 16, 8, 1, 2, 1, 1},                        /* micro */
+};
 
-static void dsv3i_preset_mla(dsv3_config *c, int32_t rk, int32_t dn, int32_t dr, int32_t dv) {
-    c->kv_lora_rank = rk;
-    c->qk_nope_head_dim = dn;
-    c->qk_rope_head_dim = dr;
-    c->v_head_dim = dv;
-}
+typedef struct dsv3i_preset {
+    int32_t context, bos, eos;
+    float scale, theta, eps;    /* routed_scaling_factor, rope_theta, rms_norm_eps */
+    float factor, fast, mscale; /* YaRN's factor, beta_fast, both mscales; factor 0: no YaRN */
+    dsv3_topk_method method;    /* noaux_tc, or one of V2 */
+} dsv3i_preset;
 
-static void dsv3i_preset_experts(dsv3_config *c, int32_t E, int32_t shared, int32_t K, int32_t G, int32_t Gt,
-                                 float scale) {
-    c->n_routed_experts = E;
-    c->n_shared_experts = shared;
-    c->num_experts_per_tok = K;
-    c->n_group = G;
-    c->topk_group = Gt;
-    c->routed_scaling_factor = scale;
-}
-
-static void dsv3i_preset_v2(dsv3_config *c, dsv3_topk_method method) {
-    c->scoring_func = DSV3_SOFTMAX;
-    c->topk_method = method;
-    c->norm_topk_prob = 0;
-    c->gate_scaling = DSV3_SCALE_UNLESS_NORMED;
-}
-
-static void dsv3i_preset_yarn(dsv3_config *c, float factor, float beta_fast, float mscale, int32_t context) {
-    c->rope_scaling.type = DSV3_ROPE_YARN;
-    c->rope_scaling.factor = factor;
-    c->rope_scaling.original_max_position_embeddings = 4096;
-    c->rope_scaling.beta_fast = beta_fast;
-    c->rope_scaling.beta_slow = 1.0f;
-    c->rope_scaling.mscale = mscale;
-    c->rope_scaling.mscale_all_dim = mscale;
-    c->max_position_embeddings = context;
-}
-
-static void dsv3i_preset_tokens(dsv3_config *c, int32_t bos, int32_t eos) {
-    c->bos_token_id = bos;
-    c->eos_token_id = eos;
-}
+static const dsv3i_preset dsv3i_presets[] = {
+    {163840, 0, 1, 2.5f, 10000.0f, 1e-6f, 40.0f, 32.0f, 1.0f, DSV3_NOAUX_TC},
+    {163840, 100000, 100001, 16.0f, 10000.0f, 1e-6f, 40.0f, 32.0f, 1.0f, DSV3_GROUP_LIMITED_GREEDY},
+    {163840, 100000, 100001, 1.0f, 10000.0f, 1e-6f, 40.0f, 32.0f, 0.707f, DSV3_GREEDY},
+    {8192, 163584, 163586, 2.446f, 50000.0f, 1e-5f, 0.0f, 0.0f, 0.0f, DSV3_NOAUX_TC},
+    {131072, 163584, 163585, 2.827f, 50000.0f, 1e-6f, 32.0f, 1.0f, 1.0f, DSV3_NOAUX_TC},
+    {1024, 10, -1, 1.0f, 10000.0f, 1e-6f, 0.0f, 0.0f, 0.0f, DSV3_NOAUX_TC},
+    {512, 10, -1, 1.0f, 10000.0f, 1e-6f, 0.0f, 0.0f, 0.0f, DSV3_NOAUX_TC},
+};
 
 DSV3_API dsv3_config dsv3_config_preset(dsv3_preset preset) {
     dsv3_config c = dsv3_config_default();
-    switch (preset) {
-    case DSV3_PRESET_V3:
-        dsv3i_preset_sizes(&c, 129280, 7168, 18432, 2048, 61, 128, 1536);
-        dsv3i_preset_mla(&c, 512, 128, 64, 128);
-        dsv3i_preset_experts(&c, 256, 1, 8, 8, 4, 2.5f);
-        dsv3i_preset_yarn(&c, 40.0f, 32.0f, 1.0f, 163840);
-        dsv3i_preset_tokens(&c, 0, 1);
-        c.first_k_dense_replace = 3;
-        c.num_nextn_predict_layers = 1;
-        break;
-    case DSV3_PRESET_V2:
-        dsv3i_preset_sizes(&c, 102400, 5120, 12288, 1536, 60, 128, 1536);
-        dsv3i_preset_mla(&c, 512, 128, 64, 128);
-        dsv3i_preset_experts(&c, 160, 2, 6, 8, 3, 16.0f);
-        dsv3i_preset_v2(&c, DSV3_GROUP_LIMITED_GREEDY);
-        dsv3i_preset_yarn(&c, 40.0f, 32.0f, 1.0f, 163840);
-        dsv3i_preset_tokens(&c, 100000, 100001);
-        break;
-    case DSV3_PRESET_V2_LITE:
-        dsv3i_preset_sizes(&c, 102400, 2048, 10944, 1408, 27, 16, 0);
-        dsv3i_preset_mla(&c, 512, 128, 64, 128);
-        dsv3i_preset_experts(&c, 64, 2, 6, 1, 1, 1.0f);
-        dsv3i_preset_v2(&c, DSV3_GREEDY);
-        dsv3i_preset_yarn(&c, 40.0f, 32.0f, 0.707f, 163840);
-        dsv3i_preset_tokens(&c, 100000, 100001);
-        break;
-    case DSV3_PRESET_MOONLIGHT:
-        dsv3i_preset_sizes(&c, 163840, 2048, 11264, 1408, 27, 16, 0);
-        dsv3i_preset_mla(&c, 512, 128, 64, 128);
-        dsv3i_preset_experts(&c, 64, 2, 6, 1, 1, 2.446f);
-        dsv3i_preset_tokens(&c, 163584, 163586);
-        c.rms_norm_eps = 1e-5f;
-        c.rope_theta = 50000.0f;
-        c.max_position_embeddings = 8192;
-        break;
-    case DSV3_PRESET_K2:
-        dsv3i_preset_sizes(&c, 163840, 7168, 18432, 2048, 61, 64, 1536);
-        dsv3i_preset_mla(&c, 512, 128, 64, 128);
-        dsv3i_preset_experts(&c, 384, 1, 8, 1, 1, 2.827f);
-        dsv3i_preset_yarn(&c, 32.0f, 1.0f, 1.0f, 131072);
-        dsv3i_preset_tokens(&c, 163584, 163585);
-        c.rope_theta = 50000.0f;
-        break;
-    case DSV3_PRESET_AUSTEN:
-        dsv3i_preset_sizes(&c, 256, 160, 448, 40, 5, 5, 96);
-        dsv3i_preset_mla(&c, 64, 32, 16, 32);
-        dsv3i_preset_experts(&c, 32, 1, 4, 4, 2, 1.0f);
-        dsv3i_preset_tokens(&c, 10, -1);
-        c.num_nextn_predict_layers = 4;
-        c.max_position_embeddings = 1024;
-        break;
-    case DSV3_PRESET_MICRO:
-        dsv3i_preset_sizes(&c, 256, 64, 192, 32, 3, 4, 0);
-        dsv3i_preset_mla(&c, 32, 16, 8, 16);
-        dsv3i_preset_experts(&c, 8, 1, 2, 1, 1, 1.0f);
-        dsv3i_preset_tokens(&c, 10, -1);
-        c.num_nextn_predict_layers = 1;
-        c.max_position_embeddings = 512;
-        break;
+    const dsv3i_preset *p;
+    if ((size_t)preset >= sizeof dsv3i_presets / sizeof dsv3i_presets[0]) return c;
+    p = dsv3i_presets + preset;
+    DSV3_MEMCPY(&c, dsv3i_preset_sizes[preset], sizeof dsv3i_preset_sizes[preset]);
+    c.max_position_embeddings = p->context;
+    c.bos_token_id = p->bos;
+    c.eos_token_id = p->eos;
+    c.routed_scaling_factor = p->scale;
+    c.rope_theta = p->theta;
+    c.rms_norm_eps = p->eps;
+    if (p->factor > 0.0f) {
+        c.rope_scaling.type = DSV3_ROPE_YARN;
+        c.rope_scaling.factor = p->factor;
+        c.rope_scaling.original_max_position_embeddings = 4096;
+        c.rope_scaling.beta_fast = p->fast;
+        c.rope_scaling.mscale = c.rope_scaling.mscale_all_dim = p->mscale;
+    }
+    if (p->method != DSV3_NOAUX_TC) {
+        c.scoring_func = DSV3_SOFTMAX;
+        c.topk_method = p->method;
+        c.norm_topk_prob = 0;
+        c.gate_scaling = DSV3_SCALE_UNLESS_NORMED;
     }
     return c;
 }
@@ -5641,22 +5569,57 @@ DSV3_API int dsv3_config_is_moe(const dsv3_config *config, int32_t i) {
 
 /* ---- Checks. Each returns DSV3_OK or has filled in the error. */
 
+static dsv3_result dsv3i_check_between(dsv3_error *error, dsv3_result code, const char *name, const char *why,
+                                       int64_t value, int64_t low, int64_t high) {
+    return value >= low && value <= high ? DSV3_OK : dsv3i_fail_range(error, code, name, why, low, high, value);
+}
+
 static dsv3_result dsv3i_check_int(dsv3_error *error, const char *name, int32_t value, int32_t low, long high) {
     int64_t top = (uint64_t)high < (uint64_t)SIZE_MAX ? (int64_t)high : (int64_t)SIZE_MAX;
-    if (value < 0 || (int64_t)value > top) {
-        return dsv3i_fail_range(error, DSV3_ERR_LIMIT, name, "is outside its limits", low, top, value);
-    }
-    if (value < low) return dsv3i_fail_range(error, DSV3_ERR_ARG, name, "is too small", low, top, value);
-    return DSV3_OK;
+    dsv3_result code = value < 0 || (int64_t)value > top ? DSV3_ERR_LIMIT : DSV3_ERR_ARG;
+    const char *why = code == DSV3_ERR_LIMIT ? "is outside its limits" : "is too small";
+    return dsv3i_check_between(error, code, name, why, value, low, top);
 }
 
 static dsv3_result dsv3i_check_float(dsv3_error *error, const char *name, float value, float low, const char *why) {
     return value >= low && value <= FLT_MAX ? DSV3_OK : dsv3i_fail(error, DSV3_ERR_ARG, name, why);
 }
 
-static dsv3_result dsv3i_check_product(dsv3_error *error, const char *name, size_t rows, size_t cols) {
-    if (dsv3i_mul(rows, cols) < SIZE_MAX) return DSV3_OK;
-    return dsv3i_fail(error, DSV3_ERR_OVERFLOW, name, "gives a tensor with more elements than size_t can count");
+/* A member of an enum that has the values 0 .. choices - 1. */
+static dsv3_result dsv3i_check_choice(dsv3_error *error, const char *name, int value, int choices, const char *why) {
+    return value >= 0 && value < choices ? DSV3_OK : dsv3i_fail(error, DSV3_ERR_UNSUPPORTED, name, why);
+}
+
+/* The fields of config c, with errors to e. */
+#define DSV3I_INT(field, low, high) DSV3I_TRY(dsv3i_check_int(e, #field, c->field, low, high))
+#define DSV3I_FLOAT(field, low, why) DSV3I_TRY(dsv3i_check_float(e, #field, c->field, low, why))
+#define DSV3I_BETWEEN(field, low, high, why)                                                                         \
+    DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_ARG, #field, why, c->field, low, high))
+#define DSV3I_CHOICE(field, choices, why) DSV3I_TRY(dsv3i_check_choice(e, #field, (int)c->field, choices, why))
+
+static dsv3_result dsv3i_check_layers(const dsv3_config *c, dsv3_error *e) {
+    DSV3I_INT(vocab_size, 1, DSV3_MAX_VOCAB);
+    DSV3I_INT(hidden_size, 1, DSV3_MAX_DIM);
+    DSV3I_INT(num_hidden_layers, 1, DSV3_MAX_LAYERS);
+    DSV3I_INT(num_nextn_predict_layers, 0, DSV3_MAX_LAYERS - c->num_hidden_layers);
+    DSV3I_BETWEEN(first_k_dense_replace, 0, c->num_hidden_layers, "is not between 0 and num_hidden_layers");
+    DSV3I_INT(moe_layer_freq, 1, DSV3_MAX_LAYERS);
+    DSV3I_INT(intermediate_size, c->first_k_dense_replace > 0 || c->moe_layer_freq > 1, DSV3_MAX_DIM);
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3i_check_mla(const dsv3_config *c, dsv3_error *e) {
+    DSV3I_INT(num_attention_heads, 1, DSV3_MAX_HEADS);
+    DSV3I_INT(q_lora_rank, 0, DSV3_MAX_DIM);
+    DSV3I_INT(kv_lora_rank, 1, DSV3_MAX_DIM);
+    DSV3I_INT(qk_nope_head_dim, 1, DSV3_MAX_DIM);
+    DSV3I_INT(qk_rope_head_dim, 2, DSV3_MAX_DIM);
+    if (c->qk_rope_head_dim % 2 != 0) {
+        return dsv3i_fail(e, DSV3_ERR_ARG, "qk_rope_head_dim", "must be even: RoPE turns pairs");
+    }
+    DSV3I_INT(v_head_dim, 1, DSV3_MAX_DIM);
+    if (!c->attention_bias) return DSV3_OK;
+    return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "attention_bias", "no published model has attention biases");
 }
 
 static int dsv3i_has_moe(const dsv3_config *c) {
@@ -5666,112 +5629,47 @@ static int dsv3i_has_moe(const dsv3_config *c) {
     return 0;
 }
 
-static dsv3_result dsv3i_check_layers(const dsv3_config *c, dsv3_error *e) {
-    DSV3I_TRY(dsv3i_check_int(e, "vocab_size", c->vocab_size, 1, DSV3_MAX_VOCAB));
-    DSV3I_TRY(dsv3i_check_int(e, "hidden_size", c->hidden_size, 1, DSV3_MAX_DIM));
-    DSV3I_TRY(dsv3i_check_int(e, "num_hidden_layers", c->num_hidden_layers, 1, DSV3_MAX_LAYERS));
-    DSV3I_TRY(dsv3i_check_int(e, "num_nextn_predict_layers", c->num_nextn_predict_layers, 0,
-                              DSV3_MAX_LAYERS - c->num_hidden_layers));
-    if (c->first_k_dense_replace < 0 || c->first_k_dense_replace > c->num_hidden_layers) {
-        return dsv3i_fail_range(e, DSV3_ERR_ARG, "first_k_dense_replace", "is not between 0 and num_hidden_layers", 0,
-                                c->num_hidden_layers, c->first_k_dense_replace);
-    }
-    DSV3I_TRY(dsv3i_check_int(e, "moe_layer_freq", c->moe_layer_freq, 1, DSV3_MAX_LAYERS));
-    return dsv3i_check_int(e, "intermediate_size", c->intermediate_size,
-                           c->first_k_dense_replace > 0 || c->moe_layer_freq > 1, DSV3_MAX_DIM);
-}
-
-static dsv3_result dsv3i_check_mla(const dsv3_config *c, dsv3_error *e) {
-    DSV3I_TRY(dsv3i_check_int(e, "num_attention_heads", c->num_attention_heads, 1, DSV3_MAX_HEADS));
-    DSV3I_TRY(dsv3i_check_int(e, "q_lora_rank", c->q_lora_rank, 0, DSV3_MAX_DIM));
-    DSV3I_TRY(dsv3i_check_int(e, "kv_lora_rank", c->kv_lora_rank, 1, DSV3_MAX_DIM));
-    DSV3I_TRY(dsv3i_check_int(e, "qk_nope_head_dim", c->qk_nope_head_dim, 1, DSV3_MAX_DIM));
-    DSV3I_TRY(dsv3i_check_int(e, "qk_rope_head_dim", c->qk_rope_head_dim, 2, DSV3_MAX_DIM));
-    if (c->qk_rope_head_dim % 2 != 0) {
-        return dsv3i_fail(e, DSV3_ERR_ARG, "qk_rope_head_dim", "must be even: RoPE turns pairs");
-    }
-    DSV3I_TRY(dsv3i_check_int(e, "v_head_dim", c->v_head_dim, 1, DSV3_MAX_DIM));
-    if (c->attention_bias) {
-        return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "attention_bias", "no published model has attention biases");
-    }
-    return DSV3_OK;
-}
-
-static dsv3_result dsv3i_check_router(const dsv3_config *c, dsv3_error *e) {
+static dsv3_result dsv3i_check_experts(const dsv3_config *c, dsv3_error *e) {
     int32_t least = dsv3i_has_moe(c), available;
-    DSV3I_TRY(dsv3i_check_int(e, "moe_intermediate_size", c->moe_intermediate_size, least, DSV3_MAX_DIM));
-    DSV3I_TRY(dsv3i_check_int(e, "n_routed_experts", c->n_routed_experts, least, DSV3_MAX_EXPERTS));
-    DSV3I_TRY(dsv3i_check_int(e, "n_shared_experts", c->n_shared_experts, 0, DSV3_MAX_EXPERTS));
-    if ((int64_t)c->n_shared_experts * c->moe_intermediate_size > DSV3_MAX_DIM) {
-        return dsv3i_fail_range(e, DSV3_ERR_LIMIT, "n_shared_experts",
-                                "times moe_intermediate_size is beyond the limit", 0, DSV3_MAX_DIM,
-                                (int64_t)c->n_shared_experts * c->moe_intermediate_size);
-    }
-    DSV3I_TRY(dsv3i_check_int(e, "n_group", c->n_group, 1, DSV3_MAX_EXPERTS));
+    DSV3I_INT(moe_intermediate_size, least, DSV3_MAX_DIM);
+    DSV3I_INT(n_routed_experts, least, DSV3_MAX_EXPERTS);
+    DSV3I_INT(n_shared_experts, 0, DSV3_MAX_EXPERTS);
+    DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_LIMIT, "n_shared_experts",
+                                  "times moe_intermediate_size is beyond the limit",
+                                  (int64_t)c->n_shared_experts * c->moe_intermediate_size, 0, DSV3_MAX_DIM));
+    DSV3I_INT(n_group, 1, DSV3_MAX_EXPERTS);
     if (c->n_routed_experts % c->n_group != 0) {
         return dsv3i_fail_where(e, DSV3_ERR_ARG, "n_group", "must divide n_routed_experts, and is", c->n_group);
     }
-    if (c->topk_group < 1 || c->topk_group > c->n_group) {
-        return dsv3i_fail_range(e, DSV3_ERR_ARG, "topk_group", "must be between 1 and n_group", 1, c->n_group,
-                                c->topk_group);
-    }
-    DSV3I_TRY(dsv3i_check_int(e, "num_experts_per_tok", c->num_experts_per_tok, least, DSV3_MAX_TOPK));
-    available =
-        c->topk_method == DSV3_GREEDY ? c->n_routed_experts : c->n_routed_experts / c->n_group * c->topk_group;
-    if (c->num_experts_per_tok > available) {
-        return dsv3i_fail_range(e, DSV3_ERR_ARG, "num_experts_per_tok", "is more than the selected groups have",
-                                least, available, c->num_experts_per_tok);
-    }
-    if (c->scoring_func != DSV3_SIGMOID && c->scoring_func != DSV3_SOFTMAX) {
-        return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "scoring_func", "must be sigmoid or softmax");
-    }
-    if (c->topk_method != DSV3_NOAUX_TC && c->topk_method != DSV3_GROUP_LIMITED_GREEDY &&
-        c->topk_method != DSV3_GREEDY) {
-        return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "topk_method", "must be noaux_tc, group_limited_greedy or greedy");
-    }
-    if (c->group_mask != DSV3_MASK_NEG_INF && c->group_mask != DSV3_MASK_ZERO) {
-        return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "group_mask", "is not one of dsv3_group_mask");
-    }
-    if (c->gate_scaling != DSV3_SCALE_ALWAYS && c->gate_scaling != DSV3_SCALE_UNLESS_NORMED) {
-        return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "gate_scaling", "is not one of dsv3_gate_scaling");
-    }
-    if (c->bias_form != DSV3_BIAS_ADD && c->bias_form != DSV3_BIAS_MULTIPLY) {
-        return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "bias_form", "is not one of dsv3_bias_form");
-    }
-    if (c->mtp_concat != DSV3_MTP_EMBED_FIRST && c->mtp_concat != DSV3_MTP_HIDDEN_FIRST) {
-        return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "mtp_concat", "is not one of dsv3_mtp_concat");
-    }
-    if (c->mtp_hidden != DSV3_MTP_POST_NORM && c->mtp_hidden != DSV3_MTP_PRE_NORM) {
-        return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "mtp_hidden", "is not one of dsv3_mtp_hidden");
-    }
-    return dsv3i_check_float(e, "routed_scaling_factor", c->routed_scaling_factor, FLT_MIN,
-                             "must be positive and finite");
+    DSV3I_BETWEEN(topk_group, 1, c->n_group, "must be between 1 and n_group");
+    DSV3I_INT(num_experts_per_tok, least, DSV3_MAX_TOPK);
+    available = c->n_routed_experts;
+    if (c->topk_method != DSV3_GREEDY) available = available / c->n_group * c->topk_group;
+    DSV3I_BETWEEN(num_experts_per_tok, least, available, "is more than the selected groups have");
+    return DSV3_OK;
 }
 
 static dsv3_result dsv3i_check_rope(const dsv3_config *c, dsv3_error *e) {
-    const dsv3_rope_scaling *r = &c->rope_scaling;
     if (!(c->rope_theta > 1.0f) || c->rope_theta > FLT_MAX) {
         return dsv3i_fail(e, DSV3_ERR_ARG, "rope_theta", "must be finite and larger than 1");
     }
-    DSV3I_TRY(dsv3i_check_int(e, "max_position_embeddings", c->max_position_embeddings, 1, DSV3_MAX_SEQ));
-    if (r->type == DSV3_ROPE_NONE) return DSV3_OK;
-    if (r->type != DSV3_ROPE_YARN) {
+    DSV3I_INT(max_position_embeddings, 1, DSV3_MAX_SEQ);
+    if (c->rope_scaling.type == DSV3_ROPE_NONE) return DSV3_OK;
+    if (c->rope_scaling.type != DSV3_ROPE_YARN) {
         return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "rope_scaling.type", "must be yarn or absent");
     }
-    DSV3I_TRY(dsv3i_check_float(e, "rope_scaling.factor", r->factor, 1.0f, "must be finite and at least 1"));
-    DSV3I_TRY(dsv3i_check_int(e, "rope_scaling.original_max_position_embeddings", r->original_max_position_embeddings,
-                              1, DSV3_MAX_SEQ));
-    DSV3I_TRY(dsv3i_check_float(e, "rope_scaling.beta_slow", r->beta_slow, FLT_MIN, "must be positive and finite"));
-    DSV3I_TRY(dsv3i_check_float(e, "rope_scaling.beta_fast", r->beta_fast, r->beta_slow,
-                                "must be finite and at least beta_slow"));
-    DSV3I_TRY(dsv3i_check_float(e, "rope_scaling.mscale", r->mscale, 0.0f, "must be finite and not negative"));
-    return dsv3i_check_float(e, "rope_scaling.mscale_all_dim", r->mscale_all_dim, 0.0f,
-                             "must be finite and not negative");
+    DSV3I_FLOAT(rope_scaling.factor, 1.0f, "must be finite and at least 1");
+    DSV3I_INT(rope_scaling.original_max_position_embeddings, 1, DSV3_MAX_SEQ);
+    DSV3I_FLOAT(rope_scaling.beta_slow, FLT_MIN, "must be positive and finite");
+    DSV3I_FLOAT(rope_scaling.beta_fast, c->rope_scaling.beta_slow, "must be finite and at least beta_slow");
+    DSV3I_FLOAT(rope_scaling.mscale, 0.0f, "must be finite and not negative");
+    DSV3I_FLOAT(rope_scaling.mscale_all_dim, 0.0f, "must be finite and not negative");
+    return DSV3_OK;
 }
 
-static dsv3_result dsv3i_check_token(dsv3_error *e, const char *name, int32_t token, int32_t V) {
-    if (token >= -1 && token < V) return DSV3_OK;
-    return dsv3i_fail_range(e, DSV3_ERR_ARG, name, "is not in the vocabulary (-1: none)", -1, (int64_t)V - 1, token);
+static dsv3_result dsv3i_check_product(dsv3_error *error, const char *name, size_t rows, size_t cols) {
+    if (dsv3i_mul(rows, cols) < SIZE_MAX) return DSV3_OK;
+    return dsv3i_fail(error, DSV3_ERR_OVERFLOW, name, "gives a tensor with more elements than size_t can count");
 }
 
 /* The elements of every tensor must be countable; dsv3_model_bind checks the bytes, whose type it knows. */
@@ -5787,26 +5685,112 @@ static dsv3_result dsv3i_check_sizes(const dsv3_config *c, dsv3_error *e) {
     DSV3I_TRY(dsv3i_check_product(e, "moe_intermediate_size", m.F, m.d));
     DSV3I_TRY(dsv3i_check_product(e, "n_shared_experts", m.Fs, m.d));
     DSV3I_TRY(dsv3i_check_product(e, "n_routed_experts", m.E, m.d));
-    return dsv3i_check_product(e, "hidden_size", m.d, dsv3i_mul(2, m.d));
+    return dsv3i_check_product(e, "hidden_size", m.d, m.d2);
 }
 
 DSV3_API dsv3_result dsv3_config_check(const dsv3_config *config, dsv3_error *error) {
-    if (config == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "config", "is NULL");
-    DSV3I_TRY(dsv3i_check_layers(config, error));
-    DSV3I_TRY(dsv3i_check_mla(config, error));
-    DSV3I_TRY(dsv3i_check_router(config, error));
-    DSV3I_TRY(dsv3i_check_rope(config, error));
-    DSV3I_TRY(dsv3i_check_float(error, "rms_norm_eps", config->rms_norm_eps, FLT_MIN, "must be positive and finite"));
-    DSV3I_TRY(
-        dsv3i_check_float(error, "latent_norm_eps", config->latent_norm_eps, FLT_MIN, "must be positive and finite"));
-    DSV3I_TRY(dsv3i_check_token(error, "bos_token_id", config->bos_token_id, config->vocab_size));
-    DSV3I_TRY(dsv3i_check_token(error, "eos_token_id", config->eos_token_id, config->vocab_size));
-    DSV3I_TRY(dsv3i_check_sizes(config, error));
-    return dsv3i_ok(error);
+    const dsv3_config *c = config;
+    dsv3_error *e = error;
+    if (c == NULL) return dsv3i_fail(e, DSV3_ERR_ARG, "config", "is NULL");
+    DSV3I_TRY(dsv3i_check_layers(c, e));
+    DSV3I_TRY(dsv3i_check_mla(c, e));
+    DSV3I_TRY(dsv3i_check_experts(c, e));
+    DSV3I_CHOICE(scoring_func, 2, "must be sigmoid or softmax");
+    DSV3I_CHOICE(topk_method, 3, "must be noaux_tc, group_limited_greedy or greedy");
+    DSV3I_CHOICE(group_mask, 2, "is not one of dsv3_group_mask");
+    DSV3I_CHOICE(gate_scaling, 2, "is not one of dsv3_gate_scaling");
+    DSV3I_CHOICE(bias_form, 2, "is not one of dsv3_bias_form");
+    DSV3I_CHOICE(mtp_concat, 2, "is not one of dsv3_mtp_concat");
+    DSV3I_CHOICE(mtp_hidden, 2, "is not one of dsv3_mtp_hidden");
+    DSV3I_FLOAT(routed_scaling_factor, FLT_MIN, "must be positive and finite");
+    DSV3I_TRY(dsv3i_check_rope(c, e));
+    DSV3I_FLOAT(rms_norm_eps, FLT_MIN, "must be positive and finite");
+    DSV3I_FLOAT(latent_norm_eps, FLT_MIN, "must be positive and finite");
+    DSV3I_BETWEEN(bos_token_id, -1, c->vocab_size - 1, "is not in the vocabulary (-1: none)");
+    DSV3I_BETWEEN(eos_token_id, -1, c->vocab_size - 1, "is not in the vocabulary (-1: none)");
+    DSV3I_TRY(dsv3i_check_sizes(c, e));
+    return dsv3i_ok(e);
 }
 
-/* ---- The walk. walk->visit sees each tensor's description and where it belongs in the model (NULL when there is
- * no model yet). The functions below are the checkpoint's table of contents. */
+#undef DSV3I_INT
+#undef DSV3I_FLOAT
+#undef DSV3I_BETWEEN
+#undef DSV3I_CHOICE
+
+/* ---- The checkpoint's table of contents, in file order: the part that a tensor is of, its place in the model, its
+ * name (behind "model.layers.{i}." in a layer, and then "mlp.experts.{e}." in an expert), shape and group. */
+
+enum {
+    DSV3I_PART_EMBED = 1,
+    DSV3I_PART_LAST = 2, /* behind the layers */
+    DSV3I_PART_HEAD = 4, /* unless tied to the embedding */
+    DSV3I_PART_JOIN = 8, /* an MTP module, beside its layer; this comes first: without it there is no module */
+    DSV3I_PART_NORMS = 16,
+    DSV3I_PART_COPIES = 32,    /* of the embedding and the head, optional */
+    DSV3I_PART_FIRST = 64,     /* a layer */
+    DSV3I_PART_Q_LATENT = 128, /* rq > 0 */
+    DSV3I_PART_Q = 256,        /* rq = 0 */
+    DSV3I_PART_LAYER = 512,
+    DSV3I_PART_DENSE = 1024,
+    DSV3I_PART_ROUTER = 2048,
+    DSV3I_PART_BIAS = 4096, /* noaux_tc */
+    DSV3I_PART_EXPERT = 8192,
+    DSV3I_PART_SHARED = 16384
+};
+
+typedef struct dsv3i_place {
+    char name[36];
+    uint16_t at, part;  /* offset in the struct that owns the tensor */
+    uint8_t rows, cols; /* offsets in dsv3i_dims; a vector has cols */
+    uint8_t rank, group;
+} dsv3i_place;
+
+#define DSV3I_PLACE(rank, part, owner, field, name, rows, cols, group)                                               \
+    {                                                                                                                \
+        name, (uint16_t)offsetof(owner, field), DSV3I_PART_##part, (uint8_t)offsetof(dsv3i_dims, rows),              \
+            (uint8_t)offsetof(dsv3i_dims, cols), rank, DSV3_GROUP_##group                                            \
+    }
+#define DSV3I_VECTOR(part, owner, field, name, n, group) DSV3I_PLACE(1, part, owner, field, name, n, n, group)
+#define DSV3I_MATRIX(part, owner, field, name, n, m, group) DSV3I_PLACE(2, part, owner, field, name, n, m, group)
+
+static const dsv3i_place dsv3i_places[] = {
+    DSV3I_MATRIX(EMBED, dsv3_model, embed_tokens, "model.embed_tokens.weight", V, d, EMBED),
+    DSV3I_MATRIX(JOIN, dsv3_mtp, eh_proj, "eh_proj.weight", d, d2, MTP),
+    DSV3I_VECTOR(NORMS, dsv3_mtp, enorm, "enorm.weight", d, MTP),
+    DSV3I_VECTOR(NORMS, dsv3_mtp, hnorm, "hnorm.weight", d, MTP),
+    DSV3I_VECTOR(NORMS, dsv3_mtp, shared_head_norm, "shared_head.norm.weight", d, MTP),
+    DSV3I_MATRIX(COPIES, dsv3_mtp, embed_tokens, "embed_tokens.weight", V, d, MTP),
+    DSV3I_MATRIX(COPIES, dsv3_mtp, shared_head_head, "shared_head.head.weight", V, d, MTP),
+    DSV3I_VECTOR(FIRST, dsv3_layer, input_layernorm, "input_layernorm.weight", d, NORM),
+    DSV3I_MATRIX(Q_LATENT, dsv3_layer, q_a_proj, "self_attn.q_a_proj.weight", rq, d, ATTENTION),
+    DSV3I_VECTOR(Q_LATENT, dsv3_layer, q_a_layernorm, "self_attn.q_a_layernorm.weight", rq, NORM),
+    DSV3I_MATRIX(Q_LATENT, dsv3_layer, q_b_proj, "self_attn.q_b_proj.weight", Hq, rq, ATTENTION),
+    DSV3I_MATRIX(Q, dsv3_layer, q_proj, "self_attn.q_proj.weight", Hq, d, ATTENTION),
+    DSV3I_MATRIX(LAYER, dsv3_layer, kv_a_proj_with_mqa, "self_attn.kv_a_proj_with_mqa.weight", width, d, ATTENTION),
+    DSV3I_VECTOR(LAYER, dsv3_layer, kv_a_layernorm, "self_attn.kv_a_layernorm.weight", rk, NORM),
+    DSV3I_MATRIX(LAYER, dsv3_layer, kv_b_proj, "self_attn.kv_b_proj.weight", Hkv, rk, ATTENTION),
+    DSV3I_MATRIX(LAYER, dsv3_layer, o_proj, "self_attn.o_proj.weight", d, Ho, ATTENTION),
+    DSV3I_VECTOR(LAYER, dsv3_layer, post_attention_layernorm, "post_attention_layernorm.weight", d, NORM),
+    DSV3I_MATRIX(DENSE, dsv3_layer, mlp.gate_proj, "mlp.gate_proj.weight", I, d, DENSE),
+    DSV3I_MATRIX(DENSE, dsv3_layer, mlp.up_proj, "mlp.up_proj.weight", I, d, DENSE),
+    DSV3I_MATRIX(DENSE, dsv3_layer, mlp.down_proj, "mlp.down_proj.weight", d, I, DENSE),
+    DSV3I_MATRIX(ROUTER, dsv3_layer, gate, "mlp.gate.weight", E, d, ROUTER),
+    DSV3I_VECTOR(BIAS, dsv3_layer, e_score_correction_bias, "mlp.gate.e_score_correction_bias", E, ROUTER),
+    DSV3I_MATRIX(EXPERT, dsv3_mlp, gate_proj, "gate_proj.weight", F, d, EXPERTS),
+    DSV3I_MATRIX(EXPERT, dsv3_mlp, up_proj, "up_proj.weight", F, d, EXPERTS),
+    DSV3I_MATRIX(EXPERT, dsv3_mlp, down_proj, "down_proj.weight", d, F, EXPERTS),
+    DSV3I_MATRIX(SHARED, dsv3_layer, shared_experts.gate_proj, "mlp.shared_experts.gate_proj.weight", Fs, d, SHARED),
+    DSV3I_MATRIX(SHARED, dsv3_layer, shared_experts.up_proj, "mlp.shared_experts.up_proj.weight", Fs, d, SHARED),
+    DSV3I_MATRIX(SHARED, dsv3_layer, shared_experts.down_proj, "mlp.shared_experts.down_proj.weight", d, Fs, SHARED),
+    DSV3I_VECTOR(LAST, dsv3_model, norm, "model.norm.weight", d, NORM),
+    DSV3I_MATRIX(HEAD, dsv3_model, lm_head, "lm_head.weight", V, d, HEAD),
+};
+#undef DSV3I_PLACE
+#undef DSV3I_VECTOR
+#undef DSV3I_MATRIX
+
+/* ---- The walk through it. walk->visit sees each tensor's description and its slot in the model (NULL when there is
+ * no model yet). */
 
 typedef struct dsv3i_walk {
     const dsv3_config *config;
@@ -5814,106 +5798,10 @@ typedef struct dsv3i_walk {
     dsv3_tensor_info info;
     dsv3_result (*visit)(struct dsv3i_walk *walk, dsv3_tensor *slot);
     void *user;
+    dsv3_visit show; /* for dsv3_model_tensors */
+    dsv3_find find;  /* these two for dsv3_model_bind */
+    dsv3_error *error;
 } dsv3i_walk;
-
-static void dsv3i_text_add_layer(dsv3i_text *t, int32_t layer) {
-    dsv3i_text_add(t, "model.layers.");
-    dsv3i_text_add_int(t, layer);
-    dsv3i_text_add(t, ".");
-}
-
-/* Describes tensor "prefix + name" and visits it. rows = 0: a vector of cols. */
-static dsv3_result dsv3i_walk_tensor(dsv3i_walk *w, dsv3_tensor *slot, const char *name, size_t rows, size_t cols,
-                                     dsv3_group group, int quantised) {
-    dsv3i_text t = dsv3i_text_begin(w->info.name, sizeof w->info.name);
-    if (w->info.layer >= 0) dsv3i_text_add_layer(&t, w->info.layer);
-    if (w->info.expert >= 0) {
-        dsv3i_text_add(&t, "mlp.experts.");
-        dsv3i_text_add_int(&t, w->info.expert);
-        dsv3i_text_add(&t, ".");
-    }
-    dsv3i_text_add(&t, name);
-    w->info.group = group;
-    w->info.rank = rows == 0 ? 1 : 2;
-    w->info.rows = rows == 0 ? 1 : rows;
-    w->info.cols = cols;
-    w->info.quantised = quantised;
-    return w->visit(w, slot);
-}
-
-#define DSV3I_SLOT(owner, field) ((owner) != NULL ? &(owner)->field : NULL)
-
-static dsv3_result dsv3i_walk_attention(dsv3i_walk *w, dsv3_layer *l) {
-    const dsv3i_dims *m = &w->m;
-    dsv3_group group = DSV3_GROUP_ATTENTION;
-    if (m->rq > 0) {
-        DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(l, q_a_proj), "self_attn.q_a_proj.weight", m->rq, m->d, group, 1));
-        DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(l, q_a_layernorm), "self_attn.q_a_layernorm.weight", 0, m->rq,
-                                    DSV3_GROUP_NORM, 0));
-        DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(l, q_b_proj), "self_attn.q_b_proj.weight", m->Hq, m->rq, group, 1));
-    } else {
-        DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(l, q_proj), "self_attn.q_proj.weight", m->Hq, m->d, group, 1));
-    }
-    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(l, kv_a_proj_with_mqa), "self_attn.kv_a_proj_with_mqa.weight", m->width,
-                                m->d, group, 1));
-    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(l, kv_a_layernorm), "self_attn.kv_a_layernorm.weight", 0, m->rk,
-                                DSV3_GROUP_NORM, 0));
-    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(l, kv_b_proj), "self_attn.kv_b_proj.weight", m->Hkv, m->rk, group, 1));
-    return dsv3i_walk_tensor(w, DSV3I_SLOT(l, o_proj), "self_attn.o_proj.weight", m->d, m->Ho, group, 1);
-}
-
-static dsv3_result dsv3i_walk_mlp(dsv3i_walk *w, dsv3_mlp *mlp, const char *gate, const char *up, const char *down,
-                                  size_t F, dsv3_group group) {
-    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(mlp, gate_proj), gate, F, w->m.d, group, 1));
-    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(mlp, up_proj), up, F, w->m.d, group, 1));
-    return dsv3i_walk_tensor(w, DSV3I_SLOT(mlp, down_proj), down, w->m.d, F, group, 1);
-}
-
-static dsv3_result dsv3i_walk_moe(dsv3i_walk *w, dsv3_layer *l) {
-    const dsv3i_dims *m = &w->m;
-    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(l, gate), "mlp.gate.weight", m->E, m->d, DSV3_GROUP_ROUTER, 0));
-    if (w->config->topk_method == DSV3_NOAUX_TC) {
-        DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(l, e_score_correction_bias), "mlp.gate.e_score_correction_bias", 0,
-                                    m->E, DSV3_GROUP_ROUTER, 0));
-    }
-    for (size_t e = 0; e < m->E; e++) {
-        w->info.expert = (int32_t)e;
-        DSV3I_TRY(dsv3i_walk_mlp(w, l != NULL ? &l->experts[e] : NULL, "gate_proj.weight", "up_proj.weight",
-                                 "down_proj.weight", m->F, DSV3_GROUP_EXPERTS));
-    }
-    w->info.expert = -1;
-    if (m->Fs == 0) return DSV3_OK;
-    return dsv3i_walk_mlp(w, DSV3I_SLOT(l, shared_experts), "mlp.shared_experts.gate_proj.weight",
-                          "mlp.shared_experts.up_proj.weight", "mlp.shared_experts.down_proj.weight", m->Fs,
-                          DSV3_GROUP_SHARED);
-}
-
-static dsv3_result dsv3i_walk_layer(dsv3i_walk *w, dsv3_layer *l) {
-    size_t d = w->m.d;
-    DSV3I_TRY(
-        dsv3i_walk_tensor(w, DSV3I_SLOT(l, input_layernorm), "input_layernorm.weight", 0, d, DSV3_GROUP_NORM, 0));
-    DSV3I_TRY(dsv3i_walk_attention(w, l));
-    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(l, post_attention_layernorm), "post_attention_layernorm.weight", 0, d,
-                                DSV3_GROUP_NORM, 0));
-    if (dsv3_config_is_moe(w->config, w->info.layer)) return dsv3i_walk_moe(w, l);
-    return dsv3i_walk_mlp(w, DSV3I_SLOT(l, mlp), "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight",
-                          w->m.I, DSV3_GROUP_DENSE);
-}
-
-/* The parts of an MTP module beside its layer. eh_proj comes first: without it there is no module. */
-static dsv3_result dsv3i_walk_mtp(dsv3i_walk *w, dsv3_mtp *p) {
-    size_t d = w->m.d, V = w->m.V;
-    dsv3_group group = DSV3_GROUP_MTP;
-    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(p, eh_proj), "eh_proj.weight", d, 2 * d, group, 0));
-    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(p, enorm), "enorm.weight", 0, d, group, 0));
-    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(p, hnorm), "hnorm.weight", 0, d, group, 0));
-    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(p, shared_head_norm), "shared_head.norm.weight", 0, d, group, 0));
-    w->info.optional = 1;
-    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(p, embed_tokens), "embed_tokens.weight", V, d, group, 0));
-    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(p, shared_head_head), "shared_head.head.weight", V, d, group, 0));
-    w->info.optional = 0;
-    return DSV3_OK;
-}
 
 static void dsv3i_walk_begin(dsv3i_walk *w, const dsv3_config *config, void *user,
                              dsv3_result (*visit)(dsv3i_walk *walk, dsv3_tensor *slot)) {
@@ -5926,45 +5814,73 @@ static void dsv3i_walk_begin(dsv3i_walk *w, const dsv3_config *config, void *use
     w->info.expert = -1;
 }
 
+static void dsv3i_walk_describe(dsv3i_walk *w, const dsv3i_place *p) {
+    dsv3i_text t = dsv3i_text_begin(w->info.name, sizeof w->info.name);
+    if (w->info.layer >= 0) dsv3i_text_add_index(&t, "model.layers.", w->info.layer, ".");
+    if (w->info.expert >= 0) dsv3i_text_add_index(&t, "mlp.experts.", w->info.expert, ".");
+    dsv3i_text_add(&t, p->name);
+    w->info.group = (dsv3_group)p->group;
+    w->info.rank = p->rank;
+    w->info.rows = p->rank == 1 ? 1 : dsv3i_dim(&w->m, p->rows);
+    w->info.cols = dsv3i_dim(&w->m, p->cols);
+    w->info.quantised = p->rank == 2 && (p->group == DSV3_GROUP_ATTENTION || p->group == DSV3_GROUP_DENSE ||
+                                         p->group == DSV3_GROUP_EXPERTS || p->group == DSV3_GROUP_SHARED);
+    w->info.optional = p->part == DSV3I_PART_COPIES;
+}
+
+/* The parts [added up] of owner, a struct of the model or NULL. */
+static dsv3_result dsv3i_walk_parts(dsv3i_walk *w, void *owner, int parts) {
+    for (size_t i = 0; i < sizeof dsv3i_places / sizeof dsv3i_places[0]; i++) {
+        const dsv3i_place *p = dsv3i_places + i;
+        if ((p->part & parts) == 0) continue;
+        dsv3i_walk_describe(w, p);
+        DSV3I_TRY(w->visit(w, owner != NULL ? (dsv3_tensor *)(void *)((unsigned char *)owner + p->at) : NULL));
+    }
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3i_walk_layer(dsv3i_walk *w, dsv3_layer *l) {
+    int parts = DSV3I_PART_FIRST | (w->m.rq > 0 ? DSV3I_PART_Q_LATENT : DSV3I_PART_Q) | DSV3I_PART_LAYER;
+    if (!dsv3_config_is_moe(w->config, w->info.layer)) return dsv3i_walk_parts(w, l, parts | DSV3I_PART_DENSE);
+    if (w->config->topk_method == DSV3_NOAUX_TC) parts |= DSV3I_PART_BIAS;
+    DSV3I_TRY(dsv3i_walk_parts(w, l, parts | DSV3I_PART_ROUTER));
+    for (size_t e = 0; e < w->m.E; e++) {
+        w->info.expert = (int32_t)e;
+        DSV3I_TRY(dsv3i_walk_parts(w, l != NULL ? &l->experts[e] : NULL, DSV3I_PART_EXPERT));
+    }
+    w->info.expert = -1;
+    return w->m.Fs > 0 ? dsv3i_walk_parts(w, l, DSV3I_PART_SHARED) : DSV3_OK;
+}
+
 static dsv3_result dsv3i_walk_main(dsv3i_walk *w, dsv3_model *model) {
-    size_t d = w->m.d, V = w->m.V;
-    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(model, embed_tokens), "model.embed_tokens.weight", V, d,
-                                DSV3_GROUP_EMBED, 0));
+    DSV3I_TRY(dsv3i_walk_parts(w, model, DSV3I_PART_EMBED));
     for (size_t i = 0; i < w->m.L; i++) {
         w->info.layer = (int32_t)i;
         DSV3I_TRY(dsv3i_walk_layer(w, model != NULL ? &model->layers[i] : NULL));
     }
     w->info.layer = -1;
-    DSV3I_TRY(dsv3i_walk_tensor(w, DSV3I_SLOT(model, norm), "model.norm.weight", 0, d, DSV3_GROUP_NORM, 0));
-    if (w->config->tie_word_embeddings) return DSV3_OK;
-    return dsv3i_walk_tensor(w, DSV3I_SLOT(model, lm_head), "lm_head.weight", V, d, DSV3_GROUP_HEAD, 0);
+    return dsv3i_walk_parts(w, model,
+                            w->config->tie_word_embeddings ? DSV3I_PART_LAST : DSV3I_PART_LAST | DSV3I_PART_HEAD);
 }
 
 /* MTP module k = 0 .. D-1: its own parts, then its layer. */
 static dsv3_result dsv3i_walk_module(dsv3i_walk *w, dsv3_model *model, size_t k) {
     w->info.layer = (int32_t)(w->m.L + k);
-    DSV3I_TRY(dsv3i_walk_mtp(w, model != NULL ? &model->mtp[k] : NULL));
+    DSV3I_TRY(dsv3i_walk_parts(w, model != NULL ? &model->mtp[k] : NULL,
+                               DSV3I_PART_JOIN | DSV3I_PART_NORMS | DSV3I_PART_COPIES));
     return dsv3i_walk_layer(w, model != NULL ? &model->layers[w->m.L + k] : NULL);
 }
 
-typedef struct dsv3i_show {
-    dsv3_visit visit;
-    void *user;
-} dsv3i_show;
-
 static dsv3_result dsv3i_show_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
-    const dsv3i_show *show = (const dsv3i_show *)w->user;
     (void)slot;
-    return show->visit(show->user, &w->info);
+    return w->show(w->user, &w->info);
 }
 
 DSV3_API dsv3_result dsv3_model_tensors(const dsv3_config *config, dsv3_visit visit, void *user) {
     dsv3i_walk w;
-    dsv3i_show show;
     if (config == NULL || visit == NULL) return DSV3_ERR_ARG;
-    show.visit = visit;
-    show.user = user;
-    dsv3i_walk_begin(&w, config, &show, dsv3i_show_tensor);
+    dsv3i_walk_begin(&w, config, user, dsv3i_show_tensor);
+    w.show = visit;
     DSV3I_TRY(dsv3i_walk_main(&w, NULL));
     for (size_t k = 0; k < w.m.D; k++) DSV3I_TRY(dsv3i_walk_module(&w, NULL, k));
     return DSV3_OK;
@@ -5974,9 +5890,8 @@ DSV3_API dsv3_result dsv3_model_tensors(const dsv3_config *config, dsv3_visit vi
 
 static void dsv3i_model_layout(dsv3_model *model, const dsv3_config *c, dsv3i_layout *l) {
     dsv3i_dims m = dsv3i_dims_of(c);
-    size_t layers = m.L + m.D, begin = l->used;
+    size_t layers = m.L + m.D, begin = l->used, moe = 0;
     dsv3_mlp *experts;
-    size_t moe = 0;
     for (size_t i = 0; i < layers; i++) moe += dsv3_config_is_moe(c, (int32_t)i) != 0;
     model->layers = (dsv3_layer *)dsv3i_take(l, sizeof *model->layers, layers, 1, 1);
     model->mtp = (dsv3_mtp *)dsv3i_take(l, sizeof *model->mtp, m.D, 1, 1);
@@ -6001,37 +5916,29 @@ DSV3_API dsv3_result dsv3_model_size(const dsv3_config *config, size_t *bytes) {
     return dsv3i_layout_size(&l, bytes);
 }
 
-typedef struct dsv3i_bind {
-    dsv3_find find;
-    void *user;
-    dsv3_error *error;
-} dsv3i_bind;
-
-static dsv3_result dsv3i_bind_shape(const dsv3i_walk *w, const dsv3_tensor *t, const char *name, size_t rows,
+static dsv3_result dsv3i_bind_shape(dsv3_error *error, const dsv3_tensor *t, const char *name, size_t rows,
                                     size_t cols, int32_t rank) {
-    const dsv3i_bind *b = (const dsv3i_bind *)w->user;
     if (t->rank != rank) {
-        return dsv3i_fail_range(b->error, DSV3_ERR_MISMATCH, name, "has the wrong number of dimensions", rank, rank,
+        return dsv3i_fail_range(error, DSV3_ERR_MISMATCH, name, "has the wrong number of dimensions", rank, rank,
                                 t->rank);
     }
     if (t->rows != rows || t->cols != cols) {
-        return dsv3i_fail_numbers(b->error, DSV3_ERR_MISMATCH, name, "has the wrong shape", DSV3_NUMBERS_SHAPE,
+        return dsv3i_fail_numbers(error, DSV3_ERR_MISMATCH, name, "has the wrong shape", DSV3_NUMBERS_SHAPE,
                                   (int64_t)rows, (int64_t)cols, (int64_t)t->rows, (int64_t)t->cols);
     }
     if (cols % dsv3_type_block(t->type) != 0) {
-        return dsv3i_fail_range(b->error, DSV3_ERR_MISMATCH, name, "has columns that are not whole blocks",
-                                (int64_t)(cols / DSV3_QBLOCK + 1) * DSV3_QBLOCK,
-                                (int64_t)(cols / DSV3_QBLOCK + 1) * DSV3_QBLOCK, (int64_t)cols);
+        int64_t whole = (int64_t)dsv3i_blocks(cols, DSV3_QBLOCK) * DSV3_QBLOCK;
+        return dsv3i_fail_range(error, DSV3_ERR_MISMATCH, name, "has columns that are not whole blocks", whole, whole,
+                                (int64_t)cols);
     }
     if (dsv3i_mul(rows, dsv3_row_bytes(t->type, cols)) == SIZE_MAX) {
-        return dsv3i_fail(b->error, DSV3_ERR_OVERFLOW, name, "has more bytes than size_t can count");
+        return dsv3i_fail(error, DSV3_ERR_OVERFLOW, name, "has more bytes than size_t can count");
     }
-    return t->data != NULL ? DSV3_OK : dsv3i_fail(b->error, DSV3_ERR_MISSING, name, "has no data");
+    return t->data != NULL ? DSV3_OK : dsv3i_fail(error, DSV3_ERR_MISSING, name, "has no data");
 }
 
 /* An FP8 matrix: find its scales unless the finder supplied them. */
 static dsv3_result dsv3i_bind_scale(const dsv3i_walk *w, dsv3_tensor *t) {
-    const dsv3i_bind *b = (const dsv3i_bind *)w->user;
     char name[DSV3_MAX_NAME];
     dsv3i_text text = dsv3i_text_begin(name, sizeof name);
     dsv3_tensor scale;
@@ -6040,84 +5947,70 @@ static dsv3_result dsv3i_bind_scale(const dsv3i_walk *w, dsv3_tensor *t) {
     DSV3_MEMSET(&scale, 0, sizeof scale);
     dsv3i_text_add(&text, w->info.name);
     dsv3i_text_add(&text, "_scale_inv");
-    found = b->find(b->user, name, &scale);
-    if (found == DSV3_ERR_MISSING) {
-        return dsv3i_fail(b->error, found, name, "FP8 weights without their scales");
+    found = w->find(w->user, name, &scale);
+    if (found != DSV3_OK) {
+        return dsv3i_fail(w->error, found, name,
+                          found == DSV3_ERR_MISSING ? "FP8 weights without their scales" : dsv3_result_string(found));
     }
-    if (found != DSV3_OK) return dsv3i_fail(b->error, found, name, dsv3_result_string(found));
-    if (scale.type != DSV3_F32) return dsv3i_fail(b->error, DSV3_ERR_UNSUPPORTED, name, "scales must be F32");
-    DSV3I_TRY(
-        dsv3i_bind_shape(w, &scale, name, dsv3i_blocks(t->rows, DSV3_BLOCK), dsv3i_blocks(t->cols, DSV3_BLOCK), 2));
+    if (scale.type != DSV3_F32) return dsv3i_fail(w->error, DSV3_ERR_UNSUPPORTED, name, "scales must be F32");
     t->scale = scale.data;
-    return DSV3_OK;
+    return dsv3i_bind_shape(w->error, &scale, name, dsv3i_blocks(t->rows, DSV3_BLOCK),
+                            dsv3i_blocks(t->cols, DSV3_BLOCK), 2);
 }
 
 /* Router biases steer discrete choices: a file with a NaN among them is broken, and says so now. */
 static dsv3_result dsv3i_bind_finite(const dsv3i_walk *w, const dsv3_tensor *t) {
-    const dsv3i_bind *b = (const dsv3i_bind *)w->user;
-    dsv3_kernels k;
-    dsv3i_kernels_reference(&k);
+    size_t bytes = dsv3_type_bytes(t->type);
     for (size_t i = 0; i < t->cols; i++) {
-        float value;
-        k.decode[t->type](&value, (const unsigned char *)t->data + i * dsv3_type_bytes(t->type), 1);
-        if (dsv3i_is_finite(value)) continue;
-        return dsv3i_fail_where(b->error, DSV3_ERR_NAN, w->info.name, "is not finite at index", (int64_t)i);
+        if (dsv3i_is_finite(dsv3i_number((const unsigned char *)t->data + i * bytes, t->type))) continue;
+        return dsv3i_fail_where(w->error, DSV3_ERR_NAN, w->info.name, "is not finite at index", (int64_t)i);
     }
     return DSV3_OK;
 }
 
 static dsv3_result dsv3i_bind_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
-    const dsv3i_bind *b = (const dsv3i_bind *)w->user;
     const char *name = w->info.name;
     dsv3_tensor t;
     dsv3_result found;
     DSV3_MEMSET(&t, 0, sizeof t);
-    found = b->find(b->user, name, &t);
+    found = w->find(w->user, name, &t);
     if (found == DSV3_ERR_MISSING && w->info.optional) return DSV3_OK;
-    if (found != DSV3_OK) return dsv3i_fail(b->error, found, name, dsv3_result_string(found));
-    if (dsv3_type_bytes(t.type) == 0) return dsv3i_fail(b->error, DSV3_ERR_UNSUPPORTED, name, "has an unknown type");
-    DSV3I_TRY(dsv3i_bind_shape(w, &t, name, w->info.rows, w->info.cols, w->info.rank));
+    if (found != DSV3_OK) return dsv3i_fail(w->error, found, name, dsv3_result_string(found));
+    if (dsv3_type_bytes(t.type) == 0) return dsv3i_fail(w->error, DSV3_ERR_UNSUPPORTED, name, "has an unknown type");
+    DSV3I_TRY(dsv3i_bind_shape(w->error, &t, name, w->info.rows, w->info.cols, w->info.rank));
     if (t.rank == 1 && (t.type == DSV3_F8_E4M3 || dsv3_type_block(t.type) > 1)) {
-        return dsv3i_fail(b->error, DSV3_ERR_UNSUPPORTED, name, "a vector cannot be FP8, Q8_0 or Q4_0");
+        return dsv3i_fail(w->error, DSV3_ERR_UNSUPPORTED, name, "a vector cannot be FP8, Q8_0 or Q4_0");
     }
-    if (t.type == DSV3_F8_E4M3) {
-        DSV3I_TRY(dsv3i_bind_scale(w, &t));
-    } else {
-        t.scale = NULL;
-    }
+    if (t.type != DSV3_F8_E4M3) t.scale = NULL;
+    if (t.type == DSV3_F8_E4M3) DSV3I_TRY(dsv3i_bind_scale(w, &t));
     if (w->info.group == DSV3_GROUP_ROUTER && t.rank == 1) DSV3I_TRY(dsv3i_bind_finite(w, &t));
     *slot = t;
     return DSV3_OK;
 }
 
-/* Does the file have nothing of module k? (eh_proj, which is looked for first, is known to be missing.) A file
+static dsv3_result dsv3i_bind_absent(dsv3i_walk *w, dsv3_tensor *slot) {
+    dsv3_tensor t;
+    (void)slot;
+    DSV3_MEMSET(&t, 0, sizeof t);
+    return w->find(w->user, w->info.name, &t) == DSV3_ERR_MISSING ? DSV3_OK : DSV3_ERR_MISMATCH;
+}
+
+/* Does the file have nothing of the module at which the walk is? (Its eh_proj is known to be missing.) A file
  * without MTP layers is complete; one that has lost a single tensor is not. */
-static int dsv3i_module_absent(const dsv3i_walk *w, size_t k) {
-    static const char parts[4][24] = {"enorm.weight", "hnorm.weight", "shared_head.norm.weight",
-                                      "input_layernorm.weight"};
-    const dsv3i_bind *b = (const dsv3i_bind *)w->user;
-    for (size_t i = 0; i < 4; i++) {
-        char name[DSV3_MAX_NAME];
-        dsv3_tensor t;
-        dsv3i_text text = dsv3i_text_begin(name, sizeof name);
-        DSV3_MEMSET(&t, 0, sizeof t);
-        dsv3i_text_add_layer(&text, (int32_t)(w->m.L + k));
-        dsv3i_text_add(&text, parts[i]);
-        if (b->find(b->user, name, &t) != DSV3_ERR_MISSING) return 0;
-    }
-    return 1;
+static int dsv3i_module_absent(dsv3i_walk *w) {
+    dsv3_result absent;
+    w->visit = dsv3i_bind_absent;
+    absent = dsv3i_walk_parts(w, NULL, DSV3I_PART_NORMS | DSV3I_PART_FIRST);
+    w->visit = dsv3i_bind_tensor;
+    return absent == DSV3_OK;
 }
 
 /* Modules are bound one after another until a file has no more of them. */
 static dsv3_result dsv3i_bind_modules(dsv3i_walk *w, dsv3_model *model) {
-    const dsv3i_bind *b = (const dsv3i_bind *)w->user;
     for (size_t k = 0; k < w->m.D; k++) {
         dsv3_mtp *p = &model->mtp[k];
         dsv3_result result = dsv3i_walk_module(w, model, k);
-        if (result == DSV3_ERR_MISSING && p->eh_proj.data == NULL && dsv3i_module_absent(w, k)) {
-            dsv3i_ok(b->error);
-            return DSV3_OK;
-        }
+        if (result == DSV3_ERR_MISSING && p->eh_proj.data == NULL && dsv3i_module_absent(w)) break;
         if (result != DSV3_OK) return result;
         if (p->embed_tokens.data == NULL) p->embed_tokens = model->embed_tokens;
         if (p->shared_head_head.data == NULL) p->shared_head_head = model->lm_head;
@@ -6130,7 +6023,6 @@ DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *confi
                                      dsv3_find find, void *user, dsv3_error *error) {
     dsv3i_layout l = {NULL, 0};
     dsv3i_walk w;
-    dsv3i_bind bind;
     size_t need = 0;
     dsv3_result result;
     if (model == NULL || find == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "model or find", "is NULL");
@@ -6149,10 +6041,9 @@ DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *confi
     dsv3_rope_turns(config, model->rope_turns);
     model->rope_factor = dsv3_rope_factor(config);
     model->softmax_scale = dsv3_softmax_scale(config);
-    bind.find = find;
-    bind.user = user;
-    bind.error = error;
-    dsv3i_walk_begin(&w, config, &bind, dsv3i_bind_tensor);
+    dsv3i_walk_begin(&w, config, user, dsv3i_bind_tensor);
+    w.find = find;
+    w.error = error;
     DSV3I_TRY(dsv3i_walk_main(&w, model));
     if (config->tie_word_embeddings) model->lm_head = model->embed_tokens;
     DSV3I_TRY(dsv3i_bind_modules(&w, model));
