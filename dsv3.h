@@ -376,87 +376,6 @@ DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3
 
 /* ---- Context: kernels and threads -------------------------------------------------------------------- */
 
-/* Weights as products of a SIMD backend take them (chapter 4): some terms of up to 64 rows, in columns of 16 rows. */
-typedef struct dsv3_panel {
-    const void *values; /* float [k, columns, 16], BF16 [k/2, columns, 16, 2] or bytes [k/4, columns, 16, 4] */
-    size_t columns;     /* of 16 rows, 1 to 4; zeros where there are no rows, and behind k */
-    const float *scale; /* [k / block, columns, 16] multipliers; NULL: none */
-    size_t block;       /* terms that share a multiplier; k if there are none */
-    size_t gap;         /* of panels of bytes: so many bytes between the values of a block and those of the next */
-    int32_t zero;       /* bytes: the code of 0, 128 or 8 */
-    size_t ahead;       /* bytes from values to what will be read next, to be fetched early; 0: nothing */
-    const void *next;   /* products of floats: what will be read next instead, ... */
-    size_t next_bytes;  /* ... and how much that is; 0: nothing */
-} dsv3_panel;
-
-/* Some queries, up to 64, meet a block of keys and their values (chapter 6). */
-typedef struct dsv3_meeting {
-    const float *q;           /* [lanes, dk], ld_q floats apart */
-    const void *keys;         /* [nk, dk], ld_k numbers apart */
-    const void *values;       /* [nk, dv], ld_v numbers apart */
-    dsv3_type type;           /* of keys and values: float, or BF16 where meet takes them */
-    float *out;               /* [lanes, dv], ld_out floats apart: running weighted sums */
-    float top[64], sum[64];   /* [lanes] running maxima, and sums of exponentials */
-    int32_t seen[64];         /* [lanes] of the keys, that many are seen */
-    size_t ld_q, ld_k, ld_v, ld_out, lanes, dk, dv;
-    float scale;
-    const struct dsv3_kernels *kernels;
-    void *scratch; /* of meet: scores, and what else it needs */
-} dsv3_meeting;
-
-typedef enum dsv3_product {
-    DSV3_PRODUCT_F32 = 0,       /* float rows and panels */
-    DSV3_PRODUCT_BF16 = 1,      /* float rows, at most 4, and BF16 panels */
-    DSV3_PRODUCT_BYTES = 2,     /* float rows, at most 4, and panels of bytes */
-    DSV3_PRODUCT_FAST_BF16 = 3, /* BF16 rows and panels */
-    DSV3_PRODUCT_FAST_BYTES = 4 /* rows of bytes, and panels of bytes */
-} dsv3_product;
-
-#define DSV3_PRODUCTS 5
-
-/* The closed list of inner loops, chapter 3. Filled by dsv3_context_init.
- * tile: y[t ldy + r] = x_t . w_r, k terms each, for nx rows x_t and nw rows w_r, which lie ldx and ldw floats apart.
- * outer: y_t += sum_j a[t at + j aj] b_j, n numbers each, for m rows y_t and, in this order, k rows b_j.
- * round: activations x [k] for DSV3_FAST with weights of this type. As numbers: out is float [k]. For the fast
- *       products: BF16 [k, rounded up to 4]; or, for every 32, those bytes, a float multiplier and an int32, -8 times
- *       the sum of the bytes. NULL: nothing is rounded.
- * pack, widen, float_panel, product: SIMD backends only, else NULL. pack: rows <= 64 of w, row_bytes apart, become a
- *       panel of codes, with scale as in dsv3_panel for Q8_0 and Q4_0. widen: from codes to values (FP8: BF16, F16:
- *       float, Q4_0: bytes; NULL: codes are values); float_panel: from values, BF16 [0] or bytes [1], to floats.
- *       product: y[t ldy + r] (+)= x_t . w_r for n rows x_t, ldx bytes apart, and `rows` rows of a panel of k terms.
- * meet: scores of all queries with nk <= 64 keys, softmax, weighted sums. meet_begin: once before, for the same queries
- *       (NULL: not needed). [1]: with everything rounded to BF16, for DSV3_FAST; NULL: as [0].
- * few:  the products of n <= 4 rows, floats [0] of which k is a multiple of 4, or rounded [1], with packed panels, one
- *       behind the other, of `rows` rows in all; NULL: by product.
- * many: the same of more rows, which are rounded, and a multiple of 64 rows of weights.
- * mix:  y += sum_r x[r] w_r, n numbers each, in this order, for k rows of codes as they lie, row_bytes apart; their
- *       values are those of decode, times scale (NULL: 1), a float for every 128 of them. NULL: by decode and outer. */
-typedef struct dsv3_kernels {
-    void (*decode[DSV3_TYPES])(float *y, const void *w, size_t n);   /* y[i] = element i of w */
-    float (*dot)(const float *x, const float *y, size_t n);          /* sum x[i] y[i] */
-    void (*axpy)(float *y, float a, const float *x, size_t n);       /* y[i] += a x[i] */
-    float (*exp_sum)(float *p, const float *s, float top, size_t n); /* p[i] = exp(s[i]-top), sum of p; p may be s */
-    void (*silu_mul)(float *h, const float *a, const float *b, size_t n); /* h[i] = silu(a[i]) b[i]; h may be a */
-    void (*tile)(float *y, size_t ldy, const float *x, size_t ldx, size_t nx, const float *w, size_t ldw, size_t nw,
-                 size_t k);
-    void (*outer)(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj, const float *b, size_t ldb,
-                  size_t k, size_t n);
-    void (*round[DSV3_TYPES])(void *out, const float *x, size_t k);
-    void (*pack[DSV3_TYPES])(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k);
-    void (*widen[DSV3_TYPES])(void *values, const void *panel, size_t columns, size_t k);
-    void (*float_panel[2])(float *values, const void *panel, size_t columns, size_t k, int32_t zero);
-    void (*product[DSV3_PRODUCTS])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
-                                   size_t rows, size_t k, int add);
-    void (*meet_begin[2])(dsv3_meeting *a);
-    void (*meet[2])(dsv3_meeting *a, size_t nk);
-    void (*few[2][DSV3_TYPES])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows,
-                               size_t k);
-    void (*many[DSV3_TYPES])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows,
-                             size_t k);
-    void (*mix[DSV3_TYPES])(float *y, const float *x, const void *w, size_t row_bytes, const void *scale, size_t k,
-                            size_t n);
-} dsv3_kernels;
-
 typedef enum dsv3_backend {
     DSV3_BACKEND_AUTO = 0,        /* the best one compiled in that this machine can run */
     DSV3_BACKEND_REFERENCE = 1,   /* "reference": plain C, chapter 3 */
@@ -516,8 +435,8 @@ typedef struct dsv3_observer {
 
 /* How to compute. Set the fields after dsv3_context_init; do not change them during a call. */
 typedef struct dsv3_context {
-    dsv3_kernels kernels;
-    const char *backend;            /* name of the chosen backend */
+    const struct dsv3i_ops *ops;    /* private: the backend */
+    const char *backend;            /* its name */
     dsv3_parallel_for parallel_for; /* NULL: serial. With OpenMP compiled in, dsv3_context_init sets it */
     void *parallel_user;
     size_t threads; /* the most workers parallel_for will use, >= 1 */
@@ -675,7 +594,6 @@ typedef struct dsv3_workspace {
     float *kv;                   /* [n, rk+dr] */
     float *o;                    /* [n, H dv] */
     float *softmax;              /* [n, H, 2] running maximum and sum */
-    float *query, *mixed, *part; /* absorbed form: [rows, H, rk+dr], [rows, H, rk], sums of segments */
     float *score;                /* [n, E] */
     float *bias;                 /* [E] */
     float *select;               /* [threads, E + G + 1] */
@@ -686,11 +604,8 @@ typedef struct dsv3_workspace {
     size_t *offset;              /* [E + 1] first grouped row of each expert */
     float *grouped;              /* [n K, d] rows in expert order: inputs, then outputs */
     float *h_gate, *h_up;        /* [n K F + n n_shared F] or [n, I] */
-    struct dsv3i_mlp_rows *mlps; /* [min(E, n K) + 1] */
-    struct dsv3i_job *jobs;      /* [2 (min(E, n K) + 1)] */
-    float *worker;               /* [threads, worker_floats] */
-    size_t worker_floats;
-    float *rounded;              /* activations of linear ops, rounded or copied */
+    struct dsv3i_mlp *mlps;      /* [min(E, n K) + 1] */
+    float *scratch;              /* of the ops, one after the other */
     float *u_ffn, *kv_raw, *q_raw, *h; /* u, kv, q_latent and h_gate, unless a backward pass wants both of a pair */
     float *x_mid;                      /* [n, d] NULL, or gets the residual stream between attention and FFN */
     const float *hidden; /* [n, d] public: after dsv3_forward or dsv3_mtp_forward and until the next call, the
@@ -1277,6 +1192,7 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 /* The one place that looks at compilers and processors for chapter A. */
 #if defined(DSV3_SIMD) && (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
 #define DSV3I_X86
+#define DSV3I_ENGINE
 #if defined(__has_feature)
 #if __has_feature(address_sanitizer)
 #define DSV3I_SANITIZED
@@ -1305,6 +1221,7 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 #include <immintrin.h>
 #elif defined(DSV3_SIMD) && defined(_MSC_VER) && defined(_M_X64)
 #define DSV3I_X86
+#define DSV3I_ENGINE
 #define DSV3I_TARGET(isa)
 #define DSV3I_INLINE(isa) static __forceinline
 #define DSV3I_UNROLL
@@ -1343,6 +1260,23 @@ static size_t dsv3i_min(size_t a, size_t b) { return a < b ? a : b; }
 static size_t dsv3i_max(size_t a, size_t b) { return a > b ? a : b; }
 
 static size_t dsv3i_blocks(size_t n, size_t block) { return n / block + (n % block != 0); }
+
+/* statement for i = 0 .. n-1, with p = i mod 8: eight at a time, a number that compilers know and make vector instructions
+ * of. What it reads and writes must not overlap, but for the same element. */
+#define DSV3I_EIGHTS(n, statement)                                                                                   \
+    do {                                                                                                             \
+        size_t eights = 0;                                                                                           \
+        for (; eights + 8 <= (n); eights += 8) {                                                                     \
+            for (size_t p = 0; p < 8; p++) {                                                                         \
+                const size_t i = eights + p;                                                                         \
+                statement;                                                                                           \
+            }                                                                                                        \
+        }                                                                                                            \
+        for (size_t p = 0; eights + p < (n); p++) {                                                                  \
+            const size_t i = eights + p;                                                                             \
+            statement;                                                                                               \
+        }                                                                                                            \
+    } while (0)
 
 /* ---- The sizes of an architecture, with the names of the glossary, from one place */
 
@@ -1444,10 +1378,10 @@ static dsv3_result dsv3i_memory_check(const void *memory, size_t bytes, size_t n
  *     #define DSV3I_PAIR(X) X(int32_t, token, n, 1) X(float, x, n, m->d)
  * of which one macro makes the struct and the other its layout, where l, at, n and m are known:
  *     struct dsv3i_pair { DSV3I_PAIR(DSV3I_MEMBER) };         int32_t *token; float *x;
- *     DSV3I_PAIR(DSV3I_PLACE)                                 at->token = dsv3i_take(l, sizeof(int32_t), n, 1, 1); ..
+ *     DSV3I_PAIR(DSV3I_TAKE)                                 at->token = dsv3i_take(l, sizeof(int32_t), n, 1, 1); ..
  * A member of 0 rows is NULL. */
 #define DSV3I_MEMBER(type, name, rows, columns) type *name;
-#define DSV3I_PLACE(type, name, rows, columns)                                                                       \
+#define DSV3I_TAKE(type, name, rows, columns)                                                                        \
     at->name = (rows) == 0 ? NULL : (type *)dsv3i_take(l, sizeof(type), rows, columns, 1);
 
 /* ---- Text: names and messages are built without stdio. */
@@ -1631,6 +1565,122 @@ static void dsv3i_parallel_openmp(void *user, size_t threads, size_t n, dsv3_tas
     }
 }
 #endif
+
+/* ---- >>table  What a backend may do in its own way; everything else in this file is done in one way only. The functions
+ * of chapters 3 to 8 are the backend "reference", and what every other is proved against, op by op
+ * (tests/test_ops_table.c). Nothing but `own` may be NULL. */
+
+/* y [n, rows] = x [n, cols] times rows [row, row + rows) of W, transposed. */
+typedef struct dsv3i_product {
+    float *y;
+    const float *x;
+    const dsv3_tensor *w;
+    size_t n, row, rows;
+} dsv3i_product;
+
+#define DSV3I_PRODUCTS 2 /* in one call, at most */
+
+struct dsv3i_call;  /* below */
+struct dsv3i_saved;
+struct dsv3i_mlp;  /* an MLP and the rows it sees: chapter 8 */
+
+typedef struct dsv3i_ops {
+    void (*decode[DSV3_TYPES])(float *y, const void *w, size_t n); /* y[i] = element i of w, scales of FP8 apart */
+    float (*dot)(const float *x, const float *y, size_t n);
+    void (*axpy)(float *y, float a, const float *x, size_t n);
+    float (*exp_sum)(float *p, const float *s, float top, size_t n);
+    void (*silu_mul)(float *h, const float *a, const float *b, size_t n);
+    void (*linear)(const dsv3_context *ctx, const dsv3i_product *list, size_t count, float *scratch);
+    void (*attend)(struct dsv3i_call *c); /* ws->o and ws->softmax of ws->q and the caches, in either form */
+    void (*mlps)(struct dsv3i_call *c, const struct dsv3i_mlp *list, size_t count);
+#ifndef DSV3_NO_TRAINING
+    /* dx [n, cols] += dy W (beta0: =), dw [rows, cols] += dy^T x; p->y [n, rows] is dy; NULL: not wanted */
+    void (*linear_backward)(const dsv3_context *ctx, float *dx, int beta0, float *dw, const dsv3i_product *p,
+                            float *scratch);
+    void (*attend_backward)(struct dsv3i_call *c); /* b->dq, dkeys, and the values' part of dkv_up, of b->dout */
+    void (*mlps_backward)(struct dsv3i_call *c, const struct dsv3i_mlp *list, size_t count);
+#endif
+    const void *own; /* the engine's; NULL: weights are read as they lie */
+} dsv3i_ops;
+
+/* The engine's say in the book: how much scratch its ops want, and how it reads rows that dsv3_pack has reordered. `_size`
+ * calls know no backend, so that sizes are the most that any backend compiled in wants. */
+#ifdef DSV3I_ENGINE
+static size_t dsv3i_engine_linear_floats(size_t n, size_t cols, size_t threads);
+static size_t dsv3i_engine_pass_floats(const dsv3i_dims *m, size_t n, size_t threads);
+static void dsv3i_engine_decode_row(float *y, const dsv3_tensor *w, size_t row);
+#else
+#define dsv3i_engine_linear_floats(n, cols, threads) ((size_t)0)
+#define dsv3i_engine_pass_floats(m, n, threads) ((size_t)0)
+#define dsv3i_engine_decode_row(y, w, row) ((void)0)
+#endif
+
+/* ---- What a layer's ops work on, and what a backward pass keeps */
+
+#ifndef DSV3_NO_TRAINING
+/* What a layer keeps of n rows for its backward pass: the residual stream before attention and before the FFN, raw
+ * projections, attention's output and softmax, the router's choice, hidden values; and, where `keep` asks for them, the
+ * outputs of norms, queries, the outputs of SwiGLU. moe, norms, queries, swiglu: n, or 0 where there is no such member. */
+#define DSV3I_SAVED(X)                                                                                               \
+    X(float, x_in, n, m->d) X(float, x_mid, n, m->d) X(float, q_raw, n, m->rq) X(float, kv_raw, n, m->width)         \
+    X(float, o, n, m->Ho) X(float, softmax, n, 2 * m->H)                                                             \
+    X(float, score, moe, m->E) X(float, gate, moe, m->K) X(int32_t, idx, moe, m->K)                                  \
+    X(size_t, slot, moe, m->K) X(size_t, offset, moe > 0 ? m->E + 1 : 0, 1)                                          \
+    X(float, h_gate, n, hidden) X(float, h_up, n, hidden)                                                            \
+    X(float, u, norms, m->d) X(float, u_ffn, norms, m->d) X(float, q_latent, norms, m->rq)                           \
+    X(float, kv, norms, m->width) X(float, q, queries, m->Hq) X(float, h, swiglu, hidden)
+
+typedef struct dsv3i_saved {
+    DSV3I_SAVED(DSV3I_MEMBER)
+} dsv3i_saved;
+
+/* Scratch of the backward pass, one for all layers. kv_up [n, H(dn+dv)] are keys and values rebuilt from latents c; gates
+ * and r stand in the order of experts; r is also 1 / rms of rows. */
+#define DSV3I_BACKWARD(X)                                                                                            \
+    X(float, du, n, m->d) X(float, dq, n, m->Hq) X(float, keys, n, m->Hq) X(float, dkeys, n, m->Hq)                  \
+    X(float, kv_up, n, m->Hkv) X(float, dkv_up, n, m->Hkv) X(float, dout, n, m->Ho) X(float, D, n, m->H)             \
+    X(float, c, n, m->rk) X(float, dc, n, m->rk) X(float, dkv_raw, n, m->width)                                      \
+    X(float, dq_latent, n, m->rq) X(float, dq_raw, n, m->rq) X(float, dh, n, hidden)                                 \
+    X(float, gates, n, m->K) X(float, dgate, n, m->K) X(float, dscore, n, m->E)                                      \
+    X(float, dgrouped, n, dsv3i_mul(m->K, m->d)) X(float, r, n, dsv3i_max(m->K, 1))
+
+typedef struct dsv3i_backward {
+    DSV3I_BACKWARD(DSV3I_MEMBER)
+    const dsv3_balance_weights *balance;
+    double balance_scale; /* 1 / sequences of the step */
+} dsv3i_backward;
+#endif
+
+/* One layer's part of a pass. */
+typedef struct dsv3i_call {
+    const dsv3_context *ctx;
+    const dsv3_model *model;
+    const dsv3_layer *w;
+    dsv3_workspace *ws;
+    dsv3_cache *caches;
+    size_t layer, n; /* the layer's index in the caches; rows */
+    dsv3i_dims m;
+#ifndef DSV3_NO_TRAINING /* backward */
+    const dsv3_layer *g; /* gradients of w */
+    const dsv3i_saved *s;
+    const dsv3i_backward *b;
+#endif
+} dsv3i_call;
+
+static dsv3i_call dsv3i_call_of(const dsv3_context *ctx, const dsv3_model *model, const dsv3_layer *w, size_t layer,
+                                dsv3_cache *caches, size_t n, dsv3_workspace *ws) {
+    dsv3i_call c;
+    DSV3_MEMSET(&c, 0, sizeof c);
+    c.ctx = ctx;
+    c.model = model;
+    c.w = w;
+    c.ws = ws;
+    c.caches = caches;
+    c.layer = layer;
+    c.n = n;
+    c.m = dsv3i_dims_of(&model->config);
+    return c;
+}
 
 /* ========================================================================================================
  * Chapter 3  >>formats
@@ -1872,58 +1922,98 @@ DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3
     return DSV3_OK;
 }
 
-/* ========================================================================================================
- * Chapter 3  >>kernels
- *
- * The closed list of inner loops. Every sum of products, every row of exponentials and every decoding of weights goes
- * through dsv3_kernels; these are the entries everybody can read, and a backend is proved against them, by name.
- *
- * Order of summation: eight partial sums, element i goes to sum i mod 8, and one fixed tree at the end:
- *     ((s0 + s4) + (s2 + s6)) + ((s1 + s5) + (s3 + s7))
- * A float sum may not be reordered by a compiler, so a plain loop is one long chain of additions; eight
- * chains fill a SIMD register and are faster, more exact, and as reproducible. Test: tests/test_kernels.c.
- * ==================================================================================================== */
+/* ---- Rows of numbers become floats. Weights come from files: any alignment, so they are fetched with memcpy (which
+ * compiles to a plain load). */
+
+static uint16_t dsv3i_u16(const unsigned char *at) {
+    uint16_t bits;
+    DSV3_MEMCPY(&bits, at, 2);
+    return bits;
+}
+
+static void dsv3i_decode_f32(float *y, const void *w, size_t n) { DSV3_MEMCPY(y, w, n * sizeof(float)); }
+
+static void dsv3i_decode_f16(float *DSV3I_RESTRICT y, const void *DSV3I_RESTRICT w, size_t n) {
+    const unsigned char *at = (const unsigned char *)w;
+    for (size_t i = 0; i < n; i++) y[i] = dsv3_f32_from_f16(dsv3i_u16(at + 2 * i));
+}
+
+static void dsv3i_decode_bf16(float *DSV3I_RESTRICT y, const void *DSV3I_RESTRICT w, size_t n) {
+    const unsigned char *at = (const unsigned char *)w;
+    DSV3I_EIGHTS(n, y[i] = dsv3_f32_from_bf16(dsv3i_u16(at + 2 * i)));
+}
+
+static void dsv3i_decode_f8_e4m3(float *DSV3I_RESTRICT y, const void *DSV3I_RESTRICT w, size_t n) {
+    const unsigned char *at = (const unsigned char *)w;
+    for (size_t i = 0; i < n; i++) y[i] = dsv3_f32_from_f8_e4m3(at[i]);
+}
+
+/* Q8_0 and Q4_0: whole blocks of 32. */
+static void dsv3i_decode_q8_0(float *DSV3I_RESTRICT y, const void *DSV3I_RESTRICT w, size_t n) {
+    const unsigned char *at = (const unsigned char *)w;
+    for (size_t i = 0; i < n; i += DSV3_QBLOCK, at += 2 + DSV3_QBLOCK) {
+        float d = dsv3_f32_from_f16(dsv3i_u16(at));
+        for (size_t j = 0; j < DSV3_QBLOCK; j++) y[i + j] = d * (float)(at[2 + j] < 128 ? at[2 + j] : at[2 + j] - 256);
+    }
+}
+
+static void dsv3i_decode_q4_0(float *DSV3I_RESTRICT y, const void *DSV3I_RESTRICT w, size_t n) {
+    const unsigned char *at = (const unsigned char *)w;
+    for (size_t i = 0; i < n; i += DSV3_QBLOCK, at += 2 + DSV3_QBLOCK / 2) {
+        float d = dsv3_f32_from_f16(dsv3i_u16(at));
+        for (size_t j = 0; j < DSV3_QBLOCK / 2; j++) {
+            y[i + j] = d * (float)((int)(at[2 + j] & 15u) - 8);
+            y[i + j + DSV3_QBLOCK / 2] = d * (float)((int)(at[2 + j] >> 4) - 8);
+        }
+    }
+}
+
+/* ---- Activations made coarse, DSV3_FAST: to BF16; or 32 at a time to whole multiples, -127 to 127, of a scale. */
+
+static void dsv3i_round_bf16(float *y, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) y[i] = dsv3_f32_from_bf16(dsv3_bf16_from_f32(x[i]));
+}
+
+/* To the nearest whole number, ties to even, for |x| <= 2^22: behind 1.5 2^23 a float has no places. (Through its bits,
+ * so that no wider register keeps them.) */
+static float dsv3i_round_float(float x) { return dsv3i_float(dsv3i_bits(x + 12582912.0f)) - 12582912.0f; }
+
+/* Something that is not finite makes its 32 so. */
+static void dsv3i_round_q8(float *y, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i += DSV3_QBLOCK) {
+        float top = 0.0f, bad = 0.0f, inverse;
+        for (size_t j = i; j < i + DSV3_QBLOCK; j++) {
+            if (dsv3i_magnitude(x[j]) > top) top = dsv3i_magnitude(x[j]);
+            bad += x[j] * 0.0f;
+        }
+        if (top < 1e-30f) top = 0.0f; /* its inverse would be infinite */
+        inverse = top > 0.0f ? 127.0f / top : 0.0f;
+        for (size_t j = i; j < i + DSV3_QBLOCK; j++) y[j] = (top / 127.0f + bad) * dsv3i_round_float(x[j] * inverse);
+    }
+}
+
+/* ---- Vectors: the loops inside all ops. A float sum may not be reordered by a compiler, so a plain loop is one long
+ * chain of additions; eight sums, element i to sum i mod 8, and one fixed tree at the end are faster, more exact, and as
+ * reproducible. */
 
 static float dsv3i_sum8(const float s[8]) {
     return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
 }
 
-static float dsv3i_dot_ref(const float *DSV3I_RESTRICT x, const float *DSV3I_RESTRICT y, size_t n) {
+/* sum x[i] y[i] */
+static float dsv3i_dot(const float *DSV3I_RESTRICT x, const float *DSV3I_RESTRICT y, size_t n) {
     float s[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        for (size_t j = 0; j < 8; j++) s[j] += x[i + j] * y[i + j];
-    }
-    for (size_t j = 0; i + j < n; j++) s[j] += x[i + j] * y[i + j];
+    DSV3I_EIGHTS(n, s[p] += x[i] * y[i]);
     return dsv3i_sum8(s);
 }
 
-static void dsv3i_axpy_ref(float *DSV3I_RESTRICT y, float a, const float *DSV3I_RESTRICT x, size_t n) {
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        for (size_t j = 0; j < 8; j++) y[i + j] += a * x[i + j];
-    }
-    for (; i < n; i++) y[i] += a * x[i];
+/* y[i] += a x[i] */
+static void dsv3i_axpy(float *DSV3I_RESTRICT y, float a, const float *DSV3I_RESTRICT x, size_t n) {
+    DSV3I_EIGHTS(n, y[i] += a * x[i]);
 }
 
-/* The products of a layer, many dots: all the pairs of some rows of x and some of w. */
-static void dsv3i_tile_ref(float *DSV3I_RESTRICT y, size_t ldy, const float *DSV3I_RESTRICT x, size_t ldx, size_t nx,
-                           const float *DSV3I_RESTRICT w, size_t ldw, size_t nw, size_t k) {
-    for (size_t t = 0; t < nx; t++) {
-        for (size_t r = 0; r < nw; r++) y[t * ldy + r] = dsv3i_dot_ref(x + t * ldx, w + r * ldw, k);
-    }
-}
-
-/* The products of a gradient, and sums of weighted values: many axpys. */
-static void dsv3i_outer_ref(float *DSV3I_RESTRICT y, size_t ldy, size_t m, const float *DSV3I_RESTRICT a, size_t at,
-                            size_t aj, const float *DSV3I_RESTRICT b, size_t ldb, size_t k, size_t n) {
-    for (size_t j = 0; j < k; j++) {
-        for (size_t t = 0; t < m; t++) dsv3i_axpy_ref(y + t * ldy, a[t * at + j * aj], b + j * ldb, n);
-    }
-}
-
-/* p may be s. */
-static float dsv3i_exp_sum_ref(float *p, const float *s, float top, size_t n) {
+/* p[i] = exp(s[i] - top); returns their sum. p may be s. */
+static float dsv3i_exp_sum(float *p, const float *s, float top, size_t n) {
     float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
     for (size_t i = 0; i < n; i++) {
         p[i] = DSV3_EXPF(s[i] - top);
@@ -1932,120 +2022,50 @@ static float dsv3i_exp_sum_ref(float *p, const float *s, float top, size_t n) {
     return dsv3i_sum8(sum);
 }
 
-/* silu(a) = a sigmoid(a). exp(-a) may overflow to infinity, the quotient is then -0, which is right. h may be a. */
-static void dsv3i_silu_mul_ref(float *h, const float *a, const float *b, size_t n) {
+/* h[i] = silu(a[i]) b[i]. exp(-a) may overflow to infinity, the quotient is then -0, which is right. h may be a. */
+static void dsv3i_silu_mul(float *h, const float *a, const float *b, size_t n) {
     for (size_t i = 0; i < n; i++) h[i] = a[i] / (1.0f + DSV3_EXPF(-a[i])) * b[i];
 }
 
-/* Weights come from files: any alignment, so they are fetched with memcpy (which compiles to a plain load). */
+/* x[i] *= a */
+static void dsv3i_scale(float *x, float a, size_t n) { DSV3I_EIGHTS(n, x[i] *= a); }
 
-static void dsv3i_decode_f32_ref(float *y, const void *w, size_t n) { DSV3_MEMCPY(y, w, n * sizeof(float)); }
-
-static void dsv3i_decode_f16_ref(float *DSV3I_RESTRICT y, const void *DSV3I_RESTRICT w, size_t n) {
-    const unsigned char *bytes = (const unsigned char *)w;
-    for (size_t i = 0; i < n; i++) {
-        uint16_t bits;
-        DSV3_MEMCPY(&bits, bytes + 2 * i, 2);
-        y[i] = dsv3_f32_from_f16(bits);
+static float dsv3i_max_float(const float *x, size_t n) {
+    float top = x[0];
+    for (size_t i = 1; i < n; i++) {
+        if (x[i] > top) top = x[i];
     }
+    return top;
 }
 
-static void dsv3i_decode_bf16_ref(float *DSV3I_RESTRICT y, const void *DSV3I_RESTRICT w, size_t n) {
-    const unsigned char *bytes = (const unsigned char *)w;
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        uint16_t bits[8];
-        DSV3_MEMCPY(bits, bytes + 2 * i, sizeof bits);
-        for (size_t j = 0; j < 8; j++) y[i + j] = dsv3_f32_from_bf16(bits[j]);
+/* ---- Rows of a tensor */
+
+static const unsigned char *dsv3i_row_at(const dsv3_tensor *w, size_t row) {
+    return (const unsigned char *)w->data + row * dsv3_row_bytes(w->type, w->cols);
+}
+
+/* The scales of a row's blocks, or NULL. */
+static const unsigned char *dsv3i_scale_at(const dsv3_tensor *w, size_t row) {
+    size_t blocks = dsv3i_blocks(w->cols, DSV3_BLOCK);
+    if (w->scale == NULL) return NULL;
+    return (const unsigned char *)w->scale + row / DSV3_BLOCK * blocks * sizeof(float);
+}
+
+/* y [cols] = row of w, decoded. FP8: block row r / 128 of the scales, one for 128 columns. */
+static void dsv3i_decode_row(const dsv3_context *ctx, float *y, const dsv3_tensor *w, size_t row) {
+    const unsigned char *scales = dsv3i_scale_at(w, row);
+#ifdef DSV3I_ENGINE
+    if (w->packed) {
+        dsv3i_engine_decode_row(y, w, row);
+        return;
     }
-    for (; i < n; i++) {
-        uint16_t bits;
-        DSV3_MEMCPY(&bits, bytes + 2 * i, 2);
-        y[i] = dsv3_f32_from_bf16(bits);
+#endif
+    ctx->ops->decode[w->type](y, dsv3i_row_at(w, row), w->cols);
+    for (size_t at = 0; scales != NULL && at < w->cols; at += DSV3_BLOCK, scales += sizeof(float)) {
+        float scale;
+        DSV3_MEMCPY(&scale, scales, sizeof scale);
+        dsv3i_scale(y + at, scale, dsv3i_min(DSV3_BLOCK, w->cols - at));
     }
-}
-
-static void dsv3i_decode_f8_e4m3_ref(float *DSV3I_RESTRICT y, const void *DSV3I_RESTRICT w, size_t n) {
-    const unsigned char *bytes = (const unsigned char *)w;
-    for (size_t i = 0; i < n; i++) y[i] = dsv3_f32_from_f8_e4m3(bytes[i]);
-}
-
-/* Q8_0 and Q4_0: whole blocks of 32. */
-static void dsv3i_decode_q8_0_ref(float *DSV3I_RESTRICT y, const void *DSV3I_RESTRICT w, size_t n) {
-    const unsigned char *bytes = (const unsigned char *)w;
-    for (size_t i = 0; i < n; i += DSV3_QBLOCK, bytes += 2 + DSV3_QBLOCK) {
-        uint16_t bits;
-        float d;
-        DSV3_MEMCPY(&bits, bytes, 2);
-        d = dsv3_f32_from_f16(bits);
-        for (size_t j = 0; j < DSV3_QBLOCK; j++) {
-            y[i + j] = d * (float)(bytes[2 + j] < 128 ? bytes[2 + j] : bytes[2 + j] - 256);
-        }
-    }
-}
-
-static void dsv3i_decode_q4_0_ref(float *DSV3I_RESTRICT y, const void *DSV3I_RESTRICT w, size_t n) {
-    const unsigned char *bytes = (const unsigned char *)w;
-    for (size_t i = 0; i < n; i += DSV3_QBLOCK, bytes += 2 + DSV3_QBLOCK / 2) {
-        uint16_t bits;
-        float d;
-        DSV3_MEMCPY(&bits, bytes, 2);
-        d = dsv3_f32_from_f16(bits);
-        for (size_t j = 0; j < DSV3_QBLOCK / 2; j++) {
-            y[i + j] = d * (float)((int)(bytes[2 + j] & 15u) - 8);
-            y[i + j + DSV3_QBLOCK / 2] = d * (float)((int)(bytes[2 + j] >> 4) - 8);
-        }
-    }
-}
-
-/* Rounding of activations, DSV3_FAST: what the fast products of other backends compute with, as numbers. */
-
-static void dsv3i_round_bf16_ref(void *out, const float *x, size_t k) {
-    float *y = (float *)out;
-    for (size_t i = 0; i < k; i++) y[i] = dsv3_f32_from_bf16(dsv3_bf16_from_f32(x[i]));
-}
-
-/* The multiplier of 32 activations, and its inverse: the largest becomes 127. Something that is not finite stays so. */
-static float dsv3i_round_unit(float *inverse, const float *x, size_t n) {
-    float top = 0.0f, bad = 0.0f;
-    for (size_t i = 0; i < n; i++) {
-        float a = x[i] < 0.0f ? -x[i] : x[i];
-        if (a > top) top = a;
-        bad += x[i] * 0.0f;
-    }
-    if (top < 1e-30f) top = 0.0f; /* its inverse would be infinite */
-    *inverse = top > 0.0f ? 127.0f / top : 0.0f;
-    return top / 127.0f + bad;
-}
-
-/* To the nearest whole number, ties to even, for |x| <= 2^22: behind 1.5 2^23 a float has no places. (Through its bits,
- * so that no wider register keeps them.) */
-static float dsv3i_round_float(float x) { return dsv3i_float(dsv3i_bits(x + 12582912.0f)) - 12582912.0f; }
-
-static void dsv3i_round_q8_ref(void *out, const float *x, size_t k) {
-    float *y = (float *)out;
-    for (size_t i = 0; i < k; i += DSV3_QBLOCK) {
-        float inverse, unit = dsv3i_round_unit(&inverse, x + i, DSV3_QBLOCK);
-        for (size_t j = i; j < i + DSV3_QBLOCK; j++) y[j] = unit * dsv3i_round_float(x[j] * inverse);
-    }
-}
-
-static void dsv3i_kernels_reference(dsv3_kernels *k) {
-    DSV3_MEMSET(k, 0, sizeof *k);
-    k->decode[DSV3_F32] = dsv3i_decode_f32_ref;
-    k->decode[DSV3_F16] = dsv3i_decode_f16_ref;
-    k->decode[DSV3_BF16] = dsv3i_decode_bf16_ref;
-    k->decode[DSV3_F8_E4M3] = dsv3i_decode_f8_e4m3_ref;
-    k->decode[DSV3_Q8_0] = dsv3i_decode_q8_0_ref;
-    k->decode[DSV3_Q4_0] = dsv3i_decode_q4_0_ref;
-    k->dot = dsv3i_dot_ref;
-    k->axpy = dsv3i_axpy_ref;
-    k->exp_sum = dsv3i_exp_sum_ref;
-    k->silu_mul = dsv3i_silu_mul_ref;
-    k->tile = dsv3i_tile_ref;
-    k->outer = dsv3i_outer_ref;
-    k->round[DSV3_BF16] = k->round[DSV3_F8_E4M3] = dsv3i_round_bf16_ref;
-    k->round[DSV3_Q8_0] = k->round[DSV3_Q4_0] = dsv3i_round_q8_ref;
 }
 
 /* ========================================================================================================
@@ -2053,140 +2073,19 @@ static void dsv3i_kernels_reference(dsv3_kernels *k) {
  *
  *   linear      y_t = W x_t                                                  W [rows, cols]
  *   RMSNorm     y = g * x / rms(x),  rms(x) = sqrt(mean(x^2) + eps)
- *   SwiGLU      y = W_down (silu(W_gate u) * (W_up u)),  silu(a) = a / (1 + exp(-a))
+ *   SwiGLU      h = silu(a) * b,  silu(a) = a / (1 + exp(-a))                a, b: gate and up projections
  *   embedding   x = row `token` of embed_tokens
+ *   loss        -log softmax(z)[target] = log sum exp(z) - z[target]
  *
- * Weights are decoded to float32 one row at a time, W = code * scale for FP8, and every sum is a float32 sum
- * in the order of chapter 3: a weight's type changes its value, never the arithmetic. Since one row of W
- * meets all rows of x while it is decoded, a longer batch costs less per row -- and gives the same bits.
- * Test: tests/test_ops.c.
+ * Weights become float32 one row at a time, W = code * scale for FP8, and every sum is a float32 sum in one fixed
+ * order: a weight's type changes its value, never the arithmetic. A row of W meets all rows of x while it is decoded, so
+ * that a longer batch costs less per row -- and gives the same bits. Each op has its backward beside it; gradients d..
+ * are added to what stands there unless `beta0` says that they are set. Test: tests/test_ops.c.
  * ==================================================================================================== */
 
-static const unsigned char *dsv3i_row_at(const dsv3_tensor *w, size_t row) {
-    return (const unsigned char *)w->data + row * dsv3_row_bytes(w->type, w->cols);
-}
+/* ---- Loops over rows of d numbers: embeddings, copies, sums, norms */
 
-/* The multipliers of a row's blocks, or NULL. */
-static const unsigned char *dsv3i_scale_at(const dsv3_tensor *w, size_t row) {
-    size_t blocks = dsv3i_blocks(w->cols, DSV3_BLOCK);
-    if (w->scale == NULL) return NULL;
-    return (const unsigned char *)w->scale + row / DSV3_BLOCK * blocks * sizeof(float);
-}
-
-/* ---- Panels: up to 64 rows of weights in columns of 16, terms interleaved, so that a SIMD register holds the same terms
- * of 16 outputs and meets numbers of x. Each output is then a chain of additions in the order of its terms, however many
- * rows x has, and needs no sum over lanes. A panel is cut into pieces of 128 terms, of Q8_0 and Q4_0 of a block's 32, so
- * that what is read together lies together and one after the other:
- *     F32 [k, columns, 16]     F16, BF16 [k/2, columns, 16, 2]     Q8_0 [k/4, columns, 16, 4] bytes, 128 added
- *     Q4_0 [4, columns, 16, 4] bytes: terms 4 i .. 4 i + 3 in the low four bits, those 16 later in the high
- *     E4M3 [k/4, columns, 4, 2, 4, 2]: of four rows, terms 0 and 1 of each, then terms 2 and 3 of each
- * and, behind these codes, multipliers: E4M3 one float, Q8_0 and Q4_0 F16 [columns, 16]. dsv3_pack makes all panels once,
- * in memory of the caller; else they are made on the way, 128 terms at a time, with the same bits. */
-
-#define DSV3I_PANEL 64u
-#define DSV3I_LANES 16u
-#define DSV3I_TERMS DSV3_BLOCK /* that rows of x meet at once: whole pieces */
-#define DSV3I_FEW 4u           /* rows of x for which codes are decoded in registers; more are worth floats */
-
-/* Bytes of codes of k terms: words of four bytes for each of 16 rows. */
-static size_t dsv3i_codes_bytes(dsv3_type type, size_t columns, size_t k) {
-    size_t each = type == DSV3_Q4_0 ? 8 : type == DSV3_F32 ? 1 : type == DSV3_F16 || type == DSV3_BF16 ? 2 : 4;
-    return dsv3i_blocks(k, each) * columns * DSV3I_LANES * 4;
-}
-
-/* Terms of a piece: those that share a multiplier, or as many as of FP8. */
-static size_t dsv3i_piece_terms(dsv3_type type) { return dsv3_type_block(type) > 1 ? DSV3_QBLOCK : DSV3I_TERMS; }
-
-static size_t dsv3i_piece_bytes(dsv3_type type, size_t columns, size_t k) {
-    size_t scales = type == DSV3_F8_E4M3 ? 4 : dsv3_type_block(type) > 1 ? columns * DSV3I_LANES * 2 : 0;
-    return dsv3i_codes_bytes(type, columns, k) + dsv3i_blocks(scales, 64) * 64;
-}
-
-/* Bytes of k terms of a panel, from the start of a piece on. */
-static size_t dsv3i_panel_bytes(dsv3_type type, size_t columns, size_t k) {
-    size_t most = dsv3i_piece_terms(type), last = k % most;
-    size_t bytes = dsv3i_mul(k / most, dsv3i_piece_bytes(type, columns, most));
-    return last == 0 ? bytes : dsv3i_add(bytes, dsv3i_piece_bytes(type, columns, last));
-}
-
-static size_t dsv3i_packed_bytes(const dsv3_tensor *w) {
-    size_t whole = w->rows / DSV3I_PANEL, last = dsv3i_blocks(w->rows % DSV3I_PANEL, DSV3I_LANES);
-    size_t bytes = dsv3i_mul(whole, dsv3i_panel_bytes(w->type, DSV3I_PANEL / DSV3I_LANES, w->cols));
-    return dsv3i_add(bytes, dsv3i_panel_bytes(w->type, last, w->cols));
-}
-
-/* Columns of the panel that begins at row r. */
-static size_t dsv3i_panel_columns(const dsv3_tensor *w, size_t r) {
-    return dsv3i_blocks(dsv3i_min(DSV3I_PANEL, w->rows - r), DSV3I_LANES);
-}
-
-/* The piece of a packed tensor with row r and term k. */
-static const unsigned char *dsv3i_piece_at(const dsv3_tensor *w, size_t r, size_t k) {
-    size_t first = r - r % DSV3I_PANEL, columns = dsv3i_panel_columns(w, first);
-    size_t panel = r / DSV3I_PANEL * dsv3i_panel_bytes(w->type, DSV3I_PANEL / DSV3I_LANES, w->cols);
-    return (const unsigned char *)w->data + panel +
-           dsv3i_panel_bytes(w->type, columns, k - k % dsv3i_piece_terms(w->type));
-}
-
-/* One row of a packed tensor, number by number. */
-static void dsv3i_decode_packed(float *y, const dsv3_tensor *w, size_t row) {
-    size_t columns = dsv3i_panel_columns(w, row - row % DSV3I_PANEL), r = row % DSV3I_PANEL, lane = r % DSV3I_LANES;
-    size_t most = dsv3i_piece_terms(w->type);
-    for (size_t k = 0; k < w->cols; k++) {
-        size_t i = k % most, terms = dsv3i_min(most, w->cols - (k - i)), column = r / DSV3I_LANES;
-        const unsigned char *codes = dsv3i_piece_at(w, row, k), *scales = codes;
-        uint16_t two;
-        float one;
-        scales += dsv3i_codes_bytes(w->type, columns, terms);
-        scales += r * (dsv3_type_block(w->type) > 1 ? 2 : 0);
-        switch (w->type) {
-        case DSV3_F32: DSV3_MEMCPY(&y[k], codes + ((i * columns + column) * 16 + lane) * 4, sizeof y[k]); break;
-        case DSV3_F16:
-        case DSV3_BF16:
-            DSV3_MEMCPY(&two, codes + ((i / 2 * columns + column) * 16 + lane) * 4 + i % 2 * 2, 2);
-            y[k] = w->type == DSV3_F16 ? dsv3_f32_from_f16(two) : dsv3_f32_from_bf16(two);
-            break;
-        case DSV3_F8_E4M3:
-            DSV3_MEMCPY(&one, scales, sizeof one);
-            codes += (i / 4 * columns + column) * 64 + lane / 4 * 16 + i % 4 / 2 * 8 + lane % 4 * 2 + i % 2;
-            y[k] = dsv3_f32_from_f8_e4m3(*codes) * one;
-            break;
-        case DSV3_Q8_0:
-            DSV3_MEMCPY(&two, scales, 2);
-            codes += ((i / 4 * columns + column) * 16 + lane) * 4 + i % 4;
-            y[k] = dsv3_f32_from_f16(two) * (float)((int)*codes - 128);
-            break;
-        case DSV3_Q4_0:
-            DSV3_MEMCPY(&two, scales, 2);
-            codes += ((i % 16 / 4 * columns + column) * 16 + lane) * 4 + i % 4;
-            y[k] = dsv3_f32_from_f16(two) * (float)((i < 16 ? *codes & 15 : *codes >> 4) - 8);
-        }
-    }
-}
-
-/* y [cols] = row of w, decoded. FP8: block row r / 128 of the scales, one multiplier per 128 columns. */
-static void dsv3i_decode_row(const dsv3_context *ctx, float *y, const dsv3_tensor *w, size_t row) {
-    const unsigned char *scales = dsv3i_scale_at(w, row);
-    if (w->packed) {
-        dsv3i_decode_packed(y, w, row);
-        return;
-    }
-    ctx->kernels.decode[w->type](y, dsv3i_row_at(w, row), w->cols);
-    for (size_t i = 0; scales != NULL && i < w->cols; scales += sizeof(float)) {
-        size_t end = dsv3i_min(i + DSV3_BLOCK, w->cols);
-        float scale;
-        DSV3_MEMCPY(&scale, scales, sizeof scale);
-        for (; i + 8 <= end; i += 8) {
-            for (size_t j = 0; j < 8; j++) y[i + j] *= scale;
-        }
-        for (; i < end; i++) y[i] *= scale;
-    }
-}
-
-/* ---- Rows of d numbers: embeddings, copies, sums. A copy or a sum of all rows is short, but not beside loops that
- * many threads share. */
-
-typedef struct dsv3i_rows_arg {
+typedef struct dsv3i_rows {
     const dsv3_context *ctx;
     float *y;
     const float *x;
@@ -2195,23 +2094,30 @@ typedef struct dsv3i_rows_arg {
     const int32_t *token; /* [n] of embeddings */
     const dsv3_tensor *w; /* embeddings, or a norm's gain */
     float eps;
-} dsv3i_rows_arg;
+    /* backward */
+    size_t n;
+    const float *dy;
+    float *dx, *dg, *r; /* dx like x, dy like y; r [n] = 1 / rms */
+    int beta0;
+} dsv3i_rows;
 
-static dsv3i_rows_arg dsv3i_rows_make(const dsv3_context *ctx, float *y, const float *x, size_t d) {
-    dsv3i_rows_arg a;
+static dsv3i_rows dsv3i_rows_of(const dsv3_context *ctx, float *y, const float *x, size_t d) {
+    dsv3i_rows a;
+    DSV3_MEMSET(&a, 0, sizeof a);
     a.ctx = ctx;
     a.y = y;
     a.x = x;
     a.d = a.ldy = a.ldx = d;
-    a.at = NULL;
-    a.token = NULL;
-    a.w = NULL;
-    a.eps = 0.0f;
     return a;
 }
 
+static void dsv3i_rows_run(dsv3i_rows *a, size_t n, size_t cost, dsv3_task task) {
+    a->n = n;
+    dsv3i_parallel(a->ctx, n, dsv3i_mul(dsv3i_mul(cost, n), a->d), task, a);
+}
+
 static void dsv3i_embed_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_rows_arg *a = (const dsv3i_rows_arg *)arg;
+    const dsv3i_rows *a = (const dsv3i_rows *)arg;
     (void)worker;
     for (size_t t = begin; t < end; t++) {
         DSV3_ASSERT(a->token[t] >= 0 && (size_t)a->token[t] < a->w->rows);
@@ -2221,14 +2127,14 @@ static void dsv3i_embed_task(void *arg, size_t begin, size_t end, size_t worker)
 
 DSV3_API void dsv3_embed(const dsv3_context *context, float *x, const int32_t *token, const dsv3_tensor *w,
                          size_t n) {
-    dsv3i_rows_arg a = dsv3i_rows_make(context, x, NULL, w->cols);
+    dsv3i_rows a = dsv3i_rows_of(context, x, NULL, w->cols);
     a.token = token;
     a.w = w;
-    dsv3i_parallel(context, n, dsv3i_mul(2 * n, w->cols), dsv3i_embed_task, &a);
+    dsv3i_rows_run(&a, n, 2, dsv3i_embed_task);
 }
 
 static void dsv3i_copy_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_rows_arg *a = (const dsv3i_rows_arg *)arg;
+    const dsv3i_rows *a = (const dsv3i_rows *)arg;
     (void)worker;
     for (size_t t = begin; t < end; t++) {
         DSV3_MEMCPY(a->y + t * a->ldy, a->x + (a->at != NULL ? a->at[t] : t) * a->ldx, a->d * sizeof *a->y);
@@ -2236,651 +2142,202 @@ static void dsv3i_copy_task(void *arg, size_t begin, size_t end, size_t worker) 
 }
 
 static void dsv3i_copy_rows(const dsv3_context *ctx, float *y, const float *x, size_t n, size_t d) {
-    dsv3i_rows_arg a = dsv3i_rows_make(ctx, y, x, d);
-    dsv3i_parallel(ctx, n, dsv3i_mul(2 * n, d), dsv3i_copy_task, &a);
+    dsv3i_rows a = dsv3i_rows_of(ctx, y, x, d);
+    dsv3i_rows_run(&a, n, 2, dsv3i_copy_task);
 }
 
 static void dsv3i_add_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_rows_arg *a = (const dsv3i_rows_arg *)arg;
+    const dsv3i_rows *a = (const dsv3i_rows *)arg;
     (void)worker;
     for (size_t t = begin; t < end; t++) {
-        a->ctx->kernels.axpy(a->y + (a->at != NULL ? a->at[t] : t) * a->ldy, 1.0f, a->x + t * a->ldx, a->d);
+        a->ctx->ops->axpy(a->y + (a->at != NULL ? a->at[t] : t) * a->ldy, 1.0f, a->x + t * a->ldx, a->d);
     }
 }
 
 /* y [n, d] += x: the residual stream. */
 static void dsv3i_add_rows(const dsv3_context *ctx, float *y, const float *x, size_t n, size_t d) {
-    dsv3i_rows_arg a = dsv3i_rows_make(ctx, y, x, d);
-    dsv3i_parallel(ctx, n, dsv3i_mul(2 * n, d), dsv3i_add_task, &a);
+    dsv3i_rows a = dsv3i_rows_of(ctx, y, x, d);
+    dsv3i_rows_run(&a, n, 2, dsv3i_add_task);
 }
 
-/* ---- Stretches of panels for products */
+/* ---- Linear: y_t = W x_t. Each row of W is decoded once and meets all rows of x. */
 
-#ifdef DSV3I_X86
-#define DSV3I_STAGE (DSV3I_PANEL * DSV3I_TERMS) /* floats of a stretch */
-#else
-#define DSV3I_STAGE 0u /* no backend with panels is compiled in */
-#endif
-
-/* Floats of a worker's scratch: two stretches, and multipliers. */
-#define DSV3I_STAGES (2 * DSV3I_STAGE + DSV3I_STAGE / DSV3_QBLOCK)
-
-typedef enum dsv3i_form { DSV3I_FLOATS = 0, DSV3I_BF16S = 1, DSV3I_BYTES = 2 } dsv3i_form; /* of values */
-
-static dsv3i_form dsv3i_form_of(dsv3_type type) {
-    if (dsv3_type_block(type) > 1) return DSV3I_BYTES;
-    return type == DSV3_BF16 || type == DSV3_F8_E4M3 ? DSV3I_BF16S : DSV3I_FLOATS;
-}
-
-/* Rows r .. r+rows-1 of w, which do not reach the next multiple of 64, and terms k0 .. k0+k-1, 128 if there are as many. */
-typedef struct dsv3i_stretch {
-    const dsv3_tensor *w;
-    size_t r, rows, k0, k;
-} dsv3i_stretch;
-
-/* The multipliers of a stretch, but for those that kernels.pack writes. */
-static void dsv3i_stretch_scales(const dsv3_context *ctx, dsv3_panel *out, const dsv3i_stretch *a, float *s) {
-    const dsv3_tensor *w = a->w;
-    size_t codes = dsv3i_codes_bytes(w->type, out->columns, out->block), lanes = out->columns * DSV3I_LANES;
-    const unsigned char *at = dsv3i_scale_at(w, a->r);
-    int blocks = dsv3_type_block(w->type) > 1;
-    float one = 1.0f;
-    out->scale = NULL;
-    if (!blocks && w->type != DSV3_F8_E4M3) return;
-    out->scale = s;
-    if (w->packed) at = (const unsigned char *)out->values + codes;
-    if (blocks) {
-        for (size_t i = 0; w->packed && i < a->k; i += out->block, at += codes + out->gap, s += lanes) {
-            ctx->kernels.decode[DSV3_F16](s, at, lanes);
-        }
-        return;
-    }
-    if (!w->packed && at != NULL) at += a->k0 / DSV3_BLOCK * sizeof *s;
-    if (w->packed || at != NULL) DSV3_MEMCPY(&one, at, sizeof one); /* FP8 without scales: 1, as dsv3_pack writes it */
-    for (size_t i = 0; i < lanes; i++) s[i] = one;
-}
-
-/* Codes become values, block by block, or values floats. Where there are several blocks, values are bytes. */
-static void dsv3i_stretch_widen(const dsv3_kernels *kernels, dsv3_type type, float *to, dsv3_panel *w, size_t k) {
-    const unsigned char *codes = (const unsigned char *)w->values;
-    unsigned char *values = (unsigned char *)to;
-    for (size_t i = 0; i < k; i += w->block, values += w->block * w->columns * DSV3I_LANES) {
-        kernels->widen[type](values, codes, w->columns, w->block);
-        codes += dsv3i_codes_bytes(type, w->columns, w->block) + w->gap;
-    }
-    w->values = to;
-    w->ahead = w->gap = 0;
-}
-
-static void dsv3i_stretch_floats(const dsv3_kernels *kernels, dsv3i_form form, float *to, dsv3_panel *w, size_t k) {
-    const unsigned char *values = (const unsigned char *)w->values;
-    for (size_t i = 0; i < k; i += w->block, values += w->block * w->columns * DSV3I_LANES + w->gap) {
-        kernels->float_panel[form == DSV3I_BYTES](to + i * w->columns * DSV3I_LANES, values, w->columns, w->block,
-                                                  w->zero);
-    }
-    w->values = to;
-    w->ahead = w->gap = 0;
-}
-
-/* A stretch as products take it: where it lies, or made in scratch [DSV3I_STAGES]. Returns which product. */
-static dsv3_product dsv3i_stretch_make(const dsv3_context *ctx, dsv3_panel *out, const dsv3i_stretch *a, int fast,
-                                       int few, float *scratch) {
-    const dsv3_kernels *kernels = &ctx->kernels;
-    const dsv3_tensor *w = a->w;
-    dsv3i_form form = dsv3i_form_of(w->type);
-    float *stage = scratch, *other = scratch + DSV3I_STAGE, *scale = scratch + 2 * DSV3I_STAGE;
-    size_t next_bytes = w->packed ? dsv3i_panel_bytes(w->type, dsv3i_blocks(a->rows, DSV3I_LANES), a->k) : 0;
-    out->zero = w->type == DSV3_Q4_0 ? 8 : 128;
-    out->columns = dsv3i_blocks(a->rows, DSV3I_LANES);
-    out->block = dsv3i_min(dsv3i_piece_terms(w->type), a->k);
-    out->values = w->packed ? (const void *)dsv3i_piece_at(w, a->r, a->k0) : stage;
-    out->gap = 0;
-    if (w->packed && form == DSV3I_BYTES) {
-        out->gap = dsv3i_piece_bytes(w->type, out->columns, out->block) -
-                   dsv3i_codes_bytes(w->type, out->columns, out->block);
-    }
-    out->ahead = next_bytes;
-    out->next = (const unsigned char *)out->values + out->ahead;
-    out->next_bytes = 0;
-    dsv3i_stretch_scales(ctx, out, a, scale);
-    if (!w->packed) {
-        kernels->pack[w->type](stage, scale, dsv3i_row_at(w, a->r) + dsv3_row_bytes(w->type, a->k0),
-                               dsv3_row_bytes(w->type, w->cols), a->rows, a->k);
-    }
-    if (kernels->widen[w->type] != NULL) {
-        dsv3i_stretch_widen(kernels, w->type, other, out, a->k);
-        other = stage;
-    }
-    if (form == DSV3I_FLOATS) return DSV3_PRODUCT_F32;
-    if (fast) return form == DSV3I_BF16S ? DSV3_PRODUCT_FAST_BF16 : DSV3_PRODUCT_FAST_BYTES;
-    if (few) return form == DSV3I_BF16S ? DSV3_PRODUCT_BF16 : DSV3_PRODUCT_BYTES;
-    dsv3i_stretch_floats(kernels, form, other, out, a->k);
-    out->next_bytes = next_bytes;
-    return DSV3_PRODUCT_F32;
-}
-
-/* ---- Linear. A job is y [n, rows] = x [n, cols] W[row0 .. row0+rows)^T; several jobs share one parallel
- * loop, so that small ones (the experts of a token) do not wait for each other. */
-
-#define DSV3I_DECODE 16u /* rows that are decoded together where there are no panels */
-
-#define DSV3I_MANY 96u /* rows of x that meet a stretch of a panel together, at most: both stay in near caches */
-
-/* Rows of weights decoded together when there are n rows of x. */
-static size_t dsv3i_panel(size_t n) { return n < 8 ? 4 : DSV3I_DECODE; }
-
-/* Floats of a worker's scratch for products with n rows of x and matrices of cols columns. */
-static size_t dsv3i_panel_floats(size_t n, size_t cols) {
-    return dsv3i_max(dsv3i_mul(dsv3i_panel(n), cols), DSV3I_STAGES);
-}
-
-/* Can tiles read rows of w as they lie? */
-static int dsv3i_is_direct(const dsv3_tensor *w) {
-    return w->type == DSV3_F32 && !w->packed && (uintptr_t)w->data % sizeof(float) == 0;
-}
-
-/* Rows of x for products: as they are, or rounded (DSV3_FAST) for one type of weights. */
-typedef struct dsv3i_input {
-    const void *x;
-    size_t stride; /* bytes */
-    int fast;      /* rounded to what fast products take */
-} dsv3i_input;
-
-static dsv3i_input dsv3i_input_floats(const float *x, size_t ldx) {
-    dsv3i_input in;
-    in.x = x;
-    in.stride = ldx * sizeof *x;
-    in.fast = 0;
-    return in;
-}
-
-/* Are activations rounded for weights of this type? To codes, and not to floats? */
-static int dsv3i_is_rounded(const dsv3_context *ctx, dsv3_type type) {
-    return ctx->compute == DSV3_FAST && ctx->kernels.round[type] != NULL;
-}
-
-static int dsv3i_has_fast(const dsv3_context *ctx, dsv3_type type) {
-    dsv3i_form form = dsv3i_form_of(type);
-    return form != DSV3I_FLOATS &&
-           ctx->kernels.product[form == DSV3I_BF16S ? DSV3_PRODUCT_FAST_BF16 : DSV3_PRODUCT_FAST_BYTES] != NULL;
-}
-
-/* Floats from one rounded row of k numbers to the next, at most. */
-static size_t dsv3i_rounded_floats(size_t k) { return dsv3i_mul(dsv3i_add(dsv3i_blocks(k, 16), 2), 16); }
-
-/* Bytes of a row of k numbers as products take it. */
-static size_t dsv3i_input_bytes(int codes, dsv3_type type, size_t k) {
-    if (!codes) return k * sizeof(float);
-    return dsv3i_form_of(type) == DSV3I_BF16S ? dsv3i_blocks(k, 4) * 8 : k / DSV3_QBLOCK * (DSV3_QBLOCK + 8);
-}
-
-/* Where rounded rows go: next to each other, but not a power of two apart, since a cache would then have room for few of
- * them. */
-static dsv3i_input dsv3i_input_rounded(const dsv3_context *ctx, const float *out, dsv3_type type, size_t k) {
-    dsv3i_input in = dsv3i_input_floats(out, 0);
-    in.fast = dsv3i_is_rounded(ctx, type) && dsv3i_has_fast(ctx, type);
-    in.stride = dsv3i_blocks(dsv3i_input_bytes(in.fast, type, k), 64) * 64;
-    if (in.stride % 256 == 0) in.stride += 64;
-    return in;
-}
-
-/* Rows x [n, k], ldx floats apart, rounded or just copied to where `to` says. */
-static void dsv3i_input_fill(const dsv3_context *ctx, const dsv3i_input *to, const float *x, size_t ldx, dsv3_type type,
-                             size_t n, size_t k) {
-    unsigned char *out = (unsigned char *)(uintptr_t)to->x;
-    for (size_t t = 0; t < n; t++, out += to->stride) {
-        if (dsv3i_is_rounded(ctx, type)) {
-            ctx->kernels.round[type](out, x + t * ldx, k);
-        } else {
-            DSV3_MEMCPY(out, x + t * ldx, k * sizeof *x);
-        }
-    }
-}
-
-/* Rows x [n, k], rounded into out [n, dsv3i_rounded_floats(k)] with DSV3_FAST, else as they are. */
-static dsv3i_input dsv3i_input_round(const dsv3_context *ctx, float *out, const float *x, size_t ldx, dsv3_type type,
-                                     size_t n, size_t k) {
-    dsv3i_input in;
-    if (!dsv3i_is_rounded(ctx, type)) return dsv3i_input_floats(x, ldx);
-    in = dsv3i_input_rounded(ctx, out, type, k);
-    dsv3i_input_fill(ctx, &in, x, ldx, type, n, k);
-    return in;
-}
-
-typedef void (*dsv3i_whole)(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows,
-                            size_t k);
-
-/* y[t ldy + (r - r0)] = x_t . row r of w for n rows x_t and rows r0 <= r < r1 of w, by panels. */
-static void dsv3i_linear_panels(const dsv3_context *ctx, float *y, size_t ldy, const dsv3i_input *in, size_t n,
-                                const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
-    dsv3i_stretch stretch;
-    dsv3i_whole whole = n <= DSV3I_FEW ? ctx->kernels.few[in->fast][w->type]
-                        : in->fast     ? ctx->kernels.many[w->type]
-                                       : NULL;
-    if (w->packed && whole != NULL && (in->fast || w->cols % 4 == 0)) {
-        size_t rows = n <= DSV3I_FEW ? r1 - r0 : (r1 - r0) / DSV3I_PANEL * DSV3I_PANEL;
-        DSV3_ASSERT(r0 % DSV3I_PANEL == 0 && (r1 % DSV3I_PANEL == 0 || r1 == w->rows));
-        whole(y, ldy, in->x, in->stride, n, dsv3i_piece_at(w, r0, 0), rows, w->cols);
-        y += rows;
-        r0 += rows;
-    }
-    stretch.w = w;
-    for (stretch.r = r0; stretch.r < r1; stretch.r += stretch.rows) {
-        stretch.rows = dsv3i_min(DSV3I_PANEL - stretch.r % DSV3I_PANEL, r1 - stretch.r);
-        for (stretch.k0 = 0; stretch.k0 < w->cols; stretch.k0 += stretch.k) {
-            const unsigned char *x = (const unsigned char *)in->x + dsv3i_input_bytes(in->fast, w->type, stretch.k0);
-            dsv3_panel panel;
-            dsv3_product product;
-            stretch.k = dsv3i_min(DSV3I_TERMS, w->cols - stretch.k0);
-            product = dsv3i_stretch_make(ctx, &panel, &stretch, in->fast, n <= DSV3I_FEW, scratch);
-            ctx->kernels.product[product](y + (stretch.r - r0), ldy, x, in->stride, n, &panel, stretch.rows,
-                                          stretch.k, stretch.k0 > 0);
-        }
-    }
-}
-
-/* The same by tiles of decoded rows. */
-static void dsv3i_linear_tiles(const dsv3_context *ctx, float *y, size_t ldy, const dsv3i_input *in, size_t n,
-                               const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
-    int direct = dsv3i_is_direct(w);
-    size_t height = direct ? w->rows : dsv3i_panel(n);
-    for (size_t r = r0, end; r < r1; r = end) {
-        const float *rows = scratch;
-        end = dsv3i_min(r + height, r1);
-        if (direct) rows = (const float *)(const void *)dsv3i_row_at(w, r);
-        for (size_t i = r; i < end && !direct; i++) dsv3i_decode_row(ctx, scratch + (i - r) * w->cols, w, i);
-        ctx->kernels.tile(y + (r - r0), ldy, (const float *)in->x, in->stride / sizeof(float), n, rows, w->cols,
-                          end - r, w->cols);
-    }
-}
-
-/* Rows of x, of n, that meet stretches of w together: what fits near caches, or four times as many where one is to be
- * made first, or where rows meet whole panels, which then take care of that. */
-static size_t dsv3i_rows_near(const dsv3_context *ctx, const dsv3_tensor *w, size_t n) {
-    int far = !w->packed || (dsv3i_is_rounded(ctx, w->type) && ctx->kernels.many[w->type] != NULL);
-    size_t parts = dsv3i_blocks(n, far ? 4 * DSV3I_MANY : DSV3I_MANY);
-    return parts > 1 ? dsv3i_blocks(dsv3i_blocks(n, parts), 6) * 6 : n;
-}
-
-static void dsv3i_linear_rows(const dsv3_context *ctx, float *y, size_t ldy, const dsv3i_input *in, size_t n,
-                              const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
-    if (ctx->kernels.pack[w->type] != NULL) {
-        size_t many = dsv3i_rows_near(ctx, w, n);
-        for (size_t r = r0, end; r < r1; r = end) { /* one panel, which stays near, and all rows; or all panels */
-            end = many < n ? dsv3i_min(r - r % DSV3I_PANEL + DSV3I_PANEL, r1) : r1;
-            for (size_t t = 0; t < n; t += many) {
-                dsv3i_input some = *in;
-                some.x = (const unsigned char *)in->x + t * in->stride;
-                dsv3i_linear_panels(ctx, y + t * ldy + (r - r0), ldy, &some, dsv3i_min(many, n - t), w, r, end, scratch);
-            }
-        }
-    } else {
-        dsv3i_linear_tiles(ctx, y, ldy, in, n, w, r0, r1, scratch);
-    }
-}
-
-typedef struct dsv3i_job {
-    const dsv3_tensor *w;
-    const float *x; /* [n, cols] */
-    float *y;       /* [n, w->rows] */
-    size_t n;
-    dsv3i_input in; /* x as the products take it */
-    size_t first;   /* its first item in the loop; an item is some panels of 64 rows of weights */
-} dsv3i_job;
-
-static dsv3i_job dsv3i_job_make(float *y, const float *x, const dsv3_tensor *w, size_t n) {
-    dsv3i_job job;
-    job.w = w;
-    job.x = x;
-    job.y = y;
-    job.n = n;
-    job.in = dsv3i_input_floats(x, w->cols);
-    job.first = 0;
-    return job;
-}
-
-typedef struct dsv3i_linear_arg {
+typedef struct dsv3i_linear_loop {
     const dsv3_context *ctx;
-    const dsv3i_job *jobs;
-    size_t n_jobs;
-    float *scratch;       /* [workers, worker_floats] */
-    size_t worker_floats; /* >= dsv3i_panel_floats(n, cols) of every job */
-    size_t item, rows;    /* rows of weights and of x in an item */
-} dsv3i_linear_arg;
+    const dsv3i_product *p;
+    const float *x; /* [n, cols] as products take it */
+    float *row;     /* [threads, cols] */
+    float *dx, *dw; /* backward */
+} dsv3i_linear_loop;
 
-/* Items of one job that lie next to each other are done in one go. */
 static void dsv3i_linear_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_linear_arg *a = (const dsv3i_linear_arg *)arg;
-    size_t j = 0, next;
-    for (size_t i = begin; i < end; i = next) {
-        const dsv3i_job *job;
-        size_t panels, part, t, r0, r1;
-        dsv3i_input some;
-        while (j + 1 < a->n_jobs && a->jobs[j + 1].first <= i) j++;
-        job = &a->jobs[j];
-        panels = dsv3i_blocks(job->w->rows, a->item);
-        part = (i - job->first) / panels;
-        next = dsv3i_min(end, job->first + (part + 1) * panels);
-        t = part * a->rows;
-        r0 = (i - job->first) % panels * a->item;
-        r1 = dsv3i_min(r0 + (next - i) * a->item, job->w->rows);
-        some = job->in;
-        some.x = (const unsigned char *)some.x + t * some.stride;
-        dsv3i_linear_rows(a->ctx, job->y + t * job->w->rows + r0, job->w->rows, &some, dsv3i_min(a->rows, job->n - t),
-                          job->w, r0, r1, a->scratch + worker * a->worker_floats);
+    const dsv3i_linear_loop *a = (const dsv3i_linear_loop *)arg;
+    const dsv3i_product *p = a->p;
+    size_t cols = p->w->cols;
+    float *row = a->row + worker * cols;
+    for (size_t r = begin; r < end; r++) {
+        dsv3i_decode_row(a->ctx, row, p->w, p->row + r);
+        for (size_t t = 0; t < p->n; t++) p->y[t * p->rows + r] = a->ctx->ops->dot(a->x + t * cols, row, cols);
     }
 }
 
-/* Rounds the rows of all jobs; jobs[j].first counts them. Jobs next to each other that want the same of the same rows
- * share them. */
-static void dsv3i_round_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_linear_arg *a = (const dsv3i_linear_arg *)arg;
-    size_t j = 0, next;
-    (void)worker;
-    for (size_t i = begin; i < end; i = next) {
-        const dsv3i_job *job;
-        dsv3i_input to;
-        size_t t, k;
-        while (j + 1 < a->n_jobs && a->jobs[j + 1].first <= i) j++;
-        job = &a->jobs[j];
-        k = job->w->cols;
-        t = i - job->first;
-        next = j + 1 < a->n_jobs ? dsv3i_min(end, a->jobs[j + 1].first) : end;
-        to = job->in;
-        to.x = (const unsigned char *)to.x + t * to.stride;
-        dsv3i_input_fill(a->ctx, &to, job->x + t * k, k, job->w->type, next - i, k);
+/* x [n] as products with weights of this type take it: with DSV3_FAST rounded into y, else as it is. */
+static const float *dsv3i_rounded(const dsv3_context *ctx, float *y, const float *x, dsv3_type type, size_t n) {
+    if (ctx->compute != DSV3_FAST || type == DSV3_F32 || type == DSV3_F16) return x;
+    if (dsv3_type_block(type) > 1) dsv3i_round_q8(y, x, n);
+    if (dsv3_type_block(type) == 1) dsv3i_round_bf16(y, x, n);
+    return y;
+}
+
+static void dsv3i_linear(const dsv3_context *ctx, const dsv3i_product *list, size_t count, float *scratch) {
+    for (size_t i = 0; i < count; i++) {
+        const dsv3i_product *p = &list[i];
+        size_t cols = p->w->cols, work = dsv3i_mul(dsv3i_mul(p->rows, cols), p->n);
+        dsv3i_linear_loop a = {ctx, p, NULL, scratch, NULL, NULL};
+        a.x = dsv3i_rounded(ctx, scratch + ctx->threads * cols, p->x, p->w->type, p->n * cols);
+        dsv3i_parallel(ctx, p->rows, work, dsv3i_linear_task, &a);
     }
 }
 
-/* Many rows that lie a power of two apart are copied, for the same reason (see dsv3i_input_rounded). */
-static int dsv3i_is_copied(const dsv3_context *ctx, const dsv3i_job *job) {
-    return ctx->kernels.pack[job->w->type] != NULL && job->n > DSV3I_FEW && job->w->cols % 128 == 0;
+/* Floats of scratch: a row of W for each worker, and x rounded. */
+static size_t dsv3i_linear_floats(size_t n, size_t cols, size_t threads) {
+    return dsv3i_max(dsv3i_mul(dsv3i_add(threads, n), cols), dsv3i_engine_linear_floats(n, cols, threads));
 }
 
-static int dsv3i_same_input(const dsv3_context *ctx, const dsv3i_job *a, const dsv3i_job *b) {
-    return a->x == b->x && a->n == b->n && a->w->cols == b->w->cols && a->in.x != a->x &&
-           dsv3i_is_rounded(ctx, a->w->type) == dsv3i_is_rounded(ctx, b->w->type) &&
-           (ctx->compute == DSV3_EXACT || ctx->kernels.round[a->w->type] == ctx->kernels.round[b->w->type]);
+/* y [n, w->rows] = x W^T */
+static dsv3i_product dsv3i_product_of(float *y, const float *x, const dsv3_tensor *w, size_t n) {
+    dsv3i_product p = {y, x, w, n, 0, w->rows};
+    return p;
 }
 
-/* rounded: room for the rows of all jobs. */
-static void dsv3i_round_jobs(dsv3i_linear_arg *arg, dsv3i_job *jobs, float *rounded) {
-    size_t rows = 0, work = 0;
-    for (size_t j = 0; j < arg->n_jobs; j++) {
-        dsv3i_job *job = &jobs[j];
-        size_t floats = dsv3i_rounded_floats(job->w->cols);
-        job->first = rows;
-        if (!dsv3i_is_rounded(arg->ctx, job->w->type) && !dsv3i_is_copied(arg->ctx, job)) continue;
-        if (j > 0 && dsv3i_same_input(arg->ctx, job - 1, job)) {
-            job->in = job[-1].in;
-            continue;
-        }
-        job->in = dsv3i_input_rounded(arg->ctx, rounded, job->w->type, job->w->cols);
-        rounded += job->n * floats;
-        rows += job->n;
-        work = dsv3i_add(work, dsv3i_mul(job->n, 4 * floats));
-    }
-    dsv3i_parallel(arg->ctx, rows, work, dsv3i_round_task, arg);
+/* The same within a layer. */
+static void dsv3i_project(const dsv3i_call *c, float *y, const float *x, const dsv3_tensor *w) {
+    dsv3i_product p = dsv3i_product_of(y, x, w, c->n);
+    c->ctx->ops->linear(c->ctx, &p, 1, c->ws->scratch);
 }
-
-/* Rows of weights in an item: some panels, which are read side by side when there is one row of x, but enough
- * items for all threads. */
-static size_t dsv3i_linear_item(const dsv3_context *ctx, const dsv3i_job *jobs, size_t n_jobs) {
-    size_t panels = 0, together = 8;
-    for (size_t j = 0; j < n_jobs; j++) {
-        panels += dsv3i_blocks(jobs[j].w->rows, DSV3I_PANEL);
-        if (jobs[j].n > 1) together = 1;
-    }
-    together = dsv3i_min(together, panels / (2 * ctx->threads));
-    return dsv3i_max(together, 1) * DSV3I_PANEL;
-}
-
-/* Rows of x in an item: all, or fewer, if they are many, to have eight items for each thread. */
-static size_t dsv3i_linear_part(const dsv3_context *ctx, const dsv3i_job *jobs, size_t n_jobs, size_t item) {
-    size_t items = 0, n = 1;
-    for (size_t j = 0; j < n_jobs; j++) {
-        items += dsv3i_blocks(jobs[j].w->rows, item);
-        n = dsv3i_max(n, jobs[j].n);
-    }
-    if (ctx->threads < 2 || ctx->kernels.pack[jobs[0].w->type] == NULL) return n;
-    n = dsv3i_blocks(n, dsv3i_blocks(8 * ctx->threads, items));
-    return dsv3i_blocks(dsv3i_max(n, 48), 6) * 6;
-}
-
-/* All jobs in one loop. scratch [threads, worker_floats]; rounded: room for dsv3i_rounded_floats of all rows that
- * differ, or NULL with DSV3_EXACT. */
-static void dsv3i_linear_jobs(const dsv3_context *ctx, dsv3i_job *jobs, size_t n_jobs, float *scratch,
-                              size_t worker_floats, float *rounded) {
-    dsv3i_linear_arg arg;
-    size_t items = 0, work = 0;
-    arg.ctx = ctx;
-    arg.jobs = jobs;
-    arg.n_jobs = n_jobs;
-    arg.scratch = scratch;
-    arg.worker_floats = worker_floats;
-    arg.item = dsv3i_linear_item(ctx, jobs, n_jobs);
-    arg.rows = dsv3i_linear_part(ctx, jobs, n_jobs, arg.item);
-    if (rounded != NULL) dsv3i_round_jobs(&arg, jobs, rounded);
-    for (size_t j = 0; j < n_jobs; j++) {
-        const dsv3_tensor *w = jobs[j].w;
-        DSV3_ASSERT(worker_floats >= dsv3i_panel_floats(jobs[j].n, w->cols));
-        jobs[j].first = items;
-        items += dsv3i_blocks(w->rows, arg.item) * dsv3i_blocks(jobs[j].n, arg.rows);
-        work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(w->rows, w->cols), jobs[j].n));
-    }
-    dsv3i_parallel(ctx, items, work, dsv3i_linear_task, &arg);
-}
-
-/* Of one worker. */
-static size_t dsv3i_linear_floats(size_t cols) { return dsv3i_panel_floats(DSV3I_DECODE, cols); }
 
 DSV3_API size_t dsv3_linear_scratch(const dsv3_context *context, size_t n, size_t cols) {
-    return dsv3i_add(dsv3i_mul(context->threads, dsv3i_linear_floats(cols)), dsv3i_mul(n, dsv3i_rounded_floats(cols)));
+    return dsv3i_linear_floats(n, cols, context->threads);
 }
 
 DSV3_API void dsv3_linear(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *w, size_t n,
                           float *scratch) {
-    dsv3i_job job = dsv3i_job_make(y, x, w, n);
-    size_t floats = dsv3i_linear_floats(w->cols);
-    dsv3i_linear_jobs(context, &job, 1, scratch, floats, scratch + context->threads * floats);
+    dsv3i_product p = dsv3i_product_of(y, x, w, n);
+    context->ops->linear(context, &p, 1, scratch);
 }
 
 #ifndef DSV3_NO_TRAINING
-/* ---- Backward of linear: dx += dy W, dW += dy^T x. Both are sums of scaled rows: of W for one row of dx, of x for
- * one row of dW. The loop is split over rows of dx and rows of dW, so that every sum is taken by one worker, in one
- * order. What reads the same rows comes one after the other: they are still in a cache then. */
-
-#define DSV3I_BACK 96u /* rows of dx, or of dW, that one item works on, at most */
-
-typedef struct dsv3i_back_job {
-    const dsv3_tensor *w;
-    float *dx;       /* [n, cols], NULL: not wanted */
-    float *dw;       /* [rows, cols], NULL: not wanted */
-    const float *dy; /* [n, rows] */
-    const float *x;  /* [n, cols] */
-    size_t n;
-    int fresh;       /* dx is set, not added to */
-    int joint;       /* the next job, of the same shape, has no dx: its dy W goes to this one's, too */
-    size_t first[2]; /* its first items, of dW and of dx */
-} dsv3i_back_job;
-
-static dsv3i_back_job dsv3i_back_make(float *dx, float *dw, const float *dy, const float *x, const dsv3_tensor *w,
-                                      size_t n) {
-    dsv3i_back_job job;
-    job.w = w;
-    job.dx = dx;
-    job.dw = dw;
-    job.dy = dy;
-    job.x = x;
-    job.n = n;
-    job.fresh = job.joint = 0;
-    return job;
-}
-
-typedef struct dsv3i_back_arg {
-    const dsv3_context *ctx;
-    const dsv3i_back_job *jobs;
-    size_t n_jobs;
-    float *scratch;
-    size_t worker_floats; /* >= dsv3i_panel(n) * cols of every job */
-    size_t item;          /* rows of dx, or of dW */
-} dsv3i_back_arg;
-
-/* Rows [t0, t1) of dx: each row of W is decoded once for all of them. */
-static void dsv3i_back_dx(const dsv3_context *ctx, float *dx, const dsv3i_back_job *job, size_t t0, size_t t1,
-                          float *panel) {
-    const dsv3_tensor *w = job->w;
-    int direct = dsv3i_is_direct(w);
-    for (size_t r = 0, end; r < w->rows; r = end) {
-        const float *rows = panel;
-        end = direct ? w->rows : dsv3i_min(r + dsv3i_panel(job->n), w->rows);
-        if (direct) rows = (const float *)w->data;
-        for (size_t i = r; !direct && i < end; i++) dsv3i_decode_row(ctx, panel + (i - r) * w->cols, w, i);
-        ctx->kernels.outer(dx + t0 * w->cols, w->cols, t1 - t0, job->dy + t0 * w->rows + r, w->rows, 1, rows,
-                           w->cols, end - r, w->cols);
+/* Backward: dx += dy W, dW += dy^T x. Both are sums of scaled rows: of W for a row of dx, of x for a row of dW. The loops
+ * are split over rows of dx and rows of dW, so that every sum is taken by one worker, in one order. */
+static void dsv3i_linear_dx_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_linear_loop *a = (const dsv3i_linear_loop *)arg;
+    const dsv3i_product *p = a->p;
+    size_t cols = p->w->cols;
+    float *row = a->row + worker * cols;
+    for (size_t r = 0; r < p->rows; r++) {
+        dsv3i_decode_row(a->ctx, row, p->w, p->row + r);
+        for (size_t t = begin; t < end; t++) a->ctx->ops->axpy(a->dx + t * cols, p->y[t * p->rows + r], row, cols);
     }
 }
 
-static void dsv3i_back_dw(const dsv3_context *ctx, const dsv3i_back_job *job, size_t r0, size_t r1) {
-    const dsv3_tensor *w = job->w;
-    ctx->kernels.outer(job->dw + r0 * w->cols, w->cols, r1 - r0, job->dy + r0, 1, w->rows, job->x, w->cols, job->n,
-                       w->cols);
-}
-
-static void dsv3i_back_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_back_arg *a = (const dsv3i_back_arg *)arg;
-    float *panel = a->scratch + worker * a->worker_floats;
-    size_t j = 0;
-    for (size_t i = begin; i < end; i++) {
-        const dsv3i_back_job *job;
-        while (j + 1 < a->n_jobs && a->jobs[j + 1].first[0] <= i) j++;
-        job = &a->jobs[j];
-        if (i < job->first[1]) {
-            size_t r = (i - job->first[0]) * a->item;
-            dsv3i_back_dw(a->ctx, job, r, dsv3i_min(r + a->item, job->w->rows));
-        } else {
-            size_t t = (i - job->first[1]) * a->item, last = dsv3i_min(t + a->item, job->n), d = job->w->cols;
-            if (job->fresh) DSV3_MEMSET(job->dx + t * d, 0, (last - t) * d * sizeof *job->dx);
-            dsv3i_back_dx(a->ctx, job->dx, job, t, last, panel);
-            if (job->joint) dsv3i_back_dx(a->ctx, job->dx, job + 1, t, last, panel);
-        }
+static void dsv3i_linear_dw_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_linear_loop *a = (const dsv3i_linear_loop *)arg;
+    const dsv3i_product *p = a->p;
+    size_t cols = p->w->cols;
+    (void)worker;
+    for (size_t r = begin; r < end; r++) {
+        float *dw = a->dw + r * cols;
+        for (size_t t = 0; t < p->n; t++) a->ctx->ops->axpy(dw, p->y[t * p->rows + r], p->x + t * cols, cols);
     }
 }
 
-/* Items of all jobs. Those of dW come first: they are the longest, and the loop's end would wait for them. */
-static size_t dsv3i_back_items(dsv3i_back_job *jobs, size_t n_jobs, size_t item) {
-    size_t items = 0;
-    for (size_t j = 0; j < n_jobs; j++) {
-        jobs[j].first[0] = items;
-        if (jobs[j].dw != NULL && jobs[j].n > 0) items += dsv3i_blocks(jobs[j].w->rows, item);
-        jobs[j].first[1] = items;
-        if (jobs[j].dx != NULL) items += dsv3i_blocks(jobs[j].n, item);
-    }
-    return items;
+static void dsv3i_linear_backward(const dsv3_context *ctx, float *dx, int beta0, float *dw, const dsv3i_product *p,
+                                  float *scratch) {
+    size_t cols = p->w->cols, work = dsv3i_mul(dsv3i_mul(p->rows, cols), p->n);
+    dsv3i_linear_loop a = {ctx, p, NULL, scratch, dx, dw};
+    if (dx != NULL && beta0) DSV3_MEMSET(dx, 0, p->n * cols * sizeof *dx);
+    if (dx != NULL) dsv3i_parallel(ctx, p->n, work, dsv3i_linear_dx_task, &a);
+    if (dw != NULL) dsv3i_parallel(ctx, p->rows, work, dsv3i_linear_dw_task, &a);
 }
 
-/* All jobs in one loop. Jobs must not share outputs, nor read what others write. */
-static void dsv3i_back_jobs(const dsv3_context *ctx, dsv3i_back_job *jobs, size_t n_jobs, float *scratch,
-                            size_t worker_floats) {
-    dsv3i_back_arg arg;
-    size_t work = 0, items = dsv3i_back_items(jobs, n_jobs, DSV3I_BACK);
-    arg.ctx = ctx;
-    arg.jobs = jobs;
-    arg.n_jobs = n_jobs;
-    arg.scratch = scratch;
-    arg.worker_floats = worker_floats;
-    for (size_t j = 0; j < n_jobs; j++) {
-        const dsv3_tensor *w = jobs[j].w;
-        DSV3_ASSERT(worker_floats >= dsv3i_panel(jobs[j].n) * w->cols);
-        work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(w->rows, w->cols), jobs[j].n));
-    }
-    for (arg.item = DSV3I_BACK; arg.item > 12 && ctx->threads > 1 && items < 8 * ctx->threads;) {
-        arg.item /= 2; /* enough items for all threads */
-        items = dsv3i_back_items(jobs, n_jobs, arg.item);
-    }
-    dsv3i_parallel(ctx, items, work, dsv3i_back_task, &arg);
+/* The gradient of a weight of the gradients' model, which is made over memory that may be written (chapter 14). */
+static float *dsv3i_grad(const dsv3_tensor *g) { return (float *)(uintptr_t)g->data; }
+
+/* The same within a pass: dx (beta0: is set) and the gradient g of w, for n rows. */
+static void dsv3i_project_backward(const dsv3_context *ctx, const dsv3_workspace *ws, float *dx, int beta0,
+                                   const dsv3_tensor *g, const float *dy, const float *x, const dsv3_tensor *w,
+                                   size_t n) {
+    dsv3i_product p = dsv3i_product_of((float *)(uintptr_t)dy, x, w, n);
+    ctx->ops->linear_backward(ctx, dx, beta0, dsv3i_grad(g), &p, ws->scratch);
 }
 
 DSV3_API void dsv3_linear_backward(const dsv3_context *context, float *dx, float *dw, const float *dy, const float *x,
                                    const dsv3_tensor *w, size_t n, float *scratch) {
-    dsv3i_back_job job = dsv3i_back_make(dx, dw, dy, x, w, n);
-    dsv3i_back_jobs(context, &job, 1, scratch, dsv3i_linear_floats(w->cols));
+    dsv3i_product p = dsv3i_product_of((float *)(uintptr_t)dy, x, w, n);
+    context->ops->linear_backward(context, dx, 0, dw, &p, scratch);
 }
 
 /* The embedding is a linear map of one-hot rows: its gradient is added row by row, columns apart. */
 
 #define DSV3I_COLUMNS 32u
 
-typedef struct dsv3i_embed_back_arg {
-    float *dw;
-    const float *dx;
-    const int32_t *token;
-    size_t n, d;
-} dsv3i_embed_back_arg;
-
-static void dsv3i_embed_back_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_embed_back_arg *a = (const dsv3i_embed_back_arg *)arg;
+static void dsv3i_embed_backward_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_rows *a = (const dsv3i_rows *)arg;
     size_t first = begin * DSV3I_COLUMNS, last = dsv3i_min(end * DSV3I_COLUMNS, a->d);
     (void)worker;
     for (size_t t = 0; t < a->n; t++) {
-        float *row = a->dw + (size_t)a->token[t] * a->d;
-        for (size_t i = first; i < last; i++) row[i] += a->dx[t * a->d + i];
+        float *row = a->y + (size_t)a->token[t] * a->d;
+        for (size_t i = first; i < last; i++) row[i] += a->x[t * a->d + i];
     }
 }
 
-static void dsv3i_embed_back(const dsv3_context *ctx, float *dw, const float *dx, const int32_t *token, size_t n,
-                             size_t d) {
-    dsv3i_embed_back_arg a;
-    a.dw = dw;
-    a.dx = dx;
+static void dsv3i_embed_backward(const dsv3_context *ctx, float *dw, const float *dx, const int32_t *token, size_t n,
+                                 size_t d) {
+    dsv3i_rows a = dsv3i_rows_of(ctx, dw, dx, d);
     a.token = token;
     a.n = n;
-    a.d = d;
-    dsv3i_parallel(ctx, dsv3i_blocks(d, DSV3I_COLUMNS), dsv3i_mul(2 * n, d), dsv3i_embed_back_task, &a);
+    dsv3i_parallel(ctx, dsv3i_blocks(d, DSV3I_COLUMNS), dsv3i_mul(2 * n, d), dsv3i_embed_backward_task, &a);
 }
 
 DSV3_API void dsv3_embed_backward(float *dw, const float *dx, const int32_t *token, size_t n, size_t d) {
     dsv3_context alone;
     DSV3_MEMSET(&alone, 0, sizeof alone);
-    dsv3i_embed_back(&alone, dw, dx, token, n, d);
+    dsv3i_embed_backward(&alone, dw, dx, token, n, d);
 }
 #endif
 
-/* ---- RMSNorm */
+/* ---- RMSNorm: y = g * x / rms(x) */
 
-/* x *= a */
-static void dsv3i_scale(float *x, float a, size_t n) {
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        for (size_t j = 0; j < 8; j++) x[i + j] *= a;
-    }
-    for (; i < n; i++) x[i] *= a;
+#define DSV3I_GAIN 64u /* numbers of the gain that are decoded together, on the stack */
+
+/* gain [<= DSV3I_GAIN], from number i on. Returns how many. */
+static size_t dsv3i_gain(const dsv3i_rows *a, float *gain, size_t i) {
+    size_t n = dsv3i_min(DSV3I_GAIN, a->d - i);
+    a->ctx->ops->decode[a->w->type](gain, (const unsigned char *)a->w->data + i * dsv3_type_bytes(a->w->type), n);
+    return n;
+}
+
+/* 1 / rms(x) */
+static float dsv3i_inverse_rms(const dsv3i_rows *a, const float *x) {
+    return 1.0f / DSV3_SQRTF(a->ctx->ops->dot(x, x, a->d) / (float)a->d + a->eps);
 }
 
 /* v = gain (v r) */
 static void dsv3i_norm_scale(float *DSV3I_RESTRICT v, const float *DSV3I_RESTRICT gain, float r, size_t n) {
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        for (size_t j = 0; j < 8; j++) v[i + j] = gain[i + j] * (v[i + j] * r);
-    }
-    for (; i < n; i++) v[i] = gain[i] * (v[i] * r);
+    DSV3I_EIGHTS(n, v[i] = gain[i] * (v[i] * r));
 }
 
 static void dsv3i_rmsnorm_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_rows_arg *a = (const dsv3i_rows_arg *)arg;
-    size_t d = a->d, step = dsv3_type_bytes(a->w->type);
+    const dsv3i_rows *a = (const dsv3i_rows *)arg;
     (void)worker;
     for (size_t t = begin; t < end; t++) {
-        const float *xt = a->x + t * a->ldx;
-        float *yt = a->y + t * a->ldy;
-        float r = 1.0f / DSV3_SQRTF(a->ctx->kernels.dot(xt, xt, d) / (float)d + a->eps);
-        for (size_t i = 0; i < d; i += 64) { /* the gain is decoded piece by piece, on the stack */
-            float gain[64], v[64];
-            size_t m = dsv3i_min(64, d - i);
-            a->ctx->kernels.decode[a->w->type](gain, (const unsigned char *)a->w->data + i * step, m);
-            DSV3_MEMCPY(v, xt + i, m * sizeof *v);
-            dsv3i_norm_scale(v, gain, r, m);
-            DSV3_MEMCPY(yt + i, v, m * sizeof *v);
+        const float *x = a->x + t * a->ldx;
+        float r = dsv3i_inverse_rms(a, x), gain[DSV3I_GAIN], v[DSV3I_GAIN]; /* y may be x */
+        for (size_t at = 0, n; at < a->d; at += n) {
+            n = dsv3i_gain(a, gain, at);
+            DSV3_MEMCPY(v, x + at, n * sizeof *v);
+            dsv3i_norm_scale(v, gain, r, n);
+            DSV3_MEMCPY(a->y + t * a->ldy + at, v, n * sizeof *v);
         }
     }
 }
@@ -2888,12 +2345,12 @@ static void dsv3i_rmsnorm_task(void *arg, size_t begin, size_t end, size_t worke
 /* Rows of y lie ldy floats apart. */
 static void dsv3i_rmsnorm(const dsv3_context *ctx, float *y, size_t ldy, const float *x, const dsv3_tensor *g,
                           size_t n, size_t d, float eps) {
-    dsv3i_rows_arg a = dsv3i_rows_make(ctx, y, x, d);
+    dsv3i_rows a = dsv3i_rows_of(ctx, y, x, d);
     DSV3_ASSERT(g->cols == d && g->scale == NULL);
     a.ldy = ldy;
     a.w = g;
     a.eps = eps;
-    dsv3i_parallel(ctx, n, dsv3i_mul(4 * n, d), dsv3i_rmsnorm_task, &a);
+    dsv3i_rows_run(&a, n, 4, dsv3i_rmsnorm_task);
 }
 
 DSV3_API void dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *g, size_t n,
@@ -2902,122 +2359,82 @@ DSV3_API void dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x
 }
 
 #ifndef DSV3_NO_TRAINING
-/* Backward of RMSNorm: with r = 1 / rms(x) and v = dy * g,
+/* Backward: with r = 1 / rms(x) and v = dy * g,
  *     dx += r v - x r^3 (v . x) / d,   dg += sum_t dy_t * x_t r_t
  * The sum over rows is split over columns; r [n] passes from the first loop to the second. */
-
-#define DSV3I_NORM_ROWS 16u /* rows that meet a decoded gain together */
-
-typedef struct dsv3i_norm_arg {
-    const dsv3_context *ctx;
-    float *dx, *dg, *r;
-    const float *dy, *x;
-    const dsv3_tensor *g;
-    size_t n, d, ldx, ldy; /* rows of x and dx lie ldx floats apart, rows of dy ldy */
-    float eps;
-    int fresh; /* dx is set, not added to */
-} dsv3i_norm_arg;
 
 /* sum g dy x */
 static float dsv3i_norm_dot(const float *DSV3I_RESTRICT g, const float *DSV3I_RESTRICT dy,
                             const float *DSV3I_RESTRICT x, size_t n) {
     float s[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        for (size_t j = 0; j < 8; j++) s[j] += g[i + j] * dy[i + j] * x[i + j];
-    }
-    for (size_t j = 0; i + j < n; j++) s[j] += g[i + j] * dy[i + j] * x[i + j];
+    DSV3I_EIGHTS(n, s[p] += g[i] * dy[i] * x[i]);
     return dsv3i_sum8(s);
 }
 
 /* dx += r g dy - c x */
 static void dsv3i_norm_add(float *DSV3I_RESTRICT dx, float r, const float *DSV3I_RESTRICT g,
                            const float *DSV3I_RESTRICT dy, float c, const float *DSV3I_RESTRICT x, size_t n) {
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        for (size_t j = 0; j < 8; j++) dx[i + j] += r * (g[i + j] * dy[i + j]) - c * x[i + j];
-    }
-    for (; i < n; i++) dx[i] += r * (g[i] * dy[i]) - c * x[i];
-}
-
-/* Up to DSV3I_NORM_ROWS rows from t0 on. */
-static void dsv3i_norm_dx_rows(const dsv3i_norm_arg *a, size_t t0, size_t n) {
-    size_t d = a->d, step = dsv3_type_bytes(a->g->type);
-    float sum[DSV3I_NORM_ROWS] = {0}, *r = a->r + t0;
-    for (size_t t = 0; t < n; t++) {
-        const float *x = a->x + (t0 + t) * a->ldx;
-        r[t] = 1.0f / DSV3_SQRTF(a->ctx->kernels.dot(x, x, d) / (float)d + a->eps);
-        if (a->fresh) DSV3_MEMSET(a->dx + (t0 + t) * a->ldx, 0, d * sizeof *a->dx);
-    }
-    for (int pass = 0; pass < 2; pass++) { /* v . x first, then dx */
-        for (size_t i = 0; i < d; i += 64) {
-            float gain[64];
-            size_t m = dsv3i_min(64, d - i);
-            a->ctx->kernels.decode[a->g->type](gain, (const unsigned char *)a->g->data + i * step, m);
-            for (size_t t = 0; t < n; t++) {
-                const float *dy = a->dy + (t0 + t) * a->ldy + i, *x = a->x + (t0 + t) * a->ldx + i;
-                float *dx = a->dx + (t0 + t) * a->ldx + i;
-                if (pass == 0) sum[t] += dsv3i_norm_dot(gain, dy, x, m);
-                if (pass == 1) dsv3i_norm_add(dx, r[t], gain, dy, sum[t] * r[t] * r[t] * r[t] / (float)d, x, m);
-            }
-        }
-    }
+    DSV3I_EIGHTS(n, dx[i] += r * (g[i] * dy[i]) - c * x[i]);
 }
 
 static void dsv3i_norm_dx_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_rows *a = (const dsv3i_rows *)arg;
     (void)worker;
-    for (size_t t = begin; t < end; t += DSV3I_NORM_ROWS) {
-        dsv3i_norm_dx_rows((const dsv3i_norm_arg *)arg, t, dsv3i_min(DSV3I_NORM_ROWS, end - t));
+    for (size_t t = begin; t < end; t++) {
+        const float *x = a->x + t * a->ldx, *dy = a->dy + t * a->ldy;
+        float *dx = a->dx + t * a->ldx, r = a->r[t] = dsv3i_inverse_rms(a, x), sum = 0.0f, gain[DSV3I_GAIN];
+        if (a->beta0) DSV3_MEMSET(dx, 0, a->d * sizeof *dx);
+        for (size_t i = 0, n; i < a->d; i += n) {
+            n = dsv3i_gain(a, gain, i);
+            sum += dsv3i_norm_dot(gain, dy + i, x + i, n);
+        }
+        for (size_t i = 0, n; i < a->d; i += n) {
+            n = dsv3i_gain(a, gain, i);
+            dsv3i_norm_add(dx + i, r, gain, dy + i, sum * r * r * r / (float)a->d, x + i, n);
+        }
     }
 }
 
 static void dsv3i_norm_dg_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_norm_arg *a = (const dsv3i_norm_arg *)arg;
+    const dsv3i_rows *a = (const dsv3i_rows *)arg;
     (void)worker;
-    for (size_t i = begin * DSV3I_COLUMNS; i < dsv3i_min(end * DSV3I_COLUMNS, a->d); i += DSV3I_COLUMNS) {
+    for (size_t at = begin * DSV3I_COLUMNS; at < dsv3i_min(end * DSV3I_COLUMNS, a->d); at += DSV3I_COLUMNS) {
         float sum[DSV3I_COLUMNS];
-        size_t m = dsv3i_min(DSV3I_COLUMNS, a->d - i);
-        DSV3_MEMCPY(sum, a->dg + i, m * sizeof *sum);
+        size_t columns = dsv3i_min(DSV3I_COLUMNS, a->d - at);
+        DSV3_MEMCPY(sum, a->dg + at, columns * sizeof *sum);
         for (size_t t = 0; t < a->n; t++) {
-            const float *x = a->x + t * a->ldx + i, *dy = a->dy + t * a->ldy + i;
-            size_t k = 0;
-            for (; k + 8 <= m; k += 8) {
-                for (size_t j = 0; j < 8; j++) sum[k + j] += dy[k + j] * (x[k + j] * a->r[t]);
-            }
-            for (; k < m; k++) sum[k] += dy[k] * (x[k] * a->r[t]);
+            const float *x = a->x + t * a->ldx + at, *dy = a->dy + t * a->ldy + at;
+            DSV3I_EIGHTS(columns, sum[i] += dy[i] * (x[i] * a->r[t]));
         }
-        DSV3_MEMCPY(a->dg + i, sum, m * sizeof *sum);
+        DSV3_MEMCPY(a->dg + at, sum, columns * sizeof *sum);
     }
 }
 
-static dsv3i_norm_arg dsv3i_norm_make(const dsv3_context *ctx, float *dx, float *dg, const float *dy, const float *x,
-                                      const dsv3_tensor *g, size_t n, size_t d, float eps, float *r) {
-    dsv3i_norm_arg arg;
-    arg.ctx = ctx;
-    arg.dx = dx;
-    arg.dg = dg;
-    arg.r = r;
-    arg.dy = dy;
-    arg.x = x;
-    arg.g = g;
-    arg.n = n;
-    arg.d = arg.ldx = arg.ldy = d;
-    arg.eps = eps;
-    arg.fresh = 0;
-    return arg;
+/* Of g only the rest of `a` is filled in: rows of x and dx lie ldx floats apart, rows of dy ldy. */
+static dsv3i_rows dsv3i_norm_rows(const dsv3_context *ctx, float *dx, float *dg, const float *dy, const float *x,
+                                  const dsv3_tensor *g, float eps, float *r) {
+    dsv3i_rows a = dsv3i_rows_of(ctx, NULL, x, g->cols);
+    a.dx = dx;
+    a.dg = dg;
+    a.dy = dy;
+    a.w = g;
+    a.eps = eps;
+    a.r = r;
+    return a;
 }
 
-static void dsv3i_norm_back(dsv3i_norm_arg *arg) {
-    size_t n = arg->n, d = arg->d;
-    dsv3i_parallel(arg->ctx, n, dsv3i_mul(4 * n, d), dsv3i_norm_dx_task, arg);
-    dsv3i_parallel(arg->ctx, dsv3i_blocks(d, DSV3I_COLUMNS), dsv3i_mul(2 * n, d), dsv3i_norm_dg_task, arg);
+static void dsv3i_norm_backward(dsv3i_rows *a, size_t n) {
+    dsv3i_rows_run(a, n, 4, dsv3i_norm_dx_task);
+    dsv3i_parallel(a->ctx, dsv3i_blocks(a->d, DSV3I_COLUMNS), dsv3i_mul(2 * n, a->d), dsv3i_norm_dg_task, a);
 }
 
 DSV3_API void dsv3_rmsnorm_backward(const dsv3_context *context, float *dx, float *dg, const float *dy,
                                     const float *x, const dsv3_tensor *g, size_t n, size_t d, float eps,
                                     float *scratch) {
-    dsv3i_norm_arg arg = dsv3i_norm_make(context, dx, dg, dy, x, g, n, d, eps, scratch);
-    dsv3i_norm_back(&arg);
+    dsv3i_rows a = dsv3i_norm_rows(context, dx, dg, dy, x, g, eps, scratch);
+    DSV3_ASSERT(g->cols == d);
+    (void)d;
+    dsv3i_norm_backward(&a, n);
 }
 #endif
 
@@ -3025,48 +2442,41 @@ DSV3_API void dsv3_rmsnorm_backward(const dsv3_context *context, float *dx, floa
 
 #define DSV3I_SILU_ITEM 256u
 
-typedef struct dsv3i_silu_arg {
+typedef struct dsv3i_silu {
     const dsv3_context *ctx;
     float *h;           /* [n] silu(a) * b */
     const float *a, *b; /* [n] */
-    float *da, *db;     /* [n] backward */
-    const float *gate;  /* [n / width] backward: of an expert's rows, or NULL */
-    float *dgate;
     size_t n, width;    /* of an item */
-} dsv3i_silu_arg;
+    /* backward */
+    float *da, *db;    /* [n]; h is dh there */
+    const float *gate; /* [n / width] of an expert's rows, or NULL */
+    float *dgate;
+} dsv3i_silu;
 
 static void dsv3i_silu_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_silu_arg *a = (const dsv3i_silu_arg *)arg;
-    size_t i0 = begin * DSV3I_SILU_ITEM, i1 = dsv3i_min(end * DSV3I_SILU_ITEM, a->n);
+    const dsv3i_silu *s = (const dsv3i_silu *)arg;
+    size_t first = begin * s->width, last = dsv3i_min(end * s->width, s->n);
     (void)worker;
-    a->ctx->kernels.silu_mul(a->h + i0, a->a + i0, a->b + i0, i1 - i0);
+    s->ctx->ops->silu_mul(s->h + first, s->a + first, s->b + first, last - first);
 }
 
 /* h may be a. */
-static void dsv3i_silu_mul(const dsv3_context *ctx, float *h, const float *a, const float *b, size_t n) {
-    dsv3i_silu_arg arg;
-    arg.ctx = ctx;
-    arg.h = h;
-    arg.a = a;
-    arg.b = b;
-    arg.da = arg.db = arg.dgate = NULL;
-    arg.gate = NULL;
-    arg.n = n;
-    arg.width = DSV3I_SILU_ITEM;
-    dsv3i_parallel(ctx, dsv3i_blocks(n, DSV3I_SILU_ITEM), dsv3i_mul(n, 16), dsv3i_silu_task, &arg);
+static void dsv3i_swiglu(const dsv3_context *ctx, float *h, const float *a, const float *b, size_t n) {
+    dsv3i_silu s = {ctx, h, a, b, n, DSV3I_SILU_ITEM, NULL, NULL, NULL, NULL};
+    dsv3i_parallel(ctx, dsv3i_blocks(n, s.width), dsv3i_mul(n, 16), dsv3i_silu_task, &s);
 }
 
 #ifndef DSV3_NO_TRAINING
 /* Backward of h = silu(a) b, with s = sigmoid(a): da = dh b s (1 + a (1 - s)), db = dh a s. Rows of experts have a
  * gate w: dh is that of w h, and dw = dh . h. */
 
-/* n <= 64 numbers. Returns dh . h. */
-static float dsv3i_silu_back_piece(const dsv3_context *ctx, float *da, float *db, const float *dh, const float *a,
-                                   const float *b, float gate, size_t n) {
+/* n <= 64 numbers, in whole arrays of 64, which are faster. Returns dh . h. */
+static float dsv3i_silu_backward_64(const dsv3_context *ctx, float *da, float *db, const float *dh, const float *a,
+                                    const float *b, float gate, size_t n) {
     float x[64], y[64], d[64], h[64];
     for (size_t j = 0; j < 64; j++) x[j] = y[j] = d[j] = 0.0f;
     for (size_t j = 0; j < n; j++) h[j] = -a[j];
-    ctx->kernels.exp_sum(x, h, 0.0f, n);
+    ctx->ops->exp_sum(x, h, 0.0f, n);
     for (size_t j = 0; j < 64; j++) h[j] = 1.0f / (1.0f + x[j]);
     DSV3_MEMCPY(x, a, n * sizeof *a);
     DSV3_MEMCPY(y, b, n * sizeof *b);
@@ -3079,204 +2489,177 @@ static float dsv3i_silu_back_piece(const dsv3_context *ctx, float *da, float *db
     }
     DSV3_MEMCPY(da, x, n * sizeof *da);
     DSV3_MEMCPY(db, y, n * sizeof *db);
-    return ctx->kernels.dot(d, h, n);
+    return ctx->ops->dot(d, h, n);
 }
 
-static void dsv3i_silu_back_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_silu_arg *v = (const dsv3i_silu_arg *)arg;
+static void dsv3i_silu_backward_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_silu *v = (const dsv3i_silu *)arg;
     (void)worker;
     for (size_t i = begin; i < end; i++) {
         float gate = v->gate != NULL ? v->gate[i] : 1.0f, sum = 0.0f;
         size_t last = dsv3i_min((i + 1) * v->width, v->n);
         for (size_t j = i * v->width; j < last; j += 64) {
-            sum += dsv3i_silu_back_piece(v->ctx, v->da + j, v->db + j, v->h + j, v->a + j, v->b + j, gate,
-                                         dsv3i_min(64, last - j));
+            sum += dsv3i_silu_backward_64(v->ctx, v->da + j, v->db + j, v->h + j, v->a + j, v->b + j, gate,
+                                          dsv3i_min(64, last - j));
         }
         if (v->dgate != NULL) v->dgate[i] = sum;
     }
 }
 
-/* da may be a, db may be b. gate and dgate [n / width]: NULL, or rows are `width` numbers. */
-static void dsv3i_silu_back(const dsv3_context *ctx, float *da, float *db, float *dh, const float *a, const float *b,
-                            size_t n, const float *gate, float *dgate, size_t width) {
-    dsv3i_silu_arg arg;
-    arg.ctx = ctx;
-    arg.h = dh;
-    arg.a = a;
-    arg.b = b;
-    arg.da = da;
-    arg.db = db;
-    arg.gate = gate;
-    arg.dgate = dgate;
-    arg.n = n;
-    arg.width = width;
-    dsv3i_parallel(ctx, dsv3i_blocks(n, width), dsv3i_mul(n, 32), dsv3i_silu_back_task, &arg);
+/* a and b [n] become da and db; dh is used up. gate and dgate [n / width]: NULL, or rows are `width` numbers. */
+static void dsv3i_swiglu_backward(const dsv3_context *ctx, float *dh, float *a, float *b, size_t n, const float *gate,
+                                  float *dgate, size_t width) {
+    dsv3i_silu s = {ctx, dh, a, b, n, width, a, b, gate, dgate};
+    if (gate == NULL) s.width = DSV3I_SILU_ITEM;
+    dsv3i_parallel(ctx, dsv3i_blocks(n, s.width), dsv3i_mul(n, 32), dsv3i_silu_backward_task, &s);
 }
 #endif
 
 /* ---- Log-sum-exp: log sum exp(x) = top + log sum exp(x - top), whose terms are at most 1 */
 
-static float dsv3i_max_float(const float *x, size_t n) {
-    float top = x[0];
-    for (size_t i = 1; i < n; i++) {
-        if (x[i] > top) top = x[i];
-    }
-    return top;
-}
-
 DSV3_API float dsv3_log_sum_exp(const float *logits, size_t V) {
     float top, sum = 0.0f, p[64];
     DSV3_ASSERT(V >= 1);
     top = dsv3i_max_float(logits, V);
-    for (size_t i = 0; i < V; i += 64) sum += dsv3i_exp_sum_ref(p, logits + i, top, dsv3i_min(64, V - i));
+    for (size_t i = 0; i < V; i += 64) sum += dsv3i_exp_sum(p, logits + i, top, dsv3i_min(64, V - i));
     return top + DSV3_LOGF(sum);
 }
 
 /* ---- Cross-entropy: -log p(target) = log sum exp(logits) - logit[target]. A vocabulary of 129280 times a thousand
- * rows would be half a gigabyte of logits, so it passes by in pieces; each row keeps a running maximum and the sum of
+ * rows would be half a gigabyte of logits, so it passes by in parts; each row keeps a running maximum and the sum of
  * exp(logit - maximum), which is rescaled when the maximum rises. */
 
-#define DSV3I_VOCAB 1024u /* tokens of a piece, a multiple of DSV3_BLOCK */
+#define DSV3I_VOCAB 1024u /* tokens of a part, a multiple of DSV3_BLOCK */
 
-/* Rows [row, row + rows) of w as a tensor of their own. row is a multiple of DSV3_BLOCK. */
-static dsv3_tensor dsv3i_rows_of(const dsv3_tensor *w, size_t row, size_t rows) {
-    dsv3_tensor part = *w;
-    part.rows = rows;
-    part.data = w->packed ? dsv3i_piece_at(w, row, 0) : dsv3i_row_at(w, row);
-    part.scale = dsv3i_scale_at(w, row);
-    return part;
+typedef struct dsv3i_loss {
+    const dsv3_context *ctx;
+    const float *u; /* [n, d] */
+    const dsv3_tensor *head;
+    const int32_t *target; /* [n] */
+    size_t n;
+    float *state;   /* [n, 3] maximum, sum, the target's logit */
+    float *logits;  /* [n, part.rows] */
+    float *scratch; /* of linear */
+    dsv3i_product part;
+    /* backward */
+    float weight; /* of each row's loss */
+    float *du, *dhead;
+    int beta0;
+} dsv3i_loss;
+
+/* loss [dsv3i_loss_floats] keeps each row's maximum and sum, between forward and backward too. */
+static dsv3i_loss dsv3i_loss_of(const dsv3_context *ctx, const float *u, const dsv3_tensor *head, const int32_t *target,
+                                size_t n, float *loss, float *scratch) {
+    dsv3i_loss a;
+    DSV3_MEMSET(&a, 0, sizeof a);
+    a.ctx = ctx;
+    a.u = u;
+    a.head = head;
+    a.target = target;
+    a.n = n;
+    a.state = loss;
+    a.logits = loss + 3 * n;
+    a.scratch = scratch;
+    return a;
 }
 
-typedef struct dsv3i_loss_arg {
-    const dsv3_context *ctx;
-    float *logits;         /* [n, rows] of this piece */
-    float *state;          /* [n, 3] maximum, sum, the target's logit */
-    const int32_t *target; /* [n] */
-    float weight;          /* backward: of each row's loss */
-    size_t row, rows;      /* the piece */
-} dsv3i_loss_arg;
+static size_t dsv3i_loss_floats(size_t V, size_t n) { return dsv3i_mul(n, dsv3i_min(V, DSV3I_VOCAB) + 3); }
+
+/* The logits of a part of the vocabulary, and `task` for each row of them. */
+static void dsv3i_loss_part(dsv3i_loss *a, size_t row, dsv3_task task) {
+    size_t rows = dsv3i_min(DSV3I_VOCAB, a->head->rows - row);
+    a->part = dsv3i_product_of(a->logits, a->u, a->head, a->n);
+    a->part.row = row;
+    a->part.rows = rows;
+    a->ctx->ops->linear(a->ctx, &a->part, 1, a->scratch);
+    dsv3i_parallel(a->ctx, a->n, dsv3i_mul(dsv3i_mul(a->n, rows), 16), task, a);
+}
+
+/* The target's logit of row t among those of this part, or NULL. */
+static float *dsv3i_loss_target(const dsv3i_loss *a, size_t t) {
+    size_t target = (size_t)a->target[t]; /* DSV3_IGNORE is beyond all */
+    return target < a->part.row || target - a->part.row >= a->part.rows
+               ? NULL
+               : a->logits + t * a->part.rows + (target - a->part.row);
+}
 
 static void dsv3i_loss_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_loss_arg *a = (const dsv3i_loss_arg *)arg;
+    const dsv3i_loss *a = (const dsv3i_loss *)arg;
     (void)worker;
     for (size_t t = begin; t < end; t++) {
-        float *z = a->logits + t * a->rows, *state = a->state + 3 * t, top = dsv3i_max_float(z, a->rows);
+        float *z = a->logits + t * a->part.rows, *state = a->state + 3 * t, top = dsv3i_max_float(z, a->part.rows);
+        const float *target = dsv3i_loss_target(a, t);
         if (a->target[t] == DSV3_IGNORE) continue;
-        if ((size_t)a->target[t] >= a->row && (size_t)a->target[t] < a->row + a->rows) {
-            state[2] = z[(size_t)a->target[t] - a->row];
-        }
+        if (target != NULL) state[2] = *target;
         if (state[0] > top) top = state[0];
-        state[1] = state[1] * DSV3_EXPF(state[0] - top) + a->ctx->kernels.exp_sum(z, z, top, a->rows);
+        state[1] = state[1] * DSV3_EXPF(state[0] - top) + a->ctx->ops->exp_sum(z, z, top, a->part.rows);
         state[0] = top;
     }
 }
 
-/* logits of a piece and states of n rows of V tokens */
-static size_t dsv3i_cross_entropy_floats(size_t V, size_t n) { return dsv3i_mul(n, dsv3i_min(V, DSV3I_VOCAB) + 3); }
+static void dsv3i_cross_entropy(dsv3i_loss *a, float *nll) {
+    for (size_t t = 0; t < a->n; t++) {
+        a->state[3 * t] = -FLT_MAX;
+        a->state[3 * t + 1] = a->state[3 * t + 2] = 0.0f;
+    }
+    for (size_t row = 0; row < a->head->rows; row += DSV3I_VOCAB) dsv3i_loss_part(a, row, dsv3i_loss_task);
+    for (size_t t = 0; t < a->n; t++) {
+        const float *state = a->state + 3 * t;
+        nll[t] = a->target[t] == DSV3_IGNORE ? 0.0f : DSV3_LOGF(state[1]) + (state[0] - state[2]);
+    }
+}
 
 DSV3_API size_t dsv3_cross_entropy_scratch(const dsv3_context *context, const dsv3_tensor *head, size_t n) {
-    return dsv3i_add(dsv3i_cross_entropy_floats(head->rows, n), dsv3_linear_scratch(context, n, head->cols));
+    return dsv3i_add(dsv3i_loss_floats(head->rows, n), dsv3_linear_scratch(context, n, head->cols));
 }
 
-/* Logits of the piece that begins at arg->row. */
-static dsv3_tensor dsv3i_loss_piece(dsv3i_loss_arg *arg, const float *u, const dsv3_tensor *head, size_t n,
-                                    float *worker, size_t worker_floats, float *rounded) {
-    dsv3_tensor part = dsv3i_rows_of(head, arg->row, dsv3i_min(DSV3I_VOCAB, head->rows - arg->row));
-    dsv3i_job job = dsv3i_job_make(arg->logits, u, &part, n);
-    arg->rows = part.rows;
-    dsv3i_linear_jobs(arg->ctx, &job, 1, worker, worker_floats, rounded);
-    return part;
-}
-
-static void dsv3i_loss_begin(dsv3i_loss_arg *arg, const dsv3_context *ctx, const int32_t *target, size_t n,
-                             float *loss) {
-    arg->ctx = ctx;
-    arg->state = loss;
-    arg->logits = loss + 3 * n;
-    arg->target = target;
-    arg->weight = 0.0f;
-    arg->row = arg->rows = 0;
-}
-
-/* loss [dsv3i_cross_entropy_floats] keeps each row's maximum and sum; worker [threads, worker_floats] */
-static void dsv3i_cross_entropy(const dsv3_context *ctx, float *nll, const float *u, const dsv3_tensor *head,
-                                const int32_t *target, size_t n, float *loss, float *worker, size_t worker_floats,
-                                float *rounded) {
-    dsv3i_loss_arg arg;
-    dsv3i_loss_begin(&arg, ctx, target, n, loss);
+DSV3_API void dsv3_cross_entropy(const dsv3_context *context, float *nll, const float *u, const dsv3_tensor *head,
+                                 const int32_t *target, size_t n, float *scratch) {
+    float *linear = scratch + dsv3i_loss_floats(head->rows, n);
+    dsv3i_loss a = dsv3i_loss_of(context, u, head, target, n, scratch, linear);
     for (size_t t = 0; t < n; t++) {
-        arg.state[3 * t] = -FLT_MAX;
-        arg.state[3 * t + 1] = arg.state[3 * t + 2] = 0.0f;
+        DSV3_ASSERT(target[t] == DSV3_IGNORE || (target[t] >= 0 && (size_t)target[t] < head->rows));
     }
-    for (arg.row = 0; arg.row < head->rows; arg.row += DSV3I_VOCAB) {
-        dsv3i_loss_piece(&arg, u, head, n, worker, worker_floats, rounded);
-        dsv3i_parallel(ctx, n, dsv3i_mul(dsv3i_mul(n, arg.rows), 16), dsv3i_loss_task, &arg);
-    }
-    for (size_t t = 0; t < n; t++) {
-        const float *state = arg.state + 3 * t;
-        nll[t] = target[t] == DSV3_IGNORE ? 0.0f : DSV3_LOGF(state[1]) + (state[0] - state[2]);
-    }
+    dsv3i_cross_entropy(&a, nll);
 }
 
 #ifndef DSV3_NO_TRAINING
-/* Backward: dlogits = weight (softmax - onehot), piece by piece again. */
-static void dsv3i_loss_back_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_loss_arg *a = (const dsv3i_loss_arg *)arg;
+/* Backward: dlogits = weight (softmax - onehot), part by part again. */
+static void dsv3i_loss_backward_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_loss *a = (const dsv3i_loss *)arg;
+    size_t rows = a->part.rows;
     (void)worker;
     for (size_t t = begin; t < end; t++) {
-        float *z = a->logits + t * a->rows, *state = a->state + 3 * t;
-        float weight = a->target[t] == DSV3_IGNORE ? 0.0f : a->weight, scale;
+        float *z = a->logits + t * rows, *state = a->state + 3 * t, *target = dsv3i_loss_target(a, t);
+        float weight = a->target[t] == DSV3_IGNORE ? 0.0f : a->weight;
         if (weight <= 0.0f && weight >= 0.0f) {
-            DSV3_MEMSET(z, 0, a->rows * sizeof *z);
+            DSV3_MEMSET(z, 0, rows * sizeof *z);
             continue;
         }
-        a->ctx->kernels.exp_sum(z, z, state[0], a->rows);
-        scale = weight / state[1];
-        for (size_t i = 0; i < a->rows; i++) z[i] *= scale;
-        if ((size_t)a->target[t] >= a->row && (size_t)a->target[t] < a->row + a->rows) {
-            z[(size_t)a->target[t] - a->row] -= weight;
-        }
+        a->ctx->ops->exp_sum(z, z, state[0], rows);
+        dsv3i_scale(z, weight / state[1], rows);
+        if (target != NULL) *target -= weight;
     }
 }
 
-/* loss as dsv3i_cross_entropy has left it. du += dlogits head (fresh: is set), dhead += dlogits^T u (NULL: not
- * wanted). */
-static void dsv3i_cross_entropy_back(const dsv3_context *ctx, float *du, int fresh, float *dhead, float weight,
-                                     const float *u, const dsv3_tensor *head, const int32_t *target, size_t n,
-                                     float *loss, float *worker, size_t worker_floats, float *rounded) {
-    dsv3i_loss_arg arg;
-    dsv3i_loss_begin(&arg, ctx, target, n, loss);
-    arg.weight = weight;
-    for (arg.row = 0; arg.row < head->rows; arg.row += DSV3I_VOCAB) {
-        dsv3_tensor part = dsv3i_loss_piece(&arg, u, head, n, worker, worker_floats, rounded);
-        dsv3i_back_job job =
-            dsv3i_back_make(du, dhead == NULL ? NULL : dhead + arg.row * head->cols, arg.logits, u, &part, n);
-        job.fresh = fresh && arg.row == 0;
-        dsv3i_parallel(ctx, n, dsv3i_mul(dsv3i_mul(n, arg.rows), 16), dsv3i_loss_back_task, &arg);
-        dsv3i_back_jobs(ctx, &job, 1, worker, worker_floats);
+/* Of weight * sum_t nll_t: du += dlogits head (beta0: =), dhead += dlogits^T u (NULL: not wanted). */
+static void dsv3i_cross_entropy_backward(dsv3i_loss *a, float *du, int beta0, float *dhead, float weight) {
+    a->weight = weight;
+    for (size_t row = 0; row < a->head->rows; row += DSV3I_VOCAB) {
+        float *dw = dhead == NULL ? NULL : dhead + row * a->head->cols;
+        dsv3i_loss_part(a, row, dsv3i_loss_backward_task);
+        a->ctx->ops->linear_backward(a->ctx, du, beta0 && row == 0, dw, &a->part, a->scratch);
     }
 }
 
 DSV3_API void dsv3_cross_entropy_backward(const dsv3_context *context, float *du, float *dhead, float weight,
                                           const float *u, const dsv3_tensor *head, const int32_t *target, size_t n,
                                           float *scratch) {
-    float *worker = scratch + dsv3i_cross_entropy_floats(head->rows, n);
-    size_t floats = dsv3i_linear_floats(head->cols);
-    dsv3i_cross_entropy_back(context, du, 0, dhead, weight, u, head, target, n, scratch, worker, floats,
-                             worker + context->threads * floats);
+    float *linear = scratch + dsv3i_loss_floats(head->rows, n);
+    dsv3i_loss a = dsv3i_loss_of(context, u, head, target, n, scratch, linear);
+    dsv3i_cross_entropy_backward(&a, du, 0, dhead, weight);
 }
 #endif
-
-DSV3_API void dsv3_cross_entropy(const dsv3_context *context, float *nll, const float *u, const dsv3_tensor *head,
-                                 const int32_t *target, size_t n, float *scratch) {
-    float *worker = scratch + dsv3i_cross_entropy_floats(head->rows, n);
-    size_t floats = dsv3i_linear_floats(head->cols);
-    for (size_t t = 0; t < n; t++) {
-        DSV3_ASSERT(target[t] == DSV3_IGNORE || (target[t] >= 0 && (size_t)target[t] < head->rows));
-    }
-    dsv3i_cross_entropy(context, nll, u, head, target, n, scratch, worker, floats,
-                        worker + context->threads * floats);
-}
 
 /* ========================================================================================================
  * Chapter 5  >>rope
@@ -3428,71 +2811,10 @@ DSV3_API void dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t 
  * by block: with m the maximum so far, l the sum of exp(s - m), and o the sum of exp(s - m) v, a new block with
  * a larger maximum m' first scales l and o by exp(m - m'). No row of scores is ever kept, so scratch memory does not
  * grow with the context, and neither chunking nor batching changes a bit. Both forms are the same loop
- * over different keys and values.
- *
- * Segments. In the absorbed form all heads share their keys, and a token that is decoded behind a long past has more
- * keys than heads to give to threads: the past is cut at fixed positions into segments, whose (m, l, o) are built up
- * independently. Two of them join as a block does: with M the larger of m and m',
- *     l'' = l exp(m - M) + l' exp(m' - M)      o'' = o exp(m - M) + o' exp(m' - M)
- * in the order of their positions, whoever computed them. Test: tests/test_mla.c.
+ * over different keys and values. Test: tests/test_mla.c.
  * ==================================================================================================== */
 
-#ifdef DSV3I_X86
-#define DSV3I_KEYS 64u /* keys per block, 64 at most */
-#else
-#define DSV3I_KEYS 32u
-#endif
-#ifndef DSV3I_SEGMENT
-#define DSV3I_SEGMENT 256u /* keys per segment, DSV3I_KEYS times a whole number */
-#endif
-#if DSV3I_SEGMENT % DSV3I_KEYS != 0
-#error "a segment is whole blocks of keys"
-#endif
-#define DSV3I_QUERIES 8u /* rows that share decoded rows of kv_b_proj in the absorbed form */
-#ifdef DSV3I_X86
-#define DSV3I_EXPAND 128u /* keys expanded together, DSV3I_KEYS times a whole number: more, where panels are made for them */
-#else
-#define DSV3I_EXPAND DSV3I_KEYS
-#endif
-
-/* Floats for products with kv_b_proj: panels, and rounded rows. */
-static size_t dsv3i_mla_panel(const dsv3i_dims *m) {
-    return dsv3i_add(dsv3i_linear_floats(m->rk), dsv3i_mul(DSV3I_EXPAND, dsv3i_rounded_floats(m->rk)));
-}
-
-/* Queries that meet a block of keys together, at most. */
-static size_t dsv3i_lanes(const dsv3i_dims *m, size_t n) {
-    return dsv3i_min(64, dsv3i_max(n, dsv3i_mul(dsv3i_min(n, DSV3I_QUERIES), m->H)));
-}
-
-/* Floats of dsv3_meeting.scratch: scores; with SIMD the queries as a panel, scores of whole columns, keys rounded and, in
- * the other half of their place, values. */
-static size_t dsv3i_meeting_floats(const dsv3i_dims *m, size_t n) {
-    size_t lanes = dsv3i_lanes(m, n), columns = dsv3i_blocks(lanes, DSV3I_LANES) * DSV3I_LANES;
-    size_t dv = dsv3i_blocks(dsv3i_max(m->rk, m->dv), DSV3I_LANES) * DSV3I_LANES;
-    size_t dk = dsv3i_add(dsv3i_max(dsv3i_max(m->width, m->qk), dv), 4);
-    if (DSV3I_STAGE == 0) return dsv3i_mul(lanes, DSV3I_KEYS);
-    return dsv3i_add(dsv3i_mul(columns, dsv3i_add(dk, DSV3I_KEYS)), dsv3i_mul(DSV3I_KEYS, dk));
-}
-
-/* Floats of worker scratch for calls of n rows, by use (see the two tasks below). */
-static size_t dsv3i_mla_scratch(const dsv3i_dims *m, size_t n) {
-    size_t panel = dsv3i_mla_panel(m), latents = dsv3i_mul(DSV3I_EXPAND, m->width);
-    size_t expanded = dsv3i_mul(DSV3I_EXPAND, dsv3i_add(m->qk, m->dv));
-    return dsv3i_add(dsv3i_add(panel, latents), dsv3i_add(dsv3i_meeting_floats(m, n), expanded));
-}
-
-/* Sums of one query over a segment: [rk] of latents, maximum, sum of exponentials. */
-static size_t dsv3i_part_floats(const dsv3i_dims *m) {
-    return dsv3i_mul(dsv3i_blocks(dsv3i_add(m->rk, 2), DSV3I_LANES), DSV3I_LANES);
-}
-
-/* Groups of queries times segments that are worked on at once, at most: no fewer than there are groups in a window, and
- * enough for all threads when there is one. */
-static size_t dsv3i_parts(const dsv3i_dims *m, size_t n, size_t threads) {
-    size_t rows = dsv3i_min(n, DSV3I_QUERIES), groups = dsv3i_add(dsv3i_blocks(dsv3i_mul(rows, m->H), 64), rows - 1);
-    return dsv3i_max(groups, threads > 1 ? dsv3i_mul(8, threads) : 1);
-}
+#define DSV3I_KEYS 32u /* keys of a block */
 
 /* ---- Cache rows */
 
@@ -3518,605 +2840,225 @@ static const float *dsv3i_cache_load(const dsv3_context *ctx, const dsv3_cache *
                                      size_t n, float *scratch) {
     const unsigned char *at = dsv3i_cache_at(cache, layer, position);
     if (cache->type == DSV3_F32) return (const float *)(const void *)at;
-    ctx->kernels.decode[cache->type](scratch, at, n * cache->width);
+    ctx->ops->decode[cache->type](scratch, at, n * cache->width);
     return scratch;
 }
 
 /* ---- Projections: u -> q (rotated) and the latent rows, which go into the caches */
 
-static void dsv3i_mla_raw(const dsv3_context *ctx, const dsv3i_dims *m, const float *u, const dsv3_layer *w, size_t n,
-                          dsv3_workspace *ws) {
-    dsv3i_job jobs[2];
-    jobs[0] = dsv3i_job_make(ws->kv_raw, u, &w->kv_a_proj_with_mqa, n);
-    jobs[1] = m->rq ? dsv3i_job_make(ws->q_raw, u, &w->q_a_proj, n) : dsv3i_job_make(ws->q, u, &w->q_proj, n);
-    dsv3i_linear_jobs(ctx, jobs, 2, ws->worker, ws->worker_floats, ws->rounded);
+/* kv_raw and q_raw (without q_lora: q), in one call: they read the same rows. */
+static void dsv3i_mla_down(dsv3i_call *c, const float *u) {
+    dsv3i_product list[DSV3I_PRODUCTS];
+    list[0] = dsv3i_product_of(c->ws->kv_raw, u, &c->w->kv_a_proj_with_mqa, c->n);
+    list[1] = c->m.rq > 0 ? dsv3i_product_of(c->ws->q_raw, u, &c->w->q_a_proj, c->n)
+                          : dsv3i_product_of(c->ws->q, u, &c->w->q_proj, c->n);
+    c->ctx->ops->linear(c->ctx, list, 2, c->ws->scratch);
 }
 
-typedef struct dsv3i_projection { /* of loops over rows */
-    const dsv3_context *ctx;
-    const dsv3i_dims *m;
-    const dsv3_model *model;
-    const dsv3_layer *w;
-    dsv3_workspace *ws;
-} dsv3i_projection;
-
-/* kv from kv_raw: norm and rotation. */
+/* kv from kv_raw: the latent's norm, the key's rotation. */
 static void dsv3i_mla_kv_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_projection *a = (const dsv3i_projection *)arg;
-    const dsv3i_dims *m = a->m;
-    const dsv3_config *c = &a->model->config;
+    const dsv3i_call *c = (const dsv3i_call *)arg;
+    const dsv3_config *config = &c->model->config;
+    size_t rk = c->m.rk, dr = c->m.dr;
     (void)worker;
     for (size_t t = begin; t < end; t++) {
-        float *kv = a->ws->kv + t * m->width, *raw = a->ws->kv_raw + t * m->width;
-        dsv3_rmsnorm(a->ctx, kv, raw, &a->w->kv_a_layernorm, 1, m->rk, c->latent_norm_eps);
-        if (kv != raw) DSV3_MEMCPY(kv + m->rk, raw + m->rk, m->dr * sizeof *kv);
-        dsv3_rope_rotate(kv + m->rk, a->ws->cos_sin + t * m->dr, m->dr, c->rope_interleave);
+        float *kv = c->ws->kv + t * c->m.width, *raw = c->ws->kv_raw + t * c->m.width;
+        dsv3_rmsnorm(c->ctx, kv, raw, &c->w->kv_a_layernorm, 1, rk, config->latent_norm_eps);
+        if (kv != raw) DSV3_MEMCPY(kv + rk, raw + rk, dr * sizeof *kv);
+        dsv3_rope_rotate(kv + rk, c->ws->cos_sin + t * dr, dr, config->rope_interleave);
     }
+}
+
+static void dsv3i_mla_kv(dsv3i_call *c) {
+    dsv3i_parallel(c->ctx, c->n, dsv3i_mul(4 * c->n, c->m.width), dsv3i_mla_kv_task, c);
 }
 
 /* Rotation of every head's query. */
 static void dsv3i_mla_rotate_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_projection *a = (const dsv3i_projection *)arg;
-    const dsv3i_dims *m = a->m;
+    const dsv3i_call *c = (const dsv3i_call *)arg;
+    const dsv3i_dims *m = &c->m;
     (void)worker;
     for (size_t i = begin * m->H; i < end * m->H; i++) {
-        dsv3_rope_rotate(a->ws->q + i * m->qk + m->dn, a->ws->cos_sin + i / m->H * m->dr, m->dr,
-                         a->model->config.rope_interleave);
+        dsv3_rope_rotate(c->ws->q + i * m->qk + m->dn, c->ws->cos_sin + i / m->H * m->dr, m->dr,
+                         c->model->config.rope_interleave);
     }
-}
-
-static dsv3i_projection dsv3i_projection_make(const dsv3_context *ctx, const dsv3i_dims *m, const dsv3_model *model,
-                                              const dsv3_layer *w, dsv3_workspace *ws) {
-    dsv3i_projection a;
-    a.ctx = ctx;
-    a.m = m;
-    a.model = model;
-    a.w = w;
-    a.ws = ws;
-    return a;
-}
-
-static void dsv3i_mla_kv(const dsv3_context *ctx, const dsv3i_dims *m, const dsv3_model *model, const dsv3_layer *w,
-                         size_t n, dsv3_workspace *ws) {
-    dsv3i_projection a = dsv3i_projection_make(ctx, m, model, w, ws);
-    dsv3i_parallel(ctx, n, dsv3i_mul(4 * n, m->width), dsv3i_mla_kv_task, &a);
 }
 
 /* q from q_raw: norm and q_b (without q_lora it is there already); rotation. */
-static void dsv3i_mla_q(const dsv3_context *ctx, const dsv3i_dims *m, const dsv3_model *model, const dsv3_layer *w,
-                        size_t n, dsv3_workspace *ws) {
-    dsv3i_projection a = dsv3i_projection_make(ctx, m, model, w, ws);
-    if (m->rq) {
-        dsv3i_job job = dsv3i_job_make(ws->q, ws->q_latent, &w->q_b_proj, n);
-        dsv3_rmsnorm(ctx, ws->q_latent, ws->q_raw, &w->q_a_layernorm, n, m->rq, model->config.latent_norm_eps);
-        dsv3i_linear_jobs(ctx, &job, 1, ws->worker, ws->worker_floats, ws->rounded);
+static void dsv3i_mla_q(dsv3i_call *c) {
+    dsv3_workspace *ws = c->ws;
+    if (c->m.rq > 0) {
+        dsv3_rmsnorm(c->ctx, ws->q_latent, ws->q_raw, &c->w->q_a_layernorm, c->n, c->m.rq,
+                     c->model->config.latent_norm_eps);
+        dsv3i_project(c, ws->q, ws->q_latent, &c->w->q_b_proj);
     }
-    dsv3i_parallel(ctx, n, dsv3i_mul(4 * n, m->H * m->dr), dsv3i_mla_rotate_task, &a);
+    dsv3i_parallel(c->ctx, c->n, dsv3i_mul(4 * c->n, c->m.H * c->m.dr), dsv3i_mla_rotate_task, c);
 }
 
-/* ---- Attention proper */
+/* ---- Attention proper: o [n, H dv] of the queries and the caches */
 
-typedef struct dsv3i_attention_arg {
-    const dsv3_context *ctx;
-    const dsv3i_dims *m;
-    const dsv3_tensor *kv_b, *kv_up; /* kv_b_proj; it or its packed copy, for products with its rows */
-    const dsv3_cache *caches;
-    dsv3_workspace *ws;
-    size_t layer, n;
+typedef struct dsv3i_keys {
+    const float *k, *v; /* [n, dk], [n, dv], ldk and ldv floats apart */
+    size_t ldk, ldv, dk, dv, n;
     float scale;
-} dsv3i_attention_arg;
+} dsv3i_keys;
 
-/* The kernels' meet that applies. */
-static int dsv3i_meet_kind(const dsv3_context *ctx) {
-    return ctx->compute == DSV3_FAST && ctx->kernels.meet[1] != NULL;
-}
-
-/* Scores p [nk] of query i become weights, 0 for keys it does not see; what its sums hold is rescaled to the new
- * maximum. */
-static void dsv3i_meet_weights(dsv3_meeting *a, size_t i, float *p, size_t nk) {
-    size_t seen = (size_t)a->seen[i];
-    float top = a->top[i], rescale, *out = a->out + i * a->ld_out;
-    for (size_t j = 0; j < nk; j++) {
-        p[j] = j < seen ? p[j] * a->scale : 0.0f;
-        if (j < seen && p[j] > top) top = p[j];
+/* The running softmax: query q [dk] meets a block of keys. o [dv] and state = {m, l} are of all keys so far. */
+static void dsv3i_attend_keys(const dsv3_context *ctx, float *o, float state[2], const float *q, const dsv3i_keys *b) {
+    float p[DSV3I_KEYS], top = state[0], rescale;
+    for (size_t j = 0; j < b->n; j++) {
+        p[j] = b->scale * ctx->ops->dot(q, b->k + j * b->ldk, b->dk);
+        if (p[j] > top) top = p[j];
     }
-    rescale = DSV3_EXPF(a->top[i] - top);
-    a->top[i] = top;
-    a->sum[i] = a->sum[i] * rescale + a->kernels->exp_sum(p, p, top, seen);
-    for (size_t j = 0; j < a->dv; j++) out[j] *= rescale;
-}
-
-static void dsv3i_meet_ref(dsv3_meeting *a, size_t nk) {
-    const float *keys = (const float *)a->keys, *values = (const float *)a->values;
-    float *p = (float *)a->scratch;
-    a->kernels->tile(p, nk, a->q, a->ld_q, a->lanes, keys, a->ld_k, nk, a->dk);
-    for (size_t i = 0; i < a->lanes; i++) dsv3i_meet_weights(a, i, p + i * nk, nk);
-    a->kernels->outer(a->out, a->ld_out, a->lanes, p, nk, 1, values, a->ld_v, nk, a->dv);
-}
-
-/* Queries are ready: rows of `width` numbers, state and sums are set. */
-static void dsv3i_meet_begin(const dsv3_context *ctx, dsv3_meeting *a, void *scratch) {
-    int kind = dsv3i_meet_kind(ctx);
-    a->kernels = &ctx->kernels;
-    a->scratch = scratch;
-    if (ctx->kernels.meet_begin[kind] != NULL) ctx->kernels.meet_begin[kind](a);
-}
-
-/* Are there keys, of nk, that a query does not see and whose values are not finite? */
-static int dsv3i_meet_hides(const dsv3_meeting *a, size_t nk) {
-    size_t least = nk;
-    for (size_t i = 0; i < a->lanes; i++) least = dsv3i_min(least, (size_t)a->seen[i]);
-    for (; least < nk; least++) {
-        for (size_t i = 0; i < a->dv; i += 64) {
-            size_t at = least * a->ld_v + i, n = dsv3i_min(64, a->dv - i);
-            float v[64];
-            a->kernels->decode[a->type](v, (const unsigned char *)a->values + at * dsv3_type_bytes(a->type), n);
-            if (!dsv3i_is_finite(a->kernels->dot(v, v, n))) return 1;
-        }
-    }
-    return 0;
-}
-
-/* A block of keys. What a query does not see must not matter to it, not even as 0 times infinity: then each query meets
- * what it sees alone. */
-static void dsv3i_meet(const dsv3_context *ctx, dsv3_meeting *a, size_t nk) {
-    int kind = dsv3i_meet_kind(ctx);
-    if (!dsv3i_meet_hides(a, nk)) {
-        ctx->kernels.meet[kind](a, nk);
-        return;
-    }
-    for (size_t i = 0; i < a->lanes; i++) {
-        dsv3_meeting one = *a;
-        one.lanes = 1;
-        one.q = a->q + i * a->ld_q;
-        one.out = a->out + i * a->ld_out;
-        for (size_t j = 0; j < 64; j++) {
-            one.top[j] = a->top[i];
-            one.sum[j] = a->sum[i];
-            one.seen[j] = a->seen[i];
-        }
-        dsv3i_meet_begin(ctx, &one, a->scratch);
-        if (a->seen[i] > 0) ctx->kernels.meet[kind](&one, (size_t)a->seen[i]);
-        a->top[i] = one.top[0];
-        a->sum[i] = one.sum[0];
-    }
-    dsv3i_meet_begin(ctx, a, a->scratch);
+    rescale = DSV3_EXPF(state[0] - top);
+    state[1] = state[1] * rescale + ctx->ops->exp_sum(p, p, top, b->n);
+    state[0] = top;
+    dsv3i_scale(o, rescale, b->dv);
+    for (size_t j = 0; j < b->n; j++) ctx->ops->axpy(o, p[j], b->v + j * b->ldv, b->dv);
 }
 
 /* Before the first block. The maximum starts at the lowest finite value, so that exp(m - m') is always defined. */
-static void dsv3i_attend_begin(float *out, float *top, float *sum, size_t width) {
-    *top = -FLT_MAX;
-    *sum = 0.0f;
-    DSV3_MEMSET(out, 0, width * sizeof *out);
+static void dsv3i_attend_begin(float *o, float state[2], size_t dv) {
+    state[0] = -FLT_MAX;
+    state[1] = 0.0f;
+    DSV3_MEMSET(o, 0, dv * sizeof *o);
 }
 
 /* After the last: divide by the sum. A row whose every score is minus infinity has sum 0 and gives zeros. */
-static void dsv3i_attend_end(float *out, float sum, size_t width) {
-    dsv3i_scale(out, sum <= 0.0f ? 0.0f : 1.0f / sum, width);
+static void dsv3i_attend_end(float *o, const float state[2], size_t dv) {
+    dsv3i_scale(o, state[1] <= 0.0f ? 0.0f : 1.0f / state[1], dv);
 }
 
-/* How many of nk keys from position b on does the row of a batch see? */
-static int32_t dsv3i_seen(const dsv3_workspace *ws, size_t row, size_t b, size_t nk) {
-    size_t position = (size_t)ws->position[row];
-    return position < b ? 0 : (int32_t)dsv3i_min(nk, position - b + 1);
-}
-
-/* ---- Absorbed form. A window of rows goes through three loops: the queries of each head; groups of queries meet
- * segments of their cache; the sums of segments join, in their order, and UV is applied. */
-
-typedef struct dsv3i_absorbed {
-    const dsv3i_attention_arg *a;
-    size_t t0, t1;         /* rows; those with the expanded form are passed over */
-    size_t groups;         /* of queries */
-    size_t segment, count; /* segments [segment, segment + count) of each are dealt with, */
-    size_t segments;       /* of so many, at most */
-} dsv3i_absorbed;
-
-/* Up to 64 queries (rows, then heads) of one sequence. */
-typedef struct dsv3i_group {
-    size_t t;            /* a row of theirs */
-    size_t first, lanes; /* among the queries of the window */
-    size_t last;         /* position that one of them still sees */
-} dsv3i_group;
-
-/* The end of the rows from t on that belong to its sequence. */
-static size_t dsv3i_absorbed_end(const dsv3i_absorbed *b, size_t t) {
-    const int32_t *leader = b->a->ws->leader;
-    size_t end = t + 1;
-    while (end < b->t1 && leader[end] == leader[t]) end++;
-    return end;
-}
-
-/* Group g; 0: there are not so many. */
-static int dsv3i_group_at(const dsv3i_absorbed *b, size_t g, dsv3i_group *group) {
-    const dsv3_workspace *ws = b->a->ws;
-    size_t H = b->a->m->H;
-    for (size_t t = b->t0, end, groups; t < b->t1; t = end) {
-        end = dsv3i_absorbed_end(b, t);
-        if (ws->expanded[t]) continue;
-        groups = dsv3i_blocks((end - t) * H, 64);
-        if (g < groups) {
-            group->t = t;
-            group->first = (t - b->t0) * H + 64 * g;
-            group->lanes = dsv3i_min(64, (end - t) * H - 64 * g);
-            group->last = (size_t)ws->position[b->t0 + (group->first + group->lanes - 1) / H];
-            return 1;
-        }
-        g -= groups;
+/* Absorbed: row t, head h. scratch: q~ [rk+dr], m, m rounded and a row of kv_b_proj [rk], keys [KEYS, rk+dr] */
+static void dsv3i_attend_absorbed(const dsv3i_call *c, size_t t, size_t h, float *scratch) {
+    const dsv3i_dims *m = &c->m;
+    const dsv3_workspace *ws = c->ws;
+    const dsv3_tensor *w = &c->w->kv_b_proj;
+    const dsv3_cache *cache = &c->caches[ws->sequence[t]];
+    const float *q = ws->q + (t * m->H + h) * m->qk, *x;
+    float *query = scratch, *mean = query + m->width, *round = mean + m->rk, *row = round + m->rk;
+    float *o = ws->o + (t * m->H + h) * m->dv, *state = ws->softmax + (t * m->H + h) * 2;
+    dsv3i_keys b = {NULL, NULL, m->width, m->width, m->width, m->rk, 0, c->model->softmax_scale};
+    DSV3_MEMSET(query, 0, m->rk * sizeof *query);
+    DSV3_MEMCPY(query + m->rk, q + m->dn, m->dr * sizeof *query);
+    for (size_t r = 0; r < m->dn; r++) { /* UK^T qn */
+        dsv3i_decode_row(c->ctx, row, w, h * m->kv + r);
+        c->ctx->ops->axpy(query, q[r], row, m->rk);
     }
-    return 0;
-}
-
-/* The sums of row t, head h over segment b->segment + s. */
-static float *dsv3i_part_of(const dsv3i_absorbed *b, size_t t, size_t h, size_t s) {
-    const dsv3_workspace *ws = b->a->ws;
-    size_t g = 0, H = b->a->m->H, lanes = dsv3i_lanes(b->a->m, ws->rows), floats = dsv3i_part_floats(b->a->m);
-    for (size_t r = b->t0, end, query; r < b->t1; r = end) {
-        end = dsv3i_absorbed_end(b, r);
-        query = (t - r) * H + h; /* of those of this sequence */
-        if (t < end) return ws->part + (((g + query / 64) * b->count + s) * lanes + query % 64) * floats;
-        if (!ws->expanded[r]) g += dsv3i_blocks((end - r) * H, 64);
+    dsv3i_attend_begin(mean, state, m->rk);
+    for (size_t j = 0, keys = (size_t)ws->position[t] + 1; j < keys; j += b.n) {
+        b.n = dsv3i_min(DSV3I_KEYS, keys - j);
+        b.k = b.v = dsv3i_cache_load(c->ctx, cache, c->layer, j, b.n, row + m->rk);
+        dsv3i_attend_keys(c->ctx, mean, state, query, &b);
     }
-    return NULL;
-}
-
-/* y_t += sum_i x_t[i] w_i for n rows x_t, y_t and rows r0 <= i < r1 of w; scratch [dsv3i_linear_floats(cols)]. */
-static void dsv3i_mix_rows(const dsv3_context *ctx, float *y, size_t ldy, const float *x, size_t ldx, size_t n,
-                           const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
-    int few = n <= DSV3I_FEW && ctx->kernels.mix[w->type] != NULL && !w->packed;
-    for (size_t r = r0, rows; r < r1; r += rows) {
-        rows = dsv3i_min(few ? DSV3_BLOCK - r % DSV3_BLOCK : dsv3i_panel(n), r1 - r);
-        for (size_t t = 0; t < n && few; t++) {
-            ctx->kernels.mix[w->type](y + t * ldy, x + t * ldx + (r - r0), dsv3i_row_at(w, r),
-                                      dsv3_row_bytes(w->type, w->cols), dsv3i_scale_at(w, r), rows, w->cols);
-        }
-        if (few) continue;
-        for (size_t i = 0; i < rows; i++) dsv3i_decode_row(ctx, scratch + i * w->cols, w, r + i);
-        ctx->kernels.outer(y, ldy, n, x + (r - r0), ldx, 1, scratch, w->cols, rows, w->cols);
+    dsv3i_attend_end(mean, state, m->rk);
+    x = dsv3i_rounded(c->ctx, round, mean, w->type, m->rk);
+    for (size_t r = 0; r < m->dv; r++) { /* UV m */
+        dsv3i_decode_row(c->ctx, row, w, h * m->kv + m->dn + r);
+        o[r] = c->ctx->ops->dot(x, row, m->rk);
     }
 }
 
-/* query [n, rk] = UK^T qn of rows [t, t + n), rotated parts behind; head h. */
-static void dsv3i_absorb(const dsv3i_attention_arg *a, float *query, size_t t, size_t n, size_t h, float *scratch) {
-    const dsv3i_dims *m = a->m;
-    const float *q = a->ws->q + t * m->Hq + h * m->qk;
-    size_t ld = m->H * m->width;
-    for (size_t i = 0; i < n; i++) {
-        DSV3_MEMSET(query + i * ld, 0, m->rk * sizeof *query);
-        DSV3_MEMCPY(query + i * ld + m->rk, q + i * m->Hq + m->dn, m->dr * sizeof *query);
+/* Keys [n, dn+dr] and values [n, dv] of head h, of positions j .. j+n-1. scratch: latents [n, rk+dr], rounded [n, rk], and a
+ * row of kv_b_proj */
+static void dsv3i_expand(const dsv3i_call *c, const dsv3_cache *cache, size_t j, size_t n, size_t h, float *k, float *v,
+                         float *scratch) {
+    const dsv3i_dims *m = &c->m;
+    const dsv3_tensor *w = &c->w->kv_b_proj;
+    float *round = scratch + DSV3I_KEYS * m->width, *row = round + DSV3I_KEYS * m->rk;
+    const float *latent = dsv3i_cache_load(c->ctx, cache, c->layer, j, n, scratch), *x[DSV3I_KEYS];
+    for (size_t i = 0; i < n; i++, latent += m->width) {
+        x[i] = dsv3i_rounded(c->ctx, round + i * m->rk, latent, w->type, m->rk);
+        DSV3_MEMCPY(k + i * m->qk + m->dn, latent + m->rk, m->dr * sizeof *k);
     }
-    dsv3i_mix_rows(a->ctx, query, ld, q, m->Hq, n, a->kv_b, h * m->kv, h * m->kv + m->dn, scratch);
-}
-
-/* Item = a head: its queries, and sums to begin with. */
-static void dsv3i_absorb_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_absorbed *b = (const dsv3i_absorbed *)arg;
-    const dsv3i_dims *m = b->a->m;
-    dsv3_workspace *ws = b->a->ws;
-    for (size_t h = begin; h < end; h++) {
-        for (size_t t = b->t0, rows; t < b->t1; t += rows) {
-            rows = 1;
-            if (ws->expanded[t]) continue;
-            while (t + rows < b->t1 && !ws->expanded[t + rows]) rows++;
-            dsv3i_absorb(b->a, ws->query + ((t - b->t0) * m->H + h) * m->width, t, rows, h,
-                         ws->worker + worker * ws->worker_floats);
-            for (size_t i = t; i < t + rows; i++) {
-                float *state = ws->softmax + (i * m->H + h) * 2;
-                dsv3i_attend_begin(ws->mixed + ((i - b->t0) * m->H + h) * m->rk, state, state + 1, m->rk);
-            }
+    for (size_t r = 0; r < m->kv; r++) {
+        dsv3i_decode_row(c->ctx, row, w, h * m->kv + r);
+        for (size_t i = 0; i < n; i++) {
+            *(r < m->dn ? k + i * m->qk + r : v + i * m->dv + (r - m->dn)) = c->ctx->ops->dot(x[i], row, m->rk);
         }
     }
 }
 
-/* Queries of a group meet the keys of positions [begin, end); part [lanes, dsv3i_part_floats]. */
-static void dsv3i_segment_meet(const dsv3i_absorbed *b, const dsv3i_group *group, size_t begin, size_t end, float *part,
-                               float *scratch) {
-    const dsv3i_attention_arg *a = b->a;
-    const dsv3i_dims *m = a->m;
-    const dsv3_cache *cache = &a->caches[a->ws->sequence[group->t]];
-    int raw = dsv3i_meet_kind(a->ctx) == 1 && cache->type == DSV3_BF16 && m->width % 2 == 0;
-    float *latents = scratch + dsv3i_meeting_floats(m, a->ws->rows);
-    size_t ld = dsv3i_part_floats(m);
-    dsv3_meeting with;
-    with.lanes = group->lanes;
-    with.q = a->ws->query + group->first * m->width;
-    with.out = part;
-    with.ld_q = with.ld_k = with.ld_v = with.dk = m->width;
-    with.ld_out = ld;
-    with.dv = m->rk;
-    with.scale = a->scale;
-    with.type = raw ? DSV3_BF16 : DSV3_F32;
-    for (size_t i = 0; i < 64; i++) {
-        dsv3i_attend_begin(part + i * ld, with.top + i, with.sum + i, i < with.lanes ? m->rk : 0);
-    }
-    dsv3i_meet_begin(a->ctx, &with, scratch);
-    for (size_t at = begin, nk; at < end; at += nk) {
-        nk = dsv3i_min(DSV3I_KEYS, end - at);
-        for (size_t i = 0; i < 64; i++) {
-            size_t query = group->first + dsv3i_min(i, with.lanes - 1);
-            with.seen[i] = dsv3i_seen(a->ws, b->t0 + query / m->H, at, nk);
-        }
-        with.keys = with.values = raw ? (const void *)dsv3i_cache_at(cache, a->layer, at)
-                                      : dsv3i_cache_load(a->ctx, cache, a->layer, at, nk, latents);
-        dsv3i_meet(a->ctx, &with, nk);
-    }
-    for (size_t i = 0; i < with.lanes; i++) {
-        part[i * ld + m->rk] = with.top[i];
-        part[i * ld + m->rk + 1] = with.sum[i];
-    }
-}
-
-/* Item = a group and one of the segments. */
-static void dsv3i_segment_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_absorbed *b = (const dsv3i_absorbed *)arg;
-    const dsv3i_dims *m = b->a->m;
-    dsv3_workspace *ws = b->a->ws;
-    size_t floats = dsv3i_lanes(m, ws->rows) * dsv3i_part_floats(m);
-    for (size_t i = begin; i < end; i++) {
-        size_t from = (b->segment + i % b->count) * DSV3I_SEGMENT;
-        dsv3i_group group;
-        if (!dsv3i_group_at(b, i / b->count, &group)) return;
-        dsv3i_segment_meet(b, &group, from, dsv3i_min(from + DSV3I_SEGMENT, group.last + 1), ws->part + i * floats,
-                           ws->worker + worker * ws->worker_floats);
-    }
-}
-
-/* Sums over one more segment join those so far: both are scaled to the larger maximum. */
-static void dsv3i_part_join(const dsv3_context *ctx, float *mixed, float state[2], const float *part, size_t rk) {
-    float top = part[rk] > state[0] ? part[rk] : state[0];
-    float now = DSV3_EXPF(state[0] - top), add = DSV3_EXPF(part[rk] - top);
-    if (part[rk + 1] <= 0.0f) return; /* it saw none */
-    if (now < 1.0f) dsv3i_scale(mixed, now, rk);
-    ctx->kernels.axpy(mixed, add, part, rk);
-    state[0] = top;
-    state[1] = state[1] * now + part[rk + 1] * add;
-}
-
-/* o = UV m for head h of rows [t, t + n), whose sums m are complete. */
-static void dsv3i_absorbed_up(const dsv3i_absorbed *b, size_t t, size_t n, size_t h, float *scratch) {
-    const dsv3i_attention_arg *a = b->a;
-    const dsv3i_dims *m = a->m;
-    float *mixed = a->ws->mixed + ((t - b->t0) * m->H + h) * m->rk;
-    dsv3i_input in;
-    for (size_t i = 0; i < n; i++) {
-        dsv3i_attend_end(mixed + i * m->H * m->rk, a->ws->softmax[((t + i) * m->H + h) * 2 + 1], m->rk);
-    }
-    in = dsv3i_input_round(a->ctx, scratch + dsv3i_linear_floats(m->rk), mixed, m->H * m->rk, a->kv_b->type, n, m->rk);
-    dsv3i_linear_rows(a->ctx, a->ws->o + t * m->Ho + h * m->dv, m->Ho, &in, n, a->kv_up, h * m->kv + m->dn,
-                      (h + 1) * m->kv, scratch);
-}
-
-/* Item = a head: segments join, and after the last one UV is applied. */
-static void dsv3i_join_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_absorbed *b = (const dsv3i_absorbed *)arg;
-    const dsv3i_dims *m = b->a->m;
-    dsv3_workspace *ws = b->a->ws;
-    for (size_t h = begin; h < end; h++) {
-        for (size_t t = b->t0, rows; t < b->t1; t += rows) {
-            for (rows = 0; t + rows < b->t1 && !ws->expanded[t + rows]; rows++) {
-                float *mixed = ws->mixed + ((t + rows - b->t0) * m->H + h) * m->rk;
-                for (size_t s = 0; s < b->count; s++) {
-                    dsv3i_part_join(b->a->ctx, mixed, ws->softmax + ((t + rows) * m->H + h) * 2,
-                                    dsv3i_part_of(b, t + rows, h, s), m->rk);
-                }
-            }
-            if (rows > 0 && b->segment + b->count >= b->segments) {
-                dsv3i_absorbed_up(b, t, rows, h, ws->worker + worker * ws->worker_floats);
-            }
-            if (rows == 0) rows = 1;
-        }
-    }
-}
-
-/* Rows [t0, t1). */
-static void dsv3i_absorbed_window(const dsv3i_attention_arg *a, size_t t0, size_t t1) {
-    const dsv3i_dims *m = a->m;
-    size_t last = 0, rows = t1 - t0, parts = dsv3i_parts(m, a->ws->rows, a->ws->threads);
-    dsv3i_absorbed b;
-    dsv3i_group group;
-    b.a = a;
-    b.t0 = t0;
-    b.t1 = t1;
-    for (b.groups = 0; dsv3i_group_at(&b, b.groups, &group); b.groups++) last = dsv3i_max(last, group.last);
-    if (b.groups == 0) return;
-    b.segments = last / DSV3I_SEGMENT + 1;
-    dsv3i_parallel(a->ctx, m->H, dsv3i_mul(dsv3i_mul(rows, m->H), m->dn * m->rk), dsv3i_absorb_task, &b);
-    for (b.segment = 0; b.segment < b.segments; b.segment += b.count) {
-        size_t keys, up = dsv3i_mul(dsv3i_mul(rows, m->H), m->dv * m->rk);
-        b.count = dsv3i_min(dsv3i_max(parts / b.groups, 1), b.segments - b.segment);
-        keys = dsv3i_min(b.count * DSV3I_SEGMENT, last + 1 - b.segment * DSV3I_SEGMENT);
-        dsv3i_parallel(a->ctx, b.groups * b.count, dsv3i_mul(dsv3i_mul(rows, m->H), keys * (m->width + m->rk)),
-                       dsv3i_segment_task, &b);
-        if (b.segment + b.count < b.segments) up = dsv3i_mul(dsv3i_mul(rows, m->H), b.count * m->rk);
-        dsv3i_parallel(a->ctx, m->H, up, dsv3i_join_task, &b);
-    }
-}
-
-/* Keys [nk, dn+dr] and values [nk, dv] of a head, as meet takes them. */
-typedef struct dsv3i_expanded {
-    float *keys, *values;
-    dsv3_type type;
-    size_t ld_k, ld_v; /* numbers from one to the next */
-} dsv3i_expanded;
-
-/* Latents [nk, rk] as products with kv_b_proj take them: cache rows where they lie, if these are what would come out; else
- * decoded into latents, and rounded into scratch. */
-static dsv3i_input dsv3i_latent_input(const dsv3i_attention_arg *a, const dsv3_cache *cache, size_t b, size_t nk,
-                                      float *latents, float *scratch) {
-    const dsv3i_dims *m = a->m;
-    dsv3_type type = a->kv_up->type;
-    dsv3i_input in;
-    if (cache->type == DSV3_BF16 && dsv3i_form_of(type) == DSV3I_BF16S && dsv3i_is_rounded(a->ctx, type) &&
-        dsv3i_has_fast(a->ctx, type) && m->rk % 4 == 0) {
-        in.x = dsv3i_cache_at(cache, a->layer, b);
-        in.stride = m->width * 2;
-        in.fast = 1;
-        return in;
-    }
-    return dsv3i_input_round(a->ctx, scratch, dsv3i_cache_load(a->ctx, cache, a->layer, b, nk, latents), m->width,
-                             type, nk, m->rk);
-}
-
-/* Head h at positions b .. b+nk-1; latents [nk, width] and panel [dsv3i_mla_panel] are scratch. */
-static void dsv3i_expand(const dsv3i_attention_arg *a, const dsv3i_expanded *e, const dsv3_cache *cache, size_t b,
-                         size_t nk, size_t h, float *latents, float *panel) {
-    const dsv3i_dims *m = a->m;
-    size_t first = h * m->kv, size = dsv3_type_bytes(cache->type);
-    dsv3i_input in = dsv3i_latent_input(a, cache, b, nk, latents, panel + dsv3i_linear_floats(m->rk));
-    dsv3i_linear_rows(a->ctx, e->keys, m->qk, &in, nk, a->kv_up, first, first + m->dn, panel);
-    dsv3i_linear_rows(a->ctx, e->values, m->dv, &in, nk, a->kv_up, first + m->dn, first + m->kv, panel);
-    for (size_t j = 0; j < nk; j++) {
-        a->ctx->kernels.decode[cache->type](e->keys + j * m->qk + m->dn,
-                                            dsv3i_cache_at(cache, a->layer, b + j) + m->rk * size, m->dr);
-    }
-}
-
-/* n rows of `width` floats become BF16, each behind the last, in place. Returns the width of such a row. */
-static size_t dsv3i_round_rows(const dsv3_context *ctx, float *x, size_t n, size_t width) {
-    size_t ld = dsv3i_blocks(width, 4) * 4;
-    for (size_t j = 0; j < n; j++) {
-        ctx->kernels.round[DSV3_BF16]((unsigned char *)x + 2 * j * ld, x + j * width, width);
-    }
-    return ld;
-}
-
-/* They are rounded once for all queries, if meet can take what it would round each time. */
-static void dsv3i_expanded_round(const dsv3i_attention_arg *a, dsv3i_expanded *e, size_t nk) {
-    const dsv3i_dims *m = a->m;
-    e->type = DSV3_F32;
-    e->ld_k = m->qk;
-    e->ld_v = m->dv;
-    if (dsv3i_meet_kind(a->ctx) != 1 || m->qk % 2 != 0 || m->dv < 4) return;
-    e->type = DSV3_BF16;
-    e->ld_k = dsv3i_round_rows(a->ctx, e->keys, nk, m->qk);
-    e->ld_v = dsv3i_round_rows(a->ctx, e->values, nk, m->dv);
-}
-
-/* Rows t .. of one sequence, up to 64 next to each other, and their head h meet expanded keys b .. b+nk-1. Their sums live
- * in ws->o and ws->softmax. Returns how many rows. */
-static size_t dsv3i_expanded_rows(const dsv3i_attention_arg *a, size_t t, size_t h, const dsv3i_expanded *e, size_t b,
-                                  size_t nk, float *scratch) {
-    const dsv3i_dims *m = a->m;
-    dsv3_workspace *ws = a->ws;
-    dsv3_meeting with;
-    with.lanes = 1;
-    while (with.lanes < 64 && t + with.lanes < a->n && ws->leader[t + with.lanes] == ws->leader[t]) with.lanes++;
-    if ((size_t)ws->position[t + with.lanes - 1] < b) return with.lanes;
-    with.q = ws->q + t * m->Hq + h * m->qk;
-    with.out = ws->o + t * m->Ho + h * m->dv;
-    with.ld_q = m->Hq;
-    with.dk = m->qk;
-    with.dv = m->dv;
-    with.ld_k = e->ld_k;
-    with.ld_v = e->ld_v;
-    with.ld_out = m->Ho;
-    with.scale = a->scale;
-    with.type = e->type;
-    for (size_t i = 0; i < 64; i++) {
-        const float *state = ws->softmax + ((t + dsv3i_min(i, with.lanes - 1)) * m->H + h) * 2;
-        with.top[i] = state[0];
-        with.sum[i] = state[1];
-    }
-    dsv3i_meet_begin(a->ctx, &with, scratch);
-    for (size_t j = 0; j < nk && b + j <= (size_t)ws->position[t + with.lanes - 1]; j += DSV3I_KEYS) {
-        size_t some = dsv3i_min(DSV3I_KEYS, nk - j);
-        for (size_t i = 0; i < 64; i++) {
-            with.seen[i] = dsv3i_seen(ws, t + dsv3i_min(i, with.lanes - 1), b + j, some);
-        }
-        with.keys = (const unsigned char *)e->keys + j * e->ld_k * dsv3_type_bytes(e->type);
-        with.values = (const unsigned char *)e->values + j * e->ld_v * dsv3_type_bytes(e->type);
-        dsv3i_meet(a->ctx, &with, some);
-    }
-    for (size_t i = 0; i < with.lanes; i++) {
-        float *state = ws->softmax + ((t + i) * m->H + h) * 2;
-        state[0] = with.top[i];
-        state[1] = with.sum[i];
-    }
-    return with.lanes;
-}
-
-/* Expanded: item = head h of the sequence whose first batch row is `leader`. Each block of keys is expanded once and
- * meets all rows of the sequence that may see it. */
-static void dsv3i_expanded_item(const dsv3i_attention_arg *a, size_t leader, size_t h, float *scratch) {
-    const dsv3i_dims *m = a->m;
-    dsv3_workspace *ws = a->ws;
-    const dsv3_cache *cache = &a->caches[ws->sequence[leader]];
+/* Expanded: head h of the sequence whose first row is `leader`. A block of keys is expanded once for all its rows. */
+static void dsv3i_attend_expanded(const dsv3i_call *c, size_t leader, size_t h, float *scratch) {
+    const dsv3i_dims *m = &c->m;
+    const dsv3_workspace *ws = c->ws;
+    float *k = scratch, *v = k + DSV3I_KEYS * m->qk, *state = ws->softmax + 2 * h, *o = ws->o + h * m->dv;
+    dsv3i_keys b = {k, v, m->qk, m->dv, m->qk, m->dv, 0, c->model->softmax_scale};
     size_t last = 0;
-    float *panel = scratch, *meeting = panel + dsv3i_mla_panel(m), *latents = meeting + dsv3i_meeting_floats(m, ws->rows);
-    dsv3i_expanded e;
-    e.keys = latents + DSV3I_EXPAND * m->width;
-    e.values = e.keys + DSV3I_EXPAND * m->qk;
-    for (size_t t = leader; t < a->n; t++) {
-        float *state = ws->softmax + (t * m->H + h) * 2;
+    for (size_t t = leader; t < c->n; t++) {
         if (ws->leader[t] != (int32_t)leader) continue;
         last = (size_t)ws->position[t];
-        dsv3i_attend_begin(ws->o + t * m->Ho + h * m->dv, state, state + 1, m->dv);
+        dsv3i_attend_begin(o + t * m->Ho, state + t * 2 * m->H, m->dv);
     }
-    for (size_t b = 0; b <= last; b += DSV3I_EXPAND) {
-        size_t nk = dsv3i_min(DSV3I_EXPAND, last - b + 1);
-        dsv3i_expand(a, &e, cache, b, nk, h, latents, panel);
-        dsv3i_expanded_round(a, &e, nk);
-        for (size_t t = leader, rows; t < a->n; t += rows) {
-            rows = 1;
-            if (ws->leader[t] == (int32_t)leader) rows = dsv3i_expanded_rows(a, t, h, &e, b, nk, meeting);
+    for (size_t j = 0; j <= last; j += DSV3I_KEYS) {
+        size_t n = dsv3i_min(DSV3I_KEYS, last - j + 1);
+        dsv3i_expand(c, &c->caches[ws->sequence[leader]], j, n, h, k, v, v + DSV3I_KEYS * m->dv);
+        for (size_t t = leader; t < c->n; t++) {
+            if (ws->leader[t] != (int32_t)leader || (size_t)ws->position[t] < j) continue;
+            b.n = dsv3i_min(n, (size_t)ws->position[t] - j + 1);
+            dsv3i_attend_keys(c->ctx, o + t * m->Ho, state + t * 2 * m->H, ws->q + t * m->Hq + h * m->qk, &b);
         }
     }
-    for (size_t t = leader; t < a->n; t++) {
-        if (ws->leader[t] != (int32_t)leader) continue;
-        dsv3i_attend_end(ws->o + t * m->Ho + h * m->dv, ws->softmax[(t * m->H + h) * 2 + 1], m->dv);
+    for (size_t t = leader; t < c->n; t++) {
+        if (ws->leader[t] == (int32_t)leader) dsv3i_attend_end(o + t * m->Ho, state + t * 2 * m->H, m->dv);
     }
 }
 
-/* The first row of a sequence that uses the expanded form? */
-static int dsv3i_is_expanded_leader(const dsv3_workspace *ws, size_t t) {
-    return ws->expanded[t] && ws->leader[t] == (int32_t)t;
+/* Floats of a worker's scratch, for either form. */
+static size_t dsv3i_attend_floats(const dsv3i_dims *m) {
+    size_t latents = dsv3i_mul(DSV3I_KEYS, m->width), rows = dsv3i_add(dsv3i_mul(3, m->rk), m->width);
+    size_t expanded = dsv3i_mul(DSV3I_KEYS, dsv3i_add(dsv3i_add(m->qk, m->dv), m->rk));
+    return dsv3i_add(latents, dsv3i_max(rows, dsv3i_add(m->rk, expanded)));
 }
 
-static void dsv3i_expanded_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_attention_arg *a = (const dsv3i_attention_arg *)arg;
+/* Item = a row and a head; of the expanded form, a sequence and a head. */
+static void dsv3i_attend_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_call *c = (const dsv3i_call *)arg;
+    float *scratch = c->ws->scratch + worker * dsv3i_attend_floats(&c->m);
     for (size_t i = begin; i < end; i++) {
-        size_t t = 0;
-        for (size_t s = 0;; t++) { /* the leader of expanded sequence i / H */
-            if (dsv3i_is_expanded_leader(a->ws, t) && s++ == i / a->m->H) break;
+        size_t t = i / c->m.H, h = i % c->m.H;
+        if (!c->ws->expanded[t]) {
+            dsv3i_attend_absorbed(c, t, h, scratch);
+        } else if (c->ws->leader[t] == (int32_t)t) {
+            dsv3i_attend_expanded(c, t, h, scratch);
         }
-        dsv3i_expanded_item(a, t, i % a->m->H, a->ws->worker + worker * a->ws->worker_floats);
     }
+}
+
+/* Multiply-adds of attention, roughly. */
+static size_t dsv3i_attend_work(const dsv3i_call *c) {
+    const dsv3i_dims *m = &c->m;
+    size_t work = 0;
+    for (size_t t = 0; t < c->n; t++) {
+        size_t keys = dsv3i_mul((size_t)c->ws->position[t], m->qk + m->dv);
+        work = dsv3i_add(work, dsv3i_mul(m->H, dsv3i_add(m->rk * m->kv, keys)));
+    }
+    return work;
+}
+
+static void dsv3i_attend(dsv3i_call *c) {
+    dsv3i_parallel(c->ctx, c->n * c->m.H, dsv3i_attend_work(c), dsv3i_attend_task, c);
+}
+
+static void dsv3i_mla_forward(dsv3i_call *c, float *y, const float *u) {
+    dsv3_workspace *ws = c->ws;
+    dsv3i_mla_down(c, u);
+    dsv3i_mla_kv(c);
+    dsv3i_mla_q(c);
+    for (size_t t = 0; t < c->n; t++) { /* all rows are stored before any attends */
+        dsv3i_cache_store(&c->caches[ws->sequence[t]], c->layer, (size_t)ws->position[t], ws->kv + t * c->m.width);
+    }
+    c->ctx->ops->attend(c);
+    dsv3i_project(c, y, ws->o, &c->w->o_proj);
 }
 
 DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
                                const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
                                dsv3_workspace *workspace) {
-    dsv3i_dims m = dsv3i_dims_of(&model->config);
-    dsv3i_attention_arg arg;
-    dsv3i_job job;
-    size_t work = 0, expanded = 0, leaders = 0;
+    dsv3i_call c = dsv3i_call_of(context, model, weights, layer, caches, n, workspace);
     DSV3_ASSERT(n <= workspace->rows && context->threads <= workspace->threads);
-    arg.ctx = context;
-    arg.m = &m;
-    arg.kv_b = &weights->kv_b_proj;
-    arg.kv_up = weights->kv_b_packed.data != NULL ? &weights->kv_b_packed : &weights->kv_b_proj;
-    arg.caches = caches;
-    arg.ws = workspace;
-    arg.layer = layer;
-    arg.n = n;
-    arg.scale = model->softmax_scale;
-    dsv3i_mla_raw(context, &m, u, weights, n, workspace);
-    dsv3i_mla_kv(context, &m, model, weights, n, workspace);
-    dsv3i_mla_q(context, &m, model, weights, n, workspace);
-    for (size_t t = 0; t < n; t++) {
-        dsv3i_cache_store(&caches[workspace->sequence[t]], layer, (size_t)workspace->position[t],
-                          workspace->kv + t * m.width);
-        expanded += workspace->expanded[t] != 0;
-        leaders += dsv3i_is_expanded_leader(workspace, t) != 0;
-        work = dsv3i_add(
-            work, dsv3i_mul(m.H, dsv3i_add(m.rk * m.kv, dsv3i_mul((size_t)workspace->position[t], m.qk + m.dv))));
-    }
-    for (size_t t = 0; t < n && expanded < n; t += DSV3I_QUERIES) {
-        dsv3i_absorbed_window(&arg, t, dsv3i_min(t + DSV3I_QUERIES, n));
-    }
-    dsv3i_parallel(context, leaders * m.H, work, dsv3i_expanded_task, &arg);
-    job = dsv3i_job_make(y, workspace->o, &weights->o_proj, n);
-    dsv3i_linear_jobs(context, &job, 1, workspace->worker, workspace->worker_floats, workspace->rounded);
+    dsv3i_mla_forward(&c, y, u);
 }
 
 /* Rows of the sequence that row t begins; 0 if it begins none. Where losses are computed, the rows of
@@ -4128,266 +3070,130 @@ static size_t dsv3i_sequence_rows(const int32_t *leader, size_t t, size_t n) {
 }
 
 #ifndef DSV3_NO_TRAINING
-/* ---- Backward. The forward pass of training is the one above, with the workspace's pointers on memory that stays
- * (chapter 13). Saved: u or the layer's input, q_raw [n, rq], kv_raw [n, rk+dr], o [n, H dv] and the softmax's
- * maximum and sum [n, H, 2]; rebuilt unless kept: the norms' outputs, q [n, H(dn+dr)], keys and values. With A =
- * softmax(s):
+/* ---- Backward. The forward pass of training is the one above, in the expanded form, with the workspace's pointers on
+ * memory that stays (chapter 14). Saved: u or the layer's input, q_raw, kv_raw, o and the softmax's maximum and sum;
+ * rebuilt unless kept: the norms' outputs and q; always: keys and values. With A = softmax(s):
  *     D_t = do_t . o_t,   dA_tj = do_t . v_j,   ds_tj = scale A_tj (dA_tj - D_t)
  *     dq_t = sum_j ds_tj k_j,   dk_j = sum_t ds_tj q_t,   dv_j = sum_t A_tj do_t
  * A key is [UK c_j ; kr_j]: its second part is one vector for all heads, whose gradient is the sum over heads. */
 
-/* What the backward pass of a layer needs of its forward pass, for n rows. Pointers of a pair may be NULL:
- * rebuilt. */
-typedef struct dsv3i_saved {
-    float *x_in, *x_mid;   /* [n, d] residual stream before attention and before FFN */
-    float *q_raw, *kv_raw; /* [n, rq], [n, rk+dr] */
-    float *o, *softmax;    /* [n, H dv], [n, H, 2] */
-    float *score, *gate;   /* [n, E], [n, K] */
-    int32_t *idx;          /* [n, K] */
-    size_t *slot, *offset; /* [n, K], [E + 1] */
-    float *h_gate, *h_up;  /* as in the workspace */
-    float *u, *u_ffn;      /* [n, d] kept norms */
-    float *q_latent, *kv;  /* [n, rq], [n, rk+dr] kept norms */
-    float *q;              /* [n, H(dn+dr)] kept up-projections */
-    float *h;              /* kept SwiGLU */
-} dsv3i_saved;
-
-/* Scratch of the backward pass, one for all layers. */
-typedef struct dsv3i_backward {
-    float *du;                   /* [n, d] */
-    float *dq, *keys, *dkeys;    /* [n, H(dn+dr)] */
-    float *kv_up, *dkv_up;       /* [n, H(dn+dv)] */
-    float *dout, *D;             /* [n, H dv], [n, H] */
-    float *attention;            /* [threads, dsv3i_attention_back_floats] */
-    float *c, *dc;               /* [n, rk] */
-    float *dkv_raw;              /* [n, rk+dr] */
-    float *dq_latent, *dq_raw;   /* [n, rq] */
-    float *dh;                   /* like h_gate */
-    float *dgate;                /* [n, K] */
-    float *dscore;               /* [n, E] */
-    float *dgrouped;             /* [n K, d] */
-    float *r;                    /* [n max(K, 1)] */
-    struct dsv3i_back_job *jobs; /* [2 (min(E, n K) + 1)] */
-    const struct dsv3_balance_weights *balance;
-    double balance_scale; /* 1 / sequences of the step */
-} dsv3i_backward;
-
-typedef struct dsv3i_attention_back {
-    const dsv3_context *ctx;
-    const dsv3i_dims *m;
-    const dsv3_workspace *ws;
-    const dsv3i_saved *s;
-    const dsv3i_backward *b;
-    size_t n;
-    float scale;
-    int interleave;
-} dsv3i_attention_back;
-
-#define DSV3I_BACK_ROWS 48u /* rows that meet a block of keys together */
-#define DSV3I_BACK_KEYS 64u /* keys of a block */
-
-/* Floats that k terms of a block of keys, or values, take as panels. */
-static size_t dsv3i_block_floats(size_t k) { return dsv3i_mul(DSV3I_BACK_KEYS, k); }
-
-/* Floats of a worker's scratch: keys and values as panels, p and dA. */
-static size_t dsv3i_attention_back_floats(const dsv3i_dims *m) {
-    return dsv3i_add(dsv3i_block_floats(dsv3i_add(m->qk, m->dv)), 2 * DSV3I_BACK_ROWS * DSV3I_BACK_KEYS);
-}
-
-/* Rows w_r [nk, k], ldw floats apart, become panels of 128 terms, if the backend has panels. */
-static void dsv3i_block_pack(const dsv3_context *ctx, float *panels, const float *w, size_t ldw, size_t nk, size_t k) {
-    size_t wide = dsv3i_blocks(nk, DSV3I_LANES) * DSV3I_LANES;
-    for (size_t i = 0; ctx->kernels.pack[DSV3_F32] != NULL && i < k; i += DSV3I_TERMS) {
-        ctx->kernels.pack[DSV3_F32](panels + i * wide, NULL, w + i, ldw * sizeof *w, nk, dsv3i_min(DSV3I_TERMS, k - i));
-    }
-}
-
-/* y[t, r] = x_t . w_r for nq rows x_t, by the panels that dsv3i_block_pack has made of rows w_r. y [nq, BACK_KEYS] */
-static void dsv3i_block_dots(const dsv3_context *ctx, float *y, const float *x, size_t ldx, size_t nq,
-                             const float *panels, const float *w, size_t ldw, size_t nk, size_t k) {
-    dsv3_panel panel;
-    if (ctx->kernels.pack[DSV3_F32] == NULL) {
-        ctx->kernels.tile(y, DSV3I_BACK_KEYS, x, ldx, nq, w, ldw, nk, k);
-        return;
-    }
-    DSV3_MEMSET(&panel, 0, sizeof panel);
-    panel.columns = dsv3i_blocks(nk, DSV3I_LANES);
-    for (size_t i = 0; i < k; i += DSV3I_TERMS) {
-        panel.values = panels + i * panel.columns * DSV3I_LANES;
-        panel.block = dsv3i_min(DSV3I_TERMS, k - i);
-        ctx->kernels.product[DSV3_PRODUCT_F32](y, DSV3I_BACK_KEYS, x + i, ldx * sizeof *x, nq, &panel, nk, panel.block,
-                                               i > 0);
-    }
-}
-
-/* p: scores of row t with keys j0 .. , da: their dA, of which t sees the first `seen`. They become A and ds; 0 for the
- * others. D = do . o */
-static void dsv3i_attention_back_row(const dsv3i_attention_back *a, float *DSV3I_RESTRICT p, float *DSV3I_RESTRICT da,
-                                     const float *state, float D, size_t seen) {
-    float scale = a->scale, r = 1.0f / state[1];
-    for (size_t j = seen; j < DSV3I_BACK_KEYS; j++) p[j] = da[j] = 0.0f;
-    for (size_t j = 0; j < DSV3I_BACK_KEYS; j++) p[j] *= scale;
-    a->ctx->kernels.exp_sum(p, p, state[0], seen);
-    for (size_t j = 0; j < DSV3I_BACK_KEYS; j++) {
-        p[j] *= r;
-        da[j] = scale * p[j] * (da[j] - D);
-    }
-}
-
-/* Keys j0 .. j0+nk-1 of head h meet the rows of their sequence that see some of them, up to t1-1. */
-static void dsv3i_attention_back_block(const dsv3i_attention_back *a, size_t t1, size_t h, size_t j0, size_t nk,
-                                       float *scratch) {
-    const dsv3i_dims *m = a->m;
-    const dsv3i_backward *b = a->b;
-    const dsv3_kernels *k = &a->ctx->kernels;
-    size_t key = j0 * m->Hq + h * m->qk, value = j0 * m->Hkv + h * m->kv + m->dn;
-    const float *keys = b->keys + key, *values = b->kv_up + value;
-    float *key_panel = scratch, *value_panel = key_panel + dsv3i_block_floats(m->qk);
-    float *p = value_panel + dsv3i_block_floats(m->dv), *da = p + DSV3I_BACK_ROWS * DSV3I_BACK_KEYS;
-    dsv3i_block_pack(a->ctx, key_panel, keys, m->Hq, nk, m->qk);
-    dsv3i_block_pack(a->ctx, value_panel, values, m->Hkv, nk, m->dv);
-    for (size_t t = j0, nq; t < t1; t += nq) {
-        const float *q = a->ws->q + t * m->Hq + h * m->qk, *dout = b->dout + t * m->Ho + h * m->dv;
-        nq = dsv3i_min(DSV3I_BACK_ROWS, t1 - t);
-        dsv3i_block_dots(a->ctx, p, q, m->Hq, nq, key_panel, keys, m->Hq, nk, m->qk);
-        dsv3i_block_dots(a->ctx, da, dout, m->Ho, nq, value_panel, values, m->Hkv, nk, m->dv);
-        for (size_t i = 0; i < nq; i++) {
-            size_t at = (t + i) * m->H + h, row = i * DSV3I_BACK_KEYS;
-            dsv3i_attention_back_row(a, p + row, da + row, a->s->softmax + 2 * at, b->D[at],
-                                     dsv3i_min(nk, t + i - j0 + 1));
-        }
-        k->outer(b->dkv_up + value, m->Hkv, nk, p, 1, DSV3I_BACK_KEYS, dout, m->Ho, nq, m->dv);
-        k->outer(b->dq + t * m->Hq + h * m->qk, m->Hq, nq, da, DSV3I_BACK_KEYS, 1, keys, m->Hq, nk, m->qk);
-        k->outer(b->dkeys + key, m->Hq, nk, da, 1, DSV3I_BACK_KEYS, q, m->Hq, nq, m->qk);
-    }
-}
-
 /* Head h of rows [t0, t1): keys from kv_up and the rotated parts, D = dout . o; what is to be summed up is cleared. */
-static void dsv3i_attention_back_begin(const dsv3i_attention_back *a, size_t t0, size_t t1, size_t h) {
-    const dsv3i_dims *m = a->m;
-    const dsv3i_backward *b = a->b;
+static void dsv3i_attend_backward_begin(const dsv3i_call *c, size_t t0, size_t t1, size_t h) {
+    const dsv3i_dims *m = &c->m;
+    const dsv3i_backward *b = c->b;
     for (size_t t = t0; t < t1; t++) {
         size_t key = t * m->Hq + h * m->qk, up = t * m->Hkv + h * m->kv, out = t * m->Ho + h * m->dv;
         DSV3_MEMCPY(b->keys + key, b->kv_up + up, m->dn * sizeof(float));
-        DSV3_MEMCPY(b->keys + key + m->dn, a->ws->kv + t * m->width + m->rk, m->dr * sizeof(float));
+        DSV3_MEMCPY(b->keys + key + m->dn, c->ws->kv + t * m->width + m->rk, m->dr * sizeof(float));
         DSV3_MEMSET(b->dkeys + key, 0, m->qk * sizeof(float));
         DSV3_MEMSET(b->dq + key, 0, m->qk * sizeof(float));
         DSV3_MEMSET(b->dkv_up + up, 0, m->kv * sizeof(float));
-        b->D[t * m->H + h] = a->ctx->kernels.dot(b->dout + out, a->s->o + out, m->dv);
+        b->D[t * m->H + h] = c->ctx->ops->dot(b->dout + out, c->s->o + out, m->dv);
+    }
+}
+
+/* Row t and head h meet keys t0 .. t. */
+static void dsv3i_attend_backward_row(const dsv3i_call *c, size_t t0, size_t t, size_t h) {
+    const dsv3i_dims *m = &c->m;
+    const dsv3i_backward *b = c->b;
+    const dsv3i_ops *ops = c->ctx->ops;
+    const float *state = c->s->softmax + 2 * (t * m->H + h), *dout = b->dout + (t * m->H + h) * m->dv;
+    size_t query = (t * m->H + h) * m->qk;
+    float scale = c->model->softmax_scale;
+    for (size_t j = t0; j <= t; j++) {
+        size_t key = (j * m->H + h) * m->qk, value = (j * m->H + h) * m->kv + m->dn;
+        float s = scale * ops->dot(c->ws->q + query, b->keys + key, m->qk);
+        float A = DSV3_EXPF(s - state[0]) / state[1];
+        float ds = scale * A * (ops->dot(dout, b->kv_up + value, m->dv) - b->D[t * m->H + h]);
+        ops->axpy(b->dq + query, ds, b->keys + key, m->qk);
+        ops->axpy(b->dkeys + key, ds, c->ws->q + query, m->qk);
+        ops->axpy(b->dkv_up + value, A, dout, m->dv);
     }
 }
 
 /* Item = head h of the sequence that row t0 begins. */
-static void dsv3i_attention_back_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_attention_back *a = (const dsv3i_attention_back *)arg;
-    const dsv3i_dims *m = a->m;
-    float *scratch = a->b->attention + worker * dsv3i_attention_back_floats(m);
+static void dsv3i_attend_backward_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_call *c = (const dsv3i_call *)arg;
+    (void)worker;
     for (size_t i = begin; i < end; i++) {
-        size_t t0 = i / m->H, h = i % m->H, t1 = t0 + dsv3i_sequence_rows(a->ws->leader, t0, a->n);
-        if (t1 == t0) continue;
-        dsv3i_attention_back_begin(a, t0, t1, h);
-        for (size_t j = t0; j < t1; j += DSV3I_BACK_KEYS) {
-            dsv3i_attention_back_block(a, t1, h, j, dsv3i_min(DSV3I_BACK_KEYS, t1 - j), scratch);
-        }
+        size_t t0 = i / c->m.H, h = i % c->m.H, t1 = t0 + dsv3i_sequence_rows(c->ws->leader, t0, c->n);
+        dsv3i_attend_backward_begin(c, t0, t1, h);
+        for (size_t t = t0; t < t1; t++) dsv3i_attend_backward_row(c, t0, t, h);
     }
 }
 
-/* kv_up once more. */
-static void dsv3i_mla_back_begin(const dsv3_context *ctx, const dsv3i_dims *m, const dsv3_layer *w,
-                                 const dsv3_workspace *ws, const dsv3i_backward *b, size_t n) {
-    dsv3i_job job = dsv3i_job_make(b->kv_up, b->c, &w->kv_b_proj, n);
-    dsv3i_rows_arg rows = dsv3i_rows_make(ctx, b->c, ws->kv, m->rk);
-    rows.ldx = m->width;
-    dsv3i_parallel(ctx, n, dsv3i_mul(2 * n, m->rk), dsv3i_copy_task, &rows);
-    dsv3i_linear_jobs(ctx, &job, 1, ws->worker, ws->worker_floats, ws->rounded);
+static void dsv3i_attend_backward(dsv3i_call *c) {
+    size_t work = dsv3i_mul(c->n * c->m.Hq, c->n);
+    dsv3i_parallel(c->ctx, c->n * c->m.H, work, dsv3i_attend_backward_task, c);
 }
 
 /* dkeys goes to dkv_up and, summed over heads and rotated back, to dkv_raw; dq is rotated back. */
-static void dsv3i_mla_back_rotate_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_attention_back *a = (const dsv3i_attention_back *)arg;
-    const dsv3i_dims *m = a->m;
-    const dsv3i_backward *b = a->b;
+static void dsv3i_mla_rotate_backward_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_call *c = (const dsv3i_call *)arg;
+    const dsv3i_dims *m = &c->m;
+    const dsv3i_backward *b = c->b;
+    int interleave = c->model->config.rope_interleave;
     (void)worker;
     for (size_t t = begin; t < end; t++) {
-        const float *cos_sin = a->ws->cos_sin + t * m->dr;
+        const float *cos_sin = c->ws->cos_sin + t * m->dr;
         float *dkr = b->dkv_raw + t * m->width + m->rk;
         DSV3_MEMSET(dkr, 0, m->dr * sizeof *dkr);
         for (size_t h = 0; h < m->H; h++) {
             const float *dkey = b->dkeys + t * m->Hq + h * m->qk;
             DSV3_MEMCPY(b->dkv_up + t * m->Hkv + h * m->kv, dkey, m->dn * sizeof *dkey);
             for (size_t i = 0; i < m->dr; i++) dkr[i] += dkey[m->dn + i];
-            dsv3_rope_rotate_backward(b->dq + t * m->Hq + h * m->qk + m->dn, cos_sin, m->dr, a->interleave);
+            dsv3_rope_rotate_backward(b->dq + t * m->Hq + h * m->qk + m->dn, cos_sin, m->dr, interleave);
         }
-        dsv3_rope_rotate_backward(dkr, cos_sin, m->dr, a->interleave);
+        dsv3_rope_rotate_backward(dkr, cos_sin, m->dr, interleave);
     }
 }
 
-/* The gradient array of a tensor of the gradients' model. */
-static float *dsv3i_grad(const dsv3_tensor *g) { return (float *)(uintptr_t)g->data; }
-
-/* One linear map. fresh: dx is set, not added to. */
-static void dsv3i_back(const dsv3_context *ctx, float *dx, int fresh, const dsv3_tensor *g, const float *dy,
-                       const float *x, const dsv3_tensor *w, size_t n, const dsv3_workspace *ws) {
-    dsv3i_back_job job = dsv3i_back_make(dx, dsv3i_grad(g), dy, x, w, n);
-    job.fresh = fresh;
-    dsv3i_back_jobs(ctx, &job, 1, ws->worker, ws->worker_floats);
+/* What the forward pass had and has not kept: kv, q_latent and q in the workspace, c and kv_up in b. */
+static void dsv3i_mla_rebuild(dsv3i_call *c, const float *u) {
+    dsv3_workspace *ws = c->ws;
+    const dsv3i_saved *s = c->s;
+    dsv3i_rows latent = dsv3i_rows_of(c->ctx, c->b->c, NULL, c->m.rk);
+    if (s->kv == NULL) dsv3i_mla_kv(c);
+    if (s->q == NULL && c->m.rq == 0) dsv3i_project(c, ws->q, u, &c->w->q_proj);
+    if (s->q == NULL) dsv3i_mla_q(c);
+    if (s->q != NULL && s->q_latent == NULL && c->m.rq > 0) {
+        dsv3_rmsnorm(c->ctx, ws->q_latent, s->q_raw, &c->w->q_a_layernorm, c->n, c->m.rq,
+                     c->model->config.latent_norm_eps);
+    }
+    latent.x = ws->kv;
+    latent.ldx = c->m.width;
+    dsv3i_rows_run(&latent, c->n, 2, dsv3i_copy_task);
+    dsv3i_project(c, c->b->kv_up, c->b->c, &c->w->kv_b_proj);
 }
 
-/* ws->q and ws->q_latent as the forward pass had them. */
-static void dsv3i_mla_back_queries(const dsv3_context *ctx, const dsv3i_dims *m, const float *u,
-                                   const dsv3_model *model, const dsv3_layer *w, const dsv3i_saved *s, size_t n,
-                                   dsv3_workspace *ws) {
-    if (s->q == NULL) {
-        dsv3i_job job = dsv3i_job_make(ws->q, u, &w->q_proj, n);
-        if (m->rq == 0) dsv3i_linear_jobs(ctx, &job, 1, ws->worker, ws->worker_floats, ws->rounded);
-        dsv3i_mla_q(ctx, m, model, w, n, ws);
+/* du [n, d] for dy [n, d]. */
+static void dsv3i_mla_backward(dsv3i_call *c, float *du, const float *dy, const float *u) {
+    const dsv3i_dims *m = &c->m;
+    const dsv3i_backward *b = c->b;
+    const dsv3_layer *w = c->w, *g = c->g;
+    float eps = c->model->config.latent_norm_eps;
+    dsv3i_rows norm;
+    dsv3i_mla_rebuild(c, u);
+    dsv3i_project_backward(c->ctx, c->ws, b->dout, 1, &g->o_proj, dy, c->s->o, &w->o_proj, c->n);
+    c->ctx->ops->attend_backward(c);
+    dsv3i_parallel(c->ctx, c->n, dsv3i_mul(4 * c->n, m->Hq), dsv3i_mla_rotate_backward_task, c);
+    dsv3i_project_backward(c->ctx, c->ws, b->dc, 1, &g->kv_b_proj, b->dkv_up, b->c, &w->kv_b_proj, c->n);
+    norm = dsv3i_norm_rows(c->ctx, b->dkv_raw, dsv3i_grad(&g->kv_a_layernorm), b->dc, c->s->kv_raw, &w->kv_a_layernorm,
+                           eps, b->r);
+    norm.ldx = m->width;
+    norm.beta0 = 1;
+    dsv3i_norm_backward(&norm, c->n);
+    dsv3i_project_backward(c->ctx, c->ws, du, 1, &g->kv_a_proj_with_mqa, b->dkv_raw, u, &w->kv_a_proj_with_mqa, c->n);
+    if (m->rq == 0) {
+        dsv3i_project_backward(c->ctx, c->ws, du, 0, &g->q_proj, b->dq, u, &w->q_proj, c->n);
         return;
     }
-    ws->q = s->q;
-    if (s->q_latent != NULL) {
-        ws->q_latent = s->q_latent;
-    } else if (m->rq > 0) {
-        dsv3_rmsnorm(ctx, ws->q_latent, s->q_raw, &w->q_a_layernorm, n, m->rq, model->config.latent_norm_eps);
-    }
-}
-
-/* du [n, d] for dy [n, d]. ws holds the rows' sequences and angles, and q, kv, q_latent as the forward pass
- * had them; g the gradients of weights w. */
-static void dsv3i_mla_backward(const dsv3_context *ctx, float *du, const float *dy, const float *u,
-                               const dsv3_model *model, const dsv3_layer *w, const dsv3_layer *g,
-                               const dsv3i_saved *s, size_t n, const dsv3i_backward *b, const dsv3_workspace *ws) {
-    dsv3i_dims m = dsv3i_dims_of(&model->config);
-    float eps = model->config.latent_norm_eps;
-    dsv3i_attention_back arg;
-    dsv3i_norm_arg norm = dsv3i_norm_make(ctx, b->dkv_raw, dsv3i_grad(&g->kv_a_layernorm), b->dc, s->kv_raw,
-                                          &w->kv_a_layernorm, n, m.rk, eps, b->r);
-    dsv3i_mla_back_begin(ctx, &m, w, ws, b, n);
-    dsv3i_back(ctx, b->dout, 1, &g->o_proj, dy, s->o, &w->o_proj, n, ws);
-    arg.ctx = ctx;
-    arg.m = &m;
-    arg.ws = ws;
-    arg.s = s;
-    arg.b = b;
-    arg.n = n;
-    arg.scale = model->softmax_scale;
-    arg.interleave = model->config.rope_interleave;
-    dsv3i_parallel(ctx, n * m.H, dsv3i_mul(n * m.Hq, n), dsv3i_attention_back_task, &arg);
-    dsv3i_parallel(ctx, n, dsv3i_mul(4 * n, m.Hq), dsv3i_mla_back_rotate_task, &arg);
-    dsv3i_back(ctx, b->dc, 1, &g->kv_b_proj, b->dkv_up, b->c, &w->kv_b_proj, n, ws);
-    norm.ldx = m.width;
-    norm.fresh = 1;
-    dsv3i_norm_back(&norm);
-    dsv3i_back(ctx, du, 1, &g->kv_a_proj_with_mqa, b->dkv_raw, u, &w->kv_a_proj_with_mqa, n, ws);
-    if (m.rq == 0) {
-        dsv3i_back(ctx, du, 0, &g->q_proj, b->dq, u, &w->q_proj, n, ws);
-        return;
-    }
-    dsv3i_back(ctx, b->dq_latent, 1, &g->q_b_proj, b->dq, ws->q_latent, &w->q_b_proj, n, ws);
-    norm = dsv3i_norm_make(ctx, b->dq_raw, dsv3i_grad(&g->q_a_layernorm), b->dq_latent, s->q_raw, &w->q_a_layernorm,
-                           n, m.rq, eps, b->r);
-    norm.fresh = 1;
-    dsv3i_norm_back(&norm);
-    dsv3i_back(ctx, du, 0, &g->q_a_proj, b->dq_raw, u, &w->q_a_proj, n, ws);
+    dsv3i_project_backward(c->ctx, c->ws, b->dq_latent, 1, &g->q_b_proj, b->dq, c->ws->q_latent, &w->q_b_proj, c->n);
+    norm = dsv3i_norm_rows(c->ctx, b->dq_raw, dsv3i_grad(&g->q_a_layernorm), b->dq_latent, c->s->q_raw,
+                           &w->q_a_layernorm, eps, b->r);
+    norm.beta0 = 1;
+    dsv3i_norm_backward(&norm, c->n);
+    dsv3i_project_backward(c->ctx, c->ws, du, 0, &g->q_a_proj, b->dq_raw, u, &w->q_a_proj, c->n);
 }
 #endif
 
@@ -4420,7 +3226,7 @@ static void dsv3i_mla_backward(const dsv3_context *ctx, float *du, const float *
  * ==================================================================================================== */
 
 static void dsv3i_softmax(const dsv3_context *ctx, float *z, size_t n) {
-    float sum = ctx->kernels.exp_sum(z, z, dsv3i_max_float(z, n), n);
+    float sum = ctx->ops->exp_sum(z, z, dsv3i_max_float(z, n), n);
     for (size_t i = 0; i < n; i++) z[i] /= sum;
 }
 
@@ -4446,26 +3252,19 @@ static void dsv3i_scores_task(void *arg, size_t begin, size_t end, size_t worker
     }
 }
 
-/* scratch [threads, worker_floats]. The router's product is exact, whatever the context says. */
-static void dsv3i_router_scores(const dsv3_context *context, const dsv3_config *config, float *score, const float *x,
-                                const dsv3_tensor *gate_w, const float *gate_bias, size_t n, float *scratch,
-                                size_t worker_floats) {
-    dsv3i_job job = dsv3i_job_make(score, x, gate_w, n);
+/* The product is exact, whatever the context says. */
+DSV3_API void dsv3_router_scores(const dsv3_context *context, const dsv3_config *config, float *score, const float *x,
+                                 const dsv3_tensor *gate_w, const float *gate_bias, size_t n, float *scratch) {
     dsv3_context exact = *context;
     dsv3i_scores_arg a;
     exact.compute = DSV3_EXACT;
-    dsv3i_linear_jobs(&exact, &job, 1, scratch, worker_floats, NULL);
+    dsv3_linear(&exact, score, x, gate_w, n, scratch);
     a.ctx = context;
     a.score = score;
     a.bias = gate_bias;
     a.E = gate_w->rows;
     a.func = config->scoring_func;
     dsv3i_parallel(context, n, dsv3i_mul(n, 16 * a.E), dsv3i_scores_task, &a);
-}
-
-DSV3_API void dsv3_router_scores(const dsv3_context *context, const dsv3_config *config, float *score, const float *x,
-                                 const dsv3_tensor *gate_w, const float *gate_bias, size_t n, float *scratch) {
-    dsv3i_router_scores(context, config, score, x, gate_w, gate_bias, n, scratch, dsv3i_linear_floats(gate_w->cols));
 }
 
 /* What the choice goes by. */
@@ -4868,231 +3667,50 @@ DSV3_API void dsv3_balance_backward(float *dscore, double scale, const dsv3_bala
  * Chapter 8  >>moe
  *
  *     y_t = shared_experts(u_t) + sum_k w_tk expert_{idx_tk}(u_t)                          [R] eq. 12
+ *     expert(u) = W_down (silu(W_gate u) * (W_up u))
  *
- * Every expert is a SwiGLU MLP (chapter 4). Rows are grouped by expert, so that each expert's weights are
- * read once per call however many tokens chose it: row (t, k) gets the place slot[t, k] among n K grouped
- * rows, experts in ascending order, tokens in ascending order within an expert. The gate weight applies to
- * the expert's output. The sum over k is taken for each token alone, the shared experts first, then k = 0, 1, ..:
- * what else is in the batch moves rows to other places and changes no sum.
+ * Rows are grouped by expert, so that each expert's weights are read once per call however many tokens chose it: choice
+ * (t, k) gets the place slot[t, k] among n K grouped rows, experts in ascending order, tokens in ascending order within
+ * an expert. The gate weight applies to the expert's output. The sum over k is taken for each token alone, the shared
+ * experts first, then k = 0, 1, ..: what else is in the batch moves rows to other places and changes no sum.
  *
  * A dense layer is the same thing with one expert that everybody uses. Test: tests/test_moe.c.
  * ==================================================================================================== */
 
-/* An MLP and the rows it sees. */
-typedef struct dsv3i_mlp_rows {
-    const dsv3_mlp *w;
-    const float *x; /* [n, d] */
-    float *y;       /* [n, d] */
-    size_t n;
-    size_t at;         /* where its n rows of hidden values begin in h_gate and h_up */
-    size_t row, item;  /* forward: its first row of grouped, or DSV3I_NO_ROW; its first item in a loop */
-    const dsv3_mlp *g; /* backward: gradients of w, and of x [n, d] */
-    float *dx;
-} dsv3i_mlp_rows;
+/* An MLP and the rows it sees. Its hidden values, n F of them, stand in h_gate, h_up and h from `at` on. */
+typedef struct dsv3i_mlp {
+    const dsv3_mlp *w, *g; /* g: backward, the gradients of w */
+    const float *x;        /* its inputs: rows pair[i] / K of x [., d], or rows 0 .. n-1 if pair is NULL */
+    const size_t *pair;    /* [n] choices t K + k of a routed expert, else NULL */
+    float *y;              /* [n, d] forward: outputs; backward: the gradient of the inputs */
+    const float *dy;       /* backward: rows like those of x */
+    size_t n, at;
+} dsv3i_mlp;
 
-#define DSV3I_NO_ROW ((size_t)-1)
-
-static void dsv3i_mlp_rows_set(dsv3i_mlp_rows *r, const dsv3_mlp *w, float *y, const float *x, size_t n, size_t at) {
-    r->w = w;
-    r->x = x;
-    r->y = y;
-    r->n = n;
-    r->at = at;
-    r->row = DSV3I_NO_ROW;
-    r->item = 0;
-    r->g = NULL;
-    r->dx = NULL;
+/* Rows that an MLP sees, from x to `to` [n, d]. */
+static void dsv3i_mlp_gather(const dsv3i_call *c, float *to, const float *x, const dsv3i_mlp *r) {
+    size_t d = c->m.d;
+    for (size_t i = 0; i < r->n; i++) DSV3_MEMCPY(to + i * d, x + r->pair[i] / c->m.K * d, d * sizeof *x);
 }
 
-/* All MLPs of a layer: gate and up projections in one loop, SwiGLU, down projections in one loop. For routed
- * experts y is x, or x is the only row: inputs are no longer needed when outputs are written. */
-static void dsv3i_mlps_by_panels(const dsv3_context *ctx, const dsv3i_mlp_rows *mlps, size_t count,
-                                 dsv3_workspace *ws) {
-    size_t total = 0;
-    for (size_t i = 0; i < count; i++) {
-        const dsv3i_mlp_rows *r = &mlps[i];
-        ws->jobs[2 * i] = dsv3i_job_make(ws->h_gate + r->at, r->x, &r->w->gate_proj, r->n);
-        ws->jobs[2 * i + 1] = dsv3i_job_make(ws->h_up + r->at, r->x, &r->w->up_proj, r->n);
-        total += r->n * r->w->gate_proj.rows;
-    }
-    dsv3i_linear_jobs(ctx, ws->jobs, 2 * count, ws->worker, ws->worker_floats, ws->rounded);
-    dsv3i_silu_mul(ctx, ws->h, ws->h_gate, ws->h_up, total);
-    for (size_t i = 0; i < count; i++) {
-        ws->jobs[i] = dsv3i_job_make(mlps[i].y, ws->h + mlps[i].at, &mlps[i].w->down_proj, mlps[i].n);
-    }
-    dsv3i_linear_jobs(ctx, ws->jobs, count, ws->worker, ws->worker_floats, ws->rounded);
-}
-
-/* Fills offset [E+1], slot [n, K] and its inverse pair [n K] from idx [n, K]: a counting sort. */
-static void dsv3i_group_rows(size_t *offset, size_t *slot, size_t *pair, const int32_t *idx, size_t n, size_t K,
-                             size_t E) {
-    DSV3_MEMSET(offset, 0, (E + 1) * sizeof *offset);
-    for (size_t i = 0; i < n * K; i++) offset[idx[i] + 1]++;
-    for (size_t e = 0; e < E; e++) offset[e + 1] += offset[e];
-    for (size_t i = 0; i < n * K; i++) slot[i] = offset[idx[i]]++; /* each offset ends where the next began */
-    for (size_t e = E; e > 0; e--) offset[e] = offset[e - 1];
-    offset[0] = 0;
-    for (size_t i = 0; i < n * K; i++) pair[slot[i]] = i;
-}
-
-/* An FFN of n rows u. */
-typedef struct dsv3i_ffn_rows {
-    const dsv3_context *ctx;
-    const dsv3i_dims *m;
-    float *y;
-    const float *u;
-    dsv3_workspace *ws;
-    size_t count, experts; /* MLPs in ws->mlps; rows of those that see grouped rows */
-    size_t own; /* rows of memory that each worker uses for block after block; 0: every block has its own */
-    size_t width, rounded; /* of such a row: hidden values, floats for rounded inputs */
-} dsv3i_ffn_rows;
-
-static dsv3i_ffn_rows dsv3i_ffn_rows_make(const dsv3_context *ctx, const dsv3i_dims *m, float *y, const float *u,
-                                          dsv3_workspace *ws) {
-    dsv3i_ffn_rows a;
-    a.ctx = ctx;
-    a.m = m;
-    a.y = y;
-    a.u = u;
-    a.ws = ws;
-    a.count = a.experts = a.own = a.width = a.rounded = 0;
-    return a;
-}
-
-/* Rows of tokens to rows [begin, end) of their experts. */
-static void dsv3i_moe_group(const dsv3i_ffn_rows *a, size_t begin, size_t end) {
-    size_t d = a->m->d, K = a->m->K;
-    for (size_t i = begin; i < end; i++) {
-        DSV3_MEMCPY(a->ws->grouped + i * d, a->u + a->ws->pair[i] / K * d, d * sizeof *a->u);
+/* Each MLP after the other. Inputs of a routed expert first stand where its outputs will. */
+static void dsv3i_mlps(dsv3i_call *c, const dsv3i_mlp *list, size_t count) {
+    const dsv3_workspace *ws = c->ws;
+    for (size_t j = 0; j < count; j++) {
+        const dsv3i_mlp *r = &list[j];
+        float *gate = ws->h_gate + r->at, *up = ws->h_up + r->at, *h = ws->h + r->at;
+        const float *x = r->pair != NULL ? r->y : r->x;
+        dsv3i_product in[DSV3I_PRODUCTS], out = dsv3i_product_of(r->y, h, &r->w->down_proj, r->n);
+        if (r->pair != NULL) dsv3i_mlp_gather(c, r->y, r->x, r);
+        in[0] = dsv3i_product_of(gate, x, &r->w->gate_proj, r->n);
+        in[1] = dsv3i_product_of(up, x, &r->w->up_proj, r->n);
+        c->ctx->ops->linear(c->ctx, in, 2, ws->scratch);
+        dsv3i_swiglu(c->ctx, h, gate, up, r->n * r->w->gate_proj.rows);
+        c->ctx->ops->linear(c->ctx, &out, 1, ws->scratch);
     }
 }
 
-static void dsv3i_moe_group_task(void *arg, size_t begin, size_t end, size_t worker) {
-    (void)worker;
-    dsv3i_moe_group((const dsv3i_ffn_rows *)arg, begin, end);
-}
-
-/* And back: what the experts of a token say, each with its weight. */
-static void dsv3i_moe_combine_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_ffn_rows *a = (const dsv3i_ffn_rows *)arg;
-    size_t d = a->m->d, K = a->m->K;
-    (void)worker;
-    for (size_t i = begin * K; i < end * K; i++) {
-        a->ctx->kernels.axpy(a->y + i / K * d, a->ws->gate[i], a->ws->grouped + a->ws->slot[i] * d, d);
-    }
-}
-
-/* Floats for a row of an MLP's inputs, rounded, and later of its hidden values. */
-static size_t dsv3i_mlp_rounded(size_t d, size_t F) {
-    return dsv3i_max(dsv3i_rounded_floats(d), dsv3i_rounded_floats(F));
-}
-
-/* Where many rows are, they go through an MLP block by block: each block from its inputs to its outputs by one worker,
- * in whose cache it stays. The results are those of dsv3i_mlps_by_panels, bit for bit. */
-
-/* Rows [t, t + n) of the inputs of an MLP as products with w take them: rounded or copied to where `rounded` says, from the
- * rows of their tokens if they are grouped. */
-static dsv3i_job dsv3i_mlp_inputs(const dsv3i_ffn_rows *a, const dsv3i_mlp_rows *r, size_t t, size_t n,
-                                  const dsv3_tensor *w, float *rounded) {
-    size_t d = w->cols, row = r->row + t;
-    dsv3i_job job = dsv3i_job_make(NULL, r->x + t * d, w, n);
-    dsv3i_input one;
-    if (!dsv3i_is_rounded(a->ctx, w->type) && !dsv3i_is_copied(a->ctx, &job)) {
-        if (r->row != DSV3I_NO_ROW && r->x != a->u) dsv3i_moe_group(a, row, row + n);
-        return job;
-    }
-    one = job.in = dsv3i_input_rounded(a->ctx, rounded, w->type, d);
-    for (size_t i = 0; i < n; i++) {
-        const float *x = r->row == DSV3I_NO_ROW ? job.x + i * d : a->u + a->ws->pair[row + i] / a->m->K * d;
-        one.x = (const unsigned char *)job.in.x + i * one.stride;
-        dsv3i_input_fill(a->ctx, &one, x, d, w->type, 1, d);
-    }
-    return job;
-}
-
-static void dsv3i_mlp_linear(const dsv3i_ffn_rows *a, float *y, const dsv3i_job *job, float *panel) {
-    dsv3i_linear_rows(a->ctx, y, job->w->rows, &job->in, job->n, job->w, 0, job->w->rows, panel);
-}
-
-/* Rows [t, t + n) of those that an MLP sees. */
-static void dsv3i_mlp_rows_forward(const dsv3i_ffn_rows *a, const dsv3i_mlp_rows *r, size_t t, size_t n,
-                                   size_t worker) {
-    dsv3_workspace *ws = a->ws;
-    size_t d = r->w->gate_proj.cols, F = r->w->gate_proj.rows, at = r->at + t * F;
-    float *panel = ws->worker + worker * ws->worker_floats, *rounded = ws->rounded;
-    dsv3i_mlp_rows hidden;
-    dsv3i_job gate, up, down;
-    if (a->own > 0) {
-        at = worker * a->own * a->width;
-        rounded += worker * a->own * a->rounded;
-    } else if (r->row == DSV3I_NO_ROW) {
-        rounded += a->experts * dsv3i_mlp_rounded(a->m->d, a->m->F) + t * dsv3i_mlp_rounded(d, F);
-    } else {
-        rounded += (r->row + t) * dsv3i_mlp_rounded(d, F);
-    }
-    gate = dsv3i_mlp_inputs(a, r, t, n, &r->w->gate_proj, rounded);
-    dsv3i_mlp_linear(a, ws->h_gate + at, &gate, panel);
-    up = dsv3i_job_make(NULL, gate.x, &r->w->up_proj, n);
-    up.in = gate.in;
-    if (!dsv3i_same_input(a->ctx, &gate, &up)) up = dsv3i_mlp_inputs(a, r, t, n, &r->w->up_proj, rounded);
-    dsv3i_mlp_linear(a, ws->h_up + at, &up, panel);
-    a->ctx->kernels.silu_mul(ws->h + at, ws->h_gate + at, ws->h_up + at, n * F);
-    dsv3i_mlp_rows_set(&hidden, r->w, NULL, ws->h + at, n, 0);
-    down = dsv3i_mlp_inputs(a, &hidden, 0, n, &r->w->down_proj, rounded);
-    dsv3i_mlp_linear(a, r->y + t * d, &down, panel);
-}
-
-static void dsv3i_mlp_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_ffn_rows *a = (const dsv3i_ffn_rows *)arg;
-    const dsv3i_mlp_rows *r = a->ws->mlps;
-    for (size_t i = begin, j = 0; i < end; i++) {
-        size_t t, some;
-        while (j + 1 < a->count && r[j + 1].item <= i) j++;
-        some = dsv3i_rows_near(a->ctx, &r[j].w->gate_proj, r[j].n);
-        t = (i - r[j].item) * some;
-        dsv3i_mlp_rows_forward(a, &r[j], t, dsv3i_min(some, r[j].n - t), worker);
-    }
-}
-
-#define DSV3I_MLP_ITEMS 16u /* blocks of rows for each thread: then the loop's end, where threads wait, is short */
-
-/* Memory that stays in caches, instead of one pass after the other through all of it: a part of it for each worker, if
- * nobody wants the hidden values later, and there are rows enough. */
-static void dsv3i_mlps_own(dsv3i_ffn_rows *a) {
-    size_t rows = 0, most = 0;
-    for (size_t j = 0; j < a->count; j++) {
-        const dsv3i_mlp_rows *r = &a->ws->mlps[j];
-        size_t d = r->w->gate_proj.cols, F = r->w->gate_proj.rows;
-        most = dsv3i_max(most, dsv3i_rows_near(a->ctx, &r->w->gate_proj, r->n));
-        a->width = dsv3i_max(a->width, F);
-        a->rounded = dsv3i_max(a->rounded, dsv3i_mlp_rounded(d, F));
-    }
-    for (size_t j = 0; j < a->count; j++) { /* only rows that are as wide count */
-        const dsv3i_mlp_rows *r = &a->ws->mlps[j];
-        if (r->w->gate_proj.rows == a->width) rows += r->n;
-    }
-    a->own = a->ws->h == a->ws->h_gate && dsv3i_mul(a->ctx->threads, most) <= rows ? most : 0;
-}
-
-/* All MLPs of a layer, grouped rows included: by blocks of rows if there are many, else by panels. */
-static void dsv3i_mlps(dsv3i_ffn_rows *a) {
-    size_t items = 0, work = 0;
-    for (size_t j = 0; j < a->count; j++) {
-        dsv3i_mlp_rows *r = &a->ws->mlps[j];
-        r->item = items;
-        items += dsv3i_blocks(r->n, dsv3i_rows_near(a->ctx, &r->w->gate_proj, r->n));
-        work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(3 * r->n, r->w->gate_proj.rows), r->w->gate_proj.cols));
-    }
-    if (items >= dsv3i_mul(a->ctx->threads, DSV3I_MLP_ITEMS)) {
-        dsv3i_mlps_own(a);
-        dsv3i_parallel(a->ctx, items, work, dsv3i_mlp_task, a);
-        return;
-    }
-    if (a->ws->mlps->x != a->u) { /* a token alone is what all its experts see */
-        dsv3i_parallel(a->ctx, a->experts, dsv3i_mul(a->experts, a->m->d), dsv3i_moe_group_task, a);
-    }
-    dsv3i_mlps_by_panels(a->ctx, a->ws->mlps, a->count, a->ws);
-}
+/* ---- Routing */
 
 typedef struct dsv3i_selection {
     const dsv3_config *c;
@@ -5112,68 +3730,120 @@ static void dsv3i_select_task(void *arg, size_t begin, size_t end, size_t worker
 }
 
 /* dsv3_router_select by all threads. */
-static dsv3_result dsv3i_select(const dsv3_context *ctx, const dsv3_config *c, const float *bias, size_t n,
-                                dsv3_workspace *ws) {
-    size_t E = (size_t)c->n_routed_experts, bad = 0;
-    dsv3i_selection a;
-    a.c = c;
-    a.bias = bias;
-    a.ws = ws;
-    a.floats = E + (size_t)c->n_group + 1;
-    for (size_t i = 0; i < ctx->threads; i++) ws->select[(i + 1) * a.floats - 1] = 0.0f;
-    dsv3i_parallel(ctx, n, dsv3i_mul(n, 8 * E), dsv3i_select_task, &a);
-    for (size_t i = 0; i < ctx->threads; i++) bad += ws->select[(i + 1) * a.floats - 1] > 0.0f;
+static dsv3_result dsv3i_select(const dsv3i_call *c, const float *bias) {
+    size_t E = c->m.E, threads = c->ctx->threads, bad = 0;
+    dsv3i_selection a = {&c->model->config, bias, c->ws, E + c->m.G + 1};
+    for (size_t i = 0; i < threads; i++) c->ws->select[(i + 1) * a.floats - 1] = 0.0f;
+    dsv3i_parallel(c->ctx, c->n, dsv3i_mul(c->n, 8 * E), dsv3i_select_task, &a);
+    for (size_t i = 0; i < threads; i++) bad += c->ws->select[(i + 1) * a.floats - 1] > 0.0f;
     return bad == 0 ? DSV3_OK : DSV3_ERR_NAN;
 }
 
-static dsv3_result dsv3i_moe_forward(const dsv3_context *ctx, float *y, const float *u, const dsv3_model *model,
-                                     const dsv3_layer *w, size_t n, dsv3_workspace *ws) {
-    const dsv3_config *c = &model->config;
-    dsv3i_dims m = dsv3i_dims_of(c);
+/* idx and gate [n, K] of rows u; the observer may change the choice. NAN is no reason to stop. */
+static dsv3_result dsv3i_route(const dsv3i_call *c, const float *u) {
+    const dsv3_config *config = &c->model->config;
+    const dsv3_observer *o = &c->ctx->observer;
+    dsv3_workspace *ws = c->ws;
     const float *bias = NULL;
-    dsv3i_ffn_rows rows = dsv3i_ffn_rows_make(ctx, &m, y, u, ws);
     dsv3_result result;
-    if (c->topk_method == DSV3_NOAUX_TC) {
-        dsv3i_decode_row(ctx, ws->bias, &w->e_score_correction_bias, 0);
+    if (config->topk_method == DSV3_NOAUX_TC) {
+        dsv3i_decode_row(c->ctx, ws->bias, &c->w->e_score_correction_bias, 0);
         bias = ws->bias;
     }
-    dsv3i_router_scores(ctx, c, ws->score, u, &w->gate, NULL, n, ws->worker, ws->worker_floats);
-    result = dsv3i_select(ctx, c, bias, n, ws);
-    if (ctx->observer.choose != NULL) {
-        ctx->observer.choose(ctx->observer.user, w->index, ws->idx, ws->score, n);
-        DSV3I_TRY(dsv3_router_weights(c, ws->gate, ws->idx, ws->score, n));
+    dsv3_router_scores(c->ctx, config, ws->score, u, &c->w->gate, NULL, c->n, ws->scratch);
+    result = dsv3i_select(c, bias);
+    if (o->choose != NULL) {
+        o->choose(o->user, c->w->index, ws->idx, ws->score, c->n);
+        DSV3I_TRY(dsv3_router_weights(config, ws->gate, ws->idx, ws->score, c->n));
     }
-    if (ctx->observer.routing != NULL) {
-        ctx->observer.routing(ctx->observer.user, w->index, ws->score, ws->idx, ws->gate, n);
-    }
-    dsv3i_group_rows(ws->offset, ws->slot, ws->pair, ws->idx, n, m.K, m.E);
-    rows.experts = n * m.K;
-    for (size_t e = 0; e < m.E; e++) {
-        size_t first = ws->offset[e], some = ws->offset[e + 1] - first;
-        float *x = ws->grouped + first * m.d;
-        if (some == 0) continue;
-        dsv3i_mlp_rows_set(&ws->mlps[rows.count], &w->experts[e], x, n == 1 ? u : x, some, first * m.F);
-        ws->mlps[rows.count++].row = first;
-    }
-    if (m.Fs > 0) {
-        dsv3i_mlp_rows_set(&ws->mlps[rows.count++], &w->shared_experts, y, u, n, n * m.K * m.F);
-    } else {
-        DSV3_MEMSET(y, 0, n * m.d * sizeof *y);
-    }
-    dsv3i_mlps(&rows);
-    dsv3i_parallel(ctx, n, dsv3i_mul(n * m.K, m.d), dsv3i_moe_combine_task, &rows);
+    if (o->routing != NULL) o->routing(o->user, c->w->index, ws->score, ws->idx, ws->gate, c->n);
     return result;
+}
+
+/* ---- Grouping */
+
+/* Fills offset [E+1], slot [n, K] and its inverse pair [n K] from idx [n, K]: a counting sort. */
+static void dsv3i_group_rows(size_t *offset, size_t *slot, size_t *pair, const int32_t *idx, size_t n, size_t K,
+                             size_t E) {
+    DSV3_MEMSET(offset, 0, (E + 1) * sizeof *offset);
+    for (size_t i = 0; i < n * K; i++) offset[idx[i] + 1]++;
+    for (size_t e = 0; e < E; e++) offset[e + 1] += offset[e];
+    for (size_t i = 0; i < n * K; i++) slot[i] = offset[idx[i]]++; /* each offset ends where the next began */
+    for (size_t e = E; e > 0; e--) offset[e] = offset[e - 1];
+    offset[0] = 0;
+    for (size_t i = 0; i < n * K; i++) pair[slot[i]] = i;
+}
+
+static dsv3i_mlp dsv3i_mlp_of(const dsv3_mlp *w, float *y, const float *x, size_t n, size_t at) {
+    dsv3i_mlp r = {w, NULL, x, NULL, y, NULL, n, at};
+    return r;
+}
+
+/* The MLPs of a layer in ws->mlps, routed experts first, of those that were chosen. grouped [n K, d] and y [n, d] get
+ * outputs; or, with dy, gradients of inputs. Returns how many. */
+static size_t dsv3i_moe_list(const dsv3i_call *c, float *grouped, float *y, const float *u, const float *dy) {
+    const dsv3_workspace *ws = c->ws;
+    const dsv3i_dims *m = &c->m;
+    size_t count = 0;
+    for (size_t e = 0; e < m->E; e++) {
+        size_t first = ws->offset[e], n = ws->offset[e + 1] - first;
+        dsv3i_mlp *r = &ws->mlps[count];
+        if (n == 0) continue;
+        *r = dsv3i_mlp_of(&c->w->experts[e], grouped + first * m->d, u, n, first * m->F);
+        r->pair = ws->pair + first;
+        if (dy != NULL) r->g = &c->g->experts[e];
+        ws->mlps[count++].dy = dy;
+    }
+    if (m->Fs > 0) {
+        ws->mlps[count] = dsv3i_mlp_of(&c->w->shared_experts, y, u, c->n, c->n * m->K * m->F);
+        if (dy != NULL) ws->mlps[count].g = &c->g->shared_experts;
+        ws->mlps[count++].dy = dy;
+    } else {
+        DSV3_MEMSET(y, 0, c->n * m->d * sizeof *y);
+    }
+    return count;
+}
+
+/* What the experts of a token say, each with its weight. */
+static void dsv3i_moe_combine_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_rows *a = (const dsv3i_rows *)arg; /* y [n, d]; x, grouped; r, gate; at, slot; n, K */
+    (void)worker;
+    for (size_t i = begin * a->n; i < end * a->n; i++) {
+        a->ctx->ops->axpy(a->y + i / a->n * a->d, a->r != NULL ? a->r[i] : 1.0f, a->x + a->at[i] * a->d, a->d);
+    }
+}
+
+/* y_t += sum_k gate_tk grouped[slot_tk] (gate NULL: 1) */
+static void dsv3i_moe_combine(const dsv3i_call *c, float *y, const float *grouped, float *gate) {
+    dsv3i_rows a = dsv3i_rows_of(c->ctx, y, grouped, c->m.d);
+    a.r = gate;
+    a.at = c->ws->slot;
+    a.n = c->m.K;
+    dsv3i_parallel(c->ctx, c->n, dsv3i_mul(c->n * c->m.K, c->m.d), dsv3i_moe_combine_task, &a);
+}
+
+static dsv3_result dsv3i_moe_forward(dsv3i_call *c, float *y, const float *u) {
+    dsv3_workspace *ws = c->ws;
+    dsv3_result result = dsv3i_route(c, u);
+    if (result != DSV3_OK && result != DSV3_ERR_NAN) return result;
+    dsv3i_group_rows(ws->offset, ws->slot, ws->pair, ws->idx, c->n, c->m.K, c->m.E);
+    c->ctx->ops->mlps(c, ws->mlps, dsv3i_moe_list(c, ws->grouped, y, u, NULL));
+    dsv3i_moe_combine(c, y, ws->grouped, ws->gate);
+    return result;
+}
+
+static dsv3_result dsv3i_ffn_forward(dsv3i_call *c, float *y, const float *u) {
+    dsv3i_mlp dense = dsv3i_mlp_of(&c->w->mlp, y, u, c->n, 0);
+    if (c->w->is_moe) return dsv3i_moe_forward(c, y, u);
+    c->ctx->ops->mlps(c, &dense, 1);
+    return DSV3_OK;
 }
 
 DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
                                       const dsv3_layer *weights, size_t n, dsv3_workspace *workspace) {
-    dsv3i_dims m = dsv3i_dims_of(&model->config);
-    dsv3i_ffn_rows rows = dsv3i_ffn_rows_make(context, &m, y, u, workspace);
+    dsv3i_call c = dsv3i_call_of(context, model, weights, 0, NULL, n, workspace);
     DSV3_ASSERT(n <= workspace->rows && context->threads <= workspace->threads);
-    if (weights->is_moe) return dsv3i_moe_forward(context, y, u, model, weights, n, workspace);
-    dsv3i_mlp_rows_set(&workspace->mlps[rows.count++], &weights->mlp, y, u, n, 0);
-    dsv3i_mlps(&rows);
-    return DSV3_OK;
+    return dsv3i_ffn_forward(&c, y, u);
 }
 
 #ifndef DSV3_NO_TRAINING
@@ -5182,234 +3852,92 @@ DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, con
  *     dh = w_tk v,   dW_down += dY_t (w_tk h)^T,   then SwiGLU and the two projections.
  * Saved: the outputs of gate_proj and up_proj, idx, gate, slot, offset, scores; h is rebuilt unless kept. */
 
-/* Some MLPs, whose hidden values are those from `at` on, total ones, and h [total]. y stands for dY. Those of experts
- * have gate, by which h is multiplied already, and dgate, one for `width` values; else NULL. h_gate and h_up are
- * overwritten with their gradients. */
-static void dsv3i_mlps_back(const dsv3_context *ctx, const dsv3i_mlp_rows *mlps, size_t count, const float *gate,
-                            float *dgate, size_t at, size_t total, size_t width, const dsv3i_saved *s, const float *h,
-                            const dsv3i_backward *b, const dsv3_workspace *ws) {
-    float *da = s->h_gate, *db = s->h_up;
-    for (size_t i = 0; i < count; i++) {
-        const dsv3i_mlp_rows *r = &mlps[i];
-        size_t to = r->at - at;
-        b->jobs[i] = dsv3i_back_make(b->dh + to, dsv3i_grad(&r->g->down_proj), r->y, h + to, &r->w->down_proj, r->n);
-        b->jobs[i].fresh = 1;
+/* One MLP. Of a routed expert, gates and their gradients stand in expert order in b->gates and b->r. */
+static void dsv3i_mlp_backward(dsv3i_call *c, const dsv3i_mlp *r) {
+    const dsv3i_backward *b = c->b;
+    size_t F = r->w->gate_proj.rows, row = r->at / F, total = r->n * F;
+    float *da = c->ws->h_gate + r->at, *db = c->ws->h_up + r->at, *h = c->ws->h + r->at, *dh = b->dh + r->at;
+    float *gate = r->pair != NULL ? b->gates + row : NULL, *dgate = r->pair != NULL ? b->r + row : NULL;
+    const float *x = r->x, *dy = r->dy;
+    if (c->s->h == NULL) dsv3i_swiglu(c->ctx, h, da, db, total);
+    if (r->pair != NULL) {
+        dsv3i_mlp_gather(c, c->ws->grouped + row * c->m.d, r->x, r);
+        dsv3i_mlp_gather(c, r->y, r->dy, r); /* dY stands where dx will */
+        x = c->ws->grouped + row * c->m.d;
+        dy = r->y;
     }
-    dsv3i_back_jobs(ctx, b->jobs, count, ws->worker, ws->worker_floats);
-    dsv3i_silu_back(ctx, da + at, db + at, b->dh, da + at, db + at, total, gate, dgate, width);
-    for (size_t i = 0; i < count; i++) { /* dx = da W_gate + db W_up: dY's place can be dx's now */
-        const dsv3i_mlp_rows *r = &mlps[i];
-        dsv3i_back_job *job = b->jobs + 2 * i;
-        job[0] = dsv3i_back_make(r->dx, dsv3i_grad(&r->g->gate_proj), da + r->at, r->x, &r->w->gate_proj, r->n);
-        job[1] = dsv3i_back_make(NULL, dsv3i_grad(&r->g->up_proj), db + r->at, r->x, &r->w->up_proj, r->n);
-        job->fresh = job->joint = 1;
+    for (size_t i = 0; gate != NULL && i < r->n; i++) {
+        gate[i] = c->s->gate[r->pair[i]];
+        dsv3i_scale(h + i * F, gate[i], F);
     }
-    dsv3i_back_jobs(ctx, b->jobs, 2 * count, ws->worker, ws->worker_floats);
+    dsv3i_project_backward(c->ctx, c->ws, dh, 1, &r->g->down_proj, dy, h, &r->w->down_proj, r->n);
+    dsv3i_swiglu_backward(c->ctx, dh, da, db, total, gate, dgate, F);
+    dsv3i_project_backward(c->ctx, c->ws, r->y, 1, &r->g->gate_proj, da, x, &r->w->gate_proj, r->n);
+    dsv3i_project_backward(c->ctx, c->ws, r->y, 0, &r->g->up_proj, db, x, &r->w->up_proj, r->n);
 }
 
-/* h from `at` on, as it was kept or once more. */
-static float *dsv3i_back_hidden(const dsv3_context *ctx, const dsv3i_saved *s, size_t at, size_t total,
-                                const dsv3_workspace *ws) {
-    if (s->h != NULL) return s->h + at;
-    dsv3i_silu_mul(ctx, ws->h, s->h_gate + at, s->h_up + at, total);
-    return ws->h;
+static void dsv3i_mlps_backward(dsv3i_call *c, const dsv3i_mlp *list, size_t count) {
+    for (size_t j = 0; j < count; j++) dsv3i_mlp_backward(c, &list[j]);
 }
-
-/* An MLP that all n rows go through. du is set. */
-static void dsv3i_mlp_back(const dsv3_context *ctx, float *du, const float *dy, const float *u, const dsv3_mlp *w,
-                           const dsv3_mlp *g, size_t at, const dsv3i_saved *s, size_t n, const dsv3i_backward *b,
-                           const dsv3_workspace *ws) {
-    size_t total = n * w->gate_proj.rows;
-    float *h = dsv3i_back_hidden(ctx, s, at, total, ws);
-    dsv3i_mlp_rows_set(ws->mlps, w, (float *)(uintptr_t)dy, u, n, at);
-    ws->mlps->g = g;
-    ws->mlps->dx = du;
-    dsv3i_mlps_back(ctx, ws->mlps, 1, NULL, NULL, at, total, DSV3I_SILU_ITEM, s, h, b, ws);
-}
-
-typedef struct dsv3i_router_back_arg {
-    const dsv3_config *c;
-    const dsv3i_saved *s;
-    const dsv3i_backward *b;
-    const dsv3_workspace *ws;
-    size_t n;
-} dsv3i_router_back_arg;
 
 /* The gradients of scores, then of z. A balance loss is one of a whole sequence: whoever has its first row does all
  * of it. */
-static void dsv3i_router_back_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_router_back_arg *a = (const dsv3i_router_back_arg *)arg;
-    const dsv3i_saved *s = a->s;
-    size_t E = (size_t)a->c->n_routed_experts, K = (size_t)a->c->num_experts_per_tok;
-    double *scratch = a->ws->balance + worker * 2 * E;
+static void dsv3i_router_backward_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_call *c = (const dsv3i_call *)arg;
+    const dsv3_config *config = &c->model->config;
+    size_t E = c->m.E, K = c->m.K;
+    double *scratch = c->ws->balance + worker * 2 * E;
     for (size_t t = begin; t < end; t++) {
-        size_t rows = dsv3i_sequence_rows(a->ws->leader, t, a->n);
-        const float *score = s->score + t * E;
-        const int32_t *idx = s->idx + t * K;
-        float *dscore = a->b->dscore + t * E;
+        size_t rows = dsv3i_sequence_rows(c->ws->leader, t, c->n);
+        const float *score = c->s->score + t * E;
+        const int32_t *idx = c->s->idx + t * K;
+        float *dscore = c->b->dscore + t * E;
         DSV3_MEMSET(dscore, 0, rows * E * sizeof *dscore);
-        dsv3_router_weights_backward(a->c, dscore, a->b->dgate + t * K, idx, score, rows);
-        dsv3_balance_backward(dscore, a->b->balance_scale, a->b->balance, score, idx, a->ws->row_mask + t, rows, E, K,
+        dsv3_router_weights_backward(config, dscore, c->b->dgate + t * K, idx, score, rows);
+        dsv3_balance_backward(dscore, c->b->balance_scale, c->b->balance, score, idx, c->ws->row_mask + t, rows, E, K,
                               scratch);
-        dsv3_router_scores_backward(a->c, dscore, dscore, score, rows);
+        dsv3_router_scores_backward(config, dscore, dscore, score, rows);
     }
 }
 
-/* b->dscore, then du and the router's weights. */
-static void dsv3i_router_back(const dsv3_context *ctx, float *du, const float *u, const dsv3_config *c,
-                              const dsv3_layer *w, const dsv3_layer *g, const dsv3i_saved *s, size_t n,
-                              const dsv3i_backward *b, const dsv3_workspace *ws) {
-    dsv3i_router_back_arg a;
-    a.c = c;
-    a.s = s;
-    a.b = b;
-    a.ws = ws;
-    a.n = n;
-    dsv3i_parallel(ctx, n, dsv3i_mul(n, 16 * w->gate.rows), dsv3i_router_back_task, &a);
-    dsv3i_back(ctx, du, 0, &g->gate, b->dscore, u, &w->gate, n, ws);
-}
-
-typedef struct dsv3i_moe_back {
-    const dsv3_context *ctx;
-    const dsv3i_dims *m;
-    const dsv3_layer *w, *g;
-    const dsv3i_saved *s;
-    const dsv3i_backward *b;
-    const dsv3_workspace *ws;
-    const float *u, *dy;
-    float *gate, *dgate, *du; /* of all grouped rows, as b->dgrouped */
-    float *grouped, *h;       /* of those from `first` on: u, and hidden values */
-    size_t first, most;       /* most: rows of the expert that has the most */
-} dsv3i_moe_back;
-
-/* Rows of tokens to grouped rows: u, dY, gate; h is multiplied by its gate. */
-static void dsv3i_moe_gather_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_moe_back *a = (const dsv3i_moe_back *)arg;
-    size_t d = a->m->d, F = a->m->F;
-    (void)worker;
-    for (size_t i = begin; i < end; i++) {
-        size_t row = a->first + i, pair = a->ws->pair[row], t = pair / a->m->K;
-        DSV3_MEMCPY(a->grouped + i * d, a->u + t * d, d * sizeof *a->u);
-        DSV3_MEMCPY(a->b->dgrouped + row * d, a->dy + t * d, d * sizeof *a->dy);
-        a->gate[row] = a->s->gate[pair];
-        dsv3i_scale(a->h + i * F, a->gate[row], F);
-    }
-}
-
-/* And back: du of each token, from all its experts. */
-static void dsv3i_moe_scatter_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_moe_back *a = (const dsv3i_moe_back *)arg;
-    size_t d = a->m->d, K = a->m->K;
-    (void)worker;
-    for (size_t i = begin * K; i < end * K; i++) {
-        a->ctx->kernels.axpy(a->du + i / K * d, 1.0f, a->b->dgrouped + a->s->slot[i] * d, d);
-    }
-}
-
-/* Experts e0 .. e1-1 */
-static void dsv3i_experts_back(dsv3i_moe_back *a, size_t e0, size_t e1) {
-    const dsv3i_saved *s = a->s;
-    dsv3i_mlp_rows *mlps = a->ws->mlps;
-    size_t d = a->m->d, F = a->m->F, first = s->offset[e0], n = s->offset[e1] - first, at = first * F, count = 0;
-    if (n == 0) return;
-    a->h = dsv3i_back_hidden(a->ctx, s, at, n * F, a->ws);
-    a->first = first;
-    dsv3i_parallel(a->ctx, n, dsv3i_mul(n, 2 * d), dsv3i_moe_gather_task, a);
-    for (size_t e = e0; e < e1; e++) {
-        size_t from = s->offset[e], rows = s->offset[e + 1] - from;
-        float *dx = a->b->dgrouped + from * d;
-        if (rows == 0) continue;
-        dsv3i_mlp_rows_set(&mlps[count], &a->w->experts[e], dx, a->grouped + (from - first) * d, rows, from * F);
-        mlps[count].g = &a->g->experts[e];
-        mlps[count++].dx = dx;
-    }
-    dsv3i_mlps_back(a->ctx, mlps, count, a->gate + first, a->dgate + first, at, n * F, F, s, a->h, a->b, a->ws);
-}
-
-/* Each expert by one worker, with a part of the memory that stays in its cache. */
-static void dsv3i_experts_back_task(void *arg, size_t begin, size_t end, size_t worker) {
-    dsv3i_moe_back a = *(const dsv3i_moe_back *)arg;
-    dsv3_context alone = *a.ctx;
-    dsv3_workspace ws = *a.ws;
-    dsv3i_backward b = *a.b;
-    dsv3i_mlp_rows mlp;
-    dsv3i_back_job jobs[2];
-    size_t row = worker * a.most;
-    alone.threads = 1;
-    ws.worker += worker * ws.worker_floats;
-    ws.h += row * a.m->F;
-    ws.mlps = &mlp;
-    b.dh += row * a.m->F;
-    b.jobs = jobs;
-    a.ctx = &alone;
-    a.ws = &ws;
-    a.b = &b;
-    a.grouped += row * a.m->d;
-    for (size_t e = begin; e < end; e++) dsv3i_experts_back(&a, e, e + 1);
-}
-
-#define DSV3I_NEAR 65536u /* floats of u and dY that a worker's cache surely holds */
-
-/* Experts one by one if there are enough of them for all threads, else a few at a time: their rows stay in caches
- * from the first product to the last. */
-static void dsv3i_all_experts_back(dsv3i_moe_back *a, size_t n_routed) {
-    const size_t *offset = a->s->offset;
-    size_t d = a->m->d, E = a->m->E, threads = a->ctx->threads;
-    a->most = 0;
-    for (size_t e = 0; e < E; e++) a->most = dsv3i_max(a->most, offset[e + 1] - offset[e]);
-    if (dsv3i_mul(a->most, 2 * threads) <= n_routed) {
-        dsv3i_parallel(a->ctx, E, dsv3i_mul(n_routed, 6 * d * a->m->F), dsv3i_experts_back_task, a);
-        return;
-    }
-    for (size_t e = 0, last; e < E; e = last) {
-        for (last = e + 1; last < E && (offset[last] - offset[e]) * 2 * d < dsv3i_mul(threads, DSV3I_NEAR); last++) {
-        }
-        dsv3i_experts_back(a, e, last);
-    }
-}
-
-static void dsv3i_moe_backward(const dsv3_context *ctx, float *du, const float *dy, const float *u,
-                               const dsv3_config *c, const dsv3_layer *w, const dsv3_layer *g, const dsv3i_saved *s,
-                               size_t n, const dsv3i_backward *b, const dsv3_workspace *ws) {
-    dsv3i_dims m = dsv3i_dims_of(c);
-    size_t n_routed = n * m.K;
-    dsv3i_moe_back arg;
-    arg.ctx = ctx;
-    arg.m = &m;
-    arg.w = w;
-    arg.g = g;
-    arg.s = s;
-    arg.b = b;
-    arg.ws = ws;
-    arg.u = u;
-    arg.dy = dy;
-    arg.gate = b->dgate;
-    arg.dgate = b->r; /* in grouped order, as gate; r [n K] is free here */
-    arg.du = du;
-    arg.grouped = ws->grouped;
-    for (size_t i = 0; i < n_routed; i++) ws->pair[s->slot[i]] = i;
-    dsv3i_all_experts_back(&arg, n_routed);
-    if (m.Fs > 0) {
-        dsv3i_mlp_back(ctx, du, dy, u, &w->shared_experts, &g->shared_experts, n_routed * m.F, s, n, b, ws);
-    } else {
-        DSV3_MEMSET(du, 0, n * m.d * sizeof *du);
-    }
-    dsv3i_parallel(ctx, n, dsv3i_mul(n_routed, m.d), dsv3i_moe_scatter_task, &arg);
-    for (size_t i = 0; i < n_routed; i++) b->dgate[i] = arg.dgate[s->slot[i]];
-    dsv3i_router_back(ctx, du, u, c, w, g, s, n, b, ws);
+static void dsv3i_moe_backward(dsv3i_call *c, float *du, const float *dy, const float *u) {
+    const dsv3i_backward *b = c->b;
+    size_t chosen = c->n * c->m.K;
+    for (size_t i = 0; i < chosen; i++) c->ws->pair[c->ws->slot[i]] = i;
+    c->ctx->ops->mlps_backward(c, c->ws->mlps, dsv3i_moe_list(c, b->dgrouped, du, u, dy));
+    dsv3i_moe_combine(c, du, b->dgrouped, NULL);
+    for (size_t i = 0; i < chosen; i++) b->dgate[i] = b->r[c->ws->slot[i]];
+    dsv3i_parallel(c->ctx, c->n, dsv3i_mul(c->n, 16 * c->m.E), dsv3i_router_backward_task, c);
+    dsv3i_project_backward(c->ctx, c->ws, du, 0, &c->g->gate, b->dscore, u, &c->w->gate, c->n);
 }
 
 /* du [n, d] for dy [n, d] */
-static void dsv3i_ffn_backward(const dsv3_context *ctx, float *du, const float *dy, const float *u,
-                               const dsv3_config *c, const dsv3_layer *w, const dsv3_layer *g, const dsv3i_saved *s,
-                               size_t n, const dsv3i_backward *b, const dsv3_workspace *ws) {
-    if (w->is_moe) {
-        dsv3i_moe_backward(ctx, du, dy, u, c, w, g, s, n, b, ws);
-    } else {
-        dsv3i_mlp_back(ctx, du, dy, u, &w->mlp, &g->mlp, 0, s, n, b, ws);
-    }
+static void dsv3i_ffn_backward(dsv3i_call *c, float *du, const float *dy, const float *u) {
+    dsv3i_mlp dense = dsv3i_mlp_of(&c->w->mlp, du, u, c->n, 0);
+    dense.g = &c->g->mlp;
+    dense.dy = dy;
+    if (c->w->is_moe) dsv3i_moe_backward(c, du, dy, u);
+    if (!c->w->is_moe) c->ctx->ops->mlps_backward(c, &dense, 1);
 }
 #endif
+
+/* ---- The plain ops: the backend "reference" */
+
+static const dsv3i_ops dsv3i_plain = {
+    {dsv3i_decode_f32, dsv3i_decode_f16, dsv3i_decode_bf16, dsv3i_decode_f8_e4m3, dsv3i_decode_q8_0, dsv3i_decode_q4_0},
+    dsv3i_dot,
+    dsv3i_axpy,
+    dsv3i_exp_sum,
+    dsv3i_silu_mul,
+    dsv3i_linear,
+    dsv3i_attend,
+    dsv3i_mlps,
+#ifndef DSV3_NO_TRAINING
+    dsv3i_linear_backward,
+    dsv3i_attend_backward,
+    dsv3i_mlps_backward,
+#endif
+    NULL};
 
 /* ========================================================================================================
  * Chapter 9  >>block
@@ -5419,47 +3947,45 @@ static void dsv3i_ffn_backward(const dsv3_context *ctx, float *du, const float *
  * The residual stream x stays in float32 throughout. Test: tests/test_infer.c.
  * ==================================================================================================== */
 
-DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, const dsv3_model *model,
-                                        const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
-                                        dsv3_workspace *workspace) {
-    size_t d = (size_t)model->config.hidden_size;
-    float eps = model->config.rms_norm_eps, *u = workspace->u, *u_ffn = workspace->u_ffn, *y = workspace->y;
+static dsv3_result dsv3i_layer_forward(dsv3i_call *c, float *x) {
+    dsv3_workspace *ws = c->ws;
+    size_t n = c->n, d = c->m.d;
+    float eps = c->model->config.rms_norm_eps;
     dsv3_result result;
-    dsv3_rmsnorm(context, u, x, &weights->input_layernorm, n, d, eps);
-    dsv3_mla_forward(context, y, u, model, weights, layer, caches, n, workspace);
-    dsv3i_add_rows(context, x, y, n, d);
-    if (workspace->x_mid != NULL) dsv3i_copy_rows(context, workspace->x_mid, x, n, d);
-    dsv3_rmsnorm(context, u_ffn, x, &weights->post_attention_layernorm, n, d, eps);
-    result = dsv3_ffn_forward(context, y, u_ffn, model, weights, n, workspace);
-    dsv3i_add_rows(context, x, y, n, d);
+    dsv3_rmsnorm(c->ctx, ws->u, x, &c->w->input_layernorm, n, d, eps);
+    dsv3i_mla_forward(c, ws->y, ws->u);
+    dsv3i_add_rows(c->ctx, x, ws->y, n, d);
+    if (ws->x_mid != NULL) dsv3i_copy_rows(c->ctx, ws->x_mid, x, n, d);
+    dsv3_rmsnorm(c->ctx, ws->u_ffn, x, &c->w->post_attention_layernorm, n, d, eps);
+    result = dsv3i_ffn_forward(c, ws->y, ws->u_ffn);
+    dsv3i_add_rows(c->ctx, x, ws->y, n, d);
     return result;
 }
 
+DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, const dsv3_model *model,
+                                        const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
+                                        dsv3_workspace *workspace) {
+    dsv3i_call c = dsv3i_call_of(context, model, weights, layer, caches, n, workspace);
+    return dsv3i_layer_forward(&c, x);
+}
+
 #ifndef DSV3_NO_TRAINING
-/* dx [n, d]: from the gradient of the layer's output to that of its input. The rows' sequences and angles stand in
- * ws; q, q_latent, kv are kept (in s) or rebuilt here. */
-static void dsv3i_layer_backward(const dsv3_context *ctx, float *dx, const dsv3_model *model, const dsv3_layer *w,
-                                 const dsv3_layer *g, const dsv3i_saved *s, size_t n, const dsv3i_backward *b,
-                                 const dsv3_workspace *workspace) {
-    dsv3_workspace local = *workspace, *ws = &local;
-    dsv3i_dims m = dsv3i_dims_of(&model->config);
-    size_t d = m.d;
-    float eps = model->config.rms_norm_eps, *u;
-    u = s->u_ffn != NULL ? s->u_ffn : ws->u;
-    if (s->u_ffn == NULL) dsv3_rmsnorm(ctx, u, s->x_mid, &w->post_attention_layernorm, n, d, eps);
-    dsv3i_ffn_backward(ctx, b->du, dx, u, &model->config, w, g, s, n, b, ws);
-    dsv3_rmsnorm_backward(ctx, dx, dsv3i_grad(&g->post_attention_layernorm), b->du, s->x_mid,
-                          &w->post_attention_layernorm, n, d, eps, b->r);
-    u = s->u != NULL ? s->u : ws->u;
-    if (s->u == NULL) dsv3_rmsnorm(ctx, u, s->x_in, &w->input_layernorm, n, d, eps);
-    ws->kv_raw = s->kv_raw;
-    ws->q_raw = s->q_raw;
-    if (s->kv == NULL) dsv3i_mla_kv(ctx, &m, model, w, n, ws);
-    if (s->kv != NULL) ws->kv = s->kv;
-    dsv3i_mla_back_queries(ctx, &m, u, model, w, s, n, ws);
-    dsv3i_mla_backward(ctx, b->du, dx, u, model, w, g, s, n, b, ws);
-    dsv3_rmsnorm_backward(ctx, dx, dsv3i_grad(&g->input_layernorm), b->du, s->x_in, &w->input_layernorm, n, d, eps,
-                          b->r);
+/* dx [n, d]: from the gradient of the layer's output to that of its input. The rows' sequences and angles stand in the
+ * workspace, whose other pointers are on what the layer has kept (c->s). */
+static void dsv3i_layer_backward(dsv3i_call *c, float *dx) {
+    const dsv3i_saved *s = c->s;
+    const dsv3_layer *w = c->w, *g = c->g;
+    size_t n = c->n, d = c->m.d;
+    float eps = c->model->config.rms_norm_eps, *du = c->b->du, *u = c->ws->u_ffn;
+    if (s->u_ffn == NULL) dsv3_rmsnorm(c->ctx, u, s->x_mid, &w->post_attention_layernorm, n, d, eps);
+    dsv3i_ffn_backward(c, du, dx, u);
+    dsv3_rmsnorm_backward(c->ctx, dx, dsv3i_grad(&g->post_attention_layernorm), du, s->x_mid,
+                          &w->post_attention_layernorm, n, d, eps, c->b->r);
+    u = c->ws->u;
+    if (s->u == NULL) dsv3_rmsnorm(c->ctx, u, s->x_in, &w->input_layernorm, n, d, eps);
+    dsv3i_mla_backward(c, du, dx, u);
+    dsv3_rmsnorm_backward(c->ctx, dx, dsv3i_grad(&g->input_layernorm), du, s->x_in, &w->input_layernorm, n, d, eps,
+                          c->b->r);
 }
 #endif
 
@@ -6051,7 +4577,9 @@ DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *confi
 }
 
 /* ========================================================================================================
- * The rest of the chapter: caches, workspaces, batches, and the forward program
+ * Chapter 11  >>pass
+ *
+ * Caches, workspaces, batches, and the forward program
  *     x = embed_tokens[token];   x = layer_i(x) for i < L;   logits = lm_head RMSNorm_final(x)
  * for a batch of rows that may belong to several sequences, each with its own cache. All rows' latents of
  * a layer are stored before any row attends, so a row sees the earlier rows of its own sequence in the
@@ -6130,239 +4658,62 @@ DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from) {
     return DSV3_OK;
 }
 
-/* ---- Packing */
-
-typedef struct dsv3i_packing {
-    const dsv3_context *ctx;
-    const dsv3_tensor *w;
-    unsigned char *to;
-    dsv3i_layout l;
-} dsv3i_packing;
-
-/* Codes of Q8_0 and Q4_0, made of many terms at once, and their multipliers, block by block. */
-static void dsv3i_pack_blocks(unsigned char *to, const dsv3_tensor *w, const unsigned char *codes, const float *scale,
-                              size_t columns, size_t k) {
-    size_t bytes = dsv3i_codes_bytes(w->type, columns, DSV3_QBLOCK), lanes = columns * DSV3I_LANES;
-    size_t piece = dsv3i_piece_bytes(w->type, columns, DSV3_QBLOCK);
-    for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += piece, codes += bytes, scale += lanes) {
-        DSV3_MEMCPY(to, codes, bytes);
-        for (size_t j = 0; j < lanes; j++) {
-            uint16_t bits = dsv3_f16_from_f32(scale[j]);
-            DSV3_MEMCPY(to + bytes + 2 * j, &bits, 2);
-        }
-    }
-}
-
-static void dsv3i_pack_stretch(const dsv3i_packing *a, size_t r, size_t rows, size_t k0, size_t k) {
-    const dsv3_tensor *w = a->w;
-    size_t columns = dsv3i_blocks(rows, DSV3I_LANES), row_bytes = dsv3_row_bytes(w->type, w->cols);
-    unsigned char *to = a->to + r / DSV3I_PANEL * dsv3i_panel_bytes(w->type, DSV3I_PANEL / DSV3I_LANES, w->cols);
-    unsigned char codes[DSV3I_PANEL * DSV3I_TERMS];
-    float scale[DSV3I_TERMS / DSV3_QBLOCK * DSV3I_PANEL], one = 1.0f;
-    int blocks = dsv3_type_block(w->type) > 1;
-    to += dsv3i_panel_bytes(w->type, columns, k0);
-    a->ctx->kernels.pack[w->type](blocks ? codes : to, scale, dsv3i_row_at(w, r) + dsv3_row_bytes(w->type, k0),
-                                  row_bytes, rows, k);
-    if (blocks) dsv3i_pack_blocks(to, w, codes, scale, columns, k);
-    if (w->type != DSV3_F8_E4M3) return;
-    if (w->scale != NULL) DSV3_MEMCPY(&one, dsv3i_scale_at(w, r) + k0 / DSV3_BLOCK * sizeof one, sizeof one);
-    DSV3_MEMCPY(to + dsv3i_codes_bytes(w->type, columns, k), &one, sizeof one);
-}
-
-static void dsv3i_pack_panel(const dsv3i_packing *a, size_t p) {
-    size_t r = p * DSV3I_PANEL, rows = dsv3i_min(DSV3I_PANEL, a->w->rows - r);
-    for (size_t k0 = 0; k0 < a->w->cols; k0 += DSV3I_TERMS) {
-        dsv3i_pack_stretch(a, r, rows, k0, dsv3i_min(DSV3I_TERMS, a->w->cols - k0));
-    }
-}
-
-static void dsv3i_pack_task(void *arg, size_t begin, size_t end, size_t worker) {
-    (void)worker;
-    for (size_t p = begin; p < end; p++) dsv3i_pack_panel((const dsv3i_packing *)arg, p);
-}
-
-/* Measures w, or packs it. */
-static void dsv3i_pack_tensor(dsv3i_packing *a, dsv3_tensor *w) {
-    size_t panels = dsv3i_blocks(w->rows, DSV3I_PANEL);
-    if (w->data == NULL || w->packed || a->ctx->kernels.pack[w->type] == NULL) return;
-    a->w = w;
-    a->to = (unsigned char *)dsv3i_take(&a->l, dsv3i_packed_bytes(w), 1, 1, 1);
-    if (a->to == NULL) return;
-    dsv3i_parallel(a->ctx, panels, dsv3i_mul(w->rows, w->cols), dsv3i_pack_task, a);
-    w->data = a->to;
-    w->scale = NULL;
-    w->packed = 1;
-}
-
-static void dsv3i_pack_mlp(dsv3i_packing *a, dsv3_mlp *w) {
-    dsv3i_pack_tensor(a, &w->gate_proj);
-    dsv3i_pack_tensor(a, &w->up_proj);
-    dsv3i_pack_tensor(a, &w->down_proj);
-}
-
-/* Copies what data points to, if there is memory. */
-static const void *dsv3i_pack_copy(dsv3i_packing *a, const void *data, size_t bytes) {
-    void *to = dsv3i_take(&a->l, bytes, 1, 1, 1);
-    if (to == NULL) return data;
-    DSV3_MEMCPY(to, data, bytes);
-    return to;
-}
-
-/* Products are taken of one head's key or value rows: they must begin with a panel. The absorbed form wants rows as
- * they are; they come along, since large pages or memory that is near matter to them, too. */
-static void dsv3i_pack_kv_b(dsv3i_packing *a, dsv3_layer *w, const dsv3i_dims *m) {
-    dsv3_tensor copy = w->kv_b_proj, rows = copy;
-    if (m->dn % DSV3I_PANEL != 0 || m->dv % DSV3I_PANEL != 0 || w->kv_b_packed.data != NULL) return;
-    if (copy.data == NULL || a->ctx->kernels.pack[copy.type] == NULL) return;
-    dsv3i_pack_tensor(a, &copy);
-    rows.data = dsv3i_pack_copy(a, rows.data, dsv3i_mul(rows.rows, dsv3_row_bytes(rows.type, rows.cols)));
-    if (rows.scale != NULL) {
-        size_t blocks = dsv3i_blocks(rows.rows, DSV3_BLOCK) * dsv3i_blocks(rows.cols, DSV3_BLOCK);
-        rows.scale = dsv3i_pack_copy(a, rows.scale, blocks * sizeof(float));
-    }
-    if (!copy.packed) return; /* there is no memory: this is about the size */
-    w->kv_b_proj = rows;
-    w->kv_b_packed = copy;
-}
-
-static void dsv3i_pack_layer(dsv3i_packing *a, dsv3_layer *w, const dsv3i_dims *m) {
-    dsv3i_pack_tensor(a, &w->q_proj);
-    dsv3i_pack_tensor(a, &w->q_a_proj);
-    dsv3i_pack_tensor(a, &w->q_b_proj);
-    dsv3i_pack_tensor(a, &w->kv_a_proj_with_mqa);
-    dsv3i_pack_kv_b(a, w, m);
-    dsv3i_pack_tensor(a, &w->o_proj);
-    dsv3i_pack_tensor(a, &w->gate);
-    dsv3i_pack_mlp(a, &w->mlp);
-    for (size_t e = 0; w->is_moe && e < m->E; e++) dsv3i_pack_mlp(a, &w->experts[e]);
-    dsv3i_pack_mlp(a, &w->shared_experts);
-}
-
-static void dsv3i_pack_model(dsv3i_packing *a, dsv3_model *model) {
-    size_t layers = (size_t)model->config.num_hidden_layers + (size_t)model->n_mtp;
-    const void *head = model->lm_head.data;
-    dsv3i_dims m = dsv3i_dims_of(&model->config);
-    if (head != model->embed_tokens.data) dsv3i_pack_tensor(a, &model->lm_head);
-    for (size_t i = 0; i < layers; i++) dsv3i_pack_layer(a, &model->layers[i], &m);
-    for (size_t k = 0; k < (size_t)model->n_mtp; k++) {
-        dsv3i_pack_tensor(a, &model->mtp[k].eh_proj);
-        if (model->mtp[k].shared_head_head.data != head) {
-            dsv3i_pack_tensor(a, &model->mtp[k].shared_head_head);
-        } else if (a->l.base != NULL) {
-            model->mtp[k].shared_head_head = model->lm_head;
-        }
-    }
-}
-
-DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_model *model, size_t *bytes) {
-    dsv3i_packing a;
-    dsv3_model view;
-    if (context == NULL || model == NULL || bytes == NULL) return DSV3_ERR_ARG;
-    DSV3_MEMSET(&a, 0, sizeof a);
-    a.ctx = context;
-    view = *model; /* its tables are not written to, since there is no memory to point to */
-    dsv3i_pack_model(&a, &view);
-    *bytes = 0;
-    return a.l.used == 0 ? DSV3_OK : dsv3i_layout_size(&a.l, bytes);
-}
-
-DSV3_API dsv3_result dsv3_pack(const dsv3_context *context, dsv3_model *model, void *memory, size_t bytes) {
-    dsv3i_packing a;
-    size_t need;
-    DSV3I_TRY(dsv3_pack_size(context, model, &need));
-    if (need == 0) return DSV3_OK;
-    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
-    DSV3_MEMSET(&a, 0, sizeof a);
-    a.ctx = context;
-    a.l.base = dsv3i_layout_base(memory);
-    dsv3i_pack_model(&a, model);
-    return DSV3_OK;
-}
-
 /* ---- Workspace */
 
-static size_t dsv3i_worker_floats(const dsv3i_dims *m, size_t n) {
+/* Floats of scratch that the ops of a pass of n rows take, one after the other. */
+static size_t dsv3i_pass_floats(const dsv3i_dims *m, size_t n, size_t threads) {
     size_t cols = dsv3i_max(dsv3i_max(m->D > 0 ? 2 * m->d : m->d, m->Ho), dsv3i_max(m->rq, m->rk)); /* eh_proj: 2 d */
     size_t floats;
     cols = dsv3i_max(dsv3i_max(cols, m->I), dsv3i_max(m->F, m->Fs));
-    floats = dsv3i_max(dsv3i_panel_floats(n, cols), dsv3i_mla_scratch(m, n));
-    return dsv3i_mul(dsv3i_blocks(floats, 16), 16); /* workers on cache lines of their own */
+    floats = dsv3i_max(dsv3i_linear_floats(n, cols, threads), dsv3i_mul(threads, dsv3i_attend_floats(m)));
+    return dsv3i_max(floats, dsv3i_engine_pass_floats(m, n, threads));
 }
 
-/* Of one row: the largest input of a linear op, or inputs of ops that share a loop, rounded. */
-static size_t dsv3i_rounded_row(const dsv3i_dims *m) {
-    size_t d = dsv3i_rounded_floats(m->d), floats;
-    floats = dsv3i_max(dsv3i_rounded_floats(m->I), dsv3i_rounded_floats(m->Ho));
-    floats = dsv3i_max(floats, dsv3i_max(dsv3i_rounded_floats(m->rq), m->D > 0 ? 2 * d : d));
-    return dsv3i_max(floats, dsv3i_add(dsv3i_mul(m->K, dsv3i_mlp_rounded(m->d, m->F)), dsv3i_mlp_rounded(m->d, m->Fs)));
-}
+/* The members of dsv3_workspace, whose shapes stand at its declaration. Rows of a pass: */
+#define DSV3I_WORKSPACE_ROWS(X)                                                                                      \
+    X(int32_t, sequence, n, 1) X(int32_t, position, n, 1) X(int32_t, leader, n, 1) X(int32_t, expanded, n, 1)        \
+    X(float, cos_sin, n, m->dr) X(float, x, n, m->d) X(float, u, n, m->d) X(float, y, n, m->d)                       \
+    X(float, scratch, dsv3i_pass_floats(m, n, threads), 1) X(dsv3_cache, views, n, 1) X(int32_t, row_token, n, 1)    \
+    X(int32_t, row_sequence, n, 1) X(int32_t, row_output, n, 1) X(size_t, row_index, n, 1)                           \
+    X(uint8_t, row_mask, n, 1) X(float, row_hidden, modules, m->d) X(double, balance, threads, dsv3i_mul(2, m->E))   \
+    X(double, sequence_loss, n, 1)
+/* Never active together, and so in one place: an MTP module's input, the loss, attention, the FFN. */
+#define DSV3I_WORKSPACE_MODULE(X) X(float, concat, modules, dsv3i_mul(2, m->d))
+#define DSV3I_WORKSPACE_LOSS(X) X(float, loss, dsv3i_loss_floats(m->V, n), 1)
+#define DSV3I_WORKSPACE_ATTENTION(X)                                                                                 \
+    X(float, q_latent, n, m->rq) X(float, q, n, m->Hq) X(float, kv, n, m->width) X(float, o, n, m->Ho)               \
+    X(float, softmax, n, dsv3i_mul(2, m->H))
+#define DSV3I_WORKSPACE_FFN(X)                                                                                       \
+    X(float, score, n, m->E) X(float, bias, m->E, 1) X(float, select, threads, select) X(int32_t, idx, n, m->K)      \
+    X(float, gate, n, m->K) X(size_t, slot, n, m->K) X(size_t, pair, n, m->K) X(size_t, offset, m->E + 1, 1)         \
+    X(dsv3i_mlp, mlps, mlps, 1) X(float, grouped, n, dsv3i_mul(m->K, m->d)) X(float, h_gate, n, hidden)              \
+    X(float, h_up, n, hidden)
 
-/* An MTP module's input, attention, FFN and the loss are never active together: all four begin at the same place. */
-static void dsv3i_workspace_layout(dsv3_workspace *ws, const dsv3i_dims *m, size_t n, size_t threads,
+static void dsv3i_workspace_layout(dsv3_workspace *at, const dsv3i_dims *m, size_t n, size_t threads,
                                    dsv3i_layout *l) {
-    size_t f = sizeof(float), shared, other;
-    size_t hidden = dsv3i_max(dsv3i_add(dsv3i_mul(m->K, m->F), m->Fs), m->I);
-    size_t mlps = dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1), modules = m->D > 0 ? 1 : 0;
-    ws->rows = n;
-    ws->threads = threads;
-    ws->made_for = dsv3i_fingerprint(m);
-    ws->worker_floats = dsv3i_worker_floats(m, n);
-    ws->sequence = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
-    ws->position = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
-    ws->leader = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
-    ws->expanded = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
-    ws->cos_sin = (float *)dsv3i_take(l, f, n, m->dr, 1);
-    ws->x = (float *)dsv3i_take(l, f, n, m->d, 1);
-    ws->u = (float *)dsv3i_take(l, f, n, m->d, 1);
-    ws->y = (float *)dsv3i_take(l, f, n, m->d, 1);
-    ws->worker = (float *)dsv3i_take(l, f, threads, ws->worker_floats, 1);
-    ws->rounded = (float *)dsv3i_take(l, f, n, dsv3i_rounded_row(m), 1);
-    ws->hidden = NULL;
-    ws->views = (dsv3_cache *)dsv3i_take(l, sizeof *ws->views, n, 1, 1);
-    ws->row_token = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
-    ws->row_sequence = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
-    ws->row_output = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, 1, 1);
-    ws->row_index = (size_t *)dsv3i_take(l, sizeof(size_t), n, 1, 1);
-    ws->row_mask = (uint8_t *)dsv3i_take(l, sizeof(uint8_t), n, 1, 1);
-    ws->row_hidden = (float *)dsv3i_take(l, f, dsv3i_mul(n, modules), m->d, 1);
-    ws->balance = (double *)dsv3i_take(l, sizeof(double), threads, m->E, 2);
-    ws->sequence_loss = (double *)dsv3i_take(l, sizeof(double), n, 1, 1);
-    shared = l->used;
-    ws->concat = (float *)dsv3i_take(l, f, dsv3i_mul(n, modules), m->d, 2);
-    other = l->used;
-    l->used = shared;
-    ws->loss = (float *)dsv3i_take(l, f, dsv3i_cross_entropy_floats(m->V, n), 1, 1);
-    other = dsv3i_max(other, l->used);
-    l->used = shared;
-    ws->q_latent = (float *)dsv3i_take(l, f, n, m->rq, 1);
-    ws->q = (float *)dsv3i_take(l, f, n, m->Hq, 1);
-    ws->kv = (float *)dsv3i_take(l, f, n, m->width, 1);
-    ws->o = (float *)dsv3i_take(l, f, n, m->Ho, 1);
-    ws->softmax = (float *)dsv3i_take(l, f, n, m->H, 2);
-    ws->query = (float *)dsv3i_take(l, f, dsv3i_min(n, DSV3I_QUERIES), m->H, m->width);
-    ws->mixed = (float *)dsv3i_take(l, f, dsv3i_min(n, DSV3I_QUERIES), m->H, m->rk);
-    ws->part = (float *)dsv3i_take(l, f, dsv3i_parts(m, n, threads), dsv3i_lanes(m, n), dsv3i_part_floats(m));
-    other = dsv3i_max(other, l->used);
-    l->used = shared;
-    ws->score = (float *)dsv3i_take(l, f, n, m->E, 1);
-    ws->bias = (float *)dsv3i_take(l, f, m->E, 1, 1);
-    ws->select = (float *)dsv3i_take(l, f, threads, dsv3i_add(dsv3i_add(m->E, m->G), 1), 1);
-    ws->idx = (int32_t *)dsv3i_take(l, sizeof(int32_t), n, m->K, 1);
-    ws->gate = (float *)dsv3i_take(l, f, n, m->K, 1);
-    ws->slot = (size_t *)dsv3i_take(l, sizeof(size_t), n, m->K, 1);
-    ws->pair = (size_t *)dsv3i_take(l, sizeof(size_t), n, m->K, 1);
-    ws->offset = (size_t *)dsv3i_take(l, sizeof(size_t), dsv3i_add(m->E, 1), 1, 1);
-    ws->mlps = (struct dsv3i_mlp_rows *)dsv3i_take(l, sizeof(struct dsv3i_mlp_rows), mlps, 1, 1);
-    ws->jobs = (struct dsv3i_job *)dsv3i_take(l, sizeof(struct dsv3i_job), 2, mlps, 1);
-    ws->grouped = (float *)dsv3i_take(l, f, n, m->K, m->d);
-    ws->h_gate = (float *)dsv3i_take(l, f, n, hidden, 1);
-    ws->h_up = (float *)dsv3i_take(l, f, n, hidden, 1);
-    l->used = dsv3i_max(l->used, other);
-    ws->u_ffn = ws->u;
-    ws->kv_raw = ws->kv;
-    ws->q_raw = ws->q_latent;
-    ws->h = ws->h_gate;
-    ws->x_mid = NULL;
+    size_t hidden = dsv3i_max(dsv3i_add(dsv3i_mul(m->K, m->F), m->Fs), m->I), modules = m->D > 0 ? n : 0, from, end;
+    size_t mlps = dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1), select = dsv3i_add(dsv3i_add(m->E, m->G), 1);
+    DSV3_MEMSET(at, 0, sizeof *at);
+    at->rows = n;
+    at->threads = threads;
+    at->made_for = dsv3i_fingerprint(m);
+    DSV3I_WORKSPACE_ROWS(DSV3I_TAKE)
+    end = from = l->used;
+    DSV3I_WORKSPACE_MODULE(DSV3I_TAKE)
+    end = dsv3i_max(end, l->used);
+    l->used = from;
+    DSV3I_WORKSPACE_LOSS(DSV3I_TAKE)
+    end = dsv3i_max(end, l->used);
+    l->used = from;
+    DSV3I_WORKSPACE_ATTENTION(DSV3I_TAKE)
+    end = dsv3i_max(end, l->used);
+    l->used = from;
+    DSV3I_WORKSPACE_FFN(DSV3I_TAKE)
+    l->used = dsv3i_max(end, l->used);
+    at->u_ffn = at->u; /* pairs of which nobody wants both */
+    at->kv_raw = at->kv;
+    at->q_raw = at->q_latent;
+    at->h = at->h_gate;
 }
 
 DSV3_API dsv3_result dsv3_workspace_size(const dsv3_config *config, size_t rows, size_t threads, size_t *bytes) {
@@ -6515,15 +4866,26 @@ DSV3_API void dsv3_batch_end(dsv3_cache *caches, const dsv3_batch *batch, const 
         caches[workspace->sequence[r]].length = (size_t)workspace->position[r] + 1;
     }
 }
-
-/* ---- The pass: rows in ws->x go through a stack of layers, a norm and a head. The main model is one such stack, and
- * so is each MTP module. */
+/* ---- The pass: rows in ws->x go through a stack of layers and a norm. The main model is one such stack, and so is each
+ * MTP module. */
 
 typedef struct dsv3i_stack {
     const dsv3_layer *layers; /* [count] */
     size_t count;
     const dsv3_tensor *norm, *head;
 } dsv3i_stack;
+
+/* Depth 0: the main model; k: MTP module k. */
+static dsv3i_stack dsv3i_stack_of(const dsv3_model *model, size_t k) {
+    size_t L = (size_t)model->config.num_hidden_layers;
+    dsv3i_stack s = {model->layers, L, &model->norm, &model->lm_head};
+    if (k == 0) return s;
+    s.layers += L + k - 1;
+    s.count = 1;
+    s.norm = &model->mtp[k - 1].shared_head_norm;
+    s.head = &model->mtp[k - 1].shared_head_head;
+    return s;
+}
 
 /* The first row whose values are not all finite, or n. */
 static size_t dsv3i_first_bad_row(const float *x, size_t n, size_t d) {
@@ -6533,25 +4895,78 @@ static size_t dsv3i_first_bad_row(const float *x, size_t n, size_t d) {
     return n;
 }
 
-static dsv3_result dsv3i_stack_fail(const dsv3_model *model, const dsv3_layer *layer, size_t n,
-                                    const dsv3_workspace *ws, dsv3_result result, dsv3_error *error) {
+static dsv3_result dsv3i_layer_fail(const dsv3i_call *c, dsv3_result result, dsv3_error *error) {
     char name[32];
     if (result == DSV3_ERR_ARG) {
         return dsv3i_fail_where(error, result, "observer.choose", "chose an expert twice or out of range, in layer",
-                                layer->index);
+                                c->w->index);
     }
-    dsv3i_name_row(name, sizeof name, "row",
-                   dsv3i_first_bad_row(ws->score, n, (size_t)model->config.n_routed_experts));
-    return dsv3i_fail_where(error, result, name, "router scores are not finite in layer", layer->index);
+    dsv3i_name_row(name, sizeof name, "row", dsv3i_first_bad_row(c->ws->score, c->n, c->m.E));
+    return dsv3i_fail_where(error, result, name, "router scores are not finite in layer", c->w->index);
+}
+
+#ifndef DSV3_NO_TRAINING
+/* A workspace whose pointers are on what a layer keeps. */
+static dsv3_workspace dsv3i_keeping(const dsv3_workspace *from, const dsv3i_saved *s, int is_moe) {
+    dsv3_workspace ws = *from;
+    ws.q_raw = s->q_raw;
+    ws.kv_raw = s->kv_raw;
+    ws.o = s->o;
+    ws.softmax = s->softmax;
+    ws.x_mid = s->x_mid;
+    ws.h_gate = s->h_gate;
+    ws.h_up = s->h_up;
+    if (is_moe) {
+        ws.score = s->score;
+        ws.gate = s->gate;
+        ws.idx = s->idx;
+        ws.slot = s->slot;
+        ws.offset = s->offset;
+    }
+    if (s->u != NULL) ws.u = s->u;
+    if (s->u_ffn != NULL) ws.u_ffn = s->u_ffn;
+    if (s->q_latent != NULL) ws.q_latent = s->q_latent;
+    if (s->kv != NULL) ws.kv = s->kv;
+    if (s->q != NULL) ws.q = s->q;
+    if (s->h != NULL) ws.h = s->h;
+    return ws;
+}
+#endif
+
+/* The layers of depth k on n rows x, then the norm: ws->x, ws->u and ws->hidden. saved [L + D]: training, where each layer
+ * keeps what its backward pass needs, and caches have one layer each; else NULL. */
+static dsv3_result dsv3i_pass(const dsv3_context *ctx, const dsv3_model *model, size_t k, dsv3_cache *caches, size_t n,
+                              struct dsv3i_saved *saved, dsv3_workspace *ws, dsv3_error *error) {
+    dsv3i_stack stack = dsv3i_stack_of(model, k);
+    const dsv3_observer *o = &ctx->observer;
+    size_t d = (size_t)model->config.hidden_size;
+    for (size_t i = 0; i < stack.count; i++) {
+        const dsv3_layer *w = &stack.layers[i];
+        dsv3i_call c = dsv3i_call_of(ctx, model, w, saved == NULL ? i : 0, caches, n, ws);
+        dsv3_result result;
+#ifndef DSV3_NO_TRAINING
+        dsv3_workspace keeping;
+        if (saved != NULL) {
+            dsv3i_copy_rows(ctx, saved[w->index].x_in, ws->x, n, d);
+            keeping = dsv3i_keeping(ws, &saved[w->index], w->is_moe);
+            c.ws = &keeping;
+        }
+#endif
+        result = dsv3i_layer_forward(&c, ws->x);
+        if (result != DSV3_OK) return dsv3i_layer_fail(&c, result, error);
+        if (o->hidden != NULL) o->hidden(o->user, w->index, ws->x, n);
+    }
+    dsv3_rmsnorm(ctx, ws->u, ws->x, stack.norm, n, d, model->config.rms_norm_eps);
+    ws->hidden = model->config.mtp_hidden == DSV3_MTP_PRE_NORM ? ws->x : ws->u;
+    if (o->hidden != NULL) o->hidden(o->user, -1, ws->u, n);
+    return DSV3_OK;
 }
 
 /* NaN, infinite, or so large that the norm would make zeros of it; or the norm's gain is not finite. */
-static dsv3_result dsv3i_stack_finite(const dsv3_workspace *ws, size_t n, size_t d, dsv3_error *error) {
+static dsv3_result dsv3i_pass_finite(const dsv3_workspace *ws, size_t n, size_t d, dsv3_error *error) {
     for (size_t t = 0; t < n; t++) {
         char name[32];
-        if (dsv3i_is_finite(dsv3i_dot_ref(ws->x + t * d, ws->x + t * d, d)) && dsv3i_all_finite(ws->u + t * d, d)) {
-            continue;
-        }
+        if (dsv3i_is_finite(dsv3i_dot(ws->x + t * d, ws->x + t * d, d)) && dsv3i_all_finite(ws->u + t * d, d)) continue;
         dsv3i_name_row(name, sizeof name, "row", t);
         return dsv3i_fail_where(error, DSV3_ERR_NAN, name, "final hidden state is not finite, in sequence",
                                 ws->sequence[t]);
@@ -6560,37 +4975,27 @@ static dsv3_result dsv3i_stack_finite(const dsv3_workspace *ws, size_t n, size_t
 }
 
 /* logits [outputs, V] from the normalised rows in ws->u; the wanted ones are gathered in ws->y. */
-static dsv3_result dsv3i_stack_logits(const dsv3_context *ctx, float *logits, const dsv3_tensor *head,
-                                      const dsv3_batch *batch, dsv3_workspace *ws, dsv3_error *error) {
+static dsv3_result dsv3i_pass_logits(const dsv3_context *ctx, float *logits, const dsv3_tensor *head,
+                                     const dsv3_batch *batch, dsv3_workspace *ws, dsv3_error *error) {
     size_t d = head->cols, skipped = batch->rows - batch->outputs, bad;
-    dsv3i_job job = dsv3i_job_make(logits, ws->y, head, batch->outputs);
+    dsv3i_product p = dsv3i_product_of(logits, ws->y, head, batch->outputs);
     if (batch->outputs == 0) return DSV3_OK;
     for (size_t i = 0; i < batch->outputs; i++) {
         size_t row = batch->output != NULL ? (size_t)batch->output[i] : skipped + i;
         DSV3_MEMCPY(ws->y + i * d, ws->u + row * d, d * sizeof(float));
     }
-    dsv3i_linear_jobs(ctx, &job, 1, ws->worker, ws->worker_floats, ws->rounded);
+    ctx->ops->linear(ctx, &p, 1, ws->scratch);
     bad = dsv3i_first_bad_row(logits, batch->outputs, head->rows);
     if (bad == batch->outputs) return DSV3_OK;
     return dsv3i_fail_where(error, DSV3_ERR_NAN, "logits", "a value is not finite, in output", (int64_t)bad);
 }
 
-static dsv3_result dsv3i_stack_forward(const dsv3_context *ctx, float *logits, const dsv3_model *model,
-                                       const dsv3i_stack *stack, dsv3_cache *caches, const dsv3_batch *batch,
-                                       dsv3_workspace *ws, dsv3_error *error) {
-    size_t n = batch->rows, d = (size_t)model->config.hidden_size;
-    const dsv3_observer *observer = &ctx->observer;
-    for (size_t i = 0; i < stack->count; i++) {
-        const dsv3_layer *layer = &stack->layers[i];
-        dsv3_result result = dsv3_layer_forward(ctx, ws->x, model, layer, i, caches, n, ws);
-        if (result != DSV3_OK) return dsv3i_stack_fail(model, layer, n, ws, result, error);
-        if (observer->hidden != NULL) observer->hidden(observer->user, layer->index, ws->x, n);
-    }
-    dsv3_rmsnorm(ctx, ws->u, ws->x, stack->norm, n, d, model->config.rms_norm_eps);
-    ws->hidden = model->config.mtp_hidden == DSV3_MTP_PRE_NORM ? ws->x : ws->u;
-    if (observer->hidden != NULL) observer->hidden(observer->user, -1, ws->u, n);
-    DSV3I_TRY(dsv3i_stack_finite(ws, n, d, error));
-    DSV3I_TRY(dsv3i_stack_logits(ctx, logits, stack->head, batch, ws, error));
+/* A pass whose batch has begun and whose rows are in ws->x, to its end. */
+static dsv3_result dsv3i_forward(const dsv3_context *ctx, float *logits, const dsv3_model *model, size_t k,
+                                 dsv3_cache *caches, const dsv3_batch *batch, dsv3_workspace *ws, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_pass(ctx, model, k, caches, batch->rows, NULL, ws, error));
+    DSV3I_TRY(dsv3i_pass_finite(ws, batch->rows, (size_t)model->config.hidden_size, error));
+    DSV3I_TRY(dsv3i_pass_logits(ctx, logits, dsv3i_stack_of(model, k).head, batch, ws, error));
     dsv3_batch_end(caches, batch, ws);
     return dsv3i_ok(error);
 }
@@ -6598,19 +5003,14 @@ static dsv3_result dsv3i_stack_forward(const dsv3_context *ctx, float *logits, c
 DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, const dsv3_model *model,
                                   dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                   dsv3_workspace *workspace, dsv3_error *error) {
-    dsv3i_stack stack;
     DSV3I_TRY(dsv3_batch_begin(context, model, caches, n_caches, batch, workspace, error));
     if (logits == NULL && batch->outputs > 0) return dsv3i_fail(error, DSV3_ERR_ARG, "logits", "is NULL");
     dsv3_embed(context, workspace->x, batch->token, &model->embed_tokens, batch->rows);
-    stack.layers = model->layers;
-    stack.count = (size_t)model->config.num_hidden_layers;
-    stack.norm = &model->norm;
-    stack.head = &model->lm_head;
-    return dsv3i_stack_forward(context, logits, model, &stack, caches, batch, workspace, error);
+    return dsv3i_forward(context, logits, model, 0, caches, batch, workspace, error);
 }
 
 /* ========================================================================================================
- * Chapter 11  >>mtp
+ * Chapter 12  >>mtp
  *
  * Multi-token prediction ([R] 2.2): behind the main model stands a chain of D modules. With tokens t_0, t_1, .. and
  * h_i^0 the main model's state at position i, module k = 1 .. D computes
@@ -6651,18 +5051,17 @@ static void dsv3i_mtp_concat(const dsv3_context *ctx, const dsv3_model *model, c
 }
 
 /* ws->x [n, d] = eh_proj concat */
-static void dsv3i_mtp_input(const dsv3_context *ctx, const dsv3_model *model, const dsv3_mtp *mtp,
-                            const int32_t *token, const float *hidden, size_t n, dsv3_workspace *ws) {
-    dsv3i_job job = dsv3i_job_make(ws->x, ws->concat, &mtp->eh_proj, n);
+static void dsv3i_mtp_input(const dsv3_context *ctx, const dsv3_model *model, size_t k, const int32_t *token,
+                            const float *hidden, size_t n, dsv3_workspace *ws) {
+    const dsv3_mtp *mtp = &model->mtp[k - 1];
+    dsv3i_product p = dsv3i_product_of(ws->x, ws->concat, &mtp->eh_proj, n);
     dsv3i_mtp_concat(ctx, model, mtp, token, hidden, n, ws);
-    dsv3i_linear_jobs(ctx, &job, 1, ws->worker, ws->worker_floats, ws->rounded);
+    ctx->ops->linear(ctx, &p, 1, ws->scratch);
 }
 
 DSV3_API dsv3_result dsv3_mtp_forward(const dsv3_context *context, float *logits, const dsv3_model *model, size_t k,
                                       dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                       const float *hidden, dsv3_workspace *workspace, dsv3_error *error) {
-    dsv3i_stack stack;
-    const dsv3_mtp *mtp;
     if (model != NULL && (k < 1 || k > (size_t)model->n_mtp)) {
         return dsv3i_fail_range(error, DSV3_ERR_ARG, "k", "is not a module of this model", 1, model->n_mtp,
                                 (int64_t)k);
@@ -6670,13 +5069,8 @@ DSV3_API dsv3_result dsv3_mtp_forward(const dsv3_context *context, float *logits
     DSV3I_TRY(dsv3i_batch_begin(context, model, caches, n_caches, 1, batch, workspace, error));
     if (hidden == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "hidden", "is NULL");
     if (logits == NULL && batch->outputs > 0) return dsv3i_fail(error, DSV3_ERR_ARG, "logits", "is NULL");
-    mtp = &model->mtp[k - 1];
-    dsv3i_mtp_input(context, model, mtp, batch->token, hidden, batch->rows, workspace);
-    stack.layers = &model->layers[(size_t)model->config.num_hidden_layers + k - 1];
-    stack.count = 1;
-    stack.norm = &mtp->shared_head_norm;
-    stack.head = &mtp->shared_head_head;
-    return dsv3i_stack_forward(context, logits, model, &stack, caches, batch, workspace, error);
+    dsv3i_mtp_input(context, model, k, batch->token, hidden, batch->rows, workspace);
+    return dsv3i_forward(context, logits, model, k, caches, batch, workspace, error);
 }
 
 /* ---- The training form: all depths over whole sequences */
@@ -6799,8 +5193,9 @@ static dsv3_result dsv3i_evaluate_nll(const dsv3i_evaluation *a, const dsv3_tens
     dsv3_workspace *ws = a->ws;
     int32_t *target = ws->row_output;
     float *nll = ws->y;
+    dsv3i_loss loss = dsv3i_loss_of(&a->ctx, ws->u, head, target, n, ws->loss, ws->scratch);
     for (size_t i = 0; i < n; i++) target[i] = dsv3i_text_target(a->text, ws->row_index[i], k);
-    dsv3i_cross_entropy(&a->ctx, nll, ws->u, head, target, n, ws->loss, ws->worker, ws->worker_floats, ws->rounded);
+    dsv3i_cross_entropy(&loss, nll);
     for (size_t i = 0; i < n; i++) {
         if (!dsv3i_is_finite(nll[i])) {
             return dsv3i_fail_where(a->error, DSV3_ERR_NAN, "loss", "is not finite, of row",
@@ -7699,7 +6094,7 @@ static dsv3_result dsv3i_load_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     if (w->info.optional) return DSV3_OK;
     if (slot->data == NULL || slot->rows != w->info.rows || slot->cols != w->info.cols) return DSV3_ERR_MISMATCH;
     DSV3_MEMSET(&ctx, 0, sizeof ctx);
-    dsv3i_kernels_reference(&ctx.kernels);
+    ctx.ops = &dsv3i_plain;
     for (size_t r = 0; r < slot->rows; r++, flat->count += slot->cols) {
         dsv3i_decode_row(&ctx, flat->data + flat->count, slot, r);
     }
@@ -7791,42 +6186,23 @@ typedef struct dsv3i_depth {
 
 static void dsv3i_depth_layout(dsv3i_depth *at, const dsv3i_dims *m, size_t n, dsv3i_layout *l) {
     at->n = 0;
-    DSV3I_DEPTH(DSV3I_PLACE)
+    DSV3I_DEPTH(DSV3I_TAKE)
 }
 
 static size_t dsv3i_hidden_floats(const dsv3i_dims *m, int is_moe) {
     return is_moe ? dsv3i_add(dsv3i_mul(m->K, m->F), m->Fs) : m->I;
 }
 
-/* What a layer keeps. moe, norms, queries, swiglu: n, or 0 where the layer is dense or need not keep that. */
-#define DSV3I_SAVED(X)                                                                                               \
-    X(float, x_in, n, m->d) X(float, x_mid, n, m->d) X(float, q_raw, n, m->rq) X(float, kv_raw, n, m->width)         \
-    X(float, o, n, m->Ho) X(float, softmax, n, 2 * m->H) X(float, h_gate, n, hidden) X(float, h_up, n, hidden)       \
-    X(float, score, moe, m->E) X(float, gate, moe, m->K) X(int32_t, idx, moe, m->K)                                  \
-    X(size_t, slot, moe, m->K) X(size_t, offset, moe > 0 ? m->E + 1 : 0, 1)                                          \
-    X(float, u, norms, m->d) X(float, u_ffn, norms, m->d) X(float, q_latent, norms, m->rq)                           \
-    X(float, kv, norms, m->width) X(float, q, queries, m->Hq) X(float, h, swiglu, hidden)
-
 static void dsv3i_saved_layout(dsv3i_saved *at, const dsv3i_dims *m, size_t n, int is_moe, int32_t keep,
                                dsv3i_layout *l) {
     size_t hidden = dsv3i_hidden_floats(m, is_moe), moe = is_moe ? n : 0, norms = keep & DSV3_KEEP_NORMS ? n : 0;
     size_t queries = keep & DSV3_KEEP_UP_PROJECTIONS ? n : 0, swiglu = keep & DSV3_KEEP_SWIGLU ? n : 0;
-    DSV3I_SAVED(DSV3I_PLACE)
+    DSV3I_SAVED(DSV3I_TAKE)
 }
 
-#define DSV3I_BACKWARD(X)                                                                                            \
-    X(float, du, n, m->d) X(float, dq, n, m->Hq) X(float, keys, n, m->Hq) X(float, dkeys, n, m->Hq)                  \
-    X(float, kv_up, n, m->Hkv) X(float, dkv_up, n, m->Hkv) X(float, dout, n, m->Ho) X(float, D, n, m->H)             \
-    X(float, attention, threads, dsv3i_attention_back_floats(m)) X(float, c, n, m->rk) X(float, dc, n, m->rk)        \
-    X(float, dkv_raw, n, m->width) X(float, dq_latent, n, m->rq) X(float, dq_raw, n, m->rq)                          \
-    X(float, dh, n, hidden) X(float, dgate, n, m->K) X(float, dscore, n, m->E)                                       \
-    X(float, dgrouped, n, dsv3i_mul(m->K, m->d)) X(float, r, n, dsv3i_max(m->K, 1))                                  \
-    X(struct dsv3i_back_job, jobs, 2, dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1))
-
-static void dsv3i_backward_layout(dsv3i_backward *at, const dsv3i_dims *m, size_t n, size_t threads,
-                                  dsv3i_layout *l) {
+static void dsv3i_backward_layout(dsv3i_backward *at, const dsv3i_dims *m, size_t n, dsv3i_layout *l) {
     size_t hidden = dsv3i_max(dsv3i_hidden_floats(m, 1), m->I);
-    DSV3I_BACKWARD(DSV3I_PLACE)
+    DSV3I_BACKWARD(DSV3I_TAKE)
 }
 
 #define DSV3I_TRAINER(X)                                                                                             \
@@ -7852,7 +6228,7 @@ static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const d
     dsv3i_parameters_layout(&at->gradients, c, l);
     dsv3i_balancer_layout(&at->balancer, c, l);
     dsv3i_workspace_layout(&at->workspace, &m, n, threads, l);
-    DSV3I_TRAINER(DSV3I_PLACE)
+    DSV3I_TRAINER(DSV3I_TAKE)
     for (size_t i = 0; i < s->sequences; i++) {
         (void)dsv3i_cache_layout(exists ? &at->caches[i] : &cache, c, 1, s->longest, DSV3_F32, l);
     }
@@ -7861,7 +6237,7 @@ static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const d
         dsv3i_saved_layout(exists ? &at->saved[i] : &saved, &m, n, dsv3_config_is_moe(c, (int32_t)i), keep, l);
     }
     for (size_t k = 0; k < depths; k++) dsv3i_depth_layout(exists ? &at->depth[k] : &depth, &m, n, l);
-    dsv3i_backward_layout(exists ? at->backward : &backward, &m, n, threads, l);
+    dsv3i_backward_layout(exists ? at->backward : &backward, &m, n, l);
 }
 
 DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_training *settings, size_t threads,
@@ -7966,72 +6342,17 @@ static void dsv3i_train_keep_rows(dsv3_trainer *t, const dsv3_text *text, size_t
     DSV3_MEMCPY(v->cos_sin, ws->cos_sin, n * dr * sizeof(float));
 }
 
-/* A workspace whose pointers are on what layer keeps. */
-static dsv3_workspace dsv3i_train_workspace(const dsv3_trainer *t, const dsv3i_saved *s, int is_moe) {
-    dsv3_workspace ws = t->workspace;
-    ws.q_raw = s->q_raw;
-    ws.kv_raw = s->kv_raw;
-    ws.o = s->o;
-    ws.softmax = s->softmax;
-    ws.x_mid = s->x_mid;
-    ws.h_gate = s->h_gate;
-    ws.h_up = s->h_up;
-    if (is_moe) {
-        ws.score = s->score;
-        ws.gate = s->gate;
-        ws.idx = s->idx;
-        ws.slot = s->slot;
-        ws.offset = s->offset;
-    }
-    if (s->u != NULL) ws.u = s->u;
-    if (s->u_ffn != NULL) ws.u_ffn = s->u_ffn;
-    if (s->q_latent != NULL) ws.q_latent = s->q_latent;
-    if (s->kv != NULL) ws.kv = s->kv;
-    if (s->q != NULL) ws.q = s->q;
-    if (s->h != NULL) ws.h = s->h;
-    return ws;
-}
-
-static const dsv3_layer *dsv3i_depth_layers(const dsv3_model *model, size_t k, size_t *count) {
-    size_t L = (size_t)model->config.num_hidden_layers;
-    *count = k == 0 ? L : 1;
-    return model->layers + (k == 0 ? 0 : L + k - 1);
-}
-
-static const dsv3_tensor *dsv3i_depth_norm(const dsv3_model *model, size_t k) {
-    return k == 0 ? &model->norm : &model->mtp[k - 1].shared_head_norm;
-}
-
-static dsv3_result dsv3i_train_layers(dsv3i_evaluation *a, dsv3_trainer *t, size_t k, size_t n) {
-    const dsv3_model *model = &t->weights.model;
-    size_t count, d = (size_t)model->config.hidden_size;
-    const dsv3_layer *layers = dsv3i_depth_layers(model, k, &count);
-    float *x = t->workspace.x;
-    for (size_t i = 0; i < count; i++) {
-        dsv3i_saved *s = &t->saved[layers[i].index];
-        dsv3_workspace ws = dsv3i_train_workspace(t, s, layers[i].is_moe);
-        dsv3_result result;
-        dsv3i_copy_rows(&a->ctx, s->x_in, x, n, d);
-        result = dsv3_layer_forward(&a->ctx, x, model, &layers[i], 0, t->caches, n, &ws);
-        if (result != DSV3_OK) return dsv3i_stack_fail(model, &layers[i], n, &ws, result, a->error);
-        if (a->ctx.observer.hidden != NULL) a->ctx.observer.hidden(a->ctx.observer.user, layers[i].index, x, n);
-    }
-    return DSV3_OK;
-}
-
-/* Final norm, loss, and at once the loss's gradients: du of the depth, and the head's. */
+/* The loss of depth k, and at once its gradients: du of the depth, and the head's. */
 static dsv3_result dsv3i_train_head(dsv3i_evaluation *a, dsv3_trainer *t, size_t k) {
     const dsv3_model *model = &t->weights.model;
     dsv3_workspace *ws = &t->workspace;
     dsv3i_depth *v = &t->depth[k];
     size_t d = (size_t)model->config.hidden_size;
     float *nll = ws->y, *dhead = dsv3i_grad(&t->gradients.model.lm_head);
+    dsv3i_loss loss = dsv3i_loss_of(&a->ctx, v->u, &model->lm_head, v->target, v->n, ws->loss, ws->scratch);
     dsv3i_copy_rows(&a->ctx, v->x, ws->x, v->n, d);
-    dsv3_rmsnorm(&a->ctx, v->u, v->x, dsv3i_depth_norm(model, k), v->n, d, model->config.rms_norm_eps);
-    ws->hidden = model->config.mtp_hidden == DSV3_MTP_PRE_NORM ? v->x : v->u;
-    if (a->ctx.observer.hidden != NULL) a->ctx.observer.hidden(a->ctx.observer.user, -1, v->u, v->n);
-    dsv3i_cross_entropy(&a->ctx, nll, v->u, &model->lm_head, v->target, v->n, ws->loss, ws->worker,
-                        ws->worker_floats, ws->rounded);
+    dsv3i_copy_rows(&a->ctx, v->u, ws->u, v->n, d);
+    dsv3i_cross_entropy(&loss, nll);
     for (size_t i = 0; i < v->n; i++) {
         if (!dsv3i_is_finite(nll[i])) {
             return dsv3i_fail_where(a->error, DSV3_ERR_NAN, "loss", "is not finite, of row", (int64_t)v->row[i]);
@@ -8039,33 +6360,29 @@ static dsv3_result dsv3i_train_head(dsv3i_evaluation *a, dsv3_trainer *t, size_t
         t->losses.nll[k] += (double)nll[i];
         t->losses.targets[k] += v->target[i] != DSV3_IGNORE;
     }
-    dsv3i_cross_entropy_back(&a->ctx, v->du, 1, k > 0 && t->settings.detach_head ? NULL : dhead,
-                             (float)dsv3i_train_weight(t, k), v->u, &model->lm_head, v->target, v->n, ws->loss,
-                             ws->worker, ws->worker_floats, ws->rounded);
+    dsv3i_cross_entropy_backward(&loss, v->du, 1, k > 0 && t->settings.detach_head ? NULL : dhead,
+                                 (float)dsv3i_train_weight(t, k));
     return DSV3_OK;
 }
 
 static dsv3_result dsv3i_train_forward(dsv3i_evaluation *a, dsv3_trainer *t) {
     const dsv3_model *model = &t->weights.model;
     dsv3_workspace *ws = &t->workspace;
-    size_t n = a->text->rows, D = t->losses.depths;
+    size_t n = a->text->rows;
     dsv3_batch batch;
     DSV3_MEMSET(&batch, 0, sizeof batch);
     batch.token = ws->row_token;
     batch.sequence = ws->row_sequence;
     for (size_t i = 0; i < n; i++) ws->row_index[i] = i;
-    for (size_t k = 0; k <= D; k++) {
+    for (size_t k = 0; k <= t->losses.depths; k++) {
         t->depth[k].n = n = batch.rows = dsv3i_evaluate_gather(a, k, n);
         if (n == 0) continue;
         for (size_t s = 0; s < t->most_sequences; s++) t->caches[s].length = 0;
         DSV3I_TRY(dsv3i_batch_begin(&a->ctx, model, t->caches, t->most_sequences, 1, &batch, ws, a->error));
         dsv3i_train_keep_rows(t, a->text, k, n);
-        if (k == 0) {
-            dsv3_embed(&a->ctx, ws->x, batch.token, &model->embed_tokens, n);
-        } else {
-            dsv3i_mtp_input(&a->ctx, model, &model->mtp[k - 1], batch.token, ws->row_hidden, n, ws);
-        }
-        DSV3I_TRY(dsv3i_train_layers(a, t, k, n));
+        if (k == 0) dsv3_embed(&a->ctx, ws->x, batch.token, &model->embed_tokens, n);
+        if (k > 0) dsv3i_mtp_input(&a->ctx, model, k, batch.token, ws->row_hidden, n, ws);
+        DSV3I_TRY(dsv3i_pass(&a->ctx, model, k, t->caches, n, t->saved, ws, a->error));
         DSV3I_TRY(dsv3i_train_head(a, t, k));
     }
     return DSV3_OK;
@@ -8075,7 +6392,7 @@ static dsv3_result dsv3i_train_forward(dsv3i_evaluation *a, dsv3_trainer *t) {
 
 /* dx [n, d] of h' = eh_proj [enorm(e) ; hnorm(h)] goes to the module's parts, to the embedding, and, as carry, to the
  * states of the depth before. */
-static void dsv3i_mtp_back(const dsv3i_evaluation *a, dsv3_trainer *t, size_t k, float *carry) {
+static void dsv3i_mtp_backward(const dsv3i_evaluation *a, dsv3_trainer *t, size_t k, float *carry) {
     const dsv3_model *model = &t->weights.model;
     const dsv3_mtp *w = &model->mtp[k - 1], *g = &t->gradients.model.mtp[k - 1];
     const dsv3i_depth *v = &t->depth[k], *before = &t->depth[k - 1];
@@ -8085,53 +6402,54 @@ static void dsv3i_mtp_back(const dsv3i_evaluation *a, dsv3_trainer *t, size_t k,
     size_t e = model->config.mtp_concat == DSV3_MTP_HIDDEN_FIRST ? d : 0, h = d - e;
     const float *states = model->config.mtp_hidden == DSV3_MTP_PRE_NORM ? before->x : before->u;
     float eps = model->config.rms_norm_eps, *hidden = ws->row_hidden;
-    dsv3i_rows_arg rows = dsv3i_rows_make(&a->ctx, hidden, states, d);
+    dsv3i_rows rows = dsv3i_rows_of(&a->ctx, hidden, states, d);
     rows.at = v->from;
-    dsv3i_parallel(&a->ctx, n, dsv3i_mul(2 * n, d), dsv3i_copy_task, &rows);
+    dsv3i_rows_run(&rows, n, 2, dsv3i_copy_task);
     dsv3i_mtp_concat(&a->ctx, model, w, v->token, hidden, n, ws);
-    dsv3i_back(&a->ctx, t->dconcat, 1, &g->eh_proj, t->dx, ws->concat, &w->eh_proj, n, ws);
+    dsv3i_project_backward(&a->ctx, ws, t->dconcat, 1, &g->eh_proj, t->dx, ws->concat, &w->eh_proj, n);
     for (int half = 0; half < 2; half++) {
         const dsv3_tensor *gain = half ? &w->hnorm : &w->enorm, *dgain = half ? &g->hnorm : &g->enorm;
-        dsv3i_norm_arg norm = dsv3i_norm_make(&a->ctx, b->du, dsv3i_grad(dgain), t->dconcat + (half ? h : e),
-                                              half ? hidden : ws->y, gain, n, d, eps, b->r);
+        dsv3i_rows norm = dsv3i_norm_rows(&a->ctx, b->du, dsv3i_grad(dgain), t->dconcat + (half ? h : e),
+                                          half ? hidden : ws->y, gain, eps, b->r);
         norm.ldy = 2 * d;
-        norm.fresh = 1;
-        dsv3i_norm_back(&norm);
+        norm.beta0 = 1;
+        dsv3i_norm_backward(&norm, n);
         if (half == 0 && !t->settings.detach_head) {
-            dsv3i_embed_back(&a->ctx, dsv3i_grad(&t->gradients.model.embed_tokens), b->du, v->token, n, d);
+            dsv3i_embed_backward(&a->ctx, dsv3i_grad(&t->gradients.model.embed_tokens), b->du, v->token, n, d);
         }
     }
     if (k == 1 && t->settings.detach_trunk) return;
     rows.y = carry;
     rows.x = b->du;
-    dsv3i_parallel(&a->ctx, n, dsv3i_mul(2 * n, d), dsv3i_add_task, &rows);
+    dsv3i_rows_run(&rows, n, 2, dsv3i_add_task);
 }
 
 /* Depth k: from the head's gradient, and carry from the depth behind it, down to its input. */
-static void dsv3i_train_back(const dsv3i_evaluation *a, dsv3_trainer *t, size_t k, float *carry) {
+static void dsv3i_train_depth_backward(const dsv3i_evaluation *a, dsv3_trainer *t, size_t k, float *carry) {
     const dsv3_model *model = &t->weights.model, *grad = &t->gradients.model;
     dsv3i_depth *v = &t->depth[k];
     dsv3_workspace ws = t->workspace;
-    size_t d = (size_t)model->config.hidden_size, n = v->n, count, at;
-    const dsv3_layer *layers = dsv3i_depth_layers(model, k, &count), *g = dsv3i_depth_layers(grad, k, &count);
-    dsv3i_norm_arg norm =
-        dsv3i_norm_make(&a->ctx, t->dx, dsv3i_grad(dsv3i_depth_norm(grad, k)), v->du, v->x,
-                        dsv3i_depth_norm(model, k), n, d, model->config.rms_norm_eps, t->backward->r);
+    size_t d = (size_t)model->config.hidden_size, n = v->n;
+    dsv3i_stack stack = dsv3i_stack_of(model, k), g = dsv3i_stack_of(grad, k);
+    dsv3i_rows norm = dsv3i_norm_rows(&a->ctx, t->dx, dsv3i_grad(g.norm), v->du, v->x, stack.norm,
+                                      model->config.rms_norm_eps, t->backward->r);
     ws.cos_sin = v->cos_sin;
     ws.leader = v->leader;
     ws.row_mask = v->mask;
-    if (model->config.mtp_hidden == DSV3_MTP_PRE_NORM) {
-        dsv3i_copy_rows(&a->ctx, t->dx, carry, n, d);
-    } else {
-        dsv3i_add_rows(&a->ctx, v->du, carry, n, d);
-        norm.fresh = 1;
+    norm.beta0 = model->config.mtp_hidden == DSV3_MTP_POST_NORM;
+    if (norm.beta0) dsv3i_add_rows(&a->ctx, v->du, carry, n, d);
+    if (!norm.beta0) dsv3i_copy_rows(&a->ctx, t->dx, carry, n, d);
+    dsv3i_norm_backward(&norm, n);
+    for (size_t i = stack.count; i > 0; i--) {
+        const dsv3_layer *w = &stack.layers[i - 1];
+        dsv3_workspace keeping = dsv3i_keeping(&ws, &t->saved[w->index], w->is_moe);
+        dsv3i_call c = dsv3i_call_of(&a->ctx, model, w, 0, t->caches, n, &keeping);
+        c.g = &g.layers[i - 1];
+        c.s = &t->saved[w->index];
+        c.b = t->backward;
+        dsv3i_layer_backward(&c, t->dx);
     }
-    dsv3i_norm_back(&norm);
-    for (at = count; at > 0; at--) {
-        dsv3i_layer_backward(&a->ctx, t->dx, model, &layers[at - 1], &g[at - 1], &t->saved[layers[at - 1].index], n,
-                             t->backward, &ws);
-    }
-    if (k == 0) dsv3i_embed_back(&a->ctx, dsv3i_grad(&grad->embed_tokens), t->dx, v->token, n, d);
+    if (k == 0) dsv3i_embed_backward(&a->ctx, dsv3i_grad(&grad->embed_tokens), t->dx, v->token, n, d);
 }
 
 static void dsv3i_train_backward(const dsv3i_evaluation *a, dsv3_trainer *t) {
@@ -8142,10 +6460,10 @@ static void dsv3i_train_backward(const dsv3i_evaluation *a, dsv3_trainer *t) {
     DSV3_MEMSET(carry, 0, n * d * sizeof *carry);
     for (size_t k = t->losses.depths + 1; k > 0; k--) {
         if (t->depth[k - 1].n == 0) continue;
-        dsv3i_train_back(a, t, k - 1, carry);
+        dsv3i_train_depth_backward(a, t, k - 1, carry);
         if (k == 1) return;
         DSV3_MEMSET(next, 0, n * d * sizeof *next);
-        dsv3i_mtp_back(a, t, k - 1, next);
+        dsv3i_mtp_backward(a, t, k - 1, next);
         swap = carry;
         carry = next;
         next = swap;
@@ -8352,6 +6670,1751 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
     return dsv3i_ok(error);
 }
 #endif /* DSV3_NO_TRAINING */
+
+/* ########################################################################################################
+ * The engine: the same ops once more, made for speed. Nothing here needs to be read to understand the model.
+ * #################################################################################################### */
+#ifdef DSV3I_ENGINE
+
+/* ========================================================================================================
+ * Chapter A  >>fast
+ *
+ * What all instruction sets share: how weights are packed, how products, attention and MLPs are cut into work for threads
+ * and caches, forward and backward. Each instruction set (the chapters behind) brings a short list of kernels,
+ * dsv3i_kernels; the drivers here make the ops of the table (chapter 2) of them.
+ *
+ * What a backend promises, and tests prove against the plain ops, by name (tests/test_ops_table.c, tests/test_kernels.c).
+ * Numbers are decoded exactly. A product has one chain of additions for each output, in the order of its terms, however
+ * many rows and outputs are computed together, whether weights are packed or not; for FP8, Q8_0 and Q4_0 there is a chain
+ * for each block of terms, then one over the blocks. (Of AMX a link of the chain is the sum of 32 terms of BF16, always cut
+ * at the same places.) Between backends results differ by rounding only.
+ *
+ * How it is fast. Sums wait for their own previous term (4 cycles), so many are computed at once, as many as there are
+ * registers. A k_block of a panel stays in the first cache while rows of x pass by, and the next is fetched meanwhile. With
+ * one row there is nothing to use twice, and only reading counts: panels in two or four places are read side by side, and
+ * codes never leave registers. Rows go through an MLP in blocks that stay in a worker's cache from input to output.
+ * ==================================================================================================== */
+
+#define DSV3I_PANEL 64u
+#define DSV3I_LANES 16u
+#define DSV3I_TERMS DSV3_BLOCK /* of a k_block, that rows of x meet at once: whole scale blocks */
+#define DSV3I_FEW 4u           /* rows of x for which codes are decoded in registers; more are worth floats */
+#define DSV3I_MANY 96u         /* rows of x that meet a k_block together, at most: both stay in near caches */
+
+/* Weights as products take them: some terms of up to 64 rows, in columns of 16 rows. */
+typedef struct dsv3_panel {
+    const void *values; /* float [k, columns, 16], BF16 [k/2, columns, 16, 2] or bytes [k/4, columns, 16, 4] */
+    size_t columns;     /* of 16 rows, 1 to 4; zeros where there are no rows, and behind k */
+    const float *scale; /* [k / block, columns, 16] scales; NULL: none */
+    size_t block;       /* terms that share a scale; k if there are none */
+    size_t gap;         /* of panels of bytes: so many bytes between the values of a block and those of the next */
+    int32_t zero;       /* bytes: the code of 0, 128 or 8 */
+    size_t ahead;       /* prefetch distance: bytes from values to what will be read next; 0: nothing */
+    const void *next;   /* products of floats: what will be read next instead, ... */
+    size_t next_bytes;  /* ... and how much that is; 0: nothing */
+} dsv3_panel;
+
+/* Up to 64 queries, a block of keys and their values. */
+typedef struct dsv3_meeting {
+    const float *q;           /* [lanes, dk], ld_q floats apart */
+    const void *keys;         /* [nk, dk], ld_k numbers apart */
+    const void *values;       /* [nk, dv], ld_v numbers apart */
+    dsv3_type type;           /* of keys and values: float, or BF16 where meet takes them */
+    float *out;               /* [lanes, dv], ld_out floats apart: running weighted sums */
+    float top[64], sum[64];   /* [lanes] running maxima, and sums of exponentials */
+    int32_t seen[64];         /* [lanes] of the keys, that many are seen */
+    size_t ld_q, ld_k, ld_v, ld_out, lanes, dk, dv;
+    float scale;
+    const dsv3_context *ctx;
+    void *scratch; /* of meet: scores, and what else it needs */
+} dsv3_meeting;
+
+typedef enum dsv3_product {
+    DSV3_PRODUCT_F32 = 0,       /* float rows and panels */
+    DSV3_PRODUCT_BF16 = 1,      /* float rows, at most 4, and BF16 panels */
+    DSV3_PRODUCT_BYTES = 2,     /* float rows, at most 4, and panels of bytes */
+    DSV3_PRODUCT_FAST_BF16 = 3, /* BF16 rows and panels */
+    DSV3_PRODUCT_FAST_BYTES = 4 /* rows of bytes, and panels of bytes */
+} dsv3_product;
+
+#define DSV3_PRODUCTS 5
+
+/* What an instruction set brings beside the vectors of the table (decode, dot, axpy, exp_sum, silu_mul).
+ * tile: y[t ldy + r] = x_t . w_r, k terms each, for nx rows x_t and nw rows w_r, which lie ldx and ldw floats apart; only
+ *       for meet[0] by tile and outer (dsv3i_meet_tiles).
+ * outer: y_t += sum_j a[t at + j aj] b_j, n numbers each, for m rows y_t and, in this order, k rows b_j.
+ * round: activations x [k] for DSV3_FAST with weights of this type. As numbers: out is float [k]. For the fast
+ *       products: BF16 [k, rounded up to 4]; or, for every 32, those bytes, a float scale and an int32, -8 times
+ *       the sum of the bytes. NULL: nothing is rounded.
+ * pack: rows <= 64 of w, row_bytes apart, become a panel of codes, with scale as in dsv3_panel for Q8_0 and Q4_0.
+ * widen: from codes to values (FP8: BF16, F16: float, Q4_0: bytes; NULL: codes are values).
+ * float_panel: from values, BF16 [0] or bytes [1], to floats.
+ * product: y[t ldy + r] (+)= x_t . w_r for n rows x_t, ldx bytes apart, and `rows` rows of a panel of k terms.
+ * meet: scores of all queries with nk <= 64 keys, softmax, weighted sums. meet_begin: once before, for the same queries
+ *       (NULL: not needed). [1]: with everything rounded to BF16, for DSV3_FAST; NULL: as [0].
+ * few:  the products of n <= 4 rows, floats [0] of which k is a multiple of 4, or rounded [1], with packed panels, one
+ *       behind the other, of `rows` rows in all; NULL: by product.
+ * many: the same of more rows, which are rounded, and a multiple of 64 rows of weights.
+ * mix:  y += sum_r x[r] w_r, n numbers each, in this order, for k rows of codes as they lie, row_bytes apart; their
+ *       values are those of decode, times scale (NULL: 1), a float for every 128 of them. NULL: by decode and outer. */
+typedef struct dsv3_kernels {
+    void (*decode[DSV3_TYPES])(float *y, const void *w, size_t n);
+    float (*dot)(const float *x, const float *y, size_t n);
+    void (*axpy)(float *y, float a, const float *x, size_t n);
+    float (*exp_sum)(float *p, const float *s, float top, size_t n);
+    void (*silu_mul)(float *h, const float *a, const float *b, size_t n);
+    void (*tile)(float *y, size_t ldy, const float *x, size_t ldx, size_t nx, const float *w, size_t ldw, size_t nw,
+                 size_t k);
+    void (*outer)(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj, const float *b, size_t ldb,
+                  size_t k, size_t n);
+    void (*round[DSV3_TYPES])(void *out, const float *x, size_t k);
+    void (*pack[DSV3_TYPES])(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k);
+    void (*widen[DSV3_TYPES])(void *values, const void *panel, size_t columns, size_t k);
+    void (*float_panel[2])(float *values, const void *panel, size_t columns, size_t k, int32_t zero);
+    void (*product[DSV3_PRODUCTS])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
+                                   size_t rows, size_t k, int add);
+    void (*meet_begin[2])(dsv3_meeting *a);
+    void (*meet[2])(dsv3_meeting *a, size_t nk);
+    void (*few[2][DSV3_TYPES])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows,
+                               size_t k);
+    void (*many[DSV3_TYPES])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows,
+                             size_t k);
+    void (*mix[DSV3_TYPES])(float *y, const float *x, const void *w, size_t row_bytes, const void *scale, size_t k,
+                            size_t n);
+} dsv3_kernels;
+
+static const dsv3_kernels *dsv3i_kernels_of(const dsv3_context *ctx) { return (const dsv3_kernels *)ctx->ops->own; }
+
+/* ---- Panels: up to 64 rows of weights in columns of 16, terms interleaved, so that a SIMD register holds the same terms
+ * of 16 outputs and meets numbers of x. Each output is then a chain of additions in the order of its terms, however many
+ * rows x has, and needs no sum over lanes. A panel is cut into pieces of 128 terms, of Q8_0 and Q4_0 of a block's 32, so
+ * that what is read together lies together and one after the other:
+ *     F32 [k, columns, 16]     F16, BF16 [k/2, columns, 16, 2]     Q8_0 [k/4, columns, 16, 4] bytes, 128 added
+ *     Q4_0 [4, columns, 16, 4] bytes: terms 4 i .. 4 i + 3 in the low four bits, those 16 later in the high
+ *     E4M3 [k/4, columns, 4, 2, 4, 2]: of four rows, terms 0 and 1 of each, then terms 2 and 3 of each
+ * and, behind these codes, scales: E4M3 one float, Q8_0 and Q4_0 F16 [columns, 16]. dsv3_pack makes all panels once,
+ * in memory of the caller; else they are made on the way, 128 terms at a time, with the same bits. */
+
+/* Bytes of codes of k terms: words of four bytes for each of 16 rows. */
+static size_t dsv3i_codes_bytes(dsv3_type type, size_t columns, size_t k) {
+    size_t each = type == DSV3_Q4_0 ? 8 : type == DSV3_F32 ? 1 : type == DSV3_F16 || type == DSV3_BF16 ? 2 : 4;
+    return dsv3i_blocks(k, each) * columns * DSV3I_LANES * 4;
+}
+
+/* Terms of a piece: those that share a scale, or as many as of FP8. */
+static size_t dsv3i_piece_terms(dsv3_type type) { return dsv3_type_block(type) > 1 ? DSV3_QBLOCK : DSV3I_TERMS; }
+
+static size_t dsv3i_piece_bytes(dsv3_type type, size_t columns, size_t k) {
+    size_t scales = type == DSV3_F8_E4M3 ? 4 : dsv3_type_block(type) > 1 ? columns * DSV3I_LANES * 2 : 0;
+    return dsv3i_codes_bytes(type, columns, k) + dsv3i_blocks(scales, 64) * 64;
+}
+
+/* Bytes of k terms of a panel, from the start of a piece on. */
+static size_t dsv3i_panel_bytes(dsv3_type type, size_t columns, size_t k) {
+    size_t most = dsv3i_piece_terms(type), last = k % most;
+    size_t bytes = dsv3i_mul(k / most, dsv3i_piece_bytes(type, columns, most));
+    return last == 0 ? bytes : dsv3i_add(bytes, dsv3i_piece_bytes(type, columns, last));
+}
+
+/* Columns of the panel that begins at row r. */
+static size_t dsv3i_panel_columns(const dsv3_tensor *w, size_t r) {
+    return dsv3i_blocks(dsv3i_min(DSV3I_PANEL, w->rows - r), DSV3I_LANES);
+}
+
+/* Bytes before the panel with row r. */
+static size_t dsv3i_panel_at(const dsv3_tensor *w, size_t r) {
+    return dsv3i_mul(r / DSV3I_PANEL, dsv3i_panel_bytes(w->type, DSV3I_PANEL / DSV3I_LANES, w->cols));
+}
+
+static size_t dsv3i_packed_bytes(const dsv3_tensor *w) {
+    size_t last = dsv3i_blocks(w->rows % DSV3I_PANEL, DSV3I_LANES);
+    return dsv3i_add(dsv3i_panel_at(w, w->rows), dsv3i_panel_bytes(w->type, last, w->cols));
+}
+
+/* The piece of a packed tensor with row r and term k. */
+static const unsigned char *dsv3i_piece_at(const dsv3_tensor *w, size_t r, size_t k) {
+    size_t columns = dsv3i_panel_columns(w, r - r % DSV3I_PANEL);
+    return (const unsigned char *)w->data + dsv3i_panel_at(w, r) +
+           dsv3i_panel_bytes(w->type, columns, k - k % dsv3i_piece_terms(w->type));
+}
+
+/* One row of a packed tensor, number by number. */
+static void dsv3i_engine_decode_row(float *y, const dsv3_tensor *w, size_t row) {
+    size_t columns = dsv3i_panel_columns(w, row - row % DSV3I_PANEL), r = row % DSV3I_PANEL, lane = r % DSV3I_LANES;
+    size_t most = dsv3i_piece_terms(w->type), at = r / DSV3I_LANES * DSV3I_LANES + lane;
+    for (size_t k = 0; k < w->cols; k++) {
+        size_t i = k % most, width = columns * DSV3I_LANES;
+        const unsigned char *codes = dsv3i_piece_at(w, row, k);
+        const unsigned char *scales = codes + dsv3i_codes_bytes(w->type, columns, dsv3i_min(most, w->cols - (k - i)));
+        float one, half = dsv3_type_block(w->type) > 1 ? dsv3_f32_from_f16(dsv3i_u16(scales + 2 * r)) : 0.0f;
+        switch (w->type) {
+        case DSV3_F32: DSV3_MEMCPY(&y[k], codes + (i * width + at) * 4, sizeof y[k]); break;
+        case DSV3_F16: y[k] = dsv3_f32_from_f16(dsv3i_u16(codes + (i / 2 * width + at) * 4 + i % 2 * 2)); break;
+        case DSV3_BF16: y[k] = dsv3_f32_from_bf16(dsv3i_u16(codes + (i / 2 * width + at) * 4 + i % 2 * 2)); break;
+        case DSV3_F8_E4M3:
+            DSV3_MEMCPY(&one, scales, sizeof one);
+            codes += i / 4 * width * 4 + (at - lane) * 4 + lane / 4 * 16 + i % 4 / 2 * 8 + lane % 4 * 2 + i % 2;
+            y[k] = dsv3_f32_from_f8_e4m3(*codes) * one;
+            break;
+        case DSV3_Q8_0: y[k] = half * (float)((int)codes[(i / 4 * width + at) * 4 + i % 4] - 128); break;
+        case DSV3_Q4_0:
+            codes += (i % 16 / 4 * width + at) * 4 + i % 4;
+            y[k] = half * (float)((i < 16 ? *codes & 15 : *codes >> 4) - 8);
+        }
+    }
+}
+
+/* ---- Stretches of panels for products */
+
+#define DSV3I_STAGE (DSV3I_PANEL * DSV3I_TERMS) /* floats of a stretch */
+/* Floats of a worker's scratch for products: two stretches, and scales. */
+#define DSV3I_STAGES (2 * DSV3I_STAGE + DSV3I_STAGE / DSV3_QBLOCK)
+
+typedef enum dsv3i_form { DSV3I_FLOATS = 0, DSV3I_BF16S = 1, DSV3I_BYTES = 2 } dsv3i_form; /* of values */
+
+static dsv3i_form dsv3i_form_of(dsv3_type type) {
+    if (dsv3_type_block(type) > 1) return DSV3I_BYTES;
+    return type == DSV3_BF16 || type == DSV3_F8_E4M3 ? DSV3I_BF16S : DSV3I_FLOATS;
+}
+
+/* Rows r .. r+rows-1 of w, which do not reach the next multiple of 64, and terms k0 .. k0+k-1, 128 if there are as many. */
+typedef struct dsv3i_stretch {
+    const dsv3_tensor *w;
+    size_t r, rows, k0, k;
+} dsv3i_stretch;
+
+/* The scales of a stretch, but for those that kernels.pack writes. */
+static void dsv3i_stretch_scales(const dsv3_context *ctx, dsv3_panel *out, const dsv3i_stretch *a, float *s) {
+    const dsv3_tensor *w = a->w;
+    size_t codes = dsv3i_codes_bytes(w->type, out->columns, out->block), lanes = out->columns * DSV3I_LANES;
+    const unsigned char *at = dsv3i_scale_at(w, a->r);
+    int blocks = dsv3_type_block(w->type) > 1;
+    float one = 1.0f;
+    out->scale = NULL;
+    if (!blocks && w->type != DSV3_F8_E4M3) return;
+    out->scale = s;
+    if (w->packed) at = (const unsigned char *)out->values + codes;
+    if (blocks) {
+        for (size_t i = 0; w->packed && i < a->k; i += out->block, at += codes + out->gap, s += lanes) {
+            ctx->ops->decode[DSV3_F16](s, at, lanes);
+        }
+        return;
+    }
+    if (!w->packed && at != NULL) at += a->k0 / DSV3_BLOCK * sizeof *s;
+    if (w->packed || at != NULL) DSV3_MEMCPY(&one, at, sizeof one); /* FP8 without scales: 1, as dsv3_pack writes it */
+    for (size_t i = 0; i < lanes; i++) s[i] = one;
+}
+
+/* Codes become values, block by block, or values floats. Where there are several blocks, values are bytes. */
+static void dsv3i_stretch_widen(const dsv3_kernels *kernels, dsv3_type type, float *to, dsv3_panel *w, size_t k) {
+    const unsigned char *codes = (const unsigned char *)w->values;
+    unsigned char *values = (unsigned char *)to;
+    for (size_t i = 0; i < k; i += w->block, values += w->block * w->columns * DSV3I_LANES) {
+        kernels->widen[type](values, codes, w->columns, w->block);
+        codes += dsv3i_codes_bytes(type, w->columns, w->block) + w->gap;
+    }
+    w->values = to;
+    w->ahead = w->gap = 0;
+}
+
+static void dsv3i_stretch_floats(const dsv3_kernels *kernels, dsv3i_form form, float *to, dsv3_panel *w, size_t k) {
+    const unsigned char *values = (const unsigned char *)w->values;
+    for (size_t i = 0; i < k; i += w->block, values += w->block * w->columns * DSV3I_LANES + w->gap) {
+        kernels->float_panel[form == DSV3I_BYTES](to + i * w->columns * DSV3I_LANES, values, w->columns, w->block,
+                                                  w->zero);
+    }
+    w->values = to;
+    w->ahead = w->gap = 0;
+}
+
+/* A stretch as products take it: where it lies, or made in scratch [DSV3I_STAGES]. Returns which product. */
+static dsv3_product dsv3i_stretch_make(const dsv3_context *ctx, dsv3_panel *out, const dsv3i_stretch *a, int fast,
+                                       int few, float *scratch) {
+    const dsv3_kernels *kernels = dsv3i_kernels_of(ctx);
+    const dsv3_tensor *w = a->w;
+    dsv3i_form form = dsv3i_form_of(w->type);
+    float *stage = scratch, *other = scratch + DSV3I_STAGE, *scale = scratch + 2 * DSV3I_STAGE;
+    size_t next_bytes = w->packed ? dsv3i_panel_bytes(w->type, dsv3i_blocks(a->rows, DSV3I_LANES), a->k) : 0;
+    out->zero = w->type == DSV3_Q4_0 ? 8 : 128;
+    out->columns = dsv3i_blocks(a->rows, DSV3I_LANES);
+    out->block = dsv3i_min(dsv3i_piece_terms(w->type), a->k);
+    out->values = w->packed ? (const void *)dsv3i_piece_at(w, a->r, a->k0) : stage;
+    out->gap = 0;
+    if (w->packed && form == DSV3I_BYTES) {
+        out->gap = dsv3i_piece_bytes(w->type, out->columns, out->block) -
+                   dsv3i_codes_bytes(w->type, out->columns, out->block);
+    }
+    out->ahead = next_bytes;
+    out->next = (const unsigned char *)out->values + out->ahead;
+    out->next_bytes = 0;
+    dsv3i_stretch_scales(ctx, out, a, scale);
+    if (!w->packed) {
+        kernels->pack[w->type](stage, scale, dsv3i_row_at(w, a->r) + dsv3_row_bytes(w->type, a->k0),
+                               dsv3_row_bytes(w->type, w->cols), a->rows, a->k);
+    }
+    if (kernels->widen[w->type] != NULL) {
+        dsv3i_stretch_widen(kernels, w->type, other, out, a->k);
+        other = stage;
+    }
+    if (form == DSV3I_FLOATS) return DSV3_PRODUCT_F32;
+    if (fast) return form == DSV3I_BF16S ? DSV3_PRODUCT_FAST_BF16 : DSV3_PRODUCT_FAST_BYTES;
+    if (few) return form == DSV3I_BF16S ? DSV3_PRODUCT_BF16 : DSV3_PRODUCT_BYTES;
+    dsv3i_stretch_floats(kernels, form, other, out, a->k);
+    out->next_bytes = next_bytes;
+    return DSV3_PRODUCT_F32;
+}
+
+/* ---- Rows of x for products: as they are, or rounded (DSV3_FAST) for one type of weights */
+
+typedef struct dsv3i_input {
+    const void *x;
+    size_t stride; /* bytes */
+    int fast;      /* rounded to what fast products take */
+} dsv3i_input;
+
+static dsv3i_input dsv3i_input_floats(const float *x, size_t ldx) {
+    dsv3i_input in = {x, ldx * sizeof *x, 0};
+    return in;
+}
+
+/* Row t on. */
+static dsv3i_input dsv3i_input_at(dsv3i_input in, size_t t) {
+    in.x = (const unsigned char *)in.x + t * in.stride;
+    return in;
+}
+
+/* Are activations rounded for weights of this type? To codes, and not to floats? */
+static int dsv3i_is_rounded(const dsv3_context *ctx, dsv3_type type) {
+    return ctx->compute == DSV3_FAST && dsv3i_kernels_of(ctx)->round[type] != NULL;
+}
+
+static int dsv3i_has_fast(const dsv3_context *ctx, dsv3_type type) {
+    dsv3i_form form = dsv3i_form_of(type);
+    dsv3_product product = form == DSV3I_BF16S ? DSV3_PRODUCT_FAST_BF16 : DSV3_PRODUCT_FAST_BYTES;
+    return form != DSV3I_FLOATS && dsv3i_kernels_of(ctx)->product[product] != NULL;
+}
+
+/* Floats from one rounded row of k numbers to the next, at most. */
+static size_t dsv3i_rounded_floats(size_t k) { return dsv3i_mul(dsv3i_add(dsv3i_blocks(k, 16), 2), 16); }
+
+/* Bytes of a row of k numbers as products take it. */
+static size_t dsv3i_input_bytes(int codes, dsv3_type type, size_t k) {
+    if (!codes) return k * sizeof(float);
+    return dsv3i_form_of(type) == DSV3I_BF16S ? dsv3i_blocks(k, 4) * 8 : k / DSV3_QBLOCK * (DSV3_QBLOCK + 8);
+}
+
+/* Where rounded rows go: next to each other, but not a power of two apart, since a cache would then have room for few of
+ * them. */
+static dsv3i_input dsv3i_input_rounded(const dsv3_context *ctx, const float *out, dsv3_type type, size_t k) {
+    dsv3i_input in = dsv3i_input_floats(out, 0);
+    in.fast = dsv3i_is_rounded(ctx, type) && dsv3i_has_fast(ctx, type);
+    in.stride = dsv3i_blocks(dsv3i_input_bytes(in.fast, type, k), 64) * 64;
+    if (in.stride % 256 == 0) in.stride += 64;
+    return in;
+}
+
+/* Rows x [n, k], ldx floats apart, rounded or just copied to where `to` says. */
+static void dsv3i_input_fill(const dsv3_context *ctx, const dsv3i_input *to, const float *x, size_t ldx, dsv3_type type,
+                             size_t n, size_t k) {
+    unsigned char *out = (unsigned char *)(uintptr_t)to->x;
+    for (size_t t = 0; t < n; t++, out += to->stride) {
+        if (dsv3i_is_rounded(ctx, type)) {
+            dsv3i_kernels_of(ctx)->round[type](out, x + t * ldx, k);
+        } else {
+            DSV3_MEMCPY(out, x + t * ldx, k * sizeof *x);
+        }
+    }
+}
+
+/* Rows x [n, k], rounded into out [n, dsv3i_rounded_floats(k)] with DSV3_FAST, else as they are. */
+static dsv3i_input dsv3i_input_round(const dsv3_context *ctx, float *out, const float *x, size_t ldx, dsv3_type type,
+                                     size_t n, size_t k) {
+    dsv3i_input in;
+    if (!dsv3i_is_rounded(ctx, type)) return dsv3i_input_floats(x, ldx);
+    in = dsv3i_input_rounded(ctx, out, type, k);
+    dsv3i_input_fill(ctx, &in, x, ldx, type, n, k);
+    return in;
+}
+
+/* ---- Products of rows of x and rows of w */
+
+/* y[t ldy + (r - r0)] = x_t . row r of w for n rows x_t and rows r0 <= r < r1 of w. scratch [DSV3I_STAGES] */
+static void dsv3i_rows_near_product(const dsv3_context *ctx, float *y, size_t ldy, const dsv3i_input *in, size_t n,
+                                    const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
+    const dsv3_kernels *kernels = dsv3i_kernels_of(ctx);
+    void (*whole)(float *, size_t, const void *, size_t, size_t, const void *, size_t, size_t) =
+        n <= DSV3I_FEW ? kernels->few[in->fast][w->type] : in->fast ? kernels->many[w->type] : NULL;
+    dsv3i_stretch a = {w, 0, 0, 0, 0};
+    if (w->packed && whole != NULL && (in->fast || w->cols % 4 == 0)) {
+        size_t rows = n <= DSV3I_FEW ? r1 - r0 : (r1 - r0) / DSV3I_PANEL * DSV3I_PANEL;
+        DSV3_ASSERT(r0 % DSV3I_PANEL == 0 && (r1 % DSV3I_PANEL == 0 || r1 == w->rows));
+        whole(y, ldy, in->x, in->stride, n, dsv3i_piece_at(w, r0, 0), rows, w->cols);
+        y += rows;
+        r0 += rows;
+    }
+    for (a.r = r0; a.r < r1; a.r += a.rows) {
+        a.rows = dsv3i_min(DSV3I_PANEL - a.r % DSV3I_PANEL, r1 - a.r);
+        for (a.k0 = 0; a.k0 < w->cols; a.k0 += a.k) {
+            const unsigned char *x = (const unsigned char *)in->x + dsv3i_input_bytes(in->fast, w->type, a.k0);
+            dsv3_panel panel;
+            dsv3_product product;
+            a.k = dsv3i_min(DSV3I_TERMS, w->cols - a.k0);
+            product = dsv3i_stretch_make(ctx, &panel, &a, in->fast, n <= DSV3I_FEW, scratch);
+            kernels->product[product](y + (a.r - r0), ldy, x, in->stride, n, &panel, a.rows, a.k, a.k0 > 0);
+        }
+    }
+}
+
+/* Rows of x, of n, that meet stretches of w together: what fits near caches, or four times as many where one is to be
+ * made first, or where rows meet whole panels, which then take care of that. */
+static size_t dsv3i_rows_near(const dsv3_context *ctx, const dsv3_tensor *w, size_t n) {
+    int far = !w->packed || (dsv3i_is_rounded(ctx, w->type) && dsv3i_kernels_of(ctx)->many[w->type] != NULL);
+    size_t parts = dsv3i_blocks(n, far ? 4 * DSV3I_MANY : DSV3I_MANY);
+    return parts > 1 ? dsv3i_blocks(dsv3i_blocks(n, parts), 6) * 6 : n;
+}
+
+/* The same of any number of rows: one panel, which stays near, and all rows; or all panels. */
+static void dsv3i_rows_product(const dsv3_context *ctx, float *y, size_t ldy, const dsv3i_input *in, size_t n,
+                               const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
+    size_t many = dsv3i_rows_near(ctx, w, n);
+    for (size_t r = r0, end; r < r1; r = end) {
+        end = many < n ? dsv3i_min(r - r % DSV3I_PANEL + DSV3I_PANEL, r1) : r1;
+        for (size_t t = 0; t < n; t += many) {
+            dsv3i_input some = dsv3i_input_at(*in, t);
+            dsv3i_rows_near_product(ctx, y + t * ldy + (r - r0), ldy, &some, dsv3i_min(many, n - t), w, r, end, scratch);
+        }
+    }
+}
+
+/* y_t += sum_i x_t[i] w_i for n rows x_t, y_t and rows r0 <= i < r1 of w; scratch [DSV3I_DECODE, cols]. */
+#define DSV3I_DECODE 16u /* rows of weights that are decoded together, at most */
+
+static void dsv3i_rows_mix(const dsv3_context *ctx, float *y, size_t ldy, const float *x, size_t ldx, size_t n,
+                           const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
+    const dsv3_kernels *kernels = dsv3i_kernels_of(ctx);
+    int few = n <= DSV3I_FEW && kernels->mix[w->type] != NULL && !w->packed;
+    size_t most = n < 8 ? 4 : DSV3I_DECODE;
+    for (size_t r = r0, rows; r < r1; r += rows) {
+        rows = dsv3i_min(few ? DSV3_BLOCK - r % DSV3_BLOCK : most, r1 - r);
+        for (size_t t = 0; t < n && few; t++) {
+            kernels->mix[w->type](y + t * ldy, x + t * ldx + (r - r0), dsv3i_row_at(w, r),
+                                  dsv3_row_bytes(w->type, w->cols), dsv3i_scale_at(w, r), rows, w->cols);
+        }
+        if (few) continue;
+        for (size_t i = 0; i < rows; i++) dsv3i_decode_row(ctx, scratch + i * w->cols, w, r + i);
+        kernels->outer(y, ldy, n, x + (r - r0), ldx, 1, scratch, w->cols, rows, w->cols);
+    }
+}
+
+/* ---- Work lists: items of several jobs in one loop. Each job begins with `first`, its first item. */
+
+/* The job, from job j on, that item i belongs to. */
+static size_t dsv3i_list_at(const void *jobs, size_t size, size_t count, size_t i, size_t j) {
+    for (; j + 1 < count; j++) {
+        size_t first;
+        DSV3_MEMCPY(&first, (const unsigned char *)jobs + (j + 1) * size, sizeof first);
+        if (first > i) break;
+    }
+    return j;
+}
+
+/* ---- Linear. A job is y [n, rows] = x [n, cols] W[row .. row+rows)^T; several jobs share one parallel loop, so that small
+ * ones (the experts of a token) do not wait for each other. An item is some panels of 64 rows of weights, and some rows of
+ * x. */
+
+typedef struct dsv3i_job {
+    size_t first;
+    dsv3i_product p;
+    dsv3i_input in; /* x as the products take it */
+} dsv3i_job;
+
+static dsv3i_job dsv3i_job_of(dsv3i_product p) {
+    dsv3i_job job;
+    job.first = 0;
+    job.p = p;
+    job.in = dsv3i_input_floats(p.x, p.w->cols);
+    return job;
+}
+
+typedef struct dsv3i_linear_arg {
+    const dsv3_context *ctx;
+    const dsv3i_job *jobs;
+    size_t count;
+    float *scratch;   /* [workers, DSV3I_STAGES] */
+    size_t item, rows; /* rows of weights and of x in an item */
+} dsv3i_linear_arg;
+
+/* Items of one job that lie next to each other are done in one go. */
+static void dsv3i_jobs_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_linear_arg *a = (const dsv3i_linear_arg *)arg;
+    for (size_t i = begin, j = 0, next; i < end; i = next) {
+        const dsv3i_job *job = &a->jobs[j = dsv3i_list_at(a->jobs, sizeof *a->jobs, a->count, i, j)];
+        const dsv3i_product *p = &job->p;
+        size_t panels = dsv3i_blocks(p->rows, a->item), part = (i - job->first) / panels, t = part * a->rows;
+        size_t r = (i - job->first) % panels * a->item, last;
+        dsv3i_input some = dsv3i_input_at(job->in, t);
+        next = dsv3i_min(end, job->first + (part + 1) * panels);
+        last = dsv3i_min(r + (next - i) * a->item, p->rows);
+        dsv3i_rows_product(a->ctx, p->y + t * p->rows + r, p->rows, &some, dsv3i_min(a->rows, p->n - t), p->w, p->row + r,
+                           p->row + last, a->scratch + worker * DSV3I_STAGES);
+    }
+}
+
+/* Rounds the rows of all jobs; `first` counts rows here. */
+static void dsv3i_round_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_linear_arg *a = (const dsv3i_linear_arg *)arg;
+    (void)worker;
+    for (size_t i = begin, j = 0, next; i < end; i = next) {
+        const dsv3i_job *job = &a->jobs[j = dsv3i_list_at(a->jobs, sizeof *a->jobs, a->count, i, j)];
+        size_t t = i - job->first, k = job->p.w->cols;
+        dsv3i_input to = dsv3i_input_at(job->in, t);
+        next = j + 1 < a->count ? dsv3i_min(end, a->jobs[j + 1].first) : end;
+        dsv3i_input_fill(a->ctx, &to, job->p.x + t * k, k, job->p.w->type, next - i, k);
+    }
+}
+
+/* Many rows that lie a power of two apart are copied, for the same reason (see dsv3i_input_rounded). */
+static int dsv3i_is_copied(const dsv3i_job *job) { return job->p.n > DSV3I_FEW && job->p.w->cols % 128 == 0; }
+
+/* Do both want the same of the same rows? */
+static int dsv3i_same_input(const dsv3_context *ctx, const dsv3i_job *a, const dsv3i_job *b) {
+    const dsv3_kernels *kernels = dsv3i_kernels_of(ctx);
+    dsv3_type type = a->p.w->type, other = b->p.w->type;
+    return a->p.x == b->p.x && a->p.n == b->p.n && a->p.w->cols == b->p.w->cols && a->in.x != a->p.x &&
+           dsv3i_is_rounded(ctx, type) == dsv3i_is_rounded(ctx, other) &&
+           (ctx->compute == DSV3_EXACT || kernels->round[type] == kernels->round[other]);
+}
+
+/* rounded: room for the rows of all jobs that do not share them with the job before. */
+static void dsv3i_round_jobs(dsv3i_linear_arg *arg, dsv3i_job *jobs, float *rounded) {
+    size_t rows = 0, work = 0;
+    for (size_t j = 0; j < arg->count; j++) {
+        dsv3i_job *job = &jobs[j];
+        size_t floats = dsv3i_rounded_floats(job->p.w->cols);
+        job->first = rows;
+        if (!dsv3i_is_rounded(arg->ctx, job->p.w->type) && !dsv3i_is_copied(job)) continue;
+        if (j > 0 && dsv3i_same_input(arg->ctx, job - 1, job)) {
+            job->in = job[-1].in;
+            continue;
+        }
+        job->in = dsv3i_input_rounded(arg->ctx, rounded, job->p.w->type, job->p.w->cols);
+        rounded += job->p.n * floats;
+        rows += job->p.n;
+        work = dsv3i_add(work, dsv3i_mul(job->p.n, 4 * floats));
+    }
+    dsv3i_parallel(arg->ctx, rows, work, dsv3i_round_task, arg);
+}
+
+/* Rows of weights in an item: some panels, which are read side by side when there is one row of x, but enough
+ * items for all threads. Rows of x in it: all, or fewer, if they are many, to have eight items for each thread. */
+static void dsv3i_jobs_cut(dsv3i_linear_arg *arg) {
+    size_t panels = 0, together = 8, items = 0, n = 1, threads = arg->ctx->threads;
+    for (size_t j = 0; j < arg->count; j++) {
+        panels += dsv3i_blocks(arg->jobs[j].p.rows, DSV3I_PANEL);
+        if (arg->jobs[j].p.n > 1) together = 1;
+        n = dsv3i_max(n, arg->jobs[j].p.n);
+    }
+    together = dsv3i_min(together, panels / (2 * threads));
+    arg->item = dsv3i_max(together, 1) * DSV3I_PANEL;
+    for (size_t j = 0; j < arg->count; j++) items += dsv3i_blocks(arg->jobs[j].p.rows, arg->item);
+    arg->rows = n;
+    if (threads < 2) return;
+    n = dsv3i_blocks(n, dsv3i_blocks(8 * threads, items));
+    arg->rows = dsv3i_blocks(dsv3i_max(n, 48), 6) * 6;
+}
+
+/* All jobs in one loop. scratch [threads, DSV3I_STAGES]; rounded: as for dsv3i_round_jobs. */
+static void dsv3i_jobs_run(const dsv3_context *ctx, dsv3i_job *jobs, size_t count, float *scratch, float *rounded) {
+    dsv3i_linear_arg arg = {ctx, jobs, count, scratch, 0, 0};
+    size_t items = 0, work = 0;
+    dsv3i_jobs_cut(&arg);
+    dsv3i_round_jobs(&arg, jobs, rounded);
+    for (size_t j = 0; j < count; j++) {
+        const dsv3i_product *p = &jobs[j].p;
+        jobs[j].first = items;
+        items += dsv3i_blocks(p->rows, arg.item) * dsv3i_blocks(p->n, arg.rows);
+        work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(p->rows, p->w->cols), p->n));
+    }
+    dsv3i_parallel(ctx, items, work, dsv3i_jobs_task, &arg);
+}
+
+static void dsv3i_fast_linear(const dsv3_context *ctx, const dsv3i_product *list, size_t count, float *scratch) {
+    dsv3i_job jobs[DSV3I_PRODUCTS];
+    for (size_t j = 0; j < count; j++) jobs[j] = dsv3i_job_of(list[j]);
+    dsv3i_jobs_run(ctx, jobs, count, scratch, scratch + ctx->threads * DSV3I_STAGES);
+}
+
+static size_t dsv3i_engine_linear_floats(size_t n, size_t cols, size_t threads) {
+    size_t worker = dsv3i_max(dsv3i_mul(DSV3I_DECODE, cols), DSV3I_STAGES);
+    return dsv3i_add(dsv3i_mul(threads, worker), dsv3i_mul(n, dsv3i_rounded_floats(cols)));
+}
+
+#ifndef DSV3_NO_TRAINING
+/* ---- Backward of linear. What reads the same rows comes one after the other: they are still in a cache then. */
+
+#define DSV3I_BACK 96u /* rows of dx, or of dW, that one item works on, at most */
+
+typedef struct dsv3i_back_job {
+    size_t first, dx_first; /* its first items: of dW, and of dx */
+    dsv3i_product p;        /* y is dy */
+    float *dx, *dw;         /* [n, cols], [rows, cols]; NULL: not wanted */
+    int beta0;              /* dx is set, not added to */
+    int joint;              /* the next job, of the same shape, has no dx: its dy W goes to this one's, too */
+} dsv3i_back_job;
+
+static dsv3i_back_job dsv3i_back_job_of(float *dx, int beta0, float *dw, dsv3i_product p) {
+    dsv3i_back_job job = {0, 0, p, dx, dw, beta0, 0};
+    return job;
+}
+
+typedef struct dsv3i_back_arg {
+    const dsv3_context *ctx;
+    dsv3i_back_job *jobs;
+    size_t count, item; /* item: rows of dx, or of dW */
+    float *scratch;     /* [workers, floats]: DSV3I_DECODE rows of W */
+    size_t floats;
+} dsv3i_back_arg;
+
+/* Can products read rows of w as they lie? */
+static int dsv3i_is_direct(const dsv3_tensor *w) {
+    return w->type == DSV3_F32 && !w->packed && (uintptr_t)w->data % sizeof(float) == 0;
+}
+
+/* dx [rows from t0 to t1-1]: each row of W is decoded once for all of them. */
+static void dsv3i_back_dx(const dsv3_context *ctx, float *dx, const dsv3i_product *p, size_t t0, size_t t1, float *rows) {
+    size_t cols = p->w->cols, most = p->n < 8 ? 4 : DSV3I_DECODE;
+    int direct = dsv3i_is_direct(p->w);
+    for (size_t r = 0, end; r < p->rows; r = end) {
+        const float *from = rows;
+        end = direct ? p->rows : dsv3i_min(r + most, p->rows);
+        if (direct) from = (const float *)(const void *)dsv3i_row_at(p->w, p->row);
+        for (size_t i = r; !direct && i < end; i++) dsv3i_decode_row(ctx, rows + (i - r) * cols, p->w, p->row + i);
+        dsv3i_kernels_of(ctx)->outer(dx + t0 * cols, cols, t1 - t0, p->y + t0 * p->rows + r, p->rows, 1, from, cols,
+                                     end - r, cols);
+    }
+}
+
+static void dsv3i_back_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_back_arg *a = (const dsv3i_back_arg *)arg;
+    float *rows = a->scratch + worker * a->floats;
+    for (size_t i = begin, j = 0; i < end; i++) {
+        const dsv3i_back_job *job = &a->jobs[j = dsv3i_list_at(a->jobs, sizeof *a->jobs, a->count, i, j)];
+        const dsv3i_product *p = &job->p;
+        size_t d = p->w->cols, from = (i - (i < job->dx_first ? job->first : job->dx_first)) * a->item;
+        size_t last = dsv3i_min(from + a->item, i < job->dx_first ? p->rows : p->n);
+        if (i < job->dx_first) {
+            dsv3i_kernels_of(a->ctx)->outer(job->dw + from * d, d, last - from, p->y + from, 1, p->rows, p->x, d, p->n, d);
+            continue;
+        }
+        if (job->beta0) DSV3_MEMSET(job->dx + from * d, 0, (last - from) * d * sizeof *job->dx);
+        dsv3i_back_dx(a->ctx, job->dx, p, from, last, rows);
+        if (job->joint) dsv3i_back_dx(a->ctx, job->dx, &job[1].p, from, last, rows);
+    }
+}
+
+/* Items of all jobs. Those of dW come first: they are the longest, and the loop's end would wait for them. */
+static size_t dsv3i_back_items(const dsv3i_back_arg *a) {
+    size_t items = 0;
+    for (size_t j = 0; j < a->count; j++) {
+        dsv3i_back_job *job = &a->jobs[j];
+        job->first = items;
+        if (job->dw != NULL && job->p.n > 0) items += dsv3i_blocks(job->p.rows, a->item);
+        job->dx_first = items;
+        if (job->dx != NULL) items += dsv3i_blocks(job->p.n, a->item);
+    }
+    return items;
+}
+
+/* All jobs in one loop. Jobs must not share outputs, nor read what others write. scratch [threads, floats] */
+static void dsv3i_back_run(const dsv3_context *ctx, dsv3i_back_job *jobs, size_t count, float *scratch, size_t floats) {
+    dsv3i_back_arg arg = {ctx, jobs, count, DSV3I_BACK, scratch, floats};
+    size_t work = 0, items = dsv3i_back_items(&arg);
+    for (size_t j = 0; j < count; j++) {
+        const dsv3i_product *p = &jobs[j].p;
+        DSV3_ASSERT(floats >= (p->n < 8 ? 4 : DSV3I_DECODE) * p->w->cols);
+        work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(p->rows, p->w->cols), p->n));
+    }
+    while (arg.item > 12 && ctx->threads > 1 && items < 8 * ctx->threads) { /* enough items for all threads */
+        arg.item /= 2;
+        items = dsv3i_back_items(&arg);
+    }
+    dsv3i_parallel(ctx, items, work, dsv3i_back_task, &arg);
+}
+
+static void dsv3i_fast_linear_backward(const dsv3_context *ctx, float *dx, int beta0, float *dw, const dsv3i_product *p,
+                                       float *scratch) {
+    dsv3i_back_job job = dsv3i_back_job_of(dx, beta0, dw, *p);
+    dsv3i_back_run(ctx, &job, 1, scratch, DSV3I_DECODE * p->w->cols);
+}
+#endif
+
+/* ---- Attention. Keys come in blocks of up to 64, which up to 64 queries meet together (an attention tile).
+ *
+ * Segments. In the absorbed form all heads share their keys, and a token that is decoded behind a long past has more
+ * keys than heads to give to threads: the past is cut at fixed positions into segments, whose (m, l, o) are built up
+ * independently. Two of them join as a block does: with M the larger of m and m',
+ *     l'' = l exp(m - M) + l' exp(m' - M)      o'' = o exp(m - M) + o' exp(m' - M)
+ * in the order of their positions, whoever computed them. */
+
+#define DSV3I_TILE_KEYS 64u /* keys per block */
+#ifndef DSV3I_SEGMENT
+#define DSV3I_SEGMENT 256u /* keys per segment, DSV3I_TILE_KEYS times a whole number */
+#endif
+#if DSV3I_SEGMENT % DSV3I_TILE_KEYS != 0
+#error "a segment is whole blocks of keys"
+#endif
+#define DSV3I_QUERIES 8u  /* rows of a window: they share decoded rows of kv_b_proj in the absorbed form */
+#define DSV3I_EXPAND 128u /* keys expanded together, DSV3I_TILE_KEYS times a whole number */
+
+/* A window of rows goes through three loops: the queries of each head; groups of queries meet segments of their cache; the
+ * sums of segments join, in their order, and UV is applied. */
+typedef struct dsv3i_attention {
+    const dsv3i_call *c;
+    const dsv3_tensor *kv_up;  /* kv_b_proj, or its packed copy, for products with its rows */
+    float *query, *mean;       /* [window, H, rk+dr], [window, H, rk] */
+    float *part;               /* [groups x segments, lanes, part_floats] sums over segments */
+    float *worker;             /* [threads, worker_floats] */
+    size_t lanes, part_floats; /* of queries in a group, at most; of a query's sums: [rk], maximum, sum of exponentials */
+    size_t tile_floats, worker_floats;
+    size_t t0, t1;         /* rows of the window; those with the expanded form are passed over */
+    size_t groups;         /* of queries */
+    size_t segment, count; /* segments [segment, segment + count) of each are dealt with, */
+    size_t segments;       /* of so many, at most */
+} dsv3i_attention;
+
+/* Groups of queries times segments that are worked on at once, at most: no fewer than there are groups in a window, and
+ * enough for all threads when there is one. */
+static size_t dsv3i_parts(const dsv3i_dims *m, size_t n, size_t threads) {
+    size_t rows = dsv3i_min(n, DSV3I_QUERIES), groups = dsv3i_add(dsv3i_blocks(dsv3i_mul(rows, m->H), 64), rows - 1);
+    return dsv3i_max(groups, threads > 1 ? dsv3i_mul(8, threads) : 1);
+}
+
+/* Floats for products with kv_b_proj: decoded rows or stretches, and rounded rows. */
+static size_t dsv3i_up_floats(const dsv3i_dims *m) {
+    size_t rows = dsv3i_max(dsv3i_mul(DSV3I_DECODE, m->rk), DSV3I_STAGES);
+    return dsv3i_add(rows, dsv3i_mul(DSV3I_EXPAND, dsv3i_rounded_floats(m->rk)));
+}
+
+/* Of calls of n rows: sizes, and places. A worker has room for products with kv_b_proj, a tile, decoded latents, and
+ * expanded keys and values; a tile for queries as a panel, scores of whole columns, keys rounded and, in the other half of
+ * their place, values. */
+static void dsv3i_attention_layout(dsv3i_attention *at, const dsv3i_dims *m, size_t n, size_t threads, dsv3i_layout *l) {
+    size_t window = dsv3i_min(n, DSV3I_QUERIES), wide, dk, expanded = dsv3i_add(m->width, dsv3i_add(m->qk, m->dv));
+    at->lanes = dsv3i_min(64, dsv3i_max(n, dsv3i_mul(window, m->H)));
+    at->part_floats = dsv3i_mul(dsv3i_blocks(dsv3i_add(m->rk, 2), DSV3I_LANES), DSV3I_LANES);
+    wide = dsv3i_blocks(dsv3i_max(m->rk, m->dv), DSV3I_LANES) * DSV3I_LANES;
+    dk = dsv3i_add(dsv3i_max(dsv3i_max(m->width, m->qk), wide), 4);
+    wide = dsv3i_blocks(at->lanes, DSV3I_LANES) * DSV3I_LANES;
+    at->tile_floats = dsv3i_add(dsv3i_mul(wide, dsv3i_add(dk, DSV3I_TILE_KEYS)), dsv3i_mul(DSV3I_TILE_KEYS, dk));
+    at->worker_floats = dsv3i_add(dsv3i_up_floats(m), dsv3i_add(at->tile_floats, dsv3i_mul(DSV3I_EXPAND, expanded)));
+    at->worker_floats = dsv3i_mul(dsv3i_blocks(at->worker_floats, 16), 16); /* on cache lines of their own */
+    at->query = (float *)dsv3i_take(l, sizeof(float), window, m->H, m->width);
+    at->mean = (float *)dsv3i_take(l, sizeof(float), window, m->H, m->rk);
+    at->part = (float *)dsv3i_take(l, sizeof(float), dsv3i_parts(m, n, threads), at->lanes, at->part_floats);
+    at->worker = (float *)dsv3i_take(l, sizeof(float), threads, at->worker_floats, 1);
+}
+
+/* ---- Attention tiles */
+
+/* The kernels' meet that applies. */
+static int dsv3i_meet_kind(const dsv3_context *ctx) {
+    return ctx->compute == DSV3_FAST && dsv3i_kernels_of(ctx)->meet[1] != NULL;
+}
+
+/* Scores p [nk] of query i become weights, 0 for keys it does not see; what its sums hold is rescaled to the new
+ * maximum. */
+static void dsv3i_meet_weights(dsv3_meeting *a, size_t i, float *p, size_t nk) {
+    size_t seen = (size_t)a->seen[i];
+    float top = a->top[i], rescale, *out = a->out + i * a->ld_out;
+    for (size_t j = 0; j < nk; j++) {
+        p[j] = j < seen ? p[j] * a->scale : 0.0f;
+        if (j < seen && p[j] > top) top = p[j];
+    }
+    rescale = DSV3_EXPF(a->top[i] - top);
+    a->top[i] = top;
+    a->sum[i] = a->sum[i] * rescale + a->ctx->ops->exp_sum(p, p, top, seen);
+    for (size_t j = 0; j < a->dv; j++) out[j] *= rescale;
+}
+
+/* Of an instruction set that has tile and outer, and no more. */
+static void dsv3i_meet_tiles(dsv3_meeting *a, size_t nk) {
+    const float *keys = (const float *)a->keys, *values = (const float *)a->values;
+    float *p = (float *)a->scratch;
+    dsv3i_kernels_of(a->ctx)->tile(p, nk, a->q, a->ld_q, a->lanes, keys, a->ld_k, nk, a->dk);
+    for (size_t i = 0; i < a->lanes; i++) dsv3i_meet_weights(a, i, p + i * nk, nk);
+    dsv3i_kernels_of(a->ctx)->outer(a->out, a->ld_out, a->lanes, p, nk, 1, values, a->ld_v, nk, a->dv);
+}
+
+/* Queries are ready: rows of dk numbers, state and sums are set. */
+static void dsv3i_meet_begin(dsv3_meeting *a) {
+    const dsv3_kernels *kernels = dsv3i_kernels_of(a->ctx);
+    int kind = dsv3i_meet_kind(a->ctx);
+    if (kernels->meet_begin[kind] != NULL) kernels->meet_begin[kind](a);
+}
+
+/* Are there keys, of nk, that a query does not see and whose values are not finite? */
+static int dsv3i_meet_hides(const dsv3_meeting *a, size_t nk) {
+    size_t least = nk;
+    for (size_t i = 0; i < a->lanes; i++) least = dsv3i_min(least, (size_t)a->seen[i]);
+    for (; least < nk; least++) {
+        for (size_t i = 0; i < a->dv; i += 64) {
+            size_t at = least * a->ld_v + i, n = dsv3i_min(64, a->dv - i);
+            float v[64];
+            a->ctx->ops->decode[a->type](v, (const unsigned char *)a->values + at * dsv3_type_bytes(a->type), n);
+            if (!dsv3i_is_finite(a->ctx->ops->dot(v, v, n))) return 1;
+        }
+    }
+    return 0;
+}
+
+/* Query i is one whose sums so far are `state` and which sees `seen` keys. Unused ones repeat the last. */
+static void dsv3i_meet_query(dsv3_meeting *a, size_t i, const float state[2]) {
+    a->top[i] = state[0];
+    a->sum[i] = state[1];
+}
+
+/* A block of keys. What a query does not see must not matter to it, not even as 0 times infinity: then each query meets
+ * what it sees alone. */
+static void dsv3i_meet(dsv3_meeting *a, size_t nk) {
+    const dsv3_kernels *kernels = dsv3i_kernels_of(a->ctx);
+    int kind = dsv3i_meet_kind(a->ctx);
+    if (!dsv3i_meet_hides(a, nk)) {
+        kernels->meet[kind](a, nk);
+        return;
+    }
+    for (size_t i = 0; i < a->lanes; i++) {
+        dsv3_meeting one = *a;
+        one.lanes = 1;
+        one.q = a->q + i * a->ld_q;
+        one.out = a->out + i * a->ld_out;
+        for (size_t j = 0; j < 64; j++) {
+            one.top[j] = a->top[i];
+            one.sum[j] = a->sum[i];
+            one.seen[j] = a->seen[i];
+        }
+        dsv3i_meet_begin(&one);
+        if (a->seen[i] > 0) kernels->meet[kind](&one, (size_t)a->seen[i]);
+        a->top[i] = one.top[0];
+        a->sum[i] = one.sum[0];
+    }
+    dsv3i_meet_begin(a);
+}
+
+/* How many of nk keys from position b on does the row of a batch see? */
+static int32_t dsv3i_seen(const dsv3_workspace *ws, size_t row, size_t b, size_t nk) {
+    size_t position = (size_t)ws->position[row];
+    return position < b ? 0 : (int32_t)dsv3i_min(nk, position - b + 1);
+}
+
+/* ---- Absorbed form */
+
+/* Up to 64 queries (rows, then heads) of one sequence. */
+typedef struct dsv3i_group {
+    size_t t;            /* a row of theirs */
+    size_t first, lanes; /* among the queries of the window */
+    size_t last;         /* position that one of them still sees */
+} dsv3i_group;
+
+/* The end of the rows from t on that belong to its sequence. */
+static size_t dsv3i_window_end(const dsv3i_attention *b, size_t t) {
+    const int32_t *leader = b->c->ws->leader;
+    size_t end = t + 1;
+    while (end < b->t1 && leader[end] == leader[t]) end++;
+    return end;
+}
+
+/* Group g; 0: there are not so many. */
+static int dsv3i_group_at(const dsv3i_attention *b, size_t g, dsv3i_group *group) {
+    const dsv3_workspace *ws = b->c->ws;
+    size_t H = b->c->m.H;
+    for (size_t t = b->t0, end, groups; t < b->t1; t = end, g -= groups) {
+        end = dsv3i_window_end(b, t);
+        groups = ws->expanded[t] ? 0 : dsv3i_blocks((end - t) * H, 64);
+        if (g >= groups) continue;
+        group->t = t;
+        group->first = (t - b->t0) * H + 64 * g;
+        group->lanes = dsv3i_min(64, (end - t) * H - 64 * g);
+        group->last = (size_t)ws->position[b->t0 + (group->first + group->lanes - 1) / H];
+        return 1;
+    }
+    return 0;
+}
+
+/* The sums of row t, head h over segment b->segment + s. */
+static float *dsv3i_part_of(const dsv3i_attention *b, size_t t, size_t h, size_t s) {
+    size_t g = 0, H = b->c->m.H;
+    for (size_t r = b->t0, end, query; r < b->t1; r = end) {
+        end = dsv3i_window_end(b, r);
+        query = (t - r) * H + h; /* of those of this sequence */
+        if (t < end) return b->part + (((g + query / 64) * b->count + s) * b->lanes + query % 64) * b->part_floats;
+        if (!b->c->ws->expanded[r]) g += dsv3i_blocks((end - r) * H, 64);
+    }
+    return NULL;
+}
+
+/* The next rows from t on of the absorbed form: *n of them, from the row that is returned on; t1 if there are none. */
+static size_t dsv3i_window_rows(const dsv3i_attention *b, size_t t, size_t *n) {
+    const int32_t *expanded = b->c->ws->expanded;
+    while (t < b->t1 && expanded[t]) t++;
+    for (*n = 0; t + *n < b->t1 && !expanded[t + *n];) ++*n;
+    return t;
+}
+
+/* Item = a head: its queries, UK^T qn with the rotated parts behind, and sums to begin with. */
+static void dsv3i_absorb_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_attention *b = (const dsv3i_attention *)arg;
+    const dsv3i_dims *m = &b->c->m;
+    const dsv3_workspace *ws = b->c->ws;
+    for (size_t h = begin, rows; h < end; h++) {
+        for (size_t t = dsv3i_window_rows(b, b->t0, &rows); t < b->t1; t = dsv3i_window_rows(b, t + rows, &rows)) {
+            const float *q = ws->q + t * m->Hq + h * m->qk;
+            float *query = b->query + ((t - b->t0) * m->H + h) * m->width;
+            for (size_t i = 0; i < rows; i++) {
+                float *to = query + i * m->H * m->width;
+                DSV3_MEMSET(to, 0, m->rk * sizeof *to);
+                DSV3_MEMCPY(to + m->rk, q + i * m->Hq + m->dn, m->dr * sizeof *to);
+                dsv3i_attend_begin(b->mean + ((t + i - b->t0) * m->H + h) * m->rk,
+                                   ws->softmax + ((t + i) * m->H + h) * 2, m->rk);
+            }
+            dsv3i_rows_mix(b->c->ctx, query, m->H * m->width, q, m->Hq, rows, &b->c->w->kv_b_proj, h * m->kv,
+                           h * m->kv + m->dn, b->worker + worker * b->worker_floats);
+        }
+    }
+}
+
+/* Queries of a group meet the keys of positions [begin, end); part [lanes, part_floats]. */
+static void dsv3i_segment_meet(const dsv3i_attention *b, const dsv3i_group *group, size_t begin, size_t end, float *part,
+                               float *scratch) {
+    const dsv3i_call *c = b->c;
+    const dsv3i_dims *m = &c->m;
+    const dsv3_cache *cache = &c->caches[c->ws->sequence[group->t]];
+    int raw = dsv3i_meet_kind(c->ctx) == 1 && cache->type == DSV3_BF16 && m->width % 2 == 0;
+    dsv3_meeting with;
+    with.ctx = c->ctx;
+    with.scratch = scratch;
+    with.lanes = group->lanes;
+    with.q = b->query + group->first * m->width;
+    with.out = part;
+    with.ld_q = with.ld_k = with.ld_v = with.dk = m->width;
+    with.ld_out = b->part_floats;
+    with.dv = m->rk;
+    with.scale = c->model->softmax_scale;
+    with.type = raw ? DSV3_BF16 : DSV3_F32;
+    for (size_t i = 0; i < 64; i++) {
+        float state[2];
+        dsv3i_attend_begin(part + i * b->part_floats, state, i < with.lanes ? m->rk : 0);
+        dsv3i_meet_query(&with, i, state);
+    }
+    dsv3i_meet_begin(&with);
+    for (size_t at = begin, nk; at < end; at += nk) {
+        nk = dsv3i_min(DSV3I_TILE_KEYS, end - at);
+        for (size_t i = 0; i < 64; i++) {
+            size_t query = group->first + dsv3i_min(i, with.lanes - 1);
+            with.seen[i] = dsv3i_seen(c->ws, b->t0 + query / m->H, at, nk);
+        }
+        with.keys = with.values = raw ? (const void *)dsv3i_cache_at(cache, c->layer, at)
+                                      : dsv3i_cache_load(c->ctx, cache, c->layer, at, nk, scratch + b->tile_floats);
+        dsv3i_meet(&with, nk);
+    }
+    for (size_t i = 0; i < with.lanes; i++) {
+        part[i * b->part_floats + m->rk] = with.top[i];
+        part[i * b->part_floats + m->rk + 1] = with.sum[i];
+    }
+}
+
+/* Item = a group and one of the segments. */
+static void dsv3i_segment_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_attention *b = (const dsv3i_attention *)arg;
+    for (size_t i = begin; i < end; i++) {
+        size_t from = (b->segment + i % b->count) * DSV3I_SEGMENT;
+        dsv3i_group group;
+        if (!dsv3i_group_at(b, i / b->count, &group)) return;
+        dsv3i_segment_meet(b, &group, from, dsv3i_min(from + DSV3I_SEGMENT, group.last + 1),
+                           b->part + i * b->lanes * b->part_floats, b->worker + worker * b->worker_floats);
+    }
+}
+
+/* Sums over one more segment join those so far: both are scaled to the larger maximum. */
+static void dsv3i_part_join(const dsv3_context *ctx, float *mean, float state[2], const float *part, size_t rk) {
+    float top = part[rk] > state[0] ? part[rk] : state[0];
+    float now = DSV3_EXPF(state[0] - top), add = DSV3_EXPF(part[rk] - top);
+    if (part[rk + 1] <= 0.0f) return; /* it saw none */
+    if (now < 1.0f) dsv3i_scale(mean, now, rk);
+    ctx->ops->axpy(mean, add, part, rk);
+    state[0] = top;
+    state[1] = state[1] * now + part[rk + 1] * add;
+}
+
+/* o = UV m for head h of rows [t, t + n), whose sums m are complete. */
+static void dsv3i_absorbed_up(const dsv3i_attention *b, size_t t, size_t n, size_t h, float *scratch) {
+    const dsv3i_call *c = b->c;
+    const dsv3i_dims *m = &c->m;
+    float *mean = b->mean + ((t - b->t0) * m->H + h) * m->rk;
+    dsv3i_input in;
+    for (size_t i = 0; i < n; i++) {
+        dsv3i_attend_end(mean + i * m->H * m->rk, c->ws->softmax + ((t + i) * m->H + h) * 2, m->rk);
+    }
+    in = dsv3i_input_round(c->ctx, scratch + dsv3i_max(DSV3I_DECODE * m->rk, DSV3I_STAGES), mean, m->H * m->rk,
+                           c->w->kv_b_proj.type, n, m->rk);
+    dsv3i_rows_product(c->ctx, c->ws->o + t * m->Ho + h * m->dv, m->Ho, &in, n, b->kv_up, h * m->kv + m->dn,
+                       (h + 1) * m->kv, scratch);
+}
+
+/* Item = a head: segments join, and after the last one UV is applied. */
+static void dsv3i_join_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_attention *b = (const dsv3i_attention *)arg;
+    const dsv3i_dims *m = &b->c->m;
+    for (size_t h = begin, rows; h < end; h++) {
+        for (size_t t = dsv3i_window_rows(b, b->t0, &rows); t < b->t1; t = dsv3i_window_rows(b, t + rows, &rows)) {
+            for (size_t i = t; i < t + rows; i++) {
+                float *mean = b->mean + ((i - b->t0) * m->H + h) * m->rk, *state = b->c->ws->softmax + (i * m->H + h) * 2;
+                for (size_t s = 0; s < b->count; s++) {
+                    dsv3i_part_join(b->c->ctx, mean, state, dsv3i_part_of(b, i, h, s), m->rk);
+                }
+            }
+            if (b->segment + b->count < b->segments) continue;
+            dsv3i_absorbed_up(b, t, rows, h, b->worker + worker * b->worker_floats);
+        }
+    }
+}
+
+/* Rows [t0, t1). */
+static void dsv3i_absorbed_window(dsv3i_attention *b, size_t t0, size_t t1) {
+    const dsv3i_call *c = b->c;
+    const dsv3i_dims *m = &c->m;
+    size_t last = 0, heads = dsv3i_mul(t1 - t0, m->H), parts = dsv3i_parts(m, c->ws->rows, c->ws->threads);
+    dsv3i_group group;
+    b->t0 = t0;
+    b->t1 = t1;
+    for (b->groups = 0; dsv3i_group_at(b, b->groups, &group); b->groups++) last = dsv3i_max(last, group.last);
+    if (b->groups == 0) return;
+    b->segments = last / DSV3I_SEGMENT + 1;
+    dsv3i_parallel(c->ctx, m->H, dsv3i_mul(heads, m->dn * m->rk), dsv3i_absorb_task, b);
+    for (b->segment = 0; b->segment < b->segments; b->segment += b->count) {
+        size_t keys, up = dsv3i_mul(heads, m->dv * m->rk);
+        b->count = dsv3i_min(dsv3i_max(parts / b->groups, 1), b->segments - b->segment);
+        keys = dsv3i_min(b->count * DSV3I_SEGMENT, last + 1 - b->segment * DSV3I_SEGMENT);
+        dsv3i_parallel(c->ctx, b->groups * b->count, dsv3i_mul(heads, keys * (m->width + m->rk)), dsv3i_segment_task, b);
+        if (b->segment + b->count < b->segments) up = dsv3i_mul(heads, b->count * m->rk);
+        dsv3i_parallel(c->ctx, m->H, up, dsv3i_join_task, b);
+    }
+}
+
+/* ---- Expanded form */
+
+/* Keys [nk, dn+dr] and values [nk, dv] of a head, as meet takes them. */
+typedef struct dsv3i_expanded {
+    float *keys, *values;
+    dsv3_type type;
+    size_t ld_k, ld_v; /* numbers from one to the next */
+} dsv3i_expanded;
+
+/* Latents [nk, rk] as products with kv_b_proj take them: cache rows where they lie, if these are what would come out; else
+ * decoded into latents, and rounded into scratch. */
+static dsv3i_input dsv3i_latent_input(const dsv3i_attention *a, const dsv3_cache *cache, size_t b, size_t nk,
+                                      float *latents, float *scratch) {
+    const dsv3i_call *c = a->c;
+    dsv3_type type = a->kv_up->type;
+    if (cache->type == DSV3_BF16 && dsv3i_form_of(type) == DSV3I_BF16S && dsv3i_is_rounded(c->ctx, type) &&
+        dsv3i_has_fast(c->ctx, type) && c->m.rk % 4 == 0) {
+        dsv3i_input in = {dsv3i_cache_at(cache, c->layer, b), c->m.width * 2, 1};
+        return in;
+    }
+    return dsv3i_input_round(c->ctx, scratch, dsv3i_cache_load(c->ctx, cache, c->layer, b, nk, latents), c->m.width, type,
+                             nk, c->m.rk);
+}
+
+/* n rows of `width` floats become BF16, each behind the last, in place. Returns the width of such a row. */
+static size_t dsv3i_round_rows(const dsv3_context *ctx, float *x, size_t n, size_t width) {
+    size_t ld = dsv3i_blocks(width, 4) * 4;
+    for (size_t j = 0; j < n; j++) {
+        dsv3i_kernels_of(ctx)->round[DSV3_BF16]((unsigned char *)x + 2 * j * ld, x + j * width, width);
+    }
+    return ld;
+}
+
+/* Head h at positions b .. b+nk-1; latents [nk, width] and up [dsv3i_up_floats] are scratch. Keys and values are rounded once
+ * for all queries, if meet can take what it would round each time. */
+static void dsv3i_expand_keys(const dsv3i_attention *a, dsv3i_expanded *e, const dsv3_cache *cache, size_t b, size_t nk,
+                              size_t h, float *latents, float *up) {
+    const dsv3i_call *c = a->c;
+    const dsv3i_dims *m = &c->m;
+    size_t first = h * m->kv, size = dsv3_type_bytes(cache->type);
+    dsv3i_input in = dsv3i_latent_input(a, cache, b, nk, latents, up + dsv3i_max(DSV3I_DECODE * m->rk, DSV3I_STAGES));
+    dsv3i_rows_product(c->ctx, e->keys, m->qk, &in, nk, a->kv_up, first, first + m->dn, up);
+    dsv3i_rows_product(c->ctx, e->values, m->dv, &in, nk, a->kv_up, first + m->dn, first + m->kv, up);
+    for (size_t j = 0; j < nk; j++) {
+        c->ctx->ops->decode[cache->type](e->keys + j * m->qk + m->dn,
+                                         dsv3i_cache_at(cache, c->layer, b + j) + m->rk * size, m->dr);
+    }
+    e->type = DSV3_F32;
+    e->ld_k = m->qk;
+    e->ld_v = m->dv;
+    if (dsv3i_meet_kind(c->ctx) != 1 || m->qk % 2 != 0 || m->dv < 4) return;
+    e->type = DSV3_BF16;
+    e->ld_k = dsv3i_round_rows(c->ctx, e->keys, nk, m->qk);
+    e->ld_v = dsv3i_round_rows(c->ctx, e->values, nk, m->dv);
+}
+
+/* Rows t .. of one sequence, up to 64 next to each other, and their head h meet expanded keys b .. b+nk-1. Their sums live
+ * in ws->o and ws->softmax. Returns how many rows. */
+static size_t dsv3i_expanded_rows(const dsv3i_call *c, size_t t, size_t h, const dsv3i_expanded *e, size_t b, size_t nk,
+                                  float *scratch) {
+    const dsv3i_dims *m = &c->m;
+    const dsv3_workspace *ws = c->ws;
+    size_t last;
+    dsv3_meeting with;
+    with.lanes = 1;
+    while (with.lanes < 64 && t + with.lanes < c->n && ws->leader[t + with.lanes] == ws->leader[t]) with.lanes++;
+    last = (size_t)ws->position[t + with.lanes - 1];
+    if (last < b) return with.lanes;
+    with.ctx = c->ctx;
+    with.scratch = scratch;
+    with.q = ws->q + t * m->Hq + h * m->qk;
+    with.out = ws->o + t * m->Ho + h * m->dv;
+    with.ld_q = m->Hq;
+    with.dk = m->qk;
+    with.dv = m->dv;
+    with.ld_k = e->ld_k;
+    with.ld_v = e->ld_v;
+    with.ld_out = m->Ho;
+    with.scale = c->model->softmax_scale;
+    with.type = e->type;
+    for (size_t i = 0; i < 64; i++) {
+        dsv3i_meet_query(&with, i, ws->softmax + ((t + dsv3i_min(i, with.lanes - 1)) * m->H + h) * 2);
+    }
+    dsv3i_meet_begin(&with);
+    for (size_t j = 0; j < nk && b + j <= last; j += DSV3I_TILE_KEYS) {
+        size_t some = dsv3i_min(DSV3I_TILE_KEYS, nk - j);
+        for (size_t i = 0; i < 64; i++) {
+            with.seen[i] = dsv3i_seen(ws, t + dsv3i_min(i, with.lanes - 1), b + j, some);
+        }
+        with.keys = (const unsigned char *)e->keys + j * e->ld_k * dsv3_type_bytes(e->type);
+        with.values = (const unsigned char *)e->values + j * e->ld_v * dsv3_type_bytes(e->type);
+        dsv3i_meet(&with, some);
+    }
+    for (size_t i = 0; i < with.lanes; i++) {
+        float *state = ws->softmax + ((t + i) * m->H + h) * 2;
+        state[0] = with.top[i];
+        state[1] = with.sum[i];
+    }
+    return with.lanes;
+}
+
+/* Item = head h of the sequence whose first batch row is `leader`. Each block of keys is expanded once and meets all rows
+ * of the sequence that may see it. */
+static void dsv3i_expanded_item(const dsv3i_attention *a, size_t leader, size_t h, float *scratch) {
+    const dsv3i_call *c = a->c;
+    const dsv3i_dims *m = &c->m;
+    const dsv3_workspace *ws = c->ws;
+    float *tile = scratch + dsv3i_up_floats(m), *latents = tile + a->tile_floats;
+    dsv3i_expanded e;
+    size_t last = 0;
+    e.keys = latents + DSV3I_EXPAND * m->width;
+    e.values = e.keys + DSV3I_EXPAND * m->qk;
+    for (size_t t = leader; t < c->n; t++) {
+        if (ws->leader[t] != (int32_t)leader) continue;
+        last = (size_t)ws->position[t];
+        dsv3i_attend_begin(ws->o + t * m->Ho + h * m->dv, ws->softmax + (t * m->H + h) * 2, m->dv);
+    }
+    for (size_t b = 0; b <= last; b += DSV3I_EXPAND) {
+        size_t nk = dsv3i_min(DSV3I_EXPAND, last - b + 1);
+        dsv3i_expand_keys(a, &e, &c->caches[ws->sequence[leader]], b, nk, h, latents, scratch);
+        for (size_t t = leader, rows; t < c->n; t += rows) {
+            rows = 1;
+            if (ws->leader[t] == (int32_t)leader) rows = dsv3i_expanded_rows(c, t, h, &e, b, nk, tile);
+        }
+    }
+    for (size_t t = leader; t < c->n; t++) {
+        if (ws->leader[t] != (int32_t)leader) continue;
+        dsv3i_attend_end(ws->o + t * m->Ho + h * m->dv, ws->softmax + (t * m->H + h) * 2, m->dv);
+    }
+}
+
+/* The first row, from t on, of a sequence that uses the expanded form; n if there is none. */
+static size_t dsv3i_expanded_leader(const dsv3i_call *c, size_t t) {
+    while (t < c->n && !(c->ws->expanded[t] && c->ws->leader[t] == (int32_t)t)) t++;
+    return t;
+}
+
+static void dsv3i_expanded_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_attention *a = (const dsv3i_attention *)arg;
+    for (size_t i = begin; i < end; i++) {
+        size_t t = dsv3i_expanded_leader(a->c, 0);
+        for (size_t s = 0; s < i / a->c->m.H; s++) t = dsv3i_expanded_leader(a->c, t + 1);
+        dsv3i_expanded_item(a, t, i % a->c->m.H, a->worker + worker * a->worker_floats);
+    }
+}
+
+static void dsv3i_fast_attend(dsv3i_call *c) {
+    const dsv3_workspace *ws = c->ws;
+    dsv3i_layout l = {(unsigned char *)ws->scratch, 0};
+    size_t leaders = 0;
+    dsv3i_attention a;
+    dsv3i_attention_layout(&a, &c->m, ws->rows, ws->threads, &l);
+    a.c = c;
+    a.kv_up = c->w->kv_b_packed.data != NULL ? &c->w->kv_b_packed : &c->w->kv_b_proj;
+    for (size_t t = 0; t < c->n; t += DSV3I_QUERIES) dsv3i_absorbed_window(&a, t, dsv3i_min(t + DSV3I_QUERIES, c->n));
+    for (size_t t = 0; (t = dsv3i_expanded_leader(c, t)) < c->n; t++) leaders++;
+    dsv3i_parallel(c->ctx, leaders * c->m.H, dsv3i_attend_work(c), dsv3i_expanded_task, &a);
+}
+
+#ifndef DSV3_NO_TRAINING
+/* ---- Backward of attention: blocks of keys meet blocks of rows */
+
+#define DSV3I_BACK_ROWS 48u /* rows that meet a block of keys together */
+#define DSV3I_BACK_KEYS 64u /* keys of a block */
+
+/* Floats of a worker's scratch: keys and values as panels, p and dA. */
+static size_t dsv3i_attend_backward_floats(const dsv3i_dims *m) {
+    size_t panels = dsv3i_mul(DSV3I_BACK_KEYS, dsv3i_add(m->qk, m->dv));
+    return dsv3i_add(panels, 2 * DSV3I_BACK_ROWS * DSV3I_BACK_KEYS);
+}
+
+/* Rows w_r [nk, k], ldw floats apart, become panels of 128 terms. */
+static void dsv3i_block_pack(const dsv3_context *ctx, float *panels, const float *w, size_t ldw, size_t nk, size_t k) {
+    size_t wide = dsv3i_blocks(nk, DSV3I_LANES) * DSV3I_LANES;
+    for (size_t i = 0; i < k; i += DSV3I_TERMS) {
+        dsv3i_kernels_of(ctx)->pack[DSV3_F32](panels + i * wide, NULL, w + i, ldw * sizeof *w, nk,
+                                              dsv3i_min(DSV3I_TERMS, k - i));
+    }
+}
+
+/* y[t, r] = x_t . w_r for nq rows x_t, by the panels that dsv3i_block_pack has made of rows w_r. y [nq, BACK_KEYS] */
+static void dsv3i_block_dots(const dsv3_context *ctx, float *y, const float *x, size_t ldx, size_t nq,
+                             const float *panels, size_t nk, size_t k) {
+    dsv3_panel panel;
+    DSV3_MEMSET(&panel, 0, sizeof panel);
+    panel.columns = dsv3i_blocks(nk, DSV3I_LANES);
+    for (size_t i = 0; i < k; i += DSV3I_TERMS) {
+        panel.values = panels + i * panel.columns * DSV3I_LANES;
+        panel.block = dsv3i_min(DSV3I_TERMS, k - i);
+        dsv3i_kernels_of(ctx)->product[DSV3_PRODUCT_F32](y, DSV3I_BACK_KEYS, x + i, ldx * sizeof *x, nq, &panel, nk,
+                                                         panel.block, i > 0);
+    }
+}
+
+/* p: scores of row t with keys j0 .. , da: their dA, of which t sees the first `seen`. They become A and ds; 0 for the
+ * others. D = do . o */
+static void dsv3i_attend_backward_scores(const dsv3i_call *c, float *DSV3I_RESTRICT p, float *DSV3I_RESTRICT da,
+                                         const float *state, float D, size_t seen) {
+    float scale = c->model->softmax_scale, r = 1.0f / state[1];
+    for (size_t j = seen; j < DSV3I_BACK_KEYS; j++) p[j] = da[j] = 0.0f;
+    for (size_t j = 0; j < DSV3I_BACK_KEYS; j++) p[j] *= scale;
+    c->ctx->ops->exp_sum(p, p, state[0], seen);
+    for (size_t j = 0; j < DSV3I_BACK_KEYS; j++) {
+        p[j] *= r;
+        da[j] = scale * p[j] * (da[j] - D);
+    }
+}
+
+/* Keys j0 .. j0+nk-1 of head h meet the rows of their sequence that see some of them, up to t1-1. */
+static void dsv3i_attend_backward_block(const dsv3i_call *c, size_t t1, size_t h, size_t j0, size_t nk, float *scratch) {
+    const dsv3i_dims *m = &c->m;
+    const dsv3i_backward *b = c->b;
+    const dsv3_kernels *kernels = dsv3i_kernels_of(c->ctx);
+    size_t key = j0 * m->Hq + h * m->qk, value = j0 * m->Hkv + h * m->kv + m->dn;
+    float *keys = scratch, *values = keys + DSV3I_BACK_KEYS * m->qk, *p = values + DSV3I_BACK_KEYS * m->dv;
+    float *da = p + DSV3I_BACK_ROWS * DSV3I_BACK_KEYS;
+    dsv3i_block_pack(c->ctx, keys, b->keys + key, m->Hq, nk, m->qk);
+    dsv3i_block_pack(c->ctx, values, b->kv_up + value, m->Hkv, nk, m->dv);
+    for (size_t t = j0, nq; t < t1; t += nq) {
+        const float *q = c->ws->q + t * m->Hq + h * m->qk, *dout = b->dout + t * m->Ho + h * m->dv;
+        nq = dsv3i_min(DSV3I_BACK_ROWS, t1 - t);
+        dsv3i_block_dots(c->ctx, p, q, m->Hq, nq, keys, nk, m->qk);
+        dsv3i_block_dots(c->ctx, da, dout, m->Ho, nq, values, nk, m->dv);
+        for (size_t i = 0; i < nq; i++) {
+            size_t at = (t + i) * m->H + h, row = i * DSV3I_BACK_KEYS;
+            dsv3i_attend_backward_scores(c, p + row, da + row, c->s->softmax + 2 * at, b->D[at],
+                                         dsv3i_min(nk, t + i - j0 + 1));
+        }
+        kernels->outer(b->dkv_up + value, m->Hkv, nk, p, 1, DSV3I_BACK_KEYS, dout, m->Ho, nq, m->dv);
+        kernels->outer(b->dq + t * m->Hq + h * m->qk, m->Hq, nq, da, DSV3I_BACK_KEYS, 1, b->keys + key, m->Hq, nk, m->qk);
+        kernels->outer(b->dkeys + key, m->Hq, nk, da, 1, DSV3I_BACK_KEYS, q, m->Hq, nq, m->qk);
+    }
+}
+
+/* Item = head h of the sequence that row t0 begins. */
+static void dsv3i_fast_attend_backward_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_call *c = (const dsv3i_call *)arg;
+    float *scratch = c->ws->scratch + worker * dsv3i_attend_backward_floats(&c->m);
+    for (size_t i = begin; i < end; i++) {
+        size_t t0 = i / c->m.H, h = i % c->m.H, t1 = t0 + dsv3i_sequence_rows(c->ws->leader, t0, c->n);
+        if (t1 == t0) continue;
+        dsv3i_attend_backward_begin(c, t0, t1, h);
+        for (size_t j = t0; j < t1; j += DSV3I_BACK_KEYS) {
+            dsv3i_attend_backward_block(c, t1, h, j, dsv3i_min(DSV3I_BACK_KEYS, t1 - j), scratch);
+        }
+    }
+}
+
+static void dsv3i_fast_attend_backward(dsv3i_call *c) {
+    dsv3i_parallel(c->ctx, c->n * c->m.H, dsv3i_mul(c->n * c->m.Hq, c->n), dsv3i_fast_attend_backward_task, c);
+}
+#endif
+
+/* ---- MLPs. Few rows: gate and up projections of all MLPs in one loop, SwiGLU, down projections in one loop. Where many
+ * rows are, they go through an MLP block by block: each block from its inputs to its outputs by one worker, in whose cache
+ * it stays. The results are the same, bit for bit. */
+
+#define DSV3I_MLP_ITEMS 16u /* blocks of rows for each thread: then the loop's end, where threads wait, is short */
+
+typedef struct dsv3i_ffn {
+    dsv3i_call *c;
+    const dsv3i_mlp *list;
+    size_t *first; /* [count] first blocks of rows: a work list */
+    size_t count, experts; /* MLPs; rows of those that see grouped rows */
+    size_t own;            /* rows of memory that each worker uses for block after block; 0: every block has its own */
+    size_t width, floats;  /* of such a row: hidden values, floats for rounded inputs */
+    dsv3i_job *jobs;       /* [2 count] */
+    float *worker;         /* [threads, DSV3I_STAGES] */
+    float *rounded;
+} dsv3i_ffn;
+
+/* Floats for a row of an MLP's inputs, rounded, and later of its hidden values. */
+static size_t dsv3i_mlp_floats(size_t d, size_t F) {
+    return dsv3i_max(dsv3i_rounded_floats(d), dsv3i_rounded_floats(F));
+}
+
+static void dsv3i_ffn_layout(dsv3i_ffn *at, const dsv3i_dims *m, size_t n, size_t threads, dsv3i_layout *l) {
+    size_t mlps = dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1);
+    size_t floats = dsv3i_add(dsv3i_mul(m->K, dsv3i_mlp_floats(m->d, m->F)),
+                              dsv3i_mlp_floats(m->d, dsv3i_max(m->Fs, m->I)));
+    at->first = (size_t *)dsv3i_take(l, sizeof(size_t), mlps, 1, 1);
+    at->jobs = (dsv3i_job *)dsv3i_take(l, sizeof(dsv3i_job), 2, mlps, 1);
+    at->worker = (float *)dsv3i_take(l, sizeof(float), threads, DSV3I_STAGES, 1);
+    at->rounded = (float *)dsv3i_take(l, sizeof(float), n, floats, 1);
+}
+
+/* Where the inputs of an MLP stand, if they are gathered: a token alone is what all its experts see. */
+static const float *dsv3i_mlp_x(const dsv3i_ffn *a, const dsv3i_mlp *r) {
+    return r->pair != NULL && a->c->n > 1 ? r->y : r->x;
+}
+
+static void dsv3i_gather_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_ffn *a = (const dsv3i_ffn *)arg;
+    size_t d = a->c->m.d;
+    (void)worker;
+    for (size_t i = begin; i < end; i++) {
+        DSV3_MEMCPY(a->list->y + i * d, a->list->x + a->list->pair[i] / a->c->m.K * d, d * sizeof(float));
+    }
+}
+
+/* Gate and up projections of MLPs whose types differ would not share rounded rows: they take their turns. */
+static int dsv3i_same_types(const dsv3i_ffn *a) {
+    for (size_t j = 0; j < a->count; j++) {
+        if (a->list[j].w->gate_proj.type != a->list[j].w->up_proj.type) return 0;
+    }
+    return 1;
+}
+
+static void dsv3i_mlps_at_once(dsv3i_ffn *a) {
+    const dsv3i_call *c = a->c;
+    const dsv3_workspace *ws = c->ws;
+    size_t total = 0, both = dsv3i_same_types(a) ? 2 : 1;
+    if (a->experts > 0 && c->n > 1) {
+        dsv3i_parallel(c->ctx, a->experts, dsv3i_mul(a->experts, c->m.d), dsv3i_gather_task, a);
+    }
+    for (size_t turn = 0; turn < 3 - both; turn++) {
+        for (size_t j = 0; j < a->count; j++) {
+            const dsv3i_mlp *r = &a->list[j];
+            const float *x = dsv3i_mlp_x(a, r);
+            dsv3i_job gate = dsv3i_job_of(dsv3i_product_of(ws->h_gate + r->at, x, &r->w->gate_proj, r->n));
+            dsv3i_job up = dsv3i_job_of(dsv3i_product_of(ws->h_up + r->at, x, &r->w->up_proj, r->n));
+            a->jobs[both * j] = turn == 0 ? gate : up;
+            if (both == 2) a->jobs[2 * j + 1] = up;
+            if (turn == 0) total += r->n * r->w->gate_proj.rows;
+        }
+        dsv3i_jobs_run(c->ctx, a->jobs, both * a->count, a->worker, a->rounded);
+    }
+    dsv3i_swiglu(c->ctx, ws->h, ws->h_gate, ws->h_up, total);
+    for (size_t j = 0; j < a->count; j++) {
+        const dsv3i_mlp *r = &a->list[j];
+        a->jobs[j] = dsv3i_job_of(dsv3i_product_of(r->y, ws->h + r->at, &r->w->down_proj, r->n));
+    }
+    dsv3i_jobs_run(c->ctx, a->jobs, a->count, a->worker, a->rounded);
+}
+
+/* Rows [t, t + n) of an MLP's inputs x as products with w take them: as they lie, or rounded or copied to where `rounded`
+ * says, from the rows of their tokens if they are grouped (pair). */
+static dsv3i_job dsv3i_block_inputs(const dsv3i_ffn *a, const float *x, const size_t *pair, size_t n,
+                                    const dsv3_tensor *w, float *rounded) {
+    size_t d = w->cols;
+    dsv3i_job job = dsv3i_job_of(dsv3i_product_of(NULL, x, w, n));
+    if (!dsv3i_is_rounded(a->c->ctx, w->type) && !dsv3i_is_copied(&job)) {
+        if (pair == NULL) return job;
+        job.in = dsv3i_input_floats(rounded, d);
+    } else {
+        job.in = dsv3i_input_rounded(a->c->ctx, rounded, w->type, d);
+    }
+    for (size_t i = 0; i < n; i++) {
+        dsv3i_input one = dsv3i_input_at(job.in, i);
+        dsv3i_input_fill(a->c->ctx, &one, x + (pair != NULL ? pair[i] / a->c->m.K : i) * d, d, w->type, 1, d);
+    }
+    return job;
+}
+
+static void dsv3i_block_product(const dsv3i_ffn *a, float *y, const dsv3i_job *job, float *scratch) {
+    const dsv3_tensor *w = job->p.w;
+    dsv3i_rows_product(a->c->ctx, y, w->rows, &job->in, job->p.n, w, 0, w->rows, scratch);
+}
+
+/* Rows [t, t + n) of those that an MLP sees. */
+static void dsv3i_mlp_block(const dsv3i_ffn *a, const dsv3i_mlp *r, size_t t, size_t n, size_t worker) {
+    const dsv3_workspace *ws = a->c->ws;
+    const dsv3i_dims *m = &a->c->m;
+    size_t d = r->w->gate_proj.cols, F = r->w->gate_proj.rows, at = r->at + t * F;
+    const size_t *pair = r->pair != NULL && a->c->n > 1 ? r->pair + t : NULL;
+    const float *x = pair != NULL ? r->x : r->x + t * d;
+    float *scratch = a->worker + worker * DSV3I_STAGES, *rounded = a->rounded;
+    dsv3i_job gate, up, down;
+    if (a->own > 0) {
+        at = worker * a->own * a->width;
+        rounded += worker * a->own * a->floats;
+    } else if (r->pair == NULL) {
+        rounded += a->experts * dsv3i_mlp_floats(m->d, m->F) + t * dsv3i_mlp_floats(d, F);
+    } else {
+        rounded += ((size_t)(r->pair - ws->pair) + t) * dsv3i_mlp_floats(d, F);
+    }
+    gate = dsv3i_block_inputs(a, x, pair, n, &r->w->gate_proj, rounded);
+    dsv3i_block_product(a, ws->h_gate + at, &gate, scratch);
+    up = dsv3i_job_of(dsv3i_product_of(NULL, x, &r->w->up_proj, n));
+    up.in = gate.in;
+    if (!dsv3i_same_input(a->c->ctx, &gate, &up)) up = dsv3i_block_inputs(a, x, pair, n, &r->w->up_proj, rounded);
+    dsv3i_block_product(a, ws->h_up + at, &up, scratch);
+    a->c->ctx->ops->silu_mul(ws->h + at, ws->h_gate + at, ws->h_up + at, n * F);
+    down = dsv3i_block_inputs(a, ws->h + at, NULL, n, &r->w->down_proj, rounded);
+    dsv3i_block_product(a, r->y + t * d, &down, scratch);
+}
+
+static void dsv3i_mlp_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_ffn *a = (const dsv3i_ffn *)arg;
+    for (size_t i = begin, j = 0; i < end; i++) {
+        const dsv3i_mlp *r;
+        size_t t, some;
+        j = dsv3i_list_at(a->first, sizeof *a->first, a->count, i, j);
+        r = &a->list[j];
+        some = dsv3i_rows_near(a->c->ctx, &r->w->gate_proj, r->n);
+        t = (i - a->first[j]) * some;
+        dsv3i_mlp_block(a, r, t, dsv3i_min(some, r->n - t), worker);
+    }
+}
+
+/* Memory that stays in caches, instead of one pass after the other through all of it: a part of it for each worker, if
+ * nobody wants the hidden values later, and there are rows enough. */
+static void dsv3i_ffn_own(dsv3i_ffn *a) {
+    const dsv3_workspace *ws = a->c->ws;
+    size_t rows = 0, most = 0;
+    for (size_t j = 0; j < a->count; j++) {
+        const dsv3_tensor *w = &a->list[j].w->gate_proj;
+        most = dsv3i_max(most, dsv3i_rows_near(a->c->ctx, w, a->list[j].n));
+        if (w->rows > a->width) rows = 0; /* only rows that are as wide as the widest count */
+        if (w->rows >= a->width) rows += a->list[j].n;
+        a->width = dsv3i_max(a->width, w->rows);
+        a->floats = dsv3i_max(a->floats, dsv3i_mlp_floats(w->cols, w->rows));
+    }
+    a->own = ws->h == ws->h_gate && dsv3i_mul(a->c->ctx->threads, most) <= rows ? most : 0;
+}
+
+static void dsv3i_fast_mlps(dsv3i_call *c, const dsv3i_mlp *list, size_t count) {
+    dsv3i_layout l = {(unsigned char *)c->ws->scratch, 0};
+    size_t items = 0, work = 0;
+    dsv3i_ffn a;
+    DSV3_MEMSET(&a, 0, sizeof a);
+    dsv3i_ffn_layout(&a, &c->m, c->ws->rows, c->ws->threads, &l);
+    a.c = c;
+    a.list = list;
+    a.count = count;
+    for (size_t j = 0; j < count; j++) {
+        const dsv3_tensor *w = &list[j].w->gate_proj;
+        a.first[j] = items;
+        if (list[j].pair != NULL) a.experts += list[j].n;
+        items += dsv3i_blocks(list[j].n, dsv3i_rows_near(c->ctx, w, list[j].n));
+        work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(3 * list[j].n, w->rows), w->cols));
+    }
+    if (items < dsv3i_mul(c->ctx->threads, DSV3I_MLP_ITEMS)) {
+        dsv3i_mlps_at_once(&a);
+        return;
+    }
+    dsv3i_ffn_own(&a);
+    dsv3i_parallel(c->ctx, items, work, dsv3i_mlp_task, &a);
+}
+
+#ifndef DSV3_NO_TRAINING
+/* ---- Backward of MLPs: experts one by one if there are enough of them for all threads, else a few at a time: their rows
+ * stay in caches from the first product to the last. */
+
+#define DSV3I_NEAR 65536u /* floats of u and dY that a worker's cache surely holds */
+
+typedef struct dsv3i_ffn_back {
+    dsv3_context ctx; /* the call's, or with one thread */
+    dsv3i_call *c;
+    const dsv3i_mlp *list;
+    size_t row;          /* the first of the rows under way, in the order of experts */
+    size_t most, floats; /* rows of the MLP that has the most; floats of a worker's scratch */
+    dsv3i_back_job *jobs;        /* [2 count] */
+    float *worker;               /* [threads, floats] */
+    float *grouped, *h, *dh;     /* rows under way: [n, d], [n, F], [n, F] */
+} dsv3i_ffn_back;
+
+static void dsv3i_ffn_back_layout(dsv3i_ffn_back *at, const dsv3i_dims *m, size_t n, size_t threads, dsv3i_layout *l) {
+    size_t mlps = dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1);
+    size_t cols = dsv3i_max(dsv3i_max(m->d, m->I), dsv3i_max(m->F, m->Fs));
+    at->floats = dsv3i_mul(DSV3I_DECODE, cols);
+    at->jobs = (dsv3i_back_job *)dsv3i_take(l, sizeof(dsv3i_back_job), 2, mlps, 1);
+    at->worker = (float *)dsv3i_take(l, sizeof(float), threads, at->floats, 1);
+}
+
+/* Rows of tokens to grouped rows: u, dY (where dx will be), gate; h is multiplied by its gate. */
+static void dsv3i_gather_back_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_ffn_back *a = (const dsv3i_ffn_back *)arg;
+    const dsv3i_call *c = a->c;
+    size_t d = c->m.d, F = c->m.F;
+    (void)worker;
+    for (size_t i = begin; i < end; i++) {
+        size_t row = a->row + i, pair = c->ws->pair[row], t = pair / c->m.K;
+        DSV3_MEMCPY(a->grouped + i * d, a->list->x + t * d, d * sizeof(float));
+        DSV3_MEMCPY(c->b->dgrouped + row * d, a->list->dy + t * d, d * sizeof(float));
+        c->b->gates[row] = c->s->gate[pair];
+        dsv3i_scale(a->h + i * F, c->b->gates[row], F);
+    }
+}
+
+/* MLPs [j0, j1), all routed experts or one that all rows go through. */
+static void dsv3i_mlps_back(dsv3i_ffn_back *a, size_t j0, size_t j1) {
+    const dsv3i_call *c = a->c;
+    const dsv3i_mlp *r = &a->list[j0];
+    size_t d = c->m.d, F = r->w->gate_proj.rows, at = r->at, n = 0;
+    float *da = c->s->h_gate + at, *db = c->s->h_up + at, *h = a->h, *gate = NULL, *dgate = NULL;
+    for (size_t j = j0; j < j1; j++) n += a->list[j].n;
+    if (c->s->h != NULL) a->h = c->s->h + at;
+    if (c->s->h == NULL) dsv3i_swiglu(&a->ctx, h, da, db, n * F);
+    if (r->pair != NULL) {
+        a->row = (size_t)(r->pair - c->ws->pair);
+        gate = c->b->gates + a->row;
+        dgate = c->b->r + a->row;
+        dsv3i_parallel(&a->ctx, n, dsv3i_mul(n, 2 * d), dsv3i_gather_back_task, a);
+    }
+    for (size_t j = j0; j < j1; j++) {
+        size_t to = a->list[j].at - at;
+        dsv3i_product down = dsv3i_product_of(r->pair != NULL ? a->list[j].y : (float *)(uintptr_t)r->dy, a->h + to,
+                                              &a->list[j].w->down_proj, a->list[j].n);
+        a->jobs[j - j0] = dsv3i_back_job_of(a->dh + to, 1, dsv3i_grad(&a->list[j].g->down_proj), down);
+    }
+    dsv3i_back_run(&a->ctx, a->jobs, j1 - j0, a->worker, a->floats);
+    dsv3i_swiglu_backward(&a->ctx, a->dh, da, db, n * F, gate, dgate, F);
+    for (size_t j = j0; j < j1; j++) { /* dx = da W_gate + db W_up: dY's place can be dx's now */
+        const dsv3i_mlp *q = &a->list[j];
+        size_t to = q->at - at;
+        const float *x = q->pair != NULL ? a->grouped + to / F * d : q->x;
+        dsv3i_back_job *job = a->jobs + 2 * (j - j0);
+        job[0] = dsv3i_back_job_of(q->y, 1, dsv3i_grad(&q->g->gate_proj),
+                                   dsv3i_product_of(da + to, x, &q->w->gate_proj, q->n));
+        job[1] = dsv3i_back_job_of(NULL, 0, dsv3i_grad(&q->g->up_proj),
+                                   dsv3i_product_of(db + to, x, &q->w->up_proj, q->n));
+        job->joint = 1;
+    }
+    dsv3i_back_run(&a->ctx, a->jobs, 2 * (j1 - j0), a->worker, a->floats);
+    a->h = h;
+}
+
+/* Each expert by one worker, with a part of the memory that stays in its cache. */
+static void dsv3i_expert_back_task(void *arg, size_t begin, size_t end, size_t worker) {
+    dsv3i_ffn_back a = *(const dsv3i_ffn_back *)arg;
+    size_t row = worker * a.most;
+    dsv3i_back_job jobs[2];
+    a.ctx.threads = 1;
+    a.jobs = jobs;
+    a.worker += worker * a.floats;
+    a.grouped += row * a.c->m.d;
+    a.h += row * a.c->m.F;
+    a.dh += row * a.c->m.F;
+    for (size_t j = begin; j < end; j++) dsv3i_mlps_back(&a, j, j + 1);
+}
+
+static void dsv3i_experts_back(dsv3i_ffn_back *a, size_t count) {
+    size_t d = a->c->m.d, threads = a->ctx.threads, rows = 0;
+    for (size_t j = 0; j < count; j++) {
+        a->most = dsv3i_max(a->most, a->list[j].n);
+        rows += a->list[j].n;
+    }
+    if (dsv3i_mul(a->most, 2 * threads) <= rows) {
+        dsv3i_parallel(&a->ctx, count, dsv3i_mul(rows, 6 * d * a->c->m.F), dsv3i_expert_back_task, a);
+        return;
+    }
+    for (size_t j = 0, last; j < count; j = last) {
+        size_t some = 0;
+        for (last = j; last < count && (last == j || some * 2 * d < dsv3i_mul(threads, DSV3I_NEAR)); last++) {
+            some += a->list[last].n;
+        }
+        dsv3i_mlps_back(a, j, last);
+    }
+}
+
+static void dsv3i_fast_mlps_backward(dsv3i_call *c, const dsv3i_mlp *list, size_t count) {
+    dsv3i_layout l = {(unsigned char *)c->ws->scratch, 0};
+    size_t experts = 0;
+    dsv3i_ffn_back a;
+    DSV3_MEMSET(&a, 0, sizeof a);
+    dsv3i_ffn_back_layout(&a, &c->m, c->ws->rows, c->ws->threads, &l);
+    a.ctx = *c->ctx;
+    a.c = c;
+    a.list = list;
+    a.grouped = c->ws->grouped;
+    a.h = c->ws->h;
+    a.dh = c->b->dh;
+    while (experts < count && list[experts].pair != NULL) experts++;
+    dsv3i_experts_back(&a, experts);
+    for (size_t j = experts; j < count; j++) dsv3i_mlps_back(&a, j, j + 1);
+}
+#endif
+
+/* ---- Scratch of a pass: of whichever op wants the most */
+
+static size_t dsv3i_engine_pass_floats(const dsv3i_dims *m, size_t n, size_t threads) {
+    dsv3i_layout attend = {NULL, 0}, ffn = {NULL, 0}, back = {NULL, 0};
+    size_t d = dsv3i_engine_linear_floats(dsv3i_mul(DSV3I_PRODUCTS, n), m->d, threads), bytes;
+    dsv3i_attention attention;
+    dsv3i_ffn mlps;
+    dsv3i_attention_layout(&attention, m, n, threads, &attend);
+    dsv3i_ffn_layout(&mlps, m, n, threads, &ffn);
+    bytes = dsv3i_max(attend.used, ffn.used);
+#ifndef DSV3_NO_TRAINING
+    {
+        dsv3i_ffn_back backward;
+        dsv3i_ffn_back_layout(&backward, m, n, threads, &back);
+        bytes = dsv3i_max(bytes, back.used);
+        d = dsv3i_max(d, dsv3i_mul(threads, dsv3i_attend_backward_floats(m)));
+    }
+#endif
+    bytes = dsv3i_max(bytes, back.used);
+    return bytes == SIZE_MAX ? SIZE_MAX : dsv3i_max(d, dsv3i_blocks(bytes, sizeof(float)));
+}
+
+/* ---- Packing: every matrix of a model, in panels */
+
+typedef struct dsv3i_packing {
+    const dsv3_context *ctx;
+    const dsv3_tensor *w;
+    unsigned char *to;
+    dsv3i_layout l;
+} dsv3i_packing;
+
+/* Codes of Q8_0 and Q4_0, made of many terms at once, and their scales, block by block. */
+static void dsv3i_pack_blocks(unsigned char *to, const dsv3_tensor *w, const unsigned char *codes, const float *scale,
+                              size_t columns, size_t k) {
+    size_t bytes = dsv3i_codes_bytes(w->type, columns, DSV3_QBLOCK), lanes = columns * DSV3I_LANES;
+    size_t piece = dsv3i_piece_bytes(w->type, columns, DSV3_QBLOCK);
+    for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += piece, codes += bytes, scale += lanes) {
+        DSV3_MEMCPY(to, codes, bytes);
+        for (size_t j = 0; j < lanes; j++) {
+            uint16_t bits = dsv3_f16_from_f32(scale[j]);
+            DSV3_MEMCPY(to + bytes + 2 * j, &bits, 2);
+        }
+    }
+}
+
+static void dsv3i_pack_stretch(const dsv3i_packing *a, size_t r, size_t rows, size_t k0, size_t k) {
+    const dsv3_tensor *w = a->w;
+    size_t columns = dsv3i_blocks(rows, DSV3I_LANES), row_bytes = dsv3_row_bytes(w->type, w->cols);
+    unsigned char *to = a->to + dsv3i_panel_at(w, r) + dsv3i_panel_bytes(w->type, columns, k0);
+    unsigned char codes[DSV3I_PANEL * DSV3I_TERMS];
+    float scale[DSV3I_TERMS / DSV3_QBLOCK * DSV3I_PANEL], one = 1.0f;
+    int blocks = dsv3_type_block(w->type) > 1;
+    dsv3i_kernels_of(a->ctx)->pack[w->type](blocks ? codes : to, scale,
+                                            dsv3i_row_at(w, r) + dsv3_row_bytes(w->type, k0), row_bytes, rows, k);
+    if (blocks) dsv3i_pack_blocks(to, w, codes, scale, columns, k);
+    if (w->type != DSV3_F8_E4M3) return;
+    if (w->scale != NULL) DSV3_MEMCPY(&one, dsv3i_scale_at(w, r) + k0 / DSV3_BLOCK * sizeof one, sizeof one);
+    DSV3_MEMCPY(to + dsv3i_codes_bytes(w->type, columns, k), &one, sizeof one);
+}
+
+static void dsv3i_pack_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_packing *a = (const dsv3i_packing *)arg;
+    (void)worker;
+    for (size_t r = begin * DSV3I_PANEL; r < dsv3i_min(end * DSV3I_PANEL, a->w->rows); r += DSV3I_PANEL) {
+        for (size_t k0 = 0; k0 < a->w->cols; k0 += DSV3I_TERMS) {
+            dsv3i_pack_stretch(a, r, dsv3i_min(DSV3I_PANEL, a->w->rows - r), k0, dsv3i_min(DSV3I_TERMS, a->w->cols - k0));
+        }
+    }
+}
+
+/* Measures w, or packs it. */
+static void dsv3i_pack_tensor(dsv3i_packing *a, dsv3_tensor *w) {
+    size_t panels = dsv3i_blocks(w->rows, DSV3I_PANEL);
+    if (w->data == NULL || w->packed) return;
+    a->w = w;
+    a->to = (unsigned char *)dsv3i_take(&a->l, dsv3i_packed_bytes(w), 1, 1, 1);
+    if (a->to == NULL) return;
+    dsv3i_parallel(a->ctx, panels, dsv3i_mul(w->rows, w->cols), dsv3i_pack_task, a);
+    w->data = a->to;
+    w->scale = NULL;
+    w->packed = 1;
+}
+
+static void dsv3i_pack_mlp(dsv3i_packing *a, dsv3_mlp *w) {
+    dsv3i_pack_tensor(a, &w->gate_proj);
+    dsv3i_pack_tensor(a, &w->up_proj);
+    dsv3i_pack_tensor(a, &w->down_proj);
+}
+
+/* Copies what data points to, if there is memory. */
+static const void *dsv3i_pack_copy(dsv3i_packing *a, const void *data, size_t bytes) {
+    void *to = dsv3i_take(&a->l, bytes, 1, 1, 1);
+    if (to == NULL) return data;
+    DSV3_MEMCPY(to, data, bytes);
+    return to;
+}
+
+/* Products are taken of one head's key or value rows: they must begin with a panel. The absorbed form wants rows as
+ * they are; they come along, since large pages or memory that is near matter to them, too. */
+static void dsv3i_pack_kv_b(dsv3i_packing *a, dsv3_layer *w, const dsv3i_dims *m) {
+    dsv3_tensor copy = w->kv_b_proj, rows = copy;
+    if (m->dn % DSV3I_PANEL != 0 || m->dv % DSV3I_PANEL != 0 || w->kv_b_packed.data != NULL || copy.data == NULL) return;
+    dsv3i_pack_tensor(a, &copy);
+    rows.data = dsv3i_pack_copy(a, rows.data, dsv3i_mul(rows.rows, dsv3_row_bytes(rows.type, rows.cols)));
+    if (rows.scale != NULL) {
+        size_t blocks = dsv3i_blocks(rows.rows, DSV3_BLOCK) * dsv3i_blocks(rows.cols, DSV3_BLOCK);
+        rows.scale = dsv3i_pack_copy(a, rows.scale, blocks * sizeof(float));
+    }
+    if (!copy.packed) return; /* there is no memory: this is about the size */
+    w->kv_b_proj = rows;
+    w->kv_b_packed = copy;
+}
+
+static void dsv3i_pack_layer(dsv3i_packing *a, dsv3_layer *w, const dsv3i_dims *m) {
+    dsv3i_pack_tensor(a, &w->q_proj);
+    dsv3i_pack_tensor(a, &w->q_a_proj);
+    dsv3i_pack_tensor(a, &w->q_b_proj);
+    dsv3i_pack_tensor(a, &w->kv_a_proj_with_mqa);
+    dsv3i_pack_kv_b(a, w, m);
+    dsv3i_pack_tensor(a, &w->o_proj);
+    dsv3i_pack_tensor(a, &w->gate);
+    dsv3i_pack_mlp(a, &w->mlp);
+    for (size_t e = 0; w->is_moe && e < m->E; e++) dsv3i_pack_mlp(a, &w->experts[e]);
+    dsv3i_pack_mlp(a, &w->shared_experts);
+}
+
+static void dsv3i_pack_model(dsv3i_packing *a, dsv3_model *model) {
+    size_t layers = (size_t)model->config.num_hidden_layers + (size_t)model->n_mtp;
+    const void *head = model->lm_head.data;
+    dsv3i_dims m = dsv3i_dims_of(&model->config);
+    if (head != model->embed_tokens.data) dsv3i_pack_tensor(a, &model->lm_head);
+    for (size_t i = 0; i < layers; i++) dsv3i_pack_layer(a, &model->layers[i], &m);
+    for (size_t k = 0; k < (size_t)model->n_mtp; k++) {
+        dsv3i_pack_tensor(a, &model->mtp[k].eh_proj);
+        if (model->mtp[k].shared_head_head.data != head) {
+            dsv3i_pack_tensor(a, &model->mtp[k].shared_head_head);
+        } else if (a->l.base != NULL) {
+            model->mtp[k].shared_head_head = model->lm_head;
+        }
+    }
+}
+
+/* Activations rounded as numbers, where products take floats. */
+static void dsv3i_round_bf16_floats(void *out, const float *x, size_t k) { dsv3i_round_bf16((float *)out, x, k); }
+
+static void dsv3i_round_q8_floats(void *out, const float *x, size_t k) { dsv3i_round_q8((float *)out, x, k); }
 
 /* ========================================================================================================
  * Chapter A  >>simd
@@ -10179,7 +10242,7 @@ static void dsv3i_avx512_bf16_product_bytes(float *y, size_t ldy, const void *x,
     if (c < w->columns) dsv3i_avx512_bf16_columns(1, 1, y, ldy, x, ldx, n, w, c, rows, k, add);
 }
 
-typedef void (*dsv3i_product)(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
+typedef void (*dsv3i_gemm)(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
                               size_t rows, size_t k, int add);
 
 /* ---- Attention in BF16. scratch: the queries as a panel; scores [64, columns, 16]; keys [64, dk] and, where products take
@@ -10284,7 +10347,7 @@ void dsv3i_avx512_bf16_scores(const int M, float *p, const unsigned char *keys, 
 
 /* product: of rows and panels of BF16. */
 DSV3I_TARGET(DSV3I_AVX512_BF16)
-static void dsv3i_avx512_bf16_meeting(dsv3_meeting *a, size_t nk, dsv3i_product product) {
+static void dsv3i_avx512_bf16_meeting(dsv3_meeting *a, size_t nk, dsv3i_gemm product) {
     const size_t dk = dsv3i_avx512_bf16_pad(a->dk), columns = (a->lanes + 15) / 16;
     unsigned char *scratch = (unsigned char *)a->scratch + 32 * columns * dk, *keys, weights[64 * 2 * DSV3I_MEET];
     unsigned char part[DSV3I_MEET / 2 * 256], *values = part;
@@ -11357,10 +11420,75 @@ static void dsv3i_kernels_amx(dsv3_kernels *k) {
 }
 #endif /* DSV3I_TILES */
 
+static const dsv3i_ops *dsv3i_temp(dsv3_backend backend) {
+    static dsv3_kernels k[6];
+    static dsv3i_ops o[6];
+    dsv3_kernels *q = &k[backend];
+    dsv3i_ops *p = &o[backend];
+    DSV3_MEMSET(q, 0, sizeof *q);
+    q->round[DSV3_BF16] = q->round[DSV3_F8_E4M3] = dsv3i_round_bf16_floats;
+    q->round[DSV3_Q8_0] = q->round[DSV3_Q4_0] = dsv3i_round_q8_floats;
+    q->meet[0] = dsv3i_meet_tiles;
+    if (backend == DSV3_BACKEND_AVX2) dsv3i_kernels_avx2(q);
+    if (backend == DSV3_BACKEND_AVX512) dsv3i_kernels_avx512_whole(q);
+    if (backend == DSV3_BACKEND_AVX512_BF16) dsv3i_kernels_avx512_bf16(q);
+    if (backend == DSV3_BACKEND_AMX) dsv3i_kernels_amx(q);
+    *p = dsv3i_plain;
+    DSV3_MEMCPY(p->decode, q->decode, sizeof p->decode);
+    p->dot = q->dot;
+    p->axpy = q->axpy;
+    p->exp_sum = q->exp_sum;
+    p->silu_mul = q->silu_mul;
+    p->linear = dsv3i_fast_linear;
+    p->attend = dsv3i_fast_attend;
+    p->mlps = dsv3i_fast_mlps;
+    p->linear_backward = dsv3i_fast_linear_backward;
+    p->attend_backward = dsv3i_fast_attend_backward;
+    p->mlps_backward = dsv3i_fast_mlps_backward;
+    p->own = q;
+    return p;
+}
+
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
 #endif /* DSV3I_X86 */
+#endif /* DSV3I_ENGINE */
+
+/* ---- Packing: nothing to do where weights are read as they lie */
+
+DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_model *model, size_t *bytes) {
+    if (context == NULL || model == NULL || bytes == NULL) return DSV3_ERR_ARG;
+    *bytes = 0;
+#ifdef DSV3I_ENGINE
+    if (context->ops->own != NULL) {
+        dsv3i_packing a;
+        dsv3_model view = *model; /* its tables are not written to, since there is no memory to point to */
+        DSV3_MEMSET(&a, 0, sizeof a);
+        a.ctx = context;
+        dsv3i_pack_model(&a, &view);
+        return a.l.used == 0 ? DSV3_OK : dsv3i_layout_size(&a.l, bytes);
+    }
+#endif
+    return DSV3_OK;
+}
+
+DSV3_API dsv3_result dsv3_pack(const dsv3_context *context, dsv3_model *model, void *memory, size_t bytes) {
+    size_t need;
+    DSV3I_TRY(dsv3_pack_size(context, model, &need));
+    if (need == 0) return DSV3_OK;
+    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
+#ifdef DSV3I_ENGINE
+    {
+        dsv3i_packing a;
+        DSV3_MEMSET(&a, 0, sizeof a);
+        a.ctx = context;
+        a.l.base = dsv3i_layout_base(memory);
+        dsv3i_pack_model(&a, model);
+    }
+#endif
+    return DSV3_OK;
+}
 
 /* ---- The choice */
 
@@ -11406,15 +11534,9 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #endif
     if (backend == DSV3_BACKEND_AUTO) backend = best;
     if ((int)backend < (int)DSV3_BACKEND_REFERENCE || (int)backend > (int)best) return DSV3_ERR_UNSUPPORTED;
-    dsv3i_kernels_reference(&context->kernels);
-    context->kernels.meet[0] = dsv3i_meet_ref;
+    context->ops = &dsv3i_plain;
 #ifdef DSV3I_X86
-    if (backend == DSV3_BACKEND_AVX2) dsv3i_kernels_avx2(&context->kernels);
-    if (backend == DSV3_BACKEND_AVX512) dsv3i_kernels_avx512_whole(&context->kernels);
-    if (backend == DSV3_BACKEND_AVX512_BF16) dsv3i_kernels_avx512_bf16(&context->kernels);
-#endif
-#ifdef DSV3I_TILES
-    if (backend == DSV3_BACKEND_AMX) dsv3i_kernels_amx(&context->kernels);
+    if (backend != DSV3_BACKEND_REFERENCE) context->ops = dsv3i_temp(backend);
 #endif
     context->backend = dsv3_backend_name(backend);
     context->threads = 1;
