@@ -1682,6 +1682,31 @@ static dsv3i_call dsv3i_call_of(const dsv3_context *ctx, const dsv3_model *model
     return c;
 }
 
+/* All rows of w. */
+static dsv3i_product dsv3i_product_of(float *y, const float *x, const dsv3_tensor *w, size_t n) {
+    dsv3i_product p = {y, x, w, n, 0, w->rows};
+    return p;
+}
+
+/* y [n, w->rows] = x [n, cols] W^T */
+static void dsv3i_project(const dsv3i_call *c, float *y, const float *x, const dsv3_tensor *w) {
+    dsv3i_product p = dsv3i_product_of(y, x, w, c->n);
+    c->ctx->ops->linear(c->ctx, &p, 1, c->ws->scratch);
+}
+
+#ifndef DSV3_NO_TRAINING
+/* The gradient of a weight of the gradients' model, which is made over memory that may be written (chapter 14). */
+static float *dsv3i_grad(const dsv3_tensor *g) { return (float *)(uintptr_t)g->data; }
+
+/* dx [n, cols] += dy W (beta0: =), and the gradient g of w. */
+static void dsv3i_project_backward(const dsv3_context *ctx, const dsv3_workspace *ws, float *dx, int beta0,
+                                   const dsv3_tensor *g, const float *dy, const float *x, const dsv3_tensor *w,
+                                   size_t n) {
+    dsv3i_product p = dsv3i_product_of((float *)(uintptr_t)dy, x, w, n);
+    ctx->ops->linear_backward(ctx, dx, beta0, dsv3i_grad(g), &p, ws->scratch);
+}
+#endif
+
 /* ========================================================================================================
  * Chapter 3  >>formats
  *
@@ -2068,22 +2093,7 @@ static void dsv3i_decode_row(const dsv3_context *ctx, float *y, const dsv3_tenso
     }
 }
 
-/* ========================================================================================================
- * Chapter 4  >>ops
- *
- *   linear      y_t = W x_t                                                  W [rows, cols]
- *   RMSNorm     y = g * x / rms(x),  rms(x) = sqrt(mean(x^2) + eps)
- *   SwiGLU      h = silu(a) * b,  silu(a) = a / (1 + exp(-a))                a, b: gate and up projections
- *   embedding   x = row `token` of embed_tokens
- *   loss        -log softmax(z)[target] = log sum exp(z) - z[target]
- *
- * Weights become float32 one row at a time, W = code * scale for FP8, and every sum is a float32 sum in one fixed
- * order: a weight's type changes its value, never the arithmetic. A row of W meets all rows of x while it is decoded, so
- * that a longer batch costs less per row -- and gives the same bits. Each op has its backward beside it; gradients d..
- * are added to what stands there unless `beta0` says that they are set. Test: tests/test_ops.c.
- * ==================================================================================================== */
-
-/* ---- Loops over rows of d numbers: embeddings, copies, sums, norms */
+/* ---- Loops over rows of d numbers: copies, sums, and what chapter 4 does to rows */
 
 typedef struct dsv3i_rows {
     const dsv3_context *ctx;
@@ -2116,23 +2126,6 @@ static void dsv3i_rows_run(dsv3i_rows *a, size_t n, size_t cost, dsv3_task task)
     dsv3i_parallel(a->ctx, n, dsv3i_mul(dsv3i_mul(cost, n), a->d), task, a);
 }
 
-static void dsv3i_embed_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_rows *a = (const dsv3i_rows *)arg;
-    (void)worker;
-    for (size_t t = begin; t < end; t++) {
-        DSV3_ASSERT(a->token[t] >= 0 && (size_t)a->token[t] < a->w->rows);
-        dsv3i_decode_row(a->ctx, a->y + t * a->d, a->w, (size_t)a->token[t]);
-    }
-}
-
-DSV3_API void dsv3_embed(const dsv3_context *context, float *x, const int32_t *token, const dsv3_tensor *w,
-                         size_t n) {
-    dsv3i_rows a = dsv3i_rows_of(context, x, NULL, w->cols);
-    a.token = token;
-    a.w = w;
-    dsv3i_rows_run(&a, n, 2, dsv3i_embed_task);
-}
-
 static void dsv3i_copy_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_rows *a = (const dsv3i_rows *)arg;
     (void)worker;
@@ -2158,6 +2151,40 @@ static void dsv3i_add_task(void *arg, size_t begin, size_t end, size_t worker) {
 static void dsv3i_add_rows(const dsv3_context *ctx, float *y, const float *x, size_t n, size_t d) {
     dsv3i_rows a = dsv3i_rows_of(ctx, y, x, d);
     dsv3i_rows_run(&a, n, 2, dsv3i_add_task);
+}
+
+/* ========================================================================================================
+ * Chapter 4  >>ops
+ *
+ *   linear      y_t = W x_t                                                  W [rows, cols]
+ *   RMSNorm     y = g * x / rms(x),  rms(x) = sqrt(mean(x^2) + eps)
+ *   SwiGLU      h = silu(a) * b,  silu(a) = a / (1 + exp(-a))                a, b: gate and up projections
+ *   embedding   x = row `token` of embed_tokens
+ *   loss        -log softmax(z)[target] = log sum exp(z) - z[target]
+ *
+ * Weights become float32 one row at a time, W = code * scale for FP8, and every sum is a float32 sum in one fixed
+ * order: a weight's type changes its value, never the arithmetic. A row of W meets all rows of x while it is decoded, so
+ * that a longer batch costs less per row -- and gives the same bits. Each op has its backward beside it; gradients d..
+ * are added to what stands there unless `beta0` says that they are set. Test: tests/test_ops.c.
+ * ==================================================================================================== */
+
+/* ---- Embedding: x_t = row token_t of embed_tokens */
+
+static void dsv3i_embed_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_rows *a = (const dsv3i_rows *)arg;
+    (void)worker;
+    for (size_t t = begin; t < end; t++) {
+        DSV3_ASSERT(a->token[t] >= 0 && (size_t)a->token[t] < a->w->rows);
+        dsv3i_decode_row(a->ctx, a->y + t * a->d, a->w, (size_t)a->token[t]);
+    }
+}
+
+DSV3_API void dsv3_embed(const dsv3_context *context, float *x, const int32_t *token, const dsv3_tensor *w,
+                         size_t n) {
+    dsv3i_rows a = dsv3i_rows_of(context, x, NULL, w->cols);
+    a.token = token;
+    a.w = w;
+    dsv3i_rows_run(&a, n, 2, dsv3i_embed_task);
 }
 
 /* ---- Linear: y_t = W x_t. Each row of W is decoded once and meets all rows of x. */
@@ -2204,18 +2231,6 @@ static size_t dsv3i_linear_floats(size_t n, size_t cols, size_t threads) {
     return dsv3i_max(dsv3i_mul(dsv3i_add(threads, n), cols), dsv3i_engine_linear_floats(n, cols, threads));
 }
 
-/* y [n, w->rows] = x W^T */
-static dsv3i_product dsv3i_product_of(float *y, const float *x, const dsv3_tensor *w, size_t n) {
-    dsv3i_product p = {y, x, w, n, 0, w->rows};
-    return p;
-}
-
-/* The same within a layer. */
-static void dsv3i_project(const dsv3i_call *c, float *y, const float *x, const dsv3_tensor *w) {
-    dsv3i_product p = dsv3i_product_of(y, x, w, c->n);
-    c->ctx->ops->linear(c->ctx, &p, 1, c->ws->scratch);
-}
-
 DSV3_API size_t dsv3_linear_scratch(const dsv3_context *context, size_t n, size_t cols) {
     return dsv3i_linear_floats(n, cols, context->threads);
 }
@@ -2258,17 +2273,6 @@ static void dsv3i_linear_backward(const dsv3_context *ctx, float *dx, int beta0,
     if (dx != NULL && beta0) DSV3_MEMSET(dx, 0, p->n * cols * sizeof *dx);
     if (dx != NULL) dsv3i_parallel(ctx, p->n, work, dsv3i_linear_dx_task, &a);
     if (dw != NULL) dsv3i_parallel(ctx, p->rows, work, dsv3i_linear_dw_task, &a);
-}
-
-/* The gradient of a weight of the gradients' model, which is made over memory that may be written (chapter 14). */
-static float *dsv3i_grad(const dsv3_tensor *g) { return (float *)(uintptr_t)g->data; }
-
-/* The same within a pass: dx (beta0: is set) and the gradient g of w, for n rows. */
-static void dsv3i_project_backward(const dsv3_context *ctx, const dsv3_workspace *ws, float *dx, int beta0,
-                                   const dsv3_tensor *g, const float *dy, const float *x, const dsv3_tensor *w,
-                                   size_t n) {
-    dsv3i_product p = dsv3i_product_of((float *)(uintptr_t)dy, x, w, n);
-    ctx->ops->linear_backward(ctx, dx, beta0, dsv3i_grad(g), &p, ws->scratch);
 }
 
 DSV3_API void dsv3_linear_backward(const dsv3_context *context, float *dx, float *dw, const float *dy, const float *x,
@@ -2541,25 +2545,13 @@ typedef struct dsv3i_loss {
     float *logits;  /* [n, part.rows] */
     float *scratch; /* of linear */
     dsv3i_product part;
-    /* backward */
-    float weight; /* of each row's loss */
-    float *du, *dhead;
-    int beta0;
+    float weight; /* backward: of each row's loss */
 } dsv3i_loss;
 
 /* loss [dsv3i_loss_floats] keeps each row's maximum and sum, between forward and backward too. */
 static dsv3i_loss dsv3i_loss_of(const dsv3_context *ctx, const float *u, const dsv3_tensor *head, const int32_t *target,
                                 size_t n, float *loss, float *scratch) {
-    dsv3i_loss a;
-    DSV3_MEMSET(&a, 0, sizeof a);
-    a.ctx = ctx;
-    a.u = u;
-    a.head = head;
-    a.target = target;
-    a.n = n;
-    a.state = loss;
-    a.logits = loss + 3 * n;
-    a.scratch = scratch;
+    dsv3i_loss a = {ctx, u, head, target, n, loss, loss + 3 * n, scratch, dsv3i_product_of(NULL, u, head, n), 0.0f};
     return a;
 }
 
@@ -2567,12 +2559,12 @@ static size_t dsv3i_loss_floats(size_t V, size_t n) { return dsv3i_mul(n, dsv3i_
 
 /* The logits of a part of the vocabulary, and `task` for each row of them. */
 static void dsv3i_loss_part(dsv3i_loss *a, size_t row, dsv3_task task) {
-    size_t rows = dsv3i_min(DSV3I_VOCAB, a->head->rows - row);
-    a->part = dsv3i_product_of(a->logits, a->u, a->head, a->n);
-    a->part.row = row;
-    a->part.rows = rows;
-    a->ctx->ops->linear(a->ctx, &a->part, 1, a->scratch);
-    dsv3i_parallel(a->ctx, a->n, dsv3i_mul(dsv3i_mul(a->n, rows), 16), task, a);
+    dsv3i_product *part = &a->part;
+    part->y = a->logits;
+    part->row = row;
+    part->rows = dsv3i_min(DSV3I_VOCAB, a->head->rows - row);
+    a->ctx->ops->linear(a->ctx, part, 1, a->scratch);
+    dsv3i_parallel(a->ctx, a->n, dsv3i_mul(dsv3i_mul(a->n, part->rows), 16), task, a);
 }
 
 /* The target's logit of row t among those of this part, or NULL. */
