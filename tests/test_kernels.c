@@ -66,43 +66,6 @@ static int guarded_broken(const guarded *g) {
     return bad;
 }
 
-/* ---- tables: rows of numbers that lie ld apart, with gaps where ld > cols. Those to read are filled with NaN, gaps
- * too, and end with their last number, so that AddressSanitizer sees what reads on; those to write lie between guards,
- * and so do their rows. */
-
-typedef struct table {
-    float *memory, *x; /* x: row 0 */
-    size_t cells, offset, rows, cols, ld;
-} table;
-
-static float *table_make(table *m, size_t before, size_t after, size_t rows, size_t cols, uint32_t bits) {
-    m->rows = rows, m->cols = cols, m->ld = cols + test_below(4);
-    m->offset = before + test_below(OFFSETS);
-    m->cells = m->offset + (rows == 0 ? 0 : (rows - 1) * m->ld + cols) + after;
-    m->memory = (float *)test_alloc(m->cells * sizeof(float));
-    m->x = m->memory + m->offset;
-    for (size_t i = 0; i < m->cells; i++) m->memory[i] = dsv3i_float(bits);
-    return m->x;
-}
-
-static float *table_input(table *m, size_t rows, size_t cols) { return table_make(m, 0, 0, rows, cols, 0x7FC00000u); }
-
-static float *table_output(table *m, size_t rows, size_t cols) {
-    return table_make(m, GUARD, GUARD + 3 * (cols + 3), rows, cols, guard_bits); /* three rows that are not there */
-}
-
-/* Cells outside of all rows that are not as they were. */
-static int table_broken(const table *m) {
-    size_t ld = m->ld > 0 ? m->ld : 1;
-    int bad = 0;
-    for (size_t i = 0; i < m->cells; i++) {
-        size_t at = i - m->offset;
-        int inside = i >= m->offset && at / ld < m->rows && at % ld < m->cols;
-        bad += !inside && dsv3i_bits(m->memory[i]) != guard_bits;
-    }
-    return bad;
-}
-
 /* Values of very different sizes, so that the order of a sum shows in its bits. */
 static void fill_wild(float *x, size_t n) {
     for (size_t i = 0; i < n; i++) x[i] = ldexpf(test_uniform(-1, 1), (int)test_below(13) - 6);
@@ -115,10 +78,6 @@ static void fill_short(float *x, size_t n) {
     for (size_t i = 0; i < n; i++) {
         x[i] = ldexpf((float)((int)test_below(4095) - 2047), (int)test_below(13) - 17);
     }
-}
-
-static void table_fill(table *m) {
-    for (size_t r = 0; r < m->rows; r++) fill_wild(m->x + r * m->ld, m->cols);
 }
 
 /* ---- the documented order of summation of the reference, once more and as plainly as possible */
@@ -495,12 +454,6 @@ static unsigned char *box_input(box *b, size_t bytes) {
     return box_make(b, (page - bytes % page) % page, bytes, 0, page);
 }
 
-/* Whole words of 64 bytes, which would be aligned each time: half of them end some floats before that page. */
-static unsigned char *box_words(box *b, size_t bytes) {
-    size_t page = (size_t)sysconf(_SC_PAGESIZE), after = test_below(2) ? 4 * test_below(16) : 0;
-    return box_make(b, (page - (bytes + after) % page) % page, bytes, after, page);
-}
-
 /* It begins `offset` past a 64-byte boundary. */
 static unsigned char *box_output(box *b, size_t offset, size_t bytes) {
     return box_make(b, 64 + offset, bytes, 192, 0);
@@ -632,6 +585,53 @@ static void plain_q8(void *out, const float *x, size_t k) { dsv3i_round_q8((floa
 /* ---- What instruction sets bring beside vectors: the engine's kernels ---------------------------------------- */
 
 #ifdef DSV3I_ENGINE
+/* ---- tables: rows of numbers that lie ld apart, with gaps where ld > cols. Those to read are filled with NaN, gaps
+ * too, and end with their last number, so that AddressSanitizer sees what reads on; those to write lie between guards,
+ * and so do their rows. */
+
+typedef struct table {
+    float *memory, *x; /* x: row 0 */
+    size_t cells, offset, rows, cols, ld;
+} table;
+
+static float *table_make(table *m, size_t before, size_t after, size_t rows, size_t cols, uint32_t bits) {
+    m->rows = rows, m->cols = cols, m->ld = cols + test_below(4);
+    m->offset = before + test_below(OFFSETS);
+    m->cells = m->offset + (rows == 0 ? 0 : (rows - 1) * m->ld + cols) + after;
+    m->memory = (float *)test_alloc(m->cells * sizeof(float));
+    m->x = m->memory + m->offset;
+    for (size_t i = 0; i < m->cells; i++) m->memory[i] = dsv3i_float(bits);
+    return m->x;
+}
+
+static float *table_input(table *m, size_t rows, size_t cols) { return table_make(m, 0, 0, rows, cols, 0x7FC00000u); }
+
+static float *table_output(table *m, size_t rows, size_t cols) {
+    return table_make(m, GUARD, GUARD + 3 * (cols + 3), rows, cols, guard_bits); /* three rows that are not there */
+}
+
+/* Cells outside of all rows that are not as they were. */
+static int table_broken(const table *m) {
+    size_t ld = m->ld > 0 ? m->ld : 1;
+    int bad = 0;
+    for (size_t i = 0; i < m->cells; i++) {
+        size_t at = i - m->offset;
+        int inside = i >= m->offset && at / ld < m->rows && at % ld < m->cols;
+        bad += !inside && dsv3i_bits(m->memory[i]) != guard_bits;
+    }
+    return bad;
+}
+
+static void table_fill(table *m) {
+    for (size_t r = 0; r < m->rows; r++) fill_wild(m->x + r * m->ld, m->cols);
+}
+
+/* Whole words of 64 bytes, which would be aligned each time: half of them end some floats before that page. */
+static unsigned char *box_words(box *b, size_t bytes) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), after = test_below(2) ? 4 * test_below(16) : 0;
+    return box_make(b, (page - (bytes + after) % page) % page, bytes, after, page);
+}
+
 /* ---- tile: every dot of it has the bits that the backend's dot of the two rows has, whatever the size of the tile; so
  * the bound of dot holds. (Products below the normal floats add 2^-150 each.) */
 

@@ -193,7 +193,8 @@ static void linear_pairs(products *p, const dsv3_context *pieces, float *scratch
             products_compare(p, (j + 1) % 3);
         }
     }
-    CHECK_EQ(*calls - before, ctx.ops->own == NULL ? 6 : 3);
+    /* The plain op has a loop for each, but the second is too small to be split; the engine has one for both. */
+    CHECK_EQ(*calls - before, ctx.ops->own == NULL ? 4 : 3);
 }
 
 /* Rows [128, rows - 3) of a matrix, or those behind the first 64 of a low one: a part of what all of it gives. */
