@@ -16,7 +16,7 @@
  *     #include "dsv3.h"
  *
  *     dsv3_config_check(&config, &error);                              // names the first bad field
- *     dsv3_context_init(&context, DSV3_BACKEND_AUTO, 0);               // kernels and threads
+ *     dsv3_context_init(&context, DSV3_BACKEND_AUTO, 0);               // backend and threads
  *     dsv3_model_size(&config, &bytes);                                // every _size has its _init:
  *     dsv3_model_bind(&model, &config, malloc(bytes), bytes, find, files, &error);   // by published names
  *     dsv3_cache_size(&config, 4096, DSV3_BF16, &bytes);
@@ -39,8 +39,7 @@
  *   DSV3_API                 what stands before each public function; default: extern
  *   DSV3_ASSERT(x)           checks preconditions of single ops; default: nothing
  *   DSV3_SIMD                compile the SIMD backends in (x86-64; elsewhere it changes nothing). The CPU is asked
- *                            at run time: no -m flags are needed, and an older CPU gets what it can run. (The
- *                            bits of "reference", too, are others than without it: blocks of keys are larger)
+ *                            at run time: no -m flags are needed, and an older CPU gets what it can run
  *   DSV3_NO_AMX              leave the backend "amx" out, for which Linux must be asked (see dsv3_context_init)
  *   DSV3_NO_TRAINING         leave out gradients and training
  *   DSV3_NO_OPENMP           ignore OpenMP even if the compiler has it switched on
@@ -81,23 +80,47 @@
  *   In equations: u a normalised row, c a latent, s a score, z a logit before its sigmoid or softmax.
  *   [R] the V3 report (arXiv 2412.19437)      [R2] the V2 report (arXiv 2405.04434)
  *
- * >>contents  Search for the tag to jump.
- *   0  >>example >>options >>conventions >>glossary         front page
+ * >>life  The life of a token, by the functions that it passes:
+ *     dsv3_forward, dsv3_batch_begin             its place: sequence, position, angles
+ *     dsv3_embed                                 x = its row of embed_tokens
+ *     dsv3i_pass, dsv3i_layer_forward            each layer: x += MLA(norm(x)), x += FFN(norm(x))
+ *       dsv3i_mla_forward                        latents and queries; the latent goes into the cache
+ *       dsv3i_attend, dsv3i_attend_keys          what it sees: a running softmax over the cache
+ *       dsv3i_moe_forward, dsv3i_route           its experts (dsv3_router_select), and how much each counts
+ *       dsv3i_mlps, dsv3i_moe_combine            what they say
+ *       dsv3i_linear, dsv3i_linear_task          under all of them: a row of W, decoded, meets x
+ *     dsv3i_pass_logits, dsv3_sample             the final norm, the head; the next token
+ * The life of a gradient, which goes the same way back:
+ *     dsv3_train_accumulate, dsv3i_train_head    loss of the target; dz = softmax - onehot, du = dz W_head
+ *     dsv3i_layer_backward                       from the last layer to the first
+ *       dsv3i_moe_backward, dsv3i_mlp_backward   experts, their gates, the router
+ *       dsv3i_mla_backward                       projections; attention by dsv3i_attend_backward_row
+ *       dsv3i_linear_backward                    under all of them: dx += dy W, dW += dy^T x
+ *     dsv3i_embed_backward                       the token's row of embed_tokens
+ *     dsv3_train_end                             one global norm, clip, AdamW; the bias step of the routers
+ *
+ * >>contents  Search for the tag to jump. Numbered chapters are the book: the whole system in plain C, each op once, forward
+ * and backward side by side, and the backend "reference". Lettered chapters are the engine (DSV3_SIMD): the ops of one
+ * table (>>table) once more, made for speed. Nobody must read it to learn the architecture.
+ *   0  >>example >>options >>conventions >>glossary >>life  front page
  *   1  >>api      public declarations, all of them
- *   2  >>tools    sizes, layouts, errors, number formats, parallel loops
- *   3  >>kernels  the closed list of inner loops, plain C
- *   4  >>ops      linear, embedding, RMSNorm, SwiGLU, log-sum-exp, cross-entropy
+ *   2  >>tools    sizes, layouts, errors, parallel loops; >>table, what a backend may do its own way
+ *   3  >>formats  numbers and their types, quantisation, rows of numbers
+ *   4  >>ops      embedding, linear, RMSNorm, SwiGLU, log-sum-exp, cross-entropy
  *   5  >>rope     rotary positions and YaRN
  *   6  >>mla      multi-head latent attention, absorbed and expanded
  *   7  >>router   scores, groups, bias, top-K, gate weights; loads, the bias step, balance losses
  *   8  >>moe      rows grouped by expert, shared experts
  *   9  >>block    one transformer layer
- *   10 >>model    configurations, tensor names, binding; caches, batches, the forward program
- *   11 >>mtp      multi-token prediction: modules, and the losses of whole texts
- *   12 >>infer    sampling, generation with drafts
- *   13 >>train    parameters, backward through everything, AdamW, the training step
- *   A  >>simd     the same kernels for AVX2, AVX-512 and AMX, and the choice of a backend
- *   B  >>licence
+ *   10 >>model    configurations, tensor names, binding
+ *   11 >>pass     caches, workspaces, batches, the forward program
+ *   12 >>mtp      multi-token prediction: modules, and the losses of whole texts
+ *   13 >>infer    sampling, generation with drafts
+ *   14 >>train    parameters, backward through everything, AdamW, the training step
+ *   A  >>fast     what all instruction sets share: packed weights, work for threads and caches
+ *   B  >>simd     kernels for AVX2, AVX-512 and AMX
+ *   Y  >>backends the choice of a backend
+ *   Z  >>licence
  */
 #ifndef DSV3_H
 #define DSV3_H
@@ -374,11 +397,11 @@ DSV3_API uint8_t dsv3_f8_e4m3_from_f32(float x);
  * infinity as FP8, Q8_0 or Q4_0; F32, F16 and BF16 keep them. After an error data and scale may hold anything. */
 DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3_type type, size_t rows, size_t cols);
 
-/* ---- Context: kernels and threads -------------------------------------------------------------------- */
+/* ---- Context: backend and threads -------------------------------------------------------------------- */
 
 typedef enum dsv3_backend {
     DSV3_BACKEND_AUTO = 0,        /* the best one compiled in that this machine can run */
-    DSV3_BACKEND_REFERENCE = 1,   /* "reference": plain C, chapter 3 */
+    DSV3_BACKEND_REFERENCE = 1,   /* "reference": plain C: the book */
     DSV3_BACKEND_AVX2 = 2,        /* "avx2": x86-64 with AVX2, FMA and F16C; with DSV3_SIMD */
     DSV3_BACKEND_AVX512 = 3,      /* "avx512": also AVX-512 F, BW, DQ and VL; with DSV3_SIMD */
     DSV3_BACKEND_AVX512_BF16 = 4, /* "avx512_bf16": also AVX-512 VBMI, VNNI and BF16; with DSV3_SIMD */
@@ -519,7 +542,7 @@ DSV3_API dsv3_result dsv3_model_size(const dsv3_config *config, size_t *bytes);
 DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *config, void *memory, size_t bytes,
                                      dsv3_find find, void *user, dsv3_error *error);
 
-/* Copies of the matrices in the order in which a SIMD backend reads them (chapter 4), so that it need not reorder them
+/* Copies of the matrices in the order in which a SIMD backend reads them, so that it need not reorder them
  * on each call: faster, at the price of the memory. Bits do not change. 0 bytes for a backend that reads weights as they
  * lie. The embedding stays where it is, since its rows are wanted as such; kv_b_proj is there in both orders. */
 DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_model *model, size_t *bytes);
@@ -845,7 +868,7 @@ DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, co
                                   dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                   dsv3_workspace *workspace, dsv3_error *error);
 
-/* ---- Multi-token prediction. [R] 2.2; chapter 11 ----------------------------------------------------- */
+/* ---- Multi-token prediction. [R] 2.2; chapter 12 ----------------------------------------------------- */
 
 /* The cache of one MTP module for one sequence: a dsv3_cache of one layer. truncate and copy as for others. */
 DSV3_API dsv3_result dsv3_mtp_cache_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes);
@@ -923,7 +946,7 @@ typedef struct dsv3_candidate {
 DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, float temperature, float top_p,
                                  dsv3_rng *rng, dsv3_candidate *candidates);
 
-/* ---- Generation, with drafts by the MTP modules. [R] 5.4.3; chapter 12 --------------------------------- */
+/* ---- Generation, with drafts by the MTP modules. [R] 5.4.3; chapter 13 --------------------------------- */
 
 /* A text being written: its caches, what the modules need to draft ahead, its sampler. Memory is the caller's. */
 typedef struct dsv3_sequence {
@@ -1002,7 +1025,7 @@ DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, c
                                    dsv3_error *error);
 
 #ifndef DSV3_NO_TRAINING
-/* ---- Training. [R] 4.2; chapter 13 ------------------------------------------------------------------- */
+/* ---- Training. [R] 4.2; chapter 14 ------------------------------------------------------------------- */
 
 /* Every tensor a config calls for, as float32, in one array in file order (the order of dsv3_model_tensors, without
  * the optional copies: MTP modules share the main model's embedding and head). Weights are one, gradients another. */
@@ -1189,7 +1212,7 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 #include <omp.h>
 #endif
 
-/* The one place that looks at compilers and processors for chapter A. */
+/* The one place that looks at compilers and processors for the engine. */
 #if defined(DSV3_SIMD) && (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
 #define DSV3I_X86
 #define DSV3I_ENGINE
@@ -1582,6 +1605,7 @@ typedef struct dsv3i_product {
 
 struct dsv3i_call;  /* below */
 struct dsv3i_saved;
+struct dsv3i_backward;
 struct dsv3i_mlp;  /* an MLP and the rows it sees: chapter 8 */
 
 typedef struct dsv3i_ops {
@@ -1660,11 +1684,9 @@ typedef struct dsv3i_call {
     dsv3_cache *caches;
     size_t layer, n; /* the layer's index in the caches; rows */
     dsv3i_dims m;
-#ifndef DSV3_NO_TRAINING /* backward */
-    const dsv3_layer *g; /* gradients of w */
-    const dsv3i_saved *s;
-    const dsv3i_backward *b;
-#endif
+    const dsv3_layer *g; /* backward: gradients of w, else NULL; what w has kept; scratch */
+    const struct dsv3i_saved *s;
+    const struct dsv3i_backward *b;
 } dsv3i_call;
 
 static dsv3i_call dsv3i_call_of(const dsv3_context *ctx, const dsv3_model *model, const dsv3_layer *w, size_t layer,
@@ -3783,12 +3805,12 @@ static size_t dsv3i_moe_list(const dsv3i_call *c, float *grouped, float *y, cons
         if (n == 0) continue;
         *r = dsv3i_mlp_of(&c->w->experts[e], grouped + first * m->d, u, n, first * m->F);
         r->pair = ws->pair + first;
-        if (dy != NULL) r->g = &c->g->experts[e];
+        if (c->g != NULL) r->g = &c->g->experts[e];
         ws->mlps[count++].dy = dy;
     }
     if (m->Fs > 0) {
         ws->mlps[count] = dsv3i_mlp_of(&c->w->shared_experts, y, u, c->n, c->n * m->K * m->F);
-        if (dy != NULL) ws->mlps[count].g = &c->g->shared_experts;
+        if (c->g != NULL) ws->mlps[count].g = &c->g->shared_experts;
         ws->mlps[count++].dy = dy;
     } else {
         DSV3_MEMSET(y, 0, c->n * m->d * sizeof *y);
@@ -5299,7 +5321,7 @@ DSV3_API double dsv3_losses_total(const dsv3_losses *losses, size_t layers, doub
 }
 
 /* ========================================================================================================
- * Chapter 12  >>infer
+ * Chapter 13  >>infer
  *
  * Sampling, and generation with drafts ([R] 5.4.3). A step of plain decoding reads every active weight to write one
  * token. The MTP modules are cheap guesses at the tokens behind it: the main model then checks all of them in one
@@ -8409,7 +8431,7 @@ static void dsv3i_round_bf16_floats(void *out, const float *x, size_t k) { dsv3i
 static void dsv3i_round_q8_floats(void *out, const float *x, size_t k) { dsv3i_round_q8((float *)out, x, k); }
 
 /* ========================================================================================================
- * Chapter A  >>simd
+ * Chapter B  >>simd
  *
  * The kernels of chapter 3 once more, for one instruction set after the other, and the choice between them. Nothing
  * here needs to be read to understand the model: a backend computes what the reference computes, within bounds that
@@ -11447,6 +11469,13 @@ static const dsv3i_ops *dsv3i_temp(dsv3_backend backend) {
 #endif /* DSV3I_X86 */
 #endif /* DSV3I_ENGINE */
 
+/* ========================================================================================================
+ * Chapter Y  >>backends
+ *
+ * The choice of a backend when a context is made, and packing for it. A new instruction set has an entry in dsv3_backend
+ * and its count, in dsv3_backend_name, in dsv3i_best_backend and in dsv3i_ops_of. Test: tests/test_backends.sh.
+ * ==================================================================================================== */
+
 /* ---- Packing: nothing to do where weights are read as they lie */
 
 DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_model *model, size_t *bytes) {
@@ -11605,7 +11634,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #endif /* DSV3_IMPLEMENTATION */
 
 /* ========================================================================================================
- * Chapter B  >>licence
+ * Chapter Z  >>licence
  *
  * MIT License
  *
