@@ -1356,6 +1356,11 @@ static uint64_t dsv3i_fingerprint(const dsv3i_dims *m) {
     return h;
 }
 
+static uint64_t dsv3i_config_fingerprint(const dsv3_config *config) {
+    dsv3i_dims m = dsv3i_dims_of(config);
+    return dsv3i_fingerprint(&m);
+}
+
 /* ---- Layouts: one cursor walks through a buffer, or through nothing to learn the size. The same function
  * runs for _size (base NULL) and for _init, so that the sum and the pointers cannot disagree. Parts begin on
  * cache lines, wherever the caller's buffer begins: a size includes what is lost at its front. */
@@ -5424,6 +5429,8 @@ static size_t dsv3i_candidates(dsv3_candidate *c, const float *logits, size_t be
     return top_p < 1.0f ? dsv3i_nucleus(c, V, (double)top_p * *sum, sum) : V;
 }
 
+static int dsv3i_is_greedy(float temperature, float top_p) { return !(temperature > 0.0f) || !(top_p > 0.0f); }
+
 /* 53 bits times 2^-53 */
 static double dsv3i_uniform(dsv3_rng *rng) { return (double)(dsv3_random(rng) >> 11) * 1.1102230246251565e-16; }
 
@@ -5435,7 +5442,7 @@ DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, 
     if (!(temperature >= 0.0f) || temperature > FLT_MAX || !(top_p >= 0.0f) || top_p > 1.0f) return DSV3_ERR_ARG;
     best = dsv3i_argmax(logits, V);
     if (best == V) return DSV3_ERR_NAN;
-    if (!(temperature > 0.0f) || !(top_p > 0.0f)) {
+    if (dsv3i_is_greedy(temperature, top_p)) {
         *token = (int32_t)best;
         return DSV3_OK;
     }
@@ -5445,38 +5452,44 @@ DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, 
     return DSV3_OK;
 }
 
-#define DSV3I_RATE 0.8f /* of drafts, before anything is known */
-
 /* ---- A sequence: caches, and rings of the last `window` positions. hidden of depth j holds h_i^j, the states that
  * module j + 1 reads, until that module has been at position i. */
 
-static size_t dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, size_t capacity, dsv3_type type,
-                                    size_t rows, size_t drafts, dsv3i_layout *l) {
-    const dsv3_config *c = &model->config;
-    dsv3i_dims m = dsv3i_dims_of(c);
-    size_t f = sizeof(float), modules = dsv3i_min(drafts, (size_t)model->n_mtp);
-    s->n_modules = modules;
-    s->max_drafts = modules > 0 ? drafts : 0;
+#define DSV3I_RATE 0.8f /* of drafts, before anything is known */
+
+/* The arrays of a sequence s: type, field, rows, columns. A fork copies the first; the others are scratch, but for the
+ * modules, which copy themselves. One list makes the layout and the copy, so that neither can forget an array. */
+#define DSV3I_SEQUENCE_KEPT(X)                                                                                       \
+    X(int32_t, token, s->max_drafts + 1, 1)                                                                          \
+    X(uint64_t, drafted, s->max_drafts, 1)                                                                           \
+    X(uint64_t, accepted, s->max_drafts, 1)                                                                          \
+    X(int32_t, history, s->window, 1)                                                                                \
+    X(float, hidden, dsv3i_mul(s->n_modules, s->window), s->d)                                                       \
+    X(float, rate, s->max_drafts, 1)
+#define DSV3I_SEQUENCE_SCRATCH(X)                                                                                    \
+    X(dsv3_cache, modules, s->n_modules, 1)                                                                          \
+    X(float, p, s->max_drafts > 0, V)                                                                                \
+    X(float, q, s->max_drafts, V)                                                                                    \
+    X(dsv3_candidate, candidates, V, 1)
+
+static void dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, size_t capacity, dsv3_type type,
+                                  size_t rows, size_t drafts, dsv3i_layout *l) {
+    size_t V = (size_t)model->config.vocab_size;
+    s->n_modules = dsv3i_min(drafts, (size_t)model->n_mtp);
+    s->max_drafts = s->n_modules > 0 ? drafts : 0;
     s->rows = rows;
-    s->d = m.d;
-    s->window = dsv3i_add(dsv3i_max(rows, s->max_drafts + 1), modules + 2);
-    s->modules = (dsv3_cache *)dsv3i_take(l, sizeof *s->modules, modules, 1, 1);
-    s->token = (int32_t *)dsv3i_take(l, sizeof(int32_t), s->max_drafts + 1, 1, 1);
-    s->drafted = (uint64_t *)dsv3i_take(l, sizeof(uint64_t), s->max_drafts, 1, 1);
-    s->accepted = (uint64_t *)dsv3i_take(l, sizeof(uint64_t), s->max_drafts, 1, 1);
-    s->history = (int32_t *)dsv3i_take(l, sizeof(int32_t), s->window, 1, 1);
-    s->hidden = (float *)dsv3i_take(l, f, modules, s->window, m.d);
-    s->p = (float *)dsv3i_take(l, f, m.V, s->max_drafts > 0, 1);
-    s->q = (float *)dsv3i_take(l, f, m.V, s->max_drafts, 1);
-    s->rate = (float *)dsv3i_take(l, f, s->max_drafts, 1, 1);
-    s->candidates = (dsv3_candidate *)dsv3i_take(l, sizeof *s->candidates, m.V, 1, 1);
-    (void)dsv3i_cache_layout(&s->cache, c, m.L, capacity, type, l);
-    for (size_t k = 0; k < modules; k++) {
+    s->d = (size_t)model->config.hidden_size;
+    s->window = dsv3i_add(dsv3i_max(rows, s->max_drafts + 1), s->n_modules + 2);
+#define DSV3I_TAKE(type, field, rows, cols) s->field = (type *)dsv3i_take(l, sizeof(type), rows, cols, 1);
+    DSV3I_SEQUENCE_KEPT(DSV3I_TAKE)
+    DSV3I_SEQUENCE_SCRATCH(DSV3I_TAKE)
+#undef DSV3I_TAKE
+    (void)dsv3i_cache_layout(&s->cache, &model->config, (size_t)model->config.num_hidden_layers, capacity, type, l);
+    for (size_t k = 0; k < s->n_modules; k++) {
         dsv3_cache cache;
-        (void)dsv3i_cache_layout(&cache, c, 1, capacity, type, l);
+        (void)dsv3i_cache_layout(&cache, &model->config, 1, capacity, type, l);
         if (l->base != NULL) s->modules[k] = cache;
     }
-    return l->used;
 }
 
 DSV3_API dsv3_result dsv3_sequence_size(const dsv3_model *model, size_t capacity, dsv3_type type, size_t rows,
@@ -5490,20 +5503,17 @@ DSV3_API dsv3_result dsv3_sequence_size(const dsv3_model *model, size_t capacity
     return dsv3i_layout_size(&l, bytes);
 }
 
-DSV3_API dsv3_result dsv3_sequence_init(dsv3_sequence *sequence, const dsv3_model *model, size_t capacity,
-                                        dsv3_type type, size_t rows, size_t drafts, void *memory, size_t bytes) {
+DSV3_API dsv3_result dsv3_sequence_init(dsv3_sequence *s, const dsv3_model *model, size_t capacity, dsv3_type type,
+                                        size_t rows, size_t drafts, void *memory, size_t bytes) {
     dsv3i_layout l = {NULL, 0};
-    dsv3i_dims m;
-    dsv3_sequence *s = sequence;
     size_t need;
     if (s == NULL) return DSV3_ERR_ARG;
     DSV3I_TRY(dsv3_sequence_size(model, capacity, type, rows, drafts, &need));
     DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
-    m = dsv3i_dims_of(&model->config);
     DSV3_MEMSET(s, 0, sizeof *s);
     l.base = dsv3i_layout_base(memory);
     dsv3i_sequence_layout(s, model, capacity, type, rows, drafts, &l);
-    s->made_for = dsv3i_fingerprint(&m);
+    s->made_for = dsv3i_config_fingerprint(&model->config);
     s->top_p = 1.0f;
     s->rng.state = 1;
     s->drafts = s->max_drafts;
@@ -5523,21 +5533,16 @@ static float *dsv3i_hidden(const dsv3_sequence *s, size_t depth, size_t position
     return s->hidden + (depth * s->window + position % s->window) * s->d;
 }
 
-DSV3_API size_t dsv3_sequence_length(const dsv3_sequence *sequence) {
-    return sequence->cache.length + (sequence->pending != 0);
-}
+DSV3_API size_t dsv3_sequence_length(const dsv3_sequence *s) { return s->cache.length + (s->pending != 0); }
 
-DSV3_API dsv3_result dsv3_sequence_append(dsv3_sequence *sequence, const dsv3_model *model, const int32_t *token,
-                                          size_t n) {
-    if (sequence == NULL || model == NULL || token == NULL || n < 1 || sequence->prompt_left > 0) return DSV3_ERR_ARG;
+DSV3_API dsv3_result dsv3_sequence_append(dsv3_sequence *s, const dsv3_model *model, const int32_t *token, size_t n) {
+    if (s == NULL || model == NULL || token == NULL || n < 1 || s->prompt_left > 0) return DSV3_ERR_ARG;
     for (size_t i = 0; i < n; i++) {
         if (token[i] < 0 || token[i] >= model->config.vocab_size) return DSV3_ERR_TOKEN;
     }
-    if (n > sequence->cache.capacity - dsv3i_min(sequence->cache.capacity, dsv3_sequence_length(sequence))) {
-        return DSV3_ERR_CONTEXT;
-    }
-    sequence->prompt = token;
-    sequence->prompt_left = n;
+    if (n > dsv3i_sub(s->cache.capacity, dsv3_sequence_length(s))) return DSV3_ERR_CONTEXT;
+    s->prompt = token;
+    s->prompt_left = n;
     return DSV3_OK;
 }
 
@@ -5547,81 +5552,68 @@ static void dsv3i_module_keep(dsv3_sequence *s, size_t k, size_t end) {
     cache->length = dsv3i_min(cache->length, end);
 }
 
-DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *sequence, size_t length, size_t *kept) {
-    dsv3_sequence *s = sequence;
-    size_t oldest, behind;
-    int ahead; /* a module knows tokens that were to be appended again: perhaps they will not be */
+/* Of all modules: positions >= end, and those that have read tokens from t_length on (module k reads t_{i+k} at i). */
+static void dsv3i_modules_keep(dsv3_sequence *s, size_t end, size_t length) {
+    for (size_t k = 1; k <= s->n_modules; k++) dsv3i_module_keep(s, k, dsv3i_min(end, dsv3i_sub(length, k)));
+}
+
+DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *s, size_t length, size_t *kept) {
+    size_t oldest = length, begin;
+    int ahead = 0; /* a module knows tokens that were to be appended again: perhaps they will not be */
     if (s == NULL || length > dsv3_sequence_length(s)) return DSV3_ERR_ARG;
     s->prompt_left = 0;
     if (kept != NULL) *kept = length;
-    ahead = 0;
-    for (size_t k = 1; k <= s->n_modules; k++) ahead |= s->modules[k - 1].length > (length > k ? length - k : 0);
-    if (length == dsv3_sequence_length(s) && !ahead) return DSV3_OK;
-    oldest = length;
-    for (size_t k = 1; k <= s->n_modules; k++) { /* what module k must read again to go on behind `length` */
-        size_t again = dsv3i_max(k, 2), end = length > again ? length - again : 0;
-        oldest = dsv3i_min(oldest, dsv3i_min(s->modules[k - 1].length, end));
+    for (size_t k = 1; k <= s->n_modules; k++) {
+        size_t known = s->modules[k - 1].length;
+        ahead |= known > dsv3i_sub(length, k);
+        oldest = dsv3i_min(oldest, dsv3i_min(known, dsv3i_sub(length, dsv3i_max(k, 2)))); /* to be read again */
     }
-    if (length == 0 ||
-        (length - 1 >= s->top - dsv3i_min(s->top, s->window) && oldest >= s->top - dsv3i_min(s->top, s->window))) {
+    if (length == dsv3_sequence_length(s) && !ahead) return DSV3_OK;
+    begin = dsv3i_sub(s->top, s->window); /* of what the rings still hold */
+    if (length == 0 || (length - 1 >= begin && oldest >= begin)) {
         s->pending = length > 0;
         s->cache.length = length - (length > 0);
-        for (size_t k = 1; k <= s->n_modules; k++) dsv3i_module_keep(s, k, length > k ? length - k : 0);
+        dsv3i_modules_keep(s, SIZE_MAX, length);
         if (length == 0) s->top = 0;
         return DSV3_OK;
     }
-    behind = dsv3i_max(s->n_modules, 1);
     s->pending = 0;
-    s->cache.length = length > behind ? length - behind : 0;
-    for (size_t k = 1; k <= s->n_modules; k++) dsv3i_module_keep(s, k, s->cache.length);
+    s->cache.length = dsv3i_sub(length, dsv3i_max(s->n_modules, 1));
+    dsv3i_modules_keep(s, s->cache.length, SIZE_MAX);
     s->top = s->cache.length + s->window; /* from here on the rings are filled anew */
     if (kept != NULL) *kept = s->cache.length;
     return DSV3_OK;
 }
 
-DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *from) {
+DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *s) {
     dsv3_sequence own;
-    size_t floats;
-    if (to == NULL || from == NULL) return DSV3_ERR_ARG;
-    if (to == from) return DSV3_OK;
-    if (to->made_for != from->made_for || to->n_modules != from->n_modules || to->max_drafts != from->max_drafts ||
-        to->window != from->window) {
+    if (to == NULL || s == NULL) return DSV3_ERR_ARG;
+    if (to == s) return DSV3_OK;
+    if (to->made_for != s->made_for || to->n_modules != s->n_modules || to->max_drafts != s->max_drafts ||
+        to->window != s->window) {
         return DSV3_ERR_MISMATCH;
     }
-    if (dsv3_sequence_length(from) + from->prompt_left > to->cache.capacity + (from->prompt_left == 0)) {
+    if (dsv3_sequence_length(s) + s->prompt_left > to->cache.capacity + (s->prompt_left == 0))
         return DSV3_ERR_CONTEXT;
-    }
-    DSV3I_TRY(dsv3_cache_copy(&to->cache, &from->cache));
-    for (size_t k = 0; k < to->n_modules; k++) DSV3I_TRY(dsv3_cache_copy(&to->modules[k], &from->modules[k]));
-    own = *to; /* its pointers; everything else is from's */
-    *to = *from;
-    to->token = own.token;
-    to->drafted = own.drafted;
-    to->accepted = own.accepted;
+    DSV3I_TRY(dsv3_cache_copy(&to->cache, &s->cache));
+    for (size_t k = 0; k < to->n_modules; k++) DSV3I_TRY(dsv3_cache_copy(&to->modules[k], &s->modules[k]));
+    own = *to; /* its memory; everything else is copied */
+    *to = *s;
     to->cache = own.cache;
-    to->modules = own.modules;
-    to->history = own.history;
-    to->hidden = own.hidden;
-    to->p = own.p;
-    to->q = own.q;
-    to->rate = own.rate;
-    to->candidates = own.candidates;
-    floats = from->n_modules * from->window * from->d;
-    DSV3_MEMCPY(to->token, from->token, from->n_token * sizeof *to->token);
-    DSV3_MEMCPY(to->history, from->history, from->window * sizeof *to->history);
-    if (floats > 0) DSV3_MEMCPY(to->hidden, from->hidden, floats * sizeof *to->hidden);
-    for (size_t j = 0; j < to->max_drafts; j++) {
-        to->drafted[j] = from->drafted[j];
-        to->accepted[j] = from->accepted[j];
-        to->rate[j] = from->rate[j];
-    }
+#define DSV3I_OWN(type, field, rows, cols) to->field = own.field;
+#define DSV3I_COPY(type, field, rows, cols) DSV3_MEMCPY(to->field, s->field, (rows) * (cols) * sizeof(type));
+    DSV3I_SEQUENCE_SCRATCH(DSV3I_OWN)
+    DSV3I_SEQUENCE_KEPT(DSV3I_OWN)
+    DSV3I_SEQUENCE_KEPT(DSV3I_COPY)
+#undef DSV3I_OWN
+#undef DSV3I_COPY
     return DSV3_OK;
 }
 
 /* ---- Rows of several sequences, gathered for one call */
 
 typedef struct dsv3i_step {
-    dsv3_context ctx;
+    const dsv3_context *ctx;
     float *logits;
     const dsv3_model *model;
     dsv3_sequence *const *sequences;
@@ -5632,10 +5624,8 @@ typedef struct dsv3i_step {
 } dsv3i_step;
 
 static void dsv3i_gather_begin(dsv3i_step *a) {
-    DSV3_MEMSET(&a->batch, 0, sizeof a->batch);
-    a->batch.token = a->ws->row_token;
-    a->batch.sequence = a->ws->row_sequence;
-    a->batch.output = a->ws->row_output;
+    const dsv3_batch empty = {0, a->ws->row_token, a->ws->row_sequence, NULL, 0, a->ws->row_output};
+    a->batch = empty;
 }
 
 /* The next row: token at `position` of sequence s. */
@@ -5661,17 +5651,25 @@ static void dsv3i_gather_keep(const dsv3i_step *a, size_t depth) {
  * comes from the last module once more, one position further on, with its own output as the state it would get
  * from the module before. */
 
+/* The distribution of the next token: p [V], and as candidates of the sequence, of which the place of the first is
+ * returned and *sum is the sum. */
+static size_t dsv3i_distribution(dsv3_sequence *s, float *p, const float *logits, size_t best, size_t V,
+                                 double *sum) {
+    size_t first = V - dsv3i_candidates(s->candidates, logits, best, V, s->temperature, s->top_p, sum);
+    DSV3_MEMSET(p, 0, V * sizeof *p);
+    for (size_t i = first; i < V; i++) p[s->candidates[i].token] = (float)((double)s->candidates[i].p / *sum);
+    return first;
+}
+
+/* Draft j, and the distribution that it is drawn from. */
 static void dsv3i_draft_token(const dsv3i_step *a, dsv3_sequence *s, size_t j, const float *logits) {
-    size_t V = (size_t)a->model->config.vocab_size, best = dsv3i_argmax(logits, V), kept;
+    size_t V = (size_t)a->model->config.vocab_size, best = dsv3i_argmax(logits, V), first;
     int32_t *token = dsv3i_history(s, s->cache.length + j);
-    float *q = s->q + (j - 1) * V;
     double sum;
     *token = (int32_t)best; /* logits were found finite */
-    if (!(s->temperature > 0.0f) || !(s->top_p > 0.0f)) return;
-    kept = dsv3i_candidates(s->candidates, logits, best, V, s->temperature, s->top_p, &sum);
-    *token = dsv3i_pick(s->candidates + (V - kept), kept, dsv3i_uniform(&s->rng) * sum);
-    DSV3_MEMSET(q, 0, V * sizeof *q);
-    for (size_t i = V - kept; i < V; i++) q[s->candidates[i].token] = (float)((double)s->candidates[i].p / sum);
+    if (dsv3i_is_greedy(s->temperature, s->top_p)) return;
+    first = dsv3i_distribution(s, s->q + (j - 1) * V, logits, best, V, &sum);
+    *token = dsv3i_pick(s->candidates + first, V - first, dsv3i_uniform(&s->rng) * sum);
 }
 
 /* One call of module k with the rows gathered. Output rows give draft j (0: none are wanted). */
@@ -5688,7 +5686,7 @@ static dsv3_result dsv3i_module_call(dsv3i_step *a, size_t k, size_t j) {
         ws->views[i].layers = 1;
     }
     DSV3I_TRY(
-        dsv3_mtp_forward(&a->ctx, a->logits, a->model, k, ws->views, a->n, &a->batch, ws->row_hidden, ws, a->error));
+        dsv3_mtp_forward(a->ctx, a->logits, a->model, k, ws->views, a->n, &a->batch, ws->row_hidden, ws, a->error));
     for (size_t i = 0; i < a->n; i++) {
         if (k <= a->sequences[i]->n_modules) a->sequences[i]->modules[k - 1].length = ws->views[i].length;
     }
@@ -5753,62 +5751,46 @@ static dsv3_result dsv3i_catch_up(dsv3i_step *a, size_t i, size_t rows) {
 
 /* Is draft j (from 0) accepted? If not, *token is what replaces it. */
 static int dsv3i_verify(const dsv3i_step *a, dsv3_sequence *s, size_t j, const float *logits, int32_t *token) {
-    size_t V = (size_t)a->model->config.vocab_size, best = dsv3i_argmax(logits, V), kept;
+    size_t V = (size_t)a->model->config.vocab_size, best = dsv3i_argmax(logits, V);
     int32_t draft = *dsv3i_history(s, s->cache.length + 1 + j);
     float *p = s->p, *q = s->q + j * V;
     double sum, u;
     *token = (int32_t)best;
-    if (!(s->temperature > 0.0f) || !(s->top_p > 0.0f)) return draft == *token;
-    kept = dsv3i_candidates(s->candidates, logits, best, V, s->temperature, s->top_p, &sum);
-    DSV3_MEMSET(p, 0, V * sizeof *p);
-    for (size_t i = V - kept; i < V; i++) p[s->candidates[i].token] = (float)((double)s->candidates[i].p / sum);
+    if (dsv3i_is_greedy(s->temperature, s->top_p)) return draft == *token;
+    (void)dsv3i_distribution(s, p, logits, best, V, &sum);
     if (dsv3i_uniform(&s->rng) * (double)q[draft] < (double)p[draft]) return 1;
     sum = 0.0;
     for (size_t i = 0; i < V; i++) {
-        p[i] = p[i] > q[i] ? p[i] - q[i] : 0.0f;
-        sum += (double)p[i];
+        s->candidates[i].token = (int32_t)i;
+        s->candidates[i].p = p[i] > q[i] ? p[i] - q[i] : 0.0f;
+        sum += (double)s->candidates[i].p;
     }
     u = dsv3i_uniform(&s->rng) * sum;
-    sum = 0.0;
-    for (size_t i = 0; i < V; i++) {
-        if (!(p[i] > 0.0f)) continue;
-        *token = (int32_t)i;
-        sum += (double)p[i];
-        if (sum > u) break;
-    }
+    if (sum > 0.0) *token = dsv3i_pick(s->candidates, V, u);
     return 0;
-}
-
-/* Draft j (from 0) stood or fell: counts it. */
-static void dsv3i_count_draft(dsv3_sequence *s, size_t j, int accepted) {
-    s->drafted[j]++;
-    s->accepted[j] += accepted != 0;
-    s->rate[j] += 0.1f * ((accepted ? 1.0f : 0.0f) - s->rate[j]);
 }
 
 /* Writes what the logits [planned + 1, V] of the sequence allow. */
 static dsv3_result dsv3i_accept(const dsv3i_step *a, dsv3_sequence *s, const float *logits) {
-    size_t V = (size_t)a->model->config.vocab_size, N = s->cache.length, accepted = 0;
+    size_t V = (size_t)a->model->config.vocab_size, N = s->cache.length, j = 0; /* drafts accepted */
     int32_t token = -1;
-    int stopped = 0, refused = 0;
-    while (accepted < s->planned && !stopped && !refused) {
-        refused = !dsv3i_verify(a, s, accepted, logits + accepted * V, &token);
-        dsv3i_count_draft(s, accepted, !refused);
-        if (refused) break;
-        token = *dsv3i_history(s, N + 1 + accepted);
+    int stopped = 0, stands = 1;
+    while (j < s->planned && !stopped) {
+        stands = dsv3i_verify(a, s, j, logits + j * V, &token);
+        s->drafted[j]++;
+        s->accepted[j] += stands != 0;
+        s->rate[j] += 0.1f * ((stands ? 1.0f : 0.0f) - s->rate[j]);
+        if (!stands) break;
+        token = *dsv3i_history(s, N + 1 + j++);
         s->token[s->n_token++] = token;
         stopped = token == s->stop;
-        accepted++;
     }
-    for (size_t j = accepted + (size_t)refused; j < s->max_drafts; j++)
-        s->rate[j] += 0.01f * (DSV3I_RATE - s->rate[j]);
-    if (accepted == s->planned && !stopped) {
-        DSV3I_TRY(dsv3_sample(&token, logits + accepted * V, V, s->temperature, s->top_p, &s->rng, s->candidates));
+    for (size_t i = j + !stands; i < s->max_drafts; i++) s->rate[i] += 0.01f * (DSV3I_RATE - s->rate[i]);
+    if (j == s->planned && !stopped) {
+        DSV3I_TRY(dsv3_sample(&token, logits + j * V, V, s->temperature, s->top_p, &s->rng, s->candidates));
     }
     if (!stopped) s->token[s->n_token++] = token;
-    for (size_t k = 1; k <= s->n_modules; k++) { /* rows that read only what stands */
-        dsv3i_module_keep(s, k, dsv3i_min(N, N + accepted + 1 > k ? N + accepted + 1 - k : 0));
-    }
+    dsv3i_modules_keep(s, N, N + j + 1); /* rows that read only what stands */
     s->cache.length = N + s->n_token;
     *dsv3i_history(s, s->cache.length) = token;
     s->pending = 1;
@@ -5851,63 +5833,62 @@ static size_t dsv3i_plan_rows(dsv3_sequence *s, size_t spare) {
 }
 
 /* Rows of sequence i for the main model: the pending token, then prompt or drafts. */
-static void dsv3i_gather_main(dsv3i_step *a, size_t i, size_t rows) {
+static void dsv3i_gather_main(dsv3i_step *a, size_t i) {
     dsv3_sequence *s = a->sequences[i];
-    size_t N = s->cache.length, from_prompt = s->prompt_left > 0 && rows > 0 ? rows - (s->pending != 0) : 0;
-    for (size_t r = 0; r < from_prompt; r++) *dsv3i_history(s, N + (s->pending != 0) + r) = s->prompt[r];
+    size_t N = s->cache.length, rows = s->step_rows, pending = s->pending != 0;
+    size_t read = s->prompt_left > 0 && rows > 0 ? rows - pending : 0;
+    for (size_t r = 0; r < read; r++) *dsv3i_history(s, N + pending + r) = s->prompt[r];
     for (size_t r = 0; r < rows; r++) {
-        int output = s->prompt_left == 0 || (from_prompt == s->prompt_left && r + 1 == rows);
+        int output = s->prompt_left == 0 || (read == s->prompt_left && r + 1 == rows);
         dsv3i_gather_row(a, i, *dsv3i_history(s, N + r), N + r, output);
     }
 }
 
-/* Rows [rows] of sequence i have been through the main model; its logits begin at *output. */
-static dsv3_result dsv3i_finish(const dsv3i_step *a, size_t i, size_t rows, size_t *output) {
-    dsv3_sequence *s = a->sequences[i];
+/* The rows of a sequence have been through the main model; its logits begin at *output. */
+static dsv3_result dsv3i_finish(const dsv3i_step *a, dsv3_sequence *s, size_t *output) {
     const float *logits = a->logits + *output * (size_t)a->model->config.vocab_size;
-    if (rows == 0) return DSV3_OK;
+    if (s->step_rows == 0) return DSV3_OK;
     if (s->prompt_left > 0) {
-        size_t read = rows - (s->pending != 0);
+        size_t read = s->step_rows - (s->pending != 0);
         s->pending = 0;
         s->prompt += read;
         s->prompt_left -= read;
-        s->cache.length += rows - 1;
-        if (s->prompt_left > 0) {
-            s->cache.length++;
-            return DSV3_OK;
-        }
+        s->cache.length += s->step_rows - (s->prompt_left == 0);
+        if (s->prompt_left > 0) return DSV3_OK;
     }
     *output += s->planned + 1;
     return dsv3i_accept(a, s, logits);
 }
 
+static dsv3_result dsv3i_fail_sequence(const dsv3i_step *a, size_t i, dsv3_result code, const char *why) {
+    char name[32];
+    dsv3i_name_row(name, sizeof name, "sequences", i);
+    return dsv3i_fail(a->error, code, name, why);
+}
+
 static dsv3_result dsv3i_generate_check(const dsv3i_step *a) {
-    dsv3i_dims m;
-    uint64_t made_for;
+    uint64_t made_for = dsv3i_config_fingerprint(&a->model->config);
     if (a->n < 1 || a->n > a->ws->rows) {
         return dsv3i_fail_range(a->error, a->n < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "n",
                                 "is not a number of sequences the workspace has rows for", 1, (int64_t)a->ws->rows,
                                 (int64_t)a->n);
     }
-    m = dsv3i_dims_of(&a->model->config);
-    made_for = dsv3i_fingerprint(&m);
     for (size_t i = 0; i < a->n; i++) {
-        if (a->sequences[i] != NULL) a->sequences[i]->step_rows = 0; /* 1 once it has been seen */
+        if (a->sequences[i] != NULL) a->sequences[i]->step_rows = 0; /* not yet planned: until then a mark below */
     }
     for (size_t i = 0; i < a->n; i++) {
         dsv3_sequence *s = a->sequences[i];
-        char name[32];
-        dsv3i_name_row(name, sizeof name, "sequences", i);
-        if (s == NULL) return dsv3i_fail(a->error, DSV3_ERR_ARG, name, "is NULL");
-        if (s->step_rows++ > 0) return dsv3i_fail(a->error, DSV3_ERR_ARG, name, "is given twice");
+        if (s == NULL) return dsv3i_fail_sequence(a, i, DSV3_ERR_ARG, "is NULL");
+        if (s->step_rows != 0) return dsv3i_fail_sequence(a, i, DSV3_ERR_ARG, "is given twice");
+        s->step_rows = 1; /* seen */
         if (s->made_for != made_for || s->n_modules > (size_t)a->model->n_mtp) {
-            return dsv3i_fail(a->error, DSV3_ERR_MISMATCH, name, "was made for another model");
+            return dsv3i_fail_sequence(a, i, DSV3_ERR_MISMATCH, "was made for another model");
         }
         if (!(s->temperature >= 0.0f) || s->temperature > FLT_MAX) {
-            return dsv3i_fail(a->error, DSV3_ERR_ARG, name, "temperature is negative or not finite");
+            return dsv3i_fail_sequence(a, i, DSV3_ERR_ARG, "temperature is negative or not finite");
         }
         if (!(s->top_p >= 0.0f) || s->top_p > 1.0f) {
-            return dsv3i_fail(a->error, DSV3_ERR_ARG, name, "top_p is not between 0 and 1");
+            return dsv3i_fail_sequence(a, i, DSV3_ERR_ARG, "top_p is not between 0 and 1");
         }
     }
     return DSV3_OK;
@@ -5951,9 +5932,9 @@ static dsv3_result dsv3i_compute(dsv3i_step *a) {
     DSV3I_TRY(dsv3i_draft(a));
     for (size_t i = 0; i < a->n; i++) {
         ws->views[i] = a->sequences[i]->cache;
-        dsv3i_gather_main(a, i, a->sequences[i]->step_rows);
+        dsv3i_gather_main(a, i);
     }
-    DSV3I_TRY(dsv3_forward(&a->ctx, a->logits, a->model, ws->views, a->n, &a->batch, ws, a->error));
+    DSV3I_TRY(dsv3_forward(a->ctx, a->logits, a->model, ws->views, a->n, &a->batch, ws, a->error));
     dsv3i_gather_keep(a, 0);
     return DSV3_OK;
 }
@@ -5961,34 +5942,22 @@ static dsv3_result dsv3i_compute(dsv3i_step *a) {
 DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, const dsv3_model *model,
                                    dsv3_sequence *const *sequences, size_t n, dsv3_workspace *workspace,
                                    dsv3_error *error) {
-    dsv3i_step a;
+    dsv3i_step a = {context, logits, model, sequences, n, workspace, error, {0, NULL, NULL, NULL, 0, NULL}};
     dsv3_result result;
     size_t output = 0;
     if (context == NULL || logits == NULL || model == NULL || sequences == NULL || workspace == NULL) {
         return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
     }
-    a.ctx = *context;
-    a.logits = logits;
-    a.model = model;
-    a.sequences = sequences;
-    a.n = n;
-    a.ws = workspace;
-    a.error = error;
     DSV3I_TRY(dsv3i_generate_check(&a));
     dsv3i_gather_begin(&a);
     if (dsv3i_plan(&a) == 0) return dsv3i_nothing_to_do(&a);
     result = dsv3i_compute(&a);
     for (size_t i = 0; i < n && result != DSV3_OK; i++) {
         dsv3_sequence *s = sequences[i];
-        size_t known = dsv3_sequence_length(s);
         s->rng = s->rng_before;
-        for (size_t k = 1; k <= s->n_modules; k++) {
-            dsv3i_module_keep(s, k, dsv3i_min(s->cache.length, known > k ? known - k : 0));
-        }
+        dsv3i_modules_keep(s, s->cache.length, dsv3_sequence_length(s));
     }
-    for (size_t i = 0; i < n && result == DSV3_OK; i++) {
-        result = dsv3i_finish(&a, i, sequences[i]->step_rows, &output);
-    }
+    for (size_t i = 0; i < n && result == DSV3_OK; i++) result = dsv3i_finish(&a, sequences[i], &output);
     return result == DSV3_OK ? dsv3i_ok(error) : result;
 }
 
