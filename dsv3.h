@@ -4416,6 +4416,16 @@ static dsv3_result dsv3i_walk_module(dsv3i_walk *w, dsv3_model *model, size_t k)
     return dsv3i_walk_layer(w, model != NULL ? &model->layers[w->m.L + k] : NULL);
 }
 
+/* Every tensor of a config, with its slot in model, or NULLs. */
+static dsv3_result dsv3i_walk_all(const dsv3_config *config, dsv3_model *model, void *user,
+                                  dsv3_result (*visit)(dsv3i_walk *walk, dsv3_tensor *slot)) {
+    dsv3i_walk w;
+    dsv3i_walk_begin(&w, config, user, visit);
+    DSV3I_TRY(dsv3i_walk_main(&w, model));
+    for (size_t k = 0; k < w.m.D; k++) DSV3I_TRY(dsv3i_walk_module(&w, model, k));
+    return DSV3_OK;
+}
+
 static dsv3_result dsv3i_show_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     (void)slot;
     return w->show(w->user, &w->info);
@@ -5474,16 +5484,15 @@ DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, 
 
 static void dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, size_t capacity, dsv3_type type,
                                   size_t rows, size_t drafts, dsv3i_layout *l) {
+    dsv3_sequence *at = s; /* as the lists have it */
     size_t V = (size_t)model->config.vocab_size;
     s->n_modules = dsv3i_min(drafts, (size_t)model->n_mtp);
     s->max_drafts = s->n_modules > 0 ? drafts : 0;
     s->rows = rows;
     s->d = (size_t)model->config.hidden_size;
     s->window = dsv3i_add(dsv3i_max(rows, s->max_drafts + 1), s->n_modules + 2);
-#define DSV3I_TAKE(type, field, rows, cols) s->field = (type *)dsv3i_take(l, sizeof(type), rows, cols, 1);
     DSV3I_SEQUENCE_KEPT(DSV3I_TAKE)
     DSV3I_SEQUENCE_SCRATCH(DSV3I_TAKE)
-#undef DSV3I_TAKE
     (void)dsv3i_cache_layout(&s->cache, &model->config, (size_t)model->config.num_hidden_layers, capacity, type, l);
     for (size_t k = 0; k < s->n_modules; k++) {
         dsv3_cache cache;
@@ -6011,16 +6020,6 @@ static dsv3_result dsv3i_flat_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     }
     flat->count = dsv3i_add(flat->count, n);
     flat->runs = dsv3i_add(flat->runs, dsv3i_blocks(n, DSV3I_RUN));
-    return DSV3_OK;
-}
-
-/* Walks over every tensor of a config, with the places of model, or NULLs. */
-static dsv3_result dsv3i_walk_all(const dsv3_config *config, dsv3_model *model, void *user,
-                                  dsv3_result (*visit)(dsv3i_walk *walk, dsv3_tensor *slot)) {
-    dsv3i_walk w;
-    dsv3i_walk_begin(&w, config, user, visit);
-    DSV3I_TRY(dsv3i_walk_main(&w, model));
-    for (size_t k = 0; k < w.m.D; k++) DSV3I_TRY(dsv3i_walk_module(&w, model, k));
     return DSV3_OK;
 }
 
@@ -7450,7 +7449,20 @@ static int dsv3i_meet_hides(const dsv3_meeting *a, size_t nk) {
     return 0;
 }
 
-/* Query i is one whose sums so far are `state` and which sees `seen` keys. Unused ones repeat the last. */
+/* One query, for keys of dk numbers and values of dv. */
+static dsv3_meeting dsv3i_meeting_of(const dsv3i_call *c, void *scratch, dsv3_type type, size_t dk, size_t dv) {
+    dsv3_meeting a;
+    a.ctx = c->ctx;
+    a.scratch = scratch;
+    a.type = type;
+    a.lanes = 1;
+    a.dk = dk;
+    a.dv = dv;
+    a.scale = c->model->softmax_scale;
+    return a;
+}
+
+/* The sums of query i so far. Unused ones repeat the last. */
 static void dsv3i_meet_query(dsv3_meeting *a, size_t i, const float state[2]) {
     a->top[i] = state[0];
     a->sum[i] = state[1];
@@ -7572,17 +7584,12 @@ static void dsv3i_segment_meet(const dsv3i_attention *b, const dsv3i_group *grou
     const dsv3i_dims *m = &c->m;
     const dsv3_cache *cache = &c->caches[c->ws->sequence[group->t]];
     int raw = dsv3i_meet_kind(c->ctx) == 1 && cache->type == DSV3_BF16 && m->width % 2 == 0;
-    dsv3_meeting with;
-    with.ctx = c->ctx;
-    with.scratch = scratch;
+    dsv3_meeting with = dsv3i_meeting_of(c, scratch, raw ? DSV3_BF16 : DSV3_F32, m->width, m->rk);
     with.lanes = group->lanes;
     with.q = b->query + group->first * m->width;
     with.out = part;
-    with.ld_q = with.ld_k = with.ld_v = with.dk = m->width;
+    with.ld_q = with.ld_k = with.ld_v = m->width;
     with.ld_out = b->part_floats;
-    with.dv = m->rk;
-    with.scale = c->model->softmax_scale;
-    with.type = raw ? DSV3_BF16 : DSV3_F32;
     for (size_t i = 0; i < 64; i++) {
         float state[2];
         dsv3i_attend_begin(part + i * b->part_floats, state, i < with.lanes ? m->rk : 0);
@@ -7746,23 +7753,16 @@ static size_t dsv3i_expanded_rows(const dsv3i_call *c, size_t t, size_t h, const
     const dsv3i_dims *m = &c->m;
     const dsv3_workspace *ws = c->ws;
     size_t last;
-    dsv3_meeting with;
-    with.lanes = 1;
+    dsv3_meeting with = dsv3i_meeting_of(c, scratch, e->type, m->qk, m->dv);
     while (with.lanes < 64 && t + with.lanes < c->n && ws->leader[t + with.lanes] == ws->leader[t]) with.lanes++;
     last = (size_t)ws->position[t + with.lanes - 1];
     if (last < b) return with.lanes;
-    with.ctx = c->ctx;
-    with.scratch = scratch;
     with.q = ws->q + t * m->Hq + h * m->qk;
     with.out = ws->o + t * m->Ho + h * m->dv;
     with.ld_q = m->Hq;
-    with.dk = m->qk;
-    with.dv = m->dv;
     with.ld_k = e->ld_k;
     with.ld_v = e->ld_v;
     with.ld_out = m->Ho;
-    with.scale = c->model->softmax_scale;
-    with.type = e->type;
     for (size_t i = 0; i < 64; i++) {
         dsv3i_meet_query(&with, i, ws->softmax + ((t + dsv3i_min(i, with.lanes - 1)) * m->H + h) * 2);
     }
@@ -8278,6 +8278,7 @@ static size_t dsv3i_engine_pass_floats(const dsv3i_dims *m, size_t n, size_t thr
 
 typedef struct dsv3i_packing {
     const dsv3_context *ctx;
+    dsv3_model *model;
     const dsv3_tensor *w;
     unsigned char *to;
     dsv3i_layout l;
@@ -8335,12 +8336,6 @@ static void dsv3i_pack_tensor(dsv3i_packing *a, dsv3_tensor *w) {
     w->packed = 1;
 }
 
-static void dsv3i_pack_mlp(dsv3i_packing *a, dsv3_mlp *w) {
-    dsv3i_pack_tensor(a, &w->gate_proj);
-    dsv3i_pack_tensor(a, &w->up_proj);
-    dsv3i_pack_tensor(a, &w->down_proj);
-}
-
 /* Copies what data points to, if there is memory. */
 static const void *dsv3i_pack_copy(dsv3i_packing *a, const void *data, size_t bytes) {
     void *to = dsv3i_take(&a->l, bytes, 1, 1, 1);
@@ -8353,7 +8348,7 @@ static const void *dsv3i_pack_copy(dsv3i_packing *a, const void *data, size_t by
  * they are; they come along, since large pages or memory that is near matter to them, too. */
 static void dsv3i_pack_kv_b(dsv3i_packing *a, dsv3_layer *w, const dsv3i_dims *m) {
     dsv3_tensor copy = w->kv_b_proj, rows = copy;
-    if (m->dn % DSV3I_PANEL != 0 || m->dv % DSV3I_PANEL != 0 || w->kv_b_packed.data != NULL || copy.data == NULL) return;
+    if (m->dn % DSV3I_PANEL != 0 || m->dv % DSV3I_PANEL != 0 || w->kv_b_packed.data != NULL) return;
     dsv3i_pack_tensor(a, &copy);
     rows.data = dsv3i_pack_copy(a, rows.data, dsv3i_mul(rows.rows, dsv3_row_bytes(rows.type, rows.cols)));
     if (rows.scale != NULL) {
@@ -8365,33 +8360,31 @@ static void dsv3i_pack_kv_b(dsv3i_packing *a, dsv3_layer *w, const dsv3i_dims *m
     w->kv_b_packed = copy;
 }
 
-static void dsv3i_pack_layer(dsv3i_packing *a, dsv3_layer *w, const dsv3i_dims *m) {
-    dsv3i_pack_tensor(a, &w->q_proj);
-    dsv3i_pack_tensor(a, &w->q_a_proj);
-    dsv3i_pack_tensor(a, &w->q_b_proj);
-    dsv3i_pack_tensor(a, &w->kv_a_proj_with_mqa);
-    dsv3i_pack_kv_b(a, w, m);
-    dsv3i_pack_tensor(a, &w->o_proj);
-    dsv3i_pack_tensor(a, &w->gate);
-    dsv3i_pack_mlp(a, &w->mlp);
-    for (size_t e = 0; w->is_moe && e < m->E; e++) dsv3i_pack_mlp(a, &w->experts[e]);
-    dsv3i_pack_mlp(a, &w->shared_experts);
+/* Matrices of which products are taken; not embeddings, nor a head that is one or that a module shares. */
+static dsv3_result dsv3i_pack_visit(dsv3i_walk *w, dsv3_tensor *slot) {
+    dsv3i_packing *a = (dsv3i_packing *)w->user;
+    dsv3_layer *layer = w->info.layer >= 0 ? &a->model->layers[w->info.layer] : NULL;
+    dsv3_mtp *mtp = w->info.group == DSV3_GROUP_MTP ? &a->model->mtp[(size_t)w->info.layer - w->m.L] : NULL;
+    if (slot->data == NULL || w->info.rank == 1 || slot == &a->model->embed_tokens) return DSV3_OK;
+    if (mtp != NULL && (slot == &mtp->embed_tokens || slot->data == a->model->lm_head.data)) return DSV3_OK;
+    if (layer != NULL && slot == &layer->kv_b_proj) {
+        dsv3i_pack_kv_b(a, layer, &w->m);
+    } else {
+        dsv3i_pack_tensor(a, slot);
+    }
+    return DSV3_OK;
 }
 
-static void dsv3i_pack_model(dsv3i_packing *a, dsv3_model *model) {
-    size_t layers = (size_t)model->config.num_hidden_layers + (size_t)model->n_mtp;
+/* Measures a model, or packs it into memory. */
+static size_t dsv3i_pack_model(const dsv3_context *ctx, dsv3_model *model, void *memory) {
+    dsv3i_packing a = {ctx, model, NULL, NULL, {NULL, 0}};
     const void *head = model->lm_head.data;
-    dsv3i_dims m = dsv3i_dims_of(&model->config);
-    if (head != model->embed_tokens.data) dsv3i_pack_tensor(a, &model->lm_head);
-    for (size_t i = 0; i < layers; i++) dsv3i_pack_layer(a, &model->layers[i], &m);
-    for (size_t k = 0; k < (size_t)model->n_mtp; k++) {
-        dsv3i_pack_tensor(a, &model->mtp[k].eh_proj);
-        if (model->mtp[k].shared_head_head.data != head) {
-            dsv3i_pack_tensor(a, &model->mtp[k].shared_head_head);
-        } else if (a->l.base != NULL) {
-            model->mtp[k].shared_head_head = model->lm_head;
-        }
+    if (memory != NULL) a.l.base = dsv3i_layout_base(memory);
+    (void)dsv3i_walk_all(&model->config, model, &a, dsv3i_pack_visit);
+    for (size_t k = 0; a.l.base != NULL && k < (size_t)model->n_mtp; k++) {
+        if (model->mtp[k].shared_head_head.data == head) model->mtp[k].shared_head_head = model->lm_head;
     }
+    return a.l.used;
 }
 
 /* Activations rounded as numbers, where products take floats. */
@@ -11448,19 +11441,16 @@ static const dsv3i_ops *dsv3i_temp(dsv3_backend backend) {
 /* ---- Packing: nothing to do where weights are read as they lie */
 
 DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_model *model, size_t *bytes) {
+    dsv3i_layout l = {NULL, 0};
     if (context == NULL || model == NULL || bytes == NULL) return DSV3_ERR_ARG;
-    *bytes = 0;
 #ifdef DSV3I_ENGINE
     if (context->ops->own != NULL) {
-        dsv3i_packing a;
         dsv3_model view = *model; /* its tables are not written to, since there is no memory to point to */
-        DSV3_MEMSET(&a, 0, sizeof a);
-        a.ctx = context;
-        dsv3i_pack_model(&a, &view);
-        return a.l.used == 0 ? DSV3_OK : dsv3i_layout_size(&a.l, bytes);
+        l.used = dsv3i_pack_model(context, &view, NULL);
     }
 #endif
-    return DSV3_OK;
+    *bytes = 0;
+    return l.used == 0 ? DSV3_OK : dsv3i_layout_size(&l, bytes);
 }
 
 DSV3_API dsv3_result dsv3_pack(const dsv3_context *context, dsv3_model *model, void *memory, size_t bytes) {
@@ -11469,13 +11459,7 @@ DSV3_API dsv3_result dsv3_pack(const dsv3_context *context, dsv3_model *model, v
     if (need == 0) return DSV3_OK;
     DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
 #ifdef DSV3I_ENGINE
-    {
-        dsv3i_packing a;
-        DSV3_MEMSET(&a, 0, sizeof a);
-        a.ctx = context;
-        a.l.base = dsv3i_layout_base(memory);
-        dsv3i_pack_model(&a, model);
-    }
+    (void)dsv3i_pack_model(context, model, memory);
 #endif
     return DSV3_OK;
 }
@@ -11542,64 +11526,6 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
     return DSV3_OK;
 }
 
-#undef DSV3I_AHEAD
-#undef DSV3I_AMX
-#undef DSV3I_AMX_BEGIN
-#undef DSV3I_AMX_BLOCK
-#undef DSV3I_AMX_EACH
-#undef DSV3I_AMX_FEW
-#undef DSV3I_AMX_LOAD
-#undef DSV3I_AMX_MANY
-#undef DSV3I_AMX_ROWS
-#undef DSV3I_AMX_END
-#undef DSV3I_AVX2
-#undef DSV3I_AVX512
-#undef DSV3I_AVX512_BF16
-#undef DSV3I_BACK
-#undef DSV3I_BACK_ROWS
-#undef DSV3I_BACK_KEYS
-#undef DSV3I_COLUMNS
-#undef DSV3I_MANY
-#undef DSV3I_MANY_BF16
-#undef DSV3I_MANY_BYTES
-#undef DSV3I_MANY_F8
-#undef DSV3I_MANY_TYPE
-#undef DSV3I_MEET
-#undef DSV3I_MLP_ITEMS
-#undef DSV3I_NEAR
-#undef DSV3I_NORM_ROWS
-#undef DSV3I_NO_ROW
-#undef DSV3I_DECODE
-#undef DSV3I_DECODE_TYPE
-#undef DSV3I_EXPAND
-#undef DSV3I_FEW
-#undef DSV3I_FEW_TYPE
-#undef DSV3I_INLINE
-#undef DSV3I_KEYS
-#undef DSV3I_LANES
-#undef DSV3I_LINE
-#undef DSV3I_PANEL
-#undef DSV3I_PI
-#undef DSV3I_QUERIES
-#undef DSV3I_SEGMENT
-#undef DSV3I_RATE
-#undef DSV3I_RESTRICT
-#undef DSV3I_SANITIZED
-#undef DSV3I_SERIAL_WORK
-#undef DSV3I_SILU_ITEM
-#undef DSV3I_SLOT
-#undef DSV3I_SQUARES
-#undef DSV3I_STAGE
-#undef DSV3I_STAGES
-#undef DSV3I_TARGET
-#undef DSV3I_TRY
-#undef DSV3I_TABLE
-#undef DSV3I_STEP
-#undef DSV3I_TERMS
-#undef DSV3I_TILES
-#undef DSV3I_UNROLL
-#undef DSV3I_VOCAB
-#undef DSV3I_X86
 #endif /* DSV3_IMPLEMENTATION */
 
 /* ========================================================================================================
