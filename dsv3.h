@@ -4447,14 +4447,9 @@ static void dsv3i_router_scores(const dsv3_context *context, const dsv3_config *
                                 size_t worker_floats) {
     dsv3i_job job = dsv3i_job_make(score, x, gate_w, n);
     dsv3_context exact = *context;
-    dsv3i_scores_arg a;
+    dsv3i_scores_arg a = {context, score, gate_bias, gate_w->rows, config->scoring_func};
     exact.compute = DSV3_EXACT;
     dsv3i_linear_jobs(&exact, &job, 1, scratch, worker_floats, NULL);
-    a.ctx = context;
-    a.score = score;
-    a.bias = gate_bias;
-    a.E = gate_w->rows;
-    a.func = config->scoring_func;
     dsv3i_parallel(context, n, dsv3i_mul(n, 16 * a.E), dsv3i_scores_task, &a);
 }
 
