@@ -3275,14 +3275,9 @@ static void dsv3i_scores_task(void *arg, size_t begin, size_t end, size_t worker
 DSV3_API void dsv3_router_scores(const dsv3_context *context, const dsv3_config *config, float *score, const float *x,
                                  const dsv3_tensor *gate_w, const float *gate_bias, size_t n, float *scratch) {
     dsv3_context exact = *context;
-    dsv3i_scores_arg a;
+    dsv3i_scores_arg a = {context, score, gate_bias, gate_w->rows, config->scoring_func};
     exact.compute = DSV3_EXACT;
     dsv3_linear(&exact, score, x, gate_w, n, scratch);
-    a.ctx = context;
-    a.score = score;
-    a.bias = gate_bias;
-    a.E = gate_w->rows;
-    a.func = config->scoring_func;
     dsv3i_parallel(context, n, dsv3i_mul(n, 16 * a.E), dsv3i_scores_task, &a);
 }
 
@@ -3517,97 +3512,91 @@ DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, ui
     return DSV3_OK;
 }
 
-/* ---- Balance losses. f_i = E / (K T) count_i and P_i = mean s'_i have mean 1 and sum 1. */
+/* ---- Balance losses: sum_i f_i P_i, where f_i and P_i = mean s'_i have sum E and sum 1. V2's losses differ in f_i. */
+
+enum { DSV3I_LOSS_EXPERT, DSV3I_LOSS_DEVICE, DSV3I_LOSS_COMMUNICATION };
+
+typedef struct dsv3i_balance {
+    const float *score;  /* [n, E] */
+    const int32_t *idx;  /* [n, K] or NULL: the K largest scores */
+    const uint8_t *mask; /* [n] or NULL */
+    size_t n, E, K, devices, most_devices;
+} dsv3i_balance;
 
 /* Sums count [E] over the rows that count. Returns their number. */
-static double dsv3i_balance_count(double *count, const float *score, const int32_t *idx, const uint8_t *mask,
-                                  size_t n, size_t E, size_t K) {
+static double dsv3i_balance_count(const dsv3i_balance *b, double *count) {
     int32_t largest[DSV3_MAX_TOPK];
     double rows = 0.0;
-    DSV3_ASSERT(K <= DSV3_MAX_TOPK);
-    for (size_t e = 0; e < E; e++) count[e] = 0.0;
-    for (size_t t = 0; t < n; t++) {
-        const int32_t *chosen = idx != NULL ? idx + t * K : largest;
-        if (!dsv3i_counts(mask, t)) continue;
-        if (idx == NULL) dsv3i_topk(largest, score + t * E, E, K);
+    DSV3_ASSERT(b->K <= DSV3_MAX_TOPK);
+    for (size_t e = 0; e < b->E; e++) count[e] = 0.0;
+    for (size_t t = 0; t < b->n; t++) {
+        const int32_t *chosen = b->idx != NULL ? b->idx + t * b->K : largest;
+        if (!dsv3i_counts(b->mask, t)) continue;
+        if (b->idx == NULL) dsv3i_topk(largest, b->score + t * b->E, b->E, b->K);
         rows += 1.0;
-        for (size_t k = 0; k < K; k++) count[chosen[k]] += 1.0;
+        for (size_t k = 0; k < b->K; k++) count[chosen[k]] += 1.0;
     }
     return rows;
 }
 
-/* sum_i f_i P_i with P_i = share_i / rows. share [E] is scratch. */
-static double dsv3i_balance_sum(double *share, const double *f, double rows, const float *score, const uint8_t *mask,
-                                size_t n, size_t E) {
-    double total = 0.0;
-    for (size_t e = 0; e < E; e++) share[e] = 0.0;
-    for (size_t t = 0; t < n; t++) {
-        const float *s = score + t * E;
+/* Rows that go to experts first .. first + each - 1. */
+static double dsv3i_balance_sent(const dsv3i_balance *b, size_t first, size_t each) {
+    double sent = 0.0;
+    for (size_t t = 0; t < b->n; t++) {
+        size_t k = 0;
+        while (k < b->K && (size_t)b->idx[t * b->K + k] / each != first / each) k++;
+        sent += dsv3i_counts(b->mask, t) && k < b->K;
+    }
+    return sent;
+}
+
+/* f [E] of a loss: E / (K T) count_i; its mean over a device's experts; or what the device is sent. Returns T. */
+static double dsv3i_balance_f(const dsv3i_balance *b, int loss, double *f) {
+    double rows = dsv3i_balance_count(b, f), E = (double)b->E, devices = (double)b->devices;
+    double even = loss == DSV3I_LOSS_COMMUNICATION ? (double)b->most_devices * rows : (double)b->K * rows;
+    size_t each = loss == DSV3I_LOSS_EXPERT ? 1 : b->E / b->devices;
+    DSV3_ASSERT(each >= 1 && b->E % each == 0);
+    for (size_t g = 0; g < b->E && rows > 0.0; g += each) {
         double sum = 0.0;
-        if (!dsv3i_counts(mask, t)) continue;
-        for (size_t e = 0; e < E; e++) sum += (double)s[e];
-        for (size_t e = 0; e < E && sum > 0.0; e++) share[e] += (double)s[e] / sum;
+        for (size_t i = g; i < g + each; i++) sum += f[i];
+        if (loss == DSV3I_LOSS_COMMUNICATION) sum = dsv3i_balance_sent(b, g, each);
+        sum = loss == DSV3I_LOSS_EXPERT ? sum * (E / even) : sum * devices / even;
+        for (size_t i = g; i < g + each; i++) f[i] = sum;
     }
-    for (size_t e = 0; e < E; e++) total += f[e] * share[e];
-    return total / rows;
+    return rows;
 }
 
-/* The three losses differ in f_i, which takes count's place. */
-
-static void dsv3i_balance_f(double *count, double rows, size_t E, size_t K) {
-    for (size_t e = 0; e < E; e++) count[e] *= (double)E / ((double)K * rows);
-}
-
-/* Mean of f over each device's experts. */
-static void dsv3i_device_f(double *count, double rows, size_t E, size_t K, size_t devices) {
-    size_t each = E / devices;
-    DSV3_ASSERT(devices >= 1 && E % devices == 0);
-    for (size_t g = 0; g < E; g += each) {
+/* scratch [2 E]: f, and the sums over t of s'_ti = s_ti / sum_j s_tj. */
+static double dsv3i_balance_loss(const dsv3i_balance *b, int loss, double *scratch) {
+    double *f = scratch, *share = scratch + b->E, total = 0.0, rows = dsv3i_balance_f(b, loss, f);
+    for (size_t e = 0; e < b->E; e++) share[e] = 0.0;
+    for (size_t t = 0; t < b->n; t++) {
+        const float *s = b->score + t * b->E;
         double sum = 0.0;
-        for (size_t i = g; i < g + each; i++) sum += count[i];
-        for (size_t i = g; i < g + each; i++) count[i] = sum * (double)devices / ((double)K * rows);
+        if (!dsv3i_counts(b->mask, t)) continue;
+        for (size_t e = 0; e < b->E; e++) sum += (double)s[e];
+        for (size_t e = 0; e < b->E && sum > 0.0; e++) share[e] += (double)s[e] / sum;
     }
-}
-
-/* Tokens that each device is sent. */
-static void dsv3i_communication_f(double *count, double rows, const int32_t *idx, const uint8_t *mask, size_t n,
-                                  size_t E, size_t K, size_t devices, size_t most_devices) {
-    size_t each = E / devices;
-    DSV3_ASSERT(devices >= 1 && E % devices == 0 && most_devices >= 1);
-    for (size_t g = 0; g < devices; g++) {
-        double sent = 0.0;
-        for (size_t t = 0; t < n; t++) {
-            size_t k = 0;
-            while (k < K && (size_t)idx[t * K + k] / each != g) k++;
-            sent += dsv3i_counts(mask, t) && k < K;
-        }
-        for (size_t i = 0; i < each; i++)
-            count[g * each + i] = sent * (double)devices / ((double)most_devices * rows);
-    }
+    for (size_t e = 0; e < b->E; e++) total += f[e] * share[e];
+    return rows > 0.0 ? total / rows : 0.0;
 }
 
 DSV3_API double dsv3_balance_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
                                   size_t K, double *scratch) {
-    double rows = dsv3i_balance_count(scratch, score, idx, mask, n, E, K);
-    if (!(rows > 0.0)) return 0.0;
-    dsv3i_balance_f(scratch, rows, E, K);
-    return dsv3i_balance_sum(scratch + E, scratch, rows, score, mask, n, E);
+    const dsv3i_balance b = {score, idx, mask, n, E, K, 0, 0};
+    return dsv3i_balance_loss(&b, DSV3I_LOSS_EXPERT, scratch);
 }
 
 DSV3_API double dsv3_device_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
                                  size_t K, size_t devices, double *scratch) {
-    double rows = dsv3i_balance_count(scratch, score, idx, mask, n, E, K);
-    if (!(rows > 0.0)) return 0.0;
-    dsv3i_device_f(scratch, rows, E, K, devices);
-    return dsv3i_balance_sum(scratch + E, scratch, rows, score, mask, n, E);
+    const dsv3i_balance b = {score, idx, mask, n, E, K, devices, 0};
+    return dsv3i_balance_loss(&b, DSV3I_LOSS_DEVICE, scratch);
 }
 
 DSV3_API double dsv3_communication_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n,
                                         size_t E, size_t K, size_t devices, size_t most_devices, double *scratch) {
-    double rows = dsv3i_balance_count(scratch, score, idx, mask, n, E, K);
-    if (!(rows > 0.0)) return 0.0;
-    dsv3i_communication_f(scratch, rows, idx, mask, n, E, K, devices, most_devices);
-    return dsv3i_balance_sum(scratch + E, scratch, rows, score, mask, n, E);
+    const dsv3i_balance b = {score, idx, mask, n, E, K, devices, most_devices};
+    return dsv3i_balance_loss(&b, DSV3I_LOSS_COMMUNICATION, scratch);
 }
 
 #ifndef DSV3_NO_TRAINING
@@ -3650,34 +3639,31 @@ DSV3_API void dsv3_router_scores_backward(const dsv3_config *config, float *dz, 
 }
 
 /* dscore += weight d(sum f P) */
-static void dsv3i_balance_back(float *dscore, double weight, const double *f, double rows, const float *score,
-                               const uint8_t *mask, size_t n, size_t E) {
-    for (size_t t = 0; t < n; t++) {
-        const float *s = score + t * E;
+static void dsv3i_balance_back(const dsv3i_balance *b, float *dscore, double weight, const double *f, double rows) {
+    for (size_t t = 0; t < b->n; t++) {
+        const float *s = b->score + t * b->E;
+        float *ds = dscore + t * b->E;
         double sum = 0.0, mean = 0.0;
-        if (!dsv3i_counts(mask, t)) continue;
-        for (size_t e = 0; e < E; e++) {
+        if (!dsv3i_counts(b->mask, t)) continue;
+        for (size_t e = 0; e < b->E; e++) {
             sum += (double)s[e];
             mean += f[e] * (double)s[e];
         }
-        if (!(sum > 0.0)) continue;
-        for (size_t e = 0; e < E; e++) dscore[t * E + e] += (float)(weight / (rows * sum) * (f[e] - mean / sum));
+        for (size_t e = 0; e < b->E && sum > 0.0; e++) ds[e] += (float)(weight / (rows * sum) * (f[e] - mean / sum));
     }
 }
 
 DSV3_API void dsv3_balance_backward(float *dscore, double scale, const dsv3_balance_weights *weights,
                                     const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
                                     size_t K, double *scratch) {
-    for (int kind = 0; kind < 3; kind++) {
-        double weight = kind == 0 ? weights->expert : kind == 1 ? weights->device : weights->communication, rows;
-        if (!(weight > 0.0)) continue;
-        rows = dsv3i_balance_count(scratch, score, kind > 0 || weights->actual ? idx : NULL, mask, n, E, K);
-        if (!(rows > 0.0)) return;
-        if (kind == 0) dsv3i_balance_f(scratch, rows, E, K);
-        if (kind == 1) dsv3i_device_f(scratch, rows, E, K, weights->devices);
-        if (kind == 2)
-            dsv3i_communication_f(scratch, rows, idx, mask, n, E, K, weights->devices, weights->most_devices);
-        dsv3i_balance_back(dscore, scale * weight, scratch, rows, score, mask, n, E);
+    const double weight[3] = {weights->expert, weights->device, weights->communication};
+    for (int loss = DSV3I_LOSS_EXPERT; loss <= DSV3I_LOSS_COMMUNICATION; loss++) {
+        const int32_t *chosen = loss == DSV3I_LOSS_EXPERT && !weights->actual ? NULL : idx;
+        const dsv3i_balance b = {score, chosen, mask, n, E, K, weights->devices, weights->most_devices};
+        double rows;
+        if (!(weight[loss] > 0.0)) continue;
+        rows = dsv3i_balance_f(&b, loss, scratch);
+        if (rows > 0.0) dsv3i_balance_back(&b, dscore, scale * weight[loss], scratch, rows);
     }
 }
 #endif
