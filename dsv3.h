@@ -8265,6 +8265,7 @@ static size_t dsv3i_engine_pass_floats(const dsv3i_dims *m, size_t n, size_t thr
 typedef struct dsv3i_packing {
     const dsv3_context *ctx;
     dsv3_model *model;
+    const void *head; /* lm_head as it was */
     const dsv3_tensor *w;
     unsigned char *to;
     dsv3i_layout l;
@@ -8352,7 +8353,7 @@ static dsv3_result dsv3i_pack_visit(dsv3i_walk *w, dsv3_tensor *slot) {
     dsv3_layer *layer = w->info.layer >= 0 ? &a->model->layers[w->info.layer] : NULL;
     dsv3_mtp *mtp = w->info.group == DSV3_GROUP_MTP ? &a->model->mtp[(size_t)w->info.layer - w->m.L] : NULL;
     if (slot->data == NULL || w->info.rank == 1 || slot == &a->model->embed_tokens) return DSV3_OK;
-    if (mtp != NULL && (slot == &mtp->embed_tokens || slot->data == a->model->lm_head.data)) return DSV3_OK;
+    if (mtp != NULL && (slot == &mtp->embed_tokens || slot->data == a->head)) return DSV3_OK;
     if (layer != NULL && slot == &layer->kv_b_proj) {
         dsv3i_pack_kv_b(a, layer, &w->m);
     } else {
@@ -8363,12 +8364,11 @@ static dsv3_result dsv3i_pack_visit(dsv3i_walk *w, dsv3_tensor *slot) {
 
 /* Measures a model, or packs it into memory. */
 static size_t dsv3i_pack_model(const dsv3_context *ctx, dsv3_model *model, void *memory) {
-    dsv3i_packing a = {ctx, model, NULL, NULL, {NULL, 0}};
-    const void *head = model->lm_head.data;
+    dsv3i_packing a = {ctx, model, model->lm_head.data, NULL, NULL, {NULL, 0}};
     if (memory != NULL) a.l.base = dsv3i_layout_base(memory);
     (void)dsv3i_walk_all(&model->config, model, &a, dsv3i_pack_visit);
     for (size_t k = 0; a.l.base != NULL && k < (size_t)model->n_mtp; k++) {
-        if (model->mtp[k].shared_head_head.data == head) model->mtp[k].shared_head_head = model->lm_head;
+        if (model->mtp[k].shared_head_head.data == a.head) model->mtp[k].shared_head_head = model->lm_head;
     }
     return a.l.used;
 }
