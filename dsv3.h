@@ -7033,20 +7033,19 @@ DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, 
 
 #define DSV3I_RATE 0.8f /* of drafts, before anything is known */
 
-/* The arrays of a sequence s: type, field, rows, columns. A fork copies the first; the others are scratch, but for the
- * modules, which copy themselves. One list makes the layout and the copy, so that neither can forget an array. */
-#define DSV3I_SEQUENCE_KEPT(X)                                                                                       \
-    X(int32_t, token, s->max_drafts + 1, 1)                                                                          \
-    X(uint64_t, drafted, s->max_drafts, 1)                                                                           \
-    X(uint64_t, accepted, s->max_drafts, 1)                                                                          \
-    X(int32_t, history, s->window, 1)                                                                                \
-    X(float, hidden, dsv3i_mul(s->n_modules, s->window), s->d)                                                       \
-    X(float, rate, s->max_drafts, 1)
-#define DSV3I_SEQUENCE_SCRATCH(X)                                                                                    \
-    X(dsv3_cache, modules, s->n_modules, 1)                                                                          \
-    X(float, p, s->max_drafts > 0, V)                                                                                \
-    X(float, q, s->max_drafts, V)                                                                                    \
-    X(dsv3_candidate, candidates, V, 1)
+/* The arrays of a sequence s: type, field, rows, columns. A fork copies what is in those that are KEPT; the others are
+ * scratch, but for the modules, which copy themselves. One list makes the layout and the copy: neither can forget any. */
+#define DSV3I_SEQUENCE_ARRAYS(KEPT, SCRATCH)                                                                         \
+    SCRATCH(dsv3_cache, modules, s->n_modules, 1)                                                                    \
+    KEPT(int32_t, token, s->max_drafts + 1, 1)                                                                       \
+    KEPT(uint64_t, drafted, s->max_drafts, 1)                                                                        \
+    KEPT(uint64_t, accepted, s->max_drafts, 1)                                                                       \
+    KEPT(int32_t, history, s->window, 1)                                                                             \
+    KEPT(float, hidden, dsv3i_mul(s->n_modules, s->window), s->d)                                                    \
+    KEPT(float, rate, s->max_drafts, 1)                                                                              \
+    SCRATCH(float, p, s->max_drafts > 0, V)                                                                          \
+    SCRATCH(float, q, s->max_drafts, V)                                                                              \
+    SCRATCH(dsv3_candidate, candidates, V, 1)
 
 static void dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, size_t capacity, dsv3_type type,
                                   size_t rows, size_t drafts, dsv3i_layout *l) {
@@ -7057,8 +7056,7 @@ static void dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, siz
     s->d = (size_t)model->config.hidden_size;
     s->window = dsv3i_add(dsv3i_max(rows, s->max_drafts + 1), s->n_modules + 2);
 #define DSV3I_TAKE(type, field, rows, cols) s->field = (type *)dsv3i_take(l, sizeof(type), rows, cols, 1);
-    DSV3I_SEQUENCE_KEPT(DSV3I_TAKE)
-    DSV3I_SEQUENCE_SCRATCH(DSV3I_TAKE)
+    DSV3I_SEQUENCE_ARRAYS(DSV3I_TAKE, DSV3I_TAKE)
 #undef DSV3I_TAKE
     (void)dsv3i_cache_layout(&s->cache, &model->config, (size_t)model->config.num_hidden_layers, capacity, type, l);
     for (size_t k = 0; k < s->n_modules; k++) {
@@ -7177,10 +7175,10 @@ DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *
     *to = *s;
     to->cache = own.cache;
 #define DSV3I_OWN(type, field, rows, cols) to->field = own.field;
-#define DSV3I_COPY(type, field, rows, cols) DSV3_MEMCPY(to->field, s->field, (rows) * (cols) * sizeof(type));
-    DSV3I_SEQUENCE_SCRATCH(DSV3I_OWN)
-    DSV3I_SEQUENCE_KEPT(DSV3I_OWN)
-    DSV3I_SEQUENCE_KEPT(DSV3I_COPY)
+#define DSV3I_COPY(type, field, rows, cols)                                                                          \
+    DSV3I_OWN(type, field, rows, cols)                                                                               \
+    DSV3_MEMCPY(to->field, s->field, (rows) * (cols) * sizeof(type));
+    DSV3I_SEQUENCE_ARRAYS(DSV3I_COPY, DSV3I_OWN)
 #undef DSV3I_OWN
 #undef DSV3I_COPY
     return DSV3_OK;
