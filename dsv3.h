@@ -1325,8 +1325,8 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 /* ========================================================================================================
  * Chapter 2  >>tools
  *
- * Sizes that cannot wrap, memory layouts that cannot disagree with themselves, error reports, and the parallel loop.
- * Test: tests/test_tools.c.
+ * Sizes that cannot wrap, memory layouts that cannot disagree with themselves, error reports, random numbers, and the
+ * parallel loop. Test: tests/test_tools.c.
  * ==================================================================================================== */
 
 /* ---- Sizes: saturating arithmetic. SIZE_MAX means "too large" and stays so (but for a product with 0). */
@@ -1596,6 +1596,22 @@ DSV3_API const char *dsv3_error_text(const dsv3_error *error, char *text, size_t
     }
     return text;
 }
+
+/* ---- Random numbers: splitmix64, a counter and a mixing function. */
+
+DSV3_API uint64_t dsv3_random(dsv3_rng *rng) {
+    uint64_t z = rng->state += 0x9E3779B97F4A7C15u;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
+
+DSV3_API float dsv3_random_uniform(dsv3_rng *rng) {
+    return (float)(dsv3_random(rng) >> 40) * 5.9604644775390625e-08f; /* 24 bits times 2^-24 */
+}
+
+/* 53 bits times 2^-53 */
+static double dsv3i_uniform(dsv3_rng *rng) { return (double)(dsv3_random(rng) >> 11) * 1.1102230246251565e-16; }
 
 /* ---- Parallel loops. work is the loop's cost in multiply-adds, roughly: what is too small to be worth
  * waking anybody (some tens of microseconds) runs right here. */
@@ -6923,18 +6939,6 @@ DSV3_API double dsv3_losses_total(const dsv3_losses *losses, size_t layers, doub
 /* ---- Sampling. Sums are doubles: the many improbable tokens of a large vocabulary, added one by one to a float
  * near 1, would vanish together. */
 
-/* splitmix64: a counter and a mixing function. */
-DSV3_API uint64_t dsv3_random(dsv3_rng *rng) {
-    uint64_t z = rng->state += 0x9E3779B97F4A7C15u;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    return z ^ (z >> 31);
-}
-
-DSV3_API float dsv3_random_uniform(dsv3_rng *rng) {
-    return (float)(dsv3_random(rng) >> 40) * 5.9604644775390625e-08f; /* 24 bits times 2^-24 */
-}
-
 /* Falling probability, then rising id. */
 static int dsv3i_before(dsv3_candidate a, dsv3_candidate b) { return a.p > b.p || (a.p >= b.p && a.token < b.token); }
 
@@ -7006,9 +7010,6 @@ static size_t dsv3i_candidates(dsv3_candidate *c, const float *logits, size_t be
 }
 
 static int dsv3i_is_greedy(float temperature, float top_p) { return !(temperature > 0.0f) || !(top_p > 0.0f); }
-
-/* 53 bits times 2^-53 */
-static double dsv3i_uniform(dsv3_rng *rng) { return (double)(dsv3_random(rng) >> 11) * 1.1102230246251565e-16; }
 
 DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, float temperature, float top_p,
                                  dsv3_rng *rng, dsv3_candidate *candidates) {
@@ -7393,15 +7394,12 @@ static size_t dsv3i_best_drafts(const dsv3_sequence *s, size_t most) {
 
 /* Room for rows of a sequence that may use up to `spare` rows beside one: sets planned. Returns the rows it takes. */
 static size_t dsv3i_plan_rows(dsv3_sequence *s, size_t spare) {
-    size_t N = s->cache.length, room = s->cache.capacity - N, most;
+    size_t N = s->cache.length, room = s->cache.capacity - N, pending = s->pending != 0, most;
     s->planned = 0;
-    if (room == 0 || (s->prompt_left == 0 && !s->pending)) return 0;
-    if (s->prompt_left > 0) {
-        size_t rows = dsv3i_min(s->prompt_left + (s->pending != 0), s->rows);
-        return dsv3i_min(dsv3i_min(rows, room), spare + 1);
-    }
-    most = dsv3i_min(dsv3i_min(s->drafts, s->max_drafts), dsv3i_min(room - 1, spare));
-    if (N == 0) most = 0; /* no state to start from */
+    if (room == 0 || s->prompt_left + pending == 0) return 0;
+    most = dsv3i_min(room - 1, spare);
+    if (s->prompt_left > 0) return 1 + dsv3i_min(dsv3i_min(s->prompt_left + pending, s->rows) - 1, most);
+    most = N == 0 ? 0 : dsv3i_min(dsv3i_min(s->drafts, s->max_drafts), most); /* N = 0: no state to start from */
     s->planned = s->adaptive ? dsv3i_best_drafts(s, most) : most;
     return 1 + s->planned;
 }
