@@ -1265,8 +1265,8 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 /* ========================================================================================================
  * Chapter 2  >>tools
  *
- * Sizes that cannot wrap, memory layouts that cannot disagree with themselves, error reports, and the parallel loop.
- * Test: tests/test_tools.c.
+ * Sizes that cannot wrap, memory layouts that cannot disagree with themselves, error reports, random numbers, and the
+ * parallel loop. Test: tests/test_tools.c.
  * ==================================================================================================== */
 
 /* ---- Sizes: saturating arithmetic. SIZE_MAX means "too large" and stays so (but for a product with 0). */
@@ -1563,6 +1563,22 @@ DSV3_API const char *dsv3_error_text(const dsv3_error *error, char *text, size_t
     }
     return text;
 }
+
+/* ---- Random numbers: splitmix64, a counter and a mixing function. */
+
+DSV3_API uint64_t dsv3_random(dsv3_rng *rng) {
+    uint64_t z = rng->state += 0x9E3779B97F4A7C15u;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
+
+DSV3_API float dsv3_random_uniform(dsv3_rng *rng) {
+    return (float)(dsv3_random(rng) >> 40) * 5.9604644775390625e-08f; /* 24 bits times 2^-24 */
+}
+
+/* 53 bits times 2^-53 */
+static double dsv3i_uniform(dsv3_rng *rng) { return (double)(dsv3_random(rng) >> 11) * 1.1102230246251565e-16; }
 
 /* ---- Parallel loops. work is the loop's cost in multiply-adds, roughly: what is too small to be worth
  * waking anybody (some tens of microseconds) runs right here. */
@@ -5343,18 +5359,6 @@ DSV3_API double dsv3_losses_total(const dsv3_losses *losses, size_t layers, doub
 /* ---- Sampling. Sums are doubles: the many improbable tokens of a large vocabulary, added one by one to a float
  * near 1, would vanish together. */
 
-/* splitmix64: a counter and a mixing function. */
-DSV3_API uint64_t dsv3_random(dsv3_rng *rng) {
-    uint64_t z = rng->state += 0x9E3779B97F4A7C15u;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    return z ^ (z >> 31);
-}
-
-DSV3_API float dsv3_random_uniform(dsv3_rng *rng) {
-    return (float)(dsv3_random(rng) >> 40) * 5.9604644775390625e-08f; /* 24 bits times 2^-24 */
-}
-
 /* Falling probability, then rising id. */
 static int dsv3i_before(dsv3_candidate a, dsv3_candidate b) { return a.p > b.p || (a.p >= b.p && a.token < b.token); }
 
@@ -5427,9 +5431,6 @@ static size_t dsv3i_candidates(dsv3_candidate *c, const float *logits, size_t be
 
 static int dsv3i_is_greedy(float temperature, float top_p) { return !(temperature > 0.0f) || !(top_p > 0.0f); }
 
-/* 53 bits times 2^-53 */
-static double dsv3i_uniform(dsv3_rng *rng) { return (double)(dsv3_random(rng) >> 11) * 1.1102230246251565e-16; }
-
 DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, float temperature, float top_p,
                                  dsv3_rng *rng, dsv3_candidate *candidates) {
     size_t best, kept;
@@ -5453,20 +5454,19 @@ DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, 
 
 #define DSV3I_RATE 0.8f /* of drafts, before anything is known */
 
-/* The arrays of a sequence s: type, field, rows, columns. A fork copies the first; the others are scratch, but for the
- * modules, which copy themselves. One list makes the layout and the copy, so that neither can forget an array. */
-#define DSV3I_SEQUENCE_KEPT(X)                                                                                       \
-    X(int32_t, token, s->max_drafts + 1, 1)                                                                          \
-    X(uint64_t, drafted, s->max_drafts, 1)                                                                           \
-    X(uint64_t, accepted, s->max_drafts, 1)                                                                          \
-    X(int32_t, history, s->window, 1)                                                                                \
-    X(float, hidden, dsv3i_mul(s->n_modules, s->window), s->d)                                                       \
-    X(float, rate, s->max_drafts, 1)
-#define DSV3I_SEQUENCE_SCRATCH(X)                                                                                    \
-    X(dsv3_cache, modules, s->n_modules, 1)                                                                          \
-    X(float, p, s->max_drafts > 0, V)                                                                                \
-    X(float, q, s->max_drafts, V)                                                                                    \
-    X(dsv3_candidate, candidates, V, 1)
+/* The arrays of a sequence s: type, field, rows, columns. A fork copies what is in those that are KEPT; the others are
+ * scratch, but for the modules, which copy themselves. One list makes the layout and the copy: neither can forget any. */
+#define DSV3I_SEQUENCE_ARRAYS(KEPT, SCRATCH)                                                                         \
+    SCRATCH(dsv3_cache, modules, s->n_modules, 1)                                                                    \
+    KEPT(int32_t, token, s->max_drafts + 1, 1)                                                                       \
+    KEPT(uint64_t, drafted, s->max_drafts, 1)                                                                        \
+    KEPT(uint64_t, accepted, s->max_drafts, 1)                                                                       \
+    KEPT(int32_t, history, s->window, 1)                                                                             \
+    KEPT(float, hidden, dsv3i_mul(s->n_modules, s->window), s->d)                                                    \
+    KEPT(float, rate, s->max_drafts, 1)                                                                              \
+    SCRATCH(float, p, s->max_drafts > 0, V)                                                                          \
+    SCRATCH(float, q, s->max_drafts, V)                                                                              \
+    SCRATCH(dsv3_candidate, candidates, V, 1)
 
 static void dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, size_t capacity, dsv3_type type,
                                   size_t rows, size_t drafts, dsv3i_layout *l) {
@@ -5477,8 +5477,14 @@ static void dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, siz
     s->rows = rows;
     s->d = (size_t)model->config.hidden_size;
     s->window = dsv3i_add(dsv3i_max(rows, s->max_drafts + 1), s->n_modules + 2);
+<<<<<<< HEAD
     DSV3I_SEQUENCE_KEPT(DSV3I_TAKE)
     DSV3I_SEQUENCE_SCRATCH(DSV3I_TAKE)
+=======
+#define DSV3I_TAKE(type, field, rows, cols) s->field = (type *)dsv3i_take(l, sizeof(type), rows, cols, 1);
+    DSV3I_SEQUENCE_ARRAYS(DSV3I_TAKE, DSV3I_TAKE)
+#undef DSV3I_TAKE
+>>>>>>> book-b
     (void)dsv3i_cache_layout(&s->cache, &model->config, (size_t)model->config.num_hidden_layers, capacity, type, l);
     for (size_t k = 0; k < s->n_modules; k++) {
         dsv3_cache cache;
@@ -5596,10 +5602,10 @@ DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *
     *to = *s;
     to->cache = own.cache;
 #define DSV3I_OWN(type, field, rows, cols) to->field = own.field;
-#define DSV3I_COPY(type, field, rows, cols) DSV3_MEMCPY(to->field, s->field, (rows) * (cols) * sizeof(type));
-    DSV3I_SEQUENCE_SCRATCH(DSV3I_OWN)
-    DSV3I_SEQUENCE_KEPT(DSV3I_OWN)
-    DSV3I_SEQUENCE_KEPT(DSV3I_COPY)
+#define DSV3I_COPY(type, field, rows, cols)                                                                          \
+    DSV3I_OWN(type, field, rows, cols)                                                                               \
+    DSV3_MEMCPY(to->field, s->field, (rows) * (cols) * sizeof(type));
+    DSV3I_SEQUENCE_ARRAYS(DSV3I_COPY, DSV3I_OWN)
 #undef DSV3I_OWN
 #undef DSV3I_COPY
     return DSV3_OK;
@@ -5814,15 +5820,12 @@ static size_t dsv3i_best_drafts(const dsv3_sequence *s, size_t most) {
 
 /* Room for rows of a sequence that may use up to `spare` rows beside one: sets planned. Returns the rows it takes. */
 static size_t dsv3i_plan_rows(dsv3_sequence *s, size_t spare) {
-    size_t N = s->cache.length, room = s->cache.capacity - N, most;
+    size_t N = s->cache.length, room = s->cache.capacity - N, pending = s->pending != 0, most;
     s->planned = 0;
-    if (room == 0 || (s->prompt_left == 0 && !s->pending)) return 0;
-    if (s->prompt_left > 0) {
-        size_t rows = dsv3i_min(s->prompt_left + (s->pending != 0), s->rows);
-        return dsv3i_min(dsv3i_min(rows, room), spare + 1);
-    }
-    most = dsv3i_min(dsv3i_min(s->drafts, s->max_drafts), dsv3i_min(room - 1, spare));
-    if (N == 0) most = 0; /* no state to start from */
+    if (room == 0 || s->prompt_left + pending == 0) return 0;
+    most = dsv3i_min(room - 1, spare);
+    if (s->prompt_left > 0) return 1 + dsv3i_min(dsv3i_min(s->prompt_left + pending, s->rows) - 1, most);
+    most = N == 0 ? 0 : dsv3i_min(dsv3i_min(s->drafts, s->max_drafts), most); /* N = 0: no state to start from */
     s->planned = s->adaptive ? dsv3i_best_drafts(s, most) : most;
     return 1 + s->planned;
 }
@@ -6874,22 +6877,17 @@ static void dsv3i_stretch_scales(const dsv3_context *ctx, dsv3_panel *out, const
 }
 
 /* Codes become values, block by block, or values floats. Where there are several blocks, values are bytes. */
-static void dsv3i_stretch_widen(const dsv3_kernels *kernels, dsv3_type type, float *to, dsv3_panel *w, size_t k) {
-    const unsigned char *codes = (const unsigned char *)w->values;
-    unsigned char *values = (unsigned char *)to;
-    for (size_t i = 0; i < k; i += w->block, values += w->block * w->columns * DSV3I_LANES) {
-        kernels->widen[type](values, codes, w->columns, w->block);
-        codes += dsv3i_codes_bytes(type, w->columns, w->block) + w->gap;
-    }
-    w->values = to;
-    w->ahead = w->gap = 0;
-}
-
-static void dsv3i_stretch_floats(const dsv3_kernels *kernels, dsv3i_form form, float *to, dsv3_panel *w, size_t k) {
-    const unsigned char *values = (const unsigned char *)w->values;
-    for (size_t i = 0; i < k; i += w->block, values += w->block * w->columns * DSV3I_LANES + w->gap) {
-        kernels->float_panel[form == DSV3I_BYTES](to + i * w->columns * DSV3I_LANES, values, w->columns, w->block,
-                                                  w->zero);
+static void dsv3i_stretch_convert(const dsv3_kernels *kernels, dsv3_type type, int floats, float *to, dsv3_panel *w,
+                                  size_t k) {
+    size_t each = w->block * w->columns * DSV3I_LANES;
+    const unsigned char *from = (const unsigned char *)w->values;
+    for (size_t i = 0, b = 0; i < k; i += w->block, b++) {
+        if (floats) {
+            kernels->float_panel[dsv3i_form_of(type) == DSV3I_BYTES](to + b * each, from, w->columns, w->block, w->zero);
+        } else {
+            kernels->widen[type]((unsigned char *)to + b * each, from, w->columns, w->block);
+        }
+        from += (floats ? each : dsv3i_codes_bytes(type, w->columns, w->block)) + w->gap;
     }
     w->values = to;
     w->ahead = w->gap = 0;
@@ -6921,13 +6919,13 @@ static dsv3_product dsv3i_stretch_make(const dsv3_context *ctx, dsv3_panel *out,
                                dsv3_row_bytes(w->type, w->cols), a->rows, a->k);
     }
     if (kernels->widen[w->type] != NULL) {
-        dsv3i_stretch_widen(kernels, w->type, other, out, a->k);
+        dsv3i_stretch_convert(kernels, w->type, 0, other, out, a->k);
         other = stage;
     }
     if (form == DSV3I_FLOATS) return DSV3_PRODUCT_F32;
     if (fast) return form == DSV3I_BF16S ? DSV3_PRODUCT_FAST_BF16 : DSV3_PRODUCT_FAST_BYTES;
     if (few) return form == DSV3I_BF16S ? DSV3_PRODUCT_BF16 : DSV3_PRODUCT_BYTES;
-    dsv3i_stretch_floats(kernels, form, other, out, a->k);
+    dsv3i_stretch_convert(kernels, w->type, 1, other, out, a->k);
     out->next_bytes = next_bytes;
     return DSV3_PRODUCT_F32;
 }
@@ -7969,7 +7967,7 @@ static void dsv3i_gather_task(void *arg, size_t begin, size_t end, size_t worker
     }
 }
 
-/* Gate and up projections of MLPs whose types differ would not share rounded rows: they take their turns. */
+/* Do gate and up projections share rounded rows? There is no room for both. */
 static int dsv3i_same_types(const dsv3i_ffn *a) {
     for (size_t j = 0; j < a->count; j++) {
         if (a->list[j].w->gate_proj.type != a->list[j].w->up_proj.type) return 0;
@@ -7980,22 +7978,18 @@ static int dsv3i_same_types(const dsv3i_ffn *a) {
 static void dsv3i_mlps_at_once(dsv3i_ffn *a) {
     const dsv3i_call *c = a->c;
     const dsv3_workspace *ws = c->ws;
-    size_t total = 0, both = dsv3i_same_types(a) ? 2 : 1;
+    size_t total = 0;
     if (a->experts > 0 && c->n > 1) {
         dsv3i_parallel(c->ctx, a->experts, dsv3i_mul(a->experts, c->m.d), dsv3i_gather_task, a);
     }
-    for (size_t turn = 0; turn < 3 - both; turn++) {
-        for (size_t j = 0; j < a->count; j++) {
-            const dsv3i_mlp *r = &a->list[j];
-            const float *x = dsv3i_mlp_x(a, r);
-            dsv3i_job gate = dsv3i_job_of(dsv3i_product_of(ws->h_gate + r->at, x, &r->w->gate_proj, r->n));
-            dsv3i_job up = dsv3i_job_of(dsv3i_product_of(ws->h_up + r->at, x, &r->w->up_proj, r->n));
-            a->jobs[both * j] = turn == 0 ? gate : up;
-            if (both == 2) a->jobs[2 * j + 1] = up;
-            if (turn == 0) total += r->n * r->w->gate_proj.rows;
-        }
-        dsv3i_jobs_run(c->ctx, a->jobs, both * a->count, a->worker, a->rounded);
+    for (size_t j = 0; j < a->count; j++) {
+        const dsv3i_mlp *r = &a->list[j];
+        const float *x = dsv3i_mlp_x(a, r);
+        a->jobs[2 * j] = dsv3i_job_of(dsv3i_product_of(ws->h_gate + r->at, x, &r->w->gate_proj, r->n));
+        a->jobs[2 * j + 1] = dsv3i_job_of(dsv3i_product_of(ws->h_up + r->at, x, &r->w->up_proj, r->n));
+        total += r->n * r->w->gate_proj.rows;
     }
+    dsv3i_jobs_run(c->ctx, a->jobs, 2 * a->count, a->worker, a->rounded);
     dsv3i_swiglu(c->ctx, ws->h, ws->h_gate, ws->h_up, total);
     for (size_t j = 0; j < a->count; j++) {
         const dsv3i_mlp *r = &a->list[j];
@@ -8101,7 +8095,7 @@ static void dsv3i_fast_mlps(dsv3i_call *c, const dsv3i_mlp *list, size_t count) 
         items += dsv3i_blocks(list[j].n, dsv3i_rows_near(c->ctx, w, list[j].n));
         work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(3 * list[j].n, w->rows), w->cols));
     }
-    if (items < dsv3i_mul(c->ctx->threads, DSV3I_MLP_ITEMS)) {
+    if (items < dsv3i_mul(c->ctx->threads, DSV3I_MLP_ITEMS) && dsv3i_same_types(&a)) {
         dsv3i_mlps_at_once(&a);
         return;
     }
