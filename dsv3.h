@@ -5477,14 +5477,7 @@ static void dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, siz
     s->rows = rows;
     s->d = (size_t)model->config.hidden_size;
     s->window = dsv3i_add(dsv3i_max(rows, s->max_drafts + 1), s->n_modules + 2);
-<<<<<<< HEAD
-    DSV3I_SEQUENCE_KEPT(DSV3I_TAKE)
-    DSV3I_SEQUENCE_SCRATCH(DSV3I_TAKE)
-=======
-#define DSV3I_TAKE(type, field, rows, cols) s->field = (type *)dsv3i_take(l, sizeof(type), rows, cols, 1);
     DSV3I_SEQUENCE_ARRAYS(DSV3I_TAKE, DSV3I_TAKE)
-#undef DSV3I_TAKE
->>>>>>> book-b
     (void)dsv3i_cache_layout(&s->cache, &model->config, (size_t)model->config.num_hidden_layers, capacity, type, l);
     for (size_t k = 0; k < s->n_modules; k++) {
         dsv3_cache cache;
