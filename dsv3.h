@@ -16,7 +16,7 @@
  *     #include "dsv3.h"
  *
  *     dsv3_config_check(&config, &error);                              // names the first bad field
- *     dsv3_context_init(&context, DSV3_BACKEND_AUTO, 0);               // kernels and threads
+ *     dsv3_context_init(&context, DSV3_BACKEND_AUTO, 0);               // backend and threads
  *     dsv3_model_size(&config, &bytes);                                // every _size has its _init:
  *     dsv3_model_bind(&model, &config, malloc(bytes), bytes, find, files, &error);   // by published names
  *     dsv3_cache_size(&config, 4096, DSV3_BF16, &bytes);
@@ -39,8 +39,7 @@
  *   DSV3_API                 what stands before each public function; default: extern
  *   DSV3_ASSERT(x)           checks preconditions of single ops; default: nothing
  *   DSV3_SIMD                compile the SIMD backends in (x86-64; elsewhere it changes nothing). The CPU is asked
- *                            at run time: no -m flags are needed, and an older CPU gets what it can run. (The
- *                            bits of "reference", too, are others than without it: blocks of keys are larger)
+ *                            at run time: no -m flags are needed, and an older CPU gets what it can run
  *   DSV3_NO_AMX              leave the backend "amx" out, for which Linux must be asked (see dsv3_context_init)
  *   DSV3_NO_TRAINING         leave out gradients and training
  *   DSV3_NO_OPENMP           ignore OpenMP even if the compiler has it switched on
@@ -81,23 +80,47 @@
  *   In equations: u a normalised row, c a latent, s a score, z a logit before its sigmoid or softmax.
  *   [R] the V3 report (arXiv 2412.19437)      [R2] the V2 report (arXiv 2405.04434)
  *
- * >>contents  Search for the tag to jump.
- *   0  >>example >>options >>conventions >>glossary         front page
+ * >>life  The life of a token, by the functions that it passes:
+ *     dsv3_forward, dsv3_batch_begin             its place: sequence, position, angles
+ *     dsv3_embed                                 x = its row of embed_tokens
+ *     dsv3i_pass, dsv3i_layer_forward            each layer: x += MLA(norm(x)), x += FFN(norm(x))
+ *       dsv3i_mla_forward                        latents and queries; the latent goes into the cache
+ *       dsv3i_attend, dsv3i_attend_keys          what it sees: a running softmax over the cache
+ *       dsv3i_moe_forward, dsv3i_route           its experts (dsv3_router_select), and how much each counts
+ *       dsv3i_mlps, dsv3i_moe_combine            what they say
+ *       dsv3i_linear, dsv3i_linear_task          under all of them: a row of W, decoded, meets x
+ *     dsv3i_pass_logits, dsv3_sample             the final norm, the head; the next token
+ * The life of a gradient, which goes the same way back:
+ *     dsv3_train_accumulate, dsv3i_train_head    loss of the target; dz = softmax - onehot, du = dz W_head
+ *     dsv3i_layer_backward                       from the last layer to the first
+ *       dsv3i_moe_backward, dsv3i_mlp_backward   experts, their gates, the router
+ *       dsv3i_mla_backward                       projections; attention by dsv3i_attend_backward_row
+ *       dsv3i_linear_backward                    under all of them: dx += dy W, dW += dy^T x
+ *     dsv3i_embed_backward                       the token's row of embed_tokens
+ *     dsv3_train_end                             one global norm, clip, AdamW; the bias step of the routers
+ *
+ * >>contents  Search for the tag to jump. Numbered chapters are the book: the whole system in plain C, each op once, forward
+ * and backward side by side, and the backend "reference". Lettered chapters are the engine (DSV3_SIMD): the ops of one
+ * table (>>table) once more, made for speed. Nobody must read it to learn the architecture.
+ *   0  >>example >>options >>conventions >>glossary >>life  front page
  *   1  >>api      public declarations, all of them
- *   2  >>tools    sizes, layouts, errors, number formats, parallel loops
- *   3  >>kernels  the closed list of inner loops, plain C
- *   4  >>ops      linear, embedding, RMSNorm, SwiGLU, log-sum-exp, cross-entropy
+ *   2  >>tools    sizes, layouts, errors, parallel loops; >>table, what a backend may do its own way
+ *   3  >>formats  numbers and their types, quantisation, rows of numbers
+ *   4  >>ops      embedding, linear, RMSNorm, SwiGLU, log-sum-exp, cross-entropy
  *   5  >>rope     rotary positions and YaRN
  *   6  >>mla      multi-head latent attention, absorbed and expanded
  *   7  >>router   scores, groups, bias, top-K, gate weights; loads, the bias step, balance losses
  *   8  >>moe      rows grouped by expert, shared experts
  *   9  >>block    one transformer layer
- *   10 >>model    configurations, tensor names, binding; caches, batches, the forward program
- *   11 >>mtp      multi-token prediction: modules, and the losses of whole texts
- *   12 >>infer    sampling, generation with drafts
- *   13 >>train    parameters, backward through everything, AdamW, the training step
- *   A  >>simd     the same kernels for AVX2, AVX-512 and AMX, and the choice of a backend
- *   B  >>licence
+ *   10 >>model    configurations, tensor names, binding
+ *   11 >>pass     caches, workspaces, batches, the forward program
+ *   12 >>mtp      multi-token prediction: modules, and the losses of whole texts
+ *   13 >>infer    sampling, generation with drafts
+ *   14 >>train    parameters, backward through everything, AdamW, the training step
+ *   A  >>fast     what all instruction sets share: packed weights, work for threads and caches
+ *   B  >>simd     kernels for AVX2, AVX-512 and AMX
+ *   Y  >>backends the choice of a backend
+ *   Z  >>licence
  */
 #ifndef DSV3_H
 #define DSV3_H
@@ -374,11 +397,11 @@ DSV3_API uint8_t dsv3_f8_e4m3_from_f32(float x);
  * infinity as FP8, Q8_0 or Q4_0; F32, F16 and BF16 keep them. After an error data and scale may hold anything. */
 DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3_type type, size_t rows, size_t cols);
 
-/* ---- Context: kernels and threads -------------------------------------------------------------------- */
+/* ---- Context: backend and threads -------------------------------------------------------------------- */
 
 typedef enum dsv3_backend {
     DSV3_BACKEND_AUTO = 0,        /* the best one compiled in that this machine can run */
-    DSV3_BACKEND_REFERENCE = 1,   /* "reference": plain C, chapter 3 */
+    DSV3_BACKEND_REFERENCE = 1,   /* "reference": plain C: the book */
     DSV3_BACKEND_AVX2 = 2,        /* "avx2": x86-64 with AVX2, FMA and F16C; with DSV3_SIMD */
     DSV3_BACKEND_AVX512 = 3,      /* "avx512": also AVX-512 F, BW, DQ and VL; with DSV3_SIMD */
     DSV3_BACKEND_AVX512_BF16 = 4, /* "avx512_bf16": also AVX-512 VBMI, VNNI and BF16; with DSV3_SIMD */
@@ -519,7 +542,7 @@ DSV3_API dsv3_result dsv3_model_size(const dsv3_config *config, size_t *bytes);
 DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *config, void *memory, size_t bytes,
                                      dsv3_find find, void *user, dsv3_error *error);
 
-/* Copies of the matrices in the order in which a SIMD backend reads them (chapter 4), so that it need not reorder them
+/* Copies of the matrices in the order in which a SIMD backend reads them, so that it need not reorder them
  * on each call: faster, at the price of the memory. Bits do not change. 0 bytes for a backend that reads weights as they
  * lie. The embedding stays where it is, since its rows are wanted as such; kv_b_proj is there in both orders. */
 DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_model *model, size_t *bytes);
@@ -845,7 +868,7 @@ DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, co
                                   dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                   dsv3_workspace *workspace, dsv3_error *error);
 
-/* ---- Multi-token prediction. [R] 2.2; chapter 11 ----------------------------------------------------- */
+/* ---- Multi-token prediction. [R] 2.2; chapter 12 ----------------------------------------------------- */
 
 /* The cache of one MTP module for one sequence: a dsv3_cache of one layer. truncate and copy as for others. */
 DSV3_API dsv3_result dsv3_mtp_cache_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes);
@@ -923,7 +946,7 @@ typedef struct dsv3_candidate {
 DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, float temperature, float top_p,
                                  dsv3_rng *rng, dsv3_candidate *candidates);
 
-/* ---- Generation, with drafts by the MTP modules. [R] 5.4.3; chapter 12 --------------------------------- */
+/* ---- Generation, with drafts by the MTP modules. [R] 5.4.3; chapter 13 --------------------------------- */
 
 /* A text being written: its caches, what the modules need to draft ahead, its sampler. Memory is the caller's. */
 typedef struct dsv3_sequence {
@@ -1002,7 +1025,7 @@ DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, c
                                    dsv3_error *error);
 
 #ifndef DSV3_NO_TRAINING
-/* ---- Training. [R] 4.2; chapter 13 ------------------------------------------------------------------- */
+/* ---- Training. [R] 4.2; chapter 14 ------------------------------------------------------------------- */
 
 /* Every tensor a config calls for, as float32, in one array in file order (the order of dsv3_model_tensors, without
  * the optional copies: MTP modules share the main model's embedding and head). Weights are one, gradients another. */
@@ -1189,7 +1212,7 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 #include <omp.h>
 #endif
 
-/* The one place that looks at compilers and processors for chapter A. */
+/* The one place that looks at compilers and processors for the engine. */
 #if defined(DSV3_SIMD) && (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
 #define DSV3I_X86
 #define DSV3I_ENGINE
@@ -1242,8 +1265,8 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 /* ========================================================================================================
  * Chapter 2  >>tools
  *
- * Sizes that cannot wrap, memory layouts that cannot disagree with themselves, error reports, and the parallel loop.
- * Test: tests/test_tools.c.
+ * Sizes that cannot wrap, memory layouts that cannot disagree with themselves, error reports, random numbers, and the
+ * parallel loop. Test: tests/test_tools.c.
  * ==================================================================================================== */
 
 /* ---- Sizes: saturating arithmetic. SIZE_MAX means "too large" and stays so (but for a product with 0). */
@@ -1331,6 +1354,11 @@ static uint64_t dsv3i_fingerprint(const dsv3i_dims *m) {
     uint64_t h = 0xCBF29CE484222325u;
     for (size_t i = 0; i < sizeof *m; i++) h = (h ^ bytes[i]) * 0x100000001B3u;
     return h;
+}
+
+static uint64_t dsv3i_config_fingerprint(const dsv3_config *config) {
+    dsv3i_dims m = dsv3i_dims_of(config);
+    return dsv3i_fingerprint(&m);
 }
 
 /* ---- Layouts: one cursor walks through a buffer, or through nothing to learn the size. The same function
@@ -1536,6 +1564,22 @@ DSV3_API const char *dsv3_error_text(const dsv3_error *error, char *text, size_t
     return text;
 }
 
+/* ---- Random numbers: splitmix64, a counter and a mixing function. */
+
+DSV3_API uint64_t dsv3_random(dsv3_rng *rng) {
+    uint64_t z = rng->state += 0x9E3779B97F4A7C15u;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
+
+DSV3_API float dsv3_random_uniform(dsv3_rng *rng) {
+    return (float)(dsv3_random(rng) >> 40) * 5.9604644775390625e-08f; /* 24 bits times 2^-24 */
+}
+
+/* 53 bits times 2^-53 */
+static double dsv3i_uniform(dsv3_rng *rng) { return (double)(dsv3_random(rng) >> 11) * 1.1102230246251565e-16; }
+
 /* ---- Parallel loops. work is the loop's cost in multiply-adds, roughly: what is too small to be worth
  * waking anybody (some tens of microseconds) runs right here. */
 
@@ -1582,6 +1626,7 @@ typedef struct dsv3i_product {
 
 struct dsv3i_call;  /* below */
 struct dsv3i_saved;
+struct dsv3i_backward;
 struct dsv3i_mlp;  /* an MLP and the rows it sees: chapter 8 */
 
 typedef struct dsv3i_ops {
@@ -1660,11 +1705,9 @@ typedef struct dsv3i_call {
     dsv3_cache *caches;
     size_t layer, n; /* the layer's index in the caches; rows */
     dsv3i_dims m;
-#ifndef DSV3_NO_TRAINING /* backward */
-    const dsv3_layer *g; /* gradients of w */
-    const dsv3i_saved *s;
-    const dsv3i_backward *b;
-#endif
+    const dsv3_layer *g; /* backward: gradients of w, else NULL; what w has kept; scratch */
+    const struct dsv3i_saved *s;
+    const struct dsv3i_backward *b;
 } dsv3i_call;
 
 static dsv3i_call dsv3i_call_of(const dsv3_context *ctx, const dsv3_model *model, const dsv3_layer *w, size_t layer,
@@ -3248,14 +3291,9 @@ static void dsv3i_scores_task(void *arg, size_t begin, size_t end, size_t worker
 DSV3_API void dsv3_router_scores(const dsv3_context *context, const dsv3_config *config, float *score, const float *x,
                                  const dsv3_tensor *gate_w, const float *gate_bias, size_t n, float *scratch) {
     dsv3_context exact = *context;
-    dsv3i_scores_arg a;
+    dsv3i_scores_arg a = {context, score, gate_bias, gate_w->rows, config->scoring_func};
     exact.compute = DSV3_EXACT;
     dsv3_linear(&exact, score, x, gate_w, n, scratch);
-    a.ctx = context;
-    a.score = score;
-    a.bias = gate_bias;
-    a.E = gate_w->rows;
-    a.func = config->scoring_func;
     dsv3i_parallel(context, n, dsv3i_mul(n, 16 * a.E), dsv3i_scores_task, &a);
 }
 
@@ -3490,97 +3528,91 @@ DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, ui
     return DSV3_OK;
 }
 
-/* ---- Balance losses. f_i = E / (K T) count_i and P_i = mean s'_i have mean 1 and sum 1. */
+/* ---- Balance losses: sum_i f_i P_i, where f_i and P_i = mean s'_i have sum E and sum 1. V2's losses differ in f_i. */
+
+enum { DSV3I_LOSS_EXPERT, DSV3I_LOSS_DEVICE, DSV3I_LOSS_COMMUNICATION };
+
+typedef struct dsv3i_balance {
+    const float *score;  /* [n, E] */
+    const int32_t *idx;  /* [n, K] or NULL: the K largest scores */
+    const uint8_t *mask; /* [n] or NULL */
+    size_t n, E, K, devices, most_devices;
+} dsv3i_balance;
 
 /* Sums count [E] over the rows that count. Returns their number. */
-static double dsv3i_balance_count(double *count, const float *score, const int32_t *idx, const uint8_t *mask,
-                                  size_t n, size_t E, size_t K) {
+static double dsv3i_balance_count(const dsv3i_balance *b, double *count) {
     int32_t largest[DSV3_MAX_TOPK];
     double rows = 0.0;
-    DSV3_ASSERT(K <= DSV3_MAX_TOPK);
-    for (size_t e = 0; e < E; e++) count[e] = 0.0;
-    for (size_t t = 0; t < n; t++) {
-        const int32_t *chosen = idx != NULL ? idx + t * K : largest;
-        if (!dsv3i_counts(mask, t)) continue;
-        if (idx == NULL) dsv3i_topk(largest, score + t * E, E, K);
+    DSV3_ASSERT(b->K <= DSV3_MAX_TOPK);
+    for (size_t e = 0; e < b->E; e++) count[e] = 0.0;
+    for (size_t t = 0; t < b->n; t++) {
+        const int32_t *chosen = b->idx != NULL ? b->idx + t * b->K : largest;
+        if (!dsv3i_counts(b->mask, t)) continue;
+        if (b->idx == NULL) dsv3i_topk(largest, b->score + t * b->E, b->E, b->K);
         rows += 1.0;
-        for (size_t k = 0; k < K; k++) count[chosen[k]] += 1.0;
+        for (size_t k = 0; k < b->K; k++) count[chosen[k]] += 1.0;
     }
     return rows;
 }
 
-/* sum_i f_i P_i with P_i = share_i / rows. share [E] is scratch. */
-static double dsv3i_balance_sum(double *share, const double *f, double rows, const float *score, const uint8_t *mask,
-                                size_t n, size_t E) {
-    double total = 0.0;
-    for (size_t e = 0; e < E; e++) share[e] = 0.0;
-    for (size_t t = 0; t < n; t++) {
-        const float *s = score + t * E;
+/* Rows that go to experts first .. first + each - 1. */
+static double dsv3i_balance_sent(const dsv3i_balance *b, size_t first, size_t each) {
+    double sent = 0.0;
+    for (size_t t = 0; t < b->n; t++) {
+        size_t k = 0;
+        while (k < b->K && (size_t)b->idx[t * b->K + k] / each != first / each) k++;
+        sent += dsv3i_counts(b->mask, t) && k < b->K;
+    }
+    return sent;
+}
+
+/* f [E] of a loss: E / (K T) count_i; its mean over a device's experts; or what the device is sent. Returns T. */
+static double dsv3i_balance_f(const dsv3i_balance *b, int loss, double *f) {
+    double rows = dsv3i_balance_count(b, f), E = (double)b->E, devices = (double)b->devices;
+    double even = loss == DSV3I_LOSS_COMMUNICATION ? (double)b->most_devices * rows : (double)b->K * rows;
+    size_t each = loss == DSV3I_LOSS_EXPERT ? 1 : b->E / b->devices;
+    DSV3_ASSERT(each >= 1 && b->E % each == 0);
+    for (size_t g = 0; g < b->E && rows > 0.0; g += each) {
         double sum = 0.0;
-        if (!dsv3i_counts(mask, t)) continue;
-        for (size_t e = 0; e < E; e++) sum += (double)s[e];
-        for (size_t e = 0; e < E && sum > 0.0; e++) share[e] += (double)s[e] / sum;
+        for (size_t i = g; i < g + each; i++) sum += f[i];
+        if (loss == DSV3I_LOSS_COMMUNICATION) sum = dsv3i_balance_sent(b, g, each);
+        sum = loss == DSV3I_LOSS_EXPERT ? sum * (E / even) : sum * devices / even;
+        for (size_t i = g; i < g + each; i++) f[i] = sum;
     }
-    for (size_t e = 0; e < E; e++) total += f[e] * share[e];
-    return total / rows;
+    return rows;
 }
 
-/* The three losses differ in f_i, which takes count's place. */
-
-static void dsv3i_balance_f(double *count, double rows, size_t E, size_t K) {
-    for (size_t e = 0; e < E; e++) count[e] *= (double)E / ((double)K * rows);
-}
-
-/* Mean of f over each device's experts. */
-static void dsv3i_device_f(double *count, double rows, size_t E, size_t K, size_t devices) {
-    size_t each = E / devices;
-    DSV3_ASSERT(devices >= 1 && E % devices == 0);
-    for (size_t g = 0; g < E; g += each) {
+/* scratch [2 E]: f, and the sums over t of s'_ti = s_ti / sum_j s_tj. */
+static double dsv3i_balance_loss(const dsv3i_balance *b, int loss, double *scratch) {
+    double *f = scratch, *share = scratch + b->E, total = 0.0, rows = dsv3i_balance_f(b, loss, f);
+    for (size_t e = 0; e < b->E; e++) share[e] = 0.0;
+    for (size_t t = 0; t < b->n; t++) {
+        const float *s = b->score + t * b->E;
         double sum = 0.0;
-        for (size_t i = g; i < g + each; i++) sum += count[i];
-        for (size_t i = g; i < g + each; i++) count[i] = sum * (double)devices / ((double)K * rows);
+        if (!dsv3i_counts(b->mask, t)) continue;
+        for (size_t e = 0; e < b->E; e++) sum += (double)s[e];
+        for (size_t e = 0; e < b->E && sum > 0.0; e++) share[e] += (double)s[e] / sum;
     }
-}
-
-/* Tokens that each device is sent. */
-static void dsv3i_communication_f(double *count, double rows, const int32_t *idx, const uint8_t *mask, size_t n,
-                                  size_t E, size_t K, size_t devices, size_t most_devices) {
-    size_t each = E / devices;
-    DSV3_ASSERT(devices >= 1 && E % devices == 0 && most_devices >= 1);
-    for (size_t g = 0; g < devices; g++) {
-        double sent = 0.0;
-        for (size_t t = 0; t < n; t++) {
-            size_t k = 0;
-            while (k < K && (size_t)idx[t * K + k] / each != g) k++;
-            sent += dsv3i_counts(mask, t) && k < K;
-        }
-        for (size_t i = 0; i < each; i++)
-            count[g * each + i] = sent * (double)devices / ((double)most_devices * rows);
-    }
+    for (size_t e = 0; e < b->E; e++) total += f[e] * share[e];
+    return rows > 0.0 ? total / rows : 0.0;
 }
 
 DSV3_API double dsv3_balance_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
                                   size_t K, double *scratch) {
-    double rows = dsv3i_balance_count(scratch, score, idx, mask, n, E, K);
-    if (!(rows > 0.0)) return 0.0;
-    dsv3i_balance_f(scratch, rows, E, K);
-    return dsv3i_balance_sum(scratch + E, scratch, rows, score, mask, n, E);
+    const dsv3i_balance b = {score, idx, mask, n, E, K, 0, 0};
+    return dsv3i_balance_loss(&b, DSV3I_LOSS_EXPERT, scratch);
 }
 
 DSV3_API double dsv3_device_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
                                  size_t K, size_t devices, double *scratch) {
-    double rows = dsv3i_balance_count(scratch, score, idx, mask, n, E, K);
-    if (!(rows > 0.0)) return 0.0;
-    dsv3i_device_f(scratch, rows, E, K, devices);
-    return dsv3i_balance_sum(scratch + E, scratch, rows, score, mask, n, E);
+    const dsv3i_balance b = {score, idx, mask, n, E, K, devices, 0};
+    return dsv3i_balance_loss(&b, DSV3I_LOSS_DEVICE, scratch);
 }
 
 DSV3_API double dsv3_communication_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n,
                                         size_t E, size_t K, size_t devices, size_t most_devices, double *scratch) {
-    double rows = dsv3i_balance_count(scratch, score, idx, mask, n, E, K);
-    if (!(rows > 0.0)) return 0.0;
-    dsv3i_communication_f(scratch, rows, idx, mask, n, E, K, devices, most_devices);
-    return dsv3i_balance_sum(scratch + E, scratch, rows, score, mask, n, E);
+    const dsv3i_balance b = {score, idx, mask, n, E, K, devices, most_devices};
+    return dsv3i_balance_loss(&b, DSV3I_LOSS_COMMUNICATION, scratch);
 }
 
 #ifndef DSV3_NO_TRAINING
@@ -3623,34 +3655,31 @@ DSV3_API void dsv3_router_scores_backward(const dsv3_config *config, float *dz, 
 }
 
 /* dscore += weight d(sum f P) */
-static void dsv3i_balance_back(float *dscore, double weight, const double *f, double rows, const float *score,
-                               const uint8_t *mask, size_t n, size_t E) {
-    for (size_t t = 0; t < n; t++) {
-        const float *s = score + t * E;
+static void dsv3i_balance_back(const dsv3i_balance *b, float *dscore, double weight, const double *f, double rows) {
+    for (size_t t = 0; t < b->n; t++) {
+        const float *s = b->score + t * b->E;
+        float *ds = dscore + t * b->E;
         double sum = 0.0, mean = 0.0;
-        if (!dsv3i_counts(mask, t)) continue;
-        for (size_t e = 0; e < E; e++) {
+        if (!dsv3i_counts(b->mask, t)) continue;
+        for (size_t e = 0; e < b->E; e++) {
             sum += (double)s[e];
             mean += f[e] * (double)s[e];
         }
-        if (!(sum > 0.0)) continue;
-        for (size_t e = 0; e < E; e++) dscore[t * E + e] += (float)(weight / (rows * sum) * (f[e] - mean / sum));
+        for (size_t e = 0; e < b->E && sum > 0.0; e++) ds[e] += (float)(weight / (rows * sum) * (f[e] - mean / sum));
     }
 }
 
 DSV3_API void dsv3_balance_backward(float *dscore, double scale, const dsv3_balance_weights *weights,
                                     const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
                                     size_t K, double *scratch) {
-    for (int kind = 0; kind < 3; kind++) {
-        double weight = kind == 0 ? weights->expert : kind == 1 ? weights->device : weights->communication, rows;
-        if (!(weight > 0.0)) continue;
-        rows = dsv3i_balance_count(scratch, score, kind > 0 || weights->actual ? idx : NULL, mask, n, E, K);
-        if (!(rows > 0.0)) return;
-        if (kind == 0) dsv3i_balance_f(scratch, rows, E, K);
-        if (kind == 1) dsv3i_device_f(scratch, rows, E, K, weights->devices);
-        if (kind == 2)
-            dsv3i_communication_f(scratch, rows, idx, mask, n, E, K, weights->devices, weights->most_devices);
-        dsv3i_balance_back(dscore, scale * weight, scratch, rows, score, mask, n, E);
+    const double weight[3] = {weights->expert, weights->device, weights->communication};
+    for (int loss = DSV3I_LOSS_EXPERT; loss <= DSV3I_LOSS_COMMUNICATION; loss++) {
+        const int32_t *chosen = loss == DSV3I_LOSS_EXPERT && !weights->actual ? NULL : idx;
+        const dsv3i_balance b = {score, chosen, mask, n, E, K, weights->devices, weights->most_devices};
+        double rows;
+        if (!(weight[loss] > 0.0)) continue;
+        rows = dsv3i_balance_f(&b, loss, scratch);
+        if (rows > 0.0) dsv3i_balance_back(&b, dscore, scale * weight[loss], scratch, rows);
     }
 }
 #endif
@@ -3783,12 +3812,12 @@ static size_t dsv3i_moe_list(const dsv3i_call *c, float *grouped, float *y, cons
         if (n == 0) continue;
         *r = dsv3i_mlp_of(&c->w->experts[e], grouped + first * m->d, u, n, first * m->F);
         r->pair = ws->pair + first;
-        if (dy != NULL) r->g = &c->g->experts[e];
+        if (c->g != NULL) r->g = &c->g->experts[e];
         ws->mlps[count++].dy = dy;
     }
     if (m->Fs > 0) {
         ws->mlps[count] = dsv3i_mlp_of(&c->w->shared_experts, y, u, c->n, c->n * m->K * m->F);
-        if (dy != NULL) ws->mlps[count].g = &c->g->shared_experts;
+        if (c->g != NULL) ws->mlps[count].g = &c->g->shared_experts;
         ws->mlps[count++].dy = dy;
     } else {
         DSV3_MEMSET(y, 0, c->n * m->d * sizeof *y);
@@ -4387,6 +4416,16 @@ static dsv3_result dsv3i_walk_module(dsv3i_walk *w, dsv3_model *model, size_t k)
     DSV3I_TRY(dsv3i_walk_parts(w, model != NULL ? &model->mtp[k] : NULL,
                                DSV3I_PART_JOIN | DSV3I_PART_NORMS | DSV3I_PART_COPIES));
     return dsv3i_walk_layer(w, model != NULL ? &model->layers[w->m.L + k] : NULL);
+}
+
+/* Every tensor of a config, with its slot in model, or NULLs. */
+static dsv3_result dsv3i_walk_all(const dsv3_config *config, dsv3_model *model, void *user,
+                                  dsv3_result (*visit)(dsv3i_walk *walk, dsv3_tensor *slot)) {
+    dsv3i_walk w;
+    dsv3i_walk_begin(&w, config, user, visit);
+    DSV3I_TRY(dsv3i_walk_main(&w, model));
+    for (size_t k = 0; k < w.m.D; k++) DSV3I_TRY(dsv3i_walk_module(&w, model, k));
+    return DSV3_OK;
 }
 
 static dsv3_result dsv3i_show_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
@@ -5299,7 +5338,7 @@ DSV3_API double dsv3_losses_total(const dsv3_losses *losses, size_t layers, doub
 }
 
 /* ========================================================================================================
- * Chapter 12  >>infer
+ * Chapter 13  >>infer
  *
  * Sampling, and generation with drafts ([R] 5.4.3). A step of plain decoding reads every active weight to write one
  * token. The MTP modules are cheap guesses at the tokens behind it: the main model then checks all of them in one
@@ -5319,18 +5358,6 @@ DSV3_API double dsv3_losses_total(const dsv3_losses *losses, size_t layers, doub
 
 /* ---- Sampling. Sums are doubles: the many improbable tokens of a large vocabulary, added one by one to a float
  * near 1, would vanish together. */
-
-/* splitmix64: a counter and a mixing function. */
-DSV3_API uint64_t dsv3_random(dsv3_rng *rng) {
-    uint64_t z = rng->state += 0x9E3779B97F4A7C15u;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    return z ^ (z >> 31);
-}
-
-DSV3_API float dsv3_random_uniform(dsv3_rng *rng) {
-    return (float)(dsv3_random(rng) >> 40) * 5.9604644775390625e-08f; /* 24 bits times 2^-24 */
-}
 
 /* Falling probability, then rising id. */
 static int dsv3i_before(dsv3_candidate a, dsv3_candidate b) { return a.p > b.p || (a.p >= b.p && a.token < b.token); }
@@ -5402,8 +5429,7 @@ static size_t dsv3i_candidates(dsv3_candidate *c, const float *logits, size_t be
     return top_p < 1.0f ? dsv3i_nucleus(c, V, (double)top_p * *sum, sum) : V;
 }
 
-/* 53 bits times 2^-53 */
-static double dsv3i_uniform(dsv3_rng *rng) { return (double)(dsv3_random(rng) >> 11) * 1.1102230246251565e-16; }
+static int dsv3i_is_greedy(float temperature, float top_p) { return !(temperature > 0.0f) || !(top_p > 0.0f); }
 
 DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, float temperature, float top_p,
                                  dsv3_rng *rng, dsv3_candidate *candidates) {
@@ -5413,7 +5439,7 @@ DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, 
     if (!(temperature >= 0.0f) || temperature > FLT_MAX || !(top_p >= 0.0f) || top_p > 1.0f) return DSV3_ERR_ARG;
     best = dsv3i_argmax(logits, V);
     if (best == V) return DSV3_ERR_NAN;
-    if (!(temperature > 0.0f) || !(top_p > 0.0f)) {
+    if (dsv3i_is_greedy(temperature, top_p)) {
         *token = (int32_t)best;
         return DSV3_OK;
     }
@@ -5423,38 +5449,41 @@ DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, 
     return DSV3_OK;
 }
 
-#define DSV3I_RATE 0.8f /* of drafts, before anything is known */
-
 /* ---- A sequence: caches, and rings of the last `window` positions. hidden of depth j holds h_i^j, the states that
  * module j + 1 reads, until that module has been at position i. */
 
-static size_t dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, size_t capacity, dsv3_type type,
-                                    size_t rows, size_t drafts, dsv3i_layout *l) {
-    const dsv3_config *c = &model->config;
-    dsv3i_dims m = dsv3i_dims_of(c);
-    size_t f = sizeof(float), modules = dsv3i_min(drafts, (size_t)model->n_mtp);
-    s->n_modules = modules;
-    s->max_drafts = modules > 0 ? drafts : 0;
+#define DSV3I_RATE 0.8f /* of drafts, before anything is known */
+
+/* The arrays of a sequence s: type, field, rows, columns. A fork copies what is in those that are KEPT; the others are
+ * scratch, but for the modules, which copy themselves. One list makes the layout and the copy: neither can forget any. */
+#define DSV3I_SEQUENCE_ARRAYS(KEPT, SCRATCH)                                                                         \
+    SCRATCH(dsv3_cache, modules, s->n_modules, 1)                                                                    \
+    KEPT(int32_t, token, s->max_drafts + 1, 1)                                                                       \
+    KEPT(uint64_t, drafted, s->max_drafts, 1)                                                                        \
+    KEPT(uint64_t, accepted, s->max_drafts, 1)                                                                       \
+    KEPT(int32_t, history, s->window, 1)                                                                             \
+    KEPT(float, hidden, dsv3i_mul(s->n_modules, s->window), s->d)                                                    \
+    KEPT(float, rate, s->max_drafts, 1)                                                                              \
+    SCRATCH(float, p, s->max_drafts > 0, V)                                                                          \
+    SCRATCH(float, q, s->max_drafts, V)                                                                              \
+    SCRATCH(dsv3_candidate, candidates, V, 1)
+
+static void dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, size_t capacity, dsv3_type type,
+                                  size_t rows, size_t drafts, dsv3i_layout *l) {
+    dsv3_sequence *at = s; /* as the lists have it */
+    size_t V = (size_t)model->config.vocab_size;
+    s->n_modules = dsv3i_min(drafts, (size_t)model->n_mtp);
+    s->max_drafts = s->n_modules > 0 ? drafts : 0;
     s->rows = rows;
-    s->d = m.d;
-    s->window = dsv3i_add(dsv3i_max(rows, s->max_drafts + 1), modules + 2);
-    s->modules = (dsv3_cache *)dsv3i_take(l, sizeof *s->modules, modules, 1, 1);
-    s->token = (int32_t *)dsv3i_take(l, sizeof(int32_t), s->max_drafts + 1, 1, 1);
-    s->drafted = (uint64_t *)dsv3i_take(l, sizeof(uint64_t), s->max_drafts, 1, 1);
-    s->accepted = (uint64_t *)dsv3i_take(l, sizeof(uint64_t), s->max_drafts, 1, 1);
-    s->history = (int32_t *)dsv3i_take(l, sizeof(int32_t), s->window, 1, 1);
-    s->hidden = (float *)dsv3i_take(l, f, modules, s->window, m.d);
-    s->p = (float *)dsv3i_take(l, f, m.V, s->max_drafts > 0, 1);
-    s->q = (float *)dsv3i_take(l, f, m.V, s->max_drafts, 1);
-    s->rate = (float *)dsv3i_take(l, f, s->max_drafts, 1, 1);
-    s->candidates = (dsv3_candidate *)dsv3i_take(l, sizeof *s->candidates, m.V, 1, 1);
-    (void)dsv3i_cache_layout(&s->cache, c, m.L, capacity, type, l);
-    for (size_t k = 0; k < modules; k++) {
+    s->d = (size_t)model->config.hidden_size;
+    s->window = dsv3i_add(dsv3i_max(rows, s->max_drafts + 1), s->n_modules + 2);
+    DSV3I_SEQUENCE_ARRAYS(DSV3I_TAKE, DSV3I_TAKE)
+    (void)dsv3i_cache_layout(&s->cache, &model->config, (size_t)model->config.num_hidden_layers, capacity, type, l);
+    for (size_t k = 0; k < s->n_modules; k++) {
         dsv3_cache cache;
-        (void)dsv3i_cache_layout(&cache, c, 1, capacity, type, l);
+        (void)dsv3i_cache_layout(&cache, &model->config, 1, capacity, type, l);
         if (l->base != NULL) s->modules[k] = cache;
     }
-    return l->used;
 }
 
 DSV3_API dsv3_result dsv3_sequence_size(const dsv3_model *model, size_t capacity, dsv3_type type, size_t rows,
@@ -5468,20 +5497,17 @@ DSV3_API dsv3_result dsv3_sequence_size(const dsv3_model *model, size_t capacity
     return dsv3i_layout_size(&l, bytes);
 }
 
-DSV3_API dsv3_result dsv3_sequence_init(dsv3_sequence *sequence, const dsv3_model *model, size_t capacity,
-                                        dsv3_type type, size_t rows, size_t drafts, void *memory, size_t bytes) {
+DSV3_API dsv3_result dsv3_sequence_init(dsv3_sequence *s, const dsv3_model *model, size_t capacity, dsv3_type type,
+                                        size_t rows, size_t drafts, void *memory, size_t bytes) {
     dsv3i_layout l = {NULL, 0};
-    dsv3i_dims m;
-    dsv3_sequence *s = sequence;
     size_t need;
     if (s == NULL) return DSV3_ERR_ARG;
     DSV3I_TRY(dsv3_sequence_size(model, capacity, type, rows, drafts, &need));
     DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
-    m = dsv3i_dims_of(&model->config);
     DSV3_MEMSET(s, 0, sizeof *s);
     l.base = dsv3i_layout_base(memory);
     dsv3i_sequence_layout(s, model, capacity, type, rows, drafts, &l);
-    s->made_for = dsv3i_fingerprint(&m);
+    s->made_for = dsv3i_config_fingerprint(&model->config);
     s->top_p = 1.0f;
     s->rng.state = 1;
     s->drafts = s->max_drafts;
@@ -5501,21 +5527,16 @@ static float *dsv3i_hidden(const dsv3_sequence *s, size_t depth, size_t position
     return s->hidden + (depth * s->window + position % s->window) * s->d;
 }
 
-DSV3_API size_t dsv3_sequence_length(const dsv3_sequence *sequence) {
-    return sequence->cache.length + (sequence->pending != 0);
-}
+DSV3_API size_t dsv3_sequence_length(const dsv3_sequence *s) { return s->cache.length + (s->pending != 0); }
 
-DSV3_API dsv3_result dsv3_sequence_append(dsv3_sequence *sequence, const dsv3_model *model, const int32_t *token,
-                                          size_t n) {
-    if (sequence == NULL || model == NULL || token == NULL || n < 1 || sequence->prompt_left > 0) return DSV3_ERR_ARG;
+DSV3_API dsv3_result dsv3_sequence_append(dsv3_sequence *s, const dsv3_model *model, const int32_t *token, size_t n) {
+    if (s == NULL || model == NULL || token == NULL || n < 1 || s->prompt_left > 0) return DSV3_ERR_ARG;
     for (size_t i = 0; i < n; i++) {
         if (token[i] < 0 || token[i] >= model->config.vocab_size) return DSV3_ERR_TOKEN;
     }
-    if (n > sequence->cache.capacity - dsv3i_min(sequence->cache.capacity, dsv3_sequence_length(sequence))) {
-        return DSV3_ERR_CONTEXT;
-    }
-    sequence->prompt = token;
-    sequence->prompt_left = n;
+    if (n > dsv3i_sub(s->cache.capacity, dsv3_sequence_length(s))) return DSV3_ERR_CONTEXT;
+    s->prompt = token;
+    s->prompt_left = n;
     return DSV3_OK;
 }
 
@@ -5525,81 +5546,68 @@ static void dsv3i_module_keep(dsv3_sequence *s, size_t k, size_t end) {
     cache->length = dsv3i_min(cache->length, end);
 }
 
-DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *sequence, size_t length, size_t *kept) {
-    dsv3_sequence *s = sequence;
-    size_t oldest, behind;
-    int ahead; /* a module knows tokens that were to be appended again: perhaps they will not be */
+/* Of all modules: positions >= end, and those that have read tokens from t_length on (module k reads t_{i+k} at i). */
+static void dsv3i_modules_keep(dsv3_sequence *s, size_t end, size_t length) {
+    for (size_t k = 1; k <= s->n_modules; k++) dsv3i_module_keep(s, k, dsv3i_min(end, dsv3i_sub(length, k)));
+}
+
+DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *s, size_t length, size_t *kept) {
+    size_t oldest = length, begin;
+    int ahead = 0; /* a module knows tokens that were to be appended again: perhaps they will not be */
     if (s == NULL || length > dsv3_sequence_length(s)) return DSV3_ERR_ARG;
     s->prompt_left = 0;
     if (kept != NULL) *kept = length;
-    ahead = 0;
-    for (size_t k = 1; k <= s->n_modules; k++) ahead |= s->modules[k - 1].length > (length > k ? length - k : 0);
-    if (length == dsv3_sequence_length(s) && !ahead) return DSV3_OK;
-    oldest = length;
-    for (size_t k = 1; k <= s->n_modules; k++) { /* what module k must read again to go on behind `length` */
-        size_t again = dsv3i_max(k, 2), end = length > again ? length - again : 0;
-        oldest = dsv3i_min(oldest, dsv3i_min(s->modules[k - 1].length, end));
+    for (size_t k = 1; k <= s->n_modules; k++) {
+        size_t known = s->modules[k - 1].length;
+        ahead |= known > dsv3i_sub(length, k);
+        oldest = dsv3i_min(oldest, dsv3i_min(known, dsv3i_sub(length, dsv3i_max(k, 2)))); /* to be read again */
     }
-    if (length == 0 ||
-        (length - 1 >= s->top - dsv3i_min(s->top, s->window) && oldest >= s->top - dsv3i_min(s->top, s->window))) {
+    if (length == dsv3_sequence_length(s) && !ahead) return DSV3_OK;
+    begin = dsv3i_sub(s->top, s->window); /* of what the rings still hold */
+    if (length == 0 || (length - 1 >= begin && oldest >= begin)) {
         s->pending = length > 0;
         s->cache.length = length - (length > 0);
-        for (size_t k = 1; k <= s->n_modules; k++) dsv3i_module_keep(s, k, length > k ? length - k : 0);
+        dsv3i_modules_keep(s, SIZE_MAX, length);
         if (length == 0) s->top = 0;
         return DSV3_OK;
     }
-    behind = dsv3i_max(s->n_modules, 1);
     s->pending = 0;
-    s->cache.length = length > behind ? length - behind : 0;
-    for (size_t k = 1; k <= s->n_modules; k++) dsv3i_module_keep(s, k, s->cache.length);
+    s->cache.length = dsv3i_sub(length, dsv3i_max(s->n_modules, 1));
+    dsv3i_modules_keep(s, s->cache.length, SIZE_MAX);
     s->top = s->cache.length + s->window; /* from here on the rings are filled anew */
     if (kept != NULL) *kept = s->cache.length;
     return DSV3_OK;
 }
 
-DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *from) {
+DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *s) {
     dsv3_sequence own;
-    size_t floats;
-    if (to == NULL || from == NULL) return DSV3_ERR_ARG;
-    if (to == from) return DSV3_OK;
-    if (to->made_for != from->made_for || to->n_modules != from->n_modules || to->max_drafts != from->max_drafts ||
-        to->window != from->window) {
+    if (to == NULL || s == NULL) return DSV3_ERR_ARG;
+    if (to == s) return DSV3_OK;
+    if (to->made_for != s->made_for || to->n_modules != s->n_modules || to->max_drafts != s->max_drafts ||
+        to->window != s->window) {
         return DSV3_ERR_MISMATCH;
     }
-    if (dsv3_sequence_length(from) + from->prompt_left > to->cache.capacity + (from->prompt_left == 0)) {
+    if (dsv3_sequence_length(s) + s->prompt_left > to->cache.capacity + (s->prompt_left == 0))
         return DSV3_ERR_CONTEXT;
-    }
-    DSV3I_TRY(dsv3_cache_copy(&to->cache, &from->cache));
-    for (size_t k = 0; k < to->n_modules; k++) DSV3I_TRY(dsv3_cache_copy(&to->modules[k], &from->modules[k]));
-    own = *to; /* its pointers; everything else is from's */
-    *to = *from;
-    to->token = own.token;
-    to->drafted = own.drafted;
-    to->accepted = own.accepted;
+    DSV3I_TRY(dsv3_cache_copy(&to->cache, &s->cache));
+    for (size_t k = 0; k < to->n_modules; k++) DSV3I_TRY(dsv3_cache_copy(&to->modules[k], &s->modules[k]));
+    own = *to; /* its memory; everything else is copied */
+    *to = *s;
     to->cache = own.cache;
-    to->modules = own.modules;
-    to->history = own.history;
-    to->hidden = own.hidden;
-    to->p = own.p;
-    to->q = own.q;
-    to->rate = own.rate;
-    to->candidates = own.candidates;
-    floats = from->n_modules * from->window * from->d;
-    DSV3_MEMCPY(to->token, from->token, from->n_token * sizeof *to->token);
-    DSV3_MEMCPY(to->history, from->history, from->window * sizeof *to->history);
-    if (floats > 0) DSV3_MEMCPY(to->hidden, from->hidden, floats * sizeof *to->hidden);
-    for (size_t j = 0; j < to->max_drafts; j++) {
-        to->drafted[j] = from->drafted[j];
-        to->accepted[j] = from->accepted[j];
-        to->rate[j] = from->rate[j];
-    }
+#define DSV3I_OWN(type, field, rows, cols) to->field = own.field;
+#define DSV3I_COPY(type, field, rows, cols)                                                                          \
+    DSV3I_OWN(type, field, rows, cols)                                                                               \
+    DSV3_MEMCPY(to->field, s->field, (rows) * (cols) * sizeof(type));
+    DSV3I_SEQUENCE_ARRAYS(DSV3I_COPY, DSV3I_OWN)
+#undef DSV3I_OWN
+#undef DSV3I_COPY
     return DSV3_OK;
 }
 
 /* ---- Rows of several sequences, gathered for one call */
 
 typedef struct dsv3i_step {
-    dsv3_context ctx;
+    const dsv3_context *ctx;
     float *logits;
     const dsv3_model *model;
     dsv3_sequence *const *sequences;
@@ -5610,10 +5618,8 @@ typedef struct dsv3i_step {
 } dsv3i_step;
 
 static void dsv3i_gather_begin(dsv3i_step *a) {
-    DSV3_MEMSET(&a->batch, 0, sizeof a->batch);
-    a->batch.token = a->ws->row_token;
-    a->batch.sequence = a->ws->row_sequence;
-    a->batch.output = a->ws->row_output;
+    const dsv3_batch empty = {0, a->ws->row_token, a->ws->row_sequence, NULL, 0, a->ws->row_output};
+    a->batch = empty;
 }
 
 /* The next row: token at `position` of sequence s. */
@@ -5639,17 +5645,25 @@ static void dsv3i_gather_keep(const dsv3i_step *a, size_t depth) {
  * comes from the last module once more, one position further on, with its own output as the state it would get
  * from the module before. */
 
+/* The distribution of the next token: p [V], and as candidates of the sequence, of which the place of the first is
+ * returned and *sum is the sum. */
+static size_t dsv3i_distribution(dsv3_sequence *s, float *p, const float *logits, size_t best, size_t V,
+                                 double *sum) {
+    size_t first = V - dsv3i_candidates(s->candidates, logits, best, V, s->temperature, s->top_p, sum);
+    DSV3_MEMSET(p, 0, V * sizeof *p);
+    for (size_t i = first; i < V; i++) p[s->candidates[i].token] = (float)((double)s->candidates[i].p / *sum);
+    return first;
+}
+
+/* Draft j, and the distribution that it is drawn from. */
 static void dsv3i_draft_token(const dsv3i_step *a, dsv3_sequence *s, size_t j, const float *logits) {
-    size_t V = (size_t)a->model->config.vocab_size, best = dsv3i_argmax(logits, V), kept;
+    size_t V = (size_t)a->model->config.vocab_size, best = dsv3i_argmax(logits, V), first;
     int32_t *token = dsv3i_history(s, s->cache.length + j);
-    float *q = s->q + (j - 1) * V;
     double sum;
     *token = (int32_t)best; /* logits were found finite */
-    if (!(s->temperature > 0.0f) || !(s->top_p > 0.0f)) return;
-    kept = dsv3i_candidates(s->candidates, logits, best, V, s->temperature, s->top_p, &sum);
-    *token = dsv3i_pick(s->candidates + (V - kept), kept, dsv3i_uniform(&s->rng) * sum);
-    DSV3_MEMSET(q, 0, V * sizeof *q);
-    for (size_t i = V - kept; i < V; i++) q[s->candidates[i].token] = (float)((double)s->candidates[i].p / sum);
+    if (dsv3i_is_greedy(s->temperature, s->top_p)) return;
+    first = dsv3i_distribution(s, s->q + (j - 1) * V, logits, best, V, &sum);
+    *token = dsv3i_pick(s->candidates + first, V - first, dsv3i_uniform(&s->rng) * sum);
 }
 
 /* One call of module k with the rows gathered. Output rows give draft j (0: none are wanted). */
@@ -5666,7 +5680,7 @@ static dsv3_result dsv3i_module_call(dsv3i_step *a, size_t k, size_t j) {
         ws->views[i].layers = 1;
     }
     DSV3I_TRY(
-        dsv3_mtp_forward(&a->ctx, a->logits, a->model, k, ws->views, a->n, &a->batch, ws->row_hidden, ws, a->error));
+        dsv3_mtp_forward(a->ctx, a->logits, a->model, k, ws->views, a->n, &a->batch, ws->row_hidden, ws, a->error));
     for (size_t i = 0; i < a->n; i++) {
         if (k <= a->sequences[i]->n_modules) a->sequences[i]->modules[k - 1].length = ws->views[i].length;
     }
@@ -5731,62 +5745,46 @@ static dsv3_result dsv3i_catch_up(dsv3i_step *a, size_t i, size_t rows) {
 
 /* Is draft j (from 0) accepted? If not, *token is what replaces it. */
 static int dsv3i_verify(const dsv3i_step *a, dsv3_sequence *s, size_t j, const float *logits, int32_t *token) {
-    size_t V = (size_t)a->model->config.vocab_size, best = dsv3i_argmax(logits, V), kept;
+    size_t V = (size_t)a->model->config.vocab_size, best = dsv3i_argmax(logits, V);
     int32_t draft = *dsv3i_history(s, s->cache.length + 1 + j);
     float *p = s->p, *q = s->q + j * V;
     double sum, u;
     *token = (int32_t)best;
-    if (!(s->temperature > 0.0f) || !(s->top_p > 0.0f)) return draft == *token;
-    kept = dsv3i_candidates(s->candidates, logits, best, V, s->temperature, s->top_p, &sum);
-    DSV3_MEMSET(p, 0, V * sizeof *p);
-    for (size_t i = V - kept; i < V; i++) p[s->candidates[i].token] = (float)((double)s->candidates[i].p / sum);
+    if (dsv3i_is_greedy(s->temperature, s->top_p)) return draft == *token;
+    (void)dsv3i_distribution(s, p, logits, best, V, &sum);
     if (dsv3i_uniform(&s->rng) * (double)q[draft] < (double)p[draft]) return 1;
     sum = 0.0;
     for (size_t i = 0; i < V; i++) {
-        p[i] = p[i] > q[i] ? p[i] - q[i] : 0.0f;
-        sum += (double)p[i];
+        s->candidates[i].token = (int32_t)i;
+        s->candidates[i].p = p[i] > q[i] ? p[i] - q[i] : 0.0f;
+        sum += (double)s->candidates[i].p;
     }
     u = dsv3i_uniform(&s->rng) * sum;
-    sum = 0.0;
-    for (size_t i = 0; i < V; i++) {
-        if (!(p[i] > 0.0f)) continue;
-        *token = (int32_t)i;
-        sum += (double)p[i];
-        if (sum > u) break;
-    }
+    if (sum > 0.0) *token = dsv3i_pick(s->candidates, V, u);
     return 0;
-}
-
-/* Draft j (from 0) stood or fell: counts it. */
-static void dsv3i_count_draft(dsv3_sequence *s, size_t j, int accepted) {
-    s->drafted[j]++;
-    s->accepted[j] += accepted != 0;
-    s->rate[j] += 0.1f * ((accepted ? 1.0f : 0.0f) - s->rate[j]);
 }
 
 /* Writes what the logits [planned + 1, V] of the sequence allow. */
 static dsv3_result dsv3i_accept(const dsv3i_step *a, dsv3_sequence *s, const float *logits) {
-    size_t V = (size_t)a->model->config.vocab_size, N = s->cache.length, accepted = 0;
+    size_t V = (size_t)a->model->config.vocab_size, N = s->cache.length, j = 0; /* drafts accepted */
     int32_t token = -1;
-    int stopped = 0, refused = 0;
-    while (accepted < s->planned && !stopped && !refused) {
-        refused = !dsv3i_verify(a, s, accepted, logits + accepted * V, &token);
-        dsv3i_count_draft(s, accepted, !refused);
-        if (refused) break;
-        token = *dsv3i_history(s, N + 1 + accepted);
+    int stopped = 0, stands = 1;
+    while (j < s->planned && !stopped) {
+        stands = dsv3i_verify(a, s, j, logits + j * V, &token);
+        s->drafted[j]++;
+        s->accepted[j] += stands != 0;
+        s->rate[j] += 0.1f * ((stands ? 1.0f : 0.0f) - s->rate[j]);
+        if (!stands) break;
+        token = *dsv3i_history(s, N + 1 + j++);
         s->token[s->n_token++] = token;
         stopped = token == s->stop;
-        accepted++;
     }
-    for (size_t j = accepted + (size_t)refused; j < s->max_drafts; j++)
-        s->rate[j] += 0.01f * (DSV3I_RATE - s->rate[j]);
-    if (accepted == s->planned && !stopped) {
-        DSV3I_TRY(dsv3_sample(&token, logits + accepted * V, V, s->temperature, s->top_p, &s->rng, s->candidates));
+    for (size_t i = j + !stands; i < s->max_drafts; i++) s->rate[i] += 0.01f * (DSV3I_RATE - s->rate[i]);
+    if (j == s->planned && !stopped) {
+        DSV3I_TRY(dsv3_sample(&token, logits + j * V, V, s->temperature, s->top_p, &s->rng, s->candidates));
     }
     if (!stopped) s->token[s->n_token++] = token;
-    for (size_t k = 1; k <= s->n_modules; k++) { /* rows that read only what stands */
-        dsv3i_module_keep(s, k, dsv3i_min(N, N + accepted + 1 > k ? N + accepted + 1 - k : 0));
-    }
+    dsv3i_modules_keep(s, N, N + j + 1); /* rows that read only what stands */
     s->cache.length = N + s->n_token;
     *dsv3i_history(s, s->cache.length) = token;
     s->pending = 1;
@@ -5815,77 +5813,73 @@ static size_t dsv3i_best_drafts(const dsv3_sequence *s, size_t most) {
 
 /* Room for rows of a sequence that may use up to `spare` rows beside one: sets planned. Returns the rows it takes. */
 static size_t dsv3i_plan_rows(dsv3_sequence *s, size_t spare) {
-    size_t N = s->cache.length, room = s->cache.capacity - N, most;
+    size_t N = s->cache.length, room = s->cache.capacity - N, pending = s->pending != 0, most;
     s->planned = 0;
-    if (room == 0 || (s->prompt_left == 0 && !s->pending)) return 0;
-    if (s->prompt_left > 0) {
-        size_t rows = dsv3i_min(s->prompt_left + (s->pending != 0), s->rows);
-        return dsv3i_min(dsv3i_min(rows, room), spare + 1);
-    }
-    most = dsv3i_min(dsv3i_min(s->drafts, s->max_drafts), dsv3i_min(room - 1, spare));
-    if (N == 0) most = 0; /* no state to start from */
+    if (room == 0 || s->prompt_left + pending == 0) return 0;
+    most = dsv3i_min(room - 1, spare);
+    if (s->prompt_left > 0) return 1 + dsv3i_min(dsv3i_min(s->prompt_left + pending, s->rows) - 1, most);
+    most = N == 0 ? 0 : dsv3i_min(dsv3i_min(s->drafts, s->max_drafts), most); /* N = 0: no state to start from */
     s->planned = s->adaptive ? dsv3i_best_drafts(s, most) : most;
     return 1 + s->planned;
 }
 
 /* Rows of sequence i for the main model: the pending token, then prompt or drafts. */
-static void dsv3i_gather_main(dsv3i_step *a, size_t i, size_t rows) {
+static void dsv3i_gather_main(dsv3i_step *a, size_t i) {
     dsv3_sequence *s = a->sequences[i];
-    size_t N = s->cache.length, from_prompt = s->prompt_left > 0 && rows > 0 ? rows - (s->pending != 0) : 0;
-    for (size_t r = 0; r < from_prompt; r++) *dsv3i_history(s, N + (s->pending != 0) + r) = s->prompt[r];
+    size_t N = s->cache.length, rows = s->step_rows, pending = s->pending != 0;
+    size_t read = s->prompt_left > 0 && rows > 0 ? rows - pending : 0;
+    for (size_t r = 0; r < read; r++) *dsv3i_history(s, N + pending + r) = s->prompt[r];
     for (size_t r = 0; r < rows; r++) {
-        int output = s->prompt_left == 0 || (from_prompt == s->prompt_left && r + 1 == rows);
+        int output = s->prompt_left == 0 || (read == s->prompt_left && r + 1 == rows);
         dsv3i_gather_row(a, i, *dsv3i_history(s, N + r), N + r, output);
     }
 }
 
-/* Rows [rows] of sequence i have been through the main model; its logits begin at *output. */
-static dsv3_result dsv3i_finish(const dsv3i_step *a, size_t i, size_t rows, size_t *output) {
-    dsv3_sequence *s = a->sequences[i];
+/* The rows of a sequence have been through the main model; its logits begin at *output. */
+static dsv3_result dsv3i_finish(const dsv3i_step *a, dsv3_sequence *s, size_t *output) {
     const float *logits = a->logits + *output * (size_t)a->model->config.vocab_size;
-    if (rows == 0) return DSV3_OK;
+    if (s->step_rows == 0) return DSV3_OK;
     if (s->prompt_left > 0) {
-        size_t read = rows - (s->pending != 0);
+        size_t read = s->step_rows - (s->pending != 0);
         s->pending = 0;
         s->prompt += read;
         s->prompt_left -= read;
-        s->cache.length += rows - 1;
-        if (s->prompt_left > 0) {
-            s->cache.length++;
-            return DSV3_OK;
-        }
+        s->cache.length += s->step_rows - (s->prompt_left == 0);
+        if (s->prompt_left > 0) return DSV3_OK;
     }
     *output += s->planned + 1;
     return dsv3i_accept(a, s, logits);
 }
 
+static dsv3_result dsv3i_fail_sequence(const dsv3i_step *a, size_t i, dsv3_result code, const char *why) {
+    char name[32];
+    dsv3i_name_row(name, sizeof name, "sequences", i);
+    return dsv3i_fail(a->error, code, name, why);
+}
+
 static dsv3_result dsv3i_generate_check(const dsv3i_step *a) {
-    dsv3i_dims m;
-    uint64_t made_for;
+    uint64_t made_for = dsv3i_config_fingerprint(&a->model->config);
     if (a->n < 1 || a->n > a->ws->rows) {
         return dsv3i_fail_range(a->error, a->n < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "n",
                                 "is not a number of sequences the workspace has rows for", 1, (int64_t)a->ws->rows,
                                 (int64_t)a->n);
     }
-    m = dsv3i_dims_of(&a->model->config);
-    made_for = dsv3i_fingerprint(&m);
     for (size_t i = 0; i < a->n; i++) {
-        if (a->sequences[i] != NULL) a->sequences[i]->step_rows = 0; /* 1 once it has been seen */
+        if (a->sequences[i] != NULL) a->sequences[i]->step_rows = 0; /* not yet planned: until then a mark below */
     }
     for (size_t i = 0; i < a->n; i++) {
         dsv3_sequence *s = a->sequences[i];
-        char name[32];
-        dsv3i_name_row(name, sizeof name, "sequences", i);
-        if (s == NULL) return dsv3i_fail(a->error, DSV3_ERR_ARG, name, "is NULL");
-        if (s->step_rows++ > 0) return dsv3i_fail(a->error, DSV3_ERR_ARG, name, "is given twice");
+        if (s == NULL) return dsv3i_fail_sequence(a, i, DSV3_ERR_ARG, "is NULL");
+        if (s->step_rows != 0) return dsv3i_fail_sequence(a, i, DSV3_ERR_ARG, "is given twice");
+        s->step_rows = 1; /* seen */
         if (s->made_for != made_for || s->n_modules > (size_t)a->model->n_mtp) {
-            return dsv3i_fail(a->error, DSV3_ERR_MISMATCH, name, "was made for another model");
+            return dsv3i_fail_sequence(a, i, DSV3_ERR_MISMATCH, "was made for another model");
         }
         if (!(s->temperature >= 0.0f) || s->temperature > FLT_MAX) {
-            return dsv3i_fail(a->error, DSV3_ERR_ARG, name, "temperature is negative or not finite");
+            return dsv3i_fail_sequence(a, i, DSV3_ERR_ARG, "temperature is negative or not finite");
         }
         if (!(s->top_p >= 0.0f) || s->top_p > 1.0f) {
-            return dsv3i_fail(a->error, DSV3_ERR_ARG, name, "top_p is not between 0 and 1");
+            return dsv3i_fail_sequence(a, i, DSV3_ERR_ARG, "top_p is not between 0 and 1");
         }
     }
     return DSV3_OK;
@@ -5929,9 +5923,9 @@ static dsv3_result dsv3i_compute(dsv3i_step *a) {
     DSV3I_TRY(dsv3i_draft(a));
     for (size_t i = 0; i < a->n; i++) {
         ws->views[i] = a->sequences[i]->cache;
-        dsv3i_gather_main(a, i, a->sequences[i]->step_rows);
+        dsv3i_gather_main(a, i);
     }
-    DSV3I_TRY(dsv3_forward(&a->ctx, a->logits, a->model, ws->views, a->n, &a->batch, ws, a->error));
+    DSV3I_TRY(dsv3_forward(a->ctx, a->logits, a->model, ws->views, a->n, &a->batch, ws, a->error));
     dsv3i_gather_keep(a, 0);
     return DSV3_OK;
 }
@@ -5939,34 +5933,22 @@ static dsv3_result dsv3i_compute(dsv3i_step *a) {
 DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, const dsv3_model *model,
                                    dsv3_sequence *const *sequences, size_t n, dsv3_workspace *workspace,
                                    dsv3_error *error) {
-    dsv3i_step a;
+    dsv3i_step a = {context, logits, model, sequences, n, workspace, error, {0, NULL, NULL, NULL, 0, NULL}};
     dsv3_result result;
     size_t output = 0;
     if (context == NULL || logits == NULL || model == NULL || sequences == NULL || workspace == NULL) {
         return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
     }
-    a.ctx = *context;
-    a.logits = logits;
-    a.model = model;
-    a.sequences = sequences;
-    a.n = n;
-    a.ws = workspace;
-    a.error = error;
     DSV3I_TRY(dsv3i_generate_check(&a));
     dsv3i_gather_begin(&a);
     if (dsv3i_plan(&a) == 0) return dsv3i_nothing_to_do(&a);
     result = dsv3i_compute(&a);
     for (size_t i = 0; i < n && result != DSV3_OK; i++) {
         dsv3_sequence *s = sequences[i];
-        size_t known = dsv3_sequence_length(s);
         s->rng = s->rng_before;
-        for (size_t k = 1; k <= s->n_modules; k++) {
-            dsv3i_module_keep(s, k, dsv3i_min(s->cache.length, known > k ? known - k : 0));
-        }
+        dsv3i_modules_keep(s, s->cache.length, dsv3_sequence_length(s));
     }
-    for (size_t i = 0; i < n && result == DSV3_OK; i++) {
-        result = dsv3i_finish(&a, i, sequences[i]->step_rows, &output);
-    }
+    for (size_t i = 0; i < n && result == DSV3_OK; i++) result = dsv3i_finish(&a, sequences[i], &output);
     return result == DSV3_OK ? dsv3i_ok(error) : result;
 }
 
@@ -6020,16 +6002,6 @@ static dsv3_result dsv3i_flat_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     }
     flat->count = dsv3i_add(flat->count, n);
     flat->runs = dsv3i_add(flat->runs, dsv3i_blocks(n, DSV3I_RUN));
-    return DSV3_OK;
-}
-
-/* Walks over every tensor of a config, with the places of model, or NULLs. */
-static dsv3_result dsv3i_walk_all(const dsv3_config *config, dsv3_model *model, void *user,
-                                  dsv3_result (*visit)(dsv3i_walk *walk, dsv3_tensor *slot)) {
-    dsv3i_walk w;
-    dsv3i_walk_begin(&w, config, user, visit);
-    DSV3I_TRY(dsv3i_walk_main(&w, model));
-    for (size_t k = 0; k < w.m.D; k++) DSV3I_TRY(dsv3i_walk_module(&w, model, k));
     return DSV3_OK;
 }
 
@@ -6898,22 +6870,17 @@ static void dsv3i_stretch_scales(const dsv3_context *ctx, dsv3_panel *out, const
 }
 
 /* Codes become values, block by block, or values floats. Where there are several blocks, values are bytes. */
-static void dsv3i_stretch_widen(const dsv3_kernels *kernels, dsv3_type type, float *to, dsv3_panel *w, size_t k) {
-    const unsigned char *codes = (const unsigned char *)w->values;
-    unsigned char *values = (unsigned char *)to;
-    for (size_t i = 0; i < k; i += w->block, values += w->block * w->columns * DSV3I_LANES) {
-        kernels->widen[type](values, codes, w->columns, w->block);
-        codes += dsv3i_codes_bytes(type, w->columns, w->block) + w->gap;
-    }
-    w->values = to;
-    w->ahead = w->gap = 0;
-}
-
-static void dsv3i_stretch_floats(const dsv3_kernels *kernels, dsv3i_form form, float *to, dsv3_panel *w, size_t k) {
-    const unsigned char *values = (const unsigned char *)w->values;
-    for (size_t i = 0; i < k; i += w->block, values += w->block * w->columns * DSV3I_LANES + w->gap) {
-        kernels->float_panel[form == DSV3I_BYTES](to + i * w->columns * DSV3I_LANES, values, w->columns, w->block,
-                                                  w->zero);
+static void dsv3i_stretch_convert(const dsv3_kernels *kernels, dsv3_type type, int floats, float *to, dsv3_panel *w,
+                                  size_t k) {
+    size_t each = w->block * w->columns * DSV3I_LANES;
+    const unsigned char *from = (const unsigned char *)w->values;
+    for (size_t i = 0, b = 0; i < k; i += w->block, b++) {
+        if (floats) {
+            kernels->float_panel[dsv3i_form_of(type) == DSV3I_BYTES](to + b * each, from, w->columns, w->block, w->zero);
+        } else {
+            kernels->widen[type]((unsigned char *)to + b * each, from, w->columns, w->block);
+        }
+        from += (floats ? each : dsv3i_codes_bytes(type, w->columns, w->block)) + w->gap;
     }
     w->values = to;
     w->ahead = w->gap = 0;
@@ -6945,13 +6912,13 @@ static dsv3_product dsv3i_stretch_make(const dsv3_context *ctx, dsv3_panel *out,
                                dsv3_row_bytes(w->type, w->cols), a->rows, a->k);
     }
     if (kernels->widen[w->type] != NULL) {
-        dsv3i_stretch_widen(kernels, w->type, other, out, a->k);
+        dsv3i_stretch_convert(kernels, w->type, 0, other, out, a->k);
         other = stage;
     }
     if (form == DSV3I_FLOATS) return DSV3_PRODUCT_F32;
     if (fast) return form == DSV3I_BF16S ? DSV3_PRODUCT_FAST_BF16 : DSV3_PRODUCT_FAST_BYTES;
     if (few) return form == DSV3I_BF16S ? DSV3_PRODUCT_BF16 : DSV3_PRODUCT_BYTES;
-    dsv3i_stretch_floats(kernels, form, other, out, a->k);
+    dsv3i_stretch_convert(kernels, w->type, 1, other, out, a->k);
     out->next_bytes = next_bytes;
     return DSV3_PRODUCT_F32;
 }
@@ -7459,7 +7426,20 @@ static int dsv3i_meet_hides(const dsv3_meeting *a, size_t nk) {
     return 0;
 }
 
-/* Query i is one whose sums so far are `state` and which sees `seen` keys. Unused ones repeat the last. */
+/* One query, for keys of dk numbers and values of dv. */
+static dsv3_meeting dsv3i_meeting_of(const dsv3i_call *c, void *scratch, dsv3_type type, size_t dk, size_t dv) {
+    dsv3_meeting a;
+    a.ctx = c->ctx;
+    a.scratch = scratch;
+    a.type = type;
+    a.lanes = 1;
+    a.dk = dk;
+    a.dv = dv;
+    a.scale = c->model->softmax_scale;
+    return a;
+}
+
+/* The sums of query i so far. Unused ones repeat the last. */
 static void dsv3i_meet_query(dsv3_meeting *a, size_t i, const float state[2]) {
     a->top[i] = state[0];
     a->sum[i] = state[1];
@@ -7581,17 +7561,12 @@ static void dsv3i_segment_meet(const dsv3i_attention *b, const dsv3i_group *grou
     const dsv3i_dims *m = &c->m;
     const dsv3_cache *cache = &c->caches[c->ws->sequence[group->t]];
     int raw = dsv3i_meet_kind(c->ctx) == 1 && cache->type == DSV3_BF16 && m->width % 2 == 0;
-    dsv3_meeting with;
-    with.ctx = c->ctx;
-    with.scratch = scratch;
+    dsv3_meeting with = dsv3i_meeting_of(c, scratch, raw ? DSV3_BF16 : DSV3_F32, m->width, m->rk);
     with.lanes = group->lanes;
     with.q = b->query + group->first * m->width;
     with.out = part;
-    with.ld_q = with.ld_k = with.ld_v = with.dk = m->width;
+    with.ld_q = with.ld_k = with.ld_v = m->width;
     with.ld_out = b->part_floats;
-    with.dv = m->rk;
-    with.scale = c->model->softmax_scale;
-    with.type = raw ? DSV3_BF16 : DSV3_F32;
     for (size_t i = 0; i < 64; i++) {
         float state[2];
         dsv3i_attend_begin(part + i * b->part_floats, state, i < with.lanes ? m->rk : 0);
@@ -7755,23 +7730,16 @@ static size_t dsv3i_expanded_rows(const dsv3i_call *c, size_t t, size_t h, const
     const dsv3i_dims *m = &c->m;
     const dsv3_workspace *ws = c->ws;
     size_t last;
-    dsv3_meeting with;
-    with.lanes = 1;
+    dsv3_meeting with = dsv3i_meeting_of(c, scratch, e->type, m->qk, m->dv);
     while (with.lanes < 64 && t + with.lanes < c->n && ws->leader[t + with.lanes] == ws->leader[t]) with.lanes++;
     last = (size_t)ws->position[t + with.lanes - 1];
     if (last < b) return with.lanes;
-    with.ctx = c->ctx;
-    with.scratch = scratch;
     with.q = ws->q + t * m->Hq + h * m->qk;
     with.out = ws->o + t * m->Ho + h * m->dv;
     with.ld_q = m->Hq;
-    with.dk = m->qk;
-    with.dv = m->dv;
     with.ld_k = e->ld_k;
     with.ld_v = e->ld_v;
     with.ld_out = m->Ho;
-    with.scale = c->model->softmax_scale;
-    with.type = e->type;
     for (size_t i = 0; i < 64; i++) {
         dsv3i_meet_query(&with, i, ws->softmax + ((t + dsv3i_min(i, with.lanes - 1)) * m->H + h) * 2);
     }
@@ -7992,7 +7960,7 @@ static void dsv3i_gather_task(void *arg, size_t begin, size_t end, size_t worker
     }
 }
 
-/* Gate and up projections of MLPs whose types differ would not share rounded rows: they take their turns. */
+/* Do gate and up projections share rounded rows? There is no room for both. */
 static int dsv3i_same_types(const dsv3i_ffn *a) {
     for (size_t j = 0; j < a->count; j++) {
         if (a->list[j].w->gate_proj.type != a->list[j].w->up_proj.type) return 0;
@@ -8003,22 +7971,18 @@ static int dsv3i_same_types(const dsv3i_ffn *a) {
 static void dsv3i_mlps_at_once(dsv3i_ffn *a) {
     const dsv3i_call *c = a->c;
     const dsv3_workspace *ws = c->ws;
-    size_t total = 0, both = dsv3i_same_types(a) ? 2 : 1;
+    size_t total = 0;
     if (a->experts > 0 && c->n > 1) {
         dsv3i_parallel(c->ctx, a->experts, dsv3i_mul(a->experts, c->m.d), dsv3i_gather_task, a);
     }
-    for (size_t turn = 0; turn < 3 - both; turn++) {
-        for (size_t j = 0; j < a->count; j++) {
-            const dsv3i_mlp *r = &a->list[j];
-            const float *x = dsv3i_mlp_x(a, r);
-            dsv3i_job gate = dsv3i_job_of(dsv3i_product_of(ws->h_gate + r->at, x, &r->w->gate_proj, r->n));
-            dsv3i_job up = dsv3i_job_of(dsv3i_product_of(ws->h_up + r->at, x, &r->w->up_proj, r->n));
-            a->jobs[both * j] = turn == 0 ? gate : up;
-            if (both == 2) a->jobs[2 * j + 1] = up;
-            if (turn == 0) total += r->n * r->w->gate_proj.rows;
-        }
-        dsv3i_jobs_run(c->ctx, a->jobs, both * a->count, a->worker, a->rounded);
+    for (size_t j = 0; j < a->count; j++) {
+        const dsv3i_mlp *r = &a->list[j];
+        const float *x = dsv3i_mlp_x(a, r);
+        a->jobs[2 * j] = dsv3i_job_of(dsv3i_product_of(ws->h_gate + r->at, x, &r->w->gate_proj, r->n));
+        a->jobs[2 * j + 1] = dsv3i_job_of(dsv3i_product_of(ws->h_up + r->at, x, &r->w->up_proj, r->n));
+        total += r->n * r->w->gate_proj.rows;
     }
+    dsv3i_jobs_run(c->ctx, a->jobs, 2 * a->count, a->worker, a->rounded);
     dsv3i_swiglu(c->ctx, ws->h, ws->h_gate, ws->h_up, total);
     for (size_t j = 0; j < a->count; j++) {
         const dsv3i_mlp *r = &a->list[j];
@@ -8124,7 +8088,7 @@ static void dsv3i_fast_mlps(dsv3i_call *c, const dsv3i_mlp *list, size_t count) 
         items += dsv3i_blocks(list[j].n, dsv3i_rows_near(c->ctx, w, list[j].n));
         work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(3 * list[j].n, w->rows), w->cols));
     }
-    if (items < dsv3i_mul(c->ctx->threads, DSV3I_MLP_ITEMS)) {
+    if (items < dsv3i_mul(c->ctx->threads, DSV3I_MLP_ITEMS) && dsv3i_same_types(&a)) {
         dsv3i_mlps_at_once(&a);
         return;
     }
@@ -8287,6 +8251,8 @@ static size_t dsv3i_engine_pass_floats(const dsv3i_dims *m, size_t n, size_t thr
 
 typedef struct dsv3i_packing {
     const dsv3_context *ctx;
+    dsv3_model *model;
+    const void *head; /* lm_head as it was */
     const dsv3_tensor *w;
     unsigned char *to;
     dsv3i_layout l;
@@ -8344,12 +8310,6 @@ static void dsv3i_pack_tensor(dsv3i_packing *a, dsv3_tensor *w) {
     w->packed = 1;
 }
 
-static void dsv3i_pack_mlp(dsv3i_packing *a, dsv3_mlp *w) {
-    dsv3i_pack_tensor(a, &w->gate_proj);
-    dsv3i_pack_tensor(a, &w->up_proj);
-    dsv3i_pack_tensor(a, &w->down_proj);
-}
-
 /* Copies what data points to, if there is memory. */
 static const void *dsv3i_pack_copy(dsv3i_packing *a, const void *data, size_t bytes) {
     void *to = dsv3i_take(&a->l, bytes, 1, 1, 1);
@@ -8362,7 +8322,7 @@ static const void *dsv3i_pack_copy(dsv3i_packing *a, const void *data, size_t by
  * they are; they come along, since large pages or memory that is near matter to them, too. */
 static void dsv3i_pack_kv_b(dsv3i_packing *a, dsv3_layer *w, const dsv3i_dims *m) {
     dsv3_tensor copy = w->kv_b_proj, rows = copy;
-    if (m->dn % DSV3I_PANEL != 0 || m->dv % DSV3I_PANEL != 0 || w->kv_b_packed.data != NULL || copy.data == NULL) return;
+    if (m->dn % DSV3I_PANEL != 0 || m->dv % DSV3I_PANEL != 0 || w->kv_b_packed.data != NULL) return;
     dsv3i_pack_tensor(a, &copy);
     rows.data = dsv3i_pack_copy(a, rows.data, dsv3i_mul(rows.rows, dsv3_row_bytes(rows.type, rows.cols)));
     if (rows.scale != NULL) {
@@ -8374,33 +8334,30 @@ static void dsv3i_pack_kv_b(dsv3i_packing *a, dsv3_layer *w, const dsv3i_dims *m
     w->kv_b_packed = copy;
 }
 
-static void dsv3i_pack_layer(dsv3i_packing *a, dsv3_layer *w, const dsv3i_dims *m) {
-    dsv3i_pack_tensor(a, &w->q_proj);
-    dsv3i_pack_tensor(a, &w->q_a_proj);
-    dsv3i_pack_tensor(a, &w->q_b_proj);
-    dsv3i_pack_tensor(a, &w->kv_a_proj_with_mqa);
-    dsv3i_pack_kv_b(a, w, m);
-    dsv3i_pack_tensor(a, &w->o_proj);
-    dsv3i_pack_tensor(a, &w->gate);
-    dsv3i_pack_mlp(a, &w->mlp);
-    for (size_t e = 0; w->is_moe && e < m->E; e++) dsv3i_pack_mlp(a, &w->experts[e]);
-    dsv3i_pack_mlp(a, &w->shared_experts);
+/* Matrices of which products are taken; not embeddings, nor a head that is one or that a module shares. */
+static dsv3_result dsv3i_pack_visit(dsv3i_walk *w, dsv3_tensor *slot) {
+    dsv3i_packing *a = (dsv3i_packing *)w->user;
+    dsv3_layer *layer = w->info.layer >= 0 ? &a->model->layers[w->info.layer] : NULL;
+    dsv3_mtp *mtp = w->info.group == DSV3_GROUP_MTP ? &a->model->mtp[(size_t)w->info.layer - w->m.L] : NULL;
+    if (slot->data == NULL || w->info.rank == 1 || slot == &a->model->embed_tokens) return DSV3_OK;
+    if (mtp != NULL && (slot == &mtp->embed_tokens || slot->data == a->head)) return DSV3_OK;
+    if (layer != NULL && slot == &layer->kv_b_proj) {
+        dsv3i_pack_kv_b(a, layer, &w->m);
+    } else {
+        dsv3i_pack_tensor(a, slot);
+    }
+    return DSV3_OK;
 }
 
-static void dsv3i_pack_model(dsv3i_packing *a, dsv3_model *model) {
-    size_t layers = (size_t)model->config.num_hidden_layers + (size_t)model->n_mtp;
-    const void *head = model->lm_head.data;
-    dsv3i_dims m = dsv3i_dims_of(&model->config);
-    if (head != model->embed_tokens.data) dsv3i_pack_tensor(a, &model->lm_head);
-    for (size_t i = 0; i < layers; i++) dsv3i_pack_layer(a, &model->layers[i], &m);
-    for (size_t k = 0; k < (size_t)model->n_mtp; k++) {
-        dsv3i_pack_tensor(a, &model->mtp[k].eh_proj);
-        if (model->mtp[k].shared_head_head.data != head) {
-            dsv3i_pack_tensor(a, &model->mtp[k].shared_head_head);
-        } else if (a->l.base != NULL) {
-            model->mtp[k].shared_head_head = model->lm_head;
-        }
+/* Measures a model, or packs it into memory. */
+static size_t dsv3i_pack_model(const dsv3_context *ctx, dsv3_model *model, void *memory) {
+    dsv3i_packing a = {ctx, model, model->lm_head.data, NULL, NULL, {NULL, 0}};
+    if (memory != NULL) a.l.base = dsv3i_layout_base(memory);
+    (void)dsv3i_walk_all(&model->config, model, &a, dsv3i_pack_visit);
+    for (size_t k = 0; a.l.base != NULL && k < (size_t)model->n_mtp; k++) {
+        if (model->mtp[k].shared_head_head.data == a.head) model->mtp[k].shared_head_head = model->lm_head;
     }
+    return a.l.used;
 }
 
 /* Activations rounded as numbers, where products take floats. */
@@ -8409,7 +8366,7 @@ static void dsv3i_round_bf16_floats(void *out, const float *x, size_t k) { dsv3i
 static void dsv3i_round_q8_floats(void *out, const float *x, size_t k) { dsv3i_round_q8((float *)out, x, k); }
 
 /* ========================================================================================================
- * Chapter A  >>simd
+ * Chapter B  >>simd
  *
  * The kernels of chapter 3 once more, for one instruction set after the other, and the choice between them. Nothing
  * here needs to be read to understand the model: a backend computes what the reference computes, within bounds that
@@ -11447,22 +11404,26 @@ static const dsv3i_ops *dsv3i_temp(dsv3_backend backend) {
 #endif /* DSV3I_X86 */
 #endif /* DSV3I_ENGINE */
 
+/* ========================================================================================================
+ * Chapter Y  >>backends
+ *
+ * The choice of a backend when a context is made, and packing for it. A new instruction set has an entry in dsv3_backend
+ * and its count, in dsv3_backend_name, in dsv3i_best_backend and in dsv3i_ops_of. Test: tests/test_backends.sh.
+ * ==================================================================================================== */
+
 /* ---- Packing: nothing to do where weights are read as they lie */
 
 DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_model *model, size_t *bytes) {
+    dsv3i_layout l = {NULL, 0};
     if (context == NULL || model == NULL || bytes == NULL) return DSV3_ERR_ARG;
-    *bytes = 0;
 #ifdef DSV3I_ENGINE
     if (context->ops->own != NULL) {
-        dsv3i_packing a;
         dsv3_model view = *model; /* its tables are not written to, since there is no memory to point to */
-        DSV3_MEMSET(&a, 0, sizeof a);
-        a.ctx = context;
-        dsv3i_pack_model(&a, &view);
-        return a.l.used == 0 ? DSV3_OK : dsv3i_layout_size(&a.l, bytes);
+        l.used = dsv3i_pack_model(context, &view, NULL);
     }
 #endif
-    return DSV3_OK;
+    *bytes = 0;
+    return l.used == 0 ? DSV3_OK : dsv3i_layout_size(&l, bytes);
 }
 
 DSV3_API dsv3_result dsv3_pack(const dsv3_context *context, dsv3_model *model, void *memory, size_t bytes) {
@@ -11471,13 +11432,7 @@ DSV3_API dsv3_result dsv3_pack(const dsv3_context *context, dsv3_model *model, v
     if (need == 0) return DSV3_OK;
     DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
 #ifdef DSV3I_ENGINE
-    {
-        dsv3i_packing a;
-        DSV3_MEMSET(&a, 0, sizeof a);
-        a.ctx = context;
-        a.l.base = dsv3i_layout_base(memory);
-        dsv3i_pack_model(&a, model);
-    }
+    (void)dsv3i_pack_model(context, model, memory);
 #endif
     return DSV3_OK;
 }
@@ -11544,68 +11499,10 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
     return DSV3_OK;
 }
 
-#undef DSV3I_AHEAD
-#undef DSV3I_AMX
-#undef DSV3I_AMX_BEGIN
-#undef DSV3I_AMX_BLOCK
-#undef DSV3I_AMX_EACH
-#undef DSV3I_AMX_FEW
-#undef DSV3I_AMX_LOAD
-#undef DSV3I_AMX_MANY
-#undef DSV3I_AMX_ROWS
-#undef DSV3I_AMX_END
-#undef DSV3I_AVX2
-#undef DSV3I_AVX512
-#undef DSV3I_AVX512_BF16
-#undef DSV3I_BACK
-#undef DSV3I_BACK_ROWS
-#undef DSV3I_BACK_KEYS
-#undef DSV3I_COLUMNS
-#undef DSV3I_MANY
-#undef DSV3I_MANY_BF16
-#undef DSV3I_MANY_BYTES
-#undef DSV3I_MANY_F8
-#undef DSV3I_MANY_TYPE
-#undef DSV3I_MEET
-#undef DSV3I_MLP_ITEMS
-#undef DSV3I_NEAR
-#undef DSV3I_NORM_ROWS
-#undef DSV3I_NO_ROW
-#undef DSV3I_DECODE
-#undef DSV3I_DECODE_TYPE
-#undef DSV3I_EXPAND
-#undef DSV3I_FEW
-#undef DSV3I_FEW_TYPE
-#undef DSV3I_INLINE
-#undef DSV3I_KEYS
-#undef DSV3I_LANES
-#undef DSV3I_LINE
-#undef DSV3I_PANEL
-#undef DSV3I_PI
-#undef DSV3I_QUERIES
-#undef DSV3I_SEGMENT
-#undef DSV3I_RATE
-#undef DSV3I_RESTRICT
-#undef DSV3I_SANITIZED
-#undef DSV3I_SERIAL_WORK
-#undef DSV3I_SILU_ITEM
-#undef DSV3I_SLOT
-#undef DSV3I_SQUARES
-#undef DSV3I_STAGE
-#undef DSV3I_STAGES
-#undef DSV3I_TARGET
-#undef DSV3I_TRY
-#undef DSV3I_TABLE
-#undef DSV3I_STEP
-#undef DSV3I_TERMS
-#undef DSV3I_TILES
-#undef DSV3I_UNROLL
-#undef DSV3I_VOCAB
-#undef DSV3I_X86
 #endif /* DSV3_IMPLEMENTATION */
 
 /* ========================================================================================================
- * Chapter B  >>licence
+ * Chapter Z  >>licence
  *
  * MIT License
  *

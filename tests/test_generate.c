@@ -1,4 +1,4 @@
-/* test_generate.c -- chapter 12 (infer), generation: sequences, drafts by the MTP modules, rolling back.
+/* test_generate.c -- chapter 13 (infer), generation: sequences, drafts by the MTP modules, rolling back.
  *
  * A failure means that drafts change what is written (greedy text must be that of plain decoding, sampled text must
  * have its distribution), that a sequence is not what it should be after it was rolled back, copied or continued,

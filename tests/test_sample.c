@@ -1,4 +1,4 @@
-/* test_sample.c -- chapter 12 (infer), sampling: random numbers and the choice of a token.
+/* test_sample.c -- chapter 13 (infer), sampling: random numbers and the choice of a token.
  *
  * A failure here means that seeds give other texts than before, that tokens are drawn with other probabilities than
  * softmax(logits / temperature) or from outside the nucleus, or that bad input is taken for good. */
