@@ -4418,13 +4418,10 @@ static dsv3_result dsv3i_walk_module(dsv3i_walk *w, dsv3_model *model, size_t k)
     return dsv3i_walk_layer(w, model != NULL ? &model->layers[w->m.L + k] : NULL);
 }
 
-/* Every tensor of a config, with its slot in model, or NULLs. */
-static dsv3_result dsv3i_walk_all(const dsv3_config *config, dsv3_model *model, void *user,
-                                  dsv3_result (*visit)(dsv3i_walk *walk, dsv3_tensor *slot)) {
-    dsv3i_walk w;
-    dsv3i_walk_begin(&w, config, user, visit);
-    DSV3I_TRY(dsv3i_walk_main(&w, model));
-    for (size_t k = 0; k < w.m.D; k++) DSV3I_TRY(dsv3i_walk_module(&w, model, k));
+/* Every tensor of the config, with its slot in model, or NULLs. */
+static dsv3_result dsv3i_walk_all(dsv3i_walk *w, dsv3_model *model) {
+    DSV3I_TRY(dsv3i_walk_main(w, model));
+    for (size_t k = 0; k < w->m.D; k++) DSV3I_TRY(dsv3i_walk_module(w, model, k));
     return DSV3_OK;
 }
 
@@ -4438,9 +4435,7 @@ DSV3_API dsv3_result dsv3_model_tensors(const dsv3_config *config, dsv3_visit vi
     if (config == NULL || visit == NULL) return DSV3_ERR_ARG;
     dsv3i_walk_begin(&w, config, user, dsv3i_show_tensor);
     w.show = visit;
-    DSV3I_TRY(dsv3i_walk_main(&w, NULL));
-    for (size_t k = 0; k < w.m.D; k++) DSV3I_TRY(dsv3i_walk_module(&w, NULL, k));
-    return DSV3_OK;
+    return dsv3i_walk_all(&w, NULL);
 }
 
 /* ---- Binding */
@@ -6005,9 +6000,16 @@ static dsv3_result dsv3i_flat_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     return DSV3_OK;
 }
 
+static dsv3_result dsv3i_walk_parameters(const dsv3_config *config, dsv3_model *model, void *user,
+                                         dsv3_result (*visit)(dsv3i_walk *walk, dsv3_tensor *slot)) {
+    dsv3i_walk w;
+    dsv3i_walk_begin(&w, config, user, visit);
+    return dsv3i_walk_all(&w, model);
+}
+
 static void dsv3i_parameters_layout(dsv3_parameters *q, const dsv3_config *config, dsv3i_layout *l) {
     dsv3i_flat flat = {NULL, 0, 0};
-    (void)dsv3i_walk_all(config, NULL, &flat, dsv3i_flat_tensor);
+    (void)dsv3i_walk_parameters(config, NULL, &flat, dsv3i_flat_tensor);
     q->count = flat.count;
     dsv3i_model_layout(&q->model, config, l);
     q->data = (float *)dsv3i_take(l, sizeof *q->data, q->count, 1, 1);
@@ -6022,7 +6024,7 @@ static void dsv3i_parameters_bind(dsv3_parameters *q, const dsv3_config *config)
     dsv3_rope_turns(config, model->rope_turns);
     model->rope_factor = dsv3_rope_factor(config);
     model->softmax_scale = dsv3_softmax_scale(config);
-    (void)dsv3i_walk_all(config, model, &flat, dsv3i_flat_tensor);
+    (void)dsv3i_walk_parameters(config, model, &flat, dsv3i_flat_tensor);
     if (config->tie_word_embeddings) model->lm_head = model->embed_tokens;
     for (int32_t k = 0; k < model->n_mtp; k++) {
         model->mtp[k].embed_tokens = model->embed_tokens;
@@ -6076,7 +6078,7 @@ DSV3_API dsv3_result dsv3_parameters_load(dsv3_parameters *parameters, const dsv
     if (from->n_mtp < parameters->model.n_mtp) return DSV3_ERR_MISMATCH;
     copy = *from;
     flat.data = parameters->data;
-    return dsv3i_walk_all(&parameters->model.config, &copy, &flat, dsv3i_load_tensor);
+    return dsv3i_walk_parameters(&parameters->model.config, &copy, &flat, dsv3i_load_tensor);
 }
 
 typedef struct dsv3i_random {
@@ -6103,7 +6105,7 @@ static dsv3_result dsv3i_random_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
 
 DSV3_API void dsv3_parameters_random(dsv3_parameters *parameters, dsv3_rng *rng, float std) {
     dsv3i_random r = {rng, parameters->data, std};
-    (void)dsv3i_walk_all(&parameters->model.config, NULL, &r, dsv3i_random_tensor);
+    (void)dsv3i_walk_parameters(&parameters->model.config, NULL, &r, dsv3i_random_tensor);
 }
 
 /* ---- Settings and memory */
@@ -6187,7 +6189,7 @@ static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const d
     dsv3i_saved saved;
     dsv3i_depth depth;
     dsv3i_backward backward;
-    (void)dsv3i_walk_all(c, NULL, &flat, dsv3i_flat_tensor);
+    (void)dsv3i_walk_parameters(c, NULL, &flat, dsv3i_flat_tensor);
     dsv3i_parameters_layout(&at->weights, c, l);
     dsv3i_parameters_layout(&at->gradients, c, l);
     dsv3i_balancer_layout(&at->balancer, c, l);
@@ -6587,7 +6589,7 @@ static void dsv3i_train_bias(dsv3_trainer *t) {
         if (bias != NULL) DSV3_MEMCPY(t->bias + i * E, bias, E * sizeof *t->bias);
     }
     dsv3i_balancer_move(&t->balancer, t->bias, t->step);
-    (void)dsv3i_walk_all(&model->config, model, t, dsv3i_bias_tensor);
+    (void)dsv3i_walk_parameters(&model->config, model, t, dsv3i_bias_tensor);
 }
 
 /* base^n, by squaring: the same on every machine. */
@@ -6614,7 +6616,7 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
     DSV3_MEMSET(&o, 0, sizeof o);
     o.t = t;
     o.decay = (float)(1.0 - learning_rate * (double)t->settings.weight_decay);
-    (void)dsv3i_walk_all(&t->weights.model.config, NULL, &o, dsv3i_optimizer_tensor);
+    (void)dsv3i_walk_parameters(&t->weights.model.config, NULL, &o, dsv3i_optimizer_tensor);
     size = dsv3i_gradient_norm(context, t, o.runs);
     if (norm != NULL) *norm = size;
     if (!(size <= DBL_MAX)) {
@@ -8352,8 +8354,10 @@ static dsv3_result dsv3i_pack_visit(dsv3i_walk *w, dsv3_tensor *slot) {
 /* Measures a model, or packs it into memory. */
 static size_t dsv3i_pack_model(const dsv3_context *ctx, dsv3_model *model, void *memory) {
     dsv3i_packing a = {ctx, model, model->lm_head.data, NULL, NULL, {NULL, 0}};
+    dsv3i_walk w;
     if (memory != NULL) a.l.base = dsv3i_layout_base(memory);
-    (void)dsv3i_walk_all(&model->config, model, &a, dsv3i_pack_visit);
+    dsv3i_walk_begin(&w, &model->config, &a, dsv3i_pack_visit);
+    (void)dsv3i_walk_all(&w, model);
     for (size_t k = 0; a.l.base != NULL && k < (size_t)model->n_mtp; k++) {
         if (model->mtp[k].shared_head_head.data == a.head) model->mtp[k].shared_head_head = model->lm_head;
     }
@@ -11391,9 +11395,11 @@ static const dsv3i_ops *dsv3i_temp(dsv3_backend backend) {
     p->linear = dsv3i_fast_linear;
     p->attend = dsv3i_fast_attend;
     p->mlps = dsv3i_fast_mlps;
+#ifndef DSV3_NO_TRAINING
     p->linear_backward = dsv3i_fast_linear_backward;
     p->attend_backward = dsv3i_fast_attend_backward;
     p->mlps_backward = dsv3i_fast_mlps_backward;
+#endif
     p->own = q;
     return p;
 }
