@@ -10702,18 +10702,20 @@ DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_few_float_block(const dsv3_type type, const int M, const int NS, const int NC, __m512 sum[16],
                                        const unsigned char *const w[4], const unsigned char *const x[4]) {
     const __m512 zero = _mm512_set1_ps(type == DSV3_Q8_0 ? 128.0f : 8.0f);
+    const int steps = type == DSV3_Q8_0 ? 8 : 4;
     DSV3I_UNROLL for (int c = 0; c < NC * M * NS; c++) sum[c] = _mm512_setzero_ps();
-    DSV3I_UNROLL for (int i = 0; i < 8; i++) {
-        const int step = type == DSV3_Q8_0 ? i : i % 4, half = type == DSV3_Q8_0 ? 0 : i / 4;
-        DSV3I_UNROLL for (int c = 0; c < NC * NS; c++) {
-            __m512i b[2];
-            __m512 f[4];
-            dsv3i_avx512_bf16_values(type, b, w[c / NC] + 64 * NC * step + 64 * (c % NC), NULL);
-            dsv3i_avx512_floats(1, f, b[half], zero);
-            DSV3I_UNROLL for (int j = 0; j < 4; j++) {
-                DSV3I_UNROLL for (int m = 0; m < M; m++) {
-                    const float *xm = (const float *)(const void *)x[m] + 4 * i;
-                    sum[m * NC * NS + c] = _mm512_fmadd_ps(_mm512_set1_ps(xm[j]), f[j], sum[m * NC * NS + c]);
+    DSV3I_UNROLL for (int half = 0; half < 8 / steps; half++) {
+        for (int i = 0; i < steps; i++) {
+            DSV3I_UNROLL for (int c = 0; c < NC * NS; c++) {
+                __m512i b[2];
+                __m512 f[4];
+                dsv3i_avx512_bf16_values(type, b, w[c / NC] + 64 * NC * i + 64 * (c % NC), NULL);
+                dsv3i_avx512_floats(1, f, b[half], zero);
+                DSV3I_UNROLL for (int j = 0; j < 4; j++) {
+                    DSV3I_UNROLL for (int m = 0; m < M; m++) {
+                        const float *xm = (const float *)(const void *)x[m] + 16 * half + 4 * i;
+                        sum[m * NC * NS + c] = _mm512_fmadd_ps(_mm512_set1_ps(xm[j]), f[j], sum[m * NC * NS + c]);
+                    }
                 }
             }
         }
