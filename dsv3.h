@@ -10747,21 +10747,6 @@ void dsv3i_avx512_bf16_few(const dsv3i_few_kind kind, const dsv3_type type, floa
     }
 }
 
-#define DSV3I_FEW_TYPE(name, kind, type)                                                                             \
-    DSV3I_TARGET(DSV3I_AVX512_BF16)                                                                                  \
-    static void dsv3i_avx512_bf16_few_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n,              \
-                                             const void *w, size_t rows, size_t k) {                                 \
-        dsv3i_avx512_bf16_few(kind, type, y, ldy, x, ldx, n, w, rows, k);                                            \
-    }
-DSV3I_FEW_TYPE(exact_bf16, DSV3I_FEW_FLOATS, DSV3_BF16)
-DSV3I_FEW_TYPE(exact_f8_e4m3, DSV3I_FEW_FLOATS, DSV3_F8_E4M3)
-DSV3I_FEW_TYPE(exact_q8_0, DSV3I_FEW_FLOATS, DSV3_Q8_0)
-DSV3I_FEW_TYPE(exact_q4_0, DSV3I_FEW_FLOATS, DSV3_Q4_0)
-DSV3I_FEW_TYPE(bf16, DSV3I_FEW_CODES, DSV3_BF16)
-DSV3I_FEW_TYPE(f8_e4m3, DSV3I_FEW_CODES, DSV3_F8_E4M3)
-DSV3I_FEW_TYPE(q8_0, DSV3I_FEW_CODES, DSV3_Q8_0)
-DSV3I_FEW_TYPE(q4_0, DSV3I_FEW_CODES, DSV3_Q4_0)
-
 /* ---- Many rows and packed weights: prefill. Outputs stay in registers while terms pass by that near caches hold, and each
  * share of the rows fetches its share of what comes next. */
 
@@ -10769,6 +10754,13 @@ DSV3I_FEW_TYPE(q4_0, DSV3I_FEW_CODES, DSV3_Q4_0)
 #define DSV3I_MANY_BF16 1024u
 #define DSV3I_MANY_F8 256u
 #define DSV3I_MANY_BYTES 512u
+
+/* The scale of 128 terms of FP8, for each output. */
+static void dsv3i_f8_scale(float scale[64], const unsigned char *w) {
+    float one;
+    DSV3_MEMCPY(&one, w, sizeof one);
+    for (size_t i = 0; i < 64; i++) scale[i] = one;
+}
 
 /* k terms of a panel at `from`, as products take them: codes, or of FP8 values in BF16, and the scales behind each piece as
  * floats. Returns where the next terms are. */
@@ -10781,10 +10773,8 @@ const unsigned char *dsv3i_avx512_bf16_many_begin(const dsv3_type type, dsv3_pan
         some = dsv3i_min(w->block, k - i);
         behind = from + dsv3i_codes_bytes(type, 4, some);
         if (type == DSV3_F8_E4M3) {
-            float one;
-            DSV3_MEMCPY(&one, behind, sizeof one);
+            dsv3i_f8_scale(scale + i / DSV3I_TERMS * 64, behind);
             dsv3i_avx512_bf16_widen_f8(values + 128 * i, from, 4, some);
-            for (size_t j = 0; j < 64; j++) scale[i / DSV3I_TERMS * 64 + j] = one;
         } else if (type != DSV3_BF16) {
             dsv3i_avx512_decode(DSV3_F16, scale + 2 * i, behind, 64);
         }
@@ -10798,8 +10788,8 @@ DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_many(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
                             const void *w, size_t rows, size_t k) {
     const size_t most = type == DSV3_BF16 ? DSV3I_MANY_BF16 : type == DSV3_F8_E4M3 ? DSV3I_MANY_F8 : DSV3I_MANY_BYTES;
-    const int blocks = dsv3_type_block(type) > 1;
-    const unsigned char *from = (const unsigned char *)w, *xs = (const unsigned char *)x, *xi;
+    const dsv3_type of = type == DSV3_F8_E4M3 ? DSV3_BF16 : type;
+    const unsigned char *from = (const unsigned char *)w, *xi;
     float scale[DSV3I_MANY_BYTES / DSV3_QBLOCK * 64];
     unsigned char values[64 * DSV3I_MANY_F8 * 2];
     dsv3_panel panel = dsv3i_panel_bf16(w, 4, k);
@@ -10811,23 +10801,35 @@ void dsv3i_avx512_bf16_many(const dsv3_type type, float *y, size_t ldy, const vo
             terms = dsv3i_min(most, k - i);
             panel.block = type == DSV3_BF16 ? terms : dsv3i_piece_terms(type);
             from = dsv3i_avx512_bf16_many_begin(type, &panel, scale, values, from, terms);
-            xi = xs + dsv3i_input_bytes(1, type, i);
-            if (blocks) dsv3i_avx512_bf16_product(type, y + 64 * p, ldy, xi, ldx, n, &panel, 64, terms, i > 0);
-            if (!blocks) dsv3i_avx512_bf16_product_bf16(y + 64 * p, ldy, xi, ldx, n, &panel, 64, terms, i > 0);
+            xi = (const unsigned char *)x + dsv3i_input_bytes(1, type, i);
+            dsv3i_avx512_bf16_product(of, y + 64 * p, ldy, xi, ldx, n, &panel, 64, terms, i > 0);
         }
     }
 }
 
-#define DSV3I_MANY_TYPE(name, type)                                                                                  \
-    DSV3I_TARGET(DSV3I_AVX512_BF16)                                                                                  \
-    static void dsv3i_avx512_bf16_many_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n,             \
-                                              const void *w, size_t rows, size_t k) {                                \
-        dsv3i_avx512_bf16_many(type, y, ldy, x, ldx, n, w, rows, k);                                                 \
+/* Whole matrices of each type of packed weights: name_bf16 and so on, and name_set, which puts them into a table. */
+#define DSV3I_WHOLE(target, name, type, FUNCTION)                                                                    \
+    DSV3I_TARGET(target)                                                                                             \
+    static void name(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows,          \
+                     size_t k) {                                                                                     \
+        FUNCTION(type, y, ldy, x, ldx, n, w, rows, k);                                                               \
     }
-DSV3I_MANY_TYPE(bf16, DSV3_BF16)
-DSV3I_MANY_TYPE(f8_e4m3, DSV3_F8_E4M3)
-DSV3I_MANY_TYPE(q8_0, DSV3_Q8_0)
-DSV3I_MANY_TYPE(q4_0, DSV3_Q4_0)
+#define DSV3I_WHOLE_TYPES(target, name, FUNCTION)                                                                    \
+    DSV3I_WHOLE(target, name##_bf16, DSV3_BF16, FUNCTION)                                                            \
+    DSV3I_WHOLE(target, name##_f8_e4m3, DSV3_F8_E4M3, FUNCTION)                                                      \
+    DSV3I_WHOLE(target, name##_q8_0, DSV3_Q8_0, FUNCTION)                                                            \
+    DSV3I_WHOLE(target, name##_q4_0, DSV3_Q4_0, FUNCTION)                                                            \
+    static void name##_set(dsv3i_whole table[DSV3_TYPES]) {                                                          \
+        table[DSV3_BF16] = name##_bf16;                                                                              \
+        table[DSV3_F8_E4M3] = name##_f8_e4m3;                                                                        \
+        table[DSV3_Q8_0] = name##_q8_0;                                                                              \
+        table[DSV3_Q4_0] = name##_q4_0;                                                                              \
+    }
+#define DSV3I_FEW_EXACT(...) dsv3i_avx512_bf16_few(DSV3I_FEW_FLOATS, __VA_ARGS__)
+#define DSV3I_FEW_FAST(...) dsv3i_avx512_bf16_few(DSV3I_FEW_CODES, __VA_ARGS__)
+DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_few_exact, DSV3I_FEW_EXACT)
+DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_few_fast, DSV3I_FEW_FAST)
+DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_many, dsv3i_avx512_bf16_many)
 
 /* ---- The tables. */
 
@@ -10892,18 +10894,9 @@ static void dsv3i_kernels_avx512_bf16(dsv3_kernels *k) {
     k->product[DSV3_PRODUCT_FAST_BF16] = dsv3i_avx512_bf16_product_bf16;
     k->product[DSV3_PRODUCT_FAST_BYTES] = dsv3i_avx512_bf16_product_bytes;
     k->mix[DSV3_F8_E4M3] = dsv3i_avx512_bf16_mix_f8_e4m3;
-    k->few[0][DSV3_BF16] = dsv3i_avx512_bf16_few_exact_bf16;
-    k->few[0][DSV3_F8_E4M3] = dsv3i_avx512_bf16_few_exact_f8_e4m3;
-    k->few[0][DSV3_Q8_0] = dsv3i_avx512_bf16_few_exact_q8_0;
-    k->few[0][DSV3_Q4_0] = dsv3i_avx512_bf16_few_exact_q4_0;
-    k->few[1][DSV3_BF16] = dsv3i_avx512_bf16_few_bf16;
-    k->few[1][DSV3_F8_E4M3] = dsv3i_avx512_bf16_few_f8_e4m3;
-    k->few[1][DSV3_Q8_0] = dsv3i_avx512_bf16_few_q8_0;
-    k->few[1][DSV3_Q4_0] = dsv3i_avx512_bf16_few_q4_0;
-    k->many[DSV3_BF16] = dsv3i_avx512_bf16_many_bf16;
-    k->many[DSV3_F8_E4M3] = dsv3i_avx512_bf16_many_f8_e4m3;
-    k->many[DSV3_Q8_0] = dsv3i_avx512_bf16_many_q8_0;
-    k->many[DSV3_Q4_0] = dsv3i_avx512_bf16_many_q4_0;
+    dsv3i_avx512_bf16_few_exact_set(k->few[0]);
+    dsv3i_avx512_bf16_few_fast_set(k->few[1]);
+    dsv3i_avx512_bf16_many_set(k->many);
 }
 
 #ifdef DSV3I_TILES
@@ -11006,36 +10999,26 @@ void dsv3i_amx_rest(const int R, const int C, const dsv3i_amx_place *a, size_t i
 }
 
 /* What is done to each tile of sums: its number, and its place among R times 16 rows and C columns. */
-#define DSV3I_AMX_EACH(DO)                                                                                           \
-    DO(0, 0u, 0u)                                                                                                    \
-    if (C > 1) {                                                                                                     \
-        DO(1, 0u, 1u)                                                                                                \
-    }                                                                                                                \
-    if (R > 1) {                                                                                                     \
-        DO(2, 1u, 0u)                                                                                                \
-    }                                                                                                                \
-    if (R > 1 && C > 1) {                                                                                            \
-        DO(3, 1u, 1u)                                                                                                \
-    }
+#define DSV3I_AMX_EACH(DO) DO(0, 0, 0) DO(1, 0, 1) DO(2, 1, 0) DO(3, 1, 1)
 
 /* Sums begin with y, or with 0 where they are to be multiplied first. The buffer is for what does not fill a tile. */
 #define DSV3I_AMX_BEGIN(tile, r, c)                                                                                  \
-    if (!from) {                                                                                                     \
+    if (R > r && C > c && !from) {                                                                                   \
         _tile_zero(tile);                                                                                            \
-    } else if (a->columns >= 16 * (c) + 16) {                                                                        \
-        DSV3I_AMX_LOAD(tile, a->y + (r)*16 * a->ldy + 16 * (c), a->ldy * sizeof *a->y);                              \
-    } else {                                                                                                         \
+    } else if (R > r && C > c && a->columns >= 16 * c + 16) {                                                        \
+        DSV3I_AMX_LOAD(tile, a->y + r * 16 * a->ldy + 16 * c, a->ldy * sizeof *a->y);                                \
+    } else if (R > r && C > c) {                                                                                     \
         for (size_t t = 0; t < a->m[r]; t++) {                                                                       \
-            const float *at = a->y + ((r)*16 + t) * a->ldy + 16 * (c);                                               \
-            _mm512_storeu_ps(sums + 16 * t, _mm512_maskz_loadu_ps(dsv3i_avx512_mask(a->columns - 16 * (c)), at));    \
+            const float *at = a->y + (r * 16 + t) * a->ldy + 16 * c;                                                 \
+            _mm512_storeu_ps(sums + 16 * t, _mm512_maskz_loadu_ps(dsv3i_avx512_mask(a->columns - 16 * c), at));      \
         }                                                                                                            \
         DSV3I_AMX_LOAD(tile, sums, 64);                                                                              \
     }
 
 #define DSV3I_AMX_END(tile, r, c)                                                                                    \
-    if (a->scale == NULL && a->columns >= 16 * (c) + 16) {                                                           \
-        _tile_stored(tile, a->y + (r)*16 * a->ldy + 16 * (c), a->ldy * sizeof *a->y);                                \
-    } else {                                                                                                         \
+    if (R > r && C > c && a->scale == NULL && a->columns >= 16 * c + 16) {                                           \
+        _tile_stored(tile, a->y + r * 16 * a->ldy + 16 * c, a->ldy * sizeof *a->y);                                  \
+    } else if (R > r && C > c) {                                                                                     \
         _tile_stored(tile, sums, 64);                                                                                \
         dsv3i_amx_put(a, sums, r, c, add);                                                                           \
     }
@@ -11152,33 +11135,23 @@ void dsv3i_amx_widen(dsv3i_amx_room *room, unsigned char *to, const unsigned cha
     }
 }
 
-/* Values of blocks of bytes as tiles take them, with their signs, and their multipliers. */
+/* Values of blocks of bytes as tiles take them, with their signs (256 does not count), and their scales. */
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_signed(const dsv3_type type, dsv3i_amx_room *room, const unsigned char *w, size_t k) {
-    const __m512i zero = _mm512_set1_epi8(type == DSV3_Q8_0 ? (char)-128 : 8), low = _mm512_set1_epi8(15);
+    const __m512i zero = _mm512_set1_epi8(type == DSV3_Q8_0 ? (char)-128 : 8);
     unsigned char *to = room->values[0];
     float *scale = room->scale;
     for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += 2048) {
         for (size_t j = 0; j < dsv3i_codes_bytes(type, 4, DSV3_QBLOCK); j += 64, w += 64) {
-            const __m512i v = _mm512_loadu_si512(w);
-            if (type == DSV3_Q8_0) {
-                _mm512_storeu_si512(to + j, _mm512_xor_si512(v, zero));
-                continue;
-            }
-            _mm512_storeu_si512(to + j, _mm512_sub_epi8(_mm512_and_si512(v, low), zero));
-            _mm512_storeu_si512(to + 1024 + j, _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(v, 4), low), zero));
+            __m512i b[2];
+            dsv3i_avx512_bf16_values(type, b, w, NULL);
+            _mm512_storeu_si512(to + j, _mm512_sub_epi8(b[0], zero));
+            if (type == DSV3_Q4_0) _mm512_storeu_si512(to + 1024 + j, _mm512_sub_epi8(b[1], zero));
         }
-        for (size_t c = 0; c < 4; c++, w += 32, scale += 16) {
-            _mm512_storeu_ps(scale, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)w)));
-        }
+        dsv3i_avx512_decode(DSV3_F16, scale, w, 64);
+        scale += 64;
+        w += 128;
     }
-}
-
-/* The multiplier of a piece of FP8. */
-static void dsv3i_amx_scale(float *scale, const unsigned char *w) {
-    float one;
-    DSV3_MEMCPY(&one, w, sizeof one);
-    for (size_t i = 0; i < 64; i++) scale[i] = one;
 }
 
 /* Rows of bytes: blocks of 32, each with its multiplier behind it. Tiles hold the sums of up to four blocks, which
@@ -11334,7 +11307,7 @@ void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place
     for (size_t i = 0, turn = 0, terms; i < k; i += terms, turn++) {
         terms = dsv3i_min(DSV3I_TERMS, k - i);
         a->next = w + 2 * stretch;
-        if (type == DSV3_F8_E4M3) dsv3i_amx_scale(room->scale, w + dsv3i_codes_bytes(type, 4, terms));
+        if (type == DSV3_F8_E4M3) dsv3i_f8_scale(room->scale, w + dsv3i_codes_bytes(type, 4, terms));
         if (blocks) dsv3i_amx_byte_terms(type, room, a, &tiles, x, w, terms, turn);
         if (!blocks) {
             dsv3i_amx_piece(type, room, a, &tiles, x, w, terms, turn, dsv3i_min(DSV3I_TERMS, k - i - terms));
@@ -11376,17 +11349,6 @@ void dsv3i_amx_many(const dsv3_type type, float *y, size_t ldy, const void *x, s
     if (type == DSV3_F8_E4M3) dsv3i_amx_control(before);
 }
 
-#define DSV3I_AMX_MANY(name, type)                                                                                   \
-    DSV3I_TARGET(DSV3I_AMX)                                                                                          \
-    static void dsv3i_amx_many_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,      \
-                                      size_t rows, size_t k) {                                                       \
-        dsv3i_amx_many(type, y, ldy, x, ldx, n, w, rows, k);                                                         \
-    }
-DSV3I_AMX_MANY(bf16, DSV3_BF16)
-DSV3I_AMX_MANY(f8_e4m3, DSV3_F8_E4M3)
-DSV3I_AMX_MANY(q8_0, DSV3_Q8_0)
-DSV3I_AMX_MANY(q4_0, DSV3_Q4_0)
-
 /* Few rows and packed weights: the sums of tiles in registers, to the bit, with subnormal numbers as 0. Several rows meet whole
  * panels in tiles. */
 DSV3I_INLINE(DSV3I_AMX)
@@ -11405,14 +11367,9 @@ void dsv3i_amx_few(const dsv3_type type, float *y, size_t ldy, const void *x, si
     dsv3i_amx_control(before);
 }
 
-#define DSV3I_AMX_FEW(name, type)                                                                                    \
-    DSV3I_TARGET(DSV3I_AMX)                                                                                          \
-    static void dsv3i_amx_few_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,       \
-                                     size_t rows, size_t k) {                                                        \
-        dsv3i_amx_few(type, y, ldy, x, ldx, n, w, rows, k);                                                          \
-    }
-DSV3I_AMX_FEW(bf16, DSV3_BF16)
-DSV3I_AMX_FEW(f8_e4m3, DSV3_F8_E4M3)
+DSV3I_WHOLE_TYPES(DSV3I_AMX, dsv3i_amx_many, dsv3i_amx_many)
+DSV3I_WHOLE(DSV3I_AMX, dsv3i_amx_few_bf16, DSV3_BF16, dsv3i_amx_few)
+DSV3I_WHOLE(DSV3I_AMX, dsv3i_amx_few_f8_e4m3, DSV3_F8_E4M3, dsv3i_amx_few)
 
 static void dsv3i_kernels_amx(dsv3_kernels *k) {
     dsv3i_kernels_avx512_bf16(k);
@@ -11420,10 +11377,7 @@ static void dsv3i_kernels_amx(dsv3_kernels *k) {
     k->product[DSV3_PRODUCT_FAST_BF16] = dsv3i_amx_product_bf16;
     k->few[1][DSV3_BF16] = dsv3i_amx_few_bf16;
     k->few[1][DSV3_F8_E4M3] = dsv3i_amx_few_f8_e4m3;
-    k->many[DSV3_BF16] = dsv3i_amx_many_bf16;
-    k->many[DSV3_F8_E4M3] = dsv3i_amx_many_f8_e4m3;
-    k->many[DSV3_Q8_0] = dsv3i_amx_many_q8_0;
-    k->many[DSV3_Q4_0] = dsv3i_amx_many_q4_0;
+    dsv3i_amx_many_set(k->many);
 }
 #endif /* DSV3I_TILES */
 
@@ -11505,9 +11459,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_AMX_BEGIN
 #undef DSV3I_AMX_BLOCK
 #undef DSV3I_AMX_EACH
-#undef DSV3I_AMX_FEW
 #undef DSV3I_AMX_LOAD
-#undef DSV3I_AMX_MANY
 #undef DSV3I_AMX_ROWS
 #undef DSV3I_AMX_END
 #undef DSV3I_AVX2
@@ -11521,7 +11473,6 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_MANY_BF16
 #undef DSV3I_MANY_BYTES
 #undef DSV3I_MANY_F8
-#undef DSV3I_MANY_TYPE
 #undef DSV3I_MEET
 #undef DSV3I_MLP_ITEMS
 #undef DSV3I_NEAR
@@ -11531,13 +11482,15 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_DECODE_TYPE
 #undef DSV3I_EXPAND
 #undef DSV3I_FEW
-#undef DSV3I_FEW_TYPE
+#undef DSV3I_FEW_EXACT
+#undef DSV3I_FEW_FAST
 #undef DSV3I_INLINE
 #undef DSV3I_KEYS
 #undef DSV3I_LANES
 #undef DSV3I_LINE
 #undef DSV3I_PANEL
 #undef DSV3I_PI
+#undef DSV3I_PRODUCT
 #undef DSV3I_QUERIES
 #undef DSV3I_SEGMENT
 #undef DSV3I_RATE
@@ -11557,6 +11510,8 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_TILES
 #undef DSV3I_UNROLL
 #undef DSV3I_VOCAB
+#undef DSV3I_WHOLE
+#undef DSV3I_WHOLE_TYPES
 #undef DSV3I_X86
 #endif /* DSV3_IMPLEMENTATION */
 
