@@ -10188,15 +10188,15 @@ void dsv3i_avx512_bf16_mix_256(float *y, __m512 f, const unsigned char *w, const
                                const __m512i table[4], __m512i order) {
     DSV3I_UNROLL for (size_t c = 0; c < 16; c += 4) {
         __m512i b[2];
-        __m512 value[4];
+        __m512 value[2][4];
         dsv3i_avx512_bf16_of_f8(b, _mm512_permutexvar_epi8(order, _mm512_loadu_si512(w + 16 * c)), table);
         _mm_prefetch((const char *)w + 16 * c + DSV3I_AHEAD, _MM_HINT_T0);
-        dsv3i_avx512_floats(0, value, b[0], _mm512_setzero_ps());
-        dsv3i_avx512_floats(0, value + 2, b[1], _mm512_setzero_ps());
+        dsv3i_avx512_floats(0, value[0], b[0], _mm512_setzero_ps());
+        dsv3i_avx512_floats(0, value[1], b[1], _mm512_setzero_ps());
         DSV3I_UNROLL for (size_t i = 0; i < 4; i++) {
             float *to = y + 16 * (c + i);
-            value[i] = _mm512_mul_ps(value[i], _mm512_set1_ps(scale[c / 8]));
-            _mm512_storeu_ps(to, _mm512_fmadd_ps(f, value[i], _mm512_loadu_ps(to)));
+            const __m512 scaled = _mm512_mul_ps(value[i / 2][i % 2], _mm512_set1_ps(scale[c / 8]));
+            _mm512_storeu_ps(to, _mm512_fmadd_ps(f, scaled, _mm512_loadu_ps(to)));
         }
     }
 }
@@ -10680,7 +10680,7 @@ DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_few_panels(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int NS, float *y,
                                   size_t ldy, size_t ldp, size_t outputs, const unsigned char *x, size_t ldx, size_t n,
                                   const unsigned char *w, size_t apart, size_t k, const __m512i table[4]) {
-    const int bytes = type == DSV3_Q8_0 || type == DSV3_Q4_0, NC = 4 * NS;
+    const int bytes = type == DSV3_Q8_0 || type == DSV3_Q4_0, NC = 4 * NS, scales = type == DSV3_BF16 ? 0 : NC;
     const size_t columns = dsv3i_blocks(outputs, 16);
     const unsigned char *ws[4], *xs[4];
     __m512 acc[16], part[16], *sums = type == DSV3_BF16 ? acc : part;
@@ -10699,7 +10699,7 @@ void dsv3i_avx512_bf16_few_panels(const dsv3i_few_kind kind, const dsv3_type typ
         } else {
             dsv3i_avx512_bf16_few_terms(kind, type, M, 0, NC, sums, ws, columns, xs, 0, terms, table);
         }
-        DSV3I_UNROLL for (int c = 0; type != DSV3_BF16 && c < NC; c++) {
+        DSV3I_UNROLL for (int c = 0; c < scales; c++) {
             const unsigned char *at = ws[c / 4] + codes + (bytes ? 32 * dsv3i_min((size_t)c % 4, columns - 1) : 0);
             const __m512 scale = bytes ? _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)at))
                                        : _mm512_set1_ps(*(const float *)(const void *)at);
