@@ -10300,26 +10300,7 @@ void dsv3i_avx512_bf16_terms(const int M, const int NP, __m512 acc[24], dsv3i_av
     a->w = w;
 }
 
-/* A block of 32 bytes, or of twice two in the halves of a byte (Q4_0): sums of products of whole numbers, exact. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_block(const dsv3_type type, const int M, const int NP, __m512i sum[12], dsv3i_avx512_place *a) {
-    const int halves = type == DSV3_Q4_0 ? 2 : 1;
-    DSV3I_UNROLL for (int i = 0; i < 8 / halves; i++, a->w += a->step) {
-        __m512i b[2][2];
-        dsv3i_avx512_fetch(a);
-        DSV3I_UNROLL for (int p = 0; p < NP; p++) dsv3i_avx512_bf16_values(type, b[p], a->w + 64 * p, NULL);
-        DSV3I_UNROLL for (int h = 0; h < halves; h++) {
-            DSV3I_UNROLL for (int m = 0; m < M; m++) {
-                const __m512i x = dsv3i_avx512_bf16_four(a->x[m] + 16 * h + 4 * i);
-                DSV3I_UNROLL for (int p = 0; p < NP; p++) {
-                    sum[m * NP + p] = _mm512_dpbusd_epi32(sum[m * NP + p], b[p][h], x);
-                }
-            }
-        }
-    }
-}
-
-/* Where the sums of a block begin, so that products with codes of 0 that are not 0 come out right. x: its bytes. */
+/* Where the sums of a block of bytes begin, so that products with codes of 0 that are not 0 come out right. */
 DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_first(const unsigned char *x, __m128i shift) {
     return _mm512_sll_epi32(dsv3i_avx512_bf16_four(x + DSV3_QBLOCK + 4), shift);
 }
@@ -10328,6 +10309,30 @@ DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_first(const unsigned c
 DSV3I_INLINE(DSV3I_AVX512_BF16) __m512 dsv3i_avx512_bf16_scaled(__m512i sum, const unsigned char *x) {
     const __m512 unit = _mm512_set1_ps(*(const float *)(const void *)(x + DSV3_QBLOCK));
     return _mm512_mul_ps(_mm512_cvtepi32_ps(sum), unit);
+}
+
+/* A block of 32 bytes, or of twice two in the halves of a byte (Q4_0): sums of products of whole numbers, exact, times the
+ * scales of x and of w. Both kinds of sums fit the registers if there are 12 of each at most. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_block(const dsv3_type type, const int M, const int NP, __m512 acc[24], dsv3i_avx512_place *a,
+                             const float *scale, __m128i shift) {
+    const int halves = type == DSV3_Q4_0 ? 2 : 1;
+    __m512i sum[12];
+    DSV3I_UNROLL for (int j = 0; j < M * NP; j++) sum[j] = dsv3i_avx512_bf16_first(a->x[j / NP], shift);
+    DSV3I_UNROLL for (int i = 0; i < 8 / halves; i++, a->w += a->step) {
+        __m512i b[2][2];
+        dsv3i_avx512_fetch(a);
+        DSV3I_UNROLL for (int p = 0; p < NP; p++) dsv3i_avx512_bf16_values(type, b[p], a->w + 64 * p, NULL);
+        DSV3I_UNROLL for (int j = 0; j < M * NP * halves; j++) {
+            const int h = j / (M * NP), at = j % (M * NP);
+            const __m512i x = dsv3i_avx512_bf16_four(a->x[at / NP] + 16 * h + 4 * i);
+            sum[at] = _mm512_dpbusd_epi32(sum[at], b[at % NP][h], x);
+        }
+    }
+    DSV3I_UNROLL for (int j = 0; j < M * NP; j++) {
+        const __m512 product = dsv3i_avx512_bf16_scaled(sum[j], a->x[j / NP]);
+        acc[j] = _mm512_fmadd_ps(product, _mm512_loadu_ps(scale + 16 * (j % NP)), acc[j]);
+    }
 }
 
 static dsv3_panel dsv3i_panel_bf16(const void *values, size_t columns, size_t k) {
@@ -10339,50 +10344,31 @@ static dsv3_panel dsv3i_panel_bf16(const void *values, size_t columns, size_t k)
     return w;
 }
 
-/* BF16s, with one scale for all terms of a block or with none. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_pairs_of(const int M, const int NP, dsv3i_avx512_place *a, const dsv3_panel *w, size_t k,
-                                int add) {
-    __m512 acc[24];
-    for (size_t i = 0, end; i < k; i = end) {
-        end = dsv3i_min(i + w->block, k);
-        dsv3i_avx512_begin(M, NP, acc, a, add && a->scale == NULL);
-        dsv3i_avx512_bf16_terms(M, NP, acc, a, (end - i + 1) / 2);
-        DSV3I_UNROLL for (int m = 0; m < M; m++) a->x[m] += 2 * (end - i);
-        dsv3i_avx512_end(M, NP, acc, a, add || i > 0);
-        if (a->scale != NULL) a->scale += 16 * w->columns;
-    }
-}
-
-/* Bytes, or two in the halves of a byte (Q4_0): each block times the scales of its rows of x and of w. Both kinds of sums
- * fit the registers if there are 12 of each at most. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_blocks(const dsv3_type type, const int M, const int NP, dsv3i_avx512_place *a,
-                              const dsv3_panel *w, size_t k, int add) {
-    const __m128i shift = _mm_cvtsi32_si128(w->zero == 128 ? 4 : 0);
-    const float *scale = a->scale;
-    __m512i sum[12];
-    __m512 acc[24];
-    a->scale = NULL;
-    dsv3i_avx512_begin(M, NP, acc, a, add);
-    for (size_t i = 0; i < k; i += DSV3_QBLOCK, scale += 16 * w->columns) {
-        DSV3I_UNROLL for (int j = 0; j < M * NP; j++) sum[j] = dsv3i_avx512_bf16_first(a->x[j / NP], shift);
-        dsv3i_avx512_bf16_block(type, M, NP, sum, a);
-        DSV3I_UNROLL for (int j = 0; j < M * NP; j++) {
-            const __m512 product = dsv3i_avx512_bf16_scaled(sum[j], a->x[j / NP]);
-            acc[j] = _mm512_fmadd_ps(product, _mm512_loadu_ps(scale + 16 * (j % NP)), acc[j]);
-        }
-        DSV3I_UNROLL for (int m = 0; m < M; m++) a->x[m] += DSV3_QBLOCK + 8;
-        a->w += w->gap;
-    }
-    dsv3i_avx512_end(M, NP, acc, a, 0);
-}
-
+/* M rows and NP columns. Sums of BF16 go to memory after each block of terms that share a scale, those of bytes at last. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_rows(const dsv3_type type, const int M, const int NP, dsv3i_avx512_place *a,
                             const dsv3_panel *w, size_t k, int add) {
-    if (type == DSV3_BF16) dsv3i_avx512_bf16_pairs_of(M, NP, a, w, k, add);
-    if (type != DSV3_BF16) dsv3i_avx512_bf16_blocks(type, M, NP, a, w, k, add);
+    const __m128i shift = _mm_cvtsi32_si128(w->zero == 128 ? 4 : 0);
+    const float *scale = a->scale;
+    const int bytes = type != DSV3_BF16;
+    __m512 acc[24];
+    if (bytes) dsv3i_avx512_begin(M, NP, acc, a, add);
+    for (size_t i = 0, end; i < k; i = end) {
+        end = dsv3i_min(i + (bytes ? DSV3_QBLOCK : w->block), k);
+        if (bytes) {
+            dsv3i_avx512_bf16_block(type, M, NP, acc, a, scale, shift);
+            a->w += w->gap;
+        } else {
+            a->scale = scale;
+            dsv3i_avx512_begin(M, NP, acc, a, add && scale == NULL);
+            dsv3i_avx512_bf16_terms(M, NP, acc, a, (end - i + 1) / 2);
+            dsv3i_avx512_end(M, NP, acc, a, add || i > 0);
+        }
+        DSV3I_UNROLL for (int m = 0; m < M; m++) a->x[m] += bytes ? DSV3_QBLOCK + 8 : 2 * (end - i);
+        if (scale != NULL) scale += 16 * w->columns;
+    }
+    a->scale = NULL;
+    if (bytes) dsv3i_avx512_end(M, NP, acc, a, 0);
 }
 
 /* n rows, up to 6 at a time, and NP columns from c0 on. Each share of them fetches its share of what is read next. */
@@ -11069,17 +11055,6 @@ void dsv3i_amx_block(const int R, const int C, dsv3i_amx_place *a, const dsv3_pa
     }
 }
 
-/* Up to 32 rows. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_rows(const int R, dsv3i_amx_place *a, float *y, const dsv3_panel *w, size_t rows, size_t k, int add) {
-    for (size_t c = 0; c < w->columns; c += 2) {
-        a->y = y + 16 * c;
-        a->columns = dsv3i_min(32, rows - 16 * c);
-        if (a->columns > 16) dsv3i_amx_block(R, 2, a, w, c, k, add);
-        if (a->columns <= 16) dsv3i_amx_block(R, 1, a, w, c, k, add);
-    }
-}
-
 DSV3I_TARGET(DSV3I_AMX)
 static void dsv3i_amx_product_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
                                    size_t rows, size_t k, int add) {
@@ -11099,8 +11074,14 @@ static void dsv3i_amx_product_bf16(float *y, size_t ldy, const void *x, size_t l
         a.lines = w->ahead > 0 ? dsv3i_blocks(w->ahead, 64 * 16 * dsv3i_blocks(n, 16)) : 0;
         a.x[0] = (const unsigned char *)x + t * ldx;
         a.x[1] = a.x[0] + (m1 > 0 ? 16 * ldx : 0);
-        if (m1 > 0) dsv3i_amx_rows(2, &a, y + t * ldy, w, rows, k, add);
-        if (m1 == 0) dsv3i_amx_rows(1, &a, y + t * ldy, w, rows, k, add);
+        for (size_t c = 0; c < w->columns; c += 2) {
+            a.y = y + t * ldy + 16 * c;
+            a.columns = dsv3i_min(32, rows - 16 * c);
+            if (m1 > 0 && a.columns > 16) dsv3i_amx_block(2, 2, &a, w, c, k, add);
+            if (m1 > 0 && a.columns <= 16) dsv3i_amx_block(2, 1, &a, w, c, k, add);
+            if (m1 == 0 && a.columns > 16) dsv3i_amx_block(1, 2, &a, w, c, k, add);
+            if (m1 == 0 && a.columns <= 16) dsv3i_amx_block(1, 1, &a, w, c, k, add);
+        }
     }
     _tile_release();
     dsv3i_amx_control(before);
@@ -11115,12 +11096,19 @@ DSV3I_TARGET(DSV3I_AMX) static void dsv3i_amx_meet(dsv3_meeting *a, size_t nk) {
 
 #define DSV3I_AMX_ROWS 96u /* of x */
 
+/* All tiles of rows are of one height, so that their shapes stay: the last one begins early enough, and its first rows may be
+ * those of others, once more. */
 typedef struct dsv3i_amx_room {
+    size_t tiles, height, rows;
     float y[DSV3I_AMX_ROWS * 64], scale[DSV3I_TERMS / DSV3_QBLOCK * 64];
     float sums[2 * 1024 + 16];
     unsigned char values[2][64 * DSV3I_TERMS * 2]; /* of 128 terms and, of FP8, of the next ones */
     __m512i table[4];                              /* of FP8 */
 } dsv3i_amx_room;
+
+static size_t dsv3i_amx_tile_row(const dsv3i_amx_room *room, size_t i) {
+    return dsv3i_min(i * room->height, room->rows - room->height);
+}
 
 /* Fours of terms g0 .. g1-1 of a piece of FP8 become BF16. */
 DSV3I_INLINE(DSV3I_AMX)
@@ -11207,24 +11195,6 @@ void dsv3i_amx_bytes(dsv3i_amx_place *a, const unsigned char *x, size_t m, size_
     }
 }
 
-/* All tiles of rows are of one height, so that their shapes stay: the last one begins early enough, and its first rows may be
- * those of others, once more. */
-typedef struct dsv3i_amx_tiles {
-    size_t count, height, rows;
-} dsv3i_amx_tiles;
-
-static dsv3i_amx_tiles dsv3i_amx_tiles_of(size_t rows) {
-    dsv3i_amx_tiles t;
-    t.count = dsv3i_blocks(rows, 16);
-    t.height = dsv3i_blocks(rows, t.count);
-    t.rows = rows;
-    return t;
-}
-
-static size_t dsv3i_amx_tile_row(const dsv3i_amx_tiles *t, size_t i) {
-    return dsv3i_min(i * t->height, t->rows - t->height);
-}
-
 /* Sums [2, 16, 32] of FP8, times multipliers, join those of `rows` tiles of rows. */
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_join(float *y, const float *sums, const float *scale, size_t rows, size_t height, int add) {
@@ -11240,54 +11210,35 @@ void dsv3i_amx_join(float *y, const float *sums, const float *scale, size_t rows
     }
 }
 
-/* Two tiles of rows, or the last one, and two columns of values. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_pair(dsv3i_amx_place *a, const dsv3i_amx_tiles *tiles, size_t i, const unsigned char *x,
-                    const unsigned char *values, size_t k, int add) {
-    a->w = values;
-    a->x[0] = x + dsv3i_amx_tile_row(tiles, i) * a->ldx;
-    a->x[1] = x + dsv3i_amx_tile_row(tiles, i + 1) * a->ldx;
-    if (i + 1 < tiles->count) dsv3i_amx_terms(2, 2, a, 0, k, add);
-    if (i + 1 == tiles->count) dsv3i_amx_terms(1, 2, a, 0, k, add);
-}
-
 /* Rows x meet a piece of k terms of BF16, or of FP8, whose values are made already. There, while sums of a pair of tiles are
  * on their way, those of the pair before join y, and some of the next piece's values are made: `coming` terms. */
 DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_piece(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, const dsv3i_amx_tiles *tiles,
-                     const unsigned char *x, const unsigned char *w, size_t k, size_t turn, size_t coming) {
+void dsv3i_amx_piece(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, const unsigned char *x,
+                     const unsigned char *w, size_t k, size_t turn, size_t coming) {
     const unsigned char *values = type == DSV3_BF16 ? w : room->values[turn % 2];
     const unsigned char *next = w + dsv3i_piece_bytes(type, 4, k);
-    float *sums = dsv3i_amx_aligned(room->sums), *y = room->y, *before = NULL;
-    const size_t pairs = dsv3i_blocks(tiles->count, 2) * 2; /* of tiles and columns */
+    float *sums = dsv3i_amx_aligned(room->sums), *before = NULL;
+    const size_t pairs = dsv3i_blocks(room->tiles, 2) * 2; /* of tiles and columns */
     const size_t fours = type == DSV3_BF16 ? 0 : dsv3i_blocks(coming, 4);
     a->scale = NULL;
     for (size_t i = 0; i < pairs; i++) {
-        const size_t first = i / 2 * 2, rows = dsv3i_min(2, tiles->count - first);
-        float *to = y + 1024 * first + i % 2 * 32;
+        const size_t first = i / 2 * 2, rows = dsv3i_min(2, room->tiles - first);
+        const int add = turn > 0 && type == DSV3_BF16;
+        float *to = room->y + 1024 * first + i % 2 * 32;
         a->y = type == DSV3_BF16 ? to : sums + i % 2 * 1024;
         a->ldy = type == DSV3_BF16 ? 64 : 32;
-        dsv3i_amx_pair(a, tiles, first, x, values + i % 2 * 128, k, turn > 0 && type == DSV3_BF16);
+        a->w = values + i % 2 * 128;
+        a->x[0] = x + dsv3i_amx_tile_row(room, first) * a->ldx;
+        a->x[1] = x + dsv3i_amx_tile_row(room, first + 1) * a->ldx;
+        if (rows == 2) dsv3i_amx_terms(2, 2, a, 0, k, add);
+        if (rows == 1) dsv3i_amx_terms(1, 2, a, 0, k, add);
         if (type == DSV3_BF16) continue;
         dsv3i_amx_widen(room, room->values[(turn + 1) % 2], next, fours * i / pairs, fours * (i + 1) / pairs);
         if (before != NULL) {
-            dsv3i_amx_join(before, sums + (i + 1) % 2 * 1024, room->scale, i % 2 ? rows : 2, tiles->height, turn > 0);
+            dsv3i_amx_join(before, sums + (i + 1) % 2 * 1024, room->scale, i % 2 ? rows : 2, room->height, turn > 0);
         }
         before = to;
-        if (i + 1 == pairs) dsv3i_amx_join(to, sums + i % 2 * 1024, room->scale, rows, tiles->height, turn > 0);
-    }
-}
-
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_byte_terms(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a,
-                          const dsv3i_amx_tiles *tiles, const unsigned char *x, const unsigned char *w, size_t k,
-                          size_t turn) {
-    dsv3i_amx_signed(type, room, w, k);
-    a->w = room->values[0];
-    a->scale = room->scale;
-    for (size_t i = 0; i < tiles->count; i++) {
-        a->y = room->y + 1024 * i;
-        dsv3i_amx_bytes(a, x + dsv3i_amx_tile_row(tiles, i) * a->ldx, tiles->height, k, turn > 0);
+        if (i + 1 == pairs) dsv3i_amx_join(to, sums + i % 2 * 1024, room->scale, rows, room->height, turn > 0);
     }
 }
 
@@ -11295,12 +11246,14 @@ void dsv3i_amx_byte_terms(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, float *y, size_t ldy,
                      const unsigned char *x, size_t rows, const unsigned char *w, size_t k, int fetch) {
-    const dsv3i_amx_tiles tiles = dsv3i_amx_tiles_of(rows);
     const size_t stretch = dsv3i_panel_bytes(type, 4, DSV3I_TERMS);
     const int blocks = dsv3_type_block(type) > 1;
-    dsv3i_amx_shape(tiles.height, tiles.height, blocks ? 8 : 16);
-    a->m[0] = a->m[1] = tiles.height;
-    a->lines = fetch ? dsv3i_blocks(stretch, 64 * 16 * tiles.count) : 0;
+    room->tiles = dsv3i_blocks(rows, 16);
+    room->height = dsv3i_blocks(rows, room->tiles);
+    room->rows = rows;
+    dsv3i_amx_shape(room->height, room->height, blocks ? 8 : 16);
+    a->m[0] = a->m[1] = room->height;
+    a->lines = fetch ? dsv3i_blocks(stretch, 64 * 16 * room->tiles) : 0;
     if (type == DSV3_F8_E4M3) {
         dsv3i_amx_widen(room, room->values[0], w, 0, dsv3i_blocks(dsv3i_min(DSV3I_TERMS, k), 4));
     }
@@ -11308,18 +11261,21 @@ void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place
         terms = dsv3i_min(DSV3I_TERMS, k - i);
         a->next = w + 2 * stretch;
         if (type == DSV3_F8_E4M3) dsv3i_f8_scale(room->scale, w + dsv3i_codes_bytes(type, 4, terms));
-        if (blocks) dsv3i_amx_byte_terms(type, room, a, &tiles, x, w, terms, turn);
-        if (!blocks) {
-            dsv3i_amx_piece(type, room, a, &tiles, x, w, terms, turn, dsv3i_min(DSV3I_TERMS, k - i - terms));
+        if (blocks) dsv3i_amx_signed(type, room, w, terms);
+        if (!blocks) dsv3i_amx_piece(type, room, a, x, w, terms, turn, dsv3i_min(DSV3I_TERMS, k - i - terms));
+        for (size_t t = 0; blocks && t < room->tiles; t++) {
+            a->y = room->y + 1024 * t;
+            a->w = room->values[0];
+            a->scale = room->scale;
+            dsv3i_amx_bytes(a, x + dsv3i_amx_tile_row(room, t) * a->ldx, room->height, terms, turn > 0);
         }
         w += dsv3i_panel_bytes(type, 4, terms);
         x += dsv3i_input_bytes(1, type, terms);
     }
-    for (size_t i = 0; i < tiles.count; i++) {
-        float *to = y + dsv3i_amx_tile_row(&tiles, i) * ldy;
-        for (size_t j = 0; j < 4 * tiles.height; j++) {
-            _mm512_storeu_ps(to + j / 4 * ldy + 16 * (j % 4), _mm512_loadu_ps(room->y + 1024 * i + 16 * j));
-        }
+    for (size_t i = 0; i < 4 * room->height * room->tiles; i++) {
+        const size_t t = i / (4 * room->height), j = i % (4 * room->height);
+        _mm512_storeu_ps(y + (dsv3i_amx_tile_row(room, t) + j / 4) * ldy + 16 * (j % 4),
+                         _mm512_loadu_ps(room->y + 1024 * t + 16 * j));
     }
 }
 
