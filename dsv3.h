@@ -10337,10 +10337,12 @@ void dsv3i_avx512_bf16_block(const dsv3_type type, const int M, const int NP, __
 
 static dsv3_panel dsv3i_panel_bf16(const void *values, size_t columns, size_t k) {
     dsv3_panel w;
-    DSV3_MEMSET(&w, 0, sizeof w);
     w.values = w.next = values;
     w.columns = columns;
+    w.scale = NULL;
     w.block = k;
+    w.zero = 0;
+    w.gap = w.ahead = w.next_bytes = 0;
     return w;
 }
 
