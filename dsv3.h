@@ -10500,40 +10500,37 @@ void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3_meeting *a, 
     }
 }
 
-/* Scores of M keys with the queries of one column: as a product of more rows, so that sums hide their latency. With each step
+/* Scores of 16 keys with the queries of one column: as a product of more rows, so that sums hide their latency. With each step
  * goes a line of the next block's keys. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_scores(const int M, float *p, const unsigned char *keys, size_t ldx, const unsigned char *q,
-                              size_t k) {
+void dsv3i_avx512_bf16_scores(float *p, const unsigned char *keys, size_t ldx, const unsigned char *q, size_t k) {
     const unsigned char *x[6]; /* every third key: addresses of the others are sums */
     __m512 acc[16];
-    DSV3I_UNROLL for (int m = 0; m < M; m += 3) x[m / 3] = keys + (size_t)m * ldx;
-    DSV3I_UNROLL for (int m = 0; m < M; m++) acc[m] = _mm512_setzero_ps();
+    DSV3I_UNROLL for (int m = 0; m < 16; m += 3) x[m / 3] = keys + (size_t)m * ldx;
+    DSV3I_UNROLL for (int m = 0; m < 16; m++) acc[m] = _mm512_setzero_ps();
     for (size_t i = 0; i < k; i += 2) {
         const __m512bh b = (__m512bh)_mm512_loadu_si512(q + 32 * i);
         _mm_prefetch((const char *)x[0] + (DSV3I_MEET + i / 2 % 16) * ldx + i / 32 * 64, _MM_HINT_T1);
-        DSV3I_UNROLL for (int m = 0; m < M; m++) {
-            const void *at = x[m / 3] + (size_t)(m % 3) * ldx + 2 * i;
-            acc[m] = _mm512_dpbf16_ps(acc[m], (__m512bh)_mm512_set1_epi32(*(const int32_t *)at), b);
+        DSV3I_UNROLL for (int m = 0; m < 16; m++) {
+            const unsigned char *at = x[m / 3] + (size_t)(m % 3) * ldx + 2 * i;
+            acc[m] = _mm512_dpbf16_ps(acc[m], (__m512bh)dsv3i_avx512_bf16_four(at), b);
         }
     }
-    DSV3I_UNROLL for (int m = 0; m < M; m++) _mm512_storeu_ps(p + 16 * m, acc[m]);
+    DSV3I_UNROLL for (int m = 0; m < 16; m++) _mm512_storeu_ps(p + 16 * m, acc[m]);
 }
 
 /* product: of rows and panels of BF16. */
 DSV3I_TARGET(DSV3I_AVX512_BF16)
 static void dsv3i_avx512_bf16_meeting(dsv3_meeting *a, size_t nk, dsv3i_product product) {
     const size_t dk = dsv3i_avx512_bf16_pad(a->dk), columns = (a->lanes + 15) / 16;
-    unsigned char *scratch = (unsigned char *)a->scratch + 32 * columns * dk, *keys, weights[64 * 2 * DSV3I_MEET];
-    unsigned char part[DSV3I_MEET / 2 * 256], *values = part;
-    float *p = (float *)(void *)scratch, rescale[64];
     const int wide = product != dsv3i_avx512_bf16_product_bf16;
     const size_t most = wide ? a->dv : 64;
+    unsigned char *scratch = (unsigned char *)a->scratch + 32 * columns * dk, *keys = scratch + 64 * columns * DSV3I_MEET;
+    unsigned char weights[64 * 2 * DSV3I_MEET], part[DSV3I_MEET / 2 * 256], *values = wide ? keys + 2 * DSV3I_MEET * dk : part;
+    float *p = (float *)(void *)scratch, rescale[64];
     size_t ldx = 2 * a->ld_k, scored = 0;
     const void *x = a->keys;
     dsv3_panel panel = dsv3i_panel_bf16(a->scratch, columns, a->type == DSV3_F32 ? dk : a->dk);
-    keys = scratch + 64 * columns * DSV3I_MEET;
-    if (wide) values = keys + 2 * DSV3I_MEET * dk;
     if (a->type == DSV3_F32) {
         for (size_t j = 0; j < nk; j++) {
             dsv3i_avx512_bf16_round_bf16(keys + 2 * j * dk, (const float *)a->keys + j * a->ld_k, a->dk);
@@ -10542,8 +10539,8 @@ static void dsv3i_avx512_bf16_meeting(dsv3_meeting *a, size_t nk, dsv3i_product 
         ldx = 2 * dk;
     }
     for (; !wide && columns == 1 && scored + 16 <= nk; scored += 16) {
-        dsv3i_avx512_bf16_scores(16, p + 16 * scored, (const unsigned char *)x + scored * ldx, ldx,
-                                 (const unsigned char *)panel.values, panel.block);
+        dsv3i_avx512_bf16_scores(p + 16 * scored, (const unsigned char *)x + scored * ldx, ldx,
+                                 (const unsigned char *)a->scratch, panel.block);
     }
     product(p + 16 * columns * scored, 16 * columns, (const unsigned char *)x + scored * ldx, ldx, nk - scored,
             &panel, 16 * columns, panel.block, 0);
@@ -10571,9 +10568,15 @@ typedef enum dsv3i_few_kind { /* rows of floats; rows of codes; rows of BF16, ad
                               DSV3I_FEW_STEPS = 2
 } dsv3i_few_kind;
 
-/* M rows and columns c0 .. c0+NC-1 of panels w, four of each. `columns` are there; the others are the last once more. Terms
- * begin .. end-1: sums[m NC + column] += .., with DSV3I_FEW_STEPS one sum of even and one of odd terms for each. With rows of
- * floats every number of w becomes one, and terms are added one after the other. */
+/* Column c of panels w, four of each: its step. `columns` are there; the others are the last one once more. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+const unsigned char *dsv3i_avx512_bf16_step(const unsigned char *const w[4], size_t columns, int c, size_t step) {
+    return w[c / 4] + 64 * (step * columns + dsv3i_min((size_t)c % 4, columns - 1));
+}
+
+/* M rows and NC columns of panels, from c0 on, terms begin .. end-1: sums[m NC + column] += .., with DSV3I_FEW_STEPS one sum of
+ * even and one of odd terms for each. With rows of floats every number of w becomes one, and terms are added one after the
+ * other; the upper halves of the bytes of Q4_0 are the later ones. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_few_terms(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int c0,
                                  const int NC, __m512 sums[16], const unsigned char *const w[4], size_t columns,
@@ -10581,35 +10584,27 @@ void dsv3i_avx512_bf16_few_terms(const dsv3i_few_kind kind, const dsv3_type type
     const int bytes = type == DSV3_Q8_0 || type == DSV3_Q4_0, passes = type == DSV3_Q4_0 ? 2 : 1;
     const int each = type == DSV3_BF16 ? 2 : 4, S = kind == DSV3I_FEW_STEPS ? 2 : 1;
     const __m512 zero = _mm512_set1_ps(type == DSV3_Q8_0 ? 128.0f : 8.0f);
-    if (type == DSV3_Q4_0) end /= 2; /* the upper halves of bytes are the later terms */
+    if (type == DSV3_Q4_0) end /= 2;
     DSV3I_UNROLL for (int pass = 0; pass < passes; pass++) {
         for (size_t i = begin; i < end; i += (size_t)each) {
             DSV3I_UNROLL for (int c = 0; c < NC; c++) {
-                const size_t column = dsv3i_min((size_t)(c0 + c) % 4, columns - 1);
-                const unsigned char *at = w[(c0 + c) / 4] + 64 * (i / (size_t)each * columns + column);
                 __m512i b[2];
-                dsv3i_avx512_bf16_values(type, b, at, table);
-                if (kind == DSV3I_FEW_CODES) {
-                    DSV3I_UNROLL for (int h = 0; h < each / 2; h++) {
-                        DSV3I_UNROLL for (int m = 0; m < M; m++) {
-                            const __m512bh f = (__m512bh)dsv3i_avx512_bf16_four(x[m] + 2 * i + 4 * h);
-                            sums[m * NC + c] = _mm512_dpbf16_ps(sums[m * NC + c], f, (__m512bh)b[h]);
-                        }
-                    }
-                    continue;
-                }
+                dsv3i_avx512_bf16_values(type, b, dsv3i_avx512_bf16_step(w, columns, c0 + c, i / (size_t)each), table);
                 DSV3I_UNROLL for (int j = 0; j < each; j++) {
                     __m512 f[4], g[4];
                     dsv3i_avx512_floats(bytes, f, b[bytes ? pass : j / 2], zero);
                     DSV3I_UNROLL for (int m = 0; m < M; m++) {
                         __m512 *to = sums + S * (m * NC + c) + j % S;
-                        if (kind == DSV3I_FEW_STEPS) {
-                            const unsigned char *xm = x[m] + 2 * (i + (size_t)(j - j % 2));
+                        const float *xf = (const float *)(const void *)x[m] + 16 * pass + i + j;
+                        const unsigned char *xm = x[m] + 2 * i + 2 * (j - j % 2);
+                        if (kind == DSV3I_FEW_FLOATS) {
+                            *to = _mm512_fmadd_ps(_mm512_set1_ps(*xf), f[bytes ? j : j % 2], *to);
+                        } else if (kind == DSV3I_FEW_STEPS) {
                             dsv3i_avx512_floats(0, g, dsv3i_avx512_bf16_four(xm), zero);
-                        } else {
-                            g[j % 2] = _mm512_set1_ps(((const float *)(const void *)x[m] + 16 * pass + i)[j]);
+                            *to = _mm512_fmadd_ps(g[j % 2], f[j % 2], *to);
+                        } else if (j % 2 == 0) {
+                            *to = _mm512_dpbf16_ps(*to, (__m512bh)dsv3i_avx512_bf16_four(xm), (__m512bh)b[j / 2]);
                         }
-                        *to = _mm512_fmadd_ps(g[j % 2], f[bytes ? j : j % 2], *to);
                     }
                 }
             }
@@ -10628,13 +10623,11 @@ void dsv3i_avx512_bf16_few_block(const dsv3_type type, const int M, const int NC
     DSV3I_UNROLL for (size_t i = 0; i < (size_t)(8 / halves); i++) {
         DSV3I_UNROLL for (int c = 0; c < NC; c++) {
             __m512i b[2];
-            dsv3i_avx512_bf16_values(type, b, w[c / 4] + 64 * (i * columns + dsv3i_min((size_t)c % 4, columns - 1)),
-                                     NULL);
-            DSV3I_UNROLL for (int h = 0; h < halves; h++) {
-                DSV3I_UNROLL for (int j = c; j < M * NC; j += NC) {
-                    const __m512i f = dsv3i_avx512_bf16_four(x[j / NC] + 16 * h + 4 * i);
-                    sum[j] = _mm512_dpbusd_epi32(sum[j], b[h], f);
-                }
+            dsv3i_avx512_bf16_values(type, b, dsv3i_avx512_bf16_step(w, columns, c, i), NULL);
+            DSV3I_UNROLL for (int j = c; j < M * NC * halves; j += NC) {
+                const int h = j / (M * NC), at = j % (M * NC);
+                const __m512i f = dsv3i_avx512_bf16_four(x[at / NC] + 16 * h + 4 * i);
+                sum[at] = _mm512_dpbusd_epi32(sum[at], b[h], f);
             }
         }
     }
@@ -10653,7 +10646,7 @@ void dsv3i_avx512_bf16_few_steps(const dsv3_type type, const int NC, __m512 sums
             __m512 part[16];
             DSV3I_UNROLL for (int c = 0; c < 2 * some; c++) part[c] = _mm512_setzero_ps();
             dsv3i_avx512_bf16_few_terms(DSV3I_FEW_STEPS, type, 1, c0, some, part, w, columns, x, i, end, table);
-            if (end - i < (type == DSV3_F8_E4M3 ? 29 : 31)) { /* a tile goes on with zeros, and -0 + 0 = 0 */
+            if (end - i <= (type == DSV3_F8_E4M3 ? 28 : 30)) { /* a tile goes on with zeros, and -0 + 0 = 0 */
                 DSV3I_UNROLL for (int c = 0; c < 2 * some; c++) part[c] = _mm512_add_ps(part[c], _mm512_setzero_ps());
             }
             DSV3I_UNROLL for (int c = 0; c < some; c++) {
@@ -10712,8 +10705,7 @@ void dsv3i_avx512_bf16_few(const dsv3i_few_kind kind, const dsv3_type type, floa
     const size_t bytes = dsv3i_panel_bytes(type, 4, k), streams = n == 1 ? (size_t)most : n == 2 ? 2 : 1;
     const size_t far = streams > 1 ? rows / 64 / streams : 0, apart = far * bytes, ldp = 64 * far;
     const unsigned char *xs = (const unsigned char *)x, *ws = (const unsigned char *)w;
-    __m512i table[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(),
-                        _mm512_setzero_si512()};
+    __m512i table[4] = {_mm512_setzero_si512()};
     if (type == DSV3_F8_E4M3) dsv3i_avx512_bf16_tables(table);
     for (size_t i = 0; i < far; i++, y += 64, ws += bytes) {
         if (n == 1) dsv3i_avx512_bf16_few_panels(kind, type, 1, most, y, ldy, ldp, 64, xs, ldx, 1, ws, apart, k, table);
