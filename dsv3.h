@@ -10202,8 +10202,8 @@ void dsv3i_avx512_bf16_mix_256(float *y, __m512 f, const unsigned char *w, const
 }
 
 DSV3I_TARGET(DSV3I_AVX512_BF16)
-static void dsv3i_avx512_bf16_mix_f8_e4m3(float *y, const float *x, const void *w, size_t row_bytes, const void *scale,
-                                          size_t k, size_t n) {
+static void dsv3i_avx512_bf16_mix_f8_e4m3(float *y, const float *x, const void *w, size_t row_bytes,
+                                          const void *scale, size_t k, size_t n) {
     const unsigned char *row = (const unsigned char *)w, *scales = (const unsigned char *)scale;
     const size_t whole = n / 256 * 256;
     unsigned char at[64];
@@ -10468,7 +10468,8 @@ DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_value(const dsv3_meeti
     if (a->type == DSV3_BF16) {
         return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, (const uint16_t *)a->values + at));
     }
-    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(m, (const float *)a->values + at)));
+    return _mm512_cvtepu16_epi32(
+        (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(m, (const float *)a->values + at)));
 }
 
 /* Numbers i .. end-1 of values, i a multiple of 16, two keys in four bytes: [nk/2, columns, 16, 2]. Key by key, as they lie:
@@ -10525,8 +10526,10 @@ static void dsv3i_avx512_bf16_meeting(dsv3_meeting *a, size_t nk, dsv3i_product 
     const size_t dk = dsv3i_avx512_bf16_pad(a->dk), columns = (a->lanes + 15) / 16;
     const int wide = product != dsv3i_avx512_bf16_product_bf16;
     const size_t most = wide ? a->dv : 64;
-    unsigned char *scratch = (unsigned char *)a->scratch + 32 * columns * dk, *keys = scratch + 64 * columns * DSV3I_MEET;
-    unsigned char weights[64 * 2 * DSV3I_MEET], part[DSV3I_MEET / 2 * 256], *values = wide ? keys + 2 * DSV3I_MEET * dk : part;
+    unsigned char *scratch = (unsigned char *)a->scratch + 32 * columns * dk,
+                  *keys = scratch + 64 * columns * DSV3I_MEET;
+    unsigned char weights[64 * 2 * DSV3I_MEET], part[DSV3I_MEET / 2 * 256],
+        *values = wide ? keys + 2 * DSV3I_MEET * dk : part;
     float *p = (float *)(void *)scratch, rescale[64];
     size_t ldx = 2 * a->ld_k, scored = 0;
     const void *x = a->keys;
@@ -10589,7 +10592,8 @@ void dsv3i_avx512_bf16_few_terms(const dsv3i_few_kind kind, const dsv3_type type
         for (size_t i = begin; i < end; i += (size_t)each) {
             DSV3I_UNROLL for (int c = 0; c < NC; c++) {
                 __m512i b[2];
-                dsv3i_avx512_bf16_values(type, b, dsv3i_avx512_bf16_step(w, columns, c0 + c, i / (size_t)each), table);
+                dsv3i_avx512_bf16_values(type, b, dsv3i_avx512_bf16_step(w, columns, c0 + c, i / (size_t)each),
+                                         table);
                 DSV3I_UNROLL for (int j = 0; j < each; j++) {
                     __m512 f[4], g[4];
                     dsv3i_avx512_floats(bytes, f, b[bytes ? pass : j / 2], zero);
@@ -10658,9 +10662,10 @@ void dsv3i_avx512_bf16_few_steps(const dsv3_type type, const int NC, __m512 sums
 
 /* n <= M rows and NS panels, `apart` bytes from one to the next, and their outputs, ldp apart, of each so many. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_panels(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int NS, float *y,
-                                  size_t ldy, size_t ldp, size_t outputs, const unsigned char *x, size_t ldx, size_t n,
-                                  const unsigned char *w, size_t apart, size_t k, const __m512i table[4]) {
+void dsv3i_avx512_bf16_few_panels(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int NS,
+                                  float *y, size_t ldy, size_t ldp, size_t outputs, const unsigned char *x,
+                                  size_t ldx, size_t n, const unsigned char *w, size_t apart, size_t k,
+                                  const __m512i table[4]) {
     const int bytes = type == DSV3_Q8_0 || type == DSV3_Q4_0, NC = 4 * NS, scales = type == DSV3_BF16 ? 0 : NC;
     const size_t columns = dsv3i_blocks(outputs, 16);
     const unsigned char *ws[4], *xs[4];
@@ -10708,7 +10713,8 @@ void dsv3i_avx512_bf16_few(const dsv3i_few_kind kind, const dsv3_type type, floa
     __m512i table[4] = {_mm512_setzero_si512()};
     if (type == DSV3_F8_E4M3) dsv3i_avx512_bf16_tables(table);
     for (size_t i = 0; i < far; i++, y += 64, ws += bytes) {
-        if (n == 1) dsv3i_avx512_bf16_few_panels(kind, type, 1, most, y, ldy, ldp, 64, xs, ldx, 1, ws, apart, k, table);
+        if (n == 1)
+            dsv3i_avx512_bf16_few_panels(kind, type, 1, most, y, ldy, ldp, 64, xs, ldx, 1, ws, apart, k, table);
         if (n == 2) dsv3i_avx512_bf16_few_panels(kind, type, 2, 2, y, ldy, ldp, 64, xs, ldx, 2, ws, apart, k, table);
     }
     y += (streams - 1) * ldp;
