@@ -6723,6 +6723,10 @@ typedef enum dsv3_product {
  * many: the same of more rows, which are rounded, and a multiple of 64 rows of weights.
  * mix:  y += sum_r x[r] w_r, n numbers each, in this order, for k rows of codes as they lie, row_bytes apart; their
  *       values are those of decode, times scale (NULL: 1), a float for every 128 of them. NULL: by decode and outer. */
+/* Packed weights, some whole panels or all. */
+typedef void (*dsv3i_whole)(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows,
+                            size_t k);
+
 typedef struct dsv3_kernels {
     void (*decode[DSV3_TYPES])(float *y, const void *w, size_t n);
     float (*dot)(const float *x, const float *y, size_t n);
@@ -6741,10 +6745,7 @@ typedef struct dsv3_kernels {
                                    size_t rows, size_t k, int add);
     void (*meet_begin[2])(dsv3_meeting *a);
     void (*meet[2])(dsv3_meeting *a, size_t nk);
-    void (*few[2][DSV3_TYPES])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows,
-                               size_t k);
-    void (*many[DSV3_TYPES])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows,
-                             size_t k);
+    dsv3i_whole few[2][DSV3_TYPES], many[DSV3_TYPES];
     void (*mix[DSV3_TYPES])(float *y, const float *x, const void *w, size_t row_bytes, const void *scale, size_t k,
                             size_t n);
 } dsv3_kernels;
@@ -7003,8 +7004,7 @@ static dsv3i_input dsv3i_input_round(const dsv3_context *ctx, float *out, const 
 static void dsv3i_rows_near_product(const dsv3_context *ctx, float *y, size_t ldy, const dsv3i_input *in, size_t n,
                                     const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
     const dsv3_kernels *kernels = dsv3i_kernels_of(ctx);
-    void (*whole)(float *, size_t, const void *, size_t, size_t, const void *, size_t, size_t) =
-        n <= DSV3I_FEW ? kernels->few[in->fast][w->type] : in->fast ? kernels->many[w->type] : NULL;
+    dsv3i_whole whole = n <= DSV3I_FEW ? kernels->few[in->fast][w->type] : in->fast ? kernels->many[w->type] : NULL;
     dsv3i_stretch a = {w, 0, 0, 0, 0};
     if (w->packed && whole != NULL && (in->fast || w->cols % 4 == 0)) {
         size_t rows = n <= DSV3I_FEW ? r1 - r0 : (r1 - r0) / DSV3I_PANEL * DSV3I_PANEL;
@@ -9958,21 +9958,26 @@ DSV3I_INLINE(DSV3I_AVX512_BF16) void dsv3i_avx512_bf16_tables(__m512i table[4]) 
     for (int i = 0; i < 4; i++) table[i] = _mm512_loadu_si512(bytes[i / 2] + 64 * (i % 2));
 }
 
-/* E4M3 to BF16: both bytes by tables. */
+/* E4M3 to BF16, both bytes by tables: of each eight codes the first four, and the others. */
+DSV3I_INLINE(DSV3I_AVX512_BF16) void dsv3i_avx512_bf16_of_f8(__m512i b[2], __m512i v, const __m512i table[4]) {
+    const __m512i low = _mm512_permutex2var_epi8(table[0], v, table[1]), sign = _mm512_set1_epi8((char)-128);
+    const __m512i high = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(table[2], v, table[3]), v, sign, 0xF8);
+    b[0] = _mm512_unpacklo_epi8(low, high);
+    b[1] = _mm512_unpackhi_epi8(low, high);
+}
+
 DSV3I_TARGET(DSV3I_AVX512_BF16)
 static void dsv3i_avx512_bf16_widen_f8(void *values, const void *panel, size_t columns, size_t k) {
     const unsigned char *from = (const unsigned char *)panel;
     unsigned char *to = (unsigned char *)values;
-    const __m512i sign = _mm512_set1_epi8((char)-128);
-    __m512i table[4];
+    __m512i table[4], b[2];
     dsv3i_avx512_bf16_tables(table);
     for (size_t i = 0; i < k; i += 4, to += 64 * columns) {
         for (size_t c = 0; c < columns; c++, from += 64, to += 64) {
-            const __m512i v = _mm512_loadu_si512(from), l = _mm512_permutex2var_epi8(table[0], v, table[1]);
-            const __m512i h = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(table[2], v, table[3]), v, sign, 0xF8);
+            dsv3i_avx512_bf16_of_f8(b, _mm512_loadu_si512(from), table);
             _mm_prefetch((const char *)from + DSV3I_AHEAD, _MM_HINT_T0);
-            _mm512_storeu_si512(to, _mm512_unpacklo_epi8(l, h));
-            _mm512_storeu_si512(to + 64 * columns, _mm512_unpackhi_epi8(l, h));
+            _mm512_storeu_si512(to, b[0]);
+            _mm512_storeu_si512(to + 64 * columns, b[1]);
         }
     }
 }
@@ -9982,25 +9987,24 @@ static void dsv3i_avx512_bf16_widen_f8(void *values, const void *panel, size_t c
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_mix_256(float *y, __m512 f, const unsigned char *w, const float scale[2],
                                const __m512i table[4], __m512i order) {
-    const __m512i sign = _mm512_set1_epi8((char)-128), upper = _mm512_set1_epi32(-65536);
     DSV3I_UNROLL for (size_t c = 0; c < 16; c += 4) {
-        const __m512i v = _mm512_permutexvar_epi8(order, _mm512_loadu_si512(w + 16 * c));
-        const __m512i l = _mm512_permutex2var_epi8(table[0], v, table[1]);
-        const __m512i h = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(table[2], v, table[3]), v, sign, 0xF8);
-        const __m512i pair[2] = {_mm512_unpacklo_epi8(l, h), _mm512_unpackhi_epi8(l, h)};
+        __m512i b[2];
+        __m512 value[2][4];
+        dsv3i_avx512_bf16_of_f8(b, _mm512_permutexvar_epi8(order, _mm512_loadu_si512(w + 16 * c)), table);
         _mm_prefetch((const char *)w + 16 * c + DSV3I_AHEAD, _MM_HINT_T0);
+        dsv3i_avx512_floats(0, value[0], b[0], _mm512_setzero_ps());
+        dsv3i_avx512_floats(0, value[1], b[1], _mm512_setzero_ps());
         DSV3I_UNROLL for (size_t i = 0; i < 4; i++) {
-            const __m512i bits = i % 2 ? _mm512_and_si512(pair[i / 2], upper) : _mm512_slli_epi32(pair[i / 2], 16);
-            const __m512 value = _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(scale[c / 8]));
             float *to = y + 16 * (c + i);
-            _mm512_storeu_ps(to, _mm512_fmadd_ps(f, value, _mm512_loadu_ps(to)));
+            const __m512 scaled = _mm512_mul_ps(value[i / 2][i % 2], _mm512_set1_ps(scale[c / 8]));
+            _mm512_storeu_ps(to, _mm512_fmadd_ps(f, scaled, _mm512_loadu_ps(to)));
         }
     }
 }
 
 DSV3I_TARGET(DSV3I_AVX512_BF16)
-static void dsv3i_avx512_bf16_mix_f8_e4m3(float *y, const float *x, const void *w, size_t row_bytes, const void *scale,
-                                          size_t k, size_t n) {
+static void dsv3i_avx512_bf16_mix_f8_e4m3(float *y, const float *x, const void *w, size_t row_bytes,
+                                          const void *scale, size_t k, size_t n) {
     const unsigned char *row = (const unsigned char *)w, *scales = (const unsigned char *)scale;
     const size_t whole = n / 256 * 256;
     unsigned char at[64];
@@ -10058,142 +10062,161 @@ DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_round_bytes(void *
     }
 }
 
+/* ---- Fast products: rows of BF16 or of bytes, and a panel. */
+
+/* The four bytes that a step has of each of 16 outputs, as products of codes take them. Twice as many: FP8 becomes BF16, and
+ * the halves of bytes of Q4_0 are the earlier and the later terms. table: of FP8. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_terms(const int M, const int NP, __m512 acc[24], dsv3i_avx512_place *a, size_t k) {
+void dsv3i_avx512_bf16_values(const dsv3_type type, __m512i b[2], const unsigned char *w, const __m512i table[4]) {
+    const __m512i low = _mm512_set1_epi8(15);
+    b[0] = _mm512_loadu_si512(w);
+    if (type == DSV3_F8_E4M3) {
+        _mm_prefetch((const char *)w + 1024, _MM_HINT_T0); /* others are slower with it */
+        dsv3i_avx512_bf16_of_f8(b, b[0], table);
+    } else if (type == DSV3_Q4_0) {
+        b[1] = _mm512_and_si512(_mm512_srli_epi16(b[0], 4), low);
+        b[0] = _mm512_and_si512(b[0], low);
+    }
+}
+
+DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_four(const unsigned char *x) {
+    return _mm512_set1_epi32(*(const int32_t *)(const void *)x);
+}
+
+/* Steps of M rows and NP columns, of BF16. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_terms(const int M, const int NP, __m512 acc[24], dsv3i_avx512_place *a, size_t steps) {
     const unsigned char *w = a->w;
-    for (size_t i = 0; i < k; i += 2, w += a->step) {
-        __m512bh b[4];
-        DSV3I_UNROLL for (int p = 0; p < NP; p++) b[p] = (__m512bh)_mm512_loadu_si512(w + 64 * p);
+    for (size_t i = 0; i < steps; i++, w += a->step) {
+        __m512i b[4];
         dsv3i_avx512_fetch(a);
+        DSV3I_UNROLL for (int p = 0; p < NP; p++) b[p] = _mm512_loadu_si512(w + 64 * p);
         DSV3I_UNROLL for (int m = 0; m < M; m++) {
-            const __m512bh f = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(const void *)(a->x[m] + 2 * i));
+            const __m512bh x = (__m512bh)dsv3i_avx512_bf16_four(a->x[m] + 4 * i);
             DSV3I_UNROLL for (int p = 0; p < NP; p++) {
-                acc[m * NP + p] = _mm512_dpbf16_ps(acc[m * NP + p], f, b[p]);
+                acc[m * NP + p] = _mm512_dpbf16_ps(acc[m * NP + p], x, (__m512bh)b[p]);
             }
         }
     }
+    a->w = w;
 }
 
-/* BF16s, with one multiplier for all terms of a block or with none. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_pairs_of(const int M, const int NP, dsv3i_avx512_place *a, size_t block, size_t next_scale,
-                                size_t k, int add) {
-    __m512 acc[24];
-    for (size_t i = 0, end; i < k; i = end) {
-        end = dsv3i_min(i + block, k);
-        dsv3i_avx512_begin(M, NP, acc, a, add && a->scale == NULL);
-        dsv3i_avx512_bf16_terms(M, NP, acc, a, end - i);
-        DSV3I_UNROLL for (int m = 0; m < M; m++) a->x[m] += 2 * (end - i);
-        a->w += (end - i) / 2 * a->step;
-        dsv3i_avx512_end(M, NP, acc, a, add || i > 0);
-        if (a->scale != NULL) a->scale += next_scale;
-    }
+/* Where the sums of a block of bytes begin, so that products with codes of 0 that are not 0 come out right. */
+DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_first(const unsigned char *x, __m128i shift) {
+    return _mm512_sll_epi32(dsv3i_avx512_bf16_four(x + DSV3_QBLOCK + 4), shift);
 }
 
-/* A block of 32: sums of products of whole numbers, exact. Values are bytes, or two in the halves of a byte (Q4_0). */
+/* Sums of a block as floats, times the scale of x. */
+DSV3I_INLINE(DSV3I_AVX512_BF16) __m512 dsv3i_avx512_bf16_scaled(__m512i sum, const unsigned char *x) {
+    const __m512 unit = _mm512_set1_ps(*(const float *)(const void *)(x + DSV3_QBLOCK));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(sum), unit);
+}
+
+/* A block of 32 bytes, or of twice two in the halves of a byte (Q4_0): sums of products of whole numbers, exact, times the
+ * scales of x and of w. Both kinds of sums fit the registers if there are 12 of each at most. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_block(const dsv3_type type, const int M, const int NP, __m512i sum[12], dsv3i_avx512_place *a,
-                             __m128i shift) {
-    const int steps = type == DSV3_Q4_0 ? 4 : 8;
-    const __m512i low = _mm512_set1_epi8(15);
-    DSV3I_UNROLL for (int m = 0; m < M; m++) {
-        const int32_t zero = *(const int32_t *)(const void *)(a->x[m] + DSV3_QBLOCK + 4);
-        const __m512i start = _mm512_sll_epi32(_mm512_set1_epi32(zero), shift);
-        DSV3I_UNROLL for (int p = 0; p < NP; p++) sum[m * NP + p] = start;
-    }
-    DSV3I_UNROLL for (int j = 0; j < steps; j++, a->w += a->step) {
+void dsv3i_avx512_bf16_block(const dsv3_type type, const int M, const int NP, __m512 acc[24], dsv3i_avx512_place *a,
+                             const float *scale, __m128i shift) {
+    const int halves = type == DSV3_Q4_0 ? 2 : 1;
+    __m512i sum[12];
+    DSV3I_UNROLL for (int j = 0; j < M * NP; j++) sum[j] = dsv3i_avx512_bf16_first(a->x[j / NP], shift);
+    DSV3I_UNROLL for (int i = 0; i < 8 / halves; i++, a->w += a->step) {
         __m512i b[2][2];
         dsv3i_avx512_fetch(a);
-        DSV3I_UNROLL for (int p = 0; p < NP; p++) {
-            const __m512i v = _mm512_loadu_si512(a->w + 64 * p);
-            b[0][p] = type == DSV3_Q4_0 ? _mm512_and_si512(v, low) : v;
-            b[1][p] = type == DSV3_Q4_0 ? _mm512_and_si512(_mm512_srli_epi16(v, 4), low) : v;
+        DSV3I_UNROLL for (int p = 0; p < NP; p++) dsv3i_avx512_bf16_values(type, b[p], a->w + 64 * p, NULL);
+        DSV3I_UNROLL for (int j = 0; j < M * NP * halves; j++) {
+            const int h = j / (M * NP), at = j % (M * NP);
+            const __m512i x = dsv3i_avx512_bf16_four(a->x[at / NP] + 16 * h + 4 * i);
+            sum[at] = _mm512_dpbusd_epi32(sum[at], b[at % NP][h], x);
         }
-        DSV3I_UNROLL for (int i = 0; i < 8 / steps; i++) {
-            DSV3I_UNROLL for (int m = 0; m < M; m++) {
-                const __m512i f = _mm512_set1_epi32(*(const int32_t *)(const void *)(a->x[m] + 16 * i + 4 * j));
-                DSV3I_UNROLL for (int p = 0; p < NP; p++) {
-                    sum[m * NP + p] = _mm512_dpbusd_epi32(sum[m * NP + p], b[i][p], f);
-                }
-            }
-        }
+    }
+    DSV3I_UNROLL for (int j = 0; j < M * NP; j++) {
+        const __m512 product = dsv3i_avx512_bf16_scaled(sum[j], a->x[j / NP]);
+        acc[j] = _mm512_fmadd_ps(product, _mm512_loadu_ps(scale + 16 * (j % NP)), acc[j]);
     }
 }
 
-/* Codes: each block times the multipliers of its rows of x and of w. Both kinds of sums fit the registers if there are
- * 12 of each at most. scale: [k / 32, 4 or fewer columns, 16], `next_scale` floats from a block's to the next's. */
+static dsv3_panel dsv3i_panel_bf16(const void *values, size_t columns, size_t k) {
+    dsv3_panel w;
+    w.values = w.next = values;
+    w.columns = columns;
+    w.scale = NULL;
+    w.block = k;
+    w.zero = 0;
+    w.gap = w.ahead = w.next_bytes = 0;
+    return w;
+}
+
+/* M rows and NP columns. Sums of BF16 go to memory after each block of terms that share a scale, those of bytes at last. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_blocks(const dsv3_type type, const int M, const int NP, dsv3i_avx512_place *a,
-                              const float *scale, size_t next_scale, int32_t zero, size_t k, int add) {
-    const __m128i shift = _mm_cvtsi32_si128(zero == 128 ? 4 : 0);
+void dsv3i_avx512_bf16_rows(const dsv3_type type, const int M, const int NP, dsv3i_avx512_place *a,
+                            const dsv3_panel *w, size_t k, int add) {
+    const __m128i shift = _mm_cvtsi32_si128(w->zero == 128 ? 4 : 0);
+    const float *scale = a->scale;
+    const int bytes = type != DSV3_BF16;
     __m512 acc[24];
-    dsv3i_avx512_begin(M, NP, acc, a, add);
-    for (size_t i = 0; i < k; i += DSV3_QBLOCK, scale += next_scale) {
-        __m512i sum[12];
-        dsv3i_avx512_bf16_block(type, M, NP, sum, a, shift);
-        DSV3I_UNROLL for (int m = 0; m < M; m++) {
-            const __m512 unit = _mm512_set1_ps(*(const float *)(const void *)(a->x[m] + DSV3_QBLOCK));
-            DSV3I_UNROLL for (int p = 0; p < NP; p++) {
-                const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[m * NP + p]), unit);
-                acc[m * NP + p] = _mm512_fmadd_ps(product, _mm512_loadu_ps(scale + 16 * p), acc[m * NP + p]);
-            }
-            a->x[m] += DSV3_QBLOCK + 8;
+    if (bytes) dsv3i_avx512_begin(M, NP, acc, a, add);
+    for (size_t i = 0, end; i < k; i = end) {
+        end = dsv3i_min(i + (bytes ? DSV3_QBLOCK : w->block), k);
+        if (bytes) {
+            dsv3i_avx512_bf16_block(type, M, NP, acc, a, scale, shift);
+            a->w += w->gap;
+        } else {
+            a->scale = scale;
+            dsv3i_avx512_begin(M, NP, acc, a, add && scale == NULL);
+            dsv3i_avx512_bf16_terms(M, NP, acc, a, (end - i + 1) / 2);
+            dsv3i_avx512_end(M, NP, acc, a, add || i > 0);
         }
-        a->w += a->gap;
+        DSV3I_UNROLL for (int m = 0; m < M; m++) a->x[m] += bytes ? DSV3_QBLOCK + 8 : 2 * (end - i);
+        if (scale != NULL) scale += 16 * w->columns;
     }
-    dsv3i_avx512_end(M, NP, acc, a, 0);
+    a->scale = NULL;
+    if (bytes) dsv3i_avx512_end(M, NP, acc, a, 0);
 }
 
+/* n rows, up to 6 at a time, and NP columns from c0 on. Each share of them fetches its share of what is read next. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_fast(const int bytes, const int M, const int NP, float *y, size_t ldy, const void *x,
-                            size_t ldx, size_t n, const dsv3_panel *w, size_t c0, size_t rows, size_t k, int add) {
-    dsv3i_avx512_place a;
-    dsv3i_avx512_place_set(M, NP, &a, y + 16 * c0, ldy, x, ldx, n, (const unsigned char *)w->values + 64 * c0,
-                           64 * w->columns, rows - 16 * c0);
-    if (bytes) {
-        a.gap = w->gap;
-        dsv3i_avx512_bf16_blocks(DSV3_Q8_0, M, NP, &a, w->scale + 16 * c0, 16 * w->columns, w->zero, k, add);
-    } else {
-        if (w->scale != NULL) a.scale = w->scale + 16 * c0;
-        dsv3i_avx512_bf16_pairs_of(M, NP, &a, w->block, 16 * w->columns, k, add);
-    }
-}
-
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_columns(const int bytes, const int NP, float *y, size_t ldy, const void *x, size_t ldx,
+void dsv3i_avx512_bf16_columns(const dsv3_type type, const int NP, float *y, size_t ldy, const void *x, size_t ldx,
                                size_t n, const dsv3_panel *w, size_t c0, size_t rows, size_t k, int add) {
+    const size_t lines = w->next_bytes / 64 * (size_t)NP / w->columns / dsv3i_max(n, 1);
+    const size_t steps = dsv3i_blocks(k, type == DSV3_BF16 ? 2 : type == DSV3_Q8_0 ? 4 : 8);
     for (size_t t = 0, m; t < n; t += m) {
-        const unsigned char *xt = (const unsigned char *)x + t * ldx;
-        float *yt = y + t * ldy;
+        dsv3i_avx512_place a;
         m = dsv3i_rows_together(n - t);
-        switch (m) {
-        case 1: dsv3i_avx512_bf16_fast(bytes, 1, NP, yt, ldy, xt, ldx, 1, w, c0, rows, k, add); break;
-        case 2: dsv3i_avx512_bf16_fast(bytes, 2, NP, yt, ldy, xt, ldx, 2, w, c0, rows, k, add); break;
-        case 3:
-        case 4: dsv3i_avx512_bf16_fast(bytes, 4, NP, yt, ldy, xt, ldx, m, w, c0, rows, k, add); break;
-        default: dsv3i_avx512_bf16_fast(bytes, 6, NP, yt, ldy, xt, ldx, m, w, c0, rows, k, add);
-        }
+        dsv3i_avx512_place_set(6, NP, &a, y + t * ldy + 16 * c0, ldy, (const unsigned char *)x + t * ldx, ldx, m,
+                               (const unsigned char *)w->values + 64 * c0, 64 * (NP == 4 ? 4 : w->columns),
+                               rows - 16 * c0);
+        if (w->scale != NULL) a.scale = w->scale + 16 * c0;
+        a.next = (const unsigned char *)w->next + 64 * lines * (c0 / (size_t)NP * n + t);
+        a.lines = lines * m;
+        a.each = dsv3i_max(dsv3i_blocks(a.lines, steps), 1);
+        if (m > 4) dsv3i_avx512_bf16_rows(type, 6, NP, &a, w, k, add);
+        if (m > 1 && m <= 4) dsv3i_avx512_bf16_rows(type, 4, NP, &a, w, k, add);
+        if (m == 1) dsv3i_avx512_bf16_rows(type, 1, NP, &a, w, k, add);
     }
 }
 
-DSV3I_TARGET(DSV3I_AVX512_BF16)
-static void dsv3i_avx512_bf16_product_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                                           const dsv3_panel *w, size_t rows, size_t k, int add) {
-    switch (w->columns) {
-    case 1: dsv3i_avx512_bf16_columns(0, 1, y, ldy, x, ldx, n, w, 0, rows, k, add); break;
-    case 2: dsv3i_avx512_bf16_columns(0, 2, y, ldy, x, ldx, n, w, 0, rows, k, add); break;
-    case 3: dsv3i_avx512_bf16_columns(0, 3, y, ldy, x, ldx, n, w, 0, rows, k, add); break;
-    default: dsv3i_avx512_bf16_columns(0, 4, y, ldy, x, ldx, n, w, 0, rows, k, add);
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX512_BF16)
-static void dsv3i_avx512_bf16_product_bytes(float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                                            const dsv3_panel *w, size_t rows, size_t k, int add) {
+/* Four columns of BF16 at a time, or two of bytes; then what is left. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_product(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+                               const dsv3_panel *w, size_t rows, size_t k, int add) {
     size_t c = 0;
-    for (; c + 2 <= w->columns; c += 2) dsv3i_avx512_bf16_columns(1, 2, y, ldy, x, ldx, n, w, c, rows, k, add);
-    if (c < w->columns) dsv3i_avx512_bf16_columns(1, 1, y, ldy, x, ldx, n, w, c, rows, k, add);
+    if (type == DSV3_BF16 && w->columns == 4) {
+        dsv3i_avx512_bf16_columns(type, 4, y, ldy, x, ldx, n, w, 0, rows, k, add);
+        return;
+    }
+    for (; c + 2 <= w->columns; c += 2) dsv3i_avx512_bf16_columns(type, 2, y, ldy, x, ldx, n, w, c, rows, k, add);
+    if (c < w->columns) dsv3i_avx512_bf16_columns(type, 1, y, ldy, x, ldx, n, w, c, rows, k, add);
 }
+
+#define DSV3I_PRODUCT(name, type)                                                                                    \
+    DSV3I_TARGET(DSV3I_AVX512_BF16)                                                                                  \
+    static void dsv3i_avx512_bf16_product_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n,          \
+                                                 const dsv3_panel *w, size_t rows, size_t k, int add) {              \
+        dsv3i_avx512_bf16_product(type, y, ldy, x, ldx, n, w, rows, k, add);                                         \
+    }
+DSV3I_PRODUCT(bf16, DSV3_BF16)
+DSV3I_PRODUCT(bytes, DSV3_Q8_0)
 
 typedef void (*dsv3i_gemm)(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
                               size_t rows, size_t k, int add);
@@ -10246,7 +10269,8 @@ DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_value(const dsv3_meeti
     if (a->type == DSV3_BF16) {
         return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, (const uint16_t *)a->values + at));
     }
-    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(m, (const float *)a->values + at)));
+    return _mm512_cvtepu16_epi32(
+        (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(m, (const float *)a->values + at)));
 }
 
 /* Numbers i .. end-1 of values, i a multiple of 16, two keys in four bytes: [nk/2, columns, 16, 2]. Key by key, as they lie:
@@ -10278,69 +10302,58 @@ void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3_meeting *a, 
     }
 }
 
-/* Scores of M keys with the queries of one column: as a product of more rows, so that sums hide their latency. With each step
+/* Scores of 16 keys with the queries of one column: as a product of more rows, so that sums hide their latency. With each step
  * goes a line of the next block's keys. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_scores(const int M, float *p, const unsigned char *keys, size_t ldx, const unsigned char *q,
-                              size_t k) {
+void dsv3i_avx512_bf16_scores(float *p, const unsigned char *keys, size_t ldx, const unsigned char *q, size_t k) {
     const unsigned char *x[6]; /* every third key: addresses of the others are sums */
     __m512 acc[16];
-    DSV3I_UNROLL for (int m = 0; m < M; m += 3) x[m / 3] = keys + (size_t)m * ldx;
-    DSV3I_UNROLL for (int m = 0; m < M; m++) acc[m] = _mm512_setzero_ps();
+    DSV3I_UNROLL for (int m = 0; m < 16; m += 3) x[m / 3] = keys + (size_t)m * ldx;
+    DSV3I_UNROLL for (int m = 0; m < 16; m++) acc[m] = _mm512_setzero_ps();
     for (size_t i = 0; i < k; i += 2) {
         const __m512bh b = (__m512bh)_mm512_loadu_si512(q + 32 * i);
         _mm_prefetch((const char *)x[0] + (DSV3I_MEET + i / 2 % 16) * ldx + i / 32 * 64, _MM_HINT_T1);
-        DSV3I_UNROLL for (int m = 0; m < M; m++) {
-            const void *at = x[m / 3] + (size_t)(m % 3) * ldx + 2 * i;
-            acc[m] = _mm512_dpbf16_ps(acc[m], (__m512bh)_mm512_set1_epi32(*(const int32_t *)at), b);
+        DSV3I_UNROLL for (int m = 0; m < 16; m++) {
+            const unsigned char *at = x[m / 3] + (size_t)(m % 3) * ldx + 2 * i;
+            acc[m] = _mm512_dpbf16_ps(acc[m], (__m512bh)dsv3i_avx512_bf16_four(at), b);
         }
     }
-    DSV3I_UNROLL for (int m = 0; m < M; m++) _mm512_storeu_ps(p + 16 * m, acc[m]);
+    DSV3I_UNROLL for (int m = 0; m < 16; m++) _mm512_storeu_ps(p + 16 * m, acc[m]);
 }
 
 /* product: of rows and panels of BF16. */
 DSV3I_TARGET(DSV3I_AVX512_BF16)
 static void dsv3i_avx512_bf16_meeting(dsv3_meeting *a, size_t nk, dsv3i_gemm product) {
     const size_t dk = dsv3i_avx512_bf16_pad(a->dk), columns = (a->lanes + 15) / 16;
-    unsigned char *scratch = (unsigned char *)a->scratch + 32 * columns * dk, *keys, weights[64 * 2 * DSV3I_MEET];
-    unsigned char part[DSV3I_MEET / 2 * 256], *values = part;
-    float *p = (float *)(void *)scratch, rescale[64];
     const int wide = product != dsv3i_avx512_bf16_product_bf16;
     const size_t most = wide ? a->dv : 64;
+    unsigned char *scratch = (unsigned char *)a->scratch + 32 * columns * dk,
+                  *keys = scratch + 64 * columns * DSV3I_MEET;
+    unsigned char weights[64 * 2 * DSV3I_MEET], part[DSV3I_MEET / 2 * 256],
+        *values = wide ? keys + 2 * DSV3I_MEET * dk : part;
+    float *p = (float *)(void *)scratch, rescale[64];
     size_t ldx = 2 * a->ld_k, scored = 0;
     const void *x = a->keys;
-    dsv3_panel panel;
-    panel.values = a->scratch;
-    panel.columns = columns;
-    panel.scale = NULL;
-    panel.block = dk;
-    panel.zero = 0;
-    panel.gap = panel.ahead = panel.next_bytes = 0;
-    keys = scratch + 64 * columns * DSV3I_MEET;
-    if (wide) values = keys + 2 * DSV3I_MEET * dk;
+    dsv3_panel panel = dsv3i_panel_bf16(a->scratch, columns, a->type == DSV3_F32 ? dk : a->dk);
     if (a->type == DSV3_F32) {
         for (size_t j = 0; j < nk; j++) {
             dsv3i_avx512_bf16_round_bf16(keys + 2 * j * dk, (const float *)a->keys + j * a->ld_k, a->dk);
         }
         x = keys;
         ldx = 2 * dk;
-    } else {
-        panel.block = a->dk;
     }
     for (; !wide && columns == 1 && scored + 16 <= nk; scored += 16) {
-        dsv3i_avx512_bf16_scores(16, p + 16 * scored, (const unsigned char *)x + scored * ldx, ldx,
-                                 (const unsigned char *)panel.values, panel.block);
+        dsv3i_avx512_bf16_scores(p + 16 * scored, (const unsigned char *)x + scored * ldx, ldx,
+                                 (const unsigned char *)a->scratch, panel.block);
     }
     product(p + 16 * columns * scored, 16 * columns, (const unsigned char *)x + scored * ldx, ldx, nk - scored,
             &panel, 16 * columns, panel.block, 0);
     dsv3i_avx512_softmax(a, p, rescale, columns, nk);
     dsv3i_avx512_rescale(a, rescale);
     dsv3i_avx512_bf16_weights(weights, p, columns, nk);
-    panel.values = values;
-    panel.block = (nk + 1) / 2 * 2;
     for (size_t i = 0; i < a->dv; i += most) {
         const size_t rows = dsv3i_min(most, a->dv - i);
-        panel.columns = (rows + 15) / 16;
+        panel = dsv3i_panel_bf16(values, (rows + 15) / 16, (nk + 1) / 2 * 2);
         dsv3i_avx512_bf16_value_panel(values, a, i, i + rows, nk, scored == 0);
         product(a->out + i, a->ld_out, weights, 2 * DSV3I_MEET, a->lanes, &panel, rows, panel.block, 1);
     }
@@ -10359,315 +10372,167 @@ typedef enum dsv3i_few_kind { /* rows of floats; rows of codes; rows of BF16, ad
                               DSV3I_FEW_STEPS = 2
 } dsv3i_few_kind;
 
-/* One step of four bytes for 16 outputs as values for products of codes: FP8 gives two of BF16, Q4_0 two of bytes. */
+/* Column c of panels w, four of each: its step. `columns` are there; the others are the last one once more. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_values(const dsv3_type type, __m512i b[2], const unsigned char *w, const __m512i table[4]) {
-    const __m512i v = _mm512_loadu_si512(w);
-    b[0] = v;
-    if (type == DSV3_F8_E4M3) _mm_prefetch((const char *)w + 1024, _MM_HINT_T0); /* others are slower with it */
-    if (type == DSV3_F8_E4M3) {
-        const __m512i l = _mm512_permutex2var_epi8(table[0], v, table[1]);
-        const __m512i h = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(table[2], v, table[3]), v,
-                                                    _mm512_set1_epi8((char)-128), 0xF8);
-        b[0] = _mm512_unpacklo_epi8(l, h);
-        b[1] = _mm512_unpackhi_epi8(l, h);
-    } else if (type == DSV3_Q4_0) {
-        b[0] = _mm512_and_si512(v, _mm512_set1_epi8(15));
-        b[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15));
-    }
+const unsigned char *dsv3i_avx512_bf16_step(const unsigned char *const w[4], size_t columns, int c, size_t step) {
+    return w[c / 4] + 64 * (step * columns + dsv3i_min((size_t)c % 4, columns - 1));
 }
 
-/* Terms of a piece of BF16 or FP8 for M rows and NS panels of NC columns: acc[m * NC NS + column] += .. */
+/* M rows and NC columns of panels, from c0 on, terms begin .. end-1: sums[m NC + column] += .., with DSV3I_FEW_STEPS one sum of
+ * even and one of odd terms for each. With rows of floats every number of w becomes one, and terms are added one after the
+ * other; the upper halves of the bytes of Q4_0 are the later ones. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_terms(const dsv3_type type, const int M, const int NS, const int NC, __m512 acc[16],
-                                 const unsigned char *const w[4], const unsigned char *const x[4], size_t k,
-                                 const __m512i table[4]) {
-    const size_t each = type == DSV3_F8_E4M3 ? 4 : 2;
-    for (size_t i = 0; i < k; i += each) {
-        DSV3I_UNROLL for (int c = 0; c < NC * NS; c++) {
-            __m512i b[2];
-            dsv3i_avx512_bf16_values(type, b, w[c / NC] + i / each * (size_t)(64 * NC) + 64 * (c % NC), table);
-            DSV3I_UNROLL for (int m = 0; m < M; m++) {
-                const unsigned char *xm = x[m] + 2 * i;
-                const __m512i f = _mm512_set1_epi32(*(const int32_t *)(const void *)xm);
-                acc[m * NC * NS + c] = _mm512_dpbf16_ps(acc[m * NC * NS + c], (__m512bh)f, (__m512bh)b[0]);
-                if (type == DSV3_F8_E4M3) {
-                    const __m512i g = _mm512_set1_epi32(*(const int32_t *)(const void *)(xm + 4));
-                    acc[m * NC * NS + c] = _mm512_dpbf16_ps(acc[m * NC * NS + c], (__m512bh)g, (__m512bh)b[1]);
-                }
-            }
-        }
-    }
-}
-
-/* The same with the sums of AMX: of each 32 terms, those of even and of odd ones, which are added, and then to what is there.
- * Some columns at a time, so that registers last. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_steps(const dsv3_type type, const int M, const int NS, const int NC, __m512 acc[16],
-                                 const unsigned char *const w[4], const unsigned char *const x[4], size_t k,
-                                 const __m512i table[4]) {
-    const int columns = 8 / M > NC * NS ? NC * NS : 8 / M;
-    const size_t each = type == DSV3_F8_E4M3 ? 4 : 2;
-    for (size_t i0 = 0, end; i0 < k; i0 = end) {
-        end = dsv3i_min(i0 + 32, k);
-        DSV3I_UNROLL for (int c0 = 0; c0 < NC * NS; c0 += columns) {
-            __m512 sum[16];
-            DSV3I_UNROLL for (int s = 0; s < 2 * M * columns; s++) sum[s] = _mm512_setzero_ps();
-            for (size_t i = i0; i < end; i += each) {
-                DSV3I_UNROLL for (int c = 0; c < columns; c++) {
-                    __m512i b[2];
-                    dsv3i_avx512_bf16_values(
-                        type, b, w[(c0 + c) / NC] + i / each * (size_t)(64 * NC) + 64 * ((c0 + c) % NC), table);
-                    DSV3I_UNROLL for (size_t j = 0; j < each; j += 2) {
-                        __m512 f[4];
-                        dsv3i_avx512_floats(0, f, b[j / 2], _mm512_setzero_ps());
-                        DSV3I_UNROLL for (int m = 0; m < M; m++) {
-                            __m512 *at = sum + 2 * (m * columns + c), g[4];
-                            const unsigned char *xm = x[m] + 2 * (i + j);
-                            dsv3i_avx512_floats(0, g, _mm512_set1_epi32(*(const int32_t *)(const void *)xm),
-                                                _mm512_setzero_ps());
-                            at[0] = _mm512_fmadd_ps(g[0], f[0], at[0]);
-                            at[1] = _mm512_fmadd_ps(g[1], f[1], at[1]);
+void dsv3i_avx512_bf16_few_terms(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int c0,
+                                 const int NC, __m512 sums[16], const unsigned char *const w[4], size_t columns,
+                                 const unsigned char *const x[4], size_t begin, size_t end, const __m512i table[4]) {
+    const int bytes = type == DSV3_Q8_0 || type == DSV3_Q4_0, passes = type == DSV3_Q4_0 ? 2 : 1;
+    const int each = type == DSV3_BF16 ? 2 : 4, S = kind == DSV3I_FEW_STEPS ? 2 : 1;
+    const __m512 zero = _mm512_set1_ps(type == DSV3_Q8_0 ? 128.0f : 8.0f);
+    if (type == DSV3_Q4_0) end /= 2;
+    DSV3I_UNROLL for (int pass = 0; pass < passes; pass++) {
+        for (size_t i = begin; i < end; i += (size_t)each) {
+            DSV3I_UNROLL for (int c = 0; c < NC; c++) {
+                __m512i b[2];
+                dsv3i_avx512_bf16_values(type, b, dsv3i_avx512_bf16_step(w, columns, c0 + c, i / (size_t)each),
+                                         table);
+                DSV3I_UNROLL for (int j = 0; j < each; j++) {
+                    __m512 f[4], g[4];
+                    dsv3i_avx512_floats(bytes, f, b[bytes ? pass : j / 2], zero);
+                    DSV3I_UNROLL for (int m = 0; m < M; m++) {
+                        __m512 *to = sums + S * (m * NC + c) + j % S;
+                        const float *xf = (const float *)(const void *)x[m] + 16 * pass + i + j;
+                        const unsigned char *xm = x[m] + 2 * i + 2 * (j - j % 2);
+                        if (kind == DSV3I_FEW_FLOATS) {
+                            *to = _mm512_fmadd_ps(_mm512_set1_ps(*xf), f[bytes ? j : j % 2], *to);
+                        } else if (kind == DSV3I_FEW_STEPS) {
+                            dsv3i_avx512_floats(0, g, dsv3i_avx512_bf16_four(xm), zero);
+                            *to = _mm512_fmadd_ps(g[j % 2], f[j % 2], *to);
+                        } else if (j % 2 == 0) {
+                            *to = _mm512_dpbf16_ps(*to, (__m512bh)dsv3i_avx512_bf16_four(xm), (__m512bh)b[j / 2]);
                         }
                     }
                 }
             }
-            if (dsv3i_blocks(end - i0, each) * each < 32) { /* a tile goes on with zeros, and -0 + 0 = 0 */
-                DSV3I_UNROLL for (int s = 0; s < 2 * M * columns; s++) {
-                    sum[s] = _mm512_add_ps(sum[s], _mm512_setzero_ps());
-                }
-            }
-            DSV3I_UNROLL for (int m = 0; m < M; m++) {
-                DSV3I_UNROLL for (int c = 0; c < columns; c++) {
-                    const __m512 *at = sum + 2 * (m * columns + c);
-                    __m512 *to = acc + m * NC * NS + c0 + c;
-                    *to = _mm512_add_ps(*to, _mm512_add_ps(at[0], at[1]));
-                }
-            }
         }
     }
 }
 
-/* Terms of a block of 32 of Q8_0 or Q4_0. */
+/* A block of bytes, with its sums in whole numbers. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_block(const dsv3_type type, const int M, const int NS, const int NC, __m512i sum[16],
-                                 const unsigned char *const w[4], const unsigned char *const x[4]) {
-    const int steps = type == DSV3_Q8_0 ? 8 : 4;
-    DSV3I_UNROLL for (int m = 0; m < M; m++) {
-        const int32_t zero = *(const int32_t *)(const void *)(x[m] + DSV3_QBLOCK + 4);
-        DSV3I_UNROLL for (int c = 0; c < NC * NS; c++) {
-            sum[m * NC * NS + c] = _mm512_set1_epi32(type == DSV3_Q8_0 ? zero * 16 : zero);
-        }
-    }
-    DSV3I_UNROLL for (int j = 0; j < steps; j++) {
-        DSV3I_UNROLL for (int c = 0; c < NC * NS; c++) {
-            __m512i b[2];
-            dsv3i_avx512_bf16_values(type, b, w[c / NC] + 64 * NC * j + 64 * (c % NC), NULL);
-            DSV3I_UNROLL for (int m = 0; m < M; m++) {
-                const __m512i f = _mm512_set1_epi32(*(const int32_t *)(const void *)(x[m] + 4 * j));
-                sum[m * NC * NS + c] = _mm512_dpbusd_epi32(sum[m * NC * NS + c], b[0], f);
-                if (type == DSV3_Q4_0) {
-                    const __m512i g = _mm512_set1_epi32(*(const int32_t *)(const void *)(x[m] + 16 + 4 * j));
-                    sum[m * NC * NS + c] = _mm512_dpbusd_epi32(sum[m * NC * NS + c], b[1], g);
-                }
-            }
-        }
-    }
-}
-
-/* The same of rows of floats: every number of w becomes one, and terms are added one after the other. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_float_terms(const dsv3_type type, const int M, const int NS, const int NC, __m512 acc[16],
-                                       const unsigned char *const w[4], const unsigned char *const x[4], size_t k,
-                                       const __m512i table[4]) {
-    const int each = type == DSV3_F8_E4M3 ? 4 : 2;
-    for (size_t i = 0; i < k; i += (size_t)each) {
-        DSV3I_UNROLL for (int c = 0; c < NC * NS; c++) {
-            __m512i b[2];
-            dsv3i_avx512_bf16_values(type, b, w[c / NC] + i / (size_t)each * (size_t)(64 * NC) + 64 * (c % NC),
-                                     table);
-            DSV3I_UNROLL for (int j = 0; j < each; j++) {
-                __m512 f[4];
-                dsv3i_avx512_floats(0, f, b[j / 2], _mm512_setzero_ps());
-                DSV3I_UNROLL for (int m = 0; m < M; m++) {
-                    const float *xm = (const float *)(const void *)x[m] + i;
-                    acc[m * NC * NS + c] = _mm512_fmadd_ps(_mm512_set1_ps(xm[j]), f[j % 2], acc[m * NC * NS + c]);
-                }
-            }
-        }
-    }
-}
-
-/* And of a block of Q8_0 or Q4_0, of which the upper halves of bytes are the later terms. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_float_block(const dsv3_type type, const int M, const int NS, const int NC, __m512 sum[16],
-                                       const unsigned char *const w[4], const unsigned char *const x[4]) {
-    const __m512 zero = _mm512_set1_ps(type == DSV3_Q8_0 ? 128.0f : 8.0f);
-    DSV3I_UNROLL for (int c = 0; c < NC * M * NS; c++) sum[c] = _mm512_setzero_ps();
-    DSV3I_UNROLL for (int i = 0; i < 8; i++) {
-        const int step = type == DSV3_Q8_0 ? i : i % 4, half = type == DSV3_Q8_0 ? 0 : i / 4;
-        DSV3I_UNROLL for (int c = 0; c < NC * NS; c++) {
-            __m512i b[2];
-            __m512 f[4];
-            dsv3i_avx512_bf16_values(type, b, w[c / NC] + 64 * NC * step + 64 * (c % NC), NULL);
-            dsv3i_avx512_floats(1, f, b[half], zero);
-            DSV3I_UNROLL for (int j = 0; j < 4; j++) {
-                DSV3I_UNROLL for (int m = 0; m < M; m++) {
-                    const float *xm = (const float *)(const void *)x[m] + 4 * i;
-                    sum[m * NC * NS + c] = _mm512_fmadd_ps(_mm512_set1_ps(xm[j]), f[j], sum[m * NC * NS + c]);
-                }
-            }
-        }
-    }
-}
-
-/* A block of 32 of Q8_0 or Q4_0, with the multipliers of x. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_sums(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int NS,
-                                const int NC, __m512 f[16], const unsigned char *const w[4],
-                                const unsigned char *const x[4]) {
+void dsv3i_avx512_bf16_few_block(const dsv3_type type, const int M, const int NC, __m512 sums[16],
+                                 const unsigned char *const w[4], size_t columns, const unsigned char *const x[4]) {
+    const __m128i shift = _mm_cvtsi32_si128(type == DSV3_Q8_0 ? 4 : 0);
+    const int halves = type == DSV3_Q4_0 ? 2 : 1;
     __m512i sum[16];
-    if (kind == DSV3I_FEW_FLOATS) {
-        dsv3i_avx512_bf16_few_float_block(type, M, NS, NC, f, w, x);
-        return;
+    DSV3I_UNROLL for (int j = 0; j < M * NC; j++) sum[j] = dsv3i_avx512_bf16_first(x[j / NC], shift);
+    DSV3I_UNROLL for (size_t i = 0; i < (size_t)(8 / halves); i++) {
+        DSV3I_UNROLL for (int c = 0; c < NC; c++) {
+            __m512i b[2];
+            dsv3i_avx512_bf16_values(type, b, dsv3i_avx512_bf16_step(w, columns, c, i), NULL);
+            DSV3I_UNROLL for (int j = c; j < M * NC * halves; j += NC) {
+                const int h = j / (M * NC), at = j % (M * NC);
+                const __m512i f = dsv3i_avx512_bf16_four(x[at / NC] + 16 * h + 4 * i);
+                sum[at] = _mm512_dpbusd_epi32(sum[at], b[h], f);
+            }
+        }
     }
-    dsv3i_avx512_bf16_few_block(type, M, NS, NC, sum, w, x);
-    DSV3I_UNROLL for (int i = 0; i < NC * M * NS; i++) {
-        const float unit = *(const float *)(const void *)(x[i / (NC * NS)] + DSV3_QBLOCK);
-        f[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[i]), _mm512_set1_ps(unit));
-    }
+    DSV3I_UNROLL for (int j = 0; j < M * NC; j++) sums[j] = dsv3i_avx512_bf16_scaled(sum[j], x[j / NC]);
 }
 
+/* The same with the sums of AMX for one row: of each 32 terms, those of even and of odd ones, which are added, and then to what
+ * is there. Up to 8 columns at a time, so that registers last. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_some(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int NS,
-                                const int NC, __m512 acc[16], const unsigned char *const w[4],
-                                const unsigned char *const x[4], size_t k, const __m512i table[4]) {
-    if (kind == DSV3I_FEW_FLOATS) dsv3i_avx512_bf16_few_float_terms(type, M, NS, NC, acc, w, x, k, table);
-    if (kind == DSV3I_FEW_CODES) dsv3i_avx512_bf16_few_terms(type, M, NS, NC, acc, w, x, k, table);
-    if (kind == DSV3I_FEW_STEPS) dsv3i_avx512_bf16_few_steps(type, M, NS, NC, acc, w, x, k, table);
+void dsv3i_avx512_bf16_few_steps(const dsv3_type type, const int NC, __m512 sums[16], const unsigned char *const w[4],
+                                 size_t columns, const unsigned char *const x[4], size_t k, const __m512i table[4]) {
+    const int some = NC < 8 ? NC : 8;
+    for (size_t i = 0, end; i < k; i = end) {
+        end = dsv3i_min(i + 32, k);
+        DSV3I_UNROLL for (int c0 = 0; c0 < NC; c0 += some) {
+            __m512 part[16];
+            DSV3I_UNROLL for (int c = 0; c < 2 * some; c++) part[c] = _mm512_setzero_ps();
+            dsv3i_avx512_bf16_few_terms(DSV3I_FEW_STEPS, type, 1, c0, some, part, w, columns, x, i, end, table);
+            if (end - i <= (type == DSV3_F8_E4M3 ? 28 : 30)) { /* a tile goes on with zeros, and -0 + 0 = 0 */
+                DSV3I_UNROLL for (int c = 0; c < 2 * some; c++) part[c] = _mm512_add_ps(part[c], _mm512_setzero_ps());
+            }
+            DSV3I_UNROLL for (int c = 0; c < some; c++) {
+                sums[c0 + c] = _mm512_add_ps(sums[c0 + c], _mm512_add_ps(part[2 * c], part[2 * c + 1]));
+            }
+        }
+    }
 }
 
-/* NS panels, `apart` bytes from one to the next, and their outputs, ldp apart, of each so many; M rows. */
+/* n <= M rows and NS panels, `apart` bytes from one to the next, and their outputs, ldp apart, of each so many. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_few_panels(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int NS,
-                                  const int NC, float *y, size_t ldy, size_t ldp, size_t outputs,
-                                  const unsigned char *x, size_t ldx, const unsigned char *w, size_t apart, size_t k,
+                                  float *y, size_t ldy, size_t ldp, size_t outputs, const unsigned char *x,
+                                  size_t ldx, size_t n, const unsigned char *w, size_t apart, size_t k,
                                   const __m512i table[4]) {
-    const int blocks = type == DSV3_Q8_0 || type == DSV3_Q4_0;
+    const int bytes = type == DSV3_Q8_0 || type == DSV3_Q4_0, NC = 4 * NS, scales = type == DSV3_BF16 ? 0 : NC;
+    const size_t columns = dsv3i_blocks(outputs, 16);
     const unsigned char *ws[4], *xs[4];
-    __m512 acc[16];
+    __m512 acc[16], part[16], *sums = type == DSV3_BF16 ? acc : part;
     DSV3I_UNROLL for (int s = 0; s < NS; s++) ws[s] = w + (size_t)s * apart;
-    DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] = x + (size_t)m * ldx;
-    DSV3I_UNROLL for (int c = 0; c < NC * M * NS; c++) acc[c] = _mm512_setzero_ps();
+    DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] = x + dsv3i_min((size_t)m, n - 1) * ldx;
+    DSV3I_UNROLL for (int i = 0; i < M * NC; i++) acc[i] = _mm512_setzero_ps();
     for (size_t i = 0, terms; i < k; i += terms) {
         size_t codes;
         terms = dsv3i_min(dsv3i_piece_terms(type), k - i);
-        codes = dsv3i_codes_bytes(type, (size_t)NC, terms);
-        if (blocks) {
-            __m512 f[16];
-            dsv3i_avx512_bf16_few_sums(kind, type, M, NS, NC, f, ws, xs);
-            DSV3I_UNROLL for (int c = 0; c < NC * NS; c++) {
-                const void *halves = ws[c / NC] + codes + 32 * (c % NC);
-                const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)halves));
-                DSV3I_UNROLL for (int m = 0; m < M; m++) {
-                    acc[m * NC * NS + c] = _mm512_fmadd_ps(f[m * NC * NS + c], scale, acc[m * NC * NS + c]);
-                }
-            }
-        } else if (type == DSV3_F8_E4M3) {
-            __m512 part[16];
-            DSV3I_UNROLL for (int c = 0; c < NC * M * NS; c++) part[c] = _mm512_setzero_ps();
-            dsv3i_avx512_bf16_few_some(kind, type, M, NS, NC, part, ws, xs, terms, table);
-            DSV3I_UNROLL for (int c = 0; c < NC * M * NS; c++) {
-                const float scale = *(const float *)(const void *)(ws[c / NC % NS] + codes);
-                acc[c] = _mm512_fmadd_ps(part[c], _mm512_set1_ps(scale), acc[c]);
-            }
+        codes = dsv3i_codes_bytes(type, columns, terms);
+        DSV3I_UNROLL for (int j = 0; j < M * NC; j++) part[j] = _mm512_setzero_ps();
+        if (kind == DSV3I_FEW_STEPS) {
+            dsv3i_avx512_bf16_few_steps(type, NC, sums, ws, columns, xs, terms, table);
+        } else if (kind == DSV3I_FEW_CODES && bytes) {
+            dsv3i_avx512_bf16_few_block(type, M, NC, sums, ws, columns, xs);
         } else {
-            dsv3i_avx512_bf16_few_some(kind, type, M, NS, NC, acc, ws, xs, terms, table);
+            dsv3i_avx512_bf16_few_terms(kind, type, M, 0, NC, sums, ws, columns, xs, 0, terms, table);
+        }
+        DSV3I_UNROLL for (int c = 0; c < scales; c++) {
+            const unsigned char *at = ws[c / 4] + codes + (bytes ? 32 * dsv3i_min((size_t)c % 4, columns - 1) : 0);
+            const __m512 scale = bytes ? _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)at))
+                                       : _mm512_set1_ps(*(const float *)(const void *)at);
+            DSV3I_UNROLL for (int j = c; j < M * NC; j += NC) acc[j] = _mm512_fmadd_ps(part[j], scale, acc[j]);
         }
         DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] += dsv3i_input_bytes(kind != DSV3I_FEW_FLOATS, type, terms);
-        DSV3I_UNROLL for (int s = 0; s < NS; s++) ws[s] += dsv3i_piece_bytes(type, (size_t)NC, terms);
+        DSV3I_UNROLL for (int s = 0; s < NS; s++) ws[s] += dsv3i_piece_bytes(type, columns, terms);
     }
-    DSV3I_UNROLL for (int c = 0; c < NC * M * NS; c++) {
-        dsv3i_avx512_put(y + (size_t)(c / (NC * NS)) * ldy + (size_t)(c / NC % NS) * ldp + 16 * (c % NC),
-                         dsv3i_avx512_mask(outputs - 16 * (size_t)(c % NC)), acc[c]);
-    }
-}
-
-/* The last panel, of less than 64 outputs. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_last(const dsv3i_few_kind kind, const dsv3_type type, const int M, float *y, size_t ldy,
-                                const unsigned char *x, size_t ldx, const unsigned char *w, size_t rows, size_t k,
-                                const __m512i table[4]) {
-    switch ((rows + 15) / 16) {
-    case 1: dsv3i_avx512_bf16_few_panels(kind, type, M, 1, 1, y, ldy, 0, rows, x, ldx, w, 0, k, table); break;
-    case 2: dsv3i_avx512_bf16_few_panels(kind, type, M, 1, 2, y, ldy, 0, rows, x, ldx, w, 0, k, table); break;
-    case 3: dsv3i_avx512_bf16_few_panels(kind, type, M, 1, 3, y, ldy, 0, rows, x, ldx, w, 0, k, table); break;
-    default: dsv3i_avx512_bf16_few_panels(kind, type, M, 1, 4, y, ldy, 0, rows, x, ldx, w, 0, k, table);
+    DSV3I_UNROLL for (int j = 0; j < M * NC; j++) {
+        const size_t m = (size_t)(j / NC), s = (size_t)(j % NC / 4), c = (size_t)(j % 4);
+        if (m >= n || c >= columns) continue;
+        dsv3i_avx512_put(y + m * ldy + s * ldp + 16 * c, dsv3i_avx512_mask(outputs - 16 * c), acc[j]);
     }
 }
 
-/* NS whole panels and n <= 4 rows. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_whole(const dsv3i_few_kind kind, const dsv3_type type, const int NS, float *y, size_t ldy,
-                                 size_t ldp, const unsigned char *x, size_t ldx, size_t n, const unsigned char *w,
-                                 size_t apart, size_t k, const __m512i table[4]) {
-    if (n == 1) dsv3i_avx512_bf16_few_panels(kind, type, 1, NS, 4, y, ldy, ldp, 64, x, ldx, w, apart, k, table);
-    if (n == 2 && NS < 4) {
-        dsv3i_avx512_bf16_few_panels(kind, type, 2, NS, 4, y, ldy, ldp, 64, x, ldx, w, apart, k, table);
-    }
-    if (NS > 1) return; /* more rows leave registers for one */
-    if (n == 3) dsv3i_avx512_bf16_few_panels(kind, type, 3, 1, 4, y, ldy, ldp, 64, x, ldx, w, apart, k, table);
-    if (n == 4) dsv3i_avx512_bf16_few_panels(kind, type, 4, 1, 4, y, ldy, ldp, 64, x, ldx, w, apart, k, table);
-}
-
-/* n <= 4 rows of x and `rows` of weights. */
+/* n <= 4 rows of x and `rows` of weights: one row with 4 panels at a time, or with 2 of Q4_0, whose codes become two values
+ * and need more registers; two rows with 2; more leave registers for one. What is left, or not whole, goes panel by panel. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_few(const dsv3i_few_kind kind, const dsv3_type type, float *y, size_t ldy, const void *x,
                            size_t ldx, size_t n, const void *w, size_t rows, size_t k) {
+    const int most = type == DSV3_Q4_0 ? 2 : 4;
+    const size_t bytes = dsv3i_panel_bytes(type, 4, k), streams = n == 1 ? (size_t)most : n == 2 ? 2 : 1;
+    const size_t far = streams > 1 ? rows / 64 / streams : 0, apart = far * bytes, ldp = 64 * far;
     const unsigned char *xs = (const unsigned char *)x, *ws = (const unsigned char *)w;
-    const size_t bytes = dsv3i_panel_bytes(type, 4, k), panels = rows / 64, rest = rows % 64;
-    const int four = n == 1 && type != DSV3_Q4_0; /* Q4_0, whose codes become two values, needs more registers */
-    __m512i table[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(),
-                        _mm512_setzero_si512()};
+    __m512i table[4] = {_mm512_setzero_si512()};
     if (type == DSV3_F8_E4M3) dsv3i_avx512_bf16_tables(table);
-    for (size_t p = 0, streams, far; p < panels; p += streams * far) {
-        streams = n > 2 || panels - p < 2 ? 1 : four && panels - p >= 4 ? 4 : 2;
-        far = (panels - p) / streams;
-        for (size_t i = p; i < p + far; i++) {
-            float *yi = y + 64 * i;
-            const unsigned char *wi = ws + i * bytes;
-            const size_t ldp = 64 * far, apart = far * bytes;
-            if (streams == 4 && type != DSV3_Q4_0)
-                dsv3i_avx512_bf16_few_whole(kind, type, 4, yi, ldy, ldp, xs, ldx, n, wi, apart, k, table);
-            if (streams == 2)
-                dsv3i_avx512_bf16_few_whole(kind, type, 2, yi, ldy, ldp, xs, ldx, n, wi, apart, k, table);
-            if (streams == 1)
-                dsv3i_avx512_bf16_few_whole(kind, type, 1, yi, ldy, ldp, xs, ldx, n, wi, apart, k, table);
+    for (size_t i = 0; i < far; i++, y += 64, ws += bytes) {
+        if (n == 1)
+            dsv3i_avx512_bf16_few_panels(kind, type, 1, most, y, ldy, ldp, 64, xs, ldx, 1, ws, apart, k, table);
+        if (n == 2) dsv3i_avx512_bf16_few_panels(kind, type, 2, 2, y, ldy, ldp, 64, xs, ldx, 2, ws, apart, k, table);
+    }
+    y += (streams - 1) * ldp;
+    ws += (streams - 1) * apart;
+    for (size_t p = streams * far; n != 2 && p < rows / 64; p++, y += 64, ws += bytes) {
+        if (n == 1) dsv3i_avx512_bf16_few_panels(kind, type, 1, 1, y, ldy, 0, 64, xs, ldx, 1, ws, 0, k, table);
+        if (n == 3) dsv3i_avx512_bf16_few_panels(kind, type, 3, 1, y, ldy, 0, 64, xs, ldx, 3, ws, 0, k, table);
+        if (n == 4) dsv3i_avx512_bf16_few_panels(kind, type, 4, 1, y, ldy, 0, 64, xs, ldx, 4, ws, 0, k, table);
+    }
+    for (size_t r = n != 2 ? rows / 64 * 64 : streams * ldp, some; r < rows; r += some, y += 64, ws += bytes) {
+        some = dsv3i_min(rows - r, 64);
+        for (size_t t = 0; t < n; t += 2) {
+            dsv3i_avx512_bf16_few_panels(kind, type, kind == DSV3I_FEW_STEPS ? 1 : 2, 1, y + t * ldy, ldy, 0, some,
+                                         xs + t * ldx, ldx, dsv3i_min(n - t, 2), ws, 0, k, table);
         }
     }
-    for (size_t t = 0, m; rest > 0 && t < n; t += m) {
-        float *yt = y + t * ldy + 64 * panels;
-        const unsigned char *xt = xs + t * ldx, *last = ws + panels * bytes;
-        m = kind == DSV3I_FEW_STEPS || n - t < 2 ? 1 : 2;
-        if (m == 1) dsv3i_avx512_bf16_few_last(kind, type, 1, yt, ldy, xt, ldx, last, rest, k, table);
-        if (m == 2) dsv3i_avx512_bf16_few_last(kind, type, 2, yt, ldy, xt, ldx, last, rest, k, table);
-    }
 }
-
-#define DSV3I_FEW_TYPE(name, kind, type)                                                                             \
-    DSV3I_TARGET(DSV3I_AVX512_BF16)                                                                                  \
-    static void dsv3i_avx512_bf16_few_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n,              \
-                                             const void *w, size_t rows, size_t k) {                                 \
-        dsv3i_avx512_bf16_few(kind, type, y, ldy, x, ldx, n, w, rows, k);                                            \
-    }
-DSV3I_FEW_TYPE(exact_bf16, DSV3I_FEW_FLOATS, DSV3_BF16)
-DSV3I_FEW_TYPE(exact_f8_e4m3, DSV3I_FEW_FLOATS, DSV3_F8_E4M3)
-DSV3I_FEW_TYPE(exact_q8_0, DSV3I_FEW_FLOATS, DSV3_Q8_0)
-DSV3I_FEW_TYPE(exact_q4_0, DSV3I_FEW_FLOATS, DSV3_Q4_0)
-DSV3I_FEW_TYPE(bf16, DSV3I_FEW_CODES, DSV3_BF16)
-DSV3I_FEW_TYPE(f8_e4m3, DSV3I_FEW_CODES, DSV3_F8_E4M3)
-DSV3I_FEW_TYPE(q8_0, DSV3I_FEW_CODES, DSV3_Q8_0)
-DSV3I_FEW_TYPE(q4_0, DSV3I_FEW_CODES, DSV3_Q4_0)
 
 /* ---- Many rows and packed weights: prefill. Outputs stay in registers while terms pass by that near caches hold, and each
  * share of the rows fetches its share of what comes next. */
@@ -10677,103 +10542,81 @@ DSV3I_FEW_TYPE(q4_0, DSV3I_FEW_CODES, DSV3_Q4_0)
 #define DSV3I_MANY_F8 256u
 #define DSV3I_MANY_BYTES 512u
 
-/* So many terms of a panel: codes, the multipliers behind each piece as floats, and where the next terms are. */
-typedef struct dsv3i_avx512_many {
-    const unsigned char *codes, *next;
-    float scale[DSV3I_MANY_BYTES / DSV3_QBLOCK * 64];
-    unsigned char values[64 * DSV3I_MANY_F8 * 2];
-} dsv3i_avx512_many;
+/* The scale of 128 terms of FP8, for each output. */
+static void dsv3i_f8_scale(float scale[64], const unsigned char *w) {
+    float one;
+    DSV3_MEMCPY(&one, w, sizeof one);
+    for (size_t i = 0; i < 64; i++) scale[i] = one;
+}
 
+/* k terms of a panel at `from`, as products take them: codes, or of FP8 values in BF16, and the scales behind each piece as
+ * floats. Returns where the next terms are. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_many_begin(const dsv3_type type, dsv3i_avx512_many *a, const unsigned char *w, size_t k) {
-    a->codes = w;
-    for (size_t i = 0, some; i < k; i += some) {
+const unsigned char *dsv3i_avx512_bf16_many_begin(const dsv3_type type, dsv3_panel *w, float *scale,
+                                                  unsigned char *values, const unsigned char *from, size_t k) {
+    w->values = type == DSV3_F8_E4M3 ? values : from;
+    for (size_t i = 0, some; i < k; i += some, from += dsv3i_piece_bytes(type, 4, some)) {
         const unsigned char *behind;
-        some = dsv3i_min(dsv3i_piece_terms(type), k - i);
-        behind = w + dsv3i_codes_bytes(type, 4, some);
+        some = dsv3i_min(w->block, k - i);
+        behind = from + dsv3i_codes_bytes(type, 4, some);
         if (type == DSV3_F8_E4M3) {
-            float one;
-            DSV3_MEMCPY(&one, behind, sizeof one);
-            dsv3i_avx512_bf16_widen_f8(a->values + 128 * i, w, 4, some);
-            for (size_t j = 0; j < 64; j++) a->scale[i / DSV3I_TERMS * 64 + j] = one;
+            dsv3i_f8_scale(scale + i / DSV3I_TERMS * 64, behind);
+            dsv3i_avx512_bf16_widen_f8(values + 128 * i, from, 4, some);
         } else if (type != DSV3_BF16) {
-            dsv3i_avx512_decode(DSV3_F16, a->scale + 2 * i, behind, 64);
-        }
-        w += dsv3i_piece_bytes(type, 4, some);
-    }
-    a->next = w;
-    if (type == DSV3_F8_E4M3) a->codes = a->values;
-}
-
-/* M rows and NP columns meet k terms. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_many_rows(const dsv3_type type, const int M, const int NP, dsv3i_avx512_place *a,
-                                 const float *scale, size_t k, int add) {
-    if (type == DSV3_F8_E4M3) a->scale = scale;
-    if (type == DSV3_BF16 || type == DSV3_F8_E4M3) {
-        dsv3i_avx512_bf16_pairs_of(M, NP, a, type == DSV3_BF16 ? k : DSV3I_TERMS, 64, k, add);
-    } else {
-        dsv3i_avx512_bf16_blocks(type, M, NP, a, scale, 64, type == DSV3_Q8_0 ? 128 : 8, k, add);
-    }
-}
-
-/* n rows meet k terms. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_many_terms(const dsv3_type type, float *y, size_t ldy, const unsigned char *x, size_t ldx,
-                                  size_t n, const dsv3i_avx512_many *w, size_t k, int add) {
-    const int NP = type == DSV3_BF16 || type == DSV3_F8_E4M3 ? 4 : 2;
-    const size_t steps = dsv3i_codes_bytes(type, 4, k) / 256;
-    const size_t lines = type == DSV3_F8_E4M3 ? 0 : (size_t)(w->next - w->codes) / (64 * n * (size_t)(4 / NP));
-    const unsigned char *next = w->next;
-    for (int c = 0; c < 4; c += NP) {
-        for (size_t t = 0, m; t < n; t += m) {
-            dsv3i_avx512_place a;
-            m = dsv3i_rows_together(n - t);
-            dsv3i_avx512_place_set(6, NP, &a, y + t * ldy + 16 * c, ldy, x + t * ldx, ldx, m, w->codes + 64 * c, 256,
-                                   64);
-            a.gap = 128; /* the multipliers of Q8_0 and Q4_0 */
-            a.next = next;
-            a.lines = lines * m;
-            a.each = dsv3i_max(dsv3i_blocks(a.lines, steps), 1);
-            next += 64 * a.lines;
-            switch (m) {
-            case 1: dsv3i_avx512_bf16_many_rows(type, 1, NP, &a, w->scale + 16 * c, k, add); break;
-            case 2: dsv3i_avx512_bf16_many_rows(type, 2, NP, &a, w->scale + 16 * c, k, add); break;
-            case 3:
-            case 4: dsv3i_avx512_bf16_many_rows(type, 4, NP, &a, w->scale + 16 * c, k, add); break;
-            default: dsv3i_avx512_bf16_many_rows(type, 6, NP, &a, w->scale + 16 * c, k, add);
-            }
+            dsv3i_avx512_decode(DSV3_F16, scale + 2 * i, behind, 64);
         }
     }
+    w->next = from;
+    w->next_bytes = type == DSV3_F8_E4M3 ? 0 : (size_t)(from - (const unsigned char *)w->values);
+    return from;
 }
 
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_many(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
                             const void *w, size_t rows, size_t k) {
     const size_t most = type == DSV3_BF16 ? DSV3I_MANY_BF16 : type == DSV3_F8_E4M3 ? DSV3I_MANY_F8 : DSV3I_MANY_BYTES;
-    dsv3i_avx512_many some;
-    some.next = (const unsigned char *)w;
+    const dsv3_type of = type == DSV3_F8_E4M3 ? DSV3_BF16 : type;
+    const unsigned char *from = (const unsigned char *)w, *xi;
+    float scale[DSV3I_MANY_BYTES / DSV3_QBLOCK * 64];
+    unsigned char values[64 * DSV3I_MANY_F8 * 2];
+    dsv3_panel panel = dsv3i_panel_bf16(w, 4, k);
+    if (type != DSV3_BF16) panel.scale = scale;
+    panel.zero = type == DSV3_Q8_0 ? 128 : 8;
+    panel.gap = 128; /* the scales of Q8_0 and Q4_0 */
     for (size_t p = 0; p < rows / 64; p++) {
         for (size_t i = 0, terms; i < k; i += terms) {
             terms = dsv3i_min(most, k - i);
-            dsv3i_avx512_bf16_many_begin(type, &some, some.next, terms);
-            dsv3i_avx512_bf16_many_terms(type, y + 64 * p, ldy,
-                                         (const unsigned char *)x + dsv3i_input_bytes(1, type, i), ldx, n, &some,
-                                         terms, i > 0);
+            panel.block = type == DSV3_BF16 ? terms : dsv3i_piece_terms(type);
+            from = dsv3i_avx512_bf16_many_begin(type, &panel, scale, values, from, terms);
+            xi = (const unsigned char *)x + dsv3i_input_bytes(1, type, i);
+            dsv3i_avx512_bf16_product(of, y + 64 * p, ldy, xi, ldx, n, &panel, 64, terms, i > 0);
         }
     }
 }
 
-#define DSV3I_MANY_TYPE(name, type)                                                                                  \
-    DSV3I_TARGET(DSV3I_AVX512_BF16)                                                                                  \
-    static void dsv3i_avx512_bf16_many_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n,             \
-                                              const void *w, size_t rows, size_t k) {                                \
-        dsv3i_avx512_bf16_many(type, y, ldy, x, ldx, n, w, rows, k);                                                 \
+/* Whole matrices of each type of packed weights: name_bf16 and so on, and name_set, which puts them into a table. */
+#define DSV3I_WHOLE(target, name, type, FUNCTION)                                                                    \
+    DSV3I_TARGET(target)                                                                                             \
+    static void name(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows,          \
+                     size_t k) {                                                                                     \
+        FUNCTION(type, y, ldy, x, ldx, n, w, rows, k);                                                               \
     }
-DSV3I_MANY_TYPE(bf16, DSV3_BF16)
-DSV3I_MANY_TYPE(f8_e4m3, DSV3_F8_E4M3)
-DSV3I_MANY_TYPE(q8_0, DSV3_Q8_0)
-DSV3I_MANY_TYPE(q4_0, DSV3_Q4_0)
+#define DSV3I_WHOLE_TYPES(target, name, FUNCTION)                                                                    \
+    DSV3I_WHOLE(target, name##_bf16, DSV3_BF16, FUNCTION)                                                            \
+    DSV3I_WHOLE(target, name##_f8_e4m3, DSV3_F8_E4M3, FUNCTION)                                                      \
+    DSV3I_WHOLE(target, name##_q8_0, DSV3_Q8_0, FUNCTION)                                                            \
+    DSV3I_WHOLE(target, name##_q4_0, DSV3_Q4_0, FUNCTION)                                                            \
+    static void name##_set(dsv3i_whole table[DSV3_TYPES]) {                                                          \
+        table[DSV3_BF16] = name##_bf16;                                                                              \
+        table[DSV3_F8_E4M3] = name##_f8_e4m3;                                                                        \
+        table[DSV3_Q8_0] = name##_q8_0;                                                                              \
+        table[DSV3_Q4_0] = name##_q4_0;                                                                              \
+    }
+#define DSV3I_FEW_EXACT(...) dsv3i_avx512_bf16_few(DSV3I_FEW_FLOATS, __VA_ARGS__)
+#define DSV3I_FEW_FAST(...) dsv3i_avx512_bf16_few(DSV3I_FEW_CODES, __VA_ARGS__)
+DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_few_exact, DSV3I_FEW_EXACT)
+DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_few_fast, DSV3I_FEW_FAST)
+DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_many, dsv3i_avx512_bf16_many)
 
 /* ---- The tables. */
 
@@ -10838,18 +10681,9 @@ static void dsv3i_kernels_avx512_bf16(dsv3_kernels *k) {
     k->product[DSV3_PRODUCT_FAST_BF16] = dsv3i_avx512_bf16_product_bf16;
     k->product[DSV3_PRODUCT_FAST_BYTES] = dsv3i_avx512_bf16_product_bytes;
     k->mix[DSV3_F8_E4M3] = dsv3i_avx512_bf16_mix_f8_e4m3;
-    k->few[0][DSV3_BF16] = dsv3i_avx512_bf16_few_exact_bf16;
-    k->few[0][DSV3_F8_E4M3] = dsv3i_avx512_bf16_few_exact_f8_e4m3;
-    k->few[0][DSV3_Q8_0] = dsv3i_avx512_bf16_few_exact_q8_0;
-    k->few[0][DSV3_Q4_0] = dsv3i_avx512_bf16_few_exact_q4_0;
-    k->few[1][DSV3_BF16] = dsv3i_avx512_bf16_few_bf16;
-    k->few[1][DSV3_F8_E4M3] = dsv3i_avx512_bf16_few_f8_e4m3;
-    k->few[1][DSV3_Q8_0] = dsv3i_avx512_bf16_few_q8_0;
-    k->few[1][DSV3_Q4_0] = dsv3i_avx512_bf16_few_q4_0;
-    k->many[DSV3_BF16] = dsv3i_avx512_bf16_many_bf16;
-    k->many[DSV3_F8_E4M3] = dsv3i_avx512_bf16_many_f8_e4m3;
-    k->many[DSV3_Q8_0] = dsv3i_avx512_bf16_many_q8_0;
-    k->many[DSV3_Q4_0] = dsv3i_avx512_bf16_many_q4_0;
+    dsv3i_avx512_bf16_few_exact_set(k->few[0]);
+    dsv3i_avx512_bf16_few_fast_set(k->few[1]);
+    dsv3i_avx512_bf16_many_set(k->many);
 }
 
 #ifdef DSV3I_TILES
@@ -10952,36 +10786,26 @@ void dsv3i_amx_rest(const int R, const int C, const dsv3i_amx_place *a, size_t i
 }
 
 /* What is done to each tile of sums: its number, and its place among R times 16 rows and C columns. */
-#define DSV3I_AMX_EACH(DO)                                                                                           \
-    DO(0, 0u, 0u)                                                                                                    \
-    if (C > 1) {                                                                                                     \
-        DO(1, 0u, 1u)                                                                                                \
-    }                                                                                                                \
-    if (R > 1) {                                                                                                     \
-        DO(2, 1u, 0u)                                                                                                \
-    }                                                                                                                \
-    if (R > 1 && C > 1) {                                                                                            \
-        DO(3, 1u, 1u)                                                                                                \
-    }
+#define DSV3I_AMX_EACH(DO) DO(0, 0, 0) DO(1, 0, 1) DO(2, 1, 0) DO(3, 1, 1)
 
 /* Sums begin with y, or with 0 where they are to be multiplied first. The buffer is for what does not fill a tile. */
 #define DSV3I_AMX_BEGIN(tile, r, c)                                                                                  \
-    if (!from) {                                                                                                     \
+    if (R > r && C > c && !from) {                                                                                   \
         _tile_zero(tile);                                                                                            \
-    } else if (a->columns >= 16 * (c) + 16) {                                                                        \
-        DSV3I_AMX_LOAD(tile, a->y + (r)*16 * a->ldy + 16 * (c), a->ldy * sizeof *a->y);                              \
-    } else {                                                                                                         \
+    } else if (R > r && C > c && a->columns >= 16 * c + 16) {                                                        \
+        DSV3I_AMX_LOAD(tile, a->y + r * 16 * a->ldy + 16 * c, a->ldy * sizeof *a->y);                                \
+    } else if (R > r && C > c) {                                                                                     \
         for (size_t t = 0; t < a->m[r]; t++) {                                                                       \
-            const float *at = a->y + ((r)*16 + t) * a->ldy + 16 * (c);                                               \
-            _mm512_storeu_ps(sums + 16 * t, _mm512_maskz_loadu_ps(dsv3i_avx512_mask(a->columns - 16 * (c)), at));    \
+            const float *at = a->y + (r * 16 + t) * a->ldy + 16 * c;                                                 \
+            _mm512_storeu_ps(sums + 16 * t, _mm512_maskz_loadu_ps(dsv3i_avx512_mask(a->columns - 16 * c), at));      \
         }                                                                                                            \
         DSV3I_AMX_LOAD(tile, sums, 64);                                                                              \
     }
 
 #define DSV3I_AMX_END(tile, r, c)                                                                                    \
-    if (a->scale == NULL && a->columns >= 16 * (c) + 16) {                                                           \
-        _tile_stored(tile, a->y + (r)*16 * a->ldy + 16 * (c), a->ldy * sizeof *a->y);                                \
-    } else {                                                                                                         \
+    if (R > r && C > c && a->scale == NULL && a->columns >= 16 * c + 16) {                                           \
+        _tile_stored(tile, a->y + r * 16 * a->ldy + 16 * c, a->ldy * sizeof *a->y);                                  \
+    } else if (R > r && C > c) {                                                                                     \
         _tile_stored(tile, sums, 64);                                                                                \
         dsv3i_amx_put(a, sums, r, c, add);                                                                           \
     }
@@ -11032,17 +10856,6 @@ void dsv3i_amx_block(const int R, const int C, dsv3i_amx_place *a, const dsv3_pa
     }
 }
 
-/* Up to 32 rows. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_rows(const int R, dsv3i_amx_place *a, float *y, const dsv3_panel *w, size_t rows, size_t k, int add) {
-    for (size_t c = 0; c < w->columns; c += 2) {
-        a->y = y + 16 * c;
-        a->columns = dsv3i_min(32, rows - 16 * c);
-        if (a->columns > 16) dsv3i_amx_block(R, 2, a, w, c, k, add);
-        if (a->columns <= 16) dsv3i_amx_block(R, 1, a, w, c, k, add);
-    }
-}
-
 DSV3I_TARGET(DSV3I_AMX)
 static void dsv3i_amx_product_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
                                    size_t rows, size_t k, int add) {
@@ -11062,8 +10875,14 @@ static void dsv3i_amx_product_bf16(float *y, size_t ldy, const void *x, size_t l
         a.lines = w->ahead > 0 ? dsv3i_blocks(w->ahead, 64 * 16 * dsv3i_blocks(n, 16)) : 0;
         a.x[0] = (const unsigned char *)x + t * ldx;
         a.x[1] = a.x[0] + (m1 > 0 ? 16 * ldx : 0);
-        if (m1 > 0) dsv3i_amx_rows(2, &a, y + t * ldy, w, rows, k, add);
-        if (m1 == 0) dsv3i_amx_rows(1, &a, y + t * ldy, w, rows, k, add);
+        for (size_t c = 0; c < w->columns; c += 2) {
+            a.y = y + t * ldy + 16 * c;
+            a.columns = dsv3i_min(32, rows - 16 * c);
+            if (m1 > 0 && a.columns > 16) dsv3i_amx_block(2, 2, &a, w, c, k, add);
+            if (m1 > 0 && a.columns <= 16) dsv3i_amx_block(2, 1, &a, w, c, k, add);
+            if (m1 == 0 && a.columns > 16) dsv3i_amx_block(1, 2, &a, w, c, k, add);
+            if (m1 == 0 && a.columns <= 16) dsv3i_amx_block(1, 1, &a, w, c, k, add);
+        }
     }
     _tile_release();
     dsv3i_amx_control(before);
@@ -11078,12 +10897,19 @@ DSV3I_TARGET(DSV3I_AMX) static void dsv3i_amx_meet(dsv3_meeting *a, size_t nk) {
 
 #define DSV3I_AMX_ROWS 96u /* of x */
 
+/* All tiles of rows are of one height, so that their shapes stay: the last one begins early enough, and its first rows may be
+ * those of others, once more. */
 typedef struct dsv3i_amx_room {
+    size_t tiles, height, rows;
     float y[DSV3I_AMX_ROWS * 64], scale[DSV3I_TERMS / DSV3_QBLOCK * 64];
     float sums[2 * 1024 + 16];
     unsigned char values[2][64 * DSV3I_TERMS * 2]; /* of 128 terms and, of FP8, of the next ones */
     __m512i table[4];                              /* of FP8 */
 } dsv3i_amx_room;
+
+static size_t dsv3i_amx_tile_row(const dsv3i_amx_room *room, size_t i) {
+    return dsv3i_min(i * room->height, room->rows - room->height);
+}
 
 /* Fours of terms g0 .. g1-1 of a piece of FP8 become BF16. */
 DSV3I_INLINE(DSV3I_AMX)
@@ -11098,33 +10924,23 @@ void dsv3i_amx_widen(dsv3i_amx_room *room, unsigned char *to, const unsigned cha
     }
 }
 
-/* Values of blocks of bytes as tiles take them, with their signs, and their multipliers. */
+/* Values of blocks of bytes as tiles take them, with their signs (256 does not count), and their scales. */
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_signed(const dsv3_type type, dsv3i_amx_room *room, const unsigned char *w, size_t k) {
-    const __m512i zero = _mm512_set1_epi8(type == DSV3_Q8_0 ? (char)-128 : 8), low = _mm512_set1_epi8(15);
+    const __m512i zero = _mm512_set1_epi8(type == DSV3_Q8_0 ? (char)-128 : 8);
     unsigned char *to = room->values[0];
     float *scale = room->scale;
     for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += 2048) {
         for (size_t j = 0; j < dsv3i_codes_bytes(type, 4, DSV3_QBLOCK); j += 64, w += 64) {
-            const __m512i v = _mm512_loadu_si512(w);
-            if (type == DSV3_Q8_0) {
-                _mm512_storeu_si512(to + j, _mm512_xor_si512(v, zero));
-                continue;
-            }
-            _mm512_storeu_si512(to + j, _mm512_sub_epi8(_mm512_and_si512(v, low), zero));
-            _mm512_storeu_si512(to + 1024 + j, _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(v, 4), low), zero));
+            __m512i b[2];
+            dsv3i_avx512_bf16_values(type, b, w, NULL);
+            _mm512_storeu_si512(to + j, _mm512_sub_epi8(b[0], zero));
+            if (type == DSV3_Q4_0) _mm512_storeu_si512(to + 1024 + j, _mm512_sub_epi8(b[1], zero));
         }
-        for (size_t c = 0; c < 4; c++, w += 32, scale += 16) {
-            _mm512_storeu_ps(scale, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)w)));
-        }
+        dsv3i_avx512_decode(DSV3_F16, scale, w, 64);
+        scale += 64;
+        w += 128;
     }
-}
-
-/* The multiplier of a piece of FP8. */
-static void dsv3i_amx_scale(float *scale, const unsigned char *w) {
-    float one;
-    DSV3_MEMCPY(&one, w, sizeof one);
-    for (size_t i = 0; i < 64; i++) scale[i] = one;
 }
 
 /* Rows of bytes: blocks of 32, each with its multiplier behind it. Tiles hold the sums of up to four blocks, which
@@ -11180,24 +10996,6 @@ void dsv3i_amx_bytes(dsv3i_amx_place *a, const unsigned char *x, size_t m, size_
     }
 }
 
-/* All tiles of rows are of one height, so that their shapes stay: the last one begins early enough, and its first rows may be
- * those of others, once more. */
-typedef struct dsv3i_amx_tiles {
-    size_t count, height, rows;
-} dsv3i_amx_tiles;
-
-static dsv3i_amx_tiles dsv3i_amx_tiles_of(size_t rows) {
-    dsv3i_amx_tiles t;
-    t.count = dsv3i_blocks(rows, 16);
-    t.height = dsv3i_blocks(rows, t.count);
-    t.rows = rows;
-    return t;
-}
-
-static size_t dsv3i_amx_tile_row(const dsv3i_amx_tiles *t, size_t i) {
-    return dsv3i_min(i * t->height, t->rows - t->height);
-}
-
 /* Sums [2, 16, 32] of FP8, times multipliers, join those of `rows` tiles of rows. */
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_join(float *y, const float *sums, const float *scale, size_t rows, size_t height, int add) {
@@ -11213,54 +11011,35 @@ void dsv3i_amx_join(float *y, const float *sums, const float *scale, size_t rows
     }
 }
 
-/* Two tiles of rows, or the last one, and two columns of values. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_pair(dsv3i_amx_place *a, const dsv3i_amx_tiles *tiles, size_t i, const unsigned char *x,
-                    const unsigned char *values, size_t k, int add) {
-    a->w = values;
-    a->x[0] = x + dsv3i_amx_tile_row(tiles, i) * a->ldx;
-    a->x[1] = x + dsv3i_amx_tile_row(tiles, i + 1) * a->ldx;
-    if (i + 1 < tiles->count) dsv3i_amx_terms(2, 2, a, 0, k, add);
-    if (i + 1 == tiles->count) dsv3i_amx_terms(1, 2, a, 0, k, add);
-}
-
 /* Rows x meet a piece of k terms of BF16, or of FP8, whose values are made already. There, while sums of a pair of tiles are
  * on their way, those of the pair before join y, and some of the next piece's values are made: `coming` terms. */
 DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_piece(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, const dsv3i_amx_tiles *tiles,
-                     const unsigned char *x, const unsigned char *w, size_t k, size_t turn, size_t coming) {
+void dsv3i_amx_piece(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, const unsigned char *x,
+                     const unsigned char *w, size_t k, size_t turn, size_t coming) {
     const unsigned char *values = type == DSV3_BF16 ? w : room->values[turn % 2];
     const unsigned char *next = w + dsv3i_piece_bytes(type, 4, k);
-    float *sums = dsv3i_amx_aligned(room->sums), *y = room->y, *before = NULL;
-    const size_t pairs = dsv3i_blocks(tiles->count, 2) * 2; /* of tiles and columns */
+    float *sums = dsv3i_amx_aligned(room->sums), *before = NULL;
+    const size_t pairs = dsv3i_blocks(room->tiles, 2) * 2; /* of tiles and columns */
     const size_t fours = type == DSV3_BF16 ? 0 : dsv3i_blocks(coming, 4);
     a->scale = NULL;
     for (size_t i = 0; i < pairs; i++) {
-        const size_t first = i / 2 * 2, rows = dsv3i_min(2, tiles->count - first);
-        float *to = y + 1024 * first + i % 2 * 32;
+        const size_t first = i / 2 * 2, rows = dsv3i_min(2, room->tiles - first);
+        const int add = turn > 0 && type == DSV3_BF16;
+        float *to = room->y + 1024 * first + i % 2 * 32;
         a->y = type == DSV3_BF16 ? to : sums + i % 2 * 1024;
         a->ldy = type == DSV3_BF16 ? 64 : 32;
-        dsv3i_amx_pair(a, tiles, first, x, values + i % 2 * 128, k, turn > 0 && type == DSV3_BF16);
+        a->w = values + i % 2 * 128;
+        a->x[0] = x + dsv3i_amx_tile_row(room, first) * a->ldx;
+        a->x[1] = x + dsv3i_amx_tile_row(room, first + 1) * a->ldx;
+        if (rows == 2) dsv3i_amx_terms(2, 2, a, 0, k, add);
+        if (rows == 1) dsv3i_amx_terms(1, 2, a, 0, k, add);
         if (type == DSV3_BF16) continue;
         dsv3i_amx_widen(room, room->values[(turn + 1) % 2], next, fours * i / pairs, fours * (i + 1) / pairs);
         if (before != NULL) {
-            dsv3i_amx_join(before, sums + (i + 1) % 2 * 1024, room->scale, i % 2 ? rows : 2, tiles->height, turn > 0);
+            dsv3i_amx_join(before, sums + (i + 1) % 2 * 1024, room->scale, i % 2 ? rows : 2, room->height, turn > 0);
         }
         before = to;
-        if (i + 1 == pairs) dsv3i_amx_join(to, sums + i % 2 * 1024, room->scale, rows, tiles->height, turn > 0);
-    }
-}
-
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_byte_terms(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a,
-                          const dsv3i_amx_tiles *tiles, const unsigned char *x, const unsigned char *w, size_t k,
-                          size_t turn) {
-    dsv3i_amx_signed(type, room, w, k);
-    a->w = room->values[0];
-    a->scale = room->scale;
-    for (size_t i = 0; i < tiles->count; i++) {
-        a->y = room->y + 1024 * i;
-        dsv3i_amx_bytes(a, x + dsv3i_amx_tile_row(tiles, i) * a->ldx, tiles->height, k, turn > 0);
+        if (i + 1 == pairs) dsv3i_amx_join(to, sums + i % 2 * 1024, room->scale, rows, room->height, turn > 0);
     }
 }
 
@@ -11268,31 +11047,36 @@ void dsv3i_amx_byte_terms(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, float *y, size_t ldy,
                      const unsigned char *x, size_t rows, const unsigned char *w, size_t k, int fetch) {
-    const dsv3i_amx_tiles tiles = dsv3i_amx_tiles_of(rows);
     const size_t stretch = dsv3i_panel_bytes(type, 4, DSV3I_TERMS);
     const int blocks = dsv3_type_block(type) > 1;
-    dsv3i_amx_shape(tiles.height, tiles.height, blocks ? 8 : 16);
-    a->m[0] = a->m[1] = tiles.height;
-    a->lines = fetch ? dsv3i_blocks(stretch, 64 * 16 * tiles.count) : 0;
+    room->tiles = dsv3i_blocks(rows, 16);
+    room->height = dsv3i_blocks(rows, room->tiles);
+    room->rows = rows;
+    dsv3i_amx_shape(room->height, room->height, blocks ? 8 : 16);
+    a->m[0] = a->m[1] = room->height;
+    a->lines = fetch ? dsv3i_blocks(stretch, 64 * 16 * room->tiles) : 0;
     if (type == DSV3_F8_E4M3) {
         dsv3i_amx_widen(room, room->values[0], w, 0, dsv3i_blocks(dsv3i_min(DSV3I_TERMS, k), 4));
     }
     for (size_t i = 0, turn = 0, terms; i < k; i += terms, turn++) {
         terms = dsv3i_min(DSV3I_TERMS, k - i);
         a->next = w + 2 * stretch;
-        if (type == DSV3_F8_E4M3) dsv3i_amx_scale(room->scale, w + dsv3i_codes_bytes(type, 4, terms));
-        if (blocks) dsv3i_amx_byte_terms(type, room, a, &tiles, x, w, terms, turn);
-        if (!blocks) {
-            dsv3i_amx_piece(type, room, a, &tiles, x, w, terms, turn, dsv3i_min(DSV3I_TERMS, k - i - terms));
+        if (type == DSV3_F8_E4M3) dsv3i_f8_scale(room->scale, w + dsv3i_codes_bytes(type, 4, terms));
+        if (blocks) dsv3i_amx_signed(type, room, w, terms);
+        if (!blocks) dsv3i_amx_piece(type, room, a, x, w, terms, turn, dsv3i_min(DSV3I_TERMS, k - i - terms));
+        for (size_t t = 0; blocks && t < room->tiles; t++) {
+            a->y = room->y + 1024 * t;
+            a->w = room->values[0];
+            a->scale = room->scale;
+            dsv3i_amx_bytes(a, x + dsv3i_amx_tile_row(room, t) * a->ldx, room->height, terms, turn > 0);
         }
         w += dsv3i_panel_bytes(type, 4, terms);
         x += dsv3i_input_bytes(1, type, terms);
     }
-    for (size_t i = 0; i < tiles.count; i++) {
-        float *to = y + dsv3i_amx_tile_row(&tiles, i) * ldy;
-        for (size_t j = 0; j < 4 * tiles.height; j++) {
-            _mm512_storeu_ps(to + j / 4 * ldy + 16 * (j % 4), _mm512_loadu_ps(room->y + 1024 * i + 16 * j));
-        }
+    for (size_t i = 0; i < 4 * room->height * room->tiles; i++) {
+        const size_t t = i / (4 * room->height), j = i % (4 * room->height);
+        _mm512_storeu_ps(y + (dsv3i_amx_tile_row(room, t) + j / 4) * ldy + 16 * (j % 4),
+                         _mm512_loadu_ps(room->y + 1024 * t + 16 * j));
     }
 }
 
@@ -11322,17 +11106,6 @@ void dsv3i_amx_many(const dsv3_type type, float *y, size_t ldy, const void *x, s
     if (type == DSV3_F8_E4M3) dsv3i_amx_control(before);
 }
 
-#define DSV3I_AMX_MANY(name, type)                                                                                   \
-    DSV3I_TARGET(DSV3I_AMX)                                                                                          \
-    static void dsv3i_amx_many_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,      \
-                                      size_t rows, size_t k) {                                                       \
-        dsv3i_amx_many(type, y, ldy, x, ldx, n, w, rows, k);                                                         \
-    }
-DSV3I_AMX_MANY(bf16, DSV3_BF16)
-DSV3I_AMX_MANY(f8_e4m3, DSV3_F8_E4M3)
-DSV3I_AMX_MANY(q8_0, DSV3_Q8_0)
-DSV3I_AMX_MANY(q4_0, DSV3_Q4_0)
-
 /* Few rows and packed weights: the sums of tiles in registers, to the bit, with subnormal numbers as 0. Several rows meet whole
  * panels in tiles. */
 DSV3I_INLINE(DSV3I_AMX)
@@ -11351,14 +11124,9 @@ void dsv3i_amx_few(const dsv3_type type, float *y, size_t ldy, const void *x, si
     dsv3i_amx_control(before);
 }
 
-#define DSV3I_AMX_FEW(name, type)                                                                                    \
-    DSV3I_TARGET(DSV3I_AMX)                                                                                          \
-    static void dsv3i_amx_few_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,       \
-                                     size_t rows, size_t k) {                                                        \
-        dsv3i_amx_few(type, y, ldy, x, ldx, n, w, rows, k);                                                          \
-    }
-DSV3I_AMX_FEW(bf16, DSV3_BF16)
-DSV3I_AMX_FEW(f8_e4m3, DSV3_F8_E4M3)
+DSV3I_WHOLE_TYPES(DSV3I_AMX, dsv3i_amx_many, dsv3i_amx_many)
+DSV3I_WHOLE(DSV3I_AMX, dsv3i_amx_few_bf16, DSV3_BF16, dsv3i_amx_few)
+DSV3I_WHOLE(DSV3I_AMX, dsv3i_amx_few_f8_e4m3, DSV3_F8_E4M3, dsv3i_amx_few)
 
 static void dsv3i_kernels_amx(dsv3_kernels *k) {
     dsv3i_kernels_avx512_bf16(k);
@@ -11366,10 +11134,7 @@ static void dsv3i_kernels_amx(dsv3_kernels *k) {
     k->product[DSV3_PRODUCT_FAST_BF16] = dsv3i_amx_product_bf16;
     k->few[1][DSV3_BF16] = dsv3i_amx_few_bf16;
     k->few[1][DSV3_F8_E4M3] = dsv3i_amx_few_f8_e4m3;
-    k->many[DSV3_BF16] = dsv3i_amx_many_bf16;
-    k->many[DSV3_F8_E4M3] = dsv3i_amx_many_f8_e4m3;
-    k->many[DSV3_Q8_0] = dsv3i_amx_many_q8_0;
-    k->many[DSV3_Q4_0] = dsv3i_amx_many_q4_0;
+    dsv3i_amx_many_set(k->many);
 }
 #endif /* DSV3I_TILES */
 
