@@ -8920,22 +8920,31 @@ static size_t dsv3i_rows_together(size_t n) {
     DSV3I_INLINE(isa) void V##_begin(const int M, const int NP, V##_f32 *acc, const V##_place *a, int add) {         \
         DSV3I_UNROLL for (int i = 0; i < M * NP; i++) acc[i] = V##_set(0.0f);                                        \
         if (!add) return;                                                                                            \
-        DSV3I_UNROLL for (int i = 0; i < M * NP; i++) {                                                              \
-            const float *y = a->y + dsv3i_min((size_t)(i / NP), a->n - 1) * a->ldy + W * (i % NP);                   \
-            acc[i] = V##_get(a->mask[i % NP], y);                                                                    \
+        DSV3I_UNROLL for (int m = 0; m < M; m++) {                                                                   \
+            const float *y = a->y + dsv3i_min((size_t)m, a->n - 1) * a->ldy;                                         \
+            DSV3I_UNROLL for (int p = 0; p < NP; p++) acc[m * NP + p] = V##_get(a->mask[p], y + W * p);              \
         }                                                                                                            \
     }                                                                                                                \
-    /* y = acc; or, with scales, y = acc * scale, added to what is there if `add`. */                                \
-    DSV3I_INLINE(isa) void V##_end(const int M, const int NP, const V##_f32 *acc, const V##_place *a, int add) {     \
-        DSV3I_UNROLL for (int i = 0; i < M * NP; i++) {                                                              \
-            float *y = a->y + (size_t)(i / NP) * a->ldy + W * (i % NP);                                              \
-            V##_f32 sum = acc[i];                                                                                    \
-            if ((size_t)(i / NP) >= a->n) continue;                                                                  \
-            if (a->scale != NULL) {                                                                                  \
-                const V##_f32 old = add ? V##_get(a->mask[i % NP], y) : V##_set(0.0f);                               \
-                sum = V##_fma(sum, V##_load(a->scale + W * (i % NP)), old);                                          \
+    /* y = acc; or, with scales, y = acc * scale, added to what is there if `add`. Only the last 16 outputs may be   \
+     * fewer. */                                                                                                     \
+    DSV3I_INLINE(isa) void V##_end(const int M, const int NP, V##_f32 *acc, const V##_place *a, int add) {           \
+        if (a->scale != NULL) {                                                                                      \
+            DSV3I_UNROLL for (int p = 0; p < NP; p++) {                                                              \
+                const V##_f32 scale = V##_load(a->scale + W * p);                                                    \
+                const V##_lanes old = add ? a->mask[p] : V##_mask(0);                                                \
+                DSV3I_UNROLL for (int m = 0; m < M; m++) {                                                           \
+                    const float *y = a->y + dsv3i_min((size_t)m, a->n - 1) * a->ldy + W * p;                         \
+                    acc[m * NP + p] = V##_fma(acc[m * NP + p], scale, V##_get(old, y));                              \
+                }                                                                                                    \
             }                                                                                                        \
-            V##_put(y, a->mask[i % NP], sum);                                                                        \
+        }                                                                                                            \
+        DSV3I_UNROLL for (int m = 0; m < M; m++) {                                                                   \
+            float *y = a->y + (size_t)m * a->ldy;                                                                    \
+            if ((size_t)m >= a->n) continue;                                                                         \
+            DSV3I_UNROLL for (int p = 0; p < NP; p++) {                                                              \
+                if (p < NP - 16 / W) V##_store(y + W * p, acc[m * NP + p]);                                          \
+                if (p >= NP - 16 / W) V##_put(y + W * p, a->mask[p], acc[m * NP + p]);                               \
+            }                                                                                                        \
         }                                                                                                            \
     }                                                                                                                \
     /* Terms of float rows, aj floats apart, and of floats: acc += sum_j x_mj w_j. edge: vectors under the mask. */  \
