@@ -11177,6 +11177,8 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_BACK
 #undef DSV3I_BACK_ROWS
 #undef DSV3I_BACK_KEYS
+#undef DSV3I_BY_COLUMNS
+#undef DSV3I_BY_ROWS
 #undef DSV3I_COLUMNS
 #undef DSV3I_MANY
 #undef DSV3I_MANY_BF16
@@ -11193,12 +11195,17 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_EXPAND
 #undef DSV3I_FEW
 #undef DSV3I_FEW_TYPE
+#undef DSV3I_FLOAT_TYPE
 #undef DSV3I_INLINE
 #undef DSV3I_KEYS
 #undef DSV3I_LANES
 #undef DSV3I_LINE
+#undef DSV3I_PACK_TYPE
 #undef DSV3I_PANEL
+#undef DSV3I_PANEL_KERNELS
 #undef DSV3I_PI
+#undef DSV3I_PRODUCT_KERNELS
+#undef DSV3I_PRODUCT_TYPE
 #undef DSV3I_QUERIES
 #undef DSV3I_SEGMENT
 #undef DSV3I_RATE
@@ -11212,13 +11219,15 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_STAGES
 #undef DSV3I_TARGET
 #undef DSV3I_TRY
-#undef DSV3I_TABLE
 #undef DSV3I_STEP
 #undef DSV3I_TERMS
 #undef DSV3I_TILES
+#undef DSV3I_TYPE_KERNELS
 #undef DSV3I_UNROLL
+#undef DSV3I_VECTOR_KERNELS
 #undef DSV3I_VOCAB
 #undef DSV3I_X86
+#undef DSV3I_X86_VECTORS
 #endif /* DSV3_IMPLEMENTATION */
 
 /* ========================================================================================================
