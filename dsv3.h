@@ -8572,30 +8572,30 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
  * Chapter A  >>simd
  *
  * Kernels for one instruction set after the other, and the choice between them. Nothing here needs to be read to
- * understand the model: a backend computes what the reference computes, within bounds that tests/test_kernels.c states
- * for each kernel and proves for each backend by name. Those of chapter 3 stand here once more, for vectors; the others
- * work on panels (chapter 4), and the reference does without them.
+ * understand the model: a backend computes what the reference computes, within bounds that tests/test_kernels.c
+ * states for each kernel and proves for each backend by name. Those of chapter 3 stand here once more, for vectors;
+ * the others work on panels (chapter 4), and the reference does without them.
  *
- * What is the same in all backends. Numbers are decoded exactly. A product has one chain of additions for each output,
- * in the order of its terms, however many rows and outputs are computed together, whether weights are packed or not; for
- * FP8, Q8_0 and Q4_0 there is a chain for each block of terms, then one over the blocks. (Of AMX a link of the chain is the
- * sum of 32 terms of BF16, always cut at the same places.) outer adds its terms in the order of j, exp treats every
- * element alike, wherever it lies. So the promises of the front page hold within each backend and
+ * What is the same in all backends. Numbers are decoded exactly. A product has one chain of additions for each
+ * output, in the order of its terms, however many rows and outputs are computed together, whether weights are packed
+ * or not; for FP8, Q8_0 and Q4_0 there is a chain for each block of terms, then one over the blocks. (Of AMX a link
+ * of the chain is the sum of 32 terms of BF16, always cut at the same places.) outer adds its terms in the order of
+ * j, exp treats every element alike, wherever it lies. So the promises of the front page hold within each backend and
  * each way of computing; between backends results differ by rounding only.
  *
- * How it is fast. Sums wait for their own previous term (4 cycles); a tile therefore has many sums at once, as many as
- * there are registers: 64 outputs times 6 rows of x with AVX-512 (32 for codes, whose whole numbers need registers, too),
- * 16 times 6 with AVX2, so that a loaded number is used 2 to 6 times. 128 terms of a panel stay in the first
- * cache while rows of x pass by, or, with BF16 and VNNI, more of them in the second one, and the next are fetched
- * meanwhile. With one row there is nothing to use twice, and only reading counts: panels in two or four places are read side
- * by side, and codes never leave registers. AMX multiplies tiles, 16 rows by 16 outputs, up to 32 times as fast: then reading
- * counts with 64 rows, too.
+ * How it is fast. Sums wait for their own previous term (4 cycles); a tile therefore has many sums at once, as many
+ * as there are registers: 64 outputs times 6 rows of x with AVX-512 (32 for codes, whose whole numbers need
+ * registers, too), 16 times 6 with AVX2, so that a loaded number is used 2 to 6 times. 128 terms of a panel stay in
+ * the first cache while rows of x pass by, or, with BF16 and VNNI, more of them in the second one, and the next are
+ * fetched meanwhile. With one row there is nothing to use twice, and only reading counts: panels in two or four
+ * places are read side by side, and codes never leave registers. AMX multiplies tiles, 16 rows by 16 outputs, up to
+ * 32 times as fast: then reading counts with 64 rows, too.
  *
- * Kernels that need nothing but vectors of floats and words of four bytes are written once, as macros that are stamped for
- * an instruction set. (A file that includes itself would read better, but is not found where a header is piped, pasted into
- * another file or compiled with mapped paths.) Another instruction set brings the vector functions listed there, and what
- * it does its own way; it needs an entry in dsv3_backend and its count, in dsv3_backend_name, in dsv3i_best_backend and in
- * dsv3_context_init.
+ * Kernels that need nothing but vectors of floats and words of four bytes are written once, as macros that are
+ * stamped for an instruction set. (A file that includes itself would read better, but is not found where a header is
+ * piped, pasted into another file or compiled with mapped paths.) Another instruction set brings the vector functions
+ * listed there, and what it does its own way; it needs an entry in dsv3_backend and its count, in dsv3_backend_name,
+ * in dsv3i_best_backend and in dsv3_context_init.
  * ==================================================================================================== */
 
 #ifdef DSV3I_X86
@@ -8689,13 +8689,27 @@ static size_t dsv3i_rows_together(size_t n) {
         }                                                                                                            \
     } while (0)
 
+/* A statement for all of n numbers, W lanes at a time: those from i on, of which m are there. */
+#define DSV3I_BY_LANES(V, W, n, ...)                                                                                 \
+    do {                                                                                                             \
+        size_t i = 0;                                                                                                \
+        for (; i + W <= n; i += W) {                                                                                 \
+            const V##_lanes m = V##_mask(W);                                                                         \
+            __VA_ARGS__;                                                                                             \
+        }                                                                                                            \
+        if (i < n) {                                                                                                 \
+            const V##_lanes m = V##_mask(n - i);                                                                     \
+            __VA_ARGS__;                                                                                             \
+        }                                                                                                            \
+    } while (0)
+
 /* ---- Kernels for any instruction set `isa` with vectors of W lanes. V is the prefix of its names; it has
  *     V_f32, V_u32       vectors of floats, and of words of four bytes
  *     V_lanes, V_mask    which lanes: 0 .. n-1, or all if there are fewer
  *     V_set, load, store, add, sub, mul, div, neg, fma    of floats; V_clamp: NaN stays NaN
  *     V_get, put, keep   loads some lanes, 0 in the others; stores some; sets the others to 0
  *     V_element          some lanes from F32, F16, BF16 or, as value / 256, E4M3
- *     V_sum              of the lanes, as a tree: lanes whose numbers differ in the highest bit first
+ *     V_sum              of the lanes, as a tree; its order is that of the instruction set
  *     V_near, far        fetch a line early, to the first or the second cache
  *     V_whole, power     for exp: x / ln 2 as a whole number; p 2^n
  *     V_words, put_words, bytes    loads and stores words, any alignment; the first n bytes, then zeros
@@ -8727,49 +8741,40 @@ static size_t dsv3i_rows_together(size_t n) {
         const unsigned char *bytes = (const unsigned char *)w;                                                       \
         const size_t size = type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2;                                     \
         const V##_f32 unit = V##_set(type == DSV3_F8_E4M3 ? 256.0f : 1.0f);                                          \
-        for (size_t i = 0; i < n; i += W) {                                                                          \
-            const V##_lanes m = V##_mask(n - i);                                                                     \
-            V##_near(bytes + i * size + 2048); /* rows follow each other */                                          \
+        DSV3I_BY_LANES(V, W, n, {                                                                                    \
+            if (W == 16) V##_near(bytes + i * size + 2048);                                                          \
             V##_put(y + i, m, V##_mul(V##_element(type, m, bytes + i * size), unit));                                \
-        }                                                                                                            \
+        });                                                                                                          \
     }                                                                                                                \
     DSV3I_TARGET(isa) static float V##_dot(const float *x, const float *y, size_t n) {                               \
         V##_f32 sum = V##_set(0.0f);                                                                                 \
-        for (size_t i = 0; i < n; i += W) {                                                                          \
-            const V##_lanes m = V##_mask(n - i);                                                                     \
-            sum = V##_fma(V##_get(m, x + i), V##_get(m, y + i), sum);                                                \
-        }                                                                                                            \
+        DSV3I_BY_LANES(V, W, n, sum = V##_fma(V##_get(m, x + i), V##_get(m, y + i), sum));                           \
         return V##_sum(sum);                                                                                         \
     }                                                                                                                \
     DSV3I_TARGET(isa) static void V##_axpy(float *y, float a, const float *x, size_t n) {                            \
         const V##_f32 f = V##_set(a);                                                                                \
-        for (size_t i = 0; i < n; i += W) {                                                                          \
-            const V##_lanes m = V##_mask(n - i);                                                                     \
-            V##_put(y + i, m, V##_fma(f, V##_get(m, x + i), V##_get(m, y + i)));                                     \
-        }                                                                                                            \
+        DSV3I_BY_LANES(V, W, n, V##_put(y + i, m, V##_fma(f, V##_get(m, x + i), V##_get(m, y + i))));                \
     }                                                                                                                \
     DSV3I_TARGET(isa) static float V##_exp_sum(float *p, const float *s, float top, size_t n) {                      \
         const V##_f32 t = V##_set(top);                                                                              \
         V##_f32 sum = V##_set(0.0f);                                                                                 \
-        for (size_t i = 0; i < n; i += W) {                                                                          \
-            const V##_lanes m = V##_mask(n - i);                                                                     \
+        DSV3I_BY_LANES(V, W, n, {                                                                                    \
             const V##_f32 e = V##_exp(V##_sub(V##_get(m, s + i), t));                                                \
             sum = V##_add(sum, V##_keep(m, e));                                                                      \
             V##_put(p + i, m, e);                                                                                    \
-        }                                                                                                            \
+        });                                                                                                          \
         return V##_sum(sum);                                                                                         \
     }                                                                                                                \
     DSV3I_TARGET(isa) static void V##_silu_mul(float *h, const float *a, const float *b, size_t n) {                 \
         const V##_f32 one = V##_set(1.0f);                                                                           \
-        for (size_t i = 0; i < n; i += W) {                                                                          \
-            const V##_lanes m = V##_mask(n - i);                                                                     \
+        DSV3I_BY_LANES(V, W, n, {                                                                                    \
             const V##_f32 v = V##_get(m, a + i), below = V##_add(one, V##_exp(V##_neg(v)));                          \
             V##_put(h + i, m, V##_mul(V##_div(v, below), V##_get(m, b + i)));                                        \
-        }                                                                                                            \
+        });                                                                                                          \
     }
 
-/* Panels are made, W rows of weights at a time, and their codes become values. While some terms are packed, the next k_block
- * of their rows is fetched. */
+/* Panels are made, W rows of weights at a time, and their codes become values. While some terms are packed, the next
+ * k_block of their rows is fetched. */
 #define DSV3I_PANEL_KERNELS(V, isa, W)                                                                               \
     DSV3I_TARGET(isa)                                                                                                \
     static void V##_pack(size_t size, void *panel, const void *w, size_t row_bytes, size_t rows, size_t k) {         \
@@ -8828,7 +8833,8 @@ static size_t dsv3i_rows_together(size_t n) {
                 V##_transpose(r);                                                                                    \
                 for (size_t j = 0; j < count * size / 4; j++, to += 64 * columns) V##_put_words(to, r[j]);           \
                 for (size_t i = b; i < b + count; i++) {                                                             \
-                    V##_store(scale + 16 * i * columns + first, V##_scales(from + i * each, row_bytes, first, rows)); \
+                    V##_store(scale + 16 * i * columns + first,                                                      \
+                              V##_scales(from + i * each, row_bytes, first, rows));                                  \
                 }                                                                                                    \
             }                                                                                                        \
         }                                                                                                            \
@@ -8925,8 +8931,7 @@ static size_t dsv3i_rows_together(size_t n) {
             DSV3I_UNROLL for (int p = 0; p < NP; p++) acc[m * NP + p] = V##_get(a->mask[p], y + W * p);              \
         }                                                                                                            \
     }                                                                                                                \
-    /* y = acc; or, with scales, y = acc * scale, added to what is there if `add`. Only the last 16 outputs may be   \
-     * fewer. */                                                                                                     \
+    /* y = acc; or acc * scale, added to y if `add`. Of the last 16 outputs alone, some may not be wanted. */        \
     DSV3I_INLINE(isa) void V##_end(const int M, const int NP, V##_f32 *acc, const V##_place *a, int add) {           \
         if (a->scale != NULL) {                                                                                      \
             DSV3I_UNROLL for (int p = 0; p < NP; p++) {                                                              \
@@ -9010,8 +9015,7 @@ static size_t dsv3i_rows_together(size_t n) {
             if (scaled) a->scale += 16 * w->columns;                                                                 \
         }                                                                                                            \
     }                                                                                                                \
-    /* n rows, some at a time, and columns c0 .. of a panel. Each share of the rows fetches its share of what is     \
-     * read next. */                                                                                                 \
+    /* n rows, columns c0 .. of a panel. Each share of the rows fetches its share of what is read next. */           \
     DSV3I_INLINE(isa)                                                                                                \
     void V##_columns(const dsv3_product kind, const int NP, float *y, size_t ldy, const void *x, size_t ldx,         \
                      size_t n, const dsv3_panel *w, size_t c0, size_t rows, size_t k, int add) {                     \
@@ -9028,8 +9032,7 @@ static size_t dsv3i_rows_together(size_t n) {
             DSV3I_BY_ROWS(m, if (kind == DSV3_PRODUCT_F32 || M <= 4) V##_exact(kind, M, NP, &a, w, k, add));         \
         }                                                                                                            \
     }                                                                                                                \
-    /* Whole panels at once; the last one of a matrix, which may be narrower, in parts, of codes the smallest (it is \
-     * not worth the instructions). */                                                                               \
+    /* Whole panels at once; a narrower one in parts, of codes the smallest: not worth the instructions. */          \
     DSV3I_INLINE(isa)                                                                                                \
     void V##_product(const dsv3_product kind, float *y, size_t ldy, const void *x, size_t ldx, size_t n,             \
                      const dsv3_panel *w, size_t rows, size_t k, int add) {                                          \
@@ -9037,9 +9040,9 @@ static size_t dsv3i_rows_together(size_t n) {
         for (size_t c = 0, some; c < w->columns; c += some * W / 16) {                                               \
             const size_t left = (w->columns - c) * (16 / W);                                                         \
             some = left >= N ? N : left >= few ? few : 1;                                                            \
-            DSV3I_BY_COLUMNS(some, if (NP <= N && NP * W >= 16 &&                                                    \
-                                       (kind == DSV3_PRODUCT_F32 || NP == N || NP * W == 16))                        \
-                                       V##_columns(kind, NP, y, ldy, x, ldx, n, w, c, rows, k, add));                \
+            DSV3I_BY_COLUMNS(some,                                                                                   \
+                             if (NP <= N && NP * W >= 16 && (kind == DSV3_PRODUCT_F32 || NP == N || NP * W == 16))   \
+                                 V##_columns(kind, NP, y, ldy, x, ldx, n, w, c, rows, k, add));                      \
         }                                                                                                            \
     }                                                                                                                \
     DSV3I_INLINE(isa) void V##_outer_tile(const int M, const int NP, const V##_place *a, size_t aj, size_t k) {      \
@@ -9096,7 +9099,7 @@ static size_t dsv3i_rows_together(size_t n) {
                                    size_t rows, size_t k, int add) {                                                 \
         V##_product(kind, y, ldy, x, ldx, n, w, rows, k, add);                                                       \
     }
-#define DSV3I_TYPE_KERNELS(V, isa)                                                                                        \
+#define DSV3I_TYPE_KERNELS(V, isa)                                                                                   \
     DSV3I_DECODE_TYPE(V, isa, f32, DSV3_F32)                                                                         \
     DSV3I_DECODE_TYPE(V, isa, f16, DSV3_F16)                                                                         \
     DSV3I_DECODE_TYPE(V, isa, bf16, DSV3_BF16)                                                                       \
@@ -9156,9 +9159,7 @@ static size_t dsv3i_rows_together(size_t n) {
     }                                                                                                                \
     DSV3I_INLINE(isa) void V##_near(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T0); }        \
     DSV3I_INLINE(isa) void V##_far(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T1); }         \
-    DSV3I_INLINE(isa) V##_u32 V##_words(const void *at) {                                                            \
-        return _mm##bits##_loadu_si##bits((const V##_u32 *)at);                                                      \
-    }                                                                                                                \
+    DSV3I_INLINE(isa) V##_u32 V##_words(const void *at) { return _mm##bits##_loadu_si##bits((const V##_u32 *)at); }  \
     DSV3I_INLINE(isa) void V##_put_words(void *at, V##_u32 v) { _mm##bits##_storeu_si##bits((V##_u32 *)at, v); }     \
     DSV3I_INLINE(isa) V##_u32 V##_flip(V##_u32 v) {                                                                  \
         return _mm##bits##_xor_si##bits(v, _mm##bits##_set1_epi8((char)-128));                                       \
@@ -9222,8 +9223,8 @@ DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_bytes(const unsigned char *at, size_
     return dsv3i_avx2_words(part);
 }
 
-/* E4M3: the code's seven low bits become exponent and fraction of a half, whose exponent is 8 too small: what is returned is
- * the value / 256, exactly, and NaN for NaN. */
+/* E4M3: the code's seven low bits become exponent and fraction of a half, whose exponent is 8 too small: what is
+ * returned is the value / 256, exactly, and NaN for NaN. */
 DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_element(const dsv3_type type, size_t n, const unsigned char *at) {
     const __m128i bits = _mm_set1_epi16(0x3F80);
     unsigned char part[32] = {0};
@@ -9253,7 +9254,8 @@ DSV3I_INLINE(DSV3I_AVX2) __m128 dsv3i_avx2_sums(__m256 a, __m256 b, __m256 c, __
 DSV3I_INLINE(DSV3I_AVX2) float dsv3i_avx2_sum(__m256 v) { return _mm_cvtss_f32(dsv3i_avx2_sums(v, v, v, v)); }
 
 DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_whole(__m256 x) {
-    return _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
+                           _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
 /* 2^n comes in two factors, so that results may be subnormal. */
@@ -9372,15 +9374,18 @@ void dsv3i_avx2_dots(const int NX, float *y, size_t ldy, const float *x, size_t 
     const float *xs[3], *ws[4];
     __m256 acc[12];
     size_t i = 0;
-    for (size_t t = 0; t < 3; t++) xs[t] = x + dsv3i_min(t, n - 1) * ldx;
-    for (size_t r = 0; r < 4; r++) ws[r] = w + dsv3i_min(r, nw - 1) * ldw;
+    DSV3I_UNROLL for (size_t t = 0; t < 3; t++) xs[t] = x + dsv3i_min(t, n - 1) * ldx;
+    DSV3I_UNROLL for (size_t r = 0; r < 4; r++) ws[r] = w + dsv3i_min(r, nw - 1) * ldw;
     DSV3I_UNROLL for (int j = 0; j < 4 * NX; j++) acc[j] = _mm256_setzero_ps();
     for (; i + 8 <= k; i += 8) dsv3i_avx2_terms(NX, acc, xs, ws, i, 8);
     if (i < k) dsv3i_avx2_terms(NX, acc, xs, ws, i, k - i);
     DSV3I_UNROLL for (int t = 0; t < NX; t++) {
-        float sums[4]; /* a store under a mask would be a slow one on some processors */
-        _mm_storeu_ps(sums, dsv3i_avx2_sums(acc[4 * t], acc[4 * t + 1], acc[4 * t + 2], acc[4 * t + 3]));
-        if ((size_t)t < n) DSV3_MEMCPY(y + (size_t)t * ldy, sums, nw * sizeof *sums);
+        const __m128 sums = dsv3i_avx2_sums(acc[4 * t], acc[4 * t + 1], acc[4 * t + 2], acc[4 * t + 3]);
+        float *to = y + (size_t)t * ldy, four[4];
+        if ((size_t)t >= n) continue;
+        if (nw < 4) _mm_storeu_ps(four, sums); /* a store under a mask would be a slow one on some processors */
+        if (nw < 4) DSV3_MEMCPY(to, four, nw * sizeof *four);
+        if (nw == 4) _mm_storeu_ps(to, sums);
     }
 }
 
@@ -11178,6 +11183,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #undef DSV3I_BACK_ROWS
 #undef DSV3I_BACK_KEYS
 #undef DSV3I_BY_COLUMNS
+#undef DSV3I_BY_LANES
 #undef DSV3I_BY_ROWS
 #undef DSV3I_COLUMNS
 #undef DSV3I_MANY
