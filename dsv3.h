@@ -8372,26 +8372,31 @@ static void dsv3i_round_q8_floats(void *out, const float *x, size_t k) { dsv3i_r
 /* ========================================================================================================
  * Chapter B  >>simd
  *
- * The kernels of chapter 3 once more, for one instruction set after the other, and the choice between them. Nothing
- * here needs to be read to understand the model: a backend computes what the reference computes, within bounds that
- * tests/test_kernels.c states for each kernel and proves for each backend by name.
+ * Kernels for one instruction set after the other, and the choice between them. Nothing here needs to be read to
+ * understand the model: a backend computes what the reference computes, within bounds that tests/test_kernels.c
+ * states for each kernel and proves for each backend by name. Those of chapter 3 stand here once more, for vectors;
+ * the others work on panels (chapter 4), and the reference does without them.
  *
- * What is the same in all backends. Numbers are decoded exactly. A product has one chain of additions for each output,
- * in the order of its terms, however many rows and outputs are computed together, whether weights are packed or not; for
- * FP8, Q8_0 and Q4_0 there is a chain for each block of terms, then one over the blocks. (Of AMX a link of the chain is the
- * sum of 32 terms of BF16, always cut at the same places.) outer adds its terms in the order of j, exp treats every
- * element alike, wherever it lies. So the promises of the front page hold within each backend and
+ * What is the same in all backends. Numbers are decoded exactly. A product has one chain of additions for each
+ * output, in the order of its terms, however many rows and outputs are computed together, whether weights are packed
+ * or not; for FP8, Q8_0 and Q4_0 there is a chain for each block of terms, then one over the blocks. (Of AMX a link
+ * of the chain is the sum of 32 terms of BF16, always cut at the same places.) outer adds its terms in the order of
+ * j, exp treats every element alike, wherever it lies. So the promises of the front page hold within each backend and
  * each way of computing; between backends results differ by rounding only.
  *
- * How it is fast. Sums wait for their own previous term (4 cycles); a tile therefore has many sums at once, as many as
- * there are registers: 64 outputs times 6 rows of x with AVX-512 (32 for codes, whose whole numbers need registers, too),
- * 16 times 6 with AVX2, so that a loaded number is used 2 to 6 times. A stretch of a panel (chapter 4) stays in the first
- * cache while rows of x pass by, or, with BF16 and VNNI, a longer one in the second one, and the next is fetched
- * meanwhile. With one row there is nothing to use twice, and only reading counts: panels in two or four places are read side
- * by side, and codes never leave registers. AMX multiplies tiles, 16 rows by 16 outputs, up to 32 times as fast: then reading
- * counts with 64 rows, too.
+ * How it is fast. Sums wait for their own previous term (4 cycles); a tile therefore has many sums at once, as many
+ * as there are registers: 64 outputs times 6 rows of x with AVX-512 (32 for codes, whose whole numbers need
+ * registers, too), 16 times 6 with AVX2, so that a loaded number is used 2 to 6 times. 128 terms of a panel stay in
+ * the first cache while rows of x pass by, or, with BF16 and VNNI, more of them in the second one, and the next are
+ * fetched meanwhile. With one row there is nothing to use twice, and only reading counts: panels in two or four
+ * places are read side by side, and codes never leave registers. AMX multiplies tiles, 16 rows by 16 outputs, up to
+ * 32 times as fast: then reading counts with 64 rows, too.
  *
- * Another instruction set is one more block like these, a line in dsv3_context_init, and one in dsv3_backend_name.
+ * Kernels that need nothing but vectors of floats and words of four bytes are written once, as macros that are
+ * stamped for an instruction set. (A file that includes itself would read better, but is not found where a header is
+ * piped, pasted into another file or compiled with mapped paths.) Another instruction set brings the vector functions
+ * listed there, and what it does its own way; it needs an entry in dsv3_backend and its count, in dsv3_backend_name,
+ * in dsv3i_best_backend and in dsv3_context_init.
  * ==================================================================================================== */
 
 #ifdef DSV3I_X86
@@ -8444,39 +8449,599 @@ static dsv3_backend dsv3i_best_backend(void) {
     return DSV3_BACKEND_AMX;
 }
 
+#define DSV3I_AHEAD 8192 /* bytes by which codes are fetched ahead: about 128 terms of a panel */
+
 /* How many of n rows of x go together: kernels are made for 1, 2, 4 and, with floats or codes on both sides, 6. */
 static size_t dsv3i_rows_together(size_t n) {
     if (n <= 6) return n;
     return n <= 8 ? 4 : 6;
 }
 
+/* A call with M, a constant: the least of 1, 2, 4, 6 that is not below m <= 6. */
+#define DSV3I_BY_ROWS(m, ...)                                                                                        \
+    do {                                                                                                             \
+        if ((m) == 1) {                                                                                              \
+            enum { M = 1 };                                                                                          \
+            __VA_ARGS__;                                                                                             \
+        } else if ((m) == 2) {                                                                                       \
+            enum { M = 2 };                                                                                          \
+            __VA_ARGS__;                                                                                             \
+        } else if ((m) <= 4) {                                                                                       \
+            enum { M = 4 };                                                                                          \
+            __VA_ARGS__;                                                                                             \
+        } else {                                                                                                     \
+            enum { M = 6 };                                                                                          \
+            __VA_ARGS__;                                                                                             \
+        }                                                                                                            \
+    } while (0)
+
+/* A call with NP, a constant: n of 1, 2 or 4 vectors of outputs. */
+#define DSV3I_BY_COLUMNS(n, ...)                                                                                     \
+    do {                                                                                                             \
+        if ((n) == 1) {                                                                                              \
+            enum { NP = 1 };                                                                                         \
+            __VA_ARGS__;                                                                                             \
+        } else if ((n) == 2) {                                                                                       \
+            enum { NP = 2 };                                                                                         \
+            __VA_ARGS__;                                                                                             \
+        } else {                                                                                                     \
+            enum { NP = 4 };                                                                                         \
+            __VA_ARGS__;                                                                                             \
+        }                                                                                                            \
+    } while (0)
+
+/* A statement for all of n numbers, W lanes at a time: those from i on, of which m are there. */
+#define DSV3I_BY_LANES(V, W, n, ...)                                                                                 \
+    do {                                                                                                             \
+        size_t i = 0;                                                                                                \
+        for (; i + W <= n; i += W) {                                                                                 \
+            const V##_lanes m = V##_mask(W);                                                                         \
+            __VA_ARGS__;                                                                                             \
+        }                                                                                                            \
+        if (i < n) {                                                                                                 \
+            const V##_lanes m = V##_mask(n - i);                                                                     \
+            __VA_ARGS__;                                                                                             \
+        }                                                                                                            \
+    } while (0)
+
+/* ---- Kernels for any instruction set `isa` with vectors of W lanes. V is the prefix of its names; it has
+ *     V_f32, V_u32       vectors of floats, and of words of four bytes
+ *     V_lanes, V_mask    which lanes: 0 .. n-1, or all if there are fewer
+ *     V_set, load, store, add, sub, mul, div, neg, fma    of floats; V_clamp: NaN stays NaN
+ *     V_get, put, keep   loads some lanes, 0 in the others; stores some; sets the others to 0
+ *     V_element          some lanes from F32, F16, BF16 or, as value / 256, E4M3
+ *     V_sum              of the lanes, as a tree; its order is that of the instruction set
+ *     V_near, far        fetch a line early, to the first or the second cache
+ *     V_whole, power     for exp: x / ln 2 as a whole number; p 2^n
+ *     V_words, put_words, bytes    loads and stores words, any alignment; the first n bytes, then zeros
+ *     V_transpose, flip  W words of W rows; 128 added to each byte
+ *     V_order            words of E4M3 as a panel has them; V_blocks: codes of Q8_0 or Q4_0 one after the other
+ *     V_half             lower or upper halves of words, from F16 to float
+ *     V_bf16, nibbles    E4M3 to BF16, in two vectors; the low and the high four bits of bytes
+ *     V_floats           of words, two BF16 or four bytes to floats. */
+
+/* exp by x = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor series of e^r to r^7 (its rest is below 2^-27). Below -104
+ * results are 0, above 89 infinite. */
+#define DSV3I_VECTOR_KERNELS(V, isa, W)                                                                              \
+    DSV3I_INLINE(isa) V##_f32 V##_exp(V##_f32 x) {                                                                   \
+        V##_f32 n, r, p = V##_set(1.0f / 5040.0f);                                                                   \
+        x = V##_clamp(x, -104.0f, 89.0f);                                                                            \
+        n = V##_whole(x);                                                                                            \
+        r = V##_fma(n, V##_set(-0.693359375f), x); /* ln 2 in two parts, the first with few bits */                  \
+        r = V##_fma(n, V##_set(2.12194440e-4f), r);                                                                  \
+        p = V##_fma(p, r, V##_set(1.0f / 720.0f));                                                                   \
+        p = V##_fma(p, r, V##_set(1.0f / 120.0f));                                                                   \
+        p = V##_fma(p, r, V##_set(1.0f / 24.0f));                                                                    \
+        p = V##_fma(p, r, V##_set(1.0f / 6.0f));                                                                     \
+        p = V##_fma(p, r, V##_set(0.5f));                                                                            \
+        p = V##_fma(p, r, V##_set(1.0f));                                                                            \
+        p = V##_fma(p, r, V##_set(1.0f));                                                                            \
+        return V##_power(p, n);                                                                                      \
+    }                                                                                                                \
+    DSV3I_INLINE(isa) void V##_decode(const dsv3_type type, float *y, const void *w, size_t n) {                     \
+        const unsigned char *bytes = (const unsigned char *)w;                                                       \
+        const size_t size = type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2;                                     \
+        const V##_f32 unit = V##_set(type == DSV3_F8_E4M3 ? 256.0f : 1.0f);                                          \
+        DSV3I_BY_LANES(V, W, n, {                                                                                    \
+            if (W == 16) V##_near(bytes + i * size + 2048);                                                          \
+            V##_put(y + i, m, V##_mul(V##_element(type, m, bytes + i * size), unit));                                \
+        });                                                                                                          \
+    }                                                                                                                \
+    DSV3I_TARGET(isa) static float V##_dot(const float *x, const float *y, size_t n) {                               \
+        V##_f32 sum = V##_set(0.0f);                                                                                 \
+        DSV3I_BY_LANES(V, W, n, sum = V##_fma(V##_get(m, x + i), V##_get(m, y + i), sum));                           \
+        return V##_sum(sum);                                                                                         \
+    }                                                                                                                \
+    DSV3I_TARGET(isa) static void V##_axpy(float *y, float a, const float *x, size_t n) {                            \
+        const V##_f32 f = V##_set(a);                                                                                \
+        DSV3I_BY_LANES(V, W, n, V##_put(y + i, m, V##_fma(f, V##_get(m, x + i), V##_get(m, y + i))));                \
+    }                                                                                                                \
+    DSV3I_TARGET(isa) static float V##_exp_sum(float *p, const float *s, float top, size_t n) {                      \
+        const V##_f32 t = V##_set(top);                                                                              \
+        V##_f32 sum = V##_set(0.0f);                                                                                 \
+        DSV3I_BY_LANES(V, W, n, {                                                                                    \
+            const V##_f32 e = V##_exp(V##_sub(V##_get(m, s + i), t));                                                \
+            sum = V##_add(sum, V##_keep(m, e));                                                                      \
+            V##_put(p + i, m, e);                                                                                    \
+        });                                                                                                          \
+        return V##_sum(sum);                                                                                         \
+    }                                                                                                                \
+    DSV3I_TARGET(isa) static void V##_silu_mul(float *h, const float *a, const float *b, size_t n) {                 \
+        const V##_f32 one = V##_set(1.0f);                                                                           \
+        DSV3I_BY_LANES(V, W, n, {                                                                                    \
+            const V##_f32 v = V##_get(m, a + i), below = V##_add(one, V##_exp(V##_neg(v)));                          \
+            V##_put(h + i, m, V##_mul(V##_div(v, below), V##_get(m, b + i)));                                        \
+        });                                                                                                          \
+    }
+
+/* Panels are made, W rows of weights at a time, and their codes become values. While some terms are packed, the next
+ * k_block of their rows is fetched. */
+#define DSV3I_PANEL_KERNELS(V, isa, W)                                                                               \
+    DSV3I_TARGET(isa)                                                                                                \
+    static void V##_pack(size_t size, void *panel, const void *w, size_t row_bytes, size_t rows, size_t k) {         \
+        const size_t columns = (rows + 15) / 16, step = 64 * columns, bytes = k * size;                              \
+        for (size_t first = 0; first < 16 * columns; first += W) {                                                   \
+            const size_t real = first < rows ? dsv3i_min(rows - first, W) : 0;                                       \
+            const unsigned char *from = (const unsigned char *)w + (real > 0 ? first * row_bytes : 0);               \
+            unsigned char *to = (unsigned char *)panel + 4 * first;                                                  \
+            for (size_t i = 0; i < bytes; i += 4 * W, to += W * step) {                                              \
+                const size_t left = bytes - i;                                                                       \
+                V##_u32 r[W];                                                                                        \
+                if (real == W && left >= 4 * W) {                                                                    \
+                    DSV3I_UNROLL for (size_t j = 0; j < W; j++) {                                                    \
+                        r[j] = V##_words(from + j * row_bytes + i);                                                  \
+                        V##_near(from + j * row_bytes + i + DSV3I_TERMS * size);                                     \
+                    }                                                                                                \
+                } else {                                                                                             \
+                    for (size_t j = 0; j < W; j++) {                                                                 \
+                        r[j] = V##_bytes(from + (j < real ? j * row_bytes + i : 0), j < real ? left : 0);            \
+                    }                                                                                                \
+                }                                                                                                    \
+                V##_transpose(r);                                                                                    \
+                for (size_t j = 0; j < W && 4 * j < left; j++) {                                                     \
+                    if (size == 1) r[j] = V##_order(r[j]);                                                           \
+                    V##_put_words(to + step * j, r[j]);                                                              \
+                }                                                                                                    \
+            }                                                                                                        \
+        }                                                                                                            \
+    }                                                                                                                \
+    /* The F16 scales of a block of each row from `first` on; 0 for rows that are not there. */                      \
+    DSV3I_INLINE(isa)                                                                                                \
+    V##_f32 V##_scales(const unsigned char *block, size_t row_bytes, size_t first, size_t rows) {                    \
+        uint16_t bits[W] = {0};                                                                                      \
+        for (size_t j = first; j < dsv3i_min(rows, first + W); j++) {                                                \
+            DSV3_MEMCPY(&bits[j - first], block + j * row_bytes, 2);                                                 \
+        }                                                                                                            \
+        return V##_element(DSV3_F16, V##_mask(W), (const unsigned char *)bits);                                      \
+    }                                                                                                                \
+    /* Blocks of a scale and `size` bytes of codes, as many at a time as fill a vector. */                           \
+    DSV3I_INLINE(isa)                                                                                                \
+    void V##_pack_blocks(const size_t size, void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, \
+                         size_t k) {                                                                                 \
+        const unsigned char *from = (const unsigned char *)w;                                                        \
+        const size_t blocks = k / DSV3_QBLOCK, many = 4 * W / size, columns = (rows + 15) / 16, each = 2 + size;     \
+        for (size_t first = 0; first < 16 * columns; first += W) {                                                   \
+            unsigned char *to = (unsigned char *)panel + 4 * first;                                                  \
+            for (size_t b = 0; b < blocks; b += many) {                                                              \
+                const size_t count = dsv3i_min(many, blocks - b);                                                    \
+                V##_u32 r[W];                                                                                        \
+                DSV3I_UNROLL for (size_t j = 0; j < W; j++) {                                                        \
+                    const unsigned char *at = from + dsv3i_min(first + j, rows - 1) * row_bytes + b * each;          \
+                    r[j] = V##_blocks(size, at, count);                                                              \
+                    if (size == 32) r[j] = V##_flip(r[j]);                                                           \
+                    V##_near(at + DSV3I_TERMS / DSV3_QBLOCK * each);                                                 \
+                }                                                                                                    \
+                V##_transpose(r);                                                                                    \
+                for (size_t j = 0; j < count * size / 4; j++, to += 64 * columns) V##_put_words(to, r[j]);           \
+                for (size_t i = b; i < b + count; i++) {                                                             \
+                    V##_store(scale + 16 * i * columns + first,                                                      \
+                              V##_scales(from + i * each, row_bytes, first, rows));                                  \
+                }                                                                                                    \
+            }                                                                                                        \
+        }                                                                                                            \
+    }                                                                                                                \
+    DSV3I_TARGET(isa) static void V##_widen_f16(void *values, const void *panel, size_t columns, size_t k) {         \
+        const unsigned char *from = (const unsigned char *)panel;                                                    \
+        float *to = (float *)values;                                                                                 \
+        for (size_t i = 0; i < k; i += 2, to += 16 * columns) {                                                      \
+            for (size_t c = 0; c < 16 * columns; c += W, from += 4 * W, to += W) {                                   \
+                const V##_u32 v = V##_words(from);                                                                   \
+                V##_store(to, V##_half(v, 0));                                                                       \
+                V##_store(to + 16 * columns, V##_half(v, 1));                                                        \
+            }                                                                                                        \
+        }                                                                                                            \
+    }                                                                                                                \
+    DSV3I_TARGET(isa) static void V##_widen_f8(void *values, const void *panel, size_t columns, size_t k) {          \
+        const unsigned char *from = (const unsigned char *)panel;                                                    \
+        unsigned char *to = (unsigned char *)values;                                                                 \
+        for (size_t i = 0; i < k; i += 4, to += 64 * columns) {                                                      \
+            for (size_t c = 0; c < 16 * columns; c += W, from += 4 * W, to += 4 * W) {                               \
+                V##_u32 b[2];                                                                                        \
+                V##_bf16(b, V##_words(from));                                                                        \
+                V##_put_words(to, b[0]);                                                                             \
+                V##_put_words(to + 64 * columns, b[1]);                                                              \
+            }                                                                                                        \
+        }                                                                                                            \
+    }                                                                                                                \
+    DSV3I_TARGET(isa) static void V##_widen_q4_0(void *values, const void *panel, size_t columns, size_t k) {        \
+        const unsigned char *from = (const unsigned char *)panel;                                                    \
+        unsigned char *to = (unsigned char *)values;                                                                 \
+        for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += 256 * columns) {                                           \
+            for (size_t c = 0; c < 64 * columns; c += W, from += 4 * W, to += 4 * W) {                               \
+                V##_u32 b[2];                                                                                        \
+                V##_nibbles(b, V##_words(from));                                                                     \
+                V##_near(from + DSV3I_AHEAD);                                                                        \
+                V##_put_words(to, b[0]);                                                                             \
+                V##_put_words(to + 256 * columns, b[1]);                                                             \
+            }                                                                                                        \
+        }                                                                                                            \
+    }                                                                                                                \
+    DSV3I_INLINE(isa)                                                                                                \
+    void V##_float_panel(const int bytes, float *to, const void *panel, size_t columns, size_t k, int32_t zero) {    \
+        const unsigned char *from = (const unsigned char *)panel;                                                    \
+        const V##_f32 code = V##_set((float)zero);                                                                   \
+        const size_t each = bytes ? 4 : 2;                                                                           \
+        for (size_t i = 0; i < k; i += each, to += 16 * columns * (each - 1)) {                                      \
+            for (size_t c = 0; c < 16 * columns; c += W, from += 4 * W, to += W) {                                   \
+                V##_f32 f[4];                                                                                        \
+                V##_floats(bytes, f, V##_words(from), code);                                                         \
+                DSV3I_UNROLL for (size_t j = 0; j < each; j++) V##_store(to + 16 * columns * j, f[j]);               \
+            }                                                                                                        \
+        }                                                                                                            \
+    }
+
+/* Products with panels, and outer. M <= 6 rows of x and NP <= N vectors of outputs: M NP sums in registers. */
+#define DSV3I_PRODUCT_KERNELS(V, isa, W, N)                                                                          \
+    /* Where they lie, and which outputs are wanted. */                                                              \
+    typedef struct V##_place {                                                                                       \
+        const unsigned char *x[6], *w; /* rows; the first vector */                                                  \
+        const float *scale;                                                                                          \
+        float *y;                                                                                                    \
+        size_t ldy, n;             /* of the M rows, n are real: the others repeat the last */                       \
+        size_t step;               /* bytes from a step of w to the next */                                          \
+        size_t gap;                /* bytes from the end of a block of codes to the next */                          \
+        size_t ahead;              /* fetched early: what lies so far ahead, ... */                                  \
+        const unsigned char *next; /* ... or this, so many lines, some with each step */                             \
+        size_t lines, each;                                                                                          \
+        V##_lanes mask[N];                                                                                           \
+    } V##_place;                                                                                                     \
+    DSV3I_INLINE(isa)                                                                                                \
+    void V##_place_set(const int M, const int NP, V##_place *a, float *y, size_t ldy, const void *x, size_t ldx,     \
+                       size_t n, const void *w, size_t step, size_t columns) {                                       \
+        a->y = y;                                                                                                    \
+        a->ldy = ldy;                                                                                                \
+        a->n = dsv3i_min((size_t)M, n);                                                                              \
+        a->w = (const unsigned char *)w;                                                                             \
+        a->step = step;                                                                                              \
+        a->gap = a->ahead = a->lines = 0;                                                                            \
+        a->each = 1;                                                                                                 \
+        a->next = a->w;                                                                                              \
+        a->scale = NULL;                                                                                             \
+        DSV3I_UNROLL for (int m = 0; m < M; m++) {                                                                   \
+            a->x[m] = (const unsigned char *)x + dsv3i_min((size_t)m, n - 1) * ldx;                                  \
+        }                                                                                                            \
+        DSV3I_UNROLL for (size_t p = 0; p < (size_t)NP; p++) {                                                       \
+            a->mask[p] = V##_mask(columns > W * p ? columns - W * p : 0);                                            \
+        }                                                                                                            \
+    }                                                                                                                \
+    DSV3I_INLINE(isa) void V##_begin(const int M, const int NP, V##_f32 *acc, const V##_place *a, int add) {         \
+        DSV3I_UNROLL for (int i = 0; i < M * NP; i++) acc[i] = V##_set(0.0f);                                        \
+        if (!add) return;                                                                                            \
+        DSV3I_UNROLL for (int m = 0; m < M; m++) {                                                                   \
+            const float *y = a->y + dsv3i_min((size_t)m, a->n - 1) * a->ldy;                                         \
+            DSV3I_UNROLL for (int p = 0; p < NP; p++) acc[m * NP + p] = V##_get(a->mask[p], y + W * p);              \
+        }                                                                                                            \
+    }                                                                                                                \
+    /* y = acc; or acc * scale, added to y if `add`. Of the last 16 outputs alone, some may not be wanted. */        \
+    DSV3I_INLINE(isa) void V##_end(const int M, const int NP, V##_f32 *acc, const V##_place *a, int add) {           \
+        if (a->scale != NULL) {                                                                                      \
+            DSV3I_UNROLL for (int p = 0; p < NP; p++) {                                                              \
+                const V##_f32 scale = V##_load(a->scale + W * p);                                                    \
+                const V##_lanes old = add ? a->mask[p] : V##_mask(0);                                                \
+                DSV3I_UNROLL for (int m = 0; m < M; m++) {                                                           \
+                    const float *y = a->y + dsv3i_min((size_t)m, a->n - 1) * a->ldy + W * p;                         \
+                    acc[m * NP + p] = V##_fma(acc[m * NP + p], scale, V##_get(old, y));                              \
+                }                                                                                                    \
+            }                                                                                                        \
+        }                                                                                                            \
+        DSV3I_UNROLL for (int m = 0; m < M; m++) {                                                                   \
+            float *y = a->y + (size_t)m * a->ldy;                                                                    \
+            if ((size_t)m >= a->n) continue;                                                                         \
+            DSV3I_UNROLL for (int p = 0; p < NP; p++) {                                                              \
+                if (p < NP - 16 / W) V##_store(y + W * p, acc[m * NP + p]);                                          \
+                if (p >= NP - 16 / W) V##_put(y + W * p, a->mask[p], acc[m * NP + p]);                               \
+            }                                                                                                        \
+        }                                                                                                            \
+    }                                                                                                                \
+    /* Terms of float rows, aj floats apart, and of floats: acc += sum_j x_mj w_j. edge: vectors under the mask. */  \
+    DSV3I_INLINE(isa)                                                                                                \
+    void V##_float_terms(const int M, const int NP, const int edge, V##_f32 *acc, const V##_place *a, size_t aj,     \
+                         size_t k) {                                                                                 \
+        const unsigned char *w = a->w, *next = a->next;                                                              \
+        size_t x = 0, lines = a->lines;                                                                              \
+        for (size_t j = 0; j < k; j++, x += aj * sizeof(float), w += a->step) {                                      \
+            V##_f32 b[N];                                                                                            \
+            if (j < lines) V##_far(next + 64 * j);                                                                   \
+            DSV3I_UNROLL for (int p = 0; p < NP; p++) {                                                              \
+                const float *at = (const float *)(const void *)w + W * p;                                            \
+                b[p] = edge ? V##_get(a->mask[p], at) : V##_load(at);                                                \
+            }                                                                                                        \
+            DSV3I_UNROLL for (int m = 0; m < M; m++) {                                                               \
+                const V##_f32 f = V##_set(*(const float *)(const void *)(a->x[m] + x));                              \
+                DSV3I_UNROLL for (int p = 0; p < NP; p++) acc[m * NP + p] = V##_fma(f, b[p], acc[m * NP + p]);       \
+            }                                                                                                        \
+        }                                                                                                            \
+    }                                                                                                                \
+    /* Terms i0 .. i1-1 of float rows and panels of codes. */                                                        \
+    DSV3I_INLINE(isa)                                                                                                \
+    void V##_code_terms(const int bytes, const int M, const int NP, V##_f32 *acc, const V##_place *a, V##_f32 zero,  \
+                        size_t i0, size_t i1) {                                                                      \
+        const size_t each = bytes ? 4 : 2;                                                                           \
+        const unsigned char *w = a->w + i0 / each * a->step;                                                         \
+        for (size_t i = i0; i < i1; i += each, w += a->step) {                                                       \
+            const int rest = i1 - i < each; /* an odd last term of BF16 */                                           \
+            DSV3I_UNROLL for (int p = 0; p < NP; p += 16 / W) V##_near(w + a->ahead + 4 * W * p);                    \
+            DSV3I_UNROLL for (int p = 0; p < NP; p++) {                                                              \
+                V##_f32 f[4];                                                                                        \
+                V##_floats(bytes, f, V##_words(w + 4 * W * p), zero);                                                \
+                DSV3I_UNROLL for (size_t j = 0; j < each; j++) {                                                     \
+                    if (j > 0 && rest) continue;                                                                     \
+                    DSV3I_UNROLL for (int m = 0; m < M; m++) {                                                       \
+                        const float *x = (const float *)(const void *)a->x[m] + i + j;                               \
+                        acc[m * NP + p] = V##_fma(V##_set(*x), f[j], acc[m * NP + p]);                               \
+                    }                                                                                                \
+                }                                                                                                    \
+            }                                                                                                        \
+        }                                                                                                            \
+    }                                                                                                                \
+    DSV3I_INLINE(isa)                                                                                                \
+    void V##_exact(const dsv3_product kind, const int M, const int NP, V##_place *a, const dsv3_panel *w, size_t k,  \
+                   int add) {                                                                                        \
+        const V##_f32 zero = V##_set((float)w->zero);                                                                \
+        const int scaled = w->scale != NULL;                                                                         \
+        V##_f32 acc[6 * N];                                                                                          \
+        for (size_t i = 0, end; i < k; i = end) {                                                                    \
+            end = dsv3i_min(i + w->block, k);                                                                        \
+            V##_begin(M, NP, acc, a, add && !scaled);                                                                \
+            if (kind == DSV3_PRODUCT_F32) {                                                                          \
+                V##_float_terms(M, NP, 0, acc, a, 1, end - i);                                                       \
+                DSV3I_UNROLL for (int m = 0; m < M; m++) a->x[m] += (end - i) * sizeof(float);                       \
+                a->w += (end - i) * a->step;                                                                         \
+            } else {                                                                                                 \
+                V##_code_terms(kind == DSV3_PRODUCT_BYTES, M, NP, acc, a, zero, i, end);                             \
+            }                                                                                                        \
+            a->w += w->gap;                                                                                          \
+            V##_end(M, NP, acc, a, add || i > 0);                                                                    \
+            a->lines = 0;                                                                                            \
+            if (scaled) a->scale += 16 * w->columns;                                                                 \
+        }                                                                                                            \
+    }                                                                                                                \
+    /* n rows, columns c0 .. of a panel. Each share of the rows fetches its share of what is read next. */           \
+    DSV3I_INLINE(isa)                                                                                                \
+    void V##_columns(const dsv3_product kind, const int NP, float *y, size_t ldy, const void *x, size_t ldx,         \
+                     size_t n, const dsv3_panel *w, size_t c0, size_t rows, size_t k, int add) {                     \
+        const size_t more = kind == DSV3_PRODUCT_F32 && c0 == 0 ? w->next_bytes / n : 0;                             \
+        for (size_t t = 0, m; t < n; t += m) {                                                                       \
+            V##_place a;                                                                                             \
+            m = dsv3i_rows_together(n - t);                                                                          \
+            V##_place_set(6, NP, &a, y + t * ldy + 16 * c0, ldy, (const unsigned char *)x + t * ldx, ldx, m,         \
+                          (const unsigned char *)w->values + 64 * c0, 64 * w->columns, rows - 16 * c0);              \
+            a.ahead = w->ahead;                                                                                      \
+            a.lines = more * m / 64;                                                                                 \
+            if (a.lines > 0) a.next = (const unsigned char *)w->next + more * t;                                     \
+            if (w->scale != NULL) a.scale = w->scale + 16 * c0;                                                      \
+            DSV3I_BY_ROWS(m, if (kind == DSV3_PRODUCT_F32 || M <= 4) V##_exact(kind, M, NP, &a, w, k, add));         \
+        }                                                                                                            \
+    }                                                                                                                \
+    /* Whole panels at once; a narrower one in parts, of codes the smallest: not worth the instructions. */          \
+    DSV3I_INLINE(isa)                                                                                                \
+    void V##_product(const dsv3_product kind, float *y, size_t ldy, const void *x, size_t ldx, size_t n,             \
+                     const dsv3_panel *w, size_t rows, size_t k, int add) {                                          \
+        const size_t few = kind == DSV3_PRODUCT_F32 ? 2 : 16 / W;                                                    \
+        for (size_t c = 0, some; c < w->columns; c += some * W / 16) {                                               \
+            const size_t left = (w->columns - c) * (16 / W);                                                         \
+            some = left >= N ? N : left >= few ? few : 1;                                                            \
+            DSV3I_BY_COLUMNS(some,                                                                                   \
+                             if (NP <= N && NP * W >= 16 && (kind == DSV3_PRODUCT_F32 || NP == N || NP * W == 16))   \
+                                 V##_columns(kind, NP, y, ldy, x, ldx, n, w, c, rows, k, add));                      \
+        }                                                                                                            \
+    }                                                                                                                \
+    DSV3I_INLINE(isa) void V##_outer_tile(const int M, const int NP, const V##_place *a, size_t aj, size_t k) {      \
+        V##_f32 acc[6 * N];                                                                                          \
+        V##_begin(M, NP, acc, a, 1);                                                                                 \
+        V##_float_terms(M, NP, 1, acc, a, aj, k);                                                                    \
+        V##_end(M, NP, acc, a, 0);                                                                                   \
+    }                                                                                                                \
+    /* All m rows of y and `columns` <= W NP columns. */                                                             \
+    DSV3I_INLINE(isa)                                                                                                \
+    void V##_outer_rows(const int NP, float *y, size_t ldy, size_t m, const float *x, size_t at, size_t aj,          \
+                        const float *b, size_t ldb, size_t k, size_t columns) {                                      \
+        for (size_t t = 0, rows; t < m; t += rows) {                                                                 \
+            V##_place a;                                                                                             \
+            rows = dsv3i_rows_together(m - t);                                                                       \
+            V##_place_set(6, NP, &a, y + t * ldy, ldy, x + t * at, at * sizeof *x, rows, b, ldb * sizeof *b,         \
+                          columns);                                                                                  \
+            DSV3I_BY_ROWS(rows, V##_outer_tile(M, NP, &a, aj, k));                                                   \
+        }                                                                                                            \
+    }                                                                                                                \
+    /* b in panels of W N columns and at most 160 rows, which stay in a near cache while all rows of y pass by. */   \
+    DSV3I_TARGET(isa)                                                                                                \
+    static void V##_outer(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj, const float *b,      \
+                          size_t ldb, size_t k, size_t n) {                                                          \
+        const size_t parts = dsv3i_blocks(k, 160), each = parts > 0 ? dsv3i_blocks(k, parts) : 0;                    \
+        for (size_t j = 0; j < k; j += each) {                                                                       \
+            const size_t nj = dsv3i_min(each, k - j);                                                                \
+            for (size_t i = 0, some; i < n; i += W * some) {                                                         \
+                const size_t left = n - i;                                                                           \
+                some = left > W * (N - 1) ? N : left > W ? 2 : 1;                                                    \
+                DSV3I_BY_COLUMNS(some, if (NP <= N) V##_outer_rows(NP, y + i, ldy, m, a + j * aj, at, aj,            \
+                                                                   b + j * ldb + i, ldb, nj, left));                 \
+            }                                                                                                        \
+        }                                                                                                            \
+    }
+
+/* The kernels for each type, and the table of them all. */
+#define DSV3I_DECODE_TYPE(V, isa, name, type)                                                                        \
+    DSV3I_TARGET(isa) static void V##_decode_##name(float *y, const void *w, size_t n) { V##_decode(type, y, w, n); }
+#define DSV3I_PACK_TYPE(V, isa, name, CALL)                                                                          \
+    DSV3I_TARGET(isa)                                                                                                \
+    static void V##_pack_##name(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) { \
+        (void)scale;                                                                                                 \
+        CALL;                                                                                                        \
+    }
+#define DSV3I_FLOAT_TYPE(V, isa, name, bytes)                                                                        \
+    DSV3I_TARGET(isa)                                                                                                \
+    static void V##_float_##name(float *values, const void *panel, size_t columns, size_t k, int32_t zero) {         \
+        V##_float_panel(bytes, values, panel, columns, k, zero);                                                     \
+    }
+#define DSV3I_PRODUCT_TYPE(V, isa, name, kind)                                                                       \
+    DSV3I_TARGET(isa)                                                                                                \
+    static void V##_product_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,   \
+                                   size_t rows, size_t k, int add) {                                                 \
+        V##_product(kind, y, ldy, x, ldx, n, w, rows, k, add);                                                       \
+    }
+#define DSV3I_TYPE_KERNELS(V, isa)                                                                                   \
+    DSV3I_DECODE_TYPE(V, isa, f32, DSV3_F32)                                                                         \
+    DSV3I_DECODE_TYPE(V, isa, f16, DSV3_F16)                                                                         \
+    DSV3I_DECODE_TYPE(V, isa, bf16, DSV3_BF16)                                                                       \
+    DSV3I_DECODE_TYPE(V, isa, f8_e4m3, DSV3_F8_E4M3)                                                                 \
+    DSV3I_PACK_TYPE(V, isa, 4, V##_pack(4, panel, w, row_bytes, rows, k))                                            \
+    DSV3I_PACK_TYPE(V, isa, 2, V##_pack(2, panel, w, row_bytes, rows, k))                                            \
+    DSV3I_PACK_TYPE(V, isa, 1, V##_pack(1, panel, w, row_bytes, rows, k))                                            \
+    DSV3I_PACK_TYPE(V, isa, q8_0, V##_pack_blocks(32, panel, scale, w, row_bytes, rows, k))                          \
+    DSV3I_PACK_TYPE(V, isa, q4_0, V##_pack_blocks(16, panel, scale, w, row_bytes, rows, k))                          \
+    DSV3I_FLOAT_TYPE(V, isa, bf16, 0)                                                                                \
+    DSV3I_FLOAT_TYPE(V, isa, bytes, 1)                                                                               \
+    DSV3I_PRODUCT_TYPE(V, isa, f32, DSV3_PRODUCT_F32)                                                                \
+    DSV3I_PRODUCT_TYPE(V, isa, bf16, DSV3_PRODUCT_BF16)                                                              \
+    DSV3I_PRODUCT_TYPE(V, isa, bytes, DSV3_PRODUCT_BYTES)                                                            \
+    static void V##_table(dsv3_kernels *k) {                                                                         \
+        k->decode[DSV3_F32] = V##_decode_f32;                                                                        \
+        k->decode[DSV3_F16] = V##_decode_f16;                                                                        \
+        k->decode[DSV3_BF16] = V##_decode_bf16;                                                                      \
+        k->decode[DSV3_F8_E4M3] = V##_decode_f8_e4m3;                                                                \
+        k->decode[DSV3_Q8_0] = dsv3i_avx2_decode_q8_0;                                                               \
+        k->decode[DSV3_Q4_0] = dsv3i_avx2_decode_q4_0;                                                               \
+        k->dot = V##_dot;                                                                                            \
+        k->axpy = V##_axpy;                                                                                          \
+        k->exp_sum = V##_exp_sum;                                                                                    \
+        k->silu_mul = V##_silu_mul;                                                                                  \
+        k->outer = V##_outer;                                                                                        \
+        k->pack[DSV3_F32] = V##_pack_4;                                                                              \
+        k->pack[DSV3_F16] = k->pack[DSV3_BF16] = V##_pack_2;                                                         \
+        k->pack[DSV3_F8_E4M3] = V##_pack_1;                                                                          \
+        k->pack[DSV3_Q8_0] = V##_pack_q8_0;                                                                          \
+        k->pack[DSV3_Q4_0] = V##_pack_q4_0;                                                                          \
+        k->widen[DSV3_F16] = V##_widen_f16;                                                                          \
+        k->widen[DSV3_F8_E4M3] = V##_widen_f8;                                                                       \
+        k->widen[DSV3_Q4_0] = V##_widen_q4_0;                                                                        \
+        k->float_panel[0] = V##_float_bf16;                                                                          \
+        k->float_panel[1] = V##_float_bytes;                                                                         \
+        k->product[DSV3_PRODUCT_F32] = V##_product_f32;                                                              \
+        k->product[DSV3_PRODUCT_BF16] = V##_product_bf16;                                                            \
+        k->product[DSV3_PRODUCT_BYTES] = V##_product_bytes;                                                          \
+    }
+
+/* What AVX2 and AVX-512 have in common but for their width. */
+#define DSV3I_X86_VECTORS(V, isa, bits)                                                                              \
+    typedef __m##bits V##_f32;                                                                                       \
+    typedef __m##bits##i V##_u32;                                                                                    \
+    DSV3I_INLINE(isa) V##_f32 V##_set(float a) { return _mm##bits##_set1_ps(a); }                                    \
+    DSV3I_INLINE(isa) V##_f32 V##_load(const float *at) { return _mm##bits##_loadu_ps(at); }                         \
+    DSV3I_INLINE(isa) void V##_store(float *at, V##_f32 v) { _mm##bits##_storeu_ps(at, v); }                         \
+    DSV3I_INLINE(isa) V##_f32 V##_add(V##_f32 a, V##_f32 b) { return _mm##bits##_add_ps(a, b); }                     \
+    DSV3I_INLINE(isa) V##_f32 V##_sub(V##_f32 a, V##_f32 b) { return _mm##bits##_sub_ps(a, b); }                     \
+    DSV3I_INLINE(isa) V##_f32 V##_mul(V##_f32 a, V##_f32 b) { return _mm##bits##_mul_ps(a, b); }                     \
+    DSV3I_INLINE(isa) V##_f32 V##_div(V##_f32 a, V##_f32 b) { return _mm##bits##_div_ps(a, b); }                     \
+    DSV3I_INLINE(isa) V##_f32 V##_neg(V##_f32 a) { return _mm##bits##_xor_ps(a, _mm##bits##_set1_ps(-0.0f)); }       \
+    DSV3I_INLINE(isa) V##_f32 V##_fma(V##_f32 a, V##_f32 b, V##_f32 c) { return _mm##bits##_fmadd_ps(a, b, c); }     \
+    DSV3I_INLINE(isa) V##_f32 V##_clamp(V##_f32 x, float low, float high) {                                          \
+        return _mm##bits##_min_ps(_mm##bits##_set1_ps(high), _mm##bits##_max_ps(_mm##bits##_set1_ps(low), x));       \
+    }                                                                                                                \
+    DSV3I_INLINE(isa) void V##_near(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T0); }        \
+    DSV3I_INLINE(isa) void V##_far(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T1); }         \
+    DSV3I_INLINE(isa) V##_u32 V##_words(const void *at) { return _mm##bits##_loadu_si##bits((const V##_u32 *)at); }  \
+    DSV3I_INLINE(isa) void V##_put_words(void *at, V##_u32 v) { _mm##bits##_storeu_si##bits((V##_u32 *)at, v); }     \
+    DSV3I_INLINE(isa) V##_u32 V##_flip(V##_u32 v) {                                                                  \
+        return _mm##bits##_xor_si##bits(v, _mm##bits##_set1_epi8((char)-128));                                       \
+    }                                                                                                                \
+    DSV3I_INLINE(isa) void V##_nibbles(V##_u32 b[2], V##_u32 v) {                                                    \
+        b[0] = _mm##bits##_and_si##bits(v, _mm##bits##_set1_epi8(15));                                               \
+        b[1] = _mm##bits##_and_si##bits(_mm##bits##_srli_epi16(v, 4), _mm##bits##_set1_epi8(15));                    \
+    }                                                                                                                \
+    DSV3I_INLINE(isa) void V##_floats(const int bytes, V##_f32 f[4], V##_u32 v, V##_f32 zero) {                      \
+        const V##_u32 byte = _mm##bits##_set1_epi32(255);                                                            \
+        if (bytes) {                                                                                                 \
+            const V##_u32 two = _mm##bits##_srli_epi32(v, 8), three = _mm##bits##_srli_epi32(v, 16);                 \
+            f[0] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(v, byte)), zero);                        \
+            f[1] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(two, byte)), zero);                      \
+            f[2] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(three, byte)), zero);                    \
+            f[3] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_srli_epi32(v, 24)), zero);                            \
+        } else {                                                                                                     \
+            f[0] = _mm##bits##_castsi##bits##_ps(_mm##bits##_slli_epi32(v, 16));                                     \
+            f[1] = _mm##bits##_castsi##bits##_ps(_mm##bits##_and_si##bits(v, _mm##bits##_set1_epi32(-65536)));       \
+        }                                                                                                            \
+    }
+
 /* ---- AVX2, FMA, F16C: 8 lanes. */
 
 #define DSV3I_AVX2 "avx2,fma,f16c"
+DSV3I_X86_VECTORS(dsv3i_avx2, DSV3I_AVX2, 256)
 
-/* exp by x = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor series of e^r to r^7 (its rest is below 2^-27). 2^n comes in
- * two factors, so that results may be subnormal; below -104 they are 0, above 89 infinite. NaN stays NaN. */
-DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_exp(__m256 x) {
-    const __m256i bias = _mm256_set1_epi32(127);
-    __m256 n, r, p;
-    __m256i i, half;
-    x = _mm256_min_ps(_mm256_set1_ps(89.0f), _mm256_max_ps(_mm256_set1_ps(-104.0f), x));
-    n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x); /* ln 2 in two parts, the first with few bits */
-    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
-    p = _mm256_set1_ps(1.0f / 5040.0f);
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 720.0f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 120.0f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 24.0f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 6.0f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
-    i = _mm256_cvtps_epi32(n);
-    half = _mm256_srai_epi32(i, 1);
-    p = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23)));
-    i = _mm256_sub_epi32(i, half);
-    return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(i, bias), 23)));
+typedef size_t dsv3i_avx2_lanes; /* there are no masks but vectors, made where they are needed */
+
+DSV3I_INLINE(DSV3I_AVX2) size_t dsv3i_avx2_mask(size_t n) { return n; }
+
+/* Lanes 0 .. n-1 of 8. */
+DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_first(size_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_get(size_t n, const float *at) {
+    return n >= 8 ? _mm256_loadu_ps(at) : _mm256_maskload_ps(at, dsv3i_avx2_first(n));
+}
+
+DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_put(float *at, size_t n, __m256 v) {
+    if (n >= 8) {
+        _mm256_storeu_ps(at, v);
+    } else {
+        _mm256_maskstore_ps(at, dsv3i_avx2_first(n), v);
+    }
+}
+
+DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_keep(size_t n, __m256 v) {
+    return n >= 8 ? v : _mm256_and_ps(v, _mm256_castsi256_ps(dsv3i_avx2_first(n)));
+}
+
+DSV3I_INLINE(DSV3I_AVX2) __m128i dsv3i_avx2_bytes_16(const unsigned char *at) {
+    return _mm_loadu_si128((const __m128i *)(const void *)at);
+}
+
+DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_bytes(const unsigned char *at, size_t n) {
+    unsigned char part[32] = {0};
+    if (n >= 32) return dsv3i_avx2_words(at);
+    DSV3_MEMCPY(part, at, n);
+    return dsv3i_avx2_words(part);
+}
+
+/* E4M3: the code's seven low bits become exponent and fraction of a half, whose exponent is 8 too small: what is
+ * returned is the value / 256, exactly, and NaN for NaN. */
+DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_element(const dsv3_type type, size_t n, const unsigned char *at) {
+    const __m128i bits = _mm_set1_epi16(0x3F80);
+    unsigned char part[32] = {0};
+    __m128i h;
+    if (n < 8) {
+        DSV3_MEMCPY(part, at, n * (type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2));
+        at = part;
+    }
+    if (type == DSV3_F32) return _mm256_castsi256_ps(dsv3i_avx2_words(at));
+    if (type == DSV3_F16) return _mm256_cvtph_ps(dsv3i_avx2_bytes_16(at));
+    if (type == DSV3_BF16) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(dsv3i_avx2_bytes_16(at)), 16));
+    }
+    h = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)(const void *)at));
+    h = _mm_and_si128(_mm_slli_epi16(h, 7), _mm_set1_epi16((short)-16512)); /* 0xBF80: sign, exponent, fraction */
+    return _mm256_cvtph_ps(_mm_or_si128(h, _mm_srli_epi16(_mm_cmpeq_epi16(_mm_and_si128(h, bits), bits), 1)));
 }
 
 /* The sums of the lanes of a, b, c, d: ((l0+l2)+(l1+l3)) + ((l4+l6)+(l5+l7)) of each. */
@@ -8487,202 +9052,21 @@ DSV3I_INLINE(DSV3I_AVX2) __m128 dsv3i_avx2_sums(__m256 a, __m256 b, __m256 c, __
     return _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
 }
 
-/* The first n <= 4 of 4 numbers. (A store under a mask would be a slow one on some processors.) */
-DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_store(float *y, __m128 v, size_t n) {
-    float four[4];
-    if (n >= 4) {
-        _mm_storeu_ps(y, v);
-        return;
-    }
-    _mm_storeu_ps(four, v);
-    for (size_t i = 0; i < n; i++) y[i] = four[i];
+DSV3I_INLINE(DSV3I_AVX2) float dsv3i_avx2_sum(__m256 v) { return _mm_cvtss_f32(dsv3i_avx2_sums(v, v, v, v)); }
+
+DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_whole(__m256 x) {
+    return _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
+                           _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
-/* Lanes 0 .. n-1 of 8. */
-DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_mask(size_t n) {
-    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+/* 2^n comes in two factors, so that results may be subnormal. */
+DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_power(__m256 p, __m256 n) {
+    const __m256i bias = _mm256_set1_epi32(127), i = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(i, 1);
+    const __m256i rest = _mm256_sub_epi32(i, half);
+    p = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23)));
+    return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23)));
 }
 
-/* Elements 0 .. 7 at w. E4M3: the code's seven low bits become exponent and fraction of a half, whose exponent is 8 too
- * small: what is returned is the value / 256, exactly, and NaN for NaN. */
-DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_load(const dsv3_type type, const unsigned char *w) {
-    const void *at = w;
-    __m128i h, nan;
-    if (type == DSV3_F32) return _mm256_loadu_ps((const float *)at);
-    if (type == DSV3_F16) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at));
-    if (type == DSV3_BF16) {
-        __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)at));
-        return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-    }
-    h = _mm_and_si128(_mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)at)), 7),
-                      _mm_set1_epi16((short)-16512)); /* 0xBF80: sign, exponent, fraction */
-    nan = _mm_cmpeq_epi16(_mm_and_si128(h, _mm_set1_epi16(0x3F80)), _mm_set1_epi16(0x3F80));
-    return _mm256_cvtph_ps(_mm_or_si128(h, _mm_srli_epi16(nan, 1)));
-}
-
-DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_decode(const dsv3_type type, float *y, const void *w, size_t n) {
-    const unsigned char *bytes = (const unsigned char *)w;
-    const size_t size = type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2;
-    const __m256 unit = _mm256_set1_ps(type == DSV3_F8_E4M3 ? 256.0f : 1.0f);
-    unsigned char rest[32] = {0};
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        _mm256_storeu_ps(y + i, _mm256_mul_ps(dsv3i_avx2_load(type, bytes + i * size), unit));
-    }
-    if (i == n) return;
-    DSV3_MEMCPY(rest, bytes + i * size, (n - i) * size);
-    _mm256_maskstore_ps(y + i, dsv3i_avx2_mask(n - i), _mm256_mul_ps(dsv3i_avx2_load(type, rest), unit));
-}
-
-/* Q8_0 and Q4_0: whole blocks. */
-DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_decode_blocks(const size_t size, float *y, const void *w, size_t n) {
-    const unsigned char *bytes = (const unsigned char *)w;
-    for (size_t i = 0; i < n; i += DSV3_QBLOCK, bytes += 2 + size) {
-        const __m128i low = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
-        __m128i part[2];
-        __m256 d;
-        uint16_t bits;
-        DSV3_MEMCPY(&bits, bytes, 2);
-        d = _mm256_set1_ps(_cvtsh_ss(bits));
-        DSV3_MEMCPY(&part[0], bytes + 2, 16);
-        if (size == 32) {
-            DSV3_MEMCPY(&part[1], bytes + 18, 16);
-        } else {
-            part[1] = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(part[0], 4), low), eight);
-            part[0] = _mm_sub_epi8(_mm_and_si128(part[0], low), eight);
-        }
-        DSV3I_UNROLL for (int j = 0; j < 4; j++) {
-            const __m128i q = j % 2 ? _mm_srli_si128(part[j / 2], 8) : part[j / 2];
-            _mm256_storeu_ps(y + i + 8 * (size_t)j, _mm256_mul_ps(d, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q))));
-        }
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX2) static void dsv3i_avx2_decode_q8_0(float *y, const void *w, size_t n) {
-    dsv3i_avx2_decode_blocks(32, y, w, n);
-}
-
-DSV3I_TARGET(DSV3I_AVX2) static void dsv3i_avx2_decode_q4_0(float *y, const void *w, size_t n) {
-    dsv3i_avx2_decode_blocks(16, y, w, n);
-}
-
-/* Four rows of w and nx (1 or 3) of x: acc[4 t + r] += eight terms of x_t . w_r */
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_terms(const int nx, __m256 acc[12], const float *const x[3], const float *const w[4], size_t at) {
-    __m256 f[4];
-    DSV3I_UNROLL for (int r = 0; r < 4; r++) f[r] = _mm256_loadu_ps(w[r] + at);
-    DSV3I_UNROLL for (int t = 0; t < nx; t++) {
-        const __m256 xt = _mm256_loadu_ps(x[t] + at);
-        DSV3I_UNROLL for (int r = 0; r < 4; r++) acc[4 * t + r] = _mm256_fmadd_ps(xt, f[r], acc[4 * t + r]);
-    }
-}
-
-/* The last k < 8 terms, filled up with zeros. */
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_rest(const int nx, __m256 acc[12], const float *const x[3], const float *const w[4], size_t at,
-                     size_t k) {
-    float fx[3][8] = {{0}, {0}, {0}}, fw[4][8] = {{0}, {0}, {0}, {0}};
-    const float *const px[3] = {fx[0], fx[1], fx[2]}, *const pw[4] = {fw[0], fw[1], fw[2], fw[3]};
-    for (int t = 0; t < nx; t++) DSV3_MEMCPY(fx[t], x[t] + at, k * sizeof(float));
-    for (int r = 0; r < 4; r++) DSV3_MEMCPY(fw[r], w[r] + at, k * sizeof(float));
-    dsv3i_avx2_terms(nx, acc, px, pw, 0);
-}
-
-/* nw <= 4 rows of w, nx (1 or 3) of x, of which n are stored. What is not there is its neighbour once more. */
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_dots(const int nx, float *y, size_t ldy, const float *x, size_t ldx, size_t n, const float *w,
-                     size_t ldw, size_t nw, size_t k) {
-    const float *const xs[3] = {x, x + dsv3i_min(1, n - 1) * ldx, x + dsv3i_min(2, n - 1) * ldx};
-    const float *const ws[4] = {w, w + dsv3i_min(1, nw - 1) * ldw, w + dsv3i_min(2, nw - 1) * ldw,
-                                w + dsv3i_min(3, nw - 1) * ldw};
-    __m256 acc[12];
-    size_t i = 0;
-    DSV3I_UNROLL for (int j = 0; j < 4 * nx; j++) acc[j] = _mm256_setzero_ps();
-    for (; i + 8 <= k; i += 8) dsv3i_avx2_terms(nx, acc, xs, ws, i);
-    if (i < k) dsv3i_avx2_rest(nx, acc, xs, ws, i, k - i);
-    DSV3I_UNROLL for (int t = 0; t < nx; t++) {
-        const __m128 sums = dsv3i_avx2_sums(acc[4 * t], acc[4 * t + 1], acc[4 * t + 2], acc[4 * t + 3]);
-        if ((size_t)t < n) dsv3i_avx2_store(y + (size_t)t * ldy, sums, nw);
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_tile(float *y, size_t ldy, const float *x, size_t ldx, size_t nx, const float *w, size_t ldw,
-                            size_t nw, size_t k) {
-    for (size_t t = 0; t < nx; t += 3) {
-        for (size_t r = 0; r < nw; r += 4) {
-            const size_t n = dsv3i_min(3, nx - t), rows = dsv3i_min(4, nw - r);
-            if (n == 1) {
-                dsv3i_avx2_dots(1, y + t * ldy + r, ldy, x + t * ldx, ldx, 1, w + r * ldw, ldw, rows, k);
-            } else {
-                dsv3i_avx2_dots(3, y + t * ldy + r, ldy, x + t * ldx, ldx, n, w + r * ldw, ldw, rows, k);
-            }
-        }
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX2) static float dsv3i_avx2_dot(const float *x, const float *y, size_t n) {
-    const float *const xs[3] = {x, x, x}, *const ys[4] = {y, y, y, y};
-    __m256 acc[12];
-    size_t i = 0;
-    acc[0] = acc[1] = acc[2] = acc[3] = _mm256_setzero_ps();
-    for (; i + 8 <= n; i += 8) acc[0] = _mm256_fmadd_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i), acc[0]);
-    if (i < n) dsv3i_avx2_rest(1, acc, xs, ys, i, n - i);
-    return _mm_cvtss_f32(dsv3i_avx2_sums(acc[0], acc[0], acc[0], acc[0]));
-}
-
-DSV3I_TARGET(DSV3I_AVX2) static void dsv3i_avx2_axpy(float *y, float a, const float *x, size_t n) {
-    const __m256 f = _mm256_set1_ps(a);
-    __m256i mask;
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        _mm256_storeu_ps(y + i, _mm256_fmadd_ps(f, _mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i)));
-    }
-    mask = dsv3i_avx2_mask(n - i);
-    if (i < n) {
-        _mm256_maskstore_ps(y + i, mask,
-                            _mm256_fmadd_ps(f, _mm256_maskload_ps(x + i, mask), _mm256_maskload_ps(y + i, mask)));
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX2) static float dsv3i_avx2_exp_sum(float *p, const float *s, float top, size_t n) {
-    const __m256 t = _mm256_set1_ps(top);
-    __m256 sum = _mm256_setzero_ps(), e;
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        e = dsv3i_avx2_exp(_mm256_sub_ps(_mm256_loadu_ps(s + i), t));
-        sum = _mm256_add_ps(sum, e);
-        _mm256_storeu_ps(p + i, e);
-    }
-    if (i < n) {
-        const __m256i mask = dsv3i_avx2_mask(n - i);
-        e = dsv3i_avx2_exp(_mm256_sub_ps(_mm256_maskload_ps(s + i, mask), t));
-        sum = _mm256_add_ps(sum, _mm256_and_ps(e, _mm256_castsi256_ps(mask)));
-        _mm256_maskstore_ps(p + i, mask, e);
-    }
-    return _mm_cvtss_f32(dsv3i_avx2_sums(sum, sum, sum, sum));
-}
-
-DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_silu(__m256 a, __m256 b) {
-    const __m256 one = _mm256_set1_ps(1.0f), minus = _mm256_set1_ps(-0.0f);
-    return _mm256_mul_ps(_mm256_div_ps(a, _mm256_add_ps(one, dsv3i_avx2_exp(_mm256_xor_ps(a, minus)))), b);
-}
-
-DSV3I_TARGET(DSV3I_AVX2) static void dsv3i_avx2_silu_mul(float *h, const float *a, const float *b, size_t n) {
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        _mm256_storeu_ps(h + i, dsv3i_avx2_silu(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i)));
-    }
-    if (i < n) {
-        const __m256i mask = dsv3i_avx2_mask(n - i);
-        _mm256_maskstore_ps(h + i, mask,
-                            dsv3i_avx2_silu(_mm256_maskload_ps(a + i, mask), _mm256_maskload_ps(b + i, mask)));
-    }
-}
-
-/* ---- AVX2: products with panels */
-
-/* 8 rows of 8 words of four bytes, transposed. */
 DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_transpose(__m256i r[8]) {
     __m256i t[8];
     DSV3I_UNROLL for (int i = 0; i < 4; i++) {
@@ -8702,397 +9086,120 @@ DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_transpose(__m256i r[8]) {
     }
 }
 
-/* Up to 32 bytes of each of 16 rows (NULL: zeros); steps of four bytes lie `step` apart. */
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_pack_words(unsigned char *to, size_t step, const unsigned char *const w[16], size_t bytes,
-                           __m256i code, int fp8) {
-    const __m256i order = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
-    for (size_t half = 0; half < 2; half++) {
-        __m256i r[8];
-        for (size_t j = 0; j < 8; j++) {
-            const unsigned char *at = w[8 * half + j];
-            unsigned char part[32] = {0};
-            if (at != NULL && bytes >= 32) {
-                r[j] = _mm256_loadu_si256((const __m256i *)(const void *)at);
-            } else {
-                if (at != NULL) DSV3_MEMCPY(part, at, bytes);
-                r[j] = _mm256_loadu_si256((const __m256i *)(const void *)part);
-            }
-            r[j] = _mm256_xor_si256(r[j], code);
-        }
-        dsv3i_avx2_transpose(r);
-        for (size_t j = 0; j < 8 && 4 * j < bytes; j++) {
-            if (fp8) r[j] = _mm256_shuffle_epi8(r[j], order);
-            _mm256_storeu_si256((__m256i *)(void *)(to + step * j + 32 * half), r[j]);
-        }
-    }
+DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_order(__m256i v) {
+    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    return _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(order));
 }
 
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_pack(const size_t size, void *panel, const void *w, size_t row_bytes, size_t rows, size_t k) {
-    const size_t columns = (rows + 15) / 16;
-    for (size_t c = 0; c < columns; c++) {
-        unsigned char *to = (unsigned char *)panel + 64 * c;
-        for (size_t i = 0; i < k * size; i += 32, to += 8 * 64 * columns) {
-            const unsigned char *at[16];
-            for (size_t j = 0; j < 16; j++) {
-                at[j] = 16 * c + j < rows ? (const unsigned char *)w + (16 * c + j) * row_bytes + i : NULL;
-            }
-            dsv3i_avx2_pack_words(to, 64 * columns, at, dsv3i_min(32, k * size - i), _mm256_setzero_si256(), size == 1);
-        }
-    }
+/* The codes of `count` blocks of 2 + size bytes: one of Q8_0, two of Q4_0 or, at the end of a row, one. */
+DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_blocks(const size_t size, const unsigned char *w, size_t count) {
+    if (size == 32) return dsv3i_avx2_words(w + 2);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(dsv3i_avx2_bytes_16(w + 2)),
+                                   count == 2 ? dsv3i_avx2_bytes_16(w + 20) : _mm_setzero_si128(), 1);
 }
 
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_pack_4(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
-    (void)scale;
-    dsv3i_avx2_pack(4, panel, w, row_bytes, rows, k);
-}
-
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_pack_2(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
-    (void)scale;
-    dsv3i_avx2_pack(2, panel, w, row_bytes, rows, k);
-}
-
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_pack_1(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
-    (void)scale;
-    dsv3i_avx2_pack(1, panel, w, row_bytes, rows, k);
-}
-
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_pack_blocks(const size_t size, void *panel, float *scale, const void *w, size_t row_bytes, size_t rows,
-                            size_t k) {
-    const __m256i code = _mm256_set1_epi8(size == 32 ? (char)-128 : 0);
-    const size_t columns = (rows + 15) / 16;
-    unsigned char *to = (unsigned char *)panel;
-    for (size_t b = 0; b < k / DSV3_QBLOCK; b++, to += (size / 4 - 1) * 64 * columns) {
-        for (size_t c = 0; c < columns; c++, to += 64, scale += 16) {
-            const unsigned char *at[16];
-            uint16_t bits[16];
-            for (size_t j = 0; j < 16; j++) {
-                const unsigned char *block =
-                    (const unsigned char *)w + dsv3i_min(16 * c + j, rows - 1) * row_bytes + b * (2 + size);
-                DSV3_MEMCPY(&bits[j], block, 2);
-                if (16 * c + j >= rows) bits[j] = 0;
-                at[j] = block + 2;
-            }
-            dsv3i_avx2_pack_words(to, 64 * columns, at, size, code, 0);
-            _mm256_storeu_ps(scale, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)bits)));
-            _mm256_storeu_ps(scale + 8, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(bits + 8))));
-        }
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_pack_q8_0(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
-    dsv3i_avx2_pack_blocks(32, panel, scale, w, row_bytes, rows, k);
-}
-
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_pack_q4_0(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
-    dsv3i_avx2_pack_blocks(16, panel, scale, w, row_bytes, rows, k);
-}
-
-/* The lower and the upper 16 bits of eight words, each as eight halves. */
-DSV3I_INLINE(DSV3I_AVX2) __m128i dsv3i_avx2_halves(__m256i v, const int upper) {
+DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_half(__m256i v, const int upper) {
     const __m256i w = upper ? _mm256_srli_epi32(v, 16) : _mm256_and_si256(v, _mm256_set1_epi32(65535));
-    return _mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
+    return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
 }
 
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_widen_f16(void *values, const void *panel, size_t columns, size_t k) {
-    const unsigned char *from = (const unsigned char *)panel;
-    float *to = (float *)values;
-    for (size_t i = 0; i < k; i += 2, to += 16 * columns) {
-        for (size_t c = 0; c < 2 * columns; c++, from += 32, to += 8) {
-            const __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)from);
-            _mm256_storeu_ps(to, _mm256_cvtph_ps(dsv3i_avx2_halves(v, 0)));
-            _mm256_storeu_ps(to + 16 * columns, _mm256_cvtph_ps(dsv3i_avx2_halves(v, 1)));
-        }
+/* By way of halves, as dsv3i_avx2_element. */
+DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_bf16(__m256i b[2], __m256i v) {
+    const __m256i bits = _mm256_set1_epi16(0x3F80), zero = _mm256_setzero_si256();
+    const __m256 unit = _mm256_set1_ps(256.0f);
+    b[0] = _mm256_unpacklo_epi8(zero, v);
+    b[1] = _mm256_unpackhi_epi8(zero, v);
+    DSV3I_UNROLL for (int i = 0; i < 2; i++) {
+        __m256i h = _mm256_and_si256(_mm256_srai_epi16(b[i], 1), _mm256_set1_epi16((short)-16512)), low, high;
+        h = _mm256_or_si256(h, _mm256_srli_epi16(_mm256_cmpeq_epi16(_mm256_and_si256(h, bits), bits), 1));
+        low = _mm256_castps_si256(_mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(h)), unit));
+        high = _mm256_castps_si256(_mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)), unit));
+        h = _mm256_packus_epi32(_mm256_srli_epi32(low, 16), _mm256_srli_epi32(high, 16));
+        b[i] = _mm256_permute4x64_epi64(h, 0xD8);
     }
 }
 
-/* 16 codes of E4M3 in the upper bytes of v, to BF16, by way of halves (see dsv3i_avx2_load). */
-DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_bf16(__m256i v) {
-    const __m256i bits = _mm256_set1_epi16(0x3F80);
-    __m256i h = _mm256_and_si256(_mm256_srai_epi16(v, 1), _mm256_set1_epi16((short)-16512));
-    __m256 a, b;
-    h = _mm256_or_si256(h, _mm256_srli_epi16(_mm256_cmpeq_epi16(_mm256_and_si256(h, bits), bits), 1));
-    a = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_set1_ps(256.0f));
-    b = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)), _mm256_set1_ps(256.0f));
-    h = _mm256_packus_epi32(_mm256_srli_epi32(_mm256_castps_si256(a), 16),
-                            _mm256_srli_epi32(_mm256_castps_si256(b), 16));
-    return _mm256_permute4x64_epi64(h, 0xD8);
-}
-
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_widen_f8(void *values, const void *panel, size_t columns, size_t k) {
-    const unsigned char *from = (const unsigned char *)panel;
-    unsigned char *to = (unsigned char *)values;
-    for (size_t i = 0; i < k; i += 4, to += 64 * columns) {
-        for (size_t c = 0; c < 2 * columns; c++, from += 32, to += 32) {
-            const __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)from);
-            const __m256i low = dsv3i_avx2_bf16(_mm256_unpacklo_epi8(_mm256_setzero_si256(), v));
-            const __m256i high = dsv3i_avx2_bf16(_mm256_unpackhi_epi8(_mm256_setzero_si256(), v));
-            _mm256_storeu_si256((__m256i *)(void *)to, low);
-            _mm256_storeu_si256((__m256i *)(void *)(to + 64 * columns), high);
-        }
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_widen_q4_0(void *values, const void *panel, size_t columns, size_t k) {
-    const __m256i low = _mm256_set1_epi8(15);
-    const unsigned char *from = (const unsigned char *)panel;
-    unsigned char *to = (unsigned char *)values;
-    for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += 256 * columns) {
-        for (size_t j = 0; j < 8 * columns; j++, from += 32, to += 32) {
-            const __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)from);
-            _mm256_storeu_si256((__m256i *)(void *)to, _mm256_and_si256(v, low));
-            _mm256_storeu_si256((__m256i *)(void *)(to + 256 * columns),
-                                _mm256_and_si256(_mm256_srli_epi16(v, 4), low));
-        }
-    }
-}
-
-/* As dsv3i_avx512_floats. */
-DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_floats(const int bytes, __m256 f[4], __m256i v, __m256 zero) {
-    const __m256i byte = _mm256_set1_epi32(255);
-    if (!bytes) {
-        f[0] = _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
-        f[1] = _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(-65536)));
-        return;
-    }
-    f[0] = _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_and_si256(v, byte)), zero);
-    f[1] = _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(v, 8), byte)), zero);
-    f[2] = _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(v, 16), byte)), zero);
-    f[3] = _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_srli_epi32(v, 24)), zero);
-}
-
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_float_panel(const int bytes, float *values, const void *panel, size_t columns, size_t k,
-                            int32_t zero) {
-    const unsigned char *from = (const unsigned char *)panel;
-    const __m256 code = _mm256_set1_ps((float)zero);
-    const size_t each = bytes ? 4 : 2;
-    for (size_t i = 0; i < k; i += each, values += 16 * columns * (each - 1)) {
-        for (size_t c = 0; c < 2 * columns; c++, from += 32, values += 8) {
-            __m256 f[4];
-            dsv3i_avx2_floats(bytes, f, _mm256_loadu_si256((const __m256i *)(const void *)from), code);
-            DSV3I_UNROLL for (size_t j = 0; j < each; j++) _mm256_storeu_ps(values + 16 * columns * j, f[j]);
-        }
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_float_bf16(float *values, const void *panel, size_t columns, size_t k, int32_t zero) {
-    dsv3i_avx2_float_panel(0, values, panel, columns, k, zero);
-}
-
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_float_bytes(float *values, const void *panel, size_t columns, size_t k, int32_t zero) {
-    dsv3i_avx2_float_panel(1, values, panel, columns, k, zero);
-}
-
-/* 16 outputs, in two registers, and M rows of x. */
-typedef struct dsv3i_avx2_place {
-    const unsigned char *x[6], *w;
-    const float *scale;
-    float *y;
-    size_t ldy, n, columns; /* rows and columns that are wanted: other rows repeat the last */
-    size_t step;            /* bytes from a step of w to the next */
-} dsv3i_avx2_place;
-
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_place_set(const int M, dsv3i_avx2_place *a, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                          const void *w, size_t step, size_t columns) {
-    a->y = y;
-    a->ldy = ldy;
-    a->n = dsv3i_min((size_t)M, n);
-    a->w = (const unsigned char *)w;
-    a->step = step;
-    a->scale = NULL;
-    a->columns = columns;
-    DSV3I_UNROLL for (int m = 0; m < M; m++) {
-        a->x[m] = (const unsigned char *)x + dsv3i_min((size_t)m, n - 1) * ldx;
-    }
-}
-
-/* Columns 8 half .. 8 half + 7 of 16. */
-DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_get(const float *y, size_t columns, const int half) {
-    if (columns >= 8 * (size_t)half + 8) return _mm256_loadu_ps(y + 8 * half);
-    return columns <= 8 * (size_t)half ? _mm256_setzero_ps()
-                                       : _mm256_maskload_ps(y + 8 * half, dsv3i_avx2_mask(columns - 8 * (size_t)half));
-}
-
-DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_put(float *y, size_t columns, const int half, __m256 v) {
-    if (columns >= 8 * (size_t)half + 8) {
-        _mm256_storeu_ps(y + 8 * half, v);
-    } else if (columns > 8 * (size_t)half) {
-        _mm256_maskstore_ps(y + 8 * half, dsv3i_avx2_mask(columns - 8 * (size_t)half), v);
-    }
-}
-
-DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_begin(const int M, __m256 acc[12], const dsv3i_avx2_place *a, int add) {
-    DSV3I_UNROLL for (int i = 0; i < 2 * M; i++) {
-        acc[i] = _mm256_setzero_ps();
-        if (add) acc[i] = dsv3i_avx2_get(a->y + dsv3i_min((size_t)(i / 2), a->n - 1) * a->ldy, a->columns, i % 2);
-    }
-}
-
-/* As dsv3i_avx512_end. */
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_end(const int M, const __m256 acc[12], const dsv3i_avx2_place *a, int add) {
-    DSV3I_UNROLL for (int i = 0; i < 2 * M; i++) {
-        float *y = a->y + (size_t)(i / 2) * a->ldy;
-        __m256 sum = acc[i];
-        if ((size_t)(i / 2) >= a->n) continue;
-        if (a->scale != NULL) {
-            const __m256 old = add ? dsv3i_avx2_get(y, a->columns, i % 2) : _mm256_setzero_ps();
-            sum = _mm256_fmadd_ps(sum, _mm256_loadu_ps(a->scale + 8 * (i % 2)), old);
-        }
-        dsv3i_avx2_put(y, a->columns, i % 2, sum);
-    }
-}
-
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_float_terms(const int M, const int edge, __m256 acc[12], const dsv3i_avx2_place *a, size_t aj,
-                            size_t k) {
-    const unsigned char *w = a->w;
-    size_t x = 0;
-    for (size_t j = 0; j < k; j++, x += aj * sizeof(float), w += a->step) {
-        const float *f = (const float *)(const void *)w;
-        const __m256 b0 = edge ? dsv3i_avx2_get(f, a->columns, 0) : _mm256_loadu_ps(f);
-        const __m256 b1 = edge ? dsv3i_avx2_get(f, a->columns, 1) : _mm256_loadu_ps(f + 8);
-        DSV3I_UNROLL for (int m = 0; m < M; m++) {
-            const __m256 xm = _mm256_set1_ps(*(const float *)(const void *)(a->x[m] + x));
-            acc[2 * m] = _mm256_fmadd_ps(xm, b0, acc[2 * m]);
-            acc[2 * m + 1] = _mm256_fmadd_ps(xm, b1, acc[2 * m + 1]);
-        }
-    }
-}
-
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_code_terms(const int bytes, const int M, __m256 acc[12], const dsv3i_avx2_place *a, __m256 zero,
-                           size_t i0, size_t i1) {
-    const int each = bytes ? 4 : 2;
-    const unsigned char *w = a->w + i0 / (size_t)each * a->step;
-    for (size_t i = i0; i < i1; i += (size_t)each, w += a->step) {
-        const int rest = i1 - i < (size_t)each;
-        DSV3I_UNROLL for (int half = 0; half < 2; half++) {
-            __m256 f[4];
-            dsv3i_avx2_floats(bytes, f, _mm256_loadu_si256((const __m256i *)(const void *)(w + 32 * half)), zero);
-            DSV3I_UNROLL for (int j = 0; j < each; j++) {
-                if (j > 0 && rest) continue;
-                DSV3I_UNROLL for (int m = 0; m < M; m++) {
-                    const float *x = (const float *)(const void *)a->x[m] + i + j;
-                    acc[2 * m + half] = _mm256_fmadd_ps(_mm256_set1_ps(*x), f[j], acc[2 * m + half]);
-                }
-            }
-        }
-    }
-}
-
-/* Column c of a panel. */
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_exact(const dsv3_product kind, const int M, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                      const dsv3_panel *w, size_t c, size_t rows, size_t k, int add) {
-    const __m256 zero = _mm256_set1_ps((float)w->zero);
-    const int scaled = w->scale != NULL;
-    dsv3i_avx2_place a;
-    __m256 acc[12];
-    dsv3i_avx2_place_set(M, &a, y + 16 * c, ldy, x, ldx, n, (const unsigned char *)w->values + 64 * c,
-                         64 * w->columns, rows - 16 * c);
-    if (scaled) a.scale = w->scale + 16 * c;
-    for (size_t i = 0, end; i < k; i = end) {
-        end = dsv3i_min(i + w->block, k);
-        dsv3i_avx2_begin(M, acc, &a, add && !scaled);
-        if (kind == DSV3_PRODUCT_F32) {
-            dsv3i_avx2_float_terms(M, 0, acc, &a, 1, end - i);
-            DSV3I_UNROLL for (int m = 0; m < M; m++) a.x[m] += (end - i) * sizeof(float);
-            a.w += (end - i) * a.step;
+/* Q8_0 and Q4_0: whole blocks. */
+DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_decode_blocks(const size_t size, float *y, const void *w, size_t n) {
+    const unsigned char *bytes = (const unsigned char *)w;
+    const __m128i low = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
+    for (size_t i = 0; i < n; i += DSV3_QBLOCK, bytes += 2 + size) {
+        __m128i part[2];
+        __m256 d;
+        uint16_t bits;
+        DSV3_MEMCPY(&bits, bytes, 2);
+        d = _mm256_set1_ps(_cvtsh_ss(bits));
+        part[0] = dsv3i_avx2_bytes_16(bytes + 2);
+        if (size == 32) {
+            part[1] = dsv3i_avx2_bytes_16(bytes + 18);
         } else {
-            dsv3i_avx2_code_terms(kind == DSV3_PRODUCT_BYTES, M, acc, &a, zero, i, end);
+            part[1] = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(part[0], 4), low), eight);
+            part[0] = _mm_sub_epi8(_mm_and_si128(part[0], low), eight);
         }
-        a.w += w->gap;
-        dsv3i_avx2_end(M, acc, &a, add || i > 0);
-        if (scaled) a.scale += 16 * w->columns;
-    }
-}
-
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_product(const dsv3_product kind, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                        const dsv3_panel *w, size_t rows, size_t k, int add) {
-    for (size_t c = 0; c < w->columns; c++) {
-        for (size_t t = 0, m; t < n; t += m) {
-            const unsigned char *xt = (const unsigned char *)x + t * ldx;
-            float *yt = y + t * ldy;
-            m = dsv3i_rows_together(n - t);
-            switch (m) {
-            case 1: dsv3i_avx2_exact(kind, 1, yt, ldy, xt, ldx, 1, w, c, rows, k, add); break;
-            case 2: dsv3i_avx2_exact(kind, 2, yt, ldy, xt, ldx, 2, w, c, rows, k, add); break;
-            case 3:
-            case 4: dsv3i_avx2_exact(kind, 4, yt, ldy, xt, ldx, m, w, c, rows, k, add); break;
-            default:
-                if (kind == DSV3_PRODUCT_F32) dsv3i_avx2_exact(kind, 6, yt, ldy, xt, ldx, m, w, c, rows, k, add);
-            }
+        DSV3I_UNROLL for (int j = 0; j < 4; j++) {
+            const __m128i q = j % 2 ? _mm_srli_si128(part[j / 2], 8) : part[j / 2];
+            _mm256_storeu_ps(y + i + 8 * (size_t)j, _mm256_mul_ps(d, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q))));
         }
     }
 }
 
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_product_f32(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
-                                   size_t rows, size_t k, int add) {
-    dsv3i_avx2_product(DSV3_PRODUCT_F32, y, ldy, x, ldx, n, w, rows, k, add);
+DSV3I_TARGET(DSV3I_AVX2) static void dsv3i_avx2_decode_q8_0(float *y, const void *w, size_t n) {
+    dsv3i_avx2_decode_blocks(32, y, w, n);
 }
 
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_product_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
-                                    size_t rows, size_t k, int add) {
-    dsv3i_avx2_product(DSV3_PRODUCT_BF16, y, ldy, x, ldx, n, w, rows, k, add);
+DSV3I_TARGET(DSV3I_AVX2) static void dsv3i_avx2_decode_q4_0(float *y, const void *w, size_t n) {
+    dsv3i_avx2_decode_blocks(16, y, w, n);
 }
 
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_product_bytes(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
-                                     size_t rows, size_t k, int add) {
-    dsv3i_avx2_product(DSV3_PRODUCT_BYTES, y, ldy, x, ldx, n, w, rows, k, add);
-}
+DSV3I_VECTOR_KERNELS(dsv3i_avx2, DSV3I_AVX2, 8)
+DSV3I_PANEL_KERNELS(dsv3i_avx2, DSV3I_AVX2, 8)
+DSV3I_PRODUCT_KERNELS(dsv3i_avx2, DSV3I_AVX2, 8, 2)
+DSV3I_TYPE_KERNELS(dsv3i_avx2, DSV3I_AVX2)
 
-/* Up to M rows of y and `columns` columns, of which 16 at most are done. */
+/* Four rows of w and NX of x: acc[4 t + r] += eight terms of x_t . w_r, or the last n. */
 DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_outer_tile(const int M, const int edge, float *y, size_t ldy, size_t m, const float *x, size_t at,
-                           size_t aj, const float *b, size_t ldb, size_t k, size_t columns) {
-    dsv3i_avx2_place a;
+void dsv3i_avx2_terms(const int NX, __m256 acc[12], const float *const x[3], const float *const w[4], size_t at,
+                      size_t n) {
+    __m256 f[4];
+    DSV3I_UNROLL for (int r = 0; r < 4; r++) f[r] = dsv3i_avx2_get(n, w[r] + at);
+    DSV3I_UNROLL for (int t = 0; t < NX; t++) {
+        const __m256 xt = dsv3i_avx2_get(n, x[t] + at);
+        DSV3I_UNROLL for (int r = 0; r < 4; r++) acc[4 * t + r] = _mm256_fmadd_ps(xt, f[r], acc[4 * t + r]);
+    }
+}
+
+/* nw <= 4 rows of w, n <= NX (1 or 3) of x: y [n, nw]. What is not there is its neighbour once more. */
+DSV3I_INLINE(DSV3I_AVX2)
+void dsv3i_avx2_dots(const int NX, float *y, size_t ldy, const float *x, size_t ldx, size_t n, const float *w,
+                     size_t ldw, size_t nw, size_t k) {
+    const float *xs[3], *ws[4];
     __m256 acc[12];
-    dsv3i_avx2_place_set(M, &a, y, ldy, x, at * sizeof *x, m, b, ldb * sizeof *b, columns);
-    dsv3i_avx2_begin(M, acc, &a, 1);
-    dsv3i_avx2_float_terms(M, edge, acc, &a, aj, k);
-    dsv3i_avx2_end(M, acc, &a, 0);
+    size_t i = 0;
+    DSV3I_UNROLL for (size_t t = 0; t < 3; t++) xs[t] = x + dsv3i_min(t, n - 1) * ldx;
+    DSV3I_UNROLL for (size_t r = 0; r < 4; r++) ws[r] = w + dsv3i_min(r, nw - 1) * ldw;
+    DSV3I_UNROLL for (int j = 0; j < 4 * NX; j++) acc[j] = _mm256_setzero_ps();
+    for (; i + 8 <= k; i += 8) dsv3i_avx2_terms(NX, acc, xs, ws, i, 8);
+    if (i < k) dsv3i_avx2_terms(NX, acc, xs, ws, i, k - i);
+    DSV3I_UNROLL for (int t = 0; t < NX; t++) {
+        const __m128 sums = dsv3i_avx2_sums(acc[4 * t], acc[4 * t + 1], acc[4 * t + 2], acc[4 * t + 3]);
+        float *to = y + (size_t)t * ldy, four[4];
+        if ((size_t)t >= n) continue;
+        if (nw < 4) _mm_storeu_ps(four, sums); /* a store under a mask would be a slow one on some processors */
+        if (nw < 4) DSV3_MEMCPY(to, four, nw * sizeof *four);
+        if (nw == 4) _mm_storeu_ps(to, sums);
+    }
 }
 
-/* b in panels of 16 columns and at most 256 rows, which stay in the first cache while all rows of y pass by. */
+/* Scores of attention: queries times keys. */
 DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_outer(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj, const float *b,
-                             size_t ldb, size_t k, size_t n) {
-    for (size_t j = 0; j < k; j += 256) {
-        const size_t nj = dsv3i_min(256, k - j);
-        for (size_t i = 0; i < n; i += 16) {
-            for (size_t t = 0; t < m; t += 6) {
-                float *to = y + t * ldy + i;
-                const float *from = a + t * at + j * aj, *panel = b + j * ldb + i;
-                if (n - i < 16) {
-                    dsv3i_avx2_outer_tile(6, 1, to, ldy, m - t, from, at, aj, panel, ldb, nj, n - i);
-                } else if (m - t > 3) {
-                    dsv3i_avx2_outer_tile(6, 0, to, ldy, m - t, from, at, aj, panel, ldb, nj, 16);
-                } else if (m - t > 1) {
-                    dsv3i_avx2_outer_tile(3, 0, to, ldy, m - t, from, at, aj, panel, ldb, nj, 16);
-                } else {
-                    dsv3i_avx2_outer_tile(1, 0, to, ldy, 1, from, at, aj, panel, ldb, nj, 16);
-                }
-            }
+static void dsv3i_avx2_tile(float *y, size_t ldy, const float *x, size_t ldx, size_t nx, const float *w, size_t ldw,
+                            size_t nw, size_t k) {
+    for (size_t t = 0; t < nx; t += 3) {
+        for (size_t r = 0; r < nw; r += 4) {
+            const size_t n = dsv3i_min(3, nx - t), rows = dsv3i_min(4, nw - r);
+            const float *xt = x + t * ldx, *wr = w + r * ldw;
+            if (n == 1) dsv3i_avx2_dots(1, y + t * ldy + r, ldy, xt, ldx, 1, wr, ldw, rows, k);
+            if (n > 1) dsv3i_avx2_dots(3, y + t * ldy + r, ldy, xt, ldx, n, wr, ldw, rows, k);
         }
     }
 }
@@ -9105,12 +9212,18 @@ static void dsv3i_avx2_outer(float *y, size_t ldy, size_t m, const float *a, siz
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
-#define DSV3I_AHEAD 8192 /* bytes by which codes are fetched ahead: about a stretch of a panel */
 #define DSV3I_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+DSV3I_X86_VECTORS(dsv3i_avx512, DSV3I_AVX512, 512)
+
+typedef __mmask16 dsv3i_avx512_lanes;
 
 /* Lanes 0 .. n-1 of 16. */
 DSV3I_INLINE(DSV3I_AVX512) __mmask16 dsv3i_avx512_mask(size_t n) {
     return (__mmask16)(n >= 16 ? 0xFFFFu : (1u << n) - 1u);
+}
+
+DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_get(__mmask16 m, const float *at) {
+    return _mm512_maskz_loadu_ps(m, at);
 }
 
 /* The lanes of the mask. (Stores under a mask are slow on some processors, most of all when they are read soon.) */
@@ -9122,38 +9235,15 @@ DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_put(float *y, __mmask16 m, __m512 v
     }
 }
 
-/* As dsv3i_avx2_exp. */
-DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_exp(__m512 x) {
-    __m512 n, r, p;
-    x = _mm512_min_ps(_mm512_set1_ps(89.0f), _mm512_max_ps(_mm512_set1_ps(-104.0f), x));
-    n = _mm512_fmadd_ps(x, _mm512_set1_ps(1.44269504f),
-                        _mm512_set1_ps(12582912.0f));  /* 1.5 2^23: the sum is rounded */
-    n = _mm512_sub_ps(n, _mm512_set1_ps(12582912.0f)); /* to a whole number */
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    p = _mm512_set1_ps(1.0f / 5040.0f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 720.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
+DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_keep(__mmask16 m, __m512 v) { return _mm512_maskz_mov_ps(m, v); }
+
+DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_bytes(const unsigned char *at, size_t n) {
+    return _mm512_maskz_loadu_epi8(n >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << n) - 1, at);
 }
 
-/* Lane i + 8 to lane i, then as dsv3i_avx2_sums. */
-DSV3I_INLINE(DSV3I_AVX512) __m256 dsv3i_avx512_half(__m512 a) {
-    return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
-}
-
-DSV3I_INLINE(DSV3I_AVX512) __m128 dsv3i_avx512_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
-    return dsv3i_avx2_sums(dsv3i_avx512_half(a), dsv3i_avx512_half(b), dsv3i_avx512_half(c), dsv3i_avx512_half(d));
-}
-
-/* Elements at w in the lanes of the mask, 0 in the others. E4M3: the value / 256. */
-DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_load(const dsv3_type type, __mmask16 m, const unsigned char *w) {
-    const void *at = w;
+/* E4M3: as dsv3i_avx2_element. */
+DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_element(const dsv3_type type, __mmask16 m, const unsigned char *at) {
+    const __m256i bits = _mm256_set1_epi16(0x3F80);
     __m256i h;
     __mmask16 nan;
     if (type == DSV3_F32) return _mm512_maskz_loadu_ps(m, at);
@@ -9163,224 +9253,22 @@ DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_load(const dsv3_type type, __mmas
     }
     h = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_maskz_loadu_epi8(m, at)), 7);
     h = _mm256_and_si256(h, _mm256_set1_epi16((short)-16512)); /* 0xBF80 */
-    nan = _mm256_cmpeq_epi16_mask(_mm256_and_si256(h, _mm256_set1_epi16(0x3F80)), _mm256_set1_epi16(0x3F80));
+    nan = _mm256_cmpeq_epi16_mask(_mm256_and_si256(h, bits), bits);
     return _mm512_cvtph_ps(_mm256_mask_mov_epi16(h, nan, _mm256_set1_epi16(0x7FFF)));
 }
 
-DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_decode(const dsv3_type type, float *y, const void *w, size_t n) {
-    const unsigned char *bytes = (const unsigned char *)w;
-    const size_t size = type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2;
-    const __m512 unit = _mm512_set1_ps(type == DSV3_F8_E4M3 ? 256.0f : 1.0f);
-    for (size_t i = 0; i < n; i += 16) {
-        const __mmask16 m = dsv3i_avx512_mask(n - i);
-        _mm_prefetch((const char *)bytes + i * size + 2048, _MM_HINT_T0); /* rows follow each other */
-        dsv3i_avx512_put(y + i, m, _mm512_mul_ps(dsv3i_avx512_load(type, m, bytes + i * size), unit));
-    }
+/* Lane i + 8 to lane i, then as dsv3i_avx2_sum. */
+DSV3I_INLINE(DSV3I_AVX512) float dsv3i_avx512_sum(__m512 v) {
+    return dsv3i_avx2_sum(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
 }
 
-/* Columns i .. i+15 of a row of Q8_0 or Q4_0 as floats. */
-DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_load_block(const dsv3_type type, const unsigned char *w, size_t i) {
-    const unsigned char *block = w + i / DSV3_QBLOCK * (type == DSV3_Q8_0 ? 34 : 18);
-    const void *codes = block + 2 + (type == DSV3_Q8_0 ? i % DSV3_QBLOCK : 0);
-    __m128i c = _mm_loadu_si128((const __m128i *)codes);
-    int16_t half;
-    DSV3_MEMCPY(&half, block, sizeof half);
-    if (type == DSV3_Q4_0) {
-        if (i % DSV3_QBLOCK) c = _mm_srli_epi16(c, 4);
-        c = _mm_sub_epi8(_mm_and_si128(c, _mm_set1_epi8(15)), _mm_set1_epi8(8));
-    }
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(c)), _mm512_cvtph_ps(_mm256_set1_epi16(half)));
+DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_whole(__m512 x) {
+    const __m512 large = _mm512_set1_ps(12582912.0f); /* 1.5 2^23: the sum is rounded to a whole number */
+    return _mm512_sub_ps(_mm512_fmadd_ps(x, _mm512_set1_ps(1.44269504f), large), large);
 }
 
-/* The 32 numbers of a block of Q8_0 or Q4_0, times f, to two sums. Q4_0: a table of the 16 values there are. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_mix_block(const dsv3_type type, __m512 acc[2], __m512 f, const unsigned char *block) {
-    const __m512 sixteen = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    const __m128i *codes = (const __m128i *)(const void *)(block + 2);
-    int16_t half;
-    __m512 d, v[2];
-    DSV3_MEMCPY(&half, block, sizeof half);
-    d = _mm512_cvtph_ps(_mm256_set1_epi16(half));
-    if (type == DSV3_Q4_0) {
-        const __m512 table = _mm512_mul_ps(sixteen, d);
-        const __m512i c = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes));
-        v[0] = _mm512_permutexvar_ps(c, table); /* of an index, four bits count */
-        v[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(c, 4), table);
-    } else {
-        v[0] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(codes))), d);
-        v[1] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(codes + 1))), d);
-    }
-    acc[0] = _mm512_fmadd_ps(f, v[0], acc[0]);
-    acc[1] = _mm512_fmadd_ps(f, v[1], acc[1]);
-}
+DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_power(__m512 p, __m512 n) { return _mm512_scalef_ps(p, n); }
 
-/* NC columns of 16 numbers of a row, from w on, times f. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_mix_columns(const dsv3_type type, const int NC, float *y, __m512 f, const unsigned char *w,
-                              const float scale[2]) {
-    const size_t size = type == DSV3_F8_E4M3 ? 1 : 2;
-    __m512 acc[16];
-    DSV3I_UNROLL for (int c = 0; c < NC; c++) acc[c] = _mm512_loadu_ps(y + 16 * c);
-    DSV3I_UNROLL for (int c = 0; c < NC; c++) {
-        __m512 v;
-        if (type == DSV3_Q8_0 || type == DSV3_Q4_0) {
-            if (c % 2 == 0) dsv3i_avx512_mix_block(type, acc + c, f, w + c / 2 * (type == DSV3_Q8_0 ? 34 : 18));
-            continue;
-        }
-        v = dsv3i_avx512_load(type, 0xFFFF, w + 16 * (size_t)c * size);
-        if (type == DSV3_F8_E4M3) {
-            v = _mm512_mul_ps(_mm512_mul_ps(v, _mm512_set1_ps(256.0f)), _mm512_set1_ps(scale[c / 8]));
-        }
-        acc[c] = _mm512_fmadd_ps(f, v, acc[c]);
-    }
-    DSV3I_UNROLL for (int c = 0; c < NC; c++) _mm512_storeu_ps(y + 16 * c, acc[c]);
-}
-
-/* The same of up to 16 numbers, from number i of a row on. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_mix_some(const dsv3_type type, float *y, __m512 f, const unsigned char *w, float scale, size_t i,
-                           size_t n) {
-    const size_t size = type == DSV3_F8_E4M3 ? 1 : 2;
-    const __mmask16 m = dsv3i_avx512_mask(n);
-    __m512 v;
-    if (type == DSV3_Q8_0 || type == DSV3_Q4_0) {
-        v = dsv3i_avx512_load_block(type, w, i);
-    } else {
-        v = dsv3i_avx512_load(type, m, w + i * size);
-        if (type == DSV3_F8_E4M3) v = _mm512_mul_ps(_mm512_mul_ps(v, _mm512_set1_ps(256.0f)), _mm512_set1_ps(scale));
-    }
-    dsv3i_avx512_put(y, m, _mm512_fmadd_ps(f, v, _mm512_maskz_loadu_ps(m, y)));
-}
-
-/* A row, from number i on. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_mix_row(const dsv3_type type, float *y, float x, const unsigned char *w, const unsigned char *scale,
-                          size_t i, size_t n) {
-    const __m512 f = _mm512_set1_ps(x);
-    for (size_t columns; i < n; i += columns) {
-        const unsigned char *at = w + i / DSV3_QBLOCK * dsv3_row_bytes(type, DSV3_QBLOCK);
-        float unit[2] = {1.0f, 1.0f};
-        columns = n - i >= 256 ? 256 : n - i >= 64 ? 64 : dsv3i_min(n - i, 16);
-        if (scale != NULL) {
-            DSV3_MEMCPY(unit, scale + i / DSV3_BLOCK * sizeof *unit, (columns == 256 ? 2 : 1) * sizeof *unit);
-        }
-        if (columns == 256) {
-            dsv3i_avx512_mix_columns(type, 16, y + i, f, at, unit);
-        } else if (columns == 64) {
-            dsv3i_avx512_mix_columns(type, 4, y + i, f, at, unit);
-        } else {
-            dsv3i_avx512_mix_some(type, y + i, f, w, unit[0], i, columns);
-        }
-    }
-}
-
-/* Row by row, exactly as they lie, is how they come fastest, although sums then wait in a near cache. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_mix(const dsv3_type type, float *y, const float *x, const void *w, size_t row_bytes,
-                      const void *scale, size_t k, size_t n) {
-    for (size_t r = 0; r < k; r++) {
-        dsv3i_avx512_mix_row(type, y, x[r], (const unsigned char *)w + r * row_bytes, (const unsigned char *)scale, 0,
-                             n);
-    }
-}
-
-#define DSV3I_MIX_TYPE(name, type)                                                                                   \
-    DSV3I_TARGET(DSV3I_AVX512)                                                                                       \
-    static void dsv3i_avx512_mix_##name(float *y, const float *x, const void *w, size_t row_bytes,                   \
-                                        const void *scale, size_t k, size_t n) {                                     \
-        dsv3i_avx512_mix(type, y, x, w, row_bytes, scale, k, n);                                                     \
-    }
-DSV3I_MIX_TYPE(f16, DSV3_F16)
-DSV3I_MIX_TYPE(bf16, DSV3_BF16)
-DSV3I_MIX_TYPE(f8_e4m3, DSV3_F8_E4M3)
-DSV3I_MIX_TYPE(q8_0, DSV3_Q8_0)
-DSV3I_MIX_TYPE(q4_0, DSV3_Q4_0)
-#undef DSV3I_MIX_TYPE
-
-/* nw <= 4 rows of w, NX (1 or 4) of x, of which n are stored. What is not there is its neighbour once more. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_dots(const int NX, float *y, size_t ldy, const float *x, size_t ldx, size_t n, const float *w,
-                       size_t ldw, size_t nw, size_t k) {
-    const float *xs[4], *ws[4];
-    __m512 acc[16];
-    DSV3I_UNROLL for (int i = 0; i < 4; i++) {
-        xs[i] = x + dsv3i_min((size_t)i, n - 1) * ldx;
-        ws[i] = w + dsv3i_min((size_t)i, nw - 1) * ldw;
-    }
-    DSV3I_UNROLL for (int i = 0; i < 4 * NX; i++) acc[i] = _mm512_setzero_ps();
-    for (size_t i = 0; i < k; i += 16) {
-        const __mmask16 m = dsv3i_avx512_mask(k - i);
-        __m512 f[4];
-        DSV3I_UNROLL for (int r = 0; r < 4; r++) f[r] = _mm512_maskz_loadu_ps(m, ws[r] + i);
-        DSV3I_UNROLL for (int t = 0; t < NX; t++) {
-            const __m512 xt = _mm512_maskz_loadu_ps(m, xs[t] + i);
-            DSV3I_UNROLL for (int r = 0; r < 4; r++) acc[4 * t + r] = _mm512_fmadd_ps(xt, f[r], acc[4 * t + r]);
-        }
-    }
-    DSV3I_UNROLL for (int t = 0; t < NX; t++) {
-        const __m128 sums = dsv3i_avx512_sums(acc[4 * t], acc[4 * t + 1], acc[4 * t + 2], acc[4 * t + 3]);
-        if ((size_t)t < n) dsv3i_avx2_store(y + (size_t)t * ldy, sums, nw);
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_tile(float *y, size_t ldy, const float *x, size_t ldx, size_t nx, const float *w, size_t ldw,
-                              size_t nw, size_t k) {
-    for (size_t t = 0; t < nx; t += 4) {
-        for (size_t r = 0; r < nw; r += 4) {
-            const size_t n = dsv3i_min(4, nx - t), rows = dsv3i_min(4, nw - r);
-            if (n == 1) {
-                dsv3i_avx512_dots(1, y + t * ldy + r, ldy, x + t * ldx, ldx, 1, w + r * ldw, ldw, rows, k);
-            } else {
-                dsv3i_avx512_dots(4, y + t * ldy + r, ldy, x + t * ldx, ldx, n, w + r * ldw, ldw, rows, k);
-            }
-        }
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX512) static float dsv3i_avx512_dot(const float *x, const float *y, size_t n) {
-    __m512 sum = _mm512_setzero_ps();
-    for (size_t i = 0; i < n; i += 16) {
-        const __mmask16 m = dsv3i_avx512_mask(n - i);
-        sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(m, x + i), _mm512_maskz_loadu_ps(m, y + i), sum);
-    }
-    return _mm_cvtss_f32(dsv3i_avx512_sums(sum, sum, sum, sum));
-}
-
-DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_axpy(float *y, float a, const float *x, size_t n) {
-    const __m512 f = _mm512_set1_ps(a);
-    for (size_t i = 0; i < n; i += 16) {
-        const __mmask16 m = dsv3i_avx512_mask(n - i);
-        const __m512 old = _mm512_maskz_loadu_ps(m, y + i);
-        dsv3i_avx512_put(y + i, m, _mm512_fmadd_ps(f, _mm512_maskz_loadu_ps(m, x + i), old));
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX512) static float dsv3i_avx512_exp_sum(float *p, const float *s, float top, size_t n) {
-    const __m512 t = _mm512_set1_ps(top);
-    __m512 sum = _mm512_setzero_ps();
-    for (size_t i = 0; i < n; i += 16) {
-        const __mmask16 m = dsv3i_avx512_mask(n - i);
-        const __m512 e = dsv3i_avx512_exp(_mm512_sub_ps(_mm512_maskz_loadu_ps(m, s + i), t));
-        sum = _mm512_mask_add_ps(sum, m, sum, e);
-        dsv3i_avx512_put(p + i, m, e);
-    }
-    return _mm_cvtss_f32(dsv3i_avx512_sums(sum, sum, sum, sum));
-}
-
-DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_silu_mul(float *h, const float *a, const float *b, size_t n) {
-    const __m512 one = _mm512_set1_ps(1.0f), minus = _mm512_set1_ps(-0.0f);
-    for (size_t i = 0; i < n; i += 16) {
-        const __mmask16 m = dsv3i_avx512_mask(n - i);
-        const __m512 v = _mm512_maskz_loadu_ps(m, a + i);
-        const __m512 below = _mm512_add_ps(one, dsv3i_avx512_exp(_mm512_xor_ps(v, minus)));
-        dsv3i_avx512_put(h + i, m, _mm512_mul_ps(_mm512_div_ps(v, below), _mm512_maskz_loadu_ps(m, b + i)));
-    }
-}
-
-/* ---- AVX-512: products with panels */
-
-/* 16 rows of 16 words of four bytes, transposed. */
 DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_transpose(__m512i r[16]) {
     __m512i t[16];
     DSV3I_UNROLL for (int i = 0; i < 8; i++) {
@@ -9405,478 +9293,144 @@ DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_transpose(__m512i r[16]) {
     DSV3I_UNROLL for (int i = 0; i < 16; i++) r[i] = t[i];
 }
 
-/* `bytes` of 16 rows, 64 at a time; from one step of four bytes to the next it is `step` bytes. ahead: what is fetched
- * already for the next piece. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_pack_rows(const int fp8, unsigned char *to, size_t step, const unsigned char *w, size_t row_bytes,
-                            size_t rows, size_t bytes, size_t ahead) {
-    const __m512i order =
-        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
-    for (size_t i = 0; i < bytes; i += 64, to += 16 * step) {
-        const size_t left = bytes - i;
-        const __mmask64 m = left >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << left) - 1;
-        __m512i r[16];
-        if (rows >= 16 && left >= 64) {
-            DSV3I_UNROLL for (int j = 0; j < 16; j++) {
-                r[j] = _mm512_loadu_si512(w + (size_t)j * row_bytes + i);
-                if (ahead) _mm_prefetch((const char *)(w + (size_t)j * row_bytes + i + ahead), _MM_HINT_T0);
-            }
-        } else {
-            for (size_t j = 0; j < 16; j++) {
-                r[j] = _mm512_setzero_si512();
-                if (j < rows) r[j] = _mm512_maskz_loadu_epi8(m, w + j * row_bytes + i);
-            }
-        }
-        dsv3i_avx512_transpose(r);
-        for (size_t j = 0; j < 16 && 4 * j < left; j++) {
-            if (fp8) r[j] = _mm512_shuffle_epi8(r[j], order);
-            _mm512_storeu_si512(to + step * j, r[j]);
-        }
-    }
+DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_order(__m512i v) {
+    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    return _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(order));
 }
 
-/* Elements of `size` bytes. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_pack(const size_t size, void *panel, const void *w, size_t row_bytes, size_t rows, size_t k) {
-    const size_t columns = (rows + 15) / 16;
-    for (size_t c = 0; c < columns; c++) {
-        dsv3i_avx512_pack_rows(size == 1, (unsigned char *)panel + 64 * c, 64 * columns,
-                               (const unsigned char *)w + 16 * c * row_bytes, row_bytes, rows - 16 * c, k * size,
-                               DSV3I_TERMS * size);
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_pack_4(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
-    (void)scale;
-    dsv3i_avx512_pack(4, panel, w, row_bytes, rows, k);
-}
-
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_pack_2(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
-    (void)scale;
-    dsv3i_avx512_pack(2, panel, w, row_bytes, rows, k);
-}
-
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_pack_1(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
-    (void)scale;
-    dsv3i_avx512_pack(1, panel, w, row_bytes, rows, k);
-}
-
-/* The F16 multipliers of a block of each row; 0 for rows that are not there. */
-DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_scales(const unsigned char *w, size_t row_bytes, size_t rows) {
-    uint16_t bits[16] = {0};
-    const void *at = bits;
-    for (size_t i = 0; i < dsv3i_min(rows, 16); i++) DSV3_MEMCPY(&bits[i], w + i * row_bytes, 2);
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at));
-}
-
-/* The 64 bytes of codes of 64 / size blocks of 2 + size bytes at w, of which `count` are there. */
+/* The codes of `count` blocks of 2 + size bytes: two of Q8_0 or four of Q4_0, or fewer at the end of a row. */
 DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_blocks(const size_t size, const unsigned char *w, size_t count) {
-    const void *at = w + 2;
+    unsigned char part[64] = {0};
     __m512i v;
-    unsigned char part[64];
-    if (count == 64 / size && size == 32) {
-        v = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)at));
-        at = w + 36;
-        return _mm512_inserti64x4(v, _mm256_loadu_si256((const __m256i *)at), 1);
+    if (count < 64 / size) {
+        for (size_t i = 0; i < count; i++) DSV3_MEMCPY(part + i * size, w + i * (2 + size) + 2, size);
+        return dsv3i_avx512_words(part);
     }
-    if (count == 64 / size) {
-        v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)at));
-        at = w + 20;
-        v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)at), 1);
-        at = w + 38;
-        v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)at), 2);
-        at = w + 56;
-        return _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)at), 3);
+    if (size == 32) {
+        return _mm512_inserti64x4(_mm512_castsi256_si512(dsv3i_avx2_words(w + 2)), dsv3i_avx2_words(w + 36), 1);
     }
-    DSV3_MEMSET(part, 0, sizeof part);
-    for (size_t i = 0; i < count; i++) DSV3_MEMCPY(part + i * size, w + i * (2 + size) + 2, size);
-    return _mm512_loadu_si512(part);
+    v = _mm512_castsi128_si512(dsv3i_avx2_bytes_16(w + 2));
+    v = _mm512_inserti32x4(v, dsv3i_avx2_bytes_16(w + 20), 1);
+    v = _mm512_inserti32x4(v, dsv3i_avx2_bytes_16(w + 38), 2);
+    return _mm512_inserti32x4(v, dsv3i_avx2_bytes_16(w + 56), 3);
 }
 
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_pack_blocks(const size_t size, void *panel, float *scale, const void *w, size_t row_bytes,
-                              size_t rows, size_t k) {
-    const size_t blocks = k / DSV3_QBLOCK, many = 64 / size, columns = (rows + 15) / 16, step = 64 * columns;
-    const __m512i code = _mm512_set1_epi8(size == 32 ? (char)-128 : 0);
-    for (size_t c = 0; c < columns; c++) {
-        const unsigned char *from = (const unsigned char *)w + 16 * c * row_bytes;
-        unsigned char *to = (unsigned char *)panel + 64 * c;
-        const size_t left = rows - 16 * c;
-        for (size_t b = 0; b < blocks; b += many) {
-            const size_t count = dsv3i_min(many, blocks - b);
-            __m512i r[16];
-            DSV3I_UNROLL for (int j = 0; j < 16; j++) {
-                const unsigned char *row = from + dsv3i_min((size_t)j, left - 1) * row_bytes;
-                r[j] = _mm512_xor_si512(dsv3i_avx512_blocks(size, row + b * (2 + size), count), code);
-                _mm_prefetch((const char *)(row + b * (2 + size) + DSV3I_TERMS / DSV3_QBLOCK * (2 + size)), _MM_HINT_T0);
-            }
-            dsv3i_avx512_transpose(r);
-            for (size_t j = 0; j < count * size / 4; j++, to += step) _mm512_storeu_si512(to, r[j]);
-            for (size_t i = b; i < b + count; i++) {
-                _mm512_storeu_ps(scale + 16 * (i * columns + c),
-                                 dsv3i_avx512_scales(from + i * (2 + size), row_bytes, left));
-            }
-        }
-    }
+DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_half(__m512i v, const int upper) {
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(upper ? _mm512_srli_epi32(v, 16) : v));
 }
 
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_pack_q8_0(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
-    dsv3i_avx512_pack_blocks(32, panel, scale, w, row_bytes, rows, k);
-}
-
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_pack_q4_0(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
-    dsv3i_avx512_pack_blocks(16, panel, scale, w, row_bytes, rows, k);
-}
-
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_widen_f16(void *values, const void *panel, size_t columns, size_t k) {
-    const unsigned char *from = (const unsigned char *)panel;
-    float *to = (float *)values;
-    for (size_t i = 0; i < k; i += 2, to += 16 * columns) {
-        for (size_t c = 0; c < columns; c++, from += 64, to += 16) {
-            const __m512i v = _mm512_loadu_si512(from);
-            _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)));
-            _mm512_storeu_ps(to + 16 * columns, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16))));
-        }
-    }
-}
-
-/* E4M3 to BF16. Normal: exponent + 120; the eight smallest by a table; NaN. v: codes in the upper bytes. */
-DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_bf16(__m512i v) {
+/* Normal: exponent + 120; the eight smallest by a table; NaN. */
+DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_bf16(__m512i b[2], __m512i v) {
     const __m512i small = _mm512_broadcast_i32x4(
         _mm_setr_epi16(0, 0x3B00, 0x3B80, 0x3BC0, 0x3C00, 0x3C20, 0x3C40, 0x3C60)); /* 0 to 7 times 2^-9 */
-    const __m512i size = _mm512_and_si512(_mm512_srli_epi16(v, 8), _mm512_set1_epi16(0x7F));
-    __m512i r = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_set1_epi16(0x3C00));
-    const __mmask32 tiny = _mm512_cmplt_epi16_mask(size, _mm512_set1_epi16(8));
-    r = _mm512_mask_mov_epi16(r, tiny, _mm512_permutexvar_epi16(size, small));
-    r = _mm512_mask_mov_epi16(r, _mm512_cmpeq_epi16_mask(size, _mm512_set1_epi16(0x7F)), _mm512_set1_epi16(0x7FC0));
-    return _mm512_or_si512(r, _mm512_and_si512(v, _mm512_set1_epi16((short)-32768)));
-}
-
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_widen_f8(void *values, const void *panel, size_t columns, size_t k) {
-    const unsigned char *from = (const unsigned char *)panel;
-    unsigned char *to = (unsigned char *)values;
-    for (size_t i = 0; i < k; i += 4, to += 64 * columns) {
-        for (size_t c = 0; c < columns; c++, from += 64, to += 64) {
-            const __m512i v = _mm512_loadu_si512(from), zero = _mm512_setzero_si512();
-            _mm512_storeu_si512(to, dsv3i_avx512_bf16(_mm512_unpacklo_epi8(zero, v)));
-            _mm512_storeu_si512(to + 64 * columns, dsv3i_avx512_bf16(_mm512_unpackhi_epi8(zero, v)));
-        }
+    const __m512i last = _mm512_set1_epi16(0x7F), zero = _mm512_setzero_si512();
+    b[0] = _mm512_unpacklo_epi8(zero, v);
+    b[1] = _mm512_unpackhi_epi8(zero, v);
+    DSV3I_UNROLL for (int i = 0; i < 2; i++) {
+        const __m512i size = _mm512_and_si512(_mm512_srli_epi16(b[i], 8), last);
+        const __mmask32 tiny = _mm512_cmplt_epi16_mask(size, _mm512_set1_epi16(8));
+        __m512i r = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_set1_epi16(0x3C00));
+        r = _mm512_mask_mov_epi16(r, tiny, _mm512_permutexvar_epi16(size, small));
+        r = _mm512_mask_mov_epi16(r, _mm512_cmpeq_epi16_mask(size, last), _mm512_set1_epi16(0x7FC0));
+        b[i] = _mm512_or_si512(r, _mm512_and_si512(b[i], _mm512_set1_epi16((short)-32768)));
     }
 }
 
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_widen_q4_0(void *values, const void *panel, size_t columns, size_t k) {
-    const __m512i low = _mm512_set1_epi8(15);
-    const unsigned char *from = (const unsigned char *)panel;
-    unsigned char *to = (unsigned char *)values;
-    for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += 256 * columns) {
-        for (size_t j = 0; j < 4 * columns; j++, from += 64, to += 64) {
-            const __m512i v = _mm512_loadu_si512(from);
-            _mm_prefetch((const char *)from + DSV3I_AHEAD, _MM_HINT_T0);
-            _mm512_storeu_si512(to, _mm512_and_si512(v, low));
-            _mm512_storeu_si512(to + 256 * columns, _mm512_and_si512(_mm512_srli_epi16(v, 4), low));
-        }
-    }
-}
+DSV3I_VECTOR_KERNELS(dsv3i_avx512, DSV3I_AVX512, 16)
+DSV3I_PANEL_KERNELS(dsv3i_avx512, DSV3I_AVX512, 16)
+DSV3I_PRODUCT_KERNELS(dsv3i_avx512, DSV3I_AVX512, 16, 4)
+DSV3I_TYPE_KERNELS(dsv3i_avx512, DSV3I_AVX512)
 
-/* The terms in four bytes of each lane, as floats: two of BF16, or four of bytes. */
-DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_floats(const int bytes, __m512 f[4], __m512i v, __m512 zero) {
-    const __m512i byte = _mm512_set1_epi32(255);
-    if (!bytes) {
-        f[0] = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
-        f[1] = _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(-65536)));
-        return;
-    }
-    f[0] = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_and_si512(v, byte)), zero);
-    f[1] = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(v, 8), byte)), zero);
-    f[2] = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(v, 16), byte)), zero);
-    f[3] = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(v, 24)), zero);
-}
-
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_float_panel(const int bytes, float *values, const void *panel, size_t columns, size_t k,
-                              int32_t zero) {
-    const unsigned char *from = (const unsigned char *)panel;
-    const __m512 code = _mm512_set1_ps((float)zero);
-    const size_t each = bytes ? 4 : 2;
-    for (size_t i = 0; i < k; i += each, values += 16 * columns * (each - 1)) {
-        for (size_t c = 0; c < columns; c++, from += 64, values += 16) {
-            __m512 f[4];
-            dsv3i_avx512_floats(bytes, f, _mm512_loadu_si512(from), code);
-            DSV3I_UNROLL for (size_t j = 0; j < each; j++) _mm512_storeu_ps(values + 16 * columns * j, f[j]);
-        }
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_float_bf16(float *values, const void *panel, size_t columns, size_t k, int32_t zero) {
-    dsv3i_avx512_float_panel(0, values, panel, columns, k, zero);
-}
-
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_float_bytes(float *values, const void *panel, size_t columns, size_t k, int32_t zero) {
-    dsv3i_avx512_float_panel(1, values, panel, columns, k, zero);
-}
-
-/* Up to 4 columns of 16 outputs and 6 rows of x: where they lie, and which outputs are wanted. */
-typedef struct dsv3i_avx512_place {
-    const unsigned char *x[6], *w; /* rows; the first column */
-    const float *scale;
-    float *y;
-    size_t ldy, n; /* of the M rows, n are real: the others repeat the last */
-    size_t step;   /* bytes from a step of w to the next */
-    size_t gap;    /* bytes from the end of a block of codes to the next */
-    size_t ahead;  /* fetched early: what lies so far ahead, ... */
-    const unsigned char *next; /* ... or this, so many lines, some with each step */
-    size_t lines, each;
-    __mmask16 mask[4];
-} dsv3i_avx512_place;
-
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_place_set(const int M, const int NP, dsv3i_avx512_place *a, float *y, size_t ldy, const void *x,
-                            size_t ldx, size_t n, const void *w, size_t step, size_t columns) {
-    a->y = y;
-    a->ldy = ldy;
-    a->n = dsv3i_min((size_t)M, n);
-    a->w = (const unsigned char *)w;
-    a->step = step;
-    a->gap = a->ahead = a->lines = 0;
-    a->each = 1;
-    a->next = a->w;
-    a->scale = NULL;
-    DSV3I_UNROLL for (int m = 0; m < M; m++) {
-        a->x[m] = (const unsigned char *)x + dsv3i_min((size_t)m, n - 1) * ldx;
-    }
-    DSV3I_UNROLL for (int p = 0; p < NP; p++) {
-        a->mask[p] = columns > 16 * (size_t)p ? dsv3i_avx512_mask(columns - 16 * (size_t)p) : (__mmask16)0;
-    }
-}
-
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_begin(const int M, const int NP, __m512 acc[24], const dsv3i_avx512_place *a, int add) {
-    DSV3I_UNROLL for (int i = 0; i < M * NP; i++) acc[i] = _mm512_setzero_ps();
-    if (!add) return;
-    DSV3I_UNROLL for (int i = 0; i < M * NP; i++) {
-        const float *y = a->y + dsv3i_min((size_t)(i / NP), a->n - 1) * a->ldy + 16 * (i % NP);
-        acc[i] = _mm512_maskz_loadu_ps(a->mask[i % NP], y);
-    }
-}
-
-/* y = acc; or, with multipliers, y = acc * scale, added to what is there if `add`. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_end(const int M, const int NP, const __m512 acc[24], const dsv3i_avx512_place *a, int add) {
-    DSV3I_UNROLL for (int i = 0; i < M * NP; i++) {
-        float *y = a->y + (size_t)(i / NP) * a->ldy + 16 * (i % NP);
-        __m512 sum = acc[i];
-        if ((size_t)(i / NP) >= a->n) continue;
-        if (a->scale != NULL) {
-            const __m512 old = add ? _mm512_maskz_loadu_ps(a->mask[i % NP], y) : _mm512_setzero_ps();
-            sum = _mm512_fmadd_ps(sum, _mm512_loadu_ps(a->scale + 16 * (i % NP)), old);
-        }
-        dsv3i_avx512_put(y, a->mask[i % NP], sum);
-    }
-}
-
-/* Terms of float rows, aj floats apart, and floats of columns: acc += sum_j x_mj w_j. edge: columns under the mask. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_float_terms(const int M, const int NP, const int edge, __m512 acc[24], const dsv3i_avx512_place *a,
-                              size_t aj, size_t k) {
-    const unsigned char *w = a->w, *next = a->next;
-    size_t x = 0, lines = a->lines;
-    for (size_t j = 0; j < k; j++, x += aj * sizeof(float), w += a->step) {
-        __m512 b[4];
-        if (j < lines) _mm_prefetch((const char *)next + 64 * j, _MM_HINT_T1);
-        DSV3I_UNROLL for (int p = 0; p < NP; p++) {
-            b[p] = edge ? _mm512_maskz_loadu_ps(a->mask[p], w + 64 * p) : _mm512_loadu_ps(w + 64 * p);
-        }
-        DSV3I_UNROLL for (int m = 0; m < M; m++) {
-            const __m512 f = _mm512_set1_ps(*(const float *)(const void *)(a->x[m] + x));
-            DSV3I_UNROLL for (int p = 0; p < NP; p++) acc[m * NP + p] = _mm512_fmadd_ps(f, b[p], acc[m * NP + p]);
-        }
-    }
-}
-
-/* Fetches a step of what comes next. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_ahead(const int NP, const dsv3i_avx512_place *a, const unsigned char *w) {
-    DSV3I_UNROLL for (int p = 0; p < NP; p++) _mm_prefetch((const char *)w + a->ahead + 64 * p, _MM_HINT_T0);
-}
-
-/* The same, where many steps share what is fetched. */
+/* Fetches what comes next, where many steps share it. */
 DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_fetch(dsv3i_avx512_place *a) {
     if (a->lines == 0) return;
-    for (size_t i = 0; i < a->each; i++) _mm_prefetch((const char *)a->next + 64 * i, _MM_HINT_T1);
+    for (size_t i = 0; i < a->each; i++) dsv3i_avx512_far(a->next + 64 * i);
     a->next += 64 * a->each;
     a->lines -= dsv3i_min(a->each, a->lines);
 }
 
-/* Terms i0 .. i1-1 of float rows and panels of codes. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_code_terms(const int bytes, const int M, const int NP, __m512 acc[24], const dsv3i_avx512_place *a,
-                             __m512 zero, size_t i0, size_t i1) {
-    const int each = bytes ? 4 : 2;
-    const unsigned char *w = a->w + i0 / (size_t)each * a->step;
-    for (size_t i = i0; i < i1; i += (size_t)each, w += a->step) {
-        const int rest = i1 - i < (size_t)each; /* an odd last term of BF16 */
-        dsv3i_avx512_ahead(NP, a, w);
-        DSV3I_UNROLL for (int p = 0; p < NP; p++) {
-            __m512 f[4];
-            dsv3i_avx512_floats(bytes, f, _mm512_loadu_si512(w + 64 * p), zero);
-            DSV3I_UNROLL for (int j = 0; j < each; j++) {
-                if (j > 0 && rest) continue;
-                DSV3I_UNROLL for (int m = 0; m < M; m++) {
-                    const float *x = (const float *)(const void *)a->x[m] + i + j;
-                    acc[m * NP + p] = _mm512_fmadd_ps(_mm512_set1_ps(*x), f[j], acc[m * NP + p]);
-                }
-            }
-        }
-    }
-}
+/* ---- AVX-512: weighted sums of rows, y += sum_r x_r w_r. */
 
-/* Columns c0 .. of a panel. */
+/* The 32 numbers of a block of Q8_0 or Q4_0, times f, to two sums. Q4_0: a table of the 16 values there are. */
 DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_exact(const dsv3_product kind, const int M, const int NP, float *y, size_t ldy, const void *x,
-                        size_t ldx, size_t n, const dsv3_panel *w, size_t c0, size_t rows, size_t k, int add,
-                        size_t fetch, size_t fetch_bytes) {
-    const __m512 zero = _mm512_set1_ps((float)w->zero);
-    const int scaled = w->scale != NULL;
-    dsv3i_avx512_place a;
-    __m512 acc[24];
-    dsv3i_avx512_place_set(M, NP, &a, y + 16 * c0, ldy, x, ldx, n, (const unsigned char *)w->values + 64 * c0,
-                           64 * w->columns, rows - 16 * c0);
-    a.ahead = w->ahead;
-    a.lines = fetch_bytes / 64;
-    if (a.lines > 0) a.next = (const unsigned char *)w->next + fetch;
-    if (scaled) a.scale = w->scale + 16 * c0;
-    for (size_t i = 0, end; i < k; i = end) {
-        end = dsv3i_min(i + w->block, k);
-        dsv3i_avx512_begin(M, NP, acc, &a, add && !scaled);
-        if (kind == DSV3_PRODUCT_F32) {
-            dsv3i_avx512_float_terms(M, NP, 0, acc, &a, 1, end - i);
-            DSV3I_UNROLL for (int m = 0; m < M; m++) a.x[m] += (end - i) * sizeof(float);
-            a.w += (end - i) * a.step;
-        } else {
-            dsv3i_avx512_code_terms(kind == DSV3_PRODUCT_BYTES, M, NP, acc, &a, zero, i, end);
-        }
-        a.w += w->gap;
-        dsv3i_avx512_end(M, NP, acc, &a, add || i > 0);
-        a.lines = 0;
-        if (scaled) a.scale += 16 * w->columns;
-    }
-}
-
-/* n rows, some at a time. Each share of them fetches its share of what is read next. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_columns(const dsv3_product kind, const int NP, float *y, size_t ldy, const void *x, size_t ldx,
-                          size_t n, const dsv3_panel *w, size_t c0, size_t rows, size_t k, int add) {
-    for (size_t t = 0, m; t < n; t += m) {
-        const unsigned char *xt = (const unsigned char *)x + t * ldx;
-        float *yt = y + t * ldy;
-        const size_t more = kind == DSV3_PRODUCT_F32 && c0 == 0 ? w->next_bytes / n : 0;
-        const size_t from = more * t;
-        m = dsv3i_rows_together(n - t);
-        switch (m) {
-        case 1: dsv3i_avx512_exact(kind, 1, NP, yt, ldy, xt, ldx, 1, w, c0, rows, k, add, from, more * m); break;
-        case 2: dsv3i_avx512_exact(kind, 2, NP, yt, ldy, xt, ldx, 2, w, c0, rows, k, add, from, more * m); break;
-        case 3:
-        case 4: dsv3i_avx512_exact(kind, 4, NP, yt, ldy, xt, ldx, m, w, c0, rows, k, add, from, more * m); break;
-        default:
-            if (kind == DSV3_PRODUCT_F32)
-                dsv3i_avx512_exact(kind, 6, NP, yt, ldy, xt, ldx, m, w, c0, rows, k, add, from, more * m);
-        }
-    }
-}
-
-/* Whole panels at once; of codes, the last one of a matrix by columns (it is not worth the instructions). */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_product(const dsv3_product kind, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                          const dsv3_panel *w, size_t rows, size_t k, int add) {
-    if (w->columns == 4) {
-        dsv3i_avx512_columns(kind, 4, y, ldy, x, ldx, n, w, 0, rows, k, add);
-    } else if (kind == DSV3_PRODUCT_F32 && w->columns == 3) {
-        dsv3i_avx512_columns(kind, 3, y, ldy, x, ldx, n, w, 0, rows, k, add);
-    } else if (kind == DSV3_PRODUCT_F32 && w->columns == 2) {
-        dsv3i_avx512_columns(kind, 2, y, ldy, x, ldx, n, w, 0, rows, k, add);
+void dsv3i_avx512_mix_block(const dsv3_type type, __m512 acc[2], __m512 f, const unsigned char *block) {
+    const __m512 sixteen = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    int16_t half;
+    __m512 d, v[2];
+    DSV3_MEMCPY(&half, block, sizeof half);
+    d = _mm512_cvtph_ps(_mm256_set1_epi16(half));
+    if (type == DSV3_Q4_0) {
+        const __m512 table = _mm512_mul_ps(sixteen, d);
+        const __m512i c = _mm512_cvtepu8_epi32(dsv3i_avx2_bytes_16(block + 2));
+        v[0] = _mm512_permutexvar_ps(c, table); /* of an index, four bits count */
+        v[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(c, 4), table);
     } else {
-        for (size_t c = 0; c < w->columns; c++) dsv3i_avx512_columns(kind, 1, y, ldy, x, ldx, n, w, c, rows, k, add);
+        v[0] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(dsv3i_avx2_bytes_16(block + 2))), d);
+        v[1] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(dsv3i_avx2_bytes_16(block + 18))), d);
     }
+    acc[0] = _mm512_fmadd_ps(f, v[0], acc[0]);
+    acc[1] = _mm512_fmadd_ps(f, v[1], acc[1]);
 }
 
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_product_f32(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
-                                     size_t rows, size_t k, int add) {
-    dsv3i_avx512_product(DSV3_PRODUCT_F32, y, ldy, x, ldx, n, w, rows, k, add);
-}
-
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_product_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
-                                      size_t rows, size_t k, int add) {
-    dsv3i_avx512_product(DSV3_PRODUCT_BF16, y, ldy, x, ldx, n, w, rows, k, add);
-}
-
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_product_bytes(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
-                                       size_t rows, size_t k, int add) {
-    dsv3i_avx512_product(DSV3_PRODUCT_BYTES, y, ldy, x, ldx, n, w, rows, k, add);
-}
-
-/* Up to M rows of y and `columns` <= 16 NP columns. */
+/* NC vectors of numbers of a row, from w on, times f; of a vector, the lanes of the mask. */
 DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_outer_tile(const int M, const int NP, float *y, size_t ldy, size_t m, const float *x, size_t at,
-                             size_t aj, const float *b, size_t ldb, size_t k, size_t columns) {
-    dsv3i_avx512_place a;
-    __m512 acc[24];
-    dsv3i_avx512_place_set(M, NP, &a, y, ldy, x, at * sizeof *x, m, b, ldb * sizeof *b, columns);
-    dsv3i_avx512_begin(M, NP, acc, &a, 1);
-    dsv3i_avx512_float_terms(M, NP, 1, acc, &a, aj, k);
-    dsv3i_avx512_end(M, NP, acc, &a, 0);
+void dsv3i_avx512_mix_columns(const dsv3_type type, const int NC, float *y, __mmask16 m, __m512 f,
+                              const unsigned char *w, const float scale[2]) {
+    const size_t size = type == DSV3_F8_E4M3 ? 1 : 2;
+    __m512 acc[16];
+    DSV3I_UNROLL for (int c = 0; c < NC; c++) acc[c] = dsv3i_avx512_get(m, y + 16 * c);
+    DSV3I_UNROLL for (int c = 0; c < NC; c++) {
+        __m512 v;
+        if (type == DSV3_Q8_0 || type == DSV3_Q4_0) {
+            if (c % 2 == 0) dsv3i_avx512_mix_block(type, acc + c, f, w + c / 2 * (type == DSV3_Q8_0 ? 34 : 18));
+            continue;
+        }
+        v = dsv3i_avx512_element(type, m, w + 16 * (size_t)c * size);
+        if (type == DSV3_F8_E4M3) {
+            v = _mm512_mul_ps(_mm512_mul_ps(v, _mm512_set1_ps(256.0f)), _mm512_set1_ps(scale[c / 8]));
+        }
+        acc[c] = _mm512_fmadd_ps(f, v, acc[c]);
+    }
+    DSV3I_UNROLL for (int c = 0; c < NC; c++) dsv3i_avx512_put(y + 16 * c, m, acc[c]);
 }
 
-/* All m rows of y. */
+/* A row, from number i on, a multiple of 32. */
 DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_outer_panel(const int NP, float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj,
-                              const float *b, size_t ldb, size_t k, size_t columns) {
-    for (size_t t = 0, rows; t < m; t += rows) {
-        float *to = y + t * ldy;
-        const float *from = a + t * at;
-        rows = dsv3i_rows_together(m - t);
-        switch (rows) {
-        case 1: dsv3i_avx512_outer_tile(1, NP, to, ldy, 1, from, at, aj, b, ldb, k, columns); break;
-        case 2: dsv3i_avx512_outer_tile(2, NP, to, ldy, 2, from, at, aj, b, ldb, k, columns); break;
-        case 3:
-        case 4: dsv3i_avx512_outer_tile(4, NP, to, ldy, rows, from, at, aj, b, ldb, k, columns); break;
-        default: dsv3i_avx512_outer_tile(6, NP, to, ldy, rows, from, at, aj, b, ldb, k, columns);
+void dsv3i_avx512_mix_row(const dsv3_type type, float *y, float x, const unsigned char *w, const unsigned char *scale,
+                          size_t i, size_t n) {
+    const __m512 f = _mm512_set1_ps(x);
+    const size_t block = dsv3_row_bytes(type, DSV3_QBLOCK);
+    const unsigned char *at = w + i / DSV3_QBLOCK * block;
+    for (size_t columns; i < n; i += columns, at += columns * block / DSV3_QBLOCK) {
+        float unit[2] = {1.0f, 1.0f};
+        columns = n - i >= 256 ? 256 : n - i >= 32 ? 32 : dsv3i_min(n - i, 16);
+        if (scale != NULL) {
+            DSV3_MEMCPY(unit, scale + i / DSV3_BLOCK * sizeof *unit, (columns == 256 ? 2 : 1) * sizeof *unit);
+        }
+        if (columns == 256) {
+            dsv3i_avx512_mix_columns(type, 16, y + i, 0xFFFF, f, at, unit);
+        } else if (columns == 32) {
+            dsv3i_avx512_mix_columns(type, 2, y + i, 0xFFFF, f, at, unit);
+        } else if (type != DSV3_Q8_0 && type != DSV3_Q4_0) {
+            dsv3i_avx512_mix_columns(type, 1, y + i, dsv3i_avx512_mask(columns), f, at, unit);
         }
     }
 }
 
-/* b in panels of 64 columns and at most 160 rows, which stay in a near cache while all rows of y pass by. */
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_outer(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj, const float *b,
-                               size_t ldb, size_t k, size_t n) {
-    const size_t parts = dsv3i_blocks(k, 160), each = parts > 0 ? dsv3i_blocks(k, parts) : 0;
-    for (size_t j = 0; j < k; j += each) {
-        const size_t nj = dsv3i_min(each, k - j);
-        for (size_t i = 0; i < n; i += 64) {
-            float *to = y + i;
-            const float *from = a + j * aj, *panel = b + j * ldb + i;
-            const size_t columns = dsv3i_min(64, n - i);
-            switch (dsv3i_blocks(columns, 16)) {
-            case 1: dsv3i_avx512_outer_panel(1, to, ldy, m, from, at, aj, panel, ldb, nj, columns); break;
-            case 2: dsv3i_avx512_outer_panel(2, to, ldy, m, from, at, aj, panel, ldb, nj, columns); break;
-            case 3: dsv3i_avx512_outer_panel(3, to, ldy, m, from, at, aj, panel, ldb, nj, columns); break;
-            default: dsv3i_avx512_outer_panel(4, to, ldy, m, from, at, aj, panel, ldb, nj, columns);
-            }
-        }
+/* Row by row, exactly as they lie, is how they come fastest, although sums then wait in a near cache. */
+#define DSV3I_MIX_TYPE(name, type)                                                                                   \
+    DSV3I_TARGET(DSV3I_AVX512)                                                                                       \
+    static void dsv3i_avx512_mix_##name(float *y, const float *x, const void *w, size_t row_bytes,                   \
+                                        const void *scale, size_t k, size_t n) {                                     \
+        const unsigned char *row = (const unsigned char *)w, *unit = (const unsigned char *)scale;                   \
+        for (size_t r = 0; r < k; r++) dsv3i_avx512_mix_row(type, y, x[r], row + r * row_bytes, unit, 0, n);         \
     }
-}
+DSV3I_MIX_TYPE(f16, DSV3_F16)
+DSV3I_MIX_TYPE(bf16, DSV3_BF16)
+DSV3I_MIX_TYPE(f8_e4m3, DSV3_F8_E4M3)
+DSV3I_MIX_TYPE(q8_0, DSV3_Q8_0)
+DSV3I_MIX_TYPE(q4_0, DSV3_Q4_0)
+#undef DSV3I_MIX_TYPE
 
 /* ---- AVX-512: attention. Lanes are queries: scores p [nk, columns, 16]. */
 
@@ -10620,47 +10174,14 @@ DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_many, dsv3i_avx512_bf16_m
 
 /* ---- The tables. */
 
-#define DSV3I_DECODE_TYPE(isa, target, name, type)                                                                   \
-    DSV3I_TARGET(target) static void dsv3i_##isa##_decode_##name(float *y, const void *w, size_t n) {                \
-        dsv3i_##isa##_decode(type, y, w, n);                                                                         \
-    }
-#define DSV3I_TABLE(isa, target)                                                                                     \
-    DSV3I_DECODE_TYPE(isa, target, f32, DSV3_F32)                                                                    \
-    DSV3I_DECODE_TYPE(isa, target, f16, DSV3_F16)                                                                    \
-    DSV3I_DECODE_TYPE(isa, target, bf16, DSV3_BF16)                                                                  \
-    DSV3I_DECODE_TYPE(isa, target, f8_e4m3, DSV3_F8_E4M3)                                                            \
-    static void dsv3i_kernels_##isa(dsv3_kernels *k) {                                                               \
-        k->decode[DSV3_F32] = dsv3i_##isa##_decode_f32;                                                              \
-        k->decode[DSV3_F16] = dsv3i_##isa##_decode_f16;                                                              \
-        k->decode[DSV3_BF16] = dsv3i_##isa##_decode_bf16;                                                            \
-        k->decode[DSV3_F8_E4M3] = dsv3i_##isa##_decode_f8_e4m3;                                                      \
-        k->decode[DSV3_Q8_0] = dsv3i_avx2_decode_q8_0;                                                               \
-        k->decode[DSV3_Q4_0] = dsv3i_avx2_decode_q4_0;                                                               \
-        k->dot = dsv3i_##isa##_dot;                                                                                  \
-        k->axpy = dsv3i_##isa##_axpy;                                                                                \
-        k->exp_sum = dsv3i_##isa##_exp_sum;                                                                          \
-        k->silu_mul = dsv3i_##isa##_silu_mul;                                                                        \
-        k->tile = dsv3i_##isa##_tile;                                                                                \
-        k->outer = dsv3i_##isa##_outer;                                                                              \
-        k->pack[DSV3_F32] = dsv3i_##isa##_pack_4;                                                                    \
-        k->pack[DSV3_F16] = k->pack[DSV3_BF16] = dsv3i_##isa##_pack_2;                                               \
-        k->pack[DSV3_F8_E4M3] = dsv3i_##isa##_pack_1;                                                                \
-        k->pack[DSV3_Q8_0] = dsv3i_##isa##_pack_q8_0;                                                                \
-        k->pack[DSV3_Q4_0] = dsv3i_##isa##_pack_q4_0;                                                                \
-        k->widen[DSV3_F16] = dsv3i_##isa##_widen_f16;                                                                \
-        k->widen[DSV3_F8_E4M3] = dsv3i_##isa##_widen_f8;                                                             \
-        k->widen[DSV3_Q4_0] = dsv3i_##isa##_widen_q4_0;                                                              \
-        k->float_panel[0] = dsv3i_##isa##_float_bf16;                                                                \
-        k->float_panel[1] = dsv3i_##isa##_float_bytes;                                                               \
-        k->product[DSV3_PRODUCT_F32] = dsv3i_##isa##_product_f32;                                                    \
-        k->product[DSV3_PRODUCT_BF16] = dsv3i_##isa##_product_bf16;                                                  \
-        k->product[DSV3_PRODUCT_BYTES] = dsv3i_##isa##_product_bytes;                                                \
-    }
-DSV3I_TABLE(avx2, DSV3I_AVX2)
-DSV3I_TABLE(avx512, DSV3I_AVX512)
+static void dsv3i_kernels_avx2(dsv3_kernels *k) {
+    dsv3i_avx2_table(k);
+    k->tile = dsv3i_avx2_tile;
+}
 
 static void dsv3i_kernels_avx512_whole(dsv3_kernels *k) {
-    dsv3i_kernels_avx512(k);
+    dsv3i_avx512_table(k);
+    k->tile = NULL; /* attention is its own */
     k->meet_begin[0] = dsv3i_avx512_meet_begin;
     k->meet[0] = dsv3i_avx512_meet;
     k->mix[DSV3_F16] = dsv3i_avx512_mix_f16;
