@@ -6728,19 +6728,14 @@ typedef void (*dsv3i_whole)(float *y, size_t ldy, const void *x, size_t ldx, siz
                             size_t k);
 
 typedef struct dsv3_kernels {
-    void (*decode[DSV3_TYPES])(float *y, const void *w, size_t n);
-    float (*dot)(const float *x, const float *y, size_t n);
-    void (*axpy)(float *y, float a, const float *x, size_t n);
-    float (*exp_sum)(float *p, const float *s, float top, size_t n);
-    void (*silu_mul)(float *h, const float *a, const float *b, size_t n);
-    void (*tile)(float *y, size_t ldy, const float *x, size_t ldx, size_t nx, const float *w, size_t ldw, size_t nw,
-                 size_t k);
     void (*outer)(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj, const float *b, size_t ldb,
                   size_t k, size_t n);
-    void (*round[DSV3_TYPES])(void *out, const float *x, size_t k);
     void (*pack[DSV3_TYPES])(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k);
-    void (*widen[DSV3_TYPES])(void *values, const void *panel, size_t columns, size_t k);
     void (*float_panel[2])(float *values, const void *panel, size_t columns, size_t k, int32_t zero);
+    void (*tile)(float *y, size_t ldy, const float *x, size_t ldx, size_t nx, const float *w, size_t ldw, size_t nw,
+                 size_t k);
+    void (*widen[DSV3_TYPES])(void *values, const void *panel, size_t columns, size_t k);
+    void (*round[DSV3_TYPES])(void *out, const float *x, size_t k);
     void (*product[DSV3_PRODUCTS])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
                                    size_t rows, size_t k, int add);
     void (*meet_begin[2])(dsv3_meeting *a);
@@ -8914,33 +8909,7 @@ static size_t dsv3i_rows_together(size_t n) {
     DSV3I_FLOAT_TYPE(V, isa, bytes, 1)                                                                               \
     DSV3I_PRODUCT_TYPE(V, isa, f32, DSV3_PRODUCT_F32)                                                                \
     DSV3I_PRODUCT_TYPE(V, isa, bf16, DSV3_PRODUCT_BF16)                                                              \
-    DSV3I_PRODUCT_TYPE(V, isa, bytes, DSV3_PRODUCT_BYTES)                                                            \
-    static void V##_table(dsv3_kernels *k) {                                                                         \
-        k->decode[DSV3_F32] = V##_decode_f32;                                                                        \
-        k->decode[DSV3_F16] = V##_decode_f16;                                                                        \
-        k->decode[DSV3_BF16] = V##_decode_bf16;                                                                      \
-        k->decode[DSV3_F8_E4M3] = V##_decode_f8_e4m3;                                                                \
-        k->decode[DSV3_Q8_0] = dsv3i_avx2_decode_q8_0;                                                               \
-        k->decode[DSV3_Q4_0] = dsv3i_avx2_decode_q4_0;                                                               \
-        k->dot = V##_dot;                                                                                            \
-        k->axpy = V##_axpy;                                                                                          \
-        k->exp_sum = V##_exp_sum;                                                                                    \
-        k->silu_mul = V##_silu_mul;                                                                                  \
-        k->outer = V##_outer;                                                                                        \
-        k->pack[DSV3_F32] = V##_pack_4;                                                                              \
-        k->pack[DSV3_F16] = k->pack[DSV3_BF16] = V##_pack_2;                                                         \
-        k->pack[DSV3_F8_E4M3] = V##_pack_1;                                                                          \
-        k->pack[DSV3_Q8_0] = V##_pack_q8_0;                                                                          \
-        k->pack[DSV3_Q4_0] = V##_pack_q4_0;                                                                          \
-        k->widen[DSV3_F16] = V##_widen_f16;                                                                          \
-        k->widen[DSV3_F8_E4M3] = V##_widen_f8;                                                                       \
-        k->widen[DSV3_Q4_0] = V##_widen_q4_0;                                                                        \
-        k->float_panel[0] = V##_float_bf16;                                                                          \
-        k->float_panel[1] = V##_float_bytes;                                                                         \
-        k->product[DSV3_PRODUCT_F32] = V##_product_f32;                                                              \
-        k->product[DSV3_PRODUCT_BF16] = V##_product_bf16;                                                            \
-        k->product[DSV3_PRODUCT_BYTES] = V##_product_bytes;                                                          \
-    }
+    DSV3I_PRODUCT_TYPE(V, isa, bytes, DSV3_PRODUCT_BYTES)
 
 /* What AVX2 and AVX-512 have in common but for their width. */
 #define DSV3I_X86_VECTORS(V, isa, bits)                                                                              \
@@ -10148,7 +10117,7 @@ void dsv3i_avx512_bf16_many(const dsv3_type type, float *y, size_t ldy, const vo
     }
 }
 
-/* Whole matrices of each type of packed weights: name_bf16 and so on, and name_set, which puts them into a table. */
+/* Whole matrices of each type of packed weights: name_bf16 and so on. */
 #define DSV3I_WHOLE(target, name, type, FUNCTION)                                                                    \
     DSV3I_TARGET(target)                                                                                             \
     static void name(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows,          \
@@ -10159,53 +10128,14 @@ void dsv3i_avx512_bf16_many(const dsv3_type type, float *y, size_t ldy, const vo
     DSV3I_WHOLE(target, name##_bf16, DSV3_BF16, FUNCTION)                                                            \
     DSV3I_WHOLE(target, name##_f8_e4m3, DSV3_F8_E4M3, FUNCTION)                                                      \
     DSV3I_WHOLE(target, name##_q8_0, DSV3_Q8_0, FUNCTION)                                                            \
-    DSV3I_WHOLE(target, name##_q4_0, DSV3_Q4_0, FUNCTION)                                                            \
-    static void name##_set(dsv3i_whole table[DSV3_TYPES]) {                                                          \
-        table[DSV3_BF16] = name##_bf16;                                                                              \
-        table[DSV3_F8_E4M3] = name##_f8_e4m3;                                                                        \
-        table[DSV3_Q8_0] = name##_q8_0;                                                                              \
-        table[DSV3_Q4_0] = name##_q4_0;                                                                              \
-    }
+    DSV3I_WHOLE(target, name##_q4_0, DSV3_Q4_0, FUNCTION)
+/* In the order of dsv3_type. */
+#define DSV3I_WHOLE_ROW(name) {NULL, NULL, name##_bf16, name##_f8_e4m3, name##_q8_0, name##_q4_0}
 #define DSV3I_FEW_EXACT(...) dsv3i_avx512_bf16_few(DSV3I_FEW_FLOATS, __VA_ARGS__)
 #define DSV3I_FEW_FAST(...) dsv3i_avx512_bf16_few(DSV3I_FEW_CODES, __VA_ARGS__)
 DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_few_exact, DSV3I_FEW_EXACT)
 DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_few_fast, DSV3I_FEW_FAST)
 DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_many, dsv3i_avx512_bf16_many)
-
-/* ---- The tables. */
-
-static void dsv3i_kernels_avx2(dsv3_kernels *k) {
-    dsv3i_avx2_table(k);
-    k->tile = dsv3i_avx2_tile;
-}
-
-static void dsv3i_kernels_avx512_whole(dsv3_kernels *k) {
-    dsv3i_avx512_table(k);
-    k->tile = NULL; /* attention is its own */
-    k->meet_begin[0] = dsv3i_avx512_meet_begin;
-    k->meet[0] = dsv3i_avx512_meet;
-    k->mix[DSV3_F16] = dsv3i_avx512_mix_f16;
-    k->mix[DSV3_BF16] = dsv3i_avx512_mix_bf16;
-    k->mix[DSV3_F8_E4M3] = dsv3i_avx512_mix_f8_e4m3;
-    k->mix[DSV3_Q8_0] = dsv3i_avx512_mix_q8_0;
-    k->mix[DSV3_Q4_0] = dsv3i_avx512_mix_q4_0;
-}
-
-/* What the table of avx512 has, but for this. */
-static void dsv3i_kernels_avx512_bf16(dsv3_kernels *k) {
-    dsv3i_kernels_avx512_whole(k);
-    k->meet_begin[1] = dsv3i_avx512_bf16_meet_begin;
-    k->meet[1] = dsv3i_avx512_bf16_meet;
-    k->round[DSV3_BF16] = k->round[DSV3_F8_E4M3] = dsv3i_avx512_bf16_round_bf16;
-    k->round[DSV3_Q8_0] = k->round[DSV3_Q4_0] = dsv3i_avx512_bf16_round_bytes;
-    k->widen[DSV3_F8_E4M3] = dsv3i_avx512_bf16_widen_f8;
-    k->product[DSV3_PRODUCT_FAST_BF16] = dsv3i_avx512_bf16_product_bf16;
-    k->product[DSV3_PRODUCT_FAST_BYTES] = dsv3i_avx512_bf16_product_bytes;
-    k->mix[DSV3_F8_E4M3] = dsv3i_avx512_bf16_mix_f8_e4m3;
-    dsv3i_avx512_bf16_few_exact_set(k->few[0]);
-    dsv3i_avx512_bf16_few_fast_set(k->few[1]);
-    dsv3i_avx512_bf16_many_set(k->many);
-}
 
 #ifdef DSV3I_TILES
 /* ---- AMX: products of tiles of 16 rows of 64 bytes. A tile of x (16 rows, 32 terms of BF16) times a tile of a panel (32
@@ -10649,46 +10579,86 @@ DSV3I_WHOLE_TYPES(DSV3I_AMX, dsv3i_amx_many, dsv3i_amx_many)
 DSV3I_WHOLE(DSV3I_AMX, dsv3i_amx_few_bf16, DSV3_BF16, dsv3i_amx_few)
 DSV3I_WHOLE(DSV3I_AMX, dsv3i_amx_few_f8_e4m3, DSV3_F8_E4M3, dsv3i_amx_few)
 
-static void dsv3i_kernels_amx(dsv3_kernels *k) {
-    dsv3i_kernels_avx512_bf16(k);
-    k->meet[1] = dsv3i_amx_meet;
-    k->product[DSV3_PRODUCT_FAST_BF16] = dsv3i_amx_product_bf16;
-    k->few[1][DSV3_BF16] = dsv3i_amx_few_bf16;
-    k->few[1][DSV3_F8_E4M3] = dsv3i_amx_few_f8_e4m3;
-    dsv3i_amx_many_set(k->many);
-}
 #endif /* DSV3I_TILES */
 
-static const dsv3i_ops *dsv3i_temp(dsv3_backend backend) {
-    static dsv3_kernels k[6];
-    static dsv3i_ops o[6];
-    dsv3_kernels *q = &k[backend];
-    dsv3i_ops *p = &o[backend];
-    DSV3_MEMSET(q, 0, sizeof *q);
-    q->round[DSV3_BF16] = q->round[DSV3_F8_E4M3] = dsv3i_round_bf16_floats;
-    q->round[DSV3_Q8_0] = q->round[DSV3_Q4_0] = dsv3i_round_q8_floats;
-    q->meet[0] = dsv3i_meet_tiles;
-    if (backend == DSV3_BACKEND_AVX2) dsv3i_kernels_avx2(q);
-    if (backend == DSV3_BACKEND_AVX512) dsv3i_kernels_avx512_whole(q);
-    if (backend == DSV3_BACKEND_AVX512_BF16) dsv3i_kernels_avx512_bf16(q);
-    if (backend == DSV3_BACKEND_AMX) dsv3i_kernels_amx(q);
-    *p = dsv3i_plain;
-    DSV3_MEMCPY(p->decode, q->decode, sizeof p->decode);
-    p->dot = q->dot;
-    p->axpy = q->axpy;
-    p->exp_sum = q->exp_sum;
-    p->silu_mul = q->silu_mul;
-    p->linear = dsv3i_fast_linear;
-    p->attend = dsv3i_fast_attend;
-    p->mlps = dsv3i_fast_mlps;
+/* ---- The tables: what each backend is made of. A better one has what the one before it has, but for what is its own. */
+
+#define DSV3I_COMMON(V)                                                                                              \
+    V##_outer, {V##_pack_4, V##_pack_2, V##_pack_2, V##_pack_1, V##_pack_q8_0, V##_pack_q4_0},                       \
+        {V##_float_bf16, V##_float_bytes}
+#define DSV3I_WIDEN(V, f8) {NULL, V##_widen_f16, NULL, f8, NULL, V##_widen_q4_0}
+#define DSV3I_ROUND(bf16, q8) {NULL, NULL, bf16, bf16, q8, q8}
+#define DSV3I_PRODUCTS_OF(V, bf16, bytes) {V##_product_f32, V##_product_bf16, V##_product_bytes, bf16, bytes}
+#define DSV3I_MIX(f8)                                                                                                \
+    {NULL, dsv3i_avx512_mix_f16, dsv3i_avx512_mix_bf16, f8, dsv3i_avx512_mix_q8_0, dsv3i_avx512_mix_q4_0}
 #ifndef DSV3_NO_TRAINING
-    p->linear_backward = dsv3i_fast_linear_backward;
-    p->attend_backward = dsv3i_fast_attend_backward;
-    p->mlps_backward = dsv3i_fast_mlps_backward;
+#define DSV3I_BACKWARD_OPS dsv3i_fast_linear_backward, dsv3i_fast_attend_backward, dsv3i_fast_mlps_backward,
+#else
+#define DSV3I_BACKWARD_OPS
 #endif
-    p->own = q;
-    return p;
-}
+#define DSV3I_OPS(V, kernels)                                                                                        \
+    {{V##_decode_f32, V##_decode_f16, V##_decode_bf16, V##_decode_f8_e4m3, dsv3i_avx2_decode_q8_0,                   \
+      dsv3i_avx2_decode_q4_0},                                                                                       \
+     V##_dot,           V##_axpy,        V##_exp_sum,     V##_silu_mul,                                              \
+     dsv3i_fast_linear, dsv3i_fast_attend, dsv3i_fast_mlps, DSV3I_BACKWARD_OPS &(kernels)}
+
+static const dsv3_kernels dsv3i_avx2_kernels = {
+    DSV3I_COMMON(dsv3i_avx2),
+    dsv3i_avx2_tile,
+    DSV3I_WIDEN(dsv3i_avx2, dsv3i_avx2_widen_f8),
+    DSV3I_ROUND(dsv3i_round_bf16_floats, dsv3i_round_q8_floats),
+    DSV3I_PRODUCTS_OF(dsv3i_avx2, NULL, NULL),
+    {NULL, NULL},
+    {dsv3i_meet_tiles, NULL},
+    {{NULL}, {NULL}},
+    {NULL},
+    {NULL}};
+
+static const dsv3_kernels dsv3i_avx512_kernels = {
+    DSV3I_COMMON(dsv3i_avx512),
+    NULL, /* attention is its own */
+    DSV3I_WIDEN(dsv3i_avx512, dsv3i_avx512_widen_f8),
+    DSV3I_ROUND(dsv3i_round_bf16_floats, dsv3i_round_q8_floats),
+    DSV3I_PRODUCTS_OF(dsv3i_avx512, NULL, NULL),
+    {dsv3i_avx512_meet_begin, NULL},
+    {dsv3i_avx512_meet, NULL},
+    {{NULL}, {NULL}},
+    {NULL},
+    DSV3I_MIX(dsv3i_avx512_mix_f8_e4m3)};
+
+static const dsv3_kernels dsv3i_avx512_bf16_kernels = {
+    DSV3I_COMMON(dsv3i_avx512),
+    NULL,
+    DSV3I_WIDEN(dsv3i_avx512, dsv3i_avx512_bf16_widen_f8),
+    DSV3I_ROUND(dsv3i_avx512_bf16_round_bf16, dsv3i_avx512_bf16_round_bytes),
+    DSV3I_PRODUCTS_OF(dsv3i_avx512, dsv3i_avx512_bf16_product_bf16, dsv3i_avx512_bf16_product_bytes),
+    {dsv3i_avx512_meet_begin, dsv3i_avx512_bf16_meet_begin},
+    {dsv3i_avx512_meet, dsv3i_avx512_bf16_meet},
+    {DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_few_exact), DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_few_fast)},
+    DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_many),
+    DSV3I_MIX(dsv3i_avx512_bf16_mix_f8_e4m3)};
+
+static const dsv3i_ops dsv3i_avx2_ops = DSV3I_OPS(dsv3i_avx2, dsv3i_avx2_kernels);
+static const dsv3i_ops dsv3i_avx512_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_avx512_kernels);
+static const dsv3i_ops dsv3i_avx512_bf16_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_avx512_bf16_kernels);
+
+#ifdef DSV3I_TILES
+static const dsv3_kernels dsv3i_amx_kernels = {
+    DSV3I_COMMON(dsv3i_avx512),
+    NULL,
+    DSV3I_WIDEN(dsv3i_avx512, dsv3i_avx512_bf16_widen_f8),
+    DSV3I_ROUND(dsv3i_avx512_bf16_round_bf16, dsv3i_avx512_bf16_round_bytes),
+    DSV3I_PRODUCTS_OF(dsv3i_avx512, dsv3i_amx_product_bf16, dsv3i_avx512_bf16_product_bytes),
+    {dsv3i_avx512_meet_begin, dsv3i_avx512_bf16_meet_begin},
+    {dsv3i_avx512_meet, dsv3i_amx_meet},
+    {DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_few_exact),
+     {NULL, NULL, dsv3i_amx_few_bf16, dsv3i_amx_few_f8_e4m3, dsv3i_avx512_bf16_few_fast_q8_0,
+      dsv3i_avx512_bf16_few_fast_q4_0}},
+    DSV3I_WHOLE_ROW(dsv3i_amx_many),
+    DSV3I_MIX(dsv3i_avx512_bf16_mix_f8_e4m3)};
+
+static const dsv3i_ops dsv3i_amx_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_amx_kernels);
+#endif
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
@@ -10760,6 +10730,20 @@ DSV3_API dsv3_result dsv3_backend_find(dsv3_backend *backend, const char *name) 
 static dsv3_backend dsv3i_best_backend(void) { return DSV3_BACKEND_REFERENCE; }
 #endif
 
+static const dsv3i_ops *dsv3i_ops_of(dsv3_backend backend) {
+    switch (backend) {
+#ifdef DSV3I_X86
+    case DSV3_BACKEND_AVX2: return &dsv3i_avx2_ops;
+    case DSV3_BACKEND_AVX512: return &dsv3i_avx512_ops;
+    case DSV3_BACKEND_AVX512_BF16: return &dsv3i_avx512_bf16_ops;
+#endif
+#ifdef DSV3I_TILES
+    case DSV3_BACKEND_AMX: return &dsv3i_amx_ops;
+#endif
+    default: return &dsv3i_plain;
+    }
+}
+
 DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backend, size_t threads) {
     dsv3_backend best = dsv3i_best_backend();
     if (context == NULL) return DSV3_ERR_ARG;
@@ -10773,10 +10757,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #endif
     if (backend == DSV3_BACKEND_AUTO) backend = best;
     if ((int)backend < (int)DSV3_BACKEND_REFERENCE || (int)backend > (int)best) return DSV3_ERR_UNSUPPORTED;
-    context->ops = &dsv3i_plain;
-#ifdef DSV3I_X86
-    if (backend != DSV3_BACKEND_REFERENCE) context->ops = dsv3i_temp(backend);
-#endif
+    context->ops = dsv3i_ops_of(backend);
     context->backend = dsv3_backend_name(backend);
     context->threads = 1;
     context->compute = DSV3_EXACT;
