@@ -29,7 +29,8 @@ static double roundings(size_t k) { return (double)k * U / (1 - (double)k * U); 
 /* ---- Memory: everything lies between guards, once of NaNs, so that reading one shows, and once of numbers, so that adding
  * to one does. What was taken since a mark is checked and given back together. */
 
-#define GUARD 64u /* bytes on either side */
+#define GUARD 64u   /* bytes before */
+#define BEHIND 2048u /* and behind */
 #define MOST 4096
 
 typedef struct piece {
@@ -46,12 +47,12 @@ static unsigned char guard = 0xFF;
 static void *bytes_new(size_t bytes, size_t past) {
     piece *p = &pieces[n_pieces++];
     if (n_pieces == MOST) fprintf(stderr, "too many pieces\n"), exit(2);
-    p->memory = (unsigned char *)test_alloc(bytes + past + 3 * GUARD);
+    p->memory = (unsigned char *)test_alloc(bytes + past + 2 * GUARD + BEHIND);
     p->x = p->memory + GUARD;
     p->x += (64 - (uintptr_t)p->x % 64) % 64 + past;
     p->bytes = bytes;
     p->guard = guard;
-    memset(p->memory, guard, bytes + past + 3 * GUARD);
+    memset(p->memory, guard, bytes + past + 2 * GUARD + BEHIND);
     return p->x;
 }
 
@@ -81,7 +82,8 @@ static void release(size_t mark, const char *what) {
     size_t broken = 0;
     while (n_pieces > mark) {
         const piece *p = &pieces[--n_pieces];
-        for (size_t i = 0; i < GUARD; i++) broken += p->x[-1 - (int)i] != p->guard || p->x[p->bytes + i] != p->guard;
+        for (size_t i = 0; i < GUARD; i++) broken += p->x[-1 - (int)i] != p->guard;
+        for (size_t i = 0; i < BEHIND; i++) broken += p->x[p->bytes + i] != p->guard;
         free(p->memory);
     }
     if (broken > 0) fprintf(stderr, "%s: bytes written outside: %u\n", what, (unsigned)broken);
