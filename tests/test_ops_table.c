@@ -29,24 +29,24 @@ static double roundings(size_t k) { return (double)k * U / (1 - (double)k * U); 
 /* ---- Memory: everything lies between guards, once of NaNs, so that reading one shows, and once of numbers, so that adding
  * to one does. What was taken since a mark is checked and given back together. */
 
-#define GUARD 64u   /* bytes before */
+#define GUARD 64u    /* bytes before */
 #define BEHIND 2048u /* and behind */
 #define MOST 4096
 
-typedef struct piece {
+typedef struct taken {
     unsigned char *memory, *x;
     size_t bytes;
     unsigned char guard;
-} piece;
+} taken;
 
-static piece pieces[MOST];
-static size_t n_pieces;
+static taken taken_list[MOST];
+static size_t n_taken;
 static unsigned char guard = 0xFF;
 
 /* `past` bytes behind a multiple of 64. Filled with what guards are made of. */
 static void *bytes_new(size_t bytes, size_t past) {
-    piece *p = &pieces[n_pieces++];
-    if (n_pieces == MOST) fprintf(stderr, "too many pieces\n"), exit(2);
+    taken *p = &taken_list[n_taken++];
+    if (n_taken == MOST) fprintf(stderr, "too much is taken\n"), exit(2);
     p->memory = (unsigned char *)test_alloc(bytes + past + 2 * GUARD + BEHIND);
     p->x = p->memory + GUARD;
     p->x += (64 - (uintptr_t)p->x % 64) % 64 + past;
@@ -80,8 +80,8 @@ static float *copy_new(const float *x, size_t n, size_t past) {
 
 static void release(size_t mark, const char *what) {
     size_t broken = 0;
-    while (n_pieces > mark) {
-        const piece *p = &pieces[--n_pieces];
+    while (n_taken > mark) {
+        const taken *p = &taken_list[--n_taken];
         for (size_t i = 0; i < GUARD; i++) broken += p->x[-1 - (int)i] != p->guard;
         for (size_t i = 0; i < BEHIND; i++) broken += p->x[p->bytes + i] != p->guard;
         free(p->memory);
@@ -292,7 +292,7 @@ typedef struct weights {
 
 static weights weights_new(int kind, size_t rows, size_t cols) {
     dsv3_type type = kind_type[kind];
-    size_t row_bytes = dsv3_row_bytes(type, cols), blocks = (cols + 127) / 128, mark = n_pieces;
+    size_t row_bytes = dsv3_row_bytes(type, cols), blocks = (cols + 127) / 128, mark = n_taken;
     unsigned char *data = (unsigned char *)bytes_new(rows * row_bytes, 1 + mark % 2 * 2);
     unsigned char *scale = (unsigned char *)bytes_new((rows + 127) / 128 * blocks * sizeof(float), 3);
     float *x = (float *)test_alloc(rows * cols * sizeof *x), most = (float)sqrt(3.0 / (double)cols);
@@ -346,7 +346,7 @@ static const size_t lengths[] = {0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 64, 6
 /* decode: exactly the same numbers. Every code of 16 bits and less, and blocks of all codes with scales of all kinds. */
 static void check_decode(void) {
     for (int type = 0; type < DSV3_TYPES; type++) {
-        size_t mark = n_pieces, block = dsv3_type_block((dsv3_type)type), n = 65536, wrong[DSV3_BACKENDS] = {0};
+        size_t mark = n_taken, block = dsv3_type_block((dsv3_type)type), n = 65536, wrong[DSV3_BACKENDS] = {0};
         size_t bytes = dsv3_row_bytes((dsv3_type)type, n);
         unsigned char *w = (unsigned char *)bytes_new(bytes, 1);
         float *want = floats_new(n, 0);
@@ -377,7 +377,7 @@ static void check_decode(void) {
  * exp_sum: p to two units in the last place of the exponential of the float s - top, that is 4 u; below the smallest normal
  * number two units are 2^-148; their sum, and n roundings. silu_mul: exp (4 u), sum, quotient, product: 8 u. */
 static void check_vectors_of(const dsv3_context *ctx, size_t n) {
-    size_t mark = n_pieces;
+    size_t mark = n_taken;
     float *x = random_new(n, 1), *y = random_new(n, 1), *s = floats_new(n, 1), top = 2.5f, *got, *want, sums[2];
     double *r = doubles_new(n), dots = 0, total = 0;
     for (size_t i = 0; i < n; i++) {
@@ -496,7 +496,7 @@ static void linear_check(linear_case *c, size_t count, int kind, int may_pack, s
         linear_plain(c, count, (dsv3_compute)compute);
         for (size_t i = 0; i < n_contexts; i++) {
             for (int packed = 0; packed <= may_pack; packed++) {
-                size_t inner = n_pieces;
+                size_t inner = n_taken;
                 linear_against(c, count, i, (dsv3_compute)compute, packed, kind);
                 release(inner, "linear");
             }
@@ -509,7 +509,7 @@ static void linear_check(linear_case *c, size_t count, int kind, int may_pack, s
  * two. Packed matrices are only read from multiples of 64 rows on, to such a multiple or to the end. */
 static void check_linear(int kind) {
     for (size_t j = 0; j < COUNTS; j++) {
-        size_t n = counts[j], mark = n_pieces, row, rows, cols;
+        size_t n = counts[j], mark = n_taken, row, rows, cols;
         linear_case c[DSV3I_PRODUCTS];
         for (size_t s = 0; s < 3; s++) {
             size_t shape = s == 0 ? 0 : 1 + (j + 5 * s + (size_t)kind) % (SHAPES - 1);
@@ -539,7 +539,7 @@ static void check_linear(int kind) {
 static void check_linear_long(void) {
     static const int kinds[3] = {F32, BF16, Q8};
     for (size_t i = 0; i < 3; i++) {
-        size_t mark = n_pieces;
+        size_t mark = n_taken;
         linear_case c = linear_new(kinds[i], 400, 65, 64, 0, 65, NULL);
         linear_check(&c, 1, kinds[i], 1, mark);
     }
@@ -574,7 +574,7 @@ static void backward_check(const weights *w, dsv3i_product p, int kind, int beta
     backward_known(&p, w, beta0 ? NULL : dx0, dw0, &dx, &dw);
     for (size_t i = 0; i <= n_contexts; i++) {
         for (int packed = 0; packed <= (i > 0 && may_pack); packed++) {
-            size_t mark = n_pieces;
+            size_t mark = n_taken;
             char name[96];
             for (size_t turn = 0; turn < (i == 0 ? 1u : 2u); turn++) {
                 dsv3_context ctx = i == 0 ? plain_of(DSV3_EXACT) : context_of(i - 1, DSV3_EXACT, turn);
@@ -604,7 +604,7 @@ static void backward_check(const weights *w, dsv3i_product p, int kind, int beta
 static void check_linear_backward(int kind) {
     for (size_t j = 0; j < COUNTS; j++) {
         for (size_t s = 0; s < 2; s++) {
-            size_t mark = n_pieces, n = counts[j], rows = all_rows[(j * 5 + s * 3 + (size_t)kind) % SHAPES];
+            size_t mark = n_taken, n = counts[j], rows = all_rows[(j * 5 + s * 3 + (size_t)kind) % SHAPES];
             size_t cols = fitting(kind, all_cols[(j * 7 + s + (size_t)kind) % SHAPES]), row = 0;
             weights w = weights_new(kind, rows, cols);
             dsv3i_product p = dsv3i_product_of(NULL, random_new(n * cols, 1), &w.t, n);
@@ -753,7 +753,7 @@ typedef struct attended {
  * rounded to it, each by 2^-9 at most. */
 static void absorbed_known(const attention *a, attended *to, size_t t, size_t h, dsv3_compute compute, int coarse) {
     const dsv3i_dims *m = &a->m;
-    size_t keys = (size_t)a->ws.position[t] + 1, mark = n_pieces, rk = m->rk, at = t * m->H + h;
+    size_t keys = (size_t)a->ws.position[t] + 1, mark = n_taken, rk = m->rk, at = t * m->H + h;
     const float *q = a->ws.q + at * m->qk;
     const double *up = a->kv_b.v + h * m->kv * rk;
     double *query = doubles_new(m->width), *error = doubles_new(m->width), *s = doubles_new(keys), E = 0, rel;
@@ -807,7 +807,7 @@ static known expanded_keys(const attention *a, size_t t, size_t h, dsv3_compute 
  * values. Coarse: queries, keys, values and weights are rounded to BF16. */
 static void expanded_known(const attention *a, const known *kv, attended *to, size_t t, size_t h, int coarse) {
     const dsv3i_dims *m = &a->m;
-    size_t keys = (size_t)a->ws.position[t] + 1, mark = n_pieces, at = t * m->H + h;
+    size_t keys = (size_t)a->ws.position[t] + 1, mark = n_taken, at = t * m->H + h;
     const float *q = a->ws.q + at * m->qk;
     double *s = doubles_new(keys), *A = doubles_new(keys), E = 0, rel, gamma = roundings(m->qk + 3);
     double scale = (double)a->model.softmax_scale, e = coarse ? COARSE : 0;
@@ -847,7 +847,7 @@ static void attend_known(const attention *a, attended to[2], dsv3_compute comput
         }
         if (!a->ws.expanded[t] || a->ws.leader[t] != (int32_t)t) continue;
         for (size_t h = 0; h < a->m.H; h++) {
-            size_t mark = n_pieces, last = t;
+            size_t mark = n_taken, last = t;
             known kv;
             for (size_t i = t; i < a->n; i++) last = a->ws.leader[i] == (int32_t)t ? i : last;
             kv = expanded_keys(a, last, h, compute);
@@ -888,7 +888,7 @@ static float *attend_by(const attention *a, const dsv3_context *ctx, float **lse
 /* A latent of row t's own position becomes infinite or NaN: rows that do not see it keep their bits, those that do are not
  * finite any more. */
 static void attend_poisoned(attention *a, const dsv3_context *ctx, const float *clean, size_t victim, int packed) {
-    size_t mark = n_pieces, wrong = 0, Ho = a->m.Ho;
+    size_t mark = n_taken, wrong = 0, Ho = a->m.Ho;
     dsv3_cache *cache = &a->caches[a->ws.sequence[victim]];
     unsigned char *at = dsv3i_cache_at(cache, CACHE_LAYER, (size_t)a->ws.position[victim]);
     size_t bytes = cache->width * dsv3_type_bytes(cache->type);
@@ -910,7 +910,7 @@ static void attend_poisoned(attention *a, const dsv3_context *ctx, const float *
 }
 
 static void check_attend(attention *a, int kind, dsv3_compute compute, int may_pack) {
-    size_t start = n_pieces;
+    size_t start = n_taken;
     attended want[2];
     dsv3_context ctx = plain_of(compute);
     float *lse, *o;
@@ -922,7 +922,7 @@ static void check_attend(attention *a, int kind, dsv3_compute compute, int may_p
     attend_poisoned(a, &ctx, o, a->n / 2, 0);
     for (size_t i = 0; i < n_contexts; i++) {
         for (int packed = 0; packed <= may_pack; packed++) {
-            size_t mark = n_pieces;
+            size_t mark = n_taken;
             float *got[2], *sums[2];
             char name[96];
             int coarse;
@@ -950,7 +950,7 @@ static void check_attention(int kind) {
     static const size_t lengths_of[3] = {6, 4, 3};
     for (size_t b = 0; b < 3; b++) {
         for (unsigned forms = 0; forms < 2; forms++) {
-            size_t mark = n_pieces;
+            size_t mark = n_taken;
             int odd = (int)(b + forms + (size_t)kind) % 2, type = (int)(b + forms + (size_t)kind / 2) % 2;
             dsv3_config c = sizes(2, 64, 4, 64, 96); /* packed */
             attention *a;
@@ -970,7 +970,7 @@ static void check_attention(int kind) {
 static void check_attention_small(void) {
     static const sequence one[1] = {{0, 1}}, far[1] = {{700, 1}}, block[1] = {{0, 64}};
     for (unsigned i = 0; i < 12; i++) {
-        size_t mark = n_pieces;
+        size_t mark = n_taken;
         dsv3_config c = i % 3 == 1 ? sizes(1, 64, 2, 64, 33) : sizes(1, 1, 2, 1, 1);
         attention *a = attention_new(&c, i % 4 < 2 ? BF16 : F32, i % 2 ? DSV3_F32 : DSV3_BF16,
                                      i % 3 == 0   ? one
@@ -1039,7 +1039,7 @@ static void attend_backward_known(const attention *a, const dsv3i_backward *b, c
 
 /* Sequences of these many rows, next to each other. */
 static void check_attend_backward(const dsv3_config *config, const size_t *rows, size_t count) {
-    size_t start = n_pieces, n = 0, first[4];
+    size_t start = n_taken, n = 0, first[4];
     attention a;
     dsv3i_saved s;
     dsv3i_backward b;
@@ -1066,7 +1066,7 @@ static void check_attend_backward(const dsv3_config *config, const size_t *rows,
         for (size_t h = 0; h < m->H; h++) attend_backward_known(&a, &b, &s, first[i], first[i] + rows[i], h, &want);
     }
     for (size_t i = 0; i <= n_contexts; i++) {
-        size_t mark = n_pieces;
+        size_t mark = n_taken;
         for (size_t turn = 0; turn < (i == 0 ? 1u : 2u); turn++) {
             dsv3_context ctx = i == 0 ? plain_of(DSV3_EXACT) : context_of(i - 1, DSV3_EXACT, turn);
             float **o = out[i == 0 ? 0 : 1 + turn];
@@ -1235,7 +1235,7 @@ static mlp_known mlps_known(const mlp_case *a, dsv3_compute compute) {
                    known_new(a->n * d)};
     for (size_t j = 0; j < count; j++) {
         const seen *s = &list[j];
-        size_t mark = n_pieces, size = s->n * s->F;
+        size_t mark = n_taken, size = s->n * s->F;
         known u = known_of(rows_seen(a, s, a->u), s->n * d), x, gate, up, h, y;
         x = known_rounded(&u, s->n * d, s->w->gate.t.type, compute);
         gate = known_linear(&x, s->n, d, s->w->gate.v, s->F);
@@ -1294,7 +1294,7 @@ static mlp_out mlps_by(const mlp_case *a, const dsv3_context *ctx, int packed, i
 }
 
 static void check_mlps(const mlp_case *a, int kind, int keep, dsv3_compute compute) {
-    size_t start = n_pieces, d = a->m.d, rows = a->is_moe ? a->n * a->m.K * d : 0;
+    size_t start = n_taken, d = a->m.d, rows = a->is_moe ? a->n * a->m.K * d : 0;
     mlp_known want = mlps_known(a, compute);
     dsv3_context ctx = plain_of(compute);
     mlp_out o = mlps_by(a, &ctx, 0, 1); /* whether they are kept changes nothing else */
@@ -1306,7 +1306,7 @@ static void check_mlps(const mlp_case *a, int kind, int keep, dsv3_compute compu
     compare_double(op, o.y, want.y.v, want.y.r, NULL, a->n * d);
     for (size_t i = 0; i < n_contexts; i++) {
         for (int packed = 0; packed < 2; packed++) {
-            size_t mark = n_pieces;
+            size_t mark = n_taken;
             mlp_out got[2];
             char name[96];
             for (size_t turn = 0; turn < 2; turn++) {
@@ -1345,7 +1345,7 @@ static void check_all_mlps(int kind) {
                 {97, 40, 30, 20, 4, 2, 0}, {97, 128, 65, 0, 0, 0, 0}, {200, 24, 16, 60, 5, 1, 0},
                 {5, 1, 1, 4, 1, 1, 1},     {4, 300, 9, 4, 2, 1, 0},   {17, 64, 160, 4, 2, 1, 1}};
     for (size_t i = 0; i < sizeof list / sizeof list[0]; i++) {
-        size_t mark = n_pieces;
+        size_t mark = n_taken;
         int kinds[3], d = list[i].d, F = list[i].F;
         mlp_case *a;
         kinds[0] = kinds[1] = kinds[2] = kind;
@@ -1453,7 +1453,7 @@ static backward_want mlps_backward_known(const mlp_case *a, const float *ha, con
     backward_want to = {known_new(chosen * d), known_new(a->n * d), known_of(dw0, gradients_size(a)),
                         known_new(chosen)};
     for (size_t j = 0; j < count; j++) {
-        size_t mark = n_pieces, e = (size_t)(list[j].w - a->w);
+        size_t mark = n_taken, e = (size_t)(list[j].w - a->w);
         mlp_backward_known(a, &list[j], ha, hb, h, &to, 3 * d * a->m.F * (a->is_moe ? e : 0));
         release(mark, "mlp_backward_known");
     }
@@ -1494,7 +1494,7 @@ static backward_out mlps_backward_by(const mlp_case *a, const dsv3_context *ctx,
 }
 
 static void check_mlps_backward(const mlp_case *a, int kind, int keep) {
-    size_t start = n_pieces, d = a->m.d, chosen = a->n * a->m.K, all = gradients_size(a);
+    size_t start = n_taken, d = a->m.d, chosen = a->n * a->m.K, all = gradients_size(a);
     const float *ha = random_new(a->hidden, 3), *hb = random_new(a->hidden, 1), *dw0 = random_new(all, 1);
     float *h = keep ? floats_new(a->hidden, 0) : NULL;
     dsv3_context ctx = plain_of(DSV3_EXACT);
@@ -1508,7 +1508,7 @@ static void check_mlps_backward(const mlp_case *a, int kind, int keep) {
     compare_double("mlps_backward dW", o.dw, want.dw.v, want.dw.r, NULL, all);
     compare_double("mlps_backward dgate", o.dgate, want.dgate.v, want.dgate.r, NULL, chosen);
     for (size_t i = 0; i < n_contexts; i++) {
-        size_t mark = n_pieces;
+        size_t mark = n_taken;
         backward_out got[2];
         char name[96];
         for (size_t turn = 0; turn < 2; turn++) {
@@ -1537,7 +1537,7 @@ static void check_all_mlps_backward(int kind) {
     } list[] = {{1, 37, 13, 6, 2, 1},  {3, 64, 72, 0, 0, 0},   {7, 70, 33, 6, 2, 2},   {48, 40, 24, 30, 6, 0},
                 {97, 33, 40, 6, 2, 1}, {120, 65, 17, 0, 0, 0}, {60, 24, 16, 40, 5, 1}, {1, 20, 1, 4, 1, 0}};
     for (size_t i = 0; i < sizeof list / sizeof list[0]; i++) {
-        size_t mark = n_pieces;
+        size_t mark = n_taken;
         int kinds[3], d = list[i].d, F = list[i].F;
         kinds[0] = kinds[1] = kinds[2] = kind;
         if (kind >= Q8) d = (d + 31) / 32 * 32, F = (F + 31) / 32 * 32;
