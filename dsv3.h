@@ -6668,7 +6668,7 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
 #define DSV3I_MANY 96u         /* rows of x that meet a k_block together, at most: both stay in near caches */
 
 /* Weights as products take them: some terms of up to 64 rows, in columns of 16 rows. */
-typedef struct dsv3_panel {
+typedef struct dsv3i_panel {
     const void *values; /* float [k, columns, 16], BF16 [k/2, columns, 16, 2] or bytes [k/4, columns, 16, 4] */
     size_t columns;     /* of 16 rows, 1 to 4; zeros where there are no rows, and behind k */
     const float *scale; /* [k / block, columns, 16] scales; NULL: none */
@@ -6678,10 +6678,10 @@ typedef struct dsv3_panel {
     size_t ahead;       /* prefetch distance: bytes from values to what will be read next; 0: nothing */
     const void *next;   /* products of floats: what will be read next instead, ... */
     size_t next_bytes;  /* ... and how much that is; 0: nothing */
-} dsv3_panel;
+} dsv3i_panel;
 
 /* Up to 64 queries, a block of keys and their values. */
-typedef struct dsv3_meeting {
+typedef struct dsv3i_attention_tile {
     const float *q;           /* [lanes, dk], ld_q floats apart */
     const void *keys;         /* [nk, dk], ld_k numbers apart */
     const void *values;       /* [nk, dv], ld_v numbers apart */
@@ -6693,26 +6693,26 @@ typedef struct dsv3_meeting {
     float scale;
     const dsv3_context *ctx;
     void *scratch; /* of meet: scores, and what else it needs */
-} dsv3_meeting;
+} dsv3i_attention_tile;
 
-typedef enum dsv3_product {
-    DSV3_PRODUCT_F32 = 0,       /* float rows and panels */
-    DSV3_PRODUCT_BF16 = 1,      /* float rows, at most 4, and BF16 panels */
-    DSV3_PRODUCT_BYTES = 2,     /* float rows, at most 4, and panels of bytes */
-    DSV3_PRODUCT_FAST_BF16 = 3, /* BF16 rows and panels */
-    DSV3_PRODUCT_FAST_BYTES = 4 /* rows of bytes, and panels of bytes */
-} dsv3_product;
+typedef enum dsv3i_gemm_kind {
+    DSV3I_GEMM_F32 = 0,       /* float rows and panels */
+    DSV3I_GEMM_BF16 = 1,      /* float rows, at most 4, and BF16 panels */
+    DSV3I_GEMM_BYTES = 2,     /* float rows, at most 4, and panels of bytes */
+    DSV3I_GEMM_FAST_BF16 = 3, /* BF16 rows and panels */
+    DSV3I_GEMM_FAST_BYTES = 4 /* rows of bytes, and panels of bytes */
+} dsv3i_gemm_kind;
 
-#define DSV3_PRODUCTS 5
+#define DSV3I_GEMMS 5
 
 /* What an instruction set brings beside the vectors of the table (decode, dot, axpy, exp_sum, silu_mul).
  * tile: y[t ldy + r] = x_t . w_r, k terms each, for nx rows x_t and nw rows w_r, which lie ldx and ldw floats apart; only
- *       for meet[0] by tile and outer (dsv3i_meet_tiles).
+ *       for meet[0] by tile and outer (dsv3i_tile_attend).
  * outer: y_t += sum_j a[t at + j aj] b_j, n numbers each, for m rows y_t and, in this order, k rows b_j.
  * round: activations x [k] for DSV3_FAST with weights of this type. As numbers: out is float [k]. For the fast
  *       products: BF16 [k, rounded up to 4]; or, for every 32, those bytes, a float scale and an int32, -8 times
  *       the sum of the bytes. NULL: nothing is rounded.
- * pack: rows <= 64 of w, row_bytes apart, become a panel of codes, with scale as in dsv3_panel for Q8_0 and Q4_0.
+ * pack: rows <= 64 of w, row_bytes apart, become a panel of codes, with scale as in dsv3i_panel for Q8_0 and Q4_0.
  * widen: from codes to values (FP8: BF16, F16: float, Q4_0: bytes; NULL: codes are values).
  * float_panel: from values, BF16 [0] or bytes [1], to floats.
  * product: y[t ldy + r] (+)= x_t . w_r for n rows x_t, ldx bytes apart, and `rows` rows of a panel of k terms.
@@ -6727,7 +6727,7 @@ typedef enum dsv3_product {
 typedef void (*dsv3i_whole)(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows,
                             size_t k);
 
-typedef struct dsv3_kernels {
+typedef struct dsv3i_kernels {
     void (*outer)(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj, const float *b, size_t ldb,
                   size_t k, size_t n);
     void (*pack[DSV3_TYPES])(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k);
@@ -6736,16 +6736,16 @@ typedef struct dsv3_kernels {
                  size_t k);
     void (*widen[DSV3_TYPES])(void *values, const void *panel, size_t columns, size_t k);
     void (*round[DSV3_TYPES])(void *out, const float *x, size_t k);
-    void (*product[DSV3_PRODUCTS])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
+    void (*gemm[DSV3I_GEMMS])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3i_panel *w,
                                    size_t rows, size_t k, int add);
-    void (*meet_begin[2])(dsv3_meeting *a);
-    void (*meet[2])(dsv3_meeting *a, size_t nk);
-    dsv3i_whole few[2][DSV3_TYPES], many[DSV3_TYPES];
-    void (*mix[DSV3_TYPES])(float *y, const float *x, const void *w, size_t row_bytes, const void *scale, size_t k,
+    void (*attend_begin[2])(dsv3i_attention_tile *a);
+    void (*attend[2])(dsv3i_attention_tile *a, size_t nk);
+    dsv3i_whole gemv[2][DSV3_TYPES], gemm_packed[DSV3_TYPES];
+    void (*gemv_t[DSV3_TYPES])(float *y, const float *x, const void *w, size_t row_bytes, const void *scale, size_t k,
                             size_t n);
-} dsv3_kernels;
+} dsv3i_kernels;
 
-static const dsv3_kernels *dsv3i_kernels_of(const dsv3_context *ctx) { return (const dsv3_kernels *)ctx->ops->own; }
+static const dsv3i_kernels *dsv3i_kernels_of(const dsv3_context *ctx) { return (const dsv3i_kernels *)ctx->ops->own; }
 
 /* ---- Panels: up to 64 rows of weights in columns of 16, terms interleaved, so that a SIMD register holds the same terms
  * of 16 outputs and meets numbers of x. Each output is then a chain of additions in the order of its terms, however many
@@ -6764,18 +6764,18 @@ static size_t dsv3i_codes_bytes(dsv3_type type, size_t columns, size_t k) {
 }
 
 /* Terms of a piece: those that share a scale, or as many as of FP8. */
-static size_t dsv3i_piece_terms(dsv3_type type) { return dsv3_type_block(type) > 1 ? DSV3_QBLOCK : DSV3I_TERMS; }
+static size_t dsv3i_scale_block_terms(dsv3_type type) { return dsv3_type_block(type) > 1 ? DSV3_QBLOCK : DSV3I_TERMS; }
 
-static size_t dsv3i_piece_bytes(dsv3_type type, size_t columns, size_t k) {
+static size_t dsv3i_scale_block_bytes(dsv3_type type, size_t columns, size_t k) {
     size_t scales = type == DSV3_F8_E4M3 ? 4 : dsv3_type_block(type) > 1 ? columns * DSV3I_LANES * 2 : 0;
     return dsv3i_codes_bytes(type, columns, k) + dsv3i_blocks(scales, 64) * 64;
 }
 
 /* Bytes of k terms of a panel, from the start of a piece on. */
 static size_t dsv3i_panel_bytes(dsv3_type type, size_t columns, size_t k) {
-    size_t most = dsv3i_piece_terms(type), last = k % most;
-    size_t bytes = dsv3i_mul(k / most, dsv3i_piece_bytes(type, columns, most));
-    return last == 0 ? bytes : dsv3i_add(bytes, dsv3i_piece_bytes(type, columns, last));
+    size_t most = dsv3i_scale_block_terms(type), last = k % most;
+    size_t bytes = dsv3i_mul(k / most, dsv3i_scale_block_bytes(type, columns, most));
+    return last == 0 ? bytes : dsv3i_add(bytes, dsv3i_scale_block_bytes(type, columns, last));
 }
 
 /* Columns of the panel that begins at row r. */
@@ -6794,19 +6794,19 @@ static size_t dsv3i_packed_bytes(const dsv3_tensor *w) {
 }
 
 /* The piece of a packed tensor with row r and term k. */
-static const unsigned char *dsv3i_piece_at(const dsv3_tensor *w, size_t r, size_t k) {
+static const unsigned char *dsv3i_scale_block_at(const dsv3_tensor *w, size_t r, size_t k) {
     size_t columns = dsv3i_panel_columns(w, r - r % DSV3I_PANEL);
     return (const unsigned char *)w->data + dsv3i_panel_at(w, r) +
-           dsv3i_panel_bytes(w->type, columns, k - k % dsv3i_piece_terms(w->type));
+           dsv3i_panel_bytes(w->type, columns, k - k % dsv3i_scale_block_terms(w->type));
 }
 
 /* One row of a packed tensor, number by number. */
 static void dsv3i_engine_decode_row(float *y, const dsv3_tensor *w, size_t row) {
     size_t columns = dsv3i_panel_columns(w, row - row % DSV3I_PANEL), r = row % DSV3I_PANEL, lane = r % DSV3I_LANES;
-    size_t most = dsv3i_piece_terms(w->type), at = r / DSV3I_LANES * DSV3I_LANES + lane;
+    size_t most = dsv3i_scale_block_terms(w->type), at = r / DSV3I_LANES * DSV3I_LANES + lane;
     for (size_t k = 0; k < w->cols; k++) {
         size_t i = k % most, width = columns * DSV3I_LANES;
-        const unsigned char *codes = dsv3i_piece_at(w, row, k);
+        const unsigned char *codes = dsv3i_scale_block_at(w, row, k);
         const unsigned char *scales = codes + dsv3i_codes_bytes(w->type, columns, dsv3i_min(most, w->cols - (k - i)));
         float one, half = dsv3_type_block(w->type) > 1 ? dsv3_f32_from_f16(dsv3i_u16(scales + 2 * r)) : 0.0f;
         switch (w->type) {
@@ -6840,13 +6840,13 @@ static dsv3i_form dsv3i_form_of(dsv3_type type) {
 }
 
 /* Rows r .. r+rows-1 of w, which do not reach the next multiple of 64, and terms k0 .. k0+k-1, 128 if there are as many. */
-typedef struct dsv3i_stretch {
+typedef struct dsv3i_k_block {
     const dsv3_tensor *w;
     size_t r, rows, k0, k;
-} dsv3i_stretch;
+} dsv3i_k_block;
 
 /* The scales of a stretch, but for those that kernels.pack writes. */
-static void dsv3i_stretch_scales(const dsv3_context *ctx, dsv3_panel *out, const dsv3i_stretch *a, float *s) {
+static void dsv3i_k_block_scales(const dsv3_context *ctx, dsv3i_panel *out, const dsv3i_k_block *a, float *s) {
     const dsv3_tensor *w = a->w;
     size_t codes = dsv3i_codes_bytes(w->type, out->columns, out->block), lanes = out->columns * DSV3I_LANES;
     const unsigned char *at = dsv3i_scale_at(w, a->r);
@@ -6868,7 +6868,7 @@ static void dsv3i_stretch_scales(const dsv3_context *ctx, dsv3_panel *out, const
 }
 
 /* Codes become values, block by block, or values floats. Where there are several blocks, values are bytes. */
-static void dsv3i_stretch_convert(const dsv3_kernels *kernels, dsv3_type type, int floats, float *to, dsv3_panel *w,
+static void dsv3i_k_block_convert(const dsv3i_kernels *kernels, dsv3_type type, int floats, float *to, dsv3i_panel *w,
                                   size_t k) {
     size_t each = w->block * w->columns * DSV3I_LANES;
     const unsigned char *from = (const unsigned char *)w->values;
@@ -6885,40 +6885,40 @@ static void dsv3i_stretch_convert(const dsv3_kernels *kernels, dsv3_type type, i
 }
 
 /* A stretch as products take it: where it lies, or made in scratch [DSV3I_STAGES]. Returns which product. */
-static dsv3_product dsv3i_stretch_make(const dsv3_context *ctx, dsv3_panel *out, const dsv3i_stretch *a, int fast,
+static dsv3i_gemm_kind dsv3i_k_block_make(const dsv3_context *ctx, dsv3i_panel *out, const dsv3i_k_block *a, int fast,
                                        int few, float *scratch) {
-    const dsv3_kernels *kernels = dsv3i_kernels_of(ctx);
+    const dsv3i_kernels *kernels = dsv3i_kernels_of(ctx);
     const dsv3_tensor *w = a->w;
     dsv3i_form form = dsv3i_form_of(w->type);
     float *stage = scratch, *other = scratch + DSV3I_STAGE, *scale = scratch + 2 * DSV3I_STAGE;
     size_t next_bytes = w->packed ? dsv3i_panel_bytes(w->type, dsv3i_blocks(a->rows, DSV3I_LANES), a->k) : 0;
     out->zero = w->type == DSV3_Q4_0 ? 8 : 128;
     out->columns = dsv3i_blocks(a->rows, DSV3I_LANES);
-    out->block = dsv3i_min(dsv3i_piece_terms(w->type), a->k);
-    out->values = w->packed ? (const void *)dsv3i_piece_at(w, a->r, a->k0) : stage;
+    out->block = dsv3i_min(dsv3i_scale_block_terms(w->type), a->k);
+    out->values = w->packed ? (const void *)dsv3i_scale_block_at(w, a->r, a->k0) : stage;
     out->gap = 0;
     if (w->packed && form == DSV3I_BYTES) {
-        out->gap = dsv3i_piece_bytes(w->type, out->columns, out->block) -
+        out->gap = dsv3i_scale_block_bytes(w->type, out->columns, out->block) -
                    dsv3i_codes_bytes(w->type, out->columns, out->block);
     }
     out->ahead = next_bytes;
     out->next = (const unsigned char *)out->values + out->ahead;
     out->next_bytes = 0;
-    dsv3i_stretch_scales(ctx, out, a, scale);
+    dsv3i_k_block_scales(ctx, out, a, scale);
     if (!w->packed) {
         kernels->pack[w->type](stage, scale, dsv3i_row_at(w, a->r) + dsv3_row_bytes(w->type, a->k0),
                                dsv3_row_bytes(w->type, w->cols), a->rows, a->k);
     }
     if (kernels->widen[w->type] != NULL) {
-        dsv3i_stretch_convert(kernels, w->type, 0, other, out, a->k);
+        dsv3i_k_block_convert(kernels, w->type, 0, other, out, a->k);
         other = stage;
     }
-    if (form == DSV3I_FLOATS) return DSV3_PRODUCT_F32;
-    if (fast) return form == DSV3I_BF16S ? DSV3_PRODUCT_FAST_BF16 : DSV3_PRODUCT_FAST_BYTES;
-    if (few) return form == DSV3I_BF16S ? DSV3_PRODUCT_BF16 : DSV3_PRODUCT_BYTES;
-    dsv3i_stretch_convert(kernels, w->type, 1, other, out, a->k);
+    if (form == DSV3I_FLOATS) return DSV3I_GEMM_F32;
+    if (fast) return form == DSV3I_BF16S ? DSV3I_GEMM_FAST_BF16 : DSV3I_GEMM_FAST_BYTES;
+    if (few) return form == DSV3I_BF16S ? DSV3I_GEMM_BF16 : DSV3I_GEMM_BYTES;
+    dsv3i_k_block_convert(kernels, w->type, 1, other, out, a->k);
     out->next_bytes = next_bytes;
-    return DSV3_PRODUCT_F32;
+    return DSV3I_GEMM_F32;
 }
 
 /* ---- Rows of x for products: as they are, or rounded (DSV3_FAST) for one type of weights */
@@ -6947,8 +6947,8 @@ static int dsv3i_is_rounded(const dsv3_context *ctx, dsv3_type type) {
 
 static int dsv3i_has_fast(const dsv3_context *ctx, dsv3_type type) {
     dsv3i_form form = dsv3i_form_of(type);
-    dsv3_product product = form == DSV3I_BF16S ? DSV3_PRODUCT_FAST_BF16 : DSV3_PRODUCT_FAST_BYTES;
-    return form != DSV3I_FLOATS && dsv3i_kernels_of(ctx)->product[product] != NULL;
+    dsv3i_gemm_kind product = form == DSV3I_BF16S ? DSV3I_GEMM_FAST_BF16 : DSV3I_GEMM_FAST_BYTES;
+    return form != DSV3I_FLOATS && dsv3i_kernels_of(ctx)->gemm[product] != NULL;
 }
 
 /* Floats from one rounded row of k numbers to the next, at most. */
@@ -6998,13 +6998,13 @@ static dsv3i_input dsv3i_input_round(const dsv3_context *ctx, float *out, const 
 /* y[t ldy + (r - r0)] = x_t . row r of w for n rows x_t and rows r0 <= r < r1 of w. scratch [DSV3I_STAGES] */
 static void dsv3i_rows_near_product(const dsv3_context *ctx, float *y, size_t ldy, const dsv3i_input *in, size_t n,
                                     const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
-    const dsv3_kernels *kernels = dsv3i_kernels_of(ctx);
-    dsv3i_whole whole = n <= DSV3I_FEW ? kernels->few[in->fast][w->type] : in->fast ? kernels->many[w->type] : NULL;
-    dsv3i_stretch a = {w, 0, 0, 0, 0};
+    const dsv3i_kernels *kernels = dsv3i_kernels_of(ctx);
+    dsv3i_whole whole = n <= DSV3I_FEW ? kernels->gemv[in->fast][w->type] : in->fast ? kernels->gemm_packed[w->type] : NULL;
+    dsv3i_k_block a = {w, 0, 0, 0, 0};
     if (w->packed && whole != NULL && (in->fast || w->cols % 4 == 0)) {
         size_t rows = n <= DSV3I_FEW ? r1 - r0 : (r1 - r0) / DSV3I_PANEL * DSV3I_PANEL;
         DSV3_ASSERT(r0 % DSV3I_PANEL == 0 && (r1 % DSV3I_PANEL == 0 || r1 == w->rows));
-        whole(y, ldy, in->x, in->stride, n, dsv3i_piece_at(w, r0, 0), rows, w->cols);
+        whole(y, ldy, in->x, in->stride, n, dsv3i_scale_block_at(w, r0, 0), rows, w->cols);
         y += rows;
         r0 += rows;
     }
@@ -7012,11 +7012,11 @@ static void dsv3i_rows_near_product(const dsv3_context *ctx, float *y, size_t ld
         a.rows = dsv3i_min(DSV3I_PANEL - a.r % DSV3I_PANEL, r1 - a.r);
         for (a.k0 = 0; a.k0 < w->cols; a.k0 += a.k) {
             const unsigned char *x = (const unsigned char *)in->x + dsv3i_input_bytes(in->fast, w->type, a.k0);
-            dsv3_panel panel;
-            dsv3_product product;
+            dsv3i_panel panel;
+            dsv3i_gemm_kind product;
             a.k = dsv3i_min(DSV3I_TERMS, w->cols - a.k0);
-            product = dsv3i_stretch_make(ctx, &panel, &a, in->fast, n <= DSV3I_FEW, scratch);
-            kernels->product[product](y + (a.r - r0), ldy, x, in->stride, n, &panel, a.rows, a.k, a.k0 > 0);
+            product = dsv3i_k_block_make(ctx, &panel, &a, in->fast, n <= DSV3I_FEW, scratch);
+            kernels->gemm[product](y + (a.r - r0), ldy, x, in->stride, n, &panel, a.rows, a.k, a.k0 > 0);
         }
     }
 }
@@ -7024,7 +7024,7 @@ static void dsv3i_rows_near_product(const dsv3_context *ctx, float *y, size_t ld
 /* Rows of x, of n, that meet stretches of w together: what fits near caches, or four times as many where one is to be
  * made first, or where rows meet whole panels, which then take care of that. */
 static size_t dsv3i_rows_near(const dsv3_context *ctx, const dsv3_tensor *w, size_t n) {
-    int far = !w->packed || (dsv3i_is_rounded(ctx, w->type) && dsv3i_kernels_of(ctx)->many[w->type] != NULL);
+    int far = !w->packed || (dsv3i_is_rounded(ctx, w->type) && dsv3i_kernels_of(ctx)->gemm_packed[w->type] != NULL);
     size_t parts = dsv3i_blocks(n, far ? 4 * DSV3I_MANY : DSV3I_MANY);
     return parts > 1 ? dsv3i_blocks(dsv3i_blocks(n, parts), 6) * 6 : n;
 }
@@ -7047,13 +7047,13 @@ static void dsv3i_rows_product(const dsv3_context *ctx, float *y, size_t ldy, co
 
 static void dsv3i_rows_mix(const dsv3_context *ctx, float *y, size_t ldy, const float *x, size_t ldx, size_t n,
                            const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
-    const dsv3_kernels *kernels = dsv3i_kernels_of(ctx);
-    int few = n <= DSV3I_FEW && kernels->mix[w->type] != NULL && !w->packed;
+    const dsv3i_kernels *kernels = dsv3i_kernels_of(ctx);
+    int few = n <= DSV3I_FEW && kernels->gemv_t[w->type] != NULL && !w->packed;
     size_t most = n < 8 ? 4 : DSV3I_DECODE;
     for (size_t r = r0, rows; r < r1; r += rows) {
         rows = dsv3i_min(few ? DSV3_BLOCK - r % DSV3_BLOCK : most, r1 - r);
         for (size_t t = 0; t < n && few; t++) {
-            kernels->mix[w->type](y + t * ldy, x + t * ldx + (r - r0), dsv3i_row_at(w, r),
+            kernels->gemv_t[w->type](y + t * ldy, x + t * ldx + (r - r0), dsv3i_row_at(w, r),
                                   dsv3_row_bytes(w->type, w->cols), dsv3i_scale_at(w, r), rows, w->cols);
         }
         if (few) continue;
@@ -7134,7 +7134,7 @@ static int dsv3i_is_copied(const dsv3i_job *job) { return job->p.n > DSV3I_FEW &
 
 /* Do both want the same of the same rows? */
 static int dsv3i_same_input(const dsv3_context *ctx, const dsv3i_job *a, const dsv3i_job *b) {
-    const dsv3_kernels *kernels = dsv3i_kernels_of(ctx);
+    const dsv3i_kernels *kernels = dsv3i_kernels_of(ctx);
     dsv3_type type = a->p.w->type, other = b->p.w->type;
     return a->p.x == b->p.x && a->p.n == b->p.n && a->p.w->cols == b->p.w->cols && a->in.x != a->p.x &&
            dsv3i_is_rounded(ctx, type) == dsv3i_is_rounded(ctx, other) &&
@@ -7210,26 +7210,26 @@ static size_t dsv3i_engine_linear_floats(size_t n, size_t cols, size_t threads) 
 
 #define DSV3I_BACK 96u /* rows of dx, or of dW, that one item works on, at most */
 
-typedef struct dsv3i_back_job {
+typedef struct dsv3i_backward_job {
     size_t first, dx_first; /* its first items: of dW, and of dx */
     dsv3i_product p;        /* y is dy */
     float *dx, *dw;         /* [n, cols], [rows, cols]; NULL: not wanted */
     int beta0;              /* dx is set, not added to */
     int joint;              /* the next job, of the same shape, has no dx: its dy W goes to this one's, too */
-} dsv3i_back_job;
+} dsv3i_backward_job;
 
-static dsv3i_back_job dsv3i_back_job_of(float *dx, int beta0, float *dw, dsv3i_product p) {
-    dsv3i_back_job job = {0, 0, p, dx, dw, beta0, 0};
+static dsv3i_backward_job dsv3i_backward_job_of(float *dx, int beta0, float *dw, dsv3i_product p) {
+    dsv3i_backward_job job = {0, 0, p, dx, dw, beta0, 0};
     return job;
 }
 
-typedef struct dsv3i_back_arg {
+typedef struct dsv3i_backward_arg {
     const dsv3_context *ctx;
-    dsv3i_back_job *jobs;
+    dsv3i_backward_job *jobs;
     size_t count, item; /* item: rows of dx, or of dW */
     float *scratch;     /* [workers, floats]: DSV3I_DECODE rows of W */
     size_t floats;
-} dsv3i_back_arg;
+} dsv3i_backward_arg;
 
 /* Can products read rows of w as they lie? */
 static int dsv3i_is_direct(const dsv3_tensor *w) {
@@ -7237,7 +7237,7 @@ static int dsv3i_is_direct(const dsv3_tensor *w) {
 }
 
 /* dx [rows from t0 to t1-1]: each row of W is decoded once for all of them. */
-static void dsv3i_back_dx(const dsv3_context *ctx, float *dx, const dsv3i_product *p, size_t t0, size_t t1, float *rows) {
+static void dsv3i_backward_dx(const dsv3_context *ctx, float *dx, const dsv3i_product *p, size_t t0, size_t t1, float *rows) {
     size_t cols = p->w->cols, most = p->n < 8 ? 4 : DSV3I_DECODE;
     int direct = dsv3i_is_direct(p->w);
     for (size_t r = 0, end; r < p->rows; r = end) {
@@ -7250,11 +7250,11 @@ static void dsv3i_back_dx(const dsv3_context *ctx, float *dx, const dsv3i_produc
     }
 }
 
-static void dsv3i_back_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_back_arg *a = (const dsv3i_back_arg *)arg;
+static void dsv3i_backward_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_backward_arg *a = (const dsv3i_backward_arg *)arg;
     float *rows = a->scratch + worker * a->floats;
     for (size_t i = begin, j = 0; i < end; i++) {
-        const dsv3i_back_job *job = &a->jobs[j = dsv3i_list_at(a->jobs, sizeof *a->jobs, a->count, i, j)];
+        const dsv3i_backward_job *job = &a->jobs[j = dsv3i_list_at(a->jobs, sizeof *a->jobs, a->count, i, j)];
         const dsv3i_product *p = &job->p;
         size_t d = p->w->cols, from = (i - (i < job->dx_first ? job->first : job->dx_first)) * a->item;
         size_t last = dsv3i_min(from + a->item, i < job->dx_first ? p->rows : p->n);
@@ -7263,16 +7263,16 @@ static void dsv3i_back_task(void *arg, size_t begin, size_t end, size_t worker) 
             continue;
         }
         if (job->beta0) DSV3_MEMSET(job->dx + from * d, 0, (last - from) * d * sizeof *job->dx);
-        dsv3i_back_dx(a->ctx, job->dx, p, from, last, rows);
-        if (job->joint) dsv3i_back_dx(a->ctx, job->dx, &job[1].p, from, last, rows);
+        dsv3i_backward_dx(a->ctx, job->dx, p, from, last, rows);
+        if (job->joint) dsv3i_backward_dx(a->ctx, job->dx, &job[1].p, from, last, rows);
     }
 }
 
 /* Items of all jobs. Those of dW come first: they are the longest, and the loop's end would wait for them. */
-static size_t dsv3i_back_items(const dsv3i_back_arg *a) {
+static size_t dsv3i_backward_items(const dsv3i_backward_arg *a) {
     size_t items = 0;
     for (size_t j = 0; j < a->count; j++) {
-        dsv3i_back_job *job = &a->jobs[j];
+        dsv3i_backward_job *job = &a->jobs[j];
         job->first = items;
         if (job->dw != NULL && job->p.n > 0) items += dsv3i_blocks(job->p.rows, a->item);
         job->dx_first = items;
@@ -7282,9 +7282,9 @@ static size_t dsv3i_back_items(const dsv3i_back_arg *a) {
 }
 
 /* All jobs in one loop. Jobs must not share outputs, nor read what others write. scratch [threads, floats] */
-static void dsv3i_back_run(const dsv3_context *ctx, dsv3i_back_job *jobs, size_t count, float *scratch, size_t floats) {
-    dsv3i_back_arg arg = {ctx, jobs, count, DSV3I_BACK, scratch, floats};
-    size_t work = 0, items = dsv3i_back_items(&arg);
+static void dsv3i_backward_run(const dsv3_context *ctx, dsv3i_backward_job *jobs, size_t count, float *scratch, size_t floats) {
+    dsv3i_backward_arg arg = {ctx, jobs, count, DSV3I_BACK, scratch, floats};
+    size_t work = 0, items = dsv3i_backward_items(&arg);
     for (size_t j = 0; j < count; j++) {
         const dsv3i_product *p = &jobs[j].p;
         DSV3_ASSERT(floats >= (p->n < 8 ? 4 : DSV3I_DECODE) * p->w->cols);
@@ -7292,15 +7292,15 @@ static void dsv3i_back_run(const dsv3_context *ctx, dsv3i_back_job *jobs, size_t
     }
     while (arg.item > 12 && ctx->threads > 1 && items < 8 * ctx->threads) { /* enough items for all threads */
         arg.item /= 2;
-        items = dsv3i_back_items(&arg);
+        items = dsv3i_backward_items(&arg);
     }
-    dsv3i_parallel(ctx, items, work, dsv3i_back_task, &arg);
+    dsv3i_parallel(ctx, items, work, dsv3i_backward_task, &arg);
 }
 
 static void dsv3i_fast_linear_backward(const dsv3_context *ctx, float *dx, int beta0, float *dw, const dsv3i_product *p,
                                        float *scratch) {
-    dsv3i_back_job job = dsv3i_back_job_of(dx, beta0, dw, *p);
-    dsv3i_back_run(ctx, &job, 1, scratch, DSV3I_DECODE * p->w->cols);
+    dsv3i_backward_job job = dsv3i_backward_job_of(dx, beta0, dw, *p);
+    dsv3i_backward_run(ctx, &job, 1, scratch, DSV3I_DECODE * p->w->cols);
 }
 #endif
 
@@ -7373,13 +7373,13 @@ static void dsv3i_attention_layout(dsv3i_attention *at, const dsv3i_dims *m, siz
 /* ---- Attention tiles */
 
 /* The kernels' meet that applies. */
-static int dsv3i_meet_kind(const dsv3_context *ctx) {
-    return ctx->compute == DSV3_FAST && dsv3i_kernels_of(ctx)->meet[1] != NULL;
+static int dsv3i_tile_kind(const dsv3_context *ctx) {
+    return ctx->compute == DSV3_FAST && dsv3i_kernels_of(ctx)->attend[1] != NULL;
 }
 
 /* Scores p [nk] of query i become weights, 0 for keys it does not see; what its sums hold is rescaled to the new
  * maximum. */
-static void dsv3i_meet_weights(dsv3_meeting *a, size_t i, float *p, size_t nk) {
+static void dsv3i_tile_weights(dsv3i_attention_tile *a, size_t i, float *p, size_t nk) {
     size_t seen = (size_t)a->seen[i];
     float top = a->top[i], rescale, *out = a->out + i * a->ld_out;
     for (size_t j = 0; j < nk; j++) {
@@ -7393,23 +7393,23 @@ static void dsv3i_meet_weights(dsv3_meeting *a, size_t i, float *p, size_t nk) {
 }
 
 /* Of an instruction set that has tile and outer, and no more. */
-static void dsv3i_meet_tiles(dsv3_meeting *a, size_t nk) {
+static void dsv3i_tile_attend(dsv3i_attention_tile *a, size_t nk) {
     const float *keys = (const float *)a->keys, *values = (const float *)a->values;
     float *p = (float *)a->scratch;
     dsv3i_kernels_of(a->ctx)->tile(p, nk, a->q, a->ld_q, a->lanes, keys, a->ld_k, nk, a->dk);
-    for (size_t i = 0; i < a->lanes; i++) dsv3i_meet_weights(a, i, p + i * nk, nk);
+    for (size_t i = 0; i < a->lanes; i++) dsv3i_tile_weights(a, i, p + i * nk, nk);
     dsv3i_kernels_of(a->ctx)->outer(a->out, a->ld_out, a->lanes, p, nk, 1, values, a->ld_v, nk, a->dv);
 }
 
 /* Queries are ready: rows of dk numbers, state and sums are set. */
-static void dsv3i_meet_begin(dsv3_meeting *a) {
-    const dsv3_kernels *kernels = dsv3i_kernels_of(a->ctx);
-    int kind = dsv3i_meet_kind(a->ctx);
-    if (kernels->meet_begin[kind] != NULL) kernels->meet_begin[kind](a);
+static void dsv3i_tile_begin(dsv3i_attention_tile *a) {
+    const dsv3i_kernels *kernels = dsv3i_kernels_of(a->ctx);
+    int kind = dsv3i_tile_kind(a->ctx);
+    if (kernels->attend_begin[kind] != NULL) kernels->attend_begin[kind](a);
 }
 
 /* Are there keys, of nk, that a query does not see and whose values are not finite? */
-static int dsv3i_meet_hides(const dsv3_meeting *a, size_t nk) {
+static int dsv3i_tile_hides(const dsv3i_attention_tile *a, size_t nk) {
     size_t least = nk;
     for (size_t i = 0; i < a->lanes; i++) least = dsv3i_min(least, (size_t)a->seen[i]);
     for (; least < nk; least++) {
@@ -7424,8 +7424,8 @@ static int dsv3i_meet_hides(const dsv3_meeting *a, size_t nk) {
 }
 
 /* One query, for keys of dk numbers and values of dv. */
-static dsv3_meeting dsv3i_meeting_of(const dsv3i_call *c, void *scratch, dsv3_type type, size_t dk, size_t dv) {
-    dsv3_meeting a;
+static dsv3i_attention_tile dsv3i_tile_of(const dsv3i_call *c, void *scratch, dsv3_type type, size_t dk, size_t dv) {
+    dsv3i_attention_tile a;
     a.ctx = c->ctx;
     a.scratch = scratch;
     a.type = type;
@@ -7437,22 +7437,22 @@ static dsv3_meeting dsv3i_meeting_of(const dsv3i_call *c, void *scratch, dsv3_ty
 }
 
 /* The sums of query i so far. Unused ones repeat the last. */
-static void dsv3i_meet_query(dsv3_meeting *a, size_t i, const float state[2]) {
+static void dsv3i_tile_query(dsv3i_attention_tile *a, size_t i, const float state[2]) {
     a->top[i] = state[0];
     a->sum[i] = state[1];
 }
 
 /* A block of keys. What a query does not see must not matter to it, not even as 0 times infinity: then each query meets
  * what it sees alone. */
-static void dsv3i_meet(dsv3_meeting *a, size_t nk) {
-    const dsv3_kernels *kernels = dsv3i_kernels_of(a->ctx);
-    int kind = dsv3i_meet_kind(a->ctx);
-    if (!dsv3i_meet_hides(a, nk)) {
-        kernels->meet[kind](a, nk);
+static void dsv3i_tile_meets(dsv3i_attention_tile *a, size_t nk) {
+    const dsv3i_kernels *kernels = dsv3i_kernels_of(a->ctx);
+    int kind = dsv3i_tile_kind(a->ctx);
+    if (!dsv3i_tile_hides(a, nk)) {
+        kernels->attend[kind](a, nk);
         return;
     }
     for (size_t i = 0; i < a->lanes; i++) {
-        dsv3_meeting one = *a;
+        dsv3i_attention_tile one = *a;
         one.lanes = 1;
         one.q = a->q + i * a->ld_q;
         one.out = a->out + i * a->ld_out;
@@ -7461,12 +7461,12 @@ static void dsv3i_meet(dsv3_meeting *a, size_t nk) {
             one.sum[j] = a->sum[i];
             one.seen[j] = a->seen[i];
         }
-        dsv3i_meet_begin(&one);
-        if (a->seen[i] > 0) kernels->meet[kind](&one, (size_t)a->seen[i]);
+        dsv3i_tile_begin(&one);
+        if (a->seen[i] > 0) kernels->attend[kind](&one, (size_t)a->seen[i]);
         a->top[i] = one.top[0];
         a->sum[i] = one.sum[0];
     }
-    dsv3i_meet_begin(a);
+    dsv3i_tile_begin(a);
 }
 
 /* How many of nk keys from position b on does the row of a batch see? */
@@ -7552,13 +7552,13 @@ static void dsv3i_absorb_task(void *arg, size_t begin, size_t end, size_t worker
 }
 
 /* Queries of a group meet the keys of positions [begin, end); part [lanes, part_floats]. */
-static void dsv3i_segment_meet(const dsv3i_attention *b, const dsv3i_group *group, size_t begin, size_t end, float *part,
+static void dsv3i_segment_attend(const dsv3i_attention *b, const dsv3i_group *group, size_t begin, size_t end, float *part,
                                float *scratch) {
     const dsv3i_call *c = b->c;
     const dsv3i_dims *m = &c->m;
     const dsv3_cache *cache = &c->caches[c->ws->sequence[group->t]];
-    int raw = dsv3i_meet_kind(c->ctx) == 1 && cache->type == DSV3_BF16 && m->width % 2 == 0;
-    dsv3_meeting with = dsv3i_meeting_of(c, scratch, raw ? DSV3_BF16 : DSV3_F32, m->width, m->rk);
+    int raw = dsv3i_tile_kind(c->ctx) == 1 && cache->type == DSV3_BF16 && m->width % 2 == 0;
+    dsv3i_attention_tile with = dsv3i_tile_of(c, scratch, raw ? DSV3_BF16 : DSV3_F32, m->width, m->rk);
     with.lanes = group->lanes;
     with.q = b->query + group->first * m->width;
     with.out = part;
@@ -7567,9 +7567,9 @@ static void dsv3i_segment_meet(const dsv3i_attention *b, const dsv3i_group *grou
     for (size_t i = 0; i < 64; i++) {
         float state[2];
         dsv3i_attend_begin(part + i * b->part_floats, state, i < with.lanes ? m->rk : 0);
-        dsv3i_meet_query(&with, i, state);
+        dsv3i_tile_query(&with, i, state);
     }
-    dsv3i_meet_begin(&with);
+    dsv3i_tile_begin(&with);
     for (size_t at = begin, nk; at < end; at += nk) {
         nk = dsv3i_min(DSV3I_TILE_KEYS, end - at);
         for (size_t i = 0; i < 64; i++) {
@@ -7578,7 +7578,7 @@ static void dsv3i_segment_meet(const dsv3i_attention *b, const dsv3i_group *grou
         }
         with.keys = with.values = raw ? (const void *)dsv3i_cache_at(cache, c->layer, at)
                                       : dsv3i_cache_load(c->ctx, cache, c->layer, at, nk, scratch + b->tile_floats);
-        dsv3i_meet(&with, nk);
+        dsv3i_tile_meets(&with, nk);
     }
     for (size_t i = 0; i < with.lanes; i++) {
         part[i * b->part_floats + m->rk] = with.top[i];
@@ -7593,7 +7593,7 @@ static void dsv3i_segment_task(void *arg, size_t begin, size_t end, size_t worke
         size_t from = (b->segment + i % b->count) * DSV3I_SEGMENT;
         dsv3i_group group;
         if (!dsv3i_group_at(b, i / b->count, &group)) return;
-        dsv3i_segment_meet(b, &group, from, dsv3i_min(from + DSV3I_SEGMENT, group.last + 1),
+        dsv3i_segment_attend(b, &group, from, dsv3i_min(from + DSV3I_SEGMENT, group.last + 1),
                            b->part + i * b->lanes * b->part_floats, b->worker + worker * b->worker_floats);
     }
 }
@@ -7714,7 +7714,7 @@ static void dsv3i_expand_keys(const dsv3i_attention *a, dsv3i_expanded *e, const
     e->type = DSV3_F32;
     e->ld_k = m->qk;
     e->ld_v = m->dv;
-    if (dsv3i_meet_kind(c->ctx) != 1 || m->qk % 2 != 0 || m->dv < 4) return;
+    if (dsv3i_tile_kind(c->ctx) != 1 || m->qk % 2 != 0 || m->dv < 4) return;
     e->type = DSV3_BF16;
     e->ld_k = dsv3i_round_rows(c->ctx, e->keys, nk, m->qk);
     e->ld_v = dsv3i_round_rows(c->ctx, e->values, nk, m->dv);
@@ -7727,7 +7727,7 @@ static size_t dsv3i_expanded_rows(const dsv3i_call *c, size_t t, size_t h, const
     const dsv3i_dims *m = &c->m;
     const dsv3_workspace *ws = c->ws;
     size_t last;
-    dsv3_meeting with = dsv3i_meeting_of(c, scratch, e->type, m->qk, m->dv);
+    dsv3i_attention_tile with = dsv3i_tile_of(c, scratch, e->type, m->qk, m->dv);
     while (with.lanes < 64 && t + with.lanes < c->n && ws->leader[t + with.lanes] == ws->leader[t]) with.lanes++;
     last = (size_t)ws->position[t + with.lanes - 1];
     if (last < b) return with.lanes;
@@ -7738,9 +7738,9 @@ static size_t dsv3i_expanded_rows(const dsv3i_call *c, size_t t, size_t h, const
     with.ld_v = e->ld_v;
     with.ld_out = m->Ho;
     for (size_t i = 0; i < 64; i++) {
-        dsv3i_meet_query(&with, i, ws->softmax + ((t + dsv3i_min(i, with.lanes - 1)) * m->H + h) * 2);
+        dsv3i_tile_query(&with, i, ws->softmax + ((t + dsv3i_min(i, with.lanes - 1)) * m->H + h) * 2);
     }
-    dsv3i_meet_begin(&with);
+    dsv3i_tile_begin(&with);
     for (size_t j = 0; j < nk && b + j <= last; j += DSV3I_TILE_KEYS) {
         size_t some = dsv3i_min(DSV3I_TILE_KEYS, nk - j);
         for (size_t i = 0; i < 64; i++) {
@@ -7748,7 +7748,7 @@ static size_t dsv3i_expanded_rows(const dsv3i_call *c, size_t t, size_t h, const
         }
         with.keys = (const unsigned char *)e->keys + j * e->ld_k * dsv3_type_bytes(e->type);
         with.values = (const unsigned char *)e->values + j * e->ld_v * dsv3_type_bytes(e->type);
-        dsv3i_meet(&with, some);
+        dsv3i_tile_meets(&with, some);
     }
     for (size_t i = 0; i < with.lanes; i++) {
         float *state = ws->softmax + ((t + i) * m->H + h) * 2;
@@ -7840,13 +7840,13 @@ static void dsv3i_block_pack(const dsv3_context *ctx, float *panels, const float
 /* y[t, r] = x_t . w_r for nq rows x_t, by the panels that dsv3i_block_pack has made of rows w_r. y [nq, BACK_KEYS] */
 static void dsv3i_block_dots(const dsv3_context *ctx, float *y, const float *x, size_t ldx, size_t nq,
                              const float *panels, size_t nk, size_t k) {
-    dsv3_panel panel;
+    dsv3i_panel panel;
     DSV3_MEMSET(&panel, 0, sizeof panel);
     panel.columns = dsv3i_blocks(nk, DSV3I_LANES);
     for (size_t i = 0; i < k; i += DSV3I_TERMS) {
         panel.values = panels + i * panel.columns * DSV3I_LANES;
         panel.block = dsv3i_min(DSV3I_TERMS, k - i);
-        dsv3i_kernels_of(ctx)->product[DSV3_PRODUCT_F32](y, DSV3I_BACK_KEYS, x + i, ldx * sizeof *x, nq, &panel, nk,
+        dsv3i_kernels_of(ctx)->gemm[DSV3I_GEMM_F32](y, DSV3I_BACK_KEYS, x + i, ldx * sizeof *x, nq, &panel, nk,
                                                          panel.block, i > 0);
     }
 }
@@ -7869,7 +7869,7 @@ static void dsv3i_attend_backward_scores(const dsv3i_call *c, float *DSV3I_RESTR
 static void dsv3i_attend_backward_block(const dsv3i_call *c, size_t t1, size_t h, size_t j0, size_t nk, float *scratch) {
     const dsv3i_dims *m = &c->m;
     const dsv3i_backward *b = c->b;
-    const dsv3_kernels *kernels = dsv3i_kernels_of(c->ctx);
+    const dsv3i_kernels *kernels = dsv3i_kernels_of(c->ctx);
     size_t key = j0 * m->Hq + h * m->qk, value = j0 * m->Hkv + h * m->kv + m->dn;
     float *keys = scratch, *values = keys + DSV3I_BACK_KEYS * m->qk, *p = values + DSV3I_BACK_KEYS * m->dv;
     float *da = p + DSV3I_BACK_ROWS * DSV3I_BACK_KEYS;
@@ -8099,28 +8099,28 @@ static void dsv3i_fast_mlps(dsv3i_call *c, const dsv3i_mlp *list, size_t count) 
 
 #define DSV3I_NEAR 65536u /* floats of u and dY that a worker's cache surely holds */
 
-typedef struct dsv3i_ffn_back {
+typedef struct dsv3i_ffn_backward_run {
     dsv3_context ctx; /* the call's, or with one thread */
     dsv3i_call *c;
     const dsv3i_mlp *list;
     size_t row;          /* the first of the rows under way, in the order of experts */
     size_t most, floats; /* rows of the MLP that has the most; floats of a worker's scratch */
-    dsv3i_back_job *jobs;        /* [2 count] */
+    dsv3i_backward_job *jobs;        /* [2 count] */
     float *worker;               /* [threads, floats] */
     float *grouped, *h, *dh;     /* rows under way: [n, d], [n, F], [n, F] */
-} dsv3i_ffn_back;
+} dsv3i_ffn_backward_run;
 
-static void dsv3i_ffn_back_layout(dsv3i_ffn_back *at, const dsv3i_dims *m, size_t n, size_t threads, dsv3i_layout *l) {
+static void dsv3i_ffn_backward_layout(dsv3i_ffn_backward_run *at, const dsv3i_dims *m, size_t n, size_t threads, dsv3i_layout *l) {
     size_t mlps = dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1);
     size_t cols = dsv3i_max(dsv3i_max(m->d, m->I), dsv3i_max(m->F, m->Fs));
     at->floats = dsv3i_mul(DSV3I_DECODE, cols);
-    at->jobs = (dsv3i_back_job *)dsv3i_take(l, sizeof(dsv3i_back_job), 2, mlps, 1);
+    at->jobs = (dsv3i_backward_job *)dsv3i_take(l, sizeof(dsv3i_backward_job), 2, mlps, 1);
     at->worker = (float *)dsv3i_take(l, sizeof(float), threads, at->floats, 1);
 }
 
 /* Rows of tokens to grouped rows: u, dY (where dx will be), gate; h is multiplied by its gate. */
 static void dsv3i_gather_back_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_ffn_back *a = (const dsv3i_ffn_back *)arg;
+    const dsv3i_ffn_backward_run *a = (const dsv3i_ffn_backward_run *)arg;
     const dsv3i_call *c = a->c;
     size_t d = c->m.d, F = c->m.F;
     (void)worker;
@@ -8134,7 +8134,7 @@ static void dsv3i_gather_back_task(void *arg, size_t begin, size_t end, size_t w
 }
 
 /* MLPs [j0, j1), all routed experts or one that all rows go through. */
-static void dsv3i_mlps_back(dsv3i_ffn_back *a, size_t j0, size_t j1) {
+static void dsv3i_mlps_back(dsv3i_ffn_backward_run *a, size_t j0, size_t j1) {
     const dsv3i_call *c = a->c;
     const dsv3i_mlp *r = &a->list[j0];
     size_t d = c->m.d, F = r->w->gate_proj.rows, at = r->at, n = 0;
@@ -8152,30 +8152,30 @@ static void dsv3i_mlps_back(dsv3i_ffn_back *a, size_t j0, size_t j1) {
         size_t to = a->list[j].at - at;
         dsv3i_product down = dsv3i_product_of(r->pair != NULL ? a->list[j].y : (float *)(uintptr_t)r->dy, a->h + to,
                                               &a->list[j].w->down_proj, a->list[j].n);
-        a->jobs[j - j0] = dsv3i_back_job_of(a->dh + to, 1, dsv3i_grad(&a->list[j].g->down_proj), down);
+        a->jobs[j - j0] = dsv3i_backward_job_of(a->dh + to, 1, dsv3i_grad(&a->list[j].g->down_proj), down);
     }
-    dsv3i_back_run(&a->ctx, a->jobs, j1 - j0, a->worker, a->floats);
+    dsv3i_backward_run(&a->ctx, a->jobs, j1 - j0, a->worker, a->floats);
     dsv3i_swiglu_backward(&a->ctx, a->dh, da, db, n * F, gate, dgate, F);
     for (size_t j = j0; j < j1; j++) { /* dx = da W_gate + db W_up: dY's place can be dx's now */
         const dsv3i_mlp *q = &a->list[j];
         size_t to = q->at - at;
         const float *x = q->pair != NULL ? a->grouped + to / F * d : q->x;
-        dsv3i_back_job *job = a->jobs + 2 * (j - j0);
-        job[0] = dsv3i_back_job_of(q->y, 1, dsv3i_grad(&q->g->gate_proj),
+        dsv3i_backward_job *job = a->jobs + 2 * (j - j0);
+        job[0] = dsv3i_backward_job_of(q->y, 1, dsv3i_grad(&q->g->gate_proj),
                                    dsv3i_product_of(da + to, x, &q->w->gate_proj, q->n));
-        job[1] = dsv3i_back_job_of(NULL, 0, dsv3i_grad(&q->g->up_proj),
+        job[1] = dsv3i_backward_job_of(NULL, 0, dsv3i_grad(&q->g->up_proj),
                                    dsv3i_product_of(db + to, x, &q->w->up_proj, q->n));
         job->joint = 1;
     }
-    dsv3i_back_run(&a->ctx, a->jobs, 2 * (j1 - j0), a->worker, a->floats);
+    dsv3i_backward_run(&a->ctx, a->jobs, 2 * (j1 - j0), a->worker, a->floats);
     a->h = h;
 }
 
 /* Each expert by one worker, with a part of the memory that stays in its cache. */
 static void dsv3i_expert_back_task(void *arg, size_t begin, size_t end, size_t worker) {
-    dsv3i_ffn_back a = *(const dsv3i_ffn_back *)arg;
+    dsv3i_ffn_backward_run a = *(const dsv3i_ffn_backward_run *)arg;
     size_t row = worker * a.most;
-    dsv3i_back_job jobs[2];
+    dsv3i_backward_job jobs[2];
     a.ctx.threads = 1;
     a.jobs = jobs;
     a.worker += worker * a.floats;
@@ -8185,7 +8185,7 @@ static void dsv3i_expert_back_task(void *arg, size_t begin, size_t end, size_t w
     for (size_t j = begin; j < end; j++) dsv3i_mlps_back(&a, j, j + 1);
 }
 
-static void dsv3i_experts_back(dsv3i_ffn_back *a, size_t count) {
+static void dsv3i_experts_back(dsv3i_ffn_backward_run *a, size_t count) {
     size_t d = a->c->m.d, threads = a->ctx.threads, rows = 0;
     for (size_t j = 0; j < count; j++) {
         a->most = dsv3i_max(a->most, a->list[j].n);
@@ -8207,9 +8207,9 @@ static void dsv3i_experts_back(dsv3i_ffn_back *a, size_t count) {
 static void dsv3i_fast_mlps_backward(dsv3i_call *c, const dsv3i_mlp *list, size_t count) {
     dsv3i_layout l = {(unsigned char *)c->ws->scratch, 0};
     size_t experts = 0;
-    dsv3i_ffn_back a;
+    dsv3i_ffn_backward_run a;
     DSV3_MEMSET(&a, 0, sizeof a);
-    dsv3i_ffn_back_layout(&a, &c->m, c->ws->rows, c->ws->threads, &l);
+    dsv3i_ffn_backward_layout(&a, &c->m, c->ws->rows, c->ws->threads, &l);
     a.ctx = *c->ctx;
     a.c = c;
     a.list = list;
@@ -8234,8 +8234,8 @@ static size_t dsv3i_engine_pass_floats(const dsv3i_dims *m, size_t n, size_t thr
     bytes = dsv3i_max(attend.used, ffn.used);
 #ifndef DSV3_NO_TRAINING
     {
-        dsv3i_ffn_back backward;
-        dsv3i_ffn_back_layout(&backward, m, n, threads, &back);
+        dsv3i_ffn_backward_run backward;
+        dsv3i_ffn_backward_layout(&backward, m, n, threads, &back);
         bytes = dsv3i_max(bytes, back.used);
         d = dsv3i_max(d, dsv3i_mul(threads, dsv3i_attend_backward_floats(m)));
     }
@@ -8259,7 +8259,7 @@ typedef struct dsv3i_packing {
 static void dsv3i_pack_blocks(unsigned char *to, const dsv3_tensor *w, const unsigned char *codes, const float *scale,
                               size_t columns, size_t k) {
     size_t bytes = dsv3i_codes_bytes(w->type, columns, DSV3_QBLOCK), lanes = columns * DSV3I_LANES;
-    size_t piece = dsv3i_piece_bytes(w->type, columns, DSV3_QBLOCK);
+    size_t piece = dsv3i_scale_block_bytes(w->type, columns, DSV3_QBLOCK);
     for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += piece, codes += bytes, scale += lanes) {
         DSV3_MEMCPY(to, codes, bytes);
         for (size_t j = 0; j < lanes; j++) {
@@ -8790,7 +8790,7 @@ static size_t dsv3i_rows_together(size_t n) {
         }                                                                                                            \
     }                                                                                                                \
     DSV3I_INLINE(isa)                                                                                                \
-    void V##_exact(const dsv3_product kind, const int M, const int NP, V##_place *a, const dsv3_panel *w, size_t k,  \
+    void V##_exact(const dsv3i_gemm_kind kind, const int M, const int NP, V##_place *a, const dsv3i_panel *w, size_t k,  \
                    int add) {                                                                                        \
         const V##_f32 zero = V##_set((float)w->zero);                                                                \
         const int scaled = w->scale != NULL;                                                                         \
@@ -8798,12 +8798,12 @@ static size_t dsv3i_rows_together(size_t n) {
         for (size_t i = 0, end; i < k; i = end) {                                                                    \
             end = dsv3i_min(i + w->block, k);                                                                        \
             V##_begin(M, NP, acc, a, add && !scaled);                                                                \
-            if (kind == DSV3_PRODUCT_F32) {                                                                          \
+            if (kind == DSV3I_GEMM_F32) {                                                                          \
                 V##_float_terms(M, NP, 0, acc, a, 1, end - i);                                                       \
                 DSV3I_UNROLL for (int m = 0; m < M; m++) a->x[m] += (end - i) * sizeof(float);                       \
                 a->w += (end - i) * a->step;                                                                         \
             } else {                                                                                                 \
-                V##_code_terms(kind == DSV3_PRODUCT_BYTES, M, NP, acc, a, zero, i, end);                             \
+                V##_code_terms(kind == DSV3I_GEMM_BYTES, M, NP, acc, a, zero, i, end);                             \
             }                                                                                                        \
             a->w += w->gap;                                                                                          \
             V##_end(M, NP, acc, a, add || i > 0);                                                                    \
@@ -8813,9 +8813,9 @@ static size_t dsv3i_rows_together(size_t n) {
     }                                                                                                                \
     /* n rows, columns c0 .. of a panel. Each share of the rows fetches its share of what is read next. */           \
     DSV3I_INLINE(isa)                                                                                                \
-    void V##_columns(const dsv3_product kind, const int NP, float *y, size_t ldy, const void *x, size_t ldx,         \
-                     size_t n, const dsv3_panel *w, size_t c0, size_t rows, size_t k, int add) {                     \
-        const size_t more = kind == DSV3_PRODUCT_F32 && c0 == 0 ? w->next_bytes / n : 0;                             \
+    void V##_columns(const dsv3i_gemm_kind kind, const int NP, float *y, size_t ldy, const void *x, size_t ldx,         \
+                     size_t n, const dsv3i_panel *w, size_t c0, size_t rows, size_t k, int add) {                     \
+        const size_t more = kind == DSV3I_GEMM_F32 && c0 == 0 ? w->next_bytes / n : 0;                             \
         for (size_t t = 0, m; t < n; t += m) {                                                                       \
             V##_place a;                                                                                             \
             m = dsv3i_rows_together(n - t);                                                                          \
@@ -8825,19 +8825,19 @@ static size_t dsv3i_rows_together(size_t n) {
             a.lines = more * m / 64;                                                                                 \
             if (a.lines > 0) a.next = (const unsigned char *)w->next + more * t;                                     \
             if (w->scale != NULL) a.scale = w->scale + 16 * c0;                                                      \
-            DSV3I_BY_ROWS(m, if (kind == DSV3_PRODUCT_F32 || M <= 4) V##_exact(kind, M, NP, &a, w, k, add));         \
+            DSV3I_BY_ROWS(m, if (kind == DSV3I_GEMM_F32 || M <= 4) V##_exact(kind, M, NP, &a, w, k, add));         \
         }                                                                                                            \
     }                                                                                                                \
     /* Whole panels at once; a narrower one in parts, of codes the smallest: not worth the instructions. */          \
     DSV3I_INLINE(isa)                                                                                                \
-    void V##_product(const dsv3_product kind, float *y, size_t ldy, const void *x, size_t ldx, size_t n,             \
-                     const dsv3_panel *w, size_t rows, size_t k, int add) {                                          \
-        const size_t few = kind == DSV3_PRODUCT_F32 ? 2 : 16 / W;                                                    \
+    void V##_product(const dsv3i_gemm_kind kind, float *y, size_t ldy, const void *x, size_t ldx, size_t n,             \
+                     const dsv3i_panel *w, size_t rows, size_t k, int add) {                                          \
+        const size_t few = kind == DSV3I_GEMM_F32 ? 2 : 16 / W;                                                    \
         for (size_t c = 0, some; c < w->columns; c += some * W / 16) {                                               \
             const size_t left = (w->columns - c) * (16 / W);                                                         \
             some = left >= N ? N : left >= few ? few : 1;                                                            \
             DSV3I_BY_COLUMNS(some,                                                                                   \
-                             if (NP <= N && NP * W >= 16 && (kind == DSV3_PRODUCT_F32 || NP == N || NP * W == 16))   \
+                             if (NP <= N && NP * W >= 16 && (kind == DSV3I_GEMM_F32 || NP == N || NP * W == 16))   \
                                  V##_columns(kind, NP, y, ldy, x, ldx, n, w, c, rows, k, add));                      \
         }                                                                                                            \
     }                                                                                                                \
@@ -8891,7 +8891,7 @@ static size_t dsv3i_rows_together(size_t n) {
     }
 #define DSV3I_PRODUCT_TYPE(V, isa, name, kind)                                                                       \
     DSV3I_TARGET(isa)                                                                                                \
-    static void V##_product_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,   \
+    static void V##_product_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3i_panel *w,   \
                                    size_t rows, size_t k, int add) {                                                 \
         V##_product(kind, y, ldy, x, ldx, n, w, rows, k, add);                                                       \
     }
@@ -8907,9 +8907,9 @@ static size_t dsv3i_rows_together(size_t n) {
     DSV3I_PACK_TYPE(V, isa, q4_0, V##_pack_blocks(16, panel, scale, w, row_bytes, rows, k))                          \
     DSV3I_FLOAT_TYPE(V, isa, bf16, 0)                                                                                \
     DSV3I_FLOAT_TYPE(V, isa, bytes, 1)                                                                               \
-    DSV3I_PRODUCT_TYPE(V, isa, f32, DSV3_PRODUCT_F32)                                                                \
-    DSV3I_PRODUCT_TYPE(V, isa, bf16, DSV3_PRODUCT_BF16)                                                              \
-    DSV3I_PRODUCT_TYPE(V, isa, bytes, DSV3_PRODUCT_BYTES)
+    DSV3I_PRODUCT_TYPE(V, isa, f32, DSV3I_GEMM_F32)                                                                \
+    DSV3I_PRODUCT_TYPE(V, isa, bf16, DSV3I_GEMM_BF16)                                                              \
+    DSV3I_PRODUCT_TYPE(V, isa, bytes, DSV3I_GEMM_BYTES)
 
 /* What AVX2 and AVX-512 have in common but for their width. */
 #define DSV3I_X86_VECTORS(V, isa, bits)                                                                              \
@@ -9322,7 +9322,7 @@ DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_fetch(dsv3i_avx512_place *a) {
 
 /* The 32 numbers of a block of Q8_0 or Q4_0, times f, to two sums. Q4_0: a table of the 16 values there are. */
 DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_mix_block(const dsv3_type type, __m512 acc[2], __m512 f, const unsigned char *block) {
+void dsv3i_avx512_gemv_t_block(const dsv3_type type, __m512 acc[2], __m512 f, const unsigned char *block) {
     const __m512 sixteen = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
     int16_t half;
     __m512 d, v[2];
@@ -9343,7 +9343,7 @@ void dsv3i_avx512_mix_block(const dsv3_type type, __m512 acc[2], __m512 f, const
 
 /* NC vectors of numbers of a row, from w on, times f; of a vector, the lanes of the mask. */
 DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_mix_columns(const dsv3_type type, const int NC, float *y, __mmask16 m, __m512 f,
+void dsv3i_avx512_gemv_t_columns(const dsv3_type type, const int NC, float *y, __mmask16 m, __m512 f,
                               const unsigned char *w, const float scale[2]) {
     const size_t size = type == DSV3_F8_E4M3 ? 1 : 2;
     __m512 acc[16];
@@ -9351,7 +9351,7 @@ void dsv3i_avx512_mix_columns(const dsv3_type type, const int NC, float *y, __mm
     DSV3I_UNROLL for (int c = 0; c < NC; c++) {
         __m512 v;
         if (type == DSV3_Q8_0 || type == DSV3_Q4_0) {
-            if (c % 2 == 0) dsv3i_avx512_mix_block(type, acc + c, f, w + c / 2 * (type == DSV3_Q8_0 ? 34 : 18));
+            if (c % 2 == 0) dsv3i_avx512_gemv_t_block(type, acc + c, f, w + c / 2 * (type == DSV3_Q8_0 ? 34 : 18));
             continue;
         }
         v = dsv3i_avx512_element(type, m, w + 16 * (size_t)c * size);
@@ -9365,7 +9365,7 @@ void dsv3i_avx512_mix_columns(const dsv3_type type, const int NC, float *y, __mm
 
 /* A row, from number i on, a multiple of 32. */
 DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_mix_row(const dsv3_type type, float *y, float x, const unsigned char *w, const unsigned char *scale,
+void dsv3i_avx512_gemv_t_row(const dsv3_type type, float *y, float x, const unsigned char *w, const unsigned char *scale,
                           size_t i, size_t n) {
     const __m512 f = _mm512_set1_ps(x);
     const size_t block = dsv3_row_bytes(type, DSV3_QBLOCK);
@@ -9377,11 +9377,11 @@ void dsv3i_avx512_mix_row(const dsv3_type type, float *y, float x, const unsigne
             DSV3_MEMCPY(unit, scale + i / DSV3_BLOCK * sizeof *unit, (columns == 256 ? 2 : 1) * sizeof *unit);
         }
         if (columns == 256) {
-            dsv3i_avx512_mix_columns(type, 16, y + i, 0xFFFF, f, at, unit);
+            dsv3i_avx512_gemv_t_columns(type, 16, y + i, 0xFFFF, f, at, unit);
         } else if (columns == 32) {
-            dsv3i_avx512_mix_columns(type, 2, y + i, 0xFFFF, f, at, unit);
+            dsv3i_avx512_gemv_t_columns(type, 2, y + i, 0xFFFF, f, at, unit);
         } else if (type != DSV3_Q8_0 && type != DSV3_Q4_0) {
-            dsv3i_avx512_mix_columns(type, 1, y + i, dsv3i_avx512_mask(columns), f, at, unit);
+            dsv3i_avx512_gemv_t_columns(type, 1, y + i, dsv3i_avx512_mask(columns), f, at, unit);
         }
     }
 }
@@ -9389,10 +9389,10 @@ void dsv3i_avx512_mix_row(const dsv3_type type, float *y, float x, const unsigne
 /* Row by row, exactly as they lie, is how they come fastest, although sums then wait in a near cache. */
 #define DSV3I_MIX_TYPE(name, type)                                                                                   \
     DSV3I_TARGET(DSV3I_AVX512)                                                                                       \
-    static void dsv3i_avx512_mix_##name(float *y, const float *x, const void *w, size_t row_bytes,                   \
+    static void dsv3i_avx512_gemv_t_##name(float *y, const float *x, const void *w, size_t row_bytes,                   \
                                         const void *scale, size_t k, size_t n) {                                     \
         const unsigned char *row = (const unsigned char *)w, *unit = (const unsigned char *)scale;                   \
-        for (size_t r = 0; r < k; r++) dsv3i_avx512_mix_row(type, y, x[r], row + r * row_bytes, unit, 0, n);         \
+        for (size_t r = 0; r < k; r++) dsv3i_avx512_gemv_t_row(type, y, x[r], row + r * row_bytes, unit, 0, n);         \
     }
 DSV3I_MIX_TYPE(f16, DSV3_F16)
 DSV3I_MIX_TYPE(bf16, DSV3_BF16)
@@ -9405,7 +9405,7 @@ DSV3I_MIX_TYPE(q4_0, DSV3_Q4_0)
 
 /* Scores become weights; the rescaling of what is there to the new maxima. p [nk, columns, 16] */
 DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_softmax(dsv3_meeting *a, float *p, float rescale[64], size_t columns, size_t nk) {
+void dsv3i_avx512_softmax(dsv3i_attention_tile *a, float *p, float rescale[64], size_t columns, size_t nk) {
     const __m512 scale = _mm512_set1_ps(a->scale);
     for (size_t c = 0; c < columns; c++) {
         const __m512 before = _mm512_loadu_ps(a->top + 16 * c);
@@ -9433,7 +9433,7 @@ void dsv3i_avx512_softmax(dsv3_meeting *a, float *p, float rescale[64], size_t c
     }
 }
 
-DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_rescale(const dsv3_meeting *a, const float rescale[64]) {
+DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_rescale(const dsv3i_attention_tile *a, const float rescale[64]) {
     for (size_t i = 0; i < a->lanes; i++) {
         const __m512 f = _mm512_set1_ps(rescale[i]);
         float *out = a->out + i * a->ld_out;
@@ -9446,14 +9446,14 @@ DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_rescale(const dsv3_meeting *a, cons
 }
 
 /* A panel of queries, and behind it room for scores. */
-DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_meet_begin(dsv3_meeting *a) {
+DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_attend_begin(dsv3i_attention_tile *a) {
     dsv3i_avx512_pack(4, a->scratch, a->q, a->ld_q * sizeof *a->q, a->lanes, a->dk);
 }
 
-DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_meet(dsv3_meeting *a, size_t nk) {
+DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_attend(dsv3i_attention_tile *a, size_t nk) {
     const size_t columns = (a->lanes + 15) / 16;
     float *p = (float *)a->scratch + 16 * columns * a->dk, rescale[64];
-    dsv3_panel queries;
+    dsv3i_panel queries;
     queries.values = a->scratch;
     queries.columns = columns;
     queries.scale = NULL;
@@ -9508,7 +9508,7 @@ static void dsv3i_avx512_bf16_widen_f8(void *values, const void *panel, size_t c
 /* 256 numbers of a row of E4M3: 64 codes, put into the order in which four sums of 16 want them, become BF16 by tables, and
  * floats. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_mix_256(float *y, __m512 f, const unsigned char *w, const float scale[2],
+void dsv3i_avx512_bf16_gemv_t_256(float *y, __m512 f, const unsigned char *w, const float scale[2],
                                const __m512i table[4], __m512i order) {
     DSV3I_UNROLL for (size_t c = 0; c < 16; c += 4) {
         __m512i b[2];
@@ -9526,7 +9526,7 @@ void dsv3i_avx512_bf16_mix_256(float *y, __m512 f, const unsigned char *w, const
 }
 
 DSV3I_TARGET(DSV3I_AVX512_BF16)
-static void dsv3i_avx512_bf16_mix_f8_e4m3(float *y, const float *x, const void *w, size_t row_bytes,
+static void dsv3i_avx512_bf16_gemv_t_f8_e4m3(float *y, const float *x, const void *w, size_t row_bytes,
                                           const void *scale, size_t k, size_t n) {
     const unsigned char *row = (const unsigned char *)w, *scales = (const unsigned char *)scale;
     const size_t whole = n / 256 * 256;
@@ -9539,9 +9539,9 @@ static void dsv3i_avx512_bf16_mix_f8_e4m3(float *y, const float *x, const void *
         for (size_t i = 0; i < whole; i += 256) {
             float unit[2] = {1.0f, 1.0f};
             if (scales != NULL) DSV3_MEMCPY(unit, scales + i / DSV3_BLOCK * sizeof *unit, sizeof unit);
-            dsv3i_avx512_bf16_mix_256(y + i, _mm512_set1_ps(x[r]), row + i, unit, table, order);
+            dsv3i_avx512_bf16_gemv_t_256(y + i, _mm512_set1_ps(x[r]), row + i, unit, table, order);
         }
-        dsv3i_avx512_mix_row(DSV3_F8_E4M3, y, x[r], row, scales, whole, n);
+        dsv3i_avx512_gemv_t_row(DSV3_F8_E4M3, y, x[r], row, scales, whole, n);
     }
 }
 
@@ -9659,8 +9659,8 @@ void dsv3i_avx512_bf16_block(const dsv3_type type, const int M, const int NP, __
     }
 }
 
-static dsv3_panel dsv3i_panel_bf16(const void *values, size_t columns, size_t k) {
-    dsv3_panel w;
+static dsv3i_panel dsv3i_panel_bf16(const void *values, size_t columns, size_t k) {
+    dsv3i_panel w;
     w.values = w.next = values;
     w.columns = columns;
     w.scale = NULL;
@@ -9673,7 +9673,7 @@ static dsv3_panel dsv3i_panel_bf16(const void *values, size_t columns, size_t k)
 /* M rows and NP columns. Sums of BF16 go to memory after each block of terms that share a scale, those of bytes at last. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_rows(const dsv3_type type, const int M, const int NP, dsv3i_avx512_place *a,
-                            const dsv3_panel *w, size_t k, int add) {
+                            const dsv3i_panel *w, size_t k, int add) {
     const __m128i shift = _mm_cvtsi32_si128(w->zero == 128 ? 4 : 0);
     const float *scale = a->scale;
     const int bytes = type != DSV3_BF16;
@@ -9700,7 +9700,7 @@ void dsv3i_avx512_bf16_rows(const dsv3_type type, const int M, const int NP, dsv
 /* n rows, up to 6 at a time, and NP columns from c0 on. Each share of them fetches its share of what is read next. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_columns(const dsv3_type type, const int NP, float *y, size_t ldy, const void *x, size_t ldx,
-                               size_t n, const dsv3_panel *w, size_t c0, size_t rows, size_t k, int add) {
+                               size_t n, const dsv3i_panel *w, size_t c0, size_t rows, size_t k, int add) {
     const size_t lines = w->next_bytes / 64 * (size_t)NP / w->columns / dsv3i_max(n, 1);
     const size_t steps = dsv3i_blocks(k, type == DSV3_BF16 ? 2 : type == DSV3_Q8_0 ? 4 : 8);
     for (size_t t = 0, m; t < n; t += m) {
@@ -9722,7 +9722,7 @@ void dsv3i_avx512_bf16_columns(const dsv3_type type, const int NP, float *y, siz
 /* Four columns of BF16 at a time, or two of bytes; then what is left. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_product(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                               const dsv3_panel *w, size_t rows, size_t k, int add) {
+                               const dsv3i_panel *w, size_t rows, size_t k, int add) {
     size_t c = 0;
     if (type == DSV3_BF16 && w->columns == 4) {
         dsv3i_avx512_bf16_columns(type, 4, y, ldy, x, ldx, n, w, 0, rows, k, add);
@@ -9735,23 +9735,23 @@ void dsv3i_avx512_bf16_product(const dsv3_type type, float *y, size_t ldy, const
 #define DSV3I_PRODUCT(name, type)                                                                                    \
     DSV3I_TARGET(DSV3I_AVX512_BF16)                                                                                  \
     static void dsv3i_avx512_bf16_product_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n,          \
-                                                 const dsv3_panel *w, size_t rows, size_t k, int add) {              \
+                                                 const dsv3i_panel *w, size_t rows, size_t k, int add) {              \
         dsv3i_avx512_bf16_product(type, y, ldy, x, ldx, n, w, rows, k, add);                                         \
     }
 DSV3I_PRODUCT(bf16, DSV3_BF16)
 DSV3I_PRODUCT(bytes, DSV3_Q8_0)
 
-typedef void (*dsv3i_gemm)(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
+typedef void (*dsv3i_gemm)(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3i_panel *w,
                               size_t rows, size_t k, int add);
 
 /* ---- Attention in BF16. scratch: the queries as a panel; scores [64, columns, 16]; keys [64, dk] and, where products take
  * more than 4 columns, all values as one panel. */
 
-#define DSV3I_MEET 64u /* keys of a block, at most */
+#define DSV3I_TILE_KEYS 64u /* keys of a block, at most */
 
 DSV3I_INLINE(DSV3I_AVX512_BF16) size_t dsv3i_avx512_bf16_pad(size_t k) { return (k + 3) / 4 * 4; }
 
-DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_meet_begin(dsv3_meeting *a) {
+DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_attend_begin(dsv3i_attention_tile *a) {
     const size_t dk = dsv3i_avx512_bf16_pad(a->dk), columns = (a->lanes + 15) / 16;
     unsigned char *rows = (unsigned char *)a->scratch + 32 * columns * dk;
     for (size_t i = 0; i < a->lanes; i++) dsv3i_avx512_bf16_round_bf16(rows + 2 * i * dk, a->q + i * a->ld_q, a->dk);
@@ -9771,7 +9771,7 @@ DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_pairs(__m512 first, __
 /* Weights p [nk, columns, 16] as rows of 64 BF16 for each lane. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_weights(unsigned char *rows, const float *p, size_t columns, size_t nk) {
-    for (size_t i = 0; i < columns * (DSV3I_MEET / 32); i++, rows += i % 2 ? 64 : 16 * 2 * DSV3I_MEET - 64) {
+    for (size_t i = 0; i < columns * (DSV3I_TILE_KEYS / 32); i++, rows += i % 2 ? 64 : 16 * 2 * DSV3I_TILE_KEYS - 64) {
         const size_t c = i / 2, first = i % 2 * 32;
         __m512i r[16];
         if (first >= nk) continue;
@@ -9783,12 +9783,12 @@ void dsv3i_avx512_bf16_weights(unsigned char *rows, const float *p, size_t colum
                                            key + 1 < nk ? _mm512_loadu_ps(at + 16 * columns) : zero);
         }
         dsv3i_avx512_transpose(r);
-        for (size_t lane = 0; lane < 16; lane++) _mm512_storeu_si512(rows + 2 * DSV3I_MEET * lane, r[lane]);
+        for (size_t lane = 0; lane < 16; lane++) _mm512_storeu_si512(rows + 2 * DSV3I_TILE_KEYS * lane, r[lane]);
     }
 }
 
 /* Sixteen numbers of values as BF16, from number `at` on, those of the mask. */
-DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_value(const dsv3_meeting *a, size_t at, __mmask16 m) {
+DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_value(const dsv3i_attention_tile *a, size_t at, __mmask16 m) {
     if (a->type == DSV3_BF16) {
         return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, (const uint16_t *)a->values + at));
     }
@@ -9799,7 +9799,7 @@ DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_value(const dsv3_meeti
 /* Numbers i .. end-1 of values, i a multiple of 16, two keys in four bytes: [nk/2, columns, 16, 2]. Key by key, as they lie:
  * those of the next block are fetched meanwhile, if scores have not done so. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3_meeting *a, size_t i, size_t end, size_t nk,
+void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3i_attention_tile *a, size_t i, size_t end, size_t nk,
                                    int fetch) {
     const __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i first = _mm512_or_si512(at, _mm512_slli_epi32(_mm512_add_epi32(at, _mm512_set1_epi32(32)), 16));
@@ -9810,8 +9810,8 @@ void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3_meeting *a, 
         for (; whole && c + 32 <= end; c += 32, panel += 128) {
             const uint16_t *low = (const uint16_t *)a->values + j * a->ld_v + c, *high = low + a->ld_v;
             const __m512i x = _mm512_loadu_si512(low), y = _mm512_loadu_si512(high);
-            if (fetch) _mm_prefetch((const char *)(low + DSV3I_MEET * a->ld_v), _MM_HINT_T1);
-            if (fetch) _mm_prefetch((const char *)(high + DSV3I_MEET * a->ld_v), _MM_HINT_T1);
+            if (fetch) _mm_prefetch((const char *)(low + DSV3I_TILE_KEYS * a->ld_v), _MM_HINT_T1);
+            if (fetch) _mm_prefetch((const char *)(high + DSV3I_TILE_KEYS * a->ld_v), _MM_HINT_T1);
             _mm512_storeu_si512(panel, _mm512_permutex2var_epi16(x, first, y));
             _mm512_storeu_si512(panel + 64, _mm512_permutex2var_epi16(x, second, y));
         }
@@ -9835,7 +9835,7 @@ void dsv3i_avx512_bf16_scores(float *p, const unsigned char *keys, size_t ldx, c
     DSV3I_UNROLL for (int m = 0; m < 16; m++) acc[m] = _mm512_setzero_ps();
     for (size_t i = 0; i < k; i += 2) {
         const __m512bh b = (__m512bh)_mm512_loadu_si512(q + 32 * i);
-        _mm_prefetch((const char *)x[0] + (DSV3I_MEET + i / 2 % 16) * ldx + i / 32 * 64, _MM_HINT_T1);
+        _mm_prefetch((const char *)x[0] + (DSV3I_TILE_KEYS + i / 2 % 16) * ldx + i / 32 * 64, _MM_HINT_T1);
         DSV3I_UNROLL for (int m = 0; m < 16; m++) {
             const unsigned char *at = x[m / 3] + (size_t)(m % 3) * ldx + 2 * i;
             acc[m] = _mm512_dpbf16_ps(acc[m], (__m512bh)dsv3i_avx512_bf16_four(at), b);
@@ -9846,18 +9846,18 @@ void dsv3i_avx512_bf16_scores(float *p, const unsigned char *keys, size_t ldx, c
 
 /* product: of rows and panels of BF16. */
 DSV3I_TARGET(DSV3I_AVX512_BF16)
-static void dsv3i_avx512_bf16_meeting(dsv3_meeting *a, size_t nk, dsv3i_gemm product) {
+static void dsv3i_avx512_bf16_attend_by(dsv3i_attention_tile *a, size_t nk, dsv3i_gemm product) {
     const size_t dk = dsv3i_avx512_bf16_pad(a->dk), columns = (a->lanes + 15) / 16;
     const int wide = product != dsv3i_avx512_bf16_product_bf16;
     const size_t most = wide ? a->dv : 64;
     unsigned char *scratch = (unsigned char *)a->scratch + 32 * columns * dk,
-                  *keys = scratch + 64 * columns * DSV3I_MEET;
-    unsigned char weights[64 * 2 * DSV3I_MEET], part[DSV3I_MEET / 2 * 256],
-        *values = wide ? keys + 2 * DSV3I_MEET * dk : part;
+                  *keys = scratch + 64 * columns * DSV3I_TILE_KEYS;
+    unsigned char weights[64 * 2 * DSV3I_TILE_KEYS], part[DSV3I_TILE_KEYS / 2 * 256],
+        *values = wide ? keys + 2 * DSV3I_TILE_KEYS * dk : part;
     float *p = (float *)(void *)scratch, rescale[64];
     size_t ldx = 2 * a->ld_k, scored = 0;
     const void *x = a->keys;
-    dsv3_panel panel = dsv3i_panel_bf16(a->scratch, columns, a->type == DSV3_F32 ? dk : a->dk);
+    dsv3i_panel panel = dsv3i_panel_bf16(a->scratch, columns, a->type == DSV3_F32 ? dk : a->dk);
     if (a->type == DSV3_F32) {
         for (size_t j = 0; j < nk; j++) {
             dsv3i_avx512_bf16_round_bf16(keys + 2 * j * dk, (const float *)a->keys + j * a->ld_k, a->dk);
@@ -9878,12 +9878,12 @@ static void dsv3i_avx512_bf16_meeting(dsv3_meeting *a, size_t nk, dsv3i_gemm pro
         const size_t rows = dsv3i_min(most, a->dv - i);
         panel = dsv3i_panel_bf16(values, (rows + 15) / 16, (nk + 1) / 2 * 2);
         dsv3i_avx512_bf16_value_panel(values, a, i, i + rows, nk, scored == 0);
-        product(a->out + i, a->ld_out, weights, 2 * DSV3I_MEET, a->lanes, &panel, rows, panel.block, 1);
+        product(a->out + i, a->ld_out, weights, 2 * DSV3I_TILE_KEYS, a->lanes, &panel, rows, panel.block, 1);
     }
 }
 
-DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_meet(dsv3_meeting *a, size_t nk) {
-    dsv3i_avx512_bf16_meeting(a, nk, dsv3i_avx512_bf16_product_bf16);
+DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_attend(dsv3i_attention_tile *a, size_t nk) {
+    dsv3i_avx512_bf16_attend_by(a, nk, dsv3i_avx512_bf16_product_bf16);
 }
 
 /* ---- Few rows and packed weights: decoding. Reading is all that counts. Panels of several far places are read side by
@@ -9905,7 +9905,7 @@ const unsigned char *dsv3i_avx512_bf16_step(const unsigned char *const w[4], siz
  * even and one of odd terms for each. With rows of floats every number of w becomes one, and terms are added one after the
  * other; the upper halves of the bytes of Q4_0 are the later ones. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_terms(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int c0,
+void dsv3i_avx512_bf16_gemv_terms(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int c0,
                                  const int NC, __m512 sums[16], const unsigned char *const w[4], size_t columns,
                                  const unsigned char *const x[4], size_t begin, size_t end, const __m512i table[4]) {
     const int bytes = type == DSV3_Q8_0 || type == DSV3_Q4_0, passes = type == DSV3_Q4_0 ? 2 : 1;
@@ -9942,7 +9942,7 @@ void dsv3i_avx512_bf16_few_terms(const dsv3i_few_kind kind, const dsv3_type type
 
 /* A block of bytes, with its sums in whole numbers. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_block(const dsv3_type type, const int M, const int NC, __m512 sums[16],
+void dsv3i_avx512_bf16_gemv_block(const dsv3_type type, const int M, const int NC, __m512 sums[16],
                                  const unsigned char *const w[4], size_t columns, const unsigned char *const x[4]) {
     const __m128i shift = _mm_cvtsi32_si128(type == DSV3_Q8_0 ? 4 : 0);
     const int halves = type == DSV3_Q4_0 ? 2 : 1;
@@ -9965,7 +9965,7 @@ void dsv3i_avx512_bf16_few_block(const dsv3_type type, const int M, const int NC
 /* The same with the sums of AMX for one row: of each 32 terms, those of even and of odd ones, which are added, and then to what
  * is there. Up to 8 columns at a time, so that registers last. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_steps(const dsv3_type type, const int NC, __m512 sums[16], const unsigned char *const w[4],
+void dsv3i_avx512_bf16_gemv_steps(const dsv3_type type, const int NC, __m512 sums[16], const unsigned char *const w[4],
                                  size_t columns, const unsigned char *const x[4], size_t k, const __m512i table[4]) {
     const int some = NC < 8 ? NC : 8;
     for (size_t i = 0, end; i < k; i = end) {
@@ -9973,7 +9973,7 @@ void dsv3i_avx512_bf16_few_steps(const dsv3_type type, const int NC, __m512 sums
         DSV3I_UNROLL for (int c0 = 0; c0 < NC; c0 += some) {
             __m512 part[16];
             DSV3I_UNROLL for (int c = 0; c < 2 * some; c++) part[c] = _mm512_setzero_ps();
-            dsv3i_avx512_bf16_few_terms(DSV3I_FEW_STEPS, type, 1, c0, some, part, w, columns, x, i, end, table);
+            dsv3i_avx512_bf16_gemv_terms(DSV3I_FEW_STEPS, type, 1, c0, some, part, w, columns, x, i, end, table);
             if (end - i <= (type == DSV3_F8_E4M3 ? 28 : 30)) { /* a tile goes on with zeros, and -0 + 0 = 0 */
                 DSV3I_UNROLL for (int c = 0; c < 2 * some; c++) part[c] = _mm512_add_ps(part[c], _mm512_setzero_ps());
             }
@@ -9986,7 +9986,7 @@ void dsv3i_avx512_bf16_few_steps(const dsv3_type type, const int NC, __m512 sums
 
 /* n <= M rows and NS panels, `apart` bytes from one to the next, and their outputs, ldp apart, of each so many. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_panels(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int NS,
+void dsv3i_avx512_bf16_gemv_panels(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int NS,
                                   float *y, size_t ldy, size_t ldp, size_t outputs, const unsigned char *x,
                                   size_t ldx, size_t n, const unsigned char *w, size_t apart, size_t k,
                                   const __m512i table[4]) {
@@ -9999,15 +9999,15 @@ void dsv3i_avx512_bf16_few_panels(const dsv3i_few_kind kind, const dsv3_type typ
     DSV3I_UNROLL for (int i = 0; i < M * NC; i++) acc[i] = _mm512_setzero_ps();
     for (size_t i = 0, terms; i < k; i += terms) {
         size_t codes;
-        terms = dsv3i_min(dsv3i_piece_terms(type), k - i);
+        terms = dsv3i_min(dsv3i_scale_block_terms(type), k - i);
         codes = dsv3i_codes_bytes(type, columns, terms);
         DSV3I_UNROLL for (int j = 0; j < M * NC; j++) part[j] = _mm512_setzero_ps();
         if (kind == DSV3I_FEW_STEPS) {
-            dsv3i_avx512_bf16_few_steps(type, NC, sums, ws, columns, xs, terms, table);
+            dsv3i_avx512_bf16_gemv_steps(type, NC, sums, ws, columns, xs, terms, table);
         } else if (kind == DSV3I_FEW_CODES && bytes) {
-            dsv3i_avx512_bf16_few_block(type, M, NC, sums, ws, columns, xs);
+            dsv3i_avx512_bf16_gemv_block(type, M, NC, sums, ws, columns, xs);
         } else {
-            dsv3i_avx512_bf16_few_terms(kind, type, M, 0, NC, sums, ws, columns, xs, 0, terms, table);
+            dsv3i_avx512_bf16_gemv_terms(kind, type, M, 0, NC, sums, ws, columns, xs, 0, terms, table);
         }
         DSV3I_UNROLL for (int c = 0; c < scales; c++) {
             const unsigned char *at = ws[c / 4] + codes + (bytes ? 32 * dsv3i_min((size_t)c % 4, columns - 1) : 0);
@@ -10016,7 +10016,7 @@ void dsv3i_avx512_bf16_few_panels(const dsv3i_few_kind kind, const dsv3_type typ
             DSV3I_UNROLL for (int j = c; j < M * NC; j += NC) acc[j] = _mm512_fmadd_ps(part[j], scale, acc[j]);
         }
         DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] += dsv3i_input_bytes(kind != DSV3I_FEW_FLOATS, type, terms);
-        DSV3I_UNROLL for (int s = 0; s < NS; s++) ws[s] += dsv3i_piece_bytes(type, columns, terms);
+        DSV3I_UNROLL for (int s = 0; s < NS; s++) ws[s] += dsv3i_scale_block_bytes(type, columns, terms);
     }
     DSV3I_UNROLL for (int j = 0; j < M * NC; j++) {
         const size_t m = (size_t)(j / NC), s = (size_t)(j % NC / 4), c = (size_t)(j % 4);
@@ -10028,7 +10028,7 @@ void dsv3i_avx512_bf16_few_panels(const dsv3i_few_kind kind, const dsv3_type typ
 /* n <= 4 rows of x and `rows` of weights: one row with 4 panels at a time, or with 2 of Q4_0, whose codes become two values
  * and need more registers; two rows with 2; more leave registers for one. What is left, or not whole, goes panel by panel. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few(const dsv3i_few_kind kind, const dsv3_type type, float *y, size_t ldy, const void *x,
+void dsv3i_avx512_bf16_gemv(const dsv3i_few_kind kind, const dsv3_type type, float *y, size_t ldy, const void *x,
                            size_t ldx, size_t n, const void *w, size_t rows, size_t k) {
     const int most = type == DSV3_Q4_0 ? 2 : 4;
     const size_t bytes = dsv3i_panel_bytes(type, 4, k), streams = n == 1 ? (size_t)most : n == 2 ? 2 : 1;
@@ -10038,20 +10038,20 @@ void dsv3i_avx512_bf16_few(const dsv3i_few_kind kind, const dsv3_type type, floa
     if (type == DSV3_F8_E4M3) dsv3i_avx512_bf16_tables(table);
     for (size_t i = 0; i < far; i++, y += 64, ws += bytes) {
         if (n == 1)
-            dsv3i_avx512_bf16_few_panels(kind, type, 1, most, y, ldy, ldp, 64, xs, ldx, 1, ws, apart, k, table);
-        if (n == 2) dsv3i_avx512_bf16_few_panels(kind, type, 2, 2, y, ldy, ldp, 64, xs, ldx, 2, ws, apart, k, table);
+            dsv3i_avx512_bf16_gemv_panels(kind, type, 1, most, y, ldy, ldp, 64, xs, ldx, 1, ws, apart, k, table);
+        if (n == 2) dsv3i_avx512_bf16_gemv_panels(kind, type, 2, 2, y, ldy, ldp, 64, xs, ldx, 2, ws, apart, k, table);
     }
     y += (streams - 1) * ldp;
     ws += (streams - 1) * apart;
     for (size_t p = streams * far; n != 2 && p < rows / 64; p++, y += 64, ws += bytes) {
-        if (n == 1) dsv3i_avx512_bf16_few_panels(kind, type, 1, 1, y, ldy, 0, 64, xs, ldx, 1, ws, 0, k, table);
-        if (n == 3) dsv3i_avx512_bf16_few_panels(kind, type, 3, 1, y, ldy, 0, 64, xs, ldx, 3, ws, 0, k, table);
-        if (n == 4) dsv3i_avx512_bf16_few_panels(kind, type, 4, 1, y, ldy, 0, 64, xs, ldx, 4, ws, 0, k, table);
+        if (n == 1) dsv3i_avx512_bf16_gemv_panels(kind, type, 1, 1, y, ldy, 0, 64, xs, ldx, 1, ws, 0, k, table);
+        if (n == 3) dsv3i_avx512_bf16_gemv_panels(kind, type, 3, 1, y, ldy, 0, 64, xs, ldx, 3, ws, 0, k, table);
+        if (n == 4) dsv3i_avx512_bf16_gemv_panels(kind, type, 4, 1, y, ldy, 0, 64, xs, ldx, 4, ws, 0, k, table);
     }
     for (size_t r = n != 2 ? rows / 64 * 64 : streams * ldp, some; r < rows; r += some, y += 64, ws += bytes) {
         some = dsv3i_min(rows - r, 64);
         for (size_t t = 0; t < n; t += 2) {
-            dsv3i_avx512_bf16_few_panels(kind, type, kind == DSV3I_FEW_STEPS ? 1 : 2, 1, y + t * ldy, ldy, 0, some,
+            dsv3i_avx512_bf16_gemv_panels(kind, type, kind == DSV3I_FEW_STEPS ? 1 : 2, 1, y + t * ldy, ldy, 0, some,
                                          xs + t * ldx, ldx, dsv3i_min(n - t, 2), ws, 0, k, table);
         }
     }
@@ -10075,10 +10075,10 @@ static void dsv3i_f8_scale(float scale[64], const unsigned char *w) {
 /* k terms of a panel at `from`, as products take them: codes, or of FP8 values in BF16, and the scales behind each piece as
  * floats. Returns where the next terms are. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-const unsigned char *dsv3i_avx512_bf16_many_begin(const dsv3_type type, dsv3_panel *w, float *scale,
+const unsigned char *dsv3i_avx512_bf16_packed_begin(const dsv3_type type, dsv3i_panel *w, float *scale,
                                                   unsigned char *values, const unsigned char *from, size_t k) {
     w->values = type == DSV3_F8_E4M3 ? values : from;
-    for (size_t i = 0, some; i < k; i += some, from += dsv3i_piece_bytes(type, 4, some)) {
+    for (size_t i = 0, some; i < k; i += some, from += dsv3i_scale_block_bytes(type, 4, some)) {
         const unsigned char *behind;
         some = dsv3i_min(w->block, k - i);
         behind = from + dsv3i_codes_bytes(type, 4, some);
@@ -10095,22 +10095,22 @@ const unsigned char *dsv3i_avx512_bf16_many_begin(const dsv3_type type, dsv3_pan
 }
 
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_many(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+void dsv3i_avx512_bf16_packed(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
                             const void *w, size_t rows, size_t k) {
     const size_t most = type == DSV3_BF16 ? DSV3I_MANY_BF16 : type == DSV3_F8_E4M3 ? DSV3I_MANY_F8 : DSV3I_MANY_BYTES;
     const dsv3_type of = type == DSV3_F8_E4M3 ? DSV3_BF16 : type;
     const unsigned char *from = (const unsigned char *)w, *xi;
     float scale[DSV3I_MANY_BYTES / DSV3_QBLOCK * 64];
     unsigned char values[64 * DSV3I_MANY_F8 * 2];
-    dsv3_panel panel = dsv3i_panel_bf16(w, 4, k);
+    dsv3i_panel panel = dsv3i_panel_bf16(w, 4, k);
     if (type != DSV3_BF16) panel.scale = scale;
     panel.zero = type == DSV3_Q8_0 ? 128 : 8;
     panel.gap = 128; /* the scales of Q8_0 and Q4_0 */
     for (size_t p = 0; p < rows / 64; p++) {
         for (size_t i = 0, terms; i < k; i += terms) {
             terms = dsv3i_min(most, k - i);
-            panel.block = type == DSV3_BF16 ? terms : dsv3i_piece_terms(type);
-            from = dsv3i_avx512_bf16_many_begin(type, &panel, scale, values, from, terms);
+            panel.block = type == DSV3_BF16 ? terms : dsv3i_scale_block_terms(type);
+            from = dsv3i_avx512_bf16_packed_begin(type, &panel, scale, values, from, terms);
             xi = (const unsigned char *)x + dsv3i_input_bytes(1, type, i);
             dsv3i_avx512_bf16_product(of, y + 64 * p, ldy, xi, ldx, n, &panel, 64, terms, i > 0);
         }
@@ -10131,11 +10131,11 @@ void dsv3i_avx512_bf16_many(const dsv3_type type, float *y, size_t ldy, const vo
     DSV3I_WHOLE(target, name##_q4_0, DSV3_Q4_0, FUNCTION)
 /* In the order of dsv3_type. */
 #define DSV3I_WHOLE_ROW(name) {NULL, NULL, name##_bf16, name##_f8_e4m3, name##_q8_0, name##_q4_0}
-#define DSV3I_FEW_EXACT(...) dsv3i_avx512_bf16_few(DSV3I_FEW_FLOATS, __VA_ARGS__)
-#define DSV3I_FEW_FAST(...) dsv3i_avx512_bf16_few(DSV3I_FEW_CODES, __VA_ARGS__)
-DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_few_exact, DSV3I_FEW_EXACT)
-DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_few_fast, DSV3I_FEW_FAST)
-DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_many, dsv3i_avx512_bf16_many)
+#define DSV3I_FEW_EXACT(...) dsv3i_avx512_bf16_gemv(DSV3I_FEW_FLOATS, __VA_ARGS__)
+#define DSV3I_FEW_FAST(...) dsv3i_avx512_bf16_gemv(DSV3I_FEW_CODES, __VA_ARGS__)
+DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemv_exact, DSV3I_FEW_EXACT)
+DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemv_fast, DSV3I_FEW_FAST)
+DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_packed, dsv3i_avx512_bf16_packed)
 
 #ifdef DSV3I_TILES
 /* ---- AMX: products of tiles of 16 rows of 64 bytes. A tile of x (16 rows, 32 terms of BF16) times a tile of a panel (32
@@ -10297,7 +10297,7 @@ void dsv3i_amx_terms(const int R, const int C, dsv3i_amx_place *a, size_t i, siz
 
 /* Columns c, and c + 1 with C = 2. */
 DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_block(const int R, const int C, dsv3i_amx_place *a, const dsv3_panel *w, size_t c, size_t k, int add) {
+void dsv3i_amx_block(const int R, const int C, dsv3i_amx_place *a, const dsv3i_panel *w, size_t c, size_t k, int add) {
     a->w = (const unsigned char *)w->values + 64 * c;
     a->scale = w->scale != NULL ? w->scale + 16 * c : NULL;
     for (size_t i = 0, end; i < k; i = end) {
@@ -10308,7 +10308,7 @@ void dsv3i_amx_block(const int R, const int C, dsv3i_amx_place *a, const dsv3_pa
 }
 
 DSV3I_TARGET(DSV3I_AMX)
-static void dsv3i_amx_product_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
+static void dsv3i_amx_product_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3i_panel *w,
                                    size_t rows, size_t k, int add) {
     const unsigned before = _mm_getcsr();
     dsv3i_amx_place a;
@@ -10339,8 +10339,8 @@ static void dsv3i_amx_product_bf16(float *y, size_t ldy, const void *x, size_t l
     dsv3i_amx_control(before);
 }
 
-DSV3I_TARGET(DSV3I_AMX) static void dsv3i_amx_meet(dsv3_meeting *a, size_t nk) {
-    dsv3i_avx512_bf16_meeting(a, nk, dsv3i_amx_product_bf16);
+DSV3I_TARGET(DSV3I_AMX) static void dsv3i_amx_attend(dsv3i_attention_tile *a, size_t nk) {
+    dsv3i_avx512_bf16_attend_by(a, nk, dsv3i_amx_product_bf16);
 }
 
 /* ---- Many rows and packed weights: panel by panel, and for each 96 rows of x piece by piece. Sums that are not finished
@@ -10468,7 +10468,7 @@ DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_piece(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, const unsigned char *x,
                      const unsigned char *w, size_t k, size_t turn, size_t coming) {
     const unsigned char *values = type == DSV3_BF16 ? w : room->values[turn % 2];
-    const unsigned char *next = w + dsv3i_piece_bytes(type, 4, k);
+    const unsigned char *next = w + dsv3i_scale_block_bytes(type, 4, k);
     float *sums = dsv3i_amx_aligned(room->sums), *before = NULL;
     const size_t pairs = dsv3i_blocks(room->tiles, 2) * 2; /* of tiles and columns */
     const size_t fours = type == DSV3_BF16 ? 0 : dsv3i_blocks(coming, 4);
@@ -10532,7 +10532,7 @@ void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place
 }
 
 DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_many(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,
+void dsv3i_amx_packed(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,
                     size_t rows, size_t k) {
     const size_t bytes = dsv3i_panel_bytes(type, 4, k);
     const unsigned before = _mm_getcsr();
@@ -10560,24 +10560,24 @@ void dsv3i_amx_many(const dsv3_type type, float *y, size_t ldy, const void *x, s
 /* Few rows and packed weights: the sums of tiles in registers, to the bit, with subnormal numbers as 0. Several rows meet whole
  * panels in tiles. */
 DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_few(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,
+void dsv3i_amx_gemv(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,
                    size_t rows, size_t k) {
     const size_t done = n > 1 ? rows / 64 * 64 : 0;
     const unsigned char *rest = (const unsigned char *)w + done / 64 * dsv3i_panel_bytes(type, 4, k);
     const unsigned before = _mm_getcsr();
-    if (done > 0) dsv3i_amx_many(type, y, ldy, x, ldx, n, w, done, k);
+    if (done > 0) dsv3i_amx_packed(type, y, ldy, x, ldx, n, w, done, k);
     if (done == rows) return;
     dsv3i_amx_control(before | 0x8040);
     for (size_t t = 0; t < n; t++) {
-        dsv3i_avx512_bf16_few(DSV3I_FEW_STEPS, type, y + t * ldy + done, ldy, (const unsigned char *)x + t * ldx, ldx,
+        dsv3i_avx512_bf16_gemv(DSV3I_FEW_STEPS, type, y + t * ldy + done, ldy, (const unsigned char *)x + t * ldx, ldx,
                               1, rest, rows - done, k);
     }
     dsv3i_amx_control(before);
 }
 
-DSV3I_WHOLE_TYPES(DSV3I_AMX, dsv3i_amx_many, dsv3i_amx_many)
-DSV3I_WHOLE(DSV3I_AMX, dsv3i_amx_few_bf16, DSV3_BF16, dsv3i_amx_few)
-DSV3I_WHOLE(DSV3I_AMX, dsv3i_amx_few_f8_e4m3, DSV3_F8_E4M3, dsv3i_amx_few)
+DSV3I_WHOLE_TYPES(DSV3I_AMX, dsv3i_amx_packed, dsv3i_amx_packed)
+DSV3I_WHOLE(DSV3I_AMX, dsv3i_amx_gemv_bf16, DSV3_BF16, dsv3i_amx_gemv)
+DSV3I_WHOLE(DSV3I_AMX, dsv3i_amx_gemv_f8_e4m3, DSV3_F8_E4M3, dsv3i_amx_gemv)
 
 #endif /* DSV3I_TILES */
 
@@ -10590,7 +10590,7 @@ DSV3I_WHOLE(DSV3I_AMX, dsv3i_amx_few_f8_e4m3, DSV3_F8_E4M3, dsv3i_amx_few)
 #define DSV3I_ROUND(bf16, q8) {NULL, NULL, bf16, bf16, q8, q8}
 #define DSV3I_PRODUCTS_OF(V, bf16, bytes) {V##_product_f32, V##_product_bf16, V##_product_bytes, bf16, bytes}
 #define DSV3I_MIX(f8)                                                                                                \
-    {NULL, dsv3i_avx512_mix_f16, dsv3i_avx512_mix_bf16, f8, dsv3i_avx512_mix_q8_0, dsv3i_avx512_mix_q4_0}
+    {NULL, dsv3i_avx512_gemv_t_f16, dsv3i_avx512_gemv_t_bf16, f8, dsv3i_avx512_gemv_t_q8_0, dsv3i_avx512_gemv_t_q4_0}
 #ifndef DSV3_NO_TRAINING
 #define DSV3I_BACKWARD_OPS dsv3i_fast_linear_backward, dsv3i_fast_attend_backward, dsv3i_fast_mlps_backward,
 #else
@@ -10602,60 +10602,60 @@ DSV3I_WHOLE(DSV3I_AMX, dsv3i_amx_few_f8_e4m3, DSV3_F8_E4M3, dsv3i_amx_few)
      V##_dot,           V##_axpy,        V##_exp_sum,     V##_silu_mul,                                              \
      dsv3i_fast_linear, dsv3i_fast_attend, dsv3i_fast_mlps, DSV3I_BACKWARD_OPS &(kernels)}
 
-static const dsv3_kernels dsv3i_avx2_kernels = {
+static const dsv3i_kernels dsv3i_avx2_kernels = {
     DSV3I_COMMON(dsv3i_avx2),
     dsv3i_avx2_tile,
     DSV3I_WIDEN(dsv3i_avx2, dsv3i_avx2_widen_f8),
     DSV3I_ROUND(dsv3i_round_bf16_floats, dsv3i_round_q8_floats),
     DSV3I_PRODUCTS_OF(dsv3i_avx2, NULL, NULL),
     {NULL, NULL},
-    {dsv3i_meet_tiles, NULL},
+    {dsv3i_tile_attend, NULL},
     {{NULL}, {NULL}},
     {NULL},
     {NULL}};
 
-static const dsv3_kernels dsv3i_avx512_kernels = {
+static const dsv3i_kernels dsv3i_avx512_kernels = {
     DSV3I_COMMON(dsv3i_avx512),
     NULL, /* attention is its own */
     DSV3I_WIDEN(dsv3i_avx512, dsv3i_avx512_widen_f8),
     DSV3I_ROUND(dsv3i_round_bf16_floats, dsv3i_round_q8_floats),
     DSV3I_PRODUCTS_OF(dsv3i_avx512, NULL, NULL),
-    {dsv3i_avx512_meet_begin, NULL},
-    {dsv3i_avx512_meet, NULL},
+    {dsv3i_avx512_attend_begin, NULL},
+    {dsv3i_avx512_attend, NULL},
     {{NULL}, {NULL}},
     {NULL},
-    DSV3I_MIX(dsv3i_avx512_mix_f8_e4m3)};
+    DSV3I_MIX(dsv3i_avx512_gemv_t_f8_e4m3)};
 
-static const dsv3_kernels dsv3i_avx512_bf16_kernels = {
+static const dsv3i_kernels dsv3i_avx512_bf16_kernels = {
     DSV3I_COMMON(dsv3i_avx512),
     NULL,
     DSV3I_WIDEN(dsv3i_avx512, dsv3i_avx512_bf16_widen_f8),
     DSV3I_ROUND(dsv3i_avx512_bf16_round_bf16, dsv3i_avx512_bf16_round_bytes),
     DSV3I_PRODUCTS_OF(dsv3i_avx512, dsv3i_avx512_bf16_product_bf16, dsv3i_avx512_bf16_product_bytes),
-    {dsv3i_avx512_meet_begin, dsv3i_avx512_bf16_meet_begin},
-    {dsv3i_avx512_meet, dsv3i_avx512_bf16_meet},
-    {DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_few_exact), DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_few_fast)},
-    DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_many),
-    DSV3I_MIX(dsv3i_avx512_bf16_mix_f8_e4m3)};
+    {dsv3i_avx512_attend_begin, dsv3i_avx512_bf16_attend_begin},
+    {dsv3i_avx512_attend, dsv3i_avx512_bf16_attend},
+    {DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_exact), DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_fast)},
+    DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_packed),
+    DSV3I_MIX(dsv3i_avx512_bf16_gemv_t_f8_e4m3)};
 
 static const dsv3i_ops dsv3i_avx2_ops = DSV3I_OPS(dsv3i_avx2, dsv3i_avx2_kernels);
 static const dsv3i_ops dsv3i_avx512_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_avx512_kernels);
 static const dsv3i_ops dsv3i_avx512_bf16_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_avx512_bf16_kernels);
 
 #ifdef DSV3I_TILES
-static const dsv3_kernels dsv3i_amx_kernels = {
+static const dsv3i_kernels dsv3i_amx_kernels = {
     DSV3I_COMMON(dsv3i_avx512),
     NULL,
     DSV3I_WIDEN(dsv3i_avx512, dsv3i_avx512_bf16_widen_f8),
     DSV3I_ROUND(dsv3i_avx512_bf16_round_bf16, dsv3i_avx512_bf16_round_bytes),
     DSV3I_PRODUCTS_OF(dsv3i_avx512, dsv3i_amx_product_bf16, dsv3i_avx512_bf16_product_bytes),
-    {dsv3i_avx512_meet_begin, dsv3i_avx512_bf16_meet_begin},
-    {dsv3i_avx512_meet, dsv3i_amx_meet},
-    {DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_few_exact),
-     {NULL, NULL, dsv3i_amx_few_bf16, dsv3i_amx_few_f8_e4m3, dsv3i_avx512_bf16_few_fast_q8_0,
-      dsv3i_avx512_bf16_few_fast_q4_0}},
-    DSV3I_WHOLE_ROW(dsv3i_amx_many),
-    DSV3I_MIX(dsv3i_avx512_bf16_mix_f8_e4m3)};
+    {dsv3i_avx512_attend_begin, dsv3i_avx512_bf16_attend_begin},
+    {dsv3i_avx512_attend, dsv3i_amx_attend},
+    {DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_exact),
+     {NULL, NULL, dsv3i_amx_gemv_bf16, dsv3i_amx_gemv_f8_e4m3, dsv3i_avx512_bf16_gemv_fast_q8_0,
+      dsv3i_avx512_bf16_gemv_fast_q4_0}},
+    DSV3I_WHOLE_ROW(dsv3i_amx_packed),
+    DSV3I_MIX(dsv3i_avx512_bf16_gemv_t_f8_e4m3)};
 
 static const dsv3i_ops dsv3i_amx_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_amx_kernels);
 #endif
