@@ -4418,13 +4418,10 @@ static dsv3_result dsv3i_walk_module(dsv3i_walk *w, dsv3_model *model, size_t k)
     return dsv3i_walk_layer(w, model != NULL ? &model->layers[w->m.L + k] : NULL);
 }
 
-/* Every tensor of a config, with its slot in model, or NULLs. */
-static dsv3_result dsv3i_walk_all(const dsv3_config *config, dsv3_model *model, void *user,
-                                  dsv3_result (*visit)(dsv3i_walk *walk, dsv3_tensor *slot)) {
-    dsv3i_walk w;
-    dsv3i_walk_begin(&w, config, user, visit);
-    DSV3I_TRY(dsv3i_walk_main(&w, model));
-    for (size_t k = 0; k < w.m.D; k++) DSV3I_TRY(dsv3i_walk_module(&w, model, k));
+/* Every tensor of the config, with its slot in model, or NULLs. */
+static dsv3_result dsv3i_walk_all(dsv3i_walk *w, dsv3_model *model) {
+    DSV3I_TRY(dsv3i_walk_main(w, model));
+    for (size_t k = 0; k < w->m.D; k++) DSV3I_TRY(dsv3i_walk_module(w, model, k));
     return DSV3_OK;
 }
 
@@ -4438,9 +4435,7 @@ DSV3_API dsv3_result dsv3_model_tensors(const dsv3_config *config, dsv3_visit vi
     if (config == NULL || visit == NULL) return DSV3_ERR_ARG;
     dsv3i_walk_begin(&w, config, user, dsv3i_show_tensor);
     w.show = visit;
-    DSV3I_TRY(dsv3i_walk_main(&w, NULL));
-    for (size_t k = 0; k < w.m.D; k++) DSV3I_TRY(dsv3i_walk_module(&w, NULL, k));
-    return DSV3_OK;
+    return dsv3i_walk_all(&w, NULL);
 }
 
 /* ---- Binding */
@@ -6005,9 +6000,16 @@ static dsv3_result dsv3i_flat_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     return DSV3_OK;
 }
 
+static dsv3_result dsv3i_walk_parameters(const dsv3_config *config, dsv3_model *model, void *user,
+                                         dsv3_result (*visit)(dsv3i_walk *walk, dsv3_tensor *slot)) {
+    dsv3i_walk w;
+    dsv3i_walk_begin(&w, config, user, visit);
+    return dsv3i_walk_all(&w, model);
+}
+
 static void dsv3i_parameters_layout(dsv3_parameters *q, const dsv3_config *config, dsv3i_layout *l) {
     dsv3i_flat flat = {NULL, 0, 0};
-    (void)dsv3i_walk_all(config, NULL, &flat, dsv3i_flat_tensor);
+    (void)dsv3i_walk_parameters(config, NULL, &flat, dsv3i_flat_tensor);
     q->count = flat.count;
     dsv3i_model_layout(&q->model, config, l);
     q->data = (float *)dsv3i_take(l, sizeof *q->data, q->count, 1, 1);
@@ -6022,7 +6024,7 @@ static void dsv3i_parameters_bind(dsv3_parameters *q, const dsv3_config *config)
     dsv3_rope_turns(config, model->rope_turns);
     model->rope_factor = dsv3_rope_factor(config);
     model->softmax_scale = dsv3_softmax_scale(config);
-    (void)dsv3i_walk_all(config, model, &flat, dsv3i_flat_tensor);
+    (void)dsv3i_walk_parameters(config, model, &flat, dsv3i_flat_tensor);
     if (config->tie_word_embeddings) model->lm_head = model->embed_tokens;
     for (int32_t k = 0; k < model->n_mtp; k++) {
         model->mtp[k].embed_tokens = model->embed_tokens;
@@ -6076,7 +6078,7 @@ DSV3_API dsv3_result dsv3_parameters_load(dsv3_parameters *parameters, const dsv
     if (from->n_mtp < parameters->model.n_mtp) return DSV3_ERR_MISMATCH;
     copy = *from;
     flat.data = parameters->data;
-    return dsv3i_walk_all(&parameters->model.config, &copy, &flat, dsv3i_load_tensor);
+    return dsv3i_walk_parameters(&parameters->model.config, &copy, &flat, dsv3i_load_tensor);
 }
 
 typedef struct dsv3i_random {
@@ -6103,7 +6105,7 @@ static dsv3_result dsv3i_random_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
 
 DSV3_API void dsv3_parameters_random(dsv3_parameters *parameters, dsv3_rng *rng, float std) {
     dsv3i_random r = {rng, parameters->data, std};
-    (void)dsv3i_walk_all(&parameters->model.config, NULL, &r, dsv3i_random_tensor);
+    (void)dsv3i_walk_parameters(&parameters->model.config, NULL, &r, dsv3i_random_tensor);
 }
 
 /* ---- Settings and memory */
@@ -6187,7 +6189,7 @@ static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const d
     dsv3i_saved saved;
     dsv3i_depth depth;
     dsv3i_backward backward;
-    (void)dsv3i_walk_all(c, NULL, &flat, dsv3i_flat_tensor);
+    (void)dsv3i_walk_parameters(c, NULL, &flat, dsv3i_flat_tensor);
     dsv3i_parameters_layout(&at->weights, c, l);
     dsv3i_parameters_layout(&at->gradients, c, l);
     dsv3i_balancer_layout(&at->balancer, c, l);
@@ -6587,7 +6589,7 @@ static void dsv3i_train_bias(dsv3_trainer *t) {
         if (bias != NULL) DSV3_MEMCPY(t->bias + i * E, bias, E * sizeof *t->bias);
     }
     dsv3i_balancer_move(&t->balancer, t->bias, t->step);
-    (void)dsv3i_walk_all(&model->config, model, t, dsv3i_bias_tensor);
+    (void)dsv3i_walk_parameters(&model->config, model, t, dsv3i_bias_tensor);
 }
 
 /* base^n, by squaring: the same on every machine. */
@@ -6614,7 +6616,7 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
     DSV3_MEMSET(&o, 0, sizeof o);
     o.t = t;
     o.decay = (float)(1.0 - learning_rate * (double)t->settings.weight_decay);
-    (void)dsv3i_walk_all(&t->weights.model.config, NULL, &o, dsv3i_optimizer_tensor);
+    (void)dsv3i_walk_parameters(&t->weights.model.config, NULL, &o, dsv3i_optimizer_tensor);
     size = dsv3i_gradient_norm(context, t, o.runs);
     if (norm != NULL) *norm = size;
     if (!(size <= DBL_MAX)) {
@@ -6666,7 +6668,7 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
 #define DSV3I_MANY 96u         /* rows of x that meet a k_block together, at most: both stay in near caches */
 
 /* Weights as products take them: some terms of up to 64 rows, in columns of 16 rows. */
-typedef struct dsv3_panel {
+typedef struct dsv3i_panel {
     const void *values; /* float [k, columns, 16], BF16 [k/2, columns, 16, 2] or bytes [k/4, columns, 16, 4] */
     size_t columns;     /* of 16 rows, 1 to 4; zeros where there are no rows, and behind k */
     const float *scale; /* [k / block, columns, 16] scales; NULL: none */
@@ -6676,10 +6678,10 @@ typedef struct dsv3_panel {
     size_t ahead;       /* prefetch distance: bytes from values to what will be read next; 0: nothing */
     const void *next;   /* products of floats: what will be read next instead, ... */
     size_t next_bytes;  /* ... and how much that is; 0: nothing */
-} dsv3_panel;
+} dsv3i_panel;
 
 /* Up to 64 queries, a block of keys and their values. */
-typedef struct dsv3_meeting {
+typedef struct dsv3i_attention_tile {
     const float *q;           /* [lanes, dk], ld_q floats apart */
     const void *keys;         /* [nk, dk], ld_k numbers apart */
     const void *values;       /* [nk, dv], ld_v numbers apart */
@@ -6691,26 +6693,26 @@ typedef struct dsv3_meeting {
     float scale;
     const dsv3_context *ctx;
     void *scratch; /* of meet: scores, and what else it needs */
-} dsv3_meeting;
+} dsv3i_attention_tile;
 
-typedef enum dsv3_product {
-    DSV3_PRODUCT_F32 = 0,       /* float rows and panels */
-    DSV3_PRODUCT_BF16 = 1,      /* float rows, at most 4, and BF16 panels */
-    DSV3_PRODUCT_BYTES = 2,     /* float rows, at most 4, and panels of bytes */
-    DSV3_PRODUCT_FAST_BF16 = 3, /* BF16 rows and panels */
-    DSV3_PRODUCT_FAST_BYTES = 4 /* rows of bytes, and panels of bytes */
-} dsv3_product;
+typedef enum dsv3i_gemm_kind {
+    DSV3I_GEMM_F32 = 0,       /* float rows and panels */
+    DSV3I_GEMM_BF16 = 1,      /* float rows, at most 4, and BF16 panels */
+    DSV3I_GEMM_BYTES = 2,     /* float rows, at most 4, and panels of bytes */
+    DSV3I_GEMM_FAST_BF16 = 3, /* BF16 rows and panels */
+    DSV3I_GEMM_FAST_BYTES = 4 /* rows of bytes, and panels of bytes */
+} dsv3i_gemm_kind;
 
-#define DSV3_PRODUCTS 5
+#define DSV3I_GEMMS 5
 
 /* What an instruction set brings beside the vectors of the table (decode, dot, axpy, exp_sum, silu_mul).
  * tile: y[t ldy + r] = x_t . w_r, k terms each, for nx rows x_t and nw rows w_r, which lie ldx and ldw floats apart; only
- *       for meet[0] by tile and outer (dsv3i_meet_tiles).
+ *       for meet[0] by tile and outer (dsv3i_tile_attend).
  * outer: y_t += sum_j a[t at + j aj] b_j, n numbers each, for m rows y_t and, in this order, k rows b_j.
  * round: activations x [k] for DSV3_FAST with weights of this type. As numbers: out is float [k]. For the fast
  *       products: BF16 [k, rounded up to 4]; or, for every 32, those bytes, a float scale and an int32, -8 times
  *       the sum of the bytes. NULL: nothing is rounded.
- * pack: rows <= 64 of w, row_bytes apart, become a panel of codes, with scale as in dsv3_panel for Q8_0 and Q4_0.
+ * pack: rows <= 64 of w, row_bytes apart, become a panel of codes, with scale as in dsv3i_panel for Q8_0 and Q4_0.
  * widen: from codes to values (FP8: BF16, F16: float, Q4_0: bytes; NULL: codes are values).
  * float_panel: from values, BF16 [0] or bytes [1], to floats.
  * product: y[t ldy + r] (+)= x_t . w_r for n rows x_t, ldx bytes apart, and `rows` rows of a panel of k terms.
@@ -6721,33 +6723,29 @@ typedef enum dsv3_product {
  * many: the same of more rows, which are rounded, and a multiple of 64 rows of weights.
  * mix:  y += sum_r x[r] w_r, n numbers each, in this order, for k rows of codes as they lie, row_bytes apart; their
  *       values are those of decode, times scale (NULL: 1), a float for every 128 of them. NULL: by decode and outer. */
-typedef struct dsv3_kernels {
-    void (*decode[DSV3_TYPES])(float *y, const void *w, size_t n);
-    float (*dot)(const float *x, const float *y, size_t n);
-    void (*axpy)(float *y, float a, const float *x, size_t n);
-    float (*exp_sum)(float *p, const float *s, float top, size_t n);
-    void (*silu_mul)(float *h, const float *a, const float *b, size_t n);
-    void (*tile)(float *y, size_t ldy, const float *x, size_t ldx, size_t nx, const float *w, size_t ldw, size_t nw,
-                 size_t k);
+/* Packed weights, some whole panels or all. */
+typedef void (*dsv3i_whole)(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows,
+                            size_t k);
+
+typedef struct dsv3i_kernels {
     void (*outer)(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj, const float *b, size_t ldb,
                   size_t k, size_t n);
-    void (*round[DSV3_TYPES])(void *out, const float *x, size_t k);
     void (*pack[DSV3_TYPES])(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k);
-    void (*widen[DSV3_TYPES])(void *values, const void *panel, size_t columns, size_t k);
     void (*float_panel[2])(float *values, const void *panel, size_t columns, size_t k, int32_t zero);
-    void (*product[DSV3_PRODUCTS])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
+    void (*tile)(float *y, size_t ldy, const float *x, size_t ldx, size_t nx, const float *w, size_t ldw, size_t nw,
+                 size_t k);
+    void (*widen[DSV3_TYPES])(void *values, const void *panel, size_t columns, size_t k);
+    void (*round[DSV3_TYPES])(void *out, const float *x, size_t k);
+    void (*gemm[DSV3I_GEMMS])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3i_panel *w,
                                    size_t rows, size_t k, int add);
-    void (*meet_begin[2])(dsv3_meeting *a);
-    void (*meet[2])(dsv3_meeting *a, size_t nk);
-    void (*few[2][DSV3_TYPES])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows,
-                               size_t k);
-    void (*many[DSV3_TYPES])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows,
-                             size_t k);
-    void (*mix[DSV3_TYPES])(float *y, const float *x, const void *w, size_t row_bytes, const void *scale, size_t k,
+    void (*attend_begin[2])(dsv3i_attention_tile *a);
+    void (*attend[2])(dsv3i_attention_tile *a, size_t nk);
+    dsv3i_whole gemv[2][DSV3_TYPES], gemm_packed[DSV3_TYPES];
+    void (*gemv_t[DSV3_TYPES])(float *y, const float *x, const void *w, size_t row_bytes, const void *scale, size_t k,
                             size_t n);
-} dsv3_kernels;
+} dsv3i_kernels;
 
-static const dsv3_kernels *dsv3i_kernels_of(const dsv3_context *ctx) { return (const dsv3_kernels *)ctx->ops->own; }
+static const dsv3i_kernels *dsv3i_kernels_of(const dsv3_context *ctx) { return (const dsv3i_kernels *)ctx->ops->own; }
 
 /* ---- Panels: up to 64 rows of weights in columns of 16, terms interleaved, so that a SIMD register holds the same terms
  * of 16 outputs and meets numbers of x. Each output is then a chain of additions in the order of its terms, however many
@@ -6766,18 +6764,18 @@ static size_t dsv3i_codes_bytes(dsv3_type type, size_t columns, size_t k) {
 }
 
 /* Terms of a piece: those that share a scale, or as many as of FP8. */
-static size_t dsv3i_piece_terms(dsv3_type type) { return dsv3_type_block(type) > 1 ? DSV3_QBLOCK : DSV3I_TERMS; }
+static size_t dsv3i_scale_block_terms(dsv3_type type) { return dsv3_type_block(type) > 1 ? DSV3_QBLOCK : DSV3I_TERMS; }
 
-static size_t dsv3i_piece_bytes(dsv3_type type, size_t columns, size_t k) {
+static size_t dsv3i_scale_block_bytes(dsv3_type type, size_t columns, size_t k) {
     size_t scales = type == DSV3_F8_E4M3 ? 4 : dsv3_type_block(type) > 1 ? columns * DSV3I_LANES * 2 : 0;
     return dsv3i_codes_bytes(type, columns, k) + dsv3i_blocks(scales, 64) * 64;
 }
 
 /* Bytes of k terms of a panel, from the start of a piece on. */
 static size_t dsv3i_panel_bytes(dsv3_type type, size_t columns, size_t k) {
-    size_t most = dsv3i_piece_terms(type), last = k % most;
-    size_t bytes = dsv3i_mul(k / most, dsv3i_piece_bytes(type, columns, most));
-    return last == 0 ? bytes : dsv3i_add(bytes, dsv3i_piece_bytes(type, columns, last));
+    size_t most = dsv3i_scale_block_terms(type), last = k % most;
+    size_t bytes = dsv3i_mul(k / most, dsv3i_scale_block_bytes(type, columns, most));
+    return last == 0 ? bytes : dsv3i_add(bytes, dsv3i_scale_block_bytes(type, columns, last));
 }
 
 /* Columns of the panel that begins at row r. */
@@ -6796,19 +6794,19 @@ static size_t dsv3i_packed_bytes(const dsv3_tensor *w) {
 }
 
 /* The piece of a packed tensor with row r and term k. */
-static const unsigned char *dsv3i_piece_at(const dsv3_tensor *w, size_t r, size_t k) {
+static const unsigned char *dsv3i_scale_block_at(const dsv3_tensor *w, size_t r, size_t k) {
     size_t columns = dsv3i_panel_columns(w, r - r % DSV3I_PANEL);
     return (const unsigned char *)w->data + dsv3i_panel_at(w, r) +
-           dsv3i_panel_bytes(w->type, columns, k - k % dsv3i_piece_terms(w->type));
+           dsv3i_panel_bytes(w->type, columns, k - k % dsv3i_scale_block_terms(w->type));
 }
 
 /* One row of a packed tensor, number by number. */
 static void dsv3i_engine_decode_row(float *y, const dsv3_tensor *w, size_t row) {
     size_t columns = dsv3i_panel_columns(w, row - row % DSV3I_PANEL), r = row % DSV3I_PANEL, lane = r % DSV3I_LANES;
-    size_t most = dsv3i_piece_terms(w->type), at = r / DSV3I_LANES * DSV3I_LANES + lane;
+    size_t most = dsv3i_scale_block_terms(w->type), at = r / DSV3I_LANES * DSV3I_LANES + lane;
     for (size_t k = 0; k < w->cols; k++) {
         size_t i = k % most, width = columns * DSV3I_LANES;
-        const unsigned char *codes = dsv3i_piece_at(w, row, k);
+        const unsigned char *codes = dsv3i_scale_block_at(w, row, k);
         const unsigned char *scales = codes + dsv3i_codes_bytes(w->type, columns, dsv3i_min(most, w->cols - (k - i)));
         float one, half = dsv3_type_block(w->type) > 1 ? dsv3_f32_from_f16(dsv3i_u16(scales + 2 * r)) : 0.0f;
         switch (w->type) {
@@ -6842,13 +6840,13 @@ static dsv3i_form dsv3i_form_of(dsv3_type type) {
 }
 
 /* Rows r .. r+rows-1 of w, which do not reach the next multiple of 64, and terms k0 .. k0+k-1, 128 if there are as many. */
-typedef struct dsv3i_stretch {
+typedef struct dsv3i_k_block {
     const dsv3_tensor *w;
     size_t r, rows, k0, k;
-} dsv3i_stretch;
+} dsv3i_k_block;
 
 /* The scales of a stretch, but for those that kernels.pack writes. */
-static void dsv3i_stretch_scales(const dsv3_context *ctx, dsv3_panel *out, const dsv3i_stretch *a, float *s) {
+static void dsv3i_k_block_scales(const dsv3_context *ctx, dsv3i_panel *out, const dsv3i_k_block *a, float *s) {
     const dsv3_tensor *w = a->w;
     size_t codes = dsv3i_codes_bytes(w->type, out->columns, out->block), lanes = out->columns * DSV3I_LANES;
     const unsigned char *at = dsv3i_scale_at(w, a->r);
@@ -6870,7 +6868,7 @@ static void dsv3i_stretch_scales(const dsv3_context *ctx, dsv3_panel *out, const
 }
 
 /* Codes become values, block by block, or values floats. Where there are several blocks, values are bytes. */
-static void dsv3i_stretch_convert(const dsv3_kernels *kernels, dsv3_type type, int floats, float *to, dsv3_panel *w,
+static void dsv3i_k_block_convert(const dsv3i_kernels *kernels, dsv3_type type, int floats, float *to, dsv3i_panel *w,
                                   size_t k) {
     size_t each = w->block * w->columns * DSV3I_LANES;
     const unsigned char *from = (const unsigned char *)w->values;
@@ -6887,40 +6885,40 @@ static void dsv3i_stretch_convert(const dsv3_kernels *kernels, dsv3_type type, i
 }
 
 /* A stretch as products take it: where it lies, or made in scratch [DSV3I_STAGES]. Returns which product. */
-static dsv3_product dsv3i_stretch_make(const dsv3_context *ctx, dsv3_panel *out, const dsv3i_stretch *a, int fast,
+static dsv3i_gemm_kind dsv3i_k_block_make(const dsv3_context *ctx, dsv3i_panel *out, const dsv3i_k_block *a, int fast,
                                        int few, float *scratch) {
-    const dsv3_kernels *kernels = dsv3i_kernels_of(ctx);
+    const dsv3i_kernels *kernels = dsv3i_kernels_of(ctx);
     const dsv3_tensor *w = a->w;
     dsv3i_form form = dsv3i_form_of(w->type);
     float *stage = scratch, *other = scratch + DSV3I_STAGE, *scale = scratch + 2 * DSV3I_STAGE;
     size_t next_bytes = w->packed ? dsv3i_panel_bytes(w->type, dsv3i_blocks(a->rows, DSV3I_LANES), a->k) : 0;
     out->zero = w->type == DSV3_Q4_0 ? 8 : 128;
     out->columns = dsv3i_blocks(a->rows, DSV3I_LANES);
-    out->block = dsv3i_min(dsv3i_piece_terms(w->type), a->k);
-    out->values = w->packed ? (const void *)dsv3i_piece_at(w, a->r, a->k0) : stage;
+    out->block = dsv3i_min(dsv3i_scale_block_terms(w->type), a->k);
+    out->values = w->packed ? (const void *)dsv3i_scale_block_at(w, a->r, a->k0) : stage;
     out->gap = 0;
     if (w->packed && form == DSV3I_BYTES) {
-        out->gap = dsv3i_piece_bytes(w->type, out->columns, out->block) -
+        out->gap = dsv3i_scale_block_bytes(w->type, out->columns, out->block) -
                    dsv3i_codes_bytes(w->type, out->columns, out->block);
     }
     out->ahead = next_bytes;
     out->next = (const unsigned char *)out->values + out->ahead;
     out->next_bytes = 0;
-    dsv3i_stretch_scales(ctx, out, a, scale);
+    dsv3i_k_block_scales(ctx, out, a, scale);
     if (!w->packed) {
         kernels->pack[w->type](stage, scale, dsv3i_row_at(w, a->r) + dsv3_row_bytes(w->type, a->k0),
                                dsv3_row_bytes(w->type, w->cols), a->rows, a->k);
     }
     if (kernels->widen[w->type] != NULL) {
-        dsv3i_stretch_convert(kernels, w->type, 0, other, out, a->k);
+        dsv3i_k_block_convert(kernels, w->type, 0, other, out, a->k);
         other = stage;
     }
-    if (form == DSV3I_FLOATS) return DSV3_PRODUCT_F32;
-    if (fast) return form == DSV3I_BF16S ? DSV3_PRODUCT_FAST_BF16 : DSV3_PRODUCT_FAST_BYTES;
-    if (few) return form == DSV3I_BF16S ? DSV3_PRODUCT_BF16 : DSV3_PRODUCT_BYTES;
-    dsv3i_stretch_convert(kernels, w->type, 1, other, out, a->k);
+    if (form == DSV3I_FLOATS) return DSV3I_GEMM_F32;
+    if (fast) return form == DSV3I_BF16S ? DSV3I_GEMM_FAST_BF16 : DSV3I_GEMM_FAST_BYTES;
+    if (few) return form == DSV3I_BF16S ? DSV3I_GEMM_BF16 : DSV3I_GEMM_BYTES;
+    dsv3i_k_block_convert(kernels, w->type, 1, other, out, a->k);
     out->next_bytes = next_bytes;
-    return DSV3_PRODUCT_F32;
+    return DSV3I_GEMM_F32;
 }
 
 /* ---- Rows of x for products: as they are, or rounded (DSV3_FAST) for one type of weights */
@@ -6949,8 +6947,8 @@ static int dsv3i_is_rounded(const dsv3_context *ctx, dsv3_type type) {
 
 static int dsv3i_has_fast(const dsv3_context *ctx, dsv3_type type) {
     dsv3i_form form = dsv3i_form_of(type);
-    dsv3_product product = form == DSV3I_BF16S ? DSV3_PRODUCT_FAST_BF16 : DSV3_PRODUCT_FAST_BYTES;
-    return form != DSV3I_FLOATS && dsv3i_kernels_of(ctx)->product[product] != NULL;
+    dsv3i_gemm_kind product = form == DSV3I_BF16S ? DSV3I_GEMM_FAST_BF16 : DSV3I_GEMM_FAST_BYTES;
+    return form != DSV3I_FLOATS && dsv3i_kernels_of(ctx)->gemm[product] != NULL;
 }
 
 /* Floats from one rounded row of k numbers to the next, at most. */
@@ -7000,14 +6998,13 @@ static dsv3i_input dsv3i_input_round(const dsv3_context *ctx, float *out, const 
 /* y[t ldy + (r - r0)] = x_t . row r of w for n rows x_t and rows r0 <= r < r1 of w. scratch [DSV3I_STAGES] */
 static void dsv3i_rows_near_product(const dsv3_context *ctx, float *y, size_t ldy, const dsv3i_input *in, size_t n,
                                     const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
-    const dsv3_kernels *kernels = dsv3i_kernels_of(ctx);
-    void (*whole)(float *, size_t, const void *, size_t, size_t, const void *, size_t, size_t) =
-        n <= DSV3I_FEW ? kernels->few[in->fast][w->type] : in->fast ? kernels->many[w->type] : NULL;
-    dsv3i_stretch a = {w, 0, 0, 0, 0};
+    const dsv3i_kernels *kernels = dsv3i_kernels_of(ctx);
+    dsv3i_whole whole = n <= DSV3I_FEW ? kernels->gemv[in->fast][w->type] : in->fast ? kernels->gemm_packed[w->type] : NULL;
+    dsv3i_k_block a = {w, 0, 0, 0, 0};
     if (w->packed && whole != NULL && (in->fast || w->cols % 4 == 0)) {
         size_t rows = n <= DSV3I_FEW ? r1 - r0 : (r1 - r0) / DSV3I_PANEL * DSV3I_PANEL;
         DSV3_ASSERT(r0 % DSV3I_PANEL == 0 && (r1 % DSV3I_PANEL == 0 || r1 == w->rows));
-        whole(y, ldy, in->x, in->stride, n, dsv3i_piece_at(w, r0, 0), rows, w->cols);
+        whole(y, ldy, in->x, in->stride, n, dsv3i_scale_block_at(w, r0, 0), rows, w->cols);
         y += rows;
         r0 += rows;
     }
@@ -7015,11 +7012,11 @@ static void dsv3i_rows_near_product(const dsv3_context *ctx, float *y, size_t ld
         a.rows = dsv3i_min(DSV3I_PANEL - a.r % DSV3I_PANEL, r1 - a.r);
         for (a.k0 = 0; a.k0 < w->cols; a.k0 += a.k) {
             const unsigned char *x = (const unsigned char *)in->x + dsv3i_input_bytes(in->fast, w->type, a.k0);
-            dsv3_panel panel;
-            dsv3_product product;
+            dsv3i_panel panel;
+            dsv3i_gemm_kind product;
             a.k = dsv3i_min(DSV3I_TERMS, w->cols - a.k0);
-            product = dsv3i_stretch_make(ctx, &panel, &a, in->fast, n <= DSV3I_FEW, scratch);
-            kernels->product[product](y + (a.r - r0), ldy, x, in->stride, n, &panel, a.rows, a.k, a.k0 > 0);
+            product = dsv3i_k_block_make(ctx, &panel, &a, in->fast, n <= DSV3I_FEW, scratch);
+            kernels->gemm[product](y + (a.r - r0), ldy, x, in->stride, n, &panel, a.rows, a.k, a.k0 > 0);
         }
     }
 }
@@ -7027,7 +7024,7 @@ static void dsv3i_rows_near_product(const dsv3_context *ctx, float *y, size_t ld
 /* Rows of x, of n, that meet stretches of w together: what fits near caches, or four times as many where one is to be
  * made first, or where rows meet whole panels, which then take care of that. */
 static size_t dsv3i_rows_near(const dsv3_context *ctx, const dsv3_tensor *w, size_t n) {
-    int far = !w->packed || (dsv3i_is_rounded(ctx, w->type) && dsv3i_kernels_of(ctx)->many[w->type] != NULL);
+    int far = !w->packed || (dsv3i_is_rounded(ctx, w->type) && dsv3i_kernels_of(ctx)->gemm_packed[w->type] != NULL);
     size_t parts = dsv3i_blocks(n, far ? 4 * DSV3I_MANY : DSV3I_MANY);
     return parts > 1 ? dsv3i_blocks(dsv3i_blocks(n, parts), 6) * 6 : n;
 }
@@ -7050,13 +7047,13 @@ static void dsv3i_rows_product(const dsv3_context *ctx, float *y, size_t ldy, co
 
 static void dsv3i_rows_mix(const dsv3_context *ctx, float *y, size_t ldy, const float *x, size_t ldx, size_t n,
                            const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
-    const dsv3_kernels *kernels = dsv3i_kernels_of(ctx);
-    int few = n <= DSV3I_FEW && kernels->mix[w->type] != NULL && !w->packed;
+    const dsv3i_kernels *kernels = dsv3i_kernels_of(ctx);
+    int few = n <= DSV3I_FEW && kernels->gemv_t[w->type] != NULL && !w->packed;
     size_t most = n < 8 ? 4 : DSV3I_DECODE;
     for (size_t r = r0, rows; r < r1; r += rows) {
         rows = dsv3i_min(few ? DSV3_BLOCK - r % DSV3_BLOCK : most, r1 - r);
         for (size_t t = 0; t < n && few; t++) {
-            kernels->mix[w->type](y + t * ldy, x + t * ldx + (r - r0), dsv3i_row_at(w, r),
+            kernels->gemv_t[w->type](y + t * ldy, x + t * ldx + (r - r0), dsv3i_row_at(w, r),
                                   dsv3_row_bytes(w->type, w->cols), dsv3i_scale_at(w, r), rows, w->cols);
         }
         if (few) continue;
@@ -7137,7 +7134,7 @@ static int dsv3i_is_copied(const dsv3i_job *job) { return job->p.n > DSV3I_FEW &
 
 /* Do both want the same of the same rows? */
 static int dsv3i_same_input(const dsv3_context *ctx, const dsv3i_job *a, const dsv3i_job *b) {
-    const dsv3_kernels *kernels = dsv3i_kernels_of(ctx);
+    const dsv3i_kernels *kernels = dsv3i_kernels_of(ctx);
     dsv3_type type = a->p.w->type, other = b->p.w->type;
     return a->p.x == b->p.x && a->p.n == b->p.n && a->p.w->cols == b->p.w->cols && a->in.x != a->p.x &&
            dsv3i_is_rounded(ctx, type) == dsv3i_is_rounded(ctx, other) &&
@@ -7213,26 +7210,26 @@ static size_t dsv3i_engine_linear_floats(size_t n, size_t cols, size_t threads) 
 
 #define DSV3I_BACK 96u /* rows of dx, or of dW, that one item works on, at most */
 
-typedef struct dsv3i_back_job {
+typedef struct dsv3i_backward_job {
     size_t first, dx_first; /* its first items: of dW, and of dx */
     dsv3i_product p;        /* y is dy */
     float *dx, *dw;         /* [n, cols], [rows, cols]; NULL: not wanted */
     int beta0;              /* dx is set, not added to */
     int joint;              /* the next job, of the same shape, has no dx: its dy W goes to this one's, too */
-} dsv3i_back_job;
+} dsv3i_backward_job;
 
-static dsv3i_back_job dsv3i_back_job_of(float *dx, int beta0, float *dw, dsv3i_product p) {
-    dsv3i_back_job job = {0, 0, p, dx, dw, beta0, 0};
+static dsv3i_backward_job dsv3i_backward_job_of(float *dx, int beta0, float *dw, dsv3i_product p) {
+    dsv3i_backward_job job = {0, 0, p, dx, dw, beta0, 0};
     return job;
 }
 
-typedef struct dsv3i_back_arg {
+typedef struct dsv3i_backward_arg {
     const dsv3_context *ctx;
-    dsv3i_back_job *jobs;
+    dsv3i_backward_job *jobs;
     size_t count, item; /* item: rows of dx, or of dW */
     float *scratch;     /* [workers, floats]: DSV3I_DECODE rows of W */
     size_t floats;
-} dsv3i_back_arg;
+} dsv3i_backward_arg;
 
 /* Can products read rows of w as they lie? */
 static int dsv3i_is_direct(const dsv3_tensor *w) {
@@ -7240,7 +7237,7 @@ static int dsv3i_is_direct(const dsv3_tensor *w) {
 }
 
 /* dx [rows from t0 to t1-1]: each row of W is decoded once for all of them. */
-static void dsv3i_back_dx(const dsv3_context *ctx, float *dx, const dsv3i_product *p, size_t t0, size_t t1, float *rows) {
+static void dsv3i_backward_dx(const dsv3_context *ctx, float *dx, const dsv3i_product *p, size_t t0, size_t t1, float *rows) {
     size_t cols = p->w->cols, most = p->n < 8 ? 4 : DSV3I_DECODE;
     int direct = dsv3i_is_direct(p->w);
     for (size_t r = 0, end; r < p->rows; r = end) {
@@ -7253,11 +7250,11 @@ static void dsv3i_back_dx(const dsv3_context *ctx, float *dx, const dsv3i_produc
     }
 }
 
-static void dsv3i_back_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_back_arg *a = (const dsv3i_back_arg *)arg;
+static void dsv3i_backward_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_backward_arg *a = (const dsv3i_backward_arg *)arg;
     float *rows = a->scratch + worker * a->floats;
     for (size_t i = begin, j = 0; i < end; i++) {
-        const dsv3i_back_job *job = &a->jobs[j = dsv3i_list_at(a->jobs, sizeof *a->jobs, a->count, i, j)];
+        const dsv3i_backward_job *job = &a->jobs[j = dsv3i_list_at(a->jobs, sizeof *a->jobs, a->count, i, j)];
         const dsv3i_product *p = &job->p;
         size_t d = p->w->cols, from = (i - (i < job->dx_first ? job->first : job->dx_first)) * a->item;
         size_t last = dsv3i_min(from + a->item, i < job->dx_first ? p->rows : p->n);
@@ -7266,16 +7263,16 @@ static void dsv3i_back_task(void *arg, size_t begin, size_t end, size_t worker) 
             continue;
         }
         if (job->beta0) DSV3_MEMSET(job->dx + from * d, 0, (last - from) * d * sizeof *job->dx);
-        dsv3i_back_dx(a->ctx, job->dx, p, from, last, rows);
-        if (job->joint) dsv3i_back_dx(a->ctx, job->dx, &job[1].p, from, last, rows);
+        dsv3i_backward_dx(a->ctx, job->dx, p, from, last, rows);
+        if (job->joint) dsv3i_backward_dx(a->ctx, job->dx, &job[1].p, from, last, rows);
     }
 }
 
 /* Items of all jobs. Those of dW come first: they are the longest, and the loop's end would wait for them. */
-static size_t dsv3i_back_items(const dsv3i_back_arg *a) {
+static size_t dsv3i_backward_items(const dsv3i_backward_arg *a) {
     size_t items = 0;
     for (size_t j = 0; j < a->count; j++) {
-        dsv3i_back_job *job = &a->jobs[j];
+        dsv3i_backward_job *job = &a->jobs[j];
         job->first = items;
         if (job->dw != NULL && job->p.n > 0) items += dsv3i_blocks(job->p.rows, a->item);
         job->dx_first = items;
@@ -7285,9 +7282,9 @@ static size_t dsv3i_back_items(const dsv3i_back_arg *a) {
 }
 
 /* All jobs in one loop. Jobs must not share outputs, nor read what others write. scratch [threads, floats] */
-static void dsv3i_back_run(const dsv3_context *ctx, dsv3i_back_job *jobs, size_t count, float *scratch, size_t floats) {
-    dsv3i_back_arg arg = {ctx, jobs, count, DSV3I_BACK, scratch, floats};
-    size_t work = 0, items = dsv3i_back_items(&arg);
+static void dsv3i_backward_run(const dsv3_context *ctx, dsv3i_backward_job *jobs, size_t count, float *scratch, size_t floats) {
+    dsv3i_backward_arg arg = {ctx, jobs, count, DSV3I_BACK, scratch, floats};
+    size_t work = 0, items = dsv3i_backward_items(&arg);
     for (size_t j = 0; j < count; j++) {
         const dsv3i_product *p = &jobs[j].p;
         DSV3_ASSERT(floats >= (p->n < 8 ? 4 : DSV3I_DECODE) * p->w->cols);
@@ -7295,15 +7292,15 @@ static void dsv3i_back_run(const dsv3_context *ctx, dsv3i_back_job *jobs, size_t
     }
     while (arg.item > 12 && ctx->threads > 1 && items < 8 * ctx->threads) { /* enough items for all threads */
         arg.item /= 2;
-        items = dsv3i_back_items(&arg);
+        items = dsv3i_backward_items(&arg);
     }
-    dsv3i_parallel(ctx, items, work, dsv3i_back_task, &arg);
+    dsv3i_parallel(ctx, items, work, dsv3i_backward_task, &arg);
 }
 
 static void dsv3i_fast_linear_backward(const dsv3_context *ctx, float *dx, int beta0, float *dw, const dsv3i_product *p,
                                        float *scratch) {
-    dsv3i_back_job job = dsv3i_back_job_of(dx, beta0, dw, *p);
-    dsv3i_back_run(ctx, &job, 1, scratch, DSV3I_DECODE * p->w->cols);
+    dsv3i_backward_job job = dsv3i_backward_job_of(dx, beta0, dw, *p);
+    dsv3i_backward_run(ctx, &job, 1, scratch, DSV3I_DECODE * p->w->cols);
 }
 #endif
 
@@ -7376,13 +7373,13 @@ static void dsv3i_attention_layout(dsv3i_attention *at, const dsv3i_dims *m, siz
 /* ---- Attention tiles */
 
 /* The kernels' meet that applies. */
-static int dsv3i_meet_kind(const dsv3_context *ctx) {
-    return ctx->compute == DSV3_FAST && dsv3i_kernels_of(ctx)->meet[1] != NULL;
+static int dsv3i_tile_kind(const dsv3_context *ctx) {
+    return ctx->compute == DSV3_FAST && dsv3i_kernels_of(ctx)->attend[1] != NULL;
 }
 
 /* Scores p [nk] of query i become weights, 0 for keys it does not see; what its sums hold is rescaled to the new
  * maximum. */
-static void dsv3i_meet_weights(dsv3_meeting *a, size_t i, float *p, size_t nk) {
+static void dsv3i_tile_weights(dsv3i_attention_tile *a, size_t i, float *p, size_t nk) {
     size_t seen = (size_t)a->seen[i];
     float top = a->top[i], rescale, *out = a->out + i * a->ld_out;
     for (size_t j = 0; j < nk; j++) {
@@ -7396,23 +7393,23 @@ static void dsv3i_meet_weights(dsv3_meeting *a, size_t i, float *p, size_t nk) {
 }
 
 /* Of an instruction set that has tile and outer, and no more. */
-static void dsv3i_meet_tiles(dsv3_meeting *a, size_t nk) {
+static void dsv3i_tile_attend(dsv3i_attention_tile *a, size_t nk) {
     const float *keys = (const float *)a->keys, *values = (const float *)a->values;
     float *p = (float *)a->scratch;
     dsv3i_kernels_of(a->ctx)->tile(p, nk, a->q, a->ld_q, a->lanes, keys, a->ld_k, nk, a->dk);
-    for (size_t i = 0; i < a->lanes; i++) dsv3i_meet_weights(a, i, p + i * nk, nk);
+    for (size_t i = 0; i < a->lanes; i++) dsv3i_tile_weights(a, i, p + i * nk, nk);
     dsv3i_kernels_of(a->ctx)->outer(a->out, a->ld_out, a->lanes, p, nk, 1, values, a->ld_v, nk, a->dv);
 }
 
 /* Queries are ready: rows of dk numbers, state and sums are set. */
-static void dsv3i_meet_begin(dsv3_meeting *a) {
-    const dsv3_kernels *kernels = dsv3i_kernels_of(a->ctx);
-    int kind = dsv3i_meet_kind(a->ctx);
-    if (kernels->meet_begin[kind] != NULL) kernels->meet_begin[kind](a);
+static void dsv3i_tile_begin(dsv3i_attention_tile *a) {
+    const dsv3i_kernels *kernels = dsv3i_kernels_of(a->ctx);
+    int kind = dsv3i_tile_kind(a->ctx);
+    if (kernels->attend_begin[kind] != NULL) kernels->attend_begin[kind](a);
 }
 
 /* Are there keys, of nk, that a query does not see and whose values are not finite? */
-static int dsv3i_meet_hides(const dsv3_meeting *a, size_t nk) {
+static int dsv3i_tile_hides(const dsv3i_attention_tile *a, size_t nk) {
     size_t least = nk;
     for (size_t i = 0; i < a->lanes; i++) least = dsv3i_min(least, (size_t)a->seen[i]);
     for (; least < nk; least++) {
@@ -7427,8 +7424,8 @@ static int dsv3i_meet_hides(const dsv3_meeting *a, size_t nk) {
 }
 
 /* One query, for keys of dk numbers and values of dv. */
-static dsv3_meeting dsv3i_meeting_of(const dsv3i_call *c, void *scratch, dsv3_type type, size_t dk, size_t dv) {
-    dsv3_meeting a;
+static dsv3i_attention_tile dsv3i_tile_of(const dsv3i_call *c, void *scratch, dsv3_type type, size_t dk, size_t dv) {
+    dsv3i_attention_tile a;
     a.ctx = c->ctx;
     a.scratch = scratch;
     a.type = type;
@@ -7440,22 +7437,22 @@ static dsv3_meeting dsv3i_meeting_of(const dsv3i_call *c, void *scratch, dsv3_ty
 }
 
 /* The sums of query i so far. Unused ones repeat the last. */
-static void dsv3i_meet_query(dsv3_meeting *a, size_t i, const float state[2]) {
+static void dsv3i_tile_query(dsv3i_attention_tile *a, size_t i, const float state[2]) {
     a->top[i] = state[0];
     a->sum[i] = state[1];
 }
 
 /* A block of keys. What a query does not see must not matter to it, not even as 0 times infinity: then each query meets
  * what it sees alone. */
-static void dsv3i_meet(dsv3_meeting *a, size_t nk) {
-    const dsv3_kernels *kernels = dsv3i_kernels_of(a->ctx);
-    int kind = dsv3i_meet_kind(a->ctx);
-    if (!dsv3i_meet_hides(a, nk)) {
-        kernels->meet[kind](a, nk);
+static void dsv3i_tile_meets(dsv3i_attention_tile *a, size_t nk) {
+    const dsv3i_kernels *kernels = dsv3i_kernels_of(a->ctx);
+    int kind = dsv3i_tile_kind(a->ctx);
+    if (!dsv3i_tile_hides(a, nk)) {
+        kernels->attend[kind](a, nk);
         return;
     }
     for (size_t i = 0; i < a->lanes; i++) {
-        dsv3_meeting one = *a;
+        dsv3i_attention_tile one = *a;
         one.lanes = 1;
         one.q = a->q + i * a->ld_q;
         one.out = a->out + i * a->ld_out;
@@ -7464,12 +7461,12 @@ static void dsv3i_meet(dsv3_meeting *a, size_t nk) {
             one.sum[j] = a->sum[i];
             one.seen[j] = a->seen[i];
         }
-        dsv3i_meet_begin(&one);
-        if (a->seen[i] > 0) kernels->meet[kind](&one, (size_t)a->seen[i]);
+        dsv3i_tile_begin(&one);
+        if (a->seen[i] > 0) kernels->attend[kind](&one, (size_t)a->seen[i]);
         a->top[i] = one.top[0];
         a->sum[i] = one.sum[0];
     }
-    dsv3i_meet_begin(a);
+    dsv3i_tile_begin(a);
 }
 
 /* How many of nk keys from position b on does the row of a batch see? */
@@ -7555,13 +7552,13 @@ static void dsv3i_absorb_task(void *arg, size_t begin, size_t end, size_t worker
 }
 
 /* Queries of a group meet the keys of positions [begin, end); part [lanes, part_floats]. */
-static void dsv3i_segment_meet(const dsv3i_attention *b, const dsv3i_group *group, size_t begin, size_t end, float *part,
+static void dsv3i_segment_attend(const dsv3i_attention *b, const dsv3i_group *group, size_t begin, size_t end, float *part,
                                float *scratch) {
     const dsv3i_call *c = b->c;
     const dsv3i_dims *m = &c->m;
     const dsv3_cache *cache = &c->caches[c->ws->sequence[group->t]];
-    int raw = dsv3i_meet_kind(c->ctx) == 1 && cache->type == DSV3_BF16 && m->width % 2 == 0;
-    dsv3_meeting with = dsv3i_meeting_of(c, scratch, raw ? DSV3_BF16 : DSV3_F32, m->width, m->rk);
+    int raw = dsv3i_tile_kind(c->ctx) == 1 && cache->type == DSV3_BF16 && m->width % 2 == 0;
+    dsv3i_attention_tile with = dsv3i_tile_of(c, scratch, raw ? DSV3_BF16 : DSV3_F32, m->width, m->rk);
     with.lanes = group->lanes;
     with.q = b->query + group->first * m->width;
     with.out = part;
@@ -7570,9 +7567,9 @@ static void dsv3i_segment_meet(const dsv3i_attention *b, const dsv3i_group *grou
     for (size_t i = 0; i < 64; i++) {
         float state[2];
         dsv3i_attend_begin(part + i * b->part_floats, state, i < with.lanes ? m->rk : 0);
-        dsv3i_meet_query(&with, i, state);
+        dsv3i_tile_query(&with, i, state);
     }
-    dsv3i_meet_begin(&with);
+    dsv3i_tile_begin(&with);
     for (size_t at = begin, nk; at < end; at += nk) {
         nk = dsv3i_min(DSV3I_TILE_KEYS, end - at);
         for (size_t i = 0; i < 64; i++) {
@@ -7581,7 +7578,7 @@ static void dsv3i_segment_meet(const dsv3i_attention *b, const dsv3i_group *grou
         }
         with.keys = with.values = raw ? (const void *)dsv3i_cache_at(cache, c->layer, at)
                                       : dsv3i_cache_load(c->ctx, cache, c->layer, at, nk, scratch + b->tile_floats);
-        dsv3i_meet(&with, nk);
+        dsv3i_tile_meets(&with, nk);
     }
     for (size_t i = 0; i < with.lanes; i++) {
         part[i * b->part_floats + m->rk] = with.top[i];
@@ -7596,7 +7593,7 @@ static void dsv3i_segment_task(void *arg, size_t begin, size_t end, size_t worke
         size_t from = (b->segment + i % b->count) * DSV3I_SEGMENT;
         dsv3i_group group;
         if (!dsv3i_group_at(b, i / b->count, &group)) return;
-        dsv3i_segment_meet(b, &group, from, dsv3i_min(from + DSV3I_SEGMENT, group.last + 1),
+        dsv3i_segment_attend(b, &group, from, dsv3i_min(from + DSV3I_SEGMENT, group.last + 1),
                            b->part + i * b->lanes * b->part_floats, b->worker + worker * b->worker_floats);
     }
 }
@@ -7717,7 +7714,7 @@ static void dsv3i_expand_keys(const dsv3i_attention *a, dsv3i_expanded *e, const
     e->type = DSV3_F32;
     e->ld_k = m->qk;
     e->ld_v = m->dv;
-    if (dsv3i_meet_kind(c->ctx) != 1 || m->qk % 2 != 0 || m->dv < 4) return;
+    if (dsv3i_tile_kind(c->ctx) != 1 || m->qk % 2 != 0 || m->dv < 4) return;
     e->type = DSV3_BF16;
     e->ld_k = dsv3i_round_rows(c->ctx, e->keys, nk, m->qk);
     e->ld_v = dsv3i_round_rows(c->ctx, e->values, nk, m->dv);
@@ -7730,7 +7727,7 @@ static size_t dsv3i_expanded_rows(const dsv3i_call *c, size_t t, size_t h, const
     const dsv3i_dims *m = &c->m;
     const dsv3_workspace *ws = c->ws;
     size_t last;
-    dsv3_meeting with = dsv3i_meeting_of(c, scratch, e->type, m->qk, m->dv);
+    dsv3i_attention_tile with = dsv3i_tile_of(c, scratch, e->type, m->qk, m->dv);
     while (with.lanes < 64 && t + with.lanes < c->n && ws->leader[t + with.lanes] == ws->leader[t]) with.lanes++;
     last = (size_t)ws->position[t + with.lanes - 1];
     if (last < b) return with.lanes;
@@ -7741,9 +7738,9 @@ static size_t dsv3i_expanded_rows(const dsv3i_call *c, size_t t, size_t h, const
     with.ld_v = e->ld_v;
     with.ld_out = m->Ho;
     for (size_t i = 0; i < 64; i++) {
-        dsv3i_meet_query(&with, i, ws->softmax + ((t + dsv3i_min(i, with.lanes - 1)) * m->H + h) * 2);
+        dsv3i_tile_query(&with, i, ws->softmax + ((t + dsv3i_min(i, with.lanes - 1)) * m->H + h) * 2);
     }
-    dsv3i_meet_begin(&with);
+    dsv3i_tile_begin(&with);
     for (size_t j = 0; j < nk && b + j <= last; j += DSV3I_TILE_KEYS) {
         size_t some = dsv3i_min(DSV3I_TILE_KEYS, nk - j);
         for (size_t i = 0; i < 64; i++) {
@@ -7751,7 +7748,7 @@ static size_t dsv3i_expanded_rows(const dsv3i_call *c, size_t t, size_t h, const
         }
         with.keys = (const unsigned char *)e->keys + j * e->ld_k * dsv3_type_bytes(e->type);
         with.values = (const unsigned char *)e->values + j * e->ld_v * dsv3_type_bytes(e->type);
-        dsv3i_meet(&with, some);
+        dsv3i_tile_meets(&with, some);
     }
     for (size_t i = 0; i < with.lanes; i++) {
         float *state = ws->softmax + ((t + i) * m->H + h) * 2;
@@ -7843,13 +7840,13 @@ static void dsv3i_block_pack(const dsv3_context *ctx, float *panels, const float
 /* y[t, r] = x_t . w_r for nq rows x_t, by the panels that dsv3i_block_pack has made of rows w_r. y [nq, BACK_KEYS] */
 static void dsv3i_block_dots(const dsv3_context *ctx, float *y, const float *x, size_t ldx, size_t nq,
                              const float *panels, size_t nk, size_t k) {
-    dsv3_panel panel;
+    dsv3i_panel panel;
     DSV3_MEMSET(&panel, 0, sizeof panel);
     panel.columns = dsv3i_blocks(nk, DSV3I_LANES);
     for (size_t i = 0; i < k; i += DSV3I_TERMS) {
         panel.values = panels + i * panel.columns * DSV3I_LANES;
         panel.block = dsv3i_min(DSV3I_TERMS, k - i);
-        dsv3i_kernels_of(ctx)->product[DSV3_PRODUCT_F32](y, DSV3I_BACK_KEYS, x + i, ldx * sizeof *x, nq, &panel, nk,
+        dsv3i_kernels_of(ctx)->gemm[DSV3I_GEMM_F32](y, DSV3I_BACK_KEYS, x + i, ldx * sizeof *x, nq, &panel, nk,
                                                          panel.block, i > 0);
     }
 }
@@ -7872,7 +7869,7 @@ static void dsv3i_attend_backward_scores(const dsv3i_call *c, float *DSV3I_RESTR
 static void dsv3i_attend_backward_block(const dsv3i_call *c, size_t t1, size_t h, size_t j0, size_t nk, float *scratch) {
     const dsv3i_dims *m = &c->m;
     const dsv3i_backward *b = c->b;
-    const dsv3_kernels *kernels = dsv3i_kernels_of(c->ctx);
+    const dsv3i_kernels *kernels = dsv3i_kernels_of(c->ctx);
     size_t key = j0 * m->Hq + h * m->qk, value = j0 * m->Hkv + h * m->kv + m->dn;
     float *keys = scratch, *values = keys + DSV3I_BACK_KEYS * m->qk, *p = values + DSV3I_BACK_KEYS * m->dv;
     float *da = p + DSV3I_BACK_ROWS * DSV3I_BACK_KEYS;
@@ -8102,28 +8099,28 @@ static void dsv3i_fast_mlps(dsv3i_call *c, const dsv3i_mlp *list, size_t count) 
 
 #define DSV3I_NEAR 65536u /* floats of u and dY that a worker's cache surely holds */
 
-typedef struct dsv3i_ffn_back {
+typedef struct dsv3i_ffn_backward_run {
     dsv3_context ctx; /* the call's, or with one thread */
     dsv3i_call *c;
     const dsv3i_mlp *list;
     size_t row;          /* the first of the rows under way, in the order of experts */
     size_t most, floats; /* rows of the MLP that has the most; floats of a worker's scratch */
-    dsv3i_back_job *jobs;        /* [2 count] */
+    dsv3i_backward_job *jobs;        /* [2 count] */
     float *worker;               /* [threads, floats] */
     float *grouped, *h, *dh;     /* rows under way: [n, d], [n, F], [n, F] */
-} dsv3i_ffn_back;
+} dsv3i_ffn_backward_run;
 
-static void dsv3i_ffn_back_layout(dsv3i_ffn_back *at, const dsv3i_dims *m, size_t n, size_t threads, dsv3i_layout *l) {
+static void dsv3i_ffn_backward_layout(dsv3i_ffn_backward_run *at, const dsv3i_dims *m, size_t n, size_t threads, dsv3i_layout *l) {
     size_t mlps = dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1);
     size_t cols = dsv3i_max(dsv3i_max(m->d, m->I), dsv3i_max(m->F, m->Fs));
     at->floats = dsv3i_mul(DSV3I_DECODE, cols);
-    at->jobs = (dsv3i_back_job *)dsv3i_take(l, sizeof(dsv3i_back_job), 2, mlps, 1);
+    at->jobs = (dsv3i_backward_job *)dsv3i_take(l, sizeof(dsv3i_backward_job), 2, mlps, 1);
     at->worker = (float *)dsv3i_take(l, sizeof(float), threads, at->floats, 1);
 }
 
 /* Rows of tokens to grouped rows: u, dY (where dx will be), gate; h is multiplied by its gate. */
 static void dsv3i_gather_back_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_ffn_back *a = (const dsv3i_ffn_back *)arg;
+    const dsv3i_ffn_backward_run *a = (const dsv3i_ffn_backward_run *)arg;
     const dsv3i_call *c = a->c;
     size_t d = c->m.d, F = c->m.F;
     (void)worker;
@@ -8137,7 +8134,7 @@ static void dsv3i_gather_back_task(void *arg, size_t begin, size_t end, size_t w
 }
 
 /* MLPs [j0, j1), all routed experts or one that all rows go through. */
-static void dsv3i_mlps_back(dsv3i_ffn_back *a, size_t j0, size_t j1) {
+static void dsv3i_mlps_back(dsv3i_ffn_backward_run *a, size_t j0, size_t j1) {
     const dsv3i_call *c = a->c;
     const dsv3i_mlp *r = &a->list[j0];
     size_t d = c->m.d, F = r->w->gate_proj.rows, at = r->at, n = 0;
@@ -8155,30 +8152,30 @@ static void dsv3i_mlps_back(dsv3i_ffn_back *a, size_t j0, size_t j1) {
         size_t to = a->list[j].at - at;
         dsv3i_product down = dsv3i_product_of(r->pair != NULL ? a->list[j].y : (float *)(uintptr_t)r->dy, a->h + to,
                                               &a->list[j].w->down_proj, a->list[j].n);
-        a->jobs[j - j0] = dsv3i_back_job_of(a->dh + to, 1, dsv3i_grad(&a->list[j].g->down_proj), down);
+        a->jobs[j - j0] = dsv3i_backward_job_of(a->dh + to, 1, dsv3i_grad(&a->list[j].g->down_proj), down);
     }
-    dsv3i_back_run(&a->ctx, a->jobs, j1 - j0, a->worker, a->floats);
+    dsv3i_backward_run(&a->ctx, a->jobs, j1 - j0, a->worker, a->floats);
     dsv3i_swiglu_backward(&a->ctx, a->dh, da, db, n * F, gate, dgate, F);
     for (size_t j = j0; j < j1; j++) { /* dx = da W_gate + db W_up: dY's place can be dx's now */
         const dsv3i_mlp *q = &a->list[j];
         size_t to = q->at - at;
         const float *x = q->pair != NULL ? a->grouped + to / F * d : q->x;
-        dsv3i_back_job *job = a->jobs + 2 * (j - j0);
-        job[0] = dsv3i_back_job_of(q->y, 1, dsv3i_grad(&q->g->gate_proj),
+        dsv3i_backward_job *job = a->jobs + 2 * (j - j0);
+        job[0] = dsv3i_backward_job_of(q->y, 1, dsv3i_grad(&q->g->gate_proj),
                                    dsv3i_product_of(da + to, x, &q->w->gate_proj, q->n));
-        job[1] = dsv3i_back_job_of(NULL, 0, dsv3i_grad(&q->g->up_proj),
+        job[1] = dsv3i_backward_job_of(NULL, 0, dsv3i_grad(&q->g->up_proj),
                                    dsv3i_product_of(db + to, x, &q->w->up_proj, q->n));
         job->joint = 1;
     }
-    dsv3i_back_run(&a->ctx, a->jobs, 2 * (j1 - j0), a->worker, a->floats);
+    dsv3i_backward_run(&a->ctx, a->jobs, 2 * (j1 - j0), a->worker, a->floats);
     a->h = h;
 }
 
 /* Each expert by one worker, with a part of the memory that stays in its cache. */
 static void dsv3i_expert_back_task(void *arg, size_t begin, size_t end, size_t worker) {
-    dsv3i_ffn_back a = *(const dsv3i_ffn_back *)arg;
+    dsv3i_ffn_backward_run a = *(const dsv3i_ffn_backward_run *)arg;
     size_t row = worker * a.most;
-    dsv3i_back_job jobs[2];
+    dsv3i_backward_job jobs[2];
     a.ctx.threads = 1;
     a.jobs = jobs;
     a.worker += worker * a.floats;
@@ -8188,7 +8185,7 @@ static void dsv3i_expert_back_task(void *arg, size_t begin, size_t end, size_t w
     for (size_t j = begin; j < end; j++) dsv3i_mlps_back(&a, j, j + 1);
 }
 
-static void dsv3i_experts_back(dsv3i_ffn_back *a, size_t count) {
+static void dsv3i_experts_back(dsv3i_ffn_backward_run *a, size_t count) {
     size_t d = a->c->m.d, threads = a->ctx.threads, rows = 0;
     for (size_t j = 0; j < count; j++) {
         a->most = dsv3i_max(a->most, a->list[j].n);
@@ -8210,9 +8207,9 @@ static void dsv3i_experts_back(dsv3i_ffn_back *a, size_t count) {
 static void dsv3i_fast_mlps_backward(dsv3i_call *c, const dsv3i_mlp *list, size_t count) {
     dsv3i_layout l = {(unsigned char *)c->ws->scratch, 0};
     size_t experts = 0;
-    dsv3i_ffn_back a;
+    dsv3i_ffn_backward_run a;
     DSV3_MEMSET(&a, 0, sizeof a);
-    dsv3i_ffn_back_layout(&a, &c->m, c->ws->rows, c->ws->threads, &l);
+    dsv3i_ffn_backward_layout(&a, &c->m, c->ws->rows, c->ws->threads, &l);
     a.ctx = *c->ctx;
     a.c = c;
     a.list = list;
@@ -8237,8 +8234,8 @@ static size_t dsv3i_engine_pass_floats(const dsv3i_dims *m, size_t n, size_t thr
     bytes = dsv3i_max(attend.used, ffn.used);
 #ifndef DSV3_NO_TRAINING
     {
-        dsv3i_ffn_back backward;
-        dsv3i_ffn_back_layout(&backward, m, n, threads, &back);
+        dsv3i_ffn_backward_run backward;
+        dsv3i_ffn_backward_layout(&backward, m, n, threads, &back);
         bytes = dsv3i_max(bytes, back.used);
         d = dsv3i_max(d, dsv3i_mul(threads, dsv3i_attend_backward_floats(m)));
     }
@@ -8262,7 +8259,7 @@ typedef struct dsv3i_packing {
 static void dsv3i_pack_blocks(unsigned char *to, const dsv3_tensor *w, const unsigned char *codes, const float *scale,
                               size_t columns, size_t k) {
     size_t bytes = dsv3i_codes_bytes(w->type, columns, DSV3_QBLOCK), lanes = columns * DSV3I_LANES;
-    size_t piece = dsv3i_piece_bytes(w->type, columns, DSV3_QBLOCK);
+    size_t piece = dsv3i_scale_block_bytes(w->type, columns, DSV3_QBLOCK);
     for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += piece, codes += bytes, scale += lanes) {
         DSV3_MEMCPY(to, codes, bytes);
         for (size_t j = 0; j < lanes; j++) {
@@ -8352,8 +8349,10 @@ static dsv3_result dsv3i_pack_visit(dsv3i_walk *w, dsv3_tensor *slot) {
 /* Measures a model, or packs it into memory. */
 static size_t dsv3i_pack_model(const dsv3_context *ctx, dsv3_model *model, void *memory) {
     dsv3i_packing a = {ctx, model, model->lm_head.data, NULL, NULL, {NULL, 0}};
+    dsv3i_walk w;
     if (memory != NULL) a.l.base = dsv3i_layout_base(memory);
-    (void)dsv3i_walk_all(&model->config, model, &a, dsv3i_pack_visit);
+    dsv3i_walk_begin(&w, &model->config, &a, dsv3i_pack_visit);
+    (void)dsv3i_walk_all(&w, model);
     for (size_t k = 0; a.l.base != NULL && k < (size_t)model->n_mtp; k++) {
         if (model->mtp[k].shared_head_head.data == a.head) model->mtp[k].shared_head_head = model->lm_head;
     }
@@ -8368,26 +8367,31 @@ static void dsv3i_round_q8_floats(void *out, const float *x, size_t k) { dsv3i_r
 /* ========================================================================================================
  * Chapter B  >>simd
  *
- * The kernels of chapter 3 once more, for one instruction set after the other, and the choice between them. Nothing
- * here needs to be read to understand the model: a backend computes what the reference computes, within bounds that
- * tests/test_kernels.c states for each kernel and proves for each backend by name.
+ * Kernels for one instruction set after the other, and the choice between them. Nothing here needs to be read to
+ * understand the model: a backend computes what the reference computes, within bounds that tests/test_kernels.c
+ * states for each kernel and proves for each backend by name. Those of chapter 3 stand here once more, for vectors;
+ * the others work on panels (chapter 4), and the reference does without them.
  *
- * What is the same in all backends. Numbers are decoded exactly. A product has one chain of additions for each output,
- * in the order of its terms, however many rows and outputs are computed together, whether weights are packed or not; for
- * FP8, Q8_0 and Q4_0 there is a chain for each block of terms, then one over the blocks. (Of AMX a link of the chain is the
- * sum of 32 terms of BF16, always cut at the same places.) outer adds its terms in the order of j, exp treats every
- * element alike, wherever it lies. So the promises of the front page hold within each backend and
+ * What is the same in all backends. Numbers are decoded exactly. A product has one chain of additions for each
+ * output, in the order of its terms, however many rows and outputs are computed together, whether weights are packed
+ * or not; for FP8, Q8_0 and Q4_0 there is a chain for each block of terms, then one over the blocks. (Of AMX a link
+ * of the chain is the sum of 32 terms of BF16, always cut at the same places.) outer adds its terms in the order of
+ * j, exp treats every element alike, wherever it lies. So the promises of the front page hold within each backend and
  * each way of computing; between backends results differ by rounding only.
  *
- * How it is fast. Sums wait for their own previous term (4 cycles); a tile therefore has many sums at once, as many as
- * there are registers: 64 outputs times 6 rows of x with AVX-512 (32 for codes, whose whole numbers need registers, too),
- * 16 times 6 with AVX2, so that a loaded number is used 2 to 6 times. A stretch of a panel (chapter 4) stays in the first
- * cache while rows of x pass by, or, with BF16 and VNNI, a longer one in the second one, and the next is fetched
- * meanwhile. With one row there is nothing to use twice, and only reading counts: panels in two or four places are read side
- * by side, and codes never leave registers. AMX multiplies tiles, 16 rows by 16 outputs, up to 32 times as fast: then reading
- * counts with 64 rows, too.
+ * How it is fast. Sums wait for their own previous term (4 cycles); a tile therefore has many sums at once, as many
+ * as there are registers: 64 outputs times 6 rows of x with AVX-512 (32 for codes, whose whole numbers need
+ * registers, too), 16 times 6 with AVX2, so that a loaded number is used 2 to 6 times. 128 terms of a panel stay in
+ * the first cache while rows of x pass by, or, with BF16 and VNNI, more of them in the second one, and the next are
+ * fetched meanwhile. With one row there is nothing to use twice, and only reading counts: panels in two or four
+ * places are read side by side, and codes never leave registers. AMX multiplies tiles, 16 rows by 16 outputs, up to
+ * 32 times as fast: then reading counts with 64 rows, too.
  *
- * Another instruction set is one more block like these, a line in dsv3_context_init, and one in dsv3_backend_name.
+ * Kernels that need nothing but vectors of floats and words of four bytes are written once, as macros that are
+ * stamped for an instruction set. (A file that includes itself would read better, but is not found where a header is
+ * piped, pasted into another file or compiled with mapped paths.) Another instruction set brings the vector functions
+ * listed there, and what it does its own way; it needs an entry in dsv3_backend and its count, in dsv3_backend_name,
+ * in dsv3i_best_backend and in dsv3_context_init.
  * ==================================================================================================== */
 
 #ifdef DSV3I_X86
@@ -8440,39 +8444,573 @@ static dsv3_backend dsv3i_best_backend(void) {
     return DSV3_BACKEND_AMX;
 }
 
+#define DSV3I_AHEAD 8192 /* bytes by which codes are fetched ahead: about 128 terms of a panel */
+
 /* How many of n rows of x go together: kernels are made for 1, 2, 4 and, with floats or codes on both sides, 6. */
 static size_t dsv3i_rows_together(size_t n) {
     if (n <= 6) return n;
     return n <= 8 ? 4 : 6;
 }
 
+/* A call with M, a constant: the least of 1, 2, 4, 6 that is not below m <= 6. */
+#define DSV3I_BY_ROWS(m, ...)                                                                                        \
+    do {                                                                                                             \
+        if ((m) == 1) {                                                                                              \
+            enum { M = 1 };                                                                                          \
+            __VA_ARGS__;                                                                                             \
+        } else if ((m) == 2) {                                                                                       \
+            enum { M = 2 };                                                                                          \
+            __VA_ARGS__;                                                                                             \
+        } else if ((m) <= 4) {                                                                                       \
+            enum { M = 4 };                                                                                          \
+            __VA_ARGS__;                                                                                             \
+        } else {                                                                                                     \
+            enum { M = 6 };                                                                                          \
+            __VA_ARGS__;                                                                                             \
+        }                                                                                                            \
+    } while (0)
+
+/* A call with NP, a constant: n of 1, 2 or 4 vectors of outputs. */
+#define DSV3I_BY_COLUMNS(n, ...)                                                                                     \
+    do {                                                                                                             \
+        if ((n) == 1) {                                                                                              \
+            enum { NP = 1 };                                                                                         \
+            __VA_ARGS__;                                                                                             \
+        } else if ((n) == 2) {                                                                                       \
+            enum { NP = 2 };                                                                                         \
+            __VA_ARGS__;                                                                                             \
+        } else {                                                                                                     \
+            enum { NP = 4 };                                                                                         \
+            __VA_ARGS__;                                                                                             \
+        }                                                                                                            \
+    } while (0)
+
+/* A statement for all of n numbers, W lanes at a time: those from i on, of which m are there. */
+#define DSV3I_BY_LANES(V, W, n, ...)                                                                                 \
+    do {                                                                                                             \
+        size_t i = 0;                                                                                                \
+        for (; i + W <= n; i += W) {                                                                                 \
+            const V##_lanes m = V##_mask(W);                                                                         \
+            __VA_ARGS__;                                                                                             \
+        }                                                                                                            \
+        if (i < n) {                                                                                                 \
+            const V##_lanes m = V##_mask(n - i);                                                                     \
+            __VA_ARGS__;                                                                                             \
+        }                                                                                                            \
+    } while (0)
+
+/* ---- Kernels for any instruction set `isa` with vectors of W lanes. V is the prefix of its names; it has
+ *     V_f32, V_u32       vectors of floats, and of words of four bytes
+ *     V_lanes, V_mask    which lanes: 0 .. n-1, or all if there are fewer
+ *     V_set, load, store, add, sub, mul, div, neg, fma    of floats; V_clamp: NaN stays NaN
+ *     V_get, put, keep   loads some lanes, 0 in the others; stores some; sets the others to 0
+ *     V_element          some lanes from F32, F16, BF16 or, as value / 256, E4M3
+ *     V_sum              of the lanes, as a tree; its order is that of the instruction set
+ *     V_near, far        fetch a line early, to the first or the second cache
+ *     V_whole, power     for exp: x / ln 2 as a whole number; p 2^n
+ *     V_words, put_words, bytes    loads and stores words, any alignment; the first n bytes, then zeros
+ *     V_transpose, flip  W words of W rows; 128 added to each byte
+ *     V_order            words of E4M3 as a panel has them; V_blocks: codes of Q8_0 or Q4_0 one after the other
+ *     V_half             lower or upper halves of words, from F16 to float
+ *     V_bf16, nibbles    E4M3 to BF16, in two vectors; the low and the high four bits of bytes
+ *     V_floats           of words, two BF16 or four bytes to floats. */
+
+/* exp by x = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor series of e^r to r^7 (its rest is below 2^-27). Below -104
+ * results are 0, above 89 infinite. */
+#define DSV3I_VECTOR_KERNELS(V, isa, W)                                                                              \
+    DSV3I_INLINE(isa) V##_f32 V##_exp(V##_f32 x) {                                                                   \
+        V##_f32 n, r, p = V##_set(1.0f / 5040.0f);                                                                   \
+        x = V##_clamp(x, -104.0f, 89.0f);                                                                            \
+        n = V##_whole(x);                                                                                            \
+        r = V##_fma(n, V##_set(-0.693359375f), x); /* ln 2 in two parts, the first with few bits */                  \
+        r = V##_fma(n, V##_set(2.12194440e-4f), r);                                                                  \
+        p = V##_fma(p, r, V##_set(1.0f / 720.0f));                                                                   \
+        p = V##_fma(p, r, V##_set(1.0f / 120.0f));                                                                   \
+        p = V##_fma(p, r, V##_set(1.0f / 24.0f));                                                                    \
+        p = V##_fma(p, r, V##_set(1.0f / 6.0f));                                                                     \
+        p = V##_fma(p, r, V##_set(0.5f));                                                                            \
+        p = V##_fma(p, r, V##_set(1.0f));                                                                            \
+        p = V##_fma(p, r, V##_set(1.0f));                                                                            \
+        return V##_power(p, n);                                                                                      \
+    }                                                                                                                \
+    DSV3I_INLINE(isa) void V##_decode(const dsv3_type type, float *y, const void *w, size_t n) {                     \
+        const unsigned char *bytes = (const unsigned char *)w;                                                       \
+        const size_t size = type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2;                                     \
+        const V##_f32 unit = V##_set(type == DSV3_F8_E4M3 ? 256.0f : 1.0f);                                          \
+        DSV3I_BY_LANES(V, W, n, {                                                                                    \
+            if (W == 16) V##_near(bytes + i * size + 2048);                                                          \
+            V##_put(y + i, m, V##_mul(V##_element(type, m, bytes + i * size), unit));                                \
+        });                                                                                                          \
+    }                                                                                                                \
+    DSV3I_TARGET(isa) static float V##_dot(const float *x, const float *y, size_t n) {                               \
+        V##_f32 sum = V##_set(0.0f);                                                                                 \
+        DSV3I_BY_LANES(V, W, n, sum = V##_fma(V##_get(m, x + i), V##_get(m, y + i), sum));                           \
+        return V##_sum(sum);                                                                                         \
+    }                                                                                                                \
+    DSV3I_TARGET(isa) static void V##_axpy(float *y, float a, const float *x, size_t n) {                            \
+        const V##_f32 f = V##_set(a);                                                                                \
+        DSV3I_BY_LANES(V, W, n, V##_put(y + i, m, V##_fma(f, V##_get(m, x + i), V##_get(m, y + i))));                \
+    }                                                                                                                \
+    DSV3I_TARGET(isa) static float V##_exp_sum(float *p, const float *s, float top, size_t n) {                      \
+        const V##_f32 t = V##_set(top);                                                                              \
+        V##_f32 sum = V##_set(0.0f);                                                                                 \
+        DSV3I_BY_LANES(V, W, n, {                                                                                    \
+            const V##_f32 e = V##_exp(V##_sub(V##_get(m, s + i), t));                                                \
+            sum = V##_add(sum, V##_keep(m, e));                                                                      \
+            V##_put(p + i, m, e);                                                                                    \
+        });                                                                                                          \
+        return V##_sum(sum);                                                                                         \
+    }                                                                                                                \
+    DSV3I_TARGET(isa) static void V##_silu_mul(float *h, const float *a, const float *b, size_t n) {                 \
+        const V##_f32 one = V##_set(1.0f);                                                                           \
+        DSV3I_BY_LANES(V, W, n, {                                                                                    \
+            const V##_f32 v = V##_get(m, a + i), below = V##_add(one, V##_exp(V##_neg(v)));                          \
+            V##_put(h + i, m, V##_mul(V##_div(v, below), V##_get(m, b + i)));                                        \
+        });                                                                                                          \
+    }
+
+/* Panels are made, W rows of weights at a time, and their codes become values. While some terms are packed, the next
+ * k_block of their rows is fetched. */
+#define DSV3I_PANEL_KERNELS(V, isa, W)                                                                               \
+    DSV3I_TARGET(isa)                                                                                                \
+    static void V##_pack(size_t size, void *panel, const void *w, size_t row_bytes, size_t rows, size_t k) {         \
+        const size_t columns = (rows + 15) / 16, step = 64 * columns, bytes = k * size;                              \
+        for (size_t first = 0; first < 16 * columns; first += W) {                                                   \
+            const size_t real = first < rows ? dsv3i_min(rows - first, W) : 0;                                       \
+            const unsigned char *from = (const unsigned char *)w + (real > 0 ? first * row_bytes : 0);               \
+            unsigned char *to = (unsigned char *)panel + 4 * first;                                                  \
+            for (size_t i = 0; i < bytes; i += 4 * W, to += W * step) {                                              \
+                const size_t left = bytes - i;                                                                       \
+                V##_u32 r[W];                                                                                        \
+                if (real == W && left >= 4 * W) {                                                                    \
+                    DSV3I_UNROLL for (size_t j = 0; j < W; j++) {                                                    \
+                        r[j] = V##_words(from + j * row_bytes + i);                                                  \
+                        V##_near(from + j * row_bytes + i + DSV3I_TERMS * size);                                     \
+                    }                                                                                                \
+                } else {                                                                                             \
+                    for (size_t j = 0; j < W; j++) {                                                                 \
+                        r[j] = V##_bytes(from + (j < real ? j * row_bytes + i : 0), j < real ? left : 0);            \
+                    }                                                                                                \
+                }                                                                                                    \
+                V##_transpose(r);                                                                                    \
+                for (size_t j = 0; j < W && 4 * j < left; j++) {                                                     \
+                    if (size == 1) r[j] = V##_order(r[j]);                                                           \
+                    V##_put_words(to + step * j, r[j]);                                                              \
+                }                                                                                                    \
+            }                                                                                                        \
+        }                                                                                                            \
+    }                                                                                                                \
+    /* The F16 scales of a block of each row from `first` on; 0 for rows that are not there. */                      \
+    DSV3I_INLINE(isa)                                                                                                \
+    V##_f32 V##_scales(const unsigned char *block, size_t row_bytes, size_t first, size_t rows) {                    \
+        uint16_t bits[W] = {0};                                                                                      \
+        for (size_t j = first; j < dsv3i_min(rows, first + W); j++) {                                                \
+            DSV3_MEMCPY(&bits[j - first], block + j * row_bytes, 2);                                                 \
+        }                                                                                                            \
+        return V##_element(DSV3_F16, V##_mask(W), (const unsigned char *)bits);                                      \
+    }                                                                                                                \
+    /* Blocks of a scale and `size` bytes of codes, as many at a time as fill a vector. */                           \
+    DSV3I_INLINE(isa)                                                                                                \
+    void V##_pack_blocks(const size_t size, void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, \
+                         size_t k) {                                                                                 \
+        const unsigned char *from = (const unsigned char *)w;                                                        \
+        const size_t blocks = k / DSV3_QBLOCK, many = 4 * W / size, columns = (rows + 15) / 16, each = 2 + size;     \
+        for (size_t first = 0; first < 16 * columns; first += W) {                                                   \
+            unsigned char *to = (unsigned char *)panel + 4 * first;                                                  \
+            for (size_t b = 0; b < blocks; b += many) {                                                              \
+                const size_t count = dsv3i_min(many, blocks - b);                                                    \
+                V##_u32 r[W];                                                                                        \
+                DSV3I_UNROLL for (size_t j = 0; j < W; j++) {                                                        \
+                    const unsigned char *at = from + dsv3i_min(first + j, rows - 1) * row_bytes + b * each;          \
+                    r[j] = V##_blocks(size, at, count);                                                              \
+                    if (size == 32) r[j] = V##_flip(r[j]);                                                           \
+                    V##_near(at + DSV3I_TERMS / DSV3_QBLOCK * each);                                                 \
+                }                                                                                                    \
+                V##_transpose(r);                                                                                    \
+                for (size_t j = 0; j < count * size / 4; j++, to += 64 * columns) V##_put_words(to, r[j]);           \
+                for (size_t i = b; i < b + count; i++) {                                                             \
+                    V##_store(scale + 16 * i * columns + first,                                                      \
+                              V##_scales(from + i * each, row_bytes, first, rows));                                  \
+                }                                                                                                    \
+            }                                                                                                        \
+        }                                                                                                            \
+    }                                                                                                                \
+    DSV3I_TARGET(isa) static void V##_widen_f16(void *values, const void *panel, size_t columns, size_t k) {         \
+        const unsigned char *from = (const unsigned char *)panel;                                                    \
+        float *to = (float *)values;                                                                                 \
+        for (size_t i = 0; i < k; i += 2, to += 16 * columns) {                                                      \
+            for (size_t c = 0; c < 16 * columns; c += W, from += 4 * W, to += W) {                                   \
+                const V##_u32 v = V##_words(from);                                                                   \
+                V##_store(to, V##_half(v, 0));                                                                       \
+                V##_store(to + 16 * columns, V##_half(v, 1));                                                        \
+            }                                                                                                        \
+        }                                                                                                            \
+    }                                                                                                                \
+    DSV3I_TARGET(isa) static void V##_widen_f8(void *values, const void *panel, size_t columns, size_t k) {          \
+        const unsigned char *from = (const unsigned char *)panel;                                                    \
+        unsigned char *to = (unsigned char *)values;                                                                 \
+        for (size_t i = 0; i < k; i += 4, to += 64 * columns) {                                                      \
+            for (size_t c = 0; c < 16 * columns; c += W, from += 4 * W, to += 4 * W) {                               \
+                V##_u32 b[2];                                                                                        \
+                V##_bf16(b, V##_words(from));                                                                        \
+                V##_put_words(to, b[0]);                                                                             \
+                V##_put_words(to + 64 * columns, b[1]);                                                              \
+            }                                                                                                        \
+        }                                                                                                            \
+    }                                                                                                                \
+    DSV3I_TARGET(isa) static void V##_widen_q4_0(void *values, const void *panel, size_t columns, size_t k) {        \
+        const unsigned char *from = (const unsigned char *)panel;                                                    \
+        unsigned char *to = (unsigned char *)values;                                                                 \
+        for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += 256 * columns) {                                           \
+            for (size_t c = 0; c < 64 * columns; c += W, from += 4 * W, to += 4 * W) {                               \
+                V##_u32 b[2];                                                                                        \
+                V##_nibbles(b, V##_words(from));                                                                     \
+                V##_near(from + DSV3I_AHEAD);                                                                        \
+                V##_put_words(to, b[0]);                                                                             \
+                V##_put_words(to + 256 * columns, b[1]);                                                             \
+            }                                                                                                        \
+        }                                                                                                            \
+    }                                                                                                                \
+    DSV3I_INLINE(isa)                                                                                                \
+    void V##_float_panel(const int bytes, float *to, const void *panel, size_t columns, size_t k, int32_t zero) {    \
+        const unsigned char *from = (const unsigned char *)panel;                                                    \
+        const V##_f32 code = V##_set((float)zero);                                                                   \
+        const size_t each = bytes ? 4 : 2;                                                                           \
+        for (size_t i = 0; i < k; i += each, to += 16 * columns * (each - 1)) {                                      \
+            for (size_t c = 0; c < 16 * columns; c += W, from += 4 * W, to += W) {                                   \
+                V##_f32 f[4];                                                                                        \
+                V##_floats(bytes, f, V##_words(from), code);                                                         \
+                DSV3I_UNROLL for (size_t j = 0; j < each; j++) V##_store(to + 16 * columns * j, f[j]);               \
+            }                                                                                                        \
+        }                                                                                                            \
+    }
+
+/* Products with panels, and outer. M <= 6 rows of x and NP <= N vectors of outputs: M NP sums in registers. */
+#define DSV3I_PRODUCT_KERNELS(V, isa, W, N)                                                                          \
+    /* Where they lie, and which outputs are wanted. */                                                              \
+    typedef struct V##_place {                                                                                       \
+        const unsigned char *x[6], *w; /* rows; the first vector */                                                  \
+        const float *scale;                                                                                          \
+        float *y;                                                                                                    \
+        size_t ldy, n;             /* of the M rows, n are real: the others repeat the last */                       \
+        size_t step;               /* bytes from a step of w to the next */                                          \
+        size_t gap;                /* bytes from the end of a block of codes to the next */                          \
+        size_t ahead;              /* fetched early: what lies so far ahead, ... */                                  \
+        const unsigned char *next; /* ... or this, so many lines, some with each step */                             \
+        size_t lines, each;                                                                                          \
+        V##_lanes mask[N];                                                                                           \
+    } V##_place;                                                                                                     \
+    DSV3I_INLINE(isa)                                                                                                \
+    void V##_place_set(const int M, const int NP, V##_place *a, float *y, size_t ldy, const void *x, size_t ldx,     \
+                       size_t n, const void *w, size_t step, size_t columns) {                                       \
+        a->y = y;                                                                                                    \
+        a->ldy = ldy;                                                                                                \
+        a->n = dsv3i_min((size_t)M, n);                                                                              \
+        a->w = (const unsigned char *)w;                                                                             \
+        a->step = step;                                                                                              \
+        a->gap = a->ahead = a->lines = 0;                                                                            \
+        a->each = 1;                                                                                                 \
+        a->next = a->w;                                                                                              \
+        a->scale = NULL;                                                                                             \
+        DSV3I_UNROLL for (int m = 0; m < M; m++) {                                                                   \
+            a->x[m] = (const unsigned char *)x + dsv3i_min((size_t)m, n - 1) * ldx;                                  \
+        }                                                                                                            \
+        DSV3I_UNROLL for (size_t p = 0; p < (size_t)NP; p++) {                                                       \
+            a->mask[p] = V##_mask(columns > W * p ? columns - W * p : 0);                                            \
+        }                                                                                                            \
+    }                                                                                                                \
+    DSV3I_INLINE(isa) void V##_begin(const int M, const int NP, V##_f32 *acc, const V##_place *a, int add) {         \
+        DSV3I_UNROLL for (int i = 0; i < M * NP; i++) acc[i] = V##_set(0.0f);                                        \
+        if (!add) return;                                                                                            \
+        DSV3I_UNROLL for (int m = 0; m < M; m++) {                                                                   \
+            const float *y = a->y + dsv3i_min((size_t)m, a->n - 1) * a->ldy;                                         \
+            DSV3I_UNROLL for (int p = 0; p < NP; p++) acc[m * NP + p] = V##_get(a->mask[p], y + W * p);              \
+        }                                                                                                            \
+    }                                                                                                                \
+    /* y = acc; or acc * scale, added to y if `add`. Of the last 16 outputs alone, some may not be wanted. */        \
+    DSV3I_INLINE(isa) void V##_end(const int M, const int NP, V##_f32 *acc, const V##_place *a, int add) {           \
+        if (a->scale != NULL) {                                                                                      \
+            DSV3I_UNROLL for (int p = 0; p < NP; p++) {                                                              \
+                const V##_f32 scale = V##_load(a->scale + W * p);                                                    \
+                const V##_lanes old = add ? a->mask[p] : V##_mask(0);                                                \
+                DSV3I_UNROLL for (int m = 0; m < M; m++) {                                                           \
+                    const float *y = a->y + dsv3i_min((size_t)m, a->n - 1) * a->ldy + W * p;                         \
+                    acc[m * NP + p] = V##_fma(acc[m * NP + p], scale, V##_get(old, y));                              \
+                }                                                                                                    \
+            }                                                                                                        \
+        }                                                                                                            \
+        DSV3I_UNROLL for (int m = 0; m < M; m++) {                                                                   \
+            float *y = a->y + (size_t)m * a->ldy;                                                                    \
+            if ((size_t)m >= a->n) continue;                                                                         \
+            DSV3I_UNROLL for (int p = 0; p < NP; p++) {                                                              \
+                if (p < NP - 16 / W) V##_store(y + W * p, acc[m * NP + p]);                                          \
+                if (p >= NP - 16 / W) V##_put(y + W * p, a->mask[p], acc[m * NP + p]);                               \
+            }                                                                                                        \
+        }                                                                                                            \
+    }                                                                                                                \
+    /* Terms of float rows, aj floats apart, and of floats: acc += sum_j x_mj w_j. edge: vectors under the mask. */  \
+    DSV3I_INLINE(isa)                                                                                                \
+    void V##_float_terms(const int M, const int NP, const int edge, V##_f32 *acc, const V##_place *a, size_t aj,     \
+                         size_t k) {                                                                                 \
+        const unsigned char *w = a->w, *next = a->next;                                                              \
+        size_t x = 0, lines = a->lines;                                                                              \
+        for (size_t j = 0; j < k; j++, x += aj * sizeof(float), w += a->step) {                                      \
+            V##_f32 b[N];                                                                                            \
+            if (j < lines) V##_far(next + 64 * j);                                                                   \
+            DSV3I_UNROLL for (int p = 0; p < NP; p++) {                                                              \
+                const float *at = (const float *)(const void *)w + W * p;                                            \
+                b[p] = edge ? V##_get(a->mask[p], at) : V##_load(at);                                                \
+            }                                                                                                        \
+            DSV3I_UNROLL for (int m = 0; m < M; m++) {                                                               \
+                const V##_f32 f = V##_set(*(const float *)(const void *)(a->x[m] + x));                              \
+                DSV3I_UNROLL for (int p = 0; p < NP; p++) acc[m * NP + p] = V##_fma(f, b[p], acc[m * NP + p]);       \
+            }                                                                                                        \
+        }                                                                                                            \
+    }                                                                                                                \
+    /* Terms i0 .. i1-1 of float rows and panels of codes. */                                                        \
+    DSV3I_INLINE(isa)                                                                                                \
+    void V##_code_terms(const int bytes, const int M, const int NP, V##_f32 *acc, const V##_place *a, V##_f32 zero,  \
+                        size_t i0, size_t i1) {                                                                      \
+        const size_t each = bytes ? 4 : 2;                                                                           \
+        const unsigned char *w = a->w + i0 / each * a->step;                                                         \
+        for (size_t i = i0; i < i1; i += each, w += a->step) {                                                       \
+            const int rest = i1 - i < each; /* an odd last term of BF16 */                                           \
+            DSV3I_UNROLL for (int p = 0; p < NP; p += 16 / W) V##_near(w + a->ahead + 4 * W * p);                    \
+            DSV3I_UNROLL for (int p = 0; p < NP; p++) {                                                              \
+                V##_f32 f[4];                                                                                        \
+                V##_floats(bytes, f, V##_words(w + 4 * W * p), zero);                                                \
+                DSV3I_UNROLL for (size_t j = 0; j < each; j++) {                                                     \
+                    if (j > 0 && rest) continue;                                                                     \
+                    DSV3I_UNROLL for (int m = 0; m < M; m++) {                                                       \
+                        const float *x = (const float *)(const void *)a->x[m] + i + j;                               \
+                        acc[m * NP + p] = V##_fma(V##_set(*x), f[j], acc[m * NP + p]);                               \
+                    }                                                                                                \
+                }                                                                                                    \
+            }                                                                                                        \
+        }                                                                                                            \
+    }                                                                                                                \
+    DSV3I_INLINE(isa)                                                                                                \
+    void V##_exact(const dsv3i_gemm_kind kind, const int M, const int NP, V##_place *a, const dsv3i_panel *w, size_t k,  \
+                   int add) {                                                                                        \
+        const V##_f32 zero = V##_set((float)w->zero);                                                                \
+        const int scaled = w->scale != NULL;                                                                         \
+        V##_f32 acc[6 * N];                                                                                          \
+        for (size_t i = 0, end; i < k; i = end) {                                                                    \
+            end = dsv3i_min(i + w->block, k);                                                                        \
+            V##_begin(M, NP, acc, a, add && !scaled);                                                                \
+            if (kind == DSV3I_GEMM_F32) {                                                                          \
+                V##_float_terms(M, NP, 0, acc, a, 1, end - i);                                                       \
+                DSV3I_UNROLL for (int m = 0; m < M; m++) a->x[m] += (end - i) * sizeof(float);                       \
+                a->w += (end - i) * a->step;                                                                         \
+            } else {                                                                                                 \
+                V##_code_terms(kind == DSV3I_GEMM_BYTES, M, NP, acc, a, zero, i, end);                             \
+            }                                                                                                        \
+            a->w += w->gap;                                                                                          \
+            V##_end(M, NP, acc, a, add || i > 0);                                                                    \
+            a->lines = 0;                                                                                            \
+            if (scaled) a->scale += 16 * w->columns;                                                                 \
+        }                                                                                                            \
+    }                                                                                                                \
+    /* n rows, columns c0 .. of a panel. Each share of the rows fetches its share of what is read next. */           \
+    DSV3I_INLINE(isa)                                                                                                \
+    void V##_columns(const dsv3i_gemm_kind kind, const int NP, float *y, size_t ldy, const void *x, size_t ldx,         \
+                     size_t n, const dsv3i_panel *w, size_t c0, size_t rows, size_t k, int add) {                     \
+        const size_t more = kind == DSV3I_GEMM_F32 && c0 == 0 ? w->next_bytes / n : 0;                             \
+        for (size_t t = 0, m; t < n; t += m) {                                                                       \
+            V##_place a;                                                                                             \
+            m = dsv3i_rows_together(n - t);                                                                          \
+            V##_place_set(6, NP, &a, y + t * ldy + 16 * c0, ldy, (const unsigned char *)x + t * ldx, ldx, m,         \
+                          (const unsigned char *)w->values + 64 * c0, 64 * w->columns, rows - 16 * c0);              \
+            a.ahead = w->ahead;                                                                                      \
+            a.lines = more * m / 64;                                                                                 \
+            if (a.lines > 0) a.next = (const unsigned char *)w->next + more * t;                                     \
+            if (w->scale != NULL) a.scale = w->scale + 16 * c0;                                                      \
+            DSV3I_BY_ROWS(m, if (kind == DSV3I_GEMM_F32 || M <= 4) V##_exact(kind, M, NP, &a, w, k, add));         \
+        }                                                                                                            \
+    }                                                                                                                \
+    /* Whole panels at once; a narrower one in parts, of codes the smallest: not worth the instructions. */          \
+    DSV3I_INLINE(isa)                                                                                                \
+    void V##_product(const dsv3i_gemm_kind kind, float *y, size_t ldy, const void *x, size_t ldx, size_t n,             \
+                     const dsv3i_panel *w, size_t rows, size_t k, int add) {                                          \
+        const size_t few = kind == DSV3I_GEMM_F32 ? 2 : 16 / W;                                                    \
+        for (size_t c = 0, some; c < w->columns; c += some * W / 16) {                                               \
+            const size_t left = (w->columns - c) * (16 / W);                                                         \
+            some = left >= N ? N : left >= few ? few : 1;                                                            \
+            DSV3I_BY_COLUMNS(some,                                                                                   \
+                             if (NP <= N && NP * W >= 16 && (kind == DSV3I_GEMM_F32 || NP == N || NP * W == 16))   \
+                                 V##_columns(kind, NP, y, ldy, x, ldx, n, w, c, rows, k, add));                      \
+        }                                                                                                            \
+    }                                                                                                                \
+    DSV3I_INLINE(isa) void V##_outer_tile(const int M, const int NP, const V##_place *a, size_t aj, size_t k) {      \
+        V##_f32 acc[6 * N];                                                                                          \
+        V##_begin(M, NP, acc, a, 1);                                                                                 \
+        V##_float_terms(M, NP, 1, acc, a, aj, k);                                                                    \
+        V##_end(M, NP, acc, a, 0);                                                                                   \
+    }                                                                                                                \
+    /* All m rows of y and `columns` <= W NP columns. */                                                             \
+    DSV3I_INLINE(isa)                                                                                                \
+    void V##_outer_rows(const int NP, float *y, size_t ldy, size_t m, const float *x, size_t at, size_t aj,          \
+                        const float *b, size_t ldb, size_t k, size_t columns) {                                      \
+        for (size_t t = 0, rows; t < m; t += rows) {                                                                 \
+            V##_place a;                                                                                             \
+            rows = dsv3i_rows_together(m - t);                                                                       \
+            V##_place_set(6, NP, &a, y + t * ldy, ldy, x + t * at, at * sizeof *x, rows, b, ldb * sizeof *b,         \
+                          columns);                                                                                  \
+            DSV3I_BY_ROWS(rows, V##_outer_tile(M, NP, &a, aj, k));                                                   \
+        }                                                                                                            \
+    }                                                                                                                \
+    /* b in panels of W N columns and at most 160 rows, which stay in a near cache while all rows of y pass by. */   \
+    DSV3I_TARGET(isa)                                                                                                \
+    static void V##_outer(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj, const float *b,      \
+                          size_t ldb, size_t k, size_t n) {                                                          \
+        const size_t parts = dsv3i_blocks(k, 160), each = parts > 0 ? dsv3i_blocks(k, parts) : 0;                    \
+        for (size_t j = 0; j < k; j += each) {                                                                       \
+            const size_t nj = dsv3i_min(each, k - j);                                                                \
+            for (size_t i = 0, some; i < n; i += W * some) {                                                         \
+                const size_t left = n - i;                                                                           \
+                some = left > W * (N - 1) ? N : left > W ? 2 : 1;                                                    \
+                DSV3I_BY_COLUMNS(some, if (NP <= N) V##_outer_rows(NP, y + i, ldy, m, a + j * aj, at, aj,            \
+                                                                   b + j * ldb + i, ldb, nj, left));                 \
+            }                                                                                                        \
+        }                                                                                                            \
+    }
+
+/* The kernels for each type, and the table of them all. */
+#define DSV3I_DECODE_TYPE(V, isa, name, type)                                                                        \
+    DSV3I_TARGET(isa) static void V##_decode_##name(float *y, const void *w, size_t n) { V##_decode(type, y, w, n); }
+#define DSV3I_PACK_TYPE(V, isa, name, CALL)                                                                          \
+    DSV3I_TARGET(isa)                                                                                                \
+    static void V##_pack_##name(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) { \
+        (void)scale;                                                                                                 \
+        CALL;                                                                                                        \
+    }
+#define DSV3I_FLOAT_TYPE(V, isa, name, bytes)                                                                        \
+    DSV3I_TARGET(isa)                                                                                                \
+    static void V##_float_##name(float *values, const void *panel, size_t columns, size_t k, int32_t zero) {         \
+        V##_float_panel(bytes, values, panel, columns, k, zero);                                                     \
+    }
+#define DSV3I_PRODUCT_TYPE(V, isa, name, kind)                                                                       \
+    DSV3I_TARGET(isa)                                                                                                \
+    static void V##_product_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3i_panel *w,   \
+                                   size_t rows, size_t k, int add) {                                                 \
+        V##_product(kind, y, ldy, x, ldx, n, w, rows, k, add);                                                       \
+    }
+#define DSV3I_TYPE_KERNELS(V, isa)                                                                                   \
+    DSV3I_DECODE_TYPE(V, isa, f32, DSV3_F32)                                                                         \
+    DSV3I_DECODE_TYPE(V, isa, f16, DSV3_F16)                                                                         \
+    DSV3I_DECODE_TYPE(V, isa, bf16, DSV3_BF16)                                                                       \
+    DSV3I_DECODE_TYPE(V, isa, f8_e4m3, DSV3_F8_E4M3)                                                                 \
+    DSV3I_PACK_TYPE(V, isa, 4, V##_pack(4, panel, w, row_bytes, rows, k))                                            \
+    DSV3I_PACK_TYPE(V, isa, 2, V##_pack(2, panel, w, row_bytes, rows, k))                                            \
+    DSV3I_PACK_TYPE(V, isa, 1, V##_pack(1, panel, w, row_bytes, rows, k))                                            \
+    DSV3I_PACK_TYPE(V, isa, q8_0, V##_pack_blocks(32, panel, scale, w, row_bytes, rows, k))                          \
+    DSV3I_PACK_TYPE(V, isa, q4_0, V##_pack_blocks(16, panel, scale, w, row_bytes, rows, k))                          \
+    DSV3I_FLOAT_TYPE(V, isa, bf16, 0)                                                                                \
+    DSV3I_FLOAT_TYPE(V, isa, bytes, 1)                                                                               \
+    DSV3I_PRODUCT_TYPE(V, isa, f32, DSV3I_GEMM_F32)                                                                \
+    DSV3I_PRODUCT_TYPE(V, isa, bf16, DSV3I_GEMM_BF16)                                                              \
+    DSV3I_PRODUCT_TYPE(V, isa, bytes, DSV3I_GEMM_BYTES)
+
+/* What AVX2 and AVX-512 have in common but for their width. */
+#define DSV3I_X86_VECTORS(V, isa, bits)                                                                              \
+    typedef __m##bits V##_f32;                                                                                       \
+    typedef __m##bits##i V##_u32;                                                                                    \
+    DSV3I_INLINE(isa) V##_f32 V##_set(float a) { return _mm##bits##_set1_ps(a); }                                    \
+    DSV3I_INLINE(isa) V##_f32 V##_load(const float *at) { return _mm##bits##_loadu_ps(at); }                         \
+    DSV3I_INLINE(isa) void V##_store(float *at, V##_f32 v) { _mm##bits##_storeu_ps(at, v); }                         \
+    DSV3I_INLINE(isa) V##_f32 V##_add(V##_f32 a, V##_f32 b) { return _mm##bits##_add_ps(a, b); }                     \
+    DSV3I_INLINE(isa) V##_f32 V##_sub(V##_f32 a, V##_f32 b) { return _mm##bits##_sub_ps(a, b); }                     \
+    DSV3I_INLINE(isa) V##_f32 V##_mul(V##_f32 a, V##_f32 b) { return _mm##bits##_mul_ps(a, b); }                     \
+    DSV3I_INLINE(isa) V##_f32 V##_div(V##_f32 a, V##_f32 b) { return _mm##bits##_div_ps(a, b); }                     \
+    DSV3I_INLINE(isa) V##_f32 V##_neg(V##_f32 a) { return _mm##bits##_xor_ps(a, _mm##bits##_set1_ps(-0.0f)); }       \
+    DSV3I_INLINE(isa) V##_f32 V##_fma(V##_f32 a, V##_f32 b, V##_f32 c) { return _mm##bits##_fmadd_ps(a, b, c); }     \
+    DSV3I_INLINE(isa) V##_f32 V##_clamp(V##_f32 x, float low, float high) {                                          \
+        return _mm##bits##_min_ps(_mm##bits##_set1_ps(high), _mm##bits##_max_ps(_mm##bits##_set1_ps(low), x));       \
+    }                                                                                                                \
+    DSV3I_INLINE(isa) void V##_near(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T0); }        \
+    DSV3I_INLINE(isa) void V##_far(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T1); }         \
+    DSV3I_INLINE(isa) V##_u32 V##_words(const void *at) { return _mm##bits##_loadu_si##bits((const V##_u32 *)at); }  \
+    DSV3I_INLINE(isa) void V##_put_words(void *at, V##_u32 v) { _mm##bits##_storeu_si##bits((V##_u32 *)at, v); }     \
+    DSV3I_INLINE(isa) V##_u32 V##_flip(V##_u32 v) {                                                                  \
+        return _mm##bits##_xor_si##bits(v, _mm##bits##_set1_epi8((char)-128));                                       \
+    }                                                                                                                \
+    DSV3I_INLINE(isa) void V##_nibbles(V##_u32 b[2], V##_u32 v) {                                                    \
+        b[0] = _mm##bits##_and_si##bits(v, _mm##bits##_set1_epi8(15));                                               \
+        b[1] = _mm##bits##_and_si##bits(_mm##bits##_srli_epi16(v, 4), _mm##bits##_set1_epi8(15));                    \
+    }                                                                                                                \
+    DSV3I_INLINE(isa) void V##_floats(const int bytes, V##_f32 f[4], V##_u32 v, V##_f32 zero) {                      \
+        const V##_u32 byte = _mm##bits##_set1_epi32(255);                                                            \
+        if (bytes) {                                                                                                 \
+            const V##_u32 two = _mm##bits##_srli_epi32(v, 8), three = _mm##bits##_srli_epi32(v, 16);                 \
+            f[0] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(v, byte)), zero);                        \
+            f[1] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(two, byte)), zero);                      \
+            f[2] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(three, byte)), zero);                    \
+            f[3] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_srli_epi32(v, 24)), zero);                            \
+        } else {                                                                                                     \
+            f[0] = _mm##bits##_castsi##bits##_ps(_mm##bits##_slli_epi32(v, 16));                                     \
+            f[1] = _mm##bits##_castsi##bits##_ps(_mm##bits##_and_si##bits(v, _mm##bits##_set1_epi32(-65536)));       \
+        }                                                                                                            \
+    }
+
 /* ---- AVX2, FMA, F16C: 8 lanes. */
 
 #define DSV3I_AVX2 "avx2,fma,f16c"
+DSV3I_X86_VECTORS(dsv3i_avx2, DSV3I_AVX2, 256)
 
-/* exp by x = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor series of e^r to r^7 (its rest is below 2^-27). 2^n comes in
- * two factors, so that results may be subnormal; below -104 they are 0, above 89 infinite. NaN stays NaN. */
-DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_exp(__m256 x) {
-    const __m256i bias = _mm256_set1_epi32(127);
-    __m256 n, r, p;
-    __m256i i, half;
-    x = _mm256_min_ps(_mm256_set1_ps(89.0f), _mm256_max_ps(_mm256_set1_ps(-104.0f), x));
-    n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x); /* ln 2 in two parts, the first with few bits */
-    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
-    p = _mm256_set1_ps(1.0f / 5040.0f);
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 720.0f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 120.0f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 24.0f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 6.0f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
-    i = _mm256_cvtps_epi32(n);
-    half = _mm256_srai_epi32(i, 1);
-    p = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23)));
-    i = _mm256_sub_epi32(i, half);
-    return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(i, bias), 23)));
+typedef size_t dsv3i_avx2_lanes; /* there are no masks but vectors, made where they are needed */
+
+DSV3I_INLINE(DSV3I_AVX2) size_t dsv3i_avx2_mask(size_t n) { return n; }
+
+/* Lanes 0 .. n-1 of 8. */
+DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_first(size_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_get(size_t n, const float *at) {
+    return n >= 8 ? _mm256_loadu_ps(at) : _mm256_maskload_ps(at, dsv3i_avx2_first(n));
+}
+
+DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_put(float *at, size_t n, __m256 v) {
+    if (n >= 8) {
+        _mm256_storeu_ps(at, v);
+    } else {
+        _mm256_maskstore_ps(at, dsv3i_avx2_first(n), v);
+    }
+}
+
+DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_keep(size_t n, __m256 v) {
+    return n >= 8 ? v : _mm256_and_ps(v, _mm256_castsi256_ps(dsv3i_avx2_first(n)));
+}
+
+DSV3I_INLINE(DSV3I_AVX2) __m128i dsv3i_avx2_bytes_16(const unsigned char *at) {
+    return _mm_loadu_si128((const __m128i *)(const void *)at);
+}
+
+DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_bytes(const unsigned char *at, size_t n) {
+    unsigned char part[32] = {0};
+    if (n >= 32) return dsv3i_avx2_words(at);
+    DSV3_MEMCPY(part, at, n);
+    return dsv3i_avx2_words(part);
+}
+
+/* E4M3: the code's seven low bits become exponent and fraction of a half, whose exponent is 8 too small: what is
+ * returned is the value / 256, exactly, and NaN for NaN. */
+DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_element(const dsv3_type type, size_t n, const unsigned char *at) {
+    const __m128i bits = _mm_set1_epi16(0x3F80);
+    unsigned char part[32] = {0};
+    __m128i h;
+    if (n < 8) {
+        DSV3_MEMCPY(part, at, n * (type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2));
+        at = part;
+    }
+    if (type == DSV3_F32) return _mm256_castsi256_ps(dsv3i_avx2_words(at));
+    if (type == DSV3_F16) return _mm256_cvtph_ps(dsv3i_avx2_bytes_16(at));
+    if (type == DSV3_BF16) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(dsv3i_avx2_bytes_16(at)), 16));
+    }
+    h = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)(const void *)at));
+    h = _mm_and_si128(_mm_slli_epi16(h, 7), _mm_set1_epi16((short)-16512)); /* 0xBF80: sign, exponent, fraction */
+    return _mm256_cvtph_ps(_mm_or_si128(h, _mm_srli_epi16(_mm_cmpeq_epi16(_mm_and_si128(h, bits), bits), 1)));
 }
 
 /* The sums of the lanes of a, b, c, d: ((l0+l2)+(l1+l3)) + ((l4+l6)+(l5+l7)) of each. */
@@ -8483,202 +9021,21 @@ DSV3I_INLINE(DSV3I_AVX2) __m128 dsv3i_avx2_sums(__m256 a, __m256 b, __m256 c, __
     return _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
 }
 
-/* The first n <= 4 of 4 numbers. (A store under a mask would be a slow one on some processors.) */
-DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_store(float *y, __m128 v, size_t n) {
-    float four[4];
-    if (n >= 4) {
-        _mm_storeu_ps(y, v);
-        return;
-    }
-    _mm_storeu_ps(four, v);
-    for (size_t i = 0; i < n; i++) y[i] = four[i];
+DSV3I_INLINE(DSV3I_AVX2) float dsv3i_avx2_sum(__m256 v) { return _mm_cvtss_f32(dsv3i_avx2_sums(v, v, v, v)); }
+
+DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_whole(__m256 x) {
+    return _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
+                           _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
-/* Lanes 0 .. n-1 of 8. */
-DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_mask(size_t n) {
-    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+/* 2^n comes in two factors, so that results may be subnormal. */
+DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_power(__m256 p, __m256 n) {
+    const __m256i bias = _mm256_set1_epi32(127), i = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(i, 1);
+    const __m256i rest = _mm256_sub_epi32(i, half);
+    p = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23)));
+    return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23)));
 }
 
-/* Elements 0 .. 7 at w. E4M3: the code's seven low bits become exponent and fraction of a half, whose exponent is 8 too
- * small: what is returned is the value / 256, exactly, and NaN for NaN. */
-DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_load(const dsv3_type type, const unsigned char *w) {
-    const void *at = w;
-    __m128i h, nan;
-    if (type == DSV3_F32) return _mm256_loadu_ps((const float *)at);
-    if (type == DSV3_F16) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at));
-    if (type == DSV3_BF16) {
-        __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)at));
-        return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-    }
-    h = _mm_and_si128(_mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)at)), 7),
-                      _mm_set1_epi16((short)-16512)); /* 0xBF80: sign, exponent, fraction */
-    nan = _mm_cmpeq_epi16(_mm_and_si128(h, _mm_set1_epi16(0x3F80)), _mm_set1_epi16(0x3F80));
-    return _mm256_cvtph_ps(_mm_or_si128(h, _mm_srli_epi16(nan, 1)));
-}
-
-DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_decode(const dsv3_type type, float *y, const void *w, size_t n) {
-    const unsigned char *bytes = (const unsigned char *)w;
-    const size_t size = type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2;
-    const __m256 unit = _mm256_set1_ps(type == DSV3_F8_E4M3 ? 256.0f : 1.0f);
-    unsigned char rest[32] = {0};
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        _mm256_storeu_ps(y + i, _mm256_mul_ps(dsv3i_avx2_load(type, bytes + i * size), unit));
-    }
-    if (i == n) return;
-    DSV3_MEMCPY(rest, bytes + i * size, (n - i) * size);
-    _mm256_maskstore_ps(y + i, dsv3i_avx2_mask(n - i), _mm256_mul_ps(dsv3i_avx2_load(type, rest), unit));
-}
-
-/* Q8_0 and Q4_0: whole blocks. */
-DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_decode_blocks(const size_t size, float *y, const void *w, size_t n) {
-    const unsigned char *bytes = (const unsigned char *)w;
-    for (size_t i = 0; i < n; i += DSV3_QBLOCK, bytes += 2 + size) {
-        const __m128i low = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
-        __m128i part[2];
-        __m256 d;
-        uint16_t bits;
-        DSV3_MEMCPY(&bits, bytes, 2);
-        d = _mm256_set1_ps(_cvtsh_ss(bits));
-        DSV3_MEMCPY(&part[0], bytes + 2, 16);
-        if (size == 32) {
-            DSV3_MEMCPY(&part[1], bytes + 18, 16);
-        } else {
-            part[1] = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(part[0], 4), low), eight);
-            part[0] = _mm_sub_epi8(_mm_and_si128(part[0], low), eight);
-        }
-        DSV3I_UNROLL for (int j = 0; j < 4; j++) {
-            const __m128i q = j % 2 ? _mm_srli_si128(part[j / 2], 8) : part[j / 2];
-            _mm256_storeu_ps(y + i + 8 * (size_t)j, _mm256_mul_ps(d, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q))));
-        }
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX2) static void dsv3i_avx2_decode_q8_0(float *y, const void *w, size_t n) {
-    dsv3i_avx2_decode_blocks(32, y, w, n);
-}
-
-DSV3I_TARGET(DSV3I_AVX2) static void dsv3i_avx2_decode_q4_0(float *y, const void *w, size_t n) {
-    dsv3i_avx2_decode_blocks(16, y, w, n);
-}
-
-/* Four rows of w and nx (1 or 3) of x: acc[4 t + r] += eight terms of x_t . w_r */
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_terms(const int nx, __m256 acc[12], const float *const x[3], const float *const w[4], size_t at) {
-    __m256 f[4];
-    DSV3I_UNROLL for (int r = 0; r < 4; r++) f[r] = _mm256_loadu_ps(w[r] + at);
-    DSV3I_UNROLL for (int t = 0; t < nx; t++) {
-        const __m256 xt = _mm256_loadu_ps(x[t] + at);
-        DSV3I_UNROLL for (int r = 0; r < 4; r++) acc[4 * t + r] = _mm256_fmadd_ps(xt, f[r], acc[4 * t + r]);
-    }
-}
-
-/* The last k < 8 terms, filled up with zeros. */
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_rest(const int nx, __m256 acc[12], const float *const x[3], const float *const w[4], size_t at,
-                     size_t k) {
-    float fx[3][8] = {{0}, {0}, {0}}, fw[4][8] = {{0}, {0}, {0}, {0}};
-    const float *const px[3] = {fx[0], fx[1], fx[2]}, *const pw[4] = {fw[0], fw[1], fw[2], fw[3]};
-    for (int t = 0; t < nx; t++) DSV3_MEMCPY(fx[t], x[t] + at, k * sizeof(float));
-    for (int r = 0; r < 4; r++) DSV3_MEMCPY(fw[r], w[r] + at, k * sizeof(float));
-    dsv3i_avx2_terms(nx, acc, px, pw, 0);
-}
-
-/* nw <= 4 rows of w, nx (1 or 3) of x, of which n are stored. What is not there is its neighbour once more. */
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_dots(const int nx, float *y, size_t ldy, const float *x, size_t ldx, size_t n, const float *w,
-                     size_t ldw, size_t nw, size_t k) {
-    const float *const xs[3] = {x, x + dsv3i_min(1, n - 1) * ldx, x + dsv3i_min(2, n - 1) * ldx};
-    const float *const ws[4] = {w, w + dsv3i_min(1, nw - 1) * ldw, w + dsv3i_min(2, nw - 1) * ldw,
-                                w + dsv3i_min(3, nw - 1) * ldw};
-    __m256 acc[12];
-    size_t i = 0;
-    DSV3I_UNROLL for (int j = 0; j < 4 * nx; j++) acc[j] = _mm256_setzero_ps();
-    for (; i + 8 <= k; i += 8) dsv3i_avx2_terms(nx, acc, xs, ws, i);
-    if (i < k) dsv3i_avx2_rest(nx, acc, xs, ws, i, k - i);
-    DSV3I_UNROLL for (int t = 0; t < nx; t++) {
-        const __m128 sums = dsv3i_avx2_sums(acc[4 * t], acc[4 * t + 1], acc[4 * t + 2], acc[4 * t + 3]);
-        if ((size_t)t < n) dsv3i_avx2_store(y + (size_t)t * ldy, sums, nw);
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_tile(float *y, size_t ldy, const float *x, size_t ldx, size_t nx, const float *w, size_t ldw,
-                            size_t nw, size_t k) {
-    for (size_t t = 0; t < nx; t += 3) {
-        for (size_t r = 0; r < nw; r += 4) {
-            const size_t n = dsv3i_min(3, nx - t), rows = dsv3i_min(4, nw - r);
-            if (n == 1) {
-                dsv3i_avx2_dots(1, y + t * ldy + r, ldy, x + t * ldx, ldx, 1, w + r * ldw, ldw, rows, k);
-            } else {
-                dsv3i_avx2_dots(3, y + t * ldy + r, ldy, x + t * ldx, ldx, n, w + r * ldw, ldw, rows, k);
-            }
-        }
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX2) static float dsv3i_avx2_dot(const float *x, const float *y, size_t n) {
-    const float *const xs[3] = {x, x, x}, *const ys[4] = {y, y, y, y};
-    __m256 acc[12];
-    size_t i = 0;
-    acc[0] = acc[1] = acc[2] = acc[3] = _mm256_setzero_ps();
-    for (; i + 8 <= n; i += 8) acc[0] = _mm256_fmadd_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i), acc[0]);
-    if (i < n) dsv3i_avx2_rest(1, acc, xs, ys, i, n - i);
-    return _mm_cvtss_f32(dsv3i_avx2_sums(acc[0], acc[0], acc[0], acc[0]));
-}
-
-DSV3I_TARGET(DSV3I_AVX2) static void dsv3i_avx2_axpy(float *y, float a, const float *x, size_t n) {
-    const __m256 f = _mm256_set1_ps(a);
-    __m256i mask;
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        _mm256_storeu_ps(y + i, _mm256_fmadd_ps(f, _mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i)));
-    }
-    mask = dsv3i_avx2_mask(n - i);
-    if (i < n) {
-        _mm256_maskstore_ps(y + i, mask,
-                            _mm256_fmadd_ps(f, _mm256_maskload_ps(x + i, mask), _mm256_maskload_ps(y + i, mask)));
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX2) static float dsv3i_avx2_exp_sum(float *p, const float *s, float top, size_t n) {
-    const __m256 t = _mm256_set1_ps(top);
-    __m256 sum = _mm256_setzero_ps(), e;
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        e = dsv3i_avx2_exp(_mm256_sub_ps(_mm256_loadu_ps(s + i), t));
-        sum = _mm256_add_ps(sum, e);
-        _mm256_storeu_ps(p + i, e);
-    }
-    if (i < n) {
-        const __m256i mask = dsv3i_avx2_mask(n - i);
-        e = dsv3i_avx2_exp(_mm256_sub_ps(_mm256_maskload_ps(s + i, mask), t));
-        sum = _mm256_add_ps(sum, _mm256_and_ps(e, _mm256_castsi256_ps(mask)));
-        _mm256_maskstore_ps(p + i, mask, e);
-    }
-    return _mm_cvtss_f32(dsv3i_avx2_sums(sum, sum, sum, sum));
-}
-
-DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_silu(__m256 a, __m256 b) {
-    const __m256 one = _mm256_set1_ps(1.0f), minus = _mm256_set1_ps(-0.0f);
-    return _mm256_mul_ps(_mm256_div_ps(a, _mm256_add_ps(one, dsv3i_avx2_exp(_mm256_xor_ps(a, minus)))), b);
-}
-
-DSV3I_TARGET(DSV3I_AVX2) static void dsv3i_avx2_silu_mul(float *h, const float *a, const float *b, size_t n) {
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        _mm256_storeu_ps(h + i, dsv3i_avx2_silu(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i)));
-    }
-    if (i < n) {
-        const __m256i mask = dsv3i_avx2_mask(n - i);
-        _mm256_maskstore_ps(h + i, mask,
-                            dsv3i_avx2_silu(_mm256_maskload_ps(a + i, mask), _mm256_maskload_ps(b + i, mask)));
-    }
-}
-
-/* ---- AVX2: products with panels */
-
-/* 8 rows of 8 words of four bytes, transposed. */
 DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_transpose(__m256i r[8]) {
     __m256i t[8];
     DSV3I_UNROLL for (int i = 0; i < 4; i++) {
@@ -8698,397 +9055,120 @@ DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_transpose(__m256i r[8]) {
     }
 }
 
-/* Up to 32 bytes of each of 16 rows (NULL: zeros); steps of four bytes lie `step` apart. */
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_pack_words(unsigned char *to, size_t step, const unsigned char *const w[16], size_t bytes,
-                           __m256i code, int fp8) {
-    const __m256i order = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
-    for (size_t half = 0; half < 2; half++) {
-        __m256i r[8];
-        for (size_t j = 0; j < 8; j++) {
-            const unsigned char *at = w[8 * half + j];
-            unsigned char part[32] = {0};
-            if (at != NULL && bytes >= 32) {
-                r[j] = _mm256_loadu_si256((const __m256i *)(const void *)at);
-            } else {
-                if (at != NULL) DSV3_MEMCPY(part, at, bytes);
-                r[j] = _mm256_loadu_si256((const __m256i *)(const void *)part);
-            }
-            r[j] = _mm256_xor_si256(r[j], code);
-        }
-        dsv3i_avx2_transpose(r);
-        for (size_t j = 0; j < 8 && 4 * j < bytes; j++) {
-            if (fp8) r[j] = _mm256_shuffle_epi8(r[j], order);
-            _mm256_storeu_si256((__m256i *)(void *)(to + step * j + 32 * half), r[j]);
-        }
-    }
+DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_order(__m256i v) {
+    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    return _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(order));
 }
 
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_pack(const size_t size, void *panel, const void *w, size_t row_bytes, size_t rows, size_t k) {
-    const size_t columns = (rows + 15) / 16;
-    for (size_t c = 0; c < columns; c++) {
-        unsigned char *to = (unsigned char *)panel + 64 * c;
-        for (size_t i = 0; i < k * size; i += 32, to += 8 * 64 * columns) {
-            const unsigned char *at[16];
-            for (size_t j = 0; j < 16; j++) {
-                at[j] = 16 * c + j < rows ? (const unsigned char *)w + (16 * c + j) * row_bytes + i : NULL;
-            }
-            dsv3i_avx2_pack_words(to, 64 * columns, at, dsv3i_min(32, k * size - i), _mm256_setzero_si256(), size == 1);
-        }
-    }
+/* The codes of `count` blocks of 2 + size bytes: one of Q8_0, two of Q4_0 or, at the end of a row, one. */
+DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_blocks(const size_t size, const unsigned char *w, size_t count) {
+    if (size == 32) return dsv3i_avx2_words(w + 2);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(dsv3i_avx2_bytes_16(w + 2)),
+                                   count == 2 ? dsv3i_avx2_bytes_16(w + 20) : _mm_setzero_si128(), 1);
 }
 
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_pack_4(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
-    (void)scale;
-    dsv3i_avx2_pack(4, panel, w, row_bytes, rows, k);
-}
-
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_pack_2(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
-    (void)scale;
-    dsv3i_avx2_pack(2, panel, w, row_bytes, rows, k);
-}
-
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_pack_1(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
-    (void)scale;
-    dsv3i_avx2_pack(1, panel, w, row_bytes, rows, k);
-}
-
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_pack_blocks(const size_t size, void *panel, float *scale, const void *w, size_t row_bytes, size_t rows,
-                            size_t k) {
-    const __m256i code = _mm256_set1_epi8(size == 32 ? (char)-128 : 0);
-    const size_t columns = (rows + 15) / 16;
-    unsigned char *to = (unsigned char *)panel;
-    for (size_t b = 0; b < k / DSV3_QBLOCK; b++, to += (size / 4 - 1) * 64 * columns) {
-        for (size_t c = 0; c < columns; c++, to += 64, scale += 16) {
-            const unsigned char *at[16];
-            uint16_t bits[16];
-            for (size_t j = 0; j < 16; j++) {
-                const unsigned char *block =
-                    (const unsigned char *)w + dsv3i_min(16 * c + j, rows - 1) * row_bytes + b * (2 + size);
-                DSV3_MEMCPY(&bits[j], block, 2);
-                if (16 * c + j >= rows) bits[j] = 0;
-                at[j] = block + 2;
-            }
-            dsv3i_avx2_pack_words(to, 64 * columns, at, size, code, 0);
-            _mm256_storeu_ps(scale, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)bits)));
-            _mm256_storeu_ps(scale + 8, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(bits + 8))));
-        }
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_pack_q8_0(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
-    dsv3i_avx2_pack_blocks(32, panel, scale, w, row_bytes, rows, k);
-}
-
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_pack_q4_0(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
-    dsv3i_avx2_pack_blocks(16, panel, scale, w, row_bytes, rows, k);
-}
-
-/* The lower and the upper 16 bits of eight words, each as eight halves. */
-DSV3I_INLINE(DSV3I_AVX2) __m128i dsv3i_avx2_halves(__m256i v, const int upper) {
+DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_half(__m256i v, const int upper) {
     const __m256i w = upper ? _mm256_srli_epi32(v, 16) : _mm256_and_si256(v, _mm256_set1_epi32(65535));
-    return _mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
+    return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
 }
 
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_widen_f16(void *values, const void *panel, size_t columns, size_t k) {
-    const unsigned char *from = (const unsigned char *)panel;
-    float *to = (float *)values;
-    for (size_t i = 0; i < k; i += 2, to += 16 * columns) {
-        for (size_t c = 0; c < 2 * columns; c++, from += 32, to += 8) {
-            const __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)from);
-            _mm256_storeu_ps(to, _mm256_cvtph_ps(dsv3i_avx2_halves(v, 0)));
-            _mm256_storeu_ps(to + 16 * columns, _mm256_cvtph_ps(dsv3i_avx2_halves(v, 1)));
-        }
+/* By way of halves, as dsv3i_avx2_element. */
+DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_bf16(__m256i b[2], __m256i v) {
+    const __m256i bits = _mm256_set1_epi16(0x3F80), zero = _mm256_setzero_si256();
+    const __m256 unit = _mm256_set1_ps(256.0f);
+    b[0] = _mm256_unpacklo_epi8(zero, v);
+    b[1] = _mm256_unpackhi_epi8(zero, v);
+    DSV3I_UNROLL for (int i = 0; i < 2; i++) {
+        __m256i h = _mm256_and_si256(_mm256_srai_epi16(b[i], 1), _mm256_set1_epi16((short)-16512)), low, high;
+        h = _mm256_or_si256(h, _mm256_srli_epi16(_mm256_cmpeq_epi16(_mm256_and_si256(h, bits), bits), 1));
+        low = _mm256_castps_si256(_mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(h)), unit));
+        high = _mm256_castps_si256(_mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)), unit));
+        h = _mm256_packus_epi32(_mm256_srli_epi32(low, 16), _mm256_srli_epi32(high, 16));
+        b[i] = _mm256_permute4x64_epi64(h, 0xD8);
     }
 }
 
-/* 16 codes of E4M3 in the upper bytes of v, to BF16, by way of halves (see dsv3i_avx2_load). */
-DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_bf16(__m256i v) {
-    const __m256i bits = _mm256_set1_epi16(0x3F80);
-    __m256i h = _mm256_and_si256(_mm256_srai_epi16(v, 1), _mm256_set1_epi16((short)-16512));
-    __m256 a, b;
-    h = _mm256_or_si256(h, _mm256_srli_epi16(_mm256_cmpeq_epi16(_mm256_and_si256(h, bits), bits), 1));
-    a = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_set1_ps(256.0f));
-    b = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)), _mm256_set1_ps(256.0f));
-    h = _mm256_packus_epi32(_mm256_srli_epi32(_mm256_castps_si256(a), 16),
-                            _mm256_srli_epi32(_mm256_castps_si256(b), 16));
-    return _mm256_permute4x64_epi64(h, 0xD8);
-}
-
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_widen_f8(void *values, const void *panel, size_t columns, size_t k) {
-    const unsigned char *from = (const unsigned char *)panel;
-    unsigned char *to = (unsigned char *)values;
-    for (size_t i = 0; i < k; i += 4, to += 64 * columns) {
-        for (size_t c = 0; c < 2 * columns; c++, from += 32, to += 32) {
-            const __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)from);
-            const __m256i low = dsv3i_avx2_bf16(_mm256_unpacklo_epi8(_mm256_setzero_si256(), v));
-            const __m256i high = dsv3i_avx2_bf16(_mm256_unpackhi_epi8(_mm256_setzero_si256(), v));
-            _mm256_storeu_si256((__m256i *)(void *)to, low);
-            _mm256_storeu_si256((__m256i *)(void *)(to + 64 * columns), high);
-        }
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_widen_q4_0(void *values, const void *panel, size_t columns, size_t k) {
-    const __m256i low = _mm256_set1_epi8(15);
-    const unsigned char *from = (const unsigned char *)panel;
-    unsigned char *to = (unsigned char *)values;
-    for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += 256 * columns) {
-        for (size_t j = 0; j < 8 * columns; j++, from += 32, to += 32) {
-            const __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)from);
-            _mm256_storeu_si256((__m256i *)(void *)to, _mm256_and_si256(v, low));
-            _mm256_storeu_si256((__m256i *)(void *)(to + 256 * columns),
-                                _mm256_and_si256(_mm256_srli_epi16(v, 4), low));
-        }
-    }
-}
-
-/* As dsv3i_avx512_floats. */
-DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_floats(const int bytes, __m256 f[4], __m256i v, __m256 zero) {
-    const __m256i byte = _mm256_set1_epi32(255);
-    if (!bytes) {
-        f[0] = _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
-        f[1] = _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(-65536)));
-        return;
-    }
-    f[0] = _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_and_si256(v, byte)), zero);
-    f[1] = _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(v, 8), byte)), zero);
-    f[2] = _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(v, 16), byte)), zero);
-    f[3] = _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_srli_epi32(v, 24)), zero);
-}
-
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_float_panel(const int bytes, float *values, const void *panel, size_t columns, size_t k,
-                            int32_t zero) {
-    const unsigned char *from = (const unsigned char *)panel;
-    const __m256 code = _mm256_set1_ps((float)zero);
-    const size_t each = bytes ? 4 : 2;
-    for (size_t i = 0; i < k; i += each, values += 16 * columns * (each - 1)) {
-        for (size_t c = 0; c < 2 * columns; c++, from += 32, values += 8) {
-            __m256 f[4];
-            dsv3i_avx2_floats(bytes, f, _mm256_loadu_si256((const __m256i *)(const void *)from), code);
-            DSV3I_UNROLL for (size_t j = 0; j < each; j++) _mm256_storeu_ps(values + 16 * columns * j, f[j]);
-        }
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_float_bf16(float *values, const void *panel, size_t columns, size_t k, int32_t zero) {
-    dsv3i_avx2_float_panel(0, values, panel, columns, k, zero);
-}
-
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_float_bytes(float *values, const void *panel, size_t columns, size_t k, int32_t zero) {
-    dsv3i_avx2_float_panel(1, values, panel, columns, k, zero);
-}
-
-/* 16 outputs, in two registers, and M rows of x. */
-typedef struct dsv3i_avx2_place {
-    const unsigned char *x[6], *w;
-    const float *scale;
-    float *y;
-    size_t ldy, n, columns; /* rows and columns that are wanted: other rows repeat the last */
-    size_t step;            /* bytes from a step of w to the next */
-} dsv3i_avx2_place;
-
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_place_set(const int M, dsv3i_avx2_place *a, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                          const void *w, size_t step, size_t columns) {
-    a->y = y;
-    a->ldy = ldy;
-    a->n = dsv3i_min((size_t)M, n);
-    a->w = (const unsigned char *)w;
-    a->step = step;
-    a->scale = NULL;
-    a->columns = columns;
-    DSV3I_UNROLL for (int m = 0; m < M; m++) {
-        a->x[m] = (const unsigned char *)x + dsv3i_min((size_t)m, n - 1) * ldx;
-    }
-}
-
-/* Columns 8 half .. 8 half + 7 of 16. */
-DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_get(const float *y, size_t columns, const int half) {
-    if (columns >= 8 * (size_t)half + 8) return _mm256_loadu_ps(y + 8 * half);
-    return columns <= 8 * (size_t)half ? _mm256_setzero_ps()
-                                       : _mm256_maskload_ps(y + 8 * half, dsv3i_avx2_mask(columns - 8 * (size_t)half));
-}
-
-DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_put(float *y, size_t columns, const int half, __m256 v) {
-    if (columns >= 8 * (size_t)half + 8) {
-        _mm256_storeu_ps(y + 8 * half, v);
-    } else if (columns > 8 * (size_t)half) {
-        _mm256_maskstore_ps(y + 8 * half, dsv3i_avx2_mask(columns - 8 * (size_t)half), v);
-    }
-}
-
-DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_begin(const int M, __m256 acc[12], const dsv3i_avx2_place *a, int add) {
-    DSV3I_UNROLL for (int i = 0; i < 2 * M; i++) {
-        acc[i] = _mm256_setzero_ps();
-        if (add) acc[i] = dsv3i_avx2_get(a->y + dsv3i_min((size_t)(i / 2), a->n - 1) * a->ldy, a->columns, i % 2);
-    }
-}
-
-/* As dsv3i_avx512_end. */
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_end(const int M, const __m256 acc[12], const dsv3i_avx2_place *a, int add) {
-    DSV3I_UNROLL for (int i = 0; i < 2 * M; i++) {
-        float *y = a->y + (size_t)(i / 2) * a->ldy;
-        __m256 sum = acc[i];
-        if ((size_t)(i / 2) >= a->n) continue;
-        if (a->scale != NULL) {
-            const __m256 old = add ? dsv3i_avx2_get(y, a->columns, i % 2) : _mm256_setzero_ps();
-            sum = _mm256_fmadd_ps(sum, _mm256_loadu_ps(a->scale + 8 * (i % 2)), old);
-        }
-        dsv3i_avx2_put(y, a->columns, i % 2, sum);
-    }
-}
-
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_float_terms(const int M, const int edge, __m256 acc[12], const dsv3i_avx2_place *a, size_t aj,
-                            size_t k) {
-    const unsigned char *w = a->w;
-    size_t x = 0;
-    for (size_t j = 0; j < k; j++, x += aj * sizeof(float), w += a->step) {
-        const float *f = (const float *)(const void *)w;
-        const __m256 b0 = edge ? dsv3i_avx2_get(f, a->columns, 0) : _mm256_loadu_ps(f);
-        const __m256 b1 = edge ? dsv3i_avx2_get(f, a->columns, 1) : _mm256_loadu_ps(f + 8);
-        DSV3I_UNROLL for (int m = 0; m < M; m++) {
-            const __m256 xm = _mm256_set1_ps(*(const float *)(const void *)(a->x[m] + x));
-            acc[2 * m] = _mm256_fmadd_ps(xm, b0, acc[2 * m]);
-            acc[2 * m + 1] = _mm256_fmadd_ps(xm, b1, acc[2 * m + 1]);
-        }
-    }
-}
-
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_code_terms(const int bytes, const int M, __m256 acc[12], const dsv3i_avx2_place *a, __m256 zero,
-                           size_t i0, size_t i1) {
-    const int each = bytes ? 4 : 2;
-    const unsigned char *w = a->w + i0 / (size_t)each * a->step;
-    for (size_t i = i0; i < i1; i += (size_t)each, w += a->step) {
-        const int rest = i1 - i < (size_t)each;
-        DSV3I_UNROLL for (int half = 0; half < 2; half++) {
-            __m256 f[4];
-            dsv3i_avx2_floats(bytes, f, _mm256_loadu_si256((const __m256i *)(const void *)(w + 32 * half)), zero);
-            DSV3I_UNROLL for (int j = 0; j < each; j++) {
-                if (j > 0 && rest) continue;
-                DSV3I_UNROLL for (int m = 0; m < M; m++) {
-                    const float *x = (const float *)(const void *)a->x[m] + i + j;
-                    acc[2 * m + half] = _mm256_fmadd_ps(_mm256_set1_ps(*x), f[j], acc[2 * m + half]);
-                }
-            }
-        }
-    }
-}
-
-/* Column c of a panel. */
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_exact(const dsv3_product kind, const int M, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                      const dsv3_panel *w, size_t c, size_t rows, size_t k, int add) {
-    const __m256 zero = _mm256_set1_ps((float)w->zero);
-    const int scaled = w->scale != NULL;
-    dsv3i_avx2_place a;
-    __m256 acc[12];
-    dsv3i_avx2_place_set(M, &a, y + 16 * c, ldy, x, ldx, n, (const unsigned char *)w->values + 64 * c,
-                         64 * w->columns, rows - 16 * c);
-    if (scaled) a.scale = w->scale + 16 * c;
-    for (size_t i = 0, end; i < k; i = end) {
-        end = dsv3i_min(i + w->block, k);
-        dsv3i_avx2_begin(M, acc, &a, add && !scaled);
-        if (kind == DSV3_PRODUCT_F32) {
-            dsv3i_avx2_float_terms(M, 0, acc, &a, 1, end - i);
-            DSV3I_UNROLL for (int m = 0; m < M; m++) a.x[m] += (end - i) * sizeof(float);
-            a.w += (end - i) * a.step;
+/* Q8_0 and Q4_0: whole blocks. */
+DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_decode_blocks(const size_t size, float *y, const void *w, size_t n) {
+    const unsigned char *bytes = (const unsigned char *)w;
+    const __m128i low = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
+    for (size_t i = 0; i < n; i += DSV3_QBLOCK, bytes += 2 + size) {
+        __m128i part[2];
+        __m256 d;
+        uint16_t bits;
+        DSV3_MEMCPY(&bits, bytes, 2);
+        d = _mm256_set1_ps(_cvtsh_ss(bits));
+        part[0] = dsv3i_avx2_bytes_16(bytes + 2);
+        if (size == 32) {
+            part[1] = dsv3i_avx2_bytes_16(bytes + 18);
         } else {
-            dsv3i_avx2_code_terms(kind == DSV3_PRODUCT_BYTES, M, acc, &a, zero, i, end);
+            part[1] = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(part[0], 4), low), eight);
+            part[0] = _mm_sub_epi8(_mm_and_si128(part[0], low), eight);
         }
-        a.w += w->gap;
-        dsv3i_avx2_end(M, acc, &a, add || i > 0);
-        if (scaled) a.scale += 16 * w->columns;
-    }
-}
-
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_product(const dsv3_product kind, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                        const dsv3_panel *w, size_t rows, size_t k, int add) {
-    for (size_t c = 0; c < w->columns; c++) {
-        for (size_t t = 0, m; t < n; t += m) {
-            const unsigned char *xt = (const unsigned char *)x + t * ldx;
-            float *yt = y + t * ldy;
-            m = dsv3i_rows_together(n - t);
-            switch (m) {
-            case 1: dsv3i_avx2_exact(kind, 1, yt, ldy, xt, ldx, 1, w, c, rows, k, add); break;
-            case 2: dsv3i_avx2_exact(kind, 2, yt, ldy, xt, ldx, 2, w, c, rows, k, add); break;
-            case 3:
-            case 4: dsv3i_avx2_exact(kind, 4, yt, ldy, xt, ldx, m, w, c, rows, k, add); break;
-            default:
-                if (kind == DSV3_PRODUCT_F32) dsv3i_avx2_exact(kind, 6, yt, ldy, xt, ldx, m, w, c, rows, k, add);
-            }
+        DSV3I_UNROLL for (int j = 0; j < 4; j++) {
+            const __m128i q = j % 2 ? _mm_srli_si128(part[j / 2], 8) : part[j / 2];
+            _mm256_storeu_ps(y + i + 8 * (size_t)j, _mm256_mul_ps(d, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q))));
         }
     }
 }
 
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_product_f32(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
-                                   size_t rows, size_t k, int add) {
-    dsv3i_avx2_product(DSV3_PRODUCT_F32, y, ldy, x, ldx, n, w, rows, k, add);
+DSV3I_TARGET(DSV3I_AVX2) static void dsv3i_avx2_decode_q8_0(float *y, const void *w, size_t n) {
+    dsv3i_avx2_decode_blocks(32, y, w, n);
 }
 
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_product_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
-                                    size_t rows, size_t k, int add) {
-    dsv3i_avx2_product(DSV3_PRODUCT_BF16, y, ldy, x, ldx, n, w, rows, k, add);
+DSV3I_TARGET(DSV3I_AVX2) static void dsv3i_avx2_decode_q4_0(float *y, const void *w, size_t n) {
+    dsv3i_avx2_decode_blocks(16, y, w, n);
 }
 
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_product_bytes(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
-                                     size_t rows, size_t k, int add) {
-    dsv3i_avx2_product(DSV3_PRODUCT_BYTES, y, ldy, x, ldx, n, w, rows, k, add);
-}
+DSV3I_VECTOR_KERNELS(dsv3i_avx2, DSV3I_AVX2, 8)
+DSV3I_PANEL_KERNELS(dsv3i_avx2, DSV3I_AVX2, 8)
+DSV3I_PRODUCT_KERNELS(dsv3i_avx2, DSV3I_AVX2, 8, 2)
+DSV3I_TYPE_KERNELS(dsv3i_avx2, DSV3I_AVX2)
 
-/* Up to M rows of y and `columns` columns, of which 16 at most are done. */
+/* Four rows of w and NX of x: acc[4 t + r] += eight terms of x_t . w_r, or the last n. */
 DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_outer_tile(const int M, const int edge, float *y, size_t ldy, size_t m, const float *x, size_t at,
-                           size_t aj, const float *b, size_t ldb, size_t k, size_t columns) {
-    dsv3i_avx2_place a;
+void dsv3i_avx2_terms(const int NX, __m256 acc[12], const float *const x[3], const float *const w[4], size_t at,
+                      size_t n) {
+    __m256 f[4];
+    DSV3I_UNROLL for (int r = 0; r < 4; r++) f[r] = dsv3i_avx2_get(n, w[r] + at);
+    DSV3I_UNROLL for (int t = 0; t < NX; t++) {
+        const __m256 xt = dsv3i_avx2_get(n, x[t] + at);
+        DSV3I_UNROLL for (int r = 0; r < 4; r++) acc[4 * t + r] = _mm256_fmadd_ps(xt, f[r], acc[4 * t + r]);
+    }
+}
+
+/* nw <= 4 rows of w, n <= NX (1 or 3) of x: y [n, nw]. What is not there is its neighbour once more. */
+DSV3I_INLINE(DSV3I_AVX2)
+void dsv3i_avx2_dots(const int NX, float *y, size_t ldy, const float *x, size_t ldx, size_t n, const float *w,
+                     size_t ldw, size_t nw, size_t k) {
+    const float *xs[3], *ws[4];
     __m256 acc[12];
-    dsv3i_avx2_place_set(M, &a, y, ldy, x, at * sizeof *x, m, b, ldb * sizeof *b, columns);
-    dsv3i_avx2_begin(M, acc, &a, 1);
-    dsv3i_avx2_float_terms(M, edge, acc, &a, aj, k);
-    dsv3i_avx2_end(M, acc, &a, 0);
+    size_t i = 0;
+    DSV3I_UNROLL for (size_t t = 0; t < 3; t++) xs[t] = x + dsv3i_min(t, n - 1) * ldx;
+    DSV3I_UNROLL for (size_t r = 0; r < 4; r++) ws[r] = w + dsv3i_min(r, nw - 1) * ldw;
+    DSV3I_UNROLL for (int j = 0; j < 4 * NX; j++) acc[j] = _mm256_setzero_ps();
+    for (; i + 8 <= k; i += 8) dsv3i_avx2_terms(NX, acc, xs, ws, i, 8);
+    if (i < k) dsv3i_avx2_terms(NX, acc, xs, ws, i, k - i);
+    DSV3I_UNROLL for (int t = 0; t < NX; t++) {
+        const __m128 sums = dsv3i_avx2_sums(acc[4 * t], acc[4 * t + 1], acc[4 * t + 2], acc[4 * t + 3]);
+        float *to = y + (size_t)t * ldy, four[4];
+        if ((size_t)t >= n) continue;
+        if (nw < 4) _mm_storeu_ps(four, sums); /* a store under a mask would be a slow one on some processors */
+        if (nw < 4) DSV3_MEMCPY(to, four, nw * sizeof *four);
+        if (nw == 4) _mm_storeu_ps(to, sums);
+    }
 }
 
-/* b in panels of 16 columns and at most 256 rows, which stay in the first cache while all rows of y pass by. */
+/* Scores of attention: queries times keys. */
 DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_outer(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj, const float *b,
-                             size_t ldb, size_t k, size_t n) {
-    for (size_t j = 0; j < k; j += 256) {
-        const size_t nj = dsv3i_min(256, k - j);
-        for (size_t i = 0; i < n; i += 16) {
-            for (size_t t = 0; t < m; t += 6) {
-                float *to = y + t * ldy + i;
-                const float *from = a + t * at + j * aj, *panel = b + j * ldb + i;
-                if (n - i < 16) {
-                    dsv3i_avx2_outer_tile(6, 1, to, ldy, m - t, from, at, aj, panel, ldb, nj, n - i);
-                } else if (m - t > 3) {
-                    dsv3i_avx2_outer_tile(6, 0, to, ldy, m - t, from, at, aj, panel, ldb, nj, 16);
-                } else if (m - t > 1) {
-                    dsv3i_avx2_outer_tile(3, 0, to, ldy, m - t, from, at, aj, panel, ldb, nj, 16);
-                } else {
-                    dsv3i_avx2_outer_tile(1, 0, to, ldy, 1, from, at, aj, panel, ldb, nj, 16);
-                }
-            }
+static void dsv3i_avx2_tile(float *y, size_t ldy, const float *x, size_t ldx, size_t nx, const float *w, size_t ldw,
+                            size_t nw, size_t k) {
+    for (size_t t = 0; t < nx; t += 3) {
+        for (size_t r = 0; r < nw; r += 4) {
+            const size_t n = dsv3i_min(3, nx - t), rows = dsv3i_min(4, nw - r);
+            const float *xt = x + t * ldx, *wr = w + r * ldw;
+            if (n == 1) dsv3i_avx2_dots(1, y + t * ldy + r, ldy, xt, ldx, 1, wr, ldw, rows, k);
+            if (n > 1) dsv3i_avx2_dots(3, y + t * ldy + r, ldy, xt, ldx, n, wr, ldw, rows, k);
         }
     }
 }
@@ -9101,12 +9181,18 @@ static void dsv3i_avx2_outer(float *y, size_t ldy, size_t m, const float *a, siz
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
-#define DSV3I_AHEAD 8192 /* bytes by which codes are fetched ahead: about a stretch of a panel */
 #define DSV3I_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+DSV3I_X86_VECTORS(dsv3i_avx512, DSV3I_AVX512, 512)
+
+typedef __mmask16 dsv3i_avx512_lanes;
 
 /* Lanes 0 .. n-1 of 16. */
 DSV3I_INLINE(DSV3I_AVX512) __mmask16 dsv3i_avx512_mask(size_t n) {
     return (__mmask16)(n >= 16 ? 0xFFFFu : (1u << n) - 1u);
+}
+
+DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_get(__mmask16 m, const float *at) {
+    return _mm512_maskz_loadu_ps(m, at);
 }
 
 /* The lanes of the mask. (Stores under a mask are slow on some processors, most of all when they are read soon.) */
@@ -9118,38 +9204,15 @@ DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_put(float *y, __mmask16 m, __m512 v
     }
 }
 
-/* As dsv3i_avx2_exp. */
-DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_exp(__m512 x) {
-    __m512 n, r, p;
-    x = _mm512_min_ps(_mm512_set1_ps(89.0f), _mm512_max_ps(_mm512_set1_ps(-104.0f), x));
-    n = _mm512_fmadd_ps(x, _mm512_set1_ps(1.44269504f),
-                        _mm512_set1_ps(12582912.0f));  /* 1.5 2^23: the sum is rounded */
-    n = _mm512_sub_ps(n, _mm512_set1_ps(12582912.0f)); /* to a whole number */
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    p = _mm512_set1_ps(1.0f / 5040.0f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 720.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
+DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_keep(__mmask16 m, __m512 v) { return _mm512_maskz_mov_ps(m, v); }
+
+DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_bytes(const unsigned char *at, size_t n) {
+    return _mm512_maskz_loadu_epi8(n >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << n) - 1, at);
 }
 
-/* Lane i + 8 to lane i, then as dsv3i_avx2_sums. */
-DSV3I_INLINE(DSV3I_AVX512) __m256 dsv3i_avx512_half(__m512 a) {
-    return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
-}
-
-DSV3I_INLINE(DSV3I_AVX512) __m128 dsv3i_avx512_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
-    return dsv3i_avx2_sums(dsv3i_avx512_half(a), dsv3i_avx512_half(b), dsv3i_avx512_half(c), dsv3i_avx512_half(d));
-}
-
-/* Elements at w in the lanes of the mask, 0 in the others. E4M3: the value / 256. */
-DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_load(const dsv3_type type, __mmask16 m, const unsigned char *w) {
-    const void *at = w;
+/* E4M3: as dsv3i_avx2_element. */
+DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_element(const dsv3_type type, __mmask16 m, const unsigned char *at) {
+    const __m256i bits = _mm256_set1_epi16(0x3F80);
     __m256i h;
     __mmask16 nan;
     if (type == DSV3_F32) return _mm512_maskz_loadu_ps(m, at);
@@ -9159,224 +9222,22 @@ DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_load(const dsv3_type type, __mmas
     }
     h = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_maskz_loadu_epi8(m, at)), 7);
     h = _mm256_and_si256(h, _mm256_set1_epi16((short)-16512)); /* 0xBF80 */
-    nan = _mm256_cmpeq_epi16_mask(_mm256_and_si256(h, _mm256_set1_epi16(0x3F80)), _mm256_set1_epi16(0x3F80));
+    nan = _mm256_cmpeq_epi16_mask(_mm256_and_si256(h, bits), bits);
     return _mm512_cvtph_ps(_mm256_mask_mov_epi16(h, nan, _mm256_set1_epi16(0x7FFF)));
 }
 
-DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_decode(const dsv3_type type, float *y, const void *w, size_t n) {
-    const unsigned char *bytes = (const unsigned char *)w;
-    const size_t size = type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2;
-    const __m512 unit = _mm512_set1_ps(type == DSV3_F8_E4M3 ? 256.0f : 1.0f);
-    for (size_t i = 0; i < n; i += 16) {
-        const __mmask16 m = dsv3i_avx512_mask(n - i);
-        _mm_prefetch((const char *)bytes + i * size + 2048, _MM_HINT_T0); /* rows follow each other */
-        dsv3i_avx512_put(y + i, m, _mm512_mul_ps(dsv3i_avx512_load(type, m, bytes + i * size), unit));
-    }
+/* Lane i + 8 to lane i, then as dsv3i_avx2_sum. */
+DSV3I_INLINE(DSV3I_AVX512) float dsv3i_avx512_sum(__m512 v) {
+    return dsv3i_avx2_sum(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
 }
 
-/* Columns i .. i+15 of a row of Q8_0 or Q4_0 as floats. */
-DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_load_block(const dsv3_type type, const unsigned char *w, size_t i) {
-    const unsigned char *block = w + i / DSV3_QBLOCK * (type == DSV3_Q8_0 ? 34 : 18);
-    const void *codes = block + 2 + (type == DSV3_Q8_0 ? i % DSV3_QBLOCK : 0);
-    __m128i c = _mm_loadu_si128((const __m128i *)codes);
-    int16_t half;
-    DSV3_MEMCPY(&half, block, sizeof half);
-    if (type == DSV3_Q4_0) {
-        if (i % DSV3_QBLOCK) c = _mm_srli_epi16(c, 4);
-        c = _mm_sub_epi8(_mm_and_si128(c, _mm_set1_epi8(15)), _mm_set1_epi8(8));
-    }
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(c)), _mm512_cvtph_ps(_mm256_set1_epi16(half)));
+DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_whole(__m512 x) {
+    const __m512 large = _mm512_set1_ps(12582912.0f); /* 1.5 2^23: the sum is rounded to a whole number */
+    return _mm512_sub_ps(_mm512_fmadd_ps(x, _mm512_set1_ps(1.44269504f), large), large);
 }
 
-/* The 32 numbers of a block of Q8_0 or Q4_0, times f, to two sums. Q4_0: a table of the 16 values there are. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_mix_block(const dsv3_type type, __m512 acc[2], __m512 f, const unsigned char *block) {
-    const __m512 sixteen = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    const __m128i *codes = (const __m128i *)(const void *)(block + 2);
-    int16_t half;
-    __m512 d, v[2];
-    DSV3_MEMCPY(&half, block, sizeof half);
-    d = _mm512_cvtph_ps(_mm256_set1_epi16(half));
-    if (type == DSV3_Q4_0) {
-        const __m512 table = _mm512_mul_ps(sixteen, d);
-        const __m512i c = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes));
-        v[0] = _mm512_permutexvar_ps(c, table); /* of an index, four bits count */
-        v[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(c, 4), table);
-    } else {
-        v[0] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(codes))), d);
-        v[1] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(codes + 1))), d);
-    }
-    acc[0] = _mm512_fmadd_ps(f, v[0], acc[0]);
-    acc[1] = _mm512_fmadd_ps(f, v[1], acc[1]);
-}
+DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_power(__m512 p, __m512 n) { return _mm512_scalef_ps(p, n); }
 
-/* NC columns of 16 numbers of a row, from w on, times f. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_mix_columns(const dsv3_type type, const int NC, float *y, __m512 f, const unsigned char *w,
-                              const float scale[2]) {
-    const size_t size = type == DSV3_F8_E4M3 ? 1 : 2;
-    __m512 acc[16];
-    DSV3I_UNROLL for (int c = 0; c < NC; c++) acc[c] = _mm512_loadu_ps(y + 16 * c);
-    DSV3I_UNROLL for (int c = 0; c < NC; c++) {
-        __m512 v;
-        if (type == DSV3_Q8_0 || type == DSV3_Q4_0) {
-            if (c % 2 == 0) dsv3i_avx512_mix_block(type, acc + c, f, w + c / 2 * (type == DSV3_Q8_0 ? 34 : 18));
-            continue;
-        }
-        v = dsv3i_avx512_load(type, 0xFFFF, w + 16 * (size_t)c * size);
-        if (type == DSV3_F8_E4M3) {
-            v = _mm512_mul_ps(_mm512_mul_ps(v, _mm512_set1_ps(256.0f)), _mm512_set1_ps(scale[c / 8]));
-        }
-        acc[c] = _mm512_fmadd_ps(f, v, acc[c]);
-    }
-    DSV3I_UNROLL for (int c = 0; c < NC; c++) _mm512_storeu_ps(y + 16 * c, acc[c]);
-}
-
-/* The same of up to 16 numbers, from number i of a row on. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_mix_some(const dsv3_type type, float *y, __m512 f, const unsigned char *w, float scale, size_t i,
-                           size_t n) {
-    const size_t size = type == DSV3_F8_E4M3 ? 1 : 2;
-    const __mmask16 m = dsv3i_avx512_mask(n);
-    __m512 v;
-    if (type == DSV3_Q8_0 || type == DSV3_Q4_0) {
-        v = dsv3i_avx512_load_block(type, w, i);
-    } else {
-        v = dsv3i_avx512_load(type, m, w + i * size);
-        if (type == DSV3_F8_E4M3) v = _mm512_mul_ps(_mm512_mul_ps(v, _mm512_set1_ps(256.0f)), _mm512_set1_ps(scale));
-    }
-    dsv3i_avx512_put(y, m, _mm512_fmadd_ps(f, v, _mm512_maskz_loadu_ps(m, y)));
-}
-
-/* A row, from number i on. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_mix_row(const dsv3_type type, float *y, float x, const unsigned char *w, const unsigned char *scale,
-                          size_t i, size_t n) {
-    const __m512 f = _mm512_set1_ps(x);
-    for (size_t columns; i < n; i += columns) {
-        const unsigned char *at = w + i / DSV3_QBLOCK * dsv3_row_bytes(type, DSV3_QBLOCK);
-        float unit[2] = {1.0f, 1.0f};
-        columns = n - i >= 256 ? 256 : n - i >= 64 ? 64 : dsv3i_min(n - i, 16);
-        if (scale != NULL) {
-            DSV3_MEMCPY(unit, scale + i / DSV3_BLOCK * sizeof *unit, (columns == 256 ? 2 : 1) * sizeof *unit);
-        }
-        if (columns == 256) {
-            dsv3i_avx512_mix_columns(type, 16, y + i, f, at, unit);
-        } else if (columns == 64) {
-            dsv3i_avx512_mix_columns(type, 4, y + i, f, at, unit);
-        } else {
-            dsv3i_avx512_mix_some(type, y + i, f, w, unit[0], i, columns);
-        }
-    }
-}
-
-/* Row by row, exactly as they lie, is how they come fastest, although sums then wait in a near cache. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_mix(const dsv3_type type, float *y, const float *x, const void *w, size_t row_bytes,
-                      const void *scale, size_t k, size_t n) {
-    for (size_t r = 0; r < k; r++) {
-        dsv3i_avx512_mix_row(type, y, x[r], (const unsigned char *)w + r * row_bytes, (const unsigned char *)scale, 0,
-                             n);
-    }
-}
-
-#define DSV3I_MIX_TYPE(name, type)                                                                                   \
-    DSV3I_TARGET(DSV3I_AVX512)                                                                                       \
-    static void dsv3i_avx512_mix_##name(float *y, const float *x, const void *w, size_t row_bytes,                   \
-                                        const void *scale, size_t k, size_t n) {                                     \
-        dsv3i_avx512_mix(type, y, x, w, row_bytes, scale, k, n);                                                     \
-    }
-DSV3I_MIX_TYPE(f16, DSV3_F16)
-DSV3I_MIX_TYPE(bf16, DSV3_BF16)
-DSV3I_MIX_TYPE(f8_e4m3, DSV3_F8_E4M3)
-DSV3I_MIX_TYPE(q8_0, DSV3_Q8_0)
-DSV3I_MIX_TYPE(q4_0, DSV3_Q4_0)
-#undef DSV3I_MIX_TYPE
-
-/* nw <= 4 rows of w, NX (1 or 4) of x, of which n are stored. What is not there is its neighbour once more. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_dots(const int NX, float *y, size_t ldy, const float *x, size_t ldx, size_t n, const float *w,
-                       size_t ldw, size_t nw, size_t k) {
-    const float *xs[4], *ws[4];
-    __m512 acc[16];
-    DSV3I_UNROLL for (int i = 0; i < 4; i++) {
-        xs[i] = x + dsv3i_min((size_t)i, n - 1) * ldx;
-        ws[i] = w + dsv3i_min((size_t)i, nw - 1) * ldw;
-    }
-    DSV3I_UNROLL for (int i = 0; i < 4 * NX; i++) acc[i] = _mm512_setzero_ps();
-    for (size_t i = 0; i < k; i += 16) {
-        const __mmask16 m = dsv3i_avx512_mask(k - i);
-        __m512 f[4];
-        DSV3I_UNROLL for (int r = 0; r < 4; r++) f[r] = _mm512_maskz_loadu_ps(m, ws[r] + i);
-        DSV3I_UNROLL for (int t = 0; t < NX; t++) {
-            const __m512 xt = _mm512_maskz_loadu_ps(m, xs[t] + i);
-            DSV3I_UNROLL for (int r = 0; r < 4; r++) acc[4 * t + r] = _mm512_fmadd_ps(xt, f[r], acc[4 * t + r]);
-        }
-    }
-    DSV3I_UNROLL for (int t = 0; t < NX; t++) {
-        const __m128 sums = dsv3i_avx512_sums(acc[4 * t], acc[4 * t + 1], acc[4 * t + 2], acc[4 * t + 3]);
-        if ((size_t)t < n) dsv3i_avx2_store(y + (size_t)t * ldy, sums, nw);
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_tile(float *y, size_t ldy, const float *x, size_t ldx, size_t nx, const float *w, size_t ldw,
-                              size_t nw, size_t k) {
-    for (size_t t = 0; t < nx; t += 4) {
-        for (size_t r = 0; r < nw; r += 4) {
-            const size_t n = dsv3i_min(4, nx - t), rows = dsv3i_min(4, nw - r);
-            if (n == 1) {
-                dsv3i_avx512_dots(1, y + t * ldy + r, ldy, x + t * ldx, ldx, 1, w + r * ldw, ldw, rows, k);
-            } else {
-                dsv3i_avx512_dots(4, y + t * ldy + r, ldy, x + t * ldx, ldx, n, w + r * ldw, ldw, rows, k);
-            }
-        }
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX512) static float dsv3i_avx512_dot(const float *x, const float *y, size_t n) {
-    __m512 sum = _mm512_setzero_ps();
-    for (size_t i = 0; i < n; i += 16) {
-        const __mmask16 m = dsv3i_avx512_mask(n - i);
-        sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(m, x + i), _mm512_maskz_loadu_ps(m, y + i), sum);
-    }
-    return _mm_cvtss_f32(dsv3i_avx512_sums(sum, sum, sum, sum));
-}
-
-DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_axpy(float *y, float a, const float *x, size_t n) {
-    const __m512 f = _mm512_set1_ps(a);
-    for (size_t i = 0; i < n; i += 16) {
-        const __mmask16 m = dsv3i_avx512_mask(n - i);
-        const __m512 old = _mm512_maskz_loadu_ps(m, y + i);
-        dsv3i_avx512_put(y + i, m, _mm512_fmadd_ps(f, _mm512_maskz_loadu_ps(m, x + i), old));
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX512) static float dsv3i_avx512_exp_sum(float *p, const float *s, float top, size_t n) {
-    const __m512 t = _mm512_set1_ps(top);
-    __m512 sum = _mm512_setzero_ps();
-    for (size_t i = 0; i < n; i += 16) {
-        const __mmask16 m = dsv3i_avx512_mask(n - i);
-        const __m512 e = dsv3i_avx512_exp(_mm512_sub_ps(_mm512_maskz_loadu_ps(m, s + i), t));
-        sum = _mm512_mask_add_ps(sum, m, sum, e);
-        dsv3i_avx512_put(p + i, m, e);
-    }
-    return _mm_cvtss_f32(dsv3i_avx512_sums(sum, sum, sum, sum));
-}
-
-DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_silu_mul(float *h, const float *a, const float *b, size_t n) {
-    const __m512 one = _mm512_set1_ps(1.0f), minus = _mm512_set1_ps(-0.0f);
-    for (size_t i = 0; i < n; i += 16) {
-        const __mmask16 m = dsv3i_avx512_mask(n - i);
-        const __m512 v = _mm512_maskz_loadu_ps(m, a + i);
-        const __m512 below = _mm512_add_ps(one, dsv3i_avx512_exp(_mm512_xor_ps(v, minus)));
-        dsv3i_avx512_put(h + i, m, _mm512_mul_ps(_mm512_div_ps(v, below), _mm512_maskz_loadu_ps(m, b + i)));
-    }
-}
-
-/* ---- AVX-512: products with panels */
-
-/* 16 rows of 16 words of four bytes, transposed. */
 DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_transpose(__m512i r[16]) {
     __m512i t[16];
     DSV3I_UNROLL for (int i = 0; i < 8; i++) {
@@ -9401,484 +9262,150 @@ DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_transpose(__m512i r[16]) {
     DSV3I_UNROLL for (int i = 0; i < 16; i++) r[i] = t[i];
 }
 
-/* `bytes` of 16 rows, 64 at a time; from one step of four bytes to the next it is `step` bytes. ahead: what is fetched
- * already for the next piece. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_pack_rows(const int fp8, unsigned char *to, size_t step, const unsigned char *w, size_t row_bytes,
-                            size_t rows, size_t bytes, size_t ahead) {
-    const __m512i order =
-        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
-    for (size_t i = 0; i < bytes; i += 64, to += 16 * step) {
-        const size_t left = bytes - i;
-        const __mmask64 m = left >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << left) - 1;
-        __m512i r[16];
-        if (rows >= 16 && left >= 64) {
-            DSV3I_UNROLL for (int j = 0; j < 16; j++) {
-                r[j] = _mm512_loadu_si512(w + (size_t)j * row_bytes + i);
-                if (ahead) _mm_prefetch((const char *)(w + (size_t)j * row_bytes + i + ahead), _MM_HINT_T0);
-            }
-        } else {
-            for (size_t j = 0; j < 16; j++) {
-                r[j] = _mm512_setzero_si512();
-                if (j < rows) r[j] = _mm512_maskz_loadu_epi8(m, w + j * row_bytes + i);
-            }
-        }
-        dsv3i_avx512_transpose(r);
-        for (size_t j = 0; j < 16 && 4 * j < left; j++) {
-            if (fp8) r[j] = _mm512_shuffle_epi8(r[j], order);
-            _mm512_storeu_si512(to + step * j, r[j]);
-        }
-    }
+DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_order(__m512i v) {
+    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    return _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(order));
 }
 
-/* Elements of `size` bytes. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_pack(const size_t size, void *panel, const void *w, size_t row_bytes, size_t rows, size_t k) {
-    const size_t columns = (rows + 15) / 16;
-    for (size_t c = 0; c < columns; c++) {
-        dsv3i_avx512_pack_rows(size == 1, (unsigned char *)panel + 64 * c, 64 * columns,
-                               (const unsigned char *)w + 16 * c * row_bytes, row_bytes, rows - 16 * c, k * size,
-                               DSV3I_TERMS * size);
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_pack_4(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
-    (void)scale;
-    dsv3i_avx512_pack(4, panel, w, row_bytes, rows, k);
-}
-
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_pack_2(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
-    (void)scale;
-    dsv3i_avx512_pack(2, panel, w, row_bytes, rows, k);
-}
-
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_pack_1(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
-    (void)scale;
-    dsv3i_avx512_pack(1, panel, w, row_bytes, rows, k);
-}
-
-/* The F16 multipliers of a block of each row; 0 for rows that are not there. */
-DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_scales(const unsigned char *w, size_t row_bytes, size_t rows) {
-    uint16_t bits[16] = {0};
-    const void *at = bits;
-    for (size_t i = 0; i < dsv3i_min(rows, 16); i++) DSV3_MEMCPY(&bits[i], w + i * row_bytes, 2);
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at));
-}
-
-/* The 64 bytes of codes of 64 / size blocks of 2 + size bytes at w, of which `count` are there. */
+/* The codes of `count` blocks of 2 + size bytes: two of Q8_0 or four of Q4_0, or fewer at the end of a row. */
 DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_blocks(const size_t size, const unsigned char *w, size_t count) {
-    const void *at = w + 2;
+    unsigned char part[64] = {0};
     __m512i v;
-    unsigned char part[64];
-    if (count == 64 / size && size == 32) {
-        v = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)at));
-        at = w + 36;
-        return _mm512_inserti64x4(v, _mm256_loadu_si256((const __m256i *)at), 1);
+    if (count < 64 / size) {
+        for (size_t i = 0; i < count; i++) DSV3_MEMCPY(part + i * size, w + i * (2 + size) + 2, size);
+        return dsv3i_avx512_words(part);
     }
-    if (count == 64 / size) {
-        v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)at));
-        at = w + 20;
-        v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)at), 1);
-        at = w + 38;
-        v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)at), 2);
-        at = w + 56;
-        return _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)at), 3);
+    if (size == 32) {
+        return _mm512_inserti64x4(_mm512_castsi256_si512(dsv3i_avx2_words(w + 2)), dsv3i_avx2_words(w + 36), 1);
     }
-    DSV3_MEMSET(part, 0, sizeof part);
-    for (size_t i = 0; i < count; i++) DSV3_MEMCPY(part + i * size, w + i * (2 + size) + 2, size);
-    return _mm512_loadu_si512(part);
+    v = _mm512_castsi128_si512(dsv3i_avx2_bytes_16(w + 2));
+    v = _mm512_inserti32x4(v, dsv3i_avx2_bytes_16(w + 20), 1);
+    v = _mm512_inserti32x4(v, dsv3i_avx2_bytes_16(w + 38), 2);
+    return _mm512_inserti32x4(v, dsv3i_avx2_bytes_16(w + 56), 3);
 }
 
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_pack_blocks(const size_t size, void *panel, float *scale, const void *w, size_t row_bytes,
-                              size_t rows, size_t k) {
-    const size_t blocks = k / DSV3_QBLOCK, many = 64 / size, columns = (rows + 15) / 16, step = 64 * columns;
-    const __m512i code = _mm512_set1_epi8(size == 32 ? (char)-128 : 0);
-    for (size_t c = 0; c < columns; c++) {
-        const unsigned char *from = (const unsigned char *)w + 16 * c * row_bytes;
-        unsigned char *to = (unsigned char *)panel + 64 * c;
-        const size_t left = rows - 16 * c;
-        for (size_t b = 0; b < blocks; b += many) {
-            const size_t count = dsv3i_min(many, blocks - b);
-            __m512i r[16];
-            DSV3I_UNROLL for (int j = 0; j < 16; j++) {
-                const unsigned char *row = from + dsv3i_min((size_t)j, left - 1) * row_bytes;
-                r[j] = _mm512_xor_si512(dsv3i_avx512_blocks(size, row + b * (2 + size), count), code);
-                _mm_prefetch((const char *)(row + b * (2 + size) + DSV3I_TERMS / DSV3_QBLOCK * (2 + size)), _MM_HINT_T0);
-            }
-            dsv3i_avx512_transpose(r);
-            for (size_t j = 0; j < count * size / 4; j++, to += step) _mm512_storeu_si512(to, r[j]);
-            for (size_t i = b; i < b + count; i++) {
-                _mm512_storeu_ps(scale + 16 * (i * columns + c),
-                                 dsv3i_avx512_scales(from + i * (2 + size), row_bytes, left));
-            }
-        }
-    }
+DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_half(__m512i v, const int upper) {
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(upper ? _mm512_srli_epi32(v, 16) : v));
 }
 
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_pack_q8_0(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
-    dsv3i_avx512_pack_blocks(32, panel, scale, w, row_bytes, rows, k);
-}
-
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_pack_q4_0(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) {
-    dsv3i_avx512_pack_blocks(16, panel, scale, w, row_bytes, rows, k);
-}
-
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_widen_f16(void *values, const void *panel, size_t columns, size_t k) {
-    const unsigned char *from = (const unsigned char *)panel;
-    float *to = (float *)values;
-    for (size_t i = 0; i < k; i += 2, to += 16 * columns) {
-        for (size_t c = 0; c < columns; c++, from += 64, to += 16) {
-            const __m512i v = _mm512_loadu_si512(from);
-            _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)));
-            _mm512_storeu_ps(to + 16 * columns, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16))));
-        }
-    }
-}
-
-/* E4M3 to BF16. Normal: exponent + 120; the eight smallest by a table; NaN. v: codes in the upper bytes. */
-DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_bf16(__m512i v) {
+/* Normal: exponent + 120; the eight smallest by a table; NaN. */
+DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_bf16(__m512i b[2], __m512i v) {
     const __m512i small = _mm512_broadcast_i32x4(
         _mm_setr_epi16(0, 0x3B00, 0x3B80, 0x3BC0, 0x3C00, 0x3C20, 0x3C40, 0x3C60)); /* 0 to 7 times 2^-9 */
-    const __m512i size = _mm512_and_si512(_mm512_srli_epi16(v, 8), _mm512_set1_epi16(0x7F));
-    __m512i r = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_set1_epi16(0x3C00));
-    const __mmask32 tiny = _mm512_cmplt_epi16_mask(size, _mm512_set1_epi16(8));
-    r = _mm512_mask_mov_epi16(r, tiny, _mm512_permutexvar_epi16(size, small));
-    r = _mm512_mask_mov_epi16(r, _mm512_cmpeq_epi16_mask(size, _mm512_set1_epi16(0x7F)), _mm512_set1_epi16(0x7FC0));
-    return _mm512_or_si512(r, _mm512_and_si512(v, _mm512_set1_epi16((short)-32768)));
-}
-
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_widen_f8(void *values, const void *panel, size_t columns, size_t k) {
-    const unsigned char *from = (const unsigned char *)panel;
-    unsigned char *to = (unsigned char *)values;
-    for (size_t i = 0; i < k; i += 4, to += 64 * columns) {
-        for (size_t c = 0; c < columns; c++, from += 64, to += 64) {
-            const __m512i v = _mm512_loadu_si512(from), zero = _mm512_setzero_si512();
-            _mm512_storeu_si512(to, dsv3i_avx512_bf16(_mm512_unpacklo_epi8(zero, v)));
-            _mm512_storeu_si512(to + 64 * columns, dsv3i_avx512_bf16(_mm512_unpackhi_epi8(zero, v)));
-        }
+    const __m512i last = _mm512_set1_epi16(0x7F), zero = _mm512_setzero_si512();
+    b[0] = _mm512_unpacklo_epi8(zero, v);
+    b[1] = _mm512_unpackhi_epi8(zero, v);
+    DSV3I_UNROLL for (int i = 0; i < 2; i++) {
+        const __m512i size = _mm512_and_si512(_mm512_srli_epi16(b[i], 8), last);
+        const __mmask32 tiny = _mm512_cmplt_epi16_mask(size, _mm512_set1_epi16(8));
+        __m512i r = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_set1_epi16(0x3C00));
+        r = _mm512_mask_mov_epi16(r, tiny, _mm512_permutexvar_epi16(size, small));
+        r = _mm512_mask_mov_epi16(r, _mm512_cmpeq_epi16_mask(size, last), _mm512_set1_epi16(0x7FC0));
+        b[i] = _mm512_or_si512(r, _mm512_and_si512(b[i], _mm512_set1_epi16((short)-32768)));
     }
 }
 
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_widen_q4_0(void *values, const void *panel, size_t columns, size_t k) {
-    const __m512i low = _mm512_set1_epi8(15);
-    const unsigned char *from = (const unsigned char *)panel;
-    unsigned char *to = (unsigned char *)values;
-    for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += 256 * columns) {
-        for (size_t j = 0; j < 4 * columns; j++, from += 64, to += 64) {
-            const __m512i v = _mm512_loadu_si512(from);
-            _mm_prefetch((const char *)from + DSV3I_AHEAD, _MM_HINT_T0);
-            _mm512_storeu_si512(to, _mm512_and_si512(v, low));
-            _mm512_storeu_si512(to + 256 * columns, _mm512_and_si512(_mm512_srli_epi16(v, 4), low));
-        }
-    }
-}
+DSV3I_VECTOR_KERNELS(dsv3i_avx512, DSV3I_AVX512, 16)
+DSV3I_PANEL_KERNELS(dsv3i_avx512, DSV3I_AVX512, 16)
+DSV3I_PRODUCT_KERNELS(dsv3i_avx512, DSV3I_AVX512, 16, 4)
+DSV3I_TYPE_KERNELS(dsv3i_avx512, DSV3I_AVX512)
 
-/* The terms in four bytes of each lane, as floats: two of BF16, or four of bytes. */
-DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_floats(const int bytes, __m512 f[4], __m512i v, __m512 zero) {
-    const __m512i byte = _mm512_set1_epi32(255);
-    if (!bytes) {
-        f[0] = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
-        f[1] = _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(-65536)));
-        return;
-    }
-    f[0] = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_and_si512(v, byte)), zero);
-    f[1] = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(v, 8), byte)), zero);
-    f[2] = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(v, 16), byte)), zero);
-    f[3] = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(v, 24)), zero);
-}
-
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_float_panel(const int bytes, float *values, const void *panel, size_t columns, size_t k,
-                              int32_t zero) {
-    const unsigned char *from = (const unsigned char *)panel;
-    const __m512 code = _mm512_set1_ps((float)zero);
-    const size_t each = bytes ? 4 : 2;
-    for (size_t i = 0; i < k; i += each, values += 16 * columns * (each - 1)) {
-        for (size_t c = 0; c < columns; c++, from += 64, values += 16) {
-            __m512 f[4];
-            dsv3i_avx512_floats(bytes, f, _mm512_loadu_si512(from), code);
-            DSV3I_UNROLL for (size_t j = 0; j < each; j++) _mm512_storeu_ps(values + 16 * columns * j, f[j]);
-        }
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_float_bf16(float *values, const void *panel, size_t columns, size_t k, int32_t zero) {
-    dsv3i_avx512_float_panel(0, values, panel, columns, k, zero);
-}
-
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_float_bytes(float *values, const void *panel, size_t columns, size_t k, int32_t zero) {
-    dsv3i_avx512_float_panel(1, values, panel, columns, k, zero);
-}
-
-/* Up to 4 columns of 16 outputs and 6 rows of x: where they lie, and which outputs are wanted. */
-typedef struct dsv3i_avx512_place {
-    const unsigned char *x[6], *w; /* rows; the first column */
-    const float *scale;
-    float *y;
-    size_t ldy, n; /* of the M rows, n are real: the others repeat the last */
-    size_t step;   /* bytes from a step of w to the next */
-    size_t gap;    /* bytes from the end of a block of codes to the next */
-    size_t ahead;  /* fetched early: what lies so far ahead, ... */
-    const unsigned char *next; /* ... or this, so many lines, some with each step */
-    size_t lines, each;
-    __mmask16 mask[4];
-} dsv3i_avx512_place;
-
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_place_set(const int M, const int NP, dsv3i_avx512_place *a, float *y, size_t ldy, const void *x,
-                            size_t ldx, size_t n, const void *w, size_t step, size_t columns) {
-    a->y = y;
-    a->ldy = ldy;
-    a->n = dsv3i_min((size_t)M, n);
-    a->w = (const unsigned char *)w;
-    a->step = step;
-    a->gap = a->ahead = a->lines = 0;
-    a->each = 1;
-    a->next = a->w;
-    a->scale = NULL;
-    DSV3I_UNROLL for (int m = 0; m < M; m++) {
-        a->x[m] = (const unsigned char *)x + dsv3i_min((size_t)m, n - 1) * ldx;
-    }
-    DSV3I_UNROLL for (int p = 0; p < NP; p++) {
-        a->mask[p] = columns > 16 * (size_t)p ? dsv3i_avx512_mask(columns - 16 * (size_t)p) : (__mmask16)0;
-    }
-}
-
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_begin(const int M, const int NP, __m512 acc[24], const dsv3i_avx512_place *a, int add) {
-    DSV3I_UNROLL for (int i = 0; i < M * NP; i++) acc[i] = _mm512_setzero_ps();
-    if (!add) return;
-    DSV3I_UNROLL for (int i = 0; i < M * NP; i++) {
-        const float *y = a->y + dsv3i_min((size_t)(i / NP), a->n - 1) * a->ldy + 16 * (i % NP);
-        acc[i] = _mm512_maskz_loadu_ps(a->mask[i % NP], y);
-    }
-}
-
-/* y = acc; or, with multipliers, y = acc * scale, added to what is there if `add`. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_end(const int M, const int NP, const __m512 acc[24], const dsv3i_avx512_place *a, int add) {
-    DSV3I_UNROLL for (int i = 0; i < M * NP; i++) {
-        float *y = a->y + (size_t)(i / NP) * a->ldy + 16 * (i % NP);
-        __m512 sum = acc[i];
-        if ((size_t)(i / NP) >= a->n) continue;
-        if (a->scale != NULL) {
-            const __m512 old = add ? _mm512_maskz_loadu_ps(a->mask[i % NP], y) : _mm512_setzero_ps();
-            sum = _mm512_fmadd_ps(sum, _mm512_loadu_ps(a->scale + 16 * (i % NP)), old);
-        }
-        dsv3i_avx512_put(y, a->mask[i % NP], sum);
-    }
-}
-
-/* Terms of float rows, aj floats apart, and floats of columns: acc += sum_j x_mj w_j. edge: columns under the mask. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_float_terms(const int M, const int NP, const int edge, __m512 acc[24], const dsv3i_avx512_place *a,
-                              size_t aj, size_t k) {
-    const unsigned char *w = a->w, *next = a->next;
-    size_t x = 0, lines = a->lines;
-    for (size_t j = 0; j < k; j++, x += aj * sizeof(float), w += a->step) {
-        __m512 b[4];
-        if (j < lines) _mm_prefetch((const char *)next + 64 * j, _MM_HINT_T1);
-        DSV3I_UNROLL for (int p = 0; p < NP; p++) {
-            b[p] = edge ? _mm512_maskz_loadu_ps(a->mask[p], w + 64 * p) : _mm512_loadu_ps(w + 64 * p);
-        }
-        DSV3I_UNROLL for (int m = 0; m < M; m++) {
-            const __m512 f = _mm512_set1_ps(*(const float *)(const void *)(a->x[m] + x));
-            DSV3I_UNROLL for (int p = 0; p < NP; p++) acc[m * NP + p] = _mm512_fmadd_ps(f, b[p], acc[m * NP + p]);
-        }
-    }
-}
-
-/* Fetches a step of what comes next. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_ahead(const int NP, const dsv3i_avx512_place *a, const unsigned char *w) {
-    DSV3I_UNROLL for (int p = 0; p < NP; p++) _mm_prefetch((const char *)w + a->ahead + 64 * p, _MM_HINT_T0);
-}
-
-/* The same, where many steps share what is fetched. */
+/* Fetches what comes next, where many steps share it. */
 DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_fetch(dsv3i_avx512_place *a) {
     if (a->lines == 0) return;
-    for (size_t i = 0; i < a->each; i++) _mm_prefetch((const char *)a->next + 64 * i, _MM_HINT_T1);
+    for (size_t i = 0; i < a->each; i++) dsv3i_avx512_far(a->next + 64 * i);
     a->next += 64 * a->each;
     a->lines -= dsv3i_min(a->each, a->lines);
 }
 
-/* Terms i0 .. i1-1 of float rows and panels of codes. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_code_terms(const int bytes, const int M, const int NP, __m512 acc[24], const dsv3i_avx512_place *a,
-                             __m512 zero, size_t i0, size_t i1) {
-    const int each = bytes ? 4 : 2;
-    const unsigned char *w = a->w + i0 / (size_t)each * a->step;
-    for (size_t i = i0; i < i1; i += (size_t)each, w += a->step) {
-        const int rest = i1 - i < (size_t)each; /* an odd last term of BF16 */
-        dsv3i_avx512_ahead(NP, a, w);
-        DSV3I_UNROLL for (int p = 0; p < NP; p++) {
-            __m512 f[4];
-            dsv3i_avx512_floats(bytes, f, _mm512_loadu_si512(w + 64 * p), zero);
-            DSV3I_UNROLL for (int j = 0; j < each; j++) {
-                if (j > 0 && rest) continue;
-                DSV3I_UNROLL for (int m = 0; m < M; m++) {
-                    const float *x = (const float *)(const void *)a->x[m] + i + j;
-                    acc[m * NP + p] = _mm512_fmadd_ps(_mm512_set1_ps(*x), f[j], acc[m * NP + p]);
-                }
-            }
-        }
-    }
-}
+/* ---- AVX-512: weighted sums of rows, y += sum_r x_r w_r. */
 
-/* Columns c0 .. of a panel. */
+/* The 32 numbers of a block of Q8_0 or Q4_0, times f, to two sums. Q4_0: a table of the 16 values there are. */
 DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_exact(const dsv3_product kind, const int M, const int NP, float *y, size_t ldy, const void *x,
-                        size_t ldx, size_t n, const dsv3_panel *w, size_t c0, size_t rows, size_t k, int add,
-                        size_t fetch, size_t fetch_bytes) {
-    const __m512 zero = _mm512_set1_ps((float)w->zero);
-    const int scaled = w->scale != NULL;
-    dsv3i_avx512_place a;
-    __m512 acc[24];
-    dsv3i_avx512_place_set(M, NP, &a, y + 16 * c0, ldy, x, ldx, n, (const unsigned char *)w->values + 64 * c0,
-                           64 * w->columns, rows - 16 * c0);
-    a.ahead = w->ahead;
-    a.lines = fetch_bytes / 64;
-    if (a.lines > 0) a.next = (const unsigned char *)w->next + fetch;
-    if (scaled) a.scale = w->scale + 16 * c0;
-    for (size_t i = 0, end; i < k; i = end) {
-        end = dsv3i_min(i + w->block, k);
-        dsv3i_avx512_begin(M, NP, acc, &a, add && !scaled);
-        if (kind == DSV3_PRODUCT_F32) {
-            dsv3i_avx512_float_terms(M, NP, 0, acc, &a, 1, end - i);
-            DSV3I_UNROLL for (int m = 0; m < M; m++) a.x[m] += (end - i) * sizeof(float);
-            a.w += (end - i) * a.step;
-        } else {
-            dsv3i_avx512_code_terms(kind == DSV3_PRODUCT_BYTES, M, NP, acc, &a, zero, i, end);
-        }
-        a.w += w->gap;
-        dsv3i_avx512_end(M, NP, acc, &a, add || i > 0);
-        a.lines = 0;
-        if (scaled) a.scale += 16 * w->columns;
-    }
-}
-
-/* n rows, some at a time. Each share of them fetches its share of what is read next. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_columns(const dsv3_product kind, const int NP, float *y, size_t ldy, const void *x, size_t ldx,
-                          size_t n, const dsv3_panel *w, size_t c0, size_t rows, size_t k, int add) {
-    for (size_t t = 0, m; t < n; t += m) {
-        const unsigned char *xt = (const unsigned char *)x + t * ldx;
-        float *yt = y + t * ldy;
-        const size_t more = kind == DSV3_PRODUCT_F32 && c0 == 0 ? w->next_bytes / n : 0;
-        const size_t from = more * t;
-        m = dsv3i_rows_together(n - t);
-        switch (m) {
-        case 1: dsv3i_avx512_exact(kind, 1, NP, yt, ldy, xt, ldx, 1, w, c0, rows, k, add, from, more * m); break;
-        case 2: dsv3i_avx512_exact(kind, 2, NP, yt, ldy, xt, ldx, 2, w, c0, rows, k, add, from, more * m); break;
-        case 3:
-        case 4: dsv3i_avx512_exact(kind, 4, NP, yt, ldy, xt, ldx, m, w, c0, rows, k, add, from, more * m); break;
-        default:
-            if (kind == DSV3_PRODUCT_F32)
-                dsv3i_avx512_exact(kind, 6, NP, yt, ldy, xt, ldx, m, w, c0, rows, k, add, from, more * m);
-        }
-    }
-}
-
-/* Whole panels at once; of codes, the last one of a matrix by columns (it is not worth the instructions). */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_product(const dsv3_product kind, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                          const dsv3_panel *w, size_t rows, size_t k, int add) {
-    if (w->columns == 4) {
-        dsv3i_avx512_columns(kind, 4, y, ldy, x, ldx, n, w, 0, rows, k, add);
-    } else if (kind == DSV3_PRODUCT_F32 && w->columns == 3) {
-        dsv3i_avx512_columns(kind, 3, y, ldy, x, ldx, n, w, 0, rows, k, add);
-    } else if (kind == DSV3_PRODUCT_F32 && w->columns == 2) {
-        dsv3i_avx512_columns(kind, 2, y, ldy, x, ldx, n, w, 0, rows, k, add);
+void dsv3i_avx512_gemv_t_block(const dsv3_type type, __m512 acc[2], __m512 f, const unsigned char *block) {
+    const __m512 sixteen = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    int16_t half;
+    __m512 d, v[2];
+    DSV3_MEMCPY(&half, block, sizeof half);
+    d = _mm512_cvtph_ps(_mm256_set1_epi16(half));
+    if (type == DSV3_Q4_0) {
+        const __m512 table = _mm512_mul_ps(sixteen, d);
+        const __m512i c = _mm512_cvtepu8_epi32(dsv3i_avx2_bytes_16(block + 2));
+        v[0] = _mm512_permutexvar_ps(c, table); /* of an index, four bits count */
+        v[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(c, 4), table);
     } else {
-        for (size_t c = 0; c < w->columns; c++) dsv3i_avx512_columns(kind, 1, y, ldy, x, ldx, n, w, c, rows, k, add);
+        v[0] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(dsv3i_avx2_bytes_16(block + 2))), d);
+        v[1] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(dsv3i_avx2_bytes_16(block + 18))), d);
     }
+    acc[0] = _mm512_fmadd_ps(f, v[0], acc[0]);
+    acc[1] = _mm512_fmadd_ps(f, v[1], acc[1]);
 }
 
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_product_f32(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
-                                     size_t rows, size_t k, int add) {
-    dsv3i_avx512_product(DSV3_PRODUCT_F32, y, ldy, x, ldx, n, w, rows, k, add);
-}
-
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_product_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
-                                      size_t rows, size_t k, int add) {
-    dsv3i_avx512_product(DSV3_PRODUCT_BF16, y, ldy, x, ldx, n, w, rows, k, add);
-}
-
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_product_bytes(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
-                                       size_t rows, size_t k, int add) {
-    dsv3i_avx512_product(DSV3_PRODUCT_BYTES, y, ldy, x, ldx, n, w, rows, k, add);
-}
-
-/* Up to M rows of y and `columns` <= 16 NP columns. */
+/* NC vectors of numbers of a row, from w on, times f; of a vector, the lanes of the mask. */
 DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_outer_tile(const int M, const int NP, float *y, size_t ldy, size_t m, const float *x, size_t at,
-                             size_t aj, const float *b, size_t ldb, size_t k, size_t columns) {
-    dsv3i_avx512_place a;
-    __m512 acc[24];
-    dsv3i_avx512_place_set(M, NP, &a, y, ldy, x, at * sizeof *x, m, b, ldb * sizeof *b, columns);
-    dsv3i_avx512_begin(M, NP, acc, &a, 1);
-    dsv3i_avx512_float_terms(M, NP, 1, acc, &a, aj, k);
-    dsv3i_avx512_end(M, NP, acc, &a, 0);
+void dsv3i_avx512_gemv_t_columns(const dsv3_type type, const int NC, float *y, __mmask16 m, __m512 f,
+                              const unsigned char *w, const float scale[2]) {
+    const size_t size = type == DSV3_F8_E4M3 ? 1 : 2;
+    __m512 acc[16];
+    DSV3I_UNROLL for (int c = 0; c < NC; c++) acc[c] = dsv3i_avx512_get(m, y + 16 * c);
+    DSV3I_UNROLL for (int c = 0; c < NC; c++) {
+        __m512 v;
+        if (type == DSV3_Q8_0 || type == DSV3_Q4_0) {
+            if (c % 2 == 0) dsv3i_avx512_gemv_t_block(type, acc + c, f, w + c / 2 * (type == DSV3_Q8_0 ? 34 : 18));
+            continue;
+        }
+        v = dsv3i_avx512_element(type, m, w + 16 * (size_t)c * size);
+        if (type == DSV3_F8_E4M3) {
+            v = _mm512_mul_ps(_mm512_mul_ps(v, _mm512_set1_ps(256.0f)), _mm512_set1_ps(scale[c / 8]));
+        }
+        acc[c] = _mm512_fmadd_ps(f, v, acc[c]);
+    }
+    DSV3I_UNROLL for (int c = 0; c < NC; c++) dsv3i_avx512_put(y + 16 * c, m, acc[c]);
 }
 
-/* All m rows of y. */
+/* A row, from number i on, a multiple of 32. */
 DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_outer_panel(const int NP, float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj,
-                              const float *b, size_t ldb, size_t k, size_t columns) {
-    for (size_t t = 0, rows; t < m; t += rows) {
-        float *to = y + t * ldy;
-        const float *from = a + t * at;
-        rows = dsv3i_rows_together(m - t);
-        switch (rows) {
-        case 1: dsv3i_avx512_outer_tile(1, NP, to, ldy, 1, from, at, aj, b, ldb, k, columns); break;
-        case 2: dsv3i_avx512_outer_tile(2, NP, to, ldy, 2, from, at, aj, b, ldb, k, columns); break;
-        case 3:
-        case 4: dsv3i_avx512_outer_tile(4, NP, to, ldy, rows, from, at, aj, b, ldb, k, columns); break;
-        default: dsv3i_avx512_outer_tile(6, NP, to, ldy, rows, from, at, aj, b, ldb, k, columns);
+void dsv3i_avx512_gemv_t_row(const dsv3_type type, float *y, float x, const unsigned char *w, const unsigned char *scale,
+                          size_t i, size_t n) {
+    const __m512 f = _mm512_set1_ps(x);
+    const size_t block = dsv3_row_bytes(type, DSV3_QBLOCK);
+    const unsigned char *at = w + i / DSV3_QBLOCK * block;
+    for (size_t columns; i < n; i += columns, at += columns * block / DSV3_QBLOCK) {
+        float unit[2] = {1.0f, 1.0f};
+        columns = n - i >= 256 ? 256 : n - i >= 32 ? 32 : dsv3i_min(n - i, 16);
+        if (scale != NULL) {
+            DSV3_MEMCPY(unit, scale + i / DSV3_BLOCK * sizeof *unit, (columns == 256 ? 2 : 1) * sizeof *unit);
+        }
+        if (columns == 256) {
+            dsv3i_avx512_gemv_t_columns(type, 16, y + i, 0xFFFF, f, at, unit);
+        } else if (columns == 32) {
+            dsv3i_avx512_gemv_t_columns(type, 2, y + i, 0xFFFF, f, at, unit);
+        } else if (type != DSV3_Q8_0 && type != DSV3_Q4_0) {
+            dsv3i_avx512_gemv_t_columns(type, 1, y + i, dsv3i_avx512_mask(columns), f, at, unit);
         }
     }
 }
 
-/* b in panels of 64 columns and at most 160 rows, which stay in a near cache while all rows of y pass by. */
-DSV3I_TARGET(DSV3I_AVX512)
-static void dsv3i_avx512_outer(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj, const float *b,
-                               size_t ldb, size_t k, size_t n) {
-    const size_t parts = dsv3i_blocks(k, 160), each = parts > 0 ? dsv3i_blocks(k, parts) : 0;
-    for (size_t j = 0; j < k; j += each) {
-        const size_t nj = dsv3i_min(each, k - j);
-        for (size_t i = 0; i < n; i += 64) {
-            float *to = y + i;
-            const float *from = a + j * aj, *panel = b + j * ldb + i;
-            const size_t columns = dsv3i_min(64, n - i);
-            switch (dsv3i_blocks(columns, 16)) {
-            case 1: dsv3i_avx512_outer_panel(1, to, ldy, m, from, at, aj, panel, ldb, nj, columns); break;
-            case 2: dsv3i_avx512_outer_panel(2, to, ldy, m, from, at, aj, panel, ldb, nj, columns); break;
-            case 3: dsv3i_avx512_outer_panel(3, to, ldy, m, from, at, aj, panel, ldb, nj, columns); break;
-            default: dsv3i_avx512_outer_panel(4, to, ldy, m, from, at, aj, panel, ldb, nj, columns);
-            }
-        }
+/* Row by row, exactly as they lie, is how they come fastest, although sums then wait in a near cache. */
+#define DSV3I_MIX_TYPE(name, type)                                                                                   \
+    DSV3I_TARGET(DSV3I_AVX512)                                                                                       \
+    static void dsv3i_avx512_gemv_t_##name(float *y, const float *x, const void *w, size_t row_bytes,                   \
+                                        const void *scale, size_t k, size_t n) {                                     \
+        const unsigned char *row = (const unsigned char *)w, *unit = (const unsigned char *)scale;                   \
+        for (size_t r = 0; r < k; r++) dsv3i_avx512_gemv_t_row(type, y, x[r], row + r * row_bytes, unit, 0, n);         \
     }
-}
+DSV3I_MIX_TYPE(f16, DSV3_F16)
+DSV3I_MIX_TYPE(bf16, DSV3_BF16)
+DSV3I_MIX_TYPE(f8_e4m3, DSV3_F8_E4M3)
+DSV3I_MIX_TYPE(q8_0, DSV3_Q8_0)
+DSV3I_MIX_TYPE(q4_0, DSV3_Q4_0)
+#undef DSV3I_MIX_TYPE
 
 /* ---- AVX-512: attention. Lanes are queries: scores p [nk, columns, 16]. */
 
 /* Scores become weights; the rescaling of what is there to the new maxima. p [nk, columns, 16] */
 DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_softmax(dsv3_meeting *a, float *p, float rescale[64], size_t columns, size_t nk) {
+void dsv3i_avx512_softmax(dsv3i_attention_tile *a, float *p, float rescale[64], size_t columns, size_t nk) {
     const __m512 scale = _mm512_set1_ps(a->scale);
     for (size_t c = 0; c < columns; c++) {
         const __m512 before = _mm512_loadu_ps(a->top + 16 * c);
@@ -9906,7 +9433,7 @@ void dsv3i_avx512_softmax(dsv3_meeting *a, float *p, float rescale[64], size_t c
     }
 }
 
-DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_rescale(const dsv3_meeting *a, const float rescale[64]) {
+DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_rescale(const dsv3i_attention_tile *a, const float rescale[64]) {
     for (size_t i = 0; i < a->lanes; i++) {
         const __m512 f = _mm512_set1_ps(rescale[i]);
         float *out = a->out + i * a->ld_out;
@@ -9919,14 +9446,14 @@ DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_rescale(const dsv3_meeting *a, cons
 }
 
 /* A panel of queries, and behind it room for scores. */
-DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_meet_begin(dsv3_meeting *a) {
+DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_attend_begin(dsv3i_attention_tile *a) {
     dsv3i_avx512_pack(4, a->scratch, a->q, a->ld_q * sizeof *a->q, a->lanes, a->dk);
 }
 
-DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_meet(dsv3_meeting *a, size_t nk) {
+DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_attend(dsv3i_attention_tile *a, size_t nk) {
     const size_t columns = (a->lanes + 15) / 16;
     float *p = (float *)a->scratch + 16 * columns * a->dk, rescale[64];
-    dsv3_panel queries;
+    dsv3i_panel queries;
     queries.values = a->scratch;
     queries.columns = columns;
     queries.scale = NULL;
@@ -9954,21 +9481,26 @@ DSV3I_INLINE(DSV3I_AVX512_BF16) void dsv3i_avx512_bf16_tables(__m512i table[4]) 
     for (int i = 0; i < 4; i++) table[i] = _mm512_loadu_si512(bytes[i / 2] + 64 * (i % 2));
 }
 
-/* E4M3 to BF16: both bytes by tables. */
+/* E4M3 to BF16, both bytes by tables: of each eight codes the first four, and the others. */
+DSV3I_INLINE(DSV3I_AVX512_BF16) void dsv3i_avx512_bf16_of_f8(__m512i b[2], __m512i v, const __m512i table[4]) {
+    const __m512i low = _mm512_permutex2var_epi8(table[0], v, table[1]), sign = _mm512_set1_epi8((char)-128);
+    const __m512i high = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(table[2], v, table[3]), v, sign, 0xF8);
+    b[0] = _mm512_unpacklo_epi8(low, high);
+    b[1] = _mm512_unpackhi_epi8(low, high);
+}
+
 DSV3I_TARGET(DSV3I_AVX512_BF16)
 static void dsv3i_avx512_bf16_widen_f8(void *values, const void *panel, size_t columns, size_t k) {
     const unsigned char *from = (const unsigned char *)panel;
     unsigned char *to = (unsigned char *)values;
-    const __m512i sign = _mm512_set1_epi8((char)-128);
-    __m512i table[4];
+    __m512i table[4], b[2];
     dsv3i_avx512_bf16_tables(table);
     for (size_t i = 0; i < k; i += 4, to += 64 * columns) {
         for (size_t c = 0; c < columns; c++, from += 64, to += 64) {
-            const __m512i v = _mm512_loadu_si512(from), l = _mm512_permutex2var_epi8(table[0], v, table[1]);
-            const __m512i h = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(table[2], v, table[3]), v, sign, 0xF8);
+            dsv3i_avx512_bf16_of_f8(b, _mm512_loadu_si512(from), table);
             _mm_prefetch((const char *)from + DSV3I_AHEAD, _MM_HINT_T0);
-            _mm512_storeu_si512(to, _mm512_unpacklo_epi8(l, h));
-            _mm512_storeu_si512(to + 64 * columns, _mm512_unpackhi_epi8(l, h));
+            _mm512_storeu_si512(to, b[0]);
+            _mm512_storeu_si512(to + 64 * columns, b[1]);
         }
     }
 }
@@ -9976,27 +9508,26 @@ static void dsv3i_avx512_bf16_widen_f8(void *values, const void *panel, size_t c
 /* 256 numbers of a row of E4M3: 64 codes, put into the order in which four sums of 16 want them, become BF16 by tables, and
  * floats. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_mix_256(float *y, __m512 f, const unsigned char *w, const float scale[2],
+void dsv3i_avx512_bf16_gemv_t_256(float *y, __m512 f, const unsigned char *w, const float scale[2],
                                const __m512i table[4], __m512i order) {
-    const __m512i sign = _mm512_set1_epi8((char)-128), upper = _mm512_set1_epi32(-65536);
     DSV3I_UNROLL for (size_t c = 0; c < 16; c += 4) {
-        const __m512i v = _mm512_permutexvar_epi8(order, _mm512_loadu_si512(w + 16 * c));
-        const __m512i l = _mm512_permutex2var_epi8(table[0], v, table[1]);
-        const __m512i h = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(table[2], v, table[3]), v, sign, 0xF8);
-        const __m512i pair[2] = {_mm512_unpacklo_epi8(l, h), _mm512_unpackhi_epi8(l, h)};
+        __m512i b[2];
+        __m512 value[2][4];
+        dsv3i_avx512_bf16_of_f8(b, _mm512_permutexvar_epi8(order, _mm512_loadu_si512(w + 16 * c)), table);
         _mm_prefetch((const char *)w + 16 * c + DSV3I_AHEAD, _MM_HINT_T0);
+        dsv3i_avx512_floats(0, value[0], b[0], _mm512_setzero_ps());
+        dsv3i_avx512_floats(0, value[1], b[1], _mm512_setzero_ps());
         DSV3I_UNROLL for (size_t i = 0; i < 4; i++) {
-            const __m512i bits = i % 2 ? _mm512_and_si512(pair[i / 2], upper) : _mm512_slli_epi32(pair[i / 2], 16);
-            const __m512 value = _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(scale[c / 8]));
             float *to = y + 16 * (c + i);
-            _mm512_storeu_ps(to, _mm512_fmadd_ps(f, value, _mm512_loadu_ps(to)));
+            const __m512 scaled = _mm512_mul_ps(value[i / 2][i % 2], _mm512_set1_ps(scale[c / 8]));
+            _mm512_storeu_ps(to, _mm512_fmadd_ps(f, scaled, _mm512_loadu_ps(to)));
         }
     }
 }
 
 DSV3I_TARGET(DSV3I_AVX512_BF16)
-static void dsv3i_avx512_bf16_mix_f8_e4m3(float *y, const float *x, const void *w, size_t row_bytes, const void *scale,
-                                          size_t k, size_t n) {
+static void dsv3i_avx512_bf16_gemv_t_f8_e4m3(float *y, const float *x, const void *w, size_t row_bytes,
+                                          const void *scale, size_t k, size_t n) {
     const unsigned char *row = (const unsigned char *)w, *scales = (const unsigned char *)scale;
     const size_t whole = n / 256 * 256;
     unsigned char at[64];
@@ -10008,9 +9539,9 @@ static void dsv3i_avx512_bf16_mix_f8_e4m3(float *y, const float *x, const void *
         for (size_t i = 0; i < whole; i += 256) {
             float unit[2] = {1.0f, 1.0f};
             if (scales != NULL) DSV3_MEMCPY(unit, scales + i / DSV3_BLOCK * sizeof *unit, sizeof unit);
-            dsv3i_avx512_bf16_mix_256(y + i, _mm512_set1_ps(x[r]), row + i, unit, table, order);
+            dsv3i_avx512_bf16_gemv_t_256(y + i, _mm512_set1_ps(x[r]), row + i, unit, table, order);
         }
-        dsv3i_avx512_mix_row(DSV3_F8_E4M3, y, x[r], row, scales, whole, n);
+        dsv3i_avx512_gemv_t_row(DSV3_F8_E4M3, y, x[r], row, scales, whole, n);
     }
 }
 
@@ -10054,154 +9585,173 @@ DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_round_bytes(void *
     }
 }
 
+/* ---- Fast products: rows of BF16 or of bytes, and a panel. */
+
+/* The four bytes that a step has of each of 16 outputs, as products of codes take them. Twice as many: FP8 becomes BF16, and
+ * the halves of bytes of Q4_0 are the earlier and the later terms. table: of FP8. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_terms(const int M, const int NP, __m512 acc[24], dsv3i_avx512_place *a, size_t k) {
+void dsv3i_avx512_bf16_values(const dsv3_type type, __m512i b[2], const unsigned char *w, const __m512i table[4]) {
+    const __m512i low = _mm512_set1_epi8(15);
+    b[0] = _mm512_loadu_si512(w);
+    if (type == DSV3_F8_E4M3) {
+        _mm_prefetch((const char *)w + 1024, _MM_HINT_T0); /* others are slower with it */
+        dsv3i_avx512_bf16_of_f8(b, b[0], table);
+    } else if (type == DSV3_Q4_0) {
+        b[1] = _mm512_and_si512(_mm512_srli_epi16(b[0], 4), low);
+        b[0] = _mm512_and_si512(b[0], low);
+    }
+}
+
+DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_four(const unsigned char *x) {
+    return _mm512_set1_epi32(*(const int32_t *)(const void *)x);
+}
+
+/* Steps of M rows and NP columns, of BF16. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_terms(const int M, const int NP, __m512 acc[24], dsv3i_avx512_place *a, size_t steps) {
     const unsigned char *w = a->w;
-    for (size_t i = 0; i < k; i += 2, w += a->step) {
-        __m512bh b[4];
-        DSV3I_UNROLL for (int p = 0; p < NP; p++) b[p] = (__m512bh)_mm512_loadu_si512(w + 64 * p);
+    for (size_t i = 0; i < steps; i++, w += a->step) {
+        __m512i b[4];
         dsv3i_avx512_fetch(a);
+        DSV3I_UNROLL for (int p = 0; p < NP; p++) b[p] = _mm512_loadu_si512(w + 64 * p);
         DSV3I_UNROLL for (int m = 0; m < M; m++) {
-            const __m512bh f = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(const void *)(a->x[m] + 2 * i));
+            const __m512bh x = (__m512bh)dsv3i_avx512_bf16_four(a->x[m] + 4 * i);
             DSV3I_UNROLL for (int p = 0; p < NP; p++) {
-                acc[m * NP + p] = _mm512_dpbf16_ps(acc[m * NP + p], f, b[p]);
+                acc[m * NP + p] = _mm512_dpbf16_ps(acc[m * NP + p], x, (__m512bh)b[p]);
             }
         }
     }
+    a->w = w;
 }
 
-/* BF16s, with one multiplier for all terms of a block or with none. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_pairs_of(const int M, const int NP, dsv3i_avx512_place *a, size_t block, size_t next_scale,
-                                size_t k, int add) {
-    __m512 acc[24];
-    for (size_t i = 0, end; i < k; i = end) {
-        end = dsv3i_min(i + block, k);
-        dsv3i_avx512_begin(M, NP, acc, a, add && a->scale == NULL);
-        dsv3i_avx512_bf16_terms(M, NP, acc, a, end - i);
-        DSV3I_UNROLL for (int m = 0; m < M; m++) a->x[m] += 2 * (end - i);
-        a->w += (end - i) / 2 * a->step;
-        dsv3i_avx512_end(M, NP, acc, a, add || i > 0);
-        if (a->scale != NULL) a->scale += next_scale;
-    }
+/* Where the sums of a block of bytes begin, so that products with codes of 0 that are not 0 come out right. */
+DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_first(const unsigned char *x, __m128i shift) {
+    return _mm512_sll_epi32(dsv3i_avx512_bf16_four(x + DSV3_QBLOCK + 4), shift);
 }
 
-/* A block of 32: sums of products of whole numbers, exact. Values are bytes, or two in the halves of a byte (Q4_0). */
+/* Sums of a block as floats, times the scale of x. */
+DSV3I_INLINE(DSV3I_AVX512_BF16) __m512 dsv3i_avx512_bf16_scaled(__m512i sum, const unsigned char *x) {
+    const __m512 unit = _mm512_set1_ps(*(const float *)(const void *)(x + DSV3_QBLOCK));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(sum), unit);
+}
+
+/* A block of 32 bytes, or of twice two in the halves of a byte (Q4_0): sums of products of whole numbers, exact, times the
+ * scales of x and of w. Both kinds of sums fit the registers if there are 12 of each at most. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_block(const dsv3_type type, const int M, const int NP, __m512i sum[12], dsv3i_avx512_place *a,
-                             __m128i shift) {
-    const int steps = type == DSV3_Q4_0 ? 4 : 8;
-    const __m512i low = _mm512_set1_epi8(15);
-    DSV3I_UNROLL for (int m = 0; m < M; m++) {
-        const int32_t zero = *(const int32_t *)(const void *)(a->x[m] + DSV3_QBLOCK + 4);
-        const __m512i start = _mm512_sll_epi32(_mm512_set1_epi32(zero), shift);
-        DSV3I_UNROLL for (int p = 0; p < NP; p++) sum[m * NP + p] = start;
-    }
-    DSV3I_UNROLL for (int j = 0; j < steps; j++, a->w += a->step) {
+void dsv3i_avx512_bf16_block(const dsv3_type type, const int M, const int NP, __m512 acc[24], dsv3i_avx512_place *a,
+                             const float *scale, __m128i shift) {
+    const int halves = type == DSV3_Q4_0 ? 2 : 1;
+    __m512i sum[12];
+    DSV3I_UNROLL for (int j = 0; j < M * NP; j++) sum[j] = dsv3i_avx512_bf16_first(a->x[j / NP], shift);
+    DSV3I_UNROLL for (int i = 0; i < 8 / halves; i++, a->w += a->step) {
         __m512i b[2][2];
         dsv3i_avx512_fetch(a);
-        DSV3I_UNROLL for (int p = 0; p < NP; p++) {
-            const __m512i v = _mm512_loadu_si512(a->w + 64 * p);
-            b[0][p] = type == DSV3_Q4_0 ? _mm512_and_si512(v, low) : v;
-            b[1][p] = type == DSV3_Q4_0 ? _mm512_and_si512(_mm512_srli_epi16(v, 4), low) : v;
+        DSV3I_UNROLL for (int p = 0; p < NP; p++) dsv3i_avx512_bf16_values(type, b[p], a->w + 64 * p, NULL);
+        DSV3I_UNROLL for (int j = 0; j < M * NP * halves; j++) {
+            const int h = j / (M * NP), at = j % (M * NP);
+            const __m512i x = dsv3i_avx512_bf16_four(a->x[at / NP] + 16 * h + 4 * i);
+            sum[at] = _mm512_dpbusd_epi32(sum[at], b[at % NP][h], x);
         }
-        DSV3I_UNROLL for (int i = 0; i < 8 / steps; i++) {
-            DSV3I_UNROLL for (int m = 0; m < M; m++) {
-                const __m512i f = _mm512_set1_epi32(*(const int32_t *)(const void *)(a->x[m] + 16 * i + 4 * j));
-                DSV3I_UNROLL for (int p = 0; p < NP; p++) {
-                    sum[m * NP + p] = _mm512_dpbusd_epi32(sum[m * NP + p], b[i][p], f);
-                }
-            }
-        }
+    }
+    DSV3I_UNROLL for (int j = 0; j < M * NP; j++) {
+        const __m512 product = dsv3i_avx512_bf16_scaled(sum[j], a->x[j / NP]);
+        acc[j] = _mm512_fmadd_ps(product, _mm512_loadu_ps(scale + 16 * (j % NP)), acc[j]);
     }
 }
 
-/* Codes: each block times the multipliers of its rows of x and of w. Both kinds of sums fit the registers if there are
- * 12 of each at most. scale: [k / 32, 4 or fewer columns, 16], `next_scale` floats from a block's to the next's. */
+static dsv3i_panel dsv3i_panel_bf16(const void *values, size_t columns, size_t k) {
+    dsv3i_panel w;
+    w.values = w.next = values;
+    w.columns = columns;
+    w.scale = NULL;
+    w.block = k;
+    w.zero = 0;
+    w.gap = w.ahead = w.next_bytes = 0;
+    return w;
+}
+
+/* M rows and NP columns. Sums of BF16 go to memory after each block of terms that share a scale, those of bytes at last. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_blocks(const dsv3_type type, const int M, const int NP, dsv3i_avx512_place *a,
-                              const float *scale, size_t next_scale, int32_t zero, size_t k, int add) {
-    const __m128i shift = _mm_cvtsi32_si128(zero == 128 ? 4 : 0);
+void dsv3i_avx512_bf16_rows(const dsv3_type type, const int M, const int NP, dsv3i_avx512_place *a,
+                            const dsv3i_panel *w, size_t k, int add) {
+    const __m128i shift = _mm_cvtsi32_si128(w->zero == 128 ? 4 : 0);
+    const float *scale = a->scale;
+    const int bytes = type != DSV3_BF16;
     __m512 acc[24];
-    dsv3i_avx512_begin(M, NP, acc, a, add);
-    for (size_t i = 0; i < k; i += DSV3_QBLOCK, scale += next_scale) {
-        __m512i sum[12];
-        dsv3i_avx512_bf16_block(type, M, NP, sum, a, shift);
-        DSV3I_UNROLL for (int m = 0; m < M; m++) {
-            const __m512 unit = _mm512_set1_ps(*(const float *)(const void *)(a->x[m] + DSV3_QBLOCK));
-            DSV3I_UNROLL for (int p = 0; p < NP; p++) {
-                const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[m * NP + p]), unit);
-                acc[m * NP + p] = _mm512_fmadd_ps(product, _mm512_loadu_ps(scale + 16 * p), acc[m * NP + p]);
-            }
-            a->x[m] += DSV3_QBLOCK + 8;
+    if (bytes) dsv3i_avx512_begin(M, NP, acc, a, add);
+    for (size_t i = 0, end; i < k; i = end) {
+        end = dsv3i_min(i + (bytes ? DSV3_QBLOCK : w->block), k);
+        if (bytes) {
+            dsv3i_avx512_bf16_block(type, M, NP, acc, a, scale, shift);
+            a->w += w->gap;
+        } else {
+            a->scale = scale;
+            dsv3i_avx512_begin(M, NP, acc, a, add && scale == NULL);
+            dsv3i_avx512_bf16_terms(M, NP, acc, a, (end - i + 1) / 2);
+            dsv3i_avx512_end(M, NP, acc, a, add || i > 0);
         }
-        a->w += a->gap;
+        DSV3I_UNROLL for (int m = 0; m < M; m++) a->x[m] += bytes ? DSV3_QBLOCK + 8 : 2 * (end - i);
+        if (scale != NULL) scale += 16 * w->columns;
     }
-    dsv3i_avx512_end(M, NP, acc, a, 0);
+    a->scale = NULL;
+    if (bytes) dsv3i_avx512_end(M, NP, acc, a, 0);
 }
 
+/* n rows, up to 6 at a time, and NP columns from c0 on. Each share of them fetches its share of what is read next. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_fast(const int bytes, const int M, const int NP, float *y, size_t ldy, const void *x,
-                            size_t ldx, size_t n, const dsv3_panel *w, size_t c0, size_t rows, size_t k, int add) {
-    dsv3i_avx512_place a;
-    dsv3i_avx512_place_set(M, NP, &a, y + 16 * c0, ldy, x, ldx, n, (const unsigned char *)w->values + 64 * c0,
-                           64 * w->columns, rows - 16 * c0);
-    if (bytes) {
-        a.gap = w->gap;
-        dsv3i_avx512_bf16_blocks(DSV3_Q8_0, M, NP, &a, w->scale + 16 * c0, 16 * w->columns, w->zero, k, add);
-    } else {
-        if (w->scale != NULL) a.scale = w->scale + 16 * c0;
-        dsv3i_avx512_bf16_pairs_of(M, NP, &a, w->block, 16 * w->columns, k, add);
-    }
-}
-
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_columns(const int bytes, const int NP, float *y, size_t ldy, const void *x, size_t ldx,
-                               size_t n, const dsv3_panel *w, size_t c0, size_t rows, size_t k, int add) {
+void dsv3i_avx512_bf16_columns(const dsv3_type type, const int NP, float *y, size_t ldy, const void *x, size_t ldx,
+                               size_t n, const dsv3i_panel *w, size_t c0, size_t rows, size_t k, int add) {
+    const size_t lines = w->next_bytes / 64 * (size_t)NP / w->columns / dsv3i_max(n, 1);
+    const size_t steps = dsv3i_blocks(k, type == DSV3_BF16 ? 2 : type == DSV3_Q8_0 ? 4 : 8);
     for (size_t t = 0, m; t < n; t += m) {
-        const unsigned char *xt = (const unsigned char *)x + t * ldx;
-        float *yt = y + t * ldy;
+        dsv3i_avx512_place a;
         m = dsv3i_rows_together(n - t);
-        switch (m) {
-        case 1: dsv3i_avx512_bf16_fast(bytes, 1, NP, yt, ldy, xt, ldx, 1, w, c0, rows, k, add); break;
-        case 2: dsv3i_avx512_bf16_fast(bytes, 2, NP, yt, ldy, xt, ldx, 2, w, c0, rows, k, add); break;
-        case 3:
-        case 4: dsv3i_avx512_bf16_fast(bytes, 4, NP, yt, ldy, xt, ldx, m, w, c0, rows, k, add); break;
-        default: dsv3i_avx512_bf16_fast(bytes, 6, NP, yt, ldy, xt, ldx, m, w, c0, rows, k, add);
-        }
+        dsv3i_avx512_place_set(6, NP, &a, y + t * ldy + 16 * c0, ldy, (const unsigned char *)x + t * ldx, ldx, m,
+                               (const unsigned char *)w->values + 64 * c0, 64 * (NP == 4 ? 4 : w->columns),
+                               rows - 16 * c0);
+        if (w->scale != NULL) a.scale = w->scale + 16 * c0;
+        a.next = (const unsigned char *)w->next + 64 * lines * (c0 / (size_t)NP * n + t);
+        a.lines = lines * m;
+        a.each = dsv3i_max(dsv3i_blocks(a.lines, steps), 1);
+        if (m > 4) dsv3i_avx512_bf16_rows(type, 6, NP, &a, w, k, add);
+        if (m > 1 && m <= 4) dsv3i_avx512_bf16_rows(type, 4, NP, &a, w, k, add);
+        if (m == 1) dsv3i_avx512_bf16_rows(type, 1, NP, &a, w, k, add);
     }
 }
 
-DSV3I_TARGET(DSV3I_AVX512_BF16)
-static void dsv3i_avx512_bf16_product_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                                           const dsv3_panel *w, size_t rows, size_t k, int add) {
-    switch (w->columns) {
-    case 1: dsv3i_avx512_bf16_columns(0, 1, y, ldy, x, ldx, n, w, 0, rows, k, add); break;
-    case 2: dsv3i_avx512_bf16_columns(0, 2, y, ldy, x, ldx, n, w, 0, rows, k, add); break;
-    case 3: dsv3i_avx512_bf16_columns(0, 3, y, ldy, x, ldx, n, w, 0, rows, k, add); break;
-    default: dsv3i_avx512_bf16_columns(0, 4, y, ldy, x, ldx, n, w, 0, rows, k, add);
-    }
-}
-
-DSV3I_TARGET(DSV3I_AVX512_BF16)
-static void dsv3i_avx512_bf16_product_bytes(float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                                            const dsv3_panel *w, size_t rows, size_t k, int add) {
+/* Four columns of BF16 at a time, or two of bytes; then what is left. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_product(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+                               const dsv3i_panel *w, size_t rows, size_t k, int add) {
     size_t c = 0;
-    for (; c + 2 <= w->columns; c += 2) dsv3i_avx512_bf16_columns(1, 2, y, ldy, x, ldx, n, w, c, rows, k, add);
-    if (c < w->columns) dsv3i_avx512_bf16_columns(1, 1, y, ldy, x, ldx, n, w, c, rows, k, add);
+    if (type == DSV3_BF16 && w->columns == 4) {
+        dsv3i_avx512_bf16_columns(type, 4, y, ldy, x, ldx, n, w, 0, rows, k, add);
+        return;
+    }
+    for (; c + 2 <= w->columns; c += 2) dsv3i_avx512_bf16_columns(type, 2, y, ldy, x, ldx, n, w, c, rows, k, add);
+    if (c < w->columns) dsv3i_avx512_bf16_columns(type, 1, y, ldy, x, ldx, n, w, c, rows, k, add);
 }
 
-typedef void (*dsv3i_gemm)(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
+#define DSV3I_PRODUCT(name, type)                                                                                    \
+    DSV3I_TARGET(DSV3I_AVX512_BF16)                                                                                  \
+    static void dsv3i_avx512_bf16_product_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n,          \
+                                                 const dsv3i_panel *w, size_t rows, size_t k, int add) {              \
+        dsv3i_avx512_bf16_product(type, y, ldy, x, ldx, n, w, rows, k, add);                                         \
+    }
+DSV3I_PRODUCT(bf16, DSV3_BF16)
+DSV3I_PRODUCT(bytes, DSV3_Q8_0)
+
+typedef void (*dsv3i_gemm)(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3i_panel *w,
                               size_t rows, size_t k, int add);
 
 /* ---- Attention in BF16. scratch: the queries as a panel; scores [64, columns, 16]; keys [64, dk] and, where products take
  * more than 4 columns, all values as one panel. */
 
-#define DSV3I_MEET 64u /* keys of a block, at most */
+#define DSV3I_TILE_KEYS 64u /* keys of a block, at most */
 
 DSV3I_INLINE(DSV3I_AVX512_BF16) size_t dsv3i_avx512_bf16_pad(size_t k) { return (k + 3) / 4 * 4; }
 
-DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_meet_begin(dsv3_meeting *a) {
+DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_attend_begin(dsv3i_attention_tile *a) {
     const size_t dk = dsv3i_avx512_bf16_pad(a->dk), columns = (a->lanes + 15) / 16;
     unsigned char *rows = (unsigned char *)a->scratch + 32 * columns * dk;
     for (size_t i = 0; i < a->lanes; i++) dsv3i_avx512_bf16_round_bf16(rows + 2 * i * dk, a->q + i * a->ld_q, a->dk);
@@ -10221,7 +9771,7 @@ DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_pairs(__m512 first, __
 /* Weights p [nk, columns, 16] as rows of 64 BF16 for each lane. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_weights(unsigned char *rows, const float *p, size_t columns, size_t nk) {
-    for (size_t i = 0; i < columns * (DSV3I_MEET / 32); i++, rows += i % 2 ? 64 : 16 * 2 * DSV3I_MEET - 64) {
+    for (size_t i = 0; i < columns * (DSV3I_TILE_KEYS / 32); i++, rows += i % 2 ? 64 : 16 * 2 * DSV3I_TILE_KEYS - 64) {
         const size_t c = i / 2, first = i % 2 * 32;
         __m512i r[16];
         if (first >= nk) continue;
@@ -10233,22 +9783,23 @@ void dsv3i_avx512_bf16_weights(unsigned char *rows, const float *p, size_t colum
                                            key + 1 < nk ? _mm512_loadu_ps(at + 16 * columns) : zero);
         }
         dsv3i_avx512_transpose(r);
-        for (size_t lane = 0; lane < 16; lane++) _mm512_storeu_si512(rows + 2 * DSV3I_MEET * lane, r[lane]);
+        for (size_t lane = 0; lane < 16; lane++) _mm512_storeu_si512(rows + 2 * DSV3I_TILE_KEYS * lane, r[lane]);
     }
 }
 
 /* Sixteen numbers of values as BF16, from number `at` on, those of the mask. */
-DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_value(const dsv3_meeting *a, size_t at, __mmask16 m) {
+DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_value(const dsv3i_attention_tile *a, size_t at, __mmask16 m) {
     if (a->type == DSV3_BF16) {
         return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, (const uint16_t *)a->values + at));
     }
-    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(m, (const float *)a->values + at)));
+    return _mm512_cvtepu16_epi32(
+        (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(m, (const float *)a->values + at)));
 }
 
 /* Numbers i .. end-1 of values, i a multiple of 16, two keys in four bytes: [nk/2, columns, 16, 2]. Key by key, as they lie:
  * those of the next block are fetched meanwhile, if scores have not done so. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3_meeting *a, size_t i, size_t end, size_t nk,
+void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3i_attention_tile *a, size_t i, size_t end, size_t nk,
                                    int fetch) {
     const __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i first = _mm512_or_si512(at, _mm512_slli_epi32(_mm512_add_epi32(at, _mm512_set1_epi32(32)), 16));
@@ -10259,8 +9810,8 @@ void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3_meeting *a, 
         for (; whole && c + 32 <= end; c += 32, panel += 128) {
             const uint16_t *low = (const uint16_t *)a->values + j * a->ld_v + c, *high = low + a->ld_v;
             const __m512i x = _mm512_loadu_si512(low), y = _mm512_loadu_si512(high);
-            if (fetch) _mm_prefetch((const char *)(low + DSV3I_MEET * a->ld_v), _MM_HINT_T1);
-            if (fetch) _mm_prefetch((const char *)(high + DSV3I_MEET * a->ld_v), _MM_HINT_T1);
+            if (fetch) _mm_prefetch((const char *)(low + DSV3I_TILE_KEYS * a->ld_v), _MM_HINT_T1);
+            if (fetch) _mm_prefetch((const char *)(high + DSV3I_TILE_KEYS * a->ld_v), _MM_HINT_T1);
             _mm512_storeu_si512(panel, _mm512_permutex2var_epi16(x, first, y));
             _mm512_storeu_si512(panel + 64, _mm512_permutex2var_epi16(x, second, y));
         }
@@ -10274,76 +9825,65 @@ void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3_meeting *a, 
     }
 }
 
-/* Scores of M keys with the queries of one column: as a product of more rows, so that sums hide their latency. With each step
+/* Scores of 16 keys with the queries of one column: as a product of more rows, so that sums hide their latency. With each step
  * goes a line of the next block's keys. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_scores(const int M, float *p, const unsigned char *keys, size_t ldx, const unsigned char *q,
-                              size_t k) {
+void dsv3i_avx512_bf16_scores(float *p, const unsigned char *keys, size_t ldx, const unsigned char *q, size_t k) {
     const unsigned char *x[6]; /* every third key: addresses of the others are sums */
     __m512 acc[16];
-    DSV3I_UNROLL for (int m = 0; m < M; m += 3) x[m / 3] = keys + (size_t)m * ldx;
-    DSV3I_UNROLL for (int m = 0; m < M; m++) acc[m] = _mm512_setzero_ps();
+    DSV3I_UNROLL for (int m = 0; m < 16; m += 3) x[m / 3] = keys + (size_t)m * ldx;
+    DSV3I_UNROLL for (int m = 0; m < 16; m++) acc[m] = _mm512_setzero_ps();
     for (size_t i = 0; i < k; i += 2) {
         const __m512bh b = (__m512bh)_mm512_loadu_si512(q + 32 * i);
-        _mm_prefetch((const char *)x[0] + (DSV3I_MEET + i / 2 % 16) * ldx + i / 32 * 64, _MM_HINT_T1);
-        DSV3I_UNROLL for (int m = 0; m < M; m++) {
-            const void *at = x[m / 3] + (size_t)(m % 3) * ldx + 2 * i;
-            acc[m] = _mm512_dpbf16_ps(acc[m], (__m512bh)_mm512_set1_epi32(*(const int32_t *)at), b);
+        _mm_prefetch((const char *)x[0] + (DSV3I_TILE_KEYS + i / 2 % 16) * ldx + i / 32 * 64, _MM_HINT_T1);
+        DSV3I_UNROLL for (int m = 0; m < 16; m++) {
+            const unsigned char *at = x[m / 3] + (size_t)(m % 3) * ldx + 2 * i;
+            acc[m] = _mm512_dpbf16_ps(acc[m], (__m512bh)dsv3i_avx512_bf16_four(at), b);
         }
     }
-    DSV3I_UNROLL for (int m = 0; m < M; m++) _mm512_storeu_ps(p + 16 * m, acc[m]);
+    DSV3I_UNROLL for (int m = 0; m < 16; m++) _mm512_storeu_ps(p + 16 * m, acc[m]);
 }
 
 /* product: of rows and panels of BF16. */
 DSV3I_TARGET(DSV3I_AVX512_BF16)
-static void dsv3i_avx512_bf16_meeting(dsv3_meeting *a, size_t nk, dsv3i_gemm product) {
+static void dsv3i_avx512_bf16_attend_by(dsv3i_attention_tile *a, size_t nk, dsv3i_gemm product) {
     const size_t dk = dsv3i_avx512_bf16_pad(a->dk), columns = (a->lanes + 15) / 16;
-    unsigned char *scratch = (unsigned char *)a->scratch + 32 * columns * dk, *keys, weights[64 * 2 * DSV3I_MEET];
-    unsigned char part[DSV3I_MEET / 2 * 256], *values = part;
-    float *p = (float *)(void *)scratch, rescale[64];
     const int wide = product != dsv3i_avx512_bf16_product_bf16;
     const size_t most = wide ? a->dv : 64;
+    unsigned char *scratch = (unsigned char *)a->scratch + 32 * columns * dk,
+                  *keys = scratch + 64 * columns * DSV3I_TILE_KEYS;
+    unsigned char weights[64 * 2 * DSV3I_TILE_KEYS], part[DSV3I_TILE_KEYS / 2 * 256],
+        *values = wide ? keys + 2 * DSV3I_TILE_KEYS * dk : part;
+    float *p = (float *)(void *)scratch, rescale[64];
     size_t ldx = 2 * a->ld_k, scored = 0;
     const void *x = a->keys;
-    dsv3_panel panel;
-    panel.values = a->scratch;
-    panel.columns = columns;
-    panel.scale = NULL;
-    panel.block = dk;
-    panel.zero = 0;
-    panel.gap = panel.ahead = panel.next_bytes = 0;
-    keys = scratch + 64 * columns * DSV3I_MEET;
-    if (wide) values = keys + 2 * DSV3I_MEET * dk;
+    dsv3i_panel panel = dsv3i_panel_bf16(a->scratch, columns, a->type == DSV3_F32 ? dk : a->dk);
     if (a->type == DSV3_F32) {
         for (size_t j = 0; j < nk; j++) {
             dsv3i_avx512_bf16_round_bf16(keys + 2 * j * dk, (const float *)a->keys + j * a->ld_k, a->dk);
         }
         x = keys;
         ldx = 2 * dk;
-    } else {
-        panel.block = a->dk;
     }
     for (; !wide && columns == 1 && scored + 16 <= nk; scored += 16) {
-        dsv3i_avx512_bf16_scores(16, p + 16 * scored, (const unsigned char *)x + scored * ldx, ldx,
-                                 (const unsigned char *)panel.values, panel.block);
+        dsv3i_avx512_bf16_scores(p + 16 * scored, (const unsigned char *)x + scored * ldx, ldx,
+                                 (const unsigned char *)a->scratch, panel.block);
     }
     product(p + 16 * columns * scored, 16 * columns, (const unsigned char *)x + scored * ldx, ldx, nk - scored,
             &panel, 16 * columns, panel.block, 0);
     dsv3i_avx512_softmax(a, p, rescale, columns, nk);
     dsv3i_avx512_rescale(a, rescale);
     dsv3i_avx512_bf16_weights(weights, p, columns, nk);
-    panel.values = values;
-    panel.block = (nk + 1) / 2 * 2;
     for (size_t i = 0; i < a->dv; i += most) {
         const size_t rows = dsv3i_min(most, a->dv - i);
-        panel.columns = (rows + 15) / 16;
+        panel = dsv3i_panel_bf16(values, (rows + 15) / 16, (nk + 1) / 2 * 2);
         dsv3i_avx512_bf16_value_panel(values, a, i, i + rows, nk, scored == 0);
-        product(a->out + i, a->ld_out, weights, 2 * DSV3I_MEET, a->lanes, &panel, rows, panel.block, 1);
+        product(a->out + i, a->ld_out, weights, 2 * DSV3I_TILE_KEYS, a->lanes, &panel, rows, panel.block, 1);
     }
 }
 
-DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_meet(dsv3_meeting *a, size_t nk) {
-    dsv3i_avx512_bf16_meeting(a, nk, dsv3i_avx512_bf16_product_bf16);
+DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_attend(dsv3i_attention_tile *a, size_t nk) {
+    dsv3i_avx512_bf16_attend_by(a, nk, dsv3i_avx512_bf16_product_bf16);
 }
 
 /* ---- Few rows and packed weights: decoding. Reading is all that counts. Panels of several far places are read side by
@@ -10355,315 +9895,167 @@ typedef enum dsv3i_few_kind { /* rows of floats; rows of codes; rows of BF16, ad
                               DSV3I_FEW_STEPS = 2
 } dsv3i_few_kind;
 
-/* One step of four bytes for 16 outputs as values for products of codes: FP8 gives two of BF16, Q4_0 two of bytes. */
+/* Column c of panels w, four of each: its step. `columns` are there; the others are the last one once more. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_values(const dsv3_type type, __m512i b[2], const unsigned char *w, const __m512i table[4]) {
-    const __m512i v = _mm512_loadu_si512(w);
-    b[0] = v;
-    if (type == DSV3_F8_E4M3) _mm_prefetch((const char *)w + 1024, _MM_HINT_T0); /* others are slower with it */
-    if (type == DSV3_F8_E4M3) {
-        const __m512i l = _mm512_permutex2var_epi8(table[0], v, table[1]);
-        const __m512i h = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(table[2], v, table[3]), v,
-                                                    _mm512_set1_epi8((char)-128), 0xF8);
-        b[0] = _mm512_unpacklo_epi8(l, h);
-        b[1] = _mm512_unpackhi_epi8(l, h);
-    } else if (type == DSV3_Q4_0) {
-        b[0] = _mm512_and_si512(v, _mm512_set1_epi8(15));
-        b[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15));
-    }
+const unsigned char *dsv3i_avx512_bf16_step(const unsigned char *const w[4], size_t columns, int c, size_t step) {
+    return w[c / 4] + 64 * (step * columns + dsv3i_min((size_t)c % 4, columns - 1));
 }
 
-/* Terms of a piece of BF16 or FP8 for M rows and NS panels of NC columns: acc[m * NC NS + column] += .. */
+/* M rows and NC columns of panels, from c0 on, terms begin .. end-1: sums[m NC + column] += .., with DSV3I_FEW_STEPS one sum of
+ * even and one of odd terms for each. With rows of floats every number of w becomes one, and terms are added one after the
+ * other; the upper halves of the bytes of Q4_0 are the later ones. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_terms(const dsv3_type type, const int M, const int NS, const int NC, __m512 acc[16],
-                                 const unsigned char *const w[4], const unsigned char *const x[4], size_t k,
-                                 const __m512i table[4]) {
-    const size_t each = type == DSV3_F8_E4M3 ? 4 : 2;
-    for (size_t i = 0; i < k; i += each) {
-        DSV3I_UNROLL for (int c = 0; c < NC * NS; c++) {
-            __m512i b[2];
-            dsv3i_avx512_bf16_values(type, b, w[c / NC] + i / each * (size_t)(64 * NC) + 64 * (c % NC), table);
-            DSV3I_UNROLL for (int m = 0; m < M; m++) {
-                const unsigned char *xm = x[m] + 2 * i;
-                const __m512i f = _mm512_set1_epi32(*(const int32_t *)(const void *)xm);
-                acc[m * NC * NS + c] = _mm512_dpbf16_ps(acc[m * NC * NS + c], (__m512bh)f, (__m512bh)b[0]);
-                if (type == DSV3_F8_E4M3) {
-                    const __m512i g = _mm512_set1_epi32(*(const int32_t *)(const void *)(xm + 4));
-                    acc[m * NC * NS + c] = _mm512_dpbf16_ps(acc[m * NC * NS + c], (__m512bh)g, (__m512bh)b[1]);
-                }
-            }
-        }
-    }
-}
-
-/* The same with the sums of AMX: of each 32 terms, those of even and of odd ones, which are added, and then to what is there.
- * Some columns at a time, so that registers last. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_steps(const dsv3_type type, const int M, const int NS, const int NC, __m512 acc[16],
-                                 const unsigned char *const w[4], const unsigned char *const x[4], size_t k,
-                                 const __m512i table[4]) {
-    const int columns = 8 / M > NC * NS ? NC * NS : 8 / M;
-    const size_t each = type == DSV3_F8_E4M3 ? 4 : 2;
-    for (size_t i0 = 0, end; i0 < k; i0 = end) {
-        end = dsv3i_min(i0 + 32, k);
-        DSV3I_UNROLL for (int c0 = 0; c0 < NC * NS; c0 += columns) {
-            __m512 sum[16];
-            DSV3I_UNROLL for (int s = 0; s < 2 * M * columns; s++) sum[s] = _mm512_setzero_ps();
-            for (size_t i = i0; i < end; i += each) {
-                DSV3I_UNROLL for (int c = 0; c < columns; c++) {
-                    __m512i b[2];
-                    dsv3i_avx512_bf16_values(
-                        type, b, w[(c0 + c) / NC] + i / each * (size_t)(64 * NC) + 64 * ((c0 + c) % NC), table);
-                    DSV3I_UNROLL for (size_t j = 0; j < each; j += 2) {
-                        __m512 f[4];
-                        dsv3i_avx512_floats(0, f, b[j / 2], _mm512_setzero_ps());
-                        DSV3I_UNROLL for (int m = 0; m < M; m++) {
-                            __m512 *at = sum + 2 * (m * columns + c), g[4];
-                            const unsigned char *xm = x[m] + 2 * (i + j);
-                            dsv3i_avx512_floats(0, g, _mm512_set1_epi32(*(const int32_t *)(const void *)xm),
-                                                _mm512_setzero_ps());
-                            at[0] = _mm512_fmadd_ps(g[0], f[0], at[0]);
-                            at[1] = _mm512_fmadd_ps(g[1], f[1], at[1]);
+void dsv3i_avx512_bf16_gemv_terms(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int c0,
+                                 const int NC, __m512 sums[16], const unsigned char *const w[4], size_t columns,
+                                 const unsigned char *const x[4], size_t begin, size_t end, const __m512i table[4]) {
+    const int bytes = type == DSV3_Q8_0 || type == DSV3_Q4_0, passes = type == DSV3_Q4_0 ? 2 : 1;
+    const int each = type == DSV3_BF16 ? 2 : 4, S = kind == DSV3I_FEW_STEPS ? 2 : 1;
+    const __m512 zero = _mm512_set1_ps(type == DSV3_Q8_0 ? 128.0f : 8.0f);
+    if (type == DSV3_Q4_0) end /= 2;
+    DSV3I_UNROLL for (int pass = 0; pass < passes; pass++) {
+        for (size_t i = begin; i < end; i += (size_t)each) {
+            DSV3I_UNROLL for (int c = 0; c < NC; c++) {
+                __m512i b[2];
+                dsv3i_avx512_bf16_values(type, b, dsv3i_avx512_bf16_step(w, columns, c0 + c, i / (size_t)each),
+                                         table);
+                DSV3I_UNROLL for (int j = 0; j < each; j++) {
+                    __m512 f[4], g[4];
+                    dsv3i_avx512_floats(bytes, f, b[bytes ? pass : j / 2], zero);
+                    DSV3I_UNROLL for (int m = 0; m < M; m++) {
+                        __m512 *to = sums + S * (m * NC + c) + j % S;
+                        const float *xf = (const float *)(const void *)x[m] + 16 * pass + i + j;
+                        const unsigned char *xm = x[m] + 2 * i + 2 * (j - j % 2);
+                        if (kind == DSV3I_FEW_FLOATS) {
+                            *to = _mm512_fmadd_ps(_mm512_set1_ps(*xf), f[bytes ? j : j % 2], *to);
+                        } else if (kind == DSV3I_FEW_STEPS) {
+                            dsv3i_avx512_floats(0, g, dsv3i_avx512_bf16_four(xm), zero);
+                            *to = _mm512_fmadd_ps(g[j % 2], f[j % 2], *to);
+                        } else if (j % 2 == 0) {
+                            *to = _mm512_dpbf16_ps(*to, (__m512bh)dsv3i_avx512_bf16_four(xm), (__m512bh)b[j / 2]);
                         }
                     }
                 }
             }
-            if (dsv3i_blocks(end - i0, each) * each < 32) { /* a tile goes on with zeros, and -0 + 0 = 0 */
-                DSV3I_UNROLL for (int s = 0; s < 2 * M * columns; s++) {
-                    sum[s] = _mm512_add_ps(sum[s], _mm512_setzero_ps());
-                }
-            }
-            DSV3I_UNROLL for (int m = 0; m < M; m++) {
-                DSV3I_UNROLL for (int c = 0; c < columns; c++) {
-                    const __m512 *at = sum + 2 * (m * columns + c);
-                    __m512 *to = acc + m * NC * NS + c0 + c;
-                    *to = _mm512_add_ps(*to, _mm512_add_ps(at[0], at[1]));
-                }
-            }
         }
     }
 }
 
-/* Terms of a block of 32 of Q8_0 or Q4_0. */
+/* A block of bytes, with its sums in whole numbers. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_block(const dsv3_type type, const int M, const int NS, const int NC, __m512i sum[16],
-                                 const unsigned char *const w[4], const unsigned char *const x[4]) {
-    const int steps = type == DSV3_Q8_0 ? 8 : 4;
-    DSV3I_UNROLL for (int m = 0; m < M; m++) {
-        const int32_t zero = *(const int32_t *)(const void *)(x[m] + DSV3_QBLOCK + 4);
-        DSV3I_UNROLL for (int c = 0; c < NC * NS; c++) {
-            sum[m * NC * NS + c] = _mm512_set1_epi32(type == DSV3_Q8_0 ? zero * 16 : zero);
-        }
-    }
-    DSV3I_UNROLL for (int j = 0; j < steps; j++) {
-        DSV3I_UNROLL for (int c = 0; c < NC * NS; c++) {
-            __m512i b[2];
-            dsv3i_avx512_bf16_values(type, b, w[c / NC] + 64 * NC * j + 64 * (c % NC), NULL);
-            DSV3I_UNROLL for (int m = 0; m < M; m++) {
-                const __m512i f = _mm512_set1_epi32(*(const int32_t *)(const void *)(x[m] + 4 * j));
-                sum[m * NC * NS + c] = _mm512_dpbusd_epi32(sum[m * NC * NS + c], b[0], f);
-                if (type == DSV3_Q4_0) {
-                    const __m512i g = _mm512_set1_epi32(*(const int32_t *)(const void *)(x[m] + 16 + 4 * j));
-                    sum[m * NC * NS + c] = _mm512_dpbusd_epi32(sum[m * NC * NS + c], b[1], g);
-                }
-            }
-        }
-    }
-}
-
-/* The same of rows of floats: every number of w becomes one, and terms are added one after the other. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_float_terms(const dsv3_type type, const int M, const int NS, const int NC, __m512 acc[16],
-                                       const unsigned char *const w[4], const unsigned char *const x[4], size_t k,
-                                       const __m512i table[4]) {
-    const int each = type == DSV3_F8_E4M3 ? 4 : 2;
-    for (size_t i = 0; i < k; i += (size_t)each) {
-        DSV3I_UNROLL for (int c = 0; c < NC * NS; c++) {
-            __m512i b[2];
-            dsv3i_avx512_bf16_values(type, b, w[c / NC] + i / (size_t)each * (size_t)(64 * NC) + 64 * (c % NC),
-                                     table);
-            DSV3I_UNROLL for (int j = 0; j < each; j++) {
-                __m512 f[4];
-                dsv3i_avx512_floats(0, f, b[j / 2], _mm512_setzero_ps());
-                DSV3I_UNROLL for (int m = 0; m < M; m++) {
-                    const float *xm = (const float *)(const void *)x[m] + i;
-                    acc[m * NC * NS + c] = _mm512_fmadd_ps(_mm512_set1_ps(xm[j]), f[j % 2], acc[m * NC * NS + c]);
-                }
-            }
-        }
-    }
-}
-
-/* And of a block of Q8_0 or Q4_0, of which the upper halves of bytes are the later terms. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_float_block(const dsv3_type type, const int M, const int NS, const int NC, __m512 sum[16],
-                                       const unsigned char *const w[4], const unsigned char *const x[4]) {
-    const __m512 zero = _mm512_set1_ps(type == DSV3_Q8_0 ? 128.0f : 8.0f);
-    DSV3I_UNROLL for (int c = 0; c < NC * M * NS; c++) sum[c] = _mm512_setzero_ps();
-    DSV3I_UNROLL for (int i = 0; i < 8; i++) {
-        const int step = type == DSV3_Q8_0 ? i : i % 4, half = type == DSV3_Q8_0 ? 0 : i / 4;
-        DSV3I_UNROLL for (int c = 0; c < NC * NS; c++) {
-            __m512i b[2];
-            __m512 f[4];
-            dsv3i_avx512_bf16_values(type, b, w[c / NC] + 64 * NC * step + 64 * (c % NC), NULL);
-            dsv3i_avx512_floats(1, f, b[half], zero);
-            DSV3I_UNROLL for (int j = 0; j < 4; j++) {
-                DSV3I_UNROLL for (int m = 0; m < M; m++) {
-                    const float *xm = (const float *)(const void *)x[m] + 4 * i;
-                    sum[m * NC * NS + c] = _mm512_fmadd_ps(_mm512_set1_ps(xm[j]), f[j], sum[m * NC * NS + c]);
-                }
-            }
-        }
-    }
-}
-
-/* A block of 32 of Q8_0 or Q4_0, with the multipliers of x. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_sums(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int NS,
-                                const int NC, __m512 f[16], const unsigned char *const w[4],
-                                const unsigned char *const x[4]) {
+void dsv3i_avx512_bf16_gemv_block(const dsv3_type type, const int M, const int NC, __m512 sums[16],
+                                 const unsigned char *const w[4], size_t columns, const unsigned char *const x[4]) {
+    const __m128i shift = _mm_cvtsi32_si128(type == DSV3_Q8_0 ? 4 : 0);
+    const int halves = type == DSV3_Q4_0 ? 2 : 1;
     __m512i sum[16];
-    if (kind == DSV3I_FEW_FLOATS) {
-        dsv3i_avx512_bf16_few_float_block(type, M, NS, NC, f, w, x);
-        return;
+    DSV3I_UNROLL for (int j = 0; j < M * NC; j++) sum[j] = dsv3i_avx512_bf16_first(x[j / NC], shift);
+    DSV3I_UNROLL for (size_t i = 0; i < (size_t)(8 / halves); i++) {
+        DSV3I_UNROLL for (int c = 0; c < NC; c++) {
+            __m512i b[2];
+            dsv3i_avx512_bf16_values(type, b, dsv3i_avx512_bf16_step(w, columns, c, i), NULL);
+            DSV3I_UNROLL for (int j = c; j < M * NC * halves; j += NC) {
+                const int h = j / (M * NC), at = j % (M * NC);
+                const __m512i f = dsv3i_avx512_bf16_four(x[at / NC] + 16 * h + 4 * i);
+                sum[at] = _mm512_dpbusd_epi32(sum[at], b[h], f);
+            }
+        }
     }
-    dsv3i_avx512_bf16_few_block(type, M, NS, NC, sum, w, x);
-    DSV3I_UNROLL for (int i = 0; i < NC * M * NS; i++) {
-        const float unit = *(const float *)(const void *)(x[i / (NC * NS)] + DSV3_QBLOCK);
-        f[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[i]), _mm512_set1_ps(unit));
+    DSV3I_UNROLL for (int j = 0; j < M * NC; j++) sums[j] = dsv3i_avx512_bf16_scaled(sum[j], x[j / NC]);
+}
+
+/* The same with the sums of AMX for one row: of each 32 terms, those of even and of odd ones, which are added, and then to what
+ * is there. Up to 8 columns at a time, so that registers last. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_gemv_steps(const dsv3_type type, const int NC, __m512 sums[16], const unsigned char *const w[4],
+                                 size_t columns, const unsigned char *const x[4], size_t k, const __m512i table[4]) {
+    const int some = NC < 8 ? NC : 8;
+    for (size_t i = 0, end; i < k; i = end) {
+        end = dsv3i_min(i + 32, k);
+        DSV3I_UNROLL for (int c0 = 0; c0 < NC; c0 += some) {
+            __m512 part[16];
+            DSV3I_UNROLL for (int c = 0; c < 2 * some; c++) part[c] = _mm512_setzero_ps();
+            dsv3i_avx512_bf16_gemv_terms(DSV3I_FEW_STEPS, type, 1, c0, some, part, w, columns, x, i, end, table);
+            if (end - i <= (type == DSV3_F8_E4M3 ? 28 : 30)) { /* a tile goes on with zeros, and -0 + 0 = 0 */
+                DSV3I_UNROLL for (int c = 0; c < 2 * some; c++) part[c] = _mm512_add_ps(part[c], _mm512_setzero_ps());
+            }
+            DSV3I_UNROLL for (int c = 0; c < some; c++) {
+                sums[c0 + c] = _mm512_add_ps(sums[c0 + c], _mm512_add_ps(part[2 * c], part[2 * c + 1]));
+            }
+        }
     }
 }
 
+/* n <= M rows and NS panels, `apart` bytes from one to the next, and their outputs, ldp apart, of each so many. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_some(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int NS,
-                                const int NC, __m512 acc[16], const unsigned char *const w[4],
-                                const unsigned char *const x[4], size_t k, const __m512i table[4]) {
-    if (kind == DSV3I_FEW_FLOATS) dsv3i_avx512_bf16_few_float_terms(type, M, NS, NC, acc, w, x, k, table);
-    if (kind == DSV3I_FEW_CODES) dsv3i_avx512_bf16_few_terms(type, M, NS, NC, acc, w, x, k, table);
-    if (kind == DSV3I_FEW_STEPS) dsv3i_avx512_bf16_few_steps(type, M, NS, NC, acc, w, x, k, table);
-}
-
-/* NS panels, `apart` bytes from one to the next, and their outputs, ldp apart, of each so many; M rows. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_panels(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int NS,
-                                  const int NC, float *y, size_t ldy, size_t ldp, size_t outputs,
-                                  const unsigned char *x, size_t ldx, const unsigned char *w, size_t apart, size_t k,
+void dsv3i_avx512_bf16_gemv_panels(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int NS,
+                                  float *y, size_t ldy, size_t ldp, size_t outputs, const unsigned char *x,
+                                  size_t ldx, size_t n, const unsigned char *w, size_t apart, size_t k,
                                   const __m512i table[4]) {
-    const int blocks = type == DSV3_Q8_0 || type == DSV3_Q4_0;
+    const int bytes = type == DSV3_Q8_0 || type == DSV3_Q4_0, NC = 4 * NS, scales = type == DSV3_BF16 ? 0 : NC;
+    const size_t columns = dsv3i_blocks(outputs, 16);
     const unsigned char *ws[4], *xs[4];
-    __m512 acc[16];
+    __m512 acc[16], part[16], *sums = type == DSV3_BF16 ? acc : part;
     DSV3I_UNROLL for (int s = 0; s < NS; s++) ws[s] = w + (size_t)s * apart;
-    DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] = x + (size_t)m * ldx;
-    DSV3I_UNROLL for (int c = 0; c < NC * M * NS; c++) acc[c] = _mm512_setzero_ps();
+    DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] = x + dsv3i_min((size_t)m, n - 1) * ldx;
+    DSV3I_UNROLL for (int i = 0; i < M * NC; i++) acc[i] = _mm512_setzero_ps();
     for (size_t i = 0, terms; i < k; i += terms) {
         size_t codes;
-        terms = dsv3i_min(dsv3i_piece_terms(type), k - i);
-        codes = dsv3i_codes_bytes(type, (size_t)NC, terms);
-        if (blocks) {
-            __m512 f[16];
-            dsv3i_avx512_bf16_few_sums(kind, type, M, NS, NC, f, ws, xs);
-            DSV3I_UNROLL for (int c = 0; c < NC * NS; c++) {
-                const void *halves = ws[c / NC] + codes + 32 * (c % NC);
-                const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)halves));
-                DSV3I_UNROLL for (int m = 0; m < M; m++) {
-                    acc[m * NC * NS + c] = _mm512_fmadd_ps(f[m * NC * NS + c], scale, acc[m * NC * NS + c]);
-                }
-            }
-        } else if (type == DSV3_F8_E4M3) {
-            __m512 part[16];
-            DSV3I_UNROLL for (int c = 0; c < NC * M * NS; c++) part[c] = _mm512_setzero_ps();
-            dsv3i_avx512_bf16_few_some(kind, type, M, NS, NC, part, ws, xs, terms, table);
-            DSV3I_UNROLL for (int c = 0; c < NC * M * NS; c++) {
-                const float scale = *(const float *)(const void *)(ws[c / NC % NS] + codes);
-                acc[c] = _mm512_fmadd_ps(part[c], _mm512_set1_ps(scale), acc[c]);
-            }
+        terms = dsv3i_min(dsv3i_scale_block_terms(type), k - i);
+        codes = dsv3i_codes_bytes(type, columns, terms);
+        DSV3I_UNROLL for (int j = 0; j < M * NC; j++) part[j] = _mm512_setzero_ps();
+        if (kind == DSV3I_FEW_STEPS) {
+            dsv3i_avx512_bf16_gemv_steps(type, NC, sums, ws, columns, xs, terms, table);
+        } else if (kind == DSV3I_FEW_CODES && bytes) {
+            dsv3i_avx512_bf16_gemv_block(type, M, NC, sums, ws, columns, xs);
         } else {
-            dsv3i_avx512_bf16_few_some(kind, type, M, NS, NC, acc, ws, xs, terms, table);
+            dsv3i_avx512_bf16_gemv_terms(kind, type, M, 0, NC, sums, ws, columns, xs, 0, terms, table);
+        }
+        DSV3I_UNROLL for (int c = 0; c < scales; c++) {
+            const unsigned char *at = ws[c / 4] + codes + (bytes ? 32 * dsv3i_min((size_t)c % 4, columns - 1) : 0);
+            const __m512 scale = bytes ? _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)at))
+                                       : _mm512_set1_ps(*(const float *)(const void *)at);
+            DSV3I_UNROLL for (int j = c; j < M * NC; j += NC) acc[j] = _mm512_fmadd_ps(part[j], scale, acc[j]);
         }
         DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] += dsv3i_input_bytes(kind != DSV3I_FEW_FLOATS, type, terms);
-        DSV3I_UNROLL for (int s = 0; s < NS; s++) ws[s] += dsv3i_piece_bytes(type, (size_t)NC, terms);
+        DSV3I_UNROLL for (int s = 0; s < NS; s++) ws[s] += dsv3i_scale_block_bytes(type, columns, terms);
     }
-    DSV3I_UNROLL for (int c = 0; c < NC * M * NS; c++) {
-        dsv3i_avx512_put(y + (size_t)(c / (NC * NS)) * ldy + (size_t)(c / NC % NS) * ldp + 16 * (c % NC),
-                         dsv3i_avx512_mask(outputs - 16 * (size_t)(c % NC)), acc[c]);
-    }
-}
-
-/* The last panel, of less than 64 outputs. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_last(const dsv3i_few_kind kind, const dsv3_type type, const int M, float *y, size_t ldy,
-                                const unsigned char *x, size_t ldx, const unsigned char *w, size_t rows, size_t k,
-                                const __m512i table[4]) {
-    switch ((rows + 15) / 16) {
-    case 1: dsv3i_avx512_bf16_few_panels(kind, type, M, 1, 1, y, ldy, 0, rows, x, ldx, w, 0, k, table); break;
-    case 2: dsv3i_avx512_bf16_few_panels(kind, type, M, 1, 2, y, ldy, 0, rows, x, ldx, w, 0, k, table); break;
-    case 3: dsv3i_avx512_bf16_few_panels(kind, type, M, 1, 3, y, ldy, 0, rows, x, ldx, w, 0, k, table); break;
-    default: dsv3i_avx512_bf16_few_panels(kind, type, M, 1, 4, y, ldy, 0, rows, x, ldx, w, 0, k, table);
+    DSV3I_UNROLL for (int j = 0; j < M * NC; j++) {
+        const size_t m = (size_t)(j / NC), s = (size_t)(j % NC / 4), c = (size_t)(j % 4);
+        if (m >= n || c >= columns) continue;
+        dsv3i_avx512_put(y + m * ldy + s * ldp + 16 * c, dsv3i_avx512_mask(outputs - 16 * c), acc[j]);
     }
 }
 
-/* NS whole panels and n <= 4 rows. */
+/* n <= 4 rows of x and `rows` of weights: one row with 4 panels at a time, or with 2 of Q4_0, whose codes become two values
+ * and need more registers; two rows with 2; more leave registers for one. What is left, or not whole, goes panel by panel. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few_whole(const dsv3i_few_kind kind, const dsv3_type type, const int NS, float *y, size_t ldy,
-                                 size_t ldp, const unsigned char *x, size_t ldx, size_t n, const unsigned char *w,
-                                 size_t apart, size_t k, const __m512i table[4]) {
-    if (n == 1) dsv3i_avx512_bf16_few_panels(kind, type, 1, NS, 4, y, ldy, ldp, 64, x, ldx, w, apart, k, table);
-    if (n == 2 && NS < 4) {
-        dsv3i_avx512_bf16_few_panels(kind, type, 2, NS, 4, y, ldy, ldp, 64, x, ldx, w, apart, k, table);
-    }
-    if (NS > 1) return; /* more rows leave registers for one */
-    if (n == 3) dsv3i_avx512_bf16_few_panels(kind, type, 3, 1, 4, y, ldy, ldp, 64, x, ldx, w, apart, k, table);
-    if (n == 4) dsv3i_avx512_bf16_few_panels(kind, type, 4, 1, 4, y, ldy, ldp, 64, x, ldx, w, apart, k, table);
-}
-
-/* n <= 4 rows of x and `rows` of weights. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_few(const dsv3i_few_kind kind, const dsv3_type type, float *y, size_t ldy, const void *x,
+void dsv3i_avx512_bf16_gemv(const dsv3i_few_kind kind, const dsv3_type type, float *y, size_t ldy, const void *x,
                            size_t ldx, size_t n, const void *w, size_t rows, size_t k) {
+    const int most = type == DSV3_Q4_0 ? 2 : 4;
+    const size_t bytes = dsv3i_panel_bytes(type, 4, k), streams = n == 1 ? (size_t)most : n == 2 ? 2 : 1;
+    const size_t far = streams > 1 ? rows / 64 / streams : 0, apart = far * bytes, ldp = 64 * far;
     const unsigned char *xs = (const unsigned char *)x, *ws = (const unsigned char *)w;
-    const size_t bytes = dsv3i_panel_bytes(type, 4, k), panels = rows / 64, rest = rows % 64;
-    const int four = n == 1 && type != DSV3_Q4_0; /* Q4_0, whose codes become two values, needs more registers */
-    __m512i table[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(),
-                        _mm512_setzero_si512()};
+    __m512i table[4] = {_mm512_setzero_si512()};
     if (type == DSV3_F8_E4M3) dsv3i_avx512_bf16_tables(table);
-    for (size_t p = 0, streams, far; p < panels; p += streams * far) {
-        streams = n > 2 || panels - p < 2 ? 1 : four && panels - p >= 4 ? 4 : 2;
-        far = (panels - p) / streams;
-        for (size_t i = p; i < p + far; i++) {
-            float *yi = y + 64 * i;
-            const unsigned char *wi = ws + i * bytes;
-            const size_t ldp = 64 * far, apart = far * bytes;
-            if (streams == 4 && type != DSV3_Q4_0)
-                dsv3i_avx512_bf16_few_whole(kind, type, 4, yi, ldy, ldp, xs, ldx, n, wi, apart, k, table);
-            if (streams == 2)
-                dsv3i_avx512_bf16_few_whole(kind, type, 2, yi, ldy, ldp, xs, ldx, n, wi, apart, k, table);
-            if (streams == 1)
-                dsv3i_avx512_bf16_few_whole(kind, type, 1, yi, ldy, ldp, xs, ldx, n, wi, apart, k, table);
+    for (size_t i = 0; i < far; i++, y += 64, ws += bytes) {
+        if (n == 1)
+            dsv3i_avx512_bf16_gemv_panels(kind, type, 1, most, y, ldy, ldp, 64, xs, ldx, 1, ws, apart, k, table);
+        if (n == 2) dsv3i_avx512_bf16_gemv_panels(kind, type, 2, 2, y, ldy, ldp, 64, xs, ldx, 2, ws, apart, k, table);
+    }
+    y += (streams - 1) * ldp;
+    ws += (streams - 1) * apart;
+    for (size_t p = streams * far; n != 2 && p < rows / 64; p++, y += 64, ws += bytes) {
+        if (n == 1) dsv3i_avx512_bf16_gemv_panels(kind, type, 1, 1, y, ldy, 0, 64, xs, ldx, 1, ws, 0, k, table);
+        if (n == 3) dsv3i_avx512_bf16_gemv_panels(kind, type, 3, 1, y, ldy, 0, 64, xs, ldx, 3, ws, 0, k, table);
+        if (n == 4) dsv3i_avx512_bf16_gemv_panels(kind, type, 4, 1, y, ldy, 0, 64, xs, ldx, 4, ws, 0, k, table);
+    }
+    for (size_t r = n != 2 ? rows / 64 * 64 : streams * ldp, some; r < rows; r += some, y += 64, ws += bytes) {
+        some = dsv3i_min(rows - r, 64);
+        for (size_t t = 0; t < n; t += 2) {
+            dsv3i_avx512_bf16_gemv_panels(kind, type, kind == DSV3I_FEW_STEPS ? 1 : 2, 1, y + t * ldy, ldy, 0, some,
+                                         xs + t * ldx, ldx, dsv3i_min(n - t, 2), ws, 0, k, table);
         }
     }
-    for (size_t t = 0, m; rest > 0 && t < n; t += m) {
-        float *yt = y + t * ldy + 64 * panels;
-        const unsigned char *xt = xs + t * ldx, *last = ws + panels * bytes;
-        m = kind == DSV3I_FEW_STEPS || n - t < 2 ? 1 : 2;
-        if (m == 1) dsv3i_avx512_bf16_few_last(kind, type, 1, yt, ldy, xt, ldx, last, rest, k, table);
-        if (m == 2) dsv3i_avx512_bf16_few_last(kind, type, 2, yt, ldy, xt, ldx, last, rest, k, table);
-    }
 }
-
-#define DSV3I_FEW_TYPE(name, kind, type)                                                                             \
-    DSV3I_TARGET(DSV3I_AVX512_BF16)                                                                                  \
-    static void dsv3i_avx512_bf16_few_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n,              \
-                                             const void *w, size_t rows, size_t k) {                                 \
-        dsv3i_avx512_bf16_few(kind, type, y, ldy, x, ldx, n, w, rows, k);                                            \
-    }
-DSV3I_FEW_TYPE(exact_bf16, DSV3I_FEW_FLOATS, DSV3_BF16)
-DSV3I_FEW_TYPE(exact_f8_e4m3, DSV3I_FEW_FLOATS, DSV3_F8_E4M3)
-DSV3I_FEW_TYPE(exact_q8_0, DSV3I_FEW_FLOATS, DSV3_Q8_0)
-DSV3I_FEW_TYPE(exact_q4_0, DSV3I_FEW_FLOATS, DSV3_Q4_0)
-DSV3I_FEW_TYPE(bf16, DSV3I_FEW_CODES, DSV3_BF16)
-DSV3I_FEW_TYPE(f8_e4m3, DSV3I_FEW_CODES, DSV3_F8_E4M3)
-DSV3I_FEW_TYPE(q8_0, DSV3I_FEW_CODES, DSV3_Q8_0)
-DSV3I_FEW_TYPE(q4_0, DSV3I_FEW_CODES, DSV3_Q4_0)
 
 /* ---- Many rows and packed weights: prefill. Outputs stay in registers while terms pass by that near caches hold, and each
  * share of the rows fetches its share of what comes next. */
@@ -10673,180 +10065,77 @@ DSV3I_FEW_TYPE(q4_0, DSV3I_FEW_CODES, DSV3_Q4_0)
 #define DSV3I_MANY_F8 256u
 #define DSV3I_MANY_BYTES 512u
 
-/* So many terms of a panel: codes, the multipliers behind each piece as floats, and where the next terms are. */
-typedef struct dsv3i_avx512_many {
-    const unsigned char *codes, *next;
-    float scale[DSV3I_MANY_BYTES / DSV3_QBLOCK * 64];
-    unsigned char values[64 * DSV3I_MANY_F8 * 2];
-} dsv3i_avx512_many;
+/* The scale of 128 terms of FP8, for each output. */
+static void dsv3i_f8_scale(float scale[64], const unsigned char *w) {
+    float one;
+    DSV3_MEMCPY(&one, w, sizeof one);
+    for (size_t i = 0; i < 64; i++) scale[i] = one;
+}
 
+/* k terms of a panel at `from`, as products take them: codes, or of FP8 values in BF16, and the scales behind each piece as
+ * floats. Returns where the next terms are. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_many_begin(const dsv3_type type, dsv3i_avx512_many *a, const unsigned char *w, size_t k) {
-    a->codes = w;
-    for (size_t i = 0, some; i < k; i += some) {
+const unsigned char *dsv3i_avx512_bf16_packed_begin(const dsv3_type type, dsv3i_panel *w, float *scale,
+                                                  unsigned char *values, const unsigned char *from, size_t k) {
+    w->values = type == DSV3_F8_E4M3 ? values : from;
+    for (size_t i = 0, some; i < k; i += some, from += dsv3i_scale_block_bytes(type, 4, some)) {
         const unsigned char *behind;
-        some = dsv3i_min(dsv3i_piece_terms(type), k - i);
-        behind = w + dsv3i_codes_bytes(type, 4, some);
+        some = dsv3i_min(w->block, k - i);
+        behind = from + dsv3i_codes_bytes(type, 4, some);
         if (type == DSV3_F8_E4M3) {
-            float one;
-            DSV3_MEMCPY(&one, behind, sizeof one);
-            dsv3i_avx512_bf16_widen_f8(a->values + 128 * i, w, 4, some);
-            for (size_t j = 0; j < 64; j++) a->scale[i / DSV3I_TERMS * 64 + j] = one;
+            dsv3i_f8_scale(scale + i / DSV3I_TERMS * 64, behind);
+            dsv3i_avx512_bf16_widen_f8(values + 128 * i, from, 4, some);
         } else if (type != DSV3_BF16) {
-            dsv3i_avx512_decode(DSV3_F16, a->scale + 2 * i, behind, 64);
-        }
-        w += dsv3i_piece_bytes(type, 4, some);
-    }
-    a->next = w;
-    if (type == DSV3_F8_E4M3) a->codes = a->values;
-}
-
-/* M rows and NP columns meet k terms. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_many_rows(const dsv3_type type, const int M, const int NP, dsv3i_avx512_place *a,
-                                 const float *scale, size_t k, int add) {
-    if (type == DSV3_F8_E4M3) a->scale = scale;
-    if (type == DSV3_BF16 || type == DSV3_F8_E4M3) {
-        dsv3i_avx512_bf16_pairs_of(M, NP, a, type == DSV3_BF16 ? k : DSV3I_TERMS, 64, k, add);
-    } else {
-        dsv3i_avx512_bf16_blocks(type, M, NP, a, scale, 64, type == DSV3_Q8_0 ? 128 : 8, k, add);
-    }
-}
-
-/* n rows meet k terms. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_many_terms(const dsv3_type type, float *y, size_t ldy, const unsigned char *x, size_t ldx,
-                                  size_t n, const dsv3i_avx512_many *w, size_t k, int add) {
-    const int NP = type == DSV3_BF16 || type == DSV3_F8_E4M3 ? 4 : 2;
-    const size_t steps = dsv3i_codes_bytes(type, 4, k) / 256;
-    const size_t lines = type == DSV3_F8_E4M3 ? 0 : (size_t)(w->next - w->codes) / (64 * n * (size_t)(4 / NP));
-    const unsigned char *next = w->next;
-    for (int c = 0; c < 4; c += NP) {
-        for (size_t t = 0, m; t < n; t += m) {
-            dsv3i_avx512_place a;
-            m = dsv3i_rows_together(n - t);
-            dsv3i_avx512_place_set(6, NP, &a, y + t * ldy + 16 * c, ldy, x + t * ldx, ldx, m, w->codes + 64 * c, 256,
-                                   64);
-            a.gap = 128; /* the multipliers of Q8_0 and Q4_0 */
-            a.next = next;
-            a.lines = lines * m;
-            a.each = dsv3i_max(dsv3i_blocks(a.lines, steps), 1);
-            next += 64 * a.lines;
-            switch (m) {
-            case 1: dsv3i_avx512_bf16_many_rows(type, 1, NP, &a, w->scale + 16 * c, k, add); break;
-            case 2: dsv3i_avx512_bf16_many_rows(type, 2, NP, &a, w->scale + 16 * c, k, add); break;
-            case 3:
-            case 4: dsv3i_avx512_bf16_many_rows(type, 4, NP, &a, w->scale + 16 * c, k, add); break;
-            default: dsv3i_avx512_bf16_many_rows(type, 6, NP, &a, w->scale + 16 * c, k, add);
-            }
+            dsv3i_avx512_decode(DSV3_F16, scale + 2 * i, behind, 64);
         }
     }
+    w->next = from;
+    w->next_bytes = type == DSV3_F8_E4M3 ? 0 : (size_t)(from - (const unsigned char *)w->values);
+    return from;
 }
 
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_many(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+void dsv3i_avx512_bf16_packed(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
                             const void *w, size_t rows, size_t k) {
     const size_t most = type == DSV3_BF16 ? DSV3I_MANY_BF16 : type == DSV3_F8_E4M3 ? DSV3I_MANY_F8 : DSV3I_MANY_BYTES;
-    dsv3i_avx512_many some;
-    some.next = (const unsigned char *)w;
+    const dsv3_type of = type == DSV3_F8_E4M3 ? DSV3_BF16 : type;
+    const unsigned char *from = (const unsigned char *)w, *xi;
+    float scale[DSV3I_MANY_BYTES / DSV3_QBLOCK * 64];
+    unsigned char values[64 * DSV3I_MANY_F8 * 2];
+    dsv3i_panel panel = dsv3i_panel_bf16(w, 4, k);
+    if (type != DSV3_BF16) panel.scale = scale;
+    panel.zero = type == DSV3_Q8_0 ? 128 : 8;
+    panel.gap = 128; /* the scales of Q8_0 and Q4_0 */
     for (size_t p = 0; p < rows / 64; p++) {
         for (size_t i = 0, terms; i < k; i += terms) {
             terms = dsv3i_min(most, k - i);
-            dsv3i_avx512_bf16_many_begin(type, &some, some.next, terms);
-            dsv3i_avx512_bf16_many_terms(type, y + 64 * p, ldy,
-                                         (const unsigned char *)x + dsv3i_input_bytes(1, type, i), ldx, n, &some,
-                                         terms, i > 0);
+            panel.block = type == DSV3_BF16 ? terms : dsv3i_scale_block_terms(type);
+            from = dsv3i_avx512_bf16_packed_begin(type, &panel, scale, values, from, terms);
+            xi = (const unsigned char *)x + dsv3i_input_bytes(1, type, i);
+            dsv3i_avx512_bf16_product(of, y + 64 * p, ldy, xi, ldx, n, &panel, 64, terms, i > 0);
         }
     }
 }
 
-#define DSV3I_MANY_TYPE(name, type)                                                                                  \
-    DSV3I_TARGET(DSV3I_AVX512_BF16)                                                                                  \
-    static void dsv3i_avx512_bf16_many_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n,             \
-                                              const void *w, size_t rows, size_t k) {                                \
-        dsv3i_avx512_bf16_many(type, y, ldy, x, ldx, n, w, rows, k);                                                 \
+/* Whole matrices of each type of packed weights: name_bf16 and so on. */
+#define DSV3I_WHOLE(target, name, type, FUNCTION)                                                                    \
+    DSV3I_TARGET(target)                                                                                             \
+    static void name(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows,          \
+                     size_t k) {                                                                                     \
+        FUNCTION(type, y, ldy, x, ldx, n, w, rows, k);                                                               \
     }
-DSV3I_MANY_TYPE(bf16, DSV3_BF16)
-DSV3I_MANY_TYPE(f8_e4m3, DSV3_F8_E4M3)
-DSV3I_MANY_TYPE(q8_0, DSV3_Q8_0)
-DSV3I_MANY_TYPE(q4_0, DSV3_Q4_0)
-
-/* ---- The tables. */
-
-#define DSV3I_DECODE_TYPE(isa, target, name, type)                                                                   \
-    DSV3I_TARGET(target) static void dsv3i_##isa##_decode_##name(float *y, const void *w, size_t n) {                \
-        dsv3i_##isa##_decode(type, y, w, n);                                                                         \
-    }
-#define DSV3I_TABLE(isa, target)                                                                                     \
-    DSV3I_DECODE_TYPE(isa, target, f32, DSV3_F32)                                                                    \
-    DSV3I_DECODE_TYPE(isa, target, f16, DSV3_F16)                                                                    \
-    DSV3I_DECODE_TYPE(isa, target, bf16, DSV3_BF16)                                                                  \
-    DSV3I_DECODE_TYPE(isa, target, f8_e4m3, DSV3_F8_E4M3)                                                            \
-    static void dsv3i_kernels_##isa(dsv3_kernels *k) {                                                               \
-        k->decode[DSV3_F32] = dsv3i_##isa##_decode_f32;                                                              \
-        k->decode[DSV3_F16] = dsv3i_##isa##_decode_f16;                                                              \
-        k->decode[DSV3_BF16] = dsv3i_##isa##_decode_bf16;                                                            \
-        k->decode[DSV3_F8_E4M3] = dsv3i_##isa##_decode_f8_e4m3;                                                      \
-        k->decode[DSV3_Q8_0] = dsv3i_avx2_decode_q8_0;                                                               \
-        k->decode[DSV3_Q4_0] = dsv3i_avx2_decode_q4_0;                                                               \
-        k->dot = dsv3i_##isa##_dot;                                                                                  \
-        k->axpy = dsv3i_##isa##_axpy;                                                                                \
-        k->exp_sum = dsv3i_##isa##_exp_sum;                                                                          \
-        k->silu_mul = dsv3i_##isa##_silu_mul;                                                                        \
-        k->tile = dsv3i_##isa##_tile;                                                                                \
-        k->outer = dsv3i_##isa##_outer;                                                                              \
-        k->pack[DSV3_F32] = dsv3i_##isa##_pack_4;                                                                    \
-        k->pack[DSV3_F16] = k->pack[DSV3_BF16] = dsv3i_##isa##_pack_2;                                               \
-        k->pack[DSV3_F8_E4M3] = dsv3i_##isa##_pack_1;                                                                \
-        k->pack[DSV3_Q8_0] = dsv3i_##isa##_pack_q8_0;                                                                \
-        k->pack[DSV3_Q4_0] = dsv3i_##isa##_pack_q4_0;                                                                \
-        k->widen[DSV3_F16] = dsv3i_##isa##_widen_f16;                                                                \
-        k->widen[DSV3_F8_E4M3] = dsv3i_##isa##_widen_f8;                                                             \
-        k->widen[DSV3_Q4_0] = dsv3i_##isa##_widen_q4_0;                                                              \
-        k->float_panel[0] = dsv3i_##isa##_float_bf16;                                                                \
-        k->float_panel[1] = dsv3i_##isa##_float_bytes;                                                               \
-        k->product[DSV3_PRODUCT_F32] = dsv3i_##isa##_product_f32;                                                    \
-        k->product[DSV3_PRODUCT_BF16] = dsv3i_##isa##_product_bf16;                                                  \
-        k->product[DSV3_PRODUCT_BYTES] = dsv3i_##isa##_product_bytes;                                                \
-    }
-DSV3I_TABLE(avx2, DSV3I_AVX2)
-DSV3I_TABLE(avx512, DSV3I_AVX512)
-
-static void dsv3i_kernels_avx512_whole(dsv3_kernels *k) {
-    dsv3i_kernels_avx512(k);
-    k->meet_begin[0] = dsv3i_avx512_meet_begin;
-    k->meet[0] = dsv3i_avx512_meet;
-    k->mix[DSV3_F16] = dsv3i_avx512_mix_f16;
-    k->mix[DSV3_BF16] = dsv3i_avx512_mix_bf16;
-    k->mix[DSV3_F8_E4M3] = dsv3i_avx512_mix_f8_e4m3;
-    k->mix[DSV3_Q8_0] = dsv3i_avx512_mix_q8_0;
-    k->mix[DSV3_Q4_0] = dsv3i_avx512_mix_q4_0;
-}
-
-/* What the table of avx512 has, but for this. */
-static void dsv3i_kernels_avx512_bf16(dsv3_kernels *k) {
-    dsv3i_kernels_avx512_whole(k);
-    k->meet_begin[1] = dsv3i_avx512_bf16_meet_begin;
-    k->meet[1] = dsv3i_avx512_bf16_meet;
-    k->round[DSV3_BF16] = k->round[DSV3_F8_E4M3] = dsv3i_avx512_bf16_round_bf16;
-    k->round[DSV3_Q8_0] = k->round[DSV3_Q4_0] = dsv3i_avx512_bf16_round_bytes;
-    k->widen[DSV3_F8_E4M3] = dsv3i_avx512_bf16_widen_f8;
-    k->product[DSV3_PRODUCT_FAST_BF16] = dsv3i_avx512_bf16_product_bf16;
-    k->product[DSV3_PRODUCT_FAST_BYTES] = dsv3i_avx512_bf16_product_bytes;
-    k->mix[DSV3_F8_E4M3] = dsv3i_avx512_bf16_mix_f8_e4m3;
-    k->few[0][DSV3_BF16] = dsv3i_avx512_bf16_few_exact_bf16;
-    k->few[0][DSV3_F8_E4M3] = dsv3i_avx512_bf16_few_exact_f8_e4m3;
-    k->few[0][DSV3_Q8_0] = dsv3i_avx512_bf16_few_exact_q8_0;
-    k->few[0][DSV3_Q4_0] = dsv3i_avx512_bf16_few_exact_q4_0;
-    k->few[1][DSV3_BF16] = dsv3i_avx512_bf16_few_bf16;
-    k->few[1][DSV3_F8_E4M3] = dsv3i_avx512_bf16_few_f8_e4m3;
-    k->few[1][DSV3_Q8_0] = dsv3i_avx512_bf16_few_q8_0;
-    k->few[1][DSV3_Q4_0] = dsv3i_avx512_bf16_few_q4_0;
-    k->many[DSV3_BF16] = dsv3i_avx512_bf16_many_bf16;
-    k->many[DSV3_F8_E4M3] = dsv3i_avx512_bf16_many_f8_e4m3;
-    k->many[DSV3_Q8_0] = dsv3i_avx512_bf16_many_q8_0;
-    k->many[DSV3_Q4_0] = dsv3i_avx512_bf16_many_q4_0;
-}
+#define DSV3I_WHOLE_TYPES(target, name, FUNCTION)                                                                    \
+    DSV3I_WHOLE(target, name##_bf16, DSV3_BF16, FUNCTION)                                                            \
+    DSV3I_WHOLE(target, name##_f8_e4m3, DSV3_F8_E4M3, FUNCTION)                                                      \
+    DSV3I_WHOLE(target, name##_q8_0, DSV3_Q8_0, FUNCTION)                                                            \
+    DSV3I_WHOLE(target, name##_q4_0, DSV3_Q4_0, FUNCTION)
+/* In the order of dsv3_type. */
+#define DSV3I_WHOLE_ROW(name) {NULL, NULL, name##_bf16, name##_f8_e4m3, name##_q8_0, name##_q4_0}
+#define DSV3I_FEW_EXACT(...) dsv3i_avx512_bf16_gemv(DSV3I_FEW_FLOATS, __VA_ARGS__)
+#define DSV3I_FEW_FAST(...) dsv3i_avx512_bf16_gemv(DSV3I_FEW_CODES, __VA_ARGS__)
+DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemv_exact, DSV3I_FEW_EXACT)
+DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemv_fast, DSV3I_FEW_FAST)
+DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_packed, dsv3i_avx512_bf16_packed)
 
 #ifdef DSV3I_TILES
 /* ---- AMX: products of tiles of 16 rows of 64 bytes. A tile of x (16 rows, 32 terms of BF16) times a tile of a panel (32
@@ -10948,36 +10237,26 @@ void dsv3i_amx_rest(const int R, const int C, const dsv3i_amx_place *a, size_t i
 }
 
 /* What is done to each tile of sums: its number, and its place among R times 16 rows and C columns. */
-#define DSV3I_AMX_EACH(DO)                                                                                           \
-    DO(0, 0u, 0u)                                                                                                    \
-    if (C > 1) {                                                                                                     \
-        DO(1, 0u, 1u)                                                                                                \
-    }                                                                                                                \
-    if (R > 1) {                                                                                                     \
-        DO(2, 1u, 0u)                                                                                                \
-    }                                                                                                                \
-    if (R > 1 && C > 1) {                                                                                            \
-        DO(3, 1u, 1u)                                                                                                \
-    }
+#define DSV3I_AMX_EACH(DO) DO(0, 0, 0) DO(1, 0, 1) DO(2, 1, 0) DO(3, 1, 1)
 
 /* Sums begin with y, or with 0 where they are to be multiplied first. The buffer is for what does not fill a tile. */
 #define DSV3I_AMX_BEGIN(tile, r, c)                                                                                  \
-    if (!from) {                                                                                                     \
+    if (R > r && C > c && !from) {                                                                                   \
         _tile_zero(tile);                                                                                            \
-    } else if (a->columns >= 16 * (c) + 16) {                                                                        \
-        DSV3I_AMX_LOAD(tile, a->y + (r)*16 * a->ldy + 16 * (c), a->ldy * sizeof *a->y);                              \
-    } else {                                                                                                         \
+    } else if (R > r && C > c && a->columns >= 16 * c + 16) {                                                        \
+        DSV3I_AMX_LOAD(tile, a->y + r * 16 * a->ldy + 16 * c, a->ldy * sizeof *a->y);                                \
+    } else if (R > r && C > c) {                                                                                     \
         for (size_t t = 0; t < a->m[r]; t++) {                                                                       \
-            const float *at = a->y + ((r)*16 + t) * a->ldy + 16 * (c);                                               \
-            _mm512_storeu_ps(sums + 16 * t, _mm512_maskz_loadu_ps(dsv3i_avx512_mask(a->columns - 16 * (c)), at));    \
+            const float *at = a->y + (r * 16 + t) * a->ldy + 16 * c;                                                 \
+            _mm512_storeu_ps(sums + 16 * t, _mm512_maskz_loadu_ps(dsv3i_avx512_mask(a->columns - 16 * c), at));      \
         }                                                                                                            \
         DSV3I_AMX_LOAD(tile, sums, 64);                                                                              \
     }
 
 #define DSV3I_AMX_END(tile, r, c)                                                                                    \
-    if (a->scale == NULL && a->columns >= 16 * (c) + 16) {                                                           \
-        _tile_stored(tile, a->y + (r)*16 * a->ldy + 16 * (c), a->ldy * sizeof *a->y);                                \
-    } else {                                                                                                         \
+    if (R > r && C > c && a->scale == NULL && a->columns >= 16 * c + 16) {                                           \
+        _tile_stored(tile, a->y + r * 16 * a->ldy + 16 * c, a->ldy * sizeof *a->y);                                  \
+    } else if (R > r && C > c) {                                                                                     \
         _tile_stored(tile, sums, 64);                                                                                \
         dsv3i_amx_put(a, sums, r, c, add);                                                                           \
     }
@@ -11018,7 +10297,7 @@ void dsv3i_amx_terms(const int R, const int C, dsv3i_amx_place *a, size_t i, siz
 
 /* Columns c, and c + 1 with C = 2. */
 DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_block(const int R, const int C, dsv3i_amx_place *a, const dsv3_panel *w, size_t c, size_t k, int add) {
+void dsv3i_amx_block(const int R, const int C, dsv3i_amx_place *a, const dsv3i_panel *w, size_t c, size_t k, int add) {
     a->w = (const unsigned char *)w->values + 64 * c;
     a->scale = w->scale != NULL ? w->scale + 16 * c : NULL;
     for (size_t i = 0, end; i < k; i = end) {
@@ -11028,19 +10307,8 @@ void dsv3i_amx_block(const int R, const int C, dsv3i_amx_place *a, const dsv3_pa
     }
 }
 
-/* Up to 32 rows. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_rows(const int R, dsv3i_amx_place *a, float *y, const dsv3_panel *w, size_t rows, size_t k, int add) {
-    for (size_t c = 0; c < w->columns; c += 2) {
-        a->y = y + 16 * c;
-        a->columns = dsv3i_min(32, rows - 16 * c);
-        if (a->columns > 16) dsv3i_amx_block(R, 2, a, w, c, k, add);
-        if (a->columns <= 16) dsv3i_amx_block(R, 1, a, w, c, k, add);
-    }
-}
-
 DSV3I_TARGET(DSV3I_AMX)
-static void dsv3i_amx_product_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3_panel *w,
+static void dsv3i_amx_product_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3i_panel *w,
                                    size_t rows, size_t k, int add) {
     const unsigned before = _mm_getcsr();
     dsv3i_amx_place a;
@@ -11058,15 +10326,21 @@ static void dsv3i_amx_product_bf16(float *y, size_t ldy, const void *x, size_t l
         a.lines = w->ahead > 0 ? dsv3i_blocks(w->ahead, 64 * 16 * dsv3i_blocks(n, 16)) : 0;
         a.x[0] = (const unsigned char *)x + t * ldx;
         a.x[1] = a.x[0] + (m1 > 0 ? 16 * ldx : 0);
-        if (m1 > 0) dsv3i_amx_rows(2, &a, y + t * ldy, w, rows, k, add);
-        if (m1 == 0) dsv3i_amx_rows(1, &a, y + t * ldy, w, rows, k, add);
+        for (size_t c = 0; c < w->columns; c += 2) {
+            a.y = y + t * ldy + 16 * c;
+            a.columns = dsv3i_min(32, rows - 16 * c);
+            if (m1 > 0 && a.columns > 16) dsv3i_amx_block(2, 2, &a, w, c, k, add);
+            if (m1 > 0 && a.columns <= 16) dsv3i_amx_block(2, 1, &a, w, c, k, add);
+            if (m1 == 0 && a.columns > 16) dsv3i_amx_block(1, 2, &a, w, c, k, add);
+            if (m1 == 0 && a.columns <= 16) dsv3i_amx_block(1, 1, &a, w, c, k, add);
+        }
     }
     _tile_release();
     dsv3i_amx_control(before);
 }
 
-DSV3I_TARGET(DSV3I_AMX) static void dsv3i_amx_meet(dsv3_meeting *a, size_t nk) {
-    dsv3i_avx512_bf16_meeting(a, nk, dsv3i_amx_product_bf16);
+DSV3I_TARGET(DSV3I_AMX) static void dsv3i_amx_attend(dsv3i_attention_tile *a, size_t nk) {
+    dsv3i_avx512_bf16_attend_by(a, nk, dsv3i_amx_product_bf16);
 }
 
 /* ---- Many rows and packed weights: panel by panel, and for each 96 rows of x piece by piece. Sums that are not finished
@@ -11074,12 +10348,19 @@ DSV3I_TARGET(DSV3I_AMX) static void dsv3i_amx_meet(dsv3_meeting *a, size_t nk) {
 
 #define DSV3I_AMX_ROWS 96u /* of x */
 
+/* All tiles of rows are of one height, so that their shapes stay: the last one begins early enough, and its first rows may be
+ * those of others, once more. */
 typedef struct dsv3i_amx_room {
+    size_t tiles, height, rows;
     float y[DSV3I_AMX_ROWS * 64], scale[DSV3I_TERMS / DSV3_QBLOCK * 64];
     float sums[2 * 1024 + 16];
     unsigned char values[2][64 * DSV3I_TERMS * 2]; /* of 128 terms and, of FP8, of the next ones */
     __m512i table[4];                              /* of FP8 */
 } dsv3i_amx_room;
+
+static size_t dsv3i_amx_tile_row(const dsv3i_amx_room *room, size_t i) {
+    return dsv3i_min(i * room->height, room->rows - room->height);
+}
 
 /* Fours of terms g0 .. g1-1 of a piece of FP8 become BF16. */
 DSV3I_INLINE(DSV3I_AMX)
@@ -11094,33 +10375,23 @@ void dsv3i_amx_widen(dsv3i_amx_room *room, unsigned char *to, const unsigned cha
     }
 }
 
-/* Values of blocks of bytes as tiles take them, with their signs, and their multipliers. */
+/* Values of blocks of bytes as tiles take them, with their signs (256 does not count), and their scales. */
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_signed(const dsv3_type type, dsv3i_amx_room *room, const unsigned char *w, size_t k) {
-    const __m512i zero = _mm512_set1_epi8(type == DSV3_Q8_0 ? (char)-128 : 8), low = _mm512_set1_epi8(15);
+    const __m512i zero = _mm512_set1_epi8(type == DSV3_Q8_0 ? (char)-128 : 8);
     unsigned char *to = room->values[0];
     float *scale = room->scale;
     for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += 2048) {
         for (size_t j = 0; j < dsv3i_codes_bytes(type, 4, DSV3_QBLOCK); j += 64, w += 64) {
-            const __m512i v = _mm512_loadu_si512(w);
-            if (type == DSV3_Q8_0) {
-                _mm512_storeu_si512(to + j, _mm512_xor_si512(v, zero));
-                continue;
-            }
-            _mm512_storeu_si512(to + j, _mm512_sub_epi8(_mm512_and_si512(v, low), zero));
-            _mm512_storeu_si512(to + 1024 + j, _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(v, 4), low), zero));
+            __m512i b[2];
+            dsv3i_avx512_bf16_values(type, b, w, NULL);
+            _mm512_storeu_si512(to + j, _mm512_sub_epi8(b[0], zero));
+            if (type == DSV3_Q4_0) _mm512_storeu_si512(to + 1024 + j, _mm512_sub_epi8(b[1], zero));
         }
-        for (size_t c = 0; c < 4; c++, w += 32, scale += 16) {
-            _mm512_storeu_ps(scale, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)w)));
-        }
+        dsv3i_avx512_decode(DSV3_F16, scale, w, 64);
+        scale += 64;
+        w += 128;
     }
-}
-
-/* The multiplier of a piece of FP8. */
-static void dsv3i_amx_scale(float *scale, const unsigned char *w) {
-    float one;
-    DSV3_MEMCPY(&one, w, sizeof one);
-    for (size_t i = 0; i < 64; i++) scale[i] = one;
 }
 
 /* Rows of bytes: blocks of 32, each with its multiplier behind it. Tiles hold the sums of up to four blocks, which
@@ -11176,24 +10447,6 @@ void dsv3i_amx_bytes(dsv3i_amx_place *a, const unsigned char *x, size_t m, size_
     }
 }
 
-/* All tiles of rows are of one height, so that their shapes stay: the last one begins early enough, and its first rows may be
- * those of others, once more. */
-typedef struct dsv3i_amx_tiles {
-    size_t count, height, rows;
-} dsv3i_amx_tiles;
-
-static dsv3i_amx_tiles dsv3i_amx_tiles_of(size_t rows) {
-    dsv3i_amx_tiles t;
-    t.count = dsv3i_blocks(rows, 16);
-    t.height = dsv3i_blocks(rows, t.count);
-    t.rows = rows;
-    return t;
-}
-
-static size_t dsv3i_amx_tile_row(const dsv3i_amx_tiles *t, size_t i) {
-    return dsv3i_min(i * t->height, t->rows - t->height);
-}
-
 /* Sums [2, 16, 32] of FP8, times multipliers, join those of `rows` tiles of rows. */
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_join(float *y, const float *sums, const float *scale, size_t rows, size_t height, int add) {
@@ -11209,54 +10462,35 @@ void dsv3i_amx_join(float *y, const float *sums, const float *scale, size_t rows
     }
 }
 
-/* Two tiles of rows, or the last one, and two columns of values. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_pair(dsv3i_amx_place *a, const dsv3i_amx_tiles *tiles, size_t i, const unsigned char *x,
-                    const unsigned char *values, size_t k, int add) {
-    a->w = values;
-    a->x[0] = x + dsv3i_amx_tile_row(tiles, i) * a->ldx;
-    a->x[1] = x + dsv3i_amx_tile_row(tiles, i + 1) * a->ldx;
-    if (i + 1 < tiles->count) dsv3i_amx_terms(2, 2, a, 0, k, add);
-    if (i + 1 == tiles->count) dsv3i_amx_terms(1, 2, a, 0, k, add);
-}
-
 /* Rows x meet a piece of k terms of BF16, or of FP8, whose values are made already. There, while sums of a pair of tiles are
  * on their way, those of the pair before join y, and some of the next piece's values are made: `coming` terms. */
 DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_piece(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, const dsv3i_amx_tiles *tiles,
-                     const unsigned char *x, const unsigned char *w, size_t k, size_t turn, size_t coming) {
+void dsv3i_amx_piece(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, const unsigned char *x,
+                     const unsigned char *w, size_t k, size_t turn, size_t coming) {
     const unsigned char *values = type == DSV3_BF16 ? w : room->values[turn % 2];
-    const unsigned char *next = w + dsv3i_piece_bytes(type, 4, k);
-    float *sums = dsv3i_amx_aligned(room->sums), *y = room->y, *before = NULL;
-    const size_t pairs = dsv3i_blocks(tiles->count, 2) * 2; /* of tiles and columns */
+    const unsigned char *next = w + dsv3i_scale_block_bytes(type, 4, k);
+    float *sums = dsv3i_amx_aligned(room->sums), *before = NULL;
+    const size_t pairs = dsv3i_blocks(room->tiles, 2) * 2; /* of tiles and columns */
     const size_t fours = type == DSV3_BF16 ? 0 : dsv3i_blocks(coming, 4);
     a->scale = NULL;
     for (size_t i = 0; i < pairs; i++) {
-        const size_t first = i / 2 * 2, rows = dsv3i_min(2, tiles->count - first);
-        float *to = y + 1024 * first + i % 2 * 32;
+        const size_t first = i / 2 * 2, rows = dsv3i_min(2, room->tiles - first);
+        const int add = turn > 0 && type == DSV3_BF16;
+        float *to = room->y + 1024 * first + i % 2 * 32;
         a->y = type == DSV3_BF16 ? to : sums + i % 2 * 1024;
         a->ldy = type == DSV3_BF16 ? 64 : 32;
-        dsv3i_amx_pair(a, tiles, first, x, values + i % 2 * 128, k, turn > 0 && type == DSV3_BF16);
+        a->w = values + i % 2 * 128;
+        a->x[0] = x + dsv3i_amx_tile_row(room, first) * a->ldx;
+        a->x[1] = x + dsv3i_amx_tile_row(room, first + 1) * a->ldx;
+        if (rows == 2) dsv3i_amx_terms(2, 2, a, 0, k, add);
+        if (rows == 1) dsv3i_amx_terms(1, 2, a, 0, k, add);
         if (type == DSV3_BF16) continue;
         dsv3i_amx_widen(room, room->values[(turn + 1) % 2], next, fours * i / pairs, fours * (i + 1) / pairs);
         if (before != NULL) {
-            dsv3i_amx_join(before, sums + (i + 1) % 2 * 1024, room->scale, i % 2 ? rows : 2, tiles->height, turn > 0);
+            dsv3i_amx_join(before, sums + (i + 1) % 2 * 1024, room->scale, i % 2 ? rows : 2, room->height, turn > 0);
         }
         before = to;
-        if (i + 1 == pairs) dsv3i_amx_join(to, sums + i % 2 * 1024, room->scale, rows, tiles->height, turn > 0);
-    }
-}
-
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_byte_terms(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a,
-                          const dsv3i_amx_tiles *tiles, const unsigned char *x, const unsigned char *w, size_t k,
-                          size_t turn) {
-    dsv3i_amx_signed(type, room, w, k);
-    a->w = room->values[0];
-    a->scale = room->scale;
-    for (size_t i = 0; i < tiles->count; i++) {
-        a->y = room->y + 1024 * i;
-        dsv3i_amx_bytes(a, x + dsv3i_amx_tile_row(tiles, i) * a->ldx, tiles->height, k, turn > 0);
+        if (i + 1 == pairs) dsv3i_amx_join(to, sums + i % 2 * 1024, room->scale, rows, room->height, turn > 0);
     }
 }
 
@@ -11264,36 +10498,41 @@ void dsv3i_amx_byte_terms(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, float *y, size_t ldy,
                      const unsigned char *x, size_t rows, const unsigned char *w, size_t k, int fetch) {
-    const dsv3i_amx_tiles tiles = dsv3i_amx_tiles_of(rows);
     const size_t stretch = dsv3i_panel_bytes(type, 4, DSV3I_TERMS);
     const int blocks = dsv3_type_block(type) > 1;
-    dsv3i_amx_shape(tiles.height, tiles.height, blocks ? 8 : 16);
-    a->m[0] = a->m[1] = tiles.height;
-    a->lines = fetch ? dsv3i_blocks(stretch, 64 * 16 * tiles.count) : 0;
+    room->tiles = dsv3i_blocks(rows, 16);
+    room->height = dsv3i_blocks(rows, room->tiles);
+    room->rows = rows;
+    dsv3i_amx_shape(room->height, room->height, blocks ? 8 : 16);
+    a->m[0] = a->m[1] = room->height;
+    a->lines = fetch ? dsv3i_blocks(stretch, 64 * 16 * room->tiles) : 0;
     if (type == DSV3_F8_E4M3) {
         dsv3i_amx_widen(room, room->values[0], w, 0, dsv3i_blocks(dsv3i_min(DSV3I_TERMS, k), 4));
     }
     for (size_t i = 0, turn = 0, terms; i < k; i += terms, turn++) {
         terms = dsv3i_min(DSV3I_TERMS, k - i);
         a->next = w + 2 * stretch;
-        if (type == DSV3_F8_E4M3) dsv3i_amx_scale(room->scale, w + dsv3i_codes_bytes(type, 4, terms));
-        if (blocks) dsv3i_amx_byte_terms(type, room, a, &tiles, x, w, terms, turn);
-        if (!blocks) {
-            dsv3i_amx_piece(type, room, a, &tiles, x, w, terms, turn, dsv3i_min(DSV3I_TERMS, k - i - terms));
+        if (type == DSV3_F8_E4M3) dsv3i_f8_scale(room->scale, w + dsv3i_codes_bytes(type, 4, terms));
+        if (blocks) dsv3i_amx_signed(type, room, w, terms);
+        if (!blocks) dsv3i_amx_piece(type, room, a, x, w, terms, turn, dsv3i_min(DSV3I_TERMS, k - i - terms));
+        for (size_t t = 0; blocks && t < room->tiles; t++) {
+            a->y = room->y + 1024 * t;
+            a->w = room->values[0];
+            a->scale = room->scale;
+            dsv3i_amx_bytes(a, x + dsv3i_amx_tile_row(room, t) * a->ldx, room->height, terms, turn > 0);
         }
         w += dsv3i_panel_bytes(type, 4, terms);
         x += dsv3i_input_bytes(1, type, terms);
     }
-    for (size_t i = 0; i < tiles.count; i++) {
-        float *to = y + dsv3i_amx_tile_row(&tiles, i) * ldy;
-        for (size_t j = 0; j < 4 * tiles.height; j++) {
-            _mm512_storeu_ps(to + j / 4 * ldy + 16 * (j % 4), _mm512_loadu_ps(room->y + 1024 * i + 16 * j));
-        }
+    for (size_t i = 0; i < 4 * room->height * room->tiles; i++) {
+        const size_t t = i / (4 * room->height), j = i % (4 * room->height);
+        _mm512_storeu_ps(y + (dsv3i_amx_tile_row(room, t) + j / 4) * ldy + 16 * (j % 4),
+                         _mm512_loadu_ps(room->y + 1024 * t + 16 * j));
     }
 }
 
 DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_many(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,
+void dsv3i_amx_packed(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,
                     size_t rows, size_t k) {
     const size_t bytes = dsv3i_panel_bytes(type, 4, k);
     const unsigned before = _mm_getcsr();
@@ -11318,85 +10557,108 @@ void dsv3i_amx_many(const dsv3_type type, float *y, size_t ldy, const void *x, s
     if (type == DSV3_F8_E4M3) dsv3i_amx_control(before);
 }
 
-#define DSV3I_AMX_MANY(name, type)                                                                                   \
-    DSV3I_TARGET(DSV3I_AMX)                                                                                          \
-    static void dsv3i_amx_many_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,      \
-                                      size_t rows, size_t k) {                                                       \
-        dsv3i_amx_many(type, y, ldy, x, ldx, n, w, rows, k);                                                         \
-    }
-DSV3I_AMX_MANY(bf16, DSV3_BF16)
-DSV3I_AMX_MANY(f8_e4m3, DSV3_F8_E4M3)
-DSV3I_AMX_MANY(q8_0, DSV3_Q8_0)
-DSV3I_AMX_MANY(q4_0, DSV3_Q4_0)
-
 /* Few rows and packed weights: the sums of tiles in registers, to the bit, with subnormal numbers as 0. Several rows meet whole
  * panels in tiles. */
 DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_few(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,
+void dsv3i_amx_gemv(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,
                    size_t rows, size_t k) {
     const size_t done = n > 1 ? rows / 64 * 64 : 0;
     const unsigned char *rest = (const unsigned char *)w + done / 64 * dsv3i_panel_bytes(type, 4, k);
     const unsigned before = _mm_getcsr();
-    if (done > 0) dsv3i_amx_many(type, y, ldy, x, ldx, n, w, done, k);
+    if (done > 0) dsv3i_amx_packed(type, y, ldy, x, ldx, n, w, done, k);
     if (done == rows) return;
     dsv3i_amx_control(before | 0x8040);
     for (size_t t = 0; t < n; t++) {
-        dsv3i_avx512_bf16_few(DSV3I_FEW_STEPS, type, y + t * ldy + done, ldy, (const unsigned char *)x + t * ldx, ldx,
+        dsv3i_avx512_bf16_gemv(DSV3I_FEW_STEPS, type, y + t * ldy + done, ldy, (const unsigned char *)x + t * ldx, ldx,
                               1, rest, rows - done, k);
     }
     dsv3i_amx_control(before);
 }
 
-#define DSV3I_AMX_FEW(name, type)                                                                                    \
-    DSV3I_TARGET(DSV3I_AMX)                                                                                          \
-    static void dsv3i_amx_few_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,       \
-                                     size_t rows, size_t k) {                                                        \
-        dsv3i_amx_few(type, y, ldy, x, ldx, n, w, rows, k);                                                          \
-    }
-DSV3I_AMX_FEW(bf16, DSV3_BF16)
-DSV3I_AMX_FEW(f8_e4m3, DSV3_F8_E4M3)
+DSV3I_WHOLE_TYPES(DSV3I_AMX, dsv3i_amx_packed, dsv3i_amx_packed)
+DSV3I_WHOLE(DSV3I_AMX, dsv3i_amx_gemv_bf16, DSV3_BF16, dsv3i_amx_gemv)
+DSV3I_WHOLE(DSV3I_AMX, dsv3i_amx_gemv_f8_e4m3, DSV3_F8_E4M3, dsv3i_amx_gemv)
 
-static void dsv3i_kernels_amx(dsv3_kernels *k) {
-    dsv3i_kernels_avx512_bf16(k);
-    k->meet[1] = dsv3i_amx_meet;
-    k->product[DSV3_PRODUCT_FAST_BF16] = dsv3i_amx_product_bf16;
-    k->few[1][DSV3_BF16] = dsv3i_amx_few_bf16;
-    k->few[1][DSV3_F8_E4M3] = dsv3i_amx_few_f8_e4m3;
-    k->many[DSV3_BF16] = dsv3i_amx_many_bf16;
-    k->many[DSV3_F8_E4M3] = dsv3i_amx_many_f8_e4m3;
-    k->many[DSV3_Q8_0] = dsv3i_amx_many_q8_0;
-    k->many[DSV3_Q4_0] = dsv3i_amx_many_q4_0;
-}
 #endif /* DSV3I_TILES */
 
-static const dsv3i_ops *dsv3i_temp(dsv3_backend backend) {
-    static dsv3_kernels k[6];
-    static dsv3i_ops o[6];
-    dsv3_kernels *q = &k[backend];
-    dsv3i_ops *p = &o[backend];
-    DSV3_MEMSET(q, 0, sizeof *q);
-    q->round[DSV3_BF16] = q->round[DSV3_F8_E4M3] = dsv3i_round_bf16_floats;
-    q->round[DSV3_Q8_0] = q->round[DSV3_Q4_0] = dsv3i_round_q8_floats;
-    q->meet[0] = dsv3i_meet_tiles;
-    if (backend == DSV3_BACKEND_AVX2) dsv3i_kernels_avx2(q);
-    if (backend == DSV3_BACKEND_AVX512) dsv3i_kernels_avx512_whole(q);
-    if (backend == DSV3_BACKEND_AVX512_BF16) dsv3i_kernels_avx512_bf16(q);
-    if (backend == DSV3_BACKEND_AMX) dsv3i_kernels_amx(q);
-    *p = dsv3i_plain;
-    DSV3_MEMCPY(p->decode, q->decode, sizeof p->decode);
-    p->dot = q->dot;
-    p->axpy = q->axpy;
-    p->exp_sum = q->exp_sum;
-    p->silu_mul = q->silu_mul;
-    p->linear = dsv3i_fast_linear;
-    p->attend = dsv3i_fast_attend;
-    p->mlps = dsv3i_fast_mlps;
-    p->linear_backward = dsv3i_fast_linear_backward;
-    p->attend_backward = dsv3i_fast_attend_backward;
-    p->mlps_backward = dsv3i_fast_mlps_backward;
-    p->own = q;
-    return p;
-}
+/* ---- The tables: what each backend is made of. A better one has what the one before it has, but for what is its own. */
+
+#define DSV3I_COMMON(V)                                                                                              \
+    V##_outer, {V##_pack_4, V##_pack_2, V##_pack_2, V##_pack_1, V##_pack_q8_0, V##_pack_q4_0},                       \
+        {V##_float_bf16, V##_float_bytes}
+#define DSV3I_WIDEN(V, f8) {NULL, V##_widen_f16, NULL, f8, NULL, V##_widen_q4_0}
+#define DSV3I_ROUND(bf16, q8) {NULL, NULL, bf16, bf16, q8, q8}
+#define DSV3I_PRODUCTS_OF(V, bf16, bytes) {V##_product_f32, V##_product_bf16, V##_product_bytes, bf16, bytes}
+#define DSV3I_MIX(f8)                                                                                                \
+    {NULL, dsv3i_avx512_gemv_t_f16, dsv3i_avx512_gemv_t_bf16, f8, dsv3i_avx512_gemv_t_q8_0, dsv3i_avx512_gemv_t_q4_0}
+#ifndef DSV3_NO_TRAINING
+#define DSV3I_BACKWARD_OPS dsv3i_fast_linear_backward, dsv3i_fast_attend_backward, dsv3i_fast_mlps_backward,
+#else
+#define DSV3I_BACKWARD_OPS
+#endif
+#define DSV3I_OPS(V, kernels)                                                                                        \
+    {{V##_decode_f32, V##_decode_f16, V##_decode_bf16, V##_decode_f8_e4m3, dsv3i_avx2_decode_q8_0,                   \
+      dsv3i_avx2_decode_q4_0},                                                                                       \
+     V##_dot,           V##_axpy,        V##_exp_sum,     V##_silu_mul,                                              \
+     dsv3i_fast_linear, dsv3i_fast_attend, dsv3i_fast_mlps, DSV3I_BACKWARD_OPS &(kernels)}
+
+static const dsv3i_kernels dsv3i_avx2_kernels = {
+    DSV3I_COMMON(dsv3i_avx2),
+    dsv3i_avx2_tile,
+    DSV3I_WIDEN(dsv3i_avx2, dsv3i_avx2_widen_f8),
+    DSV3I_ROUND(dsv3i_round_bf16_floats, dsv3i_round_q8_floats),
+    DSV3I_PRODUCTS_OF(dsv3i_avx2, NULL, NULL),
+    {NULL, NULL},
+    {dsv3i_tile_attend, NULL},
+    {{NULL}, {NULL}},
+    {NULL},
+    {NULL}};
+
+static const dsv3i_kernels dsv3i_avx512_kernels = {
+    DSV3I_COMMON(dsv3i_avx512),
+    NULL, /* attention is its own */
+    DSV3I_WIDEN(dsv3i_avx512, dsv3i_avx512_widen_f8),
+    DSV3I_ROUND(dsv3i_round_bf16_floats, dsv3i_round_q8_floats),
+    DSV3I_PRODUCTS_OF(dsv3i_avx512, NULL, NULL),
+    {dsv3i_avx512_attend_begin, NULL},
+    {dsv3i_avx512_attend, NULL},
+    {{NULL}, {NULL}},
+    {NULL},
+    DSV3I_MIX(dsv3i_avx512_gemv_t_f8_e4m3)};
+
+static const dsv3i_kernels dsv3i_avx512_bf16_kernels = {
+    DSV3I_COMMON(dsv3i_avx512),
+    NULL,
+    DSV3I_WIDEN(dsv3i_avx512, dsv3i_avx512_bf16_widen_f8),
+    DSV3I_ROUND(dsv3i_avx512_bf16_round_bf16, dsv3i_avx512_bf16_round_bytes),
+    DSV3I_PRODUCTS_OF(dsv3i_avx512, dsv3i_avx512_bf16_product_bf16, dsv3i_avx512_bf16_product_bytes),
+    {dsv3i_avx512_attend_begin, dsv3i_avx512_bf16_attend_begin},
+    {dsv3i_avx512_attend, dsv3i_avx512_bf16_attend},
+    {DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_exact), DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_fast)},
+    DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_packed),
+    DSV3I_MIX(dsv3i_avx512_bf16_gemv_t_f8_e4m3)};
+
+static const dsv3i_ops dsv3i_avx2_ops = DSV3I_OPS(dsv3i_avx2, dsv3i_avx2_kernels);
+static const dsv3i_ops dsv3i_avx512_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_avx512_kernels);
+static const dsv3i_ops dsv3i_avx512_bf16_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_avx512_bf16_kernels);
+
+#ifdef DSV3I_TILES
+static const dsv3i_kernels dsv3i_amx_kernels = {
+    DSV3I_COMMON(dsv3i_avx512),
+    NULL,
+    DSV3I_WIDEN(dsv3i_avx512, dsv3i_avx512_bf16_widen_f8),
+    DSV3I_ROUND(dsv3i_avx512_bf16_round_bf16, dsv3i_avx512_bf16_round_bytes),
+    DSV3I_PRODUCTS_OF(dsv3i_avx512, dsv3i_amx_product_bf16, dsv3i_avx512_bf16_product_bytes),
+    {dsv3i_avx512_attend_begin, dsv3i_avx512_bf16_attend_begin},
+    {dsv3i_avx512_attend, dsv3i_amx_attend},
+    {DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_exact),
+     {NULL, NULL, dsv3i_amx_gemv_bf16, dsv3i_amx_gemv_f8_e4m3, dsv3i_avx512_bf16_gemv_fast_q8_0,
+      dsv3i_avx512_bf16_gemv_fast_q4_0}},
+    DSV3I_WHOLE_ROW(dsv3i_amx_packed),
+    DSV3I_MIX(dsv3i_avx512_bf16_gemv_t_f8_e4m3)};
+
+static const dsv3i_ops dsv3i_amx_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_amx_kernels);
+#endif
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
@@ -11468,6 +10730,20 @@ DSV3_API dsv3_result dsv3_backend_find(dsv3_backend *backend, const char *name) 
 static dsv3_backend dsv3i_best_backend(void) { return DSV3_BACKEND_REFERENCE; }
 #endif
 
+static const dsv3i_ops *dsv3i_ops_of(dsv3_backend backend) {
+    switch (backend) {
+#ifdef DSV3I_X86
+    case DSV3_BACKEND_AVX2: return &dsv3i_avx2_ops;
+    case DSV3_BACKEND_AVX512: return &dsv3i_avx512_ops;
+    case DSV3_BACKEND_AVX512_BF16: return &dsv3i_avx512_bf16_ops;
+#endif
+#ifdef DSV3I_TILES
+    case DSV3_BACKEND_AMX: return &dsv3i_amx_ops;
+#endif
+    default: return &dsv3i_plain;
+    }
+}
+
 DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backend, size_t threads) {
     dsv3_backend best = dsv3i_best_backend();
     if (context == NULL) return DSV3_ERR_ARG;
@@ -11481,10 +10757,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #endif
     if (backend == DSV3_BACKEND_AUTO) backend = best;
     if ((int)backend < (int)DSV3_BACKEND_REFERENCE || (int)backend > (int)best) return DSV3_ERR_UNSUPPORTED;
-    context->ops = &dsv3i_plain;
-#ifdef DSV3I_X86
-    if (backend != DSV3_BACKEND_REFERENCE) context->ops = dsv3i_temp(backend);
-#endif
+    context->ops = dsv3i_ops_of(backend);
     context->backend = dsv3_backend_name(backend);
     context->threads = 1;
     context->compute = DSV3_EXACT;

@@ -16,7 +16,7 @@ for cc in gcc clang; do
     library $out "$flags $simd"
     for source in tests/test_*.c tests/parity.c examples/dsv3.c; do
         name=$(basename "$source" .c)
-        case $name in test_kernels | test_train | test_same_bits) with=$simd ;; *) with= ;; esac
+        case $name in test_kernels | test_ops_table | test_train | test_same_bits) with=$simd ;; *) with= ;; esac
         later "$cc build $name" $flags $with -I. -Iexamples -Itests "$source" -o $out/$name $out/libdsv3.a -lm -lpthread
     done
     run_later

@@ -649,7 +649,7 @@ static void table_fill_weights(table *m) {
     }
 }
 
-static void tile_run(const dsv3_kernels *k, table *y, const table *x, const table *w) {
+static void tile_run(const dsv3i_kernels *k, table *y, const table *x, const table *w) {
     k->tile(y->x, y->ld, x->x, x->ld, x->rows, w->x, w->ld, w->rows, w->cols);
 }
 
@@ -707,7 +707,7 @@ static const uint32_t special_codes[DSV3_TYPES][4] = {{0x7F800000u, 0xFF800000u,
                                                       {0x7Fu, 0xFFu, 0, 0}};
 
 /* One such number among positive terms: the dots of its row are what it is, and all others have the bits of before. */
-static int tile_special_wrong(const dsv3_kernels *k, const table *x, table *w, const table *clean, size_t r,
+static int tile_special_wrong(const dsv3i_kernels *k, const table *x, table *w, const table *clean, size_t r,
                               size_t at, float special) {
     float *place = w->x + r * w->ld + at, before = *place;
     table y;
@@ -727,7 +727,7 @@ static int tile_special_wrong(const dsv3_kernels *k, const table *x, table *w, c
     return bad;
 }
 
-static void check_tile_special(const dsv3_kernels *k) {
+static void check_tile_special(const dsv3i_kernels *k) {
     static const size_t lengths[7] = {1, 7, 8, 9, 17, 35, 131};
     int bad = 0;
     for (size_t length = 0; length < 7; length++) {
@@ -765,7 +765,7 @@ typedef struct outer_faults {
 } outer_faults;
 
 /* y [m, n] += a [m, k] b [k, n]; turned: a lies as [k, m]. */
-static void check_outer_shape(const dsv3_kernels *kernels, outer_faults *bad, size_t m, size_t k, size_t n,
+static void check_outer_shape(const dsv3i_kernels *kernels, outer_faults *bad, size_t m, size_t k, size_t n,
                               int turned) {
     table y, a, b, want;
     table_output(&y, m, n), table_output(&want, m, n);
@@ -780,7 +780,7 @@ static void check_outer_shape(const dsv3_kernels *kernels, outer_faults *bad, si
 }
 
 /* All heights and widths meet all short sums; the long ones take turns. Half of the cases with each guard. */
-static void check_outer(const dsv3_kernels *kernels) {
+static void check_outer(const dsv3i_kernels *kernels) {
     static const size_t longer[4] = {255, 256, 257, 300};
     outer_faults bad = {0, 0};
     for (size_t m = 0; m <= 9; m++) {
@@ -877,7 +877,7 @@ static int pack_scales_wrong(const float *scale, dsv3_type type, const unsigned 
 
 /* What is wrong with values [k, up to whole steps] made of the panel of codes; and with the floats made of them. widen
  * gives FP8 as BF16, F16 as float, Q4_0 as bytes: each value is what its code is worth, exactly. */
-static void check_widen(const dsv3_kernels *kernels, panel_faults *bad, dsv3_type type, const unsigned char *panel,
+static void check_widen(const dsv3i_kernels *kernels, panel_faults *bad, dsv3_type type, const unsigned char *panel,
                         size_t rows, size_t columns, size_t k) {
     int bytes = dsv3_type_block(type) > 1;
     size_t steps = up(k, type == DSV3_F32 ? 1 : type == DSV3_F8_E4M3 || bytes ? 4 : 2), n = steps * columns * 16;
@@ -921,7 +921,7 @@ static void check_widen(const dsv3_kernels *kernels, panel_faults *bad, dsv3_typ
     box_free(&values);
 }
 
-static void check_pack_shape(const dsv3_kernels *kernels, panel_faults *bad, dsv3_type type, size_t rows, size_t k) {
+static void check_pack_shape(const dsv3i_kernels *kernels, panel_faults *bad, dsv3_type type, size_t rows, size_t k) {
     size_t columns = (rows + 15) / 16, block = dsv3_type_block(type), codes = piece_codes(type, columns, k);
     size_t row_bytes = dsv3_row_bytes(type, k) + test_below(5), offset = 4 * test_below(16);
     box w, panel, scale;
@@ -946,7 +946,7 @@ static void check_pack_shape(const dsv3_kernels *kernels, panel_faults *bad, dsv
 }
 
 /* All numbers of rows meet all k up to 260, an eighth of the pairs with each guard. */
-static void check_pack(const dsv3_kernels *kernels, dsv3_type type) {
+static void check_pack(const dsv3i_kernels *kernels, dsv3_type type) {
     panel_faults bad = {0, 0, 0, 0, 0};
     size_t block = dsv3_type_block(type);
     for (size_t k = block; k <= 260; k += block) {
@@ -963,7 +963,7 @@ static void check_pack(const dsv3_kernels *kernels, dsv3_type type) {
 }
 
 /* Every code of a small type, in every place of a word. */
-static void check_widen_all(const dsv3_kernels *kernels, dsv3_type type) {
+static void check_widen_all(const dsv3i_kernels *kernels, dsv3_type type) {
     size_t size = dsv3_type_bytes(type), n = size == 1 ? 256 : 65536;
     panel_faults bad = {0, 0, 0, 0, 0};
     box w, panel;
@@ -997,11 +997,11 @@ typedef struct factor {
     box x, values, scale;
     float *fx, *fw; /* [n, k] and [rows, k] */
     size_t n, rows, k, ldx, block;
-    dsv3_panel w;
-    dsv3_product kind;
+    dsv3i_panel w;
+    dsv3i_gemm_kind kind;
 } factor;
 
-static int is_codes(dsv3_product kind) { return kind == DSV3_PRODUCT_BYTES || kind == DSV3_PRODUCT_FAST_BYTES; }
+static int is_codes(dsv3i_gemm_kind kind) { return kind == DSV3I_GEMM_BYTES || kind == DSV3I_GEMM_FAST_BYTES; }
 
 /* Mostly of about the same size, sometimes below the normal numbers. */
 static float bf16_number(void) {
@@ -1012,20 +1012,20 @@ static float bf16_number(void) {
 
 static void factor_x(factor *f) {
     size_t k = f->k, bytes = k * 4;
-    if (f->kind == DSV3_PRODUCT_FAST_BF16) bytes = up(k, 4) * 2;
-    if (f->kind == DSV3_PRODUCT_FAST_BYTES) bytes = k / 32 * 40;
+    if (f->kind == DSV3I_GEMM_FAST_BF16) bytes = up(k, 4) * 2;
+    if (f->kind == DSV3I_GEMM_FAST_BYTES) bytes = k / 32 * 40;
     f->ldx = bytes + 4 * test_below(4);
     box_input(&f->x, (f->n - 1) * f->ldx + bytes);
     for (size_t t = 0; t < f->n; t++) {
         float *x = f->fx + t * k;
         unsigned char *row = f->x.at + t * f->ldx;
-        if (f->kind == DSV3_PRODUCT_FAST_BF16) {
+        if (f->kind == DSV3I_GEMM_FAST_BF16) {
             memset(row, 0, bytes);
             for (size_t i = 0; i < k; i++) {
                 uint16_t half = dsv3_bf16_from_f32(x[i] = bf16_number());
                 memcpy(row + 2 * i, &half, 2);
             }
-        } else if (f->kind == DSV3_PRODUCT_FAST_BYTES) {
+        } else if (f->kind == DSV3I_GEMM_FAST_BYTES) {
             for (size_t b = 0; b < k / 32; b++, row += 40) {
                 float unit = test_uniform(0.001f, 0.1f);
                 int32_t sum = 0;
@@ -1046,7 +1046,7 @@ static void factor_x(factor *f) {
 /* The multiplier of row t's block that holds term i, for rows of bytes. */
 static float factor_unit(const factor *f, size_t t, size_t i) {
     float unit = 1;
-    if (f->kind == DSV3_PRODUCT_FAST_BYTES) memcpy(&unit, f->x.at + t * f->ldx + i / 32 * 40 + 32, 4);
+    if (f->kind == DSV3I_GEMM_FAST_BYTES) memcpy(&unit, f->x.at + t * f->ldx + i / 32 * 40 + 32, 4);
     return unit;
 }
 
@@ -1055,8 +1055,8 @@ static float factor_scale(const factor *f, size_t r, size_t i) {
 }
 
 /* scaled: 0 none, 1 one multiplier for all terms, 2 for each 32. */
-static void factor_make(factor *f, dsv3_product kind, size_t n, size_t rows, size_t k, int scaled) {
-    int codes = is_codes(kind), floats = kind == DSV3_PRODUCT_F32;
+static void factor_make(factor *f, dsv3i_gemm_kind kind, size_t n, size_t rows, size_t k, int scaled) {
+    int codes = is_codes(kind), floats = kind == DSV3I_GEMM_F32;
     dsv3_type form = floats ? DSV3_F32 : codes ? DSV3_Q8_0 : DSV3_BF16;
     size_t columns = (rows + 15) / 16, steps = up(k, floats ? 1 : codes ? 4 : 2);
     f->kind = kind, f->n = n, f->rows = rows, f->k = k;
@@ -1109,8 +1109,8 @@ static int product_exact(const factor *f, size_t t, size_t r, float got, float b
         if ((i + 1) % f->w.block == 0) sum += part * times, parts += fabs(part * times), part = 0;
     }
     bound = (double)(f->k + blocks) * (UNIT * size * 1.001 + ldexp(most, -150));
-    if (f->kind == DSV3_PRODUCT_FAST_BYTES) bound = (double)(2 + blocks) * UNIT * parts * 1.001;
-    if (f->kind == DSV3_PRODUCT_FAST_BF16) bound += lost;
+    if (f->kind == DSV3I_GEMM_FAST_BYTES) bound = (double)(2 + blocks) * UNIT * parts * 1.001;
+    if (f->kind == DSV3I_GEMM_FAST_BF16) bound += lost;
     return fabs((double)got - sum) <= bound;
 }
 
@@ -1119,56 +1119,56 @@ typedef struct product_faults {
 } product_faults;
 
 /* One row of x, and one column of the panel as a panel of its own, give the bits that they have in y. */
-static int product_unlike(const dsv3_kernels *kernels, const factor *f, const table *y, const table *before,
+static int product_unlike(const dsv3i_kernels *kernels, const factor *f, const table *y, const table *before,
                           int add) {
     size_t t = test_below(f->n), c = test_below(f->w.columns),
            rows = f->rows - 16 * c < 16 ? f->rows - 16 * c : 16;
     size_t step = 64, steps = f->values.bytes / f->w.columns / 64, blocks = f->scale.bytes / f->w.columns / 64;
     float *values = (float *)test_alloc(steps * step), *scale = (float *)test_alloc(blocks * step), one[16];
-    dsv3_panel w = f->w;
+    dsv3i_panel w = f->w;
     int bad;
     for (size_t i = 0; i < steps; i++) memcpy(values + 16 * i, f->values.at + (i * f->w.columns + c) * 64, 64);
     for (size_t i = 0; i < blocks; i++) memcpy(scale + 16 * i, f->scale.at + (i * f->w.columns + c) * 64, 64);
     w.values = values, w.columns = 1;
     if (w.scale != NULL) w.scale = scale;
     memcpy(one, before->x + t * before->ld + 16 * c, rows * sizeof *one);
-    kernels->product[f->kind](one, 16, f->x.at + t * f->ldx, f->ldx, 1, &w, rows, f->k, add);
+    kernels->gemm[f->kind](one, 16, f->x.at + t * f->ldx, f->ldx, 1, &w, rows, f->k, add);
     bad = !same_bits(one, y->x + t * y->ld + 16 * c, rows);
     free(values), free(scale);
     return bad;
 }
 
 /* The same with the panel's numbers as floats. */
-static int product_unlike_floats(const dsv3_kernels *kernels, const factor *f, const table *y, table *before,
+static int product_unlike_floats(const dsv3i_kernels *kernels, const factor *f, const table *y, table *before,
                                  int add) {
     size_t n = up(f->k, 4) * f->w.columns * 16;
     float *floats = (float *)test_alloc(n * sizeof *floats);
-    dsv3_panel w = f->w;
+    dsv3i_panel w = f->w;
     int bad = 0;
     kernels->float_panel[is_codes(f->kind)](floats, w.values, w.columns, f->k, w.zero);
     w.values = floats;
-    kernels->product[DSV3_PRODUCT_F32](before->x, before->ld, f->x.at, f->ldx, f->n, &w, f->rows, f->k, add);
+    kernels->gemm[DSV3I_GEMM_F32](before->x, before->ld, f->x.at, f->ldx, f->n, &w, f->rows, f->k, add);
     for (size_t t = 0; t < f->n; t++) bad += !same_bits(before->x + t * before->ld, y->x + t * y->ld, f->rows);
     free(floats);
     return bad;
 }
 
 /* The same with something between the blocks of bytes. */
-static int product_unlike_gaps(const dsv3_kernels *kernels, const factor *f, const table *y, table *before, int add) {
+static int product_unlike_gaps(const dsv3i_kernels *kernels, const factor *f, const table *y, table *before, int add) {
     size_t block = f->w.block * f->w.columns * 16, gap = 32 * (1 + test_below(4)), n = f->k / f->w.block;
     unsigned char *values = (unsigned char *)test_alloc(n * (block + gap));
-    dsv3_panel w = f->w;
+    dsv3i_panel w = f->w;
     int bad = 0;
     memset(values, 0xFF, n * (block + gap));
     for (size_t i = 0; i < n; i++) memcpy(values + i * (block + gap), f->values.at + i * block, block);
     w.values = values, w.gap = gap;
-    kernels->product[f->kind](before->x, before->ld, f->x.at, f->ldx, f->n, &w, f->rows, f->k, add);
+    kernels->gemm[f->kind](before->x, before->ld, f->x.at, f->ldx, f->n, &w, f->rows, f->k, add);
     for (size_t t = 0; t < f->n; t++) bad += !same_bits(before->x + t * before->ld, y->x + t * y->ld, f->rows);
     free(values);
     return bad;
 }
 
-static void check_product_shape(const dsv3_kernels *kernels, product_faults *bad, dsv3_product kind, size_t n,
+static void check_product_shape(const dsv3i_kernels *kernels, product_faults *bad, dsv3i_gemm_kind kind, size_t n,
                                 size_t rows, size_t k, int scaled, int add) {
     table y, before, again;
     factor f;
@@ -1179,14 +1179,14 @@ static void check_product_shape(const dsv3_kernels *kernels, product_faults *bad
         memcpy(before.x + t * before.ld, y.x + t * y.ld, rows * sizeof(float));
         memcpy(again.x + t * again.ld, y.x + t * y.ld, rows * sizeof(float));
     }
-    kernels->product[kind](y.x, y.ld, f.x.at, f.ldx, n, &f.w, rows, k, add);
+    kernels->gemm[kind](y.x, y.ld, f.x.at, f.ldx, n, &f.w, rows, k, add);
     for (size_t t = 0; t < n; t++) {
         for (size_t r = 0; r < rows; r++) {
             bad->inexact += !product_exact(&f, t, r, y.x[t * y.ld + r], add ? before.x[t * before.ld + r] : 0);
         }
     }
     bad->alone += product_unlike(kernels, &f, &y, &before, add);
-    if (kind == DSV3_PRODUCT_BF16 || kind == DSV3_PRODUCT_BYTES) {
+    if (kind == DSV3I_GEMM_BF16 || kind == DSV3I_GEMM_BYTES) {
         bad->floats += product_unlike_floats(kernels, &f, &y, &before, add);
     }
     if (is_codes(kind)) bad->gaps += product_unlike_gaps(kernels, &f, &y, &again, add);
@@ -1196,11 +1196,11 @@ static void check_product_shape(const dsv3_kernels *kernels, product_faults *bad
 }
 
 /* All numbers of rows meet all k, and each of both all n, a quarter of the pairs with each guard. */
-static void check_product(const dsv3_kernels *kernels, dsv3_product kind) {
+static void check_product(const dsv3i_kernels *kernels, dsv3i_gemm_kind kind) {
     static const size_t longer[5] = {127, 128, 129, 130, 256};
-    static const char *const names[DSV3_PRODUCTS] = {"product of floats", "product of BF16", "product of bytes",
+    static const char *const names[DSV3I_GEMMS] = {"product of floats", "product of BF16", "product of bytes",
                                                      "fast product of BF16", "fast product of bytes"};
-    size_t most = kind == DSV3_PRODUCT_BF16 || kind == DSV3_PRODUCT_BYTES ? 4 : 20, block = is_codes(kind) ? 32 : 1;
+    size_t most = kind == DSV3I_GEMM_BF16 || kind == DSV3I_GEMM_BYTES ? 4 : 20, block = is_codes(kind) ? 32 : 1;
     product_faults bad = {0, 0, 0, 0, 0};
     char text[80];
     for (size_t length = 1; length <= MOST + 5; length++) {
@@ -1210,9 +1210,9 @@ static void check_product(const dsv3_kernels *kernels, dsv3_product kind) {
             size_t turn = length + rows + 2 * (size_t)(guard_bits == guards[0]);
             int scaled = (int)test_below(3), add = (int)test_below(2);
             if (block == 1 && turn % 4 != 0) continue;
-            if (scaled == 2 && (k % 32 != 0 || kind == DSV3_PRODUCT_BF16 || kind == DSV3_PRODUCT_FAST_BF16))
+            if (scaled == 2 && (k % 32 != 0 || kind == DSV3I_GEMM_BF16 || kind == DSV3I_GEMM_FAST_BF16))
                 scaled = 0;
-            if (kind == DSV3_PRODUCT_FAST_BYTES || (block > 1 && turn % 2 == 0)) scaled = 2;
+            if (kind == DSV3I_GEMM_FAST_BYTES || (block > 1 && turn % 2 == 0)) scaled = 2;
             check_product_shape(kernels, &bad, kind, 1 + (7 * length + 3 * (rows + turn / 4)) % most, rows, k, scaled,
                                 add);
         }
@@ -1222,7 +1222,7 @@ static void check_product(const dsv3_kernels *kernels, dsv3_product kind) {
     snprintf(text, sizeof text, "bits alone of %s", names[kind]);
     verdict(text, bad.alone);
     snprintf(text, sizeof text, "bits of floats of %s", names[kind]);
-    if (kind == DSV3_PRODUCT_BF16 || kind == DSV3_PRODUCT_BYTES) verdict(text, bad.floats);
+    if (kind == DSV3I_GEMM_BF16 || kind == DSV3I_GEMM_BYTES) verdict(text, bad.floats);
     snprintf(text, sizeof text, "gaps of %s", names[kind]);
     if (is_codes(kind)) verdict(text, bad.gaps);
     snprintf(text, sizeof text, "guards of %s", names[kind]);
@@ -1277,18 +1277,18 @@ static void packed_make(box *b, dsv3_type type, size_t rows, size_t k) {
 }
 
 /* The same by kernels.product, piece by piece. x: floats, or rows as `round` makes them, ldx apart. */
-static void packed_product(const dsv3_kernels *kernels, int fast, float *y, size_t ldy, const unsigned char *x,
+static void packed_product(const dsv3i_kernels *kernels, int fast, float *y, size_t ldy, const unsigned char *x,
                            size_t ldx, size_t n, const unsigned char *at, dsv3_type type, size_t rows, size_t k) {
     int blocks = dsv3_type_block(type) > 1;
-    dsv3_product product = blocks ? DSV3_PRODUCT_BYTES : DSV3_PRODUCT_BF16;
-    if (fast) product = blocks ? DSV3_PRODUCT_FAST_BYTES : DSV3_PRODUCT_FAST_BF16;
+    dsv3i_gemm_kind product = blocks ? DSV3I_GEMM_BYTES : DSV3I_GEMM_BF16;
+    if (fast) product = blocks ? DSV3I_GEMM_FAST_BYTES : DSV3I_GEMM_FAST_BF16;
     for (size_t p = 0; p < rows; p += 64) {
         size_t columns = panel_columns(rows - p), tall = rows - p < 64 ? rows - p : 64;
         for (size_t i = 0, some; i < k; i += some) {
             const unsigned char *xi = x + (!fast ? 4 * i : blocks ? i / 32 * 40 : 2 * i);
             size_t codes;
             float values[64 * 128 / 2], scale[64]; /* BF16 or bytes */
-            dsv3_panel w;
+            dsv3i_panel w;
             some = k - i < piece_terms(type) ? k - i : piece_terms(type), codes = piece_codes(type, columns, some);
             w.values = at, w.columns = columns, w.scale = type == DSV3_BF16 ? NULL : scale;
             w.block = some, w.zero = type == DSV3_Q4_0 ? 8 : 128, w.gap = w.ahead = w.next_bytes = 0;
@@ -1299,7 +1299,7 @@ static void packed_product(const dsv3_kernels *kernels, int fast, float *y, size
                 if (!blocks) memcpy(scale + j, at + codes, 4);
             }
             if (kernels->widen[type] != NULL) kernels->widen[type](values, at, columns, some), w.values = values;
-            kernels->product[product](y + p, ldy, xi, ldx, n, &w, tall, some, i > 0);
+            kernels->gemm[product](y + p, ldy, xi, ldx, n, &w, tall, some, i > 0);
             at += piece_bytes(type, columns, some);
         }
     }
@@ -1308,7 +1308,7 @@ static void packed_product(const dsv3_kernels *kernels, int fast, float *y, size
 /* few, and many: all numbers of rows that few takes, and edges of those that tiles of 16 rows and groups of them have; lengths
  * on both sides of 128 terms, and of the 256, 512 or 1024 that many takes at once; of few, also last panels of any height.
  * Some rows are so small that sums are subnormal. */
-static void check_whole(const dsv3_kernels *kernels, int many, int fast, dsv3_type type) {
+static void check_whole(const dsv3i_kernels *kernels, int many, int fast, dsv3_type type) {
     static const size_t lengths[14] = {1, 2, 3, 4, 31, 32, 64, 96, 127, 128, 160, 288, 672, 1093};
     static const size_t heights[16] = {5, 6, 15, 16, 17, 31, 32, 33, 47, 48, 49, 64, 95, 96, 97, 200};
     int bits = 0, touched = 0, blocks = dsv3_type_block(type) > 1;
@@ -1331,7 +1331,7 @@ static void check_whole(const dsv3_kernels *kernels, int many, int fast, dsv3_ty
             }
             packed_make(&w, type, rows, k);
             table_output(&y, n, rows), table_output(&want, n, rows);
-            (many ? kernels->many[type] : kernels->few[fast][type])(y.x, y.ld, x.at, ldx, n, w.at, rows, k);
+            (many ? kernels->gemm_packed[type] : kernels->gemv[fast][type])(y.x, y.ld, x.at, ldx, n, w.at, rows, k);
             packed_product(kernels, fast, want.x, want.ld, x.at, ldx, n, w.at, type, rows, k);
             for (size_t t = 0; t < n; t++) bits += !same_bits(y.x + t * y.ld, want.x + t * want.ld, rows);
             touched += table_broken(&y);
@@ -1351,7 +1351,7 @@ static void zeros_panel(unsigned char *w, size_t columns, size_t rows, const siz
     }
 }
 
-static void check_zeros(const dsv3_kernels *kernels) {
+static void check_zeros(const dsv3i_kernels *kernels) {
     static const size_t at[4] = {0, 32, 64, 65};
     static const float x[4] = {1.5f, -1.75f, -1, -1};
     enum { K = 66, N = 7 };
@@ -1363,12 +1363,12 @@ static void check_zeros(const dsv3_kernels *kernels) {
         for (size_t t = 0; t < N; t++) memcpy(rows + t * 2 * (K + 2) + 2 * at[i], &half, 2);
     }
     memset(w, 0, K * 128), zeros_panel(w, 4, 64, at);
-    kernels->few[1][DSV3_BF16](one, 64, rows, 2 * (K + 2), 1, w, 64, K);
-    kernels->many[DSV3_BF16](y, 64, rows, 2 * (K + 2), N, w, 64, K);
+    kernels->gemv[1][DSV3_BF16](one, 64, rows, 2 * (K + 2), 1, w, 64, K);
+    kernels->gemm_packed[DSV3_BF16](y, 64, rows, 2 * (K + 2), N, w, 64, K);
     for (size_t t = 0; t < N; t++) CHECK(same_bits(y + 64 * t, one, 64));
     memset(w, 0, K * 128), zeros_panel(w, 3, 40, at);
     for (size_t n = 1; n <= 4; n++) {
-        kernels->few[1][DSV3_BF16](y, 64, rows, 2 * (K + 2), n, w, 40, K);
+        kernels->gemv[1][DSV3_BF16](y, 64, rows, 2 * (K + 2), n, w, 40, K);
         for (size_t t = 0; t < n; t++) CHECK(same_bits(y + 64 * t, one, 40));
     }
     free(w), free(rows);
@@ -1377,7 +1377,7 @@ static void check_zeros(const dsv3_kernels *kernels) {
 /* ---- mix: the bits of decode, scales and outer, which are checked above */
 
 static int check_mix_shape(const dsv3_context *ctx, dsv3_type type, size_t k, size_t n, int scaled, int *touched) {
-    const dsv3_kernels *kernels = dsv3i_kernels_of(ctx);
+    const dsv3i_kernels *kernels = dsv3i_kernels_of(ctx);
     size_t row_bytes = dsv3_row_bytes(type, n) + test_below(5), blocks = (n + DSV3_BLOCK - 1) / DSV3_BLOCK;
     float *x = (float *)test_alloc(k * sizeof(float)), *rows = (float *)test_alloc(k * n * sizeof(float));
     float *want = (float *)test_alloc(n * sizeof(float));
@@ -1403,7 +1403,7 @@ static int check_mix_shape(const dsv3_context *ctx, dsv3_type type, size_t k, si
         }
     }
     kernels->outer(want, n, 1, x, k, 1, rows, n, k, n);
-    kernels->mix[type](y.x, x, w.at, row_bytes, scaled ? scales.at : NULL, k, n);
+    kernels->gemv_t[type](y.x, x, w.at, row_bytes, scaled ? scales.at : NULL, k, n);
     for (size_t i = 0; i < n; i++) bad += !same_float(y.x[i], want[i]);
     *touched += table_broken(&y);
     free(x), free(rows), free(want), free(y.memory), box_free(&w), box_free(&scales);
@@ -1448,10 +1448,10 @@ typedef struct attention {
 /* Lanes [first, first + count) meet both blocks. top, sum [count]; out as a->out. */
 static void attention_run(const dsv3_context *ctx, int kind, const attention *a, size_t first, size_t count,
                           float *out, size_t ld, float *top, float *sum) {
-    const dsv3_kernels *kernels = dsv3i_kernels_of(ctx);
+    const dsv3i_kernels *kernels = dsv3i_kernels_of(ctx);
     size_t columns = up(count, 16), dk = a->dk + 4, wide = up(a->dv, 16) + 4;
     size_t floats = columns * (dk + 64) + 64 * (dk > wide ? dk : wide);
-    dsv3_meeting with;
+    dsv3i_attention_tile with;
     box scratch;
     memset(&with, 0, sizeof with);
     with.q = a->q.x + first * a->q.ld, with.ld_q = a->q.ld, with.lanes = count;
@@ -1462,12 +1462,12 @@ static void attention_run(const dsv3_context *ctx, int kind, const attention *a,
     with.scratch = box_output(&scratch, 16, floats * sizeof(float));
     for (size_t i = 0; i < 64; i++) with.top[i] = -FLT_MAX;
     for (size_t i = 0; i < count; i++) memset(out + i * ld, 0, a->dv * sizeof *out);
-    if (kernels->meet_begin[kind] != NULL) kernels->meet_begin[kind](&with);
+    if (kernels->attend_begin[kind] != NULL) kernels->attend_begin[kind](&with);
     for (size_t b = 0, at = 0; b < 2; at += a->nk[b++]) {
         for (size_t i = 0; i < 64; i++) with.seen[i] = a->seen[b][first + (i < count ? i : count - 1)];
         with.keys = a->keys.x + at * a->keys.ld, with.values = a->values.x + at * a->values.ld;
         if (a->keys16 != NULL) with.keys = a->keys16 + at * a->keys.ld, with.values = a->values16 + at * a->values.ld;
-        kernels->meet[kind](&with, a->nk[b]);
+        kernels->attend[kind](&with, a->nk[b]);
     }
     memcpy(top, with.top, count * sizeof *top), memcpy(sum, with.sum, count * sizeof *sum);
     if (box_broken(&scratch)) verdict("scratch of meet", 1);
@@ -1575,42 +1575,42 @@ static void check_meet(const dsv3_context *ctx, int kind) {
 
 /* All that panels need is there. Fast products come with their rounding as codes. */
 static void check_panels(const dsv3_context *ctx) {
-    const dsv3_kernels *k = dsv3i_kernels_of(ctx);
+    const dsv3i_kernels *k = dsv3i_kernels_of(ctx);
     for (int type = 0; type < DSV3_TYPES; type++) {
-        dsv3_product fast_product = dsv3_type_block((dsv3_type)type) > 1 ? DSV3_PRODUCT_FAST_BYTES : DSV3_PRODUCT_FAST_BF16;
+        dsv3i_gemm_kind fast_product = dsv3_type_block((dsv3_type)type) > 1 ? DSV3I_GEMM_FAST_BYTES : DSV3I_GEMM_FAST_BF16;
         CHECK(k->pack[type] != NULL);
         CHECK((k->round[type] != NULL) == (type >= DSV3_BF16));
-        if (k->round[type] != NULL) check_round(k->round[type], (dsv3_type)type, k->product[fast_product] != NULL);
+        if (k->round[type] != NULL) check_round(k->round[type], (dsv3_type)type, k->gemm[fast_product] != NULL);
         if (k->pack[type] != NULL) check_pack(k, (dsv3_type)type);
         for (int fast = 0; fast < 2; fast++) {
-            CHECK((k->few[fast][type] != NULL) == (type >= DSV3_BF16 && k->product[DSV3_PRODUCT_FAST_BF16] != NULL));
-            if (k->few[fast][type] != NULL) check_whole(k, 0, fast, (dsv3_type)type);
+            CHECK((k->gemv[fast][type] != NULL) == (type >= DSV3_BF16 && k->gemm[DSV3I_GEMM_FAST_BF16] != NULL));
+            if (k->gemv[fast][type] != NULL) check_whole(k, 0, fast, (dsv3_type)type);
         }
-        CHECK((k->many[type] != NULL) == (k->few[1][type] != NULL));
-        if (k->many[type] != NULL) check_whole(k, 1, 1, (dsv3_type)type);
-        if (k->many[type] != NULL && type == DSV3_BF16) check_zeros(k);
-        CHECK((k->mix[type] != NULL) ==
+        CHECK((k->gemm_packed[type] != NULL) == (k->gemv[1][type] != NULL));
+        if (k->gemm_packed[type] != NULL) check_whole(k, 1, 1, (dsv3_type)type);
+        if (k->gemm_packed[type] != NULL && type == DSV3_BF16) check_zeros(k);
+        CHECK((k->gemv_t[type] != NULL) ==
               (type != DSV3_F32 && strncmp(ctx->backend, "a", 1) == 0 && strcmp(ctx->backend, "avx2") != 0));
-        if (k->mix[type] != NULL) check_mix(ctx, (dsv3_type)type);
+        if (k->gemv_t[type] != NULL) check_mix(ctx, (dsv3_type)type);
     }
     check_widen_all(k, DSV3_F16);
     check_widen_all(k, DSV3_BF16);
     check_widen_all(k, DSV3_F8_E4M3);
-    for (int kind = 0; kind < DSV3_PRODUCTS; kind++) {
-        CHECK(k->product[kind] != NULL || kind >= DSV3_PRODUCT_FAST_BF16);
-        if (k->product[kind] != NULL) check_product(k, (dsv3_product)kind);
+    for (int kind = 0; kind < DSV3I_GEMMS; kind++) {
+        CHECK(k->gemm[kind] != NULL || kind >= DSV3I_GEMM_FAST_BF16);
+        if (k->gemm[kind] != NULL) check_product(k, (dsv3i_gemm_kind)kind);
     }
-    CHECK(k->meet[0] != NULL);
+    CHECK(k->attend[0] != NULL);
     for (int kind = 0; kind < 2; kind++) {
-        if (k->meet[kind] != NULL) check_meet(ctx, kind);
+        if (k->attend[kind] != NULL) check_meet(ctx, kind);
     }
 }
 
 static void check_engine(const dsv3_context *ctx) {
     CHECK(ctx->ops->own != NULL);
     if (ctx->ops->own == NULL) return;
-    check_tile(ctx);
-    check_tile_special(dsv3i_kernels_of(ctx));
+    if (dsv3i_kernels_of(ctx)->tile != NULL) check_tile(ctx); /* of AVX2 alone: others have no use for it */
+    if (dsv3i_kernels_of(ctx)->tile != NULL) check_tile_special(dsv3i_kernels_of(ctx));
     check_outer(dsv3i_kernels_of(ctx));
     check_panels(ctx);
 }

@@ -272,7 +272,7 @@ static void count_loop(dsv3_task task, const void *arg) {
         dsv3i_squares_task, dsv3i_adamw_task, dsv3i_ema_task, dsv3i_copy_task, dsv3i_moe_combine_task,
         dsv3i_linear_dx_task, dsv3i_linear_dw_task, dsv3i_attend_backward_task,
 #ifdef DSV3I_ENGINE
-        dsv3i_back_task, dsv3i_fast_attend_backward_task, dsv3i_gather_back_task, dsv3i_expert_back_task
+        dsv3i_backward_task, dsv3i_fast_attend_backward_task, dsv3i_gather_back_task, dsv3i_expert_back_task
 #endif
     };
     if (task == dsv3i_moe_combine_task && ((const dsv3i_rows *)arg)->r != NULL) return; /* forward */
