@@ -1,12 +1,13 @@
-/* test_kernels.c -- chapter 3 (formats, vectors) and chapter A: what the ops of each backend are made of. Of every backend
- * its decoders and vectors, which stand in the table of ops; of every instruction set its kernels.
+/* test_kernels.c -- chapter 3 (formats, vectors) and chapter A: what the ops of each backend are made of. Of every
+ * backend its decoders and vectors, which stand in the table of ops; of every instruction set its kernels.
  *
  * Each entry runs for n = 0..67 from several alignments, between guard values: a failure means that a kernel
  * reads or writes outside its arrays, forgets a tail, is less exact than its order of summation allows, or computes
  * an element in another way than the same element elsewhere -- then results change with the shape of a call.
  *
- * Of the plain vectors the documented order of summation is proved, to the bit. (The ops of the reference themselves are
- * compared in test_ops.c, test_mla.c, test_moe.c and test_ops_table.c.) Of the other backends what chapter A promises: sums with one partial sum per lane, to their bound; tiles that have the bits of their dots; outer in the
+ * Of the plain vectors the documented order of summation is proved, to the bit. (The ops of the reference themselves
+ * are compared in test_ops.c, test_mla.c, test_moe.c and test_ops_table.c.) Of the other backends what chapter A
+ * promises: sums with one partial sum per lane, to their bound; tiles that have the bits of their dots; outer in the
  * order of its terms, to the bit; panels exactly; products with panels to the bound of a chain of additions, each output
  * with the bits that it has alone.
  *
