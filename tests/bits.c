@@ -1036,7 +1036,7 @@ static void plain_router(void) {
     enum { N = 60, E = 24, K = 5, G = 6 };
     static const char *const names[3] = {"noaux_tc", "group_limited", "greedy"};
     float score[N * E], bias[E], alpha[E], gate[N * K], scratch[E + G], dgate[N * K], dscore[N * E];
-    double two[2 * E], losses[4];
+    double two[2 * E], losses[3];
     int32_t idx[N * K];
     uint8_t mask[N];
     dsv3_config c = config_make(SMALL);

@@ -357,7 +357,7 @@ static void check_silu_mul(const dsv3i_ops *k) {
     verdict("guards of silu_mul", touched);
 }
 
-/* ---- decode: every type, from any byte address; the same numbers as the conversions of chapter 2 */
+/* ---- decode: every type, from any byte address; the same numbers as the conversions of chapter 3 */
 
 static float decode_one(dsv3_type type, const unsigned char *bytes) {
     uint16_t half;
@@ -798,7 +798,7 @@ static void check_outer(const dsv3i_kernels *kernels) {
     verdict("guards of outer", bad.touched);
 }
 
-/* ---- pack: the codes of rows of weights, whatever they are, at the places that chapter 4 gives for a piece:
+/* ---- pack: the codes of rows of weights, whatever they are, at the places that chapter A gives for a piece:
  *     F32 [k, columns, 16]     F16, BF16 [k/2, columns, 16, 2]     Q8_0 [k/4, columns, 16, 4] bytes, 128 added
  *     Q4_0 [k/32, 4, columns, 16, 4]: of a block, terms 4 i .. 4 i + 3 in the low four bits, those 16 later in the high
  *     E4M3 [k/4, columns, 4, 2, 4, 2]: of four rows, terms 0 and 1 of each, then terms 2 and 3 of each
@@ -1553,7 +1553,7 @@ static void check_meet(const dsv3_context *ctx, int kind) {
         a.nk[0] = turn % 3 ? 64 : 1 + test_below(64), a.nk[1] = 1 + test_below(64);
         a.dk = 1 + (turn / 2 * 7) % MEET_DK, a.dv = 1 + (turn / 2 * 11) % MEET_DV,
         a.scale = 0.5f / sqrtf((float)a.dk);
-        if (bf16) a.dk = up(a.dk, 2); /* chapter 6 takes cache rows as they are only then */
+        if (bf16) a.dk = up(a.dk, 2); /* the engine takes cache rows as they are only then */
         attention_fill(&a, bf16);
         table_output(&a.out, a.lanes, a.dv);
         attention_run(ctx, kind, &a, 0, a.lanes, a.out.x, a.out.ld, top, sum);
