@@ -1,5 +1,5 @@
-/* bench_kernels -- each inner loop of dsv3_kernels, and the product of weights and activations (dsv3_linear), alone,
- * beside the limits of the machine. How to read the numbers: bench/README.md. */
+/* bench_kernels -- each inner loop, of all backends and of the engine, and the product of weights and activations
+ * (dsv3_linear), alone, beside the limits of the machine. How to read the numbers: bench/README.md. */
 #define BENCH_NAME "bench_kernels"
 #include "bench.h"
 
@@ -133,8 +133,17 @@ static void weights_init(bench_weights *w, const dsv3_context *context, dsv3_typ
     t->tensor.scale = t->scale_bytes > 0 ? w->arena + t->scale_at : NULL;
 }
 
+typedef void (*bench_round)(void *out, const float *x, size_t k);
+typedef void (*bench_tile)(float *y, size_t ldy, const float *x, size_t ldx, size_t nx, const float *w, size_t ldw,
+                           size_t nw, size_t k);
+typedef void (*bench_outer)(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj, const float *b,
+                            size_t ldb, size_t k, size_t n);
+
 typedef struct bench_kernel {
-    const dsv3_kernels *k;
+    const dsv3i_ops *ops;
+    bench_round round[DSV3_TYPES]; /* NULL: activations stay as they are */
+    bench_tile tile;               /* NULL: the backend has none */
+    bench_outer outer;
     const bench_weights *w; /* rows of NEAR numbers */
     dsv3_type type;
     size_t n, rows;   /* rows: of w; 1: always the same */
@@ -149,41 +158,58 @@ static volatile float sink; /* results go here, so that nothing is left out */
 
 static void call_decode(void *arg, size_t i) {
     bench_kernel *b = (bench_kernel *)arg;
-    b->k->decode[b->type](b->y, kernel_row(b, i), b->n);
+    b->ops->decode[b->type](b->y, kernel_row(b, i), b->n);
 }
 static void call_dot(void *arg, size_t i) {
     bench_kernel *b = (bench_kernel *)arg;
-    sink = b->k->dot(b->x, (const float *)kernel_row(b, i), b->n);
+    sink = b->ops->dot(b->x, (const float *)kernel_row(b, i), b->n);
 }
 static void call_axpy(void *arg, size_t i) {
     bench_kernel *b = (bench_kernel *)arg;
-    b->k->axpy(b->y, 1e-6f, (const float *)kernel_row(b, i), b->n);
+    b->ops->axpy(b->y, 1e-6f, (const float *)kernel_row(b, i), b->n);
 }
 static void call_exp_sum(void *arg, size_t i) {
     bench_kernel *b = (bench_kernel *)arg;
     (void)i;
-    sink = b->k->exp_sum(b->y, b->x, 1.0f, b->n);
+    sink = b->ops->exp_sum(b->y, b->x, 1.0f, b->n);
 }
 static void call_silu_mul(void *arg, size_t i) {
     bench_kernel *b = (bench_kernel *)arg;
     (void)i;
-    b->k->silu_mul(b->y, b->x, b->z, b->n);
+    b->ops->silu_mul(b->y, b->x, b->z, b->n);
 }
 static void call_round(void *arg, size_t i) {
     bench_kernel *b = (bench_kernel *)arg;
     (void)i;
-    b->k->round[b->type](b->y, b->x, b->n);
+    b->round[b->type](b->y, b->x, b->n);
 }
 /* 64 rows by 64 rows of n; and 64 rows from 64 rows of n. */
 static void call_tile(void *arg, size_t i) {
     bench_kernel *b = (bench_kernel *)arg;
     (void)i;
-    b->k->tile(b->y, 64, b->x, b->n, 64, b->z, b->n, 64, b->n);
+    b->tile(b->y, 64, b->x, b->n, 64, b->z, b->n, 64, b->n);
 }
 static void call_outer(void *arg, size_t i) {
     bench_kernel *b = (bench_kernel *)arg;
     (void)i;
-    b->k->outer(b->y, b->n, 64, b->x, 64, 1, b->z, b->n, 64, b->n);
+    b->outer(b->y, b->n, 64, b->x, 64, 1, b->z, b->n, 64, b->n);
+}
+
+static void round_bf16(void *out, const float *x, size_t k) { dsv3i_round_bf16((float *)out, x, k); }
+static void round_q8(void *out, const float *x, size_t k) { dsv3i_round_q8((float *)out, x, k); }
+
+/* What the backend has beside its vectors. */
+static void kernel_find(bench_kernel *b, const dsv3_context *c) {
+    b->ops = c->ops;
+    b->round[DSV3_BF16] = b->round[DSV3_F8_E4M3] = round_bf16;
+    b->round[DSV3_Q8_0] = b->round[DSV3_Q4_0] = round_q8;
+#ifdef DSV3I_ENGINE
+    if (c->ops->own != NULL) {
+        memcpy(b->round, dsv3i_kernels_of(c)->round, sizeof b->round);
+        b->tile = dsv3i_kernels_of(c)->tile;
+        b->outer = dsv3i_kernels_of(c)->outer;
+    }
+#endif
 }
 
 static void kernel_print(const bench_options *o, const dsv3_context *c, const bench_limits *l, const char *name,
@@ -229,7 +255,7 @@ static void kernels_run(const bench_options *o, const dsv3_context *c, const ben
     dsv3_rng rng = {5};
     bench_kernel b;
     memset(&b, 0, sizeof b);
-    b.k = &c->kernels;
+    kernel_find(&b, c);
     b.x = (float *)bench_alloc(3 * 64 * NEAR * sizeof(float));
     b.y = b.x + 64 * NEAR;
     b.z = b.y + 64 * NEAR;
@@ -251,11 +277,12 @@ static void kernels_run(const bench_options *o, const dsv3_context *c, const ben
             kernel_print(o, c, l, "decode", &b, far ? "memory" : "cache", seconds_per_call(o, call_decode, &b), 0.0,
                          far ? (double)row : 0.0);
         }
-        if (b.k->round[t] != NULL) {
+        if (b.round[t] != NULL) {
             kernel_print(o, c, l, "round", &b, "cache", seconds_per_call(o, call_round, &b), 0.0, 0.0);
         }
         for (size_t e = 0; t == DSV3_F32 && e < sizeof entries / sizeof *entries; e++) {
             const entry *k = &entries[e];
+            if ((k->call == call_tile && b.tile == NULL) || (k->call == call_outer && b.outer == NULL)) continue;
             b.n = k->n;
             for (int far = 0; far <= k->far; far++) {
                 b.rows = far ? all : 1;

@@ -1033,21 +1033,19 @@ static dsv3_result checkpointi_save_walk(checkpointi_save *s) {
     return result;
 }
 
-/* Decodes rows [begin, begin + n) of a tensor. */
+/* Decodes rows [begin, begin + n) of a tensor, n <= 128, as embeddings; begin is a multiple of 128. */
 static void checkpointi_decode(checkpointi_save *s, const dsv3_tensor *t, size_t begin, size_t n) {
-    size_t bytes = dsv3_row_bytes(t->type, t->cols), blocks = checkpointi_blocks(t->cols);
-    for (size_t r = 0; r < n; r++) {
-        float *row = s->rows + r * t->cols;
-        const unsigned char *from = (const unsigned char *)t->data + (begin + r) * bytes;
-        s->context.kernels.decode[t->type](row, from, t->cols);
-        for (size_t b = 0; t->type == DSV3_F8_E4M3 && b < blocks; b++) {
-            size_t end = (b + 1) * DSV3_BLOCK < t->cols ? (b + 1) * DSV3_BLOCK : t->cols;
-            float scale;
-            memcpy(&scale, (const unsigned char *)t->scale + ((begin + r) / DSV3_BLOCK * blocks + b) * sizeof scale,
-                   sizeof scale);
-            for (size_t i = b * DSV3_BLOCK; i < end; i++) row[i] *= scale;
-        }
+    size_t blocks = checkpointi_blocks(t->cols);
+    int32_t row[DSV3_BLOCK];
+    dsv3_tensor part = *t;
+    part.data = (const unsigned char *)t->data + begin * dsv3_row_bytes(t->type, t->cols);
+    part.scale = NULL;
+    part.rows = n;
+    if (t->type == DSV3_F8_E4M3) {
+        part.scale = (const unsigned char *)t->scale + begin / DSV3_BLOCK * blocks * sizeof(float);
     }
+    for (size_t r = 0; r < n; r++) row[r] = (int32_t)r;
+    dsv3_embed(&s->context, s->rows, row, &part, n);
 }
 
 /* 128 rows at a time: one row of scale blocks. */

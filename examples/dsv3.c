@@ -1660,11 +1660,16 @@ static range inspect_blocks(const dsv3_tensor *t) {
     range r = {HUGE_VAL, -HUGE_VAL, 0, 0, 0};
     const unsigned char *block = (const unsigned char *)t->data;
     uint64_t n = (uint64_t)t->rows * t->cols;
+    int32_t row = 0;
+    dsv3_tensor one = *t; /* a matrix of one block */
     dsv3_context context;
+    one.rows = 1;
+    one.cols = DSV3_QBLOCK;
     stop_result("reference", dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1));
     for (uint64_t i = 0; i < n; i += DSV3_QBLOCK, block += dsv3_type_bytes(t->type)) {
         float x[DSV3_QBLOCK];
-        context.kernels.decode[t->type](x, block, DSV3_QBLOCK);
+        one.data = block;
+        dsv3_embed(&context, x, &row, &one, 1);
         for (uint64_t j = 0; j < DSV3_QBLOCK; j++) range_add(&r, (double)x[j], i + j);
     }
     return r;

@@ -230,7 +230,8 @@ static void compute_bias(run *r, dsv3_balancer *balancer) {
     float *bias = (float *)must(calloc(balancer->layers * E, sizeof *bias));
     for (size_t i = 0; i < balancer->layers; i++) {
         const dsv3_tensor *b = &r->model->model.layers[i].e_score_correction_bias;
-        if (b->data != NULL) r->context.kernels.decode[b->type](bias + i * E, b->data, E);
+        int32_t row = 0;
+        if (b->data != NULL) dsv3_embed(&r->context, bias + i * E, &row, b, 1);
     }
     dsv3_balancer_step(balancer, bias, 0);
     for (size_t i = 0; i < balancer->layers; i++) {

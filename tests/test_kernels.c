@@ -1,11 +1,12 @@
-/* test_kernels.c -- chapters 3 (kernels) and A (SIMD): every entry of dsv3_kernels, for every backend compiled in.
+/* test_kernels.c -- chapter 3 (formats, vectors) and chapter A: what the ops of each backend are made of. Of every backend
+ * its decoders and vectors, which stand in the table of ops; of every instruction set its kernels.
  *
  * Each entry runs for n = 0..67 from several alignments, between guard values: a failure means that a kernel
  * reads or writes outside its arrays, forgets a tail, is less exact than its order of summation allows, or computes
  * an element in another way than the same element elsewhere -- then results change with the shape of a call.
  *
- * Of the reference the documented order of summation is proved, to the bit. Of the other backends what chapter A
- * promises: sums with one partial sum per lane, to their bound; tiles that have the bits of their dots; outer in the
+ * Of the plain vectors the documented order of summation is proved, to the bit. (The ops of the reference themselves are
+ * compared in test_ops.c, test_mla.c, test_moe.c and test_ops_table.c.) Of the other backends what chapter A promises: sums with one partial sum per lane, to their bound; tiles that have the bits of their dots; outer in the
  * order of its terms, to the bit; panels exactly; products with panels to the bound of a chain of additions, each output
  * with the bits that it has alone.
  *
@@ -65,43 +66,6 @@ static int guarded_broken(const guarded *g) {
     return bad;
 }
 
-/* ---- tables: rows of numbers that lie ld apart, with gaps where ld > cols. Those to read are filled with NaN, gaps
- * too, and end with their last number, so that AddressSanitizer sees what reads on; those to write lie between guards,
- * and so do their rows. */
-
-typedef struct table {
-    float *memory, *x; /* x: row 0 */
-    size_t cells, offset, rows, cols, ld;
-} table;
-
-static float *table_make(table *m, size_t before, size_t after, size_t rows, size_t cols, uint32_t bits) {
-    m->rows = rows, m->cols = cols, m->ld = cols + test_below(4);
-    m->offset = before + test_below(OFFSETS);
-    m->cells = m->offset + (rows == 0 ? 0 : (rows - 1) * m->ld + cols) + after;
-    m->memory = (float *)test_alloc(m->cells * sizeof(float));
-    m->x = m->memory + m->offset;
-    for (size_t i = 0; i < m->cells; i++) m->memory[i] = dsv3i_float(bits);
-    return m->x;
-}
-
-static float *table_input(table *m, size_t rows, size_t cols) { return table_make(m, 0, 0, rows, cols, 0x7FC00000u); }
-
-static float *table_output(table *m, size_t rows, size_t cols) {
-    return table_make(m, GUARD, GUARD + 3 * (cols + 3), rows, cols, guard_bits); /* three rows that are not there */
-}
-
-/* Cells outside of all rows that are not as they were. */
-static int table_broken(const table *m) {
-    size_t ld = m->ld > 0 ? m->ld : 1;
-    int bad = 0;
-    for (size_t i = 0; i < m->cells; i++) {
-        size_t at = i - m->offset;
-        int inside = i >= m->offset && at / ld < m->rows && at % ld < m->cols;
-        bad += !inside && dsv3i_bits(m->memory[i]) != guard_bits;
-    }
-    return bad;
-}
-
 /* Values of very different sizes, so that the order of a sum shows in its bits. */
 static void fill_wild(float *x, size_t n) {
     for (size_t i = 0; i < n; i++) x[i] = ldexpf(test_uniform(-1, 1), (int)test_below(13) - 6);
@@ -114,20 +78,6 @@ static void fill_short(float *x, size_t n) {
     for (size_t i = 0; i < n; i++) {
         x[i] = ldexpf((float)((int)test_below(4095) - 2047), (int)test_below(13) - 17);
     }
-}
-
-/* Values for a comparison of bits. The SIMD backends say which products they fuse; the reference leaves it to the
- * compiler and gets values that make no difference. */
-static void fill_terms(float *x, size_t n) {
-    if (is_reference) {
-        fill_short(x, n);
-    } else {
-        fill_wild(x, n);
-    }
-}
-
-static void table_fill(table *m) {
-    for (size_t r = 0; r < m->rows; r++) fill_terms(m->x + r * m->ld, m->cols);
 }
 
 /* ---- the documented order of summation of the reference, once more and as plainly as possible */
@@ -168,7 +118,7 @@ static float plain_sum(const float *p, size_t n) {
 /* Bound of the additions in a sum of n terms, relative to the sum of their sizes. */
 static double sum_bound(size_t n) { return (double)((n + lanes - 1) / lanes + depth) * UNIT; }
 
-static void check_dot(const dsv3_kernels *k) {
+static void check_dot(const dsv3i_ops *k) {
     guarded gx, gy;
     int inexact = 0, order = 0, touched = 0;
     for (size_t n = 0; n <= MOST; n++) {
@@ -194,7 +144,7 @@ static void check_dot(const dsv3_kernels *k) {
 }
 
 /* For the reference. Sums whose every other order gives another result: large terms that cancel in just one place. */
-static void check_dot_tree(const dsv3_kernels *k) {
+static void check_dot_tree(const dsv3i_ops *k) {
     static const float big = 33554432.0f; /* 2^25: big + 1 = big */
     float x[16], one[16];
     int bad = 0;
@@ -216,7 +166,7 @@ static void check_dot_tree(const dsv3_kernels *k) {
 /* ---- axpy: one multiply and one add, exact to both roundings; the SIMD backends fuse them always, the reference where
  * the compiler likes to */
 
-static void check_axpy(const dsv3_kernels *k) {
+static void check_axpy(const dsv3i_ops *k) {
     guarded gx, gy;
     int wrong = 0, touched = 0;
     for (size_t n = 0; n <= MOST; n++) {
@@ -265,7 +215,7 @@ static int exp_wrong(float p, float difference) {
 }
 
 /* From where exp is 0 to where it is infinite, in steps without a pattern. */
-static void check_exp(const dsv3_kernels *k) {
+static void check_exp(const dsv3i_ops *k) {
     float s[256], p[256], low = -104;
     int wrong = 0;
     while (low < 89) {
@@ -302,7 +252,7 @@ static int exp_sum_wrong(const float *p, const float *s, float top, float sum, s
 }
 
 /* Elements that are not those of a call of their own. */
-static int exp_unlike(const dsv3_kernels *k, const float *p, const float *s, float top, size_t n) {
+static int exp_unlike(const dsv3i_ops *k, const float *p, const float *s, float top, size_t n) {
     int bad = 0;
     for (size_t i = 0; i < n; i++) {
         float alone, sum = k->exp_sum(&alone, s + i, top, 1);
@@ -311,7 +261,7 @@ static int exp_unlike(const dsv3_kernels *k, const float *p, const float *s, flo
     return bad;
 }
 
-static void check_exp_sum(const dsv3_kernels *k) {
+static void check_exp_sum(const dsv3i_ops *k) {
     guarded gp, gs;
     int wrong = 0, unlike = 0, in_place = 0, touched = 0;
     for (size_t n = 0; n <= MOST; n++) {
@@ -335,7 +285,7 @@ static void check_exp_sum(const dsv3_kernels *k) {
 }
 
 /* The softmax edges: the largest entry counts exactly 1, whatever else there is. */
-static void check_exp_sum_edges(const dsv3_kernels *k) {
+static void check_exp_sum_edges(const dsv3i_ops *k) {
     static const float s[6] = {88.8f, -88.8f, 1e38f, -1e38f, 1e38f, -INFINITY};
     float p[6];
     int wrong = 0;
@@ -347,7 +297,7 @@ static void check_exp_sum_edges(const dsv3_kernels *k) {
 }
 
 /* NaN stays NaN, and with its neighbours nothing happens; the sum is NaN, too. */
-static void check_exp_sum_nan(const dsv3_kernels *k) {
+static void check_exp_sum_nan(const dsv3i_ops *k) {
     float s[MOST], p[MOST], want[MOST];
     int wrong = 0;
     test_fill(s, MOST, -20, 0);
@@ -366,7 +316,7 @@ static void check_exp_sum_nan(const dsv3_kernels *k) {
 /* ---- silu_mul: 8 roundings at most (exp to 2 units, add, divide, multiply); where exp(-a) overflows the result is 0
  * instead of something below 1e-36; each element has the bits that it has in a call of its own; h may be a */
 
-static int silu_unlike(const dsv3_kernels *k, const float *h, const float *a, const float *b, size_t n) {
+static int silu_unlike(const dsv3i_ops *k, const float *h, const float *a, const float *b, size_t n) {
     int bad = 0;
     for (size_t i = 0; i < n; i++) {
         float alone;
@@ -376,7 +326,7 @@ static int silu_unlike(const dsv3_kernels *k, const float *h, const float *a, co
     return bad;
 }
 
-static void check_silu_mul(const dsv3_kernels *k) {
+static void check_silu_mul(const dsv3i_ops *k) {
     guarded gh, ga, gb;
     int wrong = 0, unlike = 0, in_place = 0, touched = 0;
     for (size_t n = 0; n <= MOST; n++) {
@@ -434,7 +384,7 @@ static float decode_element(dsv3_type type, const unsigned char *w, size_t i) {
     return dsv3_f32_from_f16(half) * (float)((i < 16 ? block[2 + i] % 16 : block[2 + i % 16] / 16) - 8);
 }
 
-static void check_decode(const dsv3_kernels *k, dsv3_type type) {
+static void check_decode(const dsv3i_ops *k, dsv3_type type) {
     size_t block = dsv3_type_block(type);
     guarded gy;
     int wrong = 0, touched = 0;
@@ -459,7 +409,7 @@ static void check_decode(const dsv3_kernels *k, dsv3_type type) {
 }
 
 /* All codes of a small type in one go: rare ones must not get lost in random bytes. */
-static void check_decode_all(const dsv3_kernels *k, dsv3_type type, size_t shift) {
+static void check_decode_all(const dsv3i_ops *k, dsv3_type type, size_t shift) {
     size_t size = dsv3_type_bytes(type), n = size == 1 ? 256 : 65536;
     unsigned char *memory = (unsigned char *)test_alloc(shift + n * size), *w = memory + shift;
     float *y = (float *)test_alloc(n * sizeof *y);
@@ -479,6 +429,207 @@ static void check_decode_all(const dsv3_kernels *k, dsv3_type type, size_t shift
     }
     verdict("all codes", wrong);
     free(memory), free(y);
+}
+
+/* ---- bytes between guards, for panels and what is rounded. Behind those to read is a page that nobody can. */
+
+typedef struct box {
+    unsigned char *memory, *at;
+    size_t before, bytes, after, locked; /* locked: bytes of that page */
+} box;
+
+static unsigned char *box_make(box *b, size_t before, size_t bytes, size_t after, size_t locked) {
+    void *memory = NULL;
+    b->before = before, b->bytes = bytes, b->after = after, b->locked = locked;
+    if (posix_memalign(&memory, locked ? locked : 64, before + bytes + after + locked) != 0) exit(2);
+    b->memory = (unsigned char *)memory;
+    b->at = b->memory + before;
+    memset(b->memory, (unsigned char)guard_bits, before + bytes + after);
+    if (locked && mprotect(b->at + bytes + after, locked, PROT_NONE) != 0) exit(2);
+    return b->at;
+}
+
+static unsigned char *box_input(box *b, size_t bytes) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    return box_make(b, (page - bytes % page) % page, bytes, 0, page);
+}
+
+/* It begins `offset` past a 64-byte boundary. */
+static unsigned char *box_output(box *b, size_t offset, size_t bytes) {
+    return box_make(b, 64 + offset, bytes, 192, 0);
+}
+
+static void box_free(box *b) {
+    if (b->locked && mprotect(b->at + b->bytes + b->after, b->locked, PROT_READ | PROT_WRITE) != 0) exit(2);
+    free(b->memory);
+}
+
+static int box_broken(const box *b) {
+    unsigned char guard = (unsigned char)guard_bits;
+    int bad = 0;
+    for (size_t i = 0; i < b->before; i++) bad += b->memory[i] != guard;
+    for (size_t i = 0; i < b->after; i++) bad += b->at[b->bytes + i] != guard;
+    return bad;
+}
+
+static size_t up(size_t n, size_t step) { return (n + step - 1) / step * step; }
+
+static int same_float(float a, float b) { return isnan(b) ? isnan(a) : dsv3i_bits(a) == dsv3i_bits(b); }
+
+/* ---- round. BF16: to the nearest, ties to even, NaN stays NaN; numbers below 2^-126 may become 0; as codes filled up
+ * with zeros to a multiple of four. Blocks of 32: unit = top / 127 for the largest magnitude top, the whole number
+ * nearest to x (127 / top), all in float; nothing but zeros where top < 10^-30, NaN for the whole block where something is
+ * not finite; with the bytes, -8 times their sum. */
+
+static int round_bf16_wrong(const float *x, const unsigned char *out, size_t k, int codes) {
+    int bad = 0;
+    for (size_t i = 0; i < (codes ? up(k, 4) : k); i++) {
+        float got, want = i < k ? dsv3_f32_from_bf16(dsv3_bf16_from_f32(x[i])) : 0;
+        uint16_t half;
+        if (codes) {
+            memcpy(&half, out + 2 * i, 2);
+            got = dsv3_f32_from_bf16(half);
+        } else {
+            memcpy(&got, out + 4 * i, 4);
+        }
+        if (i < k && fabsf(x[i]) < FLT_MIN && dsv3i_bits(got) == (dsv3i_bits(x[i]) & 0x80000000u)) continue;
+        bad += !same_float(got, want);
+    }
+    return bad;
+}
+
+static int round_bytes_wrong(const float *x, const unsigned char *out, int codes) {
+    volatile float top = 0, unit, inverse, scaled;
+    int finite = 1, bad = 0;
+    int32_t sum = 0, got_sum;
+    float got_unit;
+    for (size_t i = 0; i < 32; i++) {
+        finite &= isfinite(x[i]) != 0;
+        if (fabsf(x[i]) > top) top = fabsf(x[i]);
+    }
+    if (top < 1e-30f) top = 0;
+    unit = top / 127.0f;
+    inverse = top > 0 ? 127.0f / top : 0;
+    memcpy(&got_unit, out + 32, 4), memcpy(&got_sum, out + 36, 4);
+    if (codes && !finite) return !isnan(got_unit);
+    if (codes) bad += dsv3i_bits(got_unit) != dsv3i_bits(unit);
+    for (size_t i = 0; i < 32; i++) {
+        int q;
+        if (!finite) {
+            float y;
+            memcpy(&y, out + 4 * i, 4);
+            bad += !isnan(y);
+            continue;
+        }
+        scaled = x[i] * inverse;
+        q = (int)nearbyintf(scaled);
+        sum -= 8 * q;
+        if (codes) {
+            bad += out[i] != (unsigned char)q;
+        } else {
+            volatile float want = unit * (float)q;
+            float y;
+            memcpy(&y, out + 4 * i, 4);
+            bad += dsv3i_bits(y) != dsv3i_bits(want) && !(y == 0 && want == 0);
+        }
+        bad += finite && !(fabs((double)q * (double)unit - (double)x[i]) <= 0.501 * (double)unit + 1e-30);
+    }
+    return bad + (codes && got_sum != sum);
+}
+
+static void fill_activations(float *x, size_t k) {
+    static const uint32_t special[6] = {0x7F800000u, 0xFF800000u, 0x7FC00000u, 0xFFC12345u, 0x7F7FFFFFu, 0x80000001u};
+    int size = (int)test_below(300) - 149; /* blocks of any size */
+    if (test_below(4)) size = 0;
+    for (size_t i = 0; i < k; i++) {
+        x[i] = ldexpf(test_uniform(-1, 1), size < 128 ? size : 127);
+        if (test_below(8) == 0)
+            x[i] = dsv3i_float((dsv3i_bits(x[i]) & 0xFFFF0000u) | 0x8000u); /* a tie of BF16 */
+        if (test_below(512) == 0) x[i] = dsv3i_float(special[test_below(6)]);
+    }
+    if (k >= 32 && test_below(4) == 0) { /* ties of whole numbers */
+        x[test_below(k)] = 127;
+        for (size_t i = 0; i < k; i++)
+            x[i] = fabsf(x[i]) < 127 ? (float)((int)test_below(253) - 126) + 0.5f : x[i];
+    }
+}
+
+/* codes: out is what fast products take, not numbers. */
+static void check_round(void (*round)(void *out, const float *x, size_t k), dsv3_type type, int codes) {
+    int wrong = 0, touched = 0, blocks = dsv3_type_block(type) > 1;
+    size_t block = dsv3_type_block(type);
+    for (size_t k = block; k <= 260; k += block) {
+        for (size_t again = 0; again < (blocks ? 64 : 4); again++) {
+            size_t bytes = !codes ? 4 * k : blocks ? k / 32 * 40 : up(k, 4) * 2;
+            box x, out;
+            box_input(&x, 4 * k), box_output(&out, 4 * test_below(16), bytes);
+            fill_activations((float *)(void *)x.at, k);
+            round(out.at, (const float *)(const void *)x.at, k);
+            if (!blocks) wrong += round_bf16_wrong((const float *)(const void *)x.at, out.at, k, codes);
+            for (size_t i = 0; blocks && i < k; i += 32) {
+                wrong += round_bytes_wrong((const float *)(const void *)x.at + i,
+                                           out.at + (codes ? i / 32 * 40 : 4 * i), codes);
+            }
+            touched += box_broken(&out);
+            box_free(&x), box_free(&out);
+        }
+    }
+    verdict(blocks ? "round to bytes" : "round to BF16", wrong);
+    verdict("guards of round", touched);
+}
+
+/* Those of the plain ops. */
+static void plain_bf16(void *out, const float *x, size_t k) { dsv3i_round_bf16((float *)out, x, k); }
+static void plain_q8(void *out, const float *x, size_t k) { dsv3i_round_q8((float *)out, x, k); }
+
+/* ---- What instruction sets bring beside vectors: the engine's kernels ---------------------------------------- */
+
+#ifdef DSV3I_ENGINE
+/* ---- tables: rows of numbers that lie ld apart, with gaps where ld > cols. Those to read are filled with NaN, gaps
+ * too, and end with their last number, so that AddressSanitizer sees what reads on; those to write lie between guards,
+ * and so do their rows. */
+
+typedef struct table {
+    float *memory, *x; /* x: row 0 */
+    size_t cells, offset, rows, cols, ld;
+} table;
+
+static float *table_make(table *m, size_t before, size_t after, size_t rows, size_t cols, uint32_t bits) {
+    m->rows = rows, m->cols = cols, m->ld = cols + test_below(4);
+    m->offset = before + test_below(OFFSETS);
+    m->cells = m->offset + (rows == 0 ? 0 : (rows - 1) * m->ld + cols) + after;
+    m->memory = (float *)test_alloc(m->cells * sizeof(float));
+    m->x = m->memory + m->offset;
+    for (size_t i = 0; i < m->cells; i++) m->memory[i] = dsv3i_float(bits);
+    return m->x;
+}
+
+static float *table_input(table *m, size_t rows, size_t cols) { return table_make(m, 0, 0, rows, cols, 0x7FC00000u); }
+
+static float *table_output(table *m, size_t rows, size_t cols) {
+    return table_make(m, GUARD, GUARD + 3 * (cols + 3), rows, cols, guard_bits); /* three rows that are not there */
+}
+
+/* Cells outside of all rows that are not as they were. */
+static int table_broken(const table *m) {
+    size_t ld = m->ld > 0 ? m->ld : 1;
+    int bad = 0;
+    for (size_t i = 0; i < m->cells; i++) {
+        size_t at = i - m->offset;
+        int inside = i >= m->offset && at / ld < m->rows && at % ld < m->cols;
+        bad += !inside && dsv3i_bits(m->memory[i]) != guard_bits;
+    }
+    return bad;
+}
+
+static void table_fill(table *m) {
+    for (size_t r = 0; r < m->rows; r++) fill_wild(m->x + r * m->ld, m->cols);
+}
+
+/* Whole words of 64 bytes, which would be aligned each time: half of them end some floats before that page. */
+static unsigned char *box_words(box *b, size_t bytes) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), after = test_below(2) ? 4 * test_below(16) : 0;
+    return box_make(b, (page - (bytes + after) % page) % page, bytes, after, page);
 }
 
 /* ---- tile: every dot of it has the bits that the backend's dot of the two rows has, whatever the size of the tile; so
@@ -513,15 +664,15 @@ typedef struct tile_faults {
     int bits, inexact, touched;
 } tile_faults;
 
-static void check_tile_shape(const dsv3_kernels *k, tile_faults *bad, size_t nx, size_t nw, size_t n) {
+static void check_tile_shape(const dsv3_context *ctx, tile_faults *bad, size_t nx, size_t nw, size_t n) {
     table x, y, w;
     table_input(&x, nx, n), table_input(&w, nw, n);
     table_fill(&x), table_fill_weights(&w);
     table_output(&y, nx, nw);
-    tile_run(k, &y, &x, &w);
+    tile_run(dsv3i_kernels_of(ctx), &y, &x, &w);
     for (size_t t = 0; t < nx; t++) {
         for (size_t r = 0; r < nw; r++) {
-            float got = y.x[t * y.ld + r], want = k->dot(x.x + t * x.ld, w.x + r * w.ld, n);
+            float got = y.x[t * y.ld + r], want = ctx->ops->dot(x.x + t * x.ld, w.x + r * w.ld, n);
             bad->bits += !same_bits(&got, &want, 1);
             bad->inexact += !tile_exact(got, x.x + t * x.ld, w.x + r * w.ld, n);
         }
@@ -532,7 +683,7 @@ static void check_tile_shape(const dsv3_kernels *k, tile_faults *bad, size_t nx,
 
 /* All heights and widths meet all short lengths, shared out between the guards: half of the cases with each. Of the
  * long ones each meets a third of the shapes. */
-static void check_tile(const dsv3_kernels *k) {
+static void check_tile(const dsv3_context *ctx) {
     static const size_t widths[13] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, TILE_W};
     static const size_t longer[9] = {127, 128, 129, 130, 131, 255, 256, 257, TILE_K};
     tile_faults bad = {0, 0, 0};
@@ -541,7 +692,7 @@ static void check_tile(const dsv3_kernels *k) {
         for (size_t shape = 0; shape < (TILE_X + 1) * 13; shape++) {
             size_t turn = length + shape + (guard_bits == guards[0]);
             if (turn % (length <= MOST ? 2 : 6) != 0) continue;
-            check_tile_shape(k, &bad, shape / 13, widths[shape % 13], n);
+            check_tile_shape(ctx, &bad, shape / 13, widths[shape % 13], n);
         }
     }
     if (HONEST_FLOATS) verdict("bits of tile", bad.bits);
@@ -596,16 +747,15 @@ static void check_tile_special(const dsv3_kernels *k) {
     verdict("NaN and infinity in tile", bad);
 }
 
-/* ---- outer: for each element alone, the terms in the order of j, whatever rows and columns share the call. The
- * reference has the bits of so many calls of axpy, the SIMD backends those of fused multiply-adds. */
+/* ---- outer: for each element alone, the terms in the order of j, whatever rows and columns share the call, in fused
+ * multiply-adds */
 
-static void plain_outer(const dsv3_kernels *k, table *y, const table *a, int turned, const table *b) {
+static void plain_outer(table *y, const table *a, int turned, const table *b) {
     for (size_t j = 0; j < b->rows; j++) {
         for (size_t t = 0; t < y->rows; t++) {
             float *to = y->x + t * y->ld, f = turned ? a->x[j * a->ld + t] : a->x[t * a->ld + j];
             const float *from = b->x + j * b->ld;
-            if (is_reference) k->axpy(to, f, from, y->cols);
-            for (size_t i = 0; !is_reference && i < y->cols; i++) to[i] = fmaf(f, from[i], to[i]);
+            for (size_t i = 0; i < y->cols; i++) to[i] = fmaf(f, from[i], to[i]);
         }
     }
 }
@@ -623,7 +773,7 @@ static void check_outer_shape(const dsv3_kernels *kernels, outer_faults *bad, si
     table_fill(&y), table_fill(&a), table_fill(&b);
     for (size_t t = 0; t < m; t++) memcpy(want.x + t * want.ld, y.x + t * y.ld, n * sizeof(float));
     kernels->outer(y.x, y.ld, m, a.x, turned ? 1 : a.ld, turned ? a.ld : 1, b.x, b.ld, k, n);
-    plain_outer(kernels, &want, &a, turned, &b);
+    plain_outer(&want, &a, turned, &b);
     for (size_t t = 0; t < m; t++) bad->bits += !same_bits(y.x + t * y.ld, want.x + t * want.ld, n);
     bad->touched += table_broken(&y);
     free(y.memory), free(want.memory), free(a.memory), free(b.memory);
@@ -646,55 +796,6 @@ static void check_outer(const dsv3_kernels *kernels) {
     if (HONEST_FLOATS) verdict("bits of outer", bad.bits);
     verdict("guards of outer", bad.touched);
 }
-
-/* ---- bytes between guards, for panels and what is rounded. Behind those to read is a page that nobody can. */
-
-typedef struct box {
-    unsigned char *memory, *at;
-    size_t before, bytes, after, locked; /* locked: bytes of that page */
-} box;
-
-static unsigned char *box_make(box *b, size_t before, size_t bytes, size_t after, size_t locked) {
-    void *memory = NULL;
-    b->before = before, b->bytes = bytes, b->after = after, b->locked = locked;
-    if (posix_memalign(&memory, locked ? locked : 64, before + bytes + after + locked) != 0) exit(2);
-    b->memory = (unsigned char *)memory;
-    b->at = b->memory + before;
-    memset(b->memory, (unsigned char)guard_bits, before + bytes + after);
-    if (locked && mprotect(b->at + bytes + after, locked, PROT_NONE) != 0) exit(2);
-    return b->at;
-}
-
-static unsigned char *box_input(box *b, size_t bytes) {
-    size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    return box_make(b, (page - bytes % page) % page, bytes, 0, page);
-}
-
-/* Whole words of 64 bytes, which would be aligned each time: half of them end some floats before that page. */
-static unsigned char *box_words(box *b, size_t bytes) {
-    size_t page = (size_t)sysconf(_SC_PAGESIZE), after = test_below(2) ? 4 * test_below(16) : 0;
-    return box_make(b, (page - (bytes + after) % page) % page, bytes, after, page);
-}
-
-/* It begins `offset` past a 64-byte boundary. */
-static unsigned char *box_output(box *b, size_t offset, size_t bytes) {
-    return box_make(b, 64 + offset, bytes, 192, 0);
-}
-
-static void box_free(box *b) {
-    if (b->locked && mprotect(b->at + b->bytes + b->after, b->locked, PROT_READ | PROT_WRITE) != 0) exit(2);
-    free(b->memory);
-}
-
-static int box_broken(const box *b) {
-    unsigned char guard = (unsigned char)guard_bits;
-    int bad = 0;
-    for (size_t i = 0; i < b->before; i++) bad += b->memory[i] != guard;
-    for (size_t i = 0; i < b->after; i++) bad += b->at[b->bytes + i] != guard;
-    return bad;
-}
-
-static size_t up(size_t n, size_t step) { return (n + step - 1) / step * step; }
 
 /* ---- pack: the codes of rows of weights, whatever they are, at the places that chapter 4 gives for a piece:
  *     F32 [k, columns, 16]     F16, BF16 [k/2, columns, 16, 2]     Q8_0 [k/4, columns, 16, 4] bytes, 128 added
@@ -760,8 +861,6 @@ static size_t rows_make(box *w, dsv3_type type, size_t rows, size_t k, size_t ro
 typedef struct panel_faults {
     int pack, scales, widen, floats, touched;
 } panel_faults;
-
-static int same_float(float a, float b) { return isnan(b) ? isnan(a) : dsv3i_bits(a) == dsv3i_bits(b); }
 
 static int pack_scales_wrong(const float *scale, dsv3_type type, const unsigned char *w, size_t row_bytes,
                              size_t rows, size_t columns, size_t k) {
@@ -1130,110 +1229,6 @@ static void check_product(const dsv3_kernels *kernels, dsv3_product kind) {
     verdict(text, bad.touched);
 }
 
-/* ---- round. BF16: to the nearest, ties to even, NaN stays NaN; numbers below 2^-126 may become 0; as codes filled up
- * with zeros to a multiple of four. Blocks of 32: unit = top / 127 for the largest magnitude top, the whole number
- * nearest to x (127 / top), all in float; nothing but zeros where top < 10^-30, NaN for the whole block where something is
- * not finite; with the bytes, -8 times their sum. */
-
-static int round_bf16_wrong(const dsv3_kernels *kernels, const float *x, const unsigned char *out, size_t k,
-                            int codes) {
-    int bad = 0;
-    (void)kernels;
-    for (size_t i = 0; i < (codes ? up(k, 4) : k); i++) {
-        float got, want = i < k ? dsv3_f32_from_bf16(dsv3_bf16_from_f32(x[i])) : 0;
-        uint16_t half;
-        if (codes) {
-            memcpy(&half, out + 2 * i, 2);
-            got = dsv3_f32_from_bf16(half);
-        } else {
-            memcpy(&got, out + 4 * i, 4);
-        }
-        if (i < k && fabsf(x[i]) < FLT_MIN && dsv3i_bits(got) == (dsv3i_bits(x[i]) & 0x80000000u)) continue;
-        bad += !same_float(got, want);
-    }
-    return bad;
-}
-
-static int round_bytes_wrong(const float *x, const unsigned char *out, int codes) {
-    volatile float top = 0, unit, inverse, scaled;
-    int finite = 1, bad = 0;
-    int32_t sum = 0, got_sum;
-    float got_unit;
-    for (size_t i = 0; i < 32; i++) {
-        finite &= isfinite(x[i]) != 0;
-        if (fabsf(x[i]) > top) top = fabsf(x[i]);
-    }
-    if (top < 1e-30f) top = 0;
-    unit = top / 127.0f;
-    inverse = top > 0 ? 127.0f / top : 0;
-    memcpy(&got_unit, out + 32, 4), memcpy(&got_sum, out + 36, 4);
-    if (codes && !finite) return !isnan(got_unit);
-    if (codes) bad += dsv3i_bits(got_unit) != dsv3i_bits(unit);
-    for (size_t i = 0; i < 32; i++) {
-        int q;
-        if (!finite) {
-            float y;
-            memcpy(&y, out + 4 * i, 4);
-            bad += !isnan(y);
-            continue;
-        }
-        scaled = x[i] * inverse;
-        q = (int)nearbyintf(scaled);
-        sum -= 8 * q;
-        if (codes) {
-            bad += out[i] != (unsigned char)q;
-        } else {
-            volatile float want = unit * (float)q;
-            float y;
-            memcpy(&y, out + 4 * i, 4);
-            bad += dsv3i_bits(y) != dsv3i_bits(want) && !(y == 0 && want == 0);
-        }
-        bad += finite && !(fabs((double)q * (double)unit - (double)x[i]) <= 0.501 * (double)unit + 1e-30);
-    }
-    return bad + (codes && got_sum != sum);
-}
-
-static void fill_activations(float *x, size_t k) {
-    static const uint32_t special[6] = {0x7F800000u, 0xFF800000u, 0x7FC00000u, 0xFFC12345u, 0x7F7FFFFFu, 0x80000001u};
-    int size = (int)test_below(300) - 149; /* blocks of any size */
-    if (test_below(4)) size = 0;
-    for (size_t i = 0; i < k; i++) {
-        x[i] = ldexpf(test_uniform(-1, 1), size < 128 ? size : 127);
-        if (test_below(8) == 0)
-            x[i] = dsv3i_float((dsv3i_bits(x[i]) & 0xFFFF0000u) | 0x8000u); /* a tie of BF16 */
-        if (test_below(512) == 0) x[i] = dsv3i_float(special[test_below(6)]);
-    }
-    if (k >= 32 && test_below(4) == 0) { /* ties of whole numbers */
-        x[test_below(k)] = 127;
-        for (size_t i = 0; i < k; i++)
-            x[i] = fabsf(x[i]) < 127 ? (float)((int)test_below(253) - 126) + 0.5f : x[i];
-    }
-}
-
-static void check_round(const dsv3_kernels *kernels, dsv3_type type) {
-    int wrong = 0, touched = 0, blocks = dsv3_type_block(type) > 1;
-    int codes = kernels->product[blocks ? DSV3_PRODUCT_FAST_BYTES : DSV3_PRODUCT_FAST_BF16] != NULL;
-    size_t block = dsv3_type_block(type);
-    for (size_t k = block; k <= 260; k += block) {
-        for (size_t again = 0; again < (blocks ? 64 : 4); again++) {
-            size_t bytes = !codes ? 4 * k : blocks ? k / 32 * 40 : up(k, 4) * 2;
-            box x, out;
-            box_input(&x, 4 * k), box_output(&out, 4 * test_below(16), bytes);
-            fill_activations((float *)(void *)x.at, k);
-            kernels->round[type](out.at, (const float *)(const void *)x.at, k);
-            if (!blocks) wrong += round_bf16_wrong(kernels, (const float *)(const void *)x.at, out.at, k, codes);
-            for (size_t i = 0; blocks && i < k; i += 32) {
-                wrong += round_bytes_wrong((const float *)(const void *)x.at + i,
-                                           out.at + (codes ? i / 32 * 40 : 4 * i), codes);
-            }
-            touched += box_broken(&out);
-            box_free(&x), box_free(&out);
-        }
-    }
-    verdict(blocks ? "round to bytes" : "round to BF16", wrong);
-    verdict("guards of round", touched);
-}
-
 /* ---- few: of packed rows and few rows of x, floats or rounded, the bits of so many products, panel by panel and piece by piece */
 
 /* A matrix in the order of dsv3_pack, written by the test: panels of 64 rows; of each, pieces of 128 terms, of Q8_0 and Q4_0
@@ -1381,7 +1376,8 @@ static void check_zeros(const dsv3_kernels *kernels) {
 
 /* ---- mix: the bits of decode, scales and outer, which are checked above */
 
-static int check_mix_shape(const dsv3_kernels *kernels, dsv3_type type, size_t k, size_t n, int scaled, int *touched) {
+static int check_mix_shape(const dsv3_context *ctx, dsv3_type type, size_t k, size_t n, int scaled, int *touched) {
+    const dsv3_kernels *kernels = dsv3i_kernels_of(ctx);
     size_t row_bytes = dsv3_row_bytes(type, n) + test_below(5), blocks = (n + DSV3_BLOCK - 1) / DSV3_BLOCK;
     float *x = (float *)test_alloc(k * sizeof(float)), *rows = (float *)test_alloc(k * n * sizeof(float));
     float *want = (float *)test_alloc(n * sizeof(float));
@@ -1399,7 +1395,7 @@ static int check_mix_shape(const dsv3_kernels *kernels, dsv3_type type, size_t k
     fill_wild(y.x, n);
     memcpy(want, y.x, n * sizeof(float));
     for (size_t r = 0; r < k; r++) {
-        kernels->decode[type](rows + r * n, w.at + r * row_bytes, n);
+        ctx->ops->decode[type](rows + r * n, w.at + r * row_bytes, n);
         for (size_t i = 0; i < n && scaled; i++) {
             float scale;
             memcpy(&scale, scales.at + i / DSV3_BLOCK * sizeof scale, sizeof scale);
@@ -1414,7 +1410,7 @@ static int check_mix_shape(const dsv3_kernels *kernels, dsv3_type type, size_t k
     return bad;
 }
 
-static void check_mix(const dsv3_kernels *kernels, dsv3_type type) {
+static void check_mix(const dsv3_context *ctx, dsv3_type type) {
     static const size_t longer[6] = {127, 128, 200, 256, 320, 576};
     size_t block = dsv3_type_block(type);
     int bits = 0, touched = 0;
@@ -1422,7 +1418,7 @@ static void check_mix(const dsv3_kernels *kernels, dsv3_type type) {
         size_t n = turn < 68 ? turn : longer[turn - 68];
         if (n == 0 || n % block != 0) continue;
         for (size_t k = 1; k < 200; k += k < 4 ? 1 : 65) {
-            bits += check_mix_shape(kernels, type, k, n, type == DSV3_F8_E4M3 && k % 2 == 0, &touched);
+            bits += check_mix_shape(ctx, type, k, n, type == DSV3_F8_E4M3 && k % 2 == 0, &touched);
         }
     }
     verdict("bits of mix", bits);
@@ -1452,7 +1448,7 @@ typedef struct attention {
 /* Lanes [first, first + count) meet both blocks. top, sum [count]; out as a->out. */
 static void attention_run(const dsv3_context *ctx, int kind, const attention *a, size_t first, size_t count,
                           float *out, size_t ld, float *top, float *sum) {
-    const dsv3_kernels *kernels = &ctx->kernels;
+    const dsv3_kernels *kernels = dsv3i_kernels_of(ctx);
     size_t columns = up(count, 16), dk = a->dk + 4, wide = up(a->dv, 16) + 4;
     size_t floats = columns * (dk + 64) + 64 * (dk > wide ? dk : wide);
     dsv3_meeting with;
@@ -1460,7 +1456,7 @@ static void attention_run(const dsv3_context *ctx, int kind, const attention *a,
     memset(&with, 0, sizeof with);
     with.q = a->q.x + first * a->q.ld, with.ld_q = a->q.ld, with.lanes = count;
     with.out = out, with.ld_out = ld, with.dk = a->dk, with.dv = a->dv, with.scale = a->scale;
-    with.kernels = kernels;
+    with.ctx = ctx;
     with.type = a->keys16 != NULL ? DSV3_BF16 : DSV3_F32;
     with.ld_k = a->keys.ld, with.ld_v = a->values.ld;
     with.scratch = box_output(&scratch, 16, floats * sizeof(float));
@@ -1577,14 +1573,14 @@ static void check_meet(const dsv3_context *ctx, int kind) {
     verdict(text, touched);
 }
 
-/* What a backend has: either all that panels need, or nothing of it. Fast products come with their rounding as codes. */
+/* All that panels need is there. Fast products come with their rounding as codes. */
 static void check_panels(const dsv3_context *ctx) {
-    const dsv3_kernels *k = &ctx->kernels;
-    int some = strcmp(ctx->backend, "reference") != 0;
+    const dsv3_kernels *k = dsv3i_kernels_of(ctx);
     for (int type = 0; type < DSV3_TYPES; type++) {
-        CHECK((k->pack[type] != NULL) == some);
+        dsv3_product fast_product = dsv3_type_block((dsv3_type)type) > 1 ? DSV3_PRODUCT_FAST_BYTES : DSV3_PRODUCT_FAST_BF16;
+        CHECK(k->pack[type] != NULL);
         CHECK((k->round[type] != NULL) == (type >= DSV3_BF16));
-        if (k->round[type] != NULL) check_round(k, (dsv3_type)type);
+        if (k->round[type] != NULL) check_round(k->round[type], (dsv3_type)type, k->product[fast_product] != NULL);
         if (k->pack[type] != NULL) check_pack(k, (dsv3_type)type);
         for (int fast = 0; fast < 2; fast++) {
             CHECK((k->few[fast][type] != NULL) == (type >= DSV3_BF16 && k->product[DSV3_PRODUCT_FAST_BF16] != NULL));
@@ -1595,20 +1591,38 @@ static void check_panels(const dsv3_context *ctx) {
         if (k->many[type] != NULL && type == DSV3_BF16) check_zeros(k);
         CHECK((k->mix[type] != NULL) ==
               (type != DSV3_F32 && strncmp(ctx->backend, "a", 1) == 0 && strcmp(ctx->backend, "avx2") != 0));
-        if (k->mix[type] != NULL) check_mix(k, (dsv3_type)type);
+        if (k->mix[type] != NULL) check_mix(ctx, (dsv3_type)type);
     }
-    if (some) {
-        check_widen_all(k, DSV3_F16);
-        check_widen_all(k, DSV3_BF16);
-        check_widen_all(k, DSV3_F8_E4M3);
-    }
+    check_widen_all(k, DSV3_F16);
+    check_widen_all(k, DSV3_BF16);
+    check_widen_all(k, DSV3_F8_E4M3);
     for (int kind = 0; kind < DSV3_PRODUCTS; kind++) {
-        CHECK(k->product[kind] != NULL || kind >= DSV3_PRODUCT_FAST_BF16 || !some);
+        CHECK(k->product[kind] != NULL || kind >= DSV3_PRODUCT_FAST_BF16);
         if (k->product[kind] != NULL) check_product(k, (dsv3_product)kind);
     }
     CHECK(k->meet[0] != NULL);
     for (int kind = 0; kind < 2; kind++) {
         if (k->meet[kind] != NULL) check_meet(ctx, kind);
+    }
+}
+
+static void check_engine(const dsv3_context *ctx) {
+    CHECK(ctx->ops->own != NULL);
+    if (ctx->ops->own == NULL) return;
+    check_tile(ctx);
+    check_tile_special(dsv3i_kernels_of(ctx));
+    check_outer(dsv3i_kernels_of(ctx));
+    check_panels(ctx);
+}
+#else
+static void check_engine(const dsv3_context *ctx) { CHECK(ctx->ops->own == NULL); }
+#endif
+
+/* The reference has no kernels, but functions of its own that round. */
+static void check_plain(const dsv3_context *ctx) {
+    CHECK(ctx->ops == &dsv3i_plain && ctx->ops->own == NULL);
+    for (int type = DSV3_BF16; type < DSV3_TYPES; type++) {
+        check_round(dsv3_type_block((dsv3_type)type) > 1 ? plain_q8 : plain_bf16, (dsv3_type)type, 0);
     }
 }
 
@@ -1636,7 +1650,7 @@ static void check_backend_names(void) {
 /* ---- one backend, all entries ------------------------------------------------------------------------ */
 
 static void check_backend(const dsv3_context *ctx) {
-    const dsv3_kernels *k = &ctx->kernels;
+    const dsv3i_ops *k = ctx->ops;
     backend_name = ctx->backend;
     is_reference = strcmp(backend_name, "reference") == 0;
     lanes = strncmp(backend_name, "avx512", 6) == 0 ? 16 : 8;
@@ -1655,10 +1669,8 @@ static void check_backend(const dsv3_context *ctx) {
         check_decode_all(k, DSV3_BF16, shift);
         check_decode_all(k, DSV3_F8_E4M3, shift);
     }
-    check_tile(k);
-    check_tile_special(k);
-    check_outer(k);
-    check_panels(ctx);
+    if (is_reference) check_plain(ctx);
+    if (!is_reference) check_engine(ctx);
 }
 
 int main(void) {

@@ -91,7 +91,7 @@ static void weights_free(weights *w) { free(w->memory), free(w->scale_memory), f
  * ceil(cols/8) terms each, and one chain of all terms where weights go by panels. */
 static int linear_wrong(const float *y, const float *x, const weights *w, size_t n) {
     size_t rows = w->tensor.rows, cols = w->tensor.cols;
-    size_t terms = ctx.kernels.pack[w->tensor.type] == NULL ? (cols + 7) / 8 : cols;
+    size_t terms = ctx.ops->own == NULL ? (cols + 7) / 8 : cols;
     int wrong = 0;
     for (size_t t = 0; t < n; t++) {
         for (size_t r = 0; r < rows; r++) {
@@ -164,35 +164,99 @@ static void backwards(void *user, size_t threads, size_t n, dsv3_task task, void
     while (n-- > 0) task(arg, n, n + 1, n % threads);
 }
 
-/* Several products in one loop give the bits of each alone, in one piece or in many. */
-static void linear_jobs(void) {
-    static const size_t rows[3] = {301, 6, 515}, cols[3] = {700, 129, 260}, n[3] = {3, 1, 2};
+/* Three products: each alone, each with the next in one call of the op, and some rows of each. The engine computes any
+ * number of them in one loop. */
+typedef struct products {
     weights w[3];
+    float *x[3], *want[3], *got[3];
+    dsv3i_product list[4]; /* the first once more behind the last */
+} products;
+
+static const size_t some_rows[3] = {301, 6, 515}, some_cols[3] = {700, 129, 260}, some_n[3] = {3, 1, 2};
+
+static void products_clear(products *p) {
+    for (size_t j = 0; j < 3; j++) memset(p->got[j], 0xFF, some_n[j] * some_rows[j] * sizeof(float));
+}
+
+static void products_compare(const products *p, size_t j) {
+    CHECK(same_bits(p->got[j], p->want[j], some_n[j] * some_rows[j]));
+}
+
+/* Two in one call, in one piece or in many. */
+static void linear_pairs(products *p, const dsv3_context *pieces, float *scratch) {
+    int *calls = (int *)pieces->parallel_user, before = *calls;
+    for (int cut = 0; cut < 2; cut++) {
+        for (size_t j = 0; j < 3; j++) {
+            products_clear(p);
+            ctx.ops->linear(cut ? pieces : &ctx, p->list + j, 2, scratch);
+            products_compare(p, j);
+            products_compare(p, (j + 1) % 3);
+        }
+    }
+    /* The plain op has a loop for each, but the second is too small to be split; the engine has one for both. */
+    CHECK_EQ(*calls - before, ctx.ops->own == NULL ? 4 : 3);
+}
+
+/* Rows [128, rows - 3) of a matrix, or those behind the first 64 of a low one: a part of what all of it gives. */
+static void linear_parts(products *p, const dsv3_context *pieces, float *scratch) {
+    for (int cut = 0; cut < 2; cut++) {
+        products_clear(p);
+        for (size_t j = 0; j < 3; j++) {
+            dsv3i_product part = p->list[j];
+            part.row = some_rows[j] > 128 ? 128 : 0;
+            part.rows = some_rows[j] - part.row - (some_rows[j] > 128 ? 3 : 0);
+            ctx.ops->linear(cut ? pieces : &ctx, &part, 1, scratch);
+            for (size_t t = 0; t < some_n[j]; t++) {
+                CHECK(same_bits(p->got[j] + t * part.rows, p->want[j] + t * some_rows[j] + part.row, part.rows));
+            }
+        }
+    }
+}
+
+#ifdef DSV3I_ENGINE
+static void linear_many(products *p, const dsv3_context *pieces) {
+    int *calls = (int *)pieces->parallel_user, before = *calls;
+    size_t workers = dsv3i_engine_linear_floats(0, 1, pieces->threads); /* rounded rows come behind their room */
+    float *scratch = (float *)test_alloc(dsv3_linear_scratch(pieces, 6, 700) * sizeof(float));
     dsv3i_job jobs[3];
-    float *x[3], *want[3], *got[3], *scratch;
+    for (int cut = 0; cut < 2; cut++) {
+        products_clear(p);
+        for (size_t j = 0; j < 3; j++) jobs[j] = dsv3i_job_of(p->list[j]);
+        dsv3i_jobs_run(cut ? pieces : &ctx, jobs, 3, scratch, scratch + workers);
+        for (size_t j = 0; j < 3; j++) products_compare(p, j);
+    }
+    CHECK_EQ(*calls - before, 1);
+    free(scratch);
+}
+#endif
+
+/* Several products in one call give the bits of each alone, in one piece or in many. */
+static void linear_jobs(void) {
+    products p;
+    float *scratch;
     dsv3_context pieces = ctx;
-    size_t floats = dsv3i_linear_floats(700);
     int calls = 0;
     pieces.parallel_for = backwards;
     pieces.parallel_user = &calls;
     pieces.threads = 3;
-    scratch = (float *)test_alloc(dsv3_linear_scratch(&pieces, 3, 700) * sizeof(float));
+    scratch = (float *)test_alloc(dsv3_linear_scratch(&pieces, 6, 700) * sizeof(float));
     for (size_t j = 0; j < 3; j++) {
-        w[j] = weights_make(j == 0 ? DSV3_BF16 : DSV3_F8_E4M3, rows[j], cols[j], j);
-        x[j] = (float *)test_alloc(n[j] * cols[j] * sizeof(float));
-        want[j] = (float *)test_alloc(n[j] * rows[j] * sizeof(float));
-        got[j] = (float *)test_alloc(n[j] * rows[j] * sizeof(float));
-        test_fill(x[j], n[j] * cols[j], -1, 1);
-        dsv3_linear(&ctx, want[j], x[j], &w[j].tensor, n[j], scratch);
-        jobs[j] = dsv3i_job_make(got[j], x[j], &w[j].tensor, n[j]);
+        size_t rows = some_rows[j], cols = some_cols[j], n = some_n[j];
+        p.w[j] = weights_make(j == 0 ? DSV3_BF16 : DSV3_F8_E4M3, rows, cols, j);
+        p.x[j] = (float *)test_alloc(n * cols * sizeof(float));
+        p.want[j] = (float *)test_alloc(n * rows * sizeof(float));
+        p.got[j] = (float *)test_alloc(n * rows * sizeof(float));
+        test_fill(p.x[j], n * cols, -1, 1);
+        dsv3_linear(&ctx, p.want[j], p.x[j], &p.w[j].tensor, n, scratch);
+        p.list[j] = dsv3i_product_of(p.got[j], p.x[j], &p.w[j].tensor, n);
     }
-    for (int cut = 0; cut < 2; cut++) {
-        for (size_t j = 0; j < 3; j++) memset(got[j], 0xFF, n[j] * rows[j] * sizeof(float));
-        dsv3i_linear_jobs(cut ? &pieces : &ctx, jobs, 3, scratch, floats, NULL);
-        for (size_t j = 0; j < 3; j++) CHECK(same_bits(got[j], want[j], n[j] * rows[j]));
-    }
-    CHECK_EQ(calls, 1);
-    for (size_t j = 0; j < 3; j++) weights_free(&w[j]), free(x[j]), free(want[j]), free(got[j]);
+    p.list[3] = p.list[0];
+    linear_pairs(&p, &pieces, scratch);
+    linear_parts(&p, &pieces, scratch);
+#ifdef DSV3I_ENGINE
+    if (ctx.ops->own != NULL) linear_many(&p, &pieces);
+#endif
+    for (size_t j = 0; j < 3; j++) weights_free(&p.w[j]), free(p.x[j]), free(p.want[j]), free(p.got[j]);
     free(scratch);
 }
 
@@ -304,7 +368,7 @@ static void rmsnorm_rows_apart(void) {
 static void silu_edges(void) {
     float a[8] = {100, -100, -0.0f, 0, FLT_MAX, -FLT_MAX, 88.8f, 20}, b[8] = {1, 1, 1, 1, 1, 1, -2, 0.5f};
     float nan[1] = {NAN}, inf[1] = {INFINITY};
-    dsv3i_silu_mul(&ctx, a, a, b, 8);
+    dsv3i_swiglu(&ctx, a, a, b, 8);
     CHECK(a[0] == 100);
     CHECK(a[1] <= 0 && a[1] > -1e-37f);
     CHECK(a[2] == 0 && signbit(a[2]));
@@ -313,9 +377,9 @@ static void silu_edges(void) {
     CHECK(a[5] == 0);
     CHECK(a[6] == -2 * 88.8f);
     CHECK(fabs((double)a[7] - 10) < 1e-6);
-    dsv3i_silu_mul(&ctx, nan, nan, b, 1);
+    dsv3i_swiglu(&ctx, nan, nan, b, 1);
     CHECK(isnan(nan[0]));
-    dsv3i_silu_mul(&ctx, inf, inf, b, 1);
+    dsv3i_swiglu(&ctx, inf, inf, b, 1);
     CHECK(isinf(inf[0]) && inf[0] > 0);
 }
 
@@ -329,7 +393,7 @@ static void silu_lengths(void) {
         test_fill(h, n, -10, 10);
         test_fill(b, n, -1, 1);
         for (size_t i = 0; i < n; i++) want[i] = (double)h[i] / (1 + exp(-(double)h[i])) * (double)b[i];
-        dsv3i_silu_mul(&ctx, h, h, b, n);
+        dsv3i_swiglu(&ctx, h, h, b, n);
         CHECK(dsv3i_all_finite(h, n));
         CHECK_CLOSE(h, want, n, 5e-7);
         free(h), free(b), free(want);

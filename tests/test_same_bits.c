@@ -32,25 +32,39 @@
  * test in which nothing was split would prove nothing. */
 
 enum {
-    LOOP_LINEAR, LOOP_SILU, LOOP_ROWS, LOOP_EXPERTS, LOOP_BLOCKS, LOOP_ABSORBED, LOOP_SEGMENTS, LOOP_EXPANDED,
-    LOOP_EMBED, LOOP_SCORES, LOOP_SELECT, LOOP_OTHER, LOOPS
+    LOOP_LINEAR, LOOP_SILU, LOOP_ROWS, LOOP_COMBINE, LOOP_EMBED, LOOP_SCORES, LOOP_SELECT,
+    LOOP_ATTEND, /* the plain op's, both forms; then the engine's */
+    LOOP_ROUND, LOOP_GATHER, LOOP_BLOCKS, LOOP_ABSORBED, LOOP_SEGMENTS, LOOP_JOIN, LOOP_EXPANDED, LOOP_OTHER, LOOPS
 };
 static long split[LOOPS];
+
+/* Loops that a backend has: those of all, and its own ops'. */
+static int has_loop(const dsv3_context *ctx, int kind) {
+    if (kind < LOOP_ATTEND) return 1;
+    return (kind > LOOP_ATTEND) == (ctx->ops->own != NULL);
+}
 
 static void count_loop(dsv3_task task) {
     int kind = LOOP_OTHER;
     if (task == dsv3i_linear_task) kind = LOOP_LINEAR;
     if (task == dsv3i_silu_task) kind = LOOP_SILU;
-    if (task == dsv3i_rmsnorm_task || task == dsv3i_add_task || task == dsv3i_round_task) kind = LOOP_ROWS;
+    if (task == dsv3i_rmsnorm_task || task == dsv3i_add_task) kind = LOOP_ROWS;
     if (task == dsv3i_mla_kv_task || task == dsv3i_mla_rotate_task) kind = LOOP_ROWS;
-    if (task == dsv3i_moe_group_task || task == dsv3i_moe_combine_task) kind = LOOP_EXPERTS;
-    if (task == dsv3i_mlp_task) kind = LOOP_BLOCKS; /* of rows, through an MLP */
-    if (task == dsv3i_segment_task) kind = LOOP_SEGMENTS;
-    if (task == dsv3i_absorb_task || task == dsv3i_join_task) kind = LOOP_ABSORBED;
-    if (task == dsv3i_expanded_task) kind = LOOP_EXPANDED;
+    if (task == dsv3i_moe_combine_task) kind = LOOP_COMBINE;
+    if (task == dsv3i_attend_task) kind = LOOP_ATTEND;
     if (task == dsv3i_embed_task) kind = LOOP_EMBED;
     if (task == dsv3i_scores_task) kind = LOOP_SCORES;
     if (task == dsv3i_select_task) kind = LOOP_SELECT;
+#ifdef DSV3I_ENGINE
+    if (task == dsv3i_jobs_task) kind = LOOP_LINEAR;
+    if (task == dsv3i_round_task) kind = LOOP_ROUND;
+    if (task == dsv3i_gather_task) kind = LOOP_GATHER;
+    if (task == dsv3i_mlp_task) kind = LOOP_BLOCKS; /* of rows, through an MLP */
+    if (task == dsv3i_absorb_task) kind = LOOP_ABSORBED;
+    if (task == dsv3i_segment_task) kind = LOOP_SEGMENTS;
+    if (task == dsv3i_join_task) kind = LOOP_JOIN;
+    if (task == dsv3i_expanded_task) kind = LOOP_EXPANDED;
+#endif
     split[kind]++;
 }
 
@@ -231,7 +245,9 @@ static void test_config(const char *name, const dsv3_config *c, int types, size_
     a.got = (float *)test_alloc(a.S * a.V * sizeof(float));
     synth_tokens(a.token, a.S, c->vocab_size);
     for (int form = 1; form <= 2; form++) {
-        long attention = split[form == 1 ? LOOP_ABSORBED : LOOP_EXPANDED], segments = split[LOOP_SEGMENTS];
+        int engine = a.s->context.ops->own != NULL;
+        int loop = !engine ? LOOP_ATTEND : form == 1 ? LOOP_ABSORBED : LOOP_EXPANDED;
+        long attention = split[loop], segments = split[LOOP_SEGMENTS];
         for (int bf16 = 0; bf16 < 2; bf16++) {
             size_t others = 3 * a.S;
             a.s->context.attention = (dsv3_attention)form;
@@ -249,8 +265,8 @@ static void test_config(const char *name, const dsv3_config *c, int types, size_
             vary_workspace(&a, others, bf16 ? DSV3_BF16 : DSV3_F32);
             free(a.want_cache);
         }
-        CHECK(split[form == 1 ? LOOP_ABSORBED : LOOP_EXPANDED] > attention);
-        if (form == 1 && length > 64) CHECK(split[LOOP_SEGMENTS] > segments);
+        CHECK(split[loop] > attention);
+        if (engine && form == 1 && length > 64) CHECK(split[LOOP_SEGMENTS] > segments);
     }
     free(a.want), free(a.got);
     synth_close(a.s);
@@ -259,12 +275,14 @@ static void test_config(const char *name, const dsv3_config *c, int types, size_
 /* Large enough that every kind of loop is split, most of them even for a single row. */
 static void test_wide(void) {
     dsv3_config c = dsv3_config_default();
+    dsv3_context ctx;
     synth_sizes(&c, 1031, 256, 1040, 64, 2, 1);
     synth_attention(&c, 8, 64, 128, 128, 16, 128);
     synth_experts(&c, 96, 1, 6, 4, 2, 2.5f);
     memset(split, 0, sizeof split);
     test_config("wide", &c, SYNTH_BF16, 19, 1);
-    for (int i = 0; i < LOOP_OTHER; i++) CHECK(split[i] > 0);
+    synth_demand(dsv3_context_init(&ctx, backend, 1), "context", NULL);
+    for (int i = 0; i < LOOP_OTHER; i++) CHECK_EQ(split[i] > 0, has_loop(&ctx, i));
     CHECK_EQ(split[LOOP_OTHER], 0);
 }
 

@@ -411,8 +411,8 @@ static void parallel_bits(void) {
     CHECK_EQ(s.calls, 20);
     test_fill(want, SILU, -20, 20);
     memcpy(got, want, SILU * sizeof(float));
-    dsv3i_silu_mul(&serial, want, want, b, SILU);
-    dsv3i_silu_mul(&ctx, got, got, b, SILU);
+    dsv3i_swiglu(&serial, want, want, b, SILU);
+    dsv3i_swiglu(&ctx, got, got, b, SILU);
     CHECK(memcmp(got, want, SILU * sizeof(float)) == 0);
     CHECK_EQ(s.calls, 21);
     free(data), free(x), free(scratch), free(want), free(got), free(b);
@@ -472,9 +472,11 @@ static void context_codes(void) {
     memset(&c, 0x55, sizeof c);
     CHECK_EQ(dsv3_context_init(&c, DSV3_BACKEND_AUTO, 1), DSV3_OK);
     CHECK(c.backend != NULL && c.backend[0] != '\0');
-    for (size_t i = 0; i < DSV3_TYPES; i++) CHECK(c.kernels.decode[i] != NULL);
+    for (size_t i = 0; i < DSV3_TYPES; i++) CHECK(c.ops->decode[i] != NULL);
     CHECK_EQ(c.compute, DSV3_EXACT);
-    CHECK(c.kernels.dot != NULL && c.kernels.axpy != NULL && c.kernels.exp_sum != NULL && c.kernels.silu_mul != NULL);
+    CHECK(c.ops->dot != NULL && c.ops->axpy != NULL && c.ops->exp_sum != NULL && c.ops->silu_mul != NULL);
+    CHECK(c.ops->linear != NULL && c.ops->attend != NULL && c.ops->mlps != NULL);
+    CHECK(c.ops->linear_backward != NULL && c.ops->attend_backward != NULL && c.ops->mlps_backward != NULL);
 }
 
 int main(void) {

@@ -248,20 +248,34 @@ static void test_evaluate_agrees(void) {
     close_trainer(&a);
 }
 
-/* ---- Threads. Every loop of the backward pass must really have been split. */
+/* ---- Threads. Every loop of the backward pass must really have been split: those of all backends, and those of the ops
+ * of the one under test. */
 
 enum {
-    LOOP_BACK, LOOP_LOSS, LOOP_ATTENTION, LOOP_SILU, LOOP_EXPERTS, LOOP_ROUTER, LOOP_BALANCE, LOOP_EMBED, LOOP_ROTATE,
-    LOOP_NORM_DX, LOOP_NORM_DG, LOOP_SQUARES, LOOP_ADAMW, LOOP_EMA, LOOP_GATHER, LOOP_SCATTER, LOOP_COPY, LOOPS
+    LOOP_LOSS, LOOP_SILU, LOOP_ROUTER, LOOP_BALANCE, LOOP_EMBED, LOOP_ROTATE, LOOP_NORM_DX, LOOP_NORM_DG, LOOP_SQUARES,
+    LOOP_ADAMW, LOOP_EMA, LOOP_COPY,
+    LOOP_SCATTER, /* the combination of the forward pass, without gates */
+    LOOP_LINEAR_DX, LOOP_LINEAR_DW, LOOP_ATTENTION, /* plain */
+    LOOP_BACK, LOOP_FAST_ATTENTION, LOOP_GATHER, LOOP_EXPERTS, LOOPS /* the engine's */
 };
 static long split[LOOPS];
 
-static void count_loop(dsv3_task task) {
+static int has_loop(const dsv3_context *ctx, int kind) {
+    if (kind <= LOOP_SCATTER) return 1;
+    return (kind >= LOOP_BACK) == (ctx->ops->own != NULL);
+}
+
+static void count_loop(dsv3_task task, const void *arg) {
     static const dsv3_task tasks[LOOPS] = {
-        dsv3i_back_task,         dsv3i_loss_back_task,   dsv3i_attention_back_task,   dsv3i_silu_back_task,
-        dsv3i_experts_back_task, dsv3i_router_back_task, dsv3i_evaluate_balance_task, dsv3i_embed_back_task,
-        dsv3i_mla_back_rotate_task, dsv3i_norm_dx_task,  dsv3i_norm_dg_task,          dsv3i_squares_task,
-        dsv3i_adamw_task, dsv3i_ema_task, dsv3i_moe_gather_task, dsv3i_moe_scatter_task, dsv3i_copy_task};
+        dsv3i_loss_backward_task, dsv3i_silu_backward_task, dsv3i_router_backward_task, dsv3i_evaluate_balance_task,
+        dsv3i_embed_backward_task, dsv3i_mla_rotate_backward_task, dsv3i_norm_dx_task, dsv3i_norm_dg_task,
+        dsv3i_squares_task, dsv3i_adamw_task, dsv3i_ema_task, dsv3i_copy_task, dsv3i_moe_combine_task,
+        dsv3i_linear_dx_task, dsv3i_linear_dw_task, dsv3i_attend_backward_task,
+#ifdef DSV3I_ENGINE
+        dsv3i_back_task, dsv3i_fast_attend_backward_task, dsv3i_gather_back_task, dsv3i_expert_back_task
+#endif
+    };
+    if (task == dsv3i_moe_combine_task && ((const dsv3i_rows *)arg)->r != NULL) return; /* forward */
     for (int i = 0; i < LOOPS; i++) split[i] += tasks[i] == task;
 }
 
@@ -284,7 +298,7 @@ static void parallel_threads(void *user, size_t threads, size_t n, dsv3_task tas
     pthread_t thread[16];
     piece_worker worker[16];
     (void)user;
-    count_loop(task);
+    count_loop(task, arg);
     if (threads > 16) exit(2);
     for (size_t i = 0; i < threads; i++) {
         worker[i].task = task, worker[i].arg = arg, worker[i].n = n, worker[i].worker = i;
@@ -300,7 +314,7 @@ static void parallel_backwards(void *user, size_t threads, size_t n, dsv3_task t
     static const size_t sizes[] = {1, 4, 2, 7, 1, 11, 3};
     size_t end = n, k = 0;
     (void)user;
-    count_loop(task);
+    count_loop(task, arg);
     while (end > 0) {
         size_t size = sizes[k % 7], begin = end > size ? end - size : 0;
         task(arg, begin, end, k++ % threads);
@@ -356,6 +370,7 @@ static void test_threads(void) {
                 {HOW_THREADS, 7, DSV3_EXACT},   {HOW_BACKWARDS, 3, DSV3_EXACT}, {HOW_BACKWARDS, 7, DSV3_EXACT},
                 {HOW_BACKWARDS, 2, DSV3_EXACT}, {HOW_OPENMP, 3, DSV3_EXACT},    {HOW_SERIAL, 1, DSV3_FAST}};
     size_t count;
+    dsv3_context ctx;
     float *want = three_steps(HOW_SERIAL, 1, DSV3_EXACT, &count);
     for (size_t i = 0; i < sizeof ways / sizeof *ways; i++) {
         float *got = three_steps(ways[i].how, ways[i].threads, ways[i].way, &count);
@@ -365,7 +380,8 @@ static void test_threads(void) {
         test_count(same_floats(got, want, count), __FILE__, __LINE__, text);
         free(got);
     }
-    for (int i = 0; i < LOOPS; i++) CHECK(split[i] > 0);
+    synth_demand(dsv3_context_init(&ctx, test_backend(), 1), "context", NULL);
+    for (int i = 0; i < LOOPS; i++) CHECK_EQ(split[i] > 0, has_loop(&ctx, i));
     free(want);
 }
 
