@@ -1269,6 +1269,13 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
  * parallel loop. Test: tests/test_tools.c.
  * ==================================================================================================== */
 
+/* Returns from the calling function when call fails. */
+#define DSV3I_TRY(call)                                                                                              \
+    do {                                                                                                             \
+        dsv3_result try_result = (call);                                                                             \
+        if (try_result != DSV3_OK) return try_result;                                                                \
+    } while (0)
+
 /* ---- Sizes: saturating arithmetic. SIZE_MAX means "too large" and stays so (but for a product with 0). */
 
 static size_t dsv3i_add(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
@@ -1330,10 +1337,10 @@ static dsv3i_dims dsv3i_dims_of(const dsv3_config *c) {
     m.I = (size_t)c->intermediate_size;
     m.L = (size_t)c->num_hidden_layers;
     m.D = (size_t)c->num_nextn_predict_layers;
-    m.d2 = dsv3i_mul(2, m.d);
-    m.qk = dsv3i_add(m.dn, m.dr);
-    m.kv = dsv3i_add(m.dn, m.dv);
-    m.width = dsv3i_add(m.rk, m.dr);
+    m.d2 = 2 * m.d;
+    m.qk = m.dn + m.dr;
+    m.kv = m.dn + m.dv;
+    m.width = m.rk + m.dr;
     m.Hq = dsv3i_mul(m.H, m.qk);
     m.Hkv = dsv3i_mul(m.H, m.kv);
     m.Ho = dsv3i_mul(m.H, m.dv);
@@ -1372,13 +1379,18 @@ typedef struct dsv3i_layout {
     size_t used;         /* bytes so far, SIZE_MAX once too large */
 } dsv3i_layout;
 
-/* a x b x c elements of size bytes; NULL when only measuring. */
+/* a x b x c elements of size bytes; NULL when there are none, or when only measuring. */
 static void *dsv3i_take(dsv3i_layout *l, size_t size, size_t a, size_t b, size_t c) {
     size_t bytes = dsv3i_mul(dsv3i_mul(dsv3i_mul(size, a), b), c);
     size_t padded = dsv3i_mul(dsv3i_blocks(bytes, DSV3I_LINE), DSV3I_LINE);
-    void *at = l->base == NULL || l->used == SIZE_MAX ? NULL : (void *)(l->base + l->used);
+    void *at = l->base == NULL || l->used == SIZE_MAX || bytes == 0 ? NULL : (void *)(l->base + l->used);
     l->used = dsv3i_add(l->used, bytes == SIZE_MAX ? SIZE_MAX : padded);
     return at;
+}
+
+/* rows x columns of them. */
+static void *dsv3i_take_rows(dsv3i_layout *l, size_t size, size_t rows, size_t columns) {
+    return dsv3i_take(l, size, rows, columns, 1);
 }
 
 static dsv3_result dsv3i_layout_size(const dsv3i_layout *l, size_t *bytes) {
@@ -1402,15 +1414,22 @@ static dsv3_result dsv3i_memory_check(const void *memory, size_t bytes, size_t n
     return bytes < need ? DSV3_ERR_MEMORY : DSV3_OK;
 }
 
+/* Begins the layout that was measured as `need` bytes over memory [bytes]. */
+static dsv3_result dsv3i_layout_begin(dsv3i_layout *l, void *memory, size_t bytes, size_t need) {
+    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
+    l->base = dsv3i_layout_base(memory);
+    l->used = 0;
+    return DSV3_OK;
+}
+
 /* A struct of pointers into such a buffer has its members in a list, with their shapes,
  *     #define DSV3I_PAIR(X) X(int32_t, token, n, 1) X(float, x, n, m->d)
  * of which one macro makes the struct and the other its layout, where l, at, n and m are known:
  *     struct dsv3i_pair { DSV3I_PAIR(DSV3I_MEMBER) };         int32_t *token; float *x;
- *     DSV3I_PAIR(DSV3I_TAKE)                                 at->token = dsv3i_take(l, sizeof(int32_t), n, 1, 1); ..
- * A member of 0 rows is NULL. */
+ *     DSV3I_PAIR(DSV3I_TAKE)                                 at->token = dsv3i_take_rows(l, sizeof(int32_t), n, 1); ..
+ */
 #define DSV3I_MEMBER(type, name, rows, columns) type *name;
-#define DSV3I_TAKE(type, name, rows, columns)                                                                        \
-    at->name = (rows) == 0 ? NULL : (type *)dsv3i_take(l, sizeof(type), rows, columns, 1);
+#define DSV3I_TAKE(type, name, rows, columns) at->name = (type *)dsv3i_take_rows(l, sizeof(type), rows, columns);
 
 /* ---- Text: names and messages are built without stdio. */
 
@@ -1513,54 +1532,40 @@ static dsv3_result dsv3i_fail_where(dsv3_error *error, dsv3_result code, const c
     return dsv3i_fail_numbers(error, code, name, why, DSV3_NUMBERS_WHERE, 0, 0, number, 0);
 }
 
-/* name[i] */
-static void dsv3i_name_row(char *out, size_t capacity, const char *name, size_t i) {
-    dsv3i_text t = dsv3i_text_begin(out, capacity);
-    dsv3i_text_add(&t, name);
-    dsv3i_text_add_index(&t, "[", (int64_t)i, "]");
+/* An error about element i of an array: name[i]. */
+static dsv3_result dsv3i_fail_at(dsv3_error *error, size_t i, dsv3_result code) {
+    if (error != NULL) {
+        dsv3i_text t = {error->name, sizeof error->name};
+        for (; *t.at != '\0'; t.at++) t.left--;
+        dsv3i_text_add_index(&t, "[", (int64_t)i, "]");
+    }
+    return code;
 }
 
-/* Element i of an array. */
 static dsv3_result dsv3i_fail_row(dsv3_error *error, dsv3_result code, const char *name, size_t i, const char *why,
                                   int64_t low, int64_t high, int64_t found) {
-    char text[32];
-    dsv3i_name_row(text, sizeof text, name, i);
-    return dsv3i_fail_range(error, code, text, why, low, high, found);
+    return dsv3i_fail_at(error, i, dsv3i_fail_range(error, code, name, why, low, high, found));
 }
-
-/* Returns from the calling function when call fails. */
-#define DSV3I_TRY(call)                                                                                              \
-    do {                                                                                                             \
-        dsv3_result try_result = (call);                                                                             \
-        if (try_result != DSV3_OK) return try_result;                                                                \
-    } while (0)
 
 static dsv3_result dsv3i_ok(dsv3_error *error) { return dsv3i_fail(error, DSV3_OK, "", "ok"); }
 
-/* " (expected 256 x 48, found 48 x 256)": pairs for shapes, "1 to 8" for a range of several numbers. */
-static void dsv3i_text_add_numbers(dsv3i_text *t, const dsv3_error *e) {
-    int shape = e->numbers == DSV3_NUMBERS_SHAPE;
-    dsv3i_text_add_index(t, " (expected ", e->expected[0], "");
-    if (shape || e->expected[0] != e->expected[1]) {
-        dsv3i_text_add_index(t, shape ? " x " : " to ", e->expected[1], "");
-    }
-    dsv3i_text_add_index(t, ", found ", e->found[0], "");
-    if (shape) dsv3i_text_add_index(t, " x ", e->found[1], "");
-    dsv3i_text_add(t, ")");
-}
-
+/* Behind the words " 3", or " (expected 256 x 48, found 48 x 256)": pairs for shapes, "1 to 8" for a range. */
 DSV3_API const char *dsv3_error_text(const dsv3_error *error, char *text, size_t capacity) {
+    const dsv3_error *e = error;
     dsv3i_text t = dsv3i_text_begin(text, capacity);
-    if (error->name[0] != '\0') {
-        dsv3i_text_add(&t, error->name);
-        dsv3i_text_add(&t, ": ");
+    int shape = e->numbers == DSV3_NUMBERS_SHAPE;
+    dsv3i_text_add(&t, e->name);
+    if (e->name[0] != '\0') dsv3i_text_add(&t, ": ");
+    dsv3i_text_add(&t, e->why != NULL ? e->why : dsv3_result_string(e->code));
+    if (e->numbers == DSV3_NUMBERS_NONE) return text;
+    dsv3i_text_add_index(&t, e->numbers == DSV3_NUMBERS_WHERE ? " " : " (expected ",
+                         e->numbers == DSV3_NUMBERS_WHERE ? e->found[0] : e->expected[0], "");
+    if (e->numbers == DSV3_NUMBERS_WHERE) return text;
+    if (shape || e->expected[0] != e->expected[1]) {
+        dsv3i_text_add_index(&t, shape ? " x " : " to ", e->expected[1], "");
     }
-    dsv3i_text_add(&t, error->why != NULL ? error->why : dsv3_result_string(error->code));
-    if (error->numbers == DSV3_NUMBERS_WHERE) {
-        dsv3i_text_add_index(&t, " ", error->found[0], "");
-    } else if (error->numbers != DSV3_NUMBERS_NONE) {
-        dsv3i_text_add_numbers(&t, error);
-    }
+    dsv3i_text_add_index(&t, ", found ", e->found[0], shape ? " x " : ")");
+    if (shape) dsv3i_text_add_index(&t, "", e->found[1], ")");
     return text;
 }
 
@@ -1594,6 +1599,11 @@ static void dsv3i_parallel(const dsv3_context *ctx, size_t n, size_t work, dsv3_
     } else {
         ctx->parallel_for(ctx->parallel_user, ctx->threads, n, task, arg);
     }
+}
+
+/* n items of `each` multiply-adds. */
+static void dsv3i_loop(const dsv3_context *ctx, size_t n, size_t each, dsv3_task task, void *arg) {
+    dsv3i_parallel(ctx, n, dsv3i_mul(n, each), task, arg);
 }
 
 #if defined(_OPENMP) && !defined(DSV3_NO_OPENMP)
@@ -1667,7 +1677,7 @@ static void dsv3i_engine_decode_row(float *y, const dsv3_tensor *w, size_t row);
  * projections, attention's output and softmax, the router's choice, hidden values; and, where `keep` asks for them, the
  * outputs of norms, queries, the outputs of SwiGLU. moe, norms, queries, swiglu: n, or 0 where there is no such member. */
 #define DSV3I_SAVED(X)                                                                                               \
-    X(float, x_in, n, m->d) X(float, x_mid, n, m->d) X(float, q_raw, n, m->rq) X(float, kv_raw, n, m->width)         \
+    X(float, x_mid, n, m->d) X(float, q_raw, n, m->rq) X(float, kv_raw, n, m->width)         \
     X(float, o, n, m->Ho) X(float, softmax, n, 2 * m->H)                                                             \
     X(float, score, moe, m->E) X(float, gate, moe, m->K) X(int32_t, idx, moe, m->K)                                  \
     X(size_t, slot, moe, m->K) X(size_t, offset, moe > 0 ? m->E + 1 : 0, 1)                                          \
@@ -1676,6 +1686,7 @@ static void dsv3i_engine_decode_row(float *y, const dsv3_tensor *w, size_t row);
     X(float, kv, norms, m->width) X(float, q, queries, m->Hq) X(float, h, swiglu, hidden)
 
 typedef struct dsv3i_saved {
+    float *x_in; /* [n, d]; all others have the names that they have in a workspace */
     DSV3I_SAVED(DSV3I_MEMBER)
 } dsv3i_saved;
 
@@ -1712,16 +1723,7 @@ typedef struct dsv3i_call {
 
 static dsv3i_call dsv3i_call_of(const dsv3_context *ctx, const dsv3_model *model, const dsv3_layer *w, size_t layer,
                                 dsv3_cache *caches, size_t n, dsv3_workspace *ws) {
-    dsv3i_call c;
-    DSV3_MEMSET(&c, 0, sizeof c);
-    c.ctx = ctx;
-    c.model = model;
-    c.w = w;
-    c.ws = ws;
-    c.caches = caches;
-    c.layer = layer;
-    c.n = n;
-    c.m = dsv3i_dims_of(&model->config);
+    dsv3i_call c = {ctx, model, w, ws, caches, layer, n, dsv3i_dims_of(&model->config), NULL, NULL, NULL};
     return c;
 }
 
@@ -2155,18 +2157,13 @@ typedef struct dsv3i_rows {
 } dsv3i_rows;
 
 static dsv3i_rows dsv3i_rows_of(const dsv3_context *ctx, float *y, const float *x, size_t d) {
-    dsv3i_rows a;
-    DSV3_MEMSET(&a, 0, sizeof a);
-    a.ctx = ctx;
-    a.y = y;
-    a.x = x;
-    a.d = a.ldy = a.ldx = d;
+    dsv3i_rows a = {ctx, y, x, d, d, d, NULL, NULL, NULL, 0.0f, 0, NULL, NULL, NULL, NULL, 0};
     return a;
 }
 
 static void dsv3i_rows_run(dsv3i_rows *a, size_t n, size_t cost, dsv3_task task) {
     a->n = n;
-    dsv3i_parallel(a->ctx, n, dsv3i_mul(dsv3i_mul(cost, n), a->d), task, a);
+    dsv3i_loop(a->ctx, n, cost * a->d, task, a);
 }
 
 static void dsv3i_copy_task(void *arg, size_t begin, size_t end, size_t worker) {
@@ -2262,10 +2259,10 @@ static const float *dsv3i_rounded(const dsv3_context *ctx, float *y, const float
 static void dsv3i_linear(const dsv3_context *ctx, const dsv3i_product *list, size_t count, float *scratch) {
     for (size_t i = 0; i < count; i++) {
         const dsv3i_product *p = &list[i];
-        size_t cols = p->w->cols, work = dsv3i_mul(dsv3i_mul(p->rows, cols), p->n);
+        size_t cols = p->w->cols;
         dsv3i_linear_loop a = {ctx, p, NULL, scratch, NULL, NULL};
         a.x = dsv3i_rounded(ctx, scratch + ctx->threads * cols, p->x, p->w->type, p->n * cols);
-        dsv3i_parallel(ctx, p->rows, work, dsv3i_linear_task, &a);
+        dsv3i_loop(ctx, p->rows, p->n * cols, dsv3i_linear_task, &a);
     }
 }
 
@@ -2311,11 +2308,11 @@ static void dsv3i_linear_dw_task(void *arg, size_t begin, size_t end, size_t wor
 
 static void dsv3i_linear_backward(const dsv3_context *ctx, float *dx, int beta0, float *dw, const dsv3i_product *p,
                                   float *scratch) {
-    size_t cols = p->w->cols, work = dsv3i_mul(dsv3i_mul(p->rows, cols), p->n);
+    size_t cols = p->w->cols;
     dsv3i_linear_loop a = {ctx, p, NULL, scratch, dx, dw};
     if (dx != NULL && beta0) DSV3_MEMSET(dx, 0, p->n * cols * sizeof *dx);
-    if (dx != NULL) dsv3i_parallel(ctx, p->n, work, dsv3i_linear_dx_task, &a);
-    if (dw != NULL) dsv3i_parallel(ctx, p->rows, work, dsv3i_linear_dw_task, &a);
+    if (dx != NULL) dsv3i_loop(ctx, p->n, p->rows * cols, dsv3i_linear_dx_task, &a);
+    if (dw != NULL) dsv3i_loop(ctx, p->rows, p->n * cols, dsv3i_linear_dw_task, &a);
 }
 
 DSV3_API void dsv3_linear_backward(const dsv3_context *context, float *dx, float *dw, const float *dy, const float *x,
@@ -2343,7 +2340,7 @@ static void dsv3i_embed_backward(const dsv3_context *ctx, float *dw, const float
     dsv3i_rows a = dsv3i_rows_of(ctx, dw, dx, d);
     a.token = token;
     a.n = n;
-    dsv3i_parallel(ctx, dsv3i_blocks(d, DSV3I_COLUMNS), dsv3i_mul(2 * n, d), dsv3i_embed_backward_task, &a);
+    dsv3i_loop(ctx, dsv3i_blocks(d, DSV3I_COLUMNS), 2 * n * DSV3I_COLUMNS, dsv3i_embed_backward_task, &a);
 }
 
 DSV3_API void dsv3_embed_backward(float *dw, const float *dx, const int32_t *token, size_t n, size_t d) {
@@ -2460,19 +2457,13 @@ static void dsv3i_norm_dg_task(void *arg, size_t begin, size_t end, size_t worke
 /* Of g only the rest of `a` is filled in: rows of x and dx lie ldx floats apart, rows of dy ldy. */
 static dsv3i_rows dsv3i_norm_rows(const dsv3_context *ctx, float *dx, float *dg, const float *dy, const float *x,
                                   const dsv3_tensor *g, float eps, float *r) {
-    dsv3i_rows a = dsv3i_rows_of(ctx, NULL, x, g->cols);
-    a.dx = dx;
-    a.dg = dg;
-    a.dy = dy;
-    a.w = g;
-    a.eps = eps;
-    a.r = r;
+    dsv3i_rows a = {ctx, NULL, x, g->cols, g->cols, g->cols, NULL, NULL, g, eps, 0, dy, dx, dg, r, 0};
     return a;
 }
 
 static void dsv3i_norm_backward(dsv3i_rows *a, size_t n) {
     dsv3i_rows_run(a, n, 4, dsv3i_norm_dx_task);
-    dsv3i_parallel(a->ctx, dsv3i_blocks(a->d, DSV3I_COLUMNS), dsv3i_mul(2 * n, a->d), dsv3i_norm_dg_task, a);
+    dsv3i_loop(a->ctx, dsv3i_blocks(a->d, DSV3I_COLUMNS), 2 * n * DSV3I_COLUMNS, dsv3i_norm_dg_task, a);
 }
 
 DSV3_API void dsv3_rmsnorm_backward(const dsv3_context *context, float *dx, float *dg, const float *dy,
@@ -2510,7 +2501,7 @@ static void dsv3i_silu_task(void *arg, size_t begin, size_t end, size_t worker) 
 /* h may be a. */
 static void dsv3i_swiglu(const dsv3_context *ctx, float *h, const float *a, const float *b, size_t n) {
     dsv3i_silu s = {ctx, h, a, b, n, DSV3I_SILU_ITEM, NULL, NULL, NULL, NULL};
-    dsv3i_parallel(ctx, dsv3i_blocks(n, s.width), dsv3i_mul(n, 16), dsv3i_silu_task, &s);
+    dsv3i_loop(ctx, dsv3i_blocks(n, s.width), 16 * s.width, dsv3i_silu_task, &s);
 }
 
 #ifndef DSV3_NO_TRAINING
@@ -2558,7 +2549,7 @@ static void dsv3i_swiglu_backward(const dsv3_context *ctx, float *dh, float *a, 
                                   float *dgate, size_t width) {
     dsv3i_silu s = {ctx, dh, a, b, n, width, a, b, gate, dgate};
     if (gate == NULL) s.width = DSV3I_SILU_ITEM;
-    dsv3i_parallel(ctx, dsv3i_blocks(n, s.width), dsv3i_mul(n, 32), dsv3i_silu_backward_task, &s);
+    dsv3i_loop(ctx, dsv3i_blocks(n, s.width), 32 * s.width, dsv3i_silu_backward_task, &s);
 }
 #endif
 
@@ -2607,7 +2598,7 @@ static void dsv3i_loss_part(dsv3i_loss *a, size_t row, dsv3_task task) {
     part->row = row;
     part->rows = dsv3i_min(DSV3I_VOCAB, a->head->rows - row);
     a->ctx->ops->linear(a->ctx, part, 1, a->scratch);
-    dsv3i_parallel(a->ctx, a->n, dsv3i_mul(dsv3i_mul(a->n, part->rows), 16), task, a);
+    dsv3i_loop(a->ctx, a->n, 16 * part->rows, task, a);
 }
 
 /* The target's logit of row t among those of this part, or NULL. */
@@ -2905,7 +2896,7 @@ static void dsv3i_mla_kv_task(void *arg, size_t begin, size_t end, size_t worker
 }
 
 static void dsv3i_mla_kv(dsv3i_call *c) {
-    dsv3i_parallel(c->ctx, c->n, dsv3i_mul(4 * c->n, c->m.width), dsv3i_mla_kv_task, c);
+    dsv3i_loop(c->ctx, c->n, 4 * c->m.width, dsv3i_mla_kv_task, c);
 }
 
 /* Rotation of every head's query. */
@@ -2927,7 +2918,7 @@ static void dsv3i_mla_q(dsv3i_call *c) {
                      c->model->config.latent_norm_eps);
         dsv3i_project(c, ws->q, ws->q_latent, &c->w->q_b_proj);
     }
-    dsv3i_parallel(c->ctx, c->n, dsv3i_mul(4 * c->n, c->m.H * c->m.dr), dsv3i_mla_rotate_task, c);
+    dsv3i_loop(c->ctx, c->n, 4 * c->m.H * c->m.dr, dsv3i_mla_rotate_task, c);
 }
 
 /* ---- Attention proper: o [n, H dv] of the queries and the caches */
@@ -3158,8 +3149,7 @@ static void dsv3i_attend_backward_task(void *arg, size_t begin, size_t end, size
 }
 
 static void dsv3i_attend_backward(dsv3i_call *c) {
-    size_t work = dsv3i_mul(c->n * c->m.Hq, c->n);
-    dsv3i_parallel(c->ctx, c->n * c->m.H, work, dsv3i_attend_backward_task, c);
+    dsv3i_loop(c->ctx, c->n * c->m.H, c->n * c->m.qk, dsv3i_attend_backward_task, c);
 }
 
 /* dkeys goes to dkv_up and, summed over heads and rotated back, to dkv_raw; dq is rotated back. */
@@ -3211,7 +3201,7 @@ static void dsv3i_mla_backward(dsv3i_call *c, float *du, const float *dy, const 
     dsv3i_mla_rebuild(c, u);
     dsv3i_project_backward(c->ctx, c->ws, b->dout, 1, &g->o_proj, dy, c->s->o, &w->o_proj, c->n);
     c->ctx->ops->attend_backward(c);
-    dsv3i_parallel(c->ctx, c->n, dsv3i_mul(4 * c->n, m->Hq), dsv3i_mla_rotate_backward_task, c);
+    dsv3i_loop(c->ctx, c->n, 4 * m->Hq, dsv3i_mla_rotate_backward_task, c);
     dsv3i_project_backward(c->ctx, c->ws, b->dc, 1, &g->kv_b_proj, b->dkv_up, b->c, &w->kv_b_proj, c->n);
     norm = dsv3i_norm_rows(c->ctx, b->dkv_raw, dsv3i_grad(&g->kv_a_layernorm), b->dc, c->s->kv_raw, &w->kv_a_layernorm,
                            eps, b->r);
@@ -3294,7 +3284,7 @@ DSV3_API void dsv3_router_scores(const dsv3_context *context, const dsv3_config 
     dsv3i_scores_arg a = {context, score, gate_bias, gate_w->rows, config->scoring_func};
     exact.compute = DSV3_EXACT;
     dsv3_linear(&exact, score, x, gate_w, n, scratch);
-    dsv3i_parallel(context, n, dsv3i_mul(n, 16 * a.E), dsv3i_scores_task, &a);
+    dsv3i_loop(context, n, 16 * a.E, dsv3i_scores_task, &a);
 }
 
 /* What the choice goes by. */
@@ -3498,10 +3488,9 @@ DSV3_API dsv3_result dsv3_balancer_init(dsv3_balancer *balancer, const dsv3_conf
     size_t need;
     if (balancer == NULL) return DSV3_ERR_ARG;
     DSV3I_TRY(dsv3_balancer_size(config, &need));
-    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
+    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need));
     DSV3_MEMSET(balancer, 0, sizeof *balancer);
     balancer->schedule.speed = 0.001;
-    l.base = dsv3i_layout_base(memory);
     dsv3i_balancer_layout(balancer, config, &l);
     DSV3_MEMSET(l.base, 0, l.used);
     return DSV3_OK;
@@ -3733,46 +3722,40 @@ static void dsv3i_mlps(dsv3i_call *c, const dsv3i_mlp *list, size_t count) {
 
 /* ---- Routing */
 
-typedef struct dsv3i_selection {
-    const dsv3_config *c;
-    const float *bias;
-    dsv3_workspace *ws;
-    size_t floats; /* of a worker's scratch; the last one tells whether there were scores that are not finite */
-} dsv3i_selection;
+/* The bias of the choice, which has been decoded into the workspace; NULL: there is none. */
+static const float *dsv3i_choice_bias(const dsv3i_call *c) {
+    return c->model->config.topk_method == DSV3_NOAUX_TC ? c->ws->bias : NULL;
+}
 
+/* A worker's scratch has E + G + 1 floats; the last one tells whether there were scores that are not finite. */
 static void dsv3i_select_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_selection *a = (const dsv3i_selection *)arg;
-    size_t E = (size_t)a->c->n_routed_experts, K = (size_t)a->c->num_experts_per_tok;
-    float *scratch = a->ws->select + worker * a->floats;
-    if (dsv3_router_select(a->c, a->ws->idx + begin * K, a->ws->gate + begin * K, a->ws->score + begin * E, a->bias,
-                           NULL, end - begin, scratch) != DSV3_OK) {
-        scratch[a->floats - 1] = 1.0f;
+    const dsv3i_call *c = (const dsv3i_call *)arg;
+    size_t E = c->m.E, K = c->m.K, G = c->m.G;
+    float *scratch = c->ws->select + worker * (E + G + 1);
+    if (dsv3_router_select(&c->model->config, c->ws->idx + begin * K, c->ws->gate + begin * K,
+                           c->ws->score + begin * E, dsv3i_choice_bias(c), NULL, end - begin, scratch) != DSV3_OK) {
+        scratch[E + G] = 1.0f;
     }
 }
 
 /* dsv3_router_select by all threads. */
-static dsv3_result dsv3i_select(const dsv3i_call *c, const float *bias) {
-    size_t E = c->m.E, threads = c->ctx->threads, bad = 0;
-    dsv3i_selection a = {&c->model->config, bias, c->ws, E + c->m.G + 1};
-    for (size_t i = 0; i < threads; i++) c->ws->select[(i + 1) * a.floats - 1] = 0.0f;
-    dsv3i_parallel(c->ctx, c->n, dsv3i_mul(c->n, 8 * E), dsv3i_select_task, &a);
-    for (size_t i = 0; i < threads; i++) bad += c->ws->select[(i + 1) * a.floats - 1] > 0.0f;
+static dsv3_result dsv3i_select(dsv3i_call *c) {
+    size_t floats = c->m.E + c->m.G + 1, threads = c->ctx->threads, bad = 0;
+    for (size_t i = 1; i <= threads; i++) c->ws->select[i * floats - 1] = 0.0f;
+    dsv3i_loop(c->ctx, c->n, 8 * c->m.E, dsv3i_select_task, c);
+    for (size_t i = 1; i <= threads; i++) bad += c->ws->select[i * floats - 1] > 0.0f;
     return bad == 0 ? DSV3_OK : DSV3_ERR_NAN;
 }
 
 /* idx and gate [n, K] of rows u; the observer may change the choice. NAN is no reason to stop. */
-static dsv3_result dsv3i_route(const dsv3i_call *c, const float *u) {
+static dsv3_result dsv3i_route(dsv3i_call *c, const float *u) {
     const dsv3_config *config = &c->model->config;
     const dsv3_observer *o = &c->ctx->observer;
     dsv3_workspace *ws = c->ws;
-    const float *bias = NULL;
     dsv3_result result;
-    if (config->topk_method == DSV3_NOAUX_TC) {
-        dsv3i_decode_row(c->ctx, ws->bias, &c->w->e_score_correction_bias, 0);
-        bias = ws->bias;
-    }
+    if (dsv3i_choice_bias(c) != NULL) dsv3i_decode_row(c->ctx, ws->bias, &c->w->e_score_correction_bias, 0);
     dsv3_router_scores(c->ctx, config, ws->score, u, &c->w->gate, NULL, c->n, ws->scratch);
-    result = dsv3i_select(c, bias);
+    result = dsv3i_select(c);
     if (o->choose != NULL) {
         o->choose(o->user, c->w->index, ws->idx, ws->score, c->n);
         DSV3I_TRY(dsv3_router_weights(config, ws->gate, ws->idx, ws->score, c->n));
@@ -3840,7 +3823,7 @@ static void dsv3i_moe_combine(const dsv3i_call *c, float *y, const float *groupe
     a.r = gate;
     a.at = c->ws->slot;
     a.n = c->m.K;
-    dsv3i_parallel(c->ctx, c->n, dsv3i_mul(c->n * c->m.K, c->m.d), dsv3i_moe_combine_task, &a);
+    dsv3i_loop(c->ctx, c->n, c->m.K * c->m.d, dsv3i_moe_combine_task, &a);
 }
 
 static dsv3_result dsv3i_moe_forward(dsv3i_call *c, float *y, const float *u) {
@@ -3928,7 +3911,7 @@ static void dsv3i_moe_backward(dsv3i_call *c, float *du, const float *dy, const 
     c->ctx->ops->mlps_backward(c, c->ws->mlps, dsv3i_moe_list(c, b->dgrouped, du, u, dy));
     dsv3i_moe_combine(c, du, b->dgrouped, NULL);
     for (size_t i = 0; i < chosen; i++) b->dgate[i] = b->r[c->ws->slot[i]];
-    dsv3i_parallel(c->ctx, c->n, dsv3i_mul(c->n, 16 * c->m.E), dsv3i_router_backward_task, c);
+    dsv3i_loop(c->ctx, c->n, 16 * c->m.E, dsv3i_router_backward_task, c);
     dsv3i_project_backward(c->ctx, c->ws, du, 0, &c->g->gate, b->dscore, u, &c->w->gate, c->n);
 }
 
@@ -4214,7 +4197,9 @@ static dsv3_result dsv3i_check_rope(const dsv3_config *c, dsv3_error *e) {
     return DSV3_OK;
 }
 
+/* (With 64 bits they always are: the limits above see to it.) */
 static dsv3_result dsv3i_check_product(dsv3_error *error, const char *name, size_t rows, size_t cols) {
+    if (sizeof(size_t) > 4 && SIZE_MAX / DSV3_MAX_DIM / DSV3_MAX_HEADS / 2 > DSV3_MAX_DIM) return DSV3_OK;
     if (dsv3i_mul(rows, cols) < SIZE_MAX) return DSV3_OK;
     return dsv3i_fail(error, DSV3_ERR_OVERFLOW, name, "gives a tensor with more elements than size_t can count");
 }
@@ -4580,7 +4565,7 @@ DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *confi
     if (model == NULL || find == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "model or find", "is NULL");
     DSV3I_TRY(dsv3_config_check(config, error));
     result = dsv3_model_size(config, &need);
-    if (result == DSV3_OK) result = dsv3i_memory_check(memory, bytes, need);
+    if (result == DSV3_OK) result = dsv3i_layout_begin(&l, memory, bytes, need);
     if (result == DSV3_ERR_MEMORY) {
         return dsv3i_fail_range(error, result, "memory", "is too small", (int64_t)need, (int64_t)need,
                                 (int64_t)bytes);
@@ -4588,7 +4573,6 @@ DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *confi
     if (result != DSV3_OK) return dsv3i_fail(error, result, "memory", dsv3_result_string(result));
     DSV3_MEMSET(model, 0, sizeof *model);
     model->config = *config;
-    l.base = dsv3i_layout_base(memory);
     dsv3i_model_layout(model, config, &l);
     dsv3_rope_turns(config, model->rope_turns);
     model->rope_factor = dsv3_rope_factor(config);
@@ -4647,8 +4631,7 @@ static dsv3_result dsv3i_cache_init(dsv3_cache *cache, const dsv3_config *config
     size_t need;
     if (cache == NULL) return DSV3_ERR_ARG;
     DSV3I_TRY(dsv3i_cache_size(config, layers, capacity, type, &need));
-    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
-    l.base = dsv3i_layout_base(memory);
+    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need));
     return dsv3i_cache_layout(cache, config, layers, capacity, type, &l);
 }
 
@@ -4701,19 +4684,25 @@ static size_t dsv3i_pass_floats(const dsv3i_dims *m, size_t n, size_t threads) {
     X(float, cos_sin, n, m->dr) X(float, x, n, m->d) X(float, u, n, m->d) X(float, y, n, m->d)                       \
     X(float, scratch, dsv3i_pass_floats(m, n, threads), 1) X(dsv3_cache, views, n, 1) X(int32_t, row_token, n, 1)    \
     X(int32_t, row_sequence, n, 1) X(int32_t, row_output, n, 1) X(size_t, row_index, n, 1)                           \
-    X(uint8_t, row_mask, n, 1) X(float, row_hidden, modules, m->d) X(double, balance, threads, dsv3i_mul(2, m->E))   \
+    X(uint8_t, row_mask, n, 1) X(float, row_hidden, modules, m->d) X(double, balance, threads, 2 * m->E)   \
     X(double, sequence_loss, n, 1)
 /* Never active together, and so in one place: an MTP module's input, the loss, attention, the FFN. */
-#define DSV3I_WORKSPACE_MODULE(X) X(float, concat, modules, dsv3i_mul(2, m->d))
+#define DSV3I_WORKSPACE_MODULE(X) X(float, concat, modules, m->d2)
 #define DSV3I_WORKSPACE_LOSS(X) X(float, loss, dsv3i_loss_floats(m->V, n), 1)
 #define DSV3I_WORKSPACE_ATTENTION(X)                                                                                 \
     X(float, q_latent, n, m->rq) X(float, q, n, m->Hq) X(float, kv, n, m->width) X(float, o, n, m->Ho)               \
-    X(float, softmax, n, dsv3i_mul(2, m->H))
+    X(float, softmax, n, 2 * m->H)
 #define DSV3I_WORKSPACE_FFN(X)                                                                                       \
     X(float, score, n, m->E) X(float, bias, m->E, 1) X(float, select, threads, select) X(int32_t, idx, n, m->K)      \
     X(float, gate, n, m->K) X(size_t, slot, n, m->K) X(size_t, pair, n, m->K) X(size_t, offset, m->E + 1, 1)         \
     X(dsv3i_mlp, mlps, mlps, 1) X(float, grouped, n, dsv3i_mul(m->K, m->d)) X(float, h_gate, n, hidden)              \
     X(float, h_up, n, hidden)
+
+/* Back to where parts that share their place begin; *end: where the longest ends. */
+static void dsv3i_layout_back(dsv3i_layout *l, size_t from, size_t *end) {
+    *end = dsv3i_max(*end, l->used);
+    l->used = from;
+}
 
 static void dsv3i_workspace_layout(dsv3_workspace *at, const dsv3i_dims *m, size_t n, size_t threads,
                                    dsv3i_layout *l) {
@@ -4726,14 +4715,11 @@ static void dsv3i_workspace_layout(dsv3_workspace *at, const dsv3i_dims *m, size
     DSV3I_WORKSPACE_ROWS(DSV3I_TAKE)
     end = from = l->used;
     DSV3I_WORKSPACE_MODULE(DSV3I_TAKE)
-    end = dsv3i_max(end, l->used);
-    l->used = from;
+    dsv3i_layout_back(l, from, &end);
     DSV3I_WORKSPACE_LOSS(DSV3I_TAKE)
-    end = dsv3i_max(end, l->used);
-    l->used = from;
+    dsv3i_layout_back(l, from, &end);
     DSV3I_WORKSPACE_ATTENTION(DSV3I_TAKE)
-    end = dsv3i_max(end, l->used);
-    l->used = from;
+    dsv3i_layout_back(l, from, &end);
     DSV3I_WORKSPACE_FFN(DSV3I_TAKE)
     l->used = dsv3i_max(end, l->used);
     at->u_ffn = at->u; /* pairs of which nobody wants both */
@@ -4761,9 +4747,8 @@ DSV3_API dsv3_result dsv3_workspace_init(dsv3_workspace *workspace, const dsv3_c
     size_t need;
     if (workspace == NULL) return DSV3_ERR_ARG;
     DSV3I_TRY(dsv3_workspace_size(config, rows, threads, &need));
-    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
+    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need));
     m = dsv3i_dims_of(config);
-    l.base = dsv3i_layout_base(memory);
     dsv3i_workspace_layout(workspace, &m, rows, threads, &l);
     return DSV3_OK;
 }
@@ -4841,12 +4826,11 @@ static dsv3_result dsv3i_batch_check(const dsv3_context *ctx, const dsv3_model *
         return dsv3i_fail(error, DSV3_ERR_MISMATCH, "workspace", "was made for another config");
     }
     for (size_t s = 0; s < n_caches; s++) {
-        char name[32];
         if (caches[s].layers == layers && caches[s].width == m.width) continue;
-        dsv3i_name_row(name, sizeof name, "caches", s);
-        return dsv3i_fail_numbers(error, DSV3_ERR_MISMATCH, name, "was made for another config", DSV3_NUMBERS_SHAPE,
-                                  (int64_t)layers, (int64_t)m.width, (int64_t)caches[s].layers,
-                                  (int64_t)caches[s].width);
+        (void)dsv3i_fail_numbers(error, DSV3_ERR_MISMATCH, "caches", "was made for another config", DSV3_NUMBERS_SHAPE,
+                                 (int64_t)layers, (int64_t)m.width, (int64_t)caches[s].layers,
+                                 (int64_t)caches[s].width);
+        return dsv3i_fail_at(error, s, DSV3_ERR_MISMATCH);
     }
     return dsv3i_batch_outputs(batch, error);
 }
@@ -4922,39 +4906,22 @@ static size_t dsv3i_first_bad_row(const float *x, size_t n, size_t d) {
 }
 
 static dsv3_result dsv3i_layer_fail(const dsv3i_call *c, dsv3_result result, dsv3_error *error) {
-    char name[32];
     if (result == DSV3_ERR_ARG) {
         return dsv3i_fail_where(error, result, "observer.choose", "chose an expert twice or out of range, in layer",
                                 c->w->index);
     }
-    dsv3i_name_row(name, sizeof name, "row", dsv3i_first_bad_row(c->ws->score, c->n, c->m.E));
-    return dsv3i_fail_where(error, result, name, "router scores are not finite in layer", c->w->index);
+    (void)dsv3i_fail_where(error, result, "row", "router scores are not finite in layer", c->w->index);
+    return dsv3i_fail_at(error, dsv3i_first_bad_row(c->ws->score, c->n, c->m.E), result);
 }
 
 #ifndef DSV3_NO_TRAINING
 /* A workspace whose pointers are on what a layer keeps. */
-static dsv3_workspace dsv3i_keeping(const dsv3_workspace *from, const dsv3i_saved *s, int is_moe) {
+static dsv3_workspace dsv3i_keeping(const dsv3_workspace *from, const dsv3i_saved *s) {
     dsv3_workspace ws = *from;
-    ws.q_raw = s->q_raw;
-    ws.kv_raw = s->kv_raw;
-    ws.o = s->o;
-    ws.softmax = s->softmax;
-    ws.x_mid = s->x_mid;
-    ws.h_gate = s->h_gate;
-    ws.h_up = s->h_up;
-    if (is_moe) {
-        ws.score = s->score;
-        ws.gate = s->gate;
-        ws.idx = s->idx;
-        ws.slot = s->slot;
-        ws.offset = s->offset;
-    }
-    if (s->u != NULL) ws.u = s->u;
-    if (s->u_ffn != NULL) ws.u_ffn = s->u_ffn;
-    if (s->q_latent != NULL) ws.q_latent = s->q_latent;
-    if (s->kv != NULL) ws.kv = s->kv;
-    if (s->q != NULL) ws.q = s->q;
-    if (s->h != NULL) ws.h = s->h;
+#define DSV3I_KEEP(type, name, rows, columns)                                                                        \
+    if (s->name != NULL) ws.name = s->name;
+    DSV3I_SAVED(DSV3I_KEEP)
+#undef DSV3I_KEEP
     return ws;
 }
 #endif
@@ -4974,7 +4941,7 @@ static dsv3_result dsv3i_pass(const dsv3_context *ctx, const dsv3_model *model, 
         dsv3_workspace keeping;
         if (saved != NULL) {
             dsv3i_copy_rows(ctx, saved[w->index].x_in, ws->x, n, d);
-            keeping = dsv3i_keeping(ws, &saved[w->index], w->is_moe);
+            keeping = dsv3i_keeping(ws, &saved[w->index]);
             c.ws = &keeping;
         }
 #endif
@@ -4991,11 +4958,10 @@ static dsv3_result dsv3i_pass(const dsv3_context *ctx, const dsv3_model *model, 
 /* NaN, infinite, or so large that the norm would make zeros of it; or the norm's gain is not finite. */
 static dsv3_result dsv3i_pass_finite(const dsv3_workspace *ws, size_t n, size_t d, dsv3_error *error) {
     for (size_t t = 0; t < n; t++) {
-        char name[32];
         if (dsv3i_is_finite(dsv3i_dot(ws->x + t * d, ws->x + t * d, d)) && dsv3i_all_finite(ws->u + t * d, d)) continue;
-        dsv3i_name_row(name, sizeof name, "row", t);
-        return dsv3i_fail_where(error, DSV3_ERR_NAN, name, "final hidden state is not finite, in sequence",
-                                ws->sequence[t]);
+        return dsv3i_fail_at(error, t,
+                             dsv3i_fail_where(error, DSV3_ERR_NAN, "row",
+                                              "final hidden state is not finite, in sequence", ws->sequence[t]));
     }
     return DSV3_OK;
 }
@@ -5498,9 +5464,8 @@ DSV3_API dsv3_result dsv3_sequence_init(dsv3_sequence *s, const dsv3_model *mode
     size_t need;
     if (s == NULL) return DSV3_ERR_ARG;
     DSV3I_TRY(dsv3_sequence_size(model, capacity, type, rows, drafts, &need));
-    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
+    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need));
     DSV3_MEMSET(s, 0, sizeof *s);
-    l.base = dsv3i_layout_base(memory);
     dsv3i_sequence_layout(s, model, capacity, type, rows, drafts, &l);
     s->made_for = dsv3i_config_fingerprint(&model->config);
     s->top_p = 1.0f;
@@ -5846,13 +5811,8 @@ static dsv3_result dsv3i_finish(const dsv3i_step *a, dsv3_sequence *s, size_t *o
     return dsv3i_accept(a, s, logits);
 }
 
-static dsv3_result dsv3i_fail_sequence(const dsv3i_step *a, size_t i, dsv3_result code, const char *why) {
-    char name[32];
-    dsv3i_name_row(name, sizeof name, "sequences", i);
-    return dsv3i_fail(a->error, code, name, why);
-}
-
 static dsv3_result dsv3i_generate_check(const dsv3i_step *a) {
+    dsv3_error *e = a->error;
     uint64_t made_for = dsv3i_config_fingerprint(&a->model->config);
     if (a->n < 1 || a->n > a->ws->rows) {
         return dsv3i_fail_range(a->error, a->n < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "n",
@@ -5864,17 +5824,17 @@ static dsv3_result dsv3i_generate_check(const dsv3i_step *a) {
     }
     for (size_t i = 0; i < a->n; i++) {
         dsv3_sequence *s = a->sequences[i];
-        if (s == NULL) return dsv3i_fail_sequence(a, i, DSV3_ERR_ARG, "is NULL");
-        if (s->step_rows != 0) return dsv3i_fail_sequence(a, i, DSV3_ERR_ARG, "is given twice");
+        if (s == NULL) return dsv3i_fail_at(e, i, dsv3i_fail(e, DSV3_ERR_ARG, "sequences", "is NULL"));
+        if (s->step_rows != 0) return dsv3i_fail_at(e, i, dsv3i_fail(e, DSV3_ERR_ARG, "sequences", "is given twice"));
         s->step_rows = 1; /* seen */
         if (s->made_for != made_for || s->n_modules > (size_t)a->model->n_mtp) {
-            return dsv3i_fail_sequence(a, i, DSV3_ERR_MISMATCH, "was made for another model");
+            return dsv3i_fail_at(e, i, dsv3i_fail(e, DSV3_ERR_MISMATCH, "sequences", "was made for another model"));
         }
         if (!(s->temperature >= 0.0f) || s->temperature > FLT_MAX) {
-            return dsv3i_fail_sequence(a, i, DSV3_ERR_ARG, "temperature is negative or not finite");
+            return dsv3i_fail_at(e, i, dsv3i_fail(e, DSV3_ERR_ARG, "sequences", "temperature is negative or not finite"));
         }
         if (!(s->top_p >= 0.0f) || s->top_p > 1.0f) {
-            return dsv3i_fail_sequence(a, i, DSV3_ERR_ARG, "top_p is not between 0 and 1");
+            return dsv3i_fail_at(e, i, dsv3i_fail(e, DSV3_ERR_ARG, "sequences", "top_p is not between 0 and 1"));
         }
     }
     return DSV3_OK;
@@ -6046,8 +6006,7 @@ DSV3_API dsv3_result dsv3_parameters_init(dsv3_parameters *parameters, const dsv
     size_t need;
     if (parameters == NULL) return DSV3_ERR_ARG;
     DSV3I_TRY(dsv3_parameters_size(config, &need));
-    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
-    l.base = dsv3i_layout_base(memory);
+    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need));
     DSV3_MEMSET(parameters, 0, sizeof *parameters);
     dsv3i_parameters_layout(parameters, config, &l);
     dsv3i_parameters_bind(parameters, config);
@@ -6163,6 +6122,7 @@ static void dsv3i_saved_layout(dsv3i_saved *at, const dsv3i_dims *m, size_t n, i
                                dsv3i_layout *l) {
     size_t hidden = dsv3i_hidden_floats(m, is_moe), moe = is_moe ? n : 0, norms = keep & DSV3_KEEP_NORMS ? n : 0;
     size_t queries = keep & DSV3_KEEP_UP_PROJECTIONS ? n : 0, swiglu = keep & DSV3_KEEP_SWIGLU ? n : 0;
+    at->x_in = (float *)dsv3i_take_rows(l, sizeof(float), n, m->d);
     DSV3I_SAVED(DSV3I_TAKE)
 }
 
@@ -6225,8 +6185,7 @@ DSV3_API dsv3_result dsv3_trainer_init(dsv3_trainer *trainer, const dsv3_config 
     dsv3_trainer *t = trainer;
     if (t == NULL) return DSV3_ERR_ARG;
     DSV3I_TRY(dsv3_trainer_size(config, settings, threads, &need));
-    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
-    l.base = dsv3i_layout_base(memory);
+    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need));
     DSV3_MEMSET(t, 0, sizeof *t);
     dsv3i_trainer_layout(t, config, settings, threads, &l);
     t->settings = *settings;
@@ -6408,7 +6367,7 @@ static void dsv3i_train_depth_backward(const dsv3i_evaluation *a, dsv3_trainer *
     dsv3i_norm_backward(&norm, n);
     for (size_t i = stack.count; i > 0; i--) {
         const dsv3_layer *w = &stack.layers[i - 1];
-        dsv3_workspace keeping = dsv3i_keeping(&ws, &t->saved[w->index], w->is_moe);
+        dsv3_workspace keeping = dsv3i_keeping(&ws, &t->saved[w->index]);
         dsv3i_call c = dsv3i_call_of(&a->ctx, model, w, 0, t->caches, n, &keeping);
         c.g = &g.layers[i - 1];
         c.s = &t->saved[w->index];
@@ -6531,7 +6490,7 @@ static void dsv3i_squares_task(void *arg, size_t begin, size_t end, size_t worke
 /* The global norm: of the gradients of all that is trained. */
 static double dsv3i_gradient_norm(const dsv3_context *ctx, dsv3_trainer *t, size_t runs) {
     double sum = 0.0;
-    dsv3i_parallel(ctx, runs, t->gradients.count, dsv3i_squares_task, t);
+    dsv3i_loop(ctx, runs, DSV3I_RUN, dsv3i_squares_task, t);
     for (size_t i = 0; i < runs; i++) sum += t->squares[i].sum;
     return DSV3_POW(sum, 0.5);
 }
@@ -6626,11 +6585,10 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
     o.scale = clip > 0.0 && size > clip ? (float)(clip / size) : 1.0f;
     o.rate = (float)(learning_rate / (1.0 - dsv3i_power((double)t->settings.beta1, t->step + 1)));
     o.root = (float)DSV3_POW(1.0 - dsv3i_power((double)t->settings.beta2, t->step + 1), -0.5);
-    dsv3i_parallel(context, o.runs, dsv3i_mul(t->weights.count, 8), dsv3i_adamw_task, &o);
+    dsv3i_loop(context, o.runs, 8 * DSV3I_RUN, dsv3i_adamw_task, &o);
     dsv3i_train_bias(t);
     if (t->ema != NULL) {
-        size_t n = t->weights.count;
-        dsv3i_parallel(context, dsv3i_blocks(n, DSV3I_RUN), dsv3i_mul(n, 2), dsv3i_ema_task, t);
+        dsv3i_loop(context, dsv3i_blocks(t->weights.count, DSV3I_RUN), 2 * DSV3I_RUN, dsv3i_ema_task, t);
     }
     t->step++;
     return dsv3i_ok(error);
