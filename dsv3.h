@@ -1379,18 +1379,18 @@ typedef struct dsv3i_layout {
     size_t used;         /* bytes so far, SIZE_MAX once too large */
 } dsv3i_layout;
 
-/* a x b x c elements of size bytes; NULL when there are none, or when only measuring. */
+/* a x b x c elements of size bytes; NULL when only measuring. */
 static void *dsv3i_take(dsv3i_layout *l, size_t size, size_t a, size_t b, size_t c) {
     size_t bytes = dsv3i_mul(dsv3i_mul(dsv3i_mul(size, a), b), c);
     size_t padded = dsv3i_mul(dsv3i_blocks(bytes, DSV3I_LINE), DSV3I_LINE);
-    void *at = l->base == NULL || l->used == SIZE_MAX || bytes == 0 ? NULL : (void *)(l->base + l->used);
+    void *at = l->base == NULL || l->used == SIZE_MAX ? NULL : (void *)(l->base + l->used);
     l->used = dsv3i_add(l->used, bytes == SIZE_MAX ? SIZE_MAX : padded);
     return at;
 }
 
-/* rows x columns of them. */
+/* rows x columns of them; NULL for 0 rows. */
 static void *dsv3i_take_rows(dsv3i_layout *l, size_t size, size_t rows, size_t columns) {
-    return dsv3i_take(l, size, rows, columns, 1);
+    return rows == 0 ? NULL : dsv3i_take(l, size, rows, columns, 1);
 }
 
 static dsv3_result dsv3i_layout_size(const dsv3i_layout *l, size_t *bytes) {
@@ -4753,6 +4753,23 @@ DSV3_API dsv3_result dsv3_workspace_init(dsv3_workspace *workspace, const dsv3_c
     return DSV3_OK;
 }
 
+/* One run of a batch. Depth 0 is the main model; k, MTP module k. */
+typedef struct dsv3i_run {
+    const dsv3_context *ctx;
+    const dsv3_model *model;
+    size_t k;
+    dsv3_cache *caches; /* [n_caches] */
+    size_t n_caches;
+    const dsv3_batch *batch;
+    const float *hidden; /* [n, d] k > 0: the rows' states at depth k - 1 */
+    float *logits;       /* [outputs, V] */
+    dsv3_workspace *ws;
+    dsv3_error *error;
+    const struct dsv3i_evaluation *sums; /* loads and balance losses are added up here; or NULL */
+    struct dsv3i_saved *saved; /* [L + D] training: where each layer keeps what its backward pass needs, and the caches
+                                  have one layer each; else NULL */
+} dsv3i_run;
+
 /* ---- A batch: checked as a whole before anything is computed */
 
 /* The row before r of the same sequence, or r itself if it is the first. */
@@ -4763,29 +4780,30 @@ static size_t dsv3i_previous_row(const int32_t *sequence, size_t r) {
     return r;
 }
 
-static dsv3_result dsv3i_batch_row(const dsv3_model *model, const dsv3_cache *caches, size_t n_caches,
-                                   const dsv3_batch *batch, size_t r, dsv3_workspace *ws, dsv3_error *error) {
+static dsv3_result dsv3i_batch_row(const dsv3i_run *p, size_t r) {
+    const dsv3_batch *batch = p->batch;
+    dsv3_workspace *ws = p->ws;
     int32_t s = batch->sequence != NULL ? batch->sequence[r] : 0, token = batch->token[r];
+    int32_t V = p->model->config.vocab_size;
     size_t before, position;
-    if (s < 0 || (size_t)s >= n_caches) {
-        return dsv3i_fail_row(error, DSV3_ERR_ARG, "sequence", r, "is not one of the caches", 0,
-                              (int64_t)n_caches - 1, s);
+    if (s < 0 || (size_t)s >= p->n_caches) {
+        return dsv3i_fail_row(p->error, DSV3_ERR_ARG, "sequence", r, "is not one of the caches", 0,
+                              (int64_t)p->n_caches - 1, s);
     }
-    if (token < 0 || token >= model->config.vocab_size) {
-        return dsv3i_fail_row(error, DSV3_ERR_TOKEN, "token", r, "is outside the vocabulary", 0,
-                              (int64_t)model->config.vocab_size - 1, token);
+    if (token < 0 || token >= V) {
+        return dsv3i_fail_row(p->error, DSV3_ERR_TOKEN, "token", r, "is outside the vocabulary", 0, V - 1, token);
     }
     ws->sequence[r] = s;
     before = dsv3i_previous_row(ws->sequence, r);
-    position = before == r ? caches[s].length : (size_t)ws->position[before] + 1;
+    position = before == r ? p->caches[s].length : (size_t)ws->position[before] + 1;
     ws->leader[r] = before == r ? (int32_t)r : ws->leader[before];
     if (batch->position != NULL && (int64_t)batch->position[r] != (int64_t)position) {
-        return dsv3i_fail_row(error, DSV3_ERR_POSITION, "position", r, "does not continue its sequence",
+        return dsv3i_fail_row(p->error, DSV3_ERR_POSITION, "position", r, "does not continue its sequence",
                               (int64_t)position, (int64_t)position, batch->position[r]);
     }
-    if (position >= caches[s].capacity) {
-        return dsv3i_fail_row(error, DSV3_ERR_CONTEXT, "position", r, "is beyond the cache", 0,
-                              (int64_t)caches[s].capacity - 1, (int64_t)position);
+    if (position >= p->caches[s].capacity) {
+        return dsv3i_fail_row(p->error, DSV3_ERR_CONTEXT, "position", r, "is beyond the cache", 0,
+                              (int64_t)p->caches[s].capacity - 1, (int64_t)position);
     }
     ws->position[r] = (int32_t)position;
     return DSV3_OK;
@@ -4805,70 +4823,72 @@ static dsv3_result dsv3i_batch_outputs(const dsv3_batch *batch, dsv3_error *erro
     return DSV3_OK;
 }
 
-static dsv3_result dsv3i_batch_check(const dsv3_context *ctx, const dsv3_model *model, const dsv3_cache *caches,
-                                     size_t n_caches, size_t layers, const dsv3_batch *batch,
-                                     const dsv3_workspace *ws, dsv3_error *error) {
+static dsv3_result dsv3i_batch_check(const dsv3i_run *p) {
+    const dsv3_workspace *ws = p->ws;
+    dsv3_error *e = p->error;
+    size_t layers, rows;
     dsv3i_dims m;
-    if (ctx == NULL || model == NULL || caches == NULL || batch == NULL || ws == NULL || batch->token == NULL) {
-        return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
+    if (p->ctx == NULL || p->model == NULL || p->caches == NULL || p->batch == NULL || ws == NULL ||
+        p->batch->token == NULL) {
+        return dsv3i_fail(e, DSV3_ERR_ARG, "argument", "is NULL");
     }
-    if (batch->rows < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "rows", "the batch is empty");
-    if (batch->rows > ws->rows) {
-        return dsv3i_fail_range(error, DSV3_ERR_MEMORY, "rows", "is more than the workspace was made for", 1,
-                                (int64_t)ws->rows, (int64_t)batch->rows);
+    rows = p->batch->rows;
+    if (rows < 1) return dsv3i_fail(e, DSV3_ERR_ARG, "rows", "the batch is empty");
+    if (rows > ws->rows) {
+        return dsv3i_fail_range(e, DSV3_ERR_MEMORY, "rows", "is more than the workspace was made for", 1,
+                                (int64_t)ws->rows, (int64_t)rows);
     }
-    if (ctx->threads > ws->threads) {
-        return dsv3i_fail_range(error, DSV3_ERR_MEMORY, "threads", "is more than the workspace was made for", 1,
-                                (int64_t)ws->threads, (int64_t)ctx->threads);
+    if (p->ctx->threads > ws->threads) {
+        return dsv3i_fail_range(e, DSV3_ERR_MEMORY, "threads", "is more than the workspace was made for", 1,
+                                (int64_t)ws->threads, (int64_t)p->ctx->threads);
     }
-    m = dsv3i_dims_of(&model->config);
+    m = dsv3i_dims_of(&p->model->config);
     if (ws->made_for != dsv3i_fingerprint(&m)) {
-        return dsv3i_fail(error, DSV3_ERR_MISMATCH, "workspace", "was made for another config");
+        return dsv3i_fail(e, DSV3_ERR_MISMATCH, "workspace", "was made for another config");
     }
-    for (size_t s = 0; s < n_caches; s++) {
-        if (caches[s].layers == layers && caches[s].width == m.width) continue;
-        (void)dsv3i_fail_numbers(error, DSV3_ERR_MISMATCH, "caches", "was made for another config", DSV3_NUMBERS_SHAPE,
-                                 (int64_t)layers, (int64_t)m.width, (int64_t)caches[s].layers,
-                                 (int64_t)caches[s].width);
-        return dsv3i_fail_at(error, s, DSV3_ERR_MISMATCH);
+    layers = p->k > 0 || p->saved != NULL ? 1 : m.L;
+    for (size_t s = 0; s < p->n_caches; s++) {
+        const dsv3_cache *cache = &p->caches[s];
+        if (cache->layers == layers && cache->width == m.width) continue;
+        (void)dsv3i_fail_numbers(e, DSV3_ERR_MISMATCH, "caches", "was made for another config", DSV3_NUMBERS_SHAPE,
+                                 (int64_t)layers, (int64_t)m.width, (int64_t)cache->layers, (int64_t)cache->width);
+        return dsv3i_fail_at(e, s, DSV3_ERR_MISMATCH);
     }
-    return dsv3i_batch_outputs(batch, error);
+    return dsv3i_batch_outputs(p->batch, e);
 }
 
 /* Which rows use the expanded form: see chapter 6. */
-static void dsv3i_batch_forms(const dsv3_context *ctx, const dsv3i_dims *m, size_t n, dsv3_workspace *ws) {
+static void dsv3i_batch_forms(const dsv3_context *ctx, size_t rk, size_t kv, size_t n, dsv3_workspace *ws) {
     for (size_t t = 0; t < n; t++) ws->expanded[t] = 0;
     for (size_t t = 0; t < n; t++) ws->expanded[ws->leader[t]]++; /* rows of the sequence, kept by its leader */
     for (size_t t = n; t > 0; t--) {
-        size_t leader = (size_t)ws->leader[t - 1], rows = (size_t)ws->expanded[leader];
-        int pays =
-            rows > DSV3_MAX_DRAFTS + 1 && 2 * m->rk > m->kv && rows > dsv3i_mul(m->rk, m->kv) / (2 * m->rk - m->kv);
+        size_t rows = (size_t)ws->expanded[ws->leader[t - 1]];
+        int pays = rows > DSV3_MAX_DRAFTS + 1 && 2 * rk > kv && rows > dsv3i_mul(rk, kv) / (2 * rk - kv);
         if (ctx->attention == DSV3_ATTENTION_ABSORBED) pays = 0;
         if (ctx->attention == DSV3_ATTENTION_EXPANDED) pays = 1;
         ws->expanded[t - 1] = pays; /* from the back: a leader's count is overwritten last */
     }
 }
 
-/* layers: how many the caches must have. */
-static dsv3_result dsv3i_batch_begin(const dsv3_context *ctx, const dsv3_model *model, const dsv3_cache *caches,
-                                     size_t n_caches, size_t layers, const dsv3_batch *batch, dsv3_workspace *ws,
-                                     dsv3_error *error) {
+static dsv3_result dsv3i_batch_begin(const dsv3i_run *p) {
+    const dsv3_model *model = p->model;
+    size_t n;
     dsv3i_dims m;
-    DSV3I_TRY(dsv3i_batch_check(ctx, model, caches, n_caches, layers, batch, ws, error));
+    DSV3I_TRY(dsv3i_batch_check(p));
+    n = p->batch->rows;
+    for (size_t r = 0; r < n; r++) DSV3I_TRY(dsv3i_batch_row(p, r));
     m = dsv3i_dims_of(&model->config);
-    for (size_t r = 0; r < batch->rows; r++) {
-        DSV3I_TRY(dsv3i_batch_row(model, caches, n_caches, batch, r, ws, error));
-    }
-    dsv3i_batch_forms(ctx, &m, batch->rows, ws);
-    dsv3_rope_table(ws->cos_sin, ws->position, model->rope_turns, model->rope_factor, batch->rows, m.dr);
-    return dsv3i_ok(error);
+    dsv3i_batch_forms(p->ctx, m.rk, m.kv, n, p->ws);
+    dsv3_rope_table(p->ws->cos_sin, p->ws->position, model->rope_turns, model->rope_factor, n, m.dr);
+    return dsv3i_ok(p->error);
 }
 
 DSV3_API dsv3_result dsv3_batch_begin(const dsv3_context *context, const dsv3_model *model, const dsv3_cache *caches,
                                       size_t n_caches, const dsv3_batch *batch, dsv3_workspace *workspace,
                                       dsv3_error *error) {
-    size_t layers = model == NULL ? 0 : dsv3i_main_layers(&model->config);
-    return dsv3i_batch_begin(context, model, caches, n_caches, layers, batch, workspace, error);
+    const dsv3i_run p = {context, model, 0,         (dsv3_cache *)(uintptr_t)caches, n_caches, batch, NULL,
+                         NULL,    workspace, error, NULL, NULL};
+    return dsv3i_batch_begin(&p);
 }
 
 DSV3_API void dsv3_batch_end(dsv3_cache *caches, const dsv3_batch *batch, const dsv3_workspace *workspace) {
@@ -4926,79 +4946,89 @@ static dsv3_workspace dsv3i_keeping(const dsv3_workspace *from, const dsv3i_save
 }
 #endif
 
-/* The layers of depth k on n rows x, then the norm: ws->x, ws->u and ws->hidden. saved [L + D]: training, where each layer
- * keeps what its backward pass needs, and caches have one layer each; else NULL. */
-static dsv3_result dsv3i_pass(const dsv3_context *ctx, const dsv3_model *model, size_t k, dsv3_cache *caches, size_t n,
-                              struct dsv3i_saved *saved, dsv3_workspace *ws, dsv3_error *error) {
-    dsv3i_stack stack = dsv3i_stack_of(model, k);
-    const dsv3_observer *o = &ctx->observer;
-    size_t d = (size_t)model->config.hidden_size;
+/* These are in chapter 12. */
+static void dsv3i_mtp_input(const dsv3i_run *p);
+static void dsv3i_evaluate_layer(const struct dsv3i_evaluation *a, dsv3i_call *c);
+
+/* The layers of depth k on the rows in ws->x, then the norm: ws->x, ws->u and ws->hidden. */
+static dsv3_result dsv3i_pass(const dsv3i_run *p) {
+    const dsv3_observer *o = &p->ctx->observer;
+    dsv3_workspace *ws = p->ws;
+    dsv3i_stack stack = dsv3i_stack_of(p->model, p->k);
+    size_t n = p->batch->rows, d = stack.norm->cols;
     for (size_t i = 0; i < stack.count; i++) {
         const dsv3_layer *w = &stack.layers[i];
-        dsv3i_call c = dsv3i_call_of(ctx, model, w, saved == NULL ? i : 0, caches, n, ws);
+        dsv3i_call c = dsv3i_call_of(p->ctx, p->model, w, p->saved == NULL ? i : 0, p->caches, n, ws);
         dsv3_result result;
 #ifndef DSV3_NO_TRAINING
         dsv3_workspace keeping;
-        if (saved != NULL) {
-            dsv3i_copy_rows(ctx, saved[w->index].x_in, ws->x, n, d);
-            keeping = dsv3i_keeping(ws, &saved[w->index]);
+        if (p->saved != NULL) {
+            dsv3i_copy_rows(p->ctx, p->saved[w->index].x_in, ws->x, n, d);
+            keeping = dsv3i_keeping(ws, &p->saved[w->index]);
             c.ws = &keeping;
         }
 #endif
         result = dsv3i_layer_forward(&c, ws->x);
-        if (result != DSV3_OK) return dsv3i_layer_fail(&c, result, error);
+        if (result != DSV3_OK) return dsv3i_layer_fail(&c, result, p->error);
+        if (p->sums != NULL && w->is_moe) dsv3i_evaluate_layer(p->sums, &c);
         if (o->hidden != NULL) o->hidden(o->user, w->index, ws->x, n);
     }
-    dsv3_rmsnorm(ctx, ws->u, ws->x, stack.norm, n, d, model->config.rms_norm_eps);
-    ws->hidden = model->config.mtp_hidden == DSV3_MTP_PRE_NORM ? ws->x : ws->u;
+    dsv3_rmsnorm(p->ctx, ws->u, ws->x, stack.norm, n, d, p->model->config.rms_norm_eps);
+    ws->hidden = p->model->config.mtp_hidden == DSV3_MTP_PRE_NORM ? ws->x : ws->u;
     if (o->hidden != NULL) o->hidden(o->user, -1, ws->u, n);
     return DSV3_OK;
 }
 
 /* NaN, infinite, or so large that the norm would make zeros of it; or the norm's gain is not finite. */
-static dsv3_result dsv3i_pass_finite(const dsv3_workspace *ws, size_t n, size_t d, dsv3_error *error) {
-    for (size_t t = 0; t < n; t++) {
-        if (dsv3i_is_finite(dsv3i_dot(ws->x + t * d, ws->x + t * d, d)) && dsv3i_all_finite(ws->u + t * d, d)) continue;
-        return dsv3i_fail_at(error, t,
-                             dsv3i_fail_where(error, DSV3_ERR_NAN, "row",
-                                              "final hidden state is not finite, in sequence", ws->sequence[t]));
+static dsv3_result dsv3i_pass_finite(const dsv3i_run *p) {
+    const dsv3_workspace *ws = p->ws;
+    size_t d = (size_t)p->model->config.hidden_size;
+    for (size_t t = 0; t < p->batch->rows; t++) {
+        const float *x = ws->x + t * d;
+        if (dsv3i_is_finite(dsv3i_dot(x, x, d)) && dsv3i_all_finite(ws->u + t * d, d)) continue;
+        (void)dsv3i_fail_where(p->error, DSV3_ERR_NAN, "row", "final hidden state is not finite, in sequence",
+                               ws->sequence[t]);
+        return dsv3i_fail_at(p->error, t, DSV3_ERR_NAN);
     }
     return DSV3_OK;
 }
 
 /* logits [outputs, V] from the normalised rows in ws->u; the wanted ones are gathered in ws->y. */
-static dsv3_result dsv3i_pass_logits(const dsv3_context *ctx, float *logits, const dsv3_tensor *head,
-                                     const dsv3_batch *batch, dsv3_workspace *ws, dsv3_error *error) {
+static dsv3_result dsv3i_pass_logits(const dsv3i_run *p) {
+    const dsv3_batch *batch = p->batch;
+    const dsv3_tensor *head = dsv3i_stack_of(p->model, p->k).head;
     size_t d = head->cols, skipped = batch->rows - batch->outputs, bad;
-    dsv3i_product p = dsv3i_product_of(logits, ws->y, head, batch->outputs);
+    dsv3i_product product = dsv3i_product_of(p->logits, p->ws->y, head, batch->outputs);
     if (batch->outputs == 0) return DSV3_OK;
     for (size_t i = 0; i < batch->outputs; i++) {
         size_t row = batch->output != NULL ? (size_t)batch->output[i] : skipped + i;
-        DSV3_MEMCPY(ws->y + i * d, ws->u + row * d, d * sizeof(float));
+        DSV3_MEMCPY(p->ws->y + i * d, p->ws->u + row * d, d * sizeof(float));
     }
-    ctx->ops->linear(ctx, &p, 1, ws->scratch);
-    bad = dsv3i_first_bad_row(logits, batch->outputs, head->rows);
+    p->ctx->ops->linear(p->ctx, &product, 1, p->ws->scratch);
+    bad = dsv3i_first_bad_row(p->logits, batch->outputs, head->rows);
     if (bad == batch->outputs) return DSV3_OK;
-    return dsv3i_fail_where(error, DSV3_ERR_NAN, "logits", "a value is not finite, in output", (int64_t)bad);
+    return dsv3i_fail_where(p->error, DSV3_ERR_NAN, "logits", "a value is not finite, in output", (int64_t)bad);
 }
 
-/* A pass whose batch has begun and whose rows are in ws->x, to its end. */
-static dsv3_result dsv3i_forward(const dsv3_context *ctx, float *logits, const dsv3_model *model, size_t k,
-                                 dsv3_cache *caches, const dsv3_batch *batch, dsv3_workspace *ws, dsv3_error *error) {
-    DSV3I_TRY(dsv3i_pass(ctx, model, k, caches, batch->rows, NULL, ws, error));
-    DSV3I_TRY(dsv3i_pass_finite(ws, batch->rows, (size_t)model->config.hidden_size, error));
-    DSV3I_TRY(dsv3i_pass_logits(ctx, logits, dsv3i_stack_of(model, k).head, batch, ws, error));
-    dsv3_batch_end(caches, batch, ws);
-    return dsv3i_ok(error);
+/* The whole run. In training only the losses are looked at. */
+static dsv3_result dsv3i_forward(const dsv3i_run *p) {
+    DSV3I_TRY(dsv3i_batch_begin(p));
+    if (p->k > 0 && p->hidden == NULL) return dsv3i_fail(p->error, DSV3_ERR_ARG, "hidden", "is NULL");
+    if (p->logits == NULL && p->batch->outputs > 0) return dsv3i_fail(p->error, DSV3_ERR_ARG, "logits", "is NULL");
+    if (p->k == 0) dsv3_embed(p->ctx, p->ws->x, p->batch->token, &p->model->embed_tokens, p->batch->rows);
+    if (p->k > 0) dsv3i_mtp_input(p);
+    DSV3I_TRY(dsv3i_pass(p));
+    if (p->saved == NULL) DSV3I_TRY(dsv3i_pass_finite(p));
+    DSV3I_TRY(dsv3i_pass_logits(p));
+    dsv3_batch_end(p->caches, p->batch, p->ws);
+    return dsv3i_ok(p->error);
 }
 
 DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, const dsv3_model *model,
                                   dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                   dsv3_workspace *workspace, dsv3_error *error) {
-    DSV3I_TRY(dsv3_batch_begin(context, model, caches, n_caches, batch, workspace, error));
-    if (logits == NULL && batch->outputs > 0) return dsv3i_fail(error, DSV3_ERR_ARG, "logits", "is NULL");
-    dsv3_embed(context, workspace->x, batch->token, &model->embed_tokens, batch->rows);
-    return dsv3i_forward(context, logits, model, 0, caches, batch, workspace, error);
+    const dsv3i_run p = {context, model, 0, caches, n_caches, batch, NULL, logits, workspace, error, NULL, NULL};
+    return dsv3i_forward(&p);
 }
 
 /* ========================================================================================================
@@ -5043,41 +5073,35 @@ static void dsv3i_mtp_concat(const dsv3_context *ctx, const dsv3_model *model, c
 }
 
 /* ws->x [n, d] = eh_proj concat */
-static void dsv3i_mtp_input(const dsv3_context *ctx, const dsv3_model *model, size_t k, const int32_t *token,
-                            const float *hidden, size_t n, dsv3_workspace *ws) {
-    const dsv3_mtp *mtp = &model->mtp[k - 1];
-    dsv3i_product p = dsv3i_product_of(ws->x, ws->concat, &mtp->eh_proj, n);
-    dsv3i_mtp_concat(ctx, model, mtp, token, hidden, n, ws);
-    ctx->ops->linear(ctx, &p, 1, ws->scratch);
+static void dsv3i_mtp_input(const dsv3i_run *p) {
+    const dsv3_mtp *mtp = &p->model->mtp[p->k - 1];
+    size_t n = p->batch->rows;
+    dsv3i_product product = dsv3i_product_of(p->ws->x, p->ws->concat, &mtp->eh_proj, n);
+    dsv3i_mtp_concat(p->ctx, p->model, mtp, p->batch->token, p->hidden, n, p->ws);
+    p->ctx->ops->linear(p->ctx, &product, 1, p->ws->scratch);
 }
 
 DSV3_API dsv3_result dsv3_mtp_forward(const dsv3_context *context, float *logits, const dsv3_model *model, size_t k,
                                       dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                       const float *hidden, dsv3_workspace *workspace, dsv3_error *error) {
+    const dsv3i_run p = {context, model, k, caches, n_caches, batch, hidden, logits, workspace, error, NULL, NULL};
     if (model != NULL && (k < 1 || k > (size_t)model->n_mtp)) {
         return dsv3i_fail_range(error, DSV3_ERR_ARG, "k", "is not a module of this model", 1, model->n_mtp,
                                 (int64_t)k);
     }
-    DSV3I_TRY(dsv3i_batch_begin(context, model, caches, n_caches, 1, batch, workspace, error));
-    if (hidden == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "hidden", "is NULL");
-    if (logits == NULL && batch->outputs > 0) return dsv3i_fail(error, DSV3_ERR_ARG, "logits", "is NULL");
-    dsv3i_mtp_input(context, model, k, batch->token, hidden, batch->rows, workspace);
-    return dsv3i_forward(context, logits, model, k, caches, batch, workspace, error);
+    return dsv3i_forward(&p);
 }
 
 /* ---- The training form: all depths over whole sequences */
 
 typedef struct dsv3i_evaluation {
-    dsv3_context ctx;              /* the caller's, but its observer is us */
-    const dsv3_observer *observer; /* the caller's */
     dsv3_losses *losses;
-    const dsv3_model *model;
     const dsv3_text *text;
-    dsv3_workspace *ws;
-    dsv3_error *error;
-    const float *score; /* [n, E] and [n, K] of the layer whose balance loss is computed; idx NULL: by score alone */
-    const int32_t *idx;
-    size_t n, E, K;
+    dsv3_cache *modules; /* [depths, n_caches] */
+    /* training: the workspace for the rows of depth k, and what is done behind their loss; else NULL */
+    dsv3_workspace *(*depth)(const struct dsv3i_evaluation *a, size_t k);
+    void (*behind)(const struct dsv3i_evaluation *a, size_t k, dsv3i_loss *loss);
+    void *user;
 } dsv3i_evaluation;
 
 static int32_t dsv3i_text_sequence(const dsv3_text *x, size_t r) { return x->sequence != NULL ? x->sequence[r] : 0; }
@@ -5129,111 +5153,93 @@ static dsv3_result dsv3i_text_check(const dsv3_text *x, int32_t V, dsv3_error *e
     return DSV3_OK;
 }
 
+typedef struct dsv3i_balance_loop {
+    const dsv3i_call *c;
+    const int32_t *idx; /* [n, K] or NULL: by score alone */
+} dsv3i_balance_loop;
+
 /* The balance loss of each sequence among the rows, which are whole sequences; 0 for rows that begin none. */
 static void dsv3i_evaluate_balance_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_evaluation *a = (const dsv3i_evaluation *)arg;
-    const dsv3_workspace *ws = a->ws;
+    const dsv3i_balance_loop *a = (const dsv3i_balance_loop *)arg;
+    const dsv3_workspace *ws = a->c->ws;
+    size_t E = a->c->m.E, K = a->c->m.K;
     for (size_t t = begin; t < end; t++) {
-        const int32_t *idx = a->idx != NULL ? a->idx + t * a->K : NULL;
-        size_t rows = dsv3i_sequence_rows(ws->leader, t, a->n);
-        ws->sequence_loss[t] = dsv3_balance_loss(a->score + t * a->E, idx, ws->row_mask + t, rows, a->E, a->K,
-                                                 ws->balance + worker * 2 * a->E);
+        size_t rows = dsv3i_sequence_rows(ws->leader, t, a->c->n);
+        ws->sequence_loss[t] = dsv3_balance_loss(ws->score + t * E, a->idx != NULL ? a->idx + t * K : NULL,
+                                                 ws->row_mask + t, rows, E, K, ws->balance + worker * 2 * E);
     }
 }
 
-/* We stand between the pass and the caller's observer: loads and balance losses are taken where routers show them. */
-static void dsv3i_evaluate_routing(void *user, int32_t layer, const float *score, const int32_t *idx,
-                                   const float *gate, size_t n) {
-    dsv3i_evaluation *a = (dsv3i_evaluation *)user;
-    const dsv3_observer *o = a->observer;
-    dsv3_losses *sums = a->losses;
-    if (sums->load != NULL) dsv3_load_count(sums->load + (size_t)layer * a->E, idx, a->ws->row_mask, n, a->K);
-    if (sums->balance != NULL) {
-        a->score = score;
-        a->idx = sums->actual ? idx : NULL;
-        a->n = n;
-        dsv3i_parallel(&a->ctx, n, dsv3i_mul(n, 16 * a->E), dsv3i_evaluate_balance_task, a);
-        for (size_t t = 0; t < n; t++) sums->balance[layer] += a->ws->sequence_loss[t];
-    }
-    if (o->routing != NULL) o->routing(o->user, layer, score, idx, gate, n);
+/* Adds a layer's loads and balance losses to the sums. */
+static void dsv3i_evaluate_layer(const dsv3i_evaluation *a, dsv3i_call *c) {
+    const dsv3_losses *sums = a->losses;
+    const dsv3_workspace *ws = c->ws;
+    size_t layer = (size_t)c->w->index;
+    dsv3i_balance_loop loop = {c, sums->actual ? ws->idx : NULL};
+    if (sums->load != NULL) dsv3_load_count(sums->load + layer * c->m.E, ws->idx, ws->row_mask, c->n, c->m.K);
+    if (sums->balance == NULL) return;
+    dsv3i_loop(c->ctx, c->n, 16 * c->m.E, dsv3i_evaluate_balance_task, &loop);
+    for (size_t t = 0; t < c->n; t++) sums->balance[layer] += ws->sequence_loss[t];
 }
 
-static void dsv3i_evaluate_choose(void *user, int32_t layer, int32_t *idx, const float *score, size_t n) {
-    const dsv3_observer *o = ((const dsv3i_evaluation *)user)->observer;
-    o->choose(o->user, layer, idx, score, n);
-}
-
-static void dsv3i_evaluate_hidden(void *user, int32_t layer, const float *x, size_t n) {
-    const dsv3_observer *o = ((const dsv3i_evaluation *)user)->observer;
-    o->hidden(o->user, layer, x, n);
-}
-
-static void dsv3i_evaluate_observe(dsv3i_evaluation *a, const dsv3_context *context) {
-    const dsv3_observer *o = a->observer = &context->observer;
-    a->E = (size_t)a->model->config.n_routed_experts;
-    a->K = (size_t)a->model->config.num_experts_per_tok;
-    a->ctx = *context;
-    a->ctx.observer.user = a;
-    a->ctx.observer.routing = dsv3i_evaluate_routing;
-    a->ctx.observer.choose = o->choose != NULL ? dsv3i_evaluate_choose : NULL;
-    a->ctx.observer.hidden = o->hidden != NULL ? dsv3i_evaluate_hidden : NULL;
-}
-
-/* Adds the loss of the n rows in ws->u at depth k to the sums. ws->y (d >= 1) and ws->row_output are free: nobody has
- * asked for logits. */
-static dsv3_result dsv3i_evaluate_nll(const dsv3i_evaluation *a, const dsv3_tensor *head, size_t k, size_t n) {
-    dsv3_workspace *ws = a->ws;
+/* Adds the loss of the rows in ws->u to the sums. ws->y (d >= 1) and ws->row_output are free: nobody has asked for
+ * logits. */
+static dsv3_result dsv3i_evaluate_nll(const dsv3i_evaluation *a, const dsv3i_run *p) {
+    dsv3_workspace *ws = p->ws;
     int32_t *target = ws->row_output;
     float *nll = ws->y;
-    dsv3i_loss loss = dsv3i_loss_of(&a->ctx, ws->u, head, target, n, ws->loss, ws->scratch);
-    for (size_t i = 0; i < n; i++) target[i] = dsv3i_text_target(a->text, ws->row_index[i], k);
+    dsv3i_loss loss = dsv3i_loss_of(p->ctx, ws->u, dsv3i_stack_of(p->model, p->k).head, target, p->batch->rows, ws->loss,
+                                    ws->scratch);
+    for (size_t i = 0; i < loss.n; i++) target[i] = dsv3i_text_target(a->text, ws->row_index[i], p->k);
     dsv3i_cross_entropy(&loss, nll);
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; i < loss.n; i++) {
         if (!dsv3i_is_finite(nll[i])) {
-            return dsv3i_fail_where(a->error, DSV3_ERR_NAN, "loss", "is not finite, of row",
+            return dsv3i_fail_where(p->error, DSV3_ERR_NAN, "loss", "is not finite, of row",
                                     (int64_t)ws->row_index[i]);
         }
-        a->losses->nll[k] += (double)nll[i];
-        a->losses->targets[k] += target[i] != DSV3_IGNORE;
+        a->losses->nll[p->k] += (double)nll[i];
+        a->losses->targets[p->k] += target[i] != DSV3_IGNORE;
     }
+    if (a->behind != NULL) a->behind(a, p->k, &loss);
     return DSV3_OK;
 }
 
-/* Of the n rows gathered for depth k - 1, whose states are in ws->hidden, keeps those that depth k has. */
-static size_t dsv3i_evaluate_gather(const dsv3i_evaluation *a, size_t k, size_t n) {
-    const dsv3_text *x = a->text;
-    dsv3_workspace *ws = a->ws;
-    size_t d = (size_t)a->model->config.hidden_size, kept = 0;
+/* Of the n rows that `from` has of depth k - 1 (the first time: of the text), with their states in from->hidden, keeps
+ * those that depth k has. ws may be `from`. */
+static size_t dsv3i_evaluate_gather(const dsv3_text *x, size_t k, dsv3_workspace *ws, const dsv3_workspace *from,
+                                    size_t n, size_t d) {
+    size_t kept = 0;
     for (size_t i = 0; i < n; i++) {
-        size_t row = ws->row_index[i];
+        size_t row = from->row_index[i];
         if (!dsv3i_text_continues(x, row, k)) continue;
         ws->row_index[kept] = row;
         ws->row_token[kept] = x->token[row + k];
         ws->row_sequence[kept] = dsv3i_text_sequence(x, row);
         ws->row_mask[kept] = (uint8_t)dsv3i_text_counts(x, row, k);
-        if (k > 0) DSV3_MEMCPY(ws->row_hidden + kept * d, ws->hidden + i * d, d * sizeof(float));
+        if (k > 0) DSV3_MEMCPY(ws->row_hidden + kept * d, from->hidden + i * d, d * sizeof(float));
         kept++;
     }
     return kept;
 }
 
-/* Rows [begin, begin + n) of the text through the main model and every depth. */
-static dsv3_result dsv3i_evaluate_rows(const dsv3i_evaluation *a, dsv3_cache *caches, dsv3_cache *modules,
-                                       size_t n_caches, size_t begin, size_t n) {
-    dsv3_workspace *ws = a->ws;
-    dsv3_batch batch;
-    DSV3_MEMSET(&batch, 0, sizeof batch);
-    batch.token = ws->row_token;
-    batch.sequence = ws->row_sequence;
-    for (size_t i = 0; i < n; i++) ws->row_index[i] = begin + i;
-    for (size_t k = 0; k <= a->losses->depths; k++) {
-        const dsv3_tensor *head = k == 0 ? &a->model->lm_head : &a->model->mtp[k - 1].shared_head_head;
-        n = batch.rows = dsv3i_evaluate_gather(a, k, n);
+/* Rows [begin, begin + n) of the text through the main model and every depth. In training all depths have the same
+ * caches, one after the other. */
+static dsv3_result dsv3i_evaluate_rows(const dsv3i_evaluation *a, dsv3i_run p, size_t begin, size_t n) {
+    size_t d = (size_t)p.model->config.hidden_size;
+    for (size_t i = 0; i < n; i++) p.ws->row_index[i] = begin + i;
+    for (p.k = 0; p.k <= a->losses->depths; p.k++) {
+        const dsv3_workspace *from = p.ws;
+        dsv3_batch batch = {0, NULL, NULL, NULL, 0, NULL};
+        if (a->depth != NULL) p.ws = a->depth(a, p.k);
+        n = batch.rows = dsv3i_evaluate_gather(a->text, p.k, p.ws, from, n, d);
         if (n == 0) return DSV3_OK;
-        DSV3I_TRY(k == 0 ? dsv3_forward(&a->ctx, NULL, a->model, caches, n_caches, &batch, ws, a->error)
-                         : dsv3_mtp_forward(&a->ctx, NULL, a->model, k, modules + (k - 1) * n_caches, n_caches,
-                                            &batch, ws->row_hidden, ws, a->error));
-        DSV3I_TRY(dsv3i_evaluate_nll(a, head, k, n));
+        batch.token = p.ws->row_token;
+        batch.sequence = p.ws->row_sequence;
+        for (size_t s = 0; s < p.n_caches && a->depth != NULL; s++) p.caches[s].length = 0;
+        if (p.k > 0 && a->depth == NULL) p.caches = a->modules + (p.k - 1) * p.n_caches;
+        p.batch = &batch;
+        DSV3I_TRY(dsv3i_forward(&p));
+        DSV3I_TRY(dsv3i_evaluate_nll(a, &p));
     }
     return DSV3_OK;
 }
@@ -5241,7 +5247,8 @@ static dsv3_result dsv3i_evaluate_rows(const dsv3i_evaluation *a, dsv3_cache *ca
 DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *losses, const dsv3_model *model,
                                    dsv3_cache *caches, dsv3_cache *modules, size_t n_caches, const dsv3_text *text,
                                    dsv3_workspace *workspace, dsv3_error *error) {
-    dsv3i_evaluation a;
+    const dsv3i_evaluation a = {losses, text, modules, NULL, NULL, NULL};
+    dsv3i_run p = {context, model, 0, caches, n_caches, NULL, NULL, NULL, workspace, error, &a, NULL};
     if (context == NULL || losses == NULL || model == NULL || caches == NULL || text == NULL || workspace == NULL ||
         text->token == NULL || losses->nll == NULL || losses->targets == NULL ||
         (modules == NULL && losses->depths > 0)) {
@@ -5260,15 +5267,10 @@ DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *los
     DSV3I_TRY(dsv3i_text_check(text, model->config.vocab_size, error));
     for (size_t s = 0; s < n_caches; s++) caches[s].length = 0;
     for (size_t s = 0; s < n_caches * losses->depths; s++) modules[s].length = 0;
-    a.losses = losses;
-    a.model = model;
-    a.text = text;
-    a.ws = workspace;
-    a.error = error;
-    dsv3i_evaluate_observe(&a, context);
+    p.hidden = workspace->row_hidden;
     for (size_t begin = 0; begin < text->rows; begin += workspace->rows) {
         size_t n = dsv3i_min(workspace->rows, text->rows - begin);
-        DSV3I_TRY(dsv3i_evaluate_rows(&a, caches, modules, n_caches, begin, n));
+        DSV3I_TRY(dsv3i_evaluate_rows(&a, p, begin, n));
     }
     losses->sequences += dsv3i_text_sequences(text);
     return dsv3i_ok(error);
@@ -6097,21 +6099,26 @@ DSV3_API double dsv3_learning_rate(const dsv3_schedule *schedule, uint64_t step)
     return step < s->end ? s->low : s->tail;
 }
 
-/* The rows of one depth (0: the main model), and what its head was given: `row` of the text; `from`, the row of the
- * depth before that has the same position; x and u, before and behind the final norm. */
+/* The rows of one depth (0: the main model), from their tokens to what its head is given: the part of a workspace that a
+ * depth has of its own. */
 #define DSV3I_DEPTH(X)                                                                                               \
-    X(int32_t, token, n, 1) X(int32_t, target, n, 1) X(uint8_t, mask, n, 1) X(size_t, row, n, 1)                     \
-    X(size_t, from, n, 1) X(int32_t, sequence, n, 1) X(int32_t, position, n, 1) X(int32_t, leader, n, 1)             \
-    X(float, cos_sin, n, m->dr) X(float, x, n, m->d) X(float, u, n, m->d) X(float, du, n, m->d)
+    X(int32_t, row_token, n, 1) X(uint8_t, row_mask, n, 1) X(size_t, row_index, n, 1) X(int32_t, sequence, n, 1)     \
+    X(int32_t, position, n, 1) X(int32_t, leader, n, 1) X(float, cos_sin, n, m->dr) X(float, x, n, m->d)             \
+    X(float, u, n, m->d)
 
 typedef struct dsv3i_depth {
-    size_t n;
-    DSV3I_DEPTH(DSV3I_MEMBER)
+    size_t n, *from; /* [n] the row of the depth before that has the same position */
+    float *du;       /* [n, d] the gradient of u */
+    dsv3_workspace ws;
 } dsv3i_depth;
 
-static void dsv3i_depth_layout(dsv3i_depth *at, const dsv3i_dims *m, size_t n, dsv3i_layout *l) {
-    at->n = 0;
+static void dsv3i_depth_layout(dsv3i_depth *depth, const dsv3_workspace *shared, const dsv3i_dims *m, size_t n,
+                               dsv3i_layout *l) {
+    dsv3_workspace *at = &depth->ws;
+    *at = *shared;
     DSV3I_DEPTH(DSV3I_TAKE)
+    depth->from = (size_t *)dsv3i_take_rows(l, sizeof(size_t), n, 1);
+    depth->du = (float *)dsv3i_take_rows(l, sizeof(float), n, m->d);
 }
 
 static size_t dsv3i_hidden_floats(const dsv3i_dims *m, int is_moe) {
@@ -6162,7 +6169,9 @@ static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const d
         int32_t keep = s->keep_layers != NULL ? s->keep_layers[i] : s->keep;
         dsv3i_saved_layout(exists ? &at->saved[i] : &saved, &m, n, dsv3_config_is_moe(c, (int32_t)i), keep, l);
     }
-    for (size_t k = 0; k < depths; k++) dsv3i_depth_layout(exists ? &at->depth[k] : &depth, &m, n, l);
+    for (size_t k = 0; k < depths; k++) {
+        dsv3i_depth_layout(exists ? &at->depth[k] : &depth, &at->workspace, &m, n, l);
+    }
     dsv3i_backward_layout(exists ? at->backward : &backward, &m, n, l);
 }
 
@@ -6247,100 +6256,49 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer) {
 
 /* ---- Accumulate: forward */
 
-/* The rows that stand gathered in the workspace, and what the batch made of them, become those of depth k. */
-static void dsv3i_train_keep_rows(dsv3_trainer *t, const dsv3_text *text, size_t k, size_t n) {
-    const dsv3_workspace *ws = &t->workspace;
-    dsv3i_depth *v = &t->depth[k];
-    size_t dr = (size_t)t->weights.model.config.qk_rope_head_dim, at = 0;
-    v->n = n;
-    for (size_t i = 0; i < n; i++) {
-        v->token[i] = ws->row_token[i];
-        v->row[i] = ws->row_index[i];
-        v->mask[i] = ws->row_mask[i];
-        v->target[i] = dsv3i_text_target(text, v->row[i], k);
-        v->sequence[i] = ws->sequence[i];
-        v->position[i] = ws->position[i];
-        v->leader[i] = ws->leader[i];
-        while (k > 0 && t->depth[k - 1].row[at] != v->row[i]) at++;
-        v->from[i] = at;
-    }
-    DSV3_MEMCPY(v->cos_sin, ws->cos_sin, n * dr * sizeof(float));
+static dsv3_workspace *dsv3i_train_depth(const dsv3i_evaluation *a, size_t k) {
+    return &((const dsv3_trainer *)a->user)->depth[k].ws;
 }
 
-/* The loss of depth k, and at once its gradients: du of the depth, and the head's. */
-static dsv3_result dsv3i_train_head(dsv3i_evaluation *a, dsv3_trainer *t, size_t k) {
-    const dsv3_model *model = &t->weights.model;
-    dsv3_workspace *ws = &t->workspace;
+/* Behind the loss of depth k at once its gradients: du of the depth, and the head's. */
+static void dsv3i_train_head(const dsv3i_evaluation *a, size_t k, dsv3i_loss *loss) {
+    const dsv3_trainer *t = (const dsv3_trainer *)a->user;
     dsv3i_depth *v = &t->depth[k];
-    size_t d = (size_t)model->config.hidden_size;
-    float *nll = ws->y, *dhead = dsv3i_grad(&t->gradients.model.lm_head);
-    dsv3i_loss loss = dsv3i_loss_of(&a->ctx, v->u, &model->lm_head, v->target, v->n, ws->loss, ws->scratch);
-    dsv3i_copy_rows(&a->ctx, v->x, ws->x, v->n, d);
-    dsv3i_copy_rows(&a->ctx, v->u, ws->u, v->n, d);
-    dsv3i_cross_entropy(&loss, nll);
-    for (size_t i = 0; i < v->n; i++) {
-        if (!dsv3i_is_finite(nll[i])) {
-            return dsv3i_fail_where(a->error, DSV3_ERR_NAN, "loss", "is not finite, of row", (int64_t)v->row[i]);
-        }
-        t->losses.nll[k] += (double)nll[i];
-        t->losses.targets[k] += v->target[i] != DSV3_IGNORE;
+    float *dhead = k > 0 && t->settings.detach_head ? NULL : dsv3i_grad(&t->gradients.model.lm_head);
+    v->n = loss->n;
+    for (size_t i = 0, at = 0; k > 0 && i < v->n; v->from[i++] = at) {
+        while (t->depth[k - 1].ws.row_index[at] != v->ws.row_index[i]) at++;
     }
-    dsv3i_cross_entropy_backward(&loss, v->du, 1, k > 0 && t->settings.detach_head ? NULL : dhead,
-                                 (float)dsv3i_train_weight(t, k));
-    return DSV3_OK;
-}
-
-static dsv3_result dsv3i_train_forward(dsv3i_evaluation *a, dsv3_trainer *t) {
-    const dsv3_model *model = &t->weights.model;
-    dsv3_workspace *ws = &t->workspace;
-    size_t n = a->text->rows;
-    dsv3_batch batch;
-    DSV3_MEMSET(&batch, 0, sizeof batch);
-    batch.token = ws->row_token;
-    batch.sequence = ws->row_sequence;
-    for (size_t i = 0; i < n; i++) ws->row_index[i] = i;
-    for (size_t k = 0; k <= t->losses.depths; k++) {
-        t->depth[k].n = n = batch.rows = dsv3i_evaluate_gather(a, k, n);
-        if (n == 0) continue;
-        for (size_t s = 0; s < t->most_sequences; s++) t->caches[s].length = 0;
-        DSV3I_TRY(dsv3i_batch_begin(&a->ctx, model, t->caches, t->most_sequences, 1, &batch, ws, a->error));
-        dsv3i_train_keep_rows(t, a->text, k, n);
-        if (k == 0) dsv3_embed(&a->ctx, ws->x, batch.token, &model->embed_tokens, n);
-        if (k > 0) dsv3i_mtp_input(&a->ctx, model, k, batch.token, ws->row_hidden, n, ws);
-        DSV3I_TRY(dsv3i_pass(&a->ctx, model, k, t->caches, n, t->saved, ws, a->error));
-        DSV3I_TRY(dsv3i_train_head(a, t, k));
-    }
-    return DSV3_OK;
+    dsv3i_cross_entropy_backward(loss, v->du, 1, dhead, (float)dsv3i_train_weight(t, k));
 }
 
 /* ---- Accumulate: backward */
 
 /* dx [n, d] of h' = eh_proj [enorm(e) ; hnorm(h)] goes to the module's parts, to the embedding, and, as carry, to the
  * states of the depth before. */
-static void dsv3i_mtp_backward(const dsv3i_evaluation *a, dsv3_trainer *t, size_t k, float *carry) {
+static void dsv3i_mtp_backward(const dsv3_context *ctx, dsv3_trainer *t, size_t k, float *carry) {
     const dsv3_model *model = &t->weights.model;
     const dsv3_mtp *w = &model->mtp[k - 1], *g = &t->gradients.model.mtp[k - 1];
-    const dsv3i_depth *v = &t->depth[k], *before = &t->depth[k - 1];
+    const dsv3i_depth *v = &t->depth[k];
     dsv3_workspace *ws = &t->workspace;
     const dsv3i_backward *b = t->backward;
     size_t d = (size_t)model->config.hidden_size, n = v->n;
     size_t e = model->config.mtp_concat == DSV3_MTP_HIDDEN_FIRST ? d : 0, h = d - e;
-    const float *states = model->config.mtp_hidden == DSV3_MTP_PRE_NORM ? before->x : before->u;
     float eps = model->config.rms_norm_eps, *hidden = ws->row_hidden;
-    dsv3i_rows rows = dsv3i_rows_of(&a->ctx, hidden, states, d);
+    dsv3i_rows rows = dsv3i_rows_of(ctx, hidden, t->depth[k - 1].ws.hidden, d);
     rows.at = v->from;
     dsv3i_rows_run(&rows, n, 2, dsv3i_copy_task);
-    dsv3i_mtp_concat(&a->ctx, model, w, v->token, hidden, n, ws);
-    dsv3i_project_backward(&a->ctx, ws, t->dconcat, 1, &g->eh_proj, t->dx, ws->concat, &w->eh_proj, n);
+    dsv3i_mtp_concat(ctx, model, w, v->ws.row_token, hidden, n, ws);
+    dsv3i_project_backward(ctx, ws, t->dconcat, 1, &g->eh_proj, t->dx, ws->concat, &w->eh_proj, n);
     for (int half = 0; half < 2; half++) {
         const dsv3_tensor *gain = half ? &w->hnorm : &w->enorm, *dgain = half ? &g->hnorm : &g->enorm;
-        dsv3i_rows norm = dsv3i_norm_rows(&a->ctx, b->du, dsv3i_grad(dgain), t->dconcat + (half ? h : e),
+        dsv3i_rows norm = dsv3i_norm_rows(ctx, b->du, dsv3i_grad(dgain), t->dconcat + (half ? h : e),
                                           half ? hidden : ws->y, gain, eps, b->r);
         norm.ldy = 2 * d;
         norm.beta0 = 1;
         dsv3i_norm_backward(&norm, n);
         if (half == 0 && !t->settings.detach_head) {
-            dsv3i_embed_backward(&a->ctx, dsv3i_grad(&t->gradients.model.embed_tokens), b->du, v->token, n, d);
+            dsv3i_embed_backward(ctx, dsv3i_grad(&t->gradients.model.embed_tokens), b->du, v->ws.row_token, n, d);
         }
     }
     if (k == 1 && t->settings.detach_trunk) return;
@@ -6350,34 +6308,30 @@ static void dsv3i_mtp_backward(const dsv3i_evaluation *a, dsv3_trainer *t, size_
 }
 
 /* Depth k: from the head's gradient, and carry from the depth behind it, down to its input. */
-static void dsv3i_train_depth_backward(const dsv3i_evaluation *a, dsv3_trainer *t, size_t k, float *carry) {
+static void dsv3i_train_depth_backward(const dsv3_context *ctx, dsv3_trainer *t, size_t k, float *carry) {
     const dsv3_model *model = &t->weights.model, *grad = &t->gradients.model;
     dsv3i_depth *v = &t->depth[k];
-    dsv3_workspace ws = t->workspace;
     size_t d = (size_t)model->config.hidden_size, n = v->n;
     dsv3i_stack stack = dsv3i_stack_of(model, k), g = dsv3i_stack_of(grad, k);
-    dsv3i_rows norm = dsv3i_norm_rows(&a->ctx, t->dx, dsv3i_grad(g.norm), v->du, v->x, stack.norm,
+    dsv3i_rows norm = dsv3i_norm_rows(ctx, t->dx, dsv3i_grad(g.norm), v->du, v->ws.x, stack.norm,
                                       model->config.rms_norm_eps, t->backward->r);
-    ws.cos_sin = v->cos_sin;
-    ws.leader = v->leader;
-    ws.row_mask = v->mask;
     norm.beta0 = model->config.mtp_hidden == DSV3_MTP_POST_NORM;
-    if (norm.beta0) dsv3i_add_rows(&a->ctx, v->du, carry, n, d);
-    if (!norm.beta0) dsv3i_copy_rows(&a->ctx, t->dx, carry, n, d);
+    if (norm.beta0) dsv3i_add_rows(ctx, v->du, carry, n, d);
+    if (!norm.beta0) dsv3i_copy_rows(ctx, t->dx, carry, n, d);
     dsv3i_norm_backward(&norm, n);
     for (size_t i = stack.count; i > 0; i--) {
         const dsv3_layer *w = &stack.layers[i - 1];
-        dsv3_workspace keeping = dsv3i_keeping(&ws, &t->saved[w->index]);
-        dsv3i_call c = dsv3i_call_of(&a->ctx, model, w, 0, t->caches, n, &keeping);
+        dsv3_workspace keeping = dsv3i_keeping(&v->ws, &t->saved[w->index]);
+        dsv3i_call c = dsv3i_call_of(ctx, model, w, 0, t->caches, n, &keeping);
         c.g = &g.layers[i - 1];
         c.s = &t->saved[w->index];
         c.b = t->backward;
         dsv3i_layer_backward(&c, t->dx);
     }
-    if (k == 0) dsv3i_embed_backward(&a->ctx, dsv3i_grad(&grad->embed_tokens), t->dx, v->token, n, d);
+    if (k == 0) dsv3i_embed_backward(ctx, dsv3i_grad(&grad->embed_tokens), t->dx, v->ws.row_token, n, d);
 }
 
-static void dsv3i_train_backward(const dsv3i_evaluation *a, dsv3_trainer *t) {
+static void dsv3i_train_backward(const dsv3_context *ctx, dsv3_trainer *t) {
     size_t d = (size_t)t->weights.model.config.hidden_size, n = t->depth[0].n;
     float *carry = t->carry[0], *next = t->carry[1], *swap;
     t->backward->balance = &t->settings.balance;
@@ -6385,19 +6339,35 @@ static void dsv3i_train_backward(const dsv3i_evaluation *a, dsv3_trainer *t) {
     DSV3_MEMSET(carry, 0, n * d * sizeof *carry);
     for (size_t k = t->losses.depths + 1; k > 0; k--) {
         if (t->depth[k - 1].n == 0) continue;
-        dsv3i_train_depth_backward(a, t, k - 1, carry);
+        dsv3i_train_depth_backward(ctx, t, k - 1, carry);
         if (k == 1) return;
         DSV3_MEMSET(next, 0, n * d * sizeof *next);
-        dsv3i_mtp_backward(a, t, k - 1, next);
+        dsv3i_mtp_backward(ctx, t, k - 1, next);
         swap = carry;
         carry = next;
         next = swap;
     }
 }
 
+/* A text that has been checked, forward and backward. */
+static dsv3_result dsv3i_train_text(const dsv3_context *context, dsv3_trainer *t, const dsv3_text *text,
+                                    dsv3_error *error) {
+    const dsv3i_evaluation a = {&t->losses, text, NULL, dsv3i_train_depth, dsv3i_train_head, t};
+    dsv3_context ctx = *context;
+    const dsv3i_run p = {&ctx, &t->weights.model, 0, t->caches, t->most_sequences, NULL, t->workspace.row_hidden, NULL,
+                         &t->workspace, error, &a, t->saved};
+    ctx.attention = DSV3_ATTENTION_EXPANDED;
+    ctx.compute = DSV3_EXACT;
+    t->losses.actual = t->settings.balance.actual;
+    for (size_t k = 0; k <= t->losses.depths; k++) t->depth[k].n = 0;
+    DSV3I_TRY(dsv3i_evaluate_rows(&a, p, 0, text->rows));
+    t->losses.sequences += dsv3i_text_sequences(text);
+    dsv3i_train_backward(&ctx, t);
+    return dsv3i_ok(error);
+}
+
 DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_trainer *trainer, const dsv3_text *text,
                                            dsv3_error *error) {
-    dsv3i_evaluation a;
     dsv3_trainer *t = trainer;
     const dsv3_balance_weights *balance;
     if (context == NULL || t == NULL || text == NULL || text->token == NULL) {
@@ -6415,19 +6385,7 @@ DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_tra
                           "must divide the experts, and most_devices be positive");
     }
     DSV3I_TRY(dsv3i_text_check(text, t->weights.model.config.vocab_size, error));
-    a.losses = &t->losses;
-    a.losses->actual = t->settings.balance.actual;
-    a.model = &t->weights.model;
-    a.text = text;
-    a.ws = &t->workspace;
-    a.error = error;
-    dsv3i_evaluate_observe(&a, context);
-    a.ctx.attention = DSV3_ATTENTION_EXPANDED;
-    a.ctx.compute = DSV3_EXACT;
-    DSV3I_TRY(dsv3i_train_forward(&a, t));
-    t->losses.sequences += dsv3i_text_sequences(text);
-    dsv3i_train_backward(&a, t);
-    return dsv3i_ok(error);
+    return dsv3i_train_text(context, t, text, error);
 }
 
 /* ---- End */
