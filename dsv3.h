@@ -1310,8 +1310,16 @@ static size_t dsv3i_blocks(size_t n, size_t block) { return n / block + (n % blo
 
 /* ---- The sizes of an architecture, with the names of the glossary, from one place */
 
+#define DSV3I_DIMS(X)                                                                                                \
+    X(d, hidden_size) X(V, vocab_size) X(H, num_attention_heads) X(rq, q_lora_rank) X(rk, kv_lora_rank)              \
+    X(dn, qk_nope_head_dim) X(dr, qk_rope_head_dim) X(dv, v_head_dim) X(E, n_routed_experts)                         \
+    X(K, num_experts_per_tok) X(G, n_group) X(F, moe_intermediate_size) X(I, intermediate_size)                      \
+    X(L, num_hidden_layers) X(D, num_nextn_predict_layers)
+
 typedef struct dsv3i_dims {
-    size_t d, V, H, rq, rk, dn, dr, dv, E, K, G, F, I, L, D;
+#define DSV3I_DIM(name, field) size_t name;
+    DSV3I_DIMS(DSV3I_DIM)
+#undef DSV3I_DIM
     size_t d2;          /* 2 d: what an MTP module joins */
     size_t qk;          /* dn + dr: one head's query */
     size_t kv;          /* dn + dv: one head's rows of kv_b_proj */
@@ -1322,21 +1330,9 @@ typedef struct dsv3i_dims {
 
 static dsv3i_dims dsv3i_dims_of(const dsv3_config *c) {
     dsv3i_dims m;
-    m.d = (size_t)c->hidden_size;
-    m.V = (size_t)c->vocab_size;
-    m.H = (size_t)c->num_attention_heads;
-    m.rq = (size_t)c->q_lora_rank;
-    m.rk = (size_t)c->kv_lora_rank;
-    m.dn = (size_t)c->qk_nope_head_dim;
-    m.dr = (size_t)c->qk_rope_head_dim;
-    m.dv = (size_t)c->v_head_dim;
-    m.E = (size_t)c->n_routed_experts;
-    m.K = (size_t)c->num_experts_per_tok;
-    m.G = (size_t)c->n_group;
-    m.F = (size_t)c->moe_intermediate_size;
-    m.I = (size_t)c->intermediate_size;
-    m.L = (size_t)c->num_hidden_layers;
-    m.D = (size_t)c->num_nextn_predict_layers;
+#define DSV3I_DIM(name, field) m.name = (size_t)c->field;
+    DSV3I_DIMS(DSV3I_DIM)
+#undef DSV3I_DIM
     m.d2 = 2 * m.d;
     m.qk = m.dn + m.dr;
     m.kv = m.dn + m.dv;
@@ -1550,8 +1546,7 @@ static dsv3_result dsv3i_fail_row(dsv3_error *error, dsv3_result code, const cha
 static dsv3_result dsv3i_ok(dsv3_error *error) { return dsv3i_fail(error, DSV3_OK, "", "ok"); }
 
 /* Behind the words " 3", or " (expected 256 x 48, found 48 x 256)": pairs for shapes, "1 to 8" for a range. */
-DSV3_API const char *dsv3_error_text(const dsv3_error *error, char *text, size_t capacity) {
-    const dsv3_error *e = error;
+DSV3_API const char *dsv3_error_text(const dsv3_error *e, char *text, size_t capacity) {
     dsv3i_text t = dsv3i_text_begin(text, capacity);
     int shape = e->numbers == DSV3_NUMBERS_SHAPE;
     dsv3i_text_add(&t, e->name);
@@ -1667,7 +1662,6 @@ static void dsv3i_engine_decode_row(float *y, const dsv3_tensor *w, size_t row);
 #else
 #define dsv3i_engine_linear_floats(n, cols, threads) ((size_t)0)
 #define dsv3i_engine_pass_floats(m, n, threads) ((size_t)0)
-#define dsv3i_engine_decode_row(y, w, row) ((void)0)
 #endif
 
 /* ---- What a layer's ops work on, and what a backward pass keeps */
@@ -1880,18 +1874,6 @@ DSV3_API uint8_t dsv3_f8_e4m3_from_f32(float x) {
     return (uint8_t)(sign | ((a + 0x7FFFFu + ((a >> 20) & 1u) - 0x3C000000u) >> 20));
 }
 
-/* A number in one of the formats that are floats of 32 or 16 bits. */
-static float dsv3i_number(const unsigned char *at, dsv3_type type) {
-    uint16_t bits;
-    float x;
-    if (type == DSV3_F32) {
-        DSV3_MEMCPY(&x, at, sizeof x);
-        return x;
-    }
-    DSV3_MEMCPY(&bits, at, sizeof bits);
-    return type == DSV3_F16 ? dsv3_f32_from_f16(bits) : dsv3_f32_from_bf16(bits);
-}
-
 /* ---- Whole matrices */
 
 static float dsv3i_magnitude(float x) { return x < 0.0f ? -x : x; }
@@ -1959,7 +1941,7 @@ static int dsv3i_quantize_block(unsigned char *y, const float *x, dsv3_type type
 static int dsv3i_quantize_half(unsigned char *y, float x, dsv3_type type) {
     uint16_t bits = type == DSV3_F16 ? dsv3_f16_from_f32(x) : dsv3_bf16_from_f32(x);
     DSV3_MEMCPY(y, &bits, 2);
-    return dsv3i_is_finite(dsv3i_number(y, type)) || !dsv3i_is_finite(x);
+    return dsv3i_is_finite(type == DSV3_F16 ? dsv3_f32_from_f16(bits) : dsv3_f32_from_bf16(bits)) || !dsv3i_is_finite(x);
 }
 
 DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3_type type, size_t rows,
@@ -4220,9 +4202,7 @@ static dsv3_result dsv3i_check_sizes(const dsv3_config *c, dsv3_error *e) {
     return dsv3i_check_product(e, "hidden_size", m.d, m.d2);
 }
 
-DSV3_API dsv3_result dsv3_config_check(const dsv3_config *config, dsv3_error *error) {
-    const dsv3_config *c = config;
-    dsv3_error *e = error;
+DSV3_API dsv3_result dsv3_config_check(const dsv3_config *c, dsv3_error *e) {
     if (c == NULL) return dsv3i_fail(e, DSV3_ERR_ARG, "config", "is NULL");
     DSV3I_TRY(dsv3i_check_layers(c, e));
     DSV3I_TRY(dsv3i_check_mla(c, e));
@@ -4333,6 +4313,7 @@ typedef struct dsv3i_walk {
     dsv3_visit show; /* for dsv3_model_tensors */
     dsv3_find find;  /* these two for dsv3_model_bind */
     dsv3_error *error;
+    int copies; /* DSV3I_PART_COPIES, or 0 to pass by them */
 } dsv3i_walk;
 
 static void dsv3i_walk_begin(dsv3i_walk *w, const dsv3_config *config, void *user,
@@ -4344,6 +4325,7 @@ static void dsv3i_walk_begin(dsv3i_walk *w, const dsv3_config *config, void *use
     w->user = user;
     w->info.layer = -1;
     w->info.expert = -1;
+    w->copies = DSV3I_PART_COPIES;
 }
 
 static void dsv3i_walk_describe(dsv3i_walk *w, const dsv3i_place *p) {
@@ -4399,7 +4381,7 @@ static dsv3_result dsv3i_walk_main(dsv3i_walk *w, dsv3_model *model) {
 static dsv3_result dsv3i_walk_module(dsv3i_walk *w, dsv3_model *model, size_t k) {
     w->info.layer = (int32_t)(w->m.L + k);
     DSV3I_TRY(dsv3i_walk_parts(w, model != NULL ? &model->mtp[k] : NULL,
-                               DSV3I_PART_JOIN | DSV3I_PART_NORMS | DSV3I_PART_COPIES));
+                               DSV3I_PART_JOIN | DSV3I_PART_NORMS | w->copies));
     return dsv3i_walk_layer(w, model != NULL ? &model->layers[w->m.L + k] : NULL);
 }
 
@@ -4436,6 +4418,10 @@ static void dsv3i_model_layout(dsv3_model *model, const dsv3_config *c, dsv3i_la
     experts = (dsv3_mlp *)dsv3i_take(l, sizeof *experts, moe, m.E, 1);
     if (l->base == NULL) return;
     DSV3_MEMSET(l->base + begin, 0, l->used - begin);
+    model->config = *c;
+    model->rope_factor = dsv3_rope_factor(c);
+    model->softmax_scale = dsv3_softmax_scale(c);
+    dsv3_rope_turns(c, model->rope_turns);
     for (size_t i = 0; i < layers; i++) {
         model->layers[i].index = (int32_t)i;
         model->layers[i].is_moe = dsv3_config_is_moe(c, (int32_t)i);
@@ -4499,7 +4485,9 @@ static dsv3_result dsv3i_bind_scale(const dsv3i_walk *w, dsv3_tensor *t) {
 static dsv3_result dsv3i_bind_finite(const dsv3i_walk *w, const dsv3_tensor *t) {
     size_t bytes = dsv3_type_bytes(t->type);
     for (size_t i = 0; i < t->cols; i++) {
-        if (dsv3i_is_finite(dsv3i_number((const unsigned char *)t->data + i * bytes, t->type))) continue;
+        float x;
+        dsv3i_plain.decode[t->type](&x, (const unsigned char *)t->data + i * bytes, 1);
+        if (dsv3i_is_finite(x)) continue;
         return dsv3i_fail_where(w->error, DSV3_ERR_NAN, w->info.name, "is not finite at index", (int64_t)i);
     }
     return DSV3_OK;
@@ -4572,11 +4560,7 @@ DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *confi
     }
     if (result != DSV3_OK) return dsv3i_fail(error, result, "memory", dsv3_result_string(result));
     DSV3_MEMSET(model, 0, sizeof *model);
-    model->config = *config;
     dsv3i_model_layout(model, config, &l);
-    dsv3_rope_turns(config, model->rope_turns);
-    model->rope_factor = dsv3_rope_factor(config);
-    model->softmax_scale = dsv3_softmax_scale(config);
     dsv3i_walk_begin(&w, config, user, dsv3i_bind_tensor);
     w.find = find;
     w.error = error;
@@ -4601,7 +4585,7 @@ DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *confi
 
 /* ---- Cache */
 
-/* layers: those of the main model, or one for an MTP module. */
+/* layers: 1 for an MTP module; 0: those of the main model. */
 static dsv3_result dsv3i_cache_layout(dsv3_cache *cache, const dsv3_config *config, size_t layers, size_t capacity,
                                       dsv3_type type, dsv3i_layout *l) {
     DSV3I_TRY(dsv3_config_check(config, NULL));
@@ -4609,11 +4593,11 @@ static dsv3_result dsv3i_cache_layout(dsv3_cache *cache, const dsv3_config *conf
     if (capacity < 1) return DSV3_ERR_ARG;
     if ((uint64_t)capacity > (uint64_t)DSV3_MAX_SEQ) return DSV3_ERR_LIMIT;
     cache->type = type;
-    cache->layers = layers;
+    cache->layers = layers > 0 ? layers : (size_t)config->num_hidden_layers;
     cache->capacity = capacity;
     cache->width = dsv3i_dims_of(config).width;
     cache->length = 0;
-    cache->data = dsv3i_take(l, cache->width * dsv3_type_bytes(type), layers, capacity, 1);
+    cache->data = dsv3i_take(l, cache->width * dsv3_type_bytes(type), cache->layers, capacity, 1);
     return DSV3_OK;
 }
 
@@ -4635,17 +4619,13 @@ static dsv3_result dsv3i_cache_init(dsv3_cache *cache, const dsv3_config *config
     return dsv3i_cache_layout(cache, config, layers, capacity, type, &l);
 }
 
-static size_t dsv3i_main_layers(const dsv3_config *config) {
-    return config == NULL ? 0 : (size_t)config->num_hidden_layers;
-}
-
 DSV3_API dsv3_result dsv3_cache_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes) {
-    return dsv3i_cache_size(config, dsv3i_main_layers(config), capacity, type, bytes);
+    return dsv3i_cache_size(config, 0, capacity, type, bytes);
 }
 
 DSV3_API dsv3_result dsv3_cache_init(dsv3_cache *cache, const dsv3_config *config, size_t capacity, dsv3_type type,
                                      void *memory, size_t bytes) {
-    return dsv3i_cache_init(cache, config, dsv3i_main_layers(config), capacity, type, memory, bytes);
+    return dsv3i_cache_init(cache, config, 0, capacity, type, memory, bytes);
 }
 
 DSV3_API dsv3_result dsv3_cache_truncate(dsv3_cache *cache, size_t length) {
@@ -5441,7 +5421,7 @@ static void dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, siz
     s->d = (size_t)model->config.hidden_size;
     s->window = dsv3i_add(dsv3i_max(rows, s->max_drafts + 1), s->n_modules + 2);
     DSV3I_SEQUENCE_ARRAYS(DSV3I_TAKE, DSV3I_TAKE)
-    (void)dsv3i_cache_layout(&s->cache, &model->config, (size_t)model->config.num_hidden_layers, capacity, type, l);
+    (void)dsv3i_cache_layout(&s->cache, &model->config, 0, capacity, type, l);
     for (size_t k = 0; k < s->n_modules; k++) {
         dsv3_cache cache;
         (void)dsv3i_cache_layout(&cache, &model->config, 1, capacity, type, l);
@@ -5949,7 +5929,6 @@ typedef struct dsv3i_flat {
 static dsv3_result dsv3i_flat_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     dsv3i_flat *flat = (dsv3i_flat *)w->user;
     size_t n = dsv3i_mul(w->info.rows, w->info.cols);
-    if (w->info.optional) return DSV3_OK;
     if (flat->data != NULL) {
         slot->data = flat->data + flat->count;
         slot->rows = w->info.rows;
@@ -5966,6 +5945,7 @@ static dsv3_result dsv3i_walk_parameters(const dsv3_config *config, dsv3_model *
                                          dsv3_result (*visit)(dsv3i_walk *walk, dsv3_tensor *slot)) {
     dsv3i_walk w;
     dsv3i_walk_begin(&w, config, user, visit);
+    w.copies = 0;
     return dsv3i_walk_all(&w, model);
 }
 
@@ -5981,11 +5961,7 @@ static void dsv3i_parameters_layout(dsv3_parameters *q, const dsv3_config *confi
 static void dsv3i_parameters_bind(dsv3_parameters *q, const dsv3_config *config) {
     dsv3i_flat flat = {q->data, 0, 0};
     dsv3_model *model = &q->model;
-    model->config = *config;
     model->n_mtp = config->num_nextn_predict_layers;
-    dsv3_rope_turns(config, model->rope_turns);
-    model->rope_factor = dsv3_rope_factor(config);
-    model->softmax_scale = dsv3_softmax_scale(config);
     (void)dsv3i_walk_parameters(config, model, &flat, dsv3i_flat_tensor);
     if (config->tie_word_embeddings) model->lm_head = model->embed_tokens;
     for (int32_t k = 0; k < model->n_mtp; k++) {
@@ -6018,7 +5994,6 @@ DSV3_API dsv3_result dsv3_parameters_init(dsv3_parameters *parameters, const dsv
 static dsv3_result dsv3i_load_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     dsv3i_flat *flat = (dsv3i_flat *)w->user;
     dsv3_context ctx;
-    if (w->info.optional) return DSV3_OK;
     if (slot->data == NULL || slot->rows != w->info.rows || slot->cols != w->info.cols) return DSV3_ERR_MISMATCH;
     DSV3_MEMSET(&ctx, 0, sizeof ctx);
     ctx.ops = &dsv3i_plain;
@@ -6031,15 +6006,14 @@ static dsv3_result dsv3i_load_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
 DSV3_API dsv3_result dsv3_parameters_load(dsv3_parameters *parameters, const dsv3_model *from) {
     dsv3i_flat flat = {NULL, 0, 0};
     dsv3_model copy;
-    dsv3i_dims to, m;
+    const dsv3_config *config;
     if (parameters == NULL || from == NULL) return DSV3_ERR_ARG;
-    to = dsv3i_dims_of(&parameters->model.config);
-    m = dsv3i_dims_of(&from->config);
-    if (dsv3i_fingerprint(&to) != dsv3i_fingerprint(&m)) return DSV3_ERR_MISMATCH;
+    config = &parameters->model.config;
+    if (dsv3i_config_fingerprint(config) != dsv3i_config_fingerprint(&from->config)) return DSV3_ERR_MISMATCH;
     if (from->n_mtp < parameters->model.n_mtp) return DSV3_ERR_MISMATCH;
     copy = *from;
     flat.data = parameters->data;
-    return dsv3i_walk_parameters(&parameters->model.config, &copy, &flat, dsv3i_load_tensor);
+    return dsv3i_walk_parameters(config, &copy, &flat, dsv3i_load_tensor);
 }
 
 typedef struct dsv3i_random {
@@ -6058,7 +6032,6 @@ static dsv3_result dsv3i_random_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     size_t n = w->info.rows * w->info.cols;
     float fill = w->info.group == DSV3_GROUP_ROUTER ? 0.0f : 1.0f;
     (void)slot;
-    if (w->info.optional) return DSV3_OK;
     for (size_t i = 0; i < n; i++) r->data[i] = w->info.rank == 1 ? fill : r->std * dsv3i_normal(r->rng);
     r->data += n;
     return DSV3_OK;
@@ -6088,8 +6061,7 @@ DSV3_API dsv3_training dsv3_training_default(void) {
     return s;
 }
 
-DSV3_API double dsv3_learning_rate(const dsv3_schedule *schedule, uint64_t step) {
-    const dsv3_schedule *s = schedule;
+DSV3_API double dsv3_learning_rate(const dsv3_schedule *s, uint64_t step) {
     if (step < s->warmup) return s->peak * (double)(step + 1) / (double)s->warmup;
     if (step < s->constant) return s->peak;
     if (step < s->cosine) {
@@ -6175,10 +6147,9 @@ static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const d
     dsv3i_backward_layout(exists ? at->backward : &backward, &m, n, l);
 }
 
-DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_training *settings, size_t threads,
+DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_training *s, size_t threads,
                                        size_t *bytes) {
     dsv3i_layout l = {NULL, 0};
-    const dsv3_training *s = settings;
     dsv3_trainer t;
     DSV3I_TRY(dsv3_config_check(config, NULL));
     if (s == NULL || s->rows < 1 || s->sequences < 1 || s->longest < 1 || threads < 1) return DSV3_ERR_ARG;
@@ -6187,11 +6158,10 @@ DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_tra
     return dsv3i_layout_size(&l, bytes);
 }
 
-DSV3_API dsv3_result dsv3_trainer_init(dsv3_trainer *trainer, const dsv3_config *config,
-                                       const dsv3_training *settings, size_t threads, void *memory, size_t bytes) {
+DSV3_API dsv3_result dsv3_trainer_init(dsv3_trainer *t, const dsv3_config *config, const dsv3_training *settings,
+                                       size_t threads, void *memory, size_t bytes) {
     dsv3i_layout l = {NULL, 0};
     size_t need, n;
-    dsv3_trainer *t = trainer;
     if (t == NULL) return DSV3_ERR_ARG;
     DSV3I_TRY(dsv3_trainer_size(config, settings, threads, &need));
     DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need));
@@ -6223,13 +6193,10 @@ DSV3_API void dsv3_text_count(const dsv3_text *text, size_t depths, uint64_t *ta
     *sequences += dsv3i_text_sequences(text);
 }
 
-DSV3_API dsv3_result dsv3_train_begin(dsv3_trainer *trainer, const uint64_t *targets, uint64_t sequences) {
-    dsv3_trainer *t = trainer;
-    dsv3_losses *sums;
-    dsv3_balancer *b;
+DSV3_API dsv3_result dsv3_train_begin(dsv3_trainer *t, const uint64_t *targets, uint64_t sequences) {
+    dsv3_losses *sums = t != NULL ? &t->losses : NULL;
+    const dsv3_balancer *b = t != NULL ? &t->balancer : NULL;
     if (t == NULL) return DSV3_ERR_ARG;
-    sums = &t->losses;
-    b = &t->balancer;
     for (size_t k = 0; k <= sums->depths; k++) t->targets[k] = targets != NULL ? targets[k] : 0;
     t->sequences = sequences;
     sums->sequences = 0;
@@ -6248,8 +6215,7 @@ static double dsv3i_train_weight(const dsv3_trainer *t, size_t k) {
     return terms > 0 ? dsv3i_depth_weight(k, t->losses.depths, t->settings.lambda) / (double)terms : 0.0;
 }
 
-DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer) {
-    const dsv3_trainer *t = trainer;
+DSV3_API double dsv3_train_loss(const dsv3_trainer *t) {
     return dsv3i_loss_total(&t->losses, t->targets, t->sequences, t->balancer.layers, t->settings.lambda,
                             t->settings.balance.expert, t->settings.divisor, 1);
 }
@@ -6366,9 +6332,8 @@ static dsv3_result dsv3i_train_text(const dsv3_context *context, dsv3_trainer *t
     return dsv3i_ok(error);
 }
 
-DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_trainer *trainer, const dsv3_text *text,
+DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_trainer *t, const dsv3_text *text,
                                            dsv3_error *error) {
-    dsv3_trainer *t = trainer;
     const dsv3_balance_weights *balance;
     if (context == NULL || t == NULL || text == NULL || text->token == NULL) {
         return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
@@ -6419,7 +6384,6 @@ static dsv3_result dsv3i_optimizer_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     size_t n = info->rows * info->cols;
     int skip = (info->group == DSV3_GROUP_ROUTER && info->rank == 1) || dsv3i_matches_any(s->frozen, info->name);
     (void)slot;
-    if (info->optional) return DSV3_OK;
     for (size_t i = 0; i < n && !skip; i += DSV3I_RUN) {
         dsv3i_squares *run = &o->t->squares[o->runs++];
         run->at = o->at + i;
@@ -6518,10 +6482,9 @@ static double dsv3i_power(double base, uint64_t n) {
     return result;
 }
 
-DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *trainer, double learning_rate,
-                                    double *norm, dsv3_error *error) {
-    dsv3_trainer *t = trainer;
-    dsv3i_optimizer o;
+DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t, double learning_rate, double *norm,
+                                    dsv3_error *error) {
+    dsv3i_optimizer o = {t, 0, 0, 1.0f, 1.0f, 0.0f, 0.0f};
     dsv3_result result = DSV3_OK;
     double size, clip;
     if (context == NULL || t == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
@@ -6530,8 +6493,6 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
     }
     if (result == DSV3_OK) result = dsv3i_balancer_reduce(&t->balancer); /* before anything has moved */
     if (result != DSV3_OK) return dsv3i_fail(error, result, "reduce", "failed");
-    DSV3_MEMSET(&o, 0, sizeof o);
-    o.t = t;
     o.decay = (float)(1.0 - learning_rate * (double)t->settings.weight_decay);
     (void)dsv3i_walk_parameters(&t->weights.model.config, NULL, &o, dsv3i_optimizer_tensor);
     size = dsv3i_gradient_norm(context, t, o.runs);
@@ -6540,7 +6501,7 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
         return dsv3i_fail(error, DSV3_ERR_NAN, "gradients", "are not finite, and the step is skipped");
     }
     clip = (double)t->settings.clip;
-    o.scale = clip > 0.0 && size > clip ? (float)(clip / size) : 1.0f;
+    if (clip > 0.0 && size > clip) o.scale = (float)(clip / size);
     o.rate = (float)(learning_rate / (1.0 - dsv3i_power((double)t->settings.beta1, t->step + 1)));
     o.root = (float)DSV3_POW(1.0 - dsv3i_power((double)t->settings.beta2, t->step + 1), -0.5);
     dsv3i_loop(context, o.runs, 8 * DSV3I_RUN, dsv3i_adamw_task, &o);
