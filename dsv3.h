@@ -1269,6 +1269,13 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
  * parallel loop. Test: tests/test_tools.c.
  * ==================================================================================================== */
 
+/* A function that is not worth to be copied into its callers. */
+#if defined(__GNUC__)
+#define DSV3I_RARE __attribute__((noinline)) static
+#else
+#define DSV3I_RARE static
+#endif
+
 /* Returns from the calling function when call fails. */
 #define DSV3I_TRY(call)                                                                                              \
     do {                                                                                                             \
@@ -1492,21 +1499,21 @@ DSV3_API const char *dsv3_result_string(dsv3_result result) {
 }
 
 /* All errors are made here: code, name and reason. Numbers may be added. */
-static dsv3_result dsv3i_fail(dsv3_error *error, dsv3_result code, const char *name, const char *why) {
+DSV3I_RARE dsv3_result dsv3i_fail(dsv3_error *error, dsv3_result code, const char *name, const char *why) {
     if (error != NULL) {
         dsv3i_text t = dsv3i_text_begin(error->name, sizeof error->name);
-        dsv3i_text_add(&t, name);
+        DSV3_MEMSET(error->expected, 0, sizeof error->expected);
+        DSV3_MEMSET(error->found, 0, sizeof error->found);
+        error->numbers = DSV3_NUMBERS_NONE;
         error->code = code;
         error->why = why;
-        error->numbers = DSV3_NUMBERS_NONE;
-        error->expected[0] = error->expected[1] = 0;
-        error->found[0] = error->found[1] = 0;
+        dsv3i_text_add(&t, name);
     }
     return code;
 }
 
-static dsv3_result dsv3i_fail_numbers(dsv3_error *error, dsv3_result code, const char *name, const char *why,
-                                      dsv3_numbers numbers, int64_t e0, int64_t e1, int64_t f0, int64_t f1) {
+DSV3I_RARE dsv3_result dsv3i_fail_numbers(dsv3_error *error, dsv3_result code, const char *name, const char *why,
+                                          dsv3_numbers numbers, int64_t e0, int64_t e1, int64_t f0, int64_t f1) {
     (void)dsv3i_fail(error, code, name, why);
     if (error != NULL) {
         error->numbers = numbers;
@@ -1518,18 +1525,18 @@ static dsv3_result dsv3i_fail_numbers(dsv3_error *error, dsv3_result code, const
     return code;
 }
 
-static dsv3_result dsv3i_fail_range(dsv3_error *error, dsv3_result code, const char *name, const char *why,
-                                    int64_t low, int64_t high, int64_t found) {
+DSV3I_RARE dsv3_result dsv3i_fail_range(dsv3_error *error, dsv3_result code, const char *name, const char *why,
+                                        int64_t low, int64_t high, int64_t found) {
     return dsv3i_fail_numbers(error, code, name, why, DSV3_NUMBERS_RANGE, low, high, found, 0);
 }
 
-static dsv3_result dsv3i_fail_where(dsv3_error *error, dsv3_result code, const char *name, const char *why,
-                                    int64_t number) {
+DSV3I_RARE dsv3_result dsv3i_fail_where(dsv3_error *error, dsv3_result code, const char *name, const char *why,
+                                        int64_t number) {
     return dsv3i_fail_numbers(error, code, name, why, DSV3_NUMBERS_WHERE, 0, 0, number, 0);
 }
 
 /* An error about element i of an array: name[i]. */
-static dsv3_result dsv3i_fail_at(dsv3_error *error, size_t i, dsv3_result code) {
+DSV3I_RARE dsv3_result dsv3i_fail_at(dsv3_error *error, size_t i, dsv3_result code) {
     if (error != NULL) {
         dsv3i_text t = {error->name, sizeof error->name};
         for (; *t.at != '\0'; t.at++) t.left--;
@@ -1538,8 +1545,8 @@ static dsv3_result dsv3i_fail_at(dsv3_error *error, size_t i, dsv3_result code) 
     return code;
 }
 
-static dsv3_result dsv3i_fail_row(dsv3_error *error, dsv3_result code, const char *name, size_t i, const char *why,
-                                  int64_t low, int64_t high, int64_t found) {
+DSV3I_RARE dsv3_result dsv3i_fail_row(dsv3_error *error, dsv3_result code, const char *name, size_t i,
+                                      const char *why, int64_t low, int64_t high, int64_t found) {
     return dsv3i_fail_at(error, i, dsv3i_fail_range(error, code, name, why, low, high, found));
 }
 
@@ -1688,7 +1695,7 @@ typedef struct dsv3i_saved {
  * and r stand in the order of experts; r is also 1 / rms of rows. */
 #define DSV3I_BACKWARD(X)                                                                                            \
     X(float, du, n, m->d) X(float, dq, n, m->Hq) X(float, keys, n, m->Hq) X(float, dkeys, n, m->Hq)                  \
-    X(float, kv_up, n, m->Hkv) X(float, dkv_up, n, m->Hkv) X(float, dout, n, m->Ho) X(float, D, n, m->H)             \
+    X(float, kv_up, n, m->Hkv) X(float, dkv_up, n, m->Hkv) X(float, dout, n, m->Ho) X(float, delta, n, m->H)             \
     X(float, c, n, m->rk) X(float, dc, n, m->rk) X(float, dkv_raw, n, m->width)                                      \
     X(float, dq_latent, n, m->rq) X(float, dq_raw, n, m->rq) X(float, dh, n, hidden)                                 \
     X(float, gates, n, m->K) X(float, dgate, n, m->K) X(float, dscore, n, m->E)                                      \
@@ -1751,8 +1758,8 @@ static void dsv3i_project_backward(const dsv3_context *ctx, const dsv3_workspace
  *
  * The number formats of checkpoints: what their bits mean, the nearest code of a number, and whole matrices of codes.
  *     F16      1 sign, 5 exponent and 10 mantissa bits        BF16    1, 8 and 7: the upper half of a float
- *     E4M3     1, 4 and 3; a float multiplier for every 128 x 128 of a matrix
- *     Q8_0     32 signed bytes and their F16 multiplier       Q4_0    32 times 4 bits, likewise
+ *     E4M3     1, 4 and 3; a float scale for every 128 x 128 of a matrix
+ *     Q8_0     32 signed bytes and their F16 scale            Q4_0    32 times 4 bits, likewise
  * Test: tests/test_codecs.c.
  * ==================================================================================================== */
 
@@ -1826,8 +1833,17 @@ DSV3_API float dsv3_f32_from_f16(uint16_t bits) {
     return dsv3i_float(dsv3i_bits(x) | sign);
 }
 
-/* E4M3 has so few codes that a table is smaller than the code it saves, and several times faster. One row per
- * exponent; x is the float of mantissa 0, with the sign. */
+#if defined(__OPTIMIZE_SIZE__) && !defined(DSV3I_ENGINE)
+/* E4M3 likewise, with the exponent's bias 7; all ones are NaN. */
+DSV3_API float dsv3_f32_from_f8_e4m3(uint8_t bits) {
+    uint32_t magnitude = ((uint32_t)bits & 0x7Fu) << 20, sign = ((uint32_t)bits & 0x80u) << 24;
+    float x = dsv3i_float(magnitude == 0x07F00000u ? 0x7FC00000u : magnitude + 0x3C000000u);
+    if (magnitude < 0x00800000u) x = x + x - 0.015625f; /* 2^-6 */
+    return dsv3i_float(dsv3i_bits(x) | sign);
+}
+#else
+/* E4M3 has so few codes that a table will do, which is several times faster. One row per exponent; x is the float of
+ * mantissa 0, with the sign. */
 #define DSV3I_E4M3_ROW(x)                                                                                            \
     (x), (x) + 0x100000u, (x) + 0x200000u, (x) + 0x300000u, (x) + 0x400000u, (x) + 0x500000u, (x) + 0x600000u,       \
         (x) + 0x700000u
@@ -1846,6 +1862,7 @@ static const uint32_t dsv3i_e4m3[256] = {DSV3I_E4M3_HALF(0u), DSV3I_E4M3_HALF(0x
 #undef DSV3I_E4M3_ROW
 
 DSV3_API float dsv3_f32_from_f8_e4m3(uint8_t bits) { return dsv3i_float(dsv3i_e4m3[bits]); }
+#endif
 
 /* The encoders round normal values by adding half of the last kept bit (minus one unless that bit is odd: ties
  * to even), and subnormal ones by adding a power of two whose last bit has the weight of the grid. */
@@ -1905,8 +1922,8 @@ static int dsv3i_nearest(float x) {
     return q;
 }
 
-/* The multiplier of a block of 32, as F16: most >= 0 becomes `top` times it. */
-static uint16_t dsv3i_multiplier(float most, float top) {
+/* The scale of a block of 32, as F16: most >= 0 becomes `top` times it. */
+static uint16_t dsv3i_block_scale(float most, float top) {
     uint16_t bits = dsv3_f16_from_f32(most / top);
     int less = dsv3_f32_from_f16(bits) * top < most; /* exact: 11 bits times few */
     return (uint16_t)(bits + (bits < 0x0400u && less));
@@ -1921,7 +1938,7 @@ static int dsv3i_quantize_block(unsigned char *y, const float *x, dsv3_type type
     for (size_t i = 0; i < DSV3_QBLOCK; i++) {
         if (dsv3i_magnitude(x[i]) > dsv3i_magnitude(most)) most = x[i];
     }
-    bits = dsv3i_multiplier(dsv3i_magnitude(most), is_q4 ? 8.0f : 127.0f);
+    bits = dsv3i_block_scale(dsv3i_magnitude(most), is_q4 ? 8.0f : 127.0f);
     if (is_q4 && most > 0.0f) bits = (uint16_t)(bits | 0x8000u); /* most becomes -8 */
     d = dsv3_f32_from_f16(bits);
     DSV3_MEMCPY(y, &bits, 2);
@@ -2767,27 +2784,25 @@ DSV3_API void dsv3_rope_table(float *cos_sin, const int32_t *position, const uin
     }
 }
 
-DSV3_API void dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr, int interleave) {
+static void dsv3i_rotate(float *x, const float *cos_sin, size_t dr, int interleave, float sign) {
     size_t step = interleave ? 2 : 1, other = interleave ? 1 : dr / 2;
     DSV3_ASSERT(dr % 2 == 0);
     for (size_t i = 0; i < dr / 2; i++) {
-        float c = cos_sin[2 * i], s = cos_sin[2 * i + 1];
+        float c = cos_sin[2 * i], s = sign * cos_sin[2 * i + 1];
         float a = x[step * i], b = x[step * i + other];
         x[step * i] = a * c - b * s;
         x[step * i + other] = a * s + b * c;
     }
 }
 
+DSV3_API void dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr, int interleave) {
+    dsv3i_rotate(x, cos_sin, dr, interleave, 1.0f);
+}
+
 #ifndef DSV3_NO_TRAINING
 /* The transpose of a rotation is the rotation back. */
 DSV3_API void dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t dr, int interleave) {
-    size_t step = interleave ? 2 : 1, other = interleave ? 1 : dr / 2;
-    for (size_t i = 0; i < dr / 2; i++) {
-        float c = cos_sin[2 * i], s = cos_sin[2 * i + 1];
-        float a = dx[step * i], b = dx[step * i + other];
-        dx[step * i] = a * c + b * s;
-        dx[step * i + other] = b * c - a * s;
-    }
+    dsv3i_rotate(dx, cos_sin, dr, interleave, -1.0f);
 }
 #endif
 
@@ -2911,7 +2926,7 @@ typedef struct dsv3i_keys {
     float scale;
 } dsv3i_keys;
 
-/* The running softmax: query q [dk] meets a block of keys. o [dv] and state = {m, l} are of all keys so far. */
+/* The running softmax: query q [dk] and one more block of keys. o [dv] and state = {m, l} are of all keys so far. */
 static void dsv3i_attend_keys(const dsv3_context *ctx, float *o, float state[2], const float *q, const dsv3i_keys *b) {
     float p[DSV3I_KEYS], top = state[0], rescale;
     for (size_t j = 0; j < b->n; j++) {
@@ -3081,11 +3096,11 @@ static size_t dsv3i_sequence_rows(const int32_t *leader, size_t t, size_t n) {
 /* ---- Backward. The forward pass of training is the one above, in the expanded form, with the workspace's pointers on
  * memory that stays (chapter 14). Saved: u or the layer's input, q_raw, kv_raw, o and the softmax's maximum and sum;
  * rebuilt unless kept: the norms' outputs and q; always: keys and values. With A = softmax(s):
- *     D_t = do_t . o_t,   dA_tj = do_t . v_j,   ds_tj = scale A_tj (dA_tj - D_t)
+ *     delta_t = do_t . o_t,   dA_tj = do_t . v_j,   ds_tj = scale A_tj (dA_tj - delta_t)
  *     dq_t = sum_j ds_tj k_j,   dk_j = sum_t ds_tj q_t,   dv_j = sum_t A_tj do_t
  * A key is [UK c_j ; kr_j]: its second part is one vector for all heads, whose gradient is the sum over heads. */
 
-/* Head h of rows [t0, t1): keys from kv_up and the rotated parts, D = dout . o; what is to be summed up is cleared. */
+/* Head h of rows [t0, t1): keys from kv_up and the rotated parts, delta = dout . o; what is to be summed up is cleared. */
 static void dsv3i_attend_backward_begin(const dsv3i_call *c, size_t t0, size_t t1, size_t h) {
     const dsv3i_dims *m = &c->m;
     const dsv3i_backward *b = c->b;
@@ -3096,11 +3111,11 @@ static void dsv3i_attend_backward_begin(const dsv3i_call *c, size_t t0, size_t t
         DSV3_MEMSET(b->dkeys + key, 0, m->qk * sizeof(float));
         DSV3_MEMSET(b->dq + key, 0, m->qk * sizeof(float));
         DSV3_MEMSET(b->dkv_up + up, 0, m->kv * sizeof(float));
-        b->D[t * m->H + h] = c->ctx->ops->dot(b->dout + out, c->s->o + out, m->dv);
+        b->delta[t * m->H + h] = c->ctx->ops->dot(b->dout + out, c->s->o + out, m->dv);
     }
 }
 
-/* Row t and head h meet keys t0 .. t. */
+/* Row t and head h, whose keys are t0 .. t. */
 static void dsv3i_attend_backward_row(const dsv3i_call *c, size_t t0, size_t t, size_t h) {
     const dsv3i_dims *m = &c->m;
     const dsv3i_backward *b = c->b;
@@ -3112,7 +3127,7 @@ static void dsv3i_attend_backward_row(const dsv3i_call *c, size_t t0, size_t t, 
         size_t key = (j * m->H + h) * m->qk, value = (j * m->H + h) * m->kv + m->dn;
         float s = scale * ops->dot(c->ws->q + query, b->keys + key, m->qk);
         float A = DSV3_EXPF(s - state[0]) / state[1];
-        float ds = scale * A * (ops->dot(dout, b->kv_up + value, m->dv) - b->D[t * m->H + h]);
+        float ds = scale * A * (ops->dot(dout, b->kv_up + value, m->dv) - b->delta[t * m->H + h]);
         ops->axpy(b->dq + query, ds, b->keys + key, m->qk);
         ops->axpy(b->dkeys + key, ds, c->ws->q + query, m->qk);
         ops->axpy(b->dkv_up + value, A, dout, m->dv);
@@ -3985,7 +4000,7 @@ static void dsv3i_layer_backward(dsv3i_call *c, float *dx) {
  *     model.layers.{i}.input_layernorm.weight ...                         i = 0 .. L-1
  *     model.norm.weight, lm_head.weight
  *     model.layers.{L+k-1}.{enorm, hnorm, eh_proj ...}.weight             MTP module k = 1 .. D
- * An FP8 tensor N comes with N_scale_inv, which despite its name is the multiplier: W = code * scale.
+ * An FP8 tensor N comes with N_scale_inv, which despite its name is the scale itself: W = code * scale.
  * Test: tests/test_config.c, tests/test_model.c.
  * ==================================================================================================== */
 
@@ -5288,8 +5303,8 @@ DSV3_API double dsv3_losses_total(const dsv3_losses *losses, size_t layers, doub
  * call, whose rows share the reading, and every guess that it agrees with is a token for which no step is needed.
  *
  *     text:      t_0 .. t_{N-1}   in the caches;   t_N  known, not yet in them
- *     draft:     module k at position N-1 gets (h^{k-1}, draft k-1) and guesses t_{N+k}            k = 1 .. K
- *     verify:    one call of the main model with the rows t_N, draft 1 .. draft K
+ *     draft:     module k at position N-1 gets (h^{k-1}, draft k-1) and guesses t_{N+k}            k = 1 .. drafts
+ *     verify:    one call of the main model with the rows t_N, draft 1, draft 2 ..
  *     accept:    drafts as long as they stand; behind them one token of the main model's own
  *     roll back: all caches to the rows that read only what stands
  *
@@ -5401,15 +5416,10 @@ DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, 
  * scratch, but for the modules, which copy themselves. One list makes the layout and the copy: neither can forget any. */
 #define DSV3I_SEQUENCE_ARRAYS(KEPT, SCRATCH)                                                                         \
     SCRATCH(dsv3_cache, modules, s->n_modules, 1)                                                                    \
-    KEPT(int32_t, token, s->max_drafts + 1, 1)                                                                       \
-    KEPT(uint64_t, drafted, s->max_drafts, 1)                                                                        \
-    KEPT(uint64_t, accepted, s->max_drafts, 1)                                                                       \
-    KEPT(int32_t, history, s->window, 1)                                                                             \
-    KEPT(float, hidden, dsv3i_mul(s->n_modules, s->window), s->d)                                                    \
-    KEPT(float, rate, s->max_drafts, 1)                                                                              \
-    SCRATCH(float, p, s->max_drafts > 0, V)                                                                          \
-    SCRATCH(float, q, s->max_drafts, V)                                                                              \
-    SCRATCH(dsv3_candidate, candidates, V, 1)
+    KEPT(int32_t, token, s->max_drafts + 1, 1) KEPT(uint64_t, drafted, s->max_drafts, 1)                             \
+    KEPT(uint64_t, accepted, s->max_drafts, 1) KEPT(int32_t, history, s->window, 1)                                  \
+    KEPT(float, hidden, dsv3i_mul(s->n_modules, s->window), s->d) KEPT(float, rate, s->max_drafts, 1)                \
+    SCRATCH(float, p, s->max_drafts > 0, V) SCRATCH(float, q, s->max_drafts, V) SCRATCH(dsv3_candidate, candidates, V, 1)
 
 static void dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, size_t capacity, dsv3_type type,
                                   size_t rows, size_t drafts, dsv3i_layout *l) {
@@ -5950,23 +5960,19 @@ static dsv3_result dsv3i_walk_parameters(const dsv3_config *config, dsv3_model *
 }
 
 static void dsv3i_parameters_layout(dsv3_parameters *q, const dsv3_config *config, dsv3i_layout *l) {
-    dsv3i_flat flat = {NULL, 0, 0};
-    (void)dsv3i_walk_parameters(config, NULL, &flat, dsv3i_flat_tensor);
-    q->count = flat.count;
-    dsv3i_model_layout(&q->model, config, l);
-    q->data = (float *)dsv3i_take(l, sizeof *q->data, q->count, 1, 1);
-    if (l->base != NULL) DSV3_MEMSET(q->data, 0, q->count * sizeof *q->data);
-}
-
-static void dsv3i_parameters_bind(dsv3_parameters *q, const dsv3_config *config) {
-    dsv3i_flat flat = {q->data, 0, 0};
+    dsv3i_flat none = {NULL, 0, 0}, flat = {NULL, 0, 0};
     dsv3_model *model = &q->model;
-    model->n_mtp = config->num_nextn_predict_layers;
+    (void)dsv3i_walk_parameters(config, NULL, &none, dsv3i_flat_tensor);
+    q->count = none.count;
+    dsv3i_model_layout(model, config, l);
+    q->data = flat.data = (float *)dsv3i_take_rows(l, sizeof *q->data, q->count, 1);
+    if (l->base == NULL) return;
+    DSV3_MEMSET(q->data, 0, q->count * sizeof *q->data);
     (void)dsv3i_walk_parameters(config, model, &flat, dsv3i_flat_tensor);
     if (config->tie_word_embeddings) model->lm_head = model->embed_tokens;
-    for (int32_t k = 0; k < model->n_mtp; k++) {
-        model->mtp[k].embed_tokens = model->embed_tokens;
-        model->mtp[k].shared_head_head = model->lm_head;
+    for (model->n_mtp = 0; model->n_mtp < config->num_nextn_predict_layers; model->n_mtp++) {
+        model->mtp[model->n_mtp].embed_tokens = model->embed_tokens;
+        model->mtp[model->n_mtp].shared_head_head = model->lm_head;
     }
 }
 
@@ -5987,7 +5993,6 @@ DSV3_API dsv3_result dsv3_parameters_init(dsv3_parameters *parameters, const dsv
     DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need));
     DSV3_MEMSET(parameters, 0, sizeof *parameters);
     dsv3i_parameters_layout(parameters, config, &l);
-    dsv3i_parameters_bind(parameters, config);
     return DSV3_OK;
 }
 
@@ -6172,8 +6177,6 @@ DSV3_API dsv3_result dsv3_trainer_init(dsv3_trainer *t, const dsv3_config *confi
     t->most_sequences = settings->sequences;
     t->longest = settings->longest;
     t->threads = threads;
-    dsv3i_parameters_bind(&t->weights, config);
-    dsv3i_parameters_bind(&t->gradients, config);
     n = t->weights.count * sizeof(float);
     DSV3_MEMSET(t->m, 0, n);
     DSV3_MEMSET(t->v, 0, n);
@@ -7764,7 +7767,7 @@ static void dsv3i_attend_backward_block(const dsv3i_call *c, size_t t1, size_t h
         dsv3i_block_dots(c->ctx, da, dout, m->Ho, nq, values, nk, m->dv);
         for (size_t i = 0; i < nq; i++) {
             size_t at = (t + i) * m->H + h, row = i * DSV3I_BACK_KEYS;
-            dsv3i_attend_backward_scores(c, p + row, da + row, c->s->softmax + 2 * at, b->D[at],
+            dsv3i_attend_backward_scores(c, p + row, da + row, c->s->softmax + 2 * at, b->delta[at],
                                          dsv3i_min(nk, t + i - j0 + 1));
         }
         kernels->outer(b->dkv_up + value, m->Hkv, nk, p, 1, DSV3I_BACK_KEYS, dout, m->Ho, nq, m->dv);
