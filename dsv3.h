@@ -1891,6 +1891,10 @@ DSV3_API uint8_t dsv3_f8_e4m3_from_f32(float x) {
     return (uint8_t)(sign | ((a + 0x7FFFFu + ((a >> 20) & 1u) - 0x3C000000u) >> 20));
 }
 
+/* To the nearest whole number, ties to even, for |x| <= 2^22: behind 1.5 2^23 a float has no places. (Through its bits,
+ * so that no wider register keeps them.) */
+static float dsv3i_round_float(float x) { return dsv3i_float(dsv3i_bits(x + 12582912.0f)) - 12582912.0f; }
+
 /* ---- Whole matrices */
 
 static float dsv3i_magnitude(float x) { return x < 0.0f ? -x : x; }
@@ -1912,14 +1916,6 @@ static int dsv3i_quantize_f8(unsigned char *codes, unsigned char *scale, const f
         for (size_t i = 0; i < width; i++) codes[r * cols + i] = dsv3_f8_e4m3_from_f32(x[r * cols + i] / d);
     }
     return 1;
-}
-
-/* The integer nearest to x, which is small; ties to even. */
-static int dsv3i_nearest(float x) {
-    int q = (int)x; /* towards zero, and what is left is exact */
-    float left = dsv3i_magnitude(x - (float)q);
-    if (left > 0.5f || (!(left < 0.5f) && q % 2 != 0)) q += x < 0.0f ? -1 : 1;
-    return q;
 }
 
 /* The scale of a block of 32, as F16: most >= 0 becomes `top` times it. */
@@ -1944,7 +1940,7 @@ static int dsv3i_quantize_block(unsigned char *y, const float *x, dsv3_type type
     DSV3_MEMCPY(y, &bits, 2);
     if (!dsv3i_is_finite(d)) return 0;
     for (size_t i = 0; i < DSV3_QBLOCK; i++) {
-        int q = d > 0.0f || d < 0.0f ? dsv3i_nearest(x[i] / d) : 0; /* |x / d| < 127.1; Q4_0: x / d > -8.1 */
+        int q = d > 0.0f || d < 0.0f ? (int)dsv3i_round_float(x[i] / d) : 0; /* |x / d| < 127.1; Q4_0: x / d > -8.1 */
         code[i] = (unsigned char)(!is_q4 ? q : q < 8 ? q + 8 : 15);
     }
     for (size_t i = 0; is_q4 && i < DSV3_QBLOCK / 2; i++) {
@@ -2042,10 +2038,6 @@ static void dsv3i_decode_q4_0(float *DSV3I_RESTRICT y, const void *DSV3I_RESTRIC
 static void dsv3i_round_bf16(float *y, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] = dsv3_f32_from_bf16(dsv3_bf16_from_f32(x[i]));
 }
-
-/* To the nearest whole number, ties to even, for |x| <= 2^22: behind 1.5 2^23 a float has no places. (Through its bits,
- * so that no wider register keeps them.) */
-static float dsv3i_round_float(float x) { return dsv3i_float(dsv3i_bits(x + 12582912.0f)) - 12582912.0f; }
 
 /* Something that is not finite makes its 32 so. */
 static void dsv3i_round_q8(float *y, const float *x, size_t n) {
@@ -3010,21 +3002,19 @@ static void dsv3i_attend_expanded(const dsv3i_call *c, size_t leader, size_t h, 
     dsv3i_keys b = {k, v, m->qk, m->dv, m->qk, m->dv, 0, c->model->softmax_scale};
     size_t last = 0;
     for (size_t t = leader; t < c->n; t++) {
-        if (ws->leader[t] != (int32_t)leader) continue;
-        last = (size_t)ws->position[t];
-        dsv3i_attend_begin(o + t * m->Ho, state + t * 2 * m->H, m->dv);
+        if (ws->leader[t] == (int32_t)leader) last = (size_t)ws->position[t];
     }
     for (size_t j = 0; j <= last; j += DSV3I_KEYS) {
         size_t n = dsv3i_min(DSV3I_KEYS, last - j + 1);
         dsv3i_expand(c, &c->caches[ws->sequence[leader]], j, n, h, k, v, v + DSV3I_KEYS * m->dv);
         for (size_t t = leader; t < c->n; t++) {
+            size_t left = (size_t)ws->position[t] + 1 - j; /* keys that the row has from here on */
             if (ws->leader[t] != (int32_t)leader || (size_t)ws->position[t] < j) continue;
-            b.n = dsv3i_min(n, (size_t)ws->position[t] - j + 1);
+            b.n = dsv3i_min(n, left);
+            if (j == 0) dsv3i_attend_begin(o + t * m->Ho, state + t * 2 * m->H, m->dv);
             dsv3i_attend_keys(c->ctx, o + t * m->Ho, state + t * 2 * m->H, ws->q + t * m->Hq + h * m->qk, &b);
+            if (b.n == left) dsv3i_attend_end(o + t * m->Ho, state + t * 2 * m->H, m->dv);
         }
-    }
-    for (size_t t = leader; t < c->n; t++) {
-        if (ws->leader[t] == (int32_t)leader) dsv3i_attend_end(o + t * m->Ho, state + t * 2 * m->H, m->dv);
     }
 }
 
@@ -3775,33 +3765,22 @@ static void dsv3i_group_rows(size_t *offset, size_t *slot, size_t *pair, const i
     for (size_t i = 0; i < n * K; i++) pair[slot[i]] = i;
 }
 
-static dsv3i_mlp dsv3i_mlp_of(const dsv3_mlp *w, float *y, const float *x, size_t n, size_t at) {
-    dsv3i_mlp r = {w, NULL, x, NULL, y, NULL, n, at};
-    return r;
-}
-
 /* The MLPs of a layer in ws->mlps, routed experts first, of those that were chosen. grouped [n K, d] and y [n, d] get
  * outputs; or, with dy, gradients of inputs. Returns how many. */
 static size_t dsv3i_moe_list(const dsv3i_call *c, float *grouped, float *y, const float *u, const float *dy) {
     const dsv3_workspace *ws = c->ws;
-    const dsv3i_dims *m = &c->m;
+    const dsv3_layer *w = c->w, *g = c->g;
+    const dsv3i_mlp shared = {&w->shared_experts, g != NULL ? &g->shared_experts : NULL, u, NULL, y, dy, c->n,
+                              c->n * c->m.K * c->m.F};
     size_t count = 0;
-    for (size_t e = 0; e < m->E; e++) {
-        size_t first = ws->offset[e], n = ws->offset[e + 1] - first;
-        dsv3i_mlp *r = &ws->mlps[count];
-        if (n == 0) continue;
-        *r = dsv3i_mlp_of(&c->w->experts[e], grouped + first * m->d, u, n, first * m->F);
-        r->pair = ws->pair + first;
-        if (c->g != NULL) r->g = &c->g->experts[e];
-        ws->mlps[count++].dy = dy;
+    for (size_t e = 0; e < c->m.E; e++) {
+        size_t first = ws->offset[e];
+        const dsv3i_mlp r = {&w->experts[e], g != NULL ? &g->experts[e] : NULL, u, ws->pair + first,
+                             grouped + first * c->m.d, dy, ws->offset[e + 1] - first, first * c->m.F};
+        if (r.n > 0) ws->mlps[count++] = r;
     }
-    if (m->Fs > 0) {
-        ws->mlps[count] = dsv3i_mlp_of(&c->w->shared_experts, y, u, c->n, c->n * m->K * m->F);
-        if (c->g != NULL) ws->mlps[count].g = &c->g->shared_experts;
-        ws->mlps[count++].dy = dy;
-    } else {
-        DSV3_MEMSET(y, 0, c->n * m->d * sizeof *y);
-    }
+    if (c->m.Fs > 0) ws->mlps[count++] = shared;
+    if (c->m.Fs == 0) DSV3_MEMSET(y, 0, c->n * c->m.d * sizeof *y);
     return count;
 }
 
@@ -3834,7 +3813,7 @@ static dsv3_result dsv3i_moe_forward(dsv3i_call *c, float *y, const float *u) {
 }
 
 static dsv3_result dsv3i_ffn_forward(dsv3i_call *c, float *y, const float *u) {
-    dsv3i_mlp dense = dsv3i_mlp_of(&c->w->mlp, y, u, c->n, 0);
+    const dsv3i_mlp dense = {&c->w->mlp, NULL, u, NULL, y, NULL, c->n, 0};
     if (c->w->is_moe) return dsv3i_moe_forward(c, y, u);
     c->ctx->ops->mlps(c, &dense, 1);
     return DSV3_OK;
@@ -3914,9 +3893,7 @@ static void dsv3i_moe_backward(dsv3i_call *c, float *du, const float *dy, const 
 
 /* du [n, d] for dy [n, d] */
 static void dsv3i_ffn_backward(dsv3i_call *c, float *du, const float *dy, const float *u) {
-    dsv3i_mlp dense = dsv3i_mlp_of(&c->w->mlp, du, u, c->n, 0);
-    dense.g = &c->g->mlp;
-    dense.dy = dy;
+    const dsv3i_mlp dense = {&c->w->mlp, &c->g->mlp, u, NULL, du, dy, c->n, 0};
     if (c->w->is_moe) dsv3i_moe_backward(c, du, dy, u);
     if (!c->w->is_moe) c->ctx->ops->mlps_backward(c, &dense, 1);
 }
