@@ -1269,6 +1269,20 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
  * parallel loop. Test: tests/test_tools.c.
  * ==================================================================================================== */
 
+/* A function that is not worth to be copied into its callers. */
+#if defined(__GNUC__)
+#define DSV3I_RARE __attribute__((noinline)) static
+#else
+#define DSV3I_RARE static
+#endif
+
+/* Returns from the calling function when call fails. */
+#define DSV3I_TRY(call)                                                                                              \
+    do {                                                                                                             \
+        dsv3_result try_result = (call);                                                                             \
+        if (try_result != DSV3_OK) return try_result;                                                                \
+    } while (0)
+
 /* ---- Sizes: saturating arithmetic. SIZE_MAX means "too large" and stays so (but for a product with 0). */
 
 static size_t dsv3i_add(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
@@ -1303,8 +1317,16 @@ static size_t dsv3i_blocks(size_t n, size_t block) { return n / block + (n % blo
 
 /* ---- The sizes of an architecture, with the names of the glossary, from one place */
 
+#define DSV3I_DIMS(X)                                                                                                \
+    X(d, hidden_size) X(V, vocab_size) X(H, num_attention_heads) X(rq, q_lora_rank) X(rk, kv_lora_rank)              \
+    X(dn, qk_nope_head_dim) X(dr, qk_rope_head_dim) X(dv, v_head_dim) X(E, n_routed_experts)                         \
+    X(K, num_experts_per_tok) X(G, n_group) X(F, moe_intermediate_size) X(I, intermediate_size)                      \
+    X(L, num_hidden_layers) X(D, num_nextn_predict_layers)
+
 typedef struct dsv3i_dims {
-    size_t d, V, H, rq, rk, dn, dr, dv, E, K, G, F, I, L, D;
+#define DSV3I_DIM(name, field) size_t name;
+    DSV3I_DIMS(DSV3I_DIM)
+#undef DSV3I_DIM
     size_t d2;          /* 2 d: what an MTP module joins */
     size_t qk;          /* dn + dr: one head's query */
     size_t kv;          /* dn + dv: one head's rows of kv_b_proj */
@@ -1315,25 +1337,13 @@ typedef struct dsv3i_dims {
 
 static dsv3i_dims dsv3i_dims_of(const dsv3_config *c) {
     dsv3i_dims m;
-    m.d = (size_t)c->hidden_size;
-    m.V = (size_t)c->vocab_size;
-    m.H = (size_t)c->num_attention_heads;
-    m.rq = (size_t)c->q_lora_rank;
-    m.rk = (size_t)c->kv_lora_rank;
-    m.dn = (size_t)c->qk_nope_head_dim;
-    m.dr = (size_t)c->qk_rope_head_dim;
-    m.dv = (size_t)c->v_head_dim;
-    m.E = (size_t)c->n_routed_experts;
-    m.K = (size_t)c->num_experts_per_tok;
-    m.G = (size_t)c->n_group;
-    m.F = (size_t)c->moe_intermediate_size;
-    m.I = (size_t)c->intermediate_size;
-    m.L = (size_t)c->num_hidden_layers;
-    m.D = (size_t)c->num_nextn_predict_layers;
-    m.d2 = dsv3i_mul(2, m.d);
-    m.qk = dsv3i_add(m.dn, m.dr);
-    m.kv = dsv3i_add(m.dn, m.dv);
-    m.width = dsv3i_add(m.rk, m.dr);
+#define DSV3I_DIM(name, field) m.name = (size_t)c->field;
+    DSV3I_DIMS(DSV3I_DIM)
+#undef DSV3I_DIM
+    m.d2 = 2 * m.d;
+    m.qk = m.dn + m.dr;
+    m.kv = m.dn + m.dv;
+    m.width = m.rk + m.dr;
     m.Hq = dsv3i_mul(m.H, m.qk);
     m.Hkv = dsv3i_mul(m.H, m.kv);
     m.Ho = dsv3i_mul(m.H, m.dv);
@@ -1381,6 +1391,11 @@ static void *dsv3i_take(dsv3i_layout *l, size_t size, size_t a, size_t b, size_t
     return at;
 }
 
+/* rows x columns of them; NULL for 0 rows. */
+static void *dsv3i_take_rows(dsv3i_layout *l, size_t size, size_t rows, size_t columns) {
+    return rows == 0 ? NULL : dsv3i_take(l, size, rows, columns, 1);
+}
+
 static dsv3_result dsv3i_layout_size(const dsv3i_layout *l, size_t *bytes) {
     if (bytes == NULL) return DSV3_ERR_ARG;
     *bytes = dsv3i_add(l->used, DSV3I_LINE - DSV3_ALIGN);
@@ -1402,15 +1417,22 @@ static dsv3_result dsv3i_memory_check(const void *memory, size_t bytes, size_t n
     return bytes < need ? DSV3_ERR_MEMORY : DSV3_OK;
 }
 
+/* Begins the layout that was measured as `need` bytes over memory [bytes]. */
+static dsv3_result dsv3i_layout_begin(dsv3i_layout *l, void *memory, size_t bytes, size_t need) {
+    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
+    l->base = dsv3i_layout_base(memory);
+    l->used = 0;
+    return DSV3_OK;
+}
+
 /* A struct of pointers into such a buffer has its members in a list, with their shapes,
  *     #define DSV3I_PAIR(X) X(int32_t, token, n, 1) X(float, x, n, m->d)
  * of which one macro makes the struct and the other its layout, where l, at, n and m are known:
  *     struct dsv3i_pair { DSV3I_PAIR(DSV3I_MEMBER) };         int32_t *token; float *x;
- *     DSV3I_PAIR(DSV3I_TAKE)                                 at->token = dsv3i_take(l, sizeof(int32_t), n, 1, 1); ..
- * A member of 0 rows is NULL. */
+ *     DSV3I_PAIR(DSV3I_TAKE)                                 at->token = dsv3i_take_rows(l, sizeof(int32_t), n, 1); ..
+ */
 #define DSV3I_MEMBER(type, name, rows, columns) type *name;
-#define DSV3I_TAKE(type, name, rows, columns)                                                                        \
-    at->name = (rows) == 0 ? NULL : (type *)dsv3i_take(l, sizeof(type), rows, columns, 1);
+#define DSV3I_TAKE(type, name, rows, columns) at->name = (type *)dsv3i_take_rows(l, sizeof(type), rows, columns);
 
 /* ---- Text: names and messages are built without stdio. */
 
@@ -1477,21 +1499,21 @@ DSV3_API const char *dsv3_result_string(dsv3_result result) {
 }
 
 /* All errors are made here: code, name and reason. Numbers may be added. */
-static dsv3_result dsv3i_fail(dsv3_error *error, dsv3_result code, const char *name, const char *why) {
+DSV3I_RARE dsv3_result dsv3i_fail(dsv3_error *error, dsv3_result code, const char *name, const char *why) {
     if (error != NULL) {
         dsv3i_text t = dsv3i_text_begin(error->name, sizeof error->name);
-        dsv3i_text_add(&t, name);
+        DSV3_MEMSET(error->expected, 0, sizeof error->expected);
+        DSV3_MEMSET(error->found, 0, sizeof error->found);
+        error->numbers = DSV3_NUMBERS_NONE;
         error->code = code;
         error->why = why;
-        error->numbers = DSV3_NUMBERS_NONE;
-        error->expected[0] = error->expected[1] = 0;
-        error->found[0] = error->found[1] = 0;
+        dsv3i_text_add(&t, name);
     }
     return code;
 }
 
-static dsv3_result dsv3i_fail_numbers(dsv3_error *error, dsv3_result code, const char *name, const char *why,
-                                      dsv3_numbers numbers, int64_t e0, int64_t e1, int64_t f0, int64_t f1) {
+DSV3I_RARE dsv3_result dsv3i_fail_numbers(dsv3_error *error, dsv3_result code, const char *name, const char *why,
+                                          dsv3_numbers numbers, int64_t e0, int64_t e1, int64_t f0, int64_t f1) {
     (void)dsv3i_fail(error, code, name, why);
     if (error != NULL) {
         error->numbers = numbers;
@@ -1503,64 +1525,49 @@ static dsv3_result dsv3i_fail_numbers(dsv3_error *error, dsv3_result code, const
     return code;
 }
 
-static dsv3_result dsv3i_fail_range(dsv3_error *error, dsv3_result code, const char *name, const char *why,
-                                    int64_t low, int64_t high, int64_t found) {
+DSV3I_RARE dsv3_result dsv3i_fail_range(dsv3_error *error, dsv3_result code, const char *name, const char *why,
+                                        int64_t low, int64_t high, int64_t found) {
     return dsv3i_fail_numbers(error, code, name, why, DSV3_NUMBERS_RANGE, low, high, found, 0);
 }
 
-static dsv3_result dsv3i_fail_where(dsv3_error *error, dsv3_result code, const char *name, const char *why,
-                                    int64_t number) {
+DSV3I_RARE dsv3_result dsv3i_fail_where(dsv3_error *error, dsv3_result code, const char *name, const char *why,
+                                        int64_t number) {
     return dsv3i_fail_numbers(error, code, name, why, DSV3_NUMBERS_WHERE, 0, 0, number, 0);
 }
 
-/* name[i] */
-static void dsv3i_name_row(char *out, size_t capacity, const char *name, size_t i) {
-    dsv3i_text t = dsv3i_text_begin(out, capacity);
-    dsv3i_text_add(&t, name);
-    dsv3i_text_add_index(&t, "[", (int64_t)i, "]");
+/* An error about element i of an array: name[i]. */
+DSV3I_RARE dsv3_result dsv3i_fail_at(dsv3_error *error, size_t i, dsv3_result code) {
+    if (error != NULL) {
+        dsv3i_text t = {error->name, sizeof error->name};
+        for (; *t.at != '\0'; t.at++) t.left--;
+        dsv3i_text_add_index(&t, "[", (int64_t)i, "]");
+    }
+    return code;
 }
 
-/* Element i of an array. */
-static dsv3_result dsv3i_fail_row(dsv3_error *error, dsv3_result code, const char *name, size_t i, const char *why,
-                                  int64_t low, int64_t high, int64_t found) {
-    char text[32];
-    dsv3i_name_row(text, sizeof text, name, i);
-    return dsv3i_fail_range(error, code, text, why, low, high, found);
+DSV3I_RARE dsv3_result dsv3i_fail_row(dsv3_error *error, dsv3_result code, const char *name, size_t i,
+                                      const char *why, int64_t low, int64_t high, int64_t found) {
+    return dsv3i_fail_at(error, i, dsv3i_fail_range(error, code, name, why, low, high, found));
 }
-
-/* Returns from the calling function when call fails. */
-#define DSV3I_TRY(call)                                                                                              \
-    do {                                                                                                             \
-        dsv3_result try_result = (call);                                                                             \
-        if (try_result != DSV3_OK) return try_result;                                                                \
-    } while (0)
 
 static dsv3_result dsv3i_ok(dsv3_error *error) { return dsv3i_fail(error, DSV3_OK, "", "ok"); }
 
-/* " (expected 256 x 48, found 48 x 256)": pairs for shapes, "1 to 8" for a range of several numbers. */
-static void dsv3i_text_add_numbers(dsv3i_text *t, const dsv3_error *e) {
-    int shape = e->numbers == DSV3_NUMBERS_SHAPE;
-    dsv3i_text_add_index(t, " (expected ", e->expected[0], "");
-    if (shape || e->expected[0] != e->expected[1]) {
-        dsv3i_text_add_index(t, shape ? " x " : " to ", e->expected[1], "");
-    }
-    dsv3i_text_add_index(t, ", found ", e->found[0], "");
-    if (shape) dsv3i_text_add_index(t, " x ", e->found[1], "");
-    dsv3i_text_add(t, ")");
-}
-
-DSV3_API const char *dsv3_error_text(const dsv3_error *error, char *text, size_t capacity) {
+/* Behind the words " 3", or " (expected 256 x 48, found 48 x 256)": pairs for shapes, "1 to 8" for a range. */
+DSV3_API const char *dsv3_error_text(const dsv3_error *e, char *text, size_t capacity) {
     dsv3i_text t = dsv3i_text_begin(text, capacity);
-    if (error->name[0] != '\0') {
-        dsv3i_text_add(&t, error->name);
-        dsv3i_text_add(&t, ": ");
+    int shape = e->numbers == DSV3_NUMBERS_SHAPE;
+    dsv3i_text_add(&t, e->name);
+    if (e->name[0] != '\0') dsv3i_text_add(&t, ": ");
+    dsv3i_text_add(&t, e->why != NULL ? e->why : dsv3_result_string(e->code));
+    if (e->numbers == DSV3_NUMBERS_NONE) return text;
+    dsv3i_text_add_index(&t, e->numbers == DSV3_NUMBERS_WHERE ? " " : " (expected ",
+                         e->numbers == DSV3_NUMBERS_WHERE ? e->found[0] : e->expected[0], "");
+    if (e->numbers == DSV3_NUMBERS_WHERE) return text;
+    if (shape || e->expected[0] != e->expected[1]) {
+        dsv3i_text_add_index(&t, shape ? " x " : " to ", e->expected[1], "");
     }
-    dsv3i_text_add(&t, error->why != NULL ? error->why : dsv3_result_string(error->code));
-    if (error->numbers == DSV3_NUMBERS_WHERE) {
-        dsv3i_text_add_index(&t, " ", error->found[0], "");
-    } else if (error->numbers != DSV3_NUMBERS_NONE) {
-        dsv3i_text_add_numbers(&t, error);
-    }
+    dsv3i_text_add_index(&t, ", found ", e->found[0], shape ? " x " : ")");
+    if (shape) dsv3i_text_add_index(&t, "", e->found[1], ")");
     return text;
 }
 
@@ -1594,6 +1601,11 @@ static void dsv3i_parallel(const dsv3_context *ctx, size_t n, size_t work, dsv3_
     } else {
         ctx->parallel_for(ctx->parallel_user, ctx->threads, n, task, arg);
     }
+}
+
+/* n items of `each` multiply-adds. */
+static void dsv3i_loop(const dsv3_context *ctx, size_t n, size_t each, dsv3_task task, void *arg) {
+    dsv3i_parallel(ctx, n, dsv3i_mul(n, each), task, arg);
 }
 
 #if defined(_OPENMP) && !defined(DSV3_NO_OPENMP)
@@ -1657,7 +1669,6 @@ static void dsv3i_engine_decode_row(float *y, const dsv3_tensor *w, size_t row);
 #else
 #define dsv3i_engine_linear_floats(n, cols, threads) ((size_t)0)
 #define dsv3i_engine_pass_floats(m, n, threads) ((size_t)0)
-#define dsv3i_engine_decode_row(y, w, row) ((void)0)
 #endif
 
 /* ---- What a layer's ops work on, and what a backward pass keeps */
@@ -1667,7 +1678,7 @@ static void dsv3i_engine_decode_row(float *y, const dsv3_tensor *w, size_t row);
  * projections, attention's output and softmax, the router's choice, hidden values; and, where `keep` asks for them, the
  * outputs of norms, queries, the outputs of SwiGLU. moe, norms, queries, swiglu: n, or 0 where there is no such member. */
 #define DSV3I_SAVED(X)                                                                                               \
-    X(float, x_in, n, m->d) X(float, x_mid, n, m->d) X(float, q_raw, n, m->rq) X(float, kv_raw, n, m->width)         \
+    X(float, x_mid, n, m->d) X(float, q_raw, n, m->rq) X(float, kv_raw, n, m->width)         \
     X(float, o, n, m->Ho) X(float, softmax, n, 2 * m->H)                                                             \
     X(float, score, moe, m->E) X(float, gate, moe, m->K) X(int32_t, idx, moe, m->K)                                  \
     X(size_t, slot, moe, m->K) X(size_t, offset, moe > 0 ? m->E + 1 : 0, 1)                                          \
@@ -1676,6 +1687,7 @@ static void dsv3i_engine_decode_row(float *y, const dsv3_tensor *w, size_t row);
     X(float, kv, norms, m->width) X(float, q, queries, m->Hq) X(float, h, swiglu, hidden)
 
 typedef struct dsv3i_saved {
+    float *x_in; /* [n, d]; all others have the names that they have in a workspace */
     DSV3I_SAVED(DSV3I_MEMBER)
 } dsv3i_saved;
 
@@ -1683,7 +1695,7 @@ typedef struct dsv3i_saved {
  * and r stand in the order of experts; r is also 1 / rms of rows. */
 #define DSV3I_BACKWARD(X)                                                                                            \
     X(float, du, n, m->d) X(float, dq, n, m->Hq) X(float, keys, n, m->Hq) X(float, dkeys, n, m->Hq)                  \
-    X(float, kv_up, n, m->Hkv) X(float, dkv_up, n, m->Hkv) X(float, dout, n, m->Ho) X(float, D, n, m->H)             \
+    X(float, kv_up, n, m->Hkv) X(float, dkv_up, n, m->Hkv) X(float, dout, n, m->Ho) X(float, delta, n, m->H)             \
     X(float, c, n, m->rk) X(float, dc, n, m->rk) X(float, dkv_raw, n, m->width)                                      \
     X(float, dq_latent, n, m->rq) X(float, dq_raw, n, m->rq) X(float, dh, n, hidden)                                 \
     X(float, gates, n, m->K) X(float, dgate, n, m->K) X(float, dscore, n, m->E)                                      \
@@ -1712,16 +1724,7 @@ typedef struct dsv3i_call {
 
 static dsv3i_call dsv3i_call_of(const dsv3_context *ctx, const dsv3_model *model, const dsv3_layer *w, size_t layer,
                                 dsv3_cache *caches, size_t n, dsv3_workspace *ws) {
-    dsv3i_call c;
-    DSV3_MEMSET(&c, 0, sizeof c);
-    c.ctx = ctx;
-    c.model = model;
-    c.w = w;
-    c.ws = ws;
-    c.caches = caches;
-    c.layer = layer;
-    c.n = n;
-    c.m = dsv3i_dims_of(&model->config);
+    dsv3i_call c = {ctx, model, w, ws, caches, layer, n, dsv3i_dims_of(&model->config), NULL, NULL, NULL};
     return c;
 }
 
@@ -1755,8 +1758,8 @@ static void dsv3i_project_backward(const dsv3_context *ctx, const dsv3_workspace
  *
  * The number formats of checkpoints: what their bits mean, the nearest code of a number, and whole matrices of codes.
  *     F16      1 sign, 5 exponent and 10 mantissa bits        BF16    1, 8 and 7: the upper half of a float
- *     E4M3     1, 4 and 3; a float multiplier for every 128 x 128 of a matrix
- *     Q8_0     32 signed bytes and their F16 multiplier       Q4_0    32 times 4 bits, likewise
+ *     E4M3     1, 4 and 3; a float scale for every 128 x 128 of a matrix
+ *     Q8_0     32 signed bytes and their F16 scale            Q4_0    32 times 4 bits, likewise
  * Test: tests/test_codecs.c.
  * ==================================================================================================== */
 
@@ -1830,8 +1833,17 @@ DSV3_API float dsv3_f32_from_f16(uint16_t bits) {
     return dsv3i_float(dsv3i_bits(x) | sign);
 }
 
-/* E4M3 has so few codes that a table is smaller than the code it saves, and several times faster. One row per
- * exponent; x is the float of mantissa 0, with the sign. */
+#if defined(__OPTIMIZE_SIZE__) && !defined(DSV3I_ENGINE)
+/* E4M3 likewise, with the exponent's bias 7; all ones are NaN. */
+DSV3_API float dsv3_f32_from_f8_e4m3(uint8_t bits) {
+    uint32_t magnitude = ((uint32_t)bits & 0x7Fu) << 20, sign = ((uint32_t)bits & 0x80u) << 24;
+    float x = dsv3i_float(magnitude == 0x07F00000u ? 0x7FC00000u : magnitude + 0x3C000000u);
+    if (magnitude < 0x00800000u) x = x + x - 0.015625f; /* 2^-6 */
+    return dsv3i_float(dsv3i_bits(x) | sign);
+}
+#else
+/* E4M3 has so few codes that a table will do, which is several times faster. One row per exponent; x is the float of
+ * mantissa 0, with the sign. */
 #define DSV3I_E4M3_ROW(x)                                                                                            \
     (x), (x) + 0x100000u, (x) + 0x200000u, (x) + 0x300000u, (x) + 0x400000u, (x) + 0x500000u, (x) + 0x600000u,       \
         (x) + 0x700000u
@@ -1850,6 +1862,7 @@ static const uint32_t dsv3i_e4m3[256] = {DSV3I_E4M3_HALF(0u), DSV3I_E4M3_HALF(0x
 #undef DSV3I_E4M3_ROW
 
 DSV3_API float dsv3_f32_from_f8_e4m3(uint8_t bits) { return dsv3i_float(dsv3i_e4m3[bits]); }
+#endif
 
 /* The encoders round normal values by adding half of the last kept bit (minus one unless that bit is odd: ties
  * to even), and subnormal ones by adding a power of two whose last bit has the weight of the grid. */
@@ -1878,17 +1891,9 @@ DSV3_API uint8_t dsv3_f8_e4m3_from_f32(float x) {
     return (uint8_t)(sign | ((a + 0x7FFFFu + ((a >> 20) & 1u) - 0x3C000000u) >> 20));
 }
 
-/* A number in one of the formats that are floats of 32 or 16 bits. */
-static float dsv3i_number(const unsigned char *at, dsv3_type type) {
-    uint16_t bits;
-    float x;
-    if (type == DSV3_F32) {
-        DSV3_MEMCPY(&x, at, sizeof x);
-        return x;
-    }
-    DSV3_MEMCPY(&bits, at, sizeof bits);
-    return type == DSV3_F16 ? dsv3_f32_from_f16(bits) : dsv3_f32_from_bf16(bits);
-}
+/* To the nearest whole number, ties to even, for |x| <= 2^22: behind 1.5 2^23 a float has no places. (Through its bits,
+ * so that no wider register keeps them.) */
+static float dsv3i_round_float(float x) { return dsv3i_float(dsv3i_bits(x + 12582912.0f)) - 12582912.0f; }
 
 /* ---- Whole matrices */
 
@@ -1913,16 +1918,8 @@ static int dsv3i_quantize_f8(unsigned char *codes, unsigned char *scale, const f
     return 1;
 }
 
-/* The integer nearest to x, which is small; ties to even. */
-static int dsv3i_nearest(float x) {
-    int q = (int)x; /* towards zero, and what is left is exact */
-    float left = dsv3i_magnitude(x - (float)q);
-    if (left > 0.5f || (!(left < 0.5f) && q % 2 != 0)) q += x < 0.0f ? -1 : 1;
-    return q;
-}
-
-/* The multiplier of a block of 32, as F16: most >= 0 becomes `top` times it. */
-static uint16_t dsv3i_multiplier(float most, float top) {
+/* The scale of a block of 32, as F16: most >= 0 becomes `top` times it. */
+static uint16_t dsv3i_block_scale(float most, float top) {
     uint16_t bits = dsv3_f16_from_f32(most / top);
     int less = dsv3_f32_from_f16(bits) * top < most; /* exact: 11 bits times few */
     return (uint16_t)(bits + (bits < 0x0400u && less));
@@ -1937,13 +1934,13 @@ static int dsv3i_quantize_block(unsigned char *y, const float *x, dsv3_type type
     for (size_t i = 0; i < DSV3_QBLOCK; i++) {
         if (dsv3i_magnitude(x[i]) > dsv3i_magnitude(most)) most = x[i];
     }
-    bits = dsv3i_multiplier(dsv3i_magnitude(most), is_q4 ? 8.0f : 127.0f);
+    bits = dsv3i_block_scale(dsv3i_magnitude(most), is_q4 ? 8.0f : 127.0f);
     if (is_q4 && most > 0.0f) bits = (uint16_t)(bits | 0x8000u); /* most becomes -8 */
     d = dsv3_f32_from_f16(bits);
     DSV3_MEMCPY(y, &bits, 2);
     if (!dsv3i_is_finite(d)) return 0;
     for (size_t i = 0; i < DSV3_QBLOCK; i++) {
-        int q = d > 0.0f || d < 0.0f ? dsv3i_nearest(x[i] / d) : 0; /* |x / d| < 127.1; Q4_0: x / d > -8.1 */
+        int q = d > 0.0f || d < 0.0f ? (int)dsv3i_round_float(x[i] / d) : 0; /* |x / d| < 127.1; Q4_0: x / d > -8.1 */
         code[i] = (unsigned char)(!is_q4 ? q : q < 8 ? q + 8 : 15);
     }
     for (size_t i = 0; is_q4 && i < DSV3_QBLOCK / 2; i++) {
@@ -1957,7 +1954,7 @@ static int dsv3i_quantize_block(unsigned char *y, const float *x, dsv3_type type
 static int dsv3i_quantize_half(unsigned char *y, float x, dsv3_type type) {
     uint16_t bits = type == DSV3_F16 ? dsv3_f16_from_f32(x) : dsv3_bf16_from_f32(x);
     DSV3_MEMCPY(y, &bits, 2);
-    return dsv3i_is_finite(dsv3i_number(y, type)) || !dsv3i_is_finite(x);
+    return dsv3i_is_finite(type == DSV3_F16 ? dsv3_f32_from_f16(bits) : dsv3_f32_from_bf16(bits)) || !dsv3i_is_finite(x);
 }
 
 DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3_type type, size_t rows,
@@ -2041,10 +2038,6 @@ static void dsv3i_decode_q4_0(float *DSV3I_RESTRICT y, const void *DSV3I_RESTRIC
 static void dsv3i_round_bf16(float *y, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] = dsv3_f32_from_bf16(dsv3_bf16_from_f32(x[i]));
 }
-
-/* To the nearest whole number, ties to even, for |x| <= 2^22: behind 1.5 2^23 a float has no places. (Through its bits,
- * so that no wider register keeps them.) */
-static float dsv3i_round_float(float x) { return dsv3i_float(dsv3i_bits(x + 12582912.0f)) - 12582912.0f; }
 
 /* Something that is not finite makes its 32 so. */
 static void dsv3i_round_q8(float *y, const float *x, size_t n) {
@@ -2155,18 +2148,13 @@ typedef struct dsv3i_rows {
 } dsv3i_rows;
 
 static dsv3i_rows dsv3i_rows_of(const dsv3_context *ctx, float *y, const float *x, size_t d) {
-    dsv3i_rows a;
-    DSV3_MEMSET(&a, 0, sizeof a);
-    a.ctx = ctx;
-    a.y = y;
-    a.x = x;
-    a.d = a.ldy = a.ldx = d;
+    dsv3i_rows a = {ctx, y, x, d, d, d, NULL, NULL, NULL, 0.0f, 0, NULL, NULL, NULL, NULL, 0};
     return a;
 }
 
 static void dsv3i_rows_run(dsv3i_rows *a, size_t n, size_t cost, dsv3_task task) {
     a->n = n;
-    dsv3i_parallel(a->ctx, n, dsv3i_mul(dsv3i_mul(cost, n), a->d), task, a);
+    dsv3i_loop(a->ctx, n, cost * a->d, task, a);
 }
 
 static void dsv3i_copy_task(void *arg, size_t begin, size_t end, size_t worker) {
@@ -2262,10 +2250,10 @@ static const float *dsv3i_rounded(const dsv3_context *ctx, float *y, const float
 static void dsv3i_linear(const dsv3_context *ctx, const dsv3i_product *list, size_t count, float *scratch) {
     for (size_t i = 0; i < count; i++) {
         const dsv3i_product *p = &list[i];
-        size_t cols = p->w->cols, work = dsv3i_mul(dsv3i_mul(p->rows, cols), p->n);
+        size_t cols = p->w->cols;
         dsv3i_linear_loop a = {ctx, p, NULL, scratch, NULL, NULL};
         a.x = dsv3i_rounded(ctx, scratch + ctx->threads * cols, p->x, p->w->type, p->n * cols);
-        dsv3i_parallel(ctx, p->rows, work, dsv3i_linear_task, &a);
+        dsv3i_loop(ctx, p->rows, p->n * cols, dsv3i_linear_task, &a);
     }
 }
 
@@ -2311,11 +2299,11 @@ static void dsv3i_linear_dw_task(void *arg, size_t begin, size_t end, size_t wor
 
 static void dsv3i_linear_backward(const dsv3_context *ctx, float *dx, int beta0, float *dw, const dsv3i_product *p,
                                   float *scratch) {
-    size_t cols = p->w->cols, work = dsv3i_mul(dsv3i_mul(p->rows, cols), p->n);
+    size_t cols = p->w->cols;
     dsv3i_linear_loop a = {ctx, p, NULL, scratch, dx, dw};
     if (dx != NULL && beta0) DSV3_MEMSET(dx, 0, p->n * cols * sizeof *dx);
-    if (dx != NULL) dsv3i_parallel(ctx, p->n, work, dsv3i_linear_dx_task, &a);
-    if (dw != NULL) dsv3i_parallel(ctx, p->rows, work, dsv3i_linear_dw_task, &a);
+    if (dx != NULL) dsv3i_loop(ctx, p->n, p->rows * cols, dsv3i_linear_dx_task, &a);
+    if (dw != NULL) dsv3i_loop(ctx, p->rows, p->n * cols, dsv3i_linear_dw_task, &a);
 }
 
 DSV3_API void dsv3_linear_backward(const dsv3_context *context, float *dx, float *dw, const float *dy, const float *x,
@@ -2343,7 +2331,7 @@ static void dsv3i_embed_backward(const dsv3_context *ctx, float *dw, const float
     dsv3i_rows a = dsv3i_rows_of(ctx, dw, dx, d);
     a.token = token;
     a.n = n;
-    dsv3i_parallel(ctx, dsv3i_blocks(d, DSV3I_COLUMNS), dsv3i_mul(2 * n, d), dsv3i_embed_backward_task, &a);
+    dsv3i_loop(ctx, dsv3i_blocks(d, DSV3I_COLUMNS), 2 * n * DSV3I_COLUMNS, dsv3i_embed_backward_task, &a);
 }
 
 DSV3_API void dsv3_embed_backward(float *dw, const float *dx, const int32_t *token, size_t n, size_t d) {
@@ -2460,19 +2448,13 @@ static void dsv3i_norm_dg_task(void *arg, size_t begin, size_t end, size_t worke
 /* Of g only the rest of `a` is filled in: rows of x and dx lie ldx floats apart, rows of dy ldy. */
 static dsv3i_rows dsv3i_norm_rows(const dsv3_context *ctx, float *dx, float *dg, const float *dy, const float *x,
                                   const dsv3_tensor *g, float eps, float *r) {
-    dsv3i_rows a = dsv3i_rows_of(ctx, NULL, x, g->cols);
-    a.dx = dx;
-    a.dg = dg;
-    a.dy = dy;
-    a.w = g;
-    a.eps = eps;
-    a.r = r;
+    dsv3i_rows a = {ctx, NULL, x, g->cols, g->cols, g->cols, NULL, NULL, g, eps, 0, dy, dx, dg, r, 0};
     return a;
 }
 
 static void dsv3i_norm_backward(dsv3i_rows *a, size_t n) {
     dsv3i_rows_run(a, n, 4, dsv3i_norm_dx_task);
-    dsv3i_parallel(a->ctx, dsv3i_blocks(a->d, DSV3I_COLUMNS), dsv3i_mul(2 * n, a->d), dsv3i_norm_dg_task, a);
+    dsv3i_loop(a->ctx, dsv3i_blocks(a->d, DSV3I_COLUMNS), 2 * n * DSV3I_COLUMNS, dsv3i_norm_dg_task, a);
 }
 
 DSV3_API void dsv3_rmsnorm_backward(const dsv3_context *context, float *dx, float *dg, const float *dy,
@@ -2510,7 +2492,7 @@ static void dsv3i_silu_task(void *arg, size_t begin, size_t end, size_t worker) 
 /* h may be a. */
 static void dsv3i_swiglu(const dsv3_context *ctx, float *h, const float *a, const float *b, size_t n) {
     dsv3i_silu s = {ctx, h, a, b, n, DSV3I_SILU_ITEM, NULL, NULL, NULL, NULL};
-    dsv3i_parallel(ctx, dsv3i_blocks(n, s.width), dsv3i_mul(n, 16), dsv3i_silu_task, &s);
+    dsv3i_loop(ctx, dsv3i_blocks(n, s.width), 16 * s.width, dsv3i_silu_task, &s);
 }
 
 #ifndef DSV3_NO_TRAINING
@@ -2558,7 +2540,7 @@ static void dsv3i_swiglu_backward(const dsv3_context *ctx, float *dh, float *a, 
                                   float *dgate, size_t width) {
     dsv3i_silu s = {ctx, dh, a, b, n, width, a, b, gate, dgate};
     if (gate == NULL) s.width = DSV3I_SILU_ITEM;
-    dsv3i_parallel(ctx, dsv3i_blocks(n, s.width), dsv3i_mul(n, 32), dsv3i_silu_backward_task, &s);
+    dsv3i_loop(ctx, dsv3i_blocks(n, s.width), 32 * s.width, dsv3i_silu_backward_task, &s);
 }
 #endif
 
@@ -2607,7 +2589,7 @@ static void dsv3i_loss_part(dsv3i_loss *a, size_t row, dsv3_task task) {
     part->row = row;
     part->rows = dsv3i_min(DSV3I_VOCAB, a->head->rows - row);
     a->ctx->ops->linear(a->ctx, part, 1, a->scratch);
-    dsv3i_parallel(a->ctx, a->n, dsv3i_mul(dsv3i_mul(a->n, part->rows), 16), task, a);
+    dsv3i_loop(a->ctx, a->n, 16 * part->rows, task, a);
 }
 
 /* The target's logit of row t among those of this part, or NULL. */
@@ -2794,27 +2776,25 @@ DSV3_API void dsv3_rope_table(float *cos_sin, const int32_t *position, const uin
     }
 }
 
-DSV3_API void dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr, int interleave) {
+static void dsv3i_rotate(float *x, const float *cos_sin, size_t dr, int interleave, float sign) {
     size_t step = interleave ? 2 : 1, other = interleave ? 1 : dr / 2;
     DSV3_ASSERT(dr % 2 == 0);
     for (size_t i = 0; i < dr / 2; i++) {
-        float c = cos_sin[2 * i], s = cos_sin[2 * i + 1];
+        float c = cos_sin[2 * i], s = sign * cos_sin[2 * i + 1];
         float a = x[step * i], b = x[step * i + other];
         x[step * i] = a * c - b * s;
         x[step * i + other] = a * s + b * c;
     }
 }
 
+DSV3_API void dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr, int interleave) {
+    dsv3i_rotate(x, cos_sin, dr, interleave, 1.0f);
+}
+
 #ifndef DSV3_NO_TRAINING
 /* The transpose of a rotation is the rotation back. */
 DSV3_API void dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t dr, int interleave) {
-    size_t step = interleave ? 2 : 1, other = interleave ? 1 : dr / 2;
-    for (size_t i = 0; i < dr / 2; i++) {
-        float c = cos_sin[2 * i], s = cos_sin[2 * i + 1];
-        float a = dx[step * i], b = dx[step * i + other];
-        dx[step * i] = a * c + b * s;
-        dx[step * i + other] = b * c - a * s;
-    }
+    dsv3i_rotate(dx, cos_sin, dr, interleave, -1.0f);
 }
 #endif
 
@@ -2905,7 +2885,7 @@ static void dsv3i_mla_kv_task(void *arg, size_t begin, size_t end, size_t worker
 }
 
 static void dsv3i_mla_kv(dsv3i_call *c) {
-    dsv3i_parallel(c->ctx, c->n, dsv3i_mul(4 * c->n, c->m.width), dsv3i_mla_kv_task, c);
+    dsv3i_loop(c->ctx, c->n, 4 * c->m.width, dsv3i_mla_kv_task, c);
 }
 
 /* Rotation of every head's query. */
@@ -2927,7 +2907,7 @@ static void dsv3i_mla_q(dsv3i_call *c) {
                      c->model->config.latent_norm_eps);
         dsv3i_project(c, ws->q, ws->q_latent, &c->w->q_b_proj);
     }
-    dsv3i_parallel(c->ctx, c->n, dsv3i_mul(4 * c->n, c->m.H * c->m.dr), dsv3i_mla_rotate_task, c);
+    dsv3i_loop(c->ctx, c->n, 4 * c->m.H * c->m.dr, dsv3i_mla_rotate_task, c);
 }
 
 /* ---- Attention proper: o [n, H dv] of the queries and the caches */
@@ -2938,7 +2918,7 @@ typedef struct dsv3i_keys {
     float scale;
 } dsv3i_keys;
 
-/* The running softmax: query q [dk] meets a block of keys. o [dv] and state = {m, l} are of all keys so far. */
+/* The running softmax: query q [dk] and one more block of keys. o [dv] and state = {m, l} are of all keys so far. */
 static void dsv3i_attend_keys(const dsv3_context *ctx, float *o, float state[2], const float *q, const dsv3i_keys *b) {
     float p[DSV3I_KEYS], top = state[0], rescale;
     for (size_t j = 0; j < b->n; j++) {
@@ -3022,21 +3002,19 @@ static void dsv3i_attend_expanded(const dsv3i_call *c, size_t leader, size_t h, 
     dsv3i_keys b = {k, v, m->qk, m->dv, m->qk, m->dv, 0, c->model->softmax_scale};
     size_t last = 0;
     for (size_t t = leader; t < c->n; t++) {
-        if (ws->leader[t] != (int32_t)leader) continue;
-        last = (size_t)ws->position[t];
-        dsv3i_attend_begin(o + t * m->Ho, state + t * 2 * m->H, m->dv);
+        if (ws->leader[t] == (int32_t)leader) last = (size_t)ws->position[t];
     }
     for (size_t j = 0; j <= last; j += DSV3I_KEYS) {
         size_t n = dsv3i_min(DSV3I_KEYS, last - j + 1);
         dsv3i_expand(c, &c->caches[ws->sequence[leader]], j, n, h, k, v, v + DSV3I_KEYS * m->dv);
         for (size_t t = leader; t < c->n; t++) {
+            size_t left = (size_t)ws->position[t] + 1 - j; /* keys that the row has from here on */
             if (ws->leader[t] != (int32_t)leader || (size_t)ws->position[t] < j) continue;
-            b.n = dsv3i_min(n, (size_t)ws->position[t] - j + 1);
+            b.n = dsv3i_min(n, left);
+            if (j == 0) dsv3i_attend_begin(o + t * m->Ho, state + t * 2 * m->H, m->dv);
             dsv3i_attend_keys(c->ctx, o + t * m->Ho, state + t * 2 * m->H, ws->q + t * m->Hq + h * m->qk, &b);
+            if (b.n == left) dsv3i_attend_end(o + t * m->Ho, state + t * 2 * m->H, m->dv);
         }
-    }
-    for (size_t t = leader; t < c->n; t++) {
-        if (ws->leader[t] == (int32_t)leader) dsv3i_attend_end(o + t * m->Ho, state + t * 2 * m->H, m->dv);
     }
 }
 
@@ -3108,11 +3086,11 @@ static size_t dsv3i_sequence_rows(const int32_t *leader, size_t t, size_t n) {
 /* ---- Backward. The forward pass of training is the one above, in the expanded form, with the workspace's pointers on
  * memory that stays (chapter 14). Saved: u or the layer's input, q_raw, kv_raw, o and the softmax's maximum and sum;
  * rebuilt unless kept: the norms' outputs and q; always: keys and values. With A = softmax(s):
- *     D_t = do_t . o_t,   dA_tj = do_t . v_j,   ds_tj = scale A_tj (dA_tj - D_t)
+ *     delta_t = do_t . o_t,   dA_tj = do_t . v_j,   ds_tj = scale A_tj (dA_tj - delta_t)
  *     dq_t = sum_j ds_tj k_j,   dk_j = sum_t ds_tj q_t,   dv_j = sum_t A_tj do_t
  * A key is [UK c_j ; kr_j]: its second part is one vector for all heads, whose gradient is the sum over heads. */
 
-/* Head h of rows [t0, t1): keys from kv_up and the rotated parts, D = dout . o; what is to be summed up is cleared. */
+/* Head h of rows [t0, t1): keys from kv_up and the rotated parts, delta = dout . o; what is to be summed up is cleared. */
 static void dsv3i_attend_backward_begin(const dsv3i_call *c, size_t t0, size_t t1, size_t h) {
     const dsv3i_dims *m = &c->m;
     const dsv3i_backward *b = c->b;
@@ -3123,11 +3101,11 @@ static void dsv3i_attend_backward_begin(const dsv3i_call *c, size_t t0, size_t t
         DSV3_MEMSET(b->dkeys + key, 0, m->qk * sizeof(float));
         DSV3_MEMSET(b->dq + key, 0, m->qk * sizeof(float));
         DSV3_MEMSET(b->dkv_up + up, 0, m->kv * sizeof(float));
-        b->D[t * m->H + h] = c->ctx->ops->dot(b->dout + out, c->s->o + out, m->dv);
+        b->delta[t * m->H + h] = c->ctx->ops->dot(b->dout + out, c->s->o + out, m->dv);
     }
 }
 
-/* Row t and head h meet keys t0 .. t. */
+/* Row t and head h, whose keys are t0 .. t. */
 static void dsv3i_attend_backward_row(const dsv3i_call *c, size_t t0, size_t t, size_t h) {
     const dsv3i_dims *m = &c->m;
     const dsv3i_backward *b = c->b;
@@ -3139,7 +3117,7 @@ static void dsv3i_attend_backward_row(const dsv3i_call *c, size_t t0, size_t t, 
         size_t key = (j * m->H + h) * m->qk, value = (j * m->H + h) * m->kv + m->dn;
         float s = scale * ops->dot(c->ws->q + query, b->keys + key, m->qk);
         float A = DSV3_EXPF(s - state[0]) / state[1];
-        float ds = scale * A * (ops->dot(dout, b->kv_up + value, m->dv) - b->D[t * m->H + h]);
+        float ds = scale * A * (ops->dot(dout, b->kv_up + value, m->dv) - b->delta[t * m->H + h]);
         ops->axpy(b->dq + query, ds, b->keys + key, m->qk);
         ops->axpy(b->dkeys + key, ds, c->ws->q + query, m->qk);
         ops->axpy(b->dkv_up + value, A, dout, m->dv);
@@ -3158,8 +3136,7 @@ static void dsv3i_attend_backward_task(void *arg, size_t begin, size_t end, size
 }
 
 static void dsv3i_attend_backward(dsv3i_call *c) {
-    size_t work = dsv3i_mul(c->n * c->m.Hq, c->n);
-    dsv3i_parallel(c->ctx, c->n * c->m.H, work, dsv3i_attend_backward_task, c);
+    dsv3i_loop(c->ctx, c->n * c->m.H, c->n * c->m.qk, dsv3i_attend_backward_task, c);
 }
 
 /* dkeys goes to dkv_up and, summed over heads and rotated back, to dkv_raw; dq is rotated back. */
@@ -3211,7 +3188,7 @@ static void dsv3i_mla_backward(dsv3i_call *c, float *du, const float *dy, const 
     dsv3i_mla_rebuild(c, u);
     dsv3i_project_backward(c->ctx, c->ws, b->dout, 1, &g->o_proj, dy, c->s->o, &w->o_proj, c->n);
     c->ctx->ops->attend_backward(c);
-    dsv3i_parallel(c->ctx, c->n, dsv3i_mul(4 * c->n, m->Hq), dsv3i_mla_rotate_backward_task, c);
+    dsv3i_loop(c->ctx, c->n, 4 * m->Hq, dsv3i_mla_rotate_backward_task, c);
     dsv3i_project_backward(c->ctx, c->ws, b->dc, 1, &g->kv_b_proj, b->dkv_up, b->c, &w->kv_b_proj, c->n);
     norm = dsv3i_norm_rows(c->ctx, b->dkv_raw, dsv3i_grad(&g->kv_a_layernorm), b->dc, c->s->kv_raw, &w->kv_a_layernorm,
                            eps, b->r);
@@ -3294,7 +3271,7 @@ DSV3_API void dsv3_router_scores(const dsv3_context *context, const dsv3_config 
     dsv3i_scores_arg a = {context, score, gate_bias, gate_w->rows, config->scoring_func};
     exact.compute = DSV3_EXACT;
     dsv3_linear(&exact, score, x, gate_w, n, scratch);
-    dsv3i_parallel(context, n, dsv3i_mul(n, 16 * a.E), dsv3i_scores_task, &a);
+    dsv3i_loop(context, n, 16 * a.E, dsv3i_scores_task, &a);
 }
 
 /* What the choice goes by. */
@@ -3498,10 +3475,9 @@ DSV3_API dsv3_result dsv3_balancer_init(dsv3_balancer *balancer, const dsv3_conf
     size_t need;
     if (balancer == NULL) return DSV3_ERR_ARG;
     DSV3I_TRY(dsv3_balancer_size(config, &need));
-    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
+    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need));
     DSV3_MEMSET(balancer, 0, sizeof *balancer);
     balancer->schedule.speed = 0.001;
-    l.base = dsv3i_layout_base(memory);
     dsv3i_balancer_layout(balancer, config, &l);
     DSV3_MEMSET(l.base, 0, l.used);
     return DSV3_OK;
@@ -3733,46 +3709,40 @@ static void dsv3i_mlps(dsv3i_call *c, const dsv3i_mlp *list, size_t count) {
 
 /* ---- Routing */
 
-typedef struct dsv3i_selection {
-    const dsv3_config *c;
-    const float *bias;
-    dsv3_workspace *ws;
-    size_t floats; /* of a worker's scratch; the last one tells whether there were scores that are not finite */
-} dsv3i_selection;
+/* The bias of the choice, which has been decoded into the workspace; NULL: there is none. */
+static const float *dsv3i_choice_bias(const dsv3i_call *c) {
+    return c->model->config.topk_method == DSV3_NOAUX_TC ? c->ws->bias : NULL;
+}
 
+/* A worker's scratch has E + G + 1 floats; the last one tells whether there were scores that are not finite. */
 static void dsv3i_select_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_selection *a = (const dsv3i_selection *)arg;
-    size_t E = (size_t)a->c->n_routed_experts, K = (size_t)a->c->num_experts_per_tok;
-    float *scratch = a->ws->select + worker * a->floats;
-    if (dsv3_router_select(a->c, a->ws->idx + begin * K, a->ws->gate + begin * K, a->ws->score + begin * E, a->bias,
-                           NULL, end - begin, scratch) != DSV3_OK) {
-        scratch[a->floats - 1] = 1.0f;
+    const dsv3i_call *c = (const dsv3i_call *)arg;
+    size_t E = c->m.E, K = c->m.K, G = c->m.G;
+    float *scratch = c->ws->select + worker * (E + G + 1);
+    if (dsv3_router_select(&c->model->config, c->ws->idx + begin * K, c->ws->gate + begin * K,
+                           c->ws->score + begin * E, dsv3i_choice_bias(c), NULL, end - begin, scratch) != DSV3_OK) {
+        scratch[E + G] = 1.0f;
     }
 }
 
 /* dsv3_router_select by all threads. */
-static dsv3_result dsv3i_select(const dsv3i_call *c, const float *bias) {
-    size_t E = c->m.E, threads = c->ctx->threads, bad = 0;
-    dsv3i_selection a = {&c->model->config, bias, c->ws, E + c->m.G + 1};
-    for (size_t i = 0; i < threads; i++) c->ws->select[(i + 1) * a.floats - 1] = 0.0f;
-    dsv3i_parallel(c->ctx, c->n, dsv3i_mul(c->n, 8 * E), dsv3i_select_task, &a);
-    for (size_t i = 0; i < threads; i++) bad += c->ws->select[(i + 1) * a.floats - 1] > 0.0f;
+static dsv3_result dsv3i_select(dsv3i_call *c) {
+    size_t floats = c->m.E + c->m.G + 1, threads = c->ctx->threads, bad = 0;
+    for (size_t i = 1; i <= threads; i++) c->ws->select[i * floats - 1] = 0.0f;
+    dsv3i_loop(c->ctx, c->n, 8 * c->m.E, dsv3i_select_task, c);
+    for (size_t i = 1; i <= threads; i++) bad += c->ws->select[i * floats - 1] > 0.0f;
     return bad == 0 ? DSV3_OK : DSV3_ERR_NAN;
 }
 
 /* idx and gate [n, K] of rows u; the observer may change the choice. NAN is no reason to stop. */
-static dsv3_result dsv3i_route(const dsv3i_call *c, const float *u) {
+static dsv3_result dsv3i_route(dsv3i_call *c, const float *u) {
     const dsv3_config *config = &c->model->config;
     const dsv3_observer *o = &c->ctx->observer;
     dsv3_workspace *ws = c->ws;
-    const float *bias = NULL;
     dsv3_result result;
-    if (config->topk_method == DSV3_NOAUX_TC) {
-        dsv3i_decode_row(c->ctx, ws->bias, &c->w->e_score_correction_bias, 0);
-        bias = ws->bias;
-    }
+    if (dsv3i_choice_bias(c) != NULL) dsv3i_decode_row(c->ctx, ws->bias, &c->w->e_score_correction_bias, 0);
     dsv3_router_scores(c->ctx, config, ws->score, u, &c->w->gate, NULL, c->n, ws->scratch);
-    result = dsv3i_select(c, bias);
+    result = dsv3i_select(c);
     if (o->choose != NULL) {
         o->choose(o->user, c->w->index, ws->idx, ws->score, c->n);
         DSV3I_TRY(dsv3_router_weights(config, ws->gate, ws->idx, ws->score, c->n));
@@ -3795,33 +3765,22 @@ static void dsv3i_group_rows(size_t *offset, size_t *slot, size_t *pair, const i
     for (size_t i = 0; i < n * K; i++) pair[slot[i]] = i;
 }
 
-static dsv3i_mlp dsv3i_mlp_of(const dsv3_mlp *w, float *y, const float *x, size_t n, size_t at) {
-    dsv3i_mlp r = {w, NULL, x, NULL, y, NULL, n, at};
-    return r;
-}
-
 /* The MLPs of a layer in ws->mlps, routed experts first, of those that were chosen. grouped [n K, d] and y [n, d] get
  * outputs; or, with dy, gradients of inputs. Returns how many. */
 static size_t dsv3i_moe_list(const dsv3i_call *c, float *grouped, float *y, const float *u, const float *dy) {
     const dsv3_workspace *ws = c->ws;
-    const dsv3i_dims *m = &c->m;
+    const dsv3_layer *w = c->w, *g = c->g;
+    const dsv3i_mlp shared = {&w->shared_experts, g != NULL ? &g->shared_experts : NULL, u, NULL, y, dy, c->n,
+                              c->n * c->m.K * c->m.F};
     size_t count = 0;
-    for (size_t e = 0; e < m->E; e++) {
-        size_t first = ws->offset[e], n = ws->offset[e + 1] - first;
-        dsv3i_mlp *r = &ws->mlps[count];
-        if (n == 0) continue;
-        *r = dsv3i_mlp_of(&c->w->experts[e], grouped + first * m->d, u, n, first * m->F);
-        r->pair = ws->pair + first;
-        if (c->g != NULL) r->g = &c->g->experts[e];
-        ws->mlps[count++].dy = dy;
+    for (size_t e = 0; e < c->m.E; e++) {
+        size_t first = ws->offset[e];
+        const dsv3i_mlp r = {&w->experts[e], g != NULL ? &g->experts[e] : NULL, u, ws->pair + first,
+                             grouped + first * c->m.d, dy, ws->offset[e + 1] - first, first * c->m.F};
+        if (r.n > 0) ws->mlps[count++] = r;
     }
-    if (m->Fs > 0) {
-        ws->mlps[count] = dsv3i_mlp_of(&c->w->shared_experts, y, u, c->n, c->n * m->K * m->F);
-        if (c->g != NULL) ws->mlps[count].g = &c->g->shared_experts;
-        ws->mlps[count++].dy = dy;
-    } else {
-        DSV3_MEMSET(y, 0, c->n * m->d * sizeof *y);
-    }
+    if (c->m.Fs > 0) ws->mlps[count++] = shared;
+    if (c->m.Fs == 0) DSV3_MEMSET(y, 0, c->n * c->m.d * sizeof *y);
     return count;
 }
 
@@ -3840,7 +3799,7 @@ static void dsv3i_moe_combine(const dsv3i_call *c, float *y, const float *groupe
     a.r = gate;
     a.at = c->ws->slot;
     a.n = c->m.K;
-    dsv3i_parallel(c->ctx, c->n, dsv3i_mul(c->n * c->m.K, c->m.d), dsv3i_moe_combine_task, &a);
+    dsv3i_loop(c->ctx, c->n, c->m.K * c->m.d, dsv3i_moe_combine_task, &a);
 }
 
 static dsv3_result dsv3i_moe_forward(dsv3i_call *c, float *y, const float *u) {
@@ -3854,7 +3813,7 @@ static dsv3_result dsv3i_moe_forward(dsv3i_call *c, float *y, const float *u) {
 }
 
 static dsv3_result dsv3i_ffn_forward(dsv3i_call *c, float *y, const float *u) {
-    dsv3i_mlp dense = dsv3i_mlp_of(&c->w->mlp, y, u, c->n, 0);
+    const dsv3i_mlp dense = {&c->w->mlp, NULL, u, NULL, y, NULL, c->n, 0};
     if (c->w->is_moe) return dsv3i_moe_forward(c, y, u);
     c->ctx->ops->mlps(c, &dense, 1);
     return DSV3_OK;
@@ -3928,15 +3887,13 @@ static void dsv3i_moe_backward(dsv3i_call *c, float *du, const float *dy, const 
     c->ctx->ops->mlps_backward(c, c->ws->mlps, dsv3i_moe_list(c, b->dgrouped, du, u, dy));
     dsv3i_moe_combine(c, du, b->dgrouped, NULL);
     for (size_t i = 0; i < chosen; i++) b->dgate[i] = b->r[c->ws->slot[i]];
-    dsv3i_parallel(c->ctx, c->n, dsv3i_mul(c->n, 16 * c->m.E), dsv3i_router_backward_task, c);
+    dsv3i_loop(c->ctx, c->n, 16 * c->m.E, dsv3i_router_backward_task, c);
     dsv3i_project_backward(c->ctx, c->ws, du, 0, &c->g->gate, b->dscore, u, &c->w->gate, c->n);
 }
 
 /* du [n, d] for dy [n, d] */
 static void dsv3i_ffn_backward(dsv3i_call *c, float *du, const float *dy, const float *u) {
-    dsv3i_mlp dense = dsv3i_mlp_of(&c->w->mlp, du, u, c->n, 0);
-    dense.g = &c->g->mlp;
-    dense.dy = dy;
+    const dsv3i_mlp dense = {&c->w->mlp, &c->g->mlp, u, NULL, du, dy, c->n, 0};
     if (c->w->is_moe) dsv3i_moe_backward(c, du, dy, u);
     if (!c->w->is_moe) c->ctx->ops->mlps_backward(c, &dense, 1);
 }
@@ -4020,7 +3977,7 @@ static void dsv3i_layer_backward(dsv3i_call *c, float *dx) {
  *     model.layers.{i}.input_layernorm.weight ...                         i = 0 .. L-1
  *     model.norm.weight, lm_head.weight
  *     model.layers.{L+k-1}.{enorm, hnorm, eh_proj ...}.weight             MTP module k = 1 .. D
- * An FP8 tensor N comes with N_scale_inv, which despite its name is the multiplier: W = code * scale.
+ * An FP8 tensor N comes with N_scale_inv, which despite its name is the scale itself: W = code * scale.
  * Test: tests/test_config.c, tests/test_model.c.
  * ==================================================================================================== */
 
@@ -4214,7 +4171,9 @@ static dsv3_result dsv3i_check_rope(const dsv3_config *c, dsv3_error *e) {
     return DSV3_OK;
 }
 
+/* (With 64 bits they always are: the limits above see to it.) */
 static dsv3_result dsv3i_check_product(dsv3_error *error, const char *name, size_t rows, size_t cols) {
+    if (sizeof(size_t) > 4 && SIZE_MAX / DSV3_MAX_DIM / DSV3_MAX_HEADS / 2 > DSV3_MAX_DIM) return DSV3_OK;
     if (dsv3i_mul(rows, cols) < SIZE_MAX) return DSV3_OK;
     return dsv3i_fail(error, DSV3_ERR_OVERFLOW, name, "gives a tensor with more elements than size_t can count");
 }
@@ -4235,9 +4194,7 @@ static dsv3_result dsv3i_check_sizes(const dsv3_config *c, dsv3_error *e) {
     return dsv3i_check_product(e, "hidden_size", m.d, m.d2);
 }
 
-DSV3_API dsv3_result dsv3_config_check(const dsv3_config *config, dsv3_error *error) {
-    const dsv3_config *c = config;
-    dsv3_error *e = error;
+DSV3_API dsv3_result dsv3_config_check(const dsv3_config *c, dsv3_error *e) {
     if (c == NULL) return dsv3i_fail(e, DSV3_ERR_ARG, "config", "is NULL");
     DSV3I_TRY(dsv3i_check_layers(c, e));
     DSV3I_TRY(dsv3i_check_mla(c, e));
@@ -4348,6 +4305,7 @@ typedef struct dsv3i_walk {
     dsv3_visit show; /* for dsv3_model_tensors */
     dsv3_find find;  /* these two for dsv3_model_bind */
     dsv3_error *error;
+    int copies; /* DSV3I_PART_COPIES, or 0 to pass by them */
 } dsv3i_walk;
 
 static void dsv3i_walk_begin(dsv3i_walk *w, const dsv3_config *config, void *user,
@@ -4359,6 +4317,7 @@ static void dsv3i_walk_begin(dsv3i_walk *w, const dsv3_config *config, void *use
     w->user = user;
     w->info.layer = -1;
     w->info.expert = -1;
+    w->copies = DSV3I_PART_COPIES;
 }
 
 static void dsv3i_walk_describe(dsv3i_walk *w, const dsv3i_place *p) {
@@ -4414,7 +4373,7 @@ static dsv3_result dsv3i_walk_main(dsv3i_walk *w, dsv3_model *model) {
 static dsv3_result dsv3i_walk_module(dsv3i_walk *w, dsv3_model *model, size_t k) {
     w->info.layer = (int32_t)(w->m.L + k);
     DSV3I_TRY(dsv3i_walk_parts(w, model != NULL ? &model->mtp[k] : NULL,
-                               DSV3I_PART_JOIN | DSV3I_PART_NORMS | DSV3I_PART_COPIES));
+                               DSV3I_PART_JOIN | DSV3I_PART_NORMS | w->copies));
     return dsv3i_walk_layer(w, model != NULL ? &model->layers[w->m.L + k] : NULL);
 }
 
@@ -4451,6 +4410,10 @@ static void dsv3i_model_layout(dsv3_model *model, const dsv3_config *c, dsv3i_la
     experts = (dsv3_mlp *)dsv3i_take(l, sizeof *experts, moe, m.E, 1);
     if (l->base == NULL) return;
     DSV3_MEMSET(l->base + begin, 0, l->used - begin);
+    model->config = *c;
+    model->rope_factor = dsv3_rope_factor(c);
+    model->softmax_scale = dsv3_softmax_scale(c);
+    dsv3_rope_turns(c, model->rope_turns);
     for (size_t i = 0; i < layers; i++) {
         model->layers[i].index = (int32_t)i;
         model->layers[i].is_moe = dsv3_config_is_moe(c, (int32_t)i);
@@ -4514,7 +4477,9 @@ static dsv3_result dsv3i_bind_scale(const dsv3i_walk *w, dsv3_tensor *t) {
 static dsv3_result dsv3i_bind_finite(const dsv3i_walk *w, const dsv3_tensor *t) {
     size_t bytes = dsv3_type_bytes(t->type);
     for (size_t i = 0; i < t->cols; i++) {
-        if (dsv3i_is_finite(dsv3i_number((const unsigned char *)t->data + i * bytes, t->type))) continue;
+        float x;
+        dsv3i_plain.decode[t->type](&x, (const unsigned char *)t->data + i * bytes, 1);
+        if (dsv3i_is_finite(x)) continue;
         return dsv3i_fail_where(w->error, DSV3_ERR_NAN, w->info.name, "is not finite at index", (int64_t)i);
     }
     return DSV3_OK;
@@ -4580,19 +4545,14 @@ DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *confi
     if (model == NULL || find == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "model or find", "is NULL");
     DSV3I_TRY(dsv3_config_check(config, error));
     result = dsv3_model_size(config, &need);
-    if (result == DSV3_OK) result = dsv3i_memory_check(memory, bytes, need);
+    if (result == DSV3_OK) result = dsv3i_layout_begin(&l, memory, bytes, need);
     if (result == DSV3_ERR_MEMORY) {
         return dsv3i_fail_range(error, result, "memory", "is too small", (int64_t)need, (int64_t)need,
                                 (int64_t)bytes);
     }
     if (result != DSV3_OK) return dsv3i_fail(error, result, "memory", dsv3_result_string(result));
     DSV3_MEMSET(model, 0, sizeof *model);
-    model->config = *config;
-    l.base = dsv3i_layout_base(memory);
     dsv3i_model_layout(model, config, &l);
-    dsv3_rope_turns(config, model->rope_turns);
-    model->rope_factor = dsv3_rope_factor(config);
-    model->softmax_scale = dsv3_softmax_scale(config);
     dsv3i_walk_begin(&w, config, user, dsv3i_bind_tensor);
     w.find = find;
     w.error = error;
@@ -4617,7 +4577,7 @@ DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *confi
 
 /* ---- Cache */
 
-/* layers: those of the main model, or one for an MTP module. */
+/* layers: 1 for an MTP module; 0: those of the main model. */
 static dsv3_result dsv3i_cache_layout(dsv3_cache *cache, const dsv3_config *config, size_t layers, size_t capacity,
                                       dsv3_type type, dsv3i_layout *l) {
     DSV3I_TRY(dsv3_config_check(config, NULL));
@@ -4625,11 +4585,11 @@ static dsv3_result dsv3i_cache_layout(dsv3_cache *cache, const dsv3_config *conf
     if (capacity < 1) return DSV3_ERR_ARG;
     if ((uint64_t)capacity > (uint64_t)DSV3_MAX_SEQ) return DSV3_ERR_LIMIT;
     cache->type = type;
-    cache->layers = layers;
+    cache->layers = layers > 0 ? layers : (size_t)config->num_hidden_layers;
     cache->capacity = capacity;
     cache->width = dsv3i_dims_of(config).width;
     cache->length = 0;
-    cache->data = dsv3i_take(l, cache->width * dsv3_type_bytes(type), layers, capacity, 1);
+    cache->data = dsv3i_take(l, cache->width * dsv3_type_bytes(type), cache->layers, capacity, 1);
     return DSV3_OK;
 }
 
@@ -4647,22 +4607,17 @@ static dsv3_result dsv3i_cache_init(dsv3_cache *cache, const dsv3_config *config
     size_t need;
     if (cache == NULL) return DSV3_ERR_ARG;
     DSV3I_TRY(dsv3i_cache_size(config, layers, capacity, type, &need));
-    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
-    l.base = dsv3i_layout_base(memory);
+    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need));
     return dsv3i_cache_layout(cache, config, layers, capacity, type, &l);
 }
 
-static size_t dsv3i_main_layers(const dsv3_config *config) {
-    return config == NULL ? 0 : (size_t)config->num_hidden_layers;
-}
-
 DSV3_API dsv3_result dsv3_cache_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes) {
-    return dsv3i_cache_size(config, dsv3i_main_layers(config), capacity, type, bytes);
+    return dsv3i_cache_size(config, 0, capacity, type, bytes);
 }
 
 DSV3_API dsv3_result dsv3_cache_init(dsv3_cache *cache, const dsv3_config *config, size_t capacity, dsv3_type type,
                                      void *memory, size_t bytes) {
-    return dsv3i_cache_init(cache, config, dsv3i_main_layers(config), capacity, type, memory, bytes);
+    return dsv3i_cache_init(cache, config, 0, capacity, type, memory, bytes);
 }
 
 DSV3_API dsv3_result dsv3_cache_truncate(dsv3_cache *cache, size_t length) {
@@ -4701,19 +4656,25 @@ static size_t dsv3i_pass_floats(const dsv3i_dims *m, size_t n, size_t threads) {
     X(float, cos_sin, n, m->dr) X(float, x, n, m->d) X(float, u, n, m->d) X(float, y, n, m->d)                       \
     X(float, scratch, dsv3i_pass_floats(m, n, threads), 1) X(dsv3_cache, views, n, 1) X(int32_t, row_token, n, 1)    \
     X(int32_t, row_sequence, n, 1) X(int32_t, row_output, n, 1) X(size_t, row_index, n, 1)                           \
-    X(uint8_t, row_mask, n, 1) X(float, row_hidden, modules, m->d) X(double, balance, threads, dsv3i_mul(2, m->E))   \
+    X(uint8_t, row_mask, n, 1) X(float, row_hidden, modules, m->d) X(double, balance, threads, 2 * m->E)   \
     X(double, sequence_loss, n, 1)
 /* Never active together, and so in one place: an MTP module's input, the loss, attention, the FFN. */
-#define DSV3I_WORKSPACE_MODULE(X) X(float, concat, modules, dsv3i_mul(2, m->d))
+#define DSV3I_WORKSPACE_MODULE(X) X(float, concat, modules, m->d2)
 #define DSV3I_WORKSPACE_LOSS(X) X(float, loss, dsv3i_loss_floats(m->V, n), 1)
 #define DSV3I_WORKSPACE_ATTENTION(X)                                                                                 \
     X(float, q_latent, n, m->rq) X(float, q, n, m->Hq) X(float, kv, n, m->width) X(float, o, n, m->Ho)               \
-    X(float, softmax, n, dsv3i_mul(2, m->H))
+    X(float, softmax, n, 2 * m->H)
 #define DSV3I_WORKSPACE_FFN(X)                                                                                       \
     X(float, score, n, m->E) X(float, bias, m->E, 1) X(float, select, threads, select) X(int32_t, idx, n, m->K)      \
     X(float, gate, n, m->K) X(size_t, slot, n, m->K) X(size_t, pair, n, m->K) X(size_t, offset, m->E + 1, 1)         \
     X(dsv3i_mlp, mlps, mlps, 1) X(float, grouped, n, dsv3i_mul(m->K, m->d)) X(float, h_gate, n, hidden)              \
     X(float, h_up, n, hidden)
+
+/* Back to where parts that share their place begin; *end: where the longest ends. */
+static void dsv3i_layout_back(dsv3i_layout *l, size_t from, size_t *end) {
+    *end = dsv3i_max(*end, l->used);
+    l->used = from;
+}
 
 static void dsv3i_workspace_layout(dsv3_workspace *at, const dsv3i_dims *m, size_t n, size_t threads,
                                    dsv3i_layout *l) {
@@ -4726,14 +4687,11 @@ static void dsv3i_workspace_layout(dsv3_workspace *at, const dsv3i_dims *m, size
     DSV3I_WORKSPACE_ROWS(DSV3I_TAKE)
     end = from = l->used;
     DSV3I_WORKSPACE_MODULE(DSV3I_TAKE)
-    end = dsv3i_max(end, l->used);
-    l->used = from;
+    dsv3i_layout_back(l, from, &end);
     DSV3I_WORKSPACE_LOSS(DSV3I_TAKE)
-    end = dsv3i_max(end, l->used);
-    l->used = from;
+    dsv3i_layout_back(l, from, &end);
     DSV3I_WORKSPACE_ATTENTION(DSV3I_TAKE)
-    end = dsv3i_max(end, l->used);
-    l->used = from;
+    dsv3i_layout_back(l, from, &end);
     DSV3I_WORKSPACE_FFN(DSV3I_TAKE)
     l->used = dsv3i_max(end, l->used);
     at->u_ffn = at->u; /* pairs of which nobody wants both */
@@ -4761,12 +4719,28 @@ DSV3_API dsv3_result dsv3_workspace_init(dsv3_workspace *workspace, const dsv3_c
     size_t need;
     if (workspace == NULL) return DSV3_ERR_ARG;
     DSV3I_TRY(dsv3_workspace_size(config, rows, threads, &need));
-    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
+    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need));
     m = dsv3i_dims_of(config);
-    l.base = dsv3i_layout_base(memory);
     dsv3i_workspace_layout(workspace, &m, rows, threads, &l);
     return DSV3_OK;
 }
+
+/* One run of a batch. Depth 0 is the main model; k, MTP module k. */
+typedef struct dsv3i_run {
+    const dsv3_context *ctx;
+    const dsv3_model *model;
+    size_t k;
+    dsv3_cache *caches; /* [n_caches] */
+    size_t n_caches;
+    const dsv3_batch *batch;
+    const float *hidden; /* [n, d] k > 0: the rows' states at depth k - 1 */
+    float *logits;       /* [outputs, V] */
+    dsv3_workspace *ws;
+    dsv3_error *error;
+    const struct dsv3i_evaluation *sums; /* loads and balance losses are added up here; or NULL */
+    struct dsv3i_saved *saved; /* [L + D] training: where each layer keeps what its backward pass needs, and the caches
+                                  have one layer each; else NULL */
+} dsv3i_run;
 
 /* ---- A batch: checked as a whole before anything is computed */
 
@@ -4778,29 +4752,30 @@ static size_t dsv3i_previous_row(const int32_t *sequence, size_t r) {
     return r;
 }
 
-static dsv3_result dsv3i_batch_row(const dsv3_model *model, const dsv3_cache *caches, size_t n_caches,
-                                   const dsv3_batch *batch, size_t r, dsv3_workspace *ws, dsv3_error *error) {
+static dsv3_result dsv3i_batch_row(const dsv3i_run *p, size_t r) {
+    const dsv3_batch *batch = p->batch;
+    dsv3_workspace *ws = p->ws;
     int32_t s = batch->sequence != NULL ? batch->sequence[r] : 0, token = batch->token[r];
+    int32_t V = p->model->config.vocab_size;
     size_t before, position;
-    if (s < 0 || (size_t)s >= n_caches) {
-        return dsv3i_fail_row(error, DSV3_ERR_ARG, "sequence", r, "is not one of the caches", 0,
-                              (int64_t)n_caches - 1, s);
+    if (s < 0 || (size_t)s >= p->n_caches) {
+        return dsv3i_fail_row(p->error, DSV3_ERR_ARG, "sequence", r, "is not one of the caches", 0,
+                              (int64_t)p->n_caches - 1, s);
     }
-    if (token < 0 || token >= model->config.vocab_size) {
-        return dsv3i_fail_row(error, DSV3_ERR_TOKEN, "token", r, "is outside the vocabulary", 0,
-                              (int64_t)model->config.vocab_size - 1, token);
+    if (token < 0 || token >= V) {
+        return dsv3i_fail_row(p->error, DSV3_ERR_TOKEN, "token", r, "is outside the vocabulary", 0, V - 1, token);
     }
     ws->sequence[r] = s;
     before = dsv3i_previous_row(ws->sequence, r);
-    position = before == r ? caches[s].length : (size_t)ws->position[before] + 1;
+    position = before == r ? p->caches[s].length : (size_t)ws->position[before] + 1;
     ws->leader[r] = before == r ? (int32_t)r : ws->leader[before];
     if (batch->position != NULL && (int64_t)batch->position[r] != (int64_t)position) {
-        return dsv3i_fail_row(error, DSV3_ERR_POSITION, "position", r, "does not continue its sequence",
+        return dsv3i_fail_row(p->error, DSV3_ERR_POSITION, "position", r, "does not continue its sequence",
                               (int64_t)position, (int64_t)position, batch->position[r]);
     }
-    if (position >= caches[s].capacity) {
-        return dsv3i_fail_row(error, DSV3_ERR_CONTEXT, "position", r, "is beyond the cache", 0,
-                              (int64_t)caches[s].capacity - 1, (int64_t)position);
+    if (position >= p->caches[s].capacity) {
+        return dsv3i_fail_row(p->error, DSV3_ERR_CONTEXT, "position", r, "is beyond the cache", 0,
+                              (int64_t)p->caches[s].capacity - 1, (int64_t)position);
     }
     ws->position[r] = (int32_t)position;
     return DSV3_OK;
@@ -4820,71 +4795,72 @@ static dsv3_result dsv3i_batch_outputs(const dsv3_batch *batch, dsv3_error *erro
     return DSV3_OK;
 }
 
-static dsv3_result dsv3i_batch_check(const dsv3_context *ctx, const dsv3_model *model, const dsv3_cache *caches,
-                                     size_t n_caches, size_t layers, const dsv3_batch *batch,
-                                     const dsv3_workspace *ws, dsv3_error *error) {
+static dsv3_result dsv3i_batch_check(const dsv3i_run *p) {
+    const dsv3_workspace *ws = p->ws;
+    dsv3_error *e = p->error;
+    size_t layers, rows;
     dsv3i_dims m;
-    if (ctx == NULL || model == NULL || caches == NULL || batch == NULL || ws == NULL || batch->token == NULL) {
-        return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
+    if (p->ctx == NULL || p->model == NULL || p->caches == NULL || p->batch == NULL || ws == NULL ||
+        p->batch->token == NULL) {
+        return dsv3i_fail(e, DSV3_ERR_ARG, "argument", "is NULL");
     }
-    if (batch->rows < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "rows", "the batch is empty");
-    if (batch->rows > ws->rows) {
-        return dsv3i_fail_range(error, DSV3_ERR_MEMORY, "rows", "is more than the workspace was made for", 1,
-                                (int64_t)ws->rows, (int64_t)batch->rows);
+    rows = p->batch->rows;
+    if (rows < 1) return dsv3i_fail(e, DSV3_ERR_ARG, "rows", "the batch is empty");
+    if (rows > ws->rows) {
+        return dsv3i_fail_range(e, DSV3_ERR_MEMORY, "rows", "is more than the workspace was made for", 1,
+                                (int64_t)ws->rows, (int64_t)rows);
     }
-    if (ctx->threads > ws->threads) {
-        return dsv3i_fail_range(error, DSV3_ERR_MEMORY, "threads", "is more than the workspace was made for", 1,
-                                (int64_t)ws->threads, (int64_t)ctx->threads);
+    if (p->ctx->threads > ws->threads) {
+        return dsv3i_fail_range(e, DSV3_ERR_MEMORY, "threads", "is more than the workspace was made for", 1,
+                                (int64_t)ws->threads, (int64_t)p->ctx->threads);
     }
-    m = dsv3i_dims_of(&model->config);
+    m = dsv3i_dims_of(&p->model->config);
     if (ws->made_for != dsv3i_fingerprint(&m)) {
-        return dsv3i_fail(error, DSV3_ERR_MISMATCH, "workspace", "was made for another config");
+        return dsv3i_fail(e, DSV3_ERR_MISMATCH, "workspace", "was made for another config");
     }
-    for (size_t s = 0; s < n_caches; s++) {
-        char name[32];
-        if (caches[s].layers == layers && caches[s].width == m.width) continue;
-        dsv3i_name_row(name, sizeof name, "caches", s);
-        return dsv3i_fail_numbers(error, DSV3_ERR_MISMATCH, name, "was made for another config", DSV3_NUMBERS_SHAPE,
-                                  (int64_t)layers, (int64_t)m.width, (int64_t)caches[s].layers,
-                                  (int64_t)caches[s].width);
+    layers = p->k > 0 || p->saved != NULL ? 1 : m.L;
+    for (size_t s = 0; s < p->n_caches; s++) {
+        const dsv3_cache *cache = &p->caches[s];
+        if (cache->layers == layers && cache->width == m.width) continue;
+        (void)dsv3i_fail_numbers(e, DSV3_ERR_MISMATCH, "caches", "was made for another config", DSV3_NUMBERS_SHAPE,
+                                 (int64_t)layers, (int64_t)m.width, (int64_t)cache->layers, (int64_t)cache->width);
+        return dsv3i_fail_at(e, s, DSV3_ERR_MISMATCH);
     }
-    return dsv3i_batch_outputs(batch, error);
+    return dsv3i_batch_outputs(p->batch, e);
 }
 
 /* Which rows use the expanded form: see chapter 6. */
-static void dsv3i_batch_forms(const dsv3_context *ctx, const dsv3i_dims *m, size_t n, dsv3_workspace *ws) {
+static void dsv3i_batch_forms(const dsv3_context *ctx, size_t rk, size_t kv, size_t n, dsv3_workspace *ws) {
     for (size_t t = 0; t < n; t++) ws->expanded[t] = 0;
     for (size_t t = 0; t < n; t++) ws->expanded[ws->leader[t]]++; /* rows of the sequence, kept by its leader */
     for (size_t t = n; t > 0; t--) {
-        size_t leader = (size_t)ws->leader[t - 1], rows = (size_t)ws->expanded[leader];
-        int pays =
-            rows > DSV3_MAX_DRAFTS + 1 && 2 * m->rk > m->kv && rows > dsv3i_mul(m->rk, m->kv) / (2 * m->rk - m->kv);
+        size_t rows = (size_t)ws->expanded[ws->leader[t - 1]];
+        int pays = rows > DSV3_MAX_DRAFTS + 1 && 2 * rk > kv && rows > dsv3i_mul(rk, kv) / (2 * rk - kv);
         if (ctx->attention == DSV3_ATTENTION_ABSORBED) pays = 0;
         if (ctx->attention == DSV3_ATTENTION_EXPANDED) pays = 1;
         ws->expanded[t - 1] = pays; /* from the back: a leader's count is overwritten last */
     }
 }
 
-/* layers: how many the caches must have. */
-static dsv3_result dsv3i_batch_begin(const dsv3_context *ctx, const dsv3_model *model, const dsv3_cache *caches,
-                                     size_t n_caches, size_t layers, const dsv3_batch *batch, dsv3_workspace *ws,
-                                     dsv3_error *error) {
+static dsv3_result dsv3i_batch_begin(const dsv3i_run *p) {
+    const dsv3_model *model = p->model;
+    size_t n;
     dsv3i_dims m;
-    DSV3I_TRY(dsv3i_batch_check(ctx, model, caches, n_caches, layers, batch, ws, error));
+    DSV3I_TRY(dsv3i_batch_check(p));
+    n = p->batch->rows;
+    for (size_t r = 0; r < n; r++) DSV3I_TRY(dsv3i_batch_row(p, r));
     m = dsv3i_dims_of(&model->config);
-    for (size_t r = 0; r < batch->rows; r++) {
-        DSV3I_TRY(dsv3i_batch_row(model, caches, n_caches, batch, r, ws, error));
-    }
-    dsv3i_batch_forms(ctx, &m, batch->rows, ws);
-    dsv3_rope_table(ws->cos_sin, ws->position, model->rope_turns, model->rope_factor, batch->rows, m.dr);
-    return dsv3i_ok(error);
+    dsv3i_batch_forms(p->ctx, m.rk, m.kv, n, p->ws);
+    dsv3_rope_table(p->ws->cos_sin, p->ws->position, model->rope_turns, model->rope_factor, n, m.dr);
+    return dsv3i_ok(p->error);
 }
 
 DSV3_API dsv3_result dsv3_batch_begin(const dsv3_context *context, const dsv3_model *model, const dsv3_cache *caches,
                                       size_t n_caches, const dsv3_batch *batch, dsv3_workspace *workspace,
                                       dsv3_error *error) {
-    size_t layers = model == NULL ? 0 : dsv3i_main_layers(&model->config);
-    return dsv3i_batch_begin(context, model, caches, n_caches, layers, batch, workspace, error);
+    const dsv3i_run p = {context, model, 0,         (dsv3_cache *)(uintptr_t)caches, n_caches, batch, NULL,
+                         NULL,    workspace, error, NULL, NULL};
+    return dsv3i_batch_begin(&p);
 }
 
 DSV3_API void dsv3_batch_end(dsv3_cache *caches, const dsv3_batch *batch, const dsv3_workspace *workspace) {
@@ -4922,117 +4898,109 @@ static size_t dsv3i_first_bad_row(const float *x, size_t n, size_t d) {
 }
 
 static dsv3_result dsv3i_layer_fail(const dsv3i_call *c, dsv3_result result, dsv3_error *error) {
-    char name[32];
     if (result == DSV3_ERR_ARG) {
         return dsv3i_fail_where(error, result, "observer.choose", "chose an expert twice or out of range, in layer",
                                 c->w->index);
     }
-    dsv3i_name_row(name, sizeof name, "row", dsv3i_first_bad_row(c->ws->score, c->n, c->m.E));
-    return dsv3i_fail_where(error, result, name, "router scores are not finite in layer", c->w->index);
+    (void)dsv3i_fail_where(error, result, "row", "router scores are not finite in layer", c->w->index);
+    return dsv3i_fail_at(error, dsv3i_first_bad_row(c->ws->score, c->n, c->m.E), result);
 }
 
 #ifndef DSV3_NO_TRAINING
 /* A workspace whose pointers are on what a layer keeps. */
-static dsv3_workspace dsv3i_keeping(const dsv3_workspace *from, const dsv3i_saved *s, int is_moe) {
+static dsv3_workspace dsv3i_keeping(const dsv3_workspace *from, const dsv3i_saved *s) {
     dsv3_workspace ws = *from;
-    ws.q_raw = s->q_raw;
-    ws.kv_raw = s->kv_raw;
-    ws.o = s->o;
-    ws.softmax = s->softmax;
-    ws.x_mid = s->x_mid;
-    ws.h_gate = s->h_gate;
-    ws.h_up = s->h_up;
-    if (is_moe) {
-        ws.score = s->score;
-        ws.gate = s->gate;
-        ws.idx = s->idx;
-        ws.slot = s->slot;
-        ws.offset = s->offset;
-    }
-    if (s->u != NULL) ws.u = s->u;
-    if (s->u_ffn != NULL) ws.u_ffn = s->u_ffn;
-    if (s->q_latent != NULL) ws.q_latent = s->q_latent;
-    if (s->kv != NULL) ws.kv = s->kv;
-    if (s->q != NULL) ws.q = s->q;
-    if (s->h != NULL) ws.h = s->h;
+#define DSV3I_KEEP(type, name, rows, columns)                                                                        \
+    if (s->name != NULL) ws.name = s->name;
+    DSV3I_SAVED(DSV3I_KEEP)
+#undef DSV3I_KEEP
     return ws;
 }
 #endif
 
-/* The layers of depth k on n rows x, then the norm: ws->x, ws->u and ws->hidden. saved [L + D]: training, where each layer
- * keeps what its backward pass needs, and caches have one layer each; else NULL. */
-static dsv3_result dsv3i_pass(const dsv3_context *ctx, const dsv3_model *model, size_t k, dsv3_cache *caches, size_t n,
-                              struct dsv3i_saved *saved, dsv3_workspace *ws, dsv3_error *error) {
-    dsv3i_stack stack = dsv3i_stack_of(model, k);
-    const dsv3_observer *o = &ctx->observer;
-    size_t d = (size_t)model->config.hidden_size;
+/* These are in chapter 12. */
+static void dsv3i_mtp_input(const dsv3i_run *p);
+static void dsv3i_evaluate_layer(const struct dsv3i_evaluation *a, dsv3i_call *c);
+
+/* The layers of depth k on the rows in ws->x, then the norm: ws->x, ws->u and ws->hidden. */
+static dsv3_result dsv3i_pass(const dsv3i_run *p) {
+    const dsv3_observer *o = &p->ctx->observer;
+    dsv3_workspace *ws = p->ws;
+    dsv3i_stack stack = dsv3i_stack_of(p->model, p->k);
+    size_t n = p->batch->rows, d = stack.norm->cols;
     for (size_t i = 0; i < stack.count; i++) {
         const dsv3_layer *w = &stack.layers[i];
-        dsv3i_call c = dsv3i_call_of(ctx, model, w, saved == NULL ? i : 0, caches, n, ws);
+        dsv3i_call c = dsv3i_call_of(p->ctx, p->model, w, p->saved == NULL ? i : 0, p->caches, n, ws);
         dsv3_result result;
 #ifndef DSV3_NO_TRAINING
         dsv3_workspace keeping;
-        if (saved != NULL) {
-            dsv3i_copy_rows(ctx, saved[w->index].x_in, ws->x, n, d);
-            keeping = dsv3i_keeping(ws, &saved[w->index], w->is_moe);
+        if (p->saved != NULL) {
+            dsv3i_copy_rows(p->ctx, p->saved[w->index].x_in, ws->x, n, d);
+            keeping = dsv3i_keeping(ws, &p->saved[w->index]);
             c.ws = &keeping;
         }
 #endif
         result = dsv3i_layer_forward(&c, ws->x);
-        if (result != DSV3_OK) return dsv3i_layer_fail(&c, result, error);
+        if (result != DSV3_OK) return dsv3i_layer_fail(&c, result, p->error);
+        if (p->sums != NULL && w->is_moe) dsv3i_evaluate_layer(p->sums, &c);
         if (o->hidden != NULL) o->hidden(o->user, w->index, ws->x, n);
     }
-    dsv3_rmsnorm(ctx, ws->u, ws->x, stack.norm, n, d, model->config.rms_norm_eps);
-    ws->hidden = model->config.mtp_hidden == DSV3_MTP_PRE_NORM ? ws->x : ws->u;
+    dsv3_rmsnorm(p->ctx, ws->u, ws->x, stack.norm, n, d, p->model->config.rms_norm_eps);
+    ws->hidden = p->model->config.mtp_hidden == DSV3_MTP_PRE_NORM ? ws->x : ws->u;
     if (o->hidden != NULL) o->hidden(o->user, -1, ws->u, n);
     return DSV3_OK;
 }
 
 /* NaN, infinite, or so large that the norm would make zeros of it; or the norm's gain is not finite. */
-static dsv3_result dsv3i_pass_finite(const dsv3_workspace *ws, size_t n, size_t d, dsv3_error *error) {
-    for (size_t t = 0; t < n; t++) {
-        char name[32];
-        if (dsv3i_is_finite(dsv3i_dot(ws->x + t * d, ws->x + t * d, d)) && dsv3i_all_finite(ws->u + t * d, d)) continue;
-        dsv3i_name_row(name, sizeof name, "row", t);
-        return dsv3i_fail_where(error, DSV3_ERR_NAN, name, "final hidden state is not finite, in sequence",
-                                ws->sequence[t]);
+static dsv3_result dsv3i_pass_finite(const dsv3i_run *p) {
+    const dsv3_workspace *ws = p->ws;
+    size_t d = (size_t)p->model->config.hidden_size;
+    for (size_t t = 0; t < p->batch->rows; t++) {
+        const float *x = ws->x + t * d;
+        if (dsv3i_is_finite(dsv3i_dot(x, x, d)) && dsv3i_all_finite(ws->u + t * d, d)) continue;
+        (void)dsv3i_fail_where(p->error, DSV3_ERR_NAN, "row", "final hidden state is not finite, in sequence",
+                               ws->sequence[t]);
+        return dsv3i_fail_at(p->error, t, DSV3_ERR_NAN);
     }
     return DSV3_OK;
 }
 
 /* logits [outputs, V] from the normalised rows in ws->u; the wanted ones are gathered in ws->y. */
-static dsv3_result dsv3i_pass_logits(const dsv3_context *ctx, float *logits, const dsv3_tensor *head,
-                                     const dsv3_batch *batch, dsv3_workspace *ws, dsv3_error *error) {
+static dsv3_result dsv3i_pass_logits(const dsv3i_run *p) {
+    const dsv3_batch *batch = p->batch;
+    const dsv3_tensor *head = dsv3i_stack_of(p->model, p->k).head;
     size_t d = head->cols, skipped = batch->rows - batch->outputs, bad;
-    dsv3i_product p = dsv3i_product_of(logits, ws->y, head, batch->outputs);
+    dsv3i_product product = dsv3i_product_of(p->logits, p->ws->y, head, batch->outputs);
     if (batch->outputs == 0) return DSV3_OK;
     for (size_t i = 0; i < batch->outputs; i++) {
         size_t row = batch->output != NULL ? (size_t)batch->output[i] : skipped + i;
-        DSV3_MEMCPY(ws->y + i * d, ws->u + row * d, d * sizeof(float));
+        DSV3_MEMCPY(p->ws->y + i * d, p->ws->u + row * d, d * sizeof(float));
     }
-    ctx->ops->linear(ctx, &p, 1, ws->scratch);
-    bad = dsv3i_first_bad_row(logits, batch->outputs, head->rows);
+    p->ctx->ops->linear(p->ctx, &product, 1, p->ws->scratch);
+    bad = dsv3i_first_bad_row(p->logits, batch->outputs, head->rows);
     if (bad == batch->outputs) return DSV3_OK;
-    return dsv3i_fail_where(error, DSV3_ERR_NAN, "logits", "a value is not finite, in output", (int64_t)bad);
+    return dsv3i_fail_where(p->error, DSV3_ERR_NAN, "logits", "a value is not finite, in output", (int64_t)bad);
 }
 
-/* A pass whose batch has begun and whose rows are in ws->x, to its end. */
-static dsv3_result dsv3i_forward(const dsv3_context *ctx, float *logits, const dsv3_model *model, size_t k,
-                                 dsv3_cache *caches, const dsv3_batch *batch, dsv3_workspace *ws, dsv3_error *error) {
-    DSV3I_TRY(dsv3i_pass(ctx, model, k, caches, batch->rows, NULL, ws, error));
-    DSV3I_TRY(dsv3i_pass_finite(ws, batch->rows, (size_t)model->config.hidden_size, error));
-    DSV3I_TRY(dsv3i_pass_logits(ctx, logits, dsv3i_stack_of(model, k).head, batch, ws, error));
-    dsv3_batch_end(caches, batch, ws);
-    return dsv3i_ok(error);
+/* The whole run. In training only the losses are looked at. */
+static dsv3_result dsv3i_forward(const dsv3i_run *p) {
+    DSV3I_TRY(dsv3i_batch_begin(p));
+    if (p->k > 0 && p->hidden == NULL) return dsv3i_fail(p->error, DSV3_ERR_ARG, "hidden", "is NULL");
+    if (p->logits == NULL && p->batch->outputs > 0) return dsv3i_fail(p->error, DSV3_ERR_ARG, "logits", "is NULL");
+    if (p->k == 0) dsv3_embed(p->ctx, p->ws->x, p->batch->token, &p->model->embed_tokens, p->batch->rows);
+    if (p->k > 0) dsv3i_mtp_input(p);
+    DSV3I_TRY(dsv3i_pass(p));
+    if (p->saved == NULL) DSV3I_TRY(dsv3i_pass_finite(p));
+    DSV3I_TRY(dsv3i_pass_logits(p));
+    dsv3_batch_end(p->caches, p->batch, p->ws);
+    return dsv3i_ok(p->error);
 }
 
 DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, const dsv3_model *model,
                                   dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                   dsv3_workspace *workspace, dsv3_error *error) {
-    DSV3I_TRY(dsv3_batch_begin(context, model, caches, n_caches, batch, workspace, error));
-    if (logits == NULL && batch->outputs > 0) return dsv3i_fail(error, DSV3_ERR_ARG, "logits", "is NULL");
-    dsv3_embed(context, workspace->x, batch->token, &model->embed_tokens, batch->rows);
-    return dsv3i_forward(context, logits, model, 0, caches, batch, workspace, error);
+    const dsv3i_run p = {context, model, 0, caches, n_caches, batch, NULL, logits, workspace, error, NULL, NULL};
+    return dsv3i_forward(&p);
 }
 
 /* ========================================================================================================
@@ -5077,41 +5045,35 @@ static void dsv3i_mtp_concat(const dsv3_context *ctx, const dsv3_model *model, c
 }
 
 /* ws->x [n, d] = eh_proj concat */
-static void dsv3i_mtp_input(const dsv3_context *ctx, const dsv3_model *model, size_t k, const int32_t *token,
-                            const float *hidden, size_t n, dsv3_workspace *ws) {
-    const dsv3_mtp *mtp = &model->mtp[k - 1];
-    dsv3i_product p = dsv3i_product_of(ws->x, ws->concat, &mtp->eh_proj, n);
-    dsv3i_mtp_concat(ctx, model, mtp, token, hidden, n, ws);
-    ctx->ops->linear(ctx, &p, 1, ws->scratch);
+static void dsv3i_mtp_input(const dsv3i_run *p) {
+    const dsv3_mtp *mtp = &p->model->mtp[p->k - 1];
+    size_t n = p->batch->rows;
+    dsv3i_product product = dsv3i_product_of(p->ws->x, p->ws->concat, &mtp->eh_proj, n);
+    dsv3i_mtp_concat(p->ctx, p->model, mtp, p->batch->token, p->hidden, n, p->ws);
+    p->ctx->ops->linear(p->ctx, &product, 1, p->ws->scratch);
 }
 
 DSV3_API dsv3_result dsv3_mtp_forward(const dsv3_context *context, float *logits, const dsv3_model *model, size_t k,
                                       dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                       const float *hidden, dsv3_workspace *workspace, dsv3_error *error) {
+    const dsv3i_run p = {context, model, k, caches, n_caches, batch, hidden, logits, workspace, error, NULL, NULL};
     if (model != NULL && (k < 1 || k > (size_t)model->n_mtp)) {
         return dsv3i_fail_range(error, DSV3_ERR_ARG, "k", "is not a module of this model", 1, model->n_mtp,
                                 (int64_t)k);
     }
-    DSV3I_TRY(dsv3i_batch_begin(context, model, caches, n_caches, 1, batch, workspace, error));
-    if (hidden == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "hidden", "is NULL");
-    if (logits == NULL && batch->outputs > 0) return dsv3i_fail(error, DSV3_ERR_ARG, "logits", "is NULL");
-    dsv3i_mtp_input(context, model, k, batch->token, hidden, batch->rows, workspace);
-    return dsv3i_forward(context, logits, model, k, caches, batch, workspace, error);
+    return dsv3i_forward(&p);
 }
 
 /* ---- The training form: all depths over whole sequences */
 
 typedef struct dsv3i_evaluation {
-    dsv3_context ctx;              /* the caller's, but its observer is us */
-    const dsv3_observer *observer; /* the caller's */
     dsv3_losses *losses;
-    const dsv3_model *model;
     const dsv3_text *text;
-    dsv3_workspace *ws;
-    dsv3_error *error;
-    const float *score; /* [n, E] and [n, K] of the layer whose balance loss is computed; idx NULL: by score alone */
-    const int32_t *idx;
-    size_t n, E, K;
+    dsv3_cache *modules; /* [depths, n_caches] */
+    /* training: the workspace for the rows of depth k, and what is done behind their loss; else NULL */
+    dsv3_workspace *(*depth)(const struct dsv3i_evaluation *a, size_t k);
+    void (*behind)(const struct dsv3i_evaluation *a, size_t k, dsv3i_loss *loss);
+    void *user;
 } dsv3i_evaluation;
 
 static int32_t dsv3i_text_sequence(const dsv3_text *x, size_t r) { return x->sequence != NULL ? x->sequence[r] : 0; }
@@ -5163,111 +5125,93 @@ static dsv3_result dsv3i_text_check(const dsv3_text *x, int32_t V, dsv3_error *e
     return DSV3_OK;
 }
 
+typedef struct dsv3i_balance_loop {
+    const dsv3i_call *c;
+    const int32_t *idx; /* [n, K] or NULL: by score alone */
+} dsv3i_balance_loop;
+
 /* The balance loss of each sequence among the rows, which are whole sequences; 0 for rows that begin none. */
 static void dsv3i_evaluate_balance_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_evaluation *a = (const dsv3i_evaluation *)arg;
-    const dsv3_workspace *ws = a->ws;
+    const dsv3i_balance_loop *a = (const dsv3i_balance_loop *)arg;
+    const dsv3_workspace *ws = a->c->ws;
+    size_t E = a->c->m.E, K = a->c->m.K;
     for (size_t t = begin; t < end; t++) {
-        const int32_t *idx = a->idx != NULL ? a->idx + t * a->K : NULL;
-        size_t rows = dsv3i_sequence_rows(ws->leader, t, a->n);
-        ws->sequence_loss[t] = dsv3_balance_loss(a->score + t * a->E, idx, ws->row_mask + t, rows, a->E, a->K,
-                                                 ws->balance + worker * 2 * a->E);
+        size_t rows = dsv3i_sequence_rows(ws->leader, t, a->c->n);
+        ws->sequence_loss[t] = dsv3_balance_loss(ws->score + t * E, a->idx != NULL ? a->idx + t * K : NULL,
+                                                 ws->row_mask + t, rows, E, K, ws->balance + worker * 2 * E);
     }
 }
 
-/* We stand between the pass and the caller's observer: loads and balance losses are taken where routers show them. */
-static void dsv3i_evaluate_routing(void *user, int32_t layer, const float *score, const int32_t *idx,
-                                   const float *gate, size_t n) {
-    dsv3i_evaluation *a = (dsv3i_evaluation *)user;
-    const dsv3_observer *o = a->observer;
-    dsv3_losses *sums = a->losses;
-    if (sums->load != NULL) dsv3_load_count(sums->load + (size_t)layer * a->E, idx, a->ws->row_mask, n, a->K);
-    if (sums->balance != NULL) {
-        a->score = score;
-        a->idx = sums->actual ? idx : NULL;
-        a->n = n;
-        dsv3i_parallel(&a->ctx, n, dsv3i_mul(n, 16 * a->E), dsv3i_evaluate_balance_task, a);
-        for (size_t t = 0; t < n; t++) sums->balance[layer] += a->ws->sequence_loss[t];
-    }
-    if (o->routing != NULL) o->routing(o->user, layer, score, idx, gate, n);
+/* Adds a layer's loads and balance losses to the sums. */
+static void dsv3i_evaluate_layer(const dsv3i_evaluation *a, dsv3i_call *c) {
+    const dsv3_losses *sums = a->losses;
+    const dsv3_workspace *ws = c->ws;
+    size_t layer = (size_t)c->w->index;
+    dsv3i_balance_loop loop = {c, sums->actual ? ws->idx : NULL};
+    if (sums->load != NULL) dsv3_load_count(sums->load + layer * c->m.E, ws->idx, ws->row_mask, c->n, c->m.K);
+    if (sums->balance == NULL) return;
+    dsv3i_loop(c->ctx, c->n, 16 * c->m.E, dsv3i_evaluate_balance_task, &loop);
+    for (size_t t = 0; t < c->n; t++) sums->balance[layer] += ws->sequence_loss[t];
 }
 
-static void dsv3i_evaluate_choose(void *user, int32_t layer, int32_t *idx, const float *score, size_t n) {
-    const dsv3_observer *o = ((const dsv3i_evaluation *)user)->observer;
-    o->choose(o->user, layer, idx, score, n);
-}
-
-static void dsv3i_evaluate_hidden(void *user, int32_t layer, const float *x, size_t n) {
-    const dsv3_observer *o = ((const dsv3i_evaluation *)user)->observer;
-    o->hidden(o->user, layer, x, n);
-}
-
-static void dsv3i_evaluate_observe(dsv3i_evaluation *a, const dsv3_context *context) {
-    const dsv3_observer *o = a->observer = &context->observer;
-    a->E = (size_t)a->model->config.n_routed_experts;
-    a->K = (size_t)a->model->config.num_experts_per_tok;
-    a->ctx = *context;
-    a->ctx.observer.user = a;
-    a->ctx.observer.routing = dsv3i_evaluate_routing;
-    a->ctx.observer.choose = o->choose != NULL ? dsv3i_evaluate_choose : NULL;
-    a->ctx.observer.hidden = o->hidden != NULL ? dsv3i_evaluate_hidden : NULL;
-}
-
-/* Adds the loss of the n rows in ws->u at depth k to the sums. ws->y (d >= 1) and ws->row_output are free: nobody has
- * asked for logits. */
-static dsv3_result dsv3i_evaluate_nll(const dsv3i_evaluation *a, const dsv3_tensor *head, size_t k, size_t n) {
-    dsv3_workspace *ws = a->ws;
+/* Adds the loss of the rows in ws->u to the sums. ws->y (d >= 1) and ws->row_output are free: nobody has asked for
+ * logits. */
+static dsv3_result dsv3i_evaluate_nll(const dsv3i_evaluation *a, const dsv3i_run *p) {
+    dsv3_workspace *ws = p->ws;
     int32_t *target = ws->row_output;
     float *nll = ws->y;
-    dsv3i_loss loss = dsv3i_loss_of(&a->ctx, ws->u, head, target, n, ws->loss, ws->scratch);
-    for (size_t i = 0; i < n; i++) target[i] = dsv3i_text_target(a->text, ws->row_index[i], k);
+    dsv3i_loss loss = dsv3i_loss_of(p->ctx, ws->u, dsv3i_stack_of(p->model, p->k).head, target, p->batch->rows, ws->loss,
+                                    ws->scratch);
+    for (size_t i = 0; i < loss.n; i++) target[i] = dsv3i_text_target(a->text, ws->row_index[i], p->k);
     dsv3i_cross_entropy(&loss, nll);
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; i < loss.n; i++) {
         if (!dsv3i_is_finite(nll[i])) {
-            return dsv3i_fail_where(a->error, DSV3_ERR_NAN, "loss", "is not finite, of row",
+            return dsv3i_fail_where(p->error, DSV3_ERR_NAN, "loss", "is not finite, of row",
                                     (int64_t)ws->row_index[i]);
         }
-        a->losses->nll[k] += (double)nll[i];
-        a->losses->targets[k] += target[i] != DSV3_IGNORE;
+        a->losses->nll[p->k] += (double)nll[i];
+        a->losses->targets[p->k] += target[i] != DSV3_IGNORE;
     }
+    if (a->behind != NULL) a->behind(a, p->k, &loss);
     return DSV3_OK;
 }
 
-/* Of the n rows gathered for depth k - 1, whose states are in ws->hidden, keeps those that depth k has. */
-static size_t dsv3i_evaluate_gather(const dsv3i_evaluation *a, size_t k, size_t n) {
-    const dsv3_text *x = a->text;
-    dsv3_workspace *ws = a->ws;
-    size_t d = (size_t)a->model->config.hidden_size, kept = 0;
+/* Of the n rows that `from` has of depth k - 1 (the first time: of the text), with their states in from->hidden, keeps
+ * those that depth k has. ws may be `from`. */
+static size_t dsv3i_evaluate_gather(const dsv3_text *x, size_t k, dsv3_workspace *ws, const dsv3_workspace *from,
+                                    size_t n, size_t d) {
+    size_t kept = 0;
     for (size_t i = 0; i < n; i++) {
-        size_t row = ws->row_index[i];
+        size_t row = from->row_index[i];
         if (!dsv3i_text_continues(x, row, k)) continue;
         ws->row_index[kept] = row;
         ws->row_token[kept] = x->token[row + k];
         ws->row_sequence[kept] = dsv3i_text_sequence(x, row);
         ws->row_mask[kept] = (uint8_t)dsv3i_text_counts(x, row, k);
-        if (k > 0) DSV3_MEMCPY(ws->row_hidden + kept * d, ws->hidden + i * d, d * sizeof(float));
+        if (k > 0) DSV3_MEMCPY(ws->row_hidden + kept * d, from->hidden + i * d, d * sizeof(float));
         kept++;
     }
     return kept;
 }
 
-/* Rows [begin, begin + n) of the text through the main model and every depth. */
-static dsv3_result dsv3i_evaluate_rows(const dsv3i_evaluation *a, dsv3_cache *caches, dsv3_cache *modules,
-                                       size_t n_caches, size_t begin, size_t n) {
-    dsv3_workspace *ws = a->ws;
-    dsv3_batch batch;
-    DSV3_MEMSET(&batch, 0, sizeof batch);
-    batch.token = ws->row_token;
-    batch.sequence = ws->row_sequence;
-    for (size_t i = 0; i < n; i++) ws->row_index[i] = begin + i;
-    for (size_t k = 0; k <= a->losses->depths; k++) {
-        const dsv3_tensor *head = k == 0 ? &a->model->lm_head : &a->model->mtp[k - 1].shared_head_head;
-        n = batch.rows = dsv3i_evaluate_gather(a, k, n);
+/* Rows [begin, begin + n) of the text through the main model and every depth. In training all depths have the same
+ * caches, one after the other. */
+static dsv3_result dsv3i_evaluate_rows(const dsv3i_evaluation *a, dsv3i_run p, size_t begin, size_t n) {
+    size_t d = (size_t)p.model->config.hidden_size;
+    for (size_t i = 0; i < n; i++) p.ws->row_index[i] = begin + i;
+    for (p.k = 0; p.k <= a->losses->depths; p.k++) {
+        const dsv3_workspace *from = p.ws;
+        dsv3_batch batch = {0, NULL, NULL, NULL, 0, NULL};
+        if (a->depth != NULL) p.ws = a->depth(a, p.k);
+        n = batch.rows = dsv3i_evaluate_gather(a->text, p.k, p.ws, from, n, d);
         if (n == 0) return DSV3_OK;
-        DSV3I_TRY(k == 0 ? dsv3_forward(&a->ctx, NULL, a->model, caches, n_caches, &batch, ws, a->error)
-                         : dsv3_mtp_forward(&a->ctx, NULL, a->model, k, modules + (k - 1) * n_caches, n_caches,
-                                            &batch, ws->row_hidden, ws, a->error));
-        DSV3I_TRY(dsv3i_evaluate_nll(a, head, k, n));
+        batch.token = p.ws->row_token;
+        batch.sequence = p.ws->row_sequence;
+        for (size_t s = 0; s < p.n_caches && a->depth != NULL; s++) p.caches[s].length = 0;
+        if (p.k > 0 && a->depth == NULL) p.caches = a->modules + (p.k - 1) * p.n_caches;
+        p.batch = &batch;
+        DSV3I_TRY(dsv3i_forward(&p));
+        DSV3I_TRY(dsv3i_evaluate_nll(a, &p));
     }
     return DSV3_OK;
 }
@@ -5275,7 +5219,8 @@ static dsv3_result dsv3i_evaluate_rows(const dsv3i_evaluation *a, dsv3_cache *ca
 DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *losses, const dsv3_model *model,
                                    dsv3_cache *caches, dsv3_cache *modules, size_t n_caches, const dsv3_text *text,
                                    dsv3_workspace *workspace, dsv3_error *error) {
-    dsv3i_evaluation a;
+    const dsv3i_evaluation a = {losses, text, modules, NULL, NULL, NULL};
+    dsv3i_run p = {context, model, 0, caches, n_caches, NULL, NULL, NULL, workspace, error, &a, NULL};
     if (context == NULL || losses == NULL || model == NULL || caches == NULL || text == NULL || workspace == NULL ||
         text->token == NULL || losses->nll == NULL || losses->targets == NULL ||
         (modules == NULL && losses->depths > 0)) {
@@ -5294,15 +5239,10 @@ DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *los
     DSV3I_TRY(dsv3i_text_check(text, model->config.vocab_size, error));
     for (size_t s = 0; s < n_caches; s++) caches[s].length = 0;
     for (size_t s = 0; s < n_caches * losses->depths; s++) modules[s].length = 0;
-    a.losses = losses;
-    a.model = model;
-    a.text = text;
-    a.ws = workspace;
-    a.error = error;
-    dsv3i_evaluate_observe(&a, context);
+    p.hidden = workspace->row_hidden;
     for (size_t begin = 0; begin < text->rows; begin += workspace->rows) {
         size_t n = dsv3i_min(workspace->rows, text->rows - begin);
-        DSV3I_TRY(dsv3i_evaluate_rows(&a, caches, modules, n_caches, begin, n));
+        DSV3I_TRY(dsv3i_evaluate_rows(&a, p, begin, n));
     }
     losses->sequences += dsv3i_text_sequences(text);
     return dsv3i_ok(error);
@@ -5340,8 +5280,8 @@ DSV3_API double dsv3_losses_total(const dsv3_losses *losses, size_t layers, doub
  * call, whose rows share the reading, and every guess that it agrees with is a token for which no step is needed.
  *
  *     text:      t_0 .. t_{N-1}   in the caches;   t_N  known, not yet in them
- *     draft:     module k at position N-1 gets (h^{k-1}, draft k-1) and guesses t_{N+k}            k = 1 .. K
- *     verify:    one call of the main model with the rows t_N, draft 1 .. draft K
+ *     draft:     module k at position N-1 gets (h^{k-1}, draft k-1) and guesses t_{N+k}            k = 1 .. drafts
+ *     verify:    one call of the main model with the rows t_N, draft 1, draft 2 ..
  *     accept:    drafts as long as they stand; behind them one token of the main model's own
  *     roll back: all caches to the rows that read only what stands
  *
@@ -5453,15 +5393,10 @@ DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, 
  * scratch, but for the modules, which copy themselves. One list makes the layout and the copy: neither can forget any. */
 #define DSV3I_SEQUENCE_ARRAYS(KEPT, SCRATCH)                                                                         \
     SCRATCH(dsv3_cache, modules, s->n_modules, 1)                                                                    \
-    KEPT(int32_t, token, s->max_drafts + 1, 1)                                                                       \
-    KEPT(uint64_t, drafted, s->max_drafts, 1)                                                                        \
-    KEPT(uint64_t, accepted, s->max_drafts, 1)                                                                       \
-    KEPT(int32_t, history, s->window, 1)                                                                             \
-    KEPT(float, hidden, dsv3i_mul(s->n_modules, s->window), s->d)                                                    \
-    KEPT(float, rate, s->max_drafts, 1)                                                                              \
-    SCRATCH(float, p, s->max_drafts > 0, V)                                                                          \
-    SCRATCH(float, q, s->max_drafts, V)                                                                              \
-    SCRATCH(dsv3_candidate, candidates, V, 1)
+    KEPT(int32_t, token, s->max_drafts + 1, 1) KEPT(uint64_t, drafted, s->max_drafts, 1)                             \
+    KEPT(uint64_t, accepted, s->max_drafts, 1) KEPT(int32_t, history, s->window, 1)                                  \
+    KEPT(float, hidden, dsv3i_mul(s->n_modules, s->window), s->d) KEPT(float, rate, s->max_drafts, 1)                \
+    SCRATCH(float, p, s->max_drafts > 0, V) SCRATCH(float, q, s->max_drafts, V) SCRATCH(dsv3_candidate, candidates, V, 1)
 
 static void dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, size_t capacity, dsv3_type type,
                                   size_t rows, size_t drafts, dsv3i_layout *l) {
@@ -5473,7 +5408,7 @@ static void dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, siz
     s->d = (size_t)model->config.hidden_size;
     s->window = dsv3i_add(dsv3i_max(rows, s->max_drafts + 1), s->n_modules + 2);
     DSV3I_SEQUENCE_ARRAYS(DSV3I_TAKE, DSV3I_TAKE)
-    (void)dsv3i_cache_layout(&s->cache, &model->config, (size_t)model->config.num_hidden_layers, capacity, type, l);
+    (void)dsv3i_cache_layout(&s->cache, &model->config, 0, capacity, type, l);
     for (size_t k = 0; k < s->n_modules; k++) {
         dsv3_cache cache;
         (void)dsv3i_cache_layout(&cache, &model->config, 1, capacity, type, l);
@@ -5498,9 +5433,8 @@ DSV3_API dsv3_result dsv3_sequence_init(dsv3_sequence *s, const dsv3_model *mode
     size_t need;
     if (s == NULL) return DSV3_ERR_ARG;
     DSV3I_TRY(dsv3_sequence_size(model, capacity, type, rows, drafts, &need));
-    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
+    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need));
     DSV3_MEMSET(s, 0, sizeof *s);
-    l.base = dsv3i_layout_base(memory);
     dsv3i_sequence_layout(s, model, capacity, type, rows, drafts, &l);
     s->made_for = dsv3i_config_fingerprint(&model->config);
     s->top_p = 1.0f;
@@ -5846,13 +5780,8 @@ static dsv3_result dsv3i_finish(const dsv3i_step *a, dsv3_sequence *s, size_t *o
     return dsv3i_accept(a, s, logits);
 }
 
-static dsv3_result dsv3i_fail_sequence(const dsv3i_step *a, size_t i, dsv3_result code, const char *why) {
-    char name[32];
-    dsv3i_name_row(name, sizeof name, "sequences", i);
-    return dsv3i_fail(a->error, code, name, why);
-}
-
 static dsv3_result dsv3i_generate_check(const dsv3i_step *a) {
+    dsv3_error *e = a->error;
     uint64_t made_for = dsv3i_config_fingerprint(&a->model->config);
     if (a->n < 1 || a->n > a->ws->rows) {
         return dsv3i_fail_range(a->error, a->n < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "n",
@@ -5864,17 +5793,17 @@ static dsv3_result dsv3i_generate_check(const dsv3i_step *a) {
     }
     for (size_t i = 0; i < a->n; i++) {
         dsv3_sequence *s = a->sequences[i];
-        if (s == NULL) return dsv3i_fail_sequence(a, i, DSV3_ERR_ARG, "is NULL");
-        if (s->step_rows != 0) return dsv3i_fail_sequence(a, i, DSV3_ERR_ARG, "is given twice");
+        if (s == NULL) return dsv3i_fail_at(e, i, dsv3i_fail(e, DSV3_ERR_ARG, "sequences", "is NULL"));
+        if (s->step_rows != 0) return dsv3i_fail_at(e, i, dsv3i_fail(e, DSV3_ERR_ARG, "sequences", "is given twice"));
         s->step_rows = 1; /* seen */
         if (s->made_for != made_for || s->n_modules > (size_t)a->model->n_mtp) {
-            return dsv3i_fail_sequence(a, i, DSV3_ERR_MISMATCH, "was made for another model");
+            return dsv3i_fail_at(e, i, dsv3i_fail(e, DSV3_ERR_MISMATCH, "sequences", "was made for another model"));
         }
         if (!(s->temperature >= 0.0f) || s->temperature > FLT_MAX) {
-            return dsv3i_fail_sequence(a, i, DSV3_ERR_ARG, "temperature is negative or not finite");
+            return dsv3i_fail_at(e, i, dsv3i_fail(e, DSV3_ERR_ARG, "sequences", "temperature is negative or not finite"));
         }
         if (!(s->top_p >= 0.0f) || s->top_p > 1.0f) {
-            return dsv3i_fail_sequence(a, i, DSV3_ERR_ARG, "top_p is not between 0 and 1");
+            return dsv3i_fail_at(e, i, dsv3i_fail(e, DSV3_ERR_ARG, "sequences", "top_p is not between 0 and 1"));
         }
     }
     return DSV3_OK;
@@ -5987,7 +5916,6 @@ typedef struct dsv3i_flat {
 static dsv3_result dsv3i_flat_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     dsv3i_flat *flat = (dsv3i_flat *)w->user;
     size_t n = dsv3i_mul(w->info.rows, w->info.cols);
-    if (w->info.optional) return DSV3_OK;
     if (flat->data != NULL) {
         slot->data = flat->data + flat->count;
         slot->rows = w->info.rows;
@@ -6004,31 +5932,24 @@ static dsv3_result dsv3i_walk_parameters(const dsv3_config *config, dsv3_model *
                                          dsv3_result (*visit)(dsv3i_walk *walk, dsv3_tensor *slot)) {
     dsv3i_walk w;
     dsv3i_walk_begin(&w, config, user, visit);
+    w.copies = 0;
     return dsv3i_walk_all(&w, model);
 }
 
 static void dsv3i_parameters_layout(dsv3_parameters *q, const dsv3_config *config, dsv3i_layout *l) {
-    dsv3i_flat flat = {NULL, 0, 0};
-    (void)dsv3i_walk_parameters(config, NULL, &flat, dsv3i_flat_tensor);
-    q->count = flat.count;
-    dsv3i_model_layout(&q->model, config, l);
-    q->data = (float *)dsv3i_take(l, sizeof *q->data, q->count, 1, 1);
-    if (l->base != NULL) DSV3_MEMSET(q->data, 0, q->count * sizeof *q->data);
-}
-
-static void dsv3i_parameters_bind(dsv3_parameters *q, const dsv3_config *config) {
-    dsv3i_flat flat = {q->data, 0, 0};
+    dsv3i_flat none = {NULL, 0, 0}, flat = {NULL, 0, 0};
     dsv3_model *model = &q->model;
-    model->config = *config;
-    model->n_mtp = config->num_nextn_predict_layers;
-    dsv3_rope_turns(config, model->rope_turns);
-    model->rope_factor = dsv3_rope_factor(config);
-    model->softmax_scale = dsv3_softmax_scale(config);
+    (void)dsv3i_walk_parameters(config, NULL, &none, dsv3i_flat_tensor);
+    q->count = none.count;
+    dsv3i_model_layout(model, config, l);
+    q->data = flat.data = (float *)dsv3i_take_rows(l, sizeof *q->data, q->count, 1);
+    if (l->base == NULL) return;
+    DSV3_MEMSET(q->data, 0, q->count * sizeof *q->data);
     (void)dsv3i_walk_parameters(config, model, &flat, dsv3i_flat_tensor);
     if (config->tie_word_embeddings) model->lm_head = model->embed_tokens;
-    for (int32_t k = 0; k < model->n_mtp; k++) {
-        model->mtp[k].embed_tokens = model->embed_tokens;
-        model->mtp[k].shared_head_head = model->lm_head;
+    for (model->n_mtp = 0; model->n_mtp < config->num_nextn_predict_layers; model->n_mtp++) {
+        model->mtp[model->n_mtp].embed_tokens = model->embed_tokens;
+        model->mtp[model->n_mtp].shared_head_head = model->lm_head;
     }
 }
 
@@ -6046,18 +5967,15 @@ DSV3_API dsv3_result dsv3_parameters_init(dsv3_parameters *parameters, const dsv
     size_t need;
     if (parameters == NULL) return DSV3_ERR_ARG;
     DSV3I_TRY(dsv3_parameters_size(config, &need));
-    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
-    l.base = dsv3i_layout_base(memory);
+    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need));
     DSV3_MEMSET(parameters, 0, sizeof *parameters);
     dsv3i_parameters_layout(parameters, config, &l);
-    dsv3i_parameters_bind(parameters, config);
     return DSV3_OK;
 }
 
 static dsv3_result dsv3i_load_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     dsv3i_flat *flat = (dsv3i_flat *)w->user;
     dsv3_context ctx;
-    if (w->info.optional) return DSV3_OK;
     if (slot->data == NULL || slot->rows != w->info.rows || slot->cols != w->info.cols) return DSV3_ERR_MISMATCH;
     DSV3_MEMSET(&ctx, 0, sizeof ctx);
     ctx.ops = &dsv3i_plain;
@@ -6070,15 +5988,14 @@ static dsv3_result dsv3i_load_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
 DSV3_API dsv3_result dsv3_parameters_load(dsv3_parameters *parameters, const dsv3_model *from) {
     dsv3i_flat flat = {NULL, 0, 0};
     dsv3_model copy;
-    dsv3i_dims to, m;
+    const dsv3_config *config;
     if (parameters == NULL || from == NULL) return DSV3_ERR_ARG;
-    to = dsv3i_dims_of(&parameters->model.config);
-    m = dsv3i_dims_of(&from->config);
-    if (dsv3i_fingerprint(&to) != dsv3i_fingerprint(&m)) return DSV3_ERR_MISMATCH;
+    config = &parameters->model.config;
+    if (dsv3i_config_fingerprint(config) != dsv3i_config_fingerprint(&from->config)) return DSV3_ERR_MISMATCH;
     if (from->n_mtp < parameters->model.n_mtp) return DSV3_ERR_MISMATCH;
     copy = *from;
     flat.data = parameters->data;
-    return dsv3i_walk_parameters(&parameters->model.config, &copy, &flat, dsv3i_load_tensor);
+    return dsv3i_walk_parameters(config, &copy, &flat, dsv3i_load_tensor);
 }
 
 typedef struct dsv3i_random {
@@ -6097,7 +6014,6 @@ static dsv3_result dsv3i_random_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     size_t n = w->info.rows * w->info.cols;
     float fill = w->info.group == DSV3_GROUP_ROUTER ? 0.0f : 1.0f;
     (void)slot;
-    if (w->info.optional) return DSV3_OK;
     for (size_t i = 0; i < n; i++) r->data[i] = w->info.rank == 1 ? fill : r->std * dsv3i_normal(r->rng);
     r->data += n;
     return DSV3_OK;
@@ -6127,8 +6043,7 @@ DSV3_API dsv3_training dsv3_training_default(void) {
     return s;
 }
 
-DSV3_API double dsv3_learning_rate(const dsv3_schedule *schedule, uint64_t step) {
-    const dsv3_schedule *s = schedule;
+DSV3_API double dsv3_learning_rate(const dsv3_schedule *s, uint64_t step) {
     if (step < s->warmup) return s->peak * (double)(step + 1) / (double)s->warmup;
     if (step < s->constant) return s->peak;
     if (step < s->cosine) {
@@ -6138,21 +6053,26 @@ DSV3_API double dsv3_learning_rate(const dsv3_schedule *schedule, uint64_t step)
     return step < s->end ? s->low : s->tail;
 }
 
-/* The rows of one depth (0: the main model), and what its head was given: `row` of the text; `from`, the row of the
- * depth before that has the same position; x and u, before and behind the final norm. */
+/* The rows of one depth (0: the main model), from their tokens to what its head is given: the part of a workspace that a
+ * depth has of its own. */
 #define DSV3I_DEPTH(X)                                                                                               \
-    X(int32_t, token, n, 1) X(int32_t, target, n, 1) X(uint8_t, mask, n, 1) X(size_t, row, n, 1)                     \
-    X(size_t, from, n, 1) X(int32_t, sequence, n, 1) X(int32_t, position, n, 1) X(int32_t, leader, n, 1)             \
-    X(float, cos_sin, n, m->dr) X(float, x, n, m->d) X(float, u, n, m->d) X(float, du, n, m->d)
+    X(int32_t, row_token, n, 1) X(uint8_t, row_mask, n, 1) X(size_t, row_index, n, 1) X(int32_t, sequence, n, 1)     \
+    X(int32_t, position, n, 1) X(int32_t, leader, n, 1) X(float, cos_sin, n, m->dr) X(float, x, n, m->d)             \
+    X(float, u, n, m->d)
 
 typedef struct dsv3i_depth {
-    size_t n;
-    DSV3I_DEPTH(DSV3I_MEMBER)
+    size_t n, *from; /* [n] the row of the depth before that has the same position */
+    float *du;       /* [n, d] the gradient of u */
+    dsv3_workspace ws;
 } dsv3i_depth;
 
-static void dsv3i_depth_layout(dsv3i_depth *at, const dsv3i_dims *m, size_t n, dsv3i_layout *l) {
-    at->n = 0;
+static void dsv3i_depth_layout(dsv3i_depth *depth, const dsv3_workspace *shared, const dsv3i_dims *m, size_t n,
+                               dsv3i_layout *l) {
+    dsv3_workspace *at = &depth->ws;
+    *at = *shared;
     DSV3I_DEPTH(DSV3I_TAKE)
+    depth->from = (size_t *)dsv3i_take_rows(l, sizeof(size_t), n, 1);
+    depth->du = (float *)dsv3i_take_rows(l, sizeof(float), n, m->d);
 }
 
 static size_t dsv3i_hidden_floats(const dsv3i_dims *m, int is_moe) {
@@ -6163,6 +6083,7 @@ static void dsv3i_saved_layout(dsv3i_saved *at, const dsv3i_dims *m, size_t n, i
                                dsv3i_layout *l) {
     size_t hidden = dsv3i_hidden_floats(m, is_moe), moe = is_moe ? n : 0, norms = keep & DSV3_KEEP_NORMS ? n : 0;
     size_t queries = keep & DSV3_KEEP_UP_PROJECTIONS ? n : 0, swiglu = keep & DSV3_KEEP_SWIGLU ? n : 0;
+    at->x_in = (float *)dsv3i_take_rows(l, sizeof(float), n, m->d);
     DSV3I_SAVED(DSV3I_TAKE)
 }
 
@@ -6202,14 +6123,15 @@ static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const d
         int32_t keep = s->keep_layers != NULL ? s->keep_layers[i] : s->keep;
         dsv3i_saved_layout(exists ? &at->saved[i] : &saved, &m, n, dsv3_config_is_moe(c, (int32_t)i), keep, l);
     }
-    for (size_t k = 0; k < depths; k++) dsv3i_depth_layout(exists ? &at->depth[k] : &depth, &m, n, l);
+    for (size_t k = 0; k < depths; k++) {
+        dsv3i_depth_layout(exists ? &at->depth[k] : &depth, &at->workspace, &m, n, l);
+    }
     dsv3i_backward_layout(exists ? at->backward : &backward, &m, n, l);
 }
 
-DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_training *settings, size_t threads,
+DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_training *s, size_t threads,
                                        size_t *bytes) {
     dsv3i_layout l = {NULL, 0};
-    const dsv3_training *s = settings;
     dsv3_trainer t;
     DSV3I_TRY(dsv3_config_check(config, NULL));
     if (s == NULL || s->rows < 1 || s->sequences < 1 || s->longest < 1 || threads < 1) return DSV3_ERR_ARG;
@@ -6218,15 +6140,13 @@ DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_tra
     return dsv3i_layout_size(&l, bytes);
 }
 
-DSV3_API dsv3_result dsv3_trainer_init(dsv3_trainer *trainer, const dsv3_config *config,
-                                       const dsv3_training *settings, size_t threads, void *memory, size_t bytes) {
+DSV3_API dsv3_result dsv3_trainer_init(dsv3_trainer *t, const dsv3_config *config, const dsv3_training *settings,
+                                       size_t threads, void *memory, size_t bytes) {
     dsv3i_layout l = {NULL, 0};
     size_t need, n;
-    dsv3_trainer *t = trainer;
     if (t == NULL) return DSV3_ERR_ARG;
     DSV3I_TRY(dsv3_trainer_size(config, settings, threads, &need));
-    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
-    l.base = dsv3i_layout_base(memory);
+    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need));
     DSV3_MEMSET(t, 0, sizeof *t);
     dsv3i_trainer_layout(t, config, settings, threads, &l);
     t->settings = *settings;
@@ -6234,8 +6154,6 @@ DSV3_API dsv3_result dsv3_trainer_init(dsv3_trainer *trainer, const dsv3_config 
     t->most_sequences = settings->sequences;
     t->longest = settings->longest;
     t->threads = threads;
-    dsv3i_parameters_bind(&t->weights, config);
-    dsv3i_parameters_bind(&t->gradients, config);
     n = t->weights.count * sizeof(float);
     DSV3_MEMSET(t->m, 0, n);
     DSV3_MEMSET(t->v, 0, n);
@@ -6255,13 +6173,10 @@ DSV3_API void dsv3_text_count(const dsv3_text *text, size_t depths, uint64_t *ta
     *sequences += dsv3i_text_sequences(text);
 }
 
-DSV3_API dsv3_result dsv3_train_begin(dsv3_trainer *trainer, const uint64_t *targets, uint64_t sequences) {
-    dsv3_trainer *t = trainer;
-    dsv3_losses *sums;
-    dsv3_balancer *b;
+DSV3_API dsv3_result dsv3_train_begin(dsv3_trainer *t, const uint64_t *targets, uint64_t sequences) {
+    dsv3_losses *sums = t != NULL ? &t->losses : NULL;
+    const dsv3_balancer *b = t != NULL ? &t->balancer : NULL;
     if (t == NULL) return DSV3_ERR_ARG;
-    sums = &t->losses;
-    b = &t->balancer;
     for (size_t k = 0; k <= sums->depths; k++) t->targets[k] = targets != NULL ? targets[k] : 0;
     t->sequences = sequences;
     sums->sequences = 0;
@@ -6280,108 +6195,56 @@ static double dsv3i_train_weight(const dsv3_trainer *t, size_t k) {
     return terms > 0 ? dsv3i_depth_weight(k, t->losses.depths, t->settings.lambda) / (double)terms : 0.0;
 }
 
-DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer) {
-    const dsv3_trainer *t = trainer;
+DSV3_API double dsv3_train_loss(const dsv3_trainer *t) {
     return dsv3i_loss_total(&t->losses, t->targets, t->sequences, t->balancer.layers, t->settings.lambda,
                             t->settings.balance.expert, t->settings.divisor, 1);
 }
 
 /* ---- Accumulate: forward */
 
-/* The rows that stand gathered in the workspace, and what the batch made of them, become those of depth k. */
-static void dsv3i_train_keep_rows(dsv3_trainer *t, const dsv3_text *text, size_t k, size_t n) {
-    const dsv3_workspace *ws = &t->workspace;
-    dsv3i_depth *v = &t->depth[k];
-    size_t dr = (size_t)t->weights.model.config.qk_rope_head_dim, at = 0;
-    v->n = n;
-    for (size_t i = 0; i < n; i++) {
-        v->token[i] = ws->row_token[i];
-        v->row[i] = ws->row_index[i];
-        v->mask[i] = ws->row_mask[i];
-        v->target[i] = dsv3i_text_target(text, v->row[i], k);
-        v->sequence[i] = ws->sequence[i];
-        v->position[i] = ws->position[i];
-        v->leader[i] = ws->leader[i];
-        while (k > 0 && t->depth[k - 1].row[at] != v->row[i]) at++;
-        v->from[i] = at;
-    }
-    DSV3_MEMCPY(v->cos_sin, ws->cos_sin, n * dr * sizeof(float));
+static dsv3_workspace *dsv3i_train_depth(const dsv3i_evaluation *a, size_t k) {
+    return &((const dsv3_trainer *)a->user)->depth[k].ws;
 }
 
-/* The loss of depth k, and at once its gradients: du of the depth, and the head's. */
-static dsv3_result dsv3i_train_head(dsv3i_evaluation *a, dsv3_trainer *t, size_t k) {
-    const dsv3_model *model = &t->weights.model;
-    dsv3_workspace *ws = &t->workspace;
+/* Behind the loss of depth k at once its gradients: du of the depth, and the head's. */
+static void dsv3i_train_head(const dsv3i_evaluation *a, size_t k, dsv3i_loss *loss) {
+    const dsv3_trainer *t = (const dsv3_trainer *)a->user;
     dsv3i_depth *v = &t->depth[k];
-    size_t d = (size_t)model->config.hidden_size;
-    float *nll = ws->y, *dhead = dsv3i_grad(&t->gradients.model.lm_head);
-    dsv3i_loss loss = dsv3i_loss_of(&a->ctx, v->u, &model->lm_head, v->target, v->n, ws->loss, ws->scratch);
-    dsv3i_copy_rows(&a->ctx, v->x, ws->x, v->n, d);
-    dsv3i_copy_rows(&a->ctx, v->u, ws->u, v->n, d);
-    dsv3i_cross_entropy(&loss, nll);
-    for (size_t i = 0; i < v->n; i++) {
-        if (!dsv3i_is_finite(nll[i])) {
-            return dsv3i_fail_where(a->error, DSV3_ERR_NAN, "loss", "is not finite, of row", (int64_t)v->row[i]);
-        }
-        t->losses.nll[k] += (double)nll[i];
-        t->losses.targets[k] += v->target[i] != DSV3_IGNORE;
+    float *dhead = k > 0 && t->settings.detach_head ? NULL : dsv3i_grad(&t->gradients.model.lm_head);
+    v->n = loss->n;
+    for (size_t i = 0, at = 0; k > 0 && i < v->n; v->from[i++] = at) {
+        while (t->depth[k - 1].ws.row_index[at] != v->ws.row_index[i]) at++;
     }
-    dsv3i_cross_entropy_backward(&loss, v->du, 1, k > 0 && t->settings.detach_head ? NULL : dhead,
-                                 (float)dsv3i_train_weight(t, k));
-    return DSV3_OK;
-}
-
-static dsv3_result dsv3i_train_forward(dsv3i_evaluation *a, dsv3_trainer *t) {
-    const dsv3_model *model = &t->weights.model;
-    dsv3_workspace *ws = &t->workspace;
-    size_t n = a->text->rows;
-    dsv3_batch batch;
-    DSV3_MEMSET(&batch, 0, sizeof batch);
-    batch.token = ws->row_token;
-    batch.sequence = ws->row_sequence;
-    for (size_t i = 0; i < n; i++) ws->row_index[i] = i;
-    for (size_t k = 0; k <= t->losses.depths; k++) {
-        t->depth[k].n = n = batch.rows = dsv3i_evaluate_gather(a, k, n);
-        if (n == 0) continue;
-        for (size_t s = 0; s < t->most_sequences; s++) t->caches[s].length = 0;
-        DSV3I_TRY(dsv3i_batch_begin(&a->ctx, model, t->caches, t->most_sequences, 1, &batch, ws, a->error));
-        dsv3i_train_keep_rows(t, a->text, k, n);
-        if (k == 0) dsv3_embed(&a->ctx, ws->x, batch.token, &model->embed_tokens, n);
-        if (k > 0) dsv3i_mtp_input(&a->ctx, model, k, batch.token, ws->row_hidden, n, ws);
-        DSV3I_TRY(dsv3i_pass(&a->ctx, model, k, t->caches, n, t->saved, ws, a->error));
-        DSV3I_TRY(dsv3i_train_head(a, t, k));
-    }
-    return DSV3_OK;
+    dsv3i_cross_entropy_backward(loss, v->du, 1, dhead, (float)dsv3i_train_weight(t, k));
 }
 
 /* ---- Accumulate: backward */
 
 /* dx [n, d] of h' = eh_proj [enorm(e) ; hnorm(h)] goes to the module's parts, to the embedding, and, as carry, to the
  * states of the depth before. */
-static void dsv3i_mtp_backward(const dsv3i_evaluation *a, dsv3_trainer *t, size_t k, float *carry) {
+static void dsv3i_mtp_backward(const dsv3_context *ctx, dsv3_trainer *t, size_t k, float *carry) {
     const dsv3_model *model = &t->weights.model;
     const dsv3_mtp *w = &model->mtp[k - 1], *g = &t->gradients.model.mtp[k - 1];
-    const dsv3i_depth *v = &t->depth[k], *before = &t->depth[k - 1];
+    const dsv3i_depth *v = &t->depth[k];
     dsv3_workspace *ws = &t->workspace;
     const dsv3i_backward *b = t->backward;
     size_t d = (size_t)model->config.hidden_size, n = v->n;
     size_t e = model->config.mtp_concat == DSV3_MTP_HIDDEN_FIRST ? d : 0, h = d - e;
-    const float *states = model->config.mtp_hidden == DSV3_MTP_PRE_NORM ? before->x : before->u;
     float eps = model->config.rms_norm_eps, *hidden = ws->row_hidden;
-    dsv3i_rows rows = dsv3i_rows_of(&a->ctx, hidden, states, d);
+    dsv3i_rows rows = dsv3i_rows_of(ctx, hidden, t->depth[k - 1].ws.hidden, d);
     rows.at = v->from;
     dsv3i_rows_run(&rows, n, 2, dsv3i_copy_task);
-    dsv3i_mtp_concat(&a->ctx, model, w, v->token, hidden, n, ws);
-    dsv3i_project_backward(&a->ctx, ws, t->dconcat, 1, &g->eh_proj, t->dx, ws->concat, &w->eh_proj, n);
+    dsv3i_mtp_concat(ctx, model, w, v->ws.row_token, hidden, n, ws);
+    dsv3i_project_backward(ctx, ws, t->dconcat, 1, &g->eh_proj, t->dx, ws->concat, &w->eh_proj, n);
     for (int half = 0; half < 2; half++) {
         const dsv3_tensor *gain = half ? &w->hnorm : &w->enorm, *dgain = half ? &g->hnorm : &g->enorm;
-        dsv3i_rows norm = dsv3i_norm_rows(&a->ctx, b->du, dsv3i_grad(dgain), t->dconcat + (half ? h : e),
+        dsv3i_rows norm = dsv3i_norm_rows(ctx, b->du, dsv3i_grad(dgain), t->dconcat + (half ? h : e),
                                           half ? hidden : ws->y, gain, eps, b->r);
         norm.ldy = 2 * d;
         norm.beta0 = 1;
         dsv3i_norm_backward(&norm, n);
         if (half == 0 && !t->settings.detach_head) {
-            dsv3i_embed_backward(&a->ctx, dsv3i_grad(&t->gradients.model.embed_tokens), b->du, v->token, n, d);
+            dsv3i_embed_backward(ctx, dsv3i_grad(&t->gradients.model.embed_tokens), b->du, v->ws.row_token, n, d);
         }
     }
     if (k == 1 && t->settings.detach_trunk) return;
@@ -6391,34 +6254,30 @@ static void dsv3i_mtp_backward(const dsv3i_evaluation *a, dsv3_trainer *t, size_
 }
 
 /* Depth k: from the head's gradient, and carry from the depth behind it, down to its input. */
-static void dsv3i_train_depth_backward(const dsv3i_evaluation *a, dsv3_trainer *t, size_t k, float *carry) {
+static void dsv3i_train_depth_backward(const dsv3_context *ctx, dsv3_trainer *t, size_t k, float *carry) {
     const dsv3_model *model = &t->weights.model, *grad = &t->gradients.model;
     dsv3i_depth *v = &t->depth[k];
-    dsv3_workspace ws = t->workspace;
     size_t d = (size_t)model->config.hidden_size, n = v->n;
     dsv3i_stack stack = dsv3i_stack_of(model, k), g = dsv3i_stack_of(grad, k);
-    dsv3i_rows norm = dsv3i_norm_rows(&a->ctx, t->dx, dsv3i_grad(g.norm), v->du, v->x, stack.norm,
+    dsv3i_rows norm = dsv3i_norm_rows(ctx, t->dx, dsv3i_grad(g.norm), v->du, v->ws.x, stack.norm,
                                       model->config.rms_norm_eps, t->backward->r);
-    ws.cos_sin = v->cos_sin;
-    ws.leader = v->leader;
-    ws.row_mask = v->mask;
     norm.beta0 = model->config.mtp_hidden == DSV3_MTP_POST_NORM;
-    if (norm.beta0) dsv3i_add_rows(&a->ctx, v->du, carry, n, d);
-    if (!norm.beta0) dsv3i_copy_rows(&a->ctx, t->dx, carry, n, d);
+    if (norm.beta0) dsv3i_add_rows(ctx, v->du, carry, n, d);
+    if (!norm.beta0) dsv3i_copy_rows(ctx, t->dx, carry, n, d);
     dsv3i_norm_backward(&norm, n);
     for (size_t i = stack.count; i > 0; i--) {
         const dsv3_layer *w = &stack.layers[i - 1];
-        dsv3_workspace keeping = dsv3i_keeping(&ws, &t->saved[w->index], w->is_moe);
-        dsv3i_call c = dsv3i_call_of(&a->ctx, model, w, 0, t->caches, n, &keeping);
+        dsv3_workspace keeping = dsv3i_keeping(&v->ws, &t->saved[w->index]);
+        dsv3i_call c = dsv3i_call_of(ctx, model, w, 0, t->caches, n, &keeping);
         c.g = &g.layers[i - 1];
         c.s = &t->saved[w->index];
         c.b = t->backward;
         dsv3i_layer_backward(&c, t->dx);
     }
-    if (k == 0) dsv3i_embed_backward(&a->ctx, dsv3i_grad(&grad->embed_tokens), t->dx, v->token, n, d);
+    if (k == 0) dsv3i_embed_backward(ctx, dsv3i_grad(&grad->embed_tokens), t->dx, v->ws.row_token, n, d);
 }
 
-static void dsv3i_train_backward(const dsv3i_evaluation *a, dsv3_trainer *t) {
+static void dsv3i_train_backward(const dsv3_context *ctx, dsv3_trainer *t) {
     size_t d = (size_t)t->weights.model.config.hidden_size, n = t->depth[0].n;
     float *carry = t->carry[0], *next = t->carry[1], *swap;
     t->backward->balance = &t->settings.balance;
@@ -6426,20 +6285,35 @@ static void dsv3i_train_backward(const dsv3i_evaluation *a, dsv3_trainer *t) {
     DSV3_MEMSET(carry, 0, n * d * sizeof *carry);
     for (size_t k = t->losses.depths + 1; k > 0; k--) {
         if (t->depth[k - 1].n == 0) continue;
-        dsv3i_train_depth_backward(a, t, k - 1, carry);
+        dsv3i_train_depth_backward(ctx, t, k - 1, carry);
         if (k == 1) return;
         DSV3_MEMSET(next, 0, n * d * sizeof *next);
-        dsv3i_mtp_backward(a, t, k - 1, next);
+        dsv3i_mtp_backward(ctx, t, k - 1, next);
         swap = carry;
         carry = next;
         next = swap;
     }
 }
 
-DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_trainer *trainer, const dsv3_text *text,
+/* A text that has been checked, forward and backward. */
+static dsv3_result dsv3i_train_text(const dsv3_context *context, dsv3_trainer *t, const dsv3_text *text,
+                                    dsv3_error *error) {
+    const dsv3i_evaluation a = {&t->losses, text, NULL, dsv3i_train_depth, dsv3i_train_head, t};
+    dsv3_context ctx = *context;
+    const dsv3i_run p = {&ctx, &t->weights.model, 0, t->caches, t->most_sequences, NULL, t->workspace.row_hidden, NULL,
+                         &t->workspace, error, &a, t->saved};
+    ctx.attention = DSV3_ATTENTION_EXPANDED;
+    ctx.compute = DSV3_EXACT;
+    t->losses.actual = t->settings.balance.actual;
+    for (size_t k = 0; k <= t->losses.depths; k++) t->depth[k].n = 0;
+    DSV3I_TRY(dsv3i_evaluate_rows(&a, p, 0, text->rows));
+    t->losses.sequences += dsv3i_text_sequences(text);
+    dsv3i_train_backward(&ctx, t);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_trainer *t, const dsv3_text *text,
                                            dsv3_error *error) {
-    dsv3i_evaluation a;
-    dsv3_trainer *t = trainer;
     const dsv3_balance_weights *balance;
     if (context == NULL || t == NULL || text == NULL || text->token == NULL) {
         return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
@@ -6456,19 +6330,7 @@ DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_tra
                           "must divide the experts, and most_devices be positive");
     }
     DSV3I_TRY(dsv3i_text_check(text, t->weights.model.config.vocab_size, error));
-    a.losses = &t->losses;
-    a.losses->actual = t->settings.balance.actual;
-    a.model = &t->weights.model;
-    a.text = text;
-    a.ws = &t->workspace;
-    a.error = error;
-    dsv3i_evaluate_observe(&a, context);
-    a.ctx.attention = DSV3_ATTENTION_EXPANDED;
-    a.ctx.compute = DSV3_EXACT;
-    DSV3I_TRY(dsv3i_train_forward(&a, t));
-    t->losses.sequences += dsv3i_text_sequences(text);
-    dsv3i_train_backward(&a, t);
-    return dsv3i_ok(error);
+    return dsv3i_train_text(context, t, text, error);
 }
 
 /* ---- End */
@@ -6502,7 +6364,6 @@ static dsv3_result dsv3i_optimizer_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     size_t n = info->rows * info->cols;
     int skip = (info->group == DSV3_GROUP_ROUTER && info->rank == 1) || dsv3i_matches_any(s->frozen, info->name);
     (void)slot;
-    if (info->optional) return DSV3_OK;
     for (size_t i = 0; i < n && !skip; i += DSV3I_RUN) {
         dsv3i_squares *run = &o->t->squares[o->runs++];
         run->at = o->at + i;
@@ -6531,7 +6392,7 @@ static void dsv3i_squares_task(void *arg, size_t begin, size_t end, size_t worke
 /* The global norm: of the gradients of all that is trained. */
 static double dsv3i_gradient_norm(const dsv3_context *ctx, dsv3_trainer *t, size_t runs) {
     double sum = 0.0;
-    dsv3i_parallel(ctx, runs, t->gradients.count, dsv3i_squares_task, t);
+    dsv3i_loop(ctx, runs, DSV3I_RUN, dsv3i_squares_task, t);
     for (size_t i = 0; i < runs; i++) sum += t->squares[i].sum;
     return DSV3_POW(sum, 0.5);
 }
@@ -6601,10 +6462,9 @@ static double dsv3i_power(double base, uint64_t n) {
     return result;
 }
 
-DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *trainer, double learning_rate,
-                                    double *norm, dsv3_error *error) {
-    dsv3_trainer *t = trainer;
-    dsv3i_optimizer o;
+DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t, double learning_rate, double *norm,
+                                    dsv3_error *error) {
+    dsv3i_optimizer o = {t, 0, 0, 1.0f, 1.0f, 0.0f, 0.0f};
     dsv3_result result = DSV3_OK;
     double size, clip;
     if (context == NULL || t == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
@@ -6613,8 +6473,6 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
     }
     if (result == DSV3_OK) result = dsv3i_balancer_reduce(&t->balancer); /* before anything has moved */
     if (result != DSV3_OK) return dsv3i_fail(error, result, "reduce", "failed");
-    DSV3_MEMSET(&o, 0, sizeof o);
-    o.t = t;
     o.decay = (float)(1.0 - learning_rate * (double)t->settings.weight_decay);
     (void)dsv3i_walk_parameters(&t->weights.model.config, NULL, &o, dsv3i_optimizer_tensor);
     size = dsv3i_gradient_norm(context, t, o.runs);
@@ -6623,14 +6481,13 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
         return dsv3i_fail(error, DSV3_ERR_NAN, "gradients", "are not finite, and the step is skipped");
     }
     clip = (double)t->settings.clip;
-    o.scale = clip > 0.0 && size > clip ? (float)(clip / size) : 1.0f;
+    if (clip > 0.0 && size > clip) o.scale = (float)(clip / size);
     o.rate = (float)(learning_rate / (1.0 - dsv3i_power((double)t->settings.beta1, t->step + 1)));
     o.root = (float)DSV3_POW(1.0 - dsv3i_power((double)t->settings.beta2, t->step + 1), -0.5);
-    dsv3i_parallel(context, o.runs, dsv3i_mul(t->weights.count, 8), dsv3i_adamw_task, &o);
+    dsv3i_loop(context, o.runs, 8 * DSV3I_RUN, dsv3i_adamw_task, &o);
     dsv3i_train_bias(t);
     if (t->ema != NULL) {
-        size_t n = t->weights.count;
-        dsv3i_parallel(context, dsv3i_blocks(n, DSV3I_RUN), dsv3i_mul(n, 2), dsv3i_ema_task, t);
+        dsv3i_loop(context, dsv3i_blocks(t->weights.count, DSV3I_RUN), 2 * DSV3I_RUN, dsv3i_ema_task, t);
     }
     t->step++;
     return dsv3i_ok(error);
@@ -7882,7 +7739,7 @@ static void dsv3i_attend_backward_block(const dsv3i_call *c, size_t t1, size_t h
         dsv3i_block_dots(c->ctx, da, dout, m->Ho, nq, values, nk, m->dv);
         for (size_t i = 0; i < nq; i++) {
             size_t at = (t + i) * m->H + h, row = i * DSV3I_BACK_KEYS;
-            dsv3i_attend_backward_scores(c, p + row, da + row, c->s->softmax + 2 * at, b->D[at],
+            dsv3i_attend_backward_scores(c, p + row, da + row, c->s->softmax + 2 * at, b->delta[at],
                                          dsv3i_min(nk, t + i - j0 + 1));
         }
         kernels->outer(b->dkv_up + value, m->Hkv, nk, p, 1, DSV3I_BACK_KEYS, dout, m->Ho, nq, m->dv);
