@@ -8224,31 +8224,18 @@ static void dsv3i_round_q8_floats(void *out, const float *x, size_t k) { dsv3i_r
 /* ========================================================================================================
  * Chapter B  >>simd
  *
- * Kernels for one instruction set after the other, and the choice between them. Nothing here needs to be read to
- * understand the model: a backend computes what the reference computes, within bounds that tests/test_kernels.c
- * states for each kernel and proves for each backend by name. Those of chapter 3 stand here once more, for vectors;
- * the others work on panels (chapter 4), and the reference does without them.
+ * One chapter for what all instruction sets share, then one block per instruction set: AVX2, AVX-512, AVX-512 with VBMI,
+ * VNNI and BF16, AMX. What a backend promises and how it is fast stands in chapter A. Tests: tests/test_kernels.c, kernel by
+ * kernel; tests/test_ops_table.c, op by op.
  *
- * What is the same in all backends. Numbers are decoded exactly. A product has one chain of additions for each
- * output, in the order of its terms, however many rows and outputs are computed together, whether weights are packed
- * or not; for FP8, Q8_0 and Q4_0 there is a chain for each block of terms, then one over the blocks. (Of AMX a link
- * of the chain is the sum of 32 terms of BF16, always cut at the same places.) outer adds its terms in the order of
- * j, exp treats every element alike, wherever it lies. So the promises of the front page hold within each backend and
- * each way of computing; between backends results differ by rounding only.
+ * Kernels that need nothing but vectors of floats and words of four bytes are written once, as macros that are stamped for
+ * an instruction set. (A file that includes itself would read better, but is not found where a header is piped, pasted into
+ * another file or compiled with mapped paths.) Another instruction set brings the vector functions listed there, and what it
+ * does its own way: a table of kernels, and what chapter Y lists.
  *
- * How it is fast. Sums wait for their own previous term (4 cycles); a tile therefore has many sums at once, as many
- * as there are registers: 64 outputs times 6 rows of x with AVX-512 (32 for codes, whose whole numbers need
- * registers, too), 16 times 6 with AVX2, so that a loaded number is used 2 to 6 times. 128 terms of a panel stay in
- * the first cache while rows of x pass by, or, with BF16 and VNNI, more of them in the second one, and the next are
- * fetched meanwhile. With one row there is nothing to use twice, and only reading counts: panels in two or four
- * places are read side by side, and codes never leave registers. AMX multiplies tiles, 16 rows by 16 outputs, up to
- * 32 times as fast: then reading counts with 64 rows, too.
- *
- * Kernels that need nothing but vectors of floats and words of four bytes are written once, as macros that are
- * stamped for an instruction set. (A file that includes itself would read better, but is not found where a header is
- * piped, pasted into another file or compiled with mapped paths.) Another instruction set brings the vector functions
- * listed there, and what it does its own way; it needs an entry in dsv3_backend and its count, in dsv3_backend_name,
- * in dsv3i_best_backend and in dsv3_context_init.
+ * Sums stay in registers: 64 outputs times 6 rows of x with AVX-512 (32 for codes, whose whole numbers need registers, too),
+ * 16 times 6 with AVX2, so that a loaded number is used 2 to 6 times. AMX multiplies tiles, 16 rows by 16 outputs, up to 32
+ * times as fast: then reading counts with 64 rows, too.
  * ==================================================================================================== */
 
 #ifdef DSV3I_X86
@@ -8282,9 +8269,9 @@ static uint32_t dsv3i_xcr0(void) {
 static dsv3_backend dsv3i_best_backend(void) {
     const uint32_t fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29; /* leaf 1, ecx */
     const uint32_t avx2 = 1u << 5,
-                   avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31; /* leaf 7, ebx: F, DQ, BW, VL */
-    const uint32_t ymm = 6u, zmm = 0xE6u;                              /* xcr0 */
-    const uint32_t vbmi = 1u << 1, vnni = 1u << 11, bf16 = 1u << 5; /* leaf 7, ecx; leaf 7, part 1, eax */
+                   avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;     /* leaf 7, ebx: F, DQ, BW, VL */
+    const uint32_t ymm = 6u, zmm = 0xE6u;                                  /* xcr0 */
+    const uint32_t vbmi = 1u << 1, vnni = 1u << 11, bf16 = 1u << 5;        /* leaf 7, ecx; leaf 7, part 1, eax */
     const uint32_t amx = 1u << 22 | 1u << 24 | 1u << 25, tiles = 3u << 17; /* leaf 7, edx; xcr0 */
     uint32_t top[4], one[4], seven[4], more[4], saved;
     dsv3i_cpuid(0, 0, top);
@@ -8309,37 +8296,25 @@ static size_t dsv3i_rows_together(size_t n) {
     return n <= 8 ? 4 : 6;
 }
 
-/* A call with M, a constant: the least of 1, 2, 4, 6 that is not below m <= 6. */
+/* Statements with the constant `name`. */
+#define DSV3I_WITH(name, value, ...)                                                                                 \
+    {                                                                                                                \
+        enum { name = value };                                                                                       \
+        __VA_ARGS__;                                                                                                 \
+    }
+/* A call with M, the least of 1, 2, 4, 6 that is not below m <= 6; with NP, n of 1, 2 or 4 vectors of outputs. */
 #define DSV3I_BY_ROWS(m, ...)                                                                                        \
     do {                                                                                                             \
-        if ((m) == 1) {                                                                                              \
-            enum { M = 1 };                                                                                          \
-            __VA_ARGS__;                                                                                             \
-        } else if ((m) == 2) {                                                                                       \
-            enum { M = 2 };                                                                                          \
-            __VA_ARGS__;                                                                                             \
-        } else if ((m) <= 4) {                                                                                       \
-            enum { M = 4 };                                                                                          \
-            __VA_ARGS__;                                                                                             \
-        } else {                                                                                                     \
-            enum { M = 6 };                                                                                          \
-            __VA_ARGS__;                                                                                             \
-        }                                                                                                            \
+        if ((m) == 1) DSV3I_WITH(M, 1, __VA_ARGS__)                                                                  \
+        if ((m) == 2) DSV3I_WITH(M, 2, __VA_ARGS__)                                                                  \
+        if ((m) == 3 || (m) == 4) DSV3I_WITH(M, 4, __VA_ARGS__)                                                      \
+        if ((m) > 4) DSV3I_WITH(M, 6, __VA_ARGS__)                                                                   \
     } while (0)
-
-/* A call with NP, a constant: n of 1, 2 or 4 vectors of outputs. */
 #define DSV3I_BY_COLUMNS(n, ...)                                                                                     \
     do {                                                                                                             \
-        if ((n) == 1) {                                                                                              \
-            enum { NP = 1 };                                                                                         \
-            __VA_ARGS__;                                                                                             \
-        } else if ((n) == 2) {                                                                                       \
-            enum { NP = 2 };                                                                                         \
-            __VA_ARGS__;                                                                                             \
-        } else {                                                                                                     \
-            enum { NP = 4 };                                                                                         \
-            __VA_ARGS__;                                                                                             \
-        }                                                                                                            \
+        if ((n) == 1) DSV3I_WITH(NP, 1, __VA_ARGS__)                                                                 \
+        if ((n) == 2) DSV3I_WITH(NP, 2, __VA_ARGS__)                                                                 \
+        if ((n) == 4) DSV3I_WITH(NP, 4, __VA_ARGS__)                                                                 \
     } while (0)
 
 /* A statement for all of n numbers, W lanes at a time: those from i on, of which m are there. */
@@ -8393,10 +8368,11 @@ static size_t dsv3i_rows_together(size_t n) {
     DSV3I_INLINE(isa) void V##_decode(const dsv3_type type, float *y, const void *w, size_t n) {                     \
         const unsigned char *bytes = (const unsigned char *)w;                                                       \
         const size_t size = type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2;                                     \
-        const V##_f32 unit = V##_set(type == DSV3_F8_E4M3 ? 256.0f : 1.0f);                                          \
         DSV3I_BY_LANES(V, W, n, {                                                                                    \
             if (W == 16) V##_near(bytes + i * size + 2048);                                                          \
-            V##_put(y + i, m, V##_mul(V##_element(type, m, bytes + i * size), unit));                                \
+            V##_f32 v = V##_element(type, m, bytes + i * size);                                                      \
+            if (type == DSV3_F8_E4M3) v = V##_mul(v, V##_set(256.0f));                                               \
+            V##_put(y + i, m, v);                                                                                    \
         });                                                                                                          \
     }                                                                                                                \
     DSV3I_TARGET(isa) static float V##_dot(const float *x, const float *y, size_t n) {                               \
@@ -8543,7 +8519,7 @@ static size_t dsv3i_rows_together(size_t n) {
     }
 
 /* Products with panels, and outer. M <= 6 rows of x and NP <= N vectors of outputs: M NP sums in registers. */
-#define DSV3I_PRODUCT_KERNELS(V, isa, W, N)                                                                          \
+#define DSV3I_GEMM_KERNELS(V, isa, W, N)                                                                             \
     /* Where they lie, and which outputs are wanted. */                                                              \
     typedef struct V##_place {                                                                                       \
         const unsigned char *x[6], *w; /* rows; the first vector */                                                  \
@@ -8647,20 +8623,20 @@ static size_t dsv3i_rows_together(size_t n) {
         }                                                                                                            \
     }                                                                                                                \
     DSV3I_INLINE(isa)                                                                                                \
-    void V##_exact(const dsv3i_gemm_kind kind, const int M, const int NP, V##_place *a, const dsv3i_panel *w, size_t k,  \
-                   int add) {                                                                                        \
+    void V##_exact(const dsv3i_gemm_kind kind, const int M, const int NP, V##_place *a, const dsv3i_panel *w,        \
+                   size_t k, int add) {                                                                              \
         const V##_f32 zero = V##_set((float)w->zero);                                                                \
         const int scaled = w->scale != NULL;                                                                         \
         V##_f32 acc[6 * N];                                                                                          \
         for (size_t i = 0, end; i < k; i = end) {                                                                    \
             end = dsv3i_min(i + w->block, k);                                                                        \
             V##_begin(M, NP, acc, a, add && !scaled);                                                                \
-            if (kind == DSV3I_GEMM_F32) {                                                                          \
+            if (kind == DSV3I_GEMM_F32) {                                                                            \
                 V##_float_terms(M, NP, 0, acc, a, 1, end - i);                                                       \
                 DSV3I_UNROLL for (int m = 0; m < M; m++) a->x[m] += (end - i) * sizeof(float);                       \
                 a->w += (end - i) * a->step;                                                                         \
             } else {                                                                                                 \
-                V##_code_terms(kind == DSV3I_GEMM_BYTES, M, NP, acc, a, zero, i, end);                             \
+                V##_code_terms(kind == DSV3I_GEMM_BYTES, M, NP, acc, a, zero, i, end);                               \
             }                                                                                                        \
             a->w += w->gap;                                                                                          \
             V##_end(M, NP, acc, a, add || i > 0);                                                                    \
@@ -8670,9 +8646,9 @@ static size_t dsv3i_rows_together(size_t n) {
     }                                                                                                                \
     /* n rows, columns c0 .. of a panel. Each share of the rows fetches its share of what is read next. */           \
     DSV3I_INLINE(isa)                                                                                                \
-    void V##_columns(const dsv3i_gemm_kind kind, const int NP, float *y, size_t ldy, const void *x, size_t ldx,         \
-                     size_t n, const dsv3i_panel *w, size_t c0, size_t rows, size_t k, int add) {                     \
-        const size_t more = kind == DSV3I_GEMM_F32 && c0 == 0 ? w->next_bytes / n : 0;                             \
+    void V##_columns(const dsv3i_gemm_kind kind, const int NP, float *y, size_t ldy, const void *x, size_t ldx,      \
+                     size_t n, const dsv3i_panel *w, size_t c0, size_t rows, size_t k, int add) {                    \
+        const size_t more = kind == DSV3I_GEMM_F32 && c0 == 0 ? w->next_bytes / n : 0;                               \
         for (size_t t = 0, m; t < n; t += m) {                                                                       \
             V##_place a;                                                                                             \
             m = dsv3i_rows_together(n - t);                                                                          \
@@ -8682,19 +8658,19 @@ static size_t dsv3i_rows_together(size_t n) {
             a.lines = more * m / 64;                                                                                 \
             if (a.lines > 0) a.next = (const unsigned char *)w->next + more * t;                                     \
             if (w->scale != NULL) a.scale = w->scale + 16 * c0;                                                      \
-            DSV3I_BY_ROWS(m, if (kind == DSV3I_GEMM_F32 || M <= 4) V##_exact(kind, M, NP, &a, w, k, add));         \
+            DSV3I_BY_ROWS(m, if (kind == DSV3I_GEMM_F32 || M <= 4) V##_exact(kind, M, NP, &a, w, k, add));           \
         }                                                                                                            \
     }                                                                                                                \
     /* Whole panels at once; a narrower one in parts, of codes the smallest: not worth the instructions. */          \
     DSV3I_INLINE(isa)                                                                                                \
-    void V##_product(const dsv3i_gemm_kind kind, float *y, size_t ldy, const void *x, size_t ldx, size_t n,             \
-                     const dsv3i_panel *w, size_t rows, size_t k, int add) {                                          \
-        const size_t few = kind == DSV3I_GEMM_F32 ? 2 : 16 / W;                                                    \
+    void V##_gemm(const dsv3i_gemm_kind kind, float *y, size_t ldy, const void *x, size_t ldx, size_t n,             \
+                  const dsv3i_panel *w, size_t rows, size_t k, int add) {                                            \
+        const size_t few = kind == DSV3I_GEMM_F32 ? 2 : 16 / W;                                                      \
         for (size_t c = 0, some; c < w->columns; c += some * W / 16) {                                               \
             const size_t left = (w->columns - c) * (16 / W);                                                         \
             some = left >= N ? N : left >= few ? few : 1;                                                            \
             DSV3I_BY_COLUMNS(some,                                                                                   \
-                             if (NP <= N && NP * W >= 16 && (kind == DSV3I_GEMM_F32 || NP == N || NP * W == 16))   \
+                             if (NP <= N && NP * W >= 16 && (kind == DSV3I_GEMM_F32 || NP == N || NP * W == 16))     \
                                  V##_columns(kind, NP, y, ldy, x, ldx, n, w, c, rows, k, add));                      \
         }                                                                                                            \
     }                                                                                                                \
@@ -8732,41 +8708,34 @@ static size_t dsv3i_rows_together(size_t n) {
         }                                                                                                            \
     }
 
-/* The kernels for each type, and the table of them all. */
-#define DSV3I_DECODE_TYPE(V, isa, name, type)                                                                        \
-    DSV3I_TARGET(isa) static void V##_decode_##name(float *y, const void *w, size_t n) { V##_decode(type, y, w, n); }
-#define DSV3I_PACK_TYPE(V, isa, name, CALL)                                                                          \
-    DSV3I_TARGET(isa)                                                                                                \
-    static void V##_pack_##name(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k) { \
-        (void)scale;                                                                                                 \
-        CALL;                                                                                                        \
-    }
-#define DSV3I_FLOAT_TYPE(V, isa, name, bytes)                                                                        \
-    DSV3I_TARGET(isa)                                                                                                \
-    static void V##_float_##name(float *values, const void *panel, size_t columns, size_t k, int32_t zero) {         \
-        V##_float_panel(bytes, values, panel, columns, k, zero);                                                     \
-    }
-#define DSV3I_PRODUCT_TYPE(V, isa, name, kind)                                                                       \
-    DSV3I_TARGET(isa)                                                                                                \
-    static void V##_product_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3i_panel *w,   \
-                                   size_t rows, size_t k, int add) {                                                 \
-        V##_product(kind, y, ldy, x, ldx, n, w, rows, k, add);                                                       \
-    }
+/* ---- Functions of the tables: a kernel with its constants. */
+
+#define DSV3I_ENTRY(isa, name, parameters, ...)                                                                      \
+    DSV3I_TARGET(isa) static void name parameters { __VA_ARGS__; }
+#define DSV3I_DECODE_LIST (float *y, const void *w, size_t n)
+#define DSV3I_PACK_LIST (void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k)
+#define DSV3I_FLOAT_LIST (float *values, const void *panel, size_t columns, size_t k, int32_t zero)
+#define DSV3I_GEMM_LIST                                                                                              \
+    (float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3i_panel *w, size_t rows, size_t k, int add)
+#define DSV3I_WHOLE_LIST                                                                                             \
+    (float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows, size_t k)
+#define DSV3I_GEMV_T_LIST                                                                                            \
+    (float *y, const float *x, const void *w, size_t row_bytes, const void *scale, size_t k, size_t n)
 #define DSV3I_TYPE_KERNELS(V, isa)                                                                                   \
-    DSV3I_DECODE_TYPE(V, isa, f32, DSV3_F32)                                                                         \
-    DSV3I_DECODE_TYPE(V, isa, f16, DSV3_F16)                                                                         \
-    DSV3I_DECODE_TYPE(V, isa, bf16, DSV3_BF16)                                                                       \
-    DSV3I_DECODE_TYPE(V, isa, f8_e4m3, DSV3_F8_E4M3)                                                                 \
-    DSV3I_PACK_TYPE(V, isa, 4, V##_pack(4, panel, w, row_bytes, rows, k))                                            \
-    DSV3I_PACK_TYPE(V, isa, 2, V##_pack(2, panel, w, row_bytes, rows, k))                                            \
-    DSV3I_PACK_TYPE(V, isa, 1, V##_pack(1, panel, w, row_bytes, rows, k))                                            \
-    DSV3I_PACK_TYPE(V, isa, q8_0, V##_pack_blocks(32, panel, scale, w, row_bytes, rows, k))                          \
-    DSV3I_PACK_TYPE(V, isa, q4_0, V##_pack_blocks(16, panel, scale, w, row_bytes, rows, k))                          \
-    DSV3I_FLOAT_TYPE(V, isa, bf16, 0)                                                                                \
-    DSV3I_FLOAT_TYPE(V, isa, bytes, 1)                                                                               \
-    DSV3I_PRODUCT_TYPE(V, isa, f32, DSV3I_GEMM_F32)                                                                \
-    DSV3I_PRODUCT_TYPE(V, isa, bf16, DSV3I_GEMM_BF16)                                                              \
-    DSV3I_PRODUCT_TYPE(V, isa, bytes, DSV3I_GEMM_BYTES)
+    DSV3I_ENTRY(isa, V##_decode_f32, DSV3I_DECODE_LIST, V##_decode(DSV3_F32, y, w, n))                               \
+    DSV3I_ENTRY(isa, V##_decode_f16, DSV3I_DECODE_LIST, V##_decode(DSV3_F16, y, w, n))                               \
+    DSV3I_ENTRY(isa, V##_decode_bf16, DSV3I_DECODE_LIST, V##_decode(DSV3_BF16, y, w, n))                             \
+    DSV3I_ENTRY(isa, V##_decode_f8_e4m3, DSV3I_DECODE_LIST, V##_decode(DSV3_F8_E4M3, y, w, n))                       \
+    DSV3I_ENTRY(isa, V##_pack_4, DSV3I_PACK_LIST, (void)scale; V##_pack(4, panel, w, row_bytes, rows, k))            \
+    DSV3I_ENTRY(isa, V##_pack_2, DSV3I_PACK_LIST, (void)scale; V##_pack(2, panel, w, row_bytes, rows, k))            \
+    DSV3I_ENTRY(isa, V##_pack_1, DSV3I_PACK_LIST, (void)scale; V##_pack(1, panel, w, row_bytes, rows, k))            \
+    DSV3I_ENTRY(isa, V##_pack_q8_0, DSV3I_PACK_LIST, V##_pack_blocks(32, panel, scale, w, row_bytes, rows, k))       \
+    DSV3I_ENTRY(isa, V##_pack_q4_0, DSV3I_PACK_LIST, V##_pack_blocks(16, panel, scale, w, row_bytes, rows, k))       \
+    DSV3I_ENTRY(isa, V##_float_bf16, DSV3I_FLOAT_LIST, V##_float_panel(0, values, panel, columns, k, zero))          \
+    DSV3I_ENTRY(isa, V##_float_bytes, DSV3I_FLOAT_LIST, V##_float_panel(1, values, panel, columns, k, zero))         \
+    DSV3I_ENTRY(isa, V##_gemm_f32, DSV3I_GEMM_LIST, V##_gemm(DSV3I_GEMM_F32, y, ldy, x, ldx, n, w, rows, k, add))    \
+    DSV3I_ENTRY(isa, V##_gemm_bf16, DSV3I_GEMM_LIST, V##_gemm(DSV3I_GEMM_BF16, y, ldy, x, ldx, n, w, rows, k, add))  \
+    DSV3I_ENTRY(isa, V##_gemm_bytes, DSV3I_GEMM_LIST, V##_gemm(DSV3I_GEMM_BYTES, y, ldy, x, ldx, n, w, rows, k, add))
 
 /* What AVX2 and AVX-512 have in common but for their width. */
 #define DSV3I_X86_VECTORS(V, isa, bits)                                                                              \
@@ -8844,8 +8813,9 @@ DSV3I_INLINE(DSV3I_AVX2) __m128i dsv3i_avx2_bytes_16(const unsigned char *at) {
 }
 
 DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_bytes(const unsigned char *at, size_t n) {
-    unsigned char part[32] = {0};
+    unsigned char part[32];
     if (n >= 32) return dsv3i_avx2_words(at);
+    DSV3_MEMSET(part, 0, sizeof part);
     DSV3_MEMCPY(part, at, n);
     return dsv3i_avx2_words(part);
 }
@@ -8854,9 +8824,10 @@ DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_bytes(const unsigned char *at, size_
  * returned is the value / 256, exactly, and NaN for NaN. */
 DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_element(const dsv3_type type, size_t n, const unsigned char *at) {
     const __m128i bits = _mm_set1_epi16(0x3F80);
-    unsigned char part[32] = {0};
+    unsigned char part[32];
     __m128i h;
     if (n < 8) {
+        DSV3_MEMSET(part, 0, sizeof part);
         DSV3_MEMCPY(part, at, n * (type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2));
         at = part;
     }
@@ -8969,30 +8940,13 @@ DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_decode_blocks(const size_t size, float 
     }
 }
 
-DSV3I_TARGET(DSV3I_AVX2) static void dsv3i_avx2_decode_q8_0(float *y, const void *w, size_t n) {
-    dsv3i_avx2_decode_blocks(32, y, w, n);
-}
-
-DSV3I_TARGET(DSV3I_AVX2) static void dsv3i_avx2_decode_q4_0(float *y, const void *w, size_t n) {
-    dsv3i_avx2_decode_blocks(16, y, w, n);
-}
+DSV3I_ENTRY(DSV3I_AVX2, dsv3i_avx2_decode_q8_0, DSV3I_DECODE_LIST, dsv3i_avx2_decode_blocks(32, y, w, n))
+DSV3I_ENTRY(DSV3I_AVX2, dsv3i_avx2_decode_q4_0, DSV3I_DECODE_LIST, dsv3i_avx2_decode_blocks(16, y, w, n))
 
 DSV3I_VECTOR_KERNELS(dsv3i_avx2, DSV3I_AVX2, 8)
 DSV3I_PANEL_KERNELS(dsv3i_avx2, DSV3I_AVX2, 8)
-DSV3I_PRODUCT_KERNELS(dsv3i_avx2, DSV3I_AVX2, 8, 2)
+DSV3I_GEMM_KERNELS(dsv3i_avx2, DSV3I_AVX2, 8, 2)
 DSV3I_TYPE_KERNELS(dsv3i_avx2, DSV3I_AVX2)
-
-/* Four rows of w and NX of x: acc[4 t + r] += eight terms of x_t . w_r, or the last n. */
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_terms(const int NX, __m256 acc[12], const float *const x[3], const float *const w[4], size_t at,
-                      size_t n) {
-    __m256 f[4];
-    DSV3I_UNROLL for (int r = 0; r < 4; r++) f[r] = dsv3i_avx2_get(n, w[r] + at);
-    DSV3I_UNROLL for (int t = 0; t < NX; t++) {
-        const __m256 xt = dsv3i_avx2_get(n, x[t] + at);
-        DSV3I_UNROLL for (int r = 0; r < 4; r++) acc[4 * t + r] = _mm256_fmadd_ps(xt, f[r], acc[4 * t + r]);
-    }
-}
 
 /* nw <= 4 rows of w, n <= NX (1 or 3) of x: y [n, nw]. What is not there is its neighbour once more. */
 DSV3I_INLINE(DSV3I_AVX2)
@@ -9000,12 +8954,17 @@ void dsv3i_avx2_dots(const int NX, float *y, size_t ldy, const float *x, size_t 
                      size_t ldw, size_t nw, size_t k) {
     const float *xs[3], *ws[4];
     __m256 acc[12];
-    size_t i = 0;
     DSV3I_UNROLL for (size_t t = 0; t < 3; t++) xs[t] = x + dsv3i_min(t, n - 1) * ldx;
     DSV3I_UNROLL for (size_t r = 0; r < 4; r++) ws[r] = w + dsv3i_min(r, nw - 1) * ldw;
     DSV3I_UNROLL for (int j = 0; j < 4 * NX; j++) acc[j] = _mm256_setzero_ps();
-    for (; i + 8 <= k; i += 8) dsv3i_avx2_terms(NX, acc, xs, ws, i, 8);
-    if (i < k) dsv3i_avx2_terms(NX, acc, xs, ws, i, k - i);
+    DSV3I_BY_LANES(dsv3i_avx2, 8, k, {
+        __m256 f[4];
+        DSV3I_UNROLL for (int r = 0; r < 4; r++) f[r] = dsv3i_avx2_get(m, ws[r] + i);
+        DSV3I_UNROLL for (int t = 0; t < NX; t++) {
+            const __m256 xt = dsv3i_avx2_get(m, xs[t] + i);
+            DSV3I_UNROLL for (int r = 0; r < 4; r++) acc[4 * t + r] = _mm256_fmadd_ps(xt, f[r], acc[4 * t + r]);
+        }
+    });
     DSV3I_UNROLL for (int t = 0; t < NX; t++) {
         const __m128 sums = dsv3i_avx2_sums(acc[4 * t], acc[4 * t + 1], acc[4 * t + 2], acc[4 * t + 3]);
         float *to = y + (size_t)t * ldy, four[4];
@@ -9126,9 +9085,10 @@ DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_order(__m512i v) {
 
 /* The codes of `count` blocks of 2 + size bytes: two of Q8_0 or four of Q4_0, or fewer at the end of a row. */
 DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_blocks(const size_t size, const unsigned char *w, size_t count) {
-    unsigned char part[64] = {0};
+    unsigned char part[64];
     __m512i v;
     if (count < 64 / size) {
+        DSV3_MEMSET(part, 0, sizeof part);
         for (size_t i = 0; i < count; i++) DSV3_MEMCPY(part + i * size, w + i * (2 + size) + 2, size);
         return dsv3i_avx512_words(part);
     }
@@ -9164,7 +9124,7 @@ DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_bf16(__m512i b[2], __m512i v) {
 
 DSV3I_VECTOR_KERNELS(dsv3i_avx512, DSV3I_AVX512, 16)
 DSV3I_PANEL_KERNELS(dsv3i_avx512, DSV3I_AVX512, 16)
-DSV3I_PRODUCT_KERNELS(dsv3i_avx512, DSV3I_AVX512, 16, 4)
+DSV3I_GEMM_KERNELS(dsv3i_avx512, DSV3I_AVX512, 16, 4)
 DSV3I_TYPE_KERNELS(dsv3i_avx512, DSV3I_AVX512)
 
 /* Fetches what comes next, where many steps share it. */
@@ -9201,7 +9161,7 @@ void dsv3i_avx512_gemv_t_block(const dsv3_type type, __m512 acc[2], __m512 f, co
 /* NC vectors of numbers of a row, from w on, times f; of a vector, the lanes of the mask. */
 DSV3I_INLINE(DSV3I_AVX512)
 void dsv3i_avx512_gemv_t_columns(const dsv3_type type, const int NC, float *y, __mmask16 m, __m512 f,
-                              const unsigned char *w, const float scale[2]) {
+                                 const unsigned char *w, const float scale[2]) {
     const size_t size = type == DSV3_F8_E4M3 ? 1 : 2;
     __m512 acc[16];
     DSV3I_UNROLL for (int c = 0; c < NC; c++) acc[c] = dsv3i_avx512_get(m, y + 16 * c);
@@ -9222,41 +9182,37 @@ void dsv3i_avx512_gemv_t_columns(const dsv3_type type, const int NC, float *y, _
 
 /* A row, from number i on, a multiple of 32. */
 DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_gemv_t_row(const dsv3_type type, float *y, float x, const unsigned char *w, const unsigned char *scale,
-                          size_t i, size_t n) {
+void dsv3i_avx512_gemv_t_row(const dsv3_type type, float *y, float x, const unsigned char *w,
+                             const unsigned char *scale, size_t i, size_t n) {
     const __m512 f = _mm512_set1_ps(x);
     const size_t block = dsv3_row_bytes(type, DSV3_QBLOCK);
     const unsigned char *at = w + i / DSV3_QBLOCK * block;
+    const int blocks = type == DSV3_Q8_0 || type == DSV3_Q4_0;
     for (size_t columns; i < n; i += columns, at += columns * block / DSV3_QBLOCK) {
         float unit[2] = {1.0f, 1.0f};
-        columns = n - i >= 256 ? 256 : n - i >= 32 ? 32 : dsv3i_min(n - i, 16);
+        columns = n - i >= 256 ? 256 : blocks ? DSV3_QBLOCK : dsv3i_min(n - i, 16);
         if (scale != NULL) {
             DSV3_MEMCPY(unit, scale + i / DSV3_BLOCK * sizeof *unit, (columns == 256 ? 2 : 1) * sizeof *unit);
         }
         if (columns == 256) {
             dsv3i_avx512_gemv_t_columns(type, 16, y + i, 0xFFFF, f, at, unit);
-        } else if (columns == 32) {
-            dsv3i_avx512_gemv_t_columns(type, 2, y + i, 0xFFFF, f, at, unit);
-        } else if (type != DSV3_Q8_0 && type != DSV3_Q4_0) {
-            dsv3i_avx512_gemv_t_columns(type, 1, y + i, dsv3i_avx512_mask(columns), f, at, unit);
+        } else {
+            dsv3i_avx512_gemv_t_columns(type, blocks ? 2 : 1, y + i, dsv3i_avx512_mask(columns), f, at, unit);
         }
     }
 }
 
 /* Row by row, exactly as they lie, is how they come fastest, although sums then wait in a near cache. */
-#define DSV3I_MIX_TYPE(name, type)                                                                                   \
-    DSV3I_TARGET(DSV3I_AVX512)                                                                                       \
-    static void dsv3i_avx512_gemv_t_##name(float *y, const float *x, const void *w, size_t row_bytes,                   \
-                                        const void *scale, size_t k, size_t n) {                                     \
-        const unsigned char *row = (const unsigned char *)w, *unit = (const unsigned char *)scale;                   \
-        for (size_t r = 0; r < k; r++) dsv3i_avx512_gemv_t_row(type, y, x[r], row + r * row_bytes, unit, 0, n);         \
-    }
-DSV3I_MIX_TYPE(f16, DSV3_F16)
-DSV3I_MIX_TYPE(bf16, DSV3_BF16)
-DSV3I_MIX_TYPE(f8_e4m3, DSV3_F8_E4M3)
-DSV3I_MIX_TYPE(q8_0, DSV3_Q8_0)
-DSV3I_MIX_TYPE(q4_0, DSV3_Q4_0)
-#undef DSV3I_MIX_TYPE
+#define DSV3I_GEMV_T(name, type)                                                                                     \
+    DSV3I_ENTRY(DSV3I_AVX512, dsv3i_avx512_gemv_t_##name, DSV3I_GEMV_T_LIST, {                                       \
+        const unsigned char *row = (const unsigned char *)w, *scales = (const unsigned char *)scale;                 \
+        for (size_t r = 0; r < k; r++) dsv3i_avx512_gemv_t_row(type, y, x[r], row + r * row_bytes, scales, 0, n);    \
+    })
+DSV3I_GEMV_T(f16, DSV3_F16)
+DSV3I_GEMV_T(bf16, DSV3_BF16)
+DSV3I_GEMV_T(f8_e4m3, DSV3_F8_E4M3)
+DSV3I_GEMV_T(q8_0, DSV3_Q8_0)
+DSV3I_GEMV_T(q4_0, DSV3_Q4_0)
 
 /* ---- AVX-512: attention. Lanes are queries: scores p [nk, columns, 16]. */
 
@@ -9291,15 +9247,24 @@ void dsv3i_avx512_softmax(dsv3i_attention_tile *a, float *p, float rescale[64], 
 }
 
 DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_rescale(const dsv3i_attention_tile *a, const float rescale[64]) {
-    for (size_t i = 0; i < a->lanes; i++) {
-        const __m512 f = _mm512_set1_ps(rescale[i]);
-        float *out = a->out + i * a->ld_out;
-        if (rescale[i] >= 1.0f) continue;
-        for (size_t j = 0; j < a->dv; j += 16) {
-            const __mmask16 m = dsv3i_avx512_mask(a->dv - j);
-            dsv3i_avx512_put(out + j, m, _mm512_mul_ps(f, _mm512_maskz_loadu_ps(m, out + j)));
-        }
+    for (size_t t = 0; t < a->lanes; t++) {
+        const __m512 f = _mm512_set1_ps(rescale[t]);
+        float *out = a->out + t * a->ld_out;
+        if (rescale[t] >= 1.0f) continue;
+        DSV3I_BY_LANES(dsv3i_avx512, 16, a->dv,
+                       dsv3i_avx512_put(out + i, m, _mm512_mul_ps(f, dsv3i_avx512_get(m, out + i))));
     }
+}
+
+/* All k terms of a panel, without scales. */
+static dsv3i_panel dsv3i_panel_of(const void *values, size_t columns, size_t k) {
+    dsv3i_panel w;
+    DSV3_MEMSET(&w, 0, sizeof w);
+    w.values = w.next = values;
+    w.columns = columns;
+    w.block = k;
+    w.scale = NULL;
+    return w;
 }
 
 /* A panel of queries, and behind it room for scores. */
@@ -9309,15 +9274,9 @@ DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_attend_begin(dsv3i_attention
 
 DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_attend(dsv3i_attention_tile *a, size_t nk) {
     const size_t columns = (a->lanes + 15) / 16;
+    const dsv3i_panel queries = dsv3i_panel_of(a->scratch, columns, a->dk);
     float *p = (float *)a->scratch + 16 * columns * a->dk, rescale[64];
-    dsv3i_panel queries;
-    queries.values = a->scratch;
-    queries.columns = columns;
-    queries.scale = NULL;
-    queries.block = a->dk;
-    queries.zero = 0;
-    queries.gap = queries.ahead = queries.next_bytes = 0;
-    dsv3i_avx512_product_f32(p, 16 * columns, a->keys, a->ld_k * sizeof(float), nk, &queries, 16 * columns, a->dk, 0);
+    dsv3i_avx512_gemm_f32(p, 16 * columns, a->keys, a->ld_k * sizeof(float), nk, &queries, 16 * columns, a->dk, 0);
     dsv3i_avx512_softmax(a, p, rescale, columns, nk);
     dsv3i_avx512_rescale(a, rescale);
     dsv3i_avx512_outer(a->out, a->ld_out, a->lanes, p, 1, 16 * columns, (const float *)a->values, a->ld_v, nk, a->dv);
@@ -9366,7 +9325,7 @@ static void dsv3i_avx512_bf16_widen_f8(void *values, const void *panel, size_t c
  * floats. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_gemv_t_256(float *y, __m512 f, const unsigned char *w, const float scale[2],
-                               const __m512i table[4], __m512i order) {
+                                  const __m512i table[4], __m512i order) {
     DSV3I_UNROLL for (size_t c = 0; c < 16; c += 4) {
         __m512i b[2];
         __m512 value[2][4];
@@ -9384,7 +9343,7 @@ void dsv3i_avx512_bf16_gemv_t_256(float *y, __m512 f, const unsigned char *w, co
 
 DSV3I_TARGET(DSV3I_AVX512_BF16)
 static void dsv3i_avx512_bf16_gemv_t_f8_e4m3(float *y, const float *x, const void *w, size_t row_bytes,
-                                          const void *scale, size_t k, size_t n) {
+                                             const void *scale, size_t k, size_t n) {
     const unsigned char *row = (const unsigned char *)w, *scales = (const unsigned char *)scale;
     const size_t whole = n / 256 * 256;
     unsigned char at[64];
@@ -9516,17 +9475,6 @@ void dsv3i_avx512_bf16_block(const dsv3_type type, const int M, const int NP, __
     }
 }
 
-static dsv3i_panel dsv3i_panel_bf16(const void *values, size_t columns, size_t k) {
-    dsv3i_panel w;
-    w.values = w.next = values;
-    w.columns = columns;
-    w.scale = NULL;
-    w.block = k;
-    w.zero = 0;
-    w.gap = w.ahead = w.next_bytes = 0;
-    return w;
-}
-
 /* M rows and NP columns. Sums of BF16 go to memory after each block of terms that share a scale, those of bytes at last. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_rows(const dsv3_type type, const int M, const int NP, dsv3i_avx512_place *a,
@@ -9578,8 +9526,8 @@ void dsv3i_avx512_bf16_columns(const dsv3_type type, const int NP, float *y, siz
 
 /* Four columns of BF16 at a time, or two of bytes; then what is left. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_product(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                               const dsv3i_panel *w, size_t rows, size_t k, int add) {
+void dsv3i_avx512_bf16_gemm(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+                            const dsv3i_panel *w, size_t rows, size_t k, int add) {
     size_t c = 0;
     if (type == DSV3_BF16 && w->columns == 4) {
         dsv3i_avx512_bf16_columns(type, 4, y, ldy, x, ldx, n, w, 0, rows, k, add);
@@ -9589,17 +9537,13 @@ void dsv3i_avx512_bf16_product(const dsv3_type type, float *y, size_t ldy, const
     if (c < w->columns) dsv3i_avx512_bf16_columns(type, 1, y, ldy, x, ldx, n, w, c, rows, k, add);
 }
 
-#define DSV3I_PRODUCT(name, type)                                                                                    \
-    DSV3I_TARGET(DSV3I_AVX512_BF16)                                                                                  \
-    static void dsv3i_avx512_bf16_product_##name(float *y, size_t ldy, const void *x, size_t ldx, size_t n,          \
-                                                 const dsv3i_panel *w, size_t rows, size_t k, int add) {              \
-        dsv3i_avx512_bf16_product(type, y, ldy, x, ldx, n, w, rows, k, add);                                         \
-    }
-DSV3I_PRODUCT(bf16, DSV3_BF16)
-DSV3I_PRODUCT(bytes, DSV3_Q8_0)
+DSV3I_ENTRY(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemm_bf16, DSV3I_GEMM_LIST,
+            dsv3i_avx512_bf16_gemm(DSV3_BF16, y, ldy, x, ldx, n, w, rows, k, add))
+DSV3I_ENTRY(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemm_bytes, DSV3I_GEMM_LIST,
+            dsv3i_avx512_bf16_gemm(DSV3_Q8_0, y, ldy, x, ldx, n, w, rows, k, add))
 
 typedef void (*dsv3i_gemm)(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3i_panel *w,
-                              size_t rows, size_t k, int add);
+                           size_t rows, size_t k, int add);
 
 /* ---- Attention in BF16. scratch: the queries as a panel; scores [64, columns, 16]; keys [64, dk] and, where products take
  * more than 4 columns, all values as one panel. */
@@ -9628,7 +9572,8 @@ DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_pairs(__m512 first, __
 /* Weights p [nk, columns, 16] as rows of 64 BF16 for each lane. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_weights(unsigned char *rows, const float *p, size_t columns, size_t nk) {
-    for (size_t i = 0; i < columns * (DSV3I_TILE_KEYS / 32); i++, rows += i % 2 ? 64 : 16 * 2 * DSV3I_TILE_KEYS - 64) {
+    for (size_t i = 0; i < columns * (DSV3I_TILE_KEYS / 32);
+         i++, rows += i % 2 ? 64 : 16 * 2 * DSV3I_TILE_KEYS - 64) {
         const size_t c = i / 2, first = i % 2 * 32;
         __m512i r[16];
         if (first >= nk) continue;
@@ -9645,7 +9590,8 @@ void dsv3i_avx512_bf16_weights(unsigned char *rows, const float *p, size_t colum
 }
 
 /* Sixteen numbers of values as BF16, from number `at` on, those of the mask. */
-DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_value(const dsv3i_attention_tile *a, size_t at, __mmask16 m) {
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+__m512i dsv3i_avx512_bf16_value(const dsv3i_attention_tile *a, size_t at, __mmask16 m) {
     if (a->type == DSV3_BF16) {
         return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, (const uint16_t *)a->values + at));
     }
@@ -9656,8 +9602,8 @@ DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_value(const dsv3i_atte
 /* Numbers i .. end-1 of values, i a multiple of 16, two keys in four bytes: [nk/2, columns, 16, 2]. Key by key, as they lie:
  * those of the next block are fetched meanwhile, if scores have not done so. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3i_attention_tile *a, size_t i, size_t end, size_t nk,
-                                   int fetch) {
+void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3i_attention_tile *a, size_t i, size_t end,
+                                   size_t nk, int fetch) {
     const __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i first = _mm512_or_si512(at, _mm512_slli_epi32(_mm512_add_epi32(at, _mm512_set1_epi32(32)), 16));
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
@@ -9705,7 +9651,7 @@ void dsv3i_avx512_bf16_scores(float *p, const unsigned char *keys, size_t ldx, c
 DSV3I_TARGET(DSV3I_AVX512_BF16)
 static void dsv3i_avx512_bf16_attend_by(dsv3i_attention_tile *a, size_t nk, dsv3i_gemm product) {
     const size_t dk = dsv3i_avx512_bf16_pad(a->dk), columns = (a->lanes + 15) / 16;
-    const int wide = product != dsv3i_avx512_bf16_product_bf16;
+    const int wide = product != dsv3i_avx512_bf16_gemm_bf16;
     const size_t most = wide ? a->dv : 64;
     unsigned char *scratch = (unsigned char *)a->scratch + 32 * columns * dk,
                   *keys = scratch + 64 * columns * DSV3I_TILE_KEYS;
@@ -9714,7 +9660,7 @@ static void dsv3i_avx512_bf16_attend_by(dsv3i_attention_tile *a, size_t nk, dsv3
     float *p = (float *)(void *)scratch, rescale[64];
     size_t ldx = 2 * a->ld_k, scored = 0;
     const void *x = a->keys;
-    dsv3i_panel panel = dsv3i_panel_bf16(a->scratch, columns, a->type == DSV3_F32 ? dk : a->dk);
+    dsv3i_panel panel = dsv3i_panel_of(a->scratch, columns, a->type == DSV3_F32 ? dk : a->dk);
     if (a->type == DSV3_F32) {
         for (size_t j = 0; j < nk; j++) {
             dsv3i_avx512_bf16_round_bf16(keys + 2 * j * dk, (const float *)a->keys + j * a->ld_k, a->dk);
@@ -9733,24 +9679,24 @@ static void dsv3i_avx512_bf16_attend_by(dsv3i_attention_tile *a, size_t nk, dsv3
     dsv3i_avx512_bf16_weights(weights, p, columns, nk);
     for (size_t i = 0; i < a->dv; i += most) {
         const size_t rows = dsv3i_min(most, a->dv - i);
-        panel = dsv3i_panel_bf16(values, (rows + 15) / 16, (nk + 1) / 2 * 2);
+        panel = dsv3i_panel_of(values, (rows + 15) / 16, (nk + 1) / 2 * 2);
         dsv3i_avx512_bf16_value_panel(values, a, i, i + rows, nk, scored == 0);
         product(a->out + i, a->ld_out, weights, 2 * DSV3I_TILE_KEYS, a->lanes, &panel, rows, panel.block, 1);
     }
 }
 
 DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_attend(dsv3i_attention_tile *a, size_t nk) {
-    dsv3i_avx512_bf16_attend_by(a, nk, dsv3i_avx512_bf16_product_bf16);
+    dsv3i_avx512_bf16_attend_by(a, nk, dsv3i_avx512_bf16_gemm_bf16);
 }
 
 /* ---- Few rows and packed weights: decoding. Reading is all that counts. Panels of several far places are read side by
  * side, because several streams are what a processor fetches ahead best, and codes stay in registers. */
 
-typedef enum dsv3i_few_kind { /* rows of floats; rows of codes; rows of BF16, added as AMX adds */
-                              DSV3I_FEW_FLOATS = 0,
-                              DSV3I_FEW_CODES = 1,
-                              DSV3I_FEW_STEPS = 2
-} dsv3i_few_kind;
+typedef enum dsv3i_gemv_kind { /* rows of floats; rows of codes; rows of BF16, added as AMX adds */
+                               DSV3I_GEMV_FLOATS = 0,
+                               DSV3I_GEMV_CODES = 1,
+                               DSV3I_GEMV_STEPS = 2
+} dsv3i_gemv_kind;
 
 /* Column c of panels w, four of each: its step. `columns` are there; the others are the last one once more. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
@@ -9758,15 +9704,15 @@ const unsigned char *dsv3i_avx512_bf16_step(const unsigned char *const w[4], siz
     return w[c / 4] + 64 * (step * columns + dsv3i_min((size_t)c % 4, columns - 1));
 }
 
-/* M rows and NC columns of panels, from c0 on, terms begin .. end-1: sums[m NC + column] += .., with DSV3I_FEW_STEPS one sum of
+/* M rows and NC columns of panels, from c0 on, terms begin .. end-1: sums[m NC + column] += .., with DSV3I_GEMV_STEPS one sum of
  * even and one of odd terms for each. With rows of floats every number of w becomes one, and terms are added one after the
  * other; the upper halves of the bytes of Q4_0 are the later ones. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_gemv_terms(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int c0,
-                                 const int NC, __m512 sums[16], const unsigned char *const w[4], size_t columns,
-                                 const unsigned char *const x[4], size_t begin, size_t end, const __m512i table[4]) {
+void dsv3i_avx512_bf16_gemv_terms(const dsv3i_gemv_kind kind, const dsv3_type type, const int M, const int c0,
+                                  const int NC, __m512 sums[16], const unsigned char *const w[4], size_t columns,
+                                  const unsigned char *const x[4], size_t begin, size_t end, const __m512i table[4]) {
     const int bytes = type == DSV3_Q8_0 || type == DSV3_Q4_0, passes = type == DSV3_Q4_0 ? 2 : 1;
-    const int each = type == DSV3_BF16 ? 2 : 4, S = kind == DSV3I_FEW_STEPS ? 2 : 1;
+    const int each = type == DSV3_BF16 ? 2 : 4, S = kind == DSV3I_GEMV_STEPS ? 2 : 1;
     const __m512 zero = _mm512_set1_ps(type == DSV3_Q8_0 ? 128.0f : 8.0f);
     if (type == DSV3_Q4_0) end /= 2;
     DSV3I_UNROLL for (int pass = 0; pass < passes; pass++) {
@@ -9782,9 +9728,9 @@ void dsv3i_avx512_bf16_gemv_terms(const dsv3i_few_kind kind, const dsv3_type typ
                         __m512 *to = sums + S * (m * NC + c) + j % S;
                         const float *xf = (const float *)(const void *)x[m] + 16 * pass + i + j;
                         const unsigned char *xm = x[m] + 2 * i + 2 * (j - j % 2);
-                        if (kind == DSV3I_FEW_FLOATS) {
+                        if (kind == DSV3I_GEMV_FLOATS) {
                             *to = _mm512_fmadd_ps(_mm512_set1_ps(*xf), f[bytes ? j : j % 2], *to);
-                        } else if (kind == DSV3I_FEW_STEPS) {
+                        } else if (kind == DSV3I_GEMV_STEPS) {
                             dsv3i_avx512_floats(0, g, dsv3i_avx512_bf16_four(xm), zero);
                             *to = _mm512_fmadd_ps(g[j % 2], f[j % 2], *to);
                         } else if (j % 2 == 0) {
@@ -9800,7 +9746,7 @@ void dsv3i_avx512_bf16_gemv_terms(const dsv3i_few_kind kind, const dsv3_type typ
 /* A block of bytes, with its sums in whole numbers. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_gemv_block(const dsv3_type type, const int M, const int NC, __m512 sums[16],
-                                 const unsigned char *const w[4], size_t columns, const unsigned char *const x[4]) {
+                                  const unsigned char *const w[4], size_t columns, const unsigned char *const x[4]) {
     const __m128i shift = _mm_cvtsi32_si128(type == DSV3_Q8_0 ? 4 : 0);
     const int halves = type == DSV3_Q4_0 ? 2 : 1;
     __m512i sum[16];
@@ -9822,15 +9768,16 @@ void dsv3i_avx512_bf16_gemv_block(const dsv3_type type, const int M, const int N
 /* The same with the sums of AMX for one row: of each 32 terms, those of even and of odd ones, which are added, and then to what
  * is there. Up to 8 columns at a time, so that registers last. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_gemv_steps(const dsv3_type type, const int NC, __m512 sums[16], const unsigned char *const w[4],
-                                 size_t columns, const unsigned char *const x[4], size_t k, const __m512i table[4]) {
+void dsv3i_avx512_bf16_gemv_steps(const dsv3_type type, const int NC, __m512 sums[16],
+                                  const unsigned char *const w[4], size_t columns, const unsigned char *const x[4],
+                                  size_t k, const __m512i table[4]) {
     const int some = NC < 8 ? NC : 8;
     for (size_t i = 0, end; i < k; i = end) {
         end = dsv3i_min(i + 32, k);
         DSV3I_UNROLL for (int c0 = 0; c0 < NC; c0 += some) {
             __m512 part[16];
             DSV3I_UNROLL for (int c = 0; c < 2 * some; c++) part[c] = _mm512_setzero_ps();
-            dsv3i_avx512_bf16_gemv_terms(DSV3I_FEW_STEPS, type, 1, c0, some, part, w, columns, x, i, end, table);
+            dsv3i_avx512_bf16_gemv_terms(DSV3I_GEMV_STEPS, type, 1, c0, some, part, w, columns, x, i, end, table);
             if (end - i <= (type == DSV3_F8_E4M3 ? 28 : 30)) { /* a tile goes on with zeros, and -0 + 0 = 0 */
                 DSV3I_UNROLL for (int c = 0; c < 2 * some; c++) part[c] = _mm512_add_ps(part[c], _mm512_setzero_ps());
             }
@@ -9841,27 +9788,27 @@ void dsv3i_avx512_bf16_gemv_steps(const dsv3_type type, const int NC, __m512 sum
     }
 }
 
-/* n <= M rows and NS panels, `apart` bytes from one to the next, and their outputs, ldp apart, of each so many. */
+/* M rows and NS panels, `apart` bytes from one to the next, and their outputs, ldp apart, of each so many. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_gemv_panels(const dsv3i_few_kind kind, const dsv3_type type, const int M, const int NS,
-                                  float *y, size_t ldy, size_t ldp, size_t outputs, const unsigned char *x,
-                                  size_t ldx, size_t n, const unsigned char *w, size_t apart, size_t k,
-                                  const __m512i table[4]) {
+void dsv3i_avx512_bf16_gemv_panels(const dsv3i_gemv_kind kind, const dsv3_type type, const int M, const int NS,
+                                   float *y, size_t ldy, size_t ldp, size_t outputs, const unsigned char *x,
+                                   size_t ldx, const unsigned char *w, size_t apart, size_t k,
+                                   const __m512i table[4]) {
     const int bytes = type == DSV3_Q8_0 || type == DSV3_Q4_0, NC = 4 * NS, scales = type == DSV3_BF16 ? 0 : NC;
     const size_t columns = dsv3i_blocks(outputs, 16);
     const unsigned char *ws[4], *xs[4];
     __m512 acc[16], part[16], *sums = type == DSV3_BF16 ? acc : part;
     DSV3I_UNROLL for (int s = 0; s < NS; s++) ws[s] = w + (size_t)s * apart;
-    DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] = x + dsv3i_min((size_t)m, n - 1) * ldx;
+    DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] = x + (size_t)m * ldx;
     DSV3I_UNROLL for (int i = 0; i < M * NC; i++) acc[i] = _mm512_setzero_ps();
     for (size_t i = 0, terms; i < k; i += terms) {
         size_t codes;
         terms = dsv3i_min(dsv3i_scale_block_terms(type), k - i);
         codes = dsv3i_codes_bytes(type, columns, terms);
         DSV3I_UNROLL for (int j = 0; j < M * NC; j++) part[j] = _mm512_setzero_ps();
-        if (kind == DSV3I_FEW_STEPS) {
+        if (kind == DSV3I_GEMV_STEPS) {
             dsv3i_avx512_bf16_gemv_steps(type, NC, sums, ws, columns, xs, terms, table);
-        } else if (kind == DSV3I_FEW_CODES && bytes) {
+        } else if (kind == DSV3I_GEMV_CODES && bytes) {
             dsv3i_avx512_bf16_gemv_block(type, M, NC, sums, ws, columns, xs);
         } else {
             dsv3i_avx512_bf16_gemv_terms(kind, type, M, 0, NC, sums, ws, columns, xs, 0, terms, table);
@@ -9872,12 +9819,12 @@ void dsv3i_avx512_bf16_gemv_panels(const dsv3i_few_kind kind, const dsv3_type ty
                                        : _mm512_set1_ps(*(const float *)(const void *)at);
             DSV3I_UNROLL for (int j = c; j < M * NC; j += NC) acc[j] = _mm512_fmadd_ps(part[j], scale, acc[j]);
         }
-        DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] += dsv3i_input_bytes(kind != DSV3I_FEW_FLOATS, type, terms);
+        DSV3I_UNROLL for (int m = 0; m < M; m++) xs[m] += dsv3i_input_bytes(kind != DSV3I_GEMV_FLOATS, type, terms);
         DSV3I_UNROLL for (int s = 0; s < NS; s++) ws[s] += dsv3i_scale_block_bytes(type, columns, terms);
     }
     DSV3I_UNROLL for (int j = 0; j < M * NC; j++) {
         const size_t m = (size_t)(j / NC), s = (size_t)(j % NC / 4), c = (size_t)(j % 4);
-        if (m >= n || c >= columns) continue;
+        if (c >= columns) continue;
         dsv3i_avx512_put(y + m * ldy + s * ldp + 16 * c, dsv3i_avx512_mask(outputs - 16 * c), acc[j]);
     }
 }
@@ -9885,8 +9832,8 @@ void dsv3i_avx512_bf16_gemv_panels(const dsv3i_few_kind kind, const dsv3_type ty
 /* n <= 4 rows of x and `rows` of weights: one row with 4 panels at a time, or with 2 of Q4_0, whose codes become two values
  * and need more registers; two rows with 2; more leave registers for one. What is left, or not whole, goes panel by panel. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_gemv(const dsv3i_few_kind kind, const dsv3_type type, float *y, size_t ldy, const void *x,
-                           size_t ldx, size_t n, const void *w, size_t rows, size_t k) {
+void dsv3i_avx512_bf16_gemv(const dsv3i_gemv_kind kind, const dsv3_type type, float *y, size_t ldy, const void *x,
+                            size_t ldx, size_t n, const void *w, size_t rows, size_t k) {
     const int most = type == DSV3_Q4_0 ? 2 : 4;
     const size_t bytes = dsv3i_panel_bytes(type, 4, k), streams = n == 1 ? (size_t)most : n == 2 ? 2 : 1;
     const size_t far = streams > 1 ? rows / 64 / streams : 0, apart = far * bytes, ldp = 64 * far;
@@ -9894,23 +9841,17 @@ void dsv3i_avx512_bf16_gemv(const dsv3i_few_kind kind, const dsv3_type type, flo
     __m512i table[4] = {_mm512_setzero_si512()};
     if (type == DSV3_F8_E4M3) dsv3i_avx512_bf16_tables(table);
     for (size_t i = 0; i < far; i++, y += 64, ws += bytes) {
-        if (n == 1)
-            dsv3i_avx512_bf16_gemv_panels(kind, type, 1, most, y, ldy, ldp, 64, xs, ldx, 1, ws, apart, k, table);
-        if (n == 2) dsv3i_avx512_bf16_gemv_panels(kind, type, 2, 2, y, ldy, ldp, 64, xs, ldx, 2, ws, apart, k, table);
+        if (n == 1) dsv3i_avx512_bf16_gemv_panels(kind, type, 1, most, y, ldy, ldp, 64, xs, ldx, ws, apart, k, table);
+        if (n == 2) dsv3i_avx512_bf16_gemv_panels(kind, type, 2, 2, y, ldy, ldp, 64, xs, ldx, ws, apart, k, table);
     }
     y += (streams - 1) * ldp;
     ws += (streams - 1) * apart;
-    for (size_t p = streams * far; n != 2 && p < rows / 64; p++, y += 64, ws += bytes) {
-        if (n == 1) dsv3i_avx512_bf16_gemv_panels(kind, type, 1, 1, y, ldy, 0, 64, xs, ldx, 1, ws, 0, k, table);
-        if (n == 3) dsv3i_avx512_bf16_gemv_panels(kind, type, 3, 1, y, ldy, 0, 64, xs, ldx, 3, ws, 0, k, table);
-        if (n == 4) dsv3i_avx512_bf16_gemv_panels(kind, type, 4, 1, y, ldy, 0, 64, xs, ldx, 4, ws, 0, k, table);
-    }
-    for (size_t r = n != 2 ? rows / 64 * 64 : streams * ldp, some; r < rows; r += some, y += 64, ws += bytes) {
+    for (size_t r = streams * ldp, some; r < rows; r += some, y += 64, ws += bytes) {
         some = dsv3i_min(rows - r, 64);
-        for (size_t t = 0; t < n; t += 2) {
-            dsv3i_avx512_bf16_gemv_panels(kind, type, kind == DSV3I_FEW_STEPS ? 1 : 2, 1, y + t * ldy, ldy, 0, some,
-                                         xs + t * ldx, ldx, dsv3i_min(n - t, 2), ws, 0, k, table);
-        }
+        if (n == 1) dsv3i_avx512_bf16_gemv_panels(kind, type, 1, 1, y, ldy, 0, some, xs, ldx, ws, 0, k, table);
+        if (n == 2) dsv3i_avx512_bf16_gemv_panels(kind, type, 2, 1, y, ldy, 0, some, xs, ldx, ws, 0, k, table);
+        if (n == 3) dsv3i_avx512_bf16_gemv_panels(kind, type, 3, 1, y, ldy, 0, some, xs, ldx, ws, 0, k, table);
+        if (n == 4) dsv3i_avx512_bf16_gemv_panels(kind, type, 4, 1, y, ldy, 0, some, xs, ldx, ws, 0, k, table);
     }
 }
 
@@ -9918,9 +9859,9 @@ void dsv3i_avx512_bf16_gemv(const dsv3i_few_kind kind, const dsv3_type type, flo
  * share of the rows fetches its share of what comes next. */
 
 /* Terms of a panel that all rows meet before the next ones do. Those of FP8 become BF16 first. */
-#define DSV3I_MANY_BF16 1024u
-#define DSV3I_MANY_F8 256u
-#define DSV3I_MANY_BYTES 512u
+#define DSV3I_NEAR_BF16 1024u
+#define DSV3I_NEAR_F8 256u
+#define DSV3I_NEAR_BYTES 512u
 
 /* The scale of 128 terms of FP8, for each output. */
 static void dsv3i_f8_scale(float scale[64], const unsigned char *w) {
@@ -9933,7 +9874,7 @@ static void dsv3i_f8_scale(float scale[64], const unsigned char *w) {
  * floats. Returns where the next terms are. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 const unsigned char *dsv3i_avx512_bf16_packed_begin(const dsv3_type type, dsv3i_panel *w, float *scale,
-                                                  unsigned char *values, const unsigned char *from, size_t k) {
+                                                    unsigned char *values, const unsigned char *from, size_t k) {
     w->values = type == DSV3_F8_E4M3 ? values : from;
     for (size_t i = 0, some; i < k; i += some, from += dsv3i_scale_block_bytes(type, 4, some)) {
         const unsigned char *behind;
@@ -9953,13 +9894,13 @@ const unsigned char *dsv3i_avx512_bf16_packed_begin(const dsv3_type type, dsv3i_
 
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_packed(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                            const void *w, size_t rows, size_t k) {
-    const size_t most = type == DSV3_BF16 ? DSV3I_MANY_BF16 : type == DSV3_F8_E4M3 ? DSV3I_MANY_F8 : DSV3I_MANY_BYTES;
+                              const void *w, size_t rows, size_t k) {
+    const size_t most = type == DSV3_BF16 ? DSV3I_NEAR_BF16 : type == DSV3_F8_E4M3 ? DSV3I_NEAR_F8 : DSV3I_NEAR_BYTES;
     const dsv3_type of = type == DSV3_F8_E4M3 ? DSV3_BF16 : type;
     const unsigned char *from = (const unsigned char *)w, *xi;
-    float scale[DSV3I_MANY_BYTES / DSV3_QBLOCK * 64];
-    unsigned char values[64 * DSV3I_MANY_F8 * 2];
-    dsv3i_panel panel = dsv3i_panel_bf16(w, 4, k);
+    float scale[DSV3I_NEAR_BYTES / DSV3_QBLOCK * 64];
+    unsigned char values[64 * DSV3I_NEAR_F8 * 2];
+    dsv3i_panel panel = dsv3i_panel_of(w, 4, k);
     if (type != DSV3_BF16) panel.scale = scale;
     panel.zero = type == DSV3_Q8_0 ? 128 : 8;
     panel.gap = 128; /* the scales of Q8_0 and Q4_0 */
@@ -9969,29 +9910,26 @@ void dsv3i_avx512_bf16_packed(const dsv3_type type, float *y, size_t ldy, const 
             panel.block = type == DSV3_BF16 ? terms : dsv3i_scale_block_terms(type);
             from = dsv3i_avx512_bf16_packed_begin(type, &panel, scale, values, from, terms);
             xi = (const unsigned char *)x + dsv3i_input_bytes(1, type, i);
-            dsv3i_avx512_bf16_product(of, y + 64 * p, ldy, xi, ldx, n, &panel, 64, terms, i > 0);
+            dsv3i_avx512_bf16_gemm(of, y + 64 * p, ldy, xi, ldx, n, &panel, 64, terms, i > 0);
         }
     }
 }
 
 /* Whole matrices of each type of packed weights: name_bf16 and so on. */
-#define DSV3I_WHOLE(target, name, type, FUNCTION)                                                                    \
-    DSV3I_TARGET(target)                                                                                             \
-    static void name(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows,          \
-                     size_t k) {                                                                                     \
-        FUNCTION(type, y, ldy, x, ldx, n, w, rows, k);                                                               \
-    }
-#define DSV3I_WHOLE_TYPES(target, name, FUNCTION)                                                                    \
-    DSV3I_WHOLE(target, name##_bf16, DSV3_BF16, FUNCTION)                                                            \
-    DSV3I_WHOLE(target, name##_f8_e4m3, DSV3_F8_E4M3, FUNCTION)                                                      \
-    DSV3I_WHOLE(target, name##_q8_0, DSV3_Q8_0, FUNCTION)                                                            \
-    DSV3I_WHOLE(target, name##_q4_0, DSV3_Q4_0, FUNCTION)
+#define DSV3I_WHOLE(isa, name, type, FUNCTION)                                                                       \
+    DSV3I_ENTRY(isa, name, DSV3I_WHOLE_LIST, FUNCTION(type, y, ldy, x, ldx, n, w, rows, k))
+#define DSV3I_WHOLE_TYPES(isa, name, FUNCTION)                                                                       \
+    DSV3I_WHOLE(isa, name##_bf16, DSV3_BF16, FUNCTION)                                                               \
+    DSV3I_WHOLE(isa, name##_f8_e4m3, DSV3_F8_E4M3, FUNCTION)                                                         \
+    DSV3I_WHOLE(isa, name##_q8_0, DSV3_Q8_0, FUNCTION)                                                               \
+    DSV3I_WHOLE(isa, name##_q4_0, DSV3_Q4_0, FUNCTION)
 /* In the order of dsv3_type. */
-#define DSV3I_WHOLE_ROW(name) {NULL, NULL, name##_bf16, name##_f8_e4m3, name##_q8_0, name##_q4_0}
-#define DSV3I_FEW_EXACT(...) dsv3i_avx512_bf16_gemv(DSV3I_FEW_FLOATS, __VA_ARGS__)
-#define DSV3I_FEW_FAST(...) dsv3i_avx512_bf16_gemv(DSV3I_FEW_CODES, __VA_ARGS__)
-DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemv_exact, DSV3I_FEW_EXACT)
-DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemv_fast, DSV3I_FEW_FAST)
+#define DSV3I_WHOLE_ROW(name)                                                                                        \
+    { NULL, NULL, name##_bf16, name##_f8_e4m3, name##_q8_0, name##_q4_0 }
+#define DSV3I_GEMV_EXACT(...) dsv3i_avx512_bf16_gemv(DSV3I_GEMV_FLOATS, __VA_ARGS__)
+#define DSV3I_GEMV_FAST(...) dsv3i_avx512_bf16_gemv(DSV3I_GEMV_CODES, __VA_ARGS__)
+DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemv_exact, DSV3I_GEMV_EXACT)
+DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemv_fast, DSV3I_GEMV_FAST)
 DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_packed, dsv3i_avx512_bf16_packed)
 
 #ifdef DSV3I_TILES
@@ -10154,7 +10092,8 @@ void dsv3i_amx_terms(const int R, const int C, dsv3i_amx_place *a, size_t i, siz
 
 /* Columns c, and c + 1 with C = 2. */
 DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_block(const int R, const int C, dsv3i_amx_place *a, const dsv3i_panel *w, size_t c, size_t k, int add) {
+void dsv3i_amx_block(const int R, const int C, dsv3i_amx_place *a, const dsv3i_panel *w, size_t c, size_t k,
+                     int add) {
     a->w = (const unsigned char *)w->values + 64 * c;
     a->scale = w->scale != NULL ? w->scale + 16 * c : NULL;
     for (size_t i = 0, end; i < k; i = end) {
@@ -10165,8 +10104,8 @@ void dsv3i_amx_block(const int R, const int C, dsv3i_amx_place *a, const dsv3i_p
 }
 
 DSV3I_TARGET(DSV3I_AMX)
-static void dsv3i_amx_product_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3i_panel *w,
-                                   size_t rows, size_t k, int add) {
+static void dsv3i_amx_gemm_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3i_panel *w,
+                                size_t rows, size_t k, int add) {
     const unsigned before = _mm_getcsr();
     dsv3i_amx_place a;
     a.ldx = ldx;
@@ -10197,7 +10136,7 @@ static void dsv3i_amx_product_bf16(float *y, size_t ldy, const void *x, size_t l
 }
 
 DSV3I_TARGET(DSV3I_AMX) static void dsv3i_amx_attend(dsv3i_attention_tile *a, size_t nk) {
-    dsv3i_avx512_bf16_attend_by(a, nk, dsv3i_amx_product_bf16);
+    dsv3i_avx512_bf16_attend_by(a, nk, dsv3i_amx_gemm_bf16);
 }
 
 /* ---- Many rows and packed weights: panel by panel, and for each 96 rows of x piece by piece. Sums that are not finished
@@ -10390,7 +10329,7 @@ void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place
 
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_packed(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,
-                    size_t rows, size_t k) {
+                      size_t rows, size_t k) {
     const size_t bytes = dsv3i_panel_bytes(type, 4, k);
     const unsigned before = _mm_getcsr();
     dsv3i_amx_room room;
@@ -10418,7 +10357,7 @@ void dsv3i_amx_packed(const dsv3_type type, float *y, size_t ldy, const void *x,
  * panels in tiles. */
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_gemv(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,
-                   size_t rows, size_t k) {
+                    size_t rows, size_t k) {
     const size_t done = n > 1 ? rows / 64 * 64 : 0;
     const unsigned char *rest = (const unsigned char *)w + done / 64 * dsv3i_panel_bytes(type, 4, k);
     const unsigned before = _mm_getcsr();
@@ -10426,8 +10365,8 @@ void dsv3i_amx_gemv(const dsv3_type type, float *y, size_t ldy, const void *x, s
     if (done == rows) return;
     dsv3i_amx_control(before | 0x8040);
     for (size_t t = 0; t < n; t++) {
-        dsv3i_avx512_bf16_gemv(DSV3I_FEW_STEPS, type, y + t * ldy + done, ldy, (const unsigned char *)x + t * ldx, ldx,
-                              1, rest, rows - done, k);
+        dsv3i_avx512_bf16_gemv(DSV3I_GEMV_STEPS, type, y + t * ldy + done, ldy, (const unsigned char *)x + t * ldx,
+                               ldx, 1, rest, rows - done, k);
     }
     dsv3i_amx_control(before);
 }
@@ -10441,54 +10380,61 @@ DSV3I_WHOLE(DSV3I_AMX, dsv3i_amx_gemv_f8_e4m3, DSV3_F8_E4M3, dsv3i_amx_gemv)
 /* ---- The tables: what each backend is made of. A better one has what the one before it has, but for what is its own. */
 
 #define DSV3I_COMMON(V)                                                                                              \
-    V##_outer, {V##_pack_4, V##_pack_2, V##_pack_2, V##_pack_1, V##_pack_q8_0, V##_pack_q4_0},                       \
-        {V##_float_bf16, V##_float_bytes}
-#define DSV3I_WIDEN(V, f8) {NULL, V##_widen_f16, NULL, f8, NULL, V##_widen_q4_0}
-#define DSV3I_ROUND(bf16, q8) {NULL, NULL, bf16, bf16, q8, q8}
-#define DSV3I_PRODUCTS_OF(V, bf16, bytes) {V##_product_f32, V##_product_bf16, V##_product_bytes, bf16, bytes}
+    V##_outer, {V##_pack_4, V##_pack_2, V##_pack_2, V##_pack_1, V##_pack_q8_0, V##_pack_q4_0}, {                     \
+        V##_float_bf16, V##_float_bytes                                                                              \
+    }
+#define DSV3I_WIDEN(V, f8)                                                                                           \
+    { NULL, V##_widen_f16, NULL, f8, NULL, V##_widen_q4_0 }
+#define DSV3I_ROUND(bf16, q8)                                                                                        \
+    { NULL, NULL, bf16, bf16, q8, q8 }
+#define DSV3I_PRODUCTS_OF(V, bf16, bytes)                                                                            \
+    { V##_gemm_f32, V##_gemm_bf16, V##_gemm_bytes, bf16, bytes }
 #define DSV3I_MIX(f8)                                                                                                \
-    {NULL, dsv3i_avx512_gemv_t_f16, dsv3i_avx512_gemv_t_bf16, f8, dsv3i_avx512_gemv_t_q8_0, dsv3i_avx512_gemv_t_q4_0}
+    {                                                                                                                \
+        NULL, dsv3i_avx512_gemv_t_f16, dsv3i_avx512_gemv_t_bf16, f8, dsv3i_avx512_gemv_t_q8_0,                       \
+            dsv3i_avx512_gemv_t_q4_0                                                                                 \
+    }
 #ifndef DSV3_NO_TRAINING
 #define DSV3I_BACKWARD_OPS dsv3i_fast_linear_backward, dsv3i_fast_attend_backward, dsv3i_fast_mlps_backward,
 #else
 #define DSV3I_BACKWARD_OPS
 #endif
 #define DSV3I_OPS(V, kernels)                                                                                        \
-    {{V##_decode_f32, V##_decode_f16, V##_decode_bf16, V##_decode_f8_e4m3, dsv3i_avx2_decode_q8_0,                   \
-      dsv3i_avx2_decode_q4_0},                                                                                       \
-     V##_dot,           V##_axpy,        V##_exp_sum,     V##_silu_mul,                                              \
-     dsv3i_fast_linear, dsv3i_fast_attend, dsv3i_fast_mlps, DSV3I_BACKWARD_OPS &(kernels)}
+    {                                                                                                                \
+        {V##_decode_f32,     V##_decode_f16,         V##_decode_bf16,                                                \
+         V##_decode_f8_e4m3, dsv3i_avx2_decode_q8_0, dsv3i_avx2_decode_q4_0},                                        \
+            V##_dot, V##_axpy, V##_exp_sum, V##_silu_mul, dsv3i_fast_linear, dsv3i_fast_attend, dsv3i_fast_mlps,     \
+            DSV3I_BACKWARD_OPS &(kernels)                                                                            \
+    }
 
-static const dsv3i_kernels dsv3i_avx2_kernels = {
-    DSV3I_COMMON(dsv3i_avx2),
-    dsv3i_avx2_tile,
-    DSV3I_WIDEN(dsv3i_avx2, dsv3i_avx2_widen_f8),
-    DSV3I_ROUND(dsv3i_round_bf16_floats, dsv3i_round_q8_floats),
-    DSV3I_PRODUCTS_OF(dsv3i_avx2, NULL, NULL),
-    {NULL, NULL},
-    {dsv3i_tile_attend, NULL},
-    {{NULL}, {NULL}},
-    {NULL},
-    {NULL}};
+static const dsv3i_kernels dsv3i_avx2_kernels = {DSV3I_COMMON(dsv3i_avx2),
+                                                 dsv3i_avx2_tile,
+                                                 DSV3I_WIDEN(dsv3i_avx2, dsv3i_avx2_widen_f8),
+                                                 DSV3I_ROUND(dsv3i_round_bf16_floats, dsv3i_round_q8_floats),
+                                                 DSV3I_PRODUCTS_OF(dsv3i_avx2, NULL, NULL),
+                                                 {NULL, NULL},
+                                                 {dsv3i_tile_attend, NULL},
+                                                 {{NULL}, {NULL}},
+                                                 {NULL},
+                                                 {NULL}};
 
-static const dsv3i_kernels dsv3i_avx512_kernels = {
-    DSV3I_COMMON(dsv3i_avx512),
-    NULL, /* attention is its own */
-    DSV3I_WIDEN(dsv3i_avx512, dsv3i_avx512_widen_f8),
-    DSV3I_ROUND(dsv3i_round_bf16_floats, dsv3i_round_q8_floats),
-    DSV3I_PRODUCTS_OF(dsv3i_avx512, NULL, NULL),
-    {dsv3i_avx512_attend_begin, NULL},
-    {dsv3i_avx512_attend, NULL},
-    {{NULL}, {NULL}},
-    {NULL},
-    DSV3I_MIX(dsv3i_avx512_gemv_t_f8_e4m3)};
+static const dsv3i_kernels dsv3i_avx512_kernels = {DSV3I_COMMON(dsv3i_avx512),
+                                                   NULL, /* attention is its own */
+                                                   DSV3I_WIDEN(dsv3i_avx512, dsv3i_avx512_widen_f8),
+                                                   DSV3I_ROUND(dsv3i_round_bf16_floats, dsv3i_round_q8_floats),
+                                                   DSV3I_PRODUCTS_OF(dsv3i_avx512, NULL, NULL),
+                                                   {dsv3i_avx512_attend_begin, NULL},
+                                                   {dsv3i_avx512_attend, NULL},
+                                                   {{NULL}, {NULL}},
+                                                   {NULL},
+                                                   DSV3I_MIX(dsv3i_avx512_gemv_t_f8_e4m3)};
 
 static const dsv3i_kernels dsv3i_avx512_bf16_kernels = {
     DSV3I_COMMON(dsv3i_avx512),
     NULL,
     DSV3I_WIDEN(dsv3i_avx512, dsv3i_avx512_bf16_widen_f8),
     DSV3I_ROUND(dsv3i_avx512_bf16_round_bf16, dsv3i_avx512_bf16_round_bytes),
-    DSV3I_PRODUCTS_OF(dsv3i_avx512, dsv3i_avx512_bf16_product_bf16, dsv3i_avx512_bf16_product_bytes),
+    DSV3I_PRODUCTS_OF(dsv3i_avx512, dsv3i_avx512_bf16_gemm_bf16, dsv3i_avx512_bf16_gemm_bytes),
     {dsv3i_avx512_attend_begin, dsv3i_avx512_bf16_attend_begin},
     {dsv3i_avx512_attend, dsv3i_avx512_bf16_attend},
     {DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_exact), DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_fast)},
@@ -10505,7 +10451,7 @@ static const dsv3i_kernels dsv3i_amx_kernels = {
     NULL,
     DSV3I_WIDEN(dsv3i_avx512, dsv3i_avx512_bf16_widen_f8),
     DSV3I_ROUND(dsv3i_avx512_bf16_round_bf16, dsv3i_avx512_bf16_round_bytes),
-    DSV3I_PRODUCTS_OF(dsv3i_avx512, dsv3i_amx_product_bf16, dsv3i_avx512_bf16_product_bytes),
+    DSV3I_PRODUCTS_OF(dsv3i_avx512, dsv3i_amx_gemm_bf16, dsv3i_avx512_bf16_gemm_bytes),
     {dsv3i_avx512_attend_begin, dsv3i_avx512_bf16_attend_begin},
     {dsv3i_avx512_attend, dsv3i_amx_attend},
     {DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_exact),
