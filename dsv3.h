@@ -346,9 +346,9 @@ typedef enum dsv3_type {
     DSV3_F32 = 0,
     DSV3_F16 = 1,
     DSV3_BF16 = 2,
-    DSV3_F8_E4M3 = 3, /* one byte, no infinity, max 448; a matrix has a float32 multiplier per 128x128 block */
-    DSV3_Q8_0 = 4, /* blocks of 32 in a row, 34 bytes: an F16 multiplier, then 32 signed bytes (as in GGUF files) */
-    DSV3_Q4_0 = 5  /* likewise, 18 bytes: F16 multiplier, 16 bytes; byte i has element i in its low four bits and
+    DSV3_F8_E4M3 = 3, /* one byte, no infinity, max 448; a matrix has a float32 scale per 128x128 block */
+    DSV3_Q8_0 = 4, /* blocks of 32 in a row, 34 bytes: an F16 scale, then 32 signed bytes (as in GGUF files) */
+    DSV3_Q4_0 = 5  /* likewise, 18 bytes: F16 scale, 16 bytes; byte i has element i in its low four bits and
                       element i + 16 in its high ones, each stored with 8 added (as in GGUF files) */
 } dsv3_type;
 
@@ -385,15 +385,15 @@ DSV3_API uint8_t dsv3_f8_e4m3_from_f32(float x);
  *   data   [rows, dsv3_row_bytes(type, cols)] bytes of the caller's, at any address, not x; FP8: may be NULL, then only
  *          the scales are computed
  *   scale  FP8: float [ceil(rows/128), ceil(cols/128)] of the caller's, at any address; else not used
- * Every number becomes the nearest that its type and its block's multiplier offer; ties go to the even code.
- *   FP8    multiplier amax / 448, amax being the largest magnitude in the block; 1 if that is no normal float, and all
+ * Every number becomes the nearest that its type and its block's scale offer; ties go to the even code.
+ *   FP8    scale amax / 448, amax being the largest magnitude in the block; 1 if that is no normal float, and all
  *          of the block becomes zero
- *   Q8_0   multiplier d = amax / 127, codes -127 to 127
+ *   Q8_0   scale d = amax / 127, codes -127 to 127
  *   Q4_0   d = (the value of largest magnitude, the first of equals) / -8, codes 0 to 15: the other sign ends at 7 |d|
  * d is rounded to F16 before x is divided by it: to the nearest, but away from zero below 2^-14, where the nearest may
  * be far off, so that no d of a block that is not all zero is 0.
  * ARG: a pointer that is needed is NULL, the type is unknown, or cols are not whole blocks. OVERFLOW: rows x cols does
- * not fit into size_t, or a finite number is too large for the type (FP8: a multiplier of 2^119 or more). NAN: NaN or
+ * not fit into size_t, or a finite number is too large for the type (FP8: a scale of 2^119 or more). NAN: NaN or
  * infinity as FP8, Q8_0 or Q4_0; F32, F16 and BF16 keep them. After an error data and scale may hold anything. */
 DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3_type type, size_t rows, size_t cols);
 

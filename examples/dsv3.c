@@ -1661,10 +1661,13 @@ static range inspect_blocks(const dsv3_tensor *t) {
     const unsigned char *block = (const unsigned char *)t->data;
     uint64_t n = (uint64_t)t->rows * t->cols;
     int32_t row = 0;
-    dsv3_tensor one = *t; /* a matrix of one block */
+    dsv3_tensor one; /* a matrix of one block */
     dsv3_context context;
+    memset(&one, 0, sizeof one);
     one.rows = 1;
     one.cols = DSV3_QBLOCK;
+    one.type = t->type;
+    one.rank = 2;
     stop_result("reference", dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1));
     for (uint64_t i = 0; i < n; i += DSV3_QBLOCK, block += dsv3_type_bytes(t->type)) {
         float x[DSV3_QBLOCK];

@@ -1,4 +1,4 @@
-/* test_codecs.c -- chapter 2 (tools), number formats: BF16, F16, FP8 E4M3, Q8_0 and Q4_0, both ways, and dsv3_quantize.
+/* test_codecs.c -- chapter 3 (formats): BF16, F16, FP8 E4M3, Q8_0 and Q4_0, both ways, and dsv3_quantize.
  *
  * A failure here means that weights are read as other numbers than the file holds, or that rounding to a small
  * format does not take the nearest number (ties to even), overflows at the wrong place, or loses a NaN. What

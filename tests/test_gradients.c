@@ -782,7 +782,7 @@ static void pass(setup *a) {
     exit(2);
 }
 
-/* The total as the head of chapter 11 writes it, from the sums of the last pass. */
+/* The total as the head of chapter 12 writes it, from the sums of the last pass. */
 static double total_loss(const setup *a) {
     double total = a->sequences > 0 ? a->balance / (double)a->sequences : 0;
     size_t D = (size_t)a->c.num_nextn_predict_layers;

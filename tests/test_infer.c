@@ -1,4 +1,4 @@
-/* test_infer.c -- chapters 9 and 12: layers, caches, batches and the forward program.
+/* test_infer.c -- chapters 9 and 11: layers, caches, batches and the forward program.
  *
  * A failure means that a whole model gives wrong logits, that sequences in one call disturb each other, that a bad
  * call is computed instead of refused, that it is refused with the wrong code, or that a call that failed has moved

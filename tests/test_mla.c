@@ -3,13 +3,12 @@
  * A failure means that attention gives wrong numbers: a head reads another head's rows of kv_b_proj, a key block or a
  * query block is cut in the wrong place, RoPE turns the wrong part, the absorbed and the expanded form have come
  * apart, or the cache keeps something other than the normalised latent and the rotated key. */
-#define DSV3I_SEGMENT 128u /* several in short contexts, of several blocks */
 #include "dsv3.h"
 #include "synthetic.h"
 
-#define POSITIONS 200
+#define POSITIONS 300 /* more than a segment of the engine has keys */
 
-static const size_t lengths[] = {1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 128, 129, POSITIONS};
+static const size_t lengths[] = {1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, POSITIONS};
 
 /* Begins a batch of n rows of sequence 0, runs the attention of `layer`, ends it. */
 static void run_mla(synth *s, float *y, const float *u, size_t layer, size_t n) {

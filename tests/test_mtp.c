@@ -1,4 +1,4 @@
-/* test_mtp.c -- chapter 11: MTP modules, and the losses of whole texts at all depths.
+/* test_mtp.c -- chapter 12: MTP modules, and the losses of whole texts at all depths.
  *
  * A failure means that a module predicts from the wrong token, state or weights (drafts would seldom be accepted, and
  * nothing else would show it), that its results depend on how the work is cut, that a loss or load counts a row which

@@ -1,4 +1,4 @@
-/* test_pack.c -- chapters 4 and 10: packed models.
+/* test_pack.c -- chapter A: packed models.
  *
  * A failure means that packing changes what a tensor is worth, or that a model which one backend has packed means
  * something else to another one; that dsv3_pack writes past its memory, asks for too much, takes memory that is too
@@ -72,7 +72,7 @@ static size_t packed_bytes(const dsv3_tensor *t) {
     return bytes;
 }
 
-/* All rows of a matrix, decoded by chapter 4. */
+/* All rows of a matrix, decoded by chapter 3. */
 static float *decoded(const dsv3_context *ctx, const dsv3_tensor *t) {
     float *x = (float *)test_alloc(t->rows * t->cols * sizeof *x);
     for (size_t r = 0; r < t->rows; r++) dsv3i_decode_row(ctx, x + r * t->cols, t, r);

@@ -1,4 +1,4 @@
-/* test_same_bits.c -- chapters 2, 4, 10 and 12: results do not depend on how the work is cut, nor on packing.
+/* test_same_bits.c -- chapters 2, 11, 13 and A: results do not depend on how the work is cut, nor on packing.
  *
  * A failure means that the same tokens give other bits when they are computed by more threads, in another order, in
  * smaller chunks, next to other sequences, or with packed weights: some sum is split or shared, or some scratch memory

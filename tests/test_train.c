@@ -1,4 +1,4 @@
-/* test_train.c -- chapter 13: the training step around the gradients (which test_gradients.c proves).
+/* test_train.c -- chapter 14: the training step around the gradients (which test_gradients.c proves).
  *
  * A failure means that a step depends on how its batch was cut or on the number of threads, that a failed step has
  * left traces, that the optimizer is not AdamW as the chapter's head has it, or that memory is not what was promised. */
@@ -1169,7 +1169,7 @@ static void test_random_parameters(void) {
     synth_release(memory);
 }
 
-/* ---- Memory: what the head of chapter 13 says is kept per layer and row, to the byte (rows are a multiple of what
+/* ---- Memory: what the head of chapter 14 says is kept per layer and row, to the byte (rows are a multiple of what
  * parts are padded to) */
 
 static size_t size_of(const dsv3_config *c, int32_t keep, size_t rows) {
