@@ -6537,19 +6537,19 @@ typedef struct dsv3i_panel {
     size_t next_bytes;  /* ... and how much that is; 0: nothing */
 } dsv3i_panel;
 
-/* Up to 64 queries, a block of keys and their values. */
+/* Up to 64 queries, up to 64 keys and their values. */
 typedef struct dsv3i_attention_tile {
-    const float *q;           /* [lanes, dk], ld_q floats apart */
-    const void *keys;         /* [nk, dk], ld_k numbers apart */
-    const void *values;       /* [nk, dv], ld_v numbers apart */
-    dsv3_type type;           /* of keys and values: float, or BF16 where meet takes them */
-    float *out;               /* [lanes, dv], ld_out floats apart: running weighted sums */
-    float top[64], sum[64];   /* [lanes] running maxima, and sums of exponentials */
-    int32_t seen[64];         /* [lanes] of the keys, that many are seen */
+    const float *q;         /* [lanes, dk], ld_q floats apart */
+    const void *keys;       /* [nk, dk], ld_k numbers apart */
+    const void *values;     /* [nk, dv], ld_v numbers apart */
+    dsv3_type type;         /* of keys and values: float, or BF16 where attend takes them */
+    float *out;             /* [lanes, dv], ld_out floats apart: running weighted sums */
+    float top[64], sum[64]; /* [lanes] running maxima, and sums of exponentials */
+    int32_t seen[64];       /* [lanes] of the keys, that many are seen */
     size_t ld_q, ld_k, ld_v, ld_out, lanes, dk, dv;
     float scale;
     const dsv3_context *ctx;
-    void *scratch; /* of meet: scores, and what else it needs */
+    void *scratch; /* of attend: scores, and what else it needs */
 } dsv3i_attention_tile;
 
 typedef enum dsv3i_gemm_kind {
@@ -6562,57 +6562,57 @@ typedef enum dsv3i_gemm_kind {
 
 #define DSV3I_GEMMS 5
 
-/* What an instruction set brings beside the vectors of the table (decode, dot, axpy, exp_sum, silu_mul).
- * tile: y[t ldy + r] = x_t . w_r, k terms each, for nx rows x_t and nw rows w_r, which lie ldx and ldw floats apart; only
- *       for meet[0] by tile and outer (dsv3i_tile_attend).
- * outer: y_t += sum_j a[t at + j aj] b_j, n numbers each, for m rows y_t and, in this order, k rows b_j.
- * round: activations x [k] for DSV3_FAST with weights of this type. As numbers: out is float [k]. For the fast
- *       products: BF16 [k, rounded up to 4]; or, for every 32, those bytes, a float scale and an int32, -8 times
- *       the sum of the bytes. NULL: nothing is rounded.
- * pack: rows <= 64 of w, row_bytes apart, become a panel of codes, with scale as in dsv3i_panel for Q8_0 and Q4_0.
- * widen: from codes to values (FP8: BF16, F16: float, Q4_0: bytes; NULL: codes are values).
- * float_panel: from values, BF16 [0] or bytes [1], to floats.
- * product: y[t ldy + r] (+)= x_t . w_r for n rows x_t, ldx bytes apart, and `rows` rows of a panel of k terms.
- * meet: scores of all queries with nk <= 64 keys, softmax, weighted sums. meet_begin: once before, for the same queries
- *       (NULL: not needed). [1]: with everything rounded to BF16, for DSV3_FAST; NULL: as [0].
- * few:  the products of n <= 4 rows, floats [0] of which k is a multiple of 4, or rounded [1], with packed panels, one
- *       behind the other, of `rows` rows in all; NULL: by product.
- * many: the same of more rows, which are rounded, and a multiple of 64 rows of weights.
- * mix:  y += sum_r x[r] w_r, n numbers each, in this order, for k rows of codes as they lie, row_bytes apart; their
- *       values are those of decode, times scale (NULL: 1), a float for every 128 of them. NULL: by decode and outer. */
-/* Packed weights, some whole panels or all. */
+/* Products of n rows x with packed weights, of as many whole panels as `rows` has, one behind the other. */
 typedef void (*dsv3i_whole)(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows,
                             size_t k);
 
+typedef void (*dsv3i_rounder)(void *out, const float *x, size_t k);
+
+/* What an instruction set brings beside the vectors of the table (decode, dot, axpy, exp_sum, silu_mul). */
 typedef struct dsv3i_kernels {
+    /* y_t += sum_j a[t at + j aj] b_j, n numbers each, for m rows y_t and, in this order, k rows b_j */
     void (*outer)(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj, const float *b, size_t ldb,
                   size_t k, size_t n);
+    /* rows <= 64 of w, row_bytes apart, become a panel of codes, with scale as in dsv3i_panel for Q8_0 and Q4_0 */
     void (*pack[DSV3_TYPES])(void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k);
+    /* from values, BF16 [0] or bytes [1], to floats */
     void (*float_panel[2])(float *values, const void *panel, size_t columns, size_t k, int32_t zero);
+    /* y[t ldy + r] = x_t . w_r, k terms each, for nx rows x_t and nw rows w_r, which lie ldx and ldw floats apart; only
+     * for dsv3i_tile_attend */
     void (*tile)(float *y, size_t ldy, const float *x, size_t ldx, size_t nx, const float *w, size_t ldw, size_t nw,
                  size_t k);
+    /* from codes to values (FP8: BF16, F16: float, Q4_0: bytes; NULL: codes are values) */
     void (*widen[DSV3_TYPES])(void *values, const void *panel, size_t columns, size_t k);
-    void (*round[DSV3_TYPES])(void *out, const float *x, size_t k);
+    /* activations x [k] for DSV3_FAST and weights of this type: floats [k]; or for the fast products BF16 [k, rounded up
+     * to 4] or, for every 32, bytes, a float scale and an int32, -8 times their sum. NULL: nothing is rounded */
+    dsv3i_rounder round[DSV3_TYPES];
+    /* y[t ldy + r] (+)= x_t . w_r for n rows x_t, ldx bytes apart, and `rows` rows of a panel of k terms */
     void (*gemm[DSV3I_GEMMS])(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3i_panel *w,
-                                   size_t rows, size_t k, int add);
+                              size_t rows, size_t k, int add);
+    /* scores of all queries with nk <= 64 keys, softmax, weighted sums; and what comes once before, for the same queries
+     * (NULL: nothing). [1]: with everything rounded to BF16, for DSV3_FAST; NULL: as [0] */
     void (*attend_begin[2])(dsv3i_attention_tile *a);
     void (*attend[2])(dsv3i_attention_tile *a, size_t nk);
+    /* with n <= 4 rows, floats [0] of which k is a multiple of 4, or rounded [1]; with more rows, rounded, and a multiple
+     * of 64 rows of weights. NULL: by gemm */
     dsv3i_whole gemv[2][DSV3_TYPES], gemm_packed[DSV3_TYPES];
+    /* y += sum_r x[r] w_r, n numbers each, in this order, for k rows of codes as they lie, row_bytes apart; their values
+     * are those of decode, times scale (NULL: 1), a float for every 128 of them. NULL: by decode and outer */
     void (*gemv_t[DSV3_TYPES])(float *y, const float *x, const void *w, size_t row_bytes, const void *scale, size_t k,
-                            size_t n);
+                               size_t n);
 } dsv3i_kernels;
 
 static const dsv3i_kernels *dsv3i_kernels_of(const dsv3_context *ctx) { return (const dsv3i_kernels *)ctx->ops->own; }
 
 /* ---- Panels: up to 64 rows of weights in columns of 16, terms interleaved, so that a SIMD register holds the same terms
- * of 16 outputs and meets numbers of x. Each output is then a chain of additions in the order of its terms, however many
- * rows x has, and needs no sum over lanes. A panel is cut into pieces of 128 terms, of Q8_0 and Q4_0 of a block's 32, so
- * that what is read together lies together and one after the other:
+ * of 16 outputs, to be multiplied by numbers of x. Each output is then a chain of additions in the order of its terms,
+ * however many rows x has, and needs no sum over lanes. A panel is cut into scale blocks, of Q8_0 and Q4_0 32 terms, else
+ * 128, so that what is read together lies together and one after the other:
  *     F32 [k, columns, 16]     F16, BF16 [k/2, columns, 16, 2]     Q8_0 [k/4, columns, 16, 4] bytes, 128 added
  *     Q4_0 [4, columns, 16, 4] bytes: terms 4 i .. 4 i + 3 in the low four bits, those 16 later in the high
  *     E4M3 [k/4, columns, 4, 2, 4, 2]: of four rows, terms 0 and 1 of each, then terms 2 and 3 of each
  * and, behind these codes, scales: E4M3 one float, Q8_0 and Q4_0 F16 [columns, 16]. dsv3_pack makes all panels once,
- * in memory of the caller; else they are made on the way, 128 terms at a time, with the same bits. */
+ * in memory of the caller; else they are made on the way, a k_block of 128 terms at a time, with the same bits. */
 
 /* Bytes of codes of k terms: words of four bytes for each of 16 rows. */
 static size_t dsv3i_codes_bytes(dsv3_type type, size_t columns, size_t k) {
@@ -6620,7 +6620,6 @@ static size_t dsv3i_codes_bytes(dsv3_type type, size_t columns, size_t k) {
     return dsv3i_blocks(k, each) * columns * DSV3I_LANES * 4;
 }
 
-/* Terms of a piece: those that share a scale, or as many as of FP8. */
 static size_t dsv3i_scale_block_terms(dsv3_type type) { return dsv3_type_block(type) > 1 ? DSV3_QBLOCK : DSV3I_TERMS; }
 
 static size_t dsv3i_scale_block_bytes(dsv3_type type, size_t columns, size_t k) {
@@ -6628,16 +6627,11 @@ static size_t dsv3i_scale_block_bytes(dsv3_type type, size_t columns, size_t k) 
     return dsv3i_codes_bytes(type, columns, k) + dsv3i_blocks(scales, 64) * 64;
 }
 
-/* Bytes of k terms of a panel, from the start of a piece on. */
+/* Bytes of k terms of a panel, from the start of a scale block on. */
 static size_t dsv3i_panel_bytes(dsv3_type type, size_t columns, size_t k) {
     size_t most = dsv3i_scale_block_terms(type), last = k % most;
     size_t bytes = dsv3i_mul(k / most, dsv3i_scale_block_bytes(type, columns, most));
     return last == 0 ? bytes : dsv3i_add(bytes, dsv3i_scale_block_bytes(type, columns, last));
-}
-
-/* Columns of the panel that begins at row r. */
-static size_t dsv3i_panel_columns(const dsv3_tensor *w, size_t r) {
-    return dsv3i_blocks(dsv3i_min(DSV3I_PANEL, w->rows - r), DSV3I_LANES);
 }
 
 /* Bytes before the panel with row r. */
@@ -6650,43 +6644,44 @@ static size_t dsv3i_packed_bytes(const dsv3_tensor *w) {
     return dsv3i_add(dsv3i_panel_at(w, w->rows), dsv3i_panel_bytes(w->type, last, w->cols));
 }
 
-/* The piece of a packed tensor with row r and term k. */
-static const unsigned char *dsv3i_scale_block_at(const dsv3_tensor *w, size_t r, size_t k) {
-    size_t columns = dsv3i_panel_columns(w, r - r % DSV3I_PANEL);
-    return (const unsigned char *)w->data + dsv3i_panel_at(w, r) +
-           dsv3i_panel_bytes(w->type, columns, k - k % dsv3i_scale_block_terms(w->type));
+/* Columns of the panel with row r. */
+static size_t dsv3i_panel_columns(const dsv3_tensor *w, size_t r) {
+    return dsv3i_blocks(dsv3i_min(DSV3I_PANEL, w->rows - (r - r % DSV3I_PANEL)), DSV3I_LANES);
 }
 
-/* One row of a packed tensor, number by number. */
+/* The scale block of a packed tensor with row r and term k. */
+static const unsigned char *dsv3i_scale_block_at(const dsv3_tensor *w, size_t r, size_t k) {
+    return (const unsigned char *)w->data + dsv3i_panel_at(w, r) +
+           dsv3i_panel_bytes(w->type, dsv3i_panel_columns(w, r), k - k % dsv3i_scale_block_terms(w->type));
+}
+
+/* One row of a packed tensor: its bytes as they lay before, scale block by scale block. */
 static void dsv3i_engine_decode_row(float *y, const dsv3_tensor *w, size_t row) {
-    size_t columns = dsv3i_panel_columns(w, row - row % DSV3I_PANEL), r = row % DSV3I_PANEL, lane = r % DSV3I_LANES;
-    size_t most = dsv3i_scale_block_terms(w->type), at = r / DSV3I_LANES * DSV3I_LANES + lane;
-    for (size_t k = 0; k < w->cols; k++) {
-        size_t i = k % most, width = columns * DSV3I_LANES;
-        const unsigned char *codes = dsv3i_scale_block_at(w, row, k);
-        const unsigned char *scales = codes + dsv3i_codes_bytes(w->type, columns, dsv3i_min(most, w->cols - (k - i)));
-        float one, half = dsv3_type_block(w->type) > 1 ? dsv3_f32_from_f16(dsv3i_u16(scales + 2 * r)) : 0.0f;
-        switch (w->type) {
-        case DSV3_F32: DSV3_MEMCPY(&y[k], codes + (i * width + at) * 4, sizeof y[k]); break;
-        case DSV3_F16: y[k] = dsv3_f32_from_f16(dsv3i_u16(codes + (i / 2 * width + at) * 4 + i % 2 * 2)); break;
-        case DSV3_BF16: y[k] = dsv3_f32_from_bf16(dsv3i_u16(codes + (i / 2 * width + at) * 4 + i % 2 * 2)); break;
-        case DSV3_F8_E4M3:
-            DSV3_MEMCPY(&one, scales, sizeof one);
-            codes += i / 4 * width * 4 + (at - lane) * 4 + lane / 4 * 16 + i % 4 / 2 * 8 + lane % 4 * 2 + i % 2;
-            y[k] = dsv3_f32_from_f8_e4m3(*codes) * one;
-            break;
-        case DSV3_Q8_0: y[k] = half * (float)((int)codes[(i / 4 * width + at) * 4 + i % 4] - 128); break;
-        case DSV3_Q4_0:
-            codes += (i % 16 / 4 * width + at) * 4 + i % 4;
-            y[k] = half * (float)((i < 16 ? *codes & 15 : *codes >> 4) - 8);
+    size_t columns = dsv3i_panel_columns(w, row), r = row % DSV3I_PANEL, most = dsv3i_scale_block_terms(w->type);
+    size_t first = dsv3_type_block(w->type) > 1 ? 2 : 0; /* bytes of a scale before its codes */
+    for (size_t k0 = 0; k0 < w->cols; k0 += most) {
+        size_t k = dsv3i_min(most, w->cols - k0), bytes = dsv3_row_bytes(w->type, k);
+        const unsigned char *codes = dsv3i_scale_block_at(w, row, k0);
+        const unsigned char *scale = codes + dsv3i_codes_bytes(w->type, columns, k);
+        unsigned char block[DSV3I_TERMS * sizeof(float)];
+        float one;
+        DSV3_MEMCPY(block, scale + 2 * r, first);
+        for (size_t j = 0; first + j < bytes; j++) {
+            size_t word = j / 4 * columns * DSV3I_LANES + r, at = word * 4 + j % 4;
+            if (w->type == DSV3_F8_E4M3) at = (word - r % 4) * 4 + j % 4 / 2 * 8 + r % 4 * 2 + j % 2;
+            block[first + j] = (unsigned char)(codes[at] ^ (w->type == DSV3_Q8_0 ? 128 : 0));
         }
+        dsv3i_plain.decode[w->type](y + k0, block, k);
+        if (w->type != DSV3_F8_E4M3) continue;
+        DSV3_MEMCPY(&one, scale, sizeof one);
+        dsv3i_scale(y + k0, one, k);
     }
 }
 
-/* ---- Stretches of panels for products */
+/* ---- k_blocks: 128 terms of a panel, as products take them */
 
-#define DSV3I_STAGE (DSV3I_PANEL * DSV3I_TERMS) /* floats of a stretch */
-/* Floats of a worker's scratch for products: two stretches, and scales. */
+#define DSV3I_STAGE (DSV3I_PANEL * DSV3I_TERMS) /* floats of a k_block */
+/* Floats of a worker's scratch for products: two k_blocks, and scales. */
 #define DSV3I_STAGES (2 * DSV3I_STAGE + DSV3I_STAGE / DSV3_QBLOCK)
 
 typedef enum dsv3i_form { DSV3I_FLOATS = 0, DSV3I_BF16S = 1, DSV3I_BYTES = 2 } dsv3i_form; /* of values */
@@ -6702,32 +6697,31 @@ typedef struct dsv3i_k_block {
     size_t r, rows, k0, k;
 } dsv3i_k_block;
 
-/* The scales of a stretch, but for those that kernels.pack writes. */
-static void dsv3i_k_block_scales(const dsv3_context *ctx, dsv3i_panel *out, const dsv3i_k_block *a, float *s) {
-    const dsv3_tensor *w = a->w;
-    size_t codes = dsv3i_codes_bytes(w->type, out->columns, out->block), lanes = out->columns * DSV3I_LANES;
-    const unsigned char *at = dsv3i_scale_at(w, a->r);
-    int blocks = dsv3_type_block(w->type) > 1;
-    float one = 1.0f;
-    out->scale = NULL;
-    if (!blocks && w->type != DSV3_F8_E4M3) return;
-    out->scale = s;
-    if (w->packed) at = (const unsigned char *)out->values + codes;
-    if (blocks) {
-        for (size_t i = 0; w->packed && i < a->k; i += out->block, at += codes + out->gap, s += lanes) {
-            ctx->ops->decode[DSV3_F16](s, at, lanes);
-        }
-        return;
-    }
-    if (!w->packed && at != NULL) at += a->k0 / DSV3_BLOCK * sizeof *s;
-    if (w->packed || at != NULL) DSV3_MEMCPY(&one, at, sizeof one); /* FP8 without scales: 1, as dsv3_pack writes it */
-    for (size_t i = 0; i < lanes; i++) s[i] = one;
+/* Codes of a k_block that is not packed, and scales as in dsv3i_panel. FP8 without scales: 1 */
+static void dsv3i_k_block_codes(const dsv3_context *ctx, const dsv3i_k_block *b, void *codes, float *scale) {
+    const dsv3_tensor *w = b->w;
+    const unsigned char *at = dsv3i_scale_at(w, b->r);
+    dsv3i_kernels_of(ctx)->pack[w->type](codes, scale, dsv3i_row_at(w, b->r) + dsv3_row_bytes(w->type, b->k0),
+                                         dsv3_row_bytes(w->type, w->cols), b->rows, b->k);
+    if (w->type != DSV3_F8_E4M3) return;
+    *scale = 1.0f;
+    if (at != NULL) DSV3_MEMCPY(scale, at + b->k0 / DSV3_BLOCK * sizeof *scale, sizeof *scale);
 }
 
-/* Codes become values, block by block, or values floats. Where there are several blocks, values are bytes. */
+/* The scales of a packed k_block, which stand behind the codes of each scale block. */
+static void dsv3i_k_block_scales(const dsv3_context *ctx, const dsv3i_panel *w, dsv3_type type, size_t k, float *scale) {
+    size_t codes = dsv3i_codes_bytes(type, w->columns, w->block), lanes = w->columns * DSV3I_LANES;
+    const unsigned char *at = (const unsigned char *)w->values + codes;
+    if (type == DSV3_F8_E4M3) DSV3_MEMCPY(scale, at, sizeof *scale);
+    for (size_t i = 0; dsv3_type_block(type) > 1 && i < k; i += w->block, at += codes + w->gap, scale += lanes) {
+        ctx->ops->decode[DSV3_F16](scale, at, lanes);
+    }
+}
+
+/* Codes become values, scale block by scale block, or values floats. */
 static void dsv3i_k_block_convert(const dsv3i_kernels *kernels, dsv3_type type, int floats, float *to, dsv3i_panel *w,
                                   size_t k) {
-    size_t each = w->block * w->columns * DSV3I_LANES;
+    size_t each = w->block * w->columns * DSV3I_LANES; /* where there are several blocks, values are bytes */
     const unsigned char *from = (const unsigned char *)w->values;
     for (size_t i = 0, b = 0; i < k; i += w->block, b++) {
         if (floats) {
@@ -6741,40 +6735,41 @@ static void dsv3i_k_block_convert(const dsv3i_kernels *kernels, dsv3_type type, 
     w->ahead = w->gap = 0;
 }
 
-/* A stretch as products take it: where it lies, or made in scratch [DSV3I_STAGES]. Returns which product. */
-static dsv3i_gemm_kind dsv3i_k_block_make(const dsv3_context *ctx, dsv3i_panel *out, const dsv3i_k_block *a, int fast,
-                                       int few, float *scratch) {
+/* A k_block as products take it: where it lies, or made in scratch [DSV3I_STAGES]. Returns which product. */
+static dsv3i_gemm_kind dsv3i_k_block_make(const dsv3_context *ctx, dsv3i_panel *out, const dsv3i_k_block *b, int fast,
+                                          int few, float *scratch) {
     const dsv3i_kernels *kernels = dsv3i_kernels_of(ctx);
-    const dsv3_tensor *w = a->w;
-    dsv3i_form form = dsv3i_form_of(w->type);
-    float *stage = scratch, *other = scratch + DSV3I_STAGE, *scale = scratch + 2 * DSV3I_STAGE;
-    size_t next_bytes = w->packed ? dsv3i_panel_bytes(w->type, dsv3i_blocks(a->rows, DSV3I_LANES), a->k) : 0;
-    out->zero = w->type == DSV3_Q4_0 ? 8 : 128;
-    out->columns = dsv3i_blocks(a->rows, DSV3I_LANES);
-    out->block = dsv3i_min(dsv3i_scale_block_terms(w->type), a->k);
-    out->values = w->packed ? (const void *)dsv3i_scale_block_at(w, a->r, a->k0) : stage;
-    out->gap = 0;
-    if (w->packed && form == DSV3I_BYTES) {
-        out->gap = dsv3i_scale_block_bytes(w->type, out->columns, out->block) -
-                   dsv3i_codes_bytes(w->type, out->columns, out->block);
+    dsv3_type type = b->w->type;
+    dsv3i_form form = dsv3i_form_of(type);
+    float *other = scratch + DSV3I_STAGE, *scale = scratch + 2 * DSV3I_STAGE;
+    DSV3_MEMSET(out, 0, sizeof *out);
+    out->zero = type == DSV3_Q4_0 ? 8 : 128;
+    out->columns = dsv3i_blocks(b->rows, DSV3I_LANES);
+    out->block = dsv3i_min(dsv3i_scale_block_terms(type), b->k);
+    out->values = scratch;
+    if (type == DSV3_F8_E4M3 || form == DSV3I_BYTES) out->scale = scale;
+    if (b->w->packed) {
+        out->values = dsv3i_scale_block_at(b->w, b->r, b->k0);
+        out->ahead = dsv3i_panel_bytes(type, out->columns, b->k);
+        out->next = (const unsigned char *)out->values + out->ahead;
+        if (form == DSV3I_BYTES) {
+            out->gap = dsv3i_scale_block_bytes(type, out->columns, out->block) -
+                       dsv3i_codes_bytes(type, out->columns, out->block);
+        }
+        dsv3i_k_block_scales(ctx, out, type, b->k, scale);
+    } else {
+        dsv3i_k_block_codes(ctx, b, scratch, scale);
     }
-    out->ahead = next_bytes;
-    out->next = (const unsigned char *)out->values + out->ahead;
-    out->next_bytes = 0;
-    dsv3i_k_block_scales(ctx, out, a, scale);
-    if (!w->packed) {
-        kernels->pack[w->type](stage, scale, dsv3i_row_at(w, a->r) + dsv3_row_bytes(w->type, a->k0),
-                               dsv3_row_bytes(w->type, w->cols), a->rows, a->k);
-    }
-    if (kernels->widen[w->type] != NULL) {
-        dsv3i_k_block_convert(kernels, w->type, 0, other, out, a->k);
-        other = stage;
+    for (size_t i = 1; type == DSV3_F8_E4M3 && i < out->columns * DSV3I_LANES; i++) scale[i] = *scale;
+    if (kernels->widen[type] != NULL) {
+        dsv3i_k_block_convert(kernels, type, 0, other, out, b->k);
+        other = scratch;
     }
     if (form == DSV3I_FLOATS) return DSV3I_GEMM_F32;
     if (fast) return form == DSV3I_BF16S ? DSV3I_GEMM_FAST_BF16 : DSV3I_GEMM_FAST_BYTES;
     if (few) return form == DSV3I_BF16S ? DSV3I_GEMM_BF16 : DSV3I_GEMM_BYTES;
-    dsv3i_k_block_convert(kernels, w->type, 1, other, out, a->k);
-    out->next_bytes = next_bytes;
+    dsv3i_k_block_convert(kernels, type, 1, other, out, b->k);
+    if (b->w->packed) out->next_bytes = dsv3i_panel_bytes(type, out->columns, b->k);
     return DSV3I_GEMM_F32;
 }
 
@@ -6797,15 +6792,16 @@ static dsv3i_input dsv3i_input_at(dsv3i_input in, size_t t) {
     return in;
 }
 
-/* Are activations rounded for weights of this type? To codes, and not to floats? */
-static int dsv3i_is_rounded(const dsv3_context *ctx, dsv3_type type) {
-    return ctx->compute == DSV3_FAST && dsv3i_kernels_of(ctx)->round[type] != NULL;
+/* How activations are rounded for weights of this type; NULL: not at all. */
+static dsv3i_rounder dsv3i_rounding(const dsv3_context *ctx, dsv3_type type) {
+    return ctx->compute == DSV3_FAST ? dsv3i_kernels_of(ctx)->round[type] : NULL;
 }
 
-static int dsv3i_has_fast(const dsv3_context *ctx, dsv3_type type) {
+/* Is it to codes, and not to floats? */
+static int dsv3i_is_fast(const dsv3_context *ctx, dsv3_type type) {
     dsv3i_form form = dsv3i_form_of(type);
     dsv3i_gemm_kind product = form == DSV3I_BF16S ? DSV3I_GEMM_FAST_BF16 : DSV3I_GEMM_FAST_BYTES;
-    return form != DSV3I_FLOATS && dsv3i_kernels_of(ctx)->gemm[product] != NULL;
+    return form != DSV3I_FLOATS && dsv3i_rounding(ctx, type) != NULL && dsv3i_kernels_of(ctx)->gemm[product] != NULL;
 }
 
 /* Floats from one rounded row of k numbers to the next, at most. */
@@ -6821,43 +6817,50 @@ static size_t dsv3i_input_bytes(int codes, dsv3_type type, size_t k) {
  * them. */
 static dsv3i_input dsv3i_input_rounded(const dsv3_context *ctx, const float *out, dsv3_type type, size_t k) {
     dsv3i_input in = dsv3i_input_floats(out, 0);
-    in.fast = dsv3i_is_rounded(ctx, type) && dsv3i_has_fast(ctx, type);
+    in.fast = dsv3i_is_fast(ctx, type);
     in.stride = dsv3i_blocks(dsv3i_input_bytes(in.fast, type, k), 64) * 64;
     if (in.stride % 256 == 0) in.stride += 64;
     return in;
 }
 
+/* Many rows that lie a power of two apart are copied, for the same reason, if they are not rounded. */
+static int dsv3i_is_copied(const dsv3_context *ctx, const dsv3_tensor *w, size_t n) {
+    return dsv3i_rounding(ctx, w->type) != NULL || (n > DSV3I_FEW && w->cols % 128 == 0);
+}
+
 /* Rows x [n, k], ldx floats apart, rounded or just copied to where `to` says. */
 static void dsv3i_input_fill(const dsv3_context *ctx, const dsv3i_input *to, const float *x, size_t ldx, dsv3_type type,
                              size_t n, size_t k) {
+    dsv3i_rounder rounding = dsv3i_rounding(ctx, type);
     unsigned char *out = (unsigned char *)(uintptr_t)to->x;
-    for (size_t t = 0; t < n; t++, out += to->stride) {
-        if (dsv3i_is_rounded(ctx, type)) {
-            dsv3i_kernels_of(ctx)->round[type](out, x + t * ldx, k);
-        } else {
-            DSV3_MEMCPY(out, x + t * ldx, k * sizeof *x);
-        }
+    for (size_t t = 0; t < n; t++, out += to->stride, x += ldx) {
+        if (rounding != NULL) rounding(out, x, k);
+        if (rounding == NULL) DSV3_MEMCPY(out, x, k * sizeof *x);
     }
 }
 
 /* Rows x [n, k], rounded into out [n, dsv3i_rounded_floats(k)] with DSV3_FAST, else as they are. */
 static dsv3i_input dsv3i_input_round(const dsv3_context *ctx, float *out, const float *x, size_t ldx, dsv3_type type,
                                      size_t n, size_t k) {
-    dsv3i_input in;
-    if (!dsv3i_is_rounded(ctx, type)) return dsv3i_input_floats(x, ldx);
-    in = dsv3i_input_rounded(ctx, out, type, k);
+    dsv3i_input in = dsv3i_input_rounded(ctx, out, type, k);
+    if (dsv3i_rounding(ctx, type) == NULL) return dsv3i_input_floats(x, ldx);
     dsv3i_input_fill(ctx, &in, x, ldx, type, n, k);
     return in;
 }
 
 /* ---- Products of rows of x and rows of w */
 
+#define DSV3I_DECODE 16u /* rows of weights that are decoded together, at most */
+
+/* Floats of a worker's scratch for weights with so many columns. */
+static size_t dsv3i_product_floats(size_t cols) { return dsv3i_max(dsv3i_mul(DSV3I_DECODE, cols), DSV3I_STAGES); }
+
 /* y[t ldy + (r - r0)] = x_t . row r of w for n rows x_t and rows r0 <= r < r1 of w. scratch [DSV3I_STAGES] */
 static void dsv3i_rows_near_product(const dsv3_context *ctx, float *y, size_t ldy, const dsv3i_input *in, size_t n,
                                     const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
     const dsv3i_kernels *kernels = dsv3i_kernels_of(ctx);
     dsv3i_whole whole = n <= DSV3I_FEW ? kernels->gemv[in->fast][w->type] : in->fast ? kernels->gemm_packed[w->type] : NULL;
-    dsv3i_k_block a = {w, 0, 0, 0, 0};
+    dsv3i_k_block b = {w, 0, 0, 0, 0};
     if (w->packed && whole != NULL && (in->fast || w->cols % 4 == 0)) {
         size_t rows = n <= DSV3I_FEW ? r1 - r0 : (r1 - r0) / DSV3I_PANEL * DSV3I_PANEL;
         DSV3_ASSERT(r0 % DSV3I_PANEL == 0 && (r1 % DSV3I_PANEL == 0 || r1 == w->rows));
@@ -6865,23 +6868,23 @@ static void dsv3i_rows_near_product(const dsv3_context *ctx, float *y, size_t ld
         y += rows;
         r0 += rows;
     }
-    for (a.r = r0; a.r < r1; a.r += a.rows) {
-        a.rows = dsv3i_min(DSV3I_PANEL - a.r % DSV3I_PANEL, r1 - a.r);
-        for (a.k0 = 0; a.k0 < w->cols; a.k0 += a.k) {
-            const unsigned char *x = (const unsigned char *)in->x + dsv3i_input_bytes(in->fast, w->type, a.k0);
+    for (b.r = r0; b.r < r1; b.r += b.rows) {
+        b.rows = dsv3i_min(DSV3I_PANEL - b.r % DSV3I_PANEL, r1 - b.r);
+        for (b.k0 = 0; b.k0 < w->cols; b.k0 += b.k) {
+            const unsigned char *x = (const unsigned char *)in->x + dsv3i_input_bytes(in->fast, w->type, b.k0);
             dsv3i_panel panel;
             dsv3i_gemm_kind product;
-            a.k = dsv3i_min(DSV3I_TERMS, w->cols - a.k0);
-            product = dsv3i_k_block_make(ctx, &panel, &a, in->fast, n <= DSV3I_FEW, scratch);
-            kernels->gemm[product](y + (a.r - r0), ldy, x, in->stride, n, &panel, a.rows, a.k, a.k0 > 0);
+            b.k = dsv3i_min(DSV3I_TERMS, w->cols - b.k0);
+            product = dsv3i_k_block_make(ctx, &panel, &b, in->fast, n <= DSV3I_FEW, scratch);
+            kernels->gemm[product](y + (b.r - r0), ldy, x, in->stride, n, &panel, b.rows, b.k, b.k0 > 0);
         }
     }
 }
 
-/* Rows of x, of n, that meet stretches of w together: what fits near caches, or four times as many where one is to be
- * made first, or where rows meet whole panels, which then take care of that. */
+/* Rows of x, of n, that go through a k_block of w together: what fits near caches, or four times as many where one is to
+ * be made first, or where gemm_packed takes care of that. */
 static size_t dsv3i_rows_near(const dsv3_context *ctx, const dsv3_tensor *w, size_t n) {
-    int far = !w->packed || (dsv3i_is_rounded(ctx, w->type) && dsv3i_kernels_of(ctx)->gemm_packed[w->type] != NULL);
+    int far = !w->packed || (dsv3i_rounding(ctx, w->type) != NULL && dsv3i_kernels_of(ctx)->gemm_packed[w->type] != NULL);
     size_t parts = dsv3i_blocks(n, far ? 4 * DSV3I_MANY : DSV3I_MANY);
     return parts > 1 ? dsv3i_blocks(dsv3i_blocks(n, parts), 6) * 6 : n;
 }
@@ -6899,23 +6902,25 @@ static void dsv3i_rows_product(const dsv3_context *ctx, float *y, size_t ldy, co
     }
 }
 
-/* y_t += sum_i x_t[i] w_i for n rows x_t, y_t and rows r0 <= i < r1 of w; scratch [DSV3I_DECODE, cols]. */
-#define DSV3I_DECODE 16u /* rows of weights that are decoded together, at most */
-
-static void dsv3i_rows_mix(const dsv3_context *ctx, float *y, size_t ldy, const float *x, size_t ldx, size_t n,
+/* y_t += sum_i x_t[i] w_i for n rows x_t, y_t and, in this order, rows r0 <= i < r1 of w. Each row is decoded once for all
+ * of them, or read where it lies. scratch [4, cols], of 8 rows x_t and more [DSV3I_DECODE, cols] */
+static void dsv3i_rows_sum(const dsv3_context *ctx, float *y, size_t ldy, const float *x, size_t ldx, size_t n,
                            const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
     const dsv3i_kernels *kernels = dsv3i_kernels_of(ctx);
+    int floats = w->type == DSV3_F32 && !w->packed && (uintptr_t)w->data % sizeof(float) == 0;
     int few = n <= DSV3I_FEW && kernels->gemv_t[w->type] != NULL && !w->packed;
-    size_t most = n < 8 ? 4 : DSV3I_DECODE;
+    size_t most = floats ? r1 - r0 : n < 8 ? 4 : DSV3I_DECODE;
     for (size_t r = r0, rows; r < r1; r += rows) {
+        const float *from = scratch;
         rows = dsv3i_min(few ? DSV3_BLOCK - r % DSV3_BLOCK : most, r1 - r);
-        for (size_t t = 0; t < n && few; t++) {
+        for (size_t t = 0; few && t < n; t++) {
             kernels->gemv_t[w->type](y + t * ldy, x + t * ldx + (r - r0), dsv3i_row_at(w, r),
-                                  dsv3_row_bytes(w->type, w->cols), dsv3i_scale_at(w, r), rows, w->cols);
+                                     dsv3_row_bytes(w->type, w->cols), dsv3i_scale_at(w, r), rows, w->cols);
         }
         if (few) continue;
-        for (size_t i = 0; i < rows; i++) dsv3i_decode_row(ctx, scratch + i * w->cols, w, r + i);
-        kernels->outer(y, ldy, n, x + (r - r0), ldx, 1, scratch, w->cols, rows, w->cols);
+        if (floats) from = (const float *)(const void *)dsv3i_row_at(w, r);
+        for (size_t i = 0; !floats && i < rows; i++) dsv3i_decode_row(ctx, scratch + i * w->cols, w, r + i);
+        kernels->outer(y, ldy, n, x + (r - r0), ldx, 1, from, w->cols, rows, w->cols);
     }
 }
 
@@ -6953,7 +6958,7 @@ typedef struct dsv3i_linear_arg {
     const dsv3_context *ctx;
     const dsv3i_job *jobs;
     size_t count;
-    float *scratch;   /* [workers, DSV3I_STAGES] */
+    float *scratch;    /* [workers, DSV3I_STAGES] */
     size_t item, rows; /* rows of weights and of x in an item */
 } dsv3i_linear_arg;
 
@@ -6986,67 +6991,55 @@ static void dsv3i_round_task(void *arg, size_t begin, size_t end, size_t worker)
     }
 }
 
-/* Many rows that lie a power of two apart are copied, for the same reason (see dsv3i_input_rounded). */
-static int dsv3i_is_copied(const dsv3i_job *job) { return job->p.n > DSV3I_FEW && job->p.w->cols % 128 == 0; }
-
 /* Do both want the same of the same rows? */
-static int dsv3i_same_input(const dsv3_context *ctx, const dsv3i_job *a, const dsv3i_job *b) {
-    const dsv3i_kernels *kernels = dsv3i_kernels_of(ctx);
-    dsv3_type type = a->p.w->type, other = b->p.w->type;
-    return a->p.x == b->p.x && a->p.n == b->p.n && a->p.w->cols == b->p.w->cols && a->in.x != a->p.x &&
-           dsv3i_is_rounded(ctx, type) == dsv3i_is_rounded(ctx, other) &&
-           (ctx->compute == DSV3_EXACT || kernels->round[type] == kernels->round[other]);
+static int dsv3i_same_input(const dsv3_context *ctx, const dsv3i_product *a, const dsv3i_product *b) {
+    return a->x == b->x && a->n == b->n && a->w->cols == b->w->cols &&
+           dsv3i_rounding(ctx, a->w->type) == dsv3i_rounding(ctx, b->w->type);
 }
 
 /* rounded: room for the rows of all jobs that do not share them with the job before. */
 static void dsv3i_round_jobs(dsv3i_linear_arg *arg, dsv3i_job *jobs, float *rounded) {
     size_t rows = 0, work = 0;
     for (size_t j = 0; j < arg->count; j++) {
-        dsv3i_job *job = &jobs[j];
-        size_t floats = dsv3i_rounded_floats(job->p.w->cols);
-        job->first = rows;
-        if (!dsv3i_is_rounded(arg->ctx, job->p.w->type) && !dsv3i_is_copied(job)) continue;
-        if (j > 0 && dsv3i_same_input(arg->ctx, job - 1, job)) {
-            job->in = job[-1].in;
+        dsv3i_product *p = &jobs[j].p;
+        size_t floats = dsv3i_rounded_floats(p->w->cols);
+        jobs[j].first = rows;
+        if (!dsv3i_is_copied(arg->ctx, p->w, p->n)) continue;
+        if (j > 0 && dsv3i_same_input(arg->ctx, &jobs[j - 1].p, p)) {
+            jobs[j].in = jobs[j - 1].in;
             continue;
         }
-        job->in = dsv3i_input_rounded(arg->ctx, rounded, job->p.w->type, job->p.w->cols);
-        rounded += job->p.n * floats;
-        rows += job->p.n;
-        work = dsv3i_add(work, dsv3i_mul(job->p.n, 4 * floats));
+        jobs[j].in = dsv3i_input_rounded(arg->ctx, rounded, p->w->type, p->w->cols);
+        rounded += p->n * floats;
+        rows += p->n;
+        work = dsv3i_add(work, dsv3i_mul(p->n, 4 * floats));
     }
     dsv3i_parallel(arg->ctx, rows, work, dsv3i_round_task, arg);
 }
 
-/* Rows of weights in an item: some panels, which are read side by side when there is one row of x, but enough
- * items for all threads. Rows of x in it: all, or fewer, if they are many, to have eight items for each thread. */
-static void dsv3i_jobs_cut(dsv3i_linear_arg *arg) {
-    size_t panels = 0, together = 8, items = 0, n = 1, threads = arg->ctx->threads;
-    for (size_t j = 0; j < arg->count; j++) {
-        panels += dsv3i_blocks(arg->jobs[j].p.rows, DSV3I_PANEL);
-        if (arg->jobs[j].p.n > 1) together = 1;
-        n = dsv3i_max(n, arg->jobs[j].p.n);
-    }
-    together = dsv3i_min(together, panels / (2 * threads));
-    arg->item = dsv3i_max(together, 1) * DSV3I_PANEL;
-    for (size_t j = 0; j < arg->count; j++) items += dsv3i_blocks(arg->jobs[j].p.rows, arg->item);
-    arg->rows = n;
-    if (threads < 2) return;
-    n = dsv3i_blocks(n, dsv3i_blocks(8 * threads, items));
-    arg->rows = dsv3i_blocks(dsv3i_max(n, 48), 6) * 6;
-}
-
-/* All jobs in one loop. scratch [threads, DSV3I_STAGES]; rounded: as for dsv3i_round_jobs. */
+/* All jobs in one loop. scratch [threads, DSV3I_STAGES]; rounded: as for dsv3i_round_jobs. Rows of weights in an item:
+ * some panels, which are read side by side when there is one row of x, but enough items for all threads. Rows of x in it:
+ * all, or fewer, if they are many, to have eight items for each thread. */
 static void dsv3i_jobs_run(const dsv3_context *ctx, dsv3i_job *jobs, size_t count, float *scratch, float *rounded) {
-    dsv3i_linear_arg arg = {ctx, jobs, count, scratch, 0, 0};
-    size_t items = 0, work = 0;
-    dsv3i_jobs_cut(&arg);
-    dsv3i_round_jobs(&arg, jobs, rounded);
+    dsv3i_linear_arg arg = {ctx, jobs, count, scratch, DSV3I_PANEL, 1};
+    size_t panels = 0, items = 0, work = 0, threads = ctx->threads;
     for (size_t j = 0; j < count; j++) {
         const dsv3i_product *p = &jobs[j].p;
-        jobs[j].first = items;
-        items += dsv3i_blocks(p->rows, arg.item) * dsv3i_blocks(p->n, arg.rows);
+        panels += dsv3i_blocks(p->rows, DSV3I_PANEL);
+        arg.rows = dsv3i_max(arg.rows, p->n);
         work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(p->rows, p->w->cols), p->n));
+    }
+    if (arg.rows == 1) arg.item *= dsv3i_max(dsv3i_min(8, panels / (2 * threads)), 1);
+    for (size_t j = 0; j < count; j++) items += dsv3i_blocks(jobs[j].p.rows, arg.item);
+    if (threads > 1) {
+        size_t n = dsv3i_blocks(arg.rows, dsv3i_blocks(8 * threads, items));
+        arg.rows = dsv3i_blocks(dsv3i_max(n, 48), 6) * 6;
+    }
+    dsv3i_round_jobs(&arg, jobs, rounded);
+    items = 0;
+    for (size_t j = 0; j < count; j++) {
+        jobs[j].first = items;
+        items += dsv3i_blocks(jobs[j].p.rows, arg.item) * dsv3i_blocks(jobs[j].p.n, arg.rows);
     }
     dsv3i_parallel(ctx, items, work, dsv3i_jobs_task, &arg);
 }
@@ -7058,8 +7051,7 @@ static void dsv3i_fast_linear(const dsv3_context *ctx, const dsv3i_product *list
 }
 
 static size_t dsv3i_engine_linear_floats(size_t n, size_t cols, size_t threads) {
-    size_t worker = dsv3i_max(dsv3i_mul(DSV3I_DECODE, cols), DSV3I_STAGES);
-    return dsv3i_add(dsv3i_mul(threads, worker), dsv3i_mul(n, dsv3i_rounded_floats(cols)));
+    return dsv3i_add(dsv3i_mul(threads, dsv3i_product_floats(cols)), dsv3i_mul(n, dsv3i_rounded_floats(cols)));
 }
 
 #ifndef DSV3_NO_TRAINING
@@ -7084,44 +7076,33 @@ typedef struct dsv3i_backward_arg {
     const dsv3_context *ctx;
     dsv3i_backward_job *jobs;
     size_t count, item; /* item: rows of dx, or of dW */
-    float *scratch;     /* [workers, floats]: DSV3I_DECODE rows of W */
+    float *scratch;     /* [workers, floats]: as dsv3i_rows_sum wants it */
     size_t floats;
 } dsv3i_backward_arg;
 
-/* Can products read rows of w as they lie? */
-static int dsv3i_is_direct(const dsv3_tensor *w) {
-    return w->type == DSV3_F32 && !w->packed && (uintptr_t)w->data % sizeof(float) == 0;
+/* dW [item, cols] of a job += dy^T x */
+static void dsv3i_backward_dw(const dsv3i_backward_arg *a, const dsv3i_backward_job *job, size_t item) {
+    const dsv3i_product *p = &job->p;
+    size_t d = p->w->cols, r = item * a->item, rows = dsv3i_min(a->item, p->rows - r);
+    dsv3i_kernels_of(a->ctx)->outer(job->dw + r * d, d, rows, p->y + r, 1, p->rows, p->x, d, p->n, d);
 }
 
-/* dx [rows from t0 to t1-1]: each row of W is decoded once for all of them. */
-static void dsv3i_backward_dx(const dsv3_context *ctx, float *dx, const dsv3i_product *p, size_t t0, size_t t1, float *rows) {
-    size_t cols = p->w->cols, most = p->n < 8 ? 4 : DSV3I_DECODE;
-    int direct = dsv3i_is_direct(p->w);
-    for (size_t r = 0, end; r < p->rows; r = end) {
-        const float *from = rows;
-        end = direct ? p->rows : dsv3i_min(r + most, p->rows);
-        if (direct) from = (const float *)(const void *)dsv3i_row_at(p->w, p->row);
-        for (size_t i = r; !direct && i < end; i++) dsv3i_decode_row(ctx, rows + (i - r) * cols, p->w, p->row + i);
-        dsv3i_kernels_of(ctx)->outer(dx + t0 * cols, cols, t1 - t0, p->y + t0 * p->rows + r, p->rows, 1, from, cols,
-                                     end - r, cols);
+/* dx [item, cols] of a job, or of two, += dy W */
+static void dsv3i_backward_dx(const dsv3i_backward_arg *a, const dsv3i_backward_job *job, size_t item, float *scratch) {
+    size_t d = job->p.w->cols, t = item * a->item, n = dsv3i_min(a->item, job->p.n - t);
+    if (job->beta0) DSV3_MEMSET(job->dx + t * d, 0, n * d * sizeof *job->dx);
+    for (const dsv3i_backward_job *from = job; from <= job + (job->joint != 0); from++) {
+        const dsv3i_product *p = &from->p;
+        dsv3i_rows_sum(a->ctx, job->dx + t * d, d, p->y + t * p->rows, p->rows, n, p->w, p->row, p->row + p->rows, scratch);
     }
 }
 
 static void dsv3i_backward_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_backward_arg *a = (const dsv3i_backward_arg *)arg;
-    float *rows = a->scratch + worker * a->floats;
     for (size_t i = begin, j = 0; i < end; i++) {
         const dsv3i_backward_job *job = &a->jobs[j = dsv3i_list_at(a->jobs, sizeof *a->jobs, a->count, i, j)];
-        const dsv3i_product *p = &job->p;
-        size_t d = p->w->cols, from = (i - (i < job->dx_first ? job->first : job->dx_first)) * a->item;
-        size_t last = dsv3i_min(from + a->item, i < job->dx_first ? p->rows : p->n);
-        if (i < job->dx_first) {
-            dsv3i_kernels_of(a->ctx)->outer(job->dw + from * d, d, last - from, p->y + from, 1, p->rows, p->x, d, p->n, d);
-            continue;
-        }
-        if (job->beta0) DSV3_MEMSET(job->dx + from * d, 0, (last - from) * d * sizeof *job->dx);
-        dsv3i_backward_dx(a->ctx, job->dx, p, from, last, rows);
-        if (job->joint) dsv3i_backward_dx(a->ctx, job->dx, &job[1].p, from, last, rows);
+        if (i < job->dx_first) dsv3i_backward_dw(a, job, i - job->first);
+        if (i >= job->dx_first) dsv3i_backward_dx(a, job, i - job->dx_first, a->scratch + worker * a->floats);
     }
 }
 
@@ -7161,7 +7142,7 @@ static void dsv3i_fast_linear_backward(const dsv3_context *ctx, float *dx, int b
 }
 #endif
 
-/* ---- Attention. Keys come in blocks of up to 64, which up to 64 queries meet together (an attention tile).
+/* ---- Attention. Up to 64 queries attend to up to 64 keys together: an attention tile.
  *
  * Segments. In the absorbed form all heads share their keys, and a token that is decoded behind a long past has more
  * keys than heads to give to threads: the past is cut at fixed positions into segments, whose (m, l, o) are built up
@@ -7169,7 +7150,7 @@ static void dsv3i_fast_linear_backward(const dsv3_context *ctx, float *dx, int b
  *     l'' = l exp(m - M) + l' exp(m' - M)      o'' = o exp(m - M) + o' exp(m' - M)
  * in the order of their positions, whoever computed them. */
 
-#define DSV3I_TILE_KEYS 64u /* keys per block */
+#define DSV3I_TILE_KEYS 64u /* keys of a tile */
 #ifndef DSV3I_SEGMENT
 #define DSV3I_SEGMENT 256u /* keys per segment, DSV3I_TILE_KEYS times a whole number */
 #endif
@@ -7179,20 +7160,18 @@ static void dsv3i_fast_linear_backward(const dsv3_context *ctx, float *dx, int b
 #define DSV3I_QUERIES 8u  /* rows of a window: they share decoded rows of kv_b_proj in the absorbed form */
 #define DSV3I_EXPAND 128u /* keys expanded together, DSV3I_TILE_KEYS times a whole number */
 
-/* A window of rows goes through three loops: the queries of each head; groups of queries meet segments of their cache; the
- * sums of segments join, in their order, and UV is applied. */
+/* In the absorbed form a window of rows goes through three loops: the queries of each head; groups of queries attend to
+ * segments of their cache; the sums of segments join, in their order, and UV is applied. */
 typedef struct dsv3i_attention {
     const dsv3i_call *c;
-    const dsv3_tensor *kv_up;  /* kv_b_proj, or its packed copy, for products with its rows */
-    float *query, *mean;       /* [window, H, rk+dr], [window, H, rk] */
-    float *part;               /* [groups x segments, lanes, part_floats] sums over segments */
-    float *worker;             /* [threads, worker_floats] */
-    size_t lanes, part_floats; /* of queries in a group, at most; of a query's sums: [rk], maximum, sum of exponentials */
-    size_t tile_floats, worker_floats;
-    size_t t0, t1;         /* rows of the window; those with the expanded form are passed over */
-    size_t groups;         /* of queries */
-    size_t segment, count; /* segments [segment, segment + count) of each are dealt with, */
-    size_t segments;       /* of so many, at most */
+    const dsv3_tensor *kv_up; /* kv_b_proj, or its packed copy, for products with its rows */
+    float *query, *mean;      /* [window, H, rk+dr], [window, H, rk] */
+    float *part;              /* [count, queries, part_floats] sums over segments: [rk], maximum, sum of exponentials */
+    float *worker;            /* [threads, worker_floats] */
+    size_t part_floats, tile_floats, worker_floats;
+    size_t t0, t1, queries; /* rows of the window, and H times as many queries */
+    size_t segment, count;  /* segments [segment, segment + count) are dealt with, */
+    size_t segments;        /* of so many, at most */
 } dsv3i_attention;
 
 /* Groups of queries times segments that are worked on at once, at most: no fewer than there are groups in a window, and
@@ -7202,10 +7181,9 @@ static size_t dsv3i_parts(const dsv3i_dims *m, size_t n, size_t threads) {
     return dsv3i_max(groups, threads > 1 ? dsv3i_mul(8, threads) : 1);
 }
 
-/* Floats for products with kv_b_proj: decoded rows or stretches, and rounded rows. */
+/* Floats for products with kv_b_proj: of its rows, and behind them for rounded latents. */
 static size_t dsv3i_up_floats(const dsv3i_dims *m) {
-    size_t rows = dsv3i_max(dsv3i_mul(DSV3I_DECODE, m->rk), DSV3I_STAGES);
-    return dsv3i_add(rows, dsv3i_mul(DSV3I_EXPAND, dsv3i_rounded_floats(m->rk)));
+    return dsv3i_add(dsv3i_product_floats(m->rk), dsv3i_mul(DSV3I_EXPAND, dsv3i_rounded_floats(m->rk)));
 }
 
 /* Of calls of n rows: sizes, and places. A worker has room for products with kv_b_proj, a tile, decoded latents, and
@@ -7213,23 +7191,23 @@ static size_t dsv3i_up_floats(const dsv3i_dims *m) {
  * their place, values. */
 static void dsv3i_attention_layout(dsv3i_attention *at, const dsv3i_dims *m, size_t n, size_t threads, dsv3i_layout *l) {
     size_t window = dsv3i_min(n, DSV3I_QUERIES), wide, dk, expanded = dsv3i_add(m->width, dsv3i_add(m->qk, m->dv));
-    at->lanes = dsv3i_min(64, dsv3i_max(n, dsv3i_mul(window, m->H)));
+    size_t lanes = dsv3i_min(64, dsv3i_max(n, dsv3i_mul(window, m->H)));
     at->part_floats = dsv3i_mul(dsv3i_blocks(dsv3i_add(m->rk, 2), DSV3I_LANES), DSV3I_LANES);
     wide = dsv3i_blocks(dsv3i_max(m->rk, m->dv), DSV3I_LANES) * DSV3I_LANES;
     dk = dsv3i_add(dsv3i_max(dsv3i_max(m->width, m->qk), wide), 4);
-    wide = dsv3i_blocks(at->lanes, DSV3I_LANES) * DSV3I_LANES;
+    wide = dsv3i_blocks(lanes, DSV3I_LANES) * DSV3I_LANES;
     at->tile_floats = dsv3i_add(dsv3i_mul(wide, dsv3i_add(dk, DSV3I_TILE_KEYS)), dsv3i_mul(DSV3I_TILE_KEYS, dk));
     at->worker_floats = dsv3i_add(dsv3i_up_floats(m), dsv3i_add(at->tile_floats, dsv3i_mul(DSV3I_EXPAND, expanded)));
     at->worker_floats = dsv3i_mul(dsv3i_blocks(at->worker_floats, 16), 16); /* on cache lines of their own */
     at->query = (float *)dsv3i_take(l, sizeof(float), window, m->H, m->width);
     at->mean = (float *)dsv3i_take(l, sizeof(float), window, m->H, m->rk);
-    at->part = (float *)dsv3i_take(l, sizeof(float), dsv3i_parts(m, n, threads), at->lanes, at->part_floats);
+    at->part = (float *)dsv3i_take(l, sizeof(float), dsv3i_parts(m, n, threads), lanes, at->part_floats);
     at->worker = (float *)dsv3i_take(l, sizeof(float), threads, at->worker_floats, 1);
 }
 
 /* ---- Attention tiles */
 
-/* The kernels' meet that applies. */
+/* The kernels' attend that applies. */
 static int dsv3i_tile_kind(const dsv3_context *ctx) {
     return ctx->compute == DSV3_FAST && dsv3i_kernels_of(ctx)->attend[1] != NULL;
 }
@@ -7249,7 +7227,7 @@ static void dsv3i_tile_weights(dsv3i_attention_tile *a, size_t i, float *p, size
     for (size_t j = 0; j < a->dv; j++) out[j] *= rescale;
 }
 
-/* Of an instruction set that has tile and outer, and no more. */
+/* attend, of an instruction set that has tile and outer, and no more. */
 static void dsv3i_tile_attend(dsv3i_attention_tile *a, size_t nk) {
     const float *keys = (const float *)a->keys, *values = (const float *)a->values;
     float *p = (float *)a->scratch;
@@ -7258,11 +7236,33 @@ static void dsv3i_tile_attend(dsv3i_attention_tile *a, size_t nk) {
     dsv3i_kernels_of(a->ctx)->outer(a->out, a->ld_out, a->lanes, p, nk, 1, values, a->ld_v, nk, a->dv);
 }
 
-/* Queries are ready: rows of dk numbers, state and sums are set. */
-static void dsv3i_tile_begin(dsv3i_attention_tile *a) {
+static dsv3i_attention_tile dsv3i_tile_of(const dsv3i_call *c, void *scratch, dsv3_type type, size_t dk, size_t dv) {
+    dsv3i_attention_tile a;
+    a.ctx = c->ctx;
+    a.scratch = scratch;
+    a.type = type;
+    a.dk = dk;
+    a.dv = dv;
+    a.scale = c->model->softmax_scale;
+    return a;
+}
+
+/* Queries and sums are there, the latter as state [lanes, 2], ld floats apart. What is behind the lanes repeats the last. */
+static void dsv3i_tile_begin(dsv3i_attention_tile *a, const float *state, size_t ld) {
     const dsv3i_kernels *kernels = dsv3i_kernels_of(a->ctx);
     int kind = dsv3i_tile_kind(a->ctx);
+    for (size_t i = 0; i < 64; i++) {
+        a->top[i] = state[dsv3i_min(i, a->lanes - 1) * ld];
+        a->sum[i] = state[dsv3i_min(i, a->lanes - 1) * ld + 1];
+    }
     if (kernels->attend_begin[kind] != NULL) kernels->attend_begin[kind](a);
+}
+
+static void dsv3i_tile_end(const dsv3i_attention_tile *a, float *state, size_t ld) {
+    for (size_t i = 0; i < a->lanes; i++) {
+        state[i * ld] = a->top[i];
+        state[i * ld + 1] = a->sum[i];
+    }
 }
 
 /* Are there keys, of nk, that a query does not see and whose values are not finite? */
@@ -7280,178 +7280,98 @@ static int dsv3i_tile_hides(const dsv3i_attention_tile *a, size_t nk) {
     return 0;
 }
 
-/* One query, for keys of dk numbers and values of dv. */
-static dsv3i_attention_tile dsv3i_tile_of(const dsv3i_call *c, void *scratch, dsv3_type type, size_t dk, size_t dv) {
-    dsv3i_attention_tile a;
-    a.ctx = c->ctx;
-    a.scratch = scratch;
-    a.type = type;
-    a.lanes = 1;
-    a.dk = dk;
-    a.dv = dv;
-    a.scale = c->model->softmax_scale;
-    return a;
-}
-
-/* The sums of query i so far. Unused ones repeat the last. */
-static void dsv3i_tile_query(dsv3i_attention_tile *a, size_t i, const float state[2]) {
-    a->top[i] = state[0];
-    a->sum[i] = state[1];
-}
-
-/* A block of keys. What a query does not see must not matter to it, not even as 0 times infinity: then each query meets
- * what it sees alone. */
-static void dsv3i_tile_meets(dsv3i_attention_tile *a, size_t nk) {
-    const dsv3i_kernels *kernels = dsv3i_kernels_of(a->ctx);
-    int kind = dsv3i_tile_kind(a->ctx);
-    if (!dsv3i_tile_hides(a, nk)) {
-        kernels->attend[kind](a, nk);
-        return;
-    }
+/* Each query by itself, with the keys that it sees. */
+static void dsv3i_tile_one_by_one(dsv3i_attention_tile *a) {
+    float state[128];
+    dsv3i_tile_end(a, state, 2);
     for (size_t i = 0; i < a->lanes; i++) {
         dsv3i_attention_tile one = *a;
         one.lanes = 1;
         one.q = a->q + i * a->ld_q;
         one.out = a->out + i * a->ld_out;
-        for (size_t j = 0; j < 64; j++) {
-            one.top[j] = a->top[i];
-            one.sum[j] = a->sum[i];
-            one.seen[j] = a->seen[i];
-        }
-        dsv3i_tile_begin(&one);
-        if (a->seen[i] > 0) kernels->attend[kind](&one, (size_t)a->seen[i]);
-        a->top[i] = one.top[0];
-        a->sum[i] = one.sum[0];
+        for (size_t j = 0; j < 64; j++) one.seen[j] = a->seen[i];
+        dsv3i_tile_begin(&one, state + 2 * i, 2);
+        if (a->seen[i] > 0) dsv3i_kernels_of(a->ctx)->attend[dsv3i_tile_kind(a->ctx)](&one, (size_t)a->seen[i]);
+        dsv3i_tile_end(&one, state + 2 * i, 2);
     }
-    dsv3i_tile_begin(a);
+    dsv3i_tile_begin(a, state, 2);
 }
 
-/* How many of nk keys from position b on does the row of a batch see? */
-static int32_t dsv3i_seen(const dsv3_workspace *ws, size_t row, size_t b, size_t nk) {
-    size_t position = (size_t)ws->position[row];
-    return position < b ? 0 : (int32_t)dsv3i_min(nk, position - b + 1);
+/* The nk keys from position b on. Its queries are those with numbers query, query + step, ..; head h of row t has number
+ * t H + h. What a query does not see must not matter to it, not even as 0 times infinity. */
+static void dsv3i_tile_keys(dsv3i_attention_tile *a, const dsv3i_call *c, size_t query, size_t step, size_t b, size_t nk) {
+    for (size_t i = 0; i < 64; i++) {
+        size_t position = (size_t)c->ws->position[(query + dsv3i_min(i, a->lanes - 1) * step) / c->m.H];
+        a->seen[i] = position < b ? 0 : (int32_t)dsv3i_min(nk, position - b + 1);
+    }
+    if (dsv3i_tile_hides(a, nk)) {
+        dsv3i_tile_one_by_one(a);
+    } else {
+        dsv3i_kernels_of(a->ctx)->attend[dsv3i_tile_kind(a->ctx)](a, nk);
+    }
 }
 
 /* ---- Absorbed form */
-
-/* Up to 64 queries (rows, then heads) of one sequence. */
-typedef struct dsv3i_group {
-    size_t t;            /* a row of theirs */
-    size_t first, lanes; /* among the queries of the window */
-    size_t last;         /* position that one of them still sees */
-} dsv3i_group;
-
-/* The end of the rows from t on that belong to its sequence. */
-static size_t dsv3i_window_end(const dsv3i_attention *b, size_t t) {
-    const int32_t *leader = b->c->ws->leader;
-    size_t end = t + 1;
-    while (end < b->t1 && leader[end] == leader[t]) end++;
-    return end;
-}
-
-/* Group g; 0: there are not so many. */
-static int dsv3i_group_at(const dsv3i_attention *b, size_t g, dsv3i_group *group) {
-    const dsv3_workspace *ws = b->c->ws;
-    size_t H = b->c->m.H;
-    for (size_t t = b->t0, end, groups; t < b->t1; t = end, g -= groups) {
-        end = dsv3i_window_end(b, t);
-        groups = ws->expanded[t] ? 0 : dsv3i_blocks((end - t) * H, 64);
-        if (g >= groups) continue;
-        group->t = t;
-        group->first = (t - b->t0) * H + 64 * g;
-        group->lanes = dsv3i_min(64, (end - t) * H - 64 * g);
-        group->last = (size_t)ws->position[b->t0 + (group->first + group->lanes - 1) / H];
-        return 1;
-    }
-    return 0;
-}
-
-/* The sums of row t, head h over segment b->segment + s. */
-static float *dsv3i_part_of(const dsv3i_attention *b, size_t t, size_t h, size_t s) {
-    size_t g = 0, H = b->c->m.H;
-    for (size_t r = b->t0, end, query; r < b->t1; r = end) {
-        end = dsv3i_window_end(b, r);
-        query = (t - r) * H + h; /* of those of this sequence */
-        if (t < end) return b->part + (((g + query / 64) * b->count + s) * b->lanes + query % 64) * b->part_floats;
-        if (!b->c->ws->expanded[r]) g += dsv3i_blocks((end - r) * H, 64);
-    }
-    return NULL;
-}
-
-/* The next rows from t on of the absorbed form: *n of them, from the row that is returned on; t1 if there are none. */
-static size_t dsv3i_window_rows(const dsv3i_attention *b, size_t t, size_t *n) {
-    const int32_t *expanded = b->c->ws->expanded;
-    while (t < b->t1 && expanded[t]) t++;
-    for (*n = 0; t + *n < b->t1 && !expanded[t + *n];) ++*n;
-    return t;
-}
 
 /* Item = a head: its queries, UK^T qn with the rotated parts behind, and sums to begin with. */
 static void dsv3i_absorb_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_attention *b = (const dsv3i_attention *)arg;
     const dsv3i_dims *m = &b->c->m;
-    const dsv3_workspace *ws = b->c->ws;
-    for (size_t h = begin, rows; h < end; h++) {
-        for (size_t t = dsv3i_window_rows(b, b->t0, &rows); t < b->t1; t = dsv3i_window_rows(b, t + rows, &rows)) {
-            const float *q = ws->q + t * m->Hq + h * m->qk;
-            float *query = b->query + ((t - b->t0) * m->H + h) * m->width;
-            for (size_t i = 0; i < rows; i++) {
-                float *to = query + i * m->H * m->width;
-                DSV3_MEMSET(to, 0, m->rk * sizeof *to);
-                DSV3_MEMCPY(to + m->rk, q + i * m->Hq + m->dn, m->dr * sizeof *to);
-                dsv3i_attend_begin(b->mean + ((t + i - b->t0) * m->H + h) * m->rk,
-                                   ws->softmax + ((t + i) * m->H + h) * 2, m->rk);
-            }
-            dsv3i_rows_mix(b->c->ctx, query, m->H * m->width, q, m->Hq, rows, &b->c->w->kv_b_proj, h * m->kv,
-                           h * m->kv + m->dn, b->worker + worker * b->worker_floats);
+    for (size_t h = begin; h < end; h++) {
+        const float *q = b->c->ws->q + b->t0 * m->Hq + h * m->qk;
+        float *query = b->query + h * m->width, *state = b->c->ws->softmax + (b->t0 * m->H + h) * 2;
+        for (size_t i = 0; i < b->t1 - b->t0; i++) {
+            float *to = query + i * m->H * m->width;
+            DSV3_MEMSET(to, 0, m->rk * sizeof *to);
+            DSV3_MEMCPY(to + m->rk, q + i * m->Hq + m->dn, m->dr * sizeof *to);
+            dsv3i_attend_begin(b->mean + (i * m->H + h) * m->rk, state + i * m->H * 2, m->rk);
         }
+        dsv3i_rows_sum(b->c->ctx, query, m->H * m->width, q, m->Hq, b->t1 - b->t0, &b->c->w->kv_b_proj, h * m->kv,
+                       h * m->kv + m->dn, b->worker + worker * b->worker_floats);
     }
 }
 
-/* Queries of a group meet the keys of positions [begin, end); part [lanes, part_floats]. */
-static void dsv3i_segment_attend(const dsv3i_attention *b, const dsv3i_group *group, size_t begin, size_t end, float *part,
-                               float *scratch) {
+/* Queries of the window, from `first` on, that make a group: up to 64 of one sequence. */
+static size_t dsv3i_group_lanes(const dsv3i_attention *b, size_t first) {
+    const int32_t *leader = b->c->ws->leader;
+    size_t H = b->c->m.H, t = b->t0 + first / H, end = t + 1;
+    while (end < b->t1 && leader[end] == leader[t]) end++;
+    return dsv3i_min(64, (end - b->t0) * H - first);
+}
+
+/* The group of query `first` and one segment; part [lanes, part_floats]. */
+static void dsv3i_segment_attend(const dsv3i_attention *b, size_t first, size_t segment, float *part, float *scratch) {
     const dsv3i_call *c = b->c;
     const dsv3i_dims *m = &c->m;
-    const dsv3_cache *cache = &c->caches[c->ws->sequence[group->t]];
+    const dsv3_cache *cache = &c->caches[c->ws->sequence[b->t0 + first / m->H]];
     int raw = dsv3i_tile_kind(c->ctx) == 1 && cache->type == DSV3_BF16 && m->width % 2 == 0;
-    dsv3i_attention_tile with = dsv3i_tile_of(c, scratch, raw ? DSV3_BF16 : DSV3_F32, m->width, m->rk);
-    with.lanes = group->lanes;
-    with.q = b->query + group->first * m->width;
-    with.out = part;
-    with.ld_q = with.ld_k = with.ld_v = m->width;
-    with.ld_out = b->part_floats;
-    for (size_t i = 0; i < 64; i++) {
-        float state[2];
-        dsv3i_attend_begin(part + i * b->part_floats, state, i < with.lanes ? m->rk : 0);
-        dsv3i_tile_query(&with, i, state);
-    }
-    dsv3i_tile_begin(&with);
-    for (size_t at = begin, nk; at < end; at += nk) {
+    size_t at = segment * DSV3I_SEGMENT, lanes = dsv3i_group_lanes(b, first), end;
+    dsv3i_attention_tile tile = dsv3i_tile_of(c, scratch, raw ? DSV3_BF16 : DSV3_F32, m->width, m->rk);
+    end = dsv3i_min(at + DSV3I_SEGMENT, (size_t)c->ws->position[b->t0 + (first + lanes - 1) / m->H] + 1);
+    tile.lanes = lanes;
+    tile.q = b->query + first * m->width;
+    tile.out = part;
+    tile.ld_q = tile.ld_k = tile.ld_v = m->width;
+    tile.ld_out = b->part_floats;
+    for (size_t i = 0; i < lanes; i++, part += b->part_floats) dsv3i_attend_begin(part, part + m->rk, m->rk);
+    dsv3i_tile_begin(&tile, tile.out + m->rk, b->part_floats);
+    for (size_t nk; at < end; at += nk) {
         nk = dsv3i_min(DSV3I_TILE_KEYS, end - at);
-        for (size_t i = 0; i < 64; i++) {
-            size_t query = group->first + dsv3i_min(i, with.lanes - 1);
-            with.seen[i] = dsv3i_seen(c->ws, b->t0 + query / m->H, at, nk);
-        }
-        with.keys = with.values = raw ? (const void *)dsv3i_cache_at(cache, c->layer, at)
+        tile.keys = tile.values = raw ? (const void *)dsv3i_cache_at(cache, c->layer, at)
                                       : dsv3i_cache_load(c->ctx, cache, c->layer, at, nk, scratch + b->tile_floats);
-        dsv3i_tile_meets(&with, nk);
+        dsv3i_tile_keys(&tile, c, b->t0 * m->H + first, 1, at, nk);
     }
-    for (size_t i = 0; i < with.lanes; i++) {
-        part[i * b->part_floats + m->rk] = with.top[i];
-        part[i * b->part_floats + m->rk + 1] = with.sum[i];
-    }
+    dsv3i_tile_end(&tile, tile.out + m->rk, b->part_floats);
 }
 
 /* Item = a group and one of the segments. */
 static void dsv3i_segment_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_attention *b = (const dsv3i_attention *)arg;
     for (size_t i = begin; i < end; i++) {
-        size_t from = (b->segment + i % b->count) * DSV3I_SEGMENT;
-        dsv3i_group group;
-        if (!dsv3i_group_at(b, i / b->count, &group)) return;
-        dsv3i_segment_attend(b, &group, from, dsv3i_min(from + DSV3I_SEGMENT, group.last + 1),
-                           b->part + i * b->lanes * b->part_floats, b->worker + worker * b->worker_floats);
+        size_t first = 0, s = i % b->count;
+        for (size_t group = 0; group < i / b->count; group++) first += dsv3i_group_lanes(b, first);
+        dsv3i_segment_attend(b, first, b->segment + s, b->part + (s * b->queries + first) * b->part_floats,
+                             b->worker + worker * b->worker_floats);
     }
 }
 
@@ -7466,69 +7386,53 @@ static void dsv3i_part_join(const dsv3_context *ctx, float *mean, float state[2]
     state[1] = state[1] * now + part[rk + 1] * add;
 }
 
-/* o = UV m for head h of rows [t, t + n), whose sums m are complete. */
-static void dsv3i_absorbed_up(const dsv3i_attention *b, size_t t, size_t n, size_t h, float *scratch) {
-    const dsv3i_call *c = b->c;
-    const dsv3i_dims *m = &c->m;
-    float *mean = b->mean + ((t - b->t0) * m->H + h) * m->rk;
-    dsv3i_input in;
-    for (size_t i = 0; i < n; i++) {
-        dsv3i_attend_end(mean + i * m->H * m->rk, c->ws->softmax + ((t + i) * m->H + h) * 2, m->rk);
-    }
-    in = dsv3i_input_round(c->ctx, scratch + dsv3i_max(DSV3I_DECODE * m->rk, DSV3I_STAGES), mean, m->H * m->rk,
-                           c->w->kv_b_proj.type, n, m->rk);
-    dsv3i_rows_product(c->ctx, c->ws->o + t * m->Ho + h * m->dv, m->Ho, &in, n, b->kv_up, h * m->kv + m->dn,
-                       (h + 1) * m->kv, scratch);
-}
-
-/* Item = a head: segments join, and after the last one UV is applied. */
+/* Item = a head: segments join, and after the last one o = UV m. */
 static void dsv3i_join_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_attention *b = (const dsv3i_attention *)arg;
-    const dsv3i_dims *m = &b->c->m;
-    for (size_t h = begin, rows; h < end; h++) {
-        for (size_t t = dsv3i_window_rows(b, b->t0, &rows); t < b->t1; t = dsv3i_window_rows(b, t + rows, &rows)) {
-            for (size_t i = t; i < t + rows; i++) {
-                float *mean = b->mean + ((i - b->t0) * m->H + h) * m->rk, *state = b->c->ws->softmax + (i * m->H + h) * 2;
-                for (size_t s = 0; s < b->count; s++) {
-                    dsv3i_part_join(b->c->ctx, mean, state, dsv3i_part_of(b, i, h, s), m->rk);
-                }
+    const dsv3i_call *c = b->c;
+    const dsv3i_dims *m = &c->m;
+    float *scratch = b->worker + worker * b->worker_floats;
+    int last = b->segment + b->count == b->segments;
+    for (size_t h = begin; h < end; h++) {
+        dsv3i_input in;
+        for (size_t query = h; query < b->queries; query += m->H) {
+            float *mean = b->mean + query * m->rk, *state = c->ws->softmax + (b->t0 * m->H + query) * 2;
+            for (size_t s = 0; s < b->count; s++) {
+                dsv3i_part_join(c->ctx, mean, state, b->part + (s * b->queries + query) * b->part_floats, m->rk);
             }
-            if (b->segment + b->count < b->segments) continue;
-            dsv3i_absorbed_up(b, t, rows, h, b->worker + worker * b->worker_floats);
+            if (last) dsv3i_attend_end(mean, state, m->rk);
         }
+        if (!last) continue;
+        in = dsv3i_input_round(c->ctx, scratch + dsv3i_product_floats(m->rk), b->mean + h * m->rk, m->H * m->rk,
+                               b->kv_up->type, b->t1 - b->t0, m->rk);
+        dsv3i_rows_product(c->ctx, c->ws->o + b->t0 * m->Ho + h * m->dv, m->Ho, &in, b->t1 - b->t0, b->kv_up,
+                           h * m->kv + m->dn, (h + 1) * m->kv, scratch);
     }
 }
 
-/* Rows [t0, t1). */
+/* Rows [t0, t1), all of the absorbed form. */
 static void dsv3i_absorbed_window(dsv3i_attention *b, size_t t0, size_t t1) {
     const dsv3i_call *c = b->c;
     const dsv3i_dims *m = &c->m;
-    size_t last = 0, heads = dsv3i_mul(t1 - t0, m->H), parts = dsv3i_parts(m, c->ws->rows, c->ws->threads);
-    dsv3i_group group;
+    size_t last = 0, groups = 0, parts = dsv3i_parts(m, c->ws->rows, c->ws->threads);
     b->t0 = t0;
     b->t1 = t1;
-    for (b->groups = 0; dsv3i_group_at(b, b->groups, &group); b->groups++) last = dsv3i_max(last, group.last);
-    if (b->groups == 0) return;
+    b->queries = (t1 - t0) * m->H;
+    for (size_t t = t0; t < t1; t++) last = dsv3i_max(last, (size_t)c->ws->position[t]);
+    for (size_t i = 0; i < b->queries; i += dsv3i_group_lanes(b, i)) groups++;
     b->segments = last / DSV3I_SEGMENT + 1;
-    dsv3i_parallel(c->ctx, m->H, dsv3i_mul(heads, m->dn * m->rk), dsv3i_absorb_task, b);
+    dsv3i_parallel(c->ctx, m->H, dsv3i_mul(b->queries, m->dn * m->rk), dsv3i_absorb_task, b);
     for (b->segment = 0; b->segment < b->segments; b->segment += b->count) {
-        size_t keys, up = dsv3i_mul(heads, m->dv * m->rk);
-        b->count = dsv3i_min(dsv3i_max(parts / b->groups, 1), b->segments - b->segment);
+        size_t keys, up = dsv3i_mul(b->queries, m->dv * m->rk);
+        b->count = dsv3i_min(parts / groups, b->segments - b->segment);
         keys = dsv3i_min(b->count * DSV3I_SEGMENT, last + 1 - b->segment * DSV3I_SEGMENT);
-        dsv3i_parallel(c->ctx, b->groups * b->count, dsv3i_mul(heads, keys * (m->width + m->rk)), dsv3i_segment_task, b);
-        if (b->segment + b->count < b->segments) up = dsv3i_mul(heads, b->count * m->rk);
+        dsv3i_parallel(c->ctx, groups * b->count, dsv3i_mul(b->queries, keys * (m->width + m->rk)), dsv3i_segment_task, b);
+        if (b->segment + b->count < b->segments) up = dsv3i_mul(b->queries, b->count * m->rk);
         dsv3i_parallel(c->ctx, m->H, up, dsv3i_join_task, b);
     }
 }
 
 /* ---- Expanded form */
-
-/* Keys [nk, dn+dr] and values [nk, dv] of a head, as meet takes them. */
-typedef struct dsv3i_expanded {
-    float *keys, *values;
-    dsv3_type type;
-    size_t ld_k, ld_v; /* numbers from one to the next */
-} dsv3i_expanded;
 
 /* Latents [nk, rk] as products with kv_b_proj take them: cache rows where they lie, if these are what would come out; else
  * decoded into latents, and rounded into scratch. */
@@ -7536,8 +7440,8 @@ static dsv3i_input dsv3i_latent_input(const dsv3i_attention *a, const dsv3_cache
                                       float *latents, float *scratch) {
     const dsv3i_call *c = a->c;
     dsv3_type type = a->kv_up->type;
-    if (cache->type == DSV3_BF16 && dsv3i_form_of(type) == DSV3I_BF16S && dsv3i_is_rounded(c->ctx, type) &&
-        dsv3i_has_fast(c->ctx, type) && c->m.rk % 4 == 0) {
+    if (cache->type == DSV3_BF16 && dsv3i_form_of(type) == DSV3I_BF16S && dsv3i_is_fast(c->ctx, type) &&
+        c->m.rk % 4 == 0) {
         dsv3i_input in = {dsv3i_cache_at(cache, c->layer, b), c->m.width * 2, 1};
         return in;
     }
@@ -7554,129 +7458,114 @@ static size_t dsv3i_round_rows(const dsv3_context *ctx, float *x, size_t n, size
     return ld;
 }
 
-/* Head h at positions b .. b+nk-1; latents [nk, width] and up [dsv3i_up_floats] are scratch. Keys and values are rounded once
- * for all queries, if meet can take what it would round each time. */
-static void dsv3i_expand_keys(const dsv3i_attention *a, dsv3i_expanded *e, const dsv3_cache *cache, size_t b, size_t nk,
-                              size_t h, float *latents, float *up) {
+/* Keys [nk, dn+dr] and values [nk, dv] of head h at positions b .. b+nk-1, for a tile. They are rounded once for all
+ * queries, if attend can take what it would round each time. */
+static void dsv3i_expand_keys(const dsv3i_attention *a, dsv3i_attention_tile *tile, const dsv3_cache *cache, size_t b,
+                              size_t nk, size_t h, float *scratch) {
     const dsv3i_call *c = a->c;
     const dsv3i_dims *m = &c->m;
     size_t first = h * m->kv, size = dsv3_type_bytes(cache->type);
-    dsv3i_input in = dsv3i_latent_input(a, cache, b, nk, latents, up + dsv3i_max(DSV3I_DECODE * m->rk, DSV3I_STAGES));
-    dsv3i_rows_product(c->ctx, e->keys, m->qk, &in, nk, a->kv_up, first, first + m->dn, up);
-    dsv3i_rows_product(c->ctx, e->values, m->dv, &in, nk, a->kv_up, first + m->dn, first + m->kv, up);
+    float *latents = scratch + dsv3i_up_floats(m) + a->tile_floats, *keys = latents + DSV3I_EXPAND * m->width;
+    float *values = keys + DSV3I_EXPAND * m->qk;
+    dsv3i_input in = dsv3i_latent_input(a, cache, b, nk, latents, scratch + dsv3i_product_floats(m->rk));
+    dsv3i_rows_product(c->ctx, keys, m->qk, &in, nk, a->kv_up, first, first + m->dn, scratch);
+    dsv3i_rows_product(c->ctx, values, m->dv, &in, nk, a->kv_up, first + m->dn, first + m->kv, scratch);
     for (size_t j = 0; j < nk; j++) {
-        c->ctx->ops->decode[cache->type](e->keys + j * m->qk + m->dn,
+        c->ctx->ops->decode[cache->type](keys + j * m->qk + m->dn,
                                          dsv3i_cache_at(cache, c->layer, b + j) + m->rk * size, m->dr);
     }
-    e->type = DSV3_F32;
-    e->ld_k = m->qk;
-    e->ld_v = m->dv;
+    tile->keys = keys;
+    tile->values = values;
+    tile->type = DSV3_F32;
+    tile->ld_k = m->qk;
+    tile->ld_v = m->dv;
     if (dsv3i_tile_kind(c->ctx) != 1 || m->qk % 2 != 0 || m->dv < 4) return;
-    e->type = DSV3_BF16;
-    e->ld_k = dsv3i_round_rows(c->ctx, e->keys, nk, m->qk);
-    e->ld_v = dsv3i_round_rows(c->ctx, e->values, nk, m->dv);
+    tile->type = DSV3_BF16;
+    tile->ld_k = dsv3i_round_rows(c->ctx, keys, nk, m->qk);
+    tile->ld_v = dsv3i_round_rows(c->ctx, values, nk, m->dv);
 }
 
-/* Rows t .. of one sequence, up to 64 next to each other, and their head h meet expanded keys b .. b+nk-1. Their sums live
- * in ws->o and ws->softmax. Returns how many rows. */
-static size_t dsv3i_expanded_rows(const dsv3i_call *c, size_t t, size_t h, const dsv3i_expanded *e, size_t b, size_t nk,
-                                  float *scratch) {
+/* Head h of rows t .. of one sequence, up to 64 next to each other, attends to nk expanded keys from position b on. Sums
+ * live in ws->o and ws->softmax. Returns how many rows. */
+static size_t dsv3i_expanded_rows(const dsv3i_call *c, dsv3i_attention_tile tile, size_t t, size_t h, size_t b, size_t nk) {
     const dsv3i_dims *m = &c->m;
     const dsv3_workspace *ws = c->ws;
+    const unsigned char *keys = (const unsigned char *)tile.keys, *values = (const unsigned char *)tile.values;
+    float *state = ws->softmax + (t * m->H + h) * 2;
     size_t last;
-    dsv3i_attention_tile with = dsv3i_tile_of(c, scratch, e->type, m->qk, m->dv);
-    while (with.lanes < 64 && t + with.lanes < c->n && ws->leader[t + with.lanes] == ws->leader[t]) with.lanes++;
-    last = (size_t)ws->position[t + with.lanes - 1];
-    if (last < b) return with.lanes;
-    with.q = ws->q + t * m->Hq + h * m->qk;
-    with.out = ws->o + t * m->Ho + h * m->dv;
-    with.ld_q = m->Hq;
-    with.ld_k = e->ld_k;
-    with.ld_v = e->ld_v;
-    with.ld_out = m->Ho;
-    for (size_t i = 0; i < 64; i++) {
-        dsv3i_tile_query(&with, i, ws->softmax + ((t + dsv3i_min(i, with.lanes - 1)) * m->H + h) * 2);
-    }
-    dsv3i_tile_begin(&with);
+    tile.lanes = 1;
+    while (tile.lanes < 64 && t + tile.lanes < c->n && ws->leader[t + tile.lanes] == ws->leader[t]) tile.lanes++;
+    last = (size_t)ws->position[t + tile.lanes - 1];
+    if (last < b) return tile.lanes;
+    tile.q = ws->q + t * m->Hq + h * m->qk;
+    tile.out = ws->o + t * m->Ho + h * m->dv;
+    tile.ld_q = m->Hq;
+    tile.ld_out = m->Ho;
+    dsv3i_tile_begin(&tile, state, 2 * m->H);
     for (size_t j = 0; j < nk && b + j <= last; j += DSV3I_TILE_KEYS) {
-        size_t some = dsv3i_min(DSV3I_TILE_KEYS, nk - j);
-        for (size_t i = 0; i < 64; i++) {
-            with.seen[i] = dsv3i_seen(ws, t + dsv3i_min(i, with.lanes - 1), b + j, some);
-        }
-        with.keys = (const unsigned char *)e->keys + j * e->ld_k * dsv3_type_bytes(e->type);
-        with.values = (const unsigned char *)e->values + j * e->ld_v * dsv3_type_bytes(e->type);
-        dsv3i_tile_meets(&with, some);
+        tile.keys = keys + j * tile.ld_k * dsv3_type_bytes(tile.type);
+        tile.values = values + j * tile.ld_v * dsv3_type_bytes(tile.type);
+        dsv3i_tile_keys(&tile, c, t * m->H + h, m->H, b + j, dsv3i_min(DSV3I_TILE_KEYS, nk - j));
     }
-    for (size_t i = 0; i < with.lanes; i++) {
-        float *state = ws->softmax + ((t + i) * m->H + h) * 2;
-        state[0] = with.top[i];
-        state[1] = with.sum[i];
-    }
-    return with.lanes;
+    dsv3i_tile_end(&tile, state, 2 * m->H);
+    return tile.lanes;
 }
 
-/* Item = head h of the sequence whose first batch row is `leader`. Each block of keys is expanded once and meets all rows
- * of the sequence that may see it. */
-static void dsv3i_expanded_item(const dsv3i_attention *a, size_t leader, size_t h, float *scratch) {
+/* Head h of the sequence whose first row is `leader`. A block of keys is expanded once for all its rows. */
+static void dsv3i_expanded_head(const dsv3i_attention *a, size_t leader, size_t h, float *scratch) {
     const dsv3i_call *c = a->c;
     const dsv3i_dims *m = &c->m;
     const dsv3_workspace *ws = c->ws;
-    float *tile = scratch + dsv3i_up_floats(m), *latents = tile + a->tile_floats;
-    dsv3i_expanded e;
+    float *state = ws->softmax + 2 * h, *o = ws->o + h * m->dv;
+    dsv3i_attention_tile tile = dsv3i_tile_of(c, scratch + dsv3i_up_floats(m), DSV3_F32, m->qk, m->dv);
     size_t last = 0;
-    e.keys = latents + DSV3I_EXPAND * m->width;
-    e.values = e.keys + DSV3I_EXPAND * m->qk;
     for (size_t t = leader; t < c->n; t++) {
         if (ws->leader[t] != (int32_t)leader) continue;
         last = (size_t)ws->position[t];
-        dsv3i_attend_begin(ws->o + t * m->Ho + h * m->dv, ws->softmax + (t * m->H + h) * 2, m->dv);
+        dsv3i_attend_begin(o + t * m->Ho, state + t * 2 * m->H, m->dv);
     }
     for (size_t b = 0; b <= last; b += DSV3I_EXPAND) {
         size_t nk = dsv3i_min(DSV3I_EXPAND, last - b + 1);
-        dsv3i_expand_keys(a, &e, &c->caches[ws->sequence[leader]], b, nk, h, latents, scratch);
-        for (size_t t = leader, rows; t < c->n; t += rows) {
-            rows = 1;
-            if (ws->leader[t] == (int32_t)leader) rows = dsv3i_expanded_rows(c, t, h, &e, b, nk, tile);
+        dsv3i_expand_keys(a, &tile, &c->caches[ws->sequence[leader]], b, nk, h, scratch);
+        for (size_t t = leader; t < c->n;) {
+            t += ws->leader[t] == (int32_t)leader ? dsv3i_expanded_rows(c, tile, t, h, b, nk) : 1;
         }
     }
     for (size_t t = leader; t < c->n; t++) {
-        if (ws->leader[t] != (int32_t)leader) continue;
-        dsv3i_attend_end(ws->o + t * m->Ho + h * m->dv, ws->softmax + (t * m->H + h) * 2, m->dv);
+        if (ws->leader[t] == (int32_t)leader) dsv3i_attend_end(o + t * m->Ho, state + t * 2 * m->H, m->dv);
     }
 }
 
-/* The first row, from t on, of a sequence that uses the expanded form; n if there is none. */
-static size_t dsv3i_expanded_leader(const dsv3i_call *c, size_t t) {
-    while (t < c->n && !(c->ws->expanded[t] && c->ws->leader[t] == (int32_t)t)) t++;
-    return t;
-}
-
+/* Item = a head and a row, which counts if a sequence begins there: so all threads have some. */
 static void dsv3i_expanded_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_attention *a = (const dsv3i_attention *)arg;
     for (size_t i = begin; i < end; i++) {
-        size_t t = dsv3i_expanded_leader(a->c, 0);
-        for (size_t s = 0; s < i / a->c->m.H; s++) t = dsv3i_expanded_leader(a->c, t + 1);
-        dsv3i_expanded_item(a, t, i % a->c->m.H, a->worker + worker * a->worker_floats);
+        size_t t = i % a->c->n, h = i / a->c->n;
+        if (!a->c->ws->expanded[t] || a->c->ws->leader[t] != (int32_t)t) continue;
+        dsv3i_expanded_head(a, t, h, a->worker + worker * a->worker_floats);
     }
 }
 
 static void dsv3i_fast_attend(dsv3i_call *c) {
     const dsv3_workspace *ws = c->ws;
     dsv3i_layout l = {(unsigned char *)ws->scratch, 0};
-    size_t leaders = 0;
+    int expanded = 0;
     dsv3i_attention a;
     dsv3i_attention_layout(&a, &c->m, ws->rows, ws->threads, &l);
     a.c = c;
     a.kv_up = c->w->kv_b_packed.data != NULL ? &c->w->kv_b_packed : &c->w->kv_b_proj;
-    for (size_t t = 0; t < c->n; t += DSV3I_QUERIES) dsv3i_absorbed_window(&a, t, dsv3i_min(t + DSV3I_QUERIES, c->n));
-    for (size_t t = 0; (t = dsv3i_expanded_leader(c, t)) < c->n; t++) leaders++;
-    dsv3i_parallel(c->ctx, leaders * c->m.H, dsv3i_attend_work(c), dsv3i_expanded_task, &a);
+    for (size_t t = 0, end; t < c->n; t = end) {
+        for (end = t; end < c->n && end - t < DSV3I_QUERIES && !ws->expanded[end];) end++;
+        if (end > t) dsv3i_absorbed_window(&a, t, end);
+        if (end == t) end++, expanded = 1;
+    }
+    if (expanded) dsv3i_parallel(c->ctx, c->n * c->m.H, dsv3i_attend_work(c), dsv3i_expanded_task, &a);
 }
 
 #ifndef DSV3_NO_TRAINING
-/* ---- Backward of attention: blocks of keys meet blocks of rows */
+/* ---- Backward of attention: blocks of keys and blocks of rows */
 
-#define DSV3I_BACK_ROWS 48u /* rows that meet a block of keys together */
+#define DSV3I_BACK_ROWS 48u /* rows of a block */
 #define DSV3I_BACK_KEYS 64u /* keys of a block */
 
 /* Floats of a worker's scratch: keys and values as panels, p and dA. */
@@ -7685,31 +7574,19 @@ static size_t dsv3i_attend_backward_floats(const dsv3i_dims *m) {
     return dsv3i_add(panels, 2 * DSV3I_BACK_ROWS * DSV3I_BACK_KEYS);
 }
 
-/* Rows w_r [nk, k], ldw floats apart, become panels of 128 terms. */
-static void dsv3i_block_pack(const dsv3_context *ctx, float *panels, const float *w, size_t ldw, size_t nk, size_t k) {
-    size_t wide = dsv3i_blocks(nk, DSV3I_LANES) * DSV3I_LANES;
-    for (size_t i = 0; i < k; i += DSV3I_TERMS) {
-        dsv3i_kernels_of(ctx)->pack[DSV3_F32](panels + i * wide, NULL, w + i, ldw * sizeof *w, nk,
-                                              dsv3i_min(DSV3I_TERMS, k - i));
-    }
-}
-
-/* y[t, r] = x_t . w_r for nq rows x_t, by the panels that dsv3i_block_pack has made of rows w_r. y [nq, BACK_KEYS] */
+/* y[t, r] = x_t . w_r for nq rows x_t, ldx floats apart, and a panel of nk rows w_r. y [nq, BACK_KEYS] */
 static void dsv3i_block_dots(const dsv3_context *ctx, float *y, const float *x, size_t ldx, size_t nq,
-                             const float *panels, size_t nk, size_t k) {
+                             const float *w, size_t nk, size_t k) {
     dsv3i_panel panel;
     DSV3_MEMSET(&panel, 0, sizeof panel);
     panel.columns = dsv3i_blocks(nk, DSV3I_LANES);
-    for (size_t i = 0; i < k; i += DSV3I_TERMS) {
-        panel.values = panels + i * panel.columns * DSV3I_LANES;
-        panel.block = dsv3i_min(DSV3I_TERMS, k - i);
-        dsv3i_kernels_of(ctx)->gemm[DSV3I_GEMM_F32](y, DSV3I_BACK_KEYS, x + i, ldx * sizeof *x, nq, &panel, nk,
-                                                         panel.block, i > 0);
-    }
+    panel.values = w;
+    panel.block = k;
+    dsv3i_kernels_of(ctx)->gemm[DSV3I_GEMM_F32](y, DSV3I_BACK_KEYS, x, ldx * sizeof *x, nq, &panel, nk, k, 0);
 }
 
-/* p: scores of row t with keys j0 .. , da: their dA, of which t sees the first `seen`. They become A and ds; 0 for the
- * others. D = do . o */
+/* p: scores of a row with keys, da: their dA, of which it sees the first `seen`. They become A and ds; 0 for the others.
+ * D = do . o */
 static void dsv3i_attend_backward_scores(const dsv3i_call *c, float *DSV3I_RESTRICT p, float *DSV3I_RESTRICT da,
                                          const float *state, float D, size_t seen) {
     float scale = c->model->softmax_scale, r = 1.0f / state[1];
@@ -7722,7 +7599,7 @@ static void dsv3i_attend_backward_scores(const dsv3i_call *c, float *DSV3I_RESTR
     }
 }
 
-/* Keys j0 .. j0+nk-1 of head h meet the rows of their sequence that see some of them, up to t1-1. */
+/* Keys j0 .. j0+nk-1 of head h, and the rows of their sequence that see some of them, up to t1-1. */
 static void dsv3i_attend_backward_block(const dsv3i_call *c, size_t t1, size_t h, size_t j0, size_t nk, float *scratch) {
     const dsv3i_dims *m = &c->m;
     const dsv3i_backward *b = c->b;
@@ -7730,8 +7607,8 @@ static void dsv3i_attend_backward_block(const dsv3i_call *c, size_t t1, size_t h
     size_t key = j0 * m->Hq + h * m->qk, value = j0 * m->Hkv + h * m->kv + m->dn;
     float *keys = scratch, *values = keys + DSV3I_BACK_KEYS * m->qk, *p = values + DSV3I_BACK_KEYS * m->dv;
     float *da = p + DSV3I_BACK_ROWS * DSV3I_BACK_KEYS;
-    dsv3i_block_pack(c->ctx, keys, b->keys + key, m->Hq, nk, m->qk);
-    dsv3i_block_pack(c->ctx, values, b->kv_up + value, m->Hkv, nk, m->dv);
+    kernels->pack[DSV3_F32](keys, NULL, b->keys + key, m->Hq * sizeof(float), nk, m->qk);
+    kernels->pack[DSV3_F32](values, NULL, b->kv_up + value, m->Hkv * sizeof(float), nk, m->dv);
     for (size_t t = j0, nq; t < t1; t += nq) {
         const float *q = c->ws->q + t * m->Hq + h * m->qk, *dout = b->dout + t * m->Ho + h * m->dv;
         nq = dsv3i_min(DSV3I_BACK_ROWS, t1 - t);
@@ -7748,13 +7625,12 @@ static void dsv3i_attend_backward_block(const dsv3i_call *c, size_t t1, size_t h
     }
 }
 
-/* Item = head h of the sequence that row t0 begins. */
+/* Item = head h and the sequence that row t0 begins, if it does. */
 static void dsv3i_fast_attend_backward_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_call *c = (const dsv3i_call *)arg;
     float *scratch = c->ws->scratch + worker * dsv3i_attend_backward_floats(&c->m);
     for (size_t i = begin; i < end; i++) {
-        size_t t0 = i / c->m.H, h = i % c->m.H, t1 = t0 + dsv3i_sequence_rows(c->ws->leader, t0, c->n);
-        if (t1 == t0) continue;
+        size_t t0 = i % c->n, h = i / c->n, t1 = t0 + dsv3i_sequence_rows(c->ws->leader, t0, c->n);
         dsv3i_attend_backward_begin(c, t0, t1, h);
         for (size_t j = t0; j < t1; j += DSV3I_BACK_KEYS) {
             dsv3i_attend_backward_block(c, t1, h, j, dsv3i_min(DSV3I_BACK_KEYS, t1 - j), scratch);
@@ -7776,13 +7652,12 @@ static void dsv3i_fast_attend_backward(dsv3i_call *c) {
 typedef struct dsv3i_ffn {
     dsv3i_call *c;
     const dsv3i_mlp *list;
-    size_t *first; /* [count] first blocks of rows: a work list */
-    size_t count, experts; /* MLPs; rows of those that see grouped rows */
-    size_t own;            /* rows of memory that each worker uses for block after block; 0: every block has its own */
-    size_t width, floats;  /* of such a row: hidden values, floats for rounded inputs */
-    dsv3i_job *jobs;       /* [2 count] */
-    float *worker;         /* [threads, DSV3I_STAGES] */
-    float *rounded;
+    size_t count;
+    dsv3i_job *jobs; /* [2 count]; of blocks: one for each MLP, an item is a block, and y its place in rounded */
+    float *worker;   /* [threads, DSV3I_STAGES] */
+    float *rounded;  /* [rows, dsv3i_mlp_floats], one MLP behind the other */
+    size_t own;      /* rows of memory that each worker uses for block after block; 0: every block has its own */
+    size_t width;    /* hidden values of such a row */
 } dsv3i_ffn;
 
 /* Floats for a row of an MLP's inputs, rounded, and later of its hidden values. */
@@ -7790,19 +7665,17 @@ static size_t dsv3i_mlp_floats(size_t d, size_t F) {
     return dsv3i_max(dsv3i_rounded_floats(d), dsv3i_rounded_floats(F));
 }
 
-static void dsv3i_ffn_layout(dsv3i_ffn *at, const dsv3i_dims *m, size_t n, size_t threads, dsv3i_layout *l) {
-    size_t mlps = dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1);
-    size_t floats = dsv3i_add(dsv3i_mul(m->K, dsv3i_mlp_floats(m->d, m->F)),
-                              dsv3i_mlp_floats(m->d, dsv3i_max(m->Fs, m->I)));
-    at->first = (size_t *)dsv3i_take(l, sizeof(size_t), mlps, 1, 1);
-    at->jobs = (dsv3i_job *)dsv3i_take(l, sizeof(dsv3i_job), 2, mlps, 1);
-    at->worker = (float *)dsv3i_take(l, sizeof(float), threads, DSV3I_STAGES, 1);
-    at->rounded = (float *)dsv3i_take(l, sizeof(float), n, floats, 1);
+/* MLPs of a call with n rows, at most. */
+static size_t dsv3i_mlps_most(const dsv3i_dims *m, size_t n) {
+    return dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1);
 }
 
-/* Where the inputs of an MLP stand, if they are gathered: a token alone is what all its experts see. */
-static const float *dsv3i_mlp_x(const dsv3i_ffn *a, const dsv3i_mlp *r) {
-    return r->pair != NULL && a->c->n > 1 ? r->y : r->x;
+static void dsv3i_ffn_layout(dsv3i_ffn *at, const dsv3i_dims *m, size_t n, size_t threads, dsv3i_layout *l) {
+    size_t floats = dsv3i_add(dsv3i_mul(m->K, dsv3i_mlp_floats(m->d, m->F)),
+                              dsv3i_mlp_floats(m->d, dsv3i_max(m->Fs, m->I)));
+    at->jobs = (dsv3i_job *)dsv3i_take(l, sizeof(dsv3i_job), 2, dsv3i_mlps_most(m, n), 1);
+    at->worker = (float *)dsv3i_take(l, sizeof(float), threads, DSV3I_STAGES, 1);
+    at->rounded = (float *)dsv3i_take(l, sizeof(float), n, floats, 1);
 }
 
 static void dsv3i_gather_task(void *arg, size_t begin, size_t end, size_t worker) {
@@ -7814,28 +7687,21 @@ static void dsv3i_gather_task(void *arg, size_t begin, size_t end, size_t worker
     }
 }
 
-/* Do gate and up projections share rounded rows? There is no room for both. */
-static int dsv3i_same_types(const dsv3i_ffn *a) {
-    for (size_t j = 0; j < a->count; j++) {
-        if (a->list[j].w->gate_proj.type != a->list[j].w->up_proj.type) return 0;
-    }
-    return 1;
-}
-
+/* Inputs of experts are gathered where outputs will be; but a token alone is what all its experts see. */
 static void dsv3i_mlps_at_once(dsv3i_ffn *a) {
     const dsv3i_call *c = a->c;
     const dsv3_workspace *ws = c->ws;
-    size_t total = 0;
-    if (a->experts > 0 && c->n > 1) {
-        dsv3i_parallel(c->ctx, a->experts, dsv3i_mul(a->experts, c->m.d), dsv3i_gather_task, a);
-    }
+    size_t total = 0, gathered = 0;
     for (size_t j = 0; j < a->count; j++) {
         const dsv3i_mlp *r = &a->list[j];
-        const float *x = dsv3i_mlp_x(a, r);
+        int gather = r->pair != NULL && c->n > 1;
+        const float *x = gather ? r->y : r->x;
         a->jobs[2 * j] = dsv3i_job_of(dsv3i_product_of(ws->h_gate + r->at, x, &r->w->gate_proj, r->n));
         a->jobs[2 * j + 1] = dsv3i_job_of(dsv3i_product_of(ws->h_up + r->at, x, &r->w->up_proj, r->n));
         total += r->n * r->w->gate_proj.rows;
+        if (gather) gathered += r->n;
     }
+    dsv3i_parallel(c->ctx, gathered, dsv3i_mul(gathered, c->m.d), dsv3i_gather_task, a);
     dsv3i_jobs_run(c->ctx, a->jobs, 2 * a->count, a->worker, a->rounded);
     dsv3i_swiglu(c->ctx, ws->h, ws->h_gate, ws->h_up, total);
     for (size_t j = 0; j < a->count; j++) {
@@ -7845,56 +7711,41 @@ static void dsv3i_mlps_at_once(dsv3i_ffn *a) {
     dsv3i_jobs_run(c->ctx, a->jobs, a->count, a->worker, a->rounded);
 }
 
-/* Rows [t, t + n) of an MLP's inputs x as products with w take them: as they lie, or rounded or copied to where `rounded`
- * says, from the rows of their tokens if they are grouped (pair). */
-static dsv3i_job dsv3i_block_inputs(const dsv3i_ffn *a, const float *x, const size_t *pair, size_t n,
-                                    const dsv3_tensor *w, float *rounded) {
+/* Rows of a block for products with w: as they lie, or rounded or copied into out, from the rows of their tokens if they
+ * are grouped (pair). */
+static dsv3i_input dsv3i_block_input(const dsv3i_call *c, const float *x, const size_t *pair, size_t n,
+                                     const dsv3_tensor *w, float *out) {
     size_t d = w->cols;
-    dsv3i_job job = dsv3i_job_of(dsv3i_product_of(NULL, x, w, n));
-    if (!dsv3i_is_rounded(a->c->ctx, w->type) && !dsv3i_is_copied(&job)) {
-        if (pair == NULL) return job;
-        job.in = dsv3i_input_floats(rounded, d);
-    } else {
-        job.in = dsv3i_input_rounded(a->c->ctx, rounded, w->type, d);
-    }
+    dsv3i_input in = dsv3i_input_rounded(c->ctx, out, w->type, d);
+    if (pair == NULL && !dsv3i_is_copied(c->ctx, w, n)) return dsv3i_input_floats(x, d);
     for (size_t i = 0; i < n; i++) {
-        dsv3i_input one = dsv3i_input_at(job.in, i);
-        dsv3i_input_fill(a->c->ctx, &one, x + (pair != NULL ? pair[i] / a->c->m.K : i) * d, d, w->type, 1, d);
+        dsv3i_input one = dsv3i_input_at(in, i);
+        dsv3i_input_fill(c->ctx, &one, x + (pair != NULL ? pair[i] / c->m.K : i) * d, d, w->type, 1, d);
     }
-    return job;
+    return in;
 }
 
-static void dsv3i_block_product(const dsv3i_ffn *a, float *y, const dsv3i_job *job, float *scratch) {
-    const dsv3_tensor *w = job->p.w;
-    dsv3i_rows_product(a->c->ctx, y, w->rows, &job->in, job->p.n, w, 0, w->rows, scratch);
-}
-
-/* Rows [t, t + n) of those that an MLP sees. */
-static void dsv3i_mlp_block(const dsv3i_ffn *a, const dsv3i_mlp *r, size_t t, size_t n, size_t worker) {
-    const dsv3_workspace *ws = a->c->ws;
-    const dsv3i_dims *m = &a->c->m;
-    size_t d = r->w->gate_proj.cols, F = r->w->gate_proj.rows, at = r->at + t * F;
-    const size_t *pair = r->pair != NULL && a->c->n > 1 ? r->pair + t : NULL;
+/* Rows [t, t + n) of those that MLP j sees. */
+static void dsv3i_mlp_block(const dsv3i_ffn *a, size_t j, size_t t, size_t n, size_t worker) {
+    const dsv3_context *ctx = a->c->ctx;
+    const dsv3i_mlp *r = &a->list[j];
+    const dsv3_tensor *gate = &r->w->gate_proj, *up = &r->w->up_proj, *down = &r->w->down_proj;
+    size_t d = gate->cols, F = gate->rows, at = a->own > 0 ? worker * a->own * a->width : r->at + t * F;
+    const size_t *pair = r->pair != NULL ? r->pair + t : NULL;
     const float *x = pair != NULL ? r->x : r->x + t * d;
-    float *scratch = a->worker + worker * DSV3I_STAGES, *rounded = a->rounded;
-    dsv3i_job gate, up, down;
-    if (a->own > 0) {
-        at = worker * a->own * a->width;
-        rounded += worker * a->own * a->floats;
-    } else if (r->pair == NULL) {
-        rounded += a->experts * dsv3i_mlp_floats(m->d, m->F) + t * dsv3i_mlp_floats(d, F);
-    } else {
-        rounded += ((size_t)(r->pair - ws->pair) + t) * dsv3i_mlp_floats(d, F);
+    float *ha = a->c->ws->h_gate + at, *hb = a->c->ws->h_up + at, *h = a->c->ws->h + at;
+    float *scratch = a->worker + worker * DSV3I_STAGES, *rounded = a->jobs[j].p.y + t * dsv3i_mlp_floats(d, F);
+    dsv3i_input in;
+    if (a->own > 0) rounded = a->rounded + worker * a->own * dsv3i_mlp_floats(d, a->width);
+    in = dsv3i_block_input(a->c, x, pair, n, gate, rounded);
+    dsv3i_rows_product(ctx, ha, F, &in, n, gate, 0, F, scratch);
+    if (dsv3i_rounding(ctx, gate->type) != dsv3i_rounding(ctx, up->type)) {
+        in = dsv3i_block_input(a->c, x, pair, n, up, rounded);
     }
-    gate = dsv3i_block_inputs(a, x, pair, n, &r->w->gate_proj, rounded);
-    dsv3i_block_product(a, ws->h_gate + at, &gate, scratch);
-    up = dsv3i_job_of(dsv3i_product_of(NULL, x, &r->w->up_proj, n));
-    up.in = gate.in;
-    if (!dsv3i_same_input(a->c->ctx, &gate, &up)) up = dsv3i_block_inputs(a, x, pair, n, &r->w->up_proj, rounded);
-    dsv3i_block_product(a, ws->h_up + at, &up, scratch);
-    a->c->ctx->ops->silu_mul(ws->h + at, ws->h_gate + at, ws->h_up + at, n * F);
-    down = dsv3i_block_inputs(a, ws->h + at, NULL, n, &r->w->down_proj, rounded);
-    dsv3i_block_product(a, r->y + t * d, &down, scratch);
+    dsv3i_rows_product(ctx, hb, F, &in, n, up, 0, F, scratch);
+    ctx->ops->silu_mul(h, ha, hb, n * F);
+    in = dsv3i_block_input(a->c, h, NULL, n, down, rounded);
+    dsv3i_rows_product(ctx, r->y + t * d, d, &in, n, down, 0, d, scratch);
 }
 
 static void dsv3i_mlp_task(void *arg, size_t begin, size_t end, size_t worker) {
@@ -7902,52 +7753,49 @@ static void dsv3i_mlp_task(void *arg, size_t begin, size_t end, size_t worker) {
     for (size_t i = begin, j = 0; i < end; i++) {
         const dsv3i_mlp *r;
         size_t t, some;
-        j = dsv3i_list_at(a->first, sizeof *a->first, a->count, i, j);
+        j = dsv3i_list_at(a->jobs, sizeof *a->jobs, a->count, i, j);
         r = &a->list[j];
         some = dsv3i_rows_near(a->c->ctx, &r->w->gate_proj, r->n);
-        t = (i - a->first[j]) * some;
-        dsv3i_mlp_block(a, r, t, dsv3i_min(some, r->n - t), worker);
+        t = (i - a->jobs[j].first) * some;
+        dsv3i_mlp_block(a, j, t, dsv3i_min(some, r->n - t), worker);
     }
 }
 
-/* Memory that stays in caches, instead of one pass after the other through all of it: a part of it for each worker, if
- * nobody wants the hidden values later, and there are rows enough. */
-static void dsv3i_ffn_own(dsv3i_ffn *a) {
-    const dsv3_workspace *ws = a->c->ws;
-    size_t rows = 0, most = 0;
-    for (size_t j = 0; j < a->count; j++) {
-        const dsv3_tensor *w = &a->list[j].w->gate_proj;
-        most = dsv3i_max(most, dsv3i_rows_near(a->c->ctx, w, a->list[j].n));
-        if (w->rows > a->width) rows = 0; /* only rows that are as wide as the widest count */
-        if (w->rows >= a->width) rows += a->list[j].n;
-        a->width = dsv3i_max(a->width, w->rows);
-        a->floats = dsv3i_max(a->floats, dsv3i_mlp_floats(w->cols, w->rows));
-    }
-    a->own = ws->h == ws->h_gate && dsv3i_mul(a->c->ctx->threads, most) <= rows ? most : 0;
-}
-
+/* Blocks use memory that stays in caches, a part of it for each worker, if nobody wants hidden values later and there are
+ * rows enough: those that are as wide as the widest. With gate and up projections of different types there is no room for
+ * both's inputs at once. */
 static void dsv3i_fast_mlps(dsv3i_call *c, const dsv3i_mlp *list, size_t count) {
     dsv3i_layout l = {(unsigned char *)c->ws->scratch, 0};
-    size_t items = 0, work = 0;
+    size_t items = 0, work = 0, rows = 0, most = 0, threads = c->ctx->threads;
+    int same_types = 1;
     dsv3i_ffn a;
-    DSV3_MEMSET(&a, 0, sizeof a);
+    float *rounded;
     dsv3i_ffn_layout(&a, &c->m, c->ws->rows, c->ws->threads, &l);
     a.c = c;
     a.list = list;
     a.count = count;
+    a.width = 0;
+    rounded = a.rounded;
     for (size_t j = 0; j < count; j++) {
         const dsv3_tensor *w = &list[j].w->gate_proj;
-        a.first[j] = items;
-        if (list[j].pair != NULL) a.experts += list[j].n;
-        items += dsv3i_blocks(list[j].n, dsv3i_rows_near(c->ctx, w, list[j].n));
-        work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(3 * list[j].n, w->rows), w->cols));
+        size_t n = list[j].n, some = dsv3i_rows_near(c->ctx, w, n);
+        a.jobs[j] = dsv3i_job_of(dsv3i_product_of(rounded, list[j].x, w, n));
+        a.jobs[j].first = items;
+        rounded += n * dsv3i_mlp_floats(w->cols, w->rows);
+        items += dsv3i_blocks(n, some);
+        work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(3 * n, w->rows), w->cols));
+        same_types = same_types && w->type == list[j].w->up_proj.type;
+        if (w->rows > a.width) rows = 0;
+        if (w->rows >= a.width) rows += n;
+        a.width = dsv3i_max(a.width, w->rows);
+        most = dsv3i_max(most, some);
     }
-    if (items < dsv3i_mul(c->ctx->threads, DSV3I_MLP_ITEMS) && dsv3i_same_types(&a)) {
+    a.own = c->ws->h == c->ws->h_gate && dsv3i_mul(threads, most) <= rows ? most : 0;
+    if (same_types && items < dsv3i_mul(threads, DSV3I_MLP_ITEMS)) {
         dsv3i_mlps_at_once(&a);
-        return;
+    } else {
+        dsv3i_parallel(c->ctx, items, work, dsv3i_mlp_task, &a);
     }
-    dsv3i_ffn_own(&a);
-    dsv3i_parallel(c->ctx, items, work, dsv3i_mlp_task, &a);
 }
 
 #ifndef DSV3_NO_TRAINING
@@ -7956,134 +7804,122 @@ static void dsv3i_fast_mlps(dsv3i_call *c, const dsv3i_mlp *list, size_t count) 
 
 #define DSV3I_NEAR 65536u /* floats of u and dY that a worker's cache surely holds */
 
-typedef struct dsv3i_ffn_backward_run {
+/* Some MLPs, all routed experts or one that all rows go through. */
+typedef struct dsv3i_mlps_run {
     dsv3_context ctx; /* the call's, or with one thread */
     dsv3i_call *c;
     const dsv3i_mlp *list;
-    size_t row;          /* the first of the rows under way, in the order of experts */
-    size_t most, floats; /* rows of the MLP that has the most; floats of a worker's scratch */
-    dsv3i_backward_job *jobs;        /* [2 count] */
+    size_t most, floats;         /* rows of the MLP that has the most; floats of a worker's scratch */
+    dsv3i_backward_job *jobs;    /* [2 count] */
     float *worker;               /* [threads, floats] */
-    float *grouped, *h, *dh;     /* rows under way: [n, d], [n, F], [n, F] */
-} dsv3i_ffn_backward_run;
+    float *grouped, *h, *dh;     /* their rows: [n, d], [n, F], [n, F] */
+} dsv3i_mlps_run;
 
-static void dsv3i_ffn_backward_layout(dsv3i_ffn_backward_run *at, const dsv3i_dims *m, size_t n, size_t threads, dsv3i_layout *l) {
-    size_t mlps = dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1);
+static void dsv3i_mlps_run_layout(dsv3i_mlps_run *at, const dsv3i_dims *m, size_t n, size_t threads,
+                                      dsv3i_layout *l) {
     size_t cols = dsv3i_max(dsv3i_max(m->d, m->I), dsv3i_max(m->F, m->Fs));
     at->floats = dsv3i_mul(DSV3I_DECODE, cols);
-    at->jobs = (dsv3i_backward_job *)dsv3i_take(l, sizeof(dsv3i_backward_job), 2, mlps, 1);
+    at->jobs = (dsv3i_backward_job *)dsv3i_take(l, sizeof(dsv3i_backward_job), 2, dsv3i_mlps_most(m, n), 1);
     at->worker = (float *)dsv3i_take(l, sizeof(float), threads, at->floats, 1);
 }
 
 /* Rows of tokens to grouped rows: u, dY (where dx will be), gate; h is multiplied by its gate. */
 static void dsv3i_gather_back_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_ffn_backward_run *a = (const dsv3i_ffn_backward_run *)arg;
-    const dsv3i_call *c = a->c;
-    size_t d = c->m.d, F = c->m.F;
+    const dsv3i_mlps_run *a = (const dsv3i_mlps_run *)arg;
+    size_t d = a->c->m.d, F = a->c->m.F, first = (size_t)(a->list->pair - a->c->ws->pair);
+    float *gate = a->c->b->gates + first;
     (void)worker;
     for (size_t i = begin; i < end; i++) {
-        size_t row = a->row + i, pair = c->ws->pair[row], t = pair / c->m.K;
+        size_t pair = a->list->pair[i], t = pair / a->c->m.K;
         DSV3_MEMCPY(a->grouped + i * d, a->list->x + t * d, d * sizeof(float));
-        DSV3_MEMCPY(c->b->dgrouped + row * d, a->list->dy + t * d, d * sizeof(float));
-        c->b->gates[row] = c->s->gate[pair];
-        dsv3i_scale(a->h + i * F, c->b->gates[row], F);
+        DSV3_MEMCPY(a->list->y + i * d, a->list->dy + t * d, d * sizeof(float));
+        gate[i] = a->c->s->gate[pair];
+        dsv3i_scale(a->h + i * F, gate[i], F);
     }
 }
 
-/* MLPs [j0, j1), all routed experts or one that all rows go through. */
-static void dsv3i_mlps_back(dsv3i_ffn_backward_run *a, size_t j0, size_t j1) {
-    const dsv3i_call *c = a->c;
-    const dsv3i_mlp *r = &a->list[j0];
-    size_t d = c->m.d, F = r->w->gate_proj.rows, at = r->at, n = 0;
-    float *da = c->s->h_gate + at, *db = c->s->h_up + at, *h = a->h, *gate = NULL, *dgate = NULL;
-    for (size_t j = j0; j < j1; j++) n += a->list[j].n;
-    if (c->s->h != NULL) a->h = c->s->h + at;
-    if (c->s->h == NULL) dsv3i_swiglu(&a->ctx, h, da, db, n * F);
-    if (r->pair != NULL) {
-        a->row = (size_t)(r->pair - c->ws->pair);
-        gate = c->b->gates + a->row;
-        dgate = c->b->r + a->row;
-        dsv3i_parallel(&a->ctx, n, dsv3i_mul(n, 2 * d), dsv3i_gather_back_task, a);
+/* The first `count` of a list. */
+static void dsv3i_mlps_back(dsv3i_mlps_run a, const dsv3i_mlp *list, size_t count) {
+    const dsv3i_call *c = a.c;
+    size_t d = c->m.d, F = list->w->gate_proj.rows, n = 0;
+    float *da = c->s->h_gate + list->at, *db = c->s->h_up + list->at, *gate = NULL, *dgate = NULL;
+    a.list = list;
+    for (size_t j = 0; j < count; j++) n += list[j].n;
+    if (c->s->h != NULL) a.h = c->s->h + list->at;
+    if (c->s->h == NULL) dsv3i_swiglu(&a.ctx, a.h, da, db, n * F);
+    if (list->pair != NULL) {
+        gate = c->b->gates + (list->pair - c->ws->pair);
+        dgate = c->b->r + (list->pair - c->ws->pair);
+        dsv3i_parallel(&a.ctx, n, dsv3i_mul(n, 2 * d), dsv3i_gather_back_task, &a);
     }
-    for (size_t j = j0; j < j1; j++) {
-        size_t to = a->list[j].at - at;
-        dsv3i_product down = dsv3i_product_of(r->pair != NULL ? a->list[j].y : (float *)(uintptr_t)r->dy, a->h + to,
-                                              &a->list[j].w->down_proj, a->list[j].n);
-        a->jobs[j - j0] = dsv3i_backward_job_of(a->dh + to, 1, dsv3i_grad(&a->list[j].g->down_proj), down);
+    for (size_t j = 0; j < count; j++) {
+        const dsv3i_mlp *r = &list[j];
+        size_t to = r->at - list->at;
+        float *dy = r->pair != NULL ? r->y : (float *)(uintptr_t)r->dy;
+        a.jobs[j] = dsv3i_backward_job_of(a.dh + to, 1, dsv3i_grad(&r->g->down_proj),
+                                          dsv3i_product_of(dy, a.h + to, &r->w->down_proj, r->n));
     }
-    dsv3i_backward_run(&a->ctx, a->jobs, j1 - j0, a->worker, a->floats);
-    dsv3i_swiglu_backward(&a->ctx, a->dh, da, db, n * F, gate, dgate, F);
-    for (size_t j = j0; j < j1; j++) { /* dx = da W_gate + db W_up: dY's place can be dx's now */
-        const dsv3i_mlp *q = &a->list[j];
-        size_t to = q->at - at;
-        const float *x = q->pair != NULL ? a->grouped + to / F * d : q->x;
-        dsv3i_backward_job *job = a->jobs + 2 * (j - j0);
-        job[0] = dsv3i_backward_job_of(q->y, 1, dsv3i_grad(&q->g->gate_proj),
-                                   dsv3i_product_of(da + to, x, &q->w->gate_proj, q->n));
-        job[1] = dsv3i_backward_job_of(NULL, 0, dsv3i_grad(&q->g->up_proj),
-                                   dsv3i_product_of(db + to, x, &q->w->up_proj, q->n));
-        job->joint = 1;
+    dsv3i_backward_run(&a.ctx, a.jobs, count, a.worker, a.floats);
+    dsv3i_swiglu_backward(&a.ctx, a.dh, da, db, n * F, gate, dgate, F);
+    for (size_t j = 0; j < count; j++) { /* dx = da W_gate + db W_up: dY's place can be dx's now */
+        const dsv3i_mlp *r = &list[j];
+        size_t to = r->at - list->at;
+        const float *x = r->pair != NULL ? a.grouped + to / F * d : r->x;
+        a.jobs[2 * j] = dsv3i_backward_job_of(r->y, 1, dsv3i_grad(&r->g->gate_proj),
+                                              dsv3i_product_of(da + to, x, &r->w->gate_proj, r->n));
+        a.jobs[2 * j].joint = 1;
+        a.jobs[2 * j + 1] = dsv3i_backward_job_of(NULL, 0, dsv3i_grad(&r->g->up_proj),
+                                                  dsv3i_product_of(db + to, x, &r->w->up_proj, r->n));
     }
-    dsv3i_backward_run(&a->ctx, a->jobs, 2 * (j1 - j0), a->worker, a->floats);
-    a->h = h;
+    dsv3i_backward_run(&a.ctx, a.jobs, 2 * count, a.worker, a.floats);
 }
 
 /* Each expert by one worker, with a part of the memory that stays in its cache. */
 static void dsv3i_expert_back_task(void *arg, size_t begin, size_t end, size_t worker) {
-    dsv3i_ffn_backward_run a = *(const dsv3i_ffn_backward_run *)arg;
-    size_t row = worker * a.most;
+    dsv3i_mlps_run a = *(const dsv3i_mlps_run *)arg;
     dsv3i_backward_job jobs[2];
     a.ctx.threads = 1;
     a.jobs = jobs;
     a.worker += worker * a.floats;
-    a.grouped += row * a.c->m.d;
-    a.h += row * a.c->m.F;
-    a.dh += row * a.c->m.F;
-    for (size_t j = begin; j < end; j++) dsv3i_mlps_back(&a, j, j + 1);
-}
-
-static void dsv3i_experts_back(dsv3i_ffn_backward_run *a, size_t count) {
-    size_t d = a->c->m.d, threads = a->ctx.threads, rows = 0;
-    for (size_t j = 0; j < count; j++) {
-        a->most = dsv3i_max(a->most, a->list[j].n);
-        rows += a->list[j].n;
-    }
-    if (dsv3i_mul(a->most, 2 * threads) <= rows) {
-        dsv3i_parallel(&a->ctx, count, dsv3i_mul(rows, 6 * d * a->c->m.F), dsv3i_expert_back_task, a);
-        return;
-    }
-    for (size_t j = 0, last; j < count; j = last) {
-        size_t some = 0;
-        for (last = j; last < count && (last == j || some * 2 * d < dsv3i_mul(threads, DSV3I_NEAR)); last++) {
-            some += a->list[last].n;
-        }
-        dsv3i_mlps_back(a, j, last);
-    }
+    a.grouped += worker * a.most * a.c->m.d;
+    a.h += worker * a.most * a.c->m.F;
+    a.dh += worker * a.most * a.c->m.F;
+    for (size_t j = begin; j < end; j++) dsv3i_mlps_back(a, a.list + j, 1);
 }
 
 static void dsv3i_fast_mlps_backward(dsv3i_call *c, const dsv3i_mlp *list, size_t count) {
     dsv3i_layout l = {(unsigned char *)c->ws->scratch, 0};
-    size_t experts = 0;
-    dsv3i_ffn_backward_run a;
-    DSV3_MEMSET(&a, 0, sizeof a);
-    dsv3i_ffn_backward_layout(&a, &c->m, c->ws->rows, c->ws->threads, &l);
+    size_t d = c->m.d, threads = c->ctx->threads, experts = 0, rows = 0, j = 0;
+    dsv3i_mlps_run a;
+    dsv3i_mlps_run_layout(&a, &c->m, c->ws->rows, c->ws->threads, &l);
     a.ctx = *c->ctx;
     a.c = c;
     a.list = list;
+    a.most = 0;
     a.grouped = c->ws->grouped;
     a.h = c->ws->h;
     a.dh = c->b->dh;
-    while (experts < count && list[experts].pair != NULL) experts++;
-    dsv3i_experts_back(&a, experts);
-    for (size_t j = experts; j < count; j++) dsv3i_mlps_back(&a, j, j + 1);
+    for (; experts < count && list[experts].pair != NULL; experts++) {
+        a.most = dsv3i_max(a.most, list[experts].n);
+        rows += list[experts].n;
+    }
+    if (dsv3i_mul(a.most, 2 * threads) <= rows) {
+        dsv3i_parallel(&a.ctx, experts, dsv3i_mul(rows, 6 * d * c->m.F), dsv3i_expert_back_task, &a);
+        j = experts;
+    }
+    for (size_t end; j < count; j = end) {
+        size_t some = list[j].n;
+        for (end = j + 1; end < experts && some * 2 * d < dsv3i_mul(threads, DSV3I_NEAR); end++) some += list[end].n;
+        dsv3i_mlps_back(a, list + j, end - j);
+    }
 }
 #endif
 
 /* ---- Scratch of a pass: of whichever op wants the most */
 
 static size_t dsv3i_engine_pass_floats(const dsv3i_dims *m, size_t n, size_t threads) {
-    dsv3i_layout attend = {NULL, 0}, ffn = {NULL, 0}, back = {NULL, 0};
-    size_t d = dsv3i_engine_linear_floats(dsv3i_mul(DSV3I_PRODUCTS, n), m->d, threads), bytes;
+    dsv3i_layout attend = {NULL, 0}, ffn = {NULL, 0};
+    size_t floats = dsv3i_engine_linear_floats(dsv3i_mul(DSV3I_PRODUCTS, n), m->d, threads), bytes;
     dsv3i_attention attention;
     dsv3i_ffn mlps;
     dsv3i_attention_layout(&attention, m, n, threads, &attend);
@@ -8091,14 +7927,14 @@ static size_t dsv3i_engine_pass_floats(const dsv3i_dims *m, size_t n, size_t thr
     bytes = dsv3i_max(attend.used, ffn.used);
 #ifndef DSV3_NO_TRAINING
     {
-        dsv3i_ffn_backward_run backward;
-        dsv3i_ffn_backward_layout(&backward, m, n, threads, &back);
+        dsv3i_layout back = {NULL, 0};
+        dsv3i_mlps_run backward;
+        dsv3i_mlps_run_layout(&backward, m, n, threads, &back);
         bytes = dsv3i_max(bytes, back.used);
-        d = dsv3i_max(d, dsv3i_mul(threads, dsv3i_attend_backward_floats(m)));
+        floats = dsv3i_max(floats, dsv3i_mul(threads, dsv3i_attend_backward_floats(m)));
     }
 #endif
-    bytes = dsv3i_max(bytes, back.used);
-    return bytes == SIZE_MAX ? SIZE_MAX : dsv3i_max(d, dsv3i_blocks(bytes, sizeof(float)));
+    return bytes == SIZE_MAX ? SIZE_MAX : dsv3i_max(floats, dsv3i_blocks(bytes, sizeof(float)));
 }
 
 /* ---- Packing: every matrix of a model, in panels */
@@ -8108,60 +7944,56 @@ typedef struct dsv3i_packing {
     dsv3_model *model;
     const void *head; /* lm_head as it was */
     const dsv3_tensor *w;
-    unsigned char *to;
+    dsv3_tensor packed; /* w, as it will be */
     dsv3i_layout l;
 } dsv3i_packing;
 
-/* Codes of Q8_0 and Q4_0, made of many terms at once, and their scales, block by block. */
-static void dsv3i_pack_blocks(unsigned char *to, const dsv3_tensor *w, const unsigned char *codes, const float *scale,
-                              size_t columns, size_t k) {
-    size_t bytes = dsv3i_codes_bytes(w->type, columns, DSV3_QBLOCK), lanes = columns * DSV3I_LANES;
-    size_t piece = dsv3i_scale_block_bytes(w->type, columns, DSV3_QBLOCK);
-    for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += piece, codes += bytes, scale += lanes) {
-        DSV3_MEMCPY(to, codes, bytes);
+/* A k_block of w and its scales, to where they stand in the packed tensor. */
+static void dsv3i_pack_k_block(const dsv3i_packing *a, const dsv3i_k_block *b) {
+    dsv3_type type = a->w->type;
+    size_t lanes = dsv3i_blocks(b->rows, DSV3I_LANES) * DSV3I_LANES, block = dsv3i_min(dsv3i_scale_block_terms(type), b->k);
+    size_t bytes = dsv3i_codes_bytes(type, lanes / DSV3I_LANES, block);
+    unsigned char *to = (unsigned char *)(uintptr_t)dsv3i_scale_block_at(&a->packed, b->r, b->k0);
+    unsigned char codes[DSV3I_PANEL * DSV3I_TERMS];
+    float scale[DSV3I_TERMS / DSV3_QBLOCK * DSV3I_PANEL];
+    int apart = dsv3_type_block(type) > 1; /* scales come after each block of codes */
+    dsv3i_k_block_codes(a->ctx, b, apart ? codes : to, scale);
+    if (type == DSV3_F8_E4M3) DSV3_MEMCPY(to + bytes, scale, sizeof *scale);
+    for (size_t i = 0; apart && i * block < b->k; i++, to += dsv3i_scale_block_bytes(type, lanes / DSV3I_LANES, block)) {
+        DSV3_MEMCPY(to, codes + i * bytes, bytes);
         for (size_t j = 0; j < lanes; j++) {
-            uint16_t bits = dsv3_f16_from_f32(scale[j]);
+            uint16_t bits = dsv3_f16_from_f32(scale[i * lanes + j]);
             DSV3_MEMCPY(to + bytes + 2 * j, &bits, 2);
         }
     }
 }
 
-static void dsv3i_pack_stretch(const dsv3i_packing *a, size_t r, size_t rows, size_t k0, size_t k) {
-    const dsv3_tensor *w = a->w;
-    size_t columns = dsv3i_blocks(rows, DSV3I_LANES), row_bytes = dsv3_row_bytes(w->type, w->cols);
-    unsigned char *to = a->to + dsv3i_panel_at(w, r) + dsv3i_panel_bytes(w->type, columns, k0);
-    unsigned char codes[DSV3I_PANEL * DSV3I_TERMS];
-    float scale[DSV3I_TERMS / DSV3_QBLOCK * DSV3I_PANEL], one = 1.0f;
-    int blocks = dsv3_type_block(w->type) > 1;
-    dsv3i_kernels_of(a->ctx)->pack[w->type](blocks ? codes : to, scale,
-                                            dsv3i_row_at(w, r) + dsv3_row_bytes(w->type, k0), row_bytes, rows, k);
-    if (blocks) dsv3i_pack_blocks(to, w, codes, scale, columns, k);
-    if (w->type != DSV3_F8_E4M3) return;
-    if (w->scale != NULL) DSV3_MEMCPY(&one, dsv3i_scale_at(w, r) + k0 / DSV3_BLOCK * sizeof one, sizeof one);
-    DSV3_MEMCPY(to + dsv3i_codes_bytes(w->type, columns, k), &one, sizeof one);
-}
-
 static void dsv3i_pack_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_packing *a = (const dsv3i_packing *)arg;
+    dsv3i_k_block b = {a->w, begin * DSV3I_PANEL, 0, 0, 0};
     (void)worker;
-    for (size_t r = begin * DSV3I_PANEL; r < dsv3i_min(end * DSV3I_PANEL, a->w->rows); r += DSV3I_PANEL) {
-        for (size_t k0 = 0; k0 < a->w->cols; k0 += DSV3I_TERMS) {
-            dsv3i_pack_stretch(a, r, dsv3i_min(DSV3I_PANEL, a->w->rows - r), k0, dsv3i_min(DSV3I_TERMS, a->w->cols - k0));
+    for (; b.r < dsv3i_min(end * DSV3I_PANEL, a->w->rows); b.r += DSV3I_PANEL) {
+        b.rows = dsv3i_min(DSV3I_PANEL, a->w->rows - b.r);
+        for (b.k0 = 0; b.k0 < a->w->cols; b.k0 += b.k) {
+            b.k = dsv3i_min(DSV3I_TERMS, a->w->cols - b.k0);
+            dsv3i_pack_k_block(a, &b);
         }
     }
 }
 
 /* Measures w, or packs it. */
 static void dsv3i_pack_tensor(dsv3i_packing *a, dsv3_tensor *w) {
-    size_t panels = dsv3i_blocks(w->rows, DSV3I_PANEL);
+    void *to;
     if (w->data == NULL || w->packed) return;
+    to = dsv3i_take(&a->l, dsv3i_packed_bytes(w), 1, 1, 1);
+    if (to == NULL) return;
     a->w = w;
-    a->to = (unsigned char *)dsv3i_take(&a->l, dsv3i_packed_bytes(w), 1, 1, 1);
-    if (a->to == NULL) return;
-    dsv3i_parallel(a->ctx, panels, dsv3i_mul(w->rows, w->cols), dsv3i_pack_task, a);
-    w->data = a->to;
-    w->scale = NULL;
-    w->packed = 1;
+    a->packed = *w;
+    a->packed.data = to;
+    a->packed.scale = NULL;
+    a->packed.packed = 1;
+    dsv3i_parallel(a->ctx, dsv3i_blocks(w->rows, DSV3I_PANEL), dsv3i_mul(w->rows, w->cols), dsv3i_pack_task, a);
+    *w = a->packed;
 }
 
 /* Copies what data points to, if there is memory. */
@@ -8205,8 +8037,12 @@ static dsv3_result dsv3i_pack_visit(dsv3i_walk *w, dsv3_tensor *slot) {
 
 /* Measures a model, or packs it into memory. */
 static size_t dsv3i_pack_model(const dsv3_context *ctx, dsv3_model *model, void *memory) {
-    dsv3i_packing a = {ctx, model, model->lm_head.data, NULL, NULL, {NULL, 0}};
+    dsv3i_packing a;
     dsv3i_walk w;
+    DSV3_MEMSET(&a, 0, sizeof a);
+    a.ctx = ctx;
+    a.model = model;
+    a.head = model->lm_head.data;
     if (memory != NULL) a.l.base = dsv3i_layout_base(memory);
     dsv3i_walk_begin(&w, &model->config, &a, dsv3i_pack_visit);
     (void)dsv3i_walk_all(&w, model);
