@@ -1430,6 +1430,20 @@ static dsv3_result dsv3i_layout_begin(dsv3i_layout *l, void *memory, size_t byte
 #define DSV3I_MEMBER(type, name, rows, columns) type *name;
 #define DSV3I_TAKE(type, name, rows, columns) at->name = (type *)dsv3i_take_rows(l, sizeof(type), rows, columns);
 
+/* Such a struct has two programs around its layout function: _size ends with an `it` laid out over nothing, and _init
+ * begins with l over memory [bytes], once _size has said what is needed. */
+#define DSV3I_SIZE(type, bytes, layout)                                                                              \
+    type it;                                                                                                         \
+    dsv3i_layout l = {NULL, 0};                                                                                      \
+    layout;                                                                                                          \
+    return dsv3i_layout_size(&l, bytes)
+#define DSV3I_INIT(object, size)                                                                                     \
+    dsv3i_layout l = {NULL, 0};                                                                                      \
+    size_t need;                                                                                                     \
+    if ((object) == NULL) return DSV3_ERR_ARG;                                                                       \
+    DSV3I_TRY(size);                                                                                                 \
+    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need))
+
 /* ---- Text: names and messages are built without stdio. */
 
 typedef struct dsv3i_text {
@@ -3456,20 +3470,13 @@ static void dsv3i_balancer_layout(dsv3_balancer *b, const dsv3_config *config, d
 }
 
 DSV3_API dsv3_result dsv3_balancer_size(const dsv3_config *config, size_t *bytes) {
-    dsv3i_layout l = {NULL, 0};
-    dsv3_balancer b;
     DSV3I_TRY(dsv3_config_check(config, NULL));
-    dsv3i_balancer_layout(&b, config, &l);
-    return dsv3i_layout_size(&l, bytes);
+    DSV3I_SIZE(dsv3_balancer, bytes, dsv3i_balancer_layout(&it, config, &l));
 }
 
 DSV3_API dsv3_result dsv3_balancer_init(dsv3_balancer *balancer, const dsv3_config *config, void *memory,
                                         size_t bytes) {
-    dsv3i_layout l = {NULL, 0};
-    size_t need;
-    if (balancer == NULL) return DSV3_ERR_ARG;
-    DSV3I_TRY(dsv3_balancer_size(config, &need));
-    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need));
+    DSV3I_INIT(balancer, dsv3_balancer_size(config, &need));
     DSV3_MEMSET(balancer, 0, sizeof *balancer);
     balancer->schedule.speed = 0.001;
     dsv3i_balancer_layout(balancer, config, &l);
@@ -4416,11 +4423,8 @@ static void dsv3i_model_layout(dsv3_model *model, const dsv3_config *c, dsv3i_la
 }
 
 DSV3_API dsv3_result dsv3_model_size(const dsv3_config *config, size_t *bytes) {
-    dsv3i_layout l = {NULL, 0};
-    dsv3_model model;
     DSV3I_TRY(dsv3_config_check(config, NULL));
-    dsv3i_model_layout(&model, config, &l);
-    return dsv3i_layout_size(&l, bytes);
+    DSV3I_SIZE(dsv3_model, bytes, dsv3i_model_layout(&it, config, &l));
 }
 
 static dsv3_result dsv3i_bind_shape(dsv3_error *error, const dsv3_tensor *t, const char *name, size_t rows,
@@ -4587,19 +4591,12 @@ static dsv3_result dsv3i_cache_layout(dsv3_cache *cache, const dsv3_config *conf
 
 static dsv3_result dsv3i_cache_size(const dsv3_config *config, size_t layers, size_t capacity, dsv3_type type,
                                     size_t *bytes) {
-    dsv3i_layout l = {NULL, 0};
-    dsv3_cache cache;
-    DSV3I_TRY(dsv3i_cache_layout(&cache, config, layers, capacity, type, &l));
-    return dsv3i_layout_size(&l, bytes);
+    DSV3I_SIZE(dsv3_cache, bytes, DSV3I_TRY(dsv3i_cache_layout(&it, config, layers, capacity, type, &l)));
 }
 
 static dsv3_result dsv3i_cache_init(dsv3_cache *cache, const dsv3_config *config, size_t layers, size_t capacity,
                                     dsv3_type type, void *memory, size_t bytes) {
-    dsv3i_layout l = {NULL, 0};
-    size_t need;
-    if (cache == NULL) return DSV3_ERR_ARG;
-    DSV3I_TRY(dsv3i_cache_size(config, layers, capacity, type, &need));
-    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need));
+    DSV3I_INIT(cache, dsv3i_cache_size(config, layers, capacity, type, &need));
     return dsv3i_cache_layout(cache, config, layers, capacity, type, &l);
 }
 
@@ -4694,22 +4691,15 @@ static void dsv3i_workspace_layout(dsv3_workspace *at, const dsv3_config *config
 }
 
 DSV3_API dsv3_result dsv3_workspace_size(const dsv3_config *config, size_t rows, size_t threads, size_t *bytes) {
-    dsv3i_layout l = {NULL, 0};
-    dsv3_workspace ws;
     DSV3I_TRY(dsv3_config_check(config, NULL));
     if (rows < 1 || threads < 1) return DSV3_ERR_ARG;
     if ((uint64_t)rows > (uint64_t)DSV3_MAX_SEQ) return DSV3_ERR_LIMIT;
-    dsv3i_workspace_layout(&ws, config, rows, threads, &l);
-    return dsv3i_layout_size(&l, bytes);
+    DSV3I_SIZE(dsv3_workspace, bytes, dsv3i_workspace_layout(&it, config, rows, threads, &l));
 }
 
 DSV3_API dsv3_result dsv3_workspace_init(dsv3_workspace *workspace, const dsv3_config *config, size_t rows,
                                          size_t threads, void *memory, size_t bytes) {
-    dsv3i_layout l = {NULL, 0};
-    size_t need;
-    if (workspace == NULL) return DSV3_ERR_ARG;
-    DSV3I_TRY(dsv3_workspace_size(config, rows, threads, &need));
-    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need));
+    DSV3I_INIT(workspace, dsv3_workspace_size(config, rows, threads, &need));
     dsv3i_workspace_layout(workspace, config, rows, threads, &l);
     return DSV3_OK;
 }
@@ -5414,22 +5404,15 @@ static void dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, siz
 
 DSV3_API dsv3_result dsv3_sequence_size(const dsv3_model *model, size_t capacity, dsv3_type type, size_t rows,
                                         size_t drafts, size_t *bytes) {
-    dsv3i_layout l = {NULL, 0};
-    dsv3_sequence s;
     if (model == NULL || rows < 1) return DSV3_ERR_ARG;
     if (drafts > DSV3_MAX_DRAFTS || (uint64_t)rows > (uint64_t)DSV3_MAX_SEQ) return DSV3_ERR_LIMIT;
     DSV3I_TRY(dsv3_cache_size(&model->config, capacity, type, bytes)); /* checks the rest */
-    dsv3i_sequence_layout(&s, model, capacity, type, rows, drafts, &l);
-    return dsv3i_layout_size(&l, bytes);
+    DSV3I_SIZE(dsv3_sequence, bytes, dsv3i_sequence_layout(&it, model, capacity, type, rows, drafts, &l));
 }
 
 DSV3_API dsv3_result dsv3_sequence_init(dsv3_sequence *s, const dsv3_model *model, size_t capacity, dsv3_type type,
                                         size_t rows, size_t drafts, void *memory, size_t bytes) {
-    dsv3i_layout l = {NULL, 0};
-    size_t need;
-    if (s == NULL) return DSV3_ERR_ARG;
-    DSV3I_TRY(dsv3_sequence_size(model, capacity, type, rows, drafts, &need));
-    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need));
+    DSV3I_INIT(s, dsv3_sequence_size(model, capacity, type, rows, drafts, &need));
     DSV3_MEMSET(s, 0, sizeof *s);
     dsv3i_sequence_layout(s, model, capacity, type, rows, drafts, &l);
     s->made_for = dsv3i_fingerprint(&model->config);
@@ -5948,20 +5931,13 @@ static void dsv3i_parameters_layout(dsv3_parameters *q, const dsv3_config *confi
 }
 
 DSV3_API dsv3_result dsv3_parameters_size(const dsv3_config *config, size_t *bytes) {
-    dsv3i_layout l = {NULL, 0};
-    dsv3_parameters q;
     DSV3I_TRY(dsv3_config_check(config, NULL));
-    dsv3i_parameters_layout(&q, config, &l);
-    return dsv3i_layout_size(&l, bytes);
+    DSV3I_SIZE(dsv3_parameters, bytes, dsv3i_parameters_layout(&it, config, &l));
 }
 
 DSV3_API dsv3_result dsv3_parameters_init(dsv3_parameters *parameters, const dsv3_config *config, void *memory,
                                           size_t bytes) {
-    dsv3i_layout l = {NULL, 0};
-    size_t need;
-    if (parameters == NULL) return DSV3_ERR_ARG;
-    DSV3I_TRY(dsv3_parameters_size(config, &need));
-    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need));
+    DSV3I_INIT(parameters, dsv3_parameters_size(config, &need));
     DSV3_MEMSET(parameters, 0, sizeof *parameters);
     dsv3i_parameters_layout(parameters, config, &l);
     return DSV3_OK;
@@ -6118,22 +6094,16 @@ static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const d
 
 DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_training *s, size_t threads,
                                        size_t *bytes) {
-    dsv3i_layout l = {NULL, 0};
-    dsv3_trainer t;
     DSV3I_TRY(dsv3_config_check(config, NULL));
     if (s == NULL || s->rows < 1 || s->sequences < 1 || s->longest < 1 || threads < 1) return DSV3_ERR_ARG;
     if (dsv3i_max(s->rows, s->longest) > (uint64_t)DSV3_MAX_SEQ || s->sequences > s->rows) return DSV3_ERR_LIMIT;
-    dsv3i_trainer_layout(&t, config, s, threads, &l);
-    return dsv3i_layout_size(&l, bytes);
+    DSV3I_SIZE(dsv3_trainer, bytes, dsv3i_trainer_layout(&it, config, s, threads, &l));
 }
 
 DSV3_API dsv3_result dsv3_trainer_init(dsv3_trainer *t, const dsv3_config *config, const dsv3_training *settings,
                                        size_t threads, void *memory, size_t bytes) {
-    dsv3i_layout l = {NULL, 0};
-    size_t need, n;
-    if (t == NULL) return DSV3_ERR_ARG;
-    DSV3I_TRY(dsv3_trainer_size(config, settings, threads, &need));
-    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need));
+    DSV3I_INIT(t, dsv3_trainer_size(config, settings, threads, &need));
+    size_t n;
     DSV3_MEMSET(t, 0, sizeof *t);
     dsv3i_trainer_layout(t, config, settings, threads, &l);
     t->settings = *settings;
@@ -6241,7 +6211,7 @@ static void dsv3i_train_depth_backward(const dsv3_context *ctx, dsv3_trainer *t,
     dsv3i_depth *v = &t->depth[k];
     size_t d = (size_t)model->config.hidden_size, n = v->n;
     dsv3i_stack stack = dsv3i_stack_of(model, k), g = dsv3i_stack_of(grad, k);
-    int behind = model->config.mtp_hidden == DSV3_MTP_POST_NORM; /* the norm are the states that carry is of */
+    int behind = model->config.mtp_hidden == DSV3_MTP_POST_NORM; /* carry is of states behind the norm */
     dsv3i_rows norm = dsv3i_norm_rows(ctx, t->dx, behind, dsv3i_grad(g.norm), v->du, v->ws.x, stack.norm,
                                       model->config.rms_norm_eps, t->backward->r);
     if (behind) dsv3i_add_rows(ctx, v->du, carry, n, d);
