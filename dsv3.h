@@ -1359,16 +1359,12 @@ static size_t dsv3i_dim(const dsv3i_dims *m, size_t at) {
 }
 
 /* Tells configs of different sizes apart (FNV-1a over the sizes). */
-static uint64_t dsv3i_fingerprint(const dsv3i_dims *m) {
-    const unsigned char *bytes = (const unsigned char *)m; /* size_t throughout: no padding */
+static uint64_t dsv3i_fingerprint(const dsv3_config *config) {
+    const dsv3i_dims m = dsv3i_dims_of(config);
+    const unsigned char *bytes = (const unsigned char *)&m; /* size_t throughout: no padding */
     uint64_t h = 0xCBF29CE484222325u;
-    for (size_t i = 0; i < sizeof *m; i++) h = (h ^ bytes[i]) * 0x100000001B3u;
+    for (size_t i = 0; i < sizeof m; i++) h = (h ^ bytes[i]) * 0x100000001B3u;
     return h;
-}
-
-static uint64_t dsv3i_config_fingerprint(const dsv3_config *config) {
-    dsv3i_dims m = dsv3i_dims_of(config);
-    return dsv3i_fingerprint(&m);
 }
 
 /* ---- Layouts: one cursor walks through a buffer, or through nothing to learn the size. The same function
@@ -1433,6 +1429,20 @@ static dsv3_result dsv3i_layout_begin(dsv3i_layout *l, void *memory, size_t byte
  */
 #define DSV3I_MEMBER(type, name, rows, columns) type *name;
 #define DSV3I_TAKE(type, name, rows, columns) at->name = (type *)dsv3i_take_rows(l, sizeof(type), rows, columns);
+
+/* Such a struct has two programs around its layout function: _size ends with an `it` laid out over nothing, and _init
+ * begins with l over memory [bytes], once _size has said what is needed. */
+#define DSV3I_SIZE(type, bytes, layout)                                                                              \
+    type it;                                                                                                         \
+    dsv3i_layout l = {NULL, 0};                                                                                      \
+    layout;                                                                                                          \
+    return dsv3i_layout_size(&l, bytes)
+#define DSV3I_INIT(object, size)                                                                                     \
+    dsv3i_layout l = {NULL, 0};                                                                                      \
+    size_t need;                                                                                                     \
+    if ((object) == NULL) return DSV3_ERR_ARG;                                                                       \
+    DSV3I_TRY(size);                                                                                                 \
+    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need))
 
 /* ---- Text: names and messages are built without stdio. */
 
@@ -1678,7 +1688,7 @@ static void dsv3i_engine_decode_row(float *y, const dsv3_tensor *w, size_t row);
  * projections, attention's output and softmax, the router's choice, hidden values; and, where `keep` asks for them, the
  * outputs of norms, queries, the outputs of SwiGLU. moe, norms, queries, swiglu: n, or 0 where there is no such member. */
 #define DSV3I_SAVED(X)                                                                                               \
-    X(float, x_mid, n, m->d) X(float, q_raw, n, m->rq) X(float, kv_raw, n, m->width)         \
+    X(float, x_mid, n, m->d) X(float, q_raw, n, m->rq) X(float, kv_raw, n, m->width)                                 \
     X(float, o, n, m->Ho) X(float, softmax, n, 2 * m->H)                                                             \
     X(float, score, moe, m->E) X(float, gate, moe, m->K) X(int32_t, idx, moe, m->K)                                  \
     X(size_t, slot, moe, m->K) X(size_t, offset, moe > 0 ? m->E + 1 : 0, 1)                                          \
@@ -1695,7 +1705,7 @@ typedef struct dsv3i_saved {
  * and r stand in the order of experts; r is also 1 / rms of rows. */
 #define DSV3I_BACKWARD(X)                                                                                            \
     X(float, du, n, m->d) X(float, dq, n, m->Hq) X(float, keys, n, m->Hq) X(float, dkeys, n, m->Hq)                  \
-    X(float, kv_up, n, m->Hkv) X(float, dkv_up, n, m->Hkv) X(float, dout, n, m->Ho) X(float, delta, n, m->H)             \
+    X(float, kv_up, n, m->Hkv) X(float, dkv_up, n, m->Hkv) X(float, dout, n, m->Ho) X(float, delta, n, m->H)         \
     X(float, c, n, m->rk) X(float, dc, n, m->rk) X(float, dkv_raw, n, m->width)                                      \
     X(float, dq_latent, n, m->rq) X(float, dq_raw, n, m->rq) X(float, dh, n, hidden)                                 \
     X(float, gates, n, m->K) X(float, dgate, n, m->K) X(float, dscore, n, m->E)                                      \
@@ -2446,9 +2456,9 @@ static void dsv3i_norm_dg_task(void *arg, size_t begin, size_t end, size_t worke
 }
 
 /* Of g only the rest of `a` is filled in: rows of x and dx lie ldx floats apart, rows of dy ldy. */
-static dsv3i_rows dsv3i_norm_rows(const dsv3_context *ctx, float *dx, float *dg, const float *dy, const float *x,
-                                  const dsv3_tensor *g, float eps, float *r) {
-    dsv3i_rows a = {ctx, NULL, x, g->cols, g->cols, g->cols, NULL, NULL, g, eps, 0, dy, dx, dg, r, 0};
+static dsv3i_rows dsv3i_norm_rows(const dsv3_context *ctx, float *dx, int beta0, float *dg, const float *dy,
+                                  const float *x, const dsv3_tensor *g, float eps, float *r) {
+    dsv3i_rows a = {ctx, NULL, x, g->cols, g->cols, g->cols, NULL, NULL, g, eps, 0, dy, dx, dg, r, beta0};
     return a;
 }
 
@@ -2460,7 +2470,7 @@ static void dsv3i_norm_backward(dsv3i_rows *a, size_t n) {
 DSV3_API void dsv3_rmsnorm_backward(const dsv3_context *context, float *dx, float *dg, const float *dy,
                                     const float *x, const dsv3_tensor *g, size_t n, size_t d, float eps,
                                     float *scratch) {
-    dsv3i_rows a = dsv3i_norm_rows(context, dx, dg, dy, x, g, eps, scratch);
+    dsv3i_rows a = dsv3i_norm_rows(context, dx, 0, dg, dy, x, g, eps, scratch);
     DSV3_ASSERT(g->cols == d);
     (void)d;
     dsv3i_norm_backward(&a, n);
@@ -3190,10 +3200,9 @@ static void dsv3i_mla_backward(dsv3i_call *c, float *du, const float *dy, const 
     c->ctx->ops->attend_backward(c);
     dsv3i_loop(c->ctx, c->n, 4 * m->Hq, dsv3i_mla_rotate_backward_task, c);
     dsv3i_project_backward(c->ctx, c->ws, b->dc, 1, &g->kv_b_proj, b->dkv_up, b->c, &w->kv_b_proj, c->n);
-    norm = dsv3i_norm_rows(c->ctx, b->dkv_raw, dsv3i_grad(&g->kv_a_layernorm), b->dc, c->s->kv_raw, &w->kv_a_layernorm,
-                           eps, b->r);
+    norm = dsv3i_norm_rows(c->ctx, b->dkv_raw, 1, dsv3i_grad(&g->kv_a_layernorm), b->dc, c->s->kv_raw,
+                           &w->kv_a_layernorm, eps, b->r);
     norm.ldx = m->width;
-    norm.beta0 = 1;
     dsv3i_norm_backward(&norm, c->n);
     dsv3i_project_backward(c->ctx, c->ws, du, 1, &g->kv_a_proj_with_mqa, b->dkv_raw, u, &w->kv_a_proj_with_mqa, c->n);
     if (m->rq == 0) {
@@ -3201,9 +3210,8 @@ static void dsv3i_mla_backward(dsv3i_call *c, float *du, const float *dy, const 
         return;
     }
     dsv3i_project_backward(c->ctx, c->ws, b->dq_latent, 1, &g->q_b_proj, b->dq, c->ws->q_latent, &w->q_b_proj, c->n);
-    norm = dsv3i_norm_rows(c->ctx, b->dq_raw, dsv3i_grad(&g->q_a_layernorm), b->dq_latent, c->s->q_raw,
+    norm = dsv3i_norm_rows(c->ctx, b->dq_raw, 1, dsv3i_grad(&g->q_a_layernorm), b->dq_latent, c->s->q_raw,
                            &w->q_a_layernorm, eps, b->r);
-    norm.beta0 = 1;
     dsv3i_norm_backward(&norm, c->n);
     dsv3i_project_backward(c->ctx, c->ws, du, 0, &g->q_a_proj, b->dq_raw, u, &w->q_a_proj, c->n);
 }
@@ -3462,20 +3470,13 @@ static void dsv3i_balancer_layout(dsv3_balancer *b, const dsv3_config *config, d
 }
 
 DSV3_API dsv3_result dsv3_balancer_size(const dsv3_config *config, size_t *bytes) {
-    dsv3i_layout l = {NULL, 0};
-    dsv3_balancer b;
     DSV3I_TRY(dsv3_config_check(config, NULL));
-    dsv3i_balancer_layout(&b, config, &l);
-    return dsv3i_layout_size(&l, bytes);
+    DSV3I_SIZE(dsv3_balancer, bytes, dsv3i_balancer_layout(&it, config, &l));
 }
 
 DSV3_API dsv3_result dsv3_balancer_init(dsv3_balancer *balancer, const dsv3_config *config, void *memory,
                                         size_t bytes) {
-    dsv3i_layout l = {NULL, 0};
-    size_t need;
-    if (balancer == NULL) return DSV3_ERR_ARG;
-    DSV3I_TRY(dsv3_balancer_size(config, &need));
-    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need));
+    DSV3I_INIT(balancer, dsv3_balancer_size(config, &need));
     DSV3_MEMSET(balancer, 0, sizeof *balancer);
     balancer->schedule.speed = 0.001;
     dsv3i_balancer_layout(balancer, config, &l);
@@ -4126,15 +4127,14 @@ static dsv3_result dsv3i_check_mla(const dsv3_config *c, dsv3_error *e) {
     return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "attention_bias", "no published model has attention biases");
 }
 
-static int dsv3i_has_moe(const dsv3_config *c) {
-    for (int32_t i = 0; i < c->num_hidden_layers + c->num_nextn_predict_layers; i++) {
-        if (dsv3_config_is_moe(c, i)) return 1;
-    }
-    return 0;
+static size_t dsv3i_moe_layers(const dsv3_config *c) {
+    size_t n = 0;
+    for (int32_t i = 0; i < c->num_hidden_layers + c->num_nextn_predict_layers; i++) n += dsv3_config_is_moe(c, i) != 0;
+    return n;
 }
 
 static dsv3_result dsv3i_check_experts(const dsv3_config *c, dsv3_error *e) {
-    int32_t least = dsv3i_has_moe(c), available;
+    int32_t least = dsv3i_moe_layers(c) > 0, available;
     DSV3I_INT(moe_intermediate_size, least, DSV3_MAX_DIM);
     DSV3I_INT(n_routed_experts, least, DSV3_MAX_EXPERTS);
     DSV3I_INT(n_shared_experts, 0, DSV3_MAX_EXPERTS);
@@ -4401,13 +4401,12 @@ DSV3_API dsv3_result dsv3_model_tensors(const dsv3_config *config, dsv3_visit vi
 
 static void dsv3i_model_layout(dsv3_model *model, const dsv3_config *c, dsv3i_layout *l) {
     dsv3i_dims m = dsv3i_dims_of(c);
-    size_t layers = m.L + m.D, begin = l->used, moe = 0;
+    size_t layers = m.L + m.D, begin = l->used;
     dsv3_mlp *experts;
-    for (size_t i = 0; i < layers; i++) moe += dsv3_config_is_moe(c, (int32_t)i) != 0;
     model->layers = (dsv3_layer *)dsv3i_take(l, sizeof *model->layers, layers, 1, 1);
     model->mtp = (dsv3_mtp *)dsv3i_take(l, sizeof *model->mtp, m.D, 1, 1);
     model->rope_turns = (uint64_t *)dsv3i_take(l, sizeof *model->rope_turns, m.dr / 2, 1, 1);
-    experts = (dsv3_mlp *)dsv3i_take(l, sizeof *experts, moe, m.E, 1);
+    experts = (dsv3_mlp *)dsv3i_take(l, sizeof *experts, dsv3i_moe_layers(c), m.E, 1);
     if (l->base == NULL) return;
     DSV3_MEMSET(l->base + begin, 0, l->used - begin);
     model->config = *c;
@@ -4424,11 +4423,8 @@ static void dsv3i_model_layout(dsv3_model *model, const dsv3_config *c, dsv3i_la
 }
 
 DSV3_API dsv3_result dsv3_model_size(const dsv3_config *config, size_t *bytes) {
-    dsv3i_layout l = {NULL, 0};
-    dsv3_model model;
     DSV3I_TRY(dsv3_config_check(config, NULL));
-    dsv3i_model_layout(&model, config, &l);
-    return dsv3i_layout_size(&l, bytes);
+    DSV3I_SIZE(dsv3_model, bytes, dsv3i_model_layout(&it, config, &l));
 }
 
 static dsv3_result dsv3i_bind_shape(dsv3_error *error, const dsv3_tensor *t, const char *name, size_t rows,
@@ -4595,19 +4591,12 @@ static dsv3_result dsv3i_cache_layout(dsv3_cache *cache, const dsv3_config *conf
 
 static dsv3_result dsv3i_cache_size(const dsv3_config *config, size_t layers, size_t capacity, dsv3_type type,
                                     size_t *bytes) {
-    dsv3i_layout l = {NULL, 0};
-    dsv3_cache cache;
-    DSV3I_TRY(dsv3i_cache_layout(&cache, config, layers, capacity, type, &l));
-    return dsv3i_layout_size(&l, bytes);
+    DSV3I_SIZE(dsv3_cache, bytes, DSV3I_TRY(dsv3i_cache_layout(&it, config, layers, capacity, type, &l)));
 }
 
 static dsv3_result dsv3i_cache_init(dsv3_cache *cache, const dsv3_config *config, size_t layers, size_t capacity,
                                     dsv3_type type, void *memory, size_t bytes) {
-    dsv3i_layout l = {NULL, 0};
-    size_t need;
-    if (cache == NULL) return DSV3_ERR_ARG;
-    DSV3I_TRY(dsv3i_cache_size(config, layers, capacity, type, &need));
-    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need));
+    DSV3I_INIT(cache, dsv3i_cache_size(config, layers, capacity, type, &need));
     return dsv3i_cache_layout(cache, config, layers, capacity, type, &l);
 }
 
@@ -4656,7 +4645,7 @@ static size_t dsv3i_pass_floats(const dsv3i_dims *m, size_t n, size_t threads) {
     X(float, cos_sin, n, m->dr) X(float, x, n, m->d) X(float, u, n, m->d) X(float, y, n, m->d)                       \
     X(float, scratch, dsv3i_pass_floats(m, n, threads), 1) X(dsv3_cache, views, n, 1) X(int32_t, row_token, n, 1)    \
     X(int32_t, row_sequence, n, 1) X(int32_t, row_output, n, 1) X(size_t, row_index, n, 1)                           \
-    X(uint8_t, row_mask, n, 1) X(float, row_hidden, modules, m->d) X(double, balance, threads, 2 * m->E)   \
+    X(uint8_t, row_mask, n, 1) X(float, row_hidden, modules, m->d) X(double, balance, threads, 2 * m->E)             \
     X(double, sequence_loss, n, 1)
 /* Never active together, and so in one place: an MTP module's input, the loss, attention, the FFN. */
 #define DSV3I_WORKSPACE_MODULE(X) X(float, concat, modules, m->d2)
@@ -4676,14 +4665,15 @@ static void dsv3i_layout_back(dsv3i_layout *l, size_t from, size_t *end) {
     l->used = from;
 }
 
-static void dsv3i_workspace_layout(dsv3_workspace *at, const dsv3i_dims *m, size_t n, size_t threads,
+static void dsv3i_workspace_layout(dsv3_workspace *at, const dsv3_config *config, size_t n, size_t threads,
                                    dsv3i_layout *l) {
+    const dsv3i_dims dims = dsv3i_dims_of(config), *m = &dims; /* as the lists have it */
     size_t hidden = dsv3i_max(dsv3i_add(dsv3i_mul(m->K, m->F), m->Fs), m->I), modules = m->D > 0 ? n : 0, from, end;
     size_t mlps = dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1), select = dsv3i_add(dsv3i_add(m->E, m->G), 1);
     DSV3_MEMSET(at, 0, sizeof *at);
     at->rows = n;
     at->threads = threads;
-    at->made_for = dsv3i_fingerprint(m);
+    at->made_for = dsv3i_fingerprint(config);
     DSV3I_WORKSPACE_ROWS(DSV3I_TAKE)
     end = from = l->used;
     DSV3I_WORKSPACE_MODULE(DSV3I_TAKE)
@@ -4701,27 +4691,16 @@ static void dsv3i_workspace_layout(dsv3_workspace *at, const dsv3i_dims *m, size
 }
 
 DSV3_API dsv3_result dsv3_workspace_size(const dsv3_config *config, size_t rows, size_t threads, size_t *bytes) {
-    dsv3i_layout l = {NULL, 0};
-    dsv3_workspace ws;
-    dsv3i_dims m;
     DSV3I_TRY(dsv3_config_check(config, NULL));
     if (rows < 1 || threads < 1) return DSV3_ERR_ARG;
     if ((uint64_t)rows > (uint64_t)DSV3_MAX_SEQ) return DSV3_ERR_LIMIT;
-    m = dsv3i_dims_of(config);
-    dsv3i_workspace_layout(&ws, &m, rows, threads, &l);
-    return dsv3i_layout_size(&l, bytes);
+    DSV3I_SIZE(dsv3_workspace, bytes, dsv3i_workspace_layout(&it, config, rows, threads, &l));
 }
 
 DSV3_API dsv3_result dsv3_workspace_init(dsv3_workspace *workspace, const dsv3_config *config, size_t rows,
                                          size_t threads, void *memory, size_t bytes) {
-    dsv3i_layout l = {NULL, 0};
-    dsv3i_dims m;
-    size_t need;
-    if (workspace == NULL) return DSV3_ERR_ARG;
-    DSV3I_TRY(dsv3_workspace_size(config, rows, threads, &need));
-    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need));
-    m = dsv3i_dims_of(config);
-    dsv3i_workspace_layout(workspace, &m, rows, threads, &l);
+    DSV3I_INIT(workspace, dsv3_workspace_size(config, rows, threads, &need));
+    dsv3i_workspace_layout(workspace, config, rows, threads, &l);
     return DSV3_OK;
 }
 
@@ -4798,8 +4777,8 @@ static dsv3_result dsv3i_batch_outputs(const dsv3_batch *batch, dsv3_error *erro
 static dsv3_result dsv3i_batch_check(const dsv3i_run *p) {
     const dsv3_workspace *ws = p->ws;
     dsv3_error *e = p->error;
-    size_t layers, rows;
-    dsv3i_dims m;
+    const dsv3_config *c;
+    size_t layers, rows, width;
     if (p->ctx == NULL || p->model == NULL || p->caches == NULL || p->batch == NULL || ws == NULL ||
         p->batch->token == NULL) {
         return dsv3i_fail(e, DSV3_ERR_ARG, "argument", "is NULL");
@@ -4814,16 +4793,17 @@ static dsv3_result dsv3i_batch_check(const dsv3i_run *p) {
         return dsv3i_fail_range(e, DSV3_ERR_MEMORY, "threads", "is more than the workspace was made for", 1,
                                 (int64_t)ws->threads, (int64_t)p->ctx->threads);
     }
-    m = dsv3i_dims_of(&p->model->config);
-    if (ws->made_for != dsv3i_fingerprint(&m)) {
+    c = &p->model->config;
+    if (ws->made_for != dsv3i_fingerprint(c)) {
         return dsv3i_fail(e, DSV3_ERR_MISMATCH, "workspace", "was made for another config");
     }
-    layers = p->k > 0 || p->saved != NULL ? 1 : m.L;
+    layers = p->k > 0 || p->saved != NULL ? 1 : (size_t)c->num_hidden_layers;
+    width = dsv3i_dims_of(c).width;
     for (size_t s = 0; s < p->n_caches; s++) {
         const dsv3_cache *cache = &p->caches[s];
-        if (cache->layers == layers && cache->width == m.width) continue;
+        if (cache->layers == layers && cache->width == width) continue;
         (void)dsv3i_fail_numbers(e, DSV3_ERR_MISMATCH, "caches", "was made for another config", DSV3_NUMBERS_SHAPE,
-                                 (int64_t)layers, (int64_t)m.width, (int64_t)cache->layers, (int64_t)cache->width);
+                                 (int64_t)layers, (int64_t)width, (int64_t)cache->layers, (int64_t)cache->width);
         return dsv3i_fail_at(e, s, DSV3_ERR_MISMATCH);
     }
     return dsv3i_batch_outputs(p->batch, e);
@@ -5070,11 +5050,17 @@ typedef struct dsv3i_evaluation {
     dsv3_losses *losses;
     const dsv3_text *text;
     dsv3_cache *modules; /* [depths, n_caches] */
-    /* training: the workspace for the rows of depth k, and what is done behind their loss; else NULL */
-    dsv3_workspace *(*depth)(const struct dsv3i_evaluation *a, size_t k);
+    struct dsv3i_depth *depth; /* [1 + depths] training, with what is done behind the loss of depth k; else NULL */
     void (*behind)(const struct dsv3i_evaluation *a, size_t k, dsv3i_loss *loss);
-    void *user;
+    const void *user;
 } dsv3i_evaluation;
+
+/* The rows of one depth. */
+typedef struct dsv3i_depth {
+    size_t n, *from; /* [n] the row of the depth before that has the same position */
+    float *du;       /* [n, d] the gradient of u */
+    dsv3_workspace ws;
+} dsv3i_depth;
 
 static int32_t dsv3i_text_sequence(const dsv3_text *x, size_t r) { return x->sequence != NULL ? x->sequence[r] : 0; }
 
@@ -5202,7 +5188,7 @@ static dsv3_result dsv3i_evaluate_rows(const dsv3i_evaluation *a, dsv3i_run p, s
     for (p.k = 0; p.k <= a->losses->depths; p.k++) {
         const dsv3_workspace *from = p.ws;
         dsv3_batch batch = {0, NULL, NULL, NULL, 0, NULL};
-        if (a->depth != NULL) p.ws = a->depth(a, p.k);
+        if (a->depth != NULL) p.ws = &a->depth[p.k].ws;
         n = batch.rows = dsv3i_evaluate_gather(a->text, p.k, p.ws, from, n, d);
         if (n == 0) return DSV3_OK;
         batch.token = p.ws->row_token;
@@ -5418,25 +5404,18 @@ static void dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, siz
 
 DSV3_API dsv3_result dsv3_sequence_size(const dsv3_model *model, size_t capacity, dsv3_type type, size_t rows,
                                         size_t drafts, size_t *bytes) {
-    dsv3i_layout l = {NULL, 0};
-    dsv3_sequence s;
     if (model == NULL || rows < 1) return DSV3_ERR_ARG;
     if (drafts > DSV3_MAX_DRAFTS || (uint64_t)rows > (uint64_t)DSV3_MAX_SEQ) return DSV3_ERR_LIMIT;
     DSV3I_TRY(dsv3_cache_size(&model->config, capacity, type, bytes)); /* checks the rest */
-    dsv3i_sequence_layout(&s, model, capacity, type, rows, drafts, &l);
-    return dsv3i_layout_size(&l, bytes);
+    DSV3I_SIZE(dsv3_sequence, bytes, dsv3i_sequence_layout(&it, model, capacity, type, rows, drafts, &l));
 }
 
 DSV3_API dsv3_result dsv3_sequence_init(dsv3_sequence *s, const dsv3_model *model, size_t capacity, dsv3_type type,
                                         size_t rows, size_t drafts, void *memory, size_t bytes) {
-    dsv3i_layout l = {NULL, 0};
-    size_t need;
-    if (s == NULL) return DSV3_ERR_ARG;
-    DSV3I_TRY(dsv3_sequence_size(model, capacity, type, rows, drafts, &need));
-    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need));
+    DSV3I_INIT(s, dsv3_sequence_size(model, capacity, type, rows, drafts, &need));
     DSV3_MEMSET(s, 0, sizeof *s);
     dsv3i_sequence_layout(s, model, capacity, type, rows, drafts, &l);
-    s->made_for = dsv3i_config_fingerprint(&model->config);
+    s->made_for = dsv3i_fingerprint(&model->config);
     s->top_p = 1.0f;
     s->rng.state = 1;
     s->drafts = s->max_drafts;
@@ -5469,15 +5448,12 @@ DSV3_API dsv3_result dsv3_sequence_append(dsv3_sequence *s, const dsv3_model *mo
     return DSV3_OK;
 }
 
-/* Forgets what module k knows of positions >= end. */
-static void dsv3i_module_keep(dsv3_sequence *s, size_t k, size_t end) {
-    dsv3_cache *cache = &s->modules[k - 1];
-    cache->length = dsv3i_min(cache->length, end);
-}
-
-/* Of all modules: positions >= end, and those that have read tokens from t_length on (module k reads t_{i+k} at i). */
+/* All modules forget positions >= end, and those at which they read tokens from t_length on (module k: t_{i+k}). */
 static void dsv3i_modules_keep(dsv3_sequence *s, size_t end, size_t length) {
-    for (size_t k = 1; k <= s->n_modules; k++) dsv3i_module_keep(s, k, dsv3i_min(end, dsv3i_sub(length, k)));
+    for (size_t k = 1; k <= s->n_modules; k++) {
+        dsv3_cache *cache = &s->modules[k - 1];
+        cache->length = dsv3i_min(cache->length, dsv3i_min(end, dsv3i_sub(length, k)));
+    }
 }
 
 DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *s, size_t length, size_t *kept) {
@@ -5629,8 +5605,9 @@ static dsv3_result dsv3i_module_call(dsv3i_step *a, size_t k, size_t j) {
 /* Module k of sequence i reads on to position end. */
 static dsv3_result dsv3i_module_read(dsv3i_step *a, size_t i, size_t k, size_t end, size_t j) {
     dsv3_sequence *s = a->sequences[i];
-    if (j > 0) dsv3i_module_keep(s, k, end - 1); /* the draft is what comes out there, even if it was read before */
-    for (size_t position = s->modules[k - 1].length; position < end; position++) {
+    size_t *length = &s->modules[k - 1].length;
+    if (j > 0) *length = dsv3i_min(*length, end - 1); /* the draft is what comes out there, even if it was read before */
+    for (size_t position = *length; position < end; position++) {
         int output = j > 0 && position + 1 == end;
         dsv3i_gather_row(a, i, *dsv3i_history(s, position + k), position, output);
         if (a->batch.rows == a->ws->rows) DSV3I_TRY(dsv3i_module_call(a, k, j));
@@ -5782,7 +5759,7 @@ static dsv3_result dsv3i_finish(const dsv3i_step *a, dsv3_sequence *s, size_t *o
 
 static dsv3_result dsv3i_generate_check(const dsv3i_step *a) {
     dsv3_error *e = a->error;
-    uint64_t made_for = dsv3i_config_fingerprint(&a->model->config);
+    uint64_t made_for = dsv3i_fingerprint(&a->model->config);
     if (a->n < 1 || a->n > a->ws->rows) {
         return dsv3i_fail_range(a->error, a->n < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "n",
                                 "is not a number of sequences the workspace has rows for", 1, (int64_t)a->ws->rows,
@@ -5954,20 +5931,13 @@ static void dsv3i_parameters_layout(dsv3_parameters *q, const dsv3_config *confi
 }
 
 DSV3_API dsv3_result dsv3_parameters_size(const dsv3_config *config, size_t *bytes) {
-    dsv3i_layout l = {NULL, 0};
-    dsv3_parameters q;
     DSV3I_TRY(dsv3_config_check(config, NULL));
-    dsv3i_parameters_layout(&q, config, &l);
-    return dsv3i_layout_size(&l, bytes);
+    DSV3I_SIZE(dsv3_parameters, bytes, dsv3i_parameters_layout(&it, config, &l));
 }
 
 DSV3_API dsv3_result dsv3_parameters_init(dsv3_parameters *parameters, const dsv3_config *config, void *memory,
                                           size_t bytes) {
-    dsv3i_layout l = {NULL, 0};
-    size_t need;
-    if (parameters == NULL) return DSV3_ERR_ARG;
-    DSV3I_TRY(dsv3_parameters_size(config, &need));
-    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need));
+    DSV3I_INIT(parameters, dsv3_parameters_size(config, &need));
     DSV3_MEMSET(parameters, 0, sizeof *parameters);
     dsv3i_parameters_layout(parameters, config, &l);
     return DSV3_OK;
@@ -5991,7 +5961,7 @@ DSV3_API dsv3_result dsv3_parameters_load(dsv3_parameters *parameters, const dsv
     const dsv3_config *config;
     if (parameters == NULL || from == NULL) return DSV3_ERR_ARG;
     config = &parameters->model.config;
-    if (dsv3i_config_fingerprint(config) != dsv3i_config_fingerprint(&from->config)) return DSV3_ERR_MISMATCH;
+    if (dsv3i_fingerprint(config) != dsv3i_fingerprint(&from->config)) return DSV3_ERR_MISMATCH;
     if (from->n_mtp < parameters->model.n_mtp) return DSV3_ERR_MISMATCH;
     copy = *from;
     flat.data = parameters->data;
@@ -6053,18 +6023,11 @@ DSV3_API double dsv3_learning_rate(const dsv3_schedule *s, uint64_t step) {
     return step < s->end ? s->low : s->tail;
 }
 
-/* The rows of one depth (0: the main model), from their tokens to what its head is given: the part of a workspace that a
- * depth has of its own. */
+/* The part of a workspace that each depth has of its own: its rows, from their tokens to what its head is given. */
 #define DSV3I_DEPTH(X)                                                                                               \
     X(int32_t, row_token, n, 1) X(uint8_t, row_mask, n, 1) X(size_t, row_index, n, 1) X(int32_t, sequence, n, 1)     \
     X(int32_t, position, n, 1) X(int32_t, leader, n, 1) X(float, cos_sin, n, m->dr) X(float, x, n, m->d)             \
     X(float, u, n, m->d)
-
-typedef struct dsv3i_depth {
-    size_t n, *from; /* [n] the row of the depth before that has the same position */
-    float *du;       /* [n, d] the gradient of u */
-    dsv3_workspace ws;
-} dsv3i_depth;
 
 static void dsv3i_depth_layout(dsv3i_depth *depth, const dsv3_workspace *shared, const dsv3i_dims *m, size_t n,
                                dsv3i_layout *l) {
@@ -6114,7 +6077,7 @@ static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const d
     dsv3i_parameters_layout(&at->weights, c, l);
     dsv3i_parameters_layout(&at->gradients, c, l);
     dsv3i_balancer_layout(&at->balancer, c, l);
-    dsv3i_workspace_layout(&at->workspace, &m, n, threads, l);
+    dsv3i_workspace_layout(&at->workspace, c, n, threads, l);
     DSV3I_TRAINER(DSV3I_TAKE)
     for (size_t i = 0; i < s->sequences; i++) {
         (void)dsv3i_cache_layout(exists ? &at->caches[i] : &cache, c, 1, s->longest, DSV3_F32, l);
@@ -6131,22 +6094,16 @@ static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const d
 
 DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_training *s, size_t threads,
                                        size_t *bytes) {
-    dsv3i_layout l = {NULL, 0};
-    dsv3_trainer t;
     DSV3I_TRY(dsv3_config_check(config, NULL));
     if (s == NULL || s->rows < 1 || s->sequences < 1 || s->longest < 1 || threads < 1) return DSV3_ERR_ARG;
     if (dsv3i_max(s->rows, s->longest) > (uint64_t)DSV3_MAX_SEQ || s->sequences > s->rows) return DSV3_ERR_LIMIT;
-    dsv3i_trainer_layout(&t, config, s, threads, &l);
-    return dsv3i_layout_size(&l, bytes);
+    DSV3I_SIZE(dsv3_trainer, bytes, dsv3i_trainer_layout(&it, config, s, threads, &l));
 }
 
 DSV3_API dsv3_result dsv3_trainer_init(dsv3_trainer *t, const dsv3_config *config, const dsv3_training *settings,
                                        size_t threads, void *memory, size_t bytes) {
-    dsv3i_layout l = {NULL, 0};
-    size_t need, n;
-    if (t == NULL) return DSV3_ERR_ARG;
-    DSV3I_TRY(dsv3_trainer_size(config, settings, threads, &need));
-    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need));
+    DSV3I_INIT(t, dsv3_trainer_size(config, settings, threads, &need));
+    size_t n;
     DSV3_MEMSET(t, 0, sizeof *t);
     dsv3i_trainer_layout(t, config, settings, threads, &l);
     t->settings = *settings;
@@ -6202,10 +6159,6 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *t) {
 
 /* ---- Accumulate: forward */
 
-static dsv3_workspace *dsv3i_train_depth(const dsv3i_evaluation *a, size_t k) {
-    return &((const dsv3_trainer *)a->user)->depth[k].ws;
-}
-
 /* Behind the loss of depth k at once its gradients: du of the depth, and the head's. */
 static void dsv3i_train_head(const dsv3i_evaluation *a, size_t k, dsv3i_loss *loss) {
     const dsv3_trainer *t = (const dsv3_trainer *)a->user;
@@ -6238,10 +6191,9 @@ static void dsv3i_mtp_backward(const dsv3_context *ctx, dsv3_trainer *t, size_t 
     dsv3i_project_backward(ctx, ws, t->dconcat, 1, &g->eh_proj, t->dx, ws->concat, &w->eh_proj, n);
     for (int half = 0; half < 2; half++) {
         const dsv3_tensor *gain = half ? &w->hnorm : &w->enorm, *dgain = half ? &g->hnorm : &g->enorm;
-        dsv3i_rows norm = dsv3i_norm_rows(ctx, b->du, dsv3i_grad(dgain), t->dconcat + (half ? h : e),
+        dsv3i_rows norm = dsv3i_norm_rows(ctx, b->du, 1, dsv3i_grad(dgain), t->dconcat + (half ? h : e),
                                           half ? hidden : ws->y, gain, eps, b->r);
         norm.ldy = 2 * d;
-        norm.beta0 = 1;
         dsv3i_norm_backward(&norm, n);
         if (half == 0 && !t->settings.detach_head) {
             dsv3i_embed_backward(ctx, dsv3i_grad(&t->gradients.model.embed_tokens), b->du, v->ws.row_token, n, d);
@@ -6259,11 +6211,11 @@ static void dsv3i_train_depth_backward(const dsv3_context *ctx, dsv3_trainer *t,
     dsv3i_depth *v = &t->depth[k];
     size_t d = (size_t)model->config.hidden_size, n = v->n;
     dsv3i_stack stack = dsv3i_stack_of(model, k), g = dsv3i_stack_of(grad, k);
-    dsv3i_rows norm = dsv3i_norm_rows(ctx, t->dx, dsv3i_grad(g.norm), v->du, v->ws.x, stack.norm,
+    int behind = model->config.mtp_hidden == DSV3_MTP_POST_NORM; /* carry is of states behind the norm */
+    dsv3i_rows norm = dsv3i_norm_rows(ctx, t->dx, behind, dsv3i_grad(g.norm), v->du, v->ws.x, stack.norm,
                                       model->config.rms_norm_eps, t->backward->r);
-    norm.beta0 = model->config.mtp_hidden == DSV3_MTP_POST_NORM;
-    if (norm.beta0) dsv3i_add_rows(ctx, v->du, carry, n, d);
-    if (!norm.beta0) dsv3i_copy_rows(ctx, t->dx, carry, n, d);
+    if (behind) dsv3i_add_rows(ctx, v->du, carry, n, d);
+    if (!behind) dsv3i_copy_rows(ctx, t->dx, carry, n, d);
     dsv3i_norm_backward(&norm, n);
     for (size_t i = stack.count; i > 0; i--) {
         const dsv3_layer *w = &stack.layers[i - 1];
@@ -6298,7 +6250,7 @@ static void dsv3i_train_backward(const dsv3_context *ctx, dsv3_trainer *t) {
 /* A text that has been checked, forward and backward. */
 static dsv3_result dsv3i_train_text(const dsv3_context *context, dsv3_trainer *t, const dsv3_text *text,
                                     dsv3_error *error) {
-    const dsv3i_evaluation a = {&t->losses, text, NULL, dsv3i_train_depth, dsv3i_train_head, t};
+    const dsv3i_evaluation a = {&t->losses, text, NULL, t->depth, dsv3i_train_head, t};
     dsv3_context ctx = *context;
     const dsv3i_run p = {&ctx, &t->weights.model, 0, t->caches, t->most_sequences, NULL, t->workspace.row_hidden, NULL,
                          &t->workspace, error, &a, t->saved};
@@ -6389,14 +6341,6 @@ static void dsv3i_squares_task(void *arg, size_t begin, size_t end, size_t worke
     }
 }
 
-/* The global norm: of the gradients of all that is trained. */
-static double dsv3i_gradient_norm(const dsv3_context *ctx, dsv3_trainer *t, size_t runs) {
-    double sum = 0.0;
-    dsv3i_loop(ctx, runs, DSV3I_RUN, dsv3i_squares_task, t);
-    for (size_t i = 0; i < runs; i++) sum += t->squares[i].sum;
-    return DSV3_POW(sum, 0.5);
-}
-
 /* AdamW on w, with moments m and v; all [n]. */
 static void dsv3i_adamw(const dsv3i_optimizer *o, float decay, float *DSV3I_RESTRICT w, float *DSV3I_RESTRICT m,
                         float *DSV3I_RESTRICT v, const float *DSV3I_RESTRICT gradient, size_t n) {
@@ -6466,7 +6410,7 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
                                     dsv3_error *error) {
     dsv3i_optimizer o = {t, 0, 0, 1.0f, 1.0f, 0.0f, 0.0f};
     dsv3_result result = DSV3_OK;
-    double size, clip;
+    double size = 0.0, clip;
     if (context == NULL || t == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
     if (t->settings.reduce != NULL) {
         result = t->settings.reduce(t->settings.reduce_user, t->gradients.data, t->gradients.count);
@@ -6475,7 +6419,9 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
     if (result != DSV3_OK) return dsv3i_fail(error, result, "reduce", "failed");
     o.decay = (float)(1.0 - learning_rate * (double)t->settings.weight_decay);
     (void)dsv3i_walk_parameters(&t->weights.model.config, NULL, &o, dsv3i_optimizer_tensor);
-    size = dsv3i_gradient_norm(context, t, o.runs);
+    dsv3i_loop(context, o.runs, DSV3I_RUN, dsv3i_squares_task, t);
+    for (size_t i = 0; i < o.runs; i++) size += t->squares[i].sum;
+    size = DSV3_POW(size, 0.5); /* the global norm: of the gradients of all that is trained */
     if (norm != NULL) *norm = size;
     if (!(size <= DBL_MAX)) {
         return dsv3i_fail(error, DSV3_ERR_NAN, "gradients", "are not finite, and the step is skipped");
