@@ -8880,65 +8880,109 @@ static size_t dsv3i_rows_together(size_t n) {
     DSV3I_ENTRY(isa, V##_gemm_bf16, DSV3I_GEMM_LIST, V##_gemm(DSV3I_GEMM_BF16, y, ldy, x, ldx, n, w, rows, k, add))  \
     DSV3I_ENTRY(isa, V##_gemm_bytes, DSV3I_GEMM_LIST, V##_gemm(DSV3I_GEMM_BYTES, y, ldy, x, ldx, n, w, rows, k, add))
 
-/* What AVX2 and AVX-512 have in common but for their width. */
-#define DSV3I_X86_VECTORS(V, isa, bits)                                                                              \
-    typedef __m##bits V##_f32;                                                                                       \
-    typedef __m##bits##i V##_u32;                                                                                    \
-    DSV3I_INLINE(isa) V##_f32 V##_set(float a) { return _mm##bits##_set1_ps(a); }                                    \
-    DSV3I_INLINE(isa) V##_f32 V##_load(const float *at) { return _mm##bits##_loadu_ps(at); }                         \
-    DSV3I_INLINE(isa) void V##_store(float *at, V##_f32 v) { _mm##bits##_storeu_ps(at, v); }                         \
-    DSV3I_INLINE(isa) V##_f32 V##_add(V##_f32 a, V##_f32 b) { return _mm##bits##_add_ps(a, b); }                     \
-    DSV3I_INLINE(isa) V##_f32 V##_sub(V##_f32 a, V##_f32 b) { return _mm##bits##_sub_ps(a, b); }                     \
-    DSV3I_INLINE(isa) V##_f32 V##_mul(V##_f32 a, V##_f32 b) { return _mm##bits##_mul_ps(a, b); }                     \
-    DSV3I_INLINE(isa) V##_f32 V##_div(V##_f32 a, V##_f32 b) { return _mm##bits##_div_ps(a, b); }                     \
-    DSV3I_INLINE(isa) V##_f32 V##_neg(V##_f32 a) { return _mm##bits##_xor_ps(a, _mm##bits##_set1_ps(-0.0f)); }       \
-    DSV3I_INLINE(isa) V##_f32 V##_fma(V##_f32 a, V##_f32 b, V##_f32 c) { return _mm##bits##_fmadd_ps(a, b, c); }     \
-    DSV3I_INLINE(isa) V##_f32 V##_clamp(V##_f32 x, float low, float high) {                                          \
-        return _mm##bits##_min_ps(_mm##bits##_set1_ps(high), _mm##bits##_max_ps(_mm##bits##_set1_ps(low), x));       \
-    }                                                                                                                \
-    DSV3I_INLINE(isa) void V##_near(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T0); }        \
-    DSV3I_INLINE(isa) void V##_far(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T1); }         \
-    DSV3I_INLINE(isa) V##_u32 V##_words(const void *at) { return _mm##bits##_loadu_si##bits((const V##_u32 *)at); }  \
-    DSV3I_INLINE(isa) void V##_put_words(void *at, V##_u32 v) { _mm##bits##_storeu_si##bits((V##_u32 *)at, v); }     \
-    DSV3I_INLINE(isa) V##_u32 V##_flip(V##_u32 v) {                                                                  \
-        return _mm##bits##_xor_si##bits(v, _mm##bits##_set1_epi8((char)-128));                                       \
-    }                                                                                                                \
-    DSV3I_INLINE(isa) void V##_nibbles(V##_u32 b[2], V##_u32 v) {                                                    \
-        b[0] = _mm##bits##_and_si##bits(v, _mm##bits##_set1_epi8(15));                                               \
-        b[1] = _mm##bits##_and_si##bits(_mm##bits##_srli_epi16(v, 4), _mm##bits##_set1_epi8(15));                    \
-    }                                                                                                                \
-    DSV3I_INLINE(isa) void V##_floats(const int bytes, V##_f32 f[4], V##_u32 v, V##_f32 zero) {                      \
-        const V##_u32 byte = _mm##bits##_set1_epi32(255);                                                            \
-        if (bytes) {                                                                                                 \
-            const V##_u32 two = _mm##bits##_srli_epi32(v, 8), three = _mm##bits##_srli_epi32(v, 16);                 \
-            f[0] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(v, byte)), zero);                        \
-            f[1] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(two, byte)), zero);                      \
-            f[2] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(three, byte)), zero);                    \
-            f[3] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_srli_epi32(v, 24)), zero);                            \
-        } else {                                                                                                     \
-            f[0] = _mm##bits##_castsi##bits##_ps(_mm##bits##_slli_epi32(v, 16));                                     \
-            f[1] = _mm##bits##_castsi##bits##_ps(_mm##bits##_and_si##bits(v, _mm##bits##_set1_epi32(-65536)));       \
-        }                                                                                                            \
+/* ---- Tables: what a backend is made of */
+
+#define DSV3I_COMMON(V, tile, f8)                                                                                    \
+    V##_outer, {V##_pack_4, V##_pack_2, V##_pack_2, V##_pack_1, V##_pack_q8_0, V##_pack_q4_0},                       \
+        {V##_float_bf16, V##_float_bytes}, tile, {                                                                   \
+        NULL, V##_widen_f16, NULL, f8, NULL, V##_widen_q4_0                                                          \
+    }
+#define DSV3I_ROUND(bf16, q8)                                                                                        \
+    { NULL, NULL, bf16, bf16, q8, q8 }
+#define DSV3I_GEMM_ROW(V, bf16, bytes)                                                                               \
+    { V##_gemm_f32, V##_gemm_bf16, V##_gemm_bytes, bf16, bytes }
+/* In the order of dsv3_type. */
+#define DSV3I_WHOLE_ROW(name)                                                                                        \
+    { NULL, NULL, name##_bf16, name##_f8_e4m3, name##_q8_0, name##_q4_0 }
+#define DSV3I_GEMV_T_ROW(V, f8)                                                                                      \
+    { NULL, V##_gemv_t_f16, V##_gemv_t_bf16, f8, V##_gemv_t_q8_0, V##_gemv_t_q4_0 }
+#ifndef DSV3_NO_TRAINING
+#define DSV3I_BACKWARD_OPS dsv3i_fast_linear_backward, dsv3i_fast_attend_backward, dsv3i_fast_mlps_backward,
+#else
+#define DSV3I_BACKWARD_OPS
+#endif
+#define DSV3I_OPS(V, kernels)                                                                                        \
+    {                                                                                                                \
+        {V##_decode_f32,     V##_decode_f16,         V##_decode_bf16,                                                \
+         V##_decode_f8_e4m3, dsv3i_avx2_decode_q8_0, dsv3i_avx2_decode_q4_0},                                        \
+            V##_dot, V##_axpy, V##_exp_sum, V##_silu_mul, dsv3i_fast_linear, dsv3i_fast_attend, dsv3i_fast_mlps,     \
+            DSV3I_BACKWARD_OPS &(kernels)                                                                            \
+    }
+
+/* What AVX2 and AVX-512 have in common but for their width. repeat: 16 bytes everywhere. */
+#define DSV3I_X86_VECTORS(V, isa, bits, repeat)                                                                              \
+    typedef __m##bits V##_f32;                                                                                               \
+    typedef __m##bits##i V##_u32;                                                                                            \
+    DSV3I_INLINE(isa) V##_f32 V##_set(float a) { return _mm##bits##_set1_ps(a); }                                            \
+    DSV3I_INLINE(isa) V##_f32 V##_load(const float *at) { return _mm##bits##_loadu_ps(at); }                                 \
+    DSV3I_INLINE(isa) void V##_store(float *at, V##_f32 v) { _mm##bits##_storeu_ps(at, v); }                                 \
+    DSV3I_INLINE(isa) V##_f32 V##_add(V##_f32 a, V##_f32 b) { return _mm##bits##_add_ps(a, b); }                             \
+    DSV3I_INLINE(isa) V##_f32 V##_sub(V##_f32 a, V##_f32 b) { return _mm##bits##_sub_ps(a, b); }                             \
+    DSV3I_INLINE(isa) V##_f32 V##_mul(V##_f32 a, V##_f32 b) { return _mm##bits##_mul_ps(a, b); }                             \
+    DSV3I_INLINE(isa) V##_f32 V##_div(V##_f32 a, V##_f32 b) { return _mm##bits##_div_ps(a, b); }                             \
+    DSV3I_INLINE(isa) V##_f32 V##_neg(V##_f32 a) { return _mm##bits##_xor_ps(a, _mm##bits##_set1_ps(-0.0f)); }               \
+    DSV3I_INLINE(isa) V##_f32 V##_fma(V##_f32 a, V##_f32 b, V##_f32 c) { return _mm##bits##_fmadd_ps(a, b, c); }             \
+    DSV3I_INLINE(isa) V##_f32 V##_clamp(V##_f32 x, float low, float high) {                                                  \
+        return _mm##bits##_min_ps(_mm##bits##_set1_ps(high), _mm##bits##_max_ps(_mm##bits##_set1_ps(low), x));               \
+    }                                                                                                                        \
+    DSV3I_INLINE(isa) void V##_near(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T0); }                \
+    DSV3I_INLINE(isa) void V##_far(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T1); }                 \
+    DSV3I_INLINE(isa) V##_u32 V##_words(const void *at) { return _mm##bits##_loadu_si##bits((const V##_u32 *)at); }          \
+    DSV3I_INLINE(isa) void V##_put_words(void *at, V##_u32 v) { _mm##bits##_storeu_si##bits((V##_u32 *)at, v); }             \
+    DSV3I_INLINE(isa) V##_u32 V##_flip(V##_u32 v) {                                                                          \
+        return _mm##bits##_xor_si##bits(v, _mm##bits##_set1_epi8((char)-128));                                               \
+    }                                                                                                                        \
+    DSV3I_INLINE(isa) V##_u32 V##_order(V##_u32 v) {                                                                         \
+        return _mm##bits##_shuffle_epi8(                                                                                     \
+            v, repeat(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)));                                 \
+    }                                                                                                                        \
+    /* The first two of the steps of V_transpose: r[4 i + j] becomes, of every four words, word j of rows 4 i .. 4 i + 3. */ \
+    DSV3I_INLINE(isa) void V##_transpose_fours(V##_u32 *r, const int rows) {                                                 \
+        V##_u32 t[4];                                                                                                        \
+        DSV3I_UNROLL for (int i = 0; i < rows; i += 4) {                                                                     \
+            DSV3I_UNROLL for (int j = 0; j < 4; j += 2) {                                                                    \
+                t[j] = _mm##bits##_unpacklo_epi32(r[i + j], r[i + j + 1]);                                                   \
+                t[j + 1] = _mm##bits##_unpackhi_epi32(r[i + j], r[i + j + 1]);                                               \
+            }                                                                                                                \
+            DSV3I_UNROLL for (int j = 0; j < 2; j++) {                                                                       \
+                r[i + 2 * j] = _mm##bits##_unpacklo_epi64(t[j], t[j + 2]);                                                   \
+                r[i + 2 * j + 1] = _mm##bits##_unpackhi_epi64(t[j], t[j + 2]);                                               \
+            }                                                                                                                \
+        }                                                                                                                    \
+    }                                                                                                                        \
+    DSV3I_INLINE(isa) void V##_nibbles(V##_u32 b[2], V##_u32 v) {                                                            \
+        b[0] = _mm##bits##_and_si##bits(v, _mm##bits##_set1_epi8(15));                                                       \
+        b[1] = _mm##bits##_and_si##bits(_mm##bits##_srli_epi16(v, 4), _mm##bits##_set1_epi8(15));                            \
+    }                                                                                                                        \
+    DSV3I_INLINE(isa) void V##_floats(const int bytes, V##_f32 f[4], V##_u32 v, V##_f32 zero) {                              \
+        const V##_u32 byte = _mm##bits##_set1_epi32(255);                                                                    \
+        if (bytes) {                                                                                                         \
+            const V##_u32 two = _mm##bits##_srli_epi32(v, 8), three = _mm##bits##_srli_epi32(v, 16);                         \
+            f[0] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(v, byte)), zero);                                \
+            f[1] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(two, byte)), zero);                              \
+            f[2] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(three, byte)), zero);                            \
+            f[3] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_srli_epi32(v, 24)), zero);                                    \
+        } else {                                                                                                             \
+            f[0] = _mm##bits##_castsi##bits##_ps(_mm##bits##_slli_epi32(v, 16));                                             \
+            f[1] = _mm##bits##_castsi##bits##_ps(_mm##bits##_and_si##bits(v, _mm##bits##_set1_epi32(-65536)));               \
+        }                                                                                                                    \
     }
 
 /* ---- AVX2, FMA, F16C: 8 lanes. */
 
 #define DSV3I_AVX2 "avx2,fma,f16c"
-DSV3I_X86_VECTORS(dsv3i_avx2, DSV3I_AVX2, 256)
+DSV3I_X86_VECTORS(dsv3i_avx2, DSV3I_AVX2, 256, _mm256_broadcastsi128_si256)
 
 typedef size_t dsv3i_avx2_lanes; /* there are no masks but vectors, made where they are needed */
 
 DSV3I_INLINE(DSV3I_AVX2) size_t dsv3i_avx2_mask(size_t n) { return n; }
-
 /* Lanes 0 .. n-1 of 8. */
 DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_first(size_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-
 DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_get(size_t n, const float *at) {
     return n >= 8 ? _mm256_loadu_ps(at) : _mm256_maskload_ps(at, dsv3i_avx2_first(n));
 }
-
 DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_put(float *at, size_t n, __m256 v) {
     if (n >= 8) {
         _mm256_storeu_ps(at, v);
@@ -8946,15 +8990,12 @@ DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_put(float *at, size_t n, __m256 v) {
         _mm256_maskstore_ps(at, dsv3i_avx2_first(n), v);
     }
 }
-
 DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_keep(size_t n, __m256 v) {
     return n >= 8 ? v : _mm256_and_ps(v, _mm256_castsi256_ps(dsv3i_avx2_first(n)));
 }
-
 DSV3I_INLINE(DSV3I_AVX2) __m128i dsv3i_avx2_bytes_16(const unsigned char *at) {
     return _mm_loadu_si128((const __m128i *)(const void *)at);
 }
-
 DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_bytes(const unsigned char *at, size_t n) {
     unsigned char part[32];
     if (n >= 32) return dsv3i_avx2_words(at);
@@ -8983,7 +9024,6 @@ DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_element(const dsv3_type type, size_t 
     h = _mm_and_si128(_mm_slli_epi16(h, 7), _mm_set1_epi16((short)-16512)); /* 0xBF80: sign, exponent, fraction */
     return _mm256_cvtph_ps(_mm_or_si128(h, _mm_srli_epi16(_mm_cmpeq_epi16(_mm_and_si128(h, bits), bits), 1)));
 }
-
 /* The sums of the lanes of a, b, c, d: ((l0+l2)+(l1+l3)) + ((l4+l6)+(l5+l7)) of each. */
 DSV3I_INLINE(DSV3I_AVX2) __m128 dsv3i_avx2_sums(__m256 a, __m256 b, __m256 c, __m256 d) {
     const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
@@ -8991,14 +9031,11 @@ DSV3I_INLINE(DSV3I_AVX2) __m128 dsv3i_avx2_sums(__m256 a, __m256 b, __m256 c, __
     const __m256 t = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
     return _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
 }
-
 DSV3I_INLINE(DSV3I_AVX2) float dsv3i_avx2_sum(__m256 v) { return _mm_cvtss_f32(dsv3i_avx2_sums(v, v, v, v)); }
-
 DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_whole(__m256 x) {
     return _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
                            _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-
 /* 2^n comes in two factors, so that results may be subnormal. */
 DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_power(__m256 p, __m256 n) {
     const __m256i bias = _mm256_set1_epi32(127), i = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(i, 1);
@@ -9006,43 +9043,24 @@ DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_power(__m256 p, __m256 n) {
     p = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23)));
     return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23)));
 }
-
 DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_transpose(__m256i r[8]) {
-    __m256i t[8];
-    DSV3I_UNROLL for (int i = 0; i < 4; i++) {
-        t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    DSV3I_UNROLL for (int i = 0; i < 8; i += 4) {
-        r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
+    dsv3i_avx2_transpose_fours(r, 8);
     DSV3I_UNROLL for (int i = 0; i < 4; i++) {
         const __m256i a = r[i], b = r[4 + i];
         r[i] = _mm256_permute2x128_si256(a, b, 0x20);
         r[4 + i] = _mm256_permute2x128_si256(a, b, 0x31);
     }
 }
-
-DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_order(__m256i v) {
-    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
-    return _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(order));
-}
-
 /* The codes of `count` blocks of 2 + size bytes: one of Q8_0, two of Q4_0 or, at the end of a row, one. */
 DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_blocks(const size_t size, const unsigned char *w, size_t count) {
     if (size == 32) return dsv3i_avx2_words(w + 2);
     return _mm256_inserti128_si256(_mm256_castsi128_si256(dsv3i_avx2_bytes_16(w + 2)),
                                    count == 2 ? dsv3i_avx2_bytes_16(w + 20) : _mm_setzero_si128(), 1);
 }
-
 DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_half(__m256i v, const int upper) {
     const __m256i w = upper ? _mm256_srli_epi32(v, 16) : _mm256_and_si256(v, _mm256_set1_epi32(65535));
     return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
 }
-
 /* By way of halves, as dsv3i_avx2_element. */
 DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_bf16(__m256i b[2], __m256i v) {
     const __m256i bits = _mm256_set1_epi16(0x3F80), zero = _mm256_setzero_si256();
@@ -9132,6 +9150,16 @@ static void dsv3i_avx2_tile(float *y, size_t ldy, const float *x, size_t ldx, si
     }
 }
 
+static const dsv3i_kernels dsv3i_avx2_kernels = {DSV3I_COMMON(dsv3i_avx2, dsv3i_avx2_tile, dsv3i_avx2_widen_f8),
+                                                 DSV3I_ROUND(dsv3i_round_bf16_floats, dsv3i_round_q8_floats),
+                                                 DSV3I_GEMM_ROW(dsv3i_avx2, NULL, NULL),
+                                                 {NULL, NULL},
+                                                 {dsv3i_tile_attend, NULL},
+                                                 {{NULL}, {NULL}},
+                                                 {NULL},
+                                                 {NULL}};
+static const dsv3i_ops dsv3i_avx2_ops = DSV3I_OPS(dsv3i_avx2, dsv3i_avx2_kernels);
+
 /* ---- AVX-512 F, BW, DQ, VL: 16 lanes, and masks for what does not fill them. */
 
 #if defined(__GNUC__) && !defined(__clang__) /* of variables in gcc's own header, where "undefined" is meant */
@@ -9141,7 +9169,7 @@ static void dsv3i_avx2_tile(float *y, size_t ldy, const float *x, size_t ldx, si
 #endif
 
 #define DSV3I_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
-DSV3I_X86_VECTORS(dsv3i_avx512, DSV3I_AVX512, 512)
+DSV3I_X86_VECTORS(dsv3i_avx512, DSV3I_AVX512, 512, _mm512_broadcast_i32x4)
 
 typedef __mmask16 dsv3i_avx512_lanes;
 
@@ -9149,11 +9177,9 @@ typedef __mmask16 dsv3i_avx512_lanes;
 DSV3I_INLINE(DSV3I_AVX512) __mmask16 dsv3i_avx512_mask(size_t n) {
     return (__mmask16)(n >= 16 ? 0xFFFFu : (1u << n) - 1u);
 }
-
 DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_get(__mmask16 m, const float *at) {
     return _mm512_maskz_loadu_ps(m, at);
 }
-
 /* The lanes of the mask. (Stores under a mask are slow on some processors, most of all when they are read soon.) */
 DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_put(float *y, __mmask16 m, __m512 v) {
     if (m == 0xFFFF) {
@@ -9162,13 +9188,10 @@ DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_put(float *y, __mmask16 m, __m512 v
         _mm512_mask_storeu_ps(y, m, v);
     }
 }
-
 DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_keep(__mmask16 m, __m512 v) { return _mm512_maskz_mov_ps(m, v); }
-
 DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_bytes(const unsigned char *at, size_t n) {
     return _mm512_maskz_loadu_epi8(n >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << n) - 1, at);
 }
-
 /* E4M3: as dsv3i_avx2_element. */
 DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_element(const dsv3_type type, __mmask16 m, const unsigned char *at) {
     const __m256i bits = _mm256_set1_epi16(0x3F80);
@@ -9184,48 +9207,27 @@ DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_element(const dsv3_type type, __m
     nan = _mm256_cmpeq_epi16_mask(_mm256_and_si256(h, bits), bits);
     return _mm512_cvtph_ps(_mm256_mask_mov_epi16(h, nan, _mm256_set1_epi16(0x7FFF)));
 }
-
 /* Lane i + 8 to lane i, then as dsv3i_avx2_sum. */
 DSV3I_INLINE(DSV3I_AVX512) float dsv3i_avx512_sum(__m512 v) {
     return dsv3i_avx2_sum(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
 }
-
 DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_whole(__m512 x) {
     const __m512 large = _mm512_set1_ps(12582912.0f); /* 1.5 2^23: the sum is rounded to a whole number */
     return _mm512_sub_ps(_mm512_fmadd_ps(x, _mm512_set1_ps(1.44269504f), large), large);
 }
-
 DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_power(__m512 p, __m512 n) { return _mm512_scalef_ps(p, n); }
-
 DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_transpose(__m512i r[16]) {
-    __m512i t[16];
-    DSV3I_UNROLL for (int i = 0; i < 8; i++) {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    DSV3I_UNROLL for (int i = 0; i < 16; i += 4) { /* r[i + j], lane l: column 4 l + j of rows i .. i+3 */
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
+    dsv3i_avx512_transpose_fours(r, 16);
     DSV3I_UNROLL for (int j = 0; j < 4; j++) {
         const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xDD);
         const __m512i c = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
         const __m512i d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xDD);
-        t[j] = _mm512_shuffle_i32x4(a, c, 0x88);
-        t[8 + j] = _mm512_shuffle_i32x4(a, c, 0xDD);
-        t[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
-        t[12 + j] = _mm512_shuffle_i32x4(b, d, 0xDD);
+        r[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+        r[8 + j] = _mm512_shuffle_i32x4(a, c, 0xDD);
+        r[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
+        r[12 + j] = _mm512_shuffle_i32x4(b, d, 0xDD);
     }
-    DSV3I_UNROLL for (int i = 0; i < 16; i++) r[i] = t[i];
 }
-
-DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_order(__m512i v) {
-    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
-    return _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(order));
-}
-
 /* The codes of `count` blocks of 2 + size bytes: two of Q8_0 or four of Q4_0, or fewer at the end of a row. */
 DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_blocks(const size_t size, const unsigned char *w, size_t count) {
     unsigned char part[64];
@@ -9243,11 +9245,9 @@ DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_blocks(const size_t size, const 
     v = _mm512_inserti32x4(v, dsv3i_avx2_bytes_16(w + 38), 2);
     return _mm512_inserti32x4(v, dsv3i_avx2_bytes_16(w + 56), 3);
 }
-
 DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_half(__m512i v, const int upper) {
     return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(upper ? _mm512_srli_epi32(v, 16) : v));
 }
-
 /* Normal: exponent + 120; the eight smallest by a table; NaN. */
 DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_bf16(__m512i b[2], __m512i v) {
     const __m512i small = _mm512_broadcast_i32x4(
@@ -9425,6 +9425,16 @@ DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_attend(dsv3i_attention_tile 
     dsv3i_avx512_outer(a->out, a->ld_out, a->lanes, p, 1, 16 * columns, (const float *)a->values, a->ld_v, nk, a->dv);
 }
 
+static const dsv3i_kernels dsv3i_avx512_kernels = {DSV3I_COMMON(dsv3i_avx512, NULL, dsv3i_avx512_widen_f8),
+                                                   DSV3I_ROUND(dsv3i_round_bf16_floats, dsv3i_round_q8_floats),
+                                                   DSV3I_GEMM_ROW(dsv3i_avx512, NULL, NULL),
+                                                   {dsv3i_avx512_attend_begin, NULL},
+                                                   {dsv3i_avx512_attend, NULL},
+                                                   {{NULL}, {NULL}},
+                                                   {NULL},
+                                                   DSV3I_GEMV_T_ROW(dsv3i_avx512, dsv3i_avx512_gemv_t_f8_e4m3)};
+static const dsv3i_ops dsv3i_avx512_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_avx512_kernels);
+
 /* ---- AVX-512 with VBMI, VNNI and BF16: codes by tables, and products of codes. */
 
 #define DSV3I_AVX512_BF16 "avx512vbmi,avx512vnni,avx512bf16," DSV3I_AVX512
@@ -9448,20 +9458,27 @@ DSV3I_INLINE(DSV3I_AVX512_BF16) void dsv3i_avx512_bf16_of_f8(__m512i b[2], __m51
     b[1] = _mm512_unpackhi_epi8(low, high);
 }
 
-DSV3I_TARGET(DSV3I_AVX512_BF16)
-static void dsv3i_avx512_bf16_widen_f8(void *values, const void *panel, size_t columns, size_t k) {
-    const unsigned char *from = (const unsigned char *)panel;
-    unsigned char *to = (unsigned char *)values;
-    __m512i table[4], b[2];
-    dsv3i_avx512_bf16_tables(table);
-    for (size_t i = 0; i < k; i += 4, to += 64 * columns) {
+/* Fours of terms of a panel of FP8 become BF16; codes are fetched `ahead` bytes early. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_widen(unsigned char *to, const unsigned char *from, size_t columns, size_t fours, size_t ahead,
+                             const __m512i table[4]) {
+    for (size_t i = 0; i < fours; i++, to += 64 * columns) {
         for (size_t c = 0; c < columns; c++, from += 64, to += 64) {
+            __m512i b[2];
             dsv3i_avx512_bf16_of_f8(b, _mm512_loadu_si512(from), table);
-            _mm_prefetch((const char *)from + DSV3I_AHEAD, _MM_HINT_T0);
+            dsv3i_avx512_near(from + ahead);
             _mm512_storeu_si512(to, b[0]);
             _mm512_storeu_si512(to + 64 * columns, b[1]);
         }
     }
+}
+
+DSV3I_TARGET(DSV3I_AVX512_BF16)
+static void dsv3i_avx512_bf16_widen_f8(void *values, const void *panel, size_t columns, size_t k) {
+    __m512i table[4];
+    dsv3i_avx512_bf16_tables(table);
+    dsv3i_avx512_bf16_widen((unsigned char *)values, (const unsigned char *)panel, columns, dsv3i_blocks(k, 4),
+                            DSV3I_AHEAD, table);
 }
 
 /* 256 numbers of a row of E4M3: 64 codes, put into the order in which four sums of 16 want them, become BF16 by tables, and
@@ -9583,38 +9600,39 @@ void dsv3i_avx512_bf16_terms(const int M, const int NP, __m512 acc[24], dsv3i_av
     a->w = w;
 }
 
-/* Where the sums of a block of bytes begin, so that products with codes of 0 that are not 0 come out right. */
-DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_first(const unsigned char *x, __m128i shift) {
-    return _mm512_sll_epi32(dsv3i_avx512_bf16_four(x + DSV3_QBLOCK + 4), shift);
-}
-
-/* Sums of a block as floats, times the scale of x. */
-DSV3I_INLINE(DSV3I_AVX512_BF16) __m512 dsv3i_avx512_bf16_scaled(__m512i sum, const unsigned char *x) {
-    const __m512 unit = _mm512_set1_ps(*(const float *)(const void *)(x + DSV3_QBLOCK));
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(sum), unit);
-}
-
-/* A block of 32 bytes, or of twice two in the halves of a byte (Q4_0): sums of products of whole numbers, exact, times the
- * scales of x and of w. Both kinds of sums fit the registers if there are 12 of each at most. */
+/* Column c of panels w, four of each, `step` bytes on. `columns` are there; the others are the last one once more. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_block(const dsv3_type type, const int M, const int NP, __m512 acc[24], dsv3i_avx512_place *a,
-                             const float *scale, __m128i shift) {
+const unsigned char *dsv3i_avx512_bf16_column(const unsigned char *const *w, size_t columns, int c, size_t step) {
+    return w[c / 4] + step + 64 * dsv3i_min((size_t)c % 4, columns - 1);
+}
+
+/* A block of 32 bytes, or of twice 16 in the halves of bytes (Q4_0), M rows and NC columns: sums of products of whole
+ * numbers, exact, as floats times the scale of x. They begin so that codes of 0 that are not 0 come out right: with -8
+ * times the sum of x, or 16 times that. fetch: NULL, or what says what is read next. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_block(const dsv3_type type, const int M, const int NC, __m512 *sums,
+                             const unsigned char *const *w, size_t columns, size_t step,
+                             const unsigned char *const *x, __m128i shift, dsv3i_avx512_place *fetch) {
     const int halves = type == DSV3_Q4_0 ? 2 : 1;
-    __m512i sum[12];
-    DSV3I_UNROLL for (int j = 0; j < M * NP; j++) sum[j] = dsv3i_avx512_bf16_first(a->x[j / NP], shift);
-    DSV3I_UNROLL for (int i = 0; i < 8 / halves; i++, a->w += a->step) {
-        __m512i b[2][2];
-        dsv3i_avx512_fetch(a);
-        DSV3I_UNROLL for (int p = 0; p < NP; p++) dsv3i_avx512_bf16_values(type, b[p], a->w + 64 * p, NULL);
-        DSV3I_UNROLL for (int j = 0; j < M * NP * halves; j++) {
-            const int h = j / (M * NP), at = j % (M * NP);
-            const __m512i x = dsv3i_avx512_bf16_four(a->x[at / NP] + 16 * h + 4 * i);
-            sum[at] = _mm512_dpbusd_epi32(sum[at], b[at % NP][h], x);
+    __m512i sum[16];
+    DSV3I_UNROLL for (int j = 0; j < M * NC; j++) {
+        sum[j] = _mm512_sll_epi32(dsv3i_avx512_bf16_four(x[j / NC] + DSV3_QBLOCK + 4), shift);
+    }
+    DSV3I_UNROLL for (size_t i = 0; i < (size_t)(8 / halves); i++) {
+        if (fetch != NULL) dsv3i_avx512_fetch(fetch);
+        DSV3I_UNROLL for (int c = 0; c < NC; c++) {
+            __m512i b[2];
+            dsv3i_avx512_bf16_values(type, b, dsv3i_avx512_bf16_column(w, columns, c, i * step), NULL);
+            DSV3I_UNROLL for (int j = c; j < M * NC * halves; j += NC) {
+                const int h = j / (M * NC), at = j % (M * NC);
+                const __m512i f = dsv3i_avx512_bf16_four(x[at / NC] + 16 * h + 4 * i);
+                sum[at] = _mm512_dpbusd_epi32(sum[at], b[h], f);
+            }
         }
     }
-    DSV3I_UNROLL for (int j = 0; j < M * NP; j++) {
-        const __m512 product = dsv3i_avx512_bf16_scaled(sum[j], a->x[j / NP]);
-        acc[j] = _mm512_fmadd_ps(product, _mm512_loadu_ps(scale + 16 * (j % NP)), acc[j]);
+    DSV3I_UNROLL for (int j = 0; j < M * NC; j++) {
+        const __m512 scale = _mm512_set1_ps(*(const float *)(const void *)(x[j / NC] + DSV3_QBLOCK));
+        sums[j] = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[j]), scale);
     }
 }
 
@@ -9625,13 +9643,16 @@ void dsv3i_avx512_bf16_rows(const dsv3_type type, const int M, const int NP, dsv
     const __m128i shift = _mm_cvtsi32_si128(w->zero == 128 ? 4 : 0);
     const float *scale = a->scale;
     const int bytes = type != DSV3_BF16;
-    __m512 acc[24];
+    __m512 acc[24], part[24];
     if (bytes) dsv3i_avx512_begin(M, NP, acc, a, add);
     for (size_t i = 0, end; i < k; i = end) {
         end = dsv3i_min(i + (bytes ? DSV3_QBLOCK : w->block), k);
         if (bytes) {
-            dsv3i_avx512_bf16_block(type, M, NP, acc, a, scale, shift);
-            a->w += w->gap;
+            dsv3i_avx512_bf16_block(type, M, NP, part, &a->w, (size_t)NP, a->step, a->x, shift, a);
+            DSV3I_UNROLL for (int j = 0; j < M * NP; j++) {
+                acc[j] = _mm512_fmadd_ps(part[j], _mm512_loadu_ps(scale + 16 * (j % NP)), acc[j]);
+            }
+            a->w += (type == DSV3_Q4_0 ? 4 : 8) * a->step + w->gap;
         } else {
             a->scale = scale;
             dsv3i_avx512_begin(M, NP, acc, a, add && scale == NULL);
@@ -9715,35 +9736,34 @@ DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_pairs(__m512 first, __
 /* Weights p [nk, columns, 16] as rows of 64 BF16 for each lane. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_weights(unsigned char *rows, const float *p, size_t columns, size_t nk) {
-    for (size_t i = 0; i < columns * (DSV3I_TILE_KEYS / 32);
-         i++, rows += i % 2 ? 64 : 16 * 2 * DSV3I_TILE_KEYS - 64) {
-        const size_t c = i / 2, first = i % 2 * 32;
-        __m512i r[16];
-        if (first >= nk) continue;
-        for (size_t j = 0; j < 16; j++) {
-            const size_t key = first + 2 * j;
-            const float *at = p + 16 * (key * columns + c);
-            const __m512 zero = _mm512_setzero_ps();
-            r[j] = dsv3i_avx512_bf16_pairs(key < nk ? _mm512_loadu_ps(at) : zero,
-                                           key + 1 < nk ? _mm512_loadu_ps(at + 16 * columns) : zero);
+    for (size_t c = 0; c < columns; c++, rows += 16 * 2 * DSV3I_TILE_KEYS) {
+        for (size_t first = 0; first < nk; first += 32) {
+            __m512i r[16];
+            for (size_t j = 0; j < 16; j++) {
+                const size_t key = first + 2 * j;
+                const float *at = p + 16 * (key * columns + c);
+                const __m512 zero = _mm512_setzero_ps();
+                r[j] = dsv3i_avx512_bf16_pairs(key < nk ? _mm512_loadu_ps(at) : zero,
+                                               key + 1 < nk ? _mm512_loadu_ps(at + 16 * columns) : zero);
+            }
+            dsv3i_avx512_transpose(r);
+            for (size_t i = 0; i < 16; i++) _mm512_storeu_si512(rows + 2 * DSV3I_TILE_KEYS * i + 2 * first, r[i]);
         }
-        dsv3i_avx512_transpose(r);
-        for (size_t lane = 0; lane < 16; lane++) _mm512_storeu_si512(rows + 2 * DSV3I_TILE_KEYS * lane, r[lane]);
     }
 }
 
-/* Sixteen numbers of values as BF16, from number `at` on, those of the mask. */
+/* 32 numbers of values as BF16, from number `at` on, those of the mask. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-__m512i dsv3i_avx512_bf16_value(const dsv3i_attention_tile *a, size_t at, __mmask16 m) {
-    if (a->type == DSV3_BF16) {
-        return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, (const uint16_t *)a->values + at));
-    }
-    return _mm512_cvtepu16_epi32(
-        (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(m, (const float *)a->values + at)));
+__m512i dsv3i_avx512_bf16_value(const dsv3i_attention_tile *a, size_t at, __mmask32 m) {
+    const float *from = (const float *)a->values;
+    if (a->type == DSV3_BF16) return _mm512_maskz_loadu_epi16(m, (const uint16_t *)a->values + at);
+    from += at;
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps((__mmask16)(m >> 16), from + 16),
+                                        _mm512_maskz_loadu_ps((__mmask16)(m & 0xFFFF), from));
 }
 
-/* Numbers i .. end-1 of values, i a multiple of 16, two keys in four bytes: [nk/2, columns, 16, 2]. Key by key, as they lie:
- * those of the next block are fetched meanwhile, if scores have not done so. */
+/* Numbers i .. end-1 of values, i a multiple of 16, two keys in four bytes: [nk/2, columns, 16, 2]. Key by key, as they lie.
+ * fetch: those of the next tile of keys are fetched meanwhile. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3i_attention_tile *a, size_t i, size_t end,
                                    size_t nk, int fetch) {
@@ -9751,22 +9771,19 @@ void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3i_attention_t
     const __m512i first = _mm512_or_si512(at, _mm512_slli_epi32(_mm512_add_epi32(at, _mm512_set1_epi32(32)), 16));
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
     for (size_t j = 0; j < nk; j += 2) {
-        const int whole = a->type == DSV3_BF16 && j + 1 < nk;
-        size_t c = i;
-        for (; whole && c + 32 <= end; c += 32, panel += 128) {
-            const uint16_t *low = (const uint16_t *)a->values + j * a->ld_v + c, *high = low + a->ld_v;
-            const __m512i x = _mm512_loadu_si512(low), y = _mm512_loadu_si512(high);
-            if (fetch) _mm_prefetch((const char *)(low + DSV3I_TILE_KEYS * a->ld_v), _MM_HINT_T1);
-            if (fetch) _mm_prefetch((const char *)(high + DSV3I_TILE_KEYS * a->ld_v), _MM_HINT_T1);
+        for (size_t c = i; c < end; c += 32) {
+            const size_t from = j * a->ld_v + c, after = j + 1 < nk ? from + a->ld_v : from;
+            const __mmask32 all = ~(__mmask32)0, m = end - c >= 32 ? all : ((__mmask32)1 << (end - c)) - 1;
+            const int whole = m == all && j + 1 < nk; /* loads without masks are faster */
+            const __m512i x = whole ? dsv3i_avx512_bf16_value(a, from, all) : dsv3i_avx512_bf16_value(a, from, m);
+            const __m512i y = whole ? dsv3i_avx512_bf16_value(a, after, all)
+                                    : dsv3i_avx512_bf16_value(a, after, j + 1 < nk ? m : 0);
+            const uint16_t *next = (const uint16_t *)a->values + from + DSV3I_TILE_KEYS * a->ld_v;
+            if (fetch) dsv3i_avx512_far((const unsigned char *)next);
+            if (fetch) dsv3i_avx512_far((const unsigned char *)(next + a->ld_v));
             _mm512_storeu_si512(panel, _mm512_permutex2var_epi16(x, first, y));
-            _mm512_storeu_si512(panel + 64, _mm512_permutex2var_epi16(x, second, y));
-        }
-        for (; c < end; c += 16, panel += 64) {
-            const __mmask16 m = dsv3i_avx512_mask(end - c);
-            const __mmask16 next = j + 1 < nk ? m : (__mmask16)0;
-            const size_t from = j * a->ld_v + c, after = next ? from + a->ld_v : from;
-            const __m512i low = dsv3i_avx512_bf16_value(a, from, m), high = dsv3i_avx512_bf16_value(a, after, next);
-            _mm512_storeu_si512(panel, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            if (end - c > 16) _mm512_storeu_si512(panel + 64, _mm512_permutex2var_epi16(x, second, y));
+            panel += end - c > 16 ? 128 : 64;
         }
     }
 }
@@ -9823,7 +9840,7 @@ static void dsv3i_avx512_bf16_attend_by(dsv3i_attention_tile *a, size_t nk, dsv3
     for (size_t i = 0; i < a->dv; i += most) {
         const size_t rows = dsv3i_min(most, a->dv - i);
         panel = dsv3i_panel_of(values, (rows + 15) / 16, (nk + 1) / 2 * 2);
-        dsv3i_avx512_bf16_value_panel(values, a, i, i + rows, nk, scored == 0);
+        dsv3i_avx512_bf16_value_panel(values, a, i, i + rows, nk, scored == 0 && a->type == DSV3_BF16);
         product(a->out + i, a->ld_out, weights, 2 * DSV3I_TILE_KEYS, a->lanes, &panel, rows, panel.block, 1);
     }
 }
@@ -9841,12 +9858,6 @@ typedef enum dsv3i_gemv_kind { /* rows of floats; rows of codes; rows of BF16, a
                                DSV3I_GEMV_STEPS = 2
 } dsv3i_gemv_kind;
 
-/* Column c of panels w, four of each: its step. `columns` are there; the others are the last one once more. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-const unsigned char *dsv3i_avx512_bf16_step(const unsigned char *const w[4], size_t columns, int c, size_t step) {
-    return w[c / 4] + 64 * (step * columns + dsv3i_min((size_t)c % 4, columns - 1));
-}
-
 /* M rows and NC columns of panels, from c0 on, terms begin .. end-1: sums[m NC + column] += .., with DSV3I_GEMV_STEPS one sum of
  * even and one of odd terms for each. With rows of floats every number of w becomes one, and terms are added one after the
  * other; the upper halves of the bytes of Q4_0 are the later ones. */
@@ -9862,8 +9873,8 @@ void dsv3i_avx512_bf16_gemv_terms(const dsv3i_gemv_kind kind, const dsv3_type ty
         for (size_t i = begin; i < end; i += (size_t)each) {
             DSV3I_UNROLL for (int c = 0; c < NC; c++) {
                 __m512i b[2];
-                dsv3i_avx512_bf16_values(type, b, dsv3i_avx512_bf16_step(w, columns, c0 + c, i / (size_t)each),
-                                         table);
+                dsv3i_avx512_bf16_values(
+                    type, b, dsv3i_avx512_bf16_column(w, columns, c0 + c, i / (size_t)each * 64 * columns), table);
                 DSV3I_UNROLL for (int j = 0; j < each; j++) {
                     __m512 f[4], g[4];
                     dsv3i_avx512_floats(bytes, f, b[bytes ? pass : j / 2], zero);
@@ -9884,28 +9895,6 @@ void dsv3i_avx512_bf16_gemv_terms(const dsv3i_gemv_kind kind, const dsv3_type ty
             }
         }
     }
-}
-
-/* A block of bytes, with its sums in whole numbers. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_gemv_block(const dsv3_type type, const int M, const int NC, __m512 sums[16],
-                                  const unsigned char *const w[4], size_t columns, const unsigned char *const x[4]) {
-    const __m128i shift = _mm_cvtsi32_si128(type == DSV3_Q8_0 ? 4 : 0);
-    const int halves = type == DSV3_Q4_0 ? 2 : 1;
-    __m512i sum[16];
-    DSV3I_UNROLL for (int j = 0; j < M * NC; j++) sum[j] = dsv3i_avx512_bf16_first(x[j / NC], shift);
-    DSV3I_UNROLL for (size_t i = 0; i < (size_t)(8 / halves); i++) {
-        DSV3I_UNROLL for (int c = 0; c < NC; c++) {
-            __m512i b[2];
-            dsv3i_avx512_bf16_values(type, b, dsv3i_avx512_bf16_step(w, columns, c, i), NULL);
-            DSV3I_UNROLL for (int j = c; j < M * NC * halves; j += NC) {
-                const int h = j / (M * NC), at = j % (M * NC);
-                const __m512i f = dsv3i_avx512_bf16_four(x[at / NC] + 16 * h + 4 * i);
-                sum[at] = _mm512_dpbusd_epi32(sum[at], b[h], f);
-            }
-        }
-    }
-    DSV3I_UNROLL for (int j = 0; j < M * NC; j++) sums[j] = dsv3i_avx512_bf16_scaled(sum[j], x[j / NC]);
 }
 
 /* The same with the sums of AMX for one row: of each 32 terms, those of even and of odd ones, which are added, and then to what
@@ -9939,6 +9928,7 @@ void dsv3i_avx512_bf16_gemv_panels(const dsv3i_gemv_kind kind, const dsv3_type t
                                    const __m512i table[4]) {
     const int bytes = type == DSV3_Q8_0 || type == DSV3_Q4_0, NC = 4 * NS, scales = type == DSV3_BF16 ? 0 : NC;
     const size_t columns = dsv3i_blocks(outputs, 16);
+    const __m128i shift = _mm_cvtsi32_si128(type == DSV3_Q8_0 ? 4 : 0);
     const unsigned char *ws[4], *xs[4];
     __m512 acc[16], part[16], *sums = type == DSV3_BF16 ? acc : part;
     DSV3I_UNROLL for (int s = 0; s < NS; s++) ws[s] = w + (size_t)s * apart;
@@ -9952,7 +9942,7 @@ void dsv3i_avx512_bf16_gemv_panels(const dsv3i_gemv_kind kind, const dsv3_type t
         if (kind == DSV3I_GEMV_STEPS) {
             dsv3i_avx512_bf16_gemv_steps(type, NC, sums, ws, columns, xs, terms, table);
         } else if (kind == DSV3I_GEMV_CODES && bytes) {
-            dsv3i_avx512_bf16_gemv_block(type, M, NC, sums, ws, columns, xs);
+            dsv3i_avx512_bf16_block(type, M, NC, sums, ws, columns, 64 * columns, xs, shift, NULL);
         } else {
             dsv3i_avx512_bf16_gemv_terms(kind, type, M, 0, NC, sums, ws, columns, xs, 0, terms, table);
         }
@@ -9989,12 +9979,21 @@ void dsv3i_avx512_bf16_gemv(const dsv3i_gemv_kind kind, const dsv3_type type, fl
     }
     y += (streams - 1) * ldp;
     ws += (streams - 1) * apart;
-    for (size_t r = streams * ldp, some; r < rows; r += some, y += 64, ws += bytes) {
+    for (size_t p = streams * far; n != 2 && p < rows / 64; p++, y += 64, ws += bytes) {
+        if (n == 1) dsv3i_avx512_bf16_gemv_panels(kind, type, 1, 1, y, ldy, 0, 64, xs, ldx, ws, 0, k, table);
+        if (n == 3) dsv3i_avx512_bf16_gemv_panels(kind, type, 3, 1, y, ldy, 0, 64, xs, ldx, ws, 0, k, table);
+        if (n == 4) dsv3i_avx512_bf16_gemv_panels(kind, type, 4, 1, y, ldy, 0, 64, xs, ldx, ws, 0, k, table);
+    }
+    for (size_t r = n != 2 ? rows / 64 * 64 : streams * ldp, some; r < rows; r += some, y += 64, ws += bytes) {
         some = dsv3i_min(rows - r, 64);
-        if (n == 1) dsv3i_avx512_bf16_gemv_panels(kind, type, 1, 1, y, ldy, 0, some, xs, ldx, ws, 0, k, table);
-        if (n == 2) dsv3i_avx512_bf16_gemv_panels(kind, type, 2, 1, y, ldy, 0, some, xs, ldx, ws, 0, k, table);
-        if (n == 3) dsv3i_avx512_bf16_gemv_panels(kind, type, 3, 1, y, ldy, 0, some, xs, ldx, ws, 0, k, table);
-        if (n == 4) dsv3i_avx512_bf16_gemv_panels(kind, type, 4, 1, y, ldy, 0, some, xs, ldx, ws, 0, k, table);
+        for (size_t t = 0; t < n; t += 2, xs += 2 * ldx) {
+            float *to = y + t * ldy;
+            if (n - t > 1)
+                dsv3i_avx512_bf16_gemv_panels(kind, type, 2, 1, to, ldy, 0, some, xs, ldx, ws, 0, k, table);
+            if (n - t == 1)
+                dsv3i_avx512_bf16_gemv_panels(kind, type, 1, 1, to, ldy, 0, some, xs, ldx, ws, 0, k, table);
+        }
+        xs = (const unsigned char *)x;
     }
 }
 
@@ -10066,14 +10065,22 @@ void dsv3i_avx512_bf16_packed(const dsv3_type type, float *y, size_t ldy, const 
     DSV3I_WHOLE(isa, name##_f8_e4m3, DSV3_F8_E4M3, FUNCTION)                                                         \
     DSV3I_WHOLE(isa, name##_q8_0, DSV3_Q8_0, FUNCTION)                                                               \
     DSV3I_WHOLE(isa, name##_q4_0, DSV3_Q4_0, FUNCTION)
-/* In the order of dsv3_type. */
-#define DSV3I_WHOLE_ROW(name)                                                                                        \
-    { NULL, NULL, name##_bf16, name##_f8_e4m3, name##_q8_0, name##_q4_0 }
 #define DSV3I_GEMV_EXACT(...) dsv3i_avx512_bf16_gemv(DSV3I_GEMV_FLOATS, __VA_ARGS__)
 #define DSV3I_GEMV_FAST(...) dsv3i_avx512_bf16_gemv(DSV3I_GEMV_CODES, __VA_ARGS__)
 DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemv_exact, DSV3I_GEMV_EXACT)
 DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemv_fast, DSV3I_GEMV_FAST)
 DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_packed, dsv3i_avx512_bf16_packed)
+
+static const dsv3i_kernels dsv3i_avx512_bf16_kernels = {
+    DSV3I_COMMON(dsv3i_avx512, NULL, dsv3i_avx512_bf16_widen_f8),
+    DSV3I_ROUND(dsv3i_avx512_bf16_round_bf16, dsv3i_avx512_bf16_round_bytes),
+    DSV3I_GEMM_ROW(dsv3i_avx512, dsv3i_avx512_bf16_gemm_bf16, dsv3i_avx512_bf16_gemm_bytes),
+    {dsv3i_avx512_attend_begin, dsv3i_avx512_bf16_attend_begin},
+    {dsv3i_avx512_attend, dsv3i_avx512_bf16_attend},
+    {DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_exact), DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_fast)},
+    DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_packed),
+    DSV3I_GEMV_T_ROW(dsv3i_avx512, dsv3i_avx512_bf16_gemv_t_f8_e4m3)};
+static const dsv3i_ops dsv3i_avx512_bf16_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_avx512_bf16_kernels);
 
 #ifdef DSV3I_TILES
 /* ---- AMX: products of tiles of 16 rows of 64 bytes. A tile of x (16 rows, 32 terms of BF16) times a tile of a panel (32
@@ -10301,19 +10308,6 @@ static size_t dsv3i_amx_tile_row(const dsv3i_amx_room *room, size_t i) {
     return dsv3i_min(i * room->height, room->rows - room->height);
 }
 
-/* Fours of terms g0 .. g1-1 of a piece of FP8 become BF16. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_widen(dsv3i_amx_room *room, unsigned char *to, const unsigned char *w, size_t g0, size_t g1) {
-    for (size_t g = g0; g < g1; g++) {
-        DSV3I_UNROLL for (size_t c = 0; c < 4; c++) {
-            __m512i b[2];
-            dsv3i_avx512_bf16_values(DSV3_F8_E4M3, b, w + 256 * g + 64 * c, room->table);
-            _mm512_storeu_si512(to + 512 * g + 64 * c, b[0]);
-            _mm512_storeu_si512(to + 512 * g + 64 * c + 256, b[1]);
-        }
-    }
-}
-
 /* Values of blocks of bytes as tiles take them, with their signs (256 does not count), and their scales. */
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_signed(const dsv3_type type, dsv3i_amx_room *room, const unsigned char *w, size_t k) {
@@ -10404,8 +10398,8 @@ void dsv3i_amx_join(float *y, const float *sums, const float *scale, size_t rows
 /* Rows x meet a piece of k terms of BF16, or of FP8, whose values are made already. There, while sums of a pair of tiles are
  * on their way, those of the pair before join y, and some of the next piece's values are made: `coming` terms. */
 DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_piece(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, const unsigned char *x,
-                     const unsigned char *w, size_t k, size_t turn, size_t coming) {
+void dsv3i_amx_k_block(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, const unsigned char *x,
+                       const unsigned char *w, size_t k, size_t turn, size_t coming) {
     const unsigned char *values = type == DSV3_BF16 ? w : room->values[turn % 2];
     const unsigned char *next = w + dsv3i_scale_block_bytes(type, 4, k);
     float *sums = dsv3i_amx_aligned(room->sums), *before = NULL;
@@ -10424,7 +10418,11 @@ void dsv3i_amx_piece(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place
         if (rows == 2) dsv3i_amx_terms(2, 2, a, 0, k, add);
         if (rows == 1) dsv3i_amx_terms(1, 2, a, 0, k, add);
         if (type == DSV3_BF16) continue;
-        dsv3i_amx_widen(room, room->values[(turn + 1) % 2], next, fours * i / pairs, fours * (i + 1) / pairs);
+        {
+            const size_t g = fours * i / pairs, end = fours * (i + 1) / pairs;
+            dsv3i_avx512_bf16_widen(room->values[(turn + 1) % 2] + 512 * g, next + 256 * g, 4, end - g, 1024,
+                                    room->table);
+        }
         if (before != NULL) {
             dsv3i_amx_join(before, sums + (i + 1) % 2 * 1024, room->scale, i % 2 ? rows : 2, room->height, turn > 0);
         }
@@ -10446,14 +10444,14 @@ void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place
     a->m[0] = a->m[1] = room->height;
     a->lines = fetch ? dsv3i_blocks(stretch, 64 * 16 * room->tiles) : 0;
     if (type == DSV3_F8_E4M3) {
-        dsv3i_amx_widen(room, room->values[0], w, 0, dsv3i_blocks(dsv3i_min(DSV3I_TERMS, k), 4));
+        dsv3i_avx512_bf16_widen(room->values[0], w, 4, dsv3i_blocks(dsv3i_min(DSV3I_TERMS, k), 4), 1024, room->table);
     }
     for (size_t i = 0, turn = 0, terms; i < k; i += terms, turn++) {
         terms = dsv3i_min(DSV3I_TERMS, k - i);
         a->next = w + 2 * stretch;
         if (type == DSV3_F8_E4M3) dsv3i_f8_scale(room->scale, w + dsv3i_codes_bytes(type, 4, terms));
         if (blocks) dsv3i_amx_signed(type, room, w, terms);
-        if (!blocks) dsv3i_amx_piece(type, room, a, x, w, terms, turn, dsv3i_min(DSV3I_TERMS, k - i - terms));
+        if (!blocks) dsv3i_amx_k_block(type, room, a, x, w, terms, turn, dsv3i_min(DSV3I_TERMS, k - i - terms));
         for (size_t t = 0; blocks && t < room->tiles; t++) {
             a->y = room->y + 1024 * t;
             a->w = room->values[0];
@@ -10518,93 +10516,20 @@ DSV3I_WHOLE_TYPES(DSV3I_AMX, dsv3i_amx_packed, dsv3i_amx_packed)
 DSV3I_WHOLE(DSV3I_AMX, dsv3i_amx_gemv_bf16, DSV3_BF16, dsv3i_amx_gemv)
 DSV3I_WHOLE(DSV3I_AMX, dsv3i_amx_gemv_f8_e4m3, DSV3_F8_E4M3, dsv3i_amx_gemv)
 
-#endif /* DSV3I_TILES */
-
-/* ---- The tables: what each backend is made of. A better one has what the one before it has, but for what is its own. */
-
-#define DSV3I_COMMON(V)                                                                                              \
-    V##_outer, {V##_pack_4, V##_pack_2, V##_pack_2, V##_pack_1, V##_pack_q8_0, V##_pack_q4_0}, {                     \
-        V##_float_bf16, V##_float_bytes                                                                              \
-    }
-#define DSV3I_WIDEN(V, f8)                                                                                           \
-    { NULL, V##_widen_f16, NULL, f8, NULL, V##_widen_q4_0 }
-#define DSV3I_ROUND(bf16, q8)                                                                                        \
-    { NULL, NULL, bf16, bf16, q8, q8 }
-#define DSV3I_PRODUCTS_OF(V, bf16, bytes)                                                                            \
-    { V##_gemm_f32, V##_gemm_bf16, V##_gemm_bytes, bf16, bytes }
-#define DSV3I_MIX(f8)                                                                                                \
-    {                                                                                                                \
-        NULL, dsv3i_avx512_gemv_t_f16, dsv3i_avx512_gemv_t_bf16, f8, dsv3i_avx512_gemv_t_q8_0,                       \
-            dsv3i_avx512_gemv_t_q4_0                                                                                 \
-    }
-#ifndef DSV3_NO_TRAINING
-#define DSV3I_BACKWARD_OPS dsv3i_fast_linear_backward, dsv3i_fast_attend_backward, dsv3i_fast_mlps_backward,
-#else
-#define DSV3I_BACKWARD_OPS
-#endif
-#define DSV3I_OPS(V, kernels)                                                                                        \
-    {                                                                                                                \
-        {V##_decode_f32,     V##_decode_f16,         V##_decode_bf16,                                                \
-         V##_decode_f8_e4m3, dsv3i_avx2_decode_q8_0, dsv3i_avx2_decode_q4_0},                                        \
-            V##_dot, V##_axpy, V##_exp_sum, V##_silu_mul, dsv3i_fast_linear, dsv3i_fast_attend, dsv3i_fast_mlps,     \
-            DSV3I_BACKWARD_OPS &(kernels)                                                                            \
-    }
-
-static const dsv3i_kernels dsv3i_avx2_kernels = {DSV3I_COMMON(dsv3i_avx2),
-                                                 dsv3i_avx2_tile,
-                                                 DSV3I_WIDEN(dsv3i_avx2, dsv3i_avx2_widen_f8),
-                                                 DSV3I_ROUND(dsv3i_round_bf16_floats, dsv3i_round_q8_floats),
-                                                 DSV3I_PRODUCTS_OF(dsv3i_avx2, NULL, NULL),
-                                                 {NULL, NULL},
-                                                 {dsv3i_tile_attend, NULL},
-                                                 {{NULL}, {NULL}},
-                                                 {NULL},
-                                                 {NULL}};
-
-static const dsv3i_kernels dsv3i_avx512_kernels = {DSV3I_COMMON(dsv3i_avx512),
-                                                   NULL, /* attention is its own */
-                                                   DSV3I_WIDEN(dsv3i_avx512, dsv3i_avx512_widen_f8),
-                                                   DSV3I_ROUND(dsv3i_round_bf16_floats, dsv3i_round_q8_floats),
-                                                   DSV3I_PRODUCTS_OF(dsv3i_avx512, NULL, NULL),
-                                                   {dsv3i_avx512_attend_begin, NULL},
-                                                   {dsv3i_avx512_attend, NULL},
-                                                   {{NULL}, {NULL}},
-                                                   {NULL},
-                                                   DSV3I_MIX(dsv3i_avx512_gemv_t_f8_e4m3)};
-
-static const dsv3i_kernels dsv3i_avx512_bf16_kernels = {
-    DSV3I_COMMON(dsv3i_avx512),
-    NULL,
-    DSV3I_WIDEN(dsv3i_avx512, dsv3i_avx512_bf16_widen_f8),
-    DSV3I_ROUND(dsv3i_avx512_bf16_round_bf16, dsv3i_avx512_bf16_round_bytes),
-    DSV3I_PRODUCTS_OF(dsv3i_avx512, dsv3i_avx512_bf16_gemm_bf16, dsv3i_avx512_bf16_gemm_bytes),
-    {dsv3i_avx512_attend_begin, dsv3i_avx512_bf16_attend_begin},
-    {dsv3i_avx512_attend, dsv3i_avx512_bf16_attend},
-    {DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_exact), DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_fast)},
-    DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_packed),
-    DSV3I_MIX(dsv3i_avx512_bf16_gemv_t_f8_e4m3)};
-
-static const dsv3i_ops dsv3i_avx2_ops = DSV3I_OPS(dsv3i_avx2, dsv3i_avx2_kernels);
-static const dsv3i_ops dsv3i_avx512_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_avx512_kernels);
-static const dsv3i_ops dsv3i_avx512_bf16_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_avx512_bf16_kernels);
-
-#ifdef DSV3I_TILES
 static const dsv3i_kernels dsv3i_amx_kernels = {
-    DSV3I_COMMON(dsv3i_avx512),
-    NULL,
-    DSV3I_WIDEN(dsv3i_avx512, dsv3i_avx512_bf16_widen_f8),
+    DSV3I_COMMON(dsv3i_avx512, NULL, dsv3i_avx512_bf16_widen_f8),
     DSV3I_ROUND(dsv3i_avx512_bf16_round_bf16, dsv3i_avx512_bf16_round_bytes),
-    DSV3I_PRODUCTS_OF(dsv3i_avx512, dsv3i_amx_gemm_bf16, dsv3i_avx512_bf16_gemm_bytes),
+    DSV3I_GEMM_ROW(dsv3i_avx512, dsv3i_amx_gemm_bf16, dsv3i_avx512_bf16_gemm_bytes),
     {dsv3i_avx512_attend_begin, dsv3i_avx512_bf16_attend_begin},
     {dsv3i_avx512_attend, dsv3i_amx_attend},
     {DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_exact),
      {NULL, NULL, dsv3i_amx_gemv_bf16, dsv3i_amx_gemv_f8_e4m3, dsv3i_avx512_bf16_gemv_fast_q8_0,
       dsv3i_avx512_bf16_gemv_fast_q4_0}},
     DSV3I_WHOLE_ROW(dsv3i_amx_packed),
-    DSV3I_MIX(dsv3i_avx512_bf16_gemv_t_f8_e4m3)};
-
+    DSV3I_GEMV_T_ROW(dsv3i_avx512, dsv3i_avx512_bf16_gemv_t_f8_e4m3)};
 static const dsv3i_ops dsv3i_amx_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_amx_kernels);
-#endif
+
+#endif /* DSV3I_TILES */
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
