@@ -8431,9 +8431,9 @@ static dsv3_backend dsv3i_best_backend(void) {
     return DSV3_BACKEND_AMX;
 }
 
-#define DSV3I_AHEAD 8192 /* bytes by which codes are fetched ahead: about 128 terms of a panel */
+#define DSV3I_PREFETCH 8192 /* prefetch distance of codes in bytes: about a k_block of a panel */
 
-/* How many of n rows of x go together: kernels are made for 1, 2, 4 and, with floats or codes on both sides, 6. */
+/* How many of n rows of x go together: kernels are made for 1, 2, 4 and, with floats or codes on both sides, for 6. */
 static size_t dsv3i_rows_together(size_t n) {
     if (n <= 6) return n;
     return n <= 8 ? 4 : 6;
@@ -8576,7 +8576,7 @@ static size_t dsv3i_rows_together(size_t n) {
             }                                                                                                        \
         }                                                                                                            \
     }                                                                                                                \
-    /* The F16 scales of a block of each row from `first` on; 0 for rows that are not there. */                      \
+    /* The F16 scales of a scale block of each row from `first` on; 0 for rows that are not there. */                \
     DSV3I_INLINE(isa)                                                                                                \
     V##_f32 V##_scales(const unsigned char *block, size_t row_bytes, size_t first, size_t rows) {                    \
         uint16_t bits[W] = {0};                                                                                      \
@@ -8585,16 +8585,16 @@ static size_t dsv3i_rows_together(size_t n) {
         }                                                                                                            \
         return V##_element(DSV3_F16, V##_mask(W), (const unsigned char *)bits);                                      \
     }                                                                                                                \
-    /* Blocks of a scale and `size` bytes of codes, as many at a time as fill a vector. */                           \
+    /* Scale blocks, a scale and `size` bytes of codes, as many at a time as fill a vector. */                       \
     DSV3I_INLINE(isa)                                                                                                \
     void V##_pack_blocks(const size_t size, void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, \
                          size_t k) {                                                                                 \
         const unsigned char *from = (const unsigned char *)w;                                                        \
-        const size_t blocks = k / DSV3_QBLOCK, many = 4 * W / size, columns = (rows + 15) / 16, each = 2 + size;     \
+        const size_t blocks = k / DSV3_QBLOCK, at_once = 4 * W / size, columns = (rows + 15) / 16, each = 2 + size;  \
         for (size_t first = 0; first < 16 * columns; first += W) {                                                   \
             unsigned char *to = (unsigned char *)panel + 4 * first;                                                  \
-            for (size_t b = 0; b < blocks; b += many) {                                                              \
-                const size_t count = dsv3i_min(many, blocks - b);                                                    \
+            for (size_t b = 0; b < blocks; b += at_once) {                                                           \
+                const size_t count = dsv3i_min(at_once, blocks - b);                                                 \
                 V##_u32 r[W];                                                                                        \
                 DSV3I_UNROLL for (size_t j = 0; j < W; j++) {                                                        \
                     const unsigned char *at = from + dsv3i_min(first + j, rows - 1) * row_bytes + b * each;          \
@@ -8641,7 +8641,7 @@ static size_t dsv3i_rows_together(size_t n) {
             for (size_t c = 0; c < 64 * columns; c += W, from += 4 * W, to += 4 * W) {                               \
                 V##_u32 b[2];                                                                                        \
                 V##_nibbles(b, V##_words(from));                                                                     \
-                V##_near(from + DSV3I_AHEAD);                                                                        \
+                V##_near(from + DSV3I_PREFETCH);                                                                     \
                 V##_put_words(to, b[0]);                                                                             \
                 V##_put_words(to + 256 * columns, b[1]);                                                             \
             }                                                                                                        \
@@ -8661,7 +8661,7 @@ static size_t dsv3i_rows_together(size_t n) {
         }                                                                                                            \
     }
 
-/* Products with panels, and outer. M <= 6 rows of x and NP <= N vectors of outputs: M NP sums in registers. */
+/* gemm with panels, and outer. M <= 6 rows of x and NP <= N vectors of outputs: M NP sums in registers. */
 #define DSV3I_GEMM_KERNELS(V, isa, W, N)                                                                             \
     /* Where they lie, and which outputs are wanted. */                                                              \
     typedef struct V##_place {                                                                                       \
@@ -8670,8 +8670,8 @@ static size_t dsv3i_rows_together(size_t n) {
         float *y;                                                                                                    \
         size_t ldy, n;             /* of the M rows, n are real: the others repeat the last */                       \
         size_t step;               /* bytes from a step of w to the next */                                          \
-        size_t gap;                /* bytes from the end of a block of codes to the next */                          \
-        size_t ahead;              /* fetched early: what lies so far ahead, ... */                                  \
+        size_t gap;                /* bytes from the codes of a scale block to the next ones */                      \
+        size_t ahead;              /* fetched early: what lies at this distance, ... */                              \
         const unsigned char *next; /* ... or this, so many lines, some with each step */                             \
         size_t lines, each;                                                                                          \
         V##_lanes mask[N];                                                                                           \
@@ -8808,10 +8808,10 @@ static size_t dsv3i_rows_together(size_t n) {
     DSV3I_INLINE(isa)                                                                                                \
     void V##_gemm(const dsv3i_gemm_kind kind, float *y, size_t ldy, const void *x, size_t ldx, size_t n,             \
                   const dsv3i_panel *w, size_t rows, size_t k, int add) {                                            \
-        const size_t few = kind == DSV3I_GEMM_F32 ? 2 : 16 / W;                                                      \
+        const size_t least = kind == DSV3I_GEMM_F32 ? 2 : 16 / W;                                                    \
         for (size_t c = 0, some; c < w->columns; c += some * W / 16) {                                               \
             const size_t left = (w->columns - c) * (16 / W);                                                         \
-            some = left >= N ? N : left >= few ? few : 1;                                                            \
+            some = left >= N ? N : left >= least ? least : 1;                                                        \
             DSV3I_BY_COLUMNS(some,                                                                                   \
                              if (NP <= N && NP * W >= 16 && (kind == DSV3I_GEMM_F32 || NP == N || NP * W == 16))     \
                                  V##_columns(kind, NP, y, ldy, x, ldx, n, w, c, rows, k, add));                      \
@@ -9270,7 +9270,7 @@ DSV3I_PANEL_KERNELS(dsv3i_avx512, DSV3I_AVX512, 16)
 DSV3I_GEMM_KERNELS(dsv3i_avx512, DSV3I_AVX512, 16, 4)
 DSV3I_TYPE_KERNELS(dsv3i_avx512, DSV3I_AVX512)
 
-/* Fetches what comes next, where many steps share it. */
+/* Fetches what comes next, where steps share it. */
 DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_fetch(dsv3i_avx512_place *a) {
     if (a->lines == 0) return;
     for (size_t i = 0; i < a->each; i++) dsv3i_avx512_far(a->next + 64 * i);
@@ -9278,7 +9278,7 @@ DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_fetch(dsv3i_avx512_place *a) {
     a->lines -= dsv3i_min(a->each, a->lines);
 }
 
-/* ---- AVX-512: weighted sums of rows, y += sum_r x_r w_r. */
+/* ---- AVX-512: gemv_t, y += sum_r x_r w_r. */
 
 /* The 32 numbers of a block of Q8_0 or Q4_0, times f, to two sums. Q4_0: a table of the 16 values there are. */
 DSV3I_INLINE(DSV3I_AVX512)
@@ -9435,7 +9435,7 @@ static const dsv3i_kernels dsv3i_avx512_kernels = {DSV3I_COMMON(dsv3i_avx512, NU
                                                    DSV3I_GEMV_T_ROW(dsv3i_avx512, dsv3i_avx512_gemv_t_f8_e4m3)};
 static const dsv3i_ops dsv3i_avx512_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_avx512_kernels);
 
-/* ---- AVX-512 with VBMI, VNNI and BF16: codes by tables, and products of codes. */
+/* ---- AVX-512 with VBMI, VNNI and BF16: FP8 becomes BF16 by tables, and codes are multiplied as they are. */
 
 #define DSV3I_AVX512_BF16 "avx512vbmi,avx512vnni,avx512bf16," DSV3I_AVX512
 
@@ -9458,7 +9458,7 @@ DSV3I_INLINE(DSV3I_AVX512_BF16) void dsv3i_avx512_bf16_of_f8(__m512i b[2], __m51
     b[1] = _mm512_unpackhi_epi8(low, high);
 }
 
-/* Fours of terms of a panel of FP8 become BF16; codes are fetched `ahead` bytes early. */
+/* Fours of terms of a panel of FP8 become BF16; prefetch distance: `ahead` bytes. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_widen(unsigned char *to, const unsigned char *from, size_t columns, size_t fours, size_t ahead,
                              const __m512i table[4]) {
@@ -9478,7 +9478,7 @@ static void dsv3i_avx512_bf16_widen_f8(void *values, const void *panel, size_t c
     __m512i table[4];
     dsv3i_avx512_bf16_tables(table);
     dsv3i_avx512_bf16_widen((unsigned char *)values, (const unsigned char *)panel, columns, dsv3i_blocks(k, 4),
-                            DSV3I_AHEAD, table);
+                            DSV3I_PREFETCH, table);
 }
 
 /* 256 numbers of a row of E4M3: 64 codes, put into the order in which four sums of 16 want them, become BF16 by tables, and
@@ -9490,7 +9490,7 @@ void dsv3i_avx512_bf16_gemv_t_256(float *y, __m512 f, const unsigned char *w, co
         __m512i b[2];
         __m512 value[2][4];
         dsv3i_avx512_bf16_of_f8(b, _mm512_permutexvar_epi8(order, _mm512_loadu_si512(w + 16 * c)), table);
-        _mm_prefetch((const char *)w + 16 * c + DSV3I_AHEAD, _MM_HINT_T0);
+        _mm_prefetch((const char *)w + 16 * c + DSV3I_PREFETCH, _MM_HINT_T0);
         dsv3i_avx512_floats(0, value[0], b[0], _mm512_setzero_ps());
         dsv3i_avx512_floats(0, value[1], b[1], _mm512_setzero_ps());
         DSV3I_UNROLL for (size_t i = 0; i < 4; i++) {
@@ -9533,7 +9533,7 @@ DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_round_bf16(void *o
     }
 }
 
-/* 32 bytes, their multiplier, and -8 times their sum. */
+/* 32 bytes, their scale, and -8 times their sum. */
 DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_round_bytes(void *out, const float *x, size_t k) {
     unsigned char *to = (unsigned char *)out;
     for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += DSV3_QBLOCK + 8) {
@@ -9561,9 +9561,9 @@ DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_round_bytes(void *
     }
 }
 
-/* ---- Fast products: rows of BF16 or of bytes, and a panel. */
+/* ---- AVX-512 BF16: gemm of rows of BF16 or of bytes, and a panel. */
 
-/* The four bytes that a step has of each of 16 outputs, as products of codes take them. Twice as many: FP8 becomes BF16, and
+/* The four bytes that a step has of each of 16 outputs, as dot products of codes take them. Twice as much: FP8 becomes BF16, and
  * the halves of bytes of Q4_0 are the earlier and the later terms. table: of FP8. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_values(const dsv3_type type, __m512i b[2], const unsigned char *w, const __m512i table[4]) {
@@ -9606,7 +9606,7 @@ const unsigned char *dsv3i_avx512_bf16_column(const unsigned char *const *w, siz
     return w[c / 4] + step + 64 * dsv3i_min((size_t)c % 4, columns - 1);
 }
 
-/* A block of 32 bytes, or of twice 16 in the halves of bytes (Q4_0), M rows and NC columns: sums of products of whole
+/* A scale block of 32 bytes, or of twice 16 in the halves of bytes (Q4_0), M rows and NC columns: sums of products of whole
  * numbers, exact, as floats times the scale of x. They begin so that codes of 0 that are not 0 come out right: with -8
  * times the sum of x, or 16 times that. fetch: NULL, or what says what is read next. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
@@ -9636,7 +9636,7 @@ void dsv3i_avx512_bf16_block(const dsv3_type type, const int M, const int NC, __
     }
 }
 
-/* M rows and NP columns. Sums of BF16 go to memory after each block of terms that share a scale, those of bytes at last. */
+/* M rows and NP columns. Sums of BF16 go to memory after each scale block, those of bytes at last. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_rows(const dsv3_type type, const int M, const int NP, dsv3i_avx512_place *a,
                             const dsv3i_panel *w, size_t k, int add) {
@@ -9709,10 +9709,10 @@ DSV3I_ENTRY(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemm_bytes, DSV3I_GEMM_LIST,
 typedef void (*dsv3i_gemm)(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3i_panel *w,
                            size_t rows, size_t k, int add);
 
-/* ---- Attention in BF16. scratch: the queries as a panel; scores [64, columns, 16]; keys [64, dk] and, where products take
- * more than 4 columns, all values as one panel. */
+/* ---- AVX-512 BF16: attention. scratch: the queries as a panel; scores [64, columns, 16]; keys [64, dk] and,
+ * where gemm takes more than 4 columns, all values as one panel. */
 
-#define DSV3I_TILE_KEYS 64u /* keys of a block, at most */
+#define DSV3I_TILE_KEYS 64u /* keys of an attention tile, at most */
 
 DSV3I_INLINE(DSV3I_AVX512_BF16) size_t dsv3i_avx512_bf16_pad(size_t k) { return (k + 3) / 4 * 4; }
 
@@ -9788,8 +9788,8 @@ void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3i_attention_t
     }
 }
 
-/* Scores of 16 keys with the queries of one column: as a product of more rows, so that sums hide their latency. With each step
- * goes a line of the next block's keys. */
+/* Scores of 16 keys with the queries of one column: more rows than gemm has, so that sums hide their latency. With each step
+ * goes a line of the next tile's keys. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_scores(float *p, const unsigned char *keys, size_t ldx, const unsigned char *q, size_t k) {
     const unsigned char *x[6]; /* every third key: addresses of the others are sums */
@@ -9807,11 +9807,11 @@ void dsv3i_avx512_bf16_scores(float *p, const unsigned char *keys, size_t ldx, c
     DSV3I_UNROLL for (int m = 0; m < 16; m++) _mm512_storeu_ps(p + 16 * m, acc[m]);
 }
 
-/* product: of rows and panels of BF16. */
+/* gemm: of rows and panels of BF16. */
 DSV3I_TARGET(DSV3I_AVX512_BF16)
-static void dsv3i_avx512_bf16_attend_by(dsv3i_attention_tile *a, size_t nk, dsv3i_gemm product) {
+static void dsv3i_avx512_bf16_attend_by(dsv3i_attention_tile *a, size_t nk, dsv3i_gemm gemm) {
     const size_t dk = dsv3i_avx512_bf16_pad(a->dk), columns = (a->lanes + 15) / 16;
-    const int wide = product != dsv3i_avx512_bf16_gemm_bf16;
+    const int wide = gemm != dsv3i_avx512_bf16_gemm_bf16;
     const size_t most = wide ? a->dv : 64;
     unsigned char *scratch = (unsigned char *)a->scratch + 32 * columns * dk,
                   *keys = scratch + 64 * columns * DSV3I_TILE_KEYS;
@@ -9832,8 +9832,8 @@ static void dsv3i_avx512_bf16_attend_by(dsv3i_attention_tile *a, size_t nk, dsv3
         dsv3i_avx512_bf16_scores(p + 16 * scored, (const unsigned char *)x + scored * ldx, ldx,
                                  (const unsigned char *)a->scratch, panel.block);
     }
-    product(p + 16 * columns * scored, 16 * columns, (const unsigned char *)x + scored * ldx, ldx, nk - scored,
-            &panel, 16 * columns, panel.block, 0);
+    gemm(p + 16 * columns * scored, 16 * columns, (const unsigned char *)x + scored * ldx, ldx, nk - scored, &panel,
+         16 * columns, panel.block, 0);
     dsv3i_avx512_softmax(a, p, rescale, columns, nk);
     dsv3i_avx512_rescale(a, rescale);
     dsv3i_avx512_bf16_weights(weights, p, columns, nk);
@@ -9841,7 +9841,7 @@ static void dsv3i_avx512_bf16_attend_by(dsv3i_attention_tile *a, size_t nk, dsv3
         const size_t rows = dsv3i_min(most, a->dv - i);
         panel = dsv3i_panel_of(values, (rows + 15) / 16, (nk + 1) / 2 * 2);
         dsv3i_avx512_bf16_value_panel(values, a, i, i + rows, nk, scored == 0 && a->type == DSV3_BF16);
-        product(a->out + i, a->ld_out, weights, 2 * DSV3I_TILE_KEYS, a->lanes, &panel, rows, panel.block, 1);
+        gemm(a->out + i, a->ld_out, weights, 2 * DSV3I_TILE_KEYS, a->lanes, &panel, rows, panel.block, 1);
     }
 }
 
@@ -9849,8 +9849,8 @@ DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_attend(dsv3i_atten
     dsv3i_avx512_bf16_attend_by(a, nk, dsv3i_avx512_bf16_gemm_bf16);
 }
 
-/* ---- Few rows and packed weights: decoding. Reading is all that counts. Panels of several far places are read side by
- * side, because several streams are what a processor fetches ahead best, and codes stay in registers. */
+/* ---- AVX-512 BF16: gemv, 1 to 4 rows and packed weights. Reading is all that counts. Panels of several far places are
+ * read side by side, because several streams are what a processor fetches early best, and codes stay in registers. */
 
 typedef enum dsv3i_gemv_kind { /* rows of floats; rows of codes; rows of BF16, added as AMX adds */
                                DSV3I_GEMV_FLOATS = 0,
@@ -9997,13 +9997,13 @@ void dsv3i_avx512_bf16_gemv(const dsv3i_gemv_kind kind, const dsv3_type type, fl
     }
 }
 
-/* ---- Many rows and packed weights: prefill. Outputs stay in registers while terms pass by that near caches hold, and each
- * share of the rows fetches its share of what comes next. */
+/* ---- AVX-512 BF16: gemm_packed. Outputs stay in registers while terms pass by that near caches hold, and each share of
+ * the rows fetches its share of what comes next. */
 
-/* Terms of a panel that all rows meet before the next ones do. Those of FP8 become BF16 first. */
-#define DSV3I_NEAR_BF16 1024u
-#define DSV3I_NEAR_F8 256u
-#define DSV3I_NEAR_BYTES 512u
+/* Terms of a panel that go by all rows before the next ones do, with FP8 as BF16. */
+#define DSV3I_K_BF16 1024u
+#define DSV3I_K_F8 256u
+#define DSV3I_K_BYTES 512u
 
 /* The scale of 128 terms of FP8, for each output. */
 static void dsv3i_f8_scale(float scale[64], const unsigned char *w) {
@@ -10012,11 +10012,11 @@ static void dsv3i_f8_scale(float scale[64], const unsigned char *w) {
     for (size_t i = 0; i < 64; i++) scale[i] = one;
 }
 
-/* k terms of a panel at `from`, as products take them: codes, or of FP8 values in BF16, and the scales behind each piece as
- * floats. Returns where the next terms are. */
+/* k terms of a panel at `from`, as gemm takes them: codes, or of FP8 values in BF16, and the scales behind each scale block
+ * as floats. Returns where the next terms are. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-const unsigned char *dsv3i_avx512_bf16_packed_begin(const dsv3_type type, dsv3i_panel *w, float *scale,
-                                                    unsigned char *values, const unsigned char *from, size_t k) {
+const unsigned char *dsv3i_avx512_bf16_gemm_packed_begin(const dsv3_type type, dsv3i_panel *w, float *scale,
+                                                         unsigned char *values, const unsigned char *from, size_t k) {
     w->values = type == DSV3_F8_E4M3 ? values : from;
     for (size_t i = 0, some; i < k; i += some, from += dsv3i_scale_block_bytes(type, 4, some)) {
         const unsigned char *behind;
@@ -10035,13 +10035,13 @@ const unsigned char *dsv3i_avx512_bf16_packed_begin(const dsv3_type type, dsv3i_
 }
 
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_packed(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                              const void *w, size_t rows, size_t k) {
-    const size_t most = type == DSV3_BF16 ? DSV3I_NEAR_BF16 : type == DSV3_F8_E4M3 ? DSV3I_NEAR_F8 : DSV3I_NEAR_BYTES;
+void dsv3i_avx512_bf16_gemm_packed(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+                                   const void *w, size_t rows, size_t k) {
+    const size_t most = type == DSV3_BF16 ? DSV3I_K_BF16 : type == DSV3_F8_E4M3 ? DSV3I_K_F8 : DSV3I_K_BYTES;
     const dsv3_type of = type == DSV3_F8_E4M3 ? DSV3_BF16 : type;
     const unsigned char *from = (const unsigned char *)w, *xi;
-    float scale[DSV3I_NEAR_BYTES / DSV3_QBLOCK * 64];
-    unsigned char values[64 * DSV3I_NEAR_F8 * 2];
+    float scale[DSV3I_K_BYTES / DSV3_QBLOCK * 64];
+    unsigned char values[64 * DSV3I_K_F8 * 2];
     dsv3i_panel panel = dsv3i_panel_of(w, 4, k);
     if (type != DSV3_BF16) panel.scale = scale;
     panel.zero = type == DSV3_Q8_0 ? 128 : 8;
@@ -10050,7 +10050,7 @@ void dsv3i_avx512_bf16_packed(const dsv3_type type, float *y, size_t ldy, const 
         for (size_t i = 0, terms; i < k; i += terms) {
             terms = dsv3i_min(most, k - i);
             panel.block = type == DSV3_BF16 ? terms : dsv3i_scale_block_terms(type);
-            from = dsv3i_avx512_bf16_packed_begin(type, &panel, scale, values, from, terms);
+            from = dsv3i_avx512_bf16_gemm_packed_begin(type, &panel, scale, values, from, terms);
             xi = (const unsigned char *)x + dsv3i_input_bytes(1, type, i);
             dsv3i_avx512_bf16_gemm(of, y + 64 * p, ldy, xi, ldx, n, &panel, 64, terms, i > 0);
         }
@@ -10069,7 +10069,7 @@ void dsv3i_avx512_bf16_packed(const dsv3_type type, float *y, size_t ldy, const 
 #define DSV3I_GEMV_FAST(...) dsv3i_avx512_bf16_gemv(DSV3I_GEMV_CODES, __VA_ARGS__)
 DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemv_exact, DSV3I_GEMV_EXACT)
 DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemv_fast, DSV3I_GEMV_FAST)
-DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_packed, dsv3i_avx512_bf16_packed)
+DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemm_packed, dsv3i_avx512_bf16_gemm_packed)
 
 static const dsv3i_kernels dsv3i_avx512_bf16_kernels = {
     DSV3I_COMMON(dsv3i_avx512, NULL, dsv3i_avx512_bf16_widen_f8),
@@ -10078,12 +10078,12 @@ static const dsv3i_kernels dsv3i_avx512_bf16_kernels = {
     {dsv3i_avx512_attend_begin, dsv3i_avx512_bf16_attend_begin},
     {dsv3i_avx512_attend, dsv3i_avx512_bf16_attend},
     {DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_exact), DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_fast)},
-    DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_packed),
+    DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemm_packed),
     DSV3I_GEMV_T_ROW(dsv3i_avx512, dsv3i_avx512_bf16_gemv_t_f8_e4m3)};
 static const dsv3i_ops dsv3i_avx512_bf16_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_avx512_bf16_kernels);
 
 #ifdef DSV3I_TILES
-/* ---- AMX: products of tiles of 16 rows of 64 bytes. A tile of x (16 rows, 32 terms of BF16) times a tile of a panel (32
+/* ---- AMX: tiles of 16 rows of 64 bytes are multiplied. A tile of x (16 rows, 32 terms of BF16) times a tile of a panel (32
  * terms of 16 outputs, which lie as a panel has them) is added to a tile of sums. For every output, the sum of a step's even
  * terms and that of its odd terms are added up, and then to what is there; subnormal numbers count as 0. */
 
@@ -10131,11 +10131,11 @@ typedef struct dsv3i_amx_place {
     float *y;
     size_t ldy, m[2], columns; /* outputs that are wanted, 1 to 32 */
     const unsigned char *next; /* what is fetched early, ... */
-    size_t lines;              /* ... so many lines with each product of tiles */
+    size_t lines;              /* ... so many lines with each pair of tiles */
     const float *scale;
 } dsv3i_amx_place;
 
-/* A few lines at a time: more would keep tiles waiting for theirs. */
+/* Some lines at a time: more would keep tiles waiting for theirs. */
 DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_fetch(const unsigned char *next, size_t lines) {
     for (size_t i = 0; i < lines; i++) _mm_prefetch((const char *)next + 64 * i, _MM_HINT_T1);
 }
@@ -10206,7 +10206,7 @@ void dsv3i_amx_rest(const int R, const int C, const dsv3i_amx_place *a, size_t i
         dsv3i_amx_put(a, sums, r, c, add);                                                                           \
     }
 
-/* y = sums, or sums times multipliers, added to what is there if `add`. */
+/* y = sums, or sums times scales, added to what is there if `add`. */
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_put(const dsv3i_amx_place *a, const float *sums, size_t r, size_t c, int add) {
     const __mmask16 mask = dsv3i_avx512_mask(a->columns - 16 * c);
@@ -10221,7 +10221,7 @@ void dsv3i_amx_put(const dsv3i_amx_place *a, const float *sums, size_t r, size_t
     }
 }
 
-/* Terms i .. end-1, which share multipliers. */
+/* Terms i .. end-1, which share scales. */
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_terms(const int R, const int C, dsv3i_amx_place *a, size_t i, size_t end, int add) {
     float room[16 * 17], *sums = dsv3i_amx_aligned(room);
@@ -10289,8 +10289,8 @@ DSV3I_TARGET(DSV3I_AMX) static void dsv3i_amx_attend(dsv3i_attention_tile *a, si
     dsv3i_avx512_bf16_attend_by(a, nk, dsv3i_amx_gemm_bf16);
 }
 
-/* ---- Many rows and packed weights: panel by panel, and for each 96 rows of x piece by piece. Sums that are not finished
- * wait in a near cache. */
+/* ---- AMX: gemm_packed, panel by panel, and for each 96 rows of x k_block by k_block. Sums that are not finished wait in a
+ * near cache. */
 
 #define DSV3I_AMX_ROWS 96u /* of x */
 
@@ -10327,7 +10327,7 @@ void dsv3i_amx_signed(const dsv3_type type, dsv3i_amx_room *room, const unsigned
     }
 }
 
-/* Rows of bytes: blocks of 32, each with its multiplier behind it. Tiles hold the sums of up to four blocks, which
+/* Rows of bytes: scale blocks of 32, each with its scale behind it. Tiles hold the sums of up to four blocks, which
  * are exact, for one column of outputs. While those of the next column are on their way, they become floats. */
 #define DSV3I_AMX_BLOCK(tile, rows, columns)                                                                         \
     _tile_zero(tile);                                                                                                \
@@ -10380,7 +10380,7 @@ void dsv3i_amx_bytes(dsv3i_amx_place *a, const unsigned char *x, size_t m, size_
     }
 }
 
-/* Sums [2, 16, 32] of FP8, times multipliers, join those of `rows` tiles of rows. */
+/* Sums [2, 16, 32] of FP8, times scales, join those of `rows` tiles of rows. */
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_join(float *y, const float *sums, const float *scale, size_t rows, size_t height, int add) {
     const __m512 unit[2] = {_mm512_loadu_ps(scale), _mm512_loadu_ps(scale + 16)};
@@ -10395,8 +10395,8 @@ void dsv3i_amx_join(float *y, const float *sums, const float *scale, size_t rows
     }
 }
 
-/* Rows x meet a piece of k terms of BF16, or of FP8, whose values are made already. There, while sums of a pair of tiles are
- * on their way, those of the pair before join y, and some of the next piece's values are made: `coming` terms. */
+/* Rows x times a k_block of BF16, or of FP8, whose values are made already. There, while sums of a pair of tiles are on their
+ * way, those of the pair before join y, and some of the next k_block's values are made: `coming` terms. */
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_k_block(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, const unsigned char *x,
                        const unsigned char *w, size_t k, size_t turn, size_t coming) {
@@ -10435,20 +10435,20 @@ void dsv3i_amx_k_block(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_pla
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, float *y, size_t ldy,
                      const unsigned char *x, size_t rows, const unsigned char *w, size_t k, int fetch) {
-    const size_t stretch = dsv3i_panel_bytes(type, 4, DSV3I_TERMS);
+    const size_t bytes = dsv3i_panel_bytes(type, 4, DSV3I_TERMS);
     const int blocks = dsv3_type_block(type) > 1;
     room->tiles = dsv3i_blocks(rows, 16);
     room->height = dsv3i_blocks(rows, room->tiles);
     room->rows = rows;
     dsv3i_amx_shape(room->height, room->height, blocks ? 8 : 16);
     a->m[0] = a->m[1] = room->height;
-    a->lines = fetch ? dsv3i_blocks(stretch, 64 * 16 * room->tiles) : 0;
+    a->lines = fetch ? dsv3i_blocks(bytes, 64 * 16 * room->tiles) : 0;
     if (type == DSV3_F8_E4M3) {
         dsv3i_avx512_bf16_widen(room->values[0], w, 4, dsv3i_blocks(dsv3i_min(DSV3I_TERMS, k), 4), 1024, room->table);
     }
     for (size_t i = 0, turn = 0, terms; i < k; i += terms, turn++) {
         terms = dsv3i_min(DSV3I_TERMS, k - i);
-        a->next = w + 2 * stretch;
+        a->next = w + 2 * bytes;
         if (type == DSV3_F8_E4M3) dsv3i_f8_scale(room->scale, w + dsv3i_codes_bytes(type, 4, terms));
         if (blocks) dsv3i_amx_signed(type, room, w, terms);
         if (!blocks) dsv3i_amx_k_block(type, room, a, x, w, terms, turn, dsv3i_min(DSV3I_TERMS, k - i - terms));
@@ -10469,8 +10469,8 @@ void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place
 }
 
 DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_packed(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,
-                      size_t rows, size_t k) {
+void dsv3i_amx_gemm_packed(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+                           const void *w, size_t rows, size_t k) {
     const size_t bytes = dsv3i_panel_bytes(type, 4, k);
     const unsigned before = _mm_getcsr();
     dsv3i_amx_room room;
@@ -10494,15 +10494,15 @@ void dsv3i_amx_packed(const dsv3_type type, float *y, size_t ldy, const void *x,
     if (type == DSV3_F8_E4M3) dsv3i_amx_control(before);
 }
 
-/* Few rows and packed weights: the sums of tiles in registers, to the bit, with subnormal numbers as 0. Several rows meet whole
- * panels in tiles. */
+/* ---- AMX: gemv with packed weights: the sums of tiles in registers, to the bit, with subnormal numbers as 0. For two rows and
+ * more, whole panels go to tiles. */
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_gemv(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,
                     size_t rows, size_t k) {
     const size_t done = n > 1 ? rows / 64 * 64 : 0;
     const unsigned char *rest = (const unsigned char *)w + done / 64 * dsv3i_panel_bytes(type, 4, k);
     const unsigned before = _mm_getcsr();
-    if (done > 0) dsv3i_amx_packed(type, y, ldy, x, ldx, n, w, done, k);
+    if (done > 0) dsv3i_amx_gemm_packed(type, y, ldy, x, ldx, n, w, done, k);
     if (done == rows) return;
     dsv3i_amx_control(before | 0x8040);
     for (size_t t = 0; t < n; t++) {
@@ -10512,7 +10512,7 @@ void dsv3i_amx_gemv(const dsv3_type type, float *y, size_t ldy, const void *x, s
     dsv3i_amx_control(before);
 }
 
-DSV3I_WHOLE_TYPES(DSV3I_AMX, dsv3i_amx_packed, dsv3i_amx_packed)
+DSV3I_WHOLE_TYPES(DSV3I_AMX, dsv3i_amx_gemm_packed, dsv3i_amx_gemm_packed)
 DSV3I_WHOLE(DSV3I_AMX, dsv3i_amx_gemv_bf16, DSV3_BF16, dsv3i_amx_gemv)
 DSV3I_WHOLE(DSV3I_AMX, dsv3i_amx_gemv_f8_e4m3, DSV3_F8_E4M3, dsv3i_amx_gemv)
 
@@ -10525,7 +10525,7 @@ static const dsv3i_kernels dsv3i_amx_kernels = {
     {DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_exact),
      {NULL, NULL, dsv3i_amx_gemv_bf16, dsv3i_amx_gemv_f8_e4m3, dsv3i_avx512_bf16_gemv_fast_q8_0,
       dsv3i_avx512_bf16_gemv_fast_q4_0}},
-    DSV3I_WHOLE_ROW(dsv3i_amx_packed),
+    DSV3I_WHOLE_ROW(dsv3i_amx_gemm_packed),
     DSV3I_GEMV_T_ROW(dsv3i_avx512, dsv3i_avx512_bf16_gemv_t_f8_e4m3)};
 static const dsv3i_ops dsv3i_amx_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_amx_kernels);
 
