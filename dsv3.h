@@ -8070,9 +8070,9 @@ static dsv3_backend dsv3i_best_backend(void) {
     return DSV3_BACKEND_AMX;
 }
 
-#define DSV3I_AHEAD 8192 /* bytes by which codes are fetched ahead: about 128 terms of a panel */
+#define DSV3I_PREFETCH 8192 /* prefetch distance of codes in bytes: about a k_block of a panel */
 
-/* How many of n rows of x go together: kernels are made for 1, 2, 4 and, with floats or codes on both sides, 6. */
+/* How many of n rows of x go together: kernels are made for 1, 2, 4 and, with floats or codes on both sides, for 6. */
 static size_t dsv3i_rows_together(size_t n) {
     if (n <= 6) return n;
     return n <= 8 ? 4 : 6;
@@ -8215,7 +8215,7 @@ static size_t dsv3i_rows_together(size_t n) {
             }                                                                                                        \
         }                                                                                                            \
     }                                                                                                                \
-    /* The F16 scales of a block of each row from `first` on; 0 for rows that are not there. */                      \
+    /* The F16 scales of a scale block of each row from `first` on; 0 for rows that are not there. */                \
     DSV3I_INLINE(isa)                                                                                                \
     V##_f32 V##_scales(const unsigned char *block, size_t row_bytes, size_t first, size_t rows) {                    \
         uint16_t bits[W] = {0};                                                                                      \
@@ -8224,16 +8224,16 @@ static size_t dsv3i_rows_together(size_t n) {
         }                                                                                                            \
         return V##_element(DSV3_F16, V##_mask(W), (const unsigned char *)bits);                                      \
     }                                                                                                                \
-    /* Blocks of a scale and `size` bytes of codes, as many at a time as fill a vector. */                           \
+    /* Scale blocks, a scale and `size` bytes of codes, as many at a time as fill a vector. */                       \
     DSV3I_INLINE(isa)                                                                                                \
     void V##_pack_blocks(const size_t size, void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, \
                          size_t k) {                                                                                 \
         const unsigned char *from = (const unsigned char *)w;                                                        \
-        const size_t blocks = k / DSV3_QBLOCK, many = 4 * W / size, columns = (rows + 15) / 16, each = 2 + size;     \
+        const size_t blocks = k / DSV3_QBLOCK, at_once = 4 * W / size, columns = (rows + 15) / 16, each = 2 + size;  \
         for (size_t first = 0; first < 16 * columns; first += W) {                                                   \
             unsigned char *to = (unsigned char *)panel + 4 * first;                                                  \
-            for (size_t b = 0; b < blocks; b += many) {                                                              \
-                const size_t count = dsv3i_min(many, blocks - b);                                                    \
+            for (size_t b = 0; b < blocks; b += at_once) {                                                           \
+                const size_t count = dsv3i_min(at_once, blocks - b);                                                 \
                 V##_u32 r[W];                                                                                        \
                 DSV3I_UNROLL for (size_t j = 0; j < W; j++) {                                                        \
                     const unsigned char *at = from + dsv3i_min(first + j, rows - 1) * row_bytes + b * each;          \
@@ -8280,7 +8280,7 @@ static size_t dsv3i_rows_together(size_t n) {
             for (size_t c = 0; c < 64 * columns; c += W, from += 4 * W, to += 4 * W) {                               \
                 V##_u32 b[2];                                                                                        \
                 V##_nibbles(b, V##_words(from));                                                                     \
-                V##_near(from + DSV3I_AHEAD);                                                                        \
+                V##_near(from + DSV3I_PREFETCH);                                                                     \
                 V##_put_words(to, b[0]);                                                                             \
                 V##_put_words(to + 256 * columns, b[1]);                                                             \
             }                                                                                                        \
@@ -8300,7 +8300,7 @@ static size_t dsv3i_rows_together(size_t n) {
         }                                                                                                            \
     }
 
-/* Products with panels, and outer. M <= 6 rows of x and NP <= N vectors of outputs: M NP sums in registers. */
+/* gemm with panels, and outer. M <= 6 rows of x and NP <= N vectors of outputs: M NP sums in registers. */
 #define DSV3I_GEMM_KERNELS(V, isa, W, N)                                                                             \
     /* Where they lie, and which outputs are wanted. */                                                              \
     typedef struct V##_place {                                                                                       \
@@ -8309,8 +8309,8 @@ static size_t dsv3i_rows_together(size_t n) {
         float *y;                                                                                                    \
         size_t ldy, n;             /* of the M rows, n are real: the others repeat the last */                       \
         size_t step;               /* bytes from a step of w to the next */                                          \
-        size_t gap;                /* bytes from the end of a block of codes to the next */                          \
-        size_t ahead;              /* fetched early: what lies so far ahead, ... */                                  \
+        size_t gap;                /* bytes from the codes of a scale block to the next ones */                      \
+        size_t ahead;              /* fetched early: what lies at this distance, ... */                              \
         const unsigned char *next; /* ... or this, so many lines, some with each step */                             \
         size_t lines, each;                                                                                          \
         V##_lanes mask[N];                                                                                           \
@@ -8447,10 +8447,10 @@ static size_t dsv3i_rows_together(size_t n) {
     DSV3I_INLINE(isa)                                                                                                \
     void V##_gemm(const dsv3i_gemm_kind kind, float *y, size_t ldy, const void *x, size_t ldx, size_t n,             \
                   const dsv3i_panel *w, size_t rows, size_t k, int add) {                                            \
-        const size_t few = kind == DSV3I_GEMM_F32 ? 2 : 16 / W;                                                      \
+        const size_t least = kind == DSV3I_GEMM_F32 ? 2 : 16 / W;                                                    \
         for (size_t c = 0, some; c < w->columns; c += some * W / 16) {                                               \
             const size_t left = (w->columns - c) * (16 / W);                                                         \
-            some = left >= N ? N : left >= few ? few : 1;                                                            \
+            some = left >= N ? N : left >= least ? least : 1;                                                        \
             DSV3I_BY_COLUMNS(some,                                                                                   \
                              if (NP <= N && NP * W >= 16 && (kind == DSV3I_GEMM_F32 || NP == N || NP * W == 16))     \
                                  V##_columns(kind, NP, y, ldy, x, ldx, n, w, c, rows, k, add));                      \
@@ -8519,65 +8519,109 @@ static size_t dsv3i_rows_together(size_t n) {
     DSV3I_ENTRY(isa, V##_gemm_bf16, DSV3I_GEMM_LIST, V##_gemm(DSV3I_GEMM_BF16, y, ldy, x, ldx, n, w, rows, k, add))  \
     DSV3I_ENTRY(isa, V##_gemm_bytes, DSV3I_GEMM_LIST, V##_gemm(DSV3I_GEMM_BYTES, y, ldy, x, ldx, n, w, rows, k, add))
 
-/* What AVX2 and AVX-512 have in common but for their width. */
-#define DSV3I_X86_VECTORS(V, isa, bits)                                                                              \
-    typedef __m##bits V##_f32;                                                                                       \
-    typedef __m##bits##i V##_u32;                                                                                    \
-    DSV3I_INLINE(isa) V##_f32 V##_set(float a) { return _mm##bits##_set1_ps(a); }                                    \
-    DSV3I_INLINE(isa) V##_f32 V##_load(const float *at) { return _mm##bits##_loadu_ps(at); }                         \
-    DSV3I_INLINE(isa) void V##_store(float *at, V##_f32 v) { _mm##bits##_storeu_ps(at, v); }                         \
-    DSV3I_INLINE(isa) V##_f32 V##_add(V##_f32 a, V##_f32 b) { return _mm##bits##_add_ps(a, b); }                     \
-    DSV3I_INLINE(isa) V##_f32 V##_sub(V##_f32 a, V##_f32 b) { return _mm##bits##_sub_ps(a, b); }                     \
-    DSV3I_INLINE(isa) V##_f32 V##_mul(V##_f32 a, V##_f32 b) { return _mm##bits##_mul_ps(a, b); }                     \
-    DSV3I_INLINE(isa) V##_f32 V##_div(V##_f32 a, V##_f32 b) { return _mm##bits##_div_ps(a, b); }                     \
-    DSV3I_INLINE(isa) V##_f32 V##_neg(V##_f32 a) { return _mm##bits##_xor_ps(a, _mm##bits##_set1_ps(-0.0f)); }       \
-    DSV3I_INLINE(isa) V##_f32 V##_fma(V##_f32 a, V##_f32 b, V##_f32 c) { return _mm##bits##_fmadd_ps(a, b, c); }     \
-    DSV3I_INLINE(isa) V##_f32 V##_clamp(V##_f32 x, float low, float high) {                                          \
-        return _mm##bits##_min_ps(_mm##bits##_set1_ps(high), _mm##bits##_max_ps(_mm##bits##_set1_ps(low), x));       \
-    }                                                                                                                \
-    DSV3I_INLINE(isa) void V##_near(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T0); }        \
-    DSV3I_INLINE(isa) void V##_far(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T1); }         \
-    DSV3I_INLINE(isa) V##_u32 V##_words(const void *at) { return _mm##bits##_loadu_si##bits((const V##_u32 *)at); }  \
-    DSV3I_INLINE(isa) void V##_put_words(void *at, V##_u32 v) { _mm##bits##_storeu_si##bits((V##_u32 *)at, v); }     \
-    DSV3I_INLINE(isa) V##_u32 V##_flip(V##_u32 v) {                                                                  \
-        return _mm##bits##_xor_si##bits(v, _mm##bits##_set1_epi8((char)-128));                                       \
-    }                                                                                                                \
-    DSV3I_INLINE(isa) void V##_nibbles(V##_u32 b[2], V##_u32 v) {                                                    \
-        b[0] = _mm##bits##_and_si##bits(v, _mm##bits##_set1_epi8(15));                                               \
-        b[1] = _mm##bits##_and_si##bits(_mm##bits##_srli_epi16(v, 4), _mm##bits##_set1_epi8(15));                    \
-    }                                                                                                                \
-    DSV3I_INLINE(isa) void V##_floats(const int bytes, V##_f32 f[4], V##_u32 v, V##_f32 zero) {                      \
-        const V##_u32 byte = _mm##bits##_set1_epi32(255);                                                            \
-        if (bytes) {                                                                                                 \
-            const V##_u32 two = _mm##bits##_srli_epi32(v, 8), three = _mm##bits##_srli_epi32(v, 16);                 \
-            f[0] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(v, byte)), zero);                        \
-            f[1] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(two, byte)), zero);                      \
-            f[2] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(three, byte)), zero);                    \
-            f[3] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_srli_epi32(v, 24)), zero);                            \
-        } else {                                                                                                     \
-            f[0] = _mm##bits##_castsi##bits##_ps(_mm##bits##_slli_epi32(v, 16));                                     \
-            f[1] = _mm##bits##_castsi##bits##_ps(_mm##bits##_and_si##bits(v, _mm##bits##_set1_epi32(-65536)));       \
-        }                                                                                                            \
+/* ---- Tables: what a backend is made of */
+
+#define DSV3I_COMMON(V, tile, f8)                                                                                    \
+    V##_outer, {V##_pack_4, V##_pack_2, V##_pack_2, V##_pack_1, V##_pack_q8_0, V##_pack_q4_0},                       \
+        {V##_float_bf16, V##_float_bytes}, tile, {                                                                   \
+        NULL, V##_widen_f16, NULL, f8, NULL, V##_widen_q4_0                                                          \
+    }
+#define DSV3I_ROUND(bf16, q8)                                                                                        \
+    { NULL, NULL, bf16, bf16, q8, q8 }
+#define DSV3I_GEMM_ROW(V, bf16, bytes)                                                                               \
+    { V##_gemm_f32, V##_gemm_bf16, V##_gemm_bytes, bf16, bytes }
+/* In the order of dsv3_type. */
+#define DSV3I_WHOLE_ROW(name)                                                                                        \
+    { NULL, NULL, name##_bf16, name##_f8_e4m3, name##_q8_0, name##_q4_0 }
+#define DSV3I_GEMV_T_ROW(V, f8)                                                                                      \
+    { NULL, V##_gemv_t_f16, V##_gemv_t_bf16, f8, V##_gemv_t_q8_0, V##_gemv_t_q4_0 }
+#ifndef DSV3_NO_TRAINING
+#define DSV3I_BACKWARD_OPS dsv3i_fast_linear_backward, dsv3i_fast_attend_backward, dsv3i_fast_mlps_backward,
+#else
+#define DSV3I_BACKWARD_OPS
+#endif
+#define DSV3I_OPS(V, kernels)                                                                                        \
+    {                                                                                                                \
+        {V##_decode_f32,     V##_decode_f16,         V##_decode_bf16,                                                \
+         V##_decode_f8_e4m3, dsv3i_avx2_decode_q8_0, dsv3i_avx2_decode_q4_0},                                        \
+            V##_dot, V##_axpy, V##_exp_sum, V##_silu_mul, dsv3i_fast_linear, dsv3i_fast_attend, dsv3i_fast_mlps,     \
+            DSV3I_BACKWARD_OPS &(kernels)                                                                            \
+    }
+
+/* What AVX2 and AVX-512 have in common but for their width. repeat: 16 bytes everywhere. */
+#define DSV3I_X86_VECTORS(V, isa, bits, repeat)                                                                              \
+    typedef __m##bits V##_f32;                                                                                               \
+    typedef __m##bits##i V##_u32;                                                                                            \
+    DSV3I_INLINE(isa) V##_f32 V##_set(float a) { return _mm##bits##_set1_ps(a); }                                            \
+    DSV3I_INLINE(isa) V##_f32 V##_load(const float *at) { return _mm##bits##_loadu_ps(at); }                                 \
+    DSV3I_INLINE(isa) void V##_store(float *at, V##_f32 v) { _mm##bits##_storeu_ps(at, v); }                                 \
+    DSV3I_INLINE(isa) V##_f32 V##_add(V##_f32 a, V##_f32 b) { return _mm##bits##_add_ps(a, b); }                             \
+    DSV3I_INLINE(isa) V##_f32 V##_sub(V##_f32 a, V##_f32 b) { return _mm##bits##_sub_ps(a, b); }                             \
+    DSV3I_INLINE(isa) V##_f32 V##_mul(V##_f32 a, V##_f32 b) { return _mm##bits##_mul_ps(a, b); }                             \
+    DSV3I_INLINE(isa) V##_f32 V##_div(V##_f32 a, V##_f32 b) { return _mm##bits##_div_ps(a, b); }                             \
+    DSV3I_INLINE(isa) V##_f32 V##_neg(V##_f32 a) { return _mm##bits##_xor_ps(a, _mm##bits##_set1_ps(-0.0f)); }               \
+    DSV3I_INLINE(isa) V##_f32 V##_fma(V##_f32 a, V##_f32 b, V##_f32 c) { return _mm##bits##_fmadd_ps(a, b, c); }             \
+    DSV3I_INLINE(isa) V##_f32 V##_clamp(V##_f32 x, float low, float high) {                                                  \
+        return _mm##bits##_min_ps(_mm##bits##_set1_ps(high), _mm##bits##_max_ps(_mm##bits##_set1_ps(low), x));               \
+    }                                                                                                                        \
+    DSV3I_INLINE(isa) void V##_near(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T0); }                \
+    DSV3I_INLINE(isa) void V##_far(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T1); }                 \
+    DSV3I_INLINE(isa) V##_u32 V##_words(const void *at) { return _mm##bits##_loadu_si##bits((const V##_u32 *)at); }          \
+    DSV3I_INLINE(isa) void V##_put_words(void *at, V##_u32 v) { _mm##bits##_storeu_si##bits((V##_u32 *)at, v); }             \
+    DSV3I_INLINE(isa) V##_u32 V##_flip(V##_u32 v) {                                                                          \
+        return _mm##bits##_xor_si##bits(v, _mm##bits##_set1_epi8((char)-128));                                               \
+    }                                                                                                                        \
+    DSV3I_INLINE(isa) V##_u32 V##_order(V##_u32 v) {                                                                         \
+        return _mm##bits##_shuffle_epi8(                                                                                     \
+            v, repeat(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)));                                 \
+    }                                                                                                                        \
+    /* The first two of the steps of V_transpose: r[4 i + j] becomes, of every four words, word j of rows 4 i .. 4 i + 3. */ \
+    DSV3I_INLINE(isa) void V##_transpose_fours(V##_u32 *r, const int rows) {                                                 \
+        V##_u32 t[4];                                                                                                        \
+        DSV3I_UNROLL for (int i = 0; i < rows; i += 4) {                                                                     \
+            DSV3I_UNROLL for (int j = 0; j < 4; j += 2) {                                                                    \
+                t[j] = _mm##bits##_unpacklo_epi32(r[i + j], r[i + j + 1]);                                                   \
+                t[j + 1] = _mm##bits##_unpackhi_epi32(r[i + j], r[i + j + 1]);                                               \
+            }                                                                                                                \
+            DSV3I_UNROLL for (int j = 0; j < 2; j++) {                                                                       \
+                r[i + 2 * j] = _mm##bits##_unpacklo_epi64(t[j], t[j + 2]);                                                   \
+                r[i + 2 * j + 1] = _mm##bits##_unpackhi_epi64(t[j], t[j + 2]);                                               \
+            }                                                                                                                \
+        }                                                                                                                    \
+    }                                                                                                                        \
+    DSV3I_INLINE(isa) void V##_nibbles(V##_u32 b[2], V##_u32 v) {                                                            \
+        b[0] = _mm##bits##_and_si##bits(v, _mm##bits##_set1_epi8(15));                                                       \
+        b[1] = _mm##bits##_and_si##bits(_mm##bits##_srli_epi16(v, 4), _mm##bits##_set1_epi8(15));                            \
+    }                                                                                                                        \
+    DSV3I_INLINE(isa) void V##_floats(const int bytes, V##_f32 f[4], V##_u32 v, V##_f32 zero) {                              \
+        const V##_u32 byte = _mm##bits##_set1_epi32(255);                                                                    \
+        if (bytes) {                                                                                                         \
+            const V##_u32 two = _mm##bits##_srli_epi32(v, 8), three = _mm##bits##_srli_epi32(v, 16);                         \
+            f[0] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(v, byte)), zero);                                \
+            f[1] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(two, byte)), zero);                              \
+            f[2] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(three, byte)), zero);                            \
+            f[3] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_srli_epi32(v, 24)), zero);                                    \
+        } else {                                                                                                             \
+            f[0] = _mm##bits##_castsi##bits##_ps(_mm##bits##_slli_epi32(v, 16));                                             \
+            f[1] = _mm##bits##_castsi##bits##_ps(_mm##bits##_and_si##bits(v, _mm##bits##_set1_epi32(-65536)));               \
+        }                                                                                                                    \
     }
 
 /* ---- AVX2, FMA, F16C: 8 lanes. */
 
 #define DSV3I_AVX2 "avx2,fma,f16c"
-DSV3I_X86_VECTORS(dsv3i_avx2, DSV3I_AVX2, 256)
+DSV3I_X86_VECTORS(dsv3i_avx2, DSV3I_AVX2, 256, _mm256_broadcastsi128_si256)
 
 typedef size_t dsv3i_avx2_lanes; /* there are no masks but vectors, made where they are needed */
 
 DSV3I_INLINE(DSV3I_AVX2) size_t dsv3i_avx2_mask(size_t n) { return n; }
-
 /* Lanes 0 .. n-1 of 8. */
 DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_first(size_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-
 DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_get(size_t n, const float *at) {
     return n >= 8 ? _mm256_loadu_ps(at) : _mm256_maskload_ps(at, dsv3i_avx2_first(n));
 }
-
 DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_put(float *at, size_t n, __m256 v) {
     if (n >= 8) {
         _mm256_storeu_ps(at, v);
@@ -8585,15 +8629,12 @@ DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_put(float *at, size_t n, __m256 v) {
         _mm256_maskstore_ps(at, dsv3i_avx2_first(n), v);
     }
 }
-
 DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_keep(size_t n, __m256 v) {
     return n >= 8 ? v : _mm256_and_ps(v, _mm256_castsi256_ps(dsv3i_avx2_first(n)));
 }
-
 DSV3I_INLINE(DSV3I_AVX2) __m128i dsv3i_avx2_bytes_16(const unsigned char *at) {
     return _mm_loadu_si128((const __m128i *)(const void *)at);
 }
-
 DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_bytes(const unsigned char *at, size_t n) {
     unsigned char part[32];
     if (n >= 32) return dsv3i_avx2_words(at);
@@ -8622,7 +8663,6 @@ DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_element(const dsv3_type type, size_t 
     h = _mm_and_si128(_mm_slli_epi16(h, 7), _mm_set1_epi16((short)-16512)); /* 0xBF80: sign, exponent, fraction */
     return _mm256_cvtph_ps(_mm_or_si128(h, _mm_srli_epi16(_mm_cmpeq_epi16(_mm_and_si128(h, bits), bits), 1)));
 }
-
 /* The sums of the lanes of a, b, c, d: ((l0+l2)+(l1+l3)) + ((l4+l6)+(l5+l7)) of each. */
 DSV3I_INLINE(DSV3I_AVX2) __m128 dsv3i_avx2_sums(__m256 a, __m256 b, __m256 c, __m256 d) {
     const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
@@ -8630,14 +8670,11 @@ DSV3I_INLINE(DSV3I_AVX2) __m128 dsv3i_avx2_sums(__m256 a, __m256 b, __m256 c, __
     const __m256 t = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
     return _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
 }
-
 DSV3I_INLINE(DSV3I_AVX2) float dsv3i_avx2_sum(__m256 v) { return _mm_cvtss_f32(dsv3i_avx2_sums(v, v, v, v)); }
-
 DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_whole(__m256 x) {
     return _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
                            _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-
 /* 2^n comes in two factors, so that results may be subnormal. */
 DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_power(__m256 p, __m256 n) {
     const __m256i bias = _mm256_set1_epi32(127), i = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(i, 1);
@@ -8645,43 +8682,24 @@ DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_power(__m256 p, __m256 n) {
     p = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23)));
     return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23)));
 }
-
 DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_transpose(__m256i r[8]) {
-    __m256i t[8];
-    DSV3I_UNROLL for (int i = 0; i < 4; i++) {
-        t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    DSV3I_UNROLL for (int i = 0; i < 8; i += 4) {
-        r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
+    dsv3i_avx2_transpose_fours(r, 8);
     DSV3I_UNROLL for (int i = 0; i < 4; i++) {
         const __m256i a = r[i], b = r[4 + i];
         r[i] = _mm256_permute2x128_si256(a, b, 0x20);
         r[4 + i] = _mm256_permute2x128_si256(a, b, 0x31);
     }
 }
-
-DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_order(__m256i v) {
-    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
-    return _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(order));
-}
-
 /* The codes of `count` blocks of 2 + size bytes: one of Q8_0, two of Q4_0 or, at the end of a row, one. */
 DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_blocks(const size_t size, const unsigned char *w, size_t count) {
     if (size == 32) return dsv3i_avx2_words(w + 2);
     return _mm256_inserti128_si256(_mm256_castsi128_si256(dsv3i_avx2_bytes_16(w + 2)),
                                    count == 2 ? dsv3i_avx2_bytes_16(w + 20) : _mm_setzero_si128(), 1);
 }
-
 DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_half(__m256i v, const int upper) {
     const __m256i w = upper ? _mm256_srli_epi32(v, 16) : _mm256_and_si256(v, _mm256_set1_epi32(65535));
     return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
 }
-
 /* By way of halves, as dsv3i_avx2_element. */
 DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_bf16(__m256i b[2], __m256i v) {
     const __m256i bits = _mm256_set1_epi16(0x3F80), zero = _mm256_setzero_si256();
@@ -8771,6 +8789,16 @@ static void dsv3i_avx2_tile(float *y, size_t ldy, const float *x, size_t ldx, si
     }
 }
 
+static const dsv3i_kernels dsv3i_avx2_kernels = {DSV3I_COMMON(dsv3i_avx2, dsv3i_avx2_tile, dsv3i_avx2_widen_f8),
+                                                 DSV3I_ROUND(dsv3i_round_bf16_floats, dsv3i_round_q8_floats),
+                                                 DSV3I_GEMM_ROW(dsv3i_avx2, NULL, NULL),
+                                                 {NULL, NULL},
+                                                 {dsv3i_tile_attend, NULL},
+                                                 {{NULL}, {NULL}},
+                                                 {NULL},
+                                                 {NULL}};
+static const dsv3i_ops dsv3i_avx2_ops = DSV3I_OPS(dsv3i_avx2, dsv3i_avx2_kernels);
+
 /* ---- AVX-512 F, BW, DQ, VL: 16 lanes, and masks for what does not fill them. */
 
 #if defined(__GNUC__) && !defined(__clang__) /* of variables in gcc's own header, where "undefined" is meant */
@@ -8780,7 +8808,7 @@ static void dsv3i_avx2_tile(float *y, size_t ldy, const float *x, size_t ldx, si
 #endif
 
 #define DSV3I_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
-DSV3I_X86_VECTORS(dsv3i_avx512, DSV3I_AVX512, 512)
+DSV3I_X86_VECTORS(dsv3i_avx512, DSV3I_AVX512, 512, _mm512_broadcast_i32x4)
 
 typedef __mmask16 dsv3i_avx512_lanes;
 
@@ -8788,11 +8816,9 @@ typedef __mmask16 dsv3i_avx512_lanes;
 DSV3I_INLINE(DSV3I_AVX512) __mmask16 dsv3i_avx512_mask(size_t n) {
     return (__mmask16)(n >= 16 ? 0xFFFFu : (1u << n) - 1u);
 }
-
 DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_get(__mmask16 m, const float *at) {
     return _mm512_maskz_loadu_ps(m, at);
 }
-
 /* The lanes of the mask. (Stores under a mask are slow on some processors, most of all when they are read soon.) */
 DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_put(float *y, __mmask16 m, __m512 v) {
     if (m == 0xFFFF) {
@@ -8801,13 +8827,10 @@ DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_put(float *y, __mmask16 m, __m512 v
         _mm512_mask_storeu_ps(y, m, v);
     }
 }
-
 DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_keep(__mmask16 m, __m512 v) { return _mm512_maskz_mov_ps(m, v); }
-
 DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_bytes(const unsigned char *at, size_t n) {
     return _mm512_maskz_loadu_epi8(n >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << n) - 1, at);
 }
-
 /* E4M3: as dsv3i_avx2_element. */
 DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_element(const dsv3_type type, __mmask16 m, const unsigned char *at) {
     const __m256i bits = _mm256_set1_epi16(0x3F80);
@@ -8823,48 +8846,27 @@ DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_element(const dsv3_type type, __m
     nan = _mm256_cmpeq_epi16_mask(_mm256_and_si256(h, bits), bits);
     return _mm512_cvtph_ps(_mm256_mask_mov_epi16(h, nan, _mm256_set1_epi16(0x7FFF)));
 }
-
 /* Lane i + 8 to lane i, then as dsv3i_avx2_sum. */
 DSV3I_INLINE(DSV3I_AVX512) float dsv3i_avx512_sum(__m512 v) {
     return dsv3i_avx2_sum(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
 }
-
 DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_whole(__m512 x) {
     const __m512 large = _mm512_set1_ps(12582912.0f); /* 1.5 2^23: the sum is rounded to a whole number */
     return _mm512_sub_ps(_mm512_fmadd_ps(x, _mm512_set1_ps(1.44269504f), large), large);
 }
-
 DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_power(__m512 p, __m512 n) { return _mm512_scalef_ps(p, n); }
-
 DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_transpose(__m512i r[16]) {
-    __m512i t[16];
-    DSV3I_UNROLL for (int i = 0; i < 8; i++) {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    DSV3I_UNROLL for (int i = 0; i < 16; i += 4) { /* r[i + j], lane l: column 4 l + j of rows i .. i+3 */
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
+    dsv3i_avx512_transpose_fours(r, 16);
     DSV3I_UNROLL for (int j = 0; j < 4; j++) {
         const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xDD);
         const __m512i c = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
         const __m512i d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xDD);
-        t[j] = _mm512_shuffle_i32x4(a, c, 0x88);
-        t[8 + j] = _mm512_shuffle_i32x4(a, c, 0xDD);
-        t[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
-        t[12 + j] = _mm512_shuffle_i32x4(b, d, 0xDD);
+        r[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+        r[8 + j] = _mm512_shuffle_i32x4(a, c, 0xDD);
+        r[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
+        r[12 + j] = _mm512_shuffle_i32x4(b, d, 0xDD);
     }
-    DSV3I_UNROLL for (int i = 0; i < 16; i++) r[i] = t[i];
 }
-
-DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_order(__m512i v) {
-    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
-    return _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(order));
-}
-
 /* The codes of `count` blocks of 2 + size bytes: two of Q8_0 or four of Q4_0, or fewer at the end of a row. */
 DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_blocks(const size_t size, const unsigned char *w, size_t count) {
     unsigned char part[64];
@@ -8882,11 +8884,9 @@ DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_blocks(const size_t size, const 
     v = _mm512_inserti32x4(v, dsv3i_avx2_bytes_16(w + 38), 2);
     return _mm512_inserti32x4(v, dsv3i_avx2_bytes_16(w + 56), 3);
 }
-
 DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_half(__m512i v, const int upper) {
     return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(upper ? _mm512_srli_epi32(v, 16) : v));
 }
-
 /* Normal: exponent + 120; the eight smallest by a table; NaN. */
 DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_bf16(__m512i b[2], __m512i v) {
     const __m512i small = _mm512_broadcast_i32x4(
@@ -8909,7 +8909,7 @@ DSV3I_PANEL_KERNELS(dsv3i_avx512, DSV3I_AVX512, 16)
 DSV3I_GEMM_KERNELS(dsv3i_avx512, DSV3I_AVX512, 16, 4)
 DSV3I_TYPE_KERNELS(dsv3i_avx512, DSV3I_AVX512)
 
-/* Fetches what comes next, where many steps share it. */
+/* Fetches what comes next, where steps share it. */
 DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_fetch(dsv3i_avx512_place *a) {
     if (a->lines == 0) return;
     for (size_t i = 0; i < a->each; i++) dsv3i_avx512_far(a->next + 64 * i);
@@ -8917,7 +8917,7 @@ DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_fetch(dsv3i_avx512_place *a) {
     a->lines -= dsv3i_min(a->each, a->lines);
 }
 
-/* ---- AVX-512: weighted sums of rows, y += sum_r x_r w_r. */
+/* ---- AVX-512: gemv_t, y += sum_r x_r w_r. */
 
 /* The 32 numbers of a block of Q8_0 or Q4_0, times f, to two sums. Q4_0: a table of the 16 values there are. */
 DSV3I_INLINE(DSV3I_AVX512)
@@ -9064,7 +9064,17 @@ DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_attend(dsv3i_attention_tile 
     dsv3i_avx512_outer(a->out, a->ld_out, a->lanes, p, 1, 16 * columns, (const float *)a->values, a->ld_v, nk, a->dv);
 }
 
-/* ---- AVX-512 with VBMI, VNNI and BF16: codes by tables, and products of codes. */
+static const dsv3i_kernels dsv3i_avx512_kernels = {DSV3I_COMMON(dsv3i_avx512, NULL, dsv3i_avx512_widen_f8),
+                                                   DSV3I_ROUND(dsv3i_round_bf16_floats, dsv3i_round_q8_floats),
+                                                   DSV3I_GEMM_ROW(dsv3i_avx512, NULL, NULL),
+                                                   {dsv3i_avx512_attend_begin, NULL},
+                                                   {dsv3i_avx512_attend, NULL},
+                                                   {{NULL}, {NULL}},
+                                                   {NULL},
+                                                   DSV3I_GEMV_T_ROW(dsv3i_avx512, dsv3i_avx512_gemv_t_f8_e4m3)};
+static const dsv3i_ops dsv3i_avx512_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_avx512_kernels);
+
+/* ---- AVX-512 with VBMI, VNNI and BF16: FP8 becomes BF16 by tables, and codes are multiplied as they are. */
 
 #define DSV3I_AVX512_BF16 "avx512vbmi,avx512vnni,avx512bf16," DSV3I_AVX512
 
@@ -9087,20 +9097,27 @@ DSV3I_INLINE(DSV3I_AVX512_BF16) void dsv3i_avx512_bf16_of_f8(__m512i b[2], __m51
     b[1] = _mm512_unpackhi_epi8(low, high);
 }
 
-DSV3I_TARGET(DSV3I_AVX512_BF16)
-static void dsv3i_avx512_bf16_widen_f8(void *values, const void *panel, size_t columns, size_t k) {
-    const unsigned char *from = (const unsigned char *)panel;
-    unsigned char *to = (unsigned char *)values;
-    __m512i table[4], b[2];
-    dsv3i_avx512_bf16_tables(table);
-    for (size_t i = 0; i < k; i += 4, to += 64 * columns) {
+/* Fours of terms of a panel of FP8 become BF16; prefetch distance: `ahead` bytes. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_widen(unsigned char *to, const unsigned char *from, size_t columns, size_t fours, size_t ahead,
+                             const __m512i table[4]) {
+    for (size_t i = 0; i < fours; i++, to += 64 * columns) {
         for (size_t c = 0; c < columns; c++, from += 64, to += 64) {
+            __m512i b[2];
             dsv3i_avx512_bf16_of_f8(b, _mm512_loadu_si512(from), table);
-            _mm_prefetch((const char *)from + DSV3I_AHEAD, _MM_HINT_T0);
+            dsv3i_avx512_near(from + ahead);
             _mm512_storeu_si512(to, b[0]);
             _mm512_storeu_si512(to + 64 * columns, b[1]);
         }
     }
+}
+
+DSV3I_TARGET(DSV3I_AVX512_BF16)
+static void dsv3i_avx512_bf16_widen_f8(void *values, const void *panel, size_t columns, size_t k) {
+    __m512i table[4];
+    dsv3i_avx512_bf16_tables(table);
+    dsv3i_avx512_bf16_widen((unsigned char *)values, (const unsigned char *)panel, columns, dsv3i_blocks(k, 4),
+                            DSV3I_PREFETCH, table);
 }
 
 /* 256 numbers of a row of E4M3: 64 codes, put into the order in which four sums of 16 want them, become BF16 by tables, and
@@ -9112,7 +9129,7 @@ void dsv3i_avx512_bf16_gemv_t_256(float *y, __m512 f, const unsigned char *w, co
         __m512i b[2];
         __m512 value[2][4];
         dsv3i_avx512_bf16_of_f8(b, _mm512_permutexvar_epi8(order, _mm512_loadu_si512(w + 16 * c)), table);
-        _mm_prefetch((const char *)w + 16 * c + DSV3I_AHEAD, _MM_HINT_T0);
+        _mm_prefetch((const char *)w + 16 * c + DSV3I_PREFETCH, _MM_HINT_T0);
         dsv3i_avx512_floats(0, value[0], b[0], _mm512_setzero_ps());
         dsv3i_avx512_floats(0, value[1], b[1], _mm512_setzero_ps());
         DSV3I_UNROLL for (size_t i = 0; i < 4; i++) {
@@ -9155,7 +9172,7 @@ DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_round_bf16(void *o
     }
 }
 
-/* 32 bytes, their multiplier, and -8 times their sum. */
+/* 32 bytes, their scale, and -8 times their sum. */
 DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_round_bytes(void *out, const float *x, size_t k) {
     unsigned char *to = (unsigned char *)out;
     for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += DSV3_QBLOCK + 8) {
@@ -9183,9 +9200,9 @@ DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_round_bytes(void *
     }
 }
 
-/* ---- Fast products: rows of BF16 or of bytes, and a panel. */
+/* ---- AVX-512 BF16: gemm of rows of BF16 or of bytes, and a panel. */
 
-/* The four bytes that a step has of each of 16 outputs, as products of codes take them. Twice as many: FP8 becomes BF16, and
+/* The four bytes that a step has of each of 16 outputs, as dot products of codes take them. Twice as much: FP8 becomes BF16, and
  * the halves of bytes of Q4_0 are the earlier and the later terms. table: of FP8. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_values(const dsv3_type type, __m512i b[2], const unsigned char *w, const __m512i table[4]) {
@@ -9222,55 +9239,59 @@ void dsv3i_avx512_bf16_terms(const int M, const int NP, __m512 acc[24], dsv3i_av
     a->w = w;
 }
 
-/* Where the sums of a block of bytes begin, so that products with codes of 0 that are not 0 come out right. */
-DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_first(const unsigned char *x, __m128i shift) {
-    return _mm512_sll_epi32(dsv3i_avx512_bf16_four(x + DSV3_QBLOCK + 4), shift);
-}
-
-/* Sums of a block as floats, times the scale of x. */
-DSV3I_INLINE(DSV3I_AVX512_BF16) __m512 dsv3i_avx512_bf16_scaled(__m512i sum, const unsigned char *x) {
-    const __m512 unit = _mm512_set1_ps(*(const float *)(const void *)(x + DSV3_QBLOCK));
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(sum), unit);
-}
-
-/* A block of 32 bytes, or of twice two in the halves of a byte (Q4_0): sums of products of whole numbers, exact, times the
- * scales of x and of w. Both kinds of sums fit the registers if there are 12 of each at most. */
+/* Column c of panels w, four of each, `step` bytes on. `columns` are there; the others are the last one once more. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_block(const dsv3_type type, const int M, const int NP, __m512 acc[24], dsv3i_avx512_place *a,
-                             const float *scale, __m128i shift) {
+const unsigned char *dsv3i_avx512_bf16_column(const unsigned char *const *w, size_t columns, int c, size_t step) {
+    return w[c / 4] + step + 64 * dsv3i_min((size_t)c % 4, columns - 1);
+}
+
+/* A scale block of 32 bytes, or of twice 16 in the halves of bytes (Q4_0), M rows and NC columns: sums of products of whole
+ * numbers, exact, as floats times the scale of x. They begin so that codes of 0 that are not 0 come out right: with -8
+ * times the sum of x, or 16 times that. fetch: NULL, or what says what is read next. */
+DSV3I_INLINE(DSV3I_AVX512_BF16)
+void dsv3i_avx512_bf16_block(const dsv3_type type, const int M, const int NC, __m512 *sums,
+                             const unsigned char *const *w, size_t columns, size_t step,
+                             const unsigned char *const *x, __m128i shift, dsv3i_avx512_place *fetch) {
     const int halves = type == DSV3_Q4_0 ? 2 : 1;
-    __m512i sum[12];
-    DSV3I_UNROLL for (int j = 0; j < M * NP; j++) sum[j] = dsv3i_avx512_bf16_first(a->x[j / NP], shift);
-    DSV3I_UNROLL for (int i = 0; i < 8 / halves; i++, a->w += a->step) {
-        __m512i b[2][2];
-        dsv3i_avx512_fetch(a);
-        DSV3I_UNROLL for (int p = 0; p < NP; p++) dsv3i_avx512_bf16_values(type, b[p], a->w + 64 * p, NULL);
-        DSV3I_UNROLL for (int j = 0; j < M * NP * halves; j++) {
-            const int h = j / (M * NP), at = j % (M * NP);
-            const __m512i x = dsv3i_avx512_bf16_four(a->x[at / NP] + 16 * h + 4 * i);
-            sum[at] = _mm512_dpbusd_epi32(sum[at], b[at % NP][h], x);
+    __m512i sum[16];
+    DSV3I_UNROLL for (int j = 0; j < M * NC; j++) {
+        sum[j] = _mm512_sll_epi32(dsv3i_avx512_bf16_four(x[j / NC] + DSV3_QBLOCK + 4), shift);
+    }
+    DSV3I_UNROLL for (size_t i = 0; i < (size_t)(8 / halves); i++) {
+        if (fetch != NULL) dsv3i_avx512_fetch(fetch);
+        DSV3I_UNROLL for (int c = 0; c < NC; c++) {
+            __m512i b[2];
+            dsv3i_avx512_bf16_values(type, b, dsv3i_avx512_bf16_column(w, columns, c, i * step), NULL);
+            DSV3I_UNROLL for (int j = c; j < M * NC * halves; j += NC) {
+                const int h = j / (M * NC), at = j % (M * NC);
+                const __m512i f = dsv3i_avx512_bf16_four(x[at / NC] + 16 * h + 4 * i);
+                sum[at] = _mm512_dpbusd_epi32(sum[at], b[h], f);
+            }
         }
     }
-    DSV3I_UNROLL for (int j = 0; j < M * NP; j++) {
-        const __m512 product = dsv3i_avx512_bf16_scaled(sum[j], a->x[j / NP]);
-        acc[j] = _mm512_fmadd_ps(product, _mm512_loadu_ps(scale + 16 * (j % NP)), acc[j]);
+    DSV3I_UNROLL for (int j = 0; j < M * NC; j++) {
+        const __m512 scale = _mm512_set1_ps(*(const float *)(const void *)(x[j / NC] + DSV3_QBLOCK));
+        sums[j] = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[j]), scale);
     }
 }
 
-/* M rows and NP columns. Sums of BF16 go to memory after each block of terms that share a scale, those of bytes at last. */
+/* M rows and NP columns. Sums of BF16 go to memory after each scale block, those of bytes at last. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_rows(const dsv3_type type, const int M, const int NP, dsv3i_avx512_place *a,
                             const dsv3i_panel *w, size_t k, int add) {
     const __m128i shift = _mm_cvtsi32_si128(w->zero == 128 ? 4 : 0);
     const float *scale = a->scale;
     const int bytes = type != DSV3_BF16;
-    __m512 acc[24];
+    __m512 acc[24], part[24];
     if (bytes) dsv3i_avx512_begin(M, NP, acc, a, add);
     for (size_t i = 0, end; i < k; i = end) {
         end = dsv3i_min(i + (bytes ? DSV3_QBLOCK : w->block), k);
         if (bytes) {
-            dsv3i_avx512_bf16_block(type, M, NP, acc, a, scale, shift);
-            a->w += w->gap;
+            dsv3i_avx512_bf16_block(type, M, NP, part, &a->w, (size_t)NP, a->step, a->x, shift, a);
+            DSV3I_UNROLL for (int j = 0; j < M * NP; j++) {
+                acc[j] = _mm512_fmadd_ps(part[j], _mm512_loadu_ps(scale + 16 * (j % NP)), acc[j]);
+            }
+            a->w += (type == DSV3_Q4_0 ? 4 : 8) * a->step + w->gap;
         } else {
             a->scale = scale;
             dsv3i_avx512_begin(M, NP, acc, a, add && scale == NULL);
@@ -9327,10 +9348,10 @@ DSV3I_ENTRY(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemm_bytes, DSV3I_GEMM_LIST,
 typedef void (*dsv3i_gemm)(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3i_panel *w,
                            size_t rows, size_t k, int add);
 
-/* ---- Attention in BF16. scratch: the queries as a panel; scores [64, columns, 16]; keys [64, dk] and, where products take
- * more than 4 columns, all values as one panel. */
+/* ---- AVX-512 BF16: attention. scratch: the queries as a panel; scores [64, columns, 16]; keys [64, dk] and,
+ * where gemm takes more than 4 columns, all values as one panel. */
 
-#define DSV3I_TILE_KEYS 64u /* keys of a block, at most */
+#define DSV3I_TILE_KEYS 64u /* keys of an attention tile, at most */
 
 DSV3I_INLINE(DSV3I_AVX512_BF16) size_t dsv3i_avx512_bf16_pad(size_t k) { return (k + 3) / 4 * 4; }
 
@@ -9354,35 +9375,34 @@ DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_pairs(__m512 first, __
 /* Weights p [nk, columns, 16] as rows of 64 BF16 for each lane. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_weights(unsigned char *rows, const float *p, size_t columns, size_t nk) {
-    for (size_t i = 0; i < columns * (DSV3I_TILE_KEYS / 32);
-         i++, rows += i % 2 ? 64 : 16 * 2 * DSV3I_TILE_KEYS - 64) {
-        const size_t c = i / 2, first = i % 2 * 32;
-        __m512i r[16];
-        if (first >= nk) continue;
-        for (size_t j = 0; j < 16; j++) {
-            const size_t key = first + 2 * j;
-            const float *at = p + 16 * (key * columns + c);
-            const __m512 zero = _mm512_setzero_ps();
-            r[j] = dsv3i_avx512_bf16_pairs(key < nk ? _mm512_loadu_ps(at) : zero,
-                                           key + 1 < nk ? _mm512_loadu_ps(at + 16 * columns) : zero);
+    for (size_t c = 0; c < columns; c++, rows += 16 * 2 * DSV3I_TILE_KEYS) {
+        for (size_t first = 0; first < nk; first += 32) {
+            __m512i r[16];
+            for (size_t j = 0; j < 16; j++) {
+                const size_t key = first + 2 * j;
+                const float *at = p + 16 * (key * columns + c);
+                const __m512 zero = _mm512_setzero_ps();
+                r[j] = dsv3i_avx512_bf16_pairs(key < nk ? _mm512_loadu_ps(at) : zero,
+                                               key + 1 < nk ? _mm512_loadu_ps(at + 16 * columns) : zero);
+            }
+            dsv3i_avx512_transpose(r);
+            for (size_t i = 0; i < 16; i++) _mm512_storeu_si512(rows + 2 * DSV3I_TILE_KEYS * i + 2 * first, r[i]);
         }
-        dsv3i_avx512_transpose(r);
-        for (size_t lane = 0; lane < 16; lane++) _mm512_storeu_si512(rows + 2 * DSV3I_TILE_KEYS * lane, r[lane]);
     }
 }
 
-/* Sixteen numbers of values as BF16, from number `at` on, those of the mask. */
+/* 32 numbers of values as BF16, from number `at` on, those of the mask. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-__m512i dsv3i_avx512_bf16_value(const dsv3i_attention_tile *a, size_t at, __mmask16 m) {
-    if (a->type == DSV3_BF16) {
-        return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, (const uint16_t *)a->values + at));
-    }
-    return _mm512_cvtepu16_epi32(
-        (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(m, (const float *)a->values + at)));
+__m512i dsv3i_avx512_bf16_value(const dsv3i_attention_tile *a, size_t at, __mmask32 m) {
+    const float *from = (const float *)a->values;
+    if (a->type == DSV3_BF16) return _mm512_maskz_loadu_epi16(m, (const uint16_t *)a->values + at);
+    from += at;
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps((__mmask16)(m >> 16), from + 16),
+                                        _mm512_maskz_loadu_ps((__mmask16)(m & 0xFFFF), from));
 }
 
-/* Numbers i .. end-1 of values, i a multiple of 16, two keys in four bytes: [nk/2, columns, 16, 2]. Key by key, as they lie:
- * those of the next block are fetched meanwhile, if scores have not done so. */
+/* Numbers i .. end-1 of values, i a multiple of 16, two keys in four bytes: [nk/2, columns, 16, 2]. Key by key, as they lie.
+ * fetch: those of the next tile of keys are fetched meanwhile. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3i_attention_tile *a, size_t i, size_t end,
                                    size_t nk, int fetch) {
@@ -9390,28 +9410,25 @@ void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3i_attention_t
     const __m512i first = _mm512_or_si512(at, _mm512_slli_epi32(_mm512_add_epi32(at, _mm512_set1_epi32(32)), 16));
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
     for (size_t j = 0; j < nk; j += 2) {
-        const int whole = a->type == DSV3_BF16 && j + 1 < nk;
-        size_t c = i;
-        for (; whole && c + 32 <= end; c += 32, panel += 128) {
-            const uint16_t *low = (const uint16_t *)a->values + j * a->ld_v + c, *high = low + a->ld_v;
-            const __m512i x = _mm512_loadu_si512(low), y = _mm512_loadu_si512(high);
-            if (fetch) _mm_prefetch((const char *)(low + DSV3I_TILE_KEYS * a->ld_v), _MM_HINT_T1);
-            if (fetch) _mm_prefetch((const char *)(high + DSV3I_TILE_KEYS * a->ld_v), _MM_HINT_T1);
+        for (size_t c = i; c < end; c += 32) {
+            const size_t from = j * a->ld_v + c, after = j + 1 < nk ? from + a->ld_v : from;
+            const __mmask32 all = ~(__mmask32)0, m = end - c >= 32 ? all : ((__mmask32)1 << (end - c)) - 1;
+            const int whole = m == all && j + 1 < nk; /* loads without masks are faster */
+            const __m512i x = whole ? dsv3i_avx512_bf16_value(a, from, all) : dsv3i_avx512_bf16_value(a, from, m);
+            const __m512i y = whole ? dsv3i_avx512_bf16_value(a, after, all)
+                                    : dsv3i_avx512_bf16_value(a, after, j + 1 < nk ? m : 0);
+            const uint16_t *next = (const uint16_t *)a->values + from + DSV3I_TILE_KEYS * a->ld_v;
+            if (fetch) dsv3i_avx512_far((const unsigned char *)next);
+            if (fetch) dsv3i_avx512_far((const unsigned char *)(next + a->ld_v));
             _mm512_storeu_si512(panel, _mm512_permutex2var_epi16(x, first, y));
-            _mm512_storeu_si512(panel + 64, _mm512_permutex2var_epi16(x, second, y));
-        }
-        for (; c < end; c += 16, panel += 64) {
-            const __mmask16 m = dsv3i_avx512_mask(end - c);
-            const __mmask16 next = j + 1 < nk ? m : (__mmask16)0;
-            const size_t from = j * a->ld_v + c, after = next ? from + a->ld_v : from;
-            const __m512i low = dsv3i_avx512_bf16_value(a, from, m), high = dsv3i_avx512_bf16_value(a, after, next);
-            _mm512_storeu_si512(panel, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            if (end - c > 16) _mm512_storeu_si512(panel + 64, _mm512_permutex2var_epi16(x, second, y));
+            panel += end - c > 16 ? 128 : 64;
         }
     }
 }
 
-/* Scores of 16 keys with the queries of one column: as a product of more rows, so that sums hide their latency. With each step
- * goes a line of the next block's keys. */
+/* Scores of 16 keys with the queries of one column: more rows than gemm has, so that sums hide their latency. With each step
+ * goes a line of the next tile's keys. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_scores(float *p, const unsigned char *keys, size_t ldx, const unsigned char *q, size_t k) {
     const unsigned char *x[6]; /* every third key: addresses of the others are sums */
@@ -9429,11 +9446,11 @@ void dsv3i_avx512_bf16_scores(float *p, const unsigned char *keys, size_t ldx, c
     DSV3I_UNROLL for (int m = 0; m < 16; m++) _mm512_storeu_ps(p + 16 * m, acc[m]);
 }
 
-/* product: of rows and panels of BF16. */
+/* gemm: of rows and panels of BF16. */
 DSV3I_TARGET(DSV3I_AVX512_BF16)
-static void dsv3i_avx512_bf16_attend_by(dsv3i_attention_tile *a, size_t nk, dsv3i_gemm product) {
+static void dsv3i_avx512_bf16_attend_by(dsv3i_attention_tile *a, size_t nk, dsv3i_gemm gemm) {
     const size_t dk = dsv3i_avx512_bf16_pad(a->dk), columns = (a->lanes + 15) / 16;
-    const int wide = product != dsv3i_avx512_bf16_gemm_bf16;
+    const int wide = gemm != dsv3i_avx512_bf16_gemm_bf16;
     const size_t most = wide ? a->dv : 64;
     unsigned char *scratch = (unsigned char *)a->scratch + 32 * columns * dk,
                   *keys = scratch + 64 * columns * DSV3I_TILE_KEYS;
@@ -9454,16 +9471,16 @@ static void dsv3i_avx512_bf16_attend_by(dsv3i_attention_tile *a, size_t nk, dsv3
         dsv3i_avx512_bf16_scores(p + 16 * scored, (const unsigned char *)x + scored * ldx, ldx,
                                  (const unsigned char *)a->scratch, panel.block);
     }
-    product(p + 16 * columns * scored, 16 * columns, (const unsigned char *)x + scored * ldx, ldx, nk - scored,
-            &panel, 16 * columns, panel.block, 0);
+    gemm(p + 16 * columns * scored, 16 * columns, (const unsigned char *)x + scored * ldx, ldx, nk - scored, &panel,
+         16 * columns, panel.block, 0);
     dsv3i_avx512_softmax(a, p, rescale, columns, nk);
     dsv3i_avx512_rescale(a, rescale);
     dsv3i_avx512_bf16_weights(weights, p, columns, nk);
     for (size_t i = 0; i < a->dv; i += most) {
         const size_t rows = dsv3i_min(most, a->dv - i);
         panel = dsv3i_panel_of(values, (rows + 15) / 16, (nk + 1) / 2 * 2);
-        dsv3i_avx512_bf16_value_panel(values, a, i, i + rows, nk, scored == 0);
-        product(a->out + i, a->ld_out, weights, 2 * DSV3I_TILE_KEYS, a->lanes, &panel, rows, panel.block, 1);
+        dsv3i_avx512_bf16_value_panel(values, a, i, i + rows, nk, scored == 0 && a->type == DSV3_BF16);
+        gemm(a->out + i, a->ld_out, weights, 2 * DSV3I_TILE_KEYS, a->lanes, &panel, rows, panel.block, 1);
     }
 }
 
@@ -9471,20 +9488,14 @@ DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_attend(dsv3i_atten
     dsv3i_avx512_bf16_attend_by(a, nk, dsv3i_avx512_bf16_gemm_bf16);
 }
 
-/* ---- Few rows and packed weights: decoding. Reading is all that counts. Panels of several far places are read side by
- * side, because several streams are what a processor fetches ahead best, and codes stay in registers. */
+/* ---- AVX-512 BF16: gemv, 1 to 4 rows and packed weights. Reading is all that counts. Panels of several far places are
+ * read side by side, because several streams are what a processor fetches early best, and codes stay in registers. */
 
 typedef enum dsv3i_gemv_kind { /* rows of floats; rows of codes; rows of BF16, added as AMX adds */
                                DSV3I_GEMV_FLOATS = 0,
                                DSV3I_GEMV_CODES = 1,
                                DSV3I_GEMV_STEPS = 2
 } dsv3i_gemv_kind;
-
-/* Column c of panels w, four of each: its step. `columns` are there; the others are the last one once more. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-const unsigned char *dsv3i_avx512_bf16_step(const unsigned char *const w[4], size_t columns, int c, size_t step) {
-    return w[c / 4] + 64 * (step * columns + dsv3i_min((size_t)c % 4, columns - 1));
-}
 
 /* M rows and NC columns of panels, from c0 on, terms begin .. end-1: sums[m NC + column] += .., with DSV3I_GEMV_STEPS one sum of
  * even and one of odd terms for each. With rows of floats every number of w becomes one, and terms are added one after the
@@ -9501,8 +9512,8 @@ void dsv3i_avx512_bf16_gemv_terms(const dsv3i_gemv_kind kind, const dsv3_type ty
         for (size_t i = begin; i < end; i += (size_t)each) {
             DSV3I_UNROLL for (int c = 0; c < NC; c++) {
                 __m512i b[2];
-                dsv3i_avx512_bf16_values(type, b, dsv3i_avx512_bf16_step(w, columns, c0 + c, i / (size_t)each),
-                                         table);
+                dsv3i_avx512_bf16_values(
+                    type, b, dsv3i_avx512_bf16_column(w, columns, c0 + c, i / (size_t)each * 64 * columns), table);
                 DSV3I_UNROLL for (int j = 0; j < each; j++) {
                     __m512 f[4], g[4];
                     dsv3i_avx512_floats(bytes, f, b[bytes ? pass : j / 2], zero);
@@ -9523,28 +9534,6 @@ void dsv3i_avx512_bf16_gemv_terms(const dsv3i_gemv_kind kind, const dsv3_type ty
             }
         }
     }
-}
-
-/* A block of bytes, with its sums in whole numbers. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_gemv_block(const dsv3_type type, const int M, const int NC, __m512 sums[16],
-                                  const unsigned char *const w[4], size_t columns, const unsigned char *const x[4]) {
-    const __m128i shift = _mm_cvtsi32_si128(type == DSV3_Q8_0 ? 4 : 0);
-    const int halves = type == DSV3_Q4_0 ? 2 : 1;
-    __m512i sum[16];
-    DSV3I_UNROLL for (int j = 0; j < M * NC; j++) sum[j] = dsv3i_avx512_bf16_first(x[j / NC], shift);
-    DSV3I_UNROLL for (size_t i = 0; i < (size_t)(8 / halves); i++) {
-        DSV3I_UNROLL for (int c = 0; c < NC; c++) {
-            __m512i b[2];
-            dsv3i_avx512_bf16_values(type, b, dsv3i_avx512_bf16_step(w, columns, c, i), NULL);
-            DSV3I_UNROLL for (int j = c; j < M * NC * halves; j += NC) {
-                const int h = j / (M * NC), at = j % (M * NC);
-                const __m512i f = dsv3i_avx512_bf16_four(x[at / NC] + 16 * h + 4 * i);
-                sum[at] = _mm512_dpbusd_epi32(sum[at], b[h], f);
-            }
-        }
-    }
-    DSV3I_UNROLL for (int j = 0; j < M * NC; j++) sums[j] = dsv3i_avx512_bf16_scaled(sum[j], x[j / NC]);
 }
 
 /* The same with the sums of AMX for one row: of each 32 terms, those of even and of odd ones, which are added, and then to what
@@ -9578,6 +9567,7 @@ void dsv3i_avx512_bf16_gemv_panels(const dsv3i_gemv_kind kind, const dsv3_type t
                                    const __m512i table[4]) {
     const int bytes = type == DSV3_Q8_0 || type == DSV3_Q4_0, NC = 4 * NS, scales = type == DSV3_BF16 ? 0 : NC;
     const size_t columns = dsv3i_blocks(outputs, 16);
+    const __m128i shift = _mm_cvtsi32_si128(type == DSV3_Q8_0 ? 4 : 0);
     const unsigned char *ws[4], *xs[4];
     __m512 acc[16], part[16], *sums = type == DSV3_BF16 ? acc : part;
     DSV3I_UNROLL for (int s = 0; s < NS; s++) ws[s] = w + (size_t)s * apart;
@@ -9591,7 +9581,7 @@ void dsv3i_avx512_bf16_gemv_panels(const dsv3i_gemv_kind kind, const dsv3_type t
         if (kind == DSV3I_GEMV_STEPS) {
             dsv3i_avx512_bf16_gemv_steps(type, NC, sums, ws, columns, xs, terms, table);
         } else if (kind == DSV3I_GEMV_CODES && bytes) {
-            dsv3i_avx512_bf16_gemv_block(type, M, NC, sums, ws, columns, xs);
+            dsv3i_avx512_bf16_block(type, M, NC, sums, ws, columns, 64 * columns, xs, shift, NULL);
         } else {
             dsv3i_avx512_bf16_gemv_terms(kind, type, M, 0, NC, sums, ws, columns, xs, 0, terms, table);
         }
@@ -9628,22 +9618,31 @@ void dsv3i_avx512_bf16_gemv(const dsv3i_gemv_kind kind, const dsv3_type type, fl
     }
     y += (streams - 1) * ldp;
     ws += (streams - 1) * apart;
-    for (size_t r = streams * ldp, some; r < rows; r += some, y += 64, ws += bytes) {
+    for (size_t p = streams * far; n != 2 && p < rows / 64; p++, y += 64, ws += bytes) {
+        if (n == 1) dsv3i_avx512_bf16_gemv_panels(kind, type, 1, 1, y, ldy, 0, 64, xs, ldx, ws, 0, k, table);
+        if (n == 3) dsv3i_avx512_bf16_gemv_panels(kind, type, 3, 1, y, ldy, 0, 64, xs, ldx, ws, 0, k, table);
+        if (n == 4) dsv3i_avx512_bf16_gemv_panels(kind, type, 4, 1, y, ldy, 0, 64, xs, ldx, ws, 0, k, table);
+    }
+    for (size_t r = n != 2 ? rows / 64 * 64 : streams * ldp, some; r < rows; r += some, y += 64, ws += bytes) {
         some = dsv3i_min(rows - r, 64);
-        if (n == 1) dsv3i_avx512_bf16_gemv_panels(kind, type, 1, 1, y, ldy, 0, some, xs, ldx, ws, 0, k, table);
-        if (n == 2) dsv3i_avx512_bf16_gemv_panels(kind, type, 2, 1, y, ldy, 0, some, xs, ldx, ws, 0, k, table);
-        if (n == 3) dsv3i_avx512_bf16_gemv_panels(kind, type, 3, 1, y, ldy, 0, some, xs, ldx, ws, 0, k, table);
-        if (n == 4) dsv3i_avx512_bf16_gemv_panels(kind, type, 4, 1, y, ldy, 0, some, xs, ldx, ws, 0, k, table);
+        for (size_t t = 0; t < n; t += 2, xs += 2 * ldx) {
+            float *to = y + t * ldy;
+            if (n - t > 1)
+                dsv3i_avx512_bf16_gemv_panels(kind, type, 2, 1, to, ldy, 0, some, xs, ldx, ws, 0, k, table);
+            if (n - t == 1)
+                dsv3i_avx512_bf16_gemv_panels(kind, type, 1, 1, to, ldy, 0, some, xs, ldx, ws, 0, k, table);
+        }
+        xs = (const unsigned char *)x;
     }
 }
 
-/* ---- Many rows and packed weights: prefill. Outputs stay in registers while terms pass by that near caches hold, and each
- * share of the rows fetches its share of what comes next. */
+/* ---- AVX-512 BF16: gemm_packed. Outputs stay in registers while terms pass by that near caches hold, and each share of
+ * the rows fetches its share of what comes next. */
 
-/* Terms of a panel that all rows meet before the next ones do. Those of FP8 become BF16 first. */
-#define DSV3I_NEAR_BF16 1024u
-#define DSV3I_NEAR_F8 256u
-#define DSV3I_NEAR_BYTES 512u
+/* Terms of a panel that go by all rows before the next ones do, with FP8 as BF16. */
+#define DSV3I_K_BF16 1024u
+#define DSV3I_K_F8 256u
+#define DSV3I_K_BYTES 512u
 
 /* The scale of 128 terms of FP8, for each output. */
 static void dsv3i_f8_scale(float scale[64], const unsigned char *w) {
@@ -9652,11 +9651,11 @@ static void dsv3i_f8_scale(float scale[64], const unsigned char *w) {
     for (size_t i = 0; i < 64; i++) scale[i] = one;
 }
 
-/* k terms of a panel at `from`, as products take them: codes, or of FP8 values in BF16, and the scales behind each piece as
- * floats. Returns where the next terms are. */
+/* k terms of a panel at `from`, as gemm takes them: codes, or of FP8 values in BF16, and the scales behind each scale block
+ * as floats. Returns where the next terms are. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-const unsigned char *dsv3i_avx512_bf16_packed_begin(const dsv3_type type, dsv3i_panel *w, float *scale,
-                                                    unsigned char *values, const unsigned char *from, size_t k) {
+const unsigned char *dsv3i_avx512_bf16_gemm_packed_begin(const dsv3_type type, dsv3i_panel *w, float *scale,
+                                                         unsigned char *values, const unsigned char *from, size_t k) {
     w->values = type == DSV3_F8_E4M3 ? values : from;
     for (size_t i = 0, some; i < k; i += some, from += dsv3i_scale_block_bytes(type, 4, some)) {
         const unsigned char *behind;
@@ -9675,13 +9674,13 @@ const unsigned char *dsv3i_avx512_bf16_packed_begin(const dsv3_type type, dsv3i_
 }
 
 DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_packed(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                              const void *w, size_t rows, size_t k) {
-    const size_t most = type == DSV3_BF16 ? DSV3I_NEAR_BF16 : type == DSV3_F8_E4M3 ? DSV3I_NEAR_F8 : DSV3I_NEAR_BYTES;
+void dsv3i_avx512_bf16_gemm_packed(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+                                   const void *w, size_t rows, size_t k) {
+    const size_t most = type == DSV3_BF16 ? DSV3I_K_BF16 : type == DSV3_F8_E4M3 ? DSV3I_K_F8 : DSV3I_K_BYTES;
     const dsv3_type of = type == DSV3_F8_E4M3 ? DSV3_BF16 : type;
     const unsigned char *from = (const unsigned char *)w, *xi;
-    float scale[DSV3I_NEAR_BYTES / DSV3_QBLOCK * 64];
-    unsigned char values[64 * DSV3I_NEAR_F8 * 2];
+    float scale[DSV3I_K_BYTES / DSV3_QBLOCK * 64];
+    unsigned char values[64 * DSV3I_K_F8 * 2];
     dsv3i_panel panel = dsv3i_panel_of(w, 4, k);
     if (type != DSV3_BF16) panel.scale = scale;
     panel.zero = type == DSV3_Q8_0 ? 128 : 8;
@@ -9690,7 +9689,7 @@ void dsv3i_avx512_bf16_packed(const dsv3_type type, float *y, size_t ldy, const 
         for (size_t i = 0, terms; i < k; i += terms) {
             terms = dsv3i_min(most, k - i);
             panel.block = type == DSV3_BF16 ? terms : dsv3i_scale_block_terms(type);
-            from = dsv3i_avx512_bf16_packed_begin(type, &panel, scale, values, from, terms);
+            from = dsv3i_avx512_bf16_gemm_packed_begin(type, &panel, scale, values, from, terms);
             xi = (const unsigned char *)x + dsv3i_input_bytes(1, type, i);
             dsv3i_avx512_bf16_gemm(of, y + 64 * p, ldy, xi, ldx, n, &panel, 64, terms, i > 0);
         }
@@ -9705,17 +9704,25 @@ void dsv3i_avx512_bf16_packed(const dsv3_type type, float *y, size_t ldy, const 
     DSV3I_WHOLE(isa, name##_f8_e4m3, DSV3_F8_E4M3, FUNCTION)                                                         \
     DSV3I_WHOLE(isa, name##_q8_0, DSV3_Q8_0, FUNCTION)                                                               \
     DSV3I_WHOLE(isa, name##_q4_0, DSV3_Q4_0, FUNCTION)
-/* In the order of dsv3_type. */
-#define DSV3I_WHOLE_ROW(name)                                                                                        \
-    { NULL, NULL, name##_bf16, name##_f8_e4m3, name##_q8_0, name##_q4_0 }
 #define DSV3I_GEMV_EXACT(...) dsv3i_avx512_bf16_gemv(DSV3I_GEMV_FLOATS, __VA_ARGS__)
 #define DSV3I_GEMV_FAST(...) dsv3i_avx512_bf16_gemv(DSV3I_GEMV_CODES, __VA_ARGS__)
 DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemv_exact, DSV3I_GEMV_EXACT)
 DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemv_fast, DSV3I_GEMV_FAST)
-DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_packed, dsv3i_avx512_bf16_packed)
+DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemm_packed, dsv3i_avx512_bf16_gemm_packed)
+
+static const dsv3i_kernels dsv3i_avx512_bf16_kernels = {
+    DSV3I_COMMON(dsv3i_avx512, NULL, dsv3i_avx512_bf16_widen_f8),
+    DSV3I_ROUND(dsv3i_avx512_bf16_round_bf16, dsv3i_avx512_bf16_round_bytes),
+    DSV3I_GEMM_ROW(dsv3i_avx512, dsv3i_avx512_bf16_gemm_bf16, dsv3i_avx512_bf16_gemm_bytes),
+    {dsv3i_avx512_attend_begin, dsv3i_avx512_bf16_attend_begin},
+    {dsv3i_avx512_attend, dsv3i_avx512_bf16_attend},
+    {DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_exact), DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_fast)},
+    DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemm_packed),
+    DSV3I_GEMV_T_ROW(dsv3i_avx512, dsv3i_avx512_bf16_gemv_t_f8_e4m3)};
+static const dsv3i_ops dsv3i_avx512_bf16_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_avx512_bf16_kernels);
 
 #ifdef DSV3I_TILES
-/* ---- AMX: products of tiles of 16 rows of 64 bytes. A tile of x (16 rows, 32 terms of BF16) times a tile of a panel (32
+/* ---- AMX: tiles of 16 rows of 64 bytes are multiplied. A tile of x (16 rows, 32 terms of BF16) times a tile of a panel (32
  * terms of 16 outputs, which lie as a panel has them) is added to a tile of sums. For every output, the sum of a step's even
  * terms and that of its odd terms are added up, and then to what is there; subnormal numbers count as 0. */
 
@@ -9763,11 +9770,11 @@ typedef struct dsv3i_amx_place {
     float *y;
     size_t ldy, m[2], columns; /* outputs that are wanted, 1 to 32 */
     const unsigned char *next; /* what is fetched early, ... */
-    size_t lines;              /* ... so many lines with each product of tiles */
+    size_t lines;              /* ... so many lines with each pair of tiles */
     const float *scale;
 } dsv3i_amx_place;
 
-/* A few lines at a time: more would keep tiles waiting for theirs. */
+/* Some lines at a time: more would keep tiles waiting for theirs. */
 DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_fetch(const unsigned char *next, size_t lines) {
     for (size_t i = 0; i < lines; i++) _mm_prefetch((const char *)next + 64 * i, _MM_HINT_T1);
 }
@@ -9838,7 +9845,7 @@ void dsv3i_amx_rest(const int R, const int C, const dsv3i_amx_place *a, size_t i
         dsv3i_amx_put(a, sums, r, c, add);                                                                           \
     }
 
-/* y = sums, or sums times multipliers, added to what is there if `add`. */
+/* y = sums, or sums times scales, added to what is there if `add`. */
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_put(const dsv3i_amx_place *a, const float *sums, size_t r, size_t c, int add) {
     const __mmask16 mask = dsv3i_avx512_mask(a->columns - 16 * c);
@@ -9853,7 +9860,7 @@ void dsv3i_amx_put(const dsv3i_amx_place *a, const float *sums, size_t r, size_t
     }
 }
 
-/* Terms i .. end-1, which share multipliers. */
+/* Terms i .. end-1, which share scales. */
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_terms(const int R, const int C, dsv3i_amx_place *a, size_t i, size_t end, int add) {
     float room[16 * 17], *sums = dsv3i_amx_aligned(room);
@@ -9921,8 +9928,8 @@ DSV3I_TARGET(DSV3I_AMX) static void dsv3i_amx_attend(dsv3i_attention_tile *a, si
     dsv3i_avx512_bf16_attend_by(a, nk, dsv3i_amx_gemm_bf16);
 }
 
-/* ---- Many rows and packed weights: panel by panel, and for each 96 rows of x piece by piece. Sums that are not finished
- * wait in a near cache. */
+/* ---- AMX: gemm_packed, panel by panel, and for each 96 rows of x k_block by k_block. Sums that are not finished wait in a
+ * near cache. */
 
 #define DSV3I_AMX_ROWS 96u /* of x */
 
@@ -9938,19 +9945,6 @@ typedef struct dsv3i_amx_room {
 
 static size_t dsv3i_amx_tile_row(const dsv3i_amx_room *room, size_t i) {
     return dsv3i_min(i * room->height, room->rows - room->height);
-}
-
-/* Fours of terms g0 .. g1-1 of a piece of FP8 become BF16. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_widen(dsv3i_amx_room *room, unsigned char *to, const unsigned char *w, size_t g0, size_t g1) {
-    for (size_t g = g0; g < g1; g++) {
-        DSV3I_UNROLL for (size_t c = 0; c < 4; c++) {
-            __m512i b[2];
-            dsv3i_avx512_bf16_values(DSV3_F8_E4M3, b, w + 256 * g + 64 * c, room->table);
-            _mm512_storeu_si512(to + 512 * g + 64 * c, b[0]);
-            _mm512_storeu_si512(to + 512 * g + 64 * c + 256, b[1]);
-        }
-    }
 }
 
 /* Values of blocks of bytes as tiles take them, with their signs (256 does not count), and their scales. */
@@ -9972,7 +9966,7 @@ void dsv3i_amx_signed(const dsv3_type type, dsv3i_amx_room *room, const unsigned
     }
 }
 
-/* Rows of bytes: blocks of 32, each with its multiplier behind it. Tiles hold the sums of up to four blocks, which
+/* Rows of bytes: scale blocks of 32, each with its scale behind it. Tiles hold the sums of up to four blocks, which
  * are exact, for one column of outputs. While those of the next column are on their way, they become floats. */
 #define DSV3I_AMX_BLOCK(tile, rows, columns)                                                                         \
     _tile_zero(tile);                                                                                                \
@@ -10025,7 +10019,7 @@ void dsv3i_amx_bytes(dsv3i_amx_place *a, const unsigned char *x, size_t m, size_
     }
 }
 
-/* Sums [2, 16, 32] of FP8, times multipliers, join those of `rows` tiles of rows. */
+/* Sums [2, 16, 32] of FP8, times scales, join those of `rows` tiles of rows. */
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_join(float *y, const float *sums, const float *scale, size_t rows, size_t height, int add) {
     const __m512 unit[2] = {_mm512_loadu_ps(scale), _mm512_loadu_ps(scale + 16)};
@@ -10040,11 +10034,11 @@ void dsv3i_amx_join(float *y, const float *sums, const float *scale, size_t rows
     }
 }
 
-/* Rows x meet a piece of k terms of BF16, or of FP8, whose values are made already. There, while sums of a pair of tiles are
- * on their way, those of the pair before join y, and some of the next piece's values are made: `coming` terms. */
+/* Rows x times a k_block of BF16, or of FP8, whose values are made already. There, while sums of a pair of tiles are on their
+ * way, those of the pair before join y, and some of the next k_block's values are made: `coming` terms. */
 DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_piece(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, const unsigned char *x,
-                     const unsigned char *w, size_t k, size_t turn, size_t coming) {
+void dsv3i_amx_k_block(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, const unsigned char *x,
+                       const unsigned char *w, size_t k, size_t turn, size_t coming) {
     const unsigned char *values = type == DSV3_BF16 ? w : room->values[turn % 2];
     const unsigned char *next = w + dsv3i_scale_block_bytes(type, 4, k);
     float *sums = dsv3i_amx_aligned(room->sums), *before = NULL;
@@ -10063,7 +10057,11 @@ void dsv3i_amx_piece(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place
         if (rows == 2) dsv3i_amx_terms(2, 2, a, 0, k, add);
         if (rows == 1) dsv3i_amx_terms(1, 2, a, 0, k, add);
         if (type == DSV3_BF16) continue;
-        dsv3i_amx_widen(room, room->values[(turn + 1) % 2], next, fours * i / pairs, fours * (i + 1) / pairs);
+        {
+            const size_t g = fours * i / pairs, end = fours * (i + 1) / pairs;
+            dsv3i_avx512_bf16_widen(room->values[(turn + 1) % 2] + 512 * g, next + 256 * g, 4, end - g, 1024,
+                                    room->table);
+        }
         if (before != NULL) {
             dsv3i_amx_join(before, sums + (i + 1) % 2 * 1024, room->scale, i % 2 ? rows : 2, room->height, turn > 0);
         }
@@ -10076,23 +10074,23 @@ void dsv3i_amx_piece(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, float *y, size_t ldy,
                      const unsigned char *x, size_t rows, const unsigned char *w, size_t k, int fetch) {
-    const size_t stretch = dsv3i_panel_bytes(type, 4, DSV3I_TERMS);
+    const size_t bytes = dsv3i_panel_bytes(type, 4, DSV3I_TERMS);
     const int blocks = dsv3_type_block(type) > 1;
     room->tiles = dsv3i_blocks(rows, 16);
     room->height = dsv3i_blocks(rows, room->tiles);
     room->rows = rows;
     dsv3i_amx_shape(room->height, room->height, blocks ? 8 : 16);
     a->m[0] = a->m[1] = room->height;
-    a->lines = fetch ? dsv3i_blocks(stretch, 64 * 16 * room->tiles) : 0;
+    a->lines = fetch ? dsv3i_blocks(bytes, 64 * 16 * room->tiles) : 0;
     if (type == DSV3_F8_E4M3) {
-        dsv3i_amx_widen(room, room->values[0], w, 0, dsv3i_blocks(dsv3i_min(DSV3I_TERMS, k), 4));
+        dsv3i_avx512_bf16_widen(room->values[0], w, 4, dsv3i_blocks(dsv3i_min(DSV3I_TERMS, k), 4), 1024, room->table);
     }
     for (size_t i = 0, turn = 0, terms; i < k; i += terms, turn++) {
         terms = dsv3i_min(DSV3I_TERMS, k - i);
-        a->next = w + 2 * stretch;
+        a->next = w + 2 * bytes;
         if (type == DSV3_F8_E4M3) dsv3i_f8_scale(room->scale, w + dsv3i_codes_bytes(type, 4, terms));
         if (blocks) dsv3i_amx_signed(type, room, w, terms);
-        if (!blocks) dsv3i_amx_piece(type, room, a, x, w, terms, turn, dsv3i_min(DSV3I_TERMS, k - i - terms));
+        if (!blocks) dsv3i_amx_k_block(type, room, a, x, w, terms, turn, dsv3i_min(DSV3I_TERMS, k - i - terms));
         for (size_t t = 0; blocks && t < room->tiles; t++) {
             a->y = room->y + 1024 * t;
             a->w = room->values[0];
@@ -10110,8 +10108,8 @@ void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place
 }
 
 DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_packed(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,
-                      size_t rows, size_t k) {
+void dsv3i_amx_gemm_packed(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+                           const void *w, size_t rows, size_t k) {
     const size_t bytes = dsv3i_panel_bytes(type, 4, k);
     const unsigned before = _mm_getcsr();
     dsv3i_amx_room room;
@@ -10135,15 +10133,15 @@ void dsv3i_amx_packed(const dsv3_type type, float *y, size_t ldy, const void *x,
     if (type == DSV3_F8_E4M3) dsv3i_amx_control(before);
 }
 
-/* Few rows and packed weights: the sums of tiles in registers, to the bit, with subnormal numbers as 0. Several rows meet whole
- * panels in tiles. */
+/* ---- AMX: gemv with packed weights: the sums of tiles in registers, to the bit, with subnormal numbers as 0. For two rows and
+ * more, whole panels go to tiles. */
 DSV3I_INLINE(DSV3I_AMX)
 void dsv3i_amx_gemv(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,
                     size_t rows, size_t k) {
     const size_t done = n > 1 ? rows / 64 * 64 : 0;
     const unsigned char *rest = (const unsigned char *)w + done / 64 * dsv3i_panel_bytes(type, 4, k);
     const unsigned before = _mm_getcsr();
-    if (done > 0) dsv3i_amx_packed(type, y, ldy, x, ldx, n, w, done, k);
+    if (done > 0) dsv3i_amx_gemm_packed(type, y, ldy, x, ldx, n, w, done, k);
     if (done == rows) return;
     dsv3i_amx_control(before | 0x8040);
     for (size_t t = 0; t < n; t++) {
@@ -10153,97 +10151,24 @@ void dsv3i_amx_gemv(const dsv3_type type, float *y, size_t ldy, const void *x, s
     dsv3i_amx_control(before);
 }
 
-DSV3I_WHOLE_TYPES(DSV3I_AMX, dsv3i_amx_packed, dsv3i_amx_packed)
+DSV3I_WHOLE_TYPES(DSV3I_AMX, dsv3i_amx_gemm_packed, dsv3i_amx_gemm_packed)
 DSV3I_WHOLE(DSV3I_AMX, dsv3i_amx_gemv_bf16, DSV3_BF16, dsv3i_amx_gemv)
 DSV3I_WHOLE(DSV3I_AMX, dsv3i_amx_gemv_f8_e4m3, DSV3_F8_E4M3, dsv3i_amx_gemv)
 
-#endif /* DSV3I_TILES */
-
-/* ---- The tables: what each backend is made of. A better one has what the one before it has, but for what is its own. */
-
-#define DSV3I_COMMON(V)                                                                                              \
-    V##_outer, {V##_pack_4, V##_pack_2, V##_pack_2, V##_pack_1, V##_pack_q8_0, V##_pack_q4_0}, {                     \
-        V##_float_bf16, V##_float_bytes                                                                              \
-    }
-#define DSV3I_WIDEN(V, f8)                                                                                           \
-    { NULL, V##_widen_f16, NULL, f8, NULL, V##_widen_q4_0 }
-#define DSV3I_ROUND(bf16, q8)                                                                                        \
-    { NULL, NULL, bf16, bf16, q8, q8 }
-#define DSV3I_PRODUCTS_OF(V, bf16, bytes)                                                                            \
-    { V##_gemm_f32, V##_gemm_bf16, V##_gemm_bytes, bf16, bytes }
-#define DSV3I_MIX(f8)                                                                                                \
-    {                                                                                                                \
-        NULL, dsv3i_avx512_gemv_t_f16, dsv3i_avx512_gemv_t_bf16, f8, dsv3i_avx512_gemv_t_q8_0,                       \
-            dsv3i_avx512_gemv_t_q4_0                                                                                 \
-    }
-#ifndef DSV3_NO_TRAINING
-#define DSV3I_BACKWARD_OPS dsv3i_fast_linear_backward, dsv3i_fast_attend_backward, dsv3i_fast_mlps_backward,
-#else
-#define DSV3I_BACKWARD_OPS
-#endif
-#define DSV3I_OPS(V, kernels)                                                                                        \
-    {                                                                                                                \
-        {V##_decode_f32,     V##_decode_f16,         V##_decode_bf16,                                                \
-         V##_decode_f8_e4m3, dsv3i_avx2_decode_q8_0, dsv3i_avx2_decode_q4_0},                                        \
-            V##_dot, V##_axpy, V##_exp_sum, V##_silu_mul, dsv3i_fast_linear, dsv3i_fast_attend, dsv3i_fast_mlps,     \
-            DSV3I_BACKWARD_OPS &(kernels)                                                                            \
-    }
-
-static const dsv3i_kernels dsv3i_avx2_kernels = {DSV3I_COMMON(dsv3i_avx2),
-                                                 dsv3i_avx2_tile,
-                                                 DSV3I_WIDEN(dsv3i_avx2, dsv3i_avx2_widen_f8),
-                                                 DSV3I_ROUND(dsv3i_round_bf16_floats, dsv3i_round_q8_floats),
-                                                 DSV3I_PRODUCTS_OF(dsv3i_avx2, NULL, NULL),
-                                                 {NULL, NULL},
-                                                 {dsv3i_tile_attend, NULL},
-                                                 {{NULL}, {NULL}},
-                                                 {NULL},
-                                                 {NULL}};
-
-static const dsv3i_kernels dsv3i_avx512_kernels = {DSV3I_COMMON(dsv3i_avx512),
-                                                   NULL, /* attention is its own */
-                                                   DSV3I_WIDEN(dsv3i_avx512, dsv3i_avx512_widen_f8),
-                                                   DSV3I_ROUND(dsv3i_round_bf16_floats, dsv3i_round_q8_floats),
-                                                   DSV3I_PRODUCTS_OF(dsv3i_avx512, NULL, NULL),
-                                                   {dsv3i_avx512_attend_begin, NULL},
-                                                   {dsv3i_avx512_attend, NULL},
-                                                   {{NULL}, {NULL}},
-                                                   {NULL},
-                                                   DSV3I_MIX(dsv3i_avx512_gemv_t_f8_e4m3)};
-
-static const dsv3i_kernels dsv3i_avx512_bf16_kernels = {
-    DSV3I_COMMON(dsv3i_avx512),
-    NULL,
-    DSV3I_WIDEN(dsv3i_avx512, dsv3i_avx512_bf16_widen_f8),
-    DSV3I_ROUND(dsv3i_avx512_bf16_round_bf16, dsv3i_avx512_bf16_round_bytes),
-    DSV3I_PRODUCTS_OF(dsv3i_avx512, dsv3i_avx512_bf16_gemm_bf16, dsv3i_avx512_bf16_gemm_bytes),
-    {dsv3i_avx512_attend_begin, dsv3i_avx512_bf16_attend_begin},
-    {dsv3i_avx512_attend, dsv3i_avx512_bf16_attend},
-    {DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_exact), DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_fast)},
-    DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_packed),
-    DSV3I_MIX(dsv3i_avx512_bf16_gemv_t_f8_e4m3)};
-
-static const dsv3i_ops dsv3i_avx2_ops = DSV3I_OPS(dsv3i_avx2, dsv3i_avx2_kernels);
-static const dsv3i_ops dsv3i_avx512_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_avx512_kernels);
-static const dsv3i_ops dsv3i_avx512_bf16_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_avx512_bf16_kernels);
-
-#ifdef DSV3I_TILES
 static const dsv3i_kernels dsv3i_amx_kernels = {
-    DSV3I_COMMON(dsv3i_avx512),
-    NULL,
-    DSV3I_WIDEN(dsv3i_avx512, dsv3i_avx512_bf16_widen_f8),
+    DSV3I_COMMON(dsv3i_avx512, NULL, dsv3i_avx512_bf16_widen_f8),
     DSV3I_ROUND(dsv3i_avx512_bf16_round_bf16, dsv3i_avx512_bf16_round_bytes),
-    DSV3I_PRODUCTS_OF(dsv3i_avx512, dsv3i_amx_gemm_bf16, dsv3i_avx512_bf16_gemm_bytes),
+    DSV3I_GEMM_ROW(dsv3i_avx512, dsv3i_amx_gemm_bf16, dsv3i_avx512_bf16_gemm_bytes),
     {dsv3i_avx512_attend_begin, dsv3i_avx512_bf16_attend_begin},
     {dsv3i_avx512_attend, dsv3i_amx_attend},
     {DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_exact),
      {NULL, NULL, dsv3i_amx_gemv_bf16, dsv3i_amx_gemv_f8_e4m3, dsv3i_avx512_bf16_gemv_fast_q8_0,
       dsv3i_avx512_bf16_gemv_fast_q4_0}},
-    DSV3I_WHOLE_ROW(dsv3i_amx_packed),
-    DSV3I_MIX(dsv3i_avx512_bf16_gemv_t_f8_e4m3)};
-
+    DSV3I_WHOLE_ROW(dsv3i_amx_gemm_packed),
+    DSV3I_GEMV_T_ROW(dsv3i_avx512, dsv3i_avx512_bf16_gemv_t_f8_e4m3)};
 static const dsv3i_ops dsv3i_amx_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_amx_kernels);
-#endif
+
+#endif /* DSV3I_TILES */
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
