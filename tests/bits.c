@@ -9,7 +9,9 @@
  * with and without kept values. What must agree in one version (packed or not, one thread or three) is computed in
  * both ways, too; bits.sh compares these lines with each other.
  *
- *     bits [--backend NAME] [--only KIND] [--quick]        KIND: ops forward long evaluate train */
+ *     bits [--backend NAME] [--only KIND] [--quick]
+ *
+ * KIND: plain ops blocks forward long evaluate train. The environment variable BITS_TIMES: how long each takes. */
 #define _POSIX_C_SOURCE 200809L
 #define DSV3_IMPLEMENTATION
 #include "dsv3.h"
@@ -54,7 +56,17 @@ static uint64_t hash(uint64_t h, const void *data, size_t bytes) {
     return h;
 }
 
-static uint64_t hash_floats(uint64_t h, const float *x, size_t n) { return hash(h, x, n * sizeof *x); }
+/* All NaN are one: which of two an addition keeps is the compiler's choice. */
+static uint64_t hash_floats(uint64_t h, const float *x, size_t n) {
+    static const uint32_t nan = 0x7FC00000u;
+    size_t from = 0;
+    for (size_t i = 0; i < n; i++) {
+        if (x[i] == x[i]) continue;
+        h = hash(hash(h, x + from, (i - from) * sizeof *x), &nan, sizeof nan);
+        from = i + 1;
+    }
+    return hash(h, x + from, (n - from) * sizeof *x);
+}
 
 static uint64_t seed; /* splitmix64: the same stream everywhere */
 static uint64_t next(void) {
@@ -147,8 +159,12 @@ static const char *mode_name(int fast) { return fast ? "fast" : "exact"; }
 
 /* ---- Models with random weights */
 
-enum { SMALL, ODD, V2, LARGE, WIDE, TALL, MODELS };
-static const char *const model_names[MODELS] = {"small", "odd", "v2", "large", "wide", "tall"};
+enum { SMALL, ODD, V2, CROWD, LARGE, WIDE, TALL, MODELS };
+static const char *const model_names[MODELS] = {"small", "odd", "v2", "crowd", "large", "wide", "tall"};
+
+#define MIXED DSV3_TYPES /* every tensor of another type */
+
+static const char *type_name(int type) { return type == MIXED ? "mixed" : dsv3_type_name((dsv3_type)type); }
 
 static void sizes(dsv3_config *c, int V, int d, int I, int F, int L, int dense) {
     c->vocab_size = V;
@@ -190,15 +206,15 @@ static dsv3_config config_make(int which) {
     dsv3_config c = dsv3_config_default();
     switch (which) {
     case SMALL: /* the widths are multiples of 32, as Q8_0 and Q4_0 need, and of nothing more; heads are of neither */
-        sizes(&c, 203, 96, 160, 96, 3, 1);
-        attention(&c, 3, 64, 96, 24, 8, 32);
+        sizes(&c, 250, 96, 160, 96, 3, 1);
+        attention(&c, 9, 64, 96, 24, 8, 32);
         experts(&c, 8, 2, 3, 4, 2, 2.5f);
         yarn(&c, 40.0f, 64, 1.0f, 0.7f);
         c.num_nextn_predict_layers = 2;
         break;
     case ODD: /* multiples of nothing */
         sizes(&c, 139, 149, 133, 29, 3, 0);
-        attention(&c, 3, 71, 51, 21, 6, 67);
+        attention(&c, 5, 71, 51, 21, 6, 67);
         experts(&c, 6, 0, 2, 3, 2, 1.5f);
         c.moe_layer_freq = 2;
         c.rope_interleave = 0;
@@ -217,6 +233,11 @@ static dsv3_config config_make(int which) {
         c.norm_topk_prob = 0;
         c.gate_scaling = DSV3_SCALE_UNLESS_NORMED;
         c.tie_word_embeddings = 1;
+        break;
+    case CROWD: /* so many experts that one after the other goes through its whole MLP */
+        sizes(&c, 97, 128, 64, 32, 2, 1);
+        attention(&c, 2, 0, 32, 8, 8, 32);
+        experts(&c, 64, 1, 6, 8, 4, 2.5f);
         break;
     case LARGE: /* heads and latents as published */
         sizes(&c, 1100, 512, 640, 256, 2, 1);
@@ -253,7 +274,7 @@ typedef struct model {
     const char *name;
     int which;
     dsv3_config config;
-    dsv3_type type;
+    int type; /* dsv3_type, or MIXED */
     weight *weights;
     size_t count, room;
     dsv3_model bound[2];
@@ -283,12 +304,22 @@ static dsv3_result add_weight(void *user, const dsv3_tensor_info *info) {
     return DSV3_OK;
 }
 
-static dsv3_type weight_type(dsv3_type type, const dsv3_tensor_info *info) {
+/* The two that begin an MLP have one type: a workspace has room for one rounded copy of its input. */
+static dsv3_type mixed_type(const dsv3_tensor_info *info) {
+    const char *up = strstr(info->name, ".up_proj");
+    size_t length = up != NULL ? (size_t)(up - info->name) : strlen(info->name);
+    char name[DSV3_MAX_NAME + 16];
+    snprintf(name, sizeof name, "%.*s%s", (int)length, info->name, up != NULL ? ".gate_proj.weight" : "");
+    return (dsv3_type)(hash(3, name, strlen(name)) % (info->rank == 1 ? 3 : DSV3_TYPES));
+}
+
+static dsv3_type weight_type(int type, const dsv3_tensor_info *info) {
     int is_bias = info->group == DSV3_GROUP_ROUTER && info->rank == 1;
     int is_plain = info->rank == 1 || info->group == DSV3_GROUP_ROUTER;
     if (is_bias || type == DSV3_F32) return DSV3_F32;
-    if (type == DSV3_F8_E4M3) return is_plain || info->group == DSV3_GROUP_EMBED ? DSV3_BF16 : type;
-    return is_plain && dsv3_type_block(type) > 1 ? DSV3_F32 : type;
+    if (type == MIXED) return mixed_type(info);
+    if (type == DSV3_F8_E4M3) return is_plain || info->group == DSV3_GROUP_EMBED ? DSV3_BF16 : DSV3_F8_E4M3;
+    return is_plain && dsv3_type_block((dsv3_type)type) > 1 ? DSV3_F32 : (dsv3_type)type;
 }
 
 static dsv3_result find_weight(void *user, const char *name, dsv3_tensor *tensor) {
@@ -322,8 +353,9 @@ static model *model_make(int which) {
     return m;
 }
 
-static int model_has_type(const model *m, dsv3_type type) {
-    return m->which != ODD || dsv3_type_block(type) == 1; /* rows are no whole blocks */
+static int model_has_type(const model *m, int type) {
+    if (type == MIXED) return m->which == SMALL || m->which == CROWD;
+    return m->which != ODD || dsv3_type_block((dsv3_type)type) == 1; /* its rows are no whole blocks */
 }
 
 static void model_bind(model *m, int i) {
@@ -337,7 +369,7 @@ static void model_bind(model *m, int i) {
 }
 
 /* All weights as `type`, and bound. The bytes are a result, too. */
-static void model_encode(model *m, dsv3_type type) {
+static void model_encode(model *m, int type) {
     uint64_t bytes = 1;
     m->type = type;
     for (size_t i = 0; i < m->count; i++) {
@@ -353,7 +385,7 @@ static void model_encode(model *m, dsv3_type type) {
         if (w->scale != NULL) bytes = hash_floats(bytes, w->scale, blocks_of(rows) * blocks_of(cols));
     }
     model_bind(m, 0);
-    printf("quantize backend=any model=%s type=%s bytes=%016llx\n", m->name, dsv3_type_name(type),
+    printf("quantize backend=any model=%s type=%s bytes=%016llx\n", m->name, type_name(type),
            (unsigned long long)bytes);
 }
 
@@ -422,7 +454,7 @@ static void run_open(run *r, const model *m, const backend *b, int fast, int pac
     r->logits = get_floats(rows * (size_t)c->vocab_size);
     r->hidden = get_floats(rows * (size_t)c->hidden_size);
     snprintf(r->label, sizeof r->label, "backend=%s model=%s type=%s mode=%s cache=%s pack=%d threads=%d", b->name,
-             m->name, dsv3_type_name(m->type), mode_name(fast), dsv3_type_name(cache), pack, (int)threads);
+             m->name, type_name(m->type), mode_name(fast), dsv3_type_name(cache), pack, (int)threads);
 }
 
 static void run_close(run *r) {
@@ -534,8 +566,9 @@ static void forward_model(model *m, const backend *b) {
         if (pack && !model_pack(m, b, 1)) continue;
         for (int fast = 0; fast < 2; fast++) {
             for (size_t threads = 1; threads <= THREADS; threads += THREADS - 1) {
-                forward_case(m, b, fast, pack, threads, DSV3_F32);
-                if (!quick || fast) forward_case(m, b, fast, pack, threads, DSV3_BF16);
+                int both = !quick && (m->which != LARGE || threads == 1);
+                if (both || !fast) forward_case(m, b, fast, pack, threads, DSV3_F32);
+                if (both || fast) forward_case(m, b, fast, pack, threads, DSV3_BF16);
             }
         }
     }
@@ -621,7 +654,7 @@ static void evaluate_case(const model *m, const backend *b, int fast, int pack, 
     size_t depths = (size_t)m->config.num_nextn_predict_layers, layers = (size_t)m->config.num_hidden_layers + depths;
     size_t E = (size_t)m->config.n_routed_experts;
     double nll[3] = {0}, balance[8] = {0};
-    uint64_t targets[3] = {0}, load[8 * 16] = {0}, h = 1;
+    uint64_t targets[3] = {0}, load[8 * 64] = {0}, h = 1;
     dsv3_losses losses;
     dsv3_error error;
     run r;
@@ -675,6 +708,9 @@ static void train_case(const model *m, const backend *b, int32_t keep, size_t th
     s.keep = keep;
     s.balance.expert = 0.01;
     s.exempt = exempt;
+#ifndef BITS_CORE
+    s.ema = 1;
+#endif
     if (m->which == V2) {
         s.balance.device = 0.05;
         s.balance.communication = 0.02;
@@ -708,11 +744,16 @@ static void train_case(const model *m, const backend *b, int32_t keep, size_t th
                (unsigned long long)gradients, (unsigned long long)hash(1, &norm, sizeof norm),
                (unsigned long long)hash_floats(1, t.weights.data, t.weights.count));
     }
+#ifndef BITS_CORE
+    printf("ema backend=%s model=%s keep=%d threads=%d ema=%016llx\n", b->name, m->name, (int)keep, (int)threads,
+           (unsigned long long)hash_floats(1, t.ema, t.weights.count));
+#endif
     free(memory);
 }
 
 static void train_model(const model *m, const backend *b) {
-    int light = quick || (is_reference(b) && m->which == LARGE);
+    int light = quick || m->which == LARGE;
+    if (m->which == SMALL && !quick) train_case(m, b, DSV3_KEEP_UP_PROJECTIONS, 1);
     for (size_t threads = 1; threads <= THREADS; threads += THREADS - 1) {
         if (!light || threads == 1) train_case(m, b, 0, threads);
         if (!light || threads > 1)
@@ -724,7 +765,7 @@ static void train_model(const model *m, const backend *b) {
 
 /* Linear, its backward, cross-entropy, its backward and the embedding with one matrix. */
 static void ops_matrix(const char *label, const backend *b, const dsv3_tensor *w, int pack) {
-    static const size_t counts[] = {1, 2, 3, 4, 5, 6, 7, 11, 17, 96, 101, 200, 400};
+    static const size_t counts[] = {1, 2, 3, 4, 5, 6, 7, 9, 17, 96, 101, 200, 400};
     size_t rows = w->rows, cols = w->cols, most = 400;
     float *x, *y, *dx, *dw, *nll;
     int32_t *target = (int32_t *)get(most * sizeof *target), *token = (int32_t *)get(most * sizeof *token);
@@ -849,6 +890,7 @@ static void ops_router(const backend *b) {
     seed = 19;
     x = random_floats(n * d, -1.5f, 1.5f), bias = random_floats(E, -0.1f, 0.1f),
     value = random_floats(E * d, -0.2f, 0.2f);
+    for (size_t i = 0; i < d; i++) x[3 * d + i] *= 60.0f; /* scores close to 0 and 1 */
     c.n_routed_experts = (int32_t)E;
     for (int type = 0; type < DSV3_TYPES; type++) {
         float scale[2], *scratch;
@@ -879,10 +921,75 @@ static void ops_router(const backend *b) {
     free(x), free(bias), free(value), free(score);
 }
 
+/* All codes of a type, decoded. */
+static void ops_codes(const backend *b, dsv3_type type) {
+    dsv3_context ctx = context_make(b, 1, 0);
+    size_t rows = type == DSV3_F8_E4M3 ? 2 : 512, cols = 128;
+    unsigned char *codes = (unsigned char *)get(rows * cols * 2);
+    int32_t *token = (int32_t *)get(rows * sizeof *token);
+    float *x = get_floats(rows * cols);
+    dsv3_tensor w;
+    for (size_t i = 0; i < rows; i++) token[i] = (int32_t)i;
+    for (size_t i = 0; i < rows * cols; i++) {
+        uint16_t code = (uint16_t)i;
+        if (type == DSV3_F8_E4M3) codes[i] = (unsigned char)i;
+        if (type != DSV3_F8_E4M3) memcpy(codes + 2 * i, &code, 2);
+    }
+    memset(&w, 0, sizeof w);
+    w.data = codes, w.rows = rows, w.cols = cols, w.type = type, w.rank = 2;
+    dsv3_embed(&ctx, x, token, &w, rows);
+    printf("codes backend=%s type=%s x=%016llx\n", b->name, dsv3_type_name(type),
+           (unsigned long long)hash_floats(1, x, rows * cols));
+    free(codes), free(token), free(x);
+}
+
+/* Rows of unusual numbers meet weights of which some are unusual, too. */
+static void ops_unusual(const backend *b, dsv3_type type) {
+    enum { ROWS = 111, COLS = 96, N = 9 };
+    static const float unusual[N] = {0.0f, -0.0f, 1e-38f, 3e38f, 1e-31f, 1.0f, 1e-42f, 127.0f, 1.0f};
+    static const uint16_t codes[4] = {0x0001, 0x7C01, 0xFF80, 0x8000};
+    float *x = get_floats(N * COLS), *y = get_floats(N * ROWS), *value, scale[1];
+    unsigned char *data = (unsigned char *)get(ROWS * COLS * 4);
+    dsv3_tensor w;
+    seed = 23;
+    value = random_floats(ROWS * COLS, -1.0f, 1.0f);
+    for (size_t i = 0; i < N * COLS; i++) x[i] = unusual[i / COLS] * (i / COLS == 7 ? 1.0f : uniform(-1.0f, 1.0f));
+    for (size_t i = 1; i < 32; i++) x[7 * COLS + i] = (float)i - 0.5f; /* between two codes */
+    x[5 * COLS + 40] = INFINITY;
+    x[6 * COLS + 77] = NAN;
+    memset(&w, 0, sizeof w);
+    w.data = data, w.rows = ROWS, w.cols = COLS, w.type = type, w.rank = 2;
+    if (type == DSV3_F8_E4M3) w.scale = scale;
+    demand(dsv3_quantize(data, scale, value, type, ROWS, COLS), "quantize", NULL);
+    for (int bad = 0; bad < 2; bad++) {
+        for (int fast = 0; fast < 2; fast++) {
+            dsv3_context ctx = context_make(b, 1, fast);
+            float *scratch = get_floats(dsv3_linear_scratch(&ctx, N, COLS));
+            dsv3_linear(&ctx, y, x, &w, N, scratch);
+            for (size_t i = 0; i < N; i++) {
+                printf("unusual backend=%s type=%s mode=%s weights=%d row=%d y=%016llx\n", b->name,
+                       dsv3_type_name(type), mode_name(fast), bad, (int)i,
+                       (unsigned long long)hash_floats(1, y + i * ROWS, ROWS));
+            }
+            dsv3_linear(&ctx, y, x + 5 * COLS, &w, 3, scratch);
+            printf("unusual backend=%s type=%s mode=%s weights=%d row=5-7 y=%016llx\n", b->name, dsv3_type_name(type),
+                   mode_name(fast), bad, (unsigned long long)hash_floats(1, y, 3 * ROWS));
+            free(scratch);
+        }
+        for (size_t i = 0; i < 4; i++) { /* of a number each: subnormal, NaN or infinite, -0 */
+            if (type == DSV3_F16 || type == DSV3_BF16) memcpy(data + 2 * (i * 2000 + 5), &codes[i], 2);
+            if (type == DSV3_F8_E4M3) data[i * 2000 + 5] = (unsigned char)(i == 1 ? 0x7F : codes[i] >> 8);
+        }
+    }
+    free(x), free(y), free(value), free(data);
+}
+
 static void ops_backend(const backend *b) {
-    static const size_t loose[][2] = {{67, 149}, {1, 33}, {16, 3}, {200, 130}, {130, 257}};
+    static const size_t loose[][2] = {{67, 149}, {1, 33}, {16, 3}, {200, 130}, {130, 257}, {48, 64}, {111, 96}};
     ops_norms(b);
     ops_router(b);
+    for (int type = DSV3_F16; type <= DSV3_F8_E4M3; type++) ops_codes(b, (dsv3_type)type);
+    for (int type = 0; type < DSV3_TYPES; type++) ops_unusual(b, (dsv3_type)type);
     for (size_t i = 0; i < sizeof loose / sizeof *loose; i++) {
         for (int type = DSV3_F32; type <= DSV3_F8_E4M3; type++)
             ops_loose(b, (dsv3_type)type, loose[i][0], loose[i][1]);
@@ -896,6 +1003,293 @@ static void ops_model(model *m, const backend *b) {
     if (model_pack(m, b, THREADS)) ops_matrix(label, b, &m->bound[1].lm_head, 1);
 }
 
+/* ---- Plain arrays: what no backend changes */
+
+static void plain_print(const char *what, uint64_t h) {
+    printf("plain backend=any op=%s value=%016llx\n", what, (unsigned long long)h);
+}
+
+static void plain_numbers(void) {
+    uint64_t h = 1;
+    for (uint32_t i = 0; i < 65536; i++) {
+        float x[3];
+        x[0] = dsv3_f32_from_f16((uint16_t)i), x[1] = dsv3_f32_from_bf16((uint16_t)i);
+        x[2] = dsv3_f32_from_f8_e4m3((uint8_t)i);
+        h = hash_floats(h, x, 3);
+    }
+    plain_print("decode", h);
+    seed = 29, h = 1;
+    for (size_t i = 0; i < 200000; i++) {
+        uint32_t bits = (uint32_t)next();
+        uint16_t code[3];
+        float x;
+        if (i % 2)
+            bits = (bits & 0x8FFFF000u) | 0x38000000u; /* in the range of all types, and often between two codes */
+        memcpy(&x, &bits, sizeof x);
+        code[0] = dsv3_f16_from_f32(x), code[1] = dsv3_bf16_from_f32(x), code[2] = dsv3_f8_e4m3_from_f32(x);
+        if (x == x) h = hash(h, code, sizeof code);
+    }
+    plain_print("encode", h);
+}
+
+static void plain_router(void) {
+    enum { N = 60, E = 24, K = 5, G = 6 };
+    static const char *const names[3] = {"noaux_tc", "group_limited", "greedy"};
+    float score[N * E], bias[E], alpha[E], gate[N * K], scratch[E + G], dgate[N * K], dscore[N * E];
+    double two[2 * E], losses[4];
+    int32_t idx[N * K];
+    uint8_t mask[N];
+    dsv3_config c = config_make(SMALL);
+    dsv3_balance_weights weights;
+    seed = 31;
+    fill(score, N * E, 0.01f, 0.99f), fill(bias, E, -0.2f, 0.2f), fill(alpha, E, 0.5f, 1.5f),
+        fill(dgate, N * K, -1, 1);
+    for (size_t i = 0; i < 4; i++) score[E + 3 * i] = 0.5f; /* ties */
+    for (size_t i = 0; i < N; i++) mask[i] = i % 9 != 4;
+    c.n_routed_experts = E, c.num_experts_per_tok = K, c.n_group = G, c.topk_group = 3;
+    for (int kind = 0; kind < 24; kind++) {
+        char what[80];
+        uint64_t h = 1;
+        c.topk_method = (dsv3_topk_method)(kind % 3);
+        c.norm_topk_prob = kind / 3 % 2;
+        c.gate_scaling = kind / 6 % 2 ? DSV3_SCALE_ALWAYS : DSV3_SCALE_UNLESS_NORMED;
+        c.bias_form = kind / 12 ? DSV3_BIAS_ADD : DSV3_BIAS_MULTIPLY;
+        c.group_mask = kind / 12 ? DSV3_MASK_ZERO : DSV3_MASK_NEG_INF;
+        c.scoring_func = kind / 6 % 2 ? DSV3_SOFTMAX : DSV3_SIGMOID;
+        demand(dsv3_router_select(&c, idx, gate, score, bias, kind / 12 ? alpha : NULL, N, scratch), "select", NULL);
+        h = hash_floats(hash(h, idx, sizeof idx), gate, N * K);
+        demand(dsv3_router_weights(&c, gate, idx, score, N), "weights", NULL);
+        h = hash_floats(h, gate, N * K);
+        fill(dscore, N * E, -0.1f, 0.1f);
+        dsv3_router_weights_backward(&c, dscore, dgate, idx, score, N);
+        h = hash_floats(h, dscore, N * E);
+        weights.expert = 0.01, weights.device = 0.05, weights.communication = 0.02;
+        weights.devices = 4, weights.most_devices = 2, weights.actual = kind % 2;
+        dsv3_balance_backward(dscore, 0.25, &weights, score, idx, mask, N, E, K, two);
+        dsv3_router_scores_backward(&c, dscore, dscore, score, N);
+        h = hash_floats(h, dscore, N * E);
+        losses[0] = dsv3_balance_loss(score, kind % 2 ? idx : NULL, mask, N, E, K, two);
+        losses[1] = dsv3_device_loss(score, kind % 2 ? idx : NULL, NULL, N, E, K, 4, two);
+        losses[2] = dsv3_communication_loss(score, idx, mask, N, E, K, 4, 2, two);
+        losses[3] = dsv3_z_loss(score, mask, N, E);
+        h = hash(h, losses, sizeof losses);
+        snprintf(what, sizeof what, "router_%s_%d", names[kind % 3], kind);
+        plain_print(what, h);
+    }
+}
+
+static void plain_balance(void) {
+    enum { E = 24 };
+    uint64_t load[E];
+    float bias[E];
+    dsv3_load_stats stats;
+    double numbers[5];
+    seed = 37;
+    for (int rule = 0; rule < 4; rule++) {
+        char what[40];
+        uint64_t h = 1;
+        fill(bias, E, -0.2f, 0.2f);
+        for (int step = 0; step < 5; step++) {
+            for (size_t e = 0; e < E; e++) load[e] = next() % 40 * (next() % 3);
+            dsv3_bias_step(bias, load, E, (dsv3_bias_rule)rule, 0.013);
+            h = hash_floats(h, bias, E);
+        }
+        stats = dsv3_load_statistics(load, E);
+        numbers[0] = stats.mean, numbers[1] = stats.max_vio, numbers[2] = stats.min_load, numbers[3] = stats.entropy;
+        numbers[4] = (double)stats.dead;
+        h = hash(h, numbers, sizeof numbers);
+        snprintf(what, sizeof what, "bias_step_%d", rule);
+        plain_print(what, h);
+    }
+}
+
+static void plain_rope(void) {
+    for (int which = SMALL; which <= LARGE; which++) {
+        static const int32_t position[5] = {0, 1, 777, 65535, 16777215};
+        dsv3_config c = config_make(which);
+        size_t dr = (size_t)c.qk_rope_head_dim;
+        double theta[64];
+        uint64_t turns[64], h = 1;
+        float table[5 * 64], x[64], numbers[2];
+        char what[40];
+        seed = 41;
+        dsv3_rope_frequencies(&c, theta);
+        dsv3_rope_turns(&c, turns);
+        numbers[0] = dsv3_rope_factor(&c), numbers[1] = dsv3_softmax_scale(&c);
+        dsv3_rope_table(table, position, turns, numbers[0], 5, dr);
+        h = hash(hash(h, theta, dr / 2 * sizeof *theta), turns, dr / 2 * sizeof *turns);
+        h = hash_floats(hash_floats(h, numbers, 2), table, 5 * dr);
+        for (int i = 0; i < 2; i++) {
+            fill(x, dr, -1.0f, 1.0f);
+            dsv3_rope_rotate(x, table + 2 * dr, dr, i);
+            h = hash_floats(h, x, dr);
+            dsv3_rope_rotate_backward(x, table + 3 * dr, dr, i);
+            h = hash_floats(h, x, dr);
+        }
+        snprintf(what, sizeof what, "rope_%s", model_names[which]);
+        plain_print(what, h);
+    }
+}
+
+static void plain_sample(void) {
+    enum { V = 1500 };
+    float *logits = random_floats(V, -9.0f, 9.0f), number;
+    dsv3_candidate *candidates = (dsv3_candidate *)get(V * sizeof *candidates);
+    dsv3_rng rng;
+    uint64_t h = 1;
+    rng.state = 43;
+    for (int i = 0; i < 300; i++) {
+        int32_t token;
+        demand(dsv3_sample(&token, logits, V, 0.4f * (float)(i % 4), 0.25f * (float)(i % 5), &rng, candidates),
+               "sample", NULL);
+        h = hash(h, &token, sizeof token);
+    }
+    number = dsv3_random_uniform(&rng);
+    h = hash_floats(h, &number, 1);
+    plain_print("sample", h);
+    number = dsv3_log_sum_exp(logits, V);
+    plain_print("log_sum_exp", hash_floats(1, &number, 1));
+    free(logits), free(candidates);
+}
+
+static void plain_train(void) {
+    static const dsv3_schedule schedule = {2.2e-4, 2.2e-5, 7.3e-6, 20, 50, 90, 110};
+    enum { N = 50, V = 30, D = 70 };
+    float dw[V * D], dx[N * D];
+    int32_t token[N];
+    uint64_t h = 1;
+    for (uint64_t step = 0; step < 130; step++) {
+        double rate = dsv3_learning_rate(&schedule, step);
+        h = hash(h, &rate, sizeof rate);
+    }
+    plain_print("learning_rate", h);
+    seed = 47;
+    fill(dw, V * D, -1.0f, 1.0f), fill(dx, N * D, -1.0f, 1.0f);
+    for (size_t i = 0; i < N; i++) token[i] = (int32_t)(next() % V);
+    dsv3_embed_backward(dw, dx, token, N, D);
+    plain_print("embed_backward", hash_floats(1, dw, V * D));
+}
+
+#ifndef BITS_CORE
+/* ---- Blocks: attention where a row that comes later is not finite, and an MLP with large numbers. These cases use
+ * more of the structs than the others do; BITS_CORE leaves them out. */
+
+static void blocks_case(const model *m, const backend *b, int fast, int pack, dsv3_type cache) {
+    enum { N = 40 };
+    static const float factors[3] = {1.0f, 30.0f, 3000.0f};
+    size_t d = (size_t)m->config.hidden_size, L = (size_t)m->config.num_hidden_layers;
+    float *u, *y = get_floats(N * d);
+    int32_t token[N] = {0};
+    dsv3_batch batch;
+    dsv3_error error;
+    run r;
+    seed = 53;
+    u = random_floats(N * d, -1.5f, 1.5f);
+    memset(&batch, 0, sizeof batch);
+    batch.rows = N;
+    batch.token = token;
+    run_open(&r, m, b, fast, pack, 1, N, N, cache);
+    for (int form = 0; form < 2; form++) {
+        r.ctx.attention = form ? DSV3_ATTENTION_EXPANDED : DSV3_ATTENTION_ABSORBED;
+        for (int bad = 0; bad < 2; bad++) {
+            float before = u[25 * d + 1];
+            if (bad) u[25 * d + 1] = INFINITY;
+            demand(dsv3_batch_begin(&r.ctx, r.weights, r.caches, CACHES, &batch, &r.ws, &error), "begin", &error);
+            dsv3_mla_forward(&r.ctx, y, u, r.weights, &r.weights->layers[0], 0, r.caches, N, &r.ws);
+            printf("mla %s form=%d bad=%d rows=%016llx more=%016llx\n", r.label, form, bad,
+                   (unsigned long long)hash_floats(1, y, 25 * d),
+                   (unsigned long long)hash_floats(1, y + 25 * d, (N - 25) * d));
+            u[25 * d + 1] = before;
+        }
+    }
+    for (size_t layer = 0; layer < L; layer++) {
+        for (int i = 0; i < 3; i++) {
+            for (size_t j = 0; j < N * d; j++) u[j] *= factors[i];
+            demand(dsv3_ffn_forward(&r.ctx, y, u, r.weights, &r.weights->layers[layer], N, &r.ws), "ffn", NULL);
+            printf("ffn %s layer=%d factor=%d y=%016llx\n", r.label, (int)layer, (int)factors[i],
+                   (unsigned long long)hash_floats(1, y, N * d));
+            for (size_t j = 0; j < N * d; j++) u[j] /= factors[i];
+        }
+    }
+    run_close(&r);
+    free(u), free(y);
+}
+
+/* A greedy and a random text, with drafts and without. */
+static void generate_case(const model *m, const backend *b, int fast, size_t threads, size_t drafts) {
+    const dsv3_model *weights = &m->bound[0];
+    dsv3_context ctx = context_make(b, threads, fast);
+    dsv3_sequence sequences[2], *list[2];
+    dsv3_workspace ws;
+    dsv3_error error;
+    void *memory[3];
+    size_t bytes, V = (size_t)m->config.vocab_size;
+    float *logits = get_floats(2 * (drafts + 1) * V);
+    int32_t prompt[40];
+    uint64_t h = 1;
+    for (size_t i = 0; i < 40; i++) prompt[i] = token_at(m, i);
+    demand(dsv3_workspace_size(&m->config, 32, threads, &bytes), "workspace", NULL);
+    memory[2] = get(bytes);
+    demand(dsv3_workspace_init(&ws, &m->config, 32, threads, memory[2], bytes), "workspace", NULL);
+    for (size_t i = 0; i < 2; i++) {
+        demand(dsv3_sequence_size(weights, 90, DSV3_BF16, 16, drafts, &bytes), "sequence", NULL);
+        memory[i] = get(bytes);
+        demand(dsv3_sequence_init(&sequences[i], weights, 90, DSV3_BF16, 16, drafts, memory[i], bytes), "sequence",
+               NULL);
+        sequences[i].temperature = i ? 0.9f : 0.0f;
+        sequences[i].top_p = 0.95f;
+        demand(dsv3_sequence_append(&sequences[i], weights, prompt, i ? 40 : 23), "append", NULL);
+        list[i] = &sequences[i];
+    }
+    for (int step = 0; step < 12; step++) {
+        demand(dsv3_generate(&ctx, logits, weights, list, 2, &ws, &error), "generate", &error);
+        for (size_t i = 0; i < 2; i++) h = hash(h, sequences[i].token, sequences[i].n_token * sizeof(int32_t));
+    }
+    printf("generate backend=%s model=%s type=%s mode=%s drafts=%d threads=%d tokens=%016llx\n", b->name, m->name,
+           type_name(m->type), mode_name(fast), (int)drafts, (int)threads, (unsigned long long)h);
+    for (size_t i = 0; i < 3; i++) free(memory[i]);
+    free(logits);
+}
+
+static void blocks_model(model *m, const backend *b) {
+    for (int fast = 0; fast < 2; fast++) {
+        blocks_case(m, b, fast, 0, DSV3_F32);
+        blocks_case(m, b, fast, 0, DSV3_BF16);
+        if (m->which != SMALL) continue;
+        generate_case(m, b, fast, 1, 0);
+        generate_case(m, b, fast, THREADS, 3);
+    }
+    if (model_pack(m, b, 1)) blocks_case(m, b, 1, 1, DSV3_BF16);
+}
+
+static void plain_random(void) {
+    dsv3_config c = config_make(SMALL);
+    dsv3_parameters p;
+    dsv3_rng rng;
+    size_t bytes;
+    void *memory;
+    rng.state = 59;
+    demand(dsv3_parameters_size(&c, &bytes), "parameters", NULL);
+    memory = get(bytes);
+    demand(dsv3_parameters_init(&p, &c, memory, bytes), "parameters", NULL);
+    dsv3_parameters_random(&p, &rng, 0.1f);
+    plain_print("parameters", hash_floats(1, p.data, p.count));
+    free(memory);
+}
+#endif
+
+static void plain(void) {
+    plain_numbers();
+    plain_router();
+    plain_balance();
+    plain_rope();
+    plain_sample();
+    plain_train();
+#ifndef BITS_CORE
+    plain_random();
+#endif
+}
+
 /* ---- All of it */
 
 static void report_time(const char *what, const char *which, const backend *b, clock_t since) {
@@ -906,12 +1300,15 @@ static void report_time(const char *what, const char *which, const backend *b, c
 static void model_cases(model *m, const backend *b) {
     clock_t since = clock();
     char which[64];
-    int ops = m->which == WIDE || m->which == TALL;
-    snprintf(which, sizeof which, "%s %s", m->name, dsv3_type_name(m->type));
-    if (ops) {
-        if (wanted("ops")) ops_model(m, b), report_time("ops", which, b, since);
-        return;
+    snprintf(which, sizeof which, "%s %s", m->name, type_name(m->type));
+    if (m->which != V2 && m->which != LARGE && wanted("ops")) {
+        ops_model(m, b), report_time("ops", which, b, since), since = clock();
     }
+    if (m->which == WIDE || m->which == TALL) return;
+#ifndef BITS_CORE
+    if (m->which != LARGE && wanted("blocks"))
+        blocks_model(m, b), report_time("blocks", which, b, since), since = clock();
+#endif
     if (wanted("forward")) forward_model(m, b), report_time("forward", which, b, since), since = clock();
     if (wanted("evaluate")) evaluate_model(m, b), report_time("evaluate", which, b, since), since = clock();
     if (m->which == LARGE && wanted("long") && (!is_reference(b) || m->type == DSV3_BF16)) {
@@ -929,11 +1326,13 @@ int main(int argc, char **argv) {
         } else if (strcmp(argv[i], "--only") == 0 && i + 1 < argc) {
             only_kind = argv[++i];
         } else {
-            fprintf(stderr, "usage: bits [--backend NAME] [--only ops|forward|long|evaluate|train] [--quick]\n");
+            fprintf(stderr,
+                    "usage: bits [--backend NAME] [--only plain|ops|blocks|forward|long|evaluate|train] [--quick]\n");
             return 2;
         }
     }
     find_backends();
+    if (wanted("plain")) plain();
     for (size_t i = 0; i < n_backends && wanted("ops"); i++) {
         clock_t since = clock();
         ops_backend(&backends[i]);
@@ -943,9 +1342,9 @@ int main(int argc, char **argv) {
         model *m;
         if (quick && which != SMALL) continue;
         m = model_make(which);
-        for (int type = 0; type < DSV3_TYPES; type++) {
-            if (!model_has_type(m, (dsv3_type)type)) continue;
-            model_encode(m, (dsv3_type)type);
+        for (int type = 0; type <= MIXED; type++) {
+            if (!model_has_type(m, type) || (quick && type == MIXED)) continue;
+            model_encode(m, type);
             for (size_t i = 0; i < n_backends; i++) model_cases(m, &backends[i]);
         }
         model_free(m);

@@ -1,17 +1,20 @@
 #!/bin/sh
-# Are the bits of results the same as with an older dsv3.h? Compiles tests/bits.c with both, runs both side by side and
-# compares their lines.
+# Are the bits of results the same as with an older dsv3.h? Compiles tests/bits.c with both, runs both side by side
+# and compares their lines.
 #
 #     sh tests/bits.sh [OLD] [--new FILE] [--backend NAME] [--only KIND] [--quick] [--all] [--limit N]
 #
 # OLD        a git revision, or a path of a header; without it, the revision below
 # --new      another header than ./dsv3.h
-# --backend  one backend; --only: one kind of cases (ops forward long evaluate train); --quick: one small model
+# --backend  one backend
+# --only     one kind of cases: plain ops blocks forward long evaluate train
+# --quick    one small model, fewer rows
 # --all      lines of the backend "reference" count, too. Without it they are compared and reported only
 # --limit    so many lines that differ are shown (20)
 #
-# CC and CFLAGS can be set. What the old header gives is kept in build/bits and used again until the header, tests/bits.c,
-# the compiler or the options change. Exit status: 0 equal, 1 something differs, 2 nothing could be compared.
+# CC and CFLAGS can be set (-DBITS_CORE: without the cases that use more of the structs than they must). What the old
+# header gives is kept in build/bits and used again until the header, tests/bits.c, the compiler or the options change.
+# Exit status: 0 equal, 1 something differs, 2 nothing could be compared.
 revision=509508f # the last one before the inner loops changed
 old=$revision new=dsv3.h all=0 limit=20 options=
 CC=${CC:-gcc}
@@ -123,10 +126,10 @@ END {
     if (shown > limit) print "... and " shown - limit " more"
     for (i = 0; i < n_backends; i++) {
         b = order[i]
-        text = b ": " equal[b] + 0 " lines equal, " differ[b] + 0 " differ"
+        text = ""
         n = split(list[b], part, " ")
-        for (j = 1; j <= n; j++) text = text (j == 1 ? " (" : ", ") part[j] " " by_kind[b " " part[j]] (j == n ? ")" : "")
-        print text
+        for (j = 1; j <= n; j++) text = text (j == 1 ? " (" : ", ") part[j] " " by_kind[b " " part[j]]
+        print b ": " equal[b] + 0 " lines equal, " differ[b] + 0 " differ" text (n > 0 ? ")" : "")
         if (differ[b] > 0 && (all || b != "reference")) bad = 1
     }
     if (broken > 0) { print broken " lines depend on packing or threads"; bad = 1 }
