@@ -1039,7 +1039,7 @@ static void plain_router(void) {
     enum { N = 60, E = 24, K = 5, G = 6 };
     static const char *const names[3] = {"noaux_tc", "group_limited", "greedy"};
     float score[N * E], bias[E], alpha[E], gate[N * K], scratch[E + G], dgate[N * K], dscore[N * E];
-    double two[2 * E], losses[4];
+    double two[2 * E], losses[3];
     int32_t idx[N * K];
     uint8_t mask[N];
     dsv3_config c = config_make(SMALL);
@@ -1074,7 +1074,6 @@ static void plain_router(void) {
         losses[0] = dsv3_balance_loss(score, kind % 2 ? idx : NULL, mask, N, E, K, two);
         losses[1] = dsv3_device_loss(score, kind % 2 ? idx : NULL, NULL, N, E, K, 4, two);
         losses[2] = dsv3_communication_loss(score, idx, mask, N, E, K, 4, 2, two);
-        losses[3] = dsv3_z_loss(score, mask, N, E);
         h = hash(h, losses, sizeof losses);
         snprintf(what, sizeof what, "router_%s_%d", names[kind % 3], kind);
         plain_print(what, h);
