@@ -2696,7 +2696,7 @@ DSV3_API void dsv3_cross_entropy_backward(const dsv3_context *context, float *du
  * so that the product of a query at t and a key at j depends on t - j only. Released weights pair
  * neighbours (2i, 2i+1).
  *
- * YaRN ([R] 4.3) stretches the context by s = factor. A pair that makes many turns over the original
+ * YaRN ([R] 4.3) lengthens the context by s = factor. A pair that makes many turns over the original
  * context o keeps its frequency, a pair that makes less than about one is slowed down by s, in between
  * a ramp mixes both:
  *     cd(n) = dr ln(o / (2 pi n)) / (2 ln rope_theta)         the i at which a pair makes n turns over o
@@ -4994,7 +4994,7 @@ DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, co
  * Embedding and head are the main model's (files may carry copies of them). Positions of RoPE are i.
  *
  * In training all depths learn together: position i of depth k exists if t_{i+k} does, so a sequence of T inputs
- * has T - k rows at depth k, and none, silently, if T <= k. When documents are packed into one sequence, a row
+ * has T - k rows at depth k, and none, silently, if T <= k. When documents share one sequence, a row
  * whose t_{i+k} or t_{i+k+1} lies in the next document has no loss. The total is
  *     L = nll_0 / N + lambda / D sum_k nll_k / N_k + alpha sum over MoE layers of the balance loss
  * with N the number of main targets and N_k = N ([R], which divides a sum of T - k terms by T) or the depth's own.

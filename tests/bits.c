@@ -236,7 +236,7 @@ static dsv3_config config_make(int which) {
         break;
     case CROWD: /* so many experts that one after the other goes through its whole MLP */
         sizes(&c, 97, 128, 64, 32, 2, 1);
-        attention(&c, 2, 0, 32, 8, 8, 32);
+        attention(&c, 4, 0, 32, 12, 8, 40);
         experts(&c, 64, 1, 6, 8, 4, 2.5f);
         break;
     case LARGE: /* heads and latents as published */
@@ -653,7 +653,7 @@ static void text_make(text *t, const model *m, int kind) {
 static void evaluate_case(const model *m, const backend *b, int fast, int pack, size_t threads) {
     size_t depths = (size_t)m->config.num_nextn_predict_layers, layers = (size_t)m->config.num_hidden_layers + depths;
     size_t E = (size_t)m->config.n_routed_experts;
-    double nll[3] = {0}, balance[8] = {0};
+    double nll[3] = {0}, balance[8] = {0}, total[2];
     uint64_t targets[3] = {0}, load[8 * 64] = {0}, h = 1;
     dsv3_losses losses;
     dsv3_error error;
@@ -676,6 +676,9 @@ static void evaluate_case(const model *m, const backend *b, int fast, int pack, 
     h = hash(h, load, layers * E * sizeof *load);
     h = hash(h, targets, (1 + depths) * sizeof *targets);
     h = hash(h, balance, layers * sizeof *balance);
+    total[0] = dsv3_losses_total(&losses, layers, 0.3, 0.01, DSV3_DIVIDE_BY_MAIN);
+    total[1] = dsv3_losses_total(&losses, layers, 0.3, 0.01, DSV3_DIVIDE_BY_VALID);
+    h = hash(h, total, sizeof total);
     printf("evaluate %s nll=%016llx other=%016llx\n", r.label,
            (unsigned long long)hash(1, nll, (1 + depths) * sizeof *nll), (unsigned long long)h);
     run_close(&r);
