@@ -8235,11 +8235,19 @@ static size_t dsv3i_rows_together(size_t n) {
             for (size_t b = 0; b < blocks; b += at_once) {                                                           \
                 const size_t count = dsv3i_min(at_once, blocks - b);                                                 \
                 V##_u32 r[W];                                                                                        \
-                DSV3I_UNROLL for (size_t j = 0; j < W; j++) {                                                        \
-                    const unsigned char *at = from + dsv3i_min(first + j, rows - 1) * row_bytes + b * each;          \
-                    r[j] = V##_blocks(size, at, count);                                                              \
-                    if (size == 32) r[j] = V##_flip(r[j]);                                                           \
-                    V##_near(at + DSV3I_TERMS / DSV3_QBLOCK * each);                                                 \
+                if (count == at_once) {                                                                              \
+                    DSV3I_UNROLL for (size_t j = 0; j < W; j++) {                                                    \
+                        const unsigned char *at = from + dsv3i_min(first + j, rows - 1) * row_bytes + b * each;      \
+                        r[j] = V##_blocks(size, at, at_once);                                                        \
+                        V##_near(at + DSV3I_TERMS / DSV3_QBLOCK * each);                                             \
+                    }                                                                                                \
+                } else {                                                                                             \
+                    for (size_t j = 0; j < W; j++) {                                                                 \
+                        r[j] = V##_blocks(size, from + dsv3i_min(first + j, rows - 1) * row_bytes + b * each, count);\
+                    }                                                                                                \
+                }                                                                                                    \
+                if (size == 32) {                                                                                    \
+                    DSV3I_UNROLL for (size_t j = 0; j < W; j++) r[j] = V##_flip(r[j]);                               \
                 }                                                                                                    \
                 V##_transpose(r);                                                                                    \
                 for (size_t j = 0; j < count * size / 4; j++, to += 64 * columns) V##_put_words(to, r[j]);           \

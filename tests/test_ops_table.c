@@ -723,7 +723,9 @@ static attention *attention_new(const dsv3_config *c, int kind, dsv3_type type, 
 static double cached(const attention *a, size_t t, size_t j, size_t i) {
     const dsv3_cache *cache = &a->caches[a->ws.sequence[t]];
     const unsigned char *at = dsv3i_cache_at(cache, CACHE_LAYER, j);
-    return (double)dsv3i_number(at + i * dsv3_type_bytes(cache->type), cache->type);
+    float x;
+    dsv3i_plain.decode[cache->type](&x, at + i * dsv3_type_bytes(cache->type), 1);
+    return (double)x;
 }
 
 /* One row and head: scores, in radius E at most, become weights A. The computed ones are those of scores up to E away: each
@@ -1076,7 +1078,7 @@ static void check_attend_backward(const dsv3_config *config, const size_t *rows,
             ws.scratch = floats_new(dsv3i_pass_floats(m, n, ws.threads), 0);
             o[0] = b.dq = floats_new(n * m->Hq, 1), o[1] = b.dkeys = floats_new(n * m->Hq, 2);
             o[2] = b.dkv_up = floats_new(n * m->Hkv, 3);
-            b.keys = floats_new(n * m->Hq, 1), b.D = floats_new(n * m->H, 1);
+            b.keys = floats_new(n * m->Hq, 1), b.delta = floats_new(n * m->H, 1);
             c.s = &s, c.b = &b;
             ctx.ops->attend_backward(&c);
         }
@@ -1287,7 +1289,7 @@ static mlp_out mlps_by(const mlp_case *a, const dsv3_context *ctx, int packed, i
     if (a->is_moe) {
         ctx->ops->mlps(&c, ws.mlps, dsv3i_moe_list(&c, ws.grouped, out.y, a->u, NULL));
     } else {
-        dsv3i_mlp dense = dsv3i_mlp_of(&layer.mlp, out.y, a->u, a->n, 0);
+        dsv3i_mlp dense = {&layer.mlp, NULL, a->u, NULL, out.y, NULL, a->n, 0};
         ctx->ops->mlps(&c, &dense, 1);
     }
     return out;
@@ -1486,8 +1488,7 @@ static backward_out mlps_backward_by(const mlp_case *a, const dsv3_context *ctx,
     if (a->is_moe) {
         ctx->ops->mlps_backward(&c, ws.mlps, dsv3i_moe_list(&c, b.dgrouped, out.dy, a->u, a->dy));
     } else {
-        dsv3i_mlp dense = dsv3i_mlp_of(&layer.mlp, out.dy, a->u, a->n, 0);
-        dense.g = &g.mlp, dense.dy = a->dy;
+        dsv3i_mlp dense = {&layer.mlp, &g.mlp, a->u, NULL, out.dy, a->dy, a->n, 0};
         ctx->ops->mlps_backward(&c, &dense, 1);
     }
     return out;
