@@ -1271,9 +1271,9 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 
 /* A function that is not worth to be copied into its callers. */
 #if defined(__GNUC__)
-#define DSV3I_RARE __attribute__((noinline)) static
+#define DSV3I_APART __attribute__((noinline)) static
 #else
-#define DSV3I_RARE static
+#define DSV3I_APART static
 #endif
 
 /* Returns from the calling function when call fails. */
@@ -1509,7 +1509,7 @@ DSV3_API const char *dsv3_result_string(dsv3_result result) {
 }
 
 /* All errors are made here: code, name and reason. Numbers may be added. */
-DSV3I_RARE dsv3_result dsv3i_fail(dsv3_error *error, dsv3_result code, const char *name, const char *why) {
+DSV3I_APART dsv3_result dsv3i_fail(dsv3_error *error, dsv3_result code, const char *name, const char *why) {
     if (error != NULL) {
         dsv3i_text t = dsv3i_text_begin(error->name, sizeof error->name);
         DSV3_MEMSET(error->expected, 0, sizeof error->expected);
@@ -1522,7 +1522,7 @@ DSV3I_RARE dsv3_result dsv3i_fail(dsv3_error *error, dsv3_result code, const cha
     return code;
 }
 
-DSV3I_RARE dsv3_result dsv3i_fail_numbers(dsv3_error *error, dsv3_result code, const char *name, const char *why,
+DSV3I_APART dsv3_result dsv3i_fail_numbers(dsv3_error *error, dsv3_result code, const char *name, const char *why,
                                           dsv3_numbers numbers, int64_t e0, int64_t e1, int64_t f0, int64_t f1) {
     (void)dsv3i_fail(error, code, name, why);
     if (error != NULL) {
@@ -1535,18 +1535,18 @@ DSV3I_RARE dsv3_result dsv3i_fail_numbers(dsv3_error *error, dsv3_result code, c
     return code;
 }
 
-DSV3I_RARE dsv3_result dsv3i_fail_range(dsv3_error *error, dsv3_result code, const char *name, const char *why,
+DSV3I_APART dsv3_result dsv3i_fail_range(dsv3_error *error, dsv3_result code, const char *name, const char *why,
                                         int64_t low, int64_t high, int64_t found) {
     return dsv3i_fail_numbers(error, code, name, why, DSV3_NUMBERS_RANGE, low, high, found, 0);
 }
 
-DSV3I_RARE dsv3_result dsv3i_fail_where(dsv3_error *error, dsv3_result code, const char *name, const char *why,
+DSV3I_APART dsv3_result dsv3i_fail_where(dsv3_error *error, dsv3_result code, const char *name, const char *why,
                                         int64_t number) {
     return dsv3i_fail_numbers(error, code, name, why, DSV3_NUMBERS_WHERE, 0, 0, number, 0);
 }
 
 /* An error about element i of an array: name[i]. */
-DSV3I_RARE dsv3_result dsv3i_fail_at(dsv3_error *error, size_t i, dsv3_result code) {
+DSV3I_APART dsv3_result dsv3i_fail_at(dsv3_error *error, size_t i, dsv3_result code) {
     if (error != NULL) {
         dsv3i_text t = {error->name, sizeof error->name};
         for (; *t.at != '\0'; t.at++) t.left--;
@@ -1555,7 +1555,7 @@ DSV3I_RARE dsv3_result dsv3i_fail_at(dsv3_error *error, size_t i, dsv3_result co
     return code;
 }
 
-DSV3I_RARE dsv3_result dsv3i_fail_row(dsv3_error *error, dsv3_result code, const char *name, size_t i,
+DSV3I_APART dsv3_result dsv3i_fail_row(dsv3_error *error, dsv3_result code, const char *name, size_t i,
                                       const char *why, int64_t low, int64_t high, int64_t found) {
     return dsv3i_fail_at(error, i, dsv3i_fail_range(error, code, name, why, low, high, found));
 }
@@ -2157,7 +2157,7 @@ typedef struct dsv3i_rows {
     int beta0;
 } dsv3i_rows;
 
-static dsv3i_rows dsv3i_rows_of(const dsv3_context *ctx, float *y, const float *x, size_t d) {
+DSV3I_APART dsv3i_rows dsv3i_rows_of(const dsv3_context *ctx, float *y, const float *x, size_t d) {
     dsv3i_rows a = {ctx, y, x, d, d, d, NULL, NULL, NULL, 0.0f, 0, NULL, NULL, NULL, NULL, 0};
     return a;
 }
