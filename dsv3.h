@@ -1425,7 +1425,7 @@ static dsv3_result dsv3i_layout_begin(dsv3i_layout *l, void *memory, size_t byte
  *     #define DSV3I_PAIR(X) X(int32_t, token, n, 1) X(float, x, n, m->d)
  * of which one macro makes the struct and the other its layout, where l, at, n and m are known:
  *     struct dsv3i_pair { DSV3I_PAIR(DSV3I_MEMBER) };         int32_t *token; float *x;
- *     DSV3I_PAIR(DSV3I_TAKE)                                 at->token = dsv3i_take_rows(l, sizeof(int32_t), n, 1); ..
+ *     DSV3I_PAIR(DSV3I_TAKE)                               at->token = dsv3i_take_rows(l, sizeof(int32_t), n, 1); ..
  */
 #define DSV3I_MEMBER(type, name, rows, columns) type *name;
 #define DSV3I_TAKE(type, name, rows, columns) at->name = (type *)dsv3i_take_rows(l, sizeof(type), rows, columns);
@@ -1964,7 +1964,8 @@ static int dsv3i_quantize_block(unsigned char *y, const float *x, dsv3_type type
 static int dsv3i_quantize_half(unsigned char *y, float x, dsv3_type type) {
     uint16_t bits = type == DSV3_F16 ? dsv3_f16_from_f32(x) : dsv3_bf16_from_f32(x);
     DSV3_MEMCPY(y, &bits, 2);
-    return dsv3i_is_finite(type == DSV3_F16 ? dsv3_f32_from_f16(bits) : dsv3_f32_from_bf16(bits)) || !dsv3i_is_finite(x);
+    if (!dsv3i_is_finite(x)) return 1;
+    return dsv3i_is_finite(type == DSV3_F16 ? dsv3_f32_from_f16(bits) : dsv3_f32_from_bf16(bits));
 }
 
 DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3_type type, size_t rows,
@@ -3100,7 +3101,7 @@ static size_t dsv3i_sequence_rows(const int32_t *leader, size_t t, size_t n) {
  *     dq_t = sum_j ds_tj k_j,   dk_j = sum_t ds_tj q_t,   dv_j = sum_t A_tj do_t
  * A key is [UK c_j ; kr_j]: its second part is one vector for all heads, whose gradient is the sum over heads. */
 
-/* Head h of rows [t0, t1): keys from kv_up and the rotated parts, delta = dout . o; what is to be summed up is cleared. */
+/* Head h of rows [t0, t1): keys from kv_up and the rotated parts; delta = dout . o; sums are cleared. */
 static void dsv3i_attend_backward_begin(const dsv3i_call *c, size_t t0, size_t t1, size_t h) {
     const dsv3i_dims *m = &c->m;
     const dsv3i_backward *b = c->b;
@@ -4128,8 +4129,9 @@ static dsv3_result dsv3i_check_mla(const dsv3_config *c, dsv3_error *e) {
 }
 
 static size_t dsv3i_moe_layers(const dsv3_config *c) {
+    int32_t layers = c->num_hidden_layers + c->num_nextn_predict_layers;
     size_t n = 0;
-    for (int32_t i = 0; i < c->num_hidden_layers + c->num_nextn_predict_layers; i++) n += dsv3_config_is_moe(c, i) != 0;
+    for (int32_t i = 0; i < layers; i++) n += dsv3_config_is_moe(c, i) != 0;
     return n;
 }
 
@@ -4717,7 +4719,7 @@ typedef struct dsv3i_run {
     dsv3_workspace *ws;
     dsv3_error *error;
     const struct dsv3i_evaluation *sums; /* loads and balance losses are added up here; or NULL */
-    struct dsv3i_saved *saved; /* [L + D] training: where each layer keeps what its backward pass needs, and the caches
+    struct dsv3i_saved *saved; /* [L + D] training: where layers keep what their backward pass needs, and the caches
                                   have one layer each; else NULL */
 } dsv3i_run;
 
@@ -5146,8 +5148,8 @@ static dsv3_result dsv3i_evaluate_nll(const dsv3i_evaluation *a, const dsv3i_run
     dsv3_workspace *ws = p->ws;
     int32_t *target = ws->row_output;
     float *nll = ws->y;
-    dsv3i_loss loss = dsv3i_loss_of(p->ctx, ws->u, dsv3i_stack_of(p->model, p->k).head, target, p->batch->rows, ws->loss,
-                                    ws->scratch);
+    const dsv3_tensor *head = dsv3i_stack_of(p->model, p->k).head;
+    dsv3i_loss loss = dsv3i_loss_of(p->ctx, ws->u, head, target, p->batch->rows, ws->loss, ws->scratch);
     for (size_t i = 0; i < loss.n; i++) target[i] = dsv3i_text_target(a->text, ws->row_index[i], p->k);
     dsv3i_cross_entropy(&loss, nll);
     for (size_t i = 0; i < loss.n; i++) {
@@ -5162,8 +5164,8 @@ static dsv3_result dsv3i_evaluate_nll(const dsv3i_evaluation *a, const dsv3i_run
     return DSV3_OK;
 }
 
-/* Of the n rows that `from` has of depth k - 1 (the first time: of the text), with their states in from->hidden, keeps
- * those that depth k has. ws may be `from`. */
+/* Of the n rows that `from` has of depth k - 1 (at first: of the text), with their states in from->hidden, keeps those
+ * that depth k has. ws may be `from`. */
 static size_t dsv3i_evaluate_gather(const dsv3_text *x, size_t k, dsv3_workspace *ws, const dsv3_workspace *from,
                                     size_t n, size_t d) {
     size_t kept = 0;
@@ -5382,7 +5384,8 @@ DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, 
     KEPT(int32_t, token, s->max_drafts + 1, 1) KEPT(uint64_t, drafted, s->max_drafts, 1)                             \
     KEPT(uint64_t, accepted, s->max_drafts, 1) KEPT(int32_t, history, s->window, 1)                                  \
     KEPT(float, hidden, dsv3i_mul(s->n_modules, s->window), s->d) KEPT(float, rate, s->max_drafts, 1)                \
-    SCRATCH(float, p, s->max_drafts > 0, V) SCRATCH(float, q, s->max_drafts, V) SCRATCH(dsv3_candidate, candidates, V, 1)
+    SCRATCH(float, p, s->max_drafts > 0, V) SCRATCH(float, q, s->max_drafts, V)                                      \
+    SCRATCH(dsv3_candidate, candidates, V, 1)
 
 static void dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, size_t capacity, dsv3_type type,
                                   size_t rows, size_t drafts, dsv3i_layout *l) {
@@ -5606,7 +5609,7 @@ static dsv3_result dsv3i_module_call(dsv3i_step *a, size_t k, size_t j) {
 static dsv3_result dsv3i_module_read(dsv3i_step *a, size_t i, size_t k, size_t end, size_t j) {
     dsv3_sequence *s = a->sequences[i];
     size_t *length = &s->modules[k - 1].length;
-    if (j > 0) *length = dsv3i_min(*length, end - 1); /* the draft is what comes out there, even if it was read before */
+    if (j > 0) *length = dsv3i_min(*length, end - 1); /* it comes out there, even if that row was read before */
     for (size_t position = *length; position < end; position++) {
         int output = j > 0 && position + 1 == end;
         dsv3i_gather_row(a, i, *dsv3i_history(s, position + k), position, output);
@@ -5777,7 +5780,8 @@ static dsv3_result dsv3i_generate_check(const dsv3i_step *a) {
             return dsv3i_fail_at(e, i, dsv3i_fail(e, DSV3_ERR_MISMATCH, "sequences", "was made for another model"));
         }
         if (!(s->temperature >= 0.0f) || s->temperature > FLT_MAX) {
-            return dsv3i_fail_at(e, i, dsv3i_fail(e, DSV3_ERR_ARG, "sequences", "temperature is negative or not finite"));
+            (void)dsv3i_fail(e, DSV3_ERR_ARG, "sequences", "temperature is negative or not finite");
+            return dsv3i_fail_at(e, i, DSV3_ERR_ARG);
         }
         if (!(s->top_p >= 0.0f) || s->top_p > 1.0f) {
             return dsv3i_fail_at(e, i, dsv3i_fail(e, DSV3_ERR_ARG, "sequences", "top_p is not between 0 and 1"));
@@ -6252,8 +6256,9 @@ static dsv3_result dsv3i_train_text(const dsv3_context *context, dsv3_trainer *t
                                     dsv3_error *error) {
     const dsv3i_evaluation a = {&t->losses, text, NULL, t->depth, dsv3i_train_head, t};
     dsv3_context ctx = *context;
-    const dsv3i_run p = {&ctx, &t->weights.model, 0, t->caches, t->most_sequences, NULL, t->workspace.row_hidden, NULL,
-                         &t->workspace, error, &a, t->saved};
+    dsv3_workspace *ws = &t->workspace;
+    const dsv3i_run p = {&ctx, &t->weights.model, 0,  t->caches, t->most_sequences, NULL, ws->row_hidden,
+                         NULL, ws,                error, &a,     t->saved};
     ctx.attention = DSV3_ATTENTION_EXPANDED;
     ctx.compute = DSV3_EXACT;
     t->losses.actual = t->settings.balance.actual;
