@@ -1964,8 +1964,8 @@ static int dsv3i_quantize_block(unsigned char *y, const float *x, dsv3_type type
 static int dsv3i_quantize_half(unsigned char *y, float x, dsv3_type type) {
     uint16_t bits = type == DSV3_F16 ? dsv3_f16_from_f32(x) : dsv3_bf16_from_f32(x);
     DSV3_MEMCPY(y, &bits, 2);
-    if (!dsv3i_is_finite(x)) return 1;
-    return dsv3i_is_finite(type == DSV3_F16 ? dsv3_f32_from_f16(bits) : dsv3_f32_from_bf16(bits));
+    return dsv3i_is_finite(type == DSV3_F16 ? dsv3_f32_from_f16(bits) : dsv3_f32_from_bf16(bits)) ||
+           !dsv3i_is_finite(x);
 }
 
 DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3_type type, size_t rows,
@@ -5164,8 +5164,8 @@ static dsv3_result dsv3i_evaluate_nll(const dsv3i_evaluation *a, const dsv3i_run
     return DSV3_OK;
 }
 
-/* Of the n rows that `from` has of depth k - 1 (at first: of the text), with their states in from->hidden, keeps those
- * that depth k has. ws may be `from`. */
+/* Of the n rows that `from` has of depth k - 1 (at first: of the text), with their states in from->hidden, keeps
+ * those that depth k has. ws may be `from`. */
 static size_t dsv3i_evaluate_gather(const dsv3_text *x, size_t k, dsv3_workspace *ws, const dsv3_workspace *from,
                                     size_t n, size_t d) {
     size_t kept = 0;
