@@ -1271,9 +1271,9 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 
 /* A function that is not worth to be copied into its callers. */
 #if defined(__GNUC__)
-#define DSV3I_RARE __attribute__((noinline)) static
+#define DSV3I_APART __attribute__((noinline)) static
 #else
-#define DSV3I_RARE static
+#define DSV3I_APART static
 #endif
 
 /* Returns from the calling function when call fails. */
@@ -1425,7 +1425,7 @@ static dsv3_result dsv3i_layout_begin(dsv3i_layout *l, void *memory, size_t byte
  *     #define DSV3I_PAIR(X) X(int32_t, token, n, 1) X(float, x, n, m->d)
  * of which one macro makes the struct and the other its layout, where l, at, n and m are known:
  *     struct dsv3i_pair { DSV3I_PAIR(DSV3I_MEMBER) };         int32_t *token; float *x;
- *     DSV3I_PAIR(DSV3I_TAKE)                                 at->token = dsv3i_take_rows(l, sizeof(int32_t), n, 1); ..
+ *     DSV3I_PAIR(DSV3I_TAKE)                               at->token = dsv3i_take_rows(l, sizeof(int32_t), n, 1); ..
  */
 #define DSV3I_MEMBER(type, name, rows, columns) type *name;
 #define DSV3I_TAKE(type, name, rows, columns) at->name = (type *)dsv3i_take_rows(l, sizeof(type), rows, columns);
@@ -1509,7 +1509,7 @@ DSV3_API const char *dsv3_result_string(dsv3_result result) {
 }
 
 /* All errors are made here: code, name and reason. Numbers may be added. */
-DSV3I_RARE dsv3_result dsv3i_fail(dsv3_error *error, dsv3_result code, const char *name, const char *why) {
+DSV3I_APART dsv3_result dsv3i_fail(dsv3_error *error, dsv3_result code, const char *name, const char *why) {
     if (error != NULL) {
         dsv3i_text t = dsv3i_text_begin(error->name, sizeof error->name);
         DSV3_MEMSET(error->expected, 0, sizeof error->expected);
@@ -1522,7 +1522,7 @@ DSV3I_RARE dsv3_result dsv3i_fail(dsv3_error *error, dsv3_result code, const cha
     return code;
 }
 
-DSV3I_RARE dsv3_result dsv3i_fail_numbers(dsv3_error *error, dsv3_result code, const char *name, const char *why,
+DSV3I_APART dsv3_result dsv3i_fail_numbers(dsv3_error *error, dsv3_result code, const char *name, const char *why,
                                           dsv3_numbers numbers, int64_t e0, int64_t e1, int64_t f0, int64_t f1) {
     (void)dsv3i_fail(error, code, name, why);
     if (error != NULL) {
@@ -1535,18 +1535,18 @@ DSV3I_RARE dsv3_result dsv3i_fail_numbers(dsv3_error *error, dsv3_result code, c
     return code;
 }
 
-DSV3I_RARE dsv3_result dsv3i_fail_range(dsv3_error *error, dsv3_result code, const char *name, const char *why,
+DSV3I_APART dsv3_result dsv3i_fail_range(dsv3_error *error, dsv3_result code, const char *name, const char *why,
                                         int64_t low, int64_t high, int64_t found) {
     return dsv3i_fail_numbers(error, code, name, why, DSV3_NUMBERS_RANGE, low, high, found, 0);
 }
 
-DSV3I_RARE dsv3_result dsv3i_fail_where(dsv3_error *error, dsv3_result code, const char *name, const char *why,
+DSV3I_APART dsv3_result dsv3i_fail_where(dsv3_error *error, dsv3_result code, const char *name, const char *why,
                                         int64_t number) {
     return dsv3i_fail_numbers(error, code, name, why, DSV3_NUMBERS_WHERE, 0, 0, number, 0);
 }
 
 /* An error about element i of an array: name[i]. */
-DSV3I_RARE dsv3_result dsv3i_fail_at(dsv3_error *error, size_t i, dsv3_result code) {
+DSV3I_APART dsv3_result dsv3i_fail_at(dsv3_error *error, size_t i, dsv3_result code) {
     if (error != NULL) {
         dsv3i_text t = {error->name, sizeof error->name};
         for (; *t.at != '\0'; t.at++) t.left--;
@@ -1555,7 +1555,7 @@ DSV3I_RARE dsv3_result dsv3i_fail_at(dsv3_error *error, size_t i, dsv3_result co
     return code;
 }
 
-DSV3I_RARE dsv3_result dsv3i_fail_row(dsv3_error *error, dsv3_result code, const char *name, size_t i,
+DSV3I_APART dsv3_result dsv3i_fail_row(dsv3_error *error, dsv3_result code, const char *name, size_t i,
                                       const char *why, int64_t low, int64_t high, int64_t found) {
     return dsv3i_fail_at(error, i, dsv3i_fail_range(error, code, name, why, low, high, found));
 }
@@ -1964,7 +1964,8 @@ static int dsv3i_quantize_block(unsigned char *y, const float *x, dsv3_type type
 static int dsv3i_quantize_half(unsigned char *y, float x, dsv3_type type) {
     uint16_t bits = type == DSV3_F16 ? dsv3_f16_from_f32(x) : dsv3_bf16_from_f32(x);
     DSV3_MEMCPY(y, &bits, 2);
-    return dsv3i_is_finite(type == DSV3_F16 ? dsv3_f32_from_f16(bits) : dsv3_f32_from_bf16(bits)) || !dsv3i_is_finite(x);
+    return dsv3i_is_finite(type == DSV3_F16 ? dsv3_f32_from_f16(bits) : dsv3_f32_from_bf16(bits)) ||
+           !dsv3i_is_finite(x);
 }
 
 DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3_type type, size_t rows,
@@ -2157,7 +2158,7 @@ typedef struct dsv3i_rows {
     int beta0;
 } dsv3i_rows;
 
-static dsv3i_rows dsv3i_rows_of(const dsv3_context *ctx, float *y, const float *x, size_t d) {
+DSV3I_APART dsv3i_rows dsv3i_rows_of(const dsv3_context *ctx, float *y, const float *x, size_t d) {
     dsv3i_rows a = {ctx, y, x, d, d, d, NULL, NULL, NULL, 0.0f, 0, NULL, NULL, NULL, NULL, 0};
     return a;
 }
@@ -3100,7 +3101,7 @@ static size_t dsv3i_sequence_rows(const int32_t *leader, size_t t, size_t n) {
  *     dq_t = sum_j ds_tj k_j,   dk_j = sum_t ds_tj q_t,   dv_j = sum_t A_tj do_t
  * A key is [UK c_j ; kr_j]: its second part is one vector for all heads, whose gradient is the sum over heads. */
 
-/* Head h of rows [t0, t1): keys from kv_up and the rotated parts, delta = dout . o; what is to be summed up is cleared. */
+/* Head h of rows [t0, t1): keys from kv_up and the rotated parts; delta = dout . o; sums are cleared. */
 static void dsv3i_attend_backward_begin(const dsv3i_call *c, size_t t0, size_t t1, size_t h) {
     const dsv3i_dims *m = &c->m;
     const dsv3i_backward *b = c->b;
@@ -4128,8 +4129,9 @@ static dsv3_result dsv3i_check_mla(const dsv3_config *c, dsv3_error *e) {
 }
 
 static size_t dsv3i_moe_layers(const dsv3_config *c) {
+    int32_t layers = c->num_hidden_layers + c->num_nextn_predict_layers;
     size_t n = 0;
-    for (int32_t i = 0; i < c->num_hidden_layers + c->num_nextn_predict_layers; i++) n += dsv3_config_is_moe(c, i) != 0;
+    for (int32_t i = 0; i < layers; i++) n += dsv3_config_is_moe(c, i) != 0;
     return n;
 }
 
@@ -4717,7 +4719,7 @@ typedef struct dsv3i_run {
     dsv3_workspace *ws;
     dsv3_error *error;
     const struct dsv3i_evaluation *sums; /* loads and balance losses are added up here; or NULL */
-    struct dsv3i_saved *saved; /* [L + D] training: where each layer keeps what its backward pass needs, and the caches
+    struct dsv3i_saved *saved; /* [L + D] training: where layers keep what their backward pass needs, and the caches
                                   have one layer each; else NULL */
 } dsv3i_run;
 
@@ -5146,8 +5148,8 @@ static dsv3_result dsv3i_evaluate_nll(const dsv3i_evaluation *a, const dsv3i_run
     dsv3_workspace *ws = p->ws;
     int32_t *target = ws->row_output;
     float *nll = ws->y;
-    dsv3i_loss loss = dsv3i_loss_of(p->ctx, ws->u, dsv3i_stack_of(p->model, p->k).head, target, p->batch->rows, ws->loss,
-                                    ws->scratch);
+    const dsv3_tensor *head = dsv3i_stack_of(p->model, p->k).head;
+    dsv3i_loss loss = dsv3i_loss_of(p->ctx, ws->u, head, target, p->batch->rows, ws->loss, ws->scratch);
     for (size_t i = 0; i < loss.n; i++) target[i] = dsv3i_text_target(a->text, ws->row_index[i], p->k);
     dsv3i_cross_entropy(&loss, nll);
     for (size_t i = 0; i < loss.n; i++) {
@@ -5162,7 +5164,7 @@ static dsv3_result dsv3i_evaluate_nll(const dsv3i_evaluation *a, const dsv3i_run
     return DSV3_OK;
 }
 
-/* Of the n rows that `from` has of depth k - 1 (the first time: of the text), with their states in from->hidden, keeps
+/* Of the n rows that `from` has of depth k - 1 (at first: of the text), with their states in from->hidden, keeps
  * those that depth k has. ws may be `from`. */
 static size_t dsv3i_evaluate_gather(const dsv3_text *x, size_t k, dsv3_workspace *ws, const dsv3_workspace *from,
                                     size_t n, size_t d) {
@@ -5382,7 +5384,8 @@ DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, 
     KEPT(int32_t, token, s->max_drafts + 1, 1) KEPT(uint64_t, drafted, s->max_drafts, 1)                             \
     KEPT(uint64_t, accepted, s->max_drafts, 1) KEPT(int32_t, history, s->window, 1)                                  \
     KEPT(float, hidden, dsv3i_mul(s->n_modules, s->window), s->d) KEPT(float, rate, s->max_drafts, 1)                \
-    SCRATCH(float, p, s->max_drafts > 0, V) SCRATCH(float, q, s->max_drafts, V) SCRATCH(dsv3_candidate, candidates, V, 1)
+    SCRATCH(float, p, s->max_drafts > 0, V) SCRATCH(float, q, s->max_drafts, V)                                      \
+    SCRATCH(dsv3_candidate, candidates, V, 1)
 
 static void dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, size_t capacity, dsv3_type type,
                                   size_t rows, size_t drafts, dsv3i_layout *l) {
@@ -5606,7 +5609,7 @@ static dsv3_result dsv3i_module_call(dsv3i_step *a, size_t k, size_t j) {
 static dsv3_result dsv3i_module_read(dsv3i_step *a, size_t i, size_t k, size_t end, size_t j) {
     dsv3_sequence *s = a->sequences[i];
     size_t *length = &s->modules[k - 1].length;
-    if (j > 0) *length = dsv3i_min(*length, end - 1); /* the draft is what comes out there, even if it was read before */
+    if (j > 0) *length = dsv3i_min(*length, end - 1); /* it comes out there, even if that row was read before */
     for (size_t position = *length; position < end; position++) {
         int output = j > 0 && position + 1 == end;
         dsv3i_gather_row(a, i, *dsv3i_history(s, position + k), position, output);
@@ -5777,7 +5780,8 @@ static dsv3_result dsv3i_generate_check(const dsv3i_step *a) {
             return dsv3i_fail_at(e, i, dsv3i_fail(e, DSV3_ERR_MISMATCH, "sequences", "was made for another model"));
         }
         if (!(s->temperature >= 0.0f) || s->temperature > FLT_MAX) {
-            return dsv3i_fail_at(e, i, dsv3i_fail(e, DSV3_ERR_ARG, "sequences", "temperature is negative or not finite"));
+            (void)dsv3i_fail(e, DSV3_ERR_ARG, "sequences", "temperature is negative or not finite");
+            return dsv3i_fail_at(e, i, DSV3_ERR_ARG);
         }
         if (!(s->top_p >= 0.0f) || s->top_p > 1.0f) {
             return dsv3i_fail_at(e, i, dsv3i_fail(e, DSV3_ERR_ARG, "sequences", "top_p is not between 0 and 1"));
@@ -6252,8 +6256,9 @@ static dsv3_result dsv3i_train_text(const dsv3_context *context, dsv3_trainer *t
                                     dsv3_error *error) {
     const dsv3i_evaluation a = {&t->losses, text, NULL, t->depth, dsv3i_train_head, t};
     dsv3_context ctx = *context;
-    const dsv3i_run p = {&ctx, &t->weights.model, 0, t->caches, t->most_sequences, NULL, t->workspace.row_hidden, NULL,
-                         &t->workspace, error, &a, t->saved};
+    dsv3_workspace *ws = &t->workspace;
+    const dsv3i_run p = {&ctx, &t->weights.model, 0,  t->caches, t->most_sequences, NULL, ws->row_hidden,
+                         NULL, ws,                error, &a,     t->saved};
     ctx.attention = DSV3_ATTENTION_EXPANDED;
     ctx.compute = DSV3_EXACT;
     t->losses.actual = t->settings.balance.actual;
@@ -6466,9 +6471,9 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
 
 #define DSV3I_PANEL 64u
 #define DSV3I_LANES 16u
-#define DSV3I_TERMS DSV3_BLOCK /* of a k_block, that rows of x meet at once: whole scale blocks */
+#define DSV3I_TERMS DSV3_BLOCK /* of a k_block: whole scale blocks, which stay near while rows of x pass by */
 #define DSV3I_FEW 4u           /* rows of x for which codes are decoded in registers; more are worth floats */
-#define DSV3I_MANY 96u         /* rows of x that meet a k_block together, at most: both stay in near caches */
+#define DSV3I_MANY 96u         /* rows of x that go through a k_block together, at most: both stay in near caches */
 
 /* Weights as products take them: some terms of up to 64 rows, in columns of 16 rows. */
 typedef struct dsv3i_panel {
@@ -6566,7 +6571,9 @@ static size_t dsv3i_codes_bytes(dsv3_type type, size_t columns, size_t k) {
     return dsv3i_blocks(k, each) * columns * DSV3I_LANES * 4;
 }
 
-static size_t dsv3i_scale_block_terms(dsv3_type type) { return dsv3_type_block(type) > 1 ? DSV3_QBLOCK : DSV3I_TERMS; }
+static size_t dsv3i_scale_block_terms(dsv3_type type) {
+    return dsv3_type_block(type) > 1 ? DSV3_QBLOCK : DSV3I_TERMS;
+}
 
 static size_t dsv3i_scale_block_bytes(dsv3_type type, size_t columns, size_t k) {
     size_t scales = type == DSV3_F8_E4M3 ? 4 : dsv3_type_block(type) > 1 ? columns * DSV3I_LANES * 2 : 0;
@@ -6654,69 +6661,52 @@ static void dsv3i_k_block_codes(const dsv3_context *ctx, const dsv3i_k_block *b,
     if (at != NULL) DSV3_MEMCPY(scale, at + b->k0 / DSV3_BLOCK * sizeof *scale, sizeof *scale);
 }
 
-/* The scales of a packed k_block, which stand behind the codes of each scale block. */
-static void dsv3i_k_block_scales(const dsv3_context *ctx, const dsv3i_panel *w, dsv3_type type, size_t k, float *scale) {
-    size_t codes = dsv3i_codes_bytes(type, w->columns, w->block), lanes = w->columns * DSV3I_LANES;
-    const unsigned char *at = (const unsigned char *)w->values + codes;
-    if (type == DSV3_F8_E4M3) DSV3_MEMCPY(scale, at, sizeof *scale);
-    for (size_t i = 0; dsv3_type_block(type) > 1 && i < k; i += w->block, at += codes + w->gap, scale += lanes) {
-        ctx->ops->decode[DSV3_F16](scale, at, lanes);
-    }
-}
-
-/* Codes become values, scale block by scale block, or values floats. */
-static void dsv3i_k_block_convert(const dsv3i_kernels *kernels, dsv3_type type, int floats, float *to, dsv3i_panel *w,
-                                  size_t k) {
-    size_t each = w->block * w->columns * DSV3I_LANES; /* where there are several blocks, values are bytes */
-    const unsigned char *from = (const unsigned char *)w->values;
-    for (size_t i = 0, b = 0; i < k; i += w->block, b++) {
-        if (floats) {
-            kernels->float_panel[dsv3i_form_of(type) == DSV3I_BYTES](to + b * each, from, w->columns, w->block, w->zero);
-        } else {
-            kernels->widen[type]((unsigned char *)to + b * each, from, w->columns, w->block);
-        }
-        from += (floats ? each : dsv3i_codes_bytes(type, w->columns, w->block)) + w->gap;
-    }
-    w->values = to;
-    w->ahead = w->gap = 0;
-}
-
-/* A k_block as products take it: where it lies, or made in scratch [DSV3I_STAGES]. Returns which product. */
+/* A k_block as products take it: where it lies, or made in scratch [DSV3I_STAGES]. Returns which product. Codes become
+ * values and these floats, if need be, scale block by scale block; where there are several, values are bytes. In scratch
+ * come results, then values that become floats, codes that were not packed, scales. */
 static dsv3i_gemm_kind dsv3i_k_block_make(const dsv3_context *ctx, dsv3i_panel *out, const dsv3i_k_block *b, int fast,
                                           int few, float *scratch) {
     const dsv3i_kernels *kernels = dsv3i_kernels_of(ctx);
     dsv3_type type = b->w->type;
     dsv3i_form form = dsv3i_form_of(type);
-    float *other = scratch + DSV3I_STAGE, *scale = scratch + 2 * DSV3I_STAGE;
+    int floats = form != DSV3I_FLOATS && !fast && !few, packed_scales = form == DSV3I_BYTES && b->w->packed;
+    size_t columns = dsv3i_blocks(b->rows, DSV3I_LANES), lanes = columns * DSV3I_LANES;
+    size_t block = dsv3i_min(dsv3i_scale_block_terms(type), b->k), codes = dsv3i_codes_bytes(type, columns, block);
+    size_t apart = b->w->packed ? dsv3i_scale_block_bytes(type, columns, block) : codes;
+    float *scale = scratch + 2 * DSV3I_STAGE, *made = floats ? scratch + DSV3I_STAGE : scratch;
+    unsigned char *own = (unsigned char *)(type == DSV3_F32 ? scratch : scratch + DSV3I_STAGE / 2 * 3);
+    const unsigned char *from = b->w->packed ? dsv3i_scale_block_at(b->w, b->r, b->k0) : own;
+    size_t bytes = b->w->packed ? dsv3i_panel_bytes(type, columns, b->k) : 0;
+    if (!b->w->packed) dsv3i_k_block_codes(ctx, b, own, scale);
     DSV3_MEMSET(out, 0, sizeof *out);
+    out->columns = columns;
+    out->block = block;
     out->zero = type == DSV3_Q4_0 ? 8 : 128;
-    out->columns = dsv3i_blocks(b->rows, DSV3I_LANES);
-    out->block = dsv3i_min(dsv3i_scale_block_terms(type), b->k);
-    out->values = scratch;
     if (type == DSV3_F8_E4M3 || form == DSV3I_BYTES) out->scale = scale;
-    if (b->w->packed) {
-        out->values = dsv3i_scale_block_at(b->w, b->r, b->k0);
-        out->ahead = dsv3i_panel_bytes(type, out->columns, b->k);
-        out->next = (const unsigned char *)out->values + out->ahead;
-        if (form == DSV3I_BYTES) {
-            out->gap = dsv3i_scale_block_bytes(type, out->columns, out->block) -
-                       dsv3i_codes_bytes(type, out->columns, out->block);
+    out->next = from + bytes;
+    out->values = floats || kernels->widen[type] != NULL ? (const void *)scratch : from;
+    if (out->values == from) {
+        out->ahead = bytes;
+        out->gap = packed_scales ? apart - codes : 0;
+    } else if (floats) {
+        out->next_bytes = bytes;
+    }
+    if (type == DSV3_F8_E4M3) {
+        if (b->w->packed) DSV3_MEMCPY(scale, from + codes, sizeof *scale);
+        for (size_t i = 1; i < lanes; i++) scale[i] = *scale;
+    }
+    for (size_t i = 0; i < b->k; i += block, from += apart) {
+        const void *values = from;
+        if (packed_scales) ctx->ops->decode[DSV3_F16](scale + i / block * lanes, from + codes, lanes);
+        if (kernels->widen[type] != NULL) {
+            values = (unsigned char *)made + i * lanes;
+            kernels->widen[type]((unsigned char *)made + i * lanes, from, columns, block);
         }
-        dsv3i_k_block_scales(ctx, out, type, b->k, scale);
-    } else {
-        dsv3i_k_block_codes(ctx, b, scratch, scale);
+        if (floats) kernels->float_panel[form == DSV3I_BYTES](scratch + i * lanes, values, columns, block, out->zero);
     }
-    for (size_t i = 1; type == DSV3_F8_E4M3 && i < out->columns * DSV3I_LANES; i++) scale[i] = *scale;
-    if (kernels->widen[type] != NULL) {
-        dsv3i_k_block_convert(kernels, type, 0, other, out, b->k);
-        other = scratch;
-    }
-    if (form == DSV3I_FLOATS) return DSV3I_GEMM_F32;
+    if (form == DSV3I_FLOATS || floats) return DSV3I_GEMM_F32;
     if (fast) return form == DSV3I_BF16S ? DSV3I_GEMM_FAST_BF16 : DSV3I_GEMM_FAST_BYTES;
-    if (few) return form == DSV3I_BF16S ? DSV3I_GEMM_BF16 : DSV3I_GEMM_BYTES;
-    dsv3i_k_block_convert(kernels, type, 1, other, out, b->k);
-    if (b->w->packed) out->next_bytes = dsv3i_panel_bytes(type, out->columns, b->k);
-    return DSV3I_GEMM_F32;
+    return form == DSV3I_BF16S ? DSV3I_GEMM_BF16 : DSV3I_GEMM_BYTES;
 }
 
 /* ---- Rows of x for products: as they are, or rounded (DSV3_FAST) for one type of weights */
@@ -6761,10 +6751,10 @@ static size_t dsv3i_input_bytes(int codes, dsv3_type type, size_t k) {
 
 /* Where rounded rows go: next to each other, but not a power of two apart, since a cache would then have room for few of
  * them. */
-static dsv3i_input dsv3i_input_rounded(const dsv3_context *ctx, const float *out, dsv3_type type, size_t k) {
+static dsv3i_input dsv3i_input_rounded(const dsv3_context *ctx, const float *out, const dsv3_tensor *w) {
     dsv3i_input in = dsv3i_input_floats(out, 0);
-    in.fast = dsv3i_is_fast(ctx, type);
-    in.stride = dsv3i_blocks(dsv3i_input_bytes(in.fast, type, k), 64) * 64;
+    in.fast = dsv3i_is_fast(ctx, w->type);
+    in.stride = dsv3i_blocks(dsv3i_input_bytes(in.fast, w->type, w->cols), 64) * 64;
     if (in.stride % 256 == 0) in.stride += 64;
     return in;
 }
@@ -6774,23 +6764,23 @@ static int dsv3i_is_copied(const dsv3_context *ctx, const dsv3_tensor *w, size_t
     return dsv3i_rounding(ctx, w->type) != NULL || (n > DSV3I_FEW && w->cols % 128 == 0);
 }
 
-/* Rows x [n, k], ldx floats apart, rounded or just copied to where `to` says. */
-static void dsv3i_input_fill(const dsv3_context *ctx, const dsv3i_input *to, const float *x, size_t ldx, dsv3_type type,
-                             size_t n, size_t k) {
-    dsv3i_rounder rounding = dsv3i_rounding(ctx, type);
-    unsigned char *out = (unsigned char *)(uintptr_t)to->x;
-    for (size_t t = 0; t < n; t++, out += to->stride, x += ldx) {
-        if (rounding != NULL) rounding(out, x, k);
-        if (rounding == NULL) DSV3_MEMCPY(out, x, k * sizeof *x);
+/* Row t: x, rounded or just copied. */
+static void dsv3i_input_put(const dsv3_context *ctx, const dsv3i_input *in, size_t t, const float *x,
+                            const dsv3_tensor *w) {
+    void *to = (unsigned char *)(uintptr_t)in->x + t * in->stride;
+    if (dsv3i_rounding(ctx, w->type) != NULL) {
+        dsv3i_rounding(ctx, w->type)(to, x, w->cols);
+    } else {
+        DSV3_MEMCPY(to, x, w->cols * sizeof *x);
     }
 }
 
-/* Rows x [n, k], rounded into out [n, dsv3i_rounded_floats(k)] with DSV3_FAST, else as they are. */
-static dsv3i_input dsv3i_input_round(const dsv3_context *ctx, float *out, const float *x, size_t ldx, dsv3_type type,
-                                     size_t n, size_t k) {
-    dsv3i_input in = dsv3i_input_rounded(ctx, out, type, k);
-    if (dsv3i_rounding(ctx, type) == NULL) return dsv3i_input_floats(x, ldx);
-    dsv3i_input_fill(ctx, &in, x, ldx, type, n, k);
+/* n rows x, ldx floats apart, rounded into out [n, dsv3i_rounded_floats(cols)] with DSV3_FAST, else as they are. */
+static dsv3i_input dsv3i_input_round(const dsv3_context *ctx, float *out, const float *x, size_t ldx,
+                                     const dsv3_tensor *w, size_t n) {
+    dsv3i_input in = dsv3i_input_rounded(ctx, out, w);
+    if (dsv3i_rounding(ctx, w->type) == NULL) return dsv3i_input_floats(x, ldx);
+    for (size_t t = 0; t < n; t++) dsv3i_input_put(ctx, &in, t, x + t * ldx, w);
     return in;
 }
 
@@ -6805,8 +6795,9 @@ static size_t dsv3i_product_floats(size_t cols) { return dsv3i_max(dsv3i_mul(DSV
 static void dsv3i_rows_near_product(const dsv3_context *ctx, float *y, size_t ldy, const dsv3i_input *in, size_t n,
                                     const dsv3_tensor *w, size_t r0, size_t r1, float *scratch) {
     const dsv3i_kernels *kernels = dsv3i_kernels_of(ctx);
-    dsv3i_whole whole = n <= DSV3I_FEW ? kernels->gemv[in->fast][w->type] : in->fast ? kernels->gemm_packed[w->type] : NULL;
+    dsv3i_whole whole = in->fast ? kernels->gemm_packed[w->type] : NULL;
     dsv3i_k_block b = {w, 0, 0, 0, 0};
+    if (n <= DSV3I_FEW) whole = kernels->gemv[in->fast][w->type];
     if (w->packed && whole != NULL && (in->fast || w->cols % 4 == 0)) {
         size_t rows = n <= DSV3I_FEW ? r1 - r0 : (r1 - r0) / DSV3I_PANEL * DSV3I_PANEL;
         DSV3_ASSERT(r0 % DSV3I_PANEL == 0 && (r1 % DSV3I_PANEL == 0 || r1 == w->rows));
@@ -6830,8 +6821,8 @@ static void dsv3i_rows_near_product(const dsv3_context *ctx, float *y, size_t ld
 /* Rows of x, of n, that go through a k_block of w together: what fits near caches, or four times as many where one is to
  * be made first, or where gemm_packed takes care of that. */
 static size_t dsv3i_rows_near(const dsv3_context *ctx, const dsv3_tensor *w, size_t n) {
-    int far = !w->packed || (dsv3i_rounding(ctx, w->type) != NULL && dsv3i_kernels_of(ctx)->gemm_packed[w->type] != NULL);
-    size_t parts = dsv3i_blocks(n, far ? 4 * DSV3I_MANY : DSV3I_MANY);
+    int own = dsv3i_rounding(ctx, w->type) != NULL && dsv3i_kernels_of(ctx)->gemm_packed[w->type] != NULL;
+    size_t parts = dsv3i_blocks(n, own || !w->packed ? 4 * DSV3I_MANY : DSV3I_MANY);
     return parts > 1 ? dsv3i_blocks(dsv3i_blocks(n, parts), 6) * 6 : n;
 }
 
@@ -6843,7 +6834,8 @@ static void dsv3i_rows_product(const dsv3_context *ctx, float *y, size_t ldy, co
         end = many < n ? dsv3i_min(r - r % DSV3I_PANEL + DSV3I_PANEL, r1) : r1;
         for (size_t t = 0; t < n; t += many) {
             dsv3i_input some = dsv3i_input_at(*in, t);
-            dsv3i_rows_near_product(ctx, y + t * ldy + (r - r0), ldy, &some, dsv3i_min(many, n - t), w, r, end, scratch);
+            dsv3i_rows_near_product(ctx, y + t * ldy + (r - r0), ldy, &some, dsv3i_min(many, n - t), w, r, end,
+                                    scratch);
         }
     }
 }
@@ -6892,14 +6884,6 @@ typedef struct dsv3i_job {
     dsv3i_input in; /* x as the products take it */
 } dsv3i_job;
 
-static dsv3i_job dsv3i_job_of(dsv3i_product p) {
-    dsv3i_job job;
-    job.first = 0;
-    job.p = p;
-    job.in = dsv3i_input_floats(p.x, p.w->cols);
-    return job;
-}
-
 typedef struct dsv3i_linear_arg {
     const dsv3_context *ctx;
     const dsv3i_job *jobs;
@@ -6919,8 +6903,8 @@ static void dsv3i_jobs_task(void *arg, size_t begin, size_t end, size_t worker) 
         dsv3i_input some = dsv3i_input_at(job->in, t);
         next = dsv3i_min(end, job->first + (part + 1) * panels);
         last = dsv3i_min(r + (next - i) * a->item, p->rows);
-        dsv3i_rows_product(a->ctx, p->y + t * p->rows + r, p->rows, &some, dsv3i_min(a->rows, p->n - t), p->w, p->row + r,
-                           p->row + last, a->scratch + worker * DSV3I_STAGES);
+        dsv3i_rows_product(a->ctx, p->y + t * p->rows + r, p->rows, &some, dsv3i_min(a->rows, p->n - t), p->w,
+                           p->row + r, p->row + last, a->scratch + worker * DSV3I_STAGES);
     }
 }
 
@@ -6928,12 +6912,10 @@ static void dsv3i_jobs_task(void *arg, size_t begin, size_t end, size_t worker) 
 static void dsv3i_round_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_linear_arg *a = (const dsv3i_linear_arg *)arg;
     (void)worker;
-    for (size_t i = begin, j = 0, next; i < end; i = next) {
+    for (size_t i = begin, j = 0; i < end; i++) {
         const dsv3i_job *job = &a->jobs[j = dsv3i_list_at(a->jobs, sizeof *a->jobs, a->count, i, j)];
-        size_t t = i - job->first, k = job->p.w->cols;
-        dsv3i_input to = dsv3i_input_at(job->in, t);
-        next = j + 1 < a->count ? dsv3i_min(end, a->jobs[j + 1].first) : end;
-        dsv3i_input_fill(a->ctx, &to, job->p.x + t * k, k, job->p.w->type, next - i, k);
+        size_t t = i - job->first;
+        dsv3i_input_put(a->ctx, &job->in, t, job->p.x + t * job->p.w->cols, job->p.w);
     }
 }
 
@@ -6950,12 +6932,13 @@ static void dsv3i_round_jobs(dsv3i_linear_arg *arg, dsv3i_job *jobs, float *roun
         dsv3i_product *p = &jobs[j].p;
         size_t floats = dsv3i_rounded_floats(p->w->cols);
         jobs[j].first = rows;
+        jobs[j].in = dsv3i_input_floats(p->x, p->w->cols);
         if (!dsv3i_is_copied(arg->ctx, p->w, p->n)) continue;
         if (j > 0 && dsv3i_same_input(arg->ctx, &jobs[j - 1].p, p)) {
             jobs[j].in = jobs[j - 1].in;
             continue;
         }
-        jobs[j].in = dsv3i_input_rounded(arg->ctx, rounded, p->w->type, p->w->cols);
+        jobs[j].in = dsv3i_input_rounded(arg->ctx, rounded, p->w);
         rounded += p->n * floats;
         rows += p->n;
         work = dsv3i_add(work, dsv3i_mul(p->n, 4 * floats));
@@ -6992,7 +6975,7 @@ static void dsv3i_jobs_run(const dsv3_context *ctx, dsv3i_job *jobs, size_t coun
 
 static void dsv3i_fast_linear(const dsv3_context *ctx, const dsv3i_product *list, size_t count, float *scratch) {
     dsv3i_job jobs[DSV3I_PRODUCTS];
-    for (size_t j = 0; j < count; j++) jobs[j] = dsv3i_job_of(list[j]);
+    for (size_t j = 0; j < count; j++) jobs[j].p = list[j];
     dsv3i_jobs_run(ctx, jobs, count, scratch, scratch + ctx->threads * DSV3I_STAGES);
 }
 
@@ -7022,8 +7005,8 @@ typedef struct dsv3i_backward_arg {
     const dsv3_context *ctx;
     dsv3i_backward_job *jobs;
     size_t count, item; /* item: rows of dx, or of dW */
-    float *scratch;     /* [workers, floats]: as dsv3i_rows_sum wants it */
-    size_t floats;
+    float *scratch;     /* [workers, floats] */
+    size_t floats;      /* as dsv3i_rows_sum wants them */
 } dsv3i_backward_arg;
 
 /* dW [item, cols] of a job += dy^T x */
@@ -7034,12 +7017,14 @@ static void dsv3i_backward_dw(const dsv3i_backward_arg *a, const dsv3i_backward_
 }
 
 /* dx [item, cols] of a job, or of two, += dy W */
-static void dsv3i_backward_dx(const dsv3i_backward_arg *a, const dsv3i_backward_job *job, size_t item, float *scratch) {
+static void dsv3i_backward_dx(const dsv3i_backward_arg *a, const dsv3i_backward_job *job, size_t item,
+                              float *scratch) {
     size_t d = job->p.w->cols, t = item * a->item, n = dsv3i_min(a->item, job->p.n - t);
     if (job->beta0) DSV3_MEMSET(job->dx + t * d, 0, n * d * sizeof *job->dx);
     for (const dsv3i_backward_job *from = job; from <= job + (job->joint != 0); from++) {
         const dsv3i_product *p = &from->p;
-        dsv3i_rows_sum(a->ctx, job->dx + t * d, d, p->y + t * p->rows, p->rows, n, p->w, p->row, p->row + p->rows, scratch);
+        dsv3i_rows_sum(a->ctx, job->dx + t * d, d, p->y + t * p->rows, p->rows, n, p->w, p->row, p->row + p->rows,
+                       scratch);
     }
 }
 
@@ -7065,13 +7050,14 @@ static size_t dsv3i_backward_items(const dsv3i_backward_arg *a) {
     return items;
 }
 
-/* All jobs in one loop. Jobs must not share outputs, nor read what others write. scratch [threads, floats] */
-static void dsv3i_backward_run(const dsv3_context *ctx, dsv3i_backward_job *jobs, size_t count, float *scratch, size_t floats) {
-    dsv3i_backward_arg arg = {ctx, jobs, count, DSV3I_BACK, scratch, floats};
+/* All jobs in one loop. Jobs must not share outputs, nor read what others write. scratch [threads, DSV3I_DECODE, cols] of the
+ * job that has the most columns */
+static void dsv3i_backward_run(const dsv3_context *ctx, dsv3i_backward_job *jobs, size_t count, float *scratch) {
+    dsv3i_backward_arg arg = {ctx, jobs, count, DSV3I_BACK, scratch, 0};
     size_t work = 0, items = dsv3i_backward_items(&arg);
     for (size_t j = 0; j < count; j++) {
         const dsv3i_product *p = &jobs[j].p;
-        DSV3_ASSERT(floats >= (p->n < 8 ? 4 : DSV3I_DECODE) * p->w->cols);
+        arg.floats = dsv3i_max(arg.floats, DSV3I_DECODE * p->w->cols);
         work = dsv3i_add(work, dsv3i_mul(dsv3i_mul(p->rows, p->w->cols), p->n));
     }
     while (arg.item > 12 && ctx->threads > 1 && items < 8 * ctx->threads) { /* enough items for all threads */
@@ -7081,10 +7067,10 @@ static void dsv3i_backward_run(const dsv3_context *ctx, dsv3i_backward_job *jobs
     dsv3i_parallel(ctx, items, work, dsv3i_backward_task, &arg);
 }
 
-static void dsv3i_fast_linear_backward(const dsv3_context *ctx, float *dx, int beta0, float *dw, const dsv3i_product *p,
-                                       float *scratch) {
+static void dsv3i_fast_linear_backward(const dsv3_context *ctx, float *dx, int beta0, float *dw,
+                                       const dsv3i_product *p, float *scratch) {
     dsv3i_backward_job job = dsv3i_backward_job_of(dx, beta0, dw, *p);
-    dsv3i_backward_run(ctx, &job, 1, scratch, DSV3I_DECODE * p->w->cols);
+    dsv3i_backward_run(ctx, &job, 1, scratch);
 }
 #endif
 
@@ -7112,8 +7098,8 @@ typedef struct dsv3i_attention {
     const dsv3i_call *c;
     const dsv3_tensor *kv_up; /* kv_b_proj, or its packed copy, for products with its rows */
     float *query, *mean;      /* [window, H, rk+dr], [window, H, rk] */
-    float *part;              /* [count, queries, part_floats] sums over segments: [rk], maximum, sum of exponentials */
-    float *worker;            /* [threads, worker_floats] */
+    float *part;   /* [count, queries, part_floats] sums over segments: [rk], maximum, sum of exponentials */
+    float *worker; /* [threads, worker_floats] */
     size_t part_floats, tile_floats, worker_floats;
     size_t t0, t1, queries; /* rows of the window, and H times as many queries */
     size_t segment, count;  /* segments [segment, segment + count) are dealt with, */
@@ -7135,7 +7121,9 @@ static size_t dsv3i_up_floats(const dsv3i_dims *m) {
 /* Of calls of n rows: sizes, and places. A worker has room for products with kv_b_proj, a tile, decoded latents, and
  * expanded keys and values; a tile for queries as a panel, scores of whole columns, keys rounded and, in the other half of
  * their place, values. */
-static void dsv3i_attention_layout(dsv3i_attention *at, const dsv3i_dims *m, size_t n, size_t threads, dsv3i_layout *l) {
+static size_t dsv3i_attention_layout(dsv3i_attention *at, const dsv3i_dims *m, size_t n, size_t threads,
+                                     float *scratch) {
+    dsv3i_layout l = {(unsigned char *)scratch, 0};
     size_t window = dsv3i_min(n, DSV3I_QUERIES), wide, dk, expanded = dsv3i_add(m->width, dsv3i_add(m->qk, m->dv));
     size_t lanes = dsv3i_min(64, dsv3i_max(n, dsv3i_mul(window, m->H)));
     at->part_floats = dsv3i_mul(dsv3i_blocks(dsv3i_add(m->rk, 2), DSV3I_LANES), DSV3I_LANES);
@@ -7145,10 +7133,11 @@ static void dsv3i_attention_layout(dsv3i_attention *at, const dsv3i_dims *m, siz
     at->tile_floats = dsv3i_add(dsv3i_mul(wide, dsv3i_add(dk, DSV3I_TILE_KEYS)), dsv3i_mul(DSV3I_TILE_KEYS, dk));
     at->worker_floats = dsv3i_add(dsv3i_up_floats(m), dsv3i_add(at->tile_floats, dsv3i_mul(DSV3I_EXPAND, expanded)));
     at->worker_floats = dsv3i_mul(dsv3i_blocks(at->worker_floats, 16), 16); /* on cache lines of their own */
-    at->query = (float *)dsv3i_take(l, sizeof(float), window, m->H, m->width);
-    at->mean = (float *)dsv3i_take(l, sizeof(float), window, m->H, m->rk);
-    at->part = (float *)dsv3i_take(l, sizeof(float), dsv3i_parts(m, n, threads), lanes, at->part_floats);
-    at->worker = (float *)dsv3i_take(l, sizeof(float), threads, at->worker_floats, 1);
+    at->query = (float *)dsv3i_take(&l, sizeof(float), window, m->H, m->width);
+    at->mean = (float *)dsv3i_take(&l, sizeof(float), window, m->H, m->rk);
+    at->part = (float *)dsv3i_take(&l, sizeof(float), dsv3i_parts(m, n, threads), lanes, at->part_floats);
+    at->worker = (float *)dsv3i_take(&l, sizeof(float), threads, at->worker_floats, 1);
+    return l.used;
 }
 
 /* ---- Attention tiles */
@@ -7245,7 +7234,8 @@ static void dsv3i_tile_one_by_one(dsv3i_attention_tile *a) {
 
 /* The nk keys from position b on. Its queries are those with numbers query, query + step, ..; head h of row t has number
  * t H + h. What a query does not see must not matter to it, not even as 0 times infinity. */
-static void dsv3i_tile_keys(dsv3i_attention_tile *a, const dsv3i_call *c, size_t query, size_t step, size_t b, size_t nk) {
+static void dsv3i_tile_keys(dsv3i_attention_tile *a, const dsv3i_call *c, size_t query, size_t step, size_t b,
+                            size_t nk) {
     for (size_t i = 0; i < 64; i++) {
         size_t position = (size_t)c->ws->position[(query + dsv3i_min(i, a->lanes - 1) * step) / c->m.H];
         a->seen[i] = position < b ? 0 : (int32_t)dsv3i_min(nk, position - b + 1);
@@ -7286,7 +7276,8 @@ static size_t dsv3i_group_lanes(const dsv3i_attention *b, size_t first) {
 }
 
 /* The group of query `first` and one segment; part [lanes, part_floats]. */
-static void dsv3i_segment_attend(const dsv3i_attention *b, size_t first, size_t segment, float *part, float *scratch) {
+static void dsv3i_segment_attend(const dsv3i_attention *b, size_t first, size_t segment, float *part,
+                                 float *scratch) {
     const dsv3i_call *c = b->c;
     const dsv3i_dims *m = &c->m;
     const dsv3_cache *cache = &c->caches[c->ws->sequence[b->t0 + first / m->H]];
@@ -7350,7 +7341,7 @@ static void dsv3i_join_task(void *arg, size_t begin, size_t end, size_t worker) 
         }
         if (!last) continue;
         in = dsv3i_input_round(c->ctx, scratch + dsv3i_product_floats(m->rk), b->mean + h * m->rk, m->H * m->rk,
-                               b->kv_up->type, b->t1 - b->t0, m->rk);
+                               b->kv_up, b->t1 - b->t0);
         dsv3i_rows_product(c->ctx, c->ws->o + b->t0 * m->Ho + h * m->dv, m->Ho, &in, b->t1 - b->t0, b->kv_up,
                            h * m->kv + m->dn, (h + 1) * m->kv, scratch);
     }
@@ -7372,7 +7363,8 @@ static void dsv3i_absorbed_window(dsv3i_attention *b, size_t t0, size_t t1) {
         size_t keys, up = dsv3i_mul(b->queries, m->dv * m->rk);
         b->count = dsv3i_min(parts / groups, b->segments - b->segment);
         keys = dsv3i_min(b->count * DSV3I_SEGMENT, last + 1 - b->segment * DSV3I_SEGMENT);
-        dsv3i_parallel(c->ctx, groups * b->count, dsv3i_mul(b->queries, keys * (m->width + m->rk)), dsv3i_segment_task, b);
+        dsv3i_parallel(c->ctx, groups * b->count, dsv3i_mul(b->queries, keys * (m->width + m->rk)),
+                       dsv3i_segment_task, b);
         if (b->segment + b->count < b->segments) up = dsv3i_mul(b->queries, b->count * m->rk);
         dsv3i_parallel(c->ctx, m->H, up, dsv3i_join_task, b);
     }
@@ -7391,8 +7383,8 @@ static dsv3i_input dsv3i_latent_input(const dsv3i_attention *a, const dsv3_cache
         dsv3i_input in = {dsv3i_cache_at(cache, c->layer, b), c->m.width * 2, 1};
         return in;
     }
-    return dsv3i_input_round(c->ctx, scratch, dsv3i_cache_load(c->ctx, cache, c->layer, b, nk, latents), c->m.width, type,
-                             nk, c->m.rk);
+    return dsv3i_input_round(c->ctx, scratch, dsv3i_cache_load(c->ctx, cache, c->layer, b, nk, latents), c->m.width,
+                             a->kv_up, nk);
 }
 
 /* n rows of `width` floats become BF16, each behind the last, in place. Returns the width of such a row. */
@@ -7433,7 +7425,8 @@ static void dsv3i_expand_keys(const dsv3i_attention *a, dsv3i_attention_tile *ti
 
 /* Head h of rows t .. of one sequence, up to 64 next to each other, attends to nk expanded keys from position b on. Sums
  * live in ws->o and ws->softmax. Returns how many rows. */
-static size_t dsv3i_expanded_rows(const dsv3i_call *c, dsv3i_attention_tile tile, size_t t, size_t h, size_t b, size_t nk) {
+static size_t dsv3i_expanded_rows(const dsv3i_call *c, dsv3i_attention_tile tile, size_t t, size_t h, size_t b,
+                                  size_t nk) {
     const dsv3i_dims *m = &c->m;
     const dsv3_workspace *ws = c->ws;
     const unsigned char *keys = (const unsigned char *)tile.keys, *values = (const unsigned char *)tile.values;
@@ -7494,10 +7487,9 @@ static void dsv3i_expanded_task(void *arg, size_t begin, size_t end, size_t work
 
 static void dsv3i_fast_attend(dsv3i_call *c) {
     const dsv3_workspace *ws = c->ws;
-    dsv3i_layout l = {(unsigned char *)ws->scratch, 0};
     int expanded = 0;
     dsv3i_attention a;
-    dsv3i_attention_layout(&a, &c->m, ws->rows, ws->threads, &l);
+    (void)dsv3i_attention_layout(&a, &c->m, ws->rows, ws->threads, ws->scratch);
     a.c = c;
     a.kv_up = c->w->kv_b_packed.data != NULL ? &c->w->kv_b_packed : &c->w->kv_b_proj;
     for (size_t t = 0, end; t < c->n; t = end) {
@@ -7521,8 +7513,8 @@ static size_t dsv3i_attend_backward_floats(const dsv3i_dims *m) {
 }
 
 /* y[t, r] = x_t . w_r for nq rows x_t, ldx floats apart, and a panel of nk rows w_r. y [nq, BACK_KEYS] */
-static void dsv3i_block_dots(const dsv3_context *ctx, float *y, const float *x, size_t ldx, size_t nq,
-                             const float *w, size_t nk, size_t k) {
+static void dsv3i_block_dots(const dsv3_context *ctx, float *y, const float *x, size_t ldx, size_t nq, const float *w,
+                             size_t nk, size_t k) {
     dsv3i_panel panel;
     DSV3_MEMSET(&panel, 0, sizeof panel);
     panel.columns = dsv3i_blocks(nk, DSV3I_LANES);
@@ -7546,7 +7538,8 @@ static void dsv3i_attend_backward_scores(const dsv3i_call *c, float *DSV3I_RESTR
 }
 
 /* Keys j0 .. j0+nk-1 of head h, and the rows of their sequence that see some of them, up to t1-1. */
-static void dsv3i_attend_backward_block(const dsv3i_call *c, size_t t1, size_t h, size_t j0, size_t nk, float *scratch) {
+static void dsv3i_attend_backward_block(const dsv3i_call *c, size_t t1, size_t h, size_t j0, size_t nk,
+                                        float *scratch) {
     const dsv3i_dims *m = &c->m;
     const dsv3i_backward *b = c->b;
     const dsv3i_kernels *kernels = dsv3i_kernels_of(c->ctx);
@@ -7566,7 +7559,8 @@ static void dsv3i_attend_backward_block(const dsv3i_call *c, size_t t1, size_t h
                                          dsv3i_min(nk, t + i - j0 + 1));
         }
         kernels->outer(b->dkv_up + value, m->Hkv, nk, p, 1, DSV3I_BACK_KEYS, dout, m->Ho, nq, m->dv);
-        kernels->outer(b->dq + t * m->Hq + h * m->qk, m->Hq, nq, da, DSV3I_BACK_KEYS, 1, b->keys + key, m->Hq, nk, m->qk);
+        kernels->outer(b->dq + t * m->Hq + h * m->qk, m->Hq, nq, da, DSV3I_BACK_KEYS, 1, b->keys + key, m->Hq, nk,
+                       m->qk);
         kernels->outer(b->dkeys + key, m->Hq, nk, da, 1, DSV3I_BACK_KEYS, q, m->Hq, nq, m->qk);
     }
 }
@@ -7616,12 +7610,14 @@ static size_t dsv3i_mlps_most(const dsv3i_dims *m, size_t n) {
     return dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1);
 }
 
-static void dsv3i_ffn_layout(dsv3i_ffn *at, const dsv3i_dims *m, size_t n, size_t threads, dsv3i_layout *l) {
-    size_t floats = dsv3i_add(dsv3i_mul(m->K, dsv3i_mlp_floats(m->d, m->F)),
-                              dsv3i_mlp_floats(m->d, dsv3i_max(m->Fs, m->I)));
-    at->jobs = (dsv3i_job *)dsv3i_take(l, sizeof(dsv3i_job), 2, dsv3i_mlps_most(m, n), 1);
-    at->worker = (float *)dsv3i_take(l, sizeof(float), threads, DSV3I_STAGES, 1);
-    at->rounded = (float *)dsv3i_take(l, sizeof(float), n, floats, 1);
+static size_t dsv3i_ffn_layout(dsv3i_ffn *at, const dsv3i_dims *m, size_t n, size_t threads, float *scratch) {
+    dsv3i_layout l = {(unsigned char *)scratch, 0};
+    size_t floats =
+        dsv3i_add(dsv3i_mul(m->K, dsv3i_mlp_floats(m->d, m->F)), dsv3i_mlp_floats(m->d, dsv3i_max(m->Fs, m->I)));
+    at->jobs = (dsv3i_job *)dsv3i_take(&l, sizeof(dsv3i_job), 2, dsv3i_mlps_most(m, n), 1);
+    at->worker = (float *)dsv3i_take(&l, sizeof(float), threads, DSV3I_STAGES, 1);
+    at->rounded = (float *)dsv3i_take(&l, sizeof(float), n, floats, 1);
+    return l.used;
 }
 
 static void dsv3i_gather_task(void *arg, size_t begin, size_t end, size_t worker) {
@@ -7642,8 +7638,8 @@ static void dsv3i_mlps_at_once(dsv3i_ffn *a) {
         const dsv3i_mlp *r = &a->list[j];
         int gather = r->pair != NULL && c->n > 1;
         const float *x = gather ? r->y : r->x;
-        a->jobs[2 * j] = dsv3i_job_of(dsv3i_product_of(ws->h_gate + r->at, x, &r->w->gate_proj, r->n));
-        a->jobs[2 * j + 1] = dsv3i_job_of(dsv3i_product_of(ws->h_up + r->at, x, &r->w->up_proj, r->n));
+        a->jobs[2 * j].p = dsv3i_product_of(ws->h_gate + r->at, x, &r->w->gate_proj, r->n);
+        a->jobs[2 * j + 1].p = dsv3i_product_of(ws->h_up + r->at, x, &r->w->up_proj, r->n);
         total += r->n * r->w->gate_proj.rows;
         if (gather) gathered += r->n;
     }
@@ -7652,7 +7648,7 @@ static void dsv3i_mlps_at_once(dsv3i_ffn *a) {
     dsv3i_swiglu(c->ctx, ws->h, ws->h_gate, ws->h_up, total);
     for (size_t j = 0; j < a->count; j++) {
         const dsv3i_mlp *r = &a->list[j];
-        a->jobs[j] = dsv3i_job_of(dsv3i_product_of(r->y, ws->h + r->at, &r->w->down_proj, r->n));
+        a->jobs[j].p = dsv3i_product_of(r->y, ws->h + r->at, &r->w->down_proj, r->n);
     }
     dsv3i_jobs_run(c->ctx, a->jobs, a->count, a->worker, a->rounded);
 }
@@ -7662,11 +7658,10 @@ static void dsv3i_mlps_at_once(dsv3i_ffn *a) {
 static dsv3i_input dsv3i_block_input(const dsv3i_call *c, const float *x, const size_t *pair, size_t n,
                                      const dsv3_tensor *w, float *out) {
     size_t d = w->cols;
-    dsv3i_input in = dsv3i_input_rounded(c->ctx, out, w->type, d);
+    dsv3i_input in = dsv3i_input_rounded(c->ctx, out, w);
     if (pair == NULL && !dsv3i_is_copied(c->ctx, w, n)) return dsv3i_input_floats(x, d);
     for (size_t i = 0; i < n; i++) {
-        dsv3i_input one = dsv3i_input_at(in, i);
-        dsv3i_input_fill(c->ctx, &one, x + (pair != NULL ? pair[i] / c->m.K : i) * d, d, w->type, 1, d);
+        dsv3i_input_put(c->ctx, &in, i, x + (pair != NULL ? pair[i] / c->m.K : i) * d, w);
     }
     return in;
 }
@@ -7711,12 +7706,11 @@ static void dsv3i_mlp_task(void *arg, size_t begin, size_t end, size_t worker) {
  * rows enough: those that are as wide as the widest. With gate and up projections of different types there is no room for
  * both's inputs at once. */
 static void dsv3i_fast_mlps(dsv3i_call *c, const dsv3i_mlp *list, size_t count) {
-    dsv3i_layout l = {(unsigned char *)c->ws->scratch, 0};
     size_t items = 0, work = 0, rows = 0, most = 0, threads = c->ctx->threads;
     int same_types = 1;
     dsv3i_ffn a;
     float *rounded;
-    dsv3i_ffn_layout(&a, &c->m, c->ws->rows, c->ws->threads, &l);
+    (void)dsv3i_ffn_layout(&a, &c->m, c->ws->rows, c->ws->threads, c->ws->scratch);
     a.c = c;
     a.list = list;
     a.count = count;
@@ -7725,7 +7719,7 @@ static void dsv3i_fast_mlps(dsv3i_call *c, const dsv3i_mlp *list, size_t count) 
     for (size_t j = 0; j < count; j++) {
         const dsv3_tensor *w = &list[j].w->gate_proj;
         size_t n = list[j].n, some = dsv3i_rows_near(c->ctx, w, n);
-        a.jobs[j] = dsv3i_job_of(dsv3i_product_of(rounded, list[j].x, w, n));
+        a.jobs[j].p = dsv3i_product_of(rounded, list[j].x, w, n);
         a.jobs[j].first = items;
         rounded += n * dsv3i_mlp_floats(w->cols, w->rows);
         items += dsv3i_blocks(n, some);
@@ -7755,18 +7749,20 @@ typedef struct dsv3i_mlps_run {
     dsv3_context ctx; /* the call's, or with one thread */
     dsv3i_call *c;
     const dsv3i_mlp *list;
-    size_t most, floats;         /* rows of the MLP that has the most; floats of a worker's scratch */
-    dsv3i_backward_job *jobs;    /* [2 count] */
-    float *worker;               /* [threads, floats] */
-    float *grouped, *h, *dh;     /* their rows: [n, d], [n, F], [n, F] */
+    size_t most, floats;      /* rows of the MLP that has the most; floats of a worker's scratch */
+    dsv3i_backward_job *jobs; /* [2 count] */
+    float *worker;            /* [threads, floats] */
+    float *grouped, *h, *dh;  /* their rows: [n, d], [n, F], [n, F] */
 } dsv3i_mlps_run;
 
-static void dsv3i_mlps_run_layout(dsv3i_mlps_run *at, const dsv3i_dims *m, size_t n, size_t threads,
-                                      dsv3i_layout *l) {
+static size_t dsv3i_mlps_run_layout(dsv3i_mlps_run *at, const dsv3i_dims *m, size_t n, size_t threads,
+                                    float *scratch) {
+    dsv3i_layout l = {(unsigned char *)scratch, 0};
     size_t cols = dsv3i_max(dsv3i_max(m->d, m->I), dsv3i_max(m->F, m->Fs));
     at->floats = dsv3i_mul(DSV3I_DECODE, cols);
-    at->jobs = (dsv3i_backward_job *)dsv3i_take(l, sizeof(dsv3i_backward_job), 2, dsv3i_mlps_most(m, n), 1);
-    at->worker = (float *)dsv3i_take(l, sizeof(float), threads, at->floats, 1);
+    at->jobs = (dsv3i_backward_job *)dsv3i_take(&l, sizeof(dsv3i_backward_job), 2, dsv3i_mlps_most(m, n), 1);
+    at->worker = (float *)dsv3i_take(&l, sizeof(float), threads, at->floats, 1);
+    return l.used;
 }
 
 /* Rows of tokens to grouped rows: u, dY (where dx will be), gate; h is multiplied by its gate. */
@@ -7805,7 +7801,7 @@ static void dsv3i_mlps_back(dsv3i_mlps_run a, const dsv3i_mlp *list, size_t coun
         a.jobs[j] = dsv3i_backward_job_of(a.dh + to, 1, dsv3i_grad(&r->g->down_proj),
                                           dsv3i_product_of(dy, a.h + to, &r->w->down_proj, r->n));
     }
-    dsv3i_backward_run(&a.ctx, a.jobs, count, a.worker, a.floats);
+    dsv3i_backward_run(&a.ctx, a.jobs, count, a.worker);
     dsv3i_swiglu_backward(&a.ctx, a.dh, da, db, n * F, gate, dgate, F);
     for (size_t j = 0; j < count; j++) { /* dx = da W_gate + db W_up: dY's place can be dx's now */
         const dsv3i_mlp *r = &list[j];
@@ -7817,7 +7813,7 @@ static void dsv3i_mlps_back(dsv3i_mlps_run a, const dsv3i_mlp *list, size_t coun
         a.jobs[2 * j + 1] = dsv3i_backward_job_of(NULL, 0, dsv3i_grad(&r->g->up_proj),
                                                   dsv3i_product_of(db + to, x, &r->w->up_proj, r->n));
     }
-    dsv3i_backward_run(&a.ctx, a.jobs, 2 * count, a.worker, a.floats);
+    dsv3i_backward_run(&a.ctx, a.jobs, 2 * count, a.worker);
 }
 
 /* Each expert by one worker, with a part of the memory that stays in its cache. */
@@ -7834,10 +7830,9 @@ static void dsv3i_expert_back_task(void *arg, size_t begin, size_t end, size_t w
 }
 
 static void dsv3i_fast_mlps_backward(dsv3i_call *c, const dsv3i_mlp *list, size_t count) {
-    dsv3i_layout l = {(unsigned char *)c->ws->scratch, 0};
     size_t d = c->m.d, threads = c->ctx->threads, experts = 0, rows = 0, j = 0;
     dsv3i_mlps_run a;
-    dsv3i_mlps_run_layout(&a, &c->m, c->ws->rows, c->ws->threads, &l);
+    (void)dsv3i_mlps_run_layout(&a, &c->m, c->ws->rows, c->ws->threads, c->ws->scratch);
     a.ctx = *c->ctx;
     a.c = c;
     a.list = list;
@@ -7864,21 +7859,17 @@ static void dsv3i_fast_mlps_backward(dsv3i_call *c, const dsv3i_mlp *list, size_
 /* ---- Scratch of a pass: of whichever op wants the most */
 
 static size_t dsv3i_engine_pass_floats(const dsv3i_dims *m, size_t n, size_t threads) {
-    dsv3i_layout attend = {NULL, 0}, ffn = {NULL, 0};
     size_t floats = dsv3i_engine_linear_floats(dsv3i_mul(DSV3I_PRODUCTS, n), m->d, threads), bytes;
     dsv3i_attention attention;
     dsv3i_ffn mlps;
-    dsv3i_attention_layout(&attention, m, n, threads, &attend);
-    dsv3i_ffn_layout(&mlps, m, n, threads, &ffn);
-    bytes = dsv3i_max(attend.used, ffn.used);
 #ifndef DSV3_NO_TRAINING
-    {
-        dsv3i_layout back = {NULL, 0};
-        dsv3i_mlps_run backward;
-        dsv3i_mlps_run_layout(&backward, m, n, threads, &back);
-        bytes = dsv3i_max(bytes, back.used);
-        floats = dsv3i_max(floats, dsv3i_mul(threads, dsv3i_attend_backward_floats(m)));
-    }
+    dsv3i_mlps_run backward;
+#endif
+    bytes = dsv3i_max(dsv3i_attention_layout(&attention, m, n, threads, NULL),
+                      dsv3i_ffn_layout(&mlps, m, n, threads, NULL));
+#ifndef DSV3_NO_TRAINING
+    bytes = dsv3i_max(bytes, dsv3i_mlps_run_layout(&backward, m, n, threads, NULL));
+    floats = dsv3i_max(floats, dsv3i_mul(threads, dsv3i_attend_backward_floats(m)));
 #endif
     return bytes == SIZE_MAX ? SIZE_MAX : dsv3i_max(floats, dsv3i_blocks(bytes, sizeof(float)));
 }
@@ -7897,18 +7888,18 @@ typedef struct dsv3i_packing {
 /* A k_block of w and its scales, to where they stand in the packed tensor. */
 static void dsv3i_pack_k_block(const dsv3i_packing *a, const dsv3i_k_block *b) {
     dsv3_type type = a->w->type;
-    size_t lanes = dsv3i_blocks(b->rows, DSV3I_LANES) * DSV3I_LANES, block = dsv3i_min(dsv3i_scale_block_terms(type), b->k);
-    size_t bytes = dsv3i_codes_bytes(type, lanes / DSV3I_LANES, block);
+    size_t columns = dsv3i_blocks(b->rows, DSV3I_LANES), block = dsv3i_min(dsv3i_scale_block_terms(type), b->k);
+    size_t bytes = dsv3i_codes_bytes(type, columns, block), apart = dsv3i_scale_block_bytes(type, columns, block);
     unsigned char *to = (unsigned char *)(uintptr_t)dsv3i_scale_block_at(&a->packed, b->r, b->k0);
-    unsigned char codes[DSV3I_PANEL * DSV3I_TERMS];
-    float scale[DSV3I_TERMS / DSV3_QBLOCK * DSV3I_PANEL];
-    int apart = dsv3_type_block(type) > 1; /* scales come after each block of codes */
-    dsv3i_k_block_codes(a->ctx, b, apart ? codes : to, scale);
-    if (type == DSV3_F8_E4M3) DSV3_MEMCPY(to + bytes, scale, sizeof *scale);
-    for (size_t i = 0; apart && i * block < b->k; i++, to += dsv3i_scale_block_bytes(type, lanes / DSV3I_LANES, block)) {
+    unsigned char codes[DSV3I_PANEL * DSV3I_TERMS * sizeof(float)];
+    float scale[DSV3I_TERMS / DSV3_QBLOCK * DSV3I_PANEL], *from = scale;
+    dsv3i_k_block_codes(a->ctx, b, codes, scale);
+    for (size_t i = 0; i * block < b->k; i++, to += apart) {
         DSV3_MEMCPY(to, codes + i * bytes, bytes);
-        for (size_t j = 0; j < lanes; j++) {
-            uint16_t bits = dsv3_f16_from_f32(scale[i * lanes + j]);
+        if (type == DSV3_F8_E4M3) DSV3_MEMCPY(to + bytes, scale, sizeof *scale);
+        if (dsv3_type_block(type) == 1) continue;
+        for (size_t j = 0; j < columns * DSV3I_LANES; j++) {
+            uint16_t bits = dsv3_f16_from_f32(*from++);
             DSV3_MEMCPY(to + bytes + 2 * j, &bits, 2);
         }
     }
