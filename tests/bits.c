@@ -1303,7 +1303,7 @@ static void model_cases(model *m, const backend *b) {
     clock_t since = clock();
     char which[64];
     snprintf(which, sizeof which, "%s %s", m->name, type_name(m->type));
-    if (m->which != V2 && m->which != LARGE && wanted("ops")) {
+    if (m->which != V2 && m->which != LARGE && m->type != MIXED && wanted("ops")) {
         ops_model(m, b), report_time("ops", which, b, since), since = clock();
     }
     if (m->which == WIDE || m->which == TALL) return;
