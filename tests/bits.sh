@@ -12,9 +12,9 @@
 # --all      lines of the backend "reference" count, too. Without it they are compared and reported only
 # --limit    so many lines that differ are shown (20); of "reference" only with --all
 #
-# CC and CFLAGS can be set (-DBITS_CORE: without the cases that use more of the structs than they must). What the old
-# header gives is kept in build/bits and used again until the header, tests/bits.c, the compiler or the options change.
-# Exit status: 0 equal, 1 something differs, 2 nothing could be compared.
+# CC and CFLAGS can be set (-DBITS_CORE: without the cases that use more of the structs than they must). What the
+# old header gives is kept in build/bits and used again until the header, tests/bits.c, the compiler or the options
+# change. Exit status: 0 equal, 1 something differs, 2 nothing could be compared.
 revision=509508f # the last one before the inner loops changed
 old=$revision new=dsv3.h all=0 limit=20 options=
 CC=${CC:-gcc}
