@@ -4,10 +4,10 @@
  * results must not change one. Therefore it compiles with any version of the header: it uses public calls and
  * documented fields only, and nothing that tells how results come about.
  *
- * Cases are all that may lead to other code: backends, types of weights, exact and fast, packed or not, few and many
- * rows, both forms of attention, both types of caches, one thread and three, short and long pasts, and a training step
- * with and without kept values. What must agree in one version (packed or not, one thread or three) is computed in
- * both ways, too; bits.sh compares these lines with each other.
+ * Cases are all that may lead to other code: backends, types of weights, exact and fast, packed or not, few and
+ * many rows, both forms of attention, both types of caches, one thread and three, short and long pasts, a training
+ * step with and without kept values. What must agree in one version (packed or not, one thread or three) is computed
+ * in both ways, too; bits.sh compares these lines with each other.
  *
  *     bits [--backend NAME] [--only KIND] [--quick]
  *
@@ -1303,7 +1303,7 @@ static void model_cases(model *m, const backend *b) {
     clock_t since = clock();
     char which[64];
     snprintf(which, sizeof which, "%s %s", m->name, type_name(m->type));
-    if (m->which != V2 && m->which != LARGE && wanted("ops")) {
+    if (m->which != V2 && m->which != LARGE && m->type != MIXED && wanted("ops")) {
         ops_model(m, b), report_time("ops", which, b, since), since = clock();
     }
     if (m->which == WIDE || m->which == TALL) return;

@@ -10,11 +10,11 @@
 # --only     one kind of cases: plain ops blocks forward long evaluate train
 # --quick    one small model, fewer rows
 # --all      lines of the backend "reference" count, too. Without it they are compared and reported only
-# --limit    so many lines that differ are shown (20)
+# --limit    so many lines that differ are shown (20); of "reference" only with --all
 #
-# CC and CFLAGS can be set (-DBITS_CORE: without the cases that use more of the structs than they must). What the old
-# header gives is kept in build/bits and used again until the header, tests/bits.c, the compiler or the options change.
-# Exit status: 0 equal, 1 something differs, 2 nothing could be compared.
+# CC and CFLAGS can be set (-DBITS_CORE: without the cases that use more of the structs than they must). What the
+# old header gives is kept in build/bits and used again until the header, tests/bits.c, the compiler or the options
+# change. Exit status: 0 equal, 1 something differs, 2 nothing could be compared.
 revision=509508f # the last one before the inner loops changed
 old=$revision new=dsv3.h all=0 limit=20 options=
 CC=${CC:-gcc}
@@ -96,6 +96,7 @@ function read_line(   i) {
         else what = what " " $i
         if (index($i, "backend=") == 1) backend = substr($i, 9)
     }
+    if (count[FILENAME " " what]++ > 0) what = what " again=" count[FILENAME " " what]
     if (!(backend in seen)) { seen[backend] = 1; order[n_backends++] = backend }
 }
 function differs(backend, what, a, b) {
@@ -103,6 +104,7 @@ function differs(backend, what, a, b) {
     kind = what; sub(/ .*/, "", kind)
     by_kind[backend " " kind]++
     if (!(backend " " kind in kinds)) { kinds[backend " " kind] = 1; list[backend] = list[backend] " " kind }
+    if (backend == "reference" && !all) return
     if (shown++ < limit) print what "\n    old:" a "\n    new:" b
 }
 { read_line() }
