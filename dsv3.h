@@ -7236,9 +7236,12 @@ static void dsv3i_tile_one_by_one(dsv3i_attention_tile *a) {
  * t H + h. What a query does not see must not matter to it, not even as 0 times infinity. */
 static void dsv3i_tile_keys(dsv3i_attention_tile *a, const dsv3i_call *c, size_t query, size_t step, size_t b,
                             size_t nk) {
+    size_t row = query / c->m.H, h = query % c->m.H;
     for (size_t i = 0; i < 64; i++) {
-        size_t position = (size_t)c->ws->position[(query + dsv3i_min(i, a->lanes - 1) * step) / c->m.H];
+        size_t position = (size_t)c->ws->position[row];
         a->seen[i] = position < b ? 0 : (int32_t)dsv3i_min(nk, position - b + 1);
+        if (i + 1 < a->lanes) h += step;
+        for (; h >= c->m.H; h -= c->m.H) row++;
     }
     if (dsv3i_tile_hides(a, nk)) {
         dsv3i_tile_one_by_one(a);
