@@ -8209,14 +8209,24 @@ static size_t dsv3i_rows_together(size_t n) {
             }                                                                                                        \
         }                                                                                                            \
     }                                                                                                                \
-    /* The F16 scales of a scale block of each row from `first` on; 0 for rows that are not there. */                \
+    /* The F16 scales of all scale blocks, four at a time, of rows from `first` on; 0 for rows not there. */         \
     DSV3I_INLINE(isa)                                                                                                \
-    V##_f32 V##_scales(const unsigned char *block, size_t row_bytes, size_t first, size_t rows) {                    \
-        uint16_t bits[W] = {0};                                                                                      \
-        for (size_t j = first; j < dsv3i_min(rows, first + W); j++) {                                                \
-            DSV3_MEMCPY(&bits[j - first], block + j * row_bytes, 2);                                                 \
+    void V##_scales(float *scale, size_t apart, const unsigned char *from, size_t row_bytes, size_t each,            \
+                    size_t first, size_t rows, size_t blocks) {                                                      \
+        uint16_t bits[4 * W], one;                                                                                   \
+        DSV3_MEMSET(bits, 0, sizeof bits);                                                                           \
+        for (size_t i = 0, some; i < blocks; i += some, from += some * each) {                                       \
+            some = dsv3i_min(blocks - i, 4);                                                                         \
+            for (size_t j = first; j < dsv3i_min(rows, first + W); j++) {                                            \
+                for (size_t b = 0; b < some; b++) {                                                                  \
+                    DSV3_MEMCPY(&one, from + j * row_bytes + b * each, sizeof one);                                  \
+                    bits[b * W + j - first] = one; /* copied there, it is checked by some libraries each time */     \
+                }                                                                                                    \
+            }                                                                                                        \
+            for (size_t b = 0; b < some; b++, scale += apart) {                                                      \
+                V##_store(scale, V##_element(DSV3_F16, V##_mask(W), (const unsigned char *)&bits[b * W]));           \
+            }                                                                                                        \
         }                                                                                                            \
-        return V##_element(DSV3_F16, V##_mask(W), (const unsigned char *)bits);                                      \
     }                                                                                                                \
     /* Scale blocks, a scale and `size` bytes of codes, as many at a time as fill a vector. */                       \
     DSV3I_INLINE(isa)                                                                                                \
@@ -8245,11 +8255,8 @@ static size_t dsv3i_rows_together(size_t n) {
                 }                                                                                                    \
                 V##_transpose(r);                                                                                    \
                 for (size_t j = 0; j < count * size / 4; j++, to += 64 * columns) V##_put_words(to, r[j]);           \
-                for (size_t i = b; i < b + count; i++) {                                                             \
-                    V##_store(scale + 16 * i * columns + first,                                                      \
-                              V##_scales(from + i * each, row_bytes, first, rows));                                  \
-                }                                                                                                    \
             }                                                                                                        \
+            V##_scales(scale + first, 16 * columns, from, row_bytes, each, first, rows, blocks);                     \
         }                                                                                                            \
     }                                                                                                                \
     DSV3I_TARGET(isa) static void V##_widen_f16(void *values, const void *panel, size_t columns, size_t k) {         \
