@@ -4177,7 +4177,7 @@ static dsv3_result dsv3i_check_rope(const dsv3_config *c, dsv3_error *e) {
 static dsv3_result dsv3i_check_product(dsv3_error *error, const char *name, size_t rows, size_t cols) {
     if (sizeof(size_t) > 4 && SIZE_MAX / DSV3_MAX_DIM / DSV3_MAX_HEADS / 2 > DSV3_MAX_DIM) return DSV3_OK;
     if (dsv3i_mul(rows, cols) < SIZE_MAX) return DSV3_OK;
-    return dsv3i_fail(error, DSV3_ERR_OVERFLOW, name, "gives a tensor with more elements than size_t can count");
+    return dsv3i_fail(error, DSV3_ERR_OVERFLOW, name, "needs more bytes than size_t can count");
 }
 
 /* The elements of every tensor must be countable; dsv3_model_bind checks the bytes, whose type it knows. */
@@ -4445,7 +4445,7 @@ static dsv3_result dsv3i_bind_shape(dsv3_error *error, const dsv3_tensor *t, con
                                 (int64_t)cols);
     }
     if (dsv3i_mul(rows, dsv3_row_bytes(t->type, cols)) == SIZE_MAX) {
-        return dsv3i_fail(error, DSV3_ERR_OVERFLOW, name, "has more bytes than size_t can count");
+        return dsv3i_fail(error, DSV3_ERR_OVERFLOW, name, "needs more bytes than size_t can count");
     }
     return t->data != NULL ? DSV3_OK : dsv3i_fail(error, DSV3_ERR_MISSING, name, "has no data");
 }
