@@ -3036,12 +3036,12 @@ static size_t dsv3i_attend_floats(const dsv3i_dims *m) {
     return dsv3i_add(latents, dsv3i_max(rows, dsv3i_add(m->rk, expanded)));
 }
 
-/* Item = a row and a head; of the expanded form, a sequence and a head. */
+/* Item = a head and a row; of the expanded form, a head and a sequence. All workers share each sequence. */
 static void dsv3i_attend_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_call *c = (const dsv3i_call *)arg;
     float *scratch = c->ws->scratch + worker * dsv3i_attend_floats(&c->m);
     for (size_t i = begin; i < end; i++) {
-        size_t t = i / c->m.H, h = i % c->m.H;
+        size_t t = i % c->n, h = i / c->n;
         if (!c->ws->expanded[t]) {
             dsv3i_attend_absorbed(c, t, h, scratch);
         } else if (c->ws->leader[t] == (int32_t)t) {
@@ -3140,7 +3140,7 @@ static void dsv3i_attend_backward_task(void *arg, size_t begin, size_t end, size
     const dsv3i_call *c = (const dsv3i_call *)arg;
     (void)worker;
     for (size_t i = begin; i < end; i++) {
-        size_t t0 = i / c->m.H, h = i % c->m.H, t1 = t0 + dsv3i_sequence_rows(c->ws->leader, t0, c->n);
+        size_t t0 = i % c->n, h = i / c->n, t1 = t0 + dsv3i_sequence_rows(c->ws->leader, t0, c->n);
         dsv3i_attend_backward_begin(c, t0, t1, h);
         for (size_t t = t0; t < t1; t++) dsv3i_attend_backward_row(c, t0, t, h);
     }
@@ -9106,7 +9106,7 @@ DSV3I_INLINE(DSV3I_AVX512_BF16) void dsv3i_avx512_bf16_of_f8(__m512i b[2], __m51
     b[1] = _mm512_unpackhi_epi8(low, high);
 }
 
-/* Fours of terms of a panel of FP8 become BF16; prefetch distance: `ahead` bytes. */
+/* Fours of terms of a panel of FP8 become BF16; prefetch distance: `ahead` bytes, 0: none. */
 DSV3I_INLINE(DSV3I_AVX512_BF16)
 void dsv3i_avx512_bf16_widen(unsigned char *to, const unsigned char *from, size_t columns, size_t fours, size_t ahead,
                              const __m512i table[4]) {
@@ -9114,7 +9114,7 @@ void dsv3i_avx512_bf16_widen(unsigned char *to, const unsigned char *from, size_
         for (size_t c = 0; c < columns; c++, from += 64, to += 64) {
             __m512i b[2];
             dsv3i_avx512_bf16_of_f8(b, _mm512_loadu_si512(from), table);
-            dsv3i_avx512_near(from + ahead);
+            if (ahead > 0) dsv3i_avx512_near(from + ahead);
             _mm512_storeu_si512(to, b[0]);
             _mm512_storeu_si512(to + 64 * columns, b[1]);
         }
@@ -10068,8 +10068,7 @@ void dsv3i_amx_k_block(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_pla
         if (type == DSV3_BF16) continue;
         {
             const size_t g = fours * i / pairs, end = fours * (i + 1) / pairs;
-            dsv3i_avx512_bf16_widen(room->values[(turn + 1) % 2] + 512 * g, next + 256 * g, 4, end - g, 1024,
-                                    room->table);
+            dsv3i_avx512_bf16_widen(room->values[(turn + 1) % 2] + 512 * g, next + 256 * g, 4, end - g, 0, room->table);
         }
         if (before != NULL) {
             dsv3i_amx_join(before, sums + (i + 1) % 2 * 1024, room->scale, i % 2 ? rows : 2, room->height, turn > 0);
@@ -10092,7 +10091,7 @@ void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place
     a->m[0] = a->m[1] = room->height;
     a->lines = fetch ? dsv3i_blocks(bytes, 64 * 16 * room->tiles) : 0;
     if (type == DSV3_F8_E4M3) {
-        dsv3i_avx512_bf16_widen(room->values[0], w, 4, dsv3i_blocks(dsv3i_min(DSV3I_TERMS, k), 4), 1024, room->table);
+        dsv3i_avx512_bf16_widen(room->values[0], w, 4, dsv3i_blocks(dsv3i_min(DSV3I_TERMS, k), 4), 0, room->table);
     }
     for (size_t i = 0, turn = 0, terms; i < k; i += terms, turn++) {
         terms = dsv3i_min(DSV3I_TERMS, k - i);
@@ -10109,10 +10108,11 @@ void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place
         w += dsv3i_panel_bytes(type, 4, terms);
         x += dsv3i_input_bytes(1, type, terms);
     }
-    for (size_t i = 0; i < 4 * room->height * room->tiles; i++) {
-        const size_t t = i / (4 * room->height), j = i % (4 * room->height);
-        _mm512_storeu_ps(y + (dsv3i_amx_tile_row(room, t) + j / 4) * ldy + 16 * (j % 4),
-                         _mm512_loadu_ps(room->y + 1024 * t + 16 * j));
+    for (size_t t = 0; t < room->tiles; t++) {
+        float *to = y + dsv3i_amx_tile_row(room, t) * ldy;
+        for (size_t j = 0; j < 4 * room->height; j++) {
+            _mm512_storeu_ps(to + j / 4 * ldy + 16 * (j % 4), _mm512_loadu_ps(room->y + 1024 * t + 16 * j));
+        }
     }
 }
 

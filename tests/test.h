@@ -84,7 +84,7 @@ static void test_fill(float *x, size_t n, float low, float high) {
 
 /* test_alloc: exactly n bytes from malloc, so that AddressSanitizer sees the first byte past the end. */
 static void *test_alloc(size_t n) {
-    void *p = malloc(n ? n : 1);
+    void *p = n <= PTRDIFF_MAX ? malloc(n ? n : 1) : NULL;
     if (!p) fprintf(stderr, "test: out of memory (%zu bytes)\n", n), exit(2);
     return p;
 }
