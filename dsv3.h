@@ -88,7 +88,7 @@
  *       dsv3i_attend, dsv3i_attend_keys          what it sees: a running softmax over the cache
  *       dsv3i_moe_forward, dsv3i_route           its experts (dsv3_router_select), and how much each counts
  *       dsv3i_mlps, dsv3i_moe_combine            what they say
- *       dsv3i_linear, dsv3i_linear_task          under all of them: a row of W, decoded, meets x
+ *       dsv3i_linear, dsv3i_linear_task          under all of them: a row of W, decoded, times x
  *     dsv3i_pass_logits, dsv3_sample             the final norm, the head; the next token
  * The life of a gradient, which goes the same way back:
  *     dsv3_train_accumulate, dsv3i_train_head    loss of the target; dz = softmax - onehot, du = dz W_head
@@ -2205,7 +2205,7 @@ static void dsv3i_add_rows(const dsv3_context *ctx, float *y, const float *x, si
  *   loss        -log softmax(z)[target] = log sum exp(z) - z[target]
  *
  * Weights become float32 one row at a time, W = code * scale for FP8, and every sum is a float32 sum in one fixed
- * order: a weight's type changes its value, never the arithmetic. A row of W meets all rows of x while it is decoded, so
+ * order: a weight's type changes its value, never the arithmetic. A row of W is multiplied by all rows of x once decoded, so
  * that a longer batch costs less per row -- and gives the same bits. Each op has its backward beside it; gradients d..
  * are added to what stands there unless `beta0` says that they are set. Test: tests/test_ops.c.
  * ==================================================================================================== */
@@ -2229,7 +2229,7 @@ DSV3_API void dsv3_embed(const dsv3_context *context, float *x, const int32_t *t
     dsv3i_rows_run(&a, n, 2, dsv3i_embed_task);
 }
 
-/* ---- Linear: y_t = W x_t. Each row of W is decoded once and meets all rows of x. */
+/* ---- Linear: y_t = W x_t. Each row of W is decoded once, for all rows of x. */
 
 typedef struct dsv3i_linear_loop {
     const dsv3_context *ctx;
