@@ -2205,7 +2205,7 @@ static void dsv3i_add_rows(const dsv3_context *ctx, float *y, const float *x, si
  *   loss        -log softmax(z)[target] = log sum exp(z) - z[target]
  *
  * Weights become float32 one row at a time, W = code * scale for FP8, and every sum is a float32 sum in one fixed
- * order: a weight's type changes its value, never the arithmetic. A row of W is multiplied by all rows of x once decoded, so
+ * order: a weight's type changes its value, never the arithmetic. A row of W is decoded once, for all rows of x, so
  * that a longer batch costs less per row -- and gives the same bits. Each op has its backward beside it; gradients d..
  * are added to what stands there unless `beta0` says that they are set. Test: tests/test_ops.c.
  * ==================================================================================================== */
@@ -5505,7 +5505,7 @@ DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *
 #define DSV3I_OWN(type, field, rows, cols) to->field = own.field;
 #define DSV3I_COPY(type, field, rows, cols)                                                                          \
     DSV3I_OWN(type, field, rows, cols)                                                                               \
-    DSV3_MEMCPY(to->field, s->field, (rows) * (cols) * sizeof(type));
+    if ((rows) * (cols) > 0) DSV3_MEMCPY(to->field, s->field, (rows) * (cols) * sizeof(type)); /* else NULL */
     DSV3I_SEQUENCE_ARRAYS(DSV3I_COPY, DSV3I_OWN)
 #undef DSV3I_OWN
 #undef DSV3I_COPY
