@@ -9944,12 +9944,12 @@ DSV3I_TARGET(DSV3I_AMX) static void dsv3i_amx_attend(dsv3i_attention_tile *a, si
 
 /* All tiles of rows are of one height, so that their shapes stay: the last one begins early enough, and its first rows may be
  * those of others, once more. */
-typedef struct dsv3i_amx_room {
-    size_t tiles, height, rows;
+typedef struct dsv3i_amx_room { /* on cache lines: else each row of a tile would lie on two */
+    __m512i table[4];           /* of FP8 */
     float y[DSV3I_AMX_ROWS * 64], scale[DSV3I_TERMS / DSV3_QBLOCK * 64];
-    float sums[2 * 1024 + 16];
+    float sums[2 * 1024];
     unsigned char values[2][64 * DSV3I_TERMS * 2]; /* of 128 terms and, of FP8, of the next ones */
-    __m512i table[4];                              /* of FP8 */
+    size_t tiles, height, rows;
 } dsv3i_amx_room;
 
 static size_t dsv3i_amx_tile_row(const dsv3i_amx_room *room, size_t i) {
@@ -10050,7 +10050,7 @@ void dsv3i_amx_k_block(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_pla
                        const unsigned char *w, size_t k, size_t turn, size_t coming) {
     const unsigned char *values = type == DSV3_BF16 ? w : room->values[turn % 2];
     const unsigned char *next = w + dsv3i_scale_block_bytes(type, 4, k);
-    float *sums = dsv3i_amx_aligned(room->sums), *before = NULL;
+    float *sums = room->sums, *before = NULL;
     const size_t pairs = dsv3i_blocks(room->tiles, 2) * 2; /* of tiles and columns */
     const size_t fours = type == DSV3_BF16 ? 0 : dsv3i_blocks(coming, 4);
     a->scale = NULL;
