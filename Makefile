@@ -3,52 +3,66 @@
 # make test       every test that a C compiler, make and a minimal system can run
 # make check      also the compile matrix, sanitizers, 32-bit and whatever else needs `make deps`
 # make bench      speed, beside the limits of this machine
-# make install    dsv3.h, the pkg-config file and the tool; PREFIX and DESTDIR are respected
+# make install    headers, library, tool, manual page, pkg-config and CMake files; make uninstall takes them away
+# make dist       release archives and packages for other build systems, in build/dist/
 #
-# CC, CFLAGS, LDFLAGS, LDLIBS, PREFIX and DESTDIR can be set. The tool and the benchmarks have threads of their own
+# CC, CFLAGS, LDFLAGS and LDLIBS can be set, and BUILD, the folder that is written to (tests want it to be build). The tool and the benchmarks have threads of their own
 # (examples/thread_pool.h); lessons and tests use OpenMP when the compiler has it; OPENMP= turns it off.
 
 CC ?= cc
 CFLAGS ?= -O2
-PREFIX ?= /usr/local
+BUILD = build
 WARN = -Wall -Wextra -Wpedantic
-OPENMP := $(shell mkdir -p build && printf '\043include <omp.h>\nint main(void){return omp_get_max_threads()<1;}\n' \
-            > build/openmp.c && $(CC) -fopenmp build/openmp.c -o build/openmp 2>/dev/null && echo -fopenmp)
-BUILD = $(CC) -std=c99 $(WARN) $(CFLAGS) $(OPENMP) -I. -Iexamples -Itests -Ibench
+OPENMP := $(shell printf '\043include <omp.h>\nint main(void){return omp_get_max_threads()<1;}\n' | \
+            $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
+COMPILE = $(CC) -std=c99 $(WARN) $(CFLAGS) $(OPENMP) -I. -Iexamples -Itests -Ibench
 
 HEADERS  = dsv3.h examples/json.h examples/safetensors.h examples/checkpoint.h examples/svg.h \
            examples/thread_pool.h examples/large_pages.h
-LESSONS  = $(patsubst examples/%.c,build/%,$(wildcard examples/[0-9]*.c))
+LESSONS  = $(patsubst examples/%.c,$(BUILD)/%,$(wildcard examples/[0-9]*.c))
 TESTS    = $(patsubst tests/%.c,build/%,$(wildcard tests/test_*.c))
-BENCHES  = $(patsubst bench/%.c,build/%,$(wildcard bench/bench_*.c))
+BENCHES  = $(patsubst bench/%.c,$(BUILD)/%,$(wildcard bench/bench_*.c))
 PROMPT   = It is a truth universally acknowledged, that
 
-.PHONY: all run test check bench deps install uninstall clean force
-all: build/dsv3 $(LESSONS) $(BENCHES)
+# Packages: where `make install` puts what, and what `make dist` says of where releases will be found.
+PREFIX ?= /usr/local
+INCLUDEDIR = $(PREFIX)/include
+LIBDIR = $(PREFIX)/lib
+BINDIR = $(PREFIX)/bin
+DATADIR = $(PREFIX)/share
+MANDIR = $(DATADIR)/man
+URL = https://example.org/dsv3
+VERSION = $(shell sed -n 's/^.define DSV3_VERSION_[A-Z]* \([0-9]*\).*/\1/p' dsv3.h | paste -s -d. -)
+BUILT = $(BUILD)/dsv3 $(BUILD)/lib/libdsv3.a $(BUILD)/dsv3.1
 
-# Changes when the compiler or its flags do: then everything is built again.
-build/flags: force
-	@mkdir -p build
-	@printf '%s\n' '$(BUILD) $(LDFLAGS) $(LDLIBS)' | cmp -s - $@ || printf '%s\n' '$(BUILD) $(LDFLAGS) $(LDLIBS)' > $@
+.PHONY: all run test check bench deps install uninstall dist clean force
+all: $(BUILT) $(LESSONS) $(BENCHES)
 
-build/dsv3 $(BENCHES): private OPENMP =
+# Changes when the compiler or its flags do: then everything is built again. But `make install` alone takes what is there.
+$(BUILD)/flags: force
+	@mkdir -p $(BUILD)
+	@printf '%s\n' '$(COMPILE) $(LDFLAGS) $(LDLIBS)' | cmp -s - $@ || $(if $(AS_BUILT), \
+	  echo 'make install: $(BUILD) was built with other flags; it is installed as it is', \
+	  printf '%s\n' '$(COMPILE) $(LDFLAGS) $(LDLIBS)' > $@)
 
-build/%: examples/%.c $(HEADERS) build/flags
-	@mkdir -p build
-	$(BUILD) $< -o $@ $(LDFLAGS) -lm -lpthread $(LDLIBS)
+$(BUILD)/dsv3 $(BENCHES): private OPENMP =
 
-build/%: bench/%.c $(wildcard bench/*.h) $(HEADERS) build/flags
-	@mkdir -p build
-	$(BUILD) -D_POSIX_C_SOURCE=200809L $< -o $@ $(LDFLAGS) -lm -lpthread $(LDLIBS)
+$(BUILD)/%: examples/%.c $(HEADERS) $(BUILD)/flags
+	@mkdir -p $(BUILD)
+	$(COMPILE) $< -o $@ $(LDFLAGS) -lm -lpthread $(LDLIBS)
+
+$(BUILD)/%: bench/%.c $(wildcard bench/*.h) $(HEADERS) $(BUILD)/flags
+	@mkdir -p $(BUILD)
+	$(COMPILE) -D_POSIX_C_SOURCE=200809L $< -o $@ $(LDFLAGS) -lm -lpthread $(LDLIBS)
 
 # Tests that call only what is published are linked with the implementation, compiled once; the archive gives nothing
 # to the others, which look inside and have their own.
 build/%: tests/%.c tests/test.h tests/synthetic.h $(HEADERS) build/libdsv3.a build/flags
 	@mkdir -p build
-	$(BUILD) -D_POSIX_C_SOURCE=200809L -DDSV3_SIMD $< -o $@ build/libdsv3.a $(LDFLAGS) -lm -lpthread $(LDLIBS)
+	$(COMPILE) -D_POSIX_C_SOURCE=200809L -DDSV3_SIMD $< -o $@ build/libdsv3.a $(LDFLAGS) -lm -lpthread $(LDLIBS)
 
 build/libdsv3.a: tests/library.c dsv3.h build/flags
-	$(BUILD) -DDSV3_SIMD -c $< -o build/library.o
+	$(COMPILE) -DDSV3_SIMD -c $< -o build/library.o
 	@rm -f $@
 	$(AR) rc $@ build/library.o
 
@@ -79,15 +93,33 @@ deps:
 	apt-get install -y -q --no-install-recommends gcc g++ clang libc6-dev libomp-dev valgrind \
 	  gcc-i686-linux-gnu libc6-dev-i386-cross qemu-user
 
-install: build/dsv3
-	mkdir -p '$(DESTDIR)$(PREFIX)/include' '$(DESTDIR)$(PREFIX)/share/pkgconfig' '$(DESTDIR)$(PREFIX)/bin'
-	cp dsv3.h '$(DESTDIR)$(PREFIX)/include/dsv3.h'
-	cp build/dsv3 '$(DESTDIR)$(PREFIX)/bin/dsv3'
-	printf 'prefix=%s\nincludedir=$${prefix}/include\n\nName: dsv3\nDescription: DeepSeek-V3 in one C header\nVersion: %s\nCflags: -I$${includedir}\nLibs: -lm\n' \
-	  '$(PREFIX)' "$$(build/dsv3 --version | cut -d' ' -f2)" > '$(DESTDIR)$(PREFIX)/share/pkgconfig/dsv3.pc'
+clean:
+	rm -rf $(BUILD)
+
+# ---- packages: see examples/packages/README.md
+
+# A library is compiled without OpenMP, as the tool is, and so that shared libraries can take it in.
+$(BUILD)/lib/libdsv3.a: private OPENMP =
+$(BUILD)/lib/libdsv3.a: examples/packages/dsv3.c dsv3.h $(BUILD)/flags
+	@mkdir -p $(BUILD)/lib
+	$(COMPILE) -fPIC -c $< -o $(BUILD)/lib/dsv3.o
+	@rm -f $@
+	$(AR) rc $@ $(BUILD)/lib/dsv3.o
+
+# RUN: what runs a program that was built for another machine, such as qemu-aarch64.
+$(BUILD)/dsv3.1: examples/packages/man.sh $(BUILD)/dsv3
+	sh examples/packages/man.sh $(RUN) $(BUILD)/dsv3 > $@.new
+	@mv $@.new $@
+
+AS_BUILT = $(if $(filter install,$(MAKECMDGOALS)),$(if $(filter-out install uninstall,$(MAKECMDGOALS)),,$(wildcard $(BUILD)/flags)))
+quoted = '$(subst ','\'',$1)'
+SETTINGS = $(foreach v,BUILD VERSION DESTDIR PREFIX INCLUDEDIR LIBDIR BINDIR DATADIR MANDIR,$v=$(call quoted,$($v)))
+
+install: $(BUILT)
+	@$(SETTINGS) sh examples/packages/install.sh install
 
 uninstall:
-	rm -f '$(DESTDIR)$(PREFIX)/include/dsv3.h' '$(DESTDIR)$(PREFIX)/bin/dsv3' '$(DESTDIR)$(PREFIX)/share/pkgconfig/dsv3.pc'
+	@$(SETTINGS) sh examples/packages/install.sh uninstall
 
-clean:
-	rm -rf build
+dist: $(BUILD)/dsv3.1
+	@$(SETTINGS) URL=$(call quoted,$(URL)) sh examples/packages/dist.sh
