@@ -91,7 +91,8 @@ bench: $(BENCHES)
 deps:
 	apt-get update -q
 	apt-get install -y -q --no-install-recommends gcc g++ clang libc6-dev libomp-dev valgrind \
-	  gcc-i686-linux-gnu libc6-dev-i386-cross qemu-user
+	  gcc-i686-linux-gnu libc6-dev-i386-cross qemu-user \
+	  pkg-config cmake meson ninja-build zip unzip libxml2-utils python3 python3-yaml python3-kconfiglib
 
 clean:
 	rm -rf $(BUILD)
@@ -121,5 +122,5 @@ install: $(BUILT)
 uninstall:
 	@$(SETTINGS) sh examples/packages/install.sh uninstall
 
-dist: $(BUILD)/dsv3.1
+dist:
 	@$(SETTINGS) URL=$(call quoted,$(URL)) sh examples/packages/dist.sh
