@@ -42,7 +42,7 @@ all: $(BUILT) $(LESSONS) $(BENCHES)
 $(BUILD)/flags: force
 	@mkdir -p $(BUILD)
 	@printf '%s\n' '$(COMPILE) $(LDFLAGS) $(LDLIBS)' | cmp -s - $@ || $(if $(AS_BUILT), \
-	  echo 'make install: $(BUILD) was built with other flags; it is installed as it is', \
+	  echo 'make install: $(BUILD) was built with other flags: what is up to date is installed as it is', \
 	  printf '%s\n' '$(COMPILE) $(LDFLAGS) $(LDLIBS)' > $@)
 
 $(BUILD)/dsv3 $(BENCHES): private OPENMP =

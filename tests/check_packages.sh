@@ -64,7 +64,12 @@ if needs zip "make dist"; then
         check "zip archive" unzip -q "$dist/dsv3-$version.zip" -d "$tmp/zip"
         check "zip archive: the same files" diff -r "$tmp/zip/dsv3-$version" "$library"
     fi
-    if needs python3 "what manifests say"; then check "manifests" python3 tests/packages/manifests.py build/dist "$version"; fi
+    if needs python3 "what manifests say"; then
+        python=python3 # Debian's own has the modules that `make deps` installs
+        $python -c 'import yaml, kconfiglib' 2> /dev/null || [ ! -x /usr/bin/python3 ] || python=/usr/bin/python3
+        check "manifests" $python tests/packages/manifests.py build/dist "$version"
+        grep '^skipped: ' build/check-output || :
+    fi
     if needs xmllint "the .pdsc file"; then check "pdsc: well-formed" xmllint --noout build/dist/dsv3.dsv3.pdsc; fi
 fi
 
