@@ -69,10 +69,11 @@ for file in lib/x86_64-linux-gnu/libdsv3.a lib/x86_64-linux-gnu/pkgconfig/dsv3-s
     include/d3/dsv3.h include/d3/dsv3/json.h libexec/dsv3 share/x/pkgconfig/dsv3.pc man/man1/dsv3.1; do
     check "GNU folders: $file" test -f "$dest/usr/$file"
 done
+check "GNU folders: pkg-config file" grep -q '^includedir=${prefix}/include/d3$' "$dest/usr/share/x/pkgconfig/dsv3.pc"
 check "install, an apostrophe" in_tree install PREFIX="$tmp/it's"
 check "an apostrophe: pkg-config file" grep -q "^prefix=$tmp/it's\$" "$tmp/it's/share/pkgconfig/dsv3.pc"
 check "install, relative" make install BUILD="$built" PREFIX=build/install/relative
-check "relative: pkg-config file" grep -q "^includedir=$tmp/relative/include\$" "$tmp/relative/share/pkgconfig/dsv3.pc"
+check "relative: pkg-config file" grep -q "^prefix=$tmp/relative\$" "$tmp/relative/share/pkgconfig/dsv3.pc"
 chmod -R u+w "$tmp"
 rm -rf "$tmp"
 done_testing install

@@ -82,8 +82,13 @@ cmake_consumer() {
         -DCMAKE_BUILD_TYPE=Debug && cmake --build "$tmp/cmake-$name" --target $programs || return
     for program in $programs; do "$tmp/cmake-$name/$program" || return; done
 }
+mv "$prefix" "$tmp/moved prefix" # it must work wherever it lies
+PKG_CONFIG_PATH="$tmp/moved prefix/share/pkgconfig:$tmp/moved prefix/lib/pkgconfig"
+if command -v pkg-config > /dev/null; then
+    moved() { pkg-config --define-prefix --cflags --libs dsv3-static | sed 's/\\//g' | grep -F -e "-I$tmp/moved prefix/include" | grep -F -e "-L$tmp/moved prefix/lib"; }
+    check "pkg-config: moved" moved
+fi
 if needs cmake CMake; then
-    mv "$prefix" "$tmp/moved prefix" # it must work wherever it lies
     check "CMake: find_package" cmake_consumer find -DCMAKE_PREFIX_PATH="$tmp/moved prefix"
     programs="static_c static_cxx"
     check "CMake: add_subdirectory, installed" cmake_consumer installed -DHOW="$tmp/moved prefix/lib/cmake/dsv3"

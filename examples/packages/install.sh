@@ -10,7 +10,10 @@ for name in PREFIX INCLUDEDIR LIBDIR BINDIR DATADIR MANDIR; do # the files below
     eval "case \$$name in /*) ;; *) $name=\$(pwd)/\$$name ;; esac; export $name"
 done
 LIBRARY=libdsv3.a CMAKEDIR=$LIBDIR/cmake/dsv3
-export VERSION LIBRARY CMAKEDIR
+PC_INCLUDEDIR=$INCLUDEDIR PC_LIBDIR=$LIBDIR # in pkg-config files, what lies below the prefix is counted from it
+case $INCLUDEDIR in "$PREFIX"/*) PC_INCLUDEDIR='${prefix}'${INCLUDEDIR#"$PREFIX"} ;; esac
+case $LIBDIR in "$PREFIX"/*) PC_LIBDIR='${prefix}'${LIBDIR#"$PREFIX"} ;; esac
+export VERSION LIBRARY CMAKEDIR PC_INCLUDEDIR PC_LIBDIR
 
 # put MODE SOURCE FOLDER NAME: a copy, with its variables filled in if it is a template (*.in).
 put() {

@@ -19,8 +19,9 @@ int main(int argc, char **argv) {
     threads_pool *pool = threads_create(2);
     void *memory = large_pages_alloc(1000);
     int ok = argc == 2 && pool != NULL && memory != NULL && checkpoint_open(&model, argv[1], &error) == ST_OK;
-    if (ok) printf("%d layers, dsv3 %d.%d.%d\n", (int)model.config.num_hidden_layers, DSV3_VERSION_MAJOR, DSV3_VERSION_MINOR,
-                   DSV3_VERSION_PATCH);
+    if (ok)
+        printf("%d layers, dsv3 %d.%d.%d\n", (int)model.config.num_hidden_layers, DSV3_VERSION_MAJOR,
+               DSV3_VERSION_MINOR, DSV3_VERSION_PATCH);
     if (ok) checkpoint_close(&model);
     free(memory);
     threads_destroy(pool);
