@@ -6,8 +6,9 @@
 # make install    headers, library, tool, manual page, pkg-config and CMake files; make uninstall takes them away
 # make dist       release archives and packages for other build systems, in build/dist/
 #
-# CC, CFLAGS, LDFLAGS and LDLIBS can be set, and BUILD, the folder that is written to (tests want it to be build). The tool and the benchmarks have threads of their own
-# (examples/thread_pool.h); lessons and tests use OpenMP when the compiler has it; OPENMP= turns it off.
+# CC, CFLAGS, LDFLAGS and LDLIBS can be set, and BUILD, the folder that is written to (tests want it to be build). The tool
+# and the benchmarks have threads of their own (examples/thread_pool.h); lessons and tests use OpenMP when the compiler has
+# it; OPENMP= turns it off.
 
 CC ?= cc
 CFLAGS ?= -O2

@@ -20,6 +20,14 @@ needs() {
 
 prefix="$tmp/a prefix"
 check "install" make install PREFIX="$prefix"
+for header in "$prefix"/include/dsv3/*.h; do # each alone
+    name=${header##*/}
+    printf '#include <dsv3/%s>\n' "$name" > "$tmp/alone.c"
+    check "$name, C99" $CC -std=c99 $warn -I"$prefix/include" -fsyntax-only "$tmp/alone.c"
+    if needs g++ "$name, C++17"; then
+        check "$name, C++17" g++ -std=c++17 -x c++ $warn -I"$prefix/include" -fsyntax-only "$tmp/alone.c"
+    fi
+done
 PKG_CONFIG_PATH="$prefix/share/pkgconfig:$prefix/lib/pkgconfig"
 export PKG_CONFIG_PATH
 # config_build STD "CC and flags" PACKAGE SOURCES: a program with what pkg-config says.

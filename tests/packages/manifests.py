@@ -90,6 +90,7 @@ tools.CMake = tools.CMakeToolchain = Anything
 tools.cmake_layout = lambda recipe, **kw: made.setdefault("layout", kw)
 files.get = lambda recipe, *a, **kw: made.setdefault("get", (a, kw))
 files.copy = lambda recipe, *a, **kw: made.setdefault("copy", (a, kw))
+files.rmdir = lambda recipe, path: made.setdefault("rmdir", path)
 space = {}
 exec(compile(text(f"{dist}/conan/conanfile.py"), "conanfile.py", "exec"), space)
 recipe = space["Dsv3Conan"]()

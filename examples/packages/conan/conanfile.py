@@ -1,6 +1,6 @@
 from conan import ConanFile
 from conan.tools.cmake import CMake, CMakeToolchain, cmake_layout
-from conan.tools.files import copy, get
+from conan.tools.files import copy, get, rmdir
 
 required_conan_version = ">=2.0"
 
@@ -37,6 +37,8 @@ class Dsv3Conan(ConanFile):
     def package(self):
         copy(self, "LICENSE", src=self.source_folder, dst=self.package_folder + "/licenses")
         CMake(self).install()
+        for folder in ("lib/cmake", "lib/pkgconfig", "share"):  # Conan writes its own from package_info
+            rmdir(self, f"{self.package_folder}/{folder}")
 
     def package_info(self):
         self.cpp_info.set_property("cmake_file_name", "dsv3")
