@@ -1224,13 +1224,12 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 #define DSV3I_SANITIZED
 #endif
 #ifdef DSV3I_SANITIZED /* unrolled loops with a check at each access take minutes to compile */
-#define DSV3I_TARGET(isa) __attribute__((target(isa), no_sanitize("address"), no_sanitize("undefined")))
-#define DSV3I_INLINE(isa)                                                                                            \
-    static inline __attribute__((always_inline, target(isa), no_sanitize("address"), no_sanitize("undefined")))
+#define DSV3I_TARGET __attribute__((target(DSV3I_ISA), no_sanitize("address"), no_sanitize("undefined")))
 #else
-#define DSV3I_TARGET(isa) __attribute__((target(isa)))
-#define DSV3I_INLINE(isa) static inline __attribute__((always_inline, target(isa)))
+#define DSV3I_TARGET __attribute__((target(DSV3I_ISA))) /* DSV3I_ISA: what the code that follows is made for */
 #endif
+#define DSV3I_INLINE static inline __attribute__((always_inline)) DSV3I_TARGET
+#define DSV3I_KERNEL static DSV3I_TARGET
 #if defined(__clang__)
 #define DSV3I_UNROLL _Pragma("clang loop unroll(full)")
 #else
@@ -1245,8 +1244,8 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 #elif defined(DSV3_SIMD) && defined(_MSC_VER) && defined(_M_X64)
 #define DSV3I_X86
 #define DSV3I_ENGINE
-#define DSV3I_TARGET(isa)
-#define DSV3I_INLINE(isa) static __forceinline
+#define DSV3I_INLINE static __forceinline
+#define DSV3I_KERNEL static
 #define DSV3I_UNROLL
 #include <immintrin.h>
 #include <intrin.h>
@@ -8107,7 +8106,7 @@ static size_t dsv3i_rows_together(size_t n) {
         }                                                                                                            \
     } while (0)
 
-/* ---- Kernels for any instruction set `isa` with vectors of W lanes. V is the prefix of its names; it has
+/* ---- Kernels for any instruction set with vectors of W lanes. V is the prefix of its names; it has
  *     V_f32, V_u32       vectors of floats, and of words of four bytes
  *     V_lanes, V_mask    which lanes: 0 .. n-1, or all if there are fewer
  *     V_set, load, store, add, sub, mul, div, neg, fma    of floats; V_clamp: NaN stays NaN
@@ -8125,8 +8124,8 @@ static size_t dsv3i_rows_together(size_t n) {
 
 /* exp by x = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor series of e^r to r^7 (its rest is below 2^-27). Below -104
  * results are 0, above 89 infinite. */
-#define DSV3I_VECTOR_KERNELS(V, isa, W)                                                                              \
-    DSV3I_INLINE(isa) V##_f32 V##_exp(V##_f32 x) {                                                                   \
+#define DSV3I_VECTOR_KERNELS(V, W)                                                                                   \
+    DSV3I_INLINE V##_f32 V##_exp(V##_f32 x) {                                                                        \
         V##_f32 n, r, p = V##_set(1.0f / 5040.0f);                                                                   \
         x = V##_clamp(x, -104.0f, 89.0f);                                                                            \
         n = V##_whole(x);                                                                                            \
@@ -8141,7 +8140,7 @@ static size_t dsv3i_rows_together(size_t n) {
         p = V##_fma(p, r, V##_set(1.0f));                                                                            \
         return V##_power(p, n);                                                                                      \
     }                                                                                                                \
-    DSV3I_INLINE(isa) void V##_decode(const dsv3_type type, float *y, const void *w, size_t n) {                     \
+    DSV3I_INLINE void V##_decode(const dsv3_type type, float *y, const void *w, size_t n) {                          \
         const unsigned char *bytes = (const unsigned char *)w;                                                       \
         const size_t size = type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2;                                     \
         DSV3I_BY_LANES(V, W, n, {                                                                                    \
@@ -8151,16 +8150,16 @@ static size_t dsv3i_rows_together(size_t n) {
             V##_put(y + i, m, v);                                                                                    \
         });                                                                                                          \
     }                                                                                                                \
-    DSV3I_TARGET(isa) static float V##_dot(const float *x, const float *y, size_t n) {                               \
+    DSV3I_KERNEL float V##_dot(const float *x, const float *y, size_t n) {                                           \
         V##_f32 sum = V##_set(0.0f);                                                                                 \
         DSV3I_BY_LANES(V, W, n, sum = V##_fma(V##_get(m, x + i), V##_get(m, y + i), sum));                           \
         return V##_sum(sum);                                                                                         \
     }                                                                                                                \
-    DSV3I_TARGET(isa) static void V##_axpy(float *y, float a, const float *x, size_t n) {                            \
+    DSV3I_KERNEL void V##_axpy(float *y, float a, const float *x, size_t n) {                                        \
         const V##_f32 f = V##_set(a);                                                                                \
         DSV3I_BY_LANES(V, W, n, V##_put(y + i, m, V##_fma(f, V##_get(m, x + i), V##_get(m, y + i))));                \
     }                                                                                                                \
-    DSV3I_TARGET(isa) static float V##_exp_sum(float *p, const float *s, float top, size_t n) {                      \
+    DSV3I_KERNEL float V##_exp_sum(float *p, const float *s, float top, size_t n) {                                  \
         const V##_f32 t = V##_set(top);                                                                              \
         V##_f32 sum = V##_set(0.0f);                                                                                 \
         DSV3I_BY_LANES(V, W, n, {                                                                                    \
@@ -8170,7 +8169,7 @@ static size_t dsv3i_rows_together(size_t n) {
         });                                                                                                          \
         return V##_sum(sum);                                                                                         \
     }                                                                                                                \
-    DSV3I_TARGET(isa) static void V##_silu_mul(float *h, const float *a, const float *b, size_t n) {                 \
+    DSV3I_KERNEL void V##_silu_mul(float *h, const float *a, const float *b, size_t n) {                             \
         const V##_f32 one = V##_set(1.0f);                                                                           \
         DSV3I_BY_LANES(V, W, n, {                                                                                    \
             const V##_f32 v = V##_get(m, a + i), below = V##_add(one, V##_exp(V##_neg(v)));                          \
@@ -8180,9 +8179,8 @@ static size_t dsv3i_rows_together(size_t n) {
 
 /* Panels are made, W rows of weights at a time, and their codes become values. While some terms are packed, the next
  * k_block of their rows is fetched. */
-#define DSV3I_PANEL_KERNELS(V, isa, W)                                                                               \
-    DSV3I_TARGET(isa)                                                                                                \
-    static void V##_pack(size_t size, void *panel, const void *w, size_t row_bytes, size_t rows, size_t k) {         \
+#define DSV3I_PANEL_KERNELS(V, W)                                                                                    \
+    DSV3I_KERNEL void V##_pack(size_t size, void *panel, const void *w, size_t row_bytes, size_t rows, size_t k) {   \
         const size_t columns = (rows + 15) / 16, step = 64 * columns, bytes = k * size;                              \
         for (size_t first = 0; first < 16 * columns; first += W) {                                                   \
             const size_t real = first < rows ? dsv3i_min(rows - first, W) : 0;                                       \
@@ -8210,9 +8208,8 @@ static size_t dsv3i_rows_together(size_t n) {
         }                                                                                                            \
     }                                                                                                                \
     /* The F16 scales of all scale blocks, four at a time, of rows from `first` on; 0 for rows not there. */         \
-    DSV3I_INLINE(isa)                                                                                                \
-    void V##_scales(float *scale, size_t apart, const unsigned char *from, size_t row_bytes, size_t each,            \
-                    size_t first, size_t rows, size_t blocks) {                                                      \
+    DSV3I_INLINE void V##_scales(float *scale, size_t apart, const unsigned char *from, size_t row_bytes,            \
+                                 size_t each, size_t first, size_t rows, size_t blocks) {                            \
         uint16_t bits[4 * W], one;                                                                                   \
         DSV3_MEMSET(bits, 0, sizeof bits);                                                                           \
         for (size_t i = 0, some; i < blocks; i += some, from += some * each) {                                       \
@@ -8229,9 +8226,8 @@ static size_t dsv3i_rows_together(size_t n) {
         }                                                                                                            \
     }                                                                                                                \
     /* Scale blocks, a scale and `size` bytes of codes, as many at a time as fill a vector. */                       \
-    DSV3I_INLINE(isa)                                                                                                \
-    void V##_pack_blocks(const size_t size, void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, \
-                         size_t k) {                                                                                 \
+    DSV3I_INLINE void V##_pack_blocks(const size_t size, void *panel, float *scale, const void *w, size_t row_bytes, \
+                                      size_t rows, size_t k) {                                                       \
         const unsigned char *from = (const unsigned char *)w;                                                        \
         const size_t blocks = k / DSV3_QBLOCK, at_once = 4 * W / size, columns = (rows + 15) / 16, each = 2 + size;  \
         for (size_t first = 0; first < 16 * columns; first += W) {                                                   \
@@ -8247,7 +8243,8 @@ static size_t dsv3i_rows_together(size_t n) {
                     }                                                                                                \
                 } else {                                                                                             \
                     for (size_t j = 0; j < W; j++) {                                                                 \
-                        r[j] = V##_blocks(size, from + dsv3i_min(first + j, rows - 1) * row_bytes + b * each, count);\
+                        r[j] =                                                                                       \
+                            V##_blocks(size, from + dsv3i_min(first + j, rows - 1) * row_bytes + b * each, count);   \
                     }                                                                                                \
                 }                                                                                                    \
                 if (size == 32) {                                                                                    \
@@ -8259,7 +8256,7 @@ static size_t dsv3i_rows_together(size_t n) {
             V##_scales(scale + first, 16 * columns, from, row_bytes, each, first, rows, blocks);                     \
         }                                                                                                            \
     }                                                                                                                \
-    DSV3I_TARGET(isa) static void V##_widen_f16(void *values, const void *panel, size_t columns, size_t k) {         \
+    DSV3I_KERNEL void V##_widen_f16(void *values, const void *panel, size_t columns, size_t k) {                     \
         const unsigned char *from = (const unsigned char *)panel;                                                    \
         float *to = (float *)values;                                                                                 \
         for (size_t i = 0; i < k; i += 2, to += 16 * columns) {                                                      \
@@ -8270,7 +8267,7 @@ static size_t dsv3i_rows_together(size_t n) {
             }                                                                                                        \
         }                                                                                                            \
     }                                                                                                                \
-    DSV3I_TARGET(isa) static void V##_widen_f8(void *values, const void *panel, size_t columns, size_t k) {          \
+    DSV3I_KERNEL void V##_widen_f8(void *values, const void *panel, size_t columns, size_t k) {                      \
         const unsigned char *from = (const unsigned char *)panel;                                                    \
         unsigned char *to = (unsigned char *)values;                                                                 \
         for (size_t i = 0; i < k; i += 4, to += 64 * columns) {                                                      \
@@ -8282,7 +8279,7 @@ static size_t dsv3i_rows_together(size_t n) {
             }                                                                                                        \
         }                                                                                                            \
     }                                                                                                                \
-    DSV3I_TARGET(isa) static void V##_widen_q4_0(void *values, const void *panel, size_t columns, size_t k) {        \
+    DSV3I_KERNEL void V##_widen_q4_0(void *values, const void *panel, size_t columns, size_t k) {                    \
         const unsigned char *from = (const unsigned char *)panel;                                                    \
         unsigned char *to = (unsigned char *)values;                                                                 \
         for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += 256 * columns) {                                           \
@@ -8295,8 +8292,8 @@ static size_t dsv3i_rows_together(size_t n) {
             }                                                                                                        \
         }                                                                                                            \
     }                                                                                                                \
-    DSV3I_INLINE(isa)                                                                                                \
-    void V##_float_panel(const int bytes, float *to, const void *panel, size_t columns, size_t k, int32_t zero) {    \
+    DSV3I_INLINE void V##_float_panel(const int bytes, float *to, const void *panel, size_t columns, size_t k,       \
+                                      int32_t zero) {                                                                \
         const unsigned char *from = (const unsigned char *)panel;                                                    \
         const V##_f32 code = V##_set((float)zero);                                                                   \
         const size_t each = bytes ? 4 : 2;                                                                           \
@@ -8310,7 +8307,7 @@ static size_t dsv3i_rows_together(size_t n) {
     }
 
 /* gemm with panels, and outer. M <= 6 rows of x and NP <= N vectors of outputs: M NP sums in registers. */
-#define DSV3I_GEMM_KERNELS(V, isa, W, N)                                                                             \
+#define DSV3I_GEMM_KERNELS(V, W, N)                                                                                  \
     /* Where they lie, and which outputs are wanted. */                                                              \
     typedef struct V##_place {                                                                                       \
         const unsigned char *x[6], *w; /* rows; the first vector */                                                  \
@@ -8324,9 +8321,8 @@ static size_t dsv3i_rows_together(size_t n) {
         size_t lines, each;                                                                                          \
         V##_lanes mask[N];                                                                                           \
     } V##_place;                                                                                                     \
-    DSV3I_INLINE(isa)                                                                                                \
-    void V##_place_set(const int M, const int NP, V##_place *a, float *y, size_t ldy, const void *x, size_t ldx,     \
-                       size_t n, const void *w, size_t step, size_t columns) {                                       \
+    DSV3I_INLINE void V##_place_set(const int M, const int NP, V##_place *a, float *y, size_t ldy, const void *x,    \
+                                    size_t ldx, size_t n, const void *w, size_t step, size_t columns) {              \
         a->y = y;                                                                                                    \
         a->ldy = ldy;                                                                                                \
         a->n = dsv3i_min((size_t)M, n);                                                                              \
@@ -8343,7 +8339,7 @@ static size_t dsv3i_rows_together(size_t n) {
             a->mask[p] = V##_mask(columns > W * p ? columns - W * p : 0);                                            \
         }                                                                                                            \
     }                                                                                                                \
-    DSV3I_INLINE(isa) void V##_begin(const int M, const int NP, V##_f32 *acc, const V##_place *a, int add) {         \
+    DSV3I_INLINE void V##_begin(const int M, const int NP, V##_f32 *acc, const V##_place *a, int add) {              \
         DSV3I_UNROLL for (int i = 0; i < M * NP; i++) acc[i] = V##_set(0.0f);                                        \
         if (!add) return;                                                                                            \
         DSV3I_UNROLL for (int m = 0; m < M; m++) {                                                                   \
@@ -8352,7 +8348,7 @@ static size_t dsv3i_rows_together(size_t n) {
         }                                                                                                            \
     }                                                                                                                \
     /* y = acc; or acc * scale, added to y if `add`. Of the last 16 outputs alone, some may not be wanted. */        \
-    DSV3I_INLINE(isa) void V##_end(const int M, const int NP, V##_f32 *acc, const V##_place *a, int add) {           \
+    DSV3I_INLINE void V##_end(const int M, const int NP, V##_f32 *acc, const V##_place *a, int add) {                \
         if (a->scale != NULL) {                                                                                      \
             DSV3I_UNROLL for (int p = 0; p < NP; p++) {                                                              \
                 const V##_f32 scale = V##_load(a->scale + W * p);                                                    \
@@ -8373,9 +8369,8 @@ static size_t dsv3i_rows_together(size_t n) {
         }                                                                                                            \
     }                                                                                                                \
     /* Terms of float rows, aj floats apart, and of floats: acc += sum_j x_mj w_j. edge: vectors under the mask. */  \
-    DSV3I_INLINE(isa)                                                                                                \
-    void V##_float_terms(const int M, const int NP, const int edge, V##_f32 *acc, const V##_place *a, size_t aj,     \
-                         size_t k) {                                                                                 \
+    DSV3I_INLINE void V##_float_terms(const int M, const int NP, const int edge, V##_f32 *acc, const V##_place *a,   \
+                                      size_t aj, size_t k) {                                                         \
         const unsigned char *w = a->w, *next = a->next;                                                              \
         size_t x = 0, lines = a->lines;                                                                              \
         for (size_t j = 0; j < k; j++, x += aj * sizeof(float), w += a->step) {                                      \
@@ -8392,9 +8387,8 @@ static size_t dsv3i_rows_together(size_t n) {
         }                                                                                                            \
     }                                                                                                                \
     /* Terms i0 .. i1-1 of float rows and panels of codes. */                                                        \
-    DSV3I_INLINE(isa)                                                                                                \
-    void V##_code_terms(const int bytes, const int M, const int NP, V##_f32 *acc, const V##_place *a, V##_f32 zero,  \
-                        size_t i0, size_t i1) {                                                                      \
+    DSV3I_INLINE void V##_code_terms(const int bytes, const int M, const int NP, V##_f32 *acc, const V##_place *a,   \
+                                     V##_f32 zero, size_t i0, size_t i1) {                                           \
         const size_t each = bytes ? 4 : 2;                                                                           \
         const unsigned char *w = a->w + i0 / each * a->step;                                                         \
         for (size_t i = i0; i < i1; i += each, w += a->step) {                                                       \
@@ -8413,9 +8407,8 @@ static size_t dsv3i_rows_together(size_t n) {
             }                                                                                                        \
         }                                                                                                            \
     }                                                                                                                \
-    DSV3I_INLINE(isa)                                                                                                \
-    void V##_exact(const dsv3i_gemm_kind kind, const int M, const int NP, V##_place *a, const dsv3i_panel *w,        \
-                   size_t k, int add) {                                                                              \
+    DSV3I_INLINE void V##_exact(const dsv3i_gemm_kind kind, const int M, const int NP, V##_place *a,                 \
+                                const dsv3i_panel *w, size_t k, int add) {                                           \
         const V##_f32 zero = V##_set((float)w->zero);                                                                \
         const int scaled = w->scale != NULL;                                                                         \
         V##_f32 acc[6 * N];                                                                                          \
@@ -8436,9 +8429,9 @@ static size_t dsv3i_rows_together(size_t n) {
         }                                                                                                            \
     }                                                                                                                \
     /* n rows, columns c0 .. of a panel. Each share of the rows fetches its share of what is read next. */           \
-    DSV3I_INLINE(isa)                                                                                                \
-    void V##_columns(const dsv3i_gemm_kind kind, const int NP, float *y, size_t ldy, const void *x, size_t ldx,      \
-                     size_t n, const dsv3i_panel *w, size_t c0, size_t rows, size_t k, int add) {                    \
+    DSV3I_INLINE void V##_columns(const dsv3i_gemm_kind kind, const int NP, float *y, size_t ldy, const void *x,     \
+                                  size_t ldx, size_t n, const dsv3i_panel *w, size_t c0, size_t rows, size_t k,      \
+                                  int add) {                                                                         \
         const size_t more = kind == DSV3I_GEMM_F32 && c0 == 0 ? w->next_bytes / n : 0;                               \
         for (size_t t = 0, m; t < n; t += m) {                                                                       \
             V##_place a;                                                                                             \
@@ -8453,9 +8446,8 @@ static size_t dsv3i_rows_together(size_t n) {
         }                                                                                                            \
     }                                                                                                                \
     /* Whole panels at once; a narrower one in parts, of codes the smallest: not worth the instructions. */          \
-    DSV3I_INLINE(isa)                                                                                                \
-    void V##_gemm(const dsv3i_gemm_kind kind, float *y, size_t ldy, const void *x, size_t ldx, size_t n,             \
-                  const dsv3i_panel *w, size_t rows, size_t k, int add) {                                            \
+    DSV3I_INLINE void V##_gemm(const dsv3i_gemm_kind kind, float *y, size_t ldy, const void *x, size_t ldx,          \
+                               size_t n, const dsv3i_panel *w, size_t rows, size_t k, int add) {                     \
         const size_t least = kind == DSV3I_GEMM_F32 ? 2 : 16 / W;                                                    \
         for (size_t c = 0, some; c < w->columns; c += some * W / 16) {                                               \
             const size_t left = (w->columns - c) * (16 / W);                                                         \
@@ -8465,16 +8457,15 @@ static size_t dsv3i_rows_together(size_t n) {
                                  V##_columns(kind, NP, y, ldy, x, ldx, n, w, c, rows, k, add));                      \
         }                                                                                                            \
     }                                                                                                                \
-    DSV3I_INLINE(isa) void V##_outer_tile(const int M, const int NP, const V##_place *a, size_t aj, size_t k) {      \
+    DSV3I_INLINE void V##_outer_tile(const int M, const int NP, const V##_place *a, size_t aj, size_t k) {           \
         V##_f32 acc[6 * N];                                                                                          \
         V##_begin(M, NP, acc, a, 1);                                                                                 \
         V##_float_terms(M, NP, 1, acc, a, aj, k);                                                                    \
         V##_end(M, NP, acc, a, 0);                                                                                   \
     }                                                                                                                \
     /* All m rows of y and `columns` <= W NP columns. */                                                             \
-    DSV3I_INLINE(isa)                                                                                                \
-    void V##_outer_rows(const int NP, float *y, size_t ldy, size_t m, const float *x, size_t at, size_t aj,          \
-                        const float *b, size_t ldb, size_t k, size_t columns) {                                      \
+    DSV3I_INLINE void V##_outer_rows(const int NP, float *y, size_t ldy, size_t m, const float *x, size_t at,        \
+                                     size_t aj, const float *b, size_t ldb, size_t k, size_t columns) {              \
         for (size_t t = 0, rows; t < m; t += rows) {                                                                 \
             V##_place a;                                                                                             \
             rows = dsv3i_rows_together(m - t);                                                                       \
@@ -8484,9 +8475,8 @@ static size_t dsv3i_rows_together(size_t n) {
         }                                                                                                            \
     }                                                                                                                \
     /* b in panels of W N columns and at most 160 rows, which stay in a near cache while all rows of y pass by. */   \
-    DSV3I_TARGET(isa)                                                                                                \
-    static void V##_outer(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj, const float *b,      \
-                          size_t ldb, size_t k, size_t n) {                                                          \
+    DSV3I_KERNEL void V##_outer(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj,                \
+                                const float *b, size_t ldb, size_t k, size_t n) {                                    \
         const size_t parts = dsv3i_blocks(k, 160), each = parts > 0 ? dsv3i_blocks(k, parts) : 0;                    \
         for (size_t j = 0; j < k; j += each) {                                                                       \
             const size_t nj = dsv3i_min(each, k - j);                                                                \
@@ -8501,8 +8491,8 @@ static size_t dsv3i_rows_together(size_t n) {
 
 /* ---- Functions of the tables: a kernel with its constants. */
 
-#define DSV3I_ENTRY(isa, name, parameters, ...)                                                                      \
-    DSV3I_TARGET(isa) static void name parameters { __VA_ARGS__; }
+#define DSV3I_ENTRY(name, parameters, ...)                                                                           \
+    DSV3I_KERNEL void name parameters { __VA_ARGS__; }
 #define DSV3I_DECODE_LIST (float *y, const void *w, size_t n)
 #define DSV3I_PACK_LIST (void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k)
 #define DSV3I_FLOAT_LIST (float *values, const void *panel, size_t columns, size_t k, int32_t zero)
@@ -8512,21 +8502,21 @@ static size_t dsv3i_rows_together(size_t n) {
     (float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows, size_t k)
 #define DSV3I_GEMV_T_LIST                                                                                            \
     (float *y, const float *x, const void *w, size_t row_bytes, const void *scale, size_t k, size_t n)
-#define DSV3I_TYPE_KERNELS(V, isa)                                                                                   \
-    DSV3I_ENTRY(isa, V##_decode_f32, DSV3I_DECODE_LIST, V##_decode(DSV3_F32, y, w, n))                               \
-    DSV3I_ENTRY(isa, V##_decode_f16, DSV3I_DECODE_LIST, V##_decode(DSV3_F16, y, w, n))                               \
-    DSV3I_ENTRY(isa, V##_decode_bf16, DSV3I_DECODE_LIST, V##_decode(DSV3_BF16, y, w, n))                             \
-    DSV3I_ENTRY(isa, V##_decode_f8_e4m3, DSV3I_DECODE_LIST, V##_decode(DSV3_F8_E4M3, y, w, n))                       \
-    DSV3I_ENTRY(isa, V##_pack_4, DSV3I_PACK_LIST, (void)scale; V##_pack(4, panel, w, row_bytes, rows, k))            \
-    DSV3I_ENTRY(isa, V##_pack_2, DSV3I_PACK_LIST, (void)scale; V##_pack(2, panel, w, row_bytes, rows, k))            \
-    DSV3I_ENTRY(isa, V##_pack_1, DSV3I_PACK_LIST, (void)scale; V##_pack(1, panel, w, row_bytes, rows, k))            \
-    DSV3I_ENTRY(isa, V##_pack_q8_0, DSV3I_PACK_LIST, V##_pack_blocks(32, panel, scale, w, row_bytes, rows, k))       \
-    DSV3I_ENTRY(isa, V##_pack_q4_0, DSV3I_PACK_LIST, V##_pack_blocks(16, panel, scale, w, row_bytes, rows, k))       \
-    DSV3I_ENTRY(isa, V##_float_bf16, DSV3I_FLOAT_LIST, V##_float_panel(0, values, panel, columns, k, zero))          \
-    DSV3I_ENTRY(isa, V##_float_bytes, DSV3I_FLOAT_LIST, V##_float_panel(1, values, panel, columns, k, zero))         \
-    DSV3I_ENTRY(isa, V##_gemm_f32, DSV3I_GEMM_LIST, V##_gemm(DSV3I_GEMM_F32, y, ldy, x, ldx, n, w, rows, k, add))    \
-    DSV3I_ENTRY(isa, V##_gemm_bf16, DSV3I_GEMM_LIST, V##_gemm(DSV3I_GEMM_BF16, y, ldy, x, ldx, n, w, rows, k, add))  \
-    DSV3I_ENTRY(isa, V##_gemm_bytes, DSV3I_GEMM_LIST, V##_gemm(DSV3I_GEMM_BYTES, y, ldy, x, ldx, n, w, rows, k, add))
+#define DSV3I_TYPE_KERNELS(V)                                                                                        \
+    DSV3I_ENTRY(V##_decode_f32, DSV3I_DECODE_LIST, V##_decode(DSV3_F32, y, w, n))                                    \
+    DSV3I_ENTRY(V##_decode_f16, DSV3I_DECODE_LIST, V##_decode(DSV3_F16, y, w, n))                                    \
+    DSV3I_ENTRY(V##_decode_bf16, DSV3I_DECODE_LIST, V##_decode(DSV3_BF16, y, w, n))                                  \
+    DSV3I_ENTRY(V##_decode_f8_e4m3, DSV3I_DECODE_LIST, V##_decode(DSV3_F8_E4M3, y, w, n))                            \
+    DSV3I_ENTRY(V##_pack_4, DSV3I_PACK_LIST, (void)scale; V##_pack(4, panel, w, row_bytes, rows, k))                 \
+    DSV3I_ENTRY(V##_pack_2, DSV3I_PACK_LIST, (void)scale; V##_pack(2, panel, w, row_bytes, rows, k))                 \
+    DSV3I_ENTRY(V##_pack_1, DSV3I_PACK_LIST, (void)scale; V##_pack(1, panel, w, row_bytes, rows, k))                 \
+    DSV3I_ENTRY(V##_pack_q8_0, DSV3I_PACK_LIST, V##_pack_blocks(32, panel, scale, w, row_bytes, rows, k))            \
+    DSV3I_ENTRY(V##_pack_q4_0, DSV3I_PACK_LIST, V##_pack_blocks(16, panel, scale, w, row_bytes, rows, k))            \
+    DSV3I_ENTRY(V##_float_bf16, DSV3I_FLOAT_LIST, V##_float_panel(0, values, panel, columns, k, zero))               \
+    DSV3I_ENTRY(V##_float_bytes, DSV3I_FLOAT_LIST, V##_float_panel(1, values, panel, columns, k, zero))              \
+    DSV3I_ENTRY(V##_gemm_f32, DSV3I_GEMM_LIST, V##_gemm(DSV3I_GEMM_F32, y, ldy, x, ldx, n, w, rows, k, add))         \
+    DSV3I_ENTRY(V##_gemm_bf16, DSV3I_GEMM_LIST, V##_gemm(DSV3I_GEMM_BF16, y, ldy, x, ldx, n, w, rows, k, add))       \
+    DSV3I_ENTRY(V##_gemm_bytes, DSV3I_GEMM_LIST, V##_gemm(DSV3I_GEMM_BYTES, y, ldy, x, ldx, n, w, rows, k, add))
 
 /* ---- Tables: what a backend is made of */
 
@@ -8558,93 +8548,93 @@ static size_t dsv3i_rows_together(size_t n) {
     }
 
 /* What AVX2 and AVX-512 have in common but for their width. repeat: 16 bytes everywhere. */
-#define DSV3I_X86_VECTORS(V, isa, bits, repeat)                                                                              \
-    typedef __m##bits V##_f32;                                                                                               \
-    typedef __m##bits##i V##_u32;                                                                                            \
-    DSV3I_INLINE(isa) V##_f32 V##_set(float a) { return _mm##bits##_set1_ps(a); }                                            \
-    DSV3I_INLINE(isa) V##_f32 V##_load(const float *at) { return _mm##bits##_loadu_ps(at); }                                 \
-    DSV3I_INLINE(isa) void V##_store(float *at, V##_f32 v) { _mm##bits##_storeu_ps(at, v); }                                 \
-    DSV3I_INLINE(isa) V##_f32 V##_add(V##_f32 a, V##_f32 b) { return _mm##bits##_add_ps(a, b); }                             \
-    DSV3I_INLINE(isa) V##_f32 V##_sub(V##_f32 a, V##_f32 b) { return _mm##bits##_sub_ps(a, b); }                             \
-    DSV3I_INLINE(isa) V##_f32 V##_mul(V##_f32 a, V##_f32 b) { return _mm##bits##_mul_ps(a, b); }                             \
-    DSV3I_INLINE(isa) V##_f32 V##_div(V##_f32 a, V##_f32 b) { return _mm##bits##_div_ps(a, b); }                             \
-    DSV3I_INLINE(isa) V##_f32 V##_neg(V##_f32 a) { return _mm##bits##_xor_ps(a, _mm##bits##_set1_ps(-0.0f)); }               \
-    DSV3I_INLINE(isa) V##_f32 V##_fma(V##_f32 a, V##_f32 b, V##_f32 c) { return _mm##bits##_fmadd_ps(a, b, c); }             \
-    DSV3I_INLINE(isa) V##_f32 V##_clamp(V##_f32 x, float low, float high) {                                                  \
-        return _mm##bits##_min_ps(_mm##bits##_set1_ps(high), _mm##bits##_max_ps(_mm##bits##_set1_ps(low), x));               \
-    }                                                                                                                        \
-    DSV3I_INLINE(isa) void V##_near(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T0); }                \
-    DSV3I_INLINE(isa) void V##_far(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T1); }                 \
-    DSV3I_INLINE(isa) V##_u32 V##_words(const void *at) { return _mm##bits##_loadu_si##bits((const V##_u32 *)at); }          \
-    DSV3I_INLINE(isa) void V##_put_words(void *at, V##_u32 v) { _mm##bits##_storeu_si##bits((V##_u32 *)at, v); }             \
-    DSV3I_INLINE(isa) V##_u32 V##_flip(V##_u32 v) {                                                                          \
-        return _mm##bits##_xor_si##bits(v, _mm##bits##_set1_epi8((char)-128));                                               \
-    }                                                                                                                        \
-    DSV3I_INLINE(isa) V##_u32 V##_order(V##_u32 v) {                                                                         \
-        return _mm##bits##_shuffle_epi8(                                                                                     \
-            v, repeat(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)));                                 \
-    }                                                                                                                        \
-    /* The first two of the steps of V_transpose: r[4 i + j] becomes, of every four words, word j of rows 4 i .. 4 i + 3. */ \
-    DSV3I_INLINE(isa) void V##_transpose_fours(V##_u32 *r, const int rows) {                                                 \
-        V##_u32 t[4];                                                                                                        \
-        DSV3I_UNROLL for (int i = 0; i < rows; i += 4) {                                                                     \
-            DSV3I_UNROLL for (int j = 0; j < 4; j += 2) {                                                                    \
-                t[j] = _mm##bits##_unpacklo_epi32(r[i + j], r[i + j + 1]);                                                   \
-                t[j + 1] = _mm##bits##_unpackhi_epi32(r[i + j], r[i + j + 1]);                                               \
-            }                                                                                                                \
-            DSV3I_UNROLL for (int j = 0; j < 2; j++) {                                                                       \
-                r[i + 2 * j] = _mm##bits##_unpacklo_epi64(t[j], t[j + 2]);                                                   \
-                r[i + 2 * j + 1] = _mm##bits##_unpackhi_epi64(t[j], t[j + 2]);                                               \
-            }                                                                                                                \
-        }                                                                                                                    \
-    }                                                                                                                        \
-    DSV3I_INLINE(isa) void V##_nibbles(V##_u32 b[2], V##_u32 v) {                                                            \
-        b[0] = _mm##bits##_and_si##bits(v, _mm##bits##_set1_epi8(15));                                                       \
-        b[1] = _mm##bits##_and_si##bits(_mm##bits##_srli_epi16(v, 4), _mm##bits##_set1_epi8(15));                            \
-    }                                                                                                                        \
-    DSV3I_INLINE(isa) void V##_floats(const int bytes, V##_f32 f[4], V##_u32 v, V##_f32 zero) {                              \
-        const V##_u32 byte = _mm##bits##_set1_epi32(255);                                                                    \
-        if (bytes) {                                                                                                         \
-            const V##_u32 two = _mm##bits##_srli_epi32(v, 8), three = _mm##bits##_srli_epi32(v, 16);                         \
-            f[0] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(v, byte)), zero);                                \
-            f[1] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(two, byte)), zero);                              \
-            f[2] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(three, byte)), zero);                            \
-            f[3] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_srli_epi32(v, 24)), zero);                                    \
-        } else {                                                                                                             \
-            f[0] = _mm##bits##_castsi##bits##_ps(_mm##bits##_slli_epi32(v, 16));                                             \
-            f[1] = _mm##bits##_castsi##bits##_ps(_mm##bits##_and_si##bits(v, _mm##bits##_set1_epi32(-65536)));               \
-        }                                                                                                                    \
+#define DSV3I_X86_VECTORS(V, bits, repeat)                                                                           \
+    typedef __m##bits V##_f32;                                                                                       \
+    typedef __m##bits##i V##_u32;                                                                                    \
+    DSV3I_INLINE V##_f32 V##_set(float a) { return _mm##bits##_set1_ps(a); }                                         \
+    DSV3I_INLINE V##_f32 V##_load(const float *at) { return _mm##bits##_loadu_ps(at); }                              \
+    DSV3I_INLINE void V##_store(float *at, V##_f32 v) { _mm##bits##_storeu_ps(at, v); }                              \
+    DSV3I_INLINE V##_f32 V##_add(V##_f32 a, V##_f32 b) { return _mm##bits##_add_ps(a, b); }                          \
+    DSV3I_INLINE V##_f32 V##_sub(V##_f32 a, V##_f32 b) { return _mm##bits##_sub_ps(a, b); }                          \
+    DSV3I_INLINE V##_f32 V##_mul(V##_f32 a, V##_f32 b) { return _mm##bits##_mul_ps(a, b); }                          \
+    DSV3I_INLINE V##_f32 V##_div(V##_f32 a, V##_f32 b) { return _mm##bits##_div_ps(a, b); }                          \
+    DSV3I_INLINE V##_f32 V##_neg(V##_f32 a) { return _mm##bits##_xor_ps(a, _mm##bits##_set1_ps(-0.0f)); }            \
+    DSV3I_INLINE V##_f32 V##_fma(V##_f32 a, V##_f32 b, V##_f32 c) { return _mm##bits##_fmadd_ps(a, b, c); }          \
+    DSV3I_INLINE V##_f32 V##_clamp(V##_f32 x, float low, float high) {                                               \
+        return _mm##bits##_min_ps(_mm##bits##_set1_ps(high), _mm##bits##_max_ps(_mm##bits##_set1_ps(low), x));       \
+    }                                                                                                                \
+    DSV3I_INLINE void V##_near(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T0); }             \
+    DSV3I_INLINE void V##_far(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T1); }              \
+    DSV3I_INLINE V##_u32 V##_words(const void *at) { return _mm##bits##_loadu_si##bits((const V##_u32 *)at); }       \
+    DSV3I_INLINE void V##_put_words(void *at, V##_u32 v) { _mm##bits##_storeu_si##bits((V##_u32 *)at, v); }          \
+    DSV3I_INLINE V##_u32 V##_flip(V##_u32 v) {                                                                       \
+        return _mm##bits##_xor_si##bits(v, _mm##bits##_set1_epi8((char)-128));                                       \
+    }                                                                                                                \
+    DSV3I_INLINE V##_u32 V##_order(V##_u32 v) {                                                                      \
+        return _mm##bits##_shuffle_epi8(                                                                             \
+            v, repeat(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)));                         \
+    }                                                                                                                \
+    /* First steps of V_transpose: r[4 i + j] becomes, of every four words, word j of rows 4 i .. 4 i + 3. */        \
+    DSV3I_INLINE void V##_transpose_fours(V##_u32 *r, const int rows) {                                              \
+        V##_u32 t[4];                                                                                                \
+        DSV3I_UNROLL for (int i = 0; i < rows; i += 4) {                                                             \
+            DSV3I_UNROLL for (int j = 0; j < 4; j += 2) {                                                            \
+                t[j] = _mm##bits##_unpacklo_epi32(r[i + j], r[i + j + 1]);                                           \
+                t[j + 1] = _mm##bits##_unpackhi_epi32(r[i + j], r[i + j + 1]);                                       \
+            }                                                                                                        \
+            DSV3I_UNROLL for (int j = 0; j < 2; j++) {                                                               \
+                r[i + 2 * j] = _mm##bits##_unpacklo_epi64(t[j], t[j + 2]);                                           \
+                r[i + 2 * j + 1] = _mm##bits##_unpackhi_epi64(t[j], t[j + 2]);                                       \
+            }                                                                                                        \
+        }                                                                                                            \
+    }                                                                                                                \
+    DSV3I_INLINE void V##_nibbles(V##_u32 b[2], V##_u32 v) {                                                         \
+        b[0] = _mm##bits##_and_si##bits(v, _mm##bits##_set1_epi8(15));                                               \
+        b[1] = _mm##bits##_and_si##bits(_mm##bits##_srli_epi16(v, 4), _mm##bits##_set1_epi8(15));                    \
+    }                                                                                                                \
+    DSV3I_INLINE void V##_floats(const int bytes, V##_f32 f[4], V##_u32 v, V##_f32 zero) {                           \
+        const V##_u32 byte = _mm##bits##_set1_epi32(255);                                                            \
+        if (bytes) {                                                                                                 \
+            const V##_u32 two = _mm##bits##_srli_epi32(v, 8), three = _mm##bits##_srli_epi32(v, 16);                 \
+            f[0] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(v, byte)), zero);                        \
+            f[1] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(two, byte)), zero);                      \
+            f[2] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(three, byte)), zero);                    \
+            f[3] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_srli_epi32(v, 24)), zero);                            \
+        } else {                                                                                                     \
+            f[0] = _mm##bits##_castsi##bits##_ps(_mm##bits##_slli_epi32(v, 16));                                     \
+            f[1] = _mm##bits##_castsi##bits##_ps(_mm##bits##_and_si##bits(v, _mm##bits##_set1_epi32(-65536)));       \
+        }                                                                                                            \
     }
 
 /* ---- AVX2, FMA, F16C: 8 lanes. */
 
-#define DSV3I_AVX2 "avx2,fma,f16c"
-DSV3I_X86_VECTORS(dsv3i_avx2, DSV3I_AVX2, 256, _mm256_broadcastsi128_si256)
+#define DSV3I_ISA "avx2,fma,f16c"
+DSV3I_X86_VECTORS(dsv3i_avx2, 256, _mm256_broadcastsi128_si256)
 
 typedef size_t dsv3i_avx2_lanes; /* there are no masks but vectors, made where they are needed */
 
-DSV3I_INLINE(DSV3I_AVX2) size_t dsv3i_avx2_mask(size_t n) { return n; }
+DSV3I_INLINE size_t dsv3i_avx2_mask(size_t n) { return n; }
 /* Lanes 0 .. n-1 of 8. */
-DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_first(size_t n) {
+DSV3I_INLINE __m256i dsv3i_avx2_first(size_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_get(size_t n, const float *at) {
+DSV3I_INLINE __m256 dsv3i_avx2_get(size_t n, const float *at) {
     return n >= 8 ? _mm256_loadu_ps(at) : _mm256_maskload_ps(at, dsv3i_avx2_first(n));
 }
-DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_put(float *at, size_t n, __m256 v) {
+DSV3I_INLINE void dsv3i_avx2_put(float *at, size_t n, __m256 v) {
     if (n >= 8) {
         _mm256_storeu_ps(at, v);
     } else {
         _mm256_maskstore_ps(at, dsv3i_avx2_first(n), v);
     }
 }
-DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_keep(size_t n, __m256 v) {
+DSV3I_INLINE __m256 dsv3i_avx2_keep(size_t n, __m256 v) {
     return n >= 8 ? v : _mm256_and_ps(v, _mm256_castsi256_ps(dsv3i_avx2_first(n)));
 }
-DSV3I_INLINE(DSV3I_AVX2) __m128i dsv3i_avx2_bytes_16(const unsigned char *at) {
+DSV3I_INLINE __m128i dsv3i_avx2_bytes_16(const unsigned char *at) {
     return _mm_loadu_si128((const __m128i *)(const void *)at);
 }
-DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_bytes(const unsigned char *at, size_t n) {
+DSV3I_INLINE __m256i dsv3i_avx2_bytes(const unsigned char *at, size_t n) {
     unsigned char part[32];
     if (n >= 32) return dsv3i_avx2_words(at);
     DSV3_MEMSET(part, 0, sizeof part);
@@ -8654,7 +8644,7 @@ DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_bytes(const unsigned char *at, size_
 
 /* E4M3: the code's seven low bits become exponent and fraction of a half, whose exponent is 8 too small: what is
  * returned is the value / 256, exactly, and NaN for NaN. */
-DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_element(const dsv3_type type, size_t n, const unsigned char *at) {
+DSV3I_INLINE __m256 dsv3i_avx2_element(const dsv3_type type, size_t n, const unsigned char *at) {
     const __m128i bits = _mm_set1_epi16(0x3F80);
     unsigned char part[32];
     __m128i h;
@@ -8673,25 +8663,25 @@ DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_element(const dsv3_type type, size_t 
     return _mm256_cvtph_ps(_mm_or_si128(h, _mm_srli_epi16(_mm_cmpeq_epi16(_mm_and_si128(h, bits), bits), 1)));
 }
 /* The sums of the lanes of a, b, c, d: ((l0+l2)+(l1+l3)) + ((l4+l6)+(l5+l7)) of each. */
-DSV3I_INLINE(DSV3I_AVX2) __m128 dsv3i_avx2_sums(__m256 a, __m256 b, __m256 c, __m256 d) {
+DSV3I_INLINE __m128 dsv3i_avx2_sums(__m256 a, __m256 b, __m256 c, __m256 d) {
     const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
     const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
     const __m256 t = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
     return _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
 }
-DSV3I_INLINE(DSV3I_AVX2) float dsv3i_avx2_sum(__m256 v) { return _mm_cvtss_f32(dsv3i_avx2_sums(v, v, v, v)); }
-DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_whole(__m256 x) {
+DSV3I_INLINE float dsv3i_avx2_sum(__m256 v) { return _mm_cvtss_f32(dsv3i_avx2_sums(v, v, v, v)); }
+DSV3I_INLINE __m256 dsv3i_avx2_whole(__m256 x) {
     return _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
                            _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 /* 2^n comes in two factors, so that results may be subnormal. */
-DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_power(__m256 p, __m256 n) {
+DSV3I_INLINE __m256 dsv3i_avx2_power(__m256 p, __m256 n) {
     const __m256i bias = _mm256_set1_epi32(127), i = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(i, 1);
     const __m256i rest = _mm256_sub_epi32(i, half);
     p = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23)));
     return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23)));
 }
-DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_transpose(__m256i r[8]) {
+DSV3I_INLINE void dsv3i_avx2_transpose(__m256i r[8]) {
     dsv3i_avx2_transpose_fours(r, 8);
     DSV3I_UNROLL for (int i = 0; i < 4; i++) {
         const __m256i a = r[i], b = r[4 + i];
@@ -8700,17 +8690,17 @@ DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_transpose(__m256i r[8]) {
     }
 }
 /* The codes of `count` blocks of 2 + size bytes: one of Q8_0, two of Q4_0 or, at the end of a row, one. */
-DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_blocks(const size_t size, const unsigned char *w, size_t count) {
+DSV3I_INLINE __m256i dsv3i_avx2_blocks(const size_t size, const unsigned char *w, size_t count) {
     if (size == 32) return dsv3i_avx2_words(w + 2);
     return _mm256_inserti128_si256(_mm256_castsi128_si256(dsv3i_avx2_bytes_16(w + 2)),
                                    count == 2 ? dsv3i_avx2_bytes_16(w + 20) : _mm_setzero_si128(), 1);
 }
-DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_half(__m256i v, const int upper) {
+DSV3I_INLINE __m256 dsv3i_avx2_half(__m256i v, const int upper) {
     const __m256i w = upper ? _mm256_srli_epi32(v, 16) : _mm256_and_si256(v, _mm256_set1_epi32(65535));
     return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
 }
 /* By way of halves, as dsv3i_avx2_element. */
-DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_bf16(__m256i b[2], __m256i v) {
+DSV3I_INLINE void dsv3i_avx2_bf16(__m256i b[2], __m256i v) {
     const __m256i bits = _mm256_set1_epi16(0x3F80), zero = _mm256_setzero_si256();
     const __m256 unit = _mm256_set1_ps(256.0f);
     b[0] = _mm256_unpacklo_epi8(zero, v);
@@ -8726,7 +8716,7 @@ DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_bf16(__m256i b[2], __m256i v) {
 }
 
 /* Q8_0 and Q4_0: whole blocks. */
-DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_decode_blocks(const size_t size, float *y, const void *w, size_t n) {
+DSV3I_INLINE void dsv3i_avx2_decode_blocks(const size_t size, float *y, const void *w, size_t n) {
     const unsigned char *bytes = (const unsigned char *)w;
     const __m128i low = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
     for (size_t i = 0; i < n; i += DSV3_QBLOCK, bytes += 2 + size) {
@@ -8749,18 +8739,17 @@ DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_decode_blocks(const size_t size, float 
     }
 }
 
-DSV3I_ENTRY(DSV3I_AVX2, dsv3i_avx2_decode_q8_0, DSV3I_DECODE_LIST, dsv3i_avx2_decode_blocks(32, y, w, n))
-DSV3I_ENTRY(DSV3I_AVX2, dsv3i_avx2_decode_q4_0, DSV3I_DECODE_LIST, dsv3i_avx2_decode_blocks(16, y, w, n))
+DSV3I_ENTRY(dsv3i_avx2_decode_q8_0, DSV3I_DECODE_LIST, dsv3i_avx2_decode_blocks(32, y, w, n))
+DSV3I_ENTRY(dsv3i_avx2_decode_q4_0, DSV3I_DECODE_LIST, dsv3i_avx2_decode_blocks(16, y, w, n))
 
-DSV3I_VECTOR_KERNELS(dsv3i_avx2, DSV3I_AVX2, 8)
-DSV3I_PANEL_KERNELS(dsv3i_avx2, DSV3I_AVX2, 8)
-DSV3I_GEMM_KERNELS(dsv3i_avx2, DSV3I_AVX2, 8, 2)
-DSV3I_TYPE_KERNELS(dsv3i_avx2, DSV3I_AVX2)
+DSV3I_VECTOR_KERNELS(dsv3i_avx2, 8)
+DSV3I_PANEL_KERNELS(dsv3i_avx2, 8)
+DSV3I_GEMM_KERNELS(dsv3i_avx2, 8, 2)
+DSV3I_TYPE_KERNELS(dsv3i_avx2)
 
 /* nw <= 4 rows of w, n <= NX (1 or 3) of x: y [n, nw]. What is not there is its neighbour once more. */
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_dots(const int NX, float *y, size_t ldy, const float *x, size_t ldx, size_t n, const float *w,
-                     size_t ldw, size_t nw, size_t k) {
+DSV3I_INLINE void dsv3i_avx2_dots(const int NX, float *y, size_t ldy, const float *x, size_t ldx, size_t n,
+                                  const float *w, size_t ldw, size_t nw, size_t k) {
     const float *xs[3], *ws[4];
     __m256 acc[12];
     DSV3I_UNROLL for (size_t t = 0; t < 3; t++) xs[t] = x + dsv3i_min(t, n - 1) * ldx;
@@ -8785,9 +8774,8 @@ void dsv3i_avx2_dots(const int NX, float *y, size_t ldy, const float *x, size_t 
 }
 
 /* Scores of attention: queries times keys. */
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_tile(float *y, size_t ldy, const float *x, size_t ldx, size_t nx, const float *w, size_t ldw,
-                            size_t nw, size_t k) {
+DSV3I_KERNEL void dsv3i_avx2_tile(float *y, size_t ldy, const float *x, size_t ldx, size_t nx, const float *w,
+                                  size_t ldw, size_t nw, size_t k) {
     for (size_t t = 0; t < nx; t += 3) {
         for (size_t r = 0; r < nw; r += 4) {
             const size_t n = dsv3i_min(3, nx - t), rows = dsv3i_min(4, nw - r);
@@ -8816,32 +8804,29 @@ static const dsv3i_ops dsv3i_avx2_ops = DSV3I_OPS(dsv3i_avx2, dsv3i_avx2_kernels
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
-#define DSV3I_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
-DSV3I_X86_VECTORS(dsv3i_avx512, DSV3I_AVX512, 512, _mm512_broadcast_i32x4)
+#undef DSV3I_ISA
+#define DSV3I_ISA "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+DSV3I_X86_VECTORS(dsv3i_avx512, 512, _mm512_broadcast_i32x4)
 
 typedef __mmask16 dsv3i_avx512_lanes;
 
 /* Lanes 0 .. n-1 of 16. */
-DSV3I_INLINE(DSV3I_AVX512) __mmask16 dsv3i_avx512_mask(size_t n) {
-    return (__mmask16)(n >= 16 ? 0xFFFFu : (1u << n) - 1u);
-}
-DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_get(__mmask16 m, const float *at) {
-    return _mm512_maskz_loadu_ps(m, at);
-}
+DSV3I_INLINE __mmask16 dsv3i_avx512_mask(size_t n) { return (__mmask16)(n >= 16 ? 0xFFFFu : (1u << n) - 1u); }
+DSV3I_INLINE __m512 dsv3i_avx512_get(__mmask16 m, const float *at) { return _mm512_maskz_loadu_ps(m, at); }
 /* The lanes of the mask. (Stores under a mask are slow on some processors, most of all when they are read soon.) */
-DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_put(float *y, __mmask16 m, __m512 v) {
+DSV3I_INLINE void dsv3i_avx512_put(float *y, __mmask16 m, __m512 v) {
     if (m == 0xFFFF) {
         _mm512_storeu_ps(y, v);
     } else {
         _mm512_mask_storeu_ps(y, m, v);
     }
 }
-DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_keep(__mmask16 m, __m512 v) { return _mm512_maskz_mov_ps(m, v); }
-DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_bytes(const unsigned char *at, size_t n) {
+DSV3I_INLINE __m512 dsv3i_avx512_keep(__mmask16 m, __m512 v) { return _mm512_maskz_mov_ps(m, v); }
+DSV3I_INLINE __m512i dsv3i_avx512_bytes(const unsigned char *at, size_t n) {
     return _mm512_maskz_loadu_epi8(n >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << n) - 1, at);
 }
 /* E4M3: as dsv3i_avx2_element. */
-DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_element(const dsv3_type type, __mmask16 m, const unsigned char *at) {
+DSV3I_INLINE __m512 dsv3i_avx512_element(const dsv3_type type, __mmask16 m, const unsigned char *at) {
     const __m256i bits = _mm256_set1_epi16(0x3F80);
     __m256i h;
     __mmask16 nan;
@@ -8856,15 +8841,15 @@ DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_element(const dsv3_type type, __m
     return _mm512_cvtph_ps(_mm256_mask_mov_epi16(h, nan, _mm256_set1_epi16(0x7FFF)));
 }
 /* Lane i + 8 to lane i, then as dsv3i_avx2_sum. */
-DSV3I_INLINE(DSV3I_AVX512) float dsv3i_avx512_sum(__m512 v) {
+DSV3I_INLINE float dsv3i_avx512_sum(__m512 v) {
     return dsv3i_avx2_sum(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
 }
-DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_whole(__m512 x) {
+DSV3I_INLINE __m512 dsv3i_avx512_whole(__m512 x) {
     const __m512 large = _mm512_set1_ps(12582912.0f); /* 1.5 2^23: the sum is rounded to a whole number */
     return _mm512_sub_ps(_mm512_fmadd_ps(x, _mm512_set1_ps(1.44269504f), large), large);
 }
-DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_power(__m512 p, __m512 n) { return _mm512_scalef_ps(p, n); }
-DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_transpose(__m512i r[16]) {
+DSV3I_INLINE __m512 dsv3i_avx512_power(__m512 p, __m512 n) { return _mm512_scalef_ps(p, n); }
+DSV3I_INLINE void dsv3i_avx512_transpose(__m512i r[16]) {
     dsv3i_avx512_transpose_fours(r, 16);
     DSV3I_UNROLL for (int j = 0; j < 4; j++) {
         const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xDD);
@@ -8877,7 +8862,7 @@ DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_transpose(__m512i r[16]) {
     }
 }
 /* The codes of `count` blocks of 2 + size bytes: two of Q8_0 or four of Q4_0, or fewer at the end of a row. */
-DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_blocks(const size_t size, const unsigned char *w, size_t count) {
+DSV3I_INLINE __m512i dsv3i_avx512_blocks(const size_t size, const unsigned char *w, size_t count) {
     unsigned char part[64];
     __m512i v;
     if (count < 64 / size) {
@@ -8893,11 +8878,11 @@ DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_blocks(const size_t size, const 
     v = _mm512_inserti32x4(v, dsv3i_avx2_bytes_16(w + 38), 2);
     return _mm512_inserti32x4(v, dsv3i_avx2_bytes_16(w + 56), 3);
 }
-DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_half(__m512i v, const int upper) {
+DSV3I_INLINE __m512 dsv3i_avx512_half(__m512i v, const int upper) {
     return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(upper ? _mm512_srli_epi32(v, 16) : v));
 }
 /* Normal: exponent + 120; the eight smallest by a table; NaN. */
-DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_bf16(__m512i b[2], __m512i v) {
+DSV3I_INLINE void dsv3i_avx512_bf16(__m512i b[2], __m512i v) {
     const __m512i small = _mm512_broadcast_i32x4(
         _mm_setr_epi16(0, 0x3B00, 0x3B80, 0x3BC0, 0x3C00, 0x3C20, 0x3C40, 0x3C60)); /* 0 to 7 times 2^-9 */
     const __m512i last = _mm512_set1_epi16(0x7F), zero = _mm512_setzero_si512();
@@ -8913,13 +8898,13 @@ DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_bf16(__m512i b[2], __m512i v) {
     }
 }
 
-DSV3I_VECTOR_KERNELS(dsv3i_avx512, DSV3I_AVX512, 16)
-DSV3I_PANEL_KERNELS(dsv3i_avx512, DSV3I_AVX512, 16)
-DSV3I_GEMM_KERNELS(dsv3i_avx512, DSV3I_AVX512, 16, 4)
-DSV3I_TYPE_KERNELS(dsv3i_avx512, DSV3I_AVX512)
+DSV3I_VECTOR_KERNELS(dsv3i_avx512, 16)
+DSV3I_PANEL_KERNELS(dsv3i_avx512, 16)
+DSV3I_GEMM_KERNELS(dsv3i_avx512, 16, 4)
+DSV3I_TYPE_KERNELS(dsv3i_avx512)
 
 /* Fetches what comes next, where steps share it. */
-DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_fetch(dsv3i_avx512_place *a) {
+DSV3I_INLINE void dsv3i_avx512_fetch(dsv3i_avx512_place *a) {
     if (a->lines == 0) return;
     for (size_t i = 0; i < a->each; i++) dsv3i_avx512_far(a->next + 64 * i);
     a->next += 64 * a->each;
@@ -8929,8 +8914,8 @@ DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_fetch(dsv3i_avx512_place *a) {
 /* ---- AVX-512: gemv_t, y += sum_r x_r w_r. */
 
 /* The 32 numbers of a block of Q8_0 or Q4_0, times f, to two sums. Q4_0: a table of the 16 values there are. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_gemv_t_block(const dsv3_type type, __m512 acc[2], __m512 f, const unsigned char *block) {
+DSV3I_INLINE void dsv3i_avx512_gemv_t_block(const dsv3_type type, __m512 acc[2], __m512 f,
+                                            const unsigned char *block) {
     const __m512 sixteen = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
     int16_t half;
     __m512 d, v[2];
@@ -8950,9 +8935,8 @@ void dsv3i_avx512_gemv_t_block(const dsv3_type type, __m512 acc[2], __m512 f, co
 }
 
 /* NC vectors of numbers of a row, from w on, times f; of a vector, the lanes of the mask. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_gemv_t_columns(const dsv3_type type, const int NC, float *y, __mmask16 m, __m512 f,
-                                 const unsigned char *w, const float scale[2]) {
+DSV3I_INLINE void dsv3i_avx512_gemv_t_columns(const dsv3_type type, const int NC, float *y, __mmask16 m, __m512 f,
+                                              const unsigned char *w, const float scale[2]) {
     const size_t size = type == DSV3_F8_E4M3 ? 1 : 2;
     __m512 acc[16];
     DSV3I_UNROLL for (int c = 0; c < NC; c++) acc[c] = dsv3i_avx512_get(m, y + 16 * c);
@@ -8972,9 +8956,8 @@ void dsv3i_avx512_gemv_t_columns(const dsv3_type type, const int NC, float *y, _
 }
 
 /* A row, from number i on, a multiple of 32. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_gemv_t_row(const dsv3_type type, float *y, float x, const unsigned char *w,
-                             const unsigned char *scale, size_t i, size_t n) {
+DSV3I_INLINE void dsv3i_avx512_gemv_t_row(const dsv3_type type, float *y, float x, const unsigned char *w,
+                                          const unsigned char *scale, size_t i, size_t n) {
     const __m512 f = _mm512_set1_ps(x);
     const size_t block = dsv3_row_bytes(type, DSV3_QBLOCK);
     const unsigned char *at = w + i / DSV3_QBLOCK * block;
@@ -8995,7 +8978,7 @@ void dsv3i_avx512_gemv_t_row(const dsv3_type type, float *y, float x, const unsi
 
 /* Row by row, exactly as they lie, is how they come fastest, although sums then wait in a near cache. */
 #define DSV3I_GEMV_T(name, type)                                                                                     \
-    DSV3I_ENTRY(DSV3I_AVX512, dsv3i_avx512_gemv_t_##name, DSV3I_GEMV_T_LIST, {                                       \
+    DSV3I_ENTRY(dsv3i_avx512_gemv_t_##name, DSV3I_GEMV_T_LIST, {                                                     \
         const unsigned char *row = (const unsigned char *)w, *scales = (const unsigned char *)scale;                 \
         for (size_t r = 0; r < k; r++) dsv3i_avx512_gemv_t_row(type, y, x[r], row + r * row_bytes, scales, 0, n);    \
     })
@@ -9008,8 +8991,8 @@ DSV3I_GEMV_T(q4_0, DSV3_Q4_0)
 /* ---- AVX-512: attention. Lanes are queries: scores p [nk, columns, 16]. */
 
 /* Scores become weights; the rescaling of what is there to the new maxima. p [nk, columns, 16] */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_softmax(dsv3i_attention_tile *a, float *p, float rescale[64], size_t columns, size_t nk) {
+DSV3I_INLINE void dsv3i_avx512_softmax(dsv3i_attention_tile *a, float *p, float rescale[64], size_t columns,
+                                       size_t nk) {
     const __m512 scale = _mm512_set1_ps(a->scale);
     for (size_t c = 0; c < columns; c++) {
         const __m512 before = _mm512_loadu_ps(a->top + 16 * c);
@@ -9037,7 +9020,7 @@ void dsv3i_avx512_softmax(dsv3i_attention_tile *a, float *p, float rescale[64], 
     }
 }
 
-DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_rescale(const dsv3i_attention_tile *a, const float rescale[64]) {
+DSV3I_INLINE void dsv3i_avx512_rescale(const dsv3i_attention_tile *a, const float rescale[64]) {
     for (size_t t = 0; t < a->lanes; t++) {
         const __m512 f = _mm512_set1_ps(rescale[t]);
         float *out = a->out + t * a->ld_out;
@@ -9059,11 +9042,11 @@ static dsv3i_panel dsv3i_panel_of(const void *values, size_t columns, size_t k) 
 }
 
 /* A panel of queries, and behind it room for scores. */
-DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_attend_begin(dsv3i_attention_tile *a) {
+DSV3I_KERNEL void dsv3i_avx512_attend_begin(dsv3i_attention_tile *a) {
     dsv3i_avx512_pack(4, a->scratch, a->q, a->ld_q * sizeof *a->q, a->lanes, a->dk);
 }
 
-DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_attend(dsv3i_attention_tile *a, size_t nk) {
+DSV3I_KERNEL void dsv3i_avx512_attend(dsv3i_attention_tile *a, size_t nk) {
     const size_t columns = (a->lanes + 15) / 16;
     const dsv3i_panel queries = dsv3i_panel_of(a->scratch, columns, a->dk);
     float *p = (float *)a->scratch + 16 * columns * a->dk, rescale[64];
@@ -9085,10 +9068,11 @@ static const dsv3i_ops dsv3i_avx512_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_avx512_k
 
 /* ---- AVX-512 with VBMI, VNNI and BF16: FP8 becomes BF16 by tables, and codes are multiplied as they are. */
 
-#define DSV3I_AVX512_BF16 "avx512vbmi,avx512vnni,avx512bf16," DSV3I_AVX512
+#undef DSV3I_ISA
+#define DSV3I_ISA "avx512vbmi,avx512vnni,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 
 /* The lower and the upper bytes of the BF16 of the 128 positive codes of E4M3. */
-DSV3I_INLINE(DSV3I_AVX512_BF16) void dsv3i_avx512_bf16_tables(__m512i table[4]) {
+DSV3I_INLINE void dsv3i_bf16_tables(__m512i table[4]) {
     unsigned char bytes[2][128];
     for (size_t i = 0; i < 128; i += 16) {
         const __m512i bits = _mm512_loadu_si512(dsv3i_e4m3 + i);
@@ -9099,7 +9083,7 @@ DSV3I_INLINE(DSV3I_AVX512_BF16) void dsv3i_avx512_bf16_tables(__m512i table[4]) 
 }
 
 /* E4M3 to BF16, both bytes by tables: of each eight codes the first four, and the others. */
-DSV3I_INLINE(DSV3I_AVX512_BF16) void dsv3i_avx512_bf16_of_f8(__m512i b[2], __m512i v, const __m512i table[4]) {
+DSV3I_INLINE void dsv3i_bf16_of_f8(__m512i b[2], __m512i v, const __m512i table[4]) {
     const __m512i low = _mm512_permutex2var_epi8(table[0], v, table[1]), sign = _mm512_set1_epi8((char)-128);
     const __m512i high = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(table[2], v, table[3]), v, sign, 0xF8);
     b[0] = _mm512_unpacklo_epi8(low, high);
@@ -9107,13 +9091,12 @@ DSV3I_INLINE(DSV3I_AVX512_BF16) void dsv3i_avx512_bf16_of_f8(__m512i b[2], __m51
 }
 
 /* Fours of terms of a panel of FP8 become BF16; prefetch distance: `ahead` bytes, 0: none. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_widen(unsigned char *to, const unsigned char *from, size_t columns, size_t fours, size_t ahead,
-                             const __m512i table[4]) {
+DSV3I_INLINE void dsv3i_bf16_widen(unsigned char *to, const unsigned char *from, size_t columns, size_t fours,
+                                   size_t ahead, const __m512i table[4]) {
     for (size_t i = 0; i < fours; i++, to += 64 * columns) {
         for (size_t c = 0; c < columns; c++, from += 64, to += 64) {
             __m512i b[2];
-            dsv3i_avx512_bf16_of_f8(b, _mm512_loadu_si512(from), table);
+            dsv3i_bf16_of_f8(b, _mm512_loadu_si512(from), table);
             if (ahead > 0) dsv3i_avx512_near(from + ahead);
             _mm512_storeu_si512(to, b[0]);
             _mm512_storeu_si512(to + 64 * columns, b[1]);
@@ -9121,23 +9104,21 @@ void dsv3i_avx512_bf16_widen(unsigned char *to, const unsigned char *from, size_
     }
 }
 
-DSV3I_TARGET(DSV3I_AVX512_BF16)
-static void dsv3i_avx512_bf16_widen_f8(void *values, const void *panel, size_t columns, size_t k) {
+DSV3I_KERNEL void dsv3i_bf16_widen_f8(void *values, const void *panel, size_t columns, size_t k) {
     __m512i table[4];
-    dsv3i_avx512_bf16_tables(table);
-    dsv3i_avx512_bf16_widen((unsigned char *)values, (const unsigned char *)panel, columns, dsv3i_blocks(k, 4),
-                            DSV3I_PREFETCH, table);
+    dsv3i_bf16_tables(table);
+    dsv3i_bf16_widen((unsigned char *)values, (const unsigned char *)panel, columns, dsv3i_blocks(k, 4),
+                     DSV3I_PREFETCH, table);
 }
 
 /* 256 numbers of a row of E4M3: 64 codes, put into the order in which four sums of 16 want them, become BF16 by tables, and
  * floats. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_gemv_t_256(float *y, __m512 f, const unsigned char *w, const float scale[2],
-                                  const __m512i table[4], __m512i order) {
+DSV3I_INLINE void dsv3i_bf16_gemv_t_256(float *y, __m512 f, const unsigned char *w, const float scale[2],
+                                        const __m512i table[4], __m512i order) {
     DSV3I_UNROLL for (size_t c = 0; c < 16; c += 4) {
         __m512i b[2];
         __m512 value[2][4];
-        dsv3i_avx512_bf16_of_f8(b, _mm512_permutexvar_epi8(order, _mm512_loadu_si512(w + 16 * c)), table);
+        dsv3i_bf16_of_f8(b, _mm512_permutexvar_epi8(order, _mm512_loadu_si512(w + 16 * c)), table);
         _mm_prefetch((const char *)w + 16 * c + DSV3I_PREFETCH, _MM_HINT_T0);
         dsv3i_avx512_floats(0, value[0], b[0], _mm512_setzero_ps());
         dsv3i_avx512_floats(0, value[1], b[1], _mm512_setzero_ps());
@@ -9149,27 +9130,26 @@ void dsv3i_avx512_bf16_gemv_t_256(float *y, __m512 f, const unsigned char *w, co
     }
 }
 
-DSV3I_TARGET(DSV3I_AVX512_BF16)
-static void dsv3i_avx512_bf16_gemv_t_f8_e4m3(float *y, const float *x, const void *w, size_t row_bytes,
-                                             const void *scale, size_t k, size_t n) {
+DSV3I_KERNEL void dsv3i_bf16_gemv_t_f8_e4m3(float *y, const float *x, const void *w, size_t row_bytes,
+                                            const void *scale, size_t k, size_t n) {
     const unsigned char *row = (const unsigned char *)w, *scales = (const unsigned char *)scale;
     const size_t whole = n / 256 * 256;
     unsigned char at[64];
     __m512i table[4], order;
     for (unsigned i = 0; i < 64; i++) at[i] = (unsigned char)(i % 16 / 8 * 32 + i % 2 * 16 + i / 16 * 4 + i % 8 / 2);
     order = _mm512_loadu_si512(at);
-    dsv3i_avx512_bf16_tables(table);
+    dsv3i_bf16_tables(table);
     for (size_t r = 0; r < k; r++, row += row_bytes) {
         for (size_t i = 0; i < whole; i += 256) {
             float unit[2] = {1.0f, 1.0f};
             if (scales != NULL) DSV3_MEMCPY(unit, scales + i / DSV3_BLOCK * sizeof *unit, sizeof unit);
-            dsv3i_avx512_bf16_gemv_t_256(y + i, _mm512_set1_ps(x[r]), row + i, unit, table, order);
+            dsv3i_bf16_gemv_t_256(y + i, _mm512_set1_ps(x[r]), row + i, unit, table, order);
         }
         dsv3i_avx512_gemv_t_row(DSV3_F8_E4M3, y, x[r], row, scales, whole, n);
     }
 }
 
-DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_round_bf16(void *out, const float *x, size_t k) {
+DSV3I_KERNEL void dsv3i_bf16_round_bf16(void *out, const float *x, size_t k) {
     unsigned char *to = (unsigned char *)out;
     for (size_t i = 0; i < k; i += 16, to += 32) {
         const __m256bh v = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(dsv3i_avx512_mask(k - i), x + i));
@@ -9182,7 +9162,7 @@ DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_round_bf16(void *o
 }
 
 /* 32 bytes, their scale, and -8 times their sum. */
-DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_round_bytes(void *out, const float *x, size_t k) {
+DSV3I_KERNEL void dsv3i_bf16_round_bytes(void *out, const float *x, size_t k) {
     unsigned char *to = (unsigned char *)out;
     for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += DSV3_QBLOCK + 8) {
         const __m512 a = _mm512_loadu_ps(x + i), b = _mm512_loadu_ps(x + i + 16), zero = _mm512_setzero_ps();
@@ -9213,33 +9193,32 @@ DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_round_bytes(void *
 
 /* The four bytes that a step has of each of 16 outputs, as dot products of codes take them. Twice as much: FP8 becomes BF16, and
  * the halves of bytes of Q4_0 are the earlier and the later terms. table: of FP8. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_values(const dsv3_type type, __m512i b[2], const unsigned char *w, const __m512i table[4]) {
+DSV3I_INLINE void dsv3i_bf16_values(const dsv3_type type, __m512i b[2], const unsigned char *w,
+                                    const __m512i table[4]) {
     const __m512i low = _mm512_set1_epi8(15);
     b[0] = _mm512_loadu_si512(w);
     if (type == DSV3_F8_E4M3) {
         _mm_prefetch((const char *)w + 1024, _MM_HINT_T0); /* others are slower with it */
-        dsv3i_avx512_bf16_of_f8(b, b[0], table);
+        dsv3i_bf16_of_f8(b, b[0], table);
     } else if (type == DSV3_Q4_0) {
         b[1] = _mm512_and_si512(_mm512_srli_epi16(b[0], 4), low);
         b[0] = _mm512_and_si512(b[0], low);
     }
 }
 
-DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_four(const unsigned char *x) {
+DSV3I_INLINE __m512i dsv3i_bf16_four(const unsigned char *x) {
     return _mm512_set1_epi32(*(const int32_t *)(const void *)x);
 }
 
 /* Steps of M rows and NP columns, of BF16. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_terms(const int M, const int NP, __m512 acc[24], dsv3i_avx512_place *a, size_t steps) {
+DSV3I_INLINE void dsv3i_bf16_terms(const int M, const int NP, __m512 acc[24], dsv3i_avx512_place *a, size_t steps) {
     const unsigned char *w = a->w;
     for (size_t i = 0; i < steps; i++, w += a->step) {
         __m512i b[4];
         dsv3i_avx512_fetch(a);
         DSV3I_UNROLL for (int p = 0; p < NP; p++) b[p] = _mm512_loadu_si512(w + 64 * p);
         DSV3I_UNROLL for (int m = 0; m < M; m++) {
-            const __m512bh x = (__m512bh)dsv3i_avx512_bf16_four(a->x[m] + 4 * i);
+            const __m512bh x = (__m512bh)dsv3i_bf16_four(a->x[m] + 4 * i);
             DSV3I_UNROLL for (int p = 0; p < NP; p++) {
                 acc[m * NP + p] = _mm512_dpbf16_ps(acc[m * NP + p], x, (__m512bh)b[p]);
             }
@@ -9249,31 +9228,30 @@ void dsv3i_avx512_bf16_terms(const int M, const int NP, __m512 acc[24], dsv3i_av
 }
 
 /* Column c of panels w, four of each, `step` bytes on. `columns` are there; the others are the last one once more. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-const unsigned char *dsv3i_avx512_bf16_column(const unsigned char *const *w, size_t columns, int c, size_t step) {
+DSV3I_INLINE const unsigned char *dsv3i_bf16_column(const unsigned char *const *w, size_t columns, int c,
+                                                    size_t step) {
     return w[c / 4] + step + 64 * dsv3i_min((size_t)c % 4, columns - 1);
 }
 
 /* A scale block of 32 bytes, or of twice 16 in the halves of bytes (Q4_0), M rows and NC columns: sums of products of whole
  * numbers, exact, as floats times the scale of x. They begin so that codes of 0 that are not 0 come out right: with -8
  * times the sum of x, or 16 times that. fetch: NULL, or what says what is read next. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_block(const dsv3_type type, const int M, const int NC, __m512 *sums,
-                             const unsigned char *const *w, size_t columns, size_t step,
-                             const unsigned char *const *x, __m128i shift, dsv3i_avx512_place *fetch) {
+DSV3I_INLINE void dsv3i_bf16_block(const dsv3_type type, const int M, const int NC, __m512 *sums,
+                                   const unsigned char *const *w, size_t columns, size_t step,
+                                   const unsigned char *const *x, __m128i shift, dsv3i_avx512_place *fetch) {
     const int halves = type == DSV3_Q4_0 ? 2 : 1;
     __m512i sum[16];
     DSV3I_UNROLL for (int j = 0; j < M * NC; j++) {
-        sum[j] = _mm512_sll_epi32(dsv3i_avx512_bf16_four(x[j / NC] + DSV3_QBLOCK + 4), shift);
+        sum[j] = _mm512_sll_epi32(dsv3i_bf16_four(x[j / NC] + DSV3_QBLOCK + 4), shift);
     }
     DSV3I_UNROLL for (size_t i = 0; i < (size_t)(8 / halves); i++) {
         if (fetch != NULL) dsv3i_avx512_fetch(fetch);
         DSV3I_UNROLL for (int c = 0; c < NC; c++) {
             __m512i b[2];
-            dsv3i_avx512_bf16_values(type, b, dsv3i_avx512_bf16_column(w, columns, c, i * step), NULL);
+            dsv3i_bf16_values(type, b, dsv3i_bf16_column(w, columns, c, i * step), NULL);
             DSV3I_UNROLL for (int j = c; j < M * NC * halves; j += NC) {
                 const int h = j / (M * NC), at = j % (M * NC);
-                const __m512i f = dsv3i_avx512_bf16_four(x[at / NC] + 16 * h + 4 * i);
+                const __m512i f = dsv3i_bf16_four(x[at / NC] + 16 * h + 4 * i);
                 sum[at] = _mm512_dpbusd_epi32(sum[at], b[h], f);
             }
         }
@@ -9285,9 +9263,8 @@ void dsv3i_avx512_bf16_block(const dsv3_type type, const int M, const int NC, __
 }
 
 /* M rows and NP columns. Sums of BF16 go to memory after each scale block, those of bytes at last. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_rows(const dsv3_type type, const int M, const int NP, dsv3i_avx512_place *a,
-                            const dsv3i_panel *w, size_t k, int add) {
+DSV3I_INLINE void dsv3i_bf16_rows(const dsv3_type type, const int M, const int NP, dsv3i_avx512_place *a,
+                                  const dsv3i_panel *w, size_t k, int add) {
     const __m128i shift = _mm_cvtsi32_si128(w->zero == 128 ? 4 : 0);
     const float *scale = a->scale;
     const int bytes = type != DSV3_BF16;
@@ -9296,7 +9273,7 @@ void dsv3i_avx512_bf16_rows(const dsv3_type type, const int M, const int NP, dsv
     for (size_t i = 0, end; i < k; i = end) {
         end = dsv3i_min(i + (bytes ? DSV3_QBLOCK : w->block), k);
         if (bytes) {
-            dsv3i_avx512_bf16_block(type, M, NP, part, &a->w, (size_t)NP, a->step, a->x, shift, a);
+            dsv3i_bf16_block(type, M, NP, part, &a->w, (size_t)NP, a->step, a->x, shift, a);
             DSV3I_UNROLL for (int j = 0; j < M * NP; j++) {
                 acc[j] = _mm512_fmadd_ps(part[j], _mm512_loadu_ps(scale + 16 * (j % NP)), acc[j]);
             }
@@ -9304,7 +9281,7 @@ void dsv3i_avx512_bf16_rows(const dsv3_type type, const int M, const int NP, dsv
         } else {
             a->scale = scale;
             dsv3i_avx512_begin(M, NP, acc, a, add && scale == NULL);
-            dsv3i_avx512_bf16_terms(M, NP, acc, a, (end - i + 1) / 2);
+            dsv3i_bf16_terms(M, NP, acc, a, (end - i + 1) / 2);
             dsv3i_avx512_end(M, NP, acc, a, add || i > 0);
         }
         DSV3I_UNROLL for (int m = 0; m < M; m++) a->x[m] += bytes ? DSV3_QBLOCK + 8 : 2 * (end - i);
@@ -9315,9 +9292,9 @@ void dsv3i_avx512_bf16_rows(const dsv3_type type, const int M, const int NP, dsv
 }
 
 /* n rows, up to 6 at a time, and NP columns from c0 on. Each share of them fetches its share of what is read next. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_columns(const dsv3_type type, const int NP, float *y, size_t ldy, const void *x, size_t ldx,
-                               size_t n, const dsv3i_panel *w, size_t c0, size_t rows, size_t k, int add) {
+DSV3I_INLINE void dsv3i_bf16_columns(const dsv3_type type, const int NP, float *y, size_t ldy, const void *x,
+                                     size_t ldx, size_t n, const dsv3i_panel *w, size_t c0, size_t rows, size_t k,
+                                     int add) {
     const size_t lines = w->next_bytes / 64 * (size_t)NP / w->columns / dsv3i_max(n, 1);
     const size_t steps = dsv3i_blocks(k, type == DSV3_BF16 ? 2 : type == DSV3_Q8_0 ? 4 : 8);
     for (size_t t = 0, m; t < n; t += m) {
@@ -9330,29 +9307,26 @@ void dsv3i_avx512_bf16_columns(const dsv3_type type, const int NP, float *y, siz
         a.next = (const unsigned char *)w->next + 64 * lines * (c0 / (size_t)NP * n + t);
         a.lines = lines * m;
         a.each = dsv3i_max(dsv3i_blocks(a.lines, steps), 1);
-        if (m > 4) dsv3i_avx512_bf16_rows(type, 6, NP, &a, w, k, add);
-        if (m > 1 && m <= 4) dsv3i_avx512_bf16_rows(type, 4, NP, &a, w, k, add);
-        if (m == 1) dsv3i_avx512_bf16_rows(type, 1, NP, &a, w, k, add);
+        if (m > 4) dsv3i_bf16_rows(type, 6, NP, &a, w, k, add);
+        if (m > 1 && m <= 4) dsv3i_bf16_rows(type, 4, NP, &a, w, k, add);
+        if (m == 1) dsv3i_bf16_rows(type, 1, NP, &a, w, k, add);
     }
 }
 
 /* Four columns of BF16 at a time, or two of bytes; then what is left. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_gemm(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                            const dsv3i_panel *w, size_t rows, size_t k, int add) {
+DSV3I_INLINE void dsv3i_bf16_gemm(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+                                  const dsv3i_panel *w, size_t rows, size_t k, int add) {
     size_t c = 0;
     if (type == DSV3_BF16 && w->columns == 4) {
-        dsv3i_avx512_bf16_columns(type, 4, y, ldy, x, ldx, n, w, 0, rows, k, add);
+        dsv3i_bf16_columns(type, 4, y, ldy, x, ldx, n, w, 0, rows, k, add);
         return;
     }
-    for (; c + 2 <= w->columns; c += 2) dsv3i_avx512_bf16_columns(type, 2, y, ldy, x, ldx, n, w, c, rows, k, add);
-    if (c < w->columns) dsv3i_avx512_bf16_columns(type, 1, y, ldy, x, ldx, n, w, c, rows, k, add);
+    for (; c + 2 <= w->columns; c += 2) dsv3i_bf16_columns(type, 2, y, ldy, x, ldx, n, w, c, rows, k, add);
+    if (c < w->columns) dsv3i_bf16_columns(type, 1, y, ldy, x, ldx, n, w, c, rows, k, add);
 }
 
-DSV3I_ENTRY(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemm_bf16, DSV3I_GEMM_LIST,
-            dsv3i_avx512_bf16_gemm(DSV3_BF16, y, ldy, x, ldx, n, w, rows, k, add))
-DSV3I_ENTRY(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemm_bytes, DSV3I_GEMM_LIST,
-            dsv3i_avx512_bf16_gemm(DSV3_Q8_0, y, ldy, x, ldx, n, w, rows, k, add))
+DSV3I_ENTRY(dsv3i_bf16_gemm_bf16, DSV3I_GEMM_LIST, dsv3i_bf16_gemm(DSV3_BF16, y, ldy, x, ldx, n, w, rows, k, add))
+DSV3I_ENTRY(dsv3i_bf16_gemm_bytes, DSV3I_GEMM_LIST, dsv3i_bf16_gemm(DSV3_Q8_0, y, ldy, x, ldx, n, w, rows, k, add))
 
 typedef void (*dsv3i_gemm)(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3i_panel *w,
                            size_t rows, size_t k, int add);
@@ -9362,17 +9336,17 @@ typedef void (*dsv3i_gemm)(float *y, size_t ldy, const void *x, size_t ldx, size
 
 #define DSV3I_TILE_KEYS 64u /* keys of an attention tile, at most */
 
-DSV3I_INLINE(DSV3I_AVX512_BF16) size_t dsv3i_avx512_bf16_pad(size_t k) { return (k + 3) / 4 * 4; }
+DSV3I_INLINE size_t dsv3i_bf16_pad(size_t k) { return (k + 3) / 4 * 4; }
 
-DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_attend_begin(dsv3i_attention_tile *a) {
-    const size_t dk = dsv3i_avx512_bf16_pad(a->dk), columns = (a->lanes + 15) / 16;
+DSV3I_KERNEL void dsv3i_bf16_attend_begin(dsv3i_attention_tile *a) {
+    const size_t dk = dsv3i_bf16_pad(a->dk), columns = (a->lanes + 15) / 16;
     unsigned char *rows = (unsigned char *)a->scratch + 32 * columns * dk;
-    for (size_t i = 0; i < a->lanes; i++) dsv3i_avx512_bf16_round_bf16(rows + 2 * i * dk, a->q + i * a->ld_q, a->dk);
+    for (size_t i = 0; i < a->lanes; i++) dsv3i_bf16_round_bf16(rows + 2 * i * dk, a->q + i * a->ld_q, a->dk);
     dsv3i_avx512_pack(2, a->scratch, rows, 2 * dk, a->lanes, dk);
 }
 
 /* Numbers j and j + 1 of each lane, as BF16 in four bytes. */
-DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_pairs(__m512 first, __m512 second) {
+DSV3I_INLINE __m512i dsv3i_bf16_pairs(__m512 first, __m512 second) {
     const __m512i a = _mm512_set1_epi32(0x7FFF);
     __m512i low = _mm512_castps_si512(first), high = _mm512_castps_si512(second);
     const __m512i one = _mm512_set1_epi32(1);
@@ -9382,8 +9356,7 @@ DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_pairs(__m512 first, __
 }
 
 /* Weights p [nk, columns, 16] as rows of 64 BF16 for each lane. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_weights(unsigned char *rows, const float *p, size_t columns, size_t nk) {
+DSV3I_INLINE void dsv3i_bf16_weights(unsigned char *rows, const float *p, size_t columns, size_t nk) {
     for (size_t c = 0; c < columns; c++, rows += 16 * 2 * DSV3I_TILE_KEYS) {
         for (size_t first = 0; first < nk; first += 32) {
             __m512i r[16];
@@ -9391,8 +9364,8 @@ void dsv3i_avx512_bf16_weights(unsigned char *rows, const float *p, size_t colum
                 const size_t key = first + 2 * j;
                 const float *at = p + 16 * (key * columns + c);
                 const __m512 zero = _mm512_setzero_ps();
-                r[j] = dsv3i_avx512_bf16_pairs(key < nk ? _mm512_loadu_ps(at) : zero,
-                                               key + 1 < nk ? _mm512_loadu_ps(at + 16 * columns) : zero);
+                r[j] = dsv3i_bf16_pairs(key < nk ? _mm512_loadu_ps(at) : zero,
+                                        key + 1 < nk ? _mm512_loadu_ps(at + 16 * columns) : zero);
             }
             dsv3i_avx512_transpose(r);
             for (size_t i = 0; i < 16; i++) _mm512_storeu_si512(rows + 2 * DSV3I_TILE_KEYS * i + 2 * first, r[i]);
@@ -9401,8 +9374,7 @@ void dsv3i_avx512_bf16_weights(unsigned char *rows, const float *p, size_t colum
 }
 
 /* 32 numbers of values as BF16, from number `at` on, those of the mask. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-__m512i dsv3i_avx512_bf16_value(const dsv3i_attention_tile *a, size_t at, __mmask32 m) {
+DSV3I_INLINE __m512i dsv3i_bf16_value(const dsv3i_attention_tile *a, size_t at, __mmask32 m) {
     const float *from = (const float *)a->values;
     if (a->type == DSV3_BF16) return _mm512_maskz_loadu_epi16(m, (const uint16_t *)a->values + at);
     from += at;
@@ -9412,9 +9384,8 @@ __m512i dsv3i_avx512_bf16_value(const dsv3i_attention_tile *a, size_t at, __mmas
 
 /* Numbers i .. end-1 of values, i a multiple of 16, two keys in four bytes: [nk/2, columns, 16, 2]. Key by key, as they lie.
  * fetch: those of the next tile of keys are fetched meanwhile. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3i_attention_tile *a, size_t i, size_t end,
-                                   size_t nk, int fetch) {
+DSV3I_INLINE void dsv3i_bf16_value_panel(unsigned char *panel, const dsv3i_attention_tile *a, size_t i, size_t end,
+                                         size_t nk, int fetch) {
     const __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i first = _mm512_or_si512(at, _mm512_slli_epi32(_mm512_add_epi32(at, _mm512_set1_epi32(32)), 16));
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
@@ -9423,9 +9394,9 @@ void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3i_attention_t
             const size_t from = j * a->ld_v + c, after = j + 1 < nk ? from + a->ld_v : from;
             const __mmask32 all = ~(__mmask32)0, m = end - c >= 32 ? all : ((__mmask32)1 << (end - c)) - 1;
             const int whole = m == all && j + 1 < nk; /* loads without masks are faster */
-            const __m512i x = whole ? dsv3i_avx512_bf16_value(a, from, all) : dsv3i_avx512_bf16_value(a, from, m);
-            const __m512i y = whole ? dsv3i_avx512_bf16_value(a, after, all)
-                                    : dsv3i_avx512_bf16_value(a, after, j + 1 < nk ? m : 0);
+            const __m512i x = whole ? dsv3i_bf16_value(a, from, all) : dsv3i_bf16_value(a, from, m);
+            const __m512i y =
+                whole ? dsv3i_bf16_value(a, after, all) : dsv3i_bf16_value(a, after, j + 1 < nk ? m : 0);
             const uint16_t *next = (const uint16_t *)a->values + from + DSV3I_TILE_KEYS * a->ld_v;
             if (fetch) dsv3i_avx512_far((const unsigned char *)next);
             if (fetch) dsv3i_avx512_far((const unsigned char *)(next + a->ld_v));
@@ -9438,8 +9409,8 @@ void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3i_attention_t
 
 /* Scores of 16 keys with the queries of one column: more rows than gemm has, so that sums hide their latency. With each step
  * goes a line of the next tile's keys. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_scores(float *p, const unsigned char *keys, size_t ldx, const unsigned char *q, size_t k) {
+DSV3I_INLINE void dsv3i_bf16_scores(float *p, const unsigned char *keys, size_t ldx, const unsigned char *q,
+                                    size_t k) {
     const unsigned char *x[6]; /* every third key: addresses of the others are sums */
     __m512 acc[16];
     DSV3I_UNROLL for (int m = 0; m < 16; m += 3) x[m / 3] = keys + (size_t)m * ldx;
@@ -9449,17 +9420,16 @@ void dsv3i_avx512_bf16_scores(float *p, const unsigned char *keys, size_t ldx, c
         _mm_prefetch((const char *)x[0] + (DSV3I_TILE_KEYS + i / 2 % 16) * ldx + i / 32 * 64, _MM_HINT_T1);
         DSV3I_UNROLL for (int m = 0; m < 16; m++) {
             const unsigned char *at = x[m / 3] + (size_t)(m % 3) * ldx + 2 * i;
-            acc[m] = _mm512_dpbf16_ps(acc[m], (__m512bh)dsv3i_avx512_bf16_four(at), b);
+            acc[m] = _mm512_dpbf16_ps(acc[m], (__m512bh)dsv3i_bf16_four(at), b);
         }
     }
     DSV3I_UNROLL for (int m = 0; m < 16; m++) _mm512_storeu_ps(p + 16 * m, acc[m]);
 }
 
 /* gemm: of rows and panels of BF16. */
-DSV3I_TARGET(DSV3I_AVX512_BF16)
-static void dsv3i_avx512_bf16_attend_by(dsv3i_attention_tile *a, size_t nk, dsv3i_gemm gemm) {
-    const size_t dk = dsv3i_avx512_bf16_pad(a->dk), columns = (a->lanes + 15) / 16;
-    const int wide = gemm != dsv3i_avx512_bf16_gemm_bf16;
+DSV3I_KERNEL void dsv3i_bf16_attend_by(dsv3i_attention_tile *a, size_t nk, dsv3i_gemm gemm) {
+    const size_t dk = dsv3i_bf16_pad(a->dk), columns = (a->lanes + 15) / 16;
+    const int wide = gemm != dsv3i_bf16_gemm_bf16;
     const size_t most = wide ? a->dv : 64;
     unsigned char *scratch = (unsigned char *)a->scratch + 32 * columns * dk,
                   *keys = scratch + 64 * columns * DSV3I_TILE_KEYS;
@@ -9471,30 +9441,30 @@ static void dsv3i_avx512_bf16_attend_by(dsv3i_attention_tile *a, size_t nk, dsv3
     dsv3i_panel panel = dsv3i_panel_of(a->scratch, columns, a->type == DSV3_F32 ? dk : a->dk);
     if (a->type == DSV3_F32) {
         for (size_t j = 0; j < nk; j++) {
-            dsv3i_avx512_bf16_round_bf16(keys + 2 * j * dk, (const float *)a->keys + j * a->ld_k, a->dk);
+            dsv3i_bf16_round_bf16(keys + 2 * j * dk, (const float *)a->keys + j * a->ld_k, a->dk);
         }
         x = keys;
         ldx = 2 * dk;
     }
     for (; !wide && columns == 1 && scored + 16 <= nk; scored += 16) {
-        dsv3i_avx512_bf16_scores(p + 16 * scored, (const unsigned char *)x + scored * ldx, ldx,
-                                 (const unsigned char *)a->scratch, panel.block);
+        dsv3i_bf16_scores(p + 16 * scored, (const unsigned char *)x + scored * ldx, ldx,
+                          (const unsigned char *)a->scratch, panel.block);
     }
     gemm(p + 16 * columns * scored, 16 * columns, (const unsigned char *)x + scored * ldx, ldx, nk - scored, &panel,
          16 * columns, panel.block, 0);
     dsv3i_avx512_softmax(a, p, rescale, columns, nk);
     dsv3i_avx512_rescale(a, rescale);
-    dsv3i_avx512_bf16_weights(weights, p, columns, nk);
+    dsv3i_bf16_weights(weights, p, columns, nk);
     for (size_t i = 0; i < a->dv; i += most) {
         const size_t rows = dsv3i_min(most, a->dv - i);
         panel = dsv3i_panel_of(values, (rows + 15) / 16, (nk + 1) / 2 * 2);
-        dsv3i_avx512_bf16_value_panel(values, a, i, i + rows, nk, scored == 0 && a->type == DSV3_BF16);
+        dsv3i_bf16_value_panel(values, a, i, i + rows, nk, scored == 0 && a->type == DSV3_BF16);
         gemm(a->out + i, a->ld_out, weights, 2 * DSV3I_TILE_KEYS, a->lanes, &panel, rows, panel.block, 1);
     }
 }
 
-DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_attend(dsv3i_attention_tile *a, size_t nk) {
-    dsv3i_avx512_bf16_attend_by(a, nk, dsv3i_avx512_bf16_gemm_bf16);
+DSV3I_KERNEL void dsv3i_bf16_attend(dsv3i_attention_tile *a, size_t nk) {
+    dsv3i_bf16_attend_by(a, nk, dsv3i_bf16_gemm_bf16);
 }
 
 /* ---- AVX-512 BF16: gemv, 1 to 4 rows and packed weights. Reading is all that counts. Panels of several far places are
@@ -9509,10 +9479,10 @@ typedef enum dsv3i_gemv_kind { /* rows of floats; rows of codes; rows of BF16, a
 /* M rows and NC columns of panels, from c0 on, terms begin .. end-1: sums[m NC + column] += .., with DSV3I_GEMV_STEPS one sum of
  * even and one of odd terms for each. With rows of floats every number of w becomes one, and terms are added one after the
  * other; the upper halves of the bytes of Q4_0 are the later ones. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_gemv_terms(const dsv3i_gemv_kind kind, const dsv3_type type, const int M, const int c0,
-                                  const int NC, __m512 sums[16], const unsigned char *const w[4], size_t columns,
-                                  const unsigned char *const x[4], size_t begin, size_t end, const __m512i table[4]) {
+DSV3I_INLINE void dsv3i_bf16_gemv_terms(const dsv3i_gemv_kind kind, const dsv3_type type, const int M, const int c0,
+                                        const int NC, __m512 sums[16], const unsigned char *const w[4],
+                                        size_t columns, const unsigned char *const x[4], size_t begin, size_t end,
+                                        const __m512i table[4]) {
     const int bytes = type == DSV3_Q8_0 || type == DSV3_Q4_0, passes = type == DSV3_Q4_0 ? 2 : 1;
     const int each = type == DSV3_BF16 ? 2 : 4, S = kind == DSV3I_GEMV_STEPS ? 2 : 1;
     const __m512 zero = _mm512_set1_ps(type == DSV3_Q8_0 ? 128.0f : 8.0f);
@@ -9521,8 +9491,8 @@ void dsv3i_avx512_bf16_gemv_terms(const dsv3i_gemv_kind kind, const dsv3_type ty
         for (size_t i = begin; i < end; i += (size_t)each) {
             DSV3I_UNROLL for (int c = 0; c < NC; c++) {
                 __m512i b[2];
-                dsv3i_avx512_bf16_values(
-                    type, b, dsv3i_avx512_bf16_column(w, columns, c0 + c, i / (size_t)each * 64 * columns), table);
+                dsv3i_bf16_values(type, b, dsv3i_bf16_column(w, columns, c0 + c, i / (size_t)each * 64 * columns),
+                                  table);
                 DSV3I_UNROLL for (int j = 0; j < each; j++) {
                     __m512 f[4], g[4];
                     dsv3i_avx512_floats(bytes, f, b[bytes ? pass : j / 2], zero);
@@ -9533,10 +9503,10 @@ void dsv3i_avx512_bf16_gemv_terms(const dsv3i_gemv_kind kind, const dsv3_type ty
                         if (kind == DSV3I_GEMV_FLOATS) {
                             *to = _mm512_fmadd_ps(_mm512_set1_ps(*xf), f[bytes ? j : j % 2], *to);
                         } else if (kind == DSV3I_GEMV_STEPS) {
-                            dsv3i_avx512_floats(0, g, dsv3i_avx512_bf16_four(xm), zero);
+                            dsv3i_avx512_floats(0, g, dsv3i_bf16_four(xm), zero);
                             *to = _mm512_fmadd_ps(g[j % 2], f[j % 2], *to);
                         } else if (j % 2 == 0) {
-                            *to = _mm512_dpbf16_ps(*to, (__m512bh)dsv3i_avx512_bf16_four(xm), (__m512bh)b[j / 2]);
+                            *to = _mm512_dpbf16_ps(*to, (__m512bh)dsv3i_bf16_four(xm), (__m512bh)b[j / 2]);
                         }
                     }
                 }
@@ -9547,17 +9517,16 @@ void dsv3i_avx512_bf16_gemv_terms(const dsv3i_gemv_kind kind, const dsv3_type ty
 
 /* The same with the sums of AMX for one row: of each 32 terms, those of even and of odd ones, which are added, and then to what
  * is there. Up to 8 columns at a time, so that registers last. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_gemv_steps(const dsv3_type type, const int NC, __m512 sums[16],
-                                  const unsigned char *const w[4], size_t columns, const unsigned char *const x[4],
-                                  size_t k, const __m512i table[4]) {
+DSV3I_INLINE void dsv3i_bf16_gemv_steps(const dsv3_type type, const int NC, __m512 sums[16],
+                                        const unsigned char *const w[4], size_t columns,
+                                        const unsigned char *const x[4], size_t k, const __m512i table[4]) {
     const int some = NC < 8 ? NC : 8;
     for (size_t i = 0, end; i < k; i = end) {
         end = dsv3i_min(i + 32, k);
         DSV3I_UNROLL for (int c0 = 0; c0 < NC; c0 += some) {
             __m512 part[16];
             DSV3I_UNROLL for (int c = 0; c < 2 * some; c++) part[c] = _mm512_setzero_ps();
-            dsv3i_avx512_bf16_gemv_terms(DSV3I_GEMV_STEPS, type, 1, c0, some, part, w, columns, x, i, end, table);
+            dsv3i_bf16_gemv_terms(DSV3I_GEMV_STEPS, type, 1, c0, some, part, w, columns, x, i, end, table);
             if (end - i <= (type == DSV3_F8_E4M3 ? 28 : 30)) { /* a tile goes on with zeros, and -0 + 0 = 0 */
                 DSV3I_UNROLL for (int c = 0; c < 2 * some; c++) part[c] = _mm512_add_ps(part[c], _mm512_setzero_ps());
             }
@@ -9569,11 +9538,10 @@ void dsv3i_avx512_bf16_gemv_steps(const dsv3_type type, const int NC, __m512 sum
 }
 
 /* M rows and NS panels, `apart` bytes from one to the next, and their outputs, ldp apart, of each so many. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_gemv_panels(const dsv3i_gemv_kind kind, const dsv3_type type, const int M, const int NS,
-                                   float *y, size_t ldy, size_t ldp, size_t outputs, const unsigned char *x,
-                                   size_t ldx, const unsigned char *w, size_t apart, size_t k,
-                                   const __m512i table[4]) {
+DSV3I_INLINE void dsv3i_bf16_gemv_panels(const dsv3i_gemv_kind kind, const dsv3_type type, const int M, const int NS,
+                                         float *y, size_t ldy, size_t ldp, size_t outputs, const unsigned char *x,
+                                         size_t ldx, const unsigned char *w, size_t apart, size_t k,
+                                         const __m512i table[4]) {
     const int bytes = type == DSV3_Q8_0 || type == DSV3_Q4_0, NC = 4 * NS, scales = type == DSV3_BF16 ? 0 : NC;
     const size_t columns = dsv3i_blocks(outputs, 16);
     const __m128i shift = _mm_cvtsi32_si128(type == DSV3_Q8_0 ? 4 : 0);
@@ -9588,11 +9556,11 @@ void dsv3i_avx512_bf16_gemv_panels(const dsv3i_gemv_kind kind, const dsv3_type t
         codes = dsv3i_codes_bytes(type, columns, terms);
         DSV3I_UNROLL for (int j = 0; j < M * NC; j++) part[j] = _mm512_setzero_ps();
         if (kind == DSV3I_GEMV_STEPS) {
-            dsv3i_avx512_bf16_gemv_steps(type, NC, sums, ws, columns, xs, terms, table);
+            dsv3i_bf16_gemv_steps(type, NC, sums, ws, columns, xs, terms, table);
         } else if (kind == DSV3I_GEMV_CODES && bytes) {
-            dsv3i_avx512_bf16_block(type, M, NC, sums, ws, columns, 64 * columns, xs, shift, NULL);
+            dsv3i_bf16_block(type, M, NC, sums, ws, columns, 64 * columns, xs, shift, NULL);
         } else {
-            dsv3i_avx512_bf16_gemv_terms(kind, type, M, 0, NC, sums, ws, columns, xs, 0, terms, table);
+            dsv3i_bf16_gemv_terms(kind, type, M, 0, NC, sums, ws, columns, xs, 0, terms, table);
         }
         DSV3I_UNROLL for (int c = 0; c < scales; c++) {
             const unsigned char *at = ws[c / 4] + codes + (bytes ? 32 * dsv3i_min((size_t)c % 4, columns - 1) : 0);
@@ -9612,34 +9580,31 @@ void dsv3i_avx512_bf16_gemv_panels(const dsv3i_gemv_kind kind, const dsv3_type t
 
 /* n <= 4 rows of x and `rows` of weights: one row with 4 panels at a time, or with 2 of Q4_0, whose codes become two values
  * and need more registers; two rows with 2; more leave registers for one. What is left, or not whole, goes panel by panel. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_gemv(const dsv3i_gemv_kind kind, const dsv3_type type, float *y, size_t ldy, const void *x,
-                            size_t ldx, size_t n, const void *w, size_t rows, size_t k) {
+DSV3I_INLINE void dsv3i_bf16_gemv(const dsv3i_gemv_kind kind, const dsv3_type type, float *y, size_t ldy,
+                                  const void *x, size_t ldx, size_t n, const void *w, size_t rows, size_t k) {
     const int most = type == DSV3_Q4_0 ? 2 : 4;
     const size_t bytes = dsv3i_panel_bytes(type, 4, k), streams = n == 1 ? (size_t)most : n == 2 ? 2 : 1;
     const size_t far = streams > 1 ? rows / 64 / streams : 0, apart = far * bytes, ldp = 64 * far;
     const unsigned char *xs = (const unsigned char *)x, *ws = (const unsigned char *)w;
     __m512i table[4] = {_mm512_setzero_si512()};
-    if (type == DSV3_F8_E4M3) dsv3i_avx512_bf16_tables(table);
+    if (type == DSV3_F8_E4M3) dsv3i_bf16_tables(table);
     for (size_t i = 0; i < far; i++, y += 64, ws += bytes) {
-        if (n == 1) dsv3i_avx512_bf16_gemv_panels(kind, type, 1, most, y, ldy, ldp, 64, xs, ldx, ws, apart, k, table);
-        if (n == 2) dsv3i_avx512_bf16_gemv_panels(kind, type, 2, 2, y, ldy, ldp, 64, xs, ldx, ws, apart, k, table);
+        if (n == 1) dsv3i_bf16_gemv_panels(kind, type, 1, most, y, ldy, ldp, 64, xs, ldx, ws, apart, k, table);
+        if (n == 2) dsv3i_bf16_gemv_panels(kind, type, 2, 2, y, ldy, ldp, 64, xs, ldx, ws, apart, k, table);
     }
     y += (streams - 1) * ldp;
     ws += (streams - 1) * apart;
     for (size_t p = streams * far; n != 2 && p < rows / 64; p++, y += 64, ws += bytes) {
-        if (n == 1) dsv3i_avx512_bf16_gemv_panels(kind, type, 1, 1, y, ldy, 0, 64, xs, ldx, ws, 0, k, table);
-        if (n == 3) dsv3i_avx512_bf16_gemv_panels(kind, type, 3, 1, y, ldy, 0, 64, xs, ldx, ws, 0, k, table);
-        if (n == 4) dsv3i_avx512_bf16_gemv_panels(kind, type, 4, 1, y, ldy, 0, 64, xs, ldx, ws, 0, k, table);
+        if (n == 1) dsv3i_bf16_gemv_panels(kind, type, 1, 1, y, ldy, 0, 64, xs, ldx, ws, 0, k, table);
+        if (n == 3) dsv3i_bf16_gemv_panels(kind, type, 3, 1, y, ldy, 0, 64, xs, ldx, ws, 0, k, table);
+        if (n == 4) dsv3i_bf16_gemv_panels(kind, type, 4, 1, y, ldy, 0, 64, xs, ldx, ws, 0, k, table);
     }
     for (size_t r = n != 2 ? rows / 64 * 64 : streams * ldp, some; r < rows; r += some, y += 64, ws += bytes) {
         some = dsv3i_min(rows - r, 64);
         for (size_t t = 0; t < n; t += 2, xs += 2 * ldx) {
             float *to = y + t * ldy;
-            if (n - t > 1)
-                dsv3i_avx512_bf16_gemv_panels(kind, type, 2, 1, to, ldy, 0, some, xs, ldx, ws, 0, k, table);
-            if (n - t == 1)
-                dsv3i_avx512_bf16_gemv_panels(kind, type, 1, 1, to, ldy, 0, some, xs, ldx, ws, 0, k, table);
+            if (n - t > 1) dsv3i_bf16_gemv_panels(kind, type, 2, 1, to, ldy, 0, some, xs, ldx, ws, 0, k, table);
+            if (n - t == 1) dsv3i_bf16_gemv_panels(kind, type, 1, 1, to, ldy, 0, some, xs, ldx, ws, 0, k, table);
         }
         xs = (const unsigned char *)x;
     }
@@ -9662,9 +9627,9 @@ static void dsv3i_f8_scale(float scale[64], const unsigned char *w) {
 
 /* k terms of a panel at `from`, as gemm takes them: codes, or of FP8 values in BF16, and the scales behind each scale block
  * as floats. Returns where the next terms are. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-const unsigned char *dsv3i_avx512_bf16_gemm_packed_begin(const dsv3_type type, dsv3i_panel *w, float *scale,
-                                                         unsigned char *values, const unsigned char *from, size_t k) {
+DSV3I_INLINE const unsigned char *dsv3i_bf16_gemm_packed_begin(const dsv3_type type, dsv3i_panel *w, float *scale,
+                                                               unsigned char *values, const unsigned char *from,
+                                                               size_t k) {
     w->values = type == DSV3_F8_E4M3 ? values : from;
     for (size_t i = 0, some; i < k; i += some, from += dsv3i_scale_block_bytes(type, 4, some)) {
         const unsigned char *behind;
@@ -9672,7 +9637,7 @@ const unsigned char *dsv3i_avx512_bf16_gemm_packed_begin(const dsv3_type type, d
         behind = from + dsv3i_codes_bytes(type, 4, some);
         if (type == DSV3_F8_E4M3) {
             dsv3i_f8_scale(scale + i / DSV3I_TERMS * 64, behind);
-            dsv3i_avx512_bf16_widen_f8(values + 128 * i, from, 4, some);
+            dsv3i_bf16_widen_f8(values + 128 * i, from, 4, some);
         } else if (type != DSV3_BF16) {
             dsv3i_avx512_decode(DSV3_F16, scale + 2 * i, behind, 64);
         }
@@ -9682,9 +9647,8 @@ const unsigned char *dsv3i_avx512_bf16_gemm_packed_begin(const dsv3_type type, d
     return from;
 }
 
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_gemm_packed(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                                   const void *w, size_t rows, size_t k) {
+DSV3I_INLINE void dsv3i_bf16_gemm_packed(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx,
+                                         size_t n, const void *w, size_t rows, size_t k) {
     const size_t most = type == DSV3_BF16 ? DSV3I_K_BF16 : type == DSV3_F8_E4M3 ? DSV3I_K_F8 : DSV3I_K_BYTES;
     const dsv3_type of = type == DSV3_F8_E4M3 ? DSV3_BF16 : type;
     const unsigned char *from = (const unsigned char *)w, *xi;
@@ -9698,44 +9662,46 @@ void dsv3i_avx512_bf16_gemm_packed(const dsv3_type type, float *y, size_t ldy, c
         for (size_t i = 0, terms; i < k; i += terms) {
             terms = dsv3i_min(most, k - i);
             panel.block = type == DSV3_BF16 ? terms : dsv3i_scale_block_terms(type);
-            from = dsv3i_avx512_bf16_gemm_packed_begin(type, &panel, scale, values, from, terms);
+            from = dsv3i_bf16_gemm_packed_begin(type, &panel, scale, values, from, terms);
             xi = (const unsigned char *)x + dsv3i_input_bytes(1, type, i);
-            dsv3i_avx512_bf16_gemm(of, y + 64 * p, ldy, xi, ldx, n, &panel, 64, terms, i > 0);
+            dsv3i_bf16_gemm(of, y + 64 * p, ldy, xi, ldx, n, &panel, 64, terms, i > 0);
         }
     }
 }
 
 /* Whole matrices of each type of packed weights: name_bf16 and so on. */
-#define DSV3I_WHOLE(isa, name, type, FUNCTION)                                                                       \
-    DSV3I_ENTRY(isa, name, DSV3I_WHOLE_LIST, FUNCTION(type, y, ldy, x, ldx, n, w, rows, k))
-#define DSV3I_WHOLE_TYPES(isa, name, FUNCTION)                                                                       \
-    DSV3I_WHOLE(isa, name##_bf16, DSV3_BF16, FUNCTION)                                                               \
-    DSV3I_WHOLE(isa, name##_f8_e4m3, DSV3_F8_E4M3, FUNCTION)                                                         \
-    DSV3I_WHOLE(isa, name##_q8_0, DSV3_Q8_0, FUNCTION)                                                               \
-    DSV3I_WHOLE(isa, name##_q4_0, DSV3_Q4_0, FUNCTION)
-#define DSV3I_GEMV_EXACT(...) dsv3i_avx512_bf16_gemv(DSV3I_GEMV_FLOATS, __VA_ARGS__)
-#define DSV3I_GEMV_FAST(...) dsv3i_avx512_bf16_gemv(DSV3I_GEMV_CODES, __VA_ARGS__)
-DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemv_exact, DSV3I_GEMV_EXACT)
-DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemv_fast, DSV3I_GEMV_FAST)
-DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemm_packed, dsv3i_avx512_bf16_gemm_packed)
+#define DSV3I_WHOLE(name, type, FUNCTION)                                                                            \
+    DSV3I_ENTRY(name, DSV3I_WHOLE_LIST, FUNCTION(type, y, ldy, x, ldx, n, w, rows, k))
+#define DSV3I_WHOLE_TYPES(name, FUNCTION)                                                                            \
+    DSV3I_WHOLE(name##_bf16, DSV3_BF16, FUNCTION)                                                                    \
+    DSV3I_WHOLE(name##_f8_e4m3, DSV3_F8_E4M3, FUNCTION)                                                              \
+    DSV3I_WHOLE(name##_q8_0, DSV3_Q8_0, FUNCTION)                                                                    \
+    DSV3I_WHOLE(name##_q4_0, DSV3_Q4_0, FUNCTION)
+#define DSV3I_GEMV_EXACT(...) dsv3i_bf16_gemv(DSV3I_GEMV_FLOATS, __VA_ARGS__)
+#define DSV3I_GEMV_FAST(...) dsv3i_bf16_gemv(DSV3I_GEMV_CODES, __VA_ARGS__)
+DSV3I_WHOLE_TYPES(dsv3i_bf16_gemv_exact, DSV3I_GEMV_EXACT)
+DSV3I_WHOLE_TYPES(dsv3i_bf16_gemv_fast, DSV3I_GEMV_FAST)
+DSV3I_WHOLE_TYPES(dsv3i_bf16_gemm_packed, dsv3i_bf16_gemm_packed)
 
-static const dsv3i_kernels dsv3i_avx512_bf16_kernels = {
-    DSV3I_COMMON(dsv3i_avx512, NULL, dsv3i_avx512_bf16_widen_f8),
-    DSV3I_ROUND(dsv3i_avx512_bf16_round_bf16, dsv3i_avx512_bf16_round_bytes),
-    DSV3I_GEMM_ROW(dsv3i_avx512, dsv3i_avx512_bf16_gemm_bf16, dsv3i_avx512_bf16_gemm_bytes),
-    {dsv3i_avx512_attend_begin, dsv3i_avx512_bf16_attend_begin},
-    {dsv3i_avx512_attend, dsv3i_avx512_bf16_attend},
-    {DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_exact), DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_fast)},
-    DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemm_packed),
-    DSV3I_GEMV_T_ROW(dsv3i_avx512, dsv3i_avx512_bf16_gemv_t_f8_e4m3)};
-static const dsv3i_ops dsv3i_avx512_bf16_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_avx512_bf16_kernels);
+static const dsv3i_kernels dsv3i_bf16_kernels = {
+    DSV3I_COMMON(dsv3i_avx512, NULL, dsv3i_bf16_widen_f8),
+    DSV3I_ROUND(dsv3i_bf16_round_bf16, dsv3i_bf16_round_bytes),
+    DSV3I_GEMM_ROW(dsv3i_avx512, dsv3i_bf16_gemm_bf16, dsv3i_bf16_gemm_bytes),
+    {dsv3i_avx512_attend_begin, dsv3i_bf16_attend_begin},
+    {dsv3i_avx512_attend, dsv3i_bf16_attend},
+    {DSV3I_WHOLE_ROW(dsv3i_bf16_gemv_exact), DSV3I_WHOLE_ROW(dsv3i_bf16_gemv_fast)},
+    DSV3I_WHOLE_ROW(dsv3i_bf16_gemm_packed),
+    DSV3I_GEMV_T_ROW(dsv3i_avx512, dsv3i_bf16_gemv_t_f8_e4m3)};
+static const dsv3i_ops dsv3i_bf16_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_bf16_kernels);
 
 #ifdef DSV3I_TILES
 /* ---- AMX: tiles of 16 rows of 64 bytes are multiplied. A tile of x (16 rows, 32 terms of BF16) times a tile of a panel (32
  * terms of 16 outputs, which lie as a panel has them) is added to a tile of sums. For every output, the sum of a step's even
  * terms and that of its odd terms are added up, and then to what is there; subnormal numbers count as 0. */
 
-#define DSV3I_AMX "amx-tile,amx-bf16,amx-int8," DSV3I_AVX512_BF16
+#undef DSV3I_ISA
+#define DSV3I_ISA                                                                                                    \
+    "amx-tile,amx-bf16,amx-int8,avx512vbmi,avx512vnni,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 #define DSV3I_STEP 32u /* terms of BF16 in a row of a tile */
 
 /* Linux saves tiles only for processes that have asked for them. 1: this one may use them, now and later. */
@@ -9747,9 +9713,7 @@ static int dsv3i_amx_permit(void) {
 
 /* The control register of vector instructions: 0x8040 are its bits for subnormal numbers. What reads or writes memory stays
  * on its side of this. */
-DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_control(unsigned value) {
-    __asm__ volatile("ldmxcsr %0" : : "m"(value) : "memory");
-}
+DSV3I_INLINE void dsv3i_amx_control(unsigned value) { __asm__ volatile("ldmxcsr %0" : : "m"(value) : "memory"); }
 
 /* Intrinsics of gcc do not say that tiles are loaded from memory, and what was written there could be left out. */
 #define DSV3I_AMX_LOAD(tile, at, stride)                                                                             \
@@ -9757,7 +9721,7 @@ DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_control(unsigned value) {
 
 /* Shapes of the tiles: 0 to 3 are sums, of m0 rows (0, 1) and of m1 rows (2, 3); 4 and 5 rows of x; 6 and 7 weights: `words`
  * of four bytes for each of 16 outputs. */
-DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_shape(size_t m0, size_t m1, size_t words) {
+DSV3I_INLINE void dsv3i_amx_shape(size_t m0, size_t m1, size_t words) {
     const uint64_t rows = (uint64_t)m0 * 0x101u + (uint64_t)m1 * 0x1010000u, x = (uint64_t)m0 | (uint64_t)m1 << 8;
     const __m512i wide = _mm512_maskz_set1_epi16(0xFF00, 64),
                   inner = _mm512_set1_epi16((short)(4 * words)); /* row bytes */
@@ -9768,9 +9732,7 @@ DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_shape(size_t m0, size_t m1, size_t words)
     __asm__ volatile("ldtilecfg %0" : : "m"(at));
 }
 
-DSV3I_INLINE(DSV3I_AMX) float *dsv3i_amx_aligned(float *room) {
-    return room + (64 - (uintptr_t)room % 64) % 64 / sizeof *room;
-}
+DSV3I_INLINE float *dsv3i_amx_aligned(float *room) { return room + (64 - (uintptr_t)room % 64) % 64 / sizeof *room; }
 
 /* Two times 16 rows of x, of which m[0] and m[1] are there, and two columns of a panel. */
 typedef struct dsv3i_amx_place {
@@ -9784,14 +9746,14 @@ typedef struct dsv3i_amx_place {
 } dsv3i_amx_place;
 
 /* Some lines at a time: more would keep tiles waiting for theirs. */
-DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_fetch(const unsigned char *next, size_t lines) {
+DSV3I_INLINE void dsv3i_amx_fetch(const unsigned char *next, size_t lines) {
     for (size_t i = 0; i < lines; i++) _mm_prefetch((const char *)next + 64 * i, _MM_HINT_T1);
 }
 
 /* R times 16 rows, from x[0] and x[1] on, and C columns: tile 2 r + c of sums. `lines` from next on are fetched at each. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_step(const int R, const int C, const unsigned char *const x[2], size_t ldx,
-                    const unsigned char *const w[2], size_t step, const unsigned char *next, size_t lines) {
+DSV3I_INLINE void dsv3i_amx_step(const int R, const int C, const unsigned char *const x[2], size_t ldx,
+                                 const unsigned char *const w[2], size_t step, const unsigned char *next,
+                                 size_t lines) {
     DSV3I_AMX_LOAD(4, x[0], ldx);
     DSV3I_AMX_LOAD(6, w[0], step);
     _tile_dpbf16ps(0, 4, 6);
@@ -9813,8 +9775,7 @@ void dsv3i_amx_step(const int R, const int C, const unsigned char *const x[2], s
 }
 
 /* The last k < 32 terms, filled up with zeros. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_rest(const int R, const int C, const dsv3i_amx_place *a, size_t i, size_t k) {
+DSV3I_INLINE void dsv3i_amx_rest(const int R, const int C, const dsv3i_amx_place *a, size_t i, size_t k) {
     const size_t pairs = (k + 1) / 2;
     unsigned char x[2][16 * 64], w[2][16 * 64];
     const unsigned char *const xs[2] = {x[0], x[1]}, *const ws[2] = {w[0], w[1]};
@@ -9855,8 +9816,7 @@ void dsv3i_amx_rest(const int R, const int C, const dsv3i_amx_place *a, size_t i
     }
 
 /* y = sums, or sums times scales, added to what is there if `add`. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_put(const dsv3i_amx_place *a, const float *sums, size_t r, size_t c, int add) {
+DSV3I_INLINE void dsv3i_amx_put(const dsv3i_amx_place *a, const float *sums, size_t r, size_t c, int add) {
     const __mmask16 mask = dsv3i_avx512_mask(a->columns - 16 * c);
     const __m512 scale = a->scale != NULL ? _mm512_loadu_ps(a->scale + 16 * c) : _mm512_setzero_ps();
     for (size_t t = 0; t < a->m[r]; t++) {
@@ -9870,8 +9830,7 @@ void dsv3i_amx_put(const dsv3i_amx_place *a, const float *sums, size_t r, size_t
 }
 
 /* Terms i .. end-1, which share scales. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_terms(const int R, const int C, dsv3i_amx_place *a, size_t i, size_t end, int add) {
+DSV3I_INLINE void dsv3i_amx_terms(const int R, const int C, dsv3i_amx_place *a, size_t i, size_t end, int add) {
     float room[16 * 17], *sums = dsv3i_amx_aligned(room);
     const int from = add && a->scale == NULL;
     const unsigned char *next = a->next;
@@ -9889,9 +9848,8 @@ void dsv3i_amx_terms(const int R, const int C, dsv3i_amx_place *a, size_t i, siz
 }
 
 /* Columns c, and c + 1 with C = 2. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_block(const int R, const int C, dsv3i_amx_place *a, const dsv3i_panel *w, size_t c, size_t k,
-                     int add) {
+DSV3I_INLINE void dsv3i_amx_block(const int R, const int C, dsv3i_amx_place *a, const dsv3i_panel *w, size_t c,
+                                  size_t k, int add) {
     a->w = (const unsigned char *)w->values + 64 * c;
     a->scale = w->scale != NULL ? w->scale + 16 * c : NULL;
     for (size_t i = 0, end; i < k; i = end) {
@@ -9901,9 +9859,8 @@ void dsv3i_amx_block(const int R, const int C, dsv3i_amx_place *a, const dsv3i_p
     }
 }
 
-DSV3I_TARGET(DSV3I_AMX)
-static void dsv3i_amx_gemm_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3i_panel *w,
-                                size_t rows, size_t k, int add) {
+DSV3I_KERNEL void dsv3i_amx_gemm_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3i_panel *w,
+                                      size_t rows, size_t k, int add) {
     const unsigned before = _mm_getcsr();
     dsv3i_amx_place a;
     a.ldx = ldx;
@@ -9933,8 +9890,8 @@ static void dsv3i_amx_gemm_bf16(float *y, size_t ldy, const void *x, size_t ldx,
     dsv3i_amx_control(before);
 }
 
-DSV3I_TARGET(DSV3I_AMX) static void dsv3i_amx_attend(dsv3i_attention_tile *a, size_t nk) {
-    dsv3i_avx512_bf16_attend_by(a, nk, dsv3i_amx_gemm_bf16);
+DSV3I_KERNEL void dsv3i_amx_attend(dsv3i_attention_tile *a, size_t nk) {
+    dsv3i_bf16_attend_by(a, nk, dsv3i_amx_gemm_bf16);
 }
 
 /* ---- AMX: gemm_packed, panel by panel, and for each 96 rows of x k_block by k_block. Sums that are not finished wait in a
@@ -9957,15 +9914,14 @@ static size_t dsv3i_amx_tile_row(const dsv3i_amx_room *room, size_t i) {
 }
 
 /* Values of blocks of bytes as tiles take them, with their signs (256 does not count), and their scales. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_signed(const dsv3_type type, dsv3i_amx_room *room, const unsigned char *w, size_t k) {
+DSV3I_INLINE void dsv3i_amx_signed(const dsv3_type type, dsv3i_amx_room *room, const unsigned char *w, size_t k) {
     const __m512i zero = _mm512_set1_epi8(type == DSV3_Q8_0 ? (char)-128 : 8);
     unsigned char *to = room->values[0];
     float *scale = room->scale;
     for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += 2048) {
         for (size_t j = 0; j < dsv3i_codes_bytes(type, 4, DSV3_QBLOCK); j += 64, w += 64) {
             __m512i b[2];
-            dsv3i_avx512_bf16_values(type, b, w, NULL);
+            dsv3i_bf16_values(type, b, w, NULL);
             _mm512_storeu_si512(to + j, _mm512_sub_epi8(b[0], zero));
             if (type == DSV3_Q4_0) _mm512_storeu_si512(to + 1024 + j, _mm512_sub_epi8(b[1], zero));
         }
@@ -9986,9 +9942,8 @@ void dsv3i_amx_signed(const dsv3_type type, dsv3i_amx_room *room, const unsigned
         dsv3i_amx_fetch(a->next + 64 * (tile)*a->lines, a->lines);                                                   \
     }
 
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_column_sums(dsv3i_amx_place *a, float *sums, const unsigned char *x, const unsigned char *w,
-                           size_t blocks) {
+DSV3I_INLINE void dsv3i_amx_column_sums(dsv3i_amx_place *a, float *sums, const unsigned char *x,
+                                        const unsigned char *w, size_t blocks) {
     DSV3I_AMX_BLOCK(0, 4, 6)
     DSV3I_AMX_BLOCK(1, 5, 7)
     DSV3I_AMX_BLOCK(2, 4, 6)
@@ -10001,8 +9956,7 @@ void dsv3i_amx_column_sums(dsv3i_amx_place *a, float *sums, const unsigned char 
 }
 
 /* 16 rows and four columns, up to four blocks. Rows of x that are not there are the last one once more. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_bytes(dsv3i_amx_place *a, const unsigned char *x, size_t m, size_t k, int add) {
+DSV3I_INLINE void dsv3i_amx_bytes(dsv3i_amx_place *a, const unsigned char *x, size_t m, size_t k, int add) {
     float room[2 * 4 * 256 + 16], *sums = dsv3i_amx_aligned(room), unit[4 * 16];
     const size_t blocks = k / DSV3_QBLOCK;
     for (size_t t = 0; t < 16; t++) {
@@ -10029,8 +9983,8 @@ void dsv3i_amx_bytes(dsv3i_amx_place *a, const unsigned char *x, size_t m, size_
 }
 
 /* Sums [2, 16, 32] of FP8, times scales, join those of `rows` tiles of rows. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_join(float *y, const float *sums, const float *scale, size_t rows, size_t height, int add) {
+DSV3I_INLINE void dsv3i_amx_join(float *y, const float *sums, const float *scale, size_t rows, size_t height,
+                                 int add) {
     const __m512 unit[2] = {_mm512_loadu_ps(scale), _mm512_loadu_ps(scale + 16)};
     for (size_t r = 0; r < rows; r++, y += 16 * 64, sums += 16 * 32) {
         for (size_t i = 0; i < height; i++) {
@@ -10045,9 +9999,9 @@ void dsv3i_amx_join(float *y, const float *sums, const float *scale, size_t rows
 
 /* Rows x times a k_block of BF16, or of FP8, whose values are made already. There, while sums of a pair of tiles are on their
  * way, those of the pair before join y, and some of the next k_block's values are made: `coming` terms. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_k_block(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, const unsigned char *x,
-                       const unsigned char *w, size_t k, size_t turn, size_t coming) {
+DSV3I_INLINE void dsv3i_amx_k_block(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a,
+                                    const unsigned char *x, const unsigned char *w, size_t k, size_t turn,
+                                    size_t coming) {
     const unsigned char *values = type == DSV3_BF16 ? w : room->values[turn % 2];
     const unsigned char *next = w + dsv3i_scale_block_bytes(type, 4, k);
     float *sums = room->sums, *before = NULL;
@@ -10068,7 +10022,7 @@ void dsv3i_amx_k_block(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_pla
         if (type == DSV3_BF16) continue;
         {
             const size_t g = fours * i / pairs, end = fours * (i + 1) / pairs;
-            dsv3i_avx512_bf16_widen(room->values[(turn + 1) % 2] + 512 * g, next + 256 * g, 4, end - g, 0, room->table);
+            dsv3i_bf16_widen(room->values[(turn + 1) % 2] + 512 * g, next + 256 * g, 4, end - g, 0, room->table);
         }
         if (before != NULL) {
             dsv3i_amx_join(before, sums + (i + 1) % 2 * 1024, room->scale, i % 2 ? rows : 2, room->height, turn > 0);
@@ -10079,9 +10033,9 @@ void dsv3i_amx_k_block(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_pla
 }
 
 /* Up to DSV3I_AMX_ROWS rows and a panel, of which what comes next is fetched early. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, float *y, size_t ldy,
-                     const unsigned char *x, size_t rows, const unsigned char *w, size_t k, int fetch) {
+DSV3I_INLINE void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, float *y,
+                                  size_t ldy, const unsigned char *x, size_t rows, const unsigned char *w, size_t k,
+                                  int fetch) {
     const size_t bytes = dsv3i_panel_bytes(type, 4, DSV3I_TERMS);
     const int blocks = dsv3_type_block(type) > 1;
     room->tiles = dsv3i_blocks(rows, 16);
@@ -10091,7 +10045,7 @@ void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place
     a->m[0] = a->m[1] = room->height;
     a->lines = fetch ? dsv3i_blocks(bytes, 64 * 16 * room->tiles) : 0;
     if (type == DSV3_F8_E4M3) {
-        dsv3i_avx512_bf16_widen(room->values[0], w, 4, dsv3i_blocks(dsv3i_min(DSV3I_TERMS, k), 4), 0, room->table);
+        dsv3i_bf16_widen(room->values[0], w, 4, dsv3i_blocks(dsv3i_min(DSV3I_TERMS, k), 4), 0, room->table);
     }
     for (size_t i = 0, turn = 0, terms; i < k; i += terms, turn++) {
         terms = dsv3i_min(DSV3I_TERMS, k - i);
@@ -10116,9 +10070,8 @@ void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place
     }
 }
 
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_gemm_packed(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                           const void *w, size_t rows, size_t k) {
+DSV3I_INLINE void dsv3i_amx_gemm_packed(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx,
+                                        size_t n, const void *w, size_t rows, size_t k) {
     const size_t bytes = dsv3i_panel_bytes(type, 4, k);
     const unsigned before = _mm_getcsr();
     dsv3i_amx_room room;
@@ -10128,7 +10081,7 @@ void dsv3i_amx_gemm_packed(const dsv3_type type, float *y, size_t ldy, const voi
     a.ldy = 64;
     a.columns = 32;
     if (type == DSV3_F8_E4M3) {
-        dsv3i_avx512_bf16_tables(room.table);
+        dsv3i_bf16_tables(room.table);
         dsv3i_amx_control(before | 0x8040);
     }
     for (size_t p = 0; p < rows / 64; p++) {
@@ -10144,9 +10097,8 @@ void dsv3i_amx_gemm_packed(const dsv3_type type, float *y, size_t ldy, const voi
 
 /* ---- AMX: gemv with packed weights: the sums of tiles in registers, to the bit, with subnormal numbers as 0. For two rows and
  * more, whole panels go to tiles. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_gemv(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,
-                    size_t rows, size_t k) {
+DSV3I_INLINE void dsv3i_amx_gemv(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+                                 const void *w, size_t rows, size_t k) {
     const size_t done = n > 1 ? rows / 64 * 64 : 0;
     const unsigned char *rest = (const unsigned char *)w + done / 64 * dsv3i_panel_bytes(type, 4, k);
     const unsigned before = _mm_getcsr();
@@ -10154,27 +10106,26 @@ void dsv3i_amx_gemv(const dsv3_type type, float *y, size_t ldy, const void *x, s
     if (done == rows) return;
     dsv3i_amx_control(before | 0x8040);
     for (size_t t = 0; t < n; t++) {
-        dsv3i_avx512_bf16_gemv(DSV3I_GEMV_STEPS, type, y + t * ldy + done, ldy, (const unsigned char *)x + t * ldx,
-                               ldx, 1, rest, rows - done, k);
+        dsv3i_bf16_gemv(DSV3I_GEMV_STEPS, type, y + t * ldy + done, ldy, (const unsigned char *)x + t * ldx, ldx, 1,
+                        rest, rows - done, k);
     }
     dsv3i_amx_control(before);
 }
 
-DSV3I_WHOLE_TYPES(DSV3I_AMX, dsv3i_amx_gemm_packed, dsv3i_amx_gemm_packed)
-DSV3I_WHOLE(DSV3I_AMX, dsv3i_amx_gemv_bf16, DSV3_BF16, dsv3i_amx_gemv)
-DSV3I_WHOLE(DSV3I_AMX, dsv3i_amx_gemv_f8_e4m3, DSV3_F8_E4M3, dsv3i_amx_gemv)
+DSV3I_WHOLE_TYPES(dsv3i_amx_gemm_packed, dsv3i_amx_gemm_packed)
+DSV3I_WHOLE(dsv3i_amx_gemv_bf16, DSV3_BF16, dsv3i_amx_gemv)
+DSV3I_WHOLE(dsv3i_amx_gemv_f8_e4m3, DSV3_F8_E4M3, dsv3i_amx_gemv)
 
 static const dsv3i_kernels dsv3i_amx_kernels = {
-    DSV3I_COMMON(dsv3i_avx512, NULL, dsv3i_avx512_bf16_widen_f8),
-    DSV3I_ROUND(dsv3i_avx512_bf16_round_bf16, dsv3i_avx512_bf16_round_bytes),
-    DSV3I_GEMM_ROW(dsv3i_avx512, dsv3i_amx_gemm_bf16, dsv3i_avx512_bf16_gemm_bytes),
-    {dsv3i_avx512_attend_begin, dsv3i_avx512_bf16_attend_begin},
+    DSV3I_COMMON(dsv3i_avx512, NULL, dsv3i_bf16_widen_f8),
+    DSV3I_ROUND(dsv3i_bf16_round_bf16, dsv3i_bf16_round_bytes),
+    DSV3I_GEMM_ROW(dsv3i_avx512, dsv3i_amx_gemm_bf16, dsv3i_bf16_gemm_bytes),
+    {dsv3i_avx512_attend_begin, dsv3i_bf16_attend_begin},
     {dsv3i_avx512_attend, dsv3i_amx_attend},
-    {DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_exact),
-     {NULL, NULL, dsv3i_amx_gemv_bf16, dsv3i_amx_gemv_f8_e4m3, dsv3i_avx512_bf16_gemv_fast_q8_0,
-      dsv3i_avx512_bf16_gemv_fast_q4_0}},
+    {DSV3I_WHOLE_ROW(dsv3i_bf16_gemv_exact),
+     {NULL, NULL, dsv3i_amx_gemv_bf16, dsv3i_amx_gemv_f8_e4m3, dsv3i_bf16_gemv_fast_q8_0, dsv3i_bf16_gemv_fast_q4_0}},
     DSV3I_WHOLE_ROW(dsv3i_amx_gemm_packed),
-    DSV3I_GEMV_T_ROW(dsv3i_avx512, dsv3i_avx512_bf16_gemv_t_f8_e4m3)};
+    DSV3I_GEMV_T_ROW(dsv3i_avx512, dsv3i_bf16_gemv_t_f8_e4m3)};
 static const dsv3i_ops dsv3i_amx_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_amx_kernels);
 
 #endif /* DSV3I_TILES */
@@ -10254,7 +10205,7 @@ static const dsv3i_ops *dsv3i_ops_of(dsv3_backend backend) {
 #ifdef DSV3I_X86
     case DSV3_BACKEND_AVX2: return &dsv3i_avx2_ops;
     case DSV3_BACKEND_AVX512: return &dsv3i_avx512_ops;
-    case DSV3_BACKEND_AVX512_BF16: return &dsv3i_avx512_bf16_ops;
+    case DSV3_BACKEND_AVX512_BF16: return &dsv3i_bf16_ops;
 #endif
 #ifdef DSV3I_TILES
     case DSV3_BACKEND_AMX: return &dsv3i_amx_ops;
