@@ -8118,26 +8118,21 @@ static size_t dsv3i_rows_together(size_t n) {
  *     V_words, put_words, bytes    loads and stores words, any alignment; the first n bytes, then zeros
  *     V_transpose, flip  W words of W rows; 128 added to each byte
  *     V_order            words of E4M3 as a panel has them; V_blocks: codes of Q8_0 or Q4_0 one after the other
- *     V_half             lower or upper halves of words, from F16 to float
+ *     V_half             lower halves of words, from F16 to float
  *     V_bf16, nibbles    E4M3 to BF16, in two vectors; the low and the high four bits of bytes
- *     V_floats           of words, two BF16 or four bytes to floats. */
+ *     V_floats           of words, two F16 or BF16 or four bytes to floats. */
 
 /* exp by x = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor series of e^r to r^7 (its rest is below 2^-27). Below -104
  * results are 0, above 89 infinite. */
 #define DSV3I_VECTOR_KERNELS(V, W)                                                                                   \
     DSV3I_INLINE V##_f32 V##_exp(V##_f32 x) {                                                                        \
+        static const float terms[7] = {1.0f / 720.0f, 1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f};   \
         V##_f32 n, r, p = V##_set(1.0f / 5040.0f);                                                                   \
         x = V##_clamp(x, -104.0f, 89.0f);                                                                            \
         n = V##_whole(x);                                                                                            \
         r = V##_fma(n, V##_set(-0.693359375f), x); /* ln 2 in two parts, the first with few bits */                  \
         r = V##_fma(n, V##_set(2.12194440e-4f), r);                                                                  \
-        p = V##_fma(p, r, V##_set(1.0f / 720.0f));                                                                   \
-        p = V##_fma(p, r, V##_set(1.0f / 120.0f));                                                                   \
-        p = V##_fma(p, r, V##_set(1.0f / 24.0f));                                                                    \
-        p = V##_fma(p, r, V##_set(1.0f / 6.0f));                                                                     \
-        p = V##_fma(p, r, V##_set(0.5f));                                                                            \
-        p = V##_fma(p, r, V##_set(1.0f));                                                                            \
-        p = V##_fma(p, r, V##_set(1.0f));                                                                            \
+        DSV3I_UNROLL for (int i = 0; i < 7; i++) p = V##_fma(p, r, V##_set(terms[i]));                               \
         return V##_power(p, n);                                                                                      \
     }                                                                                                                \
     DSV3I_INLINE void V##_decode(const dsv3_type type, float *y, const void *w, size_t n) {                          \
@@ -8256,52 +8251,27 @@ static size_t dsv3i_rows_together(size_t n) {
             V##_scales(scale + first, 16 * columns, from, row_bytes, each, first, rows, blocks);                     \
         }                                                                                                            \
     }                                                                                                                \
-    DSV3I_KERNEL void V##_widen_f16(void *values, const void *panel, size_t columns, size_t k) {                     \
-        const unsigned char *from = (const unsigned char *)panel;                                                    \
-        float *to = (float *)values;                                                                                 \
-        for (size_t i = 0; i < k; i += 2, to += 16 * columns) {                                                      \
-            for (size_t c = 0; c < 16 * columns; c += W, from += 4 * W, to += W) {                                   \
-                const V##_u32 v = V##_words(from);                                                                   \
-                V##_store(to, V##_half(v, 0));                                                                       \
-                V##_store(to + 16 * columns, V##_half(v, 1));                                                        \
-            }                                                                                                        \
-        }                                                                                                            \
-    }                                                                                                                \
-    DSV3I_KERNEL void V##_widen_f8(void *values, const void *panel, size_t columns, size_t k) {                      \
+    /* Words of a panel of this type become values; those of BF16 and bytes, which are values, become floats. */     \
+    DSV3I_INLINE void V##_widen(const dsv3_type type, void *values, const void *panel, size_t columns, size_t k,     \
+                                int32_t zero) {                                                                      \
+        const size_t each = type == DSV3_Q8_0 ? 4 : 2, wide = (type == DSV3_Q4_0 ? 256 : 64) * columns;              \
+        const size_t terms = type == DSV3_Q4_0 ? DSV3_QBLOCK : type == DSV3_F8_E4M3 ? 4 : each;                      \
+        const int coded = type == DSV3_F8_E4M3 || type == DSV3_Q4_0;                                                 \
         const unsigned char *from = (const unsigned char *)panel;                                                    \
         unsigned char *to = (unsigned char *)values;                                                                 \
-        for (size_t i = 0; i < k; i += 4, to += 64 * columns) {                                                      \
-            for (size_t c = 0; c < 16 * columns; c += W, from += 4 * W, to += 4 * W) {                               \
-                V##_u32 b[2];                                                                                        \
-                V##_bf16(b, V##_words(from));                                                                        \
-                V##_put_words(to, b[0]);                                                                             \
-                V##_put_words(to + 64 * columns, b[1]);                                                              \
-            }                                                                                                        \
-        }                                                                                                            \
-    }                                                                                                                \
-    DSV3I_KERNEL void V##_widen_q4_0(void *values, const void *panel, size_t columns, size_t k) {                    \
-        const unsigned char *from = (const unsigned char *)panel;                                                    \
-        unsigned char *to = (unsigned char *)values;                                                                 \
-        for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += 256 * columns) {                                           \
-            for (size_t c = 0; c < 64 * columns; c += W, from += 4 * W, to += 4 * W) {                               \
-                V##_u32 b[2];                                                                                        \
-                V##_nibbles(b, V##_words(from));                                                                     \
-                V##_near(from + DSV3I_PREFETCH);                                                                     \
-                V##_put_words(to, b[0]);                                                                             \
-                V##_put_words(to + 256 * columns, b[1]);                                                             \
-            }                                                                                                        \
-        }                                                                                                            \
-    }                                                                                                                \
-    DSV3I_INLINE void V##_float_panel(const int bytes, float *to, const void *panel, size_t columns, size_t k,       \
-                                      int32_t zero) {                                                                \
-        const unsigned char *from = (const unsigned char *)panel;                                                    \
         const V##_f32 code = V##_set((float)zero);                                                                   \
-        const size_t each = bytes ? 4 : 2;                                                                           \
-        for (size_t i = 0; i < k; i += each, to += 16 * columns * (each - 1)) {                                      \
-            for (size_t c = 0; c < 16 * columns; c += W, from += 4 * W, to += W) {                                   \
+        for (size_t i = 0; i < k; i += terms, to += wide * (each - 1)) {                                             \
+            for (size_t c = 0; c < wide; c += 4 * W, from += 4 * W, to += 4 * W) {                                   \
+                V##_u32 b[2];                                                                                        \
                 V##_f32 f[4];                                                                                        \
-                V##_floats(bytes, f, V##_words(from), code);                                                         \
-                DSV3I_UNROLL for (size_t j = 0; j < each; j++) V##_store(to + 16 * columns * j, f[j]);               \
+                if (type == DSV3_F8_E4M3) V##_bf16(b, V##_words(from));                                              \
+                if (type == DSV3_Q4_0) V##_nibbles(b, V##_words(from));                                              \
+                if (type == DSV3_Q4_0) V##_near(from + DSV3I_PREFETCH);                                              \
+                if (!coded) V##_floats(type, f, V##_words(from), code);                                              \
+                DSV3I_UNROLL for (size_t j = 0; j < each; j++) {                                                     \
+                    if (coded) V##_put_words(to + wide * j, b[j]);                                                   \
+                    if (!coded) V##_store((float *)(void *)(to + wide * j), f[j]);                                   \
+                }                                                                                                    \
             }                                                                                                        \
         }                                                                                                            \
     }
@@ -8396,7 +8366,7 @@ static size_t dsv3i_rows_together(size_t n) {
             DSV3I_UNROLL for (int p = 0; p < NP; p += 16 / W) V##_near(w + a->ahead + 4 * W * p);                    \
             DSV3I_UNROLL for (int p = 0; p < NP; p++) {                                                              \
                 V##_f32 f[4];                                                                                        \
-                V##_floats(bytes, f, V##_words(w + 4 * W * p), zero);                                                \
+                V##_floats(bytes ? DSV3_Q8_0 : DSV3_BF16, f, V##_words(w + 4 * W * p), zero);                        \
                 DSV3I_UNROLL for (size_t j = 0; j < each; j++) {                                                     \
                     if (j > 0 && rest) continue;                                                                     \
                     DSV3I_UNROLL for (int m = 0; m < M; m++) {                                                       \
@@ -8457,12 +8427,6 @@ static size_t dsv3i_rows_together(size_t n) {
                                  V##_columns(kind, NP, y, ldy, x, ldx, n, w, c, rows, k, add));                      \
         }                                                                                                            \
     }                                                                                                                \
-    DSV3I_INLINE void V##_outer_tile(const int M, const int NP, const V##_place *a, size_t aj, size_t k) {           \
-        V##_f32 acc[6 * N];                                                                                          \
-        V##_begin(M, NP, acc, a, 1);                                                                                 \
-        V##_float_terms(M, NP, 1, acc, a, aj, k);                                                                    \
-        V##_end(M, NP, acc, a, 0);                                                                                   \
-    }                                                                                                                \
     /* All m rows of y and `columns` <= W NP columns. */                                                             \
     DSV3I_INLINE void V##_outer_rows(const int NP, float *y, size_t ldy, size_t m, const float *x, size_t at,        \
                                      size_t aj, const float *b, size_t ldb, size_t k, size_t columns) {              \
@@ -8471,7 +8435,12 @@ static size_t dsv3i_rows_together(size_t n) {
             rows = dsv3i_rows_together(m - t);                                                                       \
             V##_place_set(6, NP, &a, y + t * ldy, ldy, x + t * at, at * sizeof *x, rows, b, ldb * sizeof *b,         \
                           columns);                                                                                  \
-            DSV3I_BY_ROWS(rows, V##_outer_tile(M, NP, &a, aj, k));                                                   \
+            DSV3I_BY_ROWS(rows, {                                                                                    \
+                V##_f32 acc[6 * N];                                                                                  \
+                V##_begin(M, NP, acc, &a, 1);                                                                        \
+                V##_float_terms(M, NP, 1, acc, &a, aj, k);                                                           \
+                V##_end(M, NP, acc, &a, 0);                                                                          \
+            });                                                                                                      \
         }                                                                                                            \
     }                                                                                                                \
     /* b in panels of W N columns and at most 160 rows, which stay in a near cache while all rows of y pass by. */   \
@@ -8495,13 +8464,10 @@ static size_t dsv3i_rows_together(size_t n) {
     DSV3I_KERNEL void name parameters { __VA_ARGS__; }
 #define DSV3I_DECODE_LIST (float *y, const void *w, size_t n)
 #define DSV3I_PACK_LIST (void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k)
+#define DSV3I_WIDEN_LIST (void *values, const void *panel, size_t columns, size_t k)
 #define DSV3I_FLOAT_LIST (float *values, const void *panel, size_t columns, size_t k, int32_t zero)
 #define DSV3I_GEMM_LIST                                                                                              \
     (float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3i_panel *w, size_t rows, size_t k, int add)
-#define DSV3I_WHOLE_LIST                                                                                             \
-    (float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows, size_t k)
-#define DSV3I_GEMV_T_LIST                                                                                            \
-    (float *y, const float *x, const void *w, size_t row_bytes, const void *scale, size_t k, size_t n)
 #define DSV3I_TYPE_KERNELS(V)                                                                                        \
     DSV3I_ENTRY(V##_decode_f32, DSV3I_DECODE_LIST, V##_decode(DSV3_F32, y, w, n))                                    \
     DSV3I_ENTRY(V##_decode_f16, DSV3I_DECODE_LIST, V##_decode(DSV3_F16, y, w, n))                                    \
@@ -8512,8 +8478,11 @@ static size_t dsv3i_rows_together(size_t n) {
     DSV3I_ENTRY(V##_pack_1, DSV3I_PACK_LIST, (void)scale; V##_pack(1, panel, w, row_bytes, rows, k))                 \
     DSV3I_ENTRY(V##_pack_q8_0, DSV3I_PACK_LIST, V##_pack_blocks(32, panel, scale, w, row_bytes, rows, k))            \
     DSV3I_ENTRY(V##_pack_q4_0, DSV3I_PACK_LIST, V##_pack_blocks(16, panel, scale, w, row_bytes, rows, k))            \
-    DSV3I_ENTRY(V##_float_bf16, DSV3I_FLOAT_LIST, V##_float_panel(0, values, panel, columns, k, zero))               \
-    DSV3I_ENTRY(V##_float_bytes, DSV3I_FLOAT_LIST, V##_float_panel(1, values, panel, columns, k, zero))              \
+    DSV3I_ENTRY(V##_widen_f16, DSV3I_WIDEN_LIST, V##_widen(DSV3_F16, values, panel, columns, k, 0))                  \
+    DSV3I_ENTRY(V##_widen_f8, DSV3I_WIDEN_LIST, V##_widen(DSV3_F8_E4M3, values, panel, columns, k, 0))               \
+    DSV3I_ENTRY(V##_widen_q4_0, DSV3I_WIDEN_LIST, V##_widen(DSV3_Q4_0, values, panel, columns, k, 0))                \
+    DSV3I_ENTRY(V##_float_bf16, DSV3I_FLOAT_LIST, V##_widen(DSV3_BF16, values, panel, columns, k, zero))             \
+    DSV3I_ENTRY(V##_float_bytes, DSV3I_FLOAT_LIST, V##_widen(DSV3_Q8_0, values, panel, columns, k, zero))            \
     DSV3I_ENTRY(V##_gemm_f32, DSV3I_GEMM_LIST, V##_gemm(DSV3I_GEMM_F32, y, ldy, x, ldx, n, w, rows, k, add))         \
     DSV3I_ENTRY(V##_gemm_bf16, DSV3I_GEMM_LIST, V##_gemm(DSV3I_GEMM_BF16, y, ldy, x, ldx, n, w, rows, k, add))       \
     DSV3I_ENTRY(V##_gemm_bytes, DSV3I_GEMM_LIST, V##_gemm(DSV3I_GEMM_BYTES, y, ldy, x, ldx, n, w, rows, k, add))
@@ -8567,6 +8536,8 @@ static size_t dsv3i_rows_together(size_t n) {
     DSV3I_INLINE void V##_far(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T1); }              \
     DSV3I_INLINE V##_u32 V##_words(const void *at) { return _mm##bits##_loadu_si##bits((const V##_u32 *)at); }       \
     DSV3I_INLINE void V##_put_words(void *at, V##_u32 v) { _mm##bits##_storeu_si##bits((V##_u32 *)at, v); }          \
+    DSV3I_INLINE V##_u32 V##_and(V##_u32 a, V##_u32 b) { return _mm##bits##_and_si##bits(a, b); }                    \
+    DSV3I_INLINE V##_u32 V##_short(int a) { return _mm##bits##_set1_epi16((short)a); }                               \
     DSV3I_INLINE V##_u32 V##_flip(V##_u32 v) {                                                                       \
         return _mm##bits##_xor_si##bits(v, _mm##bits##_set1_epi8((char)-128));                                       \
     }                                                                                                                \
@@ -8589,26 +8560,53 @@ static size_t dsv3i_rows_together(size_t n) {
         }                                                                                                            \
     }                                                                                                                \
     DSV3I_INLINE void V##_nibbles(V##_u32 b[2], V##_u32 v) {                                                         \
-        b[0] = _mm##bits##_and_si##bits(v, _mm##bits##_set1_epi8(15));                                               \
-        b[1] = _mm##bits##_and_si##bits(_mm##bits##_srli_epi16(v, 4), _mm##bits##_set1_epi8(15));                    \
+        b[0] = V##_and(v, _mm##bits##_set1_epi8(15));                                                                \
+        b[1] = V##_and(_mm##bits##_srli_epi16(v, 4), _mm##bits##_set1_epi8(15));                                     \
     }                                                                                                                \
-    DSV3I_INLINE void V##_floats(const int bytes, V##_f32 f[4], V##_u32 v, V##_f32 zero) {                           \
-        const V##_u32 byte = _mm##bits##_set1_epi32(255);                                                            \
-        if (bytes) {                                                                                                 \
-            const V##_u32 two = _mm##bits##_srli_epi32(v, 8), three = _mm##bits##_srli_epi32(v, 16);                 \
-            f[0] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(v, byte)), zero);                        \
-            f[1] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(two, byte)), zero);                      \
-            f[2] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(three, byte)), zero);                    \
-            f[3] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_srli_epi32(v, 24)), zero);                            \
-        } else {                                                                                                     \
+    /* E4M3 to BF16: exponent + 120. What the eight smallest codes and NaN lack is added, the former by tables: an \
+     * index from 128 on gives 0. */ \
+    DSV3I_INLINE void V##_bf16(V##_u32 b[2], V##_u32 v) {                                                            \
+        const V##_u32 at =                                                                                           \
+            _mm##bits##_adds_epu8(V##_and(v, _mm##bits##_set1_epi8(127)), _mm##bits##_set1_epi8(120));               \
+        V##_u32 low = repeat(_mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 0, -16, 96, -112, -64, -48, -32, -16));           \
+        V##_u32 high = repeat(_mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, -60, -2, -1, -1, -1, -1, -1, -1));               \
+        low = _mm##bits##_shuffle_epi8(low, at);                                                                     \
+        high = _mm##bits##_shuffle_epi8(high, at);                                                                   \
+        b[0] = _mm##bits##_unpacklo_epi8(_mm##bits##_setzero_si##bits(), v);                                         \
+        b[1] = _mm##bits##_unpackhi_epi8(_mm##bits##_setzero_si##bits(), v);                                         \
+        DSV3I_UNROLL for (int i = 0; i < 2; i++) {                                                                   \
+            const V##_u32 sign = V##_and(b[i], V##_short(-32768)),                                                   \
+                          size = V##_and(_mm##bits##_srli_epi16(b[i], 4), V##_short(0x7F0));                         \
+            const V##_u32 add = i ? _mm##bits##_unpackhi_epi8(low, high) : _mm##bits##_unpacklo_epi8(low, high);     \
+            const V##_u32 r = _mm##bits##_add_epi16(_mm##bits##_add_epi16(size, V##_short(0x3C00)), add);            \
+            const V##_u32 nan =                                                                                      \
+                _mm##bits##_mullo_epi16(_mm##bits##_subs_epu16(r, V##_short(0x43E0)), V##_short(0x3BD));             \
+            b[i] = _mm##bits##_or_si##bits(_mm##bits##_add_epi16(r, nan), sign);                                     \
+        }                                                                                                            \
+    }                                                                                                                \
+    DSV3I_INLINE void V##_floats(const dsv3_type type, V##_f32 f[4], V##_u32 v, V##_f32 zero) {                      \
+        if (type == DSV3_F16) {                                                                                      \
+            f[0] = V##_half(v);                                                                                      \
+            f[1] = V##_half(_mm##bits##_srli_epi32(v, 16));                                                          \
+        } else if (type == DSV3_BF16) {                                                                              \
             f[0] = _mm##bits##_castsi##bits##_ps(_mm##bits##_slli_epi32(v, 16));                                     \
-            f[1] = _mm##bits##_castsi##bits##_ps(_mm##bits##_and_si##bits(v, _mm##bits##_set1_epi32(-65536)));       \
+            f[1] = _mm##bits##_castsi##bits##_ps(V##_and(v, _mm##bits##_set1_epi32(-65536)));                        \
+        } else {                                                                                                     \
+            DSV3I_UNROLL for (int j = 0; j < 4; j++) {                                                               \
+                const V##_u32 w = j > 0 ? _mm##bits##_srli_epi32(v, 8 * j) : v;                                      \
+                f[j] = V##_sub(_mm##bits##_cvtepi32_ps(j < 3 ? V##_and(w, _mm##bits##_set1_epi32(255)) : w), zero);  \
+            }                                                                                                        \
         }                                                                                                            \
     }
 
 /* ---- AVX2, FMA, F16C: 8 lanes. */
 
 #define DSV3I_ISA "avx2,fma,f16c"
+/* From F16, the lower halves of words. */
+DSV3I_INLINE __m256 dsv3i_avx2_half(__m256i v) {
+    const __m256i w = _mm256_and_si256(v, _mm256_set1_epi32(65535));
+    return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
+}
 DSV3I_X86_VECTORS(dsv3i_avx2, 256, _mm256_broadcastsi128_si256)
 
 typedef size_t dsv3i_avx2_lanes; /* there are no masks but vectors, made where they are needed */
@@ -8695,26 +8693,6 @@ DSV3I_INLINE __m256i dsv3i_avx2_blocks(const size_t size, const unsigned char *w
     return _mm256_inserti128_si256(_mm256_castsi128_si256(dsv3i_avx2_bytes_16(w + 2)),
                                    count == 2 ? dsv3i_avx2_bytes_16(w + 20) : _mm_setzero_si128(), 1);
 }
-DSV3I_INLINE __m256 dsv3i_avx2_half(__m256i v, const int upper) {
-    const __m256i w = upper ? _mm256_srli_epi32(v, 16) : _mm256_and_si256(v, _mm256_set1_epi32(65535));
-    return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
-}
-/* By way of halves, as dsv3i_avx2_element. */
-DSV3I_INLINE void dsv3i_avx2_bf16(__m256i b[2], __m256i v) {
-    const __m256i bits = _mm256_set1_epi16(0x3F80), zero = _mm256_setzero_si256();
-    const __m256 unit = _mm256_set1_ps(256.0f);
-    b[0] = _mm256_unpacklo_epi8(zero, v);
-    b[1] = _mm256_unpackhi_epi8(zero, v);
-    DSV3I_UNROLL for (int i = 0; i < 2; i++) {
-        __m256i h = _mm256_and_si256(_mm256_srai_epi16(b[i], 1), _mm256_set1_epi16((short)-16512)), low, high;
-        h = _mm256_or_si256(h, _mm256_srli_epi16(_mm256_cmpeq_epi16(_mm256_and_si256(h, bits), bits), 1));
-        low = _mm256_castps_si256(_mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(h)), unit));
-        high = _mm256_castps_si256(_mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)), unit));
-        h = _mm256_packus_epi32(_mm256_srli_epi32(low, 16), _mm256_srli_epi32(high, 16));
-        b[i] = _mm256_permute4x64_epi64(h, 0xD8);
-    }
-}
-
 /* Q8_0 and Q4_0: whole blocks. */
 DSV3I_INLINE void dsv3i_avx2_decode_blocks(const size_t size, float *y, const void *w, size_t n) {
     const unsigned char *bytes = (const unsigned char *)w;
@@ -8806,6 +8784,7 @@ static const dsv3i_ops dsv3i_avx2_ops = DSV3I_OPS(dsv3i_avx2, dsv3i_avx2_kernels
 
 #undef DSV3I_ISA
 #define DSV3I_ISA "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+DSV3I_INLINE __m512 dsv3i_avx512_half(__m512i v) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)); }
 DSV3I_X86_VECTORS(dsv3i_avx512, 512, _mm512_broadcast_i32x4)
 
 typedef __mmask16 dsv3i_avx512_lanes;
@@ -8878,26 +8857,6 @@ DSV3I_INLINE __m512i dsv3i_avx512_blocks(const size_t size, const unsigned char 
     v = _mm512_inserti32x4(v, dsv3i_avx2_bytes_16(w + 38), 2);
     return _mm512_inserti32x4(v, dsv3i_avx2_bytes_16(w + 56), 3);
 }
-DSV3I_INLINE __m512 dsv3i_avx512_half(__m512i v, const int upper) {
-    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(upper ? _mm512_srli_epi32(v, 16) : v));
-}
-/* Normal: exponent + 120; the eight smallest by a table; NaN. */
-DSV3I_INLINE void dsv3i_avx512_bf16(__m512i b[2], __m512i v) {
-    const __m512i small = _mm512_broadcast_i32x4(
-        _mm_setr_epi16(0, 0x3B00, 0x3B80, 0x3BC0, 0x3C00, 0x3C20, 0x3C40, 0x3C60)); /* 0 to 7 times 2^-9 */
-    const __m512i last = _mm512_set1_epi16(0x7F), zero = _mm512_setzero_si512();
-    b[0] = _mm512_unpacklo_epi8(zero, v);
-    b[1] = _mm512_unpackhi_epi8(zero, v);
-    DSV3I_UNROLL for (int i = 0; i < 2; i++) {
-        const __m512i size = _mm512_and_si512(_mm512_srli_epi16(b[i], 8), last);
-        const __mmask32 tiny = _mm512_cmplt_epi16_mask(size, _mm512_set1_epi16(8));
-        __m512i r = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_set1_epi16(0x3C00));
-        r = _mm512_mask_mov_epi16(r, tiny, _mm512_permutexvar_epi16(size, small));
-        r = _mm512_mask_mov_epi16(r, _mm512_cmpeq_epi16_mask(size, last), _mm512_set1_epi16(0x7FC0));
-        b[i] = _mm512_or_si512(r, _mm512_and_si512(b[i], _mm512_set1_epi16((short)-32768)));
-    }
-}
-
 DSV3I_VECTOR_KERNELS(dsv3i_avx512, 16)
 DSV3I_PANEL_KERNELS(dsv3i_avx512, 16)
 DSV3I_GEMM_KERNELS(dsv3i_avx512, 16, 4)
@@ -8978,10 +8937,11 @@ DSV3I_INLINE void dsv3i_avx512_gemv_t_row(const dsv3_type type, float *y, float 
 
 /* Row by row, exactly as they lie, is how they come fastest, although sums then wait in a near cache. */
 #define DSV3I_GEMV_T(name, type)                                                                                     \
-    DSV3I_ENTRY(dsv3i_avx512_gemv_t_##name, DSV3I_GEMV_T_LIST, {                                                     \
+    DSV3I_KERNEL void dsv3i_avx512_gemv_t_##name(float *y, const float *x, const void *w, size_t row_bytes,          \
+                                                 const void *scale, size_t k, size_t n) {                            \
         const unsigned char *row = (const unsigned char *)w, *scales = (const unsigned char *)scale;                 \
         for (size_t r = 0; r < k; r++) dsv3i_avx512_gemv_t_row(type, y, x[r], row + r * row_bytes, scales, 0, n);    \
-    })
+    }
 DSV3I_GEMV_T(f16, DSV3_F16)
 DSV3I_GEMV_T(bf16, DSV3_BF16)
 DSV3I_GEMV_T(f8_e4m3, DSV3_F8_E4M3)
@@ -9120,8 +9080,8 @@ DSV3I_INLINE void dsv3i_bf16_gemv_t_256(float *y, __m512 f, const unsigned char 
         __m512 value[2][4];
         dsv3i_bf16_of_f8(b, _mm512_permutexvar_epi8(order, _mm512_loadu_si512(w + 16 * c)), table);
         _mm_prefetch((const char *)w + 16 * c + DSV3I_PREFETCH, _MM_HINT_T0);
-        dsv3i_avx512_floats(0, value[0], b[0], _mm512_setzero_ps());
-        dsv3i_avx512_floats(0, value[1], b[1], _mm512_setzero_ps());
+        dsv3i_avx512_floats(DSV3_BF16, value[0], b[0], _mm512_setzero_ps());
+        dsv3i_avx512_floats(DSV3_BF16, value[1], b[1], _mm512_setzero_ps());
         DSV3I_UNROLL for (size_t i = 0; i < 4; i++) {
             float *to = y + 16 * (c + i);
             const __m512 scaled = _mm512_mul_ps(value[i / 2][i % 2], _mm512_set1_ps(scale[c / 8]));
@@ -9328,18 +9288,13 @@ DSV3I_INLINE void dsv3i_bf16_gemm(const dsv3_type type, float *y, size_t ldy, co
 DSV3I_ENTRY(dsv3i_bf16_gemm_bf16, DSV3I_GEMM_LIST, dsv3i_bf16_gemm(DSV3_BF16, y, ldy, x, ldx, n, w, rows, k, add))
 DSV3I_ENTRY(dsv3i_bf16_gemm_bytes, DSV3I_GEMM_LIST, dsv3i_bf16_gemm(DSV3_Q8_0, y, ldy, x, ldx, n, w, rows, k, add))
 
-typedef void (*dsv3i_gemm)(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3i_panel *w,
-                           size_t rows, size_t k, int add);
-
 /* ---- AVX-512 BF16: attention. scratch: the queries as a panel; scores [64, columns, 16]; keys [64, dk] and,
  * where gemm takes more than 4 columns, all values as one panel. */
 
 #define DSV3I_TILE_KEYS 64u /* keys of an attention tile, at most */
 
-DSV3I_INLINE size_t dsv3i_bf16_pad(size_t k) { return (k + 3) / 4 * 4; }
-
 DSV3I_KERNEL void dsv3i_bf16_attend_begin(dsv3i_attention_tile *a) {
-    const size_t dk = dsv3i_bf16_pad(a->dk), columns = (a->lanes + 15) / 16;
+    const size_t dk = dsv3i_blocks(a->dk, 4) * 4, columns = (a->lanes + 15) / 16;
     unsigned char *rows = (unsigned char *)a->scratch + 32 * columns * dk;
     for (size_t i = 0; i < a->lanes; i++) dsv3i_bf16_round_bf16(rows + 2 * i * dk, a->q + i * a->ld_q, a->dk);
     dsv3i_avx512_pack(2, a->scratch, rows, 2 * dk, a->lanes, dk);
@@ -9426,10 +9381,11 @@ DSV3I_INLINE void dsv3i_bf16_scores(float *p, const unsigned char *keys, size_t 
     DSV3I_UNROLL for (int m = 0; m < 16; m++) _mm512_storeu_ps(p + 16 * m, acc[m]);
 }
 
-/* gemm: of rows and panels of BF16. */
-DSV3I_KERNEL void dsv3i_bf16_attend_by(dsv3i_attention_tile *a, size_t nk, dsv3i_gemm gemm) {
-    const size_t dk = dsv3i_bf16_pad(a->dk), columns = (a->lanes + 15) / 16;
-    const int wide = gemm != dsv3i_bf16_gemm_bf16;
+/* The gemm of rows and panels of BF16 is the backend's. */
+DSV3I_KERNEL void dsv3i_bf16_attend(dsv3i_attention_tile *a, size_t nk) {
+    const size_t dk = dsv3i_blocks(a->dk, 4) * 4, columns = (a->lanes + 15) / 16;
+    const dsv3i_kernels *kernels = dsv3i_kernels_of(a->ctx);
+    const int wide = kernels->gemm[DSV3I_GEMM_FAST_BF16] != dsv3i_bf16_gemm_bf16;
     const size_t most = wide ? a->dv : 64;
     unsigned char *scratch = (unsigned char *)a->scratch + 32 * columns * dk,
                   *keys = scratch + 64 * columns * DSV3I_TILE_KEYS;
@@ -9450,8 +9406,9 @@ DSV3I_KERNEL void dsv3i_bf16_attend_by(dsv3i_attention_tile *a, size_t nk, dsv3i
         dsv3i_bf16_scores(p + 16 * scored, (const unsigned char *)x + scored * ldx, ldx,
                           (const unsigned char *)a->scratch, panel.block);
     }
-    gemm(p + 16 * columns * scored, 16 * columns, (const unsigned char *)x + scored * ldx, ldx, nk - scored, &panel,
-         16 * columns, panel.block, 0);
+    kernels->gemm[DSV3I_GEMM_FAST_BF16](p + 16 * columns * scored, 16 * columns,
+                                        (const unsigned char *)x + scored * ldx, ldx, nk - scored, &panel,
+                                        16 * columns, panel.block, 0);
     dsv3i_avx512_softmax(a, p, rescale, columns, nk);
     dsv3i_avx512_rescale(a, rescale);
     dsv3i_bf16_weights(weights, p, columns, nk);
@@ -9459,12 +9416,9 @@ DSV3I_KERNEL void dsv3i_bf16_attend_by(dsv3i_attention_tile *a, size_t nk, dsv3i
         const size_t rows = dsv3i_min(most, a->dv - i);
         panel = dsv3i_panel_of(values, (rows + 15) / 16, (nk + 1) / 2 * 2);
         dsv3i_bf16_value_panel(values, a, i, i + rows, nk, scored == 0 && a->type == DSV3_BF16);
-        gemm(a->out + i, a->ld_out, weights, 2 * DSV3I_TILE_KEYS, a->lanes, &panel, rows, panel.block, 1);
+        kernels->gemm[DSV3I_GEMM_FAST_BF16](a->out + i, a->ld_out, weights, 2 * DSV3I_TILE_KEYS, a->lanes, &panel,
+                                            rows, panel.block, 1);
     }
-}
-
-DSV3I_KERNEL void dsv3i_bf16_attend(dsv3i_attention_tile *a, size_t nk) {
-    dsv3i_bf16_attend_by(a, nk, dsv3i_bf16_gemm_bf16);
 }
 
 /* ---- AVX-512 BF16: gemv, 1 to 4 rows and packed weights. Reading is all that counts. Panels of several far places are
@@ -9495,7 +9449,7 @@ DSV3I_INLINE void dsv3i_bf16_gemv_terms(const dsv3i_gemv_kind kind, const dsv3_t
                                   table);
                 DSV3I_UNROLL for (int j = 0; j < each; j++) {
                     __m512 f[4], g[4];
-                    dsv3i_avx512_floats(bytes, f, b[bytes ? pass : j / 2], zero);
+                    dsv3i_avx512_floats(bytes ? DSV3_Q8_0 : DSV3_BF16, f, b[bytes ? pass : j / 2], zero);
                     DSV3I_UNROLL for (int m = 0; m < M; m++) {
                         __m512 *to = sums + S * (m * NC + c) + j % S;
                         const float *xf = (const float *)(const void *)x[m] + 16 * pass + i + j;
@@ -9503,7 +9457,7 @@ DSV3I_INLINE void dsv3i_bf16_gemv_terms(const dsv3i_gemv_kind kind, const dsv3_t
                         if (kind == DSV3I_GEMV_FLOATS) {
                             *to = _mm512_fmadd_ps(_mm512_set1_ps(*xf), f[bytes ? j : j % 2], *to);
                         } else if (kind == DSV3I_GEMV_STEPS) {
-                            dsv3i_avx512_floats(0, g, dsv3i_bf16_four(xm), zero);
+                            dsv3i_avx512_floats(DSV3_BF16, g, dsv3i_bf16_four(xm), zero);
                             *to = _mm512_fmadd_ps(g[j % 2], f[j % 2], *to);
                         } else if (j % 2 == 0) {
                             *to = _mm512_dpbf16_ps(*to, (__m512bh)dsv3i_bf16_four(xm), (__m512bh)b[j / 2]);
@@ -9671,7 +9625,10 @@ DSV3I_INLINE void dsv3i_bf16_gemm_packed(const dsv3_type type, float *y, size_t 
 
 /* Whole matrices of each type of packed weights: name_bf16 and so on. */
 #define DSV3I_WHOLE(name, type, FUNCTION)                                                                            \
-    DSV3I_ENTRY(name, DSV3I_WHOLE_LIST, FUNCTION(type, y, ldy, x, ldx, n, w, rows, k))
+    DSV3I_KERNEL void name(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows,    \
+                           size_t k) {                                                                               \
+        FUNCTION(type, y, ldy, x, ldx, n, w, rows, k);                                                               \
+    }
 #define DSV3I_WHOLE_TYPES(name, FUNCTION)                                                                            \
     DSV3I_WHOLE(name##_bf16, DSV3_BF16, FUNCTION)                                                                    \
     DSV3I_WHOLE(name##_f8_e4m3, DSV3_F8_E4M3, FUNCTION)                                                              \
@@ -9888,10 +9845,6 @@ DSV3I_KERNEL void dsv3i_amx_gemm_bf16(float *y, size_t ldy, const void *x, size_
     }
     _tile_release();
     dsv3i_amx_control(before);
-}
-
-DSV3I_KERNEL void dsv3i_amx_attend(dsv3i_attention_tile *a, size_t nk) {
-    dsv3i_bf16_attend_by(a, nk, dsv3i_amx_gemm_bf16);
 }
 
 /* ---- AMX: gemm_packed, panel by panel, and for each 96 rows of x k_block by k_block. Sums that are not finished wait in a
@@ -10121,7 +10074,7 @@ static const dsv3i_kernels dsv3i_amx_kernels = {
     DSV3I_ROUND(dsv3i_bf16_round_bf16, dsv3i_bf16_round_bytes),
     DSV3I_GEMM_ROW(dsv3i_avx512, dsv3i_amx_gemm_bf16, dsv3i_bf16_gemm_bytes),
     {dsv3i_avx512_attend_begin, dsv3i_bf16_attend_begin},
-    {dsv3i_avx512_attend, dsv3i_amx_attend},
+    {dsv3i_avx512_attend, dsv3i_bf16_attend},
     {DSV3I_WHOLE_ROW(dsv3i_bf16_gemv_exact),
      {NULL, NULL, dsv3i_amx_gemv_bf16, dsv3i_amx_gemv_f8_e4m3, dsv3i_bf16_gemv_fast_q8_0, dsv3i_bf16_gemv_fast_q4_0}},
     DSV3I_WHOLE_ROW(dsv3i_amx_gemm_packed),
