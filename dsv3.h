@@ -6708,6 +6708,12 @@ static dsv3i_gemm_kind dsv3i_k_block_make(const dsv3_context *ctx, dsv3i_panel *
     return form == DSV3I_BF16S ? DSV3I_GEMM_BF16 : DSV3I_GEMM_BYTES;
 }
 
+/* All k terms of a panel, without scales. */
+static dsv3i_panel dsv3i_panel_of(const void *values, size_t columns, size_t k) {
+    dsv3i_panel w = {values, columns, NULL, k, 0, 0, 0, values, 0};
+    return w;
+}
+
 /* ---- Rows of x for products: as they are, or rounded (DSV3_FAST) for one type of weights */
 
 typedef struct dsv3i_input {
@@ -6759,8 +6765,8 @@ static dsv3i_input dsv3i_input_rounded(const dsv3_context *ctx, const float *out
 }
 
 /* Many rows that lie a power of two apart are copied, for the same reason, if they are not rounded. */
-static int dsv3i_is_copied(const dsv3_context *ctx, const dsv3_tensor *w, size_t n) {
-    return dsv3i_rounding(ctx, w->type) != NULL || (n > DSV3I_FEW && w->cols % 128 == 0);
+static int dsv3i_is_copied(const dsv3_context *ctx, const dsv3_tensor *w, size_t n, size_t ldx) {
+    return dsv3i_rounding(ctx, w->type) != NULL || (n > DSV3I_FEW && ldx % 128 == 0);
 }
 
 /* Row t: x, rounded or just copied. */
@@ -6774,12 +6780,15 @@ static void dsv3i_input_put(const dsv3_context *ctx, const dsv3i_input *in, size
     }
 }
 
-/* n rows x, ldx floats apart, rounded into out [n, dsv3i_rounded_floats(cols)] with DSV3_FAST, else as they are. */
-static dsv3i_input dsv3i_input_round(const dsv3_context *ctx, float *out, const float *x, size_t ldx,
-                                     const dsv3_tensor *w, size_t n) {
-    dsv3i_input in = dsv3i_input_rounded(ctx, out, w);
-    if (dsv3i_rounding(ctx, w->type) == NULL) return dsv3i_input_floats(x, ldx);
-    for (size_t t = 0; t < n; t++) dsv3i_input_put(ctx, &in, t, x + t * ldx, w);
+/* n rows x, ldx floats apart, of grouped rows (pair) those of their tokens, for products with w: as they lie, or rounded or
+ * copied into out [n, dsv3i_rounded_floats(cols)]. */
+static dsv3i_input dsv3i_input_make(const dsv3i_call *c, float *out, const float *x, size_t ldx, const size_t *pair,
+                                    size_t n, const dsv3_tensor *w) {
+    dsv3i_input in = dsv3i_input_rounded(c->ctx, out, w);
+    if (pair == NULL && !dsv3i_is_copied(c->ctx, w, n, ldx)) return dsv3i_input_floats(x, ldx);
+    for (size_t t = 0; t < n; t++) {
+        dsv3i_input_put(c->ctx, &in, t, x + (pair != NULL ? pair[t] / c->m.K : t) * ldx, w);
+    }
     return in;
 }
 
@@ -6880,6 +6889,8 @@ static size_t dsv3i_list_at(const void *jobs, size_t size, size_t count, size_t 
 typedef struct dsv3i_job {
     size_t first;
     dsv3i_product p;
+    const size_t *pair; /* of grouped rows: x has those of their tokens, pair / K; else NULL */
+    size_t K;
     dsv3i_input in; /* x as the products take it */
 } dsv3i_job;
 
@@ -6913,15 +6924,15 @@ static void dsv3i_round_task(void *arg, size_t begin, size_t end, size_t worker)
     (void)worker;
     for (size_t i = begin, j = 0; i < end; i++) {
         const dsv3i_job *job = &a->jobs[j = dsv3i_list_at(a->jobs, sizeof *a->jobs, a->count, i, j)];
-        size_t t = i - job->first;
-        dsv3i_input_put(a->ctx, &job->in, t, job->p.x + t * job->p.w->cols, job->p.w);
+        size_t t = i - job->first, row = job->pair != NULL ? job->pair[t] / job->K : t;
+        dsv3i_input_put(a->ctx, &job->in, t, job->p.x + row * job->p.w->cols, job->p.w);
     }
 }
 
 /* Do both want the same of the same rows? */
-static int dsv3i_same_input(const dsv3_context *ctx, const dsv3i_product *a, const dsv3i_product *b) {
-    return a->x == b->x && a->n == b->n && a->w->cols == b->w->cols &&
-           dsv3i_rounding(ctx, a->w->type) == dsv3i_rounding(ctx, b->w->type);
+static int dsv3i_same_input(const dsv3_context *ctx, const dsv3i_job *a, const dsv3i_job *b) {
+    return a->p.x == b->p.x && a->pair == b->pair && a->p.n == b->p.n && a->p.w->cols == b->p.w->cols &&
+           dsv3i_rounding(ctx, a->p.w->type) == dsv3i_rounding(ctx, b->p.w->type);
 }
 
 /* rounded: room for the rows of all jobs that do not share them with the job before. */
@@ -6932,8 +6943,8 @@ static void dsv3i_round_jobs(dsv3i_linear_arg *arg, dsv3i_job *jobs, float *roun
         size_t floats = dsv3i_rounded_floats(p->w->cols);
         jobs[j].first = rows;
         jobs[j].in = dsv3i_input_floats(p->x, p->w->cols);
-        if (!dsv3i_is_copied(arg->ctx, p->w, p->n)) continue;
-        if (j > 0 && dsv3i_same_input(arg->ctx, &jobs[j - 1].p, p)) {
+        if (jobs[j].pair == NULL && !dsv3i_is_copied(arg->ctx, p->w, p->n, p->w->cols)) continue;
+        if (j > 0 && dsv3i_same_input(arg->ctx, &jobs[j - 1], &jobs[j])) {
             jobs[j].in = jobs[j - 1].in;
             continue;
         }
@@ -6974,7 +6985,10 @@ static void dsv3i_jobs_run(const dsv3_context *ctx, dsv3i_job *jobs, size_t coun
 
 static void dsv3i_fast_linear(const dsv3_context *ctx, const dsv3i_product *list, size_t count, float *scratch) {
     dsv3i_job jobs[DSV3I_PRODUCTS];
-    for (size_t j = 0; j < count; j++) jobs[j].p = list[j];
+    for (size_t j = 0; j < count; j++) {
+        jobs[j].p = list[j];
+        jobs[j].pair = NULL;
+    }
     dsv3i_jobs_run(ctx, jobs, count, scratch, scratch + ctx->threads * DSV3I_STAGES);
 }
 
@@ -7008,31 +7022,25 @@ typedef struct dsv3i_backward_arg {
     size_t floats;      /* as dsv3i_rows_sum wants them */
 } dsv3i_backward_arg;
 
-/* dW [item, cols] of a job += dy^T x */
-static void dsv3i_backward_dw(const dsv3i_backward_arg *a, const dsv3i_backward_job *job, size_t item) {
-    const dsv3i_product *p = &job->p;
-    size_t d = p->w->cols, r = item * a->item, rows = dsv3i_min(a->item, p->rows - r);
-    dsv3i_kernels_of(a->ctx)->outer(job->dw + r * d, d, rows, p->y + r, 1, p->rows, p->x, d, p->n, d);
-}
-
-/* dx [item, cols] of a job, or of two, += dy W */
-static void dsv3i_backward_dx(const dsv3i_backward_arg *a, const dsv3i_backward_job *job, size_t item,
-                              float *scratch) {
-    size_t d = job->p.w->cols, t = item * a->item, n = dsv3i_min(a->item, job->p.n - t);
-    if (job->beta0) DSV3_MEMSET(job->dx + t * d, 0, n * d * sizeof *job->dx);
-    for (const dsv3i_backward_job *from = job; from <= job + (job->joint != 0); from++) {
-        const dsv3i_product *p = &from->p;
-        dsv3i_rows_sum(a->ctx, job->dx + t * d, d, p->y + t * p->rows, p->rows, n, p->w, p->row, p->row + p->rows,
-                       scratch);
-    }
-}
-
+/* Item = some rows of dW += dy^T x of a job, or of dx += dy W of a job or of two. */
 static void dsv3i_backward_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_backward_arg *a = (const dsv3i_backward_arg *)arg;
     for (size_t i = begin, j = 0; i < end; i++) {
         const dsv3i_backward_job *job = &a->jobs[j = dsv3i_list_at(a->jobs, sizeof *a->jobs, a->count, i, j)];
-        if (i < job->dx_first) dsv3i_backward_dw(a, job, i - job->first);
-        if (i >= job->dx_first) dsv3i_backward_dx(a, job, i - job->dx_first, a->scratch + worker * a->floats);
+        const dsv3i_product *p = &job->p;
+        int weights = i < job->dx_first;
+        size_t d = p->w->cols, at = (i - (weights ? job->first : job->dx_first)) * a->item;
+        size_t n = dsv3i_min(a->item, (weights ? p->rows : p->n) - at);
+        if (weights) {
+            dsv3i_kernels_of(a->ctx)->outer(job->dw + at * d, d, n, p->y + at, 1, p->rows, p->x, d, p->n, d);
+            continue;
+        }
+        if (job->beta0) DSV3_MEMSET(job->dx + at * d, 0, n * d * sizeof *job->dx);
+        for (const dsv3i_backward_job *from = job; from <= job + (job->joint != 0); from++) {
+            p = &from->p;
+            dsv3i_rows_sum(a->ctx, job->dx + at * d, d, p->y + at * p->rows, p->rows, n, p->w, p->row,
+                           p->row + p->rows, a->scratch + worker * a->floats);
+        }
     }
 }
 
@@ -7277,40 +7285,41 @@ static size_t dsv3i_group_lanes(const dsv3i_attention *b, size_t first) {
     return dsv3i_min(64, (end - b->t0) * H - first);
 }
 
-/* The group of query `first` and one segment; part [lanes, part_floats]. */
-static void dsv3i_segment_attend(const dsv3i_attention *b, size_t first, size_t segment, float *part,
-                                 float *scratch) {
-    const dsv3i_call *c = b->c;
-    const dsv3i_dims *m = &c->m;
-    const dsv3_cache *cache = &c->caches[c->ws->sequence[b->t0 + first / m->H]];
-    int raw = dsv3i_tile_kind(c->ctx) == 1 && cache->type == DSV3_BF16 && m->width % 2 == 0;
-    size_t at = segment * DSV3I_SEGMENT, lanes = dsv3i_group_lanes(b, first), end;
-    dsv3i_attention_tile tile = dsv3i_tile_of(c, scratch, raw ? DSV3_BF16 : DSV3_F32, m->width, m->rk);
-    end = dsv3i_min(at + DSV3I_SEGMENT, (size_t)c->ws->position[b->t0 + (first + lanes - 1) / m->H] + 1);
-    tile.lanes = lanes;
-    tile.q = b->query + first * m->width;
-    tile.out = part;
-    tile.ld_q = tile.ld_k = tile.ld_v = m->width;
-    tile.ld_out = b->part_floats;
-    for (size_t i = 0; i < lanes; i++, part += b->part_floats) dsv3i_attend_begin(part, part + m->rk, m->rk);
-    dsv3i_tile_begin(&tile, tile.out + m->rk, b->part_floats);
-    for (size_t nk; at < end; at += nk) {
-        nk = dsv3i_min(DSV3I_TILE_KEYS, end - at);
-        tile.keys = tile.values = raw ? (const void *)dsv3i_cache_at(cache, c->layer, at)
-                                      : dsv3i_cache_load(c->ctx, cache, c->layer, at, nk, scratch + b->tile_floats);
-        dsv3i_tile_keys(&tile, c, b->t0 * m->H + first, 1, at, nk);
-    }
-    dsv3i_tile_end(&tile, tile.out + m->rk, b->part_floats);
-}
-
-/* Item = a group and one of the segments. */
+/* Item = a group of queries, from `first` on, and one of the segments. */
 static void dsv3i_segment_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_attention *b = (const dsv3i_attention *)arg;
+    const dsv3i_call *c = b->c;
+    const dsv3i_dims *m = &c->m;
+    float *scratch = b->worker + worker * b->worker_floats;
     for (size_t i = begin; i < end; i++) {
-        size_t first = 0, s = i % b->count;
+        size_t first = 0, s = i % b->count, at = (b->segment + s) * DSV3I_SEGMENT, last;
+        const dsv3_cache *cache;
+        dsv3i_attention_tile tile = dsv3i_tile_of(c, scratch, DSV3_F32, m->width, m->rk);
+        float *state;
         for (size_t group = 0; group < i / b->count; group++) first += dsv3i_group_lanes(b, first);
-        dsv3i_segment_attend(b, first, b->segment + s, b->part + (s * b->queries + first) * b->part_floats,
-                             b->worker + worker * b->worker_floats);
+        cache = &c->caches[c->ws->sequence[b->t0 + first / m->H]];
+        if (dsv3i_tile_kind(c->ctx) == 1 && cache->type == DSV3_BF16 && m->width % 2 == 0) tile.type = DSV3_BF16;
+        tile.lanes = dsv3i_group_lanes(b, first);
+        tile.q = b->query + first * m->width;
+        tile.out = b->part + (s * b->queries + first) * b->part_floats;
+        tile.ld_q = tile.ld_k = tile.ld_v = m->width;
+        tile.ld_out = b->part_floats;
+        state = tile.out + m->rk;
+        for (size_t t = 0; t < tile.lanes; t++) {
+            dsv3i_attend_begin(tile.out + t * tile.ld_out, state + t * tile.ld_out, m->rk);
+        }
+        dsv3i_tile_begin(&tile, state, tile.ld_out);
+        last = (size_t)c->ws->position[b->t0 + (first + tile.lanes - 1) / m->H] + 1;
+        last = dsv3i_min(at + DSV3I_SEGMENT, last);
+        for (size_t nk; at < last; at += nk) {
+            nk = dsv3i_min(DSV3I_TILE_KEYS, last - at);
+            tile.keys = tile.type == DSV3_BF16
+                            ? (const void *)dsv3i_cache_at(cache, c->layer, at)
+                            : dsv3i_cache_load(c->ctx, cache, c->layer, at, nk, scratch + b->tile_floats);
+            tile.values = tile.keys;
+            dsv3i_tile_keys(&tile, c, b->t0 * m->H + first, 1, at, nk);
+        }
+        dsv3i_tile_end(&tile, state, tile.ld_out);
     }
 }
 
@@ -7342,8 +7351,8 @@ static void dsv3i_join_task(void *arg, size_t begin, size_t end, size_t worker) 
             if (last) dsv3i_attend_end(mean, state, m->rk);
         }
         if (!last) continue;
-        in = dsv3i_input_round(c->ctx, scratch + dsv3i_product_floats(m->rk), b->mean + h * m->rk, m->H * m->rk,
-                               b->kv_up, b->t1 - b->t0);
+        in = dsv3i_input_make(c, scratch + dsv3i_product_floats(m->rk), b->mean + h * m->rk, m->H * m->rk, NULL,
+                              b->t1 - b->t0, b->kv_up);
         dsv3i_rows_product(c->ctx, c->ws->o + b->t0 * m->Ho + h * m->dv, m->Ho, &in, b->t1 - b->t0, b->kv_up,
                            h * m->kv + m->dn, (h + 1) * m->kv, scratch);
     }
@@ -7385,8 +7394,8 @@ static dsv3i_input dsv3i_latent_input(const dsv3i_attention *a, const dsv3_cache
         dsv3i_input in = {dsv3i_cache_at(cache, c->layer, b), c->m.width * 2, 1};
         return in;
     }
-    return dsv3i_input_round(c->ctx, scratch, dsv3i_cache_load(c->ctx, cache, c->layer, b, nk, latents), c->m.width,
-                             a->kv_up, nk);
+    return dsv3i_input_make(c, scratch, dsv3i_cache_load(c->ctx, cache, c->layer, b, nk, latents), c->m.width, NULL,
+                            nk, a->kv_up);
 }
 
 /* n rows of `width` floats become BF16, each behind the last, in place. Returns the width of such a row. */
@@ -7452,38 +7461,34 @@ static size_t dsv3i_expanded_rows(const dsv3i_call *c, dsv3i_attention_tile tile
     return tile.lanes;
 }
 
-/* Head h of the sequence whose first row is `leader`. A block of keys is expanded once for all its rows. */
-static void dsv3i_expanded_head(const dsv3i_attention *a, size_t leader, size_t h, float *scratch) {
+/* Item = a head and a row, which counts if a sequence begins there: so all threads have some. A block of keys is expanded
+ * once for all rows of the sequence. */
+static void dsv3i_expanded_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_attention *a = (const dsv3i_attention *)arg;
     const dsv3i_call *c = a->c;
     const dsv3i_dims *m = &c->m;
     const dsv3_workspace *ws = c->ws;
-    float *state = ws->softmax + 2 * h, *o = ws->o + h * m->dv;
+    float *scratch = a->worker + worker * a->worker_floats;
     dsv3i_attention_tile tile = dsv3i_tile_of(c, scratch + dsv3i_up_floats(m), DSV3_F32, m->qk, m->dv);
-    size_t last = 0;
-    for (size_t t = leader; t < c->n; t++) {
-        if (ws->leader[t] != (int32_t)leader) continue;
-        last = (size_t)ws->position[t];
-        dsv3i_attend_begin(o + t * m->Ho, state + t * 2 * m->H, m->dv);
-    }
-    for (size_t b = 0; b <= last; b += DSV3I_EXPAND) {
-        size_t nk = dsv3i_min(DSV3I_EXPAND, last - b + 1);
-        dsv3i_expand_keys(a, &tile, &c->caches[ws->sequence[leader]], b, nk, h, scratch);
-        for (size_t t = leader; t < c->n;) {
-            t += ws->leader[t] == (int32_t)leader ? dsv3i_expanded_rows(c, tile, t, h, b, nk) : 1;
-        }
-    }
-    for (size_t t = leader; t < c->n; t++) {
-        if (ws->leader[t] == (int32_t)leader) dsv3i_attend_end(o + t * m->Ho, state + t * 2 * m->H, m->dv);
-    }
-}
-
-/* Item = a head and a row, which counts if a sequence begins there: so all threads have some. */
-static void dsv3i_expanded_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_attention *a = (const dsv3i_attention *)arg;
     for (size_t i = begin; i < end; i++) {
-        size_t t = i % a->c->n, h = i / a->c->n;
-        if (!a->c->ws->expanded[t] || a->c->ws->leader[t] != (int32_t)t) continue;
-        dsv3i_expanded_head(a, t, h, a->worker + worker * a->worker_floats);
+        size_t leader = i % c->n, h = i / c->n, last = 0;
+        float *state = ws->softmax + 2 * h, *o = ws->o + h * m->dv;
+        if (!ws->expanded[leader] || ws->leader[leader] != (int32_t)leader) continue;
+        for (size_t t = leader; t < c->n; t++) {
+            if (ws->leader[t] != (int32_t)leader) continue;
+            last = (size_t)ws->position[t];
+            dsv3i_attend_begin(o + t * m->Ho, state + t * 2 * m->H, m->dv);
+        }
+        for (size_t b = 0; b <= last; b += DSV3I_EXPAND) {
+            size_t nk = dsv3i_min(DSV3I_EXPAND, last - b + 1);
+            dsv3i_expand_keys(a, &tile, &c->caches[ws->sequence[leader]], b, nk, h, scratch);
+            for (size_t t = leader; t < c->n;) {
+                t += ws->leader[t] == (int32_t)leader ? dsv3i_expanded_rows(c, tile, t, h, b, nk) : 1;
+            }
+        }
+        for (size_t t = leader; t < c->n; t++) {
+            if (ws->leader[t] == (int32_t)leader) dsv3i_attend_end(o + t * m->Ho, state + t * 2 * m->H, m->dv);
+        }
     }
 }
 
@@ -7517,11 +7522,7 @@ static size_t dsv3i_attend_backward_floats(const dsv3i_dims *m) {
 /* y[t, r] = x_t . w_r for nq rows x_t, ldx floats apart, and a panel of nk rows w_r. y [nq, BACK_KEYS] */
 static void dsv3i_block_dots(const dsv3_context *ctx, float *y, const float *x, size_t ldx, size_t nq, const float *w,
                              size_t nk, size_t k) {
-    dsv3i_panel panel;
-    DSV3_MEMSET(&panel, 0, sizeof panel);
-    panel.columns = dsv3i_blocks(nk, DSV3I_LANES);
-    panel.values = w;
-    panel.block = k;
+    dsv3i_panel panel = dsv3i_panel_of(w, dsv3i_blocks(nk, DSV3I_LANES), k);
     dsv3i_kernels_of(ctx)->gemm[DSV3I_GEMM_F32](y, DSV3I_BACK_KEYS, x, ldx * sizeof *x, nq, &panel, nk, k, 0);
 }
 
@@ -7622,85 +7623,56 @@ static size_t dsv3i_ffn_layout(dsv3i_ffn *at, const dsv3i_dims *m, size_t n, siz
     return l.used;
 }
 
-static void dsv3i_gather_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_ffn *a = (const dsv3i_ffn *)arg;
-    size_t d = a->c->m.d;
-    (void)worker;
-    for (size_t i = begin; i < end; i++) {
-        DSV3_MEMCPY(a->list->y + i * d, a->list->x + a->list->pair[i] / a->c->m.K * d, d * sizeof(float));
-    }
-}
-
-/* Inputs of experts are gathered where outputs will be; but a token alone is what all its experts see. */
+/* Of a token alone, all experts see one row: it is not grouped. */
 static void dsv3i_mlps_at_once(dsv3i_ffn *a) {
     const dsv3i_call *c = a->c;
     const dsv3_workspace *ws = c->ws;
-    size_t total = 0, gathered = 0;
+    size_t total = 0;
     for (size_t j = 0; j < a->count; j++) {
         const dsv3i_mlp *r = &a->list[j];
-        int gather = r->pair != NULL && c->n > 1;
-        const float *x = gather ? r->y : r->x;
-        a->jobs[2 * j].p = dsv3i_product_of(ws->h_gate + r->at, x, &r->w->gate_proj, r->n);
-        a->jobs[2 * j + 1].p = dsv3i_product_of(ws->h_up + r->at, x, &r->w->up_proj, r->n);
+        dsv3i_job *jobs = a->jobs + 2 * j;
+        jobs[0].p = dsv3i_product_of(ws->h_gate + r->at, r->x, &r->w->gate_proj, r->n);
+        jobs[1].p = dsv3i_product_of(ws->h_up + r->at, r->x, &r->w->up_proj, r->n);
+        jobs[0].pair = jobs[1].pair = c->n > 1 ? r->pair : NULL;
+        jobs[0].K = jobs[1].K = c->m.K;
         total += r->n * r->w->gate_proj.rows;
-        if (gather) gathered += r->n;
     }
-    dsv3i_parallel(c->ctx, gathered, dsv3i_mul(gathered, c->m.d), dsv3i_gather_task, a);
     dsv3i_jobs_run(c->ctx, a->jobs, 2 * a->count, a->worker, a->rounded);
     dsv3i_swiglu(c->ctx, ws->h, ws->h_gate, ws->h_up, total);
     for (size_t j = 0; j < a->count; j++) {
         const dsv3i_mlp *r = &a->list[j];
         a->jobs[j].p = dsv3i_product_of(r->y, ws->h + r->at, &r->w->down_proj, r->n);
+        a->jobs[j].pair = NULL;
     }
     dsv3i_jobs_run(c->ctx, a->jobs, a->count, a->worker, a->rounded);
 }
 
-/* Rows of a block for products with w: as they lie, or rounded or copied into out, from the rows of their tokens if they
- * are grouped (pair). */
-static dsv3i_input dsv3i_block_input(const dsv3i_call *c, const float *x, const size_t *pair, size_t n,
-                                     const dsv3_tensor *w, float *out) {
-    size_t d = w->cols;
-    dsv3i_input in = dsv3i_input_rounded(c->ctx, out, w);
-    if (pair == NULL && !dsv3i_is_copied(c->ctx, w, n)) return dsv3i_input_floats(x, d);
-    for (size_t i = 0; i < n; i++) {
-        dsv3i_input_put(c->ctx, &in, i, x + (pair != NULL ? pair[i] / c->m.K : i) * d, w);
-    }
-    return in;
-}
-
-/* Rows [t, t + n) of those that MLP j sees. */
-static void dsv3i_mlp_block(const dsv3i_ffn *a, size_t j, size_t t, size_t n, size_t worker) {
-    const dsv3_context *ctx = a->c->ctx;
-    const dsv3i_mlp *r = &a->list[j];
-    const dsv3_tensor *gate = &r->w->gate_proj, *up = &r->w->up_proj, *down = &r->w->down_proj;
-    size_t d = gate->cols, F = gate->rows, at = a->own > 0 ? worker * a->own * a->width : r->at + t * F;
-    const size_t *pair = r->pair != NULL ? r->pair + t : NULL;
-    const float *x = pair != NULL ? r->x : r->x + t * d;
-    float *ha = a->c->ws->h_gate + at, *hb = a->c->ws->h_up + at, *h = a->c->ws->h + at;
-    float *scratch = a->worker + worker * DSV3I_STAGES, *rounded = a->jobs[j].p.y + t * dsv3i_mlp_floats(d, F);
-    dsv3i_input in;
-    if (a->own > 0) rounded = a->rounded + worker * a->own * dsv3i_mlp_floats(d, a->width);
-    in = dsv3i_block_input(a->c, x, pair, n, gate, rounded);
-    dsv3i_rows_product(ctx, ha, F, &in, n, gate, 0, F, scratch);
-    if (dsv3i_rounding(ctx, gate->type) != dsv3i_rounding(ctx, up->type)) {
-        in = dsv3i_block_input(a->c, x, pair, n, up, rounded);
-    }
-    dsv3i_rows_product(ctx, hb, F, &in, n, up, 0, F, scratch);
-    ctx->ops->silu_mul(h, ha, hb, n * F);
-    in = dsv3i_block_input(a->c, h, NULL, n, down, rounded);
-    dsv3i_rows_product(ctx, r->y + t * d, d, &in, n, down, 0, d, scratch);
-}
-
+/* Item = some rows of an MLP. */
 static void dsv3i_mlp_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_ffn *a = (const dsv3i_ffn *)arg;
+    const dsv3i_call *c = a->c;
+    float *scratch = a->worker + worker * DSV3I_STAGES;
     for (size_t i = begin, j = 0; i < end; i++) {
-        const dsv3i_mlp *r;
-        size_t t, some;
-        j = dsv3i_list_at(a->jobs, sizeof *a->jobs, a->count, i, j);
-        r = &a->list[j];
-        some = dsv3i_rows_near(a->c->ctx, &r->w->gate_proj, r->n);
-        t = (i - a->jobs[j].first) * some;
-        dsv3i_mlp_block(a, j, t, dsv3i_min(some, r->n - t), worker);
+        const dsv3i_mlp *r = &a->list[j = dsv3i_list_at(a->jobs, sizeof *a->jobs, a->count, i, j)];
+        const dsv3_tensor *gate = &r->w->gate_proj, *up = &r->w->up_proj, *down = &r->w->down_proj;
+        size_t some = dsv3i_rows_near(c->ctx, gate, r->n), t = (i - a->jobs[j].first) * some;
+        size_t d = gate->cols, F = gate->rows, n = dsv3i_min(some, r->n - t);
+        size_t at = a->own > 0 ? worker * a->own * a->width : r->at + t * F;
+        const size_t *pair = r->pair != NULL ? r->pair + t : NULL;
+        const float *x = pair != NULL ? r->x : r->x + t * d;
+        float *ha = c->ws->h_gate + at, *hb = c->ws->h_up + at, *h = c->ws->h + at;
+        float *rounded = a->jobs[j].p.y + t * dsv3i_mlp_floats(d, F);
+        dsv3i_input in;
+        if (a->own > 0) rounded = a->rounded + worker * a->own * dsv3i_mlp_floats(d, a->width);
+        in = dsv3i_input_make(c, rounded, x, d, pair, n, gate);
+        dsv3i_rows_product(c->ctx, ha, F, &in, n, gate, 0, F, scratch);
+        if (dsv3i_rounding(c->ctx, gate->type) != dsv3i_rounding(c->ctx, up->type)) {
+            in = dsv3i_input_make(c, rounded, x, d, pair, n, up);
+        }
+        dsv3i_rows_product(c->ctx, hb, F, &in, n, up, 0, F, scratch);
+        c->ctx->ops->silu_mul(h, ha, hb, n * F);
+        in = dsv3i_input_make(c, rounded, h, F, NULL, n, down);
+        dsv3i_rows_product(c->ctx, r->y + t * d, d, &in, n, down, 0, d, scratch);
     }
 }
 
@@ -8988,17 +8960,6 @@ DSV3I_INLINE void dsv3i_avx512_rescale(const dsv3i_attention_tile *a, const floa
         DSV3I_BY_LANES(dsv3i_avx512, 16, a->dv,
                        dsv3i_avx512_put(out + i, m, _mm512_mul_ps(f, dsv3i_avx512_get(m, out + i))));
     }
-}
-
-/* All k terms of a panel, without scales. */
-static dsv3i_panel dsv3i_panel_of(const void *values, size_t columns, size_t k) {
-    dsv3i_panel w;
-    DSV3_MEMSET(&w, 0, sizeof w);
-    w.values = w.next = values;
-    w.columns = columns;
-    w.block = k;
-    w.scale = NULL;
-    return w;
 }
 
 /* A panel of queries, and behind it room for scores. */
