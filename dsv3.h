@@ -7989,28 +7989,24 @@ static void dsv3i_round_q8_floats(void *out, const float *x, size_t k) { dsv3i_r
 
 /* ---- Detection: what the CPU has, and whether the operating system saves the registers. */
 
-static void dsv3i_cpuid(uint32_t leaf, uint32_t part, uint32_t r[4]) {
 #if defined(__GNUC__) || defined(__clang__)
+static void dsv3i_cpuid(uint32_t leaf, uint32_t part, uint32_t r[4]) {
     r[0] = r[1] = r[2] = r[3] = 0;
     (void)__get_cpuid_count(leaf, part, &r[0], &r[1], &r[2], &r[3]);
-#else
-    int out[4];
-    __cpuidex(out, (int)leaf, (int)part);
-    for (int i = 0; i < 4; i++) r[i] = (uint32_t)out[i];
-#endif
 }
 
 /* The registers that the operating system saves; only if OSXSAVE. */
 static uint32_t dsv3i_xcr0(void) {
-#if defined(__GNUC__) || defined(__clang__)
     uint32_t low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     (void)high;
     return low;
-#else
-    return (uint32_t)_xgetbv(0);
-#endif
 }
+#else
+static void dsv3i_cpuid(uint32_t leaf, uint32_t part, uint32_t r[4]) { __cpuidex((int *)r, (int)leaf, (int)part); }
+
+static uint32_t dsv3i_xcr0(void) { return (uint32_t)_xgetbv(0); }
+#endif
 
 /* The best backend that this machine can run. */
 static dsv3_backend dsv3i_best_backend(void) {
@@ -8147,33 +8143,6 @@ static size_t dsv3i_rows_together(size_t n) {
 /* Panels are made, W rows of weights at a time, and their codes become values. While some terms are packed, the next
  * k_block of their rows is fetched. */
 #define DSV3I_PANEL_KERNELS(V, W)                                                                                    \
-    DSV3I_KERNEL void V##_pack(size_t size, void *panel, const void *w, size_t row_bytes, size_t rows, size_t k) {   \
-        const size_t columns = (rows + 15) / 16, step = 64 * columns, bytes = k * size;                              \
-        for (size_t first = 0; first < 16 * columns; first += W) {                                                   \
-            const size_t real = first < rows ? dsv3i_min(rows - first, W) : 0;                                       \
-            const unsigned char *from = (const unsigned char *)w + (real > 0 ? first * row_bytes : 0);               \
-            unsigned char *to = (unsigned char *)panel + 4 * first;                                                  \
-            for (size_t i = 0; i < bytes; i += 4 * W, to += W * step) {                                              \
-                const size_t left = bytes - i;                                                                       \
-                V##_u32 r[W];                                                                                        \
-                if (real == W && left >= 4 * W) {                                                                    \
-                    DSV3I_UNROLL for (size_t j = 0; j < W; j++) {                                                    \
-                        r[j] = V##_words(from + j * row_bytes + i);                                                  \
-                        V##_near(from + j * row_bytes + i + DSV3I_TERMS * size);                                     \
-                    }                                                                                                \
-                } else {                                                                                             \
-                    for (size_t j = 0; j < W; j++) {                                                                 \
-                        r[j] = V##_bytes(from + (j < real ? j * row_bytes + i : 0), j < real ? left : 0);            \
-                    }                                                                                                \
-                }                                                                                                    \
-                V##_transpose(r);                                                                                    \
-                for (size_t j = 0; j < W && 4 * j < left; j++) {                                                     \
-                    if (size == 1) r[j] = V##_order(r[j]);                                                           \
-                    V##_put_words(to + step * j, r[j]);                                                              \
-                }                                                                                                    \
-            }                                                                                                        \
-        }                                                                                                            \
-    }                                                                                                                \
     /* The F16 scales of all scale blocks, four at a time, of rows from `first` on; 0 for rows not there. */         \
     DSV3I_INLINE void V##_scales(float *scale, size_t apart, const unsigned char *from, size_t row_bytes,            \
                                  size_t each, size_t first, size_t rows, size_t blocks) {                            \
@@ -8192,36 +8161,49 @@ static size_t dsv3i_rows_together(size_t n) {
             }                                                                                                        \
         }                                                                                                            \
     }                                                                                                                \
-    /* Scale blocks, a scale and `size` bytes of codes, as many at a time as fill a vector. */                       \
-    DSV3I_INLINE void V##_pack_blocks(const size_t size, void *panel, float *scale, const void *w, size_t row_bytes, \
-                                      size_t rows, size_t k) {                                                       \
-        const unsigned char *from = (const unsigned char *)w;                                                        \
-        const size_t blocks = k / DSV3_QBLOCK, at_once = 4 * W / size, columns = (rows + 15) / 16, each = 2 + size;  \
+    /* Codes of `size` bytes; or blocks, a scale and `size` bytes of codes: as many at a time as fill a vector. */   \
+    DSV3I_INLINE void V##_pack(const int blocks, const size_t size, void *panel, float *scale, const void *w,        \
+                               size_t row_bytes, size_t rows, size_t k) {                                            \
+        const size_t columns = (rows + 15) / 16, codes = blocks ? size : 1, each = blocks ? 2 + size : 1;            \
+        const size_t total = blocks ? k / DSV3_QBLOCK : k * size, at_once = 4 * W / codes;                           \
+        const size_t ahead = blocks ? DSV3I_TERMS / DSV3_QBLOCK * each : DSV3I_TERMS * size;                         \
         for (size_t first = 0; first < 16 * columns; first += W) {                                                   \
+            const size_t real = first < rows ? rows - first : 0;                                                     \
             unsigned char *to = (unsigned char *)panel + 4 * first;                                                  \
-            for (size_t b = 0; b < blocks; b += at_once) {                                                           \
-                const size_t count = dsv3i_min(at_once, blocks - b);                                                 \
+            const unsigned char *row[W];                                                                             \
+            for (size_t j = 0; j < W; j++)                                                                           \
+                row[j] = (const unsigned char *)w + dsv3i_min(first + j, rows - 1) * row_bytes;                      \
+            for (size_t i = 0; i < total; i += at_once) {                                                            \
+                const size_t count = dsv3i_min(at_once, total - i);                                                  \
                 V##_u32 r[W];                                                                                        \
-                if (count == at_once) {                                                                              \
+                if (count == at_once && (blocks || real >= W)) {                                                     \
                     DSV3I_UNROLL for (size_t j = 0; j < W; j++) {                                                    \
-                        const unsigned char *at = from + dsv3i_min(first + j, rows - 1) * row_bytes + b * each;      \
-                        r[j] = V##_blocks(size, at, at_once);                                                        \
-                        V##_near(at + DSV3I_TERMS / DSV3_QBLOCK * each);                                             \
+                        r[j] = blocks ? V##_blocks(size, row[j] + i * each, at_once) : V##_words(row[j] + i);        \
+                        V##_near(row[j] + i * each + ahead);                                                         \
                     }                                                                                                \
                 } else {                                                                                             \
                     for (size_t j = 0; j < W; j++) {                                                                 \
-                        r[j] =                                                                                       \
-                            V##_blocks(size, from + dsv3i_min(first + j, rows - 1) * row_bytes + b * each, count);   \
+                        r[j] = blocks ? V##_blocks(size, row[j] + i * each, count)                                   \
+                                      : V##_bytes(row[j] + i, j < real ? count : 0);                                 \
                     }                                                                                                \
                 }                                                                                                    \
-                if (size == 32) {                                                                                    \
+                if (blocks && size == 32) {                                                                          \
                     DSV3I_UNROLL for (size_t j = 0; j < W; j++) r[j] = V##_flip(r[j]);                               \
                 }                                                                                                    \
                 V##_transpose(r);                                                                                    \
-                for (size_t j = 0; j < count * size / 4; j++, to += 64 * columns) V##_put_words(to, r[j]);           \
+                for (size_t j = 0; j < W && 4 * j < count * codes; j++, to += 64 * columns) {                        \
+                    V##_put_words(to, !blocks && size == 1 ? V##_order(r[j]) : r[j]);                                \
+                }                                                                                                    \
             }                                                                                                        \
-            V##_scales(scale + first, 16 * columns, from, row_bytes, each, first, rows, blocks);                     \
+            if (blocks)                                                                                              \
+                V##_scales(scale + first, 16 * columns, (const unsigned char *)w, row_bytes, each, first, rows,      \
+                           total);                                                                                   \
         }                                                                                                            \
+    }                                                                                                                \
+    /* One function for all three sizes. */                                                                          \
+    DSV3I_KERNEL void V##_pack_codes(size_t size, void *panel, const void *w, size_t row_bytes, size_t rows,         \
+                                     size_t k) {                                                                     \
+        V##_pack(0, size, panel, NULL, w, row_bytes, rows, k);                                                       \
     }                                                                                                                \
     /* Words of a panel of this type become values; those of BF16 and bytes, which are values, become floats. */     \
     DSV3I_INLINE void V##_widen(const dsv3_type type, void *values, const void *panel, size_t columns, size_t k,     \
@@ -8445,11 +8427,11 @@ static size_t dsv3i_rows_together(size_t n) {
     DSV3I_ENTRY(V##_decode_f16, DSV3I_DECODE_LIST, V##_decode(DSV3_F16, y, w, n))                                    \
     DSV3I_ENTRY(V##_decode_bf16, DSV3I_DECODE_LIST, V##_decode(DSV3_BF16, y, w, n))                                  \
     DSV3I_ENTRY(V##_decode_f8_e4m3, DSV3I_DECODE_LIST, V##_decode(DSV3_F8_E4M3, y, w, n))                            \
-    DSV3I_ENTRY(V##_pack_4, DSV3I_PACK_LIST, (void)scale; V##_pack(4, panel, w, row_bytes, rows, k))                 \
-    DSV3I_ENTRY(V##_pack_2, DSV3I_PACK_LIST, (void)scale; V##_pack(2, panel, w, row_bytes, rows, k))                 \
-    DSV3I_ENTRY(V##_pack_1, DSV3I_PACK_LIST, (void)scale; V##_pack(1, panel, w, row_bytes, rows, k))                 \
-    DSV3I_ENTRY(V##_pack_q8_0, DSV3I_PACK_LIST, V##_pack_blocks(32, panel, scale, w, row_bytes, rows, k))            \
-    DSV3I_ENTRY(V##_pack_q4_0, DSV3I_PACK_LIST, V##_pack_blocks(16, panel, scale, w, row_bytes, rows, k))            \
+    DSV3I_ENTRY(V##_pack_4, DSV3I_PACK_LIST, (void)scale; V##_pack_codes(4, panel, w, row_bytes, rows, k))           \
+    DSV3I_ENTRY(V##_pack_2, DSV3I_PACK_LIST, (void)scale; V##_pack_codes(2, panel, w, row_bytes, rows, k))           \
+    DSV3I_ENTRY(V##_pack_1, DSV3I_PACK_LIST, (void)scale; V##_pack_codes(1, panel, w, row_bytes, rows, k))           \
+    DSV3I_ENTRY(V##_pack_q8_0, DSV3I_PACK_LIST, V##_pack(1, 32, panel, scale, w, row_bytes, rows, k))                \
+    DSV3I_ENTRY(V##_pack_q4_0, DSV3I_PACK_LIST, V##_pack(1, 16, panel, scale, w, row_bytes, rows, k))                \
     DSV3I_ENTRY(V##_widen_f16, DSV3I_WIDEN_LIST, V##_widen(DSV3_F16, values, panel, columns, k, 0))                  \
     DSV3I_ENTRY(V##_widen_f8, DSV3I_WIDEN_LIST, V##_widen(DSV3_F8_E4M3, values, panel, columns, k, 0))               \
     DSV3I_ENTRY(V##_widen_q4_0, DSV3I_WIDEN_LIST, V##_widen(DSV3_Q4_0, values, panel, columns, k, 0))                \
@@ -8964,7 +8946,7 @@ DSV3I_INLINE void dsv3i_avx512_rescale(const dsv3i_attention_tile *a, const floa
 
 /* A panel of queries, and behind it room for scores. */
 DSV3I_KERNEL void dsv3i_avx512_attend_begin(dsv3i_attention_tile *a) {
-    dsv3i_avx512_pack(4, a->scratch, a->q, a->ld_q * sizeof *a->q, a->lanes, a->dk);
+    dsv3i_avx512_pack_codes(4, a->scratch, a->q, a->ld_q * sizeof *a->q, a->lanes, a->dk);
 }
 
 DSV3I_KERNEL void dsv3i_avx512_attend(dsv3i_attention_tile *a, size_t nk) {
@@ -9258,17 +9240,13 @@ DSV3I_KERNEL void dsv3i_bf16_attend_begin(dsv3i_attention_tile *a) {
     const size_t dk = dsv3i_blocks(a->dk, 4) * 4, columns = (a->lanes + 15) / 16;
     unsigned char *rows = (unsigned char *)a->scratch + 32 * columns * dk;
     for (size_t i = 0; i < a->lanes; i++) dsv3i_bf16_round_bf16(rows + 2 * i * dk, a->q + i * a->ld_q, a->dk);
-    dsv3i_avx512_pack(2, a->scratch, rows, 2 * dk, a->lanes, dk);
+    dsv3i_avx512_pack_codes(2, a->scratch, rows, 2 * dk, a->lanes, dk);
 }
 
-/* Numbers j and j + 1 of each lane, as BF16 in four bytes. */
-DSV3I_INLINE __m512i dsv3i_bf16_pairs(__m512 first, __m512 second) {
-    const __m512i a = _mm512_set1_epi32(0x7FFF);
-    __m512i low = _mm512_castps_si512(first), high = _mm512_castps_si512(second);
-    const __m512i one = _mm512_set1_epi32(1);
-    low = _mm512_add_epi32(low, _mm512_add_epi32(a, _mm512_and_si512(_mm512_srli_epi32(low, 16), one)));
-    high = _mm512_add_epi32(high, _mm512_add_epi32(a, _mm512_and_si512(_mm512_srli_epi32(high, 16), one)));
-    return _mm512_or_si512(_mm512_srli_epi32(low, 16), _mm512_and_si512(high, _mm512_set1_epi32(-65536)));
+/* Places of 16 numbers and, so many behind, of 16 others: in pairs. */
+DSV3I_INLINE __m512i dsv3i_bf16_pairs(int apart) {
+    const __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_or_si512(at, _mm512_slli_epi32(_mm512_add_epi32(at, _mm512_set1_epi32(apart)), 16));
 }
 
 /* Weights p [nk, columns, 16] as rows of 64 BF16 for each lane. */
@@ -9279,9 +9257,9 @@ DSV3I_INLINE void dsv3i_bf16_weights(unsigned char *rows, const float *p, size_t
             for (size_t j = 0; j < 16; j++) {
                 const size_t key = first + 2 * j;
                 const float *at = p + 16 * (key * columns + c);
-                const __m512 zero = _mm512_setzero_ps();
-                r[j] = dsv3i_bf16_pairs(key < nk ? _mm512_loadu_ps(at) : zero,
-                                        key + 1 < nk ? _mm512_loadu_ps(at + 16 * columns) : zero);
+                const __m512 one = key < nk ? _mm512_loadu_ps(at) : _mm512_setzero_ps();
+                const __m512 two = key + 1 < nk ? _mm512_loadu_ps(at + 16 * columns) : _mm512_setzero_ps();
+                r[j] = _mm512_permutexvar_epi16(dsv3i_bf16_pairs(16), (__m512i)_mm512_cvtne2ps_pbh(two, one));
             }
             dsv3i_avx512_transpose(r);
             for (size_t i = 0; i < 16; i++) _mm512_storeu_si512(rows + 2 * DSV3I_TILE_KEYS * i + 2 * first, r[i]);
@@ -9302,8 +9280,7 @@ DSV3I_INLINE __m512i dsv3i_bf16_value(const dsv3i_attention_tile *a, size_t at, 
  * fetch: those of the next tile of keys are fetched meanwhile. */
 DSV3I_INLINE void dsv3i_bf16_value_panel(unsigned char *panel, const dsv3i_attention_tile *a, size_t i, size_t end,
                                          size_t nk, int fetch) {
-    const __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i first = _mm512_or_si512(at, _mm512_slli_epi32(_mm512_add_epi32(at, _mm512_set1_epi32(32)), 16));
+    const __m512i first = dsv3i_bf16_pairs(32);
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
     for (size_t j = 0; j < nk; j += 2) {
         for (size_t c = i; c < end; c += 32) {
