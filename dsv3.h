@@ -6643,6 +6643,11 @@ static dsv3i_form dsv3i_form_of(dsv3_type type) {
     return type == DSV3_BF16 || type == DSV3_F8_E4M3 ? DSV3I_BF16S : DSV3I_FLOATS;
 }
 
+/* In both enumerations floats come first, and then BF16 before bytes. */
+static dsv3i_gemm_kind dsv3i_gemm_of(dsv3i_form form, int fast) {
+    return (dsv3i_gemm_kind)((int)form + (fast && form != DSV3I_FLOATS ? 2 : 0));
+}
+
 /* Rows r .. r+rows-1 of w, which do not reach the next multiple of 64, and terms k0 .. k0+k-1, 128 if there are as many. */
 typedef struct dsv3i_k_block {
     const dsv3_tensor *w;
@@ -6703,9 +6708,7 @@ static dsv3i_gemm_kind dsv3i_k_block_make(const dsv3_context *ctx, dsv3i_panel *
         }
         if (floats) kernels->float_panel[form == DSV3I_BYTES](scratch + i * lanes, values, columns, block, out->zero);
     }
-    if (form == DSV3I_FLOATS || floats) return DSV3I_GEMM_F32;
-    if (fast) return form == DSV3I_BF16S ? DSV3I_GEMM_FAST_BF16 : DSV3I_GEMM_FAST_BYTES;
-    return form == DSV3I_BF16S ? DSV3I_GEMM_BF16 : DSV3I_GEMM_BYTES;
+    return dsv3i_gemm_of(floats ? DSV3I_FLOATS : form, fast);
 }
 
 /* All k terms of a panel, without scales. */
@@ -6741,8 +6744,8 @@ static dsv3i_rounder dsv3i_rounding(const dsv3_context *ctx, dsv3_type type) {
 /* Is it to codes, and not to floats? */
 static int dsv3i_is_fast(const dsv3_context *ctx, dsv3_type type) {
     dsv3i_form form = dsv3i_form_of(type);
-    dsv3i_gemm_kind product = form == DSV3I_BF16S ? DSV3I_GEMM_FAST_BF16 : DSV3I_GEMM_FAST_BYTES;
-    return form != DSV3I_FLOATS && dsv3i_rounding(ctx, type) != NULL && dsv3i_kernels_of(ctx)->gemm[product] != NULL;
+    return form != DSV3I_FLOATS && dsv3i_rounding(ctx, type) != NULL &&
+           dsv3i_kernels_of(ctx)->gemm[dsv3i_gemm_of(form, 1)] != NULL;
 }
 
 /* Floats from one rounded row of k numbers to the next, at most. */
@@ -6754,8 +6757,7 @@ static size_t dsv3i_input_bytes(int codes, dsv3_type type, size_t k) {
     return dsv3i_form_of(type) == DSV3I_BF16S ? dsv3i_blocks(k, 4) * 8 : k / DSV3_QBLOCK * (DSV3_QBLOCK + 8);
 }
 
-/* Where rounded rows go: next to each other, but not a power of two apart, since a cache would then have room for few of
- * them. */
+/* Where rounded rows go: not a power of two apart, since a cache would then have room for few of them. */
 static dsv3i_input dsv3i_input_rounded(const dsv3_context *ctx, const float *out, const dsv3_tensor *w) {
     dsv3i_input in = dsv3i_input_floats(out, 0);
     in.fast = dsv3i_is_fast(ctx, w->type);
@@ -6780,8 +6782,8 @@ static void dsv3i_input_put(const dsv3_context *ctx, const dsv3i_input *in, size
     }
 }
 
-/* n rows x, ldx floats apart, of grouped rows (pair) those of their tokens, for products with w: as they lie, or rounded or
- * copied into out [n, dsv3i_rounded_floats(cols)]. */
+/* n rows x, ldx floats apart, of grouped rows (pair) those of their tokens, for products with w: as they lie, or rounded
+ * or copied into out [n, dsv3i_rounded_floats(cols)]. */
 static dsv3i_input dsv3i_input_make(const dsv3i_call *c, float *out, const float *x, size_t ldx, const size_t *pair,
                                     size_t n, const dsv3_tensor *w) {
     dsv3i_input in = dsv3i_input_rounded(c->ctx, out, w);
@@ -6882,9 +6884,8 @@ static size_t dsv3i_list_at(const void *jobs, size_t size, size_t count, size_t 
     return j;
 }
 
-/* ---- Linear. A job is y [n, rows] = x [n, cols] W[row .. row+rows)^T; several jobs share one parallel loop, so that small
- * ones (the experts of a token) do not wait for each other. An item is some panels of 64 rows of weights, and some rows of
- * x. */
+/* ---- Linear. A job is y [n, rows] = x [n, cols] W[row .. row+rows)^T; several share one parallel loop, so that small
+ * ones (the experts of a token) do not wait for each other. An item is some panels of weights, and some rows of x. */
 
 typedef struct dsv3i_job {
     size_t first;
@@ -7057,8 +7058,7 @@ static size_t dsv3i_backward_items(const dsv3i_backward_arg *a) {
     return items;
 }
 
-/* All jobs in one loop. Jobs must not share outputs, nor read what others write. scratch [threads, DSV3I_DECODE, cols] of the
- * job that has the most columns */
+/* All jobs in one loop; none reads or writes what another writes. scratch [threads, DSV3I_DECODE, most columns] */
 static void dsv3i_backward_run(const dsv3_context *ctx, dsv3i_backward_job *jobs, size_t count, float *scratch) {
     dsv3i_backward_arg arg = {ctx, jobs, count, DSV3I_BACK, scratch, 0};
     size_t work = 0, items = dsv3i_backward_items(&arg);
@@ -7125,9 +7125,8 @@ static size_t dsv3i_up_floats(const dsv3i_dims *m) {
     return dsv3i_add(dsv3i_product_floats(m->rk), dsv3i_mul(DSV3I_EXPAND, dsv3i_rounded_floats(m->rk)));
 }
 
-/* Of calls of n rows: sizes, and places. A worker has room for products with kv_b_proj, a tile, decoded latents, and
- * expanded keys and values; a tile for queries as a panel, scores of whole columns, keys rounded and, in the other half of
- * their place, values. */
+/* Of calls of n rows: sizes, and places. A worker has room for products with kv_b_proj, a tile, decoded latents, expanded
+ * keys and values; a tile for queries as a panel, scores of whole columns, and keys and values, rounded. */
 static size_t dsv3i_attention_layout(dsv3i_attention *at, const dsv3i_dims *m, size_t n, size_t threads,
                                      float *scratch) {
     dsv3i_layout l = {(unsigned char *)scratch, 0};
@@ -7154,8 +7153,7 @@ static int dsv3i_tile_kind(const dsv3_context *ctx) {
     return ctx->compute == DSV3_FAST && dsv3i_kernels_of(ctx)->attend[1] != NULL;
 }
 
-/* Scores p [nk] of query i become weights, 0 for keys it does not see; what its sums hold is rescaled to the new
- * maximum. */
+/* Scores p [nk] of query i become weights, 0 for keys it does not see; its sums are rescaled to the new maximum. */
 static void dsv3i_tile_weights(dsv3i_attention_tile *a, size_t i, float *p, size_t nk) {
     size_t seen = (size_t)a->seen[i];
     float top = a->top[i], rescale, *out = a->out + i * a->ld_out;
@@ -7383,8 +7381,8 @@ static void dsv3i_absorbed_window(dsv3i_attention *b, size_t t0, size_t t1) {
 
 /* ---- Expanded form */
 
-/* Latents [nk, rk] as products with kv_b_proj take them: cache rows where they lie, if these are what would come out; else
- * decoded into latents, and rounded into scratch. */
+/* Latents [nk, rk] as products with kv_b_proj take them: cache rows where they lie, if these are what would come out;
+ * else decoded into latents, and rounded into scratch. */
 static dsv3i_input dsv3i_latent_input(const dsv3i_attention *a, const dsv3_cache *cache, size_t b, size_t nk,
                                       float *latents, float *scratch) {
     const dsv3i_call *c = a->c;
@@ -7526,8 +7524,7 @@ static void dsv3i_block_dots(const dsv3_context *ctx, float *y, const float *x, 
     dsv3i_kernels_of(ctx)->gemm[DSV3I_GEMM_F32](y, DSV3I_BACK_KEYS, x, ldx * sizeof *x, nq, &panel, nk, k, 0);
 }
 
-/* p: scores of a row with keys, da: their dA, of which it sees the first `seen`. They become A and ds; 0 for the others.
- * D = do . o */
+/* p: scores of a row with keys, da: their dA, for the first `seen`. They become A and ds; else 0. D = do . o */
 static void dsv3i_attend_backward_scores(const dsv3i_call *c, float *DSV3I_RESTRICT p, float *DSV3I_RESTRICT da,
                                          const float *state, float D, size_t seen) {
     float scale = c->model->softmax_scale, r = 1.0f / state[1];
@@ -7540,43 +7537,37 @@ static void dsv3i_attend_backward_scores(const dsv3i_call *c, float *DSV3I_RESTR
     }
 }
 
-/* Keys j0 .. j0+nk-1 of head h, and the rows of their sequence that see some of them, up to t1-1. */
-static void dsv3i_attend_backward_block(const dsv3i_call *c, size_t t1, size_t h, size_t j0, size_t nk,
-                                        float *scratch) {
+/* Item = head h and the sequence that row t0 begins, if it does. Keys from j0 on, and the rows that see some of them. */
+static void dsv3i_fast_attend_backward_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_call *c = (const dsv3i_call *)arg;
     const dsv3i_dims *m = &c->m;
     const dsv3i_backward *b = c->b;
     const dsv3i_kernels *kernels = dsv3i_kernels_of(c->ctx);
-    size_t key = j0 * m->Hq + h * m->qk, value = j0 * m->Hkv + h * m->kv + m->dn;
-    float *keys = scratch, *values = keys + DSV3I_BACK_KEYS * m->qk, *p = values + DSV3I_BACK_KEYS * m->dv;
-    float *da = p + DSV3I_BACK_ROWS * DSV3I_BACK_KEYS;
-    kernels->pack[DSV3_F32](keys, NULL, b->keys + key, m->Hq * sizeof(float), nk, m->qk);
-    kernels->pack[DSV3_F32](values, NULL, b->kv_up + value, m->Hkv * sizeof(float), nk, m->dv);
-    for (size_t t = j0, nq; t < t1; t += nq) {
-        const float *q = c->ws->q + t * m->Hq + h * m->qk, *dout = b->dout + t * m->Ho + h * m->dv;
-        nq = dsv3i_min(DSV3I_BACK_ROWS, t1 - t);
-        dsv3i_block_dots(c->ctx, p, q, m->Hq, nq, keys, nk, m->qk);
-        dsv3i_block_dots(c->ctx, da, dout, m->Ho, nq, values, nk, m->dv);
-        for (size_t i = 0; i < nq; i++) {
-            size_t at = (t + i) * m->H + h, row = i * DSV3I_BACK_KEYS;
-            dsv3i_attend_backward_scores(c, p + row, da + row, c->s->softmax + 2 * at, b->delta[at],
-                                         dsv3i_min(nk, t + i - j0 + 1));
-        }
-        kernels->outer(b->dkv_up + value, m->Hkv, nk, p, 1, DSV3I_BACK_KEYS, dout, m->Ho, nq, m->dv);
-        kernels->outer(b->dq + t * m->Hq + h * m->qk, m->Hq, nq, da, DSV3I_BACK_KEYS, 1, b->keys + key, m->Hq, nk,
-                       m->qk);
-        kernels->outer(b->dkeys + key, m->Hq, nk, da, 1, DSV3I_BACK_KEYS, q, m->Hq, nq, m->qk);
-    }
-}
-
-/* Item = head h and the sequence that row t0 begins, if it does. */
-static void dsv3i_fast_attend_backward_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_call *c = (const dsv3i_call *)arg;
-    float *scratch = c->ws->scratch + worker * dsv3i_attend_backward_floats(&c->m);
+    float *keys = c->ws->scratch + worker * dsv3i_attend_backward_floats(m), *values = keys + DSV3I_BACK_KEYS * m->qk;
+    float *p = values + DSV3I_BACK_KEYS * m->dv, *da = p + DSV3I_BACK_ROWS * DSV3I_BACK_KEYS;
     for (size_t i = begin; i < end; i++) {
         size_t t0 = i % c->n, h = i / c->n, t1 = t0 + dsv3i_sequence_rows(c->ws->leader, t0, c->n);
         dsv3i_attend_backward_begin(c, t0, t1, h);
-        for (size_t j = t0; j < t1; j += DSV3I_BACK_KEYS) {
-            dsv3i_attend_backward_block(c, t1, h, j, dsv3i_min(DSV3I_BACK_KEYS, t1 - j), scratch);
+        for (size_t j0 = t0; j0 < t1; j0 += DSV3I_BACK_KEYS) {
+            size_t key = j0 * m->Hq + h * m->qk, value = j0 * m->Hkv + h * m->kv + m->dn;
+            size_t nk = dsv3i_min(DSV3I_BACK_KEYS, t1 - j0);
+            kernels->pack[DSV3_F32](keys, NULL, b->keys + key, m->Hq * sizeof(float), nk, m->qk);
+            kernels->pack[DSV3_F32](values, NULL, b->kv_up + value, m->Hkv * sizeof(float), nk, m->dv);
+            for (size_t t = j0, nq; t < t1; t += nq) {
+                size_t query = t * m->Hq + h * m->qk;
+                const float *q = c->ws->q + query, *dout = b->dout + t * m->Ho + h * m->dv;
+                nq = dsv3i_min(DSV3I_BACK_ROWS, t1 - t);
+                dsv3i_block_dots(c->ctx, p, q, m->Hq, nq, keys, nk, m->qk);
+                dsv3i_block_dots(c->ctx, da, dout, m->Ho, nq, values, nk, m->dv);
+                for (size_t r = 0; r < nq; r++) {
+                    size_t at = (t + r) * m->H + h, row = r * DSV3I_BACK_KEYS;
+                    dsv3i_attend_backward_scores(c, p + row, da + row, c->s->softmax + 2 * at, b->delta[at],
+                                                 dsv3i_min(nk, t + r - j0 + 1));
+                }
+                kernels->outer(b->dkv_up + value, m->Hkv, nk, p, 1, DSV3I_BACK_KEYS, dout, m->Ho, nq, m->dv);
+                kernels->outer(b->dq + query, m->Hq, nq, da, DSV3I_BACK_KEYS, 1, b->keys + key, m->Hq, nk, m->qk);
+                kernels->outer(b->dkeys + key, m->Hq, nk, da, 1, DSV3I_BACK_KEYS, q, m->Hq, nq, m->qk);
+            }
         }
     }
 }
@@ -7677,8 +7668,7 @@ static void dsv3i_mlp_task(void *arg, size_t begin, size_t end, size_t worker) {
 }
 
 /* Blocks use memory that stays in caches, a part of it for each worker, if nobody wants hidden values later and there are
- * rows enough: those that are as wide as the widest. With gate and up projections of different types there is no room for
- * both's inputs at once. */
+ * rows enough as wide as the widest. There is no room at once for inputs of gate and up projections of two types. */
 static void dsv3i_fast_mlps(dsv3i_call *c, const dsv3i_mlp *list, size_t count) {
     size_t items = 0, work = 0, rows = 0, most = 0, threads = c->ctx->threads;
     int same_types = 1;
@@ -7859,35 +7849,32 @@ typedef struct dsv3i_packing {
     dsv3i_layout l;
 } dsv3i_packing;
 
-/* A k_block of w and its scales, to where they stand in the packed tensor. */
-static void dsv3i_pack_k_block(const dsv3i_packing *a, const dsv3i_k_block *b) {
-    dsv3_type type = a->w->type;
-    size_t columns = dsv3i_blocks(b->rows, DSV3I_LANES), block = dsv3i_min(dsv3i_scale_block_terms(type), b->k);
-    size_t bytes = dsv3i_codes_bytes(type, columns, block), apart = dsv3i_scale_block_bytes(type, columns, block);
-    unsigned char *to = (unsigned char *)(uintptr_t)dsv3i_scale_block_at(&a->packed, b->r, b->k0);
-    unsigned char codes[DSV3I_PANEL * DSV3I_TERMS * sizeof(float)];
-    float scale[DSV3I_TERMS / DSV3_QBLOCK * DSV3I_PANEL], *from = scale;
-    dsv3i_k_block_codes(a->ctx, b, codes, scale);
-    for (size_t i = 0; i * block < b->k; i++, to += apart) {
-        DSV3_MEMCPY(to, codes + i * bytes, bytes);
-        if (type == DSV3_F8_E4M3) DSV3_MEMCPY(to + bytes, scale, sizeof *scale);
-        if (dsv3_type_block(type) == 1) continue;
-        for (size_t j = 0; j < columns * DSV3I_LANES; j++) {
-            uint16_t bits = dsv3_f16_from_f32(*from++);
-            DSV3_MEMCPY(to + bytes + 2 * j, &bits, 2);
-        }
-    }
-}
-
+/* Item = a panel: its k_blocks and their scales, to where they stand in the packed tensor. */
 static void dsv3i_pack_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_packing *a = (const dsv3i_packing *)arg;
-    dsv3i_k_block b = {a->w, begin * DSV3I_PANEL, 0, 0, 0};
+    dsv3_type type = a->w->type;
+    size_t cols = a->w->cols, parts = dsv3i_blocks(cols, DSV3I_TERMS);
+    unsigned char codes[DSV3I_PANEL * DSV3I_TERMS * sizeof(float)];
+    float scale[DSV3I_TERMS / DSV3_QBLOCK * DSV3I_PANEL];
     (void)worker;
-    for (; b.r < dsv3i_min(end * DSV3I_PANEL, a->w->rows); b.r += DSV3I_PANEL) {
+    for (size_t part = begin * parts; part < end * parts; part++) {
+        dsv3i_k_block b = {a->w, part / parts * DSV3I_PANEL, 0, part % parts * DSV3I_TERMS, 0};
+        size_t columns, block, bytes;
+        const float *from = scale;
+        unsigned char *to = (unsigned char *)(uintptr_t)dsv3i_scale_block_at(&a->packed, b.r, b.k0);
         b.rows = dsv3i_min(DSV3I_PANEL, a->w->rows - b.r);
-        for (b.k0 = 0; b.k0 < a->w->cols; b.k0 += b.k) {
-            b.k = dsv3i_min(DSV3I_TERMS, a->w->cols - b.k0);
-            dsv3i_pack_k_block(a, &b);
+        b.k = dsv3i_min(DSV3I_TERMS, cols - b.k0);
+        columns = dsv3i_blocks(b.rows, DSV3I_LANES);
+        block = dsv3i_min(dsv3i_scale_block_terms(type), b.k);
+        bytes = dsv3i_codes_bytes(type, columns, block);
+        dsv3i_k_block_codes(a->ctx, &b, codes, scale);
+        for (size_t i = 0; i * block < b.k; i++, to += dsv3i_scale_block_bytes(type, columns, block)) {
+            DSV3_MEMCPY(to, codes + i * bytes, bytes);
+            if (type == DSV3_F8_E4M3) DSV3_MEMCPY(to + bytes, scale, sizeof *scale);
+            for (size_t j = 0; dsv3_type_block(type) > 1 && j < columns * DSV3I_LANES; j++) {
+                uint16_t bits = dsv3_f16_from_f32(*from++);
+                DSV3_MEMCPY(to + bytes + 2 * j, &bits, 2);
+            }
         }
     }
 }
@@ -8140,8 +8127,7 @@ static size_t dsv3i_rows_together(size_t n) {
         });                                                                                                          \
     }
 
-/* Panels are made, W rows of weights at a time, and their codes become values. While some terms are packed, the next
- * k_block of their rows is fetched. */
+/* Panels are made, W rows at a time, while the next k_block of these rows is fetched; codes become values. */
 #define DSV3I_PANEL_KERNELS(V, W)                                                                                    \
     /* The F16 scales of all scale blocks, four at a time, of rows from `first` on; 0 for rows not there. */         \
     DSV3I_INLINE void V##_scales(float *scale, size_t apart, const unsigned char *from, size_t row_bytes,            \
@@ -8245,18 +8231,18 @@ static size_t dsv3i_rows_together(size_t n) {
         size_t lines, each;                                                                                          \
         V##_lanes mask[N];                                                                                           \
     } V##_place;                                                                                                     \
-    DSV3I_INLINE void V##_place_set(const int M, const int NP, V##_place *a, float *y, size_t ldy, const void *x,    \
-                                    size_t ldx, size_t n, const void *w, size_t step, size_t columns) {              \
+    DSV3I_INLINE void V##_place_set(const int NP, V##_place *a, float *y, size_t ldy, const void *x, size_t ldx,     \
+                                    size_t n, const void *w, size_t step, size_t columns) {                          \
         a->y = y;                                                                                                    \
         a->ldy = ldy;                                                                                                \
-        a->n = dsv3i_min((size_t)M, n);                                                                              \
+        a->n = n;                                                                                                    \
         a->w = (const unsigned char *)w;                                                                             \
         a->step = step;                                                                                              \
         a->gap = a->ahead = a->lines = 0;                                                                            \
         a->each = 1;                                                                                                 \
         a->next = a->w;                                                                                              \
         a->scale = NULL;                                                                                             \
-        DSV3I_UNROLL for (int m = 0; m < M; m++) {                                                                   \
+        DSV3I_UNROLL for (int m = 0; m < 6; m++) {                                                                   \
             a->x[m] = (const unsigned char *)x + dsv3i_min((size_t)m, n - 1) * ldx;                                  \
         }                                                                                                            \
         DSV3I_UNROLL for (size_t p = 0; p < (size_t)NP; p++) {                                                       \
@@ -8360,7 +8346,7 @@ static size_t dsv3i_rows_together(size_t n) {
         for (size_t t = 0, m; t < n; t += m) {                                                                       \
             V##_place a;                                                                                             \
             m = dsv3i_rows_together(n - t);                                                                          \
-            V##_place_set(6, NP, &a, y + t * ldy + 16 * c0, ldy, (const unsigned char *)x + t * ldx, ldx, m,         \
+            V##_place_set(NP, &a, y + t * ldy + 16 * c0, ldy, (const unsigned char *)x + t * ldx, ldx, m,            \
                           (const unsigned char *)w->values + 64 * c0, 64 * w->columns, rows - 16 * c0);              \
             a.ahead = w->ahead;                                                                                      \
             a.lines = more * m / 64;                                                                                 \
@@ -8387,8 +8373,7 @@ static size_t dsv3i_rows_together(size_t n) {
         for (size_t t = 0, rows; t < m; t += rows) {                                                                 \
             V##_place a;                                                                                             \
             rows = dsv3i_rows_together(m - t);                                                                       \
-            V##_place_set(6, NP, &a, y + t * ldy, ldy, x + t * at, at * sizeof *x, rows, b, ldb * sizeof *b,         \
-                          columns);                                                                                  \
+            V##_place_set(NP, &a, y + t * ldy, ldy, x + t * at, at * sizeof *x, rows, b, ldb * sizeof *b, columns);  \
             DSV3I_BY_ROWS(rows, {                                                                                    \
                 V##_f32 acc[6 * N];                                                                                  \
                 V##_begin(M, NP, acc, &a, 1);                                                                        \
@@ -8441,34 +8426,39 @@ static size_t dsv3i_rows_together(size_t n) {
     DSV3I_ENTRY(V##_gemm_bf16, DSV3I_GEMM_LIST, V##_gemm(DSV3I_GEMM_BF16, y, ldy, x, ldx, n, w, rows, k, add))       \
     DSV3I_ENTRY(V##_gemm_bytes, DSV3I_GEMM_LIST, V##_gemm(DSV3I_GEMM_BYTES, y, ldy, x, ldx, n, w, rows, k, add))
 
-/* ---- Tables: what a backend is made of */
+/* ---- Tables: what a backend is made of. Rows are in the order of dsv3_type. */
 
-#define DSV3I_COMMON(V, tile, f8)                                                                                    \
-    V##_outer, {V##_pack_4, V##_pack_2, V##_pack_2, V##_pack_1, V##_pack_q8_0, V##_pack_q4_0},                       \
-        {V##_float_bf16, V##_float_bytes}, tile, {                                                                   \
-        NULL, V##_widen_f16, NULL, f8, NULL, V##_widen_q4_0                                                          \
-    }
-#define DSV3I_ROUND(bf16, q8)                                                                                        \
-    { NULL, NULL, bf16, bf16, q8, q8 }
-#define DSV3I_GEMM_ROW(V, bf16, bytes)                                                                               \
-    { V##_gemm_f32, V##_gemm_bf16, V##_gemm_bytes, bf16, bytes }
-/* In the order of dsv3_type. */
 #define DSV3I_WHOLE_ROW(name)                                                                                        \
     { NULL, NULL, name##_bf16, name##_f8_e4m3, name##_q8_0, name##_q4_0 }
-#define DSV3I_GEMV_T_ROW(V, f8)                                                                                      \
-    { NULL, V##_gemv_t_f16, V##_gemv_t_bf16, f8, V##_gemv_t_q8_0, V##_gemv_t_q4_0 }
+#define DSV3I_GEMV_T_ROW(f8)                                                                                         \
+    {                                                                                                                \
+        NULL, dsv3i_avx512_gemv_t_f16, dsv3i_avx512_gemv_t_bf16, f8, dsv3i_avx512_gemv_t_q8_0,                       \
+            dsv3i_avx512_gemv_t_q4_0                                                                                 \
+    }
+#define DSV3I_DECODES(V)                                                                                             \
+    {                                                                                                                \
+        V##_decode_f32, V##_decode_f16, V##_decode_bf16, V##_decode_f8_e4m3, dsv3i_avx2_decode_q8_0,                 \
+            dsv3i_avx2_decode_q4_0                                                                                   \
+    }
 #ifndef DSV3_NO_TRAINING
 #define DSV3I_BACKWARD_OPS dsv3i_fast_linear_backward, dsv3i_fast_attend_backward, dsv3i_fast_mlps_backward,
 #else
 #define DSV3I_BACKWARD_OPS
 #endif
-#define DSV3I_OPS(V, kernels)                                                                                        \
-    {                                                                                                                \
-        {V##_decode_f32,     V##_decode_f16,         V##_decode_bf16,                                                \
-         V##_decode_f8_e4m3, dsv3i_avx2_decode_q8_0, dsv3i_avx2_decode_q4_0},                                        \
-            V##_dot, V##_axpy, V##_exp_sum, V##_silu_mul, dsv3i_fast_linear, dsv3i_fast_attend, dsv3i_fast_mlps,     \
-            DSV3I_BACKWARD_OPS &(kernels)                                                                            \
-    }
+#define DSV3I_FAST_OPS dsv3i_fast_linear, dsv3i_fast_attend, dsv3i_fast_mlps, DSV3I_BACKWARD_OPS
+/* Kernels of V and, of the backend itself: tile, FP8 to BF16, roundings, fast products, and what comes behind gemm. */
+#define DSV3I_BACKEND(name, V, tile, f8, round_bf16, round_q8, gemm_bf16, gemm_bytes, ...)                           \
+    static const dsv3i_kernels name##_kernels = {                                                                    \
+        V##_outer,                                                                                                   \
+        {V##_pack_4, V##_pack_2, V##_pack_2, V##_pack_1, V##_pack_q8_0, V##_pack_q4_0},                              \
+        {V##_float_bf16, V##_float_bytes},                                                                           \
+        tile,                                                                                                        \
+        {NULL, V##_widen_f16, NULL, f8, NULL, V##_widen_q4_0},                                                       \
+        {NULL, NULL, round_bf16, round_bf16, round_q8, round_q8},                                                    \
+        {V##_gemm_f32, V##_gemm_bf16, V##_gemm_bytes, gemm_bf16, gemm_bytes},                                        \
+        __VA_ARGS__};                                                                                                \
+    static const dsv3i_ops name##_ops = {DSV3I_DECODES(V), V##_dot,      V##_axpy,                                   \
+                                         V##_exp_sum,      V##_silu_mul, DSV3I_FAST_OPS & name##_kernels};
 
 /* What AVX2 and AVX-512 have in common but for their width. repeat: 16 bytes everywhere. */
 #define DSV3I_X86_VECTORS(V, bits, repeat)                                                                           \
@@ -8718,15 +8708,9 @@ DSV3I_KERNEL void dsv3i_avx2_tile(float *y, size_t ldy, const float *x, size_t l
     }
 }
 
-static const dsv3i_kernels dsv3i_avx2_kernels = {DSV3I_COMMON(dsv3i_avx2, dsv3i_avx2_tile, dsv3i_avx2_widen_f8),
-                                                 DSV3I_ROUND(dsv3i_round_bf16_floats, dsv3i_round_q8_floats),
-                                                 DSV3I_GEMM_ROW(dsv3i_avx2, NULL, NULL),
-                                                 {NULL, NULL},
-                                                 {dsv3i_tile_attend, NULL},
-                                                 {{NULL}, {NULL}},
-                                                 {NULL},
-                                                 {NULL}};
-static const dsv3i_ops dsv3i_avx2_ops = DSV3I_OPS(dsv3i_avx2, dsv3i_avx2_kernels);
+DSV3I_BACKEND(dsv3i_avx2, dsv3i_avx2, dsv3i_avx2_tile, dsv3i_avx2_widen_f8, dsv3i_round_bf16_floats,
+              dsv3i_round_q8_floats, NULL, NULL, {NULL, NULL}, {dsv3i_tile_attend, NULL}, {{NULL}, {NULL}}, {NULL},
+              {NULL})
 
 /* ---- AVX-512 F, BW, DQ, VL: 16 lanes, and masks for what does not fill them. */
 
@@ -8959,15 +8943,9 @@ DSV3I_KERNEL void dsv3i_avx512_attend(dsv3i_attention_tile *a, size_t nk) {
     dsv3i_avx512_outer(a->out, a->ld_out, a->lanes, p, 1, 16 * columns, (const float *)a->values, a->ld_v, nk, a->dv);
 }
 
-static const dsv3i_kernels dsv3i_avx512_kernels = {DSV3I_COMMON(dsv3i_avx512, NULL, dsv3i_avx512_widen_f8),
-                                                   DSV3I_ROUND(dsv3i_round_bf16_floats, dsv3i_round_q8_floats),
-                                                   DSV3I_GEMM_ROW(dsv3i_avx512, NULL, NULL),
-                                                   {dsv3i_avx512_attend_begin, NULL},
-                                                   {dsv3i_avx512_attend, NULL},
-                                                   {{NULL}, {NULL}},
-                                                   {NULL},
-                                                   DSV3I_GEMV_T_ROW(dsv3i_avx512, dsv3i_avx512_gemv_t_f8_e4m3)};
-static const dsv3i_ops dsv3i_avx512_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_avx512_kernels);
+DSV3I_BACKEND(dsv3i_avx512, dsv3i_avx512, NULL, dsv3i_avx512_widen_f8, dsv3i_round_bf16_floats, dsv3i_round_q8_floats,
+              NULL, NULL, {dsv3i_avx512_attend_begin, NULL}, {dsv3i_avx512_attend, NULL}, {{NULL}, {NULL}}, {NULL},
+              DSV3I_GEMV_T_ROW(dsv3i_avx512_gemv_t_f8_e4m3))
 
 /* ---- AVX-512 with VBMI, VNNI and BF16: FP8 becomes BF16 by tables, and codes are multiplied as they are. */
 
@@ -9014,8 +8992,7 @@ DSV3I_KERNEL void dsv3i_bf16_widen_f8(void *values, const void *panel, size_t co
                      DSV3I_PREFETCH, table);
 }
 
-/* 256 numbers of a row of E4M3: 64 codes, put into the order in which four sums of 16 want them, become BF16 by tables, and
- * floats. */
+/* 256 numbers of a row of E4M3: 64 codes, in the order in which four sums want them, become BF16, and floats. */
 DSV3I_INLINE void dsv3i_bf16_gemv_t_256(float *y, __m512 f, const unsigned char *w, const float scale[2],
                                         const __m512i table[4], __m512i order) {
     DSV3I_UNROLL for (size_t c = 0; c < 16; c += 4) {
@@ -9203,7 +9180,7 @@ DSV3I_INLINE void dsv3i_bf16_columns(const dsv3_type type, const int NP, float *
     for (size_t t = 0, m; t < n; t += m) {
         dsv3i_avx512_place a;
         m = dsv3i_rows_together(n - t);
-        dsv3i_avx512_place_set(6, NP, &a, y + t * ldy + 16 * c0, ldy, (const unsigned char *)x + t * ldx, ldx, m,
+        dsv3i_avx512_place_set(NP, &a, y + t * ldy + 16 * c0, ldy, (const unsigned char *)x + t * ldx, ldx, m,
                                (const unsigned char *)w->values + 64 * c0, 64 * (NP == 4 ? 4 : w->columns),
                                rows - 16 * c0);
         if (w->scale != NULL) a.scale = w->scale + 16 * c0;
@@ -9233,8 +9210,6 @@ DSV3I_ENTRY(dsv3i_bf16_gemm_bytes, DSV3I_GEMM_LIST, dsv3i_bf16_gemm(DSV3_Q8_0, y
 
 /* ---- AVX-512 BF16: attention. scratch: the queries as a panel; scores [64, columns, 16]; keys [64, dk] and,
  * where gemm takes more than 4 columns, all values as one panel. */
-
-#define DSV3I_TILE_KEYS 64u /* keys of an attention tile, at most */
 
 DSV3I_KERNEL void dsv3i_bf16_attend_begin(dsv3i_attention_tile *a) {
     const size_t dk = dsv3i_blocks(a->dk, 4) * 4, columns = (a->lanes + 15) / 16;
@@ -9276,8 +9251,8 @@ DSV3I_INLINE __m512i dsv3i_bf16_value(const dsv3i_attention_tile *a, size_t at, 
                                         _mm512_maskz_loadu_ps((__mmask16)(m & 0xFFFF), from));
 }
 
-/* Numbers i .. end-1 of values, i a multiple of 16, two keys in four bytes: [nk/2, columns, 16, 2]. Key by key, as they lie.
- * fetch: those of the next tile of keys are fetched meanwhile. */
+/* Numbers i .. end-1 of values, i a multiple of 16, two keys in four bytes: [nk/2, columns, 16, 2]. fetch: of the next
+ * tile of keys, too. */
 DSV3I_INLINE void dsv3i_bf16_value_panel(unsigned char *panel, const dsv3i_attention_tile *a, size_t i, size_t end,
                                          size_t nk, int fetch) {
     const __m512i first = dsv3i_bf16_pairs(32);
@@ -9368,9 +9343,8 @@ typedef enum dsv3i_gemv_kind { /* rows of floats; rows of codes; rows of BF16, a
                                DSV3I_GEMV_STEPS = 2
 } dsv3i_gemv_kind;
 
-/* M rows and NC columns of panels, from c0 on, terms begin .. end-1: sums[m NC + column] += .., with DSV3I_GEMV_STEPS one sum of
- * even and one of odd terms for each. With rows of floats every number of w becomes one, and terms are added one after the
- * other; the upper halves of the bytes of Q4_0 are the later ones. */
+/* M rows and NC columns of panels, from c0 on, terms begin .. end-1: sums[m NC + column] += .., with DSV3I_GEMV_STEPS one
+ * sum of even and one of odd terms for each. With rows of floats terms are added one by one, as numbers. */
 DSV3I_INLINE void dsv3i_bf16_gemv_terms(const dsv3i_gemv_kind kind, const dsv3_type type, const int M, const int c0,
                                         const int NC, __m512 sums[16], const unsigned char *const w[4],
                                         size_t columns, const unsigned char *const x[4], size_t begin, size_t end,
@@ -9407,7 +9381,7 @@ DSV3I_INLINE void dsv3i_bf16_gemv_terms(const dsv3i_gemv_kind kind, const dsv3_t
     }
 }
 
-/* The same with the sums of AMX for one row: of each 32 terms, those of even and of odd ones, which are added, and then to what
+/* The same with the sums of AMX for one row: of each 32 terms, those of even and of odd ones are added, and then to what
  * is there. Up to 8 columns at a time, so that registers last. */
 DSV3I_INLINE void dsv3i_bf16_gemv_steps(const dsv3_type type, const int NC, __m512 sums[16],
                                         const unsigned char *const w[4], size_t columns,
@@ -9517,45 +9491,36 @@ static void dsv3i_f8_scale(float scale[64], const unsigned char *w) {
     for (size_t i = 0; i < 64; i++) scale[i] = one;
 }
 
-/* k terms of a panel at `from`, as gemm takes them: codes, or of FP8 values in BF16, and the scales behind each scale block
- * as floats. Returns where the next terms are. */
-DSV3I_INLINE const unsigned char *dsv3i_bf16_gemm_packed_begin(const dsv3_type type, dsv3i_panel *w, float *scale,
-                                                               unsigned char *values, const unsigned char *from,
-                                                               size_t k) {
-    w->values = type == DSV3_F8_E4M3 ? values : from;
-    for (size_t i = 0, some; i < k; i += some, from += dsv3i_scale_block_bytes(type, 4, some)) {
-        const unsigned char *behind;
-        some = dsv3i_min(w->block, k - i);
-        behind = from + dsv3i_codes_bytes(type, 4, some);
-        if (type == DSV3_F8_E4M3) {
-            dsv3i_f8_scale(scale + i / DSV3I_TERMS * 64, behind);
-            dsv3i_bf16_widen_f8(values + 128 * i, from, 4, some);
-        } else if (type != DSV3_BF16) {
-            dsv3i_avx512_decode(DSV3_F16, scale + 2 * i, behind, 64);
-        }
-    }
-    w->next = from;
-    w->next_bytes = type == DSV3_F8_E4M3 ? 0 : (size_t)(from - (const unsigned char *)w->values);
-    return from;
-}
-
+/* Some terms of a panel after the others, as gemm takes them: codes, or of FP8 values in BF16, and the scales behind each
+ * scale block as floats. */
 DSV3I_INLINE void dsv3i_bf16_gemm_packed(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx,
                                          size_t n, const void *w, size_t rows, size_t k) {
     const size_t most = type == DSV3_BF16 ? DSV3I_K_BF16 : type == DSV3_F8_E4M3 ? DSV3I_K_F8 : DSV3I_K_BYTES;
     const dsv3_type of = type == DSV3_F8_E4M3 ? DSV3_BF16 : type;
-    const unsigned char *from = (const unsigned char *)w, *xi;
+    const unsigned char *from = (const unsigned char *)w;
     float scale[DSV3I_K_BYTES / DSV3_QBLOCK * 64];
     unsigned char values[64 * DSV3I_K_F8 * 2];
-    dsv3i_panel panel = dsv3i_panel_of(w, 4, k);
+    dsv3i_panel panel = dsv3i_panel_of(values, 4, k);
     if (type != DSV3_BF16) panel.scale = scale;
     panel.zero = type == DSV3_Q8_0 ? 128 : 8;
     panel.gap = 128; /* the scales of Q8_0 and Q4_0 */
     for (size_t p = 0; p < rows / 64; p++) {
         for (size_t i = 0, terms; i < k; i += terms) {
+            const unsigned char *xi = (const unsigned char *)x + dsv3i_input_bytes(1, type, i), *first = from;
             terms = dsv3i_min(most, k - i);
             panel.block = type == DSV3_BF16 ? terms : dsv3i_scale_block_terms(type);
-            from = dsv3i_bf16_gemm_packed_begin(type, &panel, scale, values, from, terms);
-            xi = (const unsigned char *)x + dsv3i_input_bytes(1, type, i);
+            for (size_t j = 0, some; j < terms; j += some, from += dsv3i_scale_block_bytes(type, 4, some)) {
+                some = dsv3i_min(panel.block, terms - j);
+                if (type == DSV3_F8_E4M3) {
+                    dsv3i_f8_scale(scale + j / DSV3I_TERMS * 64, from + dsv3i_codes_bytes(type, 4, some));
+                    dsv3i_bf16_widen_f8(values + 128 * j, from, 4, some);
+                } else if (type != DSV3_BF16) {
+                    dsv3i_avx512_decode(DSV3_F16, scale + 2 * j, from + dsv3i_codes_bytes(type, 4, some), 64);
+                }
+            }
+            if (type != DSV3_F8_E4M3) panel.values = first;
+            panel.next = from;
+            panel.next_bytes = type == DSV3_F8_E4M3 ? 0 : (size_t)(from - first);
             dsv3i_bf16_gemm(of, y + 64 * p, ldy, xi, ldx, n, &panel, 64, terms, i > 0);
         }
     }
@@ -9578,16 +9543,11 @@ DSV3I_WHOLE_TYPES(dsv3i_bf16_gemv_exact, DSV3I_GEMV_EXACT)
 DSV3I_WHOLE_TYPES(dsv3i_bf16_gemv_fast, DSV3I_GEMV_FAST)
 DSV3I_WHOLE_TYPES(dsv3i_bf16_gemm_packed, dsv3i_bf16_gemm_packed)
 
-static const dsv3i_kernels dsv3i_bf16_kernels = {
-    DSV3I_COMMON(dsv3i_avx512, NULL, dsv3i_bf16_widen_f8),
-    DSV3I_ROUND(dsv3i_bf16_round_bf16, dsv3i_bf16_round_bytes),
-    DSV3I_GEMM_ROW(dsv3i_avx512, dsv3i_bf16_gemm_bf16, dsv3i_bf16_gemm_bytes),
-    {dsv3i_avx512_attend_begin, dsv3i_bf16_attend_begin},
-    {dsv3i_avx512_attend, dsv3i_bf16_attend},
-    {DSV3I_WHOLE_ROW(dsv3i_bf16_gemv_exact), DSV3I_WHOLE_ROW(dsv3i_bf16_gemv_fast)},
-    DSV3I_WHOLE_ROW(dsv3i_bf16_gemm_packed),
-    DSV3I_GEMV_T_ROW(dsv3i_avx512, dsv3i_bf16_gemv_t_f8_e4m3)};
-static const dsv3i_ops dsv3i_bf16_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_bf16_kernels);
+DSV3I_BACKEND(dsv3i_bf16, dsv3i_avx512, NULL, dsv3i_bf16_widen_f8, dsv3i_bf16_round_bf16, dsv3i_bf16_round_bytes,
+              dsv3i_bf16_gemm_bf16, dsv3i_bf16_gemm_bytes, {dsv3i_avx512_attend_begin, dsv3i_bf16_attend_begin},
+              {dsv3i_avx512_attend, dsv3i_bf16_attend},
+              {DSV3I_WHOLE_ROW(dsv3i_bf16_gemv_exact), DSV3I_WHOLE_ROW(dsv3i_bf16_gemv_fast)},
+              DSV3I_WHOLE_ROW(dsv3i_bf16_gemm_packed), DSV3I_GEMV_T_ROW(dsv3i_bf16_gemv_t_f8_e4m3))
 
 #ifdef DSV3I_TILES
 /* ---- AMX: tiles of 16 rows of 64 bytes are multiplied. A tile of x (16 rows, 32 terms of BF16) times a tile of a panel (32
@@ -9606,8 +9566,7 @@ static int dsv3i_amx_permit(void) {
     return result == 0;
 }
 
-/* The control register of vector instructions: 0x8040 are its bits for subnormal numbers. What reads or writes memory stays
- * on its side of this. */
+/* The control register: 0x8040 are its bits for subnormal numbers. Accesses of memory stay on their side of this. */
 DSV3I_INLINE void dsv3i_amx_control(unsigned value) { __asm__ volatile("ldmxcsr %0" : : "m"(value) : "memory"); }
 
 /* Intrinsics of gcc do not say that tiles are loaded from memory, and what was written there could be left out. */
@@ -9785,13 +9744,11 @@ DSV3I_KERNEL void dsv3i_amx_gemm_bf16(float *y, size_t ldy, const void *x, size_
     dsv3i_amx_control(before);
 }
 
-/* ---- AMX: gemm_packed, panel by panel, and for each 96 rows of x k_block by k_block. Sums that are not finished wait in a
- * near cache. */
+/* ---- AMX: gemm_packed, panel by panel, and for each 96 rows of x k_block by k_block, while sums wait in a near cache. */
 
 #define DSV3I_AMX_ROWS 96u /* of x */
 
-/* All tiles of rows are of one height, so that their shapes stay: the last one begins early enough, and its first rows may be
- * those of others, once more. */
+/* All tiles of rows are of one height, so that their shapes stay: the last one may begin with rows of the one before. */
 typedef struct dsv3i_amx_room { /* on cache lines: else each row of a tile would lie on two */
     __m512i table[4];           /* of FP8 */
     float y[DSV3I_AMX_ROWS * 64], scale[DSV3I_TERMS / DSV3_QBLOCK * 64];
@@ -9986,8 +9943,8 @@ DSV3I_INLINE void dsv3i_amx_gemm_packed(const dsv3_type type, float *y, size_t l
     if (type == DSV3_F8_E4M3) dsv3i_amx_control(before);
 }
 
-/* ---- AMX: gemv with packed weights: the sums of tiles in registers, to the bit, with subnormal numbers as 0. For two rows and
- * more, whole panels go to tiles. */
+/* ---- AMX: gemv: the sums of tiles in registers, to the bit, with subnormal numbers as 0. For two rows and more, whole
+ * panels go to tiles. */
 DSV3I_INLINE void dsv3i_amx_gemv(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
                                  const void *w, size_t rows, size_t k) {
     const size_t done = n > 1 ? rows / 64 * 64 : 0;
@@ -10007,17 +9964,13 @@ DSV3I_WHOLE_TYPES(dsv3i_amx_gemm_packed, dsv3i_amx_gemm_packed)
 DSV3I_WHOLE(dsv3i_amx_gemv_bf16, DSV3_BF16, dsv3i_amx_gemv)
 DSV3I_WHOLE(dsv3i_amx_gemv_f8_e4m3, DSV3_F8_E4M3, dsv3i_amx_gemv)
 
-static const dsv3i_kernels dsv3i_amx_kernels = {
-    DSV3I_COMMON(dsv3i_avx512, NULL, dsv3i_bf16_widen_f8),
-    DSV3I_ROUND(dsv3i_bf16_round_bf16, dsv3i_bf16_round_bytes),
-    DSV3I_GEMM_ROW(dsv3i_avx512, dsv3i_amx_gemm_bf16, dsv3i_bf16_gemm_bytes),
-    {dsv3i_avx512_attend_begin, dsv3i_bf16_attend_begin},
-    {dsv3i_avx512_attend, dsv3i_bf16_attend},
-    {DSV3I_WHOLE_ROW(dsv3i_bf16_gemv_exact),
-     {NULL, NULL, dsv3i_amx_gemv_bf16, dsv3i_amx_gemv_f8_e4m3, dsv3i_bf16_gemv_fast_q8_0, dsv3i_bf16_gemv_fast_q4_0}},
-    DSV3I_WHOLE_ROW(dsv3i_amx_gemm_packed),
-    DSV3I_GEMV_T_ROW(dsv3i_avx512, dsv3i_bf16_gemv_t_f8_e4m3)};
-static const dsv3i_ops dsv3i_amx_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_amx_kernels);
+DSV3I_BACKEND(dsv3i_amx, dsv3i_avx512, NULL, dsv3i_bf16_widen_f8, dsv3i_bf16_round_bf16, dsv3i_bf16_round_bytes,
+              dsv3i_amx_gemm_bf16, dsv3i_bf16_gemm_bytes, {dsv3i_avx512_attend_begin, dsv3i_bf16_attend_begin},
+              {dsv3i_avx512_attend, dsv3i_bf16_attend},
+              {DSV3I_WHOLE_ROW(dsv3i_bf16_gemv_exact),
+               {NULL, NULL, dsv3i_amx_gemv_bf16, dsv3i_amx_gemv_f8_e4m3, dsv3i_bf16_gemv_fast_q8_0,
+                dsv3i_bf16_gemv_fast_q4_0}},
+              DSV3I_WHOLE_ROW(dsv3i_amx_gemm_packed), DSV3I_GEMV_T_ROW(dsv3i_bf16_gemv_t_f8_e4m3))
 
 #endif /* DSV3I_TILES */
 
