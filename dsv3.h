@@ -8536,9 +8536,11 @@ static size_t dsv3i_rows_together(size_t n) {
             f[0] = _mm##bits##_castsi##bits##_ps(_mm##bits##_slli_epi32(v, 16));                                     \
             f[1] = _mm##bits##_castsi##bits##_ps(V##_and(v, _mm##bits##_set1_epi32(-65536)));                        \
         } else {                                                                                                     \
+            const V##_u32 byte = _mm##bits##_set1_epi32(255);                                                        \
+            const V##_u32 w[4] = {v, _mm##bits##_srli_epi32(v, 8), _mm##bits##_srli_epi32(v, 16),                    \
+                                  _mm##bits##_srli_epi32(v, 24)};                                                    \
             DSV3I_UNROLL for (int j = 0; j < 4; j++) {                                                               \
-                const V##_u32 w = j > 0 ? _mm##bits##_srli_epi32(v, 8 * j) : v;                                      \
-                f[j] = V##_sub(_mm##bits##_cvtepi32_ps(j < 3 ? V##_and(w, _mm##bits##_set1_epi32(255)) : w), zero);  \
+                f[j] = V##_sub(_mm##bits##_cvtepi32_ps(j < 3 ? V##_and(w[j], byte) : w[j]), zero);                   \
             }                                                                                                        \
         }                                                                                                            \
     }
