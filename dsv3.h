@@ -7958,18 +7958,17 @@ static void dsv3i_round_q8_floats(void *out, const float *x, size_t k) { dsv3i_r
 /* ========================================================================================================
  * Chapter B  >>simd
  *
- * One chapter for what all instruction sets share, then one block per instruction set: AVX2, AVX-512, AVX-512 with VBMI,
- * VNNI and BF16, AMX. What a backend promises and how it is fast stands in chapter A. Tests: tests/test_kernels.c, kernel by
- * kernel; tests/test_ops_table.c, op by op.
+ * What all instruction sets share, then AVX2, AVX-512, AVX-512 with VBMI, VNNI and BF16, AMX. What a backend promises and
+ * how it is fast stands in chapter A. Tests: tests/test_kernels.c, kernel by kernel; tests/test_ops_table.c, op by op.
  *
- * Kernels that need nothing but vectors of floats and words of four bytes are written once, as macros that are stamped for
- * an instruction set. (A file that includes itself would read better, but is not found where a header is piped, pasted into
- * another file or compiled with mapped paths.) Another instruction set brings the vector functions listed there, and what it
- * does its own way: a table of kernels, and what chapter Y lists.
+ * Kernels that need only vectors of floats and words of four bytes are written once, as macros that are stamped for an
+ * instruction set. (A file that includes itself would read better, but is not found where a header is piped, pasted into
+ * another file or compiled with mapped paths.) Another one brings the vector functions listed there, its own kernels, a
+ * table, and what chapter Y lists.
  *
- * Sums stay in registers: 64 outputs times 6 rows of x with AVX-512 (32 for codes, whose whole numbers need registers, too),
- * 16 times 6 with AVX2, so that a loaded number is used 2 to 6 times. AMX multiplies tiles, 16 rows by 16 outputs, up to 32
- * times as fast: then reading counts with 64 rows, too.
+ * Sums stay in registers: 64 outputs times 6 rows of x with AVX-512 (32 for codes, whose whole numbers need registers),
+ * 16 times 6 with AVX2, so that a loaded number is used 2 to 6 times. AMX multiplies tiles, up to 32 times as fast: then
+ * reading counts with 64 rows, too.
  * ==================================================================================================== */
 
 #ifdef DSV3I_X86
@@ -9073,8 +9072,8 @@ DSV3I_KERNEL void dsv3i_bf16_round_bytes(void *out, const float *x, size_t k) {
 
 /* ---- AVX-512 BF16: gemm of rows of BF16 or of bytes, and a panel. */
 
-/* The four bytes that a step has of each of 16 outputs, as dot products of codes take them. Twice as much: FP8 becomes BF16, and
- * the halves of bytes of Q4_0 are the earlier and the later terms. table: of FP8. */
+/* The four bytes that a step has of each of 16 outputs, as dot products of codes take them. Two vectors: FP8 becomes BF16,
+ * and the halves of bytes of Q4_0 are the earlier and the later terms. table: of FP8. */
 DSV3I_INLINE void dsv3i_bf16_values(const dsv3_type type, __m512i b[2], const unsigned char *w,
                                     const __m512i table[4]) {
     const __m512i low = _mm512_set1_epi8(15);
@@ -9173,7 +9172,7 @@ DSV3I_INLINE void dsv3i_bf16_rows(const dsv3_type type, const int M, const int N
     if (bytes) dsv3i_avx512_end(M, NP, acc, a, 0);
 }
 
-/* n rows, up to 6 at a time, and NP columns from c0 on. Each share of them fetches its share of what is read next. */
+/* n rows, up to 6 at a time, and NP columns from c0 on. Each share of rows fetches its share of what is read next. */
 DSV3I_INLINE void dsv3i_bf16_columns(const dsv3_type type, const int NP, float *y, size_t ldy, const void *x,
                                      size_t ldx, size_t n, const dsv3i_panel *w, size_t c0, size_t rows, size_t k,
                                      int add) {
@@ -9277,8 +9276,8 @@ DSV3I_INLINE void dsv3i_bf16_value_panel(unsigned char *panel, const dsv3i_atten
     }
 }
 
-/* Scores of 16 keys with the queries of one column: more rows than gemm has, so that sums hide their latency. With each step
- * goes a line of the next tile's keys. */
+/* Scores of 16 keys with the queries of one column: more rows than gemm has, so that sums hide their latency. With each
+ * step goes a line of the next tile's keys. */
 DSV3I_INLINE void dsv3i_bf16_scores(float *p, const unsigned char *keys, size_t ldx, const unsigned char *q,
                                     size_t k) {
     const unsigned char *x[6]; /* every third key: addresses of the others are sums */
@@ -9478,8 +9477,7 @@ DSV3I_INLINE void dsv3i_bf16_gemv(const dsv3i_gemv_kind kind, const dsv3_type ty
     }
 }
 
-/* ---- AVX-512 BF16: gemm_packed. Outputs stay in registers while terms pass by that near caches hold, and each share of
- * the rows fetches its share of what comes next. */
+/* ---- AVX-512 BF16: gemm_packed. Outputs stay in registers while terms pass by that near caches hold. */
 
 /* Terms of a panel that go by all rows before the next ones do, with FP8 as BF16. */
 #define DSV3I_K_BF16 1024u
@@ -9575,8 +9573,8 @@ DSV3I_INLINE void dsv3i_amx_control(unsigned value) { __asm__ volatile("ldmxcsr 
 #define DSV3I_AMX_LOAD(tile, at, stride)                                                                             \
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(at), "r"((size_t)(stride)) : "memory")
 
-/* Shapes of the tiles: 0 to 3 are sums, of m0 rows (0, 1) and of m1 rows (2, 3); 4 and 5 rows of x; 6 and 7 weights: `words`
- * of four bytes for each of 16 outputs. */
+/* Shapes of the tiles: 0 to 3 are sums, of m0 rows (0, 1) and of m1 rows (2, 3); 4 and 5 rows of x; 6 and 7 weights, for
+ * each of 16 outputs `words` of four bytes. */
 DSV3I_INLINE void dsv3i_amx_shape(size_t m0, size_t m1, size_t words) {
     const uint64_t rows = (uint64_t)m0 * 0x101u + (uint64_t)m1 * 0x1010000u, x = (uint64_t)m0 | (uint64_t)m1 << 8;
     const __m512i wide = _mm512_maskz_set1_epi16(0xFF00, 64),
