@@ -1224,13 +1224,12 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 #define DSV3I_SANITIZED
 #endif
 #ifdef DSV3I_SANITIZED /* unrolled loops with a check at each access take minutes to compile */
-#define DSV3I_TARGET(isa) __attribute__((target(isa), no_sanitize("address"), no_sanitize("undefined")))
-#define DSV3I_INLINE(isa)                                                                                            \
-    static inline __attribute__((always_inline, target(isa), no_sanitize("address"), no_sanitize("undefined")))
+#define DSV3I_TARGET __attribute__((target(DSV3I_ISA), no_sanitize("address"), no_sanitize("undefined")))
 #else
-#define DSV3I_TARGET(isa) __attribute__((target(isa)))
-#define DSV3I_INLINE(isa) static inline __attribute__((always_inline, target(isa)))
+#define DSV3I_TARGET __attribute__((target(DSV3I_ISA))) /* DSV3I_ISA: what the code that follows is made for */
 #endif
+#define DSV3I_INLINE static inline __attribute__((always_inline)) DSV3I_TARGET
+#define DSV3I_KERNEL static DSV3I_TARGET
 #if defined(__clang__)
 #define DSV3I_UNROLL _Pragma("clang loop unroll(full)")
 #else
@@ -1245,8 +1244,8 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 #elif defined(DSV3_SIMD) && defined(_MSC_VER) && defined(_M_X64)
 #define DSV3I_X86
 #define DSV3I_ENGINE
-#define DSV3I_TARGET(isa)
-#define DSV3I_INLINE(isa) static __forceinline
+#define DSV3I_INLINE static __forceinline
+#define DSV3I_KERNEL static
 #define DSV3I_UNROLL
 #include <immintrin.h>
 #include <intrin.h>
@@ -6644,6 +6643,11 @@ static dsv3i_form dsv3i_form_of(dsv3_type type) {
     return type == DSV3_BF16 || type == DSV3_F8_E4M3 ? DSV3I_BF16S : DSV3I_FLOATS;
 }
 
+/* In both enumerations floats come first, and then BF16 before bytes. */
+static dsv3i_gemm_kind dsv3i_gemm_of(dsv3i_form form, int fast) {
+    return (dsv3i_gemm_kind)((int)form + (fast && form != DSV3I_FLOATS ? 2 : 0));
+}
+
 /* Rows r .. r+rows-1 of w, which do not reach the next multiple of 64, and terms k0 .. k0+k-1, 128 if there are as many. */
 typedef struct dsv3i_k_block {
     const dsv3_tensor *w;
@@ -6704,9 +6708,13 @@ static dsv3i_gemm_kind dsv3i_k_block_make(const dsv3_context *ctx, dsv3i_panel *
         }
         if (floats) kernels->float_panel[form == DSV3I_BYTES](scratch + i * lanes, values, columns, block, out->zero);
     }
-    if (form == DSV3I_FLOATS || floats) return DSV3I_GEMM_F32;
-    if (fast) return form == DSV3I_BF16S ? DSV3I_GEMM_FAST_BF16 : DSV3I_GEMM_FAST_BYTES;
-    return form == DSV3I_BF16S ? DSV3I_GEMM_BF16 : DSV3I_GEMM_BYTES;
+    return dsv3i_gemm_of(floats ? DSV3I_FLOATS : form, fast);
+}
+
+/* All k terms of a panel, without scales. */
+static dsv3i_panel dsv3i_panel_of(const void *values, size_t columns, size_t k) {
+    dsv3i_panel w = {values, columns, NULL, k, 0, 0, 0, values, 0};
+    return w;
 }
 
 /* ---- Rows of x for products: as they are, or rounded (DSV3_FAST) for one type of weights */
@@ -6736,8 +6744,8 @@ static dsv3i_rounder dsv3i_rounding(const dsv3_context *ctx, dsv3_type type) {
 /* Is it to codes, and not to floats? */
 static int dsv3i_is_fast(const dsv3_context *ctx, dsv3_type type) {
     dsv3i_form form = dsv3i_form_of(type);
-    dsv3i_gemm_kind product = form == DSV3I_BF16S ? DSV3I_GEMM_FAST_BF16 : DSV3I_GEMM_FAST_BYTES;
-    return form != DSV3I_FLOATS && dsv3i_rounding(ctx, type) != NULL && dsv3i_kernels_of(ctx)->gemm[product] != NULL;
+    return form != DSV3I_FLOATS && dsv3i_rounding(ctx, type) != NULL &&
+           dsv3i_kernels_of(ctx)->gemm[dsv3i_gemm_of(form, 1)] != NULL;
 }
 
 /* Floats from one rounded row of k numbers to the next, at most. */
@@ -6749,8 +6757,7 @@ static size_t dsv3i_input_bytes(int codes, dsv3_type type, size_t k) {
     return dsv3i_form_of(type) == DSV3I_BF16S ? dsv3i_blocks(k, 4) * 8 : k / DSV3_QBLOCK * (DSV3_QBLOCK + 8);
 }
 
-/* Where rounded rows go: next to each other, but not a power of two apart, since a cache would then have room for few of
- * them. */
+/* Where rounded rows go: not a power of two apart, since a cache would then have room for few of them. */
 static dsv3i_input dsv3i_input_rounded(const dsv3_context *ctx, const float *out, const dsv3_tensor *w) {
     dsv3i_input in = dsv3i_input_floats(out, 0);
     in.fast = dsv3i_is_fast(ctx, w->type);
@@ -6760,8 +6767,8 @@ static dsv3i_input dsv3i_input_rounded(const dsv3_context *ctx, const float *out
 }
 
 /* Many rows that lie a power of two apart are copied, for the same reason, if they are not rounded. */
-static int dsv3i_is_copied(const dsv3_context *ctx, const dsv3_tensor *w, size_t n) {
-    return dsv3i_rounding(ctx, w->type) != NULL || (n > DSV3I_FEW && w->cols % 128 == 0);
+static int dsv3i_is_copied(const dsv3_context *ctx, const dsv3_tensor *w, size_t n, size_t ldx) {
+    return dsv3i_rounding(ctx, w->type) != NULL || (n > DSV3I_FEW && ldx % 128 == 0);
 }
 
 /* Row t: x, rounded or just copied. */
@@ -6775,12 +6782,15 @@ static void dsv3i_input_put(const dsv3_context *ctx, const dsv3i_input *in, size
     }
 }
 
-/* n rows x, ldx floats apart, rounded into out [n, dsv3i_rounded_floats(cols)] with DSV3_FAST, else as they are. */
-static dsv3i_input dsv3i_input_round(const dsv3_context *ctx, float *out, const float *x, size_t ldx,
-                                     const dsv3_tensor *w, size_t n) {
-    dsv3i_input in = dsv3i_input_rounded(ctx, out, w);
-    if (dsv3i_rounding(ctx, w->type) == NULL) return dsv3i_input_floats(x, ldx);
-    for (size_t t = 0; t < n; t++) dsv3i_input_put(ctx, &in, t, x + t * ldx, w);
+/* n rows x, ldx floats apart, of grouped rows (pair) those of their tokens, for products with w: as they lie, or rounded
+ * or copied into out [n, dsv3i_rounded_floats(cols)]. */
+static dsv3i_input dsv3i_input_make(const dsv3i_call *c, float *out, const float *x, size_t ldx, const size_t *pair,
+                                    size_t n, const dsv3_tensor *w) {
+    dsv3i_input in = dsv3i_input_rounded(c->ctx, out, w);
+    if (pair == NULL && !dsv3i_is_copied(c->ctx, w, n, ldx)) return dsv3i_input_floats(x, ldx);
+    for (size_t t = 0; t < n; t++) {
+        dsv3i_input_put(c->ctx, &in, t, x + (pair != NULL ? pair[t] / c->m.K : t) * ldx, w);
+    }
     return in;
 }
 
@@ -6874,13 +6884,14 @@ static size_t dsv3i_list_at(const void *jobs, size_t size, size_t count, size_t 
     return j;
 }
 
-/* ---- Linear. A job is y [n, rows] = x [n, cols] W[row .. row+rows)^T; several jobs share one parallel loop, so that small
- * ones (the experts of a token) do not wait for each other. An item is some panels of 64 rows of weights, and some rows of
- * x. */
+/* ---- Linear. A job is y [n, rows] = x [n, cols] W[row .. row+rows)^T; several share one parallel loop, so that small
+ * ones (the experts of a token) do not wait for each other. An item is some panels of weights, and some rows of x. */
 
 typedef struct dsv3i_job {
     size_t first;
     dsv3i_product p;
+    const size_t *pair; /* of grouped rows: x has those of their tokens, pair / K; else NULL */
+    size_t K;
     dsv3i_input in; /* x as the products take it */
 } dsv3i_job;
 
@@ -6914,15 +6925,15 @@ static void dsv3i_round_task(void *arg, size_t begin, size_t end, size_t worker)
     (void)worker;
     for (size_t i = begin, j = 0; i < end; i++) {
         const dsv3i_job *job = &a->jobs[j = dsv3i_list_at(a->jobs, sizeof *a->jobs, a->count, i, j)];
-        size_t t = i - job->first;
-        dsv3i_input_put(a->ctx, &job->in, t, job->p.x + t * job->p.w->cols, job->p.w);
+        size_t t = i - job->first, row = job->pair != NULL ? job->pair[t] / job->K : t;
+        dsv3i_input_put(a->ctx, &job->in, t, job->p.x + row * job->p.w->cols, job->p.w);
     }
 }
 
 /* Do both want the same of the same rows? */
-static int dsv3i_same_input(const dsv3_context *ctx, const dsv3i_product *a, const dsv3i_product *b) {
-    return a->x == b->x && a->n == b->n && a->w->cols == b->w->cols &&
-           dsv3i_rounding(ctx, a->w->type) == dsv3i_rounding(ctx, b->w->type);
+static int dsv3i_same_input(const dsv3_context *ctx, const dsv3i_job *a, const dsv3i_job *b) {
+    return a->p.x == b->p.x && a->pair == b->pair && a->p.n == b->p.n && a->p.w->cols == b->p.w->cols &&
+           dsv3i_rounding(ctx, a->p.w->type) == dsv3i_rounding(ctx, b->p.w->type);
 }
 
 /* rounded: room for the rows of all jobs that do not share them with the job before. */
@@ -6933,8 +6944,8 @@ static void dsv3i_round_jobs(dsv3i_linear_arg *arg, dsv3i_job *jobs, float *roun
         size_t floats = dsv3i_rounded_floats(p->w->cols);
         jobs[j].first = rows;
         jobs[j].in = dsv3i_input_floats(p->x, p->w->cols);
-        if (!dsv3i_is_copied(arg->ctx, p->w, p->n)) continue;
-        if (j > 0 && dsv3i_same_input(arg->ctx, &jobs[j - 1].p, p)) {
+        if (jobs[j].pair == NULL && !dsv3i_is_copied(arg->ctx, p->w, p->n, p->w->cols)) continue;
+        if (j > 0 && dsv3i_same_input(arg->ctx, &jobs[j - 1], &jobs[j])) {
             jobs[j].in = jobs[j - 1].in;
             continue;
         }
@@ -6975,7 +6986,10 @@ static void dsv3i_jobs_run(const dsv3_context *ctx, dsv3i_job *jobs, size_t coun
 
 static void dsv3i_fast_linear(const dsv3_context *ctx, const dsv3i_product *list, size_t count, float *scratch) {
     dsv3i_job jobs[DSV3I_PRODUCTS];
-    for (size_t j = 0; j < count; j++) jobs[j].p = list[j];
+    for (size_t j = 0; j < count; j++) {
+        jobs[j].p = list[j];
+        jobs[j].pair = NULL;
+    }
     dsv3i_jobs_run(ctx, jobs, count, scratch, scratch + ctx->threads * DSV3I_STAGES);
 }
 
@@ -7009,31 +7023,25 @@ typedef struct dsv3i_backward_arg {
     size_t floats;      /* as dsv3i_rows_sum wants them */
 } dsv3i_backward_arg;
 
-/* dW [item, cols] of a job += dy^T x */
-static void dsv3i_backward_dw(const dsv3i_backward_arg *a, const dsv3i_backward_job *job, size_t item) {
-    const dsv3i_product *p = &job->p;
-    size_t d = p->w->cols, r = item * a->item, rows = dsv3i_min(a->item, p->rows - r);
-    dsv3i_kernels_of(a->ctx)->outer(job->dw + r * d, d, rows, p->y + r, 1, p->rows, p->x, d, p->n, d);
-}
-
-/* dx [item, cols] of a job, or of two, += dy W */
-static void dsv3i_backward_dx(const dsv3i_backward_arg *a, const dsv3i_backward_job *job, size_t item,
-                              float *scratch) {
-    size_t d = job->p.w->cols, t = item * a->item, n = dsv3i_min(a->item, job->p.n - t);
-    if (job->beta0) DSV3_MEMSET(job->dx + t * d, 0, n * d * sizeof *job->dx);
-    for (const dsv3i_backward_job *from = job; from <= job + (job->joint != 0); from++) {
-        const dsv3i_product *p = &from->p;
-        dsv3i_rows_sum(a->ctx, job->dx + t * d, d, p->y + t * p->rows, p->rows, n, p->w, p->row, p->row + p->rows,
-                       scratch);
-    }
-}
-
+/* Item = some rows of dW += dy^T x of a job, or of dx += dy W of a job or of two. */
 static void dsv3i_backward_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_backward_arg *a = (const dsv3i_backward_arg *)arg;
     for (size_t i = begin, j = 0; i < end; i++) {
         const dsv3i_backward_job *job = &a->jobs[j = dsv3i_list_at(a->jobs, sizeof *a->jobs, a->count, i, j)];
-        if (i < job->dx_first) dsv3i_backward_dw(a, job, i - job->first);
-        if (i >= job->dx_first) dsv3i_backward_dx(a, job, i - job->dx_first, a->scratch + worker * a->floats);
+        const dsv3i_product *p = &job->p;
+        int weights = i < job->dx_first;
+        size_t d = p->w->cols, at = (i - (weights ? job->first : job->dx_first)) * a->item;
+        size_t n = dsv3i_min(a->item, (weights ? p->rows : p->n) - at);
+        if (weights) {
+            dsv3i_kernels_of(a->ctx)->outer(job->dw + at * d, d, n, p->y + at, 1, p->rows, p->x, d, p->n, d);
+            continue;
+        }
+        if (job->beta0) DSV3_MEMSET(job->dx + at * d, 0, n * d * sizeof *job->dx);
+        for (const dsv3i_backward_job *from = job; from <= job + (job->joint != 0); from++) {
+            p = &from->p;
+            dsv3i_rows_sum(a->ctx, job->dx + at * d, d, p->y + at * p->rows, p->rows, n, p->w, p->row,
+                           p->row + p->rows, a->scratch + worker * a->floats);
+        }
     }
 }
 
@@ -7050,8 +7058,7 @@ static size_t dsv3i_backward_items(const dsv3i_backward_arg *a) {
     return items;
 }
 
-/* All jobs in one loop. Jobs must not share outputs, nor read what others write. scratch [threads, DSV3I_DECODE, cols] of the
- * job that has the most columns */
+/* All jobs in one loop; none reads or writes what another writes. scratch [threads, DSV3I_DECODE, most columns] */
 static void dsv3i_backward_run(const dsv3_context *ctx, dsv3i_backward_job *jobs, size_t count, float *scratch) {
     dsv3i_backward_arg arg = {ctx, jobs, count, DSV3I_BACK, scratch, 0};
     size_t work = 0, items = dsv3i_backward_items(&arg);
@@ -7118,9 +7125,8 @@ static size_t dsv3i_up_floats(const dsv3i_dims *m) {
     return dsv3i_add(dsv3i_product_floats(m->rk), dsv3i_mul(DSV3I_EXPAND, dsv3i_rounded_floats(m->rk)));
 }
 
-/* Of calls of n rows: sizes, and places. A worker has room for products with kv_b_proj, a tile, decoded latents, and
- * expanded keys and values; a tile for queries as a panel, scores of whole columns, keys rounded and, in the other half of
- * their place, values. */
+/* Of calls of n rows: sizes, and places. A worker has room for products with kv_b_proj, a tile, decoded latents, expanded
+ * keys and values; a tile for queries as a panel, scores of whole columns, and keys and values, rounded. */
 static size_t dsv3i_attention_layout(dsv3i_attention *at, const dsv3i_dims *m, size_t n, size_t threads,
                                      float *scratch) {
     dsv3i_layout l = {(unsigned char *)scratch, 0};
@@ -7147,8 +7153,7 @@ static int dsv3i_tile_kind(const dsv3_context *ctx) {
     return ctx->compute == DSV3_FAST && dsv3i_kernels_of(ctx)->attend[1] != NULL;
 }
 
-/* Scores p [nk] of query i become weights, 0 for keys it does not see; what its sums hold is rescaled to the new
- * maximum. */
+/* Scores p [nk] of query i become weights, 0 for keys it does not see; its sums are rescaled to the new maximum. */
 static void dsv3i_tile_weights(dsv3i_attention_tile *a, size_t i, float *p, size_t nk) {
     size_t seen = (size_t)a->seen[i];
     float top = a->top[i], rescale, *out = a->out + i * a->ld_out;
@@ -7278,40 +7283,41 @@ static size_t dsv3i_group_lanes(const dsv3i_attention *b, size_t first) {
     return dsv3i_min(64, (end - b->t0) * H - first);
 }
 
-/* The group of query `first` and one segment; part [lanes, part_floats]. */
-static void dsv3i_segment_attend(const dsv3i_attention *b, size_t first, size_t segment, float *part,
-                                 float *scratch) {
-    const dsv3i_call *c = b->c;
-    const dsv3i_dims *m = &c->m;
-    const dsv3_cache *cache = &c->caches[c->ws->sequence[b->t0 + first / m->H]];
-    int raw = dsv3i_tile_kind(c->ctx) == 1 && cache->type == DSV3_BF16 && m->width % 2 == 0;
-    size_t at = segment * DSV3I_SEGMENT, lanes = dsv3i_group_lanes(b, first), end;
-    dsv3i_attention_tile tile = dsv3i_tile_of(c, scratch, raw ? DSV3_BF16 : DSV3_F32, m->width, m->rk);
-    end = dsv3i_min(at + DSV3I_SEGMENT, (size_t)c->ws->position[b->t0 + (first + lanes - 1) / m->H] + 1);
-    tile.lanes = lanes;
-    tile.q = b->query + first * m->width;
-    tile.out = part;
-    tile.ld_q = tile.ld_k = tile.ld_v = m->width;
-    tile.ld_out = b->part_floats;
-    for (size_t i = 0; i < lanes; i++, part += b->part_floats) dsv3i_attend_begin(part, part + m->rk, m->rk);
-    dsv3i_tile_begin(&tile, tile.out + m->rk, b->part_floats);
-    for (size_t nk; at < end; at += nk) {
-        nk = dsv3i_min(DSV3I_TILE_KEYS, end - at);
-        tile.keys = tile.values = raw ? (const void *)dsv3i_cache_at(cache, c->layer, at)
-                                      : dsv3i_cache_load(c->ctx, cache, c->layer, at, nk, scratch + b->tile_floats);
-        dsv3i_tile_keys(&tile, c, b->t0 * m->H + first, 1, at, nk);
-    }
-    dsv3i_tile_end(&tile, tile.out + m->rk, b->part_floats);
-}
-
-/* Item = a group and one of the segments. */
+/* Item = a group of queries, from `first` on, and one of the segments. */
 static void dsv3i_segment_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_attention *b = (const dsv3i_attention *)arg;
+    const dsv3i_call *c = b->c;
+    const dsv3i_dims *m = &c->m;
+    float *scratch = b->worker + worker * b->worker_floats;
     for (size_t i = begin; i < end; i++) {
-        size_t first = 0, s = i % b->count;
+        size_t first = 0, s = i % b->count, at = (b->segment + s) * DSV3I_SEGMENT, last;
+        const dsv3_cache *cache;
+        dsv3i_attention_tile tile = dsv3i_tile_of(c, scratch, DSV3_F32, m->width, m->rk);
+        float *state;
         for (size_t group = 0; group < i / b->count; group++) first += dsv3i_group_lanes(b, first);
-        dsv3i_segment_attend(b, first, b->segment + s, b->part + (s * b->queries + first) * b->part_floats,
-                             b->worker + worker * b->worker_floats);
+        cache = &c->caches[c->ws->sequence[b->t0 + first / m->H]];
+        if (dsv3i_tile_kind(c->ctx) == 1 && cache->type == DSV3_BF16 && m->width % 2 == 0) tile.type = DSV3_BF16;
+        tile.lanes = dsv3i_group_lanes(b, first);
+        tile.q = b->query + first * m->width;
+        tile.out = b->part + (s * b->queries + first) * b->part_floats;
+        tile.ld_q = tile.ld_k = tile.ld_v = m->width;
+        tile.ld_out = b->part_floats;
+        state = tile.out + m->rk;
+        for (size_t t = 0; t < tile.lanes; t++) {
+            dsv3i_attend_begin(tile.out + t * tile.ld_out, state + t * tile.ld_out, m->rk);
+        }
+        dsv3i_tile_begin(&tile, state, tile.ld_out);
+        last = (size_t)c->ws->position[b->t0 + (first + tile.lanes - 1) / m->H] + 1;
+        last = dsv3i_min(at + DSV3I_SEGMENT, last);
+        for (size_t nk; at < last; at += nk) {
+            nk = dsv3i_min(DSV3I_TILE_KEYS, last - at);
+            tile.keys = tile.type == DSV3_BF16
+                            ? (const void *)dsv3i_cache_at(cache, c->layer, at)
+                            : dsv3i_cache_load(c->ctx, cache, c->layer, at, nk, scratch + b->tile_floats);
+            tile.values = tile.keys;
+            dsv3i_tile_keys(&tile, c, b->t0 * m->H + first, 1, at, nk);
+        }
+        dsv3i_tile_end(&tile, state, tile.ld_out);
     }
 }
 
@@ -7343,8 +7349,8 @@ static void dsv3i_join_task(void *arg, size_t begin, size_t end, size_t worker) 
             if (last) dsv3i_attend_end(mean, state, m->rk);
         }
         if (!last) continue;
-        in = dsv3i_input_round(c->ctx, scratch + dsv3i_product_floats(m->rk), b->mean + h * m->rk, m->H * m->rk,
-                               b->kv_up, b->t1 - b->t0);
+        in = dsv3i_input_make(c, scratch + dsv3i_product_floats(m->rk), b->mean + h * m->rk, m->H * m->rk, NULL,
+                              b->t1 - b->t0, b->kv_up);
         dsv3i_rows_product(c->ctx, c->ws->o + b->t0 * m->Ho + h * m->dv, m->Ho, &in, b->t1 - b->t0, b->kv_up,
                            h * m->kv + m->dn, (h + 1) * m->kv, scratch);
     }
@@ -7375,8 +7381,8 @@ static void dsv3i_absorbed_window(dsv3i_attention *b, size_t t0, size_t t1) {
 
 /* ---- Expanded form */
 
-/* Latents [nk, rk] as products with kv_b_proj take them: cache rows where they lie, if these are what would come out; else
- * decoded into latents, and rounded into scratch. */
+/* Latents [nk, rk] as products with kv_b_proj take them: cache rows where they lie, if these are what would come out;
+ * else decoded into latents, and rounded into scratch. */
 static dsv3i_input dsv3i_latent_input(const dsv3i_attention *a, const dsv3_cache *cache, size_t b, size_t nk,
                                       float *latents, float *scratch) {
     const dsv3i_call *c = a->c;
@@ -7386,8 +7392,8 @@ static dsv3i_input dsv3i_latent_input(const dsv3i_attention *a, const dsv3_cache
         dsv3i_input in = {dsv3i_cache_at(cache, c->layer, b), c->m.width * 2, 1};
         return in;
     }
-    return dsv3i_input_round(c->ctx, scratch, dsv3i_cache_load(c->ctx, cache, c->layer, b, nk, latents), c->m.width,
-                             a->kv_up, nk);
+    return dsv3i_input_make(c, scratch, dsv3i_cache_load(c->ctx, cache, c->layer, b, nk, latents), c->m.width, NULL,
+                            nk, a->kv_up);
 }
 
 /* n rows of `width` floats become BF16, each behind the last, in place. Returns the width of such a row. */
@@ -7453,38 +7459,34 @@ static size_t dsv3i_expanded_rows(const dsv3i_call *c, dsv3i_attention_tile tile
     return tile.lanes;
 }
 
-/* Head h of the sequence whose first row is `leader`. A block of keys is expanded once for all its rows. */
-static void dsv3i_expanded_head(const dsv3i_attention *a, size_t leader, size_t h, float *scratch) {
+/* Item = a head and a row, which counts if a sequence begins there: so all threads have some. A block of keys is expanded
+ * once for all rows of the sequence. */
+static void dsv3i_expanded_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_attention *a = (const dsv3i_attention *)arg;
     const dsv3i_call *c = a->c;
     const dsv3i_dims *m = &c->m;
     const dsv3_workspace *ws = c->ws;
-    float *state = ws->softmax + 2 * h, *o = ws->o + h * m->dv;
+    float *scratch = a->worker + worker * a->worker_floats;
     dsv3i_attention_tile tile = dsv3i_tile_of(c, scratch + dsv3i_up_floats(m), DSV3_F32, m->qk, m->dv);
-    size_t last = 0;
-    for (size_t t = leader; t < c->n; t++) {
-        if (ws->leader[t] != (int32_t)leader) continue;
-        last = (size_t)ws->position[t];
-        dsv3i_attend_begin(o + t * m->Ho, state + t * 2 * m->H, m->dv);
-    }
-    for (size_t b = 0; b <= last; b += DSV3I_EXPAND) {
-        size_t nk = dsv3i_min(DSV3I_EXPAND, last - b + 1);
-        dsv3i_expand_keys(a, &tile, &c->caches[ws->sequence[leader]], b, nk, h, scratch);
-        for (size_t t = leader; t < c->n;) {
-            t += ws->leader[t] == (int32_t)leader ? dsv3i_expanded_rows(c, tile, t, h, b, nk) : 1;
-        }
-    }
-    for (size_t t = leader; t < c->n; t++) {
-        if (ws->leader[t] == (int32_t)leader) dsv3i_attend_end(o + t * m->Ho, state + t * 2 * m->H, m->dv);
-    }
-}
-
-/* Item = a head and a row, which counts if a sequence begins there: so all threads have some. */
-static void dsv3i_expanded_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_attention *a = (const dsv3i_attention *)arg;
     for (size_t i = begin; i < end; i++) {
-        size_t t = i % a->c->n, h = i / a->c->n;
-        if (!a->c->ws->expanded[t] || a->c->ws->leader[t] != (int32_t)t) continue;
-        dsv3i_expanded_head(a, t, h, a->worker + worker * a->worker_floats);
+        size_t leader = i % c->n, h = i / c->n, last = 0;
+        float *state = ws->softmax + 2 * h, *o = ws->o + h * m->dv;
+        if (!ws->expanded[leader] || ws->leader[leader] != (int32_t)leader) continue;
+        for (size_t t = leader; t < c->n; t++) {
+            if (ws->leader[t] != (int32_t)leader) continue;
+            last = (size_t)ws->position[t];
+            dsv3i_attend_begin(o + t * m->Ho, state + t * 2 * m->H, m->dv);
+        }
+        for (size_t b = 0; b <= last; b += DSV3I_EXPAND) {
+            size_t nk = dsv3i_min(DSV3I_EXPAND, last - b + 1);
+            dsv3i_expand_keys(a, &tile, &c->caches[ws->sequence[leader]], b, nk, h, scratch);
+            for (size_t t = leader; t < c->n;) {
+                t += ws->leader[t] == (int32_t)leader ? dsv3i_expanded_rows(c, tile, t, h, b, nk) : 1;
+            }
+        }
+        for (size_t t = leader; t < c->n; t++) {
+            if (ws->leader[t] == (int32_t)leader) dsv3i_attend_end(o + t * m->Ho, state + t * 2 * m->H, m->dv);
+        }
     }
 }
 
@@ -7518,16 +7520,11 @@ static size_t dsv3i_attend_backward_floats(const dsv3i_dims *m) {
 /* y[t, r] = x_t . w_r for nq rows x_t, ldx floats apart, and a panel of nk rows w_r. y [nq, BACK_KEYS] */
 static void dsv3i_block_dots(const dsv3_context *ctx, float *y, const float *x, size_t ldx, size_t nq, const float *w,
                              size_t nk, size_t k) {
-    dsv3i_panel panel;
-    DSV3_MEMSET(&panel, 0, sizeof panel);
-    panel.columns = dsv3i_blocks(nk, DSV3I_LANES);
-    panel.values = w;
-    panel.block = k;
+    dsv3i_panel panel = dsv3i_panel_of(w, dsv3i_blocks(nk, DSV3I_LANES), k);
     dsv3i_kernels_of(ctx)->gemm[DSV3I_GEMM_F32](y, DSV3I_BACK_KEYS, x, ldx * sizeof *x, nq, &panel, nk, k, 0);
 }
 
-/* p: scores of a row with keys, da: their dA, of which it sees the first `seen`. They become A and ds; 0 for the others.
- * D = do . o */
+/* p: scores of a row with keys, da: their dA, for the first `seen`. They become A and ds; else 0. D = do . o */
 static void dsv3i_attend_backward_scores(const dsv3i_call *c, float *DSV3I_RESTRICT p, float *DSV3I_RESTRICT da,
                                          const float *state, float D, size_t seen) {
     float scale = c->model->softmax_scale, r = 1.0f / state[1];
@@ -7540,43 +7537,37 @@ static void dsv3i_attend_backward_scores(const dsv3i_call *c, float *DSV3I_RESTR
     }
 }
 
-/* Keys j0 .. j0+nk-1 of head h, and the rows of their sequence that see some of them, up to t1-1. */
-static void dsv3i_attend_backward_block(const dsv3i_call *c, size_t t1, size_t h, size_t j0, size_t nk,
-                                        float *scratch) {
+/* Item = head h and the sequence that row t0 begins, if it does. Keys from j0 on, and the rows that see some of them. */
+static void dsv3i_fast_attend_backward_task(void *arg, size_t begin, size_t end, size_t worker) {
+    const dsv3i_call *c = (const dsv3i_call *)arg;
     const dsv3i_dims *m = &c->m;
     const dsv3i_backward *b = c->b;
     const dsv3i_kernels *kernels = dsv3i_kernels_of(c->ctx);
-    size_t key = j0 * m->Hq + h * m->qk, value = j0 * m->Hkv + h * m->kv + m->dn;
-    float *keys = scratch, *values = keys + DSV3I_BACK_KEYS * m->qk, *p = values + DSV3I_BACK_KEYS * m->dv;
-    float *da = p + DSV3I_BACK_ROWS * DSV3I_BACK_KEYS;
-    kernels->pack[DSV3_F32](keys, NULL, b->keys + key, m->Hq * sizeof(float), nk, m->qk);
-    kernels->pack[DSV3_F32](values, NULL, b->kv_up + value, m->Hkv * sizeof(float), nk, m->dv);
-    for (size_t t = j0, nq; t < t1; t += nq) {
-        const float *q = c->ws->q + t * m->Hq + h * m->qk, *dout = b->dout + t * m->Ho + h * m->dv;
-        nq = dsv3i_min(DSV3I_BACK_ROWS, t1 - t);
-        dsv3i_block_dots(c->ctx, p, q, m->Hq, nq, keys, nk, m->qk);
-        dsv3i_block_dots(c->ctx, da, dout, m->Ho, nq, values, nk, m->dv);
-        for (size_t i = 0; i < nq; i++) {
-            size_t at = (t + i) * m->H + h, row = i * DSV3I_BACK_KEYS;
-            dsv3i_attend_backward_scores(c, p + row, da + row, c->s->softmax + 2 * at, b->delta[at],
-                                         dsv3i_min(nk, t + i - j0 + 1));
-        }
-        kernels->outer(b->dkv_up + value, m->Hkv, nk, p, 1, DSV3I_BACK_KEYS, dout, m->Ho, nq, m->dv);
-        kernels->outer(b->dq + t * m->Hq + h * m->qk, m->Hq, nq, da, DSV3I_BACK_KEYS, 1, b->keys + key, m->Hq, nk,
-                       m->qk);
-        kernels->outer(b->dkeys + key, m->Hq, nk, da, 1, DSV3I_BACK_KEYS, q, m->Hq, nq, m->qk);
-    }
-}
-
-/* Item = head h and the sequence that row t0 begins, if it does. */
-static void dsv3i_fast_attend_backward_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_call *c = (const dsv3i_call *)arg;
-    float *scratch = c->ws->scratch + worker * dsv3i_attend_backward_floats(&c->m);
+    float *keys = c->ws->scratch + worker * dsv3i_attend_backward_floats(m), *values = keys + DSV3I_BACK_KEYS * m->qk;
+    float *p = values + DSV3I_BACK_KEYS * m->dv, *da = p + DSV3I_BACK_ROWS * DSV3I_BACK_KEYS;
     for (size_t i = begin; i < end; i++) {
         size_t t0 = i % c->n, h = i / c->n, t1 = t0 + dsv3i_sequence_rows(c->ws->leader, t0, c->n);
         dsv3i_attend_backward_begin(c, t0, t1, h);
-        for (size_t j = t0; j < t1; j += DSV3I_BACK_KEYS) {
-            dsv3i_attend_backward_block(c, t1, h, j, dsv3i_min(DSV3I_BACK_KEYS, t1 - j), scratch);
+        for (size_t j0 = t0; j0 < t1; j0 += DSV3I_BACK_KEYS) {
+            size_t key = j0 * m->Hq + h * m->qk, value = j0 * m->Hkv + h * m->kv + m->dn;
+            size_t nk = dsv3i_min(DSV3I_BACK_KEYS, t1 - j0);
+            kernels->pack[DSV3_F32](keys, NULL, b->keys + key, m->Hq * sizeof(float), nk, m->qk);
+            kernels->pack[DSV3_F32](values, NULL, b->kv_up + value, m->Hkv * sizeof(float), nk, m->dv);
+            for (size_t t = j0, nq; t < t1; t += nq) {
+                size_t query = t * m->Hq + h * m->qk;
+                const float *q = c->ws->q + query, *dout = b->dout + t * m->Ho + h * m->dv;
+                nq = dsv3i_min(DSV3I_BACK_ROWS, t1 - t);
+                dsv3i_block_dots(c->ctx, p, q, m->Hq, nq, keys, nk, m->qk);
+                dsv3i_block_dots(c->ctx, da, dout, m->Ho, nq, values, nk, m->dv);
+                for (size_t r = 0; r < nq; r++) {
+                    size_t at = (t + r) * m->H + h, row = r * DSV3I_BACK_KEYS;
+                    dsv3i_attend_backward_scores(c, p + row, da + row, c->s->softmax + 2 * at, b->delta[at],
+                                                 dsv3i_min(nk, t + r - j0 + 1));
+                }
+                kernels->outer(b->dkv_up + value, m->Hkv, nk, p, 1, DSV3I_BACK_KEYS, dout, m->Ho, nq, m->dv);
+                kernels->outer(b->dq + query, m->Hq, nq, da, DSV3I_BACK_KEYS, 1, b->keys + key, m->Hq, nk, m->qk);
+                kernels->outer(b->dkeys + key, m->Hq, nk, da, 1, DSV3I_BACK_KEYS, q, m->Hq, nq, m->qk);
+            }
         }
     }
 }
@@ -7623,91 +7614,61 @@ static size_t dsv3i_ffn_layout(dsv3i_ffn *at, const dsv3i_dims *m, size_t n, siz
     return l.used;
 }
 
-static void dsv3i_gather_task(void *arg, size_t begin, size_t end, size_t worker) {
-    const dsv3i_ffn *a = (const dsv3i_ffn *)arg;
-    size_t d = a->c->m.d;
-    (void)worker;
-    for (size_t i = begin; i < end; i++) {
-        DSV3_MEMCPY(a->list->y + i * d, a->list->x + a->list->pair[i] / a->c->m.K * d, d * sizeof(float));
-    }
-}
-
-/* Inputs of experts are gathered where outputs will be; but a token alone is what all its experts see. */
+/* Of a token alone, all experts see one row: it is not grouped. */
 static void dsv3i_mlps_at_once(dsv3i_ffn *a) {
     const dsv3i_call *c = a->c;
     const dsv3_workspace *ws = c->ws;
-    size_t total = 0, gathered = 0;
+    size_t total = 0;
     for (size_t j = 0; j < a->count; j++) {
         const dsv3i_mlp *r = &a->list[j];
-        int gather = r->pair != NULL && c->n > 1;
-        const float *x = gather ? r->y : r->x;
-        a->jobs[2 * j].p = dsv3i_product_of(ws->h_gate + r->at, x, &r->w->gate_proj, r->n);
-        a->jobs[2 * j + 1].p = dsv3i_product_of(ws->h_up + r->at, x, &r->w->up_proj, r->n);
+        dsv3i_job *jobs = a->jobs + 2 * j;
+        jobs[0].p = dsv3i_product_of(ws->h_gate + r->at, r->x, &r->w->gate_proj, r->n);
+        jobs[1].p = dsv3i_product_of(ws->h_up + r->at, r->x, &r->w->up_proj, r->n);
+        jobs[0].pair = jobs[1].pair = c->n > 1 ? r->pair : NULL;
+        jobs[0].K = jobs[1].K = c->m.K;
         total += r->n * r->w->gate_proj.rows;
-        if (gather) gathered += r->n;
     }
-    dsv3i_parallel(c->ctx, gathered, dsv3i_mul(gathered, c->m.d), dsv3i_gather_task, a);
     dsv3i_jobs_run(c->ctx, a->jobs, 2 * a->count, a->worker, a->rounded);
     dsv3i_swiglu(c->ctx, ws->h, ws->h_gate, ws->h_up, total);
     for (size_t j = 0; j < a->count; j++) {
         const dsv3i_mlp *r = &a->list[j];
         a->jobs[j].p = dsv3i_product_of(r->y, ws->h + r->at, &r->w->down_proj, r->n);
+        a->jobs[j].pair = NULL;
     }
     dsv3i_jobs_run(c->ctx, a->jobs, a->count, a->worker, a->rounded);
 }
 
-/* Rows of a block for products with w: as they lie, or rounded or copied into out, from the rows of their tokens if they
- * are grouped (pair). */
-static dsv3i_input dsv3i_block_input(const dsv3i_call *c, const float *x, const size_t *pair, size_t n,
-                                     const dsv3_tensor *w, float *out) {
-    size_t d = w->cols;
-    dsv3i_input in = dsv3i_input_rounded(c->ctx, out, w);
-    if (pair == NULL && !dsv3i_is_copied(c->ctx, w, n)) return dsv3i_input_floats(x, d);
-    for (size_t i = 0; i < n; i++) {
-        dsv3i_input_put(c->ctx, &in, i, x + (pair != NULL ? pair[i] / c->m.K : i) * d, w);
-    }
-    return in;
-}
-
-/* Rows [t, t + n) of those that MLP j sees. */
-static void dsv3i_mlp_block(const dsv3i_ffn *a, size_t j, size_t t, size_t n, size_t worker) {
-    const dsv3_context *ctx = a->c->ctx;
-    const dsv3i_mlp *r = &a->list[j];
-    const dsv3_tensor *gate = &r->w->gate_proj, *up = &r->w->up_proj, *down = &r->w->down_proj;
-    size_t d = gate->cols, F = gate->rows, at = a->own > 0 ? worker * a->own * a->width : r->at + t * F;
-    const size_t *pair = r->pair != NULL ? r->pair + t : NULL;
-    const float *x = pair != NULL ? r->x : r->x + t * d;
-    float *ha = a->c->ws->h_gate + at, *hb = a->c->ws->h_up + at, *h = a->c->ws->h + at;
-    float *scratch = a->worker + worker * DSV3I_STAGES, *rounded = a->jobs[j].p.y + t * dsv3i_mlp_floats(d, F);
-    dsv3i_input in;
-    if (a->own > 0) rounded = a->rounded + worker * a->own * dsv3i_mlp_floats(d, a->width);
-    in = dsv3i_block_input(a->c, x, pair, n, gate, rounded);
-    dsv3i_rows_product(ctx, ha, F, &in, n, gate, 0, F, scratch);
-    if (dsv3i_rounding(ctx, gate->type) != dsv3i_rounding(ctx, up->type)) {
-        in = dsv3i_block_input(a->c, x, pair, n, up, rounded);
-    }
-    dsv3i_rows_product(ctx, hb, F, &in, n, up, 0, F, scratch);
-    ctx->ops->silu_mul(h, ha, hb, n * F);
-    in = dsv3i_block_input(a->c, h, NULL, n, down, rounded);
-    dsv3i_rows_product(ctx, r->y + t * d, d, &in, n, down, 0, d, scratch);
-}
-
+/* Item = some rows of an MLP. */
 static void dsv3i_mlp_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_ffn *a = (const dsv3i_ffn *)arg;
+    const dsv3i_call *c = a->c;
+    float *scratch = a->worker + worker * DSV3I_STAGES;
     for (size_t i = begin, j = 0; i < end; i++) {
-        const dsv3i_mlp *r;
-        size_t t, some;
-        j = dsv3i_list_at(a->jobs, sizeof *a->jobs, a->count, i, j);
-        r = &a->list[j];
-        some = dsv3i_rows_near(a->c->ctx, &r->w->gate_proj, r->n);
-        t = (i - a->jobs[j].first) * some;
-        dsv3i_mlp_block(a, j, t, dsv3i_min(some, r->n - t), worker);
+        const dsv3i_mlp *r = &a->list[j = dsv3i_list_at(a->jobs, sizeof *a->jobs, a->count, i, j)];
+        const dsv3_tensor *gate = &r->w->gate_proj, *up = &r->w->up_proj, *down = &r->w->down_proj;
+        size_t some = dsv3i_rows_near(c->ctx, gate, r->n), t = (i - a->jobs[j].first) * some;
+        size_t d = gate->cols, F = gate->rows, n = dsv3i_min(some, r->n - t);
+        size_t at = a->own > 0 ? worker * a->own * a->width : r->at + t * F;
+        const size_t *pair = r->pair != NULL ? r->pair + t : NULL;
+        const float *x = pair != NULL ? r->x : r->x + t * d;
+        float *ha = c->ws->h_gate + at, *hb = c->ws->h_up + at, *h = c->ws->h + at;
+        float *rounded = a->jobs[j].p.y + t * dsv3i_mlp_floats(d, F);
+        dsv3i_input in;
+        if (a->own > 0) rounded = a->rounded + worker * a->own * dsv3i_mlp_floats(d, a->width);
+        in = dsv3i_input_make(c, rounded, x, d, pair, n, gate);
+        dsv3i_rows_product(c->ctx, ha, F, &in, n, gate, 0, F, scratch);
+        if (dsv3i_rounding(c->ctx, gate->type) != dsv3i_rounding(c->ctx, up->type)) {
+            in = dsv3i_input_make(c, rounded, x, d, pair, n, up);
+        }
+        dsv3i_rows_product(c->ctx, hb, F, &in, n, up, 0, F, scratch);
+        c->ctx->ops->silu_mul(h, ha, hb, n * F);
+        in = dsv3i_input_make(c, rounded, h, F, NULL, n, down);
+        dsv3i_rows_product(c->ctx, r->y + t * d, d, &in, n, down, 0, d, scratch);
     }
 }
 
 /* Blocks use memory that stays in caches, a part of it for each worker, if nobody wants hidden values later and there are
- * rows enough: those that are as wide as the widest. With gate and up projections of different types there is no room for
- * both's inputs at once. */
+ * rows enough as wide as the widest. There is no room at once for inputs of gate and up projections of two types. */
 static void dsv3i_fast_mlps(dsv3i_call *c, const dsv3i_mlp *list, size_t count) {
     size_t items = 0, work = 0, rows = 0, most = 0, threads = c->ctx->threads;
     int same_types = 1;
@@ -7888,35 +7849,32 @@ typedef struct dsv3i_packing {
     dsv3i_layout l;
 } dsv3i_packing;
 
-/* A k_block of w and its scales, to where they stand in the packed tensor. */
-static void dsv3i_pack_k_block(const dsv3i_packing *a, const dsv3i_k_block *b) {
-    dsv3_type type = a->w->type;
-    size_t columns = dsv3i_blocks(b->rows, DSV3I_LANES), block = dsv3i_min(dsv3i_scale_block_terms(type), b->k);
-    size_t bytes = dsv3i_codes_bytes(type, columns, block), apart = dsv3i_scale_block_bytes(type, columns, block);
-    unsigned char *to = (unsigned char *)(uintptr_t)dsv3i_scale_block_at(&a->packed, b->r, b->k0);
-    unsigned char codes[DSV3I_PANEL * DSV3I_TERMS * sizeof(float)];
-    float scale[DSV3I_TERMS / DSV3_QBLOCK * DSV3I_PANEL], *from = scale;
-    dsv3i_k_block_codes(a->ctx, b, codes, scale);
-    for (size_t i = 0; i * block < b->k; i++, to += apart) {
-        DSV3_MEMCPY(to, codes + i * bytes, bytes);
-        if (type == DSV3_F8_E4M3) DSV3_MEMCPY(to + bytes, scale, sizeof *scale);
-        if (dsv3_type_block(type) == 1) continue;
-        for (size_t j = 0; j < columns * DSV3I_LANES; j++) {
-            uint16_t bits = dsv3_f16_from_f32(*from++);
-            DSV3_MEMCPY(to + bytes + 2 * j, &bits, 2);
-        }
-    }
-}
-
+/* Item = a panel: its k_blocks and their scales, to where they stand in the packed tensor. */
 static void dsv3i_pack_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_packing *a = (const dsv3i_packing *)arg;
-    dsv3i_k_block b = {a->w, begin * DSV3I_PANEL, 0, 0, 0};
+    dsv3_type type = a->w->type;
+    size_t cols = a->w->cols, parts = dsv3i_blocks(cols, DSV3I_TERMS);
+    unsigned char codes[DSV3I_PANEL * DSV3I_TERMS * sizeof(float)];
+    float scale[DSV3I_TERMS / DSV3_QBLOCK * DSV3I_PANEL];
     (void)worker;
-    for (; b.r < dsv3i_min(end * DSV3I_PANEL, a->w->rows); b.r += DSV3I_PANEL) {
+    for (size_t part = begin * parts; part < end * parts; part++) {
+        dsv3i_k_block b = {a->w, part / parts * DSV3I_PANEL, 0, part % parts * DSV3I_TERMS, 0};
+        size_t columns, block, bytes;
+        const float *from = scale;
+        unsigned char *to = (unsigned char *)(uintptr_t)dsv3i_scale_block_at(&a->packed, b.r, b.k0);
         b.rows = dsv3i_min(DSV3I_PANEL, a->w->rows - b.r);
-        for (b.k0 = 0; b.k0 < a->w->cols; b.k0 += b.k) {
-            b.k = dsv3i_min(DSV3I_TERMS, a->w->cols - b.k0);
-            dsv3i_pack_k_block(a, &b);
+        b.k = dsv3i_min(DSV3I_TERMS, cols - b.k0);
+        columns = dsv3i_blocks(b.rows, DSV3I_LANES);
+        block = dsv3i_min(dsv3i_scale_block_terms(type), b.k);
+        bytes = dsv3i_codes_bytes(type, columns, block);
+        dsv3i_k_block_codes(a->ctx, &b, codes, scale);
+        for (size_t i = 0; i * block < b.k; i++, to += dsv3i_scale_block_bytes(type, columns, block)) {
+            DSV3_MEMCPY(to, codes + i * bytes, bytes);
+            if (type == DSV3_F8_E4M3) DSV3_MEMCPY(to + bytes, scale, sizeof *scale);
+            for (size_t j = 0; dsv3_type_block(type) > 1 && j < columns * DSV3I_LANES; j++) {
+                uint16_t bits = dsv3_f16_from_f32(*from++);
+                DSV3_MEMCPY(to + bytes + 2 * j, &bits, 2);
+            }
         }
     }
 }
@@ -8000,46 +7958,41 @@ static void dsv3i_round_q8_floats(void *out, const float *x, size_t k) { dsv3i_r
 /* ========================================================================================================
  * Chapter B  >>simd
  *
- * One chapter for what all instruction sets share, then one block per instruction set: AVX2, AVX-512, AVX-512 with VBMI,
- * VNNI and BF16, AMX. What a backend promises and how it is fast stands in chapter A. Tests: tests/test_kernels.c, kernel by
- * kernel; tests/test_ops_table.c, op by op.
+ * What all instruction sets share, then AVX2, AVX-512, AVX-512 with VBMI, VNNI and BF16, AMX. What a backend promises and
+ * how it is fast stands in chapter A. Tests: tests/test_kernels.c, kernel by kernel; tests/test_ops_table.c, op by op.
  *
- * Kernels that need nothing but vectors of floats and words of four bytes are written once, as macros that are stamped for
- * an instruction set. (A file that includes itself would read better, but is not found where a header is piped, pasted into
- * another file or compiled with mapped paths.) Another instruction set brings the vector functions listed there, and what it
- * does its own way: a table of kernels, and what chapter Y lists.
+ * Kernels that need only vectors of floats and words of four bytes are written once, as macros that are stamped for an
+ * instruction set. (A file that includes itself would read better, but is not found where a header is piped, pasted into
+ * another file or compiled with mapped paths.) Another one brings the vector functions listed there, its own kernels, a
+ * table, and what chapter Y lists.
  *
- * Sums stay in registers: 64 outputs times 6 rows of x with AVX-512 (32 for codes, whose whole numbers need registers, too),
- * 16 times 6 with AVX2, so that a loaded number is used 2 to 6 times. AMX multiplies tiles, 16 rows by 16 outputs, up to 32
- * times as fast: then reading counts with 64 rows, too.
+ * Sums stay in registers: 64 outputs times 6 rows of x with AVX-512 (32 for codes, whose whole numbers need registers),
+ * 16 times 6 with AVX2, so that a loaded number is used 2 to 6 times. AMX multiplies tiles, up to 32 times as fast: then
+ * reading counts with 64 rows, too.
  * ==================================================================================================== */
 
 #ifdef DSV3I_X86
 
 /* ---- Detection: what the CPU has, and whether the operating system saves the registers. */
 
-static void dsv3i_cpuid(uint32_t leaf, uint32_t part, uint32_t r[4]) {
 #if defined(__GNUC__) || defined(__clang__)
+static void dsv3i_cpuid(uint32_t leaf, uint32_t part, uint32_t r[4]) {
     r[0] = r[1] = r[2] = r[3] = 0;
     (void)__get_cpuid_count(leaf, part, &r[0], &r[1], &r[2], &r[3]);
-#else
-    int out[4];
-    __cpuidex(out, (int)leaf, (int)part);
-    for (int i = 0; i < 4; i++) r[i] = (uint32_t)out[i];
-#endif
 }
 
 /* The registers that the operating system saves; only if OSXSAVE. */
 static uint32_t dsv3i_xcr0(void) {
-#if defined(__GNUC__) || defined(__clang__)
     uint32_t low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     (void)high;
     return low;
-#else
-    return (uint32_t)_xgetbv(0);
-#endif
 }
+#else
+static void dsv3i_cpuid(uint32_t leaf, uint32_t part, uint32_t r[4]) { __cpuidex((int *)r, (int)leaf, (int)part); }
+
+static uint32_t dsv3i_xcr0(void) { return (uint32_t)_xgetbv(0); }
+#endif
 
 /* The best backend that this machine can run. */
 static dsv3_backend dsv3i_best_backend(void) {
@@ -8107,7 +8060,7 @@ static size_t dsv3i_rows_together(size_t n) {
         }                                                                                                            \
     } while (0)
 
-/* ---- Kernels for any instruction set `isa` with vectors of W lanes. V is the prefix of its names; it has
+/* ---- Kernels for any instruction set with vectors of W lanes. V is the prefix of its names; it has
  *     V_f32, V_u32       vectors of floats, and of words of four bytes
  *     V_lanes, V_mask    which lanes: 0 .. n-1, or all if there are fewer
  *     V_set, load, store, add, sub, mul, div, neg, fma    of floats; V_clamp: NaN stays NaN
@@ -8119,29 +8072,24 @@ static size_t dsv3i_rows_together(size_t n) {
  *     V_words, put_words, bytes    loads and stores words, any alignment; the first n bytes, then zeros
  *     V_transpose, flip  W words of W rows; 128 added to each byte
  *     V_order            words of E4M3 as a panel has them; V_blocks: codes of Q8_0 or Q4_0 one after the other
- *     V_half             lower or upper halves of words, from F16 to float
+ *     V_half             lower halves of words, from F16 to float
  *     V_bf16, nibbles    E4M3 to BF16, in two vectors; the low and the high four bits of bytes
- *     V_floats           of words, two BF16 or four bytes to floats. */
+ *     V_floats           of words, two F16 or BF16 or four bytes to floats. */
 
 /* exp by x = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor series of e^r to r^7 (its rest is below 2^-27). Below -104
  * results are 0, above 89 infinite. */
-#define DSV3I_VECTOR_KERNELS(V, isa, W)                                                                              \
-    DSV3I_INLINE(isa) V##_f32 V##_exp(V##_f32 x) {                                                                   \
+#define DSV3I_VECTOR_KERNELS(V, W)                                                                                   \
+    DSV3I_INLINE V##_f32 V##_exp(V##_f32 x) {                                                                        \
+        static const float terms[7] = {1.0f / 720.0f, 1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f};   \
         V##_f32 n, r, p = V##_set(1.0f / 5040.0f);                                                                   \
         x = V##_clamp(x, -104.0f, 89.0f);                                                                            \
         n = V##_whole(x);                                                                                            \
         r = V##_fma(n, V##_set(-0.693359375f), x); /* ln 2 in two parts, the first with few bits */                  \
         r = V##_fma(n, V##_set(2.12194440e-4f), r);                                                                  \
-        p = V##_fma(p, r, V##_set(1.0f / 720.0f));                                                                   \
-        p = V##_fma(p, r, V##_set(1.0f / 120.0f));                                                                   \
-        p = V##_fma(p, r, V##_set(1.0f / 24.0f));                                                                    \
-        p = V##_fma(p, r, V##_set(1.0f / 6.0f));                                                                     \
-        p = V##_fma(p, r, V##_set(0.5f));                                                                            \
-        p = V##_fma(p, r, V##_set(1.0f));                                                                            \
-        p = V##_fma(p, r, V##_set(1.0f));                                                                            \
+        DSV3I_UNROLL for (int i = 0; i < 7; i++) p = V##_fma(p, r, V##_set(terms[i]));                               \
         return V##_power(p, n);                                                                                      \
     }                                                                                                                \
-    DSV3I_INLINE(isa) void V##_decode(const dsv3_type type, float *y, const void *w, size_t n) {                     \
+    DSV3I_INLINE void V##_decode(const dsv3_type type, float *y, const void *w, size_t n) {                          \
         const unsigned char *bytes = (const unsigned char *)w;                                                       \
         const size_t size = type == DSV3_F32 ? 4 : type == DSV3_F8_E4M3 ? 1 : 2;                                     \
         DSV3I_BY_LANES(V, W, n, {                                                                                    \
@@ -8151,16 +8099,16 @@ static size_t dsv3i_rows_together(size_t n) {
             V##_put(y + i, m, v);                                                                                    \
         });                                                                                                          \
     }                                                                                                                \
-    DSV3I_TARGET(isa) static float V##_dot(const float *x, const float *y, size_t n) {                               \
+    DSV3I_KERNEL float V##_dot(const float *x, const float *y, size_t n) {                                           \
         V##_f32 sum = V##_set(0.0f);                                                                                 \
         DSV3I_BY_LANES(V, W, n, sum = V##_fma(V##_get(m, x + i), V##_get(m, y + i), sum));                           \
         return V##_sum(sum);                                                                                         \
     }                                                                                                                \
-    DSV3I_TARGET(isa) static void V##_axpy(float *y, float a, const float *x, size_t n) {                            \
+    DSV3I_KERNEL void V##_axpy(float *y, float a, const float *x, size_t n) {                                        \
         const V##_f32 f = V##_set(a);                                                                                \
         DSV3I_BY_LANES(V, W, n, V##_put(y + i, m, V##_fma(f, V##_get(m, x + i), V##_get(m, y + i))));                \
     }                                                                                                                \
-    DSV3I_TARGET(isa) static float V##_exp_sum(float *p, const float *s, float top, size_t n) {                      \
+    DSV3I_KERNEL float V##_exp_sum(float *p, const float *s, float top, size_t n) {                                  \
         const V##_f32 t = V##_set(top);                                                                              \
         V##_f32 sum = V##_set(0.0f);                                                                                 \
         DSV3I_BY_LANES(V, W, n, {                                                                                    \
@@ -8170,7 +8118,7 @@ static size_t dsv3i_rows_together(size_t n) {
         });                                                                                                          \
         return V##_sum(sum);                                                                                         \
     }                                                                                                                \
-    DSV3I_TARGET(isa) static void V##_silu_mul(float *h, const float *a, const float *b, size_t n) {                 \
+    DSV3I_KERNEL void V##_silu_mul(float *h, const float *a, const float *b, size_t n) {                             \
         const V##_f32 one = V##_set(1.0f);                                                                           \
         DSV3I_BY_LANES(V, W, n, {                                                                                    \
             const V##_f32 v = V##_get(m, a + i), below = V##_add(one, V##_exp(V##_neg(v)));                          \
@@ -8178,41 +8126,11 @@ static size_t dsv3i_rows_together(size_t n) {
         });                                                                                                          \
     }
 
-/* Panels are made, W rows of weights at a time, and their codes become values. While some terms are packed, the next
- * k_block of their rows is fetched. */
-#define DSV3I_PANEL_KERNELS(V, isa, W)                                                                               \
-    DSV3I_TARGET(isa)                                                                                                \
-    static void V##_pack(size_t size, void *panel, const void *w, size_t row_bytes, size_t rows, size_t k) {         \
-        const size_t columns = (rows + 15) / 16, step = 64 * columns, bytes = k * size;                              \
-        for (size_t first = 0; first < 16 * columns; first += W) {                                                   \
-            const size_t real = first < rows ? dsv3i_min(rows - first, W) : 0;                                       \
-            const unsigned char *from = (const unsigned char *)w + (real > 0 ? first * row_bytes : 0);               \
-            unsigned char *to = (unsigned char *)panel + 4 * first;                                                  \
-            for (size_t i = 0; i < bytes; i += 4 * W, to += W * step) {                                              \
-                const size_t left = bytes - i;                                                                       \
-                V##_u32 r[W];                                                                                        \
-                if (real == W && left >= 4 * W) {                                                                    \
-                    DSV3I_UNROLL for (size_t j = 0; j < W; j++) {                                                    \
-                        r[j] = V##_words(from + j * row_bytes + i);                                                  \
-                        V##_near(from + j * row_bytes + i + DSV3I_TERMS * size);                                     \
-                    }                                                                                                \
-                } else {                                                                                             \
-                    for (size_t j = 0; j < W; j++) {                                                                 \
-                        r[j] = V##_bytes(from + (j < real ? j * row_bytes + i : 0), j < real ? left : 0);            \
-                    }                                                                                                \
-                }                                                                                                    \
-                V##_transpose(r);                                                                                    \
-                for (size_t j = 0; j < W && 4 * j < left; j++) {                                                     \
-                    if (size == 1) r[j] = V##_order(r[j]);                                                           \
-                    V##_put_words(to + step * j, r[j]);                                                              \
-                }                                                                                                    \
-            }                                                                                                        \
-        }                                                                                                            \
-    }                                                                                                                \
+/* Panels are made, W rows at a time, while the next k_block of these rows is fetched; codes become values. */
+#define DSV3I_PANEL_KERNELS(V, W)                                                                                    \
     /* The F16 scales of all scale blocks, four at a time, of rows from `first` on; 0 for rows not there. */         \
-    DSV3I_INLINE(isa)                                                                                                \
-    void V##_scales(float *scale, size_t apart, const unsigned char *from, size_t row_bytes, size_t each,            \
-                    size_t first, size_t rows, size_t blocks) {                                                      \
+    DSV3I_INLINE void V##_scales(float *scale, size_t apart, const unsigned char *from, size_t row_bytes,            \
+                                 size_t each, size_t first, size_t rows, size_t blocks) {                            \
         uint16_t bits[4 * W], one;                                                                                   \
         DSV3_MEMSET(bits, 0, sizeof bits);                                                                           \
         for (size_t i = 0, some; i < blocks; i += some, from += some * each) {                                       \
@@ -8228,89 +8146,77 @@ static size_t dsv3i_rows_together(size_t n) {
             }                                                                                                        \
         }                                                                                                            \
     }                                                                                                                \
-    /* Scale blocks, a scale and `size` bytes of codes, as many at a time as fill a vector. */                       \
-    DSV3I_INLINE(isa)                                                                                                \
-    void V##_pack_blocks(const size_t size, void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, \
-                         size_t k) {                                                                                 \
-        const unsigned char *from = (const unsigned char *)w;                                                        \
-        const size_t blocks = k / DSV3_QBLOCK, at_once = 4 * W / size, columns = (rows + 15) / 16, each = 2 + size;  \
+    /* Codes of `size` bytes; or blocks, a scale and `size` bytes of codes: as many at a time as fill a vector. */   \
+    DSV3I_INLINE void V##_pack(const int blocks, const size_t size, void *panel, float *scale, const void *w,        \
+                               size_t row_bytes, size_t rows, size_t k) {                                            \
+        const size_t columns = (rows + 15) / 16, codes = blocks ? size : 1, each = blocks ? 2 + size : 1;            \
+        const size_t total = blocks ? k / DSV3_QBLOCK : k * size, at_once = 4 * W / codes;                           \
+        const size_t ahead = blocks ? DSV3I_TERMS / DSV3_QBLOCK * each : DSV3I_TERMS * size;                         \
         for (size_t first = 0; first < 16 * columns; first += W) {                                                   \
+            const size_t real = first < rows ? rows - first : 0;                                                     \
             unsigned char *to = (unsigned char *)panel + 4 * first;                                                  \
-            for (size_t b = 0; b < blocks; b += at_once) {                                                           \
-                const size_t count = dsv3i_min(at_once, blocks - b);                                                 \
+            const unsigned char *row[W];                                                                             \
+            for (size_t j = 0; j < W; j++)                                                                           \
+                row[j] = (const unsigned char *)w + dsv3i_min(first + j, rows - 1) * row_bytes;                      \
+            for (size_t i = 0; i < total; i += at_once) {                                                            \
+                const size_t count = dsv3i_min(at_once, total - i);                                                  \
                 V##_u32 r[W];                                                                                        \
-                if (count == at_once) {                                                                              \
+                if (count == at_once && (blocks || real >= W)) {                                                     \
                     DSV3I_UNROLL for (size_t j = 0; j < W; j++) {                                                    \
-                        const unsigned char *at = from + dsv3i_min(first + j, rows - 1) * row_bytes + b * each;      \
-                        r[j] = V##_blocks(size, at, at_once);                                                        \
-                        V##_near(at + DSV3I_TERMS / DSV3_QBLOCK * each);                                             \
+                        r[j] = blocks ? V##_blocks(size, row[j] + i * each, at_once) : V##_words(row[j] + i);        \
+                        V##_near(row[j] + i * each + ahead);                                                         \
                     }                                                                                                \
                 } else {                                                                                             \
                     for (size_t j = 0; j < W; j++) {                                                                 \
-                        r[j] = V##_blocks(size, from + dsv3i_min(first + j, rows - 1) * row_bytes + b * each, count);\
+                        r[j] = blocks ? V##_blocks(size, row[j] + i * each, count)                                   \
+                                      : V##_bytes(row[j] + i, j < real ? count : 0);                                 \
                     }                                                                                                \
                 }                                                                                                    \
-                if (size == 32) {                                                                                    \
+                if (blocks && size == 32) {                                                                          \
                     DSV3I_UNROLL for (size_t j = 0; j < W; j++) r[j] = V##_flip(r[j]);                               \
                 }                                                                                                    \
                 V##_transpose(r);                                                                                    \
-                for (size_t j = 0; j < count * size / 4; j++, to += 64 * columns) V##_put_words(to, r[j]);           \
+                for (size_t j = 0; j < W && 4 * j < count * codes; j++, to += 64 * columns) {                        \
+                    V##_put_words(to, !blocks && size == 1 ? V##_order(r[j]) : r[j]);                                \
+                }                                                                                                    \
             }                                                                                                        \
-            V##_scales(scale + first, 16 * columns, from, row_bytes, each, first, rows, blocks);                     \
+            if (blocks)                                                                                              \
+                V##_scales(scale + first, 16 * columns, (const unsigned char *)w, row_bytes, each, first, rows,      \
+                           total);                                                                                   \
         }                                                                                                            \
     }                                                                                                                \
-    DSV3I_TARGET(isa) static void V##_widen_f16(void *values, const void *panel, size_t columns, size_t k) {         \
-        const unsigned char *from = (const unsigned char *)panel;                                                    \
-        float *to = (float *)values;                                                                                 \
-        for (size_t i = 0; i < k; i += 2, to += 16 * columns) {                                                      \
-            for (size_t c = 0; c < 16 * columns; c += W, from += 4 * W, to += W) {                                   \
-                const V##_u32 v = V##_words(from);                                                                   \
-                V##_store(to, V##_half(v, 0));                                                                       \
-                V##_store(to + 16 * columns, V##_half(v, 1));                                                        \
-            }                                                                                                        \
-        }                                                                                                            \
+    /* One function for all three sizes. */                                                                          \
+    DSV3I_KERNEL void V##_pack_codes(size_t size, void *panel, const void *w, size_t row_bytes, size_t rows,         \
+                                     size_t k) {                                                                     \
+        V##_pack(0, size, panel, NULL, w, row_bytes, rows, k);                                                       \
     }                                                                                                                \
-    DSV3I_TARGET(isa) static void V##_widen_f8(void *values, const void *panel, size_t columns, size_t k) {          \
-        const unsigned char *from = (const unsigned char *)panel;                                                    \
-        unsigned char *to = (unsigned char *)values;                                                                 \
-        for (size_t i = 0; i < k; i += 4, to += 64 * columns) {                                                      \
-            for (size_t c = 0; c < 16 * columns; c += W, from += 4 * W, to += 4 * W) {                               \
-                V##_u32 b[2];                                                                                        \
-                V##_bf16(b, V##_words(from));                                                                        \
-                V##_put_words(to, b[0]);                                                                             \
-                V##_put_words(to + 64 * columns, b[1]);                                                              \
-            }                                                                                                        \
-        }                                                                                                            \
-    }                                                                                                                \
-    DSV3I_TARGET(isa) static void V##_widen_q4_0(void *values, const void *panel, size_t columns, size_t k) {        \
+    /* Words of a panel of this type become values; those of BF16 and bytes, which are values, become floats. */     \
+    DSV3I_INLINE void V##_widen(const dsv3_type type, void *values, const void *panel, size_t columns, size_t k,     \
+                                int32_t zero) {                                                                      \
+        const size_t each = type == DSV3_Q8_0 ? 4 : 2, wide = (type == DSV3_Q4_0 ? 256 : 64) * columns;              \
+        const size_t terms = type == DSV3_Q4_0 ? DSV3_QBLOCK : type == DSV3_F8_E4M3 ? 4 : each;                      \
+        const int coded = type == DSV3_F8_E4M3 || type == DSV3_Q4_0;                                                 \
         const unsigned char *from = (const unsigned char *)panel;                                                    \
         unsigned char *to = (unsigned char *)values;                                                                 \
-        for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += 256 * columns) {                                           \
-            for (size_t c = 0; c < 64 * columns; c += W, from += 4 * W, to += 4 * W) {                               \
-                V##_u32 b[2];                                                                                        \
-                V##_nibbles(b, V##_words(from));                                                                     \
-                V##_near(from + DSV3I_PREFETCH);                                                                     \
-                V##_put_words(to, b[0]);                                                                             \
-                V##_put_words(to + 256 * columns, b[1]);                                                             \
-            }                                                                                                        \
-        }                                                                                                            \
-    }                                                                                                                \
-    DSV3I_INLINE(isa)                                                                                                \
-    void V##_float_panel(const int bytes, float *to, const void *panel, size_t columns, size_t k, int32_t zero) {    \
-        const unsigned char *from = (const unsigned char *)panel;                                                    \
         const V##_f32 code = V##_set((float)zero);                                                                   \
-        const size_t each = bytes ? 4 : 2;                                                                           \
-        for (size_t i = 0; i < k; i += each, to += 16 * columns * (each - 1)) {                                      \
-            for (size_t c = 0; c < 16 * columns; c += W, from += 4 * W, to += W) {                                   \
+        for (size_t i = 0; i < k; i += terms, to += wide * (each - 1)) {                                             \
+            for (size_t c = 0; c < wide; c += 4 * W, from += 4 * W, to += 4 * W) {                                   \
+                V##_u32 b[2];                                                                                        \
                 V##_f32 f[4];                                                                                        \
-                V##_floats(bytes, f, V##_words(from), code);                                                         \
-                DSV3I_UNROLL for (size_t j = 0; j < each; j++) V##_store(to + 16 * columns * j, f[j]);               \
+                if (type == DSV3_F8_E4M3) V##_bf16(b, V##_words(from));                                              \
+                if (type == DSV3_Q4_0) V##_nibbles(b, V##_words(from));                                              \
+                if (type == DSV3_Q4_0) V##_near(from + DSV3I_PREFETCH);                                              \
+                if (!coded) V##_floats(type, f, V##_words(from), code);                                              \
+                DSV3I_UNROLL for (size_t j = 0; j < each; j++) {                                                     \
+                    if (coded) V##_put_words(to + wide * j, b[j]);                                                   \
+                    if (!coded) V##_store((float *)(void *)(to + wide * j), f[j]);                                   \
+                }                                                                                                    \
             }                                                                                                        \
         }                                                                                                            \
     }
 
 /* gemm with panels, and outer. M <= 6 rows of x and NP <= N vectors of outputs: M NP sums in registers. */
-#define DSV3I_GEMM_KERNELS(V, isa, W, N)                                                                             \
+#define DSV3I_GEMM_KERNELS(V, W, N)                                                                                  \
     /* Where they lie, and which outputs are wanted. */                                                              \
     typedef struct V##_place {                                                                                       \
         const unsigned char *x[6], *w; /* rows; the first vector */                                                  \
@@ -8324,26 +8230,25 @@ static size_t dsv3i_rows_together(size_t n) {
         size_t lines, each;                                                                                          \
         V##_lanes mask[N];                                                                                           \
     } V##_place;                                                                                                     \
-    DSV3I_INLINE(isa)                                                                                                \
-    void V##_place_set(const int M, const int NP, V##_place *a, float *y, size_t ldy, const void *x, size_t ldx,     \
-                       size_t n, const void *w, size_t step, size_t columns) {                                       \
+    DSV3I_INLINE void V##_place_set(const int NP, V##_place *a, float *y, size_t ldy, const void *x, size_t ldx,     \
+                                    size_t n, const void *w, size_t step, size_t columns) {                          \
         a->y = y;                                                                                                    \
         a->ldy = ldy;                                                                                                \
-        a->n = dsv3i_min((size_t)M, n);                                                                              \
+        a->n = n;                                                                                                    \
         a->w = (const unsigned char *)w;                                                                             \
         a->step = step;                                                                                              \
         a->gap = a->ahead = a->lines = 0;                                                                            \
         a->each = 1;                                                                                                 \
         a->next = a->w;                                                                                              \
         a->scale = NULL;                                                                                             \
-        DSV3I_UNROLL for (int m = 0; m < M; m++) {                                                                   \
+        DSV3I_UNROLL for (int m = 0; m < 6; m++) {                                                                   \
             a->x[m] = (const unsigned char *)x + dsv3i_min((size_t)m, n - 1) * ldx;                                  \
         }                                                                                                            \
         DSV3I_UNROLL for (size_t p = 0; p < (size_t)NP; p++) {                                                       \
             a->mask[p] = V##_mask(columns > W * p ? columns - W * p : 0);                                            \
         }                                                                                                            \
     }                                                                                                                \
-    DSV3I_INLINE(isa) void V##_begin(const int M, const int NP, V##_f32 *acc, const V##_place *a, int add) {         \
+    DSV3I_INLINE void V##_begin(const int M, const int NP, V##_f32 *acc, const V##_place *a, int add) {              \
         DSV3I_UNROLL for (int i = 0; i < M * NP; i++) acc[i] = V##_set(0.0f);                                        \
         if (!add) return;                                                                                            \
         DSV3I_UNROLL for (int m = 0; m < M; m++) {                                                                   \
@@ -8352,7 +8257,7 @@ static size_t dsv3i_rows_together(size_t n) {
         }                                                                                                            \
     }                                                                                                                \
     /* y = acc; or acc * scale, added to y if `add`. Of the last 16 outputs alone, some may not be wanted. */        \
-    DSV3I_INLINE(isa) void V##_end(const int M, const int NP, V##_f32 *acc, const V##_place *a, int add) {           \
+    DSV3I_INLINE void V##_end(const int M, const int NP, V##_f32 *acc, const V##_place *a, int add) {                \
         if (a->scale != NULL) {                                                                                      \
             DSV3I_UNROLL for (int p = 0; p < NP; p++) {                                                              \
                 const V##_f32 scale = V##_load(a->scale + W * p);                                                    \
@@ -8373,9 +8278,8 @@ static size_t dsv3i_rows_together(size_t n) {
         }                                                                                                            \
     }                                                                                                                \
     /* Terms of float rows, aj floats apart, and of floats: acc += sum_j x_mj w_j. edge: vectors under the mask. */  \
-    DSV3I_INLINE(isa)                                                                                                \
-    void V##_float_terms(const int M, const int NP, const int edge, V##_f32 *acc, const V##_place *a, size_t aj,     \
-                         size_t k) {                                                                                 \
+    DSV3I_INLINE void V##_float_terms(const int M, const int NP, const int edge, V##_f32 *acc, const V##_place *a,   \
+                                      size_t aj, size_t k) {                                                         \
         const unsigned char *w = a->w, *next = a->next;                                                              \
         size_t x = 0, lines = a->lines;                                                                              \
         for (size_t j = 0; j < k; j++, x += aj * sizeof(float), w += a->step) {                                      \
@@ -8392,9 +8296,8 @@ static size_t dsv3i_rows_together(size_t n) {
         }                                                                                                            \
     }                                                                                                                \
     /* Terms i0 .. i1-1 of float rows and panels of codes. */                                                        \
-    DSV3I_INLINE(isa)                                                                                                \
-    void V##_code_terms(const int bytes, const int M, const int NP, V##_f32 *acc, const V##_place *a, V##_f32 zero,  \
-                        size_t i0, size_t i1) {                                                                      \
+    DSV3I_INLINE void V##_code_terms(const int bytes, const int M, const int NP, V##_f32 *acc, const V##_place *a,   \
+                                     V##_f32 zero, size_t i0, size_t i1) {                                           \
         const size_t each = bytes ? 4 : 2;                                                                           \
         const unsigned char *w = a->w + i0 / each * a->step;                                                         \
         for (size_t i = i0; i < i1; i += each, w += a->step) {                                                       \
@@ -8402,7 +8305,7 @@ static size_t dsv3i_rows_together(size_t n) {
             DSV3I_UNROLL for (int p = 0; p < NP; p += 16 / W) V##_near(w + a->ahead + 4 * W * p);                    \
             DSV3I_UNROLL for (int p = 0; p < NP; p++) {                                                              \
                 V##_f32 f[4];                                                                                        \
-                V##_floats(bytes, f, V##_words(w + 4 * W * p), zero);                                                \
+                V##_floats(bytes ? DSV3_Q8_0 : DSV3_BF16, f, V##_words(w + 4 * W * p), zero);                        \
                 DSV3I_UNROLL for (size_t j = 0; j < each; j++) {                                                     \
                     if (j > 0 && rest) continue;                                                                     \
                     DSV3I_UNROLL for (int m = 0; m < M; m++) {                                                       \
@@ -8413,9 +8316,8 @@ static size_t dsv3i_rows_together(size_t n) {
             }                                                                                                        \
         }                                                                                                            \
     }                                                                                                                \
-    DSV3I_INLINE(isa)                                                                                                \
-    void V##_exact(const dsv3i_gemm_kind kind, const int M, const int NP, V##_place *a, const dsv3i_panel *w,        \
-                   size_t k, int add) {                                                                              \
+    DSV3I_INLINE void V##_exact(const dsv3i_gemm_kind kind, const int M, const int NP, V##_place *a,                 \
+                                const dsv3i_panel *w, size_t k, int add) {                                           \
         const V##_f32 zero = V##_set((float)w->zero);                                                                \
         const int scaled = w->scale != NULL;                                                                         \
         V##_f32 acc[6 * N];                                                                                          \
@@ -8436,14 +8338,14 @@ static size_t dsv3i_rows_together(size_t n) {
         }                                                                                                            \
     }                                                                                                                \
     /* n rows, columns c0 .. of a panel. Each share of the rows fetches its share of what is read next. */           \
-    DSV3I_INLINE(isa)                                                                                                \
-    void V##_columns(const dsv3i_gemm_kind kind, const int NP, float *y, size_t ldy, const void *x, size_t ldx,      \
-                     size_t n, const dsv3i_panel *w, size_t c0, size_t rows, size_t k, int add) {                    \
+    DSV3I_INLINE void V##_columns(const dsv3i_gemm_kind kind, const int NP, float *y, size_t ldy, const void *x,     \
+                                  size_t ldx, size_t n, const dsv3i_panel *w, size_t c0, size_t rows, size_t k,      \
+                                  int add) {                                                                         \
         const size_t more = kind == DSV3I_GEMM_F32 && c0 == 0 ? w->next_bytes / n : 0;                               \
         for (size_t t = 0, m; t < n; t += m) {                                                                       \
             V##_place a;                                                                                             \
             m = dsv3i_rows_together(n - t);                                                                          \
-            V##_place_set(6, NP, &a, y + t * ldy + 16 * c0, ldy, (const unsigned char *)x + t * ldx, ldx, m,         \
+            V##_place_set(NP, &a, y + t * ldy + 16 * c0, ldy, (const unsigned char *)x + t * ldx, ldx, m,            \
                           (const unsigned char *)w->values + 64 * c0, 64 * w->columns, rows - 16 * c0);              \
             a.ahead = w->ahead;                                                                                      \
             a.lines = more * m / 64;                                                                                 \
@@ -8453,9 +8355,8 @@ static size_t dsv3i_rows_together(size_t n) {
         }                                                                                                            \
     }                                                                                                                \
     /* Whole panels at once; a narrower one in parts, of codes the smallest: not worth the instructions. */          \
-    DSV3I_INLINE(isa)                                                                                                \
-    void V##_gemm(const dsv3i_gemm_kind kind, float *y, size_t ldy, const void *x, size_t ldx, size_t n,             \
-                  const dsv3i_panel *w, size_t rows, size_t k, int add) {                                            \
+    DSV3I_INLINE void V##_gemm(const dsv3i_gemm_kind kind, float *y, size_t ldy, const void *x, size_t ldx,          \
+                               size_t n, const dsv3i_panel *w, size_t rows, size_t k, int add) {                     \
         const size_t least = kind == DSV3I_GEMM_F32 ? 2 : 16 / W;                                                    \
         for (size_t c = 0, some; c < w->columns; c += some * W / 16) {                                               \
             const size_t left = (w->columns - c) * (16 / W);                                                         \
@@ -8465,28 +8366,24 @@ static size_t dsv3i_rows_together(size_t n) {
                                  V##_columns(kind, NP, y, ldy, x, ldx, n, w, c, rows, k, add));                      \
         }                                                                                                            \
     }                                                                                                                \
-    DSV3I_INLINE(isa) void V##_outer_tile(const int M, const int NP, const V##_place *a, size_t aj, size_t k) {      \
-        V##_f32 acc[6 * N];                                                                                          \
-        V##_begin(M, NP, acc, a, 1);                                                                                 \
-        V##_float_terms(M, NP, 1, acc, a, aj, k);                                                                    \
-        V##_end(M, NP, acc, a, 0);                                                                                   \
-    }                                                                                                                \
     /* All m rows of y and `columns` <= W NP columns. */                                                             \
-    DSV3I_INLINE(isa)                                                                                                \
-    void V##_outer_rows(const int NP, float *y, size_t ldy, size_t m, const float *x, size_t at, size_t aj,          \
-                        const float *b, size_t ldb, size_t k, size_t columns) {                                      \
+    DSV3I_INLINE void V##_outer_rows(const int NP, float *y, size_t ldy, size_t m, const float *x, size_t at,        \
+                                     size_t aj, const float *b, size_t ldb, size_t k, size_t columns) {              \
         for (size_t t = 0, rows; t < m; t += rows) {                                                                 \
             V##_place a;                                                                                             \
             rows = dsv3i_rows_together(m - t);                                                                       \
-            V##_place_set(6, NP, &a, y + t * ldy, ldy, x + t * at, at * sizeof *x, rows, b, ldb * sizeof *b,         \
-                          columns);                                                                                  \
-            DSV3I_BY_ROWS(rows, V##_outer_tile(M, NP, &a, aj, k));                                                   \
+            V##_place_set(NP, &a, y + t * ldy, ldy, x + t * at, at * sizeof *x, rows, b, ldb * sizeof *b, columns);  \
+            DSV3I_BY_ROWS(rows, {                                                                                    \
+                V##_f32 acc[6 * N];                                                                                  \
+                V##_begin(M, NP, acc, &a, 1);                                                                        \
+                V##_float_terms(M, NP, 1, acc, &a, aj, k);                                                           \
+                V##_end(M, NP, acc, &a, 0);                                                                          \
+            });                                                                                                      \
         }                                                                                                            \
     }                                                                                                                \
     /* b in panels of W N columns and at most 160 rows, which stay in a near cache while all rows of y pass by. */   \
-    DSV3I_TARGET(isa)                                                                                                \
-    static void V##_outer(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj, const float *b,      \
-                          size_t ldb, size_t k, size_t n) {                                                          \
+    DSV3I_KERNEL void V##_outer(float *y, size_t ldy, size_t m, const float *a, size_t at, size_t aj,                \
+                                const float *b, size_t ldb, size_t k, size_t n) {                                    \
         const size_t parts = dsv3i_blocks(k, 160), each = parts > 0 ? dsv3i_blocks(k, parts) : 0;                    \
         for (size_t j = 0; j < k; j += each) {                                                                       \
             const size_t nj = dsv3i_min(each, k - j);                                                                \
@@ -8501,150 +8398,186 @@ static size_t dsv3i_rows_together(size_t n) {
 
 /* ---- Functions of the tables: a kernel with its constants. */
 
-#define DSV3I_ENTRY(isa, name, parameters, ...)                                                                      \
-    DSV3I_TARGET(isa) static void name parameters { __VA_ARGS__; }
+#define DSV3I_ENTRY(name, parameters, ...)                                                                           \
+    DSV3I_KERNEL void name parameters { __VA_ARGS__; }
 #define DSV3I_DECODE_LIST (float *y, const void *w, size_t n)
 #define DSV3I_PACK_LIST (void *panel, float *scale, const void *w, size_t row_bytes, size_t rows, size_t k)
+#define DSV3I_WIDEN_LIST (void *values, const void *panel, size_t columns, size_t k)
 #define DSV3I_FLOAT_LIST (float *values, const void *panel, size_t columns, size_t k, int32_t zero)
 #define DSV3I_GEMM_LIST                                                                                              \
     (float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3i_panel *w, size_t rows, size_t k, int add)
-#define DSV3I_WHOLE_LIST                                                                                             \
-    (float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows, size_t k)
-#define DSV3I_GEMV_T_LIST                                                                                            \
-    (float *y, const float *x, const void *w, size_t row_bytes, const void *scale, size_t k, size_t n)
-#define DSV3I_TYPE_KERNELS(V, isa)                                                                                   \
-    DSV3I_ENTRY(isa, V##_decode_f32, DSV3I_DECODE_LIST, V##_decode(DSV3_F32, y, w, n))                               \
-    DSV3I_ENTRY(isa, V##_decode_f16, DSV3I_DECODE_LIST, V##_decode(DSV3_F16, y, w, n))                               \
-    DSV3I_ENTRY(isa, V##_decode_bf16, DSV3I_DECODE_LIST, V##_decode(DSV3_BF16, y, w, n))                             \
-    DSV3I_ENTRY(isa, V##_decode_f8_e4m3, DSV3I_DECODE_LIST, V##_decode(DSV3_F8_E4M3, y, w, n))                       \
-    DSV3I_ENTRY(isa, V##_pack_4, DSV3I_PACK_LIST, (void)scale; V##_pack(4, panel, w, row_bytes, rows, k))            \
-    DSV3I_ENTRY(isa, V##_pack_2, DSV3I_PACK_LIST, (void)scale; V##_pack(2, panel, w, row_bytes, rows, k))            \
-    DSV3I_ENTRY(isa, V##_pack_1, DSV3I_PACK_LIST, (void)scale; V##_pack(1, panel, w, row_bytes, rows, k))            \
-    DSV3I_ENTRY(isa, V##_pack_q8_0, DSV3I_PACK_LIST, V##_pack_blocks(32, panel, scale, w, row_bytes, rows, k))       \
-    DSV3I_ENTRY(isa, V##_pack_q4_0, DSV3I_PACK_LIST, V##_pack_blocks(16, panel, scale, w, row_bytes, rows, k))       \
-    DSV3I_ENTRY(isa, V##_float_bf16, DSV3I_FLOAT_LIST, V##_float_panel(0, values, panel, columns, k, zero))          \
-    DSV3I_ENTRY(isa, V##_float_bytes, DSV3I_FLOAT_LIST, V##_float_panel(1, values, panel, columns, k, zero))         \
-    DSV3I_ENTRY(isa, V##_gemm_f32, DSV3I_GEMM_LIST, V##_gemm(DSV3I_GEMM_F32, y, ldy, x, ldx, n, w, rows, k, add))    \
-    DSV3I_ENTRY(isa, V##_gemm_bf16, DSV3I_GEMM_LIST, V##_gemm(DSV3I_GEMM_BF16, y, ldy, x, ldx, n, w, rows, k, add))  \
-    DSV3I_ENTRY(isa, V##_gemm_bytes, DSV3I_GEMM_LIST, V##_gemm(DSV3I_GEMM_BYTES, y, ldy, x, ldx, n, w, rows, k, add))
+#define DSV3I_TYPE_KERNELS(V)                                                                                        \
+    DSV3I_ENTRY(V##_decode_f32, DSV3I_DECODE_LIST, V##_decode(DSV3_F32, y, w, n))                                    \
+    DSV3I_ENTRY(V##_decode_f16, DSV3I_DECODE_LIST, V##_decode(DSV3_F16, y, w, n))                                    \
+    DSV3I_ENTRY(V##_decode_bf16, DSV3I_DECODE_LIST, V##_decode(DSV3_BF16, y, w, n))                                  \
+    DSV3I_ENTRY(V##_decode_f8_e4m3, DSV3I_DECODE_LIST, V##_decode(DSV3_F8_E4M3, y, w, n))                            \
+    DSV3I_ENTRY(V##_pack_4, DSV3I_PACK_LIST, (void)scale; V##_pack_codes(4, panel, w, row_bytes, rows, k))           \
+    DSV3I_ENTRY(V##_pack_2, DSV3I_PACK_LIST, (void)scale; V##_pack_codes(2, panel, w, row_bytes, rows, k))           \
+    DSV3I_ENTRY(V##_pack_1, DSV3I_PACK_LIST, (void)scale; V##_pack_codes(1, panel, w, row_bytes, rows, k))           \
+    DSV3I_ENTRY(V##_pack_q8_0, DSV3I_PACK_LIST, V##_pack(1, 32, panel, scale, w, row_bytes, rows, k))                \
+    DSV3I_ENTRY(V##_pack_q4_0, DSV3I_PACK_LIST, V##_pack(1, 16, panel, scale, w, row_bytes, rows, k))                \
+    DSV3I_ENTRY(V##_widen_f16, DSV3I_WIDEN_LIST, V##_widen(DSV3_F16, values, panel, columns, k, 0))                  \
+    DSV3I_ENTRY(V##_widen_f8, DSV3I_WIDEN_LIST, V##_widen(DSV3_F8_E4M3, values, panel, columns, k, 0))               \
+    DSV3I_ENTRY(V##_widen_q4_0, DSV3I_WIDEN_LIST, V##_widen(DSV3_Q4_0, values, panel, columns, k, 0))                \
+    DSV3I_ENTRY(V##_float_bf16, DSV3I_FLOAT_LIST, V##_widen(DSV3_BF16, values, panel, columns, k, zero))             \
+    DSV3I_ENTRY(V##_float_bytes, DSV3I_FLOAT_LIST, V##_widen(DSV3_Q8_0, values, panel, columns, k, zero))            \
+    DSV3I_ENTRY(V##_gemm_f32, DSV3I_GEMM_LIST, V##_gemm(DSV3I_GEMM_F32, y, ldy, x, ldx, n, w, rows, k, add))         \
+    DSV3I_ENTRY(V##_gemm_bf16, DSV3I_GEMM_LIST, V##_gemm(DSV3I_GEMM_BF16, y, ldy, x, ldx, n, w, rows, k, add))       \
+    DSV3I_ENTRY(V##_gemm_bytes, DSV3I_GEMM_LIST, V##_gemm(DSV3I_GEMM_BYTES, y, ldy, x, ldx, n, w, rows, k, add))
 
-/* ---- Tables: what a backend is made of */
+/* ---- Tables: what a backend is made of. Rows are in the order of dsv3_type. */
 
-#define DSV3I_COMMON(V, tile, f8)                                                                                    \
-    V##_outer, {V##_pack_4, V##_pack_2, V##_pack_2, V##_pack_1, V##_pack_q8_0, V##_pack_q4_0},                       \
-        {V##_float_bf16, V##_float_bytes}, tile, {                                                                   \
-        NULL, V##_widen_f16, NULL, f8, NULL, V##_widen_q4_0                                                          \
-    }
-#define DSV3I_ROUND(bf16, q8)                                                                                        \
-    { NULL, NULL, bf16, bf16, q8, q8 }
-#define DSV3I_GEMM_ROW(V, bf16, bytes)                                                                               \
-    { V##_gemm_f32, V##_gemm_bf16, V##_gemm_bytes, bf16, bytes }
-/* In the order of dsv3_type. */
 #define DSV3I_WHOLE_ROW(name)                                                                                        \
     { NULL, NULL, name##_bf16, name##_f8_e4m3, name##_q8_0, name##_q4_0 }
-#define DSV3I_GEMV_T_ROW(V, f8)                                                                                      \
-    { NULL, V##_gemv_t_f16, V##_gemv_t_bf16, f8, V##_gemv_t_q8_0, V##_gemv_t_q4_0 }
+#define DSV3I_GEMV_T_ROW(f8)                                                                                         \
+    {                                                                                                                \
+        NULL, dsv3i_avx512_gemv_t_f16, dsv3i_avx512_gemv_t_bf16, f8, dsv3i_avx512_gemv_t_q8_0,                       \
+            dsv3i_avx512_gemv_t_q4_0                                                                                 \
+    }
+#define DSV3I_DECODES(V)                                                                                             \
+    {                                                                                                                \
+        V##_decode_f32, V##_decode_f16, V##_decode_bf16, V##_decode_f8_e4m3, dsv3i_avx2_decode_q8_0,                 \
+            dsv3i_avx2_decode_q4_0                                                                                   \
+    }
 #ifndef DSV3_NO_TRAINING
 #define DSV3I_BACKWARD_OPS dsv3i_fast_linear_backward, dsv3i_fast_attend_backward, dsv3i_fast_mlps_backward,
 #else
 #define DSV3I_BACKWARD_OPS
 #endif
-#define DSV3I_OPS(V, kernels)                                                                                        \
-    {                                                                                                                \
-        {V##_decode_f32,     V##_decode_f16,         V##_decode_bf16,                                                \
-         V##_decode_f8_e4m3, dsv3i_avx2_decode_q8_0, dsv3i_avx2_decode_q4_0},                                        \
-            V##_dot, V##_axpy, V##_exp_sum, V##_silu_mul, dsv3i_fast_linear, dsv3i_fast_attend, dsv3i_fast_mlps,     \
-            DSV3I_BACKWARD_OPS &(kernels)                                                                            \
-    }
+#define DSV3I_FAST_OPS dsv3i_fast_linear, dsv3i_fast_attend, dsv3i_fast_mlps, DSV3I_BACKWARD_OPS
+/* Kernels of V and, of the backend itself: tile, FP8 to BF16, roundings, fast products, and what comes behind gemm. */
+#define DSV3I_BACKEND(name, V, tile, f8, round_bf16, round_q8, gemm_bf16, gemm_bytes, ...)                           \
+    static const dsv3i_kernels name##_kernels = {                                                                    \
+        V##_outer,                                                                                                   \
+        {V##_pack_4, V##_pack_2, V##_pack_2, V##_pack_1, V##_pack_q8_0, V##_pack_q4_0},                              \
+        {V##_float_bf16, V##_float_bytes},                                                                           \
+        tile,                                                                                                        \
+        {NULL, V##_widen_f16, NULL, f8, NULL, V##_widen_q4_0},                                                       \
+        {NULL, NULL, round_bf16, round_bf16, round_q8, round_q8},                                                    \
+        {V##_gemm_f32, V##_gemm_bf16, V##_gemm_bytes, gemm_bf16, gemm_bytes},                                        \
+        __VA_ARGS__};                                                                                                \
+    static const dsv3i_ops name##_ops = {DSV3I_DECODES(V), V##_dot,      V##_axpy,                                   \
+                                         V##_exp_sum,      V##_silu_mul, DSV3I_FAST_OPS & name##_kernels};
 
 /* What AVX2 and AVX-512 have in common but for their width. repeat: 16 bytes everywhere. */
-#define DSV3I_X86_VECTORS(V, isa, bits, repeat)                                                                              \
-    typedef __m##bits V##_f32;                                                                                               \
-    typedef __m##bits##i V##_u32;                                                                                            \
-    DSV3I_INLINE(isa) V##_f32 V##_set(float a) { return _mm##bits##_set1_ps(a); }                                            \
-    DSV3I_INLINE(isa) V##_f32 V##_load(const float *at) { return _mm##bits##_loadu_ps(at); }                                 \
-    DSV3I_INLINE(isa) void V##_store(float *at, V##_f32 v) { _mm##bits##_storeu_ps(at, v); }                                 \
-    DSV3I_INLINE(isa) V##_f32 V##_add(V##_f32 a, V##_f32 b) { return _mm##bits##_add_ps(a, b); }                             \
-    DSV3I_INLINE(isa) V##_f32 V##_sub(V##_f32 a, V##_f32 b) { return _mm##bits##_sub_ps(a, b); }                             \
-    DSV3I_INLINE(isa) V##_f32 V##_mul(V##_f32 a, V##_f32 b) { return _mm##bits##_mul_ps(a, b); }                             \
-    DSV3I_INLINE(isa) V##_f32 V##_div(V##_f32 a, V##_f32 b) { return _mm##bits##_div_ps(a, b); }                             \
-    DSV3I_INLINE(isa) V##_f32 V##_neg(V##_f32 a) { return _mm##bits##_xor_ps(a, _mm##bits##_set1_ps(-0.0f)); }               \
-    DSV3I_INLINE(isa) V##_f32 V##_fma(V##_f32 a, V##_f32 b, V##_f32 c) { return _mm##bits##_fmadd_ps(a, b, c); }             \
-    DSV3I_INLINE(isa) V##_f32 V##_clamp(V##_f32 x, float low, float high) {                                                  \
-        return _mm##bits##_min_ps(_mm##bits##_set1_ps(high), _mm##bits##_max_ps(_mm##bits##_set1_ps(low), x));               \
-    }                                                                                                                        \
-    DSV3I_INLINE(isa) void V##_near(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T0); }                \
-    DSV3I_INLINE(isa) void V##_far(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T1); }                 \
-    DSV3I_INLINE(isa) V##_u32 V##_words(const void *at) { return _mm##bits##_loadu_si##bits((const V##_u32 *)at); }          \
-    DSV3I_INLINE(isa) void V##_put_words(void *at, V##_u32 v) { _mm##bits##_storeu_si##bits((V##_u32 *)at, v); }             \
-    DSV3I_INLINE(isa) V##_u32 V##_flip(V##_u32 v) {                                                                          \
-        return _mm##bits##_xor_si##bits(v, _mm##bits##_set1_epi8((char)-128));                                               \
-    }                                                                                                                        \
-    DSV3I_INLINE(isa) V##_u32 V##_order(V##_u32 v) {                                                                         \
-        return _mm##bits##_shuffle_epi8(                                                                                     \
-            v, repeat(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)));                                 \
-    }                                                                                                                        \
-    /* The first two of the steps of V_transpose: r[4 i + j] becomes, of every four words, word j of rows 4 i .. 4 i + 3. */ \
-    DSV3I_INLINE(isa) void V##_transpose_fours(V##_u32 *r, const int rows) {                                                 \
-        V##_u32 t[4];                                                                                                        \
-        DSV3I_UNROLL for (int i = 0; i < rows; i += 4) {                                                                     \
-            DSV3I_UNROLL for (int j = 0; j < 4; j += 2) {                                                                    \
-                t[j] = _mm##bits##_unpacklo_epi32(r[i + j], r[i + j + 1]);                                                   \
-                t[j + 1] = _mm##bits##_unpackhi_epi32(r[i + j], r[i + j + 1]);                                               \
-            }                                                                                                                \
-            DSV3I_UNROLL for (int j = 0; j < 2; j++) {                                                                       \
-                r[i + 2 * j] = _mm##bits##_unpacklo_epi64(t[j], t[j + 2]);                                                   \
-                r[i + 2 * j + 1] = _mm##bits##_unpackhi_epi64(t[j], t[j + 2]);                                               \
-            }                                                                                                                \
-        }                                                                                                                    \
-    }                                                                                                                        \
-    DSV3I_INLINE(isa) void V##_nibbles(V##_u32 b[2], V##_u32 v) {                                                            \
-        b[0] = _mm##bits##_and_si##bits(v, _mm##bits##_set1_epi8(15));                                                       \
-        b[1] = _mm##bits##_and_si##bits(_mm##bits##_srli_epi16(v, 4), _mm##bits##_set1_epi8(15));                            \
-    }                                                                                                                        \
-    DSV3I_INLINE(isa) void V##_floats(const int bytes, V##_f32 f[4], V##_u32 v, V##_f32 zero) {                              \
-        const V##_u32 byte = _mm##bits##_set1_epi32(255);                                                                    \
-        if (bytes) {                                                                                                         \
-            const V##_u32 two = _mm##bits##_srli_epi32(v, 8), three = _mm##bits##_srli_epi32(v, 16);                         \
-            f[0] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(v, byte)), zero);                                \
-            f[1] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(two, byte)), zero);                              \
-            f[2] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(three, byte)), zero);                            \
-            f[3] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_srli_epi32(v, 24)), zero);                                    \
-        } else {                                                                                                             \
-            f[0] = _mm##bits##_castsi##bits##_ps(_mm##bits##_slli_epi32(v, 16));                                             \
-            f[1] = _mm##bits##_castsi##bits##_ps(_mm##bits##_and_si##bits(v, _mm##bits##_set1_epi32(-65536)));               \
-        }                                                                                                                    \
+#define DSV3I_X86_VECTORS(V, bits, repeat)                                                                           \
+    typedef __m##bits V##_f32;                                                                                       \
+    typedef __m##bits##i V##_u32;                                                                                    \
+    DSV3I_INLINE V##_f32 V##_set(float a) { return _mm##bits##_set1_ps(a); }                                         \
+    DSV3I_INLINE V##_f32 V##_load(const float *at) { return _mm##bits##_loadu_ps(at); }                              \
+    DSV3I_INLINE void V##_store(float *at, V##_f32 v) { _mm##bits##_storeu_ps(at, v); }                              \
+    DSV3I_INLINE V##_f32 V##_add(V##_f32 a, V##_f32 b) { return _mm##bits##_add_ps(a, b); }                          \
+    DSV3I_INLINE V##_f32 V##_sub(V##_f32 a, V##_f32 b) { return _mm##bits##_sub_ps(a, b); }                          \
+    DSV3I_INLINE V##_f32 V##_mul(V##_f32 a, V##_f32 b) { return _mm##bits##_mul_ps(a, b); }                          \
+    DSV3I_INLINE V##_f32 V##_div(V##_f32 a, V##_f32 b) { return _mm##bits##_div_ps(a, b); }                          \
+    DSV3I_INLINE V##_f32 V##_neg(V##_f32 a) { return _mm##bits##_xor_ps(a, _mm##bits##_set1_ps(-0.0f)); }            \
+    DSV3I_INLINE V##_f32 V##_fma(V##_f32 a, V##_f32 b, V##_f32 c) { return _mm##bits##_fmadd_ps(a, b, c); }          \
+    DSV3I_INLINE V##_f32 V##_clamp(V##_f32 x, float low, float high) {                                               \
+        return _mm##bits##_min_ps(_mm##bits##_set1_ps(high), _mm##bits##_max_ps(_mm##bits##_set1_ps(low), x));       \
+    }                                                                                                                \
+    DSV3I_INLINE void V##_near(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T0); }             \
+    DSV3I_INLINE void V##_far(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T1); }              \
+    DSV3I_INLINE V##_u32 V##_words(const void *at) { return _mm##bits##_loadu_si##bits((const V##_u32 *)at); }       \
+    DSV3I_INLINE void V##_put_words(void *at, V##_u32 v) { _mm##bits##_storeu_si##bits((V##_u32 *)at, v); }          \
+    DSV3I_INLINE V##_u32 V##_and(V##_u32 a, V##_u32 b) { return _mm##bits##_and_si##bits(a, b); }                    \
+    DSV3I_INLINE V##_u32 V##_short(int a) { return _mm##bits##_set1_epi16((short)a); }                               \
+    DSV3I_INLINE V##_u32 V##_flip(V##_u32 v) {                                                                       \
+        return _mm##bits##_xor_si##bits(v, _mm##bits##_set1_epi8((char)-128));                                       \
+    }                                                                                                                \
+    DSV3I_INLINE V##_u32 V##_order(V##_u32 v) {                                                                      \
+        return _mm##bits##_shuffle_epi8(                                                                             \
+            v, repeat(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)));                         \
+    }                                                                                                                \
+    /* First steps of V_transpose: r[4 i + j] becomes, of every four words, word j of rows 4 i .. 4 i + 3. */        \
+    DSV3I_INLINE void V##_transpose_fours(V##_u32 *r, const int rows) {                                              \
+        V##_u32 t[4];                                                                                                \
+        DSV3I_UNROLL for (int i = 0; i < rows; i += 4) {                                                             \
+            DSV3I_UNROLL for (int j = 0; j < 4; j += 2) {                                                            \
+                t[j] = _mm##bits##_unpacklo_epi32(r[i + j], r[i + j + 1]);                                           \
+                t[j + 1] = _mm##bits##_unpackhi_epi32(r[i + j], r[i + j + 1]);                                       \
+            }                                                                                                        \
+            DSV3I_UNROLL for (int j = 0; j < 2; j++) {                                                               \
+                r[i + 2 * j] = _mm##bits##_unpacklo_epi64(t[j], t[j + 2]);                                           \
+                r[i + 2 * j + 1] = _mm##bits##_unpackhi_epi64(t[j], t[j + 2]);                                       \
+            }                                                                                                        \
+        }                                                                                                            \
+    }                                                                                                                \
+    DSV3I_INLINE void V##_nibbles(V##_u32 b[2], V##_u32 v) {                                                         \
+        b[0] = V##_and(v, _mm##bits##_set1_epi8(15));                                                                \
+        b[1] = V##_and(_mm##bits##_srli_epi16(v, 4), _mm##bits##_set1_epi8(15));                                     \
+    }                                                                                                                \
+    /* E4M3 to BF16: exponent + 120. What the eight smallest codes and NaN lack is added, the former by tables: an \
+     * index from 128 on gives 0. */ \
+    DSV3I_INLINE void V##_bf16(V##_u32 b[2], V##_u32 v) {                                                            \
+        const V##_u32 at =                                                                                           \
+            _mm##bits##_adds_epu8(V##_and(v, _mm##bits##_set1_epi8(127)), _mm##bits##_set1_epi8(120));               \
+        V##_u32 low = repeat(_mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 0, -16, 96, -112, -64, -48, -32, -16));           \
+        V##_u32 high = repeat(_mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, -60, -2, -1, -1, -1, -1, -1, -1));               \
+        low = _mm##bits##_shuffle_epi8(low, at);                                                                     \
+        high = _mm##bits##_shuffle_epi8(high, at);                                                                   \
+        b[0] = _mm##bits##_unpacklo_epi8(_mm##bits##_setzero_si##bits(), v);                                         \
+        b[1] = _mm##bits##_unpackhi_epi8(_mm##bits##_setzero_si##bits(), v);                                         \
+        DSV3I_UNROLL for (int i = 0; i < 2; i++) {                                                                   \
+            const V##_u32 sign = V##_and(b[i], V##_short(-32768)),                                                   \
+                          size = V##_and(_mm##bits##_srli_epi16(b[i], 4), V##_short(0x7F0));                         \
+            const V##_u32 add = i ? _mm##bits##_unpackhi_epi8(low, high) : _mm##bits##_unpacklo_epi8(low, high);     \
+            const V##_u32 r = _mm##bits##_add_epi16(_mm##bits##_add_epi16(size, V##_short(0x3C00)), add);            \
+            const V##_u32 nan =                                                                                      \
+                _mm##bits##_mullo_epi16(_mm##bits##_subs_epu16(r, V##_short(0x43E0)), V##_short(0x3BD));             \
+            b[i] = _mm##bits##_or_si##bits(_mm##bits##_add_epi16(r, nan), sign);                                     \
+        }                                                                                                            \
+    }                                                                                                                \
+    DSV3I_INLINE void V##_floats(const dsv3_type type, V##_f32 f[4], V##_u32 v, V##_f32 zero) {                      \
+        if (type == DSV3_F16) {                                                                                      \
+            f[0] = V##_half(v);                                                                                      \
+            f[1] = V##_half(_mm##bits##_srli_epi32(v, 16));                                                          \
+        } else if (type == DSV3_BF16) {                                                                              \
+            f[0] = _mm##bits##_castsi##bits##_ps(_mm##bits##_slli_epi32(v, 16));                                     \
+            f[1] = _mm##bits##_castsi##bits##_ps(V##_and(v, _mm##bits##_set1_epi32(-65536)));                        \
+        } else {                                                                                                     \
+            const V##_u32 byte = _mm##bits##_set1_epi32(255);                                                        \
+            const V##_u32 w[4] = {v, _mm##bits##_srli_epi32(v, 8), _mm##bits##_srli_epi32(v, 16),                    \
+                                  _mm##bits##_srli_epi32(v, 24)};                                                    \
+            DSV3I_UNROLL for (int j = 0; j < 4; j++) {                                                               \
+                f[j] = V##_sub(_mm##bits##_cvtepi32_ps(j < 3 ? V##_and(w[j], byte) : w[j]), zero);                   \
+            }                                                                                                        \
+        }                                                                                                            \
     }
 
 /* ---- AVX2, FMA, F16C: 8 lanes. */
 
-#define DSV3I_AVX2 "avx2,fma,f16c"
-DSV3I_X86_VECTORS(dsv3i_avx2, DSV3I_AVX2, 256, _mm256_broadcastsi128_si256)
+#define DSV3I_ISA "avx2,fma,f16c"
+/* From F16, the lower halves of words. */
+DSV3I_INLINE __m256 dsv3i_avx2_half(__m256i v) {
+    const __m256i w = _mm256_and_si256(v, _mm256_set1_epi32(65535));
+    return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
+}
+DSV3I_X86_VECTORS(dsv3i_avx2, 256, _mm256_broadcastsi128_si256)
 
 typedef size_t dsv3i_avx2_lanes; /* there are no masks but vectors, made where they are needed */
 
-DSV3I_INLINE(DSV3I_AVX2) size_t dsv3i_avx2_mask(size_t n) { return n; }
+DSV3I_INLINE size_t dsv3i_avx2_mask(size_t n) { return n; }
 /* Lanes 0 .. n-1 of 8. */
-DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_first(size_t n) {
+DSV3I_INLINE __m256i dsv3i_avx2_first(size_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_get(size_t n, const float *at) {
+DSV3I_INLINE __m256 dsv3i_avx2_get(size_t n, const float *at) {
     return n >= 8 ? _mm256_loadu_ps(at) : _mm256_maskload_ps(at, dsv3i_avx2_first(n));
 }
-DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_put(float *at, size_t n, __m256 v) {
+DSV3I_INLINE void dsv3i_avx2_put(float *at, size_t n, __m256 v) {
     if (n >= 8) {
         _mm256_storeu_ps(at, v);
     } else {
         _mm256_maskstore_ps(at, dsv3i_avx2_first(n), v);
     }
 }
-DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_keep(size_t n, __m256 v) {
+DSV3I_INLINE __m256 dsv3i_avx2_keep(size_t n, __m256 v) {
     return n >= 8 ? v : _mm256_and_ps(v, _mm256_castsi256_ps(dsv3i_avx2_first(n)));
 }
-DSV3I_INLINE(DSV3I_AVX2) __m128i dsv3i_avx2_bytes_16(const unsigned char *at) {
+DSV3I_INLINE __m128i dsv3i_avx2_bytes_16(const unsigned char *at) {
     return _mm_loadu_si128((const __m128i *)(const void *)at);
 }
-DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_bytes(const unsigned char *at, size_t n) {
+DSV3I_INLINE __m256i dsv3i_avx2_bytes(const unsigned char *at, size_t n) {
     unsigned char part[32];
     if (n >= 32) return dsv3i_avx2_words(at);
     DSV3_MEMSET(part, 0, sizeof part);
@@ -8654,7 +8587,7 @@ DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_bytes(const unsigned char *at, size_
 
 /* E4M3: the code's seven low bits become exponent and fraction of a half, whose exponent is 8 too small: what is
  * returned is the value / 256, exactly, and NaN for NaN. */
-DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_element(const dsv3_type type, size_t n, const unsigned char *at) {
+DSV3I_INLINE __m256 dsv3i_avx2_element(const dsv3_type type, size_t n, const unsigned char *at) {
     const __m128i bits = _mm_set1_epi16(0x3F80);
     unsigned char part[32];
     __m128i h;
@@ -8673,25 +8606,25 @@ DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_element(const dsv3_type type, size_t 
     return _mm256_cvtph_ps(_mm_or_si128(h, _mm_srli_epi16(_mm_cmpeq_epi16(_mm_and_si128(h, bits), bits), 1)));
 }
 /* The sums of the lanes of a, b, c, d: ((l0+l2)+(l1+l3)) + ((l4+l6)+(l5+l7)) of each. */
-DSV3I_INLINE(DSV3I_AVX2) __m128 dsv3i_avx2_sums(__m256 a, __m256 b, __m256 c, __m256 d) {
+DSV3I_INLINE __m128 dsv3i_avx2_sums(__m256 a, __m256 b, __m256 c, __m256 d) {
     const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
     const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
     const __m256 t = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
     return _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
 }
-DSV3I_INLINE(DSV3I_AVX2) float dsv3i_avx2_sum(__m256 v) { return _mm_cvtss_f32(dsv3i_avx2_sums(v, v, v, v)); }
-DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_whole(__m256 x) {
+DSV3I_INLINE float dsv3i_avx2_sum(__m256 v) { return _mm_cvtss_f32(dsv3i_avx2_sums(v, v, v, v)); }
+DSV3I_INLINE __m256 dsv3i_avx2_whole(__m256 x) {
     return _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
                            _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 /* 2^n comes in two factors, so that results may be subnormal. */
-DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_power(__m256 p, __m256 n) {
+DSV3I_INLINE __m256 dsv3i_avx2_power(__m256 p, __m256 n) {
     const __m256i bias = _mm256_set1_epi32(127), i = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(i, 1);
     const __m256i rest = _mm256_sub_epi32(i, half);
     p = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23)));
     return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23)));
 }
-DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_transpose(__m256i r[8]) {
+DSV3I_INLINE void dsv3i_avx2_transpose(__m256i r[8]) {
     dsv3i_avx2_transpose_fours(r, 8);
     DSV3I_UNROLL for (int i = 0; i < 4; i++) {
         const __m256i a = r[i], b = r[4 + i];
@@ -8700,33 +8633,13 @@ DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_transpose(__m256i r[8]) {
     }
 }
 /* The codes of `count` blocks of 2 + size bytes: one of Q8_0, two of Q4_0 or, at the end of a row, one. */
-DSV3I_INLINE(DSV3I_AVX2) __m256i dsv3i_avx2_blocks(const size_t size, const unsigned char *w, size_t count) {
+DSV3I_INLINE __m256i dsv3i_avx2_blocks(const size_t size, const unsigned char *w, size_t count) {
     if (size == 32) return dsv3i_avx2_words(w + 2);
     return _mm256_inserti128_si256(_mm256_castsi128_si256(dsv3i_avx2_bytes_16(w + 2)),
                                    count == 2 ? dsv3i_avx2_bytes_16(w + 20) : _mm_setzero_si128(), 1);
 }
-DSV3I_INLINE(DSV3I_AVX2) __m256 dsv3i_avx2_half(__m256i v, const int upper) {
-    const __m256i w = upper ? _mm256_srli_epi32(v, 16) : _mm256_and_si256(v, _mm256_set1_epi32(65535));
-    return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
-}
-/* By way of halves, as dsv3i_avx2_element. */
-DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_bf16(__m256i b[2], __m256i v) {
-    const __m256i bits = _mm256_set1_epi16(0x3F80), zero = _mm256_setzero_si256();
-    const __m256 unit = _mm256_set1_ps(256.0f);
-    b[0] = _mm256_unpacklo_epi8(zero, v);
-    b[1] = _mm256_unpackhi_epi8(zero, v);
-    DSV3I_UNROLL for (int i = 0; i < 2; i++) {
-        __m256i h = _mm256_and_si256(_mm256_srai_epi16(b[i], 1), _mm256_set1_epi16((short)-16512)), low, high;
-        h = _mm256_or_si256(h, _mm256_srli_epi16(_mm256_cmpeq_epi16(_mm256_and_si256(h, bits), bits), 1));
-        low = _mm256_castps_si256(_mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(h)), unit));
-        high = _mm256_castps_si256(_mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)), unit));
-        h = _mm256_packus_epi32(_mm256_srli_epi32(low, 16), _mm256_srli_epi32(high, 16));
-        b[i] = _mm256_permute4x64_epi64(h, 0xD8);
-    }
-}
-
 /* Q8_0 and Q4_0: whole blocks. */
-DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_decode_blocks(const size_t size, float *y, const void *w, size_t n) {
+DSV3I_INLINE void dsv3i_avx2_decode_blocks(const size_t size, float *y, const void *w, size_t n) {
     const unsigned char *bytes = (const unsigned char *)w;
     const __m128i low = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
     for (size_t i = 0; i < n; i += DSV3_QBLOCK, bytes += 2 + size) {
@@ -8749,18 +8662,17 @@ DSV3I_INLINE(DSV3I_AVX2) void dsv3i_avx2_decode_blocks(const size_t size, float 
     }
 }
 
-DSV3I_ENTRY(DSV3I_AVX2, dsv3i_avx2_decode_q8_0, DSV3I_DECODE_LIST, dsv3i_avx2_decode_blocks(32, y, w, n))
-DSV3I_ENTRY(DSV3I_AVX2, dsv3i_avx2_decode_q4_0, DSV3I_DECODE_LIST, dsv3i_avx2_decode_blocks(16, y, w, n))
+DSV3I_ENTRY(dsv3i_avx2_decode_q8_0, DSV3I_DECODE_LIST, dsv3i_avx2_decode_blocks(32, y, w, n))
+DSV3I_ENTRY(dsv3i_avx2_decode_q4_0, DSV3I_DECODE_LIST, dsv3i_avx2_decode_blocks(16, y, w, n))
 
-DSV3I_VECTOR_KERNELS(dsv3i_avx2, DSV3I_AVX2, 8)
-DSV3I_PANEL_KERNELS(dsv3i_avx2, DSV3I_AVX2, 8)
-DSV3I_GEMM_KERNELS(dsv3i_avx2, DSV3I_AVX2, 8, 2)
-DSV3I_TYPE_KERNELS(dsv3i_avx2, DSV3I_AVX2)
+DSV3I_VECTOR_KERNELS(dsv3i_avx2, 8)
+DSV3I_PANEL_KERNELS(dsv3i_avx2, 8)
+DSV3I_GEMM_KERNELS(dsv3i_avx2, 8, 2)
+DSV3I_TYPE_KERNELS(dsv3i_avx2)
 
 /* nw <= 4 rows of w, n <= NX (1 or 3) of x: y [n, nw]. What is not there is its neighbour once more. */
-DSV3I_INLINE(DSV3I_AVX2)
-void dsv3i_avx2_dots(const int NX, float *y, size_t ldy, const float *x, size_t ldx, size_t n, const float *w,
-                     size_t ldw, size_t nw, size_t k) {
+DSV3I_INLINE void dsv3i_avx2_dots(const int NX, float *y, size_t ldy, const float *x, size_t ldx, size_t n,
+                                  const float *w, size_t ldw, size_t nw, size_t k) {
     const float *xs[3], *ws[4];
     __m256 acc[12];
     DSV3I_UNROLL for (size_t t = 0; t < 3; t++) xs[t] = x + dsv3i_min(t, n - 1) * ldx;
@@ -8785,9 +8697,8 @@ void dsv3i_avx2_dots(const int NX, float *y, size_t ldy, const float *x, size_t 
 }
 
 /* Scores of attention: queries times keys. */
-DSV3I_TARGET(DSV3I_AVX2)
-static void dsv3i_avx2_tile(float *y, size_t ldy, const float *x, size_t ldx, size_t nx, const float *w, size_t ldw,
-                            size_t nw, size_t k) {
+DSV3I_KERNEL void dsv3i_avx2_tile(float *y, size_t ldy, const float *x, size_t ldx, size_t nx, const float *w,
+                                  size_t ldw, size_t nw, size_t k) {
     for (size_t t = 0; t < nx; t += 3) {
         for (size_t r = 0; r < nw; r += 4) {
             const size_t n = dsv3i_min(3, nx - t), rows = dsv3i_min(4, nw - r);
@@ -8798,15 +8709,9 @@ static void dsv3i_avx2_tile(float *y, size_t ldy, const float *x, size_t ldx, si
     }
 }
 
-static const dsv3i_kernels dsv3i_avx2_kernels = {DSV3I_COMMON(dsv3i_avx2, dsv3i_avx2_tile, dsv3i_avx2_widen_f8),
-                                                 DSV3I_ROUND(dsv3i_round_bf16_floats, dsv3i_round_q8_floats),
-                                                 DSV3I_GEMM_ROW(dsv3i_avx2, NULL, NULL),
-                                                 {NULL, NULL},
-                                                 {dsv3i_tile_attend, NULL},
-                                                 {{NULL}, {NULL}},
-                                                 {NULL},
-                                                 {NULL}};
-static const dsv3i_ops dsv3i_avx2_ops = DSV3I_OPS(dsv3i_avx2, dsv3i_avx2_kernels);
+DSV3I_BACKEND(dsv3i_avx2, dsv3i_avx2, dsv3i_avx2_tile, dsv3i_avx2_widen_f8, dsv3i_round_bf16_floats,
+              dsv3i_round_q8_floats, NULL, NULL, {NULL, NULL}, {dsv3i_tile_attend, NULL}, {{NULL}, {NULL}}, {NULL},
+              {NULL})
 
 /* ---- AVX-512 F, BW, DQ, VL: 16 lanes, and masks for what does not fill them. */
 
@@ -8816,32 +8721,30 @@ static const dsv3i_ops dsv3i_avx2_ops = DSV3I_OPS(dsv3i_avx2, dsv3i_avx2_kernels
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
-#define DSV3I_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
-DSV3I_X86_VECTORS(dsv3i_avx512, DSV3I_AVX512, 512, _mm512_broadcast_i32x4)
+#undef DSV3I_ISA
+#define DSV3I_ISA "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+DSV3I_INLINE __m512 dsv3i_avx512_half(__m512i v) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)); }
+DSV3I_X86_VECTORS(dsv3i_avx512, 512, _mm512_broadcast_i32x4)
 
 typedef __mmask16 dsv3i_avx512_lanes;
 
 /* Lanes 0 .. n-1 of 16. */
-DSV3I_INLINE(DSV3I_AVX512) __mmask16 dsv3i_avx512_mask(size_t n) {
-    return (__mmask16)(n >= 16 ? 0xFFFFu : (1u << n) - 1u);
-}
-DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_get(__mmask16 m, const float *at) {
-    return _mm512_maskz_loadu_ps(m, at);
-}
+DSV3I_INLINE __mmask16 dsv3i_avx512_mask(size_t n) { return (__mmask16)(n >= 16 ? 0xFFFFu : (1u << n) - 1u); }
+DSV3I_INLINE __m512 dsv3i_avx512_get(__mmask16 m, const float *at) { return _mm512_maskz_loadu_ps(m, at); }
 /* The lanes of the mask. (Stores under a mask are slow on some processors, most of all when they are read soon.) */
-DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_put(float *y, __mmask16 m, __m512 v) {
+DSV3I_INLINE void dsv3i_avx512_put(float *y, __mmask16 m, __m512 v) {
     if (m == 0xFFFF) {
         _mm512_storeu_ps(y, v);
     } else {
         _mm512_mask_storeu_ps(y, m, v);
     }
 }
-DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_keep(__mmask16 m, __m512 v) { return _mm512_maskz_mov_ps(m, v); }
-DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_bytes(const unsigned char *at, size_t n) {
+DSV3I_INLINE __m512 dsv3i_avx512_keep(__mmask16 m, __m512 v) { return _mm512_maskz_mov_ps(m, v); }
+DSV3I_INLINE __m512i dsv3i_avx512_bytes(const unsigned char *at, size_t n) {
     return _mm512_maskz_loadu_epi8(n >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << n) - 1, at);
 }
 /* E4M3: as dsv3i_avx2_element. */
-DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_element(const dsv3_type type, __mmask16 m, const unsigned char *at) {
+DSV3I_INLINE __m512 dsv3i_avx512_element(const dsv3_type type, __mmask16 m, const unsigned char *at) {
     const __m256i bits = _mm256_set1_epi16(0x3F80);
     __m256i h;
     __mmask16 nan;
@@ -8856,15 +8759,15 @@ DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_element(const dsv3_type type, __m
     return _mm512_cvtph_ps(_mm256_mask_mov_epi16(h, nan, _mm256_set1_epi16(0x7FFF)));
 }
 /* Lane i + 8 to lane i, then as dsv3i_avx2_sum. */
-DSV3I_INLINE(DSV3I_AVX512) float dsv3i_avx512_sum(__m512 v) {
+DSV3I_INLINE float dsv3i_avx512_sum(__m512 v) {
     return dsv3i_avx2_sum(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
 }
-DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_whole(__m512 x) {
+DSV3I_INLINE __m512 dsv3i_avx512_whole(__m512 x) {
     const __m512 large = _mm512_set1_ps(12582912.0f); /* 1.5 2^23: the sum is rounded to a whole number */
     return _mm512_sub_ps(_mm512_fmadd_ps(x, _mm512_set1_ps(1.44269504f), large), large);
 }
-DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_power(__m512 p, __m512 n) { return _mm512_scalef_ps(p, n); }
-DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_transpose(__m512i r[16]) {
+DSV3I_INLINE __m512 dsv3i_avx512_power(__m512 p, __m512 n) { return _mm512_scalef_ps(p, n); }
+DSV3I_INLINE void dsv3i_avx512_transpose(__m512i r[16]) {
     dsv3i_avx512_transpose_fours(r, 16);
     DSV3I_UNROLL for (int j = 0; j < 4; j++) {
         const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xDD);
@@ -8877,7 +8780,7 @@ DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_transpose(__m512i r[16]) {
     }
 }
 /* The codes of `count` blocks of 2 + size bytes: two of Q8_0 or four of Q4_0, or fewer at the end of a row. */
-DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_blocks(const size_t size, const unsigned char *w, size_t count) {
+DSV3I_INLINE __m512i dsv3i_avx512_blocks(const size_t size, const unsigned char *w, size_t count) {
     unsigned char part[64];
     __m512i v;
     if (count < 64 / size) {
@@ -8893,33 +8796,13 @@ DSV3I_INLINE(DSV3I_AVX512) __m512i dsv3i_avx512_blocks(const size_t size, const 
     v = _mm512_inserti32x4(v, dsv3i_avx2_bytes_16(w + 38), 2);
     return _mm512_inserti32x4(v, dsv3i_avx2_bytes_16(w + 56), 3);
 }
-DSV3I_INLINE(DSV3I_AVX512) __m512 dsv3i_avx512_half(__m512i v, const int upper) {
-    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(upper ? _mm512_srli_epi32(v, 16) : v));
-}
-/* Normal: exponent + 120; the eight smallest by a table; NaN. */
-DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_bf16(__m512i b[2], __m512i v) {
-    const __m512i small = _mm512_broadcast_i32x4(
-        _mm_setr_epi16(0, 0x3B00, 0x3B80, 0x3BC0, 0x3C00, 0x3C20, 0x3C40, 0x3C60)); /* 0 to 7 times 2^-9 */
-    const __m512i last = _mm512_set1_epi16(0x7F), zero = _mm512_setzero_si512();
-    b[0] = _mm512_unpacklo_epi8(zero, v);
-    b[1] = _mm512_unpackhi_epi8(zero, v);
-    DSV3I_UNROLL for (int i = 0; i < 2; i++) {
-        const __m512i size = _mm512_and_si512(_mm512_srli_epi16(b[i], 8), last);
-        const __mmask32 tiny = _mm512_cmplt_epi16_mask(size, _mm512_set1_epi16(8));
-        __m512i r = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_set1_epi16(0x3C00));
-        r = _mm512_mask_mov_epi16(r, tiny, _mm512_permutexvar_epi16(size, small));
-        r = _mm512_mask_mov_epi16(r, _mm512_cmpeq_epi16_mask(size, last), _mm512_set1_epi16(0x7FC0));
-        b[i] = _mm512_or_si512(r, _mm512_and_si512(b[i], _mm512_set1_epi16((short)-32768)));
-    }
-}
-
-DSV3I_VECTOR_KERNELS(dsv3i_avx512, DSV3I_AVX512, 16)
-DSV3I_PANEL_KERNELS(dsv3i_avx512, DSV3I_AVX512, 16)
-DSV3I_GEMM_KERNELS(dsv3i_avx512, DSV3I_AVX512, 16, 4)
-DSV3I_TYPE_KERNELS(dsv3i_avx512, DSV3I_AVX512)
+DSV3I_VECTOR_KERNELS(dsv3i_avx512, 16)
+DSV3I_PANEL_KERNELS(dsv3i_avx512, 16)
+DSV3I_GEMM_KERNELS(dsv3i_avx512, 16, 4)
+DSV3I_TYPE_KERNELS(dsv3i_avx512)
 
 /* Fetches what comes next, where steps share it. */
-DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_fetch(dsv3i_avx512_place *a) {
+DSV3I_INLINE void dsv3i_avx512_fetch(dsv3i_avx512_place *a) {
     if (a->lines == 0) return;
     for (size_t i = 0; i < a->each; i++) dsv3i_avx512_far(a->next + 64 * i);
     a->next += 64 * a->each;
@@ -8929,8 +8812,8 @@ DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_fetch(dsv3i_avx512_place *a) {
 /* ---- AVX-512: gemv_t, y += sum_r x_r w_r. */
 
 /* The 32 numbers of a block of Q8_0 or Q4_0, times f, to two sums. Q4_0: a table of the 16 values there are. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_gemv_t_block(const dsv3_type type, __m512 acc[2], __m512 f, const unsigned char *block) {
+DSV3I_INLINE void dsv3i_avx512_gemv_t_block(const dsv3_type type, __m512 acc[2], __m512 f,
+                                            const unsigned char *block) {
     const __m512 sixteen = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
     int16_t half;
     __m512 d, v[2];
@@ -8950,9 +8833,8 @@ void dsv3i_avx512_gemv_t_block(const dsv3_type type, __m512 acc[2], __m512 f, co
 }
 
 /* NC vectors of numbers of a row, from w on, times f; of a vector, the lanes of the mask. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_gemv_t_columns(const dsv3_type type, const int NC, float *y, __mmask16 m, __m512 f,
-                                 const unsigned char *w, const float scale[2]) {
+DSV3I_INLINE void dsv3i_avx512_gemv_t_columns(const dsv3_type type, const int NC, float *y, __mmask16 m, __m512 f,
+                                              const unsigned char *w, const float scale[2]) {
     const size_t size = type == DSV3_F8_E4M3 ? 1 : 2;
     __m512 acc[16];
     DSV3I_UNROLL for (int c = 0; c < NC; c++) acc[c] = dsv3i_avx512_get(m, y + 16 * c);
@@ -8972,9 +8854,8 @@ void dsv3i_avx512_gemv_t_columns(const dsv3_type type, const int NC, float *y, _
 }
 
 /* A row, from number i on, a multiple of 32. */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_gemv_t_row(const dsv3_type type, float *y, float x, const unsigned char *w,
-                             const unsigned char *scale, size_t i, size_t n) {
+DSV3I_INLINE void dsv3i_avx512_gemv_t_row(const dsv3_type type, float *y, float x, const unsigned char *w,
+                                          const unsigned char *scale, size_t i, size_t n) {
     const __m512 f = _mm512_set1_ps(x);
     const size_t block = dsv3_row_bytes(type, DSV3_QBLOCK);
     const unsigned char *at = w + i / DSV3_QBLOCK * block;
@@ -8995,10 +8876,11 @@ void dsv3i_avx512_gemv_t_row(const dsv3_type type, float *y, float x, const unsi
 
 /* Row by row, exactly as they lie, is how they come fastest, although sums then wait in a near cache. */
 #define DSV3I_GEMV_T(name, type)                                                                                     \
-    DSV3I_ENTRY(DSV3I_AVX512, dsv3i_avx512_gemv_t_##name, DSV3I_GEMV_T_LIST, {                                       \
+    DSV3I_KERNEL void dsv3i_avx512_gemv_t_##name(float *y, const float *x, const void *w, size_t row_bytes,          \
+                                                 const void *scale, size_t k, size_t n) {                            \
         const unsigned char *row = (const unsigned char *)w, *scales = (const unsigned char *)scale;                 \
         for (size_t r = 0; r < k; r++) dsv3i_avx512_gemv_t_row(type, y, x[r], row + r * row_bytes, scales, 0, n);    \
-    })
+    }
 DSV3I_GEMV_T(f16, DSV3_F16)
 DSV3I_GEMV_T(bf16, DSV3_BF16)
 DSV3I_GEMV_T(f8_e4m3, DSV3_F8_E4M3)
@@ -9008,8 +8890,8 @@ DSV3I_GEMV_T(q4_0, DSV3_Q4_0)
 /* ---- AVX-512: attention. Lanes are queries: scores p [nk, columns, 16]. */
 
 /* Scores become weights; the rescaling of what is there to the new maxima. p [nk, columns, 16] */
-DSV3I_INLINE(DSV3I_AVX512)
-void dsv3i_avx512_softmax(dsv3i_attention_tile *a, float *p, float rescale[64], size_t columns, size_t nk) {
+DSV3I_INLINE void dsv3i_avx512_softmax(dsv3i_attention_tile *a, float *p, float rescale[64], size_t columns,
+                                       size_t nk) {
     const __m512 scale = _mm512_set1_ps(a->scale);
     for (size_t c = 0; c < columns; c++) {
         const __m512 before = _mm512_loadu_ps(a->top + 16 * c);
@@ -9037,7 +8919,7 @@ void dsv3i_avx512_softmax(dsv3i_attention_tile *a, float *p, float rescale[64], 
     }
 }
 
-DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_rescale(const dsv3i_attention_tile *a, const float rescale[64]) {
+DSV3I_INLINE void dsv3i_avx512_rescale(const dsv3i_attention_tile *a, const float rescale[64]) {
     for (size_t t = 0; t < a->lanes; t++) {
         const __m512 f = _mm512_set1_ps(rescale[t]);
         float *out = a->out + t * a->ld_out;
@@ -9047,23 +8929,12 @@ DSV3I_INLINE(DSV3I_AVX512) void dsv3i_avx512_rescale(const dsv3i_attention_tile 
     }
 }
 
-/* All k terms of a panel, without scales. */
-static dsv3i_panel dsv3i_panel_of(const void *values, size_t columns, size_t k) {
-    dsv3i_panel w;
-    DSV3_MEMSET(&w, 0, sizeof w);
-    w.values = w.next = values;
-    w.columns = columns;
-    w.block = k;
-    w.scale = NULL;
-    return w;
-}
-
 /* A panel of queries, and behind it room for scores. */
-DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_attend_begin(dsv3i_attention_tile *a) {
-    dsv3i_avx512_pack(4, a->scratch, a->q, a->ld_q * sizeof *a->q, a->lanes, a->dk);
+DSV3I_KERNEL void dsv3i_avx512_attend_begin(dsv3i_attention_tile *a) {
+    dsv3i_avx512_pack_codes(4, a->scratch, a->q, a->ld_q * sizeof *a->q, a->lanes, a->dk);
 }
 
-DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_attend(dsv3i_attention_tile *a, size_t nk) {
+DSV3I_KERNEL void dsv3i_avx512_attend(dsv3i_attention_tile *a, size_t nk) {
     const size_t columns = (a->lanes + 15) / 16;
     const dsv3i_panel queries = dsv3i_panel_of(a->scratch, columns, a->dk);
     float *p = (float *)a->scratch + 16 * columns * a->dk, rescale[64];
@@ -9073,22 +8944,17 @@ DSV3I_TARGET(DSV3I_AVX512) static void dsv3i_avx512_attend(dsv3i_attention_tile 
     dsv3i_avx512_outer(a->out, a->ld_out, a->lanes, p, 1, 16 * columns, (const float *)a->values, a->ld_v, nk, a->dv);
 }
 
-static const dsv3i_kernels dsv3i_avx512_kernels = {DSV3I_COMMON(dsv3i_avx512, NULL, dsv3i_avx512_widen_f8),
-                                                   DSV3I_ROUND(dsv3i_round_bf16_floats, dsv3i_round_q8_floats),
-                                                   DSV3I_GEMM_ROW(dsv3i_avx512, NULL, NULL),
-                                                   {dsv3i_avx512_attend_begin, NULL},
-                                                   {dsv3i_avx512_attend, NULL},
-                                                   {{NULL}, {NULL}},
-                                                   {NULL},
-                                                   DSV3I_GEMV_T_ROW(dsv3i_avx512, dsv3i_avx512_gemv_t_f8_e4m3)};
-static const dsv3i_ops dsv3i_avx512_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_avx512_kernels);
+DSV3I_BACKEND(dsv3i_avx512, dsv3i_avx512, NULL, dsv3i_avx512_widen_f8, dsv3i_round_bf16_floats, dsv3i_round_q8_floats,
+              NULL, NULL, {dsv3i_avx512_attend_begin, NULL}, {dsv3i_avx512_attend, NULL}, {{NULL}, {NULL}}, {NULL},
+              DSV3I_GEMV_T_ROW(dsv3i_avx512_gemv_t_f8_e4m3))
 
 /* ---- AVX-512 with VBMI, VNNI and BF16: FP8 becomes BF16 by tables, and codes are multiplied as they are. */
 
-#define DSV3I_AVX512_BF16 "avx512vbmi,avx512vnni,avx512bf16," DSV3I_AVX512
+#undef DSV3I_ISA
+#define DSV3I_ISA "avx512vbmi,avx512vnni,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 
 /* The lower and the upper bytes of the BF16 of the 128 positive codes of E4M3. */
-DSV3I_INLINE(DSV3I_AVX512_BF16) void dsv3i_avx512_bf16_tables(__m512i table[4]) {
+DSV3I_INLINE void dsv3i_bf16_tables(__m512i table[4]) {
     unsigned char bytes[2][128];
     for (size_t i = 0; i < 128; i += 16) {
         const __m512i bits = _mm512_loadu_si512(dsv3i_e4m3 + i);
@@ -9099,7 +8965,7 @@ DSV3I_INLINE(DSV3I_AVX512_BF16) void dsv3i_avx512_bf16_tables(__m512i table[4]) 
 }
 
 /* E4M3 to BF16, both bytes by tables: of each eight codes the first four, and the others. */
-DSV3I_INLINE(DSV3I_AVX512_BF16) void dsv3i_avx512_bf16_of_f8(__m512i b[2], __m512i v, const __m512i table[4]) {
+DSV3I_INLINE void dsv3i_bf16_of_f8(__m512i b[2], __m512i v, const __m512i table[4]) {
     const __m512i low = _mm512_permutex2var_epi8(table[0], v, table[1]), sign = _mm512_set1_epi8((char)-128);
     const __m512i high = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(table[2], v, table[3]), v, sign, 0xF8);
     b[0] = _mm512_unpacklo_epi8(low, high);
@@ -9107,13 +8973,12 @@ DSV3I_INLINE(DSV3I_AVX512_BF16) void dsv3i_avx512_bf16_of_f8(__m512i b[2], __m51
 }
 
 /* Fours of terms of a panel of FP8 become BF16; prefetch distance: `ahead` bytes, 0: none. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_widen(unsigned char *to, const unsigned char *from, size_t columns, size_t fours, size_t ahead,
-                             const __m512i table[4]) {
+DSV3I_INLINE void dsv3i_bf16_widen(unsigned char *to, const unsigned char *from, size_t columns, size_t fours,
+                                   size_t ahead, const __m512i table[4]) {
     for (size_t i = 0; i < fours; i++, to += 64 * columns) {
         for (size_t c = 0; c < columns; c++, from += 64, to += 64) {
             __m512i b[2];
-            dsv3i_avx512_bf16_of_f8(b, _mm512_loadu_si512(from), table);
+            dsv3i_bf16_of_f8(b, _mm512_loadu_si512(from), table);
             if (ahead > 0) dsv3i_avx512_near(from + ahead);
             _mm512_storeu_si512(to, b[0]);
             _mm512_storeu_si512(to + 64 * columns, b[1]);
@@ -9121,26 +8986,23 @@ void dsv3i_avx512_bf16_widen(unsigned char *to, const unsigned char *from, size_
     }
 }
 
-DSV3I_TARGET(DSV3I_AVX512_BF16)
-static void dsv3i_avx512_bf16_widen_f8(void *values, const void *panel, size_t columns, size_t k) {
+DSV3I_KERNEL void dsv3i_bf16_widen_f8(void *values, const void *panel, size_t columns, size_t k) {
     __m512i table[4];
-    dsv3i_avx512_bf16_tables(table);
-    dsv3i_avx512_bf16_widen((unsigned char *)values, (const unsigned char *)panel, columns, dsv3i_blocks(k, 4),
-                            DSV3I_PREFETCH, table);
+    dsv3i_bf16_tables(table);
+    dsv3i_bf16_widen((unsigned char *)values, (const unsigned char *)panel, columns, dsv3i_blocks(k, 4),
+                     DSV3I_PREFETCH, table);
 }
 
-/* 256 numbers of a row of E4M3: 64 codes, put into the order in which four sums of 16 want them, become BF16 by tables, and
- * floats. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_gemv_t_256(float *y, __m512 f, const unsigned char *w, const float scale[2],
-                                  const __m512i table[4], __m512i order) {
+/* 256 numbers of a row of E4M3: 64 codes, in the order in which four sums want them, become BF16, and floats. */
+DSV3I_INLINE void dsv3i_bf16_gemv_t_256(float *y, __m512 f, const unsigned char *w, const float scale[2],
+                                        const __m512i table[4], __m512i order) {
     DSV3I_UNROLL for (size_t c = 0; c < 16; c += 4) {
         __m512i b[2];
         __m512 value[2][4];
-        dsv3i_avx512_bf16_of_f8(b, _mm512_permutexvar_epi8(order, _mm512_loadu_si512(w + 16 * c)), table);
+        dsv3i_bf16_of_f8(b, _mm512_permutexvar_epi8(order, _mm512_loadu_si512(w + 16 * c)), table);
         _mm_prefetch((const char *)w + 16 * c + DSV3I_PREFETCH, _MM_HINT_T0);
-        dsv3i_avx512_floats(0, value[0], b[0], _mm512_setzero_ps());
-        dsv3i_avx512_floats(0, value[1], b[1], _mm512_setzero_ps());
+        dsv3i_avx512_floats(DSV3_BF16, value[0], b[0], _mm512_setzero_ps());
+        dsv3i_avx512_floats(DSV3_BF16, value[1], b[1], _mm512_setzero_ps());
         DSV3I_UNROLL for (size_t i = 0; i < 4; i++) {
             float *to = y + 16 * (c + i);
             const __m512 scaled = _mm512_mul_ps(value[i / 2][i % 2], _mm512_set1_ps(scale[c / 8]));
@@ -9149,27 +9011,26 @@ void dsv3i_avx512_bf16_gemv_t_256(float *y, __m512 f, const unsigned char *w, co
     }
 }
 
-DSV3I_TARGET(DSV3I_AVX512_BF16)
-static void dsv3i_avx512_bf16_gemv_t_f8_e4m3(float *y, const float *x, const void *w, size_t row_bytes,
-                                             const void *scale, size_t k, size_t n) {
+DSV3I_KERNEL void dsv3i_bf16_gemv_t_f8_e4m3(float *y, const float *x, const void *w, size_t row_bytes,
+                                            const void *scale, size_t k, size_t n) {
     const unsigned char *row = (const unsigned char *)w, *scales = (const unsigned char *)scale;
     const size_t whole = n / 256 * 256;
     unsigned char at[64];
     __m512i table[4], order;
     for (unsigned i = 0; i < 64; i++) at[i] = (unsigned char)(i % 16 / 8 * 32 + i % 2 * 16 + i / 16 * 4 + i % 8 / 2);
     order = _mm512_loadu_si512(at);
-    dsv3i_avx512_bf16_tables(table);
+    dsv3i_bf16_tables(table);
     for (size_t r = 0; r < k; r++, row += row_bytes) {
         for (size_t i = 0; i < whole; i += 256) {
             float unit[2] = {1.0f, 1.0f};
             if (scales != NULL) DSV3_MEMCPY(unit, scales + i / DSV3_BLOCK * sizeof *unit, sizeof unit);
-            dsv3i_avx512_bf16_gemv_t_256(y + i, _mm512_set1_ps(x[r]), row + i, unit, table, order);
+            dsv3i_bf16_gemv_t_256(y + i, _mm512_set1_ps(x[r]), row + i, unit, table, order);
         }
         dsv3i_avx512_gemv_t_row(DSV3_F8_E4M3, y, x[r], row, scales, whole, n);
     }
 }
 
-DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_round_bf16(void *out, const float *x, size_t k) {
+DSV3I_KERNEL void dsv3i_bf16_round_bf16(void *out, const float *x, size_t k) {
     unsigned char *to = (unsigned char *)out;
     for (size_t i = 0; i < k; i += 16, to += 32) {
         const __m256bh v = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(dsv3i_avx512_mask(k - i), x + i));
@@ -9182,7 +9043,7 @@ DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_round_bf16(void *o
 }
 
 /* 32 bytes, their scale, and -8 times their sum. */
-DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_round_bytes(void *out, const float *x, size_t k) {
+DSV3I_KERNEL void dsv3i_bf16_round_bytes(void *out, const float *x, size_t k) {
     unsigned char *to = (unsigned char *)out;
     for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += DSV3_QBLOCK + 8) {
         const __m512 a = _mm512_loadu_ps(x + i), b = _mm512_loadu_ps(x + i + 16), zero = _mm512_setzero_ps();
@@ -9211,35 +9072,34 @@ DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_round_bytes(void *
 
 /* ---- AVX-512 BF16: gemm of rows of BF16 or of bytes, and a panel. */
 
-/* The four bytes that a step has of each of 16 outputs, as dot products of codes take them. Twice as much: FP8 becomes BF16, and
- * the halves of bytes of Q4_0 are the earlier and the later terms. table: of FP8. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_values(const dsv3_type type, __m512i b[2], const unsigned char *w, const __m512i table[4]) {
+/* The four bytes that a step has of each of 16 outputs, as dot products of codes take them. Two vectors: FP8 becomes BF16,
+ * and the halves of bytes of Q4_0 are the earlier and the later terms. table: of FP8. */
+DSV3I_INLINE void dsv3i_bf16_values(const dsv3_type type, __m512i b[2], const unsigned char *w,
+                                    const __m512i table[4]) {
     const __m512i low = _mm512_set1_epi8(15);
     b[0] = _mm512_loadu_si512(w);
     if (type == DSV3_F8_E4M3) {
         _mm_prefetch((const char *)w + 1024, _MM_HINT_T0); /* others are slower with it */
-        dsv3i_avx512_bf16_of_f8(b, b[0], table);
+        dsv3i_bf16_of_f8(b, b[0], table);
     } else if (type == DSV3_Q4_0) {
         b[1] = _mm512_and_si512(_mm512_srli_epi16(b[0], 4), low);
         b[0] = _mm512_and_si512(b[0], low);
     }
 }
 
-DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_four(const unsigned char *x) {
+DSV3I_INLINE __m512i dsv3i_bf16_four(const unsigned char *x) {
     return _mm512_set1_epi32(*(const int32_t *)(const void *)x);
 }
 
 /* Steps of M rows and NP columns, of BF16. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_terms(const int M, const int NP, __m512 acc[24], dsv3i_avx512_place *a, size_t steps) {
+DSV3I_INLINE void dsv3i_bf16_terms(const int M, const int NP, __m512 acc[24], dsv3i_avx512_place *a, size_t steps) {
     const unsigned char *w = a->w;
     for (size_t i = 0; i < steps; i++, w += a->step) {
         __m512i b[4];
         dsv3i_avx512_fetch(a);
         DSV3I_UNROLL for (int p = 0; p < NP; p++) b[p] = _mm512_loadu_si512(w + 64 * p);
         DSV3I_UNROLL for (int m = 0; m < M; m++) {
-            const __m512bh x = (__m512bh)dsv3i_avx512_bf16_four(a->x[m] + 4 * i);
+            const __m512bh x = (__m512bh)dsv3i_bf16_four(a->x[m] + 4 * i);
             DSV3I_UNROLL for (int p = 0; p < NP; p++) {
                 acc[m * NP + p] = _mm512_dpbf16_ps(acc[m * NP + p], x, (__m512bh)b[p]);
             }
@@ -9249,31 +9109,30 @@ void dsv3i_avx512_bf16_terms(const int M, const int NP, __m512 acc[24], dsv3i_av
 }
 
 /* Column c of panels w, four of each, `step` bytes on. `columns` are there; the others are the last one once more. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-const unsigned char *dsv3i_avx512_bf16_column(const unsigned char *const *w, size_t columns, int c, size_t step) {
+DSV3I_INLINE const unsigned char *dsv3i_bf16_column(const unsigned char *const *w, size_t columns, int c,
+                                                    size_t step) {
     return w[c / 4] + step + 64 * dsv3i_min((size_t)c % 4, columns - 1);
 }
 
 /* A scale block of 32 bytes, or of twice 16 in the halves of bytes (Q4_0), M rows and NC columns: sums of products of whole
  * numbers, exact, as floats times the scale of x. They begin so that codes of 0 that are not 0 come out right: with -8
  * times the sum of x, or 16 times that. fetch: NULL, or what says what is read next. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_block(const dsv3_type type, const int M, const int NC, __m512 *sums,
-                             const unsigned char *const *w, size_t columns, size_t step,
-                             const unsigned char *const *x, __m128i shift, dsv3i_avx512_place *fetch) {
+DSV3I_INLINE void dsv3i_bf16_block(const dsv3_type type, const int M, const int NC, __m512 *sums,
+                                   const unsigned char *const *w, size_t columns, size_t step,
+                                   const unsigned char *const *x, __m128i shift, dsv3i_avx512_place *fetch) {
     const int halves = type == DSV3_Q4_0 ? 2 : 1;
     __m512i sum[16];
     DSV3I_UNROLL for (int j = 0; j < M * NC; j++) {
-        sum[j] = _mm512_sll_epi32(dsv3i_avx512_bf16_four(x[j / NC] + DSV3_QBLOCK + 4), shift);
+        sum[j] = _mm512_sll_epi32(dsv3i_bf16_four(x[j / NC] + DSV3_QBLOCK + 4), shift);
     }
     DSV3I_UNROLL for (size_t i = 0; i < (size_t)(8 / halves); i++) {
         if (fetch != NULL) dsv3i_avx512_fetch(fetch);
         DSV3I_UNROLL for (int c = 0; c < NC; c++) {
             __m512i b[2];
-            dsv3i_avx512_bf16_values(type, b, dsv3i_avx512_bf16_column(w, columns, c, i * step), NULL);
+            dsv3i_bf16_values(type, b, dsv3i_bf16_column(w, columns, c, i * step), NULL);
             DSV3I_UNROLL for (int j = c; j < M * NC * halves; j += NC) {
                 const int h = j / (M * NC), at = j % (M * NC);
-                const __m512i f = dsv3i_avx512_bf16_four(x[at / NC] + 16 * h + 4 * i);
+                const __m512i f = dsv3i_bf16_four(x[at / NC] + 16 * h + 4 * i);
                 sum[at] = _mm512_dpbusd_epi32(sum[at], b[h], f);
             }
         }
@@ -9285,9 +9144,8 @@ void dsv3i_avx512_bf16_block(const dsv3_type type, const int M, const int NC, __
 }
 
 /* M rows and NP columns. Sums of BF16 go to memory after each scale block, those of bytes at last. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_rows(const dsv3_type type, const int M, const int NP, dsv3i_avx512_place *a,
-                            const dsv3i_panel *w, size_t k, int add) {
+DSV3I_INLINE void dsv3i_bf16_rows(const dsv3_type type, const int M, const int NP, dsv3i_avx512_place *a,
+                                  const dsv3i_panel *w, size_t k, int add) {
     const __m128i shift = _mm_cvtsi32_si128(w->zero == 128 ? 4 : 0);
     const float *scale = a->scale;
     const int bytes = type != DSV3_BF16;
@@ -9296,7 +9154,7 @@ void dsv3i_avx512_bf16_rows(const dsv3_type type, const int M, const int NP, dsv
     for (size_t i = 0, end; i < k; i = end) {
         end = dsv3i_min(i + (bytes ? DSV3_QBLOCK : w->block), k);
         if (bytes) {
-            dsv3i_avx512_bf16_block(type, M, NP, part, &a->w, (size_t)NP, a->step, a->x, shift, a);
+            dsv3i_bf16_block(type, M, NP, part, &a->w, (size_t)NP, a->step, a->x, shift, a);
             DSV3I_UNROLL for (int j = 0; j < M * NP; j++) {
                 acc[j] = _mm512_fmadd_ps(part[j], _mm512_loadu_ps(scale + 16 * (j % NP)), acc[j]);
             }
@@ -9304,7 +9162,7 @@ void dsv3i_avx512_bf16_rows(const dsv3_type type, const int M, const int NP, dsv
         } else {
             a->scale = scale;
             dsv3i_avx512_begin(M, NP, acc, a, add && scale == NULL);
-            dsv3i_avx512_bf16_terms(M, NP, acc, a, (end - i + 1) / 2);
+            dsv3i_bf16_terms(M, NP, acc, a, (end - i + 1) / 2);
             dsv3i_avx512_end(M, NP, acc, a, add || i > 0);
         }
         DSV3I_UNROLL for (int m = 0; m < M; m++) a->x[m] += bytes ? DSV3_QBLOCK + 8 : 2 * (end - i);
@@ -9314,85 +9172,70 @@ void dsv3i_avx512_bf16_rows(const dsv3_type type, const int M, const int NP, dsv
     if (bytes) dsv3i_avx512_end(M, NP, acc, a, 0);
 }
 
-/* n rows, up to 6 at a time, and NP columns from c0 on. Each share of them fetches its share of what is read next. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_columns(const dsv3_type type, const int NP, float *y, size_t ldy, const void *x, size_t ldx,
-                               size_t n, const dsv3i_panel *w, size_t c0, size_t rows, size_t k, int add) {
+/* n rows, up to 6 at a time, and NP columns from c0 on. Each share of rows fetches its share of what is read next. */
+DSV3I_INLINE void dsv3i_bf16_columns(const dsv3_type type, const int NP, float *y, size_t ldy, const void *x,
+                                     size_t ldx, size_t n, const dsv3i_panel *w, size_t c0, size_t rows, size_t k,
+                                     int add) {
     const size_t lines = w->next_bytes / 64 * (size_t)NP / w->columns / dsv3i_max(n, 1);
     const size_t steps = dsv3i_blocks(k, type == DSV3_BF16 ? 2 : type == DSV3_Q8_0 ? 4 : 8);
     for (size_t t = 0, m; t < n; t += m) {
         dsv3i_avx512_place a;
         m = dsv3i_rows_together(n - t);
-        dsv3i_avx512_place_set(6, NP, &a, y + t * ldy + 16 * c0, ldy, (const unsigned char *)x + t * ldx, ldx, m,
+        dsv3i_avx512_place_set(NP, &a, y + t * ldy + 16 * c0, ldy, (const unsigned char *)x + t * ldx, ldx, m,
                                (const unsigned char *)w->values + 64 * c0, 64 * (NP == 4 ? 4 : w->columns),
                                rows - 16 * c0);
         if (w->scale != NULL) a.scale = w->scale + 16 * c0;
         a.next = (const unsigned char *)w->next + 64 * lines * (c0 / (size_t)NP * n + t);
         a.lines = lines * m;
         a.each = dsv3i_max(dsv3i_blocks(a.lines, steps), 1);
-        if (m > 4) dsv3i_avx512_bf16_rows(type, 6, NP, &a, w, k, add);
-        if (m > 1 && m <= 4) dsv3i_avx512_bf16_rows(type, 4, NP, &a, w, k, add);
-        if (m == 1) dsv3i_avx512_bf16_rows(type, 1, NP, &a, w, k, add);
+        if (m > 4) dsv3i_bf16_rows(type, 6, NP, &a, w, k, add);
+        if (m > 1 && m <= 4) dsv3i_bf16_rows(type, 4, NP, &a, w, k, add);
+        if (m == 1) dsv3i_bf16_rows(type, 1, NP, &a, w, k, add);
     }
 }
 
 /* Four columns of BF16 at a time, or two of bytes; then what is left. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_gemm(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                            const dsv3i_panel *w, size_t rows, size_t k, int add) {
+DSV3I_INLINE void dsv3i_bf16_gemm(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+                                  const dsv3i_panel *w, size_t rows, size_t k, int add) {
     size_t c = 0;
     if (type == DSV3_BF16 && w->columns == 4) {
-        dsv3i_avx512_bf16_columns(type, 4, y, ldy, x, ldx, n, w, 0, rows, k, add);
+        dsv3i_bf16_columns(type, 4, y, ldy, x, ldx, n, w, 0, rows, k, add);
         return;
     }
-    for (; c + 2 <= w->columns; c += 2) dsv3i_avx512_bf16_columns(type, 2, y, ldy, x, ldx, n, w, c, rows, k, add);
-    if (c < w->columns) dsv3i_avx512_bf16_columns(type, 1, y, ldy, x, ldx, n, w, c, rows, k, add);
+    for (; c + 2 <= w->columns; c += 2) dsv3i_bf16_columns(type, 2, y, ldy, x, ldx, n, w, c, rows, k, add);
+    if (c < w->columns) dsv3i_bf16_columns(type, 1, y, ldy, x, ldx, n, w, c, rows, k, add);
 }
 
-DSV3I_ENTRY(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemm_bf16, DSV3I_GEMM_LIST,
-            dsv3i_avx512_bf16_gemm(DSV3_BF16, y, ldy, x, ldx, n, w, rows, k, add))
-DSV3I_ENTRY(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemm_bytes, DSV3I_GEMM_LIST,
-            dsv3i_avx512_bf16_gemm(DSV3_Q8_0, y, ldy, x, ldx, n, w, rows, k, add))
-
-typedef void (*dsv3i_gemm)(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3i_panel *w,
-                           size_t rows, size_t k, int add);
+DSV3I_ENTRY(dsv3i_bf16_gemm_bf16, DSV3I_GEMM_LIST, dsv3i_bf16_gemm(DSV3_BF16, y, ldy, x, ldx, n, w, rows, k, add))
+DSV3I_ENTRY(dsv3i_bf16_gemm_bytes, DSV3I_GEMM_LIST, dsv3i_bf16_gemm(DSV3_Q8_0, y, ldy, x, ldx, n, w, rows, k, add))
 
 /* ---- AVX-512 BF16: attention. scratch: the queries as a panel; scores [64, columns, 16]; keys [64, dk] and,
  * where gemm takes more than 4 columns, all values as one panel. */
 
-#define DSV3I_TILE_KEYS 64u /* keys of an attention tile, at most */
-
-DSV3I_INLINE(DSV3I_AVX512_BF16) size_t dsv3i_avx512_bf16_pad(size_t k) { return (k + 3) / 4 * 4; }
-
-DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_attend_begin(dsv3i_attention_tile *a) {
-    const size_t dk = dsv3i_avx512_bf16_pad(a->dk), columns = (a->lanes + 15) / 16;
+DSV3I_KERNEL void dsv3i_bf16_attend_begin(dsv3i_attention_tile *a) {
+    const size_t dk = dsv3i_blocks(a->dk, 4) * 4, columns = (a->lanes + 15) / 16;
     unsigned char *rows = (unsigned char *)a->scratch + 32 * columns * dk;
-    for (size_t i = 0; i < a->lanes; i++) dsv3i_avx512_bf16_round_bf16(rows + 2 * i * dk, a->q + i * a->ld_q, a->dk);
-    dsv3i_avx512_pack(2, a->scratch, rows, 2 * dk, a->lanes, dk);
+    for (size_t i = 0; i < a->lanes; i++) dsv3i_bf16_round_bf16(rows + 2 * i * dk, a->q + i * a->ld_q, a->dk);
+    dsv3i_avx512_pack_codes(2, a->scratch, rows, 2 * dk, a->lanes, dk);
 }
 
-/* Numbers j and j + 1 of each lane, as BF16 in four bytes. */
-DSV3I_INLINE(DSV3I_AVX512_BF16) __m512i dsv3i_avx512_bf16_pairs(__m512 first, __m512 second) {
-    const __m512i a = _mm512_set1_epi32(0x7FFF);
-    __m512i low = _mm512_castps_si512(first), high = _mm512_castps_si512(second);
-    const __m512i one = _mm512_set1_epi32(1);
-    low = _mm512_add_epi32(low, _mm512_add_epi32(a, _mm512_and_si512(_mm512_srli_epi32(low, 16), one)));
-    high = _mm512_add_epi32(high, _mm512_add_epi32(a, _mm512_and_si512(_mm512_srli_epi32(high, 16), one)));
-    return _mm512_or_si512(_mm512_srli_epi32(low, 16), _mm512_and_si512(high, _mm512_set1_epi32(-65536)));
+/* Places of 16 numbers and, so many behind, of 16 others: in pairs. */
+DSV3I_INLINE __m512i dsv3i_bf16_pairs(int apart) {
+    const __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_or_si512(at, _mm512_slli_epi32(_mm512_add_epi32(at, _mm512_set1_epi32(apart)), 16));
 }
 
 /* Weights p [nk, columns, 16] as rows of 64 BF16 for each lane. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_weights(unsigned char *rows, const float *p, size_t columns, size_t nk) {
+DSV3I_INLINE void dsv3i_bf16_weights(unsigned char *rows, const float *p, size_t columns, size_t nk) {
     for (size_t c = 0; c < columns; c++, rows += 16 * 2 * DSV3I_TILE_KEYS) {
         for (size_t first = 0; first < nk; first += 32) {
             __m512i r[16];
             for (size_t j = 0; j < 16; j++) {
                 const size_t key = first + 2 * j;
                 const float *at = p + 16 * (key * columns + c);
-                const __m512 zero = _mm512_setzero_ps();
-                r[j] = dsv3i_avx512_bf16_pairs(key < nk ? _mm512_loadu_ps(at) : zero,
-                                               key + 1 < nk ? _mm512_loadu_ps(at + 16 * columns) : zero);
+                const __m512 one = key < nk ? _mm512_loadu_ps(at) : _mm512_setzero_ps();
+                const __m512 two = key + 1 < nk ? _mm512_loadu_ps(at + 16 * columns) : _mm512_setzero_ps();
+                r[j] = _mm512_permutexvar_epi16(dsv3i_bf16_pairs(16), (__m512i)_mm512_cvtne2ps_pbh(two, one));
             }
             dsv3i_avx512_transpose(r);
             for (size_t i = 0; i < 16; i++) _mm512_storeu_si512(rows + 2 * DSV3I_TILE_KEYS * i + 2 * first, r[i]);
@@ -9401,8 +9244,7 @@ void dsv3i_avx512_bf16_weights(unsigned char *rows, const float *p, size_t colum
 }
 
 /* 32 numbers of values as BF16, from number `at` on, those of the mask. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-__m512i dsv3i_avx512_bf16_value(const dsv3i_attention_tile *a, size_t at, __mmask32 m) {
+DSV3I_INLINE __m512i dsv3i_bf16_value(const dsv3i_attention_tile *a, size_t at, __mmask32 m) {
     const float *from = (const float *)a->values;
     if (a->type == DSV3_BF16) return _mm512_maskz_loadu_epi16(m, (const uint16_t *)a->values + at);
     from += at;
@@ -9410,22 +9252,20 @@ __m512i dsv3i_avx512_bf16_value(const dsv3i_attention_tile *a, size_t at, __mmas
                                         _mm512_maskz_loadu_ps((__mmask16)(m & 0xFFFF), from));
 }
 
-/* Numbers i .. end-1 of values, i a multiple of 16, two keys in four bytes: [nk/2, columns, 16, 2]. Key by key, as they lie.
- * fetch: those of the next tile of keys are fetched meanwhile. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3i_attention_tile *a, size_t i, size_t end,
-                                   size_t nk, int fetch) {
-    const __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i first = _mm512_or_si512(at, _mm512_slli_epi32(_mm512_add_epi32(at, _mm512_set1_epi32(32)), 16));
+/* Numbers i .. end-1 of values, i a multiple of 16, two keys in four bytes: [nk/2, columns, 16, 2]. fetch: of the next
+ * tile of keys, too. */
+DSV3I_INLINE void dsv3i_bf16_value_panel(unsigned char *panel, const dsv3i_attention_tile *a, size_t i, size_t end,
+                                         size_t nk, int fetch) {
+    const __m512i first = dsv3i_bf16_pairs(32);
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
     for (size_t j = 0; j < nk; j += 2) {
         for (size_t c = i; c < end; c += 32) {
             const size_t from = j * a->ld_v + c, after = j + 1 < nk ? from + a->ld_v : from;
             const __mmask32 all = ~(__mmask32)0, m = end - c >= 32 ? all : ((__mmask32)1 << (end - c)) - 1;
             const int whole = m == all && j + 1 < nk; /* loads without masks are faster */
-            const __m512i x = whole ? dsv3i_avx512_bf16_value(a, from, all) : dsv3i_avx512_bf16_value(a, from, m);
-            const __m512i y = whole ? dsv3i_avx512_bf16_value(a, after, all)
-                                    : dsv3i_avx512_bf16_value(a, after, j + 1 < nk ? m : 0);
+            const __m512i x = whole ? dsv3i_bf16_value(a, from, all) : dsv3i_bf16_value(a, from, m);
+            const __m512i y =
+                whole ? dsv3i_bf16_value(a, after, all) : dsv3i_bf16_value(a, after, j + 1 < nk ? m : 0);
             const uint16_t *next = (const uint16_t *)a->values + from + DSV3I_TILE_KEYS * a->ld_v;
             if (fetch) dsv3i_avx512_far((const unsigned char *)next);
             if (fetch) dsv3i_avx512_far((const unsigned char *)(next + a->ld_v));
@@ -9436,10 +9276,10 @@ void dsv3i_avx512_bf16_value_panel(unsigned char *panel, const dsv3i_attention_t
     }
 }
 
-/* Scores of 16 keys with the queries of one column: more rows than gemm has, so that sums hide their latency. With each step
- * goes a line of the next tile's keys. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_scores(float *p, const unsigned char *keys, size_t ldx, const unsigned char *q, size_t k) {
+/* Scores of 16 keys with the queries of one column: more rows than gemm has, so that sums hide their latency. With each
+ * step goes a line of the next tile's keys. */
+DSV3I_INLINE void dsv3i_bf16_scores(float *p, const unsigned char *keys, size_t ldx, const unsigned char *q,
+                                    size_t k) {
     const unsigned char *x[6]; /* every third key: addresses of the others are sums */
     __m512 acc[16];
     DSV3I_UNROLL for (int m = 0; m < 16; m += 3) x[m / 3] = keys + (size_t)m * ldx;
@@ -9449,17 +9289,17 @@ void dsv3i_avx512_bf16_scores(float *p, const unsigned char *keys, size_t ldx, c
         _mm_prefetch((const char *)x[0] + (DSV3I_TILE_KEYS + i / 2 % 16) * ldx + i / 32 * 64, _MM_HINT_T1);
         DSV3I_UNROLL for (int m = 0; m < 16; m++) {
             const unsigned char *at = x[m / 3] + (size_t)(m % 3) * ldx + 2 * i;
-            acc[m] = _mm512_dpbf16_ps(acc[m], (__m512bh)dsv3i_avx512_bf16_four(at), b);
+            acc[m] = _mm512_dpbf16_ps(acc[m], (__m512bh)dsv3i_bf16_four(at), b);
         }
     }
     DSV3I_UNROLL for (int m = 0; m < 16; m++) _mm512_storeu_ps(p + 16 * m, acc[m]);
 }
 
-/* gemm: of rows and panels of BF16. */
-DSV3I_TARGET(DSV3I_AVX512_BF16)
-static void dsv3i_avx512_bf16_attend_by(dsv3i_attention_tile *a, size_t nk, dsv3i_gemm gemm) {
-    const size_t dk = dsv3i_avx512_bf16_pad(a->dk), columns = (a->lanes + 15) / 16;
-    const int wide = gemm != dsv3i_avx512_bf16_gemm_bf16;
+/* The gemm of rows and panels of BF16 is the backend's. */
+DSV3I_KERNEL void dsv3i_bf16_attend(dsv3i_attention_tile *a, size_t nk) {
+    const size_t dk = dsv3i_blocks(a->dk, 4) * 4, columns = (a->lanes + 15) / 16;
+    const dsv3i_kernels *kernels = dsv3i_kernels_of(a->ctx);
+    const int wide = kernels->gemm[DSV3I_GEMM_FAST_BF16] != dsv3i_bf16_gemm_bf16;
     const size_t most = wide ? a->dv : 64;
     unsigned char *scratch = (unsigned char *)a->scratch + 32 * columns * dk,
                   *keys = scratch + 64 * columns * DSV3I_TILE_KEYS;
@@ -9471,30 +9311,28 @@ static void dsv3i_avx512_bf16_attend_by(dsv3i_attention_tile *a, size_t nk, dsv3
     dsv3i_panel panel = dsv3i_panel_of(a->scratch, columns, a->type == DSV3_F32 ? dk : a->dk);
     if (a->type == DSV3_F32) {
         for (size_t j = 0; j < nk; j++) {
-            dsv3i_avx512_bf16_round_bf16(keys + 2 * j * dk, (const float *)a->keys + j * a->ld_k, a->dk);
+            dsv3i_bf16_round_bf16(keys + 2 * j * dk, (const float *)a->keys + j * a->ld_k, a->dk);
         }
         x = keys;
         ldx = 2 * dk;
     }
     for (; !wide && columns == 1 && scored + 16 <= nk; scored += 16) {
-        dsv3i_avx512_bf16_scores(p + 16 * scored, (const unsigned char *)x + scored * ldx, ldx,
-                                 (const unsigned char *)a->scratch, panel.block);
+        dsv3i_bf16_scores(p + 16 * scored, (const unsigned char *)x + scored * ldx, ldx,
+                          (const unsigned char *)a->scratch, panel.block);
     }
-    gemm(p + 16 * columns * scored, 16 * columns, (const unsigned char *)x + scored * ldx, ldx, nk - scored, &panel,
-         16 * columns, panel.block, 0);
+    kernels->gemm[DSV3I_GEMM_FAST_BF16](p + 16 * columns * scored, 16 * columns,
+                                        (const unsigned char *)x + scored * ldx, ldx, nk - scored, &panel,
+                                        16 * columns, panel.block, 0);
     dsv3i_avx512_softmax(a, p, rescale, columns, nk);
     dsv3i_avx512_rescale(a, rescale);
-    dsv3i_avx512_bf16_weights(weights, p, columns, nk);
+    dsv3i_bf16_weights(weights, p, columns, nk);
     for (size_t i = 0; i < a->dv; i += most) {
         const size_t rows = dsv3i_min(most, a->dv - i);
         panel = dsv3i_panel_of(values, (rows + 15) / 16, (nk + 1) / 2 * 2);
-        dsv3i_avx512_bf16_value_panel(values, a, i, i + rows, nk, scored == 0 && a->type == DSV3_BF16);
-        gemm(a->out + i, a->ld_out, weights, 2 * DSV3I_TILE_KEYS, a->lanes, &panel, rows, panel.block, 1);
+        dsv3i_bf16_value_panel(values, a, i, i + rows, nk, scored == 0 && a->type == DSV3_BF16);
+        kernels->gemm[DSV3I_GEMM_FAST_BF16](a->out + i, a->ld_out, weights, 2 * DSV3I_TILE_KEYS, a->lanes, &panel,
+                                            rows, panel.block, 1);
     }
-}
-
-DSV3I_TARGET(DSV3I_AVX512_BF16) static void dsv3i_avx512_bf16_attend(dsv3i_attention_tile *a, size_t nk) {
-    dsv3i_avx512_bf16_attend_by(a, nk, dsv3i_avx512_bf16_gemm_bf16);
 }
 
 /* ---- AVX-512 BF16: gemv, 1 to 4 rows and packed weights. Reading is all that counts. Panels of several far places are
@@ -9506,13 +9344,12 @@ typedef enum dsv3i_gemv_kind { /* rows of floats; rows of codes; rows of BF16, a
                                DSV3I_GEMV_STEPS = 2
 } dsv3i_gemv_kind;
 
-/* M rows and NC columns of panels, from c0 on, terms begin .. end-1: sums[m NC + column] += .., with DSV3I_GEMV_STEPS one sum of
- * even and one of odd terms for each. With rows of floats every number of w becomes one, and terms are added one after the
- * other; the upper halves of the bytes of Q4_0 are the later ones. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_gemv_terms(const dsv3i_gemv_kind kind, const dsv3_type type, const int M, const int c0,
-                                  const int NC, __m512 sums[16], const unsigned char *const w[4], size_t columns,
-                                  const unsigned char *const x[4], size_t begin, size_t end, const __m512i table[4]) {
+/* M rows and NC columns of panels, from c0 on, terms begin .. end-1: sums[m NC + column] += .., with DSV3I_GEMV_STEPS one
+ * sum of even and one of odd terms for each. With rows of floats terms are added one by one, as numbers. */
+DSV3I_INLINE void dsv3i_bf16_gemv_terms(const dsv3i_gemv_kind kind, const dsv3_type type, const int M, const int c0,
+                                        const int NC, __m512 sums[16], const unsigned char *const w[4],
+                                        size_t columns, const unsigned char *const x[4], size_t begin, size_t end,
+                                        const __m512i table[4]) {
     const int bytes = type == DSV3_Q8_0 || type == DSV3_Q4_0, passes = type == DSV3_Q4_0 ? 2 : 1;
     const int each = type == DSV3_BF16 ? 2 : 4, S = kind == DSV3I_GEMV_STEPS ? 2 : 1;
     const __m512 zero = _mm512_set1_ps(type == DSV3_Q8_0 ? 128.0f : 8.0f);
@@ -9521,11 +9358,11 @@ void dsv3i_avx512_bf16_gemv_terms(const dsv3i_gemv_kind kind, const dsv3_type ty
         for (size_t i = begin; i < end; i += (size_t)each) {
             DSV3I_UNROLL for (int c = 0; c < NC; c++) {
                 __m512i b[2];
-                dsv3i_avx512_bf16_values(
-                    type, b, dsv3i_avx512_bf16_column(w, columns, c0 + c, i / (size_t)each * 64 * columns), table);
+                dsv3i_bf16_values(type, b, dsv3i_bf16_column(w, columns, c0 + c, i / (size_t)each * 64 * columns),
+                                  table);
                 DSV3I_UNROLL for (int j = 0; j < each; j++) {
                     __m512 f[4], g[4];
-                    dsv3i_avx512_floats(bytes, f, b[bytes ? pass : j / 2], zero);
+                    dsv3i_avx512_floats(bytes ? DSV3_Q8_0 : DSV3_BF16, f, b[bytes ? pass : j / 2], zero);
                     DSV3I_UNROLL for (int m = 0; m < M; m++) {
                         __m512 *to = sums + S * (m * NC + c) + j % S;
                         const float *xf = (const float *)(const void *)x[m] + 16 * pass + i + j;
@@ -9533,10 +9370,10 @@ void dsv3i_avx512_bf16_gemv_terms(const dsv3i_gemv_kind kind, const dsv3_type ty
                         if (kind == DSV3I_GEMV_FLOATS) {
                             *to = _mm512_fmadd_ps(_mm512_set1_ps(*xf), f[bytes ? j : j % 2], *to);
                         } else if (kind == DSV3I_GEMV_STEPS) {
-                            dsv3i_avx512_floats(0, g, dsv3i_avx512_bf16_four(xm), zero);
+                            dsv3i_avx512_floats(DSV3_BF16, g, dsv3i_bf16_four(xm), zero);
                             *to = _mm512_fmadd_ps(g[j % 2], f[j % 2], *to);
                         } else if (j % 2 == 0) {
-                            *to = _mm512_dpbf16_ps(*to, (__m512bh)dsv3i_avx512_bf16_four(xm), (__m512bh)b[j / 2]);
+                            *to = _mm512_dpbf16_ps(*to, (__m512bh)dsv3i_bf16_four(xm), (__m512bh)b[j / 2]);
                         }
                     }
                 }
@@ -9545,19 +9382,18 @@ void dsv3i_avx512_bf16_gemv_terms(const dsv3i_gemv_kind kind, const dsv3_type ty
     }
 }
 
-/* The same with the sums of AMX for one row: of each 32 terms, those of even and of odd ones, which are added, and then to what
+/* The same with the sums of AMX for one row: of each 32 terms, those of even and of odd ones are added, and then to what
  * is there. Up to 8 columns at a time, so that registers last. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_gemv_steps(const dsv3_type type, const int NC, __m512 sums[16],
-                                  const unsigned char *const w[4], size_t columns, const unsigned char *const x[4],
-                                  size_t k, const __m512i table[4]) {
+DSV3I_INLINE void dsv3i_bf16_gemv_steps(const dsv3_type type, const int NC, __m512 sums[16],
+                                        const unsigned char *const w[4], size_t columns,
+                                        const unsigned char *const x[4], size_t k, const __m512i table[4]) {
     const int some = NC < 8 ? NC : 8;
     for (size_t i = 0, end; i < k; i = end) {
         end = dsv3i_min(i + 32, k);
         DSV3I_UNROLL for (int c0 = 0; c0 < NC; c0 += some) {
             __m512 part[16];
             DSV3I_UNROLL for (int c = 0; c < 2 * some; c++) part[c] = _mm512_setzero_ps();
-            dsv3i_avx512_bf16_gemv_terms(DSV3I_GEMV_STEPS, type, 1, c0, some, part, w, columns, x, i, end, table);
+            dsv3i_bf16_gemv_terms(DSV3I_GEMV_STEPS, type, 1, c0, some, part, w, columns, x, i, end, table);
             if (end - i <= (type == DSV3_F8_E4M3 ? 28 : 30)) { /* a tile goes on with zeros, and -0 + 0 = 0 */
                 DSV3I_UNROLL for (int c = 0; c < 2 * some; c++) part[c] = _mm512_add_ps(part[c], _mm512_setzero_ps());
             }
@@ -9569,11 +9405,10 @@ void dsv3i_avx512_bf16_gemv_steps(const dsv3_type type, const int NC, __m512 sum
 }
 
 /* M rows and NS panels, `apart` bytes from one to the next, and their outputs, ldp apart, of each so many. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_gemv_panels(const dsv3i_gemv_kind kind, const dsv3_type type, const int M, const int NS,
-                                   float *y, size_t ldy, size_t ldp, size_t outputs, const unsigned char *x,
-                                   size_t ldx, const unsigned char *w, size_t apart, size_t k,
-                                   const __m512i table[4]) {
+DSV3I_INLINE void dsv3i_bf16_gemv_panels(const dsv3i_gemv_kind kind, const dsv3_type type, const int M, const int NS,
+                                         float *y, size_t ldy, size_t ldp, size_t outputs, const unsigned char *x,
+                                         size_t ldx, const unsigned char *w, size_t apart, size_t k,
+                                         const __m512i table[4]) {
     const int bytes = type == DSV3_Q8_0 || type == DSV3_Q4_0, NC = 4 * NS, scales = type == DSV3_BF16 ? 0 : NC;
     const size_t columns = dsv3i_blocks(outputs, 16);
     const __m128i shift = _mm_cvtsi32_si128(type == DSV3_Q8_0 ? 4 : 0);
@@ -9588,11 +9423,11 @@ void dsv3i_avx512_bf16_gemv_panels(const dsv3i_gemv_kind kind, const dsv3_type t
         codes = dsv3i_codes_bytes(type, columns, terms);
         DSV3I_UNROLL for (int j = 0; j < M * NC; j++) part[j] = _mm512_setzero_ps();
         if (kind == DSV3I_GEMV_STEPS) {
-            dsv3i_avx512_bf16_gemv_steps(type, NC, sums, ws, columns, xs, terms, table);
+            dsv3i_bf16_gemv_steps(type, NC, sums, ws, columns, xs, terms, table);
         } else if (kind == DSV3I_GEMV_CODES && bytes) {
-            dsv3i_avx512_bf16_block(type, M, NC, sums, ws, columns, 64 * columns, xs, shift, NULL);
+            dsv3i_bf16_block(type, M, NC, sums, ws, columns, 64 * columns, xs, shift, NULL);
         } else {
-            dsv3i_avx512_bf16_gemv_terms(kind, type, M, 0, NC, sums, ws, columns, xs, 0, terms, table);
+            dsv3i_bf16_gemv_terms(kind, type, M, 0, NC, sums, ws, columns, xs, 0, terms, table);
         }
         DSV3I_UNROLL for (int c = 0; c < scales; c++) {
             const unsigned char *at = ws[c / 4] + codes + (bytes ? 32 * dsv3i_min((size_t)c % 4, columns - 1) : 0);
@@ -9612,41 +9447,37 @@ void dsv3i_avx512_bf16_gemv_panels(const dsv3i_gemv_kind kind, const dsv3_type t
 
 /* n <= 4 rows of x and `rows` of weights: one row with 4 panels at a time, or with 2 of Q4_0, whose codes become two values
  * and need more registers; two rows with 2; more leave registers for one. What is left, or not whole, goes panel by panel. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_gemv(const dsv3i_gemv_kind kind, const dsv3_type type, float *y, size_t ldy, const void *x,
-                            size_t ldx, size_t n, const void *w, size_t rows, size_t k) {
+DSV3I_INLINE void dsv3i_bf16_gemv(const dsv3i_gemv_kind kind, const dsv3_type type, float *y, size_t ldy,
+                                  const void *x, size_t ldx, size_t n, const void *w, size_t rows, size_t k) {
     const int most = type == DSV3_Q4_0 ? 2 : 4;
     const size_t bytes = dsv3i_panel_bytes(type, 4, k), streams = n == 1 ? (size_t)most : n == 2 ? 2 : 1;
     const size_t far = streams > 1 ? rows / 64 / streams : 0, apart = far * bytes, ldp = 64 * far;
     const unsigned char *xs = (const unsigned char *)x, *ws = (const unsigned char *)w;
     __m512i table[4] = {_mm512_setzero_si512()};
-    if (type == DSV3_F8_E4M3) dsv3i_avx512_bf16_tables(table);
+    if (type == DSV3_F8_E4M3) dsv3i_bf16_tables(table);
     for (size_t i = 0; i < far; i++, y += 64, ws += bytes) {
-        if (n == 1) dsv3i_avx512_bf16_gemv_panels(kind, type, 1, most, y, ldy, ldp, 64, xs, ldx, ws, apart, k, table);
-        if (n == 2) dsv3i_avx512_bf16_gemv_panels(kind, type, 2, 2, y, ldy, ldp, 64, xs, ldx, ws, apart, k, table);
+        if (n == 1) dsv3i_bf16_gemv_panels(kind, type, 1, most, y, ldy, ldp, 64, xs, ldx, ws, apart, k, table);
+        if (n == 2) dsv3i_bf16_gemv_panels(kind, type, 2, 2, y, ldy, ldp, 64, xs, ldx, ws, apart, k, table);
     }
     y += (streams - 1) * ldp;
     ws += (streams - 1) * apart;
     for (size_t p = streams * far; n != 2 && p < rows / 64; p++, y += 64, ws += bytes) {
-        if (n == 1) dsv3i_avx512_bf16_gemv_panels(kind, type, 1, 1, y, ldy, 0, 64, xs, ldx, ws, 0, k, table);
-        if (n == 3) dsv3i_avx512_bf16_gemv_panels(kind, type, 3, 1, y, ldy, 0, 64, xs, ldx, ws, 0, k, table);
-        if (n == 4) dsv3i_avx512_bf16_gemv_panels(kind, type, 4, 1, y, ldy, 0, 64, xs, ldx, ws, 0, k, table);
+        if (n == 1) dsv3i_bf16_gemv_panels(kind, type, 1, 1, y, ldy, 0, 64, xs, ldx, ws, 0, k, table);
+        if (n == 3) dsv3i_bf16_gemv_panels(kind, type, 3, 1, y, ldy, 0, 64, xs, ldx, ws, 0, k, table);
+        if (n == 4) dsv3i_bf16_gemv_panels(kind, type, 4, 1, y, ldy, 0, 64, xs, ldx, ws, 0, k, table);
     }
     for (size_t r = n != 2 ? rows / 64 * 64 : streams * ldp, some; r < rows; r += some, y += 64, ws += bytes) {
         some = dsv3i_min(rows - r, 64);
         for (size_t t = 0; t < n; t += 2, xs += 2 * ldx) {
             float *to = y + t * ldy;
-            if (n - t > 1)
-                dsv3i_avx512_bf16_gemv_panels(kind, type, 2, 1, to, ldy, 0, some, xs, ldx, ws, 0, k, table);
-            if (n - t == 1)
-                dsv3i_avx512_bf16_gemv_panels(kind, type, 1, 1, to, ldy, 0, some, xs, ldx, ws, 0, k, table);
+            if (n - t > 1) dsv3i_bf16_gemv_panels(kind, type, 2, 1, to, ldy, 0, some, xs, ldx, ws, 0, k, table);
+            if (n - t == 1) dsv3i_bf16_gemv_panels(kind, type, 1, 1, to, ldy, 0, some, xs, ldx, ws, 0, k, table);
         }
         xs = (const unsigned char *)x;
     }
 }
 
-/* ---- AVX-512 BF16: gemm_packed. Outputs stay in registers while terms pass by that near caches hold, and each share of
- * the rows fetches its share of what comes next. */
+/* ---- AVX-512 BF16: gemm_packed. Outputs stay in registers while terms pass by that near caches hold. */
 
 /* Terms of a panel that go by all rows before the next ones do, with FP8 as BF16. */
 #define DSV3I_K_BF16 1024u
@@ -9660,82 +9491,72 @@ static void dsv3i_f8_scale(float scale[64], const unsigned char *w) {
     for (size_t i = 0; i < 64; i++) scale[i] = one;
 }
 
-/* k terms of a panel at `from`, as gemm takes them: codes, or of FP8 values in BF16, and the scales behind each scale block
- * as floats. Returns where the next terms are. */
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-const unsigned char *dsv3i_avx512_bf16_gemm_packed_begin(const dsv3_type type, dsv3i_panel *w, float *scale,
-                                                         unsigned char *values, const unsigned char *from, size_t k) {
-    w->values = type == DSV3_F8_E4M3 ? values : from;
-    for (size_t i = 0, some; i < k; i += some, from += dsv3i_scale_block_bytes(type, 4, some)) {
-        const unsigned char *behind;
-        some = dsv3i_min(w->block, k - i);
-        behind = from + dsv3i_codes_bytes(type, 4, some);
-        if (type == DSV3_F8_E4M3) {
-            dsv3i_f8_scale(scale + i / DSV3I_TERMS * 64, behind);
-            dsv3i_avx512_bf16_widen_f8(values + 128 * i, from, 4, some);
-        } else if (type != DSV3_BF16) {
-            dsv3i_avx512_decode(DSV3_F16, scale + 2 * i, behind, 64);
-        }
-    }
-    w->next = from;
-    w->next_bytes = type == DSV3_F8_E4M3 ? 0 : (size_t)(from - (const unsigned char *)w->values);
-    return from;
-}
-
-DSV3I_INLINE(DSV3I_AVX512_BF16)
-void dsv3i_avx512_bf16_gemm_packed(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                                   const void *w, size_t rows, size_t k) {
+/* Some terms of a panel after the others, as gemm takes them: codes, or of FP8 values in BF16, and the scales behind each
+ * scale block as floats. */
+DSV3I_INLINE void dsv3i_bf16_gemm_packed(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx,
+                                         size_t n, const void *w, size_t rows, size_t k) {
     const size_t most = type == DSV3_BF16 ? DSV3I_K_BF16 : type == DSV3_F8_E4M3 ? DSV3I_K_F8 : DSV3I_K_BYTES;
     const dsv3_type of = type == DSV3_F8_E4M3 ? DSV3_BF16 : type;
-    const unsigned char *from = (const unsigned char *)w, *xi;
+    const unsigned char *from = (const unsigned char *)w;
     float scale[DSV3I_K_BYTES / DSV3_QBLOCK * 64];
     unsigned char values[64 * DSV3I_K_F8 * 2];
-    dsv3i_panel panel = dsv3i_panel_of(w, 4, k);
+    dsv3i_panel panel = dsv3i_panel_of(values, 4, k);
     if (type != DSV3_BF16) panel.scale = scale;
     panel.zero = type == DSV3_Q8_0 ? 128 : 8;
     panel.gap = 128; /* the scales of Q8_0 and Q4_0 */
     for (size_t p = 0; p < rows / 64; p++) {
         for (size_t i = 0, terms; i < k; i += terms) {
+            const unsigned char *xi = (const unsigned char *)x + dsv3i_input_bytes(1, type, i), *first = from;
             terms = dsv3i_min(most, k - i);
             panel.block = type == DSV3_BF16 ? terms : dsv3i_scale_block_terms(type);
-            from = dsv3i_avx512_bf16_gemm_packed_begin(type, &panel, scale, values, from, terms);
-            xi = (const unsigned char *)x + dsv3i_input_bytes(1, type, i);
-            dsv3i_avx512_bf16_gemm(of, y + 64 * p, ldy, xi, ldx, n, &panel, 64, terms, i > 0);
+            for (size_t j = 0, some; j < terms; j += some, from += dsv3i_scale_block_bytes(type, 4, some)) {
+                some = dsv3i_min(panel.block, terms - j);
+                if (type == DSV3_F8_E4M3) {
+                    dsv3i_f8_scale(scale + j / DSV3I_TERMS * 64, from + dsv3i_codes_bytes(type, 4, some));
+                    dsv3i_bf16_widen_f8(values + 128 * j, from, 4, some);
+                } else if (type != DSV3_BF16) {
+                    dsv3i_avx512_decode(DSV3_F16, scale + 2 * j, from + dsv3i_codes_bytes(type, 4, some), 64);
+                }
+            }
+            if (type != DSV3_F8_E4M3) panel.values = first;
+            panel.next = from;
+            panel.next_bytes = type == DSV3_F8_E4M3 ? 0 : (size_t)(from - first);
+            dsv3i_bf16_gemm(of, y + 64 * p, ldy, xi, ldx, n, &panel, 64, terms, i > 0);
         }
     }
 }
 
 /* Whole matrices of each type of packed weights: name_bf16 and so on. */
-#define DSV3I_WHOLE(isa, name, type, FUNCTION)                                                                       \
-    DSV3I_ENTRY(isa, name, DSV3I_WHOLE_LIST, FUNCTION(type, y, ldy, x, ldx, n, w, rows, k))
-#define DSV3I_WHOLE_TYPES(isa, name, FUNCTION)                                                                       \
-    DSV3I_WHOLE(isa, name##_bf16, DSV3_BF16, FUNCTION)                                                               \
-    DSV3I_WHOLE(isa, name##_f8_e4m3, DSV3_F8_E4M3, FUNCTION)                                                         \
-    DSV3I_WHOLE(isa, name##_q8_0, DSV3_Q8_0, FUNCTION)                                                               \
-    DSV3I_WHOLE(isa, name##_q4_0, DSV3_Q4_0, FUNCTION)
-#define DSV3I_GEMV_EXACT(...) dsv3i_avx512_bf16_gemv(DSV3I_GEMV_FLOATS, __VA_ARGS__)
-#define DSV3I_GEMV_FAST(...) dsv3i_avx512_bf16_gemv(DSV3I_GEMV_CODES, __VA_ARGS__)
-DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemv_exact, DSV3I_GEMV_EXACT)
-DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemv_fast, DSV3I_GEMV_FAST)
-DSV3I_WHOLE_TYPES(DSV3I_AVX512_BF16, dsv3i_avx512_bf16_gemm_packed, dsv3i_avx512_bf16_gemm_packed)
+#define DSV3I_WHOLE(name, type, FUNCTION)                                                                            \
+    DSV3I_KERNEL void name(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w, size_t rows,    \
+                           size_t k) {                                                                               \
+        FUNCTION(type, y, ldy, x, ldx, n, w, rows, k);                                                               \
+    }
+#define DSV3I_WHOLE_TYPES(name, FUNCTION)                                                                            \
+    DSV3I_WHOLE(name##_bf16, DSV3_BF16, FUNCTION)                                                                    \
+    DSV3I_WHOLE(name##_f8_e4m3, DSV3_F8_E4M3, FUNCTION)                                                              \
+    DSV3I_WHOLE(name##_q8_0, DSV3_Q8_0, FUNCTION)                                                                    \
+    DSV3I_WHOLE(name##_q4_0, DSV3_Q4_0, FUNCTION)
+#define DSV3I_GEMV_EXACT(...) dsv3i_bf16_gemv(DSV3I_GEMV_FLOATS, __VA_ARGS__)
+#define DSV3I_GEMV_FAST(...) dsv3i_bf16_gemv(DSV3I_GEMV_CODES, __VA_ARGS__)
+DSV3I_WHOLE_TYPES(dsv3i_bf16_gemv_exact, DSV3I_GEMV_EXACT)
+DSV3I_WHOLE_TYPES(dsv3i_bf16_gemv_fast, DSV3I_GEMV_FAST)
+DSV3I_WHOLE_TYPES(dsv3i_bf16_gemm_packed, dsv3i_bf16_gemm_packed)
 
-static const dsv3i_kernels dsv3i_avx512_bf16_kernels = {
-    DSV3I_COMMON(dsv3i_avx512, NULL, dsv3i_avx512_bf16_widen_f8),
-    DSV3I_ROUND(dsv3i_avx512_bf16_round_bf16, dsv3i_avx512_bf16_round_bytes),
-    DSV3I_GEMM_ROW(dsv3i_avx512, dsv3i_avx512_bf16_gemm_bf16, dsv3i_avx512_bf16_gemm_bytes),
-    {dsv3i_avx512_attend_begin, dsv3i_avx512_bf16_attend_begin},
-    {dsv3i_avx512_attend, dsv3i_avx512_bf16_attend},
-    {DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_exact), DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_fast)},
-    DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemm_packed),
-    DSV3I_GEMV_T_ROW(dsv3i_avx512, dsv3i_avx512_bf16_gemv_t_f8_e4m3)};
-static const dsv3i_ops dsv3i_avx512_bf16_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_avx512_bf16_kernels);
+DSV3I_BACKEND(dsv3i_bf16, dsv3i_avx512, NULL, dsv3i_bf16_widen_f8, dsv3i_bf16_round_bf16, dsv3i_bf16_round_bytes,
+              dsv3i_bf16_gemm_bf16, dsv3i_bf16_gemm_bytes, {dsv3i_avx512_attend_begin, dsv3i_bf16_attend_begin},
+              {dsv3i_avx512_attend, dsv3i_bf16_attend},
+              {DSV3I_WHOLE_ROW(dsv3i_bf16_gemv_exact), DSV3I_WHOLE_ROW(dsv3i_bf16_gemv_fast)},
+              DSV3I_WHOLE_ROW(dsv3i_bf16_gemm_packed), DSV3I_GEMV_T_ROW(dsv3i_bf16_gemv_t_f8_e4m3))
 
 #ifdef DSV3I_TILES
 /* ---- AMX: tiles of 16 rows of 64 bytes are multiplied. A tile of x (16 rows, 32 terms of BF16) times a tile of a panel (32
  * terms of 16 outputs, which lie as a panel has them) is added to a tile of sums. For every output, the sum of a step's even
  * terms and that of its odd terms are added up, and then to what is there; subnormal numbers count as 0. */
 
-#define DSV3I_AMX "amx-tile,amx-bf16,amx-int8," DSV3I_AVX512_BF16
+#undef DSV3I_ISA
+#define DSV3I_ISA                                                                                                    \
+    "amx-tile,amx-bf16,amx-int8,avx512vbmi,avx512vnni,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 #define DSV3I_STEP 32u /* terms of BF16 in a row of a tile */
 
 /* Linux saves tiles only for processes that have asked for them. 1: this one may use them, now and later. */
@@ -9745,19 +9566,16 @@ static int dsv3i_amx_permit(void) {
     return result == 0;
 }
 
-/* The control register of vector instructions: 0x8040 are its bits for subnormal numbers. What reads or writes memory stays
- * on its side of this. */
-DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_control(unsigned value) {
-    __asm__ volatile("ldmxcsr %0" : : "m"(value) : "memory");
-}
+/* The control register: 0x8040 are its bits for subnormal numbers. Accesses of memory stay on their side of this. */
+DSV3I_INLINE void dsv3i_amx_control(unsigned value) { __asm__ volatile("ldmxcsr %0" : : "m"(value) : "memory"); }
 
 /* Intrinsics of gcc do not say that tiles are loaded from memory, and what was written there could be left out. */
 #define DSV3I_AMX_LOAD(tile, at, stride)                                                                             \
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(at), "r"((size_t)(stride)) : "memory")
 
-/* Shapes of the tiles: 0 to 3 are sums, of m0 rows (0, 1) and of m1 rows (2, 3); 4 and 5 rows of x; 6 and 7 weights: `words`
- * of four bytes for each of 16 outputs. */
-DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_shape(size_t m0, size_t m1, size_t words) {
+/* Shapes of the tiles: 0 to 3 are sums, of m0 rows (0, 1) and of m1 rows (2, 3); 4 and 5 rows of x; 6 and 7 weights, for
+ * each of 16 outputs `words` of four bytes. */
+DSV3I_INLINE void dsv3i_amx_shape(size_t m0, size_t m1, size_t words) {
     const uint64_t rows = (uint64_t)m0 * 0x101u + (uint64_t)m1 * 0x1010000u, x = (uint64_t)m0 | (uint64_t)m1 << 8;
     const __m512i wide = _mm512_maskz_set1_epi16(0xFF00, 64),
                   inner = _mm512_set1_epi16((short)(4 * words)); /* row bytes */
@@ -9768,9 +9586,7 @@ DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_shape(size_t m0, size_t m1, size_t words)
     __asm__ volatile("ldtilecfg %0" : : "m"(at));
 }
 
-DSV3I_INLINE(DSV3I_AMX) float *dsv3i_amx_aligned(float *room) {
-    return room + (64 - (uintptr_t)room % 64) % 64 / sizeof *room;
-}
+DSV3I_INLINE float *dsv3i_amx_aligned(float *room) { return room + (64 - (uintptr_t)room % 64) % 64 / sizeof *room; }
 
 /* Two times 16 rows of x, of which m[0] and m[1] are there, and two columns of a panel. */
 typedef struct dsv3i_amx_place {
@@ -9784,14 +9600,14 @@ typedef struct dsv3i_amx_place {
 } dsv3i_amx_place;
 
 /* Some lines at a time: more would keep tiles waiting for theirs. */
-DSV3I_INLINE(DSV3I_AMX) void dsv3i_amx_fetch(const unsigned char *next, size_t lines) {
+DSV3I_INLINE void dsv3i_amx_fetch(const unsigned char *next, size_t lines) {
     for (size_t i = 0; i < lines; i++) _mm_prefetch((const char *)next + 64 * i, _MM_HINT_T1);
 }
 
 /* R times 16 rows, from x[0] and x[1] on, and C columns: tile 2 r + c of sums. `lines` from next on are fetched at each. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_step(const int R, const int C, const unsigned char *const x[2], size_t ldx,
-                    const unsigned char *const w[2], size_t step, const unsigned char *next, size_t lines) {
+DSV3I_INLINE void dsv3i_amx_step(const int R, const int C, const unsigned char *const x[2], size_t ldx,
+                                 const unsigned char *const w[2], size_t step, const unsigned char *next,
+                                 size_t lines) {
     DSV3I_AMX_LOAD(4, x[0], ldx);
     DSV3I_AMX_LOAD(6, w[0], step);
     _tile_dpbf16ps(0, 4, 6);
@@ -9813,8 +9629,7 @@ void dsv3i_amx_step(const int R, const int C, const unsigned char *const x[2], s
 }
 
 /* The last k < 32 terms, filled up with zeros. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_rest(const int R, const int C, const dsv3i_amx_place *a, size_t i, size_t k) {
+DSV3I_INLINE void dsv3i_amx_rest(const int R, const int C, const dsv3i_amx_place *a, size_t i, size_t k) {
     const size_t pairs = (k + 1) / 2;
     unsigned char x[2][16 * 64], w[2][16 * 64];
     const unsigned char *const xs[2] = {x[0], x[1]}, *const ws[2] = {w[0], w[1]};
@@ -9855,8 +9670,7 @@ void dsv3i_amx_rest(const int R, const int C, const dsv3i_amx_place *a, size_t i
     }
 
 /* y = sums, or sums times scales, added to what is there if `add`. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_put(const dsv3i_amx_place *a, const float *sums, size_t r, size_t c, int add) {
+DSV3I_INLINE void dsv3i_amx_put(const dsv3i_amx_place *a, const float *sums, size_t r, size_t c, int add) {
     const __mmask16 mask = dsv3i_avx512_mask(a->columns - 16 * c);
     const __m512 scale = a->scale != NULL ? _mm512_loadu_ps(a->scale + 16 * c) : _mm512_setzero_ps();
     for (size_t t = 0; t < a->m[r]; t++) {
@@ -9870,8 +9684,7 @@ void dsv3i_amx_put(const dsv3i_amx_place *a, const float *sums, size_t r, size_t
 }
 
 /* Terms i .. end-1, which share scales. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_terms(const int R, const int C, dsv3i_amx_place *a, size_t i, size_t end, int add) {
+DSV3I_INLINE void dsv3i_amx_terms(const int R, const int C, dsv3i_amx_place *a, size_t i, size_t end, int add) {
     float room[16 * 17], *sums = dsv3i_amx_aligned(room);
     const int from = add && a->scale == NULL;
     const unsigned char *next = a->next;
@@ -9889,9 +9702,8 @@ void dsv3i_amx_terms(const int R, const int C, dsv3i_amx_place *a, size_t i, siz
 }
 
 /* Columns c, and c + 1 with C = 2. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_block(const int R, const int C, dsv3i_amx_place *a, const dsv3i_panel *w, size_t c, size_t k,
-                     int add) {
+DSV3I_INLINE void dsv3i_amx_block(const int R, const int C, dsv3i_amx_place *a, const dsv3i_panel *w, size_t c,
+                                  size_t k, int add) {
     a->w = (const unsigned char *)w->values + 64 * c;
     a->scale = w->scale != NULL ? w->scale + 16 * c : NULL;
     for (size_t i = 0, end; i < k; i = end) {
@@ -9901,9 +9713,8 @@ void dsv3i_amx_block(const int R, const int C, dsv3i_amx_place *a, const dsv3i_p
     }
 }
 
-DSV3I_TARGET(DSV3I_AMX)
-static void dsv3i_amx_gemm_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3i_panel *w,
-                                size_t rows, size_t k, int add) {
+DSV3I_KERNEL void dsv3i_amx_gemm_bf16(float *y, size_t ldy, const void *x, size_t ldx, size_t n, const dsv3i_panel *w,
+                                      size_t rows, size_t k, int add) {
     const unsigned before = _mm_getcsr();
     dsv3i_amx_place a;
     a.ldx = ldx;
@@ -9933,17 +9744,11 @@ static void dsv3i_amx_gemm_bf16(float *y, size_t ldy, const void *x, size_t ldx,
     dsv3i_amx_control(before);
 }
 
-DSV3I_TARGET(DSV3I_AMX) static void dsv3i_amx_attend(dsv3i_attention_tile *a, size_t nk) {
-    dsv3i_avx512_bf16_attend_by(a, nk, dsv3i_amx_gemm_bf16);
-}
-
-/* ---- AMX: gemm_packed, panel by panel, and for each 96 rows of x k_block by k_block. Sums that are not finished wait in a
- * near cache. */
+/* ---- AMX: gemm_packed, panel by panel, and for each 96 rows of x k_block by k_block, while sums wait in a near cache. */
 
 #define DSV3I_AMX_ROWS 96u /* of x */
 
-/* All tiles of rows are of one height, so that their shapes stay: the last one begins early enough, and its first rows may be
- * those of others, once more. */
+/* All tiles of rows are of one height, so that their shapes stay: the last one may begin with rows of the one before. */
 typedef struct dsv3i_amx_room { /* on cache lines: else each row of a tile would lie on two */
     __m512i table[4];           /* of FP8 */
     float y[DSV3I_AMX_ROWS * 64], scale[DSV3I_TERMS / DSV3_QBLOCK * 64];
@@ -9957,15 +9762,14 @@ static size_t dsv3i_amx_tile_row(const dsv3i_amx_room *room, size_t i) {
 }
 
 /* Values of blocks of bytes as tiles take them, with their signs (256 does not count), and their scales. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_signed(const dsv3_type type, dsv3i_amx_room *room, const unsigned char *w, size_t k) {
+DSV3I_INLINE void dsv3i_amx_signed(const dsv3_type type, dsv3i_amx_room *room, const unsigned char *w, size_t k) {
     const __m512i zero = _mm512_set1_epi8(type == DSV3_Q8_0 ? (char)-128 : 8);
     unsigned char *to = room->values[0];
     float *scale = room->scale;
     for (size_t i = 0; i < k; i += DSV3_QBLOCK, to += 2048) {
         for (size_t j = 0; j < dsv3i_codes_bytes(type, 4, DSV3_QBLOCK); j += 64, w += 64) {
             __m512i b[2];
-            dsv3i_avx512_bf16_values(type, b, w, NULL);
+            dsv3i_bf16_values(type, b, w, NULL);
             _mm512_storeu_si512(to + j, _mm512_sub_epi8(b[0], zero));
             if (type == DSV3_Q4_0) _mm512_storeu_si512(to + 1024 + j, _mm512_sub_epi8(b[1], zero));
         }
@@ -9986,9 +9790,8 @@ void dsv3i_amx_signed(const dsv3_type type, dsv3i_amx_room *room, const unsigned
         dsv3i_amx_fetch(a->next + 64 * (tile)*a->lines, a->lines);                                                   \
     }
 
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_column_sums(dsv3i_amx_place *a, float *sums, const unsigned char *x, const unsigned char *w,
-                           size_t blocks) {
+DSV3I_INLINE void dsv3i_amx_column_sums(dsv3i_amx_place *a, float *sums, const unsigned char *x,
+                                        const unsigned char *w, size_t blocks) {
     DSV3I_AMX_BLOCK(0, 4, 6)
     DSV3I_AMX_BLOCK(1, 5, 7)
     DSV3I_AMX_BLOCK(2, 4, 6)
@@ -10001,8 +9804,7 @@ void dsv3i_amx_column_sums(dsv3i_amx_place *a, float *sums, const unsigned char 
 }
 
 /* 16 rows and four columns, up to four blocks. Rows of x that are not there are the last one once more. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_bytes(dsv3i_amx_place *a, const unsigned char *x, size_t m, size_t k, int add) {
+DSV3I_INLINE void dsv3i_amx_bytes(dsv3i_amx_place *a, const unsigned char *x, size_t m, size_t k, int add) {
     float room[2 * 4 * 256 + 16], *sums = dsv3i_amx_aligned(room), unit[4 * 16];
     const size_t blocks = k / DSV3_QBLOCK;
     for (size_t t = 0; t < 16; t++) {
@@ -10029,8 +9831,8 @@ void dsv3i_amx_bytes(dsv3i_amx_place *a, const unsigned char *x, size_t m, size_
 }
 
 /* Sums [2, 16, 32] of FP8, times scales, join those of `rows` tiles of rows. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_join(float *y, const float *sums, const float *scale, size_t rows, size_t height, int add) {
+DSV3I_INLINE void dsv3i_amx_join(float *y, const float *sums, const float *scale, size_t rows, size_t height,
+                                 int add) {
     const __m512 unit[2] = {_mm512_loadu_ps(scale), _mm512_loadu_ps(scale + 16)};
     for (size_t r = 0; r < rows; r++, y += 16 * 64, sums += 16 * 32) {
         for (size_t i = 0; i < height; i++) {
@@ -10045,9 +9847,9 @@ void dsv3i_amx_join(float *y, const float *sums, const float *scale, size_t rows
 
 /* Rows x times a k_block of BF16, or of FP8, whose values are made already. There, while sums of a pair of tiles are on their
  * way, those of the pair before join y, and some of the next k_block's values are made: `coming` terms. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_k_block(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, const unsigned char *x,
-                       const unsigned char *w, size_t k, size_t turn, size_t coming) {
+DSV3I_INLINE void dsv3i_amx_k_block(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a,
+                                    const unsigned char *x, const unsigned char *w, size_t k, size_t turn,
+                                    size_t coming) {
     const unsigned char *values = type == DSV3_BF16 ? w : room->values[turn % 2];
     const unsigned char *next = w + dsv3i_scale_block_bytes(type, 4, k);
     float *sums = room->sums, *before = NULL;
@@ -10068,7 +9870,7 @@ void dsv3i_amx_k_block(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_pla
         if (type == DSV3_BF16) continue;
         {
             const size_t g = fours * i / pairs, end = fours * (i + 1) / pairs;
-            dsv3i_avx512_bf16_widen(room->values[(turn + 1) % 2] + 512 * g, next + 256 * g, 4, end - g, 0, room->table);
+            dsv3i_bf16_widen(room->values[(turn + 1) % 2] + 512 * g, next + 256 * g, 4, end - g, 0, room->table);
         }
         if (before != NULL) {
             dsv3i_amx_join(before, sums + (i + 1) % 2 * 1024, room->scale, i % 2 ? rows : 2, room->height, turn > 0);
@@ -10079,9 +9881,9 @@ void dsv3i_amx_k_block(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_pla
 }
 
 /* Up to DSV3I_AMX_ROWS rows and a panel, of which what comes next is fetched early. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, float *y, size_t ldy,
-                     const unsigned char *x, size_t rows, const unsigned char *w, size_t k, int fetch) {
+DSV3I_INLINE void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place *a, float *y,
+                                  size_t ldy, const unsigned char *x, size_t rows, const unsigned char *w, size_t k,
+                                  int fetch) {
     const size_t bytes = dsv3i_panel_bytes(type, 4, DSV3I_TERMS);
     const int blocks = dsv3_type_block(type) > 1;
     room->tiles = dsv3i_blocks(rows, 16);
@@ -10091,7 +9893,7 @@ void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place
     a->m[0] = a->m[1] = room->height;
     a->lines = fetch ? dsv3i_blocks(bytes, 64 * 16 * room->tiles) : 0;
     if (type == DSV3_F8_E4M3) {
-        dsv3i_avx512_bf16_widen(room->values[0], w, 4, dsv3i_blocks(dsv3i_min(DSV3I_TERMS, k), 4), 0, room->table);
+        dsv3i_bf16_widen(room->values[0], w, 4, dsv3i_blocks(dsv3i_min(DSV3I_TERMS, k), 4), 0, room->table);
     }
     for (size_t i = 0, turn = 0, terms; i < k; i += terms, turn++) {
         terms = dsv3i_min(DSV3I_TERMS, k - i);
@@ -10116,9 +9918,8 @@ void dsv3i_amx_panel(const dsv3_type type, dsv3i_amx_room *room, dsv3i_amx_place
     }
 }
 
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_gemm_packed(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
-                           const void *w, size_t rows, size_t k) {
+DSV3I_INLINE void dsv3i_amx_gemm_packed(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx,
+                                        size_t n, const void *w, size_t rows, size_t k) {
     const size_t bytes = dsv3i_panel_bytes(type, 4, k);
     const unsigned before = _mm_getcsr();
     dsv3i_amx_room room;
@@ -10128,7 +9929,7 @@ void dsv3i_amx_gemm_packed(const dsv3_type type, float *y, size_t ldy, const voi
     a.ldy = 64;
     a.columns = 32;
     if (type == DSV3_F8_E4M3) {
-        dsv3i_avx512_bf16_tables(room.table);
+        dsv3i_bf16_tables(room.table);
         dsv3i_amx_control(before | 0x8040);
     }
     for (size_t p = 0; p < rows / 64; p++) {
@@ -10142,11 +9943,10 @@ void dsv3i_amx_gemm_packed(const dsv3_type type, float *y, size_t ldy, const voi
     if (type == DSV3_F8_E4M3) dsv3i_amx_control(before);
 }
 
-/* ---- AMX: gemv with packed weights: the sums of tiles in registers, to the bit, with subnormal numbers as 0. For two rows and
- * more, whole panels go to tiles. */
-DSV3I_INLINE(DSV3I_AMX)
-void dsv3i_amx_gemv(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n, const void *w,
-                    size_t rows, size_t k) {
+/* ---- AMX: gemv: the sums of tiles in registers, to the bit, with subnormal numbers as 0. For two rows and more, whole
+ * panels go to tiles. */
+DSV3I_INLINE void dsv3i_amx_gemv(const dsv3_type type, float *y, size_t ldy, const void *x, size_t ldx, size_t n,
+                                 const void *w, size_t rows, size_t k) {
     const size_t done = n > 1 ? rows / 64 * 64 : 0;
     const unsigned char *rest = (const unsigned char *)w + done / 64 * dsv3i_panel_bytes(type, 4, k);
     const unsigned before = _mm_getcsr();
@@ -10154,28 +9954,23 @@ void dsv3i_amx_gemv(const dsv3_type type, float *y, size_t ldy, const void *x, s
     if (done == rows) return;
     dsv3i_amx_control(before | 0x8040);
     for (size_t t = 0; t < n; t++) {
-        dsv3i_avx512_bf16_gemv(DSV3I_GEMV_STEPS, type, y + t * ldy + done, ldy, (const unsigned char *)x + t * ldx,
-                               ldx, 1, rest, rows - done, k);
+        dsv3i_bf16_gemv(DSV3I_GEMV_STEPS, type, y + t * ldy + done, ldy, (const unsigned char *)x + t * ldx, ldx, 1,
+                        rest, rows - done, k);
     }
     dsv3i_amx_control(before);
 }
 
-DSV3I_WHOLE_TYPES(DSV3I_AMX, dsv3i_amx_gemm_packed, dsv3i_amx_gemm_packed)
-DSV3I_WHOLE(DSV3I_AMX, dsv3i_amx_gemv_bf16, DSV3_BF16, dsv3i_amx_gemv)
-DSV3I_WHOLE(DSV3I_AMX, dsv3i_amx_gemv_f8_e4m3, DSV3_F8_E4M3, dsv3i_amx_gemv)
+DSV3I_WHOLE_TYPES(dsv3i_amx_gemm_packed, dsv3i_amx_gemm_packed)
+DSV3I_WHOLE(dsv3i_amx_gemv_bf16, DSV3_BF16, dsv3i_amx_gemv)
+DSV3I_WHOLE(dsv3i_amx_gemv_f8_e4m3, DSV3_F8_E4M3, dsv3i_amx_gemv)
 
-static const dsv3i_kernels dsv3i_amx_kernels = {
-    DSV3I_COMMON(dsv3i_avx512, NULL, dsv3i_avx512_bf16_widen_f8),
-    DSV3I_ROUND(dsv3i_avx512_bf16_round_bf16, dsv3i_avx512_bf16_round_bytes),
-    DSV3I_GEMM_ROW(dsv3i_avx512, dsv3i_amx_gemm_bf16, dsv3i_avx512_bf16_gemm_bytes),
-    {dsv3i_avx512_attend_begin, dsv3i_avx512_bf16_attend_begin},
-    {dsv3i_avx512_attend, dsv3i_amx_attend},
-    {DSV3I_WHOLE_ROW(dsv3i_avx512_bf16_gemv_exact),
-     {NULL, NULL, dsv3i_amx_gemv_bf16, dsv3i_amx_gemv_f8_e4m3, dsv3i_avx512_bf16_gemv_fast_q8_0,
-      dsv3i_avx512_bf16_gemv_fast_q4_0}},
-    DSV3I_WHOLE_ROW(dsv3i_amx_gemm_packed),
-    DSV3I_GEMV_T_ROW(dsv3i_avx512, dsv3i_avx512_bf16_gemv_t_f8_e4m3)};
-static const dsv3i_ops dsv3i_amx_ops = DSV3I_OPS(dsv3i_avx512, dsv3i_amx_kernels);
+DSV3I_BACKEND(dsv3i_amx, dsv3i_avx512, NULL, dsv3i_bf16_widen_f8, dsv3i_bf16_round_bf16, dsv3i_bf16_round_bytes,
+              dsv3i_amx_gemm_bf16, dsv3i_bf16_gemm_bytes, {dsv3i_avx512_attend_begin, dsv3i_bf16_attend_begin},
+              {dsv3i_avx512_attend, dsv3i_bf16_attend},
+              {DSV3I_WHOLE_ROW(dsv3i_bf16_gemv_exact),
+               {NULL, NULL, dsv3i_amx_gemv_bf16, dsv3i_amx_gemv_f8_e4m3, dsv3i_bf16_gemv_fast_q8_0,
+                dsv3i_bf16_gemv_fast_q4_0}},
+              DSV3I_WHOLE_ROW(dsv3i_amx_gemm_packed), DSV3I_GEMV_T_ROW(dsv3i_bf16_gemv_t_f8_e4m3))
 
 #endif /* DSV3I_TILES */
 
@@ -10254,7 +10049,7 @@ static const dsv3i_ops *dsv3i_ops_of(dsv3_backend backend) {
 #ifdef DSV3I_X86
     case DSV3_BACKEND_AVX2: return &dsv3i_avx2_ops;
     case DSV3_BACKEND_AVX512: return &dsv3i_avx512_ops;
-    case DSV3_BACKEND_AVX512_BF16: return &dsv3i_avx512_bf16_ops;
+    case DSV3_BACKEND_AVX512_BF16: return &dsv3i_bf16_ops;
 #endif
 #ifdef DSV3I_TILES
     case DSV3_BACKEND_AMX: return &dsv3i_amx_ops;
