@@ -1283,6 +1283,8 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
         if (try_result != DSV3_OK) return try_result;                                                                \
     } while (0)
 
+#define DSV3I_COUNT(array) (sizeof(array) / sizeof(array)[0])
+
 /* ---- Sizes: saturating arithmetic. SIZE_MAX means "too large" and stays so (but for a product with 0). */
 
 static size_t dsv3i_add(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
@@ -1351,10 +1353,12 @@ static dsv3i_dims dsv3i_dims_of(const dsv3_config *c) {
     return m;
 }
 
-/* The size at this offset in dsv3i_dims. */
-static size_t dsv3i_dim(const dsv3i_dims *m, size_t at) {
+/* Tables name a size by its place in a struct of nothing but sizes. */
+#define DSV3I_PLACE_OF(owner, name) (uint8_t)(offsetof(owner, name) / sizeof(size_t))
+
+static size_t dsv3i_size_at(const void *sizes, size_t place) {
     size_t size;
-    DSV3_MEMCPY(&size, (const unsigned char *)m + at, sizeof size);
+    DSV3_MEMCPY(&size, (const unsigned char *)sizes + place * sizeof size, sizeof size);
     return size;
 }
 
@@ -1390,6 +1394,32 @@ static void *dsv3i_take(dsv3i_layout *l, size_t size, size_t a, size_t b, size_t
 /* rows x columns of them; NULL for 0 rows. */
 static void *dsv3i_take_rows(dsv3i_layout *l, size_t size, size_t rows, size_t columns) {
     return rows == 0 ? NULL : dsv3i_take(l, size, rows, columns, 1);
+}
+
+/* Many arrays of one struct are a table: where the pointer stands in it, and two sizes in another struct. Part 0 is laid out
+ * first; parts 1, 2 .. are never in use together, and all begin where it ends. */
+typedef struct dsv3i_array {
+    uint16_t at;
+    uint8_t size, rows, columns, part;
+} dsv3i_array;
+
+#define DSV3I_ARRAY(owner, sizes, part, type, name, rows, columns)                                                   \
+    {(uint16_t)offsetof(owner, name), sizeof(type), DSV3I_PLACE_OF(sizes, rows), DSV3I_PLACE_OF(sizes, columns), part},
+
+static void dsv3i_take_arrays(dsv3i_layout *l, void *owner, const dsv3i_array *list, size_t count, const void *sizes) {
+    size_t from = l->used, end = 0;
+    for (size_t i = 0; i < count; i++) {
+        size_t rows = dsv3i_size_at(sizes, list[i].rows), columns = dsv3i_size_at(sizes, list[i].columns);
+        void *array;
+        end = dsv3i_max(end, l->used);
+        if (i > 0 && list[i].part != list[i - 1].part) {
+            if (list[i - 1].part == 0) from = l->used;
+            l->used = from;
+        }
+        array = dsv3i_take_rows(l, list[i].size, rows, columns);
+        DSV3_MEMCPY((unsigned char *)owner + list[i].at, &array, sizeof array);
+    }
+    l->used = dsv3i_max(end, l->used);
 }
 
 static dsv3_result dsv3i_layout_size(const dsv3i_layout *l, size_t *bytes) {
@@ -1505,7 +1535,7 @@ DSV3_API const char *dsv3_result_string(dsv3_result result) {
                                     "context full",
                                     "value not finite"};
     size_t i = (size_t)0 - (size_t)(int)result; /* wraps to something large for a positive one */
-    return i < sizeof text / sizeof text[0] ? text[i] : "unknown result";
+    return i < DSV3I_COUNT(text) ? text[i] : "unknown result";
 }
 
 /* All errors are made here: code, name and reason. Numbers may be added. */
@@ -4044,7 +4074,7 @@ static const dsv3i_preset dsv3i_presets[] = {
 DSV3_API dsv3_config dsv3_config_preset(dsv3_preset preset) {
     dsv3_config c = dsv3_config_default();
     const dsv3i_preset *p;
-    if ((size_t)preset >= sizeof dsv3i_presets / sizeof dsv3i_presets[0]) return c;
+    if ((size_t)preset >= DSV3I_COUNT(dsv3i_presets)) return c;
     p = dsv3i_presets + preset;
     DSV3_MEMCPY(&c, dsv3i_preset_sizes[preset], sizeof dsv3i_preset_sizes[preset]);
     c.max_position_embeddings = p->context;
@@ -4247,14 +4277,14 @@ enum {
 typedef struct dsv3i_place {
     char name[36];
     uint16_t at, part;  /* offset in the struct that owns the tensor */
-    uint8_t rows, cols; /* offsets in dsv3i_dims; a vector has cols */
+    uint8_t rows, cols; /* places in dsv3i_dims; a vector has cols */
     uint8_t rank, group;
 } dsv3i_place;
 
 #define DSV3I_PLACE(rank, part, owner, field, name, rows, cols, group)                                               \
     {                                                                                                                \
-        name, (uint16_t)offsetof(owner, field), DSV3I_PART_##part, (uint8_t)offsetof(dsv3i_dims, rows),              \
-            (uint8_t)offsetof(dsv3i_dims, cols), rank, DSV3_GROUP_##group                                            \
+        name, (uint16_t)offsetof(owner, field), DSV3I_PART_##part, DSV3I_PLACE_OF(dsv3i_dims, rows),                 \
+            DSV3I_PLACE_OF(dsv3i_dims, cols), rank, DSV3_GROUP_##group                                               \
     }
 #define DSV3I_VECTOR(part, owner, field, name, n, group) DSV3I_PLACE(1, part, owner, field, name, n, n, group)
 #define DSV3I_MATRIX(part, owner, field, name, n, m, group) DSV3I_PLACE(2, part, owner, field, name, n, m, group)
@@ -4329,8 +4359,8 @@ static void dsv3i_walk_describe(dsv3i_walk *w, const dsv3i_place *p) {
     dsv3i_text_add(&t, p->name);
     w->info.group = (dsv3_group)p->group;
     w->info.rank = p->rank;
-    w->info.rows = p->rank == 1 ? 1 : dsv3i_dim(&w->m, p->rows);
-    w->info.cols = dsv3i_dim(&w->m, p->cols);
+    w->info.rows = p->rank == 1 ? 1 : dsv3i_size_at(&w->m, p->rows);
+    w->info.cols = dsv3i_size_at(&w->m, p->cols);
     w->info.quantised = p->rank == 2 && (p->group == DSV3_GROUP_ATTENTION || p->group == DSV3_GROUP_DENSE ||
                                          p->group == DSV3_GROUP_EXPERTS || p->group == DSV3_GROUP_SHARED);
     w->info.optional = p->part == DSV3I_PART_COPIES;
@@ -4338,7 +4368,7 @@ static void dsv3i_walk_describe(dsv3i_walk *w, const dsv3i_place *p) {
 
 /* The parts [added up] of owner, a struct of the model or NULL. */
 static dsv3_result dsv3i_walk_parts(dsv3i_walk *w, void *owner, int parts) {
-    for (size_t i = 0; i < sizeof dsv3i_places / sizeof dsv3i_places[0]; i++) {
+    for (size_t i = 0; i < DSV3I_COUNT(dsv3i_places); i++) {
         const dsv3i_place *p = dsv3i_places + i;
         if ((p->part & parts) == 0) continue;
         dsv3i_walk_describe(w, p);
@@ -4641,51 +4671,54 @@ static size_t dsv3i_pass_floats(const dsv3i_dims *m, size_t n, size_t threads) {
     return dsv3i_max(floats, dsv3i_engine_pass_floats(m, n, threads));
 }
 
-/* The members of dsv3_workspace, whose shapes stand at its declaration. Rows of a pass: */
-#define DSV3I_WORKSPACE_ROWS(X)                                                                                      \
-    X(int32_t, sequence, n, 1) X(int32_t, position, n, 1) X(int32_t, leader, n, 1) X(int32_t, expanded, n, 1)        \
-    X(float, cos_sin, n, m->dr) X(float, x, n, m->d) X(float, u, n, m->d) X(float, y, n, m->d)                       \
-    X(float, scratch, dsv3i_pass_floats(m, n, threads), 1) X(dsv3_cache, views, n, 1) X(int32_t, row_token, n, 1)    \
-    X(int32_t, row_sequence, n, 1) X(int32_t, row_output, n, 1) X(size_t, row_index, n, 1)                           \
-    X(uint8_t, row_mask, n, 1) X(float, row_hidden, modules, m->d) X(double, balance, threads, 2 * m->E)             \
-    X(double, sequence_loss, n, 1)
-/* Never active together, and so in one place: an MTP module's input, the loss, attention, the FFN. */
-#define DSV3I_WORKSPACE_MODULE(X) X(float, concat, modules, m->d2)
-#define DSV3I_WORKSPACE_LOSS(X) X(float, loss, dsv3i_loss_floats(m->V, n), 1)
-#define DSV3I_WORKSPACE_ATTENTION(X)                                                                                 \
-    X(float, q_latent, n, m->rq) X(float, q, n, m->Hq) X(float, kv, n, m->width) X(float, o, n, m->Ho)               \
-    X(float, softmax, n, 2 * m->H)
-#define DSV3I_WORKSPACE_FFN(X)                                                                                       \
-    X(float, score, n, m->E) X(float, bias, m->E, 1) X(float, select, threads, select) X(int32_t, idx, n, m->K)      \
-    X(float, gate, n, m->K) X(size_t, slot, n, m->K) X(size_t, pair, n, m->K) X(size_t, offset, m->E + 1, 1)         \
-    X(dsv3i_mlp, mlps, mlps, 1) X(float, grouped, n, dsv3i_mul(m->K, m->d)) X(float, h_gate, n, hidden)              \
-    X(float, h_up, n, hidden)
+/* Sizes of a pass of n rows. */
+typedef struct dsv3i_pass_sizes {
+    dsv3i_dims m;
+    size_t one, n, threads, modules, H2, E1, E2, Kd, hidden, mlps, select, scratch, loss;
+} dsv3i_pass_sizes;
 
-/* Back to where parts that share their place begin; *end: where the longest ends. */
-static void dsv3i_layout_back(dsv3i_layout *l, size_t from, size_t *end) {
-    *end = dsv3i_max(*end, l->used);
-    l->used = from;
-}
+/* The arrays of dsv3_workspace, whose shapes stand at its declaration. Parts: rows of a pass; an MTP module's input, the loss,
+ * attention, the FFN. */
+#define DSV3I_WORKSPACE(X)                                                                                           \
+    X(0, int32_t, sequence, n, one) X(0, int32_t, position, n, one) X(0, int32_t, leader, n, one)                    \
+    X(0, int32_t, expanded, n, one) X(0, float, cos_sin, n, m.dr) X(0, float, x, n, m.d) X(0, float, u, n, m.d)      \
+    X(0, float, y, n, m.d) X(0, float, scratch, scratch, one) X(0, dsv3_cache, views, n, one)                        \
+    X(0, int32_t, row_token, n, one) X(0, int32_t, row_sequence, n, one) X(0, int32_t, row_output, n, one)           \
+    X(0, size_t, row_index, n, one) X(0, uint8_t, row_mask, n, one) X(0, float, row_hidden, modules, m.d)            \
+    X(0, double, balance, threads, E2) X(0, double, sequence_loss, n, one) X(1, float, concat, modules, m.d2)        \
+    X(2, float, loss, loss, one) X(3, float, q_latent, n, m.rq) X(3, float, q, n, m.Hq) X(3, float, kv, n, m.width)  \
+    X(3, float, o, n, m.Ho) X(3, float, softmax, n, H2) X(4, float, score, n, m.E) X(4, float, bias, m.E, one)       \
+    X(4, float, select, threads, select) X(4, int32_t, idx, n, m.K) X(4, float, gate, n, m.K)                        \
+    X(4, size_t, slot, n, m.K) X(4, size_t, pair, n, m.K) X(4, size_t, offset, E1, one)                              \
+    X(4, dsv3i_mlp, mlps, mlps, one) X(4, float, grouped, n, Kd) X(4, float, h_gate, n, hidden)                      \
+    X(4, float, h_up, n, hidden)
+#define DSV3I_PASS(part, type, name, rows, columns)                                                                  \
+    DSV3I_ARRAY(dsv3_workspace, dsv3i_pass_sizes, part, type, name, rows, columns)
+static const dsv3i_array dsv3i_workspace_arrays[] = {DSV3I_WORKSPACE(DSV3I_PASS)};
 
 static void dsv3i_workspace_layout(dsv3_workspace *at, const dsv3_config *config, size_t n, size_t threads,
                                    dsv3i_layout *l) {
-    const dsv3i_dims dims = dsv3i_dims_of(config), *m = &dims; /* as the lists have it */
-    size_t hidden = dsv3i_max(dsv3i_add(dsv3i_mul(m->K, m->F), m->Fs), m->I), modules = m->D > 0 ? n : 0, from, end;
-    size_t mlps = dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1), select = dsv3i_add(dsv3i_add(m->E, m->G), 1);
+    dsv3i_pass_sizes s;
+    const dsv3i_dims *m = &s.m;
+    s.m = dsv3i_dims_of(config);
+    s.one = 1;
+    s.n = n;
+    s.threads = threads;
+    s.modules = m->D > 0 ? n : 0; /* rows with something for MTP modules */
+    s.H2 = 2 * m->H;
+    s.E1 = m->E + 1;
+    s.E2 = 2 * m->E;
+    s.Kd = dsv3i_mul(m->K, m->d);
+    s.hidden = dsv3i_max(dsv3i_add(dsv3i_mul(m->K, m->F), m->Fs), m->I);
+    s.mlps = dsv3i_min(m->E, dsv3i_mul(n, m->K)) + 1;
+    s.select = s.E1 + m->G;
+    s.scratch = dsv3i_pass_floats(m, n, threads);
+    s.loss = dsv3i_loss_floats(m->V, n);
     DSV3_MEMSET(at, 0, sizeof *at);
     at->rows = n;
     at->threads = threads;
     at->made_for = dsv3i_fingerprint(config);
-    DSV3I_WORKSPACE_ROWS(DSV3I_TAKE)
-    end = from = l->used;
-    DSV3I_WORKSPACE_MODULE(DSV3I_TAKE)
-    dsv3i_layout_back(l, from, &end);
-    DSV3I_WORKSPACE_LOSS(DSV3I_TAKE)
-    dsv3i_layout_back(l, from, &end);
-    DSV3I_WORKSPACE_ATTENTION(DSV3I_TAKE)
-    dsv3i_layout_back(l, from, &end);
-    DSV3I_WORKSPACE_FFN(DSV3I_TAKE)
-    l->used = dsv3i_max(end, l->used);
+    dsv3i_take_arrays(l, at, dsv3i_workspace_arrays, DSV3I_COUNT(dsv3i_workspace_arrays), &s);
     at->u_ffn = at->u; /* pairs of which nobody wants both */
     at->kv_raw = at->kv;
     at->q_raw = at->q_latent;
@@ -5377,26 +5410,38 @@ DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, 
 
 #define DSV3I_RATE 0.8f /* of drafts, before anything is known */
 
-/* The arrays of a sequence s: type, field, rows, columns. A fork copies what is in those that are KEPT; the others are
- * scratch, but for the modules, which copy themselves. One list makes the layout and the copy: neither can forget any. */
-#define DSV3I_SEQUENCE_ARRAYS(KEPT, SCRATCH)                                                                         \
-    SCRATCH(dsv3_cache, modules, s->n_modules, 1)                                                                    \
-    KEPT(int32_t, token, s->max_drafts + 1, 1) KEPT(uint64_t, drafted, s->max_drafts, 1)                             \
-    KEPT(uint64_t, accepted, s->max_drafts, 1) KEPT(int32_t, history, s->window, 1)                                  \
-    KEPT(float, hidden, dsv3i_mul(s->n_modules, s->window), s->d) KEPT(float, rate, s->max_drafts, 1)                \
-    SCRATCH(float, p, s->max_drafts > 0, V) SCRATCH(float, q, s->max_drafts, V)                                      \
-    SCRATCH(dsv3_candidate, candidates, V, 1)
+/* Sizes of a sequence's arrays. */
+typedef struct dsv3i_sequence_sizes {
+    size_t one, modules, drafts, drafting, tokens, window, states, d, V;
+} dsv3i_sequence_sizes;
+
+/* A fork copies what is in part 0; part 1 is scratch, but for the modules, which copy themselves. One table makes the layout
+ * and the copy: neither can forget any. */
+#define DSV3I_SEQUENCE(X)                                                                                            \
+    X(0, int32_t, token, tokens, one) X(0, uint64_t, drafted, drafts, one) X(0, uint64_t, accepted, drafts, one)     \
+    X(0, int32_t, history, window, one) X(0, float, hidden, states, d) X(0, float, rate, drafts, one)                \
+    X(1, dsv3_cache, modules, modules, one) X(1, float, p, drafting, V) X(1, float, q, drafts, V)                    \
+    X(1, dsv3_candidate, candidates, V, one)
+#define DSV3I_OF_SEQUENCE(part, type, name, rows, columns)                                                           \
+    DSV3I_ARRAY(dsv3_sequence, dsv3i_sequence_sizes, part, type, name, rows, columns)
+static const dsv3i_array dsv3i_sequence_arrays[] = {DSV3I_SEQUENCE(DSV3I_OF_SEQUENCE)};
+
+static dsv3i_sequence_sizes dsv3i_sequence_sizes_of(const dsv3_sequence *s, size_t V) {
+    const size_t drafts = s->max_drafts, states = dsv3i_mul(s->n_modules, s->window);
+    const dsv3i_sequence_sizes z = {1, s->n_modules, drafts, drafts > 0, drafts + 1, s->window, states, s->d, V};
+    return z;
+}
 
 static void dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, size_t capacity, dsv3_type type,
                                   size_t rows, size_t drafts, dsv3i_layout *l) {
-    dsv3_sequence *at = s; /* as the lists have it */
-    size_t V = (size_t)model->config.vocab_size;
+    dsv3i_sequence_sizes z;
     s->n_modules = dsv3i_min(drafts, (size_t)model->n_mtp);
     s->max_drafts = s->n_modules > 0 ? drafts : 0;
     s->rows = rows;
     s->d = (size_t)model->config.hidden_size;
     s->window = dsv3i_add(dsv3i_max(rows, s->max_drafts + 1), s->n_modules + 2);
-    DSV3I_SEQUENCE_ARRAYS(DSV3I_TAKE, DSV3I_TAKE)
+    z = dsv3i_sequence_sizes_of(s, (size_t)model->config.vocab_size);
+    dsv3i_take_arrays(l, s, dsv3i_sequence_arrays, DSV3I_COUNT(dsv3i_sequence_arrays), &z);
     (void)dsv3i_cache_layout(&s->cache, &model->config, 0, capacity, type, l);
     for (size_t k = 0; k < s->n_modules; k++) {
         dsv3_cache cache;
@@ -5489,6 +5534,7 @@ DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *s, size_t length, siz
 
 DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *s) {
     dsv3_sequence own;
+    dsv3i_sequence_sizes z;
     if (to == NULL || s == NULL) return DSV3_ERR_ARG;
     if (to == s) return DSV3_OK;
     if (to->made_for != s->made_for || to->n_modules != s->n_modules || to->max_drafts != s->max_drafts ||
@@ -5502,13 +5548,16 @@ DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *
     own = *to; /* its memory; everything else is copied */
     *to = *s;
     to->cache = own.cache;
-#define DSV3I_OWN(type, field, rows, cols) to->field = own.field;
-#define DSV3I_COPY(type, field, rows, cols)                                                                          \
-    DSV3I_OWN(type, field, rows, cols)                                                                               \
-    if ((rows) * (cols) > 0) DSV3_MEMCPY(to->field, s->field, (rows) * (cols) * sizeof(type)); /* else NULL */
-    DSV3I_SEQUENCE_ARRAYS(DSV3I_COPY, DSV3I_OWN)
-#undef DSV3I_OWN
-#undef DSV3I_COPY
+    z = dsv3i_sequence_sizes_of(s, 0);
+    for (size_t i = 0; i < DSV3I_COUNT(dsv3i_sequence_arrays); i++) {
+        const dsv3i_array *p = &dsv3i_sequence_arrays[i];
+        size_t bytes = p->size * dsv3i_size_at(&z, p->rows) * dsv3i_size_at(&z, p->columns);
+        void *array, *from;
+        DSV3_MEMCPY(&from, (unsigned char *)to + p->at, sizeof from);
+        DSV3_MEMCPY(&array, (unsigned char *)&own + p->at, sizeof array);
+        DSV3_MEMCPY((unsigned char *)to + p->at, &array, sizeof array);
+        if (p->part == 0 && bytes > 0) DSV3_MEMCPY(array, from, bytes);
+    }
     return DSV3_OK;
 }
 
