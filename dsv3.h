@@ -41,7 +41,8 @@
  *   DSV3_SIMD                compile the SIMD backends in (x86-64; elsewhere it changes nothing). The CPU is asked
  *                            at run time: no -m flags are needed, and an older CPU gets what it can run
  *   DSV3_NO_AMX              leave the backend "amx" out, for which Linux must be asked (see dsv3_context_init)
- *   DSV3_NO_TRAINING         leave out gradients and training
+ *   DSV3_NO_TRAINING         leave out gradients, training, and what only it needs of the balance: the bias step,
+ *                            dsv3_balancer, and V2's device and communication losses
  *   DSV3_NO_OPENMP           ignore OpenMP even if the compiler has it switched on
  *   DSV3_ALLOW_FAST_MATH     accept -ffast-math (minus infinity and NaN are part of the algorithm: results
  *                            may then be wrong without notice)
@@ -728,6 +729,7 @@ typedef struct dsv3_load_stats {
 } dsv3_load_stats;
 DSV3_API dsv3_load_stats dsv3_load_statistics(const uint64_t *load, size_t E);
 
+#ifndef DSV3_NO_TRAINING
 typedef enum dsv3_bias_rule {
     DSV3_BIAS_SIGN = 0,         /* b += speed sign(e), the report's */
     DSV3_BIAS_CENTRED = 1,      /* b += speed (sign(e) - mean sign(e)): no common drift */
@@ -770,6 +772,7 @@ DSV3_API dsv3_result dsv3_balancer_init(dsv3_balancer *balancer, const dsv3_conf
 /* Sums load over the ranks, moves bias [layers, E] (rows of dense layers stay), adds load to load_all and clears
  * it. When reduce fails nothing has changed but what reduce did. */
 DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, uint64_t seen);
+#endif
 
 /* Balance losses, without their weights. score [n, E], idx [n, K], mask [n] or NULL as above; 0 when no row
  * counts. Scores are finite, K at most DSV3_MAX_TOPK; f and P are sums in double; scratch [2 E].
@@ -778,6 +781,7 @@ DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, ui
  * scores and idx it is V2's expert-level loss. A row whose scores add up to 0 counts in f only. */
 DSV3_API double dsv3_balance_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
                                   size_t K, double *scratch);
+#ifndef DSV3_NO_TRAINING
 /* V2's device-level loss, [R2] eq. 26-28: experts in `devices` equal groups. idx may be NULL as above. */
 DSV3_API double dsv3_device_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
                                  size_t K, size_t devices, double *scratch);
@@ -792,7 +796,6 @@ typedef struct dsv3_balance_weights {
     int32_t actual;               /* bool: f_i of the first from the actual routing (V2), not the largest scores */
 } dsv3_balance_weights;
 
-#ifndef DSV3_NO_TRAINING
 /* Backward ops. Gradients d.. are added to what stands there, so that branches and micro-batches add up; dy is the
  * gradient of the op's output. Saved values: the op's inputs. */
 
@@ -3456,6 +3459,7 @@ DSV3_API dsv3_load_stats dsv3_load_statistics(const uint64_t *load, size_t E) {
     return r;
 }
 
+#ifndef DSV3_NO_TRAINING
 /* ---- The bias step */
 
 /* 1: below the mean whole + rest / E, -1: above it. */
@@ -3535,6 +3539,7 @@ DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, ui
     dsv3i_balancer_move(balancer, bias, seen);
     return DSV3_OK;
 }
+#endif
 
 /* ---- Balance losses: sum_i f_i P_i, where f_i and P_i = mean s'_i have sum E and sum 1. V2's losses differ in f_i. */
 
@@ -3611,6 +3616,7 @@ DSV3_API double dsv3_balance_loss(const float *score, const int32_t *idx, const 
     return dsv3i_balance_loss(&b, DSV3I_LOSS_EXPERT, scratch);
 }
 
+#ifndef DSV3_NO_TRAINING
 DSV3_API double dsv3_device_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
                                  size_t K, size_t devices, double *scratch) {
     const dsv3i_balance b = {score, idx, mask, n, E, K, devices, 0};
@@ -3623,7 +3629,6 @@ DSV3_API double dsv3_communication_loss(const float *score, const int32_t *idx, 
     return dsv3i_balance_loss(&b, DSV3I_LOSS_COMMUNICATION, scratch);
 }
 
-#ifndef DSV3_NO_TRAINING
 /* ---- Backward. The choice has no gradient, and neither has the bias. With c = routed_scaling_factor, S = sum of
  * the chosen scores (+ 1e-20) and mu = sum_k dw_k s_k / S:
  *     ds_k = c / S (dw_k - mu)  if norm_topk_prob,  else  c dw_k          for the chosen k
