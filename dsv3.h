@@ -1340,11 +1340,22 @@ typedef struct dsv3i_dims {
     size_t Fs;          /* width of the shared experts */
 } dsv3i_dims;
 
+/* The int32_t at this offset in a struct. */
+static int32_t dsv3i_int_at(const void *owner, size_t at) {
+    int32_t value;
+    DSV3_MEMCPY(&value, (const unsigned char *)owner + at, sizeof value);
+    return value;
+}
+
 static dsv3i_dims dsv3i_dims_of(const dsv3_config *c) {
-    dsv3i_dims m;
-#define DSV3I_DIM(name, field) m.name = (size_t)c->field;
-    DSV3I_DIMS(DSV3I_DIM)
+#define DSV3I_DIM(name, field) offsetof(dsv3_config, field),
+    static const uint8_t field[] = {DSV3I_DIMS(DSV3I_DIM)};
 #undef DSV3I_DIM
+    dsv3i_dims m;
+    for (size_t i = 0; i < DSV3I_COUNT(field); i++) {
+        size_t size = (size_t)dsv3i_int_at(c, field[i]);
+        DSV3_MEMCPY((unsigned char *)&m + i * sizeof size, &size, sizeof size);
+    }
     m.d2 = 2 * m.d;
     m.qk = m.dn + m.dr;
     m.kv = m.dn + m.dv;
@@ -4047,33 +4058,33 @@ DSV3_API dsv3_config dsv3_config_default(void) {
     return c;
 }
 
-/* In the order of dsv3_preset: the first fields of dsv3_config, as they follow each other there. */
-static const int32_t dsv3i_preset_sizes[][20] = {
-    /* V, d, I, F, L, D, dense layers, 1, H, H, rq, rk, dn, dr, dv, E, shared experts, K, G, Gt */
-    {129280, 7168, 18432, 2048, 61, 1, 3, 1, 128, 128, 1536, 512, 128, 64, 128, 256, 1, 8, 8, 4}, /* V3 */
-    {102400, 5120, 12288, 1536, 60, 0, 1, 1, 128, 128, 1536, 512, 128, 64, 128, 160, 2, 6, 8, 3}, /* V2 */
-    {102400, 2048, 10944, 1408, 27, 0, 1, 1, 16, 16, 0, 512, 128, 64, 128, 64, 2, 6, 1, 1},       /* V2-Lite */
-    {163840, 2048, 11264, 1408, 27, 0, 1, 1, 16, 16, 0, 512, 128, 64, 128, 64, 2, 6, 1, 1},       /* Moonlight */
-    {163840, 7168, 18432, 2048, 61, 0, 1, 1, 64, 64, 1536, 512, 128, 64, 128, 384, 1, 8, 1, 1},   /* Kimi-K2 */
-    {256, 160, 448, 40, 5, 4, 1, 1, 5, 5, 96, 64, 32, 16, 32, 32, 1, 4, 4, 2},                    /* austen */
-    {256, 64, 192, 32, 3, 1, 1, 1, 4, 4, 0, 32, 16, 8, 16, 8, 1, 2, 1, 1},                        /* micro */
+/* In the order of dsv3_preset: the fields of dsv3_config behind vocab_size, as they follow each other there. */
+static const uint16_t dsv3i_preset_sizes[][19] = {
+    /* d, I, F, L, D, dense layers, 1, H, H, rq, rk, dn, dr, dv, E, shared experts, K, G, Gt */
+    {7168, 18432, 2048, 61, 1, 3, 1, 128, 128, 1536, 512, 128, 64, 128, 256, 1, 8, 8, 4}, /* V3 */
+    {5120, 12288, 1536, 60, 0, 1, 1, 128, 128, 1536, 512, 128, 64, 128, 160, 2, 6, 8, 3}, /* V2 */
+    {2048, 10944, 1408, 27, 0, 1, 1, 16, 16, 0, 512, 128, 64, 128, 64, 2, 6, 1, 1},       /* V2-Lite */
+    {2048, 11264, 1408, 27, 0, 1, 1, 16, 16, 0, 512, 128, 64, 128, 64, 2, 6, 1, 1},       /* Moonlight */
+    {7168, 18432, 2048, 61, 0, 1, 1, 64, 64, 1536, 512, 128, 64, 128, 384, 1, 8, 1, 1},   /* Kimi-K2 */
+    {160, 448, 40, 5, 4, 1, 1, 5, 5, 96, 64, 32, 16, 32, 32, 1, 4, 4, 2},                    /* austen */
+    {64, 192, 32, 3, 1, 1, 1, 4, 4, 0, 32, 16, 8, 16, 8, 1, 2, 1, 1},                        /* micro */
 };
 
 typedef struct dsv3i_preset {
-    int32_t context, bos, eos;
+    int32_t vocab, context, bos, eos;
     float scale, theta, eps;    /* routed_scaling_factor, rope_theta, rms_norm_eps */
     float factor, fast, mscale; /* YaRN's factor, beta_fast, both mscales; factor 0: no YaRN */
     dsv3_topk_method method;    /* noaux_tc, or one of V2 */
 } dsv3i_preset;
 
 static const dsv3i_preset dsv3i_presets[] = {
-    {163840, 0, 1, 2.5f, 10000.0f, 1e-6f, 40.0f, 32.0f, 1.0f, DSV3_NOAUX_TC},
-    {163840, 100000, 100001, 16.0f, 10000.0f, 1e-6f, 40.0f, 32.0f, 1.0f, DSV3_GROUP_LIMITED_GREEDY},
-    {163840, 100000, 100001, 1.0f, 10000.0f, 1e-6f, 40.0f, 32.0f, 0.707f, DSV3_GREEDY},
-    {8192, 163584, 163586, 2.446f, 50000.0f, 1e-5f, 0.0f, 0.0f, 0.0f, DSV3_NOAUX_TC},
-    {131072, 163584, 163585, 2.827f, 50000.0f, 1e-6f, 32.0f, 1.0f, 1.0f, DSV3_NOAUX_TC},
-    {1024, 10, -1, 1.0f, 10000.0f, 1e-6f, 0.0f, 0.0f, 0.0f, DSV3_NOAUX_TC},
-    {512, 10, -1, 1.0f, 10000.0f, 1e-6f, 0.0f, 0.0f, 0.0f, DSV3_NOAUX_TC},
+    {129280, 163840, 0, 1, 2.5f, 10000.0f, 1e-6f, 40.0f, 32.0f, 1.0f, DSV3_NOAUX_TC},
+    {102400, 163840, 100000, 100001, 16.0f, 10000.0f, 1e-6f, 40.0f, 32.0f, 1.0f, DSV3_GROUP_LIMITED_GREEDY},
+    {102400, 163840, 100000, 100001, 1.0f, 10000.0f, 1e-6f, 40.0f, 32.0f, 0.707f, DSV3_GREEDY},
+    {163840, 8192, 163584, 163586, 2.446f, 50000.0f, 1e-5f, 0.0f, 0.0f, 0.0f, DSV3_NOAUX_TC},
+    {163840, 131072, 163584, 163585, 2.827f, 50000.0f, 1e-6f, 32.0f, 1.0f, 1.0f, DSV3_NOAUX_TC},
+    {256, 1024, 10, -1, 1.0f, 10000.0f, 1e-6f, 0.0f, 0.0f, 0.0f, DSV3_NOAUX_TC},
+    {256, 512, 10, -1, 1.0f, 10000.0f, 1e-6f, 0.0f, 0.0f, 0.0f, DSV3_NOAUX_TC},
 };
 
 DSV3_API dsv3_config dsv3_config_preset(dsv3_preset preset) {
@@ -4081,7 +4092,11 @@ DSV3_API dsv3_config dsv3_config_preset(dsv3_preset preset) {
     const dsv3i_preset *p;
     if ((size_t)preset >= DSV3I_COUNT(dsv3i_presets)) return c;
     p = dsv3i_presets + preset;
-    DSV3_MEMCPY(&c, dsv3i_preset_sizes[preset], sizeof dsv3i_preset_sizes[preset]);
+    c.vocab_size = p->vocab;
+    for (size_t i = 0; i < DSV3I_COUNT(dsv3i_preset_sizes[0]); i++) {
+        int32_t size = dsv3i_preset_sizes[preset][i];
+        DSV3_MEMCPY((unsigned char *)&c + (i + 1) * sizeof size, &size, sizeof size);
+    }
     c.max_position_embeddings = p->context;
     c.bos_token_id = p->bos;
     c.eos_token_id = p->eos;
@@ -4126,41 +4141,82 @@ static dsv3_result dsv3i_check_float(dsv3_error *error, const char *name, float 
     return value >= low && value <= FLT_MAX ? DSV3_OK : dsv3i_fail(error, DSV3_ERR_ARG, name, why);
 }
 
-/* A member of an enum that has the values 0 .. choices - 1. */
-static dsv3_result dsv3i_check_choice(dsv3_error *error, const char *name, int value, int choices, const char *why) {
-    return value >= 0 && value < choices ? DSV3_OK : dsv3i_fail(error, DSV3_ERR_UNSUPPORTED, name, why);
+/* The next of texts that follow each other. */
+static const char *dsv3i_next_text(const char *text) {
+    while (*text++ != '\0') continue;
+    return text;
 }
 
-/* The fields of config c, with errors to e. */
+/* Whole numbers and their bounds, then floats that must be positive. */
+#define DSV3I_BOUNDS(X)                                                                                              \
+    X(vocab_size, 1, DSV3_MAX_VOCAB) X(hidden_size, 1, DSV3_MAX_DIM) X(num_hidden_layers, 1, DSV3_MAX_LAYERS)        \
+    X(moe_layer_freq, 1, DSV3_MAX_LAYERS) X(intermediate_size, 0, DSV3_MAX_DIM)                                      \
+    X(num_attention_heads, 1, DSV3_MAX_HEADS) X(q_lora_rank, 0, DSV3_MAX_DIM) X(kv_lora_rank, 1, DSV3_MAX_DIM)       \
+    X(qk_nope_head_dim, 1, DSV3_MAX_DIM) X(qk_rope_head_dim, 2, DSV3_MAX_DIM) X(v_head_dim, 1, DSV3_MAX_DIM)         \
+    X(moe_intermediate_size, 0, DSV3_MAX_DIM) X(n_routed_experts, 0, DSV3_MAX_EXPERTS)                               \
+    X(n_shared_experts, 0, DSV3_MAX_EXPERTS) X(n_group, 1, DSV3_MAX_EXPERTS)                                         \
+    X(num_experts_per_tok, 0, DSV3_MAX_TOPK) X(max_position_embeddings, 1, DSV3_MAX_SEQ)
+#define DSV3I_POSITIVE(X) X(routed_scaling_factor, 0, 0) X(rms_norm_eps, 0, 0) X(latent_norm_eps, 0, 0)
+
+static dsv3_result dsv3i_check_bounds(const dsv3_config *c, dsv3_error *e) {
+#define DSV3I_NAME(field, least, most) #field "\0"
+#define DSV3I_BOUND(field, least, most) {offsetof(dsv3_config, field), least, (int32_t)(most)},
+    static const char names[] = DSV3I_BOUNDS(DSV3I_NAME) DSV3I_POSITIVE(DSV3I_NAME);
+    static const struct {
+        uint16_t at, least;
+        int32_t most;
+    } bounds[] = {DSV3I_BOUNDS(DSV3I_BOUND) DSV3I_POSITIVE(DSV3I_BOUND)};
+#undef DSV3I_NAME
+#undef DSV3I_BOUND
+    const char *name = names;
+    for (size_t i = 0; i < DSV3I_COUNT(bounds); i++, name = dsv3i_next_text(name)) {
+        float value = 1.0f;
+        if (bounds[i].most > 0) DSV3I_TRY(dsv3i_check_int(e, name, dsv3i_int_at(c, bounds[i].at), bounds[i].least, bounds[i].most));
+        if (bounds[i].most == 0) DSV3_MEMCPY(&value, (const unsigned char *)c + bounds[i].at, sizeof value);
+        DSV3I_TRY(dsv3i_check_float(e, name, value, FLT_MIN, "must be positive and finite"));
+    }
+    return DSV3_OK;
+}
+
+/* Members of enums, which have the values 0 .. choices - 1. */
+#define DSV3I_CHOICES(X)                                                                                             \
+    X(scoring_func, 2, "must be sigmoid or softmax")                                                                 \
+    X(topk_method, 3, "must be noaux_tc, group_limited_greedy or greedy")                                            \
+    X(group_mask, 2, "is not one of dsv3_group_mask") X(gate_scaling, 2, "is not one of dsv3_gate_scaling")          \
+    X(bias_form, 2, "is not one of dsv3_bias_form") X(mtp_concat, 2, "is not one of dsv3_mtp_concat")                \
+    X(mtp_hidden, 2, "is not one of dsv3_mtp_hidden") X(rope_scaling.type, 2, "must be yarn or absent")              \
+    X(attention_bias, 1, "no published model has attention biases")
+
+static dsv3_result dsv3i_check_choices(const dsv3_config *c, dsv3_error *e) {
+#define DSV3I_TEXT(field, choices, why) #field "\0" why "\0"
+#define DSV3I_NUMBER(field, choices, why) choices,
+#define DSV3I_VALUE(field, choices, why) (int)c->field,
+    static const char texts[] = DSV3I_CHOICES(DSV3I_TEXT);
+    static const uint8_t choices[] = {DSV3I_CHOICES(DSV3I_NUMBER)};
+    const int value[] = {DSV3I_CHOICES(DSV3I_VALUE)};
+#undef DSV3I_TEXT
+#undef DSV3I_NUMBER
+#undef DSV3I_VALUE
+    const char *name = texts, *why;
+    for (size_t i = 0; i < DSV3I_COUNT(choices); i++, name = dsv3i_next_text(why)) {
+        why = dsv3i_next_text(name);
+        if (value[i] < 0 || value[i] >= choices[i]) return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, name, why);
+    }
+    return DSV3_OK;
+}
+
+/* What depends on other fields of config c, with errors to e. */
 #define DSV3I_INT(field, low, high) DSV3I_TRY(dsv3i_check_int(e, #field, c->field, low, high))
 #define DSV3I_FLOAT(field, low, why) DSV3I_TRY(dsv3i_check_float(e, #field, c->field, low, why))
 #define DSV3I_BETWEEN(field, low, high, why)                                                                         \
     DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_ARG, #field, why, c->field, low, high))
-#define DSV3I_CHOICE(field, choices, why) DSV3I_TRY(dsv3i_check_choice(e, #field, (int)c->field, choices, why))
 
 static dsv3_result dsv3i_check_layers(const dsv3_config *c, dsv3_error *e) {
-    DSV3I_INT(vocab_size, 1, DSV3_MAX_VOCAB);
-    DSV3I_INT(hidden_size, 1, DSV3_MAX_DIM);
-    DSV3I_INT(num_hidden_layers, 1, DSV3_MAX_LAYERS);
     DSV3I_INT(num_nextn_predict_layers, 0, DSV3_MAX_LAYERS - c->num_hidden_layers);
     DSV3I_BETWEEN(first_k_dense_replace, 0, c->num_hidden_layers, "is not between 0 and num_hidden_layers");
-    DSV3I_INT(moe_layer_freq, 1, DSV3_MAX_LAYERS);
     DSV3I_INT(intermediate_size, c->first_k_dense_replace > 0 || c->moe_layer_freq > 1, DSV3_MAX_DIM);
-    return DSV3_OK;
-}
-
-static dsv3_result dsv3i_check_mla(const dsv3_config *c, dsv3_error *e) {
-    DSV3I_INT(num_attention_heads, 1, DSV3_MAX_HEADS);
-    DSV3I_INT(q_lora_rank, 0, DSV3_MAX_DIM);
-    DSV3I_INT(kv_lora_rank, 1, DSV3_MAX_DIM);
-    DSV3I_INT(qk_nope_head_dim, 1, DSV3_MAX_DIM);
-    DSV3I_INT(qk_rope_head_dim, 2, DSV3_MAX_DIM);
-    if (c->qk_rope_head_dim % 2 != 0) {
-        return dsv3i_fail(e, DSV3_ERR_ARG, "qk_rope_head_dim", "must be even: RoPE turns pairs");
-    }
-    DSV3I_INT(v_head_dim, 1, DSV3_MAX_DIM);
-    if (!c->attention_bias) return DSV3_OK;
-    return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "attention_bias", "no published model has attention biases");
+    if (c->qk_rope_head_dim % 2 == 0) return DSV3_OK;
+    return dsv3i_fail(e, DSV3_ERR_ARG, "qk_rope_head_dim", "must be even: RoPE turns pairs");
 }
 
 static size_t dsv3i_moe_layers(const dsv3_config *c) {
@@ -4174,11 +4230,9 @@ static dsv3_result dsv3i_check_experts(const dsv3_config *c, dsv3_error *e) {
     int32_t least = dsv3i_moe_layers(c) > 0, available;
     DSV3I_INT(moe_intermediate_size, least, DSV3_MAX_DIM);
     DSV3I_INT(n_routed_experts, least, DSV3_MAX_EXPERTS);
-    DSV3I_INT(n_shared_experts, 0, DSV3_MAX_EXPERTS);
     DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_LIMIT, "n_shared_experts",
                                   "times moe_intermediate_size is beyond the limit",
                                   (int64_t)c->n_shared_experts * c->moe_intermediate_size, 0, DSV3_MAX_DIM));
-    DSV3I_INT(n_group, 1, DSV3_MAX_EXPERTS);
     if (c->n_routed_experts % c->n_group != 0) {
         return dsv3i_fail_where(e, DSV3_ERR_ARG, "n_group", "must divide n_routed_experts, and is", c->n_group);
     }
@@ -4194,11 +4248,7 @@ static dsv3_result dsv3i_check_rope(const dsv3_config *c, dsv3_error *e) {
     if (!(c->rope_theta > 1.0f) || c->rope_theta > FLT_MAX) {
         return dsv3i_fail(e, DSV3_ERR_ARG, "rope_theta", "must be finite and larger than 1");
     }
-    DSV3I_INT(max_position_embeddings, 1, DSV3_MAX_SEQ);
     if (c->rope_scaling.type == DSV3_ROPE_NONE) return DSV3_OK;
-    if (c->rope_scaling.type != DSV3_ROPE_YARN) {
-        return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "rope_scaling.type", "must be yarn or absent");
-    }
     DSV3I_FLOAT(rope_scaling.factor, 1.0f, "must be finite and at least 1");
     DSV3I_INT(rope_scaling.original_max_position_embeddings, 1, DSV3_MAX_SEQ);
     DSV3I_FLOAT(rope_scaling.beta_slow, FLT_MIN, "must be positive and finite");
@@ -4233,20 +4283,11 @@ static dsv3_result dsv3i_check_sizes(const dsv3_config *c, dsv3_error *e) {
 
 DSV3_API dsv3_result dsv3_config_check(const dsv3_config *c, dsv3_error *e) {
     if (c == NULL) return dsv3i_fail(e, DSV3_ERR_ARG, "config", "is NULL");
+    DSV3I_TRY(dsv3i_check_bounds(c, e));
     DSV3I_TRY(dsv3i_check_layers(c, e));
-    DSV3I_TRY(dsv3i_check_mla(c, e));
     DSV3I_TRY(dsv3i_check_experts(c, e));
-    DSV3I_CHOICE(scoring_func, 2, "must be sigmoid or softmax");
-    DSV3I_CHOICE(topk_method, 3, "must be noaux_tc, group_limited_greedy or greedy");
-    DSV3I_CHOICE(group_mask, 2, "is not one of dsv3_group_mask");
-    DSV3I_CHOICE(gate_scaling, 2, "is not one of dsv3_gate_scaling");
-    DSV3I_CHOICE(bias_form, 2, "is not one of dsv3_bias_form");
-    DSV3I_CHOICE(mtp_concat, 2, "is not one of dsv3_mtp_concat");
-    DSV3I_CHOICE(mtp_hidden, 2, "is not one of dsv3_mtp_hidden");
-    DSV3I_FLOAT(routed_scaling_factor, FLT_MIN, "must be positive and finite");
+    DSV3I_TRY(dsv3i_check_choices(c, e));
     DSV3I_TRY(dsv3i_check_rope(c, e));
-    DSV3I_FLOAT(rms_norm_eps, FLT_MIN, "must be positive and finite");
-    DSV3I_FLOAT(latent_norm_eps, FLT_MIN, "must be positive and finite");
     DSV3I_BETWEEN(bos_token_id, -1, c->vocab_size - 1, "is not in the vocabulary (-1: none)");
     DSV3I_BETWEEN(eos_token_id, -1, c->vocab_size - 1, "is not in the vocabulary (-1: none)");
     DSV3I_TRY(dsv3i_check_sizes(c, e));
@@ -4256,7 +4297,6 @@ DSV3_API dsv3_result dsv3_config_check(const dsv3_config *c, dsv3_error *e) {
 #undef DSV3I_INT
 #undef DSV3I_FLOAT
 #undef DSV3I_BETWEEN
-#undef DSV3I_CHOICE
 
 /* ---- The checkpoint's table of contents, in file order: the part that a tensor is of, its place in the model, its
  * name (behind "model.layers.{i}." in a layer, and then "mlp.experts.{e}." in an expert), shape and group. */
@@ -4279,56 +4319,53 @@ enum {
     DSV3I_PART_SHARED = 16384
 };
 
+/* rank, part, owner, field, name, rows and columns (a vector has columns), group */
+#define DSV3I_PLACES(X)                                                                                              \
+    X(2, EMBED, dsv3_model, embed_tokens, "model.embed_tokens.weight", V, d, EMBED)                                  \
+    X(2, JOIN, dsv3_mtp, eh_proj, "eh_proj.weight", d, d2, MTP)                                                      \
+    X(1, NORMS, dsv3_mtp, enorm, "enorm.weight", d, d, MTP)                                                          \
+    X(1, NORMS, dsv3_mtp, hnorm, "hnorm.weight", d, d, MTP)                                                          \
+    X(1, NORMS, dsv3_mtp, shared_head_norm, "shared_head.norm.weight", d, d, MTP)                                    \
+    X(2, COPIES, dsv3_mtp, embed_tokens, "embed_tokens.weight", V, d, MTP)                                           \
+    X(2, COPIES, dsv3_mtp, shared_head_head, "shared_head.head.weight", V, d, MTP)                                   \
+    X(1, FIRST, dsv3_layer, input_layernorm, "input_layernorm.weight", d, d, NORM)                                   \
+    X(2, Q_LATENT, dsv3_layer, q_a_proj, "self_attn.q_a_proj.weight", rq, d, ATTENTION)                              \
+    X(1, Q_LATENT, dsv3_layer, q_a_layernorm, "self_attn.q_a_layernorm.weight", rq, rq, NORM)                        \
+    X(2, Q_LATENT, dsv3_layer, q_b_proj, "self_attn.q_b_proj.weight", Hq, rq, ATTENTION)                             \
+    X(2, Q, dsv3_layer, q_proj, "self_attn.q_proj.weight", Hq, d, ATTENTION)                                         \
+    X(2, LAYER, dsv3_layer, kv_a_proj_with_mqa, "self_attn.kv_a_proj_with_mqa.weight", width, d, ATTENTION)          \
+    X(1, LAYER, dsv3_layer, kv_a_layernorm, "self_attn.kv_a_layernorm.weight", rk, rk, NORM)                         \
+    X(2, LAYER, dsv3_layer, kv_b_proj, "self_attn.kv_b_proj.weight", Hkv, rk, ATTENTION)                             \
+    X(2, LAYER, dsv3_layer, o_proj, "self_attn.o_proj.weight", d, Ho, ATTENTION)                                     \
+    X(1, LAYER, dsv3_layer, post_attention_layernorm, "post_attention_layernorm.weight", d, d, NORM)                 \
+    X(2, DENSE, dsv3_layer, mlp.gate_proj, "mlp.gate_proj.weight", I, d, DENSE)                                      \
+    X(2, DENSE, dsv3_layer, mlp.up_proj, "mlp.up_proj.weight", I, d, DENSE)                                          \
+    X(2, DENSE, dsv3_layer, mlp.down_proj, "mlp.down_proj.weight", d, I, DENSE)                                      \
+    X(2, ROUTER, dsv3_layer, gate, "mlp.gate.weight", E, d, ROUTER)                                                  \
+    X(1, BIAS, dsv3_layer, e_score_correction_bias, "mlp.gate.e_score_correction_bias", E, E, ROUTER)                \
+    X(2, EXPERT, dsv3_mlp, gate_proj, "gate_proj.weight", F, d, EXPERTS)                                             \
+    X(2, EXPERT, dsv3_mlp, up_proj, "up_proj.weight", F, d, EXPERTS)                                                 \
+    X(2, EXPERT, dsv3_mlp, down_proj, "down_proj.weight", d, F, EXPERTS)                                             \
+    X(2, SHARED, dsv3_layer, shared_experts.gate_proj, "mlp.shared_experts.gate_proj.weight", Fs, d, SHARED)         \
+    X(2, SHARED, dsv3_layer, shared_experts.up_proj, "mlp.shared_experts.up_proj.weight", Fs, d, SHARED)             \
+    X(2, SHARED, dsv3_layer, shared_experts.down_proj, "mlp.shared_experts.down_proj.weight", d, Fs, SHARED)         \
+    X(1, LAST, dsv3_model, norm, "model.norm.weight", d, d, NORM)                                                    \
+    X(2, HEAD, dsv3_model, lm_head, "lm_head.weight", V, d, HEAD)
+
 typedef struct dsv3i_place {
-    char name[36];
     uint16_t at, part;  /* offset in the struct that owns the tensor */
-    uint8_t rows, cols; /* places in dsv3i_dims; a vector has cols */
+    uint8_t rows, cols; /* places in dsv3i_dims */
     uint8_t rank, group;
 } dsv3i_place;
 
 #define DSV3I_PLACE(rank, part, owner, field, name, rows, cols, group)                                               \
-    {                                                                                                                \
-        name, (uint16_t)offsetof(owner, field), DSV3I_PART_##part, DSV3I_PLACE_OF(dsv3i_dims, rows),                 \
-            DSV3I_PLACE_OF(dsv3i_dims, cols), rank, DSV3_GROUP_##group                                               \
-    }
-#define DSV3I_VECTOR(part, owner, field, name, n, group) DSV3I_PLACE(1, part, owner, field, name, n, n, group)
-#define DSV3I_MATRIX(part, owner, field, name, n, m, group) DSV3I_PLACE(2, part, owner, field, name, n, m, group)
-
-static const dsv3i_place dsv3i_places[] = {
-    DSV3I_MATRIX(EMBED, dsv3_model, embed_tokens, "model.embed_tokens.weight", V, d, EMBED),
-    DSV3I_MATRIX(JOIN, dsv3_mtp, eh_proj, "eh_proj.weight", d, d2, MTP),
-    DSV3I_VECTOR(NORMS, dsv3_mtp, enorm, "enorm.weight", d, MTP),
-    DSV3I_VECTOR(NORMS, dsv3_mtp, hnorm, "hnorm.weight", d, MTP),
-    DSV3I_VECTOR(NORMS, dsv3_mtp, shared_head_norm, "shared_head.norm.weight", d, MTP),
-    DSV3I_MATRIX(COPIES, dsv3_mtp, embed_tokens, "embed_tokens.weight", V, d, MTP),
-    DSV3I_MATRIX(COPIES, dsv3_mtp, shared_head_head, "shared_head.head.weight", V, d, MTP),
-    DSV3I_VECTOR(FIRST, dsv3_layer, input_layernorm, "input_layernorm.weight", d, NORM),
-    DSV3I_MATRIX(Q_LATENT, dsv3_layer, q_a_proj, "self_attn.q_a_proj.weight", rq, d, ATTENTION),
-    DSV3I_VECTOR(Q_LATENT, dsv3_layer, q_a_layernorm, "self_attn.q_a_layernorm.weight", rq, NORM),
-    DSV3I_MATRIX(Q_LATENT, dsv3_layer, q_b_proj, "self_attn.q_b_proj.weight", Hq, rq, ATTENTION),
-    DSV3I_MATRIX(Q, dsv3_layer, q_proj, "self_attn.q_proj.weight", Hq, d, ATTENTION),
-    DSV3I_MATRIX(LAYER, dsv3_layer, kv_a_proj_with_mqa, "self_attn.kv_a_proj_with_mqa.weight", width, d, ATTENTION),
-    DSV3I_VECTOR(LAYER, dsv3_layer, kv_a_layernorm, "self_attn.kv_a_layernorm.weight", rk, NORM),
-    DSV3I_MATRIX(LAYER, dsv3_layer, kv_b_proj, "self_attn.kv_b_proj.weight", Hkv, rk, ATTENTION),
-    DSV3I_MATRIX(LAYER, dsv3_layer, o_proj, "self_attn.o_proj.weight", d, Ho, ATTENTION),
-    DSV3I_VECTOR(LAYER, dsv3_layer, post_attention_layernorm, "post_attention_layernorm.weight", d, NORM),
-    DSV3I_MATRIX(DENSE, dsv3_layer, mlp.gate_proj, "mlp.gate_proj.weight", I, d, DENSE),
-    DSV3I_MATRIX(DENSE, dsv3_layer, mlp.up_proj, "mlp.up_proj.weight", I, d, DENSE),
-    DSV3I_MATRIX(DENSE, dsv3_layer, mlp.down_proj, "mlp.down_proj.weight", d, I, DENSE),
-    DSV3I_MATRIX(ROUTER, dsv3_layer, gate, "mlp.gate.weight", E, d, ROUTER),
-    DSV3I_VECTOR(BIAS, dsv3_layer, e_score_correction_bias, "mlp.gate.e_score_correction_bias", E, ROUTER),
-    DSV3I_MATRIX(EXPERT, dsv3_mlp, gate_proj, "gate_proj.weight", F, d, EXPERTS),
-    DSV3I_MATRIX(EXPERT, dsv3_mlp, up_proj, "up_proj.weight", F, d, EXPERTS),
-    DSV3I_MATRIX(EXPERT, dsv3_mlp, down_proj, "down_proj.weight", d, F, EXPERTS),
-    DSV3I_MATRIX(SHARED, dsv3_layer, shared_experts.gate_proj, "mlp.shared_experts.gate_proj.weight", Fs, d, SHARED),
-    DSV3I_MATRIX(SHARED, dsv3_layer, shared_experts.up_proj, "mlp.shared_experts.up_proj.weight", Fs, d, SHARED),
-    DSV3I_MATRIX(SHARED, dsv3_layer, shared_experts.down_proj, "mlp.shared_experts.down_proj.weight", d, Fs, SHARED),
-    DSV3I_VECTOR(LAST, dsv3_model, norm, "model.norm.weight", d, NORM),
-    DSV3I_MATRIX(HEAD, dsv3_model, lm_head, "lm_head.weight", V, d, HEAD),
-};
+    {(uint16_t)offsetof(owner, field), DSV3I_PART_##part, DSV3I_PLACE_OF(dsv3i_dims, rows),                          \
+     DSV3I_PLACE_OF(dsv3i_dims, cols), rank, DSV3_GROUP_##group},
+#define DSV3I_NAME(rank, part, owner, field, name, rows, cols, group) name "\0"
+static const dsv3i_place dsv3i_places[] = {DSV3I_PLACES(DSV3I_PLACE)};
+static const char dsv3i_place_names[] = DSV3I_PLACES(DSV3I_NAME);
 #undef DSV3I_PLACE
-#undef DSV3I_VECTOR
-#undef DSV3I_MATRIX
+#undef DSV3I_NAME
 
 /* ---- The walk through it. walk->visit sees each tensor's description and its slot in the model (NULL when there is
  * no model yet). */
@@ -4357,11 +4394,11 @@ static void dsv3i_walk_begin(dsv3i_walk *w, const dsv3_config *config, void *use
     w->copies = DSV3I_PART_COPIES;
 }
 
-static void dsv3i_walk_describe(dsv3i_walk *w, const dsv3i_place *p) {
+static void dsv3i_walk_describe(dsv3i_walk *w, const dsv3i_place *p, const char *name) {
     dsv3i_text t = dsv3i_text_begin(w->info.name, sizeof w->info.name);
     if (w->info.layer >= 0) dsv3i_text_add_index(&t, "model.layers.", w->info.layer, ".");
     if (w->info.expert >= 0) dsv3i_text_add_index(&t, "mlp.experts.", w->info.expert, ".");
-    dsv3i_text_add(&t, p->name);
+    dsv3i_text_add(&t, name);
     w->info.group = (dsv3_group)p->group;
     w->info.rank = p->rank;
     w->info.rows = p->rank == 1 ? 1 : dsv3i_size_at(&w->m, p->rows);
@@ -4373,10 +4410,11 @@ static void dsv3i_walk_describe(dsv3i_walk *w, const dsv3i_place *p) {
 
 /* The parts [added up] of owner, a struct of the model or NULL. */
 static dsv3_result dsv3i_walk_parts(dsv3i_walk *w, void *owner, int parts) {
-    for (size_t i = 0; i < DSV3I_COUNT(dsv3i_places); i++) {
+    const char *name = dsv3i_place_names;
+    for (size_t i = 0; i < DSV3I_COUNT(dsv3i_places); i++, name = dsv3i_next_text(name)) {
         const dsv3i_place *p = dsv3i_places + i;
         if ((p->part & parts) == 0) continue;
-        dsv3i_walk_describe(w, p);
+        dsv3i_walk_describe(w, p, name);
         DSV3I_TRY(w->visit(w, owner != NULL ? (dsv3_tensor *)(void *)((unsigned char *)owner + p->at) : NULL));
     }
     return DSV3_OK;
@@ -8612,62 +8650,62 @@ static size_t dsv3i_rows_together(size_t n) {
     }
 
 /* What AVX2 and AVX-512 have in common but for their width. repeat: 16 bytes everywhere. */
-#define DSV3I_X86_VECTORS(V, isa, bits, repeat)                                                                              \
-    typedef __m##bits V##_f32;                                                                                               \
-    typedef __m##bits##i V##_u32;                                                                                            \
-    DSV3I_INLINE(isa) V##_f32 V##_set(float a) { return _mm##bits##_set1_ps(a); }                                            \
-    DSV3I_INLINE(isa) V##_f32 V##_load(const float *at) { return _mm##bits##_loadu_ps(at); }                                 \
-    DSV3I_INLINE(isa) void V##_store(float *at, V##_f32 v) { _mm##bits##_storeu_ps(at, v); }                                 \
-    DSV3I_INLINE(isa) V##_f32 V##_add(V##_f32 a, V##_f32 b) { return _mm##bits##_add_ps(a, b); }                             \
-    DSV3I_INLINE(isa) V##_f32 V##_sub(V##_f32 a, V##_f32 b) { return _mm##bits##_sub_ps(a, b); }                             \
-    DSV3I_INLINE(isa) V##_f32 V##_mul(V##_f32 a, V##_f32 b) { return _mm##bits##_mul_ps(a, b); }                             \
-    DSV3I_INLINE(isa) V##_f32 V##_div(V##_f32 a, V##_f32 b) { return _mm##bits##_div_ps(a, b); }                             \
-    DSV3I_INLINE(isa) V##_f32 V##_neg(V##_f32 a) { return _mm##bits##_xor_ps(a, _mm##bits##_set1_ps(-0.0f)); }               \
-    DSV3I_INLINE(isa) V##_f32 V##_fma(V##_f32 a, V##_f32 b, V##_f32 c) { return _mm##bits##_fmadd_ps(a, b, c); }             \
-    DSV3I_INLINE(isa) V##_f32 V##_clamp(V##_f32 x, float low, float high) {                                                  \
-        return _mm##bits##_min_ps(_mm##bits##_set1_ps(high), _mm##bits##_max_ps(_mm##bits##_set1_ps(low), x));               \
-    }                                                                                                                        \
-    DSV3I_INLINE(isa) void V##_near(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T0); }                \
-    DSV3I_INLINE(isa) void V##_far(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T1); }                 \
-    DSV3I_INLINE(isa) V##_u32 V##_words(const void *at) { return _mm##bits##_loadu_si##bits((const V##_u32 *)at); }          \
-    DSV3I_INLINE(isa) void V##_put_words(void *at, V##_u32 v) { _mm##bits##_storeu_si##bits((V##_u32 *)at, v); }             \
-    DSV3I_INLINE(isa) V##_u32 V##_flip(V##_u32 v) {                                                                          \
-        return _mm##bits##_xor_si##bits(v, _mm##bits##_set1_epi8((char)-128));                                               \
-    }                                                                                                                        \
-    DSV3I_INLINE(isa) V##_u32 V##_order(V##_u32 v) {                                                                         \
-        return _mm##bits##_shuffle_epi8(                                                                                     \
-            v, repeat(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)));                                 \
-    }                                                                                                                        \
+#define DSV3I_X86_VECTORS(V, isa, bits, repeat)                                                                      \
+    typedef __m##bits V##_f32;                                                                                       \
+    typedef __m##bits##i V##_u32;                                                                                    \
+    DSV3I_INLINE(isa) V##_f32 V##_set(float a) { return _mm##bits##_set1_ps(a); }                                    \
+    DSV3I_INLINE(isa) V##_f32 V##_load(const float *at) { return _mm##bits##_loadu_ps(at); }                         \
+    DSV3I_INLINE(isa) void V##_store(float *at, V##_f32 v) { _mm##bits##_storeu_ps(at, v); }                         \
+    DSV3I_INLINE(isa) V##_f32 V##_add(V##_f32 a, V##_f32 b) { return _mm##bits##_add_ps(a, b); }                     \
+    DSV3I_INLINE(isa) V##_f32 V##_sub(V##_f32 a, V##_f32 b) { return _mm##bits##_sub_ps(a, b); }                     \
+    DSV3I_INLINE(isa) V##_f32 V##_mul(V##_f32 a, V##_f32 b) { return _mm##bits##_mul_ps(a, b); }                     \
+    DSV3I_INLINE(isa) V##_f32 V##_div(V##_f32 a, V##_f32 b) { return _mm##bits##_div_ps(a, b); }                     \
+    DSV3I_INLINE(isa) V##_f32 V##_neg(V##_f32 a) { return _mm##bits##_xor_ps(a, _mm##bits##_set1_ps(-0.0f)); }       \
+    DSV3I_INLINE(isa) V##_f32 V##_fma(V##_f32 a, V##_f32 b, V##_f32 c) { return _mm##bits##_fmadd_ps(a, b, c); }     \
+    DSV3I_INLINE(isa) V##_f32 V##_clamp(V##_f32 x, float low, float high) {                                          \
+        return _mm##bits##_min_ps(_mm##bits##_set1_ps(high), _mm##bits##_max_ps(_mm##bits##_set1_ps(low), x));       \
+    }                                                                                                                \
+    DSV3I_INLINE(isa) void V##_near(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T0); }        \
+    DSV3I_INLINE(isa) void V##_far(const unsigned char *at) { _mm_prefetch((const char *)at, _MM_HINT_T1); }         \
+    DSV3I_INLINE(isa) V##_u32 V##_words(const void *at) { return _mm##bits##_loadu_si##bits((const V##_u32 *)at); }  \
+    DSV3I_INLINE(isa) void V##_put_words(void *at, V##_u32 v) { _mm##bits##_storeu_si##bits((V##_u32 *)at, v); }     \
+    DSV3I_INLINE(isa) V##_u32 V##_flip(V##_u32 v) {                                                                  \
+        return _mm##bits##_xor_si##bits(v, _mm##bits##_set1_epi8((char)-128));                                       \
+    }                                                                                                                \
+    DSV3I_INLINE(isa) V##_u32 V##_order(V##_u32 v) {                                                                 \
+        return _mm##bits##_shuffle_epi8(                                                                             \
+            v, repeat(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)));                         \
+    }                                                                                                                \
     /* The first two of the steps of V_transpose: r[4 i + j] becomes, of every four words, word j of rows 4 i .. 4 i + 3. */ \
-    DSV3I_INLINE(isa) void V##_transpose_fours(V##_u32 *r, const int rows) {                                                 \
-        V##_u32 t[4];                                                                                                        \
-        DSV3I_UNROLL for (int i = 0; i < rows; i += 4) {                                                                     \
-            DSV3I_UNROLL for (int j = 0; j < 4; j += 2) {                                                                    \
-                t[j] = _mm##bits##_unpacklo_epi32(r[i + j], r[i + j + 1]);                                                   \
-                t[j + 1] = _mm##bits##_unpackhi_epi32(r[i + j], r[i + j + 1]);                                               \
-            }                                                                                                                \
-            DSV3I_UNROLL for (int j = 0; j < 2; j++) {                                                                       \
-                r[i + 2 * j] = _mm##bits##_unpacklo_epi64(t[j], t[j + 2]);                                                   \
-                r[i + 2 * j + 1] = _mm##bits##_unpackhi_epi64(t[j], t[j + 2]);                                               \
-            }                                                                                                                \
-        }                                                                                                                    \
-    }                                                                                                                        \
-    DSV3I_INLINE(isa) void V##_nibbles(V##_u32 b[2], V##_u32 v) {                                                            \
-        b[0] = _mm##bits##_and_si##bits(v, _mm##bits##_set1_epi8(15));                                                       \
-        b[1] = _mm##bits##_and_si##bits(_mm##bits##_srli_epi16(v, 4), _mm##bits##_set1_epi8(15));                            \
-    }                                                                                                                        \
-    DSV3I_INLINE(isa) void V##_floats(const int bytes, V##_f32 f[4], V##_u32 v, V##_f32 zero) {                              \
-        const V##_u32 byte = _mm##bits##_set1_epi32(255);                                                                    \
-        if (bytes) {                                                                                                         \
-            const V##_u32 two = _mm##bits##_srli_epi32(v, 8), three = _mm##bits##_srli_epi32(v, 16);                         \
-            f[0] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(v, byte)), zero);                                \
-            f[1] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(two, byte)), zero);                              \
-            f[2] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(three, byte)), zero);                            \
-            f[3] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_srli_epi32(v, 24)), zero);                                    \
-        } else {                                                                                                             \
-            f[0] = _mm##bits##_castsi##bits##_ps(_mm##bits##_slli_epi32(v, 16));                                             \
-            f[1] = _mm##bits##_castsi##bits##_ps(_mm##bits##_and_si##bits(v, _mm##bits##_set1_epi32(-65536)));               \
-        }                                                                                                                    \
+    DSV3I_INLINE(isa) void V##_transpose_fours(V##_u32 *r, const int rows) {                                         \
+        V##_u32 t[4];                                                                                                \
+        DSV3I_UNROLL for (int i = 0; i < rows; i += 4) {                                                             \
+            DSV3I_UNROLL for (int j = 0; j < 4; j += 2) {                                                            \
+                t[j] = _mm##bits##_unpacklo_epi32(r[i + j], r[i + j + 1]);                                           \
+                t[j + 1] = _mm##bits##_unpackhi_epi32(r[i + j], r[i + j + 1]);                                       \
+            }                                                                                                        \
+            DSV3I_UNROLL for (int j = 0; j < 2; j++) {                                                               \
+                r[i + 2 * j] = _mm##bits##_unpacklo_epi64(t[j], t[j + 2]);                                           \
+                r[i + 2 * j + 1] = _mm##bits##_unpackhi_epi64(t[j], t[j + 2]);                                       \
+            }                                                                                                        \
+        }                                                                                                            \
+    }                                                                                                                \
+    DSV3I_INLINE(isa) void V##_nibbles(V##_u32 b[2], V##_u32 v) {                                                    \
+        b[0] = _mm##bits##_and_si##bits(v, _mm##bits##_set1_epi8(15));                                               \
+        b[1] = _mm##bits##_and_si##bits(_mm##bits##_srli_epi16(v, 4), _mm##bits##_set1_epi8(15));                    \
+    }                                                                                                                \
+    DSV3I_INLINE(isa) void V##_floats(const int bytes, V##_f32 f[4], V##_u32 v, V##_f32 zero) {                      \
+        const V##_u32 byte = _mm##bits##_set1_epi32(255);                                                            \
+        if (bytes) {                                                                                                 \
+            const V##_u32 two = _mm##bits##_srli_epi32(v, 8), three = _mm##bits##_srli_epi32(v, 16);                 \
+            f[0] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(v, byte)), zero);                        \
+            f[1] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(two, byte)), zero);                      \
+            f[2] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_and_si##bits(three, byte)), zero);                    \
+            f[3] = V##_sub(_mm##bits##_cvtepi32_ps(_mm##bits##_srli_epi32(v, 24)), zero);                            \
+        } else {                                                                                                     \
+            f[0] = _mm##bits##_castsi##bits##_ps(_mm##bits##_slli_epi32(v, 16));                                     \
+            f[1] = _mm##bits##_castsi##bits##_ps(_mm##bits##_and_si##bits(v, _mm##bits##_set1_epi32(-65536)));       \
+        }                                                                                                            \
     }
 
 /* ---- AVX2, FMA, F16C: 8 lanes. */
