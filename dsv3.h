@@ -605,23 +605,31 @@ DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from);
 
 /* Intermediate values of one call. Fields are for the blocks of chapters 6 to 9; treat them as private. */
 typedef struct dsv3_workspace {
-    size_t rows, threads;        /* most rows of a call, most workers */
-    uint64_t made_for;           /* fingerprint of the config's sizes */
+    size_t rows;                 /* most rows of a call */
+    float *x, *u, *y;            /* [n, d] residual stream, normalised, result of a block */
     int32_t *sequence;           /* [n] which cache */
     int32_t *position;           /* [n] */
     int32_t *leader;             /* [n] first row of this call that belongs to the same sequence */
     int32_t *expanded;           /* [n] bool: attention in the expanded form */
-    float *cos_sin;              /* [n, dr] */
-    float *x, *u, *y;            /* [n, d] residual stream, normalised, result of a block */
-    float *q_latent;             /* [n, rq] */
+    float *scratch;              /* of the ops, one after the other */
     float *q;                    /* [n, H(dn+dr)] */
+    float *score;                /* [n, E] */
+    int32_t *idx;                /* [n, K] */
+    size_t *row_index;           /* [n] rows gathered for a call: where they come from */
+    int32_t *row_token, *row_sequence; /* [n] */
+    int32_t *row_output;         /* [n] */
+    uint8_t *row_mask;           /* [n] */
+    float *row_hidden;           /* [n, d] */
+    dsv3_cache *views;           /* [n] caches of the sequences in a call */
+    size_t threads;              /* most workers */
+    uint64_t made_for;           /* fingerprint of the config's sizes */
+    float *cos_sin;              /* [n, dr] */
+    float *q_latent;             /* [n, rq] */
     float *kv;                   /* [n, rk+dr] */
     float *o;                    /* [n, H dv] */
     float *softmax;              /* [n, H, 2] running maximum and sum */
-    float *score;                /* [n, E] */
     float *bias;                 /* [E] */
     float *select;               /* [threads, E + G + 1] */
-    int32_t *idx;                /* [n, K] */
     float *gate;                 /* [n, K] */
     size_t *slot;                /* [n, K] row of (token, choice) among the grouped rows */
     size_t *pair;                /* [n K] and of a grouped row: token K + choice */
@@ -629,21 +637,14 @@ typedef struct dsv3_workspace {
     float *grouped;              /* [n K, d] rows in expert order: inputs, then outputs */
     float *h_gate, *h_up;        /* [n K F + n n_shared F] or [n, I] */
     struct dsv3i_mlp *mlps;      /* [min(E, n K) + 1] */
-    float *scratch;              /* of the ops, one after the other */
     float *u_ffn, *kv_raw, *q_raw, *h; /* u, kv, q_latent and h_gate, unless a backward pass wants both of a pair */
     float *x_mid;                      /* [n, d] NULL, or gets the residual stream between attention and FFN */
     const float *hidden; /* [n, d] public: after dsv3_forward or dsv3_mtp_forward and until the next call, the
                             rows' states as MTP modules take them (config.mtp_hidden) */
-    dsv3_cache *views;   /* [n] caches of the sequences in a call */
-    int32_t *row_token, *row_sequence; /* [n] rows gathered for a call */
-    int32_t *row_output;               /* [n] */
-    size_t *row_index;                 /* [n] where they come from */
-    uint8_t *row_mask;                 /* [n] */
-    float *row_hidden;                 /* [n, d] */
-    float *concat;                     /* [n, 2d] an MTP module's input */
-    float *loss;                       /* cross-entropy */
-    double *balance;                   /* [threads, 2 E] */
-    double *sequence_loss;             /* [n] balance loss of the sequence that begins there */
+    float *concat;         /* [n, 2d] an MTP module's input */
+    float *loss;           /* cross-entropy */
+    double *balance;       /* [threads, 2 E] */
+    double *sequence_loss; /* [n] balance loss of the sequence that begins there */
 } dsv3_workspace;
 
 /* rows: most rows of one dsv3_forward call; threads: dsv3_context.threads. */
@@ -964,11 +965,6 @@ typedef struct dsv3_sequence {
     /* results of a call of dsv3_generate */
     int32_t *token; /* [n_token] written by it, in order */
     size_t n_token; /* 0 .. max_drafts + 1 */
-    /* counters, to be read and cleared */
-    uint64_t steps;     /* steps that wrote something (not those that only read a prompt) */
-    uint64_t written;   /* tokens */
-    uint64_t *drafted;  /* [max_drafts] how often a draft stood in this place */
-    uint64_t *accepted; /* [max_drafts] and was accepted */
     /* to be read: caches.length tokens are in the caches, one more is known if pending */
     dsv3_cache cache;    /* main layers */
     dsv3_cache *modules; /* [n_modules] one layer each */
@@ -976,6 +972,11 @@ typedef struct dsv3_sequence {
     int32_t pending;       /* bool: the last token of the text is not yet in the caches */
     const int32_t *prompt; /* [prompt_left] appended and not yet read; the caller's memory */
     size_t prompt_left;
+    /* counters, to be read and cleared */
+    uint64_t steps;     /* steps that wrote something (not those that only read a prompt) */
+    uint64_t written;   /* tokens */
+    uint64_t *drafted;  /* [max_drafts] how often a draft stood in this place */
+    uint64_t *accepted; /* [max_drafts] and was accepted */
     /* private */
     uint64_t made_for;
     size_t d, window, top;      /* rings of `window` positions; the end of what was ever written */
@@ -1323,19 +1324,19 @@ static size_t dsv3i_blocks(size_t n, size_t block) { return n / block + (n % blo
 /* ---- The sizes of an architecture, with the names of the glossary, from one place */
 
 #define DSV3I_DIMS(X)                                                                                                \
-    X(d, hidden_size) X(V, vocab_size) X(H, num_attention_heads) X(rq, q_lora_rank) X(rk, kv_lora_rank)              \
-    X(dn, qk_nope_head_dim) X(dr, qk_rope_head_dim) X(dv, v_head_dim) X(E, n_routed_experts)                         \
-    X(K, num_experts_per_tok) X(G, n_group) X(F, moe_intermediate_size) X(I, intermediate_size)                      \
-    X(L, num_hidden_layers) X(D, num_nextn_predict_layers)
+    X(d, hidden_size) X(H, num_attention_heads) X(rk, kv_lora_rank) X(dn, qk_nope_head_dim) X(dv, v_head_dim)        \
+    X(E, n_routed_experts) X(K, num_experts_per_tok) X(dr, qk_rope_head_dim) X(rq, q_lora_rank) X(V, vocab_size)     \
+    X(G, n_group) X(F, moe_intermediate_size) X(I, intermediate_size) X(L, num_hidden_layers)                        \
+    X(D, num_nextn_predict_layers)
 
 typedef struct dsv3i_dims {
+    size_t qk;    /* dn + dr: one head's query */
+    size_t width; /* rk + dr: what the cache keeps of a position */
 #define DSV3I_DIM(name, field) size_t name;
     DSV3I_DIMS(DSV3I_DIM)
 #undef DSV3I_DIM
     size_t d2;          /* 2 d: what an MTP module joins */
-    size_t qk;          /* dn + dr: one head's query */
     size_t kv;          /* dn + dv: one head's rows of kv_b_proj */
-    size_t width;       /* rk + dr: what the cache keeps of a position */
     size_t Hq, Hkv, Ho; /* H times qk, kv, dv */
     size_t Fs;          /* width of the shared experts */
 } dsv3i_dims;
@@ -1354,7 +1355,7 @@ static dsv3i_dims dsv3i_dims_of(const dsv3_config *c) {
     dsv3i_dims m;
     for (size_t i = 0; i < DSV3I_COUNT(field); i++) {
         size_t size = (size_t)dsv3i_int_at(c, field[i]);
-        DSV3_MEMCPY((unsigned char *)&m + i * sizeof size, &size, sizeof size);
+        DSV3_MEMCPY((unsigned char *)&m + offsetof(dsv3i_dims, d) + i * sizeof size, &size, sizeof size);
     }
     m.d2 = 2 * m.d;
     m.qk = m.dn + m.dr;
@@ -1457,9 +1458,12 @@ static dsv3_result dsv3i_memory_check(const void *memory, size_t bytes, size_t n
     return bytes < need ? DSV3_ERR_MEMORY : DSV3_OK;
 }
 
-/* Begins the layout that was measured as `need` bytes over memory [bytes]. */
-static dsv3_result dsv3i_layout_begin(dsv3i_layout *l, void *memory, size_t bytes, size_t need) {
-    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
+/* Begins the layout of an object over memory [bytes], which was measured, with that result, as *need bytes. */
+static dsv3_result dsv3i_layout_begin(dsv3i_layout *l, const void *object, dsv3_result measured, void *memory,
+                                      size_t bytes, const size_t *need) {
+    if (object == NULL) return DSV3_ERR_ARG;
+    DSV3I_TRY(measured);
+    DSV3I_TRY(dsv3i_memory_check(memory, bytes, *need));
     l->base = dsv3i_layout_base(memory);
     l->used = 0;
     return DSV3_OK;
@@ -1483,10 +1487,8 @@ static dsv3_result dsv3i_layout_begin(dsv3i_layout *l, void *memory, size_t byte
     return dsv3i_layout_size(&l, bytes)
 #define DSV3I_INIT(object, size)                                                                                     \
     dsv3i_layout l = {NULL, 0};                                                                                      \
-    size_t need;                                                                                                     \
-    if ((object) == NULL) return DSV3_ERR_ARG;                                                                       \
-    DSV3I_TRY(size);                                                                                                 \
-    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need))
+    size_t need = 0;                                                                                                 \
+    DSV3I_TRY(dsv3i_layout_begin(&l, object, size, memory, bytes, &need))
 
 /* ---- Text: names and messages are built without stdio. */
 
@@ -1524,6 +1526,12 @@ static void dsv3i_text_add_int(dsv3i_text *t, int64_t value) {
     dsv3i_text_add(t, digits + n);
 }
 
+/* The next of texts that follow each other. */
+static const char *dsv3i_next_text(const char *text) {
+    while (*text++ != '\0') continue;
+    return text;
+}
+
 /* "layers." 3 "." */
 static void dsv3i_text_add_index(dsv3i_text *t, const char *before, int64_t index, const char *behind) {
     dsv3i_text_add(t, before);
@@ -1534,22 +1542,14 @@ static void dsv3i_text_add_index(dsv3i_text *t, const char *before, int64_t inde
 /* ---- Errors */
 
 DSV3_API const char *dsv3_result_string(dsv3_result result) {
-    /* rows of characters, not pointers: nothing here needs relocation or writable memory */
-    static const char text[][28] = {"ok",
-                                    "bad argument",
-                                    "beyond a limit",
-                                    "size overflow",
-                                    "not supported",
-                                    "buffer too small",
-                                    "buffer not aligned",
-                                    "tensor missing",
-                                    "shape mismatch",
-                                    "token outside vocabulary",
-                                    "position out of sequence",
-                                    "context full",
-                                    "value not finite"};
-    size_t i = (size_t)0 - (size_t)(int)result; /* wraps to something large for a positive one */
-    return i < DSV3I_COUNT(text) ? text[i] : "unknown result";
+    /* one row of characters, no pointers: nothing here needs relocation or writable memory */
+    static const char texts[] = "ok\0bad argument\0beyond a limit\0size overflow\0not supported\0buffer too small\0"
+                                "buffer not aligned\0tensor missing\0shape mismatch\0token outside vocabulary\0"
+                                "position out of sequence\0context full\0value not finite";
+    const char *text = texts;
+    if (result > DSV3_OK || result < DSV3_ERR_NAN) return "unknown result";
+    for (int i = 0; i > (int)result; i--) text = dsv3i_next_text(text);
+    return text;
 }
 
 /* All errors are made here: code, name and reason. Numbers may be added. */
@@ -1768,9 +1768,10 @@ typedef struct dsv3i_call {
     const dsv3_model *model;
     const dsv3_layer *w;
     dsv3_workspace *ws;
-    dsv3_cache *caches;
-    size_t layer, n; /* the layer's index in the caches; rows */
+    size_t n; /* rows */
     dsv3i_dims m;
+    dsv3_cache *caches;
+    size_t layer; /* its index in the caches */
     const dsv3_layer *g; /* backward: gradients of w, else NULL; what w has kept; scratch */
     const struct dsv3i_saved *s;
     const struct dsv3i_backward *b;
@@ -1778,12 +1779,12 @@ typedef struct dsv3i_call {
 
 static dsv3i_call dsv3i_call_of(const dsv3_context *ctx, const dsv3_model *model, const dsv3_layer *w, size_t layer,
                                 dsv3_cache *caches, size_t n, dsv3_workspace *ws) {
-    dsv3i_call c = {ctx, model, w, ws, caches, layer, n, dsv3i_dims_of(&model->config), NULL, NULL, NULL};
+    dsv3i_call c = {ctx, model, w, ws, n, dsv3i_dims_of(&model->config), caches, layer, NULL, NULL, NULL};
     return c;
 }
 
 /* All rows of w. */
-static dsv3i_product dsv3i_product_of(float *y, const float *x, const dsv3_tensor *w, size_t n) {
+DSV3I_APART dsv3i_product dsv3i_product_of(float *y, const float *x, const dsv3_tensor *w, size_t n) {
     dsv3i_product p = {y, x, w, n, 0, w->rows};
     return p;
 }
@@ -2629,22 +2630,26 @@ typedef struct dsv3i_loss {
 } dsv3i_loss;
 
 /* loss [dsv3i_loss_floats] keeps each row's maximum and sum, between forward and backward too. */
-static dsv3i_loss dsv3i_loss_of(const dsv3_context *ctx, const float *u, const dsv3_tensor *head, const int32_t *target,
-                                size_t n, float *loss, float *scratch) {
-    dsv3i_loss a = {ctx, u, head, target, n, loss, loss + 3 * n, scratch, dsv3i_product_of(NULL, u, head, n), 0.0f};
-    return a;
+static void dsv3i_loss_begin(dsv3i_loss *a, const dsv3_context *ctx, const float *u, const dsv3_tensor *head,
+                             const int32_t *target, size_t n, float *loss, float *scratch) {
+    a->ctx = ctx;
+    a->u = u;
+    a->head = head;
+    a->target = target;
+    a->n = n;
+    a->state = loss;
+    a->logits = loss + 3 * n;
+    a->scratch = scratch;
 }
 
 static size_t dsv3i_loss_floats(size_t V, size_t n) { return dsv3i_mul(n, dsv3i_min(V, DSV3I_VOCAB) + 3); }
 
 /* The logits of a part of the vocabulary, and `task` for each row of them. */
 static void dsv3i_loss_part(dsv3i_loss *a, size_t row, dsv3_task task) {
-    dsv3i_product *part = &a->part;
-    part->y = a->logits;
-    part->row = row;
-    part->rows = dsv3i_min(DSV3I_VOCAB, a->head->rows - row);
-    a->ctx->ops->linear(a->ctx, part, 1, a->scratch);
-    dsv3i_loop(a->ctx, a->n, 16 * part->rows, task, a);
+    const dsv3i_product part = {a->logits, a->u, a->head, a->n, row, dsv3i_min(DSV3I_VOCAB, a->head->rows - row)};
+    a->part = part;
+    a->ctx->ops->linear(a->ctx, &part, 1, a->scratch);
+    dsv3i_loop(a->ctx, a->n, 16 * part.rows, task, a);
 }
 
 /* The target's logit of row t among those of this part, or NULL. */
@@ -2688,7 +2693,8 @@ DSV3_API size_t dsv3_cross_entropy_scratch(const dsv3_context *context, const ds
 DSV3_API void dsv3_cross_entropy(const dsv3_context *context, float *nll, const float *u, const dsv3_tensor *head,
                                  const int32_t *target, size_t n, float *scratch) {
     float *linear = scratch + dsv3i_loss_floats(head->rows, n);
-    dsv3i_loss a = dsv3i_loss_of(context, u, head, target, n, scratch, linear);
+    dsv3i_loss a;
+    dsv3i_loss_begin(&a, context, u, head, target, n, scratch, linear);
     for (size_t t = 0; t < n; t++) {
         DSV3_ASSERT(target[t] == DSV3_IGNORE || (target[t] >= 0 && (size_t)target[t] < head->rows));
     }
@@ -2728,7 +2734,8 @@ DSV3_API void dsv3_cross_entropy_backward(const dsv3_context *context, float *du
                                           const float *u, const dsv3_tensor *head, const int32_t *target, size_t n,
                                           float *scratch) {
     float *linear = scratch + dsv3i_loss_floats(head->rows, n);
-    dsv3i_loss a = dsv3i_loss_of(context, u, head, target, n, scratch, linear);
+    dsv3i_loss a;
+    dsv3i_loss_begin(&a, context, u, head, target, n, scratch, linear);
     dsv3i_cross_entropy_backward(&a, du, 0, dhead, weight);
 }
 #endif
@@ -4141,12 +4148,6 @@ static dsv3_result dsv3i_check_float(dsv3_error *error, const char *name, float 
     return value >= low && value <= FLT_MAX ? DSV3_OK : dsv3i_fail(error, DSV3_ERR_ARG, name, why);
 }
 
-/* The next of texts that follow each other. */
-static const char *dsv3i_next_text(const char *text) {
-    while (*text++ != '\0') continue;
-    return text;
-}
-
 /* Whole numbers and their bounds, then floats that must be positive. */
 #define DSV3I_BOUNDS(X)                                                                                              \
     X(vocab_size, 1, DSV3_MAX_VOCAB) X(hidden_size, 1, DSV3_MAX_DIM) X(num_hidden_layers, 1, DSV3_MAX_LAYERS)        \
@@ -4615,8 +4616,7 @@ DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *confi
     dsv3_result result;
     if (model == NULL || find == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "model or find", "is NULL");
     DSV3I_TRY(dsv3_config_check(config, error));
-    result = dsv3_model_size(config, &need);
-    if (result == DSV3_OK) result = dsv3i_layout_begin(&l, memory, bytes, need);
+    result = dsv3i_layout_begin(&l, model, dsv3_model_size(config, &need), memory, bytes, &need);
     if (result == DSV3_ERR_MEMORY) {
         return dsv3i_fail_range(error, result, "memory", "is too small", (int64_t)need, (int64_t)need,
                                 (int64_t)bytes);
@@ -5225,7 +5225,8 @@ static dsv3_result dsv3i_evaluate_nll(const dsv3i_evaluation *a, const dsv3i_run
     int32_t *target = ws->row_output;
     float *nll = ws->y;
     const dsv3_tensor *head = dsv3i_stack_of(p->model, p->k).head;
-    dsv3i_loss loss = dsv3i_loss_of(p->ctx, ws->u, head, target, p->batch->rows, ws->loss, ws->scratch);
+    dsv3i_loss loss;
+    dsv3i_loss_begin(&loss, p->ctx, ws->u, head, target, p->batch->rows, ws->loss, ws->scratch);
     for (size_t i = 0; i < loss.n; i++) target[i] = dsv3i_text_target(a->text, ws->row_index[i], p->k);
     dsv3i_cross_entropy(&loss, nll);
     for (size_t i = 0; i < loss.n; i++) {
