@@ -1604,6 +1604,20 @@ DSV3I_APART dsv3_result dsv3i_fail_row(dsv3_error *error, dsv3_result code, cons
     return dsv3i_fail_at(error, i, dsv3i_fail_range(error, code, name, why, low, high, found));
 }
 
+/* Is element i of an array one of 0 .. count - 1? */
+DSV3I_APART dsv3_result dsv3i_check_element(dsv3_error *error, dsv3_result code, const char *name, size_t i,
+                                           const char *why, int64_t count, int64_t found) {
+    return found >= 0 && found < count ? DSV3_OK : dsv3i_fail_row(error, code, name, i, why, 0, count - 1, found);
+}
+
+static dsv3_result dsv3i_check_token(dsv3_error *error, const char *name, size_t i, int32_t V, int32_t token) {
+    return dsv3i_check_element(error, DSV3_ERR_TOKEN, name, i, "is outside the vocabulary", V, token);
+}
+
+DSV3I_APART dsv3_result dsv3i_fail_null(dsv3_error *error, const char *name) {
+    return dsv3i_fail(error, DSV3_ERR_ARG, name, "is NULL");
+}
+
 static dsv3_result dsv3i_ok(dsv3_error *error) { return dsv3i_fail(error, DSV3_OK, "", "ok"); }
 
 /* Behind the words " 3", or " (expected 256 x 48, found 48 x 256)": pairs for shapes, "1 to 8" for a range. */
@@ -4283,7 +4297,7 @@ static dsv3_result dsv3i_check_sizes(const dsv3_config *c, dsv3_error *e) {
 }
 
 DSV3_API dsv3_result dsv3_config_check(const dsv3_config *c, dsv3_error *e) {
-    if (c == NULL) return dsv3i_fail(e, DSV3_ERR_ARG, "config", "is NULL");
+    if (c == NULL) return dsv3i_fail_null(e, "config");
     DSV3I_TRY(dsv3i_check_bounds(c, e));
     DSV3I_TRY(dsv3i_check_layers(c, e));
     DSV3I_TRY(dsv3i_check_experts(c, e));
@@ -4614,7 +4628,7 @@ DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *confi
     dsv3i_walk w;
     size_t need = 0;
     dsv3_result result;
-    if (model == NULL || find == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "model or find", "is NULL");
+    if (model == NULL || find == NULL) return dsv3i_fail_null(error, "model or find");
     DSV3I_TRY(dsv3_config_check(config, error));
     result = dsv3i_layout_begin(&l, model, dsv3_model_size(config, &need), memory, bytes, &need);
     if (result == DSV3_ERR_MEMORY) {
@@ -4809,19 +4823,14 @@ static size_t dsv3i_previous_row(const int32_t *sequence, size_t r) {
     return r;
 }
 
-static dsv3_result dsv3i_batch_row(const dsv3i_run *p, size_t r) {
+DSV3I_APART dsv3_result dsv3i_batch_row(const dsv3i_run *p, size_t r) {
     const dsv3_batch *batch = p->batch;
     dsv3_workspace *ws = p->ws;
-    int32_t s = batch->sequence != NULL ? batch->sequence[r] : 0, token = batch->token[r];
-    int32_t V = p->model->config.vocab_size;
+    int32_t s = batch->sequence != NULL ? batch->sequence[r] : 0;
     size_t before, position;
-    if (s < 0 || (size_t)s >= p->n_caches) {
-        return dsv3i_fail_row(p->error, DSV3_ERR_ARG, "sequence", r, "is not one of the caches", 0,
-                              (int64_t)p->n_caches - 1, s);
-    }
-    if (token < 0 || token >= V) {
-        return dsv3i_fail_row(p->error, DSV3_ERR_TOKEN, "token", r, "is outside the vocabulary", 0, V - 1, token);
-    }
+    DSV3I_TRY(dsv3i_check_element(p->error, DSV3_ERR_ARG, "sequence", r, "is not one of the caches",
+                                  (int64_t)p->n_caches, s));
+    DSV3I_TRY(dsv3i_check_token(p->error, "token", r, p->model->config.vocab_size, batch->token[r]));
     ws->sequence[r] = s;
     before = dsv3i_previous_row(ws->sequence, r);
     position = before == r ? p->caches[s].length : (size_t)ws->position[before] + 1;
@@ -4830,12 +4839,9 @@ static dsv3_result dsv3i_batch_row(const dsv3i_run *p, size_t r) {
         return dsv3i_fail_row(p->error, DSV3_ERR_POSITION, "position", r, "does not continue its sequence",
                               (int64_t)position, (int64_t)position, batch->position[r]);
     }
-    if (position >= p->caches[s].capacity) {
-        return dsv3i_fail_row(p->error, DSV3_ERR_CONTEXT, "position", r, "is beyond the cache", 0,
-                              (int64_t)p->caches[s].capacity - 1, (int64_t)position);
-    }
     ws->position[r] = (int32_t)position;
-    return DSV3_OK;
+    return dsv3i_check_element(p->error, DSV3_ERR_CONTEXT, "position", r, "is beyond the cache",
+                               (int64_t)p->caches[s].capacity, (int64_t)position);
 }
 
 static dsv3_result dsv3i_batch_outputs(const dsv3_batch *batch, dsv3_error *error) {
@@ -4844,10 +4850,8 @@ static dsv3_result dsv3i_batch_outputs(const dsv3_batch *batch, dsv3_error *erro
                                 (int64_t)batch->rows, (int64_t)batch->outputs);
     }
     for (size_t i = 0; batch->output != NULL && i < batch->outputs; i++) {
-        if (batch->output[i] < 0 || (size_t)batch->output[i] >= batch->rows) {
-            return dsv3i_fail_row(error, DSV3_ERR_ARG, "output", i, "is not a row of the batch", 0,
-                                  (int64_t)batch->rows - 1, batch->output[i]);
-        }
+        DSV3I_TRY(dsv3i_check_element(error, DSV3_ERR_ARG, "output", i, "is not a row of the batch",
+                                      (int64_t)batch->rows, batch->output[i]));
     }
     return DSV3_OK;
 }
@@ -4859,7 +4863,7 @@ static dsv3_result dsv3i_batch_check(const dsv3i_run *p) {
     size_t layers, rows, width;
     if (p->ctx == NULL || p->model == NULL || p->caches == NULL || p->batch == NULL || ws == NULL ||
         p->batch->token == NULL) {
-        return dsv3i_fail(e, DSV3_ERR_ARG, "argument", "is NULL");
+        return dsv3i_fail_null(e, "argument");
     }
     rows = p->batch->rows;
     if (rows < 1) return dsv3i_fail(e, DSV3_ERR_ARG, "rows", "the batch is empty");
@@ -5043,8 +5047,8 @@ static dsv3_result dsv3i_pass_logits(const dsv3i_run *p) {
 /* The whole run. In training only the losses are looked at. */
 static dsv3_result dsv3i_forward(const dsv3i_run *p) {
     DSV3I_TRY(dsv3i_batch_begin(p));
-    if (p->k > 0 && p->hidden == NULL) return dsv3i_fail(p->error, DSV3_ERR_ARG, "hidden", "is NULL");
-    if (p->logits == NULL && p->batch->outputs > 0) return dsv3i_fail(p->error, DSV3_ERR_ARG, "logits", "is NULL");
+    if (p->k > 0 && p->hidden == NULL) return dsv3i_fail_null(p->error, "hidden");
+    if (p->logits == NULL && p->batch->outputs > 0) return dsv3i_fail_null(p->error, "logits");
     if (p->k == 0) dsv3_embed(p->ctx, p->ws->x, p->batch->token, &p->model->embed_tokens, p->batch->rows);
     if (p->k > 0) dsv3i_mtp_input(p);
     DSV3I_TRY(dsv3i_pass(p));
@@ -5054,11 +5058,17 @@ static dsv3_result dsv3i_forward(const dsv3i_run *p) {
     return dsv3i_ok(p->error);
 }
 
+static dsv3_result dsv3i_forward_of(const dsv3_context *context, float *logits, const dsv3_model *model, size_t k,
+                                    dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch, const float *hidden,
+                                    dsv3_workspace *workspace, dsv3_error *error) {
+    const dsv3i_run p = {context, model, k, caches, n_caches, batch, hidden, logits, workspace, error, NULL, NULL};
+    return dsv3i_forward(&p);
+}
+
 DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, const dsv3_model *model,
                                   dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                   dsv3_workspace *workspace, dsv3_error *error) {
-    const dsv3i_run p = {context, model, 0, caches, n_caches, batch, NULL, logits, workspace, error, NULL, NULL};
-    return dsv3i_forward(&p);
+    return dsv3i_forward_of(context, logits, model, 0, caches, n_caches, batch, NULL, workspace, error);
 }
 
 /* ========================================================================================================
@@ -5114,12 +5124,11 @@ static void dsv3i_mtp_input(const dsv3i_run *p) {
 DSV3_API dsv3_result dsv3_mtp_forward(const dsv3_context *context, float *logits, const dsv3_model *model, size_t k,
                                       dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                       const float *hidden, dsv3_workspace *workspace, dsv3_error *error) {
-    const dsv3i_run p = {context, model, k, caches, n_caches, batch, hidden, logits, workspace, error, NULL, NULL};
     if (model != NULL && (k < 1 || k > (size_t)model->n_mtp)) {
         return dsv3i_fail_range(error, DSV3_ERR_ARG, "k", "is not a module of this model", 1, model->n_mtp,
                                 (int64_t)k);
     }
-    return dsv3i_forward(&p);
+    return dsv3i_forward_of(context, logits, model, k, caches, n_caches, batch, hidden, workspace, error);
 }
 
 /* ---- The training form: all depths over whole sequences */
@@ -5174,17 +5183,13 @@ static uint64_t dsv3i_text_sequences(const dsv3_text *x) {
 
 static dsv3_result dsv3i_text_check(const dsv3_text *x, int32_t V, dsv3_error *error) {
     for (size_t r = 0; r < x->rows; r++) {
-        int32_t token = x->token[r], target = x->target != NULL ? x->target[r] : DSV3_IGNORE;
-        if (token < 0 || token >= V) {
-            return dsv3i_fail_row(error, DSV3_ERR_TOKEN, "token", r, "is outside the vocabulary", 0, V - 1, token);
-        }
+        int32_t target = x->target != NULL ? x->target[r] : DSV3_IGNORE;
+        DSV3I_TRY(dsv3i_check_token(error, "token", r, V, x->token[r]));
         if (r > 0 && dsv3i_text_sequence(x, r) < dsv3i_text_sequence(x, r - 1)) {
             return dsv3i_fail_row(error, DSV3_ERR_ARG, "sequence", r, "falls", x->sequence[r - 1], INT32_MAX,
                                   x->sequence[r]);
         }
-        if (target != DSV3_IGNORE && (target < 0 || target >= V)) {
-            return dsv3i_fail_row(error, DSV3_ERR_TOKEN, "target", r, "is outside the vocabulary", 0, V - 1, target);
-        }
+        if (target != DSV3_IGNORE) DSV3I_TRY(dsv3i_check_token(error, "target", r, V, target));
     }
     return DSV3_OK;
 }
@@ -5261,7 +5266,7 @@ static size_t dsv3i_evaluate_gather(const dsv3_text *x, size_t k, dsv3_workspace
 
 /* Rows [begin, begin + n) of the text through the main model and every depth. In training all depths have the same
  * caches, one after the other. */
-static dsv3_result dsv3i_evaluate_rows(const dsv3i_evaluation *a, dsv3i_run p, size_t begin, size_t n) {
+DSV3I_APART dsv3_result dsv3i_evaluate_rows(const dsv3i_evaluation *a, dsv3i_run p, size_t begin, size_t n) {
     size_t d = (size_t)p.model->config.hidden_size;
     for (size_t i = 0; i < n; i++) p.ws->row_index[i] = begin + i;
     for (p.k = 0; p.k <= a->losses->depths; p.k++) {
@@ -5289,7 +5294,7 @@ DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *los
     if (context == NULL || losses == NULL || model == NULL || caches == NULL || text == NULL || workspace == NULL ||
         text->token == NULL || losses->nll == NULL || losses->targets == NULL ||
         (modules == NULL && losses->depths > 0)) {
-        return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
+        return dsv3i_fail_null(error, "argument");
     }
     if (text->rows < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "rows", "the text is empty");
     if (workspace->rows < 1) return dsv3i_fail(error, DSV3_ERR_MEMORY, "workspace", "has no rows");
@@ -5429,6 +5434,12 @@ static size_t dsv3i_candidates(dsv3_candidate *c, const float *logits, size_t be
     return top_p < 1.0f ? dsv3i_nucleus(c, V, (double)top_p * *sum, sum) : V;
 }
 
+/* What is wrong with them, or NULL. */
+static const char *dsv3i_sampling_fault(float temperature, float top_p) {
+    if (!(temperature >= 0.0f) || temperature > FLT_MAX) return "temperature is negative or not finite";
+    return !(top_p >= 0.0f) || top_p > 1.0f ? "top_p is not between 0 and 1" : NULL;
+}
+
 static int dsv3i_is_greedy(float temperature, float top_p) { return !(temperature > 0.0f) || !(top_p > 0.0f); }
 
 DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, float temperature, float top_p,
@@ -5436,7 +5447,7 @@ DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, 
     size_t best, kept;
     double sum;
     if (token == NULL || logits == NULL || V == 0 || (uint64_t)V > (uint64_t)DSV3_MAX_VOCAB) return DSV3_ERR_ARG;
-    if (!(temperature >= 0.0f) || temperature > FLT_MAX || !(top_p >= 0.0f) || top_p > 1.0f) return DSV3_ERR_ARG;
+    if (dsv3i_sampling_fault(temperature, top_p) != NULL) return DSV3_ERR_ARG;
     best = dsv3i_argmax(logits, V);
     if (best == V) return DSV3_ERR_NAN;
     if (dsv3i_is_greedy(temperature, top_p)) {
@@ -5767,7 +5778,7 @@ static int dsv3i_verify(const dsv3i_step *a, dsv3_sequence *s, size_t j, const f
 }
 
 /* Writes what the logits [planned + 1, V] of the sequence allow. */
-static dsv3_result dsv3i_accept(const dsv3i_step *a, dsv3_sequence *s, const float *logits) {
+DSV3I_APART dsv3_result dsv3i_accept(const dsv3i_step *a, dsv3_sequence *s, const float *logits) {
     size_t V = (size_t)a->model->config.vocab_size, N = s->cache.length, j = 0; /* drafts accepted */
     int32_t token = -1;
     int stopped = 0, stands = 1;
@@ -5853,7 +5864,7 @@ static dsv3_result dsv3i_finish(const dsv3i_step *a, dsv3_sequence *s, size_t *o
     return dsv3i_accept(a, s, logits);
 }
 
-static dsv3_result dsv3i_generate_check(const dsv3i_step *a) {
+DSV3I_APART dsv3_result dsv3i_generate_check(const dsv3i_step *a) {
     dsv3_error *e = a->error;
     uint64_t made_for = dsv3i_fingerprint(&a->model->config);
     if (a->n < 1 || a->n > a->ws->rows) {
@@ -5866,19 +5877,16 @@ static dsv3_result dsv3i_generate_check(const dsv3i_step *a) {
     }
     for (size_t i = 0; i < a->n; i++) {
         dsv3_sequence *s = a->sequences[i];
-        if (s == NULL) return dsv3i_fail_at(e, i, dsv3i_fail(e, DSV3_ERR_ARG, "sequences", "is NULL"));
-        if (s->step_rows != 0) return dsv3i_fail_at(e, i, dsv3i_fail(e, DSV3_ERR_ARG, "sequences", "is given twice"));
-        s->step_rows = 1; /* seen */
+        dsv3_result code = DSV3_ERR_ARG;
+        const char *why;
+        if (s == NULL) return dsv3i_fail_at(e, i, dsv3i_fail_null(e, "sequences"));
+        why = s->step_rows != 0 ? "is given twice" : dsv3i_sampling_fault(s->temperature, s->top_p);
         if (s->made_for != made_for || s->n_modules > (size_t)a->model->n_mtp) {
-            return dsv3i_fail_at(e, i, dsv3i_fail(e, DSV3_ERR_MISMATCH, "sequences", "was made for another model"));
+            why = "was made for another model";
+            code = DSV3_ERR_MISMATCH;
         }
-        if (!(s->temperature >= 0.0f) || s->temperature > FLT_MAX) {
-            (void)dsv3i_fail(e, DSV3_ERR_ARG, "sequences", "temperature is negative or not finite");
-            return dsv3i_fail_at(e, i, DSV3_ERR_ARG);
-        }
-        if (!(s->top_p >= 0.0f) || s->top_p > 1.0f) {
-            return dsv3i_fail_at(e, i, dsv3i_fail(e, DSV3_ERR_ARG, "sequences", "top_p is not between 0 and 1"));
-        }
+        if (why != NULL) return dsv3i_fail_at(e, i, dsv3i_fail(e, code, "sequences", why));
+        s->step_rows = 1; /* seen */
     }
     return DSV3_OK;
 }
@@ -5911,7 +5919,7 @@ static dsv3_result dsv3i_nothing_to_do(const dsv3i_step *a) {
 }
 
 /* Everything that may fail: the sequences are changed behind it. */
-static dsv3_result dsv3i_compute(dsv3i_step *a) {
+DSV3I_APART dsv3_result dsv3i_compute(dsv3i_step *a) {
     dsv3_workspace *ws = a->ws;
     for (size_t i = 0; i < a->n; i++) {
         dsv3_sequence *s = a->sequences[i];
@@ -5935,7 +5943,7 @@ DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, c
     dsv3_result result;
     size_t output = 0;
     if (context == NULL || logits == NULL || model == NULL || sequences == NULL || workspace == NULL) {
-        return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
+        return dsv3i_fail_null(error, "argument");
     }
     DSV3I_TRY(dsv3i_generate_check(&a));
     dsv3i_gather_begin(&a);
@@ -6366,7 +6374,7 @@ DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_tra
                                            dsv3_error *error) {
     const dsv3_balance_weights *balance;
     if (context == NULL || t == NULL || text == NULL || text->token == NULL) {
-        return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
+        return dsv3i_fail_null(error, "argument");
     }
     balance = &t->settings.balance;
     if (text->rows < 1 || text->rows > t->most_rows) {
@@ -6509,7 +6517,7 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
     dsv3i_optimizer o = {t, 0, 0, 1.0f, 1.0f, 0.0f, 0.0f};
     dsv3_result result = DSV3_OK;
     double size = 0.0, clip;
-    if (context == NULL || t == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
+    if (context == NULL || t == NULL) return dsv3i_fail_null(error, "argument");
     if (t->settings.reduce != NULL) {
         result = t->settings.reduce(t->settings.reduce_user, t->gradients.data, t->gradients.count);
     }
