@@ -1166,6 +1166,7 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 #include <limits.h>
 
 #if DSV3_MAX_SEQ > 2147483647L || DSV3_MAX_LAYERS > 32767L || DSV3_MAX_VOCAB > 2147483647L ||                        \
+    DSV3_MAX_HEADS > 2147483647L || DSV3_MAX_EXPERTS > 2147483647L || DSV3_MAX_TOPK > 2147483647L ||                 \
     DSV3_MAX_DIM > 1073741824L
 #error "dsv3.h: a DSV3_MAX_... limit is larger than its fields can hold"
 #endif
@@ -1334,7 +1335,6 @@ typedef struct dsv3i_dims {
     size_t width; /* rk + dr: what the cache keeps of a position */
 #define DSV3I_DIM(name, field) size_t name;
     DSV3I_DIMS(DSV3I_DIM)
-#undef DSV3I_DIM
     size_t d2;          /* 2 d: what an MTP module joins */
     size_t kv;          /* dn + dv: one head's rows of kv_b_proj */
     size_t Hq, Hkv, Ho; /* H times qk, kv, dv */
@@ -1349,9 +1349,8 @@ static int32_t dsv3i_int_at(const void *owner, size_t at) {
 }
 
 static dsv3i_dims dsv3i_dims_of(const dsv3_config *c) {
-#define DSV3I_DIM(name, field) offsetof(dsv3_config, field),
-    static const uint8_t field[] = {DSV3I_DIMS(DSV3I_DIM)};
-#undef DSV3I_DIM
+#define DSV3I_DIM_AT(name, field) offsetof(dsv3_config, field),
+    static const uint8_t field[] = {DSV3I_DIMS(DSV3I_DIM_AT)};
     dsv3i_dims m;
     for (size_t i = 0; i < DSV3I_COUNT(field); i++) {
         size_t size = (size_t)dsv3i_int_at(c, field[i]);
@@ -4054,28 +4053,17 @@ static void dsv3i_layer_backward(dsv3i_call *c, float *dx) {
 
 DSV3_API dsv3_config dsv3_config_default(void) {
     dsv3_config c;
-    DSV3_MEMSET(&c, 0, sizeof c);
-    c.moe_layer_freq = 1;
-    c.n_group = 1;
-    c.topk_group = 1;
-    c.scoring_func = DSV3_SIGMOID;
-    c.topk_method = DSV3_NOAUX_TC;
-    c.norm_topk_prob = 1;
+    DSV3_MEMSET(&c, 0, sizeof c); /* choices: the first ones, those of V3 */
+    c.moe_layer_freq = c.n_group = c.topk_group = 1;
+    c.norm_topk_prob = c.seq_aux = c.rope_interleave = 1;
     c.routed_scaling_factor = 1.0f;
-    c.seq_aux = 1;
     c.aux_loss_alpha = 0.001f;
-    c.rms_norm_eps = 1e-6f;
-    c.latent_norm_eps = 1e-6f;
+    c.rms_norm_eps = c.latent_norm_eps = 1e-6f;
     c.rope_theta = 10000.0f;
-    c.rope_scaling.type = DSV3_ROPE_NONE;
-    c.rope_scaling.factor = 1.0f;
+    c.rope_scaling.factor = c.rope_scaling.beta_slow = c.rope_scaling.mscale = 1.0f;
     c.rope_scaling.beta_fast = 32.0f;
-    c.rope_scaling.beta_slow = 1.0f;
-    c.rope_scaling.mscale = 1.0f;
-    c.rope_interleave = 1;
     c.max_position_embeddings = 4096;
-    c.bos_token_id = -1;
-    c.eos_token_id = -1;
+    c.bos_token_id = c.eos_token_id = -1;
     return c;
 }
 
@@ -4177,17 +4165,13 @@ static dsv3_result dsv3i_check_bounds(const dsv3_config *c, dsv3_error *e) {
 #define DSV3I_NAME(field, least, most) #field "\0"
 #define DSV3I_BOUND(field, least, most) {offsetof(dsv3_config, field), least, (int32_t)(most)},
     static const char names[] = DSV3I_BOUNDS(DSV3I_NAME) DSV3I_POSITIVE(DSV3I_NAME);
-    static const struct {
-        uint16_t at, least;
-        int32_t most;
-    } bounds[] = {DSV3I_BOUNDS(DSV3I_BOUND) DSV3I_POSITIVE(DSV3I_BOUND)};
-#undef DSV3I_NAME
-#undef DSV3I_BOUND
+    static const struct { uint16_t at, least; int32_t most; } bounds[] = {DSV3I_BOUNDS(DSV3I_BOUND) DSV3I_POSITIVE(DSV3I_BOUND)};
     const char *name = names;
     for (size_t i = 0; i < DSV3I_COUNT(bounds); i++, name = dsv3i_next_text(name)) {
         float value = 1.0f;
-        if (bounds[i].most > 0) DSV3I_TRY(dsv3i_check_int(e, name, dsv3i_int_at(c, bounds[i].at), bounds[i].least, bounds[i].most));
-        if (bounds[i].most == 0) DSV3_MEMCPY(&value, (const unsigned char *)c + bounds[i].at, sizeof value);
+        int32_t most = bounds[i].most, number = most > 0 ? dsv3i_int_at(c, bounds[i].at) : 0;
+        DSV3I_TRY(dsv3i_check_int(e, name, number, bounds[i].least, most));
+        if (most == 0) DSV3_MEMCPY(&value, (const unsigned char *)c + bounds[i].at, sizeof value);
         DSV3I_TRY(dsv3i_check_float(e, name, value, FLT_MIN, "must be positive and finite"));
     }
     return DSV3_OK;
@@ -4209,9 +4193,6 @@ static dsv3_result dsv3i_check_choices(const dsv3_config *c, dsv3_error *e) {
     static const char texts[] = DSV3I_CHOICES(DSV3I_TEXT);
     static const uint8_t choices[] = {DSV3I_CHOICES(DSV3I_NUMBER)};
     const int value[] = {DSV3I_CHOICES(DSV3I_VALUE)};
-#undef DSV3I_TEXT
-#undef DSV3I_NUMBER
-#undef DSV3I_VALUE
     const char *name = texts, *why;
     for (size_t i = 0; i < DSV3I_COUNT(choices); i++, name = dsv3i_next_text(why)) {
         why = dsv3i_next_text(name);
@@ -4376,11 +4357,9 @@ typedef struct dsv3i_place {
 #define DSV3I_PLACE(rank, part, owner, field, name, rows, cols, group)                                               \
     {(uint16_t)offsetof(owner, field), DSV3I_PART_##part, DSV3I_PLACE_OF(dsv3i_dims, rows),                          \
      DSV3I_PLACE_OF(dsv3i_dims, cols), rank, DSV3_GROUP_##group},
-#define DSV3I_NAME(rank, part, owner, field, name, rows, cols, group) name "\0"
+#define DSV3I_PLACE_NAME(rank, part, owner, field, name, rows, cols, group) name "\0"
 static const dsv3i_place dsv3i_places[] = {DSV3I_PLACES(DSV3I_PLACE)};
-static const char dsv3i_place_names[] = DSV3I_PLACES(DSV3I_NAME);
-#undef DSV3I_PLACE
-#undef DSV3I_NAME
+static const char dsv3i_place_names[] = DSV3I_PLACES(DSV3I_PLACE_NAME);
 
 /* ---- The walk through it. walk->visit sees each tensor's description and its slot in the model (NULL when there is
  * no model yet). */
@@ -4755,22 +4734,11 @@ static const dsv3i_array dsv3i_workspace_arrays[] = {DSV3I_WORKSPACE(DSV3I_PASS)
 
 static void dsv3i_workspace_layout(dsv3_workspace *at, const dsv3_config *config, size_t n, size_t threads,
                                    dsv3i_layout *l) {
-    dsv3i_pass_sizes s;
-    const dsv3i_dims *m = &s.m;
-    s.m = dsv3i_dims_of(config);
-    s.one = 1;
-    s.n = n;
-    s.threads = threads;
-    s.modules = m->D > 0 ? n : 0; /* rows with something for MTP modules */
-    s.H2 = 2 * m->H;
-    s.E1 = m->E + 1;
-    s.E2 = 2 * m->E;
-    s.Kd = dsv3i_mul(m->K, m->d);
-    s.hidden = dsv3i_max(dsv3i_add(dsv3i_mul(m->K, m->F), m->Fs), m->I);
-    s.mlps = dsv3i_min(m->E, dsv3i_mul(n, m->K)) + 1;
-    s.select = s.E1 + m->G;
-    s.scratch = dsv3i_pass_floats(m, n, threads);
-    s.loss = dsv3i_loss_floats(m->V, n);
+    const dsv3i_dims m = dsv3i_dims_of(config);
+    const dsv3i_pass_sizes s = {
+        m, 1, n, threads, m.D > 0 ? n : 0, 2 * m.H, m.E + 1, 2 * m.E, dsv3i_mul(m.K, m.d),
+        dsv3i_max(dsv3i_add(dsv3i_mul(m.K, m.F), m.Fs), m.I), dsv3i_min(m.E, dsv3i_mul(n, m.K)) + 1, m.E + m.G + 1,
+        dsv3i_pass_floats(&m, n, threads), dsv3i_loss_floats(m.V, n)};
     DSV3_MEMSET(at, 0, sizeof *at);
     at->rows = n;
     at->threads = threads;
@@ -5058,17 +5026,11 @@ static dsv3_result dsv3i_forward(const dsv3i_run *p) {
     return dsv3i_ok(p->error);
 }
 
-static dsv3_result dsv3i_forward_of(const dsv3_context *context, float *logits, const dsv3_model *model, size_t k,
-                                    dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch, const float *hidden,
-                                    dsv3_workspace *workspace, dsv3_error *error) {
-    const dsv3i_run p = {context, model, k, caches, n_caches, batch, hidden, logits, workspace, error, NULL, NULL};
-    return dsv3i_forward(&p);
-}
-
 DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, const dsv3_model *model,
                                   dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                   dsv3_workspace *workspace, dsv3_error *error) {
-    return dsv3i_forward_of(context, logits, model, 0, caches, n_caches, batch, NULL, workspace, error);
+    const dsv3i_run p = {context, model, 0, caches, n_caches, batch, NULL, logits, workspace, error, NULL, NULL};
+    return dsv3i_forward(&p);
 }
 
 /* ========================================================================================================
@@ -5124,11 +5086,12 @@ static void dsv3i_mtp_input(const dsv3i_run *p) {
 DSV3_API dsv3_result dsv3_mtp_forward(const dsv3_context *context, float *logits, const dsv3_model *model, size_t k,
                                       dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                       const float *hidden, dsv3_workspace *workspace, dsv3_error *error) {
+    const dsv3i_run p = {context, model, k, caches, n_caches, batch, hidden, logits, workspace, error, NULL, NULL};
     if (model != NULL && (k < 1 || k > (size_t)model->n_mtp)) {
         return dsv3i_fail_range(error, DSV3_ERR_ARG, "k", "is not a module of this model", 1, model->n_mtp,
                                 (int64_t)k);
     }
-    return dsv3i_forward_of(context, logits, model, k, caches, n_caches, batch, hidden, workspace, error);
+    return dsv3i_forward(&p);
 }
 
 /* ---- The training form: all depths over whole sequences */
