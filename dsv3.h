@@ -1603,6 +1603,11 @@ DSV3I_APART dsv3_result dsv3i_fail_row(dsv3_error *error, dsv3_result code, cons
     return dsv3i_fail_at(error, i, dsv3i_fail_range(error, code, name, why, low, high, found));
 }
 
+DSV3I_APART dsv3_result dsv3i_check_between(dsv3_error *error, dsv3_result code, const char *name, const char *why,
+                                            int64_t value, int64_t low, int64_t high) {
+    return value >= low && value <= high ? DSV3_OK : dsv3i_fail_range(error, code, name, why, low, high, value);
+}
+
 /* Is element i of an array one of 0 .. count - 1? */
 DSV3I_APART dsv3_result dsv3i_check_element(dsv3_error *error, dsv3_result code, const char *name, size_t i,
                                            const char *why, int64_t count, int64_t found) {
@@ -2758,12 +2763,10 @@ DSV3_API void dsv3_cross_entropy_backward(const dsv3_context *context, float *du
  *
  * Rotary position embedding turns pair i of a vector by the angle t theta_i, t the position:
  *     (a, b) -> (a cos - b sin, a sin + b cos),    theta_i = rope_theta^(-2i/dr),  i = 0 .. dr/2 - 1
- * so that the product of a query at t and a key at j depends on t - j only. Released weights pair
- * neighbours (2i, 2i+1).
+ * so that the product of a query at t and a key at j depends on t - j only. Released weights pair neighbours (2i, 2i+1).
  *
- * YaRN ([R] 4.3) lengthens the context by s = factor. A pair that makes many turns over the original
- * context o keeps its frequency, a pair that makes less than about one is slowed down by s, in between
- * a ramp mixes both:
+ * YaRN ([R] 4.3) lengthens the context by s = factor. A pair that makes many turns over the original context o keeps
+ * its frequency, a pair that makes less than about one is slowed down by s, in between a ramp mixes both:
  *     cd(n) = dr ln(o / (2 pi n)) / (2 ln rope_theta)         the i at which a pair makes n turns over o
  *     lo = max(floor cd(beta_fast), 0),  hi = min(ceil cd(beta_slow), dr-1),  hi += 0.001 if equal
  *     ramp_i = clamp((i - lo) / (hi - lo), 0, 1)
@@ -2773,10 +2776,9 @@ DSV3_API void dsv3_cross_entropy_backward(const dsv3_context *context, float *du
  *     softmax scale  (dn+dr)^-1/2 m(mscale_all_dim)^2          on the whole score, if mscale_all_dim != 0
  * The frequencies apply at all lengths, also below o.
  *
- * Angles. t theta in float32 is off by 0.01 rad at t = 160000. Here theta is kept as a fraction of a turn in
- * 64-bit fixed point: t times it, modulo 2^64, drops whole turns and nothing else, needs no double at run
- * time, and the remaining angle lies in [-pi, pi), where sinf and cosf are exact to the last bits.
- * Test: tests/test_rope.c.
+ * Angles. t theta in float32 is off by 0.01 rad at t = 160000. Here theta is kept as a fraction of a turn in 64-bit
+ * fixed point: t times it, modulo 2^64, drops whole turns and nothing else, needs no double at run time, and the
+ * remaining angle lies in [-pi, pi), where sinf and cosf are exact to the last bits. Test: tests/test_rope.c.
  * ==================================================================================================== */
 
 #define DSV3I_PI 3.14159265358979323846
@@ -2891,11 +2893,10 @@ DSV3_API void dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t 
  * Both give out_t = o_proj [o_t of all heads]. Only [c ; kr] is cached: rk + dr numbers per position and
  * layer, 576 for V3 where plain attention keeps H (dn + dr + dv) = 40960.
  *
- * Cost per query, key and head: expanded dn + dr + dv, absorbed 2 rk + dr multiply-adds. Expanding costs
- * rk (dn + dv) once per key and call, absorbing as much once per query. With a long past (many more keys than
- * queries) a call that brings n rows to a sequence gains by expanding when n (2 rk - dn - dv) > rk (dn + dv):
- * 171 rows or more for V3. With a short past expanding would win earlier; the automatic rule looks at n alone,
- * so that it can be stated in one line.
+ * Cost per query, key and head: expanded dn + dr + dv, absorbed 2 rk + dr multiply-adds. Expanding costs rk (dn + dv) once
+ * per key and call, absorbing as much once per query. With a long past (many more keys than queries) a call that brings n
+ * rows to a sequence gains by expanding when n (2 rk - dn - dv) > rk (dn + dv): 171 rows or more for V3. With a short past
+ * expanding would win earlier; the automatic rule looks at n alone, so that it can be stated in one line.
  *
  * Running softmax. Keys come in blocks that begin at fixed positions, and the softmax is built up block
  * by block: with m the maximum so far, l the sum of exp(s - m), and o the sum of exp(s - m) v, a new block with
@@ -3305,9 +3306,8 @@ static void dsv3i_mla_backward(dsv3i_call *c, float *du, const float *dy, const 
  *     sum_i f_i P_i,   f_i = E / (K T) sum_t [i in TopK(s_t)],   P_i = 1/T sum_t s_ti / sum_j s_tj
  * and V2's three losses ([R2] 2.2.2) are of the same kind, over experts, over devices, and over devices reached.
  *
- * NaN. A sel that is not finite counts as the lowest possible one, above masked experts only, and a score that
- * is not finite weighs 0: any input gives K different experts in range. Test: tests/test_router.c,
- * tests/test_balance.c.
+ * NaN. A sel that is not finite counts as the lowest possible one, above masked experts only, and a score that is not
+ * finite weighs 0: any input gives K different experts in range. Test: tests/test_router.c, tests/test_balance.c.
  * ==================================================================================================== */
 
 static void dsv3i_softmax(const dsv3_context *ctx, float *z, size_t n) {
@@ -4134,11 +4134,6 @@ DSV3_API int dsv3_config_is_moe(const dsv3_config *config, int32_t i) {
 
 /* ---- Checks. Each returns DSV3_OK or has filled in the error. */
 
-static dsv3_result dsv3i_check_between(dsv3_error *error, dsv3_result code, const char *name, const char *why,
-                                       int64_t value, int64_t low, int64_t high) {
-    return value >= low && value <= high ? DSV3_OK : dsv3i_fail_range(error, code, name, why, low, high, value);
-}
-
 static dsv3_result dsv3i_check_int(dsv3_error *error, const char *name, int32_t value, int32_t low, long high) {
     int64_t top = (uint64_t)high < (uint64_t)SIZE_MAX ? (int64_t)high : (int64_t)SIZE_MAX;
     dsv3_result code = value < 0 || (int64_t)value > top ? DSV3_ERR_LIMIT : DSV3_ERR_ARG;
@@ -4498,10 +4493,8 @@ DSV3_API dsv3_result dsv3_model_size(const dsv3_config *config, size_t *bytes) {
 
 static dsv3_result dsv3i_bind_shape(dsv3_error *error, const dsv3_tensor *t, const char *name, size_t rows,
                                     size_t cols, int32_t rank) {
-    if (t->rank != rank) {
-        return dsv3i_fail_range(error, DSV3_ERR_MISMATCH, name, "has the wrong number of dimensions", rank, rank,
-                                t->rank);
-    }
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MISMATCH, name, "has the wrong number of dimensions", t->rank, rank,
+                                  rank));
     if (t->rows != rows || t->cols != cols) {
         return dsv3i_fail_numbers(error, DSV3_ERR_MISMATCH, name, "has the wrong shape", DSV3_NUMBERS_SHAPE,
                                   (int64_t)rows, (int64_t)cols, (int64_t)t->rows, (int64_t)t->cols);
@@ -4813,10 +4806,8 @@ DSV3I_APART dsv3_result dsv3i_batch_row(const dsv3i_run *p, size_t r) {
 }
 
 static dsv3_result dsv3i_batch_outputs(const dsv3_batch *batch, dsv3_error *error) {
-    if (batch->outputs > batch->rows) {
-        return dsv3i_fail_range(error, DSV3_ERR_ARG, "outputs", "is more than the batch has rows", 0,
-                                (int64_t)batch->rows, (int64_t)batch->outputs);
-    }
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "outputs", "is more than the batch has rows",
+                                  (int64_t)batch->outputs, 0, (int64_t)batch->rows));
     for (size_t i = 0; batch->output != NULL && i < batch->outputs; i++) {
         DSV3I_TRY(dsv3i_check_element(error, DSV3_ERR_ARG, "output", i, "is not a row of the batch",
                                       (int64_t)batch->rows, batch->output[i]));
@@ -4835,14 +4826,10 @@ static dsv3_result dsv3i_batch_check(const dsv3i_run *p) {
     }
     rows = p->batch->rows;
     if (rows < 1) return dsv3i_fail(e, DSV3_ERR_ARG, "rows", "the batch is empty");
-    if (rows > ws->rows) {
-        return dsv3i_fail_range(e, DSV3_ERR_MEMORY, "rows", "is more than the workspace was made for", 1,
-                                (int64_t)ws->rows, (int64_t)rows);
-    }
-    if (p->ctx->threads > ws->threads) {
-        return dsv3i_fail_range(e, DSV3_ERR_MEMORY, "threads", "is more than the workspace was made for", 1,
-                                (int64_t)ws->threads, (int64_t)p->ctx->threads);
-    }
+    DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_MEMORY, "rows", "is more than the workspace was made for", (int64_t)rows,
+                                  1, (int64_t)ws->rows));
+    DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_MEMORY, "threads", "is more than the workspace was made for",
+                                  (int64_t)p->ctx->threads, 1, (int64_t)ws->threads));
     c = &p->model->config;
     if (ws->made_for != dsv3i_fingerprint(c)) {
         return dsv3i_fail(e, DSV3_ERR_MISMATCH, "workspace", "was made for another config");
@@ -5087,10 +5074,8 @@ DSV3_API dsv3_result dsv3_mtp_forward(const dsv3_context *context, float *logits
                                       dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                       const float *hidden, dsv3_workspace *workspace, dsv3_error *error) {
     const dsv3i_run p = {context, model, k, caches, n_caches, batch, hidden, logits, workspace, error, NULL, NULL};
-    if (model != NULL && (k < 1 || k > (size_t)model->n_mtp)) {
-        return dsv3i_fail_range(error, DSV3_ERR_ARG, "k", "is not a module of this model", 1, model->n_mtp,
-                                (int64_t)k);
-    }
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "k", "is not a module of this model", (int64_t)k, 1,
+                                  model != NULL ? model->n_mtp : INT32_MAX));
     return dsv3i_forward(&p);
 }
 
@@ -5261,13 +5246,11 @@ DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *los
     }
     if (text->rows < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "rows", "the text is empty");
     if (workspace->rows < 1) return dsv3i_fail(error, DSV3_ERR_MEMORY, "workspace", "has no rows");
-    if (losses->depths > (size_t)model->n_mtp) {
-        return dsv3i_fail_range(error, DSV3_ERR_ARG, "depths", "is more than the model has modules", 0, model->n_mtp,
-                                (int64_t)losses->depths);
-    }
-    if (losses->balance != NULL && text->rows > workspace->rows) {
-        return dsv3i_fail_range(error, DSV3_ERR_MEMORY, "rows", "the balance loss needs the text in one piece", 1,
-                                (int64_t)workspace->rows, (int64_t)text->rows);
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "depths", "is more than the model has modules",
+                                  (int64_t)losses->depths, 0, model->n_mtp));
+    if (losses->balance != NULL) {
+        DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MEMORY, "rows", "the balance loss needs the text in one piece",
+                                      (int64_t)text->rows, 1, (int64_t)workspace->rows));
     }
     DSV3I_TRY(dsv3i_text_check(text, model->config.vocab_size, error));
     for (size_t s = 0; s < n_caches; s++) caches[s].length = 0;
@@ -5830,11 +5813,9 @@ static dsv3_result dsv3i_finish(const dsv3i_step *a, dsv3_sequence *s, size_t *o
 DSV3I_APART dsv3_result dsv3i_generate_check(const dsv3i_step *a) {
     dsv3_error *e = a->error;
     uint64_t made_for = dsv3i_fingerprint(&a->model->config);
-    if (a->n < 1 || a->n > a->ws->rows) {
-        return dsv3i_fail_range(a->error, a->n < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "n",
-                                "is not a number of sequences the workspace has rows for", 1, (int64_t)a->ws->rows,
-                                (int64_t)a->n);
-    }
+    DSV3I_TRY(dsv3i_check_between(e, a->n < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "n",
+                                  "is not a number of sequences the workspace has rows for", (int64_t)a->n, 1,
+                                  (int64_t)a->ws->rows));
     for (size_t i = 0; i < a->n; i++) {
         if (a->sequences[i] != NULL) a->sequences[i]->step_rows = 0; /* not yet planned: until then a mark below */
     }
