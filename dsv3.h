@@ -1293,16 +1293,12 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 /* ---- Sizes: saturating arithmetic. SIZE_MAX means "too large" and stays so (but for a product with 0). */
 
 static size_t dsv3i_add(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
-
 static size_t dsv3i_mul(size_t a, size_t b) { return b != 0 && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
 
 /* The other way round: a - b, but never below 0. */
 static size_t dsv3i_sub(size_t a, size_t b) { return a > b ? a - b : 0; }
-
 static size_t dsv3i_min(size_t a, size_t b) { return a < b ? a : b; }
-
 static size_t dsv3i_max(size_t a, size_t b) { return a > b ? a : b; }
-
 static size_t dsv3i_blocks(size_t n, size_t block) { return n / block + (n % block != 0); }
 
 /* statement for i = 0 .. n-1, with p = i mod 8: eight at a time, a number that compilers know and make vector instructions
@@ -1369,7 +1365,6 @@ static dsv3i_dims dsv3i_dims_of(const dsv3_config *c) {
 
 /* Tables name a size by its place in a struct of nothing but sizes. */
 #define DSV3I_PLACE_OF(owner, name) (uint8_t)(offsetof(owner, name) / sizeof(size_t))
-
 static size_t dsv3i_size_at(const void *sizes, size_t place) {
     size_t size;
     DSV3_MEMCPY(&size, (const unsigned char *)sizes + place * sizeof size, sizeof size);
@@ -1416,7 +1411,6 @@ typedef struct dsv3i_array {
     uint16_t at;
     uint8_t size, rows, columns, part;
 } dsv3i_array;
-
 #define DSV3I_ARRAY(owner, sizes, part, type, name, rows, columns)                                                   \
     {(uint16_t)offsetof(owner, name), sizeof(type), DSV3I_PLACE_OF(sizes, rows), DSV3I_PLACE_OF(sizes, columns), part},
 
@@ -1862,7 +1856,6 @@ static uint32_t dsv3i_upper_bits(float x) {
 
 /* Judged by bits, so that no compiler flag can reason it away: exponent all ones is NaN or infinity. */
 static int dsv3i_is_finite(float x) { return (dsv3i_upper_bits(x) & 0x7F800000u) != 0x7F800000u; }
-
 static int dsv3i_is_nan(float x) { return (dsv3i_upper_bits(x) & 0x7FFFFFFFu) > 0x7F800000u; }
 
 static int dsv3i_all_finite(const float *x, size_t n) {
@@ -1873,9 +1866,7 @@ static int dsv3i_all_finite(const float *x, size_t n) {
 
 /* ---- Types */
 
-DSV3_API size_t dsv3_type_block(dsv3_type type) {
-    return type == DSV3_Q8_0 || type == DSV3_Q4_0 ? DSV3_QBLOCK : 1;
-}
+DSV3_API size_t dsv3_type_block(dsv3_type type) { return type == DSV3_Q8_0 || type == DSV3_Q4_0 ? DSV3_QBLOCK : 1; }
 
 DSV3_API size_t dsv3_type_bytes(dsv3_type type) {
     static const uint8_t bytes[DSV3_TYPES] = {sizeof(float), 2, 2, 1, 2 + DSV3_QBLOCK, 2 + DSV3_QBLOCK / 2};
@@ -1931,8 +1922,6 @@ DSV3_API float dsv3_f32_from_f8_e4m3(uint8_t bits) {
         (s) + 0x43B00000u, (s) + 0x43C00000u, (s) + 0x43D00000u, (s) + 0x43E00000u, (s) + 0x7FC00000u /* NaN */
 
 static const uint32_t dsv3i_e4m3[256] = {DSV3I_E4M3_HALF(0u), DSV3I_E4M3_HALF(0x80000000u)};
-#undef DSV3I_E4M3_HALF
-#undef DSV3I_E4M3_ROW
 
 DSV3_API float dsv3_f32_from_f8_e4m3(uint8_t bits) { return dsv3i_float(dsv3i_e4m3[bits]); }
 #endif
@@ -2648,16 +2637,10 @@ typedef struct dsv3i_loss {
 } dsv3i_loss;
 
 /* loss [dsv3i_loss_floats] keeps each row's maximum and sum, between forward and backward too. */
-static void dsv3i_loss_begin(dsv3i_loss *a, const dsv3_context *ctx, const float *u, const dsv3_tensor *head,
-                             const int32_t *target, size_t n, float *loss, float *scratch) {
-    a->ctx = ctx;
-    a->u = u;
-    a->head = head;
-    a->target = target;
-    a->n = n;
-    a->state = loss;
-    a->logits = loss + 3 * n;
-    a->scratch = scratch;
+DSV3I_APART dsv3i_loss dsv3i_loss_of(const dsv3_context *ctx, const float *u, const dsv3_tensor *head,
+                                    const int32_t *target, size_t n, float *loss, float *scratch) {
+    dsv3i_loss a = {ctx, u, head, target, n, loss, loss + 3 * n, scratch, {NULL, NULL, NULL, 0, 0, 0}, 0.0f};
+    return a;
 }
 
 static size_t dsv3i_loss_floats(size_t V, size_t n) { return dsv3i_mul(n, dsv3i_min(V, DSV3I_VOCAB) + 3); }
@@ -2711,8 +2694,7 @@ DSV3_API size_t dsv3_cross_entropy_scratch(const dsv3_context *context, const ds
 DSV3_API void dsv3_cross_entropy(const dsv3_context *context, float *nll, const float *u, const dsv3_tensor *head,
                                  const int32_t *target, size_t n, float *scratch) {
     float *linear = scratch + dsv3i_loss_floats(head->rows, n);
-    dsv3i_loss a;
-    dsv3i_loss_begin(&a, context, u, head, target, n, scratch, linear);
+    dsv3i_loss a = dsv3i_loss_of(context, u, head, target, n, scratch, linear);
     for (size_t t = 0; t < n; t++) {
         DSV3_ASSERT(target[t] == DSV3_IGNORE || (target[t] >= 0 && (size_t)target[t] < head->rows));
     }
@@ -2752,8 +2734,7 @@ DSV3_API void dsv3_cross_entropy_backward(const dsv3_context *context, float *du
                                           const float *u, const dsv3_tensor *head, const int32_t *target, size_t n,
                                           float *scratch) {
     float *linear = scratch + dsv3i_loss_floats(head->rows, n);
-    dsv3i_loss a;
-    dsv3i_loss_begin(&a, context, u, head, target, n, scratch, linear);
+    dsv3i_loss a = dsv3i_loss_of(context, u, head, target, n, scratch, linear);
     dsv3i_cross_entropy_backward(&a, du, 0, dhead, weight);
 }
 #endif
@@ -2960,9 +2941,7 @@ static void dsv3i_mla_kv_task(void *arg, size_t begin, size_t end, size_t worker
     }
 }
 
-static void dsv3i_mla_kv(dsv3i_call *c) {
-    dsv3i_loop(c->ctx, c->n, 4 * c->m.width, dsv3i_mla_kv_task, c);
-}
+static void dsv3i_mla_kv(dsv3i_call *c) { dsv3i_loop(c->ctx, c->n, 4 * c->m.width, dsv3i_mla_kv_task, c); }
 
 /* Rotation of every head's query. */
 static void dsv3i_mla_rotate_task(void *arg, size_t begin, size_t end, size_t worker) {
@@ -4153,14 +4132,14 @@ static dsv3_result dsv3i_check_float(dsv3_error *error, const char *name, float 
     X(qk_nope_head_dim, 1, DSV3_MAX_DIM) X(qk_rope_head_dim, 2, DSV3_MAX_DIM) X(v_head_dim, 1, DSV3_MAX_DIM)         \
     X(moe_intermediate_size, 0, DSV3_MAX_DIM) X(n_routed_experts, 0, DSV3_MAX_EXPERTS)                               \
     X(n_shared_experts, 0, DSV3_MAX_EXPERTS) X(n_group, 1, DSV3_MAX_EXPERTS)                                         \
-    X(num_experts_per_tok, 0, DSV3_MAX_TOPK) X(max_position_embeddings, 1, DSV3_MAX_SEQ)
-#define DSV3I_POSITIVE(X) X(routed_scaling_factor, 0, 0) X(rms_norm_eps, 0, 0) X(latent_norm_eps, 0, 0)
+    X(num_experts_per_tok, 0, DSV3_MAX_TOPK) X(max_position_embeddings, 1, DSV3_MAX_SEQ)                             \
+    X(routed_scaling_factor, 0, 0) X(rms_norm_eps, 0, 0) X(latent_norm_eps, 0, 0) /* these are floats */
 
 static dsv3_result dsv3i_check_bounds(const dsv3_config *c, dsv3_error *e) {
 #define DSV3I_NAME(field, least, most) #field "\0"
 #define DSV3I_BOUND(field, least, most) {offsetof(dsv3_config, field), least, (int32_t)(most)},
-    static const char names[] = DSV3I_BOUNDS(DSV3I_NAME) DSV3I_POSITIVE(DSV3I_NAME);
-    static const struct { uint16_t at, least; int32_t most; } bounds[] = {DSV3I_BOUNDS(DSV3I_BOUND) DSV3I_POSITIVE(DSV3I_BOUND)};
+    static const char names[] = DSV3I_BOUNDS(DSV3I_NAME);
+    static const struct { uint16_t at, least; int32_t most; } bounds[] = {DSV3I_BOUNDS(DSV3I_BOUND)};
     const char *name = names;
     for (size_t i = 0; i < DSV3I_COUNT(bounds); i++, name = dsv3i_next_text(name)) {
         float value = 1.0f;
@@ -4202,14 +4181,6 @@ static dsv3_result dsv3i_check_choices(const dsv3_config *c, dsv3_error *e) {
 #define DSV3I_BETWEEN(field, low, high, why)                                                                         \
     DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_ARG, #field, why, c->field, low, high))
 
-static dsv3_result dsv3i_check_layers(const dsv3_config *c, dsv3_error *e) {
-    DSV3I_INT(num_nextn_predict_layers, 0, DSV3_MAX_LAYERS - c->num_hidden_layers);
-    DSV3I_BETWEEN(first_k_dense_replace, 0, c->num_hidden_layers, "is not between 0 and num_hidden_layers");
-    DSV3I_INT(intermediate_size, c->first_k_dense_replace > 0 || c->moe_layer_freq > 1, DSV3_MAX_DIM);
-    if (c->qk_rope_head_dim % 2 == 0) return DSV3_OK;
-    return dsv3i_fail(e, DSV3_ERR_ARG, "qk_rope_head_dim", "must be even: RoPE turns pairs");
-}
-
 static size_t dsv3i_moe_layers(const dsv3_config *c) {
     int32_t layers = c->num_hidden_layers + c->num_nextn_predict_layers;
     size_t n = 0;
@@ -4217,20 +4188,22 @@ static size_t dsv3i_moe_layers(const dsv3_config *c) {
     return n;
 }
 
-static dsv3_result dsv3i_check_experts(const dsv3_config *c, dsv3_error *e) {
-    int32_t least = dsv3i_moe_layers(c) > 0, available;
+static dsv3_result dsv3i_check_layers(const dsv3_config *c, dsv3_error *e) {
+    int32_t least, available;
+    DSV3I_INT(num_nextn_predict_layers, 0, DSV3_MAX_LAYERS - c->num_hidden_layers);
+    DSV3I_BETWEEN(first_k_dense_replace, 0, c->num_hidden_layers, "is not between 0 and num_hidden_layers");
+    DSV3I_INT(intermediate_size, c->first_k_dense_replace > 0 || c->moe_layer_freq > 1, DSV3_MAX_DIM);
+    least = dsv3i_moe_layers(c) > 0;
     DSV3I_INT(moe_intermediate_size, least, DSV3_MAX_DIM);
     DSV3I_INT(n_routed_experts, least, DSV3_MAX_EXPERTS);
-    DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_LIMIT, "n_shared_experts",
-                                  "times moe_intermediate_size is beyond the limit",
+    DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_LIMIT, "n_shared_experts", "times moe_intermediate_size is beyond the limit",
                                   (int64_t)c->n_shared_experts * c->moe_intermediate_size, 0, DSV3_MAX_DIM));
     if (c->n_routed_experts % c->n_group != 0) {
         return dsv3i_fail_where(e, DSV3_ERR_ARG, "n_group", "must divide n_routed_experts, and is", c->n_group);
     }
     DSV3I_BETWEEN(topk_group, 1, c->n_group, "must be between 1 and n_group");
     DSV3I_INT(num_experts_per_tok, least, DSV3_MAX_TOPK);
-    available = c->n_routed_experts;
-    if (c->topk_method != DSV3_GREEDY) available = available / c->n_group * c->topk_group;
+    available = c->topk_method == DSV3_GREEDY ? c->n_routed_experts : c->n_routed_experts / c->n_group * c->topk_group;
     DSV3I_BETWEEN(num_experts_per_tok, least, available, "is more than the selected groups have");
     return DSV3_OK;
 }
@@ -4276,8 +4249,10 @@ DSV3_API dsv3_result dsv3_config_check(const dsv3_config *c, dsv3_error *e) {
     if (c == NULL) return dsv3i_fail_null(e, "config");
     DSV3I_TRY(dsv3i_check_bounds(c, e));
     DSV3I_TRY(dsv3i_check_layers(c, e));
-    DSV3I_TRY(dsv3i_check_experts(c, e));
     DSV3I_TRY(dsv3i_check_choices(c, e));
+    if (c->qk_rope_head_dim % 2 != 0) {
+        return dsv3i_fail(e, DSV3_ERR_ARG, "qk_rope_head_dim", "must be even: RoPE turns pairs");
+    }
     DSV3I_TRY(dsv3i_check_rope(c, e));
     DSV3I_BETWEEN(bos_token_id, -1, c->vocab_size - 1, "is not in the vocabulary (-1: none)");
     DSV3I_BETWEEN(eos_token_id, -1, c->vocab_size - 1, "is not in the vocabulary (-1: none)");
@@ -4285,9 +4260,6 @@ DSV3_API dsv3_result dsv3_config_check(const dsv3_config *c, dsv3_error *e) {
     return dsv3i_ok(e);
 }
 
-#undef DSV3I_INT
-#undef DSV3I_FLOAT
-#undef DSV3I_BETWEEN
 
 /* ---- The checkpoint's table of contents, in file order: the part that a tensor is of, its place in the model, its
  * name (behind "model.layers.{i}." in a layer, and then "mlp.experts.{e}." in an expert), shape and group. */
@@ -4721,8 +4693,7 @@ typedef struct dsv3i_pass_sizes {
     X(4, size_t, slot, n, m.K) X(4, size_t, pair, n, m.K) X(4, size_t, offset, E1, one)                              \
     X(4, dsv3i_mlp, mlps, mlps, one) X(4, float, grouped, n, Kd) X(4, float, h_gate, n, hidden)                      \
     X(4, float, h_up, n, hidden)
-#define DSV3I_PASS(part, type, name, rows, columns)                                                                  \
-    DSV3I_ARRAY(dsv3_workspace, dsv3i_pass_sizes, part, type, name, rows, columns)
+#define DSV3I_PASS(p, t, n, r, c) DSV3I_ARRAY(dsv3_workspace, dsv3i_pass_sizes, p, t, n, r, c)
 static const dsv3i_array dsv3i_workspace_arrays[] = {DSV3I_WORKSPACE(DSV3I_PASS)};
 
 static void dsv3i_workspace_layout(dsv3_workspace *at, const dsv3_config *config, size_t n, size_t threads,
@@ -4930,7 +4901,6 @@ static dsv3_workspace dsv3i_keeping(const dsv3_workspace *from, const dsv3i_save
 #define DSV3I_KEEP(type, name, rows, columns)                                                                        \
     if (s->name != NULL) ws.name = s->name;
     DSV3I_SAVED(DSV3I_KEEP)
-#undef DSV3I_KEEP
     return ws;
 }
 #endif
@@ -5178,8 +5148,7 @@ static dsv3_result dsv3i_evaluate_nll(const dsv3i_evaluation *a, const dsv3i_run
     int32_t *target = ws->row_output;
     float *nll = ws->y;
     const dsv3_tensor *head = dsv3i_stack_of(p->model, p->k).head;
-    dsv3i_loss loss;
-    dsv3i_loss_begin(&loss, p->ctx, ws->u, head, target, p->batch->rows, ws->loss, ws->scratch);
+    dsv3i_loss loss = dsv3i_loss_of(p->ctx, ws->u, head, target, p->batch->rows, ws->loss, ws->scratch);
     for (size_t i = 0; i < loss.n; i++) target[i] = dsv3i_text_target(a->text, ws->row_index[i], p->k);
     dsv3i_cross_entropy(&loss, nll);
     for (size_t i = 0; i < loss.n; i++) {
@@ -5248,10 +5217,8 @@ DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *los
     if (workspace->rows < 1) return dsv3i_fail(error, DSV3_ERR_MEMORY, "workspace", "has no rows");
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "depths", "is more than the model has modules",
                                   (int64_t)losses->depths, 0, model->n_mtp));
-    if (losses->balance != NULL) {
-        DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MEMORY, "rows", "the balance loss needs the text in one piece",
-                                      (int64_t)text->rows, 1, (int64_t)workspace->rows));
-    }
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MEMORY, "rows", "the balance loss needs the text in one piece",
+                                  losses->balance != NULL ? (int64_t)text->rows : 1, 1, (int64_t)workspace->rows));
     DSV3I_TRY(dsv3i_text_check(text, model->config.vocab_size, error));
     for (size_t s = 0; s < n_caches; s++) caches[s].length = 0;
     for (size_t s = 0; s < n_caches * losses->depths; s++) modules[s].length = 0;
@@ -5411,11 +5378,9 @@ DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, 
 
 #define DSV3I_RATE 0.8f /* of drafts, before anything is known */
 
-/* Sizes of a sequence's arrays. */
 typedef struct dsv3i_sequence_sizes {
     size_t one, modules, drafts, drafting, tokens, window, states, d, V;
 } dsv3i_sequence_sizes;
-
 /* A fork copies what is in part 0; part 1 is scratch, but for the modules, which copy themselves. One table makes the layout
  * and the copy: neither can forget any. */
 #define DSV3I_SEQUENCE(X)                                                                                            \
@@ -5423,8 +5388,7 @@ typedef struct dsv3i_sequence_sizes {
     X(0, int32_t, history, window, one) X(0, float, hidden, states, d) X(0, float, rate, drafts, one)                \
     X(1, dsv3_cache, modules, modules, one) X(1, float, p, drafting, V) X(1, float, q, drafts, V)                    \
     X(1, dsv3_candidate, candidates, V, one)
-#define DSV3I_OF_SEQUENCE(part, type, name, rows, columns)                                                           \
-    DSV3I_ARRAY(dsv3_sequence, dsv3i_sequence_sizes, part, type, name, rows, columns)
+#define DSV3I_OF_SEQUENCE(p, t, n, r, c) DSV3I_ARRAY(dsv3_sequence, dsv3i_sequence_sizes, p, t, n, r, c)
 static const dsv3i_array dsv3i_sequence_arrays[] = {DSV3I_SEQUENCE(DSV3I_OF_SEQUENCE)};
 
 static dsv3i_sequence_sizes dsv3i_sequence_sizes_of(const dsv3_sequence *s, size_t V) {
@@ -6135,9 +6099,7 @@ static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const d
         int32_t keep = s->keep_layers != NULL ? s->keep_layers[i] : s->keep;
         dsv3i_saved_layout(exists ? &at->saved[i] : &saved, &m, n, dsv3_config_is_moe(c, (int32_t)i), keep, l);
     }
-    for (size_t k = 0; k < depths; k++) {
-        dsv3i_depth_layout(exists ? &at->depth[k] : &depth, &at->workspace, &m, n, l);
-    }
+    for (size_t k = 0; k < depths; k++) dsv3i_depth_layout(exists ? &at->depth[k] : &depth, &at->workspace, &m, n, l);
     dsv3i_backward_layout(exists ? at->backward : &backward, &m, n, l);
 }
 
