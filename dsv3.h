@@ -41,7 +41,8 @@
  *   DSV3_SIMD                compile the SIMD backends in (x86-64; elsewhere it changes nothing). The CPU is asked
  *                            at run time: no -m flags are needed, and an older CPU gets what it can run
  *   DSV3_NO_AMX              leave the backend "amx" out, for which Linux must be asked (see dsv3_context_init)
- *   DSV3_NO_TRAINING         leave out gradients and training
+ *   DSV3_NO_TRAINING         leave out gradients, training, and what only it needs of the balance: the bias step,
+ *                            dsv3_balancer, and V2's device and communication losses
  *   DSV3_NO_OPENMP           ignore OpenMP even if the compiler has it switched on
  *   DSV3_ALLOW_FAST_MATH     accept -ffast-math (minus infinity and NaN are part of the algorithm: results
  *                            may then be wrong without notice)
@@ -604,23 +605,31 @@ DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from);
 
 /* Intermediate values of one call. Fields are for the blocks of chapters 6 to 9; treat them as private. */
 typedef struct dsv3_workspace {
-    size_t rows, threads;        /* most rows of a call, most workers */
-    uint64_t made_for;           /* fingerprint of the config's sizes */
+    size_t rows;                 /* most rows of a call */
+    float *x, *u, *y;            /* [n, d] residual stream, normalised, result of a block */
     int32_t *sequence;           /* [n] which cache */
     int32_t *position;           /* [n] */
     int32_t *leader;             /* [n] first row of this call that belongs to the same sequence */
     int32_t *expanded;           /* [n] bool: attention in the expanded form */
-    float *cos_sin;              /* [n, dr] */
-    float *x, *u, *y;            /* [n, d] residual stream, normalised, result of a block */
-    float *q_latent;             /* [n, rq] */
+    float *scratch;              /* of the ops, one after the other */
     float *q;                    /* [n, H(dn+dr)] */
+    float *score;                /* [n, E] */
+    int32_t *idx;                /* [n, K] */
+    size_t *row_index;           /* [n] rows gathered for a call: where they come from */
+    int32_t *row_token, *row_sequence; /* [n] */
+    int32_t *row_output;         /* [n] */
+    uint8_t *row_mask;           /* [n] */
+    float *row_hidden;           /* [n, d] */
+    dsv3_cache *views;           /* [n] caches of the sequences in a call */
+    size_t threads;              /* most workers */
+    uint64_t made_for;           /* fingerprint of the config's sizes */
+    float *cos_sin;              /* [n, dr] */
+    float *q_latent;             /* [n, rq] */
     float *kv;                   /* [n, rk+dr] */
     float *o;                    /* [n, H dv] */
     float *softmax;              /* [n, H, 2] running maximum and sum */
-    float *score;                /* [n, E] */
     float *bias;                 /* [E] */
     float *select;               /* [threads, E + G + 1] */
-    int32_t *idx;                /* [n, K] */
     float *gate;                 /* [n, K] */
     size_t *slot;                /* [n, K] row of (token, choice) among the grouped rows */
     size_t *pair;                /* [n K] and of a grouped row: token K + choice */
@@ -628,21 +637,14 @@ typedef struct dsv3_workspace {
     float *grouped;              /* [n K, d] rows in expert order: inputs, then outputs */
     float *h_gate, *h_up;        /* [n K F + n n_shared F] or [n, I] */
     struct dsv3i_mlp *mlps;      /* [min(E, n K) + 1] */
-    float *scratch;              /* of the ops, one after the other */
     float *u_ffn, *kv_raw, *q_raw, *h; /* u, kv, q_latent and h_gate, unless a backward pass wants both of a pair */
     float *x_mid;                      /* [n, d] NULL, or gets the residual stream between attention and FFN */
     const float *hidden; /* [n, d] public: after dsv3_forward or dsv3_mtp_forward and until the next call, the
                             rows' states as MTP modules take them (config.mtp_hidden) */
-    dsv3_cache *views;   /* [n] caches of the sequences in a call */
-    int32_t *row_token, *row_sequence; /* [n] rows gathered for a call */
-    int32_t *row_output;               /* [n] */
-    size_t *row_index;                 /* [n] where they come from */
-    uint8_t *row_mask;                 /* [n] */
-    float *row_hidden;                 /* [n, d] */
-    float *concat;                     /* [n, 2d] an MTP module's input */
-    float *loss;                       /* cross-entropy */
-    double *balance;                   /* [threads, 2 E] */
-    double *sequence_loss;             /* [n] balance loss of the sequence that begins there */
+    float *concat;         /* [n, 2d] an MTP module's input */
+    float *loss;           /* cross-entropy */
+    double *balance;       /* [threads, 2 E] */
+    double *sequence_loss; /* [n] balance loss of the sequence that begins there */
 } dsv3_workspace;
 
 /* rows: most rows of one dsv3_forward call; threads: dsv3_context.threads. */
@@ -728,6 +730,7 @@ typedef struct dsv3_load_stats {
 } dsv3_load_stats;
 DSV3_API dsv3_load_stats dsv3_load_statistics(const uint64_t *load, size_t E);
 
+#ifndef DSV3_NO_TRAINING
 typedef enum dsv3_bias_rule {
     DSV3_BIAS_SIGN = 0,         /* b += speed sign(e), the report's */
     DSV3_BIAS_CENTRED = 1,      /* b += speed (sign(e) - mean sign(e)): no common drift */
@@ -770,6 +773,7 @@ DSV3_API dsv3_result dsv3_balancer_init(dsv3_balancer *balancer, const dsv3_conf
 /* Sums load over the ranks, moves bias [layers, E] (rows of dense layers stay), adds load to load_all and clears
  * it. When reduce fails nothing has changed but what reduce did. */
 DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, uint64_t seen);
+#endif
 
 /* Balance losses, without their weights. score [n, E], idx [n, K], mask [n] or NULL as above; 0 when no row
  * counts. Scores are finite, K at most DSV3_MAX_TOPK; f and P are sums in double; scratch [2 E].
@@ -778,6 +782,7 @@ DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, ui
  * scores and idx it is V2's expert-level loss. A row whose scores add up to 0 counts in f only. */
 DSV3_API double dsv3_balance_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
                                   size_t K, double *scratch);
+#ifndef DSV3_NO_TRAINING
 /* V2's device-level loss, [R2] eq. 26-28: experts in `devices` equal groups. idx may be NULL as above. */
 DSV3_API double dsv3_device_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
                                  size_t K, size_t devices, double *scratch);
@@ -792,7 +797,6 @@ typedef struct dsv3_balance_weights {
     int32_t actual;               /* bool: f_i of the first from the actual routing (V2), not the largest scores */
 } dsv3_balance_weights;
 
-#ifndef DSV3_NO_TRAINING
 /* Backward ops. Gradients d.. are added to what stands there, so that branches and micro-batches add up; dy is the
  * gradient of the op's output. Saved values: the op's inputs. */
 
@@ -961,11 +965,6 @@ typedef struct dsv3_sequence {
     /* results of a call of dsv3_generate */
     int32_t *token; /* [n_token] written by it, in order */
     size_t n_token; /* 0 .. max_drafts + 1 */
-    /* counters, to be read and cleared */
-    uint64_t steps;     /* steps that wrote something (not those that only read a prompt) */
-    uint64_t written;   /* tokens */
-    uint64_t *drafted;  /* [max_drafts] how often a draft stood in this place */
-    uint64_t *accepted; /* [max_drafts] and was accepted */
     /* to be read: caches.length tokens are in the caches, one more is known if pending */
     dsv3_cache cache;    /* main layers */
     dsv3_cache *modules; /* [n_modules] one layer each */
@@ -973,6 +972,11 @@ typedef struct dsv3_sequence {
     int32_t pending;       /* bool: the last token of the text is not yet in the caches */
     const int32_t *prompt; /* [prompt_left] appended and not yet read; the caller's memory */
     size_t prompt_left;
+    /* counters, to be read and cleared */
+    uint64_t steps;     /* steps that wrote something (not those that only read a prompt) */
+    uint64_t written;   /* tokens */
+    uint64_t *drafted;  /* [max_drafts] how often a draft stood in this place */
+    uint64_t *accepted; /* [max_drafts] and was accepted */
     /* private */
     uint64_t made_for;
     size_t d, window, top;      /* rings of `window` positions; the end of what was ever written */
@@ -1162,6 +1166,7 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 #include <limits.h>
 
 #if DSV3_MAX_SEQ > 2147483647L || DSV3_MAX_LAYERS > 32767L || DSV3_MAX_VOCAB > 2147483647L ||                        \
+    DSV3_MAX_HEADS > 2147483647L || DSV3_MAX_EXPERTS > 2147483647L || DSV3_MAX_TOPK > 2147483647L ||                 \
     DSV3_MAX_DIM > 1073741824L
 #error "dsv3.h: a DSV3_MAX_... limit is larger than its fields can hold"
 #endif
@@ -1282,19 +1287,17 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
         if (try_result != DSV3_OK) return try_result;                                                                \
     } while (0)
 
+#define DSV3I_COUNT(array) (sizeof(array) / sizeof(array)[0])
+
 /* ---- Sizes: saturating arithmetic. SIZE_MAX means "too large" and stays so (but for a product with 0). */
 
 static size_t dsv3i_add(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
-
 static size_t dsv3i_mul(size_t a, size_t b) { return b != 0 && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
 
 /* The other way round: a - b, but never below 0. */
 static size_t dsv3i_sub(size_t a, size_t b) { return a > b ? a - b : 0; }
-
 static size_t dsv3i_min(size_t a, size_t b) { return a < b ? a : b; }
-
 static size_t dsv3i_max(size_t a, size_t b) { return a > b ? a : b; }
-
 static size_t dsv3i_blocks(size_t n, size_t block) { return n / block + (n % block != 0); }
 
 /* statement for i = 0 .. n-1, with p = i mod 8: eight at a time, a number that compilers know and make vector instructions
@@ -1317,28 +1320,37 @@ static size_t dsv3i_blocks(size_t n, size_t block) { return n / block + (n % blo
 /* ---- The sizes of an architecture, with the names of the glossary, from one place */
 
 #define DSV3I_DIMS(X)                                                                                                \
-    X(d, hidden_size) X(V, vocab_size) X(H, num_attention_heads) X(rq, q_lora_rank) X(rk, kv_lora_rank)              \
-    X(dn, qk_nope_head_dim) X(dr, qk_rope_head_dim) X(dv, v_head_dim) X(E, n_routed_experts)                         \
-    X(K, num_experts_per_tok) X(G, n_group) X(F, moe_intermediate_size) X(I, intermediate_size)                      \
-    X(L, num_hidden_layers) X(D, num_nextn_predict_layers)
+    X(d, hidden_size) X(H, num_attention_heads) X(rk, kv_lora_rank) X(dn, qk_nope_head_dim) X(dv, v_head_dim)        \
+    X(E, n_routed_experts) X(K, num_experts_per_tok) X(dr, qk_rope_head_dim) X(rq, q_lora_rank) X(V, vocab_size)     \
+    X(G, n_group) X(F, moe_intermediate_size) X(I, intermediate_size) X(L, num_hidden_layers)                        \
+    X(D, num_nextn_predict_layers)
 
 typedef struct dsv3i_dims {
+    size_t qk;    /* dn + dr: one head's query */
+    size_t width; /* rk + dr: what the cache keeps of a position */
 #define DSV3I_DIM(name, field) size_t name;
     DSV3I_DIMS(DSV3I_DIM)
-#undef DSV3I_DIM
     size_t d2;          /* 2 d: what an MTP module joins */
-    size_t qk;          /* dn + dr: one head's query */
     size_t kv;          /* dn + dv: one head's rows of kv_b_proj */
-    size_t width;       /* rk + dr: what the cache keeps of a position */
     size_t Hq, Hkv, Ho; /* H times qk, kv, dv */
     size_t Fs;          /* width of the shared experts */
 } dsv3i_dims;
 
+/* The int32_t at this offset in a struct. */
+static int32_t dsv3i_int_at(const void *owner, size_t at) {
+    int32_t value;
+    DSV3_MEMCPY(&value, (const unsigned char *)owner + at, sizeof value);
+    return value;
+}
+
 static dsv3i_dims dsv3i_dims_of(const dsv3_config *c) {
+#define DSV3I_DIM_AT(name, field) offsetof(dsv3_config, field),
+    static const uint8_t field[] = {DSV3I_DIMS(DSV3I_DIM_AT)};
     dsv3i_dims m;
-#define DSV3I_DIM(name, field) m.name = (size_t)c->field;
-    DSV3I_DIMS(DSV3I_DIM)
-#undef DSV3I_DIM
+    for (size_t i = 0; i < DSV3I_COUNT(field); i++) {
+        size_t size = (size_t)dsv3i_int_at(c, field[i]);
+        DSV3_MEMCPY((unsigned char *)&m + offsetof(dsv3i_dims, d) + i * sizeof size, &size, sizeof size);
+    }
     m.d2 = 2 * m.d;
     m.qk = m.dn + m.dr;
     m.kv = m.dn + m.dv;
@@ -1350,10 +1362,11 @@ static dsv3i_dims dsv3i_dims_of(const dsv3_config *c) {
     return m;
 }
 
-/* The size at this offset in dsv3i_dims. */
-static size_t dsv3i_dim(const dsv3i_dims *m, size_t at) {
+/* Tables name a size by its place in a struct of nothing but sizes. */
+#define DSV3I_PLACE_OF(owner, name) (uint8_t)(offsetof(owner, name) / sizeof(size_t))
+static size_t dsv3i_size_at(const void *sizes, size_t place) {
     size_t size;
-    DSV3_MEMCPY(&size, (const unsigned char *)m + at, sizeof size);
+    DSV3_MEMCPY(&size, (const unsigned char *)sizes + place * sizeof size, sizeof size);
     return size;
 }
 
@@ -1391,6 +1404,31 @@ static void *dsv3i_take_rows(dsv3i_layout *l, size_t size, size_t rows, size_t c
     return rows == 0 ? NULL : dsv3i_take(l, size, rows, columns, 1);
 }
 
+/* Many arrays of one struct are a table: where the pointer stands in it, and two sizes in another struct. Part 0 is laid out
+ * first; parts 1, 2 .. are never in use together, and all begin where it ends. */
+typedef struct dsv3i_array {
+    uint16_t at;
+    uint8_t size, rows, columns, part;
+} dsv3i_array;
+#define DSV3I_ARRAY(owner, sizes, part, type, name, rows, columns)                                                   \
+    {(uint16_t)offsetof(owner, name), sizeof(type), DSV3I_PLACE_OF(sizes, rows), DSV3I_PLACE_OF(sizes, columns), part},
+
+static void dsv3i_take_arrays(dsv3i_layout *l, void *owner, const dsv3i_array *list, size_t count, const void *sizes) {
+    size_t from = l->used, end = 0;
+    for (size_t i = 0; i < count; i++) {
+        size_t rows = dsv3i_size_at(sizes, list[i].rows), columns = dsv3i_size_at(sizes, list[i].columns);
+        void *array;
+        end = dsv3i_max(end, l->used);
+        if (i > 0 && list[i].part != list[i - 1].part) {
+            if (list[i - 1].part == 0) from = l->used;
+            l->used = from;
+        }
+        array = dsv3i_take_rows(l, list[i].size, rows, columns);
+        DSV3_MEMCPY((unsigned char *)owner + list[i].at, &array, sizeof array);
+    }
+    l->used = dsv3i_max(end, l->used);
+}
+
 static dsv3_result dsv3i_layout_size(const dsv3i_layout *l, size_t *bytes) {
     if (bytes == NULL) return DSV3_ERR_ARG;
     *bytes = dsv3i_add(l->used, DSV3I_LINE - DSV3_ALIGN);
@@ -1412,9 +1450,12 @@ static dsv3_result dsv3i_memory_check(const void *memory, size_t bytes, size_t n
     return bytes < need ? DSV3_ERR_MEMORY : DSV3_OK;
 }
 
-/* Begins the layout that was measured as `need` bytes over memory [bytes]. */
-static dsv3_result dsv3i_layout_begin(dsv3i_layout *l, void *memory, size_t bytes, size_t need) {
-    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
+/* Begins the layout of an object over memory [bytes], which was measured, with that result, as *need bytes. */
+static dsv3_result dsv3i_layout_begin(dsv3i_layout *l, const void *object, dsv3_result measured, void *memory,
+                                      size_t bytes, const size_t *need) {
+    if (object == NULL) return DSV3_ERR_ARG;
+    DSV3I_TRY(measured);
+    DSV3I_TRY(dsv3i_memory_check(memory, bytes, *need));
     l->base = dsv3i_layout_base(memory);
     l->used = 0;
     return DSV3_OK;
@@ -1438,10 +1479,8 @@ static dsv3_result dsv3i_layout_begin(dsv3i_layout *l, void *memory, size_t byte
     return dsv3i_layout_size(&l, bytes)
 #define DSV3I_INIT(object, size)                                                                                     \
     dsv3i_layout l = {NULL, 0};                                                                                      \
-    size_t need;                                                                                                     \
-    if ((object) == NULL) return DSV3_ERR_ARG;                                                                       \
-    DSV3I_TRY(size);                                                                                                 \
-    DSV3I_TRY(dsv3i_layout_begin(&l, memory, bytes, need))
+    size_t need = 0;                                                                                                 \
+    DSV3I_TRY(dsv3i_layout_begin(&l, object, size, memory, bytes, &need))
 
 /* ---- Text: names and messages are built without stdio. */
 
@@ -1479,6 +1518,12 @@ static void dsv3i_text_add_int(dsv3i_text *t, int64_t value) {
     dsv3i_text_add(t, digits + n);
 }
 
+/* The next of texts that follow each other. */
+static const char *dsv3i_next_text(const char *text) {
+    while (*text++ != '\0') continue;
+    return text;
+}
+
 /* "layers." 3 "." */
 static void dsv3i_text_add_index(dsv3i_text *t, const char *before, int64_t index, const char *behind) {
     dsv3i_text_add(t, before);
@@ -1489,22 +1534,14 @@ static void dsv3i_text_add_index(dsv3i_text *t, const char *before, int64_t inde
 /* ---- Errors */
 
 DSV3_API const char *dsv3_result_string(dsv3_result result) {
-    /* rows of characters, not pointers: nothing here needs relocation or writable memory */
-    static const char text[][28] = {"ok",
-                                    "bad argument",
-                                    "beyond a limit",
-                                    "size overflow",
-                                    "not supported",
-                                    "buffer too small",
-                                    "buffer not aligned",
-                                    "tensor missing",
-                                    "shape mismatch",
-                                    "token outside vocabulary",
-                                    "position out of sequence",
-                                    "context full",
-                                    "value not finite"};
-    size_t i = (size_t)0 - (size_t)(int)result; /* wraps to something large for a positive one */
-    return i < sizeof text / sizeof text[0] ? text[i] : "unknown result";
+    /* one row of characters, no pointers: nothing here needs relocation or writable memory */
+    static const char texts[] = "ok\0bad argument\0beyond a limit\0size overflow\0not supported\0buffer too small\0"
+                                "buffer not aligned\0tensor missing\0shape mismatch\0token outside vocabulary\0"
+                                "position out of sequence\0context full\0value not finite";
+    const char *text = texts;
+    if (result > DSV3_OK || result < DSV3_ERR_NAN) return "unknown result";
+    for (int i = 0; i > (int)result; i--) text = dsv3i_next_text(text);
+    return text;
 }
 
 /* All errors are made here: code, name and reason. Numbers may be added. */
@@ -1557,6 +1594,25 @@ DSV3I_APART dsv3_result dsv3i_fail_at(dsv3_error *error, size_t i, dsv3_result c
 DSV3I_APART dsv3_result dsv3i_fail_row(dsv3_error *error, dsv3_result code, const char *name, size_t i,
                                       const char *why, int64_t low, int64_t high, int64_t found) {
     return dsv3i_fail_at(error, i, dsv3i_fail_range(error, code, name, why, low, high, found));
+}
+
+DSV3I_APART dsv3_result dsv3i_check_between(dsv3_error *error, dsv3_result code, const char *name, const char *why,
+                                            int64_t value, int64_t low, int64_t high) {
+    return value >= low && value <= high ? DSV3_OK : dsv3i_fail_range(error, code, name, why, low, high, value);
+}
+
+/* Is element i of an array one of 0 .. count - 1? */
+DSV3I_APART dsv3_result dsv3i_check_element(dsv3_error *error, dsv3_result code, const char *name, size_t i,
+                                           const char *why, int64_t count, int64_t found) {
+    return found >= 0 && found < count ? DSV3_OK : dsv3i_fail_row(error, code, name, i, why, 0, count - 1, found);
+}
+
+static dsv3_result dsv3i_check_token(dsv3_error *error, const char *name, size_t i, int32_t V, int32_t token) {
+    return dsv3i_check_element(error, DSV3_ERR_TOKEN, name, i, "is outside the vocabulary", V, token);
+}
+
+DSV3I_APART dsv3_result dsv3i_fail_null(dsv3_error *error, const char *name) {
+    return dsv3i_fail(error, DSV3_ERR_ARG, name, "is NULL");
 }
 
 static dsv3_result dsv3i_ok(dsv3_error *error) { return dsv3i_fail(error, DSV3_OK, "", "ok"); }
@@ -1723,9 +1779,10 @@ typedef struct dsv3i_call {
     const dsv3_model *model;
     const dsv3_layer *w;
     dsv3_workspace *ws;
-    dsv3_cache *caches;
-    size_t layer, n; /* the layer's index in the caches; rows */
+    size_t n; /* rows */
     dsv3i_dims m;
+    dsv3_cache *caches;
+    size_t layer; /* its index in the caches */
     const dsv3_layer *g; /* backward: gradients of w, else NULL; what w has kept; scratch */
     const struct dsv3i_saved *s;
     const struct dsv3i_backward *b;
@@ -1733,12 +1790,12 @@ typedef struct dsv3i_call {
 
 static dsv3i_call dsv3i_call_of(const dsv3_context *ctx, const dsv3_model *model, const dsv3_layer *w, size_t layer,
                                 dsv3_cache *caches, size_t n, dsv3_workspace *ws) {
-    dsv3i_call c = {ctx, model, w, ws, caches, layer, n, dsv3i_dims_of(&model->config), NULL, NULL, NULL};
+    dsv3i_call c = {ctx, model, w, ws, n, dsv3i_dims_of(&model->config), caches, layer, NULL, NULL, NULL};
     return c;
 }
 
 /* All rows of w. */
-static dsv3i_product dsv3i_product_of(float *y, const float *x, const dsv3_tensor *w, size_t n) {
+DSV3I_APART dsv3i_product dsv3i_product_of(float *y, const float *x, const dsv3_tensor *w, size_t n) {
     dsv3i_product p = {y, x, w, n, 0, w->rows};
     return p;
 }
@@ -1798,7 +1855,6 @@ static uint32_t dsv3i_upper_bits(float x) {
 
 /* Judged by bits, so that no compiler flag can reason it away: exponent all ones is NaN or infinity. */
 static int dsv3i_is_finite(float x) { return (dsv3i_upper_bits(x) & 0x7F800000u) != 0x7F800000u; }
-
 static int dsv3i_is_nan(float x) { return (dsv3i_upper_bits(x) & 0x7FFFFFFFu) > 0x7F800000u; }
 
 static int dsv3i_all_finite(const float *x, size_t n) {
@@ -1809,9 +1865,7 @@ static int dsv3i_all_finite(const float *x, size_t n) {
 
 /* ---- Types */
 
-DSV3_API size_t dsv3_type_block(dsv3_type type) {
-    return type == DSV3_Q8_0 || type == DSV3_Q4_0 ? DSV3_QBLOCK : 1;
-}
+DSV3_API size_t dsv3_type_block(dsv3_type type) { return type == DSV3_Q8_0 || type == DSV3_Q4_0 ? DSV3_QBLOCK : 1; }
 
 DSV3_API size_t dsv3_type_bytes(dsv3_type type) {
     static const uint8_t bytes[DSV3_TYPES] = {sizeof(float), 2, 2, 1, 2 + DSV3_QBLOCK, 2 + DSV3_QBLOCK / 2};
@@ -1867,8 +1921,6 @@ DSV3_API float dsv3_f32_from_f8_e4m3(uint8_t bits) {
         (s) + 0x43B00000u, (s) + 0x43C00000u, (s) + 0x43D00000u, (s) + 0x43E00000u, (s) + 0x7FC00000u /* NaN */
 
 static const uint32_t dsv3i_e4m3[256] = {DSV3I_E4M3_HALF(0u), DSV3I_E4M3_HALF(0x80000000u)};
-#undef DSV3I_E4M3_HALF
-#undef DSV3I_E4M3_ROW
 
 DSV3_API float dsv3_f32_from_f8_e4m3(uint8_t bits) { return dsv3i_float(dsv3i_e4m3[bits]); }
 #endif
@@ -2584,9 +2636,9 @@ typedef struct dsv3i_loss {
 } dsv3i_loss;
 
 /* loss [dsv3i_loss_floats] keeps each row's maximum and sum, between forward and backward too. */
-static dsv3i_loss dsv3i_loss_of(const dsv3_context *ctx, const float *u, const dsv3_tensor *head, const int32_t *target,
-                                size_t n, float *loss, float *scratch) {
-    dsv3i_loss a = {ctx, u, head, target, n, loss, loss + 3 * n, scratch, dsv3i_product_of(NULL, u, head, n), 0.0f};
+DSV3I_APART dsv3i_loss dsv3i_loss_of(const dsv3_context *ctx, const float *u, const dsv3_tensor *head,
+                                    const int32_t *target, size_t n, float *loss, float *scratch) {
+    dsv3i_loss a = {ctx, u, head, target, n, loss, loss + 3 * n, scratch, {NULL, NULL, NULL, 0, 0, 0}, 0.0f};
     return a;
 }
 
@@ -2594,12 +2646,10 @@ static size_t dsv3i_loss_floats(size_t V, size_t n) { return dsv3i_mul(n, dsv3i_
 
 /* The logits of a part of the vocabulary, and `task` for each row of them. */
 static void dsv3i_loss_part(dsv3i_loss *a, size_t row, dsv3_task task) {
-    dsv3i_product *part = &a->part;
-    part->y = a->logits;
-    part->row = row;
-    part->rows = dsv3i_min(DSV3I_VOCAB, a->head->rows - row);
-    a->ctx->ops->linear(a->ctx, part, 1, a->scratch);
-    dsv3i_loop(a->ctx, a->n, 16 * part->rows, task, a);
+    const dsv3i_product part = {a->logits, a->u, a->head, a->n, row, dsv3i_min(DSV3I_VOCAB, a->head->rows - row)};
+    a->part = part;
+    a->ctx->ops->linear(a->ctx, &part, 1, a->scratch);
+    dsv3i_loop(a->ctx, a->n, 16 * part.rows, task, a);
 }
 
 /* The target's logit of row t among those of this part, or NULL. */
@@ -2693,12 +2743,10 @@ DSV3_API void dsv3_cross_entropy_backward(const dsv3_context *context, float *du
  *
  * Rotary position embedding turns pair i of a vector by the angle t theta_i, t the position:
  *     (a, b) -> (a cos - b sin, a sin + b cos),    theta_i = rope_theta^(-2i/dr),  i = 0 .. dr/2 - 1
- * so that the product of a query at t and a key at j depends on t - j only. Released weights pair
- * neighbours (2i, 2i+1).
+ * so that the product of a query at t and a key at j depends on t - j only. Released weights pair neighbours (2i, 2i+1).
  *
- * YaRN ([R] 4.3) lengthens the context by s = factor. A pair that makes many turns over the original
- * context o keeps its frequency, a pair that makes less than about one is slowed down by s, in between
- * a ramp mixes both:
+ * YaRN ([R] 4.3) lengthens the context by s = factor. A pair that makes many turns over the original context o keeps
+ * its frequency, a pair that makes less than about one is slowed down by s, in between a ramp mixes both:
  *     cd(n) = dr ln(o / (2 pi n)) / (2 ln rope_theta)         the i at which a pair makes n turns over o
  *     lo = max(floor cd(beta_fast), 0),  hi = min(ceil cd(beta_slow), dr-1),  hi += 0.001 if equal
  *     ramp_i = clamp((i - lo) / (hi - lo), 0, 1)
@@ -2708,10 +2756,9 @@ DSV3_API void dsv3_cross_entropy_backward(const dsv3_context *context, float *du
  *     softmax scale  (dn+dr)^-1/2 m(mscale_all_dim)^2          on the whole score, if mscale_all_dim != 0
  * The frequencies apply at all lengths, also below o.
  *
- * Angles. t theta in float32 is off by 0.01 rad at t = 160000. Here theta is kept as a fraction of a turn in
- * 64-bit fixed point: t times it, modulo 2^64, drops whole turns and nothing else, needs no double at run
- * time, and the remaining angle lies in [-pi, pi), where sinf and cosf are exact to the last bits.
- * Test: tests/test_rope.c.
+ * Angles. t theta in float32 is off by 0.01 rad at t = 160000. Here theta is kept as a fraction of a turn in 64-bit
+ * fixed point: t times it, modulo 2^64, drops whole turns and nothing else, needs no double at run time, and the
+ * remaining angle lies in [-pi, pi), where sinf and cosf are exact to the last bits. Test: tests/test_rope.c.
  * ==================================================================================================== */
 
 #define DSV3I_PI 3.14159265358979323846
@@ -2826,11 +2873,10 @@ DSV3_API void dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t 
  * Both give out_t = o_proj [o_t of all heads]. Only [c ; kr] is cached: rk + dr numbers per position and
  * layer, 576 for V3 where plain attention keeps H (dn + dr + dv) = 40960.
  *
- * Cost per query, key and head: expanded dn + dr + dv, absorbed 2 rk + dr multiply-adds. Expanding costs
- * rk (dn + dv) once per key and call, absorbing as much once per query. With a long past (many more keys than
- * queries) a call that brings n rows to a sequence gains by expanding when n (2 rk - dn - dv) > rk (dn + dv):
- * 171 rows or more for V3. With a short past expanding would win earlier; the automatic rule looks at n alone,
- * so that it can be stated in one line.
+ * Cost per query, key and head: expanded dn + dr + dv, absorbed 2 rk + dr multiply-adds. Expanding costs rk (dn + dv) once
+ * per key and call, absorbing as much once per query. With a long past (many more keys than queries) a call that brings n
+ * rows to a sequence gains by expanding when n (2 rk - dn - dv) > rk (dn + dv): 171 rows or more for V3. With a short past
+ * expanding would win earlier; the automatic rule looks at n alone, so that it can be stated in one line.
  *
  * Running softmax. Keys come in blocks that begin at fixed positions, and the softmax is built up block
  * by block: with m the maximum so far, l the sum of exp(s - m), and o the sum of exp(s - m) v, a new block with
@@ -2894,9 +2940,7 @@ static void dsv3i_mla_kv_task(void *arg, size_t begin, size_t end, size_t worker
     }
 }
 
-static void dsv3i_mla_kv(dsv3i_call *c) {
-    dsv3i_loop(c->ctx, c->n, 4 * c->m.width, dsv3i_mla_kv_task, c);
-}
+static void dsv3i_mla_kv(dsv3i_call *c) { dsv3i_loop(c->ctx, c->n, 4 * c->m.width, dsv3i_mla_kv_task, c); }
 
 /* Rotation of every head's query. */
 static void dsv3i_mla_rotate_task(void *arg, size_t begin, size_t end, size_t worker) {
@@ -3240,9 +3284,8 @@ static void dsv3i_mla_backward(dsv3i_call *c, float *du, const float *dy, const 
  *     sum_i f_i P_i,   f_i = E / (K T) sum_t [i in TopK(s_t)],   P_i = 1/T sum_t s_ti / sum_j s_tj
  * and V2's three losses ([R2] 2.2.2) are of the same kind, over experts, over devices, and over devices reached.
  *
- * NaN. A sel that is not finite counts as the lowest possible one, above masked experts only, and a score that
- * is not finite weighs 0: any input gives K different experts in range. Test: tests/test_router.c,
- * tests/test_balance.c.
+ * NaN. A sel that is not finite counts as the lowest possible one, above masked experts only, and a score that is not
+ * finite weighs 0: any input gives K different experts in range. Test: tests/test_router.c, tests/test_balance.c.
  * ==================================================================================================== */
 
 static void dsv3i_softmax(const dsv3_context *ctx, float *z, size_t n) {
@@ -3425,6 +3468,7 @@ DSV3_API dsv3_load_stats dsv3_load_statistics(const uint64_t *load, size_t E) {
     return r;
 }
 
+#ifndef DSV3_NO_TRAINING
 /* ---- The bias step */
 
 /* 1: below the mean whole + rest / E, -1: above it. */
@@ -3504,6 +3548,7 @@ DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, ui
     dsv3i_balancer_move(balancer, bias, seen);
     return DSV3_OK;
 }
+#endif
 
 /* ---- Balance losses: sum_i f_i P_i, where f_i and P_i = mean s'_i have sum E and sum 1. V2's losses differ in f_i. */
 
@@ -3580,6 +3625,7 @@ DSV3_API double dsv3_balance_loss(const float *score, const int32_t *idx, const 
     return dsv3i_balance_loss(&b, DSV3I_LOSS_EXPERT, scratch);
 }
 
+#ifndef DSV3_NO_TRAINING
 DSV3_API double dsv3_device_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
                                  size_t K, size_t devices, double *scratch) {
     const dsv3i_balance b = {score, idx, mask, n, E, K, devices, 0};
@@ -3592,7 +3638,6 @@ DSV3_API double dsv3_communication_loss(const float *score, const int32_t *idx, 
     return dsv3i_balance_loss(&b, DSV3I_LOSS_COMMUNICATION, scratch);
 }
 
-#ifndef DSV3_NO_TRAINING
 /* ---- Backward. The choice has no gradient, and neither has the bias. With c = routed_scaling_factor, S = sum of
  * the chosen scores (+ 1e-20) and mu = sum_k dw_k s_k / S:
  *     ds_k = c / S (dw_k - mu)  if norm_topk_prob,  else  c dw_k          for the chosen k
@@ -3986,66 +4031,59 @@ static void dsv3i_layer_backward(dsv3i_call *c, float *dx) {
 
 DSV3_API dsv3_config dsv3_config_default(void) {
     dsv3_config c;
-    DSV3_MEMSET(&c, 0, sizeof c);
-    c.moe_layer_freq = 1;
-    c.n_group = 1;
-    c.topk_group = 1;
-    c.scoring_func = DSV3_SIGMOID;
-    c.topk_method = DSV3_NOAUX_TC;
-    c.norm_topk_prob = 1;
+    DSV3_MEMSET(&c, 0, sizeof c); /* choices: the first ones, those of V3 */
+    c.moe_layer_freq = c.n_group = c.topk_group = 1;
+    c.norm_topk_prob = c.seq_aux = c.rope_interleave = 1;
     c.routed_scaling_factor = 1.0f;
-    c.seq_aux = 1;
     c.aux_loss_alpha = 0.001f;
-    c.rms_norm_eps = 1e-6f;
-    c.latent_norm_eps = 1e-6f;
+    c.rms_norm_eps = c.latent_norm_eps = 1e-6f;
     c.rope_theta = 10000.0f;
-    c.rope_scaling.type = DSV3_ROPE_NONE;
-    c.rope_scaling.factor = 1.0f;
+    c.rope_scaling.factor = c.rope_scaling.beta_slow = c.rope_scaling.mscale = 1.0f;
     c.rope_scaling.beta_fast = 32.0f;
-    c.rope_scaling.beta_slow = 1.0f;
-    c.rope_scaling.mscale = 1.0f;
-    c.rope_interleave = 1;
     c.max_position_embeddings = 4096;
-    c.bos_token_id = -1;
-    c.eos_token_id = -1;
+    c.bos_token_id = c.eos_token_id = -1;
     return c;
 }
 
-/* In the order of dsv3_preset: the first fields of dsv3_config, as they follow each other there. */
-static const int32_t dsv3i_preset_sizes[][20] = {
-    /* V, d, I, F, L, D, dense layers, 1, H, H, rq, rk, dn, dr, dv, E, shared experts, K, G, Gt */
-    {129280, 7168, 18432, 2048, 61, 1, 3, 1, 128, 128, 1536, 512, 128, 64, 128, 256, 1, 8, 8, 4}, /* V3 */
-    {102400, 5120, 12288, 1536, 60, 0, 1, 1, 128, 128, 1536, 512, 128, 64, 128, 160, 2, 6, 8, 3}, /* V2 */
-    {102400, 2048, 10944, 1408, 27, 0, 1, 1, 16, 16, 0, 512, 128, 64, 128, 64, 2, 6, 1, 1},       /* V2-Lite */
-    {163840, 2048, 11264, 1408, 27, 0, 1, 1, 16, 16, 0, 512, 128, 64, 128, 64, 2, 6, 1, 1},       /* Moonlight */
-    {163840, 7168, 18432, 2048, 61, 0, 1, 1, 64, 64, 1536, 512, 128, 64, 128, 384, 1, 8, 1, 1},   /* Kimi-K2 */
-    {256, 160, 448, 40, 5, 4, 1, 1, 5, 5, 96, 64, 32, 16, 32, 32, 1, 4, 4, 2},                    /* austen */
-    {256, 64, 192, 32, 3, 1, 1, 1, 4, 4, 0, 32, 16, 8, 16, 8, 1, 2, 1, 1},                        /* micro */
+/* In the order of dsv3_preset: the fields of dsv3_config behind vocab_size, as they follow each other there. */
+static const uint16_t dsv3i_preset_sizes[][19] = {
+    /* d, I, F, L, D, dense layers, 1, H, H, rq, rk, dn, dr, dv, E, shared experts, K, G, Gt */
+    {7168, 18432, 2048, 61, 1, 3, 1, 128, 128, 1536, 512, 128, 64, 128, 256, 1, 8, 8, 4}, /* V3 */
+    {5120, 12288, 1536, 60, 0, 1, 1, 128, 128, 1536, 512, 128, 64, 128, 160, 2, 6, 8, 3}, /* V2 */
+    {2048, 10944, 1408, 27, 0, 1, 1, 16, 16, 0, 512, 128, 64, 128, 64, 2, 6, 1, 1},       /* V2-Lite */
+    {2048, 11264, 1408, 27, 0, 1, 1, 16, 16, 0, 512, 128, 64, 128, 64, 2, 6, 1, 1},       /* Moonlight */
+    {7168, 18432, 2048, 61, 0, 1, 1, 64, 64, 1536, 512, 128, 64, 128, 384, 1, 8, 1, 1},   /* Kimi-K2 */
+    {160, 448, 40, 5, 4, 1, 1, 5, 5, 96, 64, 32, 16, 32, 32, 1, 4, 4, 2},                    /* austen */
+    {64, 192, 32, 3, 1, 1, 1, 4, 4, 0, 32, 16, 8, 16, 8, 1, 2, 1, 1},                        /* micro */
 };
 
 typedef struct dsv3i_preset {
-    int32_t context, bos, eos;
+    int32_t vocab, context, bos, eos;
     float scale, theta, eps;    /* routed_scaling_factor, rope_theta, rms_norm_eps */
     float factor, fast, mscale; /* YaRN's factor, beta_fast, both mscales; factor 0: no YaRN */
     dsv3_topk_method method;    /* noaux_tc, or one of V2 */
 } dsv3i_preset;
 
 static const dsv3i_preset dsv3i_presets[] = {
-    {163840, 0, 1, 2.5f, 10000.0f, 1e-6f, 40.0f, 32.0f, 1.0f, DSV3_NOAUX_TC},
-    {163840, 100000, 100001, 16.0f, 10000.0f, 1e-6f, 40.0f, 32.0f, 1.0f, DSV3_GROUP_LIMITED_GREEDY},
-    {163840, 100000, 100001, 1.0f, 10000.0f, 1e-6f, 40.0f, 32.0f, 0.707f, DSV3_GREEDY},
-    {8192, 163584, 163586, 2.446f, 50000.0f, 1e-5f, 0.0f, 0.0f, 0.0f, DSV3_NOAUX_TC},
-    {131072, 163584, 163585, 2.827f, 50000.0f, 1e-6f, 32.0f, 1.0f, 1.0f, DSV3_NOAUX_TC},
-    {1024, 10, -1, 1.0f, 10000.0f, 1e-6f, 0.0f, 0.0f, 0.0f, DSV3_NOAUX_TC},
-    {512, 10, -1, 1.0f, 10000.0f, 1e-6f, 0.0f, 0.0f, 0.0f, DSV3_NOAUX_TC},
+    {129280, 163840, 0, 1, 2.5f, 10000.0f, 1e-6f, 40.0f, 32.0f, 1.0f, DSV3_NOAUX_TC},
+    {102400, 163840, 100000, 100001, 16.0f, 10000.0f, 1e-6f, 40.0f, 32.0f, 1.0f, DSV3_GROUP_LIMITED_GREEDY},
+    {102400, 163840, 100000, 100001, 1.0f, 10000.0f, 1e-6f, 40.0f, 32.0f, 0.707f, DSV3_GREEDY},
+    {163840, 8192, 163584, 163586, 2.446f, 50000.0f, 1e-5f, 0.0f, 0.0f, 0.0f, DSV3_NOAUX_TC},
+    {163840, 131072, 163584, 163585, 2.827f, 50000.0f, 1e-6f, 32.0f, 1.0f, 1.0f, DSV3_NOAUX_TC},
+    {256, 1024, 10, -1, 1.0f, 10000.0f, 1e-6f, 0.0f, 0.0f, 0.0f, DSV3_NOAUX_TC},
+    {256, 512, 10, -1, 1.0f, 10000.0f, 1e-6f, 0.0f, 0.0f, 0.0f, DSV3_NOAUX_TC},
 };
 
 DSV3_API dsv3_config dsv3_config_preset(dsv3_preset preset) {
     dsv3_config c = dsv3_config_default();
     const dsv3i_preset *p;
-    if ((size_t)preset >= sizeof dsv3i_presets / sizeof dsv3i_presets[0]) return c;
+    if ((size_t)preset >= DSV3I_COUNT(dsv3i_presets)) return c;
     p = dsv3i_presets + preset;
-    DSV3_MEMCPY(&c, dsv3i_preset_sizes[preset], sizeof dsv3i_preset_sizes[preset]);
+    c.vocab_size = p->vocab;
+    for (size_t i = 0; i < DSV3I_COUNT(dsv3i_preset_sizes[0]); i++) {
+        int32_t size = dsv3i_preset_sizes[preset][i];
+        DSV3_MEMCPY((unsigned char *)&c + (i + 1) * sizeof size, &size, sizeof size);
+    }
     c.max_position_embeddings = p->context;
     c.bos_token_id = p->bos;
     c.eos_token_id = p->eos;
@@ -4074,11 +4112,6 @@ DSV3_API int dsv3_config_is_moe(const dsv3_config *config, int32_t i) {
 
 /* ---- Checks. Each returns DSV3_OK or has filled in the error. */
 
-static dsv3_result dsv3i_check_between(dsv3_error *error, dsv3_result code, const char *name, const char *why,
-                                       int64_t value, int64_t low, int64_t high) {
-    return value >= low && value <= high ? DSV3_OK : dsv3i_fail_range(error, code, name, why, low, high, value);
-}
-
 static dsv3_result dsv3i_check_int(dsv3_error *error, const char *name, int32_t value, int32_t low, long high) {
     int64_t top = (uint64_t)high < (uint64_t)SIZE_MAX ? (int64_t)high : (int64_t)SIZE_MAX;
     dsv3_result code = value < 0 || (int64_t)value > top ? DSV3_ERR_LIMIT : DSV3_ERR_ARG;
@@ -4090,42 +4123,62 @@ static dsv3_result dsv3i_check_float(dsv3_error *error, const char *name, float 
     return value >= low && value <= FLT_MAX ? DSV3_OK : dsv3i_fail(error, DSV3_ERR_ARG, name, why);
 }
 
-/* A member of an enum that has the values 0 .. choices - 1. */
-static dsv3_result dsv3i_check_choice(dsv3_error *error, const char *name, int value, int choices, const char *why) {
-    return value >= 0 && value < choices ? DSV3_OK : dsv3i_fail(error, DSV3_ERR_UNSUPPORTED, name, why);
+/* Whole numbers and their bounds, then floats that must be positive. */
+#define DSV3I_BOUNDS(X)                                                                                              \
+    X(vocab_size, 1, DSV3_MAX_VOCAB) X(hidden_size, 1, DSV3_MAX_DIM) X(num_hidden_layers, 1, DSV3_MAX_LAYERS)        \
+    X(moe_layer_freq, 1, DSV3_MAX_LAYERS) X(intermediate_size, 0, DSV3_MAX_DIM)                                      \
+    X(num_attention_heads, 1, DSV3_MAX_HEADS) X(q_lora_rank, 0, DSV3_MAX_DIM) X(kv_lora_rank, 1, DSV3_MAX_DIM)       \
+    X(qk_nope_head_dim, 1, DSV3_MAX_DIM) X(qk_rope_head_dim, 2, DSV3_MAX_DIM) X(v_head_dim, 1, DSV3_MAX_DIM)         \
+    X(moe_intermediate_size, 0, DSV3_MAX_DIM) X(n_routed_experts, 0, DSV3_MAX_EXPERTS)                               \
+    X(n_shared_experts, 0, DSV3_MAX_EXPERTS) X(n_group, 1, DSV3_MAX_EXPERTS)                                         \
+    X(num_experts_per_tok, 0, DSV3_MAX_TOPK) X(max_position_embeddings, 1, DSV3_MAX_SEQ)                             \
+    X(routed_scaling_factor, 0, 0) X(rms_norm_eps, 0, 0) X(latent_norm_eps, 0, 0) /* these are floats */
+
+static dsv3_result dsv3i_check_bounds(const dsv3_config *c, dsv3_error *e) {
+#define DSV3I_NAME(field, least, most) #field "\0"
+#define DSV3I_BOUND(field, least, most) {offsetof(dsv3_config, field), least, (int32_t)(most)},
+    static const char names[] = DSV3I_BOUNDS(DSV3I_NAME);
+    static const struct { uint16_t at, least; int32_t most; } bounds[] = {DSV3I_BOUNDS(DSV3I_BOUND)};
+    const char *name = names;
+    for (size_t i = 0; i < DSV3I_COUNT(bounds); i++, name = dsv3i_next_text(name)) {
+        float value = 1.0f;
+        int32_t most = bounds[i].most, number = most > 0 ? dsv3i_int_at(c, bounds[i].at) : 0;
+        DSV3I_TRY(dsv3i_check_int(e, name, number, bounds[i].least, most));
+        if (most == 0) DSV3_MEMCPY(&value, (const unsigned char *)c + bounds[i].at, sizeof value);
+        DSV3I_TRY(dsv3i_check_float(e, name, value, FLT_MIN, "must be positive and finite"));
+    }
+    return DSV3_OK;
 }
 
-/* The fields of config c, with errors to e. */
+/* Members of enums, which have the values 0 .. choices - 1. */
+#define DSV3I_CHOICES(X)                                                                                             \
+    X(scoring_func, 2, "must be sigmoid or softmax")                                                                 \
+    X(topk_method, 3, "must be noaux_tc, group_limited_greedy or greedy")                                            \
+    X(group_mask, 2, "is not one of dsv3_group_mask") X(gate_scaling, 2, "is not one of dsv3_gate_scaling")          \
+    X(bias_form, 2, "is not one of dsv3_bias_form") X(mtp_concat, 2, "is not one of dsv3_mtp_concat")                \
+    X(mtp_hidden, 2, "is not one of dsv3_mtp_hidden") X(rope_scaling.type, 2, "must be yarn or absent")              \
+    X(attention_bias, 1, "no published model has attention biases")
+
+static dsv3_result dsv3i_check_choices(const dsv3_config *c, dsv3_error *e) {
+#define DSV3I_TEXT(field, choices, why) #field "\0" why "\0"
+#define DSV3I_NUMBER(field, choices, why) choices,
+#define DSV3I_VALUE(field, choices, why) (int)c->field,
+    static const char texts[] = DSV3I_CHOICES(DSV3I_TEXT);
+    static const uint8_t choices[] = {DSV3I_CHOICES(DSV3I_NUMBER)};
+    const int value[] = {DSV3I_CHOICES(DSV3I_VALUE)};
+    const char *name = texts, *why;
+    for (size_t i = 0; i < DSV3I_COUNT(choices); i++, name = dsv3i_next_text(why)) {
+        why = dsv3i_next_text(name);
+        if (value[i] < 0 || value[i] >= choices[i]) return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, name, why);
+    }
+    return DSV3_OK;
+}
+
+/* What depends on other fields of config c, with errors to e. */
 #define DSV3I_INT(field, low, high) DSV3I_TRY(dsv3i_check_int(e, #field, c->field, low, high))
 #define DSV3I_FLOAT(field, low, why) DSV3I_TRY(dsv3i_check_float(e, #field, c->field, low, why))
 #define DSV3I_BETWEEN(field, low, high, why)                                                                         \
     DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_ARG, #field, why, c->field, low, high))
-#define DSV3I_CHOICE(field, choices, why) DSV3I_TRY(dsv3i_check_choice(e, #field, (int)c->field, choices, why))
-
-static dsv3_result dsv3i_check_layers(const dsv3_config *c, dsv3_error *e) {
-    DSV3I_INT(vocab_size, 1, DSV3_MAX_VOCAB);
-    DSV3I_INT(hidden_size, 1, DSV3_MAX_DIM);
-    DSV3I_INT(num_hidden_layers, 1, DSV3_MAX_LAYERS);
-    DSV3I_INT(num_nextn_predict_layers, 0, DSV3_MAX_LAYERS - c->num_hidden_layers);
-    DSV3I_BETWEEN(first_k_dense_replace, 0, c->num_hidden_layers, "is not between 0 and num_hidden_layers");
-    DSV3I_INT(moe_layer_freq, 1, DSV3_MAX_LAYERS);
-    DSV3I_INT(intermediate_size, c->first_k_dense_replace > 0 || c->moe_layer_freq > 1, DSV3_MAX_DIM);
-    return DSV3_OK;
-}
-
-static dsv3_result dsv3i_check_mla(const dsv3_config *c, dsv3_error *e) {
-    DSV3I_INT(num_attention_heads, 1, DSV3_MAX_HEADS);
-    DSV3I_INT(q_lora_rank, 0, DSV3_MAX_DIM);
-    DSV3I_INT(kv_lora_rank, 1, DSV3_MAX_DIM);
-    DSV3I_INT(qk_nope_head_dim, 1, DSV3_MAX_DIM);
-    DSV3I_INT(qk_rope_head_dim, 2, DSV3_MAX_DIM);
-    if (c->qk_rope_head_dim % 2 != 0) {
-        return dsv3i_fail(e, DSV3_ERR_ARG, "qk_rope_head_dim", "must be even: RoPE turns pairs");
-    }
-    DSV3I_INT(v_head_dim, 1, DSV3_MAX_DIM);
-    if (!c->attention_bias) return DSV3_OK;
-    return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "attention_bias", "no published model has attention biases");
-}
 
 static size_t dsv3i_moe_layers(const dsv3_config *c) {
     int32_t layers = c->num_hidden_layers + c->num_nextn_predict_layers;
@@ -4134,22 +4187,22 @@ static size_t dsv3i_moe_layers(const dsv3_config *c) {
     return n;
 }
 
-static dsv3_result dsv3i_check_experts(const dsv3_config *c, dsv3_error *e) {
-    int32_t least = dsv3i_moe_layers(c) > 0, available;
+static dsv3_result dsv3i_check_layers(const dsv3_config *c, dsv3_error *e) {
+    int32_t least, available;
+    DSV3I_INT(num_nextn_predict_layers, 0, DSV3_MAX_LAYERS - c->num_hidden_layers);
+    DSV3I_BETWEEN(first_k_dense_replace, 0, c->num_hidden_layers, "is not between 0 and num_hidden_layers");
+    DSV3I_INT(intermediate_size, c->first_k_dense_replace > 0 || c->moe_layer_freq > 1, DSV3_MAX_DIM);
+    least = dsv3i_moe_layers(c) > 0;
     DSV3I_INT(moe_intermediate_size, least, DSV3_MAX_DIM);
     DSV3I_INT(n_routed_experts, least, DSV3_MAX_EXPERTS);
-    DSV3I_INT(n_shared_experts, 0, DSV3_MAX_EXPERTS);
-    DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_LIMIT, "n_shared_experts",
-                                  "times moe_intermediate_size is beyond the limit",
+    DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_LIMIT, "n_shared_experts", "times moe_intermediate_size is beyond the limit",
                                   (int64_t)c->n_shared_experts * c->moe_intermediate_size, 0, DSV3_MAX_DIM));
-    DSV3I_INT(n_group, 1, DSV3_MAX_EXPERTS);
     if (c->n_routed_experts % c->n_group != 0) {
         return dsv3i_fail_where(e, DSV3_ERR_ARG, "n_group", "must divide n_routed_experts, and is", c->n_group);
     }
     DSV3I_BETWEEN(topk_group, 1, c->n_group, "must be between 1 and n_group");
     DSV3I_INT(num_experts_per_tok, least, DSV3_MAX_TOPK);
-    available = c->n_routed_experts;
-    if (c->topk_method != DSV3_GREEDY) available = available / c->n_group * c->topk_group;
+    available = c->topk_method == DSV3_GREEDY ? c->n_routed_experts : c->n_routed_experts / c->n_group * c->topk_group;
     DSV3I_BETWEEN(num_experts_per_tok, least, available, "is more than the selected groups have");
     return DSV3_OK;
 }
@@ -4158,11 +4211,7 @@ static dsv3_result dsv3i_check_rope(const dsv3_config *c, dsv3_error *e) {
     if (!(c->rope_theta > 1.0f) || c->rope_theta > FLT_MAX) {
         return dsv3i_fail(e, DSV3_ERR_ARG, "rope_theta", "must be finite and larger than 1");
     }
-    DSV3I_INT(max_position_embeddings, 1, DSV3_MAX_SEQ);
     if (c->rope_scaling.type == DSV3_ROPE_NONE) return DSV3_OK;
-    if (c->rope_scaling.type != DSV3_ROPE_YARN) {
-        return dsv3i_fail(e, DSV3_ERR_UNSUPPORTED, "rope_scaling.type", "must be yarn or absent");
-    }
     DSV3I_FLOAT(rope_scaling.factor, 1.0f, "must be finite and at least 1");
     DSV3I_INT(rope_scaling.original_max_position_embeddings, 1, DSV3_MAX_SEQ);
     DSV3I_FLOAT(rope_scaling.beta_slow, FLT_MIN, "must be positive and finite");
@@ -4196,31 +4245,20 @@ static dsv3_result dsv3i_check_sizes(const dsv3_config *c, dsv3_error *e) {
 }
 
 DSV3_API dsv3_result dsv3_config_check(const dsv3_config *c, dsv3_error *e) {
-    if (c == NULL) return dsv3i_fail(e, DSV3_ERR_ARG, "config", "is NULL");
+    if (c == NULL) return dsv3i_fail_null(e, "config");
+    DSV3I_TRY(dsv3i_check_bounds(c, e));
     DSV3I_TRY(dsv3i_check_layers(c, e));
-    DSV3I_TRY(dsv3i_check_mla(c, e));
-    DSV3I_TRY(dsv3i_check_experts(c, e));
-    DSV3I_CHOICE(scoring_func, 2, "must be sigmoid or softmax");
-    DSV3I_CHOICE(topk_method, 3, "must be noaux_tc, group_limited_greedy or greedy");
-    DSV3I_CHOICE(group_mask, 2, "is not one of dsv3_group_mask");
-    DSV3I_CHOICE(gate_scaling, 2, "is not one of dsv3_gate_scaling");
-    DSV3I_CHOICE(bias_form, 2, "is not one of dsv3_bias_form");
-    DSV3I_CHOICE(mtp_concat, 2, "is not one of dsv3_mtp_concat");
-    DSV3I_CHOICE(mtp_hidden, 2, "is not one of dsv3_mtp_hidden");
-    DSV3I_FLOAT(routed_scaling_factor, FLT_MIN, "must be positive and finite");
+    DSV3I_TRY(dsv3i_check_choices(c, e));
+    if (c->qk_rope_head_dim % 2 != 0) {
+        return dsv3i_fail(e, DSV3_ERR_ARG, "qk_rope_head_dim", "must be even: RoPE turns pairs");
+    }
     DSV3I_TRY(dsv3i_check_rope(c, e));
-    DSV3I_FLOAT(rms_norm_eps, FLT_MIN, "must be positive and finite");
-    DSV3I_FLOAT(latent_norm_eps, FLT_MIN, "must be positive and finite");
     DSV3I_BETWEEN(bos_token_id, -1, c->vocab_size - 1, "is not in the vocabulary (-1: none)");
     DSV3I_BETWEEN(eos_token_id, -1, c->vocab_size - 1, "is not in the vocabulary (-1: none)");
     DSV3I_TRY(dsv3i_check_sizes(c, e));
     return dsv3i_ok(e);
 }
 
-#undef DSV3I_INT
-#undef DSV3I_FLOAT
-#undef DSV3I_BETWEEN
-#undef DSV3I_CHOICE
 
 /* ---- The checkpoint's table of contents, in file order: the part that a tensor is of, its place in the model, its
  * name (behind "model.layers.{i}." in a layer, and then "mlp.experts.{e}." in an expert), shape and group. */
@@ -4243,56 +4281,51 @@ enum {
     DSV3I_PART_SHARED = 16384
 };
 
+/* rank, part, owner, field, name, rows and columns (a vector has columns), group */
+#define DSV3I_PLACES(X)                                                                                              \
+    X(2, EMBED, dsv3_model, embed_tokens, "model.embed_tokens.weight", V, d, EMBED)                                  \
+    X(2, JOIN, dsv3_mtp, eh_proj, "eh_proj.weight", d, d2, MTP)                                                      \
+    X(1, NORMS, dsv3_mtp, enorm, "enorm.weight", d, d, MTP)                                                          \
+    X(1, NORMS, dsv3_mtp, hnorm, "hnorm.weight", d, d, MTP)                                                          \
+    X(1, NORMS, dsv3_mtp, shared_head_norm, "shared_head.norm.weight", d, d, MTP)                                    \
+    X(2, COPIES, dsv3_mtp, embed_tokens, "embed_tokens.weight", V, d, MTP)                                           \
+    X(2, COPIES, dsv3_mtp, shared_head_head, "shared_head.head.weight", V, d, MTP)                                   \
+    X(1, FIRST, dsv3_layer, input_layernorm, "input_layernorm.weight", d, d, NORM)                                   \
+    X(2, Q_LATENT, dsv3_layer, q_a_proj, "self_attn.q_a_proj.weight", rq, d, ATTENTION)                              \
+    X(1, Q_LATENT, dsv3_layer, q_a_layernorm, "self_attn.q_a_layernorm.weight", rq, rq, NORM)                        \
+    X(2, Q_LATENT, dsv3_layer, q_b_proj, "self_attn.q_b_proj.weight", Hq, rq, ATTENTION)                             \
+    X(2, Q, dsv3_layer, q_proj, "self_attn.q_proj.weight", Hq, d, ATTENTION)                                         \
+    X(2, LAYER, dsv3_layer, kv_a_proj_with_mqa, "self_attn.kv_a_proj_with_mqa.weight", width, d, ATTENTION)          \
+    X(1, LAYER, dsv3_layer, kv_a_layernorm, "self_attn.kv_a_layernorm.weight", rk, rk, NORM)                         \
+    X(2, LAYER, dsv3_layer, kv_b_proj, "self_attn.kv_b_proj.weight", Hkv, rk, ATTENTION)                             \
+    X(2, LAYER, dsv3_layer, o_proj, "self_attn.o_proj.weight", d, Ho, ATTENTION)                                     \
+    X(1, LAYER, dsv3_layer, post_attention_layernorm, "post_attention_layernorm.weight", d, d, NORM)                 \
+    X(2, DENSE, dsv3_layer, mlp.gate_proj, "mlp.gate_proj.weight", I, d, DENSE)                                      \
+    X(2, DENSE, dsv3_layer, mlp.up_proj, "mlp.up_proj.weight", I, d, DENSE)                                          \
+    X(2, DENSE, dsv3_layer, mlp.down_proj, "mlp.down_proj.weight", d, I, DENSE)                                      \
+    X(2, ROUTER, dsv3_layer, gate, "mlp.gate.weight", E, d, ROUTER)                                                  \
+    X(1, BIAS, dsv3_layer, e_score_correction_bias, "mlp.gate.e_score_correction_bias", E, E, ROUTER)                \
+    X(2, EXPERT, dsv3_mlp, gate_proj, "gate_proj.weight", F, d, EXPERTS)                                             \
+    X(2, EXPERT, dsv3_mlp, up_proj, "up_proj.weight", F, d, EXPERTS)                                                 \
+    X(2, EXPERT, dsv3_mlp, down_proj, "down_proj.weight", d, F, EXPERTS)                                             \
+    X(2, SHARED, dsv3_layer, shared_experts.gate_proj, "mlp.shared_experts.gate_proj.weight", Fs, d, SHARED)         \
+    X(2, SHARED, dsv3_layer, shared_experts.up_proj, "mlp.shared_experts.up_proj.weight", Fs, d, SHARED)             \
+    X(2, SHARED, dsv3_layer, shared_experts.down_proj, "mlp.shared_experts.down_proj.weight", d, Fs, SHARED)         \
+    X(1, LAST, dsv3_model, norm, "model.norm.weight", d, d, NORM)                                                    \
+    X(2, HEAD, dsv3_model, lm_head, "lm_head.weight", V, d, HEAD)
+
 typedef struct dsv3i_place {
-    char name[36];
     uint16_t at, part;  /* offset in the struct that owns the tensor */
-    uint8_t rows, cols; /* offsets in dsv3i_dims; a vector has cols */
+    uint8_t rows, cols; /* places in dsv3i_dims */
     uint8_t rank, group;
 } dsv3i_place;
 
 #define DSV3I_PLACE(rank, part, owner, field, name, rows, cols, group)                                               \
-    {                                                                                                                \
-        name, (uint16_t)offsetof(owner, field), DSV3I_PART_##part, (uint8_t)offsetof(dsv3i_dims, rows),              \
-            (uint8_t)offsetof(dsv3i_dims, cols), rank, DSV3_GROUP_##group                                            \
-    }
-#define DSV3I_VECTOR(part, owner, field, name, n, group) DSV3I_PLACE(1, part, owner, field, name, n, n, group)
-#define DSV3I_MATRIX(part, owner, field, name, n, m, group) DSV3I_PLACE(2, part, owner, field, name, n, m, group)
-
-static const dsv3i_place dsv3i_places[] = {
-    DSV3I_MATRIX(EMBED, dsv3_model, embed_tokens, "model.embed_tokens.weight", V, d, EMBED),
-    DSV3I_MATRIX(JOIN, dsv3_mtp, eh_proj, "eh_proj.weight", d, d2, MTP),
-    DSV3I_VECTOR(NORMS, dsv3_mtp, enorm, "enorm.weight", d, MTP),
-    DSV3I_VECTOR(NORMS, dsv3_mtp, hnorm, "hnorm.weight", d, MTP),
-    DSV3I_VECTOR(NORMS, dsv3_mtp, shared_head_norm, "shared_head.norm.weight", d, MTP),
-    DSV3I_MATRIX(COPIES, dsv3_mtp, embed_tokens, "embed_tokens.weight", V, d, MTP),
-    DSV3I_MATRIX(COPIES, dsv3_mtp, shared_head_head, "shared_head.head.weight", V, d, MTP),
-    DSV3I_VECTOR(FIRST, dsv3_layer, input_layernorm, "input_layernorm.weight", d, NORM),
-    DSV3I_MATRIX(Q_LATENT, dsv3_layer, q_a_proj, "self_attn.q_a_proj.weight", rq, d, ATTENTION),
-    DSV3I_VECTOR(Q_LATENT, dsv3_layer, q_a_layernorm, "self_attn.q_a_layernorm.weight", rq, NORM),
-    DSV3I_MATRIX(Q_LATENT, dsv3_layer, q_b_proj, "self_attn.q_b_proj.weight", Hq, rq, ATTENTION),
-    DSV3I_MATRIX(Q, dsv3_layer, q_proj, "self_attn.q_proj.weight", Hq, d, ATTENTION),
-    DSV3I_MATRIX(LAYER, dsv3_layer, kv_a_proj_with_mqa, "self_attn.kv_a_proj_with_mqa.weight", width, d, ATTENTION),
-    DSV3I_VECTOR(LAYER, dsv3_layer, kv_a_layernorm, "self_attn.kv_a_layernorm.weight", rk, NORM),
-    DSV3I_MATRIX(LAYER, dsv3_layer, kv_b_proj, "self_attn.kv_b_proj.weight", Hkv, rk, ATTENTION),
-    DSV3I_MATRIX(LAYER, dsv3_layer, o_proj, "self_attn.o_proj.weight", d, Ho, ATTENTION),
-    DSV3I_VECTOR(LAYER, dsv3_layer, post_attention_layernorm, "post_attention_layernorm.weight", d, NORM),
-    DSV3I_MATRIX(DENSE, dsv3_layer, mlp.gate_proj, "mlp.gate_proj.weight", I, d, DENSE),
-    DSV3I_MATRIX(DENSE, dsv3_layer, mlp.up_proj, "mlp.up_proj.weight", I, d, DENSE),
-    DSV3I_MATRIX(DENSE, dsv3_layer, mlp.down_proj, "mlp.down_proj.weight", d, I, DENSE),
-    DSV3I_MATRIX(ROUTER, dsv3_layer, gate, "mlp.gate.weight", E, d, ROUTER),
-    DSV3I_VECTOR(BIAS, dsv3_layer, e_score_correction_bias, "mlp.gate.e_score_correction_bias", E, ROUTER),
-    DSV3I_MATRIX(EXPERT, dsv3_mlp, gate_proj, "gate_proj.weight", F, d, EXPERTS),
-    DSV3I_MATRIX(EXPERT, dsv3_mlp, up_proj, "up_proj.weight", F, d, EXPERTS),
-    DSV3I_MATRIX(EXPERT, dsv3_mlp, down_proj, "down_proj.weight", d, F, EXPERTS),
-    DSV3I_MATRIX(SHARED, dsv3_layer, shared_experts.gate_proj, "mlp.shared_experts.gate_proj.weight", Fs, d, SHARED),
-    DSV3I_MATRIX(SHARED, dsv3_layer, shared_experts.up_proj, "mlp.shared_experts.up_proj.weight", Fs, d, SHARED),
-    DSV3I_MATRIX(SHARED, dsv3_layer, shared_experts.down_proj, "mlp.shared_experts.down_proj.weight", d, Fs, SHARED),
-    DSV3I_VECTOR(LAST, dsv3_model, norm, "model.norm.weight", d, NORM),
-    DSV3I_MATRIX(HEAD, dsv3_model, lm_head, "lm_head.weight", V, d, HEAD),
-};
-#undef DSV3I_PLACE
-#undef DSV3I_VECTOR
-#undef DSV3I_MATRIX
+    {(uint16_t)offsetof(owner, field), DSV3I_PART_##part, DSV3I_PLACE_OF(dsv3i_dims, rows),                          \
+     DSV3I_PLACE_OF(dsv3i_dims, cols), rank, DSV3_GROUP_##group},
+#define DSV3I_PLACE_NAME(rank, part, owner, field, name, rows, cols, group) name "\0"
+static const dsv3i_place dsv3i_places[] = {DSV3I_PLACES(DSV3I_PLACE)};
+static const char dsv3i_place_names[] = DSV3I_PLACES(DSV3I_PLACE_NAME);
 
 /* ---- The walk through it. walk->visit sees each tensor's description and its slot in the model (NULL when there is
  * no model yet). */
@@ -4321,15 +4354,15 @@ static void dsv3i_walk_begin(dsv3i_walk *w, const dsv3_config *config, void *use
     w->copies = DSV3I_PART_COPIES;
 }
 
-static void dsv3i_walk_describe(dsv3i_walk *w, const dsv3i_place *p) {
+static void dsv3i_walk_describe(dsv3i_walk *w, const dsv3i_place *p, const char *name) {
     dsv3i_text t = dsv3i_text_begin(w->info.name, sizeof w->info.name);
     if (w->info.layer >= 0) dsv3i_text_add_index(&t, "model.layers.", w->info.layer, ".");
     if (w->info.expert >= 0) dsv3i_text_add_index(&t, "mlp.experts.", w->info.expert, ".");
-    dsv3i_text_add(&t, p->name);
+    dsv3i_text_add(&t, name);
     w->info.group = (dsv3_group)p->group;
     w->info.rank = p->rank;
-    w->info.rows = p->rank == 1 ? 1 : dsv3i_dim(&w->m, p->rows);
-    w->info.cols = dsv3i_dim(&w->m, p->cols);
+    w->info.rows = p->rank == 1 ? 1 : dsv3i_size_at(&w->m, p->rows);
+    w->info.cols = dsv3i_size_at(&w->m, p->cols);
     w->info.quantised = p->rank == 2 && (p->group == DSV3_GROUP_ATTENTION || p->group == DSV3_GROUP_DENSE ||
                                          p->group == DSV3_GROUP_EXPERTS || p->group == DSV3_GROUP_SHARED);
     w->info.optional = p->part == DSV3I_PART_COPIES;
@@ -4337,10 +4370,11 @@ static void dsv3i_walk_describe(dsv3i_walk *w, const dsv3i_place *p) {
 
 /* The parts [added up] of owner, a struct of the model or NULL. */
 static dsv3_result dsv3i_walk_parts(dsv3i_walk *w, void *owner, int parts) {
-    for (size_t i = 0; i < sizeof dsv3i_places / sizeof dsv3i_places[0]; i++) {
+    const char *name = dsv3i_place_names;
+    for (size_t i = 0; i < DSV3I_COUNT(dsv3i_places); i++, name = dsv3i_next_text(name)) {
         const dsv3i_place *p = dsv3i_places + i;
         if ((p->part & parts) == 0) continue;
-        dsv3i_walk_describe(w, p);
+        dsv3i_walk_describe(w, p, name);
         DSV3I_TRY(w->visit(w, owner != NULL ? (dsv3_tensor *)(void *)((unsigned char *)owner + p->at) : NULL));
     }
     return DSV3_OK;
@@ -4430,10 +4464,8 @@ DSV3_API dsv3_result dsv3_model_size(const dsv3_config *config, size_t *bytes) {
 
 static dsv3_result dsv3i_bind_shape(dsv3_error *error, const dsv3_tensor *t, const char *name, size_t rows,
                                     size_t cols, int32_t rank) {
-    if (t->rank != rank) {
-        return dsv3i_fail_range(error, DSV3_ERR_MISMATCH, name, "has the wrong number of dimensions", rank, rank,
-                                t->rank);
-    }
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MISMATCH, name, "has the wrong number of dimensions", t->rank, rank,
+                                  rank));
     if (t->rows != rows || t->cols != cols) {
         return dsv3i_fail_numbers(error, DSV3_ERR_MISMATCH, name, "has the wrong shape", DSV3_NUMBERS_SHAPE,
                                   (int64_t)rows, (int64_t)cols, (int64_t)t->rows, (int64_t)t->cols);
@@ -4539,10 +4571,9 @@ DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *confi
     dsv3i_walk w;
     size_t need = 0;
     dsv3_result result;
-    if (model == NULL || find == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "model or find", "is NULL");
+    if (model == NULL || find == NULL) return dsv3i_fail_null(error, "model or find");
     DSV3I_TRY(dsv3_config_check(config, error));
-    result = dsv3_model_size(config, &need);
-    if (result == DSV3_OK) result = dsv3i_layout_begin(&l, memory, bytes, need);
+    result = dsv3i_layout_begin(&l, model, dsv3_model_size(config, &need), memory, bytes, &need);
     if (result == DSV3_ERR_MEMORY) {
         return dsv3i_fail_range(error, result, "memory", "is too small", (int64_t)need, (int64_t)need,
                                 (int64_t)bytes);
@@ -4640,51 +4671,42 @@ static size_t dsv3i_pass_floats(const dsv3i_dims *m, size_t n, size_t threads) {
     return dsv3i_max(floats, dsv3i_engine_pass_floats(m, n, threads));
 }
 
-/* The members of dsv3_workspace, whose shapes stand at its declaration. Rows of a pass: */
-#define DSV3I_WORKSPACE_ROWS(X)                                                                                      \
-    X(int32_t, sequence, n, 1) X(int32_t, position, n, 1) X(int32_t, leader, n, 1) X(int32_t, expanded, n, 1)        \
-    X(float, cos_sin, n, m->dr) X(float, x, n, m->d) X(float, u, n, m->d) X(float, y, n, m->d)                       \
-    X(float, scratch, dsv3i_pass_floats(m, n, threads), 1) X(dsv3_cache, views, n, 1) X(int32_t, row_token, n, 1)    \
-    X(int32_t, row_sequence, n, 1) X(int32_t, row_output, n, 1) X(size_t, row_index, n, 1)                           \
-    X(uint8_t, row_mask, n, 1) X(float, row_hidden, modules, m->d) X(double, balance, threads, 2 * m->E)             \
-    X(double, sequence_loss, n, 1)
-/* Never active together, and so in one place: an MTP module's input, the loss, attention, the FFN. */
-#define DSV3I_WORKSPACE_MODULE(X) X(float, concat, modules, m->d2)
-#define DSV3I_WORKSPACE_LOSS(X) X(float, loss, dsv3i_loss_floats(m->V, n), 1)
-#define DSV3I_WORKSPACE_ATTENTION(X)                                                                                 \
-    X(float, q_latent, n, m->rq) X(float, q, n, m->Hq) X(float, kv, n, m->width) X(float, o, n, m->Ho)               \
-    X(float, softmax, n, 2 * m->H)
-#define DSV3I_WORKSPACE_FFN(X)                                                                                       \
-    X(float, score, n, m->E) X(float, bias, m->E, 1) X(float, select, threads, select) X(int32_t, idx, n, m->K)      \
-    X(float, gate, n, m->K) X(size_t, slot, n, m->K) X(size_t, pair, n, m->K) X(size_t, offset, m->E + 1, 1)         \
-    X(dsv3i_mlp, mlps, mlps, 1) X(float, grouped, n, dsv3i_mul(m->K, m->d)) X(float, h_gate, n, hidden)              \
-    X(float, h_up, n, hidden)
+/* Sizes of a pass of n rows. */
+typedef struct dsv3i_pass_sizes {
+    dsv3i_dims m;
+    size_t one, n, threads, modules, H2, E1, E2, Kd, hidden, mlps, select, scratch, loss;
+} dsv3i_pass_sizes;
 
-/* Back to where parts that share their place begin; *end: where the longest ends. */
-static void dsv3i_layout_back(dsv3i_layout *l, size_t from, size_t *end) {
-    *end = dsv3i_max(*end, l->used);
-    l->used = from;
-}
+/* The arrays of dsv3_workspace, whose shapes stand at its declaration. Parts: rows of a pass; an MTP module's input, the loss,
+ * attention, the FFN. */
+#define DSV3I_WORKSPACE(X)                                                                                           \
+    X(0, int32_t, sequence, n, one) X(0, int32_t, position, n, one) X(0, int32_t, leader, n, one)                    \
+    X(0, int32_t, expanded, n, one) X(0, float, cos_sin, n, m.dr) X(0, float, x, n, m.d) X(0, float, u, n, m.d)      \
+    X(0, float, y, n, m.d) X(0, float, scratch, scratch, one) X(0, dsv3_cache, views, n, one)                        \
+    X(0, int32_t, row_token, n, one) X(0, int32_t, row_sequence, n, one) X(0, int32_t, row_output, n, one)           \
+    X(0, size_t, row_index, n, one) X(0, uint8_t, row_mask, n, one) X(0, float, row_hidden, modules, m.d)            \
+    X(0, double, balance, threads, E2) X(0, double, sequence_loss, n, one) X(1, float, concat, modules, m.d2)        \
+    X(2, float, loss, loss, one) X(3, float, q_latent, n, m.rq) X(3, float, q, n, m.Hq) X(3, float, kv, n, m.width)  \
+    X(3, float, o, n, m.Ho) X(3, float, softmax, n, H2) X(4, float, score, n, m.E) X(4, float, bias, m.E, one)       \
+    X(4, float, select, threads, select) X(4, int32_t, idx, n, m.K) X(4, float, gate, n, m.K)                        \
+    X(4, size_t, slot, n, m.K) X(4, size_t, pair, n, m.K) X(4, size_t, offset, E1, one)                              \
+    X(4, dsv3i_mlp, mlps, mlps, one) X(4, float, grouped, n, Kd) X(4, float, h_gate, n, hidden)                      \
+    X(4, float, h_up, n, hidden)
+#define DSV3I_PASS(p, t, n, r, c) DSV3I_ARRAY(dsv3_workspace, dsv3i_pass_sizes, p, t, n, r, c)
+static const dsv3i_array dsv3i_workspace_arrays[] = {DSV3I_WORKSPACE(DSV3I_PASS)};
 
 static void dsv3i_workspace_layout(dsv3_workspace *at, const dsv3_config *config, size_t n, size_t threads,
                                    dsv3i_layout *l) {
-    const dsv3i_dims dims = dsv3i_dims_of(config), *m = &dims; /* as the lists have it */
-    size_t hidden = dsv3i_max(dsv3i_add(dsv3i_mul(m->K, m->F), m->Fs), m->I), modules = m->D > 0 ? n : 0, from, end;
-    size_t mlps = dsv3i_add(dsv3i_min(m->E, dsv3i_mul(n, m->K)), 1), select = dsv3i_add(dsv3i_add(m->E, m->G), 1);
+    const dsv3i_dims m = dsv3i_dims_of(config);
+    const dsv3i_pass_sizes s = {
+        m, 1, n, threads, m.D > 0 ? n : 0, 2 * m.H, m.E + 1, 2 * m.E, dsv3i_mul(m.K, m.d),
+        dsv3i_max(dsv3i_add(dsv3i_mul(m.K, m.F), m.Fs), m.I), dsv3i_min(m.E, dsv3i_mul(n, m.K)) + 1, m.E + m.G + 1,
+        dsv3i_pass_floats(&m, n, threads), dsv3i_loss_floats(m.V, n)};
     DSV3_MEMSET(at, 0, sizeof *at);
     at->rows = n;
     at->threads = threads;
     at->made_for = dsv3i_fingerprint(config);
-    DSV3I_WORKSPACE_ROWS(DSV3I_TAKE)
-    end = from = l->used;
-    DSV3I_WORKSPACE_MODULE(DSV3I_TAKE)
-    dsv3i_layout_back(l, from, &end);
-    DSV3I_WORKSPACE_LOSS(DSV3I_TAKE)
-    dsv3i_layout_back(l, from, &end);
-    DSV3I_WORKSPACE_ATTENTION(DSV3I_TAKE)
-    dsv3i_layout_back(l, from, &end);
-    DSV3I_WORKSPACE_FFN(DSV3I_TAKE)
-    l->used = dsv3i_max(end, l->used);
+    dsv3i_take_arrays(l, at, dsv3i_workspace_arrays, DSV3I_COUNT(dsv3i_workspace_arrays), &s);
     at->u_ffn = at->u; /* pairs of which nobody wants both */
     at->kv_raw = at->kv;
     at->q_raw = at->q_latent;
@@ -4732,19 +4754,14 @@ static size_t dsv3i_previous_row(const int32_t *sequence, size_t r) {
     return r;
 }
 
-static dsv3_result dsv3i_batch_row(const dsv3i_run *p, size_t r) {
+DSV3I_APART dsv3_result dsv3i_batch_row(const dsv3i_run *p, size_t r) {
     const dsv3_batch *batch = p->batch;
     dsv3_workspace *ws = p->ws;
-    int32_t s = batch->sequence != NULL ? batch->sequence[r] : 0, token = batch->token[r];
-    int32_t V = p->model->config.vocab_size;
+    int32_t s = batch->sequence != NULL ? batch->sequence[r] : 0;
     size_t before, position;
-    if (s < 0 || (size_t)s >= p->n_caches) {
-        return dsv3i_fail_row(p->error, DSV3_ERR_ARG, "sequence", r, "is not one of the caches", 0,
-                              (int64_t)p->n_caches - 1, s);
-    }
-    if (token < 0 || token >= V) {
-        return dsv3i_fail_row(p->error, DSV3_ERR_TOKEN, "token", r, "is outside the vocabulary", 0, V - 1, token);
-    }
+    DSV3I_TRY(dsv3i_check_element(p->error, DSV3_ERR_ARG, "sequence", r, "is not one of the caches",
+                                  (int64_t)p->n_caches, s));
+    DSV3I_TRY(dsv3i_check_token(p->error, "token", r, p->model->config.vocab_size, batch->token[r]));
     ws->sequence[r] = s;
     before = dsv3i_previous_row(ws->sequence, r);
     position = before == r ? p->caches[s].length : (size_t)ws->position[before] + 1;
@@ -4753,24 +4770,17 @@ static dsv3_result dsv3i_batch_row(const dsv3i_run *p, size_t r) {
         return dsv3i_fail_row(p->error, DSV3_ERR_POSITION, "position", r, "does not continue its sequence",
                               (int64_t)position, (int64_t)position, batch->position[r]);
     }
-    if (position >= p->caches[s].capacity) {
-        return dsv3i_fail_row(p->error, DSV3_ERR_CONTEXT, "position", r, "is beyond the cache", 0,
-                              (int64_t)p->caches[s].capacity - 1, (int64_t)position);
-    }
     ws->position[r] = (int32_t)position;
-    return DSV3_OK;
+    return dsv3i_check_element(p->error, DSV3_ERR_CONTEXT, "position", r, "is beyond the cache",
+                               (int64_t)p->caches[s].capacity, (int64_t)position);
 }
 
 static dsv3_result dsv3i_batch_outputs(const dsv3_batch *batch, dsv3_error *error) {
-    if (batch->outputs > batch->rows) {
-        return dsv3i_fail_range(error, DSV3_ERR_ARG, "outputs", "is more than the batch has rows", 0,
-                                (int64_t)batch->rows, (int64_t)batch->outputs);
-    }
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "outputs", "is more than the batch has rows",
+                                  (int64_t)batch->outputs, 0, (int64_t)batch->rows));
     for (size_t i = 0; batch->output != NULL && i < batch->outputs; i++) {
-        if (batch->output[i] < 0 || (size_t)batch->output[i] >= batch->rows) {
-            return dsv3i_fail_row(error, DSV3_ERR_ARG, "output", i, "is not a row of the batch", 0,
-                                  (int64_t)batch->rows - 1, batch->output[i]);
-        }
+        DSV3I_TRY(dsv3i_check_element(error, DSV3_ERR_ARG, "output", i, "is not a row of the batch",
+                                      (int64_t)batch->rows, batch->output[i]));
     }
     return DSV3_OK;
 }
@@ -4782,18 +4792,14 @@ static dsv3_result dsv3i_batch_check(const dsv3i_run *p) {
     size_t layers, rows, width;
     if (p->ctx == NULL || p->model == NULL || p->caches == NULL || p->batch == NULL || ws == NULL ||
         p->batch->token == NULL) {
-        return dsv3i_fail(e, DSV3_ERR_ARG, "argument", "is NULL");
+        return dsv3i_fail_null(e, "argument");
     }
     rows = p->batch->rows;
     if (rows < 1) return dsv3i_fail(e, DSV3_ERR_ARG, "rows", "the batch is empty");
-    if (rows > ws->rows) {
-        return dsv3i_fail_range(e, DSV3_ERR_MEMORY, "rows", "is more than the workspace was made for", 1,
-                                (int64_t)ws->rows, (int64_t)rows);
-    }
-    if (p->ctx->threads > ws->threads) {
-        return dsv3i_fail_range(e, DSV3_ERR_MEMORY, "threads", "is more than the workspace was made for", 1,
-                                (int64_t)ws->threads, (int64_t)p->ctx->threads);
-    }
+    DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_MEMORY, "rows", "is more than the workspace was made for", (int64_t)rows,
+                                  1, (int64_t)ws->rows));
+    DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_MEMORY, "threads", "is more than the workspace was made for",
+                                  (int64_t)p->ctx->threads, 1, (int64_t)ws->threads));
     c = &p->model->config;
     if (ws->made_for != dsv3i_fingerprint(c)) {
         return dsv3i_fail(e, DSV3_ERR_MISMATCH, "workspace", "was made for another config");
@@ -4894,7 +4900,6 @@ static dsv3_workspace dsv3i_keeping(const dsv3_workspace *from, const dsv3i_save
 #define DSV3I_KEEP(type, name, rows, columns)                                                                        \
     if (s->name != NULL) ws.name = s->name;
     DSV3I_SAVED(DSV3I_KEEP)
-#undef DSV3I_KEEP
     return ws;
 }
 #endif
@@ -4966,8 +4971,8 @@ static dsv3_result dsv3i_pass_logits(const dsv3i_run *p) {
 /* The whole run. In training only the losses are looked at. */
 static dsv3_result dsv3i_forward(const dsv3i_run *p) {
     DSV3I_TRY(dsv3i_batch_begin(p));
-    if (p->k > 0 && p->hidden == NULL) return dsv3i_fail(p->error, DSV3_ERR_ARG, "hidden", "is NULL");
-    if (p->logits == NULL && p->batch->outputs > 0) return dsv3i_fail(p->error, DSV3_ERR_ARG, "logits", "is NULL");
+    if (p->k > 0 && p->hidden == NULL) return dsv3i_fail_null(p->error, "hidden");
+    if (p->logits == NULL && p->batch->outputs > 0) return dsv3i_fail_null(p->error, "logits");
     if (p->k == 0) dsv3_embed(p->ctx, p->ws->x, p->batch->token, &p->model->embed_tokens, p->batch->rows);
     if (p->k > 0) dsv3i_mtp_input(p);
     DSV3I_TRY(dsv3i_pass(p));
@@ -5038,10 +5043,8 @@ DSV3_API dsv3_result dsv3_mtp_forward(const dsv3_context *context, float *logits
                                       dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                       const float *hidden, dsv3_workspace *workspace, dsv3_error *error) {
     const dsv3i_run p = {context, model, k, caches, n_caches, batch, hidden, logits, workspace, error, NULL, NULL};
-    if (model != NULL && (k < 1 || k > (size_t)model->n_mtp)) {
-        return dsv3i_fail_range(error, DSV3_ERR_ARG, "k", "is not a module of this model", 1, model->n_mtp,
-                                (int64_t)k);
-    }
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "k", "is not a module of this model", (int64_t)k, 1,
+                                  model != NULL ? model->n_mtp : INT32_MAX));
     return dsv3i_forward(&p);
 }
 
@@ -5097,17 +5100,13 @@ static uint64_t dsv3i_text_sequences(const dsv3_text *x) {
 
 static dsv3_result dsv3i_text_check(const dsv3_text *x, int32_t V, dsv3_error *error) {
     for (size_t r = 0; r < x->rows; r++) {
-        int32_t token = x->token[r], target = x->target != NULL ? x->target[r] : DSV3_IGNORE;
-        if (token < 0 || token >= V) {
-            return dsv3i_fail_row(error, DSV3_ERR_TOKEN, "token", r, "is outside the vocabulary", 0, V - 1, token);
-        }
+        int32_t target = x->target != NULL ? x->target[r] : DSV3_IGNORE;
+        DSV3I_TRY(dsv3i_check_token(error, "token", r, V, x->token[r]));
         if (r > 0 && dsv3i_text_sequence(x, r) < dsv3i_text_sequence(x, r - 1)) {
             return dsv3i_fail_row(error, DSV3_ERR_ARG, "sequence", r, "falls", x->sequence[r - 1], INT32_MAX,
                                   x->sequence[r]);
         }
-        if (target != DSV3_IGNORE && (target < 0 || target >= V)) {
-            return dsv3i_fail_row(error, DSV3_ERR_TOKEN, "target", r, "is outside the vocabulary", 0, V - 1, target);
-        }
+        if (target != DSV3_IGNORE) DSV3I_TRY(dsv3i_check_token(error, "target", r, V, target));
     }
     return DSV3_OK;
 }
@@ -5183,7 +5182,7 @@ static size_t dsv3i_evaluate_gather(const dsv3_text *x, size_t k, dsv3_workspace
 
 /* Rows [begin, begin + n) of the text through the main model and every depth. In training all depths have the same
  * caches, one after the other. */
-static dsv3_result dsv3i_evaluate_rows(const dsv3i_evaluation *a, dsv3i_run p, size_t begin, size_t n) {
+DSV3I_APART dsv3_result dsv3i_evaluate_rows(const dsv3i_evaluation *a, dsv3i_run p, size_t begin, size_t n) {
     size_t d = (size_t)p.model->config.hidden_size;
     for (size_t i = 0; i < n; i++) p.ws->row_index[i] = begin + i;
     for (p.k = 0; p.k <= a->losses->depths; p.k++) {
@@ -5211,18 +5210,14 @@ DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *los
     if (context == NULL || losses == NULL || model == NULL || caches == NULL || text == NULL || workspace == NULL ||
         text->token == NULL || losses->nll == NULL || losses->targets == NULL ||
         (modules == NULL && losses->depths > 0)) {
-        return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
+        return dsv3i_fail_null(error, "argument");
     }
     if (text->rows < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "rows", "the text is empty");
     if (workspace->rows < 1) return dsv3i_fail(error, DSV3_ERR_MEMORY, "workspace", "has no rows");
-    if (losses->depths > (size_t)model->n_mtp) {
-        return dsv3i_fail_range(error, DSV3_ERR_ARG, "depths", "is more than the model has modules", 0, model->n_mtp,
-                                (int64_t)losses->depths);
-    }
-    if (losses->balance != NULL && text->rows > workspace->rows) {
-        return dsv3i_fail_range(error, DSV3_ERR_MEMORY, "rows", "the balance loss needs the text in one piece", 1,
-                                (int64_t)workspace->rows, (int64_t)text->rows);
-    }
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "depths", "is more than the model has modules",
+                                  (int64_t)losses->depths, 0, model->n_mtp));
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MEMORY, "rows", "the balance loss needs the text in one piece",
+                                  losses->balance != NULL ? (int64_t)text->rows : 1, 1, (int64_t)workspace->rows));
     DSV3I_TRY(dsv3i_text_check(text, model->config.vocab_size, error));
     for (size_t s = 0; s < n_caches; s++) caches[s].length = 0;
     for (size_t s = 0; s < n_caches * losses->depths; s++) modules[s].length = 0;
@@ -5351,6 +5346,12 @@ static size_t dsv3i_candidates(dsv3_candidate *c, const float *logits, size_t be
     return top_p < 1.0f ? dsv3i_nucleus(c, V, (double)top_p * *sum, sum) : V;
 }
 
+/* What is wrong with them, or NULL. */
+static const char *dsv3i_sampling_fault(float temperature, float top_p) {
+    if (!(temperature >= 0.0f) || temperature > FLT_MAX) return "temperature is negative or not finite";
+    return !(top_p >= 0.0f) || top_p > 1.0f ? "top_p is not between 0 and 1" : NULL;
+}
+
 static int dsv3i_is_greedy(float temperature, float top_p) { return !(temperature > 0.0f) || !(top_p > 0.0f); }
 
 DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, float temperature, float top_p,
@@ -5358,7 +5359,7 @@ DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, 
     size_t best, kept;
     double sum;
     if (token == NULL || logits == NULL || V == 0 || (uint64_t)V > (uint64_t)DSV3_MAX_VOCAB) return DSV3_ERR_ARG;
-    if (!(temperature >= 0.0f) || temperature > FLT_MAX || !(top_p >= 0.0f) || top_p > 1.0f) return DSV3_ERR_ARG;
+    if (dsv3i_sampling_fault(temperature, top_p) != NULL) return DSV3_ERR_ARG;
     best = dsv3i_argmax(logits, V);
     if (best == V) return DSV3_ERR_NAN;
     if (dsv3i_is_greedy(temperature, top_p)) {
@@ -5376,26 +5377,35 @@ DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, 
 
 #define DSV3I_RATE 0.8f /* of drafts, before anything is known */
 
-/* The arrays of a sequence s: type, field, rows, columns. A fork copies what is in those that are KEPT; the others are
- * scratch, but for the modules, which copy themselves. One list makes the layout and the copy: neither can forget any. */
-#define DSV3I_SEQUENCE_ARRAYS(KEPT, SCRATCH)                                                                         \
-    SCRATCH(dsv3_cache, modules, s->n_modules, 1)                                                                    \
-    KEPT(int32_t, token, s->max_drafts + 1, 1) KEPT(uint64_t, drafted, s->max_drafts, 1)                             \
-    KEPT(uint64_t, accepted, s->max_drafts, 1) KEPT(int32_t, history, s->window, 1)                                  \
-    KEPT(float, hidden, dsv3i_mul(s->n_modules, s->window), s->d) KEPT(float, rate, s->max_drafts, 1)                \
-    SCRATCH(float, p, s->max_drafts > 0, V) SCRATCH(float, q, s->max_drafts, V)                                      \
-    SCRATCH(dsv3_candidate, candidates, V, 1)
+typedef struct dsv3i_sequence_sizes {
+    size_t one, modules, drafts, drafting, tokens, window, states, d, V;
+} dsv3i_sequence_sizes;
+/* A fork copies what is in part 0; part 1 is scratch, but for the modules, which copy themselves. One table makes the layout
+ * and the copy: neither can forget any. */
+#define DSV3I_SEQUENCE(X)                                                                                            \
+    X(0, int32_t, token, tokens, one) X(0, uint64_t, drafted, drafts, one) X(0, uint64_t, accepted, drafts, one)     \
+    X(0, int32_t, history, window, one) X(0, float, hidden, states, d) X(0, float, rate, drafts, one)                \
+    X(1, dsv3_cache, modules, modules, one) X(1, float, p, drafting, V) X(1, float, q, drafts, V)                    \
+    X(1, dsv3_candidate, candidates, V, one)
+#define DSV3I_OF_SEQUENCE(p, t, n, r, c) DSV3I_ARRAY(dsv3_sequence, dsv3i_sequence_sizes, p, t, n, r, c)
+static const dsv3i_array dsv3i_sequence_arrays[] = {DSV3I_SEQUENCE(DSV3I_OF_SEQUENCE)};
+
+static dsv3i_sequence_sizes dsv3i_sequence_sizes_of(const dsv3_sequence *s, size_t V) {
+    const size_t drafts = s->max_drafts, states = dsv3i_mul(s->n_modules, s->window);
+    const dsv3i_sequence_sizes z = {1, s->n_modules, drafts, drafts > 0, drafts + 1, s->window, states, s->d, V};
+    return z;
+}
 
 static void dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, size_t capacity, dsv3_type type,
                                   size_t rows, size_t drafts, dsv3i_layout *l) {
-    dsv3_sequence *at = s; /* as the lists have it */
-    size_t V = (size_t)model->config.vocab_size;
+    dsv3i_sequence_sizes z;
     s->n_modules = dsv3i_min(drafts, (size_t)model->n_mtp);
     s->max_drafts = s->n_modules > 0 ? drafts : 0;
     s->rows = rows;
     s->d = (size_t)model->config.hidden_size;
     s->window = dsv3i_add(dsv3i_max(rows, s->max_drafts + 1), s->n_modules + 2);
-    DSV3I_SEQUENCE_ARRAYS(DSV3I_TAKE, DSV3I_TAKE)
+    z = dsv3i_sequence_sizes_of(s, (size_t)model->config.vocab_size);
+    dsv3i_take_arrays(l, s, dsv3i_sequence_arrays, DSV3I_COUNT(dsv3i_sequence_arrays), &z);
     (void)dsv3i_cache_layout(&s->cache, &model->config, 0, capacity, type, l);
     for (size_t k = 0; k < s->n_modules; k++) {
         dsv3_cache cache;
@@ -5488,6 +5498,7 @@ DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *s, size_t length, siz
 
 DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *s) {
     dsv3_sequence own;
+    dsv3i_sequence_sizes z;
     if (to == NULL || s == NULL) return DSV3_ERR_ARG;
     if (to == s) return DSV3_OK;
     if (to->made_for != s->made_for || to->n_modules != s->n_modules || to->max_drafts != s->max_drafts ||
@@ -5501,13 +5512,16 @@ DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *
     own = *to; /* its memory; everything else is copied */
     *to = *s;
     to->cache = own.cache;
-#define DSV3I_OWN(type, field, rows, cols) to->field = own.field;
-#define DSV3I_COPY(type, field, rows, cols)                                                                          \
-    DSV3I_OWN(type, field, rows, cols)                                                                               \
-    if ((rows) * (cols) > 0) DSV3_MEMCPY(to->field, s->field, (rows) * (cols) * sizeof(type)); /* else NULL */
-    DSV3I_SEQUENCE_ARRAYS(DSV3I_COPY, DSV3I_OWN)
-#undef DSV3I_OWN
-#undef DSV3I_COPY
+    z = dsv3i_sequence_sizes_of(s, 0);
+    for (size_t i = 0; i < DSV3I_COUNT(dsv3i_sequence_arrays); i++) {
+        const dsv3i_array *p = &dsv3i_sequence_arrays[i];
+        size_t bytes = p->size * dsv3i_size_at(&z, p->rows) * dsv3i_size_at(&z, p->columns);
+        void *array, *from;
+        DSV3_MEMCPY(&from, (unsigned char *)to + p->at, sizeof from);
+        DSV3_MEMCPY(&array, (unsigned char *)&own + p->at, sizeof array);
+        DSV3_MEMCPY((unsigned char *)to + p->at, &array, sizeof array);
+        if (p->part == 0 && bytes > 0) DSV3_MEMCPY(array, from, bytes);
+    }
     return DSV3_OK;
 }
 
@@ -5673,7 +5687,7 @@ static int dsv3i_verify(const dsv3i_step *a, dsv3_sequence *s, size_t j, const f
 }
 
 /* Writes what the logits [planned + 1, V] of the sequence allow. */
-static dsv3_result dsv3i_accept(const dsv3i_step *a, dsv3_sequence *s, const float *logits) {
+DSV3I_APART dsv3_result dsv3i_accept(const dsv3i_step *a, dsv3_sequence *s, const float *logits) {
     size_t V = (size_t)a->model->config.vocab_size, N = s->cache.length, j = 0; /* drafts accepted */
     int32_t token = -1;
     int stopped = 0, stands = 1;
@@ -5759,32 +5773,27 @@ static dsv3_result dsv3i_finish(const dsv3i_step *a, dsv3_sequence *s, size_t *o
     return dsv3i_accept(a, s, logits);
 }
 
-static dsv3_result dsv3i_generate_check(const dsv3i_step *a) {
+DSV3I_APART dsv3_result dsv3i_generate_check(const dsv3i_step *a) {
     dsv3_error *e = a->error;
     uint64_t made_for = dsv3i_fingerprint(&a->model->config);
-    if (a->n < 1 || a->n > a->ws->rows) {
-        return dsv3i_fail_range(a->error, a->n < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "n",
-                                "is not a number of sequences the workspace has rows for", 1, (int64_t)a->ws->rows,
-                                (int64_t)a->n);
-    }
+    DSV3I_TRY(dsv3i_check_between(e, a->n < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "n",
+                                  "is not a number of sequences the workspace has rows for", (int64_t)a->n, 1,
+                                  (int64_t)a->ws->rows));
     for (size_t i = 0; i < a->n; i++) {
         if (a->sequences[i] != NULL) a->sequences[i]->step_rows = 0; /* not yet planned: until then a mark below */
     }
     for (size_t i = 0; i < a->n; i++) {
         dsv3_sequence *s = a->sequences[i];
-        if (s == NULL) return dsv3i_fail_at(e, i, dsv3i_fail(e, DSV3_ERR_ARG, "sequences", "is NULL"));
-        if (s->step_rows != 0) return dsv3i_fail_at(e, i, dsv3i_fail(e, DSV3_ERR_ARG, "sequences", "is given twice"));
-        s->step_rows = 1; /* seen */
+        dsv3_result code = DSV3_ERR_ARG;
+        const char *why;
+        if (s == NULL) return dsv3i_fail_at(e, i, dsv3i_fail_null(e, "sequences"));
+        why = s->step_rows != 0 ? "is given twice" : dsv3i_sampling_fault(s->temperature, s->top_p);
         if (s->made_for != made_for || s->n_modules > (size_t)a->model->n_mtp) {
-            return dsv3i_fail_at(e, i, dsv3i_fail(e, DSV3_ERR_MISMATCH, "sequences", "was made for another model"));
+            why = "was made for another model";
+            code = DSV3_ERR_MISMATCH;
         }
-        if (!(s->temperature >= 0.0f) || s->temperature > FLT_MAX) {
-            (void)dsv3i_fail(e, DSV3_ERR_ARG, "sequences", "temperature is negative or not finite");
-            return dsv3i_fail_at(e, i, DSV3_ERR_ARG);
-        }
-        if (!(s->top_p >= 0.0f) || s->top_p > 1.0f) {
-            return dsv3i_fail_at(e, i, dsv3i_fail(e, DSV3_ERR_ARG, "sequences", "top_p is not between 0 and 1"));
-        }
+        if (why != NULL) return dsv3i_fail_at(e, i, dsv3i_fail(e, code, "sequences", why));
+        s->step_rows = 1; /* seen */
     }
     return DSV3_OK;
 }
@@ -5817,7 +5826,7 @@ static dsv3_result dsv3i_nothing_to_do(const dsv3i_step *a) {
 }
 
 /* Everything that may fail: the sequences are changed behind it. */
-static dsv3_result dsv3i_compute(dsv3i_step *a) {
+DSV3I_APART dsv3_result dsv3i_compute(dsv3i_step *a) {
     dsv3_workspace *ws = a->ws;
     for (size_t i = 0; i < a->n; i++) {
         dsv3_sequence *s = a->sequences[i];
@@ -5841,7 +5850,7 @@ DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, c
     dsv3_result result;
     size_t output = 0;
     if (context == NULL || logits == NULL || model == NULL || sequences == NULL || workspace == NULL) {
-        return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
+        return dsv3i_fail_null(error, "argument");
     }
     DSV3I_TRY(dsv3i_generate_check(&a));
     dsv3i_gather_begin(&a);
@@ -6089,9 +6098,7 @@ static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const d
         int32_t keep = s->keep_layers != NULL ? s->keep_layers[i] : s->keep;
         dsv3i_saved_layout(exists ? &at->saved[i] : &saved, &m, n, dsv3_config_is_moe(c, (int32_t)i), keep, l);
     }
-    for (size_t k = 0; k < depths; k++) {
-        dsv3i_depth_layout(exists ? &at->depth[k] : &depth, &at->workspace, &m, n, l);
-    }
+    for (size_t k = 0; k < depths; k++) dsv3i_depth_layout(exists ? &at->depth[k] : &depth, &at->workspace, &m, n, l);
     dsv3i_backward_layout(exists ? at->backward : &backward, &m, n, l);
 }
 
@@ -6272,7 +6279,7 @@ DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_tra
                                            dsv3_error *error) {
     const dsv3_balance_weights *balance;
     if (context == NULL || t == NULL || text == NULL || text->token == NULL) {
-        return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
+        return dsv3i_fail_null(error, "argument");
     }
     balance = &t->settings.balance;
     if (text->rows < 1 || text->rows > t->most_rows) {
@@ -6415,7 +6422,7 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
     dsv3i_optimizer o = {t, 0, 0, 1.0f, 1.0f, 0.0f, 0.0f};
     dsv3_result result = DSV3_OK;
     double size = 0.0, clip;
-    if (context == NULL || t == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "argument", "is NULL");
+    if (context == NULL || t == NULL) return dsv3i_fail_null(error, "argument");
     if (t->settings.reduce != NULL) {
         result = t->settings.reduce(t->settings.reduce_user, t->gradients.data, t->gradients.count);
     }
