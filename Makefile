@@ -1,12 +1,12 @@
-# make            the tool, the lessons and the benchmarks, in build/
+# make            the tool and the lessons, in build/
 # make run        writes text with the demo model
-# make test       every test that a C compiler, make and a minimal system can run
-# make check      also the compile matrix, sanitizers, 32-bit and whatever else needs `make deps`
+# make test       every test that a C compiler, make and a minimal system can run in minutes
+# make check      also the compile matrix, sanitizers, 32-bit, the benchmarks, and whatever else needs `make deps`
 # make bench      speed, beside the limits of this machine
 # make install    dsv3.h, the pkg-config file and the tool; PREFIX and DESTDIR are respected
 #
 # CC, CFLAGS, LDFLAGS, LDLIBS, PREFIX and DESTDIR can be set. The tool and the benchmarks have threads of their own
-# (examples/thread_pool.h); lessons and tests use OpenMP when the compiler has it; OPENMP= turns it off.
+# (examples/thread_pool.h); tests use OpenMP when the compiler has it; OPENMP= turns it off.
 
 CC ?= cc
 CFLAGS ?= -O2
@@ -14,7 +14,10 @@ PREFIX ?= /usr/local
 WARN = -Wall -Wextra -Wpedantic
 OPENMP := $(shell mkdir -p build && printf '\043include <omp.h>\nint main(void){return omp_get_max_threads()<1;}\n' \
             > build/openmp.c && $(CC) -fopenmp build/openmp.c -o build/openmp 2>/dev/null && echo -fopenmp)
-BUILD = $(CC) -std=c99 $(WARN) $(CFLAGS) $(OPENMP) -I. -Iexamples -Itests -Ibench
+INCLUDE = -I. -Iexamples -Itests -Ibench
+BUILD = $(CC) -std=c99 $(WARN) $(CFLAGS) $(INCLUDE)
+TEST_BUILD = $(CC) -std=c99 $(WARN) $(CFLAGS) $(OPENMP) $(INSIDE) $(INCLUDE) -D_POSIX_C_SOURCE=200809L -DDSV3_SIMD
+LIBS = $(LDFLAGS) -lm -lpthread $(LDLIBS)
 
 HEADERS  = dsv3.h examples/json.h examples/safetensors.h examples/checkpoint.h examples/svg.h \
            examples/thread_pool.h examples/large_pages.h
@@ -23,42 +26,61 @@ TESTS    = $(patsubst tests/%.c,build/%,$(wildcard tests/test_*.c))
 BENCHES  = $(patsubst bench/%.c,build/%,$(wildcard bench/bench_*.c))
 PROMPT   = It is a truth universally acknowledged, that
 
+# On every core, unless -j says otherwise.
+ifeq ($(MAKELEVEL),0)
+MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)
+endif
+
 .PHONY: all run test check bench deps install uninstall clean force
-all: build/dsv3 $(LESSONS) $(BENCHES)
+all: build/dsv3 $(LESSONS)
 
 # Changes when the compiler or its flags do: then everything is built again.
 build/flags: force
 	@mkdir -p build
-	@printf '%s\n' '$(BUILD) $(LDFLAGS) $(LDLIBS)' | cmp -s - $@ || printf '%s\n' '$(BUILD) $(LDFLAGS) $(LDLIBS)' > $@
+	@printf '%s\n' '$(TEST_BUILD) $(LIBS)' | cmp -s - $@ || printf '%s\n' '$(TEST_BUILD) $(LIBS)' > $@
 
-build/dsv3 $(BENCHES): private OPENMP =
+# The implementation, which takes longest to compile, as a program has it that defines DSV3_SIMD. DSV3_IMPLEMENTED makes
+# dsv3.h leave it out of what is linked with this.
+build/dsv3.o: dsv3.h build/flags
+	$(BUILD) -DDSV3_SIMD -DDSV3_IMPLEMENTATION -x c -c $< -o $@
 
-build/%: examples/%.c $(HEADERS) build/flags
-	@mkdir -p build
-	$(BUILD) $< -o $@ $(LDFLAGS) -lm -lpthread $(LDLIBS)
+LINKED = -DDSV3_IMPLEMENTED build/dsv3.o
+build/%: examples/%.c $(HEADERS) build/dsv3.o
+	$(BUILD) $< $(LINKED) -o $@ $(LIBS)
 
-build/%: bench/%.c $(wildcard bench/*.h) $(HEADERS) build/flags
-	@mkdir -p build
-	$(BUILD) -D_POSIX_C_SOURCE=200809L $< -o $@ $(LDFLAGS) -lm -lpthread $(LDLIBS)
+build/bench_kernels: private LINKED = # looks inside and has an implementation of its own
+build/%: bench/%.c $(wildcard bench/*.h) $(HEADERS) build/dsv3.o
+	$(BUILD) -D_POSIX_C_SOURCE=200809L $< $(LINKED) -o $@ $(LIBS)
 
-# Tests that call only what is published are linked with the implementation, compiled once; the archive gives nothing
-# to the others, which look inside and have their own.
-build/%: tests/%.c tests/test.h tests/synthetic.h $(HEADERS) build/libdsv3.a build/flags
-	@mkdir -p build
-	$(BUILD) -D_POSIX_C_SOURCE=200809L -DDSV3_SIMD $< -o $@ build/libdsv3.a $(LDFLAGS) -lm -lpthread $(LDLIBS)
+# And once more for the tests: with assertions, OpenMP, and private functions that can be called (tests/inside.awk).
+# `cc -DDSV3_SIMD -I. -Iexamples tests/test_mla.c tests/library.c -lm` makes a test without all this.
+build/inside/dsv3.h: tests/inside.awk dsv3.h
+	@mkdir -p build/inside/body
+	awk -v body=1 -f tests/inside.awk dsv3.h > build/inside/body/dsv3.h
+	awk -f tests/inside.awk dsv3.h > $@
 
-build/libdsv3.a: tests/library.c dsv3.h build/flags
-	$(BUILD) -DDSV3_SIMD -c $< -o build/library.o
+build/inside/library.o: private INSIDE = -Ibuild/inside/body
+build/inside/library.o: tests/library.c build/inside/dsv3.h build/flags
+	$(TEST_BUILD) -c $< -o $@
+
+build/inside/libdsv3.a: build/inside/library.o
+	$(TEST_BUILD) -DDSV3_IMPLEMENTATION -x c -c build/inside/dsv3.h -o build/inside/numbers.o
 	@rm -f $@
-	$(AR) rc $@ build/library.o
+	$(AR) rc $@ $< build/inside/numbers.o
+
+INSIDE = -Ibuild/inside
+build/test_gradients: private INSIDE = # has an implementation of its own, in double
+build/%: tests/%.c tests/test.h tests/synthetic.h $(HEADERS) build/inside/libdsv3.a
+	$(TEST_BUILD) $< build/inside/libdsv3.a -o $@ $(LIBS)
 
 run: build/dsv3
 	@build/dsv3 generate examples/models/austen -p '$(PROMPT)' --echo -n 600 --temp 0.6 --stats
 
-test: build/dsv3 build/parity $(LESSONS) $(TESTS) $(BENCHES)
-	@CC='$(CC)' sh tests/run.sh $(TESTS) tests/test_*.sh
+test: build/dsv3 build/parity $(LESSONS) $(TESTS)
+	@CC='$(CC)' sh tests/run.sh tests/test_*.sh $(TESTS)
 
 check: test
+	+@$(MAKE) -s $(BENCHES)
 	@CC='$(CC)' sh tests/run.sh tests/check_*.sh
 
 # Under ten minutes on two cores. bench_layer wants 13 GB of memory, and makes do with less.
