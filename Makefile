@@ -41,15 +41,18 @@ build/flags: force
 
 # The implementation, which takes longest to compile, as a program has it that defines DSV3_SIMD. DSV3_IMPLEMENTED makes
 # dsv3.h leave it out of what is linked with this.
-build/dsv3.o: dsv3.h build/flags
+build/implementation.o: dsv3.h build/flags
 	$(BUILD) -DDSV3_SIMD -DDSV3_IMPLEMENTATION -x c -c $< -o $@
 
-LINKED = -DDSV3_IMPLEMENTED build/dsv3.o
-build/%: examples/%.c $(HEADERS) build/dsv3.o
-	$(BUILD) $< $(LINKED) -o $@ $(LIBS)
+build/%.o: examples/%.c $(HEADERS) build/flags
+	$(BUILD) -DDSV3_IMPLEMENTED -c $< -o $@
 
+build/dsv3 $(LESSONS): build/%: build/%.o build/implementation.o
+	$(BUILD) $^ -o $@ $(LIBS)
+
+LINKED = -DDSV3_IMPLEMENTED build/implementation.o
 build/bench_kernels: private LINKED = # looks inside and has an implementation of its own
-build/%: bench/%.c $(wildcard bench/*.h) $(HEADERS) build/dsv3.o
+build/%: bench/%.c $(wildcard bench/*.h) $(HEADERS) build/implementation.o
 	$(BUILD) -D_POSIX_C_SOURCE=200809L $< $(LINKED) -o $@ $(LIBS)
 
 # And once more for the tests: with assertions, OpenMP, and private functions that can be called (tests/inside.awk).

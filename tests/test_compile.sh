@@ -37,14 +37,14 @@ if command -v g++ > /dev/null; then
 fi
 # Tables of function pointers may need relocating once, when a program starts; after that .data.rel.ro is read-only.
 if command -v size > /dev/null; then
-    for object in $out/implement.o $out/freestanding.o build/dsv3.o; do
+    for object in $out/implement.o $out/freestanding.o build/implementation.o; do
         size -A $object | awk '$1 ~ /^\.t?(data|bss)/ && $1 !~ /^\.data\.rel\.ro/ && $2 > 0 { print $1, $2 }' > $out/globals
         nm $object | grep ' C ' >> $out/globals
         if [ -s $out/globals ]; then bad "writable globals of $object: $(cat $out/globals)"; else ok; fi
     done
 fi
 if command -v nm > /dev/null; then
-    for object in $out/implement.o $out/freestanding.o build/dsv3.o; do
+    for object in $out/implement.o $out/freestanding.o build/implementation.o; do
         nm -u $object | sed 's/.* //' | grep -vxE \
             'mem(cpy|move|set|cmp)|(my_)?(expf|logf|sqrtf|sinf|cosf|pow|log)|sincosf|_GLOBAL_OFFSET_TABLE_|__stack_chk_fail(_local)?' \
             > $out/undefined
@@ -53,7 +53,7 @@ if command -v nm > /dev/null; then
     training $out/inference.o > $out/training
     if [ -s $out/training ]; then bad "training is left: $(tr '\n' ' ' < $out/training)"; else ok; fi
     # every global the object defines is declared in chapter 1, under the public prefix
-    nm $out/implement.o build/dsv3.o | sed -n 's/.* [TR] //p' | grep -v '^dsv3_' > $out/private
+    nm $out/implement.o build/implementation.o | sed -n 's/.* [TR] //p' | grep -v '^dsv3_' > $out/private
     if [ -s $out/private ]; then bad "unpublished symbols: $(cat $out/private)"; else ok; fi
 fi
 done_testing compile
