@@ -16,7 +16,7 @@ smoke bench_layer --experts 16 --tokens 1 --repeat 1
 smoke bench_model --shape micro --prefill 16 --decode 4 --depth 0 --repeat 1
 smoke bench_modes --model examples/models/micro
 smoke bench_mtp --model examples/models/micro --prompts 1 --tokens 20 --drafts 1 --repeat 1
-smoke bench_scenarios --model examples/models/micro --mtp 1 --repeat 1
+smoke bench_scenarios --mode exact --mtp 0 --repeat 1
 smoke bench_train --batch 1 --seq 32 --repeat 1
 smoke bench_v2_v3 --steps 2 --batch 1 --seq 16 --seeds 1
 check "a roofline picture" build/bench_model --shape micro --threads 1 --prefill 16 --decode 4 --depth 0 --repeat 1 \
