@@ -1,7 +1,7 @@
 # make            the tool and the lessons, in build/
 # make run        writes text with the demo model
 # make test       every test that a C compiler, make and a minimal system can run in minutes
-# make check      also the compile matrix, sanitizers, 32-bit, the benchmarks, and whatever else needs `make deps`
+# make check      also the compile matrix, sanitizers, 32-bit, a run of each benchmark, and whatever else needs `make deps`
 # make bench      speed, beside the limits of this machine
 # make install    dsv3.h, the pkg-config file and the tool; PREFIX and DESTDIR are respected
 #
