@@ -1,14 +1,14 @@
-# make            the tool, the lessons and the benchmarks, in build/
+# make            the tool and the lessons, in build/
 # make run        writes text with the demo model
-# make test       every test that a C compiler, make and a minimal system can run
-# make check      also the compile matrix, sanitizers, 32-bit and whatever else needs `make deps`
+# make test       every test that a C compiler, make and a minimal system can run in minutes
+# make check      also the compile matrix, sanitizers, 32-bit, a run of each benchmark, and whatever else needs `make deps`
 # make bench      speed, beside the limits of this machine
 # make install    headers, library, tool, manual page, pkg-config and CMake files; make uninstall takes them away
 # make dist       release archives and packages for other build systems, in build/dist/
 #
 # CC, CFLAGS, LDFLAGS and LDLIBS can be set, and BUILD, the folder that is written to (tests want it to be build). The tool
-# and the benchmarks have threads of their own (examples/thread_pool.h); lessons and tests use OpenMP when the compiler has
-# it; OPENMP= turns it off.
+# and the benchmarks have threads of their own (examples/thread_pool.h); tests use OpenMP when the compiler has it; OPENMP=
+# turns it off.
 
 CC ?= cc
 CFLAGS ?= -O2
@@ -16,7 +16,10 @@ BUILD = build
 WARN = -Wall -Wextra -Wpedantic
 OPENMP := $(shell printf '\043include <omp.h>\nint main(void){return omp_get_max_threads()<1;}\n' | \
             $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
-COMPILE = $(CC) -std=c99 $(WARN) $(CFLAGS) $(OPENMP) -I. -Iexamples -Itests -Ibench
+INCLUDE = -I. -Iexamples -Itests -Ibench
+COMPILE = $(CC) -std=c99 $(WARN) $(CFLAGS) $(INCLUDE)
+TEST_COMPILE = $(CC) -std=c99 $(WARN) $(CFLAGS) $(OPENMP) $(INSIDE) $(INCLUDE) -D_POSIX_C_SOURCE=200809L -DDSV3_SIMD
+LIBS = $(LDFLAGS) -lm -lpthread $(LDLIBS)
 
 HEADERS  = dsv3.h examples/json.h examples/safetensors.h examples/checkpoint.h examples/svg.h \
            examples/thread_pool.h examples/large_pages.h
@@ -34,46 +37,68 @@ DATADIR = $(PREFIX)/share
 MANDIR = $(DATADIR)/man
 URL = https://example.org/dsv3
 VERSION = $(shell sed -n 's/^.define DSV3_VERSION_[A-Z]* \([0-9]*\).*/\1/p' dsv3.h | paste -s -d. -)
-BUILT = $(BUILD)/dsv3 $(BUILD)/lib/libdsv3.a $(BUILD)/dsv3.1
+INSTALLED = $(BUILD)/dsv3 $(BUILD)/lib/libdsv3.a $(BUILD)/dsv3.1
+
+# On every core, unless -j says otherwise.
+ifeq ($(MAKELEVEL),0)
+MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)
+endif
 
 .PHONY: all run test check bench deps install uninstall dist clean force
-all: $(BUILT) $(LESSONS) $(BENCHES)
+all: $(BUILD)/dsv3 $(LESSONS)
 
 # Changes when the compiler or its flags do: then everything is built again. But `make install` alone takes what is there.
 $(BUILD)/flags: force
 	@mkdir -p $(BUILD)
-	@printf '%s\n' '$(COMPILE) $(LDFLAGS) $(LDLIBS)' | cmp -s - $@ || $(if $(AS_BUILT), \
+	@printf '%s\n' '$(TEST_COMPILE) $(LIBS)' | cmp -s - $@ || $(if $(AS_BUILT), \
 	  echo 'make install: $(BUILD) was built with other flags: what is up to date is installed as it is', \
-	  printf '%s\n' '$(COMPILE) $(LDFLAGS) $(LDLIBS)' > $@)
+	  printf '%s\n' '$(TEST_COMPILE) $(LIBS)' > $@)
 
-$(BUILD)/dsv3 $(BENCHES): private OPENMP =
+# The implementation, which takes longest to compile, as a program has it that defines DSV3_SIMD. DSV3_IMPLEMENTED makes
+# dsv3.h leave it out of what is linked with this.
+$(BUILD)/implementation.o: dsv3.h $(BUILD)/flags
+	$(COMPILE) -DDSV3_SIMD -DDSV3_IMPLEMENTATION -x c -c $< -o $@
 
-$(BUILD)/%: examples/%.c $(HEADERS) $(BUILD)/flags
-	@mkdir -p $(BUILD)
-	$(COMPILE) $< -o $@ $(LDFLAGS) -lm -lpthread $(LDLIBS)
+$(BUILD)/%.o: examples/%.c $(HEADERS) $(BUILD)/flags
+	$(COMPILE) -DDSV3_IMPLEMENTED -c $< -o $@
 
-$(BUILD)/%: bench/%.c $(wildcard bench/*.h) $(HEADERS) $(BUILD)/flags
-	@mkdir -p $(BUILD)
-	$(COMPILE) -D_POSIX_C_SOURCE=200809L $< -o $@ $(LDFLAGS) -lm -lpthread $(LDLIBS)
+$(BUILD)/dsv3 $(LESSONS): $(BUILD)/%: $(BUILD)/%.o $(BUILD)/implementation.o
+	$(COMPILE) $^ -o $@ $(LIBS)
 
-# Tests that call only what is published are linked with the implementation, compiled once; the archive gives nothing
-# to the others, which look inside and have their own.
-build/%: tests/%.c tests/test.h tests/synthetic.h $(HEADERS) build/libdsv3.a build/flags
-	@mkdir -p build
-	$(COMPILE) -D_POSIX_C_SOURCE=200809L -DDSV3_SIMD $< -o $@ build/libdsv3.a $(LDFLAGS) -lm -lpthread $(LDLIBS)
+LINKED = -DDSV3_IMPLEMENTED $(BUILD)/implementation.o
+$(BUILD)/bench_kernels: private LINKED = # looks inside and has an implementation of its own
+$(BUILD)/%: bench/%.c $(wildcard bench/*.h) $(HEADERS) $(BUILD)/implementation.o
+	$(COMPILE) -D_POSIX_C_SOURCE=200809L $< $(LINKED) -o $@ $(LIBS)
 
-build/libdsv3.a: tests/library.c dsv3.h build/flags
-	$(COMPILE) -DDSV3_SIMD -c $< -o build/library.o
+# And once more for the tests: with assertions, OpenMP, and private functions that can be called (tests/inside.awk).
+# `cc -DDSV3_SIMD -I. -Iexamples tests/test_mla.c tests/library.c -lm` makes a test without all this.
+build/inside/dsv3.h: tests/inside.awk dsv3.h
+	@mkdir -p build/inside/body
+	awk -v body=1 -f tests/inside.awk dsv3.h > build/inside/body/dsv3.h
+	awk -f tests/inside.awk dsv3.h > $@
+
+build/inside/library.o: private INSIDE = -Ibuild/inside/body
+build/inside/library.o: tests/library.c build/inside/dsv3.h $(BUILD)/flags
+	$(TEST_COMPILE) -c $< -o $@
+
+build/inside/libdsv3.a: build/inside/library.o
+	$(TEST_COMPILE) -DDSV3_IMPLEMENTATION -x c -c build/inside/dsv3.h -o build/inside/numbers.o
 	@rm -f $@
-	$(AR) rc $@ build/library.o
+	$(AR) rc $@ $< build/inside/numbers.o
 
-run: build/dsv3
-	@build/dsv3 generate examples/models/austen -p '$(PROMPT)' --echo -n 600 --temp 0.6 --stats
+INSIDE = -Ibuild/inside
+build/test_gradients: private INSIDE = # has an implementation of its own, in double
+build/%: tests/%.c tests/test.h tests/synthetic.h $(HEADERS) build/inside/libdsv3.a
+	$(TEST_COMPILE) $< build/inside/libdsv3.a -o $@ $(LIBS)
 
-test: build/dsv3 build/parity $(LESSONS) $(TESTS) $(BENCHES)
-	@CC='$(CC)' sh tests/run.sh $(TESTS) tests/test_*.sh
+run: $(BUILD)/dsv3
+	@$(BUILD)/dsv3 generate examples/models/austen -p '$(PROMPT)' --echo -n 600 --temp 0.6 --stats
+
+test: build/dsv3 build/parity $(LESSONS) $(TESTS)
+	@CC='$(CC)' sh tests/run.sh tests/test_*.sh $(TESTS)
 
 check: test
+	+@$(MAKE) -s $(BENCHES)
 	@CC='$(CC)' sh tests/run.sh tests/check_*.sh
 
 # Under ten minutes on two cores. bench_layer wants 13 GB of memory, and makes do with less.
@@ -101,7 +126,6 @@ clean:
 # ---- packages: see examples/packages/README.md
 
 # A library is compiled without OpenMP, as the tool is, and so that shared libraries can take it in.
-$(BUILD)/lib/libdsv3.a: private OPENMP =
 $(BUILD)/lib/libdsv3.a: examples/packages/dsv3.c dsv3.h $(BUILD)/flags
 	@mkdir -p $(BUILD)/lib
 	$(COMPILE) -fPIC -c $< -o $(BUILD)/lib/dsv3.o
@@ -117,7 +141,7 @@ AS_BUILT = $(if $(filter install,$(MAKECMDGOALS)),$(if $(filter-out install unin
 quoted = '$(subst ','\'',$1)'
 SETTINGS = $(foreach v,BUILD VERSION DESTDIR PREFIX INCLUDEDIR LIBDIR BINDIR DATADIR MANDIR,$v=$(call quoted,$($v)))
 
-install: $(BUILT)
+install: $(INSTALLED)
 	@$(SETTINGS) sh examples/packages/install.sh install
 
 uninstall:

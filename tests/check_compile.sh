@@ -25,6 +25,10 @@ for cc in gcc clang; do
         "-O2 -DDSV3_NO_OPENMP -fopenmp" "-O2 -DDSV3_NO_AMX" "-O2 -fvisibility=hidden -fPIC"; do
         later "$cc $flags" $cc -std=c99 $flags $wide $c -I. -c tests/compile/implement.c -o /dev/null
     done
+    for unit in implement simd; do
+        later "$cc $unit without training" $cc -std=c99 -O2 $wide $c -DDSV3_NO_TRAINING -I. -c tests/compile/$unit.c \
+            -o $out/inference-$cc-$unit.o
+    done
     for level in -O0 -O1 -Os; do
         later "$cc $level, backends" $cc -std=c99 $level $wide $c -I. -c tests/compile/simd.c -o /dev/null
     done
@@ -40,6 +44,17 @@ for cc in gcc clang; do
     done
 done
 if [ $compilers = 2 ]; then ok; else bad "gcc and clang are both needed (make deps)"; fi
+run_later
+for object in $out/inference-*.o; do
+    training $object > $out/training
+    if [ -s $out/training ]; then bad "training is left in $object: $(tr '\n' ' ' < $out/training)"; else ok; fi
+done
+# The lessons without a library: each with an implementation of its own, and no engine.
+for source in examples/[0-9]*.c; do
+    name=$(basename "$source" .c)
+    check "$source alone" gcc -std=c99 -O2 -I. -Iexamples "$source" -o $out/$name -lm
+    check "$name prints the same" sh -c "$out/$name > $out/alone && build/$name > $out/linked && cmp $out/alone $out/linked"
+done
 # The hidden-visibility object exports nothing when the user asks for that.
 check "DSV3_API can be set" gcc -std=c99 '-DDSV3_API=__attribute__((visibility("default")))' -fvisibility=hidden -I. \
     -c tests/compile/implement.c -o /dev/null

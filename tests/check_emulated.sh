@@ -10,14 +10,14 @@ case $(uname -m) in x86_64) ;; *) ok; done_testing "emulated"; exit ;; esac
 for pair in Nehalem:reference SandyBridge:reference Haswell:avx2; do
     cpu=${pair%:*} backend=${pair#*:}
     check "$cpu generates" qemu-x86_64 -cpu $cpu build/dsv3 generate examples/models/micro -n 8 --threads 1 --stats
-    if grep -q "backend $backend," build/check-output; then ok; else bad "$cpu: $(grep backend build/check-output)"; fi
+    if grep -q "backend $backend," $check_output; then ok; else bad "$cpu: $(grep backend $check_output)"; fi
     for name in kernels mla moe pack; do later "$cpu $name" qemu-x86_64 -cpu $cpu build/test_$name; done
     for options in '' '--fast --packed'; do # unquoted: each a word of its own
         later "$cpu parity $options" qemu-x86_64 -cpu $cpu build/parity tests/golden/v3_fp8 $options
     done
 done
 for pair in Nehalem:avx2 Haswell:avx512 Haswell:avx512_bf16 Haswell:amx; do
-    if qemu-x86_64 -cpu ${pair%:*} build/dsv3 generate examples/models/micro -n 1 --backend ${pair#*:} > build/check-output 2>&1; then
+    if qemu-x86_64 -cpu ${pair%:*} build/dsv3 generate examples/models/micro -n 1 --backend ${pair#*:} > $check_output 2>&1; then
         bad "${pair#*:} is accepted where it does not run"
     else ok; fi
 done

@@ -19,5 +19,5 @@ for i in 0 1 2 3 4 5 6 7 8 9; do
         sed -n 's/^drafts .* accepted \([0-9.]*\) %.*/\1/p'
 done > build/accepted
 if awk '{ sum += $1 } END { printf "%.2f %% of %d\n", sum / NR, NR; exit !(NR == 10 && sum / NR >= 75) }' build/accepted \
-    > build/check-output; then ok; else bad "first drafts accepted: $(cat build/check-output)"; fi
+    > $check_output; then ok; else bad "first drafts accepted: $(cat $check_output)"; fi
 done_testing "greedy texts"

@@ -2,14 +2,14 @@
 # later NAME COMMAND... and run together, one for each core, when run_later is called; build/check-seconds then tells
 # how long each took.
 passed=0 failed=0
-later_count=0 later_dir=build/later.$$
+later_count=0 later_dir=build/later.$$ check_output=build/check-output.$$
 ok() { passed=$((passed + 1)); }
 bad() { failed=$((failed + 1)); printf 'FAILED: %s\n' "$1" >&2; }
 # The command must succeed; its output is shown when it does not.
 check() {
     check_name=$1
     shift
-    if "$@" > build/check-output 2>&1; then ok; else bad "$check_name"; head -n 20 build/check-output >&2; fi
+    if "$@" > $check_output 2>&1; then ok; else bad "$check_name"; head -n 20 $check_output >&2; fi
 }
 later() {
     mkdir -p $later_dir
@@ -43,8 +43,11 @@ library() {
     rm -f $1/libdsv3.a
     ar rc $1/libdsv3.a $1/library.o
 }
+# training OBJECT: its symbols that only training needs.
+training() { nm $1 | grep -E 'train|_back(ward)?(_|$)|saved|parameters|learning_rate|text_count$|adamw|optimizer'; }
 done_testing() {
     run_later
+    rm -f $check_output
     printf '%s: %s passed, %s failed\n' "$1" "$passed" "$failed"
     [ "$failed" = 0 ]
 }

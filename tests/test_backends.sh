@@ -3,23 +3,23 @@
 # programs alone have tested the reference; test_kernels tests all backends at once.)
 . tests/lib.sh
 for backend in avx2 avx512 avx512_bf16 amx; do
-    if ! build/parity tests/golden/v2 --backend $backend > build/check-output 2>&1; then
-        if grep -q 'not on this machine' build/check-output; then continue; fi
+    if ! build/parity tests/golden/v2 --backend $backend > $check_output 2>&1; then
+        if grep -q 'not on this machine' $check_output; then continue; fi
     fi
     for name in balance checkpoint generate infer mla model moe mtp ops router same_bits tools train; do
-        check "$name, $backend" env TEST_BACKEND=$backend build/test_$name
+        later "$name, $backend" env TEST_BACKEND=$backend build/test_$name
     done
     for dir in tests/golden/* examples/models/*; do
         for options in '' --packed --fast '--fast --packed'; do # unquoted: each a word of its own
-            check "parity $dir, $backend $options" build/parity "$dir" --backend $backend $options
+            later "parity $dir, $backend $options" build/parity "$dir" --backend $backend $options
         done
     done
-    check "trajectory, $backend" build/parity tests/golden/v3 --trajectory --backend $backend
+    later "trajectory, $backend" build/parity tests/golden/v3 --trajectory --backend $backend
 done
 # What is not there must be refused by name, not run.
 for backend in avx1024 ''; do
-    if build/dsv3 generate examples/models/micro -n 1 --backend "$backend" > build/check-output 2>&1; then
+    if build/dsv3 generate examples/models/micro -n 1 --backend "$backend" > $check_output 2>&1; then
         bad "backend '$backend' is accepted"
-    elif [ "$(wc -l < build/check-output)" = 1 ]; then ok; else bad "backend '$backend': $(cat build/check-output)"; fi
+    elif [ "$(wc -l < $check_output)" = 1 ]; then ok; else bad "backend '$backend': $(cat $check_output)"; fi
 done
 done_testing backends
