@@ -144,7 +144,8 @@ static st_result checkpointi_from_dsv3(dsv3_result result) {
     case DSV3_ERR_ALIGN:
     case DSV3_ERR_TOKEN:
     case DSV3_ERR_POSITION:
-    case DSV3_ERR_CONTEXT: return ST_ERR_ARG;
+    case DSV3_ERR_CONTEXT:
+    case DSV3_ERR_ABORTED: return ST_ERR_ARG;
     }
     return ST_ERR_ARG;
 }
