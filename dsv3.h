@@ -874,6 +874,13 @@ DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, co
                                   dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                   dsv3_workspace *workspace, dsv3_error *error);
 
+/* After dsv3_forward or dsv3_mtp_forward, until the workspace's next call: state [n, d], the final norm's output for rows
+ * row [n] of the batch, in any order. An embedding is made of these; dsv3_linear with model->lm_head makes logits of
+ * them, and dsv3_cross_entropy losses. If only they are wanted, batch->outputs is 0. ARG: NULL, or no row of the
+ * workspace's; MISMATCH: a workspace of another config. */
+DSV3_API dsv3_result dsv3_states(float *state, const dsv3_model *model, const dsv3_workspace *workspace,
+                                 const int32_t *row, size_t n);
+
 /* ---- Multi-token prediction. [R] 2.2; chapter 12 ----------------------------------------------------- */
 
 /* The cache of one MTP module for one sequence: a dsv3_cache of one layer. truncate and copy as for others. */
@@ -5065,6 +5072,19 @@ DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, co
     return dsv3i_forward(&p);
 }
 
+DSV3_API dsv3_result dsv3_states(float *state, const dsv3_model *model, const dsv3_workspace *workspace,
+                                 const int32_t *row, size_t n) {
+    size_t d;
+    if (state == NULL || model == NULL || workspace == NULL || row == NULL) return DSV3_ERR_ARG;
+    if (workspace->made_for != dsv3i_fingerprint(&model->config)) return DSV3_ERR_MISMATCH;
+    d = (size_t)model->config.hidden_size;
+    for (size_t i = 0; i < n; i++) {
+        if (row[i] < 0 || (size_t)row[i] >= workspace->rows) return DSV3_ERR_ARG;
+    }
+    for (size_t i = 0; i < n; i++) DSV3_MEMCPY(state + i * d, workspace->u + (size_t)row[i] * d, d * sizeof *state);
+    return DSV3_OK;
+}
+
 /* ========================================================================================================
  * Chapter 12  >>mtp
  *
@@ -5492,7 +5512,7 @@ DSV3_API dsv3_result dsv3_sample_log_p(double *log_p, double *entropy, int32_t t
 }
 
 DSV3_API dsv3_result dsv3_log_p(double *log_p, const float *logits, const int32_t *token, size_t n, size_t V) {
-    if (log_p == NULL || token == NULL) return DSV3_ERR_ARG;
+    if (log_p == NULL || logits == NULL || token == NULL) return DSV3_ERR_ARG;
     for (size_t t = 0; t < n; t++, logits += V) {
         size_t best;
         double sum = 0.0;
