@@ -27,7 +27,7 @@
  *     dsv3_sample(&token, logits, vocab_size, 0.8f, 0.95f, &rng, candidates);
  *
  * Each level of the API is usable alone:
- *   ops       dsv3_rmsnorm, dsv3_router_select, dsv3_bias_step, dsv3_rope_table ... on plain arrays, without a model;
+ *   ops       dsv3_rmsnorm, dsv3_router_select, dsv3_rope_table, dsv3_logits_top_k ... on plain arrays, without a model;
  *   blocks    dsv3_mla_forward, dsv3_ffn_forward, dsv3_layer_forward on one layer's weights;
  *   programs  dsv3_forward (prefill and decode of many sequences in one call), dsv3_mtp_forward, dsv3_sample,
  *             dsv3_generate (steps with drafts, several sequences at once), dsv3_evaluate (losses of all depths),
@@ -868,8 +868,8 @@ typedef struct dsv3_batch {
 
 /* Runs the rows through the model and appends them to caches [n_caches]. logits [outputs, V].
  * Errors: ARG, TOKEN, POSITION, CONTEXT, MISMATCH (cache or workspace of another config), MEMORY (more rows or
- * threads than the workspace has), NAN (error->name is row[i], or logits: weights or state are not finite). After an
- * error all cache lengths are as before the call. Thread safety: see >>conventions. */
+ * threads than the workspace has), NAN (error->name is row[i], or logits: weights or state are not finite), ABORTED.
+ * After an error all cache lengths are as before the call. Thread safety: see >>conventions. */
 DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, const dsv3_model *model,
                                   dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                   dsv3_workspace *workspace, dsv3_error *error);
@@ -985,14 +985,16 @@ DSV3_API dsv3_result dsv3_logits_penalty(float *logits, size_t V, const int32_t 
 /* logits[token[i]] += bias[i] for i < n, also if an id comes twice. bias is finite, or minus infinity: forbidden. */
 DSV3_API dsv3_result dsv3_logits_bias(float *logits, size_t V, const int32_t *token, const float *bias, size_t n);
 
-/* The caller's hand in what is written: called by dsv3_generate on the calling thread for each row of logits [V] that a
- * token is about to be chosen from, it may change them; minus infinity forbids a token. text [length], length >= 1, is
- * what stands before that token: all of the sequence, drafts included; sequence: its index in the call. The rows of the
- * MTP modules pass through here as those of the main model do, so that drafts have a chance; a draft may be refused
- * later, and a place be asked about again. What is done must follow from logits and text alone: then greedy text is the
- * same with any drafts and company, and sampled text has the distribution of the main model's steered logits. A code
- * other than DSV3_OK ends the step with that code and everything as before. A row with nothing left to choose from (or
- * NaN, or plus infinity) ends the drafting, or the step behind drafts that stand; at its beginning it is DSV3_ERR_NAN. */
+/* The caller's hand in what is written. dsv3_generate calls it, on the calling thread, for each row of logits [V] from
+ * which a token is about to be chosen. It may change them; minus infinity forbids a token.
+ *   text [length]  what stands before that token, length >= 1: all of the sequence, drafts included. Valid during the call
+ *   sequence       its index in the call of dsv3_generate
+ * The rows of the MTP modules come here as those of the main model do, so that drafts have a chance. A draft may be
+ * refused later, and a place be asked about again: what is done must follow from logits and text alone. Then greedy text
+ * is the same with any drafts and company, and sampled text has the distribution of the main model's steered logits.
+ *   A code other than DSV3_OK ends the step: dsv3_generate returns it, and everything is as before. Text that can only
+ * end is no such error: a row with nothing left to choose (or NaN, or plus infinity) ends the drafting, or the step behind
+ * drafts that stand; only where the step begins it is DSV3_ERR_NAN. */
 typedef dsv3_result (*dsv3_steer)(void *user, float *logits, size_t V, const int32_t *text, size_t length,
                                   size_t sequence);
 
@@ -5376,7 +5378,9 @@ DSV3_API double dsv3_losses_total(const dsv3_losses *losses, size_t layers, doub
  * Nothing is lost: each row of a call has the bits it would have alone (front page, >>conventions), so greedy text is
  * that of plain decoding; sampled text has its distribution (below, at "Verifying"). The modules' caches must hold
  * every position, prompts too: module k reads position i as soon as t_{i+k} is known, or later, before the rings that
- * keep the states for it come round. Test: tests/test_sample.c, tests/test_generate.c.
+ * keep the states for it come round. A caller who steers does so on every row, before it is sampled from or verified:
+ * p and q below are what she made of them. All that may fail, she included, comes before a sequence is changed.
+ * Test: tests/test_sample.c, tests/test_generate.c, tests/test_steer.c.
  * ==================================================================================================== */
 
 /* ---- Sampling. Sums are doubles: the many improbable tokens of a large vocabulary, added one by one to a float
@@ -5808,6 +5812,10 @@ static size_t dsv3i_distribution(dsv3_sequence *s, float *p, const float *logits
     return first;
 }
 
+static dsv3_result dsv3i_steer_fail(const dsv3i_step *a, size_t i, dsv3_result code, const char *why) {
+    return dsv3i_fail_at(a->error, i, dsv3i_fail(a->error, code, "steer", why));
+}
+
 /* Lets the caller change the logits of what follows the first `length` tokens of sequence i. *best: the most probable
  * token then, V if none is left. */
 static dsv3_result dsv3i_steer(const dsv3i_step *a, size_t i, float *logits, size_t length, size_t *best) {
@@ -5815,7 +5823,7 @@ static dsv3_result dsv3i_steer(const dsv3i_step *a, size_t i, float *logits, siz
     size_t V = (size_t)a->model->config.vocab_size;
     if (s->steer != NULL) {
         dsv3_result result = s->steer(s->steer_user, logits, V, s->history, length, i);
-        if (result != DSV3_OK) return dsv3i_fail_at(a->error, i, dsv3i_fail(a->error, result, "steer", "ended the step"));
+        if (result != DSV3_OK) return dsv3i_steer_fail(a, i, result, "ended the step");
     }
     *best = dsv3i_argmax(logits, V); /* without steering, logits were found finite */
     return DSV3_OK;
@@ -5828,8 +5836,8 @@ static int dsv3i_stops(const dsv3_sequence *s, int32_t token) {
     return token == s->stop;
 }
 
-/* Draft j of sequence i, and the distribution that it is drawn from. If no token is left, or none can follow, the plan is
- * cut. */
+/* Draft j of sequence i, and the distribution that it is drawn from. If no token is left, or none may follow, the plan
+ * is cut. */
 static dsv3_result dsv3i_draft_token(const dsv3i_step *a, size_t i, size_t j, float *logits) {
     dsv3_sequence *s = a->sequences[i];
     size_t V = (size_t)a->model->config.vocab_size, length = s->cache.length + j, best, first;
@@ -5956,8 +5964,8 @@ static int dsv3i_verify(dsv3_sequence *s, size_t j, const float *logits, size_t 
 /* How many tokens are in the caches when the rows of the step are, without drafts and the token before them. */
 static size_t dsv3i_step_length(const dsv3_sequence *s) { return s->cache.length + s->step_rows - 1 - s->planned; }
 
-/* Chooses what the logits [planned + 1, V] of sequence i allow to be written. Nothing is changed but the result, the text
- * behind its end and the random state. */
+/* Chooses what the logits [planned + 1, V] of sequence i allow to be written. Nothing is changed but the result, what
+ * stands behind the text's end, and the random state. */
 static dsv3_result dsv3i_choose(const dsv3i_step *a, size_t i, float *logits) {
     dsv3_sequence *s = a->sequences[i];
     size_t V = (size_t)a->model->config.vocab_size, length = dsv3i_step_length(s) + 1, best;
@@ -5966,7 +5974,7 @@ static dsv3_result dsv3i_choose(const dsv3i_step *a, size_t i, float *logits) {
         int32_t *token = s->token + j;
         DSV3I_TRY(dsv3i_steer(a, i, logits, length, &best));
         if (best == V && j > 0) break; /* the next step will say so */
-        if (best == V) return dsv3i_fail_at(a->error, i, dsv3i_fail(a->error, DSV3_ERR_NAN, "steer", "left no token"));
+        if (best == V) return dsv3i_steer_fail(a, i, DSV3_ERR_NAN, "left no token");
         *token = (int32_t)best;
         if (j < s->planned) {
             stands = dsv3i_verify(s, j, logits, best, V, token);

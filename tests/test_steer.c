@@ -35,7 +35,7 @@ static int fuse_blows(void *user) {
     return f->asked++ == f->fails;
 }
 
-/* Tokens of the last one's class, other than 0, are forbidden. */
+/* Tokens of the last one's class are forbidden, but for 0. */
 static dsv3_result turns(void *user, float *logits, size_t V, const int32_t *text, size_t length, size_t sequence) {
     (void)sequence;
     if (user != NULL && fuse_blows(user)) {
@@ -46,6 +46,12 @@ static dsv3_result turns(void *user, float *logits, size_t V, const int32_t *tex
         if ((i + (size_t)text[length - 1]) % 2 == 0) logits[i] = -INFINITY;
     }
     return DSV3_OK;
+}
+
+/* The same, by a sequence that knows its place in the call. */
+static dsv3_result turns_of(void *user, float *logits, size_t V, const int32_t *text, size_t length, size_t sequence) {
+    CHECK_EQ(sequence, *(const size_t *)user);
+    return turns(NULL, logits, V, text, length, sequence);
 }
 
 /* Nothing follows token 1 behind the eighth place. */
@@ -296,6 +302,7 @@ static void limited(synth *s, pen *p, const int32_t *truth, size_t length) {
 static void test_limits(void) {
     static const int32_t prompt[3] = {3, 0, 2};
     synth *s = random_model(6, 2, 36);
+    size_t place[2] = {0, 1};
     int32_t truth[ROOM + 1];
     truth_of(s, truth, prompt, 3, turns);
     for (size_t i = 0; i < 14 * 4; i++) {
@@ -304,7 +311,8 @@ static void test_limits(void) {
         for (size_t j = 0; j < 2; j++) {
             pen_open(&p[j], s, 2, 3);
             CHECK(p[j].s.limit == SIZE_MAX && !p[j].s.stopped);
-            p[j].s.steer = turns;
+            p[j].s.steer = turns_of;
+            p[j].s.steer_user = &place[j];
             p[j].s.drafts = i % 4;
             p[j].s.limit = j == 0 ? limit : 20;
             CHECK_EQ(dsv3_sequence_append(&p[j].s, &s->model, prompt, 3), DSV3_OK);
