@@ -5548,28 +5548,29 @@ static dsv3_result dsv3i_ids_check(const int32_t *token, size_t n, size_t V) {
     return DSV3_OK;
 }
 
-/* A heap of the k best so far. Negated, the worst of them is "most probable" and stands on top. */
+/* Negated: in a heap of such the worst is "most probable", and stands on top. */
+static dsv3_candidate dsv3i_negated(const float *logits, size_t i) {
+    dsv3_candidate c;
+    c.p = -logits[i];
+    c.token = -(int32_t)i;
+    return c;
+}
+
+/* A heap of the k best so far. */
 DSV3_API dsv3_result dsv3_logits_top_k(float *logits, size_t V, size_t k, dsv3_candidate *scratch) {
     DSV3I_TRY(dsv3i_logits_check(logits, V));
     if (k < 1 || scratch == NULL) return DSV3_ERR_ARG;
     if (k >= V) return DSV3_OK;
-    for (size_t i = 0; i < V; i++) {
-        dsv3_candidate c;
-        c.p = -logits[i];
-        c.token = -(int32_t)i;
-        if (i < k) scratch[i] = c;
-        if (i + 1 == k) {
-            for (size_t j = k / 2; j > 0; j--) dsv3i_heap_sink(scratch, k, j - 1);
-        }
-        if (i < k || !dsv3i_before(scratch[0], c)) continue;
+    for (size_t i = 0; i < k; i++) scratch[i] = dsv3i_negated(logits, i);
+    for (size_t i = k / 2; i > 0; i--) dsv3i_heap_sink(scratch, k, i - 1);
+    for (size_t i = k; i < V; i++) {
+        dsv3_candidate c = dsv3i_negated(logits, i);
+        if (!dsv3i_before(scratch[0], c)) continue;
         scratch[0] = c;
         dsv3i_heap_sink(scratch, k, 0);
     }
     for (size_t i = 0; i < V; i++) {
-        dsv3_candidate c;
-        c.p = -logits[i];
-        c.token = -(int32_t)i;
-        if (dsv3i_before(c, scratch[0])) logits[i] = dsv3i_never();
+        if (dsv3i_before(dsv3i_negated(logits, i), scratch[0])) logits[i] = dsv3i_never();
     }
     return DSV3_OK;
 }

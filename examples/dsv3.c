@@ -719,14 +719,16 @@ static void writer_close(writer *w) {
     free(w->logits);
 }
 
-/* One step: w->sequence.token [n_token]. */
+/* One step: w->sequence.token [n_token]. Nothing has happened if it was aborted. */
 static void writer_step(writer *w, session *s) {
     dsv3_sequence *one = &w->sequence;
     dsv3_error error;
     char text[256];
     double begin = now(), spent;
     int prompt = one->prompt_left > 0;
-    if (dsv3_generate(&s->context, w->logits, &s->model.model, &one, 1, &s->workspace, &error) != DSV3_OK) {
+    dsv3_result result = dsv3_generate(&s->context, w->logits, &s->model.model, &one, 1, &s->workspace, &error);
+    if (result == DSV3_ERR_ABORTED) return;
+    if (result != DSV3_OK) {
         stop("%s", dsv3_error_text(&error, text, sizeof text));
     }
     spent = now() - begin;
@@ -878,6 +880,12 @@ static volatile sig_atomic_t chat_interrupted;
 static void chat_interrupt(int signal_number) {
     (void)signal_number;
     chat_interrupted = 1;
+}
+
+/* Asked by the library between layers. */
+static int chat_aborted(void *user) {
+    (void)user;
+    return chat_interrupted;
 }
 
 /* Ctrl-C must end a read that waits: no restart. */
@@ -1041,6 +1049,7 @@ static int chat(int argc, char **argv, const command *c) {
         stop("--system: is longer than the context: expected less than %ld tokens, found %zu", chat.o.context,
              chat.begin);
     }
+    chat.s.context.aborted = chat_aborted;
     chat_catch_interrupts();
     for (;;) {
         chat_interrupted = 0;
