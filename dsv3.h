@@ -467,10 +467,10 @@ typedef struct dsv3_context {
     dsv3_compute compute;
     dsv3_attention attention;
     dsv3_observer observer; /* function pointers NULL: nobody watches */
-    int (*aborted)(void *user); /* NULL, or asked on the calling thread before each layer, forward and backward: anything
-                                   but 0 ends the call with DSV3_ERR_ABORTED, as any error does: caches, sequences,
-                                   counters and random states are as before (dsv3_evaluate and dsv3_train_accumulate:
-                                   see there) */
+    /* NULL, or asked on the calling thread before each layer of dsv3_forward and of all that is made of it, and of a
+     * backward pass: anything but 0 ends the call with DSV3_ERR_ABORTED. That is an error as others are: caches, sequences,
+     * counters and random states are as before (dsv3_evaluate and dsv3_train_accumulate: see there). */
+    int (*aborted)(void *user);
     void *abort_user;
 } dsv3_context;
 
