@@ -1080,8 +1080,8 @@ DSV3_API size_t dsv3_sequence_length(const dsv3_sequence *sequence);
 DSV3_API dsv3_state dsv3_sequence_state(const dsv3_sequence *sequence);
 
 /* Roll back to the first `length` tokens; a prompt not yet read is dropped. *kept (may be NULL) says how many
- * are really kept: fewer than length, by the number of modules (at least 1), when length lies so far back that the
- * states the modules need are gone. Then append tokens kept .. length - 1 of the text once more. ARG when length is
+ * are really kept: fewer than length, by the number of modules, when length lies so far back that the states
+ * these need are gone. Then append tokens kept .. length - 1 of the text once more. ARG when length is
  * more than dsv3_sequence_length. */
 DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *sequence, size_t length, size_t *kept);
 
@@ -5720,8 +5720,8 @@ DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *s, size_t length, siz
         oldest = dsv3i_min(oldest, dsv3i_min(known, dsv3i_sub(length, dsv3i_max(k, 2)))); /* to be read again */
     }
     if (length == dsv3_sequence_length(s) && !ahead) return DSV3_OK;
-    begin = dsv3i_sub(s->top, s->window); /* of what the rings still hold */
-    if (length == 0 || (length - 1 >= begin && oldest >= begin)) {
+    begin = s->n_modules > 0 ? dsv3i_sub(s->top, s->window) : 0; /* of what the rings still hold */
+    if (length == 0 || oldest >= begin) {
         s->pending = length > 0;
         s->cache.length = length - (length > 0);
         dsv3i_modules_keep(s, SIZE_MAX, length);
@@ -5729,7 +5729,7 @@ DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *s, size_t length, siz
         return DSV3_OK;
     }
     s->pending = s->stopped = 0;
-    s->cache.length = dsv3i_sub(length, dsv3i_max(s->n_modules, 1));
+    s->cache.length = dsv3i_sub(length, s->n_modules);
     dsv3i_modules_keep(s, s->cache.length, SIZE_MAX);
     s->top = s->cache.length + s->window; /* from here on the rings are filled anew */
     if (kept != NULL) *kept = s->cache.length;

@@ -334,6 +334,27 @@ static void test_limits(void) {
     synth_close(s);
 }
 
+/* Without modules every length can be rolled back to, and nothing is appended again. */
+static void test_far_back(void) {
+    static const int32_t prompt[3] = {3, 0, 2};
+    synth *s = random_model(6, 2, 37);
+    int32_t truth[ROOM + 1];
+    size_t kept = 0;
+    pen p;
+    truth_of(s, truth, prompt, 3, turns);
+    pen_open(&p, s, 2, 0);
+    p.s.steer = turns;
+    CHECK_EQ(dsv3_sequence_append(&p.s, &s->model, prompt, 3), DSV3_OK);
+    for (size_t length = 3; length <= ROOM + 1; length += 6) {
+        CHECK_EQ(pens_run(s, &p, 1), DSV3_OK);
+        CHECK(same_text(&p.s, truth, ROOM + 1));
+        CHECK_EQ(dsv3_sequence_truncate(&p.s, length, &kept), DSV3_OK);
+        CHECK(kept == length && same_text(&p.s, truth, length));
+    }
+    pen_close(&p);
+    synth_close(s);
+}
+
 /* A text that cannot go on ends at the same place with any drafts: there, and not before, the step fails. */
 static void test_dead_ends(void) {
     static const int32_t prompt[2] = {3, 0};
@@ -593,6 +614,7 @@ int main(void) {
     test_endings();
     test_stops();
     test_limits();
+    test_far_back();
     test_dead_ends();
     test_log_p();
     test_forward_aborted();
