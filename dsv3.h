@@ -27,7 +27,7 @@
  *     dsv3_sample(&token, logits, vocab_size, 0.8f, 0.95f, &rng, candidates);
  *
  * Each level of the API is usable alone:
- *   ops       dsv3_rmsnorm, dsv3_router_select, dsv3_bias_step, dsv3_rope_table ... on plain arrays, without a model;
+ *   ops       dsv3_rmsnorm, dsv3_router_select, dsv3_rope_table, dsv3_logits_top_k ... on plain arrays, without a model;
  *   blocks    dsv3_mla_forward, dsv3_ffn_forward, dsv3_layer_forward on one layer's weights;
  *   programs  dsv3_forward (prefill and decode of many sequences in one call), dsv3_mtp_forward, dsv3_sample,
  *             dsv3_generate (steps with drafts, several sequences at once), dsv3_evaluate (losses of all depths),
@@ -50,7 +50,7 @@
  *                            (__builtin_memcpy is the best DSV3_MEMCPY: as a call it would cost one per number.
  *                            Compilers may call memcpy and memset on their own.)
  *   DSV3_EXPF DSV3_LOGF DSV3_SQRTF DSV3_SINF DSV3_COSF    float -> float
- *   DSV3_POW DSV3_LOG        double functions, only used when a model is bound (RoPE frequencies)
+ *   DSV3_POW DSV3_LOG        double functions, used when a model is bound (RoPE frequencies), and for log-probabilities
  *   DSV3_MEMCPY DSV3_MEMSET  as in <string.h>
  *   DSV3_MAX_...             the limits that dsv3_config_check enforces, see chapter 1
  *
@@ -199,7 +199,8 @@ typedef enum dsv3_result {
     DSV3_ERR_TOKEN = -9,       /* token id outside the vocabulary */
     DSV3_ERR_POSITION = -10,   /* position does not continue its sequence */
     DSV3_ERR_CONTEXT = -11,    /* the cache is full */
-    DSV3_ERR_NAN = -12         /* NaN or infinity in weights, scores or activations */
+    DSV3_ERR_NAN = -12,        /* NaN or infinity in weights, scores or activations */
+    DSV3_ERR_ABORTED = -13     /* dsv3_context.aborted said so */
 } dsv3_result;
 
 /* Which numbers of an error mean something, and how dsv3_error_text shows them. */
@@ -467,6 +468,11 @@ typedef struct dsv3_context {
     dsv3_compute compute;
     dsv3_attention attention;
     dsv3_observer observer; /* function pointers NULL: nobody watches */
+    /* NULL, or asked on the calling thread before each layer of dsv3_forward and of all that is made of it, and of a
+     * backward pass: anything but 0 ends the call with DSV3_ERR_ABORTED. That is an error as others are: caches, sequences,
+     * counters and random states are as before (dsv3_evaluate and dsv3_train_accumulate: see there). */
+    int (*aborted)(void *user);
+    void *abort_user;
 } dsv3_context;
 
 /* threads = 0: what OpenMP offers, or 1. Without OpenMP the result is serial, threads = 1, until the caller
@@ -866,11 +872,18 @@ typedef struct dsv3_batch {
 
 /* Runs the rows through the model and appends them to caches [n_caches]. logits [outputs, V].
  * Errors: ARG, TOKEN, POSITION, CONTEXT, MISMATCH (cache or workspace of another config), MEMORY (more rows or
- * threads than the workspace has), NAN (error->name is row[i], or logits: weights or state are not finite). After an
- * error all cache lengths are as before the call. Thread safety: see >>conventions. */
+ * threads than the workspace has), NAN (error->name is row[i], or logits: weights or state are not finite), ABORTED.
+ * After an error all cache lengths are as before the call. Thread safety: see >>conventions. */
 DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, const dsv3_model *model,
                                   dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                   dsv3_workspace *workspace, dsv3_error *error);
+
+/* After dsv3_forward or dsv3_mtp_forward, until the workspace's next call: state [n, d], the final norm's output for rows
+ * row [n] of the batch, in any order. An embedding is made of these; dsv3_linear with model->lm_head makes logits of
+ * them, and dsv3_cross_entropy losses. If only they are wanted, batch->outputs is 0. ARG: NULL, or no row of the
+ * workspace's; MISMATCH: a workspace of another config. */
+DSV3_API dsv3_result dsv3_states(float *state, const dsv3_model *model, const dsv3_workspace *workspace,
+                                 const int32_t *row, size_t n);
 
 /* ---- Multi-token prediction. [R] 2.2; chapter 12 ----------------------------------------------------- */
 
@@ -950,7 +963,57 @@ typedef struct dsv3_candidate {
 DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, float temperature, float top_p,
                                  dsv3_rng *rng, dsv3_candidate *candidates);
 
+/* What dsv3_sample makes of the same arguments, for a token: *log_p is the logarithm of the probability with which it is
+ * drawn, in nats, minus infinity if never; *entropy (may be NULL) that of the whole distribution. Greedy: 0 for the
+ * token that is taken, and entropy 0. candidates [V] is scratch. Errors as of dsv3_sample, and TOKEN. */
+DSV3_API dsv3_result dsv3_sample_log_p(double *log_p, double *entropy, int32_t token, const float *logits, size_t V,
+                                       float temperature, float top_p, dsv3_candidate *candidates);
+
+/* log_p [n] = log softmax(logits)[token], in nats, of each row of logits [n, V] and its token [n]; 0 for DSV3_IGNORE,
+ * minus infinity for a logit of minus infinity. Sums are doubles. ARG, TOKEN, NAN (as dsv3_sample). */
+DSV3_API dsv3_result dsv3_log_p(double *log_p, const float *logits, const int32_t *token, size_t n, size_t V);
+
+/* ---- Steering: ops that change a row of logits [V] before a token is drawn from it. Minus infinity is "never", and
+ * stays so. Errors, with nothing changed: ARG (NULL, V or a value outside its domain), TOKEN (an id outside the
+ * vocabulary), NAN (NaN or plus infinity in logits). A row in which everything is forbidden is no error here. */
+
+/* The k >= 1 largest stay, of equals those of lower id; the rest is forbidden. scratch [min(k, V)]. */
+DSV3_API dsv3_result dsv3_logits_top_k(float *logits, size_t V, size_t k, dsv3_candidate *scratch);
+/* Tokens with less than min_p (0 .. 1) times the probability of the most probable one are forbidden. Probabilities are
+ * those at temperature 1. */
+DSV3_API dsv3_result dsv3_logits_min_p(float *logits, size_t V, float min_p);
+/* Each of the different tokens among token [n]: a positive logit is divided by penalty, another multiplied. penalty > 0;
+ * above 1 it makes them rarer. seen [(V + 7) / 8] is scratch. */
+DSV3_API dsv3_result dsv3_logits_penalty(float *logits, size_t V, const int32_t *token, size_t n, float penalty,
+                                         uint8_t *seen);
+/* logits[token[i]] += bias[i] for i < n, also if an id comes twice. bias is finite, or minus infinity: forbidden. */
+DSV3_API dsv3_result dsv3_logits_bias(float *logits, size_t V, const int32_t *token, const float *bias, size_t n);
+
+/* The caller's hand in what is written. dsv3_generate calls it, on the calling thread, for each row of logits [V] from
+ * which a token is about to be chosen. It may change them; minus infinity forbids a token.
+ *   text [length]  what stands before that token, length >= 1: all of the sequence, drafts included. Valid during the call
+ *   sequence       its index in the call of dsv3_generate
+ * The rows of the MTP modules come here as those of the main model do, so that drafts have a chance. A draft may be
+ * refused later, and a place be asked about again: what is done must follow from logits and text alone. Then greedy text
+ * is the same with any drafts and company, and sampled text has the distribution of the main model's steered logits.
+ *   A code other than DSV3_OK ends the step: dsv3_generate returns it, and everything is as before. Text that can only
+ * end is no such error: a row with nothing left to choose (or NaN, or plus infinity) ends the drafting, or the step behind
+ * drafts that stand; only where the step begins it is DSV3_ERR_NAN. */
+typedef dsv3_result (*dsv3_steer)(void *user, float *logits, size_t V, const int32_t *text, size_t length,
+                                  size_t sequence);
+
 /* ---- Generation, with drafts by the MTP modules. [R] 5.4.3; chapter 13 --------------------------------- */
+
+/* What dsv3_generate will do with a sequence. */
+typedef enum dsv3_state {
+    DSV3_STATE_READING = 0, /* a prompt is not yet read */
+    DSV3_STATE_WRITING = 1,
+    /* nothing: */
+    DSV3_STATE_EMPTY = 2,   /* there is no token to go on from */
+    DSV3_STATE_STOPPED = 3, /* the last token was written, and stops */
+    DSV3_STATE_LIMIT = 4,   /* the text has `limit` tokens */
+    DSV3_STATE_FULL = 5     /* the caches are full */
+} dsv3_state;
 
 /* A text being written: its caches, what the modules need to draft ahead, its sampler. Memory is the caller's. */
 typedef struct dsv3_sequence {
@@ -962,14 +1025,26 @@ typedef struct dsv3_sequence {
     int32_t adaptive; /* bool: fewer of them while they are seldom accepted. init: 0 */
     float draft_cost; /* for that: what one draft adds to the time of a step with one row. init: 0.25 */
     int32_t stop;     /* writing ends behind this token, -1: never. init: eos_token_id */
+    const int32_t *stops; /* [n_stops] and behind these. init: none */
+    size_t n_stops;
+    size_t limit;         /* nothing is written that makes the text longer. init: SIZE_MAX. For n tokens behind a prompt
+                             just appended: dsv3_sequence_length + prompt_left + n */
+    dsv3_steer steer;     /* NULL (init): nobody */
+    void *steer_user;
+    int32_t want_log_p;   /* bool: log_p, too. init: 0 */
+    int32_t stopped;      /* bool: the last token was written and is one of those that stop. Ends when more is appended and
+                             read, when it is rolled back, or when the caller clears it */
     /* results of a call of dsv3_generate */
     int32_t *token; /* [n_token] written by it, in order */
+    float *log_p;   /* [n_token] if wanted: of the distribution each was drawn from (steer, temperature, top_p); in
+                       greedy text: of softmax(logits), behind steer */
     size_t n_token; /* 0 .. max_drafts + 1 */
     /* to be read: caches.length tokens are in the caches, one more is known if pending */
     dsv3_cache cache;    /* main layers */
     dsv3_cache *modules; /* [n_modules] one layer each */
     size_t n_modules, max_drafts, rows;
     int32_t pending;       /* bool: the last token of the text is not yet in the caches */
+    int32_t *history;      /* [dsv3_sequence_length] the text */
     const int32_t *prompt; /* [prompt_left] appended and not yet read; the caller's memory */
     size_t prompt_left;
     /* counters, to be read and cleared */
@@ -981,8 +1056,8 @@ typedef struct dsv3_sequence {
     uint64_t made_for;
     size_t d, window, top;      /* rings of `window` positions; the end of what was ever written */
     size_t planned, step_rows;  /* drafts of the step under way, and its rows */
+    size_t agreed;              /* drafts that stand */
     dsv3_rng rng_before;        /* in case it fails */
-    int32_t *history;           /* [window] tokens */
     float *hidden;              /* [n_modules, window, d] states h^0 .. h^(n_modules-1) */
     float *p;                   /* [V] */
     float *q;                   /* [max_drafts, V] */
@@ -1006,24 +1081,27 @@ DSV3_API dsv3_result dsv3_sequence_append(dsv3_sequence *sequence, const dsv3_mo
 
 /* Tokens of the text: read, and pending. */
 DSV3_API size_t dsv3_sequence_length(const dsv3_sequence *sequence);
+DSV3_API dsv3_state dsv3_sequence_state(const dsv3_sequence *sequence);
 
 /* Roll back to the first `length` tokens; a prompt not yet read is dropped. *kept (may be NULL) says how many
- * are really kept: fewer than length, by the number of modules (at least 1), when length lies so far back that the
- * states the modules need are gone. Then append tokens kept .. length - 1 of the text once more. ARG when length is
+ * are really kept: fewer than length, by the number of modules, when length lies so far back that the states
+ * these need are gone. Then append tokens kept .. length - 1 of the text once more. ARG when length is
  * more than dsv3_sequence_length. */
 DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *sequence, size_t length, size_t *kept);
 
-/* Fork: to, made with the same sizes (MISMATCH), becomes a copy of from, sampler and counters included. CONTEXT when
- * its caches are too short. */
+/* Fork: to, made with the same sizes (MISMATCH), becomes a copy of from; sampler, steering, stop tokens (the list stays
+ * the caller's), limit and counters included. CONTEXT when its caches are too short. */
 DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *from);
 
 /* One step of each of n sequences, together. A sequence with a prompt reads up to `rows` of it, and behind its last
  * token writes one; one without drafts up to `drafts` tokens, verifies them in the same call that computes the next,
- * and writes all that agree and one more. Sequences with nothing to do or no room left write nothing.
+ * and writes all that agree and one more; drafts behind a stop token or beyond the limit are dropped. Sequences in the
+ * other states (dsv3_state) write nothing.
  * Greedy text is the same, bit for bit, with any number of drafts, any company and any number of threads; sampled
  * text has the same distribution. n <= workspace->rows; rows that do not fit wait (drafts are dropped first).
- * logits [sum of (max_drafts + 1), V] is scratch. Errors: as of dsv3_forward; CONTEXT when no sequence has room, ARG
- * when none has anything to do; every sequence is then as before (its counters and random numbers too). */
+ * logits [sum of (max_drafts + 1), V] is scratch. Errors: as of dsv3_forward; what a steer returns, and NAN when it left
+ * nothing to choose; when no sequence has anything to do, CONTEXT if one is FULL, else ARG. Every sequence is then as
+ * before (its counters and random numbers too), and n_token 0. */
 DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, const dsv3_model *model,
                                    dsv3_sequence *const *sequences, size_t n, dsv3_workspace *workspace,
                                    dsv3_error *error);
@@ -1130,7 +1208,8 @@ DSV3_API void dsv3_text_count(const dsv3_text *text, size_t depths, uint64_t *ta
 
 /* A step in four stages. begin: clears gradients, loads and sums; targets [1 + D] and sequences are those of all
  * micro-batches and ranks, known before the first of them, so that each term has its final weight where it is made.
- * accumulate: forward and backward of one micro-batch; any split of the batch gives the same sums but for rounding.
+ * accumulate: forward and backward of one micro-batch; any split of the batch gives the same sums but for rounding. When
+ * it fails or is aborted, the step's sums and gradients are no use: begin again. What is trained is as before.
  * end: reduces over ranks, clips, AdamW, the bias step. Gradients that are not finite end it with DSV3_ERR_NAN:
  * nothing is trained then, and the biases stay. Bits do not depend on the number of threads. */
 DSV3_API dsv3_result dsv3_train_begin(dsv3_trainer *trainer, const uint64_t *targets, uint64_t sequences);
@@ -1537,9 +1616,9 @@ DSV3_API const char *dsv3_result_string(dsv3_result result) {
     /* one row of characters, no pointers: nothing here needs relocation or writable memory */
     static const char texts[] = "ok\0bad argument\0beyond a limit\0size overflow\0not supported\0buffer too small\0"
                                 "buffer not aligned\0tensor missing\0shape mismatch\0token outside vocabulary\0"
-                                "position out of sequence\0context full\0value not finite";
+                                "position out of sequence\0context full\0value not finite\0aborted by the caller";
     const char *text = texts;
-    if (result > DSV3_OK || result < DSV3_ERR_NAN) return "unknown result";
+    if (result > DSV3_OK || result < DSV3_ERR_ABORTED) return "unknown result";
     for (int i = 0; i > (int)result; i--) text = dsv3i_next_text(text);
     return text;
 }
@@ -4904,6 +4983,12 @@ static dsv3_workspace dsv3i_keeping(const dsv3_workspace *from, const dsv3i_save
 }
 #endif
 
+/* Asks the caller whether to go on. */
+static dsv3_result dsv3i_go_on(const dsv3_context *ctx, dsv3_error *error) {
+    if (ctx->aborted == NULL || !ctx->aborted(ctx->abort_user)) return DSV3_OK;
+    return dsv3i_fail(error, DSV3_ERR_ABORTED, "context.aborted", "has ended the call");
+}
+
 /* These are in chapter 12. */
 static void dsv3i_mtp_input(const dsv3i_run *p);
 static void dsv3i_evaluate_layer(const struct dsv3i_evaluation *a, dsv3i_call *c);
@@ -4917,9 +5002,12 @@ static dsv3_result dsv3i_pass(const dsv3i_run *p) {
     for (size_t i = 0; i < stack.count; i++) {
         const dsv3_layer *w = &stack.layers[i];
         dsv3i_call c = dsv3i_call_of(p->ctx, p->model, w, p->saved == NULL ? i : 0, p->caches, n, ws);
-        dsv3_result result;
+        dsv3_result result = dsv3i_go_on(p->ctx, p->error);
 #ifndef DSV3_NO_TRAINING
         dsv3_workspace keeping;
+#endif
+        if (result != DSV3_OK) return result;
+#ifndef DSV3_NO_TRAINING
         if (p->saved != NULL) {
             dsv3i_copy_rows(p->ctx, p->saved[w->index].x_in, ws->x, n, d);
             keeping = dsv3i_keeping(ws, &p->saved[w->index]);
@@ -4987,6 +5075,19 @@ DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, co
                                   dsv3_workspace *workspace, dsv3_error *error) {
     const dsv3i_run p = {context, model, 0, caches, n_caches, batch, NULL, logits, workspace, error, NULL, NULL};
     return dsv3i_forward(&p);
+}
+
+DSV3_API dsv3_result dsv3_states(float *state, const dsv3_model *model, const dsv3_workspace *workspace,
+                                 const int32_t *row, size_t n) {
+    size_t d;
+    if (state == NULL || model == NULL || workspace == NULL || row == NULL) return DSV3_ERR_ARG;
+    if (workspace->made_for != dsv3i_fingerprint(&model->config)) return DSV3_ERR_MISMATCH;
+    d = (size_t)model->config.hidden_size;
+    for (size_t i = 0; i < n; i++) {
+        if (row[i] < 0 || (size_t)row[i] >= workspace->rows) return DSV3_ERR_ARG;
+    }
+    for (size_t i = 0; i < n; i++) DSV3_MEMCPY(state + i * d, workspace->u + (size_t)row[i] * d, d * sizeof *state);
+    return DSV3_OK;
 }
 
 /* ========================================================================================================
@@ -5270,7 +5371,9 @@ DSV3_API double dsv3_losses_total(const dsv3_losses *losses, size_t layers, doub
  * Nothing is lost: each row of a call has the bits it would have alone (front page, >>conventions), so greedy text is
  * that of plain decoding; sampled text has its distribution (below, at "Verifying"). The modules' caches must hold
  * every position, prompts too: module k reads position i as soon as t_{i+k} is known, or later, before the rings that
- * keep the states for it come round. Test: tests/test_sample.c, tests/test_generate.c.
+ * keep the states for it come round. A caller who steers does so on every row, before it is sampled from or verified:
+ * p and q below are what she made of them. All that may fail, she included, comes before a sequence is changed.
+ * Test: tests/test_sample.c, tests/test_generate.c, tests/test_steer.c.
  * ==================================================================================================== */
 
 /* ---- Sampling. Sums are doubles: the many improbable tokens of a large vocabulary, added one by one to a float
@@ -5354,45 +5457,184 @@ static const char *dsv3i_sampling_fault(float temperature, float top_p) {
 
 static int dsv3i_is_greedy(float temperature, float top_p) { return !(temperature > 0.0f) || !(top_p > 0.0f); }
 
+/* Minus infinity: the logit of what is forbidden. */
+static float dsv3i_never(void) {
+    float lowest = -FLT_MAX;
+    return 2.0f * lowest;
+}
+
+/* Draws from those tokens; not greedy. */
+static int32_t dsv3i_draw(dsv3_candidate *c, const float *logits, size_t best, size_t V, float temperature, float top_p,
+                          dsv3_rng *rng) {
+    double sum;
+    size_t kept = dsv3i_candidates(c, logits, best, V, temperature, top_p, &sum);
+    return dsv3i_pick(c + (V - kept), kept, dsv3i_uniform(rng) * sum);
+}
+
+static dsv3_result dsv3i_sample_check(size_t *best, const float *logits, size_t V, float temperature, float top_p) {
+    if (logits == NULL || V == 0 || (uint64_t)V > (uint64_t)DSV3_MAX_VOCAB) return DSV3_ERR_ARG;
+    if (dsv3i_sampling_fault(temperature, top_p) != NULL) return DSV3_ERR_ARG;
+    *best = dsv3i_argmax(logits, V);
+    return *best == V ? DSV3_ERR_NAN : DSV3_OK;
+}
+
 DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, float temperature, float top_p,
                                  dsv3_rng *rng, dsv3_candidate *candidates) {
-    size_t best, kept;
-    double sum;
-    if (token == NULL || logits == NULL || V == 0 || (uint64_t)V > (uint64_t)DSV3_MAX_VOCAB) return DSV3_ERR_ARG;
-    if (dsv3i_sampling_fault(temperature, top_p) != NULL) return DSV3_ERR_ARG;
-    best = dsv3i_argmax(logits, V);
-    if (best == V) return DSV3_ERR_NAN;
+    size_t best;
+    if (token == NULL) return DSV3_ERR_ARG;
+    DSV3I_TRY(dsv3i_sample_check(&best, logits, V, temperature, top_p));
     if (dsv3i_is_greedy(temperature, top_p)) {
         *token = (int32_t)best;
         return DSV3_OK;
     }
     if (rng == NULL || candidates == NULL) return DSV3_ERR_ARG;
-    kept = dsv3i_candidates(candidates, logits, best, V, temperature, top_p, &sum);
-    *token = dsv3i_pick(candidates + (V - kept), kept, dsv3i_uniform(rng) * sum);
+    *token = dsv3i_draw(candidates, logits, best, V, temperature, top_p, rng);
     return DSV3_OK;
 }
 
-/* ---- A sequence: caches, and rings of the last `window` positions. hidden of depth j holds h_i^j, the states that
+DSV3_API dsv3_result dsv3_sample_log_p(double *log_p, double *entropy, int32_t token, const float *logits, size_t V,
+                                       float temperature, float top_p, dsv3_candidate *candidates) {
+    size_t best, kept = 0;
+    double sum = 1.0, moment = 0.0, log_sum;
+    if (log_p == NULL) return DSV3_ERR_ARG;
+    DSV3I_TRY(dsv3i_sample_check(&best, logits, V, temperature, top_p));
+    if (token < 0 || (size_t)token >= V) return DSV3_ERR_TOKEN;
+    *log_p = (size_t)token == best ? 0.0 : (double)dsv3i_never();
+    if (!dsv3i_is_greedy(temperature, top_p)) {
+        if (candidates == NULL) return DSV3_ERR_ARG;
+        kept = dsv3i_candidates(candidates, logits, best, V, temperature, top_p, &sum);
+    }
+    log_sum = DSV3_LOG(sum);
+    for (size_t i = V - kept; i < V; i++) {
+        double x = (double)((logits[candidates[i].token] - logits[best]) / temperature);
+        if (candidates[i].p > 0.0f) moment += (double)candidates[i].p * x;
+        if (candidates[i].token == token) *log_p = x - log_sum;
+    }
+    if (entropy != NULL) *entropy = log_sum - moment / sum;
+    return DSV3_OK;
+}
+
+DSV3_API dsv3_result dsv3_log_p(double *log_p, const float *logits, const int32_t *token, size_t n, size_t V) {
+    if (log_p == NULL || logits == NULL || token == NULL) return DSV3_ERR_ARG;
+    for (size_t t = 0; t < n; t++, logits += V) {
+        size_t best;
+        double sum = 0.0;
+        DSV3I_TRY(dsv3i_sample_check(&best, logits, V, 0.0f, 1.0f));
+        log_p[t] = 0.0;
+        if (token[t] == DSV3_IGNORE) continue;
+        if (token[t] < 0 || (size_t)token[t] >= V) return DSV3_ERR_TOKEN;
+        for (size_t i = 0; i < V; i++) sum += (double)DSV3_EXPF(logits[i] - logits[best]);
+        log_p[t] = ((double)logits[token[t]] - (double)logits[best]) - DSV3_LOG(sum);
+    }
+    return DSV3_OK;
+}
+
+/* ---- Steering */
+
+static dsv3_result dsv3i_logits_check(const float *logits, size_t V) {
+    if (logits == NULL || V == 0 || (uint64_t)V > (uint64_t)DSV3_MAX_VOCAB) return DSV3_ERR_ARG;
+    for (size_t i = 0; i < V; i++) {
+        if (!(logits[i] <= FLT_MAX)) return DSV3_ERR_NAN;
+    }
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3i_ids_check(const int32_t *token, size_t n, size_t V) {
+    if (token == NULL && n > 0) return DSV3_ERR_ARG;
+    for (size_t i = 0; i < n; i++) {
+        if (token[i] < 0 || (size_t)token[i] >= V) return DSV3_ERR_TOKEN;
+    }
+    return DSV3_OK;
+}
+
+/* Negated: in a heap of such the worst is "most probable", and stands on top. */
+static dsv3_candidate dsv3i_negated(const float *logits, size_t i) {
+    dsv3_candidate c;
+    c.p = -logits[i];
+    c.token = -(int32_t)i;
+    return c;
+}
+
+/* A heap of the k best so far. */
+DSV3_API dsv3_result dsv3_logits_top_k(float *logits, size_t V, size_t k, dsv3_candidate *scratch) {
+    DSV3I_TRY(dsv3i_logits_check(logits, V));
+    if (k < 1 || scratch == NULL) return DSV3_ERR_ARG;
+    if (k >= V) return DSV3_OK;
+    for (size_t i = 0; i < k; i++) scratch[i] = dsv3i_negated(logits, i);
+    for (size_t i = k / 2; i > 0; i--) dsv3i_heap_sink(scratch, k, i - 1);
+    for (size_t i = k; i < V; i++) {
+        dsv3_candidate c = dsv3i_negated(logits, i);
+        if (!dsv3i_before(scratch[0], c)) continue;
+        scratch[0] = c;
+        dsv3i_heap_sink(scratch, k, 0);
+    }
+    for (size_t i = 0; i < V; i++) {
+        if (dsv3i_before(dsv3i_negated(logits, i), scratch[0])) logits[i] = dsv3i_never();
+    }
+    return DSV3_OK;
+}
+
+DSV3_API dsv3_result dsv3_logits_min_p(float *logits, size_t V, float min_p) {
+    float least;
+    DSV3I_TRY(dsv3i_logits_check(logits, V));
+    if (!(min_p >= 0.0f) || min_p > 1.0f) return DSV3_ERR_ARG;
+    least = min_p > 0.0f ? dsv3i_max_float(logits, V) + DSV3_LOGF(min_p) : dsv3i_never();
+    for (size_t i = 0; i < V; i++) {
+        if (logits[i] < least) logits[i] = dsv3i_never();
+    }
+    return DSV3_OK;
+}
+
+DSV3_API dsv3_result dsv3_logits_penalty(float *logits, size_t V, const int32_t *token, size_t n, float penalty,
+                                         uint8_t *seen) {
+    DSV3I_TRY(dsv3i_logits_check(logits, V));
+    if (!(penalty > 0.0f) || penalty > FLT_MAX || seen == NULL) return DSV3_ERR_ARG;
+    DSV3I_TRY(dsv3i_ids_check(token, n, V));
+    DSV3_MEMSET(seen, 0, (V + 7) / 8);
+    for (size_t i = 0; i < n; i++) {
+        size_t id = (size_t)token[i];
+        unsigned bit = 1u << (id & 7);
+        if (seen[id >> 3] & bit) continue;
+        seen[id >> 3] = (uint8_t)(seen[id >> 3] | bit);
+        logits[id] = logits[id] > 0.0f ? logits[id] / penalty : logits[id] * penalty;
+    }
+    return DSV3_OK;
+}
+
+DSV3_API dsv3_result dsv3_logits_bias(float *logits, size_t V, const int32_t *token, const float *bias, size_t n) {
+    DSV3I_TRY(dsv3i_logits_check(logits, V));
+    if (bias == NULL && n > 0) return DSV3_ERR_ARG;
+    DSV3I_TRY(dsv3i_ids_check(token, n, V));
+    for (size_t i = 0; i < n; i++) {
+        if (!(bias[i] <= FLT_MAX)) return DSV3_ERR_ARG;
+    }
+    for (size_t i = 0; i < n; i++) logits[token[i]] += bias[i];
+    return DSV3_OK;
+}
+
+/* ---- A sequence: caches, the text, and rings of the last `window` positions. hidden of depth j holds h_i^j, the states that
  * module j + 1 reads, until that module has been at position i. */
 
 #define DSV3I_RATE 0.8f /* of drafts, before anything is known */
 
 typedef struct dsv3i_sequence_sizes {
-    size_t one, modules, drafts, drafting, tokens, window, states, d, V;
+    size_t one, modules, drafts, drafting, tokens, text, states, d, V;
 } dsv3i_sequence_sizes;
-/* A fork copies what is in part 0; part 1 is scratch, but for the modules, which copy themselves. One table makes the layout
+/* A fork copies what is in part 0; part 1 is scratch, but for the modules and the text, which
+ * are copied as far as they go. One table makes the layout
  * and the copy: neither can forget any. */
 #define DSV3I_SEQUENCE(X)                                                                                            \
     X(0, int32_t, token, tokens, one) X(0, uint64_t, drafted, drafts, one) X(0, uint64_t, accepted, drafts, one)     \
-    X(0, int32_t, history, window, one) X(0, float, hidden, states, d) X(0, float, rate, drafts, one)                \
-    X(1, dsv3_cache, modules, modules, one) X(1, float, p, drafting, V) X(1, float, q, drafts, V)                    \
+    X(0, float, log_p, tokens, one) X(0, float, hidden, states, d) X(0, float, rate, drafts, one)                \
+    X(1, dsv3_cache, modules, modules, one) X(1, int32_t, history, text, one) X(1, float, p, drafting, V) X(1, float, q, drafts, V)                    \
     X(1, dsv3_candidate, candidates, V, one)
 #define DSV3I_OF_SEQUENCE(p, t, n, r, c) DSV3I_ARRAY(dsv3_sequence, dsv3i_sequence_sizes, p, t, n, r, c)
 static const dsv3i_array dsv3i_sequence_arrays[] = {DSV3I_SEQUENCE(DSV3I_OF_SEQUENCE)};
 
-static dsv3i_sequence_sizes dsv3i_sequence_sizes_of(const dsv3_sequence *s, size_t V) {
+static dsv3i_sequence_sizes dsv3i_sequence_sizes_of(const dsv3_sequence *s, size_t capacity, size_t V) {
     const size_t drafts = s->max_drafts, states = dsv3i_mul(s->n_modules, s->window);
-    const dsv3i_sequence_sizes z = {1, s->n_modules, drafts, drafts > 0, drafts + 1, s->window, states, s->d, V};
+    const size_t text = dsv3i_add(capacity, 1);
+    const dsv3i_sequence_sizes z = {1, s->n_modules, drafts, drafts > 0, drafts + 1, text, states, s->d, V};
     return z;
 }
 
@@ -5404,7 +5646,7 @@ static void dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, siz
     s->rows = rows;
     s->d = (size_t)model->config.hidden_size;
     s->window = dsv3i_add(dsv3i_max(rows, s->max_drafts + 1), s->n_modules + 2);
-    z = dsv3i_sequence_sizes_of(s, (size_t)model->config.vocab_size);
+    z = dsv3i_sequence_sizes_of(s, capacity, (size_t)model->config.vocab_size);
     dsv3i_take_arrays(l, s, dsv3i_sequence_arrays, DSV3I_COUNT(dsv3i_sequence_arrays), &z);
     (void)dsv3i_cache_layout(&s->cache, &model->config, 0, capacity, type, l);
     for (size_t k = 0; k < s->n_modules; k++) {
@@ -5433,6 +5675,7 @@ DSV3_API dsv3_result dsv3_sequence_init(dsv3_sequence *s, const dsv3_model *mode
     s->drafts = s->max_drafts;
     s->draft_cost = 0.25f;
     s->stop = model->config.eos_token_id;
+    s->limit = SIZE_MAX;
     for (size_t j = 0; j < s->max_drafts; j++) {
         s->drafted[j] = s->accepted[j] = 0;
         s->rate[j] = DSV3I_RATE;
@@ -5440,14 +5683,20 @@ DSV3_API dsv3_result dsv3_sequence_init(dsv3_sequence *s, const dsv3_model *mode
     return DSV3_OK;
 }
 
-static int32_t *dsv3i_history(const dsv3_sequence *s, size_t position) { return s->history + position % s->window; }
-
 /* h_position^depth [d] */
 static float *dsv3i_hidden(const dsv3_sequence *s, size_t depth, size_t position) {
     return s->hidden + (depth * s->window + position % s->window) * s->d;
 }
 
 DSV3_API size_t dsv3_sequence_length(const dsv3_sequence *s) { return s->cache.length + (s->pending != 0); }
+
+DSV3_API dsv3_state dsv3_sequence_state(const dsv3_sequence *s) {
+    if (s->prompt_left > 0) return DSV3_STATE_READING;
+    if (!s->pending) return DSV3_STATE_EMPTY;
+    if (s->stopped) return DSV3_STATE_STOPPED;
+    if (dsv3_sequence_length(s) >= s->limit) return DSV3_STATE_LIMIT;
+    return s->cache.length < s->cache.capacity ? DSV3_STATE_WRITING : DSV3_STATE_FULL;
+}
 
 DSV3_API dsv3_result dsv3_sequence_append(dsv3_sequence *s, const dsv3_model *model, const int32_t *token, size_t n) {
     if (s == NULL || model == NULL || token == NULL || n < 1 || s->prompt_left > 0) return DSV3_ERR_ARG;
@@ -5473,6 +5722,7 @@ DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *s, size_t length, siz
     int ahead = 0; /* a module knows tokens that were to be appended again: perhaps they will not be */
     if (s == NULL || length > dsv3_sequence_length(s)) return DSV3_ERR_ARG;
     s->prompt_left = 0;
+    if (length < dsv3_sequence_length(s)) s->stopped = 0;
     if (kept != NULL) *kept = length;
     for (size_t k = 1; k <= s->n_modules; k++) {
         size_t known = s->modules[k - 1].length;
@@ -5480,16 +5730,16 @@ DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *s, size_t length, siz
         oldest = dsv3i_min(oldest, dsv3i_min(known, dsv3i_sub(length, dsv3i_max(k, 2)))); /* to be read again */
     }
     if (length == dsv3_sequence_length(s) && !ahead) return DSV3_OK;
-    begin = dsv3i_sub(s->top, s->window); /* of what the rings still hold */
-    if (length == 0 || (length - 1 >= begin && oldest >= begin)) {
+    begin = s->n_modules > 0 ? dsv3i_sub(s->top, s->window) : 0; /* of what the rings still hold */
+    if (length == 0 || oldest >= begin) {
         s->pending = length > 0;
         s->cache.length = length - (length > 0);
         dsv3i_modules_keep(s, SIZE_MAX, length);
         if (length == 0) s->top = 0;
         return DSV3_OK;
     }
-    s->pending = 0;
-    s->cache.length = dsv3i_sub(length, dsv3i_max(s->n_modules, 1));
+    s->pending = s->stopped = 0;
+    s->cache.length = dsv3i_sub(length, s->n_modules);
     dsv3i_modules_keep(s, s->cache.length, SIZE_MAX);
     s->top = s->cache.length + s->window; /* from here on the rings are filled anew */
     if (kept != NULL) *kept = s->cache.length;
@@ -5509,10 +5759,11 @@ DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *
         return DSV3_ERR_CONTEXT;
     DSV3I_TRY(dsv3_cache_copy(&to->cache, &s->cache));
     for (size_t k = 0; k < to->n_modules; k++) DSV3I_TRY(dsv3_cache_copy(&to->modules[k], &s->modules[k]));
+    DSV3_MEMCPY(to->history, s->history, dsv3_sequence_length(s) * sizeof *s->history);
     own = *to; /* its memory; everything else is copied */
     *to = *s;
     to->cache = own.cache;
-    z = dsv3i_sequence_sizes_of(s, 0);
+    z = dsv3i_sequence_sizes_of(s, 0, 0);
     for (size_t i = 0; i < DSV3I_COUNT(dsv3i_sequence_arrays); i++) {
         const dsv3i_array *p = &dsv3i_sequence_arrays[i];
         size_t bytes = p->size * dsv3i_size_at(&z, p->rows) * dsv3i_size_at(&z, p->columns);
@@ -5576,15 +5827,49 @@ static size_t dsv3i_distribution(dsv3_sequence *s, float *p, const float *logits
     return first;
 }
 
-/* Draft j, and the distribution that it is drawn from. */
-static void dsv3i_draft_token(const dsv3i_step *a, dsv3_sequence *s, size_t j, const float *logits) {
-    size_t V = (size_t)a->model->config.vocab_size, best = dsv3i_argmax(logits, V), first;
-    int32_t *token = dsv3i_history(s, s->cache.length + j);
+static dsv3_result dsv3i_steer_fail(const dsv3i_step *a, size_t i, dsv3_result code, const char *why) {
+    return dsv3i_fail_at(a->error, i, dsv3i_fail(a->error, code, "steer", why));
+}
+
+/* Lets the caller change the logits of what follows the first `length` tokens of sequence i. *best: the most probable
+ * token then, V if none is left. */
+static dsv3_result dsv3i_steer(const dsv3i_step *a, size_t i, float *logits, size_t length, size_t *best) {
+    const dsv3_sequence *s = a->sequences[i];
+    size_t V = (size_t)a->model->config.vocab_size;
+    if (s->steer != NULL) {
+        dsv3_result result = s->steer(s->steer_user, logits, V, s->history, length, i);
+        if (result != DSV3_OK) return dsv3i_steer_fail(a, i, result, "ended the step");
+    }
+    *best = dsv3i_argmax(logits, V); /* without steering, logits were found finite */
+    return DSV3_OK;
+}
+
+static int dsv3i_stops(const dsv3_sequence *s, int32_t token) {
+    for (size_t i = 0; i < s->n_stops; i++) {
+        if (s->stops[i] == token) return 1;
+    }
+    return token == s->stop;
+}
+
+/* Draft j of sequence i, and the distribution that it is drawn from. If no token is left, or none may follow, the plan
+ * is cut. */
+static dsv3_result dsv3i_draft_token(const dsv3i_step *a, size_t i, size_t j, float *logits) {
+    dsv3_sequence *s = a->sequences[i];
+    size_t V = (size_t)a->model->config.vocab_size, length = s->cache.length + j, best, first;
+    int32_t *token = s->history + length;
     double sum;
-    *token = (int32_t)best; /* logits were found finite */
-    if (dsv3i_is_greedy(s->temperature, s->top_p)) return;
-    first = dsv3i_distribution(s, s->q + (j - 1) * V, logits, best, V, &sum);
-    *token = dsv3i_pick(s->candidates + first, V - first, dsv3i_uniform(&s->rng) * sum);
+    DSV3I_TRY(dsv3i_steer(a, i, logits, length, &best));
+    if (best == V) {
+        s->planned = j - 1;
+        return DSV3_OK;
+    }
+    *token = (int32_t)best;
+    if (!dsv3i_is_greedy(s->temperature, s->top_p)) {
+        first = dsv3i_distribution(s, s->q + (j - 1) * V, logits, best, V, &sum);
+        *token = dsv3i_pick(s->candidates + first, V - first, dsv3i_uniform(&s->rng) * sum);
+    }
+    if (dsv3i_stops(s, *token)) s->planned = j;
+    return DSV3_OK;
 }
 
 /* One call of module k with the rows gathered. Output rows give draft j (0: none are wanted). */
@@ -5609,7 +5894,7 @@ static dsv3_result dsv3i_module_call(dsv3i_step *a, size_t k, size_t j) {
     for (size_t i = 0; i < a->batch.outputs; i++) {
         size_t row = (size_t)ws->row_output[i];
         dsv3_sequence *s = a->sequences[ws->row_sequence[row]];
-        dsv3i_draft_token(a, s, j, a->logits + i * V);
+        DSV3I_TRY(dsv3i_draft_token(a, (size_t)ws->row_sequence[row], j, a->logits + i * V));
         if (k == s->n_modules && j < s->planned) { /* as if from the module before, should it be used once more */
             DSV3_MEMCPY(dsv3i_hidden(s, k - 1, ws->row_index[row] + 1), ws->hidden + row * d, d * sizeof(float));
         }
@@ -5625,7 +5910,7 @@ static dsv3_result dsv3i_module_read(dsv3i_step *a, size_t i, size_t k, size_t e
     if (j > 0) *length = dsv3i_min(*length, end - 1); /* it comes out there, even if that row was read before */
     for (size_t position = *length; position < end; position++) {
         int output = j > 0 && position + 1 == end;
-        dsv3i_gather_row(a, i, *dsv3i_history(s, position + k), position, output);
+        dsv3i_gather_row(a, i, s->history[position + k], position, output);
         if (a->batch.rows == a->ws->rows) DSV3I_TRY(dsv3i_module_call(a, k, j));
     }
     return DSV3_OK;
@@ -5642,6 +5927,10 @@ static dsv3_result dsv3i_draft(dsv3i_step *a) {
             }
             if (a->batch.rows > 0) DSV3I_TRY(dsv3i_module_call(a, k, j));
         }
+    }
+    for (size_t i = 0; i < a->n; i++) {
+        dsv3_sequence *s = a->sequences[i];
+        if (s->prompt_left == 0 && s->step_rows > 0) s->step_rows = 1 + s->planned;
     }
     return DSV3_OK;
 }
@@ -5665,16 +5954,17 @@ static dsv3_result dsv3i_catch_up(dsv3i_step *a, size_t i, size_t rows) {
  * the first one refused is replaced by a draw from max(0, p - q), which makes the text's distribution p exactly:
  * q(x) min(1, p(x) / q(x)) + (1 - sum min(p, q)) max(0, p(x) - q(x)) / sum max(0, p - q) = p(x). */
 
-/* Is draft j (from 0) accepted? If not, *token is what replaces it. */
-static int dsv3i_verify(const dsv3i_step *a, dsv3_sequence *s, size_t j, const float *logits, int32_t *token) {
-    size_t V = (size_t)a->model->config.vocab_size, best = dsv3i_argmax(logits, V);
-    int32_t draft = *dsv3i_history(s, s->cache.length + 1 + j);
+/* Is draft j (from 0) accepted? *token is best, and becomes the draft or what replaces it. */
+static int dsv3i_verify(dsv3_sequence *s, size_t j, const float *logits, size_t best, size_t V, int32_t *token) {
+    int32_t draft = s->history[s->cache.length + 1 + j];
     float *p = s->p, *q = s->q + j * V;
     double sum, u;
-    *token = (int32_t)best;
     if (dsv3i_is_greedy(s->temperature, s->top_p)) return draft == *token;
     (void)dsv3i_distribution(s, p, logits, best, V, &sum);
-    if (dsv3i_uniform(&s->rng) * (double)q[draft] < (double)p[draft]) return 1;
+    if (dsv3i_uniform(&s->rng) * (double)q[draft] < (double)p[draft]) {
+        *token = draft;
+        return 1;
+    }
     sum = 0.0;
     for (size_t i = 0; i < V; i++) {
         s->candidates[i].token = (int32_t)i;
@@ -5686,33 +5976,56 @@ static int dsv3i_verify(const dsv3i_step *a, dsv3_sequence *s, size_t j, const f
     return 0;
 }
 
-/* Writes what the logits [planned + 1, V] of the sequence allow. */
-DSV3I_APART dsv3_result dsv3i_accept(const dsv3i_step *a, dsv3_sequence *s, const float *logits) {
-    size_t V = (size_t)a->model->config.vocab_size, N = s->cache.length, j = 0; /* drafts accepted */
-    int32_t token = -1;
-    int stopped = 0, stands = 1;
-    while (j < s->planned && !stopped) {
-        stands = dsv3i_verify(a, s, j, logits + j * V, &token);
-        s->drafted[j]++;
-        s->accepted[j] += stands != 0;
-        s->rate[j] += 0.1f * ((stands ? 1.0f : 0.0f) - s->rate[j]);
-        if (!stands) break;
-        token = *dsv3i_history(s, N + 1 + j++);
-        s->token[s->n_token++] = token;
-        stopped = token == s->stop;
+/* How many tokens are in the caches when the rows of the step are, without drafts and the token before them. */
+static size_t dsv3i_step_length(const dsv3_sequence *s) { return s->cache.length + s->step_rows - 1 - s->planned; }
+
+/* Chooses what the logits [planned + 1, V] of sequence i allow to be written. Nothing is changed but the result, what
+ * stands behind the text's end, and the random state. */
+static dsv3_result dsv3i_choose(const dsv3i_step *a, size_t i, float *logits) {
+    dsv3_sequence *s = a->sequences[i];
+    size_t V = (size_t)a->model->config.vocab_size, length = dsv3i_step_length(s) + 1, best;
+    int stands = 1, greedy = dsv3i_is_greedy(s->temperature, s->top_p);
+    for (size_t j = 0; stands && j <= s->planned && length < s->limit; j++, length++, logits += V) {
+        int32_t *token = s->token + j;
+        DSV3I_TRY(dsv3i_steer(a, i, logits, length, &best));
+        if (best == V && j > 0) break; /* the next step will say so */
+        if (best == V) return dsv3i_steer_fail(a, i, DSV3_ERR_NAN, "left no token");
+        *token = (int32_t)best;
+        if (j < s->planned) {
+            stands = dsv3i_verify(s, j, logits, best, V, token);
+            s->agreed += stands != 0;
+        } else if (!greedy) {
+            *token = dsv3i_draw(s->candidates, logits, best, V, s->temperature, s->top_p, &s->rng);
+        }
+        if (s->want_log_p) {
+            double log_p;
+            DSV3I_TRY(dsv3_sample_log_p(&log_p, NULL, *token, logits, V, greedy ? 1.0f : s->temperature,
+                                        greedy ? 1.0f : s->top_p, s->candidates));
+            s->log_p[j] = (float)log_p;
+        }
+        s->history[length] = *token;
+        s->n_token = j + 1;
+        if (dsv3i_stops(s, *token)) break;
     }
-    for (size_t i = j + !stands; i < s->max_drafts; i++) s->rate[i] += 0.01f * (DSV3I_RATE - s->rate[i]);
-    if (j == s->planned && !stopped) {
-        DSV3I_TRY(dsv3_sample(&token, logits + j * V, V, s->temperature, s->top_p, &s->rng, s->candidates));
-    }
-    if (!stopped) s->token[s->n_token++] = token;
-    dsv3i_modules_keep(s, N, N + j + 1); /* rows that read only what stands */
-    s->cache.length = N + s->n_token;
-    *dsv3i_history(s, s->cache.length) = token;
-    s->pending = 1;
-    s->steps++;
-    s->written += s->n_token;
     return DSV3_OK;
+}
+
+/* Writes it. */
+static void dsv3i_accept(dsv3_sequence *s, size_t N) {
+    size_t refused = s->agreed < dsv3i_min(s->n_token, s->planned);
+    for (size_t i = 0; i < s->max_drafts; i++) {
+        int known = i < s->agreed + refused;
+        float stands = i < s->agreed ? 1.0f : 0.0f;
+        s->drafted[i] += known != 0;
+        s->accepted[i] += i < s->agreed;
+        s->rate[i] += known ? 0.1f * (stands - s->rate[i]) : 0.01f * (DSV3I_RATE - s->rate[i]);
+    }
+    dsv3i_modules_keep(s, N, N + s->agreed + 1); /* rows that read only what stands */
+    s->cache.length = N + s->n_token;
+    s->pending = 1;
+    s->stopped = s->n_token > 0 && dsv3i_stops(s, s->token[s->n_token - 1]);
+    s->steps += s->n_token > 0;
+    s->written += s->n_token;
 }
 
 /* ---- A step: plan, draft, one call of the main model, accept */
@@ -5737,9 +6050,10 @@ static size_t dsv3i_best_drafts(const dsv3_sequence *s, size_t most) {
 static size_t dsv3i_plan_rows(dsv3_sequence *s, size_t spare) {
     size_t N = s->cache.length, room = s->cache.capacity - N, pending = s->pending != 0, most;
     s->planned = 0;
-    if (room == 0 || s->prompt_left + pending == 0) return 0;
+    if (dsv3_sequence_state(s) > DSV3_STATE_WRITING) return 0;
     most = dsv3i_min(room - 1, spare);
     if (s->prompt_left > 0) return 1 + dsv3i_min(dsv3i_min(s->prompt_left + pending, s->rows) - 1, most);
+    most = dsv3i_min(most, s->limit - N - 2); /* drafts, and a token behind them */
     most = N == 0 ? 0 : dsv3i_min(dsv3i_min(s->drafts, s->max_drafts), most); /* N = 0: no state to start from */
     s->planned = s->adaptive ? dsv3i_best_drafts(s, most) : most;
     return 1 + s->planned;
@@ -5750,27 +6064,30 @@ static void dsv3i_gather_main(dsv3i_step *a, size_t i) {
     dsv3_sequence *s = a->sequences[i];
     size_t N = s->cache.length, rows = s->step_rows, pending = s->pending != 0;
     size_t read = s->prompt_left > 0 && rows > 0 ? rows - pending : 0;
-    for (size_t r = 0; r < read; r++) *dsv3i_history(s, N + pending + r) = s->prompt[r];
+    for (size_t r = 0; r < read; r++) s->history[N + pending + r] = s->prompt[r];
     for (size_t r = 0; r < rows; r++) {
         int output = s->prompt_left == 0 || (read == s->prompt_left && r + 1 == rows);
-        dsv3i_gather_row(a, i, *dsv3i_history(s, N + r), N + r, output);
+        dsv3i_gather_row(a, i, s->history[N + r], N + r, output);
     }
 }
 
-/* The rows of a sequence have been through the main model; its logits begin at *output. */
-static dsv3_result dsv3i_finish(const dsv3i_step *a, dsv3_sequence *s, size_t *output) {
-    const float *logits = a->logits + *output * (size_t)a->model->config.vocab_size;
-    if (s->step_rows == 0) return DSV3_OK;
+/* Will the sequence have logits, when the rows of the step are read? */
+static int dsv3i_comes_out(const dsv3_sequence *s) {
+    return s->step_rows > 0 && (s->prompt_left == 0 || s->step_rows - (s->pending != 0) == s->prompt_left);
+}
+
+/* The rows of a sequence have been through the main model. */
+static void dsv3i_finish(dsv3_sequence *s) {
+    size_t N = dsv3i_step_length(s), read = s->step_rows - (s->pending != 0);
+    int comes_out = dsv3i_comes_out(s);
+    if (s->step_rows == 0) return;
     if (s->prompt_left > 0) {
-        size_t read = s->step_rows - (s->pending != 0);
-        s->pending = 0;
+        s->pending = s->stopped = 0;
         s->prompt += read;
         s->prompt_left -= read;
-        s->cache.length += s->step_rows - (s->prompt_left == 0);
-        if (s->prompt_left > 0) return DSV3_OK;
+        s->cache.length = N + 1;
     }
-    *output += s->planned + 1;
-    return dsv3i_accept(a, s, logits);
+    if (comes_out) dsv3i_accept(s, N);
 }
 
 DSV3I_APART dsv3_result dsv3i_generate_check(const dsv3i_step *a) {
@@ -5792,6 +6109,7 @@ DSV3I_APART dsv3_result dsv3i_generate_check(const dsv3i_step *a) {
             why = "was made for another model";
             code = DSV3_ERR_MISMATCH;
         }
+        if (why == NULL && s->stops == NULL && s->n_stops > 0) why = "have stops that are NULL";
         if (why != NULL) return dsv3i_fail_at(e, i, dsv3i_fail(e, code, "sequences", why));
         s->step_rows = 1; /* seen */
     }
@@ -5805,7 +6123,7 @@ static size_t dsv3i_plan(const dsv3i_step *a) {
         for (size_t i = 0; i < a->n; i++) {
             dsv3_sequence *s = a->sequences[i];
             if ((s->prompt_left > 0) != prompts) continue;
-            s->n_token = 0;
+            s->n_token = s->agreed = 0;
             s->rng_before = s->rng;
             s->step_rows = dsv3i_plan_rows(s, spare);
             spare -= s->step_rows - (s->step_rows > 0);
@@ -5818,16 +6136,17 @@ static size_t dsv3i_plan(const dsv3i_step *a) {
 static dsv3_result dsv3i_nothing_to_do(const dsv3i_step *a) {
     for (size_t i = 0; i < a->n; i++) {
         const dsv3_sequence *s = a->sequences[i];
-        if (!s->pending) continue;
+        if (dsv3_sequence_state(s) != DSV3_STATE_FULL) continue;
         return dsv3i_fail_range(a->error, DSV3_ERR_CONTEXT, "sequences", "have no room left, positions",
                                 (int64_t)s->cache.capacity, (int64_t)s->cache.capacity, (int64_t)s->cache.length);
     }
-    return dsv3i_fail(a->error, DSV3_ERR_ARG, "sequences", "have no token to go on from: append a prompt");
+    return dsv3i_fail(a->error, DSV3_ERR_ARG, "sequences", "have stopped, or no token to go on from: append a prompt");
 }
 
 /* Everything that may fail: the sequences are changed behind it. */
 DSV3I_APART dsv3_result dsv3i_compute(dsv3i_step *a) {
     dsv3_workspace *ws = a->ws;
+    size_t V = (size_t)a->model->config.vocab_size, output = 0;
     for (size_t i = 0; i < a->n; i++) {
         dsv3_sequence *s = a->sequences[i];
         if (s->step_rows > 0) DSV3I_TRY(dsv3i_catch_up(a, i, s->step_rows));
@@ -5839,6 +6158,11 @@ DSV3I_APART dsv3_result dsv3i_compute(dsv3i_step *a) {
         dsv3i_gather_main(a, i);
     }
     DSV3I_TRY(dsv3_forward(a->ctx, a->logits, a->model, ws->views, a->n, &a->batch, ws, a->error));
+    for (size_t i = 0; i < a->n; i++) {
+        if (!dsv3i_comes_out(a->sequences[i])) continue;
+        DSV3I_TRY(dsv3i_choose(a, i, a->logits + output * V));
+        output += a->sequences[i]->planned + 1;
+    }
     dsv3i_gather_keep(a, 0);
     return DSV3_OK;
 }
@@ -5848,7 +6172,6 @@ DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, c
                                    dsv3_error *error) {
     dsv3i_step a = {context, logits, model, sequences, n, workspace, error, {0, NULL, NULL, NULL, 0, NULL}};
     dsv3_result result;
-    size_t output = 0;
     if (context == NULL || logits == NULL || model == NULL || sequences == NULL || workspace == NULL) {
         return dsv3i_fail_null(error, "argument");
     }
@@ -5859,9 +6182,10 @@ DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, c
     for (size_t i = 0; i < n && result != DSV3_OK; i++) {
         dsv3_sequence *s = sequences[i];
         s->rng = s->rng_before;
+        s->n_token = 0;
         dsv3i_modules_keep(s, s->cache.length, dsv3_sequence_length(s));
     }
-    for (size_t i = 0; i < n && result == DSV3_OK; i++) result = dsv3i_finish(&a, sequences[i], &output);
+    for (size_t i = 0; i < n && result == DSV3_OK; i++) dsv3i_finish(sequences[i]);
     return result == DSV3_OK ? dsv3i_ok(error) : result;
 }
 
@@ -6216,7 +6540,8 @@ static void dsv3i_mtp_backward(const dsv3_context *ctx, dsv3_trainer *t, size_t 
 }
 
 /* Depth k: from the head's gradient, and carry from the depth behind it, down to its input. */
-static void dsv3i_train_depth_backward(const dsv3_context *ctx, dsv3_trainer *t, size_t k, float *carry) {
+static dsv3_result dsv3i_train_depth_backward(const dsv3_context *ctx, dsv3_trainer *t, size_t k, float *carry,
+                                              dsv3_error *error) {
     const dsv3_model *model = &t->weights.model, *grad = &t->gradients.model;
     dsv3i_depth *v = &t->depth[k];
     size_t d = (size_t)model->config.hidden_size, n = v->n;
@@ -6234,12 +6559,14 @@ static void dsv3i_train_depth_backward(const dsv3_context *ctx, dsv3_trainer *t,
         c.g = &g.layers[i - 1];
         c.s = &t->saved[w->index];
         c.b = t->backward;
+        DSV3I_TRY(dsv3i_go_on(ctx, error));
         dsv3i_layer_backward(&c, t->dx);
     }
     if (k == 0) dsv3i_embed_backward(ctx, dsv3i_grad(&grad->embed_tokens), t->dx, v->ws.row_token, n, d);
+    return DSV3_OK;
 }
 
-static void dsv3i_train_backward(const dsv3_context *ctx, dsv3_trainer *t) {
+static dsv3_result dsv3i_train_backward(const dsv3_context *ctx, dsv3_trainer *t, dsv3_error *error) {
     size_t d = (size_t)t->weights.model.config.hidden_size, n = t->depth[0].n;
     float *carry = t->carry[0], *next = t->carry[1], *swap;
     t->backward->balance = &t->settings.balance;
@@ -6247,14 +6574,15 @@ static void dsv3i_train_backward(const dsv3_context *ctx, dsv3_trainer *t) {
     DSV3_MEMSET(carry, 0, n * d * sizeof *carry);
     for (size_t k = t->losses.depths + 1; k > 0; k--) {
         if (t->depth[k - 1].n == 0) continue;
-        dsv3i_train_depth_backward(ctx, t, k - 1, carry);
-        if (k == 1) return;
+        DSV3I_TRY(dsv3i_train_depth_backward(ctx, t, k - 1, carry, error));
+        if (k == 1) break;
         DSV3_MEMSET(next, 0, n * d * sizeof *next);
         dsv3i_mtp_backward(ctx, t, k - 1, next);
         swap = carry;
         carry = next;
         next = swap;
     }
+    return DSV3_OK;
 }
 
 /* A text that has been checked, forward and backward. */
@@ -6271,7 +6599,7 @@ static dsv3_result dsv3i_train_text(const dsv3_context *context, dsv3_trainer *t
     for (size_t k = 0; k <= t->losses.depths; k++) t->depth[k].n = 0;
     DSV3I_TRY(dsv3i_evaluate_rows(&a, p, 0, text->rows));
     t->losses.sequences += dsv3i_text_sequences(text);
-    dsv3i_train_backward(&ctx, t);
+    DSV3I_TRY(dsv3i_train_backward(&ctx, t, error));
     return dsv3i_ok(error);
 }
 

@@ -20,7 +20,8 @@
  * config.json: fields have their published names. Sizes and routing fields must be there (null is allowed
  * for q_lora_rank, n_shared_experts, n_group, topk_group and the token ids); scoring_func and topk_method
  * default by model_type; rope_parameters (newer files) and rope_scaling (older ones) are both understood;
- * eos_token_id may be a list, whose first id is kept. A field this library could not honour is refused:
+ * eos_token_id may be a list, whose first id goes into the config; checkpoint_open keeps all of them, and those of a
+ * generation_config.json beside it, of which nothing else is read. A field this library could not honour is refused:
  * another activation, another RoPE scaling, another FP8 block size. Unknown fields are ignored.
  *
  * Q8_0 and Q4_0: safetensors files know no types that store numbers in blocks. A matrix [rows, cols] of these types has
@@ -44,8 +45,12 @@
 extern "C" {
 #endif
 
+#define CHECKPOINT_MAX_EOS 32
+
 typedef struct checkpoint {
     dsv3_config config;
+    int32_t eos[CHECKPOINT_MAX_EOS]; /* [n_eos] every token that ends a text, each once; those of config.json first */
+    size_t n_eos;
     dsv3_model model;
     st_file file;
     int blocks;                /* what U8 matrices are: DSV3_Q8_0, DSV3_Q4_0, or -1: not weights */
@@ -144,7 +149,8 @@ static st_result checkpointi_from_dsv3(dsv3_result result) {
     case DSV3_ERR_ALIGN:
     case DSV3_ERR_TOKEN:
     case DSV3_ERR_POSITION:
-    case DSV3_ERR_CONTEXT: return ST_ERR_ARG;
+    case DSV3_ERR_CONTEXT:
+    case DSV3_ERR_ABORTED: return ST_ERR_ARG;
     }
     return ST_ERR_ARG;
 }
@@ -170,6 +176,7 @@ typedef struct checkpointi_reader {
     st_error *error;
     st_result result;
     int blocks; /* as in checkpoint */
+    checkpoint *c; /* gets the tokens that end a text; or NULL */
 } checkpointi_reader;
 
 static void checkpointi_bad(checkpointi_reader *r, st_result code, const char *key, const char *why) {
@@ -338,15 +345,24 @@ static void checkpointi_rope(checkpointi_reader *r, dsv3_config *c) {
     }
 }
 
-static void checkpointi_token(checkpointi_reader *r, const char *key, int32_t *out) {
-    size_t value;
+/* One id or a list of them, of which the first goes to *out. end: they end a text. */
+static void checkpointi_token(checkpointi_reader *r, const char *key, int32_t V, int end, int32_t *out) {
+    size_t value, n = 1, known;
+    checkpoint *c = end ? r->c : NULL;
     if (!checkpointi_value(r, 0, key, CHECKPOINTI_OPTIONAL, &value)) return;
-    if (r->doc.token[value].type == JSON_ARRAY) {
-        if (r->doc.token[value].size == 0) return;
-        value++; /* its first element */
+    if (r->doc.token[value].type == JSON_ARRAY) n = r->doc.token[value++].size;
+    for (size_t i = 0; i < n && r->result == ST_OK; i++) {
+        int32_t id = -1;
+        checkpointi_int_at(r, key, value + i, &id);
+        if (r->result == ST_OK && id < 0) checkpointi_bad(r, ST_ERR_ARG, key, "must not be negative");
+        if (r->result == ST_OK && V > 0 && id >= V) checkpointi_bad(r, ST_ERR_ARG, key, "is outside the vocabulary");
+        if (i == 0) *out = id;
+        if (c == NULL || r->result != ST_OK) continue;
+        for (known = 0; known < c->n_eos && c->eos[known] != id; known++) {
+        }
+        if (known == CHECKPOINT_MAX_EOS) checkpointi_bad(r, ST_ERR_LIMIT, key, "has more ids than this program keeps");
+        if (known == c->n_eos && known < CHECKPOINT_MAX_EOS) c->eos[c->n_eos++] = id;
     }
-    checkpointi_int_at(r, key, value, out);
-    if (r->result == ST_OK && *out < 0) checkpointi_bad(r, ST_ERR_ARG, key, "must not be negative");
 }
 
 /* The type of blocks that the object says. */
@@ -393,6 +409,11 @@ static st_result checkpointi_config_read(checkpointi_reader *r, dsv3_config *con
     if (r->doc.token[0].type != JSON_OBJECT) {
         return checkpointi_fail(r->error, ST_ERR_FORMAT, "%.300s: is not a JSON object", r->label);
     }
+    if (config == NULL && r->c != NULL) { /* a generation_config.json */
+        int32_t *first = &r->c->config.eos_token_id, id = -1;
+        checkpointi_token(r, "eos_token_id", r->c->config.vocab_size, 1, *first < 0 ? first : &id);
+        return r->result;
+    }
     if (config == NULL) {
         checkpointi_quantised(r);
         return r->result;
@@ -400,8 +421,8 @@ static st_result checkpointi_config_read(checkpointi_reader *r, dsv3_config *con
     checkpointi_sizes(r, &c);
     checkpointi_experts(r, &c);
     checkpointi_rope(r, &c);
-    checkpointi_token(r, "bos_token_id", &c.bos_token_id);
-    checkpointi_token(r, "eos_token_id", &c.eos_token_id);
+    checkpointi_token(r, "bos_token_id", c.vocab_size, 0, &c.bos_token_id);
+    checkpointi_token(r, "eos_token_id", c.vocab_size, 1, &c.eos_token_id);
     checkpointi_name(r, 0, "hidden_act", CHECKPOINTI_OPTIONAL, activations);
     checkpointi_quantised(r);
     if (r->result != ST_OK) return r->result;
@@ -413,8 +434,9 @@ static st_result checkpointi_config_read(checkpointi_reader *r, dsv3_config *con
     return ST_OK;
 }
 
-/* config may be NULL, to learn only what is in blocks. */
-static st_result checkpointi_parse(dsv3_config *config, int *blocks, const char *text, size_t length,
+/* config may be NULL, to learn only what is in blocks, or, of a generation_config.json, what c wants to know. c may be
+ * NULL. */
+static st_result checkpointi_parse(dsv3_config *config, int *blocks, checkpoint *c, const char *text, size_t length,
                                    const char *label, st_error *error) {
     checkpointi_reader r;
     json_token *tokens;
@@ -425,6 +447,7 @@ static st_result checkpointi_parse(dsv3_config *config, int *blocks, const char 
     r.label = label;
     r.error = error;
     r.blocks = -1;
+    r.c = c;
     if (error != NULL) memset(error, 0, sizeof *error);
     if (parsed != JSON_OK) {
         return checkpointi_fail(error, checkpointi_from_json(parsed), "%.300s: %s at byte %lu", label,
@@ -453,7 +476,7 @@ static st_result checkpointi_parse(dsv3_config *config, int *blocks, const char 
 st_result checkpoint_config_parse(dsv3_config *config, const char *text, size_t length, const char *label,
                                   st_error *error) {
     int blocks;
-    return checkpointi_parse(config, &blocks, text, length, label, error);
+    return checkpointi_parse(config, &blocks, NULL, text, length, label, error);
 }
 
 /* ---- Files */
@@ -520,24 +543,38 @@ st_result checkpoint_config_read(char **text, size_t *length, const char *path, 
     return result == ST_OK ? checkpointi_config_load(text, length, inside, error) : result;
 }
 
-static st_result checkpointi_config_file(dsv3_config *config, int *blocks, const char *path, st_error *error) {
+static st_result checkpointi_config_file(dsv3_config *config, int *blocks, checkpoint *c, const char *path,
+                                         st_error *error) {
     char inside[4096], *text = NULL;
     size_t length = 0;
     st_result result = checkpointi_config_path(inside, sizeof inside, path, error);
     *blocks = -1;
     if (result == ST_OK) result = checkpointi_config_load(&text, &length, inside, error);
-    if (result == ST_OK) result = checkpointi_parse(config, blocks, text, length, inside, error);
+    if (result == ST_OK) result = checkpointi_parse(config, blocks, c, text, length, inside, error);
     ST_FREE(text);
     return result;
 }
 
+/* directory/generation_config.json, if there is one. */
+static st_result checkpointi_generation(checkpoint *c, const char *directory, st_error *error) {
+    char inside[4096];
+    st_error none;
+    FILE *file;
+    int blocks;
+    if (checkpointi_path(inside, sizeof inside, directory, "generation_config.json", &none) != ST_OK) return ST_OK;
+    file = fopen(inside, "rb");
+    if (file == NULL && errno == ENOENT) return ST_OK;
+    if (file != NULL) fclose(file);
+    return checkpointi_config_file(NULL, &blocks, c, inside, error);
+}
+
 st_result checkpoint_config(dsv3_config *config, const char *path, st_error *error) {
     int blocks;
-    return checkpointi_config_file(config, &blocks, path, error);
+    return checkpointi_config_file(config, &blocks, NULL, path, error);
 }
 
 st_result checkpoint_blocks(int *blocks, const char *path, st_error *error) {
-    return checkpointi_config_file(NULL, blocks, path, error);
+    return checkpointi_config_file(NULL, blocks, NULL, path, error);
 }
 
 int checkpoint_type(st_dtype dtype, int blocks) {
@@ -632,7 +669,8 @@ static st_result checkpointi_bind(checkpoint *c, const char *directory, st_error
 st_result checkpoint_open(checkpoint *c, const char *directory, st_error *error) {
     st_result result;
     memset(c, 0, sizeof *c);
-    result = checkpointi_config_file(&c->config, &c->blocks, directory, error);
+    result = checkpointi_config_file(&c->config, &c->blocks, c, directory, error);
+    if (result == ST_OK) result = checkpointi_generation(c, directory, error);
     if (result == ST_OK) result = st_open_checkpoint(&c->file, directory, error);
     if (result == ST_OK) result = checkpointi_bind(c, directory, error);
     if (result != ST_OK) checkpoint_close(c);
@@ -868,7 +906,7 @@ st_result checkpoint_config_adapt(char **text, const char *from, size_t length, 
     dsv3_config config;
     size_t count = 0;
     int blocks = -1; /* of the old file; -1: FP8, if anything */
-    st_result result = checkpointi_parse(&config, &blocks, from, length, label, error); /* a usable object, then */
+    st_result result = checkpointi_parse(&config, &blocks, NULL, from, length, label, error); /* a usable object, then */
     *text = NULL;
     if (result != ST_OK) return result;
     if (json_parse(from, length, NULL, 0, &count, NULL) != JSON_OK || count > SIZE_MAX / sizeof *tokens ||

@@ -456,11 +456,99 @@ static char *read_file(const char *path, size_t *length) {
     return text;
 }
 
+/* Text with \\n, \\t and \\\\ resolved, behind the others. */
+static void tokens_from_escaped(tokens *t, const char *where, const char *text, size_t V, int ids) {
+    size_t n = strlen(text), length = 0;
+    char *plain = (char *)allocate(where, n + 1);
+    for (size_t i = 0; i < n; i++) {
+        char next = text[i + 1];
+        int escape = text[i] == '\\' && (next == 'n' || next == 't' || next == '\\');
+        plain[length++] = !escape ? text[i] : next == 'n' ? '\n' : next == 't' ? '\t' : '\\';
+        i += (size_t)escape;
+    }
+    tokens_from_text(t, where, plain, length, V, ids);
+    free(plain);
+}
+
+/* ---- Stop texts. Output is held back while it could be the beginning of one. */
+
+typedef struct stops {
+    tokens *text; /* [count] */
+    size_t count;
+    tokens held;
+    int ids;
+    int found; /* bool: a stop text has come, and is not printed */
+} stops;
+
+static void stops_open(stops *p, const texts *t, size_t V, int ids) {
+    memset(p, 0, sizeof *p);
+    p->ids = ids;
+    p->text = (tokens *)allocate("--stop", t->count * sizeof *p->text);
+    for (; p->count < t->count; p->count++) {
+        tokens *one = &p->text[p->count];
+        memset(one, 0, sizeof *one);
+        tokens_from_escaped(one, "--stop", t->item[p->count], V, ids);
+        if (one->count == 0) stop("--stop: expected a text, found '%s'", t->item[p->count]);
+    }
+}
+
+static void stops_close(stops *p) {
+    for (size_t i = 0; i < p->count; i++) free(p->text[i].id);
+    free(p->text);
+    free(p->held.id);
+}
+
+/* Prints the first n tokens that are held. */
+static void stops_print(stops *p, size_t n) {
+    for (size_t i = 0; i < n; i++) print_token(p->held.id[i], p->ids);
+    p->held.count -= n;
+    memmove(p->held.id, p->held.id + n, p->held.count * sizeof *p->held.id);
+}
+
+/* The longest beginning (whole: all) of a stop text with which what is held ends. */
+static size_t stops_match(const stops *p, int whole) {
+    size_t longest = 0;
+    for (size_t i = 0; i < p->count; i++) {
+        const tokens *t = &p->text[i];
+        for (size_t n = whole ? t->count : 1; n <= t->count && n <= p->held.count; n++) {
+            if (n <= longest || memcmp(t->id, p->held.id + p->held.count - n, n * sizeof *t->id) != 0) continue;
+            longest = n;
+        }
+    }
+    return longest;
+}
+
+/* Prints id, or holds it back. Returns how many tokens, this one the last, are a stop text: 0 until there is one. */
+static size_t stops_put(stops *p, int32_t id) {
+    size_t n;
+    tokens_add(&p->held, id);
+    n = stops_match(p, 1);
+    if (n == 0) {
+        stops_print(p, p->held.count - stops_match(p, 0));
+        return 0;
+    }
+    stops_print(p, p->held.count - n);
+    p->held.count = 0;
+    p->found = 1;
+    return n;
+}
+
+/* The text has ended otherwise: what is held was no stop text. */
+static void stops_end(stops *p) {
+    stops_print(p, p->held.count);
+    p->found = 0;
+}
+
 /* ---- Writing: what generate and chat have in common */
 
 #define WRITER_HELP                                                                                                  \
     "  --temp T         temperature, 0: always the most probable token (default 0.7)\n"                              \
     "  --top-p P        only the most probable tokens that together have P (default 0.95)\n"                         \
+    "  --top-k N        only the N most probable tokens\n"                                                             \
+    "  --min-p P        only tokens with P or more times the probability of the most probable one, at temperature 1\n" \
+    "  --repeat-penalty R    makes tokens of the last 64 rarer: a positive logit is divided by R, another multiplied\n" \
+    "  --logit-bias ID:VALUE  is added to the logit of a token; may be repeated. -inf forbids it\n"                   \
+    "  --stop TEXT      the text ends before this; may be repeated. \\n is a line feed, \\t a tab, \\\\ a backslash\n" \
     "  --seed S         random seed (default 1); the same seed and options give the same text\n"                     \
     "  --mtp K          K tokens are drafted by the MTP modules in each step and verified together, 0 to 15 "        \
     "(default\n"                                                                                                     \
@@ -478,13 +566,34 @@ typedef struct writer_options {
     long n, seed, mtp, context, threads;
     double temperature, top_p;
     int adaptive, ids, fast, pack, no_pack, stats;
+    long top_k; /* 0: all */
+    double min_p, penalty;
+    texts bias, stop;
 } writer_options;
+
+static writer_options writer_defaults(void) {
+    writer_options o;
+    memset(&o, 0, sizeof o);
+    o.cache = "F32";
+    o.attention = o.backend = "auto";
+    o.n = 400;
+    o.seed = 1;
+    o.temperature = 0.7;
+    o.top_p = 0.95;
+    o.penalty = 1;
+    return o;
+}
 
 /* clang-format off */
 #define WRITER_OPTIONS(o) /* the first lines of a command's table */                                                 \
     {"-n", OPTION_INT, &(o).n, 1, 1e9},                                                                              \
     {"--temp", OPTION_FLOAT, &(o).temperature, 0, 1e30},                                                             \
     {"--top-p", OPTION_FLOAT, &(o).top_p, 0, 1},                                                                     \
+    {"--top-k", OPTION_INT, &(o).top_k, 1, (double)DSV3_MAX_VOCAB},                                                  \
+    {"--min-p", OPTION_FLOAT, &(o).min_p, 0, 1},                                                                     \
+    {"--repeat-penalty", OPTION_FLOAT, &(o).penalty, 0.01, 100},                                                     \
+    {"--logit-bias", OPTION_LIST, &(o).bias, 0, 0},                                                                  \
+    {"--stop", OPTION_LIST, &(o).stop, 0, 0},                                                                        \
     {"--seed", OPTION_INT, &(o).seed, 0, 9e15},                                                                      \
     {"--mtp", OPTION_INT, &(o).mtp, 0, (double)DSV3_MAX_DRAFTS},                                                     \
     {"--adaptive", OPTION_FLAG, &(o).adaptive, 0, 0},                                                                \
@@ -500,9 +609,64 @@ typedef struct writer_options {
     {"--stats", OPTION_FLAG, &(o).stats, 0, 0}
 /* clang-format on */
 
+/* What is done to each row of logits. */
+typedef struct steering {
+    const writer_options *o;
+    size_t n; /* biases */
+    int32_t *id;
+    float *bias;
+    uint8_t *seen;
+    dsv3_candidate *candidates;
+} steering;
+
+#define PENALISED 64
+
+/* "ID:VALUE" */
+static void steering_bias(steering *p, const char *text, size_t V) {
+    char *end;
+    long id = strtol(text, &end, 10);
+    double value = *end == ':' && end > text ? strtod(end + 1, &end) : 0;
+    if (end == text || *end != '\0' || strchr(text, ':') == NULL || strchr(text, ':')[1] == '\0')
+        stop("--logit-bias: expected ID:VALUE, found '%s'", text);
+    if (id < 0 || (size_t)id >= V) stop("--logit-bias: token id: expected below %zu, found %ld", V, id);
+    if (!(value <= 1e30)) stop("--logit-bias: expected a number up to 1e30, found '%s'", text);
+    p->id[p->n] = (int32_t)id;
+    p->bias[p->n++] = value < -1e30 ? -INFINITY : (float)value;
+}
+
+static void steering_open(steering *p, const writer_options *o, size_t V) {
+    memset(p, 0, sizeof *p);
+    p->o = o;
+    p->id = (int32_t *)allocate("--logit-bias", o->bias.count * sizeof *p->id);
+    p->bias = (float *)allocate("--logit-bias", o->bias.count * sizeof *p->bias);
+    p->seen = (uint8_t *)allocate("--repeat-penalty", (V + 7) / 8);
+    p->candidates = (dsv3_candidate *)allocate("--top-k", V * sizeof *p->candidates);
+    for (size_t i = 0; i < o->bias.count; i++) steering_bias(p, o->bias.item[i], V);
+}
+
+static void steering_close(steering *p) { free(p->id), free(p->bias), free(p->seen), free(p->candidates); }
+
+static int steering_needed(const writer_options *o) {
+    return o->top_k > 0 || o->min_p > 0 || o->penalty < 1 || o->penalty > 1 || o->bias.count > 0;
+}
+
+/* A dsv3_steer. */
+static dsv3_result steer(void *user, float *logits, size_t V, const int32_t *text, size_t length, size_t sequence) {
+    steering *p = (steering *)user;
+    size_t last = length < PENALISED ? length : PENALISED;
+    dsv3_result r = dsv3_logits_penalty(logits, V, text + length - last, last, (float)p->o->penalty, p->seen);
+    (void)sequence;
+    if (r == DSV3_OK) r = dsv3_logits_bias(logits, V, p->id, p->bias, p->n);
+    if (r == DSV3_OK && p->o->top_k > 0) r = dsv3_logits_top_k(logits, V, (size_t)p->o->top_k, p->candidates);
+    if (r == DSV3_OK) r = dsv3_logits_min_p(logits, V, (float)p->o->min_p);
+    return r;
+}
+
 /* A text and everything that writing it needs, beside the model. */
 typedef struct writer {
     dsv3_sequence sequence;
+    steering steering;
+    stops stops;
     size_t bytes;
     void *memory;
     float *logits;
@@ -540,21 +704,31 @@ static void writer_open(writer *w, session *s, const writer_options *o, size_t c
     w->sequence.top_p = (float)o->top_p;
     w->sequence.rng.state = (uint64_t)o->seed;
     w->sequence.adaptive = o->adaptive;
+    w->sequence.stops = s->model.eos;
+    w->sequence.n_stops = s->model.n_eos;
+    steering_open(&w->steering, o, s->V);
+    if (steering_needed(o)) w->sequence.steer = steer;
+    w->sequence.steer_user = &w->steering;
+    stops_open(&w->stops, &o->stop, s->V, o->ids);
 }
 
 static void writer_close(writer *w) {
+    steering_close(&w->steering);
+    stops_close(&w->stops);
     free(w->memory);
     free(w->logits);
 }
 
-/* One step: w->sequence.token [n_token]. */
+/* One step: w->sequence.token [n_token]. Nothing has happened if it was aborted. */
 static void writer_step(writer *w, session *s) {
     dsv3_sequence *one = &w->sequence;
     dsv3_error error;
     char text[256];
     double begin = now(), spent;
     int prompt = one->prompt_left > 0;
-    if (dsv3_generate(&s->context, w->logits, &s->model.model, &one, 1, &s->workspace, &error) != DSV3_OK) {
+    dsv3_result result = dsv3_generate(&s->context, w->logits, &s->model.model, &one, 1, &s->workspace, &error);
+    if (result == DSV3_ERR_ABORTED) return;
+    if (result != DSV3_OK) {
         stop("%s", dsv3_error_text(&error, text, sizeof text));
     }
     spent = now() - begin;
@@ -565,8 +739,6 @@ static void writer_step(writer *w, session *s) {
         w->text_tokens += one->n_token;
     }
 }
-
-static int writer_full(const writer *w) { return w->sequence.cache.length == w->sequence.cache.capacity; }
 
 static void writer_stats(const writer *w, const session *s) {
     const dsv3_sequence *q = &w->sequence;
@@ -599,7 +771,7 @@ static const char generate_help[] =
     "Writes text with the checkpoint in DIR, token by token, to standard output.\n"
     "  -p TEXT          prompt (default: the model's begin-of-text token)\n"
     "  --echo           write the prompt before the text and a line feed behind it, as on a terminal\n"
-    "  -n N             tokens to write (default 400); ends earlier at the end-of-text token or a full "
+    "  -n N             tokens to write (default 400); ends earlier at an end-of-text token, a --stop or a full "
     "context\n" WRITER_HELP;
 
 static void generate_prompt(tokens *t, const session *s, const char *prompt, int ids) {
@@ -616,10 +788,26 @@ static size_t generate_context(const session *s, const writer_options *o, size_t
     return o->context > 0 || need > most ? most : need;
 }
 
+/* Writes until the text ends. Returns how many tokens belong to it. */
+static size_t generate_text(writer *w, session *s) {
+    dsv3_sequence *q = &w->sequence;
+    size_t made = 0;
+    while (dsv3_sequence_state(q) <= DSV3_STATE_WRITING && !w->stops.found) {
+        writer_step(w, s);
+        for (size_t i = 0; i < q->n_token && !w->stops.found; i++) {
+            if (i + 1 == q->n_token && q->stopped) break;
+            made++;
+            made -= stops_put(&w->stops, q->token[i]);
+        }
+    }
+    if (!w->stops.found) stops_end(&w->stops);
+    return made;
+}
+
 static int generate(int argc, char **argv, const command *c) {
-    writer_options o = {"F32", "auto", "auto", 400, 1, 0, 0, 0, 0.7, 0.95, 0, 0, 0, 0, 0, 0};
+    writer_options o = writer_defaults();
     const char *directory = NULL, *text = NULL;
-    int echo = 0, status, ended = 0;
+    int echo = 0, status;
     const option options[] = {{"-p", OPTION_TEXT, &text, 0, 0},
                               {"--echo", OPTION_FLAG, &echo, 0, 0},
                               WRITER_OPTIONS(o),
@@ -627,7 +815,7 @@ static int generate(int argc, char **argv, const command *c) {
     session s;
     writer w;
     tokens prompt = {NULL, 0, 0};
-    size_t made = 0;
+    size_t made;
     double begin = now(), load;
     status = parse(argc, argv, c, options, &directory, 1);
     if (status != 0) return status - 1;
@@ -640,17 +828,11 @@ static int generate(int argc, char **argv, const command *c) {
     stop_result("prompt", dsv3_sequence_append(&w.sequence, &s.model.model, prompt.id, prompt.count));
     echo |= is_terminal(stdout); /* so that the page reads whole */
     if (echo && text != NULL) printf("%s", text);
-    while (made < (size_t)o.n && !ended && !writer_full(&w)) {
-        writer_step(&w, &s);
-        for (size_t i = 0; i < w.sequence.n_token && made < (size_t)o.n && !ended; i++) {
-            ended = w.sequence.token[i] == s.model.config.eos_token_id;
-            if (!ended) print_token(w.sequence.token[i], o.ids);
-            made += !ended;
-        }
-    }
+    w.sequence.limit = prompt.count + (size_t)o.n;
+    made = generate_text(&w, &s);
     if (echo || o.ids) printf("\n");
     flush_output();
-    if (made < (size_t)o.n && !ended) {
+    if (dsv3_sequence_state(&w.sequence) == DSV3_STATE_FULL && !w.stops.found) {
         fprintf(stderr, "dsv3: the context of %zu positions is full after %zu of %ld tokens\n",
                 w.sequence.cache.capacity, made, o.n);
     }
@@ -678,7 +860,8 @@ static const char chat_help[] =
     "  --after TEXT     stands between a turn and its reply (default: \\n\\n; with --ids nothing): so turns and "
     "replies\n"
     "                   are paragraphs\n"
-    "  --stop ID        the token that ends a reply (default: the end-of-text token; a line feed if there is none)\n"
+    "  --stop-id ID     the token that ends a reply (default: the end-of-text tokens; a line feed if there are none,\n"
+    "                   and no --stop)\n"
     "  -n N             most tokens of a reply (default 400)\n" WRITER_HELP;
 
 typedef struct chat_state {
@@ -699,6 +882,12 @@ static void chat_interrupt(int signal_number) {
     chat_interrupted = 1;
 }
 
+/* Asked by the library between layers. */
+static int chat_aborted(void *user) {
+    (void)user;
+    return chat_interrupted;
+}
+
 /* Ctrl-C must end a read that waits: no restart. */
 static void chat_catch_interrupts(void) {
 #ifdef TOOL_POSIX
@@ -711,18 +900,8 @@ static void chat_catch_interrupts(void) {
 #endif
 }
 
-/* Text with its escapes resolved, behind the others. */
 static void chat_add(chat_state *c, const char *where, const char *text) {
-    size_t n = strlen(text), length = 0;
-    char *plain = (char *)allocate(where, n + 1);
-    for (size_t i = 0; i < n; i++) {
-        char next = text[i + 1];
-        int escape = text[i] == '\\' && (next == 'n' || next == 't' || next == '\\');
-        plain[length++] = !escape ? text[i] : next == 'n' ? '\n' : next == 't' ? '\t' : '\\';
-        i += (size_t)escape;
-    }
-    tokens_from_text(&c->text, where, plain, length, c->s.V, c->o.ids);
-    free(plain);
+    tokens_from_escaped(&c->text, where, text, c->s.V, c->o.ids);
 }
 
 /* Rolls back to the first `length` tokens of the text; what the modules need again is appended with the next turn. */
@@ -768,27 +947,28 @@ static int chat_turn(chat_state *c, const char *line, size_t length) {
 /* The model's turn, written as it is made, and remembered. */
 static void chat_reply(chat_state *c) {
     dsv3_sequence *q = &c->w.sequence;
-    size_t known = dsv3_sequence_length(q), made = 0, fresh = c->text.count - known;
+    stops *held = &c->w.stops;
+    size_t known = dsv3_sequence_length(q), fresh = c->text.count - known;
     int32_t *copy = (int32_t *)allocate("turn", (fresh + 1) * sizeof *copy); /* text may move while it is read */
-    int ended = fresh == 0 && !q->pending;
     memcpy(copy, c->text.id + known, fresh * sizeof *copy);
     if (fresh > 0) stop_result("turn", dsv3_sequence_append(q, &c->s.model.model, copy, fresh));
     c->w.prompt_tokens += fresh;
     chat_interrupted = 0;
-    while (made < (size_t)c->o.n && !ended && !chat_interrupted && !writer_full(&c->w)) {
+    held->found = q->stopped = 0;
+    q->limit = c->text.count + (size_t)c->o.n;
+    while (dsv3_sequence_state(q) <= DSV3_STATE_WRITING && !held->found && !chat_interrupted) {
         writer_step(&c->w, &c->s);
-        for (size_t i = 0; i < q->n_token && made < (size_t)c->o.n && !ended; i++) {
-            ended = q->token[i] == q->stop;
-            if (!ended) print_token(q->token[i], c->o.ids);
+        for (size_t i = 0; i < q->n_token && !held->found; i++) {
             tokens_add(&c->text, q->token[i]);
-            made++;
+            if (i + 1 < q->n_token || !q->stopped) c->text.count -= stops_put(held, q->token[i]);
         }
     }
-    chat_truncate(c, c->text.count - q->prompt_left); /* an interrupted prompt; drafts behind the last token */
-    free(copy);
+    if (!held->found) stops_end(held);
     printf("\n");
     flush_output();
-    if (!ended && writer_full(&c->w)) fprintf(stderr, "dsv3: the context is full\n");
+    if (dsv3_sequence_state(q) == DSV3_STATE_FULL && !held->found) fprintf(stderr, "dsv3: the context is full\n");
+    chat_truncate(c, c->text.count - q->prompt_left); /* an interrupted prompt; a stop text and drafts behind it */
+    free(copy);
 }
 
 /* A line without its end; NULL at the end of the input. The caller frees it. */
@@ -842,17 +1022,16 @@ static int chat(int argc, char **argv, const command *c) {
     const option options[] = {{"--system", OPTION_TEXT, &chat.system, 0, 0},
                               {"--before", OPTION_TEXT, &chat.before, 0, 0},
                               {"--after", OPTION_TEXT, &chat.after, 0, 0},
-                              {"--stop", OPTION_INT, &stop_token, 0, (double)DSV3_MAX_VOCAB},
+                              {"--stop-id", OPTION_INT, &stop_token, 0, (double)DSV3_MAX_VOCAB},
                               WRITER_OPTIONS(chat.o),
                               {NULL, OPTION_FLAG, NULL, 0, 0}};
-    writer_options defaults = {"F32", "auto", "auto", 400, 1, 0, 0, 0, 0.7, 0.95, 0, 0, 0, 0, 0, 0};
-    chat.o = defaults;
+    chat.o = writer_defaults();
     status = parse(argc, argv, c, options, &directory, 1);
     if (status != 0) return status - 1;
     writer_model(&chat.s, directory, &chat.o);
-    if (stop_token >= (long)chat.s.V) stop("--stop: expected below %zu, found %ld", chat.s.V, stop_token);
-    if (stop_token < 0) stop_token = chat.s.model.config.eos_token_id;
-    if (stop_token < 0 && !chat.o.ids) stop_token = '\n';
+    if (stop_token >= (long)chat.s.V) stop("--stop-id: expected below %zu, found %ld", chat.s.V, stop_token);
+    if (stop_token >= 0) chat.s.model.n_eos = 0;
+    if (stop_token < 0 && chat.s.model.n_eos == 0 && chat.o.stop.count == 0 && !chat.o.ids) stop_token = '\n';
     if (chat.before == NULL) chat.before = chat.o.ids ? "" : "\\n";
     if (chat.after == NULL) chat.after = chat.o.ids ? "" : "\\n\\n";
     load = now() - begin;
@@ -870,6 +1049,7 @@ static int chat(int argc, char **argv, const command *c) {
         stop("--system: is longer than the context: expected less than %ld tokens, found %zu", chat.o.context,
              chat.begin);
     }
+    chat.s.context.aborted = chat_aborted;
     chat_catch_interrupts();
     for (;;) {
         chat_interrupted = 0;
@@ -3005,7 +3185,7 @@ static void train_validate(train_state *s, double *row) {
 
 /* A line of what the model writes by now. */
 static void train_sample(const train_state *s) {
-    writer_options o = {"F32", "auto", "auto", 160, 1, 0, 0, 0, 0.7, 0.95, 0, 0, 0, 0, 0, 0};
+    writer_options o = writer_defaults();
     session model = s->eval;
     writer w;
     int32_t first = s->config.bos_token_id >= 0 ? s->config.bos_token_id : s->text.id[0];
@@ -3013,7 +3193,7 @@ static void train_sample(const train_state *s) {
     stop_result("sample", dsv3_sequence_append(&w.sequence, &model.model.model, &first, 1));
     progress_leave();
     fprintf(stderr, "sample at step %llu: ", (unsigned long long)s->done);
-    while (!writer_full(&w)) {
+    while (dsv3_sequence_state(&w.sequence) <= DSV3_STATE_WRITING) {
         dsv3_sequence *one = &w.sequence;
         if (dsv3_generate(&model.context, w.logits, &model.model.model, &one, 1, &model.workspace, NULL) != DSV3_OK)
             break;

@@ -517,6 +517,9 @@ static const struct {
     {"CF-30 negative", ST_ERR_ARG, "eos_token_id", {{"eos_token_id", "-1"}}},
     {"CF-30 negative, listed", ST_ERR_ARG, "eos_token_id", {{"eos_token_id", "[-5, 1]"}}},
     {"CF-30 string, listed", ST_ERR_FORMAT, "eos_token_id", {{"eos_token_id", "[\"1\"]"}}},
+    {"CF-30 negative, listed second", ST_ERR_ARG, "eos_token_id", {{"eos_token_id", "[1, -5]"}}},
+    {"CF-30 out of vocabulary, listed second", ST_ERR_ARG, "eos_token_id", {{"eos_token_id", "[1, 40]"}}},
+    {"CF-30 list in a list", ST_ERR_FORMAT, "eos_token_id", {{"eos_token_id", "[1, [2]]"}}},
     {"CF-30 bos out of vocabulary", ST_ERR_ARG, "bos_token_id", {{"bos_token_id", "40"}}},
     {"num_key_value_heads is ignored", ST_OK, "", {{"num_key_value_heads", "-7"}}},
     {"unknown fields are ignored",
@@ -1755,6 +1758,57 @@ static void test_memory(disk *d) {
     CHECK_EQ(live_blocks, before);
 }
 
+/* Tokens that end a text, of config.json (an edit of the usual one) and of generation_config.json (NULL: there is none). */
+static void check_ends(const char *id, const char *config, const char *generation, const int32_t *want, size_t n) {
+    char text[8192];
+    edit edits[MOST_EDITS] = {{"eos_token_id", NULL}};
+    st_error error;
+    checkpoint c;
+    edits[0].value = config;
+    put_file(CONFIG, text, make_config(text, sizeof text, edits));
+    if (generation != NULL) put_text("generation_config.json", generation);
+    same(id, checkpoint_open(&c, directory, &error), ST_OK);
+    same(id, (long)c.n_eos, (long)n);
+    for (size_t i = 0; i < n && i < c.n_eos; i++) same(id, c.eos[i], want[i]);
+    same(id, c.config.eos_token_id, n > 0 ? want[0] : -1);
+    same(id, c.model.config.eos_token_id, c.config.eos_token_id);
+    checkpoint_close(&c);
+    if (generation != NULL) drop_file("generation_config.json");
+}
+
+static void test_ends(const disk *d) {
+    static const int32_t want[6] = {5, 6, 7, 7, 6, 5};
+    static const char *const bad[][2] = {{"{\"eos_token_id\": \"1\"}", "eos_token_id"},
+                                         {"{\"eos_token_id\": [1, 40]}", "eos_token_id"},
+                                         {"{\"eos_token_id\": -1}", "eos_token_id"},
+                                         {"[1]", "object"},
+                                         {"{", "generation_config.json"},
+                                         {"", "generation_config.json"}};
+    char many[400] = "{\"eos_token_id\": [0";
+    disk_write(d);
+    check_ends("one", "5", NULL, want, 1);
+    check_ends("none", NULL, NULL, want, 0);
+    check_ends("list, each once", "[5, 6, 5]", NULL, want, 2);
+    check_ends("both", "[5, 6]", "{\"eos_token_id\": [7, 6, 5], \"x\": null}", want, 3);
+    check_ends("one and one", "5", "{\"eos_token_id\": 6}", want, 2);
+    check_ends("the second file alone", "null", "{\"do_sample\": true, \"eos_token_id\": [7, 6]}", want + 3, 2);
+    check_ends("nothing in it", "[]", "{\"eos_token_id\": null}", want, 0);
+    check_ends("nothing at all", "5", "{}", want, 1);
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        st_error error;
+        checkpoint c;
+        put_text("generation_config.json", bad[i][0]);
+        CHECK(checkpoint_open(&c, directory, &error) != ST_OK);
+        CHECK(strstr(error.message, "generation_config.json") != NULL && strstr(error.message, bad[i][1]) != NULL);
+        checkpoint_close(&c);
+    }
+    for (int i = 1; i <= CHECKPOINT_MAX_EOS; i++) snprintf(many + strlen(many), 8, ", %d", i);
+    strcat(many, "]}");
+    put_text("generation_config.json", many);
+    check_directory("too many", ST_ERR_LIMIT, "eos_token_id", NULL);
+    drop_file("generation_config.json");
+}
+
 int main(void) {
     const char *temporary = getenv("TMPDIR");
     dsv3_config config;
@@ -1795,6 +1849,7 @@ int main(void) {
     test_truncation(d);
     test_header_mutations(d);
     test_memory(d);
+    test_ends(d);
     disk_close(d);
     CHECK_EQ(live_blocks, 0);
     rmdir(directory);

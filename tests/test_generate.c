@@ -61,6 +61,24 @@ static void *workspace_of(dsv3_workspace *ws, const dsv3_model *model, size_t ro
     return memory;
 }
 
+/* ---- Steering: what all witnesses and writers below have; NULL: none */
+
+static dsv3_steer steering;
+
+/* A small grammar: even tokens and odd ones take turns, and what the text has less of is made more probable. Token 0 may
+ * follow anything. */
+static dsv3_result steer_turns(void *user, float *logits, size_t V, const int32_t *text, size_t length,
+                               size_t sequence) {
+    (void)user, (void)sequence;
+    for (size_t i = 0; i < V; i++) {
+        size_t count = 0;
+        for (size_t t = 0; t < length; t++) count += (size_t)text[t] == i;
+        logits[i] -= 0.3f * (float)count;
+        if (i > 0 && (i + (size_t)text[length - 1]) % 2 == 0) logits[i] = -INFINITY;
+    }
+    return DSV3_OK;
+}
+
 /* ---- The witness: what plain decoding writes, and what the modules guess at every place of it. It shares nothing
  * with dsv3_generate: one sequence, one dsv3_forward or dsv3_mtp_forward after the other, all states kept. */
 
@@ -124,8 +142,10 @@ static float *witness_state(const witness *w, size_t depth, size_t position) {
     return w->state + (depth * w->room + position) * w->d;
 }
 
-static int32_t most_probable(const float *logits, size_t V) {
+/* The most probable token behind text [length]. */
+static int32_t most_probable(float *logits, size_t V, const int32_t *text, size_t length) {
     int32_t token = -1;
+    if (steering != NULL) synth_demand(steering(NULL, logits, V, text, length, 0), "steering", NULL);
     synth_demand(dsv3_sample(&token, logits, V, 0, 1, NULL, NULL), "sample", NULL);
     return token;
 }
@@ -138,7 +158,7 @@ static void witness_main(witness *w, size_t begin, size_t end) {
     batch.token = w->text + begin;
     batch.outputs = 1;
     synth_demand(dsv3_forward(&w->context, w->logits, w->model, &w->cache, 1, &batch, &w->ws, NULL), "forward", NULL);
-    w->next[end - 1] = most_probable(w->logits, w->V);
+    w->next[end - 1] = most_probable(w->logits, w->V, w->text, end);
     if (w->D > 0) memcpy(witness_state(w, 0, begin), w->ws.hidden, batch.rows * w->d * sizeof(float));
 }
 
@@ -160,6 +180,8 @@ static void witness_module(witness *w, size_t k, int32_t token, const float *sta
 static void witness_guess(witness *w, size_t N) {
     int32_t *guess = w->guess + N * w->drafts;
     float *own = (float *)test_alloc(w->d * sizeof *own);
+    int32_t *told = (int32_t *)test_alloc((w->room + w->drafts) * sizeof *told); /* the text, then guesses */
+    memcpy(told, w->text, (N + 1) * sizeof *told);
     for (size_t j = 1; j <= w->drafts && N > 0; j++) {
         size_t k = j < w->D ? j : w->D;
         if (j <= w->D && j <= N) witness_module(w, j, w->text[N], witness_state(w, j - 1, N - j));
@@ -167,11 +189,11 @@ static void witness_guess(witness *w, size_t N) {
             int32_t token = i + k <= N ? w->text[i + k] : guess[i + k - N - 1];
             witness_module(w, k, token, i < N ? witness_state(w, k - 1, i) : own);
         }
-        guess[j - 1] = most_probable(w->logits, w->V);
+        guess[j - 1] = told[N + j] = most_probable(w->logits, w->V, told, N + j);
         memcpy(own, w->ws.hidden, w->d * sizeof(float));
     }
     for (size_t k = 1; k <= w->D; k++) dsv3_cache_truncate(&w->modules[k - 1], N + 1 > k ? N + 1 - k : 0);
-    free(own);
+    free(own), free(told);
 }
 
 /* Tokens [n] follow the text. */
@@ -215,6 +237,16 @@ static void writer_expect(writer *w, int condition, int line, const char *what) 
 }
 #define EXPECT(w, condition) writer_expect(w, (condition) != 0, __LINE__, #condition)
 
+/* Steering, with the text that the writer should have. */
+static dsv3_result writer_steer(void *user, float *logits, size_t V, const int32_t *text, size_t length,
+                                size_t sequence) {
+    writer *w = (writer *)user;
+    if (w == NULL) return steering(NULL, logits, V, text, length, sequence);
+    EXPECT(w, length >= w->length && length <= w->length + w->s.planned && text == w->s.history);
+    for (size_t t = 0; t < w->length && t < length; t++) EXPECT(w, text[t] == w->text[t]);
+    return steering(NULL, logits, V, text, length, sequence);
+}
+
 /* A sequence in a buffer of exactly its size, full of anything. */
 static writer *writer_open(const dsv3_model *model, size_t capacity, dsv3_type type, size_t rows, size_t drafts) {
     writer *w = (writer *)test_alloc(sizeof *w);
@@ -227,6 +259,9 @@ static writer *writer_open(const dsv3_model *model, size_t capacity, dsv3_type t
     synth_demand(dsv3_sequence_init(&w->s, model, capacity, type, rows, drafts, w->memory, bytes), "sequence", NULL);
     w->text = (int32_t *)test_alloc((capacity + 1) * sizeof *w->text);
     w->ample = 1;
+    CHECK(w->s.steer == NULL);
+    if (steering != NULL) w->s.steer = writer_steer;
+    w->s.steer_user = w;
     return w;
 }
 
@@ -306,7 +341,9 @@ static void writer_counts(writer *w, size_t first) {
     const witness *t = w->truth;
     size_t p = s->planned, a = 0;
     int stopped = 0;
-    if (w->ample && !s->adaptive) EXPECT(w, p == writer_drafts(w));
+    int cut = p > 0 && !w->loose &&
+              t->guess[(first - 1) * t->drafts + p - 1] == s->stop; /* nothing is drafted behind a stop token */
+    if (w->ample && !s->adaptive && !cut) EXPECT(w, p == writer_drafts(w));
     EXPECT(w, p <= writer_drafts(w));
     if (w->loose) return;
     while (a < p && !stopped && t->guess[(first - 1) * t->drafts + a] == t->text[first + a]) {
@@ -331,12 +368,14 @@ static void writer_check(writer *w) {
     for (size_t i = 0; i < s->n_token; i++) {
         w->text[w->length++] = s->token[i];
         EXPECT(w, i + 1 == s->n_token || s->token[i] != s->stop);
+        EXPECT(w, s->history[w->length - 1] == s->token[i]);
         if (w->truth != NULL) EXPECT(w, w->length <= w->truth->length);
         if (w->truth != NULL && w->length <= w->truth->length)
             EXPECT(w, s->token[i] == w->truth->text[w->length - 1]);
     }
     EXPECT(w, s->steps - w->steps == (s->n_token > 0));
     EXPECT(w, s->written - w->written == s->n_token);
+    if (s->n_token > 0) EXPECT(w, s->stopped == (s->token[s->n_token - 1] == s->stop));
     if (w->truth != NULL && s->n_token > 0) writer_counts(w, first);
     if (w->truth != NULL) EXPECT(w, s->rng.state == w->rng);
     writer_invariants(w);
@@ -728,6 +767,17 @@ static void test_random_models(void) {
     }
 }
 
+/* Steered: the same of what the grammar allows. */
+static void test_steered(void) {
+    steering = steer_turns;
+    for (int D = 1; D <= 3; D++) {
+        synth *s = random_model(5 + D, D, 400 + (uint64_t)D);
+        random_ways(&s->model, DSV3_F32, 4);
+        synth_close(s);
+    }
+    steering = NULL;
+}
+
 /* ---- 2. Sampled text has the distribution of plain decoding */
 
 #define TOKENS 6      /* most tokens of a vocabulary here */
@@ -832,7 +882,7 @@ typedef struct odds {
 
 /* The main model's distribution behind the first n tokens of the text. */
 static void odds_main(odds *o, double *p, size_t n) {
-    witness *w = truth_of(&o->s->model, DSV3_F32, 0, o->text, n, 0);
+    witness *w = truth_of(&o->s->model, DSV3_F32, 0, o->text, n, 0); /* its logits are steered */
     o->margin = fmin(o->margin, nucleus(p, w->logits, o->V, (double)o->temperature, (double)o->top_p));
     witness_close(w);
 }
@@ -899,6 +949,7 @@ static void odds_draw(const odds *o, desk *k, const writer *stem, size_t drafts,
         w->s.top_p = o->top_p;
         w->s.drafts = drafts;
         w->s.rng.state = test_random();
+        w->s.steer_user = NULL; /* not the stem */
         while (n < 3) {
             uint64_t before = drafts > 0 ? w->s.accepted[0] : 0;
             failed += desk_call(k, list, 1) != DSV3_OK || w->s.n_token == 0;
@@ -1009,6 +1060,10 @@ static void test_distribution(int V, int D, uint64_t seed, int past, float tempe
 
 static void test_distributions(void) {
     test_gamma();
+    steering = steer_turns;
+    test_distribution(5, 1, 82, STEM_FRESH, 1, 1);
+    test_distribution(6, 2, 83, STEM_BACK, 1.7f, 0.9f);
+    steering = NULL;
     test_distribution(5, 1, 82, STEM_FRESH, 1, 1);
     test_distribution(6, 2, 83, STEM_BACK, 1.7f, 1);
     test_distribution(3, 3, 84, STEM_BACK, 0.7f, 0.9f);
@@ -1379,7 +1434,8 @@ static void test_stop(void) {
             w->s.stop = stop;
             w->truth = truth;
             writer_append(w, &s->model, prompt, 4);
-            desk_write(k, 70); /* on from each stop token, as if it were none */
+            for (w->goal = 70; desk_step(k) > 0; w->s.stopped = 0) { /* on from each, as if it were none */
+            }
             CHECK(desk_right(k));
             inside += w->inside;
             desk_close(k);
@@ -1833,7 +1889,8 @@ static void (*const tests[])(void) = {test_micro,         test_micro_fast,      
                                       test_forks,         test_truncate_edges,  test_stop,
                                       test_full_context,  test_drafts_change,   test_adaptive,
                                       test_bad_sizes,     test_bad_appends,     test_bad_copies,
-                                      test_bad_steps,     test_accidents,       test_huge};
+                                      test_bad_steps,     test_accidents,       test_huge,
+                                      test_steered};
 
 int main(int argc, char **argv) {
     if (argc == 3 && strcmp(argv[1], "full") == 0) {

@@ -1,7 +1,8 @@
-/* test_sample.c -- chapter 13 (infer), sampling: random numbers and the choice of a token.
+/* test_sample.c -- chapter 13 (infer), sampling: random numbers, the choice of a token, ops on its logits.
  *
  * A failure here means that seeds give other texts than before, that tokens are drawn with other probabilities than
- * softmax(logits / temperature) or from outside the nucleus, or that bad input is taken for good. */
+ * softmax(logits / temperature) or from outside the nucleus, that an op forbids or changes other tokens than it says, or
+ * that bad input is taken for good. */
 #include "dsv3.h"
 
 #include "test.h"
@@ -397,6 +398,223 @@ static void long_tail(void) {
     free(logits), free(scratch);
 }
 
+/* ---- log-probabilities -------------------------------------------------------------------------------- */
+
+/* Those of dsv3_sample's draws, and the entropy, against sorting and sums in double. */
+static void sample_log_ps(void) {
+    int wrong = 0, failed = 0;
+    for (int i = 0; i < 2000; i++) {
+        size_t V = 1 + test_below(MOST);
+        float temperature = test_uniform(0.2f, 3), top_p = i % 2 ? test_uniform(0.05f, 0.999f) : 1, logits[MOST];
+        double p[MOST], q[MOST], log_p, entropy = -1, h = 0;
+        test_fill(logits, V, -6, 6);
+        if (V > 1 && i % 3 == 0) logits[test_below(V)] = -INFINITY;
+        if (exact(p, logits, V, (double)temperature, (double)top_p * (1 - 1e-5)) !=
+            exact(q, logits, V, (double)temperature, (double)top_p * (1 + 1e-5)))
+            continue; /* rounding may decide what belongs to the nucleus */
+        for (size_t k = 0; k < V; k++) h -= p[k] > 0 ? p[k] * log(p[k]) : 0;
+        for (size_t k = 0; k < V; k++) {
+            failed += dsv3_sample_log_p(&log_p, k % 2 ? &entropy : NULL, (int32_t)k, logits, V, temperature, top_p,
+                                        candidates) != DSV3_OK;
+            wrong += p[k] > 0 ? fabs(log_p - log(p[k])) > 1e-4 : !(isinf(log_p) && log_p < 0);
+            wrong += k % 2 && fabs(entropy - h) > 1e-5;
+        }
+    }
+    CHECK_EQ(failed, 0);
+    CHECK_EQ(wrong, 0);
+}
+
+static void log_p_edges(void) {
+    static const float tied[4] = {1, 5, 5, -INFINITY}, bad[2] = {0, NAN}, none[1] = {-INFINITY};
+    static const int32_t token[3] = {1, DSV3_IGNORE, 3}, outside[2][1] = {{4}, {-1}};
+    double p[3], h = 7;
+    for (int i = 0; i < 2; i++) { /* greedy */
+        CHECK_EQ(dsv3_sample_log_p(p, &h, 1, tied, 4, (float)i, 1.0f - (float)i, NULL), DSV3_OK);
+        CHECK(fpclassify(p[0]) == FP_ZERO && fpclassify(h) == FP_ZERO);
+        CHECK_EQ(dsv3_sample_log_p(p, NULL, 2, tied, 4, (float)i, 1.0f - (float)i, NULL), DSV3_OK);
+        CHECK(isinf(p[0]) && p[0] < 0);
+    }
+    CHECK_EQ(dsv3_sample_log_p(NULL, &h, 1, tied, 4, 1, 1, candidates), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sample_log_p(p, &h, 1, NULL, 4, 1, 1, candidates), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sample_log_p(p, &h, 1, tied, 0, 1, 1, candidates), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sample_log_p(p, &h, 1, tied, 4, -1, 1, candidates), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sample_log_p(p, &h, 1, tied, 4, 1, 1.5f, candidates), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sample_log_p(p, &h, 1, tied, 4, 1, 1, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sample_log_p(p, &h, 4, tied, 4, 1, 1, candidates), DSV3_ERR_TOKEN);
+    CHECK_EQ(dsv3_sample_log_p(p, &h, -1, tied, 4, 1, 1, candidates), DSV3_ERR_TOKEN);
+    CHECK_EQ(dsv3_sample_log_p(p, &h, 0, bad, 2, 1, 1, candidates), DSV3_ERR_NAN);
+    CHECK_EQ(dsv3_log_p(p, tied, &token[0], 1, 4), DSV3_OK);
+    CHECK(fabs(p[0] + log(2 + exp(-4.0))) < 1e-6);
+    CHECK_EQ(dsv3_log_p(p, tied, &token[1], 1, 4), DSV3_OK);
+    CHECK(fpclassify(p[0]) == FP_ZERO);
+    CHECK_EQ(dsv3_log_p(p, tied, &token[2], 1, 4), DSV3_OK);
+    CHECK(isinf(p[0]) && p[0] < 0);
+    CHECK_EQ(dsv3_log_p(NULL, tied, token, 1, 4), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_log_p(p, NULL, token, 1, 4), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_log_p(p, tied, NULL, 1, 4), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_log_p(p, tied, token, 1, 0), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_log_p(p, tied, token, 1, (size_t)DSV3_MAX_VOCAB + 1), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_log_p(p, tied, outside[0], 1, 4), DSV3_ERR_TOKEN);
+    CHECK_EQ(dsv3_log_p(p, tied, outside[1], 1, 4), DSV3_ERR_TOKEN);
+    CHECK_EQ(dsv3_log_p(p, bad, outside[1], 1, 2), DSV3_ERR_NAN);
+    CHECK_EQ(dsv3_log_p(p, none, token + 1, 1, 1), DSV3_ERR_NAN);
+    CHECK_EQ(dsv3_log_p(p, NULL, token, 0, 4), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_log_p(p, bad, token, 0, 2), DSV3_OK); /* no rows */
+}
+
+/* The largest vocabulary: a float sum of its tail would stop growing long before the end. */
+static void log_p_large(void) {
+    size_t V = (size_t)DSV3_MAX_VOCAB;
+    float *logits = (float *)test_alloc(V * sizeof *logits);
+    int32_t token[1] = {0};
+    double p;
+    for (size_t i = 0; i < V; i++) logits[i] = -17;
+    logits[0] = 0;
+    CHECK_EQ(dsv3_log_p(&p, logits, token, 1, V), DSV3_OK);
+    CHECK(fabs(p + log(1 + (double)(V - 1) * exp(-17.0))) < 1e-6);
+    token[0] = (int32_t)V - 1;
+    CHECK_EQ(dsv3_log_p(&p, logits, token, 1, V), DSV3_OK);
+    CHECK(fabs(p + 17 + log(1 + (double)(V - 1) * exp(-17.0))) < 1e-6);
+    free(logits);
+}
+
+/* ---- steering ----------------------------------------------------------------------------------------- */
+
+/* Random logits, with ties and forbidden tokens among them. */
+static void some_logits(float *logits, size_t V) {
+    test_fill(logits, V, -6, 6);
+    for (size_t i = 0; i < V; i++) {
+        if (test_below(3) == 0) logits[i] = floorf(logits[i] / 3);
+        if (test_below(6) == 0) logits[i] = -INFINITY;
+    }
+}
+
+/* Tokens that come before i: larger logits, and equal ones of lower id. */
+static size_t rank_of(const float *logits, size_t V, size_t i) {
+    size_t rank = 0;
+    for (size_t k = 0; k < V; k++) rank += logits[k] > logits[i] || (logits[k] >= logits[i] && k < i);
+    return rank;
+}
+
+static int same_float(float a, float b) { return memcmp(&a, &b, sizeof a) == 0; }
+
+/* Is now [V] before [V] with what `keep` names left as it was, and the rest forbidden? */
+static int only_kept(const float *now, const float *before, const int *keep, size_t V) {
+    for (size_t i = 0; i < V; i++) {
+        if (!same_float(now[i], keep[i] ? before[i] : -INFINITY)) return 0;
+    }
+    return 1;
+}
+
+static void top_k_and_min_p(void) {
+    int wrong = 0;
+    for (int i = 0; i < 3000; i++) {
+        size_t V = 1 + test_below(MOST), k = 1 + test_below(V + 3), room = k < V ? k : V;
+        dsv3_candidate *scratch = (dsv3_candidate *)test_alloc(room * sizeof *scratch);
+        float before[MOST], now[MOST], min_p = i % 7 ? test_uniform(0, 1) : (float)(i % 2), top = -INFINITY;
+        int keep[MOST];
+        some_logits(before, V);
+        memcpy(now, before, sizeof now);
+        for (size_t t = 0; t < V; t++) keep[t] = rank_of(before, V, t) < k;
+        wrong += dsv3_logits_top_k(now, V, k, scratch) != DSV3_OK || !only_kept(now, before, keep, V);
+        memcpy(now, before, sizeof now);
+        for (size_t t = 0; t < V; t++) top = fmaxf(top, before[t]);
+        for (size_t t = 0; t < V; t++) {
+            double p = exp((double)before[t] - (double)top);
+            if (fabs(p - (double)min_p) < 1e-5 && p < 1) before[t] = now[t] = -100; /* too close */
+            keep[t] = before[t] >= top || exp((double)before[t] - (double)top) >= (double)min_p;
+        }
+        wrong += dsv3_logits_min_p(now, V, min_p) != DSV3_OK || !only_kept(now, before, keep, V);
+        free(scratch);
+    }
+    CHECK_EQ(wrong, 0);
+}
+
+static void penalty_and_bias(void) {
+    int wrong = 0;
+    for (int i = 0; i < 3000; i++) {
+        size_t V = 1 + test_below(MOST), n = test_below(2 * MOST);
+        uint8_t *seen = (uint8_t *)test_alloc((V + 7) / 8);
+        float before[MOST], now[MOST], want[MOST], bias[2 * MOST], penalty = test_uniform(0.5f, 2);
+        int32_t token[2 * MOST];
+        some_logits(before, V);
+        memset(seen, 0x5A, (V + 7) / 8);
+        for (size_t k = 0; k < n; k++) token[k] = (int32_t)test_below(V);
+        memcpy(now, before, sizeof now);
+        for (size_t t = 0; t < V; t++) {
+            int there = 0;
+            for (size_t k = 0; k < n; k++) there |= token[k] == (int32_t)t;
+            want[t] = !there ? before[t] : before[t] > 0 ? before[t] / penalty : before[t] * penalty;
+        }
+        wrong += dsv3_logits_penalty(now, V, token, n, penalty, seen) != DSV3_OK;
+        wrong += memcmp(now, want, V * sizeof *now) != 0;
+        test_fill(bias, n, -5, 5);
+        if (n > 0) bias[0] = -INFINITY;
+        memcpy(now, before, sizeof now);
+        memcpy(want, before, sizeof want);
+        for (size_t k = 0; k < n; k++) want[token[k]] += bias[k];
+        wrong += dsv3_logits_bias(now, V, token, bias, n) != DSV3_OK || memcmp(now, want, V * sizeof *now) != 0;
+        free(seen);
+    }
+    CHECK_EQ(wrong, 0);
+}
+
+/* One op after the other on logits [4], which stay as they are. */
+#define REFUSED(code, call)                                                                                          \
+    do {                                                                                                             \
+        memcpy(x, x0, sizeof x);                                                                                     \
+        CHECK_EQ(call, code);                                                                                        \
+        CHECK(memcmp(x, x0, sizeof x) == 0);                                                                         \
+    } while (0)
+
+static void steering_refused(void) {
+    static const float bias[2] = {1, 2}, bad_bias[2][2] = {{1, NAN}, {1, INFINITY}};
+    static const int32_t token[2] = {0, 3}, outside[2][2] = {{0, 4}, {0, -1}};
+    static const size_t sizes[2] = {0, (size_t)DSV3_MAX_VOCAB + 1};
+    float x0[4] = {1, -INFINITY, 3, 2}, x[4];
+    uint8_t seen[1];
+    for (size_t i = 0; i < 2; i++) {
+        REFUSED(DSV3_ERR_ARG, dsv3_logits_top_k(x, sizes[i], 2, candidates));
+        REFUSED(DSV3_ERR_ARG, dsv3_logits_min_p(x, sizes[i], 0.5f));
+        REFUSED(DSV3_ERR_ARG, dsv3_logits_penalty(x, sizes[i], token, 2, 2, seen));
+        REFUSED(DSV3_ERR_ARG, dsv3_logits_bias(x, sizes[i], token, bias, 2));
+        REFUSED(DSV3_ERR_TOKEN, dsv3_logits_penalty(x, 4, outside[i], 2, 2, seen));
+        REFUSED(DSV3_ERR_TOKEN, dsv3_logits_bias(x, 4, outside[i], bias, 2));
+        REFUSED(DSV3_ERR_ARG, dsv3_logits_bias(x, 4, token, bad_bias[i], 2));
+    }
+    CHECK_EQ(dsv3_logits_top_k(NULL, 4, 2, candidates), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_logits_min_p(NULL, 4, 0.5f), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_logits_penalty(NULL, 4, token, 2, 2, seen), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_logits_bias(NULL, 4, token, bias, 2), DSV3_ERR_ARG);
+    REFUSED(DSV3_ERR_ARG, dsv3_logits_top_k(x, 4, 0, candidates));
+    REFUSED(DSV3_ERR_ARG, dsv3_logits_top_k(x, 4, 2, NULL));
+    REFUSED(DSV3_ERR_ARG, dsv3_logits_min_p(x, 4, -0.1f));
+    REFUSED(DSV3_ERR_ARG, dsv3_logits_min_p(x, 4, 1.1f));
+    REFUSED(DSV3_ERR_ARG, dsv3_logits_min_p(x, 4, NAN));
+    REFUSED(DSV3_ERR_ARG, dsv3_logits_penalty(x, 4, token, 2, 0, seen));
+    REFUSED(DSV3_ERR_ARG, dsv3_logits_penalty(x, 4, token, 2, -1, seen));
+    REFUSED(DSV3_ERR_ARG, dsv3_logits_penalty(x, 4, token, 2, INFINITY, seen));
+    REFUSED(DSV3_ERR_ARG, dsv3_logits_penalty(x, 4, token, 2, NAN, seen));
+    REFUSED(DSV3_ERR_ARG, dsv3_logits_penalty(x, 4, NULL, 2, 2, seen));
+    REFUSED(DSV3_ERR_ARG, dsv3_logits_penalty(x, 4, token, 2, 2, NULL));
+    REFUSED(DSV3_ERR_ARG, dsv3_logits_bias(x, 4, NULL, bias, 2));
+    REFUSED(DSV3_ERR_ARG, dsv3_logits_bias(x, 4, token, NULL, 2));
+    REFUSED(DSV3_OK, dsv3_logits_penalty(x, 4, NULL, 0, 2, seen)); /* of nothing */
+    REFUSED(DSV3_OK, dsv3_logits_bias(x, 4, NULL, NULL, 0));
+    for (int i = 0; i < 2; i++) {
+        x0[2] = i ? INFINITY : NAN;
+        REFUSED(DSV3_ERR_NAN, dsv3_logits_top_k(x, 4, 2, candidates));
+        REFUSED(DSV3_ERR_NAN, dsv3_logits_min_p(x, 4, 0.5f));
+        REFUSED(DSV3_ERR_NAN, dsv3_logits_penalty(x, 4, token, 2, 2, seen));
+        REFUSED(DSV3_ERR_NAN, dsv3_logits_bias(x, 4, token, bias, 2));
+    }
+    for (size_t i = 0; i < 4; i++) x0[i] = -INFINITY; /* nothing left: no error, and nothing comes back */
+    REFUSED(DSV3_OK, dsv3_logits_top_k(x, 4, 2, candidates));
+    REFUSED(DSV3_OK, dsv3_logits_min_p(x, 4, 0.5f));
+    REFUSED(DSV3_OK, dsv3_logits_penalty(x, 4, token, 2, 2, seen));
+    REFUSED(DSV3_OK, dsv3_logits_bias(x, 4, token, bias, 2));
+}
+
 int main(void) {
     random_stream();
     random_uniforms();
@@ -408,5 +626,11 @@ int main(void) {
     draws_in_order();
     distributions();
     long_tail();
+    sample_log_ps();
+    log_p_edges();
+    log_p_large();
+    top_k_and_min_p();
+    penalty_and_bias();
+    steering_refused();
     return test_done("sample");
 }

@@ -71,7 +71,7 @@ done
 for command in score route; do misused "$command: one operand" "operand is missing" $command $micro; done
 for command in generate plan inspect; do misused "$command: two operands" "unexpected argument b" $command a b; done
 for command in score route; do misused "$command: three operands" "unexpected argument c" $command a b c; done
-for option in -p -n --temp --top-p --seed --context --cache --attention --threads; do
+for option in -p -n --temp --top-p --top-k --min-p --repeat-penalty --logit-bias --stop --seed --context --cache --attention --threads; do
     misused "generate $option without a value" "missing behind $option" generate $micro $option
 done
 for option in --last --context --cache --attention --threads; do
@@ -92,10 +92,10 @@ misused "operands behind --" "unexpected argument --help" plan micro -- --help
 # ---- Values of options
 
 for value in NaN nan -1 1e999 inf -inf abc '' 1x 0x 2,5; do
-    for option in --temp --top-p; do
+    for option in --temp --top-p --min-p --repeat-penalty --logit-bias; do
         refused "generate $option '$value'" "$option: expected" generate $micro $option "$value" -n 1
     done
-    for option in -n --seed --threads --context; do
+    for option in -n --seed --threads --context --top-k; do
         refused "generate $option '$value'" "$option: expected" generate $micro $option "$value"
     done
     for option in --last --threads --context; do
@@ -112,13 +112,22 @@ for option in -n --seed --threads --context; do
         refused "generate $option $value" "$option: expected" generate $micro $option $value
     done
 done
-for option in -n --context --threads; do
+for option in -n --context --threads --top-k; do
     refused "generate $option 0" "$option: expected 1 to" generate $micro $option 0
 done
 for option in --context --batch --rows --threads; do
     refused "plan $option 0" "$option: expected 1 to" plan micro $option 0
 done
 refused "--pack and --no-pack" "--pack and --no-pack exclude each other" generate $micro --pack --no-pack -n 1
+for value in 30 30: :1 1:2:3 '1 :2' 30:nan 30:inf a:1 1:b; do
+    refused "--logit-bias '$value'" "--logit-bias: expected" generate $micro --logit-bias "$value" -n 1
+done
+for value in 256:1 -1:1 99999999999999999999:1; do
+    refused "--logit-bias $value" "--logit-bias: token id: expected below 256" generate $micro --logit-bias=$value -n 1
+done
+refused "--stop ''" "--stop: expected a value" generate $micro --stop '' -n 1
+refused "--stop, ids" "--stop: expected a text, found ' '" generate $micro --ids --stop ' ' -n 1
+refused "--stop, ids outside" "--stop: token id at byte 2: expected below 256, found 256" generate $micro --ids --stop '1 256' -n 1
 refused "--top-p above 1" "--top-p: expected 0 to 1, found 1.01" generate $micro --top-p 1.01
 for command in score route; do
     refused "$command --last 0" "--last: expected" $command $micro LICENSE --last 0
@@ -359,6 +368,64 @@ refused "--mtp 16" "--mtp: expected 0 to 15, found 16" generate $micro --mtp 16
 refused "--mtp without modules" "--mtp: tests/golden/v2 has no MTP modules" generate tests/golden/v2 --mtp 1
 good "--mtp 0 without modules" generate tests/golden/v2 --mtp 0 -n 3 -p x
 
+# Steering: one token left is greedy text, and drafts change nothing.
+text greedy -n 80 --temp 0 -p "It is a truth"
+text b -n 80 -p "It is a truth" --top-k 1 --top-p 1
+same "--top-k 1" $tmp/greedy $tmp/b
+text b -n 80 -p "It is a truth" --min-p 1 --top-p 1 --mtp 3
+same "--min-p 1" $tmp/greedy $tmp/b
+text b -n 80 --temp 0 -p "It is a truth" --repeat-penalty 1 --logit-bias 32:0 --top-k 256 --min-p 0
+same "steering that changes nothing" $tmp/greedy $tmp/b
+text c -n 80 --temp 0 -p "It is a truth" --repeat-penalty 1.3
+differ "--repeat-penalty" $tmp/greedy $tmp/c
+text d -n 80 --temp 0 -p "It is a truth" --logit-bias 32:-inf --logit-bias=101:-1e30 --logit-bias 97:1.5
+equal "--logit-bias forbids" "$(tr -cd ' e' < $tmp/d | wc -c | tr -d ' ')" 0
+for mtp in 1 3; do
+    text b -n 80 --temp 0 -p "It is a truth" --repeat-penalty 1.3 --mtp $mtp
+    same "--repeat-penalty, --mtp $mtp" $tmp/c $tmp/b
+    text b -n 80 --temp 0 -p "It is a truth" --logit-bias 32:-inf --logit-bias=101:-1e30 --logit-bias 97:1.5 --mtp $mtp
+    same "--logit-bias, --mtp $mtp" $tmp/d $tmp/b
+done
+text b -n 20 --logit-bias 65:1e30
+equal "--logit-bias, nothing else" "$(cat $tmp/b)" AAAAAAAAAAAAAAAAAAAA
+
+# Stop texts: the output is what comes before the first of them, and nothing more.
+before() { awk -v stop="$2" 'BEGIN { RS = "\001" } { n = index($0, stop); printf "%s", n ? substr($0, 1, n - 1) : $0 }' "$1"; }
+part=$(head -c 40 $tmp/greedy | tail -c 7)
+for stop in "$part" e " of" zzz "$(head -c 5 $tmp/greedy)"; do
+    before $tmp/greedy "$stop" > $tmp/c
+    for mtp in 0 3; do
+        text b -n 80 --temp 0 -p "It is a truth" --stop "$stop" --mtp $mtp
+        same "--stop '$stop', --mtp $mtp" $tmp/c $tmp/b
+    done
+done
+text b -n 80 --temp 0 -p "It is a truth" --stop zzz --stop "$part" --stop "${part}x"
+before $tmp/greedy "$part" > $tmp/c
+same "three of --stop" $tmp/c $tmp/b
+text b -n 60 --logit-bias 65:1e30 --stop AAB
+equal "--stop, held back to the end" "$(wc -c < $tmp/b | tr -d ' ')" 60
+text b -n 60 --logit-bias 10:1e30 -p x --stop '\n\n\n'
+equal "--stop, escapes" "$(wc -c < $tmp/b | tr -d ' ')" 0
+text b -n 12 --ids --temp 0 -p "73 116 32"
+text c -n 12 --ids --temp 0 -p "73 116 32" --stop "$(cut -d' ' -f5-6 $tmp/b)"
+equal "--stop, ids" "$(cat $tmp/c)" "$(cut -d' ' -f1-4 $tmp/b) "
+
+# Every end-of-text token ends the text, of both files.
+copy ends
+second=$(head -c 4 $tmp/greedy | tail -c 1 | od -An -v -tu1 | tr -d ' ')
+sed "s/\"eos_token_id\": null/\"eos_token_id\": [0, $second]/" $micro/config.json > $tmp/ends/config.json
+before $tmp/greedy "$(head -c 4 $tmp/greedy | tail -c 1)" > $tmp/c
+for mtp in 0 3; do
+    good "a list of eos_token_id" generate $tmp/ends -n 80 --temp 0 -p "It is a truth" --mtp $mtp
+    same "a list of eos_token_id, --mtp $mtp" $tmp/c $tmp/out
+done
+cp $micro/config.json $tmp/ends/config.json
+echo "{\"eos_token_id\": [0, $second]}" > $tmp/ends/generation_config.json
+good "generation_config.json" generate $tmp/ends -n 80 --temp 0 -p "It is a truth"
+same "generation_config.json" $tmp/c $tmp/out
+echo "{\"eos_token_id\": [0, 256]}" > $tmp/ends/generation_config.json
+everywhere "generation_config.json" "generation_config.json: eos_token_id: is outside the vocabulary" $tmp/ends
+
 # ---- chat
 
 # said NAME INPUT ARGS...: what chat answers, in $tmp/out.
@@ -369,7 +436,7 @@ said() {
     status=$?
     if [ $status = 0 ] && [ ! -s $tmp/err ]; then ok; else fail "$name: status $status"; fi
 }
-for option in --system --before --after --stop -n --mtp --temp; do
+for option in --system --before --after --stop --stop-id -n --mtp --temp; do
     misused "chat $option without a value" "missing behind $option" chat $micro $option
 done
 misused "chat: no operand" "operand is missing" chat
@@ -378,7 +445,7 @@ good "chat --help" chat --help
 shows "chat --help" "^usage: dsv3 chat DIR"
 refused "chat: missing directory" $tmp/none/config.json chat $tmp/none
 refused "chat: text without a tokenizer" "use --ids" chat $tmp/v128
-refused "chat: --stop" "--stop: expected below 256, found 256" chat $micro --stop 256
+refused "chat: --stop-id" "--stop-id: expected below 256, found 256" chat $micro --stop-id 256
 refused "chat: a long --system" "--system: is longer than the context" chat $micro --context 5 --system "123456"
 said "chat: no turn" ''
 equal "chat: no turn" "$(wc -c < $tmp/out | tr -d ' ')" 0
@@ -408,6 +475,13 @@ same "chat: /undo far back" $tmp/b $tmp/c
 said "chat: /reset" 'No\nNo\n/reset\nMy dear\nWhat is it?\nAnd then?\n' --temp 0 -n 50 --mtp 1
 sed 1,2d $tmp/out > $tmp/c
 same "chat: /reset" $tmp/b $tmp/c
+said "chat: --stop" 'My dear\nWhat is it?\n' --temp 0 -n 50 --mtp 2 --stop ' of' --stop-id 10
+cp $tmp/out $tmp/c
+if grep -q ' of' $tmp/c; then fail "chat: --stop"; else ok; fi
+said "chat: --stop, without drafts" 'My dear\nWhat is it?\n' --temp 0 -n 50 --stop ' of' --stop-id 10
+same "chat: --stop, without drafts" $tmp/c $tmp/out
+said "chat: steering" 'My dear\nWhat is it?\n' --temp 0 -n 50 --logit-bias 101:-inf --repeat-penalty 1.1
+equal "chat: --logit-bias" "$(tr -cd e < $tmp/out | wc -c | tr -d ' ')" 0
 said "chat: /quit" 'My dear\n/quit\nWhat is it?\n' --temp 0 -n 50
 sed -n 1p $tmp/b > $tmp/c
 same "chat: /quit" $tmp/c $tmp/out
@@ -424,7 +498,7 @@ else
 fi
 printf '%0100d\n1\n/reset\n12\n' 0 | "$tool" chat $micro --context 40 -n 10 > $tmp/out 2> $tmp/err
 equal "chat: a turn too long" "$? $(grep -c 'does not fit' $tmp/err) $(wc -l < $tmp/out | tr -d ' ')" "0 1 2"
-printf '1\n2\n3\n' | "$tool" chat $micro --context 20 -n 100 --stop 0 > $tmp/out 2> $tmp/err
+printf '1\n2\n3\n' | "$tool" chat $micro --context 20 -n 100 --stop-id 0 > $tmp/out 2> $tmp/err
 equal "chat: full" "$? $(grep -c 'context is full' $tmp/err) $(grep -c 'does not fit' $tmp/err)" "0 1 2"
 
 # ---- Streams
