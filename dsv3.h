@@ -6601,12 +6601,9 @@ static int32_t dsv3i_save_int(dsv3i_save *f, int32_t x) { return (int32_t)(uint3
 /* A word that must lie between low and high: else they are expected, and code is what to make of it. */
 static size_t dsv3i_save_between(dsv3i_save *f, const char *name, size_t x, size_t low, size_t high, dsv3_result code) {
     uint64_t found = dsv3i_save_word(f, x);
+    const char *why = code == DSV3_ERR_MISMATCH ? "is not what was saved" : "of what was saved is out of bounds";
     if (f->result != DSV3_OK || f->from == NULL || (found >= low && found <= high)) return (size_t)found;
-    f->result = dsv3i_fail_range(f->error, code, name,
-                                 code == DSV3_ERR_MISMATCH  ? "is not what was saved"
-                                 : code == DSV3_ERR_CONTEXT ? "of what was saved is more than there is room for"
-                                                            : "of what was saved is out of bounds",
-                                 (int64_t)low, (int64_t)high, (int64_t)found);
+    f->result = dsv3i_fail_range(f->error, code, name, why, (int64_t)low, (int64_t)high, (int64_t)found);
     return x;
 }
 
