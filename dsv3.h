@@ -6646,6 +6646,7 @@ static void dsv3i_save_config(dsv3i_save *f) {
 
 /* From the first byte to the last. */
 static dsv3_result dsv3i_save_run(dsv3i_save *f, dsv3i_save_mode mode, void *object) {
+    uint64_t tag;
     f->mode = mode;
     f->at = 0;
     f->result = DSV3_OK;
@@ -6653,10 +6654,11 @@ static dsv3_result dsv3i_save_run(dsv3i_save *f, dsv3i_save_mode mode, void *obj
     (void)dsv3i_save_word(f, DSV3I_SAVE_VERSION);
     dsv3i_save_same(f, "kind", f->kind);
     (void)dsv3i_save_word(f, f->bytes);
-    if (dsv3i_save_word(f, f->tag) != f->tag) {
+    tag = dsv3i_save_word(f, f->tag);
+    dsv3i_save_config(f); /* a field says more than the tag */
+    if (tag != f->tag && f->result == DSV3_OK) {
         f->result = dsv3i_fail(f->error, DSV3_ERR_MISMATCH, "tag", "is not what was saved: other weights, perhaps");
     }
-    dsv3i_save_config(f);
     f->walk(f, object);
     if (mode == DSV3I_SAVE_CHECK && f->result == DSV3_OK && f->at + 8 != f->bytes) {
         f->result = dsv3i_fail_range(f->error, DSV3_ERR_DAMAGED, "bytes", "are more than their contents need",

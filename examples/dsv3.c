@@ -456,6 +456,8 @@ static char *read_file(const char *path, size_t *length) {
     return text;
 }
 
+static void output_try(const char *name, const char *path);
+
 /* ---- Writing: what generate and chat have in common */
 
 #define WRITER_HELP                                                                                                  \
@@ -510,6 +512,135 @@ typedef struct writer {
     size_t prompt_tokens, text_tokens;
 } writer;
 
+/* ---- --prompt-cache FILE: the text of an earlier call as tokens, and its sequence as dsv3_sequence_save has it */
+
+typedef struct prompt_cache {
+    const char *path; /* NULL: there is none */
+    uint64_t tag;     /* of the weights */
+    int found;        /* bool: the file exists */
+    st_file file;
+    const int32_t *token; /* [count] its text */
+    size_t count;
+    const st_tensor *state;
+    size_t common; /* tokens at the beginning of both texts */
+    size_t reused; /* those of them that need not be read again */
+} prompt_cache;
+
+static uint64_t prompt_cache_hash(uint64_t hash, const void *data, size_t bytes) {
+    const unsigned char *at = (const unsigned char *)data;
+    for (size_t i = 0; i < bytes; i++) hash = (hash ^ at[i]) * 0x100000001B3u; /* FNV-1a */
+    return hash;
+}
+
+/* Tells weights apart without reading them all: names, types, and where each tensor begins and ends. */
+static uint64_t prompt_cache_tag(const st_file *file) {
+    uint64_t hash = 0xCBF29CE484222325u;
+    for (size_t i = 0; i < file->count; i++) {
+        const st_tensor *t = &file->tensor[i];
+        const unsigned char type = (unsigned char)t->dtype;
+        size_t bytes = t->bytes < 64 ? t->bytes : 64;
+        hash = prompt_cache_hash(hash, t->name, strlen(t->name) + 1);
+        hash = prompt_cache_hash(hash, &type, 1);
+        hash = prompt_cache_hash(hash, t->data, bytes);
+        hash = prompt_cache_hash(hash, (const unsigned char *)t->data + (t->bytes - bytes), bytes);
+    }
+    return hash;
+}
+
+static void prompt_cache_tokens_hash(char text[24], const int32_t *token, size_t count) {
+    uint64_t hash = 0xCBF29CE484222325u;
+    for (size_t i = 0; i < count; i++) hash = (hash ^ (uint64_t)token[i]) * 0x100000001B3u;
+    snprintf(text, 24, "%llu", (unsigned long long)hash);
+}
+
+/* Reads the file, if there is one, and how much of its text the prompt begins with. */
+static void prompt_cache_open(prompt_cache *c, const char *path, const session *s, const tokens *prompt) {
+    const st_tensor *text;
+    const char *format, *hash;
+    char found[24];
+    st_error error;
+    FILE *file;
+    memset(c, 0, sizeof *c);
+    c->path = path;
+    if (path == NULL) return;
+    output_try("--prompt-cache", path);
+    c->tag = prompt_cache_tag(&s->model.file);
+    file = fopen(path, "rb");
+    if (file == NULL && errno == ENOENT) return;
+    if (file == NULL) stop("%s: cannot be opened: %s", path, strerror(errno));
+    fclose(file);
+    if (st_open(&c->file, path, &error) != ST_OK) stop("%s", error.message);
+    c->found = 1;
+    text = st_find(&c->file, "tokens");
+    c->state = st_find(&c->file, "sequence");
+    format = st_metadata(&c->file, "format");
+    hash = st_metadata(&c->file, "tokens hash");
+    if (format == NULL || strcmp(format, "dsv3 prompt cache") != 0 || hash == NULL || c->state == NULL ||
+        c->state->dtype != ST_U8 || text == NULL || text->dtype != ST_I32) {
+        stop("%s: is no prompt cache, or is damaged; it is left as it is", path);
+    }
+    c->count = text->bytes / sizeof *c->token;
+    c->token = (const int32_t *)text->data;
+    prompt_cache_tokens_hash(found, c->token, c->count);
+    if (strcmp(hash, found) != 0) stop("%s: is damaged: its tokens are not those that were written", path);
+    while (c->common < c->count && c->common < prompt->count && c->token[c->common] == prompt->id[c->common]) {
+        c->common++;
+    }
+}
+
+/* The common text into a sequence. What was saved may be longer than it has room for: it is loaded beside it first. */
+static void prompt_cache_load(prompt_cache *c, dsv3_sequence *to, const dsv3_model *model) {
+    dsv3_sequence all;
+    dsv3_error error;
+    size_t bytes = 0, capacity = c->count > 0 ? c->count : 1;
+    void *memory;
+    char text[256];
+    if (!c->found) return;
+    stop_result(c->path, dsv3_sequence_size(model, capacity, to->cache.type, to->rows, to->max_drafts, &bytes));
+    memory = allocate(c->path, bytes);
+    stop_result(c->path, dsv3_sequence_init(&all, model, capacity, to->cache.type, to->rows, to->max_drafts, memory, bytes));
+    if (dsv3_sequence_load(&all, model, c->tag, c->state->data, c->state->bytes, &error) != DSV3_OK) {
+        stop("%s: %s; it is left as it is", c->path, dsv3_error_text(&error, text, sizeof text));
+    }
+    if (dsv3_sequence_length(&all) != c->count) stop("%s: is damaged: its parts do not fit together", c->path);
+    stop_result(c->path, dsv3_sequence_truncate(&all, c->common, &c->reused));
+    stop_result(c->path, dsv3_sequence_copy(to, &all));
+    free(memory);
+    st_close(&c->file);
+    to->steps = to->written = 0;
+    for (size_t j = 0; j < to->max_drafts; j++) to->drafted[j] = to->accepted[j] = 0;
+}
+
+/* The text, all of which is in the sequence, for the next call. */
+static void prompt_cache_save(const prompt_cache *c, const dsv3_sequence *from, const dsv3_model *model,
+                              const tokens *text) {
+    const char *pairs[] = {"format", "dsv3 prompt cache", "tokens hash", NULL, NULL};
+    st_tensor list[2];
+    st_error error;
+    char hash[24];
+    size_t bytes = 0;
+    void *data;
+    if (c->path == NULL) return;
+    stop_result(c->path, dsv3_sequence_save_size(from, &bytes));
+    data = allocate(c->path, bytes);
+    stop_result(c->path, dsv3_sequence_save(from, model, c->tag, data, bytes));
+    prompt_cache_tokens_hash(hash, text->id, text->count);
+    pairs[3] = hash;
+    memset(list, 0, sizeof list);
+    list[0].name = "sequence";
+    list[0].dtype = ST_U8;
+    list[0].data = data;
+    list[0].shape[0] = list[0].bytes = bytes;
+    list[1].name = "tokens";
+    list[1].dtype = ST_I32;
+    list[1].data = text->id;
+    list[1].shape[0] = text->count;
+    list[1].bytes = text->count * sizeof *text->id;
+    list[0].rank = list[1].rank = 1;
+    if (st_write(c->path, list, 2, pairs, &error) != ST_OK) stop("%s", error.message);
+    free(data);
+}
+
 /* Opens the model, before there is a text. */
 static void writer_model(session *s, const char *directory, const writer_options *o) {
     session_open(s, directory, o->backend, o->threads, parse_pack(o->pack, o->no_pack));
@@ -522,7 +653,9 @@ static void writer_model(session *s, const char *directory, const writer_options
     if (o->mtp > 0 && s->model.model.n_mtp == 0) stop("--mtp: %s has no MTP modules", directory);
 }
 
-static void writer_open(writer *w, session *s, const writer_options *o, size_t context, size_t rows) {
+/* cached: where the text begins, or NULL. */
+static void writer_open(writer *w, session *s, const writer_options *o, size_t context, size_t rows,
+                        prompt_cache *cached) {
     const dsv3_model *model = &s->model.model;
     size_t drafts = (size_t)o->mtp;
     dsv3_type type = parse_cache(o->cache);
@@ -531,6 +664,7 @@ static void writer_open(writer *w, session *s, const writer_options *o, size_t c
     stop_result("cache", dsv3_sequence_size(model, context, type, rows, drafts, &w->bytes));
     w->memory = allocate("cache", w->bytes);
     stop_result("cache", dsv3_sequence_init(&w->sequence, model, context, type, rows, drafts, w->memory, w->bytes));
+    if (cached != NULL) prompt_cache_load(cached, &w->sequence, model); /* what it says of the sampler is replaced here */
     stop_result("workspace", dsv3_workspace_size(&model->config, rows, s->context.threads, &s->workspace_bytes));
     s->workspace_memory = allocate("workspace", s->workspace_bytes);
     stop_result("workspace", dsv3_workspace_init(&s->workspace, &model->config, rows, s->context.threads,
@@ -571,8 +705,10 @@ static int writer_full(const writer *w) { return w->sequence.cache.length == w->
 static void writer_stats(const writer *w, const session *s) {
     const dsv3_sequence *q = &w->sequence;
     fprintf(stderr, "load     %.3f s, %zu tensors\n", w->load, s->model.file.count);
-    fprintf(stderr, "prompt   %zu tokens, %.3f s, %.0f tokens/s\n", w->prompt_tokens, w->prompt,
-            (double)w->prompt_tokens / w->prompt);
+    if (w->prompt > 0) {
+        fprintf(stderr, "prompt   %zu tokens, %.3f s, %.0f tokens/s\n", w->prompt_tokens, w->prompt,
+                (double)w->prompt_tokens / w->prompt);
+    }
     if (w->text > 0) {
         fprintf(stderr, "text     %llu tokens, %.3f s, %.0f tokens/s, %.2f ms a token\n",
                 (unsigned long long)q->written, w->text, (double)w->text_tokens / w->text,
@@ -600,7 +736,10 @@ static const char generate_help[] =
     "  -p TEXT          prompt (default: the model's begin-of-text token)\n"
     "  --echo           write the prompt before the text and a line feed behind it, as on a terminal\n"
     "  -n N             tokens to write (default 400); ends earlier at the end-of-text token or a full "
-    "context\n" WRITER_HELP;
+    "context\n"
+    "  --prompt-cache F file that keeps the text with all that was computed for it: written at the end, and if it is\n"
+    "                   there, what its text and the prompt begin with in common is not read again. It belongs to one\n"
+    "                   model, --cache and --mtp: of another it is refused, and left as it is\n" WRITER_HELP;
 
 static void generate_prompt(tokens *t, const session *s, const char *prompt, int ids) {
     if (prompt != NULL) tokens_from_text(t, "-p", prompt, strlen(prompt), s->V, ids);
@@ -618,30 +757,39 @@ static size_t generate_context(const session *s, const writer_options *o, size_t
 
 static int generate(int argc, char **argv, const command *c) {
     writer_options o = {"F32", "auto", "auto", 400, 1, 0, 0, 0, 0.7, 0.95, 0, 0, 0, 0, 0, 0};
-    const char *directory = NULL, *text = NULL;
+    const char *directory = NULL, *text = NULL, *cache_path = NULL;
     int echo = 0, status, ended = 0;
     const option options[] = {{"-p", OPTION_TEXT, &text, 0, 0},
                               {"--echo", OPTION_FLAG, &echo, 0, 0},
+                              {"--prompt-cache", OPTION_TEXT, &cache_path, 0, 0},
                               WRITER_OPTIONS(o),
                               {NULL, OPTION_FLAG, NULL, 0, 0}};
     session s;
     writer w;
-    tokens prompt = {NULL, 0, 0};
+    prompt_cache cached;
+    tokens prompt = {NULL, 0, 0}, all = {NULL, 0, 0};
     size_t made = 0;
     double begin = now(), load;
     status = parse(argc, argv, c, options, &directory, 1);
     if (status != 0) return status - 1;
     writer_model(&s, directory, &o);
     generate_prompt(&prompt, &s, text, o.ids);
+    prompt_cache_open(&cached, cache_path, &s, &prompt);
     load = now() - begin;
-    writer_open(&w, &s, &o, generate_context(&s, &o, prompt.count), prompt.count < CHUNK ? prompt.count : CHUNK);
+    writer_open(&w, &s, &o, generate_context(&s, &o, prompt.count),
+                prompt.count < CHUNK && cache_path == NULL ? prompt.count : CHUNK, &cached);
     w.load = load;
-    w.prompt_tokens = prompt.count;
-    stop_result("prompt", dsv3_sequence_append(&w.sequence, &s.model.model, prompt.id, prompt.count));
+    w.prompt_tokens = prompt.count - cached.reused;
+    if (w.prompt_tokens > 0) {
+        stop_result("prompt", dsv3_sequence_append(&w.sequence, &s.model.model, prompt.id + cached.reused,
+                                                   w.prompt_tokens));
+    }
+    for (size_t i = 0; i < prompt.count; i++) tokens_add(&all, prompt.id[i]);
     echo |= is_terminal(stdout); /* so that the page reads whole */
     if (echo && text != NULL) printf("%s", text);
     while (made < (size_t)o.n && !ended && !writer_full(&w)) {
         writer_step(&w, &s);
+        for (size_t i = 0; i < w.sequence.n_token; i++) tokens_add(&all, w.sequence.token[i]);
         for (size_t i = 0; i < w.sequence.n_token && made < (size_t)o.n && !ended; i++) {
             ended = w.sequence.token[i] == s.model.config.eos_token_id;
             if (!ended) print_token(w.sequence.token[i], o.ids);
@@ -654,8 +802,13 @@ static int generate(int argc, char **argv, const command *c) {
         fprintf(stderr, "dsv3: the context of %zu positions is full after %zu of %ld tokens\n",
                 w.sequence.cache.capacity, made, o.n);
     }
+    prompt_cache_save(&cached, &w.sequence, &s.model.model, &all);
+    if (o.stats && cache_path != NULL) {
+        fprintf(stderr, "reused   %zu of %zu tokens of the prompt, from %s\n", cached.reused, prompt.count, cache_path);
+    }
     if (o.stats) writer_stats(&w, &s);
     free(prompt.id);
+    free(all.id);
     writer_close(&w);
     session_close(&s);
     return 0;
@@ -858,7 +1011,7 @@ static int chat(int argc, char **argv, const command *c) {
     load = now() - begin;
     if (chat.o.context == 0) chat.o.context = chat.s.model.config.max_position_embeddings;
     writer_open(&chat.w, &chat.s, &chat.o, (size_t)chat.o.context,
-                (size_t)chat.o.context < CHUNK ? (size_t)chat.o.context : CHUNK);
+                (size_t)chat.o.context < CHUNK ? (size_t)chat.o.context : CHUNK, NULL);
     chat.w.load = load;
     chat.w.sequence.stop = (int32_t)stop_token;
     if (chat.system != NULL) chat_add(&chat, "--system", chat.system);
@@ -3009,7 +3162,7 @@ static void train_sample(const train_state *s) {
     session model = s->eval;
     writer w;
     int32_t first = s->config.bos_token_id >= 0 ? s->config.bos_token_id : s->text.id[0];
-    writer_open(&w, &model, &o, s->seq < 161 ? s->seq : 161, 1);
+    writer_open(&w, &model, &o, s->seq < 161 ? s->seq : 161, 1, NULL);
     stop_result("sample", dsv3_sequence_append(&w.sequence, &model.model.model, &first, 1));
     progress_leave();
     fprintf(stderr, "sample at step %llu: ", (unsigned long long)s->done);

@@ -71,7 +71,7 @@ done
 for command in score route; do misused "$command: one operand" "operand is missing" $command $micro; done
 for command in generate plan inspect; do misused "$command: two operands" "unexpected argument b" $command a b; done
 for command in score route; do misused "$command: three operands" "unexpected argument c" $command a b c; done
-for option in -p -n --temp --top-p --seed --context --cache --attention --threads; do
+for option in -p -n --prompt-cache --temp --top-p --seed --context --cache --attention --threads; do
     misused "generate $option without a value" "missing behind $option" generate $micro $option
 done
 for option in --last --context --cache --attention --threads; do
@@ -358,6 +358,62 @@ refused "--mtp -1" "--mtp: expected 0 to 15, found -1" generate $micro --mtp -1
 refused "--mtp 16" "--mtp: expected 0 to 15, found 16" generate $micro --mtp 16
 refused "--mtp without modules" "--mtp: tests/golden/v2 has no MTP modules" generate tests/golden/v2 --mtp 1
 good "--mtp 0 without modules" generate tests/golden/v2 --mtp 0 -n 3 -p x
+
+# ---- generate --prompt-cache
+
+# cached NAME REUSED ARGS...: the text is that of the same call without a cache, and so many tokens were not read again.
+cached() {
+    name=$1 reused=$2
+    shift 2
+    run generate "$@"
+    cp $tmp/out $tmp/plain
+    run generate "$@" --prompt-cache $tmp/cache --stats
+    if [ $status = 0 ]; then ok; else fail "--prompt-cache, $name: status $status"; fi
+    same "--prompt-cache, $name: the text" $tmp/plain $tmp/out
+    equal "--prompt-cache, $name: reused" "$(sed -n 's/^reused *\([0-9]*\) of .*/\1/p' $tmp/err)" "$reused"
+    if [ -f $tmp/cache ] && [ ! -e $tmp/cache.tmp ]; then ok; else bad "--prompt-cache, $name: the file"; fi
+}
+# kept NAME TEXT ARGS...: refused with one line, and the file stays as it is.
+kept() {
+    name=$1 text=$2
+    shift 2
+    cp $tmp/cache $tmp/cache.before
+    refused "--prompt-cache, $name" "$text" generate "$@" --prompt-cache $tmp/cache -n 2
+    same "--prompt-cache, $name: the file" $tmp/cache.before $tmp/cache
+}
+cached "fresh" 0 $micro -p 'It is a truth' -n 20
+cached "the same prompt" 13 $micro -p 'It is a truth' -n 20
+cached "a shorter prompt" 5 $micro -p 'It is' -n 300 --seed 4
+"$tool" generate $micro -p 'It is' -n 300 --seed 4 --echo > $tmp/said
+cached "the text goes on" 200 $micro -p "$(head -c 200 $tmp/said) and so" -n 5 --temp 0
+cached "part of it" 5 $micro -p 'It is a t' -n 5 --temp 0
+cached "it begins alike" 6 $micro -p 'It is not' -n 5 --temp 0
+cached "another text" 0 $micro -p 'Emma' -n 5
+kept "another model" "$tmp/cache: vocab_size: is not what was saved" $tmp/v128 --ids -p 1
+kept "--mtp" "$tmp/cache: n_modules: is not what was saved (expected 1, found 0)" $micro -p Emma --mtp 1
+kept "--cache" "$tmp/cache: type: is not what was saved (expected 2, found 0)" $micro -p Emma --cache BF16
+copy other
+printf '\125' | dd of=$tmp/other/model.safetensors bs=1 seek=$(($(wc -c < $tmp/other/model.safetensors) - 20)) conv=notrunc 2> /dev/null
+kept "other weights" "$tmp/cache: tag: is not what was saved" $tmp/other -p Emma
+size=$(wc -c < $tmp/cache)
+cp $tmp/cache $tmp/whole
+for at in 9 40 150 $((size / 2)) $((size - 30)) $((size - 5)); do
+    printf '\377' | dd of=$tmp/cache bs=1 seek=$at conv=notrunc 2> /dev/null
+    kept "byte $at is another" "$tmp/cache: " $micro -p Emma
+    cp $tmp/whole $tmp/cache
+done
+for length in 0 100 $((size / 2)) $((size - 1)); do
+    head -c $length $tmp/whole > $tmp/cache
+    kept "cut to $length bytes" "$tmp/cache: " $micro -p Emma
+done
+cp $micro/model.safetensors $tmp/cache
+kept "a checkpoint" "$tmp/cache: is no prompt cache" $micro -p Emma
+rm $tmp/cache
+refused "--prompt-cache in no directory" "cannot be written" generate $micro --prompt-cache $tmp/nowhere/c -n 1
+refused "--prompt-cache is a directory" "is a directory" generate $micro --prompt-cache $tmp -n 1
+cached "drafts" 0 examples/models/austen -p 'It is a truth' -n 20 --mtp 3 --temp 0 --cache BF16
+cached "drafts, the same prompt" 13 examples/models/austen -p 'It is a truth' -n 20 --mtp 3 --temp 0 --cache BF16
+cached "drafts, a longer prompt" 13 examples/models/austen -p 'It is a truth!?' -n 20 --mtp 3 --temp 0 --cache BF16
 
 # ---- chat
 
