@@ -2037,14 +2037,15 @@ static int convert(int argc, char **argv, const command *c) {
 
 static const char train_help[] =
     "usage: dsv3 train (--preset NAME | --config FILE | --init DIR) --text FILE --out DIR [options]\n"
-    "       dsv3 train --resume --out DIR\n"
+    "       dsv3 train --resume --out DIR [--steps MORE]\n"
     "Trains a model on text: AdamW, multi-token prediction, experts balanced by their biases. DIR gets the\n"
     "checkpoint (model.safetensors, config.json), what --resume needs (train.safetensors), log.csv and pictures of\n"
     "it. Ctrl-C ends it after the current step, with everything saved. Standard error shows the progress.\n"
     "The model:\n"
     "  --preset NAME    random weights for one of " PLAN_NAMES "\n"
     "  --config FILE    random weights for this config.json, or the one in this directory\n"
-    "  --init DIR       the weights of a checkpoint\n"
+    "  --init DIR       the weights of a checkpoint, to be tuned: other defaults of --lr and --warmup, so that what\n"
+    "                   the model knows survives the first steps\n"
     "  --std X          standard deviation of random weights (default 0.02)\n"
     "  --freeze NAMES   these tensors are not trained; * stands for any characters; may be repeated\n"
     "The text:\n"
@@ -2057,9 +2058,9 @@ static const char train_help[] =
     "  --accum N        micro-batches into which they are divided, to save memory (default: up to 4096 tokens each)\n"
     "The recipe:\n"
     "  --steps N        (default 1000)\n"
-    "  --lr X           highest learning rate (default 0.003)\n"
+    "  --lr X           highest learning rate (default 0.003; with --init 0.0001)\n"
     "  --schedule S     v3 (warm-up, constant, cosine, low, tail) or cosine (default v3)\n"
-    "  --warmup N       steps of the warm-up (default: a twentieth)\n"
+    "  --warmup N       steps of the warm-up (default: a twentieth; with --init at least 40, but at most half of all)\n"
     "  --constant F     v3: where the constant phase ends, as a fraction of the steps (default 0.676). The cosine "
     "ends\n"
     "                   at 0.966 and the low phase at 0.989, as for V3\n"
@@ -2087,7 +2088,9 @@ static const char train_help[] =
     "                   depend on it\n"
     "  --resume         goes on with the run in DIR, bit for bit as if it had never stopped; options and text are "
     "those\n"
-    "                   of the run, and what is given again must agree (except under \"Memory and output\")\n";
+    "                   of the run, and what is given again must agree (except under \"Memory and output\")\n"
+    "  --resume --steps MORE   to another end. Before the rate falls the phases are laid out anew; later they stay, and\n"
+    "                   the last rate (--tail; cosine: --low) goes on. For a new cycle use --init\n";
 
 typedef struct train_options {
     const char *config, *preset, *init, *out, *schedule, *keep, *type, *backend;
@@ -2098,6 +2101,12 @@ typedef struct train_options {
 } train_options;
 
 #define TRAIN_OPTIONS 37
+
+/* Defaults of --lr and --warmup. A trained model stands where large steps lead away from, and AdamW begins with moments
+ * that know nothing: in its first 2 / (1 - beta2) = 40 steps the second ones are a few gradients' noise. */
+#define TRAIN_RATE 0.003
+#define TRAIN_RATE_TUNED 0.0001
+#define TRAIN_WARMUP_TUNED 40
 
 /* What --resume does with an option: it belongs to one call only; it is stored, but may change; it must stay. */
 typedef enum train_role { TRAIN_CALL, TRAIN_FREE, TRAIN_FIXED } train_role;
@@ -2147,12 +2156,12 @@ static void train_table(option *table, train_options *o) {
 static train_role train_role_of(const char *name) {
     static const char calls[7][12] = {"--config", "--preset",  "--init",   "--out",
                                       "--resume", "--threads", "--backend"};
-    static const char frees[7][16] = {"--text",      "--keep",       "--type",        "--save-every",
-                                      "--val-every", "--val-tokens", "--sample-every"};
+    static const char frees[8][16] = {"--text",      "--keep",       "--type",         "--save-every",
+                                      "--val-every", "--val-tokens", "--sample-every", "--steps"};
     for (int i = 0; i < 7; i++) {
         if (strcmp(name, calls[i]) == 0) return TRAIN_CALL;
     }
-    for (int i = 0; i < 7; i++) {
+    for (int i = 0; i < 8; i++) {
         if (strcmp(name, frees[i]) == 0) return TRAIN_FREE;
     }
     return TRAIN_FIXED;
@@ -2173,7 +2182,7 @@ static train_options train_defaults(void) {
     o.val_tokens = 8192;
     o.std = 0.02;
     o.val = 5;
-    o.lr = 0.003;
+    o.lr = -1; /* until it is known whether the model is new */
     o.constant = 10.0 / 14.8; /* [R] 4.2: trillions of tokens */
     o.low = 0.1;
     o.tail = 7.3e-6 / 2.2e-4;
@@ -2251,6 +2260,7 @@ typedef struct train_state {
     size_t taught; /* tokens that are trained on; the others are for validation */
     uint64_t hash; /* of the tokens */
     dsv3_training settings;
+    uint64_t phases; /* steps over which the phases of the schedule are laid out: --steps, unless that was changed late */
     dsv3_schedule schedule;
     dsv3_trainer trainer;
     void *trainer_memory;
@@ -2574,10 +2584,10 @@ static st_tensor *train_state_tensors(train_state *s, size_t *count) {
 }
 
 static void train_save_state(train_state *s) {
-    static const char keys[5][12] = {"step", "trained", "skipped", "text tokens", "text hash"};
-    const uint64_t values[5] = {s->done, s->trainer.step, s->skipped, s->text.count, s->hash};
-    const char *pairs[2 * (TRAIN_OPTIONS + 8) + 1];
-    char numbers[5][24], *path = train_path(s, "train.safetensors"), *config = NULL, *value[TRAIN_OPTIONS];
+    static const char keys[6][12] = {"step", "trained", "skipped", "text tokens", "text hash", "phases"};
+    const uint64_t values[6] = {s->done, s->trainer.step, s->skipped, s->text.count, s->hash, s->phases};
+    const char *pairs[2 * (TRAIN_OPTIONS + 9) + 1];
+    char numbers[6][24], *path = train_path(s, "train.safetensors"), *config = NULL, *value[TRAIN_OPTIONS];
     option table[TRAIN_OPTIONS + 1];
     size_t n = 0, count = 0, stored = 0;
     st_error error;
@@ -2585,7 +2595,7 @@ static void train_save_state(train_state *s) {
     if (checkpoint_config_text(&config, &s->config, DSV3_F32, &error) != ST_OK) stop("%s", error.message);
     pairs[n++] = "config";
     pairs[n++] = config;
-    for (int i = 0; i < 5; i++) {
+    for (int i = 0; i < 6; i++) {
         snprintf(numbers[i], sizeof numbers[i], "%llu", (unsigned long long)values[i]);
         pairs[n++] = keys[i];
         pairs[n++] = numbers[i];
@@ -2880,7 +2890,12 @@ static void train_read_text(train_state *s) {
 /* The micro-batches: as many sequences as make up to 4096 tokens, of those numbers that divide the batch. */
 static void train_resolve(train_options *o, const dsv3_config *c) {
     if (o->seq == 0) o->seq = c->max_position_embeddings < 1024 ? c->max_position_embeddings : 1024;
-    if (o->warmup < 0) o->warmup = o->steps / 20;
+    if (o->lr < 0) o->lr = o->init != NULL ? TRAIN_RATE_TUNED : TRAIN_RATE;
+    if (o->warmup < 0) {
+        o->warmup = o->steps / 20;
+        if (o->init != NULL && o->warmup < TRAIN_WARMUP_TUNED) o->warmup = TRAIN_WARMUP_TUNED;
+        if (o->init != NULL && o->warmup > o->steps / 2) o->warmup = o->steps / 2;
+    }
     if (o->accum == 0) {
         o->accum = 1;
         while (o->batch % o->accum != 0 || (o->accum < o->batch && o->batch / o->accum > 4096 / o->seq)) o->accum++;
@@ -2891,10 +2906,41 @@ static void train_resolve(train_options *o, const dsv3_config *c) {
     }
 }
 
+/* The phases over so many steps. Behind them the last rate stays. */
+static dsv3_schedule train_schedule(const train_options *o, uint64_t steps) {
+    dsv3_schedule s;
+    s.peak = o->lr;
+    s.low = s.tail = o->lr * o->low;
+    s.warmup = s.constant = (uint64_t)o->warmup;
+    s.cosine = s.end = steps;
+    if (strcmp(o->schedule, "v3") == 0) {
+        uint64_t constant = (uint64_t)(o->constant * (double)steps);
+        if (constant > s.constant) s.constant = constant;
+        s.tail = o->lr * o->tail;
+        s.cosine = (uint64_t)(14.3 / 14.8 * (double)steps);
+        s.end = (uint64_t)(14.633 / 14.8 * (double)steps);
+    }
+    return s;
+}
+
+/* --resume with other --steps than before: while the rate has not begun to fall, and would not have with the new number
+ * either, the phases are laid out anew. Else they stay, and the rate behind them is the last one. */
+static void train_extend(train_state *s, uint64_t before) {
+    uint64_t steps = (uint64_t)s->o.steps;
+    if (steps < s->done) {
+        stop("--steps: expected at least %llu, the steps done, found %ld", (unsigned long long)s->done, s->o.steps);
+    }
+    if (steps == before) return;
+    if (s->done <= train_schedule(&s->o, s->phases).constant && s->done <= train_schedule(&s->o, steps).constant) {
+        s->phases = steps;
+    }
+    fprintf(stderr, "dsv3: the run of %llu steps goes on to step %ld; its phases are those of %llu steps\n",
+            (unsigned long long)before, s->o.steps, (unsigned long long)s->phases);
+}
+
 static void train_set(train_state *s) {
     const train_options *o = &s->o;
     dsv3_training *t = &s->settings;
-    uint64_t steps = (uint64_t)o->steps;
     s->accum = (size_t)o->accum;
     s->seq = (size_t)o->seq;
     s->sequences = (size_t)o->batch / s->accum;
@@ -2912,25 +2958,14 @@ static void train_set(train_state *s) {
     t->clip = (float)o->clip;
     t->frozen = o->freeze.count > 0 ? o->freeze.item : NULL;
     t->exempt = o->exempt.count > 0 ? o->exempt.item : NULL;
-    s->schedule.peak = o->lr;
-    s->schedule.low = o->lr * o->low;
-    s->schedule.tail = o->lr * o->tail;
-    s->schedule.warmup = (uint64_t)o->warmup;
-    s->schedule.constant = s->schedule.warmup;
-    s->schedule.cosine = s->schedule.end = steps;
-    if (strcmp(o->schedule, "v3") == 0) {
-        uint64_t constant = (uint64_t)(o->constant * (double)steps);
-        if (constant > s->schedule.constant) s->schedule.constant = constant;
-        s->schedule.cosine = (uint64_t)(14.3 / 14.8 * (double)steps);
-        s->schedule.end = (uint64_t)(14.633 / 14.8 * (double)steps);
-    }
+    s->schedule = train_schedule(o, s->phases);
 }
 
 static void train_set_balancer(train_state *s) {
     dsv3_balancer *b = &s->trainer.balancer;
-    uint64_t freeze = (uint64_t)(s->o.bias_freeze * (double)s->o.steps);
+    uint64_t freeze = (uint64_t)(s->o.bias_freeze * (double)s->phases);
     b->schedule.speed = freeze > 0 ? s->o.bias_speed : 0;
-    b->schedule.freeze = freeze < (uint64_t)s->o.steps ? freeze : 0; /* 0: never */
+    b->schedule.freeze = freeze < s->phases ? freeze : 0; /* 0: never */
 }
 
 static void train_reserve(train_state *s) {
@@ -3008,6 +3043,7 @@ static void train_begin(train_state *s) {
     memset(&from, 0, sizeof from);
     train_model(s, &from);
     train_resolve(&s->o, &s->config);
+    s->phases = (uint64_t)s->o.steps;
     train_prepare(s);
     make_directory("--out", s->o.out);
     if (file_exists(s->o.out, "train.safetensors") || file_exists(s->o.out, "model.safetensors") ||
@@ -3026,6 +3062,7 @@ static int train_resume(train_state *s, int argc, char **argv, const command *c,
     st_error error;
     const char *config;
     char *path;
+    uint64_t before;
     int status;
     s->o = train_defaults();
     s->o.out = out;
@@ -3033,10 +3070,14 @@ static int train_resume(train_state *s, int argc, char **argv, const command *c,
     if (!file_exists(out, "train.safetensors")) stop("%s: does not exist; there is no run to go on with", path);
     if (st_open(&file, path, &error) != ST_OK) stop("%s", error.message);
     train_restore(s, &file, path);
+    before = (uint64_t)s->o.steps;
     train_table(table, &s->o);
     status = parse(argc, argv, c, table, NULL, 0);
     if (status != 0) return status;
     train_compare(s, &file);
+    s->done = train_number(&file, path, "step");
+    s->phases = st_metadata(&file, "phases") != NULL ? train_number(&file, path, "phases") : before; /* of 0.1: none */
+    train_extend(s, before);
     train_check(&s->o);
     config = st_metadata(&file, "config");
     if (config == NULL) stop("%s: is no state of a training run: config is missing", path);
@@ -3301,8 +3342,8 @@ static void train_run(train_state *s) {
     if (s->saved != s->done || s->done == s->began_at) train_save(s);
     if (s->skipped > 0) fprintf(stderr, "dsv3: %llu steps changed nothing\n", (unsigned long long)s->skipped);
     if (s->done == s->began_at && s->done == steps) {
-        fprintf(stderr, "dsv3: the run in %s is complete: step %llu of %ld\n", s->o.out, (unsigned long long)s->done,
-                s->o.steps);
+        fprintf(stderr, "dsv3: the run in %s is complete: step %llu of %ld; --steps with more goes on\n", s->o.out,
+                (unsigned long long)s->done, s->o.steps);
     }
     if (s->done < steps) {
         fprintf(stderr, "dsv3: stopped and saved after step %llu; go on with: dsv3 train --resume --out %s\n",

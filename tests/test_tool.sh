@@ -1136,6 +1136,34 @@ shows "inspect its state" '^m.model.norm.weight  *F32 *\[64\]'
 shows "inspect its state" '^loads  *U64 *\[4, 8\]'
 refused "train: not again" "holds a checkpoint already" train $recipe --out $tmp/whole
 
+# To another end: as one run of so many steps while the rate is constant; behind its phases with the last rate.
+trains "a run to be extended" $recipe --out $tmp/longer --steps 12 --constant 0.7 --lr 0.004
+run train --resume --out $tmp/longer
+if [ $status = 0 ] && grep -q "the run in $tmp/longer is complete: step 12 of 12; --steps" $tmp/err; then ok; else
+    fail "train --resume: a finished run says so"
+fi
+trains "--resume --steps: a finished run" --resume --out $tmp/longer --steps 15
+if grep -q 'the run of 12 steps goes on to step 15; its phases are those of 12 steps' $tmp/err; then ok; else
+    fail "train --resume --steps: no line about it"
+fi
+equal "train --resume --steps: the last rate" "$(awk -F, 'NR > 13 { printf "%s %.6f, ", $1, $3 }' $tmp/longer/log.csv)" \
+    "13 0.000133, 14 0.000133, 15 0.000133, "
+trains "--resume --steps: once more" --resume --out $tmp/longer --steps 16
+equal "train --resume --steps: rows" "$(wc -l < $tmp/longer/log.csv | tr -d ' ')" 17
+refused "train --resume --steps: fewer than are done" "--steps: expected at least 16, the steps done, found 15" \
+    train --resume --out $tmp/longer --steps 15
+trains "a run to be stretched" $recipe --out $tmp/stretched --steps 4 --warmup 1 --constant 1 --bias-freeze 1
+trains "--resume --steps: before the rate falls" --resume --out $tmp/stretched --steps 12 --val-every 4
+trains "the same in one" $recipe --out $tmp/straight --steps 12 --warmup 1 --constant 1 --bias-freeze 1 --val-every 4
+same "train --resume --steps: log.csv" $tmp/straight/log.csv $tmp/stretched/log.csv
+same "train --resume --steps: weights" $tmp/straight/model.safetensors $tmp/stretched/model.safetensors
+
+# --init: the defaults are for a model that knows something.
+trains "--init" --init $micro --text $tmp/train.txt --seq 24 --batch 2 --steps 6 --out $tmp/tuned --val-every 6
+equal "train --init: rates" "$(awk -F, 'NR > 1 && NR < 5 { printf "%.6f ", $3 }' $tmp/tuned/log.csv)" "0.000033 0.000067 0.000100 "
+trains "--init --lr --warmup" --init $micro --text $tmp/train.txt --seq 24 --batch 2 --steps 2 --out $tmp/tuned2 --lr 0.001 --warmup 0
+equal "train --init --lr: rates" "$(awk -F, 'NR == 2 { print $3 }' $tmp/tuned2/log.csv)" "0.001"
+
 # The same numbers, whatever the threads, and whatever is kept.
 trains "two threads" $recipe --out $tmp/threads --steps 12 --save-every 5 --threads 2
 for file in model.safetensors train.safetensors log.csv config.json; do
