@@ -31,7 +31,7 @@
  *   blocks    dsv3_mla_forward, dsv3_ffn_forward, dsv3_layer_forward on one layer's weights;
  *   programs  dsv3_forward (prefill and decode of many sequences in one call), dsv3_mtp_forward, dsv3_sample,
  *             dsv3_generate (steps with drafts, several sequences at once), dsv3_evaluate (losses of all depths),
- *             dsv3_train_begin, _accumulate, _end (a training step).
+ *             dsv3_train_begin, _accumulate, _end (a training step), dsv3_sequence_save (any of it as bytes).
  *
  * >>options  Define before the first include of the file that has DSV3_IMPLEMENTATION (no macro changes a struct):
  *   DSV3_IMPLEMENTATION      compile the implementation here (once per program)
@@ -6625,12 +6625,12 @@ static void dsv3i_save_same(dsv3i_save *f, const char *name, size_t x) {
     FLOAT(rope_scaling.mscale_all_dim)
 #define DSV3I_SAVE_INT(field) (uint32_t)c->field,
 #define DSV3I_SAVE_FLOAT(field) dsv3i_bits(c->field),
-#define DSV3I_SAVE_NAME(field) #field,
+#define DSV3I_SAVE_NAME(field) #field "\0"
 #define DSV3I_SAVE_YES(field) 1,
 #define DSV3I_SAVE_NO(field) 0,
 
 static void dsv3i_save_config(dsv3i_save *f) {
-    static const char name[][48] = {DSV3I_SAVE_FIELDS(DSV3I_SAVE_NAME, DSV3I_SAVE_NAME)};
+    const char *name = DSV3I_SAVE_FIELDS(DSV3I_SAVE_NAME, DSV3I_SAVE_NAME); /* one behind the other */
     static const uint8_t is_float[] = {DSV3I_SAVE_FIELDS(DSV3I_SAVE_NO, DSV3I_SAVE_YES)};
     const dsv3_config *c = f->config;
     if (c == NULL) {
@@ -6639,8 +6639,10 @@ static void dsv3i_save_config(dsv3i_save *f) {
     }
     const uint32_t value[] = {DSV3I_SAVE_FIELDS(DSV3I_SAVE_INT, DSV3I_SAVE_FLOAT)};
     for (size_t i = 0; i < sizeof is_float && f->result == DSV3_OK; i++) {
-        dsv3i_save_same(f, name[i], value[i]);
+        dsv3i_save_same(f, name, value[i]);
         if (f->result != DSV3_OK && is_float[i] && f->error != NULL) f->error->numbers = DSV3_NUMBERS_NONE; /* bits */
+        while (*name++ != '\0') {
+        }
     }
 }
 
