@@ -5921,6 +5921,9 @@ DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, c
  *
  * AdamW: m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2,
  *     w = w (1 - lr decay) - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+ * A checkpoint that a run goes on from with the same bits holds the weights (routers' biases are among them), m, v, the
+ * moving average, t, and the loads of all steps: dsv3_trainer_save (chapter 15). What is not in the trainer is the
+ * program's to remember: its settings, the schedule, the place in the text.
  * Test: tests/test_gradients.c, tests/test_train.c.
  * ==================================================================================================== */
 
