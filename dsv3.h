@@ -1151,7 +1151,8 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
  * Errors of _save: ARG (NULL, or see there), MISMATCH (made for another model), MEMORY (bytes are fewer than _save_size).
  * Errors of _load, with error->name for what is at fault: DAMAGED (cut, altered, or no such bytes at all), UNSUPPORTED (a
  * later version), MISMATCH (another kind, config, tag, type, or form of the object: expected is what the object has),
- * CONTEXT (longer than the caches). All is checked before anything is written: after an error the object is as it was.
+ * CONTEXT (longer than the caches: error->found[0] positions). All is checked before anything is written: after an error
+ * the object is as it was.
  * Thread safety: objects that are saved are only read; an object that is loaded must not be in use elsewhere. */
 
 /* config: of the model that fills the cache. The main model's caches and those of MTP modules alike. */
@@ -1180,7 +1181,7 @@ DSV3_API dsv3_result dsv3_sequence_load(dsv3_sequence *sequence, const dsv3_mode
  * the next steps have the same bits as without the interruption. */
 DSV3_API dsv3_result dsv3_trainer_save_size(const dsv3_trainer *trainer, size_t *bytes);
 DSV3_API dsv3_result dsv3_trainer_save(const dsv3_trainer *trainer, uint64_t tag, void *data, size_t bytes);
-/* Into a trainer that was made by _init, for the same config and with the same settings.ema. Begins no step. */
+/* Into a trainer that was made by _init, for the same config and with the same settings.ema. A step under way is given up. */
 DSV3_API dsv3_result dsv3_trainer_load(dsv3_trainer *trainer, uint64_t tag, const void *data, size_t bytes,
                                        dsv3_error *error);
 #endif

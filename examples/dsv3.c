@@ -739,7 +739,8 @@ static const char generate_help[] =
     "context\n"
     "  --prompt-cache F file that keeps the text with all that was computed for it: written at the end, and if it is\n"
     "                   there, what its text and the prompt begin with in common is not read again. It belongs to one\n"
-    "                   model, --cache and --mtp: of another it is refused, and left as it is\n" WRITER_HELP;
+    "                   model, --cache and --mtp: of another it is refused, and left as it is. The text is the same as\n"
+    "                   without it, bit for bit if --attention is not auto\n" WRITER_HELP;
 
 static void generate_prompt(tokens *t, const session *s, const char *prompt, int ids) {
     if (prompt != NULL) tokens_from_text(t, "-p", prompt, strlen(prompt), s->V, ids);

@@ -306,6 +306,7 @@ static void test_cache_lengths(synth *s, dsv3_type type, int module) {
     enum { N = 9 };
     thing *from = thing_cache(&s->model, N, type, module);
     size_t empty = 0;
+    dsv3_error error;
     for (size_t n = 0; n <= N; n++) {
         thing *to = thing_cache(&s->model, n == 0 ? 1 : n + n % 3, type, module);
         blob b;
@@ -320,6 +321,8 @@ static void test_cache_lengths(synth *s, dsv3_type type, int module) {
             thing *other = thing_cache(&s->model, n, type == DSV3_F32 ? DSV3_BF16 : DSV3_F32, module);
             thing *layers = thing_cache(&s->model, n, type, !module);
             CHECK(refused(less, b, TAG, DSV3_ERR_CONTEXT, "length"));
+            CHECK_EQ(thing_load(less, b, TAG, &error), DSV3_ERR_CONTEXT);
+            CHECK_EQ(error.found[0], n);
             CHECK(refused(other, b, TAG, DSV3_ERR_MISMATCH, "type"));
             CHECK(refused(layers, b, TAG, DSV3_ERR_MISMATCH, "layers"));
             thing_free(less), thing_free(other), thing_free(layers);

@@ -365,9 +365,9 @@ good "--mtp 0 without modules" generate tests/golden/v2 --mtp 0 -n 3 -p x
 cached() {
     name=$1 reused=$2
     shift 2
-    run generate "$@"
+    run generate "$@" --attention absorbed
     cp $tmp/out $tmp/plain
-    run generate "$@" --prompt-cache $tmp/cache --stats
+    run generate "$@" --attention absorbed --prompt-cache $tmp/cache --stats
     if [ $status = 0 ]; then ok; else fail "--prompt-cache, $name: status $status"; fi
     same "--prompt-cache, $name: the text" $tmp/plain $tmp/out
     equal "--prompt-cache, $name: reused" "$(sed -n 's/^reused *\([0-9]*\) of .*/\1/p' $tmp/err)" "$reused"
@@ -384,7 +384,7 @@ kept() {
 cached "fresh" 0 $micro -p 'It is a truth' -n 20
 cached "the same prompt" 13 $micro -p 'It is a truth' -n 20
 cached "a shorter prompt" 5 $micro -p 'It is' -n 300 --seed 4
-"$tool" generate $micro -p 'It is' -n 300 --seed 4 --echo > $tmp/said
+"$tool" generate $micro -p 'It is' -n 300 --seed 4 --echo --attention absorbed > $tmp/said
 cached "the text goes on" 200 $micro -p "$(head -c 200 $tmp/said) and so" -n 5 --temp 0
 cached "part of it" 5 $micro -p 'It is a t' -n 5 --temp 0
 cached "it begins alike" 6 $micro -p 'It is not' -n 5 --temp 0
