@@ -31,7 +31,7 @@
  *   blocks    dsv3_mla_forward, dsv3_ffn_forward, dsv3_layer_forward on one layer's weights;
  *   programs  dsv3_forward (prefill and decode of many sequences in one call), dsv3_mtp_forward, dsv3_sample,
  *             dsv3_generate (steps with drafts, several sequences at once), dsv3_evaluate (losses of all depths),
- *             dsv3_train_begin, _accumulate, _end (a training step).
+ *             dsv3_train_begin, _accumulate, _end (a training step), dsv3_sequence_save (any of it as bytes).
  *
  * >>options  Define before the first include of the file that has DSV3_IMPLEMENTATION (no macro changes a struct):
  *   DSV3_IMPLEMENTATION      compile the implementation here (once per program)
@@ -118,6 +118,7 @@
  *   12 >>mtp      multi-token prediction: modules, and the losses of whole texts
  *   13 >>infer    sampling, generation with drafts
  *   14 >>train    parameters, backward through everything, AdamW, the training step
+ *   15 >>save     caches, sequences and training runs as bytes
  *   A  >>fast     what all instruction sets share: packed weights, work for threads and caches
  *   B  >>simd     kernels for AVX2, AVX-512 and AMX
  *   Y  >>backends the choice of a backend
@@ -200,7 +201,8 @@ typedef enum dsv3_result {
     DSV3_ERR_POSITION = -10,   /* position does not continue its sequence */
     DSV3_ERR_CONTEXT = -11,    /* the cache is full */
     DSV3_ERR_NAN = -12,        /* NaN or infinity in weights, scores or activations */
-    DSV3_ERR_ABORTED = -13     /* dsv3_context.aborted said so */
+    DSV3_ERR_ABORTED = -13,    /* dsv3_context.aborted said so */
+    DSV3_ERR_DAMAGED = -14     /* saved bytes that are cut, altered, or something else */
 } dsv3_result;
 
 /* Which numbers of an error mean something, and how dsv3_error_text shows them. */
@@ -1223,6 +1225,50 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
 DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 #endif
 
+/* ---- Saving: a cache, a sequence or a training run as bytes, and back; chapter 15 --------------------------
+ *
+ * The bytes are the same on every machine (little-endian by definition) and may lie at any address. They hold what is
+ * filled, not what there is room for, then a checksum. _save_size: how many they are now; _save writes exactly so many.
+ * tag: 64 bits of the caller's that must be the same again, such as a hash of the weights' file: two models of one config
+ * are told apart by nothing else. 0 will do where that cannot happen.
+ * Errors of _save: ARG (NULL, or see there), MISMATCH (made for another model), MEMORY (bytes are fewer than _save_size).
+ * Errors of _load, with error->name for what is at fault: DAMAGED (cut, altered, or no such bytes at all), UNSUPPORTED (a
+ * later version), MISMATCH (another kind, config, tag, type, or form of the object: expected is what the object has),
+ * CONTEXT (longer than the caches: error->found[0] positions). All is checked before anything is written: after an error
+ * the object is as it was.
+ * Thread safety: objects that are saved are only read; an object that is loaded must not be in use elsewhere. */
+
+/* config: of the model that fills the cache. The main model's caches and those of MTP modules alike. */
+DSV3_API dsv3_result dsv3_cache_save_size(const dsv3_cache *cache, size_t *bytes);
+DSV3_API dsv3_result dsv3_cache_save(const dsv3_cache *cache, const dsv3_config *config, uint64_t tag, void *data,
+                                     size_t bytes);
+/* Into a cache that was made by _init, for the same type; its capacity may be another. */
+DSV3_API dsv3_result dsv3_cache_load(dsv3_cache *cache, const dsv3_config *config, uint64_t tag, const void *data,
+                                     size_t bytes, dsv3_error *error);
+
+/* Text, sampler, counters, last results: the loaded sequence goes on as the saved one would have, bit for bit. ARG for
+ * one with a prompt not yet read, which is the caller's memory: read it first, or drop it with dsv3_sequence_truncate and
+ * append it behind the load. The text's tokens are not all kept in a sequence, and so not saved. */
+DSV3_API dsv3_result dsv3_sequence_save_size(const dsv3_sequence *sequence, size_t *bytes);
+DSV3_API dsv3_result dsv3_sequence_save(const dsv3_sequence *sequence, const dsv3_model *model, uint64_t tag, void *data,
+                                        size_t bytes);
+/* Into a sequence that was made by _init, with the same type, modules and drafts. capacity and rows may be others; with
+ * other rows, dsv3_sequence_truncate may keep fewer tokens. MISMATCH of rows: they are so few that states which modules
+ * have yet to read find no place. A prompt not yet read is dropped. */
+DSV3_API dsv3_result dsv3_sequence_load(dsv3_sequence *sequence, const dsv3_model *model, uint64_t tag, const void *data,
+                                        size_t bytes, dsv3_error *error);
+
+#ifndef DSV3_NO_TRAINING
+/* A run between two steps: weights with the routers' biases, moments, moving average, the number of steps, all loads so far.
+ * Of a step under way nothing is saved: repeat it. Settings, schedules and hooks are the caller's to set as before; then
+ * the next steps have the same bits as without the interruption. */
+DSV3_API dsv3_result dsv3_trainer_save_size(const dsv3_trainer *trainer, size_t *bytes);
+DSV3_API dsv3_result dsv3_trainer_save(const dsv3_trainer *trainer, uint64_t tag, void *data, size_t bytes);
+/* Into a trainer that was made by _init, for the same config and with the same settings.ema. A step under way is given up. */
+DSV3_API dsv3_result dsv3_trainer_load(dsv3_trainer *trainer, uint64_t tag, const void *data, size_t bytes,
+                                       dsv3_error *error);
+#endif
+
 #ifdef __cplusplus
 }
 #endif
@@ -1616,9 +1662,10 @@ DSV3_API const char *dsv3_result_string(dsv3_result result) {
     /* one row of characters, no pointers: nothing here needs relocation or writable memory */
     static const char texts[] = "ok\0bad argument\0beyond a limit\0size overflow\0not supported\0buffer too small\0"
                                 "buffer not aligned\0tensor missing\0shape mismatch\0token outside vocabulary\0"
-                                "position out of sequence\0context full\0value not finite\0aborted by the caller";
+                                "position out of sequence\0context full\0value not finite\0aborted by the caller\0"
+                                "saved bytes damaged";
     const char *text = texts;
-    if (result > DSV3_OK || result < DSV3_ERR_ABORTED) return "unknown result";
+    if (result > DSV3_OK || result < DSV3_ERR_DAMAGED) return "unknown result";
     for (int i = 0; i > (int)result; i--) text = dsv3i_next_text(text);
     return text;
 }
@@ -6207,6 +6254,9 @@ DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, c
  *
  * AdamW: m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2,
  *     w = w (1 - lr decay) - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+ * A checkpoint that a run goes on from with the same bits holds the weights (routers' biases are among them), m, v, the
+ * moving average, t, and the loads of all steps: dsv3_trainer_save (chapter 15). What is not in the trainer is the
+ * program's to remember: its settings, the schedule, the place in the text.
  * Test: tests/test_gradients.c, tests/test_train.c.
  * ==================================================================================================== */
 
@@ -6775,6 +6825,456 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
         dsv3i_loop(context, dsv3i_blocks(t->weights.count, DSV3I_RUN), 2 * DSV3I_RUN, dsv3i_ema_task, t);
     }
     t->step++;
+    return dsv3i_ok(error);
+}
+#endif /* DSV3_NO_TRAINING */
+
+/* ========================================================================================================
+ * Chapter 15  >>save
+ *
+ * A cache, a sequence or a training run as bytes. All numbers are little-endian; one that is not in an array is a word of
+ * 8 bytes, and an array is filled up to whole words with zeros:
+ *     "dsv3save"  version  kind  bytes in all  tag     the header
+ *     the config's fields                              floats by their bits
+ *     the object                                       what must agree, then what is filled
+ *     checksum                                         of all words before it
+ * For each kind one function names the parts in their order. It is run to measure, to write, to check and to read, so
+ * that these cannot disagree: every part goes through dsv3i_save_word or dsv3i_save_array, which know what is to be done.
+ * Bytes are checked as a whole before anything is read. The checksum finds damage, not malice: whoever can write a file
+ * can write a valid one, so lengths, tokens and places are checked as well. Test: tests/test_state.c.
+ * ==================================================================================================== */
+
+#define DSV3I_SAVE_MAGIC 0x6576617333767364u /* "dsv3save" */
+#define DSV3I_SAVE_VERSION 1u
+#define DSV3I_SAVE_HEADER 40u /* bytes */
+
+enum { DSV3I_SAVE_CACHE = 1, DSV3I_SAVE_SEQUENCE = 2, DSV3I_SAVE_TRAINER = 3 };
+
+typedef enum dsv3i_save_mode {
+    DSV3I_SAVE_MEASURE,
+    DSV3I_SAVE_WRITE,
+    DSV3I_SAVE_CHECK, /* words are taken from the bytes, arrays are passed over */
+    DSV3I_SAVE_READ
+} dsv3i_save_mode;
+
+typedef struct dsv3i_save {
+    dsv3i_save_mode mode;
+    size_t kind;
+    uint64_t tag;
+    const dsv3_config *config; /* NULL: only measured */
+    void (*walk)(struct dsv3i_save *f, void *object); /* the function of this kind: names its parts */
+    unsigned char *to;
+    const unsigned char *from; /* [bytes], either; NULL */
+    size_t bytes, at;
+    dsv3_error *error;
+    dsv3_result result; /* the first that is wrong: from then on nothing moves */
+} dsv3i_save;
+
+/* n numbers of size bytes each, between memory and little-endian bytes; the same way in both directions. */
+static void dsv3i_save_copy(void *to, const void *from, size_t size, size_t n) {
+    const uint16_t one = 1;
+    unsigned char low;
+    DSV3_MEMCPY(&low, &one, 1);
+    if (low == 1) {
+        DSV3_MEMCPY(to, from, size * n);
+        return;
+    }
+    for (size_t i = 0; i < size * n; i++) {
+        ((unsigned char *)to)[i] = ((const unsigned char *)from)[i - i % size + (size - 1 - i % size)];
+    }
+}
+
+static uint64_t dsv3i_save_get(const unsigned char *from) {
+    uint64_t x;
+    dsv3i_save_copy(&x, from, sizeof x, 1);
+    return x;
+}
+
+/* Of whole words. Each step can be undone, in the sum and in the word: one word altered alters the sum. */
+static uint64_t dsv3i_save_sum(const unsigned char *from, size_t bytes) {
+    uint64_t sum = DSV3I_SAVE_MAGIC;
+    for (size_t i = 0; i + 8 <= bytes; i += 8) {
+        sum = (sum ^ dsv3i_save_get(from + i)) * 0x9E3779B97F4A7C15u;
+        sum ^= sum >> 32;
+    }
+    return sum;
+}
+
+/* Moves on by `bytes`, filled up to words, if there are so many. */
+static int dsv3i_save_next(dsv3i_save *f, size_t bytes) {
+    size_t end = dsv3i_add(f->at, dsv3i_mul(dsv3i_blocks(bytes, 8), 8));
+    if (f->result != DSV3_OK) return 0;
+    if (f->mode != DSV3I_SAVE_MEASURE && end > f->bytes) {
+        f->result = dsv3i_fail_range(f->error, DSV3_ERR_DAMAGED, "bytes", "are fewer than their contents need",
+                                     (int64_t)end, (int64_t)end, (int64_t)f->bytes);
+        return 0;
+    }
+    f->at = end;
+    return 1;
+}
+
+static void dsv3i_save_array(dsv3i_save *f, void *array, size_t size, size_t n) {
+    size_t begin = f->at, bytes = dsv3i_mul(size, n);
+    if (!dsv3i_save_next(f, bytes) || n == 0) return;
+    if (f->mode == DSV3I_SAVE_READ) dsv3i_save_copy(array, f->from + begin, size, n);
+    if (f->mode != DSV3I_SAVE_WRITE) return;
+    DSV3_MEMSET(f->to + f->at - 8, 0, 8);
+    dsv3i_save_copy(f->to + begin, array, size, n);
+}
+
+/* Writes x and returns it, or returns what was written. */
+static uint64_t dsv3i_save_word(dsv3i_save *f, uint64_t x) {
+    size_t begin = f->at;
+    if (!dsv3i_save_next(f, 8)) return x;
+    if (f->mode == DSV3I_SAVE_WRITE) dsv3i_save_copy(f->to + begin, &x, 8, 1);
+    return f->from != NULL ? dsv3i_save_get(f->from + begin) : x;
+}
+
+static float dsv3i_save_float(dsv3i_save *f, float x) {
+    return dsv3i_float((uint32_t)dsv3i_save_word(f, dsv3i_bits(x)));
+}
+
+static int32_t dsv3i_save_int(dsv3i_save *f, int32_t x) { return (int32_t)(uint32_t)dsv3i_save_word(f, (uint32_t)x); }
+
+/* A word that must lie between low and high: else they are expected, and code is what to make of it. */
+static size_t dsv3i_save_between(dsv3i_save *f, const char *name, size_t x, size_t low, size_t high, dsv3_result code) {
+    uint64_t found = dsv3i_save_word(f, x);
+    const char *why = code == DSV3_ERR_MISMATCH ? "is not what was saved" : "of what was saved is out of bounds";
+    if (f->result != DSV3_OK || f->from == NULL || (found >= low && found <= high)) return (size_t)found;
+    f->result = dsv3i_fail_range(f->error, code, name, why, (int64_t)low, (int64_t)high, (int64_t)found);
+    return x;
+}
+
+static void dsv3i_save_same(dsv3i_save *f, const char *name, size_t x) {
+    (void)dsv3i_save_between(f, name, x, x, x, DSV3_ERR_MISMATCH);
+}
+
+/* The fields that change results, or which weights there are. */
+#define DSV3I_SAVE_FIELDS(INT, FLOAT)                                                                                \
+    INT(vocab_size) INT(hidden_size) INT(intermediate_size) INT(moe_intermediate_size) INT(num_hidden_layers)        \
+    INT(num_nextn_predict_layers) INT(first_k_dense_replace) INT(moe_layer_freq) INT(num_attention_heads)            \
+    INT(q_lora_rank) INT(kv_lora_rank) INT(qk_nope_head_dim) INT(qk_rope_head_dim) INT(v_head_dim)                   \
+    INT(n_routed_experts) INT(n_shared_experts) INT(num_experts_per_tok) INT(n_group) INT(topk_group)                \
+    INT(scoring_func) INT(topk_method) INT(norm_topk_prob) INT(rope_scaling.type)                                    \
+    INT(rope_scaling.original_max_position_embeddings) INT(rope_interleave) INT(tie_word_embeddings) INT(group_mask) \
+    INT(gate_scaling) INT(bias_form) INT(mtp_concat) INT(mtp_hidden) FLOAT(routed_scaling_factor)                    \
+    FLOAT(rms_norm_eps) FLOAT(latent_norm_eps) FLOAT(rope_theta) FLOAT(rope_scaling.factor)                          \
+    FLOAT(rope_scaling.beta_fast) FLOAT(rope_scaling.beta_slow) FLOAT(rope_scaling.mscale)                           \
+    FLOAT(rope_scaling.mscale_all_dim)
+#define DSV3I_SAVE_INT(field) (uint32_t)c->field,
+#define DSV3I_SAVE_FLOAT(field) dsv3i_bits(c->field),
+#define DSV3I_SAVE_NAME(field) #field "\0"
+#define DSV3I_SAVE_YES(field) 1,
+#define DSV3I_SAVE_NO(field) 0,
+
+static void dsv3i_save_config(dsv3i_save *f) {
+    const char *name = DSV3I_SAVE_FIELDS(DSV3I_SAVE_NAME, DSV3I_SAVE_NAME); /* one behind the other */
+    static const uint8_t is_float[] = {DSV3I_SAVE_FIELDS(DSV3I_SAVE_NO, DSV3I_SAVE_YES)};
+    const dsv3_config *c = f->config;
+    if (c == NULL) {
+        (void)dsv3i_save_next(f, 8 * sizeof is_float);
+        return;
+    }
+    const uint32_t value[] = {DSV3I_SAVE_FIELDS(DSV3I_SAVE_INT, DSV3I_SAVE_FLOAT)};
+    for (size_t i = 0; i < sizeof is_float && f->result == DSV3_OK; i++) {
+        dsv3i_save_same(f, name, value[i]);
+        if (f->result != DSV3_OK && is_float[i] && f->error != NULL) f->error->numbers = DSV3_NUMBERS_NONE; /* bits */
+        while (*name++ != '\0') {
+        }
+    }
+}
+
+/* From the first byte to the last. */
+static dsv3_result dsv3i_save_run(dsv3i_save *f, dsv3i_save_mode mode, void *object) {
+    uint64_t tag;
+    f->mode = mode;
+    f->at = 0;
+    f->result = DSV3_OK;
+    (void)dsv3i_save_word(f, DSV3I_SAVE_MAGIC);
+    (void)dsv3i_save_word(f, DSV3I_SAVE_VERSION);
+    dsv3i_save_same(f, "kind", f->kind);
+    (void)dsv3i_save_word(f, f->bytes);
+    tag = dsv3i_save_word(f, f->tag);
+    dsv3i_save_config(f); /* a field says more than the tag */
+    if (tag != f->tag && f->result == DSV3_OK) {
+        f->result = dsv3i_fail(f->error, DSV3_ERR_MISMATCH, "tag", "is not what was saved: other weights, perhaps");
+    }
+    f->walk(f, object);
+    if (mode == DSV3I_SAVE_CHECK && f->result == DSV3_OK && f->at + 8 != f->bytes) {
+        f->result = dsv3i_fail_range(f->error, DSV3_ERR_DAMAGED, "bytes", "are more than their contents need",
+                                     (int64_t)(f->at + 8), (int64_t)(f->at + 8), (int64_t)f->bytes);
+    }
+    (void)dsv3i_save_word(f, mode == DSV3I_SAVE_WRITE ? dsv3i_save_sum(f->to, f->at) : 0);
+    return f->result;
+}
+
+static dsv3i_save dsv3i_save_of(size_t kind, const dsv3_config *config, uint64_t tag,
+                                void (*walk)(dsv3i_save *f, void *object), dsv3_error *error) {
+    dsv3i_save f;
+    DSV3_MEMSET(&f, 0, sizeof f);
+    f.kind = kind;
+    f.config = config;
+    f.tag = tag;
+    f.walk = walk;
+    f.error = error;
+    return f;
+}
+
+static dsv3_result dsv3i_save_size(dsv3i_save *f, void *object, size_t *bytes) {
+    if (bytes == NULL) return DSV3_ERR_ARG;
+    (void)dsv3i_save_run(f, DSV3I_SAVE_MEASURE, object);
+    *bytes = f->at < SIZE_MAX ? f->at : 0;
+    return f->at < SIZE_MAX ? DSV3_OK : DSV3_ERR_OVERFLOW;
+}
+
+static dsv3_result dsv3i_save_write(dsv3i_save *f, void *object, void *data, size_t bytes) {
+    if (data == NULL) return DSV3_ERR_ARG;
+    DSV3I_TRY(dsv3i_save_size(f, object, &f->bytes));
+    if (bytes < f->bytes) return DSV3_ERR_MEMORY;
+    f->to = (unsigned char *)data;
+    return dsv3i_save_run(f, DSV3I_SAVE_WRITE, object);
+}
+
+/* Are these bytes what was once written, whatever it was? */
+static dsv3_result dsv3i_save_open(dsv3i_save *f, const void *data, size_t bytes) {
+    uint64_t version, whole;
+    if (data == NULL) return dsv3i_fail(f->error, DSV3_ERR_ARG, "data", "is NULL");
+    f->from = (const unsigned char *)data;
+    f->bytes = bytes;
+    if (bytes < DSV3I_SAVE_HEADER || dsv3i_save_get(f->from) != DSV3I_SAVE_MAGIC) {
+        return dsv3i_fail(f->error, DSV3_ERR_DAMAGED, "data", "is nothing that was saved, or not all of it");
+    }
+    version = dsv3i_save_get(f->from + 8);
+    if (version != DSV3I_SAVE_VERSION) {
+        return dsv3i_fail_range(f->error, DSV3_ERR_UNSUPPORTED, "version", "of what was saved is not known",
+                                DSV3I_SAVE_VERSION, DSV3I_SAVE_VERSION, (int64_t)version);
+    }
+    whole = dsv3i_save_get(f->from + 24);
+    if (whole != bytes) {
+        return dsv3i_fail_range(f->error, DSV3_ERR_DAMAGED, "bytes", "are not as many as were saved", (int64_t)whole,
+                                (int64_t)whole, (int64_t)bytes);
+    }
+    if (bytes % 8 != 0 || dsv3i_save_get(f->from + bytes - 8) != dsv3i_save_sum(f->from, bytes - 8)) {
+        return dsv3i_fail(f->error, DSV3_ERR_DAMAGED, "data", "has been altered: its checksum does not fit");
+    }
+    return DSV3_OK;
+}
+
+/* ---- A cache: the positions that are filled, layer by layer */
+
+static void dsv3i_save_cache(dsv3i_save *f, dsv3_cache *c) {
+    dsv3i_save_same(f, "type", (size_t)c->type);
+    dsv3i_save_same(f, "layers", c->layers);
+    dsv3i_save_same(f, "width", c->width);
+    c->length = dsv3i_save_between(f, "length", c->length, 0, c->capacity, DSV3_ERR_CONTEXT);
+    for (size_t i = 0; i < c->layers; i++) {
+        dsv3i_save_array(f, dsv3i_cache_at(c, i, 0), dsv3_type_bytes(c->type), c->length * c->width);
+    }
+}
+
+static void dsv3i_save_cache_walk(dsv3i_save *f, void *object) { dsv3i_save_cache(f, (dsv3_cache *)object); }
+
+static int dsv3i_save_cache_fits(const dsv3_cache *c, const dsv3_config *config) {
+    return c->width == dsv3i_dims_of(config).width && (c->layers == 1 || c->layers == (size_t)config->num_hidden_layers);
+}
+
+DSV3_API dsv3_result dsv3_cache_save_size(const dsv3_cache *cache, size_t *bytes) {
+    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_CACHE, NULL, 0, dsv3i_save_cache_walk, NULL);
+    dsv3_cache copy;
+    if (cache == NULL) return DSV3_ERR_ARG;
+    copy = *cache;
+    return dsv3i_save_size(&f, &copy, bytes);
+}
+
+DSV3_API dsv3_result dsv3_cache_save(const dsv3_cache *cache, const dsv3_config *config, uint64_t tag, void *data,
+                                     size_t bytes) {
+    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_CACHE, config, tag, dsv3i_save_cache_walk, NULL);
+    dsv3_cache copy;
+    if (cache == NULL || config == NULL) return DSV3_ERR_ARG;
+    if (!dsv3i_save_cache_fits(cache, config)) return DSV3_ERR_MISMATCH;
+    copy = *cache;
+    return dsv3i_save_write(&f, &copy, data, bytes);
+}
+
+DSV3_API dsv3_result dsv3_cache_load(dsv3_cache *cache, const dsv3_config *config, uint64_t tag, const void *data,
+                                     size_t bytes, dsv3_error *error) {
+    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_CACHE, config, tag, dsv3i_save_cache_walk, error);
+    dsv3_cache copy;
+    if (cache == NULL || config == NULL) return dsv3i_fail_null(error, "argument");
+    if (!dsv3i_save_cache_fits(cache, config)) {
+        return dsv3i_fail(error, DSV3_ERR_MISMATCH, "cache", "was made for another model");
+    }
+    DSV3I_TRY(dsv3i_save_open(&f, data, bytes));
+    copy = *cache;
+    DSV3I_TRY(dsv3i_save_run(&f, DSV3I_SAVE_CHECK, &copy));
+    (void)dsv3i_save_run(&f, DSV3I_SAVE_READ, cache);
+    return dsv3i_ok(error);
+}
+
+/* ---- A sequence. Of its ring of states what is known is saved, by position: it may be of another length where it is
+ * loaded */
+
+static void dsv3i_save_history(dsv3i_save *f, dsv3_sequence *s) {
+    size_t V = f->config != NULL ? (size_t)f->config->vocab_size : 1;
+    for (size_t i = 0; i < s->cache.length + (size_t)s->pending && f->result == DSV3_OK; i++) {
+        size_t token = f->mode == DSV3I_SAVE_WRITE ? (size_t)s->history[i] : 0;
+        token = dsv3i_save_between(f, "history", token, 0, V - 1, DSV3_ERR_DAMAGED);
+        if (f->mode == DSV3I_SAVE_READ) s->history[i] = (int32_t)token;
+    }
+}
+
+/* States h^depth at positions [begin, end), of which those from `first` on have a place. */
+static void dsv3i_save_hidden(dsv3i_save *f, const dsv3_sequence *s, size_t depth, size_t begin, size_t end,
+                              size_t first) {
+    for (size_t i = begin; i < end && depth < s->n_modules; i++) {
+        if (i < first) (void)dsv3i_save_next(f, s->d * sizeof(float));
+        if (i >= first) dsv3i_save_array(f, dsv3i_hidden(s, depth, i), sizeof(float), s->d);
+    }
+}
+
+static void dsv3i_save_states(dsv3i_save *f, dsv3_sequence *s) {
+    size_t N = s->cache.length, length = N + (size_t)s->pending, oldest = N, begin, first;
+    if (s->n_modules == 0) return; /* there is no ring */
+    begin = dsv3i_save_between(f, "begin", dsv3i_sub(s->top, s->window), 0, N, DSV3_ERR_DAMAGED);
+    s->top = dsv3i_save_between(f, "top", s->top, length, SIZE_MAX / 2, DSV3_ERR_DAMAGED);
+    if (begin > 0) s->top = dsv3i_max(s->top, begin + s->window); /* longer rings have nothing before `begin` either */
+    first = dsv3i_sub(s->top, s->window);
+    dsv3i_save_hidden(f, s, 0, begin, N, first);
+    for (size_t k = 1; k <= s->n_modules; k++) {
+        dsv3_cache module = s->modules[k - 1];
+        dsv3i_save_cache(f, &module);
+        oldest = dsv3i_min(oldest, module.length);
+        if (module.length > N && f->result == DSV3_OK) {
+            f->result = dsv3i_fail(f->error, DSV3_ERR_DAMAGED, "length", "of a module is more than that of the text");
+        }
+        dsv3i_save_hidden(f, s, k, begin, module.length, first);
+        if (f->mode == DSV3I_SAVE_READ) s->modules[k - 1] = module;
+    }
+    if (oldest < first && f->result == DSV3_OK) {
+        f->result = dsv3i_fail(f->error, DSV3_ERR_MISMATCH, "rows", "are too few for what modules have yet to read");
+    }
+}
+
+static void dsv3i_save_sequence_walk(dsv3i_save *f, void *object) {
+    dsv3_sequence *s = (dsv3_sequence *)object;
+    size_t n = s->max_drafts;
+    uint64_t limit;
+    dsv3i_save_same(f, "n_modules", s->n_modules);
+    dsv3i_save_same(f, "max_drafts", n);
+    s->temperature = dsv3i_save_float(f, s->temperature);
+    s->top_p = dsv3i_save_float(f, s->top_p);
+    s->rng.state = dsv3i_save_word(f, s->rng.state);
+    s->drafts = dsv3i_save_between(f, "drafts", s->drafts, 0, SIZE_MAX, DSV3_ERR_MISMATCH);
+    s->adaptive = dsv3i_save_int(f, s->adaptive);
+    s->draft_cost = dsv3i_save_float(f, s->draft_cost);
+    s->stop = dsv3i_save_int(f, s->stop);
+    limit = dsv3i_save_word(f, s->limit == SIZE_MAX ? UINT64_MAX : (uint64_t)s->limit); /* none, on any machine */
+    s->limit = (size_t)limit == limit ? (size_t)limit : SIZE_MAX;
+    s->want_log_p = dsv3i_save_int(f, s->want_log_p);
+    s->stopped = dsv3i_save_int(f, s->stopped);
+    s->steps = dsv3i_save_word(f, s->steps);
+    s->written = dsv3i_save_word(f, s->written);
+    s->n_token = dsv3i_save_between(f, "n_token", s->n_token, 0, n + 1, DSV3_ERR_DAMAGED);
+    s->pending = (int32_t)dsv3i_save_between(f, "pending", s->pending != 0, 0, 1, DSV3_ERR_DAMAGED);
+    dsv3i_save_array(f, s->token, sizeof *s->token, s->n_token);
+    dsv3i_save_array(f, s->log_p, sizeof *s->log_p, s->want_log_p ? s->n_token : 0);
+    dsv3i_save_array(f, s->drafted, sizeof *s->drafted, n);
+    dsv3i_save_array(f, s->accepted, sizeof *s->accepted, n);
+    dsv3i_save_array(f, s->rate, sizeof *s->rate, n);
+    dsv3i_save_cache(f, &s->cache);
+    dsv3i_save_history(f, s);
+    dsv3i_save_states(f, s);
+}
+
+DSV3_API dsv3_result dsv3_sequence_save_size(const dsv3_sequence *s, size_t *bytes) {
+    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_SEQUENCE, NULL, 0, dsv3i_save_sequence_walk, NULL);
+    dsv3_sequence copy;
+    if (s == NULL) return DSV3_ERR_ARG;
+    copy = *s;
+    return dsv3i_save_size(&f, &copy, bytes);
+}
+
+DSV3_API dsv3_result dsv3_sequence_save(const dsv3_sequence *s, const dsv3_model *model, uint64_t tag, void *data,
+                                        size_t bytes) {
+    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_SEQUENCE, NULL, tag, dsv3i_save_sequence_walk, NULL);
+    dsv3_sequence copy;
+    if (s == NULL || model == NULL || s->prompt_left > 0) return DSV3_ERR_ARG;
+    if (s->made_for != dsv3i_fingerprint(&model->config)) return DSV3_ERR_MISMATCH;
+    f.config = &model->config;
+    copy = *s;
+    return dsv3i_save_write(&f, &copy, data, bytes);
+}
+
+DSV3_API dsv3_result dsv3_sequence_load(dsv3_sequence *s, const dsv3_model *model, uint64_t tag, const void *data,
+                                        size_t bytes, dsv3_error *error) {
+    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_SEQUENCE, NULL, tag, dsv3i_save_sequence_walk, error);
+    dsv3_sequence copy;
+    if (s == NULL || model == NULL) return dsv3i_fail_null(error, "argument");
+    if (s->made_for != dsv3i_fingerprint(&model->config)) {
+        return dsv3i_fail(error, DSV3_ERR_MISMATCH, "sequence", "was made for another model");
+    }
+    f.config = &model->config;
+    DSV3I_TRY(dsv3i_save_open(&f, data, bytes));
+    copy = *s;
+    DSV3I_TRY(dsv3i_save_run(&f, DSV3I_SAVE_CHECK, &copy));
+    (void)dsv3i_save_run(&f, DSV3I_SAVE_READ, s);
+    s->prompt_left = 0;
+    return dsv3i_ok(error);
+}
+
+#ifndef DSV3_NO_TRAINING
+/* ---- A training run, between two steps */
+
+typedef struct dsv3i_save_state {
+    float *array[4];    /* [count] weights, moments, moving average or NULL */
+    uint64_t *load_all; /* [loads] */
+    size_t count, loads;
+    uint64_t step;
+} dsv3i_save_state;
+
+static void dsv3i_save_trainer_walk(dsv3i_save *f, void *object) {
+    dsv3i_save_state *s = (dsv3i_save_state *)object;
+    dsv3i_save_same(f, "ema", s->array[3] != NULL);
+    s->step = dsv3i_save_word(f, s->step);
+    for (size_t i = 0; i < 4; i++) dsv3i_save_array(f, s->array[i], sizeof(float), s->array[i] != NULL ? s->count : 0);
+    dsv3i_save_array(f, s->load_all, sizeof *s->load_all, s->loads);
+}
+
+static dsv3i_save_state dsv3i_save_state_of(const dsv3_trainer *t) {
+    dsv3i_save_state s = {{t->weights.data, t->m, t->v, t->ema}, t->balancer.load_all, t->weights.count, 0, t->step};
+    s.loads = t->balancer.layers * t->balancer.E;
+    return s;
+}
+
+DSV3_API dsv3_result dsv3_trainer_save_size(const dsv3_trainer *t, size_t *bytes) {
+    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_TRAINER, NULL, 0, dsv3i_save_trainer_walk, NULL);
+    dsv3i_save_state state;
+    if (t == NULL) return DSV3_ERR_ARG;
+    state = dsv3i_save_state_of(t);
+    return dsv3i_save_size(&f, &state, bytes);
+}
+
+DSV3_API dsv3_result dsv3_trainer_save(const dsv3_trainer *t, uint64_t tag, void *data, size_t bytes) {
+    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_TRAINER, NULL, tag, dsv3i_save_trainer_walk, NULL);
+    dsv3i_save_state state;
+    if (t == NULL) return DSV3_ERR_ARG;
+    f.config = &t->weights.model.config;
+    state = dsv3i_save_state_of(t);
+    return dsv3i_save_write(&f, &state, data, bytes);
+}
+
+DSV3_API dsv3_result dsv3_trainer_load(dsv3_trainer *t, uint64_t tag, const void *data, size_t bytes,
+                                       dsv3_error *error) {
+    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_TRAINER, NULL, tag, dsv3i_save_trainer_walk, error);
+    dsv3i_save_state state;
+    if (t == NULL) return dsv3i_fail_null(error, "argument");
+    f.config = &t->weights.model.config;
+    state = dsv3i_save_state_of(t);
+    DSV3I_TRY(dsv3i_save_open(&f, data, bytes));
+    DSV3I_TRY(dsv3i_save_run(&f, DSV3I_SAVE_CHECK, &state));
+    (void)dsv3i_save_run(&f, DSV3I_SAVE_READ, &state);
+    t->step = state.step;
+    (void)dsv3_train_begin(t, NULL, 0);
     return dsv3i_ok(error);
 }
 #endif /* DSV3_NO_TRAINING */

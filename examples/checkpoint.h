@@ -143,7 +143,8 @@ static st_result checkpointi_from_dsv3(dsv3_result result) {
     case DSV3_ERR_UNSUPPORTED: return ST_ERR_UNSUPPORTED;
     case DSV3_ERR_MISSING: return ST_ERR_MISSING;
     case DSV3_ERR_MISMATCH: return ST_ERR_MISMATCH;
-    case DSV3_ERR_NAN: return ST_ERR_FORMAT;
+    case DSV3_ERR_NAN:
+    case DSV3_ERR_DAMAGED: return ST_ERR_FORMAT;
     case DSV3_ERR_ARG:
     case DSV3_ERR_MEMORY:
     case DSV3_ERR_ALIGN:

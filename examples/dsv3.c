@@ -538,6 +538,7 @@ static void stops_end(stops *p) {
     stops_print(p, p->held.count);
     p->found = 0;
 }
+static void output_try(const char *name, const char *path);
 
 /* ---- Writing: what generate and chat have in common */
 
@@ -674,6 +675,134 @@ typedef struct writer {
     size_t prompt_tokens, text_tokens;
 } writer;
 
+/* ---- --prompt-cache FILE: the text of an earlier call as tokens, and its sequence as dsv3_sequence_save has it */
+
+typedef struct prompt_cache {
+    const char *path; /* NULL: there is none */
+    uint64_t tag;     /* of the weights */
+    int found;        /* bool: the file exists */
+    st_file file;
+    const int32_t *token; /* [count] its text */
+    size_t count;
+    const st_tensor *state;
+    size_t common; /* tokens at the beginning of both texts */
+    size_t reused; /* those of them that need not be read again */
+} prompt_cache;
+
+static uint64_t prompt_cache_hash(uint64_t hash, const void *data, size_t bytes) {
+    const unsigned char *at = (const unsigned char *)data;
+    for (size_t i = 0; i < bytes; i++) hash = (hash ^ at[i]) * 0x100000001B3u; /* FNV-1a */
+    return hash;
+}
+
+/* Tells weights apart without reading them all: names, types, and where each tensor begins and ends. */
+static uint64_t prompt_cache_tag(const st_file *file) {
+    uint64_t hash = 0xCBF29CE484222325u;
+    for (size_t i = 0; i < file->count; i++) {
+        const st_tensor *t = &file->tensor[i];
+        const unsigned char type = (unsigned char)t->dtype;
+        size_t bytes = t->bytes < 64 ? t->bytes : 64;
+        hash = prompt_cache_hash(hash, t->name, strlen(t->name) + 1);
+        hash = prompt_cache_hash(hash, &type, 1);
+        hash = prompt_cache_hash(hash, t->data, bytes);
+        hash = prompt_cache_hash(hash, (const unsigned char *)t->data + (t->bytes - bytes), bytes);
+    }
+    return hash;
+}
+
+static void prompt_cache_tokens_hash(char text[24], const int32_t *token, size_t count) {
+    uint64_t hash = 0xCBF29CE484222325u;
+    for (size_t i = 0; i < count; i++) hash = (hash ^ (uint64_t)token[i]) * 0x100000001B3u;
+    snprintf(text, 24, "%llu", (unsigned long long)hash);
+}
+
+/* Reads the file, if there is one, and how much of its text the prompt begins with. */
+static void prompt_cache_open(prompt_cache *c, const char *path, const session *s, const tokens *prompt) {
+    const st_tensor *text;
+    const char *format, *hash;
+    char found[24];
+    st_error error;
+    FILE *file;
+    memset(c, 0, sizeof *c);
+    c->path = path;
+    if (path == NULL) return;
+    output_try("--prompt-cache", path);
+    c->tag = prompt_cache_tag(&s->model.file);
+    file = fopen(path, "rb");
+    if (file == NULL && errno == ENOENT) return;
+    if (file == NULL) stop("%s: cannot be opened: %s", path, strerror(errno));
+    fclose(file);
+    if (st_open(&c->file, path, &error) != ST_OK) stop("%s", error.message);
+    c->found = 1;
+    text = st_find(&c->file, "tokens");
+    c->state = st_find(&c->file, "sequence");
+    format = st_metadata(&c->file, "format");
+    hash = st_metadata(&c->file, "tokens hash");
+    if (format == NULL || strcmp(format, "dsv3 prompt cache") != 0 || hash == NULL || c->state == NULL ||
+        c->state->dtype != ST_U8 || text == NULL || text->dtype != ST_I32) {
+        stop("%s: is no prompt cache, or is damaged; it is left as it is", path);
+    }
+    c->count = text->bytes / sizeof *c->token;
+    c->token = (const int32_t *)text->data;
+    prompt_cache_tokens_hash(found, c->token, c->count);
+    if (strcmp(hash, found) != 0) stop("%s: is damaged: its tokens are not those that were written", path);
+    while (c->common < c->count && c->common < prompt->count && c->token[c->common] == prompt->id[c->common]) {
+        c->common++;
+    }
+}
+
+/* The common text into a sequence. What was saved may be longer than it has room for: it is loaded beside it first. */
+static void prompt_cache_load(prompt_cache *c, dsv3_sequence *to, const dsv3_model *model) {
+    dsv3_sequence all;
+    dsv3_error error;
+    size_t bytes = 0, capacity = c->count > 0 ? c->count : 1;
+    void *memory;
+    char text[256];
+    if (!c->found) return;
+    stop_result(c->path, dsv3_sequence_size(model, capacity, to->cache.type, to->rows, to->max_drafts, &bytes));
+    memory = allocate(c->path, bytes);
+    stop_result(c->path, dsv3_sequence_init(&all, model, capacity, to->cache.type, to->rows, to->max_drafts, memory, bytes));
+    if (dsv3_sequence_load(&all, model, c->tag, c->state->data, c->state->bytes, &error) != DSV3_OK) {
+        stop("%s: %s; it is left as it is", c->path, dsv3_error_text(&error, text, sizeof text));
+    }
+    if (dsv3_sequence_length(&all) != c->count) stop("%s: is damaged: its parts do not fit together", c->path);
+    stop_result(c->path, dsv3_sequence_truncate(&all, c->common, &c->reused));
+    stop_result(c->path, dsv3_sequence_copy(to, &all));
+    free(memory);
+    st_close(&c->file);
+    to->steps = to->written = 0;
+    for (size_t j = 0; j < to->max_drafts; j++) to->drafted[j] = to->accepted[j] = 0;
+}
+
+/* The text, for the next call. */
+static void prompt_cache_save(const prompt_cache *c, const dsv3_sequence *from, const dsv3_model *model) {
+    const char *pairs[] = {"format", "dsv3 prompt cache", "tokens hash", NULL, NULL};
+    st_tensor list[2];
+    st_error error;
+    char hash[24];
+    size_t bytes = 0, length = dsv3_sequence_length(from);
+    void *data;
+    if (c->path == NULL) return;
+    stop_result(c->path, dsv3_sequence_save_size(from, &bytes));
+    data = allocate(c->path, bytes);
+    stop_result(c->path, dsv3_sequence_save(from, model, c->tag, data, bytes));
+    prompt_cache_tokens_hash(hash, from->history, length);
+    pairs[3] = hash;
+    memset(list, 0, sizeof list);
+    list[0].name = "sequence";
+    list[0].dtype = ST_U8;
+    list[0].data = data;
+    list[0].shape[0] = list[0].bytes = bytes;
+    list[1].name = "tokens";
+    list[1].dtype = ST_I32;
+    list[1].data = from->history;
+    list[1].shape[0] = length;
+    list[1].bytes = length * sizeof *from->history;
+    list[0].rank = list[1].rank = 1;
+    if (st_write(c->path, list, 2, pairs, &error) != ST_OK) stop("%s", error.message);
+    free(data);
+}
+
 /* Opens the model, before there is a text. */
 static void writer_model(session *s, const char *directory, const writer_options *o) {
     session_open(s, directory, o->backend, o->threads, parse_pack(o->pack, o->no_pack));
@@ -686,7 +815,9 @@ static void writer_model(session *s, const char *directory, const writer_options
     if (o->mtp > 0 && s->model.model.n_mtp == 0) stop("--mtp: %s has no MTP modules", directory);
 }
 
-static void writer_open(writer *w, session *s, const writer_options *o, size_t context, size_t rows) {
+/* cached: where the text begins, or NULL. */
+static void writer_open(writer *w, session *s, const writer_options *o, size_t context, size_t rows,
+                        prompt_cache *cached) {
     const dsv3_model *model = &s->model.model;
     size_t drafts = (size_t)o->mtp;
     dsv3_type type = parse_cache(o->cache);
@@ -695,6 +826,7 @@ static void writer_open(writer *w, session *s, const writer_options *o, size_t c
     stop_result("cache", dsv3_sequence_size(model, context, type, rows, drafts, &w->bytes));
     w->memory = allocate("cache", w->bytes);
     stop_result("cache", dsv3_sequence_init(&w->sequence, model, context, type, rows, drafts, w->memory, w->bytes));
+    if (cached != NULL) prompt_cache_load(cached, &w->sequence, model); /* what it says of the sampler is replaced here */
     stop_result("workspace", dsv3_workspace_size(&model->config, rows, s->context.threads, &s->workspace_bytes));
     s->workspace_memory = allocate("workspace", s->workspace_bytes);
     stop_result("workspace", dsv3_workspace_init(&s->workspace, &model->config, rows, s->context.threads,
@@ -743,8 +875,10 @@ static void writer_step(writer *w, session *s) {
 static void writer_stats(const writer *w, const session *s) {
     const dsv3_sequence *q = &w->sequence;
     fprintf(stderr, "load     %.3f s, %zu tensors\n", w->load, s->model.file.count);
-    fprintf(stderr, "prompt   %zu tokens, %.3f s, %.0f tokens/s\n", w->prompt_tokens, w->prompt,
-            (double)w->prompt_tokens / w->prompt);
+    if (w->prompt > 0) {
+        fprintf(stderr, "prompt   %zu tokens, %.3f s, %.0f tokens/s\n", w->prompt_tokens, w->prompt,
+                (double)w->prompt_tokens / w->prompt);
+    }
     if (w->text > 0) {
         fprintf(stderr, "text     %llu tokens, %.3f s, %.0f tokens/s, %.2f ms a token\n",
                 (unsigned long long)q->written, w->text, (double)w->text_tokens / w->text,
@@ -772,7 +906,11 @@ static const char generate_help[] =
     "  -p TEXT          prompt (default: the model's begin-of-text token)\n"
     "  --echo           write the prompt before the text and a line feed behind it, as on a terminal\n"
     "  -n N             tokens to write (default 400); ends earlier at an end-of-text token, a --stop or a full "
-    "context\n" WRITER_HELP;
+    "context\n"
+    "  --prompt-cache F file that keeps the text with all that was computed for it: written at the end, and if it is\n"
+    "                   there, what its text and the prompt begin with in common is not read again. It belongs to one\n"
+    "                   model, --cache and --mtp: of another it is refused, and left as it is. The text is the same as\n"
+    "                   without it, bit for bit if --attention is not auto\n" WRITER_HELP;
 
 static void generate_prompt(tokens *t, const session *s, const char *prompt, int ids) {
     if (prompt != NULL) tokens_from_text(t, "-p", prompt, strlen(prompt), s->V, ids);
@@ -806,14 +944,16 @@ static size_t generate_text(writer *w, session *s) {
 
 static int generate(int argc, char **argv, const command *c) {
     writer_options o = writer_defaults();
-    const char *directory = NULL, *text = NULL;
+    const char *directory = NULL, *text = NULL, *cache_path = NULL;
     int echo = 0, status;
     const option options[] = {{"-p", OPTION_TEXT, &text, 0, 0},
                               {"--echo", OPTION_FLAG, &echo, 0, 0},
+                              {"--prompt-cache", OPTION_TEXT, &cache_path, 0, 0},
                               WRITER_OPTIONS(o),
                               {NULL, OPTION_FLAG, NULL, 0, 0}};
     session s;
     writer w;
+    prompt_cache cached;
     tokens prompt = {NULL, 0, 0};
     size_t made;
     double begin = now(), load;
@@ -821,11 +961,16 @@ static int generate(int argc, char **argv, const command *c) {
     if (status != 0) return status - 1;
     writer_model(&s, directory, &o);
     generate_prompt(&prompt, &s, text, o.ids);
+    prompt_cache_open(&cached, cache_path, &s, &prompt);
     load = now() - begin;
-    writer_open(&w, &s, &o, generate_context(&s, &o, prompt.count), prompt.count < CHUNK ? prompt.count : CHUNK);
+    writer_open(&w, &s, &o, generate_context(&s, &o, prompt.count),
+                prompt.count < CHUNK && cache_path == NULL ? prompt.count : CHUNK, &cached);
     w.load = load;
-    w.prompt_tokens = prompt.count;
-    stop_result("prompt", dsv3_sequence_append(&w.sequence, &s.model.model, prompt.id, prompt.count));
+    w.prompt_tokens = prompt.count - cached.reused;
+    if (w.prompt_tokens > 0) {
+        stop_result("prompt", dsv3_sequence_append(&w.sequence, &s.model.model, prompt.id + cached.reused,
+                                                   w.prompt_tokens));
+    }
     echo |= is_terminal(stdout); /* so that the page reads whole */
     if (echo && text != NULL) printf("%s", text);
     w.sequence.limit = prompt.count + (size_t)o.n;
@@ -835,6 +980,10 @@ static int generate(int argc, char **argv, const command *c) {
     if (dsv3_sequence_state(&w.sequence) == DSV3_STATE_FULL && !w.stops.found) {
         fprintf(stderr, "dsv3: the context of %zu positions is full after %zu of %ld tokens\n",
                 w.sequence.cache.capacity, made, o.n);
+    }
+    prompt_cache_save(&cached, &w.sequence, &s.model.model);
+    if (o.stats && cache_path != NULL) {
+        fprintf(stderr, "reused   %zu of %zu tokens of the prompt, from %s\n", cached.reused, prompt.count, cache_path);
     }
     if (o.stats) writer_stats(&w, &s);
     free(prompt.id);
@@ -1037,7 +1186,7 @@ static int chat(int argc, char **argv, const command *c) {
     load = now() - begin;
     if (chat.o.context == 0) chat.o.context = chat.s.model.config.max_position_embeddings;
     writer_open(&chat.w, &chat.s, &chat.o, (size_t)chat.o.context,
-                (size_t)chat.o.context < CHUNK ? (size_t)chat.o.context : CHUNK);
+                (size_t)chat.o.context < CHUNK ? (size_t)chat.o.context : CHUNK, NULL);
     chat.w.load = load;
     chat.w.sequence.stop = (int32_t)stop_token;
     if (chat.system != NULL) chat_add(&chat, "--system", chat.system);
@@ -2064,14 +2213,15 @@ static int convert(int argc, char **argv, const command *c) {
 
 static const char train_help[] =
     "usage: dsv3 train (--preset NAME | --config FILE | --init DIR) --text FILE --out DIR [options]\n"
-    "       dsv3 train --resume --out DIR\n"
+    "       dsv3 train --resume --out DIR [--steps MORE]\n"
     "Trains a model on text: AdamW, multi-token prediction, experts balanced by their biases. DIR gets the\n"
     "checkpoint (model.safetensors, config.json), what --resume needs (train.safetensors), log.csv and pictures of\n"
     "it. Ctrl-C ends it after the current step, with everything saved. Standard error shows the progress.\n"
     "The model:\n"
     "  --preset NAME    random weights for one of " PLAN_NAMES "\n"
     "  --config FILE    random weights for this config.json, or the one in this directory\n"
-    "  --init DIR       the weights of a checkpoint\n"
+    "  --init DIR       the weights of a checkpoint, to be tuned: other defaults of --lr and --warmup, so that what\n"
+    "                   the model knows survives the first steps\n"
     "  --std X          standard deviation of random weights (default 0.02)\n"
     "  --freeze NAMES   these tensors are not trained; * stands for any characters; may be repeated\n"
     "The text:\n"
@@ -2084,9 +2234,9 @@ static const char train_help[] =
     "  --accum N        micro-batches into which they are divided, to save memory (default: up to 4096 tokens each)\n"
     "The recipe:\n"
     "  --steps N        (default 1000)\n"
-    "  --lr X           highest learning rate (default 0.003)\n"
+    "  --lr X           highest learning rate (default 0.003; with --init 0.0001)\n"
     "  --schedule S     v3 (warm-up, constant, cosine, low, tail) or cosine (default v3)\n"
-    "  --warmup N       steps of the warm-up (default: a twentieth)\n"
+    "  --warmup N       steps of the warm-up (default: a twentieth; with --init at least 40, but at most half of all)\n"
     "  --constant F     v3: where the constant phase ends, as a fraction of the steps (default 0.676). The cosine "
     "ends\n"
     "                   at 0.966 and the low phase at 0.989, as for V3\n"
@@ -2114,7 +2264,9 @@ static const char train_help[] =
     "                   depend on it\n"
     "  --resume         goes on with the run in DIR, bit for bit as if it had never stopped; options and text are "
     "those\n"
-    "                   of the run, and what is given again must agree (except under \"Memory and output\")\n";
+    "                   of the run, and what is given again must agree (except under \"Memory and output\")\n"
+    "  --resume --steps MORE   to another end. Before the rate falls the phases are laid out anew; later they stay, and\n"
+    "                   the last rate (--tail; cosine: --low) goes on. For a new cycle use --init\n";
 
 typedef struct train_options {
     const char *config, *preset, *init, *out, *schedule, *keep, *type, *backend;
@@ -2125,6 +2277,12 @@ typedef struct train_options {
 } train_options;
 
 #define TRAIN_OPTIONS 37
+
+/* Defaults of --lr and --warmup. A trained model stands where large steps lead away from, and AdamW begins with moments
+ * that know nothing: in its first 2 / (1 - beta2) = 40 steps the second ones are a few gradients' noise. */
+#define TRAIN_RATE 0.003
+#define TRAIN_RATE_TUNED 0.0001
+#define TRAIN_WARMUP_TUNED 40
 
 /* What --resume does with an option: it belongs to one call only; it is stored, but may change; it must stay. */
 typedef enum train_role { TRAIN_CALL, TRAIN_FREE, TRAIN_FIXED } train_role;
@@ -2174,12 +2332,12 @@ static void train_table(option *table, train_options *o) {
 static train_role train_role_of(const char *name) {
     static const char calls[7][12] = {"--config", "--preset",  "--init",   "--out",
                                       "--resume", "--threads", "--backend"};
-    static const char frees[7][16] = {"--text",      "--keep",       "--type",        "--save-every",
-                                      "--val-every", "--val-tokens", "--sample-every"};
+    static const char frees[8][16] = {"--text",      "--keep",       "--type",         "--save-every",
+                                      "--val-every", "--val-tokens", "--sample-every", "--steps"};
     for (int i = 0; i < 7; i++) {
         if (strcmp(name, calls[i]) == 0) return TRAIN_CALL;
     }
-    for (int i = 0; i < 7; i++) {
+    for (int i = 0; i < 8; i++) {
         if (strcmp(name, frees[i]) == 0) return TRAIN_FREE;
     }
     return TRAIN_FIXED;
@@ -2200,7 +2358,7 @@ static train_options train_defaults(void) {
     o.val_tokens = 8192;
     o.std = 0.02;
     o.val = 5;
-    o.lr = 0.003;
+    o.lr = -1; /* until it is known whether the model is new */
     o.constant = 10.0 / 14.8; /* [R] 4.2: trillions of tokens */
     o.low = 0.1;
     o.tail = 7.3e-6 / 2.2e-4;
@@ -2278,6 +2436,7 @@ typedef struct train_state {
     size_t taught; /* tokens that are trained on; the others are for validation */
     uint64_t hash; /* of the tokens */
     dsv3_training settings;
+    uint64_t phases; /* steps over which the phases of the schedule are laid out: --steps, unless that was changed late */
     dsv3_schedule schedule;
     dsv3_trainer trainer;
     void *trainer_memory;
@@ -2601,10 +2760,10 @@ static st_tensor *train_state_tensors(train_state *s, size_t *count) {
 }
 
 static void train_save_state(train_state *s) {
-    static const char keys[5][12] = {"step", "trained", "skipped", "text tokens", "text hash"};
-    const uint64_t values[5] = {s->done, s->trainer.step, s->skipped, s->text.count, s->hash};
-    const char *pairs[2 * (TRAIN_OPTIONS + 8) + 1];
-    char numbers[5][24], *path = train_path(s, "train.safetensors"), *config = NULL, *value[TRAIN_OPTIONS];
+    static const char keys[6][12] = {"step", "trained", "skipped", "text tokens", "text hash", "phases"};
+    const uint64_t values[6] = {s->done, s->trainer.step, s->skipped, s->text.count, s->hash, s->phases};
+    const char *pairs[2 * (TRAIN_OPTIONS + 9) + 1];
+    char numbers[6][24], *path = train_path(s, "train.safetensors"), *config = NULL, *value[TRAIN_OPTIONS];
     option table[TRAIN_OPTIONS + 1];
     size_t n = 0, count = 0, stored = 0;
     st_error error;
@@ -2612,7 +2771,7 @@ static void train_save_state(train_state *s) {
     if (checkpoint_config_text(&config, &s->config, DSV3_F32, &error) != ST_OK) stop("%s", error.message);
     pairs[n++] = "config";
     pairs[n++] = config;
-    for (int i = 0; i < 5; i++) {
+    for (int i = 0; i < 6; i++) {
         snprintf(numbers[i], sizeof numbers[i], "%llu", (unsigned long long)values[i]);
         pairs[n++] = keys[i];
         pairs[n++] = numbers[i];
@@ -2907,7 +3066,12 @@ static void train_read_text(train_state *s) {
 /* The micro-batches: as many sequences as make up to 4096 tokens, of those numbers that divide the batch. */
 static void train_resolve(train_options *o, const dsv3_config *c) {
     if (o->seq == 0) o->seq = c->max_position_embeddings < 1024 ? c->max_position_embeddings : 1024;
-    if (o->warmup < 0) o->warmup = o->steps / 20;
+    if (o->lr < 0) o->lr = o->init != NULL ? TRAIN_RATE_TUNED : TRAIN_RATE;
+    if (o->warmup < 0) {
+        o->warmup = o->steps / 20;
+        if (o->init != NULL && o->warmup < TRAIN_WARMUP_TUNED) o->warmup = TRAIN_WARMUP_TUNED;
+        if (o->init != NULL && o->warmup > o->steps / 2) o->warmup = o->steps / 2;
+    }
     if (o->accum == 0) {
         o->accum = 1;
         while (o->batch % o->accum != 0 || (o->accum < o->batch && o->batch / o->accum > 4096 / o->seq)) o->accum++;
@@ -2918,10 +3082,41 @@ static void train_resolve(train_options *o, const dsv3_config *c) {
     }
 }
 
+/* The phases over so many steps. Behind them the last rate stays. */
+static dsv3_schedule train_schedule(const train_options *o, uint64_t steps) {
+    dsv3_schedule s;
+    s.peak = o->lr;
+    s.low = s.tail = o->lr * o->low;
+    s.warmup = s.constant = (uint64_t)o->warmup;
+    s.cosine = s.end = steps;
+    if (strcmp(o->schedule, "v3") == 0) {
+        uint64_t constant = (uint64_t)(o->constant * (double)steps);
+        if (constant > s.constant) s.constant = constant;
+        s.tail = o->lr * o->tail;
+        s.cosine = (uint64_t)(14.3 / 14.8 * (double)steps);
+        s.end = (uint64_t)(14.633 / 14.8 * (double)steps);
+    }
+    return s;
+}
+
+/* --resume with other --steps than before: while the rate has not begun to fall, and would not have with the new number
+ * either, the phases are laid out anew. Else they stay, and the rate behind them is the last one. */
+static void train_extend(train_state *s, uint64_t before) {
+    uint64_t steps = (uint64_t)s->o.steps;
+    if (steps < s->done) {
+        stop("--steps: expected at least %llu, the steps done, found %ld", (unsigned long long)s->done, s->o.steps);
+    }
+    if (steps == before) return;
+    if (s->done <= train_schedule(&s->o, s->phases).constant && s->done <= train_schedule(&s->o, steps).constant) {
+        s->phases = steps;
+    }
+    fprintf(stderr, "dsv3: the run of %llu steps goes on to step %ld; its phases are those of %llu steps\n",
+            (unsigned long long)before, s->o.steps, (unsigned long long)s->phases);
+}
+
 static void train_set(train_state *s) {
     const train_options *o = &s->o;
     dsv3_training *t = &s->settings;
-    uint64_t steps = (uint64_t)o->steps;
     s->accum = (size_t)o->accum;
     s->seq = (size_t)o->seq;
     s->sequences = (size_t)o->batch / s->accum;
@@ -2939,25 +3134,14 @@ static void train_set(train_state *s) {
     t->clip = (float)o->clip;
     t->frozen = o->freeze.count > 0 ? o->freeze.item : NULL;
     t->exempt = o->exempt.count > 0 ? o->exempt.item : NULL;
-    s->schedule.peak = o->lr;
-    s->schedule.low = o->lr * o->low;
-    s->schedule.tail = o->lr * o->tail;
-    s->schedule.warmup = (uint64_t)o->warmup;
-    s->schedule.constant = s->schedule.warmup;
-    s->schedule.cosine = s->schedule.end = steps;
-    if (strcmp(o->schedule, "v3") == 0) {
-        uint64_t constant = (uint64_t)(o->constant * (double)steps);
-        if (constant > s->schedule.constant) s->schedule.constant = constant;
-        s->schedule.cosine = (uint64_t)(14.3 / 14.8 * (double)steps);
-        s->schedule.end = (uint64_t)(14.633 / 14.8 * (double)steps);
-    }
+    s->schedule = train_schedule(o, s->phases);
 }
 
 static void train_set_balancer(train_state *s) {
     dsv3_balancer *b = &s->trainer.balancer;
-    uint64_t freeze = (uint64_t)(s->o.bias_freeze * (double)s->o.steps);
+    uint64_t freeze = (uint64_t)(s->o.bias_freeze * (double)s->phases);
     b->schedule.speed = freeze > 0 ? s->o.bias_speed : 0;
-    b->schedule.freeze = freeze < (uint64_t)s->o.steps ? freeze : 0; /* 0: never */
+    b->schedule.freeze = freeze < s->phases ? freeze : 0; /* 0: never */
 }
 
 static void train_reserve(train_state *s) {
@@ -3035,6 +3219,7 @@ static void train_begin(train_state *s) {
     memset(&from, 0, sizeof from);
     train_model(s, &from);
     train_resolve(&s->o, &s->config);
+    s->phases = (uint64_t)s->o.steps;
     train_prepare(s);
     make_directory("--out", s->o.out);
     if (file_exists(s->o.out, "train.safetensors") || file_exists(s->o.out, "model.safetensors") ||
@@ -3053,6 +3238,7 @@ static int train_resume(train_state *s, int argc, char **argv, const command *c,
     st_error error;
     const char *config;
     char *path;
+    uint64_t before;
     int status;
     s->o = train_defaults();
     s->o.out = out;
@@ -3060,10 +3246,14 @@ static int train_resume(train_state *s, int argc, char **argv, const command *c,
     if (!file_exists(out, "train.safetensors")) stop("%s: does not exist; there is no run to go on with", path);
     if (st_open(&file, path, &error) != ST_OK) stop("%s", error.message);
     train_restore(s, &file, path);
+    before = (uint64_t)s->o.steps;
     train_table(table, &s->o);
     status = parse(argc, argv, c, table, NULL, 0);
     if (status != 0) return status;
     train_compare(s, &file);
+    s->done = train_number(&file, path, "step");
+    s->phases = st_metadata(&file, "phases") != NULL ? train_number(&file, path, "phases") : before; /* of 0.1: none */
+    train_extend(s, before);
     train_check(&s->o);
     config = st_metadata(&file, "config");
     if (config == NULL) stop("%s: is no state of a training run: config is missing", path);
@@ -3189,7 +3379,7 @@ static void train_sample(const train_state *s) {
     session model = s->eval;
     writer w;
     int32_t first = s->config.bos_token_id >= 0 ? s->config.bos_token_id : s->text.id[0];
-    writer_open(&w, &model, &o, s->seq < 161 ? s->seq : 161, 1);
+    writer_open(&w, &model, &o, s->seq < 161 ? s->seq : 161, 1, NULL);
     stop_result("sample", dsv3_sequence_append(&w.sequence, &model.model.model, &first, 1));
     progress_leave();
     fprintf(stderr, "sample at step %llu: ", (unsigned long long)s->done);
@@ -3328,8 +3518,8 @@ static void train_run(train_state *s) {
     if (s->saved != s->done || s->done == s->began_at) train_save(s);
     if (s->skipped > 0) fprintf(stderr, "dsv3: %llu steps changed nothing\n", (unsigned long long)s->skipped);
     if (s->done == s->began_at && s->done == steps) {
-        fprintf(stderr, "dsv3: the run in %s is complete: step %llu of %ld\n", s->o.out, (unsigned long long)s->done,
-                s->o.steps);
+        fprintf(stderr, "dsv3: the run in %s is complete: step %llu of %ld; --steps with more goes on\n", s->o.out,
+                (unsigned long long)s->done, s->o.steps);
     }
     if (s->done < steps) {
         fprintf(stderr, "dsv3: stopped and saved after step %llu; go on with: dsv3 train --resume --out %s\n",

@@ -7,7 +7,7 @@
 # Everything else, types and macros, is as it was. DSV3I_SERIAL_WORK and DSV3I_SEGMENT become variables in the first; the
 # second defines them with the values of the macros, which a test may set. It works on text alone: definitions begin in
 # the first column, and what is longer than a line ends with a brace there. What the instruction sets have (DSV3I_INLINE,
-# DSV3I_TARGET) stays private.
+# DSV3I_KERNEL) stays private.
 /^#if defined\(DSV3_IMPLEMENTATION\)/ {
     inside = 1
     if (body) {
@@ -25,15 +25,15 @@ body {
 }
 skip != "" { if ($0 ~ skip) skip = ""; next }
 macro || /^#/ { macro = /\\$/; print; next }
-head == "" && !/^(static|DSV3_API|DSV3I_[A-Z0-9_]+)[ (]/ { print; next }
+head == "" && !/^(static|DSV3_API|DSV3I_[A-Z0-9_]+)([ (]|$)/ { print; next }
 {
-    if (head == "" && /^DSV3I_/ && !/^DSV3I_(APART|INLINE|TARGET)/) { # a macro that makes functions
+    if (head == "" && /^DSV3I_/ && !/^DSV3I_(APART|INLINE|KERNEL|TARGET)/) { # a macro that makes functions
         if (!/[)]$/) skip = "[)]$"
         next
     }
     head = head (head == "" ? "" : "\n") $0
     if (!/[{};]$/ && head !~ / = /) next # goes on
-    private = head ~ /^(DSV3_API|DSV3I_INLINE|DSV3I_TARGET)/
+    private = head ~ /^(DSV3_API|DSV3I_(INLINE|KERNEL|TARGET))/
     table = head ~ /^static const [^(]* = /
     if (table ? !/;$/ : /[{]$/) skip = table ? ";$" : "^[}]"
     sub(/^(static|DSV3I_APART) (inline )?/, "", head)

@@ -71,7 +71,7 @@ done
 for command in score route; do misused "$command: one operand" "operand is missing" $command $micro; done
 for command in generate plan inspect; do misused "$command: two operands" "unexpected argument b" $command a b; done
 for command in score route; do misused "$command: three operands" "unexpected argument c" $command a b c; done
-for option in -p -n --temp --top-p --top-k --min-p --repeat-penalty --logit-bias --stop --seed --context --cache --attention --threads; do
+for option in -p -n --prompt-cache --temp --top-p --top-k --min-p --repeat-penalty --logit-bias --stop --seed --context --cache --attention --threads; do
     misused "generate $option without a value" "missing behind $option" generate $micro $option
 done
 for option in --last --context --cache --attention --threads; do
@@ -425,6 +425,61 @@ good "generation_config.json" generate $tmp/ends -n 80 --temp 0 -p "It is a trut
 same "generation_config.json" $tmp/c $tmp/out
 echo "{\"eos_token_id\": [0, 256]}" > $tmp/ends/generation_config.json
 everywhere "generation_config.json" "generation_config.json: eos_token_id: is outside the vocabulary" $tmp/ends
+# ---- generate --prompt-cache
+
+# cached NAME REUSED ARGS...: the text is that of the same call without a cache, and so many tokens were not read again.
+cached() {
+    name=$1 reused=$2
+    shift 2
+    run generate "$@" --attention absorbed
+    cp $tmp/out $tmp/plain
+    run generate "$@" --attention absorbed --prompt-cache $tmp/cache --stats
+    if [ $status = 0 ]; then ok; else fail "--prompt-cache, $name: status $status"; fi
+    same "--prompt-cache, $name: the text" $tmp/plain $tmp/out
+    equal "--prompt-cache, $name: reused" "$(sed -n 's/^reused *\([0-9]*\) of .*/\1/p' $tmp/err)" "$reused"
+    if [ -f $tmp/cache ] && [ ! -e $tmp/cache.tmp ]; then ok; else bad "--prompt-cache, $name: the file"; fi
+}
+# kept NAME TEXT ARGS...: refused with one line, and the file stays as it is.
+kept() {
+    name=$1 text=$2
+    shift 2
+    cp $tmp/cache $tmp/cache.before
+    refused "--prompt-cache, $name" "$text" generate "$@" --prompt-cache $tmp/cache -n 2
+    same "--prompt-cache, $name: the file" $tmp/cache.before $tmp/cache
+}
+cached "fresh" 0 $micro -p 'It is a truth' -n 20
+cached "the same prompt" 13 $micro -p 'It is a truth' -n 20
+cached "a shorter prompt" 5 $micro -p 'It is' -n 300 --seed 4
+"$tool" generate $micro -p 'It is' -n 300 --seed 4 --echo --attention absorbed > $tmp/said
+cached "the text goes on" 200 $micro -p "$(head -c 200 $tmp/said) and so" -n 5 --temp 0
+cached "part of it" 5 $micro -p 'It is a t' -n 5 --temp 0
+cached "it begins alike" 6 $micro -p 'It is not' -n 5 --temp 0
+cached "another text" 0 $micro -p 'Emma' -n 5
+kept "another model" "$tmp/cache: vocab_size: is not what was saved" $tmp/v128 --ids -p 1
+kept "--mtp" "$tmp/cache: n_modules: is not what was saved (expected 1, found 0)" $micro -p Emma --mtp 1
+kept "--cache" "$tmp/cache: type: is not what was saved (expected 2, found 0)" $micro -p Emma --cache BF16
+copy other
+printf '\125' | dd of=$tmp/other/model.safetensors bs=1 seek=$(($(wc -c < $tmp/other/model.safetensors) - 20)) conv=notrunc 2> /dev/null
+kept "other weights" "$tmp/cache: tag: is not what was saved" $tmp/other -p Emma
+size=$(wc -c < $tmp/cache)
+cp $tmp/cache $tmp/whole
+for at in 9 40 150 $((size / 2)) $((size - 30)) $((size - 5)); do
+    printf '\377' | dd of=$tmp/cache bs=1 seek=$at conv=notrunc 2> /dev/null
+    kept "byte $at is another" "$tmp/cache: " $micro -p Emma
+    cp $tmp/whole $tmp/cache
+done
+for length in 0 100 $((size / 2)) $((size - 1)); do
+    head -c $length $tmp/whole > $tmp/cache
+    kept "cut to $length bytes" "$tmp/cache: " $micro -p Emma
+done
+cp $micro/model.safetensors $tmp/cache
+kept "a checkpoint" "$tmp/cache: is no prompt cache" $micro -p Emma
+rm $tmp/cache
+refused "--prompt-cache in no directory" "cannot be written" generate $micro --prompt-cache $tmp/nowhere/c -n 1
+refused "--prompt-cache is a directory" "is a directory" generate $micro --prompt-cache $tmp -n 1
+cached "drafts" 0 examples/models/austen -p 'It is a truth' -n 20 --mtp 3 --temp 0 --cache BF16
+cached "drafts, the same prompt" 13 examples/models/austen -p 'It is a truth' -n 20 --mtp 3 --temp 0 --cache BF16
+cached "drafts, a longer prompt" 13 examples/models/austen -p 'It is a truth!?' -n 20 --mtp 3 --temp 0 --cache BF16
 
 # ---- chat
 
@@ -1153,6 +1208,34 @@ good "inspect its state" inspect $tmp/whole/train.safetensors --check-finite
 shows "inspect its state" '^m.model.norm.weight  *F32 *\[64\]'
 shows "inspect its state" '^loads  *U64 *\[4, 8\]'
 refused "train: not again" "holds a checkpoint already" train $recipe --out $tmp/whole
+
+# To another end: as one run of so many steps while the rate is constant; behind its phases with the last rate.
+trains "a run to be extended" $recipe --out $tmp/longer --steps 12 --constant 0.7 --lr 0.004
+run train --resume --out $tmp/longer
+if [ $status = 0 ] && grep -q "the run in $tmp/longer is complete: step 12 of 12; --steps" $tmp/err; then ok; else
+    fail "train --resume: a finished run says so"
+fi
+trains "--resume --steps: a finished run" --resume --out $tmp/longer --steps 15
+if grep -q 'the run of 12 steps goes on to step 15; its phases are those of 12 steps' $tmp/err; then ok; else
+    fail "train --resume --steps: no line about it"
+fi
+equal "train --resume --steps: the last rate" "$(awk -F, 'NR > 13 { printf "%s %.6f, ", $1, $3 }' $tmp/longer/log.csv)" \
+    "13 0.000133, 14 0.000133, 15 0.000133, "
+trains "--resume --steps: once more" --resume --out $tmp/longer --steps 16
+equal "train --resume --steps: rows" "$(wc -l < $tmp/longer/log.csv | tr -d ' ')" 17
+refused "train --resume --steps: fewer than are done" "--steps: expected at least 16, the steps done, found 15" \
+    train --resume --out $tmp/longer --steps 15
+trains "a run to be stretched" $recipe --out $tmp/stretched --steps 4 --warmup 1 --constant 1 --bias-freeze 1
+trains "--resume --steps: before the rate falls" --resume --out $tmp/stretched --steps 12 --val-every 4
+trains "the same in one" $recipe --out $tmp/straight --steps 12 --warmup 1 --constant 1 --bias-freeze 1 --val-every 4
+same "train --resume --steps: log.csv" $tmp/straight/log.csv $tmp/stretched/log.csv
+same "train --resume --steps: weights" $tmp/straight/model.safetensors $tmp/stretched/model.safetensors
+
+# --init: the defaults are for a model that knows something.
+trains "--init" --init $micro --text $tmp/train.txt --seq 24 --batch 2 --steps 6 --out $tmp/tuned --val-every 6
+equal "train --init: rates" "$(awk -F, 'NR > 1 && NR < 5 { printf "%.6f ", $3 }' $tmp/tuned/log.csv)" "0.000033 0.000067 0.000100 "
+trains "--init --lr --warmup" --init $micro --text $tmp/train.txt --seq 24 --batch 2 --steps 2 --out $tmp/tuned2 --lr 0.001 --warmup 0
+equal "train --init --lr: rates" "$(awk -F, 'NR == 2 { print $3 }' $tmp/tuned2/log.csv)" "0.001"
 
 # The same numbers, whatever the threads, and whatever is kept.
 trains "two threads" $recipe --out $tmp/threads --steps 12 --save-every 5 --threads 2

@@ -204,13 +204,14 @@ static void result_strings(void) {
                 {DSV3_ERR_TOKEN, "token outside vocabulary"},
                 {DSV3_ERR_POSITION, "position out of sequence"},
                 {DSV3_ERR_CONTEXT, "context full"},
-                {DSV3_ERR_NAN, "value not finite"}};
+                {DSV3_ERR_NAN, "value not finite"},
+                {DSV3_ERR_DAMAGED, "saved bytes damaged"}};
     for (size_t i = 0; i < sizeof want / sizeof want[0]; i++) {
         CHECK_EQ(want[i].code, -(int)i);
         CHECK(strcmp(dsv3_result_string(want[i].code), want[i].text) == 0);
     }
     CHECK(strcmp(dsv3_result_string((dsv3_result)1), "unknown result") == 0);
-    CHECK(strcmp(dsv3_result_string((dsv3_result)(DSV3_ERR_NAN - 1)), "unknown result") == 0);
+    CHECK(strcmp(dsv3_result_string((dsv3_result)(DSV3_ERR_DAMAGED - 1)), "unknown result") == 0);
     CHECK(strcmp(dsv3_result_string((dsv3_result)-1000), "unknown result") == 0);
     CHECK(strcmp(dsv3_result_string((dsv3_result)INT_MAX), "unknown result") == 0);
     CHECK(strcmp(dsv3_result_string((dsv3_result)-INT_MAX), "unknown result") == 0);
