@@ -34,7 +34,7 @@
 enum {
     LOOP_LINEAR, LOOP_SILU, LOOP_ROWS, LOOP_COMBINE, LOOP_EMBED, LOOP_SCORES, LOOP_SELECT,
     LOOP_ATTEND, /* the plain op's, both forms; then the engine's */
-    LOOP_ROUND, LOOP_GATHER, LOOP_BLOCKS, LOOP_ABSORBED, LOOP_SEGMENTS, LOOP_JOIN, LOOP_EXPANDED, LOOP_OTHER, LOOPS
+    LOOP_ROUND, LOOP_BLOCKS, LOOP_ABSORBED, LOOP_SEGMENTS, LOOP_JOIN, LOOP_EXPANDED, LOOP_OTHER, LOOPS
 };
 static long split[LOOPS];
 
@@ -58,7 +58,6 @@ static void count_loop(dsv3_task task) {
 #ifdef DSV3I_ENGINE
     if (task == dsv3i_jobs_task) kind = LOOP_LINEAR;
     if (task == dsv3i_round_task) kind = LOOP_ROUND;
-    if (task == dsv3i_gather_task) kind = LOOP_GATHER;
     if (task == dsv3i_mlp_task) kind = LOOP_BLOCKS; /* of rows, through an MLP */
     if (task == dsv3i_absorb_task) kind = LOOP_ABSORBED;
     if (task == dsv3i_segment_task) kind = LOOP_SEGMENTS;
