@@ -268,6 +268,7 @@ typedef struct dsv3_rope_scaling {
     int32_t original_max_position_embeddings; /* > 0 with YaRN */
     float beta_fast, beta_slow;               /* rotations over the original context: kept / interpolated */
     float mscale, mscale_all_dim;             /* see chapter 5 */
+    int32_t truncate;                         /* bool, default 1: the ramp begins and ends at whole pairs */
 } dsv3_rope_scaling;
 
 /* The fields of the published config.json under the same names, then choices that no file carries.
@@ -2702,6 +2703,7 @@ DSV3_API void dsv3_cross_entropy_backward(const dsv3_context *context, float *du
  * a ramp mixes both:
  *     cd(n) = dr ln(o / (2 pi n)) / (2 ln rope_theta)         the i at which a pair makes n turns over o
  *     lo = max(floor cd(beta_fast), 0),  hi = min(ceil cd(beta_slow), dr-1),  hi += 0.001 if equal
+ *          (no floor and no ceil when truncate is 0)
  *     ramp_i = clamp((i - lo) / (hi - lo), 0, 1)
  *     theta_i = f_i (1 - ramp_i) + f_i / s ramp_i,   f_i = rope_theta^(-2i/dr)
  * and corrects the softmax temperature, with m(x) = 0.1 x ln s + 1:
@@ -2741,8 +2743,12 @@ static double dsv3i_rope_theta(const dsv3_config *c, int32_t i) {
     int32_t dr = c->qk_rope_head_dim;
     double f = DSV3_POW((double)c->rope_theta, -2.0 * i / dr), lo, hi, ramp;
     if (r->type != DSV3_ROPE_YARN) return f;
-    lo = dsv3i_floor(dsv3i_yarn_dim(c, r->beta_fast));
-    hi = -dsv3i_floor(-dsv3i_yarn_dim(c, r->beta_slow)); /* ceil */
+    lo = dsv3i_yarn_dim(c, r->beta_fast);
+    hi = dsv3i_yarn_dim(c, r->beta_slow);
+    if (r->truncate) {
+        lo = dsv3i_floor(lo);
+        hi = -dsv3i_floor(-hi); /* ceil */
+    }
     if (lo < 0.0) lo = 0.0;
     if (hi > dr - 1.0) hi = dr - 1.0;
     if (!(lo < hi) && !(hi < lo)) hi += 0.001;
@@ -4005,6 +4011,7 @@ DSV3_API dsv3_config dsv3_config_default(void) {
     c.rope_scaling.beta_fast = 32.0f;
     c.rope_scaling.beta_slow = 1.0f;
     c.rope_scaling.mscale = 1.0f;
+    c.rope_scaling.truncate = 1;
     c.rope_interleave = 1;
     c.max_position_embeddings = 4096;
     c.bos_token_id = -1;
@@ -4170,6 +4177,7 @@ static dsv3_result dsv3i_check_rope(const dsv3_config *c, dsv3_error *e) {
     DSV3I_FLOAT(rope_scaling.beta_fast, c->rope_scaling.beta_slow, "must be finite and at least beta_slow");
     DSV3I_FLOAT(rope_scaling.mscale, 0.0f, "must be finite and not negative");
     DSV3I_FLOAT(rope_scaling.mscale_all_dim, 0.0f, "must be finite and not negative");
+    DSV3I_BETWEEN(rope_scaling.truncate, 0, 1, "is not 0 or 1");
     return DSV3_OK;
 }
 
