@@ -2700,10 +2700,9 @@ DSV3_API void dsv3_cross_entropy_backward(const dsv3_context *context, float *du
  *
  * YaRN ([R] 4.3) lengthens the context by s = factor. A pair that makes many turns over the original
  * context o keeps its frequency, a pair that makes less than about one is slowed down by s, in between
- * a ramp mixes both:
+ * a ramp mixes both (without floor and ceil if truncate is 0):
  *     cd(n) = dr ln(o / (2 pi n)) / (2 ln rope_theta)         the i at which a pair makes n turns over o
  *     lo = max(floor cd(beta_fast), 0),  hi = min(ceil cd(beta_slow), dr-1),  hi += 0.001 if equal
- *          (no floor and no ceil when truncate is 0)
  *     ramp_i = clamp((i - lo) / (hi - lo), 0, 1)
  *     theta_i = f_i (1 - ramp_i) + f_i / s ramp_i,   f_i = rope_theta^(-2i/dr)
  * and corrects the softmax temperature, with m(x) = 0.1 x ln s + 1:
@@ -2745,10 +2744,7 @@ static double dsv3i_rope_theta(const dsv3_config *c, int32_t i) {
     if (r->type != DSV3_ROPE_YARN) return f;
     lo = dsv3i_yarn_dim(c, r->beta_fast);
     hi = dsv3i_yarn_dim(c, r->beta_slow);
-    if (r->truncate) {
-        lo = dsv3i_floor(lo);
-        hi = -dsv3i_floor(-hi); /* ceil */
-    }
+    if (r->truncate) lo = dsv3i_floor(lo), hi = -dsv3i_floor(-hi); /* ceil */
     if (lo < 0.0) lo = 0.0;
     if (hi > dr - 1.0) hi = dr - 1.0;
     if (!(lo < hi) && !(hi < lo)) hi += 0.001;

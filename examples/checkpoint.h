@@ -51,8 +51,8 @@ typedef struct checkpoint {
     dsv3_config config;
     dsv3_model model;
     st_file file;
-    int blocks;                /* what U8 matrices are: DSV3_Q8_0, DSV3_Q4_0, or -1: not weights */
-    void *tables;              /* memory of model */
+    int blocks;                     /* what U8 matrices are: DSV3_Q8_0, DSV3_Q4_0, or -1: not weights */
+    void *tables;                   /* memory of model */
     char wrong[DSV3_MAX_NAME + 16]; /* the first tensor that is missing or unusable */
     size_t leftover;                /* tensors of the files that this model does not use */
     char leftover_names[256];       /* the first few of them */
@@ -1104,7 +1104,7 @@ st_result checkpoint_config_adapt(char **text, const char *from, size_t length, 
     json_token *tokens;
     dsv3_config config;
     size_t count = 0;
-    int blocks = -1; /* of the old file */
+    int blocks = -1;                                                                    /* of the old file */
     st_result result = checkpointi_parse(&config, &blocks, from, length, label, error); /* a usable object, then */
     *text = NULL;
     if (result != ST_OK) return result;

@@ -456,7 +456,8 @@ static int tokens_read(tokens *t, const char *where, const char *text, size_t le
                        char why[WHY]) {
     size_t i = 0;
     if (!ids && V != 256) {
-        snprintf(why, WHY, "%.200s: this model has %zu tokens and this program no tokenizer; use --ids and give token ids",
+        snprintf(why, WHY,
+                 "%.200s: this model has %zu tokens and this program no tokenizer; use --ids and give token ids",
                  where, V);
         return 0;
     }
@@ -803,7 +804,8 @@ static char *generate_input(const char *text, const char *file, size_t *length, 
     return strcmp(text, "-") == 0 ? read_file("-", length) : text_plain("-p", text, length);
 }
 
-static void generate_prompt(tokens *t, const session *s, const char *where, const char *text, size_t length, int ids) {
+static void generate_prompt(tokens *t, const session *s, const char *where, const char *text, size_t length,
+                            int ids) {
     if (length > 0) tokens_from_text(t, where, text, length, s->V, ids);
     if (t->count == 0 && s->model.config.bos_token_id >= 0) tokens_add(t, s->model.config.bos_token_id);
     if (t->count == 0) stop("%s: the prompt is empty and the model has no begin-of-text token", where);
@@ -821,7 +823,8 @@ static size_t generate_context(const session *s, const writer_options *o, const 
     size_t most = o->context > 0 ? (size_t)o->context : (size_t)s->model.config.max_position_embeddings;
     size_t need = prompt + (size_t)o->n;
     if (prompt > most) {
-        stop("%s: the prompt is longer than the context: expected at most %zu tokens, found %zu", where, most, prompt);
+        stop("%s: the prompt is longer than the context: expected at most %zu tokens, found %zu", where, most,
+             prompt);
     }
     warn_context(need < most ? need : most, s);
     return o->context > 0 || need > most ? most : need;
@@ -885,7 +888,8 @@ static int generate(int argc, char **argv, const command *c) {
     text = generate_input(given, file, &length, &where);
     generate_prompt(&prompt, &s, where, text, length, o.ids);
     load = now() - begin;
-    writer_open(&w, &s, &o, generate_context(&s, &o, where, prompt.count), prompt.count < CHUNK ? prompt.count : CHUNK);
+    writer_open(&w, &s, &o, generate_context(&s, &o, where, prompt.count),
+                prompt.count < CHUNK ? prompt.count : CHUNK);
     w.load = load;
     w.prompt_tokens = prompt.count;
     stop_result("prompt", dsv3_sequence_append(&w.sequence, &s.model.model, prompt.id, prompt.count));
@@ -924,8 +928,7 @@ static int generate(int argc, char **argv, const command *c) {
 static const char chat_help[] =
     "usage: dsv3 chat DIR [options]\n"
     "A conversation: each line of standard input is a turn, and the model goes on from there. The caches stay, so\n"
-    "that a turn costs only its own tokens. Lines that begin with a slash are commands:\n"
-    CHAT_COMMANDS
+    "that a turn costs only its own tokens. Lines that begin with a slash are commands:\n" CHAT_COMMANDS
     "  /quit            end, as the end of the input does\n"
     "Ctrl-C ends a reply, or between replies the conversation.\n"
     "Options (in texts, \\n is a line feed, \\t a tab and \\\\ a backslash):\n"
@@ -1016,7 +1019,8 @@ static int chat_turn(chat_state *c, const char *line, size_t length) {
     chat_add(c, "--after", c->after);
     if (good && c->text.count > capacity) {
         good = 0;
-        snprintf(why, sizeof why, "the turn does not fit into the context of %zu positions; /undo or /reset", capacity);
+        snprintf(why, sizeof why, "the turn does not fit into the context of %zu positions; /undo or /reset",
+                 capacity);
     }
     if (good) {
         chat_mark(c, begin);
@@ -1057,8 +1061,9 @@ static void chat_load(chat_state *c, const char *path) {
     int good = text != NULL && tokens_read(&t, path, text, length, c->s.V, c->o.ids, why);
     if (good && t.count > room) {
         good = 0;
-        snprintf(why, sizeof why, "%.200s: expected at most %zu tokens, as many as the context has room for, found %zu",
-                 path, room, t.count);
+        snprintf(why, sizeof why,
+                 "%.200s: expected at most %zu tokens, as many as the context has room for, found %zu", path, room,
+                 t.count);
     }
     if (good) {
         chat_reset(c);
@@ -1682,7 +1687,8 @@ static int route(int argc, char **argv, const command *c) {
 static const char plan_help[] =
     "usage: dsv3 plan DIR | CONFIG.json | NAME [options]\n"
     "What a model needs, from its configuration alone: tensors, parameters and bytes by group, parameters\n"
-    "active for a token (routed experts: those of one token; embedding and head: whole), cache, workspace, all of it\n"
+    "active for a token (routed experts: those of one token; embedding and head: whole), cache, workspace, all of "
+    "it\n"
     "together, and whether this machine has as much memory.\n"
     "Names: " PLAN_NAMES ".\n"
     "  --context N      positions of each sequence (default 4096, or the model's if shorter)\n"
@@ -1882,7 +1888,8 @@ static const char inspect_help[] =
     "Lists every tensor: type, shape, smallest and largest value, number of NaN and infinite values. FP8 values\n"
     "are shown with their scales applied, and what is Q8_0 or Q4_0 by DIR/config.json as such. Of types that are\n"
     "not known here no values are shown.\n"
-    "  --check-finite   exit status 1 if a value is not finite, or a scale of FP8 not positive; names the first one\n";
+    "  --check-finite   exit status 1 if a value is not finite, or a scale of FP8 not positive; names the first "
+    "one\n";
 
 typedef struct range {
     double low, high;
@@ -3731,15 +3738,14 @@ static const char main_help[] = "usage: dsv3 COMMAND ...\n"
                                 "dsv3 COMMAND --help lists the options of a command; dsv3 --version says which.\n";
 
 int main(int argc, char **argv) {
-    const command commands[] = {
-        {"generate", generate_help, generate, {"DIR", NULL}},
-        {"chat", chat_help, chat, {"DIR", NULL}},
-        {"score", score_help, score, {"DIR", "FILE"}},
-        {"route", route_help, route, {"DIR", "FILE"}},
-        {"plan", plan_help, plan, {"DIR, CONFIG.json or NAME", NULL}},
-        {"inspect", inspect_help, inspect, {"DIR or FILE.safetensors", NULL}},
-        {"convert", convert_help, convert, {"DIR", "OUT"}},
-        {"train", train_help, train, {NULL, NULL}}};
+    const command commands[] = {{"generate", generate_help, generate, {"DIR", NULL}},
+                                {"chat", chat_help, chat, {"DIR", NULL}},
+                                {"score", score_help, score, {"DIR", "FILE"}},
+                                {"route", route_help, route, {"DIR", "FILE"}},
+                                {"plan", plan_help, plan, {"DIR, CONFIG.json or NAME", NULL}},
+                                {"inspect", inspect_help, inspect, {"DIR or FILE.safetensors", NULL}},
+                                {"convert", convert_help, convert, {"DIR", "OUT"}},
+                                {"train", train_help, train, {NULL, NULL}}};
     const char *nearest = NULL;
     size_t least = 9;
 #ifdef SIGXFSZ

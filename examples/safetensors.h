@@ -893,8 +893,8 @@ static void sti_attach(sti_job *job, const unsigned char *data) {
 
 /* What a file is that does not even begin as one of these, or NULL: it is as far as can be seen. */
 static const char *sti_stranger(const unsigned char *first, size_t n) {
-    static const char begins[7][24] = {"version https://git-lfs", "<!DOCTYPE", "<!doctype", "<html", "<?xml",
-                                       "GGUF",                    "PK\003\004"};
+    static const char begins[7][24] = {
+        "version https://git-lfs", "<!DOCTYPE", "<!doctype", "<html", "<?xml", "GGUF", "PK\003\004"};
     static const char words[4][72] = {"is a pointer of Git LFS, not the file itself: git lfs pull gets it",
                                       "is a page of HTML or XML, as a failed download leaves it", "is a GGUF file",
                                       "is a ZIP archive, as PyTorch writes them"};
@@ -911,8 +911,7 @@ static st_result sti_header_length(const unsigned char first[8], uint64_t file_b
                                    const char *label, st_error *error) {
     uint64_t n = 0;
     int i;
-    if (sti_stranger(first, 8))
-        return sti_fail(error, ST_ERR_FORMAT, "%.300s: %s", label, sti_stranger(first, 8));
+    if (sti_stranger(first, 8)) return sti_fail(error, ST_ERR_FORMAT, "%.300s: %s", label, sti_stranger(first, 8));
     for (i = 7; i >= 0; i--) n = n << 8 | first[i];
     if (n > ST_MAX_HEADER)
         return sti_fail(error, ST_ERR_LIMIT, "%.300s: a header of %llu bytes, at most %d are read", label, STI_ULL(n),
@@ -1264,8 +1263,9 @@ static void sti_index_warn(sti_index *index, st_file *file) {
     uint64_t total = 0, listed = 0;
     size_t i, metadata = 0, value = 0;
     if (index->absent > 0) {
-        snprintf(file->warning, sizeof file->warning, "%llu of %llu tensors of the index are absent: %.100s is not in %.80s",
-                 STI_ULL(index->absent), STI_ULL(index->count), index->first_one->name, index->first_one->file);
+        snprintf(file->warning, sizeof file->warning,
+                 "%llu of %llu tensors of the index are absent: %.100s is not in %.80s", STI_ULL(index->absent),
+                 STI_ULL(index->count), index->first_one->name, index->first_one->file);
         return;
     }
     if (file->count != index->count)

@@ -362,8 +362,7 @@ static void test_ranges(void) {
     "{\"type\": " type ", \"factor\": " factor ", \"original_max_position_embeddings\": " original                   \
     ", \"beta_fast\": " fast ", \"beta_slow\": " slow ", \"mscale\": 1.0, \"mscale_all_dim\": 0.7}"
 #define YARN(factor, original, fast, slow) ROPE("\"yarn\"", factor, original, fast, slow)
-#define YARN_WITH(field)                                                                                             \
-    "{\"type\": \"yarn\", \"factor\": 4, \"original_max_position_embeddings\": 64, " field "}"
+#define YARN_WITH(field) "{\"type\": \"yarn\", \"factor\": 4, \"original_max_position_embeddings\": 64, " field "}"
 #define QUANT(method, fmt, block)                                                                                    \
     "{\"quant_method\": \"" method "\", \"fmt\": \"" fmt "\", \"weight_block_size\": " block "}"
 
@@ -417,7 +416,10 @@ static const struct {
     {"rope_parameters, empty", ST_OK, "", {{"rope_parameters", "{}"}}},
     {"rope_parameters, theta alone", ST_OK, "", {{"rope_theta", NULL}, {"rope_parameters", "{\"rope_theta\": 500}"}}},
     {"a factor without a type", ST_ERR_MISSING, "type", {{"rope_parameters", "{\"factor\": 2}"}}},
-    {"rope_parameters, a field of none", ST_ERR_UNSUPPORTED, "mrope_section", {{"rope_parameters", "{\"mrope_section\": []}"}}},
+    {"rope_parameters, a field of none",
+     ST_ERR_UNSUPPORTED,
+     "mrope_section",
+     {{"rope_parameters", "{\"mrope_section\": []}"}}},
     {"rope_parameters, a null field", ST_OK, "", {{"rope_parameters", "{\"mrope_section\": null}"}}},
     {"partial_rotary_factor", ST_ERR_UNSUPPORTED, "partial_rotary_factor", {{"partial_rotary_factor", "0.5"}}},
     {"partial_rotary_factor 1", ST_OK, "", {{"partial_rotary_factor", "1.0"}}},
@@ -432,10 +434,16 @@ static const struct {
      "llama_4_scaling_beta",
      {{"rope_scaling", YARN_WITH("\"llama_4_scaling_beta\": 0.1")}}},
     {"llama_4_scaling_beta 0", ST_OK, "", {{"rope_scaling", YARN_WITH("\"llama_4_scaling_beta\": 0")}}},
-    {"YaRN, an unknown field", ST_ERR_UNSUPPORTED, "short_factor", {{"rope_scaling", YARN_WITH("\"short_factor\": [1]")}}},
+    {"YaRN, an unknown field",
+     ST_ERR_UNSUPPORTED,
+     "short_factor",
+     {{"rope_scaling", YARN_WITH("\"short_factor\": [1]")}}},
     {"truncate", ST_OK, "", {{"rope_scaling", YARN_WITH("\"truncate\": false")}}},
     {"truncate 0", ST_ERR_FORMAT, "truncate", {{"rope_scaling", YARN_WITH("\"truncate\": 0")}}},
-    {"the implied attention_factor", ST_OK, "", {{"rope_scaling", YARN_WITH("\"attention_factor\": 1.138629436111989")}}},
+    {"the implied attention_factor",
+     ST_OK,
+     "",
+     {{"rope_scaling", YARN_WITH("\"attention_factor\": 1.138629436111989")}}},
     {"another attention_factor",
      ST_ERR_UNSUPPORTED,
      "attention_factor: expected 1.138629, which the other fields imply, found 1.14",
@@ -444,7 +452,9 @@ static const struct {
     {"rope_theta behind another object",
      ST_ERR_UNSUPPORTED,
      "rope_theta",
-     {{"rope_theta", NULL}, {"rope_scaling", YARN_WITH("\"mscale\": 1")}, {"rope_parameters", "{\"rope_theta\": 500}"}}},
+     {{"rope_theta", NULL},
+      {"rope_scaling", YARN_WITH("\"mscale\": 1")},
+      {"rope_parameters", "{\"rope_theta\": 500}"}}},
     {"a wrapper",
      ST_ERR_UNSUPPORTED,
      "text_config: this is a wrapper",
@@ -668,10 +678,9 @@ static void test_rope_spellings(void) {
         {"rope_theta", NULL},
         {"rope_scaling", NULL},
         {"rope_parameters", "{\"rope_type\": \"yarn\", \"rope_theta\": 50000.0, " FACTOR "}"}};
-    static const edit both[MOST_EDITS] = {
-        {"rope_theta", "50000"},
-        {"rope_scaling", "{\"type\": \"yarn\", " FACTOR "}"},
-        {"rope_parameters", "{\"rope_type\": \"linear\", \"rope_theta\": 10.0}"}};
+    static const edit both[MOST_EDITS] = {{"rope_theta", "50000"},
+                                          {"rope_scaling", "{\"type\": \"yarn\", " FACTOR "}"},
+                                          {"rope_parameters", "{\"rope_type\": \"linear\", \"rope_theta\": 10.0}"}};
     static const edit forgotten[MOST_EDITS] = {
         {"rope_theta", NULL},
         {"rope_scaling", "{\"type\": \"yarn\", " FACTOR "}"},
@@ -1501,7 +1510,8 @@ static void test_leftovers(disk *d) {
     disk_write(d);
     image = get_file(WEIGHTS, &length);
     snprintf(json, sizeof json, "\"%s\":{\"dtype\":\"F32\"", norm);
-    for (n = 0; n + strlen(json) < length && memcmp(image + n, json, strlen(json)) != 0; n++) {}
+    for (n = 0; n + strlen(json) < length && memcmp(image + n, json, strlen(json)) != 0; n++) {
+    }
     image[n + strlen(json) - 4] = 'C';
     put_file(WEIGHTS, image, length);
     CHECK_EQ(checkpoint_open(&c, directory, &error), ST_ERR_UNSUPPORTED);
