@@ -2144,12 +2144,14 @@ static int file_exists(const char *directory, const char *name) {
 
 #ifdef TOOL_POSIX
 
+/* NAME.PROCESS-NUMBER.tmp, as output_begin, convert and safetensors.h make them. */
 static int is_own_temporary(const char *name, pid_t *process) {
     const char *end = strrchr(name, '.'), *at = end;
     if (end == NULL || strcmp(end, ".tmp") != 0) return 0;
     while (at > name && at[-1] != '.') at--;
-    if (at == name || *at < '1' || *at > '9') return 0;
-    *process = (pid_t)strtol(at, (char **)&at, 10);
+    if (at == name || *at < '1' || *at > '9' || end - at > 18) return 0;
+    *process = (pid_t)strtol(at, NULL, 10);
+    while (*at >= '0' && *at <= '9') at++;
     if (*at++ != '-') return 0;
     while (*at >= '0' && *at <= '9') at++;
     return at == end;
