@@ -10,7 +10,8 @@
  *     dsv3 train            a checkpoint from text
  *
  * `dsv3 COMMAND --help` lists the options. Exit status: 0 ok; 1 bad input, be it a file, a text or an option's value
- * (one line says what, where, expected and found); 2 wrong usage: an unknown command or option, a missing operand.
+ * (one line says what, where, expected and found); 2 wrong usage: an unknown command or option, a missing operand or
+ * option.
  * Text goes to stdout, everything else to stderr.
  *
  * Text and tokens: the demo models have a vocabulary of 256, one token per byte. For other vocabularies (this
@@ -1211,7 +1212,7 @@ static int chat(int argc, char **argv, const command *c) {
 /* ---- A text read in windows, for score and route */
 
 #define WINDOW_HELP                                                                                                  \
-    "  --last P         only the last P percent of the file\n"                                                       \
+    "  --last P         only the last P percent of the file (FILE may be -, standard input)\n"                       \
     "  --context N      window length (default: what the model was made for)\n"                                      \
     "  --cache TYPE     F32 or BF16 (default F32)\n"                                                                 \
     "  --attention F    auto, absorbed or expanded (default auto)\n"                                                 \
