@@ -183,6 +183,16 @@ static void checkpointi_bad(checkpointi_reader *r, st_result code, const char *k
     r->result = checkpointi_fail(r->error, code, "%.300s: %s: %s", r->label, key, why);
 }
 
+/* The same, with what is there: value is its token. */
+static void checkpointi_found(checkpointi_reader *r, st_result code, const char *key, size_t value, const char *why) {
+    const json_token *t = &r->doc.token[value];
+    size_t length = t->end - t->start;
+    char text[160];
+    snprintf(text, sizeof text, "%.100s, found '%.*s'", why, (int)(length < 40 ? length : 40),
+             r->doc.text + t->start);
+    checkpointi_bad(r, code, key, text);
+}
+
 /* What to do with a field that is absent, or null. */
 typedef enum checkpointi_need { CHECKPOINTI_REQUIRED, CHECKPOINTI_NULLABLE, CHECKPOINTI_OPTIONAL } checkpointi_need;
 
@@ -203,9 +213,9 @@ static void checkpointi_int_at(checkpointi_reader *r, const char *key, size_t va
     int64_t number = 0;
     json_result found = json_int(&r->doc, value, &number);
     if (found == JSON_ERR_LIMIT || (found == JSON_OK && (number > INT32_MAX || number < -INT32_MAX))) {
-        checkpointi_bad(r, ST_ERR_LIMIT, key, "is beyond any limit");
+        checkpointi_found(r, ST_ERR_LIMIT, key, value, "is beyond any limit");
     } else if (found != JSON_OK) {
-        checkpointi_bad(r, ST_ERR_FORMAT, key, "must be an integer");
+        checkpointi_found(r, ST_ERR_FORMAT, key, value, "must be an integer");
     } else {
         *out = (int32_t)number;
     }
@@ -223,7 +233,7 @@ static void checkpointi_bool(checkpointi_reader *r, size_t object, const char *k
     int truth;
     if (!checkpointi_value(r, object, key, need, &value)) return;
     if (json_bool(&r->doc, value, &truth) != JSON_OK) {
-        checkpointi_bad(r, ST_ERR_FORMAT, key, "must be true or false");
+        checkpointi_found(r, ST_ERR_FORMAT, key, value, "must be true or false");
     } else {
         *out = truth;
     }
@@ -237,9 +247,9 @@ static void checkpointi_float(checkpointi_reader *r, size_t object, const char *
     if (!checkpointi_value(r, object, key, need, &value)) return;
     found = json_double(&r->doc, value, &number);
     if (found == JSON_ERR_LIMIT || (found == JSON_OK && (number > 3.4e38 || number < -3.4e38))) {
-        checkpointi_bad(r, ST_ERR_LIMIT, key, "is beyond any limit");
+        checkpointi_found(r, ST_ERR_LIMIT, key, value, "is beyond any limit");
     } else if (found != JSON_OK) {
-        checkpointi_bad(r, ST_ERR_FORMAT, key, "must be a number");
+        checkpointi_found(r, ST_ERR_FORMAT, key, value, "must be a number");
     } else {
         *out = (float)number;
     }
@@ -265,7 +275,7 @@ static int checkpointi_name(checkpointi_reader *r, size_t object, const char *ke
     size_t value;
     if (!checkpointi_value(r, object, key, need, &value)) return -1;
     if (r->doc.token[value].type != JSON_STRING) {
-        checkpointi_bad(r, ST_ERR_FORMAT, key, "must be a string");
+        checkpointi_found(r, ST_ERR_FORMAT, key, value, "must be a string");
         return -1;
     }
     for (int i = 0; names[i] != NULL; i++) {
@@ -349,9 +359,12 @@ static void checkpointi_experts(checkpointi_reader *r, dsv3_config *c) {
 /* A factor that leaves the numbers as they are. */
 static void checkpointi_neutral(checkpointi_reader *r, size_t object, const char *key, float neutral) {
     float x = neutral;
-    checkpointi_float(r, object, key, CHECKPOINTI_OPTIONAL, &x);
+    size_t value;
+    if (!checkpointi_value(r, object, key, CHECKPOINTI_OPTIONAL, &value)) return;
+    checkpointi_float(r, object, key, CHECKPOINTI_REQUIRED, &x);
     if (x < neutral || x > neutral) {
-        checkpointi_bad(r, ST_ERR_UNSUPPORTED, key, neutral > 0 ? "must be 1 or absent" : "must be 0 or absent");
+        checkpointi_found(r, ST_ERR_UNSUPPORTED, key, value,
+                          neutral > 0 ? "must be 1 or absent" : "must be 0 or absent");
     }
 }
 
@@ -515,7 +528,7 @@ static void checkpointi_quantised(checkpointi_reader *r) {
         json_result first = json_int(&r->doc, block + 1, &rows), second = json_int(&r->doc, block + 2, &cols);
         if (first == JSON_OK && second == JSON_OK && rows == DSV3_BLOCK && cols == DSV3_BLOCK) return;
     }
-    checkpointi_bad(r, ST_ERR_UNSUPPORTED, "weight_block_size", "must be [128, 128]");
+    checkpointi_found(r, ST_ERR_UNSUPPORTED, "weight_block_size", block, "must be [128, 128]");
 }
 
 /* Models that see or hear have their language model inside. */
