@@ -2183,6 +2183,7 @@ static char *lock_path; /* of the lock that this process has */
 
 static void lock_release(void) {
     if (lock_path != NULL) unlink(lock_path);
+    free(lock_path);
     lock_path = NULL;
 }
 
