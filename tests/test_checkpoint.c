@@ -1477,6 +1477,7 @@ static void test_weight_types(disk *d) {
 /* A tensor of a type that is not known here stops what needs it, and nothing else. What nothing uses is named. */
 static void test_leftovers(disk *d) {
     static const char norm[] = "model.norm.weight";
+    static const float zeros[8] = {0};
     st_error error;
     checkpoint c;
     char json[256];
@@ -1487,10 +1488,10 @@ static void test_leftovers(disk *d) {
     CHECK_EQ(checkpoint_open(&c, directory, &error), ST_OK);
     CHECK(c.leftover == 0 && c.leftover_names[0] == '\0');
     checkpoint_close(&c);
-    d->t[d->count++] = file_tensor("model.layers.0.self_attn.q_a_proj.bias", ST_F32, 1, 1, 8, norm);
-    d->t[d->count++] = file_tensor("mtp.0.eh_proj.weight", ST_U8, 1, 1, 8, norm);
-    d->t[d->count++] = file_tensor("model.layers.0.self_attn.rotary_emb.inv_freq", ST_F32, 1, 1, 2, norm);
-    d->t[d->count++] = file_tensor("model.layers.0.self_attn.q_a_proj.weight_scale_inv", ST_F32, 2, 1, 1, norm);
+    d->t[d->count++] = file_tensor("model.layers.0.self_attn.q_a_proj.bias", ST_F32, 1, 1, 8, zeros);
+    d->t[d->count++] = file_tensor("mtp.0.eh_proj.weight", ST_U8, 1, 1, 8, zeros);
+    d->t[d->count++] = file_tensor("model.layers.0.self_attn.rotary_emb.inv_freq", ST_F32, 1, 1, 2, zeros);
+    d->t[d->count++] = file_tensor("model.layers.0.self_attn.q_a_proj.weight_scale_inv", ST_F32, 2, 1, 1, zeros);
     disk_write(d);
     check_logits("tensors that nothing uses", d);
     CHECK_EQ(checkpoint_open(&c, directory, &error), ST_OK);
