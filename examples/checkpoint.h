@@ -750,6 +750,13 @@ static dsv3_result checkpointi_expect(void *user, const dsv3_tensor_info *info) 
 static st_result checkpointi_unexpected(const checkpoint *c, dsv3_result why, const char *directory,
                                         st_error *error) {
     const st_tensor *t = st_find(&c->file, c->wrong);
+    char inside[sizeof c->wrong + 16];
+    snprintf(inside, sizeof inside, "language_model.%s", c->wrong);
+    if (why == DSV3_ERR_MISSING && st_find(&c->file, inside) != NULL) {
+        return checkpointi_fail(error, ST_ERR_MISSING,
+                                "%.200s: %s: tensor missing; the model is inside of a wrapper, where it is %s",
+                                directory, c->wrong, inside);
+    }
     if (why == DSV3_ERR_UNSUPPORTED && t != NULL && t->dtype != ST_U8) {
         return checkpointi_fail(error, ST_ERR_UNSUPPORTED,
                                 "%.300s: %s: expected the type F32, F16, BF16 or F8_E4M3, found %.40s", directory,

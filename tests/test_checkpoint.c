@@ -1571,6 +1571,10 @@ static void test_missing(disk *d) {
               c.model.mtp[0].shared_head_head.data == c.model.lm_head.data);
         checkpoint_close(&c);
     }
+    disk_tensor(d, "model.norm.weight")->name = "language_model.model.norm.weight";
+    check_disk(
+        "a wrapper's names", d, ST_ERR_MISSING,
+        "model.norm.weight: tensor missing; the model is inside of a wrapper, where it is language_model.model.norm");
     d->count = 0;
     check_disk("no tensors", d, ST_ERR_MISSING, "model.embed_tokens.weight");
     disk_reset(d);
