@@ -272,6 +272,7 @@ typedef struct dsv3_rope_scaling {
     int32_t original_max_position_embeddings; /* > 0 with YaRN */
     float beta_fast, beta_slow;               /* rotations over the original context: kept / interpolated */
     float mscale, mscale_all_dim;             /* see chapter 5 */
+    int32_t truncate;                         /* bool, default 1: the ramp begins and ends at whole pairs */
 } dsv3_rope_scaling;
 
 /* The fields of the published config.json under the same names, then choices that no file carries.
@@ -2872,7 +2873,8 @@ DSV3_API void dsv3_cross_entropy_backward(const dsv3_context *context, float *du
  * so that the product of a query at t and a key at j depends on t - j only. Released weights pair neighbours (2i, 2i+1).
  *
  * YaRN ([R] 4.3) lengthens the context by s = factor. A pair that makes many turns over the original context o keeps
- * its frequency, a pair that makes less than about one is slowed down by s, in between a ramp mixes both:
+ * its frequency, a pair that makes less than about one is slowed down by s, in between a ramp mixes both
+ * (without floor and ceil if truncate is 0):
  *     cd(n) = dr ln(o / (2 pi n)) / (2 ln rope_theta)         the i at which a pair makes n turns over o
  *     lo = max(floor cd(beta_fast), 0),  hi = min(ceil cd(beta_slow), dr-1),  hi += 0.001 if equal
  *     ramp_i = clamp((i - lo) / (hi - lo), 0, 1)
@@ -2913,8 +2915,9 @@ static double dsv3i_rope_theta(const dsv3_config *c, int32_t i) {
     int32_t dr = c->qk_rope_head_dim;
     double f = DSV3_POW((double)c->rope_theta, -2.0 * i / dr), lo, hi, ramp;
     if (r->type != DSV3_ROPE_YARN) return f;
-    lo = dsv3i_floor(dsv3i_yarn_dim(c, r->beta_fast));
-    hi = -dsv3i_floor(-dsv3i_yarn_dim(c, r->beta_slow)); /* ceil */
+    lo = dsv3i_yarn_dim(c, r->beta_fast);
+    hi = dsv3i_yarn_dim(c, r->beta_slow);
+    if (r->truncate) lo = dsv3i_floor(lo), hi = -dsv3i_floor(-hi); /* ceil */
     if (lo < 0.0) lo = 0.0;
     if (hi > dr - 1.0) hi = dr - 1.0;
     if (!(lo < hi) && !(hi < lo)) hi += 0.001;
@@ -4159,7 +4162,7 @@ DSV3_API dsv3_config dsv3_config_default(void) {
     dsv3_config c;
     DSV3_MEMSET(&c, 0, sizeof c); /* choices: the first ones, those of V3 */
     c.moe_layer_freq = c.n_group = c.topk_group = 1;
-    c.norm_topk_prob = c.seq_aux = c.rope_interleave = 1;
+    c.norm_topk_prob = c.seq_aux = c.rope_interleave = c.rope_scaling.truncate = 1;
     c.routed_scaling_factor = 1.0f;
     c.aux_loss_alpha = 0.001f;
     c.rms_norm_eps = c.latent_norm_eps = 1e-6f;
@@ -4344,6 +4347,7 @@ static dsv3_result dsv3i_check_rope(const dsv3_config *c, dsv3_error *e) {
     DSV3I_FLOAT(rope_scaling.beta_fast, c->rope_scaling.beta_slow, "must be finite and at least beta_slow");
     DSV3I_FLOAT(rope_scaling.mscale, 0.0f, "must be finite and not negative");
     DSV3I_FLOAT(rope_scaling.mscale_all_dim, 0.0f, "must be finite and not negative");
+    DSV3I_BETWEEN(rope_scaling.truncate, 0, 1, "is not 0 or 1");
     return DSV3_OK;
 }
 
@@ -6956,7 +6960,8 @@ static void dsv3i_save_same(dsv3i_save *f, const char *name, size_t x) {
     INT(q_lora_rank) INT(kv_lora_rank) INT(qk_nope_head_dim) INT(qk_rope_head_dim) INT(v_head_dim)                   \
     INT(n_routed_experts) INT(n_shared_experts) INT(num_experts_per_tok) INT(n_group) INT(topk_group)                \
     INT(scoring_func) INT(topk_method) INT(norm_topk_prob) INT(rope_scaling.type)                                    \
-    INT(rope_scaling.original_max_position_embeddings) INT(rope_interleave) INT(tie_word_embeddings) INT(group_mask) \
+    INT(rope_scaling.original_max_position_embeddings) INT(rope_scaling.truncate) INT(rope_interleave)               \
+    INT(tie_word_embeddings) INT(group_mask)                                                                         \
     INT(gate_scaling) INT(bias_form) INT(mtp_concat) INT(mtp_hidden) FLOAT(routed_scaling_factor)                    \
     FLOAT(rms_norm_eps) FLOAT(latent_norm_eps) FLOAT(rope_theta) FLOAT(rope_scaling.factor)                          \
     FLOAT(rope_scaling.beta_fast) FLOAT(rope_scaling.beta_slow) FLOAT(rope_scaling.mscale)                           \

@@ -18,11 +18,14 @@
  * zeroed one. Errors are an st_result and one line of text (file, name, expected, found). No global state.
  *
  * config.json: fields have their published names. Sizes and routing fields must be there (null is allowed
- * for q_lora_rank, n_shared_experts, n_group, topk_group and the token ids); scoring_func and topk_method
- * default by model_type; rope_parameters (newer files) and rope_scaling (older ones) are both understood;
+ * for q_lora_rank, n_shared_experts, n_group, topk_group and the token ids; q_lora_rank may be absent). Null
+ * n_routed_experts, and a first_k_dense_replace beyond the layers, mean that all layers are dense. scoring_func,
+ * topk_method, and whether the routed scaling factor applies to normalised weights, follow model_type.
+ * rope_scaling (older files) and rope_parameters (newer ones) are both understood; of two, rope_scaling counts.
  * eos_token_id may be a list, whose first id goes into the config; checkpoint_open keeps all of them, and those of a
  * generation_config.json beside it, of which nothing else is read. A field this library could not honour is refused:
- * another activation, another RoPE scaling, another FP8 block size. Unknown fields are ignored.
+ * another activation, another RoPE scaling or an unknown field of it, another FP8 block size. Other unknown fields are
+ * ignored.
  *
  * Q8_0 and Q4_0: safetensors files know no types that store numbers in blocks. A matrix [rows, cols] of these types has
  * its published name, dtype U8 and the shape [rows, bytes of a row]; the bytes are those of the same tensor in a GGUF
@@ -53,9 +56,11 @@ typedef struct checkpoint {
     size_t n_eos;
     dsv3_model model;
     st_file file;
-    int blocks;                /* what U8 matrices are: DSV3_Q8_0, DSV3_Q4_0, or -1: not weights */
-    void *tables;              /* memory of model */
-    char wrong[DSV3_MAX_NAME]; /* the first tensor that is missing or unusable */
+    int blocks;                     /* what U8 matrices are: DSV3_Q8_0, DSV3_Q4_0, or -1: not weights */
+    void *tables;                   /* memory of model */
+    char wrong[DSV3_MAX_NAME + 16]; /* the first tensor that is missing or unusable */
+    size_t leftover;                /* tensors of the files that this model does not use */
+    char leftover_names[256];       /* the first few of them */
 } checkpoint;
 
 /* Reads a config.json of `length` bytes that is in memory; label stands for its path in messages. */
@@ -68,7 +73,7 @@ st_result checkpoint_config(dsv3_config *config, const char *path, st_error *err
 /* What U8 matrices of the checkpoint are, by its config.json alone, of which nothing else is read: see checkpoint. */
 st_result checkpoint_blocks(int *blocks, const char *path, st_error *error);
 
-/* Config, files (one or sharded) and binding. */
+/* Config, files (one or sharded) and binding. Scales of FP8 weights must be finite and positive. */
 st_result checkpoint_open(checkpoint *c, const char *directory, st_error *error);
 void checkpoint_close(checkpoint *c);
 
@@ -95,7 +100,8 @@ st_result checkpoint_save(const char *directory, const dsv3_config *config, dsv3
 
 /* A config.json for weights of that type, to be released with ST_FREE: made from a config, which must be valid ... */
 st_result checkpoint_config_text(char **text, const dsv3_config *config, dsv3_type type, st_error *error);
-/* ... or from another config.json [length], of which everything stays but torch_dtype and quantization_config. */
+/* ... or from another config.json [length], of which everything stays but torch_dtype and quantization_config (and
+ * compression_config, its older name), which say what checkpoint_save has written. */
 st_result checkpoint_config_adapt(char **text, const char *from, size_t length, const char *label, dsv3_type type,
                                   st_error *error);
 /* Reads path if its name ends in .json, else path/config.json, as it stands. The caller releases *text with ST_FREE. */
@@ -185,6 +191,16 @@ static void checkpointi_bad(checkpointi_reader *r, st_result code, const char *k
     r->result = checkpointi_fail(r->error, code, "%.300s: %s: %s", r->label, key, why);
 }
 
+/* The same, with what is there: value is its token. */
+static void checkpointi_found(checkpointi_reader *r, st_result code, const char *key, size_t value, const char *why) {
+    const json_token *t = &r->doc.token[value];
+    size_t length = t->end - t->start;
+    char text[160];
+    snprintf(text, sizeof text, "%.100s, found '%.*s'", why, (int)(length < 40 ? length : 40),
+             r->doc.text + t->start);
+    checkpointi_bad(r, code, key, text);
+}
+
 /* What to do with a field that is absent, or null. */
 typedef enum checkpointi_need { CHECKPOINTI_REQUIRED, CHECKPOINTI_NULLABLE, CHECKPOINTI_OPTIONAL } checkpointi_need;
 
@@ -205,9 +221,9 @@ static void checkpointi_int_at(checkpointi_reader *r, const char *key, size_t va
     int64_t number = 0;
     json_result found = json_int(&r->doc, value, &number);
     if (found == JSON_ERR_LIMIT || (found == JSON_OK && (number > INT32_MAX || number < -INT32_MAX))) {
-        checkpointi_bad(r, ST_ERR_LIMIT, key, "is beyond any limit");
+        checkpointi_found(r, ST_ERR_LIMIT, key, value, "is beyond any limit");
     } else if (found != JSON_OK) {
-        checkpointi_bad(r, ST_ERR_FORMAT, key, "must be an integer");
+        checkpointi_found(r, ST_ERR_FORMAT, key, value, "must be an integer");
     } else {
         *out = (int32_t)number;
     }
@@ -225,7 +241,7 @@ static void checkpointi_bool(checkpointi_reader *r, size_t object, const char *k
     int truth;
     if (!checkpointi_value(r, object, key, need, &value)) return;
     if (json_bool(&r->doc, value, &truth) != JSON_OK) {
-        checkpointi_bad(r, ST_ERR_FORMAT, key, "must be true or false");
+        checkpointi_found(r, ST_ERR_FORMAT, key, value, "must be true or false");
     } else {
         *out = truth;
     }
@@ -239,12 +255,26 @@ static void checkpointi_float(checkpointi_reader *r, size_t object, const char *
     if (!checkpointi_value(r, object, key, need, &value)) return;
     found = json_double(&r->doc, value, &number);
     if (found == JSON_ERR_LIMIT || (found == JSON_OK && (number > 3.4e38 || number < -3.4e38))) {
-        checkpointi_bad(r, ST_ERR_LIMIT, key, "is beyond any limit");
+        checkpointi_found(r, ST_ERR_LIMIT, key, value, "is beyond any limit");
     } else if (found != JSON_OK) {
-        checkpointi_bad(r, ST_ERR_FORMAT, key, "must be a number");
+        checkpointi_found(r, ST_ERR_FORMAT, key, value, "must be a number");
     } else {
         *out = (float)number;
     }
+}
+
+/* The string at value is none of `names`. */
+static void checkpointi_not_listed(checkpointi_reader *r, const char *key, size_t value, const char *const *names) {
+    const json_token *t = &r->doc.token[value];
+    char why[256];
+    size_t n = (size_t)snprintf(why, sizeof why, "expected %s", names[0]), length = t->end - t->start;
+    for (int i = 1; names[i] != NULL && n < sizeof why; i++) {
+        n += (size_t)snprintf(why + n, sizeof why - n, "%s%s", names[i + 1] != NULL ? ", " : " or ", names[i]);
+    }
+    if (n < sizeof why) {
+        snprintf(why + n, sizeof why - n, ", found '%.*s'", (int)(length < 48 ? length : 48), r->doc.text + t->start);
+    }
+    checkpointi_bad(r, ST_ERR_UNSUPPORTED, key, why);
 }
 
 /* Which of `names` (ended by NULL) is the string under key? -1 when there is no value. */
@@ -253,13 +283,13 @@ static int checkpointi_name(checkpointi_reader *r, size_t object, const char *ke
     size_t value;
     if (!checkpointi_value(r, object, key, need, &value)) return -1;
     if (r->doc.token[value].type != JSON_STRING) {
-        checkpointi_bad(r, ST_ERR_FORMAT, key, "must be a string");
+        checkpointi_found(r, ST_ERR_FORMAT, key, value, "must be a string");
         return -1;
     }
     for (int i = 0; names[i] != NULL; i++) {
         if (json_equal(&r->doc, value, names[i])) return i;
     }
-    checkpointi_bad(r, ST_ERR_UNSUPPORTED, key, "has a value that is not supported");
+    checkpointi_not_listed(r, key, value, names);
     return -1;
 }
 
@@ -271,7 +301,7 @@ static void checkpointi_sizes(checkpointi_reader *r, dsv3_config *c) {
     checkpointi_int(r, 0, "intermediate_size", CHECKPOINTI_REQUIRED, &c->intermediate_size);
     checkpointi_int(r, 0, "num_hidden_layers", CHECKPOINTI_REQUIRED, &c->num_hidden_layers);
     checkpointi_int(r, 0, "num_attention_heads", CHECKPOINTI_REQUIRED, &c->num_attention_heads);
-    checkpointi_int(r, 0, "q_lora_rank", CHECKPOINTI_NULLABLE, &c->q_lora_rank);
+    checkpointi_int(r, 0, "q_lora_rank", CHECKPOINTI_OPTIONAL, &c->q_lora_rank);
     checkpointi_int(r, 0, "kv_lora_rank", CHECKPOINTI_REQUIRED, &c->kv_lora_rank);
     checkpointi_int(r, 0, "qk_nope_head_dim", CHECKPOINTI_REQUIRED, &c->qk_nope_head_dim);
     checkpointi_int(r, 0, "qk_rope_head_dim", CHECKPOINTI_REQUIRED, &c->qk_rope_head_dim);
@@ -286,7 +316,7 @@ static void checkpointi_sizes(checkpointi_reader *r, dsv3_config *c) {
     checkpointi_bool(r, 0, "rope_interleave", CHECKPOINTI_OPTIONAL, &c->rope_interleave);
 }
 
-static void checkpointi_experts(checkpointi_reader *r, dsv3_config *c) {
+static void checkpointi_family(checkpointi_reader *r, dsv3_config *c) {
     static const char models[3][12] = {"deepseek_v3", "kimi_k2", "deepseek_v2"};
     static const char scoring[2][8] = {"sigmoid", "softmax"};
     static const char methods[3][21] = {"noaux_tc", "group_limited_greedy", "greedy"};
@@ -298,40 +328,136 @@ static void checkpointi_experts(checkpointi_reader *r, dsv3_config *c) {
     int method = checkpointi_name(r, 0, "topk_method", CHECKPOINTI_OPTIONAL, method_names);
     c->scoring_func = score >= 0 ? (dsv3_scoring_func)score : model == 2 ? DSV3_SOFTMAX : DSV3_SIGMOID;
     c->topk_method = method >= 0 ? (dsv3_topk_method)method : model == 2 ? DSV3_GREEDY : DSV3_NOAUX_TC;
-    checkpointi_int(r, 0, "moe_intermediate_size", CHECKPOINTI_REQUIRED, &c->moe_intermediate_size);
-    checkpointi_int(r, 0, "n_routed_experts", CHECKPOINTI_REQUIRED, &c->n_routed_experts);
-    checkpointi_int(r, 0, "n_shared_experts", CHECKPOINTI_NULLABLE, &c->n_shared_experts);
-    checkpointi_int(r, 0, "num_experts_per_tok", CHECKPOINTI_REQUIRED, &c->num_experts_per_tok);
-    checkpointi_int(r, 0, "n_group", CHECKPOINTI_NULLABLE, &c->n_group);
-    checkpointi_int(r, 0, "topk_group", CHECKPOINTI_NULLABLE, &c->topk_group);
-    checkpointi_int(r, 0, "first_k_dense_replace", CHECKPOINTI_REQUIRED, &c->first_k_dense_replace);
-    checkpointi_int(r, 0, "moe_layer_freq", CHECKPOINTI_OPTIONAL, &c->moe_layer_freq);
-    checkpointi_bool(r, 0, "norm_topk_prob", CHECKPOINTI_REQUIRED, &c->norm_topk_prob);
-    checkpointi_float(r, 0, "routed_scaling_factor", CHECKPOINTI_REQUIRED, &c->routed_scaling_factor);
-    checkpointi_bool(r, 0, "seq_aux", CHECKPOINTI_OPTIONAL, &c->seq_aux);
-    checkpointi_float(r, 0, "aux_loss_alpha", CHECKPOINTI_OPTIONAL, &c->aux_loss_alpha);
+    c->gate_scaling = model == 2 ? DSV3_SCALE_UNLESS_NORMED : DSV3_SCALE_ALWAYS;
 }
 
-/* The object under one of the two names that exist for it, under one of the two names its type has. */
-static void checkpointi_rope(checkpointi_reader *r, dsv3_config *c) {
+/* Of a model without experts, or one whose layers before the first with experts are all it has: modules, too. */
+static void checkpointi_dense(dsv3_config *c, int no_experts) {
+    if (c->num_hidden_layers < 1 || c->num_hidden_layers > DSV3_MAX_LAYERS) return;
+    if (!no_experts && c->first_k_dense_replace <= c->num_hidden_layers) return;
+    if (!no_experts && (int64_t)c->first_k_dense_replace - c->num_hidden_layers < c->num_nextn_predict_layers) return;
+    c->first_k_dense_replace = c->num_hidden_layers;
+    if (c->num_nextn_predict_layers > 0) c->moe_layer_freq = DSV3_MAX_LAYERS; /* which no number of a module is */
+    if (!no_experts) return;
+    c->n_routed_experts = c->n_shared_experts = c->num_experts_per_tok = 0;
+    c->n_group = c->topk_group = 1;
+}
+
+static void checkpointi_experts(checkpointi_reader *r, dsv3_config *c) {
+    size_t value;
+    int none = r->result == ST_OK && json_find(&r->doc, 0, "n_routed_experts", &value) == JSON_OK &&
+               r->doc.token[value].type == JSON_NULL;
+    checkpointi_need must = none ? CHECKPOINTI_OPTIONAL : CHECKPOINTI_REQUIRED;
+    checkpointi_need may = none ? CHECKPOINTI_OPTIONAL : CHECKPOINTI_NULLABLE;
+    checkpointi_int(r, 0, "moe_intermediate_size", must, &c->moe_intermediate_size);
+    checkpointi_int(r, 0, "n_routed_experts", must, &c->n_routed_experts);
+    checkpointi_int(r, 0, "n_shared_experts", may, &c->n_shared_experts);
+    checkpointi_int(r, 0, "num_experts_per_tok", must, &c->num_experts_per_tok);
+    checkpointi_int(r, 0, "n_group", may, &c->n_group);
+    checkpointi_int(r, 0, "topk_group", may, &c->topk_group);
+    checkpointi_int(r, 0, "first_k_dense_replace", must, &c->first_k_dense_replace);
+    checkpointi_int(r, 0, "moe_layer_freq", CHECKPOINTI_OPTIONAL, &c->moe_layer_freq);
+    checkpointi_bool(r, 0, "norm_topk_prob", must, &c->norm_topk_prob);
+    checkpointi_float(r, 0, "routed_scaling_factor", must, &c->routed_scaling_factor);
+    checkpointi_bool(r, 0, "seq_aux", CHECKPOINTI_OPTIONAL, &c->seq_aux);
+    checkpointi_float(r, 0, "aux_loss_alpha", CHECKPOINTI_OPTIONAL, &c->aux_loss_alpha);
+    checkpointi_dense(c, none);
+}
+
+/* A factor that leaves the numbers as they are. */
+static void checkpointi_neutral(checkpointi_reader *r, size_t object, const char *key, float neutral) {
+    float x = neutral;
+    size_t value;
+    if (!checkpointi_value(r, object, key, CHECKPOINTI_OPTIONAL, &value)) return;
+    checkpointi_float(r, object, key, CHECKPOINTI_REQUIRED, &x);
+    if (x < neutral || x > neutral) {
+        checkpointi_found(r, ST_ERR_UNSUPPORTED, key, value,
+                          neutral > 0 ? "must be 1 or absent" : "must be 0 or absent");
+    }
+}
+
+/* The object that says what RoPE is, under one of the two names that exist for it, or 0; an empty one is none. */
+static size_t checkpointi_rope_object(checkpointi_reader *r) {
+    static const char keys[2][16] = {"rope_scaling", "rope_parameters"};
+    for (int i = 0; i < 2; i++) {
+        size_t object;
+        if (!checkpointi_value(r, 0, keys[i], CHECKPOINTI_OPTIONAL, &object)) continue;
+        if (r->doc.token[object].type != JSON_OBJECT) {
+            checkpointi_bad(r, ST_ERR_FORMAT, keys[i], "must be an object or null");
+        } else if (r->doc.token[object].size > 0) {
+            return object;
+        }
+    }
+    return 0;
+}
+
+/* Every field that is there must be one whose meaning is known. */
+static void checkpointi_rope_fields(checkpointi_reader *r, size_t object) {
+    static const char known[14][36] = {"type",
+                                       "rope_type",
+                                       "rope_theta",
+                                       "factor",
+                                       "original_max_position_embeddings",
+                                       "beta_fast",
+                                       "beta_slow",
+                                       "mscale",
+                                       "mscale_all_dim",
+                                       "attention_factor",
+                                       "truncate",
+                                       "partial_rotary_factor",
+                                       "llama_4_scaling_beta",
+                                       "finetuned"};
+    const json_token *token = r->doc.token;
+    for (size_t i = object + 1; i < token[object].next; i = token[i + 1].next) {
+        size_t k = 0, length = token[i].end - token[i].start;
+        char name[64];
+        while (k < 14 && !json_equal(&r->doc, i, known[k])) k++;
+        if (k < 14 || token[i + 1].type == JSON_NULL) continue;
+        snprintf(name, sizeof name, "%.*s", (int)(length < 60 ? length : 60), r->doc.text + token[i].start);
+        checkpointi_bad(r, ST_ERR_UNSUPPORTED, name, "is a field of RoPE that is not known here");
+    }
+    checkpointi_neutral(r, object, "partial_rotary_factor", 1.0f);
+    checkpointi_neutral(r, object, "llama_4_scaling_beta", 0.0f);
+}
+
+/* In the object, or outside. Of two objects transformers forgets the second with all that is in it, and takes 10000
+ * when rope_theta is nowhere else. */
+static void checkpointi_rope_theta(checkpointi_reader *r, size_t object, float *theta) {
+    size_t other, unused;
+    if (object > 0 && checkpointi_value(r, object, "rope_theta", CHECKPOINTI_OPTIONAL, &unused)) {
+        checkpointi_float(r, object, "rope_theta", CHECKPOINTI_REQUIRED, theta);
+    } else if (object > 0 && !checkpointi_value(r, 0, "rope_theta", CHECKPOINTI_OPTIONAL, &unused) &&
+               checkpointi_value(r, 0, "rope_parameters", CHECKPOINTI_OPTIONAL, &other) && other != object &&
+               r->doc.token[other].type == JSON_OBJECT) {
+        checkpointi_float(r, other, "rope_theta", CHECKPOINTI_REQUIRED, theta);
+        if (*theta < 10000.0f || *theta > 10000.0f) {
+            checkpointi_bad(r, ST_ERR_UNSUPPORTED, "rope_theta",
+                            "is only in rope_parameters, which rope_scaling replaces: expected it in rope_scaling");
+        }
+    } else {
+        checkpointi_float(r, 0, "rope_theta", CHECKPOINTI_REQUIRED, theta);
+    }
+}
+
+/* 1: YaRN. Without a type, and without a factor, the object only carries rope_theta. */
+static int checkpointi_rope_type(checkpointi_reader *r, size_t object) {
     static const char types[2][8] = {"default", "yarn"};
     const char *type_names[] = {types[0], types[1], NULL};
-    dsv3_rope_scaling *s = &c->rope_scaling;
-    size_t object, unused;
-    const char *key = "rope_parameters";
-    int type, inside, found = checkpointi_value(r, 0, key, CHECKPOINTI_OPTIONAL, &object);
-    if (!found) found = checkpointi_value(r, 0, key = "rope_scaling", CHECKPOINTI_OPTIONAL, &object);
-    if (found && r->doc.token[object].type != JSON_OBJECT) {
-        checkpointi_bad(r, ST_ERR_FORMAT, key, "must be an object or null");
-        return;
+    size_t unused;
+    if (checkpointi_value(r, object, "rope_type", CHECKPOINTI_OPTIONAL, &unused)) {
+        return checkpointi_name(r, object, "rope_type", CHECKPOINTI_REQUIRED, type_names);
     }
-    inside = found && checkpointi_value(r, object, "rope_theta", CHECKPOINTI_OPTIONAL, &unused);
-    checkpointi_float(r, inside ? object : 0, "rope_theta", CHECKPOINTI_REQUIRED, &c->rope_theta);
-    if (!found) return;
-    type = checkpointi_name(r, object,
-                            json_find(&r->doc, object, "rope_type", &unused) == JSON_OK ? "rope_type" : "type",
-                            CHECKPOINTI_REQUIRED, type_names);
-    if (type != 1) return;
+    if (json_find(&r->doc, object, "type", &unused) != JSON_OK &&
+        json_find(&r->doc, object, "factor", &unused) != JSON_OK) {
+        return 0;
+    }
+    return checkpointi_name(r, object, "type", CHECKPOINTI_REQUIRED, type_names);
+}
+
+static void checkpointi_yarn(checkpointi_reader *r, size_t object, dsv3_config *c) {
+    dsv3_rope_scaling *s = &c->rope_scaling;
+    float factor, implied;
+    size_t unused;
     s->type = DSV3_ROPE_YARN;
     s->mscale_all_dim = 0.0f;
     checkpointi_float(r, object, "factor", CHECKPOINTI_REQUIRED, &s->factor);
@@ -341,9 +467,30 @@ static void checkpointi_rope(checkpointi_reader *r, dsv3_config *c) {
     checkpointi_float(r, object, "beta_slow", CHECKPOINTI_OPTIONAL, &s->beta_slow);
     checkpointi_float(r, object, "mscale", CHECKPOINTI_OPTIONAL, &s->mscale);
     checkpointi_float(r, object, "mscale_all_dim", CHECKPOINTI_OPTIONAL, &s->mscale_all_dim);
-    if (checkpointi_value(r, object, "attention_factor", CHECKPOINTI_OPTIONAL, &unused)) {
-        checkpointi_bad(r, ST_ERR_UNSUPPORTED, "attention_factor", "is not part of this architecture's YaRN");
+    checkpointi_bool(r, object, "truncate", CHECKPOINTI_OPTIONAL, &s->truncate);
+    if (!checkpointi_value(r, object, "attention_factor", CHECKPOINTI_OPTIONAL, &unused)) return;
+    factor = implied = dsv3_rope_factor(c);
+    checkpointi_float(r, object, "attention_factor", CHECKPOINTI_REQUIRED, &factor);
+    if (!(factor >= implied * 0.99999f && factor <= implied * 1.00001f)) {
+        char why[96];
+        snprintf(why, sizeof why, "expected %.7g, which the other fields imply, found %.7g", (double)implied,
+                 (double)factor);
+        checkpointi_bad(r, ST_ERR_UNSUPPORTED, "attention_factor", why);
     }
+}
+
+static void checkpointi_rope(checkpointi_reader *r, dsv3_config *c) {
+    size_t object = checkpointi_rope_object(r), unused;
+    int type;
+    checkpointi_rope_theta(r, object, &c->rope_theta);
+    checkpointi_neutral(r, 0, "partial_rotary_factor", 1.0f);
+    if (checkpointi_value(r, 0, "llama_4_scaling", CHECKPOINTI_OPTIONAL, &unused)) {
+        checkpointi_bad(r, ST_ERR_UNSUPPORTED, "llama_4_scaling", "is not part of this architecture's RoPE");
+    }
+    if (object == 0 || r->result != ST_OK) return;
+    type = checkpointi_rope_type(r, object);
+    checkpointi_rope_fields(r, object);
+    if (type == 1) checkpointi_yarn(r, object, c);
 }
 
 /* One id or a list of them, of which the first goes to *out. end: they end a text. */
@@ -398,7 +545,18 @@ static void checkpointi_quantised(checkpointi_reader *r) {
         json_result first = json_int(&r->doc, block + 1, &rows), second = json_int(&r->doc, block + 2, &cols);
         if (first == JSON_OK && second == JSON_OK && rows == DSV3_BLOCK && cols == DSV3_BLOCK) return;
     }
-    checkpointi_bad(r, ST_ERR_UNSUPPORTED, "weight_block_size", "must be [128, 128]");
+    checkpointi_found(r, ST_ERR_UNSUPPORTED, "weight_block_size", block, "must be [128, 128]");
+}
+
+/* Models that see or hear have their language model inside. */
+static void checkpointi_wrapped(checkpointi_reader *r) {
+    static const char keys[3][16] = {"text_config", "language_config", "llm_config"};
+    size_t value;
+    for (int i = 0; i < 3 && json_find(&r->doc, 0, "hidden_size", &value) != JSON_OK; i++) {
+        if (json_find(&r->doc, 0, keys[i], &value) != JSON_OK || r->doc.token[value].type != JSON_OBJECT) continue;
+        checkpointi_bad(r, ST_ERR_UNSUPPORTED, keys[i],
+                        "this is a wrapper with the model inside; expected the model's own config.json");
+    }
 }
 
 static st_result checkpointi_config_read(checkpointi_reader *r, dsv3_config *config) {
@@ -419,7 +577,9 @@ static st_result checkpointi_config_read(checkpointi_reader *r, dsv3_config *con
         checkpointi_quantised(r);
         return r->result;
     }
+    checkpointi_wrapped(r);
     checkpointi_sizes(r, &c);
+    checkpointi_family(r, &c);
     checkpointi_experts(r, &c);
     checkpointi_rope(r, &c);
     checkpointi_token(r, "bos_token_id", c.vocab_size, 0, &c.bos_token_id);
@@ -450,6 +610,10 @@ static st_result checkpointi_parse(dsv3_config *config, int *blocks, checkpoint 
     r.blocks = -1;
     r.c = c;
     if (error != NULL) memset(error, 0, sizeof *error);
+    if (parsed != JSON_OK && sti_stranger((const unsigned char *)text, length) != NULL) {
+        return checkpointi_fail(error, ST_ERR_FORMAT, "%.300s: %s", label,
+                                sti_stranger((const unsigned char *)text, length));
+    }
     if (parsed != JSON_OK) {
         return checkpointi_fail(error, checkpointi_from_json(parsed), "%.300s: %s at byte %lu", label,
                                 json_result_string(parsed), (unsigned long)at);
@@ -484,33 +648,30 @@ st_result checkpoint_config_parse(dsv3_config *config, const char *text, size_t 
 
 #define CHECKPOINTI_MAX_CONFIG 1048576 /* bytes of a config.json */
 
-/* Reads a whole config.json. */
+/* Reads a whole config.json, which must be a plain file: a pipe would be waited for. */
 static st_result checkpointi_config_load(char **out, size_t *length, const char *path, st_error *error) {
-    FILE *file;
-    char *text;
-    st_result result = ST_OK;
+    sti_source source;
+    char *text = NULL;
+    st_result result;
     *out = NULL;
-    errno = 0;
-    file = fopen(path, "rb");
-    if (file == NULL) {
-        if (errno == ENOENT) {
-            return checkpointi_fail(error, ST_ERR_MISSING,
-                                    "%.300s: does not exist; expected a checkpoint's directory", path);
-        }
-        return checkpointi_fail(error, ST_ERR_IO, "%.300s: cannot be opened: %s", path, strerror(errno));
+    result = sti_source_open(&source, path, error);
+    if (result == ST_ERR_MISSING) {
+        return checkpointi_fail(error, result, "%.300s: does not exist; expected a checkpoint's directory", path);
     }
-    text = (char *)ST_MALLOC(CHECKPOINTI_MAX_CONFIG + 1);
-    if (text == NULL) {
-        fclose(file);
-        return checkpointi_fail(error, ST_ERR_NOMEM, "%.300s: out of memory", path);
+    if (result == ST_ERR_IO && errno == ENOTDIR) {
+        return checkpointi_fail(error, result,
+                                "%.300s: cannot be opened: expected a checkpoint's directory, found a file", path);
     }
-    *length = fread(text, 1, CHECKPOINTI_MAX_CONFIG + 1, file);
-    if (ferror(file)) {
-        result = checkpointi_fail(error, ST_ERR_IO, "%.300s: cannot be read", path);
-    } else if (*length > CHECKPOINTI_MAX_CONFIG) {
+    if (result != ST_OK) return result;
+    if (source.length > CHECKPOINTI_MAX_CONFIG) {
         result = checkpointi_fail(error, ST_ERR_LIMIT, "%.300s: is larger than a config.json can be", path);
+    } else if ((text = (char *)ST_MALLOC((size_t)source.length + 1)) == NULL) {
+        result = checkpointi_fail(error, ST_ERR_NOMEM, "%.300s: out of memory", path);
+    } else {
+        *length = (size_t)source.length;
+        result = sti_source_read(&source, text, *length, error);
     }
-    fclose(file);
+    sti_source_close(&source);
     if (result == ST_OK) {
         *out = text;
     } else {
@@ -612,14 +773,14 @@ dsv3_result checkpoint_find(void *user, const char *name, dsv3_tensor *tensor) {
     return DSV3_OK;
 }
 
-/* Is every tensor of the main model there, and are U8 tensors whole blocks? Asked before memory is taken, so that a
- * config that promises a giant costs nothing when the files do not keep the promise. */
+/* Is every tensor of the main model there, and can it be weights? Asked before memory is taken, so that a config that
+ * promises a giant costs nothing when the files do not keep the promise. */
 static dsv3_result checkpointi_expect(void *user, const dsv3_tensor_info *info) {
     checkpoint *c = (checkpoint *)user;
     const st_tensor *t = st_find(&c->file, info->name);
     dsv3_tensor tensor;
     dsv3_result result = t == NULL && info->layer < c->config.num_hidden_layers ? DSV3_ERR_MISSING : DSV3_OK;
-    if (t != NULL && t->dtype == ST_U8) result = checkpoint_find(c, info->name, &tensor);
+    if (t != NULL) result = checkpoint_find(c, info->name, &tensor);
     if (result != DSV3_OK) snprintf(c->wrong, sizeof c->wrong, "%s", info->name);
     return result;
 }
@@ -627,10 +788,26 @@ static dsv3_result checkpointi_expect(void *user, const dsv3_tensor_info *info) 
 static st_result checkpointi_unexpected(const checkpoint *c, dsv3_result why, const char *directory,
                                         st_error *error) {
     const st_tensor *t = st_find(&c->file, c->wrong);
+    char inside[sizeof c->wrong + 16];
+    snprintf(inside, sizeof inside, "language_model.%s", c->wrong);
+    if (why == DSV3_ERR_MISSING && st_find(&c->file, inside) != NULL) {
+        return checkpointi_fail(error, ST_ERR_MISSING,
+                                "%.200s: %s: tensor missing; the model is inside of a wrapper, where it is %s",
+                                directory, c->wrong, inside);
+    }
+    if (why == DSV3_ERR_UNSUPPORTED && t != NULL && t->dtype != ST_U8) {
+        return checkpointi_fail(error, ST_ERR_UNSUPPORTED,
+                                "%.300s: %s: expected the type F32, F16, BF16 or F8_E4M3, found %.40s", directory,
+                                c->wrong, t->type);
+    }
     if (why == DSV3_ERR_UNSUPPORTED) {
         return checkpointi_fail(error, ST_ERR_UNSUPPORTED,
                                 "%.300s: %s: is U8, but config.json has no quantization_config of blocks", directory,
                                 c->wrong);
+    }
+    if (why == DSV3_ERR_NAN) {
+        return checkpointi_fail(error, ST_ERR_FORMAT, "%.300s: %s: has a scale that is not finite and positive",
+                                directory, c->wrong);
     }
     if (why == DSV3_ERR_MISMATCH && t != NULL) {
         dsv3_type type = (dsv3_type)c->blocks;
@@ -640,8 +817,78 @@ static st_result checkpointi_unexpected(const checkpoint *c, dsv3_result why, co
                                 directory, c->wrong, dsv3_type_name(type), (unsigned long)dsv3_type_bytes(type),
                                 t->rank, t->rank == 0 ? 1ul : (unsigned long)t->shape[t->rank - 1]);
     }
-    return checkpointi_fail(error, checkpointi_from_dsv3(why), "%.300s: %s: %s", directory, c->wrong,
-                            dsv3_result_string(why));
+    return checkpointi_fail(error, checkpointi_from_dsv3(why), "%.200s: %s: %s%s%s", directory, c->wrong,
+                            dsv3_result_string(why), c->file.warning[0] != '\0' ? "; " : "", c->file.warning);
+}
+
+/* ---- What a file has and the model does not know */
+
+typedef struct checkpointi_used {
+    checkpoint *c;
+    unsigned char *used; /* [tensors of the file] bool */
+} checkpointi_used;
+
+/* A scale that is not finite and positive is a mistake of whoever wrote it. */
+static dsv3_result checkpointi_scales(checkpoint *c, const st_tensor *t) {
+    for (size_t i = 0; i < t->bytes / sizeof(float); i++) {
+        float x;
+        memcpy(&x, (const unsigned char *)t->data + i * sizeof x, sizeof x);
+        if (x > 0.0f && x <= 3.4028235e38f) continue;
+        snprintf(c->wrong, sizeof c->wrong, "%s", t->name);
+        return DSV3_ERR_NAN;
+    }
+    return DSV3_OK;
+}
+
+static dsv3_result checkpointi_use(void *user, const dsv3_tensor_info *info) {
+    checkpointi_used *u = (checkpointi_used *)user;
+    const st_file *file = &u->c->file;
+    const st_tensor *t = st_find(file, info->name);
+    char name[DSV3_MAX_NAME + 16];
+    if (t == NULL) return DSV3_OK;
+    u->used[t - file->tensor] = 1;
+    if (t->dtype != ST_F8_E4M3) return DSV3_OK;
+    snprintf(name, sizeof name, "%s_scale_inv", info->name);
+    t = st_find(file, name);
+    if (t == NULL) return DSV3_OK;
+    u->used[t - file->tensor] = 1;
+    return checkpointi_scales(u->c, t);
+}
+
+/* Old files keep RoPE's frequencies, and tied models a head: known, and not needed. */
+static int checkpointi_superfluous(const checkpoint *c, const char *name) {
+    static const char frequencies[] = ".rotary_emb.inv_freq";
+    size_t n = strlen(name), m = sizeof frequencies - 1;
+    if (n > m && strcmp(name + n - m, frequencies) == 0) return 1;
+    return c->config.tie_word_embeddings && strcmp(name, "lm_head.weight") == 0;
+}
+
+/* Tensors that nothing uses: they may be another model's, or this one's under another name. */
+static st_result checkpointi_leftover(checkpoint *c, const char *directory, st_error *error) {
+    checkpointi_used u;
+    dsv3_config config = c->config;
+    dsv3_result walked;
+    size_t count = c->file.count, n = 0;
+    u.c = c;
+    u.used = (unsigned char *)ST_MALLOC(count + 1);
+    if (u.used == NULL) {
+        return checkpointi_fail(error, ST_ERR_NOMEM, "%.300s: no memory for %lu marks", directory,
+                                (unsigned long)count);
+    }
+    memset(u.used, 0, count + 1);
+    config.num_nextn_predict_layers = c->model.n_mtp;
+    walked = dsv3_model_tensors(&config, checkpointi_use, &u);
+    for (size_t i = 0; i < count && walked == DSV3_OK; i++) {
+        const char *name = c->file.tensor[i].name;
+        if (u.used[i] || checkpointi_superfluous(c, name)) continue;
+        if (c->leftover++ < 3) {
+            n += (size_t)snprintf(c->leftover_names + n, sizeof c->leftover_names - n, "%s%.72s", n > 0 ? ", " : "",
+                                  name);
+        }
+    }
+    if (c->leftover > 3) snprintf(c->leftover_names + n, sizeof c->leftover_names - n, ", ...");
+    ST_FREE(u.used);
+    return walked == DSV3_OK ? ST_OK : checkpointi_unexpected(c, walked, directory, error);
 }
 
 static st_result checkpointi_bind(checkpoint *c, const char *directory, st_error *error) {
@@ -661,10 +908,12 @@ static st_result checkpointi_bind(checkpoint *c, const char *directory, st_error
     }
     if (dsv3_model_bind(&c->model, &c->config, c->tables, bytes, checkpoint_find, c, &why) != DSV3_OK) {
         char text[256];
-        return checkpointi_fail(error, checkpointi_from_dsv3(why.code), "%.300s: %s", directory,
-                                dsv3_error_text(&why, text, sizeof text));
+        dsv3_error_text(&why, text, sizeof text);
+        return checkpointi_fail(error, checkpointi_from_dsv3(why.code), "%.200s: %s%s%s", directory, text,
+                                why.code == DSV3_ERR_MISSING && c->file.warning[0] != '\0' ? "; " : "",
+                                why.code == DSV3_ERR_MISSING ? c->file.warning : "");
     }
-    return ST_OK;
+    return checkpointi_leftover(c, directory, error);
 }
 
 st_result checkpoint_open(checkpoint *c, const char *directory, st_error *error) {
@@ -812,6 +1061,7 @@ static void checkpointi_put_rope(checkpointi_text *t, const dsv3_config *c) {
     checkpointi_put_float(t, "mscale", s->mscale);
     checkpointi_put_float(t, "mscale_all_dim", s->mscale_all_dim);
     checkpointi_put_int(t, "original_max_position_embeddings", s->original_max_position_embeddings);
+    if (!s->truncate) checkpointi_put_bool(t, "truncate", 0);
     checkpointi_print(t, "  \"type\": \"yarn\"\n  },\n");
 }
 
@@ -853,8 +1103,14 @@ static st_result checkpointi_text_end(checkpointi_text *t, char **text, st_error
     return checkpointi_fail(error, ST_ERR_LIMIT, "config.json: is too long");
 }
 
+/* Which model_type has this routing? Where it says whether weights are scaled, that counts. */
+static int checkpointi_is_v2(const dsv3_config *c) {
+    int says = c->norm_topk_prob && (c->routed_scaling_factor < 1.0f || c->routed_scaling_factor > 1.0f);
+    return says ? c->gate_scaling == DSV3_SCALE_UNLESS_NORMED : c->topk_method != DSV3_NOAUX_TC;
+}
+
 st_result checkpoint_config_text(char **text, const dsv3_config *config, dsv3_type type, st_error *error) {
-    const char *family = config->topk_method == DSV3_NOAUX_TC ? "3" : "2";
+    const char *family = checkpointi_is_v2(config) ? "2" : "3";
     const char *quantisation = checkpointi_quantisation(type);
     checkpointi_text t;
     *text = NULL;
@@ -869,9 +1125,9 @@ st_result checkpoint_config_text(char **text, const dsv3_config *config, dsv3_ty
     return checkpointi_text_end(&t, text, error);
 }
 
-/* The members of the old file one by one; values as they are written there. is_same: a quantization_config in it is of
- * the same kind, so that it stays, too. */
-static void checkpointi_adapt(checkpointi_text *t, const json_document *doc, dsv3_type type, int is_same) {
+/* The members of the old file one by one; values as they are written there. What it says of its own quantisation need
+ * not be true of the new weights (modules that were left out, another format of the scales), whatever its kind. */
+static void checkpointi_adapt(checkpointi_text *t, const json_document *doc, dsv3_type type) {
     const json_token *token = doc->token;
     const char *quantisation = checkpointi_quantisation(type);
     int had_type = 0;
@@ -880,16 +1136,17 @@ static void checkpointi_adapt(checkpointi_text *t, const json_document *doc, dsv
         const json_token *key = &token[i], *value = &token[i + 1];
         size_t quote = value->type == JSON_STRING;
         int names_type = json_equal(doc, i, "torch_dtype") || json_equal(doc, i, "dtype");
-        if (json_equal(doc, i, "quantization_config")) {
-            if (quantisation == NULL || !is_same || value->type != JSON_OBJECT) continue;
-            quantisation = NULL; /* there it is */
-        }
+        int is_quantisation = json_equal(doc, i, "quantization_config");
+        if ((is_quantisation && quantisation == NULL) || json_equal(doc, i, "compression_config")) continue;
         checkpointi_put(t, t->length > 1 ? ",\n  \"" : "\n  \"", t->length > 1 ? 5 : 4);
         checkpointi_put(t, doc->text + key->start, key->end - key->start);
         checkpointi_put(t, "\": ", 3);
         had_type |= names_type;
         if (names_type) {
             checkpointi_put(t, checkpointi_torch_type(type), strlen(checkpointi_torch_type(type)));
+        } else if (is_quantisation) {
+            checkpointi_put(t, quantisation, strlen(quantisation));
+            quantisation = NULL; /* there it is */
         } else {
             checkpointi_put(t, doc->text + value->start - quote, value->end - value->start + 2 * quote);
         }
@@ -906,7 +1163,7 @@ st_result checkpoint_config_adapt(char **text, const char *from, size_t length, 
     json_token *tokens;
     dsv3_config config;
     size_t count = 0;
-    int blocks = -1; /* of the old file; -1: FP8, if anything */
+    int blocks = -1; /* of the old file */
     st_result result = checkpointi_parse(&config, &blocks, NULL, from, length, label, error); /* a usable object, then */
     *text = NULL;
     if (result != ST_OK) return result;
@@ -926,7 +1183,7 @@ st_result checkpoint_config_adapt(char **text, const char *from, size_t length, 
     doc.length = length;
     doc.token = tokens;
     doc.count = count;
-    checkpointi_adapt(&t, &doc, type, type == DSV3_F8_E4M3 ? blocks < 0 : (int)type == blocks);
+    checkpointi_adapt(&t, &doc, type);
     ST_FREE(tokens);
     return checkpointi_text_end(&t, text, error);
 }

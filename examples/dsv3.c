@@ -10,7 +10,8 @@
  *     dsv3 train            a checkpoint from text
  *
  * `dsv3 COMMAND --help` lists the options. Exit status: 0 ok; 1 bad input, be it a file, a text or an option's value
- * (one line says what, where, expected and found); 2 wrong usage: an unknown command or option, a missing operand.
+ * (one line says what, where, expected and found); 2 wrong usage: an unknown command or option, a missing operand or
+ * option.
  * Text goes to stdout, everything else to stderr.
  *
  * Text and tokens: the demo models have a vocabulary of 256, one token per byte. For other vocabularies (this
@@ -35,6 +36,8 @@
 #include <signal.h>
 #include <time.h>
 #if defined(__unix__) || defined(__APPLE__)
+#include <dirent.h>
+#include <fcntl.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -114,6 +117,7 @@ typedef struct option {
 typedef struct command {
     const char *name, *help;
     int (*run)(int argc, char **argv, const struct command *command);
+    const char *operands[2]; /* what they are called */
 } command;
 
 static int usage(const command *c, const char *why, const char *what) {
@@ -136,6 +140,45 @@ static void option_number(const option *o, const char *text) {
         if (*end != '\0' || (double)n != x) stop("%s: expected a whole number, found '%s'", o->name, text);
         *(long *)o->value = n;
     }
+}
+
+/* Letters to add, drop or change to make b of a; at most 9. */
+static size_t spelling_distance(const char *a, size_t n, const char *b) {
+    size_t m = strlen(b), row[32];
+    if (n > 31 || m > 31) return 9;
+    for (size_t j = 0; j <= m; j++) row[j] = j;
+    for (size_t i = 1; i <= n; i++) {
+        size_t left = row[0]; /* of the row before */
+        row[0] = i;
+        for (size_t j = 1; j <= m; j++) {
+            size_t best = left + (a[i - 1] != b[j - 1]);
+            left = row[j];
+            if (row[j] + 1 < best) best = row[j] + 1;
+            if (row[j - 1] + 1 < best) best = row[j - 1] + 1;
+            row[j] = best;
+        }
+    }
+    return row[m] < 9 ? row[m] : 9;
+}
+
+/* How far a misspelt name is from one that there is; 9: they have nothing to do with each other. */
+static size_t spelling_far(const char *text, size_t n, const char *name) {
+    size_t m = strlen(name), far = spelling_distance(text, n, name), common = n < m ? n : m;
+    if (common >= 5 && strncmp(text, name, common) == 0) return 1; /* --temperature, --adapt */
+    return n >= 4 && far <= 2 && far + 3 < n ? far : 9;
+}
+
+static int unknown_option(const command *c, const option *options, const char *text) {
+    const char *nearest = NULL;
+    size_t n = strcspn(text, "="), least = 9;
+    char what[160];
+    for (; options->name != NULL; options++) {
+        size_t far = spelling_far(text, n, options->name);
+        if (far < least) least = far, nearest = options->name;
+    }
+    if (nearest == NULL) return usage(c, "unknown option ", text);
+    snprintf(what, sizeof what, "%.60s; did you mean %s?", text, nearest);
+    return usage(c, "unknown option ", what);
 }
 
 /* By the text before an '=', if there is one. */
@@ -165,7 +208,7 @@ static int parse(int argc, char **argv, const command *c, const option *options,
             if (found == count) return 1 + usage(c, "unexpected argument ", argv[i]);
             operands[found++] = argv[i];
         } else if ((o = option_find(options, argv[i])) == NULL) {
-            return 1 + usage(c, "unknown option ", argv[i]);
+            return 1 + unknown_option(c, options, argv[i]);
         } else if ((value = strchr(argv[i], '=')) != NULL && o->kind == OPTION_FLAG) {
             return 1 + usage(c, "no value is expected behind ", o->name);
         } else if (o->kind == OPTION_FLAG) {
@@ -187,7 +230,7 @@ static int parse(int argc, char **argv, const command *c, const option *options,
     for (int i = 0; i < found; i++) {
         if (operands[i][0] == '\0') return 1 + usage(c, "an operand is empty", "");
     }
-    return found < count ? 1 + usage(c, "an operand is missing", "") : 0;
+    return found < count ? 1 + usage(c, "an operand is missing: ", c->operands[found]) : 0;
 }
 
 /* ---- Time and terminals */
@@ -338,11 +381,20 @@ static void session_pack(session *s, int pack) {
     stop_result("--pack", dsv3_pack(&s->context, &s->model.model, s->packed_memory, bytes));
 }
 
+/* What is odd about it. */
+static void checkpoint_notes(const checkpoint *c, const char *directory) {
+    if (c->file.warning[0] != '\0') fprintf(stderr, "dsv3: warning: %s\n", c->file.warning);
+    if (c->leftover > 0) {
+        fprintf(stderr, "dsv3: warning: %s: %zu tensor%s not part of this model, and not used: %s\n", directory,
+                c->leftover, c->leftover == 1 ? " is" : "s are", c->leftover_names);
+    }
+}
+
 static void session_open(session *s, const char *directory, const char *backend, long threads, int pack) {
     st_error error;
     memset(s, 0, sizeof *s);
     if (checkpoint_open(&s->model, directory, &error) != ST_OK) stop("%s", error.message);
-    if (s->model.file.warning[0] != '\0') fprintf(stderr, "dsv3: warning: %s\n", s->model.file.warning);
+    checkpoint_notes(&s->model, directory);
     open_context(&s->context, backend, threads);
     s->V = (size_t)s->model.config.vocab_size;
     session_pack(s, pack);
@@ -397,11 +449,18 @@ static void tokens_add(tokens *t, int32_t id) {
     t->id[t->count++] = id;
 }
 
-/* Bytes, or numbers separated by white space, commas and brackets. */
-static void tokens_from_text(tokens *t, const char *where, const char *text, size_t length, size_t V, int ids) {
+#define WHY 512 /* bytes of an explanation */
+
+/* Bytes, or numbers separated by white space, commas and brackets. Returns 0, and why, if they are none; some may have
+ * been added then. */
+static int tokens_read(tokens *t, const char *where, const char *text, size_t length, size_t V, int ids,
+                       char why[WHY]) {
     size_t i = 0;
     if (!ids && V != 256) {
-        stop("%s: this model has %zu tokens and this program no tokenizer; use --ids and give token ids", where, V);
+        snprintf(why, WHY,
+                 "%.200s: this model has %zu tokens and this program no tokenizer; use --ids and give token ids",
+                 where, V);
+        return 0;
     }
     for (; !ids && i < length; i++) tokens_add(t, (unsigned char)text[i]);
     while (i < length) {
@@ -411,15 +470,37 @@ static void tokens_from_text(tokens *t, const char *where, const char *text, siz
             if (id <= V) id = 10 * id + (unsigned long)(text[i] - '0');
         }
         if (i > from && id >= V) {
-            stop("%s: token id at byte %zu: expected below %zu, found %.*s", where, from, V,
-                 (int)(i - from < 24 ? i - from : 24), text + from);
+            snprintf(why, WHY, "%.200s: token id at byte %zu: expected below %zu, found %.*s", where, from, V,
+                     (int)(i - from < 24 ? i - from : 24), text + from);
+            return 0;
         }
         if (i > from) tokens_add(t, (int32_t)id);
         if (i < length && (text[i] == '\0' || strchr(" \t\r\n,;[]", text[i]) == NULL)) {
-            stop("%s: expected token ids, found another character at byte %zu", where, i);
+            snprintf(why, WHY, "%.200s: expected token ids, found another character at byte %zu", where, i);
+            return 0;
         }
         if (i < length) i++;
     }
+    return 1;
+}
+
+static void tokens_from_text(tokens *t, const char *where, const char *text, size_t length, size_t V, int ids) {
+    char why[WHY];
+    if (!tokens_read(t, where, text, length, V, ids, why)) stop("%s", why);
+}
+
+/* A text of the command line with its escapes resolved: \n, \t and \\. The caller frees it. */
+static char *text_plain(const char *where, const char *text, size_t *length) {
+    size_t n = strlen(text), made = 0;
+    char *plain = (char *)allocate(where, n + 1);
+    for (size_t i = 0; i < n; i++) {
+        char next = text[i + 1];
+        int escape = text[i] == '\\' && (next == 'n' || next == 't' || next == '\\');
+        plain[made++] = !escape ? text[i] : next == 'n' ? '\n' : next == 't' ? '\t' : '\\';
+        i += (size_t)escape;
+    }
+    *length = made;
+    return plain;
 }
 
 static void print_token(int32_t id, int ids) {
@@ -431,11 +512,16 @@ static void print_token(int32_t id, int ids) {
     flush_output();
 }
 
-static char *read_file(const char *path, size_t *length) {
-    FILE *file = fopen(path, "rb");
+/* All of a file, or of standard input if that is called -. NULL, and why, if it cannot be had. */
+static char *read_try(const char *path, size_t *length, char why[WHY]) {
+    FILE *file = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
     size_t capacity = 1 << 16, n = 0, got;
     char *text;
-    if (file == NULL) stop("%s: cannot be opened: %s", path, strerror(errno));
+    int failed;
+    if (file == NULL) {
+        snprintf(why, WHY, "%.300s: cannot be opened: %s", path, strerror(errno));
+        return NULL;
+    }
     text = (char *)allocate(path, capacity);
     while ((got = fread(text + n, 1, capacity - n, file)) > 0) {
         n += got;
@@ -445,27 +531,25 @@ static char *read_file(const char *path, size_t *length) {
         text = (char *)realloc(text, capacity);
         if (text == NULL) stop("%s: no memory for %zu bytes", path, capacity);
     }
-    if (ferror(file)) {
-        int why = errno;
-        free(text);
-        fclose(file);
-        stop("%s: cannot be read: %s", path, strerror(why));
-    }
-    fclose(file);
+    failed = ferror(file);
+    if (failed) snprintf(why, WHY, "%.300s: cannot be read: %s", path, strerror(errno));
+    if (file != stdin) fclose(file);
     *length = n;
+    if (!failed) return text;
+    free(text);
+    return NULL;
+}
+
+static char *read_file(const char *path, size_t *length) {
+    char why[WHY], *text = read_try(path, length, why);
+    if (text == NULL) stop("%s", why);
     return text;
 }
 
-/* Text with \\n, \\t and \\\\ resolved, behind the others. */
+/* A text of the command line, its escapes resolved, behind the others. */
 static void tokens_from_escaped(tokens *t, const char *where, const char *text, size_t V, int ids) {
-    size_t n = strlen(text), length = 0;
-    char *plain = (char *)allocate(where, n + 1);
-    for (size_t i = 0; i < n; i++) {
-        char next = text[i + 1];
-        int escape = text[i] == '\\' && (next == 'n' || next == 't' || next == '\\');
-        plain[length++] = !escape ? text[i] : next == 'n' ? '\n' : next == 't' ? '\t' : '\\';
-        i += (size_t)escape;
-    }
+    size_t length;
+    char *plain = text_plain(where, text, &length);
     tokens_from_text(t, where, plain, length, V, ids);
     free(plain);
 }
@@ -538,7 +622,108 @@ static void stops_end(stops *p) {
     stops_print(p, p->held.count);
     p->found = 0;
 }
-static void output_try(const char *name, const char *path);
+
+/* ---- Files that are written: whole, or not at all. A device or a pipe is written to; of a link, the file behind it
+ * is written, as if that had been named. */
+
+enum { OUTPUT_PLAIN, OUTPUT_SPECIAL, OUTPUT_DIRECTORY };
+
+static int output_kind(const char *path) {
+#ifdef TOOL_POSIX
+    struct stat s;
+    if (stat(path, &s) != 0) return lstat(path, &s) == 0 ? OUTPUT_SPECIAL : OUTPUT_PLAIN; /* a link to nothing, yet */
+    return S_ISDIR(s.st_mode) ? OUTPUT_DIRECTORY : S_ISREG(s.st_mode) ? OUTPUT_PLAIN : OUTPUT_SPECIAL;
+#else
+    (void)path;
+    return OUTPUT_PLAIN;
+#endif
+}
+
+/* The path of the file itself, behind any links. The caller frees it. */
+static char *output_real(const char *path) {
+    size_t n = strlen(path) + 1;
+    char *copy;
+#ifdef TOOL_POSIX
+    struct stat s;
+    if (lstat(path, &s) == 0 && S_ISLNK(s.st_mode) && (copy = realpath(path, NULL)) != NULL) return copy;
+#endif
+    copy = (char *)allocate(path, n);
+    memcpy(copy, path, n);
+    return copy;
+}
+
+/* A new file beside path, under a name that nobody else has, which goes to *temporary. The caller frees that, also
+ * when NULL is returned. */
+static FILE *output_begin(const char *path, char **temporary) {
+    size_t room = strlen(path) + 48;
+    char *name = *temporary = (char *)allocate(path, room);
+#ifdef TOOL_POSIX
+    for (int i = 0; i < 10000; i++) {
+        int handle;
+        snprintf(name, room, "%s.%ld-%d.tmp", path, (long)getpid(), i);
+        handle = open(name, O_WRONLY | O_CREAT | O_EXCL, 0666); /* follows no link */
+        if (handle >= 0) return fdopen(handle, "wb");
+        if (errno != EEXIST) break;
+    }
+    return NULL;
+#else
+    snprintf(name, room, "%s.tmp", path);
+    return fopen(name, "wb");
+#endif
+}
+
+/* Called before the work, so that an hour of it does not end with a path that cannot be written. */
+static void output_try(const char *name, const char *path) {
+    char *temporary, *real;
+    int kind;
+    FILE *file;
+    if (path == NULL) return;
+    if (*path == '\0') stop("%s: expected a path, found ''", name);
+    kind = output_kind(path);
+    if (kind == OUTPUT_DIRECTORY) stop("%s: cannot be written: is a directory", path);
+    if (kind == OUTPUT_SPECIAL) return;
+    real = output_real(path);
+    file = output_begin(real, &temporary);
+    if (file == NULL) stop("%s: cannot be written: %s", path, strerror(errno));
+    fclose(file);
+    remove(temporary);
+    free(temporary);
+    free(real);
+}
+
+/* What put writes into the file (0: it failed) becomes PATH; or returns 0 and why not, and what was there stays. */
+static int output_put(const char *path, int (*put)(FILE *file, const void *what), const void *what, char why[WHY]) {
+    int kind = output_kind(path), good = kind != OUTPUT_DIRECTORY, error = EISDIR;
+    char *temporary = NULL, *real = output_real(path);
+    FILE *file = NULL;
+    if (good) {
+        file = kind == OUTPUT_SPECIAL ? fopen(path, "wb") : output_begin(real, &temporary);
+        good = file != NULL;
+        error = errno;
+    }
+    if (good) {
+        good = put(file, what);
+        error = errno;
+        if (fclose(file) != 0 && good) good = 0, error = errno;
+#ifndef TOOL_POSIX
+        if (good) remove(real); /* where rename does not replace */
+#endif
+        if (good && temporary != NULL && rename(temporary, real) != 0) good = 0, error = errno;
+        if (!good && temporary != NULL) remove(temporary);
+    }
+    if (!good) {
+        snprintf(why, WHY, "%.300s: cannot be written: %s", path,
+                 kind == OUTPUT_DIRECTORY ? "is a directory" : strerror(error));
+    }
+    free(temporary);
+    free(real);
+    return good;
+}
+
+static void output_write(const char *path, int (*put)(FILE *file, const void *what), const void *what) {
+    char why[WHY];
+    if (!output_put(path, put, what, why)) stop("%s", why);
+}
 
 /* ---- Writing: what generate and chat have in common */
 
@@ -903,7 +1088,9 @@ static void writer_stats(const writer *w, const session *s) {
 static const char generate_help[] =
     "usage: dsv3 generate DIR [options]\n"
     "Writes text with the checkpoint in DIR, token by token, to standard output.\n"
-    "  -p TEXT          prompt (default: the model's begin-of-text token)\n"
+    "  -p TEXT          prompt (default: the model's begin-of-text token); \\n is a line feed, \\t a tab and \\\\ a\n"
+    "                   backslash; - reads it from standard input\n"
+    "  -f FILE          prompt from a file, as it is\n"
     "  --echo           write the prompt before the text and a line feed behind it, as on a terminal\n"
     "  -n N             tokens to write (default 400); ends earlier at an end-of-text token, a --stop or a full "
     "context\n"
@@ -912,25 +1099,68 @@ static const char generate_help[] =
     "                   model, --cache and --mtp: of another it is refused, and left as it is. The text is the same as\n"
     "                   without it, bit for bit if --attention is not auto\n" WRITER_HELP;
 
-static void generate_prompt(tokens *t, const session *s, const char *prompt, int ids) {
-    if (prompt != NULL) tokens_from_text(t, "-p", prompt, strlen(prompt), s->V, ids);
-    if (t->count == 0 && s->model.config.bos_token_id >= 0) tokens_add(t, s->model.config.bos_token_id);
-    if (t->count == 0) stop("-p: the prompt is empty and the model has no begin-of-text token");
+/* The prompt as it is meant; *where becomes what messages call it. */
+static char *generate_input(const char *text, const char *file, size_t *length, const char **where) {
+    *length = 0;
+    *where = file != NULL ? file : "-p";
+    if (file != NULL) return read_file(file, length);
+    if (text == NULL) return (char *)allocate("-p", 1);
+    return strcmp(text, "-") == 0 ? read_file("-", length) : text_plain("-p", text, length);
 }
 
-static size_t generate_context(const session *s, const writer_options *o, size_t prompt) {
+static void generate_prompt(tokens *t, const session *s, const char *where, const char *text, size_t length,
+                            int ids) {
+    if (length > 0) tokens_from_text(t, where, text, length, s->V, ids);
+    if (t->count == 0 && s->model.config.bos_token_id >= 0) tokens_add(t, s->model.config.bos_token_id);
+    if (t->count == 0) stop("%s: the prompt is empty and the model has no begin-of-text token", where);
+}
+
+/* Positions that the model has not seen in training. */
+static void warn_context(size_t positions, const session *s) {
+    size_t most = (size_t)s->model.config.max_position_embeddings;
+    if (positions <= most) return;
+    fprintf(stderr, "dsv3: warning: a context of %zu positions, more than the %zu that the model was made for\n",
+            positions, most);
+}
+
+static size_t generate_context(const session *s, const writer_options *o, const char *where, size_t prompt) {
     size_t most = o->context > 0 ? (size_t)o->context : (size_t)s->model.config.max_position_embeddings;
     size_t need = prompt + (size_t)o->n;
-    if (prompt > most)
-        stop("-p: the prompt is longer than the context: expected at most %zu tokens, found %zu", most, prompt);
+    if (prompt > most) {
+        stop("%s: the prompt is longer than the context: expected at most %zu tokens, found %zu", where, most,
+             prompt);
+    }
+    warn_context(need < most ? need : most, s);
     return o->context > 0 || need > most ? most : need;
+}
+
+static volatile sig_atomic_t generate_interrupted;
+
+static void generate_interrupt(int signal_number) {
+    (void)signal_number;
+    generate_interrupted = 1;
+}
+
+/* The first Ctrl-C ends the text, the second one the program. */
+static void generate_catch_interrupts(void) {
+#ifdef TOOL_POSIX
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = generate_interrupt;
+#ifdef SA_RESETHAND
+    action.sa_flags = (int)SA_RESETHAND;
+#endif
+    sigaction(SIGINT, &action, NULL);
+#else
+    signal(SIGINT, generate_interrupt);
+#endif
 }
 
 /* Writes until the text ends. Returns how many tokens belong to it. */
 static size_t generate_text(writer *w, session *s) {
     dsv3_sequence *q = &w->sequence;
     size_t made = 0;
-    while (dsv3_sequence_state(q) <= DSV3_STATE_WRITING && !w->stops.found) {
+    while (dsv3_sequence_state(q) <= DSV3_STATE_WRITING && !w->stops.found && !generate_interrupted) {
         writer_step(w, s);
         for (size_t i = 0; i < q->n_token && !w->stops.found; i++) {
             if (i + 1 == q->n_token && q->stopped) break;
@@ -944,9 +1174,10 @@ static size_t generate_text(writer *w, session *s) {
 
 static int generate(int argc, char **argv, const command *c) {
     writer_options o = writer_defaults();
-    const char *directory = NULL, *text = NULL, *cache_path = NULL;
+    const char *directory = NULL, *given = NULL, *file = NULL, *where, *cache_path = NULL;
     int echo = 0, status;
-    const option options[] = {{"-p", OPTION_TEXT, &text, 0, 0},
+    const option options[] = {{"-p", OPTION_TEXT, &given, 0, 0},
+                              {"-f", OPTION_TEXT, &file, 0, 0},
                               {"--echo", OPTION_FLAG, &echo, 0, 0},
                               {"--prompt-cache", OPTION_TEXT, &cache_path, 0, 0},
                               WRITER_OPTIONS(o),
@@ -955,15 +1186,18 @@ static int generate(int argc, char **argv, const command *c) {
     writer w;
     prompt_cache cached;
     tokens prompt = {NULL, 0, 0};
-    size_t made;
+    char *text;
+    size_t made, length;
     double begin = now(), load;
     status = parse(argc, argv, c, options, &directory, 1);
     if (status != 0) return status - 1;
+    if (given != NULL && file != NULL) return usage(c, "-p and -f exclude each other", "");
     writer_model(&s, directory, &o);
-    generate_prompt(&prompt, &s, text, o.ids);
+    text = generate_input(given, file, &length, &where);
+    generate_prompt(&prompt, &s, where, text, length, o.ids);
     prompt_cache_open(&cached, cache_path, &s, &prompt);
     load = now() - begin;
-    writer_open(&w, &s, &o, generate_context(&s, &o, prompt.count),
+    writer_open(&w, &s, &o, generate_context(&s, &o, where, prompt.count),
                 prompt.count < CHUNK && cache_path == NULL ? prompt.count : CHUNK, &cached);
     w.load = load;
     w.prompt_tokens = prompt.count - cached.reused;
@@ -972,14 +1206,19 @@ static int generate(int argc, char **argv, const command *c) {
                                                    w.prompt_tokens));
     }
     echo |= is_terminal(stdout); /* so that the page reads whole */
-    if (echo && text != NULL) printf("%s", text);
+    if (echo) fwrite(text, 1, length, stdout);
+    free(text);
     w.sequence.limit = prompt.count + (size_t)o.n;
+    generate_catch_interrupts();
     made = generate_text(&w, &s);
     if (echo || o.ids) printf("\n");
     flush_output();
-    if (dsv3_sequence_state(&w.sequence) == DSV3_STATE_FULL && !w.stops.found) {
+    if (dsv3_sequence_state(&w.sequence) == DSV3_STATE_FULL && !w.stops.found && !generate_interrupted) {
         fprintf(stderr, "dsv3: the context of %zu positions is full after %zu of %ld tokens\n",
                 w.sequence.cache.capacity, made, o.n);
+    }
+    if (w.sequence.prompt_left > 0) { /* interrupted: what is read stays */
+        stop_result("prompt", dsv3_sequence_truncate(&w.sequence, dsv3_sequence_length(&w.sequence), NULL));
     }
     prompt_cache_save(&cached, &w.sequence, &s.model.model);
     if (o.stats && cache_path != NULL) {
@@ -989,18 +1228,27 @@ static int generate(int argc, char **argv, const command *c) {
     free(prompt.id);
     writer_close(&w);
     session_close(&s);
+    if (generate_interrupted) { /* whoever waits is to know that it was */
+        signal(SIGINT, SIG_DFL);
+        raise(SIGINT);
+    }
     return 0;
 }
 
 /* ---- chat */
 
+#define CHAT_COMMANDS                                                                                                \
+    "  /undo            forget the last turn and its reply\n"                                                        \
+    "  /reset           forget everything behind --system\n"                                                         \
+    "  /save FILE       write everything behind --system to a file\n"                                                \
+    "  /load FILE       forget that, and go on from such a file\n"                                                   \
+    "  /stats           as --stats, so far\n"                                                                        \
+    "  /help            this list\n"
+
 static const char chat_help[] =
     "usage: dsv3 chat DIR [options]\n"
     "A conversation: each line of standard input is a turn, and the model goes on from there. The caches stay, so\n"
-    "that a turn costs only its own tokens. Lines that begin with a slash are commands:\n"
-    "  /undo            forget the last turn and its reply\n"
-    "  /reset           forget everything behind --system\n"
-    "  /stats           as --stats, so far\n"
+    "that a turn costs only its own tokens. Lines that begin with a slash are commands:\n" CHAT_COMMANDS
     "  /quit            end, as the end of the input does\n"
     "Ctrl-C ends a reply, or between replies the conversation.\n"
     "Options (in texts, \\n is a line feed, \\t a tab and \\\\ a backslash):\n"
@@ -1074,23 +1322,81 @@ static void chat_undo(chat_state *c) {
     }
 }
 
-/* Adds a turn to the text. Returns 0, with nothing changed, if it does not fit. */
-static int chat_turn(chat_state *c, const char *line, size_t length) {
-    size_t begin = c->text.count, capacity = c->w.sequence.cache.capacity;
-    chat_add(c, "--before", c->before);
-    tokens_from_text(&c->text, "input", line, length, c->s.V, c->o.ids);
-    chat_add(c, "--after", c->after);
-    if (c->text.count > capacity) {
-        c->text.count = begin;
-        return 0;
-    }
+/* A turn begins there. */
+static void chat_mark(chat_state *c, size_t begin) {
     if (c->turns == c->turn_capacity) {
         c->turn_capacity = c->turn_capacity > 0 ? 2 * c->turn_capacity : 64;
         c->turn = (size_t *)realloc(c->turn, c->turn_capacity * sizeof *c->turn);
         if (c->turn == NULL) stop("no memory for %zu turns", c->turn_capacity);
     }
     c->turn[c->turns++] = begin;
-    return 1;
+}
+
+/* Adds a turn to the text. Returns 0, with nothing changed and a line that says why, if that cannot be. */
+static int chat_turn(chat_state *c, const char *line, size_t length) {
+    size_t begin = c->text.count, capacity = c->w.sequence.cache.capacity;
+    char why[WHY];
+    int good;
+    chat_add(c, "--before", c->before);
+    good = tokens_read(&c->text, "input", line, length, c->s.V, c->o.ids, why);
+    chat_add(c, "--after", c->after);
+    if (good && c->text.count > capacity) {
+        good = 0;
+        snprintf(why, sizeof why, "the turn does not fit into the context of %zu positions; /undo or /reset",
+                 capacity);
+    }
+    if (good) {
+        chat_mark(c, begin);
+    } else {
+        c->text.count = begin;
+        fprintf(stderr, "dsv3: %s\n", why);
+    }
+    return good;
+}
+
+/* What was said behind --system, as text, or as ids. */
+static int chat_put(FILE *file, const void *what) {
+    const chat_state *c = (const chat_state *)what;
+    for (size_t i = c->begin; i < c->text.count; i++) {
+        if (c->o.ids) {
+            fprintf(file, "%ld%c", (long)c->text.id[i], i + 1 < c->text.count ? ' ' : '\n');
+        } else {
+            putc((int)c->text.id[i], file);
+        }
+    }
+    return fflush(file) == 0 && !ferror(file);
+}
+
+static void chat_save(const chat_state *c, const char *path) {
+    char why[WHY];
+    if (output_put(path, chat_put, c, why)) {
+        fprintf(stderr, "dsv3: %s: %zu tokens saved\n", path, c->text.count - c->begin);
+    } else {
+        fprintf(stderr, "dsv3: %s\n", why);
+    }
+}
+
+/* The text of the file takes the place of all behind --system: one turn, for /undo. */
+static void chat_load(chat_state *c, const char *path) {
+    tokens t = {NULL, 0, 0};
+    size_t length = 0, room = c->w.sequence.cache.capacity - c->begin;
+    char why[WHY], *text = read_try(path, &length, why);
+    int good = text != NULL && tokens_read(&t, path, text, length, c->s.V, c->o.ids, why);
+    if (good && t.count > room) {
+        good = 0;
+        snprintf(why, sizeof why,
+                 "%.200s: expected at most %zu tokens, as many as the context has room for, found %zu", path, room,
+                 t.count);
+    }
+    if (good) {
+        chat_reset(c);
+        chat_mark(c, c->text.count);
+        for (size_t i = 0; i < t.count; i++) tokens_add(&c->text, t.id[i]);
+        snprintf(why, sizeof why, "%.200s: %zu tokens loaded", path, t.count);
+    }
+    fprintf(stderr, "dsv3: %s\n", why);
+    free(text);
+    free(t.id);
 }
 
 /* The model's turn, written as it is made, and remembered. */
@@ -1115,7 +1421,11 @@ static void chat_reply(chat_state *c) {
     if (!held->found) stops_end(held);
     printf("\n");
     flush_output();
-    if (dsv3_sequence_state(q) == DSV3_STATE_FULL && !held->found) fprintf(stderr, "dsv3: the context is full\n");
+    if (dsv3_sequence_state(q) == DSV3_STATE_FULL && !held->found) {
+        fprintf(stderr, "dsv3: the context is full\n");
+    } else if (dsv3_sequence_state(q) == DSV3_STATE_LIMIT && !held->found && !chat_interrupted) {
+        fprintf(stderr, "dsv3: the reply is cut at %ld tokens; -n allows more\n", c->o.n);
+    }
     chat_truncate(c, c->text.count - q->prompt_left); /* an interrupted prompt; a stop text and drafts behind it */
     free(copy);
 }
@@ -1149,13 +1459,16 @@ static int chat_line(chat_state *c, const char *line, size_t length) {
         chat_reset(c);
     } else if (strcmp(line, "/stats") == 0) {
         writer_stats(&c->w, &c->s);
+    } else if (strcmp(line, "/help") == 0) {
+        fprintf(stderr, CHAT_COMMANDS "  /quit            end, as the end of the input does\n");
+    } else if (strncmp(line, "/save ", 6) == 0 && line[6] != '\0') {
+        chat_save(c, line + 6);
+    } else if (strncmp(line, "/load ", 6) == 0 && line[6] != '\0') {
+        chat_load(c, line + 6);
     } else if (line[0] == '/') {
-        fprintf(stderr, "dsv3: %s: expected /undo, /reset, /stats or /quit\n", line);
+        fprintf(stderr, "dsv3: %s: expected /undo, /reset, /save FILE, /load FILE, /stats, /help or /quit\n", line);
     } else if (chat_turn(c, line, length)) {
         chat_reply(c);
-    } else {
-        fprintf(stderr, "dsv3: the turn does not fit into the context of %zu positions; /undo or /reset\n",
-                c->w.sequence.cache.capacity);
     }
     return 1;
 }
@@ -1185,6 +1498,7 @@ static int chat(int argc, char **argv, const command *c) {
     if (chat.after == NULL) chat.after = chat.o.ids ? "" : "\\n\\n";
     load = now() - begin;
     if (chat.o.context == 0) chat.o.context = chat.s.model.config.max_position_embeddings;
+    warn_context((size_t)chat.o.context, &chat.s);
     writer_open(&chat.w, &chat.s, &chat.o, (size_t)chat.o.context,
                 (size_t)chat.o.context < CHUNK ? (size_t)chat.o.context : CHUNK, NULL);
     chat.w.load = load;
@@ -1218,66 +1532,10 @@ static int chat(int argc, char **argv, const command *c) {
     return 0;
 }
 
-/* ---- Files that are written: whole, or not at all. What is no plain file (a device, a pipe, a link) is written to */
-
-static int output_is_special(const char *path) {
-#ifdef TOOL_POSIX
-    struct stat s;
-    if (stat(path, &s) == 0 && S_ISDIR(s.st_mode)) stop("%s: cannot be written: is a directory", path);
-    return lstat(path, &s) == 0 && !S_ISREG(s.st_mode);
-#else
-    (void)path;
-    return 0;
-#endif
-}
-
-/* PATH.tmp, which becomes PATH when all is written. The caller frees it. */
-static char *output_temporary(const char *path) {
-    size_t length = strlen(path);
-    char *temporary = (char *)allocate(path, length + sizeof ".tmp");
-    memcpy(temporary, path, length);
-    memcpy(temporary + length, ".tmp", sizeof ".tmp");
-    return temporary;
-}
-
-/* Called before the work, so that an hour of it does not end with a path that cannot be written. */
-static void output_try(const char *name, const char *path) {
-    char *temporary;
-    FILE *file;
-    if (path == NULL) return;
-    if (*path == '\0') stop("%s: expected a path, found ''", name);
-    if (output_is_special(path)) return;
-    temporary = output_temporary(path);
-    file = fopen(temporary, "wb");
-    if (file == NULL) stop("%s: cannot be written: %s", path, strerror(errno));
-    fclose(file);
-    remove(temporary);
-    free(temporary);
-}
-
-/* What put writes into the file (0: it failed) becomes PATH, or a line says why not. */
-static void output_write(const char *path, int (*put)(FILE *file, const void *what), const void *what) {
-    int special = output_is_special(path), good, why;
-    char *temporary = output_temporary(path);
-    const char *to = special ? path : temporary;
-    FILE *file = fopen(to, "wb");
-    if (file == NULL) stop("%s: cannot be written: %s", path, strerror(errno));
-    good = put(file, what);
-    why = errno;
-    if (fclose(file) != 0 && good) good = 0, why = errno;
-    if (good && !special && rename(temporary, path) != 0) {
-        remove(path); /* where rename does not replace */
-        if (rename(temporary, path) != 0) good = 0, why = errno;
-    }
-    if (!good && !special) remove(temporary);
-    free(temporary);
-    if (!good) stop("%s: cannot be written: %s", path, strerror(why));
-}
-
 /* ---- A text read in windows, for score and route */
 
 #define WINDOW_HELP                                                                                                  \
-    "  --last P         only the last P percent of the file\n"                                                       \
+    "  --last P         only the last P percent of the file (FILE may be -, standard input)\n"                       \
     "  --context N      window length (default: what the model was made for)\n"                                      \
     "  --cache TYPE     F32 or BF16 (default F32)\n"                                                                 \
     "  --attention F    auto, absorbed or expanded (default auto)\n"                                                 \
@@ -1753,7 +2011,9 @@ static int route(int argc, char **argv, const command *c) {
 static const char plan_help[] =
     "usage: dsv3 plan DIR | CONFIG.json | NAME [options]\n"
     "What a model needs, from its configuration alone: tensors, parameters and bytes by group, parameters\n"
-    "active for a token (routed experts: those of one token; embedding and head: whole), cache and workspace.\n"
+    "active for a token (routed experts: those of one token; embedding and head: whole), cache, workspace, all of "
+    "it\n"
+    "together, and whether this machine has as much memory.\n"
     "Names: " PLAN_NAMES ".\n"
     "  --context N      positions of each sequence (default 4096, or the model's if shorter)\n"
     "  --batch N        sequences at a time (default 1)\n"
@@ -1873,6 +2133,35 @@ static void plan_print_memory(const dsv3_config *c, size_t context, size_t batch
     plan_memory(line, result, bytes, 1);
 }
 
+/* Bytes of memory of this machine, or 0. */
+static double machine_memory(void) {
+#if defined(TOOL_POSIX) && defined(_SC_PHYS_PAGES) && defined(_SC_PAGESIZE)
+    long pages = sysconf(_SC_PHYS_PAGES), bytes = sysconf(_SC_PAGESIZE);
+    if (pages > 0 && bytes > 0) return (double)pages * (double)bytes;
+#endif
+    return 0;
+}
+
+/* All that one process needs to write text: weights, tables, caches, and a workspace for prompts and for decoding. */
+static void plan_print_total(const plan_state *p, size_t context, size_t batch, size_t rows, size_t threads) {
+    const dsv3_config *c = p->config;
+    double total = (double)p->main.bytes + (double)p->mtp.bytes, memory = machine_memory();
+    size_t tables = 0, cache = 0, workspace = 0;
+    dsv3_result result = dsv3_model_size(c, &tables);
+    if (result == DSV3_OK) result = dsv3_cache_size(c, context, DSV3_F32, &cache);
+    if (result == DSV3_OK) result = dsv3_workspace_size(c, rows > batch ? rows : batch, threads, &workspace);
+    if (result != DSV3_OK) {
+        printf("\n%-42s %s\n", "in all", dsv3_result_string(result));
+        return;
+    }
+    total += (double)tables + (double)batch * (double)cache + (double)workspace;
+    printf("\n%-42s %20.0f %12.3f\n", "in all, weights and cache F32 included", total, total / 1e9);
+    if (memory > 0) {
+        printf("%-42s %20.0f %12.3f   %s\n", "memory of this machine", memory, memory / 1e9,
+               total <= memory ? "it fits" : "it does not fit");
+    }
+}
+
 static int plan_preset(dsv3_config *config, const char *name) {
     static const char names[7][20] = {"deepseek-v3", "deepseek-v2", "deepseek-v2-lite", "moonlight", "kimi-k2",
                                       "austen",      "micro"};
@@ -1911,6 +2200,7 @@ static int plan(int argc, char **argv, const command *c) {
     plan_print(&p, name);
     if (context == 0) context = config.max_position_embeddings < 4096 ? config.max_position_embeddings : 4096;
     plan_print_memory(&config, (size_t)context, (size_t)batch, (size_t)rows, (size_t)threads);
+    plan_print_total(&p, (size_t)context, (size_t)batch, (size_t)rows, (size_t)threads);
     flush_output();
     return 0;
 }
@@ -1920,8 +2210,10 @@ static int plan(int argc, char **argv, const command *c) {
 static const char inspect_help[] =
     "usage: dsv3 inspect DIR | FILE.safetensors [options]\n"
     "Lists every tensor: type, shape, smallest and largest value, number of NaN and infinite values. FP8 values\n"
-    "are shown with their scales applied, and what is Q8_0 or Q4_0 by DIR/config.json as such.\n"
-    "  --check-finite   exit status 1 if a value is not finite; names the first one\n";
+    "are shown with their scales applied, and what is Q8_0 or Q4_0 by DIR/config.json as such. Of types that are\n"
+    "not known here no values are shown.\n"
+    "  --check-finite   exit status 1 if a value is not finite, or a scale of FP8 not positive; names the first "
+    "one\n";
 
 typedef struct range {
     double low, high;
@@ -1968,6 +2260,7 @@ static double element(const st_tensor *t, uint64_t i) {
     case ST_F64: return memcpy(&f64, at, 8), f64;
     case ST_F8_E4M3: return (double)dsv3_f32_from_f8_e4m3(*at);
     case ST_F8_E5M2: return (double)dsv3_f32_from_f16((uint16_t)(*at << 8)); /* the upper half of an F16 */
+    case ST_OTHER: return 0;
     }
     return 0;
 }
@@ -2042,58 +2335,95 @@ static void inspect_open(checkpoint *c, const char *path) {
     if (result != ST_OK && result != ST_ERR_MISSING) fprintf(stderr, "dsv3: warning: %s\n", error.message);
 }
 
+typedef struct inspect_state {
+    checkpoint model;
+    uint64_t bytes, values, unknown; /* unknown: tensors of types that are not known here */
+    char bad[ST_MAX_NAME + 64];      /* the first value that is not as it should be */
+    int width;                       /* of the names */
+} inspect_state;
+
+/* Scales of an FP8 matrix are divisors of its numbers: not 0, and of no sign. */
+static void inspect_positive(inspect_state *s, const st_tensor *scales) {
+    for (uint64_t i = 0; scales != NULL && s->bad[0] == '\0' && i < scales->bytes / sizeof(float); i++) {
+        if (element(scales, i) > 0) continue;
+        snprintf(s->bad, sizeof s->bad, "%s: scale %llu is not positive", scales->name, (unsigned long long)i);
+    }
+}
+
+/* One line for a tensor. */
+static void inspect_tensor(inspect_state *s, const st_tensor *t) {
+    char shape[256];
+    const char *type = t->type;
+    uint64_t real[2], values = 1;
+    dsv3_tensor blocks;
+    range r = {0, 0, 0, 0, 0};
+    if (t->dtype == ST_U8 && checkpoint_find(&s->model, t->name, &blocks) == DSV3_OK) {
+        real[0] = blocks.rows, real[1] = blocks.cols, values = real[0] * real[1];
+        type = dsv3_type_name(blocks.type);
+        r = inspect_blocks(&blocks);
+        inspect_shape(shape, sizeof shape, real, 2);
+    } else {
+        inspect_shape(shape, sizeof shape, t->shape, t->rank);
+        for (int i = 0; i < t->rank; i++) values *= t->shape[i]; /* it fits 64 bits, as st_open has checked */
+        if (t->dtype != ST_OTHER) r = inspect_range(&s->model.file, t);
+    }
+    s->bytes += t->bytes;
+    s->values += values;
+    if (t->dtype == ST_OTHER) {
+        s->unknown++;
+        printf("%-*s %-8s %-16s %12s %12s %6s %6s\n", s->width, t->name, type, shape, "-", "-", "-", "-");
+        return;
+    }
+    if (s->bad[0] == '\0' && r.nan + r.infinite > 0) {
+        snprintf(s->bad, sizeof s->bad, "%s: value %llu is not finite", t->name, (unsigned long long)r.first_bad);
+    }
+    inspect_positive(s, inspect_scales(&s->model.file, t));
+    if (r.low > r.high) r.low = r.high = 0; /* no values at all */
+    printf("%-*s %-8s %-16s %12.5g %12.5g %6llu %6llu\n", s->width, t->name, type, shape, r.low, r.high,
+           (unsigned long long)r.nan, (unsigned long long)r.infinite);
+}
+
+/* What the model in the directory would not use, if it is one. */
+static void inspect_leftover(const char *path) {
+    checkpoint c;
+    if (checkpoint_open(&c, path, NULL) != ST_OK) return;
+    c.file.warning[0] = '\0'; /* which was told before */
+    checkpoint_notes(&c, path);
+    checkpoint_close(&c);
+}
+
 static int inspect(int argc, char **argv, const command *c) {
     int check_finite = 0, status;
     const option options[] = {{"--check-finite", OPTION_FLAG, &check_finite, 0, 0}, {NULL, OPTION_FLAG, NULL, 0, 0}};
-    const char *path = NULL, *bad_name = NULL;
-    checkpoint model;
-    const st_file *file = &model.file;
+    const char *path = NULL;
+    inspect_state s;
+    const st_file *file = &s.model.file;
     progress p;
-    uint64_t bad_index = 0, bytes = 0, parameters = 0;
-    size_t width = 4;
     status = parse(argc, argv, c, options, &path, 1);
     if (status != 0) return status - 1;
-    inspect_open(&model, path);
+    memset(&s, 0, sizeof s);
+    inspect_open(&s.model, path);
+    s.width = 4;
     for (size_t i = 0; i < file->count; i++) {
-        if (strlen(file->tensor[i].name) > width) width = strlen(file->tensor[i].name);
+        if (strlen(file->tensor[i].name) > (size_t)s.width) s.width = (int)strlen(file->tensor[i].name);
     }
-    if (width > 72) width = 72;
-    printf("%-*s %-8s %-16s %12s %12s %6s %6s\n", (int)width, "name", "type", "shape", "min", "max", "nan", "inf");
+    if (s.width > 72) s.width = 72;
+    printf("%-*s %-8s %-16s %12s %12s %6s %6s\n", s.width, "name", "type", "shape", "min", "max", "nan", "inf");
     p = progress_begin("inspect");
     for (size_t i = 0; i < file->count; i++) {
-        const st_tensor *t = &file->tensor[i];
-        char shape[256];
-        const char *type = st_dtype_name(t->dtype);
-        uint64_t real[2], values = t->bytes / st_dtype_bytes(t->dtype);
-        dsv3_tensor blocks;
-        range r;
-        if (t->dtype == ST_U8 && checkpoint_find(&model, t->name, &blocks) == DSV3_OK) {
-            real[0] = blocks.rows, real[1] = blocks.cols, values = real[0] * real[1];
-            type = dsv3_type_name(blocks.type);
-            r = inspect_blocks(&blocks);
-            inspect_shape(shape, sizeof shape, real, 2);
-        } else {
-            r = inspect_range(file, t);
-            inspect_shape(shape, sizeof shape, t->shape, t->rank);
-        }
-        if (r.low > r.high) r.low = r.high = 0; /* no values at all */
-        printf("%-*s %-8s %-16s %12.5g %12.5g %6llu %6llu\n", (int)width, t->name, type, shape, r.low, r.high,
-               (unsigned long long)r.nan, (unsigned long long)r.infinite);
-        if (bad_name == NULL && r.nan + r.infinite > 0) {
-            bad_name = t->name;
-            bad_index = r.first_bad;
-        }
-        bytes += t->bytes;
-        parameters += values;
+        inspect_tensor(&s, &file->tensor[i]);
         progress_show(&p, (double)(i + 1), (double)file->count);
     }
-    printf("%zu tensors, %llu values, %llu bytes, %d file%s\n", file->count, (unsigned long long)parameters,
-           (unsigned long long)bytes, file->shards, file->shards == 1 ? "" : "s");
+    printf("%zu tensors, %llu values, %llu bytes, %d file%s\n", file->count, (unsigned long long)s.values,
+           (unsigned long long)s.bytes, file->shards, file->shards == 1 ? "" : "s");
     flush_output();
-    if (check_finite && bad_name != NULL) {
-        stop("%s: value %llu is not finite", bad_name, (unsigned long long)bad_index);
+    inspect_leftover(path);
+    if (check_finite && s.unknown > 0) {
+        fprintf(stderr, "dsv3: warning: %s: the values of %llu tensor%s are of types that are not known here\n", path,
+                (unsigned long long)s.unknown, s.unknown == 1 ? "" : "s");
     }
-    checkpoint_close(&model);
+    if (check_finite && s.bad[0] != '\0') stop("%s", s.bad);
+    checkpoint_close(&s.model);
     return 0;
 }
 
@@ -2111,15 +2441,102 @@ static void make_directory(const char *name, const char *path) {
 #endif
 }
 
-static int file_exists(const char *directory, const char *name) {
-    char path[4096];
-    FILE *file;
-    int n = snprintf(path, sizeof path, "%s/%s", directory, name);
-    if (n < 0 || (size_t)n >= sizeof path) stop("%.100s...: the path is too long", directory);
-    file = fopen(path, "rb");
-    if (file != NULL) fclose(file);
-    return file != NULL;
+/* directory/name. The caller frees it. */
+static char *path_join(const char *directory, const char *name) {
+    size_t n = strlen(directory) + strlen(name) + 2;
+    char *path = (char *)allocate("path", n);
+    snprintf(path, n, "%s/%s", directory, name);
+    return path;
 }
+
+/* Is there anything of that name? What cannot be read, and a link to nothing, is something, too. */
+static int file_exists(const char *directory, const char *name) {
+    char *path = path_join(directory, name);
+    int found;
+#ifdef TOOL_POSIX
+    struct stat s;
+    found = lstat(path, &s) == 0;
+    if (!found && errno != ENOENT && errno != ENOTDIR) stop("%s: cannot be looked at: %s", path, strerror(errno));
+#else
+    FILE *file = fopen(path, "rb");
+    found = file != NULL;
+    if (file != NULL) fclose(file);
+#endif
+    free(path);
+    return found;
+}
+
+#ifdef TOOL_POSIX
+
+/* NAME.PROCESS-NUMBER.tmp, as output_begin, convert and safetensors.h make them. */
+static int is_own_temporary(const char *name, pid_t *process) {
+    const char *end = strrchr(name, '.'), *at = end;
+    if (end == NULL || strcmp(end, ".tmp") != 0) return 0;
+    while (at > name && at[-1] != '.') at--;
+    if (at == name || *at < '1' || *at > '9' || end - at > 18) return 0;
+    *process = (pid_t)strtol(at, NULL, 10);
+    while (*at >= '0' && *at <= '9') at++;
+    if (*at++ != '-') return 0;
+    while (*at >= '0' && *at <= '9') at++;
+    return at == end;
+}
+
+/* Removes a directory with the files in it; or, if all is 0, only those files of it that a process has left behind
+ * which is no more. */
+static void clean_directory(const char *directory, int all) {
+    DIR *list = opendir(directory);
+    struct dirent *entry;
+    while (list != NULL && (entry = readdir(list)) != NULL) {
+        pid_t process = 0;
+        int mine = is_own_temporary(entry->d_name, &process) && kill(process, 0) != 0 && errno == ESRCH;
+        char *path;
+        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0 || (!all && !mine)) continue;
+        path = path_join(directory, entry->d_name);
+        if (unlink(path) != 0 && !all) clean_directory(path, 1);
+        free(path);
+    }
+    if (list != NULL) closedir(list);
+    if (all) rmdir(directory);
+}
+
+/* ---- One writer for a directory. The lock is one of the system, on a file in it: it ends with its process, however
+ * that ends, and what it leaves behind then is in nobody's way. */
+
+static char *lock_path; /* of the lock that this process has */
+
+static void lock_release(void) {
+    if (lock_path != NULL) unlink(lock_path);
+    free(lock_path);
+    lock_path = NULL;
+}
+
+static void lock_take(const char *directory) {
+    char *path = path_join(directory, "dsv3.lock");
+    for (;;) {
+        struct flock lock;
+        struct stat here, there;
+        int handle = open(path, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0666);
+        if (handle < 0) stop("%s: cannot be written: %s", path, strerror(errno));
+        memset(&lock, 0, sizeof lock);
+        lock.l_type = F_WRLCK;
+        lock.l_whence = SEEK_SET;
+        if (fcntl(handle, F_SETLK, &lock) != 0 && (errno == EACCES || errno == EAGAIN)) {
+            (void)fcntl(handle, F_GETLK, &lock);
+            stop("%s: another process is writing there (%ld): expected to be alone", directory, (long)lock.l_pid);
+        } /* other errors: a file system without locks */
+        if (fstat(handle, &here) == 0 && stat(path, &there) == 0 && here.st_ino == there.st_ino) break;
+        close(handle); /* its owner has just removed it */
+    }
+    lock_path = path;
+    atexit(lock_release);
+    clean_directory(directory, 0);
+}
+
+#else
+
+static void lock_take(const char *directory) { (void)directory; }
+
+#endif
 
 /* ---- convert */
 
@@ -2144,20 +2561,6 @@ static int is_same_directory(const char *a, const char *b) {
     return strcmp(a, b) == 0;
 }
 
-typedef struct convert_state {
-    const st_file *file;
-    size_t used; /* tensors of the file that the config calls for */
-} convert_state;
-
-static dsv3_result convert_count(void *user, const dsv3_tensor_info *info) {
-    convert_state *s = (convert_state *)user;
-    char name[DSV3_MAX_NAME + 16];
-    snprintf(name, sizeof name, "%s_scale_inv", info->name);
-    s->used += st_find(s->file, info->name) != NULL;
-    s->used += st_find(s->file, name) != NULL;
-    return DSV3_OK;
-}
-
 static void convert_print(const char *directory, dsv3_type type) {
     checkpoint c;
     st_error error;
@@ -2169,16 +2572,96 @@ static void convert_print(const char *directory, dsv3_type type) {
     checkpoint_close(&c);
 }
 
+/* The new files are made in a directory of their own, in OUT, and moved from there when both are whole. */
+typedef struct convert_files {
+    const char *out;
+    char *directory;   /* the one in OUT */
+    char *old[2];      /* where those of OUT go meanwhile */
+    int was[2], is[2]; /* bool: OUT had one; it has the new one */
+} convert_files;
+
+static const char convert_names[2][24] = {"model.safetensors", "config.json"};
+
+static void convert_begin(convert_files *f, const char *out) {
+    memset(f, 0, sizeof *f);
+    f->out = out;
+#ifdef TOOL_POSIX
+    for (int i = 0; i < 2; i++) {
+        char *path = path_join(out, convert_names[i]);
+        if (output_kind(path) == OUTPUT_DIRECTORY) stop("%s: cannot be written: is a directory", path);
+        free(path);
+    }
+    for (int i = 0; f->directory == NULL; i++) {
+        char name[64];
+        snprintf(name, sizeof name, "convert.%ld-%d.tmp", (long)getpid(), i);
+        f->directory = path_join(out, name);
+        if (mkdir(f->directory, 0777) == 0) break;
+        if (errno != EEXIST) stop("%s: cannot be made: %s", f->directory, strerror(errno));
+        free(f->directory);
+        f->directory = NULL;
+    }
+    f->old[0] = path_join(f->directory, "old.safetensors");
+    f->old[1] = path_join(f->directory, "old.json");
+#endif
+}
+
+#ifdef TOOL_POSIX
+
+/* The file of OUT goes, if there is one. */
+static int convert_away(convert_files *f, int i) {
+    char *to = path_join(f->out, convert_names[i]);
+    f->was[i] = rename(to, f->old[i]) == 0;
+    free(to);
+    return f->was[i] || errno == ENOENT;
+}
+
+/* The new one comes. */
+static int convert_come(convert_files *f, int i) {
+    char *to = path_join(f->out, convert_names[i]), *from = path_join(f->directory, convert_names[i]);
+    f->is[i] = rename(from, to) == 0;
+    free(to);
+    free(from);
+    return f->is[i];
+}
+
+/* What it was before. */
+static void convert_back(convert_files *f, int i) {
+    char *to = path_join(f->out, convert_names[i]);
+    if (f->is[i]) unlink(to);
+    if (f->was[i]) (void)rename(f->old[i], to);
+    free(to);
+}
+
+#endif
+
+/* Both appear, or what was there stays. (Killed in between, it has no config.json: nothing is taken for a model.) */
+static void convert_end(convert_files *f, int made, const char *message) {
+#ifdef TOOL_POSIX
+    int moved = made && convert_away(f, 1) && convert_away(f, 0) && convert_come(f, 0) && convert_come(f, 1);
+    int why = errno;
+    if (!moved) convert_back(f, 0), convert_back(f, 1);
+    clean_directory(f->directory, 1);
+    if (made && !moved) stop("%s: cannot be replaced: %s", f->out, strerror(why));
+    free(f->directory);
+    free(f->old[0]);
+    free(f->old[1]);
+#else
+    (void)f;
+#endif
+    if (!made) stop("%s", message);
+}
+
 static int convert(int argc, char **argv, const command *c) {
     const char *type_name = NULL, *operands[2] = {NULL, NULL};
     const option options[] = {{"--type", OPTION_TEXT, &type_name, 0, 0}, {NULL, OPTION_FLAG, NULL, 0, 0}};
     checkpoint from;
     st_error error;
     dsv3_type type;
-    convert_state state;
+    convert_files files;
     char *old = NULL, *text = NULL;
+    const char *to;
     size_t length = 0;
-    int status = parse(argc, argv, c, options, operands, 2);
+    int made, status = parse(argc, argv, c, options, operands, 2);
     if (status != 0) return status - 1;
     if (type_name == NULL) return usage(c, "an option is missing: --type", "");
     type = parse_type("--type", type_name);
@@ -2186,22 +2669,18 @@ static int convert(int argc, char **argv, const command *c) {
         stop("%s: expected another directory than the one to convert", operands[1]);
     }
     if (checkpoint_open(&from, operands[0], &error) != ST_OK) stop("%s", error.message);
-    state.file = &from.file;
-    state.used = 0;
-    stop_result(operands[0], dsv3_model_tensors(&from.config, convert_count, &state));
-    if (state.used < from.file.count) {
-        fprintf(stderr, "dsv3: warning: left out: %zu tensors that the configuration does not call for\n",
-                from.file.count - state.used);
-    }
+    checkpoint_notes(&from, operands[0]);
     if (checkpoint_config_read(&old, &length, operands[0], &error) != ST_OK ||
         checkpoint_config_adapt(&text, old, length, operands[0], type, &error) != ST_OK) {
         stop("%s", error.message);
     }
     make_directory("OUT", operands[1]);
-    if (checkpoint_save(operands[1], &from.config, checkpoint_find, &from, type, &error) != ST_OK ||
-        checkpoint_config_write(operands[1], text, &error) != ST_OK) {
-        stop("%s", error.message);
-    }
+    lock_take(operands[1]);
+    convert_begin(&files, operands[1]);
+    to = files.directory != NULL ? files.directory : operands[1];
+    made = checkpoint_save(to, &from.config, checkpoint_find, &from, type, &error) == ST_OK &&
+           checkpoint_config_write(to, text, &error) == ST_OK;
+    convert_end(&files, made, error.message);
     free(old);
     free(text);
     checkpoint_close(&from);
@@ -2386,13 +2865,19 @@ static int32_t train_keep(const char *text) {
     }
 }
 
-/* Everything about the options that needs no file. */
-static void train_check(const train_options *o) {
+/* What makes no sense together, or is missing; NULL: nothing. */
+static const char *train_misuse(const train_options *o) {
+    static char why[96];
     int models = (o->config != NULL) + (o->preset != NULL) + (o->init != NULL);
-    if (o->out == NULL) stop("--out: expected a directory, found nothing");
-    if (o->resume && models > 0) stop("--resume: the model is the one in %s; expected no other", o->out);
-    if (!o->resume && models != 1) stop("expected one of --preset, --config and --init, found %d", models);
-    if (!o->resume && o->text.count == 0) stop("--text: expected at least one file, found none");
+    if (o->out == NULL) return "--out: expected a directory, found nothing";
+    if (o->resume && models > 0) return "--resume: the model is the one in --out; expected no other";
+    snprintf(why, sizeof why, "expected one of --preset, --config and --init, found %d", models);
+    if (!o->resume && models != 1) return why;
+    return !o->resume && o->text.count == 0 ? "--text: expected at least one file, found none" : NULL;
+}
+
+/* The values of options, as far as they need no file. */
+static void train_check(const train_options *o) {
     (void)train_keep(o->keep);
     (void)parse_type("--type", o->type);
     if (strcmp(o->schedule, "v3") != 0 && strcmp(o->schedule, "cosine") != 0) {
@@ -2582,6 +3067,16 @@ static char *train_escape(char *to, const char *text) {
 
 static int train_hex(char c) { return c >= 'A' ? c - 'A' + 10 : c - '0'; }
 
+/* The shortest text that is read back as x. */
+static void train_number_text(char text[64], double x) {
+    for (int digits = 1; digits <= 17; digits++) {
+        double back;
+        snprintf(text, 64, "%.*g", digits, x);
+        back = strtod(text, NULL);
+        if (memcmp(&x, &back, sizeof x) == 0) return;
+    }
+}
+
 static char *train_value(const option *o) {
     const texts *list = (const texts *)o->value;
     size_t n = 64;
@@ -2594,7 +3089,7 @@ static char *train_value(const option *o) {
     case OPTION_FLAG: snprintf(text, n, "%d", *(int *)o->value); break;
     case OPTION_TEXT: snprintf(text, n, "%s", *(const char **)o->value); break;
     case OPTION_INT: snprintf(text, n, "%ld", *(long *)o->value); break;
-    case OPTION_FLOAT: snprintf(text, n, "%.17g", *(double *)o->value); break;
+    case OPTION_FLOAT: train_number_text(text, *(double *)o->value); break;
     case OPTION_LIST:
         for (size_t i = 0; i < list->count; i++) {
             if (i > 0) *at++ = ' ';
@@ -2657,9 +3152,13 @@ static void train_compare(train_state *s, const st_file *file) {
     train_table(table, &s->o);
     for (const option *o = table; o->name != NULL; o++) {
         const char *before = st_metadata(file, o->name);
-        char *now_is;
+        char *now_is, number[64];
         if (train_role_of(o->name) != TRAIN_FIXED || before == NULL) continue;
         now_is = train_value(o);
+        if (o->kind == OPTION_FLOAT) {
+            train_number_text(number, strtod(before, NULL));
+            before = number;
+        }
         if (strcmp(before, now_is) != 0) {
             stop("%s: expected '%s', as the run in %s has it, found '%s'", o->name, before, s->o.out, now_is);
         }
@@ -2669,12 +3168,7 @@ static void train_compare(train_state *s, const st_file *file) {
 
 /* ---- train: files */
 
-static char *train_path(const train_state *s, const char *name) {
-    size_t n = strlen(s->o.out) + strlen(name) + 2;
-    char *path = (char *)allocate("path", n);
-    snprintf(path, n, "%s/%s", s->o.out, name);
-    return path;
-}
+static char *train_path(const train_state *s, const char *name) { return path_join(s->o.out, name); }
 
 static uint64_t train_number(const st_file *file, const char *path, const char *key) {
     const char *value = st_metadata(file, key);
@@ -2914,6 +3408,15 @@ static void train_log_add(train_log *log, const double *row) {
 
 /* ---- train: pictures */
 
+/* A picture is not worth a run: what cannot be written is told once. */
+static void train_put(const char *path, int (*put)(FILE *file, const void *what), const void *what) {
+    static int told;
+    char why[WHY];
+    if (output_put(path, put, what, why) || told++ > 0) return;
+    progress_leave();
+    fprintf(stderr, "dsv3: warning: %s\n", why);
+}
+
 static int train_put_lines(FILE *file, const void *what) { return svg_write_lines(file, (const svg_lines *)what); }
 
 /* The named columns as lines over the steps. */
@@ -2945,7 +3448,7 @@ static void train_draw_lines(const train_state *s, const char *name, const char 
     chart.log_y = log_y;
     chart.series = series;
     chart.count = count;
-    output_write(path, train_put_lines, &chart);
+    train_put(path, train_put_lines, &chart);
     free(path);
     free(point);
     free(series);
@@ -2992,7 +3495,7 @@ static void train_draw_map(const train_state *s, const char *name, const char *t
     h.low = low;
     h.middle = middle;
     h.high = high;
-    output_write(path, route_write_heat, &h);
+    train_put(path, route_write_heat, &h);
     free(path);
     free(label);
     free(labels);
@@ -3183,8 +3686,13 @@ static void train_model(train_state *s, checkpoint *from) {
     st_error error;
     if (s->o.init != NULL) {
         if (checkpoint_open(from, s->o.init, &error) != ST_OK) stop("%s", error.message);
+        checkpoint_notes(from, s->o.init);
         s->config = from->config;
-        s->config.num_nextn_predict_layers = from->model.n_mtp; /* files may come without modules */
+        if (from->model.n_mtp < s->config.num_nextn_predict_layers) {
+            fprintf(stderr, "dsv3: %s has %d of the %d MTP modules that its config.json names; so has the run\n",
+                    s->o.init, (int)from->model.n_mtp, (int)s->config.num_nextn_predict_layers);
+        }
+        from->model.config.num_nextn_predict_layers = s->config.num_nextn_predict_layers = from->model.n_mtp;
     } else if (s->o.config != NULL) {
         if (checkpoint_config(&s->config, s->o.config, &error) != ST_OK) stop("%s", error.message);
     } else if (!plan_preset(&s->config, s->o.preset)) {
@@ -3222,6 +3730,7 @@ static void train_begin(train_state *s) {
     s->phases = (uint64_t)s->o.steps;
     train_prepare(s);
     make_directory("--out", s->o.out);
+    lock_take(s->o.out);
     if (file_exists(s->o.out, "train.safetensors") || file_exists(s->o.out, "model.safetensors") ||
         file_exists(s->o.out, "model.safetensors.index.json")) {
         stop("%s: holds a checkpoint already; expected another directory, or --resume to go on", s->o.out);
@@ -3244,6 +3753,7 @@ static int train_resume(train_state *s, int argc, char **argv, const command *c,
     s->o.out = out;
     path = train_path(s, "train.safetensors");
     if (!file_exists(out, "train.safetensors")) stop("%s: does not exist; there is no run to go on with", path);
+    lock_take(out);
     if (st_open(&file, path, &error) != ST_OK) stop("%s", error.message);
     train_restore(s, &file, path);
     before = (uint64_t)s->o.steps;
@@ -3509,13 +4019,14 @@ static void train_run(train_state *s) {
     while (s->done < steps && !train_interrupted && s->in_a_row < TRAIN_PATIENCE) train_once(s, row);
     free(row);
     progress_leave();
-    if (s->done > s->began_at) train_draw(s);
     if (s->in_a_row > 0) {
+        if (s->done > s->began_at) train_draw(s);
         stop("the last %llu steps changed nothing%s: they are not saved; what was saved before stays in %s",
              (unsigned long long)s->in_a_row, s->in_a_row < TRAIN_PATIENCE ? "" : ", the training has diverged",
              s->o.out);
     }
     if (s->saved != s->done || s->done == s->began_at) train_save(s);
+    if (s->done > s->began_at) train_draw(s);
     if (s->skipped > 0) fprintf(stderr, "dsv3: %llu steps changed nothing\n", (unsigned long long)s->skipped);
     if (s->done == s->began_at && s->done == steps) {
         fprintf(stderr, "dsv3: the run in %s is complete: step %llu of %ld; --steps with more goes on\n", s->o.out,
@@ -3564,6 +4075,7 @@ static int train(int argc, char **argv, const command *c) {
     train_table(table, &s.o);
     status = parse(argc, argv, c, table, NULL, 0);
     if (status != 0) return status - 1;
+    if (train_misuse(&s.o) != NULL) return usage(c, train_misuse(&s.o), "");
     train_check(&s.o);
     first = s.o;
     if (first.resume) {
@@ -3594,10 +4106,19 @@ static const char main_help[] = "usage: dsv3 COMMAND ...\n"
                                 "dsv3 COMMAND --help lists the options of a command; dsv3 --version says which.\n";
 
 int main(int argc, char **argv) {
-    const command commands[] = {
-        {"generate", generate_help, generate}, {"chat", chat_help, chat},   {"score", score_help, score},
-        {"route", route_help, route},          {"plan", plan_help, plan},   {"inspect", inspect_help, inspect},
-        {"convert", convert_help, convert},    {"train", train_help, train}};
+    const command commands[] = {{"generate", generate_help, generate, {"DIR", NULL}},
+                                {"chat", chat_help, chat, {"DIR", NULL}},
+                                {"score", score_help, score, {"DIR", "FILE"}},
+                                {"route", route_help, route, {"DIR", "FILE"}},
+                                {"plan", plan_help, plan, {"DIR, CONFIG.json or NAME", NULL}},
+                                {"inspect", inspect_help, inspect, {"DIR or FILE.safetensors", NULL}},
+                                {"convert", convert_help, convert, {"DIR", "OUT"}},
+                                {"train", train_help, train, {NULL, NULL}}};
+    const char *nearest = NULL;
+    size_t least = 9;
+#ifdef SIGXFSZ
+    signal(SIGXFSZ, SIG_IGN); /* a file that may not grow is an error like a full disk */
+#endif
     if (argc < 2) {
         fprintf(stderr, "%s", main_help);
         return 2;
@@ -3615,6 +4136,11 @@ int main(int argc, char **argv) {
     for (size_t i = 0; i < sizeof commands / sizeof commands[0]; i++) {
         if (strcmp(argv[1], commands[i].name) == 0) return commands[i].run(argc - 2, argv + 2, &commands[i]);
     }
-    fprintf(stderr, "dsv3: unknown command %s\n%s", argv[1], main_help);
+    for (size_t i = 0; i < sizeof commands / sizeof commands[0]; i++) {
+        size_t far = spelling_far(argv[1], strlen(argv[1]), commands[i].name);
+        if (far < least) least = far, nearest = commands[i].name;
+    }
+    fprintf(stderr, "dsv3: unknown command %s%s%s%s\n%s", argv[1], nearest != NULL ? "; did you mean " : "",
+            nearest != NULL ? nearest : "", nearest != NULL ? "?" : "", main_help);
     return 2;
 }

@@ -40,9 +40,10 @@
  *   ST_BIG_ENDIAN                       0 or 1: the byte order of the host (otherwise found at run time)
  *
  * What is checked, in this order: the length of the header; its JSON and UTF-8; no name twice; for every
- * tensor its name, the presence of dtype, shape and data_offsets (other keys are ignored), a known dtype,
- * the rank, products of dimensions that do not overflow, and shape x dtype = end - begin; then that the
- * tensors cover the data exactly: first begin 0, no gap, no overlap, last end = end of the file.
+ * tensor its name, the presence of dtype, shape and data_offsets (other keys are ignored), the rank, products
+ * of dimensions that do not overflow, and shape x dtype = end - begin; then that the tensors cover the data
+ * exactly: first begin 0, no gap, no overlap, last end = end of the file. A dtype that is not known here is
+ * ST_OTHER: its tensor has the bytes that its offsets give, which nothing checks against its shape.
  *
  * When the file is shorter than its (consistent) header says, the code is ST_ERR_TRUNC if at least one
  * whole tensor is there: the file was cut. Otherwise it is ST_ERR_MISMATCH: header and data are strangers.
@@ -53,7 +54,7 @@
  *   Errors: an st_result, never an abort. On an error the st_file is left closed and `error`, which may
  *     always be NULL, holds one line that names the file and the tensor.
  *   Data: in the byte order of the host. On a little-endian host it is the file itself; on a big-endian
- *     one it is a copy with its elements swapped. An address is only as aligned as the file makes it
+ *     one it is a copy with its elements swapped (but those of ST_OTHER). An address is only as aligned as the file makes it
  *     (st_write aligns the start of the data to 8): read elements with memcpy where that matters.
  *   Threads: no global state. One thread opens and closes; in between any number may read.
  *   Changing files: the length is taken once, and a file that has another one when opening ends is
@@ -98,7 +99,7 @@ typedef enum st_result {
     ST_ERR_LIMIT = -4,       /* beyond one of the limits above, or JSON nested too deep */
     ST_ERR_OVERFLOW = -5,    /* a size that does not fit 64 bits or the size_t of this machine */
     ST_ERR_MISMATCH = -6,    /* shape, offsets and file length contradict each other */
-    ST_ERR_UNSUPPORTED = -7, /* an unknown dtype */
+    ST_ERR_UNSUPPORTED = -7, /* a dtype that is no name */
     ST_ERR_MISSING = -8,     /* a file, a key or a listed tensor does not exist */
     ST_ERR_NOMEM = -9,       /* out of memory */
     ST_ERR_ARG = -10         /* the call itself is wrong */
@@ -119,7 +120,8 @@ typedef enum st_dtype {
     ST_I64,
     ST_F64,
     ST_F8_E4M3,
-    ST_F8_E5M2
+    ST_F8_E5M2,
+    ST_OTHER /* any other name; read only. Its elements have no size here */
 } st_dtype;
 
 typedef struct st_tensor {
@@ -128,8 +130,9 @@ typedef struct st_tensor {
     int rank;                    /* 0 to ST_MAX_RANK; a rank of 0 is a single element */
     uint64_t shape[ST_MAX_RANK]; /* the first `rank` are set, the slowest one first; the rest are 0 */
     const void *data;            /* `bytes` bytes, rows one after another; owned by the file */
-    size_t bytes;                /* the product of the shape times st_dtype_bytes(dtype); may be 0 */
+    size_t bytes;                /* the product of the shape times st_dtype_bytes(dtype); may be 0. ST_OTHER: any */
     int shard;                   /* which file it came from, 0 to shards - 1 */
+    const char *type;            /* the name of dtype as the file has it, also of ST_OTHER; not read by st_write */
 } st_tensor;
 
 typedef struct st_error {
@@ -144,7 +147,7 @@ typedef struct st_file {
     const st_tensor *tensor;     /* [count], sorted by name (as by strcmp) */
     size_t metadata_count;       /* entries of the __metadata__ of the first shard */
     const char *const *metadata; /* [2 * metadata_count] key, value, key, value, ... */
-    int shards;                  /* files opened */
+    int shards;                  /* files, those that the index lists and that are absent included */
     char warning[256];           /* "" or one line: odd, but no reason to refuse the checkpoint */
 
     struct sti_shard *sti_shard;
@@ -157,9 +160,10 @@ typedef struct st_file {
 st_result st_open(st_file *file, const char *path, st_error *error);
 
 /* Opens directory/model.safetensors or, if that does not exist, the shards that
- * directory/model.safetensors.index.json lists. A shard must be a plain file name in that directory, every
- * listed tensor must be in the shard it is listed for, and no tensor may be in two shards. Tensors that
- * are in a listed shard but not in the index are kept; that and a wrong total_size set file->warning. */
+ * directory/model.safetensors.index.json lists. A shard must be a plain file name in that directory, and no
+ * tensor may be in two shards. These set file->warning, which names the first of them: listed tensors that are
+ * not in the shard they are listed for, or whose shard does not exist (a caller who needs one will miss it);
+ * tensors that are in a listed shard but not in the index, which are kept; a wrong total_size. */
 st_result st_open_checkpoint(st_file *file, const char *directory, st_error *error);
 
 /* Reads a file that is in memory: [length] bytes, any alignment, borrowed until st_close (a big-endian
@@ -185,9 +189,10 @@ const char *st_result_string(st_result result);
  * larger elements first if every tensor is to be aligned to its element.
  *   tensors         [count]; name, dtype, rank, shape, data and bytes are read, data in host byte order
  *   metadata_pairs  key, value, key, value, ..., NULL; or NULL for none
- * The bytes go to PATH.tmp (replaced if it exists), are synced, and are then renamed to PATH, so that a
- * reader sees the old file or the new one and never half of one. On an error PATH.tmp is removed and PATH
- * is untouched. Whatever st_open would refuse is refused here, with the same code. */
+ * The bytes go to a new file PATH.PROCESS-NUMBER.tmp (ST_NO_POSIX: PATH.tmp), are synced, and are then renamed
+ * to PATH, so that a reader sees the old file or the new one and never half of one, and writers are not in each
+ * other's way. On an error the new file is removed and PATH is untouched. Whatever st_open would refuse is
+ * refused here, with the same code; so is ST_OTHER. */
 st_result st_write(const char *path, const st_tensor *tensors, size_t count, const char *const *metadata_pairs,
                    st_error *error);
 
@@ -201,7 +206,7 @@ st_result st_write_made(const char *path, const st_tensor *tensors, size_t count
 /* Next `bytes` bytes of the tensor being made. ST_ERR_IO: return that, st_write_made then fills in the error. */
 st_result st_put(st_sink *sink, const void *data, size_t bytes);
 
-/* Replaces any file by these bytes, in the same way: PATH.tmp, sync, rename. */
+/* Replaces any file by these bytes, in the same way: a new file, sync, rename. */
 st_result st_write_bytes(const char *path, const void *bytes, size_t length, st_error *error);
 
 #ifdef __cplusplus
@@ -343,6 +348,7 @@ size_t st_dtype_bytes(st_dtype dtype) {
     case ST_U64:
     case ST_I64:
     case ST_F64: return 8;
+    case ST_OTHER:
     default: return 0;
     }
 }
@@ -364,6 +370,7 @@ const char *st_dtype_name(st_dtype dtype) {
     case ST_F64: return "F64";
     case ST_F8_E4M3: return "F8_E4M3";
     case ST_F8_E5M2: return "F8_E5M2";
+    case ST_OTHER:
     default: return "?";
     }
 }
@@ -395,6 +402,7 @@ static inline int sti_host_is_big_endian(void) {
 /* Turns the bytes of each element around. */
 static void sti_swap(unsigned char *data, size_t bytes, size_t size) {
     size_t at, i;
+    if (size < 2) return;
     for (at = 0; at + size <= bytes; at += size) {
         for (i = 0; i < size / 2; i++) {
             unsigned char byte = data[at + i];
@@ -499,6 +507,17 @@ static int sti_source_take(sti_source *s, unsigned char *to, size_t bytes) {
 
 #endif
 
+/* A name that is there and leads nowhere. */
+static int sti_is_dangling(const char *path) {
+#ifdef STI_POSIX
+    struct stat status;
+    return lstat(path, &status) == 0 && S_ISLNK(status.st_mode);
+#else
+    (void)path;
+    return 0;
+#endif
+}
+
 /* ST_ERR_MISSING only if the file does not exist. */
 static st_result sti_source_open(sti_source *s, const char *path, st_error *error) {
     s->path = path;
@@ -506,6 +525,8 @@ static st_result sti_source_open(sti_source *s, const char *path, st_error *erro
     errno = 0;
     if (!sti_source_start(s, path)) {
         int absent = errno == ENOENT;
+        if (absent && sti_is_dangling(path))
+            return sti_fail(error, ST_ERR_IO, "%.300s: is a link to a file that does not exist", path);
         return sti_fail(error, absent ? ST_ERR_MISSING : ST_ERR_IO, "%.300s: cannot open: %s", path, strerror(errno));
     }
     if (sti_source_length(s, &s->length)) return ST_OK;
@@ -642,6 +663,8 @@ static st_result sti_prepare(sti_job *job) {
         if (!sti_is_metadata(doc, key)) {
             job->count++;
             room += sti_string_room(doc, key);
+            if (doc->token[key + 1].type == JSON_OBJECT && json_find(doc, key + 1, "dtype", &i) == JSON_OK)
+                room += sti_string_room(doc, i);
             continue;
         }
         for (i = key + 2; i < doc->token[key + 1].next; i = doc->token[i].next)
@@ -704,11 +727,14 @@ static st_result sti_read_dtype(sti_job *job, st_tensor *tensor, size_t value) {
     for (i = ST_BOOL; i <= ST_F8_E5M2; i++) {
         if (json_equal(&job->doc, value, st_dtype_name((st_dtype)i))) {
             tensor->dtype = (st_dtype)i;
+            tensor->type = st_dtype_name((st_dtype)i);
             return ST_OK;
         }
     }
-    return sti_fail(job->error, ST_ERR_UNSUPPORTED, "%.150s: tensor \"%.200s\" has an unknown dtype", job->label,
-                    tensor->name);
+    tensor->dtype = ST_OTHER;
+    if (sti_take_string(&job->doc, value, &job->string, &tensor->type) == JSON_OK && *tensor->type) return ST_OK;
+    return sti_fail(job->error, ST_ERR_UNSUPPORTED, "%.150s: tensor \"%.200s\": its dtype is not the name of one",
+                    job->label, tensor->name);
 }
 
 static st_result sti_read_shape(sti_job *job, st_tensor *tensor, size_t value) {
@@ -741,7 +767,7 @@ static st_result sti_read_offsets(sti_job *job, const st_tensor *tensor, size_t 
 /* Shape times element size; it must fit this machine and equal the range. Dimensions of 0 are left out of
  * the products, so that no product a caller may form of some of the dimensions can overflow. */
 static st_result sti_check_size(sti_job *job, st_tensor *tensor, const sti_range *range) {
-    uint64_t bytes = st_dtype_bytes(tensor->dtype);
+    uint64_t bytes = tensor->dtype == ST_OTHER ? 1 : st_dtype_bytes(tensor->dtype);
     int i, fits = 1, empty = 0;
     for (i = 0; i < tensor->rank; i++) {
         if (tensor->shape[i] == 0)
@@ -753,11 +779,12 @@ static st_result sti_check_size(sti_job *job, st_tensor *tensor, const sti_range
         return sti_fail(job->error, ST_ERR_OVERFLOW, "%.150s: tensor \"%.200s\": the size of its shape overflows",
                         job->label, tensor->name);
     if (empty) bytes = 0;
+    if (tensor->dtype == ST_OTHER && range->end >= range->begin) bytes = range->end - range->begin;
     if (range->end < range->begin)
         return sti_fail(job->error, ST_ERR_MISMATCH,
                         "%.150s: tensor \"%.200s\" ends at %llu before it begins at %llu", job->label, tensor->name,
                         STI_ULL(range->end), STI_ULL(range->begin));
-    if (range->end - range->begin != bytes)
+    if (bytes > (size_t)-1 || range->end - range->begin != bytes)
         return sti_fail(job->error, ST_ERR_MISMATCH,
                         "%.150s: tensor \"%.200s\": shape and dtype need %llu bytes, data_offsets give %llu",
                         job->label, tensor->name, STI_ULL(bytes), STI_ULL(range->end - range->begin));
@@ -864,11 +891,27 @@ static void sti_attach(sti_job *job, const unsigned char *data) {
     job->file->count += job->count;
 }
 
+/* What a file is that does not even begin as one of these, or NULL: it is as far as can be seen. */
+static const char *sti_stranger(const unsigned char *first, size_t n) {
+    static const char begins[7][24] = {
+        "version https://git-lfs", "<!DOCTYPE", "<!doctype", "<html", "<?xml", "GGUF", "PK\003\004"};
+    static const char words[4][72] = {"is a pointer of Git LFS, not the file itself: git lfs pull gets it",
+                                      "is a page of HTML or XML, as a failed download leaves it", "is a GGUF file",
+                                      "is a ZIP archive, as PyTorch writes them"};
+    size_t i;
+    for (i = 0; i < 7; i++) {
+        size_t length = strlen(begins[i]) < 8 ? strlen(begins[i]) : 8;
+        if (n >= length && memcmp(first, begins[i], length) == 0) return words[i == 0 ? 0 : i < 5 ? 1 : i - 3];
+    }
+    return NULL;
+}
+
 /* The first 8 bytes: the length of the header, which must lie within the file. */
 static st_result sti_header_length(const unsigned char first[8], uint64_t file_bytes, uint64_t *length,
                                    const char *label, st_error *error) {
     uint64_t n = 0;
     int i;
+    if (sti_stranger(first, 8)) return sti_fail(error, ST_ERR_FORMAT, "%.300s: %s", label, sti_stranger(first, 8));
     for (i = 7; i >= 0; i--) n = n << 8 | first[i];
     if (n > ST_MAX_HEADER)
         return sti_fail(error, ST_ERR_LIMIT, "%.300s: a header of %llu bytes, at most %d are read", label, STI_ULL(n),
@@ -1101,6 +1144,8 @@ typedef struct sti_index {
     size_t *order;    /* [2 * count], the first half sorted by file */
     size_t count;
     int shards;
+    size_t absent;              /* entries whose tensor is not where they say */
+    const sti_entry *first_one; /* of these */
 } sti_index;
 
 /* directory/name in new memory. */
@@ -1183,6 +1228,7 @@ static st_result sti_index_read(sti_index *index) {
     return ST_OK;
 }
 
+/* A shard that does not exist leaves its tensors absent. */
 static st_result sti_index_load_shard(sti_index *index, st_file *file, const sti_entry *entry) {
     sti_source source;
     st_result result;
@@ -1192,27 +1238,36 @@ static st_result sti_index_load_shard(sti_index *index, st_file *file, const sti
     if (result == ST_OK) {
         result = sti_load(file, entry->shard, &source, index->error);
         sti_source_close(&source);
+    } else if (result == ST_ERR_MISSING) {
+        result = ST_OK;
     }
     sti_free(path);
     return result;
 }
 
-/* Every listed tensor must be where the list says. */
+/* Counts what is not where the list says. Something must be. */
 static st_result sti_index_check(sti_index *index, const st_file *file) {
     size_t i;
     for (i = 0; i < index->count; i++) {
-        const sti_entry *entry = &index->entry[i];
+        const sti_entry *entry = &index->entry[index->order[i]];
         const st_tensor *tensor = st_find(file, entry->name);
-        if (!tensor || tensor->shard != entry->shard)
-            return sti_fail(index->error, ST_ERR_MISSING, "%.150s: tensor \"%.200s\" is not in %.100s", index->label,
-                            entry->name, entry->file);
+        if (tensor && tensor->shard == entry->shard) continue;
+        if (index->absent++ == 0) index->first_one = entry;
     }
-    return ST_OK;
+    if (index->absent < index->count) return ST_OK;
+    return sti_fail(index->error, ST_ERR_MISSING, "%.150s: tensor \"%.200s\" is not in %.100s, nor any other one",
+                    index->label, index->first_one->name, index->first_one->file);
 }
 
 static void sti_index_warn(sti_index *index, st_file *file) {
     uint64_t total = 0, listed = 0;
     size_t i, metadata = 0, value = 0;
+    if (index->absent > 0) {
+        snprintf(file->warning, sizeof file->warning,
+                 "%llu of %llu tensors of the index are absent: %.100s is not in %.80s", STI_ULL(index->absent),
+                 STI_ULL(index->count), index->first_one->name, index->first_one->file);
+        return;
+    }
     if (file->count != index->count)
         snprintf(file->warning, sizeof file->warning, "%llu tensors in the shards, %llu in the index",
                  STI_ULL(file->count), STI_ULL(index->count));
@@ -1231,6 +1286,9 @@ static st_result sti_index_open(sti_index *index, st_file *file, sti_source *sou
     size_t length = 0, i;
     int next = 0;
     st_result result = sti_source_text(source, &index->text, &length, index->error);
+    if (result == ST_OK && sti_stranger((const unsigned char *)index->text, length))
+        result = sti_fail(index->error, ST_ERR_FORMAT, "%.300s: %s", index->label,
+                          sti_stranger((const unsigned char *)index->text, length));
     if (result == ST_OK)
         result = sti_tokenize(index->text, length, &index->token, &index->doc, index->label, index->error);
     if (result == ST_OK) result = sti_index_read(index);
@@ -1425,9 +1483,8 @@ static st_result sti_make_header(const char *path, const st_tensor *tensors, siz
 
 typedef int sti_sink;
 
+/* O_EXCL follows no link, opens no FIFO and takes no other writer's file. */
 static int sti_sink_open(sti_sink *sink, const char *path) {
-    /* With what is left over from before out of the way, O_EXCL follows no link and opens no FIFO. */
-    unlink(path);
     do *sink = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     while (*sink < 0 && errno == EINTR);
     return *sink >= 0;
@@ -1456,6 +1513,7 @@ static int sti_replace(const char *from, const char *to) { return rename(from, t
 
 typedef FILE *sti_sink;
 
+#define STI_ONE_NAME /* C99 knows no exclusive opening */
 static int sti_sink_open(sti_sink *sink, const char *path) {
     *sink = fopen(path, "wb");
     return *sink != NULL;
@@ -1508,9 +1566,12 @@ st_result st_put(st_sink *sink, const void *data, size_t bytes) {
     return sti_sink_put_data(&sink->file, &sink->tensor) ? ST_OK : ST_ERR_IO;
 }
 
+#define STI_SUFFIX 48 /* bytes of what is behind the path in a temporary name, with its NUL */
+
 /* What is to be written, and where to. */
 typedef struct sti_job_out {
-    const char *path, *temporary;
+    const char *path;
+    char *temporary;
     const st_tensor *tensors;
     size_t count;
     st_make make; /* NULL: the tensors' data */
@@ -1534,13 +1595,28 @@ static st_result sti_write_tensor(const sti_job_out *job, size_t i, st_sink *sin
     return result;
 }
 
+/* A new file beside the path: names are tried until one is free. */
+static int sti_open_temporary(const sti_job_out *job, st_sink *sink) {
+#ifdef STI_ONE_NAME
+    return sti_sink_open(&sink->file, job->temporary);
+#else
+    int i;
+    for (i = 0; i < 10000; i++) {
+        snprintf(job->temporary + strlen(job->path), STI_SUFFIX, ".%ld-%d.tmp", (long)getpid(), i);
+        if (sti_sink_open(&sink->file, job->temporary)) return 1;
+        if (errno != EEXIST) return 0;
+    }
+    return 0;
+#endif
+}
+
 /* Fills the temporary file and moves it into place. */
 static st_result sti_write_file(const sti_job_out *job, st_error *error) {
     st_sink sink;
     st_result result;
     size_t i;
     int whole;
-    if (!sti_sink_open(&sink.file, job->temporary))
+    if (!sti_open_temporary(job, &sink))
         return sti_fail(error, ST_ERR_IO, "%.300s: cannot create: %s", job->temporary, strerror(errno));
     result = sti_sink_put(&sink.file, job->length, job->length_bytes) &&
                      sti_sink_put(&sink.file, (const unsigned char *)job->front, job->front_bytes)
@@ -1560,7 +1636,7 @@ static st_result sti_write_file(const sti_job_out *job, st_error *error) {
 static st_result sti_write(sti_job_out *job, st_error *error) {
     size_t length = strlen(job->path);
     st_result result = ST_ERR_NOMEM;
-    char *temporary = (char *)sti_alloc(length + sizeof ".tmp", 1, "a path", job->path, error);
+    char *temporary = (char *)sti_alloc(length + STI_SUFFIX, 1, "a path", job->path, error);
     if (temporary) {
         memcpy(temporary, job->path, length);
         memcpy(temporary + length, ".tmp", sizeof ".tmp");

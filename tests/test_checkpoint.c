@@ -259,10 +259,9 @@ static void test_keys(void) {
                 {"qk_rope_head_dim", REQUIRED, INTEGER},
                 {"v_head_dim", REQUIRED, INTEGER},
                 {"max_position_embeddings", REQUIRED, INTEGER},
-                {"n_routed_experts", REQUIRED, INTEGER},
                 {"num_experts_per_tok", REQUIRED, INTEGER},
                 {"first_k_dense_replace", REQUIRED, INTEGER},
-                {"q_lora_rank", NULLABLE, INTEGER},
+                {"q_lora_rank", OPTIONAL, INTEGER},
                 {"n_shared_experts", NULLABLE, INTEGER},
                 {"num_nextn_predict_layers", OPTIONAL, INTEGER},
                 {"num_key_value_heads", OPTIONAL, INTEGER},
@@ -309,6 +308,10 @@ static void test_keys(void) {
         check_edit("CF-01 missing", ST_ERR_MISSING, "topk_group", NULL);
         check_edit("CF-03 string", ST_ERR_FORMAT, "n_group", "\"4\"");
         check_edit("CF-03 string", ST_ERR_FORMAT, "topk_group", "\"2\"");
+        check_edit("CF-01 missing", ST_ERR_MISSING, "n_routed_experts", NULL);
+        check_edit("CF-02 null: a dense model", ST_OK, "n_routed_experts", "null");
+        check_edit("CF-03 string", ST_ERR_FORMAT, "n_routed_experts", "\"8\"");
+        check_edit("CF-04 fraction", ST_ERR_FORMAT, "n_routed_experts", "8.5");
     }
 }
 
@@ -359,6 +362,7 @@ static void test_ranges(void) {
     "{\"type\": " type ", \"factor\": " factor ", \"original_max_position_embeddings\": " original                   \
     ", \"beta_fast\": " fast ", \"beta_slow\": " slow ", \"mscale\": 1.0, \"mscale_all_dim\": 0.7}"
 #define YARN(factor, original, fast, slow) ROPE("\"yarn\"", factor, original, fast, slow)
+#define YARN_WITH(field) "{\"type\": \"yarn\", \"factor\": 4, \"original_max_position_embeddings\": 64, " field "}"
 #define QUANT(method, fmt, block)                                                                                    \
     "{\"quant_method\": \"" method "\", \"fmt\": \"" fmt "\", \"weight_block_size\": " block "}"
 
@@ -384,7 +388,12 @@ static const struct {
     {"CF-17 one more", ST_ERR_ARG, "num_experts_per_tok", {{"num_experts_per_tok", "5"}}},
     {"CF-17 zero", ST_ERR_ARG, "num_experts_per_tok", {{"num_experts_per_tok", "0"}}},
     {"CF-17 more than experts", ST_ERR_ARG, "num_experts_per_tok", {{"num_experts_per_tok", "9"}}},
-    {"CF-19 above the layers", ST_ERR_ARG, "first_k_dense_replace", {{"first_k_dense_replace", "4"}}},
+    {"CF-19 above the layers and the module", ST_OK, "", {{"first_k_dense_replace", "4"}}},
+    {"CF-19 above some modules",
+     ST_ERR_ARG,
+     "first_k_dense_replace",
+     {{"first_k_dense_replace", "4"}, {"num_nextn_predict_layers", "2"}}},
+    {"CF-19 far above", ST_OK, "", {{"first_k_dense_replace", "2147483647"}}},
     {"CF-19 all layers", ST_OK, "", {{"first_k_dense_replace", "3"}}},
     {"CF-20 negative", ST_ERR_ARG, "first_k_dense_replace", {{"first_k_dense_replace", "-1"}}},
     {"CF-20 frequency 0", ST_ERR_ARG, "moe_layer_freq", {{"moe_layer_freq", "0"}}},
@@ -403,7 +412,62 @@ static const struct {
     {"CF-22 number", ST_ERR_FORMAT, "type", {{"rope_scaling", ROPE("1", "2", "64", "32", "1")}}},
     {"CF-22 null", ST_ERR_FORMAT, "type", {{"rope_scaling", ROPE("null", "2", "64", "32", "1")}}},
     {"CF-22 without type", ST_ERR_MISSING, "type", {{"rope_scaling", "{\"factor\": 2}"}}},
-    {"CF-22 empty", ST_ERR_MISSING, "type", {{"rope_scaling", "{}"}}},
+    {"CF-22 empty is none", ST_OK, "", {{"rope_scaling", "{}"}}},
+    {"rope_parameters, empty", ST_OK, "", {{"rope_parameters", "{}"}}},
+    {"rope_parameters, theta alone", ST_OK, "", {{"rope_theta", NULL}, {"rope_parameters", "{\"rope_theta\": 500}"}}},
+    {"a factor without a type", ST_ERR_MISSING, "type", {{"rope_parameters", "{\"factor\": 2}"}}},
+    {"rope_parameters, a field of none",
+     ST_ERR_UNSUPPORTED,
+     "mrope_section",
+     {{"rope_parameters", "{\"mrope_section\": []}"}}},
+    {"rope_parameters, a null field", ST_OK, "", {{"rope_parameters", "{\"mrope_section\": null}"}}},
+    {"partial_rotary_factor", ST_ERR_UNSUPPORTED, "partial_rotary_factor", {{"partial_rotary_factor", "0.5"}}},
+    {"partial_rotary_factor 1", ST_OK, "", {{"partial_rotary_factor", "1.0"}}},
+    {"partial_rotary_factor inside",
+     ST_ERR_UNSUPPORTED,
+     "partial_rotary_factor",
+     {{"rope_parameters", "{\"partial_rotary_factor\": 0.5}"}}},
+    {"partial_rotary_factor 1 inside", ST_OK, "", {{"rope_parameters", "{\"partial_rotary_factor\": 1}"}}},
+    {"llama_4_scaling", ST_ERR_UNSUPPORTED, "llama_4_scaling", {{"llama_4_scaling", "{}"}}},
+    {"llama_4_scaling_beta",
+     ST_ERR_UNSUPPORTED,
+     "llama_4_scaling_beta",
+     {{"rope_scaling", YARN_WITH("\"llama_4_scaling_beta\": 0.1")}}},
+    {"llama_4_scaling_beta 0", ST_OK, "", {{"rope_scaling", YARN_WITH("\"llama_4_scaling_beta\": 0")}}},
+    {"YaRN, an unknown field",
+     ST_ERR_UNSUPPORTED,
+     "short_factor",
+     {{"rope_scaling", YARN_WITH("\"short_factor\": [1]")}}},
+    {"truncate", ST_OK, "", {{"rope_scaling", YARN_WITH("\"truncate\": false")}}},
+    {"truncate 0", ST_ERR_FORMAT, "truncate", {{"rope_scaling", YARN_WITH("\"truncate\": 0")}}},
+    {"the implied attention_factor",
+     ST_OK,
+     "",
+     {{"rope_scaling", YARN_WITH("\"attention_factor\": 1.138629436111989")}}},
+    {"another attention_factor",
+     ST_ERR_UNSUPPORTED,
+     "attention_factor: expected 1.138629, which the other fields imply, found 1.14",
+     {{"rope_scaling", YARN_WITH("\"attention_factor\": 1.14")}}},
+    {"attention_factor null", ST_OK, "", {{"rope_scaling", YARN_WITH("\"attention_factor\": null")}}},
+    {"rope_theta behind another object",
+     ST_ERR_UNSUPPORTED,
+     "rope_theta",
+     {{"rope_theta", NULL},
+      {"rope_scaling", YARN_WITH("\"mscale\": 1")},
+      {"rope_parameters", "{\"rope_theta\": 500}"}}},
+    {"a wrapper",
+     ST_ERR_UNSUPPORTED,
+     "text_config: this is a wrapper",
+     {{"hidden_size", NULL}, {"model_type", "\"kimi_k25\""}, {"text_config", "{\"hidden_size\": 16}"}}},
+    {"a value that is not in the list",
+     ST_ERR_UNSUPPORTED,
+     "model_type: expected deepseek_v3, kimi_k2 or deepseek_v2, found 'glm4_moe_lite'",
+     {{"model_type", "\"glm4_moe_lite\""}}},
+    {"what is found", ST_ERR_FORMAT, "hidden_size: must be an integer, found '7.5'", {{"hidden_size", "7.5"}}},
+    {"what is found",
+     ST_ERR_UNSUPPORTED,
+     "weight_block_size: must be [128, 128], found '[64, 64]'",
+     {{"quantization_config", QUANT("fp8", "e4m3", "[64, 64]")}}},
     {"CF-22 string", ST_ERR_FORMAT, "rope_scaling", {{"rope_scaling", "\"yarn\""}}},
     {"CF-22 array", ST_ERR_FORMAT, "rope_scaling", {{"rope_scaling", "[]"}}},
     {"CF-22 number", ST_ERR_FORMAT, "rope_parameters", {{"rope_parameters", "1"}}},
@@ -622,10 +686,16 @@ static void test_rope_spellings(void) {
         {"rope_theta", NULL},
         {"rope_scaling", NULL},
         {"rope_parameters", "{\"rope_type\": \"yarn\", \"rope_theta\": 50000.0, " FACTOR "}"}};
-    static const edit both[MOST_EDITS] = {
-        {"rope_theta", "10"},
-        {"rope_scaling", "{\"type\": \"linear\"}"},
-        {"rope_parameters", "{\"rope_type\": \"yarn\", \"rope_theta\": 50000.0, " FACTOR "}"}};
+    static const edit both[MOST_EDITS] = {{"rope_theta", "50000"},
+                                          {"rope_scaling", "{\"type\": \"yarn\", " FACTOR "}"},
+                                          {"rope_parameters", "{\"rope_type\": \"linear\", \"rope_theta\": 10.0}"}};
+    static const edit forgotten[MOST_EDITS] = {
+        {"rope_theta", NULL},
+        {"rope_scaling", "{\"type\": \"yarn\", " FACTOR "}"},
+        {"rope_parameters", "{\"rope_type\": \"default\", \"rope_theta\": 10000.0}"}};
+    static const edit exact[MOST_EDITS] = {{"rope_scaling", YARN_WITH("\"truncate\": false")}};
+    static const edit theta[MOST_EDITS] = {
+        {"rope_scaling", NULL}, {"rope_theta", NULL}, {"rope_parameters", "{\"rope_theta\": 500}"}};
     static const edit outer[MOST_EDITS] = {
         {"rope_theta", "50000"}, {"rope_parameters", "{\"rope_type\": \"yarn\", \"rope_theta\": null, " FACTOR "}"}};
     static const edit bare[MOST_EDITS] = {
@@ -642,8 +712,14 @@ static void test_rope_spellings(void) {
     check_same_config("rope_parameters", &b, &a);
     b = config_of("rope_type wins", mixed);
     check_same_config("rope_type wins", &b, &a);
-    b = config_of("rope_parameters wins", both);
-    check_same_config("rope_parameters wins", &b, &a);
+    b = config_of("rope_scaling wins", both);
+    check_same_config("rope_scaling wins", &b, &a);
+    b = config_of("theta of a default", forgotten);
+    CHECK(b.rope_scaling.type == DSV3_ROPE_YARN && b.rope_theta == 10000.0f && b.rope_scaling.truncate == 1);
+    b = config_of("truncate", exact);
+    CHECK(b.rope_scaling.type == DSV3_ROPE_YARN && b.rope_scaling.truncate == 0);
+    b = config_of("theta alone", theta);
+    CHECK(b.rope_scaling.type == DSV3_ROPE_NONE && b.rope_theta == 500.0f);
     b = config_of("rope_theta outside", outer);
     check_same_config("rope_theta outside", &b, &a);
     a = config_of("no rope_scaling", plain);
@@ -673,6 +749,85 @@ static void test_model_types(void) {
     CHECK(c.scoring_func == DSV3_SIGMOID && c.topk_method == DSV3_NOAUX_TC && c.num_key_value_heads == 2);
     c = config_of("said", said);
     CHECK(c.scoring_func == DSV3_SIGMOID && c.topk_method == DSV3_GROUP_LIMITED_GREEDY);
+    CHECK_EQ(c.gate_scaling, DSV3_SCALE_UNLESS_NORMED); /* norm_topk_prob, too: as the code of V2 has it */
+    CHECK_EQ(config_of("deepseek_v3", v3).gate_scaling, DSV3_SCALE_ALWAYS);
+    CHECK_EQ(config_of("kimi_k2", k2).gate_scaling, DSV3_SCALE_ALWAYS);
+}
+
+/* What a file is read as, written and read again, is the same: also how weights are scaled. */
+static void test_families(void) {
+    static const edit edits[][MOST_EDITS] = {
+        {{"model_type", "\"deepseek_v2\""}, {"topk_method", "\"greedy\""}},
+        {{"model_type", "\"deepseek_v2\""}, {"topk_method", "\"noaux_tc\""}},
+        {{"model_type", "\"deepseek_v3\""}, {"topk_method", "\"greedy\""}},
+        {{"model_type", "\"deepseek_v3\""}},
+        {{"model_type", "\"kimi_k2\""}, {"rope_scaling", YARN_WITH("\"truncate\": false")}},
+        {{"n_routed_experts", "null"}, {"moe_intermediate_size", "null"}, {"norm_topk_prob", NULL}},
+        {{"first_k_dense_replace", "7"}}};
+    for (size_t i = 0; i < sizeof edits / sizeof edits[0]; i++) {
+        dsv3_config a = config_of("family", edits[i]), b = dsv3_config_default();
+        char *text = NULL;
+        st_error error;
+        CHECK_EQ(checkpoint_config_text(&text, &a, DSV3_F32, &error), ST_OK);
+        if (text == NULL) continue;
+        CHECK_EQ(parse_text(&b, text, strlen(text), &error), ST_OK);
+        check_same_config("family", &a, &b);
+        CHECK_EQ(a.gate_scaling, b.gate_scaling);
+        CHECK_EQ(a.rope_scaling.truncate, b.rope_scaling.truncate);
+        ST_FREE(text);
+    }
+}
+
+/* All layers dense, the module too: no experts, or none of them reached. */
+static void test_dense(void) {
+    static const edit null[MOST_EDITS] = {{"n_routed_experts", "null"}, {"num_experts_per_tok", "null"}},
+                      cut[MOST_EDITS] = {{"first_k_dense_replace", "30"}, {"num_hidden_layers", "1"}},
+                      bare[MOST_EDITS] = {{"first_k_dense_replace", "30"}, {"num_nextn_predict_layers", "0"}};
+    dsv3_config c = config_of("no experts", null);
+    CHECK(c.n_routed_experts == 0 && c.n_shared_experts == 0 && c.num_experts_per_tok == 0);
+    for (int32_t i = 0; i < 4; i++) CHECK(!dsv3_config_is_moe(&c, i));
+    c = config_of("cut", cut);
+    for (int32_t i = 0; i < 2; i++) CHECK(!dsv3_config_is_moe(&c, i));
+    c = config_of("no module", bare);
+    CHECK(c.first_k_dense_replace == 3 && c.moe_layer_freq == 1);
+}
+
+/* A config.json for other weights says only what is true of them. */
+static void test_adapted(void) {
+    static const char *const old[] = {
+        "{}",
+        "null",
+        "{\"quant_method\": \"fp8\", \"activation_scheme\": \"static\", \"weight_block_size\": null}",
+        "{\"quant_method\": \"fp8\", \"weight_block_size\": [128, 128], \"modules_to_not_convert\": [\"lm_head\"]}",
+        "{\"quant_method\": \"fp8\", \"fmt\": \"e4m3\", \"scale_fmt\": \"ue8m0\", \"weight_block_size\": [128, 128]}",
+        "{\"group_size\": 64, \"bits\": 4}",
+        BLOCKS("\"q8_0\"", "32")};
+    for (size_t i = 0; i < sizeof old / sizeof old[0]; i++) {
+        for (int type = 0; type < DSV3_TYPES; type++) {
+            edit edits[MOST_EDITS] = {{"compression_config", "{\"bits\": 4}"}};
+            char text[8192], *made = NULL, *fresh = NULL, *from_made, *from_fresh;
+            dsv3_config c = config_of("adapted", edits);
+            st_error error;
+            size_t length;
+            edits[1].key = "quantization_config";
+            edits[1].value = old[i];
+            length = make_config(text, sizeof text, edits);
+            CHECK_EQ(checkpoint_config_adapt(&made, text, length, LABEL, (dsv3_type)type, &error), ST_OK);
+            CHECK_EQ(checkpoint_config_text(&fresh, &c, (dsv3_type)type, &error), ST_OK);
+            if (made == NULL || fresh == NULL) continue;
+            from_made = strstr(made, "\"quantization_config\": ");
+            from_fresh = strstr(fresh, "\"quantization_config\": ");
+            CHECK((from_made != NULL) == (type == DSV3_F8_E4M3 || dsv3_type_block((dsv3_type)type) > 1));
+            CHECK((from_made != NULL) == (from_fresh != NULL) && strstr(made, "compression_config") == NULL);
+            if (from_made != NULL && from_fresh != NULL) {
+                size_t n = strcspn(from_fresh, "}");
+                CHECK(strncmp(from_made, from_fresh, n + 1) == 0);
+                CHECK(strstr(from_made + 1, "\"quantization_config\": ") == NULL);
+            }
+            ST_FREE(made);
+            ST_FREE(fresh);
+        }
+    }
 }
 
 /* The text itself is broken. */
@@ -691,6 +846,8 @@ static void test_texts(void) {
                  {"\"{}\"", ST_ERR_FORMAT, "object"},
                  {"{}", ST_ERR_MISSING, "vocab_size"},
                  {"{} {}", ST_ERR_FORMAT, "byte 3"},
+                 {"version https://git-lfs.github.com/spec/v1\n", ST_ERR_FORMAT, "Git LFS"},
+                 {"<!DOCTYPE html>", ST_ERR_FORMAT, "HTML"},
                  {"\xef\xbb\xbf{}", ST_ERR_FORMAT, "byte 0"},
                  {"{\"a\": \"\xff\"}", ST_ERR_FORMAT, "byte"},
                  {"{\"a\": 1,}", ST_ERR_FORMAT, "byte"},
@@ -1176,8 +1333,16 @@ static void test_paths(void) {
     CHECK_EQ(checkpoint_open(&c, in_directory("plain"), &error), ST_ERR_IO);
     CHECK_EQ(mkdir(in_directory("odd.json"), 0700), 0);
     CHECK_EQ(checkpoint_config(&config, in_directory("odd.json"), &error), ST_ERR_IO);
-    check_message("directory for a file", &error, ST_ERR_IO, "odd.json", "read");
+    check_message("directory for a file", &error, ST_ERR_IO, "odd.json", "not a regular file");
     rmdir(in_directory("odd.json"));
+    CHECK_EQ(mkfifo(in_directory("odd.json"), 0600), 0); /* which nobody writes to */
+    CHECK_EQ(checkpoint_config(&config, in_directory("odd.json"), &error), ST_ERR_IO);
+    check_message("FIFO for a file", &error, ST_ERR_IO, "odd.json", "not a regular file");
+    drop_file("odd.json");
+    CHECK_EQ(symlink("nowhere", in_directory("odd.json")), 0);
+    CHECK_EQ(checkpoint_config(&config, in_directory("odd.json"), &error), ST_ERR_IO);
+    check_message("link to nothing", &error, ST_ERR_IO, "odd.json", "is a link to a file that does not exist");
+    drop_file("odd.json");
     memset(text + length, ' ', 1048576 + 1 - length);
     put_file("other.json", text, 1048576);
     CHECK_EQ(checkpoint_config(&config, in_directory("other.json"), &error), ST_OK);
@@ -1312,6 +1477,58 @@ static void test_weight_types(disk *d) {
     disk_reset(d);
 }
 
+/* A tensor of a type that is not known here stops what needs it, and nothing else. What nothing uses is named. */
+static void test_leftovers(disk *d) {
+    static const char norm[] = "model.norm.weight";
+    static const float zeros[8] = {0};
+    st_error error;
+    checkpoint c;
+    char json[256];
+    size_t length, n;
+    unsigned char *image;
+    disk_reset(d);
+    disk_write(d);
+    CHECK_EQ(checkpoint_open(&c, directory, &error), ST_OK);
+    CHECK(c.leftover == 0 && c.leftover_names[0] == '\0');
+    checkpoint_close(&c);
+    d->t[d->count++] = file_tensor("model.layers.0.self_attn.q_a_proj.bias", ST_F32, 1, 1, 8, zeros);
+    d->t[d->count++] = file_tensor("mtp.0.eh_proj.weight", ST_U8, 1, 1, 8, zeros);
+    d->t[d->count++] = file_tensor("model.layers.0.self_attn.rotary_emb.inv_freq", ST_F32, 1, 1, 2, zeros);
+    d->t[d->count++] = file_tensor("model.layers.0.self_attn.q_a_proj.weight_scale_inv", ST_F32, 2, 1, 1, zeros);
+    disk_write(d);
+    check_logits("tensors that nothing uses", d);
+    CHECK_EQ(checkpoint_open(&c, directory, &error), ST_OK);
+    CHECK_EQ(c.leftover, 3);
+    CHECK(strcmp(c.leftover_names, "model.layers.0.self_attn.q_a_proj.bias, "
+                                   "model.layers.0.self_attn.q_a_proj.weight_scale_inv, mtp.0.eh_proj.weight") == 0);
+    checkpoint_close(&c);
+    disk_reset(d);
+    disk_drop(d, "model.layers.3.eh_proj"); /* no module, then: what there is of it is left over */
+    disk_drop(d, "model.layers.3.enorm");
+    disk_drop(d, "model.layers.3.hnorm");
+    disk_drop(d, "model.layers.3.shared_head.norm");
+    disk_drop(d, "model.layers.3.input_layernorm");
+    disk_drop(d, "model.layers.3.post_attention");
+    disk_drop(d, "model.layers.3.self_attn");
+    disk_drop(d, "model.layers.3.mlp");
+    disk_write(d);
+    CHECK_EQ(checkpoint_open(&c, directory, &error), ST_OK);
+    CHECK_EQ(c.leftover, 2); /* the copies of embedding and head */
+    checkpoint_close(&c);
+    disk_reset(d);
+    disk_write(d);
+    image = get_file(WEIGHTS, &length);
+    snprintf(json, sizeof json, "\"%s\":{\"dtype\":\"F32\"", norm);
+    for (n = 0; n + strlen(json) < length && memcmp(image + n, json, strlen(json)) != 0; n++) {
+    }
+    image[n + strlen(json) - 4] = 'C';
+    put_file(WEIGHTS, image, length);
+    CHECK_EQ(checkpoint_open(&c, directory, &error), ST_ERR_UNSUPPORTED);
+    CHECK(strstr(error.message, "model.norm.weight: expected the type F32, F16, BF16 or F8_E4M3, found C32") != NULL);
+    free(image);
+    disk_reset(d);
+}
+
 /* Every tensor in turn is not there: its name in the header is changed to another one. */
 static void test_missing(disk *d) {
     size_t length, module = 0;
@@ -1357,6 +1574,10 @@ static void test_missing(disk *d) {
               c.model.mtp[0].shared_head_head.data == c.model.lm_head.data);
         checkpoint_close(&c);
     }
+    disk_tensor(d, "model.norm.weight")->name = "language_model.model.norm.weight";
+    check_disk(
+        "a wrapper's names", d, ST_ERR_MISSING,
+        "model.norm.weight: tensor missing; the model is inside of a wrapper, where it is language_model.model.norm");
     d->count = 0;
     check_disk("no tensors", d, ST_ERR_MISSING, "model.embed_tokens.weight");
     disk_reset(d);
@@ -1429,6 +1650,16 @@ static void test_shards(disk *d) {
     check_directory("a shard is cut", ST_ERR_TRUNC, names[1], NULL);
     drop_file(names[1]);
     check_directory("ST-50 a shard is missing", ST_ERR_MISSING, names[1], NULL);
+    {
+        size_t extra = strlen(index) - 2; /* a shard with a tensor that nothing needs */
+        put_shard(d, names[1], 1, 3);
+        sprintf(index + extra, ", \"visual.weight\": \"model-00004.safetensors\"}}");
+        put_text(INDEX, index);
+        check_logits("a shard that nothing needs is missing", d);
+        CHECK_EQ(checkpoint_open(&c, directory, &error), ST_OK);
+        CHECK(strstr(c.file.warning, "visual.weight is not in model-00004.safetensors") != NULL);
+        checkpoint_close(&c);
+    }
     put_shard(d, names[1], 0, 3);
     check_directory("ST-52 the wrong shard", ST_ERR_FORMAT, "", NULL);
     drop_file(INDEX);
@@ -1558,15 +1789,15 @@ static void test_fp8(void) {
         check_disk("ST-45 type of the scales", d, ST_ERR_UNSUPPORTED, scale);
     }
     s = synth_get(d->s, -1, -1, weight)->scale;
-    for (size_t i = 0; i < sizeof odd / sizeof odd[0]; i++) { /* ST-44: opens; the values show when they are used */
+    for (size_t i = 0; i < sizeof odd / sizeof odd[0]; i++) { /* ST-44: finite and positive */
         float kept = s[0];
         dsv3_result ran;
         char id[64];
         snprintf(id, sizeof id, "ST-44 scale %g", (double)odd[i]);
         s[0] = odd[i];
         disk_reset(d);
-        ran = check_disk(id, d, ST_OK, "");
-        holds(id, i < 3 ? ran == DSV3_ERR_NAN : i < 7 ? ran == DSV3_OK : ran == DSV3_OK || ran == DSV3_ERR_NAN);
+        ran = check_disk(id, d, i < 6 ? ST_ERR_FORMAT : ST_OK, i < 6 ? scale : "");
+        holds(id, i < 7 ? ran == DSV3_OK : ran == DSV3_OK || ran == DSV3_ERR_NAN);
         s[0] = kept;
     }
     for (size_t i = 0; i < d->s->count; i++) { /* ST-47: both codes for NaN in each weight in turn, and the largest */
@@ -1828,6 +2059,9 @@ int main(void) {
     test_token_ids();
     test_rope_spellings();
     test_model_types();
+    test_families();
+    test_dense();
+    test_adapted();
     test_texts();
     test_mutations();
     test_labels();
@@ -1843,6 +2077,7 @@ int main(void) {
     d = disk_open(&config, SYNTH_F32);
     test_shapes(d);
     test_weight_types(d);
+    test_leftovers(d);
     test_missing(d);
     test_tied(d);
     test_shards(d);

@@ -159,6 +159,9 @@ static const field_case cases[] = {
     FLOAT(rope_scaling.mscale_all_dim, -1, DSV3_ERR_ARG),
     FLOAT(rope_scaling.mscale_all_dim, (double)NAN, DSV3_ERR_ARG),
     FLOAT(rope_scaling.mscale_all_dim, 0, DSV3_OK),
+    INT(rope_scaling.truncate, 0, DSV3_OK),
+    INT(rope_scaling.truncate, -1, DSV3_ERR_ARG),
+    INT(rope_scaling.truncate, 2, DSV3_ERR_ARG),
 };
 
 /* The check must give `code` and name `name`; and every size query must refuse what the check refuses. */

@@ -20,9 +20,10 @@ static double frequency(const dsv3_config *c, int i) {
 }
 
 static double yarn_frequency(const dsv3_config *c, int i) {
-    double low = fmax(floor(yarn_dim(c, (double)c->rope_scaling.beta_fast)), 0);
-    double high = fmin(ceil(yarn_dim(c, (double)c->rope_scaling.beta_slow)), c->qk_rope_head_dim - 1);
-    double ramp;
+    double low = yarn_dim(c, (double)c->rope_scaling.beta_fast);
+    double high = yarn_dim(c, (double)c->rope_scaling.beta_slow), ramp;
+    low = fmax(c->rope_scaling.truncate ? floor(low) : low, 0);
+    high = fmin(c->rope_scaling.truncate ? ceil(high) : high, c->qk_rope_head_dim - 1);
     if (low == high) high += 0.001;
     ramp = fmin(fmax((i - low) / (high - low), 0), 1);
     return frequency(c, i) * (1 - ramp) + frequency(c, i) / (double)c->rope_scaling.factor * ramp;
@@ -129,7 +130,20 @@ static void ramp_corners(void) {
         CHECK_EQ(dsv3_config_check(&c, &error), DSV3_OK);
         if (frequencies_wrong(&c)) fprintf(stderr, "ramp corner %d\n", (int)i);
         CHECK_EQ(frequencies_wrong(&c), 0);
+        c.rope_scaling.truncate = 0;
+        CHECK_EQ(frequencies_wrong(&c), 0);
     }
+}
+
+/* The ramp of V3 begins at 10.2 and ends at 22.4 when it is not truncated to 10 and 23. */
+static void ramp_not_truncated(void) {
+    dsv3_config c = dsv3_config_preset(DSV3_PRESET_V3);
+    double whole[MOST_PAIRS], exact[MOST_PAIRS];
+    CHECK_EQ(c.rope_scaling.truncate, 1);
+    dsv3_rope_frequencies(&c, whole);
+    c.rope_scaling.truncate = 0;
+    dsv3_rope_frequencies(&c, exact);
+    for (int i = 0; i < 32; i++) CHECK(i <= 10 || i >= 23 ? exact[i] == whole[i] : exact[i] != whole[i]);
 }
 
 /* lo = hi is possible only where both meet a whole number: here both are held at 0. */
@@ -324,6 +338,7 @@ static void relative_positions(void) {
 int main(void) {
     golden();
     ramp_corners();
+    ramp_not_truncated();
     ramp_without_width();
     multipliers();
     table();

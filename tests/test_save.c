@@ -269,14 +269,14 @@ static void test_files(void) {
     st_tensor t;
     st_file file;
     st_error error;
-    char temporary[80];
+    char temporary[128];
     memset(&t, 0, sizeof t);
     t.name = "x";
     t.dtype = ST_F32;
     t.rank = 1;
     t.shape[0] = 3;
     t.bytes = 12;
-    snprintf(temporary, sizeof temporary, "%s.tmp", weights);
+    snprintf(temporary, sizeof temporary, "%s.%ld-0.tmp", weights, (long)getpid());
     for (int how = 0; how < 5; how++) {
         CHECK_EQ(st_write_made(weights, &t, 1, NULL, make_bytes, &how, &error), want[how]);
         CHECK_EQ(error.message[0] != '\0', how > 0);
