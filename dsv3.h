@@ -16,21 +16,21 @@
  *     #include "dsv3.h"
  *
  *     dsv3_config_check(&config, &error);                              // names the first bad field
- *     dsv3_context_init(&context, DSV3_BACKEND_AUTO, 0);               // backend and threads
- *     dsv3_model_size(&config, &bytes);                                // every _size has its _init:
- *     dsv3_model_bind(&model, &config, malloc(bytes), bytes, find, files, &error);   // by published names
- *     dsv3_cache_size(&config, 4096, DSV3_BF16, &bytes);
- *     dsv3_cache_init(&cache, &config, 4096, DSV3_BF16, malloc(bytes), bytes);
- *     dsv3_workspace_size(&config, rows, context.threads, &bytes);
- *     dsv3_workspace_init(&workspace, &config, rows, context.threads, malloc(bytes), bytes);
+ *     dsv3_context_init(&context, DSV3_BACKEND_AUTO, 0, error);               // backend and threads
+ *     dsv3_model_size(&config, &bytes, error);                                // every _size has its _init:
+ *     dsv3_model_bind(&config, &model, malloc(bytes), bytes, find, files, &error);   // by published names
+ *     dsv3_cache_size(&config, 4096, DSV3_BF16, &bytes, error);
+ *     dsv3_cache_init(&config, &cache, 4096, DSV3_BF16, malloc(bytes), bytes, error);
+ *     dsv3_workspace_size(&config, rows, context.threads, &bytes, error);
+ *     dsv3_workspace_init(&config, &workspace, rows, context.threads, malloc(bytes), bytes, error);
  *     dsv3_forward(&context, logits, &model, &cache, 1, &batch, &workspace, &error);
- *     dsv3_sample(&token, logits, vocab_size, 0.8f, 0.95f, &rng, candidates);
+ *     dsv3_sample(&token, logits, vocab_size, 0.8f, 0.95f, &rng, candidates, error);
  *
  * Each level of the API is usable alone:
  *   ops       dsv3_rmsnorm, dsv3_router_select, dsv3_rope_table, dsv3_logits_top_k ... on plain arrays, without a model;
  *   blocks    dsv3_mla_forward, dsv3_ffn_forward, dsv3_layer_forward on one layer's weights;
  *   programs  dsv3_forward (prefill and decode of many sequences in one call), dsv3_mtp_forward, dsv3_sample,
- *             dsv3_generate (steps with drafts, several sequences at once), dsv3_evaluate (losses of all depths),
+ *             dsv3_generate_step (steps with drafts, several sequences at once), dsv3_evaluate (losses of all depths),
  *             dsv3_train_begin, _accumulate, _end (a training step), dsv3_sequence_save (any of it as bytes).
  *
  * >>options  Define before the first include of the file that has DSV3_IMPLEMENTATION (no macro changes a struct):
@@ -199,7 +199,7 @@ typedef enum dsv3_result {
     DSV3_ERR_MISMATCH = -8,    /* shape or form differs from what the config demands */
     DSV3_ERR_TOKEN = -9,       /* token id outside the vocabulary */
     DSV3_ERR_POSITION = -10,   /* position does not continue its sequence */
-    DSV3_ERR_CONTEXT = -11,    /* the cache is full */
+    DSV3_ERR_FULL = -11,       /* the cache is full */
     DSV3_ERR_NAN = -12,        /* NaN or infinity in weights, scores or activations */
     DSV3_ERR_ABORTED = -13,    /* dsv3_context.aborted said so */
     DSV3_ERR_DAMAGED = -14     /* saved bytes that are cut, altered, or something else */
@@ -400,7 +400,8 @@ DSV3_API uint8_t dsv3_f8_e4m3_from_f32(float x);
  * ARG: a pointer that is needed is NULL, the type is unknown, or cols are not whole blocks. OVERFLOW: rows x cols does
  * not fit into size_t, or a finite number is too large for the type (FP8: a scale of 2^119 or more). NAN: NaN or
  * infinity as FP8, Q8_0 or Q4_0; F32, F16 and BF16 keep them. After an error data and scale may hold anything. */
-DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3_type type, size_t rows, size_t cols);
+DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3_type type, size_t rows, size_t cols,
+                                   dsv3_error *error);
 
 /* ---- Context: backend and threads -------------------------------------------------------------------- */
 
@@ -484,7 +485,8 @@ typedef struct dsv3_context {
  * backends AUTO and AMX only, Linux is asked to let this process use tiles (arch_prctl, which allocates nothing): it may
  * from then on, in all threads, and its signal frames need 8 KiB more, so that stacks of sigaltstack may have to grow. If
  * Linux refuses, AUTO means avx512_bf16, and AMX is unsupported. SIMD backends use up to 80 KiB of stack, in all threads. */
-DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backend, size_t threads);
+DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backend, size_t threads,
+                                       dsv3_error *error);
 
 /* ---- Model: weights bound by their published names ---------------------------------------------------- */
 
@@ -544,40 +546,42 @@ typedef struct dsv3_model {
 typedef dsv3_result (*dsv3_find)(void *user, const char *name, dsv3_tensor *tensor);
 
 /* Bytes of the tables that dsv3_model_bind lays out (not of the weights, which stay where they are). */
-DSV3_API dsv3_result dsv3_model_size(const dsv3_config *config, size_t *bytes);
+DSV3_API dsv3_result dsv3_model_size(const dsv3_config *config, size_t *bytes, dsv3_error *error);
 
 /* Binds every tensor the config calls for, MTP layers when the file has them. Checks type, rank and shape and
  * that router biases are finite; on failure error names the first tensor that is wrong. memory [bytes] must
  * live as long as the model, and so must everything find returned. FP8 scales are not read here. */
-DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *config, void *memory, size_t bytes,
+DSV3_API dsv3_result dsv3_model_bind(const dsv3_config *config, dsv3_model *model, void *memory, size_t bytes,
                                      dsv3_find find, void *user, dsv3_error *error);
 
 /* Copies of the matrices in the order in which a SIMD backend reads them, so that it need not reorder them
  * on each call: faster, at the price of the memory. Bits do not change. 0 bytes for a backend that reads weights as they
  * lie. The embedding stays where it is, since its rows are wanted as such; kv_b_proj is there in both orders. */
-DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_model *model, size_t *bytes);
+DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_model *model, size_t *bytes,
+                                    dsv3_error *error);
 /* Packs, with the context's threads, and makes the model's tensors point into memory [bytes], which must live as long as
  * it. Whatever find returned for packed tensors is no longer needed. All backends can use a packed model. A model is
  * packed once: tensors that are packed stay as they are. */
-DSV3_API dsv3_result dsv3_pack(const dsv3_context *context, dsv3_model *model, void *memory, size_t bytes);
+DSV3_API dsv3_result dsv3_pack(const dsv3_context *context, dsv3_model *model, void *memory, size_t bytes,
+                               dsv3_error *error);
 
-typedef enum dsv3_group {
-    DSV3_GROUP_EMBED = 0,
-    DSV3_GROUP_ATTENTION,
-    DSV3_GROUP_DENSE,
-    DSV3_GROUP_ROUTER,
-    DSV3_GROUP_EXPERTS,
-    DSV3_GROUP_SHARED,
-    DSV3_GROUP_NORM,
-    DSV3_GROUP_HEAD,
-    DSV3_GROUP_MTP, /* enorm, hnorm, eh_proj, shared_head.norm and the copies */
-    DSV3_GROUPS
-} dsv3_group;
+typedef enum dsv3_tensor_kind {
+    DSV3_KIND_EMBED = 0,
+    DSV3_KIND_ATTENTION,
+    DSV3_KIND_DENSE,
+    DSV3_KIND_ROUTER,
+    DSV3_KIND_EXPERTS,
+    DSV3_KIND_SHARED,
+    DSV3_KIND_NORM,
+    DSV3_KIND_HEAD,
+    DSV3_KIND_MTP, /* enorm, hnorm, eh_proj, shared_head.norm and the copies */
+    DSV3_KINDS
+} dsv3_tensor_kind;
 
 /* One tensor the config calls for. */
 typedef struct dsv3_tensor_info {
     char name[DSV3_MAX_NAME];
-    dsv3_group group;
+    dsv3_tensor_kind group;
     int32_t layer;  /* -1: none */
     int32_t expert; /* routed expert, -1: none */
     int32_t rank;
@@ -601,14 +605,15 @@ typedef struct dsv3_cache {
     size_t length; /* positions filled; grows by dsv3_forward */
 } dsv3_cache;
 
-DSV3_API dsv3_result dsv3_cache_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes);
+DSV3_API dsv3_result dsv3_cache_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes,
+                                     dsv3_error *error);
 /* memory [bytes], aligned; need not be cleared. */
-DSV3_API dsv3_result dsv3_cache_init(dsv3_cache *cache, const dsv3_config *config, size_t capacity, dsv3_type type,
-                                     void *memory, size_t bytes);
+DSV3_API dsv3_result dsv3_cache_init(const dsv3_config *config, dsv3_cache *cache, size_t capacity, dsv3_type type,
+                                     void *memory, size_t bytes, dsv3_error *error);
 /* Roll back: forget positions >= length. ARG when length is beyond what is filled. */
-DSV3_API dsv3_result dsv3_cache_truncate(dsv3_cache *cache, size_t length);
+DSV3_API dsv3_result dsv3_cache_truncate(dsv3_cache *cache, size_t length, dsv3_error *error);
 /* Fork: to becomes a copy of from. Same model and type (MISMATCH); CONTEXT when to is too short. */
-DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from);
+DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from, dsv3_error *error);
 
 /* ---- Workspace --------------------------------------------------------------------------------------- */
 
@@ -657,9 +662,10 @@ typedef struct dsv3_workspace {
 } dsv3_workspace;
 
 /* rows: most rows of one dsv3_forward call; threads: dsv3_context.threads. */
-DSV3_API dsv3_result dsv3_workspace_size(const dsv3_config *config, size_t rows, size_t threads, size_t *bytes);
-DSV3_API dsv3_result dsv3_workspace_init(dsv3_workspace *workspace, const dsv3_config *config, size_t rows,
-                                         size_t threads, void *memory, size_t bytes);
+DSV3_API dsv3_result dsv3_workspace_size(const dsv3_config *config, size_t rows, size_t threads, size_t *bytes,
+                                         dsv3_error *error);
+DSV3_API dsv3_result dsv3_workspace_init(const dsv3_config *config, dsv3_workspace *workspace, size_t rows,
+                                         size_t threads, void *memory, size_t bytes, dsv3_error *error);
 
 /* ---- Ops on plain arrays ----------------------------------------------------------------------------- */
 
@@ -717,11 +723,12 @@ DSV3_API void dsv3_router_scores(const dsv3_context *context, const dsv3_config 
  * score that is not finite counts as the lowest and weighs nothing; the choice is then still valid and free of
  * duplicates, and the call returns DSV3_ERR_NAN after all rows are done. */
 DSV3_API dsv3_result dsv3_router_select(const dsv3_config *config, int32_t *idx, float *gate, const float *score,
-                                        const float *bias, const float *alpha, size_t n, float *scratch);
+                                        const float *bias, const float *alpha, size_t n, float *scratch,
+                                        dsv3_error *error);
 /* gate [n, K] of a choice idx [n, K] made elsewhere. ARG, and nothing written, if an expert is out of range or
  * chosen twice by a row. */
 DSV3_API dsv3_result dsv3_router_weights(const dsv3_config *config, float *gate, const int32_t *idx,
-                                         const float *score, size_t n);
+                                         const float *score, size_t n, dsv3_error *error);
 
 /* ---- Load balancing on plain arrays. [R] 2.1.2, arXiv 2408.15664; chapter 7 --------------------------------- */
 
@@ -775,10 +782,10 @@ typedef struct dsv3_balancer {
     uint64_t *load;     /* [layers, E] since the last step: add with dsv3_load_count, or let dsv3_evaluate */
     uint64_t *load_all; /* [layers, E] of all steps: accumulated MaxVio */
 } dsv3_balancer;
-DSV3_API dsv3_result dsv3_balancer_size(const dsv3_config *config, size_t *bytes);
+DSV3_API dsv3_result dsv3_balancer_size(const dsv3_config *config, size_t *bytes, dsv3_error *error);
 /* Sign rule, speed 0.001, never frozen, no loads. */
-DSV3_API dsv3_result dsv3_balancer_init(dsv3_balancer *balancer, const dsv3_config *config, void *memory,
-                                        size_t bytes);
+DSV3_API dsv3_result dsv3_balancer_init(const dsv3_config *config, dsv3_balancer *balancer, void *memory,
+                                        size_t bytes, dsv3_error *error);
 /* Sums load over the ranks, moves bias [layers, E] (rows of dense layers stay), adds load to load_all and clears
  * it. When reduce fails nothing has changed but what reduce did. */
 DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, uint64_t seen);
@@ -855,11 +862,12 @@ DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const floa
                                dsv3_workspace *workspace);
 /* y [n, d] = FFN(u [n, d]): the dense MLP or the mixture of experts. Returns DSV3_ERR_NAN as dsv3_router_select. */
 DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
-                                      const dsv3_layer *weights, size_t n, dsv3_workspace *workspace);
+                                      const dsv3_layer *weights, size_t n, dsv3_workspace *workspace,
+                                      dsv3_error *error);
 /* x [n, d] += MLA(norm(x)); x += FFN(norm(x)). x is not the workspace's u or y. */
 DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, const dsv3_model *model,
                                         const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
-                                        dsv3_workspace *workspace);
+                                        dsv3_workspace *workspace, dsv3_error *error);
 
 /* ---- Programs ---------------------------------------------------------------------------------------- */
 
@@ -885,15 +893,16 @@ DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, co
  * row [n] of the batch, in any order. An embedding is made of these; dsv3_linear with model->lm_head makes logits of
  * them, and dsv3_cross_entropy losses. If only they are wanted, batch->outputs is 0. ARG: NULL, or no row of the
  * workspace's; MISMATCH: a workspace of another config. */
-DSV3_API dsv3_result dsv3_states(float *state, const dsv3_model *model, const dsv3_workspace *workspace,
-                                 const int32_t *row, size_t n);
+DSV3_API dsv3_result dsv3_states(const dsv3_model *model, float *state, const dsv3_workspace *workspace,
+                                 const int32_t *row, size_t n, dsv3_error *error);
 
 /* ---- Multi-token prediction. [R] 2.2; chapter 12 ----------------------------------------------------- */
 
 /* The cache of one MTP module for one sequence: a dsv3_cache of one layer. truncate and copy as for others. */
-DSV3_API dsv3_result dsv3_mtp_cache_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes);
-DSV3_API dsv3_result dsv3_mtp_cache_init(dsv3_cache *cache, const dsv3_config *config, size_t capacity,
-                                         dsv3_type type, void *memory, size_t bytes);
+DSV3_API dsv3_result dsv3_cache_mtp_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes,
+                                         dsv3_error *error);
+DSV3_API dsv3_result dsv3_cache_mtp_init(const dsv3_config *config, dsv3_cache *cache, size_t capacity,
+                                         dsv3_type type, void *memory, size_t bytes, dsv3_error *error);
 
 /* Module k = 1 .. n_mtp on a batch of rows. The row at position i has as its token t_{i+k}, and as its hidden state
  * h_i^{k-1}: workspace->hidden of dsv3_forward (k = 1) or of module k - 1, at the same position. caches [n_caches]
@@ -964,42 +973,44 @@ typedef struct dsv3_candidate {
  * top_p 1: no restriction; 0: as temperature 0. candidates [V] is scratch. Errors: ARG (temperature negative or
  * not finite, top_p outside 0..1, V 0), NAN (a NaN among the logits, or no finite maximum). */
 DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, float temperature, float top_p,
-                                 dsv3_rng *rng, dsv3_candidate *candidates);
+                                 dsv3_rng *rng, dsv3_candidate *candidates, dsv3_error *error);
 
 /* What dsv3_sample makes of the same arguments, for a token: *log_p is the logarithm of the probability with which it is
  * drawn, in nats, minus infinity if never; *entropy (may be NULL) that of the whole distribution. Greedy: 0 for the
  * token that is taken, and entropy 0. candidates [V] is scratch. Errors as of dsv3_sample, and TOKEN. */
 DSV3_API dsv3_result dsv3_sample_log_p(double *log_p, double *entropy, int32_t token, const float *logits, size_t V,
-                                       float temperature, float top_p, dsv3_candidate *candidates);
+                                       float temperature, float top_p, dsv3_candidate *candidates, dsv3_error *error);
 
 /* log_p [n] = log softmax(logits)[token], in nats, of each row of logits [n, V] and its token [n]; 0 for DSV3_IGNORE,
  * minus infinity for a logit of minus infinity. Sums are doubles. ARG, TOKEN, NAN (as dsv3_sample). */
-DSV3_API dsv3_result dsv3_log_p(double *log_p, const float *logits, const int32_t *token, size_t n, size_t V);
+DSV3_API dsv3_result dsv3_log_p(double *log_p, const float *logits, const int32_t *token, size_t n, size_t V,
+                                dsv3_error *error);
 
 /* ---- Steering: ops that change a row of logits [V] before a token is drawn from it. Minus infinity is "never", and
  * stays so. Errors, with nothing changed: ARG (NULL, V or a value outside its domain), TOKEN (an id outside the
  * vocabulary), NAN (NaN or plus infinity in logits). A row in which everything is forbidden is no error here. */
 
 /* The k >= 1 largest stay, of equals those of lower id; the rest is forbidden. scratch [min(k, V)]. */
-DSV3_API dsv3_result dsv3_logits_top_k(float *logits, size_t V, size_t k, dsv3_candidate *scratch);
+DSV3_API dsv3_result dsv3_logits_top_k(float *logits, size_t V, size_t k, dsv3_candidate *scratch, dsv3_error *error);
 /* Tokens with less than min_p (0 .. 1) times the probability of the most probable one are forbidden. Probabilities are
  * those at temperature 1. */
-DSV3_API dsv3_result dsv3_logits_min_p(float *logits, size_t V, float min_p);
+DSV3_API dsv3_result dsv3_logits_min_p(float *logits, size_t V, float min_p, dsv3_error *error);
 /* Each of the different tokens among token [n]: a positive logit is divided by penalty, another multiplied. penalty > 0;
  * above 1 it makes them rarer. seen [(V + 7) / 8] is scratch. */
 DSV3_API dsv3_result dsv3_logits_penalty(float *logits, size_t V, const int32_t *token, size_t n, float penalty,
-                                         uint8_t *seen);
+                                         uint8_t *seen, dsv3_error *error);
 /* logits[token[i]] += bias[i] for i < n, also if an id comes twice. bias is finite, or minus infinity: forbidden. */
-DSV3_API dsv3_result dsv3_logits_bias(float *logits, size_t V, const int32_t *token, const float *bias, size_t n);
+DSV3_API dsv3_result dsv3_logits_bias(float *logits, size_t V, const int32_t *token, const float *bias, size_t n,
+                                      dsv3_error *error);
 
-/* The caller's hand in what is written. dsv3_generate calls it, on the calling thread, for each row of logits [V] from
+/* The caller's hand in what is written. dsv3_generate_step calls it, on the calling thread, for each row of logits [V] from
  * which a token is about to be chosen. It may change them; minus infinity forbids a token.
  *   text [length]  what stands before that token, length >= 1: all of the sequence, drafts included. Valid during the call
- *   sequence       its index in the call of dsv3_generate
+ *   sequence       its index in the call of dsv3_generate_step
  * The rows of the MTP modules come here as those of the main model do, so that drafts have a chance. A draft may be
  * refused later, and a place be asked about again: what is done must follow from logits and text alone. Then greedy text
  * is the same with any drafts and company, and sampled text has the distribution of the main model's steered logits.
- *   A code other than DSV3_OK ends the step: dsv3_generate returns it, and everything is as before. Text that can only
+ *   A code other than DSV3_OK ends the step: dsv3_generate_step returns it, and everything is as before. Text that can only
  * end is no such error: a row with nothing left to choose (or NaN, or plus infinity) ends the drafting, or the step behind
  * drafts that stand; only where the step begins it is DSV3_ERR_NAN. */
 typedef dsv3_result (*dsv3_steer)(void *user, float *logits, size_t V, const int32_t *text, size_t length,
@@ -1007,7 +1018,7 @@ typedef dsv3_result (*dsv3_steer)(void *user, float *logits, size_t V, const int
 
 /* ---- Generation, with drafts by the MTP modules. [R] 5.4.3; chapter 13 --------------------------------- */
 
-/* What dsv3_generate will do with a sequence. */
+/* What dsv3_generate_step will do with a sequence. */
 typedef enum dsv3_state {
     DSV3_STATE_READING = 0, /* a prompt is not yet read */
     DSV3_STATE_WRITING = 1,
@@ -1037,7 +1048,7 @@ typedef struct dsv3_sequence {
     int32_t want_log_p;   /* bool: log_p, too. init: 0 */
     int32_t stopped;      /* bool: the last token was written and is one of those that stop. Ends when more is appended and
                              read, when it is rolled back, or when the caller clears it */
-    /* results of a call of dsv3_generate */
+    /* results of a call of dsv3_generate_step */
     int32_t *token; /* [n_token] written by it, in order */
     float *log_p;   /* [n_token] if wanted: of the distribution each was drawn from (steer, temperature, top_p); in
                        greedy text: of softmax(logits), behind steer */
@@ -1072,15 +1083,16 @@ typedef struct dsv3_sequence {
  * drafts: most tokens drafted in a step, 0 .. DSV3_MAX_DRAFTS. min(drafts, D) modules are used; more drafts than
  * modules re-use the last one. init also needs the model, to know how many modules it really has. */
 DSV3_API dsv3_result dsv3_sequence_size(const dsv3_model *model, size_t capacity, dsv3_type type, size_t rows,
-                                        size_t drafts, size_t *bytes);
-DSV3_API dsv3_result dsv3_sequence_init(dsv3_sequence *sequence, const dsv3_model *model, size_t capacity,
-                                        dsv3_type type, size_t rows, size_t drafts, void *memory, size_t bytes);
+                                        size_t drafts, size_t *bytes, dsv3_error *error);
+DSV3_API dsv3_result dsv3_sequence_init(const dsv3_model *model, dsv3_sequence *sequence, size_t capacity,
+                                        dsv3_type type, size_t rows, size_t drafts, void *memory, size_t bytes,
+                                        dsv3_error *error);
 
 /* Tokens [n] follow the text: the first prompt, or the next turn of a conversation. They are read by the next calls
- * of dsv3_generate, and must stay where they are until prompt_left is 0. Errors, with nothing changed: ARG (n = 0,
+ * of dsv3_generate_step, and must stay where they are until prompt_left is 0. Errors, with nothing changed: ARG (n = 0,
  * an earlier prompt not yet read), TOKEN, CONTEXT (more than the caches hold). */
-DSV3_API dsv3_result dsv3_sequence_append(dsv3_sequence *sequence, const dsv3_model *model, const int32_t *token,
-                                          size_t n);
+DSV3_API dsv3_result dsv3_sequence_append(const dsv3_model *model, dsv3_sequence *sequence, const int32_t *token,
+                                          size_t n, dsv3_error *error);
 
 /* Tokens of the text: read, and pending. */
 DSV3_API size_t dsv3_sequence_length(const dsv3_sequence *sequence);
@@ -1090,11 +1102,11 @@ DSV3_API dsv3_state dsv3_sequence_state(const dsv3_sequence *sequence);
  * are really kept: fewer than length, by the number of modules, when length lies so far back that the states
  * these need are gone. Then append tokens kept .. length - 1 of the text once more. ARG when length is
  * more than dsv3_sequence_length. */
-DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *sequence, size_t length, size_t *kept);
+DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *sequence, size_t length, size_t *kept, dsv3_error *error);
 
 /* Fork: to, made with the same sizes (MISMATCH), becomes a copy of from; sampler, steering, stop tokens (the list stays
  * the caller's), limit and counters included. CONTEXT when its caches are too short. */
-DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *from);
+DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *from, dsv3_error *error);
 
 /* One step of each of n sequences, together. A sequence with a prompt reads up to `rows` of it, and behind its last
  * token writes one; one without drafts up to `drafts` tokens, verifies them in the same call that computes the next,
@@ -1105,9 +1117,9 @@ DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *
  * logits [sum of (max_drafts + 1), V] is scratch. Errors: as of dsv3_forward; what a steer returns, and NAN when it left
  * nothing to choose; when no sequence has anything to do, CONTEXT if one is FULL, else ARG. Every sequence is then as
  * before (its counters and random numbers too), and n_token 0. */
-DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, const dsv3_model *model,
-                                   dsv3_sequence *const *sequences, size_t n, dsv3_workspace *workspace,
-                                   dsv3_error *error);
+DSV3_API dsv3_result dsv3_generate_step(const dsv3_context *context, float *logits, const dsv3_model *model,
+                                        dsv3_sequence *const *sequences, size_t n, dsv3_workspace *workspace,
+                                        dsv3_error *error);
 
 #ifndef DSV3_NO_TRAINING
 /* ---- Training. [R] 4.2; chapter 14 ------------------------------------------------------------------- */
@@ -1119,13 +1131,14 @@ typedef struct dsv3_parameters {
     float *data;      /* [count] */
     size_t count;
 } dsv3_parameters;
-DSV3_API dsv3_result dsv3_parameters_size(const dsv3_config *config, size_t *bytes);
+DSV3_API dsv3_result dsv3_parameters_size(const dsv3_config *config, size_t *bytes, dsv3_error *error);
 /* Zeros. */
-DSV3_API dsv3_result dsv3_parameters_init(dsv3_parameters *parameters, const dsv3_config *config, void *memory,
-                                          size_t bytes);
+DSV3_API dsv3_result dsv3_parameters_init(const dsv3_config *config, dsv3_parameters *parameters, void *memory,
+                                          size_t bytes, dsv3_error *error);
 /* Decodes a bound model of the same config into them. MISMATCH for another config, or fewer MTP modules than it
  * names. */
-DSV3_API dsv3_result dsv3_parameters_load(dsv3_parameters *parameters, const dsv3_model *from);
+DSV3_API dsv3_result dsv3_parameters_from_model(dsv3_parameters *parameters, const dsv3_model *from,
+                                                dsv3_error *error);
 /* Matrices from N(0, std^2), norms 1, router biases 0. V3: std 0.006. */
 DSV3_API void dsv3_parameters_random(dsv3_parameters *parameters, dsv3_rng *rng, float std);
 
@@ -1201,10 +1214,11 @@ typedef struct dsv3_trainer {
 } dsv3_trainer;
 
 DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_training *settings, size_t threads,
-                                       size_t *bytes);
+                                       size_t *bytes, dsv3_error *error);
 /* Weights are zero: load or randomise trainer->weights before the first step. */
-DSV3_API dsv3_result dsv3_trainer_init(dsv3_trainer *trainer, const dsv3_config *config,
-                                       const dsv3_training *settings, size_t threads, void *memory, size_t bytes);
+DSV3_API dsv3_result dsv3_trainer_init(const dsv3_config *config, dsv3_trainer *trainer,
+                                       const dsv3_training *settings, size_t threads, void *memory, size_t bytes,
+                                       dsv3_error *error);
 
 /* Adds the targets of a text to targets [1 + depths] and its sequences to *sequences. */
 DSV3_API void dsv3_text_count(const dsv3_text *text, size_t depths, uint64_t *targets, uint64_t *sequences);
@@ -1240,31 +1254,32 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
  * Thread safety: objects that are saved are only read; an object that is loaded must not be in use elsewhere. */
 
 /* config: of the model that fills the cache. The main model's caches and those of MTP modules alike. */
-DSV3_API dsv3_result dsv3_cache_save_size(const dsv3_cache *cache, size_t *bytes);
-DSV3_API dsv3_result dsv3_cache_save(const dsv3_cache *cache, const dsv3_config *config, uint64_t tag, void *data,
-                                     size_t bytes);
+DSV3_API dsv3_result dsv3_cache_save_size(const dsv3_cache *cache, size_t *bytes, dsv3_error *error);
+DSV3_API dsv3_result dsv3_cache_save(const dsv3_config *config, const dsv3_cache *cache, uint64_t tag, void *data,
+                                     size_t bytes, dsv3_error *error);
 /* Into a cache that was made by _init, for the same type; its capacity may be another. */
-DSV3_API dsv3_result dsv3_cache_load(dsv3_cache *cache, const dsv3_config *config, uint64_t tag, const void *data,
+DSV3_API dsv3_result dsv3_cache_load(const dsv3_config *config, dsv3_cache *cache, uint64_t tag, const void *data,
                                      size_t bytes, dsv3_error *error);
 
 /* Text, sampler, counters, last results: the loaded sequence goes on as the saved one would have, bit for bit. ARG for
  * one with a prompt not yet read, which is the caller's memory: read it first, or drop it with dsv3_sequence_truncate and
  * append it behind the load. The text's tokens are not all kept in a sequence, and so not saved. */
-DSV3_API dsv3_result dsv3_sequence_save_size(const dsv3_sequence *sequence, size_t *bytes);
-DSV3_API dsv3_result dsv3_sequence_save(const dsv3_sequence *sequence, const dsv3_model *model, uint64_t tag, void *data,
-                                        size_t bytes);
+DSV3_API dsv3_result dsv3_sequence_save_size(const dsv3_sequence *sequence, size_t *bytes, dsv3_error *error);
+DSV3_API dsv3_result dsv3_sequence_save(const dsv3_model *model, const dsv3_sequence *sequence, uint64_t tag,
+                                        void *data, size_t bytes, dsv3_error *error);
 /* Into a sequence that was made by _init, with the same type, modules and drafts. capacity and rows may be others; with
  * other rows, dsv3_sequence_truncate may keep fewer tokens. MISMATCH of rows: they are so few that states which modules
  * have yet to read find no place. A prompt not yet read is dropped. */
-DSV3_API dsv3_result dsv3_sequence_load(dsv3_sequence *sequence, const dsv3_model *model, uint64_t tag, const void *data,
-                                        size_t bytes, dsv3_error *error);
+DSV3_API dsv3_result dsv3_sequence_load(const dsv3_model *model, dsv3_sequence *sequence, uint64_t tag,
+                                        const void *data, size_t bytes, dsv3_error *error);
 
 #ifndef DSV3_NO_TRAINING
 /* A run between two steps: weights with the routers' biases, moments, moving average, the number of steps, all loads so far.
  * Of a step under way nothing is saved: repeat it. Settings, schedules and hooks are the caller's to set as before; then
  * the next steps have the same bits as without the interruption. */
-DSV3_API dsv3_result dsv3_trainer_save_size(const dsv3_trainer *trainer, size_t *bytes);
-DSV3_API dsv3_result dsv3_trainer_save(const dsv3_trainer *trainer, uint64_t tag, void *data, size_t bytes);
+DSV3_API dsv3_result dsv3_trainer_save_size(const dsv3_trainer *trainer, size_t *bytes, dsv3_error *error);
+DSV3_API dsv3_result dsv3_trainer_save(const dsv3_trainer *trainer, uint64_t tag, void *data, size_t bytes,
+                                       dsv3_error *error);
 /* Into a trainer that was made by _init, for the same config and with the same settings.ema. A step under way is given up. */
 DSV3_API dsv3_result dsv3_trainer_load(dsv3_trainer *trainer, uint64_t tag, const void *data, size_t bytes,
                                        dsv3_error *error);
@@ -2146,8 +2161,8 @@ static int dsv3i_quantize_half(unsigned char *y, float x, dsv3_type type) {
            !dsv3i_is_finite(x);
 }
 
-DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3_type type, size_t rows,
-                                   size_t cols) {
+DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3_type type, size_t rows, size_t cols,
+                                   dsv3_error *error) {
     unsigned char *y = (unsigned char *)data, *scales = (unsigned char *)scale;
     size_t n = dsv3i_mul(rows, cols), block = dsv3_type_block(type);
     int is_f8 = type == DSV3_F8_E4M3;
@@ -3525,7 +3540,8 @@ static void dsv3i_gate_weights(const dsv3_config *c, float *gate, const int32_t 
 }
 
 DSV3_API dsv3_result dsv3_router_select(const dsv3_config *config, int32_t *idx, float *gate, const float *score,
-                                        const float *bias, const float *alpha, size_t n, float *scratch) {
+                                        const float *bias, const float *alpha, size_t n, float *scratch,
+                                        dsv3_error *error) {
     size_t E = (size_t)config->n_routed_experts, K = (size_t)config->num_experts_per_tok;
     float *sel = scratch, *group = scratch + E;
     int finite = 1;
@@ -3556,7 +3572,7 @@ static int dsv3i_choice_valid(const int32_t *idx, size_t K, size_t E) {
 }
 
 DSV3_API dsv3_result dsv3_router_weights(const dsv3_config *config, float *gate, const int32_t *idx,
-                                         const float *score, size_t n) {
+                                         const float *score, size_t n, dsv3_error *error) {
     size_t E = (size_t)config->n_routed_experts, K = (size_t)config->num_experts_per_tok;
     for (size_t t = 0; t < n; t++) {
         if (!dsv3i_choice_valid(idx + t * K, K, E)) return DSV3_ERR_ARG;
@@ -3642,14 +3658,14 @@ static void dsv3i_balancer_layout(dsv3_balancer *b, const dsv3_config *config, d
     b->load_all = (uint64_t *)dsv3i_take(l, sizeof *b->load_all, b->layers, m.E, 1);
 }
 
-DSV3_API dsv3_result dsv3_balancer_size(const dsv3_config *config, size_t *bytes) {
+DSV3_API dsv3_result dsv3_balancer_size(const dsv3_config *config, size_t *bytes, dsv3_error *error) {
     DSV3I_TRY(dsv3_config_check(config, NULL));
     DSV3I_SIZE(dsv3_balancer, bytes, dsv3i_balancer_layout(&it, config, &l));
 }
 
-DSV3_API dsv3_result dsv3_balancer_init(dsv3_balancer *balancer, const dsv3_config *config, void *memory,
-                                        size_t bytes) {
-    DSV3I_INIT(balancer, dsv3_balancer_size(config, &need));
+DSV3_API dsv3_result dsv3_balancer_init(const dsv3_config *config, dsv3_balancer *balancer, void *memory,
+                                        size_t bytes, dsv3_error *error) {
+    DSV3I_INIT(balancer, dsv3_balancer_size(config, &need, error));
     DSV3_MEMSET(balancer, 0, sizeof *balancer);
     balancer->schedule.speed = 0.001;
     dsv3i_balancer_layout(balancer, config, &l);
@@ -3895,7 +3911,8 @@ static void dsv3i_select_task(void *arg, size_t begin, size_t end, size_t worker
     size_t E = c->m.E, K = c->m.K, G = c->m.G;
     float *scratch = c->ws->select + worker * (E + G + 1);
     if (dsv3_router_select(&c->model->config, c->ws->idx + begin * K, c->ws->gate + begin * K,
-                           c->ws->score + begin * E, dsv3i_choice_bias(c), NULL, end - begin, scratch) != DSV3_OK) {
+                           c->ws->score + begin * E, dsv3i_choice_bias(c), NULL, end - begin, scratch,
+                           error) != DSV3_OK) {
         scratch[E + G] = 1.0f;
     }
 }
@@ -3920,7 +3937,7 @@ static dsv3_result dsv3i_route(dsv3i_call *c, const float *u) {
     result = dsv3i_select(c);
     if (o->choose != NULL) {
         o->choose(o->user, c->w->index, ws->idx, ws->score, c->n);
-        DSV3I_TRY(dsv3_router_weights(config, ws->gate, ws->idx, ws->score, c->n));
+        DSV3I_TRY(dsv3_router_weights(config, ws->gate, ws->idx, ws->score, c->n, error));
     }
     if (o->routing != NULL) o->routing(o->user, c->w->index, ws->score, ws->idx, ws->gate, c->n);
     return result;
@@ -3995,7 +4012,8 @@ static dsv3_result dsv3i_ffn_forward(dsv3i_call *c, float *y, const float *u) {
 }
 
 DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
-                                      const dsv3_layer *weights, size_t n, dsv3_workspace *workspace) {
+                                      const dsv3_layer *weights, size_t n, dsv3_workspace *workspace,
+                                      dsv3_error *error) {
     dsv3i_call c = dsv3i_call_of(context, model, weights, 0, NULL, n, workspace);
     DSV3_ASSERT(n <= workspace->rows && context->threads <= workspace->threads);
     return dsv3i_ffn_forward(&c, y, u);
@@ -4117,7 +4135,7 @@ static dsv3_result dsv3i_layer_forward(dsv3i_call *c, float *x) {
 
 DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, const dsv3_model *model,
                                         const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
-                                        dsv3_workspace *workspace) {
+                                        dsv3_workspace *workspace, dsv3_error *error) {
     dsv3i_call c = dsv3i_call_of(context, model, weights, layer, caches, n, workspace);
     return dsv3i_layer_forward(&c, x);
 }
@@ -4489,12 +4507,12 @@ static void dsv3i_walk_describe(dsv3i_walk *w, const dsv3i_place *p, const char 
     if (w->info.layer >= 0) dsv3i_text_add_index(&t, "model.layers.", w->info.layer, ".");
     if (w->info.expert >= 0) dsv3i_text_add_index(&t, "mlp.experts.", w->info.expert, ".");
     dsv3i_text_add(&t, name);
-    w->info.group = (dsv3_group)p->group;
+    w->info.group = (dsv3_tensor_kind)p->group;
     w->info.rank = p->rank;
     w->info.rows = p->rank == 1 ? 1 : dsv3i_size_at(&w->m, p->rows);
     w->info.cols = dsv3i_size_at(&w->m, p->cols);
-    w->info.quantised = p->rank == 2 && (p->group == DSV3_GROUP_ATTENTION || p->group == DSV3_GROUP_DENSE ||
-                                         p->group == DSV3_GROUP_EXPERTS || p->group == DSV3_GROUP_SHARED);
+    w->info.quantised = p->rank == 2 && (p->group == DSV3_KIND_ATTENTION || p->group == DSV3_KIND_DENSE ||
+                                         p->group == DSV3_KIND_EXPERTS || p->group == DSV3_KIND_SHARED);
     w->info.optional = p->part == DSV3I_PART_COPIES;
 }
 
@@ -4587,7 +4605,7 @@ static void dsv3i_model_layout(dsv3_model *model, const dsv3_config *c, dsv3i_la
     }
 }
 
-DSV3_API dsv3_result dsv3_model_size(const dsv3_config *config, size_t *bytes) {
+DSV3_API dsv3_result dsv3_model_size(const dsv3_config *config, size_t *bytes, dsv3_error *error) {
     DSV3I_TRY(dsv3_config_check(config, NULL));
     DSV3I_SIZE(dsv3_model, bytes, dsv3i_model_layout(&it, config, &l));
 }
@@ -4659,7 +4677,7 @@ static dsv3_result dsv3i_bind_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     }
     if (t.type != DSV3_F8_E4M3) t.scale = NULL;
     if (t.type == DSV3_F8_E4M3) DSV3I_TRY(dsv3i_bind_scale(w, &t));
-    if (w->info.group == DSV3_GROUP_ROUTER && t.rank == 1) DSV3I_TRY(dsv3i_bind_finite(w, &t));
+    if (w->info.group == DSV3_KIND_ROUTER && t.rank == 1) DSV3I_TRY(dsv3i_bind_finite(w, &t));
     *slot = t;
     return DSV3_OK;
 }
@@ -4695,7 +4713,7 @@ static dsv3_result dsv3i_bind_modules(dsv3i_walk *w, dsv3_model *model) {
     return DSV3_OK;
 }
 
-DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *config, void *memory, size_t bytes,
+DSV3_API dsv3_result dsv3_model_bind(const dsv3_config *config, dsv3_model *model, void *memory, size_t bytes,
                                      dsv3_find find, void *user, dsv3_error *error) {
     dsv3i_layout l = {NULL, 0};
     dsv3i_walk w;
@@ -4703,7 +4721,7 @@ DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *confi
     dsv3_result result;
     if (model == NULL || find == NULL) return dsv3i_fail_null(error, "model or find");
     DSV3I_TRY(dsv3_config_check(config, error));
-    result = dsv3i_layout_begin(&l, model, dsv3_model_size(config, &need), memory, bytes, &need);
+    result = dsv3i_layout_begin(&l, model, dsv3_model_size(config, &need, error), memory, bytes, &need);
     if (result == DSV3_ERR_MEMORY) {
         return dsv3i_fail_range(error, result, "memory", "is too small", (int64_t)need, (int64_t)need,
                                 (int64_t)bytes);
@@ -4762,25 +4780,26 @@ static dsv3_result dsv3i_cache_init(dsv3_cache *cache, const dsv3_config *config
     return dsv3i_cache_layout(cache, config, layers, capacity, type, &l);
 }
 
-DSV3_API dsv3_result dsv3_cache_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes) {
+DSV3_API dsv3_result dsv3_cache_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes,
+                                     dsv3_error *error) {
     return dsv3i_cache_size(config, 0, capacity, type, bytes);
 }
 
-DSV3_API dsv3_result dsv3_cache_init(dsv3_cache *cache, const dsv3_config *config, size_t capacity, dsv3_type type,
-                                     void *memory, size_t bytes) {
+DSV3_API dsv3_result dsv3_cache_init(const dsv3_config *config, dsv3_cache *cache, size_t capacity, dsv3_type type,
+                                     void *memory, size_t bytes, dsv3_error *error) {
     return dsv3i_cache_init(cache, config, 0, capacity, type, memory, bytes);
 }
 
-DSV3_API dsv3_result dsv3_cache_truncate(dsv3_cache *cache, size_t length) {
+DSV3_API dsv3_result dsv3_cache_truncate(dsv3_cache *cache, size_t length, dsv3_error *error) {
     if (cache == NULL || length > cache->length) return DSV3_ERR_ARG;
     cache->length = length;
     return DSV3_OK;
 }
 
-DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from) {
+DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from, dsv3_error *error) {
     if (to == NULL || from == NULL) return DSV3_ERR_ARG;
     if (to->type != from->type || to->layers != from->layers || to->width != from->width) return DSV3_ERR_MISMATCH;
-    if (to->capacity < from->length) return DSV3_ERR_CONTEXT;
+    if (to->capacity < from->length) return DSV3_ERR_FULL;
     if (to == from) return DSV3_OK;
     for (size_t i = 0; i < from->layers; i++) {
         DSV3_MEMCPY(dsv3i_cache_at(to, i, 0), dsv3i_cache_at(from, i, 0),
@@ -4843,16 +4862,17 @@ static void dsv3i_workspace_layout(dsv3_workspace *at, const dsv3_config *config
     at->h = at->h_gate;
 }
 
-DSV3_API dsv3_result dsv3_workspace_size(const dsv3_config *config, size_t rows, size_t threads, size_t *bytes) {
+DSV3_API dsv3_result dsv3_workspace_size(const dsv3_config *config, size_t rows, size_t threads, size_t *bytes,
+                                         dsv3_error *error) {
     DSV3I_TRY(dsv3_config_check(config, NULL));
     if (rows < 1 || threads < 1) return DSV3_ERR_ARG;
     if ((uint64_t)rows > (uint64_t)DSV3_MAX_SEQ) return DSV3_ERR_LIMIT;
     DSV3I_SIZE(dsv3_workspace, bytes, dsv3i_workspace_layout(&it, config, rows, threads, &l));
 }
 
-DSV3_API dsv3_result dsv3_workspace_init(dsv3_workspace *workspace, const dsv3_config *config, size_t rows,
-                                         size_t threads, void *memory, size_t bytes) {
-    DSV3I_INIT(workspace, dsv3_workspace_size(config, rows, threads, &need));
+DSV3_API dsv3_result dsv3_workspace_init(const dsv3_config *config, dsv3_workspace *workspace, size_t rows,
+                                         size_t threads, void *memory, size_t bytes, dsv3_error *error) {
+    DSV3I_INIT(workspace, dsv3_workspace_size(config, rows, threads, &need, error));
     dsv3i_workspace_layout(workspace, config, rows, threads, &l);
     return DSV3_OK;
 }
@@ -4901,7 +4921,7 @@ DSV3I_APART dsv3_result dsv3i_batch_row(const dsv3i_run *p, size_t r) {
                               (int64_t)position, (int64_t)position, batch->position[r]);
     }
     ws->position[r] = (int32_t)position;
-    return dsv3i_check_element(p->error, DSV3_ERR_CONTEXT, "position", r, "is beyond the cache",
+    return dsv3i_check_element(p->error, DSV3_ERR_FULL, "position", r, "is beyond the cache",
                                (int64_t)p->caches[s].capacity, (int64_t)position);
 }
 
@@ -5128,8 +5148,8 @@ DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, co
     return dsv3i_forward(&p);
 }
 
-DSV3_API dsv3_result dsv3_states(float *state, const dsv3_model *model, const dsv3_workspace *workspace,
-                                 const int32_t *row, size_t n) {
+DSV3_API dsv3_result dsv3_states(const dsv3_model *model, float *state, const dsv3_workspace *workspace,
+                                 const int32_t *row, size_t n, dsv3_error *error) {
     size_t d;
     if (state == NULL || model == NULL || workspace == NULL || row == NULL) return DSV3_ERR_ARG;
     if (workspace->made_for != dsv3i_fingerprint(&model->config)) return DSV3_ERR_MISMATCH;
@@ -5162,12 +5182,13 @@ DSV3_API dsv3_result dsv3_states(float *state, const dsv3_model *model, const ds
  * them the other way round. Both are choices in the config. Test: tests/test_mtp.c.
  * ==================================================================================================== */
 
-DSV3_API dsv3_result dsv3_mtp_cache_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes) {
+DSV3_API dsv3_result dsv3_cache_mtp_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes,
+                                         dsv3_error *error) {
     return dsv3i_cache_size(config, 1, capacity, type, bytes);
 }
 
-DSV3_API dsv3_result dsv3_mtp_cache_init(dsv3_cache *cache, const dsv3_config *config, size_t capacity,
-                                         dsv3_type type, void *memory, size_t bytes) {
+DSV3_API dsv3_result dsv3_cache_mtp_init(const dsv3_config *config, dsv3_cache *cache, size_t capacity,
+                                         dsv3_type type, void *memory, size_t bytes, dsv3_error *error) {
     return dsv3i_cache_init(cache, config, 1, capacity, type, memory, bytes);
 }
 
@@ -5530,7 +5551,7 @@ static dsv3_result dsv3i_sample_check(size_t *best, const float *logits, size_t 
 }
 
 DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, float temperature, float top_p,
-                                 dsv3_rng *rng, dsv3_candidate *candidates) {
+                                 dsv3_rng *rng, dsv3_candidate *candidates, dsv3_error *error) {
     size_t best;
     if (token == NULL) return DSV3_ERR_ARG;
     DSV3I_TRY(dsv3i_sample_check(&best, logits, V, temperature, top_p));
@@ -5544,7 +5565,8 @@ DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, 
 }
 
 DSV3_API dsv3_result dsv3_sample_log_p(double *log_p, double *entropy, int32_t token, const float *logits, size_t V,
-                                       float temperature, float top_p, dsv3_candidate *candidates) {
+                                       float temperature, float top_p, dsv3_candidate *candidates,
+                                       dsv3_error *error) {
     size_t best, kept = 0;
     double sum = 1.0, moment = 0.0, log_sum;
     if (log_p == NULL) return DSV3_ERR_ARG;
@@ -5565,7 +5587,8 @@ DSV3_API dsv3_result dsv3_sample_log_p(double *log_p, double *entropy, int32_t t
     return DSV3_OK;
 }
 
-DSV3_API dsv3_result dsv3_log_p(double *log_p, const float *logits, const int32_t *token, size_t n, size_t V) {
+DSV3_API dsv3_result dsv3_log_p(double *log_p, const float *logits, const int32_t *token, size_t n, size_t V,
+                                dsv3_error *error) {
     if (log_p == NULL || logits == NULL || token == NULL) return DSV3_ERR_ARG;
     for (size_t t = 0; t < n; t++, logits += V) {
         size_t best;
@@ -5607,7 +5630,8 @@ static dsv3_candidate dsv3i_negated(const float *logits, size_t i) {
 }
 
 /* A heap of the k best so far. */
-DSV3_API dsv3_result dsv3_logits_top_k(float *logits, size_t V, size_t k, dsv3_candidate *scratch) {
+DSV3_API dsv3_result dsv3_logits_top_k(float *logits, size_t V, size_t k, dsv3_candidate *scratch,
+                                       dsv3_error *error) {
     DSV3I_TRY(dsv3i_logits_check(logits, V));
     if (k < 1 || scratch == NULL) return DSV3_ERR_ARG;
     if (k >= V) return DSV3_OK;
@@ -5625,7 +5649,7 @@ DSV3_API dsv3_result dsv3_logits_top_k(float *logits, size_t V, size_t k, dsv3_c
     return DSV3_OK;
 }
 
-DSV3_API dsv3_result dsv3_logits_min_p(float *logits, size_t V, float min_p) {
+DSV3_API dsv3_result dsv3_logits_min_p(float *logits, size_t V, float min_p, dsv3_error *error) {
     float least;
     DSV3I_TRY(dsv3i_logits_check(logits, V));
     if (!(min_p >= 0.0f) || min_p > 1.0f) return DSV3_ERR_ARG;
@@ -5637,7 +5661,7 @@ DSV3_API dsv3_result dsv3_logits_min_p(float *logits, size_t V, float min_p) {
 }
 
 DSV3_API dsv3_result dsv3_logits_penalty(float *logits, size_t V, const int32_t *token, size_t n, float penalty,
-                                         uint8_t *seen) {
+                                         uint8_t *seen, dsv3_error *error) {
     DSV3I_TRY(dsv3i_logits_check(logits, V));
     if (!(penalty > 0.0f) || penalty > FLT_MAX || seen == NULL) return DSV3_ERR_ARG;
     DSV3I_TRY(dsv3i_ids_check(token, n, V));
@@ -5652,7 +5676,8 @@ DSV3_API dsv3_result dsv3_logits_penalty(float *logits, size_t V, const int32_t 
     return DSV3_OK;
 }
 
-DSV3_API dsv3_result dsv3_logits_bias(float *logits, size_t V, const int32_t *token, const float *bias, size_t n) {
+DSV3_API dsv3_result dsv3_logits_bias(float *logits, size_t V, const int32_t *token, const float *bias, size_t n,
+                                      dsv3_error *error) {
     DSV3I_TRY(dsv3i_logits_check(logits, V));
     if (bias == NULL && n > 0) return DSV3_ERR_ARG;
     DSV3I_TRY(dsv3i_ids_check(token, n, V));
@@ -5708,16 +5733,16 @@ static void dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, siz
 }
 
 DSV3_API dsv3_result dsv3_sequence_size(const dsv3_model *model, size_t capacity, dsv3_type type, size_t rows,
-                                        size_t drafts, size_t *bytes) {
+                                        size_t drafts, size_t *bytes, dsv3_error *error) {
     if (model == NULL || rows < 1) return DSV3_ERR_ARG;
     if (drafts > DSV3_MAX_DRAFTS || (uint64_t)rows > (uint64_t)DSV3_MAX_SEQ) return DSV3_ERR_LIMIT;
-    DSV3I_TRY(dsv3_cache_size(&model->config, capacity, type, bytes)); /* checks the rest */
+    DSV3I_TRY(dsv3_cache_size(&model->config, capacity, type, bytes, error)); /* checks the rest */
     DSV3I_SIZE(dsv3_sequence, bytes, dsv3i_sequence_layout(&it, model, capacity, type, rows, drafts, &l));
 }
 
-DSV3_API dsv3_result dsv3_sequence_init(dsv3_sequence *s, const dsv3_model *model, size_t capacity, dsv3_type type,
-                                        size_t rows, size_t drafts, void *memory, size_t bytes) {
-    DSV3I_INIT(s, dsv3_sequence_size(model, capacity, type, rows, drafts, &need));
+DSV3_API dsv3_result dsv3_sequence_init(const dsv3_model *model, dsv3_sequence *s, size_t capacity, dsv3_type type,
+                                        size_t rows, size_t drafts, void *memory, size_t bytes, dsv3_error *error) {
+    DSV3I_INIT(s, dsv3_sequence_size(model, capacity, type, rows, drafts, &need, error));
     DSV3_MEMSET(s, 0, sizeof *s);
     dsv3i_sequence_layout(s, model, capacity, type, rows, drafts, &l);
     s->made_for = dsv3i_fingerprint(&model->config);
@@ -5749,12 +5774,13 @@ DSV3_API dsv3_state dsv3_sequence_state(const dsv3_sequence *s) {
     return s->cache.length < s->cache.capacity ? DSV3_STATE_WRITING : DSV3_STATE_FULL;
 }
 
-DSV3_API dsv3_result dsv3_sequence_append(dsv3_sequence *s, const dsv3_model *model, const int32_t *token, size_t n) {
+DSV3_API dsv3_result dsv3_sequence_append(const dsv3_model *model, dsv3_sequence *s, const int32_t *token, size_t n,
+                                          dsv3_error *error) {
     if (s == NULL || model == NULL || token == NULL || n < 1 || s->prompt_left > 0) return DSV3_ERR_ARG;
     for (size_t i = 0; i < n; i++) {
         if (token[i] < 0 || token[i] >= model->config.vocab_size) return DSV3_ERR_TOKEN;
     }
-    if (n > dsv3i_sub(s->cache.capacity, dsv3_sequence_length(s))) return DSV3_ERR_CONTEXT;
+    if (n > dsv3i_sub(s->cache.capacity, dsv3_sequence_length(s))) return DSV3_ERR_FULL;
     s->prompt = token;
     s->prompt_left = n;
     return DSV3_OK;
@@ -5768,7 +5794,7 @@ static void dsv3i_modules_keep(dsv3_sequence *s, size_t end, size_t length) {
     }
 }
 
-DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *s, size_t length, size_t *kept) {
+DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *s, size_t length, size_t *kept, dsv3_error *error) {
     size_t oldest = length, begin;
     int ahead = 0; /* a module knows tokens that were to be appended again: perhaps they will not be */
     if (s == NULL || length > dsv3_sequence_length(s)) return DSV3_ERR_ARG;
@@ -5797,7 +5823,7 @@ DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *s, size_t length, siz
     return DSV3_OK;
 }
 
-DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *s) {
+DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *s, dsv3_error *error) {
     dsv3_sequence own;
     dsv3i_sequence_sizes z;
     if (to == NULL || s == NULL) return DSV3_ERR_ARG;
@@ -5806,10 +5832,9 @@ DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *
         to->window != s->window) {
         return DSV3_ERR_MISMATCH;
     }
-    if (dsv3_sequence_length(s) + s->prompt_left > to->cache.capacity + (s->prompt_left == 0))
-        return DSV3_ERR_CONTEXT;
-    DSV3I_TRY(dsv3_cache_copy(&to->cache, &s->cache));
-    for (size_t k = 0; k < to->n_modules; k++) DSV3I_TRY(dsv3_cache_copy(&to->modules[k], &s->modules[k]));
+    if (dsv3_sequence_length(s) + s->prompt_left > to->cache.capacity + (s->prompt_left == 0)) return DSV3_ERR_FULL;
+    DSV3I_TRY(dsv3_cache_copy(&to->cache, &s->cache, error));
+    for (size_t k = 0; k < to->n_modules; k++) DSV3I_TRY(dsv3_cache_copy(&to->modules[k], &s->modules[k], error));
     DSV3_MEMCPY(to->history, s->history, dsv3_sequence_length(s) * sizeof *s->history);
     own = *to; /* its memory; everything else is copied */
     *to = *s;
@@ -6051,7 +6076,7 @@ static dsv3_result dsv3i_choose(const dsv3i_step *a, size_t i, float *logits) {
         if (s->want_log_p) {
             double log_p;
             DSV3I_TRY(dsv3_sample_log_p(&log_p, NULL, *token, logits, V, greedy ? 1.0f : s->temperature,
-                                        greedy ? 1.0f : s->top_p, s->candidates));
+                                        greedy ? 1.0f : s->top_p, s->candidates, error));
             s->log_p[j] = (float)log_p;
         }
         s->history[length] = *token;
@@ -6188,7 +6213,7 @@ static dsv3_result dsv3i_nothing_to_do(const dsv3i_step *a) {
     for (size_t i = 0; i < a->n; i++) {
         const dsv3_sequence *s = a->sequences[i];
         if (dsv3_sequence_state(s) != DSV3_STATE_FULL) continue;
-        return dsv3i_fail_range(a->error, DSV3_ERR_CONTEXT, "sequences", "have no room left, positions",
+        return dsv3i_fail_range(a->error, DSV3_ERR_FULL, "sequences", "have no room left, positions",
                                 (int64_t)s->cache.capacity, (int64_t)s->cache.capacity, (int64_t)s->cache.length);
     }
     return dsv3i_fail(a->error, DSV3_ERR_ARG, "sequences", "have stopped, or no token to go on from: append a prompt");
@@ -6218,9 +6243,9 @@ DSV3I_APART dsv3_result dsv3i_compute(dsv3i_step *a) {
     return DSV3_OK;
 }
 
-DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, const dsv3_model *model,
-                                   dsv3_sequence *const *sequences, size_t n, dsv3_workspace *workspace,
-                                   dsv3_error *error) {
+DSV3_API dsv3_result dsv3_generate_step(const dsv3_context *context, float *logits, const dsv3_model *model,
+                                        dsv3_sequence *const *sequences, size_t n, dsv3_workspace *workspace,
+                                        dsv3_error *error) {
     dsv3i_step a = {context, logits, model, sequences, n, workspace, error, {0, NULL, NULL, NULL, 0, NULL}};
     dsv3_result result;
     if (context == NULL || logits == NULL || model == NULL || sequences == NULL || workspace == NULL) {
@@ -6320,14 +6345,14 @@ static void dsv3i_parameters_layout(dsv3_parameters *q, const dsv3_config *confi
     }
 }
 
-DSV3_API dsv3_result dsv3_parameters_size(const dsv3_config *config, size_t *bytes) {
+DSV3_API dsv3_result dsv3_parameters_size(const dsv3_config *config, size_t *bytes, dsv3_error *error) {
     DSV3I_TRY(dsv3_config_check(config, NULL));
     DSV3I_SIZE(dsv3_parameters, bytes, dsv3i_parameters_layout(&it, config, &l));
 }
 
-DSV3_API dsv3_result dsv3_parameters_init(dsv3_parameters *parameters, const dsv3_config *config, void *memory,
-                                          size_t bytes) {
-    DSV3I_INIT(parameters, dsv3_parameters_size(config, &need));
+DSV3_API dsv3_result dsv3_parameters_init(const dsv3_config *config, dsv3_parameters *parameters, void *memory,
+                                          size_t bytes, dsv3_error *error) {
+    DSV3I_INIT(parameters, dsv3_parameters_size(config, &need, error));
     DSV3_MEMSET(parameters, 0, sizeof *parameters);
     dsv3i_parameters_layout(parameters, config, &l);
     return DSV3_OK;
@@ -6345,7 +6370,8 @@ static dsv3_result dsv3i_load_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     return DSV3_OK;
 }
 
-DSV3_API dsv3_result dsv3_parameters_load(dsv3_parameters *parameters, const dsv3_model *from) {
+DSV3_API dsv3_result dsv3_parameters_from_model(dsv3_parameters *parameters, const dsv3_model *from,
+                                                dsv3_error *error) {
     dsv3i_flat flat = {NULL, 0, 0};
     dsv3_model copy;
     const dsv3_config *config;
@@ -6372,7 +6398,7 @@ static float dsv3i_normal(dsv3_rng *rng) {
 static dsv3_result dsv3i_random_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     dsv3i_random *r = (dsv3i_random *)w->user;
     size_t n = w->info.rows * w->info.cols;
-    float fill = w->info.group == DSV3_GROUP_ROUTER ? 0.0f : 1.0f;
+    float fill = w->info.group == DSV3_KIND_ROUTER ? 0.0f : 1.0f;
     (void)slot;
     for (size_t i = 0; i < n; i++) r->data[i] = w->info.rank == 1 ? fill : r->std * dsv3i_normal(r->rng);
     r->data += n;
@@ -6481,16 +6507,16 @@ static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const d
 }
 
 DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_training *s, size_t threads,
-                                       size_t *bytes) {
+                                       size_t *bytes, dsv3_error *error) {
     DSV3I_TRY(dsv3_config_check(config, NULL));
     if (s == NULL || s->rows < 1 || s->sequences < 1 || s->longest < 1 || threads < 1) return DSV3_ERR_ARG;
     if (dsv3i_max(s->rows, s->longest) > (uint64_t)DSV3_MAX_SEQ || s->sequences > s->rows) return DSV3_ERR_LIMIT;
     DSV3I_SIZE(dsv3_trainer, bytes, dsv3i_trainer_layout(&it, config, s, threads, &l));
 }
 
-DSV3_API dsv3_result dsv3_trainer_init(dsv3_trainer *t, const dsv3_config *config, const dsv3_training *settings,
-                                       size_t threads, void *memory, size_t bytes) {
-    DSV3I_INIT(t, dsv3_trainer_size(config, settings, threads, &need));
+DSV3_API dsv3_result dsv3_trainer_init(const dsv3_config *config, dsv3_trainer *t, const dsv3_training *settings,
+                                       size_t threads, void *memory, size_t bytes, dsv3_error *error) {
+    DSV3I_INIT(t, dsv3_trainer_size(config, settings, threads, &need, error));
     size_t n;
     DSV3_MEMSET(t, 0, sizeof *t);
     dsv3i_trainer_layout(t, config, settings, threads, &l);
@@ -6707,7 +6733,7 @@ static dsv3_result dsv3i_optimizer_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     const dsv3_training *s = &o->t->settings;
     const dsv3_tensor_info *info = &w->info;
     size_t n = info->rows * info->cols;
-    int skip = (info->group == DSV3_GROUP_ROUTER && info->rank == 1) || dsv3i_matches_any(s->frozen, info->name);
+    int skip = (info->group == DSV3_KIND_ROUTER && info->rank == 1) || dsv3i_matches_any(s->frozen, info->name);
     (void)slot;
     for (size_t i = 0; i < n && !skip; i += DSV3I_RUN) {
         dsv3i_squares *run = &o->t->squares[o->runs++];
@@ -6771,7 +6797,7 @@ static void dsv3i_ema_task(void *arg, size_t begin, size_t end, size_t worker) {
 static dsv3_result dsv3i_bias_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     const dsv3_trainer *t = (const dsv3_trainer *)w->user;
     size_t E = w->info.cols;
-    if (w->info.group != DSV3_GROUP_ROUTER || w->info.rank != 1) return DSV3_OK;
+    if (w->info.group != DSV3_KIND_ROUTER || w->info.rank != 1) return DSV3_OK;
     if (dsv3i_matches_any(t->settings.frozen, w->info.name)) return DSV3_OK;
     DSV3_MEMCPY(dsv3i_grad(slot), t->bias + (size_t)w->info.layer * E, E * sizeof *t->bias);
     return DSV3_OK;
@@ -7071,7 +7097,7 @@ static void dsv3i_save_cache(dsv3i_save *f, dsv3_cache *c) {
     dsv3i_save_same(f, "type", (size_t)c->type);
     dsv3i_save_same(f, "layers", c->layers);
     dsv3i_save_same(f, "width", c->width);
-    c->length = dsv3i_save_between(f, "length", c->length, 0, c->capacity, DSV3_ERR_CONTEXT);
+    c->length = dsv3i_save_between(f, "length", c->length, 0, c->capacity, DSV3_ERR_FULL);
     for (size_t i = 0; i < c->layers; i++) {
         dsv3i_save_array(f, dsv3i_cache_at(c, i, 0), dsv3_type_bytes(c->type), c->length * c->width);
     }
@@ -7083,7 +7109,7 @@ static int dsv3i_save_cache_fits(const dsv3_cache *c, const dsv3_config *config)
     return c->width == dsv3i_dims_of(config).width && (c->layers == 1 || c->layers == (size_t)config->num_hidden_layers);
 }
 
-DSV3_API dsv3_result dsv3_cache_save_size(const dsv3_cache *cache, size_t *bytes) {
+DSV3_API dsv3_result dsv3_cache_save_size(const dsv3_cache *cache, size_t *bytes, dsv3_error *error) {
     dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_CACHE, NULL, 0, dsv3i_save_cache_walk, NULL);
     dsv3_cache copy;
     if (cache == NULL) return DSV3_ERR_ARG;
@@ -7091,8 +7117,8 @@ DSV3_API dsv3_result dsv3_cache_save_size(const dsv3_cache *cache, size_t *bytes
     return dsv3i_save_size(&f, &copy, bytes);
 }
 
-DSV3_API dsv3_result dsv3_cache_save(const dsv3_cache *cache, const dsv3_config *config, uint64_t tag, void *data,
-                                     size_t bytes) {
+DSV3_API dsv3_result dsv3_cache_save(const dsv3_config *config, const dsv3_cache *cache, uint64_t tag, void *data,
+                                     size_t bytes, dsv3_error *error) {
     dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_CACHE, config, tag, dsv3i_save_cache_walk, NULL);
     dsv3_cache copy;
     if (cache == NULL || config == NULL) return DSV3_ERR_ARG;
@@ -7101,7 +7127,7 @@ DSV3_API dsv3_result dsv3_cache_save(const dsv3_cache *cache, const dsv3_config 
     return dsv3i_save_write(&f, &copy, data, bytes);
 }
 
-DSV3_API dsv3_result dsv3_cache_load(dsv3_cache *cache, const dsv3_config *config, uint64_t tag, const void *data,
+DSV3_API dsv3_result dsv3_cache_load(const dsv3_config *config, dsv3_cache *cache, uint64_t tag, const void *data,
                                      size_t bytes, dsv3_error *error) {
     dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_CACHE, config, tag, dsv3i_save_cache_walk, error);
     dsv3_cache copy;
@@ -7191,7 +7217,7 @@ static void dsv3i_save_sequence_walk(dsv3i_save *f, void *object) {
     dsv3i_save_states(f, s);
 }
 
-DSV3_API dsv3_result dsv3_sequence_save_size(const dsv3_sequence *s, size_t *bytes) {
+DSV3_API dsv3_result dsv3_sequence_save_size(const dsv3_sequence *s, size_t *bytes, dsv3_error *error) {
     dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_SEQUENCE, NULL, 0, dsv3i_save_sequence_walk, NULL);
     dsv3_sequence copy;
     if (s == NULL) return DSV3_ERR_ARG;
@@ -7199,8 +7225,8 @@ DSV3_API dsv3_result dsv3_sequence_save_size(const dsv3_sequence *s, size_t *byt
     return dsv3i_save_size(&f, &copy, bytes);
 }
 
-DSV3_API dsv3_result dsv3_sequence_save(const dsv3_sequence *s, const dsv3_model *model, uint64_t tag, void *data,
-                                        size_t bytes) {
+DSV3_API dsv3_result dsv3_sequence_save(const dsv3_model *model, const dsv3_sequence *s, uint64_t tag, void *data,
+                                        size_t bytes, dsv3_error *error) {
     dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_SEQUENCE, NULL, tag, dsv3i_save_sequence_walk, NULL);
     dsv3_sequence copy;
     if (s == NULL || model == NULL || s->prompt_left > 0) return DSV3_ERR_ARG;
@@ -7210,7 +7236,7 @@ DSV3_API dsv3_result dsv3_sequence_save(const dsv3_sequence *s, const dsv3_model
     return dsv3i_save_write(&f, &copy, data, bytes);
 }
 
-DSV3_API dsv3_result dsv3_sequence_load(dsv3_sequence *s, const dsv3_model *model, uint64_t tag, const void *data,
+DSV3_API dsv3_result dsv3_sequence_load(const dsv3_model *model, dsv3_sequence *s, uint64_t tag, const void *data,
                                         size_t bytes, dsv3_error *error) {
     dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_SEQUENCE, NULL, tag, dsv3i_save_sequence_walk, error);
     dsv3_sequence copy;
@@ -7251,7 +7277,7 @@ static dsv3i_save_state dsv3i_save_state_of(const dsv3_trainer *t) {
     return s;
 }
 
-DSV3_API dsv3_result dsv3_trainer_save_size(const dsv3_trainer *t, size_t *bytes) {
+DSV3_API dsv3_result dsv3_trainer_save_size(const dsv3_trainer *t, size_t *bytes, dsv3_error *error) {
     dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_TRAINER, NULL, 0, dsv3i_save_trainer_walk, NULL);
     dsv3i_save_state state;
     if (t == NULL) return DSV3_ERR_ARG;
@@ -7259,7 +7285,8 @@ DSV3_API dsv3_result dsv3_trainer_save_size(const dsv3_trainer *t, size_t *bytes
     return dsv3i_save_size(&f, &state, bytes);
 }
 
-DSV3_API dsv3_result dsv3_trainer_save(const dsv3_trainer *t, uint64_t tag, void *data, size_t bytes) {
+DSV3_API dsv3_result dsv3_trainer_save(const dsv3_trainer *t, uint64_t tag, void *data, size_t bytes,
+                                       dsv3_error *error) {
     dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_TRAINER, NULL, tag, dsv3i_save_trainer_walk, NULL);
     dsv3i_save_state state;
     if (t == NULL) return DSV3_ERR_ARG;
@@ -8762,7 +8789,7 @@ static void dsv3i_pack_kv_b(dsv3i_packing *a, dsv3_layer *w, const dsv3i_dims *m
 static dsv3_result dsv3i_pack_visit(dsv3i_walk *w, dsv3_tensor *slot) {
     dsv3i_packing *a = (dsv3i_packing *)w->user;
     dsv3_layer *layer = w->info.layer >= 0 ? &a->model->layers[w->info.layer] : NULL;
-    dsv3_mtp *mtp = w->info.group == DSV3_GROUP_MTP ? &a->model->mtp[(size_t)w->info.layer - w->m.L] : NULL;
+    dsv3_mtp *mtp = w->info.group == DSV3_KIND_MTP ? &a->model->mtp[(size_t)w->info.layer - w->m.L] : NULL;
     if (slot->data == NULL || w->info.rank == 1 || slot == &a->model->embed_tokens) return DSV3_OK;
     if (mtp != NULL && (slot == &mtp->embed_tokens || slot->data == a->head)) return DSV3_OK;
     if (layer != NULL && slot == &layer->kv_b_proj) {
@@ -10829,7 +10856,8 @@ DSV3I_BACKEND(dsv3i_amx, dsv3i_avx512, NULL, dsv3i_bf16_widen_f8, dsv3i_bf16_rou
 
 /* ---- Packing: nothing to do where weights are read as they lie */
 
-DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_model *model, size_t *bytes) {
+DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_model *model, size_t *bytes,
+                                    dsv3_error *error) {
     dsv3i_layout l = {NULL, 0};
     if (context == NULL || model == NULL || bytes == NULL) return DSV3_ERR_ARG;
 #ifdef DSV3I_ENGINE
@@ -10842,9 +10870,10 @@ DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_mode
     return l.used == 0 ? DSV3_OK : dsv3i_layout_size(&l, bytes);
 }
 
-DSV3_API dsv3_result dsv3_pack(const dsv3_context *context, dsv3_model *model, void *memory, size_t bytes) {
+DSV3_API dsv3_result dsv3_pack(const dsv3_context *context, dsv3_model *model, void *memory, size_t bytes,
+                               dsv3_error *error) {
     size_t need;
-    DSV3I_TRY(dsv3_pack_size(context, model, &need));
+    DSV3I_TRY(dsv3_pack_size(context, model, &need, error));
     if (need == 0) return DSV3_OK;
     DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
 #ifdef DSV3I_ENGINE
@@ -10898,7 +10927,8 @@ static const dsv3i_ops *dsv3i_ops_of(dsv3_backend backend) {
     }
 }
 
-DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backend, size_t threads) {
+DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backend, size_t threads,
+                                       dsv3_error *error) {
     dsv3_backend best = dsv3i_best_backend();
     if (context == NULL) return DSV3_ERR_ARG;
     DSV3_MEMSET(context, 0, sizeof *context);

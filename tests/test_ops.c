@@ -572,7 +572,7 @@ static void entropy_threads(void) {
             dsv3_context many;
             int calls = 0;
             float *scratch;
-            CHECK_EQ(dsv3_context_init(&many, test_backend(), threads), DSV3_OK); /* OpenMP, or serial */
+            CHECK_EQ(dsv3_context_init(&many, test_backend(), threads, NULL), DSV3_OK); /* OpenMP, or serial */
             if (hook) many.parallel_for = backwards, many.parallel_user = &calls, many.threads = threads;
             scratch = (float *)test_alloc(dsv3_cross_entropy_scratch(&many, &w.tensor, N) * sizeof(float));
             memset(got, 0xFF, sizeof got);
@@ -589,7 +589,7 @@ static void entropy_threads(void) {
 }
 
 int main(void) {
-    CHECK_EQ(dsv3_context_init(&ctx, test_backend(), 1), DSV3_OK);
+    CHECK_EQ(dsv3_context_init(&ctx, test_backend(), 1, NULL), DSV3_OK);
     linear_all();
     rows_exact();
     linear_jobs();

@@ -203,7 +203,7 @@ static void result_strings(void) {
                 {DSV3_ERR_MISMATCH, "shape mismatch"},
                 {DSV3_ERR_TOKEN, "token outside vocabulary"},
                 {DSV3_ERR_POSITION, "position out of sequence"},
-                {DSV3_ERR_CONTEXT, "context full"},
+                {DSV3_ERR_FULL, "context full"},
                 {DSV3_ERR_NAN, "value not finite"},
                 {DSV3_ERR_DAMAGED, "saved bytes damaged"}};
     for (size_t i = 0; i < sizeof want / sizeof want[0]; i++) {
@@ -359,7 +359,7 @@ static void parallel_calls(void) {
     dsv3_context ctx;
     shuffler s = {0, 0, 0};
     tally t;
-    CHECK_EQ(dsv3_context_init(&ctx, test_backend(), 1), DSV3_OK);
+    CHECK_EQ(dsv3_context_init(&ctx, test_backend(), 1, NULL), DSV3_OK);
     ctx.parallel_for = NULL;
     ctx.threads = 4;
     t = run_tally(&ctx, 10, SIZE_MAX); /* no hook: one piece, by worker 0, on the spot */
@@ -395,7 +395,7 @@ static void parallel_bits(void) {
     test_fill(data, ROWS * COLS, -1, 1);
     test_fill(x, N * COLS, -1, 1);
     test_fill(b, SILU, -1, 1);
-    CHECK_EQ(dsv3_context_init(&serial, test_backend(), 1), DSV3_OK);
+    CHECK_EQ(dsv3_context_init(&serial, test_backend(), 1, NULL), DSV3_OK);
     serial.parallel_for = NULL;
     ctx = serial;
     ctx.parallel_for = shuffle;
@@ -451,11 +451,11 @@ static void parallel_openmp(void) {
 static void context_codes(void) {
     dsv3_context c;
     memset(&c, 0x55, sizeof c);
-    CHECK_EQ(dsv3_context_init(NULL, DSV3_BACKEND_AUTO, 0), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_context_init(&c, (dsv3_backend)99, 1), DSV3_ERR_UNSUPPORTED);
-    CHECK_EQ(dsv3_context_init(&c, (dsv3_backend)-1, 1), DSV3_ERR_UNSUPPORTED);
+    CHECK_EQ(dsv3_context_init(NULL, DSV3_BACKEND_AUTO, 0, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_context_init(&c, (dsv3_backend)99, 1, NULL), DSV3_ERR_UNSUPPORTED);
+    CHECK_EQ(dsv3_context_init(&c, (dsv3_backend)-1, 1, NULL), DSV3_ERR_UNSUPPORTED);
     memset(&c, 0x55, sizeof c);
-    CHECK_EQ(dsv3_context_init(&c, DSV3_BACKEND_REFERENCE, 3), DSV3_OK);
+    CHECK_EQ(dsv3_context_init(&c, DSV3_BACKEND_REFERENCE, 3, NULL), DSV3_OK);
     CHECK(strcmp(c.backend, "reference") == 0);
     CHECK_EQ(c.attention, DSV3_ATTENTION_AUTO);
     CHECK(c.observer.hidden == NULL && c.observer.routing == NULL && c.observer.user == NULL);
@@ -463,15 +463,15 @@ static void context_codes(void) {
 #if defined(_OPENMP) && !defined(DSV3_NO_OPENMP)
     CHECK_EQ(c.threads, 3);
     CHECK(c.parallel_for != NULL);
-    CHECK_EQ(dsv3_context_init(&c, DSV3_BACKEND_REFERENCE, SIZE_MAX), DSV3_ERR_LIMIT);
-    CHECK_EQ(dsv3_context_init(&c, DSV3_BACKEND_AUTO, 0), DSV3_OK);
+    CHECK_EQ(dsv3_context_init(&c, DSV3_BACKEND_REFERENCE, SIZE_MAX, NULL), DSV3_ERR_LIMIT);
+    CHECK_EQ(dsv3_context_init(&c, DSV3_BACKEND_AUTO, 0, NULL), DSV3_OK);
     CHECK(c.threads >= 1);
 #else
     CHECK_EQ(c.threads, 1);
     CHECK(c.parallel_for == NULL);
 #endif
     memset(&c, 0x55, sizeof c);
-    CHECK_EQ(dsv3_context_init(&c, DSV3_BACKEND_AUTO, 1), DSV3_OK);
+    CHECK_EQ(dsv3_context_init(&c, DSV3_BACKEND_AUTO, 1, NULL), DSV3_OK);
     CHECK(c.backend != NULL && c.backend[0] != '\0');
     for (size_t i = 0; i < DSV3_TYPES; i++) CHECK(c.ops->decode[i] != NULL);
     CHECK_EQ(c.compute, DSV3_EXACT);
