@@ -1,4 +1,4 @@
-/* dsv3.h -- the whole DeepSeek-V3 system in one C header. Version 0.1.0, MIT licence (end of file).
+/* dsv3.h -- the whole DeepSeek-V3 system in one C header. Version 0.2.0, MIT licence (end of file).
  *
  * What it is: the architecture of DeepSeek-V3 -- multi-head latent attention (MLA), the sigmoid-routed mixture of
  * experts (MoE) with its balancing bias, and multi-token prediction (MTP) -- on checkpoints as published, FP8 blocks
@@ -139,7 +139,7 @@ extern "C" {
  * ==================================================================================================== */
 
 #define DSV3_VERSION_MAJOR 0 /* grows when a program must be changed */
-#define DSV3_VERSION_MINOR 1 /* grows when something is added */
+#define DSV3_VERSION_MINOR 2 /* grows when something is added */
 #define DSV3_VERSION_PATCH 0 /* grows when something is mended */
 
 #ifndef DSV3_API
@@ -581,7 +581,7 @@ typedef enum dsv3_tensor_kind {
 /* One tensor the config calls for. */
 typedef struct dsv3_tensor_info {
     char name[DSV3_MAX_NAME];
-    dsv3_tensor_kind group;
+    dsv3_tensor_kind kind;
     int32_t layer;  /* -1: none */
     int32_t expert; /* routed expert, -1: none */
     int32_t rank;
@@ -677,24 +677,26 @@ DSV3_API void dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x
 /* x [n, cols] = rows token[t] of w, decoded to float32: the embedding, with w = embed_tokens. token [n] in range. */
 DSV3_API void dsv3_embed(const dsv3_context *context, float *x, const int32_t *token, const dsv3_tensor *w, size_t n);
 
-/* Floats of scratch that dsv3_linear needs for n rows and a matrix of cols columns; SIZE_MAX: too many. */
-DSV3_API size_t dsv3_linear_scratch(const dsv3_context *context, size_t n, size_t cols);
+/* Bytes of scratch that dsv3_linear needs for n rows and a matrix of cols columns. */
+DSV3_API dsv3_result dsv3_linear_size(const dsv3_context *context, size_t n, size_t cols, size_t *bytes,
+                                      dsv3_error *error);
 
-/* y [n, rows] = x [n, cols] W^T. scratch [dsv3_linear_scratch]. y must not overlap x. */
+/* y [n, rows] = x [n, cols] W^T. scratch [dsv3_linear_size]. y must not overlap x. */
 DSV3_API void dsv3_linear(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *w, size_t n,
                           float *scratch);
 
 /* log sum exp(logits[0..V)), V >= 1, safe for any finite logits. -log p(target) = this - logits[target], in nats. */
 DSV3_API float dsv3_log_sum_exp(const float *logits, size_t V);
 
-/* Floats of scratch that dsv3_cross_entropy needs; SIZE_MAX: too many. */
-DSV3_API size_t dsv3_cross_entropy_scratch(const dsv3_context *context, const dsv3_tensor *head, size_t n);
+/* Bytes of scratch that dsv3_cross_entropy needs for n rows. */
+DSV3_API dsv3_result dsv3_cross_entropy_size(const dsv3_context *context, const dsv3_tensor *head, size_t n,
+                                             size_t *bytes, dsv3_error *error);
 
 #define DSV3_IGNORE (-100) /* a target that is none: its loss is 0 */
 
 /* nll [n] = -log softmax(head u_t)[target_t] in nats for u [n, d], head [V, d] and target [n], a token or
  * DSV3_IGNORE. The logits are never all in memory: the vocabulary is taken in pieces. scratch
- * [dsv3_cross_entropy_scratch]. */
+ * [dsv3_cross_entropy_size]. */
 DSV3_API void dsv3_cross_entropy(const dsv3_context *context, float *nll, const float *u, const dsv3_tensor *head,
                                  const int32_t *target, size_t n, float *scratch);
 
@@ -1520,109 +1522,6 @@ static uint64_t dsv3i_fingerprint(const dsv3_config *config) {
     return h;
 }
 
-/* ---- Layouts: one cursor walks through a buffer, or through nothing to learn the size. The same function
- * runs for _size (base NULL) and for _init, so that the sum and the pointers cannot disagree. Parts begin on
- * cache lines, wherever the caller's buffer begins: a size includes what is lost at its front. */
-
-#define DSV3I_LINE (sizeof(void *) > 4 ? 64u : 16u)
-
-typedef struct dsv3i_layout {
-    unsigned char *base; /* NULL: only measure */
-    size_t used;         /* bytes so far, SIZE_MAX once too large */
-} dsv3i_layout;
-
-/* a x b x c elements of size bytes; NULL when only measuring. */
-static void *dsv3i_take(dsv3i_layout *l, size_t size, size_t a, size_t b, size_t c) {
-    size_t bytes = dsv3i_mul(dsv3i_mul(dsv3i_mul(size, a), b), c);
-    size_t padded = dsv3i_mul(dsv3i_blocks(bytes, DSV3I_LINE), DSV3I_LINE);
-    void *at = l->base == NULL || l->used == SIZE_MAX ? NULL : (void *)(l->base + l->used);
-    l->used = dsv3i_add(l->used, bytes == SIZE_MAX ? SIZE_MAX : padded);
-    return at;
-}
-
-/* rows x columns of them; NULL for 0 rows. */
-static void *dsv3i_take_rows(dsv3i_layout *l, size_t size, size_t rows, size_t columns) {
-    return rows == 0 ? NULL : dsv3i_take(l, size, rows, columns, 1);
-}
-
-/* Many arrays of one struct are a table: where the pointer stands in it, and two sizes in another struct. Part 0 is laid out
- * first; parts 1, 2 .. are never in use together, and all begin where it ends. */
-typedef struct dsv3i_array {
-    uint16_t at;
-    uint8_t size, rows, columns, part;
-} dsv3i_array;
-#define DSV3I_ARRAY(owner, sizes, part, type, name, rows, columns)                                                   \
-    {(uint16_t)offsetof(owner, name), sizeof(type), DSV3I_PLACE_OF(sizes, rows), DSV3I_PLACE_OF(sizes, columns), part},
-
-static void dsv3i_take_arrays(dsv3i_layout *l, void *owner, const dsv3i_array *list, size_t count, const void *sizes) {
-    size_t from = l->used, end = 0;
-    for (size_t i = 0; i < count; i++) {
-        size_t rows = dsv3i_size_at(sizes, list[i].rows), columns = dsv3i_size_at(sizes, list[i].columns);
-        void *array;
-        end = dsv3i_max(end, l->used);
-        if (i > 0 && list[i].part != list[i - 1].part) {
-            if (list[i - 1].part == 0) from = l->used;
-            l->used = from;
-        }
-        array = dsv3i_take_rows(l, list[i].size, rows, columns);
-        DSV3_MEMCPY((unsigned char *)owner + list[i].at, &array, sizeof array);
-    }
-    l->used = dsv3i_max(end, l->used);
-}
-
-static dsv3_result dsv3i_layout_size(const dsv3i_layout *l, size_t *bytes) {
-    if (bytes == NULL) return DSV3_ERR_ARG;
-    *bytes = dsv3i_add(l->used, DSV3I_LINE - DSV3_ALIGN);
-    if (*bytes < SIZE_MAX) return DSV3_OK;
-    *bytes = 0;
-    return DSV3_ERR_OVERFLOW;
-}
-
-/* Where a layout over memory begins. */
-static unsigned char *dsv3i_layout_base(void *memory) {
-    size_t past = (size_t)((uintptr_t)memory % DSV3I_LINE);
-    return (unsigned char *)memory + (past == 0 ? 0 : DSV3I_LINE - past);
-}
-
-/* May a layout of `need` bytes be laid over memory [bytes]? */
-static dsv3_result dsv3i_memory_check(const void *memory, size_t bytes, size_t need) {
-    if (memory == NULL) return DSV3_ERR_ARG;
-    if ((uintptr_t)memory % DSV3_ALIGN != 0) return DSV3_ERR_ALIGN;
-    return bytes < need ? DSV3_ERR_MEMORY : DSV3_OK;
-}
-
-/* Begins the layout of an object over memory [bytes], which was measured, with that result, as *need bytes. */
-static dsv3_result dsv3i_layout_begin(dsv3i_layout *l, const void *object, dsv3_result measured, void *memory,
-                                      size_t bytes, const size_t *need) {
-    if (object == NULL) return DSV3_ERR_ARG;
-    DSV3I_TRY(measured);
-    DSV3I_TRY(dsv3i_memory_check(memory, bytes, *need));
-    l->base = dsv3i_layout_base(memory);
-    l->used = 0;
-    return DSV3_OK;
-}
-
-/* A struct of pointers into such a buffer has its members in a list, with their shapes,
- *     #define DSV3I_PAIR(X) X(int32_t, token, n, 1) X(float, x, n, m->d)
- * of which one macro makes the struct and the other its layout, where l, at, n and m are known:
- *     struct dsv3i_pair { DSV3I_PAIR(DSV3I_MEMBER) };         int32_t *token; float *x;
- *     DSV3I_PAIR(DSV3I_TAKE)                               at->token = dsv3i_take_rows(l, sizeof(int32_t), n, 1); ..
- */
-#define DSV3I_MEMBER(type, name, rows, columns) type *name;
-#define DSV3I_TAKE(type, name, rows, columns) at->name = (type *)dsv3i_take_rows(l, sizeof(type), rows, columns);
-
-/* Such a struct has two programs around its layout function: _size ends with an `it` laid out over nothing, and _init
- * begins with l over memory [bytes], once _size has said what is needed. */
-#define DSV3I_SIZE(type, bytes, layout)                                                                              \
-    type it;                                                                                                         \
-    dsv3i_layout l = {NULL, 0};                                                                                      \
-    layout;                                                                                                          \
-    return dsv3i_layout_size(&l, bytes)
-#define DSV3I_INIT(object, size)                                                                                     \
-    dsv3i_layout l = {NULL, 0};                                                                                      \
-    size_t need = 0;                                                                                                 \
-    DSV3I_TRY(dsv3i_layout_begin(&l, object, size, memory, bytes, &need))
-
 /* ---- Text: names and messages are built without stdio. */
 
 typedef struct dsv3i_text {
@@ -1777,6 +1676,119 @@ DSV3_API const char *dsv3_error_text(const dsv3_error *e, char *text, size_t cap
     if (shape) dsv3i_text_add_index(&t, "", e->found[1], ")");
     return text;
 }
+
+/* ---- Layouts: one cursor walks through a buffer, or through nothing to learn the size. The same function
+ * runs for _size (base NULL) and for _init, so that the sum and the pointers cannot disagree. Parts begin on
+ * cache lines, wherever the caller's buffer begins: a size includes what is lost at its front. */
+
+#define DSV3I_LINE (sizeof(void *) > 4 ? 64u : 16u)
+
+typedef struct dsv3i_layout {
+    unsigned char *base; /* NULL: only measure */
+    size_t used;         /* bytes so far, SIZE_MAX once too large */
+} dsv3i_layout;
+
+/* a x b x c elements of size bytes; NULL when only measuring. */
+static void *dsv3i_take(dsv3i_layout *l, size_t size, size_t a, size_t b, size_t c) {
+    size_t bytes = dsv3i_mul(dsv3i_mul(dsv3i_mul(size, a), b), c);
+    size_t padded = dsv3i_mul(dsv3i_blocks(bytes, DSV3I_LINE), DSV3I_LINE);
+    void *at = l->base == NULL || l->used == SIZE_MAX ? NULL : (void *)(l->base + l->used);
+    l->used = dsv3i_add(l->used, bytes == SIZE_MAX ? SIZE_MAX : padded);
+    return at;
+}
+
+/* rows x columns of them; NULL for 0 rows. */
+static void *dsv3i_take_rows(dsv3i_layout *l, size_t size, size_t rows, size_t columns) {
+    return rows == 0 ? NULL : dsv3i_take(l, size, rows, columns, 1);
+}
+
+/* Many arrays of one struct are a table: where the pointer stands in it, and two sizes in another struct. Part 0 is laid out
+ * first; parts 1, 2 .. are never in use together, and all begin where it ends. */
+typedef struct dsv3i_array {
+    uint16_t at;
+    uint8_t size, rows, columns, part;
+} dsv3i_array;
+#define DSV3I_ARRAY(owner, sizes, part, type, name, rows, columns)                                                   \
+    {(uint16_t)offsetof(owner, name), sizeof(type), DSV3I_PLACE_OF(sizes, rows), DSV3I_PLACE_OF(sizes, columns), part},
+
+static void dsv3i_take_arrays(dsv3i_layout *l, void *owner, const dsv3i_array *list, size_t count, const void *sizes) {
+    size_t from = l->used, end = 0;
+    for (size_t i = 0; i < count; i++) {
+        size_t rows = dsv3i_size_at(sizes, list[i].rows), columns = dsv3i_size_at(sizes, list[i].columns);
+        void *array;
+        end = dsv3i_max(end, l->used);
+        if (i > 0 && list[i].part != list[i - 1].part) {
+            if (list[i - 1].part == 0) from = l->used;
+            l->used = from;
+        }
+        array = dsv3i_take_rows(l, list[i].size, rows, columns);
+        DSV3_MEMCPY((unsigned char *)owner + list[i].at, &array, sizeof array);
+    }
+    l->used = dsv3i_max(end, l->used);
+}
+
+static dsv3_result dsv3i_layout_size(const dsv3i_layout *l, size_t *bytes, dsv3_error *error) {
+    if (bytes == NULL) return dsv3i_fail_null(error, "bytes");
+    *bytes = dsv3i_add(l->used, DSV3I_LINE - DSV3_ALIGN);
+    if (*bytes < SIZE_MAX) return dsv3i_ok(error);
+    *bytes = 0;
+    return dsv3i_fail(error, DSV3_ERR_OVERFLOW, "bytes", "are more than size_t can count");
+}
+
+/* Where a layout over memory begins. */
+static unsigned char *dsv3i_layout_base(void *memory) {
+    size_t past = (size_t)((uintptr_t)memory % DSV3I_LINE);
+    return (unsigned char *)memory + (past == 0 ? 0 : DSV3I_LINE - past);
+}
+
+/* May a layout of `need` bytes be laid over memory [bytes]? */
+static dsv3_result dsv3i_memory_check(const void *memory, size_t bytes, size_t need, dsv3_error *error) {
+    size_t past = (size_t)((uintptr_t)memory % DSV3_ALIGN);
+    if (memory == NULL) return dsv3i_fail_null(error, "memory");
+    if (past != 0) {
+        return dsv3i_fail_where(error, DSV3_ERR_ALIGN, "memory", "lies behind a multiple of 8, by bytes:", (int64_t)past);
+    }
+    if (bytes >= need) return DSV3_OK;
+    return dsv3i_fail_range(error, DSV3_ERR_MEMORY, "bytes", "are too few", (int64_t)need, (int64_t)need, (int64_t)bytes);
+}
+
+/* There is at least one of something, and not more than `most`. */
+DSV3I_APART dsv3_result dsv3i_check_count(dsv3_error *error, const char *name, size_t n, int64_t most) {
+    int64_t found = n > (size_t)PTRDIFF_MAX ? INT64_MAX : (int64_t)n;
+    return dsv3i_check_between(error, n < 1 ? DSV3_ERR_ARG : DSV3_ERR_LIMIT, name, "is out of range", found, 1, most);
+}
+
+/* Begins the layout of an object over memory [bytes], which was measured, with that result, as *need bytes. */
+static dsv3_result dsv3i_layout_begin(dsv3i_layout *l, const void *object, dsv3_result measured, void *memory,
+                                      size_t bytes, const size_t *need, dsv3_error *error) {
+    DSV3I_TRY(measured);
+    if (object == NULL) return dsv3i_fail_null(error, "object");
+    DSV3I_TRY(dsv3i_memory_check(memory, bytes, *need, error));
+    l->base = dsv3i_layout_base(memory);
+    l->used = 0;
+    return DSV3_OK;
+}
+
+/* A struct of pointers into such a buffer has its members in a list, with their shapes,
+ *     #define DSV3I_PAIR(X) X(int32_t, token, n, 1) X(float, x, n, m->d)
+ * of which one macro makes the struct and the other its layout, where l, at, n and m are known:
+ *     struct dsv3i_pair { DSV3I_PAIR(DSV3I_MEMBER) };         int32_t *token; float *x;
+ *     DSV3I_PAIR(DSV3I_TAKE)                               at->token = dsv3i_take_rows(l, sizeof(int32_t), n, 1); ..
+ */
+#define DSV3I_MEMBER(type, name, rows, columns) type *name;
+#define DSV3I_TAKE(type, name, rows, columns) at->name = (type *)dsv3i_take_rows(l, sizeof(type), rows, columns);
+
+/* Such a struct has two programs around its layout function: _size ends with an `it` laid out over nothing, and _init
+ * begins with l over memory [bytes], once _size has said what is needed. */
+#define DSV3I_SIZE(type, bytes, layout)                                                                              \
+    type it;                                                                                                         \
+    dsv3i_layout l = {NULL, 0};                                                                                      \
+    layout;                                                                                                          \
+    return dsv3i_layout_size(&l, bytes, error)
+#define DSV3I_INIT(object, size)                                                                                     \
+    dsv3i_layout l = {NULL, 0};                                                                                      \
+    size_t need = 0;                                                                                                 \
+    DSV3I_TRY(dsv3i_layout_begin(&l, object, size, memory, bytes, &need, error))
 
 /* ---- Random numbers: splitmix64, a counter and a mixing function. */
 
@@ -2166,17 +2178,20 @@ DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3
     unsigned char *y = (unsigned char *)data, *scales = (unsigned char *)scale;
     size_t n = dsv3i_mul(rows, cols), block = dsv3_type_block(type);
     int is_f8 = type == DSV3_F8_E4M3;
-    if (x == NULL || (is_f8 ? scale : data) == NULL || dsv3_type_bytes(type) == 0) return DSV3_ERR_ARG;
-    if (cols % block != 0) return DSV3_ERR_ARG;
-    if (dsv3i_mul(n, sizeof *x) == SIZE_MAX) return DSV3_ERR_OVERFLOW;
-    if ((is_f8 || block > 1) && !dsv3i_all_finite(x, n)) return DSV3_ERR_NAN;
+    if (x == NULL || (is_f8 ? scale : data) == NULL) return dsv3i_fail_null(error, "argument");
+    if (dsv3_type_bytes(type) == 0) return dsv3i_fail(error, DSV3_ERR_ARG, "type", "is unknown");
+    if (cols % block != 0) return dsv3i_fail_where(error, DSV3_ERR_ARG, "cols", "are not whole blocks of", DSV3_QBLOCK);
+    if (dsv3i_mul(n, sizeof *x) == SIZE_MAX) {
+        return dsv3i_fail(error, DSV3_ERR_OVERFLOW, "rows x cols", "are more than size_t can count");
+    }
+    if ((is_f8 || block > 1) && !dsv3i_all_finite(x, n)) return dsv3i_fail(error, DSV3_ERR_NAN, "x", "is not finite");
     if (type == DSV3_F32) {
         DSV3_MEMCPY(y, x, n * sizeof *x);
-        return DSV3_OK;
+        return dsv3i_ok(error);
     }
     for (size_t i = 0; !is_f8 && i < n; i += block, y += dsv3_type_bytes(type)) { /* blocks do not cross rows */
         if (!(block > 1 ? dsv3i_quantize_block(y, x + i, type) : dsv3i_quantize_half(y, x[i], type))) {
-            return DSV3_ERR_OVERFLOW;
+            return dsv3i_fail(error, DSV3_ERR_OVERFLOW, "x", "has a value that is too large for the type");
         }
     }
     for (size_t r = 0; is_f8 && r < rows; r += DSV3_BLOCK) {
@@ -2184,11 +2199,11 @@ DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3
             size_t at = r * cols + i, width = dsv3i_min(cols - i, DSV3_BLOCK);
             size_t height = dsv3i_min(rows - r, DSV3_BLOCK);
             if (!dsv3i_quantize_f8(y != NULL ? y + at : NULL, scales, x + at, height, width, cols)) {
-                return DSV3_ERR_OVERFLOW;
+                return dsv3i_fail(error, DSV3_ERR_OVERFLOW, "x", "has a value that is too large for the type");
             }
         }
     }
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 /* ---- Rows of numbers become floats. Weights come from files: any alignment, so they are fetched with memcpy (which
@@ -2466,8 +2481,19 @@ static size_t dsv3i_linear_floats(size_t n, size_t cols, size_t threads) {
     return dsv3i_max(dsv3i_mul(dsv3i_add(threads, n), cols), dsv3i_engine_linear_floats(n, cols, threads));
 }
 
-DSV3_API size_t dsv3_linear_scratch(const dsv3_context *context, size_t n, size_t cols) {
-    return dsv3i_linear_floats(n, cols, context->threads);
+/* Bytes of so many floats of scratch. */
+static dsv3_result dsv3i_scratch_size(size_t floats, size_t *bytes, dsv3_error *error) {
+    if (bytes == NULL) return dsv3i_fail_null(error, "bytes");
+    *bytes = dsv3i_mul(floats, sizeof(float));
+    if (*bytes < SIZE_MAX) return dsv3i_ok(error);
+    *bytes = 0;
+    return dsv3i_fail(error, DSV3_ERR_OVERFLOW, "scratch", "needs more bytes than size_t can count");
+}
+
+DSV3_API dsv3_result dsv3_linear_size(const dsv3_context *context, size_t n, size_t cols, size_t *bytes,
+                                      dsv3_error *error) {
+    if (context == NULL) return dsv3i_fail_null(error, "context");
+    return dsv3i_scratch_size(dsv3i_linear_floats(n, cols, context->threads), bytes, error);
 }
 
 DSV3_API void dsv3_linear(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *w, size_t n,
@@ -2828,8 +2854,11 @@ static void dsv3i_cross_entropy(dsv3i_loss *a, float *nll) {
     }
 }
 
-DSV3_API size_t dsv3_cross_entropy_scratch(const dsv3_context *context, const dsv3_tensor *head, size_t n) {
-    return dsv3i_add(dsv3i_loss_floats(head->rows, n), dsv3_linear_scratch(context, n, head->cols));
+DSV3_API dsv3_result dsv3_cross_entropy_size(const dsv3_context *context, const dsv3_tensor *head, size_t n,
+                                             size_t *bytes, dsv3_error *error) {
+    if (context == NULL || head == NULL) return dsv3i_fail_null(error, "argument");
+    return dsv3i_scratch_size(
+        dsv3i_add(dsv3i_loss_floats(head->rows, n), dsv3i_linear_floats(n, head->cols, context->threads)), bytes, error);
 }
 
 DSV3_API void dsv3_cross_entropy(const dsv3_context *context, float *nll, const float *u, const dsv3_tensor *head,
@@ -3544,20 +3573,21 @@ DSV3_API dsv3_result dsv3_router_select(const dsv3_config *config, int32_t *idx,
                                         dsv3_error *error) {
     size_t E = (size_t)config->n_routed_experts, K = (size_t)config->num_experts_per_tok;
     float *sel = scratch, *group = scratch + E;
-    int finite = 1;
+    size_t bad = n; /* the first row with something that is not finite */
     DSV3_ASSERT(K >= 1 && K <= E && config->n_group >= 1 && config->n_routed_experts % config->n_group == 0);
     for (size_t t = 0; t < n; t++) {
         const float *s = score + t * E;
         for (size_t e = 0; e < E; e++) {
             sel[e] = bias == NULL ? s[e] : dsv3i_choice(config->bias_form, s[e], bias[e], alpha ? alpha[e] : 1.0f);
-            finite &= dsv3i_is_finite(sel[e]) && dsv3i_is_finite(s[e]);
+            if (bad == n && !(dsv3i_is_finite(sel[e]) && dsv3i_is_finite(s[e]))) bad = t;
             sel[e] = dsv3i_choice_score(sel[e]);
         }
         if (config->topk_method != DSV3_GREEDY && config->n_group > 1) dsv3i_mask_groups(config, sel, group);
         dsv3i_topk(idx + t * K, sel, E, K);
         dsv3i_gate_weights(config, gate + t * K, idx + t * K, s);
     }
-    return finite ? DSV3_OK : DSV3_ERR_NAN;
+    if (bad == n) return dsv3i_ok(error);
+    return dsv3i_fail_where(error, DSV3_ERR_NAN, "score", "is not finite, in row", (int64_t)bad);
 }
 
 /* Are these K different experts? */
@@ -3575,10 +3605,12 @@ DSV3_API dsv3_result dsv3_router_weights(const dsv3_config *config, float *gate,
                                          const float *score, size_t n, dsv3_error *error) {
     size_t E = (size_t)config->n_routed_experts, K = (size_t)config->num_experts_per_tok;
     for (size_t t = 0; t < n; t++) {
-        if (!dsv3i_choice_valid(idx + t * K, K, E)) return DSV3_ERR_ARG;
+        if (!dsv3i_choice_valid(idx + t * K, K, E)) {
+            return dsv3i_fail_where(error, DSV3_ERR_ARG, "idx", "has an expert twice or out of range, in row", (int64_t)t);
+        }
     }
     for (size_t t = 0; t < n; t++) dsv3i_gate_weights(config, gate + t * K, idx + t * K, score + t * E);
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 /* ---- Loads */
@@ -3659,7 +3691,7 @@ static void dsv3i_balancer_layout(dsv3_balancer *b, const dsv3_config *config, d
 }
 
 DSV3_API dsv3_result dsv3_balancer_size(const dsv3_config *config, size_t *bytes, dsv3_error *error) {
-    DSV3I_TRY(dsv3_config_check(config, NULL));
+    DSV3I_TRY(dsv3_config_check(config, error));
     DSV3I_SIZE(dsv3_balancer, bytes, dsv3i_balancer_layout(&it, config, &l));
 }
 
@@ -3670,7 +3702,7 @@ DSV3_API dsv3_result dsv3_balancer_init(const dsv3_config *config, dsv3_balancer
     balancer->schedule.speed = 0.001;
     dsv3i_balancer_layout(balancer, config, &l);
     DSV3_MEMSET(l.base, 0, l.used);
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 static dsv3_result dsv3i_balancer_reduce(const dsv3_balancer *b) {
@@ -3911,8 +3943,7 @@ static void dsv3i_select_task(void *arg, size_t begin, size_t end, size_t worker
     size_t E = c->m.E, K = c->m.K, G = c->m.G;
     float *scratch = c->ws->select + worker * (E + G + 1);
     if (dsv3_router_select(&c->model->config, c->ws->idx + begin * K, c->ws->gate + begin * K,
-                           c->ws->score + begin * E, dsv3i_choice_bias(c), NULL, end - begin, scratch,
-                           error) != DSV3_OK) {
+                           c->ws->score + begin * E, dsv3i_choice_bias(c), NULL, end - begin, scratch, NULL) != DSV3_OK) {
         scratch[E + G] = 1.0f;
     }
 }
@@ -3937,7 +3968,7 @@ static dsv3_result dsv3i_route(dsv3i_call *c, const float *u) {
     result = dsv3i_select(c);
     if (o->choose != NULL) {
         o->choose(o->user, c->w->index, ws->idx, ws->score, c->n);
-        DSV3I_TRY(dsv3_router_weights(config, ws->gate, ws->idx, ws->score, c->n, error));
+        DSV3I_TRY(dsv3_router_weights(config, ws->gate, ws->idx, ws->score, c->n, NULL));
     }
     if (o->routing != NULL) o->routing(o->user, c->w->index, ws->score, ws->idx, ws->gate, c->n);
     return result;
@@ -4004,6 +4035,25 @@ static dsv3_result dsv3i_moe_forward(dsv3i_call *c, float *y, const float *u) {
     return result;
 }
 
+/* The first row whose values are not all finite, or n. */
+static size_t dsv3i_first_bad_row(const float *x, size_t n, size_t d) {
+    for (size_t t = 0; t < n; t++) {
+        if (!dsv3i_all_finite(x + t * d, d)) return t;
+    }
+    return n;
+}
+
+/* What became of a layer, or of its FFN. */
+static dsv3_result dsv3i_layer_result(const dsv3i_call *c, dsv3_result result, dsv3_error *error) {
+    if (result == DSV3_OK) return dsv3i_ok(error);
+    if (result == DSV3_ERR_ARG) {
+        return dsv3i_fail_where(error, result, "observer.choose", "chose an expert twice or out of range, in layer",
+                                c->w->index);
+    }
+    (void)dsv3i_fail_where(error, result, "row", "router scores are not finite in layer", c->w->index);
+    return dsv3i_fail_at(error, dsv3i_first_bad_row(c->ws->score, c->n, c->m.E), result);
+}
+
 static dsv3_result dsv3i_ffn_forward(dsv3i_call *c, float *y, const float *u) {
     const dsv3i_mlp dense = {&c->w->mlp, NULL, u, NULL, y, NULL, c->n, 0};
     if (c->w->is_moe) return dsv3i_moe_forward(c, y, u);
@@ -4016,7 +4066,7 @@ DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, con
                                       dsv3_error *error) {
     dsv3i_call c = dsv3i_call_of(context, model, weights, 0, NULL, n, workspace);
     DSV3_ASSERT(n <= workspace->rows && context->threads <= workspace->threads);
-    return dsv3i_ffn_forward(&c, y, u);
+    return dsv3i_layer_result(&c, dsv3i_ffn_forward(&c, y, u), error);
 }
 
 #ifndef DSV3_NO_TRAINING
@@ -4137,7 +4187,7 @@ DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, c
                                         const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
                                         dsv3_workspace *workspace, dsv3_error *error) {
     dsv3i_call c = dsv3i_call_of(context, model, weights, layer, caches, n, workspace);
-    return dsv3i_layer_forward(&c, x);
+    return dsv3i_layer_result(&c, dsv3i_layer_forward(&c, x), error);
 }
 
 #ifndef DSV3_NO_TRAINING
@@ -4470,7 +4520,7 @@ typedef struct dsv3i_place {
 
 #define DSV3I_PLACE(rank, part, owner, field, name, rows, cols, group)                                               \
     {(uint16_t)offsetof(owner, field), DSV3I_PART_##part, DSV3I_PLACE_OF(dsv3i_dims, rows),                          \
-     DSV3I_PLACE_OF(dsv3i_dims, cols), rank, DSV3_GROUP_##group},
+     DSV3I_PLACE_OF(dsv3i_dims, cols), rank, DSV3_KIND_##group},
 #define DSV3I_PLACE_NAME(rank, part, owner, field, name, rows, cols, group) name "\0"
 static const dsv3i_place dsv3i_places[] = {DSV3I_PLACES(DSV3I_PLACE)};
 static const char dsv3i_place_names[] = DSV3I_PLACES(DSV3I_PLACE_NAME);
@@ -4507,7 +4557,7 @@ static void dsv3i_walk_describe(dsv3i_walk *w, const dsv3i_place *p, const char 
     if (w->info.layer >= 0) dsv3i_text_add_index(&t, "model.layers.", w->info.layer, ".");
     if (w->info.expert >= 0) dsv3i_text_add_index(&t, "mlp.experts.", w->info.expert, ".");
     dsv3i_text_add(&t, name);
-    w->info.group = (dsv3_tensor_kind)p->group;
+    w->info.kind = (dsv3_tensor_kind)p->group;
     w->info.rank = p->rank;
     w->info.rows = p->rank == 1 ? 1 : dsv3i_size_at(&w->m, p->rows);
     w->info.cols = dsv3i_size_at(&w->m, p->cols);
@@ -4606,7 +4656,7 @@ static void dsv3i_model_layout(dsv3_model *model, const dsv3_config *c, dsv3i_la
 }
 
 DSV3_API dsv3_result dsv3_model_size(const dsv3_config *config, size_t *bytes, dsv3_error *error) {
-    DSV3I_TRY(dsv3_config_check(config, NULL));
+    DSV3I_TRY(dsv3_config_check(config, error));
     DSV3I_SIZE(dsv3_model, bytes, dsv3i_model_layout(&it, config, &l));
 }
 
@@ -4677,7 +4727,7 @@ static dsv3_result dsv3i_bind_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     }
     if (t.type != DSV3_F8_E4M3) t.scale = NULL;
     if (t.type == DSV3_F8_E4M3) DSV3I_TRY(dsv3i_bind_scale(w, &t));
-    if (w->info.group == DSV3_KIND_ROUTER && t.rank == 1) DSV3I_TRY(dsv3i_bind_finite(w, &t));
+    if (w->info.kind == DSV3_KIND_ROUTER && t.rank == 1) DSV3I_TRY(dsv3i_bind_finite(w, &t));
     *slot = t;
     return DSV3_OK;
 }
@@ -4718,15 +4768,8 @@ DSV3_API dsv3_result dsv3_model_bind(const dsv3_config *config, dsv3_model *mode
     dsv3i_layout l = {NULL, 0};
     dsv3i_walk w;
     size_t need = 0;
-    dsv3_result result;
     if (model == NULL || find == NULL) return dsv3i_fail_null(error, "model or find");
-    DSV3I_TRY(dsv3_config_check(config, error));
-    result = dsv3i_layout_begin(&l, model, dsv3_model_size(config, &need, error), memory, bytes, &need);
-    if (result == DSV3_ERR_MEMORY) {
-        return dsv3i_fail_range(error, result, "memory", "is too small", (int64_t)need, (int64_t)need,
-                                (int64_t)bytes);
-    }
-    if (result != DSV3_OK) return dsv3i_fail(error, result, "memory", dsv3_result_string(result));
+    DSV3I_TRY(dsv3i_layout_begin(&l, model, dsv3_model_size(config, &need, error), memory, bytes, &need, error));
     DSV3_MEMSET(model, 0, sizeof *model);
     dsv3i_model_layout(model, config, &l);
     dsv3i_walk_begin(&w, config, user, dsv3i_bind_tensor);
@@ -4755,58 +4798,68 @@ DSV3_API dsv3_result dsv3_model_bind(const dsv3_config *config, dsv3_model *mode
 
 /* layers: 1 for an MTP module; 0: those of the main model. */
 static dsv3_result dsv3i_cache_layout(dsv3_cache *cache, const dsv3_config *config, size_t layers, size_t capacity,
-                                      dsv3_type type, dsv3i_layout *l) {
-    DSV3I_TRY(dsv3_config_check(config, NULL));
-    if (type != DSV3_F32 && type != DSV3_BF16) return DSV3_ERR_UNSUPPORTED;
-    if (capacity < 1) return DSV3_ERR_ARG;
-    if ((uint64_t)capacity > (uint64_t)DSV3_MAX_SEQ) return DSV3_ERR_LIMIT;
+                                      dsv3_type type, dsv3i_layout *l, dsv3_error *error) {
+    DSV3I_TRY(dsv3_config_check(config, error));
+    if (type != DSV3_F32 && type != DSV3_BF16) {
+        return dsv3i_fail(error, DSV3_ERR_UNSUPPORTED, "type", "of a cache must be F32 or BF16");
+    }
+    DSV3I_TRY(dsv3i_check_count(error, "capacity", capacity, DSV3_MAX_SEQ));
     cache->type = type;
     cache->layers = layers > 0 ? layers : (size_t)config->num_hidden_layers;
     cache->capacity = capacity;
     cache->width = dsv3i_dims_of(config).width;
     cache->length = 0;
     cache->data = dsv3i_take(l, cache->width * dsv3_type_bytes(type), cache->layers, capacity, 1);
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 static dsv3_result dsv3i_cache_size(const dsv3_config *config, size_t layers, size_t capacity, dsv3_type type,
-                                    size_t *bytes) {
-    DSV3I_SIZE(dsv3_cache, bytes, DSV3I_TRY(dsv3i_cache_layout(&it, config, layers, capacity, type, &l)));
+                                    size_t *bytes, dsv3_error *error) {
+    DSV3I_SIZE(dsv3_cache, bytes, DSV3I_TRY(dsv3i_cache_layout(&it, config, layers, capacity, type, &l, error)));
 }
 
 static dsv3_result dsv3i_cache_init(dsv3_cache *cache, const dsv3_config *config, size_t layers, size_t capacity,
-                                    dsv3_type type, void *memory, size_t bytes) {
-    DSV3I_INIT(cache, dsv3i_cache_size(config, layers, capacity, type, &need));
-    return dsv3i_cache_layout(cache, config, layers, capacity, type, &l);
+                                    dsv3_type type, void *memory, size_t bytes, dsv3_error *error) {
+    DSV3I_INIT(cache, dsv3i_cache_size(config, layers, capacity, type, &need, error));
+    return dsv3i_cache_layout(cache, config, layers, capacity, type, &l, error);
 }
 
 DSV3_API dsv3_result dsv3_cache_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes,
                                      dsv3_error *error) {
-    return dsv3i_cache_size(config, 0, capacity, type, bytes);
+    return dsv3i_cache_size(config, 0, capacity, type, bytes, error);
 }
 
 DSV3_API dsv3_result dsv3_cache_init(const dsv3_config *config, dsv3_cache *cache, size_t capacity, dsv3_type type,
                                      void *memory, size_t bytes, dsv3_error *error) {
-    return dsv3i_cache_init(cache, config, 0, capacity, type, memory, bytes);
+    return dsv3i_cache_init(cache, config, 0, capacity, type, memory, bytes, error);
 }
 
 DSV3_API dsv3_result dsv3_cache_truncate(dsv3_cache *cache, size_t length, dsv3_error *error) {
-    if (cache == NULL || length > cache->length) return DSV3_ERR_ARG;
+    if (cache == NULL) return dsv3i_fail_null(error, "cache");
+    if (length > cache->length) {
+        return dsv3i_fail_range(error, DSV3_ERR_ARG, "length", "is more than is filled", 0, (int64_t)cache->length,
+                                (int64_t)length);
+    }
     cache->length = length;
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from, dsv3_error *error) {
-    if (to == NULL || from == NULL) return DSV3_ERR_ARG;
-    if (to->type != from->type || to->layers != from->layers || to->width != from->width) return DSV3_ERR_MISMATCH;
-    if (to->capacity < from->length) return DSV3_ERR_FULL;
-    if (to == from) return DSV3_OK;
+    if (to == NULL || from == NULL) return dsv3i_fail_null(error, "argument");
+    if (to->type != from->type) return dsv3i_fail(error, DSV3_ERR_MISMATCH, "to", "is of another type");
+    if (to->layers != from->layers || to->width != from->width) {
+        return dsv3i_fail_numbers(error, DSV3_ERR_MISMATCH, "to", "has other layers and width", DSV3_NUMBERS_SHAPE,
+                                  (int64_t)from->layers, (int64_t)from->width, (int64_t)to->layers, (int64_t)to->width);
+    }
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_FULL, "to", "has too few positions", (int64_t)to->capacity,
+                                  (int64_t)from->length, INT64_MAX));
+    if (to == from) return dsv3i_ok(error);
     for (size_t i = 0; i < from->layers; i++) {
         DSV3_MEMCPY(dsv3i_cache_at(to, i, 0), dsv3i_cache_at(from, i, 0),
                     from->length * from->width * dsv3_type_bytes(from->type));
     }
     to->length = from->length;
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 /* ---- Workspace */
@@ -4864,9 +4917,9 @@ static void dsv3i_workspace_layout(dsv3_workspace *at, const dsv3_config *config
 
 DSV3_API dsv3_result dsv3_workspace_size(const dsv3_config *config, size_t rows, size_t threads, size_t *bytes,
                                          dsv3_error *error) {
-    DSV3I_TRY(dsv3_config_check(config, NULL));
-    if (rows < 1 || threads < 1) return DSV3_ERR_ARG;
-    if ((uint64_t)rows > (uint64_t)DSV3_MAX_SEQ) return DSV3_ERR_LIMIT;
+    DSV3I_TRY(dsv3_config_check(config, error));
+    DSV3I_TRY(dsv3i_check_count(error, "rows", rows, DSV3_MAX_SEQ));
+    DSV3I_TRY(dsv3i_check_count(error, "threads", threads, INT64_MAX));
     DSV3I_SIZE(dsv3_workspace, bytes, dsv3i_workspace_layout(&it, config, rows, threads, &l));
 }
 
@@ -4874,7 +4927,7 @@ DSV3_API dsv3_result dsv3_workspace_init(const dsv3_config *config, dsv3_workspa
                                          size_t threads, void *memory, size_t bytes, dsv3_error *error) {
     DSV3I_INIT(workspace, dsv3_workspace_size(config, rows, threads, &need, error));
     dsv3i_workspace_layout(workspace, config, rows, threads, &l);
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 /* One run of a batch. Depth 0 is the main model; k, MTP module k. */
@@ -5026,23 +5079,6 @@ static dsv3i_stack dsv3i_stack_of(const dsv3_model *model, size_t k) {
     return s;
 }
 
-/* The first row whose values are not all finite, or n. */
-static size_t dsv3i_first_bad_row(const float *x, size_t n, size_t d) {
-    for (size_t t = 0; t < n; t++) {
-        if (!dsv3i_all_finite(x + t * d, d)) return t;
-    }
-    return n;
-}
-
-static dsv3_result dsv3i_layer_fail(const dsv3i_call *c, dsv3_result result, dsv3_error *error) {
-    if (result == DSV3_ERR_ARG) {
-        return dsv3i_fail_where(error, result, "observer.choose", "chose an expert twice or out of range, in layer",
-                                c->w->index);
-    }
-    (void)dsv3i_fail_where(error, result, "row", "router scores are not finite in layer", c->w->index);
-    return dsv3i_fail_at(error, dsv3i_first_bad_row(c->ws->score, c->n, c->m.E), result);
-}
-
 #ifndef DSV3_NO_TRAINING
 /* A workspace whose pointers are on what a layer keeps. */
 static dsv3_workspace dsv3i_keeping(const dsv3_workspace *from, const dsv3i_saved *s) {
@@ -5086,7 +5122,7 @@ static dsv3_result dsv3i_pass(const dsv3i_run *p) {
         }
 #endif
         result = dsv3i_layer_forward(&c, ws->x);
-        if (result != DSV3_OK) return dsv3i_layer_fail(&c, result, p->error);
+        if (result != DSV3_OK) return dsv3i_layer_result(&c, result, p->error);
         if (p->sums != NULL && w->is_moe) dsv3i_evaluate_layer(p->sums, &c);
         if (o->hidden != NULL) o->hidden(o->user, w->index, ws->x, n);
     }
@@ -5151,14 +5187,17 @@ DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, co
 DSV3_API dsv3_result dsv3_states(const dsv3_model *model, float *state, const dsv3_workspace *workspace,
                                  const int32_t *row, size_t n, dsv3_error *error) {
     size_t d;
-    if (state == NULL || model == NULL || workspace == NULL || row == NULL) return DSV3_ERR_ARG;
-    if (workspace->made_for != dsv3i_fingerprint(&model->config)) return DSV3_ERR_MISMATCH;
+    if (state == NULL || model == NULL || workspace == NULL || row == NULL) return dsv3i_fail_null(error, "argument");
+    if (workspace->made_for != dsv3i_fingerprint(&model->config)) {
+        return dsv3i_fail(error, DSV3_ERR_MISMATCH, "workspace", "was made for another config");
+    }
     d = (size_t)model->config.hidden_size;
     for (size_t i = 0; i < n; i++) {
-        if (row[i] < 0 || (size_t)row[i] >= workspace->rows) return DSV3_ERR_ARG;
+        DSV3I_TRY(dsv3i_check_element(error, DSV3_ERR_ARG, "row", i, "is not one of the workspace",
+                                      (int64_t)workspace->rows, row[i]));
     }
     for (size_t i = 0; i < n; i++) DSV3_MEMCPY(state + i * d, workspace->u + (size_t)row[i] * d, d * sizeof *state);
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 /* ========================================================================================================
@@ -5184,12 +5223,12 @@ DSV3_API dsv3_result dsv3_states(const dsv3_model *model, float *state, const ds
 
 DSV3_API dsv3_result dsv3_cache_mtp_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes,
                                          dsv3_error *error) {
-    return dsv3i_cache_size(config, 1, capacity, type, bytes);
+    return dsv3i_cache_size(config, 1, capacity, type, bytes, error);
 }
 
 DSV3_API dsv3_result dsv3_cache_mtp_init(const dsv3_config *config, dsv3_cache *cache, size_t capacity,
                                          dsv3_type type, void *memory, size_t bytes, dsv3_error *error) {
-    return dsv3i_cache_init(cache, config, 1, capacity, type, memory, bytes);
+    return dsv3i_cache_init(cache, config, 1, capacity, type, memory, bytes, error);
 }
 
 /* ws->y [n, d] = embedding, ws->concat [n, 2d] = [enorm(embedding) ; hnorm(hidden)] */
@@ -5543,25 +5582,34 @@ static int32_t dsv3i_draw(dsv3_candidate *c, const float *logits, size_t best, s
     return dsv3i_pick(c + (V - kept), kept, dsv3i_uniform(rng) * sum);
 }
 
-static dsv3_result dsv3i_sample_check(size_t *best, const float *logits, size_t V, float temperature, float top_p) {
-    if (logits == NULL || V == 0 || (uint64_t)V > (uint64_t)DSV3_MAX_VOCAB) return DSV3_ERR_ARG;
-    if (dsv3i_sampling_fault(temperature, top_p) != NULL) return DSV3_ERR_ARG;
+/* Is there a row of logits [V]? */
+static dsv3_result dsv3i_vocab_check(const float *logits, size_t V, dsv3_error *error) {
+    if (logits == NULL) return dsv3i_fail_null(error, "logits");
+    DSV3I_TRY(dsv3i_check_count(error, "V", V, DSV3_MAX_VOCAB));
+    return dsv3i_ok(error);
+}
+
+static dsv3_result dsv3i_sample_check(size_t *best, const float *logits, size_t V, float temperature, float top_p,
+                                      dsv3_error *error) {
+    const char *fault = dsv3i_sampling_fault(temperature, top_p);
+    DSV3I_TRY(dsv3i_vocab_check(logits, V, error));
+    if (fault != NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "sampler", fault);
     *best = dsv3i_argmax(logits, V);
-    return *best == V ? DSV3_ERR_NAN : DSV3_OK;
+    return *best < V ? DSV3_OK : dsv3i_fail(error, DSV3_ERR_NAN, "logits", "have a NaN, or no finite maximum");
 }
 
 DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, float temperature, float top_p,
                                  dsv3_rng *rng, dsv3_candidate *candidates, dsv3_error *error) {
     size_t best;
-    if (token == NULL) return DSV3_ERR_ARG;
-    DSV3I_TRY(dsv3i_sample_check(&best, logits, V, temperature, top_p));
+    if (token == NULL) return dsv3i_fail_null(error, "token");
+    DSV3I_TRY(dsv3i_sample_check(&best, logits, V, temperature, top_p, error));
     if (dsv3i_is_greedy(temperature, top_p)) {
         *token = (int32_t)best;
-        return DSV3_OK;
+        return dsv3i_ok(error);
     }
-    if (rng == NULL || candidates == NULL) return DSV3_ERR_ARG;
+    if (rng == NULL || candidates == NULL) return dsv3i_fail_null(error, "rng or candidates");
     *token = dsv3i_draw(candidates, logits, best, V, temperature, top_p, rng);
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 DSV3_API dsv3_result dsv3_sample_log_p(double *log_p, double *entropy, int32_t token, const float *logits, size_t V,
@@ -5569,12 +5617,12 @@ DSV3_API dsv3_result dsv3_sample_log_p(double *log_p, double *entropy, int32_t t
                                        dsv3_error *error) {
     size_t best, kept = 0;
     double sum = 1.0, moment = 0.0, log_sum;
-    if (log_p == NULL) return DSV3_ERR_ARG;
-    DSV3I_TRY(dsv3i_sample_check(&best, logits, V, temperature, top_p));
-    if (token < 0 || (size_t)token >= V) return DSV3_ERR_TOKEN;
+    if (log_p == NULL) return dsv3i_fail_null(error, "log_p");
+    DSV3I_TRY(dsv3i_sample_check(&best, logits, V, temperature, top_p, error));
+    DSV3I_TRY(dsv3i_check_token(error, "token", 0, (int32_t)V, token));
     *log_p = (size_t)token == best ? 0.0 : (double)dsv3i_never();
     if (!dsv3i_is_greedy(temperature, top_p)) {
-        if (candidates == NULL) return DSV3_ERR_ARG;
+        if (candidates == NULL) return dsv3i_fail_null(error, "candidates");
         kept = dsv3i_candidates(candidates, logits, best, V, temperature, top_p, &sum);
     }
     log_sum = DSV3_LOG(sum);
@@ -5584,40 +5632,40 @@ DSV3_API dsv3_result dsv3_sample_log_p(double *log_p, double *entropy, int32_t t
         if (candidates[i].token == token) *log_p = x - log_sum;
     }
     if (entropy != NULL) *entropy = log_sum - moment / sum;
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 DSV3_API dsv3_result dsv3_log_p(double *log_p, const float *logits, const int32_t *token, size_t n, size_t V,
                                 dsv3_error *error) {
-    if (log_p == NULL || logits == NULL || token == NULL) return DSV3_ERR_ARG;
+    if (log_p == NULL || logits == NULL || token == NULL) return dsv3i_fail_null(error, "argument");
     for (size_t t = 0; t < n; t++, logits += V) {
         size_t best;
         double sum = 0.0;
-        DSV3I_TRY(dsv3i_sample_check(&best, logits, V, 0.0f, 1.0f));
+        DSV3I_TRY(dsv3i_sample_check(&best, logits, V, 0.0f, 1.0f, error));
         log_p[t] = 0.0;
         if (token[t] == DSV3_IGNORE) continue;
-        if (token[t] < 0 || (size_t)token[t] >= V) return DSV3_ERR_TOKEN;
+        DSV3I_TRY(dsv3i_check_token(error, "token", t, (int32_t)V, token[t]));
         for (size_t i = 0; i < V; i++) sum += (double)DSV3_EXPF(logits[i] - logits[best]);
         log_p[t] = ((double)logits[token[t]] - (double)logits[best]) - DSV3_LOG(sum);
     }
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 /* ---- Steering */
 
-static dsv3_result dsv3i_logits_check(const float *logits, size_t V) {
-    if (logits == NULL || V == 0 || (uint64_t)V > (uint64_t)DSV3_MAX_VOCAB) return DSV3_ERR_ARG;
+static dsv3_result dsv3i_logits_check(const float *logits, size_t V, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_vocab_check(logits, V, error));
     for (size_t i = 0; i < V; i++) {
-        if (!(logits[i] <= FLT_MAX)) return DSV3_ERR_NAN;
+        if (!(logits[i] <= FLT_MAX)) {
+            return dsv3i_fail_where(error, DSV3_ERR_NAN, "logits", "are NaN or infinite at index", (int64_t)i);
+        }
     }
     return DSV3_OK;
 }
 
-static dsv3_result dsv3i_ids_check(const int32_t *token, size_t n, size_t V) {
-    if (token == NULL && n > 0) return DSV3_ERR_ARG;
-    for (size_t i = 0; i < n; i++) {
-        if (token[i] < 0 || (size_t)token[i] >= V) return DSV3_ERR_TOKEN;
-    }
+static dsv3_result dsv3i_ids_check(const int32_t *token, size_t n, size_t V, dsv3_error *error) {
+    if (token == NULL && n > 0) return dsv3i_fail_null(error, "token");
+    for (size_t i = 0; i < n; i++) DSV3I_TRY(dsv3i_check_token(error, "token", i, (int32_t)V, token[i]));
     return DSV3_OK;
 }
 
@@ -5632,9 +5680,10 @@ static dsv3_candidate dsv3i_negated(const float *logits, size_t i) {
 /* A heap of the k best so far. */
 DSV3_API dsv3_result dsv3_logits_top_k(float *logits, size_t V, size_t k, dsv3_candidate *scratch,
                                        dsv3_error *error) {
-    DSV3I_TRY(dsv3i_logits_check(logits, V));
-    if (k < 1 || scratch == NULL) return DSV3_ERR_ARG;
-    if (k >= V) return DSV3_OK;
+    DSV3I_TRY(dsv3i_logits_check(logits, V, error));
+    if (scratch == NULL) return dsv3i_fail_null(error, "scratch");
+    if (k < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "k", "is 0: no token would be left");
+    if (k >= V) return dsv3i_ok(error);
     for (size_t i = 0; i < k; i++) scratch[i] = dsv3i_negated(logits, i);
     for (size_t i = k / 2; i > 0; i--) dsv3i_heap_sink(scratch, k, i - 1);
     for (size_t i = k; i < V; i++) {
@@ -5646,25 +5695,26 @@ DSV3_API dsv3_result dsv3_logits_top_k(float *logits, size_t V, size_t k, dsv3_c
     for (size_t i = 0; i < V; i++) {
         if (dsv3i_before(dsv3i_negated(logits, i), scratch[0])) logits[i] = dsv3i_never();
     }
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 DSV3_API dsv3_result dsv3_logits_min_p(float *logits, size_t V, float min_p, dsv3_error *error) {
     float least;
-    DSV3I_TRY(dsv3i_logits_check(logits, V));
-    if (!(min_p >= 0.0f) || min_p > 1.0f) return DSV3_ERR_ARG;
+    DSV3I_TRY(dsv3i_logits_check(logits, V, error));
+    if (!(min_p >= 0.0f) || min_p > 1.0f) return dsv3i_fail(error, DSV3_ERR_ARG, "min_p", "is not between 0 and 1");
     least = min_p > 0.0f ? dsv3i_max_float(logits, V) + DSV3_LOGF(min_p) : dsv3i_never();
     for (size_t i = 0; i < V; i++) {
         if (logits[i] < least) logits[i] = dsv3i_never();
     }
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 DSV3_API dsv3_result dsv3_logits_penalty(float *logits, size_t V, const int32_t *token, size_t n, float penalty,
                                          uint8_t *seen, dsv3_error *error) {
-    DSV3I_TRY(dsv3i_logits_check(logits, V));
-    if (!(penalty > 0.0f) || penalty > FLT_MAX || seen == NULL) return DSV3_ERR_ARG;
-    DSV3I_TRY(dsv3i_ids_check(token, n, V));
+    DSV3I_TRY(dsv3i_logits_check(logits, V, error));
+    if (seen == NULL) return dsv3i_fail_null(error, "seen");
+    if (!(penalty > 0.0f) || penalty > FLT_MAX) return dsv3i_fail(error, DSV3_ERR_ARG, "penalty", "must be positive and finite");
+    DSV3I_TRY(dsv3i_ids_check(token, n, V, error));
     DSV3_MEMSET(seen, 0, (V + 7) / 8);
     for (size_t i = 0; i < n; i++) {
         size_t id = (size_t)token[i];
@@ -5673,19 +5723,21 @@ DSV3_API dsv3_result dsv3_logits_penalty(float *logits, size_t V, const int32_t 
         seen[id >> 3] = (uint8_t)(seen[id >> 3] | bit);
         logits[id] = logits[id] > 0.0f ? logits[id] / penalty : logits[id] * penalty;
     }
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 DSV3_API dsv3_result dsv3_logits_bias(float *logits, size_t V, const int32_t *token, const float *bias, size_t n,
                                       dsv3_error *error) {
-    DSV3I_TRY(dsv3i_logits_check(logits, V));
-    if (bias == NULL && n > 0) return DSV3_ERR_ARG;
-    DSV3I_TRY(dsv3i_ids_check(token, n, V));
+    DSV3I_TRY(dsv3i_logits_check(logits, V, error));
+    if (bias == NULL && n > 0) return dsv3i_fail_null(error, "bias");
+    DSV3I_TRY(dsv3i_ids_check(token, n, V, error));
     for (size_t i = 0; i < n; i++) {
-        if (!(bias[i] <= FLT_MAX)) return DSV3_ERR_ARG;
+        if (!(bias[i] <= FLT_MAX)) {
+            return dsv3i_fail_where(error, DSV3_ERR_ARG, "bias", "is NaN or plus infinity at index", (int64_t)i);
+        }
     }
     for (size_t i = 0; i < n; i++) logits[token[i]] += bias[i];
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 /* ---- A sequence: caches, the text, and rings of the last `window` positions. hidden of depth j holds h_i^j, the states that
@@ -5724,18 +5776,20 @@ static void dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, siz
     s->window = dsv3i_add(dsv3i_max(rows, s->max_drafts + 1), s->n_modules + 2);
     z = dsv3i_sequence_sizes_of(s, capacity, (size_t)model->config.vocab_size);
     dsv3i_take_arrays(l, s, dsv3i_sequence_arrays, DSV3I_COUNT(dsv3i_sequence_arrays), &z);
-    (void)dsv3i_cache_layout(&s->cache, &model->config, 0, capacity, type, l);
+    (void)dsv3i_cache_layout(&s->cache, &model->config, 0, capacity, type, l, NULL);
     for (size_t k = 0; k < s->n_modules; k++) {
         dsv3_cache cache;
-        (void)dsv3i_cache_layout(&cache, &model->config, 1, capacity, type, l);
+        (void)dsv3i_cache_layout(&cache, &model->config, 1, capacity, type, l, NULL);
         if (l->base != NULL) s->modules[k] = cache;
     }
 }
 
 DSV3_API dsv3_result dsv3_sequence_size(const dsv3_model *model, size_t capacity, dsv3_type type, size_t rows,
                                         size_t drafts, size_t *bytes, dsv3_error *error) {
-    if (model == NULL || rows < 1) return DSV3_ERR_ARG;
-    if (drafts > DSV3_MAX_DRAFTS || (uint64_t)rows > (uint64_t)DSV3_MAX_SEQ) return DSV3_ERR_LIMIT;
+    if (model == NULL) return dsv3i_fail_null(error, "model");
+    DSV3I_TRY(dsv3i_check_count(error, "rows", rows, DSV3_MAX_SEQ));
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_LIMIT, "drafts", "are more than a step can have",
+                                  (int64_t)dsv3i_min(drafts, INT32_MAX), 0, DSV3_MAX_DRAFTS));
     DSV3I_TRY(dsv3_cache_size(&model->config, capacity, type, bytes, error)); /* checks the rest */
     DSV3I_SIZE(dsv3_sequence, bytes, dsv3i_sequence_layout(&it, model, capacity, type, rows, drafts, &l));
 }
@@ -5756,7 +5810,7 @@ DSV3_API dsv3_result dsv3_sequence_init(const dsv3_model *model, dsv3_sequence *
         s->drafted[j] = s->accepted[j] = 0;
         s->rate[j] = DSV3I_RATE;
     }
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 /* h_position^depth [d] */
@@ -5776,14 +5830,21 @@ DSV3_API dsv3_state dsv3_sequence_state(const dsv3_sequence *s) {
 
 DSV3_API dsv3_result dsv3_sequence_append(const dsv3_model *model, dsv3_sequence *s, const int32_t *token, size_t n,
                                           dsv3_error *error) {
-    if (s == NULL || model == NULL || token == NULL || n < 1 || s->prompt_left > 0) return DSV3_ERR_ARG;
+    size_t room;
+    if (s == NULL || model == NULL || token == NULL) return dsv3i_fail_null(error, "argument");
+    if (n < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "n", "is 0");
+    if (s->prompt_left > 0) return dsv3i_fail(error, DSV3_ERR_ARG, "sequence", "has an earlier prompt that is not yet read");
     for (size_t i = 0; i < n; i++) {
-        if (token[i] < 0 || token[i] >= model->config.vocab_size) return DSV3_ERR_TOKEN;
+        DSV3I_TRY(dsv3i_check_token(error, "token", i, model->config.vocab_size, token[i]));
     }
-    if (n > dsv3i_sub(s->cache.capacity, dsv3_sequence_length(s))) return DSV3_ERR_FULL;
+    room = dsv3i_sub(s->cache.capacity, dsv3_sequence_length(s));
+    if (n > room) {
+        return dsv3i_fail_range(error, DSV3_ERR_FULL, "n", "is more than the caches have room for", 0, (int64_t)room,
+                                (int64_t)n);
+    }
     s->prompt = token;
     s->prompt_left = n;
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 /* All modules forget positions >= end, and those at which they read tokens from t_length on (module k: t_{i+k}). */
@@ -5797,7 +5858,11 @@ static void dsv3i_modules_keep(dsv3_sequence *s, size_t end, size_t length) {
 DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *s, size_t length, size_t *kept, dsv3_error *error) {
     size_t oldest = length, begin;
     int ahead = 0; /* a module knows tokens that were to be appended again: perhaps they will not be */
-    if (s == NULL || length > dsv3_sequence_length(s)) return DSV3_ERR_ARG;
+    if (s == NULL) return dsv3i_fail_null(error, "sequence");
+    if (length > dsv3_sequence_length(s)) {
+        return dsv3i_fail_range(error, DSV3_ERR_ARG, "length", "is more than the text has", 0,
+                                (int64_t)dsv3_sequence_length(s), (int64_t)length);
+    }
     s->prompt_left = 0;
     if (length < dsv3_sequence_length(s)) s->stopped = 0;
     if (kept != NULL) *kept = length;
@@ -5806,33 +5871,36 @@ DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *s, size_t length, siz
         ahead |= known > dsv3i_sub(length, k);
         oldest = dsv3i_min(oldest, dsv3i_min(known, dsv3i_sub(length, dsv3i_max(k, 2)))); /* to be read again */
     }
-    if (length == dsv3_sequence_length(s) && !ahead) return DSV3_OK;
+    if (length == dsv3_sequence_length(s) && !ahead) return dsv3i_ok(error);
     begin = s->n_modules > 0 ? dsv3i_sub(s->top, s->window) : 0; /* of what the rings still hold */
     if (length == 0 || oldest >= begin) {
         s->pending = length > 0;
         s->cache.length = length - (length > 0);
         dsv3i_modules_keep(s, SIZE_MAX, length);
         if (length == 0) s->top = 0;
-        return DSV3_OK;
+        return dsv3i_ok(error);
     }
     s->pending = s->stopped = 0;
     s->cache.length = dsv3i_sub(length, s->n_modules);
     dsv3i_modules_keep(s, s->cache.length, SIZE_MAX);
     s->top = s->cache.length + s->window; /* from here on the rings are filled anew */
     if (kept != NULL) *kept = s->cache.length;
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *s, dsv3_error *error) {
     dsv3_sequence own;
     dsv3i_sequence_sizes z;
-    if (to == NULL || s == NULL) return DSV3_ERR_ARG;
-    if (to == s) return DSV3_OK;
+    size_t need;
+    if (to == NULL || s == NULL) return dsv3i_fail_null(error, "argument");
+    if (to == s) return dsv3i_ok(error);
     if (to->made_for != s->made_for || to->n_modules != s->n_modules || to->max_drafts != s->max_drafts ||
         to->window != s->window) {
-        return DSV3_ERR_MISMATCH;
+        return dsv3i_fail(error, DSV3_ERR_MISMATCH, "to", "was made for another model, rows or drafts");
     }
-    if (dsv3_sequence_length(s) + s->prompt_left > to->cache.capacity + (s->prompt_left == 0)) return DSV3_ERR_FULL;
+    need = dsv3_sequence_length(s) + s->prompt_left - (s->prompt_left == 0 && s->pending);
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_FULL, "to", "has too few positions", (int64_t)to->cache.capacity,
+                                  (int64_t)need, INT64_MAX));
     DSV3I_TRY(dsv3_cache_copy(&to->cache, &s->cache, error));
     for (size_t k = 0; k < to->n_modules; k++) DSV3I_TRY(dsv3_cache_copy(&to->modules[k], &s->modules[k], error));
     DSV3_MEMCPY(to->history, s->history, dsv3_sequence_length(s) * sizeof *s->history);
@@ -5849,7 +5917,7 @@ DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *
         DSV3_MEMCPY((unsigned char *)to + p->at, &array, sizeof array);
         if (p->part == 0 && bytes > 0) DSV3_MEMCPY(array, from, bytes);
     }
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 /* ---- Rows of several sequences, gathered for one call */
@@ -6076,7 +6144,7 @@ static dsv3_result dsv3i_choose(const dsv3i_step *a, size_t i, float *logits) {
         if (s->want_log_p) {
             double log_p;
             DSV3I_TRY(dsv3_sample_log_p(&log_p, NULL, *token, logits, V, greedy ? 1.0f : s->temperature,
-                                        greedy ? 1.0f : s->top_p, s->candidates, error));
+                                        greedy ? 1.0f : s->top_p, s->candidates, a->error));
             s->log_p[j] = (float)log_p;
         }
         s->history[length] = *token;
@@ -6346,7 +6414,7 @@ static void dsv3i_parameters_layout(dsv3_parameters *q, const dsv3_config *confi
 }
 
 DSV3_API dsv3_result dsv3_parameters_size(const dsv3_config *config, size_t *bytes, dsv3_error *error) {
-    DSV3I_TRY(dsv3_config_check(config, NULL));
+    DSV3I_TRY(dsv3_config_check(config, error));
     DSV3I_SIZE(dsv3_parameters, bytes, dsv3i_parameters_layout(&it, config, &l));
 }
 
@@ -6355,7 +6423,7 @@ DSV3_API dsv3_result dsv3_parameters_init(const dsv3_config *config, dsv3_parame
     DSV3I_INIT(parameters, dsv3_parameters_size(config, &need, error));
     DSV3_MEMSET(parameters, 0, sizeof *parameters);
     dsv3i_parameters_layout(parameters, config, &l);
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 static dsv3_result dsv3i_load_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
@@ -6375,13 +6443,17 @@ DSV3_API dsv3_result dsv3_parameters_from_model(dsv3_parameters *parameters, con
     dsv3i_flat flat = {NULL, 0, 0};
     dsv3_model copy;
     const dsv3_config *config;
-    if (parameters == NULL || from == NULL) return DSV3_ERR_ARG;
+    if (parameters == NULL || from == NULL) return dsv3i_fail_null(error, "argument");
     config = &parameters->model.config;
-    if (dsv3i_fingerprint(config) != dsv3i_fingerprint(&from->config)) return DSV3_ERR_MISMATCH;
-    if (from->n_mtp < parameters->model.n_mtp) return DSV3_ERR_MISMATCH;
+    if (dsv3i_fingerprint(config) != dsv3i_fingerprint(&from->config)) {
+        return dsv3i_fail(error, DSV3_ERR_MISMATCH, "model", "is of another config");
+    }
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MISMATCH, "model", "has too few MTP modules", from->n_mtp,
+                                  parameters->model.n_mtp, INT32_MAX));
     copy = *from;
     flat.data = parameters->data;
-    return dsv3i_walk_parameters(config, &copy, &flat, dsv3i_load_tensor);
+    DSV3I_TRY(dsv3i_walk_parameters(config, &copy, &flat, dsv3i_load_tensor));
+    return dsv3i_ok(error);
 }
 
 typedef struct dsv3i_random {
@@ -6398,7 +6470,7 @@ static float dsv3i_normal(dsv3_rng *rng) {
 static dsv3_result dsv3i_random_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     dsv3i_random *r = (dsv3i_random *)w->user;
     size_t n = w->info.rows * w->info.cols;
-    float fill = w->info.group == DSV3_KIND_ROUTER ? 0.0f : 1.0f;
+    float fill = w->info.kind == DSV3_KIND_ROUTER ? 0.0f : 1.0f;
     (void)slot;
     for (size_t i = 0; i < n; i++) r->data[i] = w->info.rank == 1 ? fill : r->std * dsv3i_normal(r->rng);
     r->data += n;
@@ -6496,7 +6568,7 @@ static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const d
     dsv3i_workspace_layout(&at->workspace, c, n, threads, l);
     DSV3I_TRAINER(DSV3I_TAKE)
     for (size_t i = 0; i < s->sequences; i++) {
-        (void)dsv3i_cache_layout(exists ? &at->caches[i] : &cache, c, 1, s->longest, DSV3_F32, l);
+        (void)dsv3i_cache_layout(exists ? &at->caches[i] : &cache, c, 1, s->longest, DSV3_F32, l, NULL);
     }
     for (size_t i = 0; i < layers; i++) {
         int32_t keep = s->keep_layers != NULL ? s->keep_layers[i] : s->keep;
@@ -6508,9 +6580,12 @@ static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const d
 
 DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_training *s, size_t threads,
                                        size_t *bytes, dsv3_error *error) {
-    DSV3I_TRY(dsv3_config_check(config, NULL));
-    if (s == NULL || s->rows < 1 || s->sequences < 1 || s->longest < 1 || threads < 1) return DSV3_ERR_ARG;
-    if (dsv3i_max(s->rows, s->longest) > (uint64_t)DSV3_MAX_SEQ || s->sequences > s->rows) return DSV3_ERR_LIMIT;
+    DSV3I_TRY(dsv3_config_check(config, error));
+    if (s == NULL) return dsv3i_fail_null(error, "settings");
+    DSV3I_TRY(dsv3i_check_count(error, "rows", s->rows, DSV3_MAX_SEQ));
+    DSV3I_TRY(dsv3i_check_count(error, "sequences", s->sequences, (int64_t)s->rows));
+    DSV3I_TRY(dsv3i_check_count(error, "longest", s->longest, DSV3_MAX_SEQ));
+    DSV3I_TRY(dsv3i_check_count(error, "threads", threads, INT64_MAX));
     DSV3I_SIZE(dsv3_trainer, bytes, dsv3i_trainer_layout(&it, config, s, threads, &l));
 }
 
@@ -6532,7 +6607,8 @@ DSV3_API dsv3_result dsv3_trainer_init(const dsv3_config *config, dsv3_trainer *
     DSV3_MEMSET(t->balancer.load_all, 0, t->balancer.layers * t->balancer.E * sizeof *t->balancer.load_all);
     t->balancer.schedule.speed = 0.001;
     t->losses.depths = (size_t)config->num_nextn_predict_layers;
-    return dsv3_train_begin(t, NULL, 0);
+    (void)dsv3_train_begin(t, NULL, 0);
+    return dsv3i_ok(error);
 }
 
 /* ---- Begin */
@@ -6733,7 +6809,7 @@ static dsv3_result dsv3i_optimizer_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     const dsv3_training *s = &o->t->settings;
     const dsv3_tensor_info *info = &w->info;
     size_t n = info->rows * info->cols;
-    int skip = (info->group == DSV3_KIND_ROUTER && info->rank == 1) || dsv3i_matches_any(s->frozen, info->name);
+    int skip = (info->kind == DSV3_KIND_ROUTER && info->rank == 1) || dsv3i_matches_any(s->frozen, info->name);
     (void)slot;
     for (size_t i = 0; i < n && !skip; i += DSV3I_RUN) {
         dsv3i_squares *run = &o->t->squares[o->runs++];
@@ -6797,7 +6873,7 @@ static void dsv3i_ema_task(void *arg, size_t begin, size_t end, size_t worker) {
 static dsv3_result dsv3i_bias_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     const dsv3_trainer *t = (const dsv3_trainer *)w->user;
     size_t E = w->info.cols;
-    if (w->info.group != DSV3_KIND_ROUTER || w->info.rank != 1) return DSV3_OK;
+    if (w->info.kind != DSV3_KIND_ROUTER || w->info.rank != 1) return DSV3_OK;
     if (dsv3i_matches_any(t->settings.frozen, w->info.name)) return DSV3_OK;
     DSV3_MEMCPY(dsv3i_grad(slot), t->bias + (size_t)w->info.layer * E, E * sizeof *t->bias);
     return DSV3_OK;
@@ -7052,16 +7128,18 @@ static dsv3i_save dsv3i_save_of(size_t kind, const dsv3_config *config, uint64_t
 }
 
 static dsv3_result dsv3i_save_size(dsv3i_save *f, void *object, size_t *bytes) {
-    if (bytes == NULL) return DSV3_ERR_ARG;
+    if (bytes == NULL) return dsv3i_fail_null(f->error, "bytes");
     (void)dsv3i_save_run(f, DSV3I_SAVE_MEASURE, object);
     *bytes = f->at < SIZE_MAX ? f->at : 0;
-    return f->at < SIZE_MAX ? DSV3_OK : DSV3_ERR_OVERFLOW;
+    if (f->at < SIZE_MAX) return dsv3i_ok(f->error);
+    return dsv3i_fail(f->error, DSV3_ERR_OVERFLOW, "bytes", "are more than size_t can count");
 }
 
 static dsv3_result dsv3i_save_write(dsv3i_save *f, void *object, void *data, size_t bytes) {
-    if (data == NULL) return DSV3_ERR_ARG;
+    if (data == NULL) return dsv3i_fail_null(f->error, "data");
     DSV3I_TRY(dsv3i_save_size(f, object, &f->bytes));
-    if (bytes < f->bytes) return DSV3_ERR_MEMORY;
+    DSV3I_TRY(dsv3i_check_between(f->error, DSV3_ERR_MEMORY, "bytes", "are too few", (int64_t)bytes, (int64_t)f->bytes,
+                                  INT64_MAX));
     f->to = (unsigned char *)data;
     return dsv3i_save_run(f, DSV3I_SAVE_WRITE, object);
 }
@@ -7110,19 +7188,21 @@ static int dsv3i_save_cache_fits(const dsv3_cache *c, const dsv3_config *config)
 }
 
 DSV3_API dsv3_result dsv3_cache_save_size(const dsv3_cache *cache, size_t *bytes, dsv3_error *error) {
-    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_CACHE, NULL, 0, dsv3i_save_cache_walk, NULL);
+    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_CACHE, NULL, 0, dsv3i_save_cache_walk, error);
     dsv3_cache copy;
-    if (cache == NULL) return DSV3_ERR_ARG;
+    if (cache == NULL) return dsv3i_fail_null(error, "cache");
     copy = *cache;
     return dsv3i_save_size(&f, &copy, bytes);
 }
 
 DSV3_API dsv3_result dsv3_cache_save(const dsv3_config *config, const dsv3_cache *cache, uint64_t tag, void *data,
                                      size_t bytes, dsv3_error *error) {
-    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_CACHE, config, tag, dsv3i_save_cache_walk, NULL);
+    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_CACHE, config, tag, dsv3i_save_cache_walk, error);
     dsv3_cache copy;
-    if (cache == NULL || config == NULL) return DSV3_ERR_ARG;
-    if (!dsv3i_save_cache_fits(cache, config)) return DSV3_ERR_MISMATCH;
+    if (cache == NULL || config == NULL) return dsv3i_fail_null(error, "argument");
+    if (!dsv3i_save_cache_fits(cache, config)) {
+        return dsv3i_fail(error, DSV3_ERR_MISMATCH, "cache", "was made for another model");
+    }
     copy = *cache;
     return dsv3i_save_write(&f, &copy, data, bytes);
 }
@@ -7218,19 +7298,22 @@ static void dsv3i_save_sequence_walk(dsv3i_save *f, void *object) {
 }
 
 DSV3_API dsv3_result dsv3_sequence_save_size(const dsv3_sequence *s, size_t *bytes, dsv3_error *error) {
-    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_SEQUENCE, NULL, 0, dsv3i_save_sequence_walk, NULL);
+    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_SEQUENCE, NULL, 0, dsv3i_save_sequence_walk, error);
     dsv3_sequence copy;
-    if (s == NULL) return DSV3_ERR_ARG;
+    if (s == NULL) return dsv3i_fail_null(error, "sequence");
     copy = *s;
     return dsv3i_save_size(&f, &copy, bytes);
 }
 
 DSV3_API dsv3_result dsv3_sequence_save(const dsv3_model *model, const dsv3_sequence *s, uint64_t tag, void *data,
                                         size_t bytes, dsv3_error *error) {
-    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_SEQUENCE, NULL, tag, dsv3i_save_sequence_walk, NULL);
+    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_SEQUENCE, NULL, tag, dsv3i_save_sequence_walk, error);
     dsv3_sequence copy;
-    if (s == NULL || model == NULL || s->prompt_left > 0) return DSV3_ERR_ARG;
-    if (s->made_for != dsv3i_fingerprint(&model->config)) return DSV3_ERR_MISMATCH;
+    if (s == NULL || model == NULL) return dsv3i_fail_null(error, "argument");
+    if (s->prompt_left > 0) return dsv3i_fail(error, DSV3_ERR_ARG, "sequence", "has a prompt that is not yet read");
+    if (s->made_for != dsv3i_fingerprint(&model->config)) {
+        return dsv3i_fail(error, DSV3_ERR_MISMATCH, "sequence", "was made for another model");
+    }
     f.config = &model->config;
     copy = *s;
     return dsv3i_save_write(&f, &copy, data, bytes);
@@ -7278,18 +7361,18 @@ static dsv3i_save_state dsv3i_save_state_of(const dsv3_trainer *t) {
 }
 
 DSV3_API dsv3_result dsv3_trainer_save_size(const dsv3_trainer *t, size_t *bytes, dsv3_error *error) {
-    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_TRAINER, NULL, 0, dsv3i_save_trainer_walk, NULL);
+    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_TRAINER, NULL, 0, dsv3i_save_trainer_walk, error);
     dsv3i_save_state state;
-    if (t == NULL) return DSV3_ERR_ARG;
+    if (t == NULL) return dsv3i_fail_null(error, "trainer");
     state = dsv3i_save_state_of(t);
     return dsv3i_save_size(&f, &state, bytes);
 }
 
 DSV3_API dsv3_result dsv3_trainer_save(const dsv3_trainer *t, uint64_t tag, void *data, size_t bytes,
                                        dsv3_error *error) {
-    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_TRAINER, NULL, tag, dsv3i_save_trainer_walk, NULL);
+    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_TRAINER, NULL, tag, dsv3i_save_trainer_walk, error);
     dsv3i_save_state state;
-    if (t == NULL) return DSV3_ERR_ARG;
+    if (t == NULL) return dsv3i_fail_null(error, "trainer");
     f.config = &t->weights.model.config;
     state = dsv3i_save_state_of(t);
     return dsv3i_save_write(&f, &state, data, bytes);
@@ -8789,7 +8872,7 @@ static void dsv3i_pack_kv_b(dsv3i_packing *a, dsv3_layer *w, const dsv3i_dims *m
 static dsv3_result dsv3i_pack_visit(dsv3i_walk *w, dsv3_tensor *slot) {
     dsv3i_packing *a = (dsv3i_packing *)w->user;
     dsv3_layer *layer = w->info.layer >= 0 ? &a->model->layers[w->info.layer] : NULL;
-    dsv3_mtp *mtp = w->info.group == DSV3_KIND_MTP ? &a->model->mtp[(size_t)w->info.layer - w->m.L] : NULL;
+    dsv3_mtp *mtp = w->info.kind == DSV3_KIND_MTP ? &a->model->mtp[(size_t)w->info.layer - w->m.L] : NULL;
     if (slot->data == NULL || w->info.rank == 1 || slot == &a->model->embed_tokens) return DSV3_OK;
     if (mtp != NULL && (slot == &mtp->embed_tokens || slot->data == a->head)) return DSV3_OK;
     if (layer != NULL && slot == &layer->kv_b_proj) {
@@ -10859,7 +10942,7 @@ DSV3I_BACKEND(dsv3i_amx, dsv3i_avx512, NULL, dsv3i_bf16_widen_f8, dsv3i_bf16_rou
 DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_model *model, size_t *bytes,
                                     dsv3_error *error) {
     dsv3i_layout l = {NULL, 0};
-    if (context == NULL || model == NULL || bytes == NULL) return DSV3_ERR_ARG;
+    if (context == NULL || model == NULL || bytes == NULL) return dsv3i_fail_null(error, "argument");
 #ifdef DSV3I_ENGINE
     if (context->ops->own != NULL) {
         dsv3_model view = *model; /* its tables are not written to, since there is no memory to point to */
@@ -10867,19 +10950,19 @@ DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_mode
     }
 #endif
     *bytes = 0;
-    return l.used == 0 ? DSV3_OK : dsv3i_layout_size(&l, bytes);
+    return l.used == 0 ? dsv3i_ok(error) : dsv3i_layout_size(&l, bytes, error);
 }
 
 DSV3_API dsv3_result dsv3_pack(const dsv3_context *context, dsv3_model *model, void *memory, size_t bytes,
                                dsv3_error *error) {
     size_t need;
     DSV3I_TRY(dsv3_pack_size(context, model, &need, error));
-    if (need == 0) return DSV3_OK;
-    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
+    if (need == 0) return dsv3i_ok(error);
+    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need, error));
 #ifdef DSV3I_ENGINE
     (void)dsv3i_pack_model(context, model, memory);
 #endif
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 /* ---- The choice */
@@ -10930,7 +11013,7 @@ static const dsv3i_ops *dsv3i_ops_of(dsv3_backend backend) {
 DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backend, size_t threads,
                                        dsv3_error *error) {
     dsv3_backend best = dsv3i_best_backend();
-    if (context == NULL) return DSV3_ERR_ARG;
+    if (context == NULL) return dsv3i_fail_null(error, "context");
     DSV3_MEMSET(context, 0, sizeof *context);
 #ifdef DSV3I_TILES
     if (best == DSV3_BACKEND_AMX && ((backend != DSV3_BACKEND_AUTO && backend != best) || !dsv3i_amx_permit())) {
@@ -10940,20 +11023,23 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
     if (best == DSV3_BACKEND_AMX) best = DSV3_BACKEND_AVX512_BF16;
 #endif
     if (backend == DSV3_BACKEND_AUTO) backend = best;
-    if ((int)backend < (int)DSV3_BACKEND_REFERENCE || (int)backend > (int)best) return DSV3_ERR_UNSUPPORTED;
+    if ((int)backend < (int)DSV3_BACKEND_REFERENCE || (int)backend > (int)best) {
+        return dsv3i_fail_range(error, DSV3_ERR_UNSUPPORTED, "backend", "is not compiled in, or this machine cannot run it",
+                                DSV3_BACKEND_REFERENCE, (int64_t)best, (int64_t)backend);
+    }
     context->ops = dsv3i_ops_of(backend);
     context->backend = dsv3_backend_name(backend);
     context->threads = 1;
     context->compute = DSV3_EXACT;
     context->attention = DSV3_ATTENTION_AUTO;
 #if defined(_OPENMP) && !defined(DSV3_NO_OPENMP)
-    if (threads > INT_MAX / 8) return DSV3_ERR_LIMIT;
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_LIMIT, "threads", "are too many", (int64_t)dsv3i_min(threads, INT_MAX), 0, INT_MAX / 8));
     context->threads = threads != 0 ? threads : (size_t)omp_get_max_threads();
     context->parallel_for = dsv3i_parallel_openmp;
 #else
     (void)threads;
 #endif
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 #endif /* DSV3_IMPLEMENTATION */

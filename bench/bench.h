@@ -498,10 +498,10 @@ typedef struct bench_synthetic {
 /* As in the published checkpoints: router biases are F32; beside FP8 matrices everything else is BF16. Q8_0 and Q4_0
  * hold for every matrix but the router's whose rows are whole blocks; the rest is BF16. */
 static inline dsv3_type bench_tensor_type(const dsv3_tensor_info *info, dsv3_type type) {
-    if (info->group == DSV3_KIND_ROUTER && info->rank == 1) return DSV3_F32;
+    if (info->kind == DSV3_KIND_ROUTER && info->rank == 1) return DSV3_F32;
     if (type == DSV3_F8_E4M3) return info->quantised ? type : DSV3_BF16;
     if (dsv3_type_block(type) > 1 &&
-        (info->rank == 1 || info->group == DSV3_KIND_ROUTER || info->cols % dsv3_type_block(type) != 0)) {
+        (info->rank == 1 || info->kind == DSV3_KIND_ROUTER || info->cols % dsv3_type_block(type) != 0)) {
         return DSV3_BF16;
     }
     return type;
@@ -547,11 +547,11 @@ static inline size_t bench_layout(bench_synthetic *s, const dsv3_config *c) {
         if (t->info.expert >= 0) {
             experts += bytes;
             expert_macs += macs;
-        } else if (t->info.group == DSV3_KIND_EMBED) {
+        } else if (t->info.kind == DSV3_KIND_EMBED) {
             s->active_bytes += bytes / t->info.rows + (c->tie_word_embeddings ? bytes : 0);
         } else {
             s->active_bytes += bytes;
-            if (t->info.group != DSV3_KIND_HEAD) s->active_macs += macs;
+            if (t->info.kind != DSV3_KIND_HEAD) s->active_macs += macs;
         }
     }
     if (c->n_routed_experts > 0) { /* every expert has the same size: the quotients are exact */
@@ -663,7 +663,7 @@ static inline void bench_fill_tensor(const dsv3_context *context, const bench_te
     f.words = (uint64_t *)(void *)(arena + t->at);
     f.n = bench_blocks(t->bytes, sizeof(uint64_t)); /* up to 7 bytes of the padding behind the tensor */
     f.seed = seed;
-    if (t->info.rank == 1 && t->info.group != DSV3_KIND_ROUTER) {
+    if (t->info.rank == 1 && t->info.kind != DSV3_KIND_ROUTER) {
         f.keep = bench_lanes(((uint64_t)1 << mantissa) - 1, type);
         f.add = bench_lanes((uint64_t)(bias - 1) << mantissa, type);
     } else {

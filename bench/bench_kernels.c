@@ -118,7 +118,7 @@ static void weights_init(bench_weights *w, const dsv3_context *context, dsv3_typ
     memset(w, 0, sizeof *w);
     t->info.rank = t->tensor.rank = 2;
     t->info.expert = -1;
-    t->info.group = DSV3_KIND_DENSE;
+    t->info.kind = DSV3_KIND_DENSE;
     t->info.rows = t->tensor.rows = rows;
     t->info.cols = t->tensor.cols = cols;
     t->tensor.type = type;

@@ -143,7 +143,7 @@ static void run_init(bench_run *r) {
     for (size_t i = 0; i < r->synthetic.count; i++) { /* what belongs to no layer is not read */
         const bench_tensor *t = &r->synthetic.tensors[i];
         size_t all = t->bytes + t->scale_bytes;
-        if (t->info.layer < 0) r->read_bytes += t->info.group == DSV3_KIND_EMBED ? all / t->info.rows : all;
+        if (t->info.layer < 0) r->read_bytes += t->info.kind == DSV3_KIND_EMBED ? all / t->info.rows : all;
     }
     r->read_bytes = r->synthetic.active_bytes - r->read_bytes;
 }

@@ -239,7 +239,7 @@ static void case_measure(bench_case *k, bench_run *r, bench_reader *reader) {
     k->touched = (double)s->weight_bytes;
     for (size_t i = 0; i < s->count; i++) {
         const bench_tensor *t = &s->tensors[i];
-        if (t->info.group == DSV3_KIND_EMBED || t->info.layer >= c->num_hidden_layers) {
+        if (t->info.kind == DSV3_KIND_EMBED || t->info.layer >= c->num_hidden_layers) {
             k->touched -= (double)(t->bytes + t->scale_bytes);
         }
     }

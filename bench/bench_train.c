@@ -145,7 +145,7 @@ typedef struct bench_count {
 static dsv3_result count_tensor(void *user, const dsv3_tensor_info *info) {
     bench_count *n = (bench_count *)user;
     size_t *to = info->layer >= n->config->num_hidden_layers ? &n->module : &n->main;
-    if (info->rank != 2 || info->optional || info->group == DSV3_KIND_EMBED) return DSV3_OK;
+    if (info->rank != 2 || info->optional || info->kind == DSV3_KIND_EMBED) return DSV3_OK;
     if (info->expert >= n->config->num_experts_per_tok) return DSV3_OK; /* all experts have the same size */
     *to += info->rows * info->cols;
     return DSV3_OK;

@@ -1223,7 +1223,7 @@ typedef struct checkpointi_save {
 static size_t checkpointi_blocks(size_t n) { return n / DSV3_BLOCK + (n % DSV3_BLOCK != 0); }
 
 dsv3_type checkpoint_type_of(const dsv3_tensor_info *info, dsv3_type type) {
-    int is_router = info->group == DSV3_KIND_ROUTER;
+    int is_router = info->kind == DSV3_KIND_ROUTER;
     if (is_router && info->rank == 1) return DSV3_F32;
     if (type == DSV3_F8_E4M3) return info->quantised ? type : DSV3_BF16;
     if (dsv3_type_block(type) == 1) return type;

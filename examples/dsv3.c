@@ -2054,13 +2054,13 @@ static dsv3_result plan_tensor(void *user, const dsv3_tensor_info *info) {
         one.bytes += 4 * ((rows + DSV3_BLOCK - 1) / DSV3_BLOCK) * ((cols + DSV3_BLOCK - 1) / DSV3_BLOCK);
         one.tensors = 2;
     }
-    if (info->group == DSV3_KIND_EXPERTS && info->expert >= p->config->num_experts_per_tok) one.active = 0;
+    if (info->kind == DSV3_KIND_EXPERTS && info->expert >= p->config->num_experts_per_tok) one.active = 0;
     if (info->optional) {
         plan_add(&p->copies, &one);
     } else if (info->layer >= p->config->num_hidden_layers) {
         plan_add(&p->mtp, &one);
     } else {
-        plan_add(&p->group[info->group], &one);
+        plan_add(&p->group[info->kind], &one);
         plan_add(&p->main, &one);
     }
     return DSV3_OK;
@@ -2986,7 +2986,7 @@ static dsv3_result train_match_visit(void *user, const dsv3_tensor_info *info) {
     train_names *n = (train_names *)user;
     int found = !info->optional && train_matches(n->pattern, info->name);
     n->matches += found != 0;
-    n->shared += found && info->group == DSV3_KIND_SHARED;
+    n->shared += found && info->kind == DSV3_KIND_SHARED;
     return DSV3_OK;
 }
 

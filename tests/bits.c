@@ -286,7 +286,7 @@ static size_t blocks_of(size_t n) { return (n + 127) / 128; }
 static dsv3_result add_weight(void *user, const dsv3_tensor_info *info) {
     model *m = (model *)user;
     weight *w;
-    float high = info->group == DSV3_GROUP_EMBED ? 1.7f : (float)sqrt(3.0 / (double)info->cols), low = -high;
+    float high = info->kind == DSV3_GROUP_EMBED ? 1.7f : (float)sqrt(3.0 / (double)info->cols), low = -high;
     if (info->optional && m->which == SMALL)
         return DSV3_OK; /* its modules have the main model's embedding and head */
     if (m->count == m->room) {
@@ -298,7 +298,7 @@ static dsv3_result add_weight(void *user, const dsv3_tensor_info *info) {
     memset(w, 0, sizeof *w);
     w->info = *info;
     if (info->rank == 1) low = 0.75f, high = 1.25f;
-    if (info->group == DSV3_GROUP_ROUTER && info->rank == 1) low = -0.1f, high = 0.1f;
+    if (info->kind == DSV3_GROUP_ROUTER && info->rank == 1) low = -0.1f, high = 0.1f;
     seed = hash(7, info->name, strlen(info->name)); /* the order of tensors does not matter */
     w->value = random_floats(info->rows * info->cols, low, high);
     return DSV3_OK;
@@ -314,11 +314,11 @@ static dsv3_type mixed_type(const dsv3_tensor_info *info) {
 }
 
 static dsv3_type weight_type(int type, const dsv3_tensor_info *info) {
-    int is_bias = info->group == DSV3_GROUP_ROUTER && info->rank == 1;
-    int is_plain = info->rank == 1 || info->group == DSV3_GROUP_ROUTER;
+    int is_bias = info->kind == DSV3_GROUP_ROUTER && info->rank == 1;
+    int is_plain = info->rank == 1 || info->kind == DSV3_GROUP_ROUTER;
     if (is_bias || type == DSV3_F32) return DSV3_F32;
     if (type == MIXED) return mixed_type(info);
-    if (type == DSV3_F8_E4M3) return is_plain || info->group == DSV3_GROUP_EMBED ? DSV3_BF16 : DSV3_F8_E4M3;
+    if (type == DSV3_F8_E4M3) return is_plain || info->kind == DSV3_GROUP_EMBED ? DSV3_BF16 : DSV3_F8_E4M3;
     return is_plain && dsv3_type_block((dsv3_type)type) > 1 ? DSV3_F32 : (dsv3_type)type;
 }
 

@@ -319,7 +319,7 @@ static dsv3_result record_parameter(void *user, const dsv3_tensor_info *info) {
     size_t n = info->rows * info->cols;
     if (info->optional) return DSV3_OK;
     snprintf(name, sizeof name, "%s%s", w->prefix, info->name);
-    if (!w->gradient || info->group != DSV3_KIND_ROUTER || info->rank == 2) {
+    if (!w->gradient || info->kind != DSV3_KIND_ROUTER || info->rank == 2) {
         memcpy(record_add(w->r, name, -1, "", ST_F32, info->rank == 1 ? info->cols : info->rows,
                           info->rank == 1 ? 0 : info->cols, 0),
                w->data + w->at, n * sizeof(float));

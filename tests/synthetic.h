@@ -279,7 +279,7 @@ static inline dsv3_type synth_type(int types, const dsv3_tensor_info *info, size
     if (types == SYNTH_BF16) return DSV3_BF16;
     if (types == SYNTH_FP8) return info->quantised ? DSV3_F8_E4M3 : is_bias ? DSV3_F32 : DSV3_BF16;
     if (types == SYNTH_Q8 || types == SYNTH_Q4) {
-        int is_plain = info->rank == 1 || info->group == DSV3_KIND_ROUTER || info->cols % 32 != 0;
+        int is_plain = info->rank == 1 || info->kind == DSV3_KIND_ROUTER || info->cols % 32 != 0;
         return is_bias ? DSV3_F32 : is_plain ? DSV3_BF16 : types == SYNTH_Q8 ? DSV3_Q8_0 : DSV3_Q4_0;
     }
     if (types == SYNTH_MIXED) return mixed[info->rank == 1 ? 1 + index % 3 : index % 4];
@@ -306,7 +306,7 @@ static inline dsv3_result synth_add(void *user, const dsv3_tensor_info *info) {
     t->data = (unsigned char *)test_alloc(info->rows * dsv3_row_bytes(t->t.type, info->cols));
     t->value = (double *)test_alloc(n * sizeof *t->value);
     t->t.data = t->data;
-    high = info->group == DSV3_KIND_EMBED ? 1.7f : (float)sqrt(3.0 / (double)info->cols);
+    high = info->kind == DSV3_KIND_EMBED ? 1.7f : (float)sqrt(3.0 / (double)info->cols);
     low = -high;
     if (info->rank == 1) low = 0.75f, high = 1.25f;
     if (strstr(info->name, "e_score_correction_bias") != NULL) low = -0.1f, high = 0.1f;

@@ -361,10 +361,10 @@ static dsv3_result count_tensor(void *user, const dsv3_tensor_info *info) {
     t->fp8_bytes += info->quantised ? n + 4.0 * (double)(blocks_of(info->rows) * blocks_of(info->cols))
                                     : n * (is_bias ? 4.0 : 2.0);
     t->tensors += info->quantised ? 2 : 1;
-    t->groups[info->group]++;
+    t->groups[info->kind]++;
     t->wrong += (info->rank == 1) != (info->rows == 1) || info->rank < 1 || info->rank > 2;
     t->wrong += info->quantised && info->rank != 2;
-    t->wrong += (info->expert >= 0) != (info->group == DSV3_KIND_EXPERTS);
+    t->wrong += (info->expert >= 0) != (info->kind == DSV3_KIND_EXPERTS);
     t->wrong += strlen(info->name) > 60 || (info->optional && !is_mtp);
     return t->stop_at > 0 && --t->stop_at == 0 ? DSV3_ERR_NAN : DSV3_OK;
 }

@@ -726,11 +726,11 @@ static void see_routing(void *user, int32_t layer, const real *score, const int3
 static dsv3_result weight_tensor(void *user, const dsv3_tensor_info *info) {
     real **at = (real **)user;
     size_t n = info->rows * info->cols;
-    double width = info->group == DSV3_KIND_EMBED ? 1.5 : sqrt(3.0 / (double)info->cols);
+    double width = info->kind == DSV3_KIND_EMBED ? 1.5 : sqrt(3.0 / (double)info->cols);
     if (info->optional) return DSV3_OK;
     if (info->rank == 2) fill(*at, n, -width, width);
     if (info->rank == 1) fill(*at, n, 0.5, 1.5);
-    if (info->rank == 1 && info->group == DSV3_KIND_ROUTER) fill(*at, n, -0.125, 0.125);
+    if (info->rank == 1 && info->kind == DSV3_KIND_ROUTER) fill(*at, n, -0.125, 0.125);
     *at += n;
     return DSV3_OK;
 }
@@ -821,7 +821,7 @@ static dsv3_result walk_on(walk *w, const dsv3_tensor_info *info) {
 
 /* Must this tensor's gradient be 0 exactly? */
 static int must_be_zero(const setup *a, const dsv3_tensor_info *info) {
-    if (info->group == DSV3_KIND_ROUTER && info->rank == 1) return 1;
+    if (info->kind == DSV3_KIND_ROUTER && info->rank == 1) return 1;
     return info->expert >= 0 && !a->used[info->layer][info->expert];
 }
 
@@ -866,7 +866,7 @@ static dsv3_result difference_tensor(void *user, const dsv3_tensor_info *info) {
     for (size_t i = 0; i < sample && i < n; i++) {
         size_t at = n <= sample ? i : (size_t)(test_random() % n);
         double want;
-        if (info->group == DSV3_KIND_ROUTER && info->rank == 1) break; /* outside the gradient */
+        if (info->kind == DSV3_KIND_ROUTER && info->rank == 1) break; /* outside the gradient */
         want = slope_of_setup(a, a->t.weights.data + w->at, at, choices);
         w->skipped += isnan(want) != 0;
         if (!isnan(want)) verdict_add(&v, at, w->g[w->at + at], want);
@@ -968,13 +968,13 @@ static void test_split(setup *a, const real *g) {
  * weights, no modules), and for the embedding, which modules and main model share, the gradient by a copy of it that
  * only the modules see. */
 
-static int is_main(const dsv3_tensor_info *info) { return info->layer < 3 && info->group != DSV3_KIND_MTP; }
+static int is_main(const dsv3_tensor_info *info) { return info->layer < 3 && info->kind != DSV3_KIND_MTP; }
 static int is_trunk(const dsv3_tensor_info *info) {
-    return is_main(info) && info->group != DSV3_KIND_EMBED && info->group != DSV3_KIND_HEAD;
+    return is_main(info) && info->kind != DSV3_KIND_EMBED && info->kind != DSV3_KIND_HEAD;
 }
 static int is_module(const dsv3_tensor_info *info) { return !is_main(info); }
-static int is_head(const dsv3_tensor_info *info) { return info->group == DSV3_KIND_HEAD; }
-static int is_embed(const dsv3_tensor_info *info) { return info->group == DSV3_KIND_EMBED; }
+static int is_head(const dsv3_tensor_info *info) { return info->kind == DSV3_KIND_HEAD; }
+static int is_embed(const dsv3_tensor_info *info) { return info->kind == DSV3_KIND_EMBED; }
 
 static real *detached(setup *a, int trunk, int head) {
     a->t.settings.detach_trunk = trunk;

@@ -97,10 +97,10 @@ static void logits_of(synth *s, const dsv3_context *ctx, dsv3_compute way, float
 static void wipe_packed(synth *s, int even) {
     for (size_t i = 0; i < s->count; i++) {
         synth_tensor *t = &s->tensors[i];
-        if (t->info.rank == 1 || t->info.group == DSV3_KIND_EMBED) continue;
+        if (t->info.rank == 1 || t->info.kind == DSV3_KIND_EMBED) continue;
         if (strstr(t->info.name, "kv_b_proj") && !even) continue;
         if (strstr(t->info.name, "embed_tokens")) continue;
-        if (s->config.tie_word_embeddings && t->info.group == DSV3_KIND_HEAD) continue;
+        if (s->config.tie_word_embeddings && t->info.kind == DSV3_KIND_HEAD) continue;
         memset(t->data, 0x55, t->t.rows * dsv3_row_bytes(t->t.type, t->t.cols));
         if (t->scale != NULL)
             memset(t->scale, 0xFF, (t->t.rows + 127) / 128 * ((t->t.cols + 127) / 128) * sizeof(float));

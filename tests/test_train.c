@@ -158,7 +158,7 @@ static void list_tensors(listing *l, const dsv3_config *c) {
     synth_demand(dsv3_model_tensors(c, list_tensor, l), "list", NULL);
 }
 
-static int is_bias(const dsv3_tensor_info *info) { return info->group == DSV3_KIND_ROUTER && info->rank == 1; }
+static int is_bias(const dsv3_tensor_info *info) { return info->kind == DSV3_KIND_ROUTER && info->rank == 1; }
 
 /* got and want per tensor, to `bound` of the tensor's largest, or of 1e-4 of the largest of all if that is more: what
  * cancels to nothing leaves rounding. */
