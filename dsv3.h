@@ -612,7 +612,7 @@ DSV3_API dsv3_result dsv3_cache_init(const dsv3_config *config, dsv3_cache *cach
                                      void *memory, size_t bytes, dsv3_error *error);
 /* Roll back: forget positions >= length. ARG when length is beyond what is filled. */
 DSV3_API dsv3_result dsv3_cache_truncate(dsv3_cache *cache, size_t length, dsv3_error *error);
-/* Fork: to becomes a copy of from. Same model and type (MISMATCH); CONTEXT when to is too short. */
+/* Fork: to becomes a copy of from. Same model and type (MISMATCH); FULL when to is too short. */
 DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from, dsv3_error *error);
 
 /* ---- Workspace --------------------------------------------------------------------------------------- */
@@ -667,210 +667,6 @@ DSV3_API dsv3_result dsv3_workspace_size(const dsv3_config *config, size_t rows,
 DSV3_API dsv3_result dsv3_workspace_init(const dsv3_config *config, dsv3_workspace *workspace, size_t rows,
                                          size_t threads, void *memory, size_t bytes, dsv3_error *error);
 
-/* ---- Ops on plain arrays ----------------------------------------------------------------------------- */
-
-/* y[i] = g[i] x[i] / sqrt(mean(x^2) + eps) for each of n rows. y [n, d] may be x itself. g [d], not FP8.
- * A row whose squares overflow float32 gives zeros (NaN where x is infinite), as the official code does. */
-DSV3_API void dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *g, size_t n,
-                           size_t d, float eps);
-
-/* x [n, cols] = rows token[t] of w, decoded to float32: the embedding, with w = embed_tokens. token [n] in range. */
-DSV3_API void dsv3_embed(const dsv3_context *context, float *x, const int32_t *token, const dsv3_tensor *w, size_t n);
-
-/* Bytes of scratch that dsv3_linear needs for n rows and a matrix of cols columns. */
-DSV3_API dsv3_result dsv3_linear_size(const dsv3_context *context, size_t n, size_t cols, size_t *bytes,
-                                      dsv3_error *error);
-
-/* y [n, rows] = x [n, cols] W^T. scratch [dsv3_linear_size]. y must not overlap x. */
-DSV3_API void dsv3_linear(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *w, size_t n,
-                          float *scratch);
-
-/* log sum exp(logits[0..V)), V >= 1, safe for any finite logits. -log p(target) = this - logits[target], in nats. */
-DSV3_API float dsv3_log_sum_exp(const float *logits, size_t V);
-
-/* Bytes of scratch that dsv3_cross_entropy needs for n rows. */
-DSV3_API dsv3_result dsv3_cross_entropy_size(const dsv3_context *context, const dsv3_tensor *head, size_t n,
-                                             size_t *bytes, dsv3_error *error);
-
-#define DSV3_IGNORE (-100) /* a target that is none: its loss is 0 */
-
-/* nll [n] = -log softmax(head u_t)[target_t] in nats for u [n, d], head [V, d] and target [n], a token or
- * DSV3_IGNORE. The logits are never all in memory: the vocabulary is taken in pieces. scratch
- * [dsv3_cross_entropy_size]. */
-DSV3_API void dsv3_cross_entropy(const dsv3_context *context, float *nll, const float *u, const dsv3_tensor *head,
-                                 const int32_t *target, size_t n, float *scratch);
-
-/* RoPE frequencies in radians per position, theta [dr/2], YaRN applied. [R] sec. 4.3; chapter 5. */
-DSV3_API void dsv3_rope_frequencies(const dsv3_config *config, double *theta);
-/* The same as 64-bit fractions of a turn (2^64 = one turn), turns [dr/2]. */
-DSV3_API void dsv3_rope_turns(const dsv3_config *config, uint64_t *turns);
-/* Multiplier of cos and sin: m(mscale) / m(mscale_all_dim); 1 for every released model. */
-DSV3_API float dsv3_rope_factor(const dsv3_config *config);
-/* (dn+dr)^-1/2 m(mscale_all_dim)^2, applied to the whole attention score. */
-DSV3_API float dsv3_softmax_scale(const dsv3_config *config);
-/* cos_sin [n, dr]: for pair i of row t, cos at [t, 2i] and sin at [t, 2i+1]; as exact at position 2^24 as at 1. */
-DSV3_API void dsv3_rope_table(float *cos_sin, const int32_t *position, const uint64_t *turns, float factor, size_t n,
-                              size_t dr);
-/* Rotates x [dr] in place by one row of the table. interleave: pairs (2i, 2i+1), else (i, i + dr/2). */
-DSV3_API void dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr, int interleave);
-
-/* ---- The router on plain arrays: no model needed. Of config only the routing fields are read ------------- */
-
-/* score [n, E] = sigmoid or softmax of z = gate_w x + gate_bias, in float32. gate_bias [E]: NULL in every released
- * model. scratch as for dsv3_linear. */
-DSV3_API void dsv3_router_scores(const dsv3_context *context, const dsv3_config *config, float *score, const float *x,
-                                 const dsv3_tensor *gate_w, const float *gate_bias, size_t n, float *scratch);
-/* From score [n, E], bias [E] (NULL: none) and its strengths alpha [E] (NULL: 1) choose idx [n, K], in order of
- * falling choice score, ties to the lower index, and their weights gate [n, K]. scratch [E + G]. A score or choice
- * score that is not finite counts as the lowest and weighs nothing; the choice is then still valid and free of
- * duplicates, and the call returns DSV3_ERR_NAN after all rows are done. */
-DSV3_API dsv3_result dsv3_router_select(const dsv3_config *config, int32_t *idx, float *gate, const float *score,
-                                        const float *bias, const float *alpha, size_t n, float *scratch,
-                                        dsv3_error *error);
-/* gate [n, K] of a choice idx [n, K] made elsewhere. ARG, and nothing written, if an expert is out of range or
- * chosen twice by a row. */
-DSV3_API dsv3_result dsv3_router_weights(const dsv3_config *config, float *gate, const int32_t *idx,
-                                         const float *score, size_t n, dsv3_error *error);
-
-/* ---- Load balancing on plain arrays. [R] 2.1.2, arXiv 2408.15664; chapter 7 --------------------------------- */
-
-/* load [E] += how often idx [n, K] names each expert; rows with mask[t] = 0 (padding) are passed over. mask [n],
- * NULL: all rows count. Do not count evaluation or recomputation. */
-DSV3_API void dsv3_load_count(uint64_t *load, const int32_t *idx, const uint8_t *mask, size_t n, size_t K);
-
-/* How even a load is, of one batch or of several added up. All zero, and dead = E, when nothing was counted. */
-typedef struct dsv3_load_stats {
-    double mean;     /* assignments per expert */
-    double max_vio;  /* max / mean - 1: 0 is perfect, E / K - 1 the worst */
-    double min_load; /* min / mean */
-    double entropy;  /* of the shares, divided by log E: 1 is perfect, 0 one expert alone */
-    size_t dead;     /* experts without any row */
-} dsv3_load_stats;
-DSV3_API dsv3_load_stats dsv3_load_statistics(const uint64_t *load, size_t E);
-
-#ifndef DSV3_NO_TRAINING
-typedef enum dsv3_bias_rule {
-    DSV3_BIAS_SIGN = 0,         /* b += speed sign(e), the report's */
-    DSV3_BIAS_CENTRED = 1,      /* b += speed (sign(e) - mean sign(e)): no common drift */
-    DSV3_BIAS_PROPORTIONAL = 2, /* b += speed e */
-    DSV3_BIAS_FACTOR = 3        /* 1 + b *= 1 + speed sign(e), for DSV3_BIAS_MULTIPLY; speed < 1 */
-} dsv3_bias_rule;
-
-/* One step of bias [E] from the loads of the whole optimizer step, after it has succeeded; e is the relative error
- * (mean - load) / mean. Always: less load never moves b down more (or up less) than more load does; an expert at the
- * mean keeps its b (under CENTRED: moves with the common drift only); without any load, or unless speed is positive
- * and finite, nothing moves; a finite b stays finite, and under FACTOR b stays within -0.999 and above, from where it
- * can still come back. The loads add up to less than 2^64. */
-DSV3_API void dsv3_bias_step(float *bias, const uint64_t *load, size_t E, dsv3_bias_rule rule, double speed);
-
-/* The schedule of the update speed: `speed` until `freeze` tokens (or steps) have been seen, then 0. freeze 0: never.
- * V3: 0.001 for the first 14.3 T tokens. */
-typedef struct dsv3_bias_schedule {
-    double speed;
-    uint64_t freeze;
-} dsv3_bias_schedule;
-DSV3_API double dsv3_bias_speed(const dsv3_bias_schedule *schedule, uint64_t seen);
-
-/* Adds load [n] of all ranks, in place; DSV3_OK, or a code that ends the step. */
-typedef dsv3_result (*dsv3_reduce_load)(void *user, uint64_t *load, size_t n);
-
-/* Loads of all layers over the micro-batches of an optimizer step, and what becomes of them. */
-typedef struct dsv3_balancer {
-    dsv3_bias_rule rule;         /* set by the caller after init, as are the next three */
-    dsv3_bias_schedule schedule; /* counts optimizer steps, or whatever the caller passes as `seen` */
-    dsv3_reduce_load reduce;     /* NULL: one rank */
-    void *reduce_user;
-    size_t layers, E;   /* L + D, n_routed_experts */
-    uint64_t *load;     /* [layers, E] since the last step: add with dsv3_load_count, or let dsv3_evaluate */
-    uint64_t *load_all; /* [layers, E] of all steps: accumulated MaxVio */
-} dsv3_balancer;
-DSV3_API dsv3_result dsv3_balancer_size(const dsv3_config *config, size_t *bytes, dsv3_error *error);
-/* Sign rule, speed 0.001, never frozen, no loads. */
-DSV3_API dsv3_result dsv3_balancer_init(const dsv3_config *config, dsv3_balancer *balancer, void *memory,
-                                        size_t bytes, dsv3_error *error);
-/* Sums load over the ranks, moves bias [layers, E] (rows of dense layers stay), adds load to load_all and clears
- * it. When reduce fails nothing has changed but what reduce did. */
-DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, uint64_t seen);
-#endif
-
-/* Balance losses, without their weights. score [n, E], idx [n, K], mask [n] or NULL as above; 0 when no row
- * counts. Scores are finite, K at most DSV3_MAX_TOPK; f and P are sums in double; scratch [2 E].
- * The sequence-wise loss of one sequence, sum_i f_i P_i, [R] eq. 17-20: 1 when perfectly even. idx NULL: f from the
- * K largest scores, without bias and groups, as the report has it; else from the actual routing. With softmax
- * scores and idx it is V2's expert-level loss. A row whose scores add up to 0 counts in f only. */
-DSV3_API double dsv3_balance_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
-                                  size_t K, double *scratch);
-#ifndef DSV3_NO_TRAINING
-/* V2's device-level loss, [R2] eq. 26-28: experts in `devices` equal groups. idx may be NULL as above. */
-DSV3_API double dsv3_device_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
-                                 size_t K, size_t devices, double *scratch);
-/* V2's communication loss, [R2] eq. 29-31: a token is sent to at most most_devices (M) of them. idx not NULL. */
-DSV3_API double dsv3_communication_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n,
-                                        size_t E, size_t K, size_t devices, size_t most_devices, double *scratch);
-/* How much each balance loss counts. */
-typedef struct dsv3_balance_weights {
-    double expert;                /* alpha of dsv3_balance_loss: V3 0.0001, V2 0.003 */
-    double device, communication; /* V2: 0.05 and 0.02; V3: 0 */
-    size_t devices, most_devices; /* V2: 8 and 3 */
-    int32_t actual;               /* bool: f_i of the first from the actual routing (V2), not the largest scores */
-} dsv3_balance_weights;
-
-/* Backward ops. Gradients d.. are added to what stands there, so that branches and micro-batches add up; dy is the
- * gradient of the op's output. Saved values: the op's inputs. */
-
-/* dx [n, cols] += dy W, dw [rows, cols] += dy^T x, for dy [n, rows] and x [n, cols]. dx, dw may be NULL. scratch as
- * dsv3_linear. */
-DSV3_API void dsv3_linear_backward(const dsv3_context *context, float *dx, float *dw, const float *dy, const float *x,
-                                   const dsv3_tensor *w, size_t n, float *scratch);
-/* dx [dr] in place, from the gradient of the rotated values to that of those before. */
-DSV3_API void dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t dr, int interleave);
-/* dw [V, d]: row token[t] += dx[t]. */
-DSV3_API void dsv3_embed_backward(float *dw, const float *dx, const int32_t *token, size_t n, size_t d);
-/* dx [n, d], dg [d]. scratch [n]. */
-DSV3_API void dsv3_rmsnorm_backward(const dsv3_context *context, float *dx, float *dg, const float *dy,
-                                    const float *x, const dsv3_tensor *g, size_t n, size_t d, float eps,
-                                    float *scratch);
-/* Of weight * sum_t nll_t: du [n, d], dhead [V, d] or NULL. scratch as dsv3_cross_entropy has left it, for the same
- * u, head and target. */
-DSV3_API void dsv3_cross_entropy_backward(const dsv3_context *context, float *du, float *dhead, float weight,
-                                          const float *u, const dsv3_tensor *head, const int32_t *target, size_t n,
-                                          float *scratch);
-/* The router's: dscore [n, E] from dgate [n, K]; dz [n, E] = from dscore [n, E] (not added; dz may be dscore); and
- * scale times the gradient of the weighted balance losses of one sequence. scratch [E]. */
-DSV3_API void dsv3_router_weights_backward(const dsv3_config *config, float *dscore, const float *dgate,
-                                           const int32_t *idx, const float *score, size_t n);
-DSV3_API void dsv3_router_scores_backward(const dsv3_config *config, float *dz, const float *dscore,
-                                          const float *score, size_t n);
-DSV3_API void dsv3_balance_backward(float *dscore, double scale, const dsv3_balance_weights *weights,
-                                    const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
-                                    size_t K, double *scratch);
-#endif
-
-/* ---- Blocks ------------------------------------------------------------------------------------------ */
-
-/* A batch of rows, see dsv3_batch below, is begun, taken through blocks, and ended:
- * dsv3_batch_begin checks it and prepares the workspace (which row belongs to which cache, at which position,
- * turned by which angle); it changes nothing else. dsv3_batch_end moves the caches' lengths past the rows. */
-struct dsv3_batch;
-DSV3_API dsv3_result dsv3_batch_begin(const dsv3_context *context, const dsv3_model *model, const dsv3_cache *caches,
-                                      size_t n_caches, const struct dsv3_batch *batch, dsv3_workspace *workspace,
-                                      dsv3_error *error);
-DSV3_API void dsv3_batch_end(dsv3_cache *caches, const struct dsv3_batch *batch, const dsv3_workspace *workspace);
-
-/* layer is the layer's index in the caches, n the rows of the batch that was begun.
- * y [n, d] = MLA(u [n, d]); appends the rows' latents to their caches at their positions. u is not y. */
-DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
-                               const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
-                               dsv3_workspace *workspace);
-/* y [n, d] = FFN(u [n, d]): the dense MLP or the mixture of experts. Returns DSV3_ERR_NAN as dsv3_router_select. */
-DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
-                                      const dsv3_layer *weights, size_t n, dsv3_workspace *workspace,
-                                      dsv3_error *error);
-/* x [n, d] += MLA(norm(x)); x += FFN(norm(x)). x is not the workspace's u or y. */
-DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, const dsv3_model *model,
-                                        const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
-                                        dsv3_workspace *workspace, dsv3_error *error);
-
 /* ---- Programs ---------------------------------------------------------------------------------------- */
 
 /* The rows of one forward call: prompt chunks and decode steps of several sequences, in any mixture. */
@@ -884,7 +680,7 @@ typedef struct dsv3_batch {
 } dsv3_batch;
 
 /* Runs the rows through the model and appends them to caches [n_caches]. logits [outputs, V].
- * Errors: ARG, TOKEN, POSITION, CONTEXT, MISMATCH (cache or workspace of another config), MEMORY (more rows or
+ * Errors: ARG, TOKEN, POSITION, FULL, MISMATCH (cache or workspace of another config), MEMORY (more rows or
  * threads than the workspace has), NAN (error->name is row[i], or logits: weights or state are not finite), ABORTED.
  * After an error all cache lengths are as before the call. Thread safety: see >>conventions. */
 DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, const dsv3_model *model,
@@ -1092,7 +888,7 @@ DSV3_API dsv3_result dsv3_sequence_init(const dsv3_model *model, dsv3_sequence *
 
 /* Tokens [n] follow the text: the first prompt, or the next turn of a conversation. They are read by the next calls
  * of dsv3_generate_step, and must stay where they are until prompt_left is 0. Errors, with nothing changed: ARG (n = 0,
- * an earlier prompt not yet read), TOKEN, CONTEXT (more than the caches hold). */
+ * an earlier prompt not yet read), TOKEN, FULL (more than the caches hold). */
 DSV3_API dsv3_result dsv3_sequence_append(const dsv3_model *model, dsv3_sequence *sequence, const int32_t *token,
                                           size_t n, dsv3_error *error);
 
@@ -1107,7 +903,7 @@ DSV3_API dsv3_state dsv3_sequence_state(const dsv3_sequence *sequence);
 DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *sequence, size_t length, size_t *kept, dsv3_error *error);
 
 /* Fork: to, made with the same sizes (MISMATCH), becomes a copy of from; sampler, steering, stop tokens (the list stays
- * the caller's), limit and counters included. CONTEXT when its caches are too short. */
+ * the caller's), limit and counters included. FULL when its caches are too short. */
 DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *from, dsv3_error *error);
 
 /* One step of each of n sequences, together. A sequence with a prompt reads up to `rows` of it, and behind its last
@@ -1117,11 +913,95 @@ DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *
  * Greedy text is the same, bit for bit, with any number of drafts, any company and any number of threads; sampled
  * text has the same distribution. n <= workspace->rows; rows that do not fit wait (drafts are dropped first).
  * logits [sum of (max_drafts + 1), V] is scratch. Errors: as of dsv3_forward; what a steer returns, and NAN when it left
- * nothing to choose; when no sequence has anything to do, CONTEXT if one is FULL, else ARG. Every sequence is then as
+ * nothing to choose; when no sequence has anything to do, FULL if one is FULL, else ARG. Every sequence is then as
  * before (its counters and random numbers too), and n_token 0. */
 DSV3_API dsv3_result dsv3_generate_step(const dsv3_context *context, float *logits, const dsv3_model *model,
                                         dsv3_sequence *const *sequences, size_t n, dsv3_workspace *workspace,
                                         dsv3_error *error);
+
+/* ---- Load balancing on plain arrays. [R] 2.1.2, arXiv 2408.15664; chapter 7 --------------------------------- */
+
+/* load [E] += how often idx [n, K] names each expert; rows with mask[t] = 0 (padding) are passed over. mask [n],
+ * NULL: all rows count. Do not count evaluation or recomputation. */
+DSV3_API void dsv3_load_count(uint64_t *load, const int32_t *idx, const uint8_t *mask, size_t n, size_t K);
+
+/* How even a load is, of one batch or of several added up. All zero, and dead = E, when nothing was counted. */
+typedef struct dsv3_load_stats {
+    double mean;     /* assignments per expert */
+    double max_vio;  /* max / mean - 1: 0 is perfect, E / K - 1 the worst */
+    double min_load; /* min / mean */
+    double entropy;  /* of the shares, divided by log E: 1 is perfect, 0 one expert alone */
+    size_t dead;     /* experts without any row */
+} dsv3_load_stats;
+DSV3_API dsv3_load_stats dsv3_load_statistics(const uint64_t *load, size_t E);
+
+#ifndef DSV3_NO_TRAINING
+typedef enum dsv3_bias_rule {
+    DSV3_BIAS_SIGN = 0,         /* b += speed sign(e), the report's */
+    DSV3_BIAS_CENTRED = 1,      /* b += speed (sign(e) - mean sign(e)): no common drift */
+    DSV3_BIAS_PROPORTIONAL = 2, /* b += speed e */
+    DSV3_BIAS_FACTOR = 3        /* 1 + b *= 1 + speed sign(e), for DSV3_BIAS_MULTIPLY; speed < 1 */
+} dsv3_bias_rule;
+
+/* One step of bias [E] from the loads of the whole optimizer step, after it has succeeded; e is the relative error
+ * (mean - load) / mean. Always: less load never moves b down more (or up less) than more load does; an expert at the
+ * mean keeps its b (under CENTRED: moves with the common drift only); without any load, or unless speed is positive
+ * and finite, nothing moves; a finite b stays finite, and under FACTOR b stays within -0.999 and above, from where it
+ * can still come back. The loads add up to less than 2^64. */
+DSV3_API void dsv3_bias_step(float *bias, const uint64_t *load, size_t E, dsv3_bias_rule rule, double speed);
+
+/* The schedule of the update speed: `speed` until `freeze` tokens (or steps) have been seen, then 0. freeze 0: never.
+ * V3: 0.001 for the first 14.3 T tokens. */
+typedef struct dsv3_bias_schedule {
+    double speed;
+    uint64_t freeze;
+} dsv3_bias_schedule;
+DSV3_API double dsv3_bias_speed(const dsv3_bias_schedule *schedule, uint64_t seen);
+
+/* Adds load [n] of all ranks, in place; DSV3_OK, or a code that ends the step. */
+typedef dsv3_result (*dsv3_reduce_load)(void *user, uint64_t *load, size_t n);
+
+/* Loads of all layers over the micro-batches of an optimizer step, and what becomes of them. */
+typedef struct dsv3_balancer {
+    dsv3_bias_rule rule;         /* set by the caller after init, as are the next three */
+    dsv3_bias_schedule schedule; /* counts optimizer steps, or whatever the caller passes as `seen` */
+    dsv3_reduce_load reduce;     /* NULL: one rank */
+    void *reduce_user;
+    size_t layers, E;   /* L + D, n_routed_experts */
+    uint64_t *load;     /* [layers, E] since the last step: add with dsv3_load_count, or let dsv3_evaluate */
+    uint64_t *load_all; /* [layers, E] of all steps: accumulated MaxVio */
+} dsv3_balancer;
+DSV3_API dsv3_result dsv3_balancer_size(const dsv3_config *config, size_t *bytes, dsv3_error *error);
+/* Sign rule, speed 0.001, never frozen, no loads. */
+DSV3_API dsv3_result dsv3_balancer_init(const dsv3_config *config, dsv3_balancer *balancer, void *memory,
+                                        size_t bytes, dsv3_error *error);
+/* Sums load over the ranks, moves bias [layers, E] (rows of dense layers stay), adds load to load_all and clears
+ * it. When reduce fails nothing has changed but what reduce did. */
+DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, uint64_t seen);
+#endif
+
+/* Balance losses, without their weights. score [n, E], idx [n, K], mask [n] or NULL as above; 0 when no row
+ * counts. Scores are finite, K at most DSV3_MAX_TOPK; f and P are sums in double; scratch [2 E].
+ * The sequence-wise loss of one sequence, sum_i f_i P_i, [R] eq. 17-20: 1 when perfectly even. idx NULL: f from the
+ * K largest scores, without bias and groups, as the report has it; else from the actual routing. With softmax
+ * scores and idx it is V2's expert-level loss. A row whose scores add up to 0 counts in f only. */
+DSV3_API double dsv3_balance_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
+                                  size_t K, double *scratch);
+#ifndef DSV3_NO_TRAINING
+/* V2's device-level loss, [R2] eq. 26-28: experts in `devices` equal groups. idx may be NULL as above. */
+DSV3_API double dsv3_device_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
+                                 size_t K, size_t devices, double *scratch);
+/* V2's communication loss, [R2] eq. 29-31: a token is sent to at most most_devices (M) of them. idx not NULL. */
+DSV3_API double dsv3_communication_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n,
+                                        size_t E, size_t K, size_t devices, size_t most_devices, double *scratch);
+/* How much each balance loss counts. */
+typedef struct dsv3_balance_weights {
+    double expert;                /* alpha of dsv3_balance_loss: V3 0.0001, V2 0.003 */
+    double device, communication; /* V2: 0.05 and 0.02; V3: 0 */
+    size_t devices, most_devices; /* V2: 8 and 3 */
+    int32_t actual;               /* bool: f_i of the first from the actual routing (V2), not the largest scores */
+} dsv3_balance_weights;
+#endif
 
 #ifndef DSV3_NO_TRAINING
 /* ---- Training. [R] 4.2; chapter 14 ------------------------------------------------------------------- */
@@ -1251,7 +1131,7 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
  * Errors of _save: ARG (NULL, or see there), MISMATCH (made for another model), MEMORY (bytes are fewer than _save_size).
  * Errors of _load, with error->name for what is at fault: DAMAGED (cut, altered, or no such bytes at all), UNSUPPORTED (a
  * later version), MISMATCH (another kind, config, tag, type, or form of the object: expected is what the object has),
- * CONTEXT (longer than the caches: error->found[0] positions). All is checked before anything is written: after an error
+ * FULL (longer than the caches: error->found[0] positions). All is checked before anything is written: after an error
  * the object is as it was.
  * Thread safety: objects that are saved are only read; an object that is loaded must not be in use elsewhere. */
 
@@ -1265,7 +1145,7 @@ DSV3_API dsv3_result dsv3_cache_load(const dsv3_config *config, dsv3_cache *cach
 
 /* Text, sampler, counters, last results: the loaded sequence goes on as the saved one would have, bit for bit. ARG for
  * one with a prompt not yet read, which is the caller's memory: read it first, or drop it with dsv3_sequence_truncate and
- * append it behind the load. The text's tokens are not all kept in a sequence, and so not saved. */
+ * append it behind the load. */
 DSV3_API dsv3_result dsv3_sequence_save_size(const dsv3_sequence *sequence, size_t *bytes, dsv3_error *error);
 DSV3_API dsv3_result dsv3_sequence_save(const dsv3_model *model, const dsv3_sequence *sequence, uint64_t tag,
                                         void *data, size_t bytes, dsv3_error *error);
@@ -1285,6 +1165,129 @@ DSV3_API dsv3_result dsv3_trainer_save(const dsv3_trainer *trainer, uint64_t tag
 /* Into a trainer that was made by _init, for the same config and with the same settings.ema. A step under way is given up. */
 DSV3_API dsv3_result dsv3_trainer_load(dsv3_trainer *trainer, uint64_t tag, const void *data, size_t bytes,
                                        dsv3_error *error);
+#endif
+
+/* ---- Blocks ------------------------------------------------------------------------------------------ */
+
+/* A batch of rows, see dsv3_batch below, is begun, taken through blocks, and ended:
+ * dsv3_batch_begin checks it and prepares the workspace (which row belongs to which cache, at which position,
+ * turned by which angle); it changes nothing else. dsv3_batch_end moves the caches' lengths past the rows. */
+DSV3_API dsv3_result dsv3_batch_begin(const dsv3_context *context, const dsv3_model *model, const dsv3_cache *caches,
+                                      size_t n_caches, const dsv3_batch *batch, dsv3_workspace *workspace,
+                                      dsv3_error *error);
+DSV3_API void dsv3_batch_end(dsv3_cache *caches, const dsv3_batch *batch, const dsv3_workspace *workspace);
+
+/* layer is the layer's index in the caches, n the rows of the batch that was begun.
+ * y [n, d] = MLA(u [n, d]); appends the rows' latents to their caches at their positions. u is not y. */
+DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
+                               const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
+                               dsv3_workspace *workspace);
+/* y [n, d] = FFN(u [n, d]): the dense MLP or the mixture of experts. Returns DSV3_ERR_NAN as dsv3_router_select. */
+DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
+                                      const dsv3_layer *weights, size_t n, dsv3_workspace *workspace,
+                                      dsv3_error *error);
+/* x [n, d] += MLA(norm(x)); x += FFN(norm(x)). x is not the workspace's u or y. */
+DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, const dsv3_model *model,
+                                        const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
+                                        dsv3_workspace *workspace, dsv3_error *error);
+
+/* ---- Ops on plain arrays ----------------------------------------------------------------------------- */
+
+/* y[i] = g[i] x[i] / sqrt(mean(x^2) + eps) for each of n rows. y [n, d] may be x itself. g [d], not FP8.
+ * A row whose squares overflow float32 gives zeros (NaN where x is infinite), as the official code does. */
+DSV3_API void dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *g, size_t n,
+                           size_t d, float eps);
+
+/* x [n, cols] = rows token[t] of w, decoded to float32: the embedding, with w = embed_tokens. token [n] in range. */
+DSV3_API void dsv3_embed(const dsv3_context *context, float *x, const int32_t *token, const dsv3_tensor *w, size_t n);
+
+/* Bytes of scratch that dsv3_linear needs for n rows and a matrix of cols columns. */
+DSV3_API dsv3_result dsv3_linear_size(const dsv3_context *context, size_t n, size_t cols, size_t *bytes,
+                                      dsv3_error *error);
+
+/* y [n, rows] = x [n, cols] W^T. scratch [dsv3_linear_size]. y must not overlap x. */
+DSV3_API void dsv3_linear(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *w, size_t n,
+                          float *scratch);
+
+/* log sum exp(logits[0..V)), V >= 1, safe for any finite logits. -log p(target) = this - logits[target], in nats. */
+DSV3_API float dsv3_log_sum_exp(const float *logits, size_t V);
+
+/* Bytes of scratch that dsv3_cross_entropy needs for n rows. */
+DSV3_API dsv3_result dsv3_cross_entropy_size(const dsv3_context *context, const dsv3_tensor *head, size_t n,
+                                             size_t *bytes, dsv3_error *error);
+
+#define DSV3_IGNORE (-100) /* a target that is none: its loss is 0 */
+
+/* nll [n] = -log softmax(head u_t)[target_t] in nats for u [n, d], head [V, d] and target [n], a token or
+ * DSV3_IGNORE. The logits are never all in memory: the vocabulary is taken in pieces. scratch
+ * [dsv3_cross_entropy_size]. */
+DSV3_API void dsv3_cross_entropy(const dsv3_context *context, float *nll, const float *u, const dsv3_tensor *head,
+                                 const int32_t *target, size_t n, float *scratch);
+
+/* RoPE frequencies in radians per position, theta [dr/2], YaRN applied. [R] sec. 4.3; chapter 5. */
+DSV3_API void dsv3_rope_frequencies(const dsv3_config *config, double *theta);
+/* The same as 64-bit fractions of a turn (2^64 = one turn), turns [dr/2]. */
+DSV3_API void dsv3_rope_turns(const dsv3_config *config, uint64_t *turns);
+/* Multiplier of cos and sin: m(mscale) / m(mscale_all_dim); 1 for every released model. */
+DSV3_API float dsv3_rope_factor(const dsv3_config *config);
+/* (dn+dr)^-1/2 m(mscale_all_dim)^2, applied to the whole attention score. */
+DSV3_API float dsv3_softmax_scale(const dsv3_config *config);
+/* cos_sin [n, dr]: for pair i of row t, cos at [t, 2i] and sin at [t, 2i+1]; as exact at position 2^24 as at 1. */
+DSV3_API void dsv3_rope_table(float *cos_sin, const int32_t *position, const uint64_t *turns, float factor, size_t n,
+                              size_t dr);
+/* Rotates x [dr] in place by one row of the table. interleave: pairs (2i, 2i+1), else (i, i + dr/2). */
+DSV3_API void dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr, int interleave);
+
+/* ---- The router on plain arrays: no model needed. Of config only the routing fields are read ------------- */
+
+/* score [n, E] = sigmoid or softmax of z = gate_w x + gate_bias, in float32. gate_bias [E]: NULL in every released
+ * model. scratch as for dsv3_linear. */
+DSV3_API void dsv3_router_scores(const dsv3_context *context, const dsv3_config *config, float *score, const float *x,
+                                 const dsv3_tensor *gate_w, const float *gate_bias, size_t n, float *scratch);
+/* From score [n, E], bias [E] (NULL: none) and its strengths alpha [E] (NULL: 1) choose idx [n, K], in order of
+ * falling choice score, ties to the lower index, and their weights gate [n, K]. scratch [E + G]. A score or choice
+ * score that is not finite counts as the lowest and weighs nothing; the choice is then still valid and free of
+ * duplicates, and the call returns DSV3_ERR_NAN after all rows are done. */
+DSV3_API dsv3_result dsv3_router_select(const dsv3_config *config, int32_t *idx, float *gate, const float *score,
+                                        const float *bias, const float *alpha, size_t n, float *scratch,
+                                        dsv3_error *error);
+/* gate [n, K] of a choice idx [n, K] made elsewhere. ARG, and nothing written, if an expert is out of range or
+ * chosen twice by a row. */
+DSV3_API dsv3_result dsv3_router_weights(const dsv3_config *config, float *gate, const int32_t *idx,
+                                         const float *score, size_t n, dsv3_error *error);
+
+#ifndef DSV3_NO_TRAINING
+/* ---- Backward ops --------------------------------------------------------------------------------------- */
+
+/* Gradients d.. are added to what stands there, so that branches and micro-batches add up; dy is the
+ * gradient of the op's output. Saved values: the op's inputs. */
+
+/* dx [n, cols] += dy W, dw [rows, cols] += dy^T x, for dy [n, rows] and x [n, cols]. dx, dw may be NULL. scratch as
+ * dsv3_linear. */
+DSV3_API void dsv3_linear_backward(const dsv3_context *context, float *dx, float *dw, const float *dy, const float *x,
+                                   const dsv3_tensor *w, size_t n, float *scratch);
+/* dx [dr] in place, from the gradient of the rotated values to that of those before. */
+DSV3_API void dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t dr, int interleave);
+/* dw [V, d]: row token[t] += dx[t]. */
+DSV3_API void dsv3_embed_backward(float *dw, const float *dx, const int32_t *token, size_t n, size_t d);
+/* dx [n, d], dg [d]. scratch [n]. */
+DSV3_API void dsv3_rmsnorm_backward(const dsv3_context *context, float *dx, float *dg, const float *dy,
+                                    const float *x, const dsv3_tensor *g, size_t n, size_t d, float eps,
+                                    float *scratch);
+/* Of weight * sum_t nll_t: du [n, d], dhead [V, d] or NULL. scratch as dsv3_cross_entropy has left it, for the same
+ * u, head and target. */
+DSV3_API void dsv3_cross_entropy_backward(const dsv3_context *context, float *du, float *dhead, float weight,
+                                          const float *u, const dsv3_tensor *head, const int32_t *target, size_t n,
+                                          float *scratch);
+/* The router's: dscore [n, E] from dgate [n, K]; dz [n, E] = from dscore [n, E] (not added; dz may be dscore); and
+ * scale times the gradient of the weighted balance losses of one sequence. scratch [E]. */
+DSV3_API void dsv3_router_weights_backward(const dsv3_config *config, float *dscore, const float *dgate,
+                                           const int32_t *idx, const float *score, size_t n);
+DSV3_API void dsv3_router_scores_backward(const dsv3_config *config, float *dz, const float *dscore,
+                                          const float *score, size_t n);
+DSV3_API void dsv3_balance_backward(float *dscore, double scale, const dsv3_balance_weights *weights,
+                                    const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
+                                    size_t K, double *scratch);
 #endif
 
 #ifdef __cplusplus
@@ -1577,7 +1580,7 @@ DSV3_API const char *dsv3_result_string(dsv3_result result) {
     /* one row of characters, no pointers: nothing here needs relocation or writable memory */
     static const char texts[] = "ok\0bad argument\0beyond a limit\0size overflow\0not supported\0buffer too small\0"
                                 "buffer not aligned\0tensor missing\0shape mismatch\0token outside vocabulary\0"
-                                "position out of sequence\0context full\0value not finite\0aborted by the caller\0"
+                                "position out of sequence\0cache full\0value not finite\0aborted by the caller\0"
                                 "saved bytes damaged";
     const char *text = texts;
     if (result > DSV3_OK || result < DSV3_ERR_DAMAGED) return "unknown result";

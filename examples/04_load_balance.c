@@ -122,11 +122,13 @@ static void summary(const router *r, char mark) {
 
 int main(void) {
     static router routers[3];
+    size_t bytes;
     float *scratch;
     dsv3_context context;
     dsv3_rng rng = {3};
     dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1, NULL);
-    scratch = (float *)malloc(dsv3_linear_scratch(&context, N, D) * sizeof(float));
+    if (dsv3_linear_size(&context, N, D, &bytes, NULL) != DSV3_OK) return 1;
+    scratch = (float *)malloc(bytes);
     if (scratch == NULL) return 1;
     for (int i = 0; i < WORDS * D; i++) word[i] = noise(&rng);
     for (int i = 0; i < E * D; i++) first_w[i] = noise(&rng);

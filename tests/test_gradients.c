@@ -217,7 +217,7 @@ static void test_linear(size_t n, size_t cols, size_t rows) {
     real *dx0 = reals(n * cols, 0, 0), *dw0 = reals(rows * cols, 0, 0);
     o.matrix = reals(rows * cols, -1, 1);
     o.w = matrix(o.matrix, rows, cols);
-    o.scratch = reals(dsv3_linear_scratch(&o.ctx, n, cols), 0, 0);
+    o.scratch = reals(linear_floats(&o.ctx, n, cols), 0, 0);
     copy_reals(dx0, dx, n * cols);
     copy_reals(dw0, dw, rows * cols);
     dsv3_linear_backward(&o.ctx, dx, dw, o.dy, o.x, &o.w, n, o.scratch);
@@ -293,7 +293,7 @@ static void test_cross_entropy(size_t V) {
     o.w = matrix(o.matrix, V, COLS);
     o.weight = 0.375;
     o.idx = target;
-    o.scratch = reals(dsv3_cross_entropy_scratch(&o.ctx, &o.w, N), 0, 0);
+    o.scratch = reals(cross_entropy_floats(&o.ctx, &o.w, N), 0, 0);
     for (size_t t = 0; t < N; t++) target[t] = (int32_t)(t * (V - 1) / (N - 1));
     target[1] = DSV3_IGNORE;
     copy_reals(du0, du, N * COLS);
@@ -394,7 +394,7 @@ static void test_router_scores(dsv3_scoring_func scoring) {
     o.matrix = reals(E * E, 0, 0);
     for (size_t e = 0; e < E; e++) o.matrix[e * E + e] = 1;
     o.w = matrix(o.matrix, E, E);
-    o.scratch = reals(dsv3_linear_scratch(&o.ctx, N, E), 0, 0);
+    o.scratch = reals(linear_floats(&o.ctx, N, E), 0, 0);
     dsv3_router_scores(&o.ctx, &o.c, score, o.x, &o.w, NULL, N, o.scratch);
     fill(dz, N * E, 5, 6); /* must not matter */
     dsv3_router_scores_backward(&o.c, dz, o.dy, score, N);

@@ -297,7 +297,7 @@ static void check_unscaled(const dsv3_context *packer) {
     synth_sizes(&c, (int)V, (int)d, 32, 32, 2, 1);
     s = synth_open(&c, SYNTH_BF16, 86);
     x = (float *)test_alloc(5 * d * sizeof *x), got = (float *)test_alloc(5 * V * sizeof *got);
-    scratch = (float *)test_alloc(dsv3_linear_scratch(packer, 5, d) * sizeof *scratch);
+    scratch = (float *)test_alloc(linear_floats(packer, 5, d) * sizeof *scratch);
     test_fill(x, 5 * d, -1, 1);
     s->model.lm_head.type = DSV3_F8_E4M3; /* the bytes of the BF16 head, most of them numbers */
     for (size_t i = 0; i < V * d; i++) {

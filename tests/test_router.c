@@ -160,7 +160,7 @@ static int select_wrong(const dsv3_config *c, const float *score, const float *b
 /* Scores of three tokens whose logits are z_i(t) = 2 sin(1 + 0.9 i + 1.7 t): row t of x picks column t of W. */
 static void golden_scores(const dsv3_config *c, float *score) {
     static const float x[9] = {1, 0, 0, 0, 1, 0, 0, 0, 1};
-    float w[16 * 3], *scratch = (float *)test_alloc(dsv3_linear_scratch(&ctx, 3, 3) * sizeof(float));
+    float w[16 * 3], *scratch = (float *)test_alloc(linear_floats(&ctx, 3, 3) * sizeof(float));
     dsv3_tensor gate_w;
     for (int i = 0; i < 16; i++) {
         for (int t = 0; t < 3; t++) w[i * 3 + t] = (float)(2 * sin(1 + 0.9 * i + 1.7 * t));
@@ -207,7 +207,7 @@ static void golden(void) {
 /* Scores of logits z [E] through a gate of one column, and a gate bias. */
 static void scores_biased(dsv3_scoring_func func, float *score, const float *z, const float *gate_bias, size_t E) {
     static const float one[1] = {1};
-    float *scratch = (float *)test_alloc(dsv3_linear_scratch(&ctx, 1, 1) * sizeof(float));
+    float *scratch = (float *)test_alloc(linear_floats(&ctx, 1, 1) * sizeof(float));
     dsv3_config c = dsv3_config_default();
     dsv3_tensor gate_w;
     c.scoring_func = func;
@@ -267,7 +267,7 @@ static void scores(void) {
 /* Rows are independent: a NaN token spoils its own scores only. */
 static void scores_rows(void) {
     static const float x[3] = {1, NAN, 2};
-    float z[8], all[24], alone[8], *scratch = (float *)test_alloc(dsv3_linear_scratch(&ctx, 3, 1) * sizeof(float));
+    float z[8], all[24], alone[8], *scratch = (float *)test_alloc(linear_floats(&ctx, 3, 1) * sizeof(float));
     dsv3_config c = dsv3_config_default();
     dsv3_tensor gate_w;
     test_fill(z, 8, -2, 2);
@@ -289,7 +289,7 @@ static void scores_rows(void) {
 static void scores_gate_bias(void) {
     static const size_t sizes[] = {1, 2, 9, 64, 256};
     float w[MOST], gate_bias[MOST], zero[MOST] = {0}, z[MOST], score[3 * MOST], plain[3 * MOST];
-    float *scratch = (float *)test_alloc(dsv3_linear_scratch(&ctx, 3, 1) * sizeof(float));
+    float *scratch = (float *)test_alloc(linear_floats(&ctx, 3, 1) * sizeof(float));
     static const float x[3] = {1, -0.5f, 2};
     for (int func = 0; func < 2; func++) {
         for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {

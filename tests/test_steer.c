@@ -574,7 +574,7 @@ static void test_states(void) {
     CHECK_EQ(synth_forward(s, logits, token, 5, 0, NULL), DSV3_OK);
     CHECK_EQ(dsv3_states(&s->model, state, &s->ws, row, 3, NULL), DSV3_OK);
     CHECK(memcmp(state, state + 48, 24 * sizeof *state) == 0);
-    scratch = (float *)test_alloc(dsv3_cross_entropy_scratch(&s->context, &s->model.lm_head, 3) * sizeof *scratch);
+    scratch = (float *)test_alloc(cross_entropy_floats(&s->context, &s->model.lm_head, 3) * sizeof *scratch);
     dsv3_cross_entropy(&s->context, nll, state, &s->model.lm_head, target, 3, scratch);
     free(scratch);
     for (size_t i = 0; i < 2; i++) {

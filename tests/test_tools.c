@@ -203,7 +203,7 @@ static void result_strings(void) {
                 {DSV3_ERR_MISMATCH, "shape mismatch"},
                 {DSV3_ERR_TOKEN, "token outside vocabulary"},
                 {DSV3_ERR_POSITION, "position out of sequence"},
-                {DSV3_ERR_FULL, "context full"},
+                {DSV3_ERR_FULL, "cache full"},
                 {DSV3_ERR_NAN, "value not finite"},
                 {DSV3_ERR_DAMAGED, "saved bytes damaged"}};
     for (size_t i = 0; i < sizeof want / sizeof want[0]; i++) {
@@ -401,7 +401,7 @@ static void parallel_bits(void) {
     ctx.parallel_for = shuffle;
     ctx.parallel_user = &s;
     ctx.threads = THREADS;
-    scratch = (float *)test_alloc(dsv3_linear_scratch(&ctx, N, COLS) * sizeof(float));
+    scratch = (float *)test_alloc(linear_floats(&ctx, N, COLS) * sizeof(float));
     w.data = data, w.scale = NULL, w.rows = ROWS, w.cols = COLS, w.type = DSV3_F32, w.rank = 2, w.packed = 0;
     dsv3_linear(&serial, want, x, &w, N, scratch);
     for (int i = 0; i < 20; i++) {
