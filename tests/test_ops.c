@@ -221,7 +221,7 @@ static void linear_many(products *p, const dsv3_context *pieces) {
     dsv3i_job jobs[3];
     for (int cut = 0; cut < 2; cut++) {
         products_clear(p);
-        for (size_t j = 0; j < 3; j++) jobs[j].p = p->list[j];
+        for (size_t j = 0; j < 3; j++) jobs[j].p = p->list[j], jobs[j].pair = NULL;
         dsv3i_jobs_run(cut ? pieces : &ctx, jobs, 3, scratch, scratch + workers);
         for (size_t j = 0; j < 3; j++) products_compare(p, j);
     }

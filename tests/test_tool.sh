@@ -458,7 +458,7 @@ cached "the same prompt" 13 $micro -p 'It is a truth' -n 20
 cached "a shorter prompt" 5 $micro -p 'It is' -n 300 --seed 4
 "$tool" generate $micro -p 'It is' -n 300 --seed 4 --echo --attention absorbed > $tmp/said
 cached "the text goes on" 200 $micro -p "$(head -c 200 $tmp/said) and so" -n 5 --temp 0
-cached "part of it" 5 $micro -p 'It is a t' -n 5 --temp 0
+cached "part of it" 6 $micro -p 'It is a t' -n 5 --temp 0
 cached "it begins alike" 6 $micro -p 'It is not' -n 5 --temp 0
 cached "another text" 0 $micro -p 'Emma' -n 5
 kept "another model" "$tmp/cache: vocab_size: is not what was saved" $tmp/v128 --ids -p 1
@@ -467,15 +467,15 @@ kept "--cache" "$tmp/cache: type: is not what was saved (expected 2, found 0)" $
 copy other
 printf '\125' | dd of=$tmp/other/model.safetensors bs=1 seek=$(($(wc -c < $tmp/other/model.safetensors) - 20)) conv=notrunc 2> /dev/null
 kept "other weights" "$tmp/cache: tag: is not what was saved" $tmp/other -p Emma
-size=$(wc -c < $tmp/cache)
-cp $tmp/cache $tmp/whole
-for at in 9 40 150 $((size / 2)) $((size - 30)) $((size - 5)); do
+cache_bytes=$(wc -c < $tmp/cache)
+cp $tmp/cache $tmp/cache.whole
+for at in 9 40 150 $((cache_bytes / 2)) $((cache_bytes - 30)) $((cache_bytes - 5)); do
     printf '\377' | dd of=$tmp/cache bs=1 seek=$at conv=notrunc 2> /dev/null
     kept "byte $at is another" "$tmp/cache: " $micro -p Emma
-    cp $tmp/whole $tmp/cache
+    cp $tmp/cache.whole $tmp/cache
 done
-for length in 0 100 $((size / 2)) $((size - 1)); do
-    head -c $length $tmp/whole > $tmp/cache
+for length in 0 100 $((cache_bytes / 2)) $((cache_bytes - 1)); do
+    head -c $length $tmp/cache.whole > $tmp/cache
     kept "cut to $length bytes" "$tmp/cache: " $micro -p Emma
 done
 cp $micro/model.safetensors $tmp/cache

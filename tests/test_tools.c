@@ -205,6 +205,7 @@ static void result_strings(void) {
                 {DSV3_ERR_POSITION, "position out of sequence"},
                 {DSV3_ERR_FULL, "cache full"},
                 {DSV3_ERR_NAN, "value not finite"},
+                {DSV3_ERR_ABORTED, "aborted by the caller"},
                 {DSV3_ERR_DAMAGED, "saved bytes damaged"}};
     for (size_t i = 0; i < sizeof want / sizeof want[0]; i++) {
         CHECK_EQ(want[i].code, -(int)i);
