@@ -118,7 +118,7 @@ static void layout_agrees(void) {
     size_t line = line_size(), bytes = 1, expected = 0;
     CHECK(line >= DSV3_ALIGN && (line & (line - 1)) == 0);
     lay_out(&measure, none);
-    CHECK_EQ(dsv3i_layout_size(&measure, &bytes), DSV3_OK);
+    CHECK_EQ(dsv3i_layout_size(&measure, &bytes, NULL), DSV3_OK);
     for (size_t i = 0; i < PARTS; i++) {
         CHECK(none[i] == NULL);
         expected += (part_bytes(i) + line - 1) / line * line;
@@ -132,7 +132,7 @@ static void layout_agrees(void) {
         void *at[PARTS];
         int bad = 0;
         memset(memory, 0xA5, bytes + 4 * line);
-        CHECK_EQ(dsv3i_memory_check(begin, bytes, bytes), DSV3_OK);
+        CHECK_EQ(dsv3i_memory_check(begin, bytes, bytes, NULL), DSV3_OK);
         real.base = dsv3i_layout_base(begin);
         lay_out(&real, at);
         CHECK_EQ(real.used, measure.used);
@@ -155,12 +155,12 @@ static void layout_overflows(void) {
     unsigned char some[1];
     dsv3i_layout l = {NULL, 0}, real = {NULL, 0};
     size_t bytes = 1, line = line_size();
-    CHECK_EQ(dsv3i_layout_size(&l, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3i_layout_size(&l, NULL, NULL), DSV3_ERR_ARG);
     (void)dsv3i_take(&l, 4, SIZE_MAX / 4, 2, 1);
     CHECK(l.used == SIZE_MAX);
     (void)dsv3i_take(&l, 1, 1, 1, 1); /* too large stays too large */
     CHECK(l.used == SIZE_MAX);
-    CHECK_EQ(dsv3i_layout_size(&l, &bytes), DSV3_ERR_OVERFLOW);
+    CHECK_EQ(dsv3i_layout_size(&l, &bytes, NULL), DSV3_ERR_OVERFLOW);
     CHECK(bytes == 0);
     l.used = 0; /* the bytes fit, their padding does not */
     (void)dsv3i_take(&l, 1, SIZE_MAX - 1, 1, 1);
@@ -177,13 +177,13 @@ static void layout_overflows(void) {
 
 static void memory_checks(void) {
     unsigned char memory[256], *p = memory + (DSV3_ALIGN - (uintptr_t)memory % DSV3_ALIGN);
-    CHECK_EQ(dsv3i_memory_check(p, 128, 128), DSV3_OK);
-    CHECK_EQ(dsv3i_memory_check(p, 129, 128), DSV3_OK);
-    CHECK_EQ(dsv3i_memory_check(p, 127, 128), DSV3_ERR_MEMORY);
-    CHECK_EQ(dsv3i_memory_check(p, 0, 0), DSV3_OK);
-    CHECK_EQ(dsv3i_memory_check(NULL, 128, 128), DSV3_ERR_ARG);
-    for (size_t i = 1; i < DSV3_ALIGN; i++) CHECK_EQ(dsv3i_memory_check(p + i, 128, 64), DSV3_ERR_ALIGN);
-    CHECK_EQ(dsv3i_memory_check(p + DSV3_ALIGN, 128, 64), DSV3_OK);
+    CHECK_EQ(dsv3i_memory_check(p, 128, 128, NULL), DSV3_OK);
+    CHECK_EQ(dsv3i_memory_check(p, 129, 128, NULL), DSV3_OK);
+    CHECK_EQ(dsv3i_memory_check(p, 127, 128, NULL), DSV3_ERR_MEMORY);
+    CHECK_EQ(dsv3i_memory_check(p, 0, 0, NULL), DSV3_OK);
+    CHECK_EQ(dsv3i_memory_check(NULL, 128, 128, NULL), DSV3_ERR_ARG);
+    for (size_t i = 1; i < DSV3_ALIGN; i++) CHECK_EQ(dsv3i_memory_check(p + i, 128, 64, NULL), DSV3_ERR_ALIGN);
+    CHECK_EQ(dsv3i_memory_check(p + DSV3_ALIGN, 128, 64, NULL), DSV3_OK);
 }
 
 /* ---- results and errors ------------------------------------------------------------------------------ */
