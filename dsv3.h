@@ -58,11 +58,17 @@
  *   Shapes   stand in brackets behind every pointer, row-major: float *x [n, d] is x[row * d + column].
  *            Weights are [out, in] and y = W x, as in the published checkpoints.
  *   Order    context or config, outputs, values saved for later, inputs, weights, dimensions, scratch.
- *   Errors   0 is ok, negative is a dsv3_result; what, where, expected and found go to a dsv3_error.
- *            A call that fails leaves every cache as long as it was. Outputs and workspace are then unspecified;
+ *   Errors   0 is ok, negative is a dsv3_result; what, where, expected and found go to a dsv3_error, the last argument,
+ *            which may be NULL and is set by every call that takes one, also by success. A call that fails leaves every cache as long as it was. Outputs and workspace are then unspecified;
  *            a model whose dsv3_model_bind failed must be bound again before use.
- *   Memory   is the caller's, all of it; a workspace may hold any bytes before a call. Buffers for _init
- *            are aligned to DSV3_ALIGN, as malloc's are; tensor data may have any alignment and live in flash.
+ *   Memory   is the caller's, all of it; a workspace may hold any bytes before a call. Every _size(.., &bytes) has its
+ *            _init(.., memory, bytes), which wants at least that many. Buffers for _init are aligned to DSV3_ALIGN, as
+ *            malloc's are; tensor data may have any alignment and live in flash.
+ *   Structs  hold no pointers to themselves: between calls any of them may be moved. Configs, tensors, batches, errors
+ *            and random states are values, to be copied at will. A context or a model may be copied (dsv3_pack changes the
+ *            model that it is given). A cache, workspace, sequence or trainer owns its memory: a copy of the struct is the
+ *            same object, not a second one; dsv3_cache_copy and dsv3_sequence_copy make a second one. Memory given to
+ *            _init or _bind must outlive the struct, and weights the model; a model must outlive what was made for it.
  *   Threads  every function is reentrant. Calls running at the same time may share context, config and
  *            model (they are only read), and must not share cache, workspace or outputs.
  *   Bits     sums are taken in float32, in one order that does not depend on threads, on what else is in
@@ -122,7 +128,7 @@
  *   A  >>fast     what all instruction sets share: packed weights, work for threads and caches
  *   B  >>simd     kernels for AVX2, AVX-512 and AMX
  *   Y  >>backends the choice of a backend
- *   Z  >>licence
+ *   Z  >>changes  what stays, what has changed; licence
  */
 #ifndef DSV3_H
 #define DSV3_H
@@ -11048,7 +11054,29 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 #endif /* DSV3_IMPLEMENTATION */
 
 /* ========================================================================================================
- * Chapter Z  >>licence
+ * Chapter Z  >>changes
+ *
+ * What stays: with a new patch number (0.2.x) programs compile, link and compute as before; what is mended is listed here.
+ * With a new minor number names and structs may change as well, before 1.0, and the list says how. Bytes that a version
+ * has saved (chapter 15) are read by later ones, or refused with the version's number, never misread. Bits of results are
+ * no promise between versions.
+ *
+ * 0.2.0
+ *   Errors     every call that can fail takes a dsv3_error, its last argument, and always sets it: all _size and _init,
+ *              _append, _truncate, _copy, _pack, dsv3_quantize, dsv3_router_select, dsv3_router_weights, dsv3_sample,
+ *              dsv3_ffn_forward, dsv3_layer_forward. New codes: DSV3_ERR_ABORTED, DSV3_ERR_DAMAGED.
+ *   Order      context, config or model comes first, then what is written: dsv3_model_bind(config, model, ..),
+ *              dsv3_cache_init(config, cache, ..), likewise workspace, sequence, parameters, trainer and balancer;
+ *              dsv3_sequence_append(model, sequence, ..).
+ *   Names      dsv3_generate is dsv3_generate_step, dsv3_parameters_load is dsv3_parameters_from_model, dsv3_mtp_cache_*
+ *              are dsv3_cache_mtp_*, dsv3_group is dsv3_tensor_kind (DSV3_KIND_..), DSV3_ERR_CONTEXT is DSV3_ERR_FULL.
+ *   Sizes      dsv3_linear_scratch and dsv3_cross_entropy_scratch, in floats, are dsv3_linear_size and
+ *              dsv3_cross_entropy_size, in bytes.
+ *   Gone       dsv3_z_loss; kernels, panels and products, which were the engine's.
+ *   New        steering (dsv3_steer, dsv3_logits_*), stop tokens, limits and dsv3_sequence_state, an abort hook,
+ *              log-probabilities and states of chosen rows; saving (dsv3_cache_save, dsv3_sequence_save,
+ *              dsv3_trainer_save); rope_scaling.truncate. A sequence holds its whole text.
+ *   Options    DSV3_NO_TRAINING also leaves out the balancer, the bias step and V2's balance losses.
  *
  * MIT License
  *
