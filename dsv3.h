@@ -1758,7 +1758,8 @@ static dsv3_result dsv3i_memory_check(const void *memory, size_t bytes, size_t n
         return dsv3i_fail_where(error, DSV3_ERR_ALIGN, "memory", "lies behind a multiple of 8, by bytes:", (int64_t)past);
     }
     if (bytes >= need) return DSV3_OK;
-    return dsv3i_fail_range(error, DSV3_ERR_MEMORY, "bytes", "are too few", (int64_t)need, (int64_t)need, (int64_t)bytes);
+    return dsv3i_fail_range(error, DSV3_ERR_MEMORY, "memory", "is too small", (int64_t)need, (int64_t)need,
+                            (int64_t)bytes);
 }
 
 /* There is at least one of something, and not more than `most`. */
@@ -5594,8 +5595,8 @@ static int32_t dsv3i_draw(dsv3_candidate *c, const float *logits, size_t best, s
 /* Is there a row of logits [V]? */
 static dsv3_result dsv3i_vocab_check(const float *logits, size_t V, dsv3_error *error) {
     if (logits == NULL) return dsv3i_fail_null(error, "logits");
-    DSV3I_TRY(dsv3i_check_count(error, "V", V, DSV3_MAX_VOCAB));
-    return dsv3i_ok(error);
+    return dsv3i_check_between(error, DSV3_ERR_ARG, "V", "is out of range", (int64_t)dsv3i_min(V, INT32_MAX), 1,
+                               DSV3_MAX_VOCAB);
 }
 
 static dsv3_result dsv3i_sample_check(size_t *best, const float *logits, size_t V, float temperature, float top_p,

@@ -71,12 +71,13 @@ static const char *const fields[] = {
     "num_nextn_predict_layers", "first_k_dense_replace", "moe_layer_freq", "num_attention_heads", "q_lora_rank",
     "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts", "n_shared_experts",
     "num_experts_per_tok", "n_group", "topk_group", "scoring_func", "topk_method", "norm_topk_prob",
-    "rope_scaling.type", "rope_scaling.original_max_position_embeddings", "rope_interleave", "tie_word_embeddings",
+    "rope_scaling.type", "rope_scaling.original_max_position_embeddings", "rope_scaling.truncate", "rope_interleave",
+    "tie_word_embeddings",
     "group_mask", "gate_scaling", "bias_form", "mtp_concat", "mtp_hidden", "routed_scaling_factor", "rms_norm_eps",
     "latent_norm_eps", "rope_theta", "rope_scaling.factor", "rope_scaling.beta_fast", "rope_scaling.beta_slow",
     "rope_scaling.mscale", "rope_scaling.mscale_all_dim"};
 #define FIELDS (sizeof fields / sizeof fields[0])
-#define FIRST_FLOAT 31
+#define FIRST_FLOAT 32
 #define OBJECT (HEADER + 8 * FIELDS) /* where the object begins */
 
 /* ---- Any of the three kinds, as one thing that is saved and loaded. memory: all that loading may write to. */
