@@ -1,4 +1,4 @@
-/* dsv3.h -- the whole DeepSeek-V3 system in one C header. Version 0.1.0, MIT licence (end of file).
+/* dsv3.h -- the whole DeepSeek-V3 system in one C header. Version 0.2.0, MIT licence (end of file).
  *
  * What it is: the architecture of DeepSeek-V3 -- multi-head latent attention (MLA), the sigmoid-routed mixture of
  * experts (MoE) with its balancing bias, and multi-token prediction (MTP) -- on checkpoints as published, FP8 blocks
@@ -16,21 +16,21 @@
  *     #include "dsv3.h"
  *
  *     dsv3_config_check(&config, &error);                              // names the first bad field
- *     dsv3_context_init(&context, DSV3_BACKEND_AUTO, 0);               // backend and threads
- *     dsv3_model_size(&config, &bytes);                                // every _size has its _init:
- *     dsv3_model_bind(&model, &config, malloc(bytes), bytes, find, files, &error);   // by published names
- *     dsv3_cache_size(&config, 4096, DSV3_BF16, &bytes);
- *     dsv3_cache_init(&cache, &config, 4096, DSV3_BF16, malloc(bytes), bytes);
- *     dsv3_workspace_size(&config, rows, context.threads, &bytes);
- *     dsv3_workspace_init(&workspace, &config, rows, context.threads, malloc(bytes), bytes);
+ *     dsv3_context_init(&context, DSV3_BACKEND_AUTO, 0, error);               // backend and threads
+ *     dsv3_model_size(&config, &bytes, error);                                // every _size has its _init:
+ *     dsv3_model_bind(&config, &model, malloc(bytes), bytes, find, files, &error);   // by published names
+ *     dsv3_cache_size(&config, 4096, DSV3_BF16, &bytes, error);
+ *     dsv3_cache_init(&config, &cache, 4096, DSV3_BF16, malloc(bytes), bytes, error);
+ *     dsv3_workspace_size(&config, rows, context.threads, &bytes, error);
+ *     dsv3_workspace_init(&config, &workspace, rows, context.threads, malloc(bytes), bytes, error);
  *     dsv3_forward(&context, logits, &model, &cache, 1, &batch, &workspace, &error);
- *     dsv3_sample(&token, logits, vocab_size, 0.8f, 0.95f, &rng, candidates);
+ *     dsv3_sample(&token, logits, vocab_size, 0.8f, 0.95f, &rng, candidates, error);
  *
  * Each level of the API is usable alone:
  *   ops       dsv3_rmsnorm, dsv3_router_select, dsv3_rope_table, dsv3_logits_top_k ... on plain arrays, without a model;
  *   blocks    dsv3_mla_forward, dsv3_ffn_forward, dsv3_layer_forward on one layer's weights;
  *   programs  dsv3_forward (prefill and decode of many sequences in one call), dsv3_mtp_forward, dsv3_sample,
- *             dsv3_generate (steps with drafts, several sequences at once), dsv3_evaluate (losses of all depths),
+ *             dsv3_generate_step (steps with drafts, several sequences at once), dsv3_evaluate (losses of all depths),
  *             dsv3_train_begin, _accumulate, _end (a training step), dsv3_sequence_save (any of it as bytes).
  *
  * >>options  Define before the first include of the file that has DSV3_IMPLEMENTATION (no macro changes a struct):
@@ -58,11 +58,17 @@
  *   Shapes   stand in brackets behind every pointer, row-major: float *x [n, d] is x[row * d + column].
  *            Weights are [out, in] and y = W x, as in the published checkpoints.
  *   Order    context or config, outputs, values saved for later, inputs, weights, dimensions, scratch.
- *   Errors   0 is ok, negative is a dsv3_result; what, where, expected and found go to a dsv3_error.
- *            A call that fails leaves every cache as long as it was. Outputs and workspace are then unspecified;
+ *   Errors   0 is ok, negative is a dsv3_result; what, where, expected and found go to a dsv3_error, the last argument,
+ *            which may be NULL and is set by every call that takes one, also by success. A call that fails leaves every cache as long as it was. Outputs and workspace are then unspecified;
  *            a model whose dsv3_model_bind failed must be bound again before use.
- *   Memory   is the caller's, all of it; a workspace may hold any bytes before a call. Buffers for _init
- *            are aligned to DSV3_ALIGN, as malloc's are; tensor data may have any alignment and live in flash.
+ *   Memory   is the caller's, all of it; a workspace may hold any bytes before a call. Every _size(.., &bytes) has its
+ *            _init(.., memory, bytes), which wants at least that many. Buffers for _init are aligned to DSV3_ALIGN, as
+ *            malloc's are; tensor data may have any alignment and live in flash.
+ *   Structs  hold no pointers to themselves: between calls any of them may be moved. Configs, tensors, batches, errors
+ *            and random states are values, to be copied at will. A context or a model may be copied (dsv3_pack changes the
+ *            model that it is given). A cache, workspace, sequence or trainer owns its memory: a copy of the struct is the
+ *            same object, not a second one; dsv3_cache_copy and dsv3_sequence_copy make a second one. Memory given to
+ *            _init or _bind must outlive the struct, and weights the model; a model must outlive what was made for it.
  *   Threads  every function is reentrant. Calls running at the same time may share context, config and
  *            model (they are only read), and must not share cache, workspace or outputs.
  *   Bits     sums are taken in float32, in one order that does not depend on threads, on what else is in
@@ -122,7 +128,7 @@
  *   A  >>fast     what all instruction sets share: packed weights, work for threads and caches
  *   B  >>simd     kernels for AVX2, AVX-512 and AMX
  *   Y  >>backends the choice of a backend
- *   Z  >>licence
+ *   Z  >>changes  what stays, what has changed; licence
  */
 #ifndef DSV3_H
 #define DSV3_H
@@ -139,7 +145,7 @@ extern "C" {
  * ==================================================================================================== */
 
 #define DSV3_VERSION_MAJOR 0 /* grows when a program must be changed */
-#define DSV3_VERSION_MINOR 1 /* grows when something is added */
+#define DSV3_VERSION_MINOR 2 /* grows when something is added */
 #define DSV3_VERSION_PATCH 0 /* grows when something is mended */
 
 #ifndef DSV3_API
@@ -199,7 +205,7 @@ typedef enum dsv3_result {
     DSV3_ERR_MISMATCH = -8,    /* shape or form differs from what the config demands */
     DSV3_ERR_TOKEN = -9,       /* token id outside the vocabulary */
     DSV3_ERR_POSITION = -10,   /* position does not continue its sequence */
-    DSV3_ERR_CONTEXT = -11,    /* the cache is full */
+    DSV3_ERR_FULL = -11,       /* the cache is full */
     DSV3_ERR_NAN = -12,        /* NaN or infinity in weights, scores or activations */
     DSV3_ERR_ABORTED = -13,    /* dsv3_context.aborted said so */
     DSV3_ERR_DAMAGED = -14     /* saved bytes that are cut, altered, or something else */
@@ -400,7 +406,8 @@ DSV3_API uint8_t dsv3_f8_e4m3_from_f32(float x);
  * ARG: a pointer that is needed is NULL, the type is unknown, or cols are not whole blocks. OVERFLOW: rows x cols does
  * not fit into size_t, or a finite number is too large for the type (FP8: a scale of 2^119 or more). NAN: NaN or
  * infinity as FP8, Q8_0 or Q4_0; F32, F16 and BF16 keep them. After an error data and scale may hold anything. */
-DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3_type type, size_t rows, size_t cols);
+DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3_type type, size_t rows, size_t cols,
+                                   dsv3_error *error);
 
 /* ---- Context: backend and threads -------------------------------------------------------------------- */
 
@@ -484,7 +491,8 @@ typedef struct dsv3_context {
  * backends AUTO and AMX only, Linux is asked to let this process use tiles (arch_prctl, which allocates nothing): it may
  * from then on, in all threads, and its signal frames need 8 KiB more, so that stacks of sigaltstack may have to grow. If
  * Linux refuses, AUTO means avx512_bf16, and AMX is unsupported. SIMD backends use up to 80 KiB of stack, in all threads. */
-DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backend, size_t threads);
+DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backend, size_t threads,
+                                       dsv3_error *error);
 
 /* ---- Model: weights bound by their published names ---------------------------------------------------- */
 
@@ -544,40 +552,42 @@ typedef struct dsv3_model {
 typedef dsv3_result (*dsv3_find)(void *user, const char *name, dsv3_tensor *tensor);
 
 /* Bytes of the tables that dsv3_model_bind lays out (not of the weights, which stay where they are). */
-DSV3_API dsv3_result dsv3_model_size(const dsv3_config *config, size_t *bytes);
+DSV3_API dsv3_result dsv3_model_size(const dsv3_config *config, size_t *bytes, dsv3_error *error);
 
 /* Binds every tensor the config calls for, MTP layers when the file has them. Checks type, rank and shape and
  * that router biases are finite; on failure error names the first tensor that is wrong. memory [bytes] must
  * live as long as the model, and so must everything find returned. FP8 scales are not read here. */
-DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *config, void *memory, size_t bytes,
+DSV3_API dsv3_result dsv3_model_bind(const dsv3_config *config, dsv3_model *model, void *memory, size_t bytes,
                                      dsv3_find find, void *user, dsv3_error *error);
 
 /* Copies of the matrices in the order in which a SIMD backend reads them, so that it need not reorder them
  * on each call: faster, at the price of the memory. Bits do not change. 0 bytes for a backend that reads weights as they
  * lie. The embedding stays where it is, since its rows are wanted as such; kv_b_proj is there in both orders. */
-DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_model *model, size_t *bytes);
+DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_model *model, size_t *bytes,
+                                    dsv3_error *error);
 /* Packs, with the context's threads, and makes the model's tensors point into memory [bytes], which must live as long as
  * it. Whatever find returned for packed tensors is no longer needed. All backends can use a packed model. A model is
  * packed once: tensors that are packed stay as they are. */
-DSV3_API dsv3_result dsv3_pack(const dsv3_context *context, dsv3_model *model, void *memory, size_t bytes);
+DSV3_API dsv3_result dsv3_pack(const dsv3_context *context, dsv3_model *model, void *memory, size_t bytes,
+                               dsv3_error *error);
 
-typedef enum dsv3_group {
-    DSV3_GROUP_EMBED = 0,
-    DSV3_GROUP_ATTENTION,
-    DSV3_GROUP_DENSE,
-    DSV3_GROUP_ROUTER,
-    DSV3_GROUP_EXPERTS,
-    DSV3_GROUP_SHARED,
-    DSV3_GROUP_NORM,
-    DSV3_GROUP_HEAD,
-    DSV3_GROUP_MTP, /* enorm, hnorm, eh_proj, shared_head.norm and the copies */
-    DSV3_GROUPS
-} dsv3_group;
+typedef enum dsv3_tensor_kind {
+    DSV3_KIND_EMBED = 0,
+    DSV3_KIND_ATTENTION,
+    DSV3_KIND_DENSE,
+    DSV3_KIND_ROUTER,
+    DSV3_KIND_EXPERTS,
+    DSV3_KIND_SHARED,
+    DSV3_KIND_NORM,
+    DSV3_KIND_HEAD,
+    DSV3_KIND_MTP, /* enorm, hnorm, eh_proj, shared_head.norm and the copies */
+    DSV3_KINDS
+} dsv3_tensor_kind;
 
 /* One tensor the config calls for. */
 typedef struct dsv3_tensor_info {
     char name[DSV3_MAX_NAME];
-    dsv3_group group;
+    dsv3_tensor_kind kind;
     int32_t layer;  /* -1: none */
     int32_t expert; /* routed expert, -1: none */
     int32_t rank;
@@ -601,14 +611,15 @@ typedef struct dsv3_cache {
     size_t length; /* positions filled; grows by dsv3_forward */
 } dsv3_cache;
 
-DSV3_API dsv3_result dsv3_cache_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes);
+DSV3_API dsv3_result dsv3_cache_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes,
+                                     dsv3_error *error);
 /* memory [bytes], aligned; need not be cleared. */
-DSV3_API dsv3_result dsv3_cache_init(dsv3_cache *cache, const dsv3_config *config, size_t capacity, dsv3_type type,
-                                     void *memory, size_t bytes);
+DSV3_API dsv3_result dsv3_cache_init(const dsv3_config *config, dsv3_cache *cache, size_t capacity, dsv3_type type,
+                                     void *memory, size_t bytes, dsv3_error *error);
 /* Roll back: forget positions >= length. ARG when length is beyond what is filled. */
-DSV3_API dsv3_result dsv3_cache_truncate(dsv3_cache *cache, size_t length);
-/* Fork: to becomes a copy of from. Same model and type (MISMATCH); CONTEXT when to is too short. */
-DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from);
+DSV3_API dsv3_result dsv3_cache_truncate(dsv3_cache *cache, size_t length, dsv3_error *error);
+/* Fork: to becomes a copy of from. Same model and type (MISMATCH); FULL when to is too short. */
+DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from, dsv3_error *error);
 
 /* ---- Workspace --------------------------------------------------------------------------------------- */
 
@@ -657,209 +668,10 @@ typedef struct dsv3_workspace {
 } dsv3_workspace;
 
 /* rows: most rows of one dsv3_forward call; threads: dsv3_context.threads. */
-DSV3_API dsv3_result dsv3_workspace_size(const dsv3_config *config, size_t rows, size_t threads, size_t *bytes);
-DSV3_API dsv3_result dsv3_workspace_init(dsv3_workspace *workspace, const dsv3_config *config, size_t rows,
-                                         size_t threads, void *memory, size_t bytes);
-
-/* ---- Ops on plain arrays ----------------------------------------------------------------------------- */
-
-/* y[i] = g[i] x[i] / sqrt(mean(x^2) + eps) for each of n rows. y [n, d] may be x itself. g [d], not FP8.
- * A row whose squares overflow float32 gives zeros (NaN where x is infinite), as the official code does. */
-DSV3_API void dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *g, size_t n,
-                           size_t d, float eps);
-
-/* x [n, cols] = rows token[t] of w, decoded to float32: the embedding, with w = embed_tokens. token [n] in range. */
-DSV3_API void dsv3_embed(const dsv3_context *context, float *x, const int32_t *token, const dsv3_tensor *w, size_t n);
-
-/* Floats of scratch that dsv3_linear needs for n rows and a matrix of cols columns; SIZE_MAX: too many. */
-DSV3_API size_t dsv3_linear_scratch(const dsv3_context *context, size_t n, size_t cols);
-
-/* y [n, rows] = x [n, cols] W^T. scratch [dsv3_linear_scratch]. y must not overlap x. */
-DSV3_API void dsv3_linear(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *w, size_t n,
-                          float *scratch);
-
-/* log sum exp(logits[0..V)), V >= 1, safe for any finite logits. -log p(target) = this - logits[target], in nats. */
-DSV3_API float dsv3_log_sum_exp(const float *logits, size_t V);
-
-/* Floats of scratch that dsv3_cross_entropy needs; SIZE_MAX: too many. */
-DSV3_API size_t dsv3_cross_entropy_scratch(const dsv3_context *context, const dsv3_tensor *head, size_t n);
-
-#define DSV3_IGNORE (-100) /* a target that is none: its loss is 0 */
-
-/* nll [n] = -log softmax(head u_t)[target_t] in nats for u [n, d], head [V, d] and target [n], a token or
- * DSV3_IGNORE. The logits are never all in memory: the vocabulary is taken in pieces. scratch
- * [dsv3_cross_entropy_scratch]. */
-DSV3_API void dsv3_cross_entropy(const dsv3_context *context, float *nll, const float *u, const dsv3_tensor *head,
-                                 const int32_t *target, size_t n, float *scratch);
-
-/* RoPE frequencies in radians per position, theta [dr/2], YaRN applied. [R] sec. 4.3; chapter 5. */
-DSV3_API void dsv3_rope_frequencies(const dsv3_config *config, double *theta);
-/* The same as 64-bit fractions of a turn (2^64 = one turn), turns [dr/2]. */
-DSV3_API void dsv3_rope_turns(const dsv3_config *config, uint64_t *turns);
-/* Multiplier of cos and sin: m(mscale) / m(mscale_all_dim); 1 for every released model. */
-DSV3_API float dsv3_rope_factor(const dsv3_config *config);
-/* (dn+dr)^-1/2 m(mscale_all_dim)^2, applied to the whole attention score. */
-DSV3_API float dsv3_softmax_scale(const dsv3_config *config);
-/* cos_sin [n, dr]: for pair i of row t, cos at [t, 2i] and sin at [t, 2i+1]; as exact at position 2^24 as at 1. */
-DSV3_API void dsv3_rope_table(float *cos_sin, const int32_t *position, const uint64_t *turns, float factor, size_t n,
-                              size_t dr);
-/* Rotates x [dr] in place by one row of the table. interleave: pairs (2i, 2i+1), else (i, i + dr/2). */
-DSV3_API void dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr, int interleave);
-
-/* ---- The router on plain arrays: no model needed. Of config only the routing fields are read ------------- */
-
-/* score [n, E] = sigmoid or softmax of z = gate_w x + gate_bias, in float32. gate_bias [E]: NULL in every released
- * model. scratch as for dsv3_linear. */
-DSV3_API void dsv3_router_scores(const dsv3_context *context, const dsv3_config *config, float *score, const float *x,
-                                 const dsv3_tensor *gate_w, const float *gate_bias, size_t n, float *scratch);
-/* From score [n, E], bias [E] (NULL: none) and its strengths alpha [E] (NULL: 1) choose idx [n, K], in order of
- * falling choice score, ties to the lower index, and their weights gate [n, K]. scratch [E + G]. A score or choice
- * score that is not finite counts as the lowest and weighs nothing; the choice is then still valid and free of
- * duplicates, and the call returns DSV3_ERR_NAN after all rows are done. */
-DSV3_API dsv3_result dsv3_router_select(const dsv3_config *config, int32_t *idx, float *gate, const float *score,
-                                        const float *bias, const float *alpha, size_t n, float *scratch);
-/* gate [n, K] of a choice idx [n, K] made elsewhere. ARG, and nothing written, if an expert is out of range or
- * chosen twice by a row. */
-DSV3_API dsv3_result dsv3_router_weights(const dsv3_config *config, float *gate, const int32_t *idx,
-                                         const float *score, size_t n);
-
-/* ---- Load balancing on plain arrays. [R] 2.1.2, arXiv 2408.15664; chapter 7 --------------------------------- */
-
-/* load [E] += how often idx [n, K] names each expert; rows with mask[t] = 0 (padding) are passed over. mask [n],
- * NULL: all rows count. Do not count evaluation or recomputation. */
-DSV3_API void dsv3_load_count(uint64_t *load, const int32_t *idx, const uint8_t *mask, size_t n, size_t K);
-
-/* How even a load is, of one batch or of several added up. All zero, and dead = E, when nothing was counted. */
-typedef struct dsv3_load_stats {
-    double mean;     /* assignments per expert */
-    double max_vio;  /* max / mean - 1: 0 is perfect, E / K - 1 the worst */
-    double min_load; /* min / mean */
-    double entropy;  /* of the shares, divided by log E: 1 is perfect, 0 one expert alone */
-    size_t dead;     /* experts without any row */
-} dsv3_load_stats;
-DSV3_API dsv3_load_stats dsv3_load_statistics(const uint64_t *load, size_t E);
-
-#ifndef DSV3_NO_TRAINING
-typedef enum dsv3_bias_rule {
-    DSV3_BIAS_SIGN = 0,         /* b += speed sign(e), the report's */
-    DSV3_BIAS_CENTRED = 1,      /* b += speed (sign(e) - mean sign(e)): no common drift */
-    DSV3_BIAS_PROPORTIONAL = 2, /* b += speed e */
-    DSV3_BIAS_FACTOR = 3        /* 1 + b *= 1 + speed sign(e), for DSV3_BIAS_MULTIPLY; speed < 1 */
-} dsv3_bias_rule;
-
-/* One step of bias [E] from the loads of the whole optimizer step, after it has succeeded; e is the relative error
- * (mean - load) / mean. Always: less load never moves b down more (or up less) than more load does; an expert at the
- * mean keeps its b (under CENTRED: moves with the common drift only); without any load, or unless speed is positive
- * and finite, nothing moves; a finite b stays finite, and under FACTOR b stays within -0.999 and above, from where it
- * can still come back. The loads add up to less than 2^64. */
-DSV3_API void dsv3_bias_step(float *bias, const uint64_t *load, size_t E, dsv3_bias_rule rule, double speed);
-
-/* The schedule of the update speed: `speed` until `freeze` tokens (or steps) have been seen, then 0. freeze 0: never.
- * V3: 0.001 for the first 14.3 T tokens. */
-typedef struct dsv3_bias_schedule {
-    double speed;
-    uint64_t freeze;
-} dsv3_bias_schedule;
-DSV3_API double dsv3_bias_speed(const dsv3_bias_schedule *schedule, uint64_t seen);
-
-/* Adds load [n] of all ranks, in place; DSV3_OK, or a code that ends the step. */
-typedef dsv3_result (*dsv3_reduce_load)(void *user, uint64_t *load, size_t n);
-
-/* Loads of all layers over the micro-batches of an optimizer step, and what becomes of them. */
-typedef struct dsv3_balancer {
-    dsv3_bias_rule rule;         /* set by the caller after init, as are the next three */
-    dsv3_bias_schedule schedule; /* counts optimizer steps, or whatever the caller passes as `seen` */
-    dsv3_reduce_load reduce;     /* NULL: one rank */
-    void *reduce_user;
-    size_t layers, E;   /* L + D, n_routed_experts */
-    uint64_t *load;     /* [layers, E] since the last step: add with dsv3_load_count, or let dsv3_evaluate */
-    uint64_t *load_all; /* [layers, E] of all steps: accumulated MaxVio */
-} dsv3_balancer;
-DSV3_API dsv3_result dsv3_balancer_size(const dsv3_config *config, size_t *bytes);
-/* Sign rule, speed 0.001, never frozen, no loads. */
-DSV3_API dsv3_result dsv3_balancer_init(dsv3_balancer *balancer, const dsv3_config *config, void *memory,
-                                        size_t bytes);
-/* Sums load over the ranks, moves bias [layers, E] (rows of dense layers stay), adds load to load_all and clears
- * it. When reduce fails nothing has changed but what reduce did. */
-DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, uint64_t seen);
-#endif
-
-/* Balance losses, without their weights. score [n, E], idx [n, K], mask [n] or NULL as above; 0 when no row
- * counts. Scores are finite, K at most DSV3_MAX_TOPK; f and P are sums in double; scratch [2 E].
- * The sequence-wise loss of one sequence, sum_i f_i P_i, [R] eq. 17-20: 1 when perfectly even. idx NULL: f from the
- * K largest scores, without bias and groups, as the report has it; else from the actual routing. With softmax
- * scores and idx it is V2's expert-level loss. A row whose scores add up to 0 counts in f only. */
-DSV3_API double dsv3_balance_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
-                                  size_t K, double *scratch);
-#ifndef DSV3_NO_TRAINING
-/* V2's device-level loss, [R2] eq. 26-28: experts in `devices` equal groups. idx may be NULL as above. */
-DSV3_API double dsv3_device_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
-                                 size_t K, size_t devices, double *scratch);
-/* V2's communication loss, [R2] eq. 29-31: a token is sent to at most most_devices (M) of them. idx not NULL. */
-DSV3_API double dsv3_communication_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n,
-                                        size_t E, size_t K, size_t devices, size_t most_devices, double *scratch);
-/* How much each balance loss counts. */
-typedef struct dsv3_balance_weights {
-    double expert;                /* alpha of dsv3_balance_loss: V3 0.0001, V2 0.003 */
-    double device, communication; /* V2: 0.05 and 0.02; V3: 0 */
-    size_t devices, most_devices; /* V2: 8 and 3 */
-    int32_t actual;               /* bool: f_i of the first from the actual routing (V2), not the largest scores */
-} dsv3_balance_weights;
-
-/* Backward ops. Gradients d.. are added to what stands there, so that branches and micro-batches add up; dy is the
- * gradient of the op's output. Saved values: the op's inputs. */
-
-/* dx [n, cols] += dy W, dw [rows, cols] += dy^T x, for dy [n, rows] and x [n, cols]. dx, dw may be NULL. scratch as
- * dsv3_linear. */
-DSV3_API void dsv3_linear_backward(const dsv3_context *context, float *dx, float *dw, const float *dy, const float *x,
-                                   const dsv3_tensor *w, size_t n, float *scratch);
-/* dx [dr] in place, from the gradient of the rotated values to that of those before. */
-DSV3_API void dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t dr, int interleave);
-/* dw [V, d]: row token[t] += dx[t]. */
-DSV3_API void dsv3_embed_backward(float *dw, const float *dx, const int32_t *token, size_t n, size_t d);
-/* dx [n, d], dg [d]. scratch [n]. */
-DSV3_API void dsv3_rmsnorm_backward(const dsv3_context *context, float *dx, float *dg, const float *dy,
-                                    const float *x, const dsv3_tensor *g, size_t n, size_t d, float eps,
-                                    float *scratch);
-/* Of weight * sum_t nll_t: du [n, d], dhead [V, d] or NULL. scratch as dsv3_cross_entropy has left it, for the same
- * u, head and target. */
-DSV3_API void dsv3_cross_entropy_backward(const dsv3_context *context, float *du, float *dhead, float weight,
-                                          const float *u, const dsv3_tensor *head, const int32_t *target, size_t n,
-                                          float *scratch);
-/* The router's: dscore [n, E] from dgate [n, K]; dz [n, E] = from dscore [n, E] (not added; dz may be dscore); and
- * scale times the gradient of the weighted balance losses of one sequence. scratch [E]. */
-DSV3_API void dsv3_router_weights_backward(const dsv3_config *config, float *dscore, const float *dgate,
-                                           const int32_t *idx, const float *score, size_t n);
-DSV3_API void dsv3_router_scores_backward(const dsv3_config *config, float *dz, const float *dscore,
-                                          const float *score, size_t n);
-DSV3_API void dsv3_balance_backward(float *dscore, double scale, const dsv3_balance_weights *weights,
-                                    const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
-                                    size_t K, double *scratch);
-#endif
-
-/* ---- Blocks ------------------------------------------------------------------------------------------ */
-
-/* A batch of rows, see dsv3_batch below, is begun, taken through blocks, and ended:
- * dsv3_batch_begin checks it and prepares the workspace (which row belongs to which cache, at which position,
- * turned by which angle); it changes nothing else. dsv3_batch_end moves the caches' lengths past the rows. */
-struct dsv3_batch;
-DSV3_API dsv3_result dsv3_batch_begin(const dsv3_context *context, const dsv3_model *model, const dsv3_cache *caches,
-                                      size_t n_caches, const struct dsv3_batch *batch, dsv3_workspace *workspace,
-                                      dsv3_error *error);
-DSV3_API void dsv3_batch_end(dsv3_cache *caches, const struct dsv3_batch *batch, const dsv3_workspace *workspace);
-
-/* layer is the layer's index in the caches, n the rows of the batch that was begun.
- * y [n, d] = MLA(u [n, d]); appends the rows' latents to their caches at their positions. u is not y. */
-DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
-                               const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
-                               dsv3_workspace *workspace);
-/* y [n, d] = FFN(u [n, d]): the dense MLP or the mixture of experts. Returns DSV3_ERR_NAN as dsv3_router_select. */
-DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
-                                      const dsv3_layer *weights, size_t n, dsv3_workspace *workspace);
-/* x [n, d] += MLA(norm(x)); x += FFN(norm(x)). x is not the workspace's u or y. */
-DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, const dsv3_model *model,
-                                        const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
-                                        dsv3_workspace *workspace);
+DSV3_API dsv3_result dsv3_workspace_size(const dsv3_config *config, size_t rows, size_t threads, size_t *bytes,
+                                         dsv3_error *error);
+DSV3_API dsv3_result dsv3_workspace_init(const dsv3_config *config, dsv3_workspace *workspace, size_t rows,
+                                         size_t threads, void *memory, size_t bytes, dsv3_error *error);
 
 /* ---- Programs ---------------------------------------------------------------------------------------- */
 
@@ -874,7 +686,7 @@ typedef struct dsv3_batch {
 } dsv3_batch;
 
 /* Runs the rows through the model and appends them to caches [n_caches]. logits [outputs, V].
- * Errors: ARG, TOKEN, POSITION, CONTEXT, MISMATCH (cache or workspace of another config), MEMORY (more rows or
+ * Errors: ARG, TOKEN, POSITION, FULL, MISMATCH (cache or workspace of another config), MEMORY (more rows or
  * threads than the workspace has), NAN (error->name is row[i], or logits: weights or state are not finite), ABORTED.
  * After an error all cache lengths are as before the call. Thread safety: see >>conventions. */
 DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, const dsv3_model *model,
@@ -885,15 +697,16 @@ DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, co
  * row [n] of the batch, in any order. An embedding is made of these; dsv3_linear with model->lm_head makes logits of
  * them, and dsv3_cross_entropy losses. If only they are wanted, batch->outputs is 0. ARG: NULL, or no row of the
  * workspace's; MISMATCH: a workspace of another config. */
-DSV3_API dsv3_result dsv3_states(float *state, const dsv3_model *model, const dsv3_workspace *workspace,
-                                 const int32_t *row, size_t n);
+DSV3_API dsv3_result dsv3_states(const dsv3_model *model, float *state, const dsv3_workspace *workspace,
+                                 const int32_t *row, size_t n, dsv3_error *error);
 
 /* ---- Multi-token prediction. [R] 2.2; chapter 12 ----------------------------------------------------- */
 
 /* The cache of one MTP module for one sequence: a dsv3_cache of one layer. truncate and copy as for others. */
-DSV3_API dsv3_result dsv3_mtp_cache_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes);
-DSV3_API dsv3_result dsv3_mtp_cache_init(dsv3_cache *cache, const dsv3_config *config, size_t capacity,
-                                         dsv3_type type, void *memory, size_t bytes);
+DSV3_API dsv3_result dsv3_cache_mtp_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes,
+                                         dsv3_error *error);
+DSV3_API dsv3_result dsv3_cache_mtp_init(const dsv3_config *config, dsv3_cache *cache, size_t capacity,
+                                         dsv3_type type, void *memory, size_t bytes, dsv3_error *error);
 
 /* Module k = 1 .. n_mtp on a batch of rows. The row at position i has as its token t_{i+k}, and as its hidden state
  * h_i^{k-1}: workspace->hidden of dsv3_forward (k = 1) or of module k - 1, at the same position. caches [n_caches]
@@ -964,42 +777,44 @@ typedef struct dsv3_candidate {
  * top_p 1: no restriction; 0: as temperature 0. candidates [V] is scratch. Errors: ARG (temperature negative or
  * not finite, top_p outside 0..1, V 0), NAN (a NaN among the logits, or no finite maximum). */
 DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, float temperature, float top_p,
-                                 dsv3_rng *rng, dsv3_candidate *candidates);
+                                 dsv3_rng *rng, dsv3_candidate *candidates, dsv3_error *error);
 
 /* What dsv3_sample makes of the same arguments, for a token: *log_p is the logarithm of the probability with which it is
  * drawn, in nats, minus infinity if never; *entropy (may be NULL) that of the whole distribution. Greedy: 0 for the
  * token that is taken, and entropy 0. candidates [V] is scratch. Errors as of dsv3_sample, and TOKEN. */
 DSV3_API dsv3_result dsv3_sample_log_p(double *log_p, double *entropy, int32_t token, const float *logits, size_t V,
-                                       float temperature, float top_p, dsv3_candidate *candidates);
+                                       float temperature, float top_p, dsv3_candidate *candidates, dsv3_error *error);
 
 /* log_p [n] = log softmax(logits)[token], in nats, of each row of logits [n, V] and its token [n]; 0 for DSV3_IGNORE,
  * minus infinity for a logit of minus infinity. Sums are doubles. ARG, TOKEN, NAN (as dsv3_sample). */
-DSV3_API dsv3_result dsv3_log_p(double *log_p, const float *logits, const int32_t *token, size_t n, size_t V);
+DSV3_API dsv3_result dsv3_log_p(double *log_p, const float *logits, const int32_t *token, size_t n, size_t V,
+                                dsv3_error *error);
 
 /* ---- Steering: ops that change a row of logits [V] before a token is drawn from it. Minus infinity is "never", and
  * stays so. Errors, with nothing changed: ARG (NULL, V or a value outside its domain), TOKEN (an id outside the
  * vocabulary), NAN (NaN or plus infinity in logits). A row in which everything is forbidden is no error here. */
 
 /* The k >= 1 largest stay, of equals those of lower id; the rest is forbidden. scratch [min(k, V)]. */
-DSV3_API dsv3_result dsv3_logits_top_k(float *logits, size_t V, size_t k, dsv3_candidate *scratch);
+DSV3_API dsv3_result dsv3_logits_top_k(float *logits, size_t V, size_t k, dsv3_candidate *scratch, dsv3_error *error);
 /* Tokens with less than min_p (0 .. 1) times the probability of the most probable one are forbidden. Probabilities are
  * those at temperature 1. */
-DSV3_API dsv3_result dsv3_logits_min_p(float *logits, size_t V, float min_p);
+DSV3_API dsv3_result dsv3_logits_min_p(float *logits, size_t V, float min_p, dsv3_error *error);
 /* Each of the different tokens among token [n]: a positive logit is divided by penalty, another multiplied. penalty > 0;
  * above 1 it makes them rarer. seen [(V + 7) / 8] is scratch. */
 DSV3_API dsv3_result dsv3_logits_penalty(float *logits, size_t V, const int32_t *token, size_t n, float penalty,
-                                         uint8_t *seen);
+                                         uint8_t *seen, dsv3_error *error);
 /* logits[token[i]] += bias[i] for i < n, also if an id comes twice. bias is finite, or minus infinity: forbidden. */
-DSV3_API dsv3_result dsv3_logits_bias(float *logits, size_t V, const int32_t *token, const float *bias, size_t n);
+DSV3_API dsv3_result dsv3_logits_bias(float *logits, size_t V, const int32_t *token, const float *bias, size_t n,
+                                      dsv3_error *error);
 
-/* The caller's hand in what is written. dsv3_generate calls it, on the calling thread, for each row of logits [V] from
+/* The caller's hand in what is written. dsv3_generate_step calls it, on the calling thread, for each row of logits [V] from
  * which a token is about to be chosen. It may change them; minus infinity forbids a token.
  *   text [length]  what stands before that token, length >= 1: all of the sequence, drafts included. Valid during the call
- *   sequence       its index in the call of dsv3_generate
+ *   sequence       its index in the call of dsv3_generate_step
  * The rows of the MTP modules come here as those of the main model do, so that drafts have a chance. A draft may be
  * refused later, and a place be asked about again: what is done must follow from logits and text alone. Then greedy text
  * is the same with any drafts and company, and sampled text has the distribution of the main model's steered logits.
- *   A code other than DSV3_OK ends the step: dsv3_generate returns it, and everything is as before. Text that can only
+ *   A code other than DSV3_OK ends the step: dsv3_generate_step returns it, and everything is as before. Text that can only
  * end is no such error: a row with nothing left to choose (or NaN, or plus infinity) ends the drafting, or the step behind
  * drafts that stand; only where the step begins it is DSV3_ERR_NAN. */
 typedef dsv3_result (*dsv3_steer)(void *user, float *logits, size_t V, const int32_t *text, size_t length,
@@ -1007,7 +822,7 @@ typedef dsv3_result (*dsv3_steer)(void *user, float *logits, size_t V, const int
 
 /* ---- Generation, with drafts by the MTP modules. [R] 5.4.3; chapter 13 --------------------------------- */
 
-/* What dsv3_generate will do with a sequence. */
+/* What dsv3_generate_step will do with a sequence. */
 typedef enum dsv3_state {
     DSV3_STATE_READING = 0, /* a prompt is not yet read */
     DSV3_STATE_WRITING = 1,
@@ -1037,7 +852,7 @@ typedef struct dsv3_sequence {
     int32_t want_log_p;   /* bool: log_p, too. init: 0 */
     int32_t stopped;      /* bool: the last token was written and is one of those that stop. Ends when more is appended and
                              read, when it is rolled back, or when the caller clears it */
-    /* results of a call of dsv3_generate */
+    /* results of a call of dsv3_generate_step */
     int32_t *token; /* [n_token] written by it, in order */
     float *log_p;   /* [n_token] if wanted: of the distribution each was drawn from (steer, temperature, top_p); in
                        greedy text: of softmax(logits), behind steer */
@@ -1072,15 +887,16 @@ typedef struct dsv3_sequence {
  * drafts: most tokens drafted in a step, 0 .. DSV3_MAX_DRAFTS. min(drafts, D) modules are used; more drafts than
  * modules re-use the last one. init also needs the model, to know how many modules it really has. */
 DSV3_API dsv3_result dsv3_sequence_size(const dsv3_model *model, size_t capacity, dsv3_type type, size_t rows,
-                                        size_t drafts, size_t *bytes);
-DSV3_API dsv3_result dsv3_sequence_init(dsv3_sequence *sequence, const dsv3_model *model, size_t capacity,
-                                        dsv3_type type, size_t rows, size_t drafts, void *memory, size_t bytes);
+                                        size_t drafts, size_t *bytes, dsv3_error *error);
+DSV3_API dsv3_result dsv3_sequence_init(const dsv3_model *model, dsv3_sequence *sequence, size_t capacity,
+                                        dsv3_type type, size_t rows, size_t drafts, void *memory, size_t bytes,
+                                        dsv3_error *error);
 
 /* Tokens [n] follow the text: the first prompt, or the next turn of a conversation. They are read by the next calls
- * of dsv3_generate, and must stay where they are until prompt_left is 0. Errors, with nothing changed: ARG (n = 0,
- * an earlier prompt not yet read), TOKEN, CONTEXT (more than the caches hold). */
-DSV3_API dsv3_result dsv3_sequence_append(dsv3_sequence *sequence, const dsv3_model *model, const int32_t *token,
-                                          size_t n);
+ * of dsv3_generate_step, and must stay where they are until prompt_left is 0. Errors, with nothing changed: ARG (n = 0,
+ * an earlier prompt not yet read), TOKEN, FULL (more than the caches hold). */
+DSV3_API dsv3_result dsv3_sequence_append(const dsv3_model *model, dsv3_sequence *sequence, const int32_t *token,
+                                          size_t n, dsv3_error *error);
 
 /* Tokens of the text: read, and pending. */
 DSV3_API size_t dsv3_sequence_length(const dsv3_sequence *sequence);
@@ -1090,11 +906,11 @@ DSV3_API dsv3_state dsv3_sequence_state(const dsv3_sequence *sequence);
  * are really kept: fewer than length, by the number of modules, when length lies so far back that the states
  * these need are gone. Then append tokens kept .. length - 1 of the text once more. ARG when length is
  * more than dsv3_sequence_length. */
-DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *sequence, size_t length, size_t *kept);
+DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *sequence, size_t length, size_t *kept, dsv3_error *error);
 
 /* Fork: to, made with the same sizes (MISMATCH), becomes a copy of from; sampler, steering, stop tokens (the list stays
- * the caller's), limit and counters included. CONTEXT when its caches are too short. */
-DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *from);
+ * the caller's), limit and counters included. FULL when its caches are too short. */
+DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *from, dsv3_error *error);
 
 /* One step of each of n sequences, together. A sequence with a prompt reads up to `rows` of it, and behind its last
  * token writes one; one without drafts up to `drafts` tokens, verifies them in the same call that computes the next,
@@ -1103,11 +919,95 @@ DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *
  * Greedy text is the same, bit for bit, with any number of drafts, any company and any number of threads; sampled
  * text has the same distribution. n <= workspace->rows; rows that do not fit wait (drafts are dropped first).
  * logits [sum of (max_drafts + 1), V] is scratch. Errors: as of dsv3_forward; what a steer returns, and NAN when it left
- * nothing to choose; when no sequence has anything to do, CONTEXT if one is FULL, else ARG. Every sequence is then as
+ * nothing to choose; when no sequence has anything to do, FULL if one is FULL, else ARG. Every sequence is then as
  * before (its counters and random numbers too), and n_token 0. */
-DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, const dsv3_model *model,
-                                   dsv3_sequence *const *sequences, size_t n, dsv3_workspace *workspace,
-                                   dsv3_error *error);
+DSV3_API dsv3_result dsv3_generate_step(const dsv3_context *context, float *logits, const dsv3_model *model,
+                                        dsv3_sequence *const *sequences, size_t n, dsv3_workspace *workspace,
+                                        dsv3_error *error);
+
+/* ---- Load balancing on plain arrays. [R] 2.1.2, arXiv 2408.15664; chapter 7 --------------------------------- */
+
+/* load [E] += how often idx [n, K] names each expert; rows with mask[t] = 0 (padding) are passed over. mask [n],
+ * NULL: all rows count. Do not count evaluation or recomputation. */
+DSV3_API void dsv3_load_count(uint64_t *load, const int32_t *idx, const uint8_t *mask, size_t n, size_t K);
+
+/* How even a load is, of one batch or of several added up. All zero, and dead = E, when nothing was counted. */
+typedef struct dsv3_load_stats {
+    double mean;     /* assignments per expert */
+    double max_vio;  /* max / mean - 1: 0 is perfect, E / K - 1 the worst */
+    double min_load; /* min / mean */
+    double entropy;  /* of the shares, divided by log E: 1 is perfect, 0 one expert alone */
+    size_t dead;     /* experts without any row */
+} dsv3_load_stats;
+DSV3_API dsv3_load_stats dsv3_load_statistics(const uint64_t *load, size_t E);
+
+#ifndef DSV3_NO_TRAINING
+typedef enum dsv3_bias_rule {
+    DSV3_BIAS_SIGN = 0,         /* b += speed sign(e), the report's */
+    DSV3_BIAS_CENTRED = 1,      /* b += speed (sign(e) - mean sign(e)): no common drift */
+    DSV3_BIAS_PROPORTIONAL = 2, /* b += speed e */
+    DSV3_BIAS_FACTOR = 3        /* 1 + b *= 1 + speed sign(e), for DSV3_BIAS_MULTIPLY; speed < 1 */
+} dsv3_bias_rule;
+
+/* One step of bias [E] from the loads of the whole optimizer step, after it has succeeded; e is the relative error
+ * (mean - load) / mean. Always: less load never moves b down more (or up less) than more load does; an expert at the
+ * mean keeps its b (under CENTRED: moves with the common drift only); without any load, or unless speed is positive
+ * and finite, nothing moves; a finite b stays finite, and under FACTOR b stays within -0.999 and above, from where it
+ * can still come back. The loads add up to less than 2^64. */
+DSV3_API void dsv3_bias_step(float *bias, const uint64_t *load, size_t E, dsv3_bias_rule rule, double speed);
+
+/* The schedule of the update speed: `speed` until `freeze` tokens (or steps) have been seen, then 0. freeze 0: never.
+ * V3: 0.001 for the first 14.3 T tokens. */
+typedef struct dsv3_bias_schedule {
+    double speed;
+    uint64_t freeze;
+} dsv3_bias_schedule;
+DSV3_API double dsv3_bias_speed(const dsv3_bias_schedule *schedule, uint64_t seen);
+
+/* Adds load [n] of all ranks, in place; DSV3_OK, or a code that ends the step. */
+typedef dsv3_result (*dsv3_reduce_load)(void *user, uint64_t *load, size_t n);
+
+/* Loads of all layers over the micro-batches of an optimizer step, and what becomes of them. */
+typedef struct dsv3_balancer {
+    dsv3_bias_rule rule;         /* set by the caller after init, as are the next three */
+    dsv3_bias_schedule schedule; /* counts optimizer steps, or whatever the caller passes as `seen` */
+    dsv3_reduce_load reduce;     /* NULL: one rank */
+    void *reduce_user;
+    size_t layers, E;   /* L + D, n_routed_experts */
+    uint64_t *load;     /* [layers, E] since the last step: add with dsv3_load_count, or let dsv3_evaluate */
+    uint64_t *load_all; /* [layers, E] of all steps: accumulated MaxVio */
+} dsv3_balancer;
+DSV3_API dsv3_result dsv3_balancer_size(const dsv3_config *config, size_t *bytes, dsv3_error *error);
+/* Sign rule, speed 0.001, never frozen, no loads. */
+DSV3_API dsv3_result dsv3_balancer_init(const dsv3_config *config, dsv3_balancer *balancer, void *memory,
+                                        size_t bytes, dsv3_error *error);
+/* Sums load over the ranks, moves bias [layers, E] (rows of dense layers stay), adds load to load_all and clears
+ * it. When reduce fails nothing has changed but what reduce did. */
+DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, uint64_t seen);
+#endif
+
+/* Balance losses, without their weights. score [n, E], idx [n, K], mask [n] or NULL as above; 0 when no row
+ * counts. Scores are finite, K at most DSV3_MAX_TOPK; f and P are sums in double; scratch [2 E].
+ * The sequence-wise loss of one sequence, sum_i f_i P_i, [R] eq. 17-20: 1 when perfectly even. idx NULL: f from the
+ * K largest scores, without bias and groups, as the report has it; else from the actual routing. With softmax
+ * scores and idx it is V2's expert-level loss. A row whose scores add up to 0 counts in f only. */
+DSV3_API double dsv3_balance_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
+                                  size_t K, double *scratch);
+#ifndef DSV3_NO_TRAINING
+/* V2's device-level loss, [R2] eq. 26-28: experts in `devices` equal groups. idx may be NULL as above. */
+DSV3_API double dsv3_device_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
+                                 size_t K, size_t devices, double *scratch);
+/* V2's communication loss, [R2] eq. 29-31: a token is sent to at most most_devices (M) of them. idx not NULL. */
+DSV3_API double dsv3_communication_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n,
+                                        size_t E, size_t K, size_t devices, size_t most_devices, double *scratch);
+/* How much each balance loss counts. */
+typedef struct dsv3_balance_weights {
+    double expert;                /* alpha of dsv3_balance_loss: V3 0.0001, V2 0.003 */
+    double device, communication; /* V2: 0.05 and 0.02; V3: 0 */
+    size_t devices, most_devices; /* V2: 8 and 3 */
+    int32_t actual;               /* bool: f_i of the first from the actual routing (V2), not the largest scores */
+} dsv3_balance_weights;
+#endif
 
 #ifndef DSV3_NO_TRAINING
 /* ---- Training. [R] 4.2; chapter 14 ------------------------------------------------------------------- */
@@ -1119,13 +1019,14 @@ typedef struct dsv3_parameters {
     float *data;      /* [count] */
     size_t count;
 } dsv3_parameters;
-DSV3_API dsv3_result dsv3_parameters_size(const dsv3_config *config, size_t *bytes);
+DSV3_API dsv3_result dsv3_parameters_size(const dsv3_config *config, size_t *bytes, dsv3_error *error);
 /* Zeros. */
-DSV3_API dsv3_result dsv3_parameters_init(dsv3_parameters *parameters, const dsv3_config *config, void *memory,
-                                          size_t bytes);
+DSV3_API dsv3_result dsv3_parameters_init(const dsv3_config *config, dsv3_parameters *parameters, void *memory,
+                                          size_t bytes, dsv3_error *error);
 /* Decodes a bound model of the same config into them. MISMATCH for another config, or fewer MTP modules than it
  * names. */
-DSV3_API dsv3_result dsv3_parameters_load(dsv3_parameters *parameters, const dsv3_model *from);
+DSV3_API dsv3_result dsv3_parameters_from_model(dsv3_parameters *parameters, const dsv3_model *from,
+                                                dsv3_error *error);
 /* Matrices from N(0, std^2), norms 1, router biases 0. V3: std 0.006. */
 DSV3_API void dsv3_parameters_random(dsv3_parameters *parameters, dsv3_rng *rng, float std);
 
@@ -1201,10 +1102,11 @@ typedef struct dsv3_trainer {
 } dsv3_trainer;
 
 DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_training *settings, size_t threads,
-                                       size_t *bytes);
+                                       size_t *bytes, dsv3_error *error);
 /* Weights are zero: load or randomise trainer->weights before the first step. */
-DSV3_API dsv3_result dsv3_trainer_init(dsv3_trainer *trainer, const dsv3_config *config,
-                                       const dsv3_training *settings, size_t threads, void *memory, size_t bytes);
+DSV3_API dsv3_result dsv3_trainer_init(const dsv3_config *config, dsv3_trainer *trainer,
+                                       const dsv3_training *settings, size_t threads, void *memory, size_t bytes,
+                                       dsv3_error *error);
 
 /* Adds the targets of a text to targets [1 + depths] and its sequences to *sequences. */
 DSV3_API void dsv3_text_count(const dsv3_text *text, size_t depths, uint64_t *targets, uint64_t *sequences);
@@ -1235,39 +1137,163 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
  * Errors of _save: ARG (NULL, or see there), MISMATCH (made for another model), MEMORY (bytes are fewer than _save_size).
  * Errors of _load, with error->name for what is at fault: DAMAGED (cut, altered, or no such bytes at all), UNSUPPORTED (a
  * later version), MISMATCH (another kind, config, tag, type, or form of the object: expected is what the object has),
- * CONTEXT (longer than the caches: error->found[0] positions). All is checked before anything is written: after an error
+ * FULL (longer than the caches: error->found[0] positions). All is checked before anything is written: after an error
  * the object is as it was.
  * Thread safety: objects that are saved are only read; an object that is loaded must not be in use elsewhere. */
 
 /* config: of the model that fills the cache. The main model's caches and those of MTP modules alike. */
-DSV3_API dsv3_result dsv3_cache_save_size(const dsv3_cache *cache, size_t *bytes);
-DSV3_API dsv3_result dsv3_cache_save(const dsv3_cache *cache, const dsv3_config *config, uint64_t tag, void *data,
-                                     size_t bytes);
+DSV3_API dsv3_result dsv3_cache_save_size(const dsv3_cache *cache, size_t *bytes, dsv3_error *error);
+DSV3_API dsv3_result dsv3_cache_save(const dsv3_config *config, const dsv3_cache *cache, uint64_t tag, void *data,
+                                     size_t bytes, dsv3_error *error);
 /* Into a cache that was made by _init, for the same type; its capacity may be another. */
-DSV3_API dsv3_result dsv3_cache_load(dsv3_cache *cache, const dsv3_config *config, uint64_t tag, const void *data,
+DSV3_API dsv3_result dsv3_cache_load(const dsv3_config *config, dsv3_cache *cache, uint64_t tag, const void *data,
                                      size_t bytes, dsv3_error *error);
 
 /* Text, sampler, counters, last results: the loaded sequence goes on as the saved one would have, bit for bit. ARG for
  * one with a prompt not yet read, which is the caller's memory: read it first, or drop it with dsv3_sequence_truncate and
- * append it behind the load. The text's tokens are not all kept in a sequence, and so not saved. */
-DSV3_API dsv3_result dsv3_sequence_save_size(const dsv3_sequence *sequence, size_t *bytes);
-DSV3_API dsv3_result dsv3_sequence_save(const dsv3_sequence *sequence, const dsv3_model *model, uint64_t tag, void *data,
-                                        size_t bytes);
+ * append it behind the load. */
+DSV3_API dsv3_result dsv3_sequence_save_size(const dsv3_sequence *sequence, size_t *bytes, dsv3_error *error);
+DSV3_API dsv3_result dsv3_sequence_save(const dsv3_model *model, const dsv3_sequence *sequence, uint64_t tag,
+                                        void *data, size_t bytes, dsv3_error *error);
 /* Into a sequence that was made by _init, with the same type, modules and drafts. capacity and rows may be others; with
  * other rows, dsv3_sequence_truncate may keep fewer tokens. MISMATCH of rows: they are so few that states which modules
  * have yet to read find no place. A prompt not yet read is dropped. */
-DSV3_API dsv3_result dsv3_sequence_load(dsv3_sequence *sequence, const dsv3_model *model, uint64_t tag, const void *data,
-                                        size_t bytes, dsv3_error *error);
+DSV3_API dsv3_result dsv3_sequence_load(const dsv3_model *model, dsv3_sequence *sequence, uint64_t tag,
+                                        const void *data, size_t bytes, dsv3_error *error);
 
 #ifndef DSV3_NO_TRAINING
 /* A run between two steps: weights with the routers' biases, moments, moving average, the number of steps, all loads so far.
  * Of a step under way nothing is saved: repeat it. Settings, schedules and hooks are the caller's to set as before; then
  * the next steps have the same bits as without the interruption. */
-DSV3_API dsv3_result dsv3_trainer_save_size(const dsv3_trainer *trainer, size_t *bytes);
-DSV3_API dsv3_result dsv3_trainer_save(const dsv3_trainer *trainer, uint64_t tag, void *data, size_t bytes);
+DSV3_API dsv3_result dsv3_trainer_save_size(const dsv3_trainer *trainer, size_t *bytes, dsv3_error *error);
+DSV3_API dsv3_result dsv3_trainer_save(const dsv3_trainer *trainer, uint64_t tag, void *data, size_t bytes,
+                                       dsv3_error *error);
 /* Into a trainer that was made by _init, for the same config and with the same settings.ema. A step under way is given up. */
 DSV3_API dsv3_result dsv3_trainer_load(dsv3_trainer *trainer, uint64_t tag, const void *data, size_t bytes,
                                        dsv3_error *error);
+#endif
+
+/* ---- Blocks ------------------------------------------------------------------------------------------ */
+
+/* A batch of rows, see dsv3_batch below, is begun, taken through blocks, and ended:
+ * dsv3_batch_begin checks it and prepares the workspace (which row belongs to which cache, at which position,
+ * turned by which angle); it changes nothing else. dsv3_batch_end moves the caches' lengths past the rows. */
+DSV3_API dsv3_result dsv3_batch_begin(const dsv3_context *context, const dsv3_model *model, const dsv3_cache *caches,
+                                      size_t n_caches, const dsv3_batch *batch, dsv3_workspace *workspace,
+                                      dsv3_error *error);
+DSV3_API void dsv3_batch_end(dsv3_cache *caches, const dsv3_batch *batch, const dsv3_workspace *workspace);
+
+/* layer is the layer's index in the caches, n the rows of the batch that was begun.
+ * y [n, d] = MLA(u [n, d]); appends the rows' latents to their caches at their positions. u is not y. */
+DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
+                               const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
+                               dsv3_workspace *workspace);
+/* y [n, d] = FFN(u [n, d]): the dense MLP or the mixture of experts. Returns DSV3_ERR_NAN as dsv3_router_select. */
+DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
+                                      const dsv3_layer *weights, size_t n, dsv3_workspace *workspace,
+                                      dsv3_error *error);
+/* x [n, d] += MLA(norm(x)); x += FFN(norm(x)). x is not the workspace's u or y. */
+DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, const dsv3_model *model,
+                                        const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
+                                        dsv3_workspace *workspace, dsv3_error *error);
+
+/* ---- Ops on plain arrays ----------------------------------------------------------------------------- */
+
+/* y[i] = g[i] x[i] / sqrt(mean(x^2) + eps) for each of n rows. y [n, d] may be x itself. g [d], not FP8.
+ * A row whose squares overflow float32 gives zeros (NaN where x is infinite), as the official code does. */
+DSV3_API void dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *g, size_t n,
+                           size_t d, float eps);
+
+/* x [n, cols] = rows token[t] of w, decoded to float32: the embedding, with w = embed_tokens. token [n] in range. */
+DSV3_API void dsv3_embed(const dsv3_context *context, float *x, const int32_t *token, const dsv3_tensor *w, size_t n);
+
+/* Bytes of scratch that dsv3_linear needs for n rows and a matrix of cols columns. */
+DSV3_API dsv3_result dsv3_linear_size(const dsv3_context *context, size_t n, size_t cols, size_t *bytes,
+                                      dsv3_error *error);
+
+/* y [n, rows] = x [n, cols] W^T. scratch [dsv3_linear_size]. y must not overlap x. */
+DSV3_API void dsv3_linear(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *w, size_t n,
+                          float *scratch);
+
+/* log sum exp(logits[0..V)), V >= 1, safe for any finite logits. -log p(target) = this - logits[target], in nats. */
+DSV3_API float dsv3_log_sum_exp(const float *logits, size_t V);
+
+/* Bytes of scratch that dsv3_cross_entropy needs for n rows. */
+DSV3_API dsv3_result dsv3_cross_entropy_size(const dsv3_context *context, const dsv3_tensor *head, size_t n,
+                                             size_t *bytes, dsv3_error *error);
+
+#define DSV3_IGNORE (-100) /* a target that is none: its loss is 0 */
+
+/* nll [n] = -log softmax(head u_t)[target_t] in nats for u [n, d], head [V, d] and target [n], a token or
+ * DSV3_IGNORE. The logits are never all in memory: the vocabulary is taken in pieces. scratch
+ * [dsv3_cross_entropy_size]. */
+DSV3_API void dsv3_cross_entropy(const dsv3_context *context, float *nll, const float *u, const dsv3_tensor *head,
+                                 const int32_t *target, size_t n, float *scratch);
+
+/* RoPE frequencies in radians per position, theta [dr/2], YaRN applied. [R] sec. 4.3; chapter 5. */
+DSV3_API void dsv3_rope_frequencies(const dsv3_config *config, double *theta);
+/* The same as 64-bit fractions of a turn (2^64 = one turn), turns [dr/2]. */
+DSV3_API void dsv3_rope_turns(const dsv3_config *config, uint64_t *turns);
+/* Multiplier of cos and sin: m(mscale) / m(mscale_all_dim); 1 for every released model. */
+DSV3_API float dsv3_rope_factor(const dsv3_config *config);
+/* (dn+dr)^-1/2 m(mscale_all_dim)^2, applied to the whole attention score. */
+DSV3_API float dsv3_softmax_scale(const dsv3_config *config);
+/* cos_sin [n, dr]: for pair i of row t, cos at [t, 2i] and sin at [t, 2i+1]; as exact at position 2^24 as at 1. */
+DSV3_API void dsv3_rope_table(float *cos_sin, const int32_t *position, const uint64_t *turns, float factor, size_t n,
+                              size_t dr);
+/* Rotates x [dr] in place by one row of the table. interleave: pairs (2i, 2i+1), else (i, i + dr/2). */
+DSV3_API void dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr, int interleave);
+
+/* ---- The router on plain arrays: no model needed. Of config only the routing fields are read ------------- */
+
+/* score [n, E] = sigmoid or softmax of z = gate_w x + gate_bias, in float32. gate_bias [E]: NULL in every released
+ * model. scratch as for dsv3_linear. */
+DSV3_API void dsv3_router_scores(const dsv3_context *context, const dsv3_config *config, float *score, const float *x,
+                                 const dsv3_tensor *gate_w, const float *gate_bias, size_t n, float *scratch);
+/* From score [n, E], bias [E] (NULL: none) and its strengths alpha [E] (NULL: 1) choose idx [n, K], in order of
+ * falling choice score, ties to the lower index, and their weights gate [n, K]. scratch [E + G]. A score or choice
+ * score that is not finite counts as the lowest and weighs nothing; the choice is then still valid and free of
+ * duplicates, and the call returns DSV3_ERR_NAN after all rows are done. */
+DSV3_API dsv3_result dsv3_router_select(const dsv3_config *config, int32_t *idx, float *gate, const float *score,
+                                        const float *bias, const float *alpha, size_t n, float *scratch,
+                                        dsv3_error *error);
+/* gate [n, K] of a choice idx [n, K] made elsewhere. ARG, and nothing written, if an expert is out of range or
+ * chosen twice by a row. */
+DSV3_API dsv3_result dsv3_router_weights(const dsv3_config *config, float *gate, const int32_t *idx,
+                                         const float *score, size_t n, dsv3_error *error);
+
+#ifndef DSV3_NO_TRAINING
+/* ---- Backward ops --------------------------------------------------------------------------------------- */
+
+/* Gradients d.. are added to what stands there, so that branches and micro-batches add up; dy is the
+ * gradient of the op's output. Saved values: the op's inputs. */
+
+/* dx [n, cols] += dy W, dw [rows, cols] += dy^T x, for dy [n, rows] and x [n, cols]. dx, dw may be NULL. scratch as
+ * dsv3_linear. */
+DSV3_API void dsv3_linear_backward(const dsv3_context *context, float *dx, float *dw, const float *dy, const float *x,
+                                   const dsv3_tensor *w, size_t n, float *scratch);
+/* dx [dr] in place, from the gradient of the rotated values to that of those before. */
+DSV3_API void dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t dr, int interleave);
+/* dw [V, d]: row token[t] += dx[t]. */
+DSV3_API void dsv3_embed_backward(float *dw, const float *dx, const int32_t *token, size_t n, size_t d);
+/* dx [n, d], dg [d]. scratch [n]. */
+DSV3_API void dsv3_rmsnorm_backward(const dsv3_context *context, float *dx, float *dg, const float *dy,
+                                    const float *x, const dsv3_tensor *g, size_t n, size_t d, float eps,
+                                    float *scratch);
+/* Of weight * sum_t nll_t: du [n, d], dhead [V, d] or NULL. scratch as dsv3_cross_entropy has left it, for the same
+ * u, head and target. */
+DSV3_API void dsv3_cross_entropy_backward(const dsv3_context *context, float *du, float *dhead, float weight,
+                                          const float *u, const dsv3_tensor *head, const int32_t *target, size_t n,
+                                          float *scratch);
+/* The router's: dscore [n, E] from dgate [n, K]; dz [n, E] = from dscore [n, E] (not added; dz may be dscore); and
+ * scale times the gradient of the weighted balance losses of one sequence. scratch [E]. */
+DSV3_API void dsv3_router_weights_backward(const dsv3_config *config, float *dscore, const float *dgate,
+                                           const int32_t *idx, const float *score, size_t n);
+DSV3_API void dsv3_router_scores_backward(const dsv3_config *config, float *dz, const float *dscore,
+                                          const float *score, size_t n);
+DSV3_API void dsv3_balance_backward(float *dscore, double scale, const dsv3_balance_weights *weights,
+                                    const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
+                                    size_t K, double *scratch);
 #endif
 
 #ifdef __cplusplus
@@ -1505,109 +1531,6 @@ static uint64_t dsv3i_fingerprint(const dsv3_config *config) {
     return h;
 }
 
-/* ---- Layouts: one cursor walks through a buffer, or through nothing to learn the size. The same function
- * runs for _size (base NULL) and for _init, so that the sum and the pointers cannot disagree. Parts begin on
- * cache lines, wherever the caller's buffer begins: a size includes what is lost at its front. */
-
-#define DSV3I_LINE (sizeof(void *) > 4 ? 64u : 16u)
-
-typedef struct dsv3i_layout {
-    unsigned char *base; /* NULL: only measure */
-    size_t used;         /* bytes so far, SIZE_MAX once too large */
-} dsv3i_layout;
-
-/* a x b x c elements of size bytes; NULL when only measuring. */
-static void *dsv3i_take(dsv3i_layout *l, size_t size, size_t a, size_t b, size_t c) {
-    size_t bytes = dsv3i_mul(dsv3i_mul(dsv3i_mul(size, a), b), c);
-    size_t padded = dsv3i_mul(dsv3i_blocks(bytes, DSV3I_LINE), DSV3I_LINE);
-    void *at = l->base == NULL || l->used == SIZE_MAX ? NULL : (void *)(l->base + l->used);
-    l->used = dsv3i_add(l->used, bytes == SIZE_MAX ? SIZE_MAX : padded);
-    return at;
-}
-
-/* rows x columns of them; NULL for 0 rows. */
-static void *dsv3i_take_rows(dsv3i_layout *l, size_t size, size_t rows, size_t columns) {
-    return rows == 0 ? NULL : dsv3i_take(l, size, rows, columns, 1);
-}
-
-/* Many arrays of one struct are a table: where the pointer stands in it, and two sizes in another struct. Part 0 is laid out
- * first; parts 1, 2 .. are never in use together, and all begin where it ends. */
-typedef struct dsv3i_array {
-    uint16_t at;
-    uint8_t size, rows, columns, part;
-} dsv3i_array;
-#define DSV3I_ARRAY(owner, sizes, part, type, name, rows, columns)                                                   \
-    {(uint16_t)offsetof(owner, name), sizeof(type), DSV3I_PLACE_OF(sizes, rows), DSV3I_PLACE_OF(sizes, columns), part},
-
-static void dsv3i_take_arrays(dsv3i_layout *l, void *owner, const dsv3i_array *list, size_t count, const void *sizes) {
-    size_t from = l->used, end = 0;
-    for (size_t i = 0; i < count; i++) {
-        size_t rows = dsv3i_size_at(sizes, list[i].rows), columns = dsv3i_size_at(sizes, list[i].columns);
-        void *array;
-        end = dsv3i_max(end, l->used);
-        if (i > 0 && list[i].part != list[i - 1].part) {
-            if (list[i - 1].part == 0) from = l->used;
-            l->used = from;
-        }
-        array = dsv3i_take_rows(l, list[i].size, rows, columns);
-        DSV3_MEMCPY((unsigned char *)owner + list[i].at, &array, sizeof array);
-    }
-    l->used = dsv3i_max(end, l->used);
-}
-
-static dsv3_result dsv3i_layout_size(const dsv3i_layout *l, size_t *bytes) {
-    if (bytes == NULL) return DSV3_ERR_ARG;
-    *bytes = dsv3i_add(l->used, DSV3I_LINE - DSV3_ALIGN);
-    if (*bytes < SIZE_MAX) return DSV3_OK;
-    *bytes = 0;
-    return DSV3_ERR_OVERFLOW;
-}
-
-/* Where a layout over memory begins. */
-static unsigned char *dsv3i_layout_base(void *memory) {
-    size_t past = (size_t)((uintptr_t)memory % DSV3I_LINE);
-    return (unsigned char *)memory + (past == 0 ? 0 : DSV3I_LINE - past);
-}
-
-/* May a layout of `need` bytes be laid over memory [bytes]? */
-static dsv3_result dsv3i_memory_check(const void *memory, size_t bytes, size_t need) {
-    if (memory == NULL) return DSV3_ERR_ARG;
-    if ((uintptr_t)memory % DSV3_ALIGN != 0) return DSV3_ERR_ALIGN;
-    return bytes < need ? DSV3_ERR_MEMORY : DSV3_OK;
-}
-
-/* Begins the layout of an object over memory [bytes], which was measured, with that result, as *need bytes. */
-static dsv3_result dsv3i_layout_begin(dsv3i_layout *l, const void *object, dsv3_result measured, void *memory,
-                                      size_t bytes, const size_t *need) {
-    if (object == NULL) return DSV3_ERR_ARG;
-    DSV3I_TRY(measured);
-    DSV3I_TRY(dsv3i_memory_check(memory, bytes, *need));
-    l->base = dsv3i_layout_base(memory);
-    l->used = 0;
-    return DSV3_OK;
-}
-
-/* A struct of pointers into such a buffer has its members in a list, with their shapes,
- *     #define DSV3I_PAIR(X) X(int32_t, token, n, 1) X(float, x, n, m->d)
- * of which one macro makes the struct and the other its layout, where l, at, n and m are known:
- *     struct dsv3i_pair { DSV3I_PAIR(DSV3I_MEMBER) };         int32_t *token; float *x;
- *     DSV3I_PAIR(DSV3I_TAKE)                               at->token = dsv3i_take_rows(l, sizeof(int32_t), n, 1); ..
- */
-#define DSV3I_MEMBER(type, name, rows, columns) type *name;
-#define DSV3I_TAKE(type, name, rows, columns) at->name = (type *)dsv3i_take_rows(l, sizeof(type), rows, columns);
-
-/* Such a struct has two programs around its layout function: _size ends with an `it` laid out over nothing, and _init
- * begins with l over memory [bytes], once _size has said what is needed. */
-#define DSV3I_SIZE(type, bytes, layout)                                                                              \
-    type it;                                                                                                         \
-    dsv3i_layout l = {NULL, 0};                                                                                      \
-    layout;                                                                                                          \
-    return dsv3i_layout_size(&l, bytes)
-#define DSV3I_INIT(object, size)                                                                                     \
-    dsv3i_layout l = {NULL, 0};                                                                                      \
-    size_t need = 0;                                                                                                 \
-    DSV3I_TRY(dsv3i_layout_begin(&l, object, size, memory, bytes, &need))
-
 /* ---- Text: names and messages are built without stdio. */
 
 typedef struct dsv3i_text {
@@ -1663,7 +1586,7 @@ DSV3_API const char *dsv3_result_string(dsv3_result result) {
     /* one row of characters, no pointers: nothing here needs relocation or writable memory */
     static const char texts[] = "ok\0bad argument\0beyond a limit\0size overflow\0not supported\0buffer too small\0"
                                 "buffer not aligned\0tensor missing\0shape mismatch\0token outside vocabulary\0"
-                                "position out of sequence\0context full\0value not finite\0aborted by the caller\0"
+                                "position out of sequence\0cache full\0value not finite\0aborted by the caller\0"
                                 "saved bytes damaged";
     const char *text = texts;
     if (result > DSV3_OK || result < DSV3_ERR_DAMAGED) return "unknown result";
@@ -1762,6 +1685,120 @@ DSV3_API const char *dsv3_error_text(const dsv3_error *e, char *text, size_t cap
     if (shape) dsv3i_text_add_index(&t, "", e->found[1], ")");
     return text;
 }
+
+/* ---- Layouts: one cursor walks through a buffer, or through nothing to learn the size. The same function
+ * runs for _size (base NULL) and for _init, so that the sum and the pointers cannot disagree. Parts begin on
+ * cache lines, wherever the caller's buffer begins: a size includes what is lost at its front. */
+
+#define DSV3I_LINE (sizeof(void *) > 4 ? 64u : 16u)
+
+typedef struct dsv3i_layout {
+    unsigned char *base; /* NULL: only measure */
+    size_t used;         /* bytes so far, SIZE_MAX once too large */
+} dsv3i_layout;
+
+/* a x b x c elements of size bytes; NULL when only measuring. */
+static void *dsv3i_take(dsv3i_layout *l, size_t size, size_t a, size_t b, size_t c) {
+    size_t bytes = dsv3i_mul(dsv3i_mul(dsv3i_mul(size, a), b), c);
+    size_t padded = dsv3i_mul(dsv3i_blocks(bytes, DSV3I_LINE), DSV3I_LINE);
+    void *at = l->base == NULL || l->used == SIZE_MAX ? NULL : (void *)(l->base + l->used);
+    l->used = dsv3i_add(l->used, bytes == SIZE_MAX ? SIZE_MAX : padded);
+    return at;
+}
+
+/* rows x columns of them; NULL for 0 rows. */
+static void *dsv3i_take_rows(dsv3i_layout *l, size_t size, size_t rows, size_t columns) {
+    return rows == 0 ? NULL : dsv3i_take(l, size, rows, columns, 1);
+}
+
+/* Many arrays of one struct are a table: where the pointer stands in it, and two sizes in another struct. Part 0 is laid out
+ * first; parts 1, 2 .. are never in use together, and all begin where it ends. */
+typedef struct dsv3i_array {
+    uint16_t at;
+    uint8_t size, rows, columns, part;
+} dsv3i_array;
+#define DSV3I_ARRAY(owner, sizes, part, type, name, rows, columns)                                                   \
+    {(uint16_t)offsetof(owner, name), sizeof(type), DSV3I_PLACE_OF(sizes, rows), DSV3I_PLACE_OF(sizes, columns), part},
+
+static void dsv3i_take_arrays(dsv3i_layout *l, void *owner, const dsv3i_array *list, size_t count, const void *sizes) {
+    size_t from = l->used, end = 0;
+    for (size_t i = 0; i < count; i++) {
+        size_t rows = dsv3i_size_at(sizes, list[i].rows), columns = dsv3i_size_at(sizes, list[i].columns);
+        void *array;
+        end = dsv3i_max(end, l->used);
+        if (i > 0 && list[i].part != list[i - 1].part) {
+            if (list[i - 1].part == 0) from = l->used;
+            l->used = from;
+        }
+        array = dsv3i_take_rows(l, list[i].size, rows, columns);
+        DSV3_MEMCPY((unsigned char *)owner + list[i].at, &array, sizeof array);
+    }
+    l->used = dsv3i_max(end, l->used);
+}
+
+static dsv3_result dsv3i_layout_size(const dsv3i_layout *l, size_t *bytes, dsv3_error *error) {
+    if (bytes == NULL) return dsv3i_fail_null(error, "bytes");
+    *bytes = dsv3i_add(l->used, DSV3I_LINE - DSV3_ALIGN);
+    if (*bytes < SIZE_MAX) return dsv3i_ok(error);
+    *bytes = 0;
+    return dsv3i_fail(error, DSV3_ERR_OVERFLOW, "bytes", "are more than size_t can count");
+}
+
+/* Where a layout over memory begins. */
+static unsigned char *dsv3i_layout_base(void *memory) {
+    size_t past = (size_t)((uintptr_t)memory % DSV3I_LINE);
+    return (unsigned char *)memory + (past == 0 ? 0 : DSV3I_LINE - past);
+}
+
+/* May a layout of `need` bytes be laid over memory [bytes]? */
+static dsv3_result dsv3i_memory_check(const void *memory, size_t bytes, size_t need, dsv3_error *error) {
+    size_t past = (size_t)((uintptr_t)memory % DSV3_ALIGN);
+    if (memory == NULL) return dsv3i_fail_null(error, "memory");
+    if (past != 0) {
+        return dsv3i_fail_where(error, DSV3_ERR_ALIGN, "memory", "lies behind a multiple of 8, by bytes:", (int64_t)past);
+    }
+    if (bytes >= need) return DSV3_OK;
+    return dsv3i_fail_range(error, DSV3_ERR_MEMORY, "memory", "is too small", (int64_t)need, (int64_t)need,
+                            (int64_t)bytes);
+}
+
+/* There is at least one of something, and not more than `most`. */
+DSV3I_APART dsv3_result dsv3i_check_count(dsv3_error *error, const char *name, size_t n, int64_t most) {
+    int64_t found = n > (size_t)PTRDIFF_MAX ? INT64_MAX : (int64_t)n;
+    return dsv3i_check_between(error, n < 1 ? DSV3_ERR_ARG : DSV3_ERR_LIMIT, name, "is out of range", found, 1, most);
+}
+
+/* Begins the layout of an object over memory [bytes], which was measured, with that result, as *need bytes. */
+static dsv3_result dsv3i_layout_begin(dsv3i_layout *l, const void *object, dsv3_result measured, void *memory,
+                                      size_t bytes, const size_t *need, dsv3_error *error) {
+    DSV3I_TRY(measured);
+    if (object == NULL) return dsv3i_fail_null(error, "object");
+    DSV3I_TRY(dsv3i_memory_check(memory, bytes, *need, error));
+    l->base = dsv3i_layout_base(memory);
+    l->used = 0;
+    return DSV3_OK;
+}
+
+/* A struct of pointers into such a buffer has its members in a list, with their shapes,
+ *     #define DSV3I_PAIR(X) X(int32_t, token, n, 1) X(float, x, n, m->d)
+ * of which one macro makes the struct and the other its layout, where l, at, n and m are known:
+ *     struct dsv3i_pair { DSV3I_PAIR(DSV3I_MEMBER) };         int32_t *token; float *x;
+ *     DSV3I_PAIR(DSV3I_TAKE)                               at->token = dsv3i_take_rows(l, sizeof(int32_t), n, 1); ..
+ */
+#define DSV3I_MEMBER(type, name, rows, columns) type *name;
+#define DSV3I_TAKE(type, name, rows, columns) at->name = (type *)dsv3i_take_rows(l, sizeof(type), rows, columns);
+
+/* Such a struct has two programs around its layout function: _size ends with an `it` laid out over nothing, and _init
+ * begins with l over memory [bytes], once _size has said what is needed. */
+#define DSV3I_SIZE(type, bytes, layout)                                                                              \
+    type it;                                                                                                         \
+    dsv3i_layout l = {NULL, 0};                                                                                      \
+    layout;                                                                                                          \
+    return dsv3i_layout_size(&l, bytes, error)
+#define DSV3I_INIT(object, size)                                                                                     \
+    dsv3i_layout l = {NULL, 0};                                                                                      \
+    size_t need = 0;                                                                                                 \
+    DSV3I_TRY(dsv3i_layout_begin(&l, object, size, memory, bytes, &need, error))
 
 /* ---- Random numbers: splitmix64, a counter and a mixing function. */
 
@@ -2146,22 +2183,25 @@ static int dsv3i_quantize_half(unsigned char *y, float x, dsv3_type type) {
            !dsv3i_is_finite(x);
 }
 
-DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3_type type, size_t rows,
-                                   size_t cols) {
+DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3_type type, size_t rows, size_t cols,
+                                   dsv3_error *error) {
     unsigned char *y = (unsigned char *)data, *scales = (unsigned char *)scale;
     size_t n = dsv3i_mul(rows, cols), block = dsv3_type_block(type);
     int is_f8 = type == DSV3_F8_E4M3;
-    if (x == NULL || (is_f8 ? scale : data) == NULL || dsv3_type_bytes(type) == 0) return DSV3_ERR_ARG;
-    if (cols % block != 0) return DSV3_ERR_ARG;
-    if (dsv3i_mul(n, sizeof *x) == SIZE_MAX) return DSV3_ERR_OVERFLOW;
-    if ((is_f8 || block > 1) && !dsv3i_all_finite(x, n)) return DSV3_ERR_NAN;
+    if (x == NULL || (is_f8 ? scale : data) == NULL) return dsv3i_fail_null(error, "argument");
+    if (dsv3_type_bytes(type) == 0) return dsv3i_fail(error, DSV3_ERR_ARG, "type", "is unknown");
+    if (cols % block != 0) return dsv3i_fail_where(error, DSV3_ERR_ARG, "cols", "are not whole blocks of", DSV3_QBLOCK);
+    if (dsv3i_mul(n, sizeof *x) == SIZE_MAX) {
+        return dsv3i_fail(error, DSV3_ERR_OVERFLOW, "rows x cols", "are more than size_t can count");
+    }
+    if ((is_f8 || block > 1) && !dsv3i_all_finite(x, n)) return dsv3i_fail(error, DSV3_ERR_NAN, "x", "is not finite");
     if (type == DSV3_F32) {
         DSV3_MEMCPY(y, x, n * sizeof *x);
-        return DSV3_OK;
+        return dsv3i_ok(error);
     }
     for (size_t i = 0; !is_f8 && i < n; i += block, y += dsv3_type_bytes(type)) { /* blocks do not cross rows */
         if (!(block > 1 ? dsv3i_quantize_block(y, x + i, type) : dsv3i_quantize_half(y, x[i], type))) {
-            return DSV3_ERR_OVERFLOW;
+            return dsv3i_fail(error, DSV3_ERR_OVERFLOW, "x", "has a value that is too large for the type");
         }
     }
     for (size_t r = 0; is_f8 && r < rows; r += DSV3_BLOCK) {
@@ -2169,11 +2209,11 @@ DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3
             size_t at = r * cols + i, width = dsv3i_min(cols - i, DSV3_BLOCK);
             size_t height = dsv3i_min(rows - r, DSV3_BLOCK);
             if (!dsv3i_quantize_f8(y != NULL ? y + at : NULL, scales, x + at, height, width, cols)) {
-                return DSV3_ERR_OVERFLOW;
+                return dsv3i_fail(error, DSV3_ERR_OVERFLOW, "x", "has a value that is too large for the type");
             }
         }
     }
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 /* ---- Rows of numbers become floats. Weights come from files: any alignment, so they are fetched with memcpy (which
@@ -2451,8 +2491,19 @@ static size_t dsv3i_linear_floats(size_t n, size_t cols, size_t threads) {
     return dsv3i_max(dsv3i_mul(dsv3i_add(threads, n), cols), dsv3i_engine_linear_floats(n, cols, threads));
 }
 
-DSV3_API size_t dsv3_linear_scratch(const dsv3_context *context, size_t n, size_t cols) {
-    return dsv3i_linear_floats(n, cols, context->threads);
+/* Bytes of so many floats of scratch. */
+static dsv3_result dsv3i_scratch_size(size_t floats, size_t *bytes, dsv3_error *error) {
+    if (bytes == NULL) return dsv3i_fail_null(error, "bytes");
+    *bytes = dsv3i_mul(floats, sizeof(float));
+    if (*bytes < SIZE_MAX) return dsv3i_ok(error);
+    *bytes = 0;
+    return dsv3i_fail(error, DSV3_ERR_OVERFLOW, "scratch", "needs more bytes than size_t can count");
+}
+
+DSV3_API dsv3_result dsv3_linear_size(const dsv3_context *context, size_t n, size_t cols, size_t *bytes,
+                                      dsv3_error *error) {
+    if (context == NULL) return dsv3i_fail_null(error, "context");
+    return dsv3i_scratch_size(dsv3i_linear_floats(n, cols, context->threads), bytes, error);
 }
 
 DSV3_API void dsv3_linear(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *w, size_t n,
@@ -2813,8 +2864,11 @@ static void dsv3i_cross_entropy(dsv3i_loss *a, float *nll) {
     }
 }
 
-DSV3_API size_t dsv3_cross_entropy_scratch(const dsv3_context *context, const dsv3_tensor *head, size_t n) {
-    return dsv3i_add(dsv3i_loss_floats(head->rows, n), dsv3_linear_scratch(context, n, head->cols));
+DSV3_API dsv3_result dsv3_cross_entropy_size(const dsv3_context *context, const dsv3_tensor *head, size_t n,
+                                             size_t *bytes, dsv3_error *error) {
+    if (context == NULL || head == NULL) return dsv3i_fail_null(error, "argument");
+    return dsv3i_scratch_size(
+        dsv3i_add(dsv3i_loss_floats(head->rows, n), dsv3i_linear_floats(n, head->cols, context->threads)), bytes, error);
 }
 
 DSV3_API void dsv3_cross_entropy(const dsv3_context *context, float *nll, const float *u, const dsv3_tensor *head,
@@ -3525,23 +3579,25 @@ static void dsv3i_gate_weights(const dsv3_config *c, float *gate, const int32_t 
 }
 
 DSV3_API dsv3_result dsv3_router_select(const dsv3_config *config, int32_t *idx, float *gate, const float *score,
-                                        const float *bias, const float *alpha, size_t n, float *scratch) {
+                                        const float *bias, const float *alpha, size_t n, float *scratch,
+                                        dsv3_error *error) {
     size_t E = (size_t)config->n_routed_experts, K = (size_t)config->num_experts_per_tok;
     float *sel = scratch, *group = scratch + E;
-    int finite = 1;
+    size_t bad = n; /* the first row with something that is not finite */
     DSV3_ASSERT(K >= 1 && K <= E && config->n_group >= 1 && config->n_routed_experts % config->n_group == 0);
     for (size_t t = 0; t < n; t++) {
         const float *s = score + t * E;
         for (size_t e = 0; e < E; e++) {
             sel[e] = bias == NULL ? s[e] : dsv3i_choice(config->bias_form, s[e], bias[e], alpha ? alpha[e] : 1.0f);
-            finite &= dsv3i_is_finite(sel[e]) && dsv3i_is_finite(s[e]);
+            if (bad == n && !(dsv3i_is_finite(sel[e]) && dsv3i_is_finite(s[e]))) bad = t;
             sel[e] = dsv3i_choice_score(sel[e]);
         }
         if (config->topk_method != DSV3_GREEDY && config->n_group > 1) dsv3i_mask_groups(config, sel, group);
         dsv3i_topk(idx + t * K, sel, E, K);
         dsv3i_gate_weights(config, gate + t * K, idx + t * K, s);
     }
-    return finite ? DSV3_OK : DSV3_ERR_NAN;
+    if (bad == n) return dsv3i_ok(error);
+    return dsv3i_fail_where(error, DSV3_ERR_NAN, "score", "is not finite, in row", (int64_t)bad);
 }
 
 /* Are these K different experts? */
@@ -3556,13 +3612,15 @@ static int dsv3i_choice_valid(const int32_t *idx, size_t K, size_t E) {
 }
 
 DSV3_API dsv3_result dsv3_router_weights(const dsv3_config *config, float *gate, const int32_t *idx,
-                                         const float *score, size_t n) {
+                                         const float *score, size_t n, dsv3_error *error) {
     size_t E = (size_t)config->n_routed_experts, K = (size_t)config->num_experts_per_tok;
     for (size_t t = 0; t < n; t++) {
-        if (!dsv3i_choice_valid(idx + t * K, K, E)) return DSV3_ERR_ARG;
+        if (!dsv3i_choice_valid(idx + t * K, K, E)) {
+            return dsv3i_fail_where(error, DSV3_ERR_ARG, "idx", "has an expert twice or out of range, in row", (int64_t)t);
+        }
     }
     for (size_t t = 0; t < n; t++) dsv3i_gate_weights(config, gate + t * K, idx + t * K, score + t * E);
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 /* ---- Loads */
@@ -3642,19 +3700,19 @@ static void dsv3i_balancer_layout(dsv3_balancer *b, const dsv3_config *config, d
     b->load_all = (uint64_t *)dsv3i_take(l, sizeof *b->load_all, b->layers, m.E, 1);
 }
 
-DSV3_API dsv3_result dsv3_balancer_size(const dsv3_config *config, size_t *bytes) {
-    DSV3I_TRY(dsv3_config_check(config, NULL));
+DSV3_API dsv3_result dsv3_balancer_size(const dsv3_config *config, size_t *bytes, dsv3_error *error) {
+    DSV3I_TRY(dsv3_config_check(config, error));
     DSV3I_SIZE(dsv3_balancer, bytes, dsv3i_balancer_layout(&it, config, &l));
 }
 
-DSV3_API dsv3_result dsv3_balancer_init(dsv3_balancer *balancer, const dsv3_config *config, void *memory,
-                                        size_t bytes) {
-    DSV3I_INIT(balancer, dsv3_balancer_size(config, &need));
+DSV3_API dsv3_result dsv3_balancer_init(const dsv3_config *config, dsv3_balancer *balancer, void *memory,
+                                        size_t bytes, dsv3_error *error) {
+    DSV3I_INIT(balancer, dsv3_balancer_size(config, &need, error));
     DSV3_MEMSET(balancer, 0, sizeof *balancer);
     balancer->schedule.speed = 0.001;
     dsv3i_balancer_layout(balancer, config, &l);
     DSV3_MEMSET(l.base, 0, l.used);
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 static dsv3_result dsv3i_balancer_reduce(const dsv3_balancer *b) {
@@ -3895,7 +3953,7 @@ static void dsv3i_select_task(void *arg, size_t begin, size_t end, size_t worker
     size_t E = c->m.E, K = c->m.K, G = c->m.G;
     float *scratch = c->ws->select + worker * (E + G + 1);
     if (dsv3_router_select(&c->model->config, c->ws->idx + begin * K, c->ws->gate + begin * K,
-                           c->ws->score + begin * E, dsv3i_choice_bias(c), NULL, end - begin, scratch) != DSV3_OK) {
+                           c->ws->score + begin * E, dsv3i_choice_bias(c), NULL, end - begin, scratch, NULL) != DSV3_OK) {
         scratch[E + G] = 1.0f;
     }
 }
@@ -3920,7 +3978,7 @@ static dsv3_result dsv3i_route(dsv3i_call *c, const float *u) {
     result = dsv3i_select(c);
     if (o->choose != NULL) {
         o->choose(o->user, c->w->index, ws->idx, ws->score, c->n);
-        DSV3I_TRY(dsv3_router_weights(config, ws->gate, ws->idx, ws->score, c->n));
+        DSV3I_TRY(dsv3_router_weights(config, ws->gate, ws->idx, ws->score, c->n, NULL));
     }
     if (o->routing != NULL) o->routing(o->user, c->w->index, ws->score, ws->idx, ws->gate, c->n);
     return result;
@@ -3987,6 +4045,25 @@ static dsv3_result dsv3i_moe_forward(dsv3i_call *c, float *y, const float *u) {
     return result;
 }
 
+/* The first row whose values are not all finite, or n. */
+static size_t dsv3i_first_bad_row(const float *x, size_t n, size_t d) {
+    for (size_t t = 0; t < n; t++) {
+        if (!dsv3i_all_finite(x + t * d, d)) return t;
+    }
+    return n;
+}
+
+/* What became of a layer, or of its FFN. */
+static dsv3_result dsv3i_layer_result(const dsv3i_call *c, dsv3_result result, dsv3_error *error) {
+    if (result == DSV3_OK) return dsv3i_ok(error);
+    if (result == DSV3_ERR_ARG) {
+        return dsv3i_fail_where(error, result, "observer.choose", "chose an expert twice or out of range, in layer",
+                                c->w->index);
+    }
+    (void)dsv3i_fail_where(error, result, "row", "router scores are not finite in layer", c->w->index);
+    return dsv3i_fail_at(error, dsv3i_first_bad_row(c->ws->score, c->n, c->m.E), result);
+}
+
 static dsv3_result dsv3i_ffn_forward(dsv3i_call *c, float *y, const float *u) {
     const dsv3i_mlp dense = {&c->w->mlp, NULL, u, NULL, y, NULL, c->n, 0};
     if (c->w->is_moe) return dsv3i_moe_forward(c, y, u);
@@ -3995,10 +4072,11 @@ static dsv3_result dsv3i_ffn_forward(dsv3i_call *c, float *y, const float *u) {
 }
 
 DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
-                                      const dsv3_layer *weights, size_t n, dsv3_workspace *workspace) {
+                                      const dsv3_layer *weights, size_t n, dsv3_workspace *workspace,
+                                      dsv3_error *error) {
     dsv3i_call c = dsv3i_call_of(context, model, weights, 0, NULL, n, workspace);
     DSV3_ASSERT(n <= workspace->rows && context->threads <= workspace->threads);
-    return dsv3i_ffn_forward(&c, y, u);
+    return dsv3i_layer_result(&c, dsv3i_ffn_forward(&c, y, u), error);
 }
 
 #ifndef DSV3_NO_TRAINING
@@ -4117,9 +4195,9 @@ static dsv3_result dsv3i_layer_forward(dsv3i_call *c, float *x) {
 
 DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, const dsv3_model *model,
                                         const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
-                                        dsv3_workspace *workspace) {
+                                        dsv3_workspace *workspace, dsv3_error *error) {
     dsv3i_call c = dsv3i_call_of(context, model, weights, layer, caches, n, workspace);
-    return dsv3i_layer_forward(&c, x);
+    return dsv3i_layer_result(&c, dsv3i_layer_forward(&c, x), error);
 }
 
 #ifndef DSV3_NO_TRAINING
@@ -4452,7 +4530,7 @@ typedef struct dsv3i_place {
 
 #define DSV3I_PLACE(rank, part, owner, field, name, rows, cols, group)                                               \
     {(uint16_t)offsetof(owner, field), DSV3I_PART_##part, DSV3I_PLACE_OF(dsv3i_dims, rows),                          \
-     DSV3I_PLACE_OF(dsv3i_dims, cols), rank, DSV3_GROUP_##group},
+     DSV3I_PLACE_OF(dsv3i_dims, cols), rank, DSV3_KIND_##group},
 #define DSV3I_PLACE_NAME(rank, part, owner, field, name, rows, cols, group) name "\0"
 static const dsv3i_place dsv3i_places[] = {DSV3I_PLACES(DSV3I_PLACE)};
 static const char dsv3i_place_names[] = DSV3I_PLACES(DSV3I_PLACE_NAME);
@@ -4489,12 +4567,12 @@ static void dsv3i_walk_describe(dsv3i_walk *w, const dsv3i_place *p, const char 
     if (w->info.layer >= 0) dsv3i_text_add_index(&t, "model.layers.", w->info.layer, ".");
     if (w->info.expert >= 0) dsv3i_text_add_index(&t, "mlp.experts.", w->info.expert, ".");
     dsv3i_text_add(&t, name);
-    w->info.group = (dsv3_group)p->group;
+    w->info.kind = (dsv3_tensor_kind)p->group;
     w->info.rank = p->rank;
     w->info.rows = p->rank == 1 ? 1 : dsv3i_size_at(&w->m, p->rows);
     w->info.cols = dsv3i_size_at(&w->m, p->cols);
-    w->info.quantised = p->rank == 2 && (p->group == DSV3_GROUP_ATTENTION || p->group == DSV3_GROUP_DENSE ||
-                                         p->group == DSV3_GROUP_EXPERTS || p->group == DSV3_GROUP_SHARED);
+    w->info.quantised = p->rank == 2 && (p->group == DSV3_KIND_ATTENTION || p->group == DSV3_KIND_DENSE ||
+                                         p->group == DSV3_KIND_EXPERTS || p->group == DSV3_KIND_SHARED);
     w->info.optional = p->part == DSV3I_PART_COPIES;
 }
 
@@ -4587,8 +4665,8 @@ static void dsv3i_model_layout(dsv3_model *model, const dsv3_config *c, dsv3i_la
     }
 }
 
-DSV3_API dsv3_result dsv3_model_size(const dsv3_config *config, size_t *bytes) {
-    DSV3I_TRY(dsv3_config_check(config, NULL));
+DSV3_API dsv3_result dsv3_model_size(const dsv3_config *config, size_t *bytes, dsv3_error *error) {
+    DSV3I_TRY(dsv3_config_check(config, error));
     DSV3I_SIZE(dsv3_model, bytes, dsv3i_model_layout(&it, config, &l));
 }
 
@@ -4659,7 +4737,7 @@ static dsv3_result dsv3i_bind_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     }
     if (t.type != DSV3_F8_E4M3) t.scale = NULL;
     if (t.type == DSV3_F8_E4M3) DSV3I_TRY(dsv3i_bind_scale(w, &t));
-    if (w->info.group == DSV3_GROUP_ROUTER && t.rank == 1) DSV3I_TRY(dsv3i_bind_finite(w, &t));
+    if (w->info.kind == DSV3_KIND_ROUTER && t.rank == 1) DSV3I_TRY(dsv3i_bind_finite(w, &t));
     *slot = t;
     return DSV3_OK;
 }
@@ -4695,20 +4773,13 @@ static dsv3_result dsv3i_bind_modules(dsv3i_walk *w, dsv3_model *model) {
     return DSV3_OK;
 }
 
-DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *config, void *memory, size_t bytes,
+DSV3_API dsv3_result dsv3_model_bind(const dsv3_config *config, dsv3_model *model, void *memory, size_t bytes,
                                      dsv3_find find, void *user, dsv3_error *error) {
     dsv3i_layout l = {NULL, 0};
     dsv3i_walk w;
     size_t need = 0;
-    dsv3_result result;
     if (model == NULL || find == NULL) return dsv3i_fail_null(error, "model or find");
-    DSV3I_TRY(dsv3_config_check(config, error));
-    result = dsv3i_layout_begin(&l, model, dsv3_model_size(config, &need), memory, bytes, &need);
-    if (result == DSV3_ERR_MEMORY) {
-        return dsv3i_fail_range(error, result, "memory", "is too small", (int64_t)need, (int64_t)need,
-                                (int64_t)bytes);
-    }
-    if (result != DSV3_OK) return dsv3i_fail(error, result, "memory", dsv3_result_string(result));
+    DSV3I_TRY(dsv3i_layout_begin(&l, model, dsv3_model_size(config, &need, error), memory, bytes, &need, error));
     DSV3_MEMSET(model, 0, sizeof *model);
     dsv3i_model_layout(model, config, &l);
     dsv3i_walk_begin(&w, config, user, dsv3i_bind_tensor);
@@ -4737,57 +4808,68 @@ DSV3_API dsv3_result dsv3_model_bind(dsv3_model *model, const dsv3_config *confi
 
 /* layers: 1 for an MTP module; 0: those of the main model. */
 static dsv3_result dsv3i_cache_layout(dsv3_cache *cache, const dsv3_config *config, size_t layers, size_t capacity,
-                                      dsv3_type type, dsv3i_layout *l) {
-    DSV3I_TRY(dsv3_config_check(config, NULL));
-    if (type != DSV3_F32 && type != DSV3_BF16) return DSV3_ERR_UNSUPPORTED;
-    if (capacity < 1) return DSV3_ERR_ARG;
-    if ((uint64_t)capacity > (uint64_t)DSV3_MAX_SEQ) return DSV3_ERR_LIMIT;
+                                      dsv3_type type, dsv3i_layout *l, dsv3_error *error) {
+    DSV3I_TRY(dsv3_config_check(config, error));
+    if (type != DSV3_F32 && type != DSV3_BF16) {
+        return dsv3i_fail(error, DSV3_ERR_UNSUPPORTED, "type", "of a cache must be F32 or BF16");
+    }
+    DSV3I_TRY(dsv3i_check_count(error, "capacity", capacity, DSV3_MAX_SEQ));
     cache->type = type;
     cache->layers = layers > 0 ? layers : (size_t)config->num_hidden_layers;
     cache->capacity = capacity;
     cache->width = dsv3i_dims_of(config).width;
     cache->length = 0;
     cache->data = dsv3i_take(l, cache->width * dsv3_type_bytes(type), cache->layers, capacity, 1);
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 static dsv3_result dsv3i_cache_size(const dsv3_config *config, size_t layers, size_t capacity, dsv3_type type,
-                                    size_t *bytes) {
-    DSV3I_SIZE(dsv3_cache, bytes, DSV3I_TRY(dsv3i_cache_layout(&it, config, layers, capacity, type, &l)));
+                                    size_t *bytes, dsv3_error *error) {
+    DSV3I_SIZE(dsv3_cache, bytes, DSV3I_TRY(dsv3i_cache_layout(&it, config, layers, capacity, type, &l, error)));
 }
 
 static dsv3_result dsv3i_cache_init(dsv3_cache *cache, const dsv3_config *config, size_t layers, size_t capacity,
-                                    dsv3_type type, void *memory, size_t bytes) {
-    DSV3I_INIT(cache, dsv3i_cache_size(config, layers, capacity, type, &need));
-    return dsv3i_cache_layout(cache, config, layers, capacity, type, &l);
+                                    dsv3_type type, void *memory, size_t bytes, dsv3_error *error) {
+    DSV3I_INIT(cache, dsv3i_cache_size(config, layers, capacity, type, &need, error));
+    return dsv3i_cache_layout(cache, config, layers, capacity, type, &l, error);
 }
 
-DSV3_API dsv3_result dsv3_cache_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes) {
-    return dsv3i_cache_size(config, 0, capacity, type, bytes);
+DSV3_API dsv3_result dsv3_cache_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes,
+                                     dsv3_error *error) {
+    return dsv3i_cache_size(config, 0, capacity, type, bytes, error);
 }
 
-DSV3_API dsv3_result dsv3_cache_init(dsv3_cache *cache, const dsv3_config *config, size_t capacity, dsv3_type type,
-                                     void *memory, size_t bytes) {
-    return dsv3i_cache_init(cache, config, 0, capacity, type, memory, bytes);
+DSV3_API dsv3_result dsv3_cache_init(const dsv3_config *config, dsv3_cache *cache, size_t capacity, dsv3_type type,
+                                     void *memory, size_t bytes, dsv3_error *error) {
+    return dsv3i_cache_init(cache, config, 0, capacity, type, memory, bytes, error);
 }
 
-DSV3_API dsv3_result dsv3_cache_truncate(dsv3_cache *cache, size_t length) {
-    if (cache == NULL || length > cache->length) return DSV3_ERR_ARG;
+DSV3_API dsv3_result dsv3_cache_truncate(dsv3_cache *cache, size_t length, dsv3_error *error) {
+    if (cache == NULL) return dsv3i_fail_null(error, "cache");
+    if (length > cache->length) {
+        return dsv3i_fail_range(error, DSV3_ERR_ARG, "length", "is more than is filled", 0, (int64_t)cache->length,
+                                (int64_t)length);
+    }
     cache->length = length;
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
-DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from) {
-    if (to == NULL || from == NULL) return DSV3_ERR_ARG;
-    if (to->type != from->type || to->layers != from->layers || to->width != from->width) return DSV3_ERR_MISMATCH;
-    if (to->capacity < from->length) return DSV3_ERR_CONTEXT;
-    if (to == from) return DSV3_OK;
+DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from, dsv3_error *error) {
+    if (to == NULL || from == NULL) return dsv3i_fail_null(error, "argument");
+    if (to->type != from->type) return dsv3i_fail(error, DSV3_ERR_MISMATCH, "to", "is of another type");
+    if (to->layers != from->layers || to->width != from->width) {
+        return dsv3i_fail_numbers(error, DSV3_ERR_MISMATCH, "to", "has other layers and width", DSV3_NUMBERS_SHAPE,
+                                  (int64_t)from->layers, (int64_t)from->width, (int64_t)to->layers, (int64_t)to->width);
+    }
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_FULL, "to", "has too few positions", (int64_t)to->capacity,
+                                  (int64_t)from->length, INT64_MAX));
+    if (to == from) return dsv3i_ok(error);
     for (size_t i = 0; i < from->layers; i++) {
         DSV3_MEMCPY(dsv3i_cache_at(to, i, 0), dsv3i_cache_at(from, i, 0),
                     from->length * from->width * dsv3_type_bytes(from->type));
     }
     to->length = from->length;
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 /* ---- Workspace */
@@ -4843,18 +4925,19 @@ static void dsv3i_workspace_layout(dsv3_workspace *at, const dsv3_config *config
     at->h = at->h_gate;
 }
 
-DSV3_API dsv3_result dsv3_workspace_size(const dsv3_config *config, size_t rows, size_t threads, size_t *bytes) {
-    DSV3I_TRY(dsv3_config_check(config, NULL));
-    if (rows < 1 || threads < 1) return DSV3_ERR_ARG;
-    if ((uint64_t)rows > (uint64_t)DSV3_MAX_SEQ) return DSV3_ERR_LIMIT;
+DSV3_API dsv3_result dsv3_workspace_size(const dsv3_config *config, size_t rows, size_t threads, size_t *bytes,
+                                         dsv3_error *error) {
+    DSV3I_TRY(dsv3_config_check(config, error));
+    DSV3I_TRY(dsv3i_check_count(error, "rows", rows, DSV3_MAX_SEQ));
+    DSV3I_TRY(dsv3i_check_count(error, "threads", threads, INT64_MAX));
     DSV3I_SIZE(dsv3_workspace, bytes, dsv3i_workspace_layout(&it, config, rows, threads, &l));
 }
 
-DSV3_API dsv3_result dsv3_workspace_init(dsv3_workspace *workspace, const dsv3_config *config, size_t rows,
-                                         size_t threads, void *memory, size_t bytes) {
-    DSV3I_INIT(workspace, dsv3_workspace_size(config, rows, threads, &need));
+DSV3_API dsv3_result dsv3_workspace_init(const dsv3_config *config, dsv3_workspace *workspace, size_t rows,
+                                         size_t threads, void *memory, size_t bytes, dsv3_error *error) {
+    DSV3I_INIT(workspace, dsv3_workspace_size(config, rows, threads, &need, error));
     dsv3i_workspace_layout(workspace, config, rows, threads, &l);
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 /* One run of a batch. Depth 0 is the main model; k, MTP module k. */
@@ -4901,7 +4984,7 @@ DSV3I_APART dsv3_result dsv3i_batch_row(const dsv3i_run *p, size_t r) {
                               (int64_t)position, (int64_t)position, batch->position[r]);
     }
     ws->position[r] = (int32_t)position;
-    return dsv3i_check_element(p->error, DSV3_ERR_CONTEXT, "position", r, "is beyond the cache",
+    return dsv3i_check_element(p->error, DSV3_ERR_FULL, "position", r, "is beyond the cache",
                                (int64_t)p->caches[s].capacity, (int64_t)position);
 }
 
@@ -5006,23 +5089,6 @@ static dsv3i_stack dsv3i_stack_of(const dsv3_model *model, size_t k) {
     return s;
 }
 
-/* The first row whose values are not all finite, or n. */
-static size_t dsv3i_first_bad_row(const float *x, size_t n, size_t d) {
-    for (size_t t = 0; t < n; t++) {
-        if (!dsv3i_all_finite(x + t * d, d)) return t;
-    }
-    return n;
-}
-
-static dsv3_result dsv3i_layer_fail(const dsv3i_call *c, dsv3_result result, dsv3_error *error) {
-    if (result == DSV3_ERR_ARG) {
-        return dsv3i_fail_where(error, result, "observer.choose", "chose an expert twice or out of range, in layer",
-                                c->w->index);
-    }
-    (void)dsv3i_fail_where(error, result, "row", "router scores are not finite in layer", c->w->index);
-    return dsv3i_fail_at(error, dsv3i_first_bad_row(c->ws->score, c->n, c->m.E), result);
-}
-
 #ifndef DSV3_NO_TRAINING
 /* A workspace whose pointers are on what a layer keeps. */
 static dsv3_workspace dsv3i_keeping(const dsv3_workspace *from, const dsv3i_saved *s) {
@@ -5066,7 +5132,7 @@ static dsv3_result dsv3i_pass(const dsv3i_run *p) {
         }
 #endif
         result = dsv3i_layer_forward(&c, ws->x);
-        if (result != DSV3_OK) return dsv3i_layer_fail(&c, result, p->error);
+        if (result != DSV3_OK) return dsv3i_layer_result(&c, result, p->error);
         if (p->sums != NULL && w->is_moe) dsv3i_evaluate_layer(p->sums, &c);
         if (o->hidden != NULL) o->hidden(o->user, w->index, ws->x, n);
     }
@@ -5128,17 +5194,20 @@ DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, co
     return dsv3i_forward(&p);
 }
 
-DSV3_API dsv3_result dsv3_states(float *state, const dsv3_model *model, const dsv3_workspace *workspace,
-                                 const int32_t *row, size_t n) {
+DSV3_API dsv3_result dsv3_states(const dsv3_model *model, float *state, const dsv3_workspace *workspace,
+                                 const int32_t *row, size_t n, dsv3_error *error) {
     size_t d;
-    if (state == NULL || model == NULL || workspace == NULL || row == NULL) return DSV3_ERR_ARG;
-    if (workspace->made_for != dsv3i_fingerprint(&model->config)) return DSV3_ERR_MISMATCH;
+    if (state == NULL || model == NULL || workspace == NULL || row == NULL) return dsv3i_fail_null(error, "argument");
+    if (workspace->made_for != dsv3i_fingerprint(&model->config)) {
+        return dsv3i_fail(error, DSV3_ERR_MISMATCH, "workspace", "was made for another config");
+    }
     d = (size_t)model->config.hidden_size;
     for (size_t i = 0; i < n; i++) {
-        if (row[i] < 0 || (size_t)row[i] >= workspace->rows) return DSV3_ERR_ARG;
+        DSV3I_TRY(dsv3i_check_element(error, DSV3_ERR_ARG, "row", i, "is not one of the workspace",
+                                      (int64_t)workspace->rows, row[i]));
     }
     for (size_t i = 0; i < n; i++) DSV3_MEMCPY(state + i * d, workspace->u + (size_t)row[i] * d, d * sizeof *state);
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 /* ========================================================================================================
@@ -5162,13 +5231,14 @@ DSV3_API dsv3_result dsv3_states(float *state, const dsv3_model *model, const ds
  * them the other way round. Both are choices in the config. Test: tests/test_mtp.c.
  * ==================================================================================================== */
 
-DSV3_API dsv3_result dsv3_mtp_cache_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes) {
-    return dsv3i_cache_size(config, 1, capacity, type, bytes);
+DSV3_API dsv3_result dsv3_cache_mtp_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes,
+                                         dsv3_error *error) {
+    return dsv3i_cache_size(config, 1, capacity, type, bytes, error);
 }
 
-DSV3_API dsv3_result dsv3_mtp_cache_init(dsv3_cache *cache, const dsv3_config *config, size_t capacity,
-                                         dsv3_type type, void *memory, size_t bytes) {
-    return dsv3i_cache_init(cache, config, 1, capacity, type, memory, bytes);
+DSV3_API dsv3_result dsv3_cache_mtp_init(const dsv3_config *config, dsv3_cache *cache, size_t capacity,
+                                         dsv3_type type, void *memory, size_t bytes, dsv3_error *error) {
+    return dsv3i_cache_init(cache, config, 1, capacity, type, memory, bytes, error);
 }
 
 /* ws->y [n, d] = embedding, ws->concat [n, 2d] = [enorm(embedding) ; hnorm(hidden)] */
@@ -5522,37 +5592,47 @@ static int32_t dsv3i_draw(dsv3_candidate *c, const float *logits, size_t best, s
     return dsv3i_pick(c + (V - kept), kept, dsv3i_uniform(rng) * sum);
 }
 
-static dsv3_result dsv3i_sample_check(size_t *best, const float *logits, size_t V, float temperature, float top_p) {
-    if (logits == NULL || V == 0 || (uint64_t)V > (uint64_t)DSV3_MAX_VOCAB) return DSV3_ERR_ARG;
-    if (dsv3i_sampling_fault(temperature, top_p) != NULL) return DSV3_ERR_ARG;
+/* Is there a row of logits [V]? */
+static dsv3_result dsv3i_vocab_check(const float *logits, size_t V, dsv3_error *error) {
+    if (logits == NULL) return dsv3i_fail_null(error, "logits");
+    return dsv3i_check_between(error, DSV3_ERR_ARG, "V", "is out of range", (int64_t)dsv3i_min(V, INT32_MAX), 1,
+                               DSV3_MAX_VOCAB);
+}
+
+static dsv3_result dsv3i_sample_check(size_t *best, const float *logits, size_t V, float temperature, float top_p,
+                                      dsv3_error *error) {
+    const char *fault = dsv3i_sampling_fault(temperature, top_p);
+    DSV3I_TRY(dsv3i_vocab_check(logits, V, error));
+    if (fault != NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "sampler", fault);
     *best = dsv3i_argmax(logits, V);
-    return *best == V ? DSV3_ERR_NAN : DSV3_OK;
+    return *best < V ? DSV3_OK : dsv3i_fail(error, DSV3_ERR_NAN, "logits", "have a NaN, or no finite maximum");
 }
 
 DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, float temperature, float top_p,
-                                 dsv3_rng *rng, dsv3_candidate *candidates) {
+                                 dsv3_rng *rng, dsv3_candidate *candidates, dsv3_error *error) {
     size_t best;
-    if (token == NULL) return DSV3_ERR_ARG;
-    DSV3I_TRY(dsv3i_sample_check(&best, logits, V, temperature, top_p));
+    if (token == NULL) return dsv3i_fail_null(error, "token");
+    DSV3I_TRY(dsv3i_sample_check(&best, logits, V, temperature, top_p, error));
     if (dsv3i_is_greedy(temperature, top_p)) {
         *token = (int32_t)best;
-        return DSV3_OK;
+        return dsv3i_ok(error);
     }
-    if (rng == NULL || candidates == NULL) return DSV3_ERR_ARG;
+    if (rng == NULL || candidates == NULL) return dsv3i_fail_null(error, "rng or candidates");
     *token = dsv3i_draw(candidates, logits, best, V, temperature, top_p, rng);
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 DSV3_API dsv3_result dsv3_sample_log_p(double *log_p, double *entropy, int32_t token, const float *logits, size_t V,
-                                       float temperature, float top_p, dsv3_candidate *candidates) {
+                                       float temperature, float top_p, dsv3_candidate *candidates,
+                                       dsv3_error *error) {
     size_t best, kept = 0;
     double sum = 1.0, moment = 0.0, log_sum;
-    if (log_p == NULL) return DSV3_ERR_ARG;
-    DSV3I_TRY(dsv3i_sample_check(&best, logits, V, temperature, top_p));
-    if (token < 0 || (size_t)token >= V) return DSV3_ERR_TOKEN;
+    if (log_p == NULL) return dsv3i_fail_null(error, "log_p");
+    DSV3I_TRY(dsv3i_sample_check(&best, logits, V, temperature, top_p, error));
+    DSV3I_TRY(dsv3i_check_token(error, "token", 0, (int32_t)V, token));
     *log_p = (size_t)token == best ? 0.0 : (double)dsv3i_never();
     if (!dsv3i_is_greedy(temperature, top_p)) {
-        if (candidates == NULL) return DSV3_ERR_ARG;
+        if (candidates == NULL) return dsv3i_fail_null(error, "candidates");
         kept = dsv3i_candidates(candidates, logits, best, V, temperature, top_p, &sum);
     }
     log_sum = DSV3_LOG(sum);
@@ -5562,39 +5642,40 @@ DSV3_API dsv3_result dsv3_sample_log_p(double *log_p, double *entropy, int32_t t
         if (candidates[i].token == token) *log_p = x - log_sum;
     }
     if (entropy != NULL) *entropy = log_sum - moment / sum;
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
-DSV3_API dsv3_result dsv3_log_p(double *log_p, const float *logits, const int32_t *token, size_t n, size_t V) {
-    if (log_p == NULL || logits == NULL || token == NULL) return DSV3_ERR_ARG;
+DSV3_API dsv3_result dsv3_log_p(double *log_p, const float *logits, const int32_t *token, size_t n, size_t V,
+                                dsv3_error *error) {
+    if (log_p == NULL || logits == NULL || token == NULL) return dsv3i_fail_null(error, "argument");
     for (size_t t = 0; t < n; t++, logits += V) {
         size_t best;
         double sum = 0.0;
-        DSV3I_TRY(dsv3i_sample_check(&best, logits, V, 0.0f, 1.0f));
+        DSV3I_TRY(dsv3i_sample_check(&best, logits, V, 0.0f, 1.0f, error));
         log_p[t] = 0.0;
         if (token[t] == DSV3_IGNORE) continue;
-        if (token[t] < 0 || (size_t)token[t] >= V) return DSV3_ERR_TOKEN;
+        DSV3I_TRY(dsv3i_check_token(error, "token", t, (int32_t)V, token[t]));
         for (size_t i = 0; i < V; i++) sum += (double)DSV3_EXPF(logits[i] - logits[best]);
         log_p[t] = ((double)logits[token[t]] - (double)logits[best]) - DSV3_LOG(sum);
     }
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 /* ---- Steering */
 
-static dsv3_result dsv3i_logits_check(const float *logits, size_t V) {
-    if (logits == NULL || V == 0 || (uint64_t)V > (uint64_t)DSV3_MAX_VOCAB) return DSV3_ERR_ARG;
+static dsv3_result dsv3i_logits_check(const float *logits, size_t V, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_vocab_check(logits, V, error));
     for (size_t i = 0; i < V; i++) {
-        if (!(logits[i] <= FLT_MAX)) return DSV3_ERR_NAN;
+        if (!(logits[i] <= FLT_MAX)) {
+            return dsv3i_fail_where(error, DSV3_ERR_NAN, "logits", "are NaN or infinite at index", (int64_t)i);
+        }
     }
     return DSV3_OK;
 }
 
-static dsv3_result dsv3i_ids_check(const int32_t *token, size_t n, size_t V) {
-    if (token == NULL && n > 0) return DSV3_ERR_ARG;
-    for (size_t i = 0; i < n; i++) {
-        if (token[i] < 0 || (size_t)token[i] >= V) return DSV3_ERR_TOKEN;
-    }
+static dsv3_result dsv3i_ids_check(const int32_t *token, size_t n, size_t V, dsv3_error *error) {
+    if (token == NULL && n > 0) return dsv3i_fail_null(error, "token");
+    for (size_t i = 0; i < n; i++) DSV3I_TRY(dsv3i_check_token(error, "token", i, (int32_t)V, token[i]));
     return DSV3_OK;
 }
 
@@ -5607,10 +5688,12 @@ static dsv3_candidate dsv3i_negated(const float *logits, size_t i) {
 }
 
 /* A heap of the k best so far. */
-DSV3_API dsv3_result dsv3_logits_top_k(float *logits, size_t V, size_t k, dsv3_candidate *scratch) {
-    DSV3I_TRY(dsv3i_logits_check(logits, V));
-    if (k < 1 || scratch == NULL) return DSV3_ERR_ARG;
-    if (k >= V) return DSV3_OK;
+DSV3_API dsv3_result dsv3_logits_top_k(float *logits, size_t V, size_t k, dsv3_candidate *scratch,
+                                       dsv3_error *error) {
+    DSV3I_TRY(dsv3i_logits_check(logits, V, error));
+    if (scratch == NULL) return dsv3i_fail_null(error, "scratch");
+    if (k < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "k", "is 0: no token would be left");
+    if (k >= V) return dsv3i_ok(error);
     for (size_t i = 0; i < k; i++) scratch[i] = dsv3i_negated(logits, i);
     for (size_t i = k / 2; i > 0; i--) dsv3i_heap_sink(scratch, k, i - 1);
     for (size_t i = k; i < V; i++) {
@@ -5622,25 +5705,26 @@ DSV3_API dsv3_result dsv3_logits_top_k(float *logits, size_t V, size_t k, dsv3_c
     for (size_t i = 0; i < V; i++) {
         if (dsv3i_before(dsv3i_negated(logits, i), scratch[0])) logits[i] = dsv3i_never();
     }
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
-DSV3_API dsv3_result dsv3_logits_min_p(float *logits, size_t V, float min_p) {
+DSV3_API dsv3_result dsv3_logits_min_p(float *logits, size_t V, float min_p, dsv3_error *error) {
     float least;
-    DSV3I_TRY(dsv3i_logits_check(logits, V));
-    if (!(min_p >= 0.0f) || min_p > 1.0f) return DSV3_ERR_ARG;
+    DSV3I_TRY(dsv3i_logits_check(logits, V, error));
+    if (!(min_p >= 0.0f) || min_p > 1.0f) return dsv3i_fail(error, DSV3_ERR_ARG, "min_p", "is not between 0 and 1");
     least = min_p > 0.0f ? dsv3i_max_float(logits, V) + DSV3_LOGF(min_p) : dsv3i_never();
     for (size_t i = 0; i < V; i++) {
         if (logits[i] < least) logits[i] = dsv3i_never();
     }
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 DSV3_API dsv3_result dsv3_logits_penalty(float *logits, size_t V, const int32_t *token, size_t n, float penalty,
-                                         uint8_t *seen) {
-    DSV3I_TRY(dsv3i_logits_check(logits, V));
-    if (!(penalty > 0.0f) || penalty > FLT_MAX || seen == NULL) return DSV3_ERR_ARG;
-    DSV3I_TRY(dsv3i_ids_check(token, n, V));
+                                         uint8_t *seen, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_logits_check(logits, V, error));
+    if (seen == NULL) return dsv3i_fail_null(error, "seen");
+    if (!(penalty > 0.0f) || penalty > FLT_MAX) return dsv3i_fail(error, DSV3_ERR_ARG, "penalty", "must be positive and finite");
+    DSV3I_TRY(dsv3i_ids_check(token, n, V, error));
     DSV3_MEMSET(seen, 0, (V + 7) / 8);
     for (size_t i = 0; i < n; i++) {
         size_t id = (size_t)token[i];
@@ -5649,18 +5733,21 @@ DSV3_API dsv3_result dsv3_logits_penalty(float *logits, size_t V, const int32_t 
         seen[id >> 3] = (uint8_t)(seen[id >> 3] | bit);
         logits[id] = logits[id] > 0.0f ? logits[id] / penalty : logits[id] * penalty;
     }
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
-DSV3_API dsv3_result dsv3_logits_bias(float *logits, size_t V, const int32_t *token, const float *bias, size_t n) {
-    DSV3I_TRY(dsv3i_logits_check(logits, V));
-    if (bias == NULL && n > 0) return DSV3_ERR_ARG;
-    DSV3I_TRY(dsv3i_ids_check(token, n, V));
+DSV3_API dsv3_result dsv3_logits_bias(float *logits, size_t V, const int32_t *token, const float *bias, size_t n,
+                                      dsv3_error *error) {
+    DSV3I_TRY(dsv3i_logits_check(logits, V, error));
+    if (bias == NULL && n > 0) return dsv3i_fail_null(error, "bias");
+    DSV3I_TRY(dsv3i_ids_check(token, n, V, error));
     for (size_t i = 0; i < n; i++) {
-        if (!(bias[i] <= FLT_MAX)) return DSV3_ERR_ARG;
+        if (!(bias[i] <= FLT_MAX)) {
+            return dsv3i_fail_where(error, DSV3_ERR_ARG, "bias", "is NaN or plus infinity at index", (int64_t)i);
+        }
     }
     for (size_t i = 0; i < n; i++) logits[token[i]] += bias[i];
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 /* ---- A sequence: caches, the text, and rings of the last `window` positions. hidden of depth j holds h_i^j, the states that
@@ -5699,25 +5786,27 @@ static void dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, siz
     s->window = dsv3i_add(dsv3i_max(rows, s->max_drafts + 1), s->n_modules + 2);
     z = dsv3i_sequence_sizes_of(s, capacity, (size_t)model->config.vocab_size);
     dsv3i_take_arrays(l, s, dsv3i_sequence_arrays, DSV3I_COUNT(dsv3i_sequence_arrays), &z);
-    (void)dsv3i_cache_layout(&s->cache, &model->config, 0, capacity, type, l);
+    (void)dsv3i_cache_layout(&s->cache, &model->config, 0, capacity, type, l, NULL);
     for (size_t k = 0; k < s->n_modules; k++) {
         dsv3_cache cache;
-        (void)dsv3i_cache_layout(&cache, &model->config, 1, capacity, type, l);
+        (void)dsv3i_cache_layout(&cache, &model->config, 1, capacity, type, l, NULL);
         if (l->base != NULL) s->modules[k] = cache;
     }
 }
 
 DSV3_API dsv3_result dsv3_sequence_size(const dsv3_model *model, size_t capacity, dsv3_type type, size_t rows,
-                                        size_t drafts, size_t *bytes) {
-    if (model == NULL || rows < 1) return DSV3_ERR_ARG;
-    if (drafts > DSV3_MAX_DRAFTS || (uint64_t)rows > (uint64_t)DSV3_MAX_SEQ) return DSV3_ERR_LIMIT;
-    DSV3I_TRY(dsv3_cache_size(&model->config, capacity, type, bytes)); /* checks the rest */
+                                        size_t drafts, size_t *bytes, dsv3_error *error) {
+    if (model == NULL) return dsv3i_fail_null(error, "model");
+    DSV3I_TRY(dsv3i_check_count(error, "rows", rows, DSV3_MAX_SEQ));
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_LIMIT, "drafts", "are more than a step can have",
+                                  (int64_t)dsv3i_min(drafts, INT32_MAX), 0, DSV3_MAX_DRAFTS));
+    DSV3I_TRY(dsv3_cache_size(&model->config, capacity, type, bytes, error)); /* checks the rest */
     DSV3I_SIZE(dsv3_sequence, bytes, dsv3i_sequence_layout(&it, model, capacity, type, rows, drafts, &l));
 }
 
-DSV3_API dsv3_result dsv3_sequence_init(dsv3_sequence *s, const dsv3_model *model, size_t capacity, dsv3_type type,
-                                        size_t rows, size_t drafts, void *memory, size_t bytes) {
-    DSV3I_INIT(s, dsv3_sequence_size(model, capacity, type, rows, drafts, &need));
+DSV3_API dsv3_result dsv3_sequence_init(const dsv3_model *model, dsv3_sequence *s, size_t capacity, dsv3_type type,
+                                        size_t rows, size_t drafts, void *memory, size_t bytes, dsv3_error *error) {
+    DSV3I_INIT(s, dsv3_sequence_size(model, capacity, type, rows, drafts, &need, error));
     DSV3_MEMSET(s, 0, sizeof *s);
     dsv3i_sequence_layout(s, model, capacity, type, rows, drafts, &l);
     s->made_for = dsv3i_fingerprint(&model->config);
@@ -5731,7 +5820,7 @@ DSV3_API dsv3_result dsv3_sequence_init(dsv3_sequence *s, const dsv3_model *mode
         s->drafted[j] = s->accepted[j] = 0;
         s->rate[j] = DSV3I_RATE;
     }
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 /* h_position^depth [d] */
@@ -5749,15 +5838,23 @@ DSV3_API dsv3_state dsv3_sequence_state(const dsv3_sequence *s) {
     return s->cache.length < s->cache.capacity ? DSV3_STATE_WRITING : DSV3_STATE_FULL;
 }
 
-DSV3_API dsv3_result dsv3_sequence_append(dsv3_sequence *s, const dsv3_model *model, const int32_t *token, size_t n) {
-    if (s == NULL || model == NULL || token == NULL || n < 1 || s->prompt_left > 0) return DSV3_ERR_ARG;
+DSV3_API dsv3_result dsv3_sequence_append(const dsv3_model *model, dsv3_sequence *s, const int32_t *token, size_t n,
+                                          dsv3_error *error) {
+    size_t room;
+    if (s == NULL || model == NULL || token == NULL) return dsv3i_fail_null(error, "argument");
+    if (n < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "n", "is 0");
+    if (s->prompt_left > 0) return dsv3i_fail(error, DSV3_ERR_ARG, "sequence", "has an earlier prompt that is not yet read");
     for (size_t i = 0; i < n; i++) {
-        if (token[i] < 0 || token[i] >= model->config.vocab_size) return DSV3_ERR_TOKEN;
+        DSV3I_TRY(dsv3i_check_token(error, "token", i, model->config.vocab_size, token[i]));
     }
-    if (n > dsv3i_sub(s->cache.capacity, dsv3_sequence_length(s))) return DSV3_ERR_CONTEXT;
+    room = dsv3i_sub(s->cache.capacity, dsv3_sequence_length(s));
+    if (n > room) {
+        return dsv3i_fail_range(error, DSV3_ERR_FULL, "n", "is more than the caches have room for", 0, (int64_t)room,
+                                (int64_t)n);
+    }
     s->prompt = token;
     s->prompt_left = n;
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 /* All modules forget positions >= end, and those at which they read tokens from t_length on (module k: t_{i+k}). */
@@ -5768,10 +5865,14 @@ static void dsv3i_modules_keep(dsv3_sequence *s, size_t end, size_t length) {
     }
 }
 
-DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *s, size_t length, size_t *kept) {
+DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *s, size_t length, size_t *kept, dsv3_error *error) {
     size_t oldest = length, begin;
     int ahead = 0; /* a module knows tokens that were to be appended again: perhaps they will not be */
-    if (s == NULL || length > dsv3_sequence_length(s)) return DSV3_ERR_ARG;
+    if (s == NULL) return dsv3i_fail_null(error, "sequence");
+    if (length > dsv3_sequence_length(s)) {
+        return dsv3i_fail_range(error, DSV3_ERR_ARG, "length", "is more than the text has", 0,
+                                (int64_t)dsv3_sequence_length(s), (int64_t)length);
+    }
     s->prompt_left = 0;
     if (length < dsv3_sequence_length(s)) s->stopped = 0;
     if (kept != NULL) *kept = length;
@@ -5780,36 +5881,38 @@ DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *s, size_t length, siz
         ahead |= known > dsv3i_sub(length, k);
         oldest = dsv3i_min(oldest, dsv3i_min(known, dsv3i_sub(length, dsv3i_max(k, 2)))); /* to be read again */
     }
-    if (length == dsv3_sequence_length(s) && !ahead) return DSV3_OK;
+    if (length == dsv3_sequence_length(s) && !ahead) return dsv3i_ok(error);
     begin = s->n_modules > 0 ? dsv3i_sub(s->top, s->window) : 0; /* of what the rings still hold */
     if (length == 0 || oldest >= begin) {
         s->pending = length > 0;
         s->cache.length = length - (length > 0);
         dsv3i_modules_keep(s, SIZE_MAX, length);
         if (length == 0) s->top = 0;
-        return DSV3_OK;
+        return dsv3i_ok(error);
     }
     s->pending = s->stopped = 0;
     s->cache.length = dsv3i_sub(length, s->n_modules);
     dsv3i_modules_keep(s, s->cache.length, SIZE_MAX);
     s->top = s->cache.length + s->window; /* from here on the rings are filled anew */
     if (kept != NULL) *kept = s->cache.length;
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
-DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *s) {
+DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *s, dsv3_error *error) {
     dsv3_sequence own;
     dsv3i_sequence_sizes z;
-    if (to == NULL || s == NULL) return DSV3_ERR_ARG;
-    if (to == s) return DSV3_OK;
+    size_t need;
+    if (to == NULL || s == NULL) return dsv3i_fail_null(error, "argument");
+    if (to == s) return dsv3i_ok(error);
     if (to->made_for != s->made_for || to->n_modules != s->n_modules || to->max_drafts != s->max_drafts ||
         to->window != s->window) {
-        return DSV3_ERR_MISMATCH;
+        return dsv3i_fail(error, DSV3_ERR_MISMATCH, "to", "was made for another model, rows or drafts");
     }
-    if (dsv3_sequence_length(s) + s->prompt_left > to->cache.capacity + (s->prompt_left == 0))
-        return DSV3_ERR_CONTEXT;
-    DSV3I_TRY(dsv3_cache_copy(&to->cache, &s->cache));
-    for (size_t k = 0; k < to->n_modules; k++) DSV3I_TRY(dsv3_cache_copy(&to->modules[k], &s->modules[k]));
+    need = dsv3_sequence_length(s) + s->prompt_left - (s->prompt_left == 0 && s->pending);
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_FULL, "to", "has too few positions", (int64_t)to->cache.capacity,
+                                  (int64_t)need, INT64_MAX));
+    DSV3I_TRY(dsv3_cache_copy(&to->cache, &s->cache, error));
+    for (size_t k = 0; k < to->n_modules; k++) DSV3I_TRY(dsv3_cache_copy(&to->modules[k], &s->modules[k], error));
     DSV3_MEMCPY(to->history, s->history, dsv3_sequence_length(s) * sizeof *s->history);
     own = *to; /* its memory; everything else is copied */
     *to = *s;
@@ -5824,7 +5927,7 @@ DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *
         DSV3_MEMCPY((unsigned char *)to + p->at, &array, sizeof array);
         if (p->part == 0 && bytes > 0) DSV3_MEMCPY(array, from, bytes);
     }
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 /* ---- Rows of several sequences, gathered for one call */
@@ -6051,7 +6154,7 @@ static dsv3_result dsv3i_choose(const dsv3i_step *a, size_t i, float *logits) {
         if (s->want_log_p) {
             double log_p;
             DSV3I_TRY(dsv3_sample_log_p(&log_p, NULL, *token, logits, V, greedy ? 1.0f : s->temperature,
-                                        greedy ? 1.0f : s->top_p, s->candidates));
+                                        greedy ? 1.0f : s->top_p, s->candidates, a->error));
             s->log_p[j] = (float)log_p;
         }
         s->history[length] = *token;
@@ -6188,7 +6291,7 @@ static dsv3_result dsv3i_nothing_to_do(const dsv3i_step *a) {
     for (size_t i = 0; i < a->n; i++) {
         const dsv3_sequence *s = a->sequences[i];
         if (dsv3_sequence_state(s) != DSV3_STATE_FULL) continue;
-        return dsv3i_fail_range(a->error, DSV3_ERR_CONTEXT, "sequences", "have no room left, positions",
+        return dsv3i_fail_range(a->error, DSV3_ERR_FULL, "sequences", "have no room left, positions",
                                 (int64_t)s->cache.capacity, (int64_t)s->cache.capacity, (int64_t)s->cache.length);
     }
     return dsv3i_fail(a->error, DSV3_ERR_ARG, "sequences", "have stopped, or no token to go on from: append a prompt");
@@ -6218,9 +6321,9 @@ DSV3I_APART dsv3_result dsv3i_compute(dsv3i_step *a) {
     return DSV3_OK;
 }
 
-DSV3_API dsv3_result dsv3_generate(const dsv3_context *context, float *logits, const dsv3_model *model,
-                                   dsv3_sequence *const *sequences, size_t n, dsv3_workspace *workspace,
-                                   dsv3_error *error) {
+DSV3_API dsv3_result dsv3_generate_step(const dsv3_context *context, float *logits, const dsv3_model *model,
+                                        dsv3_sequence *const *sequences, size_t n, dsv3_workspace *workspace,
+                                        dsv3_error *error) {
     dsv3i_step a = {context, logits, model, sequences, n, workspace, error, {0, NULL, NULL, NULL, 0, NULL}};
     dsv3_result result;
     if (context == NULL || logits == NULL || model == NULL || sequences == NULL || workspace == NULL) {
@@ -6320,17 +6423,17 @@ static void dsv3i_parameters_layout(dsv3_parameters *q, const dsv3_config *confi
     }
 }
 
-DSV3_API dsv3_result dsv3_parameters_size(const dsv3_config *config, size_t *bytes) {
-    DSV3I_TRY(dsv3_config_check(config, NULL));
+DSV3_API dsv3_result dsv3_parameters_size(const dsv3_config *config, size_t *bytes, dsv3_error *error) {
+    DSV3I_TRY(dsv3_config_check(config, error));
     DSV3I_SIZE(dsv3_parameters, bytes, dsv3i_parameters_layout(&it, config, &l));
 }
 
-DSV3_API dsv3_result dsv3_parameters_init(dsv3_parameters *parameters, const dsv3_config *config, void *memory,
-                                          size_t bytes) {
-    DSV3I_INIT(parameters, dsv3_parameters_size(config, &need));
+DSV3_API dsv3_result dsv3_parameters_init(const dsv3_config *config, dsv3_parameters *parameters, void *memory,
+                                          size_t bytes, dsv3_error *error) {
+    DSV3I_INIT(parameters, dsv3_parameters_size(config, &need, error));
     DSV3_MEMSET(parameters, 0, sizeof *parameters);
     dsv3i_parameters_layout(parameters, config, &l);
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 static dsv3_result dsv3i_load_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
@@ -6345,17 +6448,22 @@ static dsv3_result dsv3i_load_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     return DSV3_OK;
 }
 
-DSV3_API dsv3_result dsv3_parameters_load(dsv3_parameters *parameters, const dsv3_model *from) {
+DSV3_API dsv3_result dsv3_parameters_from_model(dsv3_parameters *parameters, const dsv3_model *from,
+                                                dsv3_error *error) {
     dsv3i_flat flat = {NULL, 0, 0};
     dsv3_model copy;
     const dsv3_config *config;
-    if (parameters == NULL || from == NULL) return DSV3_ERR_ARG;
+    if (parameters == NULL || from == NULL) return dsv3i_fail_null(error, "argument");
     config = &parameters->model.config;
-    if (dsv3i_fingerprint(config) != dsv3i_fingerprint(&from->config)) return DSV3_ERR_MISMATCH;
-    if (from->n_mtp < parameters->model.n_mtp) return DSV3_ERR_MISMATCH;
+    if (dsv3i_fingerprint(config) != dsv3i_fingerprint(&from->config)) {
+        return dsv3i_fail(error, DSV3_ERR_MISMATCH, "model", "is of another config");
+    }
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MISMATCH, "model", "has too few MTP modules", from->n_mtp,
+                                  parameters->model.n_mtp, INT32_MAX));
     copy = *from;
     flat.data = parameters->data;
-    return dsv3i_walk_parameters(config, &copy, &flat, dsv3i_load_tensor);
+    DSV3I_TRY(dsv3i_walk_parameters(config, &copy, &flat, dsv3i_load_tensor));
+    return dsv3i_ok(error);
 }
 
 typedef struct dsv3i_random {
@@ -6372,7 +6480,7 @@ static float dsv3i_normal(dsv3_rng *rng) {
 static dsv3_result dsv3i_random_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     dsv3i_random *r = (dsv3i_random *)w->user;
     size_t n = w->info.rows * w->info.cols;
-    float fill = w->info.group == DSV3_GROUP_ROUTER ? 0.0f : 1.0f;
+    float fill = w->info.kind == DSV3_KIND_ROUTER ? 0.0f : 1.0f;
     (void)slot;
     for (size_t i = 0; i < n; i++) r->data[i] = w->info.rank == 1 ? fill : r->std * dsv3i_normal(r->rng);
     r->data += n;
@@ -6470,7 +6578,7 @@ static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const d
     dsv3i_workspace_layout(&at->workspace, c, n, threads, l);
     DSV3I_TRAINER(DSV3I_TAKE)
     for (size_t i = 0; i < s->sequences; i++) {
-        (void)dsv3i_cache_layout(exists ? &at->caches[i] : &cache, c, 1, s->longest, DSV3_F32, l);
+        (void)dsv3i_cache_layout(exists ? &at->caches[i] : &cache, c, 1, s->longest, DSV3_F32, l, NULL);
     }
     for (size_t i = 0; i < layers; i++) {
         int32_t keep = s->keep_layers != NULL ? s->keep_layers[i] : s->keep;
@@ -6481,16 +6589,19 @@ static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const d
 }
 
 DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_training *s, size_t threads,
-                                       size_t *bytes) {
-    DSV3I_TRY(dsv3_config_check(config, NULL));
-    if (s == NULL || s->rows < 1 || s->sequences < 1 || s->longest < 1 || threads < 1) return DSV3_ERR_ARG;
-    if (dsv3i_max(s->rows, s->longest) > (uint64_t)DSV3_MAX_SEQ || s->sequences > s->rows) return DSV3_ERR_LIMIT;
+                                       size_t *bytes, dsv3_error *error) {
+    DSV3I_TRY(dsv3_config_check(config, error));
+    if (s == NULL) return dsv3i_fail_null(error, "settings");
+    DSV3I_TRY(dsv3i_check_count(error, "rows", s->rows, DSV3_MAX_SEQ));
+    DSV3I_TRY(dsv3i_check_count(error, "sequences", s->sequences, (int64_t)s->rows));
+    DSV3I_TRY(dsv3i_check_count(error, "longest", s->longest, DSV3_MAX_SEQ));
+    DSV3I_TRY(dsv3i_check_count(error, "threads", threads, INT64_MAX));
     DSV3I_SIZE(dsv3_trainer, bytes, dsv3i_trainer_layout(&it, config, s, threads, &l));
 }
 
-DSV3_API dsv3_result dsv3_trainer_init(dsv3_trainer *t, const dsv3_config *config, const dsv3_training *settings,
-                                       size_t threads, void *memory, size_t bytes) {
-    DSV3I_INIT(t, dsv3_trainer_size(config, settings, threads, &need));
+DSV3_API dsv3_result dsv3_trainer_init(const dsv3_config *config, dsv3_trainer *t, const dsv3_training *settings,
+                                       size_t threads, void *memory, size_t bytes, dsv3_error *error) {
+    DSV3I_INIT(t, dsv3_trainer_size(config, settings, threads, &need, error));
     size_t n;
     DSV3_MEMSET(t, 0, sizeof *t);
     dsv3i_trainer_layout(t, config, settings, threads, &l);
@@ -6506,7 +6617,8 @@ DSV3_API dsv3_result dsv3_trainer_init(dsv3_trainer *t, const dsv3_config *confi
     DSV3_MEMSET(t->balancer.load_all, 0, t->balancer.layers * t->balancer.E * sizeof *t->balancer.load_all);
     t->balancer.schedule.speed = 0.001;
     t->losses.depths = (size_t)config->num_nextn_predict_layers;
-    return dsv3_train_begin(t, NULL, 0);
+    (void)dsv3_train_begin(t, NULL, 0);
+    return dsv3i_ok(error);
 }
 
 /* ---- Begin */
@@ -6707,7 +6819,7 @@ static dsv3_result dsv3i_optimizer_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     const dsv3_training *s = &o->t->settings;
     const dsv3_tensor_info *info = &w->info;
     size_t n = info->rows * info->cols;
-    int skip = (info->group == DSV3_GROUP_ROUTER && info->rank == 1) || dsv3i_matches_any(s->frozen, info->name);
+    int skip = (info->kind == DSV3_KIND_ROUTER && info->rank == 1) || dsv3i_matches_any(s->frozen, info->name);
     (void)slot;
     for (size_t i = 0; i < n && !skip; i += DSV3I_RUN) {
         dsv3i_squares *run = &o->t->squares[o->runs++];
@@ -6771,7 +6883,7 @@ static void dsv3i_ema_task(void *arg, size_t begin, size_t end, size_t worker) {
 static dsv3_result dsv3i_bias_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     const dsv3_trainer *t = (const dsv3_trainer *)w->user;
     size_t E = w->info.cols;
-    if (w->info.group != DSV3_GROUP_ROUTER || w->info.rank != 1) return DSV3_OK;
+    if (w->info.kind != DSV3_KIND_ROUTER || w->info.rank != 1) return DSV3_OK;
     if (dsv3i_matches_any(t->settings.frozen, w->info.name)) return DSV3_OK;
     DSV3_MEMCPY(dsv3i_grad(slot), t->bias + (size_t)w->info.layer * E, E * sizeof *t->bias);
     return DSV3_OK;
@@ -7026,16 +7138,18 @@ static dsv3i_save dsv3i_save_of(size_t kind, const dsv3_config *config, uint64_t
 }
 
 static dsv3_result dsv3i_save_size(dsv3i_save *f, void *object, size_t *bytes) {
-    if (bytes == NULL) return DSV3_ERR_ARG;
+    if (bytes == NULL) return dsv3i_fail_null(f->error, "bytes");
     (void)dsv3i_save_run(f, DSV3I_SAVE_MEASURE, object);
     *bytes = f->at < SIZE_MAX ? f->at : 0;
-    return f->at < SIZE_MAX ? DSV3_OK : DSV3_ERR_OVERFLOW;
+    if (f->at < SIZE_MAX) return dsv3i_ok(f->error);
+    return dsv3i_fail(f->error, DSV3_ERR_OVERFLOW, "bytes", "are more than size_t can count");
 }
 
 static dsv3_result dsv3i_save_write(dsv3i_save *f, void *object, void *data, size_t bytes) {
-    if (data == NULL) return DSV3_ERR_ARG;
+    if (data == NULL) return dsv3i_fail_null(f->error, "data");
     DSV3I_TRY(dsv3i_save_size(f, object, &f->bytes));
-    if (bytes < f->bytes) return DSV3_ERR_MEMORY;
+    DSV3I_TRY(dsv3i_check_between(f->error, DSV3_ERR_MEMORY, "bytes", "are too few", (int64_t)bytes, (int64_t)f->bytes,
+                                  INT64_MAX));
     f->to = (unsigned char *)data;
     return dsv3i_save_run(f, DSV3I_SAVE_WRITE, object);
 }
@@ -7071,7 +7185,7 @@ static void dsv3i_save_cache(dsv3i_save *f, dsv3_cache *c) {
     dsv3i_save_same(f, "type", (size_t)c->type);
     dsv3i_save_same(f, "layers", c->layers);
     dsv3i_save_same(f, "width", c->width);
-    c->length = dsv3i_save_between(f, "length", c->length, 0, c->capacity, DSV3_ERR_CONTEXT);
+    c->length = dsv3i_save_between(f, "length", c->length, 0, c->capacity, DSV3_ERR_FULL);
     for (size_t i = 0; i < c->layers; i++) {
         dsv3i_save_array(f, dsv3i_cache_at(c, i, 0), dsv3_type_bytes(c->type), c->length * c->width);
     }
@@ -7083,25 +7197,27 @@ static int dsv3i_save_cache_fits(const dsv3_cache *c, const dsv3_config *config)
     return c->width == dsv3i_dims_of(config).width && (c->layers == 1 || c->layers == (size_t)config->num_hidden_layers);
 }
 
-DSV3_API dsv3_result dsv3_cache_save_size(const dsv3_cache *cache, size_t *bytes) {
-    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_CACHE, NULL, 0, dsv3i_save_cache_walk, NULL);
+DSV3_API dsv3_result dsv3_cache_save_size(const dsv3_cache *cache, size_t *bytes, dsv3_error *error) {
+    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_CACHE, NULL, 0, dsv3i_save_cache_walk, error);
     dsv3_cache copy;
-    if (cache == NULL) return DSV3_ERR_ARG;
+    if (cache == NULL) return dsv3i_fail_null(error, "cache");
     copy = *cache;
     return dsv3i_save_size(&f, &copy, bytes);
 }
 
-DSV3_API dsv3_result dsv3_cache_save(const dsv3_cache *cache, const dsv3_config *config, uint64_t tag, void *data,
-                                     size_t bytes) {
-    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_CACHE, config, tag, dsv3i_save_cache_walk, NULL);
+DSV3_API dsv3_result dsv3_cache_save(const dsv3_config *config, const dsv3_cache *cache, uint64_t tag, void *data,
+                                     size_t bytes, dsv3_error *error) {
+    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_CACHE, config, tag, dsv3i_save_cache_walk, error);
     dsv3_cache copy;
-    if (cache == NULL || config == NULL) return DSV3_ERR_ARG;
-    if (!dsv3i_save_cache_fits(cache, config)) return DSV3_ERR_MISMATCH;
+    if (cache == NULL || config == NULL) return dsv3i_fail_null(error, "argument");
+    if (!dsv3i_save_cache_fits(cache, config)) {
+        return dsv3i_fail(error, DSV3_ERR_MISMATCH, "cache", "was made for another model");
+    }
     copy = *cache;
     return dsv3i_save_write(&f, &copy, data, bytes);
 }
 
-DSV3_API dsv3_result dsv3_cache_load(dsv3_cache *cache, const dsv3_config *config, uint64_t tag, const void *data,
+DSV3_API dsv3_result dsv3_cache_load(const dsv3_config *config, dsv3_cache *cache, uint64_t tag, const void *data,
                                      size_t bytes, dsv3_error *error) {
     dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_CACHE, config, tag, dsv3i_save_cache_walk, error);
     dsv3_cache copy;
@@ -7191,26 +7307,29 @@ static void dsv3i_save_sequence_walk(dsv3i_save *f, void *object) {
     dsv3i_save_states(f, s);
 }
 
-DSV3_API dsv3_result dsv3_sequence_save_size(const dsv3_sequence *s, size_t *bytes) {
-    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_SEQUENCE, NULL, 0, dsv3i_save_sequence_walk, NULL);
+DSV3_API dsv3_result dsv3_sequence_save_size(const dsv3_sequence *s, size_t *bytes, dsv3_error *error) {
+    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_SEQUENCE, NULL, 0, dsv3i_save_sequence_walk, error);
     dsv3_sequence copy;
-    if (s == NULL) return DSV3_ERR_ARG;
+    if (s == NULL) return dsv3i_fail_null(error, "sequence");
     copy = *s;
     return dsv3i_save_size(&f, &copy, bytes);
 }
 
-DSV3_API dsv3_result dsv3_sequence_save(const dsv3_sequence *s, const dsv3_model *model, uint64_t tag, void *data,
-                                        size_t bytes) {
-    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_SEQUENCE, NULL, tag, dsv3i_save_sequence_walk, NULL);
+DSV3_API dsv3_result dsv3_sequence_save(const dsv3_model *model, const dsv3_sequence *s, uint64_t tag, void *data,
+                                        size_t bytes, dsv3_error *error) {
+    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_SEQUENCE, NULL, tag, dsv3i_save_sequence_walk, error);
     dsv3_sequence copy;
-    if (s == NULL || model == NULL || s->prompt_left > 0) return DSV3_ERR_ARG;
-    if (s->made_for != dsv3i_fingerprint(&model->config)) return DSV3_ERR_MISMATCH;
+    if (s == NULL || model == NULL) return dsv3i_fail_null(error, "argument");
+    if (s->prompt_left > 0) return dsv3i_fail(error, DSV3_ERR_ARG, "sequence", "has a prompt that is not yet read");
+    if (s->made_for != dsv3i_fingerprint(&model->config)) {
+        return dsv3i_fail(error, DSV3_ERR_MISMATCH, "sequence", "was made for another model");
+    }
     f.config = &model->config;
     copy = *s;
     return dsv3i_save_write(&f, &copy, data, bytes);
 }
 
-DSV3_API dsv3_result dsv3_sequence_load(dsv3_sequence *s, const dsv3_model *model, uint64_t tag, const void *data,
+DSV3_API dsv3_result dsv3_sequence_load(const dsv3_model *model, dsv3_sequence *s, uint64_t tag, const void *data,
                                         size_t bytes, dsv3_error *error) {
     dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_SEQUENCE, NULL, tag, dsv3i_save_sequence_walk, error);
     dsv3_sequence copy;
@@ -7251,18 +7370,19 @@ static dsv3i_save_state dsv3i_save_state_of(const dsv3_trainer *t) {
     return s;
 }
 
-DSV3_API dsv3_result dsv3_trainer_save_size(const dsv3_trainer *t, size_t *bytes) {
-    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_TRAINER, NULL, 0, dsv3i_save_trainer_walk, NULL);
+DSV3_API dsv3_result dsv3_trainer_save_size(const dsv3_trainer *t, size_t *bytes, dsv3_error *error) {
+    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_TRAINER, NULL, 0, dsv3i_save_trainer_walk, error);
     dsv3i_save_state state;
-    if (t == NULL) return DSV3_ERR_ARG;
+    if (t == NULL) return dsv3i_fail_null(error, "trainer");
     state = dsv3i_save_state_of(t);
     return dsv3i_save_size(&f, &state, bytes);
 }
 
-DSV3_API dsv3_result dsv3_trainer_save(const dsv3_trainer *t, uint64_t tag, void *data, size_t bytes) {
-    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_TRAINER, NULL, tag, dsv3i_save_trainer_walk, NULL);
+DSV3_API dsv3_result dsv3_trainer_save(const dsv3_trainer *t, uint64_t tag, void *data, size_t bytes,
+                                       dsv3_error *error) {
+    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_TRAINER, NULL, tag, dsv3i_save_trainer_walk, error);
     dsv3i_save_state state;
-    if (t == NULL) return DSV3_ERR_ARG;
+    if (t == NULL) return dsv3i_fail_null(error, "trainer");
     f.config = &t->weights.model.config;
     state = dsv3i_save_state_of(t);
     return dsv3i_save_write(&f, &state, data, bytes);
@@ -8762,7 +8882,7 @@ static void dsv3i_pack_kv_b(dsv3i_packing *a, dsv3_layer *w, const dsv3i_dims *m
 static dsv3_result dsv3i_pack_visit(dsv3i_walk *w, dsv3_tensor *slot) {
     dsv3i_packing *a = (dsv3i_packing *)w->user;
     dsv3_layer *layer = w->info.layer >= 0 ? &a->model->layers[w->info.layer] : NULL;
-    dsv3_mtp *mtp = w->info.group == DSV3_GROUP_MTP ? &a->model->mtp[(size_t)w->info.layer - w->m.L] : NULL;
+    dsv3_mtp *mtp = w->info.kind == DSV3_KIND_MTP ? &a->model->mtp[(size_t)w->info.layer - w->m.L] : NULL;
     if (slot->data == NULL || w->info.rank == 1 || slot == &a->model->embed_tokens) return DSV3_OK;
     if (mtp != NULL && (slot == &mtp->embed_tokens || slot->data == a->head)) return DSV3_OK;
     if (layer != NULL && slot == &layer->kv_b_proj) {
@@ -10829,9 +10949,10 @@ DSV3I_BACKEND(dsv3i_amx, dsv3i_avx512, NULL, dsv3i_bf16_widen_f8, dsv3i_bf16_rou
 
 /* ---- Packing: nothing to do where weights are read as they lie */
 
-DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_model *model, size_t *bytes) {
+DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_model *model, size_t *bytes,
+                                    dsv3_error *error) {
     dsv3i_layout l = {NULL, 0};
-    if (context == NULL || model == NULL || bytes == NULL) return DSV3_ERR_ARG;
+    if (context == NULL || model == NULL || bytes == NULL) return dsv3i_fail_null(error, "argument");
 #ifdef DSV3I_ENGINE
     if (context->ops->own != NULL) {
         dsv3_model view = *model; /* its tables are not written to, since there is no memory to point to */
@@ -10839,18 +10960,19 @@ DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_mode
     }
 #endif
     *bytes = 0;
-    return l.used == 0 ? DSV3_OK : dsv3i_layout_size(&l, bytes);
+    return l.used == 0 ? dsv3i_ok(error) : dsv3i_layout_size(&l, bytes, error);
 }
 
-DSV3_API dsv3_result dsv3_pack(const dsv3_context *context, dsv3_model *model, void *memory, size_t bytes) {
+DSV3_API dsv3_result dsv3_pack(const dsv3_context *context, dsv3_model *model, void *memory, size_t bytes,
+                               dsv3_error *error) {
     size_t need;
-    DSV3I_TRY(dsv3_pack_size(context, model, &need));
-    if (need == 0) return DSV3_OK;
-    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need));
+    DSV3I_TRY(dsv3_pack_size(context, model, &need, error));
+    if (need == 0) return dsv3i_ok(error);
+    DSV3I_TRY(dsv3i_memory_check(memory, bytes, need, error));
 #ifdef DSV3I_ENGINE
     (void)dsv3i_pack_model(context, model, memory);
 #endif
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 /* ---- The choice */
@@ -10898,9 +11020,10 @@ static const dsv3i_ops *dsv3i_ops_of(dsv3_backend backend) {
     }
 }
 
-DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backend, size_t threads) {
+DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backend, size_t threads,
+                                       dsv3_error *error) {
     dsv3_backend best = dsv3i_best_backend();
-    if (context == NULL) return DSV3_ERR_ARG;
+    if (context == NULL) return dsv3i_fail_null(error, "context");
     DSV3_MEMSET(context, 0, sizeof *context);
 #ifdef DSV3I_TILES
     if (best == DSV3_BACKEND_AMX && ((backend != DSV3_BACKEND_AUTO && backend != best) || !dsv3i_amx_permit())) {
@@ -10910,26 +11033,51 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
     if (best == DSV3_BACKEND_AMX) best = DSV3_BACKEND_AVX512_BF16;
 #endif
     if (backend == DSV3_BACKEND_AUTO) backend = best;
-    if ((int)backend < (int)DSV3_BACKEND_REFERENCE || (int)backend > (int)best) return DSV3_ERR_UNSUPPORTED;
+    if ((int)backend < (int)DSV3_BACKEND_REFERENCE || (int)backend > (int)best) {
+        return dsv3i_fail_range(error, DSV3_ERR_UNSUPPORTED, "backend", "is not compiled in, or this machine cannot run it",
+                                DSV3_BACKEND_REFERENCE, (int64_t)best, (int64_t)backend);
+    }
     context->ops = dsv3i_ops_of(backend);
     context->backend = dsv3_backend_name(backend);
     context->threads = 1;
     context->compute = DSV3_EXACT;
     context->attention = DSV3_ATTENTION_AUTO;
 #if defined(_OPENMP) && !defined(DSV3_NO_OPENMP)
-    if (threads > INT_MAX / 8) return DSV3_ERR_LIMIT;
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_LIMIT, "threads", "are too many", (int64_t)dsv3i_min(threads, INT_MAX), 0, INT_MAX / 8));
     context->threads = threads != 0 ? threads : (size_t)omp_get_max_threads();
     context->parallel_for = dsv3i_parallel_openmp;
 #else
     (void)threads;
 #endif
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 
 #endif /* DSV3_IMPLEMENTATION */
 
 /* ========================================================================================================
- * Chapter Z  >>licence
+ * Chapter Z  >>changes
+ *
+ * What stays: with a new patch number (0.2.x) programs compile, link and compute as before; what is mended is listed here.
+ * With a new minor number names and structs may change as well, before 1.0, and the list says how. Bytes that a version
+ * has saved (chapter 15) are read by later ones, or refused with the version's number, never misread. Bits of results are
+ * no promise between versions.
+ *
+ * 0.2.0
+ *   Errors     every call that can fail takes a dsv3_error, its last argument, and always sets it: all _size and _init,
+ *              _append, _truncate, _copy, _pack, dsv3_quantize, dsv3_router_select, dsv3_router_weights, dsv3_sample,
+ *              dsv3_ffn_forward, dsv3_layer_forward. New codes: DSV3_ERR_ABORTED, DSV3_ERR_DAMAGED.
+ *   Order      context, config or model comes first, then what is written: dsv3_model_bind(config, model, ..),
+ *              dsv3_cache_init(config, cache, ..), likewise workspace, sequence, parameters, trainer and balancer;
+ *              dsv3_sequence_append(model, sequence, ..).
+ *   Names      dsv3_generate is dsv3_generate_step, dsv3_parameters_load is dsv3_parameters_from_model, dsv3_mtp_cache_*
+ *              are dsv3_cache_mtp_*, dsv3_group is dsv3_tensor_kind (DSV3_KIND_..), DSV3_ERR_CONTEXT is DSV3_ERR_FULL.
+ *   Sizes      dsv3_linear_scratch and dsv3_cross_entropy_scratch, in floats, are dsv3_linear_size and
+ *              dsv3_cross_entropy_size, in bytes.
+ *   Gone       dsv3_z_loss; kernels, panels and products, which were the engine's.
+ *   New        steering (dsv3_steer, dsv3_logits_*), stop tokens, limits and dsv3_sequence_state, an abort hook,
+ *              log-probabilities and states of chosen rows; saving (dsv3_cache_save, dsv3_sequence_save,
+ *              dsv3_trainer_save); rope_scaling.truncate. A sequence holds its whole text.
+ *   Options    DSV3_NO_TRAINING also leaves out the balancer, the bias step and V2's balance losses.
  *
  * MIT License
  *

@@ -305,7 +305,7 @@ static inline void bench_print_machine(const dsv3_context *context) {
 static inline void bench_context(dsv3_context *context, dsv3_backend backend, size_t threads) {
     static threads_pool *pool;
     static size_t asked;
-    bench_check(dsv3_context_init(context, backend, 1), "dsv3_context_init");
+    bench_check(dsv3_context_init(context, backend, 1, NULL), "dsv3_context_init");
     if (threads == 0) threads = threads_cores();
     if (asked != threads) {
         threads_destroy(pool);
@@ -327,11 +327,11 @@ static inline void bench_context(dsv3_context *context, dsv3_backend backend, si
 static inline size_t bench_backends(dsv3_backend *list, const char *name) {
     dsv3_context best;
     size_t n = 0;
-    bench_check(dsv3_context_init(&best, DSV3_BACKEND_AUTO, 1), "dsv3_context_init");
+    bench_check(dsv3_context_init(&best, DSV3_BACKEND_AUTO, 1, NULL), "dsv3_context_init");
     if (name != NULL && strcmp(name, dsv3_backend_name(DSV3_BACKEND_AUTO)) == 0) name = best.backend;
     for (int b = DSV3_BACKEND_AUTO + 1; b < BENCH_BACKENDS; b++) {
         dsv3_context context;
-        if (dsv3_context_init(&context, (dsv3_backend)b, 1) != DSV3_OK) continue;
+        if (dsv3_context_init(&context, (dsv3_backend)b, 1, NULL) != DSV3_OK) continue;
         if (name == NULL || strcmp(name, context.backend) == 0) list[n++] = (dsv3_backend)b;
     }
     return n;
@@ -498,10 +498,10 @@ typedef struct bench_synthetic {
 /* As in the published checkpoints: router biases are F32; beside FP8 matrices everything else is BF16. Q8_0 and Q4_0
  * hold for every matrix but the router's whose rows are whole blocks; the rest is BF16. */
 static inline dsv3_type bench_tensor_type(const dsv3_tensor_info *info, dsv3_type type) {
-    if (info->group == DSV3_GROUP_ROUTER && info->rank == 1) return DSV3_F32;
+    if (info->kind == DSV3_KIND_ROUTER && info->rank == 1) return DSV3_F32;
     if (type == DSV3_F8_E4M3) return info->quantised ? type : DSV3_BF16;
     if (dsv3_type_block(type) > 1 &&
-        (info->rank == 1 || info->group == DSV3_GROUP_ROUTER || info->cols % dsv3_type_block(type) != 0)) {
+        (info->rank == 1 || info->kind == DSV3_KIND_ROUTER || info->cols % dsv3_type_block(type) != 0)) {
         return DSV3_BF16;
     }
     return type;
@@ -547,11 +547,11 @@ static inline size_t bench_layout(bench_synthetic *s, const dsv3_config *c) {
         if (t->info.expert >= 0) {
             experts += bytes;
             expert_macs += macs;
-        } else if (t->info.group == DSV3_GROUP_EMBED) {
+        } else if (t->info.kind == DSV3_KIND_EMBED) {
             s->active_bytes += bytes / t->info.rows + (c->tie_word_embeddings ? bytes : 0);
         } else {
             s->active_bytes += bytes;
-            if (t->info.group != DSV3_GROUP_HEAD) s->active_macs += macs;
+            if (t->info.kind != DSV3_KIND_HEAD) s->active_macs += macs;
         }
     }
     if (c->n_routed_experts > 0) { /* every expert has the same size: the quotients are exact */
@@ -663,7 +663,7 @@ static inline void bench_fill_tensor(const dsv3_context *context, const bench_te
     f.words = (uint64_t *)(void *)(arena + t->at);
     f.n = bench_blocks(t->bytes, sizeof(uint64_t)); /* up to 7 bytes of the padding behind the tensor */
     f.seed = seed;
-    if (t->info.rank == 1 && t->info.group != DSV3_GROUP_ROUTER) {
+    if (t->info.rank == 1 && t->info.kind != DSV3_KIND_ROUTER) {
         f.keep = bench_lanes(((uint64_t)1 << mantissa) - 1, type);
         f.add = bench_lanes((uint64_t)(bias - 1) << mantissa, type);
     } else {
@@ -702,7 +702,7 @@ static inline void bench_synthetic_bind(bench_synthetic *s, const dsv3_config *c
     free(s->packed);
     s->packed = NULL;
     s->packed_bytes = 0;
-    bench_check_error(dsv3_model_bind(&s->model, config, s->tables, s->table_bytes, bench_find, s, &error),
+    bench_check_error(dsv3_model_bind(config, &s->model, s->tables, s->table_bytes, bench_find, s, &error),
                       "dsv3_model_bind", &error);
 }
 
@@ -710,10 +710,10 @@ static inline void bench_synthetic_bind(bench_synthetic *s, const dsv3_config *c
  * reads weights as they are. */
 static inline void *bench_pack(const dsv3_context *context, dsv3_model *model, size_t *bytes) {
     void *memory;
-    bench_check(dsv3_pack_size(context, model, bytes), "dsv3_pack_size");
+    bench_check(dsv3_pack_size(context, model, bytes, NULL), "dsv3_pack_size");
     if (*bytes == 0) return NULL;
     memory = bench_alloc(*bytes);
-    bench_check(dsv3_pack(context, model, memory, *bytes), "dsv3_pack");
+    bench_check(dsv3_pack(context, model, memory, *bytes, NULL), "dsv3_pack");
     return memory;
 }
 
@@ -744,7 +744,7 @@ static inline void bench_synthetic_init(bench_synthetic *s, const dsv3_config *c
         }
     }
     if (show) fprintf(stderr, "\r                      \r");
-    bench_check(dsv3_model_size(config, &s->table_bytes), "dsv3_model_size");
+    bench_check(dsv3_model_size(config, &s->table_bytes, NULL), "dsv3_model_size");
     s->tables = bench_alloc(s->table_bytes);
     bench_synthetic_bind(s, config);
 }
@@ -1045,7 +1045,7 @@ static inline double bench_peak_tiles(const dsv3_context *context, int bytes, si
     *name = "";
 #ifdef BENCH_PEAK_TILES
     dsv3_context probe; /* whether the system allows them */
-    if (dsv3_context_init(&probe, DSV3_BACKEND_AMX, 1) == DSV3_OK) {
+    if (dsv3_context_init(&probe, DSV3_BACKEND_AMX, 1, NULL) == DSV3_OK) {
         double steps = 4.0 * BENCH_TILE_ROUNDS;
         *name = "AMX";
         return bytes ? bench_peak_items(context, bench_tile_int8_task, 16 * 16 * 64 * steps, 576 * steps, passes)

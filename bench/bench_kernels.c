@@ -118,7 +118,7 @@ static void weights_init(bench_weights *w, const dsv3_context *context, dsv3_typ
     memset(w, 0, sizeof *w);
     t->info.rank = t->tensor.rank = 2;
     t->info.expert = -1;
-    t->info.group = DSV3_GROUP_DENSE;
+    t->info.kind = DSV3_KIND_DENSE;
     t->info.rows = t->tensor.rows = rows;
     t->info.cols = t->tensor.cols = cols;
     t->tensor.type = type;
@@ -389,13 +389,15 @@ static void linear_print(const bench_options *o, const bench_linear *b, const be
 static void linear_modes(const bench_options *o, bench_linear *b, dsv3_context *c, const bench_limits *l) {
     int reference = strcmp(c->backend, dsv3_backend_name(DSV3_BACKEND_REFERENCE)) == 0;
     dsv3_type type = b->matrix[0].type;
+    size_t bytes;
     for (int mode = DSV3_EXACT; mode <= DSV3_FAST; mode++) {
         if (o->mode >= 0 ? mode != o->mode : mode == DSV3_FAST && (type == DSV3_F32 || type == DSV3_F16)) continue;
         c->compute = (dsv3_compute)mode;
         for (size_t i = 0; i < o->n_rows; i++) {
             b->n = o->rows[i];
             if (reference && !o->named && b->n > 8) continue;
-            b->scratch = (float *)bench_alloc(dsv3_linear_scratch(c, b->n, b->matrix[0].cols) * sizeof *b->scratch);
+            if (dsv3_linear_size(c, b->n, b->matrix[0].cols, &bytes, NULL) != DSV3_OK) bench_die("scratch", "is too large");
+            b->scratch = (float *)bench_alloc(bytes);
             linear_print(o, b, l, seconds_per_call(o, call_linear, b));
             free(b->scratch);
         }

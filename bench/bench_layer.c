@@ -130,20 +130,20 @@ static void run_init(bench_run *r) {
     bench_synthetic_init(&r->synthetic, c, o->type, &r->context);
     if (o->pack) bench_synthetic_pack(&r->synthetic, &r->context);
     r->made_in = bench_now() - begin;
-    bench_check(dsv3_cache_size(c, capacity, DSV3_BF16, &bytes), "dsv3_cache_size");
+    bench_check(dsv3_cache_size(c, capacity, DSV3_BF16, &bytes, NULL), "dsv3_cache_size");
     r->cache_memory = bench_alloc(bytes);
-    bench_check(dsv3_cache_init(&r->cache, c, capacity, DSV3_BF16, r->cache_memory, bytes), "dsv3_cache_init");
+    bench_check(dsv3_cache_init(c, &r->cache, capacity, DSV3_BF16, r->cache_memory, bytes, NULL), "dsv3_cache_init");
     bench_cache_fill(&r->cache, capacity);
-    bench_check(dsv3_workspace_size(c, 1, r->context.threads, &bytes), "dsv3_workspace_size");
+    bench_check(dsv3_workspace_size(c, 1, r->context.threads, &bytes, NULL), "dsv3_workspace_size");
     r->workspace_memory = bench_alloc(bytes);
     memset(r->workspace_memory, 0, bytes); /* the system hands out the pages now, not while we measure */
-    bench_check(dsv3_workspace_init(&r->workspace, c, 1, r->context.threads, r->workspace_memory, bytes),
+    bench_check(dsv3_workspace_init(c, &r->workspace, 1, r->context.threads, r->workspace_memory, bytes, NULL),
                 "dsv3_workspace_init");
     r->x = (float *)bench_alloc((size_t)c->hidden_size * sizeof *r->x);
     for (size_t i = 0; i < r->synthetic.count; i++) { /* what belongs to no layer is not read */
         const bench_tensor *t = &r->synthetic.tensors[i];
         size_t all = t->bytes + t->scale_bytes;
-        if (t->info.layer < 0) r->read_bytes += t->info.group == DSV3_GROUP_EMBED ? all / t->info.rows : all;
+        if (t->info.layer < 0) r->read_bytes += t->info.kind == DSV3_KIND_EMBED ? all / t->info.rows : all;
     }
     r->read_bytes = r->synthetic.active_bytes - r->read_bytes;
 }
@@ -167,7 +167,7 @@ static void run_token(bench_run *r, dsv3_rng *rng) {
     bench_check_error(dsv3_batch_begin(&r->context, &r->synthetic.model, &r->cache, 1, &batch, &r->workspace, &error),
                       "dsv3_batch_begin", &error);
     bench_check(dsv3_layer_forward(&r->context, r->x, &r->synthetic.model, &r->synthetic.model.layers[0], 0,
-                                   &r->cache, 1, &r->workspace),
+                                   &r->cache, 1, &r->workspace, NULL),
                 "dsv3_layer_forward");
     dsv3_batch_end(&r->cache, &batch, &r->workspace);
 }

@@ -148,15 +148,15 @@ static void run_init(bench_run *r, const bench_options *o, bench_synthetic *synt
     r->type = synthetic->type;
     r->capacity = larger(o->prefill, larger(o->decode, o->depth + DEEP));
     for (size_t i = 0; i < o->n_depths; i++) r->capacity = larger(r->capacity, o->depths[i] + DEEP);
-    bench_check(dsv3_cache_size(c, r->capacity, o->cache, &r->cache_bytes), "dsv3_cache_size");
-    bench_check(dsv3_workspace_size(c, rows, context->threads, &r->workspace_bytes), "dsv3_workspace_size");
+    bench_check(dsv3_cache_size(c, r->capacity, o->cache, &r->cache_bytes, NULL), "dsv3_cache_size");
+    bench_check(dsv3_workspace_size(c, rows, context->threads, &r->workspace_bytes, NULL), "dsv3_workspace_size");
     r->cache_memory = bench_alloc(r->cache_bytes);
     r->workspace_memory = bench_alloc(r->workspace_bytes);
     memset(r->workspace_memory, 0, r->workspace_bytes); /* the system hands out the pages now, not while we measure */
-    bench_check(dsv3_cache_init(&r->cache, c, r->capacity, o->cache, r->cache_memory, r->cache_bytes),
+    bench_check(dsv3_cache_init(c, &r->cache, r->capacity, o->cache, r->cache_memory, r->cache_bytes, NULL),
                 "dsv3_cache_init");
     bench_check(
-        dsv3_workspace_init(&r->workspace, c, rows, context->threads, r->workspace_memory, r->workspace_bytes),
+        dsv3_workspace_init(c, &r->workspace, rows, context->threads, r->workspace_memory, r->workspace_bytes, NULL),
         "dsv3_workspace_init");
     bench_cache_fill(&r->cache, r->capacity);
     r->logits = (float *)bench_alloc(V * sizeof *r->logits);
@@ -188,7 +188,7 @@ static void run_forward(bench_run *r, size_t begin, size_t end, size_t outputs) 
 static double run_prefill(bench_run *r) {
     size_t P = r->options->prefill;
     double begin = bench_now();
-    bench_check(dsv3_cache_truncate(&r->cache, 0), "dsv3_cache_truncate");
+    bench_check(dsv3_cache_truncate(&r->cache, 0, NULL), "dsv3_cache_truncate");
     for (size_t t = 0; t < P; t += CHUNK) {
         size_t end = smaller(t + CHUNK, P);
         run_forward(r, t, end, end == P);
@@ -239,7 +239,7 @@ static void case_measure(bench_case *k, bench_run *r, bench_reader *reader) {
     k->touched = (double)s->weight_bytes;
     for (size_t i = 0; i < s->count; i++) {
         const bench_tensor *t = &s->tensors[i];
-        if (t->info.group == DSV3_GROUP_EMBED || t->info.layer >= c->num_hidden_layers) {
+        if (t->info.kind == DSV3_KIND_EMBED || t->info.layer >= c->num_hidden_layers) {
             k->touched -= (double)(t->bytes + t->scale_bytes);
         }
     }

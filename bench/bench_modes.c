@@ -251,9 +251,10 @@ static void pass_init(bench_run *r, const checkpoint *file, bench_pass *p) {
     size_t bytes;
     p->expert = (int32_t *)bench_alloc(expert_numbers(&file->config) * sizeof *p->expert);
     memset(p->expert, 0, expert_numbers(&file->config) * sizeof *p->expert);
-    bench_check(dsv3_cache_size(&file->config, r->window, DSV3_F32, &bytes), "dsv3_cache_size");
+    bench_check(dsv3_cache_size(&file->config, r->window, DSV3_F32, &bytes, NULL), "dsv3_cache_size");
     p->memory = bench_alloc(bytes);
-    bench_check(dsv3_cache_init(&p->cache, &file->config, r->window, DSV3_F32, p->memory, bytes), "dsv3_cache_init");
+    bench_check(dsv3_cache_init(&file->config, &p->cache, r->window, DSV3_F32, p->memory, bytes, NULL),
+                "dsv3_cache_init");
     p->logits = (float *)bench_alloc(ROWS * (size_t)file->config.vocab_size * sizeof *p->logits);
     p->log_sum = (double *)bench_alloc(ROWS * sizeof *p->log_sum);
 }
@@ -281,10 +282,11 @@ static void run_init(bench_run *r, const bench_options *o, const char *model) {
             pass_init(r, &r->weights[i].file, &r->weights[i].pass[mode]);
         }
     }
-    bench_check(dsv3_workspace_size(config, ROWS, r->context.threads, &bytes), "dsv3_workspace_size");
+    bench_check(dsv3_workspace_size(config, ROWS, r->context.threads, &bytes, NULL), "dsv3_workspace_size");
     r->workspace_memory = bench_alloc(bytes);
-    bench_check(dsv3_workspace_init(&r->workspace, config, ROWS, r->context.threads, r->workspace_memory, bytes),
-                "dsv3_workspace_init");
+    bench_check(
+        dsv3_workspace_init(config, &r->workspace, ROWS, r->context.threads, r->workspace_memory, bytes, NULL),
+        "dsv3_workspace_init");
 }
 
 static void run_free(bench_run *r) {
@@ -423,7 +425,7 @@ static void run(bench_run *r) {
         size_t end = r->n - first < r->window ? r->n : first + r->window;
         for (size_t i = 0; i < r->n_weights; i++) {
             for (int mode = DSV3_EXACT; mode <= DSV3_FAST; mode++) {
-                bench_check(dsv3_cache_truncate(&r->weights[i].pass[mode].cache, 0), "dsv3_cache_truncate");
+                bench_check(dsv3_cache_truncate(&r->weights[i].pass[mode].cache, 0, NULL), "dsv3_cache_truncate");
             }
         }
         for (size_t t = first; t < end; t += ROWS) rows_run(r, t, end - t < ROWS ? end - t : ROWS);

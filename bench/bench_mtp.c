@@ -114,10 +114,10 @@ static void parse(bench_options *o, int argc, char **argv) {
 static dsv3_workspace workspace_make(const dsv3_config *config, size_t rows, size_t threads, void **memory) {
     dsv3_workspace workspace;
     size_t bytes;
-    bench_check(dsv3_workspace_size(config, rows, threads, &bytes), "dsv3_workspace_size");
+    bench_check(dsv3_workspace_size(config, rows, threads, &bytes, NULL), "dsv3_workspace_size");
     *memory = bench_alloc(bytes);
     memset(*memory, 0, bytes); /* the system hands out the pages now, not while we measure */
-    bench_check(dsv3_workspace_init(&workspace, config, rows, threads, *memory, bytes), "dsv3_workspace_init");
+    bench_check(dsv3_workspace_init(config, &workspace, rows, threads, *memory, bytes, NULL), "dsv3_workspace_init");
     return workspace;
 }
 
@@ -212,7 +212,7 @@ static void writer_init(bench_writer *w, const bench_options *o) {
     w->logits =
         (float *)bench_alloc(o->sequences * (o->drafts + 1) * (size_t)w->file.config.vocab_size * sizeof *w->logits);
     w->capacity = PROMPT + (o->tokens + 3) * (o->drafts + 1); /* one may outrun the others */
-    bench_check(dsv3_sequence_size(&w->file.model, w->capacity, DSV3_F32, PROMPT, o->drafts, &w->memory_bytes),
+    bench_check(dsv3_sequence_size(&w->file.model, w->capacity, DSV3_F32, PROMPT, o->drafts, &w->memory_bytes, NULL),
                 "dsv3_sequence_size");
     for (size_t s = 0; s < o->sequences; s++) {
         w->memory[s] = bench_alloc(w->memory_bytes);
@@ -232,13 +232,13 @@ static void writer_free(bench_writer *w) {
 static void writer_begin(bench_writer *w, size_t first, size_t n, size_t drafts) {
     for (size_t i = 0; i < n; i++) {
         dsv3_sequence *s = &w->sequence[i];
-        bench_check(dsv3_sequence_init(s, &w->file.model, w->capacity, DSV3_F32, PROMPT, drafts, w->memory[i],
-                                       w->memory_bytes),
+        bench_check(dsv3_sequence_init(&w->file.model, s, w->capacity, DSV3_F32, PROMPT, drafts, w->memory[i],
+                                       w->memory_bytes, NULL),
                     "dsv3_sequence_init");
         s->temperature = (float)w->options->temperature;
         s->rng.state = first + i;
         s->stop = -1;
-        bench_check(dsv3_sequence_append(s, &w->file.model, w->prompt + (first + i) * PROMPT, PROMPT),
+        bench_check(dsv3_sequence_append(&w->file.model, s, w->prompt + (first + i) * PROMPT, PROMPT, NULL),
                     "dsv3_sequence_append");
         w->at[i] = 0;
     }
@@ -248,8 +248,8 @@ static void writer_begin(bench_writer *w, size_t first, size_t n, size_t drafts)
 static size_t writer_step(bench_writer *w, size_t first, size_t n, size_t drafts) {
     size_t room = w->options->tokens + 2, written = 0;
     dsv3_error error;
-    bench_check_error(dsv3_generate(&w->context, w->logits, &w->file.model, w->list, n, &w->workspace, &error),
-                      "dsv3_generate", &error);
+    bench_check_error(dsv3_generate_step(&w->context, w->logits, &w->file.model, w->list, n, &w->workspace, &error),
+                      "dsv3_generate_step", &error);
     for (size_t i = 0; i < n; i++) {
         const dsv3_sequence *s = &w->sequence[i];
         for (size_t j = 0; j < s->n_token; j++, w->at[i]++) {
@@ -437,8 +437,8 @@ typedef struct bench_stepper {
 static void stepper_caches(bench_stepper *p) {
     size_t S = p->options->sequences, capacity = PROMPT + p->options->drafts + 1, main, module;
     unsigned char *memory;
-    bench_check(dsv3_cache_size(&p->config, capacity, DSV3_F32, &main), "dsv3_cache_size");
-    bench_check(dsv3_mtp_cache_size(&p->config, capacity, DSV3_F32, &module), "dsv3_mtp_cache_size");
+    bench_check(dsv3_cache_size(&p->config, capacity, DSV3_F32, &main, NULL), "dsv3_cache_size");
+    bench_check(dsv3_cache_mtp_size(&p->config, capacity, DSV3_F32, &module, NULL), "dsv3_cache_mtp_size");
     main = bench_blocks(main, BENCH_ALIGN) * BENCH_ALIGN;
     module = bench_blocks(module, BENCH_ALIGN) * BENCH_ALIGN;
     p->caches = (dsv3_cache *)bench_alloc((1 + p->n_mtp) * S * sizeof *p->caches);
@@ -446,8 +446,8 @@ static void stepper_caches(bench_stepper *p) {
     memory = (unsigned char *)p->caches_memory;
     for (size_t i = 0; i < (1 + p->n_mtp) * S; i++) {
         size_t bytes = i < S ? main : module;
-        bench_check(i < S ? dsv3_cache_init(&p->caches[i], &p->config, capacity, DSV3_F32, memory, bytes)
-                          : dsv3_mtp_cache_init(&p->caches[i], &p->config, capacity, DSV3_F32, memory, bytes),
+        bench_check(i < S ? dsv3_cache_init(&p->config, &p->caches[i], capacity, DSV3_F32, memory, bytes, NULL)
+                          : dsv3_cache_mtp_init(&p->config, &p->caches[i], capacity, DSV3_F32, memory, bytes, NULL),
                     "dsv3_cache_init");
         memory += bytes;
     }
@@ -496,7 +496,7 @@ static double stepper_call(bench_stepper *p, size_t k, size_t begin, size_t rows
     for (size_t i = 0; i < S * rows; i++) p->sequence[i] = (int32_t)(i / rows);
     for (size_t s = 0; s < S; s++) {
         p->last[s] = (int32_t)((s + 1) * rows - 1);
-        bench_check(dsv3_cache_truncate(&caches[s], begin), "dsv3_cache_truncate");
+        bench_check(dsv3_cache_truncate(&caches[s], begin, NULL), "dsv3_cache_truncate");
     }
     if (logits) batch.outputs = k == 0 ? S * rows : S;
     if (logits && k > 0) batch.output = p->last;

@@ -155,15 +155,17 @@ static void run_init(bench_run *r) {
         }
     }
     r->capacity = 1024 + 2 * (MAX_DRAFTS + 1);
-    bench_check(dsv3_sequence_size(&r->file.model, r->capacity, DSV3_F32, PROMPT_ROWS, o->drafts, &r->sequence_bytes),
-                "dsv3_sequence_size");
+    bench_check(
+        dsv3_sequence_size(&r->file.model, r->capacity, DSV3_F32, PROMPT_ROWS, o->drafts, &r->sequence_bytes, NULL),
+        "dsv3_sequence_size");
     r->sequence_memory = bench_alloc(r->sequence_bytes);
     memset(r->sequence_memory, 0, r->sequence_bytes); /* the system hands out the pages now, not while we measure */
-    bench_check(dsv3_workspace_size(c, PROMPT_ROWS, r->context.threads, &bytes), "dsv3_workspace_size");
+    bench_check(dsv3_workspace_size(c, PROMPT_ROWS, r->context.threads, &bytes, NULL), "dsv3_workspace_size");
     r->workspace_memory = bench_alloc(bytes);
     memset(r->workspace_memory, 0, bytes);
-    bench_check(dsv3_workspace_init(&r->workspace, c, PROMPT_ROWS, r->context.threads, r->workspace_memory, bytes),
-                "dsv3_workspace_init");
+    bench_check(
+        dsv3_workspace_init(c, &r->workspace, PROMPT_ROWS, r->context.threads, r->workspace_memory, bytes, NULL),
+        "dsv3_workspace_init");
     r->logits = (float *)bench_alloc((o->drafts + 1) * (size_t)c->vocab_size * sizeof *r->logits);
     r->base = (int32_t *)bench_alloc(o->repeat * MOST_WRITTEN * sizeof *r->base);
     for (size_t w = 0; w < r->ways; w++) {
@@ -191,8 +193,8 @@ static void run_free(bench_run *r) {
 }
 
 static void sequence_begin(bench_run *r, size_t drafts) {
-    bench_check(dsv3_sequence_init(&r->sequence, &r->file.model, r->capacity, DSV3_F32, PROMPT_ROWS, drafts,
-                                   r->sequence_memory, r->sequence_bytes),
+    bench_check(dsv3_sequence_init(&r->file.model, &r->sequence, r->capacity, DSV3_F32, PROMPT_ROWS, drafts,
+                                   r->sequence_memory, r->sequence_bytes, NULL),
                 "dsv3_sequence_init");
     r->sequence.stop = -1;
 }
@@ -202,8 +204,8 @@ static void sequence_step(bench_run *r) {
     dsv3_sequence *list[1];
     dsv3_error error;
     list[0] = &r->sequence;
-    bench_check_error(dsv3_generate(&r->context, r->logits, &r->file.model, list, 1, &r->workspace, &error),
-                      "dsv3_generate", &error);
+    bench_check_error(dsv3_generate_step(&r->context, r->logits, &r->file.model, list, 1, &r->workspace, &error),
+                      "dsv3_generate_step", &error);
 }
 
 /* A prompt is read and its answer written, to out; all times count. A step that writes several tokens delivers them at
@@ -212,7 +214,7 @@ static void sequence_step(bench_run *r) {
 static size_t turn_run(bench_run *r, const int32_t *prompt, size_t n, size_t answer, int32_t *out, bench_tally *t) {
     size_t written = 0;
     double begin = bench_now(), last = begin;
-    bench_check(dsv3_sequence_append(&r->sequence, &r->file.model, prompt, n), "dsv3_sequence_append");
+    bench_check(dsv3_sequence_append(&r->file.model, &r->sequence, prompt, n, NULL), "dsv3_sequence_append");
     while (written < answer) {
         double now, ms;
         sequence_step(r);
@@ -252,7 +254,7 @@ static void scenario_run(bench_run *r, size_t s, size_t way, size_t repeat) {
             for (size_t i = 0; i < c->prompt; i++) prompt[i] = r->text[from++];
             if (turn > 0) { /* the last step of the answer before may have written more than the answer */
                 size_t length = (c->prompt + c->answer) * turn, kept;
-                bench_check(dsv3_sequence_truncate(&r->sequence, length, &kept), "dsv3_sequence_truncate");
+                bench_check(dsv3_sequence_truncate(&r->sequence, length, &kept, NULL), "dsv3_sequence_truncate");
                 if (kept != length) bench_die("dsv3_sequence_truncate", "an answer is gone");
             }
             n = turn_run(r, prompt, c->prompt, c->answer, out, t);

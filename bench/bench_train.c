@@ -145,7 +145,7 @@ typedef struct bench_count {
 static dsv3_result count_tensor(void *user, const dsv3_tensor_info *info) {
     bench_count *n = (bench_count *)user;
     size_t *to = info->layer >= n->config->num_hidden_layers ? &n->module : &n->main;
-    if (info->rank != 2 || info->optional || info->group == DSV3_GROUP_EMBED) return DSV3_OK;
+    if (info->rank != 2 || info->optional || info->kind == DSV3_KIND_EMBED) return DSV3_OK;
     if (info->expert >= n->config->num_experts_per_tok) return DSV3_OK; /* all experts have the same size */
     *to += info->rows * info->cols;
     return DSV3_OK;
@@ -178,14 +178,14 @@ static void caches_init(bench_run *r) {
     const bench_options *o = &r->options;
     size_t D = (size_t)o->config.num_nextn_predict_layers, main_bytes, module_bytes;
     unsigned char *at;
-    bench_check(dsv3_cache_size(&o->config, o->seq, DSV3_F32, &main_bytes), "dsv3_cache_size");
-    bench_check(dsv3_mtp_cache_size(&o->config, o->seq, DSV3_F32, &module_bytes), "dsv3_mtp_cache_size");
+    bench_check(dsv3_cache_size(&o->config, o->seq, DSV3_F32, &main_bytes, NULL), "dsv3_cache_size");
+    bench_check(dsv3_cache_mtp_size(&o->config, o->seq, DSV3_F32, &module_bytes, NULL), "dsv3_cache_mtp_size");
     r->caches = (dsv3_cache *)bench_alloc((1 + D) * o->batch * sizeof *r->caches);
     at = (unsigned char *)(r->cache_memory = bench_alloc(o->batch * (main_bytes + D * module_bytes)));
     for (size_t i = 0; i < (1 + D) * o->batch; i++) {
         size_t bytes = i < o->batch ? main_bytes : module_bytes;
-        bench_check(i < o->batch ? dsv3_cache_init(&r->caches[i], &o->config, o->seq, DSV3_F32, at, bytes)
-                                 : dsv3_mtp_cache_init(&r->caches[i], &o->config, o->seq, DSV3_F32, at, bytes),
+        bench_check(i < o->batch ? dsv3_cache_init(&o->config, &r->caches[i], o->seq, DSV3_F32, at, bytes, NULL)
+                                 : dsv3_cache_mtp_init(&o->config, &r->caches[i], o->seq, DSV3_F32, at, bytes, NULL),
                     "dsv3_cache_init");
         at += bytes;
     }
@@ -204,10 +204,11 @@ static void run_init(bench_run *r) {
     settings.sequences = o->batch;
     settings.longest = o->seq;
     settings.keep = o->keep;
-    bench_check(dsv3_trainer_size(&o->config, &settings, r->context.threads, &r->trainer_bytes), "dsv3_trainer_size");
+    bench_check(dsv3_trainer_size(&o->config, &settings, r->context.threads, &r->trainer_bytes, NULL),
+                "dsv3_trainer_size");
     r->memory = bench_alloc(r->trainer_bytes);
     bench_check(
-        dsv3_trainer_init(&r->trainer, &o->config, &settings, r->context.threads, r->memory, r->trainer_bytes),
+        dsv3_trainer_init(&o->config, &r->trainer, &settings, r->context.threads, r->memory, r->trainer_bytes, NULL),
         "dsv3_trainer_init");
     dsv3_parameters_random(&r->trainer.weights, &rng, 0.02f);
     r->token = (int32_t *)bench_alloc(tokens * sizeof *r->token);

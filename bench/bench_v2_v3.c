@@ -174,20 +174,21 @@ typedef struct bench_run {
 static void run_memory(bench_run *r, bench_result *result, const dsv3_config *c, const dsv3_training *s) {
     size_t bytes, T = r->options->seq, threads = r->context->threads, rows = s->rows;
     if (rows < WINDOWS * T) rows = WINDOWS * T;
-    bench_check(dsv3_trainer_size(c, s, threads, &result->bytes), "dsv3_trainer_size");
+    bench_check(dsv3_trainer_size(c, s, threads, &result->bytes, NULL), "dsv3_trainer_size");
     r->trainer_memory = bench_alloc(result->bytes);
-    bench_check(dsv3_trainer_init(&r->trainer, c, s, threads, r->trainer_memory, result->bytes), "dsv3_trainer_init");
+    bench_check(dsv3_trainer_init(c, &r->trainer, s, threads, r->trainer_memory, result->bytes, NULL),
+                "dsv3_trainer_init");
     result->parameters = r->trainer.weights.count;
-    bench_check(dsv3_workspace_size(c, WINDOWS * T, threads, &bytes), "dsv3_workspace_size");
+    bench_check(dsv3_workspace_size(c, WINDOWS * T, threads, &bytes, NULL), "dsv3_workspace_size");
     r->workspace_memory = bench_alloc(bytes);
-    bench_check(dsv3_workspace_init(&r->workspace, c, WINDOWS * T, threads, r->workspace_memory, bytes),
+    bench_check(dsv3_workspace_init(c, &r->workspace, WINDOWS * T, threads, r->workspace_memory, bytes, NULL),
                 "dsv3_workspace_init");
-    bench_check(dsv3_cache_size(c, T, DSV3_F32, &bytes), "dsv3_cache_size");
+    bench_check(dsv3_cache_size(c, T, DSV3_F32, &bytes, NULL), "dsv3_cache_size");
     r->caches = (dsv3_cache *)bench_alloc(WINDOWS * sizeof *r->caches);
     r->cache_memory = bench_alloc(WINDOWS * bytes);
     for (size_t i = 0; i < WINDOWS; i++) {
         bench_check(
-            dsv3_cache_init(&r->caches[i], c, T, DSV3_F32, (unsigned char *)r->cache_memory + i * bytes, bytes),
+            dsv3_cache_init(c, &r->caches[i], T, DSV3_F32, (unsigned char *)r->cache_memory + i * bytes, bytes, NULL),
             "dsv3_cache_init");
     }
     r->token = (int32_t *)bench_alloc(rows * sizeof *r->token);

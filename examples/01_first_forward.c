@@ -107,19 +107,19 @@ int main(void) {
     /* 2. The weights, bound by name. The model's tables need memory, the weights stay where they are. */
     w.config = config;
     for (size_t i = 0; i < 4096; i++) w.values[i] = dsv3_random_uniform(&rng) - 0.5f;
-    dsv3_model_size(&config, &bytes);
+    dsv3_model_size(&config, &bytes, NULL);
     tables = malloc(bytes);
-    check(dsv3_model_bind(&model, &config, tables, bytes, find, &w, &error), &error);
+    check(dsv3_model_bind(&config, &model, tables, bytes, find, &w, &error), &error);
     printf("asked for %d tensors, %d numbers\n", (int)w.tensors, (int)w.used);
 
     /* 3. A cache for one sequence of up to N tokens, and a workspace for N rows at a time. */
-    dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1);
-    dsv3_cache_size(&config, N, DSV3_F32, &bytes);
+    dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1, NULL);
+    dsv3_cache_size(&config, N, DSV3_F32, &bytes, NULL);
     cache_memory = malloc(bytes);
-    dsv3_cache_init(&cache, &config, N, DSV3_F32, cache_memory, bytes);
-    dsv3_workspace_size(&config, N, context.threads, &bytes);
+    dsv3_cache_init(&config, &cache, N, DSV3_F32, cache_memory, bytes, NULL);
+    dsv3_workspace_size(&config, N, context.threads, &bytes, NULL);
     workspace_memory = malloc(bytes);
-    dsv3_workspace_init(&workspace, &config, N, context.threads, workspace_memory, bytes);
+    dsv3_workspace_init(&config, &workspace, N, context.threads, workspace_memory, bytes, NULL);
     printf("cache: %d numbers per token (plain attention would keep %d)\n", (int)(cache.layers * cache.width),
            2 * 2 * (4 + 2 + 4));
 
@@ -132,7 +132,7 @@ int main(void) {
     printf("logits of the token after 3 1 4 1 5: %d numbers, the largest for token %d\n", V, (int)best);
 
     /* 5. Back to the beginning, now token by token: the cache carries the past. */
-    dsv3_cache_truncate(&cache, 0);
+    dsv3_cache_truncate(&cache, 0, NULL);
     batch.rows = batch.outputs = 1;
     for (size_t i = 0; i < N; i++) {
         batch.token = &tokens[i];

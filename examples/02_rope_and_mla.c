@@ -67,14 +67,14 @@ static void run(float *logits, const checkpoint *c, dsv3_attention form, dsv3_ty
     size_t cache_bytes = 0, workspace_bytes = 0;
     void *cache_memory, *workspace_memory;
     for (int i = 0; i < N; i++) tokens[i] = (unsigned char)text[i];
-    dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1);
+    dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1, NULL);
     context.attention = form;
-    dsv3_cache_size(&c->config, N, cache_type, &cache_bytes);
-    dsv3_workspace_size(&c->config, N, context.threads, &workspace_bytes);
+    dsv3_cache_size(&c->config, N, cache_type, &cache_bytes, NULL);
+    dsv3_workspace_size(&c->config, N, context.threads, &workspace_bytes, NULL);
     cache_memory = malloc(cache_bytes);
     workspace_memory = malloc(workspace_bytes);
-    dsv3_cache_init(&cache, &c->config, N, cache_type, cache_memory, cache_bytes);
-    dsv3_workspace_init(&workspace, &c->config, N, context.threads, workspace_memory, workspace_bytes);
+    dsv3_cache_init(&c->config, &cache, N, cache_type, cache_memory, cache_bytes, NULL);
+    dsv3_workspace_init(&c->config, &workspace, N, context.threads, workspace_memory, workspace_bytes, NULL);
     if (dsv3_forward(&context, logits, &c->model, &cache, 1, &batch, &workspace, &error) != DSV3_OK) {
         printf("%s\n", dsv3_error_text(&error, line, sizeof line));
         exit(1);

@@ -33,7 +33,7 @@
 static void show(const char *what, const dsv3_config *config, const float *score, const float *bias) {
     int32_t idx[K];
     float gate[K], scratch[E + G];
-    dsv3_result result = dsv3_router_select(config, idx, gate, score, bias, NULL, 1, scratch);
+    dsv3_result result = dsv3_router_select(config, idx, gate, score, bias, NULL, 1, scratch, NULL);
     printf("%-18s experts %d %d   weights %.4f %.4f", what, (int)idx[0], (int)idx[1], (double)gate[0],
            (double)gate[1]);
     if (result != DSV3_OK) printf("  (%s)", dsv3_result_string(result));

@@ -64,7 +64,7 @@ static void route(const dsv3_context *context, router *r, int s, uint64_t *load,
     double sums[2 * E];
     dsv3_tensor w = {r->w, NULL, E, D, DSV3_F32, 2, 0};
     dsv3_router_scores(context, &r->config, score, x, &w, NULL, N, linear_scratch);
-    dsv3_router_select(&r->config, idx, gate, score, r->bias, NULL, N, scratch);
+    dsv3_router_select(&r->config, idx, gate, score, r->bias, NULL, N, scratch, NULL);
     for (int e = 0; e < E; e++) load[e] = 0;
     dsv3_load_count(load, idx, NULL, N, K);
     r->max_vio[s] = dsv3_load_statistics(load, E).max_vio;
@@ -122,11 +122,13 @@ static void summary(const router *r, char mark) {
 
 int main(void) {
     static router routers[3];
+    size_t bytes;
     float *scratch;
     dsv3_context context;
     dsv3_rng rng = {3};
-    dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1);
-    scratch = (float *)malloc(dsv3_linear_scratch(&context, N, D) * sizeof(float));
+    dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1, NULL);
+    if (dsv3_linear_size(&context, N, D, &bytes, NULL) != DSV3_OK) return 1;
+    scratch = (float *)malloc(bytes);
     if (scratch == NULL) return 1;
     for (int i = 0; i < WORDS * D; i++) word[i] = noise(&rng);
     for (int i = 0; i < E * D; i++) first_w[i] = noise(&rng);

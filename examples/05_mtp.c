@@ -67,13 +67,14 @@ static int read_text(const char *path) {
 
 static void prepare(void) {
     size_t bytes;
-    dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1);
-    dsv3_workspace_size(&file.config, N, 1, &bytes);
-    dsv3_workspace_init(&workspace, &file.config, N, 1, malloc(bytes), bytes);
-    dsv3_cache_size(&file.config, N, DSV3_F32, &bytes);
-    dsv3_cache_init(&caches[0], &file.config, N, DSV3_F32, malloc(bytes), bytes);
-    dsv3_mtp_cache_size(&file.config, N, DSV3_F32, &bytes);
-    for (int k = 1; k <= D; k++) dsv3_mtp_cache_init(&caches[k], &file.config, N, DSV3_F32, malloc(bytes), bytes);
+    dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1, NULL);
+    dsv3_workspace_size(&file.config, N, 1, &bytes, NULL);
+    dsv3_workspace_init(&file.config, &workspace, N, 1, malloc(bytes), bytes, NULL);
+    dsv3_cache_size(&file.config, N, DSV3_F32, &bytes, NULL);
+    dsv3_cache_init(&file.config, &caches[0], N, DSV3_F32, malloc(bytes), bytes, NULL);
+    dsv3_cache_mtp_size(&file.config, N, DSV3_F32, &bytes, NULL);
+    for (int k = 1; k <= D; k++)
+        dsv3_cache_mtp_init(&file.config, &caches[k], N, DSV3_F32, malloc(bytes), bytes, NULL);
 }
 
 /* As in training, all depths at once: sums of losses over the text, divided by how many terms they have. */
@@ -89,11 +90,11 @@ static void evaluate(double *nll) {
 static void choose(int k) {
     size_t rows = (size_t)(N - k);
     dsv3_batch batch = {rows, text + k, NULL, NULL, rows, NULL};
-    dsv3_cache_truncate(&caches[k], 0);
+    dsv3_cache_truncate(&caches[k], 0, NULL);
     check(k == 0 ? dsv3_forward(&context, logits, &file.model, &caches[0], 1, &batch, &workspace, &error)
                  : dsv3_mtp_forward(&context, logits, &file.model, (size_t)k, &caches[k], 1, &batch, workspace.hidden,
                                     &workspace, &error));
-    for (size_t i = 0; i < rows; i++) dsv3_sample(&best[k][i], logits + i * V, V, 0.0f, 1.0f, NULL, NULL);
+    for (size_t i = 0; i < rows; i++) dsv3_sample(&best[k][i], logits + i * V, V, 0.0f, 1.0f, NULL, NULL, NULL);
 }
 
 static void show_depths(void) {
@@ -125,12 +126,12 @@ static void generate(size_t K) {
     dsv3_sequence sequence, *list = &sequence;
     size_t bytes = 0, written = 0, same = 0, room = PROMPT + WRITE + D;
     void *memory;
-    dsv3_sequence_size(&file.model, room, DSV3_F32, PROMPT, K, &bytes);
+    dsv3_sequence_size(&file.model, room, DSV3_F32, PROMPT, K, &bytes, NULL);
     memory = malloc(bytes);
-    check(dsv3_sequence_init(&sequence, &file.model, room, DSV3_F32, PROMPT, K, memory, bytes));
-    check(dsv3_sequence_append(&sequence, &file.model, text, PROMPT));
+    check(dsv3_sequence_init(&file.model, &sequence, room, DSV3_F32, PROMPT, K, memory, bytes, NULL));
+    check(dsv3_sequence_append(&file.model, &sequence, text, PROMPT, NULL));
     while (written < WRITE) {
-        check(dsv3_generate(&context, logits, &file.model, &list, 1, &workspace, &error));
+        check(dsv3_generate_step(&context, logits, &file.model, &list, 1, &workspace, &error));
         for (size_t i = 0; i < sequence.n_token && written < WRITE; i++, written++) {
             if (K == 0) plain[written] = sequence.token[i];
             same += sequence.token[i] == plain[written];

@@ -104,7 +104,7 @@ int main(void) {
     static const int powers[] = {-1, -3, -5, -7, -11, -14, -17, -21};
     dsv3_tensor t = {g, NULL, 1, N, DSV3_F32, 1, 0};
     float dx[N] = {0}, dg[N] = {0}, wrong[N], scratch[1]; /* gradients are added to what stands there: zeros */
-    dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1);
+    dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1, NULL);
     for (int i = 0; i < N; i++) {
         x[i] = (float)sin(0.1 + 0.37 * i);
         g[i] = (float)(1.0 + 0.1 * cos(i));

@@ -82,9 +82,9 @@ static void *prepare(const dsv3_config *config) {
     settings.sequences = B;
     settings.longest = T;
     check(dsv3_config_check(config, &error));
-    check(dsv3_trainer_size(config, &settings, context.threads, &bytes));
+    check(dsv3_trainer_size(config, &settings, context.threads, &bytes, NULL));
     memory = malloc(bytes);
-    check(dsv3_trainer_init(&trainer, config, &settings, context.threads, memory, bytes));
+    check(dsv3_trainer_init(config, &trainer, &settings, context.threads, memory, bytes, NULL));
     dsv3_parameters_random(&trainer.weights, &rng, 0.006f);
     trainer.balancer.schedule.speed = 0.01; /* V3's 0.001 is for many more steps */
     return memory;
@@ -117,14 +117,14 @@ static void recite(const int32_t *prompt) {
     dsv3_sequence s, *list = &s;
     float logits[2 * V];
     size_t bytes = 0, n = PROMPT;
-    check(dsv3_sequence_size(model, T + 2, DSV3_F32, PROMPT, 1, &bytes));
+    check(dsv3_sequence_size(model, T + 2, DSV3_F32, PROMPT, 1, &bytes, NULL));
     void *memory = malloc(bytes);
-    check(dsv3_sequence_init(&s, model, T + 2, DSV3_F32, PROMPT, 1, memory, bytes));
-    check(dsv3_sequence_append(&s, model, prompt, PROMPT));
+    check(dsv3_sequence_init(model, &s, T + 2, DSV3_F32, PROMPT, 1, memory, bytes, NULL));
+    check(dsv3_sequence_append(model, &s, prompt, PROMPT, NULL));
     for (int i = 0; i < PROMPT; i++) putchar((char)prompt[i]);
     putchar('|');
     while (n < T + 1) {
-        check(dsv3_generate(&context, logits, model, &list, 1, &trainer.workspace, &error));
+        check(dsv3_generate_step(&context, logits, model, &list, 1, &trainer.workspace, &error));
         for (size_t i = 0; i < s.n_token && n < T + 1; i++, n++) putchar((char)s.token[i]);
     }
     printf("| %d steps\n", (int)s.steps);
@@ -139,7 +139,7 @@ int main(void) {
         target[i] = novel[i / T][i % T + 1];
         sequence[i] = i / T;
     }
-    dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1);
+    dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1, NULL);
     void *memory = prepare(&config);
     printf("%d parameters, ln %d = %.3f\n", (int)trainer.weights.count, V, log((double)V));
     train(&text);

@@ -156,7 +156,7 @@ static st_result checkpointi_from_dsv3(dsv3_result result) {
     case DSV3_ERR_ALIGN:
     case DSV3_ERR_TOKEN:
     case DSV3_ERR_POSITION:
-    case DSV3_ERR_CONTEXT:
+    case DSV3_ERR_FULL:
     case DSV3_ERR_ABORTED: return ST_ERR_ARG;
     }
     return ST_ERR_ARG;
@@ -896,7 +896,7 @@ static st_result checkpointi_bind(checkpoint *c, const char *directory, st_error
     size_t bytes;
     dsv3_result result = dsv3_model_tensors(&c->config, checkpointi_expect, c);
     if (result != DSV3_OK) return checkpointi_unexpected(c, result, directory, error);
-    result = dsv3_model_size(&c->config, &bytes);
+    result = dsv3_model_size(&c->config, &bytes, NULL);
     if (result != DSV3_OK) {
         return checkpointi_fail(error, checkpointi_from_dsv3(result), "%.300s: %s", directory,
                                 dsv3_result_string(result));
@@ -906,7 +906,7 @@ static st_result checkpointi_bind(checkpoint *c, const char *directory, st_error
         return checkpointi_fail(error, ST_ERR_NOMEM, "%.300s: no memory for %lu bytes of tables", directory,
                                 (unsigned long)bytes);
     }
-    if (dsv3_model_bind(&c->model, &c->config, c->tables, bytes, checkpoint_find, c, &why) != DSV3_OK) {
+    if (dsv3_model_bind(&c->config, &c->model, c->tables, bytes, checkpoint_find, c, &why) != DSV3_OK) {
         char text[256];
         dsv3_error_text(&why, text, sizeof text);
         return checkpointi_fail(error, checkpointi_from_dsv3(why.code), "%.200s: %s%s%s", directory, text,
@@ -1223,7 +1223,7 @@ typedef struct checkpointi_save {
 static size_t checkpointi_blocks(size_t n) { return n / DSV3_BLOCK + (n % DSV3_BLOCK != 0); }
 
 dsv3_type checkpoint_type_of(const dsv3_tensor_info *info, dsv3_type type) {
-    int is_router = info->group == DSV3_GROUP_ROUTER;
+    int is_router = info->kind == DSV3_KIND_ROUTER;
     if (is_router && info->rank == 1) return DSV3_F32;
     if (type == DSV3_F8_E4M3) return info->quantised ? type : DSV3_BF16;
     if (dsv3_type_block(type) == 1) return type;
@@ -1350,7 +1350,7 @@ static st_result checkpointi_save_rows(checkpointi_save *s, const checkpointi_pi
     size_t cols = piece->from.cols;
     checkpointi_decode(s, &piece->from, begin, n);
     if (piece->to == DSV3_F32) return st_put(sink, s->rows, n * cols * sizeof *s->rows);
-    if (dsv3_quantize(piece->scales ? NULL : s->code, s->scale, s->rows, piece->to, n, cols) != DSV3_OK) {
+    if (dsv3_quantize(piece->scales ? NULL : s->code, s->scale, s->rows, piece->to, n, cols, NULL) != DSV3_OK) {
         return ST_ERR_OVERFLOW; /* nothing else can have happened */
     }
     if (piece->scales) return st_put(sink, s->scale, checkpointi_blocks(cols) * sizeof *s->scale);
@@ -1414,7 +1414,7 @@ st_result checkpoint_save(const char *directory, const dsv3_config *config, dsv3
     s.user = user;
     s.type = type;
     s.error = error;
-    (void)dsv3_context_init(&s.context, DSV3_BACKEND_REFERENCE, 1);
+    (void)dsv3_context_init(&s.context, DSV3_BACKEND_REFERENCE, 1, NULL);
     walked = checkpointi_save_walk(&s);
     result = walked == DSV3_OK ? checkpointi_save_run(&s, path, error) : checkpointi_from_dsv3(walked);
     ST_FREE(s.tensors);

@@ -344,7 +344,7 @@ static void open_context(dsv3_context *context, const char *name, long threads) 
     if (dsv3_backend_find(&backend, name) != DSV3_OK) {
         stop("--backend: expected auto, reference, avx2, avx512, avx512_bf16 or amx, found '%s'", name);
     }
-    result = dsv3_context_init(context, backend, 1);
+    result = dsv3_context_init(context, backend, 1, NULL);
     if (result == DSV3_ERR_UNSUPPORTED) stop("--backend: %s does not run on this machine", name);
     stop_result("--backend", result);
     pool = threads_create((size_t)threads);
@@ -373,12 +373,12 @@ static int parse_pack(int pack, int no_pack) {
 static void session_pack(session *s, int pack) {
     size_t bytes;
     if (pack == PACK_NEVER) return;
-    stop_result("--pack", dsv3_pack_size(&s->context, &s->model.model, &bytes));
+    stop_result("--pack", dsv3_pack_size(&s->context, &s->model.model, &bytes, NULL));
     if (bytes == 0 || (pack == PACK_SMALL && bytes > PACK_UNASKED)) return;
     s->packed_memory = large_pages_alloc(bytes);
     if (s->packed_memory == NULL) stop("--pack: no memory for %zu bytes", bytes);
     s->packed_bytes = bytes;
-    stop_result("--pack", dsv3_pack(&s->context, &s->model.model, s->packed_memory, bytes));
+    stop_result("--pack", dsv3_pack(&s->context, &s->model.model, s->packed_memory, bytes, NULL));
 }
 
 /* What is odd about it. */
@@ -402,13 +402,13 @@ static void session_open(session *s, const char *directory, const char *backend,
 
 static void session_reserve(session *s, size_t positions, size_t rows, dsv3_type type) {
     const dsv3_config *c = &s->model.config;
-    stop_result("cache", dsv3_cache_size(c, positions, type, &s->cache_bytes));
+    stop_result("cache", dsv3_cache_size(c, positions, type, &s->cache_bytes, NULL));
     s->cache_memory = allocate("cache", s->cache_bytes);
-    stop_result("cache", dsv3_cache_init(&s->cache, c, positions, type, s->cache_memory, s->cache_bytes));
-    stop_result("workspace", dsv3_workspace_size(c, rows, s->context.threads, &s->workspace_bytes));
+    stop_result("cache", dsv3_cache_init(c, &s->cache, positions, type, s->cache_memory, s->cache_bytes, NULL));
+    stop_result("workspace", dsv3_workspace_size(c, rows, s->context.threads, &s->workspace_bytes, NULL));
     s->workspace_memory = allocate("workspace", s->workspace_bytes);
-    stop_result("workspace", dsv3_workspace_init(&s->workspace, c, rows, s->context.threads, s->workspace_memory,
-                                                 s->workspace_bytes));
+    stop_result("workspace", dsv3_workspace_init(c, &s->workspace, rows, s->context.threads, s->workspace_memory,
+                                                 s->workspace_bytes, NULL));
 }
 
 static void session_close(session *s) {
@@ -840,11 +840,11 @@ static int steering_needed(const writer_options *o) {
 static dsv3_result steer(void *user, float *logits, size_t V, const int32_t *text, size_t length, size_t sequence) {
     steering *p = (steering *)user;
     size_t last = length < PENALISED ? length : PENALISED;
-    dsv3_result r = dsv3_logits_penalty(logits, V, text + length - last, last, (float)p->o->penalty, p->seen);
+    dsv3_result r = dsv3_logits_penalty(logits, V, text + length - last, last, (float)p->o->penalty, p->seen, NULL);
     (void)sequence;
-    if (r == DSV3_OK) r = dsv3_logits_bias(logits, V, p->id, p->bias, p->n);
-    if (r == DSV3_OK && p->o->top_k > 0) r = dsv3_logits_top_k(logits, V, (size_t)p->o->top_k, p->candidates);
-    if (r == DSV3_OK) r = dsv3_logits_min_p(logits, V, (float)p->o->min_p);
+    if (r == DSV3_OK) r = dsv3_logits_bias(logits, V, p->id, p->bias, p->n, NULL);
+    if (r == DSV3_OK && p->o->top_k > 0) r = dsv3_logits_top_k(logits, V, (size_t)p->o->top_k, p->candidates, NULL);
+    if (r == DSV3_OK) r = dsv3_logits_min_p(logits, V, (float)p->o->min_p, NULL);
     return r;
 }
 
@@ -944,15 +944,16 @@ static void prompt_cache_load(prompt_cache *c, dsv3_sequence *to, const dsv3_mod
     void *memory;
     char text[256];
     if (!c->found) return;
-    stop_result(c->path, dsv3_sequence_size(model, capacity, to->cache.type, to->rows, to->max_drafts, &bytes));
+    stop_result(c->path, dsv3_sequence_size(model, capacity, to->cache.type, to->rows, to->max_drafts, &bytes, NULL));
     memory = allocate(c->path, bytes);
-    stop_result(c->path, dsv3_sequence_init(&all, model, capacity, to->cache.type, to->rows, to->max_drafts, memory, bytes));
-    if (dsv3_sequence_load(&all, model, c->tag, c->state->data, c->state->bytes, &error) != DSV3_OK) {
+    stop_result(c->path, dsv3_sequence_init(model, &all, capacity, to->cache.type, to->rows, to->max_drafts, memory,
+                                            bytes, NULL));
+    if (dsv3_sequence_load(model, &all, c->tag, c->state->data, c->state->bytes, &error) != DSV3_OK) {
         stop("%s: %s; it is left as it is", c->path, dsv3_error_text(&error, text, sizeof text));
     }
     if (dsv3_sequence_length(&all) != c->count) stop("%s: is damaged: its parts do not fit together", c->path);
-    stop_result(c->path, dsv3_sequence_truncate(&all, c->common, &c->reused));
-    stop_result(c->path, dsv3_sequence_copy(to, &all));
+    stop_result(c->path, dsv3_sequence_truncate(&all, c->common, &c->reused, NULL));
+    stop_result(c->path, dsv3_sequence_copy(to, &all, NULL));
     free(memory);
     st_close(&c->file);
     to->steps = to->written = 0;
@@ -968,9 +969,9 @@ static void prompt_cache_save(const prompt_cache *c, const dsv3_sequence *from, 
     size_t bytes = 0, length = dsv3_sequence_length(from);
     void *data;
     if (c->path == NULL) return;
-    stop_result(c->path, dsv3_sequence_save_size(from, &bytes));
+    stop_result(c->path, dsv3_sequence_save_size(from, &bytes, NULL));
     data = allocate(c->path, bytes);
-    stop_result(c->path, dsv3_sequence_save(from, model, c->tag, data, bytes));
+    stop_result(c->path, dsv3_sequence_save(model, from, c->tag, data, bytes, NULL));
     prompt_cache_tokens_hash(hash, from->history, length);
     pairs[3] = hash;
     memset(list, 0, sizeof list);
@@ -1008,14 +1009,16 @@ static void writer_open(writer *w, session *s, const writer_options *o, size_t c
     dsv3_type type = parse_cache(o->cache);
     memset(w, 0, sizeof *w);
     if (rows < drafts + 1) rows = drafts + 1;
-    stop_result("cache", dsv3_sequence_size(model, context, type, rows, drafts, &w->bytes));
+    stop_result("cache", dsv3_sequence_size(model, context, type, rows, drafts, &w->bytes, NULL));
     w->memory = allocate("cache", w->bytes);
-    stop_result("cache", dsv3_sequence_init(&w->sequence, model, context, type, rows, drafts, w->memory, w->bytes));
+    stop_result("cache",
+                dsv3_sequence_init(model, &w->sequence, context, type, rows, drafts, w->memory, w->bytes, NULL));
     if (cached != NULL) prompt_cache_load(cached, &w->sequence, model); /* what it says of the sampler is replaced here */
-    stop_result("workspace", dsv3_workspace_size(&model->config, rows, s->context.threads, &s->workspace_bytes));
+    stop_result("workspace",
+                dsv3_workspace_size(&model->config, rows, s->context.threads, &s->workspace_bytes, NULL));
     s->workspace_memory = allocate("workspace", s->workspace_bytes);
-    stop_result("workspace", dsv3_workspace_init(&s->workspace, &model->config, rows, s->context.threads,
-                                                 s->workspace_memory, s->workspace_bytes));
+    stop_result("workspace", dsv3_workspace_init(&model->config, &s->workspace, rows, s->context.threads,
+                                                 s->workspace_memory, s->workspace_bytes, NULL));
     w->logits = (float *)allocate("logits", (drafts + 1) * s->V * sizeof *w->logits);
     w->sequence.temperature = (float)o->temperature;
     w->sequence.top_p = (float)o->top_p;
@@ -1043,7 +1046,7 @@ static void writer_step(writer *w, session *s) {
     char text[256];
     double begin = now(), spent;
     int prompt = one->prompt_left > 0;
-    dsv3_result result = dsv3_generate(&s->context, w->logits, &s->model.model, &one, 1, &s->workspace, &error);
+    dsv3_result result = dsv3_generate_step(&s->context, w->logits, &s->model.model, &one, 1, &s->workspace, &error);
     if (result == DSV3_ERR_ABORTED) return;
     if (result != DSV3_OK) {
         stop("%s", dsv3_error_text(&error, text, sizeof text));
@@ -1202,8 +1205,8 @@ static int generate(int argc, char **argv, const command *c) {
     w.load = load;
     w.prompt_tokens = prompt.count - cached.reused;
     if (w.prompt_tokens > 0) {
-        stop_result("prompt", dsv3_sequence_append(&w.sequence, &s.model.model, prompt.id + cached.reused,
-                                                   w.prompt_tokens));
+        stop_result("prompt", dsv3_sequence_append(&s.model.model, &w.sequence, prompt.id + cached.reused,
+                                                   w.prompt_tokens, NULL));
     }
     echo |= is_terminal(stdout); /* so that the page reads whole */
     if (echo) fwrite(text, 1, length, stdout);
@@ -1218,7 +1221,7 @@ static int generate(int argc, char **argv, const command *c) {
                 w.sequence.cache.capacity, made, o.n);
     }
     if (w.sequence.prompt_left > 0) { /* interrupted: what is read stays */
-        stop_result("prompt", dsv3_sequence_truncate(&w.sequence, dsv3_sequence_length(&w.sequence), NULL));
+        stop_result("prompt", dsv3_sequence_truncate(&w.sequence, dsv3_sequence_length(&w.sequence), NULL, NULL));
     }
     prompt_cache_save(&cached, &w.sequence, &s.model.model);
     if (o.stats && cache_path != NULL) {
@@ -1304,7 +1307,7 @@ static void chat_add(chat_state *c, const char *where, const char *text) {
 /* Rolls back to the first `length` tokens of the text; what the modules need again is appended with the next turn. */
 static void chat_truncate(chat_state *c, size_t length) {
     size_t kept = 0, known = dsv3_sequence_length(&c->w.sequence);
-    stop_result("roll back", dsv3_sequence_truncate(&c->w.sequence, length < known ? length : known, &kept));
+    stop_result("roll back", dsv3_sequence_truncate(&c->w.sequence, length < known ? length : known, &kept, NULL));
     c->text.count = length;
 }
 
@@ -1406,7 +1409,7 @@ static void chat_reply(chat_state *c) {
     size_t known = dsv3_sequence_length(q), fresh = c->text.count - known;
     int32_t *copy = (int32_t *)allocate("turn", (fresh + 1) * sizeof *copy); /* text may move while it is read */
     memcpy(copy, c->text.id + known, fresh * sizeof *copy);
-    if (fresh > 0) stop_result("turn", dsv3_sequence_append(q, &c->s.model.model, copy, fresh));
+    if (fresh > 0) stop_result("turn", dsv3_sequence_append(&c->s.model.model, q, copy, fresh, NULL));
     c->w.prompt_tokens += fresh;
     chat_interrupted = 0;
     held->found = q->stopped = 0;
@@ -1607,12 +1610,12 @@ static void *score_modules(const session *s, dsv3_cache *caches, size_t modules)
     const dsv3_config *config = &s->model.config;
     size_t bytes = 0, capacity = s->cache.capacity;
     unsigned char *memory;
-    stop_result("cache", dsv3_mtp_cache_size(config, capacity, s->cache.type, &bytes));
+    stop_result("cache", dsv3_cache_mtp_size(config, capacity, s->cache.type, &bytes, NULL));
     bytes += DSV3_ALIGN - bytes % DSV3_ALIGN;
     memory = (unsigned char *)allocate("cache", modules > SIZE_MAX / bytes ? SIZE_MAX : modules * bytes);
     for (size_t k = 0; k < modules; k++) {
-        stop_result("cache",
-                    dsv3_mtp_cache_init(&caches[k], config, capacity, s->cache.type, memory + k * bytes, bytes));
+        stop_result("cache", dsv3_cache_mtp_init(config, &caches[k], capacity, s->cache.type, memory + k * bytes,
+                                                 bytes, NULL));
     }
     return memory;
 }
@@ -1782,7 +1785,7 @@ static void route_run(session *s, route_state *r, const tokens *t, size_t window
     s->context.observer.routing = route_watch;
     for (size_t begin = 0; begin < t->count; begin += window) {
         size_t rows = t->count - begin < window ? t->count - begin : window;
-        stop_result("cache", dsv3_cache_truncate(&s->cache, 0));
+        stop_result("cache", dsv3_cache_truncate(&s->cache, 0, NULL));
         for (size_t done = 0; done < rows;) {
             size_t n = rows - done < CHUNK ? rows - done : CHUNK;
             session_forward(s, NULL, t->id + begin + done, n, 0);
@@ -2029,7 +2032,7 @@ typedef struct plan_sum {
 typedef struct plan_state {
     const dsv3_config *config;
     dsv3_type type;
-    plan_sum group[DSV3_GROUPS], main, mtp, copies;
+    plan_sum group[DSV3_KINDS], main, mtp, copies;
 } plan_state;
 
 static void plan_add(plan_sum *to, const plan_sum *one) {
@@ -2051,13 +2054,13 @@ static dsv3_result plan_tensor(void *user, const dsv3_tensor_info *info) {
         one.bytes += 4 * ((rows + DSV3_BLOCK - 1) / DSV3_BLOCK) * ((cols + DSV3_BLOCK - 1) / DSV3_BLOCK);
         one.tensors = 2;
     }
-    if (info->group == DSV3_GROUP_EXPERTS && info->expert >= p->config->num_experts_per_tok) one.active = 0;
+    if (info->kind == DSV3_KIND_EXPERTS && info->expert >= p->config->num_experts_per_tok) one.active = 0;
     if (info->optional) {
         plan_add(&p->copies, &one);
     } else if (info->layer >= p->config->num_hidden_layers) {
         plan_add(&p->mtp, &one);
     } else {
-        plan_add(&p->group[info->group], &one);
+        plan_add(&p->group[info->kind], &one);
         plan_add(&p->main, &one);
     }
     return DSV3_OK;
@@ -2088,15 +2091,15 @@ static void plan_memory(const char *name, dsv3_result result, size_t bytes, uint
 }
 
 static void plan_print(const plan_state *p, const char *name) {
-    static const char names[DSV3_GROUPS][24] = {"embedding", "attention",      "dense layers",
-                                                "routers",   "routed experts", "shared experts",
-                                                "norms",     "output head",    "mtp"};
+    static const char names[DSV3_KINDS][24] = {"embedding", "attention",      "dense layers",
+                                               "routers",   "routed experts", "shared experts",
+                                               "norms",     "output head",    "mtp"};
     char total[32], active[32];
     plan_count(total, sizeof total, p->main.parameters, 2);
     plan_count(active, sizeof active, p->main.active, 1);
     printf("%s: %s parameters, %s active for a token, weights %s\n\n", name, total, active, dsv3_type_name(p->type));
     printf("%-22s %8s %20s %20s %12s\n", "group", "tensors", "parameters", "bytes", "GB");
-    for (int g = 0; g < DSV3_GROUPS; g++) {
+    for (int g = 0; g < DSV3_KINDS; g++) {
         if (p->group[g].tensors > 0) plan_line(names[g], &p->group[g]);
     }
     plan_line("main model", &p->main);
@@ -2117,18 +2120,18 @@ static void plan_print_memory(const dsv3_config *c, size_t context, size_t batch
     printf("\ncache per token: %llu bytes BF16, %llu bytes F32 (plain attention would keep %llu bytes BF16)\n\n",
            2 * layers * width, 4 * layers * width, 2 * layers * heads);
     printf("%-42s %20s %12s\n", "memory beside the weights", "bytes", "GB");
-    result = dsv3_model_size(c, &bytes);
+    result = dsv3_model_size(c, &bytes, NULL);
     plan_memory("model tables", result, bytes, 1);
     for (int t = 0; t < 2; t++) {
         dsv3_type type = t ? DSV3_F32 : DSV3_BF16;
         snprintf(line, sizeof line, "cache %s, %zu x %zu positions", dsv3_type_name(type), batch, context);
-        result = dsv3_cache_size(c, context, type, &one);
+        result = dsv3_cache_size(c, context, type, &one, NULL);
         plan_memory(line, result, one, batch);
     }
-    result = dsv3_workspace_size(c, batch, threads, &bytes);
+    result = dsv3_workspace_size(c, batch, threads, &bytes, NULL);
     snprintf(line, sizeof line, "workspace, decode of %zu row%s", batch, batch == 1 ? "" : "s");
     plan_memory(line, result, bytes, 1);
-    result = dsv3_workspace_size(c, rows, threads, &bytes);
+    result = dsv3_workspace_size(c, rows, threads, &bytes, NULL);
     snprintf(line, sizeof line, "workspace, prompt chunks of %zu row%s", rows, rows == 1 ? "" : "s");
     plan_memory(line, result, bytes, 1);
 }
@@ -2147,9 +2150,9 @@ static void plan_print_total(const plan_state *p, size_t context, size_t batch, 
     const dsv3_config *c = p->config;
     double total = (double)p->main.bytes + (double)p->mtp.bytes, memory = machine_memory();
     size_t tables = 0, cache = 0, workspace = 0;
-    dsv3_result result = dsv3_model_size(c, &tables);
-    if (result == DSV3_OK) result = dsv3_cache_size(c, context, DSV3_F32, &cache);
-    if (result == DSV3_OK) result = dsv3_workspace_size(c, rows > batch ? rows : batch, threads, &workspace);
+    dsv3_result result = dsv3_model_size(c, &tables, NULL);
+    if (result == DSV3_OK) result = dsv3_cache_size(c, context, DSV3_F32, &cache, NULL);
+    if (result == DSV3_OK) result = dsv3_workspace_size(c, rows > batch ? rows : batch, threads, &workspace, NULL);
     if (result != DSV3_OK) {
         printf("\n%-42s %s\n", "in all", dsv3_result_string(result));
         return;
@@ -2290,7 +2293,7 @@ static range inspect_blocks(const dsv3_tensor *t) {
     one.cols = DSV3_QBLOCK;
     one.type = t->type;
     one.rank = 2;
-    stop_result("reference", dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1));
+    stop_result("reference", dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1, NULL));
     for (uint64_t i = 0; i < n; i += DSV3_QBLOCK, block += dsv3_type_bytes(t->type)) {
         float x[DSV3_QBLOCK];
         one.data = block;
@@ -2983,7 +2986,7 @@ static dsv3_result train_match_visit(void *user, const dsv3_tensor_info *info) {
     train_names *n = (train_names *)user;
     int found = !info->optional && train_matches(n->pattern, info->name);
     n->matches += found != 0;
-    n->shared += found && info->group == DSV3_GROUP_SHARED;
+    n->shared += found && info->kind == DSV3_KIND_SHARED;
     return DSV3_OK;
 }
 
@@ -3650,10 +3653,10 @@ static void train_set_balancer(train_state *s) {
 static void train_reserve(train_state *s) {
     size_t bytes = 0, n = s->settings.rows, E = (size_t)s->config.n_routed_experts;
     open_context(&s->eval.context, s->o.backend, s->o.threads);
-    stop_result("training", dsv3_trainer_size(&s->config, &s->settings, s->eval.context.threads, &bytes));
+    stop_result("training", dsv3_trainer_size(&s->config, &s->settings, s->eval.context.threads, &bytes, NULL));
     s->trainer_memory = allocate("training", bytes);
-    stop_result("training", dsv3_trainer_init(&s->trainer, &s->config, &s->settings, s->eval.context.threads,
-                                              s->trainer_memory, bytes));
+    stop_result("training", dsv3_trainer_init(&s->config, &s->trainer, &s->settings, s->eval.context.threads,
+                                              s->trainer_memory, bytes, NULL));
     train_set_balancer(s);
     train_list_tensors(s);
     s->token = (int32_t *)route_table("batch", n, 1, 1, sizeof *s->token);
@@ -3704,7 +3707,7 @@ static void train_first_weights(train_state *s, checkpoint *from) {
     dsv3_rng rng;
     rng.state = (uint64_t)s->o.seed;
     if (s->o.init != NULL) {
-        stop_result(s->o.init, dsv3_parameters_load(&s->trainer.weights, &from->model));
+        stop_result(s->o.init, dsv3_parameters_from_model(&s->trainer.weights, &from->model, NULL));
         checkpoint_close(from);
     } else {
         dsv3_parameters_random(&s->trainer.weights, &rng, (float)s->o.std);
@@ -3890,12 +3893,13 @@ static void train_sample(const train_state *s) {
     writer w;
     int32_t first = s->config.bos_token_id >= 0 ? s->config.bos_token_id : s->text.id[0];
     writer_open(&w, &model, &o, s->seq < 161 ? s->seq : 161, 1, NULL);
-    stop_result("sample", dsv3_sequence_append(&w.sequence, &model.model.model, &first, 1));
+    stop_result("sample", dsv3_sequence_append(&model.model.model, &w.sequence, &first, 1, NULL));
     progress_leave();
     fprintf(stderr, "sample at step %llu: ", (unsigned long long)s->done);
     while (dsv3_sequence_state(&w.sequence) <= DSV3_STATE_WRITING) {
         dsv3_sequence *one = &w.sequence;
-        if (dsv3_generate(&model.context, w.logits, &model.model.model, &one, 1, &model.workspace, NULL) != DSV3_OK)
+        if (dsv3_generate_step(&model.context, w.logits, &model.model.model, &one, 1, &model.workspace, NULL) !=
+            DSV3_OK)
             break;
         for (size_t i = 0; i < one->n_token; i++) {
             int32_t id = one->token[i];

@@ -16,6 +16,60 @@
 #define DSV3_IMPLEMENTATION
 #include "dsv3.h"
 
+/* This file is compiled with headers of 0.1, too, and speaks their API. */
+#if DSV3_VERSION_MINOR >= 2
+#define dsv3_group dsv3_tensor_kind
+#define group kind
+#define DSV3_GROUP_EMBED DSV3_KIND_EMBED
+#define DSV3_GROUP_ROUTER DSV3_KIND_ROUTER
+#define dsv3_context_init(context, backend, threads) dsv3_context_init(context, backend, threads, NULL)
+#define dsv3_model_size(config, bytes) dsv3_model_size(config, bytes, NULL)
+#define dsv3_model_bind(model, config, memory, bytes, find, user, error)                                             \
+    dsv3_model_bind(config, model, memory, bytes, find, user, error)
+#define dsv3_pack_size(context, model, bytes) dsv3_pack_size(context, model, bytes, NULL)
+#define dsv3_pack(context, model, memory, bytes) dsv3_pack(context, model, memory, bytes, NULL)
+#define dsv3_cache_size(config, capacity, type, bytes) dsv3_cache_size(config, capacity, type, bytes, NULL)
+#define dsv3_cache_init(cache, config, capacity, type, memory, bytes)                                                \
+    dsv3_cache_init(config, cache, capacity, type, memory, bytes, NULL)
+#define dsv3_cache_truncate(cache, length) dsv3_cache_truncate(cache, length, NULL)
+#define dsv3_cache_copy(to, from) dsv3_cache_copy(to, from, NULL)
+#define dsv3_mtp_cache_size(config, capacity, type, bytes) dsv3_cache_mtp_size(config, capacity, type, bytes, NULL)
+#define dsv3_mtp_cache_init(cache, config, capacity, type, memory, bytes)                                            \
+    dsv3_cache_mtp_init(config, cache, capacity, type, memory, bytes, NULL)
+#define dsv3_workspace_size(config, rows, threads, bytes) dsv3_workspace_size(config, rows, threads, bytes, NULL)
+#define dsv3_workspace_init(workspace, config, rows, threads, memory, bytes)                                         \
+    dsv3_workspace_init(config, workspace, rows, threads, memory, bytes, NULL)
+#define dsv3_sequence_size(model, capacity, type, rows, drafts, bytes)                                               \
+    dsv3_sequence_size(model, capacity, type, rows, drafts, bytes, NULL)
+#define dsv3_sequence_init(sequence, model, capacity, type, rows, drafts, memory, bytes)                             \
+    dsv3_sequence_init(model, sequence, capacity, type, rows, drafts, memory, bytes, NULL)
+#define dsv3_sequence_append(sequence, model, token, n) dsv3_sequence_append(model, sequence, token, n, NULL)
+#define dsv3_generate dsv3_generate_step
+#define dsv3_parameters_size(config, bytes) dsv3_parameters_size(config, bytes, NULL)
+#define dsv3_parameters_init(parameters, config, memory, bytes)                                                      \
+    dsv3_parameters_init(config, parameters, memory, bytes, NULL)
+#define dsv3_parameters_load(parameters, model) dsv3_parameters_from_model(parameters, model, NULL)
+#define dsv3_trainer_size(config, settings, threads, bytes) dsv3_trainer_size(config, settings, threads, bytes, NULL)
+#define dsv3_trainer_init(trainer, config, settings, threads, memory, bytes)                                         \
+    dsv3_trainer_init(config, trainer, settings, threads, memory, bytes, NULL)
+#define dsv3_quantize(data, scale, x, type, rows, cols) dsv3_quantize(data, scale, x, type, rows, cols, NULL)
+#define dsv3_router_select(config, idx, gate, score, bias, alpha, n, scratch)                                        \
+    dsv3_router_select(config, idx, gate, score, bias, alpha, n, scratch, NULL)
+#define dsv3_router_weights(config, gate, idx, score, n) dsv3_router_weights(config, gate, idx, score, n, NULL)
+#define dsv3_sample(token, logits, V, temperature, top_p, rng, candidates)                                           \
+    dsv3_sample(token, logits, V, temperature, top_p, rng, candidates, NULL)
+#define dsv3_ffn_forward(context, y, u, model, layer, n, workspace)                                                  \
+    dsv3_ffn_forward(context, y, u, model, layer, n, workspace, NULL)
+static size_t dsv3_linear_scratch(const dsv3_context *context, size_t n, size_t cols) {
+    size_t bytes;
+    return dsv3_linear_size(context, n, cols, &bytes, NULL) == DSV3_OK ? bytes / sizeof(float) : SIZE_MAX;
+}
+static size_t dsv3_cross_entropy_scratch(const dsv3_context *context, const dsv3_tensor *head, size_t n) {
+    size_t bytes;
+    return dsv3_cross_entropy_size(context, head, n, &bytes, NULL) == DSV3_OK ? bytes / sizeof(float) : SIZE_MAX;
+}
+#endif
+
 #include <math.h>
 #include <pthread.h>
 #include <stdio.h>

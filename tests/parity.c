@@ -122,18 +122,18 @@ static void session_begin(session *s, const run *r, size_t n_caches, size_t capa
     s->cache_memory = (void **)must(calloc(s->n_all, sizeof *s->cache_memory));
     for (size_t i = 0; i < s->n_all; i++) {
         if (i < n_caches) {
-            dsv3_cache_size(config, capacity, DSV3_F32, &bytes);
+            dsv3_cache_size(config, capacity, DSV3_F32, &bytes, NULL);
             s->cache_memory[i] = must(malloc(bytes));
-            dsv3_cache_init(&s->caches[i], config, capacity, DSV3_F32, s->cache_memory[i], bytes);
+            dsv3_cache_init(config, &s->caches[i], capacity, DSV3_F32, s->cache_memory[i], bytes, NULL);
         } else {
-            dsv3_mtp_cache_size(config, capacity, DSV3_F32, &bytes);
+            dsv3_cache_mtp_size(config, capacity, DSV3_F32, &bytes, NULL);
             s->cache_memory[i] = must(malloc(bytes));
-            dsv3_mtp_cache_init(&s->caches[i], config, capacity, DSV3_F32, s->cache_memory[i], bytes);
+            dsv3_cache_mtp_init(config, &s->caches[i], capacity, DSV3_F32, s->cache_memory[i], bytes, NULL);
         }
     }
-    dsv3_workspace_size(config, rows, r->context.threads, &bytes);
+    dsv3_workspace_size(config, rows, r->context.threads, &bytes, NULL);
     s->workspace_memory = must(malloc(bytes));
-    dsv3_workspace_init(&s->workspace, config, rows, r->context.threads, s->workspace_memory, bytes);
+    dsv3_workspace_init(config, &s->workspace, rows, r->context.threads, s->workspace_memory, bytes, NULL);
 }
 
 static void session_end(session *s) {
@@ -262,9 +262,9 @@ static void compute_losses(run *r) {
     dsv3_losses losses;
     dsv3_balancer balancer;
     dsv3_error error;
-    dsv3_balancer_size(&r->model->config, &bytes);
+    dsv3_balancer_size(&r->model->config, &bytes, NULL);
     memory = must(malloc(bytes));
-    dsv3_balancer_init(&balancer, &r->model->config, memory, bytes);
+    dsv3_balancer_init(&r->model->config, &balancer, memory, bytes, NULL);
     layers = balancer.layers;
     memset(&text, 0, sizeof text);
     memset(&losses, 0, sizeof losses);
@@ -319,7 +319,7 @@ static dsv3_result record_parameter(void *user, const dsv3_tensor_info *info) {
     size_t n = info->rows * info->cols;
     if (info->optional) return DSV3_OK;
     snprintf(name, sizeof name, "%s%s", w->prefix, info->name);
-    if (!w->gradient || info->group != DSV3_GROUP_ROUTER || info->rank == 2) {
+    if (!w->gradient || info->kind != DSV3_KIND_ROUTER || info->rank == 2) {
         memcpy(record_add(w->r, name, -1, "", ST_F32, info->rank == 1 ? info->cols : info->rows,
                           info->rank == 1 ? 0 : info->cols, 0),
                w->data + w->at, n * sizeof(float));
@@ -367,11 +367,11 @@ static void training_begin(training *t, run *r, size_t B, size_t S, dsv3_trainin
     settings.longest = S;
     settings.lambda = setting(r, "lam", 0.3);
     settings.balance.expert = balance_weight(r);
-    dsv3_trainer_size(&r->model->config, &settings, r->context.threads, &bytes);
+    dsv3_trainer_size(&r->model->config, &settings, r->context.threads, &bytes, NULL);
     t->memory = must(malloc(bytes));
-    dsv3_trainer_init(&t->trainer, &r->model->config, &settings, r->context.threads, t->memory, bytes);
+    dsv3_trainer_init(&r->model->config, &t->trainer, &settings, r->context.threads, t->memory, bytes, NULL);
     t->trainer.balancer.schedule.speed = setting(r, "gamma", 0.001);
-    dsv3_parameters_load(&t->trainer.weights, &r->model->model);
+    dsv3_parameters_from_model(&t->trainer.weights, &r->model->model, NULL);
 }
 
 static void training_end(training *t) {
@@ -473,7 +473,7 @@ static void compute_greedy(run *r) {
     batch.token = out;
     for (size_t i = prompt; i < steps; i++) {
         forward(r, &s, logits, &batch);
-        dsv3_sample(&out[i], logits, V, 0.0f, 1.0f, NULL, NULL);
+        dsv3_sample(&out[i], logits, V, 0.0f, 1.0f, NULL, NULL, NULL);
         batch.rows = 1;
         batch.token = &out[i];
     }
@@ -602,10 +602,10 @@ static int dump(const run *r, const char *path) {
 /* Weights in the order that the backend reads best. */
 static void pack(run *r) {
     size_t bytes;
-    check(dsv3_pack_size(&r->context, &r->model->model, &bytes), NULL);
+    check(dsv3_pack_size(&r->context, &r->model->model, &bytes, NULL), NULL);
     if (bytes == 0) return; /* it reads them as they lie */
     r->packed = must(malloc(bytes));
-    check(dsv3_pack(&r->context, &r->model->model, r->packed, bytes), NULL);
+    check(dsv3_pack(&r->context, &r->model->model, r->packed, bytes, NULL), NULL);
 }
 
 static int usage(void) {
@@ -660,7 +660,7 @@ int main(int argc, char **argv) {
         fprintf(stderr, "parity: %s: tokens: must be I32 %s\n", path, trajectory ? "[steps, micro, B, S]" : "[B, S]");
         return 1;
     }
-    if (dsv3_context_init(&r.context, which, (size_t)threads) != DSV3_OK) {
+    if (dsv3_context_init(&r.context, which, (size_t)threads, NULL) != DSV3_OK) {
         fprintf(stderr, "parity: backend %s: not on this machine\n", backend);
         return 1;
     }

@@ -279,7 +279,7 @@ static inline dsv3_type synth_type(int types, const dsv3_tensor_info *info, size
     if (types == SYNTH_BF16) return DSV3_BF16;
     if (types == SYNTH_FP8) return info->quantised ? DSV3_F8_E4M3 : is_bias ? DSV3_F32 : DSV3_BF16;
     if (types == SYNTH_Q8 || types == SYNTH_Q4) {
-        int is_plain = info->rank == 1 || info->group == DSV3_GROUP_ROUTER || info->cols % 32 != 0;
+        int is_plain = info->rank == 1 || info->kind == DSV3_KIND_ROUTER || info->cols % 32 != 0;
         return is_bias ? DSV3_F32 : is_plain ? DSV3_BF16 : types == SYNTH_Q8 ? DSV3_Q8_0 : DSV3_Q4_0;
     }
     if (types == SYNTH_MIXED) return mixed[info->rank == 1 ? 1 + index % 3 : index % 4];
@@ -306,7 +306,7 @@ static inline dsv3_result synth_add(void *user, const dsv3_tensor_info *info) {
     t->data = (unsigned char *)test_alloc(info->rows * dsv3_row_bytes(t->t.type, info->cols));
     t->value = (double *)test_alloc(n * sizeof *t->value);
     t->t.data = t->data;
-    high = info->group == DSV3_GROUP_EMBED ? 1.7f : (float)sqrt(3.0 / (double)info->cols);
+    high = info->kind == DSV3_KIND_EMBED ? 1.7f : (float)sqrt(3.0 / (double)info->cols);
     low = -high;
     if (info->rank == 1) low = 0.75f, high = 1.25f;
     if (strstr(info->name, "e_score_correction_bias") != NULL) low = -0.1f, high = 0.1f;
@@ -387,15 +387,15 @@ static inline synth *synth_make(const dsv3_config *config, int types, uint64_t s
     s->types = types;
     test_state = seed;
     synth_demand(dsv3_config_check(config, &error), "config", &error);
-    synth_demand(dsv3_context_init(&s->context, test_backend(), 1), "context", NULL);
+    synth_demand(dsv3_context_init(&s->context, test_backend(), 1, NULL), "context", NULL);
     synth_demand(dsv3_model_tensors(config, synth_add, s), "tensors", NULL);
-    synth_demand(dsv3_model_size(config, &s->model_bytes), "model size", NULL);
+    synth_demand(dsv3_model_size(config, &s->model_bytes, NULL), "model size", NULL);
     s->model_memory = synth_alloc(s->model_bytes);
     return s;
 }
 
 static inline dsv3_result synth_bind(synth *s, dsv3_error *error) {
-    return dsv3_model_bind(&s->model, &s->config, s->model_memory, s->model_bytes, synth_find, s, error);
+    return dsv3_model_bind(&s->config, &s->model, s->model_memory, s->model_bytes, synth_find, s, error);
 }
 
 static inline synth *synth_open(const dsv3_config *config, int types, uint64_t seed) {
@@ -425,19 +425,19 @@ static inline void synth_run_free(synth *s) {
 /* A workspace for `rows` and `threads`, and n caches of `capacity` positions; may be called again. */
 static inline void synth_run(synth *s, size_t rows, size_t threads, size_t n, size_t capacity, dsv3_type type) {
     synth_run_free(s);
-    synth_demand(dsv3_workspace_size(&s->config, rows, threads, &s->ws_bytes), "workspace size", NULL);
+    synth_demand(dsv3_workspace_size(&s->config, rows, threads, &s->ws_bytes, NULL), "workspace size", NULL);
     s->ws_memory = synth_alloc(s->ws_bytes);
-    synth_demand(dsv3_workspace_init(&s->ws, &s->config, rows, threads, s->ws_memory, s->ws_bytes), "workspace",
+    synth_demand(dsv3_workspace_init(&s->config, &s->ws, rows, threads, s->ws_memory, s->ws_bytes, NULL), "workspace",
                  NULL);
-    synth_demand(dsv3_cache_size(&s->config, capacity, type, &s->cache_bytes), "cache size", NULL);
+    synth_demand(dsv3_cache_size(&s->config, capacity, type, &s->cache_bytes, NULL), "cache size", NULL);
     s->caches = (dsv3_cache *)test_alloc(n * sizeof *s->caches);
     s->cache_memory = (void **)test_alloc(n * sizeof *s->cache_memory);
     s->n_caches = n;
     for (size_t i = 0; i < n; i++) {
         void *memory = s->cache_memory[i] = synth_alloc(s->cache_bytes);
         memset(memory, 0xA5, s->cache_bytes);
-        synth_demand(dsv3_cache_init(&s->caches[i], &s->config, capacity, type, memory, s->cache_bytes), "cache",
-                     NULL);
+        synth_demand(dsv3_cache_init(&s->config, &s->caches[i], capacity, type, memory, s->cache_bytes, NULL),
+                     "cache", NULL);
     }
 }
 

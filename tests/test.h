@@ -94,4 +94,19 @@ static int test_done(const char *name) {
     printf("%s: %d passed, %d failed\n", name, test_passed, test_failed);
     return test_failed != 0;
 }
+#ifdef DSV3_H /* included before */
+/* Floats of scratch of the two ops that want some. */
+static inline size_t linear_floats(const dsv3_context *context, size_t n, size_t cols) {
+    size_t bytes = 0;
+    CHECK_EQ(dsv3_linear_size(context, n, cols, &bytes, NULL), DSV3_OK);
+    return bytes / sizeof(float);
+}
+
+static inline size_t cross_entropy_floats(const dsv3_context *context, const dsv3_tensor *head, size_t n) {
+    size_t bytes = 0;
+    CHECK_EQ(dsv3_cross_entropy_size(context, head, n, &bytes, NULL), DSV3_OK);
+    return bytes / sizeof(float);
+}
+#endif
+
 #endif

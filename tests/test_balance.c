@@ -348,10 +348,10 @@ typedef struct balance {
 static void balance_open(balance *b) {
     dsv3_config c = synth_config(SYNTH_MTP, NULL);
     size_t bytes = 0;
-    CHECK_EQ(dsv3_balancer_size(&c, &bytes), DSV3_OK);
+    CHECK_EQ(dsv3_balancer_size(&c, &bytes, NULL), DSV3_OK);
     b->memory = synth_alloc(bytes);
     memset(b->memory, 0xA5, bytes);
-    CHECK_EQ(dsv3_balancer_init(&b->b, &c, b->memory, bytes), DSV3_OK);
+    CHECK_EQ(dsv3_balancer_init(&c, &b->b, b->memory, bytes, NULL), DSV3_OK);
     CHECK(b->b.layers == LAYERS && b->b.E == EXPERTS);
     test_fill(b->bias, LOADS, -0.5f, 0.5f);
 }
@@ -384,28 +384,28 @@ static void balancer_setup(void) {
     size_t need = 0;
     unsigned char *memory;
     bad.n_group = 3;
-    CHECK_EQ(dsv3_balancer_size(NULL, &need), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_balancer_size(&bad, &need), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_balancer_size(&c, NULL), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_balancer_size(&c, &need), DSV3_OK);
+    CHECK_EQ(dsv3_balancer_size(NULL, &need, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_balancer_size(&bad, &need, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_balancer_size(&c, NULL, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_balancer_size(&c, &need, NULL), DSV3_OK);
     CHECK(need >= 2 * LOADS * sizeof(uint64_t));
     memory = (unsigned char *)synth_alloc(need + 64);
     memset(memory, 0x5A, need + 64);
-    CHECK_EQ(dsv3_balancer_init(NULL, &c, memory, need), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_balancer_init(&b, NULL, memory, need), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_balancer_init(&b, &bad, memory, need), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_balancer_init(&b, &c, NULL, need), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_balancer_init(&b, &c, memory, need - 1), DSV3_ERR_MEMORY);
-    CHECK_EQ(dsv3_balancer_init(&b, &c, memory, 0), DSV3_ERR_MEMORY);
+    CHECK_EQ(dsv3_balancer_init(&c, NULL, memory, need, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_balancer_init(NULL, &b, memory, need, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_balancer_init(&bad, &b, memory, need, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_balancer_init(&c, &b, NULL, need, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_balancer_init(&c, &b, memory, need - 1, NULL), DSV3_ERR_MEMORY);
+    CHECK_EQ(dsv3_balancer_init(&c, &b, memory, 0, NULL), DSV3_ERR_MEMORY);
     for (size_t shift = 1; shift < DSV3_ALIGN; shift *= 2) {
-        CHECK_EQ(dsv3_balancer_init(&b, &c, memory + shift, need), DSV3_ERR_ALIGN);
+        CHECK_EQ(dsv3_balancer_init(&c, &b, memory + shift, need, NULL), DSV3_ERR_ALIGN);
     }
     CHECK(untouched(memory, need + 64)); /* refused is refused */
     synth_release(memory);
     c = synth_config(SYNTH_DENSE, NULL); /* no expert anywhere: nothing to do, and no harm done */
-    CHECK_EQ(dsv3_balancer_size(&c, &need), DSV3_OK);
+    CHECK_EQ(dsv3_balancer_size(&c, &need, NULL), DSV3_OK);
     memory = (unsigned char *)synth_alloc(need);
-    CHECK_EQ(dsv3_balancer_init(&b, &c, memory, need), DSV3_OK);
+    CHECK_EQ(dsv3_balancer_init(&c, &b, memory, need, NULL), DSV3_OK);
     CHECK_EQ(dsv3_balancer_step(&b, NULL, 0), DSV3_OK);
     synth_release(memory);
 }
@@ -414,7 +414,7 @@ static void balancer_setup(void) {
 static void balancer_memory(void) {
     dsv3_config c = synth_config(SYNTH_MTP, NULL);
     size_t need = 0;
-    CHECK_EQ(dsv3_balancer_size(&c, &need), DSV3_OK);
+    CHECK_EQ(dsv3_balancer_size(&c, &need, NULL), DSV3_OK);
     for (size_t shift = 0; shift < 64; shift += DSV3_ALIGN) {
         unsigned char *memory = (unsigned char *)synth_alloc(need + 64);
         uint64_t load[LOADS];
@@ -422,7 +422,7 @@ static void balancer_memory(void) {
         dsv3_balancer b;
         memset(memory, 0x5A, need + 64);
         memset(&b, 0xFF, sizeof b);
-        CHECK_EQ(dsv3_balancer_init(&b, &c, memory + shift, need), DSV3_OK);
+        CHECK_EQ(dsv3_balancer_init(&c, &b, memory + shift, need, NULL), DSV3_OK);
         CHECK(b.rule == DSV3_BIAS_SIGN && b.schedule.speed == 0.001 && b.schedule.freeze == 0);
         CHECK(b.reduce == NULL && b.layers == LAYERS && b.E == EXPERTS);
         CHECK(all_zero(b.load, LOADS) && all_zero(b.load_all, LOADS));
@@ -788,7 +788,7 @@ static double late_max_vio(dsv3_bias_form form, dsv3_bias_rule rule, double spee
         float *bias = b.bias + EXPERTS; /* of layer 1 */
         double vio;
         stream(score, N);
-        dsv3_router_select(&c, idx, gate, score, bias, NULL, N, scratch);
+        dsv3_router_select(&c, idx, gate, score, bias, NULL, N, scratch, NULL);
         dsv3_load_count(b.b.load + EXPERTS, idx, NULL, N, CHOSEN);
         vio = dsv3_load_statistics(b.b.load + EXPERTS, EXPERTS).max_vio;
         dsv3_balancer_step(&b.b, b.bias, step);

@@ -617,7 +617,7 @@ static void test_groups_of_one(void) {
     dsv3_config c = config_of("CF-18", edits);
     int32_t idx[2] = {-1, -1};
     float gate[2] = {0, 0}, scratch[16];
-    CHECK_EQ(dsv3_router_select(&c, idx, gate, score, bias, NULL, 1, scratch), DSV3_OK);
+    CHECK_EQ(dsv3_router_select(&c, idx, gate, score, bias, NULL, 1, scratch, NULL), DSV3_OK);
     CHECK_EQ(idx[0], 4); /* 1.1 */
     CHECK_EQ(idx[1], 3); /* 0.8 */
     CHECK(fabs((double)gate[0] - 2.5 * 0.2) < 1e-6 && fabs((double)gate[1] - 2.5 * 0.8) < 1e-6);
@@ -638,7 +638,7 @@ static double time_config(const char *id, const edit *edits) {
         clock_t start = clock();
         dsv3_config c = config_of(id, edits);
         size_t bytes = 0;
-        dsv3_result sized = dsv3_model_size(&c, &bytes);
+        dsv3_result sized = dsv3_model_size(&c, &bytes, NULL);
         double seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
         holds(id, sized == DSV3_OK || sized == DSV3_ERR_OVERFLOW);
         if (seconds < least) least = seconds;
@@ -1215,14 +1215,14 @@ static dsv3_result run_checkpoint(const checkpoint *c, float *logits) {
     size_t cache_bytes = 0, ws_bytes = 0;
     void *cache_memory, *ws_memory;
     dsv3_result result;
-    synth_demand(dsv3_context_init(&context, test_backend(), 1), "context", NULL);
-    synth_demand(dsv3_cache_size(&c->config, ROWS, DSV3_F32, &cache_bytes), "cache size", NULL);
-    synth_demand(dsv3_workspace_size(&c->config, ROWS, 1, &ws_bytes), "workspace size", NULL);
+    synth_demand(dsv3_context_init(&context, test_backend(), 1, NULL), "context", NULL);
+    synth_demand(dsv3_cache_size(&c->config, ROWS, DSV3_F32, &cache_bytes, NULL), "cache size", NULL);
+    synth_demand(dsv3_workspace_size(&c->config, ROWS, 1, &ws_bytes, NULL), "workspace size", NULL);
     cache_memory = synth_alloc(cache_bytes);
     ws_memory = synth_alloc(ws_bytes);
     memset(ws_memory, 0xFF, ws_bytes);
-    synth_demand(dsv3_cache_init(&cache, &c->config, ROWS, DSV3_F32, cache_memory, cache_bytes), "cache", NULL);
-    synth_demand(dsv3_workspace_init(&ws, &c->config, ROWS, 1, ws_memory, ws_bytes), "workspace", NULL);
+    synth_demand(dsv3_cache_init(&c->config, &cache, ROWS, DSV3_F32, cache_memory, cache_bytes, NULL), "cache", NULL);
+    synth_demand(dsv3_workspace_init(&c->config, &ws, ROWS, 1, ws_memory, ws_bytes, NULL), "workspace", NULL);
     memset(&batch, 0, sizeof batch);
     batch.rows = ROWS;
     batch.token = trial;
@@ -1271,7 +1271,7 @@ static dsv3_result check_disk(const char *id, const disk *d, st_result want, con
 static void check_logits(const char *id, disk *d) {
     size_t n = logits_of(&d->config);
     float *got = (float *)test_alloc(n * sizeof *got), *want = (float *)test_alloc(n * sizeof *want);
-    CHECK_EQ(dsv3_cache_truncate(&d->s->caches[0], 0), DSV3_OK);
+    CHECK_EQ(dsv3_cache_truncate(&d->s->caches[0], 0, NULL), DSV3_OK);
     CHECK_EQ(synth_forward(d->s, want, trial, ROWS, 0, NULL), DSV3_OK);
     memset(got, 0, n * sizeof *got);
     CHECK_EQ(check_directory(id, ST_OK, "", got), DSV3_OK);

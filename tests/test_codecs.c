@@ -317,7 +317,7 @@ static int block_wrong(dsv3_type type, const unsigned char *block, const float *
 static unsigned char *quantized(dsv3_type type, const float *x, size_t rows, size_t cols, dsv3_result want) {
     size_t bytes = rows * dsv3_row_bytes(type, cols);
     unsigned char *memory = (unsigned char *)test_alloc(bytes + 1);
-    CHECK_EQ(dsv3_quantize(memory + 1, NULL, x, type, rows, cols), want);
+    CHECK_EQ(dsv3_quantize(memory + 1, NULL, x, type, rows, cols, NULL), want);
     return memory;
 }
 
@@ -421,7 +421,7 @@ static void quantize_f8(size_t rows, size_t cols, int size) {
     for (size_t i = 0; i < rows * cols; i++) {
         x[i] = ldexpf(test_uniform(-1, 1), size - (int)(test_random() % 12) - (int)(i / cols / 128 + i % cols / 128));
     }
-    CHECK_EQ(dsv3_quantize(codes + 1, scales + 1, x, DSV3_F8_E4M3, rows, cols), DSV3_OK);
+    CHECK_EQ(dsv3_quantize(codes + 1, scales + 1, x, DSV3_F8_E4M3, rows, cols, NULL), DSV3_OK);
     for (size_t b = 0; b < blocks; b++) {
         float most = 0, scale, got;
         for (size_t i = 0; i < rows * cols; i++) {
@@ -438,7 +438,7 @@ static void quantize_f8(size_t rows, size_t cols, int size) {
     }
     CHECK_EQ(wrong, 0);
     alone = (unsigned char *)test_alloc(4 * blocks);
-    CHECK_EQ(dsv3_quantize(NULL, alone, x, DSV3_F8_E4M3, rows, cols), DSV3_OK);
+    CHECK_EQ(dsv3_quantize(NULL, alone, x, DSV3_F8_E4M3, rows, cols, NULL), DSV3_OK);
     CHECK(memcmp(alone, scales + 1, 4 * blocks) == 0);
     free(x), free(codes), free(scales), free(alone);
 }
@@ -455,7 +455,7 @@ static void quantize_f8_back(void) {
         if (row % 128 == 3 && col % 128 == 2) w[i] = 0xFE;
         x[i] = dsv3_f32_from_f8_e4m3(w[i]) * scales[row / 128 * 3 + col / 128];
     }
-    CHECK_EQ(dsv3_quantize(y, again, x, DSV3_F8_E4M3, ROWS, COLS), DSV3_OK);
+    CHECK_EQ(dsv3_quantize(y, again, x, DSV3_F8_E4M3, ROWS, COLS, NULL), DSV3_OK);
     CHECK(memcmp(scales, again, sizeof scales) == 0);
     CHECK(memcmp(w, y, ROWS * COLS) == 0);
     free(x), free(w), free(y);
@@ -468,20 +468,20 @@ static void quantize_plain(void) {
     uint16_t half[ROWS * COLS];
     int wrong = 0;
     for (size_t i = 0; i < ROWS * COLS; i++) x[i] = i < 6 ? dsv3i_float(bits[i]) : test_uniform(-2, 2);
-    CHECK_EQ(dsv3_quantize(y, NULL, x, DSV3_F32, ROWS, COLS), DSV3_OK);
+    CHECK_EQ(dsv3_quantize(y, NULL, x, DSV3_F32, ROWS, COLS, NULL), DSV3_OK);
     CHECK(memcmp(x, y, sizeof x) == 0);
-    CHECK_EQ(dsv3_quantize(half, NULL, x, DSV3_F16, ROWS, COLS), DSV3_OK);
+    CHECK_EQ(dsv3_quantize(half, NULL, x, DSV3_F16, ROWS, COLS, NULL), DSV3_OK);
     for (size_t i = 0; i < ROWS * COLS; i++) wrong += half[i] != dsv3_f16_from_f32(x[i]);
-    CHECK_EQ(dsv3_quantize(half, NULL, x, DSV3_BF16, ROWS, COLS), DSV3_OK);
+    CHECK_EQ(dsv3_quantize(half, NULL, x, DSV3_BF16, ROWS, COLS, NULL), DSV3_OK);
     for (size_t i = 0; i < ROWS * COLS; i++) wrong += half[i] != dsv3_bf16_from_f32(x[i]);
     CHECK_EQ(wrong, 0);
     x[100] = 65519.0f;
-    CHECK_EQ(dsv3_quantize(half, NULL, x, DSV3_F16, ROWS, COLS), DSV3_OK);
+    CHECK_EQ(dsv3_quantize(half, NULL, x, DSV3_F16, ROWS, COLS, NULL), DSV3_OK);
     x[100] = -65520.0f;
-    CHECK_EQ(dsv3_quantize(half, NULL, x, DSV3_F16, ROWS, COLS), DSV3_ERR_OVERFLOW);
-    CHECK_EQ(dsv3_quantize(half, NULL, x, DSV3_BF16, ROWS, COLS), DSV3_OK);
+    CHECK_EQ(dsv3_quantize(half, NULL, x, DSV3_F16, ROWS, COLS, NULL), DSV3_ERR_OVERFLOW);
+    CHECK_EQ(dsv3_quantize(half, NULL, x, DSV3_BF16, ROWS, COLS, NULL), DSV3_OK);
     x[100] = FLT_MAX;
-    CHECK_EQ(dsv3_quantize(half, NULL, x, DSV3_BF16, ROWS, COLS), DSV3_ERR_OVERFLOW);
+    CHECK_EQ(dsv3_quantize(half, NULL, x, DSV3_BF16, ROWS, COLS, NULL), DSV3_ERR_OVERFLOW);
 }
 
 static void quantize_refuses(void) {
@@ -491,26 +491,26 @@ static void quantize_refuses(void) {
     test_fill(x, 4 * QBLOCK, -1, 1);
     for (int type = 0; type < DSV3_TYPES; type++) {
         int is_f8 = type == DSV3_F8_E4M3, blocks = dsv3_type_block((dsv3_type)type) > 1;
-        CHECK_EQ(dsv3_quantize(y, scale, x, (dsv3_type)type, 2, 2 * QBLOCK), DSV3_OK);
-        CHECK_EQ(dsv3_quantize(y, scale, NULL, (dsv3_type)type, 2, 2 * QBLOCK), DSV3_ERR_ARG);
-        CHECK_EQ(dsv3_quantize(NULL, scale, x, (dsv3_type)type, 2, 2 * QBLOCK), is_f8 ? DSV3_OK : DSV3_ERR_ARG);
-        CHECK_EQ(dsv3_quantize(y, NULL, x, (dsv3_type)type, 2, 2 * QBLOCK), is_f8 ? DSV3_ERR_ARG : DSV3_OK);
-        CHECK_EQ(dsv3_quantize(y, scale, x, (dsv3_type)type, 2, QBLOCK + 16), blocks ? DSV3_ERR_ARG : DSV3_OK);
-        CHECK_EQ(dsv3_quantize(y, scale, x, (dsv3_type)type, 0, QBLOCK), DSV3_OK);
-        CHECK_EQ(dsv3_quantize(y, scale, x, (dsv3_type)type, 1, 0), DSV3_OK);
-        CHECK_EQ(dsv3_quantize(y, scale, x, (dsv3_type)type, SIZE_MAX / QBLOCK, 2 * QBLOCK), DSV3_ERR_OVERFLOW);
+        CHECK_EQ(dsv3_quantize(y, scale, x, (dsv3_type)type, 2, 2 * QBLOCK, NULL), DSV3_OK);
+        CHECK_EQ(dsv3_quantize(y, scale, NULL, (dsv3_type)type, 2, 2 * QBLOCK, NULL), DSV3_ERR_ARG);
+        CHECK_EQ(dsv3_quantize(NULL, scale, x, (dsv3_type)type, 2, 2 * QBLOCK, NULL), is_f8 ? DSV3_OK : DSV3_ERR_ARG);
+        CHECK_EQ(dsv3_quantize(y, NULL, x, (dsv3_type)type, 2, 2 * QBLOCK, NULL), is_f8 ? DSV3_ERR_ARG : DSV3_OK);
+        CHECK_EQ(dsv3_quantize(y, scale, x, (dsv3_type)type, 2, QBLOCK + 16, NULL), blocks ? DSV3_ERR_ARG : DSV3_OK);
+        CHECK_EQ(dsv3_quantize(y, scale, x, (dsv3_type)type, 0, QBLOCK, NULL), DSV3_OK);
+        CHECK_EQ(dsv3_quantize(y, scale, x, (dsv3_type)type, 1, 0, NULL), DSV3_OK);
+        CHECK_EQ(dsv3_quantize(y, scale, x, (dsv3_type)type, SIZE_MAX / QBLOCK, 2 * QBLOCK, NULL), DSV3_ERR_OVERFLOW);
         for (size_t i = 0; i < 4; i++) {
             x[70] = bad[i];
-            CHECK_EQ(dsv3_quantize(y, scale, x, (dsv3_type)type, 2, 2 * QBLOCK),
+            CHECK_EQ(dsv3_quantize(y, scale, x, (dsv3_type)type, 2, 2 * QBLOCK, NULL),
                      is_f8 || blocks ? DSV3_ERR_NAN : DSV3_OK);
         }
         x[70] = 0;
     }
-    CHECK_EQ(dsv3_quantize(y, scale, x, (dsv3_type)DSV3_TYPES, 2, 2 * QBLOCK), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_quantize(y, scale, x, (dsv3_type)DSV3_TYPES, 2, 2 * QBLOCK, NULL), DSV3_ERR_ARG);
     x[3] = 448 * 6.6e35f; /* below 2^119 */
-    CHECK_EQ(dsv3_quantize(y, scale, x, DSV3_F8_E4M3, 1, QBLOCK), DSV3_OK);
+    CHECK_EQ(dsv3_quantize(y, scale, x, DSV3_F8_E4M3, 1, QBLOCK, NULL), DSV3_OK);
     x[3] = -448 * 6.7e35f;
-    CHECK_EQ(dsv3_quantize(y, scale, x, DSV3_F8_E4M3, 1, QBLOCK), DSV3_ERR_OVERFLOW);
+    CHECK_EQ(dsv3_quantize(y, scale, x, DSV3_F8_E4M3, 1, QBLOCK, NULL), DSV3_ERR_OVERFLOW);
 }
 
 static void types(void) {

@@ -23,7 +23,7 @@ static void test_presets(void) {
         CHECK_EQ(error.code, DSV3_OK);
         CHECK(error.name[0] == '\0');
         CHECK_EQ(dsv3_config_check(&c, NULL), DSV3_OK);
-        CHECK_EQ(dsv3_model_size(&c, &bytes), DSV3_OK);
+        CHECK_EQ(dsv3_model_size(&c, &bytes, NULL), DSV3_OK);
         CHECK(bytes > 0);
     }
     c = dsv3_config_default();
@@ -183,11 +183,11 @@ static void expect(const dsv3_config *c, int code, const char *name, const char 
     if (code == DSV3_OK) return;
     dsv3_error_text(&error, text, sizeof text);
     CHECK(strncmp(text, name, strlen(name)) == 0 && strlen(text) > strlen(name) + 5);
-    CHECK_EQ(dsv3_model_size(c, &bytes), code);
+    CHECK_EQ(dsv3_model_size(c, &bytes, NULL), code);
     CHECK(bytes == 0 || bytes == 12345);
-    CHECK_EQ(dsv3_cache_size(c, 16, DSV3_F32, &bytes), code);
+    CHECK_EQ(dsv3_cache_size(c, 16, DSV3_F32, &bytes, NULL), code);
     CHECK(bytes == 0 || bytes == 12345);
-    CHECK_EQ(dsv3_workspace_size(c, 16, 1, &bytes), code);
+    CHECK_EQ(dsv3_workspace_size(c, 16, 1, &bytes, NULL), code);
     CHECK(bytes == 0 || bytes == 12345);
 }
 
@@ -259,30 +259,30 @@ static void test_combinations(void) {
 static void test_sizes(void) {
     dsv3_config c = dsv3_config_preset(DSV3_PRESET_MICRO);
     size_t bytes = 12345;
-    CHECK_EQ(dsv3_model_size(NULL, &bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_model_size(&c, NULL), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_cache_size(NULL, 8, DSV3_F32, &bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_cache_size(&c, 8, DSV3_F32, NULL), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_cache_size(&c, 0, DSV3_F32, &bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_cache_size(&c, (size_t)DSV3_MAX_SEQ + 1, DSV3_F32, &bytes), DSV3_ERR_LIMIT);
-    CHECK_EQ(dsv3_cache_size(&c, SIZE_MAX, DSV3_F32, &bytes), DSV3_ERR_LIMIT);
-    CHECK_EQ(dsv3_cache_size(&c, 8, DSV3_F16, &bytes), DSV3_ERR_UNSUPPORTED);
-    CHECK_EQ(dsv3_cache_size(&c, 8, DSV3_F8_E4M3, &bytes), DSV3_ERR_UNSUPPORTED);
-    CHECK_EQ(dsv3_cache_size(&c, 8, (dsv3_type)17, &bytes), DSV3_ERR_UNSUPPORTED);
-    CHECK_EQ(dsv3_workspace_size(NULL, 8, 1, &bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_workspace_size(&c, 8, 1, NULL), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_workspace_size(&c, 0, 1, &bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_workspace_size(&c, 8, 0, &bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_workspace_size(&c, (size_t)DSV3_MAX_SEQ + 1, 1, &bytes), DSV3_ERR_LIMIT);
-    CHECK_EQ(dsv3_workspace_size(&c, SIZE_MAX, 1, &bytes), DSV3_ERR_LIMIT);
-    CHECK_EQ(dsv3_workspace_size(&c, 8, SIZE_MAX, &bytes), DSV3_ERR_OVERFLOW);
-    CHECK_EQ(dsv3_workspace_size(&c, 8, SIZE_MAX / 1024, &bytes), DSV3_ERR_OVERFLOW);
+    CHECK_EQ(dsv3_model_size(NULL, &bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_model_size(&c, NULL, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_size(NULL, 8, DSV3_F32, &bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_size(&c, 8, DSV3_F32, NULL, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_size(&c, 0, DSV3_F32, &bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_size(&c, (size_t)DSV3_MAX_SEQ + 1, DSV3_F32, &bytes, NULL), DSV3_ERR_LIMIT);
+    CHECK_EQ(dsv3_cache_size(&c, SIZE_MAX, DSV3_F32, &bytes, NULL), DSV3_ERR_LIMIT);
+    CHECK_EQ(dsv3_cache_size(&c, 8, DSV3_F16, &bytes, NULL), DSV3_ERR_UNSUPPORTED);
+    CHECK_EQ(dsv3_cache_size(&c, 8, DSV3_F8_E4M3, &bytes, NULL), DSV3_ERR_UNSUPPORTED);
+    CHECK_EQ(dsv3_cache_size(&c, 8, (dsv3_type)17, &bytes, NULL), DSV3_ERR_UNSUPPORTED);
+    CHECK_EQ(dsv3_workspace_size(NULL, 8, 1, &bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_workspace_size(&c, 8, 1, NULL, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_workspace_size(&c, 0, 1, &bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_workspace_size(&c, 8, 0, &bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_workspace_size(&c, (size_t)DSV3_MAX_SEQ + 1, 1, &bytes, NULL), DSV3_ERR_LIMIT);
+    CHECK_EQ(dsv3_workspace_size(&c, SIZE_MAX, 1, &bytes, NULL), DSV3_ERR_LIMIT);
+    CHECK_EQ(dsv3_workspace_size(&c, 8, SIZE_MAX, &bytes, NULL), DSV3_ERR_OVERFLOW);
+    CHECK_EQ(dsv3_workspace_size(&c, 8, SIZE_MAX / 1024, &bytes, NULL), DSV3_ERR_OVERFLOW);
     CHECK(bytes == 0 || bytes == 12345);
     /* 576 numbers per position and layer */
     c = dsv3_config_preset(DSV3_PRESET_V3);
-    CHECK_EQ(dsv3_cache_size(&c, 1000, DSV3_BF16, &bytes), DSV3_OK);
+    CHECK_EQ(dsv3_cache_size(&c, 1000, DSV3_BF16, &bytes, NULL), DSV3_OK);
     CHECK(bytes >= 1000u * 70272u && bytes < 1000u * 70272u + 64);
-    CHECK_EQ(dsv3_cache_size(&c, 1000, DSV3_F32, &bytes), DSV3_OK);
+    CHECK_EQ(dsv3_cache_size(&c, 1000, DSV3_F32, &bytes, NULL), DSV3_OK);
     CHECK(bytes >= 2000u * 70272u && bytes < 2000u * 70272u + 64);
 }
 
@@ -308,9 +308,9 @@ static void test_monotonic(void) {
             for (int k = 0; k < 70; k++) {
                 memcpy((char *)&c + field[i], &value, sizeof value);
                 if (dsv3_config_check(&c, NULL) != DSV3_OK) break; /* more than E experts per token, say */
-                CHECK_EQ(dsv3_model_size(&c, &now[0]), DSV3_OK);
-                CHECK_EQ(dsv3_cache_size(&c, 33, DSV3_BF16, &now[1]), DSV3_OK);
-                CHECK_EQ(dsv3_workspace_size(&c, 33, 3, &now[2]), DSV3_OK);
+                CHECK_EQ(dsv3_model_size(&c, &now[0], NULL), DSV3_OK);
+                CHECK_EQ(dsv3_cache_size(&c, 33, DSV3_BF16, &now[1], NULL), DSV3_OK);
+                CHECK_EQ(dsv3_workspace_size(&c, 33, 3, &now[2], NULL), DSV3_OK);
                 CHECK(now[0] >= last[0] && now[1] >= last[1] && now[2] >= last[2]);
                 memcpy(last, now, sizeof last);
                 value += step;
@@ -320,13 +320,13 @@ static void test_monotonic(void) {
     for (size_t n = 1, cache = 0, rows = 0, threads = 0; n < 300; n++) {
         dsv3_config c = dsv3_config_preset(DSV3_PRESET_AUSTEN);
         size_t bytes = 0;
-        dsv3_cache_size(&c, n, DSV3_F32, &bytes);
+        dsv3_cache_size(&c, n, DSV3_F32, &bytes, NULL);
         CHECK(bytes > cache);
         cache = bytes;
-        dsv3_workspace_size(&c, n, 2, &bytes);
+        dsv3_workspace_size(&c, n, 2, &bytes, NULL);
         CHECK(bytes > rows);
         rows = bytes;
-        dsv3_workspace_size(&c, 5, n, &bytes);
+        dsv3_workspace_size(&c, 5, n, &bytes, NULL);
         CHECK(bytes > threads);
         threads = bytes;
     }
@@ -339,7 +339,7 @@ typedef struct tally {
     double numbers, mtp, copies; /* main model, MTP without its copies, copies */
     double fp8_bytes;            /* as in the FP8 checkpoint */
     long tensors;                /* in the FP8 checkpoint, scales included */
-    long groups[DSV3_GROUPS];
+    long groups[DSV3_KINDS];
     size_t wrong;
     long stop_at;
 } tally;
@@ -361,10 +361,10 @@ static dsv3_result count_tensor(void *user, const dsv3_tensor_info *info) {
     t->fp8_bytes += info->quantised ? n + 4.0 * (double)(blocks_of(info->rows) * blocks_of(info->cols))
                                     : n * (is_bias ? 4.0 : 2.0);
     t->tensors += info->quantised ? 2 : 1;
-    t->groups[info->group]++;
+    t->groups[info->kind]++;
     t->wrong += (info->rank == 1) != (info->rows == 1) || info->rank < 1 || info->rank > 2;
     t->wrong += info->quantised && info->rank != 2;
-    t->wrong += (info->expert >= 0) != (info->group == DSV3_GROUP_EXPERTS);
+    t->wrong += (info->expert >= 0) != (info->kind == DSV3_KIND_EXPERTS);
     t->wrong += strlen(info->name) > 60 || (info->optional && !is_mtp);
     return t->stop_at > 0 && --t->stop_at == 0 ? DSV3_ERR_NAN : DSV3_OK;
 }
@@ -389,15 +389,15 @@ static void test_totals(void) {
     CHECK(fabs(t.copies - 2.0 * 129280 * 7168) < 0.5);
     CHECK_EQ(t.tensors, 91991);
     CHECK(fabs(t.fp8_bytes - 688574839360.0) < 0.5);
-    CHECK_EQ(t.groups[DSV3_GROUP_EXPERTS], 59 * 256 * 3);
-    CHECK_EQ(t.groups[DSV3_GROUP_SHARED], 59 * 3);
-    CHECK_EQ(t.groups[DSV3_GROUP_ROUTER], 59 * 2);
-    CHECK_EQ(t.groups[DSV3_GROUP_DENSE], 3 * 3);
-    CHECK_EQ(t.groups[DSV3_GROUP_ATTENTION], 62 * 5);
-    CHECK_EQ(t.groups[DSV3_GROUP_NORM], 62 * 4 + 1);
-    CHECK_EQ(t.groups[DSV3_GROUP_MTP], 6);
-    CHECK_EQ(t.groups[DSV3_GROUP_EMBED], 1);
-    CHECK_EQ(t.groups[DSV3_GROUP_HEAD], 1);
+    CHECK_EQ(t.groups[DSV3_KIND_EXPERTS], 59 * 256 * 3);
+    CHECK_EQ(t.groups[DSV3_KIND_SHARED], 59 * 3);
+    CHECK_EQ(t.groups[DSV3_KIND_ROUTER], 59 * 2);
+    CHECK_EQ(t.groups[DSV3_KIND_DENSE], 3 * 3);
+    CHECK_EQ(t.groups[DSV3_KIND_ATTENTION], 62 * 5);
+    CHECK_EQ(t.groups[DSV3_KIND_NORM], 62 * 4 + 1);
+    CHECK_EQ(t.groups[DSV3_KIND_MTP], 6);
+    CHECK_EQ(t.groups[DSV3_KIND_EMBED], 1);
+    CHECK_EQ(t.groups[DSV3_KIND_HEAD], 1);
     t = count_model(DSV3_PRESET_V2);
     CHECK_BILLIONS(t.numbers, 235.7, 0.1);
     CHECK(t.mtp <= 0 && t.copies <= 0);
@@ -407,7 +407,7 @@ static void test_totals(void) {
     CHECK_BILLIONS(t.numbers, 15.96, 0.01);
     t = count_model(DSV3_PRESET_K2);
     CHECK_BILLIONS(t.numbers, 1026.4, 0.1);
-    CHECK_EQ(t.groups[DSV3_GROUP_MTP], 0);
+    CHECK_EQ(t.groups[DSV3_KIND_MTP], 0);
     t = count_model(DSV3_PRESET_AUSTEN);
     CHECK_BILLIONS(t.numbers + t.mtp, 0.0065, 0.0001);
     t = count_model(DSV3_PRESET_MICRO);
@@ -498,7 +498,7 @@ static void test_walk(void) {
         t.config = &c;
         t.stop_at = stop;
         CHECK_EQ(dsv3_model_tensors(&c, count_tensor, &t), DSV3_ERR_NAN);
-        for (int g = 0; g < DSV3_GROUPS; g++) seen += t.groups[g];
+        for (int g = 0; g < DSV3_KINDS; g++) seen += t.groups[g];
         CHECK_EQ(seen, stop);
     }
 }

@@ -42,7 +42,7 @@ static dsv3_compute computing = DSV3_EXACT;
 
 static dsv3_context context_of(dsv3_attention form, size_t threads) {
     dsv3_context c;
-    synth_demand(dsv3_context_init(&c, test_backend(), threads), "context", NULL);
+    synth_demand(dsv3_context_init(&c, test_backend(), threads, NULL), "context", NULL);
     if (threads > 1 && c.threads == 1) {
         c.threads = threads;
         c.parallel_for = halves;
@@ -55,9 +55,9 @@ static dsv3_context context_of(dsv3_attention form, size_t threads) {
 static void *workspace_of(dsv3_workspace *ws, const dsv3_model *model, size_t rows, size_t threads) {
     size_t bytes;
     void *memory;
-    synth_demand(dsv3_workspace_size(&model->config, rows, threads, &bytes), "workspace size", NULL);
+    synth_demand(dsv3_workspace_size(&model->config, rows, threads, &bytes, NULL), "workspace size", NULL);
     memory = synth_alloc(bytes);
-    synth_demand(dsv3_workspace_init(ws, &model->config, rows, threads, memory, bytes), "workspace", NULL);
+    synth_demand(dsv3_workspace_init(&model->config, ws, rows, threads, memory, bytes, NULL), "workspace", NULL);
     return memory;
 }
 
@@ -80,7 +80,7 @@ static dsv3_result steer_turns(void *user, float *logits, size_t V, const int32_
 }
 
 /* ---- The witness: what plain decoding writes, and what the modules guess at every place of it. It shares nothing
- * with dsv3_generate: one sequence, one dsv3_forward or dsv3_mtp_forward after the other, all states kept. */
+ * with dsv3_generate_step: one sequence, one dsv3_forward or dsv3_mtp_forward after the other, all states kept. */
 
 typedef struct witness {
     const dsv3_model *model;
@@ -100,11 +100,11 @@ static void witness_cache(witness *w, dsv3_cache *cache, int module, dsv3_type t
     const dsv3_config *c = &w->model->config;
     size_t bytes = 0, n = w->room + w->drafts;
     void **memory = &w->memory[module];
-    synth_demand(module ? dsv3_mtp_cache_size(c, n, type, &bytes) : dsv3_cache_size(c, n, type, &bytes), "cache size",
-                 NULL);
+    synth_demand(module ? dsv3_cache_mtp_size(c, n, type, &bytes, NULL) : dsv3_cache_size(c, n, type, &bytes, NULL),
+                 "cache size", NULL);
     *memory = synth_alloc(bytes);
-    synth_demand(module ? dsv3_mtp_cache_init(cache, c, n, type, *memory, bytes)
-                        : dsv3_cache_init(cache, c, n, type, *memory, bytes),
+    synth_demand(module ? dsv3_cache_mtp_init(c, cache, n, type, *memory, bytes, NULL)
+                        : dsv3_cache_init(c, cache, n, type, *memory, bytes, NULL),
                  "cache", NULL);
 }
 
@@ -146,7 +146,7 @@ static float *witness_state(const witness *w, size_t depth, size_t position) {
 static int32_t most_probable(float *logits, size_t V, const int32_t *text, size_t length) {
     int32_t token = -1;
     if (steering != NULL) synth_demand(steering(NULL, logits, V, text, length, 0), "steering", NULL);
-    synth_demand(dsv3_sample(&token, logits, V, 0, 1, NULL, NULL), "sample", NULL);
+    synth_demand(dsv3_sample(&token, logits, V, 0, 1, NULL, NULL, NULL), "sample", NULL);
     return token;
 }
 
@@ -192,7 +192,7 @@ static void witness_guess(witness *w, size_t N) {
         guess[j - 1] = told[N + j] = most_probable(w->logits, w->V, told, N + j);
         memcpy(own, w->ws.hidden, w->d * sizeof(float));
     }
-    for (size_t k = 1; k <= w->D; k++) dsv3_cache_truncate(&w->modules[k - 1], N + 1 > k ? N + 1 - k : 0);
+    for (size_t k = 1; k <= w->D; k++) dsv3_cache_truncate(&w->modules[k - 1], N + 1 > k ? N + 1 - k : 0, NULL);
     free(own), free(told);
 }
 
@@ -253,10 +253,11 @@ static writer *writer_open(const dsv3_model *model, size_t capacity, dsv3_type t
     size_t bytes = 0;
     memset(w, 0, sizeof *w);
     memset(&w->s, 0xA5, sizeof w->s);
-    synth_demand(dsv3_sequence_size(model, capacity, type, rows, drafts, &bytes), "sequence size", NULL);
+    synth_demand(dsv3_sequence_size(model, capacity, type, rows, drafts, &bytes, NULL), "sequence size", NULL);
     w->memory = synth_alloc(bytes);
     memset(w->memory, 0xA5, bytes);
-    synth_demand(dsv3_sequence_init(&w->s, model, capacity, type, rows, drafts, w->memory, bytes), "sequence", NULL);
+    synth_demand(dsv3_sequence_init(model, &w->s, capacity, type, rows, drafts, w->memory, bytes, NULL), "sequence",
+                 NULL);
     w->text = (int32_t *)test_alloc((capacity + 1) * sizeof *w->text);
     w->ample = 1;
     CHECK(w->s.steer == NULL);
@@ -275,7 +276,7 @@ static void writer_append(writer *w, const dsv3_model *model, const int32_t *tok
     free(w->prompt);
     w->prompt = (int32_t *)test_alloc(n * sizeof *token);
     memcpy(w->prompt, token, n * sizeof *token);
-    CHECK_EQ(dsv3_sequence_append(&w->s, model, w->prompt, n), DSV3_OK);
+    CHECK_EQ(dsv3_sequence_append(model, &w->s, w->prompt, n, NULL), DSV3_OK);
     memcpy(w->text + w->length, token, n * sizeof *token);
     w->length += n;
 }
@@ -285,7 +286,7 @@ static void writer_append(writer *w, const dsv3_model *model, const int32_t *tok
 static size_t writer_truncate(writer *w, const dsv3_model *model, size_t length, const int32_t *extra, size_t n) {
     size_t kept = SIZE_MAX, behind = w->s.n_modules > 0 ? w->s.n_modules : 1;
     int32_t *again = (int32_t *)test_alloc((length + n) * sizeof *again);
-    EXPECT(w, dsv3_sequence_truncate(&w->s, length, &kept) == DSV3_OK);
+    EXPECT(w, dsv3_sequence_truncate(&w->s, length, &kept, NULL) == DSV3_OK);
     EXPECT(w, kept == length || kept == (length > behind ? length - behind : 0));
     EXPECT(w, dsv3_sequence_length(&w->s) == kept);
     EXPECT(w, w->s.prompt_left == 0);
@@ -440,14 +441,14 @@ static void desk_close(desk *k) {
     free(k);
 }
 
-/* dsv3_generate with logits of exact size, nothing else. */
+/* dsv3_generate_step with logits of exact size, nothing else. */
 static dsv3_result desk_call(desk *k, dsv3_sequence *const *list, size_t n) {
     size_t rows = 0;
     float *logits;
     dsv3_result result;
     for (size_t i = 0; i < n; i++) rows += list[i]->max_drafts + 1;
     logits = (float *)test_alloc(rows * (size_t)k->model->config.vocab_size * sizeof *logits);
-    result = dsv3_generate(&k->context, logits, k->model, list, n, &k->ws, &k->error);
+    result = dsv3_generate_step(&k->context, logits, k->model, list, n, &k->ws, &k->error);
     free(logits);
     return result;
 }
@@ -662,9 +663,9 @@ static void test_micro_fast(void) {
     ctx = context_of(DSV3_ATTENTION_ABSORBED, 1);
     library_truth(l, DSV3_ATTENTION_ABSORBED, DSV3_F32, 24, 4);
     lossless(l, DSV3_ATTENTION_ABSORBED, 1, 4, 0);
-    synth_demand(dsv3_pack_size(&ctx, &l->model.model, &bytes), "pack size", NULL);
+    synth_demand(dsv3_pack_size(&ctx, &l->model.model, &bytes, NULL), "pack size", NULL);
     memory = synth_alloc(bytes);
-    CHECK_EQ(dsv3_pack(&ctx, &l->model.model, memory, bytes), DSV3_OK);
+    CHECK_EQ(dsv3_pack(&ctx, &l->model.model, memory, bytes, NULL), DSV3_OK);
     lossless(l, DSV3_ATTENTION_ABSORBED, 1, 4, 0);
     library_truth(l, DSV3_ATTENTION_EXPANDED, DSV3_F32, 24, 4);
     lossless(l, DSV3_ATTENTION_EXPANDED, 2, 3, 0);
@@ -944,7 +945,7 @@ static void odds_draw(const odds *o, desk *k, const writer *stem, size_t drafts,
     *accepted = 0;
     for (int i = 0; i < draws; i++) {
         size_t cell = 0, n = 0;
-        failed += dsv3_sequence_copy(&w->s, &stem->s) != DSV3_OK;
+        failed += dsv3_sequence_copy(&w->s, &stem->s, NULL) != DSV3_OK;
         w->s.temperature = o->temperature;
         w->s.top_p = o->top_p;
         w->s.drafts = drafts;
@@ -1112,7 +1113,7 @@ static void test_sampled_company(void) {
 /* A copy of a writer, text and all; its own truth must be given to it. */
 static writer *writer_fork(const writer *from, const dsv3_model *model, size_t rows, size_t drafts) {
     writer *w = writer_open(model, from->s.cache.capacity, from->s.cache.type, rows, drafts);
-    CHECK_EQ(dsv3_sequence_copy(&w->s, &from->s), DSV3_OK);
+    CHECK_EQ(dsv3_sequence_copy(&w->s, &from->s, NULL), DSV3_OK);
     memcpy(w->text, from->text, from->length * sizeof *w->text);
     w->length = from->length;
     w->promised = from->promised;
@@ -1392,19 +1393,19 @@ static void test_truncate_edges(void) {
     writer *w = desk_add(k, writer_open(&s->model, 40, DSV3_F32, 3, 2));
     size_t kept = 7;
     CHECK_EQ(dsv3_sequence_length(&w->s), 0);
-    CHECK_EQ(dsv3_sequence_truncate(&w->s, 0, &kept), DSV3_OK); /* nothing, of nothing */
+    CHECK_EQ(dsv3_sequence_truncate(&w->s, 0, &kept, NULL), DSV3_OK); /* nothing, of nothing */
     CHECK_EQ(kept, 0);
-    CHECK_EQ(dsv3_sequence_truncate(&w->s, 1, &kept), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sequence_truncate(NULL, 0, &kept), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sequence_truncate(&w->s, 1, &kept, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sequence_truncate(NULL, 0, &kept, NULL), DSV3_ERR_ARG);
     writer_append(w, &s->model, prompt, 8);
     CHECK_EQ(dsv3_sequence_length(&w->s), 0);
     CHECK_EQ(desk_step(k), 1);
     CHECK(dsv3_sequence_length(&w->s) == 3 && w->s.prompt_left == 5 && w->s.n_token == 0 && !w->s.pending);
-    CHECK_EQ(dsv3_sequence_truncate(&w->s, 4, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sequence_truncate(&w->s, 4, NULL, NULL), DSV3_ERR_ARG);
     CHECK_EQ(w->s.prompt_left, 5); /* still there */
     CHECK_EQ(writer_truncate(w, &s->model, 3, NULL, 0), 3);
     CHECK_EQ(desk_try(k, k->w, 1), DSV3_ERR_ARG); /* nothing to go on from */
-    CHECK_EQ(dsv3_sequence_truncate(&w->s, 1, NULL), DSV3_OK);
+    CHECK_EQ(dsv3_sequence_truncate(&w->s, 1, NULL, NULL), DSV3_OK);
     w->length = 1;
     w->truth = truth_of(&s->model, DSV3_F32, 2, prompt, 1, 30);
     CHECK(w->s.pending && w->s.cache.length == 0); /* no state to draft from */
@@ -1466,13 +1467,13 @@ static void test_full_context(void) {
         writer_append(w, &s->model, &prompt[i], 1);
     }
     for (int i = 0; i < 100 && result == DSV3_OK; i++) result = desk_try(k, k->w, COMPANY);
-    CHECK_EQ(result, DSV3_ERR_CONTEXT);
-    CHECK_EQ(k->error.code, DSV3_ERR_CONTEXT);
+    CHECK_EQ(result, DSV3_ERR_FULL);
+    CHECK_EQ(k->error.code, DSV3_ERR_FULL);
     CHECK(desk_right(k));
     for (size_t i = 0; i < COMPANY; i++) {
         writer *w = k->w[i];
         CHECK(w->length == capacity[i] + 1 && w->s.cache.length == capacity[i] && w->s.pending);
-        CHECK_EQ(dsv3_sequence_append(&w->s, &s->model, more, 1), DSV3_ERR_CONTEXT);
+        CHECK_EQ(dsv3_sequence_append(&s->model, &w->s, more, 1, NULL), DSV3_ERR_FULL);
         if (capacity[i] > 6) writer_truncate(w, &s->model, capacity[i] - 5, NULL, 0);
     }
     while (desk_step(k) > 0) { /* and once more */
@@ -1566,30 +1567,30 @@ static void test_bad_sizes(void) {
     size_t bytes = 0, above = (size_t)DSV3_MAX_SEQ + 1;
     dsv3_sequence q;
     unsigned char *memory;
-    CHECK_EQ(dsv3_sequence_size(NULL, 8, DSV3_F32, 1, 1, &bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sequence_size(m, 8, DSV3_F32, 1, 1, NULL), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sequence_size(m, 0, DSV3_F32, 1, 1, &bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sequence_size(m, 8, DSV3_F32, 0, 1, &bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sequence_size(m, above, DSV3_F32, 1, 1, &bytes), DSV3_ERR_LIMIT);
-    CHECK_EQ(dsv3_sequence_size(m, 8, DSV3_F32, above, 1, &bytes), DSV3_ERR_LIMIT);
-    CHECK_EQ(dsv3_sequence_size(m, SIZE_MAX, DSV3_F32, 1, 1, &bytes), DSV3_ERR_LIMIT);
-    CHECK_EQ(dsv3_sequence_size(m, 8, DSV3_F32, 1, (size_t)DSV3_MAX_DRAFTS + 1, &bytes), DSV3_ERR_LIMIT);
-    CHECK_EQ(dsv3_sequence_size(m, 8, DSV3_F32, 1, SIZE_MAX, &bytes), DSV3_ERR_LIMIT);
-    CHECK_EQ(dsv3_sequence_size(m, 8, DSV3_F16, 1, 1, &bytes), DSV3_ERR_UNSUPPORTED);
-    CHECK_EQ(dsv3_sequence_size(m, 8, DSV3_F8_E4M3, 1, 1, &bytes), DSV3_ERR_UNSUPPORTED);
-    CHECK_EQ(dsv3_sequence_size(m, 8, DSV3_BF16, 1, (size_t)DSV3_MAX_DRAFTS, &bytes), DSV3_OK);
-    CHECK_EQ(dsv3_sequence_size(m, 8, DSV3_BF16, 3, 2, &bytes), DSV3_OK);
+    CHECK_EQ(dsv3_sequence_size(NULL, 8, DSV3_F32, 1, 1, &bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sequence_size(m, 8, DSV3_F32, 1, 1, NULL, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sequence_size(m, 0, DSV3_F32, 1, 1, &bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sequence_size(m, 8, DSV3_F32, 0, 1, &bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sequence_size(m, above, DSV3_F32, 1, 1, &bytes, NULL), DSV3_ERR_LIMIT);
+    CHECK_EQ(dsv3_sequence_size(m, 8, DSV3_F32, above, 1, &bytes, NULL), DSV3_ERR_LIMIT);
+    CHECK_EQ(dsv3_sequence_size(m, SIZE_MAX, DSV3_F32, 1, 1, &bytes, NULL), DSV3_ERR_LIMIT);
+    CHECK_EQ(dsv3_sequence_size(m, 8, DSV3_F32, 1, (size_t)DSV3_MAX_DRAFTS + 1, &bytes, NULL), DSV3_ERR_LIMIT);
+    CHECK_EQ(dsv3_sequence_size(m, 8, DSV3_F32, 1, SIZE_MAX, &bytes, NULL), DSV3_ERR_LIMIT);
+    CHECK_EQ(dsv3_sequence_size(m, 8, DSV3_F16, 1, 1, &bytes, NULL), DSV3_ERR_UNSUPPORTED);
+    CHECK_EQ(dsv3_sequence_size(m, 8, DSV3_F8_E4M3, 1, 1, &bytes, NULL), DSV3_ERR_UNSUPPORTED);
+    CHECK_EQ(dsv3_sequence_size(m, 8, DSV3_BF16, 1, (size_t)DSV3_MAX_DRAFTS, &bytes, NULL), DSV3_OK);
+    CHECK_EQ(dsv3_sequence_size(m, 8, DSV3_BF16, 3, 2, &bytes, NULL), DSV3_OK);
     memory = (unsigned char *)synth_alloc(bytes + 1);
-    CHECK_EQ(dsv3_sequence_init(NULL, m, 8, DSV3_BF16, 3, 2, memory, bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sequence_init(&q, NULL, 8, DSV3_BF16, 3, 2, memory, bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sequence_init(&q, m, 8, DSV3_BF16, 3, 2, NULL, bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sequence_init(&q, m, 8, DSV3_BF16, 3, 2, memory, bytes - 1), DSV3_ERR_MEMORY);
-    CHECK_EQ(dsv3_sequence_init(&q, m, 8, DSV3_BF16, 3, 2, memory, 0), DSV3_ERR_MEMORY);
-    CHECK_EQ(dsv3_sequence_init(&q, m, 8, DSV3_BF16, 3, 2, memory + 1, bytes), DSV3_ERR_ALIGN);
-    CHECK_EQ(dsv3_sequence_init(&q, m, 8, DSV3_F16, 3, 2, memory, bytes), DSV3_ERR_UNSUPPORTED);
-    CHECK_EQ(dsv3_sequence_init(&q, m, 8, DSV3_BF16, 0, 2, memory, bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sequence_init(&q, m, 8, DSV3_BF16, 3, 16, memory, bytes), DSV3_ERR_LIMIT);
-    CHECK_EQ(dsv3_sequence_init(&q, m, 8, DSV3_BF16, 3, 2, memory, bytes), DSV3_OK);
+    CHECK_EQ(dsv3_sequence_init(m, NULL, 8, DSV3_BF16, 3, 2, memory, bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sequence_init(NULL, &q, 8, DSV3_BF16, 3, 2, memory, bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sequence_init(m, &q, 8, DSV3_BF16, 3, 2, NULL, bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sequence_init(m, &q, 8, DSV3_BF16, 3, 2, memory, bytes - 1, NULL), DSV3_ERR_MEMORY);
+    CHECK_EQ(dsv3_sequence_init(m, &q, 8, DSV3_BF16, 3, 2, memory, 0, NULL), DSV3_ERR_MEMORY);
+    CHECK_EQ(dsv3_sequence_init(m, &q, 8, DSV3_BF16, 3, 2, memory + 1, bytes, NULL), DSV3_ERR_ALIGN);
+    CHECK_EQ(dsv3_sequence_init(m, &q, 8, DSV3_F16, 3, 2, memory, bytes, NULL), DSV3_ERR_UNSUPPORTED);
+    CHECK_EQ(dsv3_sequence_init(m, &q, 8, DSV3_BF16, 0, 2, memory, bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sequence_init(m, &q, 8, DSV3_BF16, 3, 16, memory, bytes, NULL), DSV3_ERR_LIMIT);
+    CHECK_EQ(dsv3_sequence_init(m, &q, 8, DSV3_BF16, 3, 2, memory, bytes, NULL), DSV3_OK);
     synth_release(memory);
     synth_close(s);
 }
@@ -1601,17 +1602,17 @@ static void test_bad_appends(void) {
     const dsv3_model *m = &s->model;
     writer *w = writer_open(m, 10, DSV3_F32, 3, 2);
     snapshot before = snapshot_of(&w->s);
-    CHECK_EQ(dsv3_sequence_append(NULL, m, good, 3), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sequence_append(&w->s, NULL, good, 3), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sequence_append(&w->s, m, NULL, 3), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sequence_append(&w->s, m, good, 0), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sequence_append(&w->s, m, negative, 3), DSV3_ERR_TOKEN);
-    CHECK_EQ(dsv3_sequence_append(&w->s, m, large, 3), DSV3_ERR_TOKEN);
-    CHECK_EQ(dsv3_sequence_append(&w->s, m, many, 11), DSV3_ERR_CONTEXT);
+    CHECK_EQ(dsv3_sequence_append(m, NULL, good, 3, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sequence_append(NULL, &w->s, good, 3, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sequence_append(m, &w->s, NULL, 3, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sequence_append(m, &w->s, good, 0, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sequence_append(m, &w->s, negative, 3, NULL), DSV3_ERR_TOKEN);
+    CHECK_EQ(dsv3_sequence_append(m, &w->s, large, 3, NULL), DSV3_ERR_TOKEN);
+    CHECK_EQ(dsv3_sequence_append(m, &w->s, many, 11, NULL), DSV3_ERR_FULL);
     CHECK(unchanged(&before, &w->s));
-    CHECK_EQ(dsv3_sequence_append(&w->s, m, good, 3), DSV3_OK);
+    CHECK_EQ(dsv3_sequence_append(m, &w->s, good, 3, NULL), DSV3_OK);
     before = snapshot_of(&w->s);
-    CHECK_EQ(dsv3_sequence_append(&w->s, m, good, 3), DSV3_ERR_ARG); /* one prompt at a time */
+    CHECK_EQ(dsv3_sequence_append(m, &w->s, good, 3, NULL), DSV3_ERR_ARG); /* one prompt at a time */
     CHECK(unchanged(&before, &w->s));
     writer_close(w);
     synth_close(s);
@@ -1623,7 +1624,7 @@ static void refuse_copy(const writer *from, const dsv3_model *model, size_t capa
     writer *w = writer_open(model, capacity, type, rows, drafts);
     dsv3_sequence before;
     memcpy(&before, &w->s, sizeof before);
-    CHECK_EQ(dsv3_sequence_copy(&w->s, &from->s), want);
+    CHECK_EQ(dsv3_sequence_copy(&w->s, &from->s, NULL), want);
     CHECK(want == DSV3_OK || memcmp(&before, &w->s, sizeof before) == 0);
     writer_close(w);
 }
@@ -1637,20 +1638,19 @@ static void test_bad_copies(void) {
     writer_append(w, &s->model, prompt, 4);
     desk_write(k, 12);
     memcpy(&before, &w->s, sizeof before);
-    CHECK_EQ(dsv3_sequence_copy(NULL, &w->s), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sequence_copy(&w->s, NULL), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sequence_copy(&w->s, &w->s), DSV3_OK);
+    CHECK_EQ(dsv3_sequence_copy(NULL, &w->s, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sequence_copy(&w->s, NULL, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sequence_copy(&w->s, &w->s, NULL), DSV3_OK);
     refuse_copy(w, &s->model, 20, DSV3_BF16, 6, 3, DSV3_ERR_MISMATCH);
     refuse_copy(w, &s->model, 20, DSV3_F32, 7, 3, DSV3_ERR_MISMATCH);
     refuse_copy(w, &s->model, 20, DSV3_F32, 6, 4, DSV3_ERR_MISMATCH);
     refuse_copy(w, &s->model, 20, DSV3_F32, 6, 1, DSV3_ERR_MISMATCH);
     refuse_copy(w, &s->model, 20, DSV3_F32, 6, 0, DSV3_ERR_MISMATCH);
     refuse_copy(w, &other->model, 20, DSV3_F32, 6, 3, DSV3_ERR_MISMATCH);
-    refuse_copy(w, &s->model, w->s.cache.length - 1, DSV3_F32, 6, 3, DSV3_ERR_CONTEXT);
+    refuse_copy(w, &s->model, w->s.cache.length - 1, DSV3_F32, 6, 3, DSV3_ERR_FULL);
     writer_append(w, &s->model, prompt, 4);
     memcpy(&before, &w->s, sizeof before);
-    refuse_copy(w, &s->model, w->length - 1, DSV3_F32, 6, 3,
-                DSV3_ERR_CONTEXT); /* what it has yet to read counts, too */
+    refuse_copy(w, &s->model, w->length - 1, DSV3_F32, 6, 3, DSV3_ERR_FULL); /* what it has yet to read counts, too */
     refuse_copy(w, &s->model, w->length, DSV3_F32, 6, 3, DSV3_OK);
     CHECK(memcmp(&before, &w->s, sizeof before) == 0);
     desk_close(k);
@@ -1677,7 +1677,7 @@ static void refuse_sampler(bad_step *b, float temperature, float top_p) {
     desk *k = b->k;
     b->list[1]->temperature = temperature;
     b->list[1]->top_p = top_p;
-    REFUSE(b, DSV3_ERR_ARG, dsv3_generate(&k->context, b->logits, k->model, b->list, 2, &k->ws, &k->error));
+    REFUSE(b, DSV3_ERR_ARG, dsv3_generate_step(&k->context, b->logits, k->model, b->list, 2, &k->ws, &k->error));
     CHECK(strcmp(k->error.name, "sequences[1]") == 0);
     b->list[1]->temperature = 0;
     b->list[1]->top_p = 1;
@@ -1693,14 +1693,14 @@ static void refuse_strangers(bad_step *b) {
     dsv3_model fewer = *k->model;
     list[0] = b->list[0];
     list[1] = &stranger->s;
-    REFUSE(b, DSV3_ERR_MISMATCH, dsv3_generate(&k->context, b->logits, k->model, list, 2, &k->ws, NULL));
+    REFUSE(b, DSV3_ERR_MISMATCH, dsv3_generate_step(&k->context, b->logits, k->model, list, 2, &k->ws, NULL));
     list[1] = NULL;
-    REFUSE(b, DSV3_ERR_ARG, dsv3_generate(&k->context, b->logits, k->model, list, 2, &k->ws, NULL));
+    REFUSE(b, DSV3_ERR_ARG, dsv3_generate_step(&k->context, b->logits, k->model, list, 2, &k->ws, NULL));
     list[1] = list[0]; /* it cannot take two steps at once */
-    REFUSE(b, DSV3_ERR_ARG, dsv3_generate(&k->context, b->logits, k->model, list, 2, &k->ws, NULL));
-    REFUSE(b, DSV3_ERR_MISMATCH, dsv3_generate(&k->context, b->logits, k->model, b->list, 2, &ws, NULL));
+    REFUSE(b, DSV3_ERR_ARG, dsv3_generate_step(&k->context, b->logits, k->model, list, 2, &k->ws, NULL));
+    REFUSE(b, DSV3_ERR_MISMATCH, dsv3_generate_step(&k->context, b->logits, k->model, b->list, 2, &ws, NULL));
     fewer.n_mtp = 1;
-    REFUSE(b, DSV3_ERR_MISMATCH, dsv3_generate(&k->context, b->logits, &fewer, b->list, 2, &k->ws, NULL));
+    REFUSE(b, DSV3_ERR_MISMATCH, dsv3_generate_step(&k->context, b->logits, &fewer, b->list, 2, &k->ws, NULL));
     writer_close(stranger);
     synth_release(memory);
     synth_close(other);
@@ -1711,15 +1711,15 @@ static void refuse_arguments(bad_step *b) {
     dsv3_context c = k->context;
     dsv3_workspace small;
     void *memory = workspace_of(&small, k->model, 1, 1);
-    REFUSE(b, DSV3_ERR_ARG, dsv3_generate(NULL, b->logits, k->model, b->list, 2, &k->ws, NULL));
-    REFUSE(b, DSV3_ERR_ARG, dsv3_generate(&c, NULL, k->model, b->list, 2, &k->ws, NULL));
-    REFUSE(b, DSV3_ERR_ARG, dsv3_generate(&c, b->logits, NULL, b->list, 2, &k->ws, NULL));
-    REFUSE(b, DSV3_ERR_ARG, dsv3_generate(&c, b->logits, k->model, NULL, 2, &k->ws, NULL));
-    REFUSE(b, DSV3_ERR_ARG, dsv3_generate(&c, b->logits, k->model, b->list, 2, NULL, NULL));
-    REFUSE(b, DSV3_ERR_ARG, dsv3_generate(&c, b->logits, k->model, b->list, 0, &k->ws, NULL));
-    REFUSE(b, DSV3_ERR_MEMORY, dsv3_generate(&c, b->logits, k->model, b->list, 2, &small, NULL));
+    REFUSE(b, DSV3_ERR_ARG, dsv3_generate_step(NULL, b->logits, k->model, b->list, 2, &k->ws, NULL));
+    REFUSE(b, DSV3_ERR_ARG, dsv3_generate_step(&c, NULL, k->model, b->list, 2, &k->ws, NULL));
+    REFUSE(b, DSV3_ERR_ARG, dsv3_generate_step(&c, b->logits, NULL, b->list, 2, &k->ws, NULL));
+    REFUSE(b, DSV3_ERR_ARG, dsv3_generate_step(&c, b->logits, k->model, NULL, 2, &k->ws, NULL));
+    REFUSE(b, DSV3_ERR_ARG, dsv3_generate_step(&c, b->logits, k->model, b->list, 2, NULL, NULL));
+    REFUSE(b, DSV3_ERR_ARG, dsv3_generate_step(&c, b->logits, k->model, b->list, 0, &k->ws, NULL));
+    REFUSE(b, DSV3_ERR_MEMORY, dsv3_generate_step(&c, b->logits, k->model, b->list, 2, &small, NULL));
     c.threads = 2;
-    REFUSE(b, DSV3_ERR_MEMORY, dsv3_generate(&c, b->logits, k->model, b->list, 2, &k->ws, NULL));
+    REFUSE(b, DSV3_ERR_MEMORY, dsv3_generate_step(&c, b->logits, k->model, b->list, 2, &k->ws, NULL));
     synth_release(memory);
 }
 
@@ -1869,7 +1869,7 @@ static void test_huge(void) {
         need = 4.0 * (double)S * (100 + (double)used) * (c->kv_lora_rank + 8.0) +
                4.0 * (double)used * (double)(n > 16 ? n : 16) * c->hidden_size + 4.0 * 16 * c->vocab_size;
         if (used == 0) need -= 4.0 * 16 * c->vocab_size;
-        result = dsv3_sequence_size(&model, S, DSV3_F32, n, 15, &bytes);
+        result = dsv3_sequence_size(&model, S, DSV3_F32, n, 15, &bytes, NULL);
         if (need > (double)SIZE_MAX) {
             CHECK_EQ(result, DSV3_ERR_OVERFLOW);
             CHECK_EQ(bytes, 0);

@@ -100,7 +100,7 @@ static dsv3_tensor matrix(const real *data, size_t rows, size_t cols) {
 
 static dsv3_context serial(void) {
     dsv3_context ctx;
-    if (dsv3_context_init(&ctx, DSV3_BACKEND_REFERENCE, 1) != DSV3_OK) exit(2);
+    if (dsv3_context_init(&ctx, DSV3_BACKEND_REFERENCE, 1, NULL) != DSV3_OK) exit(2);
     return ctx;
 }
 
@@ -217,7 +217,7 @@ static void test_linear(size_t n, size_t cols, size_t rows) {
     real *dx0 = reals(n * cols, 0, 0), *dw0 = reals(rows * cols, 0, 0);
     o.matrix = reals(rows * cols, -1, 1);
     o.w = matrix(o.matrix, rows, cols);
-    o.scratch = reals(dsv3_linear_scratch(&o.ctx, n, cols), 0, 0);
+    o.scratch = reals(linear_floats(&o.ctx, n, cols), 0, 0);
     copy_reals(dx0, dx, n * cols);
     copy_reals(dw0, dw, rows * cols);
     dsv3_linear_backward(&o.ctx, dx, dw, o.dy, o.x, &o.w, n, o.scratch);
@@ -293,7 +293,7 @@ static void test_cross_entropy(size_t V) {
     o.w = matrix(o.matrix, V, COLS);
     o.weight = 0.375;
     o.idx = target;
-    o.scratch = reals(dsv3_cross_entropy_scratch(&o.ctx, &o.w, N), 0, 0);
+    o.scratch = reals(cross_entropy_floats(&o.ctx, &o.w, N), 0, 0);
     for (size_t t = 0; t < N; t++) target[t] = (int32_t)(t * (V - 1) / (N - 1));
     target[1] = DSV3_IGNORE;
     copy_reals(du0, du, N * COLS);
@@ -343,7 +343,7 @@ static void test_rope(size_t dr, int interleave) {
 
 static double weights_value(void *arg) {
     op *o = (op *)arg;
-    if (dsv3_router_weights(&o->c, o->gate, o->idx, o->x, o->n) != DSV3_OK) return NAN;
+    if (dsv3_router_weights(&o->c, o->gate, o->idx, o->x, o->n, NULL) != DSV3_OK) return NAN;
     return dot(o->dy, o->gate, o->n * o->rows);
 }
 
@@ -394,7 +394,7 @@ static void test_router_scores(dsv3_scoring_func scoring) {
     o.matrix = reals(E * E, 0, 0);
     for (size_t e = 0; e < E; e++) o.matrix[e * E + e] = 1;
     o.w = matrix(o.matrix, E, E);
-    o.scratch = reals(dsv3_linear_scratch(&o.ctx, N, E), 0, 0);
+    o.scratch = reals(linear_floats(&o.ctx, N, E), 0, 0);
     dsv3_router_scores(&o.ctx, &o.c, score, o.x, &o.w, NULL, N, o.scratch);
     fill(dz, N * E, 5, 6); /* must not matter */
     dsv3_router_scores_backward(&o.c, dz, o.dy, score, N);
@@ -726,11 +726,11 @@ static void see_routing(void *user, int32_t layer, const real *score, const int3
 static dsv3_result weight_tensor(void *user, const dsv3_tensor_info *info) {
     real **at = (real **)user;
     size_t n = info->rows * info->cols;
-    double width = info->group == DSV3_GROUP_EMBED ? 1.5 : sqrt(3.0 / (double)info->cols);
+    double width = info->kind == DSV3_KIND_EMBED ? 1.5 : sqrt(3.0 / (double)info->cols);
     if (info->optional) return DSV3_OK;
     if (info->rank == 2) fill(*at, n, -width, width);
     if (info->rank == 1) fill(*at, n, 0.5, 1.5);
-    if (info->rank == 1 && info->group == DSV3_GROUP_ROUTER) fill(*at, n, -0.125, 0.125);
+    if (info->rank == 1 && info->kind == DSV3_KIND_ROUTER) fill(*at, n, -0.125, 0.125);
     *at += n;
     return DSV3_OK;
 }
@@ -749,10 +749,10 @@ static void open_setup(setup *a, uint64_t seed) {
         fprintf(stderr, "%s: %s %s\n", a->name, error.name, error.why);
         exit(2);
     }
-    CHECK_EQ(dsv3_trainer_size(&a->c, &a->s, 1, &bytes), DSV3_OK);
+    CHECK_EQ(dsv3_trainer_size(&a->c, &a->s, 1, &bytes, NULL), DSV3_OK);
     a->memory = test_alloc(bytes);
     memset(a->memory, 0xFF, bytes);
-    CHECK_EQ(dsv3_trainer_init(&a->t, &a->c, &a->s, 1, a->memory, bytes), DSV3_OK);
+    CHECK_EQ(dsv3_trainer_init(&a->c, &a->t, &a->s, 1, a->memory, bytes, NULL), DSV3_OK);
     test_state = seed;
     at = a->t.weights.data;
     dsv3_model_tensors(&a->c, weight_tensor, &at);
@@ -821,7 +821,7 @@ static dsv3_result walk_on(walk *w, const dsv3_tensor_info *info) {
 
 /* Must this tensor's gradient be 0 exactly? */
 static int must_be_zero(const setup *a, const dsv3_tensor_info *info) {
-    if (info->group == DSV3_GROUP_ROUTER && info->rank == 1) return 1;
+    if (info->kind == DSV3_KIND_ROUTER && info->rank == 1) return 1;
     return info->expert >= 0 && !a->used[info->layer][info->expert];
 }
 
@@ -866,7 +866,7 @@ static dsv3_result difference_tensor(void *user, const dsv3_tensor_info *info) {
     for (size_t i = 0; i < sample && i < n; i++) {
         size_t at = n <= sample ? i : (size_t)(test_random() % n);
         double want;
-        if (info->group == DSV3_GROUP_ROUTER && info->rank == 1) break; /* outside the gradient */
+        if (info->kind == DSV3_KIND_ROUTER && info->rank == 1) break; /* outside the gradient */
         want = slope_of_setup(a, a->t.weights.data + w->at, at, choices);
         w->skipped += isnan(want) != 0;
         if (!isnan(want)) verdict_add(&v, at, w->g[w->at + at], want);
@@ -968,13 +968,13 @@ static void test_split(setup *a, const real *g) {
  * weights, no modules), and for the embedding, which modules and main model share, the gradient by a copy of it that
  * only the modules see. */
 
-static int is_main(const dsv3_tensor_info *info) { return info->layer < 3 && info->group != DSV3_GROUP_MTP; }
+static int is_main(const dsv3_tensor_info *info) { return info->layer < 3 && info->kind != DSV3_KIND_MTP; }
 static int is_trunk(const dsv3_tensor_info *info) {
-    return is_main(info) && info->group != DSV3_GROUP_EMBED && info->group != DSV3_GROUP_HEAD;
+    return is_main(info) && info->kind != DSV3_KIND_EMBED && info->kind != DSV3_KIND_HEAD;
 }
 static int is_module(const dsv3_tensor_info *info) { return !is_main(info); }
-static int is_head(const dsv3_tensor_info *info) { return info->group == DSV3_GROUP_HEAD; }
-static int is_embed(const dsv3_tensor_info *info) { return info->group == DSV3_GROUP_EMBED; }
+static int is_head(const dsv3_tensor_info *info) { return info->kind == DSV3_KIND_HEAD; }
+static int is_embed(const dsv3_tensor_info *info) { return info->kind == DSV3_KIND_EMBED; }
 
 static real *detached(setup *a, int trunk, int head) {
     a->t.settings.detach_trunk = trunk;

@@ -47,9 +47,9 @@ static void test_oracle(int which, int form, dsv3_type type) {
 static void reference(synth *s, int32_t *token, float *logits, uint64_t seed) {
     test_state = seed;
     synth_tokens(token, S, s->config.vocab_size);
-    dsv3_cache_truncate(&s->caches[0], 0);
+    dsv3_cache_truncate(&s->caches[0], 0, NULL);
     synth_demand(synth_forward(s, logits, token, S, 0, NULL), "reference", NULL);
-    dsv3_cache_truncate(&s->caches[0], 0);
+    dsv3_cache_truncate(&s->caches[0], 0, NULL);
 }
 
 static void test_same_sequence(int which, int form) {
@@ -64,23 +64,23 @@ static void test_same_sequence(int which, int form) {
     for (size_t t = 0; t < S; t++) CHECK_EQ(synth_forward(s, got + t * V, token + t, 1, 0, &e), DSV3_OK);
     CHECK(memcmp(got, want, n) == 0); /* token by token */
     /* go astray at position 10, come back, continue: as if never having been there */
-    CHECK_EQ(dsv3_cache_truncate(&s->caches[0], 10), DSV3_OK);
+    CHECK_EQ(dsv3_cache_truncate(&s->caches[0], 10, NULL), DSV3_OK);
     CHECK_EQ(synth_forward(s, other, junk, 7, 0, &e), DSV3_OK);
     CHECK_EQ(s->caches[0].length, 17);
-    CHECK_EQ(dsv3_cache_truncate(&s->caches[0], 10), DSV3_OK);
+    CHECK_EQ(dsv3_cache_truncate(&s->caches[0], 10, NULL), DSV3_OK);
     CHECK_EQ(synth_forward(s, got, token + 10, S - 10, 0, &e), DSV3_OK);
     CHECK(memcmp(got, want + 10 * V, (S - 10) * row) == 0);
     /* a fork continues like the original, and does not touch it */
-    CHECK_EQ(dsv3_cache_truncate(&s->caches[0], 12), DSV3_OK);
-    CHECK_EQ(dsv3_cache_copy(&s->caches[1], &s->caches[0]), DSV3_OK);
+    CHECK_EQ(dsv3_cache_truncate(&s->caches[0], 12, NULL), DSV3_OK);
+    CHECK_EQ(dsv3_cache_copy(&s->caches[1], &s->caches[0], NULL), DSV3_OK);
     CHECK_EQ(s->caches[1].length, 12);
     CHECK_EQ(synth_forward(s, other, junk, 5, 0, &e), DSV3_OK);
     CHECK_EQ(synth_forward(s, got, token + 12, S - 12, 1, &e), DSV3_OK);
     CHECK(memcmp(got, want + 12 * V, (S - 12) * row) == 0);
-    CHECK_EQ(dsv3_cache_truncate(&s->caches[0], 12), DSV3_OK);
+    CHECK_EQ(dsv3_cache_truncate(&s->caches[0], 12, NULL), DSV3_OK);
     CHECK_EQ(synth_forward(s, got, token + 12, S - 12, 0, &e), DSV3_OK);
     CHECK(memcmp(got, want + 12 * V, (S - 12) * row) == 0);
-    CHECK_EQ(dsv3_cache_copy(&s->caches[0], &s->caches[0]), DSV3_OK);
+    CHECK_EQ(dsv3_cache_copy(&s->caches[0], &s->caches[0], NULL), DSV3_OK);
     CHECK_EQ(s->caches[0].length, S);
     free(want), free(got), free(other);
     synth_close(s);
@@ -104,7 +104,7 @@ static void test_mixed_batch(int which, int form) {
     for (int given = 0; given < 2; given++) {
         size_t done[N] = {0, 0, 0}, total = 0;
         for (int i = 0; i < N; i++) {
-            dsv3_cache_truncate(&s->caches[i], 0);
+            dsv3_cache_truncate(&s->caches[i], 0, NULL);
             if (before[i] > 0) CHECK_EQ(synth_forward(s, got, token[i], before[i], i, &e), DSV3_OK);
         }
         while (total < rows[0] + rows[1] + rows[2]) {
@@ -150,12 +150,12 @@ static void test_outputs(void) {
     batch.output = output; /* in the order of the list, repetitions too */
     CHECK_EQ(dsv3_forward(&s->context, got, &s->model, s->caches, 1, &batch, &s->ws, &e), DSV3_OK);
     for (size_t i = 0; i < 5; i++) CHECK(memcmp(got + i * V, want + (size_t)output[i] * V, row) == 0);
-    dsv3_cache_truncate(&s->caches[0], 0);
+    dsv3_cache_truncate(&s->caches[0], 0, NULL);
     batch.output = NULL; /* the last ones */
     batch.outputs = 3;
     CHECK_EQ(dsv3_forward(&s->context, got, &s->model, s->caches, 1, &batch, &s->ws, &e), DSV3_OK);
     CHECK(memcmp(got, want + 5 * V, 3 * row) == 0);
-    dsv3_cache_truncate(&s->caches[0], 0);
+    dsv3_cache_truncate(&s->caches[0], 0, NULL);
     batch.outputs = 0; /* none: the cache is filled all the same */
     CHECK_EQ(dsv3_forward(&s->context, NULL, &s->model, s->caches, 1, &batch, &s->ws, &e), DSV3_OK);
     CHECK_EQ(s->caches[0].length, 8);
@@ -186,7 +186,7 @@ static void test_dirty_workspace(int which, int form) {
         }
         CHECK_EQ(synth_forward(s, got, token, S, 0, NULL), DSV3_OK);
         CHECK(memcmp(got, want, n) == 0);
-        dsv3_cache_truncate(&s->caches[0], 0);
+        dsv3_cache_truncate(&s->caches[0], 0, NULL);
     }
     free(want), free(got);
     synth_close(s);
@@ -293,9 +293,9 @@ static void test_bad_calls(void) {
     position[3] = 9, REFUSE(DSV3_ERR_POSITION, "position[3]"), position[3] = 7;
     /* a full cache: sequence 2 has room for 2 more */
     sequence[0] = sequence[2] = sequence[3] = 2;
-    c.batch.position = NULL, REFUSE(DSV3_ERR_CONTEXT, "position[3]");
+    c.batch.position = NULL, REFUSE(DSV3_ERR_FULL, "position[3]");
     position[0] = 7, position[2] = 8, position[3] = 9;
-    c.batch.position = position, REFUSE(DSV3_ERR_CONTEXT, "position[3]"), c = good;
+    c.batch.position = position, REFUSE(DSV3_ERR_FULL, "position[3]"), c = good;
     sequence[0] = sequence[2] = 0, position[0] = 3, position[2] = 4, position[3] = 7;
     /* a cache of another model */
     foreign = s->caches[1];
@@ -316,14 +316,14 @@ static void test_full_cache(void) {
     int32_t token[8] = {0, 1, 2, 3, 4, 5, 6, 7};
     dsv3_error e;
     synth_run(s, 8, 1, 1, 7, DSV3_BF16);
-    CHECK_EQ(synth_forward(s, logits, token, 8, 0, &e), DSV3_ERR_CONTEXT);
+    CHECK_EQ(synth_forward(s, logits, token, 8, 0, &e), DSV3_ERR_FULL);
     CHECK(strcmp(e.name, "position[7]") == 0 && e.expected[0] == 0 && e.expected[1] == 6 && e.found[0] == 7);
     CHECK_EQ(s->caches[0].length, 0);
     CHECK_EQ(synth_forward(s, logits, token, 6, 0, &e), DSV3_OK);
-    CHECK_EQ(synth_forward(s, logits, token, 2, 0, &e), DSV3_ERR_CONTEXT);
+    CHECK_EQ(synth_forward(s, logits, token, 2, 0, &e), DSV3_ERR_FULL);
     CHECK_EQ(synth_forward(s, logits, token, 1, 0, &e), DSV3_OK);
     CHECK_EQ(s->caches[0].length, 7);
-    CHECK_EQ(synth_forward(s, logits, token, 1, 0, &e), DSV3_ERR_CONTEXT);
+    CHECK_EQ(synth_forward(s, logits, token, 1, 0, &e), DSV3_ERR_FULL);
     CHECK_EQ(s->caches[0].length, 7);
     free(logits);
     synth_close(s);
@@ -398,7 +398,7 @@ static void test_nan_weight(void) {
             CHECK_EQ(s->caches[0].length, 0);
             CHECK_EQ(synth_forward(s, got, token, (size_t)row, 1, &e), DSV3_OK); /* the rows before it are sound */
             CHECK(memcmp(got, want, logits_bytes(s, (size_t)row)) == 0);
-            dsv3_cache_truncate(&s->caches[1], 0);
+            dsv3_cache_truncate(&s->caches[1], 0, NULL);
             synth_set(t, 5, old);
         }
     }
@@ -428,7 +428,7 @@ static void test_bad_embedding(int which, float bad) {
         while (token[i] == BAD);
     }
     CHECK_EQ(synth_forward(s, want, token, S, 0, &e), DSV3_OK);
-    dsv3_cache_truncate(&s->caches[0], 0);
+    dsv3_cache_truncate(&s->caches[0], 0, NULL);
     CHECK_EQ(synth_forward(s, got, token, 4, 0, &e), DSV3_OK);
     CHECK_EQ(synth_forward(s, got, token, 2, 1, &e), DSV3_OK);
     for (int i = 0; i < N; i++) mixed[i] = i % 2 == 0 ? token[4 + i / 2] : i == 3 ? BAD : 1;
@@ -520,7 +520,7 @@ static void replay_routing(void *user, int32_t layer, const float *score, const 
     r->open = 0;
     r->seen++;
     r->wrong += memcmp(idx, r->idx[layer] + r->first * K, n * K * sizeof *idx) != 0;
-    r->wrong += dsv3_router_weights(&r->s->config, want, idx, score, n) != DSV3_OK;
+    r->wrong += dsv3_router_weights(&r->s->config, want, idx, score, n, NULL) != DSV3_OK;
     r->wrong += memcmp(want, gate, n * K * sizeof *gate) != 0;
     memcpy(r->gate[layer] + r->first * K, gate, n * K * sizeof *gate);
 }
@@ -533,7 +533,7 @@ static void replay_begin(replay *r, synth *s, replay_mode mode) {
     s->context.observer.user = r;
     s->context.observer.choose = replay_choose;
     s->context.observer.routing = replay_routing;
-    dsv3_cache_truncate(&s->caches[0], 0);
+    dsv3_cache_truncate(&s->caches[0], 0, NULL);
 }
 
 /* Other biases: by itself the model would now choose otherwise. */
@@ -576,7 +576,7 @@ static void test_replay(int which) {
         CHECK(r->same < r->offers && r->offers == moe * S && r->wrong == 0);
         s->context.observer.choose = NULL; /* and this is what the biases would have done */
         s->context.observer.routing = NULL;
-        dsv3_cache_truncate(&s->caches[0], 0);
+        dsv3_cache_truncate(&s->caches[0], 0, NULL);
         CHECK_EQ(synth_forward(s, got, token, S, 0, NULL), DSV3_OK);
         CHECK(memcmp(got, want, n) != 0);
     }
@@ -607,7 +607,7 @@ static void test_bad_replay(void) {
     r->first = 5;
     CHECK_EQ(synth_forward(s, got, token + 5, S - 5, 0, NULL), DSV3_OK);
     r->mode = REPLAY_BAD;
-    dsv3_cache_truncate(&s->caches[0], 5);
+    dsv3_cache_truncate(&s->caches[0], 5, NULL);
     for (int l = 0; l < 2; l++) {
         for (size_t p = 0; p < 3; p++) {
             for (size_t i = 0; i < 5; i++) {
@@ -674,35 +674,35 @@ static void test_cache_setup(void) {
     size_t need = 0;
     unsigned char *memory;
     bad.kv_lora_rank = 0;
-    CHECK_EQ(dsv3_cache_size(&c, 5, DSV3_F32, &need), DSV3_OK);
+    CHECK_EQ(dsv3_cache_size(&c, 5, DSV3_F32, &need, NULL), DSV3_OK);
     memory = (unsigned char *)synth_alloc(need + 64);
     memset(memory, 0x5A, need + 64);
-    CHECK_EQ(dsv3_cache_init(NULL, &c, 5, DSV3_F32, memory, need), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_cache_init(&cache, NULL, 5, DSV3_F32, memory, need), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_cache_init(&cache, &bad, 5, DSV3_F32, memory, need), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_cache_init(&cache, &c, 0, DSV3_F32, memory, need), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_cache_init(&cache, &c, (size_t)DSV3_MAX_SEQ + 1, DSV3_F32, memory, need), DSV3_ERR_LIMIT);
-    CHECK_EQ(dsv3_cache_init(&cache, &c, 5, DSV3_F16, memory, need), DSV3_ERR_UNSUPPORTED);
-    CHECK_EQ(dsv3_cache_init(&cache, &c, 5, (dsv3_type)9, memory, need), DSV3_ERR_UNSUPPORTED);
-    CHECK_EQ(dsv3_cache_init(&cache, &c, 5, DSV3_F32, NULL, need), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_cache_init(&cache, &c, 5, DSV3_F32, memory, need - 1), DSV3_ERR_MEMORY);
-    CHECK_EQ(dsv3_cache_init(&cache, &c, 5, DSV3_F32, memory, 0), DSV3_ERR_MEMORY);
-    CHECK_EQ(dsv3_cache_init(&cache, &c, 6, DSV3_F32, memory, need), DSV3_ERR_MEMORY);
+    CHECK_EQ(dsv3_cache_init(&c, NULL, 5, DSV3_F32, memory, need, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_init(NULL, &cache, 5, DSV3_F32, memory, need, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_init(&bad, &cache, 5, DSV3_F32, memory, need, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_init(&c, &cache, 0, DSV3_F32, memory, need, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_init(&c, &cache, (size_t)DSV3_MAX_SEQ + 1, DSV3_F32, memory, need, NULL), DSV3_ERR_LIMIT);
+    CHECK_EQ(dsv3_cache_init(&c, &cache, 5, DSV3_F16, memory, need, NULL), DSV3_ERR_UNSUPPORTED);
+    CHECK_EQ(dsv3_cache_init(&c, &cache, 5, (dsv3_type)9, memory, need, NULL), DSV3_ERR_UNSUPPORTED);
+    CHECK_EQ(dsv3_cache_init(&c, &cache, 5, DSV3_F32, NULL, need, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_init(&c, &cache, 5, DSV3_F32, memory, need - 1, NULL), DSV3_ERR_MEMORY);
+    CHECK_EQ(dsv3_cache_init(&c, &cache, 5, DSV3_F32, memory, 0, NULL), DSV3_ERR_MEMORY);
+    CHECK_EQ(dsv3_cache_init(&c, &cache, 6, DSV3_F32, memory, need, NULL), DSV3_ERR_MEMORY);
     for (size_t shift = 1; shift < DSV3_ALIGN; shift *= 2) {
-        CHECK_EQ(dsv3_cache_init(&cache, &c, 5, DSV3_F32, memory + shift, need), DSV3_ERR_ALIGN);
+        CHECK_EQ(dsv3_cache_init(&c, &cache, 5, DSV3_F32, memory + shift, need, NULL), DSV3_ERR_ALIGN);
     }
-    CHECK_EQ(dsv3_cache_init(&cache, &c, 5, DSV3_F32, memory, need), DSV3_OK);
+    CHECK_EQ(dsv3_cache_init(&c, &cache, 5, DSV3_F32, memory, need, NULL), DSV3_OK);
     CHECK(untouched(memory, need + 64)); /* a cache need not even be cleared */
     CHECK(cache.length == 0 && cache.capacity == 5 && cache.layers == 4 && cache.width == 36);
     CHECK((unsigned char *)cache.data + 4u * 5 * 36 * 4 <= memory + need);
-    CHECK_EQ(dsv3_cache_truncate(&cache, 0), DSV3_OK);
-    CHECK_EQ(dsv3_cache_truncate(&cache, 1), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_truncate(&cache, 0, NULL), DSV3_OK);
+    CHECK_EQ(dsv3_cache_truncate(&cache, 1, NULL), DSV3_ERR_ARG);
     cache.length = 4;
-    CHECK_EQ(dsv3_cache_truncate(&cache, 5), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_cache_truncate(&cache, SIZE_MAX), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_truncate(&cache, 5, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_truncate(&cache, SIZE_MAX, NULL), DSV3_ERR_ARG);
     CHECK_EQ(cache.length, 4);
-    CHECK_EQ(dsv3_cache_truncate(&cache, 4), DSV3_OK);
-    CHECK_EQ(dsv3_cache_truncate(NULL, 0), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_truncate(&cache, 4, NULL), DSV3_OK);
+    CHECK_EQ(dsv3_cache_truncate(NULL, 0, NULL), DSV3_ERR_ARG);
     synth_release(memory);
 }
 
@@ -715,24 +715,24 @@ static void test_cache_copy(void) {
     void *memory;
     synth_run(s, 5, 1, 2, 9, DSV3_F32);
     CHECK_EQ(synth_forward(s, logits, token, 5, 0, NULL), DSV3_OK);
-    CHECK_EQ(dsv3_cache_copy(NULL, &s->caches[0]), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_cache_copy(&s->caches[1], NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_copy(NULL, &s->caches[0], NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_copy(&s->caches[1], NULL, NULL), DSV3_ERR_ARG);
     other = s->caches[1];
     other.width--;
-    CHECK_EQ(dsv3_cache_copy(&other, &s->caches[0]), DSV3_ERR_MISMATCH);
+    CHECK_EQ(dsv3_cache_copy(&other, &s->caches[0], NULL), DSV3_ERR_MISMATCH);
     other = s->caches[1], other.layers++;
-    CHECK_EQ(dsv3_cache_copy(&other, &s->caches[0]), DSV3_ERR_MISMATCH);
+    CHECK_EQ(dsv3_cache_copy(&other, &s->caches[0], NULL), DSV3_ERR_MISMATCH);
     other = s->caches[1], other.type = DSV3_BF16;
-    CHECK_EQ(dsv3_cache_copy(&other, &s->caches[0]), DSV3_ERR_MISMATCH);
+    CHECK_EQ(dsv3_cache_copy(&other, &s->caches[0], NULL), DSV3_ERR_MISMATCH);
     CHECK_EQ(s->caches[1].length, 0);
     for (size_t capacity = 4; capacity <= 5; capacity++) { /* a shorter one will do when it holds what is filled */
-        CHECK_EQ(dsv3_cache_size(&s->config, capacity, DSV3_F32, &bytes), DSV3_OK);
+        CHECK_EQ(dsv3_cache_size(&s->config, capacity, DSV3_F32, &bytes, NULL), DSV3_OK);
         memory = synth_alloc(bytes);
-        CHECK_EQ(dsv3_cache_init(&small, &s->config, capacity, DSV3_F32, memory, bytes), DSV3_OK);
-        CHECK_EQ(dsv3_cache_copy(&small, &s->caches[0]), capacity == 4 ? DSV3_ERR_CONTEXT : DSV3_OK);
+        CHECK_EQ(dsv3_cache_init(&s->config, &small, capacity, DSV3_F32, memory, bytes, NULL), DSV3_OK);
+        CHECK_EQ(dsv3_cache_copy(&small, &s->caches[0], NULL), capacity == 4 ? DSV3_ERR_FULL : DSV3_OK);
         CHECK_EQ(small.length, capacity == 4 ? 0 : 5);
         if (capacity == 5) {
-            CHECK_EQ(dsv3_cache_copy(&s->caches[1], &small), DSV3_OK);
+            CHECK_EQ(dsv3_cache_copy(&s->caches[1], &small, NULL), DSV3_OK);
             for (size_t l = 0; l < 4; l++) { /* there and back: the same rows, nothing else touched */
                 const unsigned char *a = (const unsigned char *)s->caches[0].data + l * 9 * 36 * 4;
                 const unsigned char *b = (const unsigned char *)s->caches[1].data + l * 9 * 36 * 4;
@@ -751,25 +751,25 @@ static void test_workspace_setup(void) {
     size_t need = 0;
     unsigned char *memory;
     bad.n_group = 3;
-    CHECK_EQ(dsv3_workspace_size(&c, 5, 2, &need), DSV3_OK);
+    CHECK_EQ(dsv3_workspace_size(&c, 5, 2, &need, NULL), DSV3_OK);
     memory = (unsigned char *)synth_alloc(need + 64);
     memset(memory, 0x5A, need + 64);
-    CHECK_EQ(dsv3_workspace_init(NULL, &c, 5, 2, memory, need), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_workspace_init(&ws, NULL, 5, 2, memory, need), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_workspace_init(&ws, &bad, 5, 2, memory, need), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_workspace_init(&ws, &c, 0, 2, memory, need), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_workspace_init(&ws, &c, 5, 0, memory, need), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_workspace_init(&ws, &c, (size_t)DSV3_MAX_SEQ + 1, 2, memory, need), DSV3_ERR_LIMIT);
-    CHECK_EQ(dsv3_workspace_init(&ws, &c, 5, SIZE_MAX, memory, need), DSV3_ERR_OVERFLOW);
-    CHECK_EQ(dsv3_workspace_init(&ws, &c, 5, 2, NULL, need), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_workspace_init(&ws, &c, 5, 2, memory, need - 1), DSV3_ERR_MEMORY);
-    CHECK_EQ(dsv3_workspace_init(&ws, &c, 5, 2, memory, 0), DSV3_ERR_MEMORY);
-    CHECK_EQ(dsv3_workspace_init(&ws, &c, 6, 2, memory, need), DSV3_ERR_MEMORY);
-    CHECK_EQ(dsv3_workspace_init(&ws, &c, 5, 3, memory, need), DSV3_ERR_MEMORY);
+    CHECK_EQ(dsv3_workspace_init(&c, NULL, 5, 2, memory, need, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_workspace_init(NULL, &ws, 5, 2, memory, need, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_workspace_init(&bad, &ws, 5, 2, memory, need, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_workspace_init(&c, &ws, 0, 2, memory, need, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_workspace_init(&c, &ws, 5, 0, memory, need, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_workspace_init(&c, &ws, (size_t)DSV3_MAX_SEQ + 1, 2, memory, need, NULL), DSV3_ERR_LIMIT);
+    CHECK_EQ(dsv3_workspace_init(&c, &ws, 5, SIZE_MAX, memory, need, NULL), DSV3_ERR_OVERFLOW);
+    CHECK_EQ(dsv3_workspace_init(&c, &ws, 5, 2, NULL, need, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_workspace_init(&c, &ws, 5, 2, memory, need - 1, NULL), DSV3_ERR_MEMORY);
+    CHECK_EQ(dsv3_workspace_init(&c, &ws, 5, 2, memory, 0, NULL), DSV3_ERR_MEMORY);
+    CHECK_EQ(dsv3_workspace_init(&c, &ws, 6, 2, memory, need, NULL), DSV3_ERR_MEMORY);
+    CHECK_EQ(dsv3_workspace_init(&c, &ws, 5, 3, memory, need, NULL), DSV3_ERR_MEMORY);
     for (size_t shift = 1; shift < DSV3_ALIGN; shift *= 2) {
-        CHECK_EQ(dsv3_workspace_init(&ws, &c, 5, 2, memory + shift, need), DSV3_ERR_ALIGN);
+        CHECK_EQ(dsv3_workspace_init(&c, &ws, 5, 2, memory + shift, need, NULL), DSV3_ERR_ALIGN);
     }
-    CHECK_EQ(dsv3_workspace_init(&ws, &c, 5, 2, memory, need), DSV3_OK);
+    CHECK_EQ(dsv3_workspace_init(&c, &ws, 5, 2, memory, need, NULL), DSV3_OK);
     CHECK(untouched(memory, need + 64));
     CHECK(ws.rows == 5 && ws.threads == 2);
     synth_release(memory);
@@ -781,8 +781,8 @@ static void test_exact_memory(void) {
     size_t ws_bytes = 0, cache_bytes = 0;
     float *logits = (float *)test_alloc(logits_bytes(s, 5));
     int32_t token[5] = {5, 4, 3, 2, 1};
-    CHECK_EQ(dsv3_workspace_size(&s->config, 5, 1, &ws_bytes), DSV3_OK);
-    CHECK_EQ(dsv3_cache_size(&s->config, 5, DSV3_BF16, &cache_bytes), DSV3_OK);
+    CHECK_EQ(dsv3_workspace_size(&s->config, 5, 1, &ws_bytes, NULL), DSV3_OK);
+    CHECK_EQ(dsv3_cache_size(&s->config, 5, DSV3_BF16, &cache_bytes, NULL), DSV3_OK);
     for (size_t shift = 0; shift < 64; shift += DSV3_ALIGN) {
         unsigned char *a = (unsigned char *)synth_alloc(ws_bytes + 64);
         unsigned char *b = (unsigned char *)synth_alloc(cache_bytes + 64);
@@ -794,8 +794,8 @@ static void test_exact_memory(void) {
         memset(&batch, 0, sizeof batch);
         batch.rows = batch.outputs = 5;
         batch.token = token;
-        CHECK_EQ(dsv3_workspace_init(&ws, &s->config, 5, 1, a + shift, ws_bytes), DSV3_OK);
-        CHECK_EQ(dsv3_cache_init(&cache, &s->config, 5, DSV3_BF16, b + shift, cache_bytes), DSV3_OK);
+        CHECK_EQ(dsv3_workspace_init(&s->config, &ws, 5, 1, a + shift, ws_bytes, NULL), DSV3_OK);
+        CHECK_EQ(dsv3_cache_init(&s->config, &cache, 5, DSV3_BF16, b + shift, cache_bytes, NULL), DSV3_OK);
         CHECK_EQ(dsv3_forward(&s->context, logits, &s->model, &cache, 1, &batch, &ws, NULL), DSV3_OK);
         CHECK(untouched(a, shift) && untouched(a + shift + ws_bytes, 64 - shift));
         CHECK(untouched(b, shift) && untouched(b + shift + cache_bytes, 64 - shift));
@@ -822,7 +822,7 @@ static void test_bad_end(void) {
     CHECK_EQ(s->caches[0].length, 0);
     synth_set(head, 9, old);
     CHECK_EQ(synth_forward(s, got, token, 3, 0, &e), DSV3_OK);
-    dsv3_cache_truncate(&s->caches[0], 0);
+    dsv3_cache_truncate(&s->caches[0], 0, NULL);
     synth_set(embed, 2 * (size_t)s->config.hidden_size, 1e22f);
     CHECK_EQ(synth_forward(s, got, token, 3, 0, &e), DSV3_ERR_NAN);
     CHECK(strcmp(e.name, "row[1]") == 0);

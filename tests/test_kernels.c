@@ -1678,7 +1678,7 @@ int main(void) {
     check_backend_names();
     for (int i = DSV3_BACKEND_REFERENCE; i < DSV3_BACKENDS; i++) {
         dsv3_context ctx;
-        dsv3_result result = dsv3_context_init(&ctx, (dsv3_backend)i, 1);
+        dsv3_result result = dsv3_context_init(&ctx, (dsv3_backend)i, 1, NULL);
         if (result == DSV3_ERR_UNSUPPORTED && i > DSV3_BACKEND_REFERENCE) continue; /* not on this machine */
         CHECK_EQ(result, DSV3_OK);
         CHECK(strcmp(ctx.backend, dsv3_backend_name((dsv3_backend)i)) == 0);

@@ -74,7 +74,7 @@ static void expect(synth *s, const char *name, int how, int code, const char *bl
     memcpy(&f.how, &how, sizeof f.how);
     f.code = (dsv3_result)code;
     memset(error, 0xFF, sizeof *error);
-    result = dsv3_model_bind(&s->model, &s->config, s->model_memory, s->model_bytes, find_spoiled, &f, error);
+    result = dsv3_model_bind(&s->config, &s->model, s->model_memory, s->model_bytes, find_spoiled, &f, error);
     snprintf(line, sizeof line, "%s spoiled by %d: got %d \"%s\", want %d \"%s\"", name, how, (int)result,
              error->name, code, blame);
     test_count(result == code && error->code == code && strcmp(error->name, blame) == 0, __FILE__, __LINE__, line);
@@ -82,7 +82,7 @@ static void expect(synth *s, const char *name, int how, int code, const char *bl
     if (result == DSV3_OK) return;
     dsv3_error_text(error, text, sizeof text);
     CHECK(strlen(text) > strlen(blame) + 5);
-    result = dsv3_model_bind(&s->model, &s->config, s->model_memory, s->model_bytes, find_spoiled, &f, NULL);
+    result = dsv3_model_bind(&s->config, &s->model, s->model_memory, s->model_bytes, find_spoiled, &f, NULL);
     CHECK_EQ(result, code);
 }
 
@@ -162,7 +162,7 @@ static void test_scales(void) {
         if (t->t.type != DSV3_F8_E4M3) {
             if (t->info.rank == 2) { /* any matrix may be FP8, and then needs scales */
                 spoiled f = {s, t->info.name, SPOIL_FP8, DSV3_OK, 0};
-                CHECK_EQ(dsv3_model_bind(&s->model, &c, s->model_memory, s->model_bytes, find_spoiled, &f, &e),
+                CHECK_EQ(dsv3_model_bind(&c, &s->model, s->model_memory, s->model_bytes, find_spoiled, &f, &e),
                          DSV3_ERR_MISSING);
                 CHECK(strcmp(e.name, name) == 0);
             }
@@ -205,7 +205,7 @@ static void test_given_scales(void) {
     int32_t token[TOKENS] = {1, 2, 3, 4, 5, 6};
     synth_run(s, TOKENS, 1, 1, TOKENS, DSV3_F32);
     CHECK_EQ(synth_forward(s, asked, token, TOKENS, 0, &e), DSV3_OK);
-    CHECK_EQ(dsv3_model_bind(&s->model, &s->config, s->model_memory, s->model_bytes, find_with_scales, s, &e),
+    CHECK_EQ(dsv3_model_bind(&s->config, &s->model, s->model_memory, s->model_bytes, find_with_scales, s, &e),
              DSV3_OK);
     CHECK(s->model.norm.scale == NULL && s->model.lm_head.scale == NULL);
     CHECK(s->model.layers[0].mlp.up_proj.scale != NULL);
@@ -288,31 +288,31 @@ static void test_mtp(void) {
     CHECK(s->model.layers[4].kv_b_proj.data == synth_get(s, 4, -1, "self_attn.kv_b_proj.weight")->data);
     CHECK(s->model.layers[5].is_moe && s->model.layers[5].experts[7].up_proj.data != NULL);
     memset(&e, 0xFF, sizeof e);
-    CHECK_EQ(dsv3_model_bind(&s->model, &c, s->model_memory, s->model_bytes, find_without, s, &e), DSV3_OK);
+    CHECK_EQ(dsv3_model_bind(&c, &s->model, s->model_memory, s->model_bytes, find_without, s, &e), DSV3_OK);
     CHECK_EQ(s->model.n_mtp, 0);
     CHECK(e.code == DSV3_OK && e.name[0] == '\0');
     for (int first = 3; first <= 6; first++) { /* the last modules are not there */
         f.s = s, f.first = first, f.last = 99, f.gone = NULL;
-        CHECK_EQ(dsv3_model_bind(&s->model, &c, s->model_memory, s->model_bytes, find_cut, &f, &e), DSV3_OK);
+        CHECK_EQ(dsv3_model_bind(&c, &s->model, s->model_memory, s->model_bytes, find_cut, &f, &e), DSV3_OK);
         CHECK_EQ(s->model.n_mtp, first - 3);
     }
     f.first = f.last = 4; /* module 2 of 3 is not there: module 3 cannot be used without it */
-    CHECK_EQ(dsv3_model_bind(&s->model, &c, s->model_memory, s->model_bytes, find_cut, &f, &e), DSV3_OK);
+    CHECK_EQ(dsv3_model_bind(&c, &s->model, s->model_memory, s->model_bytes, find_cut, &f, &e), DSV3_OK);
     CHECK_EQ(s->model.n_mtp, 1);
     f.first = f.last = 99; /* a module with a part missing is a broken file */
     for (size_t i = 0; i < s->count; i++) {
         const dsv3_tensor_info *info = &s->tensors[i].info;
         if (info->layer != 4 || info->optional || strstr(info->name, "eh_proj") != NULL) continue;
         f.gone = info->name;
-        CHECK_EQ(dsv3_model_bind(&s->model, &c, s->model_memory, s->model_bytes, find_cut, &f, &e), DSV3_ERR_MISSING);
+        CHECK_EQ(dsv3_model_bind(&c, &s->model, s->model_memory, s->model_bytes, find_cut, &f, &e), DSV3_ERR_MISSING);
         CHECK(strcmp(e.name, info->name) == 0);
     }
     f.gone = "model.layers.3.embed_tokens.weight"; /* the copies fall back to the main model's */
-    CHECK_EQ(dsv3_model_bind(&s->model, &c, s->model_memory, s->model_bytes, find_cut, &f, &e), DSV3_OK);
+    CHECK_EQ(dsv3_model_bind(&c, &s->model, s->model_memory, s->model_bytes, find_cut, &f, &e), DSV3_OK);
     CHECK(s->model.n_mtp == 3 && s->model.mtp[0].embed_tokens.data == s->model.embed_tokens.data);
     CHECK(s->model.mtp[0].shared_head_head.data != s->model.lm_head.data);
     f.gone = "model.layers.5.shared_head.head.weight";
-    CHECK_EQ(dsv3_model_bind(&s->model, &c, s->model_memory, s->model_bytes, find_cut, &f, &e), DSV3_OK);
+    CHECK_EQ(dsv3_model_bind(&c, &s->model, s->model_memory, s->model_bytes, find_cut, &f, &e), DSV3_OK);
     CHECK(s->model.n_mtp == 3 && s->model.mtp[2].shared_head_head.data == s->model.lm_head.data);
     synth_close(s);
 }
@@ -357,29 +357,29 @@ static void test_memory(void) {
     size_t need = s->model_bytes;
     unsigned char *memory = (unsigned char *)synth_alloc(need + 64);
     memset(memory, 0x5A, need + 64);
-    CHECK_EQ(dsv3_model_bind(&model, &c, memory, need - 1, synth_find, s, &e), DSV3_ERR_MEMORY);
+    CHECK_EQ(dsv3_model_bind(&c, &model, memory, need - 1, synth_find, s, &e), DSV3_ERR_MEMORY);
     CHECK(strcmp(e.name, "memory") == 0 && e.expected[0] == (int64_t)need && e.found[0] == (int64_t)need - 1);
-    CHECK_EQ(dsv3_model_bind(&model, &c, memory, 0, synth_find, s, &e), DSV3_ERR_MEMORY);
-    CHECK_EQ(dsv3_model_bind(&model, &c, NULL, need, synth_find, s, &e), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_model_bind(&c, &model, memory, 0, synth_find, s, &e), DSV3_ERR_MEMORY);
+    CHECK_EQ(dsv3_model_bind(&c, &model, NULL, need, synth_find, s, &e), DSV3_ERR_ARG);
     CHECK(strcmp(e.name, "memory") == 0);
     for (size_t shift = 1; shift <= 32; shift *= 2) {
         int want = shift % DSV3_ALIGN == 0 ? DSV3_OK : DSV3_ERR_ALIGN;
         if (want == DSV3_OK) continue;
-        CHECK_EQ(dsv3_model_bind(&model, &c, memory + shift, need, synth_find, s, &e), want);
+        CHECK_EQ(dsv3_model_bind(&c, &model, memory + shift, need, synth_find, s, &e), want);
         CHECK(strcmp(e.name, "memory") == 0);
     }
-    CHECK_EQ(dsv3_model_bind(NULL, &c, memory, need, synth_find, s, &e), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_model_bind(&model, NULL, memory, need, synth_find, s, &e), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_model_bind(&model, &c, memory, need, NULL, s, &e), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_model_bind(&c, NULL, memory, need, synth_find, s, &e), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_model_bind(NULL, &model, memory, need, synth_find, s, &e), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_model_bind(&c, &model, memory, need, NULL, s, &e), DSV3_ERR_ARG);
     CHECK_EQ(dsv3_model_bind(NULL, NULL, NULL, 0, NULL, NULL, NULL), DSV3_ERR_ARG);
     c.hidden_size = 0;
-    CHECK_EQ(dsv3_model_bind(&model, &c, memory, need, synth_find, s, &e), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_model_bind(&c, &model, memory, need, synth_find, s, &e), DSV3_ERR_ARG);
     CHECK(strcmp(e.name, "hidden_size") == 0);
     CHECK(all_bytes(memory, need + 64, 0x5A)); /* none of these wrote anything */
     c = s->config;
     for (size_t shift = 0; shift < 64; shift += DSV3_ALIGN) { /* every legal beginning, nothing past the end */
         memset(memory, 0x5A, need + 64);
-        CHECK_EQ(dsv3_model_bind(&model, &c, memory + shift, need, synth_find, s, &e), DSV3_OK);
+        CHECK_EQ(dsv3_model_bind(&c, &model, memory + shift, need, synth_find, s, &e), DSV3_OK);
         CHECK(all_bytes(memory, shift, 0x5A) && all_bytes(memory + shift + need, 64 - shift, 0x5A));
         CHECK((const unsigned char *)model.layers >= memory + shift);
         CHECK((uintptr_t)model.layers % DSV3_ALIGN == 0);

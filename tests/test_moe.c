@@ -40,11 +40,11 @@ static void check_layer(synth *s, int layer, size_t n) {
     for (size_t t = 0; t < n; t++) oracle_ffn(s, layer, y64 + t * d, u64 + t * d, &margin);
     CHECK(margin > 1e-6); /* else rounding may decide: take other numbers */
     memset(s->ws_memory, 0xFF, s->ws_bytes);
-    CHECK_EQ(dsv3_ffn_forward(&s->context, y, u, &s->model, w, n, &s->ws), DSV3_OK);
+    CHECK_EQ(dsv3_ffn_forward(&s->context, y, u, &s->model, w, n, &s->ws, NULL), DSV3_OK);
     CHECK_CLOSE(y, y64, n * d, 2e-6);
     if (w->is_moe) check_slots(&s->ws, n, K, (size_t)s->config.n_routed_experts);
     for (size_t t = 0; t < n; t++) {
-        dsv3_ffn_forward(&s->context, alone, u + t * d, &s->model, w, 1, &s->ws);
+        dsv3_ffn_forward(&s->context, alone, u + t * d, &s->model, w, 1, &s->ws, NULL);
         differ += memcmp(alone, y + t * d, d * sizeof *alone) != 0;
     }
     CHECK_EQ(differ, 0);
@@ -74,7 +74,7 @@ static void test_crowd(int which, const int *chosen) {
     for (size_t k = 0; k < K; k++) synth_set(bias, (size_t)chosen[k], (float)(40 - 4 * k));
     synth_run(s, ROWS, 1, 1, ROWS, DSV3_F32);
     check_layer(s, layer, ROWS);
-    dsv3_ffn_forward(&s->context, row_of_y, row_of_u, &s->model, &s->model.layers[layer], ROWS, &s->ws);
+    dsv3_ffn_forward(&s->context, row_of_y, row_of_u, &s->model, &s->model.layers[layer], ROWS, &s->ws, NULL);
     for (size_t i = 0; i < ROWS * K; i++) CHECK_EQ(s->ws.idx[i], chosen[i % K]);
     for (size_t e = 0; e < E; e++) {
         size_t rows = 0;
@@ -94,7 +94,7 @@ static void test_one_expert(void) {
         synth_set(synth_get(s, 2, -1, "mlp.gate.e_score_correction_bias"), (size_t)e, 8.0f);
         synth_run(s, ROWS, 1, 1, ROWS, DSV3_F32);
         check_layer(s, 2, ROWS);
-        dsv3_ffn_forward(&s->context, row_of_y, row_of_u, &s->model, &s->model.layers[2], ROWS, &s->ws);
+        dsv3_ffn_forward(&s->context, row_of_y, row_of_u, &s->model, &s->model.layers[2], ROWS, &s->ws, NULL);
         CHECK_EQ(s->ws.offset[e], 0);
         CHECK_EQ(s->ws.offset[e + 1], ROWS);
         synth_close(s);
@@ -123,11 +123,11 @@ static void test_ties(void) {
     test_fill(u, 2 * 64, -1.7f, 1.7f);
     for (size_t i = 0; i < gate->t.rows * gate->t.cols; i++) synth_encode(DSV3_F32, gate->data, i, 0.0f);
     for (size_t i = 0; i < 16; i++) synth_set(bias, i, 0.0f);
-    CHECK_EQ(dsv3_ffn_forward(&s->context, y, u, &s->model, &s->model.layers[1], 2, &s->ws), DSV3_OK);
+    CHECK_EQ(dsv3_ffn_forward(&s->context, y, u, &s->model, &s->model.layers[1], 2, &s->ws, NULL), DSV3_OK);
     for (int i = 0; i < 8; i++) CHECK_EQ(s->ws.idx[i], all_equal[i % 4]);
     synth_set(bias, 8, 0.25f); /* groups 2 and 3 win and tie; within them the others tie */
     synth_set(bias, 12, 0.25f);
-    CHECK_EQ(dsv3_ffn_forward(&s->context, y, u, &s->model, &s->model.layers[1], 2, &s->ws), DSV3_OK);
+    CHECK_EQ(dsv3_ffn_forward(&s->context, y, u, &s->model, &s->model.layers[1], 2, &s->ws, NULL), DSV3_OK);
     for (int i = 0; i < 8; i++) CHECK_EQ(s->ws.idx[i], late_groups[i % 4]);
     synth_close(s);
 }
@@ -139,12 +139,12 @@ static void test_nan_row(void) {
     float u[5 * 64], good[5 * 64], y[5 * 64];
     synth_run(s, n, 1, 1, n, DSV3_F32);
     test_fill(u, n * d, -1.7f, 1.7f);
-    CHECK_EQ(dsv3_ffn_forward(&s->context, good, u, &s->model, &s->model.layers[1], n, &s->ws), DSV3_OK);
+    CHECK_EQ(dsv3_ffn_forward(&s->context, good, u, &s->model, &s->model.layers[1], n, &s->ws, NULL), DSV3_OK);
     u[bad * d + 7] = (float)NAN;
-    CHECK_EQ(dsv3_ffn_forward(&s->context, y, u, &s->model, &s->model.layers[1], n, &s->ws), DSV3_ERR_NAN);
+    CHECK_EQ(dsv3_ffn_forward(&s->context, y, u, &s->model, &s->model.layers[1], n, &s->ws, NULL), DSV3_ERR_NAN);
     for (size_t t = 0; t < n; t++) CHECK((memcmp(y + t * d, good + t * d, d * sizeof *y) == 0) == (t != bad));
     check_slots(&s->ws, n, 4, 16);
-    CHECK_EQ(dsv3_ffn_forward(&s->context, y, u, &s->model, &s->model.layers[0], n, &s->ws), DSV3_OK);
+    CHECK_EQ(dsv3_ffn_forward(&s->context, y, u, &s->model, &s->model.layers[0], n, &s->ws, NULL), DSV3_OK);
     synth_close(s);
 }
 

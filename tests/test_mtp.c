@@ -61,11 +61,11 @@ static void rig_run(rig *r, size_t rows, size_t threads, size_t n, size_t capaci
     r->n = n;
     r->modules = (dsv3_cache *)test_alloc(r->D * n * sizeof *r->modules);
     r->memory = (void **)test_alloc(r->D * n * sizeof *r->memory);
-    synth_demand(dsv3_mtp_cache_size(&r->s->config, capacity, type, &r->bytes), "cache size", NULL);
+    synth_demand(dsv3_cache_mtp_size(&r->s->config, capacity, type, &r->bytes, NULL), "cache size", NULL);
     for (size_t i = 0; i < r->D * n; i++) {
         r->memory[i] = synth_alloc(r->bytes);
         memset(r->memory[i], 0xA5, r->bytes);
-        synth_demand(dsv3_mtp_cache_init(&r->modules[i], &r->s->config, capacity, type, r->memory[i], r->bytes),
+        synth_demand(dsv3_cache_mtp_init(&r->s->config, &r->modules[i], capacity, type, r->memory[i], r->bytes, NULL),
                      "cache", NULL);
     }
 }
@@ -308,7 +308,7 @@ static void backwards(void *user, size_t threads, size_t n, dsv3_task task, void
 /* `threads` of OpenMP where it is compiled in, else of the hook. */
 static void set_threads(rig *r, size_t threads, int hook) {
     dsv3_attention form = r->s->context.attention;
-    synth_demand(dsv3_context_init(&r->s->context, test_backend(), threads), "context", NULL);
+    synth_demand(dsv3_context_init(&r->s->context, test_backend(), threads, NULL), "context", NULL);
     if (hook) r->s->context.parallel_for = backwards;
     r->s->context.threads = threads;
     r->s->context.attention = form;
@@ -457,7 +457,7 @@ static void test_outputs(void) {
              DSV3_OK);
     CHECK_EQ(module(&r, 1, got, token + 8, NULL, 3, hidden + 7 * r.d, NULL), DSV3_OK);
     CHECK(same_bits(got, depth + 7 * r.V, 3 * r.V));
-    CHECK_EQ(dsv3_cache_truncate(&r.modules[0], 0), DSV3_OK);
+    CHECK_EQ(dsv3_cache_truncate(&r.modules[0], 0, NULL), DSV3_OK);
     batch.outputs = 3, batch.output = output;
     CHECK_EQ(dsv3_mtp_forward(&r.s->context, got, &r.s->model, 1, r.modules, 1, &batch, hidden, &r.s->ws, NULL),
              DSV3_OK);
@@ -550,7 +550,7 @@ static void refuse_rows(bad_call c, int32_t *token, int32_t *sequence, int32_t *
     position[0] = -1, REFUSE(DSV3_ERR_POSITION, "position[0]"), position[0] = 4;
     sequence[1] = 2, REFUSE(DSV3_ERR_ARG, "sequence[1]"), sequence[1] = -1, REFUSE(DSV3_ERR_ARG, "sequence[1]");
     sequence[1] = 0; /* one row too many for cache 0 */
-    c.batch.position = NULL, REFUSE(DSV3_ERR_CONTEXT, "position[3]"), sequence[1] = 1;
+    c.batch.position = NULL, REFUSE(DSV3_ERR_FULL, "position[3]"), sequence[1] = 1;
 }
 
 static void test_bad_calls(void) {
@@ -584,7 +584,7 @@ static void test_bad_calls(void) {
     snapshot(&c, 0);
     REFUSE(DSV3_ERR_POSITION, "position[0]");
     c.batch.position = NULL;
-    REFUSE(DSV3_ERR_CONTEXT, "position[0]"); /* full */
+    REFUSE(DSV3_ERR_FULL, "position[0]"); /* full */
     free(c.before), free(logits), free(hidden);
     rig_close(&r);
 }
@@ -661,27 +661,27 @@ static void test_cache_setup(void) {
     size_t need = 0, other = 0;
     unsigned char *memory;
     bad.kv_lora_rank = 0;
-    CHECK_EQ(dsv3_mtp_cache_size(&c, 5, DSV3_F32, &need), DSV3_OK);
-    CHECK_EQ(dsv3_mtp_cache_size(NULL, 5, DSV3_F32, &other), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_mtp_cache_size(&bad, 5, DSV3_F32, &other), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_mtp_cache_size(&c, 0, DSV3_F32, &other), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_mtp_cache_size(&c, (size_t)DSV3_MAX_SEQ + 1, DSV3_F32, &other), DSV3_ERR_LIMIT);
-    CHECK_EQ(dsv3_mtp_cache_size(&c, 5, DSV3_F8_E4M3, &other), DSV3_ERR_UNSUPPORTED);
-    CHECK_EQ(dsv3_cache_size(&c, 5, DSV3_F32, &other), DSV3_OK);
+    CHECK_EQ(dsv3_cache_mtp_size(&c, 5, DSV3_F32, &need, NULL), DSV3_OK);
+    CHECK_EQ(dsv3_cache_mtp_size(NULL, 5, DSV3_F32, &other, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_mtp_size(&bad, 5, DSV3_F32, &other, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_mtp_size(&c, 0, DSV3_F32, &other, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_mtp_size(&c, (size_t)DSV3_MAX_SEQ + 1, DSV3_F32, &other, NULL), DSV3_ERR_LIMIT);
+    CHECK_EQ(dsv3_cache_mtp_size(&c, 5, DSV3_F8_E4M3, &other, NULL), DSV3_ERR_UNSUPPORTED);
+    CHECK_EQ(dsv3_cache_size(&c, 5, DSV3_F32, &other, NULL), DSV3_OK);
     CHECK(need < other);
     memory = (unsigned char *)synth_alloc(need + 64);
     memset(memory, 0x5A, need + 64);
-    CHECK_EQ(dsv3_mtp_cache_init(NULL, &c, 5, DSV3_F32, memory, need), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_mtp_cache_init(&cache, NULL, 5, DSV3_F32, memory, need), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_mtp_cache_init(&cache, &c, 5, DSV3_F32, NULL, need), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_mtp_cache_init(&cache, &c, 5, DSV3_F16, memory, need), DSV3_ERR_UNSUPPORTED);
-    CHECK_EQ(dsv3_mtp_cache_init(&cache, &c, 5, DSV3_F32, memory, need - 1), DSV3_ERR_MEMORY);
-    CHECK_EQ(dsv3_mtp_cache_init(&cache, &c, 5, DSV3_F32, memory, 0), DSV3_ERR_MEMORY);
-    CHECK_EQ(dsv3_mtp_cache_init(&cache, &c, 6, DSV3_F32, memory, need), DSV3_ERR_MEMORY);
+    CHECK_EQ(dsv3_cache_mtp_init(&c, NULL, 5, DSV3_F32, memory, need, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_mtp_init(NULL, &cache, 5, DSV3_F32, memory, need, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_mtp_init(&c, &cache, 5, DSV3_F32, NULL, need, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_mtp_init(&c, &cache, 5, DSV3_F16, memory, need, NULL), DSV3_ERR_UNSUPPORTED);
+    CHECK_EQ(dsv3_cache_mtp_init(&c, &cache, 5, DSV3_F32, memory, need - 1, NULL), DSV3_ERR_MEMORY);
+    CHECK_EQ(dsv3_cache_mtp_init(&c, &cache, 5, DSV3_F32, memory, 0, NULL), DSV3_ERR_MEMORY);
+    CHECK_EQ(dsv3_cache_mtp_init(&c, &cache, 6, DSV3_F32, memory, need, NULL), DSV3_ERR_MEMORY);
     for (size_t shift = 1; shift < DSV3_ALIGN; shift *= 2) {
-        CHECK_EQ(dsv3_mtp_cache_init(&cache, &c, 5, DSV3_F32, memory + shift, need), DSV3_ERR_ALIGN);
+        CHECK_EQ(dsv3_cache_mtp_init(&c, &cache, 5, DSV3_F32, memory + shift, need, NULL), DSV3_ERR_ALIGN);
     }
-    CHECK_EQ(dsv3_mtp_cache_init(&cache, &c, 5, DSV3_F32, memory, need), DSV3_OK);
+    CHECK_EQ(dsv3_cache_mtp_init(&c, &cache, 5, DSV3_F32, memory, need, NULL), DSV3_OK);
     CHECK(untouched(memory, need + 64));
     CHECK(cache.length == 0 && cache.capacity == 5 && cache.layers == 1 && cache.width == 36);
     synth_release(memory);
@@ -699,8 +699,8 @@ static void exact_memory_case(const dsv3_config *c) {
     test_fill(hidden, 5 * r.d, -1, 1);
     rig_run(&r, 5, 1, 1, 5, DSV3_BF16);
     CHECK_EQ(module(&r, 1, want, token, NULL, 5, hidden, NULL), DSV3_OK);
-    CHECK_EQ(dsv3_workspace_size(&r.s->config, 5, 1, &ws_bytes), DSV3_OK);
-    CHECK_EQ(dsv3_mtp_cache_size(&r.s->config, 5, DSV3_BF16, &cache_bytes), DSV3_OK);
+    CHECK_EQ(dsv3_workspace_size(&r.s->config, 5, 1, &ws_bytes, NULL), DSV3_OK);
+    CHECK_EQ(dsv3_cache_mtp_size(&r.s->config, 5, DSV3_BF16, &cache_bytes, NULL), DSV3_OK);
     for (size_t shift = 0; shift < 64; shift += DSV3_ALIGN) {
         unsigned char *a = (unsigned char *)synth_alloc(ws_bytes + 64);
         unsigned char *b = (unsigned char *)synth_alloc(cache_bytes + 64);
@@ -708,8 +708,8 @@ static void exact_memory_case(const dsv3_config *c) {
         dsv3_workspace ws;
         memset(a, 0x5A, ws_bytes + 64), memset(a + shift, shift % 16 ? 0xFF : 0x7F, ws_bytes);
         memset(b, 0x5A, cache_bytes + 64), memset(b + shift, 0xFF, cache_bytes);
-        CHECK_EQ(dsv3_workspace_init(&ws, &r.s->config, 5, 1, a + shift, ws_bytes), DSV3_OK);
-        CHECK_EQ(dsv3_mtp_cache_init(&cache, &r.s->config, 5, DSV3_BF16, b + shift, cache_bytes), DSV3_OK);
+        CHECK_EQ(dsv3_workspace_init(&r.s->config, &ws, 5, 1, a + shift, ws_bytes, NULL), DSV3_OK);
+        CHECK_EQ(dsv3_cache_mtp_init(&r.s->config, &cache, 5, DSV3_BF16, b + shift, cache_bytes, NULL), DSV3_OK);
         CHECK_EQ(dsv3_mtp_forward(&r.s->context, got, &r.s->model, 1, &cache, 1, &batch, hidden, &ws, NULL), DSV3_OK);
         CHECK(same_bits(got, want, 5 * r.V));
         CHECK(untouched(a, shift) && untouched(a + shift + ws_bytes, 64 - shift));
@@ -1344,10 +1344,10 @@ static void refuse_text_sizes(bad_text c) {
     c.modules = c.caches, c.losses->depths = 1, REFUSE_TEXT(DSV3_ERR_MISMATCH, "caches[0]"), c = good;
     c.losses->depths = 2;
     c.n_caches = 1, REFUSE_TEXT(DSV3_ERR_ARG, "sequence[4]"), c = good;
-    c.caches[1].capacity = 1, REFUSE_TEXT(DSV3_ERR_CONTEXT, "position[5]"), c.caches[1].capacity = S;
+    c.caches[1].capacity = 1, REFUSE_TEXT(DSV3_ERR_FULL, "position[5]"), c.caches[1].capacity = S;
     c.modules[3].capacity = 0; /* of depth 2: the second sequence has two tokens, so no row there */
     CHECK_EQ(dsv3_evaluate(c.context, c.losses, c.model, c.caches, c.modules, 2, c.text, c.ws, NULL), DSV3_OK);
-    c.modules[2].capacity = 1, REFUSE_TEXT(DSV3_ERR_CONTEXT, "position[1]");
+    c.modules[2].capacity = 1, REFUSE_TEXT(DSV3_ERR_FULL, "position[1]");
     c.modules[2].capacity = c.modules[3].capacity = S;
 }
 

@@ -111,7 +111,7 @@ static void linear_case(dsv3_type type, size_t rows, size_t cols, size_t shift) 
     weights w = weights_make(type, rows, cols, shift);
     float *x = (float *)test_alloc(N * cols * sizeof(float)), *y = (float *)test_alloc(N * rows * sizeof(float));
     float *one = (float *)test_alloc(rows * sizeof(float));
-    size_t floats = dsv3_linear_scratch(&ctx, N, cols);
+    size_t floats = linear_floats(&ctx, N, cols);
     float *scratch = (float *)test_alloc(floats * sizeof(float));
     int alone = 0, wrong;
     test_fill(x, N * cols, -1, 1);
@@ -217,7 +217,7 @@ static void linear_parts(products *p, const dsv3_context *pieces, float *scratch
 static void linear_many(products *p, const dsv3_context *pieces) {
     int *calls = (int *)pieces->parallel_user, before = *calls;
     size_t workers = dsv3i_engine_linear_floats(0, 1, pieces->threads); /* rounded rows come behind their room */
-    float *scratch = (float *)test_alloc(dsv3_linear_scratch(pieces, 6, 700) * sizeof(float));
+    float *scratch = (float *)test_alloc(linear_floats(pieces, 6, 700) * sizeof(float));
     dsv3i_job jobs[3];
     for (int cut = 0; cut < 2; cut++) {
         products_clear(p);
@@ -239,7 +239,7 @@ static void linear_jobs(void) {
     pieces.parallel_for = backwards;
     pieces.parallel_user = &calls;
     pieces.threads = 3;
-    scratch = (float *)test_alloc(dsv3_linear_scratch(&pieces, 6, 700) * sizeof(float));
+    scratch = (float *)test_alloc(linear_floats(&pieces, 6, 700) * sizeof(float));
     for (size_t j = 0; j < 3; j++) {
         size_t rows = some_rows[j], cols = some_cols[j], n = some_n[j];
         p.w[j] = weights_make(j == 0 ? DSV3_BF16 : DSV3_F8_E4M3, rows, cols, j);
@@ -477,8 +477,8 @@ static void entropy_case(dsv3_type type, size_t V, size_t d) {
     enum { N = 8 };
     static const int32_t wish[N] = {0, 1023, 1024, DSV3_IGNORE, 1022, 2047, 2048, INT32_MAX};
     weights w = weights_make(type, V, d, 1);
-    size_t floats = dsv3_cross_entropy_scratch(&ctx, &w.tensor, N);
-    size_t floats_one = dsv3_cross_entropy_scratch(&ctx, &w.tensor, 1);
+    size_t floats = cross_entropy_floats(&ctx, &w.tensor, N);
+    size_t floats_one = cross_entropy_floats(&ctx, &w.tensor, 1);
     float *u = (float *)test_alloc(N * d * sizeof(float)), *nll = (float *)test_alloc(N * sizeof(float)), one;
     float *scratch = (float *)test_alloc(floats * sizeof(float)), *scratch_one;
     int32_t target[N];
@@ -523,7 +523,7 @@ static void entropy_peak(size_t V, size_t peak, float low, float high) {
     for (size_t i = 0; i < V; i++) head[i] = i == peak ? high : low;
     w.data = head, w.scale = NULL, w.rows = V, w.cols = 1, w.type = DSV3_F32, w.rank = 2, w.packed = 0;
     target[0] = (int32_t)peak, target[1] = peak == 0 ? 1 : 0, target[2] = DSV3_IGNORE;
-    scratch = (float *)test_alloc(dsv3_cross_entropy_scratch(&ctx, &w, 3) * sizeof(float));
+    scratch = (float *)test_alloc(cross_entropy_floats(&ctx, &w, 3) * sizeof(float));
     dsv3_cross_entropy(&ctx, nll, u, &w, target, 3, scratch);
     CHECK(fabs((double)nll[0] - rest) <= 2e-6);
     CHECK(fabs((double)nll[1] - (rest + ((double)high - (double)low))) <= 2e-6 + UNIT * (double)(high - low));
@@ -548,7 +548,7 @@ static void entropy_nan(void) {
     static const int32_t target[N] = {7, 1400, DSV3_IGNORE, 3};
     weights w = weights_make(DSV3_F32, V, D, 0);
     float u[N * D], good[N], bad[N];
-    float *scratch = (float *)test_alloc(dsv3_cross_entropy_scratch(&ctx, &w.tensor, N) * sizeof(float));
+    float *scratch = (float *)test_alloc(cross_entropy_floats(&ctx, &w.tensor, N) * sizeof(float));
     test_fill(u, N * D, -1, 1);
     dsv3_cross_entropy(&ctx, good, u, &w.tensor, target, N, scratch);
     u[D + 3] = u[2 * D] = NAN;
@@ -572,9 +572,9 @@ static void entropy_threads(void) {
             dsv3_context many;
             int calls = 0;
             float *scratch;
-            CHECK_EQ(dsv3_context_init(&many, test_backend(), threads), DSV3_OK); /* OpenMP, or serial */
+            CHECK_EQ(dsv3_context_init(&many, test_backend(), threads, NULL), DSV3_OK); /* OpenMP, or serial */
             if (hook) many.parallel_for = backwards, many.parallel_user = &calls, many.threads = threads;
-            scratch = (float *)test_alloc(dsv3_cross_entropy_scratch(&many, &w.tensor, N) * sizeof(float));
+            scratch = (float *)test_alloc(cross_entropy_floats(&many, &w.tensor, N) * sizeof(float));
             memset(got, 0xFF, sizeof got);
             dsv3_cross_entropy(&many, got, u, &w.tensor, target, N, scratch);
             if (threads == 1 && !hook) memcpy(want, got, sizeof want);
@@ -583,13 +583,17 @@ static void entropy_threads(void) {
             free(scratch);
         }
     }
-    CHECK_EQ(dsv3_cross_entropy_scratch(&ctx, &w.tensor, SIZE_MAX / 8), SIZE_MAX);
+    {
+        size_t bytes = 1;
+        CHECK_EQ(dsv3_cross_entropy_size(&ctx, &w.tensor, SIZE_MAX / 8, &bytes, NULL), DSV3_ERR_OVERFLOW);
+        CHECK_EQ(bytes, 0);
+    }
     weights_free(&w);
     free(u);
 }
 
 int main(void) {
-    CHECK_EQ(dsv3_context_init(&ctx, test_backend(), 1), DSV3_OK);
+    CHECK_EQ(dsv3_context_init(&ctx, test_backend(), 1, NULL), DSV3_OK);
     linear_all();
     rows_exact();
     linear_jobs();

@@ -303,7 +303,7 @@ static weights weights_new(int kind, size_t rows, size_t cols) {
         x[i] = test_uniform(0.25f, 1) * most * (test_below(2) ? 1.0f : -1.0f) * (0.6f + 0.3f * (float)(part * 5 % 7));
     }
     for (size_t i = 0; kind == F8 && i < rows * cols; i++) data[i] = dsv3_f8_e4m3_from_f32(x[i]);
-    if (kind != F8) CHECK_EQ(dsv3_quantize(data, scale, x, type, rows, cols), DSV3_OK);
+    if (kind != F8) CHECK_EQ(dsv3_quantize(data, scale, x, type, rows, cols, NULL), DSV3_OK);
     w.v = doubles_new(rows * cols);
     for (size_t r = 0; r < rows; r++) {
         plain.ops->decode[type](x, data + r * row_bytes, cols);
@@ -324,9 +324,9 @@ static weights weights_new(int kind, size_t rows, size_t cols) {
 static void pack(const dsv3_context *ctx, dsv3_model *model) {
     size_t bytes;
     void *memory;
-    CHECK_EQ(dsv3_pack_size(ctx, model, &bytes), DSV3_OK);
+    CHECK_EQ(dsv3_pack_size(ctx, model, &bytes, NULL), DSV3_OK);
     memory = bytes_new(bytes, 8);
-    CHECK_EQ(dsv3_pack(ctx, model, memory, bytes), DSV3_OK);
+    CHECK_EQ(dsv3_pack(ctx, model, memory, bytes, NULL), DSV3_OK);
 }
 
 static dsv3_tensor packed_of(const dsv3_context *ctx, const dsv3_tensor *t) {
@@ -1550,10 +1550,10 @@ static void check_all_mlps_backward(int kind) {
 
 int main(int argc, char **argv) {
     int verbose = argc > 1 && strcmp(argv[1], "-v") == 0;
-    CHECK_EQ(dsv3_context_init(&plain, DSV3_BACKEND_REFERENCE, 1), DSV3_OK);
+    CHECK_EQ(dsv3_context_init(&plain, DSV3_BACKEND_REFERENCE, 1, NULL), DSV3_OK);
     plain.threads = 1, plain.parallel_for = NULL;
     for (int i = DSV3_BACKEND_AVX2; i < DSV3_BACKENDS; i++) {
-        if (dsv3_context_init(&contexts[n_contexts], (dsv3_backend)i, 1) == DSV3_OK) n_contexts++;
+        if (dsv3_context_init(&contexts[n_contexts], (dsv3_backend)i, 1, NULL) == DSV3_OK) n_contexts++;
     }
     check_decode();
     for (size_t i = 0; i < n_contexts; i++) {

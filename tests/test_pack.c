@@ -86,7 +86,7 @@ static void logits_of(synth *s, const dsv3_context *ctx, dsv3_compute way, float
     s->context.compute = way;
     test_state = 5;
     synth_tokens(token, ROWS, s->config.vocab_size);
-    dsv3_cache_truncate(&s->caches[0], 0);
+    dsv3_cache_truncate(&s->caches[0], 0, NULL);
     memset(logits, 0xFF, ROWS * (size_t)s->config.vocab_size * sizeof(float));
     CHECK_EQ(synth_forward(s, logits, token, ROWS, 0, NULL), DSV3_OK);
 }
@@ -97,10 +97,10 @@ static void logits_of(synth *s, const dsv3_context *ctx, dsv3_compute way, float
 static void wipe_packed(synth *s, int even) {
     for (size_t i = 0; i < s->count; i++) {
         synth_tensor *t = &s->tensors[i];
-        if (t->info.rank == 1 || t->info.group == DSV3_GROUP_EMBED) continue;
+        if (t->info.rank == 1 || t->info.kind == DSV3_KIND_EMBED) continue;
         if (strstr(t->info.name, "kv_b_proj") && !even) continue;
         if (strstr(t->info.name, "embed_tokens")) continue;
-        if (s->config.tie_word_embeddings && t->info.group == DSV3_GROUP_HEAD) continue;
+        if (s->config.tie_word_embeddings && t->info.kind == DSV3_KIND_HEAD) continue;
         memset(t->data, 0x55, t->t.rows * dsv3_row_bytes(t->t.type, t->t.cols));
         if (t->scale != NULL)
             memset(t->scale, 0xFF, (t->t.rows + 127) / 128 * ((t->t.cols + 127) / 128) * sizeof(float));
@@ -119,10 +119,10 @@ static void check_packed_by(const dsv3_context *packer, const char *name, const 
         sum += 2 * packed_bytes(&plain->model.layers[i].kv_b_proj);
     }
     if (c->tie_word_embeddings) sum -= packed_bytes(&plain->model.lm_head);
-    CHECK_EQ(dsv3_pack_size(packer, &s->model, &bytes), DSV3_OK);
+    CHECK_EQ(dsv3_pack_size(packer, &s->model, &bytes, NULL), DSV3_OK);
     CHECK(bytes >= sum && bytes <= sum + sum / 50 + 64 * (before.n + 8)); /* and alignment of each */
     memory = synth_alloc(bytes);
-    CHECK_EQ(dsv3_pack(packer, &s->model, memory, bytes), DSV3_OK);
+    CHECK_EQ(dsv3_pack(packer, &s->model, memory, bytes, NULL), DSV3_OK);
     wipe_packed(s, even != 0);
     for (size_t i = 0; i < before.n; i++) {
         float *x = decoded(&contexts[0], before.at[i]), *y = decoded(packer, after.at[i]);
@@ -187,9 +187,9 @@ static void check_modules(const dsv3_context *packer, int copies) {
     synth_demand(synth_bind(s, NULL), "bind", NULL);
     CHECK_EQ(s->model.n_mtp, 1);
     CHECK_EQ(s->model.mtp[0].shared_head_head.data == s->model.lm_head.data, !copies);
-    CHECK_EQ(dsv3_pack_size(packer, &s->model, &bytes), DSV3_OK);
+    CHECK_EQ(dsv3_pack_size(packer, &s->model, &bytes, NULL), DSV3_OK);
     memory = synth_alloc(bytes);
-    CHECK_EQ(dsv3_pack(packer, &s->model, memory, bytes), DSV3_OK);
+    CHECK_EQ(dsv3_pack(packer, &s->model, memory, bytes, NULL), DSV3_OK);
     CHECK(s->model.mtp[0].eh_proj.packed && s->model.mtp[0].shared_head_head.packed && s->model.lm_head.packed);
     CHECK(s->model.layers[c.num_hidden_layers].o_proj.packed);
     CHECK_EQ(s->model.mtp[0].shared_head_head.data == s->model.lm_head.data, !copies);
@@ -202,7 +202,7 @@ static void check_modules(const dsv3_context *packer, int copies) {
         CHECK_EQ(wrong, 0);
         free(x);
     }
-    CHECK_EQ(dsv3_pack_size(packer, &s->model, &more), DSV3_OK);
+    CHECK_EQ(dsv3_pack_size(packer, &s->model, &more, NULL), DSV3_OK);
     CHECK_EQ(more, 0);
     synth_close(s), synth_release(memory);
 }
@@ -215,31 +215,31 @@ static void check_errors(const dsv3_context *packer) {
     dsv3_model before = s->model, packed;
     size_t bytes = 7, again = 7, tables = s->model_bytes;
     unsigned char *memory, *copy = (unsigned char *)test_alloc(tables);
-    CHECK_EQ(dsv3_pack_size(NULL, &s->model, &bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_pack_size(packer, NULL, &bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_pack_size(packer, &s->model, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_pack_size(NULL, &s->model, &bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_pack_size(packer, NULL, &bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_pack_size(packer, &s->model, NULL, NULL), DSV3_ERR_ARG);
     CHECK_EQ(bytes, 7);
     memcpy(copy, s->model_memory, tables);
-    CHECK_EQ(dsv3_pack_size(packer, &s->model, &bytes), DSV3_OK);
+    CHECK_EQ(dsv3_pack_size(packer, &s->model, &bytes, NULL), DSV3_OK);
     memory = (unsigned char *)synth_alloc(bytes + 64);
     memset(memory, 0xA5, bytes + 64);
-    CHECK_EQ(dsv3_pack(NULL, &s->model, memory, bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_pack(packer, NULL, memory, bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_pack(packer, &s->model, NULL, bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_pack(packer, &s->model, memory, bytes - 1), DSV3_ERR_MEMORY);
-    CHECK_EQ(dsv3_pack(packer, &s->model, memory, 0), DSV3_ERR_MEMORY);
-    CHECK_EQ(dsv3_pack(packer, &s->model, memory + 1, bytes), DSV3_ERR_ALIGN);
+    CHECK_EQ(dsv3_pack(NULL, &s->model, memory, bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_pack(packer, NULL, memory, bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_pack(packer, &s->model, NULL, bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_pack(packer, &s->model, memory, bytes - 1, NULL), DSV3_ERR_MEMORY);
+    CHECK_EQ(dsv3_pack(packer, &s->model, memory, 0, NULL), DSV3_ERR_MEMORY);
+    CHECK_EQ(dsv3_pack(packer, &s->model, memory + 1, bytes, NULL), DSV3_ERR_ALIGN);
     for (size_t i = 0; i < bytes + 64; i++) again += memory[i] != 0xA5;
     CHECK_EQ(again, 7); /* nothing is written after an error */
     CHECK(memcmp(&before, &s->model, sizeof before) == 0 && memcmp(copy, s->model_memory, tables) == 0);
-    CHECK_EQ(dsv3_pack(packer, &s->model, memory, bytes), DSV3_OK);
+    CHECK_EQ(dsv3_pack(packer, &s->model, memory, bytes, NULL), DSV3_OK);
     for (size_t i = bytes; i < bytes + 64; i++) again += memory[i] != 0xA5;
     CHECK_EQ(again, 7);
     packed = s->model;
     memcpy(copy, s->model_memory, tables);
-    CHECK_EQ(dsv3_pack_size(packer, &s->model, &again), DSV3_OK);
+    CHECK_EQ(dsv3_pack_size(packer, &s->model, &again, NULL), DSV3_OK);
     CHECK_EQ(again, 0);
-    CHECK_EQ(dsv3_pack(packer, &s->model, NULL, 0), DSV3_OK); /* again: nothing to do */
+    CHECK_EQ(dsv3_pack(packer, &s->model, NULL, 0, NULL), DSV3_OK); /* again: nothing to do */
     CHECK(memcmp(&packed, &s->model, sizeof packed) == 0 && memcmp(copy, s->model_memory, tables) == 0);
     synth_close(s), synth_release(memory), free(copy);
 }
@@ -250,9 +250,9 @@ static void check_nothing(void) {
     synth *s = synth_open(&c, SYNTH_FP8, 84);
     dsv3_model before = s->model;
     size_t bytes = 7;
-    CHECK_EQ(dsv3_pack_size(&contexts[0], &s->model, &bytes), DSV3_OK);
+    CHECK_EQ(dsv3_pack_size(&contexts[0], &s->model, &bytes, NULL), DSV3_OK);
     CHECK_EQ(bytes, 0);
-    CHECK_EQ(dsv3_pack(&contexts[0], &s->model, NULL, 0), DSV3_OK);
+    CHECK_EQ(dsv3_pack(&contexts[0], &s->model, NULL, 0, NULL), DSV3_OK);
     CHECK(memcmp(&before, &s->model, sizeof before) == 0);
     synth_close(s);
 }
@@ -274,11 +274,11 @@ static void check_bytes(const dsv3_context *packer) {
         int calls = 0;
         for (int i = 0; i < 2; i++) {
             s[i] = synth_open(&c, types, 85);
-            CHECK_EQ(dsv3_pack_size(i ? packer : &contexts[1], &s[i]->model, &bytes), DSV3_OK);
+            CHECK_EQ(dsv3_pack_size(i ? packer : &contexts[1], &s[i]->model, &bytes, NULL), DSV3_OK);
             memory[i] = (unsigned char *)synth_alloc(bytes);
             memset(memory[i], 0, bytes);
             ctx.parallel_for = i ? backwards : NULL, ctx.parallel_user = &calls, ctx.threads = i ? 3 : 1;
-            CHECK_EQ(dsv3_pack(i ? &ctx : &contexts[1], &s[i]->model, memory[i], bytes), DSV3_OK);
+            CHECK_EQ(dsv3_pack(i ? &ctx : &contexts[1], &s[i]->model, memory[i], bytes, NULL), DSV3_OK);
         }
         CHECK(calls > 0);
         if (dsv3_type_block(s[0]->model.lm_head.type) == 1) CHECK(memcmp(memory[0], memory[1], bytes) == 0);
@@ -297,7 +297,7 @@ static void check_unscaled(const dsv3_context *packer) {
     synth_sizes(&c, (int)V, (int)d, 32, 32, 2, 1);
     s = synth_open(&c, SYNTH_BF16, 86);
     x = (float *)test_alloc(5 * d * sizeof *x), got = (float *)test_alloc(5 * V * sizeof *got);
-    scratch = (float *)test_alloc(dsv3_linear_scratch(packer, 5, d) * sizeof *scratch);
+    scratch = (float *)test_alloc(linear_floats(packer, 5, d) * sizeof *scratch);
     test_fill(x, 5 * d, -1, 1);
     s->model.lm_head.type = DSV3_F8_E4M3; /* the bytes of the BF16 head, most of them numbers */
     for (size_t i = 0; i < V * d; i++) {
@@ -310,9 +310,9 @@ static void check_unscaled(const dsv3_context *packer) {
         want[fast] = (float *)test_alloc(5 * V * sizeof(float));
         dsv3_linear(&ctx, want[fast], x, &s->model.lm_head, 5, scratch);
     }
-    CHECK_EQ(dsv3_pack_size(packer, &s->model, &bytes), DSV3_OK);
+    CHECK_EQ(dsv3_pack_size(packer, &s->model, &bytes, NULL), DSV3_OK);
     memory = synth_alloc(bytes);
-    CHECK_EQ(dsv3_pack(packer, &s->model, memory, bytes), DSV3_OK);
+    CHECK_EQ(dsv3_pack(packer, &s->model, memory, bytes, NULL), DSV3_OK);
     CHECK(s->model.lm_head.packed);
     for (int fast = 0; fast < 2; fast++) {
         dsv3_context ctx = *packer;
@@ -329,7 +329,7 @@ static void check_unscaled(const dsv3_context *packer) {
 
 int main(void) {
     for (int i = DSV3_BACKEND_REFERENCE; i < DSV3_BACKENDS; i++) {
-        if (dsv3_context_init(&contexts[n_contexts], (dsv3_backend)i, 1) != DSV3_OK)
+        if (dsv3_context_init(&contexts[n_contexts], (dsv3_backend)i, 1, NULL) != DSV3_OK)
             continue; /* not on this machine */
         contexts[n_contexts++].parallel_for = NULL;
     }

@@ -122,12 +122,12 @@ static int select_wrong(const dsv3_config *c, const float *score, const float *b
     memset(idx, 0x7F, n * K * sizeof *idx);
     memset(gate, 0xFF, n * K * sizeof *gate);
     memset(scratch, 0xFF, scratch_n * sizeof *scratch);
-    result = dsv3_router_select(c, idx, gate, score, bias, alpha, n, scratch);
+    result = dsv3_router_select(c, idx, gate, score, bias, alpha, n, scratch, NULL);
     memset(scratch, 0x3F, scratch_n * sizeof *scratch);
-    invalid += dsv3_router_select(c, again, gate_again, score, bias, alpha, n, scratch) != result;
+    invalid += dsv3_router_select(c, again, gate_again, score, bias, alpha, n, scratch, NULL) != result;
     invalid += memcmp(idx, again, n * K * sizeof *idx) != 0 || memcmp(gate, gate_again, n * K * sizeof *gate) != 0;
     memset(gate_again, 0xFF, n * K * sizeof *gate);
-    invalid += dsv3_router_weights(c, gate_again, idx, score, n) != DSV3_OK;
+    invalid += dsv3_router_weights(c, gate_again, idx, score, n, NULL) != DSV3_OK;
     invalid += memcmp(gate, gate_again, n * K * sizeof *gate) != 0;
     for (size_t t = 0; t < n; t++) {
         unsigned char taken[MOST] = {0};
@@ -160,7 +160,7 @@ static int select_wrong(const dsv3_config *c, const float *score, const float *b
 /* Scores of three tokens whose logits are z_i(t) = 2 sin(1 + 0.9 i + 1.7 t): row t of x picks column t of W. */
 static void golden_scores(const dsv3_config *c, float *score) {
     static const float x[9] = {1, 0, 0, 0, 1, 0, 0, 0, 1};
-    float w[16 * 3], *scratch = (float *)test_alloc(dsv3_linear_scratch(&ctx, 3, 3) * sizeof(float));
+    float w[16 * 3], *scratch = (float *)test_alloc(linear_floats(&ctx, 3, 3) * sizeof(float));
     dsv3_tensor gate_w;
     for (int i = 0; i < 16; i++) {
         for (int t = 0; t < 3; t++) w[i * 3 + t] = (float)(2 * sin(1 + 0.9 * i + 1.7 * t));
@@ -175,7 +175,7 @@ static void golden_case(const dsv3_config *c, const float *bias, const int32_t *
     float score[3 * 16], gate[3 * 4], scratch[16 + 4];
     int32_t idx[3 * 4];
     golden_scores(c, score);
-    CHECK_EQ(dsv3_router_select(c, idx, gate, score, bias, NULL, 3, scratch), DSV3_OK);
+    CHECK_EQ(dsv3_router_select(c, idx, gate, score, bias, NULL, 3, scratch, NULL), DSV3_OK);
     for (int i = 0; i < 12; i++) {
         CHECK_EQ(idx[i], want_idx[i]);
         CHECK(fabs((double)gate[i] - want_gate[i]) <= 1e-6 * want_gate[i]);
@@ -207,7 +207,7 @@ static void golden(void) {
 /* Scores of logits z [E] through a gate of one column, and a gate bias. */
 static void scores_biased(dsv3_scoring_func func, float *score, const float *z, const float *gate_bias, size_t E) {
     static const float one[1] = {1};
-    float *scratch = (float *)test_alloc(dsv3_linear_scratch(&ctx, 1, 1) * sizeof(float));
+    float *scratch = (float *)test_alloc(linear_floats(&ctx, 1, 1) * sizeof(float));
     dsv3_config c = dsv3_config_default();
     dsv3_tensor gate_w;
     c.scoring_func = func;
@@ -267,7 +267,7 @@ static void scores(void) {
 /* Rows are independent: a NaN token spoils its own scores only. */
 static void scores_rows(void) {
     static const float x[3] = {1, NAN, 2};
-    float z[8], all[24], alone[8], *scratch = (float *)test_alloc(dsv3_linear_scratch(&ctx, 3, 1) * sizeof(float));
+    float z[8], all[24], alone[8], *scratch = (float *)test_alloc(linear_floats(&ctx, 3, 1) * sizeof(float));
     dsv3_config c = dsv3_config_default();
     dsv3_tensor gate_w;
     test_fill(z, 8, -2, 2);
@@ -289,7 +289,7 @@ static void scores_rows(void) {
 static void scores_gate_bias(void) {
     static const size_t sizes[] = {1, 2, 9, 64, 256};
     float w[MOST], gate_bias[MOST], zero[MOST] = {0}, z[MOST], score[3 * MOST], plain[3 * MOST];
-    float *scratch = (float *)test_alloc(dsv3_linear_scratch(&ctx, 3, 1) * sizeof(float));
+    float *scratch = (float *)test_alloc(linear_floats(&ctx, 3, 1) * sizeof(float));
     static const float x[3] = {1, -0.5f, 2};
     for (int func = 0; func < 2; func++) {
         for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
@@ -458,7 +458,7 @@ static float got_gate[MOST];
 
 static dsv3_result pick_alpha(const dsv3_config *c, const float *score, const float *bias, const float *alpha) {
     float scratch[2 * MOST];
-    return dsv3_router_select(c, got_idx, got_gate, score, bias, alpha, 1, scratch);
+    return dsv3_router_select(c, got_idx, got_gate, score, bias, alpha, 1, scratch, NULL);
 }
 
 static dsv3_result pick(const dsv3_config *c, const float *score, const float *bias) {
@@ -543,7 +543,7 @@ static void rows_apart(void) {
     int32_t idx[12];
     test_fill(score, 3 * 16, 0, 1);
     score[16 + 5] = NAN;
-    CHECK_EQ(dsv3_router_select(&c, idx, gate, score, NULL, NULL, 3, scratch), DSV3_ERR_NAN);
+    CHECK_EQ(dsv3_router_select(&c, idx, gate, score, NULL, NULL, 3, scratch, NULL), DSV3_ERR_NAN);
     for (size_t t = 0; t < 3; t += 2) {
         CHECK_EQ(pick(&c, score + t * 16, NULL), DSV3_OK);
         CHECK(memcmp(got_idx, idx + t * 4, 4 * sizeof *idx) == 0);
@@ -671,7 +671,7 @@ static void weights_of_choice(void) {
             int32_t at = (int32_t)(test_random() % (uint64_t)E), step = E % 2 ? 2 : 1;
             for (int32_t k = 0; k < K; k++, at = (at + step) % E) idx[t * (size_t)K + (size_t)k] = at;
         }
-        CHECK_EQ(dsv3_router_weights(&c, gate, idx, score, n), DSV3_OK);
+        CHECK_EQ(dsv3_router_weights(&c, gate, idx, score, n, NULL), DSV3_OK);
         for (size_t t = 0; t < n; t++) {
             choice want;
             memcpy(want.idx, idx + t * (size_t)K, (size_t)K * sizeof *idx);
@@ -700,18 +700,18 @@ static void weights_refused(void) {
         int32_t old = idx[i];
         for (size_t j = 0; j < sizeof bad / sizeof bad[0]; j++) {
             idx[i] = bad[j];
-            CHECK_EQ(dsv3_router_weights(&c, gate, idx, score, N), DSV3_ERR_ARG);
+            CHECK_EQ(dsv3_router_weights(&c, gate, idx, score, N, NULL), DSV3_ERR_ARG);
         }
         for (int k = 1; k < K; k++) { /* the same as another place of its row */
             idx[i] = valid[(i + k) % K];
-            CHECK_EQ(dsv3_router_weights(&c, gate, idx, score, N), DSV3_ERR_ARG);
+            CHECK_EQ(dsv3_router_weights(&c, gate, idx, score, N, NULL), DSV3_ERR_ARG);
         }
         CHECK(memcmp(gate, untouched, sizeof gate) == 0);
         idx[i] = old;
     }
-    CHECK_EQ(dsv3_router_weights(&c, gate, idx, score, 0), DSV3_OK);
+    CHECK_EQ(dsv3_router_weights(&c, gate, idx, score, 0, NULL), DSV3_OK);
     CHECK(memcmp(gate, untouched, sizeof gate) == 0);
-    CHECK_EQ(dsv3_router_weights(&c, gate, idx, score, N), DSV3_OK);
+    CHECK_EQ(dsv3_router_weights(&c, gate, idx, score, N, NULL), DSV3_OK);
     for (int i = 0; i < N * K; i++) CHECK(gate[i] >= 0 && gate[i] <= 1);
 }
 
@@ -755,7 +755,7 @@ static void greedy_ignores_groups(void) {
 
 int main(void) {
     greedy_ignores_groups();
-    CHECK_EQ(dsv3_context_init(&ctx, test_backend(), 1), DSV3_OK);
+    CHECK_EQ(dsv3_context_init(&ctx, test_backend(), 1, NULL), DSV3_OK);
     golden();
     scores();
     scores_rows();

@@ -117,7 +117,7 @@ static dsv3_backend backend; /* the one under test */
 static void set_hook(synth *s, int how, size_t threads) {
     dsv3_attention form = s->context.attention;
     dsv3_compute compute = s->context.compute;
-    synth_demand(dsv3_context_init(&s->context, backend, how == HOW_OPENMP ? threads : 1), "context", NULL);
+    synth_demand(dsv3_context_init(&s->context, backend, how == HOW_OPENMP ? threads : 1, NULL), "context", NULL);
     s->context.attention = form;
     s->context.compute = compute;
     if (how != HOW_OPENMP) s->context.parallel_for = NULL;
@@ -140,7 +140,7 @@ typedef struct subject {
 /* The tokens through cache 0 from its beginning, `chunk` at a time, into got. */
 static void compute(subject *a, size_t chunk) {
     memset(a->got, 0xFF, a->S * a->V * sizeof(float));
-    dsv3_cache_truncate(&a->s->caches[0], 0);
+    dsv3_cache_truncate(&a->s->caches[0], 0, NULL);
     for (size_t t = 0; t < a->S; t += chunk) {
         size_t rows = a->S - t < chunk ? a->S - t : chunk;
         CHECK_EQ(synth_forward(a->s, a->got + t * a->V, a->token + t, rows, 0, NULL), DSV3_OK);
@@ -198,7 +198,7 @@ static void vary_company(subject *a, int how, size_t threads) {
     dsv3_batch batch;
     set_hook(a->s, how, threads);
     memset(a->got, 0xFF, a->S * a->V * sizeof(float));
-    for (int i = 0; i < 3; i++) dsv3_cache_truncate(&a->s->caches[i], 0);
+    for (int i = 0; i < 3; i++) dsv3_cache_truncate(&a->s->caches[i], 0, NULL);
     for (size_t t = 0; t < a->S; t += 7) {
         size_t rows = a->S - t < 7 ? a->S - t : 7, done = 0, n = 0;
         while (done < rows) {
@@ -280,7 +280,7 @@ static void test_wide(void) {
     synth_experts(&c, 96, 1, 6, 4, 2, 2.5f);
     memset(split, 0, sizeof split);
     test_config("wide", &c, SYNTH_BF16, 19, 1);
-    synth_demand(dsv3_context_init(&ctx, backend, 1), "context", NULL);
+    synth_demand(dsv3_context_init(&ctx, backend, 1, NULL), "context", NULL);
     for (int i = 0; i < LOOP_OTHER; i++) CHECK_EQ(split[i] > 0, has_loop(&ctx, i));
     CHECK_EQ(split[LOOP_OTHER], 0);
 }
@@ -301,9 +301,9 @@ static pair pair_open(const dsv3_config *c, int types) {
         p.s[i] = synth_open(c, types, 72);
         set_hook(p.s[i], HOW_SERIAL, 1);
     }
-    CHECK_EQ(dsv3_pack_size(&p.s[PACKED]->context, &p.s[PACKED]->model, &p.bytes), DSV3_OK);
+    CHECK_EQ(dsv3_pack_size(&p.s[PACKED]->context, &p.s[PACKED]->model, &p.bytes, NULL), DSV3_OK);
     p.memory = synth_alloc(p.bytes);
-    CHECK_EQ(dsv3_pack(&p.s[PACKED]->context, &p.s[PACKED]->model, p.memory, p.bytes), DSV3_OK);
+    CHECK_EQ(dsv3_pack(&p.s[PACKED]->context, &p.s[PACKED]->model, p.memory, p.bytes, NULL), DSV3_OK);
     CHECK_EQ(p.bytes > 0, backend != DSV3_BACKEND_REFERENCE);
     CHECK_EQ(p.s[PACKED]->model.lm_head.packed, backend != DSV3_BACKEND_REFERENCE);
     return p;
@@ -405,7 +405,7 @@ static void test_backends(void) {
     for (int i = DSV3_BACKEND_REFERENCE; i < DSV3_BACKENDS; i++) {
         dsv3_context ctx;
         backend = (dsv3_backend)i;
-        if (dsv3_context_init(&ctx, backend, 1) != DSV3_OK) continue; /* not on this machine */
+        if (dsv3_context_init(&ctx, backend, 1, NULL) != DSV3_OK) continue; /* not on this machine */
         for (int types = 0; types < SYNTH_TYPES; types++) {
             if (types != SYNTH_MIXED && (!LIGHT || (types + i) % 2 == 0)) test_ways_even(types);
             if (types != SYNTH_Q8 && types != SYNTH_Q4 && (!LIGHT || (types + i) % 2 == 0)) test_ways_odd(types);

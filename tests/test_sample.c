@@ -108,7 +108,7 @@ static dsv3_result draw(int32_t *token, const float *logits, size_t V, float tem
     dsv3_result result;
     memset(exact, 0xFF, V * sizeof *exact);
     *token = -7;
-    result = dsv3_sample(token, logits, V, temperature, top_p, rng, exact);
+    result = dsv3_sample(token, logits, V, temperature, top_p, rng, exact, NULL);
     free(exact);
     return result;
 }
@@ -134,13 +134,13 @@ static void result_codes(void) {
             CHECK(token >= 0 && token < 4);
         }
     }
-    CHECK_EQ(dsv3_sample(NULL, good, 4, 1, 1, &rng, candidates), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sample(&token, NULL, 4, 1, 1, &rng, candidates), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sample(&token, good, 4, 1, 1, NULL, candidates), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sample(&token, good, 4, 1, 1, &rng, NULL), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sample(&token, good, 0, 1, 1, &rng, candidates), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sample(&token, good, (size_t)DSV3_MAX_VOCAB + 1, 1, 1, &rng, candidates), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sample(&token, good, SIZE_MAX, 1, 1, &rng, candidates), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sample(NULL, good, 4, 1, 1, &rng, candidates, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sample(&token, NULL, 4, 1, 1, &rng, candidates, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sample(&token, good, 4, 1, 1, NULL, candidates, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sample(&token, good, 4, 1, 1, &rng, NULL, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sample(&token, good, 0, 1, 1, &rng, candidates, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sample(&token, good, (size_t)DSV3_MAX_VOCAB + 1, 1, 1, &rng, candidates, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sample(&token, good, SIZE_MAX, 1, 1, &rng, candidates, NULL), DSV3_ERR_ARG);
 }
 
 static void bad_logits(void) {
@@ -180,18 +180,18 @@ static void greedy(void) {
     float logits[MOST];
     dsv3_rng rng = rng_seed(99);
     int32_t token = -1;
-    CHECK_EQ(dsv3_sample(&token, tied, 6, 0, 1, NULL, NULL), DSV3_OK); /* needs neither */
+    CHECK_EQ(dsv3_sample(&token, tied, 6, 0, 1, NULL, NULL, NULL), DSV3_OK); /* needs neither */
     CHECK_EQ(token, 1);
-    CHECK_EQ(dsv3_sample(&token, tied, 6, 1, 0, NULL, NULL), DSV3_OK);
+    CHECK_EQ(dsv3_sample(&token, tied, 6, 1, 0, NULL, NULL, NULL), DSV3_OK);
     CHECK_EQ(token, 1);
-    CHECK_EQ(dsv3_sample(&token, tied, 6, 0, 0.5f, &rng, candidates), DSV3_OK);
+    CHECK_EQ(dsv3_sample(&token, tied, 6, 0, 0.5f, &rng, candidates, NULL), DSV3_OK);
     CHECK_EQ(token, 1);
-    CHECK_EQ(dsv3_sample(&token, tied, 6, 1, 0, &rng, candidates), DSV3_OK);
+    CHECK_EQ(dsv3_sample(&token, tied, 6, 1, 0, &rng, candidates, NULL), DSV3_OK);
     CHECK_EQ(token, 1);
     CHECK(rng.state == 99);
-    CHECK_EQ(dsv3_sample(&token, single, 1, 0, 1, NULL, NULL), DSV3_OK);
+    CHECK_EQ(dsv3_sample(&token, single, 1, 0, 1, NULL, NULL, NULL), DSV3_OK);
     CHECK_EQ(token, 0);
-    CHECK_EQ(dsv3_sample(&token, single, 1, 1, 1, &rng, candidates), DSV3_OK);
+    CHECK_EQ(dsv3_sample(&token, single, 1, 1, 1, &rng, candidates, NULL), DSV3_OK);
     CHECK_EQ(token, 0);
     for (int32_t best = 0; best < MOST; best++) { /* also by temperatures and nuclei that leave one token */
         test_fill(logits, MOST, -5, 5);
@@ -316,7 +316,7 @@ static void distribution(const float *logits, size_t V, float temperature, float
     (void)exact(p, logits, V, (double)temperature, (double)top_p);
     for (int i = 0; i < DRAWS; i++) {
         int32_t token = -1;
-        wrong += dsv3_sample(&token, logits, V, temperature, top_p, &rng, candidates) != DSV3_OK;
+        wrong += dsv3_sample(&token, logits, V, temperature, top_p, &rng, candidates, NULL) != DSV3_OK;
         wrong += token < 0 || (size_t)token >= V;
         if (token >= 0 && (size_t)token < V) seen[token]++;
     }
@@ -369,7 +369,7 @@ static void tail_draw(tail_draws *d, const float *logits, float top_p, double fr
         double u = from + (to - from) * (i + 0.5) / draws;
         dsv3_rng rng = rng_before((uint64_t)ldexp(u, 53) << 11);
         int32_t token = -1;
-        d->failed += dsv3_sample(&token, logits, TAIL + 1, 1, top_p, &rng, scratch) != DSV3_OK;
+        d->failed += dsv3_sample(&token, logits, TAIL + 1, 1, top_p, &rng, scratch, NULL) != DSV3_OK;
         if (token < 1) continue;
         d->hits++;
         d->repeated += token == d->last;
@@ -415,7 +415,7 @@ static void sample_log_ps(void) {
         for (size_t k = 0; k < V; k++) h -= p[k] > 0 ? p[k] * log(p[k]) : 0;
         for (size_t k = 0; k < V; k++) {
             failed += dsv3_sample_log_p(&log_p, k % 2 ? &entropy : NULL, (int32_t)k, logits, V, temperature, top_p,
-                                        candidates) != DSV3_OK;
+                                        candidates, NULL) != DSV3_OK;
             wrong += p[k] > 0 ? fabs(log_p - log(p[k])) > 1e-4 : !(isinf(log_p) && log_p < 0);
             wrong += k % 2 && fabs(entropy - h) > 1e-5;
         }
@@ -429,37 +429,37 @@ static void log_p_edges(void) {
     static const int32_t token[3] = {1, DSV3_IGNORE, 3}, outside[2][1] = {{4}, {-1}};
     double p[3], h = 7;
     for (int i = 0; i < 2; i++) { /* greedy */
-        CHECK_EQ(dsv3_sample_log_p(p, &h, 1, tied, 4, (float)i, 1.0f - (float)i, NULL), DSV3_OK);
+        CHECK_EQ(dsv3_sample_log_p(p, &h, 1, tied, 4, (float)i, 1.0f - (float)i, NULL, NULL), DSV3_OK);
         CHECK(fpclassify(p[0]) == FP_ZERO && fpclassify(h) == FP_ZERO);
-        CHECK_EQ(dsv3_sample_log_p(p, NULL, 2, tied, 4, (float)i, 1.0f - (float)i, NULL), DSV3_OK);
+        CHECK_EQ(dsv3_sample_log_p(p, NULL, 2, tied, 4, (float)i, 1.0f - (float)i, NULL, NULL), DSV3_OK);
         CHECK(isinf(p[0]) && p[0] < 0);
     }
-    CHECK_EQ(dsv3_sample_log_p(NULL, &h, 1, tied, 4, 1, 1, candidates), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sample_log_p(p, &h, 1, NULL, 4, 1, 1, candidates), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sample_log_p(p, &h, 1, tied, 0, 1, 1, candidates), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sample_log_p(p, &h, 1, tied, 4, -1, 1, candidates), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sample_log_p(p, &h, 1, tied, 4, 1, 1.5f, candidates), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sample_log_p(p, &h, 1, tied, 4, 1, 1, NULL), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sample_log_p(p, &h, 4, tied, 4, 1, 1, candidates), DSV3_ERR_TOKEN);
-    CHECK_EQ(dsv3_sample_log_p(p, &h, -1, tied, 4, 1, 1, candidates), DSV3_ERR_TOKEN);
-    CHECK_EQ(dsv3_sample_log_p(p, &h, 0, bad, 2, 1, 1, candidates), DSV3_ERR_NAN);
-    CHECK_EQ(dsv3_log_p(p, tied, &token[0], 1, 4), DSV3_OK);
+    CHECK_EQ(dsv3_sample_log_p(NULL, &h, 1, tied, 4, 1, 1, candidates, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sample_log_p(p, &h, 1, NULL, 4, 1, 1, candidates, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sample_log_p(p, &h, 1, tied, 0, 1, 1, candidates, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sample_log_p(p, &h, 1, tied, 4, -1, 1, candidates, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sample_log_p(p, &h, 1, tied, 4, 1, 1.5f, candidates, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sample_log_p(p, &h, 1, tied, 4, 1, 1, NULL, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sample_log_p(p, &h, 4, tied, 4, 1, 1, candidates, NULL), DSV3_ERR_TOKEN);
+    CHECK_EQ(dsv3_sample_log_p(p, &h, -1, tied, 4, 1, 1, candidates, NULL), DSV3_ERR_TOKEN);
+    CHECK_EQ(dsv3_sample_log_p(p, &h, 0, bad, 2, 1, 1, candidates, NULL), DSV3_ERR_NAN);
+    CHECK_EQ(dsv3_log_p(p, tied, &token[0], 1, 4, NULL), DSV3_OK);
     CHECK(fabs(p[0] + log(2 + exp(-4.0))) < 1e-6);
-    CHECK_EQ(dsv3_log_p(p, tied, &token[1], 1, 4), DSV3_OK);
+    CHECK_EQ(dsv3_log_p(p, tied, &token[1], 1, 4, NULL), DSV3_OK);
     CHECK(fpclassify(p[0]) == FP_ZERO);
-    CHECK_EQ(dsv3_log_p(p, tied, &token[2], 1, 4), DSV3_OK);
+    CHECK_EQ(dsv3_log_p(p, tied, &token[2], 1, 4, NULL), DSV3_OK);
     CHECK(isinf(p[0]) && p[0] < 0);
-    CHECK_EQ(dsv3_log_p(NULL, tied, token, 1, 4), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_log_p(p, NULL, token, 1, 4), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_log_p(p, tied, NULL, 1, 4), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_log_p(p, tied, token, 1, 0), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_log_p(p, tied, token, 1, (size_t)DSV3_MAX_VOCAB + 1), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_log_p(p, tied, outside[0], 1, 4), DSV3_ERR_TOKEN);
-    CHECK_EQ(dsv3_log_p(p, tied, outside[1], 1, 4), DSV3_ERR_TOKEN);
-    CHECK_EQ(dsv3_log_p(p, bad, outside[1], 1, 2), DSV3_ERR_NAN);
-    CHECK_EQ(dsv3_log_p(p, none, token + 1, 1, 1), DSV3_ERR_NAN);
-    CHECK_EQ(dsv3_log_p(p, NULL, token, 0, 4), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_log_p(p, bad, token, 0, 2), DSV3_OK); /* no rows */
+    CHECK_EQ(dsv3_log_p(NULL, tied, token, 1, 4, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_log_p(p, NULL, token, 1, 4, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_log_p(p, tied, NULL, 1, 4, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_log_p(p, tied, token, 1, 0, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_log_p(p, tied, token, 1, (size_t)DSV3_MAX_VOCAB + 1, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_log_p(p, tied, outside[0], 1, 4, NULL), DSV3_ERR_TOKEN);
+    CHECK_EQ(dsv3_log_p(p, tied, outside[1], 1, 4, NULL), DSV3_ERR_TOKEN);
+    CHECK_EQ(dsv3_log_p(p, bad, outside[1], 1, 2, NULL), DSV3_ERR_NAN);
+    CHECK_EQ(dsv3_log_p(p, none, token + 1, 1, 1, NULL), DSV3_ERR_NAN);
+    CHECK_EQ(dsv3_log_p(p, NULL, token, 0, 4, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_log_p(p, bad, token, 0, 2, NULL), DSV3_OK); /* no rows */
 }
 
 /* The largest vocabulary: a float sum of its tail would stop growing long before the end. */
@@ -470,10 +470,10 @@ static void log_p_large(void) {
     double p;
     for (size_t i = 0; i < V; i++) logits[i] = -17;
     logits[0] = 0;
-    CHECK_EQ(dsv3_log_p(&p, logits, token, 1, V), DSV3_OK);
+    CHECK_EQ(dsv3_log_p(&p, logits, token, 1, V, NULL), DSV3_OK);
     CHECK(fabs(p + log(1 + (double)(V - 1) * exp(-17.0))) < 1e-6);
     token[0] = (int32_t)V - 1;
-    CHECK_EQ(dsv3_log_p(&p, logits, token, 1, V), DSV3_OK);
+    CHECK_EQ(dsv3_log_p(&p, logits, token, 1, V, NULL), DSV3_OK);
     CHECK(fabs(p + 17 + log(1 + (double)(V - 1) * exp(-17.0))) < 1e-6);
     free(logits);
 }
@@ -516,7 +516,7 @@ static void top_k_and_min_p(void) {
         some_logits(before, V);
         memcpy(now, before, sizeof now);
         for (size_t t = 0; t < V; t++) keep[t] = rank_of(before, V, t) < k;
-        wrong += dsv3_logits_top_k(now, V, k, scratch) != DSV3_OK || !only_kept(now, before, keep, V);
+        wrong += dsv3_logits_top_k(now, V, k, scratch, NULL) != DSV3_OK || !only_kept(now, before, keep, V);
         memcpy(now, before, sizeof now);
         for (size_t t = 0; t < V; t++) top = fmaxf(top, before[t]);
         for (size_t t = 0; t < V; t++) {
@@ -524,7 +524,7 @@ static void top_k_and_min_p(void) {
             if (fabs(p - (double)min_p) < 1e-5 && p < 1) before[t] = now[t] = -100; /* too close */
             keep[t] = before[t] >= top || exp((double)before[t] - (double)top) >= (double)min_p;
         }
-        wrong += dsv3_logits_min_p(now, V, min_p) != DSV3_OK || !only_kept(now, before, keep, V);
+        wrong += dsv3_logits_min_p(now, V, min_p, NULL) != DSV3_OK || !only_kept(now, before, keep, V);
         free(scratch);
     }
     CHECK_EQ(wrong, 0);
@@ -546,14 +546,14 @@ static void penalty_and_bias(void) {
             for (size_t k = 0; k < n; k++) there |= token[k] == (int32_t)t;
             want[t] = !there ? before[t] : before[t] > 0 ? before[t] / penalty : before[t] * penalty;
         }
-        wrong += dsv3_logits_penalty(now, V, token, n, penalty, seen) != DSV3_OK;
+        wrong += dsv3_logits_penalty(now, V, token, n, penalty, seen, NULL) != DSV3_OK;
         wrong += memcmp(now, want, V * sizeof *now) != 0;
         test_fill(bias, n, -5, 5);
         if (n > 0) bias[0] = -INFINITY;
         memcpy(now, before, sizeof now);
         memcpy(want, before, sizeof want);
         for (size_t k = 0; k < n; k++) want[token[k]] += bias[k];
-        wrong += dsv3_logits_bias(now, V, token, bias, n) != DSV3_OK || memcmp(now, want, V * sizeof *now) != 0;
+        wrong += dsv3_logits_bias(now, V, token, bias, n, NULL) != DSV3_OK || memcmp(now, want, V * sizeof *now) != 0;
         free(seen);
     }
     CHECK_EQ(wrong, 0);
@@ -574,45 +574,45 @@ static void steering_refused(void) {
     float x0[4] = {1, -INFINITY, 3, 2}, x[4];
     uint8_t seen[1];
     for (size_t i = 0; i < 2; i++) {
-        REFUSED(DSV3_ERR_ARG, dsv3_logits_top_k(x, sizes[i], 2, candidates));
-        REFUSED(DSV3_ERR_ARG, dsv3_logits_min_p(x, sizes[i], 0.5f));
-        REFUSED(DSV3_ERR_ARG, dsv3_logits_penalty(x, sizes[i], token, 2, 2, seen));
-        REFUSED(DSV3_ERR_ARG, dsv3_logits_bias(x, sizes[i], token, bias, 2));
-        REFUSED(DSV3_ERR_TOKEN, dsv3_logits_penalty(x, 4, outside[i], 2, 2, seen));
-        REFUSED(DSV3_ERR_TOKEN, dsv3_logits_bias(x, 4, outside[i], bias, 2));
-        REFUSED(DSV3_ERR_ARG, dsv3_logits_bias(x, 4, token, bad_bias[i], 2));
+        REFUSED(DSV3_ERR_ARG, dsv3_logits_top_k(x, sizes[i], 2, candidates, NULL));
+        REFUSED(DSV3_ERR_ARG, dsv3_logits_min_p(x, sizes[i], 0.5f, NULL));
+        REFUSED(DSV3_ERR_ARG, dsv3_logits_penalty(x, sizes[i], token, 2, 2, seen, NULL));
+        REFUSED(DSV3_ERR_ARG, dsv3_logits_bias(x, sizes[i], token, bias, 2, NULL));
+        REFUSED(DSV3_ERR_TOKEN, dsv3_logits_penalty(x, 4, outside[i], 2, 2, seen, NULL));
+        REFUSED(DSV3_ERR_TOKEN, dsv3_logits_bias(x, 4, outside[i], bias, 2, NULL));
+        REFUSED(DSV3_ERR_ARG, dsv3_logits_bias(x, 4, token, bad_bias[i], 2, NULL));
     }
-    CHECK_EQ(dsv3_logits_top_k(NULL, 4, 2, candidates), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_logits_min_p(NULL, 4, 0.5f), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_logits_penalty(NULL, 4, token, 2, 2, seen), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_logits_bias(NULL, 4, token, bias, 2), DSV3_ERR_ARG);
-    REFUSED(DSV3_ERR_ARG, dsv3_logits_top_k(x, 4, 0, candidates));
-    REFUSED(DSV3_ERR_ARG, dsv3_logits_top_k(x, 4, 2, NULL));
-    REFUSED(DSV3_ERR_ARG, dsv3_logits_min_p(x, 4, -0.1f));
-    REFUSED(DSV3_ERR_ARG, dsv3_logits_min_p(x, 4, 1.1f));
-    REFUSED(DSV3_ERR_ARG, dsv3_logits_min_p(x, 4, NAN));
-    REFUSED(DSV3_ERR_ARG, dsv3_logits_penalty(x, 4, token, 2, 0, seen));
-    REFUSED(DSV3_ERR_ARG, dsv3_logits_penalty(x, 4, token, 2, -1, seen));
-    REFUSED(DSV3_ERR_ARG, dsv3_logits_penalty(x, 4, token, 2, INFINITY, seen));
-    REFUSED(DSV3_ERR_ARG, dsv3_logits_penalty(x, 4, token, 2, NAN, seen));
-    REFUSED(DSV3_ERR_ARG, dsv3_logits_penalty(x, 4, NULL, 2, 2, seen));
-    REFUSED(DSV3_ERR_ARG, dsv3_logits_penalty(x, 4, token, 2, 2, NULL));
-    REFUSED(DSV3_ERR_ARG, dsv3_logits_bias(x, 4, NULL, bias, 2));
-    REFUSED(DSV3_ERR_ARG, dsv3_logits_bias(x, 4, token, NULL, 2));
-    REFUSED(DSV3_OK, dsv3_logits_penalty(x, 4, NULL, 0, 2, seen)); /* of nothing */
-    REFUSED(DSV3_OK, dsv3_logits_bias(x, 4, NULL, NULL, 0));
+    CHECK_EQ(dsv3_logits_top_k(NULL, 4, 2, candidates, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_logits_min_p(NULL, 4, 0.5f, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_logits_penalty(NULL, 4, token, 2, 2, seen, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_logits_bias(NULL, 4, token, bias, 2, NULL), DSV3_ERR_ARG);
+    REFUSED(DSV3_ERR_ARG, dsv3_logits_top_k(x, 4, 0, candidates, NULL));
+    REFUSED(DSV3_ERR_ARG, dsv3_logits_top_k(x, 4, 2, NULL, NULL));
+    REFUSED(DSV3_ERR_ARG, dsv3_logits_min_p(x, 4, -0.1f, NULL));
+    REFUSED(DSV3_ERR_ARG, dsv3_logits_min_p(x, 4, 1.1f, NULL));
+    REFUSED(DSV3_ERR_ARG, dsv3_logits_min_p(x, 4, NAN, NULL));
+    REFUSED(DSV3_ERR_ARG, dsv3_logits_penalty(x, 4, token, 2, 0, seen, NULL));
+    REFUSED(DSV3_ERR_ARG, dsv3_logits_penalty(x, 4, token, 2, -1, seen, NULL));
+    REFUSED(DSV3_ERR_ARG, dsv3_logits_penalty(x, 4, token, 2, INFINITY, seen, NULL));
+    REFUSED(DSV3_ERR_ARG, dsv3_logits_penalty(x, 4, token, 2, NAN, seen, NULL));
+    REFUSED(DSV3_ERR_ARG, dsv3_logits_penalty(x, 4, NULL, 2, 2, seen, NULL));
+    REFUSED(DSV3_ERR_ARG, dsv3_logits_penalty(x, 4, token, 2, 2, NULL, NULL));
+    REFUSED(DSV3_ERR_ARG, dsv3_logits_bias(x, 4, NULL, bias, 2, NULL));
+    REFUSED(DSV3_ERR_ARG, dsv3_logits_bias(x, 4, token, NULL, 2, NULL));
+    REFUSED(DSV3_OK, dsv3_logits_penalty(x, 4, NULL, 0, 2, seen, NULL)); /* of nothing */
+    REFUSED(DSV3_OK, dsv3_logits_bias(x, 4, NULL, NULL, 0, NULL));
     for (int i = 0; i < 2; i++) {
         x0[2] = i ? INFINITY : NAN;
-        REFUSED(DSV3_ERR_NAN, dsv3_logits_top_k(x, 4, 2, candidates));
-        REFUSED(DSV3_ERR_NAN, dsv3_logits_min_p(x, 4, 0.5f));
-        REFUSED(DSV3_ERR_NAN, dsv3_logits_penalty(x, 4, token, 2, 2, seen));
-        REFUSED(DSV3_ERR_NAN, dsv3_logits_bias(x, 4, token, bias, 2));
+        REFUSED(DSV3_ERR_NAN, dsv3_logits_top_k(x, 4, 2, candidates, NULL));
+        REFUSED(DSV3_ERR_NAN, dsv3_logits_min_p(x, 4, 0.5f, NULL));
+        REFUSED(DSV3_ERR_NAN, dsv3_logits_penalty(x, 4, token, 2, 2, seen, NULL));
+        REFUSED(DSV3_ERR_NAN, dsv3_logits_bias(x, 4, token, bias, 2, NULL));
     }
     for (size_t i = 0; i < 4; i++) x0[i] = -INFINITY; /* nothing left: no error, and nothing comes back */
-    REFUSED(DSV3_OK, dsv3_logits_top_k(x, 4, 2, candidates));
-    REFUSED(DSV3_OK, dsv3_logits_min_p(x, 4, 0.5f));
-    REFUSED(DSV3_OK, dsv3_logits_penalty(x, 4, token, 2, 2, seen));
-    REFUSED(DSV3_OK, dsv3_logits_bias(x, 4, token, bias, 2));
+    REFUSED(DSV3_OK, dsv3_logits_top_k(x, 4, 2, candidates, NULL));
+    REFUSED(DSV3_OK, dsv3_logits_min_p(x, 4, 0.5f, NULL));
+    REFUSED(DSV3_OK, dsv3_logits_penalty(x, 4, token, 2, 2, seen, NULL));
+    REFUSED(DSV3_OK, dsv3_logits_bias(x, 4, token, bias, 2, NULL));
 }
 
 int main(void) {

@@ -32,7 +32,7 @@ static int blocks_are_right(const synth_tensor *t, const st_tensor *code, dsv3_t
     unsigned char *want = (unsigned char *)test_alloc(bytes);
     int right = code->bytes == bytes && code->shape[0] == t->t.rows && code->shape[1] * t->t.rows == bytes;
     for (size_t i = 0; i < n; i++) x[i] = (float)t->value[i];
-    CHECK_EQ(dsv3_quantize(want, NULL, x, type, t->t.rows, t->t.cols), DSV3_OK);
+    CHECK_EQ(dsv3_quantize(want, NULL, x, type, t->t.rows, t->t.cols, NULL), DSV3_OK);
     right = right && memcmp(want, code->data, bytes) == 0;
     free(x), free(want);
     return right;

@@ -71,12 +71,13 @@ static const char *const fields[] = {
     "num_nextn_predict_layers", "first_k_dense_replace", "moe_layer_freq", "num_attention_heads", "q_lora_rank",
     "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts", "n_shared_experts",
     "num_experts_per_tok", "n_group", "topk_group", "scoring_func", "topk_method", "norm_topk_prob",
-    "rope_scaling.type", "rope_scaling.original_max_position_embeddings", "rope_interleave", "tie_word_embeddings",
+    "rope_scaling.type", "rope_scaling.original_max_position_embeddings", "rope_scaling.truncate", "rope_interleave",
+    "tie_word_embeddings",
     "group_mask", "gate_scaling", "bias_form", "mtp_concat", "mtp_hidden", "routed_scaling_factor", "rms_norm_eps",
     "latent_norm_eps", "rope_theta", "rope_scaling.factor", "rope_scaling.beta_fast", "rope_scaling.beta_slow",
     "rope_scaling.mscale", "rope_scaling.mscale_all_dim"};
 #define FIELDS (sizeof fields / sizeof fields[0])
-#define FIRST_FLOAT 31
+#define FIRST_FLOAT 32
 #define OBJECT (HEADER + 8 * FIELDS) /* where the object begins */
 
 /* ---- Any of the three kinds, as one thing that is saved and loaded. memory: all that loading may write to. */
@@ -111,24 +112,24 @@ static thing *thing_of(int kind, const dsv3_model *model) {
 
 static thing *thing_cache(const dsv3_model *model, size_t capacity, dsv3_type type, int module) {
     thing *t = thing_of(CACHE, model);
-    synth_demand(module ? dsv3_mtp_cache_size(&t->config, capacity, type, &t->bytes)
-                        : dsv3_cache_size(&t->config, capacity, type, &t->bytes),
+    synth_demand(module ? dsv3_cache_mtp_size(&t->config, capacity, type, &t->bytes, NULL)
+                        : dsv3_cache_size(&t->config, capacity, type, &t->bytes, NULL),
                  "cache", NULL);
     t->memory = synth_alloc(t->bytes);
     memset(t->memory, junk, t->bytes);
-    synth_demand(module ? dsv3_mtp_cache_init(&t->cache, &t->config, capacity, type, t->memory, t->bytes)
-                        : dsv3_cache_init(&t->cache, &t->config, capacity, type, t->memory, t->bytes),
+    synth_demand(module ? dsv3_cache_mtp_init(&t->config, &t->cache, capacity, type, t->memory, t->bytes, NULL)
+                        : dsv3_cache_init(&t->config, &t->cache, capacity, type, t->memory, t->bytes, NULL),
                  "cache", NULL);
     return t;
 }
 
 static thing *thing_sequence(const dsv3_model *model, size_t capacity, dsv3_type type, size_t rows, size_t drafts) {
     thing *t = thing_of(SEQUENCE, model);
-    synth_demand(dsv3_sequence_size(model, capacity, type, rows, drafts, &t->bytes), "sequence", NULL);
+    synth_demand(dsv3_sequence_size(model, capacity, type, rows, drafts, &t->bytes, NULL), "sequence", NULL);
     t->memory = synth_alloc(t->bytes);
     memset(t->memory, junk, t->bytes);
-    synth_demand(dsv3_sequence_init(&t->sequence, model, capacity, type, rows, drafts, t->memory, t->bytes), "sequence",
-                 NULL);
+    synth_demand(dsv3_sequence_init(model, &t->sequence, capacity, type, rows, drafts, t->memory, t->bytes, NULL),
+                 "sequence", NULL);
     return t;
 }
 
@@ -142,15 +143,15 @@ static blob thing_save(const thing *t) {
     blob b;
     dsv3_result result;
     switch (t->kind) {
-    case CACHE: CHECK_EQ(dsv3_cache_save_size(&t->cache, &bytes), DSV3_OK); break;
-    case SEQUENCE: CHECK_EQ(dsv3_sequence_save_size(&t->sequence, &bytes), DSV3_OK); break;
-    default: CHECK_EQ(dsv3_trainer_save_size(&t->trainer, &bytes), DSV3_OK); break;
+    case CACHE: CHECK_EQ(dsv3_cache_save_size(&t->cache, &bytes, NULL), DSV3_OK); break;
+    case SEQUENCE: CHECK_EQ(dsv3_sequence_save_size(&t->sequence, &bytes, NULL), DSV3_OK); break;
+    default: CHECK_EQ(dsv3_trainer_save_size(&t->trainer, &bytes, NULL), DSV3_OK); break;
     }
     b = blob_of(bytes);
     switch (t->kind) {
-    case CACHE: result = dsv3_cache_save(&t->cache, &t->config, TAG, b.data, bytes); break;
-    case SEQUENCE: result = dsv3_sequence_save(&t->sequence, t->model, TAG, b.data, bytes); break;
-    default: result = dsv3_trainer_save(&t->trainer, TAG, b.data, bytes); break;
+    case CACHE: result = dsv3_cache_save(&t->config, &t->cache, TAG, b.data, bytes, NULL); break;
+    case SEQUENCE: result = dsv3_sequence_save(t->model, &t->sequence, TAG, b.data, bytes, NULL); break;
+    default: result = dsv3_trainer_save(&t->trainer, TAG, b.data, bytes, NULL); break;
     }
     CHECK_EQ(result, DSV3_OK);
     return b;
@@ -158,8 +159,8 @@ static blob thing_save(const thing *t) {
 
 static dsv3_result thing_load(thing *t, blob b, uint64_t tag, dsv3_error *error) {
     switch (t->kind) {
-    case CACHE: return dsv3_cache_load(&t->cache, &t->config, tag, b.data, b.bytes, error);
-    case SEQUENCE: return dsv3_sequence_load(&t->sequence, t->model, tag, b.data, b.bytes, error);
+    case CACHE: return dsv3_cache_load(&t->config, &t->cache, tag, b.data, b.bytes, error);
+    case SEQUENCE: return dsv3_sequence_load(t->model, &t->sequence, tag, b.data, b.bytes, error);
     default: return dsv3_trainer_load(&t->trainer, tag, b.data, b.bytes, error);
     }
 }
@@ -320,8 +321,8 @@ static void test_cache_lengths(synth *s, dsv3_type type, int module) {
             thing *less = thing_cache(&s->model, n - 1, type, module);
             thing *other = thing_cache(&s->model, n, type == DSV3_F32 ? DSV3_BF16 : DSV3_F32, module);
             thing *layers = thing_cache(&s->model, n, type, !module);
-            CHECK(refused(less, b, TAG, DSV3_ERR_CONTEXT, "length"));
-            CHECK_EQ(thing_load(less, b, TAG, &error), DSV3_ERR_CONTEXT);
+            CHECK(refused(less, b, TAG, DSV3_ERR_FULL, "length"));
+            CHECK_EQ(thing_load(less, b, TAG, &error), DSV3_ERR_FULL);
             CHECK_EQ(error.found[0], n);
             CHECK(refused(other, b, TAG, DSV3_ERR_MISMATCH, "type"));
             CHECK(refused(layers, b, TAG, DSV3_ERR_MISMATCH, "layers"));
@@ -375,23 +376,23 @@ static void test_cache_misuse(synth *s) {
     dsv3_error error;
     fill_cache(&t->cache, 3);
     b = thing_save(t);
-    CHECK_EQ(dsv3_cache_save_size(NULL, &bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_cache_save_size(&t->cache, NULL), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_cache_save(NULL, &s->config, 0, b.data, b.bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_cache_save(&t->cache, NULL, 0, b.data, b.bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_cache_save(&t->cache, &s->config, 0, NULL, b.bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_cache_save(&t->cache, &s->config, 0, b.data, b.bytes - 1), DSV3_ERR_MEMORY);
-    CHECK_EQ(dsv3_cache_load(NULL, &s->config, TAG, b.data, b.bytes, &error), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_cache_load(&t->cache, NULL, TAG, b.data, b.bytes, &error), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_cache_load(&t->cache, &s->config, TAG, NULL, b.bytes, &error), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_save_size(NULL, &bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_save_size(&t->cache, NULL, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_save(&s->config, NULL, 0, b.data, b.bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_save(NULL, &t->cache, 0, b.data, b.bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_save(&s->config, &t->cache, 0, NULL, b.bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_save(&s->config, &t->cache, 0, b.data, b.bytes - 1, NULL), DSV3_ERR_MEMORY);
+    CHECK_EQ(dsv3_cache_load(&s->config, NULL, TAG, b.data, b.bytes, &error), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_load(NULL, &t->cache, TAG, b.data, b.bytes, &error), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_cache_load(&s->config, &t->cache, TAG, NULL, b.bytes, &error), DSV3_ERR_ARG);
     other.kv_lora_rank += 4;
-    CHECK_EQ(dsv3_cache_save(&t->cache, &other, 0, b.data, b.bytes), DSV3_ERR_MISMATCH);
-    CHECK_EQ(dsv3_cache_load(&t->cache, &other, TAG, b.data, b.bytes, &error), DSV3_ERR_MISMATCH);
+    CHECK_EQ(dsv3_cache_save(&other, &t->cache, 0, b.data, b.bytes, NULL), DSV3_ERR_MISMATCH);
+    CHECK_EQ(dsv3_cache_load(&other, &t->cache, TAG, b.data, b.bytes, &error), DSV3_ERR_MISMATCH);
     other = s->config;
     other.rope_theta *= 2;
-    CHECK_EQ(dsv3_cache_load(&t->cache, &other, TAG, b.data, b.bytes, &error), DSV3_ERR_MISMATCH);
+    CHECK_EQ(dsv3_cache_load(&other, &t->cache, TAG, b.data, b.bytes, &error), DSV3_ERR_MISMATCH);
     CHECK(strcmp(error.name, "rope_theta") == 0);
-    CHECK_EQ(dsv3_cache_load(&t->cache, &s->config, TAG, b.data, b.bytes, &error), DSV3_OK);
+    CHECK_EQ(dsv3_cache_load(&s->config, &t->cache, TAG, b.data, b.bytes, &error), DSV3_OK);
     CHECK_EQ(error.code, DSV3_OK);
     blob_free(b), thing_free(t);
 }
@@ -410,11 +411,11 @@ static player player_open(const dsv3_model *model) {
     player p;
     size_t bytes;
     p.model = model;
-    synth_demand(dsv3_context_init(&p.ctx, test_backend(), 1), "context", NULL);
+    synth_demand(dsv3_context_init(&p.ctx, test_backend(), 1, NULL), "context", NULL);
     p.ctx.attention = DSV3_ATTENTION_ABSORBED;
-    synth_demand(dsv3_workspace_size(&model->config, 16, 1, &bytes), "workspace", NULL);
+    synth_demand(dsv3_workspace_size(&model->config, 16, 1, &bytes, NULL), "workspace", NULL);
     p.ws_memory = synth_alloc(bytes);
-    synth_demand(dsv3_workspace_init(&p.ws, &model->config, 16, 1, p.ws_memory, bytes), "workspace", NULL);
+    synth_demand(dsv3_workspace_init(&model->config, &p.ws, 16, 1, p.ws_memory, bytes, NULL), "workspace", NULL);
     p.logits = (float *)test_alloc(16 * (size_t)model->config.vocab_size * sizeof *p.logits);
     return p;
 }
@@ -422,7 +423,7 @@ static player player_open(const dsv3_model *model) {
 static void player_close(player *p) { synth_release(p->ws_memory), free(p->logits); }
 
 static dsv3_result play(player *p, dsv3_sequence *s) {
-    return dsv3_generate(&p->ctx, p->logits, p->model, &s, 1, &p->ws, NULL);
+    return dsv3_generate_step(&p->ctx, p->logits, p->model, &s, 1, &p->ws, NULL);
 }
 
 /* Everything that can be seen of two sequences, but for their memory and its sizes. With other rows their modules may
@@ -497,39 +498,39 @@ static void test_sequence_lengths(synth *s, recipe r) {
             saves++;
             good = good && again.bytes == b.bytes && memcmp(again.data, b.data, b.bytes) == 0; /* no junk is saved */
             blob_free(again);
-            CHECK_EQ(dsv3_sequence_copy(&fork->sequence, &a->sequence), DSV3_OK);
+            CHECK_EQ(dsv3_sequence_copy(&fork->sequence, &a->sequence, NULL), DSV3_OK);
             good = good && thing_load(to, b, TAG, NULL) == DSV3_OK;
             if (!a->sequence.pending) {
-                good = good && dsv3_sequence_append(&to->sequence, &s->model, more, 3) == DSV3_OK &&
-                       dsv3_sequence_append(&fork->sequence, &s->model, more, 3) == DSV3_OK;
+                good = good && dsv3_sequence_append(&s->model, &to->sequence, more, 3, NULL) == DSV3_OK &&
+                       dsv3_sequence_append(&s->model, &fork->sequence, more, 3, NULL) == DSV3_OK;
             }
             good = good && same_steps(&p, &fork->sequence, &to->sequence, 6);
-            CHECK_EQ(dsv3_sequence_copy(&fork->sequence, &a->sequence), DSV3_OK);
+            CHECK_EQ(dsv3_sequence_copy(&fork->sequence, &a->sequence, NULL), DSV3_OK);
             good = good && thing_load(to, b, TAG, NULL) == DSV3_OK;
             for (size_t back = 0; back < 4 && rows == r.rows; back++) {
                 size_t length = dsv3_sequence_length(&fork->sequence), kept[2] = {0, 0};
                 length = length > back * back ? length - back * back : 0;
-                rolled = rolled && dsv3_sequence_truncate(&fork->sequence, length, &kept[0]) == DSV3_OK;
-                rolled = rolled && dsv3_sequence_truncate(&to->sequence, length, &kept[1]) == DSV3_OK;
+                rolled = rolled && dsv3_sequence_truncate(&fork->sequence, length, &kept[0], NULL) == DSV3_OK;
+                rolled = rolled && dsv3_sequence_truncate(&to->sequence, length, &kept[1], NULL) == DSV3_OK;
                 rolled = rolled && kept[0] == kept[1];
                 if (fork->sequence.cache.length + 4 > room) continue;
-                rolled = rolled && dsv3_sequence_append(&fork->sequence, &s->model, more, 3) == DSV3_OK &&
-                         dsv3_sequence_append(&to->sequence, &s->model, more, 3) == DSV3_OK;
+                rolled = rolled && dsv3_sequence_append(&s->model, &fork->sequence, more, 3, NULL) == DSV3_OK &&
+                         dsv3_sequence_append(&s->model, &to->sequence, more, 3, NULL) == DSV3_OK;
                 rolled = rolled && same_steps(&p, &fork->sequence, &to->sequence, 3);
             }
             blob_free(b), thing_free(to), thing_free(fork);
         }
-        if (step == 0) CHECK_EQ(dsv3_sequence_append(&a->sequence, &s->model, prompt, r.prompt), DSV3_OK);
-        if (step == 0) CHECK_EQ(dsv3_sequence_append(&twin->sequence, &s->model, prompt, r.prompt), DSV3_OK);
+        if (step == 0) CHECK_EQ(dsv3_sequence_append(&s->model, &a->sequence, prompt, r.prompt, NULL), DSV3_OK);
+        if (step == 0) CHECK_EQ(dsv3_sequence_append(&s->model, &twin->sequence, prompt, r.prompt, NULL), DSV3_OK);
         if (step == 12) { /* far back: what the rings held is gone */
             size_t length = dsv3_sequence_length(&a->sequence) / 2, kept = 0;
-            good = good && dsv3_sequence_truncate(&a->sequence, length, &kept) == DSV3_OK &&
-                   dsv3_sequence_truncate(&twin->sequence, length, NULL) == DSV3_OK;
+            good = good && dsv3_sequence_truncate(&a->sequence, length, &kept, NULL) == DSV3_OK &&
+                   dsv3_sequence_truncate(&twin->sequence, length, NULL, NULL) == DSV3_OK;
             continue;
         }
         if (!a->sequence.pending && a->sequence.prompt_left == 0) {
-            good = good && dsv3_sequence_append(&a->sequence, &s->model, more, 3) == DSV3_OK &&
-                   dsv3_sequence_append(&twin->sequence, &s->model, more, 3) == DSV3_OK;
+            good = good && dsv3_sequence_append(&s->model, &a->sequence, more, 3, NULL) == DSV3_OK &&
+                   dsv3_sequence_append(&s->model, &twin->sequence, more, 3, NULL) == DSV3_OK;
         }
         good = good && play(&p, &a->sequence) == DSV3_OK && play(&p, &twin->sequence) == DSV3_OK;
     }
@@ -565,7 +566,7 @@ static player *hostile_player;
 
 static void play_on(thing *t) {
     for (int i = 0; i < 3; i++) (void)play(hostile_player, &t->sequence);
-    (void)dsv3_sequence_truncate(&t->sequence, dsv3_sequence_length(&t->sequence) / 2, NULL);
+    (void)dsv3_sequence_truncate(&t->sequence, dsv3_sequence_length(&t->sequence) / 2, NULL, NULL);
 }
 
 /* A text that was rolled back and gone on with, 12 tokens long. */
@@ -574,7 +575,7 @@ static thing *written(player *p, const dsv3_model *model, size_t rows, size_t dr
     int32_t prompt[7];
     synth_tokens(prompt, 7, model->config.vocab_size);
     t->sequence.temperature = 0.7f;
-    synth_demand(dsv3_sequence_append(&t->sequence, model, prompt, 7), "append", NULL);
+    synth_demand(dsv3_sequence_append(model, &t->sequence, prompt, 7, NULL), "append", NULL);
     while (dsv3_sequence_length(&t->sequence) < 9) synth_demand(play(p, &t->sequence), "step", NULL);
     return t;
 }
@@ -600,23 +601,23 @@ static void test_sequence_misuse(void) {
     blob b = thing_save(t);
     int32_t more[3] = {1, 2, 3};
     size_t bytes = 0, length = t->sequence.cache.length;
-    CHECK_EQ(dsv3_sequence_save_size(NULL, &bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sequence_save_size(&t->sequence, NULL), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sequence_save(NULL, &s->model, TAG, b.data, b.bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sequence_save(&t->sequence, NULL, TAG, b.data, b.bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sequence_save(&t->sequence, &s->model, TAG, NULL, b.bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sequence_save(&t->sequence, &s->model, TAG, b.data, b.bytes - 1), DSV3_ERR_MEMORY);
-    CHECK_EQ(dsv3_sequence_save(&t->sequence, &other->model, TAG, b.data, b.bytes), DSV3_ERR_MISMATCH);
-    CHECK_EQ(dsv3_sequence_load(&t->sequence, &other->model, TAG, b.data, b.bytes, NULL), DSV3_ERR_MISMATCH);
-    CHECK_EQ(dsv3_sequence_load(NULL, &s->model, TAG, b.data, b.bytes, NULL), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sequence_load(&t->sequence, NULL, TAG, b.data, b.bytes, NULL), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sequence_load(&t->sequence, &s->model, TAG, NULL, b.bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sequence_save_size(NULL, &bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sequence_save_size(&t->sequence, NULL, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sequence_save(&s->model, NULL, TAG, b.data, b.bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sequence_save(NULL, &t->sequence, TAG, b.data, b.bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sequence_save(&s->model, &t->sequence, TAG, NULL, b.bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sequence_save(&s->model, &t->sequence, TAG, b.data, b.bytes - 1, NULL), DSV3_ERR_MEMORY);
+    CHECK_EQ(dsv3_sequence_save(&other->model, &t->sequence, TAG, b.data, b.bytes, NULL), DSV3_ERR_MISMATCH);
+    CHECK_EQ(dsv3_sequence_load(&other->model, &t->sequence, TAG, b.data, b.bytes, NULL), DSV3_ERR_MISMATCH);
+    CHECK_EQ(dsv3_sequence_load(&s->model, NULL, TAG, b.data, b.bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sequence_load(NULL, &t->sequence, TAG, b.data, b.bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sequence_load(&s->model, &t->sequence, TAG, NULL, b.bytes, NULL), DSV3_ERR_ARG);
     to = thing_sequence(&s->model, length, DSV3_F32, 4, 2);
     CHECK_EQ(thing_load(to, b, TAG, NULL), DSV3_OK);
     CHECK(same_sequences(&to->sequence, &t->sequence));
     thing_free(to);
     to = thing_sequence(&s->model, length - 1, DSV3_F32, 4, 2);
-    CHECK(refused(to, b, TAG, DSV3_ERR_CONTEXT, "length"));
+    CHECK(refused(to, b, TAG, DSV3_ERR_FULL, "length"));
     thing_free(to);
     to = thing_sequence(&s->model, 24, DSV3_BF16, 4, 2);
     CHECK(refused(to, b, TAG, DSV3_ERR_MISMATCH, "type"));
@@ -628,13 +629,13 @@ static void test_sequence_misuse(void) {
     CHECK(refused(to, b, TAG, DSV3_ERR_MISMATCH, "max_drafts"));
     CHECK(refused(to, b, TAG + 1, DSV3_ERR_MISMATCH, "tag"));
     thing_free(to);
-    CHECK_EQ(dsv3_sequence_append(&t->sequence, &s->model, more, 3), DSV3_OK);
+    CHECK_EQ(dsv3_sequence_append(&s->model, &t->sequence, more, 3, NULL), DSV3_OK);
     memset(b.data, 9, b.bytes);
-    CHECK_EQ(dsv3_sequence_save(&t->sequence, &s->model, TAG, b.data, b.bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sequence_truncate(&t->sequence, dsv3_sequence_length(&t->sequence), NULL), DSV3_OK);
-    CHECK_EQ(dsv3_sequence_save(&t->sequence, &s->model, TAG, b.data, b.bytes), DSV3_OK);
+    CHECK_EQ(dsv3_sequence_save(&s->model, &t->sequence, TAG, b.data, b.bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_sequence_truncate(&t->sequence, dsv3_sequence_length(&t->sequence), NULL, NULL), DSV3_OK);
+    CHECK_EQ(dsv3_sequence_save(&s->model, &t->sequence, TAG, b.data, b.bytes, NULL), DSV3_OK);
     to = thing_sequence(&s->model, 24, DSV3_F32, 4, 2);
-    CHECK_EQ(dsv3_sequence_append(&to->sequence, &s->model, more, 3), DSV3_OK);
+    CHECK_EQ(dsv3_sequence_append(&s->model, &to->sequence, more, 3, NULL), DSV3_OK);
     CHECK_EQ(thing_load(to, b, TAG, NULL), DSV3_OK); /* the prompt of before is dropped */
     CHECK(same_sequences(&to->sequence, &t->sequence));
     thing_free(to), blob_free(b), thing_free(t);
@@ -669,10 +670,10 @@ static thing *thing_trainer(const dsv3_config *config, int ema, uint64_t seed) {
     settings.sequences = 3;
     settings.balance.expert = 0.01;
     settings.ema = ema;
-    synth_demand(dsv3_trainer_size(config, &settings, 1, &t->bytes), "trainer", NULL);
+    synth_demand(dsv3_trainer_size(config, &settings, 1, &t->bytes, NULL), "trainer", NULL);
     t->memory = synth_alloc(t->bytes);
     memset(t->memory, junk, t->bytes);
-    synth_demand(dsv3_trainer_init(&t->trainer, config, &settings, 1, t->memory, t->bytes), "trainer", NULL);
+    synth_demand(dsv3_trainer_init(config, &t->trainer, &settings, 1, t->memory, t->bytes, NULL), "trainer", NULL);
     dsv3_parameters_random(&t->trainer.weights, &rng, 0.3f);
     t->config = *config;
     return t;
@@ -715,7 +716,7 @@ static void test_training(int D, int ema) {
     dsv3_context ctx;
     size_t bytes = 0;
     blob saved;
-    synth_demand(dsv3_context_init(&ctx, test_backend(), 1), "context", NULL);
+    synth_demand(dsv3_context_init(&ctx, test_backend(), 1, NULL), "context", NULL);
     for (int k = 0; k < 5; k++) {
         blob again;
         int same = 1;
@@ -742,11 +743,11 @@ static void test_training(int D, int ema) {
     other.rms_norm_eps *= 2;
     c = thing_trainer(&other, ema, 4);
     CHECK(refused(c, saved, TAG, DSV3_ERR_MISMATCH, "rms_norm_eps"));
-    CHECK_EQ(dsv3_trainer_save_size(NULL, &bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_trainer_save_size(&a->trainer, NULL), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_trainer_save(NULL, TAG, saved.data, saved.bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_trainer_save(&a->trainer, TAG, NULL, saved.bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_trainer_save(&a->trainer, TAG, saved.data, saved.bytes - 1), DSV3_ERR_MEMORY);
+    CHECK_EQ(dsv3_trainer_save_size(NULL, &bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_trainer_save_size(&a->trainer, NULL, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_trainer_save(NULL, TAG, saved.data, saved.bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_trainer_save(&a->trainer, TAG, NULL, saved.bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_trainer_save(&a->trainer, TAG, saved.data, saved.bytes - 1, NULL), DSV3_ERR_MEMORY);
     CHECK_EQ(dsv3_trainer_load(NULL, TAG, saved.data, saved.bytes, NULL), DSV3_ERR_ARG);
     CHECK_EQ(dsv3_trainer_load(&a->trainer, TAG, NULL, saved.bytes, NULL), DSV3_ERR_ARG);
     check_damage(a, saved, 4999);

@@ -73,11 +73,11 @@ typedef struct pen {
 
 static void pen_open(pen *p, const synth *s, size_t rows, size_t drafts) {
     size_t bytes = 0;
-    synth_demand(dsv3_sequence_size(&s->model, ROOM, DSV3_F32, rows, drafts, &bytes), "sequence size", NULL);
+    synth_demand(dsv3_sequence_size(&s->model, ROOM, DSV3_F32, rows, drafts, &bytes, NULL), "sequence size", NULL);
     p->memory = synth_alloc(bytes);
     memset(p->memory, 0xA5, bytes);
-    synth_demand(dsv3_sequence_init(&p->s, &s->model, ROOM, DSV3_F32, rows, drafts, p->memory, bytes), "sequence",
-                 NULL);
+    synth_demand(dsv3_sequence_init(&s->model, &p->s, ROOM, DSV3_F32, rows, drafts, p->memory, bytes, NULL),
+                 "sequence", NULL);
 }
 
 static void pen_close(pen *p) { synth_release(p->memory); }
@@ -88,7 +88,7 @@ static dsv3_result pens_step(synth *s, pen *p, size_t n, dsv3_error *error) {
     float *logits = (float *)test_alloc(MOST * 4 * (size_t)s->config.vocab_size * sizeof *logits);
     dsv3_result result;
     for (size_t i = 0; i < n; i++) list[i] = &p[i].s;
-    result = dsv3_generate(&s->context, logits, &s->model, list, n, &s->ws, error);
+    result = dsv3_generate_step(&s->context, logits, &s->model, list, n, &s->ws, error);
     free(logits);
     return result;
 }
@@ -136,7 +136,7 @@ typedef struct ending {
 static dsv3_result ending_step(ending *e, pen *p, pen *before) {
     dsv3_error error;
     dsv3_result result;
-    for (size_t i = 0; i < MOST; i++) CHECK_EQ(dsv3_sequence_copy(&before[i].s, &p[i].s), DSV3_OK);
+    for (size_t i = 0; i < MOST; i++) CHECK_EQ(dsv3_sequence_copy(&before[i].s, &p[i].s, NULL), DSV3_OK);
     result = pens_step(e->s, p, MOST, &error);
     if (result == DSV3_OK) return result;
     CHECK_EQ(result, e->aborts ? DSV3_ERR_ABORTED : DSV3_ERR_LIMIT);
@@ -162,7 +162,7 @@ static void ending_run(ending *e) {
         p[i].s.limit = 24;
         p[i].s.steer = turns;
         p[i].s.steer_user = e->aborts ? NULL : &e->fuse;
-        CHECK_EQ(dsv3_sequence_append(&p[i].s, &e->s->model, prompt, length[i]), DSV3_OK);
+        CHECK_EQ(dsv3_sequence_append(&e->s->model, &p[i].s, prompt, length[i], NULL), DSV3_OK);
     }
     while (result != DSV3_ERR_ARG) {
         int busy = 0;
@@ -211,7 +211,7 @@ static void truth_of(synth *s, int32_t *text, const int32_t *prompt, size_t n, d
     pen p;
     pen_open(&p, s, 4, 0);
     p.s.steer = steer;
-    CHECK_EQ(dsv3_sequence_append(&p.s, &s->model, prompt, n), DSV3_OK);
+    CHECK_EQ(dsv3_sequence_append(&s->model, &p.s, prompt, n, NULL), DSV3_OK);
     CHECK_EQ(pens_run(s, &p, 1), DSV3_OK);
     CHECK_EQ(dsv3_sequence_state(&p.s), DSV3_STATE_FULL);
     CHECK_EQ(dsv3_sequence_length(&p.s), ROOM + 1);
@@ -235,16 +235,16 @@ static void stopped(synth *s, pen *p, size_t end) {
     int32_t last = p->s.history[end - 1];
     CHECK(p->s.stopped && p->s.pending && p->s.cache.length == end - 1);
     pen_open(&q, s, 4, 3);
-    CHECK_EQ(dsv3_sequence_copy(&q.s, &p->s), DSV3_OK);
+    CHECK_EQ(dsv3_sequence_copy(&q.s, &p->s, NULL), DSV3_OK);
     CHECK_EQ(dsv3_sequence_state(&q.s), DSV3_STATE_STOPPED);
     CHECK_EQ(pens_step(s, &q, 1, NULL), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sequence_truncate(&q.s, end, NULL), DSV3_OK); /* nothing is rolled back */
+    CHECK_EQ(dsv3_sequence_truncate(&q.s, end, NULL, NULL), DSV3_OK); /* nothing is rolled back */
     CHECK(same_state(&q.s, &p->s));
-    CHECK_EQ(dsv3_sequence_append(&q.s, &s->model, &last, 1), DSV3_OK);
+    CHECK_EQ(dsv3_sequence_append(&s->model, &q.s, &last, 1, NULL), DSV3_OK);
     CHECK_EQ(dsv3_sequence_state(&q.s), DSV3_STATE_READING);
-    CHECK_EQ(dsv3_sequence_truncate(&q.s, end, NULL), DSV3_OK); /* what is not read is dropped */
+    CHECK_EQ(dsv3_sequence_truncate(&q.s, end, NULL, NULL), DSV3_OK); /* what is not read is dropped */
     CHECK(same_state(&q.s, &p->s));
-    CHECK_EQ(dsv3_sequence_truncate(&q.s, end - 1, NULL), DSV3_OK);
+    CHECK_EQ(dsv3_sequence_truncate(&q.s, end - 1, NULL, NULL), DSV3_OK);
     CHECK_EQ(dsv3_sequence_state(&q.s), DSV3_STATE_WRITING);
     CHECK_EQ(pens_run(s, &q, 1), DSV3_OK); /* the same token again */
     CHECK(same_text(&q.s, p->s.history, end) && dsv3_sequence_state(&q.s) == DSV3_STATE_STOPPED);
@@ -266,7 +266,7 @@ static void test_stops(void) {
         p.s.drafts = (size_t)pair / 36;
         p.s.stops = stops;
         p.s.n_stops = 2;
-        CHECK_EQ(dsv3_sequence_append(&p.s, &s->model, prompt, 3), DSV3_OK);
+        CHECK_EQ(dsv3_sequence_append(&s->model, &p.s, prompt, 3, NULL), DSV3_OK);
         while (end < ROOM - 8) {
             uint64_t accepted;
             size_t begin = end;
@@ -278,7 +278,8 @@ static void test_stops(void) {
             inside += accepted;
             if (begin == 3) CHECK_EQ(p.s.written, end - 3);
             if (begin == 3) stopped(s, &p, end);
-            CHECK_EQ(dsv3_sequence_append(&p.s, &s->model, truth + end, 1), DSV3_OK); /* perhaps one that stops */
+            CHECK_EQ(dsv3_sequence_append(&s->model, &p.s, truth + end, 1, NULL),
+                     DSV3_OK); /* perhaps one that stops */
             end++;
         }
         pen_close(&p);
@@ -291,11 +292,11 @@ static void test_stops(void) {
 static void limited(synth *s, pen *p, const int32_t *truth, size_t length) {
     CHECK_EQ(dsv3_sequence_state(&p->s), DSV3_STATE_LIMIT);
     CHECK_EQ(pens_step(s, p, 1, NULL), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_sequence_truncate(&p->s, length - 1, NULL), DSV3_OK);
+    CHECK_EQ(dsv3_sequence_truncate(&p->s, length - 1, NULL, NULL), DSV3_OK);
     CHECK_EQ(dsv3_sequence_state(&p->s), DSV3_STATE_WRITING);
     CHECK_EQ(pens_run(s, p, 1), DSV3_OK); /* one token, with all these drafts */
     CHECK(same_text(&p->s, truth, length) && p->s.n_token == 1);
-    CHECK_EQ(dsv3_sequence_append(&p->s, &s->model, truth + length, 2),
+    CHECK_EQ(dsv3_sequence_append(&s->model, &p->s, truth + length, 2, NULL),
              DSV3_OK); /* is read, but nothing is written */
     CHECK_EQ(pens_run(s, p, 1), DSV3_OK);
     CHECK_EQ(dsv3_sequence_state(&p->s), DSV3_STATE_LIMIT);
@@ -319,7 +320,7 @@ static void test_limits(void) {
             p[j].s.steer_user = &place[j];
             p[j].s.drafts = i % 4;
             p[j].s.limit = j == 0 ? limit : 20;
-            CHECK_EQ(dsv3_sequence_append(&p[j].s, &s->model, prompt, 3), DSV3_OK);
+            CHECK_EQ(dsv3_sequence_append(&s->model, &p[j].s, prompt, 3, NULL), DSV3_OK);
         }
         CHECK_EQ(pens_run(s, p, 2), DSV3_OK);
         CHECK(same_text(&p[0].s, truth, length) && same_text(&p[1].s, truth, 20));
@@ -344,11 +345,11 @@ static void test_far_back(void) {
     truth_of(s, truth, prompt, 3, turns);
     pen_open(&p, s, 2, 0);
     p.s.steer = turns;
-    CHECK_EQ(dsv3_sequence_append(&p.s, &s->model, prompt, 3), DSV3_OK);
+    CHECK_EQ(dsv3_sequence_append(&s->model, &p.s, prompt, 3, NULL), DSV3_OK);
     for (size_t length = 3; length <= ROOM + 1; length += 6) {
         CHECK_EQ(pens_run(s, &p, 1), DSV3_OK);
         CHECK(same_text(&p.s, truth, ROOM + 1));
-        CHECK_EQ(dsv3_sequence_truncate(&p.s, length, &kept), DSV3_OK);
+        CHECK_EQ(dsv3_sequence_truncate(&p.s, length, &kept, NULL), DSV3_OK);
         CHECK(kept == length && same_text(&p.s, truth, length));
     }
     pen_close(&p);
@@ -370,7 +371,7 @@ static void test_dead_ends(void) {
             pen_open(&p, s, 4, 3);
             p.s.drafts = drafts;
             p.s.steer = dead_end;
-            CHECK_EQ(dsv3_sequence_append(&p.s, &s->model, prompt, 2), DSV3_OK);
+            CHECK_EQ(dsv3_sequence_append(&s->model, &p.s, prompt, 2, NULL), DSV3_OK);
             result = pens_run(s, &p, 1);
             if (drafts == 0) {
                 length = dsv3_sequence_length(&p.s);
@@ -398,7 +399,7 @@ static double log_p_behind(synth *s, const int32_t *text, size_t n, const dsv3_s
     size_t V = (size_t)s->config.vocab_size;
     int greedy = !(q->temperature > 0);
     double sum = 0, top = -INFINITY, T = greedy ? 1 : (double)q->temperature, kept = 0, p = 0, e[16];
-    CHECK_EQ(dsv3_cache_truncate(s->caches, 0), DSV3_OK);
+    CHECK_EQ(dsv3_cache_truncate(s->caches, 0, NULL), DSV3_OK);
     CHECK_EQ(synth_forward(s, logits, text, n, 0, NULL), DSV3_OK);
     row = logits + (n - 1) * V;
     if (q->steer != NULL) CHECK_EQ(q->steer(NULL, row, V, text, n, 0), DSV3_OK);
@@ -430,7 +431,7 @@ static void test_log_p(void) {
         p.s.rng.state = 9;
         p.s.limit = 16;
         p.s.want_log_p = 1;
-        CHECK_EQ(dsv3_sequence_append(&p.s, &s->model, prompt, 3), DSV3_OK);
+        CHECK_EQ(dsv3_sequence_append(&s->model, &p.s, prompt, 3, NULL), DSV3_OK);
         while (dsv3_sequence_state(&p.s) <= DSV3_STATE_WRITING) {
             size_t n = dsv3_sequence_length(&p.s) + p.s.prompt_left;
             CHECK_EQ(pens_step(s, &p, 1, NULL), DSV3_OK);
@@ -461,7 +462,7 @@ static void test_forward_aborted(void) {
     s->context.abort_user = &f;
     for (f.fails = 0; f.fails < s->config.num_hidden_layers; f.fails++) {
         f.asked = 0;
-        CHECK_EQ(dsv3_cache_truncate(s->caches, 5), DSV3_OK);
+        CHECK_EQ(dsv3_cache_truncate(s->caches, 5, NULL), DSV3_OK);
         CHECK_EQ(synth_forward(s, again, token + 5, 7, 0, &error), DSV3_ERR_ABORTED);
         CHECK(s->caches->length == 5 && f.asked == f.fails + 1 && error.code == DSV3_ERR_ABORTED);
         CHECK(strcmp(error.name, "context.aborted") == 0);
@@ -492,10 +493,10 @@ static void test_modules_aborted(void) {
     text.rows = batch.rows = 12, text.token = batch.token = token;
     synth_tokens(token, 12, 6);
     test_fill(hidden, 12 * 24, -1, 1);
-    CHECK_EQ(dsv3_mtp_cache_size(&s->config, ROOM, DSV3_F32, &bytes), DSV3_OK);
+    CHECK_EQ(dsv3_cache_mtp_size(&s->config, ROOM, DSV3_F32, &bytes, NULL), DSV3_OK);
     for (size_t k = 0; k < 2; k++) {
         memory[k] = synth_alloc(bytes);
-        CHECK_EQ(dsv3_mtp_cache_init(&modules[k], &s->config, ROOM, DSV3_F32, memory[k], bytes), DSV3_OK);
+        CHECK_EQ(dsv3_cache_mtp_init(&s->config, &modules[k], ROOM, DSV3_F32, memory[k], bytes, NULL), DSV3_OK);
     }
     s->context.aborted = fuse_blows;
     s->context.abort_user = &f;
@@ -533,15 +534,15 @@ static void test_training_aborted(void) {
     memset(&text, 0, sizeof text);
     text.rows = 12, text.token = token;
     dsv3_text_count(&text, 2, targets, &sequences);
-    CHECK_EQ(dsv3_trainer_size(&s->config, &settings, 1, &bytes), DSV3_OK);
+    CHECK_EQ(dsv3_trainer_size(&s->config, &settings, 1, &bytes, NULL), DSV3_OK);
     memory = synth_alloc(bytes);
     for (int at = -1; at < asked; at++) {
         fuse f = {0, -1};
         f.fails = at;
         s->context.aborted = at < 0 ? NULL : fuse_blows;
         s->context.abort_user = &f;
-        CHECK_EQ(dsv3_trainer_init(&t, &s->config, &settings, 1, memory, bytes), DSV3_OK);
-        CHECK_EQ(dsv3_parameters_load(&t.weights, &s->model), DSV3_OK);
+        CHECK_EQ(dsv3_trainer_init(&s->config, &t, &settings, 1, memory, bytes, NULL), DSV3_OK);
+        CHECK_EQ(dsv3_parameters_from_model(&t.weights, &s->model, NULL), DSV3_OK);
         count = t.weights.count;
         if (at < 0) want = (float *)test_alloc(count * sizeof *want);
         CHECK_EQ(dsv3_train_begin(&t, targets, sequences), DSV3_OK);
@@ -571,23 +572,23 @@ static void test_states(void) {
     int32_t target[3] = {1, 5, DSV3_IGNORE};
     synth_tokens(token, 5, 6);
     CHECK_EQ(synth_forward(s, logits, token, 5, 0, NULL), DSV3_OK);
-    CHECK_EQ(dsv3_states(state, &s->model, &s->ws, row, 3), DSV3_OK);
+    CHECK_EQ(dsv3_states(&s->model, state, &s->ws, row, 3, NULL), DSV3_OK);
     CHECK(memcmp(state, state + 48, 24 * sizeof *state) == 0);
-    scratch = (float *)test_alloc(dsv3_cross_entropy_scratch(&s->context, &s->model.lm_head, 3) * sizeof *scratch);
+    scratch = (float *)test_alloc(cross_entropy_floats(&s->context, &s->model.lm_head, 3) * sizeof *scratch);
     dsv3_cross_entropy(&s->context, nll, state, &s->model.lm_head, target, 3, scratch);
     free(scratch);
     for (size_t i = 0; i < 2; i++) {
         double log_p = 1;
-        CHECK_EQ(dsv3_log_p(&log_p, logits + row[i] * 6, &target[i], 1, 6), DSV3_OK);
+        CHECK_EQ(dsv3_log_p(&log_p, logits + row[i] * 6, &target[i], 1, 6, NULL), DSV3_OK);
         CHECK(fabs(log_p + (double)nll[i]) < 1e-5);
     }
-    CHECK_EQ(dsv3_states(NULL, &s->model, &s->ws, row, 3), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_states(state, NULL, &s->ws, row, 3), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_states(state, &s->model, NULL, row, 3), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_states(state, &s->model, &s->ws, NULL, 3), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_states(state, &s->model, &s->ws, bad[0], 1), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_states(state, &s->model, &s->ws, bad[1], 1), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_states(state, &other->model, &s->ws, row, 3), DSV3_ERR_MISMATCH);
+    CHECK_EQ(dsv3_states(&s->model, NULL, &s->ws, row, 3, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_states(NULL, state, &s->ws, row, 3, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_states(&s->model, state, NULL, row, 3, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_states(&s->model, state, &s->ws, NULL, 3, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_states(&s->model, state, &s->ws, bad[0], 1, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_states(&s->model, state, &s->ws, bad[1], 1, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_states(&other->model, state, &s->ws, row, 3, NULL), DSV3_ERR_MISMATCH);
     synth_close(s), synth_close(other);
 }
 
@@ -600,7 +601,7 @@ static void test_bad_stops(void) {
     pen_open(&p, s, 4, 3);
     CHECK(p.s.stops == NULL && p.s.n_stops == 0 && p.s.steer == NULL && !p.s.want_log_p);
     CHECK_EQ(dsv3_sequence_state(&p.s), DSV3_STATE_EMPTY);
-    CHECK_EQ(dsv3_sequence_append(&p.s, &s->model, prompt, 2), DSV3_OK);
+    CHECK_EQ(dsv3_sequence_append(&s->model, &p.s, prompt, 2, NULL), DSV3_OK);
     p.s.n_stops = 1;
     CHECK_EQ(pens_step(s, &p, 1, &error), DSV3_ERR_ARG);
     CHECK(strcmp(error.name, "sequences[0]") == 0 && p.s.prompt_left == 2);

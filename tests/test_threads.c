@@ -297,7 +297,7 @@ static void counted_for(void *pool, size_t threads, size_t n, dsv3_task task, vo
 
 static void forward(synth *s, float *logits, const int32_t *token, size_t rows) {
     size_t V = (size_t)s->config.vocab_size;
-    dsv3_cache_truncate(&s->caches[0], 0);
+    dsv3_cache_truncate(&s->caches[0], 0, NULL);
     CHECK_EQ(synth_forward(s, logits, token, rows, 0, NULL), DSV3_OK);
     for (size_t i = 0; i < 4; i++)
         CHECK_EQ(synth_forward(s, logits + (rows + i) * V, token + i, 1, 0, NULL), DSV3_OK);
@@ -317,7 +317,7 @@ static void same_bits(void) {
     V = (size_t)c.vocab_size, bytes = (ROWS + 4) * V * sizeof(float);
     want = (float *)test_alloc(bytes), got = (float *)test_alloc(bytes);
     synth_tokens(token, ROWS, c.vocab_size);
-    synth_demand(dsv3_context_init(&s->context, test_backend(), 1), "context", NULL);
+    synth_demand(dsv3_context_init(&s->context, test_backend(), 1, NULL), "context", NULL);
     synth_run(s, ROWS, MOST, 1, 2 * ROWS, DSV3_F32);
     s->context.parallel_for = NULL;
     forward(s, want, token, ROWS);
@@ -334,7 +334,7 @@ static void same_bits(void) {
         threads_destroy(pool);
     }
 #if defined(_OPENMP) && !defined(DSV3_NO_OPENMP)
-    synth_demand(dsv3_context_init(&s->context, test_backend(), 3), "context", NULL);
+    synth_demand(dsv3_context_init(&s->context, test_backend(), 3, NULL), "context", NULL);
     CHECK(s->context.parallel_for != NULL && s->context.threads == 3);
     memset(got, 0xFF, bytes);
     forward(s, got, token, ROWS);

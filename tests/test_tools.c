@@ -118,7 +118,7 @@ static void layout_agrees(void) {
     size_t line = line_size(), bytes = 1, expected = 0;
     CHECK(line >= DSV3_ALIGN && (line & (line - 1)) == 0);
     lay_out(&measure, none);
-    CHECK_EQ(dsv3i_layout_size(&measure, &bytes), DSV3_OK);
+    CHECK_EQ(dsv3i_layout_size(&measure, &bytes, NULL), DSV3_OK);
     for (size_t i = 0; i < PARTS; i++) {
         CHECK(none[i] == NULL);
         expected += (part_bytes(i) + line - 1) / line * line;
@@ -132,7 +132,7 @@ static void layout_agrees(void) {
         void *at[PARTS];
         int bad = 0;
         memset(memory, 0xA5, bytes + 4 * line);
-        CHECK_EQ(dsv3i_memory_check(begin, bytes, bytes), DSV3_OK);
+        CHECK_EQ(dsv3i_memory_check(begin, bytes, bytes, NULL), DSV3_OK);
         real.base = dsv3i_layout_base(begin);
         lay_out(&real, at);
         CHECK_EQ(real.used, measure.used);
@@ -155,12 +155,12 @@ static void layout_overflows(void) {
     unsigned char some[1];
     dsv3i_layout l = {NULL, 0}, real = {NULL, 0};
     size_t bytes = 1, line = line_size();
-    CHECK_EQ(dsv3i_layout_size(&l, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3i_layout_size(&l, NULL, NULL), DSV3_ERR_ARG);
     (void)dsv3i_take(&l, 4, SIZE_MAX / 4, 2, 1);
     CHECK(l.used == SIZE_MAX);
     (void)dsv3i_take(&l, 1, 1, 1, 1); /* too large stays too large */
     CHECK(l.used == SIZE_MAX);
-    CHECK_EQ(dsv3i_layout_size(&l, &bytes), DSV3_ERR_OVERFLOW);
+    CHECK_EQ(dsv3i_layout_size(&l, &bytes, NULL), DSV3_ERR_OVERFLOW);
     CHECK(bytes == 0);
     l.used = 0; /* the bytes fit, their padding does not */
     (void)dsv3i_take(&l, 1, SIZE_MAX - 1, 1, 1);
@@ -177,13 +177,13 @@ static void layout_overflows(void) {
 
 static void memory_checks(void) {
     unsigned char memory[256], *p = memory + (DSV3_ALIGN - (uintptr_t)memory % DSV3_ALIGN);
-    CHECK_EQ(dsv3i_memory_check(p, 128, 128), DSV3_OK);
-    CHECK_EQ(dsv3i_memory_check(p, 129, 128), DSV3_OK);
-    CHECK_EQ(dsv3i_memory_check(p, 127, 128), DSV3_ERR_MEMORY);
-    CHECK_EQ(dsv3i_memory_check(p, 0, 0), DSV3_OK);
-    CHECK_EQ(dsv3i_memory_check(NULL, 128, 128), DSV3_ERR_ARG);
-    for (size_t i = 1; i < DSV3_ALIGN; i++) CHECK_EQ(dsv3i_memory_check(p + i, 128, 64), DSV3_ERR_ALIGN);
-    CHECK_EQ(dsv3i_memory_check(p + DSV3_ALIGN, 128, 64), DSV3_OK);
+    CHECK_EQ(dsv3i_memory_check(p, 128, 128, NULL), DSV3_OK);
+    CHECK_EQ(dsv3i_memory_check(p, 129, 128, NULL), DSV3_OK);
+    CHECK_EQ(dsv3i_memory_check(p, 127, 128, NULL), DSV3_ERR_MEMORY);
+    CHECK_EQ(dsv3i_memory_check(p, 0, 0, NULL), DSV3_OK);
+    CHECK_EQ(dsv3i_memory_check(NULL, 128, 128, NULL), DSV3_ERR_ARG);
+    for (size_t i = 1; i < DSV3_ALIGN; i++) CHECK_EQ(dsv3i_memory_check(p + i, 128, 64, NULL), DSV3_ERR_ALIGN);
+    CHECK_EQ(dsv3i_memory_check(p + DSV3_ALIGN, 128, 64, NULL), DSV3_OK);
 }
 
 /* ---- results and errors ------------------------------------------------------------------------------ */
@@ -203,7 +203,7 @@ static void result_strings(void) {
                 {DSV3_ERR_MISMATCH, "shape mismatch"},
                 {DSV3_ERR_TOKEN, "token outside vocabulary"},
                 {DSV3_ERR_POSITION, "position out of sequence"},
-                {DSV3_ERR_CONTEXT, "context full"},
+                {DSV3_ERR_FULL, "cache full"},
                 {DSV3_ERR_NAN, "value not finite"},
                 {DSV3_ERR_ABORTED, "aborted by the caller"},
                 {DSV3_ERR_DAMAGED, "saved bytes damaged"}};
@@ -360,7 +360,7 @@ static void parallel_calls(void) {
     dsv3_context ctx;
     shuffler s = {0, 0, 0};
     tally t;
-    CHECK_EQ(dsv3_context_init(&ctx, test_backend(), 1), DSV3_OK);
+    CHECK_EQ(dsv3_context_init(&ctx, test_backend(), 1, NULL), DSV3_OK);
     ctx.parallel_for = NULL;
     ctx.threads = 4;
     t = run_tally(&ctx, 10, SIZE_MAX); /* no hook: one piece, by worker 0, on the spot */
@@ -396,13 +396,13 @@ static void parallel_bits(void) {
     test_fill(data, ROWS * COLS, -1, 1);
     test_fill(x, N * COLS, -1, 1);
     test_fill(b, SILU, -1, 1);
-    CHECK_EQ(dsv3_context_init(&serial, test_backend(), 1), DSV3_OK);
+    CHECK_EQ(dsv3_context_init(&serial, test_backend(), 1, NULL), DSV3_OK);
     serial.parallel_for = NULL;
     ctx = serial;
     ctx.parallel_for = shuffle;
     ctx.parallel_user = &s;
     ctx.threads = THREADS;
-    scratch = (float *)test_alloc(dsv3_linear_scratch(&ctx, N, COLS) * sizeof(float));
+    scratch = (float *)test_alloc(linear_floats(&ctx, N, COLS) * sizeof(float));
     w.data = data, w.scale = NULL, w.rows = ROWS, w.cols = COLS, w.type = DSV3_F32, w.rank = 2, w.packed = 0;
     dsv3_linear(&serial, want, x, &w, N, scratch);
     for (int i = 0; i < 20; i++) {
@@ -452,11 +452,11 @@ static void parallel_openmp(void) {
 static void context_codes(void) {
     dsv3_context c;
     memset(&c, 0x55, sizeof c);
-    CHECK_EQ(dsv3_context_init(NULL, DSV3_BACKEND_AUTO, 0), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_context_init(&c, (dsv3_backend)99, 1), DSV3_ERR_UNSUPPORTED);
-    CHECK_EQ(dsv3_context_init(&c, (dsv3_backend)-1, 1), DSV3_ERR_UNSUPPORTED);
+    CHECK_EQ(dsv3_context_init(NULL, DSV3_BACKEND_AUTO, 0, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_context_init(&c, (dsv3_backend)99, 1, NULL), DSV3_ERR_UNSUPPORTED);
+    CHECK_EQ(dsv3_context_init(&c, (dsv3_backend)-1, 1, NULL), DSV3_ERR_UNSUPPORTED);
     memset(&c, 0x55, sizeof c);
-    CHECK_EQ(dsv3_context_init(&c, DSV3_BACKEND_REFERENCE, 3), DSV3_OK);
+    CHECK_EQ(dsv3_context_init(&c, DSV3_BACKEND_REFERENCE, 3, NULL), DSV3_OK);
     CHECK(strcmp(c.backend, "reference") == 0);
     CHECK_EQ(c.attention, DSV3_ATTENTION_AUTO);
     CHECK(c.observer.hidden == NULL && c.observer.routing == NULL && c.observer.user == NULL);
@@ -464,15 +464,15 @@ static void context_codes(void) {
 #if defined(_OPENMP) && !defined(DSV3_NO_OPENMP)
     CHECK_EQ(c.threads, 3);
     CHECK(c.parallel_for != NULL);
-    CHECK_EQ(dsv3_context_init(&c, DSV3_BACKEND_REFERENCE, SIZE_MAX), DSV3_ERR_LIMIT);
-    CHECK_EQ(dsv3_context_init(&c, DSV3_BACKEND_AUTO, 0), DSV3_OK);
+    CHECK_EQ(dsv3_context_init(&c, DSV3_BACKEND_REFERENCE, SIZE_MAX, NULL), DSV3_ERR_LIMIT);
+    CHECK_EQ(dsv3_context_init(&c, DSV3_BACKEND_AUTO, 0, NULL), DSV3_OK);
     CHECK(c.threads >= 1);
 #else
     CHECK_EQ(c.threads, 1);
     CHECK(c.parallel_for == NULL);
 #endif
     memset(&c, 0x55, sizeof c);
-    CHECK_EQ(dsv3_context_init(&c, DSV3_BACKEND_AUTO, 1), DSV3_OK);
+    CHECK_EQ(dsv3_context_init(&c, DSV3_BACKEND_AUTO, 1, NULL), DSV3_OK);
     CHECK(c.backend != NULL && c.backend[0] != '\0');
     for (size_t i = 0; i < DSV3_TYPES; i++) CHECK(c.ops->decode[i] != NULL);
     CHECK_EQ(c.compute, DSV3_EXACT);

@@ -64,11 +64,11 @@ static void prepare(subject *a, const int *lengths) {
 static void open_trainer(subject *a, size_t threads) {
     size_t bytes = 0;
     dsv3_rng rng = {11};
-    synth_demand(dsv3_context_init(&a->ctx, test_backend(), 1), "context", NULL);
-    synth_demand(dsv3_trainer_size(&a->c, &a->s, threads, &bytes), "trainer size", NULL);
+    synth_demand(dsv3_context_init(&a->ctx, test_backend(), 1, NULL), "context", NULL);
+    synth_demand(dsv3_trainer_size(&a->c, &a->s, threads, &bytes, NULL), "trainer size", NULL);
     a->memory = synth_alloc(bytes);
     memset(a->memory, 0xFF, bytes);
-    synth_demand(dsv3_trainer_init(&a->t, &a->c, &a->s, threads, a->memory, bytes), "trainer", NULL);
+    synth_demand(dsv3_trainer_init(&a->c, &a->t, &a->s, threads, a->memory, bytes, NULL), "trainer", NULL);
     dsv3_parameters_random(&a->t.weights, &rng, 0.3f);
     a->D = (size_t)a->c.num_nextn_predict_layers;
     memset(a->targets, 0, sizeof a->targets);
@@ -158,7 +158,7 @@ static void list_tensors(listing *l, const dsv3_config *c) {
     synth_demand(dsv3_model_tensors(c, list_tensor, l), "list", NULL);
 }
 
-static int is_bias(const dsv3_tensor_info *info) { return info->group == DSV3_GROUP_ROUTER && info->rank == 1; }
+static int is_bias(const dsv3_tensor_info *info) { return info->kind == DSV3_KIND_ROUTER && info->rank == 1; }
 
 /* got and want per tensor, to `bound` of the tensor's largest, or of 1e-4 of the largest of all if that is more: what
  * cancels to nothing leaves rounding. */
@@ -325,7 +325,7 @@ static void parallel_backwards(void *user, size_t threads, size_t n, dsv3_task t
 enum { HOW_SERIAL, HOW_THREADS, HOW_BACKWARDS, HOW_OPENMP };
 
 static void set_how(dsv3_context *ctx, int how, size_t threads) {
-    synth_demand(dsv3_context_init(ctx, test_backend(), how == HOW_OPENMP ? threads : 1), "context", NULL);
+    synth_demand(dsv3_context_init(ctx, test_backend(), how == HOW_OPENMP ? threads : 1, NULL), "context", NULL);
     if (how != HOW_OPENMP) ctx->parallel_for = NULL;
     if (how == HOW_THREADS) ctx->parallel_for = parallel_threads;
     if (how == HOW_BACKWARDS) ctx->parallel_for = parallel_backwards;
@@ -380,7 +380,7 @@ static void test_threads(void) {
         test_count(same_floats(got, want, count), __FILE__, __LINE__, text);
         free(got);
     }
-    synth_demand(dsv3_context_init(&ctx, test_backend(), 1), "context", NULL);
+    synth_demand(dsv3_context_init(&ctx, test_backend(), 1, NULL), "context", NULL);
     for (int i = 0; i < LOOPS; i++) CHECK_EQ(split[i] > 0, has_loop(&ctx, i));
     free(want);
 }
@@ -894,19 +894,19 @@ static void test_failing_hooks(void) {
     prepare_failing(&a);
     r.n = a.t.gradients.count;
     r.n_load = a.t.balancer.layers * a.t.balancer.E;
-    r.result = DSV3_ERR_CONTEXT;
+    r.result = DSV3_ERR_FULL;
     a.t.settings.reduce = reduce_gradients, a.t.settings.reduce_user = &r;
     gradients(&a);
     s = snapshot_take(&a);
-    CHECK_EQ(dsv3_train_end(&a.ctx, &a.t, 0.01, NULL, &error), DSV3_ERR_CONTEXT);
-    CHECK_EQ(error.code, DSV3_ERR_CONTEXT);
+    CHECK_EQ(dsv3_train_end(&a.ctx, &a.t, 0.01, NULL, &error), DSV3_ERR_FULL);
+    CHECK_EQ(error.code, DSV3_ERR_FULL);
     CHECK(snapshot_same(&s, &a));
     a.t.settings.reduce = NULL;
     a.t.balancer.reduce = reduce_loads, a.t.balancer.reduce_user = &r;
     gradients(&a);
     s = snapshot_take(&a);
-    CHECK_EQ(dsv3_train_end(&a.ctx, &a.t, 0.01, NULL, &error), DSV3_ERR_CONTEXT);
-    CHECK_EQ(error.code, DSV3_ERR_CONTEXT);
+    CHECK_EQ(dsv3_train_end(&a.ctx, &a.t, 0.01, NULL, &error), DSV3_ERR_FULL);
+    CHECK_EQ(error.code, DSV3_ERR_FULL);
     CHECK(snapshot_same(&s, &a));
     close_trainer(&a);
 }
@@ -921,31 +921,31 @@ static void test_memory(void) {
     dsv3_config bad = tiny_config();
     unsigned char *memory;
     prepare(&a, lengths);
-    CHECK_EQ(dsv3_trainer_size(&a.c, &a.s, 1, &need), DSV3_OK);
-    CHECK_EQ(dsv3_trainer_size(NULL, &a.s, 1, &bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_trainer_size(&a.c, NULL, 1, &bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_trainer_size(&a.c, &a.s, 1, NULL), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_trainer_size(&a.c, &a.s, 0, &bytes), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_trainer_size(&a.c, &a.s, 1, &need, NULL), DSV3_OK);
+    CHECK_EQ(dsv3_trainer_size(NULL, &a.s, 1, &bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_trainer_size(&a.c, NULL, 1, &bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_trainer_size(&a.c, &a.s, 1, NULL, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_trainer_size(&a.c, &a.s, 0, &bytes, NULL), DSV3_ERR_ARG);
     s = a.s, s.rows = 0;
-    CHECK_EQ(dsv3_trainer_size(&a.c, &s, 1, &bytes), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_trainer_size(&a.c, &s, 1, &bytes, NULL), DSV3_ERR_ARG);
     s = a.s, s.sequences = 0;
-    CHECK_EQ(dsv3_trainer_size(&a.c, &s, 1, &bytes), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_trainer_size(&a.c, &s, 1, &bytes, NULL), DSV3_ERR_ARG);
     s = a.s, s.longest = 0;
-    CHECK_EQ(dsv3_trainer_size(&a.c, &s, 1, &bytes), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_trainer_size(&a.c, &s, 1, &bytes, NULL), DSV3_ERR_ARG);
     s = a.s, s.rows = most;
-    CHECK_EQ(dsv3_trainer_size(&a.c, &s, 1, &bytes), DSV3_ERR_LIMIT);
+    CHECK_EQ(dsv3_trainer_size(&a.c, &s, 1, &bytes, NULL), DSV3_ERR_LIMIT);
     s = a.s, s.longest = most;
-    CHECK_EQ(dsv3_trainer_size(&a.c, &s, 1, &bytes), DSV3_ERR_LIMIT);
+    CHECK_EQ(dsv3_trainer_size(&a.c, &s, 1, &bytes, NULL), DSV3_ERR_LIMIT);
     bad.hidden_size = 0;
-    CHECK(dsv3_trainer_size(&bad, &a.s, 1, &bytes) != DSV3_OK);
+    CHECK(dsv3_trainer_size(&bad, &a.s, 1, &bytes, NULL) != DSV3_OK);
     memory = (unsigned char *)test_alloc(need + 8);
-    CHECK_EQ(dsv3_trainer_init(NULL, &a.c, &a.s, 1, memory, need), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_trainer_init(&a.t, NULL, &a.s, 1, memory, need), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_trainer_init(&a.t, &a.c, NULL, 1, memory, need), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_trainer_init(&a.t, &a.c, &a.s, 1, NULL, need), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_trainer_init(&a.t, &a.c, &a.s, 1, memory + 1, need), DSV3_ERR_ALIGN);
-    CHECK_EQ(dsv3_trainer_init(&a.t, &a.c, &a.s, 1, memory, need - 1), DSV3_ERR_MEMORY);
-    CHECK_EQ(dsv3_trainer_init(&a.t, &a.c, &a.s, 1, memory, need), DSV3_OK);
+    CHECK_EQ(dsv3_trainer_init(&a.c, NULL, &a.s, 1, memory, need, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_trainer_init(NULL, &a.t, &a.s, 1, memory, need, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_trainer_init(&a.c, &a.t, NULL, 1, memory, need, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_trainer_init(&a.c, &a.t, &a.s, 1, NULL, need, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_trainer_init(&a.c, &a.t, &a.s, 1, memory + 1, need, NULL), DSV3_ERR_ALIGN);
+    CHECK_EQ(dsv3_trainer_init(&a.c, &a.t, &a.s, 1, memory, need - 1, NULL), DSV3_ERR_MEMORY);
+    CHECK_EQ(dsv3_trainer_init(&a.c, &a.t, &a.s, 1, memory, need, NULL), DSV3_OK);
     CHECK(largest_of(a.t.weights.data, a.t.weights.count) <= 0);
     CHECK(largest_of(a.t.m, a.t.weights.count) <= 0 && largest_of(a.t.v, a.t.weights.count) <= 0);
     free(memory);
@@ -1011,7 +1011,7 @@ static void test_misuse(void) {
     a.sequence[9] = 0, a.sequence[22] = 2;
     expect(&a, &a.text, DSV3_OK);
     for (size_t i = 9; i < 30; i++) a.sequence[i] = 1;
-    expect(&a, &a.text, DSV3_ERR_CONTEXT); /* 21 rows of one sequence */
+    expect(&a, &a.text, DSV3_ERR_FULL); /* 21 rows of one sequence */
     close_trainer(&a);
 }
 
@@ -1088,10 +1088,10 @@ static dsv3_result same_tensor(void *user, const dsv3_tensor_info *info) {
 
 static void open_parameters(dsv3_parameters *q, void **memory, const dsv3_config *c) {
     size_t bytes = 0;
-    synth_demand(dsv3_parameters_size(c, &bytes), "parameters size", NULL);
+    synth_demand(dsv3_parameters_size(c, &bytes, NULL), "parameters size", NULL);
     *memory = synth_alloc(bytes);
     memset(*memory, 0xFF, bytes);
-    synth_demand(dsv3_parameters_init(q, c, *memory, bytes), "parameters", NULL);
+    synth_demand(dsv3_parameters_init(c, q, *memory, bytes, NULL), "parameters", NULL);
     CHECK(largest_of(q->data, q->count) <= 0);
 }
 
@@ -1101,15 +1101,15 @@ static void test_load(int which) {
     void *memory;
     compared both;
     open_parameters(&q, &memory, &s->config);
-    CHECK_EQ(dsv3_parameters_load(&q, &s->model), DSV3_OK);
+    CHECK_EQ(dsv3_parameters_from_model(&q, &s->model, NULL), DSV3_OK);
     both.written = s, both.at = q.data;
     synth_demand(dsv3_model_tensors(&s->config, same_tensor, &both), "compare", NULL);
     CHECK_EQ(both.at - q.data, q.count);
-    CHECK_EQ(dsv3_parameters_load(NULL, &s->model), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_parameters_load(&q, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_parameters_from_model(NULL, &s->model, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_parameters_from_model(&q, NULL, NULL), DSV3_ERR_ARG);
     s->config.vocab_size++;
     s->model.config.vocab_size++;
-    CHECK_EQ(dsv3_parameters_load(&q, &s->model), DSV3_ERR_MISMATCH);
+    CHECK_EQ(dsv3_parameters_from_model(&q, &s->model, NULL), DSV3_ERR_MISMATCH);
     synth_release(memory);
     synth_close(s);
 }
@@ -1121,14 +1121,14 @@ static void test_load_modules(void) {
     size_t bytes = 0;
     open_parameters(&q, &memory, &s->config);
     s->model.n_mtp = 0; /* as of a file without them */
-    CHECK_EQ(dsv3_parameters_load(&q, &s->model), DSV3_ERR_MISMATCH);
-    CHECK_EQ(dsv3_parameters_size(NULL, &bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_parameters_size(&s->config, NULL), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_parameters_size(&s->config, &bytes), DSV3_OK);
-    CHECK_EQ(dsv3_parameters_init(NULL, &s->config, memory, bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_parameters_init(&q, &s->config, NULL, bytes), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_parameters_init(&q, &s->config, memory, bytes - 1), DSV3_ERR_MEMORY);
-    CHECK_EQ(dsv3_parameters_init(&q, &s->config, (unsigned char *)memory + 4, bytes), DSV3_ERR_ALIGN);
+    CHECK_EQ(dsv3_parameters_from_model(&q, &s->model, NULL), DSV3_ERR_MISMATCH);
+    CHECK_EQ(dsv3_parameters_size(NULL, &bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_parameters_size(&s->config, NULL, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_parameters_size(&s->config, &bytes, NULL), DSV3_OK);
+    CHECK_EQ(dsv3_parameters_init(&s->config, NULL, memory, bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_parameters_init(&s->config, &q, NULL, bytes, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_parameters_init(&s->config, &q, memory, bytes - 1, NULL), DSV3_ERR_MEMORY);
+    CHECK_EQ(dsv3_parameters_init(&s->config, &q, (unsigned char *)memory + 4, bytes, NULL), DSV3_ERR_ALIGN);
     synth_release(memory);
     synth_close(s);
 }
@@ -1176,7 +1176,7 @@ static size_t size_of(const dsv3_config *c, int32_t keep, size_t rows) {
     dsv3_training s = dsv3_training_default();
     size_t bytes = 0;
     s.rows = rows, s.sequences = 1, s.longest = 64, s.keep = keep;
-    synth_demand(dsv3_trainer_size(c, &s, 1, &bytes), "size", NULL);
+    synth_demand(dsv3_trainer_size(c, &s, 1, &bytes, NULL), "size", NULL);
     return bytes;
 }
 
@@ -1220,9 +1220,9 @@ static void test_parameter_memory(void) {
     count[1] = l.floats;
     CHECK_EQ(size_of(&more, 0, 16) - size_of(&c, 0, 16) < 17 * (count[1] - count[0]), 1);
     s.rows = 16, s.longest = 16;
-    CHECK_EQ(dsv3_trainer_size(&c, &s, 1, &without), DSV3_OK);
+    CHECK_EQ(dsv3_trainer_size(&c, &s, 1, &without, NULL), DSV3_OK);
     s.ema = 1;
-    CHECK_EQ(dsv3_trainer_size(&c, &s, 1, &with), DSV3_OK);
+    CHECK_EQ(dsv3_trainer_size(&c, &s, 1, &with, NULL), DSV3_OK);
     bytes = sizeof(void *) > 4 ? (4 * count[0] + 63) / 64 * 64 : (4 * count[0] + 15) / 16 * 16;
     CHECK_EQ(with - without, bytes);
 }
@@ -1235,23 +1235,23 @@ static void test_kept_layers(void) {
     dsv3_trainer t;
     size_t bytes = 0, sum = 0, none = size_of(&c, 0, 64);
     s.rows = 64, s.longest = 64, s.keep = 7, s.keep_layers = layers;
-    CHECK_EQ(dsv3_trainer_size(&c, &s, 1, &bytes), DSV3_OK);
+    CHECK_EQ(dsv3_trainer_size(&c, &s, 1, &bytes, NULL), DSV3_OK);
     CHECK_EQ(bytes, none); /* keep itself is not read then */
     for (int i = 0; i < 4; i++) {
         layers[i] = 7;
-        CHECK_EQ(dsv3_trainer_size(&c, &s, 1, &bytes), DSV3_OK);
+        CHECK_EQ(dsv3_trainer_size(&c, &s, 1, &bytes, NULL), DSV3_OK);
         CHECK_EQ(bytes - none, 64 * (size_per_row(&c, 7, i == 0) - size_per_row(&c, 0, i == 0)));
         sum += bytes - none;
         layers[i] = 0;
     }
     for (int i = 0; i < 4; i++) layers[i] = 7;
-    CHECK_EQ(dsv3_trainer_size(&c, &s, 1, &bytes), DSV3_OK);
+    CHECK_EQ(dsv3_trainer_size(&c, &s, 1, &bytes, NULL), DSV3_OK);
     CHECK_EQ(bytes - none, sum);
     CHECK_EQ(bytes, size_of(&c, 7, 64));
     {
         void *memory = synth_alloc(bytes);
-        CHECK_EQ(dsv3_trainer_init(&t, &c, &s, 1, memory, bytes - 1), DSV3_ERR_MEMORY);
-        CHECK_EQ(dsv3_trainer_init(&t, &c, &s, 1, memory, bytes), DSV3_OK);
+        CHECK_EQ(dsv3_trainer_init(&c, &t, &s, 1, memory, bytes - 1, NULL), DSV3_ERR_MEMORY);
+        CHECK_EQ(dsv3_trainer_init(&c, &t, &s, 1, memory, bytes, NULL), DSV3_OK);
         synth_release(memory);
     }
 }

@@ -26,20 +26,20 @@ dsv3_result use_everything(void) {
     void *memory;
     dsv3_result result;
     if (dsv3_config_check(&config, &error) != DSV3_OK) return error.code;
-    if (dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1) != DSV3_OK) return DSV3_ERR_ARG;
-    if (dsv3_sample(&token, logits, 4, 1.0f, 0.9f, &rng, candidates) != DSV3_OK) return DSV3_ERR_ARG;
+    if (dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1, NULL) != DSV3_OK) return DSV3_ERR_ARG;
+    if (dsv3_sample(&token, logits, 4, 1.0f, 0.9f, &rng, candidates, NULL) != DSV3_OK) return DSV3_ERR_ARG;
     dsv3_rope_turns(&config, turns);
     dsv3_rope_table(cos_sin, &position, turns, dsv3_rope_factor(&config), 1, 8);
     dsv3_rope_rotate(score, cos_sin, 8, config.rope_interleave);
-    if (dsv3_router_select(&config, idx, gate, score, NULL, NULL, 1, scratch) != DSV3_OK) return DSV3_ERR_ARG;
+    if (dsv3_router_select(&config, idx, gate, score, NULL, NULL, 1, scratch, NULL) != DSV3_OK) return DSV3_ERR_ARG;
     if (dsv3_log_sum_exp(logits, 4) < 3.0f) return DSV3_ERR_ARG;
-    if (dsv3_workspace_size(&config, 1, 1, &bytes) != DSV3_OK || bytes == 0) return DSV3_ERR_ARG;
-    if (dsv3_workspace_init(&workspace, &config, 1, 1, NULL, 0) != DSV3_ERR_ARG) return DSV3_ERR_ARG;
-    if (dsv3_cache_init(&cache, &config, 1, DSV3_F32, NULL, 0) != DSV3_ERR_ARG) return DSV3_ERR_ARG;
-    if (dsv3_model_size(&config, &bytes) != DSV3_OK) return DSV3_ERR_ARG;
+    if (dsv3_workspace_size(&config, 1, 1, &bytes, NULL) != DSV3_OK || bytes == 0) return DSV3_ERR_ARG;
+    if (dsv3_workspace_init(&config, &workspace, 1, 1, NULL, 0, NULL) != DSV3_ERR_ARG) return DSV3_ERR_ARG;
+    if (dsv3_cache_init(&config, &cache, 1, DSV3_F32, NULL, 0, NULL) != DSV3_ERR_ARG) return DSV3_ERR_ARG;
+    if (dsv3_model_size(&config, &bytes, NULL) != DSV3_OK) return DSV3_ERR_ARG;
     memory = malloc(bytes);
     if (memory == NULL) return DSV3_ERR_MEMORY;
-    result = dsv3_model_bind(&model, &config, memory, bytes, find_nothing, NULL, &error);
+    result = dsv3_model_bind(&config, &model, memory, bytes, find_nothing, NULL, &error);
     free(memory);
     return result == DSV3_ERR_MISSING ? DSV3_OK : DSV3_ERR_ARG;
 }

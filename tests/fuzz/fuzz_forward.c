@@ -54,7 +54,7 @@ static dsv3_result find(void *user, const char *name, dsv3_tensor *t) {
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    source s = {data, size, 0, NULL, NULL, {{0}, DSV3_GROUP_EMBED, 0, 0, 0, 0, 0, 0, 0}};
+    source s = {data, size, 0, NULL, NULL, {{0}, DSV3_KIND_EMBED, 0, 0, 0, 0, 0, 0, 0}};
     dsv3_config c = dsv3_config_default();
     dsv3_context context;
     dsv3_model model;
@@ -97,22 +97,22 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     s.config = &c;
     for (size_t i = 0; i < sizeof pool; i++)
         pool[i] = s.at < size ? data[s.at + i % (size - s.at)] : (unsigned char)i;
-    dsv3_context_init(&context, DSV3_BACKEND_AUTO, 1);
+    dsv3_context_init(&context, DSV3_BACKEND_AUTO, 1, NULL);
     context.attention = (dsv3_attention)(take(&s) % 3);
-    dsv3_model_size(&c, &bytes);
+    dsv3_model_size(&c, &bytes, NULL);
     memory[0] = malloc(bytes);
-    if (dsv3_model_bind(&model, &c, memory[0], bytes, find, &s, &error) == DSV3_OK) {
+    if (dsv3_model_bind(&c, &model, memory[0], bytes, find, &s, &error) == DSV3_OK) {
         dsv3_batch batch = {1 + take(&s) % 8, token, sequence, NULL, 0, NULL};
         batch.outputs = take(&s) % (batch.rows + 1);
         for (int i = 0; i < 2; i++) {
             dsv3_type type = i ? DSV3_BF16 : DSV3_F32;
-            dsv3_cache_size(&c, 6, type, &bytes);
+            dsv3_cache_size(&c, 6, type, &bytes, NULL);
             memory[1 + i] = malloc(bytes);
-            dsv3_cache_init(&caches[i], &c, 6, type, memory[1 + i], bytes);
+            dsv3_cache_init(&c, &caches[i], 6, type, memory[1 + i], bytes, NULL);
         }
-        dsv3_workspace_size(&c, 8, 1, &bytes);
+        dsv3_workspace_size(&c, 8, 1, &bytes, NULL);
         memory[3] = malloc(bytes);
-        dsv3_workspace_init(&ws, &c, 8, 1, memory[3], bytes);
+        dsv3_workspace_init(&c, &ws, 8, 1, memory[3], bytes, NULL);
         for (int i = 0; i < 2; i++) {
             size_t before = caches[0].length;
             dsv3_result result = dsv3_forward(&context, logits, &model, caches, 2, &batch, &ws, &error);

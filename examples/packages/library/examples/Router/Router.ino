@@ -7,7 +7,7 @@ static void show(const float *bias) {
     const float score[8] = {0.90f, 0.20f, 0.50f, 0.60f, 0.85f, 0.10f, 0.55f, 0.45f};
     float gate[2], scratch[8 + 1];
     int32_t expert[2];
-    dsv3_result result = dsv3_router_select(&config, expert, gate, score, bias, NULL, 1, scratch);
+    dsv3_result result = dsv3_router_select(&config, expert, gate, score, bias, NULL, 1, scratch, NULL);
     if (result != DSV3_OK) {
         Serial.println(dsv3_result_string(result));
         return;
