@@ -15,16 +15,16 @@
  *     #define DSV3_IMPLEMENTATION
  *     #include "dsv3.h"
  *
- *     dsv3_config_check(&config, &error);                              // names the first bad field
- *     dsv3_context_init(&context, DSV3_BACKEND_AUTO, 0, error);               // backend and threads
- *     dsv3_model_size(&config, &bytes, error);                                // every _size has its _init:
- *     dsv3_model_bind(&config, &model, malloc(bytes), bytes, find, files, &error);   // by published names
- *     dsv3_cache_size(&config, 4096, DSV3_BF16, &bytes, error);
- *     dsv3_cache_init(&config, &cache, 4096, DSV3_BF16, malloc(bytes), bytes, error);
- *     dsv3_workspace_size(&config, rows, context.threads, &bytes, error);
- *     dsv3_workspace_init(&config, &workspace, rows, context.threads, malloc(bytes), bytes, error);
+ *     dsv3_config_check(&config, &error);                                 // names the first bad field
+ *     dsv3_context_init(&context, DSV3_BACKEND_AUTO, 0, &error);          // backend and threads
+ *     dsv3_model_size(&config, &bytes, &error);                           // every _size has its _init:
+ *     dsv3_model_bind(&config, &model, malloc(bytes), bytes, find, files, &error); // by published names
+ *     dsv3_cache_size(&config, 4096, DSV3_BF16, &bytes, &error);
+ *     dsv3_cache_init(&config, &cache, 4096, DSV3_BF16, malloc(bytes), bytes, &error);
+ *     dsv3_workspace_size(&config, rows, context.threads, &bytes, &error);
+ *     dsv3_workspace_init(&config, &workspace, rows, context.threads, malloc(bytes), bytes, &error);
  *     dsv3_forward(&context, logits, &model, &cache, 1, &batch, &workspace, &error);
- *     dsv3_sample(&token, logits, vocab_size, 0.8f, 0.95f, &rng, candidates, error);
+ *     dsv3_sample(&token, logits, vocab_size, 0.8f, 0.95f, &rng, candidates, &error);
  *
  * Each level of the API is usable alone:
  *   ops       dsv3_rmsnorm, dsv3_router_select, dsv3_rope_table, dsv3_logits_top_k ... on plain arrays, without a model;
@@ -59,15 +59,15 @@
  *            Weights are [out, in] and y = W x, as in the published checkpoints.
  *   Order    context or config, outputs, values saved for later, inputs, weights, dimensions, scratch.
  *   Errors   0 is ok, negative is a dsv3_result; what, where, expected and found go to a dsv3_error, the last argument,
- *            which may be NULL and is set by every call that takes one, also by success. A call that fails leaves every cache as long as it was. Outputs and workspace are then unspecified;
- *            a model whose dsv3_model_bind failed must be bound again before use.
+ *            which may be NULL and is set by every call that takes one, also by success. A call that fails leaves
+ *            every cache as long as it was. Outputs and workspace are then unspecified; a model whose dsv3_model_bind failed must be bound again before use.
  *   Memory   is the caller's, all of it; a workspace may hold any bytes before a call. Every _size(.., &bytes) has its
  *            _init(.., memory, bytes), which wants at least that many. Buffers for _init are aligned to DSV3_ALIGN, as
  *            malloc's are; tensor data may have any alignment and live in flash.
  *   Structs  hold no pointers to themselves: between calls any of them may be moved. Configs, tensors, batches, errors
- *            and random states are values, to be copied at will. A context or a model may be copied (dsv3_pack changes the
- *            model that it is given). A cache, workspace, sequence or trainer owns its memory: a copy of the struct is the
- *            same object, not a second one; dsv3_cache_copy and dsv3_sequence_copy make a second one. Memory given to
+ *            and random states are values, to be copied at will. A context or a model may be copied (dsv3_pack changes
+ *            the model that it is given). A cache, workspace, sequence or trainer owns its memory: a copy of the struct is
+ *            the same object; dsv3_cache_copy and dsv3_sequence_copy make a second one. Memory given to
  *            _init or _bind must outlive the struct, and weights the model; a model must outlive what was made for it.
  *   Threads  every function is reentrant. Calls running at the same time may share context, config and
  *            model (they are only read), and must not share cache, workspace or outputs.
@@ -144,7 +144,7 @@ extern "C" {
  * Chapter 1  >>api
  * ==================================================================================================== */
 
-#define DSV3_VERSION_MAJOR 0 /* grows when a program must be changed */
+#define DSV3_VERSION_MAJOR 0 /* grows when a program must be changed; while it is 0, MINOR does */
 #define DSV3_VERSION_MINOR 2 /* grows when something is added */
 #define DSV3_VERSION_PATCH 0 /* grows when something is mended */
 
@@ -881,8 +881,8 @@ DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *
  * token writes one; one without drafts up to `drafts` tokens, verifies them in the same call that computes the next,
  * and writes all that agree and one more; drafts behind a stop token or beyond the limit are dropped. Sequences in the
  * other states (dsv3_state) write nothing.
- * Greedy text is the same, bit for bit, with any number of drafts, any company and any number of threads; sampled
- * text has the same distribution. n <= workspace->rows; rows that do not fit wait (drafts are dropped first).
+ * Greedy text is the same, bit for bit, with any number of drafts, any company and any number of threads, while the
+ * attention form is fixed (with AUTO it follows from how a prompt is cut into pieces); sampled text has the same distribution. n <= workspace->rows; rows that do not fit wait (drafts are dropped first).
  * logits [sum of (max_drafts + 1), V] is scratch. Errors: as of dsv3_forward; what a steer returns, and NAN when it left
  * nothing to choose; when no sequence has anything to do, FULL if one is FULL, else ARG. Every sequence is then as
  * before (its counters and random numbers too), and n_token 0. */
@@ -1215,6 +1215,8 @@ DSV3_API void dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr, int in
  * model. scratch as for dsv3_linear. */
 DSV3_API void dsv3_router_scores(const dsv3_context *context, const dsv3_config *config, float *score, const float *x,
                                  const dsv3_tensor *gate_w, const float *gate_bias, size_t n, float *scratch);
+/* DSV3_OK, or ARG and the first of the routing fields that is wrong: all that the calls of this section ask of a config. */
+DSV3_API dsv3_result dsv3_router_check(const dsv3_config *config, dsv3_error *error);
 /* From score [n, E], bias [E] (NULL: none) and its strengths alpha [E] (NULL: 1) choose idx [n, K], in order of
  * falling choice score, ties to the lower index, and their weights gate [n, K]. scratch [E + G]. A score or choice
  * score that is not finite counts as the lowest and weighs nothing; the choice is then still valid and free of
@@ -1626,6 +1628,12 @@ static dsv3_result dsv3i_check_token(dsv3_error *error, const char *name, size_t
     return dsv3i_check_element(error, DSV3_ERR_TOKEN, name, i, "is outside the vocabulary", V, token);
 }
 
+static dsv3_result dsv3i_check_least(dsv3_error *error, dsv3_result code, const char *name, const char *why, size_t n,
+                                     size_t least) {
+    if (n >= least) return DSV3_OK;
+    return dsv3i_fail_range(error, code, name, why, (int64_t)least, (int64_t)least, (int64_t)n);
+}
+
 DSV3I_APART dsv3_result dsv3i_fail_null(dsv3_error *error, const char *name) {
     return dsv3i_fail(error, DSV3_ERR_ARG, name, "is NULL");
 }
@@ -1722,9 +1730,7 @@ static dsv3_result dsv3i_memory_check(const void *memory, size_t bytes, size_t n
     if (past != 0) {
         return dsv3i_fail_where(error, DSV3_ERR_ALIGN, "memory", "lies behind a multiple of 8, by bytes:", (int64_t)past);
     }
-    if (bytes >= need) return DSV3_OK;
-    return dsv3i_fail_range(error, DSV3_ERR_MEMORY, "memory", "is too small", (int64_t)need, (int64_t)need,
-                            (int64_t)bytes);
+    return dsv3i_check_least(error, DSV3_ERR_MEMORY, "memory", "is too small", bytes, need);
 }
 
 /* There is at least one of something, and not more than `most`. */
@@ -3589,13 +3595,33 @@ static void dsv3i_gate_weights(const dsv3_config *c, float *gate, const int32_t 
     }
 }
 
+/* Groups and choice, in themselves. least: experts of a token, 0 where there are none. */
+static dsv3_result dsv3i_check_routing(const dsv3_config *c, int32_t least, dsv3_error *e) {
+    int32_t G = c->n_group, E = c->n_routed_experts;
+    if (G < 1 || E % G != 0) {
+        return dsv3i_fail_where(e, DSV3_ERR_ARG, "n_group", "must divide n_routed_experts, and is", G);
+    }
+    DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_ARG, "topk_group", "must be between 1 and n_group", c->topk_group, 1, G));
+    return dsv3i_check_between(e, DSV3_ERR_ARG, "num_experts_per_tok", "is more than the selected groups have",
+                               c->num_experts_per_tok, least,
+                               c->topk_method == DSV3_GREEDY ? E : E / G * c->topk_group);
+}
+
+DSV3_API dsv3_result dsv3_router_check(const dsv3_config *config, dsv3_error *error) {
+    if (config == NULL) return dsv3i_fail_null(error, "config");
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "n_routed_experts", "is out of range", config->n_routed_experts, 1,
+                                  DSV3_MAX_EXPERTS));
+    DSV3I_TRY(dsv3i_check_routing(config, 1, error));
+    return dsv3i_ok(error);
+}
+
 DSV3_API dsv3_result dsv3_router_select(const dsv3_config *config, int32_t *idx, float *gate, const float *score,
                                         const float *bias, const float *alpha, size_t n, float *scratch,
                                         dsv3_error *error) {
     size_t E = (size_t)config->n_routed_experts, K = (size_t)config->num_experts_per_tok;
     float *sel = scratch, *group = scratch + E;
     size_t bad = n; /* the first row with something that is not finite */
-    DSV3_ASSERT(K >= 1 && K <= E && config->n_group >= 1 && config->n_routed_experts % config->n_group == 0);
+    DSV3I_TRY(dsv3_router_check(config, error));
     for (size_t t = 0; t < n; t++) {
         const float *s = score + t * E;
         for (size_t e = 0; e < E; e++) {
@@ -4406,7 +4432,7 @@ static size_t dsv3i_moe_layers(const dsv3_config *c) {
 }
 
 static dsv3_result dsv3i_check_layers(const dsv3_config *c, dsv3_error *e) {
-    int32_t least, available;
+    int32_t least;
     DSV3I_INT(num_nextn_predict_layers, 0, DSV3_MAX_LAYERS - c->num_hidden_layers);
     DSV3I_BETWEEN(first_k_dense_replace, 0, c->num_hidden_layers, "is not between 0 and num_hidden_layers");
     DSV3I_INT(intermediate_size, c->first_k_dense_replace > 0 || c->moe_layer_freq > 1, DSV3_MAX_DIM);
@@ -4415,14 +4441,8 @@ static dsv3_result dsv3i_check_layers(const dsv3_config *c, dsv3_error *e) {
     DSV3I_INT(n_routed_experts, least, DSV3_MAX_EXPERTS);
     DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_LIMIT, "n_shared_experts", "times moe_intermediate_size is beyond the limit",
                                   (int64_t)c->n_shared_experts * c->moe_intermediate_size, 0, DSV3_MAX_DIM));
-    if (c->n_routed_experts % c->n_group != 0) {
-        return dsv3i_fail_where(e, DSV3_ERR_ARG, "n_group", "must divide n_routed_experts, and is", c->n_group);
-    }
-    DSV3I_BETWEEN(topk_group, 1, c->n_group, "must be between 1 and n_group");
     DSV3I_INT(num_experts_per_tok, least, DSV3_MAX_TOPK);
-    available = c->topk_method == DSV3_GREEDY ? c->n_routed_experts : c->n_routed_experts / c->n_group * c->topk_group;
-    DSV3I_BETWEEN(num_experts_per_tok, least, available, "is more than the selected groups have");
-    return DSV3_OK;
+    return dsv3i_check_routing(c, least, e);
 }
 
 static dsv3_result dsv3i_check_rope(const dsv3_config *c, dsv3_error *e) {
@@ -4872,8 +4892,7 @@ DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from, dsv
         return dsv3i_fail_numbers(error, DSV3_ERR_MISMATCH, "to", "has other layers and width", DSV3_NUMBERS_SHAPE,
                                   (int64_t)from->layers, (int64_t)from->width, (int64_t)to->layers, (int64_t)to->width);
     }
-    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_FULL, "to", "has too few positions", (int64_t)to->capacity,
-                                  (int64_t)from->length, INT64_MAX));
+    DSV3I_TRY(dsv3i_check_least(error, DSV3_ERR_FULL, "to", "has too few positions", to->capacity, from->length));
     if (to == from) return dsv3i_ok(error);
     for (size_t i = 0; i < from->layers; i++) {
         DSV3_MEMCPY(dsv3i_cache_at(to, i, 0), dsv3i_cache_at(from, i, 0),
@@ -5948,8 +5967,7 @@ DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *
         return dsv3i_fail(error, DSV3_ERR_MISMATCH, "to", "was made for another model, rows or drafts");
     }
     need = dsv3_sequence_length(s) + s->prompt_left - (s->prompt_left == 0 && s->pending);
-    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_FULL, "to", "has too few positions", (int64_t)to->cache.capacity,
-                                  (int64_t)need, INT64_MAX));
+    DSV3I_TRY(dsv3i_check_least(error, DSV3_ERR_FULL, "to", "has too few positions", to->cache.capacity, need));
     DSV3I_TRY(dsv3_cache_copy(&to->cache, &s->cache, error));
     for (size_t k = 0; k < to->n_modules; k++) DSV3I_TRY(dsv3_cache_copy(&to->modules[k], &s->modules[k], error));
     DSV3_MEMCPY(to->history, s->history, dsv3_sequence_length(s) * sizeof *s->history);
@@ -6334,6 +6352,12 @@ static dsv3_result dsv3i_nothing_to_do(const dsv3i_step *a) {
         return dsv3i_fail_range(a->error, DSV3_ERR_FULL, "sequences", "have no room left, positions",
                                 (int64_t)s->cache.capacity, (int64_t)s->cache.capacity, (int64_t)s->cache.length);
     }
+    for (size_t i = 0; i < a->n; i++) {
+        const dsv3_sequence *s = a->sequences[i];
+        if (dsv3_sequence_state(s) != DSV3_STATE_LIMIT) continue;
+        return dsv3i_fail_where(a->error, DSV3_ERR_ARG, "sequences", "have as many tokens as their limit allows:",
+                                (int64_t)dsv3i_min(s->limit, INT32_MAX));
+    }
     return dsv3i_fail(a->error, DSV3_ERR_ARG, "sequences", "have stopped, or no token to go on from: append a prompt");
 }
 
@@ -6498,8 +6522,8 @@ DSV3_API dsv3_result dsv3_parameters_from_model(dsv3_parameters *parameters, con
     if (dsv3i_fingerprint(config) != dsv3i_fingerprint(&from->config)) {
         return dsv3i_fail(error, DSV3_ERR_MISMATCH, "model", "is of another config");
     }
-    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MISMATCH, "model", "has too few MTP modules", from->n_mtp,
-                                  parameters->model.n_mtp, INT32_MAX));
+    DSV3I_TRY(dsv3i_check_least(error, DSV3_ERR_MISMATCH, "model", "has too few MTP modules", (size_t)from->n_mtp,
+                                (size_t)parameters->model.n_mtp));
     copy = *from;
     flat.data = parameters->data;
     DSV3I_TRY(dsv3i_walk_parameters(config, &copy, &flat, dsv3i_load_tensor));
@@ -7190,8 +7214,7 @@ static dsv3_result dsv3i_save_size(dsv3i_save *f, void *object, size_t *bytes) {
 static dsv3_result dsv3i_save_write(dsv3i_save *f, void *object, void *data, size_t bytes) {
     if (data == NULL) return dsv3i_fail_null(f->error, "data");
     DSV3I_TRY(dsv3i_save_size(f, object, &f->bytes));
-    DSV3I_TRY(dsv3i_check_between(f->error, DSV3_ERR_MEMORY, "bytes", "are too few", (int64_t)bytes, (int64_t)f->bytes,
-                                  INT64_MAX));
+    DSV3I_TRY(dsv3i_check_least(f->error, DSV3_ERR_MEMORY, "data", "is too small", bytes, f->bytes));
     f->to = (unsigned char *)data;
     return dsv3i_save_run(f, DSV3I_SAVE_WRITE, object);
 }
@@ -11105,7 +11128,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
  * no promise between versions.
  *
  * 0.2.0
- *   Errors     every call that can fail takes a dsv3_error, its last argument, and always sets it: all _size and _init,
+ *   Errors     calls that can fail for several reasons take a dsv3_error, the last argument, and always set it: all _size and _init,
  *              _append, _truncate, _copy, _pack, dsv3_quantize, dsv3_router_select, dsv3_router_weights, dsv3_sample,
  *              dsv3_ffn_forward, dsv3_layer_forward. New codes: DSV3_ERR_ABORTED, DSV3_ERR_DAMAGED.
  *   Order      context, config or model comes first, then what is written: dsv3_model_bind(config, model, ..),
