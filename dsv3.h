@@ -15,16 +15,16 @@
  *     #define DSV3_IMPLEMENTATION
  *     #include "dsv3.h"
  *
- *     dsv3_config_check(&config, &error);                              // names the first bad field
- *     dsv3_context_init(&context, DSV3_BACKEND_AUTO, 0, error);               // backend and threads
- *     dsv3_model_size(&config, &bytes, error);                                // every _size has its _init:
+ *     dsv3_config_check(&config, &error);                                     // names the first bad field
+ *     dsv3_context_init(&context, DSV3_BACKEND_AUTO, 0, &error);             // backend and threads
+ *     dsv3_model_size(&config, &bytes, &error);                              // every _size has its _init:
  *     dsv3_model_bind(&config, &model, malloc(bytes), bytes, find, files, &error);   // by published names
- *     dsv3_cache_size(&config, 4096, DSV3_BF16, &bytes, error);
- *     dsv3_cache_init(&config, &cache, 4096, DSV3_BF16, malloc(bytes), bytes, error);
- *     dsv3_workspace_size(&config, rows, context.threads, &bytes, error);
- *     dsv3_workspace_init(&config, &workspace, rows, context.threads, malloc(bytes), bytes, error);
+ *     dsv3_cache_size(&config, 4096, DSV3_BF16, &bytes, &error);
+ *     dsv3_cache_init(&config, &cache, 4096, DSV3_BF16, malloc(bytes), bytes, &error);
+ *     dsv3_workspace_size(&config, rows, context.threads, &bytes, &error);
+ *     dsv3_workspace_init(&config, &workspace, rows, context.threads, malloc(bytes), bytes, &error);
  *     dsv3_forward(&context, logits, &model, &cache, 1, &batch, &workspace, &error);
- *     dsv3_sample(&token, logits, vocab_size, 0.8f, 0.95f, &rng, candidates, error);
+ *     dsv3_sample(&token, logits, vocab_size, 0.8f, 0.95f, &rng, candidates, &error);
  *
  * Each level of the API is usable alone:
  *   ops       dsv3_rmsnorm, dsv3_router_select, dsv3_rope_table, dsv3_logits_top_k ... on plain arrays, without a model;
@@ -1175,7 +1175,7 @@ DSV3_API dsv3_result dsv3_trainer_load(dsv3_trainer *trainer, uint64_t tag, cons
 
 /* ---- Blocks ------------------------------------------------------------------------------------------ */
 
-/* A batch of rows, see dsv3_batch below, is begun, taken through blocks, and ended:
+/* A batch of rows, see dsv3_batch above, is begun, taken through blocks, and ended:
  * dsv3_batch_begin checks it and prepares the workspace (which row belongs to which cache, at which position,
  * turned by which angle); it changes nothing else. dsv3_batch_end moves the caches' lengths past the rows. */
 DSV3_API dsv3_result dsv3_batch_begin(const dsv3_context *context, const dsv3_model *model, const dsv3_cache *caches,
