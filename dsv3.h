@@ -15,9 +15,9 @@
  *     #define DSV3_IMPLEMENTATION
  *     #include "dsv3.h"
  *
- *     dsv3_config_check(&config, &error);                                     // names the first bad field
- *     dsv3_context_init(&context, DSV3_BACKEND_AUTO, 0, &error);             // backend and threads
- *     dsv3_model_size(&config, &bytes, &error);                              // every _size has its _init:
+ *     dsv3_config_check(&config, &error);                                   // names the first bad field
+ *     dsv3_context_init(&context, DSV3_BACKEND_AUTO, 0, &error);            // backend and threads
+ *     dsv3_model_size(&config, &bytes, &error);                             // every _size has its _init:
  *     dsv3_model_bind(&config, &model, malloc(bytes), bytes, find, files, &error);   // by published names
  *     dsv3_cache_size(&config, 4096, DSV3_BF16, &bytes, &error);
  *     dsv3_cache_init(&config, &cache, 4096, DSV3_BF16, malloc(bytes), bytes, &error);
