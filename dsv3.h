@@ -1140,7 +1140,7 @@ DSV3_API dsv3_result dsv3_trainer_load(dsv3_trainer *trainer, uint64_t tag, cons
 
 /* ---- Blocks ------------------------------------------------------------------------------------------ */
 
-/* A batch of rows, see dsv3_batch below, is begun, taken through blocks, and ended:
+/* A batch of rows, see dsv3_batch above, is begun, taken through blocks, and ended:
  * dsv3_batch_begin checks it and prepares the workspace (which row belongs to which cache, at which position,
  * turned by which angle); it changes nothing else. dsv3_batch_end moves the caches' lengths past the rows. */
 DSV3_API dsv3_result dsv3_batch_begin(const dsv3_context *context, const dsv3_model *model, const dsv3_cache *caches,
