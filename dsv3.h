@@ -841,6 +841,7 @@ typedef struct dsv3_sequence {
     size_t planned, step_rows;  /* drafts of the step under way, and its rows */
     size_t agreed;              /* drafts that stand */
     dsv3_rng rng_before;        /* in case it fails */
+    size_t *lengths;            /* [n_modules] likewise, of their caches */
     float *hidden;              /* [n_modules, window, d] states h^0 .. h^(n_modules-1) */
     float *p;                   /* [V] */
     float *q;                   /* [max_drafts, V] */
@@ -3768,6 +3769,7 @@ static void dsv3i_balancer_move(dsv3_balancer *b, float *bias, uint64_t seen) {
 }
 
 DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, uint64_t seen) {
+    if (balancer == NULL || bias == NULL) return DSV3_ERR_ARG;
     DSV3I_TRY(dsv3i_balancer_reduce(balancer));
     dsv3i_balancer_move(balancer, bias, seen);
     return DSV3_OK;
@@ -5697,7 +5699,7 @@ DSV3_API dsv3_result dsv3_sample_log_p(double *log_p, double *entropy, int32_t t
     for (size_t i = V - kept; i < V; i++) {
         double x = (double)((logits[candidates[i].token] - logits[best]) / temperature);
         if (candidates[i].p > 0.0f) moment += (double)candidates[i].p * x;
-        if (candidates[i].token == token) *log_p = x - log_sum;
+        if (candidates[i].token == token && candidates[i].p > 0.0f) *log_p = x - log_sum;
     }
     if (entropy != NULL) *entropy = log_sum - moment / sum;
     return dsv3i_ok(error);
@@ -5790,6 +5792,7 @@ DSV3_API dsv3_result dsv3_logits_penalty(float *logits, size_t V, const int32_t 
         if (seen[id >> 3] & bit) continue;
         seen[id >> 3] = (uint8_t)(seen[id >> 3] | bit);
         logits[id] = logits[id] > 0.0f ? logits[id] / penalty : logits[id] * penalty;
+        if (logits[id] > FLT_MAX) logits[id] = FLT_MAX;
     }
     return dsv3i_ok(error);
 }
@@ -5804,7 +5807,10 @@ DSV3_API dsv3_result dsv3_logits_bias(float *logits, size_t V, const int32_t *to
             return dsv3i_fail_where(error, DSV3_ERR_ARG, "bias", "is NaN or plus infinity at index", (int64_t)i);
         }
     }
-    for (size_t i = 0; i < n; i++) logits[token[i]] += bias[i];
+    for (size_t i = 0; i < n; i++) {
+        float x = logits[token[i]] + bias[i];
+        logits[token[i]] = x > FLT_MAX ? FLT_MAX : x;
+    }
     return dsv3i_ok(error);
 }
 
@@ -5822,7 +5828,7 @@ typedef struct dsv3i_sequence_sizes {
 #define DSV3I_SEQUENCE(X)                                                                                            \
     X(0, int32_t, token, tokens, one) X(0, uint64_t, drafted, drafts, one) X(0, uint64_t, accepted, drafts, one)     \
     X(0, float, log_p, tokens, one) X(0, float, hidden, states, d) X(0, float, rate, drafts, one)                \
-    X(1, dsv3_cache, modules, modules, one) X(1, int32_t, history, text, one) X(1, float, p, drafting, V) X(1, float, q, drafts, V)                    \
+    X(1, dsv3_cache, modules, modules, one) X(1, size_t, lengths, modules, one) X(1, int32_t, history, text, one) X(1, float, p, drafting, V) X(1, float, q, drafts, V)                    \
     X(1, dsv3_candidate, candidates, V, one)
 #define DSV3I_OF_SEQUENCE(p, t, n, r, c) DSV3I_ARRAY(dsv3_sequence, dsv3i_sequence_sizes, p, t, n, r, c)
 static const dsv3i_array dsv3i_sequence_arrays[] = {DSV3I_SEQUENCE(DSV3I_OF_SEQUENCE)};
@@ -5878,6 +5884,7 @@ DSV3_API dsv3_result dsv3_sequence_init(const dsv3_model *model, dsv3_sequence *
         s->drafted[j] = s->accepted[j] = 0;
         s->rate[j] = DSV3I_RATE;
     }
+    DSV3_MEMSET(s->log_p, 0, (s->max_drafts + 1) * sizeof *s->log_p);
     return dsv3i_ok(error);
 }
 
@@ -5902,13 +5909,13 @@ DSV3_API dsv3_result dsv3_sequence_append(const dsv3_model *model, dsv3_sequence
     if (s == NULL || model == NULL || token == NULL) return dsv3i_fail_null(error, "argument");
     if (n < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "n", "is 0");
     if (s->prompt_left > 0) return dsv3i_fail(error, DSV3_ERR_ARG, "sequence", "has an earlier prompt that is not yet read");
-    for (size_t i = 0; i < n; i++) {
-        DSV3I_TRY(dsv3i_check_token(error, "token", i, model->config.vocab_size, token[i]));
-    }
     room = dsv3i_sub(s->cache.capacity, dsv3_sequence_length(s));
     if (n > room) {
         return dsv3i_fail_range(error, DSV3_ERR_FULL, "n", "is more than the caches have room for", 0, (int64_t)room,
-                                (int64_t)n);
+                                (int64_t)dsv3i_min(n, INT32_MAX));
+    }
+    for (size_t i = 0; i < n; i++) {
+        DSV3I_TRY(dsv3i_check_token(error, "token", i, model->config.vocab_size, token[i]));
     }
     s->prompt = token;
     s->prompt_left = n;
@@ -5939,7 +5946,7 @@ DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *s, size_t length, siz
         ahead |= known > dsv3i_sub(length, k);
         oldest = dsv3i_min(oldest, dsv3i_min(known, dsv3i_sub(length, dsv3i_max(k, 2)))); /* to be read again */
     }
-    if (length == dsv3_sequence_length(s) && !ahead) return dsv3i_ok(error);
+    if (length == dsv3_sequence_length(s) && !ahead && (length == 0 || s->pending)) return dsv3i_ok(error);
     begin = s->n_modules > 0 ? dsv3i_sub(s->top, s->window) : 0; /* of what the rings still hold */
     if (length == 0 || oldest >= begin) {
         s->pending = length > 0;
@@ -6306,10 +6313,14 @@ DSV3I_APART dsv3_result dsv3i_generate_check(const dsv3i_step *a) {
     dsv3_error *e = a->error;
     uint64_t made_for = dsv3i_fingerprint(&a->model->config);
     DSV3I_TRY(dsv3i_check_between(e, a->n < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "n",
-                                  "is not a number of sequences the workspace has rows for", (int64_t)a->n, 1,
-                                  (int64_t)a->ws->rows));
+                                  "is not a number of sequences the workspace has rows for",
+                                  (int64_t)dsv3i_min(a->n, INT32_MAX), 1, (int64_t)a->ws->rows));
     for (size_t i = 0; i < a->n; i++) {
-        if (a->sequences[i] != NULL) a->sequences[i]->step_rows = 0; /* not yet planned: until then a mark below */
+        if (a->sequences[i] == NULL) continue;
+        a->sequences[i]->step_rows = a->sequences[i]->n_token = 0; /* not yet planned: until then a mark below */
+    }
+    if (a->ws->made_for != made_for) {
+        return dsv3i_fail(e, DSV3_ERR_MISMATCH, "workspace", "was made for another config");
     }
     for (size_t i = 0; i < a->n; i++) {
         dsv3_sequence *s = a->sequences[i];
@@ -6337,6 +6348,7 @@ static size_t dsv3i_plan(const dsv3i_step *a) {
             if ((s->prompt_left > 0) != prompts) continue;
             s->n_token = s->agreed = 0;
             s->rng_before = s->rng;
+            for (size_t k = 0; k < s->n_modules; k++) s->lengths[k] = s->modules[k].length;
             s->step_rows = dsv3i_plan_rows(s, spare);
             spare -= s->step_rows - (s->step_rows > 0);
             total += s->step_rows;
@@ -6401,7 +6413,9 @@ DSV3_API dsv3_result dsv3_generate_step(const dsv3_context *context, float *logi
         dsv3_sequence *s = sequences[i];
         s->rng = s->rng_before;
         s->n_token = 0;
-        dsv3i_modules_keep(s, s->cache.length, dsv3_sequence_length(s));
+        for (size_t k = 0; k < s->n_modules; k++) {
+            s->modules[k].length = dsv3i_min(s->modules[k].length, s->lengths[k]);
+        }
     }
     for (size_t i = 0; i < n && result == DSV3_OK; i++) dsv3i_finish(sequences[i]);
     return result == DSV3_OK ? dsv3i_ok(error) : result;
@@ -6445,6 +6459,7 @@ typedef struct dsv3i_squares {
 typedef struct dsv3i_flat {
     float *data; /* NULL: only count */
     size_t count, runs; /* elements and their runs, so far */
+    dsv3_error *error;
 } dsv3i_flat;
 
 static dsv3_result dsv3i_flat_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
@@ -6471,7 +6486,7 @@ static dsv3_result dsv3i_walk_parameters(const dsv3_config *config, dsv3_model *
 }
 
 static void dsv3i_parameters_layout(dsv3_parameters *q, const dsv3_config *config, dsv3i_layout *l) {
-    dsv3i_flat none = {NULL, 0, 0}, flat = {NULL, 0, 0};
+    dsv3i_flat none = {NULL, 0, 0, NULL}, flat = {NULL, 0, 0};
     dsv3_model *model = &q->model;
     (void)dsv3i_walk_parameters(config, NULL, &none, dsv3i_flat_tensor);
     q->count = none.count;
@@ -6503,7 +6518,9 @@ DSV3_API dsv3_result dsv3_parameters_init(const dsv3_config *config, dsv3_parame
 static dsv3_result dsv3i_load_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     dsv3i_flat *flat = (dsv3i_flat *)w->user;
     dsv3_context ctx;
-    if (slot->data == NULL || slot->rows != w->info.rows || slot->cols != w->info.cols) return DSV3_ERR_MISMATCH;
+    if (slot->data == NULL || slot->rows != w->info.rows || slot->cols != w->info.cols) {
+        return dsv3i_fail(flat->error, DSV3_ERR_MISMATCH, w->info.name, "is not there, or has another shape");
+    }
     DSV3_MEMSET(&ctx, 0, sizeof ctx);
     ctx.ops = &dsv3i_plain;
     for (size_t r = 0; r < slot->rows; r++, flat->count += slot->cols) {
@@ -6514,7 +6531,7 @@ static dsv3_result dsv3i_load_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
 
 DSV3_API dsv3_result dsv3_parameters_from_model(dsv3_parameters *parameters, const dsv3_model *from,
                                                 dsv3_error *error) {
-    dsv3i_flat flat = {NULL, 0, 0};
+    dsv3i_flat flat = {NULL, 0, 0, error};
     dsv3_model copy;
     const dsv3_config *config;
     if (parameters == NULL || from == NULL) return dsv3i_fail_null(error, "argument");
@@ -6630,7 +6647,7 @@ static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const d
     dsv3i_dims m = dsv3i_dims_of(c);
     size_t n = s->rows, layers = m.L + m.D, depths = 1 + m.D;
     int exists = l->base != NULL; /* else there are no arrays, and their elements are laid out for nobody */
-    dsv3i_flat flat = {NULL, 0, 0};
+    dsv3i_flat flat = {NULL, 0, 0, NULL};
     dsv3_cache cache;
     dsv3i_saved saved;
     dsv3i_depth depth;
@@ -7300,12 +7317,13 @@ DSV3_API dsv3_result dsv3_cache_load(const dsv3_config *config, dsv3_cache *cach
 /* ---- A sequence. Of its ring of states what is known is saved, by position: it may be of another length where it is
  * loaded */
 
-static void dsv3i_save_history(dsv3i_save *f, dsv3_sequence *s) {
+/* Tokens are checked. */
+static void dsv3i_save_tokens(dsv3i_save *f, const char *name, int32_t *token, size_t n) {
     size_t V = f->config != NULL ? (size_t)f->config->vocab_size : 1;
-    for (size_t i = 0; i < s->cache.length + (size_t)s->pending && f->result == DSV3_OK; i++) {
-        size_t token = f->mode == DSV3I_SAVE_WRITE ? (size_t)s->history[i] : 0;
-        token = dsv3i_save_between(f, "history", token, 0, V - 1, DSV3_ERR_DAMAGED);
-        if (f->mode == DSV3I_SAVE_READ) s->history[i] = (int32_t)token;
+    for (size_t i = 0; i < n && f->result == DSV3_OK; i++) {
+        size_t id = f->mode == DSV3I_SAVE_WRITE ? (size_t)token[i] : 0;
+        id = dsv3i_save_between(f, name, id, 0, V - 1, DSV3_ERR_DAMAGED);
+        if (f->mode == DSV3I_SAVE_READ) token[i] = (int32_t)id;
     }
 }
 
@@ -7362,13 +7380,13 @@ static void dsv3i_save_sequence_walk(dsv3i_save *f, void *object) {
     s->written = dsv3i_save_word(f, s->written);
     s->n_token = dsv3i_save_between(f, "n_token", s->n_token, 0, n + 1, DSV3_ERR_DAMAGED);
     s->pending = (int32_t)dsv3i_save_between(f, "pending", s->pending != 0, 0, 1, DSV3_ERR_DAMAGED);
-    dsv3i_save_array(f, s->token, sizeof *s->token, s->n_token);
+    dsv3i_save_tokens(f, "token", s->token, s->n_token);
     dsv3i_save_array(f, s->log_p, sizeof *s->log_p, s->want_log_p ? s->n_token : 0);
     dsv3i_save_array(f, s->drafted, sizeof *s->drafted, n);
     dsv3i_save_array(f, s->accepted, sizeof *s->accepted, n);
     dsv3i_save_array(f, s->rate, sizeof *s->rate, n);
     dsv3i_save_cache(f, &s->cache);
-    dsv3i_save_history(f, s);
+    dsv3i_save_tokens(f, "history", s->history, s->cache.length + (size_t)s->pending);
     dsv3i_save_states(f, s);
 }
 
@@ -11128,16 +11146,19 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
  * no promise between versions.
  *
  * 0.2.0
- *   Errors     calls that can fail for several reasons take a dsv3_error, the last argument, and always set it: all _size and _init,
+ *   Errors     calls that can fail for several reasons take a dsv3_error, the last argument, and always set it: all _size
+ *              and _init,
  *              _append, _truncate, _copy, _pack, dsv3_quantize, dsv3_router_select, dsv3_router_weights, dsv3_sample,
  *              dsv3_ffn_forward, dsv3_layer_forward. New codes: DSV3_ERR_ABORTED, DSV3_ERR_DAMAGED.
  *   Order      context, config or model comes first, then what is written: dsv3_model_bind(config, model, ..),
  *              dsv3_cache_init(config, cache, ..), likewise workspace, sequence, parameters, trainer and balancer;
  *              dsv3_sequence_append(model, sequence, ..).
  *   Names      dsv3_generate is dsv3_generate_step, dsv3_parameters_load is dsv3_parameters_from_model, dsv3_mtp_cache_*
- *              are dsv3_cache_mtp_*, dsv3_group is dsv3_tensor_kind (DSV3_KIND_..), DSV3_ERR_CONTEXT is DSV3_ERR_FULL.
+ *              are dsv3_cache_mtp_*, dsv3_group is dsv3_tensor_kind (DSV3_KIND_.., DSV3_KINDS; in dsv3_tensor_info: kind),
+ *              DSV3_ERR_CONTEXT is DSV3_ERR_FULL.
  *   Sizes      dsv3_linear_scratch and dsv3_cross_entropy_scratch, in floats, are dsv3_linear_size and
  *              dsv3_cross_entropy_size, in bytes.
+ *   Workspace  what is private in it is opaque: rows, threads, hidden, sequence and position stay.
  *   Gone       dsv3_z_loss; kernels, panels and products, which were the engine's.
  *   New        steering (dsv3_steer, dsv3_logits_*), stop tokens, limits and dsv3_sequence_state, an abort hook,
  *              log-probabilities and states of chosen rows; saving (dsv3_cache_save, dsv3_sequence_save,
