@@ -6486,7 +6486,7 @@ static dsv3_result dsv3i_walk_parameters(const dsv3_config *config, dsv3_model *
 }
 
 static void dsv3i_parameters_layout(dsv3_parameters *q, const dsv3_config *config, dsv3i_layout *l) {
-    dsv3i_flat none = {NULL, 0, 0, NULL}, flat = {NULL, 0, 0};
+    dsv3i_flat none = {NULL, 0, 0, NULL}, flat = {NULL, 0, 0, NULL};
     dsv3_model *model = &q->model;
     (void)dsv3i_walk_parameters(config, NULL, &none, dsv3i_flat_tensor);
     q->count = none.count;

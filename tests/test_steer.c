@@ -611,6 +611,84 @@ static void test_bad_stops(void) {
     synth_close(s);
 }
 
+/* A prompt that is half read, then dropped: the text goes on from its last token. */
+static void test_half_read(void) {
+    static const int32_t prompt[8] = {1, 2, 3, 4, 5, 0, 1, 2};
+    for (size_t drafts = 0; drafts <= 2; drafts += 2) {
+        synth *s = random_model(6, 2, 81);
+        int32_t truth[ROOM + 1];
+        size_t kept = 0;
+        pen p;
+        truth_of(s, truth, prompt, 4, NULL);
+        pen_open(&p, s, 4, drafts);
+        CHECK_EQ(dsv3_sequence_append(&s->model, &p.s, prompt, 8, NULL), DSV3_OK);
+        CHECK_EQ(pens_step(s, &p, 1, NULL), DSV3_OK);
+        CHECK(dsv3_sequence_length(&p.s) == 4 && p.s.prompt_left == 4);
+        CHECK_EQ(dsv3_sequence_truncate(&p.s, 4, &kept, NULL), DSV3_OK);
+        CHECK(kept == 4 && dsv3_sequence_state(&p.s) == DSV3_STATE_WRITING);
+        CHECK_EQ(pens_run(s, &p, 1), DSV3_OK);
+        CHECK(same_text(&p.s, truth, ROOM + 1));
+        pen_close(&p);
+        synth_close(s);
+    }
+}
+
+/* Behind a roll-back that kept fewer tokens, a step that is aborted leaves the modules as they were. */
+static void test_aborted_behind_rollback(void) {
+    static const int32_t prompt[6] = {1, 2, 3, 4, 5, 0};
+    synth *s = random_model(6, 3, 83);
+    pen p[2];
+    for (int i = 0; i < 2; i++) {
+        int32_t again[8];
+        size_t kept = 0, bytes = 0;
+        void *bytes_of;
+        fuse first = {0, 0};
+        pen_open(&p[i], s, 2, 3);
+        CHECK_EQ(dsv3_sequence_append(&s->model, &p[i].s, prompt, 6, NULL), DSV3_OK);
+        while (dsv3_sequence_length(&p[i].s) < 24) CHECK_EQ(pens_step(s, &p[i], 1, NULL), DSV3_OK);
+        memcpy(again, p[i].s.history, sizeof again);
+        CHECK_EQ(dsv3_sequence_truncate(&p[i].s, 8, &kept, NULL), DSV3_OK);
+        CHECK(kept < 8);
+        CHECK_EQ(dsv3_sequence_append(&s->model, &p[i].s, again + kept, 8 - kept, NULL), DSV3_OK);
+        if (i == 1) {
+            s->context.aborted = fuse_blows;
+            s->context.abort_user = &first;
+            CHECK_EQ(pens_step(s, &p[i], 1, NULL), DSV3_ERR_ABORTED);
+            s->context.aborted = NULL;
+            for (size_t k = 0; k < 3; k++) CHECK_EQ(p[i].s.modules[k].length, kept);
+        }
+        CHECK_EQ(pens_run(s, &p[i], 1), DSV3_OK);
+        CHECK_EQ(dsv3_sequence_save_size(&p[i].s, &bytes, NULL), DSV3_OK);
+        bytes_of = test_alloc(bytes);
+        CHECK_EQ(dsv3_sequence_save(&s->model, &p[i].s, 0, bytes_of, bytes, NULL), DSV3_OK);
+        free(bytes_of);
+    }
+    CHECK(same_text(&p[0].s, p[1].s.history, dsv3_sequence_length(&p[1].s)));
+    CHECK(memcmp(p[0].s.accepted, p[1].s.accepted, 3 * sizeof *p[0].s.accepted) == 0);
+    pen_close(&p[0]), pen_close(&p[1]);
+    synth_close(s);
+}
+
+/* A workspace of another config is refused before anything is written to it; a step that is refused has no results. */
+static void test_foreign_workspace(void) {
+    static const int32_t prompt[2] = {3, 0};
+    synth *s = random_model(6, 2, 87), *other = random_model(6, 0, 88);
+    dsv3_workspace own = s->ws;
+    dsv3_error error;
+    pen p;
+    pen_open(&p, s, 2, 2);
+    CHECK_EQ(dsv3_sequence_append(&s->model, &p.s, prompt, 2, NULL), DSV3_OK);
+    CHECK_EQ(pens_step(s, &p, 1, NULL), DSV3_OK);
+    CHECK_EQ(p.s.n_token, 1);
+    s->ws = other->ws;
+    CHECK_EQ(pens_step(s, &p, 1, &error), DSV3_ERR_MISMATCH);
+    CHECK(strcmp(error.name, "workspace") == 0 && p.s.n_token == 0);
+    s->ws = own;
+    CHECK_EQ(pens_step(s, &p, 1, NULL), DSV3_OK);
+    pen_close(&p);
+    synth_close(s), synth_close(other);
+}
+
 int main(void) {
     test_endings();
     test_stops();
@@ -625,5 +703,8 @@ int main(void) {
 #endif
     test_states();
     test_bad_stops();
+    test_half_read();
+    test_aborted_behind_rollback();
+    test_foreign_workspace();
     return test_done("steer");
 }
