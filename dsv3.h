@@ -623,13 +623,48 @@ DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from, dsv
 
 /* ---- Workspace --------------------------------------------------------------------------------------- */
 
-/* Intermediate values of one call. */
+/* Intermediate values of one call. Fields are for the blocks of chapters 6 to 9; treat them as private. */
 typedef struct dsv3_workspace {
-    size_t rows, threads;               /* most rows of a call, most workers */
-    const float *hidden;                /* [n, d] after dsv3_forward or dsv3_mtp_forward and until the next call, the rows'
-                                           states as MTP modules take them (config.mtp_hidden) */
-    const int32_t *sequence, *position; /* [n] of the rows of the call: which cache, and where in it */
-    struct dsv3i_workspace *own;        /* private */
+    size_t rows;                 /* most rows of a call */
+    float *x, *u, *y;            /* [n, d] residual stream, normalised, result of a block */
+    int32_t *sequence;           /* [n] which cache */
+    int32_t *position;           /* [n] */
+    int32_t *leader;             /* [n] first row of this call that belongs to the same sequence */
+    int32_t *expanded;           /* [n] bool: attention in the expanded form */
+    float *scratch;              /* of the ops, one after the other */
+    float *q;                    /* [n, H(dn+dr)] */
+    float *score;                /* [n, E] */
+    int32_t *idx;                /* [n, K] */
+    size_t *row_index;           /* [n] rows gathered for a call: where they come from */
+    int32_t *row_token, *row_sequence; /* [n] */
+    int32_t *row_output;         /* [n] */
+    uint8_t *row_mask;           /* [n] */
+    float *row_hidden;           /* [n, d] */
+    dsv3_cache *views;           /* [n] caches of the sequences in a call */
+    size_t threads;              /* most workers */
+    uint64_t made_for;           /* fingerprint of the config's sizes */
+    float *cos_sin;              /* [n, dr] */
+    float *q_latent;             /* [n, rq] */
+    float *kv;                   /* [n, rk+dr] */
+    float *o;                    /* [n, H dv] */
+    float *softmax;              /* [n, H, 2] running maximum and sum */
+    float *bias;                 /* [E] */
+    float *select;               /* [threads, E + G + 1] */
+    float *gate;                 /* [n, K] */
+    size_t *slot;                /* [n, K] row of (token, choice) among the grouped rows */
+    size_t *pair;                /* [n K] and of a grouped row: token K + choice */
+    size_t *offset;              /* [E + 1] first grouped row of each expert */
+    float *grouped;              /* [n K, d] rows in expert order: inputs, then outputs */
+    float *h_gate, *h_up;        /* [n K F + n n_shared F] or [n, I] */
+    struct dsv3i_mlp *mlps;      /* [min(E, n K) + 1] */
+    float *u_ffn, *kv_raw, *q_raw, *h; /* u, kv, q_latent and h_gate, unless a backward pass wants both of a pair */
+    float *x_mid;                      /* [n, d] NULL, or gets the residual stream between attention and FFN */
+    const float *hidden; /* [n, d] public: after dsv3_forward or dsv3_mtp_forward and until the next call, the
+                            rows' states as MTP modules take them (config.mtp_hidden) */
+    float *concat;         /* [n, 2d] an MTP module's input */
+    float *loss;           /* cross-entropy */
+    double *balance;       /* [threads, 2 E] */
+    double *sequence_loss; /* [n] balance loss of the sequence that begins there */
 } dsv3_workspace;
 
 /* rows: most rows of one dsv3_forward call; threads: dsv3_context.threads. */
@@ -1874,52 +1909,6 @@ static void dsv3i_engine_decode_row(float *y, const dsv3_tensor *w, size_t row);
 
 /* ---- What a layer's ops work on, and what a backward pass keeps */
 
-/* What a workspace points to, at the beginning of its memory. */
-typedef struct dsv3i_workspace {
-    size_t rows;                 /* most rows of a call */
-    float *x, *u, *y;            /* [n, d] residual stream, normalised, result of a block */
-    int32_t *sequence;           /* [n] which cache */
-    int32_t *position;           /* [n] */
-    int32_t *leader;             /* [n] first row of this call that belongs to the same sequence */
-    int32_t *expanded;           /* [n] bool: attention in the expanded form */
-    float *scratch;              /* of the ops, one after the other */
-    float *q;                    /* [n, H(dn+dr)] */
-    float *score;                /* [n, E] */
-    int32_t *idx;                /* [n, K] */
-    size_t *row_index;           /* [n] rows gathered for a call: where they come from */
-    int32_t *row_token, *row_sequence; /* [n] */
-    int32_t *row_output;         /* [n] */
-    uint8_t *row_mask;           /* [n] */
-    float *row_hidden;           /* [n, d] */
-    dsv3_cache *views;           /* [n] caches of the sequences in a call */
-    size_t threads;              /* most workers */
-    uint64_t made_for;           /* fingerprint of the config's sizes */
-    float *cos_sin;              /* [n, dr] */
-    float *q_latent;             /* [n, rq] */
-    float *kv;                   /* [n, rk+dr] */
-    float *o;                    /* [n, H dv] */
-    float *softmax;              /* [n, H, 2] running maximum and sum */
-    float *bias;                 /* [E] */
-    float *select;               /* [threads, E + G + 1] */
-    float *gate;                 /* [n, K] */
-    size_t *slot;                /* [n, K] row of (token, choice) among the grouped rows */
-    size_t *pair;                /* [n K] and of a grouped row: token K + choice */
-    size_t *offset;              /* [E + 1] first grouped row of each expert */
-    float *grouped;              /* [n K, d] rows in expert order: inputs, then outputs */
-    float *h_gate, *h_up;        /* [n K F + n n_shared F] or [n, I] */
-    struct dsv3i_mlp *mlps;      /* [min(E, n K) + 1] */
-    float *u_ffn, *kv_raw, *q_raw, *h; /* u, kv, q_latent and h_gate, unless a backward pass wants both of a pair */
-    float *x_mid;                      /* [n, d] NULL, or gets the residual stream between attention and FFN */
-    const float *hidden; /* [n, d] as the public one
-                            rows' states as MTP modules take them (config.mtp_hidden) */
-    float *concat;         /* [n, 2d] an MTP module's input */
-    float *loss;           /* cross-entropy */
-    double *balance;       /* [threads, 2 E] */
-    double *sequence_loss; /* [n] balance loss of the sequence that begins there */
-} dsv3i_workspace;
-
-static dsv3i_workspace *dsv3i_own(const dsv3_workspace *workspace) { return workspace != NULL ? workspace->own : NULL; }
-
 #ifndef DSV3_NO_TRAINING
 /* What a layer keeps of n rows for its backward pass: the residual stream before attention and before the FFN, raw
  * projections, attention's output and softmax, the router's choice, hidden values; and, where `keep` asks for them, the
@@ -1960,7 +1949,7 @@ typedef struct dsv3i_call {
     const dsv3_context *ctx;
     const dsv3_model *model;
     const dsv3_layer *w;
-    dsv3i_workspace *ws;
+    dsv3_workspace *ws;
     size_t n; /* rows */
     dsv3i_dims m;
     dsv3_cache *caches;
@@ -1971,7 +1960,7 @@ typedef struct dsv3i_call {
 } dsv3i_call;
 
 static dsv3i_call dsv3i_call_of(const dsv3_context *ctx, const dsv3_model *model, const dsv3_layer *w, size_t layer,
-                                dsv3_cache *caches, size_t n, dsv3i_workspace *ws) {
+                                dsv3_cache *caches, size_t n, dsv3_workspace *ws) {
     dsv3i_call c = {ctx, model, w, ws, n, dsv3i_dims_of(&model->config), caches, layer, NULL, NULL, NULL};
     return c;
 }
@@ -1993,7 +1982,7 @@ static void dsv3i_project(const dsv3i_call *c, float *y, const float *x, const d
 static float *dsv3i_grad(const dsv3_tensor *g) { return (float *)(uintptr_t)g->data; }
 
 /* dx [n, cols] += dy W (beta0: =), and the gradient g of w. */
-static void dsv3i_project_backward(const dsv3_context *ctx, const dsv3i_workspace *ws, float *dx, int beta0,
+static void dsv3i_project_backward(const dsv3_context *ctx, const dsv3_workspace *ws, float *dx, int beta0,
                                    const dsv3_tensor *g, const float *dy, const float *x, const dsv3_tensor *w,
                                    size_t n) {
     dsv3i_product p = dsv3i_product_of((float *)(uintptr_t)dy, x, w, n);
@@ -3156,7 +3145,7 @@ static void dsv3i_mla_rotate_task(void *arg, size_t begin, size_t end, size_t wo
 
 /* q from q_raw: norm and q_b (without q_lora it is there already); rotation. */
 static void dsv3i_mla_q(dsv3i_call *c) {
-    dsv3i_workspace *ws = c->ws;
+    dsv3_workspace *ws = c->ws;
     if (c->m.rq > 0) {
         dsv3_rmsnorm(c->ctx, ws->q_latent, ws->q_raw, &c->w->q_a_layernorm, c->n, c->m.rq,
                      c->model->config.latent_norm_eps);
@@ -3202,7 +3191,7 @@ static void dsv3i_attend_end(float *o, const float state[2], size_t dv) {
 /* Absorbed: row t, head h. scratch: q~ [rk+dr], m, m rounded and a row of kv_b_proj [rk], keys [KEYS, rk+dr] */
 static void dsv3i_attend_absorbed(const dsv3i_call *c, size_t t, size_t h, float *scratch) {
     const dsv3i_dims *m = &c->m;
-    const dsv3i_workspace *ws = c->ws;
+    const dsv3_workspace *ws = c->ws;
     const dsv3_tensor *w = &c->w->kv_b_proj;
     const dsv3_cache *cache = &c->caches[ws->sequence[t]];
     const float *q = ws->q + (t * m->H + h) * m->qk, *x;
@@ -3252,7 +3241,7 @@ static void dsv3i_expand(const dsv3i_call *c, const dsv3_cache *cache, size_t j,
 /* Expanded: head h of the sequence whose first row is `leader`. A block of keys is expanded once for all its rows. */
 static void dsv3i_attend_expanded(const dsv3i_call *c, size_t leader, size_t h, float *scratch) {
     const dsv3i_dims *m = &c->m;
-    const dsv3i_workspace *ws = c->ws;
+    const dsv3_workspace *ws = c->ws;
     float *k = scratch, *v = k + DSV3I_KEYS * m->qk, *state = ws->softmax + 2 * h, *o = ws->o + h * m->dv;
     dsv3i_keys b = {k, v, m->qk, m->dv, m->qk, m->dv, 0, c->model->softmax_scale};
     size_t last = 0;
@@ -3310,7 +3299,7 @@ static void dsv3i_attend(dsv3i_call *c) {
 }
 
 static void dsv3i_mla_forward(dsv3i_call *c, float *y, const float *u) {
-    dsv3i_workspace *ws = c->ws;
+    dsv3_workspace *ws = c->ws;
     dsv3i_mla_down(c, u);
     dsv3i_mla_kv(c);
     dsv3i_mla_q(c);
@@ -3324,7 +3313,7 @@ static void dsv3i_mla_forward(dsv3i_call *c, float *y, const float *u) {
 DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
                                const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
                                dsv3_workspace *workspace) {
-    dsv3i_call c = dsv3i_call_of(context, model, weights, layer, caches, n, dsv3i_own(workspace));
+    dsv3i_call c = dsv3i_call_of(context, model, weights, layer, caches, n, workspace);
     DSV3_ASSERT(n <= workspace->rows && context->threads <= workspace->threads);
     dsv3i_mla_forward(&c, y, u);
 }
@@ -3417,7 +3406,7 @@ static void dsv3i_mla_rotate_backward_task(void *arg, size_t begin, size_t end, 
 
 /* What the forward pass had and has not kept: kv, q_latent and q in the workspace, c and kv_up in b. */
 static void dsv3i_mla_rebuild(dsv3i_call *c, const float *u) {
-    dsv3i_workspace *ws = c->ws;
+    dsv3_workspace *ws = c->ws;
     const dsv3i_saved *s = c->s;
     dsv3i_rows latent = dsv3i_rows_of(c->ctx, c->b->c, NULL, c->m.rk);
     if (s->kv == NULL) dsv3i_mla_kv(c);
@@ -3964,7 +3953,7 @@ static void dsv3i_mlp_gather(const dsv3i_call *c, float *to, const float *x, con
 
 /* Each MLP after the other. Inputs of a routed expert first stand where its outputs will. */
 static void dsv3i_mlps(dsv3i_call *c, const dsv3i_mlp *list, size_t count) {
-    const dsv3i_workspace *ws = c->ws;
+    const dsv3_workspace *ws = c->ws;
     for (size_t j = 0; j < count; j++) {
         const dsv3i_mlp *r = &list[j];
         float *gate = ws->h_gate + r->at, *up = ws->h_up + r->at, *h = ws->h + r->at;
@@ -4010,7 +3999,7 @@ static dsv3_result dsv3i_select(dsv3i_call *c) {
 static dsv3_result dsv3i_route(dsv3i_call *c, const float *u) {
     const dsv3_config *config = &c->model->config;
     const dsv3_observer *o = &c->ctx->observer;
-    dsv3i_workspace *ws = c->ws;
+    dsv3_workspace *ws = c->ws;
     dsv3_result result;
     if (dsv3i_choice_bias(c) != NULL) dsv3i_decode_row(c->ctx, ws->bias, &c->w->e_score_correction_bias, 0);
     dsv3_router_scores(c->ctx, config, ws->score, u, &c->w->gate, NULL, c->n, ws->scratch);
@@ -4040,7 +4029,7 @@ static void dsv3i_group_rows(size_t *offset, size_t *slot, size_t *pair, const i
 /* The MLPs of a layer in ws->mlps, routed experts first, of those that were chosen. grouped [n K, d] and y [n, d] get
  * outputs; or, with dy, gradients of inputs. Returns how many. */
 static size_t dsv3i_moe_list(const dsv3i_call *c, float *grouped, float *y, const float *u, const float *dy) {
-    const dsv3i_workspace *ws = c->ws;
+    const dsv3_workspace *ws = c->ws;
     const dsv3_layer *w = c->w, *g = c->g;
     const dsv3i_mlp shared = {&w->shared_experts, g != NULL ? &g->shared_experts : NULL, u, NULL, y, dy, c->n,
                               c->n * c->m.K * c->m.F};
@@ -4075,7 +4064,7 @@ static void dsv3i_moe_combine(const dsv3i_call *c, float *y, const float *groupe
 }
 
 static dsv3_result dsv3i_moe_forward(dsv3i_call *c, float *y, const float *u) {
-    dsv3i_workspace *ws = c->ws;
+    dsv3_workspace *ws = c->ws;
     dsv3_result result = dsv3i_route(c, u);
     if (result != DSV3_OK && result != DSV3_ERR_NAN) return result;
     dsv3i_group_rows(ws->offset, ws->slot, ws->pair, ws->idx, c->n, c->m.K, c->m.E);
@@ -4113,7 +4102,7 @@ static dsv3_result dsv3i_ffn_forward(dsv3i_call *c, float *y, const float *u) {
 DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
                                       const dsv3_layer *weights, size_t n, dsv3_workspace *workspace,
                                       dsv3_error *error) {
-    dsv3i_call c = dsv3i_call_of(context, model, weights, 0, NULL, n, dsv3i_own(workspace));
+    dsv3i_call c = dsv3i_call_of(context, model, weights, 0, NULL, n, workspace);
     DSV3_ASSERT(n <= workspace->rows && context->threads <= workspace->threads);
     return dsv3i_layer_result(&c, dsv3i_ffn_forward(&c, y, u), error);
 }
@@ -4218,7 +4207,7 @@ static const dsv3i_ops dsv3i_plain = {
  * ==================================================================================================== */
 
 static dsv3_result dsv3i_layer_forward(dsv3i_call *c, float *x) {
-    dsv3i_workspace *ws = c->ws;
+    dsv3_workspace *ws = c->ws;
     size_t n = c->n, d = c->m.d;
     float eps = c->model->config.rms_norm_eps;
     dsv3_result result;
@@ -4235,7 +4224,7 @@ static dsv3_result dsv3i_layer_forward(dsv3i_call *c, float *x) {
 DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, const dsv3_model *model,
                                         const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
                                         dsv3_workspace *workspace, dsv3_error *error) {
-    dsv3i_call c = dsv3i_call_of(context, model, weights, layer, caches, n, dsv3i_own(workspace));
+    dsv3i_call c = dsv3i_call_of(context, model, weights, layer, caches, n, workspace);
     return dsv3i_layer_result(&c, dsv3i_layer_forward(&c, x), error);
 }
 
@@ -4921,7 +4910,7 @@ typedef struct dsv3i_pass_sizes {
     size_t one, n, threads, modules, H2, E1, E2, Kd, hidden, mlps, select, scratch, loss;
 } dsv3i_pass_sizes;
 
-/* The arrays of dsv3i_workspace, whose shapes stand at its declaration. Parts: rows of a pass; an MTP module's input, the loss,
+/* The arrays of dsv3_workspace, whose shapes stand at its declaration. Parts: rows of a pass; an MTP module's input, the loss,
  * attention, the FFN. */
 #define DSV3I_WORKSPACE(X)                                                                                           \
     X(0, int32_t, sequence, n, one) X(0, int32_t, position, n, one) X(0, int32_t, leader, n, one)                    \
@@ -4936,10 +4925,10 @@ typedef struct dsv3i_pass_sizes {
     X(4, size_t, slot, n, m.K) X(4, size_t, pair, n, m.K) X(4, size_t, offset, E1, one)                              \
     X(4, dsv3i_mlp, mlps, mlps, one) X(4, float, grouped, n, Kd) X(4, float, h_gate, n, hidden)                      \
     X(4, float, h_up, n, hidden)
-#define DSV3I_PASS(p, t, n, r, c) DSV3I_ARRAY(dsv3i_workspace, dsv3i_pass_sizes, p, t, n, r, c)
+#define DSV3I_PASS(p, t, n, r, c) DSV3I_ARRAY(dsv3_workspace, dsv3i_pass_sizes, p, t, n, r, c)
 static const dsv3i_array dsv3i_workspace_arrays[] = {DSV3I_WORKSPACE(DSV3I_PASS)};
 
-static void dsv3i_workspace_layout(dsv3i_workspace *at, const dsv3_config *config, size_t n, size_t threads,
+static void dsv3i_workspace_layout(dsv3_workspace *at, const dsv3_config *config, size_t n, size_t threads,
                                    dsv3i_layout *l) {
     const dsv3i_dims m = dsv3i_dims_of(config);
     const dsv3i_pass_sizes s = {
@@ -4957,35 +4946,18 @@ static void dsv3i_workspace_layout(dsv3i_workspace *at, const dsv3_config *confi
     at->h = at->h_gate;
 }
 
-/* The private struct lies at the beginning of the memory. measured: stands for it while there is none. */
-static const dsv3i_workspace *dsv3i_workspace_place(dsv3_workspace *workspace, dsv3i_workspace *measured,
-                                                    const dsv3_config *config, size_t n, size_t threads,
-                                                    dsv3i_layout *l) {
-    dsv3i_workspace *own = (dsv3i_workspace *)dsv3i_take(l, sizeof *own, 1, 1, 1);
-    workspace->own = own;
-    if (own == NULL) own = measured;
-    dsv3i_workspace_layout(own, config, n, threads, l);
-    workspace->rows = n;
-    workspace->threads = threads;
-    workspace->hidden = NULL;
-    workspace->sequence = own->sequence;
-    workspace->position = own->position;
-    return own;
-}
-
 DSV3_API dsv3_result dsv3_workspace_size(const dsv3_config *config, size_t rows, size_t threads, size_t *bytes,
                                          dsv3_error *error) {
     DSV3I_TRY(dsv3_config_check(config, error));
     DSV3I_TRY(dsv3i_check_count(error, "rows", rows, DSV3_MAX_SEQ));
     DSV3I_TRY(dsv3i_check_count(error, "threads", threads, INT64_MAX));
-    dsv3i_workspace own;
-    DSV3I_SIZE(dsv3_workspace, bytes, dsv3i_workspace_place(&it, &own, config, rows, threads, &l));
+    DSV3I_SIZE(dsv3_workspace, bytes, dsv3i_workspace_layout(&it, config, rows, threads, &l));
 }
 
 DSV3_API dsv3_result dsv3_workspace_init(const dsv3_config *config, dsv3_workspace *workspace, size_t rows,
                                          size_t threads, void *memory, size_t bytes, dsv3_error *error) {
     DSV3I_INIT(workspace, dsv3_workspace_size(config, rows, threads, &need, error));
-    (void)dsv3i_workspace_place(workspace, NULL, config, rows, threads, &l);
+    dsv3i_workspace_layout(workspace, config, rows, threads, &l);
     return dsv3i_ok(error);
 }
 
@@ -4999,7 +4971,7 @@ typedef struct dsv3i_run {
     const dsv3_batch *batch;
     const float *hidden; /* [n, d] k > 0: the rows' states at depth k - 1 */
     float *logits;       /* [outputs, V] */
-    dsv3i_workspace *ws;
+    dsv3_workspace *ws;
     dsv3_error *error;
     const struct dsv3i_evaluation *sums; /* loads and balance losses are added up here; or NULL */
     struct dsv3i_saved *saved; /* [L + D] training: where layers keep what their backward pass needs, and the caches
@@ -5018,7 +4990,7 @@ static size_t dsv3i_previous_row(const int32_t *sequence, size_t r) {
 
 DSV3I_APART dsv3_result dsv3i_batch_row(const dsv3i_run *p, size_t r) {
     const dsv3_batch *batch = p->batch;
-    dsv3i_workspace *ws = p->ws;
+    dsv3_workspace *ws = p->ws;
     int32_t s = batch->sequence != NULL ? batch->sequence[r] : 0;
     size_t before, position;
     DSV3I_TRY(dsv3i_check_element(p->error, DSV3_ERR_ARG, "sequence", r, "is not one of the caches",
@@ -5048,7 +5020,7 @@ static dsv3_result dsv3i_batch_outputs(const dsv3_batch *batch, dsv3_error *erro
 }
 
 static dsv3_result dsv3i_batch_check(const dsv3i_run *p) {
-    const dsv3i_workspace *ws = p->ws;
+    const dsv3_workspace *ws = p->ws;
     dsv3_error *e = p->error;
     const dsv3_config *c;
     size_t layers, rows, width;
@@ -5079,7 +5051,7 @@ static dsv3_result dsv3i_batch_check(const dsv3i_run *p) {
 }
 
 /* Which rows use the expanded form: see chapter 6. */
-static void dsv3i_batch_forms(const dsv3_context *ctx, size_t rk, size_t kv, size_t n, dsv3i_workspace *ws) {
+static void dsv3i_batch_forms(const dsv3_context *ctx, size_t rk, size_t kv, size_t n, dsv3_workspace *ws) {
     for (size_t t = 0; t < n; t++) ws->expanded[t] = 0;
     for (size_t t = 0; t < n; t++) ws->expanded[ws->leader[t]]++; /* rows of the sequence, kept by its leader */
     for (size_t t = n; t > 0; t--) {
@@ -5108,18 +5080,14 @@ DSV3_API dsv3_result dsv3_batch_begin(const dsv3_context *context, const dsv3_mo
                                       size_t n_caches, const dsv3_batch *batch, dsv3_workspace *workspace,
                                       dsv3_error *error) {
     const dsv3i_run p = {context, model, 0,         (dsv3_cache *)(uintptr_t)caches, n_caches, batch, NULL,
-                         NULL,    dsv3i_own(workspace), error, NULL, NULL};
+                         NULL,    workspace, error, NULL, NULL};
     return dsv3i_batch_begin(&p);
 }
 
-static void dsv3i_batch_end(dsv3_cache *caches, const dsv3_batch *batch, const dsv3i_workspace *ws) {
-    for (size_t r = 0; r < batch->rows; r++) {
-        caches[ws->sequence[r]].length = (size_t)ws->position[r] + 1;
-    }
-}
-
 DSV3_API void dsv3_batch_end(dsv3_cache *caches, const dsv3_batch *batch, const dsv3_workspace *workspace) {
-    dsv3i_batch_end(caches, batch, workspace->own);
+    for (size_t r = 0; r < batch->rows; r++) {
+        caches[workspace->sequence[r]].length = (size_t)workspace->position[r] + 1;
+    }
 }
 /* ---- The pass: rows in ws->x go through a stack of layers and a norm. The main model is one such stack, and so is each
  * MTP module. */
@@ -5144,8 +5112,8 @@ static dsv3i_stack dsv3i_stack_of(const dsv3_model *model, size_t k) {
 
 #ifndef DSV3_NO_TRAINING
 /* A workspace whose pointers are on what a layer keeps. */
-static dsv3i_workspace dsv3i_keeping(const dsv3i_workspace *from, const dsv3i_saved *s) {
-    dsv3i_workspace ws = *from;
+static dsv3_workspace dsv3i_keeping(const dsv3_workspace *from, const dsv3i_saved *s) {
+    dsv3_workspace ws = *from;
 #define DSV3I_KEEP(type, name, rows, columns)                                                                        \
     if (s->name != NULL) ws.name = s->name;
     DSV3I_SAVED(DSV3I_KEEP)
@@ -5166,7 +5134,7 @@ static void dsv3i_evaluate_layer(const struct dsv3i_evaluation *a, dsv3i_call *c
 /* The layers of depth k on the rows in ws->x, then the norm: ws->x, ws->u and ws->hidden. */
 static dsv3_result dsv3i_pass(const dsv3i_run *p) {
     const dsv3_observer *o = &p->ctx->observer;
-    dsv3i_workspace *ws = p->ws;
+    dsv3_workspace *ws = p->ws;
     dsv3i_stack stack = dsv3i_stack_of(p->model, p->k);
     size_t n = p->batch->rows, d = stack.norm->cols;
     for (size_t i = 0; i < stack.count; i++) {
@@ -5174,7 +5142,7 @@ static dsv3_result dsv3i_pass(const dsv3i_run *p) {
         dsv3i_call c = dsv3i_call_of(p->ctx, p->model, w, p->saved == NULL ? i : 0, p->caches, n, ws);
         dsv3_result result = dsv3i_go_on(p->ctx, p->error);
 #ifndef DSV3_NO_TRAINING
-        dsv3i_workspace keeping;
+        dsv3_workspace keeping;
 #endif
         if (result != DSV3_OK) return result;
 #ifndef DSV3_NO_TRAINING
@@ -5197,7 +5165,7 @@ static dsv3_result dsv3i_pass(const dsv3i_run *p) {
 
 /* NaN, infinite, or so large that the norm would make zeros of it; or the norm's gain is not finite. */
 static dsv3_result dsv3i_pass_finite(const dsv3i_run *p) {
-    const dsv3i_workspace *ws = p->ws;
+    const dsv3_workspace *ws = p->ws;
     size_t d = (size_t)p->model->config.hidden_size;
     for (size_t t = 0; t < p->batch->rows; t++) {
         const float *x = ws->x + t * d;
@@ -5236,34 +5204,30 @@ static dsv3_result dsv3i_forward(const dsv3i_run *p) {
     DSV3I_TRY(dsv3i_pass(p));
     if (p->saved == NULL) DSV3I_TRY(dsv3i_pass_finite(p));
     DSV3I_TRY(dsv3i_pass_logits(p));
-    dsv3i_batch_end(p->caches, p->batch, p->ws);
+    dsv3_batch_end(p->caches, p->batch, p->ws);
     return dsv3i_ok(p->error);
 }
 
 DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, const dsv3_model *model,
                                   dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                   dsv3_workspace *workspace, dsv3_error *error) {
-    const dsv3i_run p = {context, model,  0,  caches, n_caches, batch,
-                         NULL,    logits, dsv3i_own(workspace), error, NULL, NULL};
-    DSV3I_TRY(dsv3i_forward(&p));
-    workspace->hidden = p.ws->hidden;
-    return DSV3_OK;
+    const dsv3i_run p = {context, model, 0, caches, n_caches, batch, NULL, logits, workspace, error, NULL, NULL};
+    return dsv3i_forward(&p);
 }
 
 DSV3_API dsv3_result dsv3_states(const dsv3_model *model, float *state, const dsv3_workspace *workspace,
                                  const int32_t *row, size_t n, dsv3_error *error) {
-    const dsv3i_workspace *ws = dsv3i_own(workspace);
     size_t d;
-    if (state == NULL || model == NULL || ws == NULL || row == NULL) return dsv3i_fail_null(error, "argument");
-    if (ws->made_for != dsv3i_fingerprint(&model->config)) {
+    if (state == NULL || model == NULL || workspace == NULL || row == NULL) return dsv3i_fail_null(error, "argument");
+    if (workspace->made_for != dsv3i_fingerprint(&model->config)) {
         return dsv3i_fail(error, DSV3_ERR_MISMATCH, "workspace", "was made for another config");
     }
     d = (size_t)model->config.hidden_size;
     for (size_t i = 0; i < n; i++) {
         DSV3I_TRY(dsv3i_check_element(error, DSV3_ERR_ARG, "row", i, "is not one of the workspace",
-                                      (int64_t)ws->rows, row[i]));
+                                      (int64_t)workspace->rows, row[i]));
     }
-    for (size_t i = 0; i < n; i++) DSV3_MEMCPY(state + i * d, ws->u + (size_t)row[i] * d, d * sizeof *state);
+    for (size_t i = 0; i < n; i++) DSV3_MEMCPY(state + i * d, workspace->u + (size_t)row[i] * d, d * sizeof *state);
     return dsv3i_ok(error);
 }
 
@@ -5300,7 +5264,7 @@ DSV3_API dsv3_result dsv3_cache_mtp_init(const dsv3_config *config, dsv3_cache *
 
 /* ws->y [n, d] = embedding, ws->concat [n, 2d] = [enorm(embedding) ; hnorm(hidden)] */
 static void dsv3i_mtp_concat(const dsv3_context *ctx, const dsv3_model *model, const dsv3_mtp *mtp,
-                             const int32_t *token, const float *hidden, size_t n, dsv3i_workspace *ws) {
+                             const int32_t *token, const float *hidden, size_t n, dsv3_workspace *ws) {
     size_t d = (size_t)model->config.hidden_size;
     size_t e = model->config.mtp_concat == DSV3_MTP_HIDDEN_FIRST ? d : 0, h = d - e;
     float eps = model->config.rms_norm_eps;
@@ -5321,13 +5285,10 @@ static void dsv3i_mtp_input(const dsv3i_run *p) {
 DSV3_API dsv3_result dsv3_mtp_forward(const dsv3_context *context, float *logits, const dsv3_model *model, size_t k,
                                       dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                       const float *hidden, dsv3_workspace *workspace, dsv3_error *error) {
-    const dsv3i_run p = {context, model,  k, caches, n_caches, batch,
-                         hidden,  logits, dsv3i_own(workspace), error, NULL, NULL};
+    const dsv3i_run p = {context, model, k, caches, n_caches, batch, hidden, logits, workspace, error, NULL, NULL};
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "k", "is not a module of this model", (int64_t)k, 1,
                                   model != NULL ? model->n_mtp : INT32_MAX));
-    DSV3I_TRY(dsv3i_forward(&p));
-    workspace->hidden = p.ws->hidden;
-    return DSV3_OK;
+    return dsv3i_forward(&p);
 }
 
 /* ---- The training form: all depths over whole sequences */
@@ -5345,7 +5306,7 @@ typedef struct dsv3i_evaluation {
 typedef struct dsv3i_depth {
     size_t n, *from; /* [n] the row of the depth before that has the same position */
     float *du;       /* [n, d] the gradient of u */
-    dsv3i_workspace ws;
+    dsv3_workspace ws;
 } dsv3i_depth;
 
 static int32_t dsv3i_text_sequence(const dsv3_text *x, size_t r) { return x->sequence != NULL ? x->sequence[r] : 0; }
@@ -5401,7 +5362,7 @@ typedef struct dsv3i_balance_loop {
 /* The balance loss of each sequence among the rows, which are whole sequences; 0 for rows that begin none. */
 static void dsv3i_evaluate_balance_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_balance_loop *a = (const dsv3i_balance_loop *)arg;
-    const dsv3i_workspace *ws = a->c->ws;
+    const dsv3_workspace *ws = a->c->ws;
     size_t E = a->c->m.E, K = a->c->m.K;
     for (size_t t = begin; t < end; t++) {
         size_t rows = dsv3i_sequence_rows(ws->leader, t, a->c->n);
@@ -5413,7 +5374,7 @@ static void dsv3i_evaluate_balance_task(void *arg, size_t begin, size_t end, siz
 /* Adds a layer's loads and balance losses to the sums. */
 static void dsv3i_evaluate_layer(const dsv3i_evaluation *a, dsv3i_call *c) {
     const dsv3_losses *sums = a->losses;
-    const dsv3i_workspace *ws = c->ws;
+    const dsv3_workspace *ws = c->ws;
     size_t layer = (size_t)c->w->index;
     dsv3i_balance_loop loop = {c, sums->actual ? ws->idx : NULL};
     if (sums->load != NULL) dsv3_load_count(sums->load + layer * c->m.E, ws->idx, ws->row_mask, c->n, c->m.K);
@@ -5425,7 +5386,7 @@ static void dsv3i_evaluate_layer(const dsv3i_evaluation *a, dsv3i_call *c) {
 /* Adds the loss of the rows in ws->u to the sums. ws->y (d >= 1) and ws->row_output are free: nobody has asked for
  * logits. */
 static dsv3_result dsv3i_evaluate_nll(const dsv3i_evaluation *a, const dsv3i_run *p) {
-    dsv3i_workspace *ws = p->ws;
+    dsv3_workspace *ws = p->ws;
     int32_t *target = ws->row_output;
     float *nll = ws->y;
     const dsv3_tensor *head = dsv3i_stack_of(p->model, p->k).head;
@@ -5446,7 +5407,7 @@ static dsv3_result dsv3i_evaluate_nll(const dsv3i_evaluation *a, const dsv3i_run
 
 /* Of the n rows that `from` has of depth k - 1 (at first: of the text), with their states in from->hidden, keeps
  * those that depth k has. ws may be `from`. */
-static size_t dsv3i_evaluate_gather(const dsv3_text *x, size_t k, dsv3i_workspace *ws, const dsv3i_workspace *from,
+static size_t dsv3i_evaluate_gather(const dsv3_text *x, size_t k, dsv3_workspace *ws, const dsv3_workspace *from,
                                     size_t n, size_t d) {
     size_t kept = 0;
     for (size_t i = 0; i < n; i++) {
@@ -5468,7 +5429,7 @@ DSV3I_APART dsv3_result dsv3i_evaluate_rows(const dsv3i_evaluation *a, dsv3i_run
     size_t d = (size_t)p.model->config.hidden_size;
     for (size_t i = 0; i < n; i++) p.ws->row_index[i] = begin + i;
     for (p.k = 0; p.k <= a->losses->depths; p.k++) {
-        const dsv3i_workspace *from = p.ws;
+        const dsv3_workspace *from = p.ws;
         dsv3_batch batch = {0, NULL, NULL, NULL, 0, NULL};
         if (a->depth != NULL) p.ws = &a->depth[p.k].ws;
         n = batch.rows = dsv3i_evaluate_gather(a->text, p.k, p.ws, from, n, d);
@@ -5488,24 +5449,24 @@ DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *los
                                    dsv3_cache *caches, dsv3_cache *modules, size_t n_caches, const dsv3_text *text,
                                    dsv3_workspace *workspace, dsv3_error *error) {
     const dsv3i_evaluation a = {losses, text, modules, NULL, NULL, NULL};
-    dsv3i_run p = {context, model, 0, caches, n_caches, NULL, NULL, NULL, dsv3i_own(workspace), error, &a, NULL};
-    if (context == NULL || losses == NULL || model == NULL || caches == NULL || text == NULL || p.ws == NULL ||
+    dsv3i_run p = {context, model, 0, caches, n_caches, NULL, NULL, NULL, workspace, error, &a, NULL};
+    if (context == NULL || losses == NULL || model == NULL || caches == NULL || text == NULL || workspace == NULL ||
         text->token == NULL || losses->nll == NULL || losses->targets == NULL ||
         (modules == NULL && losses->depths > 0)) {
         return dsv3i_fail_null(error, "argument");
     }
     if (text->rows < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "rows", "the text is empty");
-    if (p.ws->rows < 1) return dsv3i_fail(error, DSV3_ERR_MEMORY, "workspace", "has no rows");
+    if (workspace->rows < 1) return dsv3i_fail(error, DSV3_ERR_MEMORY, "workspace", "has no rows");
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "depths", "is more than the model has modules",
                                   (int64_t)losses->depths, 0, model->n_mtp));
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MEMORY, "rows", "the balance loss needs the text in one piece",
-                                  losses->balance != NULL ? (int64_t)text->rows : 1, 1, (int64_t)p.ws->rows));
+                                  losses->balance != NULL ? (int64_t)text->rows : 1, 1, (int64_t)workspace->rows));
     DSV3I_TRY(dsv3i_text_check(text, model->config.vocab_size, error));
     for (size_t s = 0; s < n_caches; s++) caches[s].length = 0;
     for (size_t s = 0; s < n_caches * losses->depths; s++) modules[s].length = 0;
-    p.hidden = p.ws->row_hidden;
-    for (size_t begin = 0; begin < text->rows; begin += p.ws->rows) {
-        size_t n = dsv3i_min(p.ws->rows, text->rows - begin);
+    p.hidden = workspace->row_hidden;
+    for (size_t begin = 0; begin < text->rows; begin += workspace->rows) {
+        size_t n = dsv3i_min(workspace->rows, text->rows - begin);
         DSV3I_TRY(dsv3i_evaluate_rows(&a, p, begin, n));
     }
     losses->sequences += dsv3i_text_sequences(text);
@@ -6002,8 +5963,7 @@ typedef struct dsv3i_step {
     const dsv3_model *model;
     dsv3_sequence *const *sequences;
     size_t n; /* sequences */
-    dsv3_workspace *workspace;
-    dsv3i_workspace *ws; /* its own */
+    dsv3_workspace *ws;
     dsv3_error *error;
     dsv3_batch batch; /* the rows gathered so far */
 } dsv3i_step;
@@ -6094,7 +6054,7 @@ static dsv3_result dsv3i_draft_token(const dsv3i_step *a, size_t i, size_t j, fl
 /* One call of module k with the rows gathered. Output rows give draft j (0: none are wanted). */
 static dsv3_result dsv3i_module_call(dsv3i_step *a, size_t k, size_t j) {
     size_t d = (size_t)a->model->config.hidden_size, V = (size_t)a->model->config.vocab_size;
-    dsv3i_workspace *ws = a->ws;
+    dsv3_workspace *ws = a->ws;
     for (size_t r = 0; r < a->batch.rows; r++) {
         dsv3_sequence *s = a->sequences[ws->row_sequence[r]];
         DSV3_MEMCPY(ws->row_hidden + r * d, dsv3i_hidden(s, k - 1, ws->row_index[r]), d * sizeof(float));
@@ -6105,7 +6065,7 @@ static dsv3_result dsv3i_module_call(dsv3i_step *a, size_t k, size_t j) {
         ws->views[i].layers = 1;
     }
     DSV3I_TRY(
-        dsv3_mtp_forward(a->ctx, a->logits, a->model, k, ws->views, a->n, &a->batch, ws->row_hidden, a->workspace, a->error));
+        dsv3_mtp_forward(a->ctx, a->logits, a->model, k, ws->views, a->n, &a->batch, ws->row_hidden, ws, a->error));
     for (size_t i = 0; i < a->n; i++) {
         if (k <= a->sequences[i]->n_modules) a->sequences[i]->modules[k - 1].length = ws->views[i].length;
     }
@@ -6375,7 +6335,7 @@ static dsv3_result dsv3i_nothing_to_do(const dsv3i_step *a) {
 
 /* Everything that may fail: the sequences are changed behind it. */
 DSV3I_APART dsv3_result dsv3i_compute(dsv3i_step *a) {
-    dsv3i_workspace *ws = a->ws;
+    dsv3_workspace *ws = a->ws;
     size_t V = (size_t)a->model->config.vocab_size, output = 0;
     for (size_t i = 0; i < a->n; i++) {
         dsv3_sequence *s = a->sequences[i];
@@ -6387,7 +6347,7 @@ DSV3I_APART dsv3_result dsv3i_compute(dsv3i_step *a) {
         ws->views[i] = a->sequences[i]->cache;
         dsv3i_gather_main(a, i);
     }
-    DSV3I_TRY(dsv3_forward(a->ctx, a->logits, a->model, ws->views, a->n, &a->batch, a->workspace, a->error));
+    DSV3I_TRY(dsv3_forward(a->ctx, a->logits, a->model, ws->views, a->n, &a->batch, ws, a->error));
     for (size_t i = 0; i < a->n; i++) {
         if (!dsv3i_comes_out(a->sequences[i])) continue;
         DSV3I_TRY(dsv3i_choose(a, i, a->logits + output * V));
@@ -6400,9 +6360,9 @@ DSV3I_APART dsv3_result dsv3i_compute(dsv3i_step *a) {
 DSV3_API dsv3_result dsv3_generate_step(const dsv3_context *context, float *logits, const dsv3_model *model,
                                         dsv3_sequence *const *sequences, size_t n, dsv3_workspace *workspace,
                                         dsv3_error *error) {
-    dsv3i_step a = {context, logits, model, sequences, n, workspace, dsv3i_own(workspace), error, {0, NULL, NULL, NULL, 0, NULL}};
+    dsv3i_step a = {context, logits, model, sequences, n, workspace, error, {0, NULL, NULL, NULL, 0, NULL}};
     dsv3_result result;
-    if (context == NULL || logits == NULL || model == NULL || sequences == NULL || a.ws == NULL) {
+    if (context == NULL || logits == NULL || model == NULL || sequences == NULL || workspace == NULL) {
         return dsv3i_fail_null(error, "argument");
     }
     DSV3I_TRY(dsv3i_generate_check(&a));
@@ -6608,9 +6568,9 @@ DSV3_API double dsv3_learning_rate(const dsv3_schedule *s, uint64_t step) {
     X(int32_t, position, n, 1) X(int32_t, leader, n, 1) X(float, cos_sin, n, m->dr) X(float, x, n, m->d)             \
     X(float, u, n, m->d)
 
-static void dsv3i_depth_layout(dsv3i_depth *depth, const dsv3i_workspace *shared, const dsv3i_dims *m, size_t n,
+static void dsv3i_depth_layout(dsv3i_depth *depth, const dsv3_workspace *shared, const dsv3i_dims *m, size_t n,
                                dsv3i_layout *l) {
-    dsv3i_workspace *at = &depth->ws;
+    dsv3_workspace *at = &depth->ws;
     *at = *shared;
     DSV3I_DEPTH(DSV3I_TAKE)
     depth->from = (size_t *)dsv3i_take_rows(l, sizeof(size_t), n, 1);
@@ -6652,13 +6612,11 @@ static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const d
     dsv3i_saved saved;
     dsv3i_depth depth;
     dsv3i_backward backward;
-    dsv3i_workspace measured;
-    const dsv3i_workspace *shared;
     (void)dsv3i_walk_parameters(c, NULL, &flat, dsv3i_flat_tensor);
     dsv3i_parameters_layout(&at->weights, c, l);
     dsv3i_parameters_layout(&at->gradients, c, l);
     dsv3i_balancer_layout(&at->balancer, c, l);
-    shared = dsv3i_workspace_place(&at->workspace, &measured, c, n, threads, l);
+    dsv3i_workspace_layout(&at->workspace, c, n, threads, l);
     DSV3I_TRAINER(DSV3I_TAKE)
     for (size_t i = 0; i < s->sequences; i++) {
         (void)dsv3i_cache_layout(exists ? &at->caches[i] : &cache, c, 1, s->longest, DSV3_F32, l, NULL);
@@ -6667,7 +6625,7 @@ static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const d
         int32_t keep = s->keep_layers != NULL ? s->keep_layers[i] : s->keep;
         dsv3i_saved_layout(exists ? &at->saved[i] : &saved, &m, n, dsv3_config_is_moe(c, (int32_t)i), keep, l);
     }
-    for (size_t k = 0; k < depths; k++) dsv3i_depth_layout(exists ? &at->depth[k] : &depth, shared, &m, n, l);
+    for (size_t k = 0; k < depths; k++) dsv3i_depth_layout(exists ? &at->depth[k] : &depth, &at->workspace, &m, n, l);
     dsv3i_backward_layout(exists ? at->backward : &backward, &m, n, l);
 }
 
@@ -6762,7 +6720,7 @@ static void dsv3i_mtp_backward(const dsv3_context *ctx, dsv3_trainer *t, size_t 
     const dsv3_model *model = &t->weights.model;
     const dsv3_mtp *w = &model->mtp[k - 1], *g = &t->gradients.model.mtp[k - 1];
     const dsv3i_depth *v = &t->depth[k];
-    dsv3i_workspace *ws = t->workspace.own;
+    dsv3_workspace *ws = &t->workspace;
     const dsv3i_backward *b = t->backward;
     size_t d = (size_t)model->config.hidden_size, n = v->n;
     size_t e = model->config.mtp_concat == DSV3_MTP_HIDDEN_FIRST ? d : 0, h = d - e;
@@ -6803,7 +6761,7 @@ static dsv3_result dsv3i_train_depth_backward(const dsv3_context *ctx, dsv3_trai
     dsv3i_norm_backward(&norm, n);
     for (size_t i = stack.count; i > 0; i--) {
         const dsv3_layer *w = &stack.layers[i - 1];
-        dsv3i_workspace keeping = dsv3i_keeping(&v->ws, &t->saved[w->index]);
+        dsv3_workspace keeping = dsv3i_keeping(&v->ws, &t->saved[w->index]);
         dsv3i_call c = dsv3i_call_of(ctx, model, w, 0, t->caches, n, &keeping);
         c.g = &g.layers[i - 1];
         c.s = &t->saved[w->index];
@@ -6839,7 +6797,7 @@ static dsv3_result dsv3i_train_text(const dsv3_context *context, dsv3_trainer *t
                                     dsv3_error *error) {
     const dsv3i_evaluation a = {&t->losses, text, NULL, t->depth, dsv3i_train_head, t};
     dsv3_context ctx = *context;
-    dsv3i_workspace *ws = t->workspace.own;
+    dsv3_workspace *ws = &t->workspace;
     const dsv3i_run p = {&ctx, &t->weights.model, 0,  t->caches, t->most_sequences, NULL, ws->row_hidden,
                          NULL, ws,                error, &a,     t->saved};
     ctx.attention = DSV3_ATTENTION_EXPANDED;
@@ -8480,7 +8438,7 @@ static void dsv3i_expand_keys(const dsv3i_attention *a, dsv3i_attention_tile *ti
 static size_t dsv3i_expanded_rows(const dsv3i_call *c, dsv3i_attention_tile tile, size_t t, size_t h, size_t b,
                                   size_t nk) {
     const dsv3i_dims *m = &c->m;
-    const dsv3i_workspace *ws = c->ws;
+    const dsv3_workspace *ws = c->ws;
     const unsigned char *keys = (const unsigned char *)tile.keys, *values = (const unsigned char *)tile.values;
     float *state = ws->softmax + (t * m->H + h) * 2;
     size_t last;
@@ -8508,7 +8466,7 @@ static void dsv3i_expanded_task(void *arg, size_t begin, size_t end, size_t work
     const dsv3i_attention *a = (const dsv3i_attention *)arg;
     const dsv3i_call *c = a->c;
     const dsv3i_dims *m = &c->m;
-    const dsv3i_workspace *ws = c->ws;
+    const dsv3_workspace *ws = c->ws;
     float *scratch = a->worker + worker * a->worker_floats;
     dsv3i_attention_tile tile = dsv3i_tile_of(c, scratch + dsv3i_up_floats(m), DSV3_F32, m->qk, m->dv);
     for (size_t i = begin; i < end; i++) {
@@ -8534,7 +8492,7 @@ static void dsv3i_expanded_task(void *arg, size_t begin, size_t end, size_t work
 }
 
 static void dsv3i_fast_attend(dsv3i_call *c) {
-    const dsv3i_workspace *ws = c->ws;
+    const dsv3_workspace *ws = c->ws;
     int expanded = 0;
     dsv3i_attention a;
     (void)dsv3i_attention_layout(&a, &c->m, ws->rows, ws->threads, ws->scratch);
@@ -8660,7 +8618,7 @@ static size_t dsv3i_ffn_layout(dsv3i_ffn *at, const dsv3i_dims *m, size_t n, siz
 /* Of a token alone, all experts see one row: it is not grouped. */
 static void dsv3i_mlps_at_once(dsv3i_ffn *a) {
     const dsv3i_call *c = a->c;
-    const dsv3i_workspace *ws = c->ws;
+    const dsv3_workspace *ws = c->ws;
     size_t total = 0;
     for (size_t j = 0; j < a->count; j++) {
         const dsv3i_mlp *r = &a->list[j];

@@ -703,7 +703,7 @@ static void see_routing(void *user, int32_t layer, const real *score, const int3
     setup *a = (setup *)user;
     size_t E = (size_t)a->c.n_routed_experts, K = (size_t)a->c.num_experts_per_tok;
     int32_t depth = layer < a->c.num_hidden_layers ? 0 : layer - a->c.num_hidden_layers + 1;
-    const dsv3i_workspace *ws = &a->t.depth[depth].ws; /* each depth has its own rows */
+    const dsv3_workspace *ws = &a->t.depth[depth].ws; /* each depth has its own rows */
     (void)gate;
     for (size_t i = 0; i < n * K; i++) {
         a->choices += choice_hash((uint64_t)layer, i / K, (uint64_t)idx[i], 0);

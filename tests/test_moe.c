@@ -3,7 +3,6 @@
  * A failure means that a feed-forward layer gives wrong numbers: rows go to the wrong expert or come back to the wrong
  * token, a gate weight or the shared experts are lost, an expert without tokens disturbs its neighbours, or the result
  * of a token depends on what else is in the batch. */
-#define DSV3_IMPLEMENTATION
 #include "dsv3.h"
 #include "synthetic.h"
 
@@ -15,13 +14,13 @@ static float row_of_u[ROWS * 512], row_of_y[ROWS * 512];
  * offset tells where each expert's rows begin. */
 static void check_slots(const dsv3_workspace *ws, size_t n, size_t K, size_t E) {
     size_t seen[ROWS * 8] = {0}, wrong = 0;
-    CHECK_EQ(ws->own->offset[0], 0);
-    CHECK_EQ(ws->own->offset[E], n * K);
+    CHECK_EQ(ws->offset[0], 0);
+    CHECK_EQ(ws->offset[E], n * K);
     for (size_t i = 0; i < n * K; i++) {
-        size_t e = (size_t)ws->own->idx[i], slot = ws->own->slot[i];
-        wrong += e >= E || slot >= n * K || slot < ws->own->offset[e] || slot >= ws->own->offset[e + 1];
+        size_t e = (size_t)ws->idx[i], slot = ws->slot[i];
+        wrong += e >= E || slot >= n * K || slot < ws->offset[e] || slot >= ws->offset[e + 1];
         if (slot < n * K) seen[slot]++;
-        for (size_t j = 0; j < i; j++) wrong += ws->own->idx[j] == ws->own->idx[i] && j / K < i / K && ws->own->slot[j] > slot;
+        for (size_t j = 0; j < i; j++) wrong += ws->idx[j] == ws->idx[i] && j / K < i / K && ws->slot[j] > slot;
     }
     for (size_t i = 0; i < n * K; i++) wrong += seen[i] != 1;
     CHECK_EQ(wrong, 0);
@@ -76,11 +75,11 @@ static void test_crowd(int which, const int *chosen) {
     synth_run(s, ROWS, 1, 1, ROWS, DSV3_F32);
     check_layer(s, layer, ROWS);
     dsv3_ffn_forward(&s->context, row_of_y, row_of_u, &s->model, &s->model.layers[layer], ROWS, &s->ws, NULL);
-    for (size_t i = 0; i < ROWS * K; i++) CHECK_EQ(s->ws.own->idx[i], chosen[i % K]);
+    for (size_t i = 0; i < ROWS * K; i++) CHECK_EQ(s->ws.idx[i], chosen[i % K]);
     for (size_t e = 0; e < E; e++) {
         size_t rows = 0;
         for (size_t k = 0; k < K; k++) rows += (size_t)chosen[k] == e ? ROWS : 0;
-        CHECK_EQ(s->ws.own->offset[e + 1] - s->ws.own->offset[e], rows);
+        CHECK_EQ(s->ws.offset[e + 1] - s->ws.offset[e], rows);
     }
     synth_close(s);
 }
@@ -96,8 +95,8 @@ static void test_one_expert(void) {
         synth_run(s, ROWS, 1, 1, ROWS, DSV3_F32);
         check_layer(s, 2, ROWS);
         dsv3_ffn_forward(&s->context, row_of_y, row_of_u, &s->model, &s->model.layers[2], ROWS, &s->ws, NULL);
-        CHECK_EQ(s->ws.own->offset[e], 0);
-        CHECK_EQ(s->ws.own->offset[e + 1], ROWS);
+        CHECK_EQ(s->ws.offset[e], 0);
+        CHECK_EQ(s->ws.offset[e + 1], ROWS);
         synth_close(s);
     }
 }
@@ -125,11 +124,11 @@ static void test_ties(void) {
     for (size_t i = 0; i < gate->t.rows * gate->t.cols; i++) synth_encode(DSV3_F32, gate->data, i, 0.0f);
     for (size_t i = 0; i < 16; i++) synth_set(bias, i, 0.0f);
     CHECK_EQ(dsv3_ffn_forward(&s->context, y, u, &s->model, &s->model.layers[1], 2, &s->ws, NULL), DSV3_OK);
-    for (int i = 0; i < 8; i++) CHECK_EQ(s->ws.own->idx[i], all_equal[i % 4]);
+    for (int i = 0; i < 8; i++) CHECK_EQ(s->ws.idx[i], all_equal[i % 4]);
     synth_set(bias, 8, 0.25f); /* groups 2 and 3 win and tie; within them the others tie */
     synth_set(bias, 12, 0.25f);
     CHECK_EQ(dsv3_ffn_forward(&s->context, y, u, &s->model, &s->model.layers[1], 2, &s->ws, NULL), DSV3_OK);
-    for (int i = 0; i < 8; i++) CHECK_EQ(s->ws.own->idx[i], late_groups[i % 4]);
+    for (int i = 0; i < 8; i++) CHECK_EQ(s->ws.idx[i], late_groups[i % 4]);
     synth_close(s);
 }
 

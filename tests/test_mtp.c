@@ -3,7 +3,6 @@
  * A failure means that a module predicts from the wrong token, state or weights (drafts would seldom be accepted, and
  * nothing else would show it), that its results depend on how the work is cut, that a loss or load counts a row which
  * does not exist, lies in another document or is padding, or that a bad call is computed instead of refused. */
-#define DSV3_IMPLEMENTATION
 #include "dsv3.h"
 #include "synthetic.h"
 
@@ -277,11 +276,11 @@ static void test_hidden(void) {
     synth_tokens(token, S, r.s->config.vocab_size);
     rig_run(&r, S, 1, 1, S, DSV3_F32);
     compute(&r, a, token, S, S);
-    CHECK(r.s->ws.hidden == r.s->ws.own->u);
+    CHECK(r.s->ws.hidden == r.s->ws.u);
     r.s->config.mtp_hidden = DSV3_MTP_PRE_NORM;
     synth_demand(synth_bind(r.s, NULL), "bind", NULL);
     compute(&r, b, token, S, S);
-    CHECK(r.s->ws.hidden == r.s->ws.own->x);
+    CHECK(r.s->ws.hidden == r.s->ws.x);
     CHECK(same_bits(a, b, S * r.V));
     CHECK(worst_difference(a + S * r.V, b + S * r.V, (S - 1) * r.V) > 0.01);
     CHECK(worst_difference(a + 2 * S * r.V, b + 2 * S * r.V, (S - 2) * r.V) > 0.01);
@@ -1333,15 +1332,13 @@ static void refuse_text_pointers(bad_text c) {
 
 static void refuse_text_sizes(bad_text c) {
     bad_text good = c;
-    dsv3i_workspace own = *c.ws->own;
     dsv3_workspace small = *c.ws;
     c.losses->depths = 3, REFUSE_TEXT(DSV3_ERR_ARG, "depths"), c.losses->depths = 2;
     c.model->n_mtp = 1, REFUSE_TEXT(DSV3_ERR_ARG, "depths"), c.model->n_mtp = 2;
     c.context->threads = 2, REFUSE_TEXT(DSV3_ERR_MEMORY, "threads"), c.context->threads = 1;
-    small.own = &own;
-    own.rows = 5; /* too small for a balance loss, and for nothing else */
+    small.rows = 5; /* too small for a balance loss, and for nothing else */
     c.ws = &small, REFUSE_TEXT(DSV3_ERR_MEMORY, "rows"), c = good;
-    own.rows = c.ws->rows, own.made_for++;
+    small = *c.ws, small.made_for++;
     c.ws = &small, REFUSE_TEXT(DSV3_ERR_MISMATCH, "workspace"), c = good;
     c.caches = c.modules, REFUSE_TEXT(DSV3_ERR_MISMATCH, "caches[0]"), c = good;
     c.modules = c.caches, c.losses->depths = 1, REFUSE_TEXT(DSV3_ERR_MISMATCH, "caches[0]"), c = good;
