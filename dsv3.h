@@ -3758,7 +3758,7 @@ static void dsv3i_balancer_move(dsv3_balancer *b, float *bias, uint64_t seen) {
 }
 
 DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, uint64_t seen) {
-    if (balancer == NULL || bias == NULL) return DSV3_ERR_ARG;
+    if (balancer == NULL) return DSV3_ERR_ARG;
     DSV3I_TRY(dsv3i_balancer_reduce(balancer));
     dsv3i_balancer_move(balancer, bias, seen);
     return DSV3_OK;
@@ -11116,7 +11116,6 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
  *              DSV3_ERR_CONTEXT is DSV3_ERR_FULL.
  *   Sizes      dsv3_linear_scratch and dsv3_cross_entropy_scratch, in floats, are dsv3_linear_size and
  *              dsv3_cross_entropy_size, in bytes.
- *   Workspace  what is private in it is opaque: rows, threads, hidden, sequence and position stay.
  *   Gone       dsv3_z_loss; kernels, panels and products, which were the engine's.
  *   New        steering (dsv3_steer, dsv3_logits_*), stop tokens, limits and dsv3_sequence_state, an abort hook,
  *              log-probabilities and states of chosen rows; saving (dsv3_cache_save, dsv3_sequence_save,
