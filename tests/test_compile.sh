@@ -46,7 +46,7 @@ fi
 if command -v nm > /dev/null; then
     for object in $out/implement.o $out/freestanding.o build/implementation.o; do
         nm -u $object | sed 's/.* //' | grep -vxE \
-            'mem(cpy|move|set|cmp)|(my_)?(expf|logf|sqrtf|sinf|cosf|pow|log)|sincosf|_GLOBAL_OFFSET_TABLE_|__stack_chk_fail(_local)?' \
+            'mem(cpy|move|set|cmp)|__mem(cpy|move|set)_chk|(my_)?(expf|logf|sqrtf|sinf|cosf|pow|log)|sincosf|_GLOBAL_OFFSET_TABLE_|__stack_chk_fail(_local)?' \
             > $out/undefined
         if [ -s $out/undefined ]; then bad "$object needs: $(tr '\n' ' ' < $out/undefined)"; else ok; fi
     done
