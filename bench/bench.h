@@ -598,7 +598,7 @@ static inline void bench_format(dsv3_type type, int *mantissa, int *bias) {
     *bias = type == DSV3_F16 ? 15 : type == DSV3_F8_E4M3 ? 7 : 127;
 }
 
-/* Q8_0 and Q4_0: codes -64 .. 63 and -8 .. 7, and F16 multipliers of unit * (1/2 .. 3/2). */
+/* Q8_0 and Q4_0: codes -64 .. 63 and -8 .. 7, and F16 scales of unit * (1/2 .. 3/2). */
 typedef struct bench_block_fill {
     unsigned char *data; /* [blocks] of 2 + codes bytes */
     size_t blocks, codes;

@@ -2549,7 +2549,7 @@ static const char convert_help[] =
     "OUT/config.json with torch_dtype and quantization_config to match. Other files of DIR are not copied.\n"
     "  --type TYPE      F32, F16, BF16, F8_E4M3, Q8_0 or Q4_0. With F8_E4M3, embedding, head, norms, routers and\n"
     "                   eh_proj become BF16 as in the published files, and each 128x128 block of the other matrices\n"
-    "                   has a scale. With Q8_0 and Q4_0, 8 and 4 bits a number, all matrices have a multiplier for "
+    "                   has a scale. With Q8_0 and Q4_0, 8 and 4 bits a number, all matrices have a scale for "
     "32\n"
     "                   numbers of a row, as in GGUF files; routers, norms, and matrices whose columns are no "
     "multiple\n"

@@ -238,7 +238,7 @@ static inline double synth_element(dsv3_type type, const unsigned char *data, si
     }
 }
 
-/* Of Q8_0 and Q4_0 the code of the element, with the multiplier that its block has. */
+/* Of Q8_0 and Q4_0 the code of the element, with the scale that its block has. */
 static inline void synth_encode_code(dsv3_type type, unsigned char *data, size_t i, float x) {
     unsigned char *block = data + i / 32 * (type == DSV3_Q8_0 ? 34 : 18), *byte;
     uint16_t half;
@@ -316,7 +316,7 @@ static inline dsv3_result synth_add(void *user, const dsv3_tensor_info *info) {
         for (size_t i = 0; i < blocks; i++) t->scale[i] = high / 448.0f * test_uniform(0.5f, 1.5f);
         low = -448.0f, high = 448.0f;
     }
-    for (size_t i = 0; i < n && dsv3_type_block(t->t.type) > 1; i += 32) { /* no two multipliers alike */
+    for (size_t i = 0; i < n && dsv3_type_block(t->t.type) > 1; i += 32) { /* no two scales alike */
         uint16_t half = dsv3_f16_from_f32(high / (t->t.type == DSV3_Q8_0 ? 127.0f : -8.0f) * test_uniform(0.5f, 1));
         memcpy(t->data + i / 32 * dsv3_type_bytes(t->t.type), &half, 2);
     }

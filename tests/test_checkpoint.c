@@ -1873,7 +1873,7 @@ static void test_blocks(int which) {
     disk_reset(d);
     memcpy(&kept, t->data, 2);
     memcpy(t->data, &nan, 2);
-    CHECK_EQ(check_disk("a multiplier that is NaN", d, ST_OK, ""), DSV3_ERR_NAN);
+    CHECK_EQ(check_disk("a scale that is NaN", d, ST_OK, ""), DSV3_ERR_NAN);
     memcpy(t->data, &kept, 2);
     disk_write(d);
     CHECK_EQ(checkpoint_open(&c, directory, &error), ST_OK);

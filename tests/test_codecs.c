@@ -225,7 +225,7 @@ static void finite_and_nan(void) {
     }
 }
 
-/* ---- Blocks of 32: an F16 multiplier d, and codes */
+/* ---- Blocks of 32: an F16 scale d, and codes */
 
 #define QBLOCK 32
 
@@ -233,7 +233,7 @@ static size_t block_bytes(dsv3_type type) { return type == DSV3_Q8_0 ? 34 : 18; 
 static int lowest_code(dsv3_type type) { return type == DSV3_Q8_0 ? -127 : -8; }
 static int highest_code(dsv3_type type) { return type == DSV3_Q8_0 ? 127 : 7; }
 
-/* The multiplier of a block, by the definition of F16. */
+/* The scale of a block, by the definition of F16. */
 static double block_d(const unsigned char *block) {
     uint16_t bits;
     uint32_t a;
@@ -264,7 +264,7 @@ static int decoded_wrong(dsv3_type type, const unsigned char *w, size_t blocks) 
     return wrong;
 }
 
-/* Every multiplier with some codes, and some multipliers with every code in every place. */
+/* Every scale with some codes, and some scales with every code in every place. */
 static void blocks_decode(dsv3_type type) {
     static const uint16_t some[] = {0x0000, 0x8000, 0x0001, 0x83FF, 0x0400, 0x3C00, 0xBC00,
                                     0x3555, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00};
@@ -288,7 +288,7 @@ static void blocks_decode(dsv3_type type) {
     free(w);
 }
 
-/* Is the block what dsv3_quantize says of x [32]? The multiplier from its rule, and each code the nearest of all. */
+/* Is the block what dsv3_quantize says of x [32]? The scale from its rule, and each code the nearest of all. */
 static int block_wrong(dsv3_type type, const unsigned char *block, const float *x) {
     double most = 0, d = block_d(block), top = type == DSV3_Q8_0 ? 127 : 8, want;
     int wrong = 0;
@@ -443,7 +443,7 @@ static void quantize_f8(size_t rows, size_t cols, int size) {
     free(x), free(codes), free(scales), free(alone);
 }
 
-/* Codes with a largest one, at multipliers that 448 times them leaves exact, come back as they were. */
+/* Codes with a largest one, at scales that 448 times them leaves exact, come back as they were. */
 static void quantize_f8_back(void) {
     enum { ROWS = 140, COLS = 260 };
     float *x = (float *)test_alloc(ROWS * COLS * sizeof *x), scales[6], again[6];

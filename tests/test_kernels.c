@@ -802,7 +802,7 @@ static void check_outer(const dsv3i_kernels *kernels) {
  *     F32 [k, columns, 16]     F16, BF16 [k/2, columns, 16, 2]     Q8_0 [k/4, columns, 16, 4] bytes, 128 added
  *     Q4_0 [k/32, 4, columns, 16, 4]: of a block, terms 4 i .. 4 i + 3 in the low four bits, those 16 later in the high
  *     E4M3 [k/4, columns, 4, 2, 4, 2]: of four rows, terms 0 and 1 of each, then terms 2 and 3 of each
- * Codes are 0 where there are no rows, and behind k; of Q8_0 and Q4_0 only the multipliers are. */
+ * Codes are 0 where there are no rows, and behind k; of Q8_0 and Q4_0 only the scales are. */
 
 /* Bytes of a piece's codes. */
 static size_t piece_codes(dsv3_type type, size_t columns, size_t k) {
@@ -851,7 +851,7 @@ static uint32_t panel_code(dsv3_type type, const unsigned char *panel, size_t co
 }
 
 /* Rows of weights with any codes at all: NaN, infinities and numbers below the normal ones among them. row_bytes apart,
- * from any byte. Multipliers of blocks: any, too. */
+ * from any byte. Scales of blocks: any, too. */
 static size_t rows_make(box *w, dsv3_type type, size_t rows, size_t k, size_t row_bytes) {
     size_t bytes = (rows - 1) * row_bytes + dsv3_row_bytes(type, k);
     unsigned char *at = box_input(w, bytes);
@@ -957,7 +957,7 @@ static void check_pack(const dsv3i_kernels *kernels, dsv3_type type) {
         }
     }
     verdict("codes of pack", bad.pack);
-    verdict("multipliers of pack", bad.scales);
+    verdict("scales of pack", bad.scales);
     verdict("widen", bad.widen);
     verdict("float_panel", bad.floats);
     verdict("guards of pack, widen and float_panel", bad.touched);
@@ -985,11 +985,11 @@ static void check_widen_all(const dsv3i_kernels *kernels, dsv3_type type) {
 
 /* ---- product. x [n, k] and a panel w of `rows` rows, as each product takes them, and beside them the numbers they stand
  * for. Bounds, |error| relative to S, the sum of the magnitudes of all terms and of what y held before:
- *   float rows: an output is a chain of k fused multiply-adds, and one more for each multiplier: (k + blocks) 2^-24 S, or
- *     2^-150 each, half of the smallest number, times the multiplier, where numbers are below the normal ones
- *   BF16 rows: products are exact and added one after the other, k 2^-24 S and one more for the multiplier; but the
+ *   float rows: an output is a chain of k fused multiply-adds, and one more for each scale: (k + blocks) 2^-24 S, or
+ *     2^-150 each, half of the smallest number, times the scale, where numbers are below the normal ones
+ *   BF16 rows: products are exact and added one after the other, k 2^-24 S and one more for the scale; but the
  *     instruction takes numbers below 2^-126 for 0 and makes such sums 0: a term loses at most 2^-126 (|x| + |w| + 1)
- *   rows of bytes: whole numbers, exactly; each block is rounded once by its multiplier and once when it is added:
+ *   rows of bytes: whole numbers, exactly; each block is rounded once by its scale and once when it is added:
  *     (2 + blocks) 2^-24 of the sum of the blocks' magnitudes
  * Besides: an output has the same bits whatever other rows there are on either side, and products of codes have those of
  * the product of the same numbers as floats. */
@@ -1044,7 +1044,7 @@ static void factor_x(factor *f) {
     }
 }
 
-/* The multiplier of row t's block that holds term i, for rows of bytes. */
+/* The scale of row t's block that holds term i, for rows of bytes. */
 static float factor_unit(const factor *f, size_t t, size_t i) {
     float unit = 1;
     if (f->kind == DSV3I_GEMM_FAST_BYTES) memcpy(&unit, f->x.at + t * f->ldx + i / 32 * 40 + 32, 4);
@@ -1055,7 +1055,7 @@ static float factor_scale(const factor *f, size_t r, size_t i) {
     return f->w.scale == NULL ? 1 : f->w.scale[(i / f->w.block * f->w.columns + r / 16) * 16 + r % 16];
 }
 
-/* scaled: 0 none, 1 one multiplier for all terms, 2 for each 32. */
+/* scaled: 0 none, 1 one scale for all terms, 2 for each 32. */
 static void factor_make(factor *f, dsv3i_gemm_kind kind, size_t n, size_t rows, size_t k, int scaled) {
     int codes = is_codes(kind), floats = kind == DSV3I_GEMM_F32;
     dsv3_type form = floats ? DSV3_F32 : codes ? DSV3_Q8_0 : DSV3_BF16;
@@ -1233,7 +1233,7 @@ static void check_product(const dsv3i_kernels *kernels, dsv3i_gemm_kind kind) {
 /* ---- few: of packed rows and few rows of x, floats or rounded, the bits of so many products, panel by panel and piece by piece */
 
 /* A matrix in the order of dsv3_pack, written by the test: panels of 64 rows; of each, pieces of 128 terms, of Q8_0 and Q4_0
- * of 32; of each, codes and multipliers, up to a multiple of 64 bytes: E4M3 one float, Q8_0 and Q4_0 F16 [columns, 16]. */
+ * of 32; of each, codes and scales, up to a multiple of 64 bytes: E4M3 one float, Q8_0 and Q4_0 F16 [columns, 16]. */
 static size_t piece_terms(dsv3_type type) { return dsv3_type_block(type) > 1 ? 32 : 128; }
 
 static size_t piece_bytes(dsv3_type type, size_t columns, size_t k) {

@@ -36,7 +36,7 @@ static double put(dsv3_type type, unsigned char *at, float x) {
     return memcpy(at, &x, 4), (double)x;
 }
 
-/* A block of 32: any bytes, behind a multiplier of about a half of 1 / 127 or 1 / 8. value [32]: what it is worth. */
+/* A block of 32: any bytes, behind a scale of about a half of 1 / 127 or 1 / 8. value [32]: what it is worth. */
 static void put_block(dsv3_type type, unsigned char *at, double *value) {
     uint16_t half = dsv3_f16_from_f32(test_uniform(0.25f, 1) / (type == DSV3_Q8_0 ? 127.0f : -8.0f));
     double d = (double)dsv3_f32_from_f16(half);

@@ -1100,7 +1100,7 @@ run inspect $tmp/blocks
 equal "inspect: unknown blocks" "$status $(grep -c 'warning: .*format: expected q8_0' $tmp/err)" "0 1"
 rm $tmp/blocks/config.json
 good "inspect: no config.json" inspect $tmp/blocks
-# A multiplier that is NaN makes 32 of them: inspect counts, the forward pass refuses.
+# A scale that is NaN makes 32 of them: inspect counts, the forward pass refuses.
 cp $tmp/q8_0/config.json $tmp/blocks
 length=$(wc -c < $tmp/blocks/model.safetensors)
 { head -c $((length - 34)) $tmp/blocks/model.safetensors && printf '\1\176' && tail -c 32 $tmp/blocks/model.safetensors; } \
