@@ -60,7 +60,8 @@
  *   Order    context or config, outputs, values saved for later, inputs, weights, dimensions, scratch.
  *   Errors   0 is ok, negative is a dsv3_result; what, where, expected and found go to a dsv3_error, the last argument,
  *            which may be NULL and is set by every call that takes one, also by success. A call that fails leaves
- *            every cache as long as it was. Outputs and workspace are then unspecified; a model whose dsv3_model_bind failed must be bound again before use.
+ *            every cache as long as it was (but see dsv3_evaluate). Outputs and workspace are then unspecified; a model
+ *            whose dsv3_model_bind failed must be bound again before use.
  *   Memory   is the caller's, all of it; a workspace may hold any bytes before a call. Every _size(.., &bytes) has its
  *            _init(.., memory, bytes), which wants at least that many. Buffers for _init are aligned to DSV3_ALIGN, as
  *            malloc's are; tensor data may have any alignment and live in flash.
@@ -918,7 +919,8 @@ DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *
  * and writes all that agree and one more; drafts behind a stop token or beyond the limit are dropped. Sequences in the
  * other states (dsv3_state) write nothing.
  * Greedy text is the same, bit for bit, with any number of drafts, any company and any number of threads, while the
- * attention form is fixed (with AUTO it follows from how a prompt is cut into pieces); sampled text has the same distribution. n <= workspace->rows; rows that do not fit wait (drafts are dropped first).
+ * attention form is fixed (with AUTO it follows from how a prompt is cut into pieces); sampled text has the same
+ * distribution. n <= workspace->rows; rows that do not fit wait (drafts are dropped first).
  * logits [sum of (max_drafts + 1), V] is scratch. Errors: as of dsv3_forward; what a steer returns, and NAN when it left
  * nothing to choose; when no sequence has anything to do, FULL if one is FULL, else ARG. Every sequence is then as
  * before (its counters and random numbers too), and n_token 0. */
@@ -5631,7 +5633,7 @@ static dsv3_result dsv3i_sample_check(size_t *best, const float *logits, size_t 
 
 DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, float temperature, float top_p,
                                  dsv3_rng *rng, dsv3_candidate *candidates, dsv3_error *error) {
-    size_t best;
+    size_t best = 0;
     if (token == NULL) return dsv3i_fail_null(error, "token");
     DSV3I_TRY(dsv3i_sample_check(&best, logits, V, temperature, top_p, error));
     if (dsv3i_is_greedy(temperature, top_p)) {
@@ -5646,7 +5648,7 @@ DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, 
 DSV3_API dsv3_result dsv3_sample_log_p(double *log_p, double *entropy, int32_t token, const float *logits, size_t V,
                                        float temperature, float top_p, dsv3_candidate *candidates,
                                        dsv3_error *error) {
-    size_t best, kept = 0;
+    size_t best = 0, kept = 0;
     double sum = 1.0, moment = 0.0, log_sum;
     if (log_p == NULL) return dsv3i_fail_null(error, "log_p");
     DSV3I_TRY(dsv3i_sample_check(&best, logits, V, temperature, top_p, error));
@@ -5670,7 +5672,7 @@ DSV3_API dsv3_result dsv3_log_p(double *log_p, const float *logits, const int32_
                                 dsv3_error *error) {
     if (log_p == NULL || logits == NULL || token == NULL) return dsv3i_fail_null(error, "argument");
     for (size_t t = 0; t < n; t++, logits += V) {
-        size_t best;
+        size_t best = 0;
         double sum = 0.0;
         DSV3I_TRY(dsv3i_sample_check(&best, logits, V, 0.0f, 1.0f, error));
         log_p[t] = 0.0;
@@ -5744,7 +5746,9 @@ DSV3_API dsv3_result dsv3_logits_penalty(float *logits, size_t V, const int32_t 
                                          uint8_t *seen, dsv3_error *error) {
     DSV3I_TRY(dsv3i_logits_check(logits, V, error));
     if (seen == NULL) return dsv3i_fail_null(error, "seen");
-    if (!(penalty > 0.0f) || penalty > FLT_MAX) return dsv3i_fail(error, DSV3_ERR_ARG, "penalty", "must be positive and finite");
+    if (!(penalty > 0.0f) || penalty > FLT_MAX) {
+        return dsv3i_fail(error, DSV3_ERR_ARG, "penalty", "must be positive and finite");
+    }
     DSV3I_TRY(dsv3i_ids_check(token, n, V, error));
     DSV3_MEMSET(seen, 0, (V + 7) / 8);
     for (size_t i = 0; i < n; i++) {
@@ -5789,7 +5793,8 @@ typedef struct dsv3i_sequence_sizes {
 #define DSV3I_SEQUENCE(X)                                                                                            \
     X(0, int32_t, token, tokens, one) X(0, uint64_t, drafted, drafts, one) X(0, uint64_t, accepted, drafts, one)     \
     X(0, float, log_p, tokens, one) X(0, float, hidden, states, d) X(0, float, rate, drafts, one)                \
-    X(1, dsv3_cache, modules, modules, one) X(1, size_t, lengths, modules, one) X(1, int32_t, history, text, one) X(1, float, p, drafting, V) X(1, float, q, drafts, V)                    \
+    X(1, dsv3_cache, modules, modules, one) X(1, size_t, lengths, modules, one) X(1, int32_t, history, text, one)    \
+    X(1, float, p, drafting, V) X(1, float, q, drafts, V)                                                            \
     X(1, dsv3_candidate, candidates, V, one)
 #define DSV3I_OF_SEQUENCE(p, t, n, r, c) DSV3I_ARRAY(dsv3_sequence, dsv3i_sequence_sizes, p, t, n, r, c)
 static const dsv3i_array dsv3i_sequence_arrays[] = {DSV3I_SEQUENCE(DSV3I_OF_SEQUENCE)};
@@ -5869,7 +5874,9 @@ DSV3_API dsv3_result dsv3_sequence_append(const dsv3_model *model, dsv3_sequence
     size_t room;
     if (s == NULL || model == NULL || token == NULL) return dsv3i_fail_null(error, "argument");
     if (n < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "n", "is 0");
-    if (s->prompt_left > 0) return dsv3i_fail(error, DSV3_ERR_ARG, "sequence", "has an earlier prompt that is not yet read");
+    if (s->prompt_left > 0) {
+        return dsv3i_fail(error, DSV3_ERR_ARG, "sequence", "has an earlier prompt that is not yet read");
+    }
     room = dsv3i_sub(s->cache.capacity, dsv3_sequence_length(s));
     if (n > room) {
         return dsv3i_fail_range(error, DSV3_ERR_FULL, "n", "is more than the caches have room for", 0, (int64_t)room,
@@ -11084,7 +11091,8 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
     context->compute = DSV3_EXACT;
     context->attention = DSV3_ATTENTION_AUTO;
 #if defined(_OPENMP) && !defined(DSV3_NO_OPENMP)
-    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_LIMIT, "threads", "are too many", (int64_t)dsv3i_min(threads, INT_MAX), 0, INT_MAX / 8));
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_LIMIT, "threads", "are too many",
+                                  (int64_t)dsv3i_min(threads, INT_MAX), 0, INT_MAX / 8));
     context->threads = threads != 0 ? threads : (size_t)omp_get_max_threads();
     context->parallel_for = dsv3i_parallel_openmp;
 #else
