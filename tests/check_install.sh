@@ -35,7 +35,7 @@ dest="$tmp/dest dir" prefix="/opt/dsv3 and more"
 prefixed="$dest$prefix"
 install_private() { (umask 077 && in_tree install CC="$CC -g" CFLAGS=-O1 DESTDIR="$dest" PREFIX="$prefix"); }
 check "install, blanks, umask 077, other flags" install_private
-if grep -q 'built with other flags' build/check-output; then ok; else bad "other flags are passed over in silence"; fi
+if grep -q 'built with other flags' $check_output; then ok; else bad "other flags are passed over in silence"; fi
 ls -l --time-style=full-iso "$built" "$built/lib" > "$tmp/as-installed"
 check "other flags: nothing is built again" cmp "$tmp/as-built" "$tmp/as-installed"
 check "other flags: they are not taken down" cmp "$tmp/flags" "$built/flags"

@@ -76,7 +76,7 @@ if needs zip "make dist"; then
         python=python3 # Debian's own has the modules that `make deps` installs
         $python -c 'import yaml, kconfiglib' 2> /dev/null || [ ! -x /usr/bin/python3 ] || python=/usr/bin/python3
         check "manifests" $python tests/packages/manifests.py build/dist "$version"
-        grep '^skipped: ' build/check-output || :
+        grep '^skipped: ' $check_output || :
     fi
     if needs xmllint "the .pdsc file"; then check "pdsc: well-formed" xmllint --noout build/dist/dsv3.dsv3.pdsc; fi
 fi
