@@ -547,8 +547,8 @@ typedef struct dsv3_model {
     float softmax_scale;      /* multiplies every attention score */
 } dsv3_model;
 
-/* Finds the tensor of this name and fills in data, rows, cols, type and rank (for FP8, scale may be left
- * NULL: the library then asks for "<name>_scale_inv"). Returns DSV3_OK, DSV3_ERR_MISSING when there is none,
+/* Finds the tensor of this name and fills in data, rows, cols, type and rank of *tensor, which comes cleared (for FP8,
+ * scale may be left NULL: the library then asks for "<name>_scale_inv"). Returns DSV3_OK, DSV3_ERR_MISSING when there is none,
  * or another code, which ends the binding. */
 typedef dsv3_result (*dsv3_find)(void *user, const char *name, dsv3_tensor *tensor);
 
@@ -839,7 +839,8 @@ typedef struct dsv3_sequence {
     /* the caller's to set, after init and between calls */
     float temperature, top_p; /* as dsv3_sample; init: 0 and 1, greedy */
     dsv3_rng rng;             /* init: state 1 */
-    size_t drafts;    /* tokens to draft in a step, at most max_drafts. init: max_drafts. With 0, plain decoding,
+    size_t drafts;    /* tokens to draft in a step; more than max_drafts count as that. init: max_drafts. With 0, plain
+                                 decoding,
                                  the modules still read along now and then: to do without them, init with 0 */
     int32_t adaptive; /* bool: fewer of them while they are seldom accepted. init: 0 */
     float draft_cost; /* for that: what one draft adds to the time of a step with one row. init: 0.25 */
@@ -885,7 +886,8 @@ typedef struct dsv3_sequence {
     dsv3_candidate *candidates; /* [V] */
 } dsv3_sequence;
 
-/* capacity: positions of the caches; type: theirs, as for dsv3_cache_init; rows: most prompt tokens read in one call;
+/* capacity: positions of the caches (a prompt of P tokens and n written ones want P + n - 1); type: theirs, as for
+ * dsv3_cache_init; rows: most prompt tokens read in one call;
  * drafts: most tokens drafted in a step, 0 .. DSV3_MAX_DRAFTS. min(drafts, D) modules are used; more drafts than
  * modules re-use the last one. init also needs the model, to know how many modules it really has. */
 DSV3_API dsv3_result dsv3_sequence_size(const dsv3_model *model, size_t capacity, dsv3_type type, size_t rows,
@@ -906,12 +908,13 @@ DSV3_API dsv3_state dsv3_sequence_state(const dsv3_sequence *sequence);
 
 /* Roll back to the first `length` tokens; a prompt not yet read is dropped. *kept (may be NULL) says how many
  * are really kept: fewer than length, by the number of modules, when length lies so far back that the states
- * these need are gone. Then append tokens kept .. length - 1 of the text once more. ARG when length is
- * more than dsv3_sequence_length. */
+ * these need are gone. Then append tokens kept .. length - 1 of the text once more, from a copy (history is the
+ * sequence's). Otherwise the next step goes on from token length - 1. ARG when length is more than
+ * dsv3_sequence_length. */
 DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *sequence, size_t length, size_t *kept, dsv3_error *error);
 
-/* Fork: to, made with the same sizes (MISMATCH), becomes a copy of from; sampler, steering, stop tokens (the list stays
- * the caller's), limit and counters included. FULL when its caches are too short. */
+/* Fork: to, made with the same model, type, rows and drafts (MISMATCH), becomes a copy of from; sampler, steering, stop
+ * tokens (the list stays the caller's), limit and counters included. FULL when its caches are too short. */
 DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *from, dsv3_error *error);
 
 /* One step of each of n sequences, together. A sequence with a prompt reads up to `rows` of it, and behind its last
