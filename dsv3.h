@@ -84,7 +84,8 @@
  *   rq q_lora_rank                rk kv_lora_rank            D  num_nextn_predict_layers
  *   dn qk_nope_head_dim           dr qk_rope_head_dim        dv v_head_dim
  *   E  n_routed_experts           K  num_experts_per_tok     F  moe_intermediate_size
- *   G  n_group                    Gt topk_group              I  intermediate_size (dense layers)
+ *   G  n_group                    Gt topk_group              Fd intermediate_size (dense layers)
+ *   A declaration says vocab_size, experts and topk for V, E and K: letters may be macros of the program's.
  *   In equations: u a normalised row, c a latent, s a score, z a logit before its sigmoid or softmax.
  *   [R] the V3 report (arXiv 2412.19437)      [R2] the V2 report (arXiv 2405.04434)
  *
@@ -518,7 +519,7 @@ typedef struct dsv3_layer {
     dsv3_tensor post_attention_layernorm; /* [d] */
     int32_t index;                        /* its place in the file: 0 .. L-1, MTP modules L .. L+D-1 */
     int32_t is_moe;
-    dsv3_mlp mlp;                        /* dense layers, F = I */
+    dsv3_mlp mlp;                        /* dense layers, F = Fd */
     dsv3_tensor gate;                    /* MoE: router [E, d] */
     dsv3_tensor e_score_correction_bias; /* MoE with noaux_tc: [E], not FP8 */
     dsv3_mlp *experts;                   /* MoE: [E] */
@@ -656,7 +657,7 @@ typedef struct dsv3_workspace {
     size_t *pair;                /* [n K] and of a grouped row: token K + choice */
     size_t *offset;              /* [E + 1] first grouped row of each expert */
     float *grouped;              /* [n K, d] rows in expert order: inputs, then outputs */
-    float *h_gate, *h_up;        /* [n K F + n n_shared F] or [n, I] */
+    float *h_gate, *h_up;        /* [n K F + n n_shared F] or [n, Fd] */
     struct dsv3i_mlp *mlps;      /* [min(E, n K) + 1] */
     float *u_ffn, *kv_raw, *q_raw, *h; /* u, kv, q_latent and h_gate, unless a backward pass wants both of a pair */
     float *x_mid;                      /* [n, d] NULL, or gets the residual stream between attention and FFN */
@@ -777,18 +778,18 @@ typedef struct dsv3_candidate {
  * together have at least top_p. temperature 0: the most probable token, ties to the lower id, rng untouched.
  * top_p 1: no restriction; 0: as temperature 0. candidates [V] is scratch. Errors: ARG (temperature negative or
  * not finite, top_p outside 0..1, V 0), NAN (a NaN among the logits, or no finite maximum). */
-DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, float temperature, float top_p,
+DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t vocab_size, float temperature, float top_p,
                                  dsv3_rng *rng, dsv3_candidate *candidates, dsv3_error *error);
 
 /* What dsv3_sample makes of the same arguments, for a token: *log_p is the logarithm of the probability with which it is
  * drawn, in nats, minus infinity if never; *entropy (may be NULL) that of the whole distribution. Greedy: 0 for the
  * token that is taken, and entropy 0. candidates [V] is scratch. Errors as of dsv3_sample, and TOKEN. */
-DSV3_API dsv3_result dsv3_sample_log_p(double *log_p, double *entropy, int32_t token, const float *logits, size_t V,
+DSV3_API dsv3_result dsv3_sample_log_p(double *log_p, double *entropy, int32_t token, const float *logits, size_t vocab_size,
                                        float temperature, float top_p, dsv3_candidate *candidates, dsv3_error *error);
 
 /* log_p [n] = log softmax(logits)[token], in nats, of each row of logits [n, V] and its token [n]; 0 for DSV3_IGNORE,
  * minus infinity for a logit of minus infinity. Sums are doubles. ARG, TOKEN, NAN (as dsv3_sample). */
-DSV3_API dsv3_result dsv3_log_p(double *log_p, const float *logits, const int32_t *token, size_t n, size_t V,
+DSV3_API dsv3_result dsv3_log_p(double *log_p, const float *logits, const int32_t *token, size_t n, size_t vocab_size,
                                 dsv3_error *error);
 
 /* ---- Steering: ops that change a row of logits [V] before a token is drawn from it. Minus infinity is "never", and
@@ -796,16 +797,16 @@ DSV3_API dsv3_result dsv3_log_p(double *log_p, const float *logits, const int32_
  * vocabulary), NAN (NaN or plus infinity in logits). A row in which everything is forbidden is no error here. */
 
 /* The k >= 1 largest stay, of equals those of lower id; the rest is forbidden. scratch [min(k, V)]. */
-DSV3_API dsv3_result dsv3_logits_top_k(float *logits, size_t V, size_t k, dsv3_candidate *scratch, dsv3_error *error);
+DSV3_API dsv3_result dsv3_logits_top_k(float *logits, size_t vocab_size, size_t k, dsv3_candidate *scratch, dsv3_error *error);
 /* Tokens with less than min_p (0 .. 1) times the probability of the most probable one are forbidden. Probabilities are
  * those at temperature 1. */
-DSV3_API dsv3_result dsv3_logits_min_p(float *logits, size_t V, float min_p, dsv3_error *error);
+DSV3_API dsv3_result dsv3_logits_min_p(float *logits, size_t vocab_size, float min_p, dsv3_error *error);
 /* Each of the different tokens among token [n]: a positive logit is divided by penalty, another multiplied. penalty > 0;
  * above 1 it makes them rarer. seen [(V + 7) / 8] is scratch. */
-DSV3_API dsv3_result dsv3_logits_penalty(float *logits, size_t V, const int32_t *token, size_t n, float penalty,
+DSV3_API dsv3_result dsv3_logits_penalty(float *logits, size_t vocab_size, const int32_t *token, size_t n, float penalty,
                                          uint8_t *seen, dsv3_error *error);
 /* logits[token[i]] += bias[i] for i < n, also if an id comes twice. bias is finite, or minus infinity: forbidden. */
-DSV3_API dsv3_result dsv3_logits_bias(float *logits, size_t V, const int32_t *token, const float *bias, size_t n,
+DSV3_API dsv3_result dsv3_logits_bias(float *logits, size_t vocab_size, const int32_t *token, const float *bias, size_t n,
                                       dsv3_error *error);
 
 /* The caller's hand in what is written. dsv3_generate_step calls it, on the calling thread, for each row of logits [V] from
@@ -818,7 +819,7 @@ DSV3_API dsv3_result dsv3_logits_bias(float *logits, size_t V, const int32_t *to
  *   A code other than DSV3_OK ends the step: dsv3_generate_step returns it, and everything is as before. Text that can only
  * end is no such error: a row with nothing left to choose (or NaN, or plus infinity) ends the drafting, or the step behind
  * drafts that stand; only where the step begins it is DSV3_ERR_NAN. */
-typedef dsv3_result (*dsv3_steer)(void *user, float *logits, size_t V, const int32_t *text, size_t length,
+typedef dsv3_result (*dsv3_steer)(void *user, float *logits, size_t vocab_size, const int32_t *text, size_t length,
                                   size_t sequence);
 
 /* ---- Generation, with drafts by the MTP modules. [R] 5.4.3; chapter 13 --------------------------------- */
@@ -935,7 +936,7 @@ DSV3_API dsv3_result dsv3_generate_step(const dsv3_context *context, float *logi
 
 /* load [E] += how often idx [n, K] names each expert; rows with mask[t] = 0 (padding) are passed over. mask [n],
  * NULL: all rows count. Do not count evaluation or recomputation. */
-DSV3_API void dsv3_load_count(uint64_t *load, const int32_t *idx, const uint8_t *mask, size_t n, size_t K);
+DSV3_API void dsv3_load_count(uint64_t *load, const int32_t *idx, const uint8_t *mask, size_t n, size_t topk);
 
 /* How even a load is, of one batch or of several added up. All zero, and dead = E, when nothing was counted. */
 typedef struct dsv3_load_stats {
@@ -945,7 +946,7 @@ typedef struct dsv3_load_stats {
     double entropy;  /* of the shares, divided by log E: 1 is perfect, 0 one expert alone */
     size_t dead;     /* experts without any row */
 } dsv3_load_stats;
-DSV3_API dsv3_load_stats dsv3_load_statistics(const uint64_t *load, size_t E);
+DSV3_API dsv3_load_stats dsv3_load_statistics(const uint64_t *load, size_t experts);
 
 #ifndef DSV3_NO_TRAINING
 typedef enum dsv3_bias_rule {
@@ -960,7 +961,7 @@ typedef enum dsv3_bias_rule {
  * mean keeps its b (under CENTRED: moves with the common drift only); without any load, or unless speed is positive
  * and finite, nothing moves; a finite b stays finite, and under FACTOR b stays within -0.999 and above, from where it
  * can still come back. The loads add up to less than 2^64. */
-DSV3_API void dsv3_bias_step(float *bias, const uint64_t *load, size_t E, dsv3_bias_rule rule, double speed);
+DSV3_API void dsv3_bias_step(float *bias, const uint64_t *load, size_t experts, dsv3_bias_rule rule, double speed);
 
 /* The schedule of the update speed: `speed` until `freeze` tokens (or steps) have been seen, then 0. freeze 0: never.
  * V3: 0.001 for the first 14.3 T tokens. */
@@ -979,7 +980,7 @@ typedef struct dsv3_balancer {
     dsv3_bias_schedule schedule; /* counts optimizer steps, or whatever the caller passes as `seen` */
     dsv3_reduce_load reduce;     /* NULL: one rank */
     void *reduce_user;
-    size_t layers, E;   /* L + D, n_routed_experts */
+    size_t layers, experts; /* L + D, n_routed_experts */
     uint64_t *load;     /* [layers, E] since the last step: add with dsv3_load_count, or let dsv3_evaluate */
     uint64_t *load_all; /* [layers, E] of all steps: accumulated MaxVio */
 } dsv3_balancer;
@@ -997,15 +998,15 @@ DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, ui
  * The sequence-wise loss of one sequence, sum_i f_i P_i, [R] eq. 17-20: 1 when perfectly even. idx NULL: f from the
  * K largest scores, without bias and groups, as the report has it; else from the actual routing. With softmax
  * scores and idx it is V2's expert-level loss. A row whose scores add up to 0 counts in f only. */
-DSV3_API double dsv3_balance_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
-                                  size_t K, double *scratch);
+DSV3_API double dsv3_balance_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t experts,
+                                  size_t topk, double *scratch);
 #ifndef DSV3_NO_TRAINING
 /* V2's device-level loss, [R2] eq. 26-28: experts in `devices` equal groups. idx may be NULL as above. */
-DSV3_API double dsv3_device_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
-                                 size_t K, size_t devices, double *scratch);
+DSV3_API double dsv3_device_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t experts,
+                                 size_t topk, size_t devices, double *scratch);
 /* V2's communication loss, [R2] eq. 29-31: a token is sent to at most most_devices (M) of them. idx not NULL. */
 DSV3_API double dsv3_communication_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n,
-                                        size_t E, size_t K, size_t devices, size_t most_devices, double *scratch);
+                                        size_t experts, size_t topk, size_t devices, size_t most_devices, double *scratch);
 /* How much each balance loss counts. */
 typedef struct dsv3_balance_weights {
     double expert;                /* alpha of dsv3_balance_loss: V3 0.0001, V2 0.003 */
@@ -1222,7 +1223,7 @@ DSV3_API void dsv3_linear(const dsv3_context *context, float *y, const float *x,
                           float *scratch);
 
 /* log sum exp(logits[0..V)), V >= 1, safe for any finite logits. -log p(target) = this - logits[target], in nats. */
-DSV3_API float dsv3_log_sum_exp(const float *logits, size_t V);
+DSV3_API float dsv3_log_sum_exp(const float *logits, size_t vocab_size);
 
 /* Bytes of scratch that dsv3_cross_entropy needs for n rows. */
 DSV3_API dsv3_result dsv3_cross_entropy_size(const dsv3_context *context, const dsv3_tensor *head, size_t n,
@@ -1300,8 +1301,8 @@ DSV3_API void dsv3_router_weights_backward(const dsv3_config *config, float *dsc
 DSV3_API void dsv3_router_scores_backward(const dsv3_config *config, float *dz, const float *dscore,
                                           const float *score, size_t n);
 DSV3_API void dsv3_balance_backward(float *dscore, double scale, const dsv3_balance_weights *weights,
-                                    const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
-                                    size_t K, double *scratch);
+                                    const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t experts,
+                                    size_t topk, double *scratch);
 #endif
 
 #ifdef __cplusplus
@@ -1482,7 +1483,7 @@ static size_t dsv3i_blocks(size_t n, size_t block) { return n / block + (n % blo
 #define DSV3I_DIMS(X)                                                                                                \
     X(d, hidden_size) X(H, num_attention_heads) X(rk, kv_lora_rank) X(dn, qk_nope_head_dim) X(dv, v_head_dim)        \
     X(E, n_routed_experts) X(K, num_experts_per_tok) X(dr, qk_rope_head_dim) X(rq, q_lora_rank) X(V, vocab_size)     \
-    X(G, n_group) X(F, moe_intermediate_size) X(I, intermediate_size) X(L, num_hidden_layers)                        \
+    X(G, n_group) X(F, moe_intermediate_size) X(Fd, intermediate_size) X(L, num_hidden_layers)                       \
     X(D, num_nextn_predict_layers)
 
 typedef struct dsv3i_dims {
@@ -3727,7 +3728,7 @@ DSV3_API double dsv3_bias_speed(const dsv3_bias_schedule *schedule, uint64_t see
 static void dsv3i_balancer_layout(dsv3_balancer *b, const dsv3_config *config, dsv3i_layout *l) {
     dsv3i_dims m = dsv3i_dims_of(config);
     b->layers = m.L + m.D;
-    b->E = m.E;
+    b->experts = m.E;
     b->load = (uint64_t *)dsv3i_take(l, sizeof *b->load, b->layers, m.E, 1);
     b->load_all = (uint64_t *)dsv3i_take(l, sizeof *b->load_all, b->layers, m.E, 1);
 }
@@ -3748,15 +3749,15 @@ DSV3_API dsv3_result dsv3_balancer_init(const dsv3_config *config, dsv3_balancer
 }
 
 static dsv3_result dsv3i_balancer_reduce(const dsv3_balancer *b) {
-    return b->reduce == NULL ? DSV3_OK : b->reduce(b->reduce_user, b->load, b->layers * b->E);
+    return b->reduce == NULL ? DSV3_OK : b->reduce(b->reduce_user, b->load, b->layers * b->experts);
 }
 
 /* The step itself, on loads that are summed over the ranks. */
 static void dsv3i_balancer_move(dsv3_balancer *b, float *bias, uint64_t seen) {
-    size_t n = b->layers * b->E;
+    size_t n = b->layers * b->experts;
     double speed = dsv3_bias_speed(&b->schedule, seen);
-    for (size_t i = 0; i < n; i += b->E) { /* dense layers have no load, and so do not move */
-        dsv3_bias_step(bias + i, b->load + i, b->E, b->rule, speed);
+    for (size_t i = 0; i < n; i += b->experts) { /* dense layers have no load, and so do not move */
+        dsv3_bias_step(bias + i, b->load + i, b->experts, b->rule, speed);
     }
     for (size_t i = 0; i < n; i++) b->load_all[i] += b->load[i];
     DSV3_MEMSET(b->load, 0, n * sizeof *b->load);
@@ -4287,7 +4288,7 @@ DSV3_API dsv3_config dsv3_config_default(void) {
 
 /* In the order of dsv3_preset: the fields of dsv3_config behind vocab_size, as they follow each other there. */
 static const uint16_t dsv3i_preset_sizes[][19] = {
-    /* d, I, F, L, D, dense layers, 1, H, H, rq, rk, dn, dr, dv, E, shared experts, K, G, Gt */
+    /* d, Fd, F, L, D, dense layers, 1, H, H, rq, rk, dn, dr, dv, E, shared experts, K, G, Gt */
     {7168, 18432, 2048, 61, 1, 3, 1, 128, 128, 1536, 512, 128, 64, 128, 256, 1, 8, 8, 4}, /* V3 */
     {5120, 12288, 1536, 60, 0, 1, 1, 128, 128, 1536, 512, 128, 64, 128, 160, 2, 6, 8, 3}, /* V2 */
     {2048, 10944, 1408, 27, 0, 1, 1, 16, 16, 0, 512, 128, 64, 128, 64, 2, 6, 1, 1},       /* V2-Lite */
@@ -4472,7 +4473,7 @@ static dsv3_result dsv3i_check_sizes(const dsv3_config *c, dsv3_error *e) {
     DSV3I_TRY(dsv3i_check_product(e, "num_attention_heads", m.Ho, m.d));
     DSV3I_TRY(dsv3i_check_product(e, "kv_lora_rank", m.width, m.d));
     DSV3I_TRY(dsv3i_check_product(e, "q_lora_rank", m.rq, m.d));
-    DSV3I_TRY(dsv3i_check_product(e, "intermediate_size", m.I, m.d));
+    DSV3I_TRY(dsv3i_check_product(e, "intermediate_size", m.Fd, m.d));
     DSV3I_TRY(dsv3i_check_product(e, "moe_intermediate_size", m.F, m.d));
     DSV3I_TRY(dsv3i_check_product(e, "n_shared_experts", m.Fs, m.d));
     DSV3I_TRY(dsv3i_check_product(e, "n_routed_experts", m.E, m.d));
@@ -4535,9 +4536,9 @@ enum {
     X(2, LAYER, dsv3_layer, kv_b_proj, "self_attn.kv_b_proj.weight", Hkv, rk, ATTENTION)                             \
     X(2, LAYER, dsv3_layer, o_proj, "self_attn.o_proj.weight", d, Ho, ATTENTION)                                     \
     X(1, LAYER, dsv3_layer, post_attention_layernorm, "post_attention_layernorm.weight", d, d, NORM)                 \
-    X(2, DENSE, dsv3_layer, mlp.gate_proj, "mlp.gate_proj.weight", I, d, DENSE)                                      \
-    X(2, DENSE, dsv3_layer, mlp.up_proj, "mlp.up_proj.weight", I, d, DENSE)                                          \
-    X(2, DENSE, dsv3_layer, mlp.down_proj, "mlp.down_proj.weight", d, I, DENSE)                                      \
+    X(2, DENSE, dsv3_layer, mlp.gate_proj, "mlp.gate_proj.weight", Fd, d, DENSE)                                     \
+    X(2, DENSE, dsv3_layer, mlp.up_proj, "mlp.up_proj.weight", Fd, d, DENSE)                                         \
+    X(2, DENSE, dsv3_layer, mlp.down_proj, "mlp.down_proj.weight", d, Fd, DENSE)                                     \
     X(2, ROUTER, dsv3_layer, gate, "mlp.gate.weight", E, d, ROUTER)                                                  \
     X(1, BIAS, dsv3_layer, e_score_correction_bias, "mlp.gate.e_score_correction_bias", E, E, ROUTER)                \
     X(2, EXPERT, dsv3_mlp, gate_proj, "gate_proj.weight", F, d, EXPERTS)                                             \
@@ -4904,7 +4905,7 @@ DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from, dsv
 static size_t dsv3i_pass_floats(const dsv3i_dims *m, size_t n, size_t threads) {
     size_t cols = dsv3i_max(dsv3i_max(m->D > 0 ? 2 * m->d : m->d, m->Ho), dsv3i_max(m->rq, m->rk)); /* eh_proj: 2 d */
     size_t floats;
-    cols = dsv3i_max(dsv3i_max(cols, m->I), dsv3i_max(m->F, m->Fs));
+    cols = dsv3i_max(dsv3i_max(cols, m->Fd), dsv3i_max(m->F, m->Fs));
     floats = dsv3i_max(dsv3i_linear_floats(n, cols, threads), dsv3i_mul(threads, dsv3i_attend_floats(m)));
     return dsv3i_max(floats, dsv3i_engine_pass_floats(m, n, threads));
 }
@@ -4938,7 +4939,7 @@ static void dsv3i_workspace_layout(dsv3_workspace *at, const dsv3_config *config
     const dsv3i_dims m = dsv3i_dims_of(config);
     const dsv3i_pass_sizes s = {
         m, 1, n, threads, m.D > 0 ? n : 0, 2 * m.H, m.E + 1, 2 * m.E, dsv3i_mul(m.K, m.d),
-        dsv3i_max(dsv3i_add(dsv3i_mul(m.K, m.F), m.Fs), m.I), dsv3i_min(m.E, dsv3i_mul(n, m.K)) + 1, m.E + m.G + 1,
+        dsv3i_max(dsv3i_add(dsv3i_mul(m.K, m.F), m.Fs), m.Fd), dsv3i_min(m.E, dsv3i_mul(n, m.K)) + 1, m.E + m.G + 1,
         dsv3i_pass_floats(&m, n, threads), dsv3i_loss_floats(m.V, n)};
     DSV3_MEMSET(at, 0, sizeof *at);
     at->rows = n;
@@ -6403,7 +6404,7 @@ DSV3_API dsv3_result dsv3_generate_step(const dsv3_context *context, float *logi
  *
  * The forward pass is that of inference (chapters 4 to 12), in the expanded attention form, with the workspace's
  * pointers on memory that stays until the backward pass. Of each layer and row stay about 2 d + rq + rk + H dv floats,
- * and 2 (K F + n_shared F) or 2 I; more, if settings.keep (or, layer by layer, keep_layers) asks for it (DSV3I_SAVED).
+ * and 2 (K F + n_shared F) or 2 Fd; more, if settings.keep (or, layer by layer, keep_layers) asks for it (DSV3I_SAVED).
  * What is not kept is computed again. Backward goes from the last MTP module down: each gives the one before the
  * gradient of the states it was given.
  *
@@ -6588,7 +6589,7 @@ static void dsv3i_depth_layout(dsv3i_depth *depth, const dsv3_workspace *shared,
 }
 
 static size_t dsv3i_hidden_floats(const dsv3i_dims *m, int is_moe) {
-    return is_moe ? dsv3i_add(dsv3i_mul(m->K, m->F), m->Fs) : m->I;
+    return is_moe ? dsv3i_add(dsv3i_mul(m->K, m->F), m->Fs) : m->Fd;
 }
 
 static void dsv3i_saved_layout(dsv3i_saved *at, const dsv3i_dims *m, size_t n, int is_moe, int32_t keep,
@@ -6600,7 +6601,7 @@ static void dsv3i_saved_layout(dsv3i_saved *at, const dsv3i_dims *m, size_t n, i
 }
 
 static void dsv3i_backward_layout(dsv3i_backward *at, const dsv3i_dims *m, size_t n, dsv3i_layout *l) {
-    size_t hidden = dsv3i_max(dsv3i_hidden_floats(m, 1), m->I);
+    size_t hidden = dsv3i_max(dsv3i_hidden_floats(m, 1), m->Fd);
     DSV3I_BACKWARD(DSV3I_TAKE)
 }
 
@@ -6665,7 +6666,7 @@ DSV3_API dsv3_result dsv3_trainer_init(const dsv3_config *config, dsv3_trainer *
     DSV3_MEMSET(t->m, 0, n);
     DSV3_MEMSET(t->v, 0, n);
     if (t->ema != NULL) DSV3_MEMSET(t->ema, 0, n);
-    DSV3_MEMSET(t->balancer.load_all, 0, t->balancer.layers * t->balancer.E * sizeof *t->balancer.load_all);
+    DSV3_MEMSET(t->balancer.load_all, 0, t->balancer.layers * t->balancer.experts * sizeof *t->balancer.load_all);
     t->balancer.schedule.speed = 0.001;
     t->losses.depths = (size_t)config->num_nextn_predict_layers;
     (void)dsv3_train_begin(t, NULL, 0);
@@ -6692,7 +6693,7 @@ DSV3_API dsv3_result dsv3_train_begin(dsv3_trainer *t, const uint64_t *targets, 
     DSV3_MEMSET(sums->nll, 0, (1 + sums->depths) * sizeof *sums->nll);
     DSV3_MEMSET(sums->targets, 0, (1 + sums->depths) * sizeof *sums->targets);
     DSV3_MEMSET(sums->balance, 0, b->layers * sizeof *sums->balance);
-    DSV3_MEMSET(b->load, 0, b->layers * b->E * sizeof *b->load);
+    DSV3_MEMSET(b->load, 0, b->layers * b->experts * sizeof *b->load);
     DSV3_MEMSET(t->gradients.data, 0, t->gradients.count * sizeof(float));
     return DSV3_OK;
 }
@@ -6833,7 +6834,7 @@ DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_tra
                                 (int64_t)text->rows);
     }
     if ((balance->device > 0.0 || balance->communication > 0.0) &&
-        (balance->devices < 1 || balance->most_devices < 1 || t->balancer.E % balance->devices != 0)) {
+        (balance->devices < 1 || balance->most_devices < 1 || t->balancer.experts % balance->devices != 0)) {
         return dsv3i_fail(error, DSV3_ERR_ARG, "balance.devices",
                           "must divide the experts, and most_devices be positive");
     }
@@ -6943,7 +6944,7 @@ static dsv3_result dsv3i_bias_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
 /* The bias step on all routers' biases [L + D, E], 0 where there is none. Those not frozen go back to the weights. */
 static void dsv3i_train_bias(dsv3_trainer *t) {
     dsv3_model *model = &t->weights.model;
-    size_t layers = t->balancer.layers, E = t->balancer.E;
+    size_t layers = t->balancer.layers, E = t->balancer.experts;
     DSV3_MEMSET(t->bias, 0, layers * E * sizeof *t->bias);
     for (size_t i = 0; i < layers; i++) {
         const void *bias = model->layers[i].e_score_correction_bias.data;
@@ -7417,7 +7418,7 @@ static void dsv3i_save_trainer_walk(dsv3i_save *f, void *object) {
 
 static dsv3i_save_state dsv3i_save_state_of(const dsv3_trainer *t) {
     dsv3i_save_state s = {{t->weights.data, t->m, t->v, t->ema}, t->balancer.load_all, t->weights.count, 0, t->step};
-    s.loads = t->balancer.layers * t->balancer.E;
+    s.loads = t->balancer.layers * t->balancer.experts;
     return s;
 }
 
@@ -8618,7 +8619,7 @@ static size_t dsv3i_mlps_most(const dsv3i_dims *m, size_t n) {
 static size_t dsv3i_ffn_layout(dsv3i_ffn *at, const dsv3i_dims *m, size_t n, size_t threads, float *scratch) {
     dsv3i_layout l = {(unsigned char *)scratch, 0};
     size_t floats =
-        dsv3i_add(dsv3i_mul(m->K, dsv3i_mlp_floats(m->d, m->F)), dsv3i_mlp_floats(m->d, dsv3i_max(m->Fs, m->I)));
+        dsv3i_add(dsv3i_mul(m->K, dsv3i_mlp_floats(m->d, m->F)), dsv3i_mlp_floats(m->d, dsv3i_max(m->Fs, m->Fd)));
     at->jobs = (dsv3i_job *)dsv3i_take(&l, sizeof(dsv3i_job), 2, dsv3i_mlps_most(m, n), 1);
     at->worker = (float *)dsv3i_take(&l, sizeof(float), threads, DSV3I_STAGES, 1);
     at->rounded = (float *)dsv3i_take(&l, sizeof(float), n, floats, 1);
@@ -8733,7 +8734,7 @@ typedef struct dsv3i_mlps_run {
 static size_t dsv3i_mlps_run_layout(dsv3i_mlps_run *at, const dsv3i_dims *m, size_t n, size_t threads,
                                     float *scratch) {
     dsv3i_layout l = {(unsigned char *)scratch, 0};
-    size_t cols = dsv3i_max(dsv3i_max(m->d, m->I), dsv3i_max(m->F, m->Fs));
+    size_t cols = dsv3i_max(dsv3i_max(m->d, m->Fd), dsv3i_max(m->F, m->Fs));
     at->floats = dsv3i_mul(DSV3I_DECODE, cols);
     at->jobs = (dsv3i_backward_job *)dsv3i_take(&l, sizeof(dsv3i_backward_job), 2, dsv3i_mlps_most(m, n), 1);
     at->worker = (float *)dsv3i_take(&l, sizeof(float), threads, at->floats, 1);
@@ -10462,17 +10463,17 @@ DSV3I_INLINE void dsv3i_bf16_gemv(const dsv3i_gemv_kind kind, const dsv3_type ty
                                   const void *x, size_t ldx, size_t n, const void *w, size_t rows, size_t k) {
     const int most = type == DSV3_Q4_0 ? 2 : 4;
     const size_t bytes = dsv3i_panel_bytes(type, 4, k), streams = n == 1 ? (size_t)most : n == 2 ? 2 : 1;
-    const size_t far = streams > 1 ? rows / 64 / streams : 0, apart = far * bytes, ldp = 64 * far;
+    const size_t split = streams > 1 ? rows / 64 / streams : 0, apart = split * bytes, ldp = 64 * split;
     const unsigned char *xs = (const unsigned char *)x, *ws = (const unsigned char *)w;
     __m512i table[4] = {_mm512_setzero_si512()};
     if (type == DSV3_F8_E4M3) dsv3i_bf16_tables(table);
-    for (size_t i = 0; i < far; i++, y += 64, ws += bytes) {
+    for (size_t i = 0; i < split; i++, y += 64, ws += bytes) {
         if (n == 1) dsv3i_bf16_gemv_panels(kind, type, 1, most, y, ldy, ldp, 64, xs, ldx, ws, apart, k, table);
         if (n == 2) dsv3i_bf16_gemv_panels(kind, type, 2, 2, y, ldy, ldp, 64, xs, ldx, ws, apart, k, table);
     }
     y += (streams - 1) * ldp;
     ws += (streams - 1) * apart;
-    for (size_t p = streams * far; n != 2 && p < rows / 64; p++, y += 64, ws += bytes) {
+    for (size_t p = streams * split; n != 2 && p < rows / 64; p++, y += 64, ws += bytes) {
         if (n == 1) dsv3i_bf16_gemv_panels(kind, type, 1, 1, y, ldy, 0, 64, xs, ldx, ws, 0, k, table);
         if (n == 3) dsv3i_bf16_gemv_panels(kind, type, 3, 1, y, ldy, 0, 64, xs, ldx, ws, 0, k, table);
         if (n == 4) dsv3i_bf16_gemv_panels(kind, type, 4, 1, y, ldy, 0, 64, xs, ldx, ws, 0, k, table);

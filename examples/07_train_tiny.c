@@ -100,7 +100,7 @@ static void train(const dsv3_text *text) {
         dsv3_text_count(text, 1, targets, &sequences);
         check(dsv3_train_begin(&trainer, targets, sequences));
         check(dsv3_train_accumulate(&context, &trainer, text, &error));
-        vio = dsv3_load_statistics(trainer.balancer.load + 1 * trainer.balancer.E, trainer.balancer.E).max_vio;
+        vio = dsv3_load_statistics(trainer.balancer.load + 1 * trainer.balancer.experts, trainer.balancer.experts).max_vio;
         check(dsv3_train_end(&context, &trainer, rate, NULL, &error)); /* clears the loads */
         main_loss = sum->nll[0] / (double)sum->targets[0];
         mtp_loss = sum->nll[1] / (double)sum->targets[1];

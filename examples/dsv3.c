@@ -3215,7 +3215,7 @@ static void train_load_state(train_state *s, const st_file *file, const char *pa
             memcpy(array[a] + t->at, from->data, from->bytes);
         }
     }
-    if (loads == NULL || loads->dtype != ST_U64 || loads->bytes != b->layers * b->E * sizeof *b->load_all) {
+    if (loads == NULL || loads->dtype != ST_U64 || loads->bytes != b->layers * b->experts * sizeof *b->load_all) {
         stop("%s: loads is missing or has the wrong type or shape", path);
     }
     memcpy(b->load_all, loads->data, loads->bytes);
@@ -3236,9 +3236,9 @@ static st_tensor *train_state_tensors(train_state *s, size_t *count) {
     list[n].dtype = ST_U64;
     list[n].rank = 2;
     list[n].shape[0] = b->layers;
-    list[n].shape[1] = b->E;
+    list[n].shape[1] = b->experts;
     list[n].data = b->load_all;
-    list[n++].bytes = b->layers * b->E * sizeof *b->load_all;
+    list[n++].bytes = b->layers * b->experts * sizeof *b->load_all;
     for (size_t a = 0; a < arrays; a++) {
         for (size_t i = 0; i < s->tensors; i++, n++) {
             const train_tensor *t = &s->tensor[i];

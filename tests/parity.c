@@ -226,7 +226,7 @@ static void record_number(run *r, const char *prefix, long layer, const char *su
 
 /* The biases of all layers after one step from these loads. */
 static void compute_bias(run *r, dsv3_balancer *balancer) {
-    size_t E = balancer->E;
+    size_t E = balancer->experts;
     float *bias = (float *)must(calloc(balancer->layers * E, sizeof *bias));
     for (size_t i = 0; i < balancer->layers; i++) {
         const dsv3_tensor *b = &r->model->model.layers[i].e_score_correction_bias;
@@ -287,8 +287,8 @@ static void compute_losses(run *r) {
         int32_t *load;
         if (!r->model->model.layers[i].is_moe) continue;
         record_number(r, "aux", (long)i, "", losses.balance[i] / (double)losses.sequences);
-        load = (int32_t *)record_add(r, "router", (long)i, ".load", ST_I32, balancer.E, 0, 0);
-        for (size_t e = 0; e < balancer.E; e++) load[e] = (int32_t)balancer.load[i * balancer.E + e];
+        load = (int32_t *)record_add(r, "router", (long)i, ".load", ST_I32, balancer.experts, 0, 0);
+        for (size_t e = 0; e < balancer.experts; e++) load[e] = (int32_t)balancer.load[i * balancer.experts + e];
     }
     record_number(r, "loss.total", -1, "",
                   dsv3_losses_total(&losses, layers, setting(r, "lam", 0.3), balance_weight(r), DSV3_DIVIDE_BY_MAIN));

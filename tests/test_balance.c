@@ -352,7 +352,7 @@ static void balance_open(balance *b) {
     b->memory = synth_alloc(bytes);
     memset(b->memory, 0xA5, bytes);
     CHECK_EQ(dsv3_balancer_init(&c, &b->b, b->memory, bytes, NULL), DSV3_OK);
-    CHECK(b->b.layers == LAYERS && b->b.E == EXPERTS);
+    CHECK(b->b.layers == LAYERS && b->b.experts == EXPERTS);
     test_fill(b->bias, LOADS, -0.5f, 0.5f);
 }
 
@@ -424,7 +424,7 @@ static void balancer_memory(void) {
         memset(&b, 0xFF, sizeof b);
         CHECK_EQ(dsv3_balancer_init(&c, &b, memory + shift, need, NULL), DSV3_OK);
         CHECK(b.rule == DSV3_BIAS_SIGN && b.schedule.speed == 0.001 && b.schedule.freeze == 0);
-        CHECK(b.reduce == NULL && b.layers == LAYERS && b.E == EXPERTS);
+        CHECK(b.reduce == NULL && b.layers == LAYERS && b.experts == EXPERTS);
         CHECK(all_zero(b.load, LOADS) && all_zero(b.load_all, LOADS));
         balance_load(load);
         memcpy(b.load, load, sizeof load);

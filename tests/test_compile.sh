@@ -16,6 +16,16 @@ check "two units link" $CC $out/main.o $out/use.o $out/implement.o $out/static.o
 check "two units run" $out/two
 check "freestanding compiles" $CC -std=c99 -O2 -ffreestanding $wide $c -Wno-missing-prototypes -I. \
     -c tests/compile/freestanding.c -o $out/freestanding.o
+# Nothing that a program includes or defines first may reach in: declarations behind every macro of one letter, and the
+# whole behind the standard headers (I is the imaginary unit in <complex.h>) and the words of <windows.h>.
+for letter in A B C D E F G H I J K L M N O P Q R S T U V W X Y Z; do echo "#define $letter 1"; done > $out/letters.h
+for header in dsv3.h examples/*.h; do
+    check "$header behind letters" $CC -std=c99 $wide $c -include $out/letters.h -I. -fsyntax-only -x c "$header"
+done
+for options in "" -DDSV3_SIMD; do
+    check "implement.c $options behind words" $CC -std=c99 $wide $c $options -include tests/compile/words.h -I. -fsyntax-only \
+        tests/compile/implement.c
+done
 for file in examples/*.c; do # the program itself, without the implementation
     check "$file" $CC -std=c99 -O2 $wide $c -Wno-float-equal -DDSV3_IMPLEMENTED -Iexamples -I. -c "$file" -o $out/example.o
 done

@@ -1154,7 +1154,7 @@ static mlp_case *mlp_new(size_t n, int d, int F, int E, int K, int shared, const
     a->experts = (dsv3_mlp *)bytes_new(mlps * sizeof *a->experts, 0);
     a->dexperts = (dsv3_mlp *)bytes_new(mlps * sizeof *a->dexperts, 0);
     for (size_t e = 0; e < mlps; e++) {
-        size_t width = e < a->m.E ? a->m.F : E == 0 ? a->m.I : a->m.Fs;
+        size_t width = e < a->m.E ? a->m.F : E == 0 ? a->m.Fd : a->m.Fs;
         if (width == 0) continue;
         a->w[e] = mlp_weights_new(kinds[0], kinds[1], kinds[2], a->m.d, width);
         a->experts[e] = mlp_of(&a->w[e]);
@@ -1162,7 +1162,7 @@ static mlp_case *mlp_new(size_t n, int d, int F, int E, int K, int shared, const
     a->layer.experts = a->experts, a->layer.is_moe = a->is_moe;
     if (E == 0) a->layer.mlp = a->experts[0];
     if (shared > 0) a->layer.shared_experts = a->experts[a->m.E];
-    a->hidden = E == 0 ? n * a->m.I : n * (a->m.K * a->m.F + a->m.Fs);
+    a->hidden = E == 0 ? n * a->m.Fd : n * (a->m.K * a->m.F + a->m.Fs);
     a->u = random_new(n * a->m.d, 1), a->dy = random_new(n * a->m.d, 1), a->gate = random_new(n * a->m.K, 1);
     a->ws.idx = (int32_t *)bytes_new(n * a->m.K * sizeof(int32_t), 0);
     a->ws.slot = (size_t *)bytes_new(n * a->m.K * sizeof(size_t), 0);
@@ -1190,7 +1190,7 @@ static size_t mlps_seen(const mlp_case *a, seen *list) {
         int routed = e < a->m.E;
         seen s = {&a->w[e], NULL, a->m.F, a->n, at, 0};
         if (routed) s.row = a->ws.offset[e], s.n = a->ws.offset[e + 1] - s.row, s.pair = a->ws.pair + s.row;
-        if (!routed) s.F = a->is_moe ? a->m.Fs : a->m.I;
+        if (!routed) s.F = a->is_moe ? a->m.Fs : a->m.Fd;
         if (s.n == 0 || s.F == 0) continue;
         list[count++] = s;
         at += s.n * s.F;
@@ -1375,7 +1375,7 @@ static dsv3_mlp gradients_of(float *g, size_t d, size_t F) {
 }
 
 static size_t gradients_size(const mlp_case *a) {
-    return 3 * a->m.d * (a->is_moe ? a->m.E * a->m.F + a->m.Fs : a->m.I);
+    return 3 * a->m.d * (a->is_moe ? a->m.E * a->m.F + a->m.Fs : a->m.Fd);
 }
 
 typedef struct backward_out {
@@ -1483,7 +1483,7 @@ static backward_out mlps_backward_by(const mlp_case *a, const dsv3_context *ctx,
     for (size_t e = 0; e < a->m.E; e++) a->dexperts[e] = gradients_of(out.dw + 3 * d * a->m.F * e, d, a->m.F);
     g.experts = a->dexperts;
     g.shared_experts = gradients_of(out.dw + 3 * d * a->m.F * a->m.E, d, a->m.Fs);
-    g.mlp = gradients_of(out.dw, d, a->m.I);
+    g.mlp = gradients_of(out.dw, d, a->m.Fd);
     c.s = &s, c.b = &b, c.g = &g;
     if (a->is_moe) {
         ctx->ops->mlps_backward(&c, ws.mlps, dsv3i_moe_list(&c, b.dgrouped, out.dy, a->u, a->dy));

@@ -706,7 +706,7 @@ static int same_trainers(const dsv3_trainer *a, const dsv3_trainer *b) {
     return a->step == b->step && memcmp(a->weights.data, b->weights.data, n) == 0 && memcmp(a->m, b->m, n) == 0 &&
            memcmp(a->v, b->v, n) == 0 && (a->ema == NULL || memcmp(a->ema, b->ema, n) == 0) &&
            memcmp(a->balancer.load_all, b->balancer.load_all,
-                  a->balancer.layers * a->balancer.E * sizeof *a->balancer.load_all) == 0;
+                  a->balancer.layers * a->balancer.experts * sizeof *a->balancer.load_all) == 0;
 }
 
 static void test_training(int D, int ema) {

@@ -197,7 +197,7 @@ static void test_micro_batches(int given_targets) {
     gradients(&a);
     want = copy_floats(a.t.gradients.data, a.t.gradients.count);
     loss = dsv3_train_loss(&a.t);
-    loads = a.t.balancer.layers * a.t.balancer.E;
+    loads = a.t.balancer.layers * a.t.balancer.experts;
     load = (uint64_t *)test_alloc(loads * sizeof *load);
     memcpy(load, a.t.balancer.load, loads * sizeof *load);
     for (size_t cut = 0; cut < 2; cut++) {
@@ -866,7 +866,7 @@ static void test_ranks(void) {
     gradients(&whole); /* targets were counted over the whole text, for all three */
     gradients(&one);
     gradients(&two);
-    loads = whole.t.balancer.layers * whole.t.balancer.E;
+    loads = whole.t.balancer.layers * whole.t.balancer.experts;
     want = copy_floats(whole.t.gradients.data, whole.t.gradients.count);
     demand(dsv3_train_end(&whole.ctx, &whole.t, 0.01, &norm[0], &error), &error);
     memset(&r, 0, sizeof r);
@@ -893,7 +893,7 @@ static void test_failing_hooks(void) {
     memset(&r, 0, sizeof r);
     prepare_failing(&a);
     r.n = a.t.gradients.count;
-    r.n_load = a.t.balancer.layers * a.t.balancer.E;
+    r.n_load = a.t.balancer.layers * a.t.balancer.experts;
     r.result = DSV3_ERR_FULL;
     a.t.settings.reduce = reduce_gradients, a.t.settings.reduce_user = &r;
     gradients(&a);
@@ -1195,7 +1195,7 @@ static void test_kept(void) {
         dsv3i_dims m = dsv3i_dims_of(&c);
         for (int32_t keep = 0; keep < 8; keep++) {
             for (int dense = 0; dense < 2; dense++) {
-                size_t hidden = dense ? m.I : m.K * m.F + m.Fs;
+                size_t hidden = dense ? m.Fd : m.K * m.F + m.Fs;
                 size_t floats = 2 * m.d + m.rq + m.rk + m.dr + m.Ho + 2 * m.H + 2 * hidden;
                 if (!dense) floats += m.E + 2 * m.K;
                 if (keep & DSV3_KEEP_NORMS) floats += 2 * m.d + m.rq + m.rk + m.dr;
