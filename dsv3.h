@@ -50,7 +50,7 @@
  *                            (__builtin_memcpy is the best DSV3_MEMCPY: as a call it would cost one per number.
  *                            Compilers may call memcpy and memset on their own.)
  *   DSV3_EXPF DSV3_LOGF DSV3_SQRTF DSV3_SINF DSV3_COSF    float -> float
- *   DSV3_POW DSV3_LOG        double functions, used when a model is bound (RoPE frequencies), and for log-probabilities
+ *   DSV3_POW DSV3_LOG        double functions, for RoPE frequencies when a model is bound, log-probabilities, losses
  *   DSV3_MEMCPY DSV3_MEMSET  as in <string.h>
  *   DSV3_MAX_...             the limits that dsv3_config_check enforces, see chapter 1
  *
@@ -1222,7 +1222,9 @@ DSV3_API dsv3_result dsv3_linear_size(const dsv3_context *context, size_t n, siz
 DSV3_API void dsv3_linear(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *w, size_t n,
                           float *scratch);
 
-/* log sum exp(logits[0..V)), V >= 1, safe for any finite logits. -log p(target) = this - logits[target], in nats. */
+/* log sum exp(logits[0..V)), safe for any finite logits. -log p(target) = this - logits[target], in nats. For up to 2^24
+ * logits in any order the error is below 2^-19, and 2^-17 of what this is above the largest logit, beside the rounding of
+ * the result. Minus infinity for V = 0. */
 DSV3_API float dsv3_log_sum_exp(const float *logits, size_t vocab_size);
 
 /* Bytes of scratch that dsv3_cross_entropy needs for n rows. */
@@ -1232,8 +1234,8 @@ DSV3_API dsv3_result dsv3_cross_entropy_size(const dsv3_context *context, const 
 #define DSV3_IGNORE (-100) /* a target that is none: its loss is 0 */
 
 /* nll [n] = -log softmax(head u_t)[target_t] in nats for u [n, d], head [V, d] and target [n], a token or
- * DSV3_IGNORE. The logits are never all in memory: the vocabulary is taken in pieces. scratch
- * [dsv3_cross_entropy_size]. */
+ * DSV3_IGNORE. The logits are never all in memory: the vocabulary is taken in pieces. For up to 2^24 tokens in any order
+ * the error is below 2^-19, beside that of the logits and the rounding of the result. scratch [dsv3_cross_entropy_size]. */
 DSV3_API void dsv3_cross_entropy(const dsv3_context *context, float *nll, const float *u, const dsv3_tensor *head,
                                  const int32_t *target, size_t n, float *scratch);
 
@@ -2797,21 +2799,22 @@ static void dsv3i_swiglu_backward(const dsv3_context *ctx, float *dh, float *a, 
 }
 #endif
 
-/* ---- Log-sum-exp: log sum exp(x) = top + log sum exp(x - top), whose terms are at most 1 */
+/* ---- Log-sum-exp: log sum exp(x) = top + log sum exp(x - top), whose terms are at most 1. The sum is a double: small terms,
+ * added one by one to a float near 1, would vanish or be rounded up, all of them. */
 
 DSV3_API float dsv3_log_sum_exp(const float *logits, size_t V) {
-    float top, sum = 0.0f, p[64];
-    DSV3_ASSERT(V >= 1);
-    top = dsv3i_max_float(logits, V);
-    for (size_t i = 0; i < V; i += 64) sum += dsv3i_exp_sum(p, logits + i, top, dsv3i_min(64, V - i));
-    return top + DSV3_LOGF(sum);
+    float top = V > 0 ? dsv3i_max_float(logits, V) : 0.0f;
+    double sum = 0.0;
+    for (size_t i = 0; i < V; i++) sum += (double)DSV3_EXPF(logits[i] - top);
+    return (float)((double)top + DSV3_LOG(sum));
 }
 
 /* ---- Cross-entropy: -log p(target) = log sum exp(logits) - logit[target]. A vocabulary of 129280 times a thousand
  * rows would be half a gigabyte of logits, so it passes by in parts; each row keeps a running maximum and the sum of
- * exp(logit - maximum), which is rescaled when the maximum rises. */
+ * exp(logit - maximum), which is rescaled when the maximum rises. The sum is a double, as above, of short sums in float. */
 
 #define DSV3I_VOCAB 1024u /* tokens of a part, a multiple of DSV3_BLOCK */
+#define DSV3I_SHORT 64u   /* of a short sum */
 
 typedef struct dsv3i_loss {
     const dsv3_context *ctx;
@@ -2819,7 +2822,7 @@ typedef struct dsv3i_loss {
     const dsv3_tensor *head;
     const int32_t *target; /* [n] */
     size_t n;
-    float *state;   /* [n, 3] maximum, sum, the target's logit */
+    float *state;   /* [n, 4] maximum, sum, what a float cannot hold of it, the target's logit */
     float *logits;  /* [n, part.rows] */
     float *scratch; /* of linear */
     dsv3i_product part;
@@ -2829,11 +2832,11 @@ typedef struct dsv3i_loss {
 /* loss [dsv3i_loss_floats] keeps each row's maximum and sum, between forward and backward too. */
 DSV3I_APART dsv3i_loss dsv3i_loss_of(const dsv3_context *ctx, const float *u, const dsv3_tensor *head,
                                     const int32_t *target, size_t n, float *loss, float *scratch) {
-    dsv3i_loss a = {ctx, u, head, target, n, loss, loss + 3 * n, scratch, {NULL, NULL, NULL, 0, 0, 0}, 0.0f};
+    dsv3i_loss a = {ctx, u, head, target, n, loss, loss + 4 * n, scratch, {NULL, NULL, NULL, 0, 0, 0}, 0.0f};
     return a;
 }
 
-static size_t dsv3i_loss_floats(size_t V, size_t n) { return dsv3i_mul(n, dsv3i_min(V, DSV3I_VOCAB) + 3); }
+static size_t dsv3i_loss_floats(size_t V, size_t n) { return dsv3i_mul(n, dsv3i_min(V, DSV3I_VOCAB) + 4); }
 
 /* The logits of a part of the vocabulary, and `task` for each row of them. */
 static void dsv3i_loss_part(dsv3i_loss *a, size_t row, dsv3_task task) {
@@ -2855,25 +2858,32 @@ static void dsv3i_loss_task(void *arg, size_t begin, size_t end, size_t worker) 
     const dsv3i_loss *a = (const dsv3i_loss *)arg;
     (void)worker;
     for (size_t t = begin; t < end; t++) {
-        float *z = a->logits + t * a->part.rows, *state = a->state + 3 * t, top = dsv3i_max_float(z, a->part.rows);
+        float *z = a->logits + t * a->part.rows, *state = a->state + 4 * t, top = dsv3i_max_float(z, a->part.rows);
         const float *target = dsv3i_loss_target(a, t);
+        double sum = (double)state[1] + (double)state[2];
         if (a->target[t] == DSV3_IGNORE) continue;
-        if (target != NULL) state[2] = *target;
+        if (target != NULL) state[3] = *target;
         if (state[0] > top) top = state[0];
-        state[1] = state[1] * DSV3_EXPF(state[0] - top) + a->ctx->ops->exp_sum(z, z, top, a->part.rows);
+        if (state[0] < top) sum *= DSV3_POW(2.718281828459045, (double)state[0] - (double)top);
+        for (size_t i = 0; i < a->part.rows; i += DSV3I_SHORT) {
+            sum += (double)a->ctx->ops->exp_sum(z + i, z + i, top, dsv3i_min(DSV3I_SHORT, a->part.rows - i));
+        }
         state[0] = top;
+        state[1] = (float)sum;
+        state[2] = (float)(sum - (double)state[1]);
     }
 }
 
 static void dsv3i_cross_entropy(dsv3i_loss *a, float *nll) {
     for (size_t t = 0; t < a->n; t++) {
-        a->state[3 * t] = -FLT_MAX;
-        a->state[3 * t + 1] = a->state[3 * t + 2] = 0.0f;
+        a->state[4 * t] = -FLT_MAX;
+        for (size_t i = 1; i < 4; i++) a->state[4 * t + i] = 0.0f;
     }
     for (size_t row = 0; row < a->head->rows; row += DSV3I_VOCAB) dsv3i_loss_part(a, row, dsv3i_loss_task);
     for (size_t t = 0; t < a->n; t++) {
-        const float *state = a->state + 3 * t;
-        nll[t] = a->target[t] == DSV3_IGNORE ? 0.0f : DSV3_LOGF(state[1]) + (state[0] - state[2]);
+        const float *state = a->state + 4 * t;
+        double sum = (double)state[1] + (double)state[2], rest = (double)state[0] - (double)state[3];
+        nll[t] = a->target[t] == DSV3_IGNORE ? 0.0f : (float)(DSV3_LOG(sum) + rest);
     }
 }
 
@@ -2901,7 +2911,7 @@ static void dsv3i_loss_backward_task(void *arg, size_t begin, size_t end, size_t
     size_t rows = a->part.rows;
     (void)worker;
     for (size_t t = begin; t < end; t++) {
-        float *z = a->logits + t * rows, *state = a->state + 3 * t, *target = dsv3i_loss_target(a, t);
+        float *z = a->logits + t * rows, *state = a->state + 4 * t, *target = dsv3i_loss_target(a, t);
         float weight = a->target[t] == DSV3_IGNORE ? 0.0f : a->weight;
         if (weight <= 0.0f && weight >= 0.0f) {
             DSV3_MEMSET(z, 0, rows * sizeof *z);

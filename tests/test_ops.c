@@ -592,6 +592,81 @@ static void entropy_threads(void) {
     free(u);
 }
 
+/* ---- both, in any order ------------------------------------------------------------------------------ */
+
+/* Flat tails, in which each logit is nothing beside the largest and all of them are something; slopes, along which the
+ * maximum rises again and again; in any order. Written into z [V]. */
+enum { TAIL_FIRST, TAIL_MIDDLE, TAIL_LAST, TAIL_MANY, RISING, FALLING, SHUFFLED, ORDERS };
+static void order_make(float *z, size_t V, int order, float depth) {
+    for (size_t i = 0; i < V; i++) z[i] = order < RISING ? -depth : -depth * (float)(V - i) / (float)V;
+    if (order == TAIL_FIRST) z[0] = 0;
+    if (order == TAIL_MIDDLE) z[V / 2] = 0;
+    if (order == TAIL_LAST) z[V - 1] = 0;
+    for (size_t i = 0; order == TAIL_MANY && i < V; i += 1000) z[i] = 0;
+    for (size_t i = 0; order == FALLING && i < V / 2; i++) {
+        float swap = z[i];
+        z[i] = z[V - 1 - i], z[V - 1 - i] = swap;
+    }
+    for (size_t i = V - 1; order == SHUFFLED && i > 0; i--) {
+        size_t j = test_below(i + 1);
+        float swap = z[i];
+        z[i] = z[j], z[j] = swap;
+    }
+}
+
+/* log sum exp(z - top), and top. */
+static double order_want(const float *z, size_t V, double *top) {
+    double sum = 0, lost = 0; /* compensated: the order must not matter here */
+    *top = -INFINITY;
+    for (size_t i = 0; i < V; i++) *top = fmax(*top, (double)z[i]);
+    for (size_t i = 0; i < V; i++) {
+        double term = exp((double)z[i] - *top) - lost, next = sum + term;
+        lost = (next - sum) - term, sum = next;
+    }
+    return log(sum);
+}
+
+/* Log-sum-exp and the losses of the best token and of the first, with a head of one column: the logits are z itself. */
+static void order_case(float *z, size_t V, float *scratch, int order, float depth) {
+    double top, want;
+    float one[2] = {1, 1}, nll[2], got;
+    int32_t target[2] = {0, 0};
+    dsv3_tensor w = {z, NULL, V, 1, DSV3_F32, 2, 0};
+    int ok;
+    order_make(z, V, order, depth);
+    want = order_want(z, V, &top);
+    for (size_t i = 0; i < V; i++) target[1] = z[i] > z[target[1]] ? (int32_t)i : target[1];
+    got = dsv3_log_sum_exp(z, V);
+    ok = fabs((double)got - (top + want)) <= fmin(ldexp(1, -19), ldexp(want, -17)) + UNIT * fabs(top + want);
+    if (!ok) fprintf(stderr, "log_sum_exp: got %.9g, want %.9g\n", (double)got, top + want);
+    dsv3_cross_entropy(&ctx, nll, one, &w, target, 2, scratch);
+    for (size_t t = 0; t < 2; t++) {
+        double exact = want + (top - (double)z[target[t]]);
+        int near = fabs((double)nll[t] - exact) <= ldexp(1, -19) + UNIT * exact;
+        if (!near) fprintf(stderr, "cross-entropy: got %.9g, want %.9g\n", (double)nll[t], exact);
+        ok = ok && near;
+    }
+    if (!ok) fprintf(stderr, "V = %zu, order %d, depth %g\n", V, order, (double)depth);
+    CHECK(ok);
+}
+
+static void orders_all(void) {
+    static const size_t sizes[] = {2, 1000, 129280, (size_t)1 << 24};
+    static const float depths[] = {0, 1, 12, 16.6f, 17, 20.5f, 21, 60, 104};
+    for (size_t s = 0; s < sizeof sizes / sizeof sizes[0]; s++) {
+        float *z = (float *)test_alloc(sizes[s] * sizeof *z);
+        dsv3_tensor w = {z, NULL, sizes[s], 1, DSV3_F32, 2, 0};
+        float *scratch = (float *)test_alloc(cross_entropy_floats(&ctx, &w, 2) * sizeof *scratch);
+        for (int order = 0; order < ORDERS; order++) {
+            for (size_t i = 0; i < sizeof depths / sizeof depths[0]; i++) {
+                if (sizes[s] < 1000000 || i == (size_t)order + 1) order_case(z, sizes[s], scratch, order, depths[i]);
+            }
+        }
+        free(z), free(scratch);
+    }
+    CHECK(isinf(dsv3_log_sum_exp(NULL, 0)) && dsv3_log_sum_exp(NULL, 0) < 0);
+}
+
 int main(void) {
     CHECK_EQ(dsv3_context_init(&ctx, test_backend(), 1, NULL), DSV3_OK);
     linear_all();
@@ -608,5 +683,6 @@ int main(void) {
     entropy_extremes();
     entropy_nan();
     entropy_threads();
+    orders_all();
     return test_done("ops");
 }
