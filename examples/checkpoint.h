@@ -3,7 +3,7 @@
  * What it is: the glue between dsv3.h, which knows no files, and safetensors.h and json.h, which know no
  * model. What it is not: a tokenizer or a downloader.
  *
- * Use: in exactly one file of the program, before any other #include,
+ * Use: in exactly one file of the program
  *
  *     #define DSV3_IMPLEMENTATION
  *     #define CHECKPOINT_IMPLEMENTATION

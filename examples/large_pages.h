@@ -20,6 +20,9 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
 #define LARGE_PAGES_POSIX
+#if !defined(__USE_XOPEN2K) && !defined(__cplusplus)
+int posix_memalign(void **memory, size_t align, size_t bytes); /* hidden where a system header came first */
+#endif
 #endif
 
 #define LARGE_PAGES_SIZE ((size_t)2 << 20)

@@ -7,14 +7,13 @@
  * What it is not: a converter (data keeps its type), a tensor library, or a check of the values (NaN and
  * bytes other than 0 and 1 in a BOOL pass). It needs json.h beside it and nothing else.
  *
- * Use: in exactly one C or C++ file, before any other #include,
+ * Use: in exactly one C or C++ file
  *
  *     #define SAFETENSORS_IMPLEMENTATION
  *     #include "safetensors.h"
  *
- * and in any other file only the #include. That this comes first matters with -std=c99 on POSIX systems,
- * where the declarations of open, mmap and fsync have to be asked for before the first system header.
- * A complete example:
+ * and in any other file only the #include. Where off_t has 32 bits that file opens nothing above 2 GiB, unless this comes
+ * before any other #include or it is compiled with -D_FILE_OFFSET_BITS=64. A complete example:
  *
  *     int main(int argc, char **argv) {
  *         st_file file;
@@ -232,6 +231,9 @@ st_result st_write_bytes(const char *path, const void *bytes, size_t length, st_
 #ifndef ST_NO_MMAP
 #include <sys/mman.h>
 #endif
+#if !defined(__USE_XOPEN2K) && !defined(__cplusplus)
+int lstat(const char *path, struct stat *status); /* hidden where a system header came before _POSIX_C_SOURCE */
+#endif
 #endif
 
 #ifndef ST_MALLOC
@@ -422,6 +424,15 @@ typedef struct sti_shard {
     char *strings; /* names and metadata */
 } sti_shard;
 
+/* Why the last call of the system failed. */
+static const char *sti_reason(void) {
+#ifdef STI_POSIX
+    if ((errno == EOVERFLOW || errno == EFBIG) && sizeof(off_t) < sizeof(uint64_t))
+        return "too large for a program compiled without -D_FILE_OFFSET_BITS=64";
+#endif
+    return strerror(errno);
+}
+
 typedef struct sti_source {
     const char *path;
     uint64_t length; /* taken once, when opened */
@@ -444,11 +455,23 @@ static int sti_source_length(sti_source *s, uint64_t *length) {
     return 1;
 }
 
+/* open, whose file no program inherits that this one starts. */
+static int sti_open(const char *path, int flags) {
+    int handle;
+#ifdef O_CLOEXEC
+    flags |= O_CLOEXEC;
+#endif
+    do handle = open(path, flags, 0666);
+    while (handle < 0 && errno == EINTR);
+#ifndef O_CLOEXEC
+    if (handle >= 0) (void)fcntl(handle, F_SETFD, FD_CLOEXEC);
+#endif
+    return handle;
+}
+
 static int sti_source_start(sti_source *s, const char *path) {
     /* O_NONBLOCK: opening a FIFO that nobody writes to must not wait. Regular files do not care. */
-    int flags = O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC;
-    do s->handle = open(path, flags);
-    while (s->handle < 0 && errno == EINTR);
+    s->handle = sti_open(path, O_RDONLY | O_NONBLOCK | O_NOCTTY);
     return s->handle >= 0;
 }
 
@@ -527,7 +550,7 @@ static st_result sti_source_open(sti_source *s, const char *path, st_error *erro
         int absent = errno == ENOENT;
         if (absent && sti_is_dangling(path))
             return sti_fail(error, ST_ERR_IO, "%.300s: is a link to a file that does not exist", path);
-        return sti_fail(error, absent ? ST_ERR_MISSING : ST_ERR_IO, "%.300s: cannot open: %s", path, strerror(errno));
+        return sti_fail(error, absent ? ST_ERR_MISSING : ST_ERR_IO, "%.300s: cannot open: %s", path, sti_reason());
     }
     if (sti_source_length(s, &s->length)) return ST_OK;
     sti_source_close(s);
@@ -537,7 +560,7 @@ static st_result sti_source_open(sti_source *s, const char *path, st_error *erro
 static st_result sti_source_read(sti_source *s, void *to, size_t bytes, st_error *error) {
     if (sti_source_take(s, (unsigned char *)to, bytes)) return ST_OK;
     return sti_fail(error, ST_ERR_IO, "%.300s: cannot read: %s", s->path,
-                    errno ? strerror(errno) : "the file became shorter");
+                    errno ? sti_reason() : "the file became shorter");
 }
 
 /* A file that was cut while it was being opened would be read or mapped past its end. */
@@ -1485,8 +1508,7 @@ typedef int sti_sink;
 
 /* O_EXCL follows no link, opens no FIFO and takes no other writer's file. */
 static int sti_sink_open(sti_sink *sink, const char *path) {
-    do *sink = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-    while (*sink < 0 && errno == EINTR);
+    *sink = sti_open(path, O_WRONLY | O_CREAT | O_EXCL);
     return *sink >= 0;
 }
 
@@ -1617,7 +1639,7 @@ static st_result sti_write_file(const sti_job_out *job, st_error *error) {
     size_t i;
     int whole;
     if (!sti_open_temporary(job, &sink))
-        return sti_fail(error, ST_ERR_IO, "%.300s: cannot create: %s", job->temporary, strerror(errno));
+        return sti_fail(error, ST_ERR_IO, "%.300s: cannot create: %s", job->temporary, sti_reason());
     result = sti_sink_put(&sink.file, job->length, job->length_bytes) &&
                      sti_sink_put(&sink.file, (const unsigned char *)job->front, job->front_bytes)
                  ? ST_OK
@@ -1627,7 +1649,7 @@ static st_result sti_write_file(const sti_job_out *job, st_error *error) {
     if (result == ST_OK && whole && sti_replace(job->temporary, job->path)) return sti_succeed(error);
     if (result == ST_OK || result == ST_ERR_IO) {
         result = sti_fail(error, ST_ERR_IO, "%.300s: cannot %s: %s", job->path, whole ? "replace" : "write",
-                          strerror(errno));
+                          sti_reason());
     }
     remove(job->temporary);
     return result;

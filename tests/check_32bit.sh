@@ -19,6 +19,10 @@ for source in tests/test_*.c tests/parity.c; do
     name=$(basename "$source" .c)
     later "build $name" $cc "$source" -o $out/$name $out/libdsv3.a -lm -lpthread
 done
+# A system header came first, so off_t stays at 32 bits, and the message says how to have 64.
+later "build late" i686-linux-gnu-gcc -std=c99 -O1 -static -Iexamples tests/compile/late.c -o $out/late -lm
+later "build late, 64 bit off_t" i686-linux-gnu-gcc -std=c99 -D_FILE_OFFSET_BITS=64 -O1 -static -Iexamples tests/compile/late.c \
+    -o $out/late64 -lm
 run_later
 emulate=
 if ! $out/dsv3 --version > /dev/null 2>&1; then emulate=qemu-i386; fi
@@ -29,5 +33,9 @@ done
 for dir in tests/golden/* examples/models/micro; do later "parity $dir" $emulate $out/parity "$dir"; done
 later "generate" $emulate $out/dsv3 generate examples/models/austen -n 40
 run_later
+truncate -s 3G $out/hole
+says() { $emulate "$1" $out/hole | tee $out/said; grep -q "$2" $out/said; }
+check "a file of 3 GiB, off_t of 32 bits" says $out/late 'cannot open: too large .* -D_FILE_OFFSET_BITS=64'
+check "a file of 3 GiB, off_t of 64 bits" says $out/late64 'header'
 rm -rf $out
 done_testing "32 bit"

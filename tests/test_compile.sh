@@ -26,6 +26,18 @@ for options in "" -DDSV3_SIMD; do
     check "implement.c $options behind words" $CC -std=c99 $wide $c $options -include tests/compile/words.h -I. -fsyntax-only \
         tests/compile/implement.c
 done
+for name in json safetensors checkpoint svg thread_pool large_pages; do
+    upper=$(echo ${name%_pool} | tr a-z A-Z | sed 's/^THREAD$/THREADS/')
+    printf '#define DSV3_IMPLEMENTATION\n#define %s_IMPLEMENTATION\n#include "%s.h"\n' $upper $name > $out/$name.c
+    for system in "" -D_POSIX_C_SOURCE=1 -D_XOPEN_SOURCE=500; do
+        check "$name.h behind words $system" $CC -std=c99 $wide $c $system -include tests/compile/words.h -Iexamples \
+            -fsyntax-only $out/$name.c
+    done
+done
+ln -sf nowhere $out/dangling
+says() { $out/late $out/dangling | tee $out/said; grep -q "$1" $out/said; }
+check "late.c" $CC -std=c99 -O1 $wide $c -Iexamples tests/compile/late.c -o $out/late -lm
+check "late.c: a link to nothing is no missing file" says "^0 bytes beyond alignment, result .*is a link to a file"
 for file in examples/*.c; do # the program itself, without the implementation
     check "$file" $CC -std=c99 -O2 $wide $c -Wno-float-equal -DDSV3_IMPLEMENTED -Iexamples -I. -c "$file" -o $out/example.o
 done
