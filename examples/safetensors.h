@@ -424,13 +424,13 @@ typedef struct sti_shard {
     char *strings; /* names and metadata */
 } sti_shard;
 
-/* Why the last call of the system failed. */
-static const char *sti_reason(void) {
+/* Why the last call of the system failed; or the word for it that is given. */
+static const char *sti_reason(const char *word) {
 #ifdef STI_POSIX
     if ((errno == EOVERFLOW || errno == EFBIG) && sizeof(off_t) < sizeof(uint64_t))
         return "too large for a program compiled without -D_FILE_OFFSET_BITS=64";
 #endif
-    return strerror(errno);
+    return word ? word : strerror(errno);
 }
 
 typedef struct sti_source {
@@ -550,17 +550,19 @@ static st_result sti_source_open(sti_source *s, const char *path, st_error *erro
         int absent = errno == ENOENT;
         if (absent && sti_is_dangling(path))
             return sti_fail(error, ST_ERR_IO, "%.300s: is a link to a file that does not exist", path);
-        return sti_fail(error, absent ? ST_ERR_MISSING : ST_ERR_IO, "%.300s: cannot open: %s", path, sti_reason());
+        return sti_fail(error, absent ? ST_ERR_MISSING : ST_ERR_IO, "%.300s: cannot open: %s", path, sti_reason(NULL));
     }
+    errno = 0;
     if (sti_source_length(s, &s->length)) return ST_OK;
+    sti_fail(error, ST_ERR_IO, "%.300s: %s", path, sti_reason("not a regular file"));
     sti_source_close(s);
-    return sti_fail(error, ST_ERR_IO, "%.300s: not a regular file", path);
+    return ST_ERR_IO;
 }
 
 static st_result sti_source_read(sti_source *s, void *to, size_t bytes, st_error *error) {
     if (sti_source_take(s, (unsigned char *)to, bytes)) return ST_OK;
     return sti_fail(error, ST_ERR_IO, "%.300s: cannot read: %s", s->path,
-                    errno ? sti_reason() : "the file became shorter");
+                    errno ? sti_reason(NULL) : "the file became shorter");
 }
 
 /* A file that was cut while it was being opened would be read or mapped past its end. */
@@ -1639,7 +1641,7 @@ static st_result sti_write_file(const sti_job_out *job, st_error *error) {
     size_t i;
     int whole;
     if (!sti_open_temporary(job, &sink))
-        return sti_fail(error, ST_ERR_IO, "%.300s: cannot create: %s", job->temporary, sti_reason());
+        return sti_fail(error, ST_ERR_IO, "%.300s: cannot create: %s", job->temporary, sti_reason(NULL));
     result = sti_sink_put(&sink.file, job->length, job->length_bytes) &&
                      sti_sink_put(&sink.file, (const unsigned char *)job->front, job->front_bytes)
                  ? ST_OK
@@ -1649,7 +1651,7 @@ static st_result sti_write_file(const sti_job_out *job, st_error *error) {
     if (result == ST_OK && whole && sti_replace(job->temporary, job->path)) return sti_succeed(error);
     if (result == ST_OK || result == ST_ERR_IO) {
         result = sti_fail(error, ST_ERR_IO, "%.300s: cannot %s: %s", job->path, whole ? "replace" : "write",
-                          sti_reason());
+                          sti_reason(NULL));
     }
     remove(job->temporary);
     return result;

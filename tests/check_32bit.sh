@@ -35,7 +35,7 @@ later "generate" $emulate $out/dsv3 generate examples/models/austen -n 40
 run_later
 truncate -s 3G $out/hole
 says() { $emulate "$1" $out/hole | tee $out/said; grep -q "$2" $out/said; }
-check "a file of 3 GiB, off_t of 32 bits" says $out/late 'cannot open: too large .* -D_FILE_OFFSET_BITS=64'
+check "a file of 3 GiB, off_t of 32 bits" says $out/late 'too large .* -D_FILE_OFFSET_BITS=64'
 check "a file of 3 GiB, off_t of 64 bits" says $out/late64 'header'
 rm -rf $out
 done_testing "32 bit"
