@@ -724,8 +724,13 @@ typedef struct dsv3_text {
     const int32_t *token;    /* [n] */
     const int32_t *target;   /* [n] DSV3_IGNORE: no loss here. NULL: the next token of the same document */
     const int32_t *sequence; /* [n] index into caches, never falling; NULL: all 0 */
-    const int32_t *document; /* [n] of documents packed into a sequence; NULL: each sequence is one */
-    const uint8_t *mask;     /* [n] 0: padding, without loss, load and balance loss; NULL: none */
+    const int32_t *document; /* [n] of documents packed into a sequence; NULL: each sequence is one. Rows also attend to
+                                the documents before theirs, as V3's do, unless they are apart */
+    const uint8_t *mask;     /* [n] 0: padding, without loss, load and balance loss; NULL: none. Attention does not ask:
+                                padding in front changes what follows, unless it is a document apart */
+    int32_t apart;           /* bool: each document (rows, until the number changes) is what a sequence of its own would be, to
+                                the bit: it sees itself alone, its positions begin at 0, its balance loss is its own. Only
+                                its latents lie in its sequence's cache */
 } dsv3_text;
 
 /* What dsv3_evaluate adds to, so that micro-batches add up. Arrays are the caller's, cleared by her, not NULL unless
@@ -743,7 +748,7 @@ typedef struct dsv3_losses {
 } dsv3_losses;
 
 /* Runs the main model and `depths` MTP modules over text. caches [n_caches] and modules [depths, n_caches] are
- * emptied first and hold the text's latents afterwards. Longer texts than the workspace has rows are taken piece by
+ * emptied first and hold the text's latents afterwards (apart: stay empty). Longer texts than the workspace has rows are taken piece by
  * piece, except that the balance loss needs them whole (MEMORY). Observers see every layer, MTP layers included.
  * Errors as of dsv3_forward; TOKEN for a target outside the vocabulary; after an error sums and caches are
  * unspecified. */
@@ -1063,7 +1068,8 @@ typedef struct dsv3_training {
     int32_t detach_head;  /* bool: nor its embedding and head */
     float beta1, beta2, eps, weight_decay;
     float clip; /* largest global norm of the gradients; 0: no limit */
-    float ema_decay;
+    float ema_decay; /* below 1. Its average is float32, and stays as soon as a weight is closer than 6e-8 / (1 - ema_decay)
+                        of it */
     const char *const *exempt; /* names with * for any characters, NULL ends: no weight decay (vectors never have) */
     const char *const *frozen; /* likewise: not trained, routers' biases not moved. NULL: none */
     dsv3_reduce_gradients reduce; /* NULL: one rank. The loads' hook is the balancer's */
@@ -1092,11 +1098,12 @@ typedef struct dsv3_trainer {
     dsv3_balancer balancer; /* loads, until dsv3_train_end clears them; rule and schedule are the caller's to set */
     dsv3_losses losses;     /* sums of the step so far, until the next begins */
     /* of the step under way */
+    int32_t stage;     /* 0: none, 1: begun, 2: begun, and something is accumulated */
     uint64_t *targets; /* [1 + D] of all micro-batches and ranks */
     uint64_t sequences;
     dsv3_workspace workspace; /* of settings.rows rows; free for other calls between the stages */
     /* private */
-    size_t most_rows, most_sequences, longest, threads;
+    size_t most_rows, most_sequences, threads;
     dsv3_cache *caches;        /* [sequences] one layer each */
     struct dsv3i_saved *saved; /* [L + D] */
     struct dsv3i_depth *depth; /* [1 + D] */
@@ -1122,8 +1129,10 @@ DSV3_API void dsv3_text_count(const dsv3_text *text, size_t depths, uint64_t *ta
  * micro-batches and ranks, known before the first of them, so that each term has its final weight where it is made.
  * accumulate: forward and backward of one micro-batch; any split of the batch gives the same sums but for rounding. When
  * it fails or is aborted, the step's sums and gradients are no use: begin again. What is trained is as before.
- * end: reduces over ranks, clips, AdamW, the bias step. Gradients that are not finite end it with DSV3_ERR_NAN:
- * nothing is trained then, and the biases stay. Bits do not depend on the number of threads. */
+ * end: reduces over ranks, clips, AdamW, the bias step. Gradients that are not finite, or whose squares are not, end it
+ * with DSV3_ERR_NAN: nothing is trained then, and the biases stay. Bits do not depend on the number of threads.
+ * ARG, with nothing changed: NULL, a setting outside its domain (error->name says which), a rate that is negative or too
+ * large for float32, accumulate without begin, end without accumulate (with settings.reduce: without begin). */
 DSV3_API dsv3_result dsv3_train_begin(dsv3_trainer *trainer, const uint64_t *targets, uint64_t sequences);
 DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_trainer *trainer, const dsv3_text *text,
                                            dsv3_error *error);
@@ -5259,7 +5268,8 @@ DSV3_API dsv3_result dsv3_states(const dsv3_model *model, float *state, const ds
  *
  * In training all depths learn together: position i of depth k exists if t_{i+k} does, so a sequence of T inputs
  * has T - k rows at depth k, and none, silently, if T <= k. When documents share one sequence, a row
- * whose t_{i+k} or t_{i+k+1} lies in the next document has no loss. The total is
+ * whose t_{i+k} or t_{i+k+1} lies in the next document has no loss; attention crosses the border, unless documents are
+ * apart: then each is a sequence of its own. The total is
  *     L = nll_0 / N + lambda / D sum_k nll_k / N_k + alpha sum over MoE layers of the balance loss
  * with N the number of main targets and N_k = N ([R], which divides a sum of T - k terms by T) or the depth's own.
  *
@@ -5327,9 +5337,17 @@ typedef struct dsv3i_depth {
 
 static int32_t dsv3i_text_sequence(const dsv3_text *x, size_t r) { return x->sequence != NULL ? x->sequence[r] : 0; }
 
+/* Does the row begin a sequence, or a document that is apart? */
+static int dsv3i_text_begins(const dsv3_text *x, size_t row) {
+    return row == 0 || dsv3i_text_sequence(x, row) != dsv3i_text_sequence(x, row - 1) ||
+           (x->apart && x->document != NULL && x->document[row] != x->document[row - 1]);
+}
+
 /* Is row + k in the sequence of row? */
 static int dsv3i_text_continues(const dsv3_text *x, size_t row, size_t k) {
-    return k < x->rows - row && dsv3i_text_sequence(x, row) == dsv3i_text_sequence(x, row + k);
+    if (k >= x->rows - row) return 0;
+    while (k > 0 && !dsv3i_text_begins(x, row + k)) k--;
+    return k == 0;
 }
 
 /* Is the row one of depth k (0: the main model) that counts: row + k in the same document, and neither padding? */
@@ -5439,10 +5457,36 @@ static size_t dsv3i_evaluate_gather(const dsv3_text *x, size_t k, dsv3_workspace
     return kept;
 }
 
+/* Documents apart are sequences of their own: with numbers of their own, and views of their sequence's cache, each from the
+ * place of its first row on. For rows gathered from row `begin` on; what is before it is there already. */
+static dsv3_result dsv3i_evaluate_apart(const dsv3_text *x, dsv3i_run *p, size_t begin) {
+    dsv3_workspace *ws = p->ws;
+    size_t views = 0, start = 0, first = 0;
+    for (size_t i = 0; i < p->batch->rows; i++) {
+        size_t row = ws->row_index[i], s = (size_t)ws->row_sequence[i];
+        DSV3I_TRY(dsv3i_check_element(p->error, DSV3_ERR_ARG, "sequence", row, "is not one of the caches",
+                                      (int64_t)p->n_caches, ws->row_sequence[i]));
+        if (i == 0 || !dsv3i_text_continues(x, ws->row_index[i - 1], row - ws->row_index[i - 1])) {
+            for (first = row; !dsv3i_text_begins(x, first);) first--;
+            for (start = first; start > 0 && (size_t)dsv3i_text_sequence(x, start - 1) == s;) start--;
+            ws->views[views] = p->caches[s];
+            ws->views[views].data = dsv3i_cache_at(&p->caches[s], 0, first - start);
+            ws->views[views++].length = dsv3i_sub(begin, first);
+        }
+        ws->row_sequence[i] = (int32_t)views - 1;
+        DSV3I_TRY(dsv3i_check_element(p->error, DSV3_ERR_FULL, "position", row, "is beyond the cache",
+                                      (int64_t)ws->views[views - 1].capacity, (int64_t)(row - start)));
+    }
+    p->caches = ws->views;
+    p->n_caches = views;
+    return DSV3_OK;
+}
+
 /* Rows [begin, begin + n) of the text through the main model and every depth. In training all depths have the same
  * caches, one after the other. */
 DSV3I_APART dsv3_result dsv3i_evaluate_rows(const dsv3i_evaluation *a, dsv3i_run p, size_t begin, size_t n) {
     size_t d = (size_t)p.model->config.hidden_size;
+    dsv3i_run run;
     for (size_t i = 0; i < n; i++) p.ws->row_index[i] = begin + i;
     for (p.k = 0; p.k <= a->losses->depths; p.k++) {
         const dsv3_workspace *from = p.ws;
@@ -5455,8 +5499,10 @@ DSV3I_APART dsv3_result dsv3i_evaluate_rows(const dsv3i_evaluation *a, dsv3i_run
         for (size_t s = 0; s < p.n_caches && a->depth != NULL; s++) p.caches[s].length = 0;
         if (p.k > 0 && a->depth == NULL) p.caches = a->modules + (p.k - 1) * p.n_caches;
         p.batch = &batch;
-        DSV3I_TRY(dsv3i_forward(&p));
-        DSV3I_TRY(dsv3i_evaluate_nll(a, &p));
+        run = p;
+        if (a->text->apart) DSV3I_TRY(dsv3i_evaluate_apart(a->text, &run, begin));
+        DSV3I_TRY(dsv3i_forward(&run));
+        DSV3I_TRY(dsv3i_evaluate_nll(a, &run));
     }
     return DSV3_OK;
 }
@@ -6670,7 +6716,6 @@ DSV3_API dsv3_result dsv3_trainer_init(const dsv3_config *config, dsv3_trainer *
     t->settings = *settings;
     t->most_rows = settings->rows;
     t->most_sequences = settings->sequences;
-    t->longest = settings->longest;
     t->threads = threads;
     n = t->weights.count * sizeof(float);
     DSV3_MEMSET(t->m, 0, n);
@@ -6680,6 +6725,7 @@ DSV3_API dsv3_result dsv3_trainer_init(const dsv3_config *config, dsv3_trainer *
     t->balancer.schedule.speed = 0.001;
     t->losses.depths = (size_t)config->num_nextn_predict_layers;
     (void)dsv3_train_begin(t, NULL, 0);
+    t->stage = 0;
     return dsv3i_ok(error);
 }
 
@@ -6698,6 +6744,7 @@ DSV3_API dsv3_result dsv3_train_begin(dsv3_trainer *t, const uint64_t *targets, 
     if (t == NULL) return DSV3_ERR_ARG;
     for (size_t k = 0; k <= sums->depths; k++) t->targets[k] = targets != NULL ? targets[k] : 0;
     t->sequences = sequences;
+    t->stage = 1;
     sums->sequences = 0;
     sums->load = b->load;
     DSV3_MEMSET(sums->nll, 0, (1 + sums->depths) * sizeof *sums->nll);
@@ -6825,10 +6872,32 @@ static dsv3_result dsv3i_train_text(const dsv3_context *context, dsv3_trainer *t
     ctx.compute = DSV3_EXACT;
     t->losses.actual = t->settings.balance.actual;
     for (size_t k = 0; k <= t->losses.depths; k++) t->depth[k].n = 0;
+    t->stage = 0;
     DSV3I_TRY(dsv3i_evaluate_rows(&a, p, 0, text->rows));
     t->losses.sequences += dsv3i_text_sequences(text);
     DSV3I_TRY(dsv3i_train_backward(&ctx, t, error));
+    t->stage = 2;
     return dsv3i_ok(error);
+}
+
+/* Has the step come so far, and is every number that it goes by in its domain? NaN is in none. */
+static dsv3_result dsv3i_train_check(const dsv3_trainer *t, int32_t stage, dsv3_error *error) {
+    static const char names[] = "eps\0lambda\0balance.expert\0balance.device\0balance.communication\0weight_decay\0clip\0"
+                                "beta1\0beta2\0ema_decay\0divisor";
+    const dsv3_training *s = &t->settings;
+    const double value[] = {(double)s->eps,          s->lambda,
+                            s->balance.expert,       s->balance.device,
+                            s->balance.communication, (double)s->weight_decay,
+                            (double)s->clip,         (double)s->beta1,
+                            (double)s->beta2,        (double)s->ema_decay,
+                            (double)s->divisor / (DSV3_DIVIDE_BY_VALID + 1)};
+    const char *name = names;
+    for (size_t i = 0; i < DSV3I_COUNT(value); i++, name = dsv3i_next_text(name)) {
+        if (value[i] >= (i < 1 ? FLT_MIN : 0.0) && value[i] < (i < 7 ? FLT_MAX : 1.0)) continue;
+        return dsv3i_fail(error, DSV3_ERR_ARG, name, "must be finite, eps above 0, others at least 0, decays below 1");
+    }
+    return dsv3i_check_between(error, DSV3_ERR_ARG, "trainer.stage", "a step is begun, then accumulated, then ended",
+                               t->stage, stage, 2);
 }
 
 DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_trainer *t, const dsv3_text *text,
@@ -6837,12 +6906,11 @@ DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_tra
     if (context == NULL || t == NULL || text == NULL || text->token == NULL) {
         return dsv3i_fail_null(error, "argument");
     }
+    DSV3I_TRY(dsv3i_train_check(t, 1, error));
     balance = &t->settings.balance;
-    if (text->rows < 1 || text->rows > t->most_rows) {
-        return dsv3i_fail_range(error, text->rows < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "rows",
-                                "is not a micro-batch the trainer was made for", 1, (int64_t)t->most_rows,
-                                (int64_t)text->rows);
-    }
+    DSV3I_TRY(dsv3i_check_between(error, text->rows < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "rows",
+                                  "is not a micro-batch the trainer was made for", (int64_t)text->rows, 1,
+                                  (int64_t)t->most_rows));
     if ((balance->device > 0.0 || balance->communication > 0.0) &&
         (balance->devices < 1 || balance->most_devices < 1 || t->balancer.experts % balance->devices != 0)) {
         return dsv3i_fail(error, DSV3_ERR_ARG, "balance.devices",
@@ -6863,10 +6931,8 @@ static int dsv3i_matches(const char *pattern, const char *name) {
 }
 
 static int dsv3i_matches_any(const char *const *patterns, const char *name) {
-    for (; patterns != NULL && *patterns != NULL; patterns++) {
-        if (dsv3i_matches(*patterns, name)) return 1;
-    }
-    return 0;
+    while (patterns != NULL && *patterns != NULL && !dsv3i_matches(*patterns, name)) patterns++;
+    return patterns != NULL && *patterns != NULL;
 }
 
 typedef struct dsv3i_optimizer {
@@ -6977,25 +7043,32 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
                                     dsv3_error *error) {
     dsv3i_optimizer o = {t, 0, 0, 1.0f, 1.0f, 0.0f, 0.0f};
     dsv3_result result = DSV3_OK;
-    double size = 0.0, clip;
+    double size = 0.0, rate, decay, clip;
     if (context == NULL || t == NULL) return dsv3i_fail_null(error, "argument");
+    DSV3I_TRY(dsv3i_train_check(t, t->settings.reduce != NULL ? 1 : 2, error));
+    rate = learning_rate / (1.0 - dsv3i_power((double)t->settings.beta1, t->step + 1));
+    decay = 1.0 - learning_rate * (double)t->settings.weight_decay;
+    if (!(learning_rate >= 0.0 && rate <= FLT_MAX && decay >= -FLT_MAX)) {
+        return dsv3i_fail(error, DSV3_ERR_ARG, "learning_rate", "is negative, or too large for float32");
+    }
+    t->stage = 0;
     if (t->settings.reduce != NULL) {
         result = t->settings.reduce(t->settings.reduce_user, t->gradients.data, t->gradients.count);
     }
     if (result == DSV3_OK) result = dsv3i_balancer_reduce(&t->balancer); /* before anything has moved */
     if (result != DSV3_OK) return dsv3i_fail(error, result, "reduce", "failed");
-    o.decay = (float)(1.0 - learning_rate * (double)t->settings.weight_decay);
+    o.decay = (float)decay;
     (void)dsv3i_walk_parameters(&t->weights.model.config, NULL, &o, dsv3i_optimizer_tensor);
     dsv3i_loop(context, o.runs, DSV3I_RUN, dsv3i_squares_task, t);
     for (size_t i = 0; i < o.runs; i++) size += t->squares[i].sum;
     size = DSV3_POW(size, 0.5); /* the global norm: of the gradients of all that is trained */
     if (norm != NULL) *norm = size;
-    if (!(size <= DBL_MAX)) {
-        return dsv3i_fail(error, DSV3_ERR_NAN, "gradients", "are not finite, and the step is skipped");
-    }
     clip = (double)t->settings.clip;
     if (clip > 0.0 && size > clip) o.scale = (float)(clip / size);
-    o.rate = (float)(learning_rate / (1.0 - dsv3i_power((double)t->settings.beta1, t->step + 1)));
+    if (!(DSV3_POW((double)o.scale * size, 2.0) <= FLT_MAX)) {
+        return dsv3i_fail(error, DSV3_ERR_NAN, "gradients", "or their squares are not finite, and the step is skipped");
+    }
+    o.rate = (float)rate;
     o.root = (float)DSV3_POW(1.0 - dsv3i_power((double)t->settings.beta2, t->step + 1), -0.5);
     dsv3i_loop(context, o.runs, 8 * DSV3I_RUN, dsv3i_adamw_task, &o);
     dsv3i_train_bias(t);
@@ -7462,6 +7535,7 @@ DSV3_API dsv3_result dsv3_trainer_load(dsv3_trainer *t, uint64_t tag, const void
     (void)dsv3i_save_run(&f, DSV3I_SAVE_READ, &state);
     t->step = state.step;
     (void)dsv3_train_begin(t, NULL, 0);
+    t->stage = 0;
     return dsv3i_ok(error);
 }
 #endif /* DSV3_NO_TRAINING */

@@ -418,6 +418,7 @@ static void test_norm_threads(void) {
     open_trainer(&a, 3);
     for (int how = 0; how < 2; how++) {
         set_how(&a.ctx, how == 0 ? HOW_SERIAL : HOW_THREADS, 3);
+        gradients(&a);
         test_state = 5;
         test_fill(a.t.gradients.data, a.t.gradients.count, -1, 1);
         demand(dsv3_train_end(&a.ctx, &a.t, 0.0, &norm[how], &error), &error);
@@ -626,7 +627,9 @@ static void test_decay(void) {
     prepare(&a, lengths);
     open_trainer(&a, 1);
     before = copy_floats(a.t.weights.data, a.t.weights.count);
-    demand(dsv3_train_begin(&a.t, a.targets, a.sequences), NULL);
+    gradients(&a);
+    memset(a.t.gradients.data, 0, a.t.gradients.count * sizeof(float));
+    a.t.balancer.schedule.speed = 0;
     demand(dsv3_train_end(&a.ctx, &a.t, 0.5, NULL, NULL), NULL);
     list_tensors(&l, &a.c);
     for (size_t i = 0; i < l.count; i++) {
@@ -909,6 +912,139 @@ static void test_failing_hooks(void) {
     CHECK_EQ(error.code, DSV3_ERR_FULL);
     CHECK(snapshot_same(&s, &a));
     close_trainer(&a);
+}
+
+/* ---- A step's numbers and its order: what is wrong is named, and changes nothing */
+
+typedef struct bad_number {
+    const char *name;
+    size_t at;    /* in dsv3_training; SIZE_MAX: the rate */
+    int is_float; /* else a double */
+    double value;
+} bad_number;
+
+#define BAD_DOUBLE(field, value) {#field, offsetof(dsv3_training, field), 0, value}
+#define BAD_FLOAT(field, value) {#field, offsetof(dsv3_training, field), 1, value}
+#define BAD_SIGN(kind, field) kind(field, (double)NAN), kind(field, (double)INFINITY), kind(field, -1.0)
+#define BAD_RATE(value) {"learning_rate", SIZE_MAX, 0, value}
+
+static const bad_number bad_numbers[] = {
+    BAD_RATE((double)NAN), BAD_RATE((double)INFINITY), BAD_RATE(-(double)INFINITY), BAD_RATE(1e39), BAD_RATE(-1e-3),
+    BAD_RATE(1e38), /* a tenth of it is b1's share in the first step */
+    BAD_SIGN(BAD_DOUBLE, lambda), BAD_SIGN(BAD_DOUBLE, balance.expert), BAD_SIGN(BAD_DOUBLE, balance.device),
+    BAD_SIGN(BAD_DOUBLE, balance.communication), BAD_SIGN(BAD_FLOAT, beta1), BAD_FLOAT(beta1, 1),
+    BAD_SIGN(BAD_FLOAT, beta2), BAD_FLOAT(beta2, 1), BAD_SIGN(BAD_FLOAT, eps), BAD_FLOAT(eps, 0),
+    BAD_SIGN(BAD_FLOAT, weight_decay), BAD_SIGN(BAD_FLOAT, clip), BAD_SIGN(BAD_FLOAT, ema_decay),
+    BAD_FLOAT(ema_decay, 1), BAD_FLOAT(ema_decay, 0.999999999)};
+
+static double set_number(subject *a, const bad_number *bad) {
+    float narrow = (float)bad->value;
+    char *to = (char *)&a->t.settings + bad->at;
+    if (bad->at == SIZE_MAX) return bad->value;
+    if (bad->is_float) memcpy(to, &narrow, sizeof narrow);
+    if (!bad->is_float) memcpy(to, &bad->value, sizeof bad->value);
+    return 0.01;
+}
+
+static dsv3_result never_reduce(void *user, float *g, size_t n) {
+    (void)user, (void)g, (void)n;
+    test_failed++;
+    return DSV3_OK;
+}
+
+/* All of them, at the end of one step; then it ends as one that was never disturbed. */
+static void test_bad_numbers(void) {
+    subject a, b;
+    float *want;
+    prepare_failing(&b);
+    step(&b, 0.01);
+    want = copy_floats(b.t.weights.data, b.t.weights.count);
+    close_trainer(&b);
+    prepare_failing(&a);
+    gradients(&a);
+    for (size_t i = 0; i < sizeof bad_numbers / sizeof *bad_numbers; i++) {
+        const dsv3_training keep = a.t.settings;
+        double rate, norm = 7;
+        dsv3_error error;
+        char text[160];
+        snapshot s = snapshot_take(&a);
+        float *g = copy_floats(a.t.gradients.data, a.t.gradients.count);
+        a.t.settings.reduce = never_reduce;
+        rate = set_number(&a, &bad_numbers[i]);
+        memset(&error, 0, sizeof error);
+        snprintf(text, sizeof text, "%s %g", bad_numbers[i].name, bad_numbers[i].value);
+        test_count(dsv3_train_end(&a.ctx, &a.t, rate, &norm, &error) == DSV3_ERR_ARG, __FILE__, __LINE__, text);
+        test_count(error.code == DSV3_ERR_ARG && strcmp(error.name, bad_numbers[i].name) == 0, __FILE__, __LINE__, error.name);
+        test_count(snapshot_same(&s, &a) && same_floats(g, a.t.gradients.data, a.t.gradients.count) && norm >= 7,
+                   __FILE__, __LINE__, text);
+        if (bad_numbers[i].at != SIZE_MAX) CHECK_EQ(dsv3_train_accumulate(&a.ctx, &a.t, &a.text, &error), DSV3_ERR_ARG);
+        free(g);
+        a.t.settings = keep;
+    }
+    a.t.settings.divisor = (dsv3_mtp_divisor)2;
+    CHECK_EQ(dsv3_train_end(&a.ctx, &a.t, 0.01, NULL, NULL), DSV3_ERR_ARG);
+    a.t.settings.divisor = DSV3_DIVIDE_BY_MAIN;
+    demand(dsv3_train_end(&a.ctx, &a.t, 0.01, NULL, NULL), NULL);
+    CHECK(same_floats(want, a.t.weights.data, a.t.weights.count));
+    free(want);
+    close_trainer(&a);
+}
+
+/* Begin, accumulate, end: nothing else ends a step, nor adds to one that is not begun. Of several ranks one may have no
+ * text. */
+static void test_order(void) {
+    subject a;
+    snapshot s;
+    dsv3_error error;
+    ranks r;
+    prepare_failing(&a);
+    s = snapshot_take(&a);
+    CHECK_EQ(dsv3_train_end(&a.ctx, &a.t, 0.01, NULL, &error), DSV3_ERR_ARG); /* twice */
+    CHECK(strcmp(error.name, "trainer.stage") == 0);
+    CHECK_EQ(dsv3_train_accumulate(&a.ctx, &a.t, &a.text, &error), DSV3_ERR_ARG);
+    demand(dsv3_train_begin(&a.t, a.targets, a.sequences), NULL);
+    CHECK_EQ(dsv3_train_end(&a.ctx, &a.t, 0.01, NULL, &error), DSV3_ERR_ARG); /* without text */
+    CHECK(snapshot_same(&s, &a));
+    memset(&r, 0, sizeof r);
+    r.n = a.t.gradients.count;
+    r.other = a.t.weights.data; /* any finite numbers */
+    a.t.settings.reduce = reduce_gradients, a.t.settings.reduce_user = &r;
+    CHECK_EQ(dsv3_train_end(&a.ctx, &a.t, 0.01, NULL, &error), DSV3_OK);
+    CHECK_EQ(dsv3_train_end(&a.ctx, &a.t, 0.01, NULL, &error), DSV3_ERR_ARG);
+    CHECK_EQ(r.calls, 1);
+    r.result = DSV3_ERR_FULL; /* sums that a hook has touched are no use any more */
+    gradients(&a);
+    CHECK_EQ(dsv3_train_end(&a.ctx, &a.t, 0.01, NULL, &error), DSV3_ERR_FULL);
+    CHECK_EQ(dsv3_train_end(&a.ctx, &a.t, 0.01, NULL, &error), DSV3_ERR_ARG);
+    close_trainer(&a);
+}
+
+/* Finite gradients whose squares are not: the step is skipped, and the weight is trained again in the next. Clipping
+ * makes them small. */
+static void test_large_squares(void) {
+    for (int clip = 0; clip < 3; clip++) {
+        static const float clips[] = {0, 1, 1e30f};
+        subject a;
+        snapshot s;
+        dsv3_error error;
+        dsv3_result result;
+        float before;
+        prepare_failing(&a);
+        a.t.settings.clip = clips[clip];
+        gradients(&a);
+        a.t.gradients.data[5] = 1e25f;
+        s = snapshot_take(&a);
+        result = dsv3_train_end(&a.ctx, &a.t, 0.01, NULL, &error);
+        CHECK_EQ(result, clip == 1 ? DSV3_OK : DSV3_ERR_NAN);
+        CHECK_EQ(snapshot_same(&s, &a), clip != 1);
+        before = a.t.weights.data[5];
+        gradients(&a);
+        a.t.gradients.data[5] = 0.5f;
+        demand(dsv3_train_end(&a.ctx, &a.t, 0.01, NULL, &error), &error);
+        CHECK(fabs((double)a.t.weights.data[5] - (double)before) > 1e-3);
+        CHECK(largest_of(a.t.v, a.t.weights.count) <= FLT_MAX);
+        close_trainer(&a);
+    }
 }
 
 /* ---- Misuse */
@@ -1349,6 +1485,9 @@ int main(void) {
     test_all_ignored();
     test_ranks();
     test_failing_hooks();
+    test_bad_numbers();
+    test_order();
+    test_large_squares();
     test_memory();
     test_misuse();
     test_observer();
