@@ -748,9 +748,9 @@ typedef struct dsv3_losses {
 } dsv3_losses;
 
 /* Runs the main model and `depths` MTP modules over text. caches [n_caches] and modules [depths, n_caches] are
- * emptied first and hold the text's latents afterwards (apart: stay empty). Longer texts than the workspace has rows are taken piece by
- * piece, except that the balance loss needs them whole (MEMORY). Observers see every layer, MTP layers included.
- * Errors as of dsv3_forward; TOKEN for a target outside the vocabulary; after an error sums and caches are
+ * emptied first and hold the text's latents afterwards (apart: stay empty). Longer texts than the workspace has rows are
+ * taken piece by piece, except that the balance loss needs them whole (MEMORY). Observers see every layer, MTP layers
+ * included. Errors as of dsv3_forward; TOKEN for a target outside the vocabulary; after an error sums and caches are
  * unspecified. */
 DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *losses, const dsv3_model *model,
                                    dsv3_cache *caches, dsv3_cache *modules, size_t n_caches, const dsv3_text *text,
@@ -3172,8 +3172,7 @@ static void dsv3i_mla_rotate_task(void *arg, size_t begin, size_t end, size_t wo
 static void dsv3i_mla_q(dsv3i_call *c) {
     dsv3_workspace *ws = c->ws;
     if (c->m.rq > 0) {
-        dsv3_rmsnorm(c->ctx, ws->q_latent, ws->q_raw, &c->w->q_a_layernorm, c->n, c->m.rq,
-                     c->model->config.latent_norm_eps);
+        dsv3_rmsnorm(c->ctx, ws->q_latent, ws->q_raw, &c->w->q_a_layernorm, c->n, c->m.rq, c->model->config.latent_norm_eps);
         dsv3i_project(c, ws->q, ws->q_latent, &c->w->q_b_proj);
     }
     dsv3i_loop(c->ctx, c->n, 4 * c->m.H * c->m.dr, dsv3i_mla_rotate_task, c);
@@ -3438,8 +3437,7 @@ static void dsv3i_mla_rebuild(dsv3i_call *c, const float *u) {
     if (s->q == NULL && c->m.rq == 0) dsv3i_project(c, ws->q, u, &c->w->q_proj);
     if (s->q == NULL) dsv3i_mla_q(c);
     if (s->q != NULL && s->q_latent == NULL && c->m.rq > 0) {
-        dsv3_rmsnorm(c->ctx, ws->q_latent, s->q_raw, &c->w->q_a_layernorm, c->n, c->m.rq,
-                     c->model->config.latent_norm_eps);
+        dsv3_rmsnorm(c->ctx, ws->q_latent, s->q_raw, &c->w->q_a_layernorm, c->n, c->m.rq, c->model->config.latent_norm_eps);
     }
     latent.x = ws->kv;
     latent.ldx = c->m.width;
@@ -4040,8 +4038,7 @@ static dsv3_result dsv3i_route(dsv3i_call *c, const float *u) {
 /* ---- Grouping */
 
 /* Fills offset [E+1], slot [n, K] and its inverse pair [n K] from idx [n, K]: a counting sort. */
-static void dsv3i_group_rows(size_t *offset, size_t *slot, size_t *pair, const int32_t *idx, size_t n, size_t K,
-                             size_t E) {
+static void dsv3i_group_rows(size_t *offset, size_t *slot, size_t *pair, const int32_t *idx, size_t n, size_t K, size_t E) {
     DSV3_MEMSET(offset, 0, (E + 1) * sizeof *offset);
     for (size_t i = 0; i < n * K; i++) offset[idx[i] + 1]++;
     for (size_t e = 0; e < E; e++) offset[e + 1] += offset[e];
@@ -4125,8 +4122,7 @@ static dsv3_result dsv3i_ffn_forward(dsv3i_call *c, float *y, const float *u) {
 }
 
 DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
-                                      const dsv3_layer *weights, size_t n, dsv3_workspace *workspace,
-                                      dsv3_error *error) {
+                                      const dsv3_layer *weights, size_t n, dsv3_workspace *workspace, dsv3_error *error) {
     dsv3i_call c = dsv3i_call_of(context, model, weights, 0, NULL, n, workspace);
     DSV3_ASSERT(n <= workspace->rows && context->threads <= workspace->threads);
     return dsv3i_layer_result(&c, dsv3i_ffn_forward(&c, y, u), error);
@@ -4209,17 +4205,9 @@ static void dsv3i_ffn_backward(dsv3i_call *c, float *du, const float *dy, const 
 
 static const dsv3i_ops dsv3i_plain = {
     {dsv3i_decode_f32, dsv3i_decode_f16, dsv3i_decode_bf16, dsv3i_decode_f8_e4m3, dsv3i_decode_q8_0, dsv3i_decode_q4_0},
-    dsv3i_dot,
-    dsv3i_axpy,
-    dsv3i_exp_sum,
-    dsv3i_silu_mul,
-    dsv3i_linear,
-    dsv3i_attend,
-    dsv3i_mlps,
+    dsv3i_dot, dsv3i_axpy, dsv3i_exp_sum, dsv3i_silu_mul, dsv3i_linear, dsv3i_attend, dsv3i_mlps,
 #ifndef DSV3_NO_TRAINING
-    dsv3i_linear_backward,
-    dsv3i_attend_backward,
-    dsv3i_mlps_backward,
+    dsv3i_linear_backward, dsv3i_attend_backward, dsv3i_mlps_backward,
 #endif
     NULL};
 
@@ -4268,8 +4256,7 @@ static void dsv3i_layer_backward(dsv3i_call *c, float *dx) {
     u = c->ws->u;
     if (s->u == NULL) dsv3_rmsnorm(c->ctx, u, s->x_in, &w->input_layernorm, n, d, eps);
     dsv3i_mla_backward(c, du, dx, u);
-    dsv3_rmsnorm_backward(c->ctx, dx, dsv3i_grad(&g->input_layernorm), du, s->x_in, &w->input_layernorm, n, d, eps,
-                          c->b->r);
+    dsv3_rmsnorm_backward(c->ctx, dx, dsv3i_grad(&g->input_layernorm), du, s->x_in, &w->input_layernorm, n, d, eps, c->b->r);
 }
 #endif
 
@@ -5380,8 +5367,7 @@ static dsv3_result dsv3i_text_check(const dsv3_text *x, int32_t V, dsv3_error *e
         int32_t target = x->target != NULL ? x->target[r] : DSV3_IGNORE;
         DSV3I_TRY(dsv3i_check_token(error, "token", r, V, x->token[r]));
         if (r > 0 && dsv3i_text_sequence(x, r) < dsv3i_text_sequence(x, r - 1)) {
-            return dsv3i_fail_row(error, DSV3_ERR_ARG, "sequence", r, "falls", x->sequence[r - 1], INT32_MAX,
-                                  x->sequence[r]);
+            return dsv3i_fail_row(error, DSV3_ERR_ARG, "sequence", r, "falls", x->sequence[r - 1], INT32_MAX, x->sequence[r]);
         }
         if (target != DSV3_IGNORE) DSV3I_TRY(dsv3i_check_token(error, "target", r, V, target));
     }
@@ -5417,8 +5403,7 @@ static void dsv3i_evaluate_layer(const dsv3i_evaluation *a, dsv3i_call *c) {
     for (size_t t = 0; t < c->n; t++) sums->balance[layer] += ws->sequence_loss[t];
 }
 
-/* Adds the loss of the rows in ws->u to the sums. ws->y (d >= 1) and ws->row_output are free: nobody has asked for
- * logits. */
+/* Adds the loss of the rows in ws->u to the sums. ws->y (d >= 1) and ws->row_output are free: nobody has asked for logits. */
 static dsv3_result dsv3i_evaluate_nll(const dsv3i_evaluation *a, const dsv3i_run *p) {
     dsv3_workspace *ws = p->ws;
     int32_t *target = ws->row_output;
@@ -5429,8 +5414,7 @@ static dsv3_result dsv3i_evaluate_nll(const dsv3i_evaluation *a, const dsv3i_run
     dsv3i_cross_entropy(&loss, nll);
     for (size_t i = 0; i < loss.n; i++) {
         if (!dsv3i_is_finite(nll[i])) {
-            return dsv3i_fail_where(p->error, DSV3_ERR_NAN, "loss", "is not finite, of row",
-                                    (int64_t)ws->row_index[i]);
+            return dsv3i_fail_where(p->error, DSV3_ERR_NAN, "loss", "is not finite, of row", (int64_t)ws->row_index[i]);
         }
         a->losses->nll[p->k] += (double)nll[i];
         a->losses->targets[p->k] += target[i] != DSV3_IGNORE;
@@ -5513,8 +5497,7 @@ DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *los
     const dsv3i_evaluation a = {losses, text, modules, NULL, NULL, NULL};
     dsv3i_run p = {context, model, 0, caches, n_caches, NULL, NULL, NULL, workspace, error, &a, NULL};
     if (context == NULL || losses == NULL || model == NULL || caches == NULL || text == NULL || workspace == NULL ||
-        text->token == NULL || losses->nll == NULL || losses->targets == NULL ||
-        (modules == NULL && losses->depths > 0)) {
+        text->token == NULL || losses->nll == NULL || losses->targets == NULL || (modules == NULL && losses->depths > 0)) {
         return dsv3i_fail_null(error, "argument");
     }
     if (text->rows < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "rows", "the text is empty");
@@ -5706,8 +5689,7 @@ DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, 
 }
 
 DSV3_API dsv3_result dsv3_sample_log_p(double *log_p, double *entropy, int32_t token, const float *logits, size_t V,
-                                       float temperature, float top_p, dsv3_candidate *candidates,
-                                       dsv3_error *error) {
+                                       float temperature, float top_p, dsv3_candidate *candidates, dsv3_error *error) {
     size_t best = 0, kept = 0;
     double sum = 1.0, moment = 0.0, log_sum;
     if (log_p == NULL) return dsv3i_fail_null(error, "log_p");
@@ -5771,8 +5753,7 @@ static dsv3_candidate dsv3i_negated(const float *logits, size_t i) {
 }
 
 /* A heap of the k best so far. */
-DSV3_API dsv3_result dsv3_logits_top_k(float *logits, size_t V, size_t k, dsv3_candidate *scratch,
-                                       dsv3_error *error) {
+DSV3_API dsv3_result dsv3_logits_top_k(float *logits, size_t V, size_t k, dsv3_candidate *scratch, dsv3_error *error) {
     DSV3I_TRY(dsv3i_logits_check(logits, V, error));
     if (scratch == NULL) return dsv3i_fail_null(error, "scratch");
     if (k < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "k", "is 0: no token would be left");
@@ -5934,17 +5915,13 @@ DSV3_API dsv3_result dsv3_sequence_append(const dsv3_model *model, dsv3_sequence
     size_t room;
     if (s == NULL || model == NULL || token == NULL) return dsv3i_fail_null(error, "argument");
     if (n < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "n", "is 0");
-    if (s->prompt_left > 0) {
-        return dsv3i_fail(error, DSV3_ERR_ARG, "sequence", "has an earlier prompt that is not yet read");
-    }
+    if (s->prompt_left > 0) return dsv3i_fail(error, DSV3_ERR_ARG, "sequence", "has an earlier prompt that is not yet read");
     room = dsv3i_sub(s->cache.capacity, dsv3_sequence_length(s));
     if (n > room) {
         return dsv3i_fail_range(error, DSV3_ERR_FULL, "n", "is more than the caches have room for", 0, (int64_t)room,
                                 (int64_t)dsv3i_min(n, INT32_MAX));
     }
-    for (size_t i = 0; i < n; i++) {
-        DSV3I_TRY(dsv3i_check_token(error, "token", i, model->config.vocab_size, token[i]));
-    }
+    for (size_t i = 0; i < n; i++) DSV3I_TRY(dsv3i_check_token(error, "token", i, model->config.vocab_size, token[i]));
     s->prompt = token;
     s->prompt_left = n;
     return dsv3i_ok(error);
@@ -6059,14 +6036,12 @@ static void dsv3i_gather_keep(const dsv3i_step *a, size_t depth) {
 }
 
 /* ---- Drafting. With N = cache.length, the text's last token t_N is pending, and h_i^0 is known for i < N. Module k
- * reads t_{i+k}; its row i = N - 1 needs draft k - 1 and gives draft k, which stands at position N + k. Draft j > D
- * comes from the last module once more, one position further on, with its own output as the state it would get
- * from the module before. */
+ * reads t_{i+k}; its row i = N - 1 needs draft k - 1 and gives draft k, which stands at position N + k. Draft j > D comes from
+ * the last module once more, one position further on, with its own output as the state it would get from the module before. */
 
 /* The distribution of the next token: p [V], and as candidates of the sequence, of which the place of the first is
  * returned and *sum is the sum. */
-static size_t dsv3i_distribution(dsv3_sequence *s, float *p, const float *logits, size_t best, size_t V,
-                                 double *sum) {
+static size_t dsv3i_distribution(dsv3_sequence *s, float *p, const float *logits, size_t best, size_t V, double *sum) {
     size_t first = V - dsv3i_candidates(s->candidates, logits, best, V, s->temperature, s->top_p, sum);
     DSV3_MEMSET(p, 0, V * sizeof *p);
     for (size_t i = first; i < V; i++) p[s->candidates[i].token] = (float)((double)s->candidates[i].p / *sum);
@@ -6131,8 +6106,7 @@ static dsv3_result dsv3i_module_call(dsv3i_step *a, size_t k, size_t j) {
         ws->views[i] = k <= s->n_modules ? s->modules[k - 1] : s->cache; /* one without it has no rows here */
         ws->views[i].layers = 1;
     }
-    DSV3I_TRY(
-        dsv3_mtp_forward(a->ctx, a->logits, a->model, k, ws->views, a->n, &a->batch, ws->row_hidden, ws, a->error));
+    DSV3I_TRY(dsv3_mtp_forward(a->ctx, a->logits, a->model, k, ws->views, a->n, &a->batch, ws->row_hidden, ws, a->error));
     for (size_t i = 0; i < a->n; i++) {
         if (k <= a->sequences[i]->n_modules) a->sequences[i]->modules[k - 1].length = ws->views[i].length;
     }
@@ -6346,9 +6320,7 @@ DSV3I_APART dsv3_result dsv3i_generate_check(const dsv3i_step *a) {
         if (a->sequences[i] == NULL) continue;
         a->sequences[i]->step_rows = a->sequences[i]->n_token = 0; /* not yet planned: until then a mark below */
     }
-    if (a->ws->made_for != made_for) {
-        return dsv3i_fail(e, DSV3_ERR_MISMATCH, "workspace", "was made for another config");
-    }
+    if (a->ws->made_for != made_for) return dsv3i_fail(e, DSV3_ERR_MISMATCH, "workspace", "was made for another config");
     for (size_t i = 0; i < a->n; i++) {
         dsv3_sequence *s = a->sequences[i];
         dsv3_result code = DSV3_ERR_ARG;
@@ -6440,9 +6412,7 @@ DSV3_API dsv3_result dsv3_generate_step(const dsv3_context *context, float *logi
         dsv3_sequence *s = sequences[i];
         s->rng = s->rng_before;
         s->n_token = 0;
-        for (size_t k = 0; k < s->n_modules; k++) {
-            s->modules[k].length = dsv3i_min(s->modules[k].length, s->lengths[k]);
-        }
+        for (size_t k = 0; k < s->n_modules; k++) s->modules[k].length = dsv3i_min(s->modules[k].length, s->lengths[k]);
     }
     for (size_t i = 0; i < n && result == DSV3_OK; i++) dsv3i_finish(sequences[i]);
     return result == DSV3_OK ? dsv3i_ok(error) : result;
@@ -6556,8 +6526,7 @@ static dsv3_result dsv3i_load_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     return DSV3_OK;
 }
 
-DSV3_API dsv3_result dsv3_parameters_from_model(dsv3_parameters *parameters, const dsv3_model *from,
-                                                dsv3_error *error) {
+DSV3_API dsv3_result dsv3_parameters_from_model(dsv3_parameters *parameters, const dsv3_model *from, dsv3_error *error) {
     dsv3i_flat flat = {NULL, 0, 0, error};
     dsv3_model copy;
     const dsv3_config *config;
@@ -6648,8 +6617,7 @@ static size_t dsv3i_hidden_floats(const dsv3i_dims *m, int is_moe) {
     return is_moe ? dsv3i_add(dsv3i_mul(m->K, m->F), m->Fs) : m->Fd;
 }
 
-static void dsv3i_saved_layout(dsv3i_saved *at, const dsv3i_dims *m, size_t n, int is_moe, int32_t keep,
-                               dsv3i_layout *l) {
+static void dsv3i_saved_layout(dsv3i_saved *at, const dsv3i_dims *m, size_t n, int is_moe, int32_t keep, dsv3i_layout *l) {
     size_t hidden = dsv3i_hidden_floats(m, is_moe), moe = is_moe ? n : 0, norms = keep & DSV3_KEEP_NORMS ? n : 0;
     size_t queries = keep & DSV3_KEEP_UP_PROJECTIONS ? n : 0, swiglu = keep & DSV3_KEEP_SWIGLU ? n : 0;
     at->x_in = (float *)dsv3i_take_rows(l, sizeof(float), n, m->d);
@@ -6861,8 +6829,7 @@ static dsv3_result dsv3i_train_backward(const dsv3_context *ctx, dsv3_trainer *t
 }
 
 /* A text that has been checked, forward and backward. */
-static dsv3_result dsv3i_train_text(const dsv3_context *context, dsv3_trainer *t, const dsv3_text *text,
-                                    dsv3_error *error) {
+static dsv3_result dsv3i_train_text(const dsv3_context *context, dsv3_trainer *t, const dsv3_text *text, dsv3_error *error) {
     const dsv3i_evaluation a = {&t->losses, text, NULL, t->depth, dsv3i_train_head, t};
     dsv3_context ctx = *context;
     dsv3_workspace *ws = &t->workspace;
@@ -6885,11 +6852,8 @@ static dsv3_result dsv3i_train_check(const dsv3_trainer *t, int32_t stage, dsv3_
     static const char names[] = "eps\0lambda\0balance.expert\0balance.device\0balance.communication\0weight_decay\0clip\0"
                                 "beta1\0beta2\0ema_decay\0divisor";
     const dsv3_training *s = &t->settings;
-    const double value[] = {(double)s->eps,          s->lambda,
-                            s->balance.expert,       s->balance.device,
-                            s->balance.communication, (double)s->weight_decay,
-                            (double)s->clip,         (double)s->beta1,
-                            (double)s->beta2,        (double)s->ema_decay,
+    const double value[] = {(double)s->eps, s->lambda, s->balance.expert, s->balance.device, s->balance.communication,
+                            (double)s->weight_decay, (double)s->clip, (double)s->beta1, (double)s->beta2, (double)s->ema_decay,
                             (double)s->divisor / (DSV3_DIVIDE_BY_VALID + 1)};
     const char *name = names;
     for (size_t i = 0; i < DSV3I_COUNT(value); i++, name = dsv3i_next_text(name)) {
@@ -6903,9 +6867,7 @@ static dsv3_result dsv3i_train_check(const dsv3_trainer *t, int32_t stage, dsv3_
 DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_trainer *t, const dsv3_text *text,
                                            dsv3_error *error) {
     const dsv3_balance_weights *balance;
-    if (context == NULL || t == NULL || text == NULL || text->token == NULL) {
-        return dsv3i_fail_null(error, "argument");
-    }
+    if (context == NULL || t == NULL || text == NULL || text->token == NULL) return dsv3i_fail_null(error, "argument");
     DSV3I_TRY(dsv3i_train_check(t, 1, error));
     balance = &t->settings.balance;
     DSV3I_TRY(dsv3i_check_between(error, text->rows < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "rows",
@@ -6913,8 +6875,7 @@ DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_tra
                                   (int64_t)t->most_rows));
     if ((balance->device > 0.0 || balance->communication > 0.0) &&
         (balance->devices < 1 || balance->most_devices < 1 || t->balancer.experts % balance->devices != 0)) {
-        return dsv3i_fail(error, DSV3_ERR_ARG, "balance.devices",
-                          "must divide the experts, and most_devices be positive");
+        return dsv3i_fail(error, DSV3_ERR_ARG, "balance.devices", "must divide the experts, and most_devices be positive");
     }
     DSV3I_TRY(dsv3i_text_check(text, t->weights.model.config.vocab_size, error));
     return dsv3i_train_text(context, t, text, error);
@@ -6924,9 +6885,7 @@ DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_tra
 
 /* Does name match the pattern, in which * stands for any characters? */
 static int dsv3i_matches(const char *pattern, const char *name) {
-    if (*pattern == '*') {
-        return dsv3i_matches(pattern + 1, name) || (*name != '\0' && dsv3i_matches(pattern, name + 1));
-    }
+    if (*pattern == '*') return dsv3i_matches(pattern + 1, name) || (*name != '\0' && dsv3i_matches(pattern, name + 1));
     return *pattern == *name && (*name == '\0' || dsv3i_matches(pattern + 1, name + 1));
 }
 
@@ -7072,9 +7031,7 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
     o.root = (float)DSV3_POW(1.0 - dsv3i_power((double)t->settings.beta2, t->step + 1), -0.5);
     dsv3i_loop(context, o.runs, 8 * DSV3I_RUN, dsv3i_adamw_task, &o);
     dsv3i_train_bias(t);
-    if (t->ema != NULL) {
-        dsv3i_loop(context, dsv3i_blocks(t->weights.count, DSV3I_RUN), 2 * DSV3I_RUN, dsv3i_ema_task, t);
-    }
+    if (t->ema != NULL) dsv3i_loop(context, dsv3i_blocks(t->weights.count, DSV3I_RUN), 2 * DSV3I_RUN, dsv3i_ema_task, t);
     t->step++;
     return dsv3i_ok(error);
 }
@@ -11216,6 +11173,8 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
  *   New        steering (dsv3_steer, dsv3_logits_*), stop tokens, limits and dsv3_sequence_state, an abort hook,
  *              log-probabilities and states of chosen rows; saving (dsv3_cache_save, dsv3_sequence_save,
  *              dsv3_trainer_save); rope_scaling.truncate. A sequence holds its whole text.
+ *   Training   dsv3_text.apart; dsv3_train_accumulate and _end check settings, rate and the order of calls; a gradient whose
+ *              square overflows ends the step with DSV3_ERR_NAN.
  *   Options    DSV3_NO_TRAINING also leaves out the balancer, the bias step and V2's balance losses.
  *
  * MIT License

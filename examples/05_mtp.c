@@ -81,7 +81,7 @@ static void prepare(void) {
 static void evaluate(double *nll) {
     uint64_t targets[1 + D] = {0};
     dsv3_losses losses = {D, nll, targets, NULL, NULL, 0, 0};
-    dsv3_text whole = {N, text, NULL, NULL, NULL, NULL};
+    dsv3_text whole = {N, text, NULL, NULL, NULL, NULL, 0};
     check(dsv3_evaluate(&context, &losses, &file.model, caches, caches + 1, 1, &whole, &workspace, &error));
     for (int k = 0; k <= D; k++) nll[k] /= (double)targets[k];
 }

@@ -133,7 +133,7 @@ static void recite(const int32_t *prompt) {
 
 int main(void) {
     dsv3_config config = tiny();
-    dsv3_text text = {B * T, token, target, sequence, NULL, NULL};
+    dsv3_text text = {B * T, token, target, sequence, NULL, NULL, 0};
     for (int i = 0; i < B * T; i++) {
         token[i] = novel[i / T][i % T];
         target[i] = novel[i / T][i % T + 1];

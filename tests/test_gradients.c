@@ -506,12 +506,13 @@ enum {
     DENSE,        /* no MoE layer */
     TOO_SHORT,    /* no sequence is long enough for the second module */
     ZERO_MASK,    /* dropped groups take part with 0; factor only unless normed */
+    APART,        /* documents apart, two modules, padding */
     CASES
 };
 
 static const char *const case_name[CASES] = {"v3",    "no q_lora",    "v2",         "v2 lite", "pre norm",
                                              "three", "every second", "one expert", "targets", "own divisor",
-                                             "dense", "too short",    "zero mask"};
+                                             "dense", "too short",    "zero mask",  "apart"};
 
 #define ROWS 24 /* the most of a text */
 
@@ -669,13 +670,15 @@ static void set_case(setup *a, int which) {
     if (which == THREE) set_modules(c, 3, DSV3_MTP_EMBED_FIRST, DSV3_MTP_POST_NORM), lengths = "2631";
     if (which == TARGETS) set_modules(c, 2, DSV3_MTP_EMBED_FIRST, DSV3_MTP_PRE_NORM), lengths = "57";
     if (which == OWN_DIVISOR) set_modules(c, 2, DSV3_MTP_HIDDEN_FIRST, DSV3_MTP_POST_NORM), lengths = "53";
+    if (which == APART) set_modules(c, 2, DSV3_MTP_EMBED_FIRST, DSV3_MTP_POST_NORM), lengths = "97";
     if (which == TOO_SHORT) set_modules(c, 2, DSV3_MTP_EMBED_FIRST, DSV3_MTP_POST_NORM), lengths = "2212";
     if (which == PRE_NORM) c->n_shared_experts = 0;
     if (which == THREE) c->tie_word_embeddings = 1;
     if (which == OWN_DIVISOR || which == PRE_NORM) a->s.divisor = DSV3_DIVIDE_BY_VALID;
     set_text(a, lengths);
     if (which == TARGETS || which == TOO_SHORT) a->text.target = a->target;
-    if (which == TARGETS || which == PRE_NORM) a->text.document = a->document, a->text.mask = a->mask;
+    if (which == TARGETS || which == PRE_NORM || which == APART) a->text.document = a->document, a->text.mask = a->mask;
+    if (which == APART) a->text.apart = 1;
     if (which == TOO_SHORT) a->quiet = 1;
 }
 

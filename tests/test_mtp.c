@@ -757,7 +757,7 @@ typedef struct passage {
     size_t n;
     int32_t token[LONGEST], target[LONGEST], sequence[LONGEST], document[LONGEST];
     uint8_t mask[LONGEST];
-    int has_target, has_sequence, has_document, has_mask;
+    int has_target, has_sequence, has_document, has_mask, apart;
 } passage;
 
 /* One more sequence of T random tokens: one document, no padding, targets that are not the next tokens. */
@@ -780,6 +780,7 @@ static dsv3_text text_of(const passage *p) {
     x.sequence = p->has_sequence ? p->sequence : NULL;
     x.document = p->has_document ? p->document : NULL;
     x.mask = p->has_mask ? p->mask : NULL;
+    x.apart = p->apart;
     return x;
 }
 
@@ -822,6 +823,12 @@ static void losses_compare(const rig *r, const dsv3_losses *got, const dsv3_loss
         }
     }
     if (test_failed > failed) fprintf(stderr, "%s\n", what);
+}
+
+static int same_losses(const rig *r, const dsv3_losses *a, const dsv3_losses *b) {
+    return memcmp(a->nll, b->nll, (1 + a->depths) * sizeof *a->nll) == 0 &&
+           memcmp(a->targets, b->targets, (1 + a->depths) * sizeof *a->targets) == 0 &&
+           memcmp(a->load, b->load, (r->L + r->D) * r->E * sizeof *a->load) == 0 && a->sequences == b->sequences;
 }
 
 /* ---- By hand: each sequence alone through dsv3_forward and dsv3_mtp_forward, the rest here, in double */
@@ -1062,6 +1069,97 @@ static void test_nothing_counts(void) {
     rig_close(&r);
 }
 
+/* ---- Documents apart: to the bit what sequences of their own are */
+
+/* The same rows, each document (up to where its number or the sequence changes) a sequence. */
+static passage each_alone(const passage *p) {
+    passage q = *p;
+    int32_t sequence = 0;
+    for (size_t i = 0; i < p->n; i++) {
+        int another = i > 0 && ((p->has_sequence && p->sequence[i] != p->sequence[i - 1]) ||
+                                (p->has_document && p->document[i] != p->document[i - 1]));
+        q.sequence[i] = sequence += another;
+    }
+    q.has_sequence = 1;
+    q.has_document = q.apart = 0;
+    return q;
+}
+
+/* Random texts whose documents return (A B A), with few caches and a workspace that cuts them anywhere; and the same rows as
+ * sequences, each with a cache. */
+static void test_apart(void) {
+    static const int which[] = {SYNTH_V3, SYNTH_ODD, SYNTH_V2, SYNTH_DENSE};
+    int differ = 0;
+    for (size_t m = 0; m < 4; m++) {
+        rig r = rig_named(which[m], m == 3 ? 0 : 2, 33);
+        r.s->context.attention = m % 2 ? DSV3_ATTENTION_EXPANDED : DSV3_ATTENTION_ABSORBED;
+        for (size_t i = 0; i < 12; i++) {
+            passage p = random_passage(r.V), alone;
+            dsv3_losses want = losses_make(&r, r.D), got = losses_make(&r, r.D), across = losses_make(&r, r.D);
+            double *balance = got.balance;
+            for (size_t j = 0; j < p.n; j++) p.document[j] %= 2;
+            p.has_document = i > 0; /* without any, apart changes nothing */
+            alone = each_alone(&p);
+            rig_run(&r, LONGEST, 1, 48, 12, m == 2 ? DSV3_BF16 : DSV3_F32);
+            CHECK_EQ(evaluate(&r, &want, &alone, NULL), DSV3_OK);
+            rig_run(&r, i % 3 == 0 ? LONGEST : i, 1, 8, 12, m == 2 ? DSV3_BF16 : DSV3_F32);
+            if (i % 3 != 0) got.balance = NULL; /* it wants the text whole */
+            p.apart = 1;
+            CHECK_EQ(evaluate(&r, &got, &p, NULL), DSV3_OK);
+            CHECK(same_losses(&r, &got, &want));
+            if (i % 3 == 0) CHECK(memcmp(got.balance, want.balance, (r.L + r.D) * sizeof(double)) == 0);
+            for (size_t c = 0; c < r.n; c++) CHECK_EQ(r.s->caches[c].length, 0);
+            p.apart = 0;
+            rig_run(&r, LONGEST, 1, 8, 12, m == 2 ? DSV3_BF16 : DSV3_F32);
+            CHECK_EQ(evaluate(&r, &across, &p, NULL), DSV3_OK);
+            differ += !same_losses(&r, &across, &want);
+            got.balance = balance;
+            losses_free(&want), losses_free(&got), losses_free(&across);
+        }
+        rig_close(&r);
+    }
+    CHECK(differ > 24); /* attention across borders is another thing */
+}
+
+/* Padding in front, as a document apart, changes nothing; else it does. What does not fit is refused. */
+static void test_apart_padding(void) {
+    rig r = rig_named(SYNTH_V3, 2, 34);
+    dsv3_losses want = losses_make(&r, 2);
+    passage p, padded;
+    dsv3_error e;
+    memset(&p, 0, sizeof p);
+    rig_run(&r, LONGEST, 1, 2, 9, DSV3_F32);
+    passage_add(&p, 0, 6, r.V);
+    padded = p;
+    CHECK_EQ(evaluate(&r, &want, &p, NULL), DSV3_OK);
+    padded.n = 0;
+    passage_add(&padded, 0, 3, r.V);
+    for (size_t i = 0; i < 3; i++) padded.mask[i] = 0, padded.document[i] = 1;
+    for (size_t i = 0; i < p.n; i++, padded.n++) {
+        padded.token[padded.n] = p.token[i], padded.document[padded.n] = 2, padded.mask[padded.n] = 1;
+        padded.sequence[padded.n] = 0;
+    }
+    padded.has_document = padded.has_mask = 1;
+    for (padded.apart = 0; padded.apart < 2; padded.apart++) {
+        dsv3_losses got = losses_make(&r, 2);
+        CHECK_EQ(evaluate(&r, &got, &padded, NULL), DSV3_OK);
+        CHECK_EQ(same_losses(&r, &got, &want), padded.apart);
+        losses_free(&got);
+    }
+    padded.apart = 1, padded.has_sequence = 1;
+    for (int32_t bad = -1; bad < 3; bad += 3) { /* -1 and 2 */
+        for (size_t i = 0; i < padded.n; i++) padded.sequence[i] = bad;
+        CHECK_EQ(evaluate(&r, &want, &padded, &e), DSV3_ERR_ARG);
+        CHECK(strcmp(e.name, "sequence[0]") == 0);
+    }
+    for (size_t i = 0; i < padded.n; i++) padded.sequence[i] = 1;
+    rig_run(&r, LONGEST, 1, 2, 8, DSV3_F32); /* nine rows of one cache, though no document is as long */
+    CHECK_EQ(evaluate(&r, &want, &padded, &e), DSV3_ERR_FULL);
+    CHECK(strcmp(e.name, "position[8]") == 0 && e.found[0] == 8 && e.expected[1] == 7);
+    losses_free(&want);
+    rig_close(&r);
+}
+
 /* ---- The same sums by different ways */
 
 static passage long_passage(size_t V) {
@@ -1110,12 +1208,6 @@ static void test_micro_batches(void) {
     losses_compare(&r, &sum, &whole, "micro-batches");
     losses_free(&whole), losses_free(&sum);
     rig_close(&r);
-}
-
-static int same_losses(const rig *r, const dsv3_losses *a, const dsv3_losses *b) {
-    return memcmp(a->nll, b->nll, (1 + a->depths) * sizeof *a->nll) == 0 &&
-           memcmp(a->targets, b->targets, (1 + a->depths) * sizeof *a->targets) == 0 &&
-           memcmp(a->load, b->load, (r->L + r->D) * r->E * sizeof *a->load) == 0 && a->sequences == b->sequences;
 }
 
 /* A workspace too small for the text: taken in pieces, which end anywhere, also between i and i + k. Terms are added
@@ -1471,6 +1563,8 @@ int main(void) {
     test_documents();
     test_padding();
     test_nothing_counts();
+    test_apart();
+    test_apart_padding();
     test_micro_batches();
     test_pieces();
     test_evaluate_threads();

@@ -1151,6 +1151,37 @@ static void test_misuse(void) {
     close_trainer(&a);
 }
 
+/* ---- Documents apart: losses, loads and gradients are, to the bit, those of texts of their own */
+
+static void test_apart(void) {
+    static const int lengths[] = {9, 14, 7, 0}, packed[] = {30, 0};
+    subject alone, together;
+    float *want;
+    size_t loads;
+    prepare(&alone, lengths);
+    open_trainer(&alone, 1);
+    gradients(&alone);
+    want = copy_floats(alone.t.gradients.data, alone.t.gradients.count);
+    prepare(&together, packed);
+    together.s.sequences = 1, together.s.longest = 30;
+    memcpy(together.token, alone.token, sizeof together.token);
+    together.text.document = alone.sequence;
+    for (together.text.apart = 0; together.text.apart < 2; together.text.apart++) {
+        open_trainer(&together, 1);
+        CHECK_EQ(together.targets[0] == alone.targets[0], 1); /* documents never had losses across the border */
+        CHECK_EQ(together.sequences, together.text.apart ? 3 : 1);
+        gradients(&together);
+        loads = together.t.balancer.layers * (size_t)together.c.n_routed_experts;
+        CHECK_EQ(same_floats(together.t.gradients.data, want, alone.t.gradients.count), together.text.apart);
+        CHECK_EQ(memcmp(together.t.balancer.load, alone.t.balancer.load, loads * sizeof(uint64_t)) == 0, together.text.apart);
+        CHECK_EQ(memcmp(together.t.losses.nll, alone.t.losses.nll, 2 * sizeof(double)) == 0, together.text.apart);
+        if (together.text.apart) CHECK(!(fabs(dsv3_train_loss(&together.t) - dsv3_train_loss(&alone.t)) > 0));
+        close_trainer(&together);
+    }
+    free(want);
+    close_trainer(&alone);
+}
+
 /* ---- Observers see training, and may force the routing: experts that nobody chose have no gradient */
 
 typedef struct watch {
@@ -1490,6 +1521,7 @@ int main(void) {
     test_large_squares();
     test_memory();
     test_misuse();
+    test_apart();
     test_observer();
     test_load(SYNTH_V3);
     test_load(SYNTH_MOONLIGHT);

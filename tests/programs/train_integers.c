@@ -78,7 +78,7 @@ static void *prepare(const dsv3_config *config, dsv3_trainer *trainer) {
 static double train_step(dsv3_trainer *trainer) {
     static const dsv3_schedule schedule = {0.01, 0.001, 0.001, 10, 60, STEPS, STEPS};
     int32_t token[B * T], sequence[B * T];
-    dsv3_text text = {B * T, token, NULL, sequence, NULL, NULL}; /* no targets: each is the next token */
+    dsv3_text text = {B * T, token, NULL, sequence, NULL, NULL, 0}; /* no targets: each is the next token */
     dsv3_rng rng;
     uint64_t targets[1] = {0}, sequences = 0;
     rng.state = 1000 + trainer->step;
