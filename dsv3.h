@@ -135,6 +135,13 @@
 #ifndef DSV3_H
 #define DSV3_H
 
+#if (defined(__STDC_VERSION__) && __STDC_VERSION__ < 199901L) || \
+    (!defined(__STDC_VERSION__) && defined(__GNUC__) && !defined(__cplusplus))
+#error "dsv3.h is C99 and C++11: compile with -std=c99 or later"
+#define DSV3_IMPLEMENTED /* one message is enough */
+#define DSV3I_OLD_STANDARD
+#endif
+
 #include <stddef.h>
 #include <stdint.h>
 
@@ -149,6 +156,7 @@ extern "C" {
 #define DSV3_VERSION_MAJOR 0 /* grows when a program must be changed; while it is 0, MINOR does */
 #define DSV3_VERSION_MINOR 2 /* grows when something is added */
 #define DSV3_VERSION_PATCH 0 /* grows when something is mended */
+#define DSV3_VERSION (DSV3_VERSION_MAJOR * 10000 + DSV3_VERSION_MINOR * 100 + DSV3_VERSION_PATCH)
 
 #ifndef DSV3_API
 #ifdef DSV3_STATIC
@@ -160,6 +168,15 @@ extern "C" {
 #else
 #define DSV3_API extern
 #endif
+#endif
+
+/* An enum of 32 bits, also where one side of a call is compiled with -fshort-enums. */
+#if defined(__cplusplus) && (__cplusplus >= 201103L || defined(_MSC_VER))
+#define DSV3_ENUM(name) enum name : int32_t
+#elif defined(__GNUC__)
+#define DSV3_ENUM(name) enum __attribute__((mode(SI))) name
+#else
+#define DSV3_ENUM(name) enum name
 #endif
 
 /* Bytes; alignment of every buffer given to an _init or _bind. malloc's is enough on 32 and 64 bits. */
@@ -193,9 +210,12 @@ extern "C" {
 #define DSV3_MAX_SEQ 16777216L /* positions */
 #endif
 
+/* DSV3_VERSION of the library that the program has linked; the header's is that of what it was compiled with. */
+DSV3_API int32_t dsv3_version(void);
+
 /* ---- Results and errors ------------------------------------------------------------------------------ */
 
-typedef enum dsv3_result {
+typedef DSV3_ENUM(dsv3_result) {
     DSV3_OK = 0,
     DSV3_ERR_ARG = -1,         /* an argument or config value outside its domain, or a NULL pointer */
     DSV3_ERR_LIMIT = -2,       /* beyond a DSV3_MAX_... limit */
@@ -212,9 +232,10 @@ typedef enum dsv3_result {
     DSV3_ERR_ABORTED = -13,    /* dsv3_context.aborted said so */
     DSV3_ERR_DAMAGED = -14     /* saved bytes that are cut, altered, or something else */
 } dsv3_result;
+typedef char dsv3i_check_enums[sizeof(dsv3_result) == sizeof(int32_t) ? 1 : -1]; /* others: enums are ints, please */
 
 /* Which numbers of an error mean something, and how dsv3_error_text shows them. */
-typedef enum dsv3_numbers {
+typedef DSV3_ENUM(dsv3_numbers) {
     DSV3_NUMBERS_NONE = 0,
     DSV3_NUMBERS_RANGE = 1, /* expected[0] to expected[1] (one number if they are equal), found[0] */
     DSV3_NUMBERS_SHAPE = 2, /* rows and columns of both */
@@ -239,40 +260,40 @@ DSV3_API const char *dsv3_error_text(const dsv3_error *error, char *text, size_t
 
 /* ---- Configuration ----------------------------------------------------------------------------------- */
 
-typedef enum dsv3_scoring_func { DSV3_SIGMOID = 0 /* V3 */, DSV3_SOFTMAX = 1 /* V2 */ } dsv3_scoring_func;
+typedef DSV3_ENUM(dsv3_scoring_func) { DSV3_SIGMOID = 0 /* V3 */, DSV3_SOFTMAX = 1 /* V2 */ } dsv3_scoring_func;
 
-typedef enum dsv3_topk_method {
+typedef DSV3_ENUM(dsv3_topk_method) {
     DSV3_NOAUX_TC = 0,             /* V3: score + bias; a group counts by the sum of its two best */
     DSV3_GROUP_LIMITED_GREEDY = 1, /* V2: score; a group counts by its best */
     DSV3_GREEDY = 2                /* V2-Lite: score; no groups */
 } dsv3_topk_method;
 
-typedef enum dsv3_group_mask {
+typedef DSV3_ENUM(dsv3_group_mask) {
     DSV3_MASK_NEG_INF = 0, /* experts of dropped groups are out of the question (official code) */
     DSV3_MASK_ZERO = 1     /* they take part with a choice score of 0, as older ports do */
 } dsv3_group_mask;
 
-typedef enum dsv3_gate_scaling {
+typedef DSV3_ENUM(dsv3_gate_scaling) {
     DSV3_SCALE_ALWAYS = 0,       /* V3: routed_scaling_factor applies with or without normalisation */
     DSV3_SCALE_UNLESS_NORMED = 1 /* original V2 code: only when norm_topk_prob is 0 */
 } dsv3_gate_scaling;
 
-typedef enum dsv3_bias_form {
+typedef DSV3_ENUM(dsv3_bias_form) {
     DSV3_BIAS_ADD = 0,     /* choice score s + alpha b (released models) */
     DSV3_BIAS_MULTIPLY = 1 /* s (1 + alpha b), a variant of arXiv 2408.15664; b = 0 is neutral in both */
 } dsv3_bias_form;
 
-typedef enum dsv3_mtp_concat {
+typedef DSV3_ENUM(dsv3_mtp_concat) {
     DSV3_MTP_EMBED_FIRST = 0, /* eh_proj [enorm(embedding) ; hnorm(hidden)]: released weights */
     DSV3_MTP_HIDDEN_FIRST = 1 /* the order in which the report writes it */
 } dsv3_mtp_concat;
 
-typedef enum dsv3_mtp_hidden {
+typedef DSV3_ENUM(dsv3_mtp_hidden) {
     DSV3_MTP_POST_NORM = 0, /* modules get states behind the final norm, and behind shared_head.norm */
     DSV3_MTP_PRE_NORM = 1   /* before these norms */
 } dsv3_mtp_hidden;
 
-typedef enum dsv3_rope_type { DSV3_ROPE_NONE = 0, DSV3_ROPE_YARN = 1 } dsv3_rope_type;
+typedef DSV3_ENUM(dsv3_rope_type) { DSV3_ROPE_NONE = 0, DSV3_ROPE_YARN = 1 } dsv3_rope_type;
 
 typedef struct dsv3_rope_scaling {
     dsv3_rope_type type;
@@ -330,7 +351,7 @@ typedef struct dsv3_config {
     dsv3_mtp_hidden mtp_hidden;
 } dsv3_config;
 
-typedef enum dsv3_preset {
+typedef DSV3_ENUM(dsv3_preset) {
     DSV3_PRESET_V3,        /* DeepSeek-V3, R1: 671 B */
     DSV3_PRESET_V2,        /* DeepSeek-V2: 236 B */
     DSV3_PRESET_V2_LITE,   /* DeepSeek-V2-Lite: 16 B */
@@ -355,7 +376,7 @@ DSV3_API int dsv3_config_is_moe(const dsv3_config *config, int32_t i);
 
 /* ---- Tensors ----------------------------------------------------------------------------------------- */
 
-typedef enum dsv3_type {
+typedef DSV3_ENUM(dsv3_type) {
     DSV3_F32 = 0,
     DSV3_F16 = 1,
     DSV3_BF16 = 2,
@@ -413,7 +434,7 @@ DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3
 
 /* ---- Context: backend and threads -------------------------------------------------------------------- */
 
-typedef enum dsv3_backend {
+typedef DSV3_ENUM(dsv3_backend) {
     DSV3_BACKEND_AUTO = 0,        /* the best one compiled in that this machine can run */
     DSV3_BACKEND_REFERENCE = 1,   /* "reference": plain C: the book */
     DSV3_BACKEND_AVX2 = 2,        /* "avx2": x86-64 with AVX2, FMA and F16C; with DSV3_SIMD */
@@ -430,7 +451,7 @@ DSV3_API const char *dsv3_backend_name(dsv3_backend backend);
 DSV3_API dsv3_result dsv3_backend_find(dsv3_backend *backend, const char *name);
 
 /* What a product of weights and activations is computed from. Sums are float32 either way. */
-typedef enum dsv3_compute {
+typedef DSV3_ENUM(dsv3_compute) {
     DSV3_EXACT = 0, /* activations as they are, float32 */
     DSV3_FAST = 1   /* activations rounded first: to BF16 for BF16 and FP8 weights, to a multiple, -127 to 127, of
                        1/127 of the largest of 32 for Q8_0 and Q4_0; as they are for F32 and F16. The backend
@@ -440,7 +461,7 @@ typedef enum dsv3_compute {
                        bench/bench_modes.c measures */
 } dsv3_compute;
 
-typedef enum dsv3_attention {
+typedef DSV3_ENUM(dsv3_attention) {
     DSV3_ATTENTION_AUTO = 0,     /* per sequence and call: expanded when it brings more than
                                     rk(dn+dv) / (2rk-dn-dv) rows (V3: 171 or more) and
                                     more than a step with drafts ever does, else absorbed */
@@ -573,7 +594,7 @@ DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_mode
 DSV3_API dsv3_result dsv3_pack(const dsv3_context *context, dsv3_model *model, void *memory, size_t bytes,
                                dsv3_error *error);
 
-typedef enum dsv3_tensor_kind {
+typedef DSV3_ENUM(dsv3_tensor_kind) {
     DSV3_KIND_EMBED = 0,
     DSV3_KIND_ATTENTION,
     DSV3_KIND_DENSE,
@@ -756,7 +777,7 @@ DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *los
                                    dsv3_cache *caches, dsv3_cache *modules, size_t n_caches, const dsv3_text *text,
                                    dsv3_workspace *workspace, dsv3_error *error);
 
-typedef enum dsv3_mtp_divisor {
+typedef DSV3_ENUM(dsv3_mtp_divisor) {
     DSV3_DIVIDE_BY_MAIN = 0, /* every depth by the number of main targets ([R]) */
     DSV3_DIVIDE_BY_VALID = 1 /* each by its own */
 } dsv3_mtp_divisor;
@@ -830,7 +851,7 @@ typedef dsv3_result (*dsv3_steer)(void *user, float *logits, size_t vocab_size, 
 /* ---- Generation, with drafts by the MTP modules. [R] 5.4.3; chapter 13 --------------------------------- */
 
 /* What dsv3_generate_step will do with a sequence. */
-typedef enum dsv3_state {
+typedef DSV3_ENUM(dsv3_state) {
     DSV3_STATE_READING = 0, /* a prompt is not yet read */
     DSV3_STATE_WRITING = 1,
     /* nothing: */
@@ -954,7 +975,7 @@ typedef struct dsv3_load_stats {
 DSV3_API dsv3_load_stats dsv3_load_statistics(const uint64_t *load, size_t experts);
 
 #ifndef DSV3_NO_TRAINING
-typedef enum dsv3_bias_rule {
+typedef DSV3_ENUM(dsv3_bias_rule) {
     DSV3_BIAS_SIGN = 0,         /* b += speed sign(e), the report's */
     DSV3_BIAS_CENTRED = 1,      /* b += speed (sign(e) - mean sign(e)): no common drift */
     DSV3_BIAS_PROPORTIONAL = 2, /* b += speed e */
@@ -1043,7 +1064,7 @@ DSV3_API dsv3_result dsv3_parameters_from_model(dsv3_parameters *parameters, con
 DSV3_API void dsv3_parameters_random(dsv3_parameters *parameters, dsv3_rng *rng, float std);
 
 /* What the forward pass keeps for the backward pass, beside what it must. The report keeps nothing of these. */
-typedef enum dsv3_keep {
+typedef DSV3_ENUM(dsv3_keep) {
     DSV3_KEEP_NORMS = 1,          /* outputs of all RMSNorms */
     DSV3_KEEP_UP_PROJECTIONS = 2, /* queries (keys and values are always rebuilt) */
     DSV3_KEEP_SWIGLU = 4          /* outputs of SwiGLU */
@@ -1327,13 +1348,6 @@ DSV3_API void dsv3_balance_backward(float *dscore, double scale, const dsv3_bala
 #if defined(DSV3_IMPLEMENTATION) && !defined(DSV3_IMPLEMENTED)
 #define DSV3_IMPLEMENTED
 
-#if (defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) ||                                                      \
-     (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)) &&                                                     \
-    !defined(DSV3_ALLOW_FAST_MATH)
-#error                                                                                                               \
-    "dsv3.h: -ffast-math reorders sums and ignores NaN, which the algorithm needs (DSV3_ALLOW_FAST_MATH accepts it)"
-#endif
-
 #include <float.h>
 #include <limits.h>
 
@@ -1383,6 +1397,25 @@ DSV3_API void dsv3_balance_backward(float *dscore, double scale, const dsv3_bala
 
 #ifndef DSV3_ASSERT
 #define DSV3_ASSERT(x) ((void)0)
+#endif
+
+/* Arithmetic as it is written: sums in their order, infinity and NaN, float rounded to float. What a compiler says of its
+ * settings is refused here (behind a declaration: gcc heeds its pragmas from there); for those that say nothing the order
+ * is held, and dsv3_context_init tries it out. Before <immintrin.h>, whose functions are compiled here, too. */
+struct dsv3i_mlp;
+#ifndef DSV3_ALLOW_FAST_MATH
+#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || defined(_M_FP_FAST) || \
+    (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "dsv3.h: fast math reorders sums and ignores NaN, which the algorithm needs (DSV3_ALLOW_FAST_MATH accepts it)"
+#endif
+#if defined(FLT_EVAL_METHOD) && FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16
+#error "dsv3.h: float is computed in a wider type; on x86 use -msse2 -mfpmath=sse (DSV3_ALLOW_FAST_MATH accepts it)"
+#endif
+#if defined(__clang__) && __clang_major__ >= 13
+#pragma clang fp reassociate(off)
+#elif defined(_MSC_VER) && !defined(__clang__)
+#pragma float_control(precise, on)
+#endif
 #endif
 
 #if defined(_OPENMP) && !defined(DSV3_NO_OPENMP)
@@ -1601,6 +1634,8 @@ static void dsv3i_text_add_index(dsv3i_text *t, const char *before, int64_t inde
 }
 
 /* ---- Errors */
+
+DSV3_API int32_t dsv3_version(void) { return DSV3_VERSION; }
 
 DSV3_API const char *dsv3_result_string(dsv3_result result) {
     /* one row of characters, no pointers: nothing here needs relocation or writable memory */
@@ -11113,11 +11148,25 @@ static const dsv3i_ops *dsv3i_ops_of(dsv3_backend backend) {
     }
 }
 
+/* Does a + b - a lose b, as it does when each step is rounded to float? */
+static int dsv3i_sums_in_order(void) {
+#ifdef DSV3_ALLOW_FAST_MATH
+    return 1;
+#else
+    volatile float large = 9007199254740992.0f, one = 1.0f; /* 2^53; nothing for a compiler to compute */
+    float a = large, b = one;
+    return a + b - a < b;
+#endif
+}
+
 DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backend, size_t threads,
                                        dsv3_error *error) {
     dsv3_backend best = dsv3i_best_backend();
     if (context == NULL) return dsv3i_fail_null(error, "context");
     DSV3_MEMSET(context, 0, sizeof *context);
+    if (!dsv3i_sums_in_order()) {
+        return dsv3i_fail(error, DSV3_ERR_UNSUPPORTED, "compiler", "reorders sums: compiled with fast math, unnoticed");
+    }
 #ifdef DSV3I_TILES
     if (best == DSV3_BACKEND_AMX && ((backend != DSV3_BACKEND_AUTO && backend != best) || !dsv3i_amx_permit())) {
         best = DSV3_BACKEND_AVX512_BF16;

@@ -43,6 +43,9 @@
 #define CHECKPOINT_H
 
 #include "../dsv3.h"
+#ifdef DSV3I_OLD_STANDARD
+#define CHECKPOINT_IMPLEMENTED
+#endif
 
 #ifdef __cplusplus
 extern "C" {

@@ -51,12 +51,21 @@
 extern "C" {
 #endif
 
+/* An enum of 32 bits, also where one side of a call is compiled with -fshort-enums. */
+#if defined(__cplusplus) && (__cplusplus >= 201103L || defined(_MSC_VER))
+#define JSON_ENUM(name) enum name : int32_t
+#elif defined(__GNUC__)
+#define JSON_ENUM(name) enum __attribute__((mode(SI))) name
+#else
+#define JSON_ENUM(name) enum name
+#endif
+
 /* Deepest nesting of arrays and objects that is accepted: [[1]] has depth 2. */
 #ifndef JSON_MAX_DEPTH
 #define JSON_MAX_DEPTH 64
 #endif
 
-typedef enum json_result {
+typedef JSON_ENUM(json_result) {
     JSON_OK = 0,
     JSON_ERR_TRUNC = -1,   /* the text ends before its value does (also: empty or only white space) */
     JSON_ERR_FORMAT = -2,  /* not JSON, not UTF-8, or a key twice in one object */
@@ -66,7 +75,7 @@ typedef enum json_result {
     JSON_ERR_TYPE = -6     /* a value of another type */
 } json_result;
 
-typedef enum json_type {
+typedef JSON_ENUM(json_type) {
     JSON_NULL,
     JSON_FALSE,
     JSON_TRUE,

@@ -90,7 +90,7 @@ extern "C" {
 #define ST_MAX_HEADER 100000000 /* bytes of a header, and of an index file */
 #define ST_MAX_SHARDS 4096      /* files of one checkpoint */
 
-typedef enum st_result {
+typedef JSON_ENUM(st_result) {
     ST_OK = 0,
     ST_ERR_IO = -1,          /* the system refused to open, read or write, or it is no regular file */
     ST_ERR_TRUNC = -2,       /* the file ends too early */
@@ -104,7 +104,7 @@ typedef enum st_result {
     ST_ERR_ARG = -10         /* the call itself is wrong */
 } st_result;
 
-typedef enum st_dtype {
+typedef JSON_ENUM(st_dtype) {
     ST_BOOL,
     ST_U8,
     ST_I8,

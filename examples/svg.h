@@ -34,6 +34,12 @@
 #ifndef SVG_H
 #define SVG_H
 
+#if (defined(__STDC_VERSION__) && __STDC_VERSION__ < 199901L) || \
+    (!defined(__STDC_VERSION__) && defined(__GNUC__) && !defined(__cplusplus))
+#error "svg.h is C99 and C++11: compile with -std=c99 or later"
+#define SVGI_IMPLEMENTED /* one message is enough */
+#endif
+
 #include <stddef.h>
 #include <stdio.h>
 

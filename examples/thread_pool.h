@@ -46,6 +46,12 @@
 #ifndef THREADS_H
 #define THREADS_H
 
+#if (defined(__STDC_VERSION__) && __STDC_VERSION__ < 199901L) || \
+    (!defined(__STDC_VERSION__) && defined(__GNUC__) && !defined(__cplusplus))
+#error "thread_pool.h is C99 and C++11: compile with -std=c99 or later"
+#define THREADSI_IMPLEMENTED /* one message is enough */
+#endif
+
 #include <stddef.h>
 
 #ifdef __cplusplus

@@ -15,6 +15,8 @@ fi
 cc="$cc -Wall -Wextra -Wconversion -Wsign-conversion -Werror"
 later "build dsv3" $cc -UDSV3_SIMD examples/dsv3.c -o $out/dsv3 -lm
 library $out "$cc"
+refused() { ! i686-linux-gnu-gcc -std=c99 -I. -fsyntax-only tests/compile/implement.c 2> $out/said && grep -q '#error.*-msse2' $out/said; }
+check "the x87 is refused" refused
 for source in tests/test_*.c tests/parity.c; do
     name=$(basename "$source" .c)
     later "build $name" $cc "$source" -o $out/$name $out/libdsv3.a -lm -lpthread

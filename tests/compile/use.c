@@ -25,6 +25,8 @@ dsv3_result use_everything(void) {
     size_t bytes = 0;
     void *memory;
     dsv3_result result;
+    if (dsv3_version() != DSV3_VERSION || DSV3_VERSION != 100 * (100 * DSV3_VERSION_MAJOR + DSV3_VERSION_MINOR) + DSV3_VERSION_PATCH)
+        return DSV3_ERR_ARG;
     if (dsv3_config_check(&config, &error) != DSV3_OK) return error.code;
     if (dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1, NULL) != DSV3_OK) return DSV3_ERR_ARG;
     if (dsv3_sample(&token, logits, 4, 1.0f, 0.9f, &rng, candidates, NULL) != DSV3_OK) return DSV3_ERR_ARG;
