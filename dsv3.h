@@ -44,8 +44,8 @@
  *   DSV3_NO_TRAINING         leave out gradients, training, and what only it needs of the balance: the bias step,
  *                            dsv3_balancer, and V2's device and communication losses
  *   DSV3_NO_OPENMP           ignore OpenMP even if the compiler has it switched on
- *   DSV3_ALLOW_FAST_MATH     accept -ffast-math (minus infinity and NaN are part of the algorithm: results
- *                            may then be wrong without notice)
+ *   DSV3_ALLOW_FAST_MATH     accept fast math, and floats in wider registers (x87), which are refused else: minus infinity
+ *                            and NaN are part of the algorithm, and results may then be wrong without notice
  *   DSV3_FREESTANDING        do not include <math.h> and <string.h>; the hooks below must then be defined.
  *                            (__builtin_memcpy is the best DSV3_MEMCPY: as a call it would cost one per number.
  *                            Compilers may call memcpy and memset on their own.)
@@ -76,6 +76,11 @@
  *            the batch, or on how a prompt is cut into chunks -- as long as the attention form is fixed
  *            (dsv3_context.attention). Loops are split over outputs, never over a sum. Bits may differ
  *            between backends, compilers, libm versions and -ffp-contract settings.
+ *   Rounding is to nearest and subnormal numbers are kept, as programs start; with other modes numbers are others
+ *            (linking with -ffast-math may flush subnormals in the whole program; AMX always does).
+ *            gcc's settings that reorder sums are refused, clang 13 and MSVC are told to keep the order. Unnoticed go
+ *            clang's -freciprocal-math, -fapprox-func, -fno-honor-nans and -fno-honor-infinities, and reordering in the
+ *            engine where the program includes <immintrin.h> before this file.
  *   Tensors  are in the byte order of the machine.
  *
  * >>glossary  The sizes of the architecture, by one name each in all comments and code:
@@ -513,7 +518,12 @@ typedef struct dsv3_context {
  * the CPU and the operating system are asked on each call, nothing is remembered. Where the CPU has AMX, and with the
  * backends AUTO and AMX only, Linux is asked to let this process use tiles (arch_prctl, which allocates nothing): it may
  * from then on, in all threads, and its signal frames need 8 KiB more, so that stacks of sigaltstack may have to grow. If
- * Linux refuses, AUTO means avx512_bf16, and AMX is unsupported. SIMD backends use up to 80 KiB of stack, in all threads. */
+ * Linux refuses, AUTO means avx512_bf16, and AMX is unsupported.
+ * Stack of each thread that works, as gcc and clang optimise: reference 12 KiB, avx2 and avx512 48, avx512_bf16 64, amx 96.
+ * OpenMP keeps its threads. With gcc's, a child hangs that is forked behind the first loop, unless it sets parallel_for to
+ * NULL and threads to 1, or to threads of its own; and a plugin that is unloaded (dlclose) takes them down with the
+ * program, unless it does that from the start, stays loaded (RTLD_NODELETE), or the program itself is linked with OpenMP.
+ * DSV3_NO_OPENMP avoids both. */
 DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backend, size_t threads,
                                        dsv3_error *error);
 
@@ -1634,8 +1644,6 @@ static void dsv3i_text_add_index(dsv3i_text *t, const char *before, int64_t inde
 }
 
 /* ---- Errors */
-
-DSV3_API int32_t dsv3_version(void) { return DSV3_VERSION; }
 
 DSV3_API const char *dsv3_result_string(dsv3_result result) {
     /* one row of characters, no pointers: nothing here needs relocation or writable memory */
@@ -11104,6 +11112,8 @@ DSV3_API dsv3_result dsv3_pack(const dsv3_context *context, dsv3_model *model, v
 }
 
 /* ---- The choice */
+
+DSV3_API int32_t dsv3_version(void) { return DSV3_VERSION; }
 
 DSV3_API const char *dsv3_backend_name(dsv3_backend backend) {
     switch (backend) {
