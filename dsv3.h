@@ -453,7 +453,7 @@ typedef DSV3_ENUM(dsv3_backend) {
 /* "auto", "reference", ...; NULL for an unknown one. */
 DSV3_API const char *dsv3_backend_name(dsv3_backend backend);
 /* The backend of that name; ARG if there is none. Whether it runs here, dsv3_context_init tells. */
-DSV3_API dsv3_result dsv3_backend_find(dsv3_backend *backend, const char *name);
+DSV3_API dsv3_result dsv3_backend_find(dsv3_backend *backend, const char *name, dsv3_error *error);
 
 /* What a product of weights and activations is computed from. Sums are float32 either way. */
 typedef DSV3_ENUM(dsv3_compute) {
@@ -632,7 +632,7 @@ typedef struct dsv3_tensor_info {
 /* Calls visit for every tensor, in file order, until it returns something other than DSV3_OK, which is
  * returned. dsv3_model_bind sees exactly this list. */
 typedef dsv3_result (*dsv3_visit)(void *user, const dsv3_tensor_info *info);
-DSV3_API dsv3_result dsv3_model_tensors(const dsv3_config *config, dsv3_visit visit, void *user);
+DSV3_API dsv3_result dsv3_model_tensors(const dsv3_config *config, dsv3_visit visit, void *user, dsv3_error *error);
 
 /* ---- Cache: what MLA keeps of the past ---------------------------------------------------------------- */
 
@@ -656,48 +656,14 @@ DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from, dsv
 
 /* ---- Workspace --------------------------------------------------------------------------------------- */
 
-/* Intermediate values of one call. Fields are for the blocks of chapters 6 to 9; treat them as private. */
+/* Memory for the intermediate values of one call. */
 typedef struct dsv3_workspace {
-    size_t rows;                 /* most rows of a call */
-    float *x, *u, *y;            /* [n, d] residual stream, normalised, result of a block */
-    int32_t *sequence;           /* [n] which cache */
-    int32_t *position;           /* [n] */
-    int32_t *leader;             /* [n] first row of this call that belongs to the same sequence */
-    int32_t *expanded;           /* [n] bool: attention in the expanded form */
-    float *scratch;              /* of the ops, one after the other */
-    float *q;                    /* [n, H(dn+dr)] */
-    float *score;                /* [n, E] */
-    int32_t *idx;                /* [n, K] */
-    size_t *row_index;           /* [n] rows gathered for a call: where they come from */
-    int32_t *row_token, *row_sequence; /* [n] */
-    int32_t *row_output;         /* [n] */
-    uint8_t *row_mask;           /* [n] */
-    float *row_hidden;           /* [n, d] */
-    dsv3_cache *views;           /* [n] caches of the sequences in a call */
-    size_t threads;              /* most workers */
-    uint64_t made_for;           /* fingerprint of the config's sizes */
-    float *cos_sin;              /* [n, dr] */
-    float *q_latent;             /* [n, rq] */
-    float *kv;                   /* [n, rk+dr] */
-    float *o;                    /* [n, H dv] */
-    float *softmax;              /* [n, H, 2] running maximum and sum */
-    float *bias;                 /* [E] */
-    float *select;               /* [threads, E + G + 1] */
-    float *gate;                 /* [n, K] */
-    size_t *slot;                /* [n, K] row of (token, choice) among the grouped rows */
-    size_t *pair;                /* [n K] and of a grouped row: token K + choice */
-    size_t *offset;              /* [E + 1] first grouped row of each expert */
-    float *grouped;              /* [n K, d] rows in expert order: inputs, then outputs */
-    float *h_gate, *h_up;        /* [n K F + n n_shared F] or [n, Fd] */
-    struct dsv3i_mlp *mlps;      /* [min(E, n K) + 1] */
-    float *u_ffn, *kv_raw, *q_raw, *h; /* u, kv, q_latent and h_gate, unless a backward pass wants both of a pair */
-    float *x_mid;                      /* [n, d] NULL, or gets the residual stream between attention and FFN */
-    const float *hidden; /* [n, d] public: after dsv3_forward or dsv3_mtp_forward and until the next call, the
-                            rows' states as MTP modules take them (config.mtp_hidden) */
-    float *concat;         /* [n, 2d] an MTP module's input */
-    float *loss;           /* cross-entropy */
-    double *balance;       /* [threads, 2 E] */
-    double *sequence_loss; /* [n] balance loss of the sequence that begins there */
+    size_t rows, threads;     /* as given to init */
+    const float *hidden;      /* [n, d] after dsv3_forward or dsv3_mtp_forward and until the next call, the rows' states as
+                                 MTP modules take them (config.mtp_hidden) */
+    const int32_t *sequence, *position; /* [n] of the rows of a call, for observers and steps in blocks */
+    void *memory;             /* private, as is the next */
+    uint64_t made_for;
 } dsv3_workspace;
 
 /* rows: most rows of one dsv3_forward call; threads: dsv3_context.threads. */
@@ -909,18 +875,7 @@ typedef struct dsv3_sequence {
     uint64_t written;   /* tokens */
     uint64_t *drafted;  /* [max_drafts] how often a draft stood in this place */
     uint64_t *accepted; /* [max_drafts] and was accepted */
-    /* private */
-    uint64_t made_for;
-    size_t d, window, top;      /* rings of `window` positions; the end of what was ever written */
-    size_t planned, step_rows;  /* drafts of the step under way, and its rows */
-    size_t agreed;              /* drafts that stand */
-    dsv3_rng rng_before;        /* in case it fails */
-    size_t *lengths;            /* [n_modules] likewise, of their caches */
-    float *hidden;              /* [n_modules, window, d] states h^0 .. h^(n_modules-1) */
-    float *p;                   /* [V] */
-    float *q;                   /* [max_drafts, V] */
-    float *rate;                /* [max_drafts] chance that a draft in this place is accepted */
-    dsv3_candidate *candidates; /* [V] */
+    struct dsv3i_sequence *own; /* private */
 } dsv3_sequence;
 
 /* capacity: positions of the caches (a prompt of P tokens and n written ones want P + n - 1); type: theirs, as for
@@ -1026,7 +981,7 @@ DSV3_API dsv3_result dsv3_balancer_init(const dsv3_config *config, dsv3_balancer
                                         size_t bytes, dsv3_error *error);
 /* Sums load over the ranks, moves bias [layers, E] (rows of dense layers stay), adds load to load_all and clears
  * it. When reduce fails nothing has changed but what reduce did. */
-DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, uint64_t seen);
+DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, uint64_t seen, dsv3_error *error);
 #endif
 
 /* Balance losses, without their weights. score [n, E], idx [n, K], mask [n] or NULL as above; 0 when no row
@@ -1128,22 +1083,8 @@ typedef struct dsv3_trainer {
     uint64_t step;          /* optimizer steps done */
     dsv3_balancer balancer; /* loads, until dsv3_train_end clears them; rule and schedule are the caller's to set */
     dsv3_losses losses;     /* sums of the step so far, until the next begins */
-    /* of the step under way */
-    int32_t stage;     /* 0: none, 1: begun, 2: begun, and something is accumulated */
-    uint64_t *targets; /* [1 + D] of all micro-batches and ranks */
-    uint64_t sequences;
     dsv3_workspace workspace; /* of settings.rows rows; free for other calls between the stages */
-    /* private */
-    size_t most_rows, most_sequences, threads;
-    dsv3_cache *caches;        /* [sequences] one layer each */
-    struct dsv3i_saved *saved; /* [L + D] */
-    struct dsv3i_depth *depth; /* [1 + D] */
-    struct dsv3i_backward *backward;
-    float *carry[2]; /* [n, d] */
-    float *dx;       /* [n, d] */
-    float *dconcat;  /* [n, 2d] */
-    float *bias;     /* [L + D, E] */
-    struct dsv3i_squares *squares; /* pieces of the gradients */
+    struct dsv3i_trainer *own; /* private */
 } dsv3_trainer;
 
 DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_training *settings, size_t threads,
@@ -1164,7 +1105,8 @@ DSV3_API void dsv3_text_count(const dsv3_text *text, size_t depths, uint64_t *ta
  * with DSV3_ERR_NAN: nothing is trained then, and the biases stay. Bits do not depend on the number of threads.
  * ARG, with nothing changed: NULL, a setting outside its domain (error->name says which), a rate that is negative or too
  * large for float32, accumulate without begin, end without accumulate (with settings.reduce: without begin). */
-DSV3_API dsv3_result dsv3_train_begin(dsv3_trainer *trainer, const uint64_t *targets, uint64_t sequences);
+DSV3_API dsv3_result dsv3_train_begin(dsv3_trainer *trainer, const uint64_t *targets, uint64_t sequences,
+                                      dsv3_error *error);
 DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_trainer *trainer, const dsv3_text *text,
                                            dsv3_error *error);
 /* norm (may be NULL): global norm of the gradients before clipping. */
@@ -2004,12 +1946,44 @@ typedef struct dsv3i_backward {
 } dsv3i_backward;
 #endif
 
+/* Intermediate values of a pass of n rows: a layout over dsv3_workspace.memory, made anew by each call, so that the memory
+ * may hold anything before it. x is the residual stream, u normalised rows, y the result of a block; leader [n] the first row
+ * of the call that has the same sequence, expanded [n] whether it attends in that form; row_.. a batch being gathered, and
+ * views its caches; softmax running maxima and sums; slot [n, K] the row of (token, choice) among the rows grouped by expert,
+ * pair the way back (token K + choice), offset the first row of each expert. Parts: rows of a pass; an MTP module's input,
+ * the loss, attention, the FFN. */
+#define DSV3I_WORKSPACE(X)                                                                                           \
+    X(0, int32_t, sequence, n, one) X(0, int32_t, position, n, one) X(0, int32_t, leader, n, one)                    \
+    X(0, int32_t, expanded, n, one) X(0, float, cos_sin, n, m.dr) X(0, float, x, n, m.d) X(0, float, u, n, m.d)      \
+    X(0, float, y, n, m.d) X(0, float, scratch, scratch, one) X(0, dsv3_cache, views, n, one)                        \
+    X(0, int32_t, row_token, n, one) X(0, int32_t, row_sequence, n, one) X(0, int32_t, row_output, n, one)           \
+    X(0, size_t, row_index, n, one) X(0, uint8_t, row_mask, n, one) X(0, float, row_hidden, modules, m.d)            \
+    X(0, double, balance, threads, E2) X(0, double, sequence_loss, n, one) X(1, float, concat, modules, m.d2)        \
+    X(2, float, loss, loss, one) X(3, float, q_latent, n, m.rq) X(3, float, q, n, m.Hq) X(3, float, kv, n, m.width)  \
+    X(3, float, o, n, m.Ho) X(3, float, softmax, n, H2) X(4, float, score, n, m.E) X(4, float, bias, m.E, one)       \
+    X(4, float, select, threads, select) X(4, int32_t, idx, n, m.K) X(4, float, gate, n, m.K)                        \
+    X(4, size_t, slot, n, m.K) X(4, size_t, pair, n, m.K) X(4, size_t, offset, E1, one)                              \
+    X(4, struct dsv3i_mlp, mlps, mlps, one) X(4, float, grouped, n, Kd) X(4, float, h_gate, n, hidden)                      \
+    X(4, float, h_up, n, hidden)
+#define DSV3I_WORKSPACE_MEMBER(part, type, name, rows, columns) type *name;
+
+typedef struct dsv3i_workspace {
+    size_t rows, threads;
+    DSV3I_WORKSPACE(DSV3I_WORKSPACE_MEMBER)
+    float *u_ffn, *kv_raw, *q_raw, *h; /* u, kv, q_latent and h_gate, unless a backward pass wants both of a pair */
+    float *x_mid;                      /* [n, d] NULL, or gets the residual stream between attention and FFN */
+    const float *hidden;               /* x or u */
+} dsv3i_workspace;
+
+/* Its arrays: in chapter 11. */
+static dsv3i_workspace dsv3i_workspace_of(const dsv3_workspace *workspace, const dsv3_config *config);
+
 /* One layer's part of a pass. */
 typedef struct dsv3i_call {
     const dsv3_context *ctx;
     const dsv3_model *model;
     const dsv3_layer *w;
-    dsv3_workspace *ws;
+    dsv3i_workspace *ws;
     size_t n; /* rows */
     dsv3i_dims m;
     dsv3_cache *caches;
@@ -2020,7 +1994,7 @@ typedef struct dsv3i_call {
 } dsv3i_call;
 
 static dsv3i_call dsv3i_call_of(const dsv3_context *ctx, const dsv3_model *model, const dsv3_layer *w, size_t layer,
-                                dsv3_cache *caches, size_t n, dsv3_workspace *ws) {
+                                dsv3_cache *caches, size_t n, dsv3i_workspace *ws) {
     dsv3i_call c = {ctx, model, w, ws, n, dsv3i_dims_of(&model->config), caches, layer, NULL, NULL, NULL};
     return c;
 }
@@ -2042,7 +2016,7 @@ static void dsv3i_project(const dsv3i_call *c, float *y, const float *x, const d
 static float *dsv3i_grad(const dsv3_tensor *g) { return (float *)(uintptr_t)g->data; }
 
 /* dx [n, cols] += dy W (beta0: =), and the gradient g of w. */
-static void dsv3i_project_backward(const dsv3_context *ctx, const dsv3_workspace *ws, float *dx, int beta0,
+static void dsv3i_project_backward(const dsv3_context *ctx, const dsv3i_workspace *ws, float *dx, int beta0,
                                    const dsv3_tensor *g, const float *dy, const float *x, const dsv3_tensor *w,
                                    size_t n) {
     dsv3i_product p = dsv3i_product_of((float *)(uintptr_t)dy, x, w, n);
@@ -3213,7 +3187,7 @@ static void dsv3i_mla_rotate_task(void *arg, size_t begin, size_t end, size_t wo
 
 /* q from q_raw: norm and q_b (without q_lora it is there already); rotation. */
 static void dsv3i_mla_q(dsv3i_call *c) {
-    dsv3_workspace *ws = c->ws;
+    dsv3i_workspace *ws = c->ws;
     if (c->m.rq > 0) {
         dsv3_rmsnorm(c->ctx, ws->q_latent, ws->q_raw, &c->w->q_a_layernorm, c->n, c->m.rq, c->model->config.latent_norm_eps);
         dsv3i_project(c, ws->q, ws->q_latent, &c->w->q_b_proj);
@@ -3258,7 +3232,7 @@ static void dsv3i_attend_end(float *o, const float state[2], size_t dv) {
 /* Absorbed: row t, head h. scratch: q~ [rk+dr], m, m rounded and a row of kv_b_proj [rk], keys [KEYS, rk+dr] */
 static void dsv3i_attend_absorbed(const dsv3i_call *c, size_t t, size_t h, float *scratch) {
     const dsv3i_dims *m = &c->m;
-    const dsv3_workspace *ws = c->ws;
+    const dsv3i_workspace *ws = c->ws;
     const dsv3_tensor *w = &c->w->kv_b_proj;
     const dsv3_cache *cache = &c->caches[ws->sequence[t]];
     const float *q = ws->q + (t * m->H + h) * m->qk, *x;
@@ -3308,7 +3282,7 @@ static void dsv3i_expand(const dsv3i_call *c, const dsv3_cache *cache, size_t j,
 /* Expanded: head h of the sequence whose first row is `leader`. A block of keys is expanded once for all its rows. */
 static void dsv3i_attend_expanded(const dsv3i_call *c, size_t leader, size_t h, float *scratch) {
     const dsv3i_dims *m = &c->m;
-    const dsv3_workspace *ws = c->ws;
+    const dsv3i_workspace *ws = c->ws;
     float *k = scratch, *v = k + DSV3I_KEYS * m->qk, *state = ws->softmax + 2 * h, *o = ws->o + h * m->dv;
     dsv3i_keys b = {k, v, m->qk, m->dv, m->qk, m->dv, 0, c->model->softmax_scale};
     size_t last = 0;
@@ -3366,7 +3340,7 @@ static void dsv3i_attend(dsv3i_call *c) {
 }
 
 static void dsv3i_mla_forward(dsv3i_call *c, float *y, const float *u) {
-    dsv3_workspace *ws = c->ws;
+    dsv3i_workspace *ws = c->ws;
     dsv3i_mla_down(c, u);
     dsv3i_mla_kv(c);
     dsv3i_mla_q(c);
@@ -3380,7 +3354,8 @@ static void dsv3i_mla_forward(dsv3i_call *c, float *y, const float *u) {
 DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
                                const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
                                dsv3_workspace *workspace) {
-    dsv3i_call c = dsv3i_call_of(context, model, weights, layer, caches, n, workspace);
+    dsv3i_workspace ws = dsv3i_workspace_of(workspace, &model->config);
+    dsv3i_call c = dsv3i_call_of(context, model, weights, layer, caches, n, &ws);
     DSV3_ASSERT(n <= workspace->rows && context->threads <= workspace->threads);
     dsv3i_mla_forward(&c, y, u);
 }
@@ -3473,7 +3448,7 @@ static void dsv3i_mla_rotate_backward_task(void *arg, size_t begin, size_t end, 
 
 /* What the forward pass had and has not kept: kv, q_latent and q in the workspace, c and kv_up in b. */
 static void dsv3i_mla_rebuild(dsv3i_call *c, const float *u) {
-    dsv3_workspace *ws = c->ws;
+    dsv3i_workspace *ws = c->ws;
     const dsv3i_saved *s = c->s;
     dsv3i_rows latent = dsv3i_rows_of(c->ctx, c->b->c, NULL, c->m.rk);
     if (s->kv == NULL) dsv3i_mla_kv(c);
@@ -3823,11 +3798,13 @@ static void dsv3i_balancer_move(dsv3_balancer *b, float *bias, uint64_t seen) {
     DSV3_MEMSET(b->load, 0, n * sizeof *b->load);
 }
 
-DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, uint64_t seen) {
-    if (balancer == NULL) return DSV3_ERR_ARG;
-    DSV3I_TRY(dsv3i_balancer_reduce(balancer));
+DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, uint64_t seen, dsv3_error *error) {
+    dsv3_result result;
+    if (balancer == NULL) return dsv3i_fail_null(error, "balancer");
+    result = dsv3i_balancer_reduce(balancer);
+    if (result != DSV3_OK) return dsv3i_fail(error, result, "balancer.reduce", "ended the step");
     dsv3i_balancer_move(balancer, bias, seen);
-    return DSV3_OK;
+    return dsv3i_ok(error);
 }
 #endif
 
@@ -4019,7 +3996,7 @@ static void dsv3i_mlp_gather(const dsv3i_call *c, float *to, const float *x, con
 
 /* Each MLP after the other. Inputs of a routed expert first stand where its outputs will. */
 static void dsv3i_mlps(dsv3i_call *c, const dsv3i_mlp *list, size_t count) {
-    const dsv3_workspace *ws = c->ws;
+    const dsv3i_workspace *ws = c->ws;
     for (size_t j = 0; j < count; j++) {
         const dsv3i_mlp *r = &list[j];
         float *gate = ws->h_gate + r->at, *up = ws->h_up + r->at, *h = ws->h + r->at;
@@ -4065,7 +4042,7 @@ static dsv3_result dsv3i_select(dsv3i_call *c) {
 static dsv3_result dsv3i_route(dsv3i_call *c, const float *u) {
     const dsv3_config *config = &c->model->config;
     const dsv3_observer *o = &c->ctx->observer;
-    dsv3_workspace *ws = c->ws;
+    dsv3i_workspace *ws = c->ws;
     dsv3_result result;
     if (dsv3i_choice_bias(c) != NULL) dsv3i_decode_row(c->ctx, ws->bias, &c->w->e_score_correction_bias, 0);
     dsv3_router_scores(c->ctx, config, ws->score, u, &c->w->gate, NULL, c->n, ws->scratch);
@@ -4094,7 +4071,7 @@ static void dsv3i_group_rows(size_t *offset, size_t *slot, size_t *pair, const i
 /* The MLPs of a layer in ws->mlps, routed experts first, of those that were chosen. grouped [n K, d] and y [n, d] get
  * outputs; or, with dy, gradients of inputs. Returns how many. */
 static size_t dsv3i_moe_list(const dsv3i_call *c, float *grouped, float *y, const float *u, const float *dy) {
-    const dsv3_workspace *ws = c->ws;
+    const dsv3i_workspace *ws = c->ws;
     const dsv3_layer *w = c->w, *g = c->g;
     const dsv3i_mlp shared = {&w->shared_experts, g != NULL ? &g->shared_experts : NULL, u, NULL, y, dy, c->n,
                               c->n * c->m.K * c->m.F};
@@ -4129,7 +4106,7 @@ static void dsv3i_moe_combine(const dsv3i_call *c, float *y, const float *groupe
 }
 
 static dsv3_result dsv3i_moe_forward(dsv3i_call *c, float *y, const float *u) {
-    dsv3_workspace *ws = c->ws;
+    dsv3i_workspace *ws = c->ws;
     dsv3_result result = dsv3i_route(c, u);
     if (result != DSV3_OK && result != DSV3_ERR_NAN) return result;
     dsv3i_group_rows(ws->offset, ws->slot, ws->pair, ws->idx, c->n, c->m.K, c->m.E);
@@ -4166,7 +4143,8 @@ static dsv3_result dsv3i_ffn_forward(dsv3i_call *c, float *y, const float *u) {
 
 DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
                                       const dsv3_layer *weights, size_t n, dsv3_workspace *workspace, dsv3_error *error) {
-    dsv3i_call c = dsv3i_call_of(context, model, weights, 0, NULL, n, workspace);
+    dsv3i_workspace ws = dsv3i_workspace_of(workspace, &model->config);
+    dsv3i_call c = dsv3i_call_of(context, model, weights, 0, NULL, n, &ws);
     DSV3_ASSERT(n <= workspace->rows && context->threads <= workspace->threads);
     return dsv3i_layer_result(&c, dsv3i_ffn_forward(&c, y, u), error);
 }
@@ -4263,7 +4241,7 @@ static const dsv3i_ops dsv3i_plain = {
  * ==================================================================================================== */
 
 static dsv3_result dsv3i_layer_forward(dsv3i_call *c, float *x) {
-    dsv3_workspace *ws = c->ws;
+    dsv3i_workspace *ws = c->ws;
     size_t n = c->n, d = c->m.d;
     float eps = c->model->config.rms_norm_eps;
     dsv3_result result;
@@ -4280,7 +4258,8 @@ static dsv3_result dsv3i_layer_forward(dsv3i_call *c, float *x) {
 DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, const dsv3_model *model,
                                         const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
                                         dsv3_workspace *workspace, dsv3_error *error) {
-    dsv3i_call c = dsv3i_call_of(context, model, weights, layer, caches, n, workspace);
+    dsv3i_workspace ws = dsv3i_workspace_of(workspace, &model->config);
+    dsv3i_call c = dsv3i_call_of(context, model, weights, layer, caches, n, &ws);
     return dsv3i_layer_result(&c, dsv3i_layer_forward(&c, x), error);
 }
 
@@ -4709,12 +4688,14 @@ static dsv3_result dsv3i_show_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     return w->show(w->user, &w->info);
 }
 
-DSV3_API dsv3_result dsv3_model_tensors(const dsv3_config *config, dsv3_visit visit, void *user) {
+DSV3_API dsv3_result dsv3_model_tensors(const dsv3_config *config, dsv3_visit visit, void *user, dsv3_error *error) {
     dsv3i_walk w;
-    if (config == NULL || visit == NULL) return DSV3_ERR_ARG;
+    dsv3_result result;
+    if (config == NULL || visit == NULL) return dsv3i_fail_null(error, config == NULL ? "config" : "visit");
     dsv3i_walk_begin(&w, config, user, dsv3i_show_tensor);
     w.show = visit;
-    return dsv3i_walk_all(&w, NULL);
+    result = dsv3i_walk_all(&w, NULL);
+    return result == DSV3_OK ? dsv3i_ok(error) : dsv3i_fail(error, result, w.info.name, "is where visit ended the walk");
 }
 
 /* ---- Binding */
@@ -4965,25 +4946,10 @@ typedef struct dsv3i_pass_sizes {
     size_t one, n, threads, modules, H2, E1, E2, Kd, hidden, mlps, select, scratch, loss;
 } dsv3i_pass_sizes;
 
-/* The arrays of dsv3_workspace, whose shapes stand at its declaration. Parts: rows of a pass; an MTP module's input, the loss,
- * attention, the FFN. */
-#define DSV3I_WORKSPACE(X)                                                                                           \
-    X(0, int32_t, sequence, n, one) X(0, int32_t, position, n, one) X(0, int32_t, leader, n, one)                    \
-    X(0, int32_t, expanded, n, one) X(0, float, cos_sin, n, m.dr) X(0, float, x, n, m.d) X(0, float, u, n, m.d)      \
-    X(0, float, y, n, m.d) X(0, float, scratch, scratch, one) X(0, dsv3_cache, views, n, one)                        \
-    X(0, int32_t, row_token, n, one) X(0, int32_t, row_sequence, n, one) X(0, int32_t, row_output, n, one)           \
-    X(0, size_t, row_index, n, one) X(0, uint8_t, row_mask, n, one) X(0, float, row_hidden, modules, m.d)            \
-    X(0, double, balance, threads, E2) X(0, double, sequence_loss, n, one) X(1, float, concat, modules, m.d2)        \
-    X(2, float, loss, loss, one) X(3, float, q_latent, n, m.rq) X(3, float, q, n, m.Hq) X(3, float, kv, n, m.width)  \
-    X(3, float, o, n, m.Ho) X(3, float, softmax, n, H2) X(4, float, score, n, m.E) X(4, float, bias, m.E, one)       \
-    X(4, float, select, threads, select) X(4, int32_t, idx, n, m.K) X(4, float, gate, n, m.K)                        \
-    X(4, size_t, slot, n, m.K) X(4, size_t, pair, n, m.K) X(4, size_t, offset, E1, one)                              \
-    X(4, dsv3i_mlp, mlps, mlps, one) X(4, float, grouped, n, Kd) X(4, float, h_gate, n, hidden)                      \
-    X(4, float, h_up, n, hidden)
-#define DSV3I_PASS(p, t, n, r, c) DSV3I_ARRAY(dsv3_workspace, dsv3i_pass_sizes, p, t, n, r, c)
+#define DSV3I_PASS(p, t, n, r, c) DSV3I_ARRAY(dsv3i_workspace, dsv3i_pass_sizes, p, t, n, r, c)
 static const dsv3i_array dsv3i_workspace_arrays[] = {DSV3I_WORKSPACE(DSV3I_PASS)};
 
-static void dsv3i_workspace_layout(dsv3_workspace *at, const dsv3_config *config, size_t n, size_t threads,
+static void dsv3i_workspace_layout(dsv3i_workspace *at, const dsv3_config *config, size_t n, size_t threads,
                                    dsv3i_layout *l) {
     const dsv3i_dims m = dsv3i_dims_of(config);
     const dsv3i_pass_sizes s = {
@@ -4993,7 +4959,6 @@ static void dsv3i_workspace_layout(dsv3_workspace *at, const dsv3_config *config
     DSV3_MEMSET(at, 0, sizeof *at);
     at->rows = n;
     at->threads = threads;
-    at->made_for = dsv3i_fingerprint(config);
     dsv3i_take_arrays(l, at, dsv3i_workspace_arrays, DSV3I_COUNT(dsv3i_workspace_arrays), &s);
     at->u_ffn = at->u; /* pairs of which nobody wants both */
     at->kv_raw = at->kv;
@@ -5001,19 +4966,59 @@ static void dsv3i_workspace_layout(dsv3_workspace *at, const dsv3_config *config
     at->h = at->h_gate;
 }
 
+/* The one that begins where l stands. */
+static dsv3i_workspace dsv3i_workspace_make(dsv3_workspace *workspace, const dsv3_config *config, size_t n,
+                                            size_t threads, dsv3i_layout *l) {
+    dsv3_workspace made = {n, threads, NULL, NULL, NULL, NULL, dsv3i_fingerprint(config)};
+    dsv3i_workspace ws;
+    if (l->base != NULL) made.memory = l->base + l->used;
+    dsv3i_workspace_layout(&ws, config, n, threads, l);
+    made.sequence = ws.sequence;
+    made.position = ws.position;
+    *workspace = made;
+    return ws;
+}
+
 DSV3_API dsv3_result dsv3_workspace_size(const dsv3_config *config, size_t rows, size_t threads, size_t *bytes,
                                          dsv3_error *error) {
     DSV3I_TRY(dsv3_config_check(config, error));
     DSV3I_TRY(dsv3i_check_count(error, "rows", rows, DSV3_MAX_SEQ));
     DSV3I_TRY(dsv3i_check_count(error, "threads", threads, INT64_MAX));
-    DSV3I_SIZE(dsv3_workspace, bytes, dsv3i_workspace_layout(&it, config, rows, threads, &l));
+    DSV3I_SIZE(dsv3i_workspace, bytes, dsv3i_workspace_layout(&it, config, rows, threads, &l));
 }
 
 DSV3_API dsv3_result dsv3_workspace_init(const dsv3_config *config, dsv3_workspace *workspace, size_t rows,
                                          size_t threads, void *memory, size_t bytes, dsv3_error *error) {
     DSV3I_INIT(workspace, dsv3_workspace_size(config, rows, threads, &need, error));
-    dsv3i_workspace_layout(workspace, config, rows, threads, &l);
+    (void)dsv3i_workspace_make(workspace, config, rows, threads, &l);
     return dsv3i_ok(error);
+}
+
+static dsv3i_workspace dsv3i_workspace_of(const dsv3_workspace *workspace, const dsv3_config *config) {
+    dsv3i_workspace ws;
+    dsv3i_layout l = {dsv3i_layout_base(workspace->memory), 0};
+    dsv3i_workspace_layout(&ws, config, workspace->rows, workspace->threads, &l);
+    return ws;
+}
+
+/* Context, model and workspace as a program was given them. */
+static dsv3_result dsv3i_workspace_check(const dsv3_workspace *workspace, const dsv3_context *ctx,
+                                         const dsv3_model *model, dsv3_error *error) {
+    const char *null = ctx == NULL ? "context" : model == NULL ? "model" : workspace == NULL ? "workspace" : NULL;
+    if (null != NULL) return dsv3i_fail_null(error, null);
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MEMORY, "threads", "is more than the workspace was made for",
+                                  (int64_t)ctx->threads, 1, (int64_t)workspace->threads));
+    if (workspace->made_for != dsv3i_fingerprint(&model->config)) {
+        return dsv3i_fail(error, DSV3_ERR_MISMATCH, "workspace", "was made for another config");
+    }
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3i_workspace_open(dsv3i_workspace *ws, const dsv3_workspace *workspace, const dsv3_context *ctx,
+                                        const dsv3_model *model, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_workspace_check(workspace, ctx, model, error));
+    *ws = dsv3i_workspace_of(workspace, &model->config);
+    return DSV3_OK;
 }
 
 /* One run of a batch. Depth 0 is the main model; k, MTP module k. */
@@ -5026,7 +5031,7 @@ typedef struct dsv3i_run {
     const dsv3_batch *batch;
     const float *hidden; /* [n, d] k > 0: the rows' states at depth k - 1 */
     float *logits;       /* [outputs, V] */
-    dsv3_workspace *ws;
+    dsv3i_workspace *ws;
     dsv3_error *error;
     const struct dsv3i_evaluation *sums; /* loads and balance losses are added up here; or NULL */
     struct dsv3i_saved *saved; /* [L + D] training: where layers keep what their backward pass needs, and the caches
@@ -5045,7 +5050,7 @@ static size_t dsv3i_previous_row(const int32_t *sequence, size_t r) {
 
 DSV3I_APART dsv3_result dsv3i_batch_row(const dsv3i_run *p, size_t r) {
     const dsv3_batch *batch = p->batch;
-    dsv3_workspace *ws = p->ws;
+    dsv3i_workspace *ws = p->ws;
     int32_t s = batch->sequence != NULL ? batch->sequence[r] : 0;
     size_t before, position;
     DSV3I_TRY(dsv3i_check_element(p->error, DSV3_ERR_ARG, "sequence", r, "is not one of the caches",
@@ -5075,24 +5080,16 @@ static dsv3_result dsv3i_batch_outputs(const dsv3_batch *batch, dsv3_error *erro
 }
 
 static dsv3_result dsv3i_batch_check(const dsv3i_run *p) {
-    const dsv3_workspace *ws = p->ws;
+    const dsv3i_workspace *ws = p->ws;
     dsv3_error *e = p->error;
     const dsv3_config *c;
     size_t layers, rows, width;
-    if (p->ctx == NULL || p->model == NULL || p->caches == NULL || p->batch == NULL || ws == NULL ||
-        p->batch->token == NULL) {
-        return dsv3i_fail_null(e, "argument");
-    }
+    if (p->caches == NULL || p->batch == NULL || p->batch->token == NULL) return dsv3i_fail_null(e, "argument");
     rows = p->batch->rows;
     if (rows < 1) return dsv3i_fail(e, DSV3_ERR_ARG, "rows", "the batch is empty");
     DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_MEMORY, "rows", "is more than the workspace was made for", (int64_t)rows,
                                   1, (int64_t)ws->rows));
-    DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_MEMORY, "threads", "is more than the workspace was made for",
-                                  (int64_t)p->ctx->threads, 1, (int64_t)ws->threads));
     c = &p->model->config;
-    if (ws->made_for != dsv3i_fingerprint(c)) {
-        return dsv3i_fail(e, DSV3_ERR_MISMATCH, "workspace", "was made for another config");
-    }
     layers = p->k > 0 || p->saved != NULL ? 1 : (size_t)c->num_hidden_layers;
     width = dsv3i_dims_of(c).width;
     for (size_t s = 0; s < p->n_caches; s++) {
@@ -5106,7 +5103,7 @@ static dsv3_result dsv3i_batch_check(const dsv3i_run *p) {
 }
 
 /* Which rows use the expanded form: see chapter 6. */
-static void dsv3i_batch_forms(const dsv3_context *ctx, size_t rk, size_t kv, size_t n, dsv3_workspace *ws) {
+static void dsv3i_batch_forms(const dsv3_context *ctx, size_t rk, size_t kv, size_t n, dsv3i_workspace *ws) {
     for (size_t t = 0; t < n; t++) ws->expanded[t] = 0;
     for (size_t t = 0; t < n; t++) ws->expanded[ws->leader[t]]++; /* rows of the sequence, kept by its leader */
     for (size_t t = n; t > 0; t--) {
@@ -5134,16 +5131,21 @@ static dsv3_result dsv3i_batch_begin(const dsv3i_run *p) {
 DSV3_API dsv3_result dsv3_batch_begin(const dsv3_context *context, const dsv3_model *model, const dsv3_cache *caches,
                                       size_t n_caches, const dsv3_batch *batch, dsv3_workspace *workspace,
                                       dsv3_error *error) {
-    const dsv3i_run p = {context, model, 0,         (dsv3_cache *)(uintptr_t)caches, n_caches, batch, NULL,
-                         NULL,    workspace, error, NULL, NULL};
+    dsv3i_workspace ws;
+    const dsv3i_run p = {context, model, 0,   (dsv3_cache *)(uintptr_t)caches, n_caches, batch, NULL,
+                         NULL,    &ws,   error, NULL, NULL};
+    DSV3I_TRY(dsv3i_workspace_open(&ws, workspace, context, model, error));
     return dsv3i_batch_begin(&p);
 }
 
-DSV3_API void dsv3_batch_end(dsv3_cache *caches, const dsv3_batch *batch, const dsv3_workspace *workspace) {
-    for (size_t r = 0; r < batch->rows; r++) {
-        caches[workspace->sequence[r]].length = (size_t)workspace->position[r] + 1;
-    }
+static void dsv3i_batch_end(dsv3_cache *caches, size_t n, const int32_t *sequence, const int32_t *position) {
+    for (size_t r = 0; r < n; r++) caches[sequence[r]].length = (size_t)position[r] + 1;
 }
+
+DSV3_API void dsv3_batch_end(dsv3_cache *caches, const dsv3_batch *batch, const dsv3_workspace *workspace) {
+    dsv3i_batch_end(caches, batch->rows, workspace->sequence, workspace->position);
+}
+
 /* ---- The pass: rows in ws->x go through a stack of layers and a norm. The main model is one such stack, and so is each
  * MTP module. */
 
@@ -5167,8 +5169,8 @@ static dsv3i_stack dsv3i_stack_of(const dsv3_model *model, size_t k) {
 
 #ifndef DSV3_NO_TRAINING
 /* A workspace whose pointers are on what a layer keeps. */
-static dsv3_workspace dsv3i_keeping(const dsv3_workspace *from, const dsv3i_saved *s) {
-    dsv3_workspace ws = *from;
+static dsv3i_workspace dsv3i_keeping(const dsv3i_workspace *from, const dsv3i_saved *s) {
+    dsv3i_workspace ws = *from;
 #define DSV3I_KEEP(type, name, rows, columns)                                                                        \
     if (s->name != NULL) ws.name = s->name;
     DSV3I_SAVED(DSV3I_KEEP)
@@ -5189,7 +5191,7 @@ static void dsv3i_evaluate_layer(const struct dsv3i_evaluation *a, dsv3i_call *c
 /* The layers of depth k on the rows in ws->x, then the norm: ws->x, ws->u and ws->hidden. */
 static dsv3_result dsv3i_pass(const dsv3i_run *p) {
     const dsv3_observer *o = &p->ctx->observer;
-    dsv3_workspace *ws = p->ws;
+    dsv3i_workspace *ws = p->ws;
     dsv3i_stack stack = dsv3i_stack_of(p->model, p->k);
     size_t n = p->batch->rows, d = stack.norm->cols;
     for (size_t i = 0; i < stack.count; i++) {
@@ -5197,7 +5199,7 @@ static dsv3_result dsv3i_pass(const dsv3i_run *p) {
         dsv3i_call c = dsv3i_call_of(p->ctx, p->model, w, p->saved == NULL ? i : 0, p->caches, n, ws);
         dsv3_result result = dsv3i_go_on(p->ctx, p->error);
 #ifndef DSV3_NO_TRAINING
-        dsv3_workspace keeping;
+        dsv3i_workspace keeping;
 #endif
         if (result != DSV3_OK) return result;
 #ifndef DSV3_NO_TRAINING
@@ -5220,7 +5222,7 @@ static dsv3_result dsv3i_pass(const dsv3i_run *p) {
 
 /* NaN, infinite, or so large that the norm would make zeros of it; or the norm's gain is not finite. */
 static dsv3_result dsv3i_pass_finite(const dsv3i_run *p) {
-    const dsv3_workspace *ws = p->ws;
+    const dsv3i_workspace *ws = p->ws;
     size_t d = (size_t)p->model->config.hidden_size;
     for (size_t t = 0; t < p->batch->rows; t++) {
         const float *x = ws->x + t * d;
@@ -5259,30 +5261,36 @@ static dsv3_result dsv3i_forward(const dsv3i_run *p) {
     DSV3I_TRY(dsv3i_pass(p));
     if (p->saved == NULL) DSV3I_TRY(dsv3i_pass_finite(p));
     DSV3I_TRY(dsv3i_pass_logits(p));
-    dsv3_batch_end(p->caches, p->batch, p->ws);
+    dsv3i_batch_end(p->caches, p->batch->rows, p->ws->sequence, p->ws->position);
     return dsv3i_ok(p->error);
 }
 
 DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, const dsv3_model *model,
                                   dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                   dsv3_workspace *workspace, dsv3_error *error) {
-    const dsv3i_run p = {context, model, 0, caches, n_caches, batch, NULL, logits, workspace, error, NULL, NULL};
-    return dsv3i_forward(&p);
+    dsv3i_workspace ws;
+    const dsv3i_run p = {context, model, 0, caches, n_caches, batch, NULL, logits, &ws, error, NULL, NULL};
+    DSV3I_TRY(dsv3i_workspace_open(&ws, workspace, context, model, error));
+    DSV3I_TRY(dsv3i_forward(&p));
+    workspace->hidden = ws.hidden;
+    return DSV3_OK;
 }
 
 DSV3_API dsv3_result dsv3_states(const dsv3_model *model, float *state, const dsv3_workspace *workspace,
                                  const int32_t *row, size_t n, dsv3_error *error) {
     size_t d;
+    const float *u;
     if (state == NULL || model == NULL || workspace == NULL || row == NULL) return dsv3i_fail_null(error, "argument");
     if (workspace->made_for != dsv3i_fingerprint(&model->config)) {
         return dsv3i_fail(error, DSV3_ERR_MISMATCH, "workspace", "was made for another config");
     }
     d = (size_t)model->config.hidden_size;
+    u = dsv3i_workspace_of(workspace, &model->config).u;
     for (size_t i = 0; i < n; i++) {
         DSV3I_TRY(dsv3i_check_element(error, DSV3_ERR_ARG, "row", i, "is not one of the workspace",
                                       (int64_t)workspace->rows, row[i]));
     }
-    for (size_t i = 0; i < n; i++) DSV3_MEMCPY(state + i * d, workspace->u + (size_t)row[i] * d, d * sizeof *state);
+    for (size_t i = 0; i < n; i++) DSV3_MEMCPY(state + i * d, u + (size_t)row[i] * d, d * sizeof *state);
     return dsv3i_ok(error);
 }
 
@@ -5320,7 +5328,7 @@ DSV3_API dsv3_result dsv3_cache_mtp_init(const dsv3_config *config, dsv3_cache *
 
 /* ws->y [n, d] = embedding, ws->concat [n, 2d] = [enorm(embedding) ; hnorm(hidden)] */
 static void dsv3i_mtp_concat(const dsv3_context *ctx, const dsv3_model *model, const dsv3_mtp *mtp,
-                             const int32_t *token, const float *hidden, size_t n, dsv3_workspace *ws) {
+                             const int32_t *token, const float *hidden, size_t n, dsv3i_workspace *ws) {
     size_t d = (size_t)model->config.hidden_size;
     size_t e = model->config.mtp_concat == DSV3_MTP_HIDDEN_FIRST ? d : 0, h = d - e;
     float eps = model->config.rms_norm_eps;
@@ -5341,10 +5349,14 @@ static void dsv3i_mtp_input(const dsv3i_run *p) {
 DSV3_API dsv3_result dsv3_mtp_forward(const dsv3_context *context, float *logits, const dsv3_model *model, size_t k,
                                       dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                       const float *hidden, dsv3_workspace *workspace, dsv3_error *error) {
-    const dsv3i_run p = {context, model, k, caches, n_caches, batch, hidden, logits, workspace, error, NULL, NULL};
+    dsv3i_workspace ws;
+    const dsv3i_run p = {context, model, k, caches, n_caches, batch, hidden, logits, &ws, error, NULL, NULL};
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "k", "is not a module of this model", (int64_t)k, 1,
                                   model != NULL ? model->n_mtp : INT32_MAX));
-    return dsv3i_forward(&p);
+    DSV3I_TRY(dsv3i_workspace_open(&ws, workspace, context, model, error));
+    DSV3I_TRY(dsv3i_forward(&p));
+    workspace->hidden = ws.hidden;
+    return DSV3_OK;
 }
 
 /* ---- The training form: all depths over whole sequences */
@@ -5362,7 +5374,7 @@ typedef struct dsv3i_evaluation {
 typedef struct dsv3i_depth {
     size_t n, *from; /* [n] the row of the depth before that has the same position */
     float *du;       /* [n, d] the gradient of u */
-    dsv3_workspace ws;
+    dsv3i_workspace ws;
 } dsv3i_depth;
 
 static int32_t dsv3i_text_sequence(const dsv3_text *x, size_t r) { return x->sequence != NULL ? x->sequence[r] : 0; }
@@ -5425,7 +5437,7 @@ typedef struct dsv3i_balance_loop {
 /* The balance loss of each sequence among the rows, which are whole sequences; 0 for rows that begin none. */
 static void dsv3i_evaluate_balance_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_balance_loop *a = (const dsv3i_balance_loop *)arg;
-    const dsv3_workspace *ws = a->c->ws;
+    const dsv3i_workspace *ws = a->c->ws;
     size_t E = a->c->m.E, K = a->c->m.K;
     for (size_t t = begin; t < end; t++) {
         size_t rows = dsv3i_sequence_rows(ws->leader, t, a->c->n);
@@ -5437,7 +5449,7 @@ static void dsv3i_evaluate_balance_task(void *arg, size_t begin, size_t end, siz
 /* Adds a layer's loads and balance losses to the sums. */
 static void dsv3i_evaluate_layer(const dsv3i_evaluation *a, dsv3i_call *c) {
     const dsv3_losses *sums = a->losses;
-    const dsv3_workspace *ws = c->ws;
+    const dsv3i_workspace *ws = c->ws;
     size_t layer = (size_t)c->w->index;
     dsv3i_balance_loop loop = {c, sums->actual ? ws->idx : NULL};
     if (sums->load != NULL) dsv3_load_count(sums->load + layer * c->m.E, ws->idx, ws->row_mask, c->n, c->m.K);
@@ -5448,7 +5460,7 @@ static void dsv3i_evaluate_layer(const dsv3i_evaluation *a, dsv3i_call *c) {
 
 /* Adds the loss of the rows in ws->u to the sums. ws->y (d >= 1) and ws->row_output are free: nobody has asked for logits. */
 static dsv3_result dsv3i_evaluate_nll(const dsv3i_evaluation *a, const dsv3i_run *p) {
-    dsv3_workspace *ws = p->ws;
+    dsv3i_workspace *ws = p->ws;
     int32_t *target = ws->row_output;
     float *nll = ws->y;
     const dsv3_tensor *head = dsv3i_stack_of(p->model, p->k).head;
@@ -5468,7 +5480,7 @@ static dsv3_result dsv3i_evaluate_nll(const dsv3i_evaluation *a, const dsv3i_run
 
 /* Of the n rows that `from` has of depth k - 1 (at first: of the text), with their states in from->hidden, keeps
  * those that depth k has. ws may be `from`. */
-static size_t dsv3i_evaluate_gather(const dsv3_text *x, size_t k, dsv3_workspace *ws, const dsv3_workspace *from,
+static size_t dsv3i_evaluate_gather(const dsv3_text *x, size_t k, dsv3i_workspace *ws, const dsv3i_workspace *from,
                                     size_t n, size_t d) {
     size_t kept = 0;
     for (size_t i = 0; i < n; i++) {
@@ -5487,7 +5499,7 @@ static size_t dsv3i_evaluate_gather(const dsv3_text *x, size_t k, dsv3_workspace
 /* Documents apart are sequences of their own: with numbers of their own, and views of their sequence's cache, each from the
  * place of its first row on. For rows gathered from row `begin` on; what is before it is there already. */
 static dsv3_result dsv3i_evaluate_apart(const dsv3_text *x, dsv3i_run *p, size_t begin) {
-    dsv3_workspace *ws = p->ws;
+    dsv3i_workspace *ws = p->ws;
     size_t views = 0, start = 0, first = 0;
     for (size_t i = 0; i < p->batch->rows; i++) {
         size_t row = ws->row_index[i], s = (size_t)ws->row_sequence[i];
@@ -5516,7 +5528,7 @@ DSV3I_APART dsv3_result dsv3i_evaluate_rows(const dsv3i_evaluation *a, dsv3i_run
     dsv3i_run run;
     for (size_t i = 0; i < n; i++) p.ws->row_index[i] = begin + i;
     for (p.k = 0; p.k <= a->losses->depths; p.k++) {
-        const dsv3_workspace *from = p.ws;
+        const dsv3i_workspace *from = p.ws;
         dsv3_batch batch = {0, NULL, NULL, NULL, 0, NULL};
         if (a->depth != NULL) p.ws = &a->depth[p.k].ws;
         n = batch.rows = dsv3i_evaluate_gather(a->text, p.k, p.ws, from, n, d);
@@ -5538,23 +5550,24 @@ DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *los
                                    dsv3_cache *caches, dsv3_cache *modules, size_t n_caches, const dsv3_text *text,
                                    dsv3_workspace *workspace, dsv3_error *error) {
     const dsv3i_evaluation a = {losses, text, modules, NULL, NULL, NULL};
-    dsv3i_run p = {context, model, 0, caches, n_caches, NULL, NULL, NULL, workspace, error, &a, NULL};
-    if (context == NULL || losses == NULL || model == NULL || caches == NULL || text == NULL || workspace == NULL ||
-        text->token == NULL || losses->nll == NULL || losses->targets == NULL || (modules == NULL && losses->depths > 0)) {
+    dsv3i_workspace ws;
+    dsv3i_run p = {context, model, 0, caches, n_caches, NULL, NULL, NULL, &ws, error, &a, NULL};
+    if (losses == NULL || caches == NULL || text == NULL || text->token == NULL || losses->nll == NULL ||
+        losses->targets == NULL || (modules == NULL && losses->depths > 0)) {
         return dsv3i_fail_null(error, "argument");
     }
+    DSV3I_TRY(dsv3i_workspace_open(&ws, workspace, context, model, error));
     if (text->rows < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "rows", "the text is empty");
-    if (workspace->rows < 1) return dsv3i_fail(error, DSV3_ERR_MEMORY, "workspace", "has no rows");
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "depths", "is more than the model has modules",
                                   (int64_t)losses->depths, 0, model->n_mtp));
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MEMORY, "rows", "the balance loss needs the text in one piece",
-                                  losses->balance != NULL ? (int64_t)text->rows : 1, 1, (int64_t)workspace->rows));
+                                  losses->balance != NULL ? (int64_t)text->rows : 1, 1, (int64_t)ws.rows));
     DSV3I_TRY(dsv3i_text_check(text, model->config.vocab_size, error));
     for (size_t s = 0; s < n_caches; s++) caches[s].length = 0;
     for (size_t s = 0; s < n_caches * losses->depths; s++) modules[s].length = 0;
-    p.hidden = workspace->row_hidden;
-    for (size_t begin = 0; begin < text->rows; begin += workspace->rows) {
-        size_t n = dsv3i_min(workspace->rows, text->rows - begin);
+    p.hidden = ws.row_hidden;
+    for (size_t begin = 0; begin < text->rows; begin += ws.rows) {
+        size_t n = dsv3i_min(ws.rows, text->rows - begin);
         DSV3I_TRY(dsv3i_evaluate_rows(&a, p, begin, n));
     }
     losses->sequences += dsv3i_text_sequences(text);
@@ -5876,30 +5889,48 @@ typedef struct dsv3i_sequence_sizes {
  * and the copy: neither can forget any. */
 #define DSV3I_SEQUENCE(X)                                                                                            \
     X(0, int32_t, token, tokens, one) X(0, uint64_t, drafted, drafts, one) X(0, uint64_t, accepted, drafts, one)     \
-    X(0, float, log_p, tokens, one) X(0, float, hidden, states, d) X(0, float, rate, drafts, one)                \
-    X(1, dsv3_cache, modules, modules, one) X(1, size_t, lengths, modules, one) X(1, int32_t, history, text, one)    \
-    X(1, float, p, drafting, V) X(1, float, q, drafts, V)                                                            \
+    X(0, float, log_p, tokens, one)                                                                                  \
+    X(1, dsv3_cache, modules, modules, one) X(1, int32_t, history, text, one) X(1, struct dsv3i_sequence, own, one, one)
+#define DSV3I_DRAFTER(X)                                                                                             \
+    X(0, float, hidden, states, d) X(0, float, rate, drafts, one)                                                    \
+    X(1, size_t, lengths, modules, one) X(1, float, p, drafting, V) X(1, float, q, drafts, V)                        \
     X(1, dsv3_candidate, candidates, V, one)
+typedef struct dsv3i_sequence {
+    uint64_t made_for;
+    size_t d, window, top;     /* rings of `window` positions; the end of what was ever written */
+    size_t planned, step_rows; /* drafts of the step under way, and its rows */
+    size_t agreed;             /* drafts that stand */
+    dsv3_rng rng_before;       /* in case the step fails; likewise lengths, of the modules' caches */
+    DSV3I_DRAFTER(DSV3I_WORKSPACE_MEMBER)
+} dsv3i_sequence;
 #define DSV3I_OF_SEQUENCE(p, t, n, r, c) DSV3I_ARRAY(dsv3_sequence, dsv3i_sequence_sizes, p, t, n, r, c)
+#define DSV3I_OF_DRAFTER(p, t, n, r, c) DSV3I_ARRAY(dsv3i_sequence, dsv3i_sequence_sizes, p, t, n, r, c)
 static const dsv3i_array dsv3i_sequence_arrays[] = {DSV3I_SEQUENCE(DSV3I_OF_SEQUENCE)};
+static const dsv3i_array dsv3i_drafter_arrays[] = {DSV3I_DRAFTER(DSV3I_OF_DRAFTER)};
 
-static dsv3i_sequence_sizes dsv3i_sequence_sizes_of(const dsv3_sequence *s, size_t capacity, size_t V) {
-    const size_t drafts = s->max_drafts, states = dsv3i_mul(s->n_modules, s->window);
+static dsv3i_sequence_sizes dsv3i_sequence_sizes_of(const dsv3_sequence *s, const dsv3i_sequence *own,
+                                                    size_t capacity, size_t V) {
+    const size_t drafts = s->max_drafts, states = dsv3i_mul(s->n_modules, own->window);
     const size_t text = dsv3i_add(capacity, 1);
-    const dsv3i_sequence_sizes z = {1, s->n_modules, drafts, drafts > 0, drafts + 1, text, states, s->d, V};
+    const dsv3i_sequence_sizes z = {1, s->n_modules, drafts, drafts > 0, drafts + 1, text, states, own->d, V};
     return z;
 }
 
 static void dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, size_t capacity, dsv3_type type,
                                   size_t rows, size_t drafts, dsv3i_layout *l) {
+    dsv3i_sequence own;
     dsv3i_sequence_sizes z;
+    DSV3_MEMSET(&own, 0, sizeof own);
     s->n_modules = dsv3i_min(drafts, (size_t)model->n_mtp);
     s->max_drafts = s->n_modules > 0 ? drafts : 0;
     s->rows = rows;
-    s->d = (size_t)model->config.hidden_size;
-    s->window = dsv3i_add(dsv3i_max(rows, s->max_drafts + 1), s->n_modules + 2);
-    z = dsv3i_sequence_sizes_of(s, capacity, (size_t)model->config.vocab_size);
+    own.made_for = dsv3i_fingerprint(&model->config);
+    own.d = (size_t)model->config.hidden_size;
+    own.window = dsv3i_add(dsv3i_max(rows, s->max_drafts + 1), s->n_modules + 2);
+    z = dsv3i_sequence_sizes_of(s, &own, capacity, (size_t)model->config.vocab_size);
     dsv3i_take_arrays(l, s, dsv3i_sequence_arrays, DSV3I_COUNT(dsv3i_sequence_arrays), &z);
+    dsv3i_take_arrays(l, &own, dsv3i_drafter_arrays, DSV3I_COUNT(dsv3i_drafter_arrays), &z);
+    if (l->base != NULL) *s->own = own;
     (void)dsv3i_cache_layout(&s->cache, &model->config, 0, capacity, type, l, NULL);
     for (size_t k = 0; k < s->n_modules; k++) {
         dsv3_cache cache;
@@ -5923,7 +5954,6 @@ DSV3_API dsv3_result dsv3_sequence_init(const dsv3_model *model, dsv3_sequence *
     DSV3I_INIT(s, dsv3_sequence_size(model, capacity, type, rows, drafts, &need, error));
     DSV3_MEMSET(s, 0, sizeof *s);
     dsv3i_sequence_layout(s, model, capacity, type, rows, drafts, &l);
-    s->made_for = dsv3i_fingerprint(&model->config);
     s->top_p = 1.0f;
     s->rng.state = 1;
     s->drafts = s->max_drafts;
@@ -5932,15 +5962,20 @@ DSV3_API dsv3_result dsv3_sequence_init(const dsv3_model *model, dsv3_sequence *
     s->limit = SIZE_MAX;
     for (size_t j = 0; j < s->max_drafts; j++) {
         s->drafted[j] = s->accepted[j] = 0;
-        s->rate[j] = DSV3I_RATE;
+        s->own->rate[j] = DSV3I_RATE;
     }
     DSV3_MEMSET(s->log_p, 0, (s->max_drafts + 1) * sizeof *s->log_p);
     return dsv3i_ok(error);
 }
 
+static dsv3_result dsv3i_sequence_check(const dsv3_sequence *s, const char *name, dsv3_error *error) {
+    if (s == NULL) return dsv3i_fail_null(error, name);
+    return s->own != NULL ? DSV3_OK : dsv3i_fail(error, DSV3_ERR_ARG, name, "was not made by dsv3_sequence_init");
+}
+
 /* h_position^depth [d] */
 static float *dsv3i_hidden(const dsv3_sequence *s, size_t depth, size_t position) {
-    return s->hidden + (depth * s->window + position % s->window) * s->d;
+    return s->own->hidden + (depth * s->own->window + position % s->own->window) * s->own->d;
 }
 
 DSV3_API size_t dsv3_sequence_length(const dsv3_sequence *s) { return s->cache.length + (s->pending != 0); }
@@ -5956,7 +5991,8 @@ DSV3_API dsv3_state dsv3_sequence_state(const dsv3_sequence *s) {
 DSV3_API dsv3_result dsv3_sequence_append(const dsv3_model *model, dsv3_sequence *s, const int32_t *token, size_t n,
                                           dsv3_error *error) {
     size_t room;
-    if (s == NULL || model == NULL || token == NULL) return dsv3i_fail_null(error, "argument");
+    DSV3I_TRY(dsv3i_sequence_check(s, "sequence", error));
+    if (model == NULL || token == NULL) return dsv3i_fail_null(error, model == NULL ? "model" : "token");
     if (n < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "n", "is 0");
     if (s->prompt_left > 0) return dsv3i_fail(error, DSV3_ERR_ARG, "sequence", "has an earlier prompt that is not yet read");
     room = dsv3i_sub(s->cache.capacity, dsv3_sequence_length(s));
@@ -5981,7 +6017,7 @@ static void dsv3i_modules_keep(dsv3_sequence *s, size_t end, size_t length) {
 DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *s, size_t length, size_t *kept, dsv3_error *error) {
     size_t oldest = length, begin;
     int ahead = 0; /* a module knows tokens that were to be appended again: perhaps they will not be */
-    if (s == NULL) return dsv3i_fail_null(error, "sequence");
+    DSV3I_TRY(dsv3i_sequence_check(s, "sequence", error));
     if (length > dsv3_sequence_length(s)) {
         return dsv3i_fail_range(error, DSV3_ERR_ARG, "length", "is more than the text has", 0,
                                 (int64_t)dsv3_sequence_length(s), (int64_t)length);
@@ -5995,30 +6031,45 @@ DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *s, size_t length, siz
         oldest = dsv3i_min(oldest, dsv3i_min(known, dsv3i_sub(length, dsv3i_max(k, 2)))); /* to be read again */
     }
     if (length == dsv3_sequence_length(s) && !ahead && (length == 0 || s->pending)) return dsv3i_ok(error);
-    begin = s->n_modules > 0 ? dsv3i_sub(s->top, s->window) : 0; /* of what the rings still hold */
+    begin = s->n_modules > 0 ? dsv3i_sub(s->own->top, s->own->window) : 0; /* of what the rings still hold */
     if (length == 0 || oldest >= begin) {
         s->pending = length > 0;
         s->cache.length = length - (length > 0);
         dsv3i_modules_keep(s, SIZE_MAX, length);
-        if (length == 0) s->top = 0;
+        if (length == 0) s->own->top = 0;
         return dsv3i_ok(error);
     }
     s->pending = s->stopped = 0;
     s->cache.length = dsv3i_sub(length, s->n_modules);
     dsv3i_modules_keep(s, s->cache.length, SIZE_MAX);
-    s->top = s->cache.length + s->window; /* from here on the rings are filled anew */
+    s->own->top = s->cache.length + s->own->window; /* from here on the rings are filled anew */
     if (kept != NULL) *kept = s->cache.length;
     return dsv3i_ok(error);
 }
 
+/* A struct that has just been copied from another keeps the arrays that it had, and part 0 of what the other's hold. */
+static void dsv3i_keep_arrays(void *to, const void *had, const dsv3i_array *list, size_t count, const void *sizes) {
+    for (size_t i = 0; i < count; i++) {
+        size_t bytes = list[i].size * dsv3i_size_at(sizes, list[i].rows) * dsv3i_size_at(sizes, list[i].columns);
+        unsigned char *place = (unsigned char *)to + list[i].at;
+        void *array, *from;
+        DSV3_MEMCPY(&from, place, sizeof from);
+        DSV3_MEMCPY(&array, (const unsigned char *)had + list[i].at, sizeof array);
+        DSV3_MEMCPY(place, &array, sizeof array);
+        if (list[i].part == 0 && bytes > 0) DSV3_MEMCPY(array, from, bytes);
+    }
+}
+
 DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *s, dsv3_error *error) {
-    dsv3_sequence own;
+    dsv3_sequence had; /* its memory; everything else is copied */
+    dsv3i_sequence own;
     dsv3i_sequence_sizes z;
     size_t need;
-    if (to == NULL || s == NULL) return dsv3i_fail_null(error, "argument");
+    DSV3I_TRY(dsv3i_sequence_check(to, "to", error));
+    DSV3I_TRY(dsv3i_sequence_check(s, "from", error));
     if (to == s) return dsv3i_ok(error);
-    if (to->made_for != s->made_for || to->n_modules != s->n_modules || to->max_drafts != s->max_drafts ||
-        to->window != s->window) {
+    if (to->own->made_for != s->own->made_for || to->n_modules != s->n_modules || to->max_drafts != s->max_drafts ||
+        to->own->window != s->own->window) {
         return dsv3i_fail(error, DSV3_ERR_MISMATCH, "to", "was made for another model, rows or drafts");
     }
     need = dsv3_sequence_length(s) + s->prompt_left - (s->prompt_left == 0 && s->pending);
@@ -6026,19 +6077,15 @@ DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *
     DSV3I_TRY(dsv3_cache_copy(&to->cache, &s->cache, error));
     for (size_t k = 0; k < to->n_modules; k++) DSV3I_TRY(dsv3_cache_copy(&to->modules[k], &s->modules[k], error));
     DSV3_MEMCPY(to->history, s->history, dsv3_sequence_length(s) * sizeof *s->history);
-    own = *to; /* its memory; everything else is copied */
+    z = dsv3i_sequence_sizes_of(s, s->own, 0, 0);
+    had = *to;
+    own = *to->own;
+    *to->own = *s->own;
+    dsv3i_keep_arrays(to->own, &own, dsv3i_drafter_arrays, DSV3I_COUNT(dsv3i_drafter_arrays), &z);
     *to = *s;
-    to->cache = own.cache;
-    z = dsv3i_sequence_sizes_of(s, 0, 0);
-    for (size_t i = 0; i < DSV3I_COUNT(dsv3i_sequence_arrays); i++) {
-        const dsv3i_array *p = &dsv3i_sequence_arrays[i];
-        size_t bytes = p->size * dsv3i_size_at(&z, p->rows) * dsv3i_size_at(&z, p->columns);
-        void *array, *from;
-        DSV3_MEMCPY(&from, (unsigned char *)to + p->at, sizeof from);
-        DSV3_MEMCPY(&array, (unsigned char *)&own + p->at, sizeof array);
-        DSV3_MEMCPY((unsigned char *)to + p->at, &array, sizeof array);
-        if (p->part == 0 && bytes > 0) DSV3_MEMCPY(array, from, bytes);
-    }
+    to->cache = had.cache;
+    dsv3i_keep_arrays(to, &had, dsv3i_sequence_arrays, DSV3I_COUNT(dsv3i_sequence_arrays), &z);
+    to->cache.length = s->cache.length;
     return dsv3i_ok(error);
 }
 
@@ -6050,7 +6097,7 @@ typedef struct dsv3i_step {
     const dsv3_model *model;
     dsv3_sequence *const *sequences;
     size_t n; /* sequences */
-    dsv3_workspace *ws;
+    dsv3i_workspace *ws;
     dsv3_error *error;
     dsv3_batch batch; /* the rows gathered so far */
 } dsv3i_step;
@@ -6069,12 +6116,19 @@ static void dsv3i_gather_row(dsv3i_step *a, size_t s, int32_t token, size_t posi
     if (output) a->ws->row_output[a->batch.outputs++] = (int32_t)row;
 }
 
+/* The rows gathered, through the main model (k = 0) or module k. */
+static dsv3_result dsv3i_gather_run(const dsv3i_step *a, size_t k) {
+    const dsv3i_run p = {a->ctx, a->model, k, a->ws->views, a->n, &a->batch, a->ws->row_hidden, a->logits, a->ws,
+                         a->error, NULL, NULL};
+    return dsv3i_forward(&p);
+}
+
 /* Stores the states of the call just made as h^depth. */
 static void dsv3i_gather_keep(const dsv3i_step *a, size_t depth) {
     for (size_t r = 0; r < a->batch.rows; r++) {
         const dsv3_sequence *s = a->sequences[a->ws->row_sequence[r]];
         if (depth >= s->n_modules) continue;
-        DSV3_MEMCPY(dsv3i_hidden(s, depth, a->ws->row_index[r]), a->ws->hidden + r * s->d, s->d * sizeof(float));
+        DSV3_MEMCPY(dsv3i_hidden(s, depth, a->ws->row_index[r]), a->ws->hidden + r * s->own->d, s->own->d * sizeof(float));
     }
 }
 
@@ -6085,9 +6139,9 @@ static void dsv3i_gather_keep(const dsv3i_step *a, size_t depth) {
 /* The distribution of the next token: p [V], and as candidates of the sequence, of which the place of the first is
  * returned and *sum is the sum. */
 static size_t dsv3i_distribution(dsv3_sequence *s, float *p, const float *logits, size_t best, size_t V, double *sum) {
-    size_t first = V - dsv3i_candidates(s->candidates, logits, best, V, s->temperature, s->top_p, sum);
+    size_t first = V - dsv3i_candidates(s->own->candidates, logits, best, V, s->temperature, s->top_p, sum);
     DSV3_MEMSET(p, 0, V * sizeof *p);
-    for (size_t i = first; i < V; i++) p[s->candidates[i].token] = (float)((double)s->candidates[i].p / *sum);
+    for (size_t i = first; i < V; i++) p[s->own->candidates[i].token] = (float)((double)s->own->candidates[i].p / *sum);
     return first;
 }
 
@@ -6124,22 +6178,22 @@ static dsv3_result dsv3i_draft_token(const dsv3i_step *a, size_t i, size_t j, fl
     double sum;
     DSV3I_TRY(dsv3i_steer(a, i, logits, length, &best));
     if (best == V) {
-        s->planned = j - 1;
+        s->own->planned = j - 1;
         return DSV3_OK;
     }
     *token = (int32_t)best;
     if (!dsv3i_is_greedy(s->temperature, s->top_p)) {
-        first = dsv3i_distribution(s, s->q + (j - 1) * V, logits, best, V, &sum);
-        *token = dsv3i_pick(s->candidates + first, V - first, dsv3i_uniform(&s->rng) * sum);
+        first = dsv3i_distribution(s, s->own->q + (j - 1) * V, logits, best, V, &sum);
+        *token = dsv3i_pick(s->own->candidates + first, V - first, dsv3i_uniform(&s->rng) * sum);
     }
-    if (dsv3i_stops(s, *token)) s->planned = j;
+    if (dsv3i_stops(s, *token)) s->own->planned = j;
     return DSV3_OK;
 }
 
 /* One call of module k with the rows gathered. Output rows give draft j (0: none are wanted). */
 static dsv3_result dsv3i_module_call(dsv3i_step *a, size_t k, size_t j) {
     size_t d = (size_t)a->model->config.hidden_size, V = (size_t)a->model->config.vocab_size;
-    dsv3_workspace *ws = a->ws;
+    dsv3i_workspace *ws = a->ws;
     for (size_t r = 0; r < a->batch.rows; r++) {
         dsv3_sequence *s = a->sequences[ws->row_sequence[r]];
         DSV3_MEMCPY(ws->row_hidden + r * d, dsv3i_hidden(s, k - 1, ws->row_index[r]), d * sizeof(float));
@@ -6149,7 +6203,7 @@ static dsv3_result dsv3i_module_call(dsv3i_step *a, size_t k, size_t j) {
         ws->views[i] = k <= s->n_modules ? s->modules[k - 1] : s->cache; /* one without it has no rows here */
         ws->views[i].layers = 1;
     }
-    DSV3I_TRY(dsv3_mtp_forward(a->ctx, a->logits, a->model, k, ws->views, a->n, &a->batch, ws->row_hidden, ws, a->error));
+    DSV3I_TRY(dsv3i_gather_run(a, k));
     for (size_t i = 0; i < a->n; i++) {
         if (k <= a->sequences[i]->n_modules) a->sequences[i]->modules[k - 1].length = ws->views[i].length;
     }
@@ -6158,7 +6212,7 @@ static dsv3_result dsv3i_module_call(dsv3i_step *a, size_t k, size_t j) {
         size_t row = (size_t)ws->row_output[i];
         dsv3_sequence *s = a->sequences[ws->row_sequence[row]];
         DSV3I_TRY(dsv3i_draft_token(a, (size_t)ws->row_sequence[row], j, a->logits + i * V));
-        if (k == s->n_modules && j < s->planned) { /* as if from the module before, should it be used once more */
+        if (k == s->n_modules && j < s->own->planned) { /* as if from the module before, should it be used once more */
             DSV3_MEMCPY(dsv3i_hidden(s, k - 1, ws->row_index[row] + 1), ws->hidden + row * d, d * sizeof(float));
         }
     }
@@ -6185,7 +6239,7 @@ static dsv3_result dsv3i_draft(dsv3i_step *a) {
             for (size_t i = 0; i < a->n; i++) {
                 const dsv3_sequence *s = a->sequences[i];
                 size_t N = s->cache.length;
-                if (s->planned < j || dsv3i_min(j, s->n_modules) != k) continue;
+                if (s->own->planned < j || dsv3i_min(j, s->n_modules) != k) continue;
                 DSV3I_TRY(dsv3i_module_read(a, i, k, N + j - k, j));
             }
             if (a->batch.rows > 0) DSV3I_TRY(dsv3i_module_call(a, k, j));
@@ -6193,7 +6247,7 @@ static dsv3_result dsv3i_draft(dsv3i_step *a) {
     }
     for (size_t i = 0; i < a->n; i++) {
         dsv3_sequence *s = a->sequences[i];
-        if (s->prompt_left == 0 && s->step_rows > 0) s->step_rows = 1 + s->planned;
+        if (s->prompt_left == 0 && s->own->step_rows > 0) s->own->step_rows = 1 + s->own->planned;
     }
     return DSV3_OK;
 }
@@ -6204,7 +6258,7 @@ static dsv3_result dsv3i_catch_up(dsv3i_step *a, size_t i, size_t rows) {
     dsv3_sequence *s = a->sequences[i];
     size_t known = dsv3_sequence_length(s), oldest = s->cache.length;
     for (size_t k = 1; k <= s->n_modules; k++) oldest = dsv3i_min(oldest, s->modules[k - 1].length);
-    if (s->cache.length + rows + 1 - oldest <= s->window) return DSV3_OK;
+    if (s->cache.length + rows + 1 - oldest <= s->own->window) return DSV3_OK;
     for (size_t k = 1; k <= s->n_modules && k < known && s->cache.length > 0; k++) {
         DSV3I_TRY(dsv3i_module_read(a, i, k, dsv3i_min(known - k, s->cache.length - 1), 0));
         if (a->batch.rows > 0) DSV3I_TRY(dsv3i_module_call(a, k, 0));
@@ -6220,7 +6274,7 @@ static dsv3_result dsv3i_catch_up(dsv3i_step *a, size_t i, size_t rows) {
 /* Is draft j (from 0) accepted? *token is best, and becomes the draft or what replaces it. */
 static int dsv3i_verify(dsv3_sequence *s, size_t j, const float *logits, size_t best, size_t V, int32_t *token) {
     int32_t draft = s->history[s->cache.length + 1 + j];
-    float *p = s->p, *q = s->q + j * V;
+    float *p = s->own->p, *q = s->own->q + j * V;
     double sum, u;
     if (dsv3i_is_greedy(s->temperature, s->top_p)) return draft == *token;
     (void)dsv3i_distribution(s, p, logits, best, V, &sum);
@@ -6230,17 +6284,17 @@ static int dsv3i_verify(dsv3_sequence *s, size_t j, const float *logits, size_t 
     }
     sum = 0.0;
     for (size_t i = 0; i < V; i++) {
-        s->candidates[i].token = (int32_t)i;
-        s->candidates[i].p = p[i] > q[i] ? p[i] - q[i] : 0.0f;
-        sum += (double)s->candidates[i].p;
+        s->own->candidates[i].token = (int32_t)i;
+        s->own->candidates[i].p = p[i] > q[i] ? p[i] - q[i] : 0.0f;
+        sum += (double)s->own->candidates[i].p;
     }
     u = dsv3i_uniform(&s->rng) * sum;
-    if (sum > 0.0) *token = dsv3i_pick(s->candidates, V, u);
+    if (sum > 0.0) *token = dsv3i_pick(s->own->candidates, V, u);
     return 0;
 }
 
 /* How many tokens are in the caches when the rows of the step are, without drafts and the token before them. */
-static size_t dsv3i_step_length(const dsv3_sequence *s) { return s->cache.length + s->step_rows - 1 - s->planned; }
+static size_t dsv3i_step_length(const dsv3_sequence *s) { return s->cache.length + s->own->step_rows - 1 - s->own->planned; }
 
 /* Chooses what the logits [planned + 1, V] of sequence i allow to be written. Nothing is changed but the result, what
  * stands behind the text's end, and the random state. */
@@ -6248,22 +6302,22 @@ static dsv3_result dsv3i_choose(const dsv3i_step *a, size_t i, float *logits) {
     dsv3_sequence *s = a->sequences[i];
     size_t V = (size_t)a->model->config.vocab_size, length = dsv3i_step_length(s) + 1, best;
     int stands = 1, greedy = dsv3i_is_greedy(s->temperature, s->top_p);
-    for (size_t j = 0; stands && j <= s->planned && length < s->limit; j++, length++, logits += V) {
+    for (size_t j = 0; stands && j <= s->own->planned && length < s->limit; j++, length++, logits += V) {
         int32_t *token = s->token + j;
         DSV3I_TRY(dsv3i_steer(a, i, logits, length, &best));
         if (best == V && j > 0) break; /* the next step will say so */
         if (best == V) return dsv3i_steer_fail(a, i, DSV3_ERR_NAN, "left no token");
         *token = (int32_t)best;
-        if (j < s->planned) {
+        if (j < s->own->planned) {
             stands = dsv3i_verify(s, j, logits, best, V, token);
-            s->agreed += stands != 0;
+            s->own->agreed += stands != 0;
         } else if (!greedy) {
-            *token = dsv3i_draw(s->candidates, logits, best, V, s->temperature, s->top_p, &s->rng);
+            *token = dsv3i_draw(s->own->candidates, logits, best, V, s->temperature, s->top_p, &s->rng);
         }
         if (s->want_log_p) {
             double log_p;
             DSV3I_TRY(dsv3_sample_log_p(&log_p, NULL, *token, logits, V, greedy ? 1.0f : s->temperature,
-                                        greedy ? 1.0f : s->top_p, s->candidates, a->error));
+                                        greedy ? 1.0f : s->top_p, s->own->candidates, a->error));
             s->log_p[j] = (float)log_p;
         }
         s->history[length] = *token;
@@ -6275,15 +6329,15 @@ static dsv3_result dsv3i_choose(const dsv3i_step *a, size_t i, float *logits) {
 
 /* Writes it. */
 static void dsv3i_accept(dsv3_sequence *s, size_t N) {
-    size_t refused = s->agreed < dsv3i_min(s->n_token, s->planned);
+    size_t refused = s->own->agreed < dsv3i_min(s->n_token, s->own->planned);
     for (size_t i = 0; i < s->max_drafts; i++) {
-        int known = i < s->agreed + refused;
-        float stands = i < s->agreed ? 1.0f : 0.0f;
+        int known = i < s->own->agreed + refused;
+        float stands = i < s->own->agreed ? 1.0f : 0.0f;
         s->drafted[i] += known != 0;
-        s->accepted[i] += i < s->agreed;
-        s->rate[i] += known ? 0.1f * (stands - s->rate[i]) : 0.01f * (DSV3I_RATE - s->rate[i]);
+        s->accepted[i] += i < s->own->agreed;
+        s->own->rate[i] += known ? 0.1f * (stands - s->own->rate[i]) : 0.01f * (DSV3I_RATE - s->own->rate[i]);
     }
-    dsv3i_modules_keep(s, N, N + s->agreed + 1); /* rows that read only what stands */
+    dsv3i_modules_keep(s, N, N + s->own->agreed + 1); /* rows that read only what stands */
     s->cache.length = N + s->n_token;
     s->pending = 1;
     s->stopped = s->n_token > 0 && dsv3i_stops(s, s->token[s->n_token - 1]);
@@ -6299,7 +6353,7 @@ static size_t dsv3i_best_drafts(const dsv3_sequence *s, size_t most) {
     size_t k = 0;
     for (size_t j = 0; j < most; j++) {
         double speed;
-        chance *= (double)s->rate[j];
+        chance *= (double)s->own->rate[j];
         tokens += chance;
         speed = tokens / (1.0 + (double)s->draft_cost * (double)(j + 1));
         if (speed <= best) continue;
@@ -6312,20 +6366,20 @@ static size_t dsv3i_best_drafts(const dsv3_sequence *s, size_t most) {
 /* Room for rows of a sequence that may use up to `spare` rows beside one: sets planned. Returns the rows it takes. */
 static size_t dsv3i_plan_rows(dsv3_sequence *s, size_t spare) {
     size_t N = s->cache.length, room = s->cache.capacity - N, pending = s->pending != 0, most;
-    s->planned = 0;
+    s->own->planned = 0;
     if (dsv3_sequence_state(s) > DSV3_STATE_WRITING) return 0;
     most = dsv3i_min(room - 1, spare);
     if (s->prompt_left > 0) return 1 + dsv3i_min(dsv3i_min(s->prompt_left + pending, s->rows) - 1, most);
     most = dsv3i_min(most, s->limit - N - 2); /* drafts, and a token behind them */
     most = N == 0 ? 0 : dsv3i_min(dsv3i_min(s->drafts, s->max_drafts), most); /* N = 0: no state to start from */
-    s->planned = s->adaptive ? dsv3i_best_drafts(s, most) : most;
-    return 1 + s->planned;
+    s->own->planned = s->adaptive ? dsv3i_best_drafts(s, most) : most;
+    return 1 + s->own->planned;
 }
 
 /* Rows of sequence i for the main model: the pending token, then prompt or drafts. */
 static void dsv3i_gather_main(dsv3i_step *a, size_t i) {
     dsv3_sequence *s = a->sequences[i];
-    size_t N = s->cache.length, rows = s->step_rows, pending = s->pending != 0;
+    size_t N = s->cache.length, rows = s->own->step_rows, pending = s->pending != 0;
     size_t read = s->prompt_left > 0 && rows > 0 ? rows - pending : 0;
     for (size_t r = 0; r < read; r++) s->history[N + pending + r] = s->prompt[r];
     for (size_t r = 0; r < rows; r++) {
@@ -6336,14 +6390,14 @@ static void dsv3i_gather_main(dsv3i_step *a, size_t i) {
 
 /* Will the sequence have logits, when the rows of the step are read? */
 static int dsv3i_comes_out(const dsv3_sequence *s) {
-    return s->step_rows > 0 && (s->prompt_left == 0 || s->step_rows - (s->pending != 0) == s->prompt_left);
+    return s->own->step_rows > 0 && (s->prompt_left == 0 || s->own->step_rows - (s->pending != 0) == s->prompt_left);
 }
 
 /* The rows of a sequence have been through the main model. */
 static void dsv3i_finish(dsv3_sequence *s) {
-    size_t N = dsv3i_step_length(s), read = s->step_rows - (s->pending != 0);
+    size_t N = dsv3i_step_length(s), read = s->own->step_rows - (s->pending != 0);
     int comes_out = dsv3i_comes_out(s);
-    if (s->step_rows == 0) return;
+    if (s->own->step_rows == 0) return;
     if (s->prompt_left > 0) {
         s->pending = s->stopped = 0;
         s->prompt += read;
@@ -6353,30 +6407,31 @@ static void dsv3i_finish(dsv3_sequence *s) {
     if (comes_out) dsv3i_accept(s, N);
 }
 
-DSV3I_APART dsv3_result dsv3i_generate_check(const dsv3i_step *a) {
+DSV3I_APART dsv3_result dsv3i_generate_check(const dsv3i_step *a, const dsv3_workspace *workspace) {
     dsv3_error *e = a->error;
     uint64_t made_for = dsv3i_fingerprint(&a->model->config);
     DSV3I_TRY(dsv3i_check_between(e, a->n < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "n",
                                   "is not a number of sequences the workspace has rows for",
-                                  (int64_t)dsv3i_min(a->n, INT32_MAX), 1, (int64_t)a->ws->rows));
+                                  (int64_t)dsv3i_min(a->n, INT32_MAX), 1, (int64_t)workspace->rows));
     for (size_t i = 0; i < a->n; i++) {
-        if (a->sequences[i] == NULL) continue;
-        a->sequences[i]->step_rows = a->sequences[i]->n_token = 0; /* not yet planned: until then a mark below */
+        if (a->sequences[i] == NULL || a->sequences[i]->own == NULL) continue;
+        a->sequences[i]->own->step_rows = a->sequences[i]->n_token = 0; /* not yet planned: until then a mark below */
     }
-    if (a->ws->made_for != made_for) return dsv3i_fail(e, DSV3_ERR_MISMATCH, "workspace", "was made for another config");
+    DSV3I_TRY(dsv3i_workspace_open(a->ws, workspace, a->ctx, a->model, e));
     for (size_t i = 0; i < a->n; i++) {
         dsv3_sequence *s = a->sequences[i];
-        dsv3_result code = DSV3_ERR_ARG;
         const char *why;
-        if (s == NULL) return dsv3i_fail_at(e, i, dsv3i_fail_null(e, "sequences"));
-        why = s->step_rows != 0 ? "is given twice" : dsv3i_sampling_fault(s->temperature, s->top_p);
-        if (s->made_for != made_for || s->n_modules > (size_t)a->model->n_mtp) {
+        dsv3_result code = dsv3i_sequence_check(s, "sequences", e);
+        if (code != DSV3_OK) return dsv3i_fail_at(e, i, code);
+        code = DSV3_ERR_ARG;
+        why = s->own->step_rows != 0 ? "is given twice" : dsv3i_sampling_fault(s->temperature, s->top_p);
+        if (s->own->made_for != made_for || s->n_modules > (size_t)a->model->n_mtp) {
             why = "was made for another model";
             code = DSV3_ERR_MISMATCH;
         }
         if (why == NULL && s->stops == NULL && s->n_stops > 0) why = "have stops that are NULL";
         if (why != NULL) return dsv3i_fail_at(e, i, dsv3i_fail(e, code, "sequences", why));
-        s->step_rows = 1; /* seen */
+        s->own->step_rows = 1; /* seen */
     }
     return DSV3_OK;
 }
@@ -6388,12 +6443,12 @@ static size_t dsv3i_plan(const dsv3i_step *a) {
         for (size_t i = 0; i < a->n; i++) {
             dsv3_sequence *s = a->sequences[i];
             if ((s->prompt_left > 0) != prompts) continue;
-            s->n_token = s->agreed = 0;
-            s->rng_before = s->rng;
-            for (size_t k = 0; k < s->n_modules; k++) s->lengths[k] = s->modules[k].length;
-            s->step_rows = dsv3i_plan_rows(s, spare);
-            spare -= s->step_rows - (s->step_rows > 0);
-            total += s->step_rows;
+            s->n_token = s->own->agreed = 0;
+            s->own->rng_before = s->rng;
+            for (size_t k = 0; k < s->n_modules; k++) s->own->lengths[k] = s->modules[k].length;
+            s->own->step_rows = dsv3i_plan_rows(s, spare);
+            spare -= s->own->step_rows - (s->own->step_rows > 0);
+            total += s->own->step_rows;
         }
     }
     return total;
@@ -6417,23 +6472,23 @@ static dsv3_result dsv3i_nothing_to_do(const dsv3i_step *a) {
 
 /* Everything that may fail: the sequences are changed behind it. */
 DSV3I_APART dsv3_result dsv3i_compute(dsv3i_step *a) {
-    dsv3_workspace *ws = a->ws;
+    dsv3i_workspace *ws = a->ws;
     size_t V = (size_t)a->model->config.vocab_size, output = 0;
     for (size_t i = 0; i < a->n; i++) {
         dsv3_sequence *s = a->sequences[i];
-        if (s->step_rows > 0) DSV3I_TRY(dsv3i_catch_up(a, i, s->step_rows));
-        s->top = dsv3i_max(s->top, s->cache.length + s->step_rows + 1);
+        if (s->own->step_rows > 0) DSV3I_TRY(dsv3i_catch_up(a, i, s->own->step_rows));
+        s->own->top = dsv3i_max(s->own->top, s->cache.length + s->own->step_rows + 1);
     }
     DSV3I_TRY(dsv3i_draft(a));
     for (size_t i = 0; i < a->n; i++) {
         ws->views[i] = a->sequences[i]->cache;
         dsv3i_gather_main(a, i);
     }
-    DSV3I_TRY(dsv3_forward(a->ctx, a->logits, a->model, ws->views, a->n, &a->batch, ws, a->error));
+    DSV3I_TRY(dsv3i_gather_run(a, 0));
     for (size_t i = 0; i < a->n; i++) {
         if (!dsv3i_comes_out(a->sequences[i])) continue;
         DSV3I_TRY(dsv3i_choose(a, i, a->logits + output * V));
-        output += a->sequences[i]->planned + 1;
+        output += a->sequences[i]->own->planned + 1;
     }
     dsv3i_gather_keep(a, 0);
     return DSV3_OK;
@@ -6442,20 +6497,23 @@ DSV3I_APART dsv3_result dsv3i_compute(dsv3i_step *a) {
 DSV3_API dsv3_result dsv3_generate_step(const dsv3_context *context, float *logits, const dsv3_model *model,
                                         dsv3_sequence *const *sequences, size_t n, dsv3_workspace *workspace,
                                         dsv3_error *error) {
-    dsv3i_step a = {context, logits, model, sequences, n, workspace, error, {0, NULL, NULL, NULL, 0, NULL}};
+    dsv3i_workspace ws;
+    dsv3i_step a = {context, logits, model, sequences, n, &ws, error, {0, NULL, NULL, NULL, 0, NULL}};
     dsv3_result result;
     if (context == NULL || logits == NULL || model == NULL || sequences == NULL || workspace == NULL) {
         return dsv3i_fail_null(error, "argument");
     }
-    DSV3I_TRY(dsv3i_generate_check(&a));
+    DSV3I_TRY(dsv3i_generate_check(&a, workspace));
     dsv3i_gather_begin(&a);
     if (dsv3i_plan(&a) == 0) return dsv3i_nothing_to_do(&a);
     result = dsv3i_compute(&a);
     for (size_t i = 0; i < n && result != DSV3_OK; i++) {
         dsv3_sequence *s = sequences[i];
-        s->rng = s->rng_before;
+        s->rng = s->own->rng_before;
         s->n_token = 0;
-        for (size_t k = 0; k < s->n_modules; k++) s->modules[k].length = dsv3i_min(s->modules[k].length, s->lengths[k]);
+        for (size_t k = 0; k < s->n_modules; k++) {
+            s->modules[k].length = dsv3i_min(s->modules[k].length, s->own->lengths[k]);
+        }
     }
     for (size_t i = 0; i < n && result == DSV3_OK; i++) dsv3i_finish(sequences[i]);
     return result == DSV3_OK ? dsv3i_ok(error) : result;
@@ -6647,9 +6705,9 @@ DSV3_API double dsv3_learning_rate(const dsv3_schedule *s, uint64_t step) {
     X(int32_t, position, n, 1) X(int32_t, leader, n, 1) X(float, cos_sin, n, m->dr) X(float, x, n, m->d)             \
     X(float, u, n, m->d)
 
-static void dsv3i_depth_layout(dsv3i_depth *depth, const dsv3_workspace *shared, const dsv3i_dims *m, size_t n,
+static void dsv3i_depth_layout(dsv3i_depth *depth, const dsv3i_workspace *shared, const dsv3i_dims *m, size_t n,
                                dsv3i_layout *l) {
-    dsv3_workspace *at = &depth->ws;
+    dsv3i_workspace *at = &depth->ws;
     *at = *shared;
     DSV3I_DEPTH(DSV3I_TAKE)
     depth->from = (size_t *)dsv3i_take_rows(l, sizeof(size_t), n, 1);
@@ -6672,39 +6730,65 @@ static void dsv3i_backward_layout(dsv3i_backward *at, const dsv3i_dims *m, size_
     DSV3I_BACKWARD(DSV3I_TAKE)
 }
 
-#define DSV3I_TRAINER(X)                                                                                             \
-    X(float, m, flat.count, 1) X(float, v, flat.count, 1) X(float, ema, s->ema ? flat.count : 0, 1)                  \
-    X(double, losses.nll, depths, 1) X(uint64_t, losses.targets, depths, 1) X(double, losses.balance, layers, 1)     \
+/* What a trainer keeps to itself, in its memory. targets [1 + D] and sequences are those of the whole step. */
+#define DSV3I_OWN(X)                                                                                                 \
     X(uint64_t, targets, depths, 1) X(float, bias, layers, m.E) X(dsv3i_squares, squares, flat.runs, 1)              \
     X(dsv3_cache, caches, s->sequences, 1) X(dsv3i_saved, saved, layers, 1) X(dsv3i_depth, depth, depths, 1)         \
     X(dsv3i_backward, backward, 1, 1) X(float, dx, n, m.d) X(float, dconcat, n, 2 * m.d)                             \
-    X(float, carry[0], n, m.d) X(float, carry[1], n, m.d)
+    X(float, carry, n, m.d) X(float, carry_next, n, m.d)
+typedef struct dsv3i_trainer {
+    int32_t stage; /* 0: no step, 1: begun, 2: begun, and something is accumulated */
+    size_t most_rows, most_sequences;
+    uint64_t sequences;
+    DSV3I_OWN(DSV3I_MEMBER)
+} dsv3i_trainer;
 
-static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const dsv3_training *s, size_t threads,
-                                 dsv3i_layout *l) {
-    dsv3i_dims m = dsv3i_dims_of(c);
-    size_t n = s->rows, layers = m.L + m.D, depths = 1 + m.D;
-    int exists = l->base != NULL; /* else there are no arrays, and their elements are laid out for nobody */
-    dsv3i_flat flat = {NULL, 0, 0, NULL};
+#define DSV3I_TRAINER(X)                                                                                             \
+    X(float, m, flat.count, 1) X(float, v, flat.count, 1) X(float, ema, s->ema ? flat.count : 0, 1)                  \
+    X(double, losses.nll, depths, 1) X(uint64_t, losses.targets, depths, 1) X(double, losses.balance, layers, 1)     \
+    X(dsv3i_trainer, own, 1, 1)
+
+/* Laid out for nobody: the elements of arrays that do not exist yet. */
+typedef struct dsv3i_nobody {
+    dsv3i_trainer own;
     dsv3_cache cache;
     dsv3i_saved saved;
     dsv3i_depth depth;
     dsv3i_backward backward;
+} dsv3i_nobody;
+
+static void dsv3i_trainer_own_layout(dsv3i_trainer *at, const dsv3_config *c, const dsv3_training *s,
+                                     const dsv3i_workspace *ws, dsv3i_flat flat, dsv3i_layout *l) {
+    dsv3i_dims m = dsv3i_dims_of(c);
+    size_t n = s->rows, layers = m.L + m.D, depths = 1 + m.D;
+    int exists = l->base != NULL;
+    dsv3i_nobody nobody;
+    if (!exists) at = &nobody.own;
+    DSV3I_OWN(DSV3I_TAKE)
+    for (size_t i = 0; i < s->sequences; i++) {
+        (void)dsv3i_cache_layout(exists ? &at->caches[i] : &nobody.cache, c, 1, s->longest, DSV3_F32, l, NULL);
+    }
+    for (size_t i = 0; i < layers; i++) {
+        int32_t keep = s->keep_layers != NULL ? s->keep_layers[i] : s->keep;
+        dsv3i_saved_layout(exists ? &at->saved[i] : &nobody.saved, &m, n, dsv3_config_is_moe(c, (int32_t)i), keep, l);
+    }
+    for (size_t k = 0; k < depths; k++) dsv3i_depth_layout(exists ? &at->depth[k] : &nobody.depth, ws, &m, n, l);
+    dsv3i_backward_layout(exists ? at->backward : &nobody.backward, &m, n, l);
+}
+
+static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const dsv3_training *s, size_t threads,
+                                 dsv3i_layout *l) {
+    size_t layers = (size_t)c->num_hidden_layers + (size_t)c->num_nextn_predict_layers;
+    size_t depths = 1 + (size_t)c->num_nextn_predict_layers;
+    dsv3i_flat flat = {NULL, 0, 0, NULL};
+    dsv3i_workspace ws;
     (void)dsv3i_walk_parameters(c, NULL, &flat, dsv3i_flat_tensor);
     dsv3i_parameters_layout(&at->weights, c, l);
     dsv3i_parameters_layout(&at->gradients, c, l);
     dsv3i_balancer_layout(&at->balancer, c, l);
-    dsv3i_workspace_layout(&at->workspace, c, n, threads, l);
+    ws = dsv3i_workspace_make(&at->workspace, c, s->rows, threads, l);
     DSV3I_TRAINER(DSV3I_TAKE)
-    for (size_t i = 0; i < s->sequences; i++) {
-        (void)dsv3i_cache_layout(exists ? &at->caches[i] : &cache, c, 1, s->longest, DSV3_F32, l, NULL);
-    }
-    for (size_t i = 0; i < layers; i++) {
-        int32_t keep = s->keep_layers != NULL ? s->keep_layers[i] : s->keep;
-        dsv3i_saved_layout(exists ? &at->saved[i] : &saved, &m, n, dsv3_config_is_moe(c, (int32_t)i), keep, l);
-    }
-    for (size_t k = 0; k < depths; k++) dsv3i_depth_layout(exists ? &at->depth[k] : &depth, &at->workspace, &m, n, l);
-    dsv3i_backward_layout(exists ? at->backward : &backward, &m, n, l);
+    dsv3i_trainer_own_layout(at->own, c, s, &ws, flat, l);
 }
 
 DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_training *s, size_t threads,
@@ -6718,6 +6802,21 @@ DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_tra
     DSV3I_SIZE(dsv3_trainer, bytes, dsv3i_trainer_layout(&it, config, s, threads, &l));
 }
 
+/* Nothing is summed up yet, and nothing expected. */
+static void dsv3i_train_clear(dsv3_trainer *t) {
+    dsv3_losses *sums = &t->losses;
+    const dsv3_balancer *b = &t->balancer;
+    DSV3_MEMSET(t->own->targets, 0, (1 + sums->depths) * sizeof *t->own->targets);
+    t->own->sequences = 0;
+    sums->sequences = 0;
+    sums->load = b->load;
+    DSV3_MEMSET(sums->nll, 0, (1 + sums->depths) * sizeof *sums->nll);
+    DSV3_MEMSET(sums->targets, 0, (1 + sums->depths) * sizeof *sums->targets);
+    DSV3_MEMSET(sums->balance, 0, b->layers * sizeof *sums->balance);
+    DSV3_MEMSET(b->load, 0, b->layers * b->experts * sizeof *b->load);
+    DSV3_MEMSET(t->gradients.data, 0, t->gradients.count * sizeof(float));
+}
+
 DSV3_API dsv3_result dsv3_trainer_init(const dsv3_config *config, dsv3_trainer *t, const dsv3_training *settings,
                                        size_t threads, void *memory, size_t bytes, dsv3_error *error) {
     DSV3I_INIT(t, dsv3_trainer_size(config, settings, threads, &need, error));
@@ -6725,9 +6824,8 @@ DSV3_API dsv3_result dsv3_trainer_init(const dsv3_config *config, dsv3_trainer *
     DSV3_MEMSET(t, 0, sizeof *t);
     dsv3i_trainer_layout(t, config, settings, threads, &l);
     t->settings = *settings;
-    t->most_rows = settings->rows;
-    t->most_sequences = settings->sequences;
-    t->threads = threads;
+    t->own->most_rows = settings->rows;
+    t->own->most_sequences = settings->sequences;
     n = t->weights.count * sizeof(float);
     DSV3_MEMSET(t->m, 0, n);
     DSV3_MEMSET(t->v, 0, n);
@@ -6735,8 +6833,8 @@ DSV3_API dsv3_result dsv3_trainer_init(const dsv3_config *config, dsv3_trainer *
     DSV3_MEMSET(t->balancer.load_all, 0, t->balancer.layers * t->balancer.experts * sizeof *t->balancer.load_all);
     t->balancer.schedule.speed = 0.001;
     t->losses.depths = (size_t)config->num_nextn_predict_layers;
-    (void)dsv3_train_begin(t, NULL, 0);
-    t->stage = 0;
+    dsv3i_train_clear(t);
+    t->own->stage = 0;
     return dsv3i_ok(error);
 }
 
@@ -6749,31 +6847,29 @@ DSV3_API void dsv3_text_count(const dsv3_text *text, size_t depths, uint64_t *ta
     *sequences += dsv3i_text_sequences(text);
 }
 
-DSV3_API dsv3_result dsv3_train_begin(dsv3_trainer *t, const uint64_t *targets, uint64_t sequences) {
-    dsv3_losses *sums = t != NULL ? &t->losses : NULL;
-    const dsv3_balancer *b = t != NULL ? &t->balancer : NULL;
-    if (t == NULL) return DSV3_ERR_ARG;
-    for (size_t k = 0; k <= sums->depths; k++) t->targets[k] = targets != NULL ? targets[k] : 0;
-    t->sequences = sequences;
-    t->stage = 1;
-    sums->sequences = 0;
-    sums->load = b->load;
-    DSV3_MEMSET(sums->nll, 0, (1 + sums->depths) * sizeof *sums->nll);
-    DSV3_MEMSET(sums->targets, 0, (1 + sums->depths) * sizeof *sums->targets);
-    DSV3_MEMSET(sums->balance, 0, b->layers * sizeof *sums->balance);
-    DSV3_MEMSET(b->load, 0, b->layers * b->experts * sizeof *b->load);
-    DSV3_MEMSET(t->gradients.data, 0, t->gradients.count * sizeof(float));
-    return DSV3_OK;
+static dsv3_result dsv3i_trainer_check(const dsv3_trainer *t, dsv3_error *error) {
+    if (t == NULL) return dsv3i_fail_null(error, "trainer");
+    return t->own != NULL ? DSV3_OK : dsv3i_fail(error, DSV3_ERR_ARG, "trainer", "was not made by dsv3_trainer_init");
+}
+
+DSV3_API dsv3_result dsv3_train_begin(dsv3_trainer *t, const uint64_t *targets, uint64_t sequences, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_trainer_check(t, error));
+    if (targets == NULL) return dsv3i_fail_null(error, "targets");
+    dsv3i_train_clear(t);
+    DSV3_MEMCPY(t->own->targets, targets, (1 + t->losses.depths) * sizeof *targets);
+    t->own->sequences = sequences;
+    t->own->stage = 1;
+    return dsv3i_ok(error);
 }
 
 /* Weight of each target's loss at depth k. */
 static double dsv3i_train_weight(const dsv3_trainer *t, size_t k) {
-    uint64_t terms = t->targets[t->settings.divisor == DSV3_DIVIDE_BY_VALID ? k : 0];
+    uint64_t terms = t->own->targets[t->settings.divisor == DSV3_DIVIDE_BY_VALID ? k : 0];
     return terms > 0 ? dsv3i_depth_weight(k, t->losses.depths, t->settings.lambda) / (double)terms : 0.0;
 }
 
 DSV3_API double dsv3_train_loss(const dsv3_trainer *t) {
-    return dsv3i_loss_total(&t->losses, t->targets, t->sequences, t->balancer.layers, t->settings.lambda,
+    return dsv3i_loss_total(&t->losses, t->own->targets, t->own->sequences, t->balancer.layers, t->settings.lambda,
                             t->settings.balance.expert, t->settings.divisor, 1);
 }
 
@@ -6782,11 +6878,11 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *t) {
 /* Behind the loss of depth k at once its gradients: du of the depth, and the head's. */
 static void dsv3i_train_head(const dsv3i_evaluation *a, size_t k, dsv3i_loss *loss) {
     const dsv3_trainer *t = (const dsv3_trainer *)a->user;
-    dsv3i_depth *v = &t->depth[k];
+    dsv3i_depth *v = &t->own->depth[k];
     float *dhead = k > 0 && t->settings.detach_head ? NULL : dsv3i_grad(&t->gradients.model.lm_head);
     v->n = loss->n;
     for (size_t i = 0, at = 0; k > 0 && i < v->n; v->from[i++] = at) {
-        while (t->depth[k - 1].ws.row_index[at] != v->ws.row_index[i]) at++;
+        while (t->own->depth[k - 1].ws.row_index[at] != v->ws.row_index[i]) at++;
     }
     dsv3i_cross_entropy_backward(loss, v->du, 1, dhead, (float)dsv3i_train_weight(t, k));
 }
@@ -6798,20 +6894,20 @@ static void dsv3i_train_head(const dsv3i_evaluation *a, size_t k, dsv3i_loss *lo
 static void dsv3i_mtp_backward(const dsv3_context *ctx, dsv3_trainer *t, size_t k, float *carry) {
     const dsv3_model *model = &t->weights.model;
     const dsv3_mtp *w = &model->mtp[k - 1], *g = &t->gradients.model.mtp[k - 1];
-    const dsv3i_depth *v = &t->depth[k];
-    dsv3_workspace *ws = &t->workspace;
-    const dsv3i_backward *b = t->backward;
+    dsv3i_depth *v = &t->own->depth[k];
+    dsv3i_workspace *ws = &v->ws;
+    const dsv3i_backward *b = t->own->backward;
     size_t d = (size_t)model->config.hidden_size, n = v->n;
     size_t e = model->config.mtp_concat == DSV3_MTP_HIDDEN_FIRST ? d : 0, h = d - e;
     float eps = model->config.rms_norm_eps, *hidden = ws->row_hidden;
-    dsv3i_rows rows = dsv3i_rows_of(ctx, hidden, t->depth[k - 1].ws.hidden, d);
+    dsv3i_rows rows = dsv3i_rows_of(ctx, hidden, t->own->depth[k - 1].ws.hidden, d);
     rows.at = v->from;
     dsv3i_rows_run(&rows, n, 2, dsv3i_copy_task);
     dsv3i_mtp_concat(ctx, model, w, v->ws.row_token, hidden, n, ws);
-    dsv3i_project_backward(ctx, ws, t->dconcat, 1, &g->eh_proj, t->dx, ws->concat, &w->eh_proj, n);
+    dsv3i_project_backward(ctx, ws, t->own->dconcat, 1, &g->eh_proj, t->own->dx, ws->concat, &w->eh_proj, n);
     for (int half = 0; half < 2; half++) {
         const dsv3_tensor *gain = half ? &w->hnorm : &w->enorm, *dgain = half ? &g->hnorm : &g->enorm;
-        dsv3i_rows norm = dsv3i_norm_rows(ctx, b->du, 1, dsv3i_grad(dgain), t->dconcat + (half ? h : e),
+        dsv3i_rows norm = dsv3i_norm_rows(ctx, b->du, 1, dsv3i_grad(dgain), t->own->dconcat + (half ? h : e),
                                           half ? hidden : ws->y, gain, eps, b->r);
         norm.ldy = 2 * d;
         dsv3i_norm_backward(&norm, n);
@@ -6829,37 +6925,37 @@ static void dsv3i_mtp_backward(const dsv3_context *ctx, dsv3_trainer *t, size_t 
 static dsv3_result dsv3i_train_depth_backward(const dsv3_context *ctx, dsv3_trainer *t, size_t k, float *carry,
                                               dsv3_error *error) {
     const dsv3_model *model = &t->weights.model, *grad = &t->gradients.model;
-    dsv3i_depth *v = &t->depth[k];
+    dsv3i_depth *v = &t->own->depth[k];
     size_t d = (size_t)model->config.hidden_size, n = v->n;
     dsv3i_stack stack = dsv3i_stack_of(model, k), g = dsv3i_stack_of(grad, k);
     int behind = model->config.mtp_hidden == DSV3_MTP_POST_NORM; /* carry is of states behind the norm */
-    dsv3i_rows norm = dsv3i_norm_rows(ctx, t->dx, behind, dsv3i_grad(g.norm), v->du, v->ws.x, stack.norm,
-                                      model->config.rms_norm_eps, t->backward->r);
+    dsv3i_rows norm = dsv3i_norm_rows(ctx, t->own->dx, behind, dsv3i_grad(g.norm), v->du, v->ws.x, stack.norm,
+                                      model->config.rms_norm_eps, t->own->backward->r);
     if (behind) dsv3i_add_rows(ctx, v->du, carry, n, d);
-    if (!behind) dsv3i_copy_rows(ctx, t->dx, carry, n, d);
+    if (!behind) dsv3i_copy_rows(ctx, t->own->dx, carry, n, d);
     dsv3i_norm_backward(&norm, n);
     for (size_t i = stack.count; i > 0; i--) {
         const dsv3_layer *w = &stack.layers[i - 1];
-        dsv3_workspace keeping = dsv3i_keeping(&v->ws, &t->saved[w->index]);
-        dsv3i_call c = dsv3i_call_of(ctx, model, w, 0, t->caches, n, &keeping);
+        dsv3i_workspace keeping = dsv3i_keeping(&v->ws, &t->own->saved[w->index]);
+        dsv3i_call c = dsv3i_call_of(ctx, model, w, 0, t->own->caches, n, &keeping);
         c.g = &g.layers[i - 1];
-        c.s = &t->saved[w->index];
-        c.b = t->backward;
+        c.s = &t->own->saved[w->index];
+        c.b = t->own->backward;
         DSV3I_TRY(dsv3i_go_on(ctx, error));
-        dsv3i_layer_backward(&c, t->dx);
+        dsv3i_layer_backward(&c, t->own->dx);
     }
-    if (k == 0) dsv3i_embed_backward(ctx, dsv3i_grad(&grad->embed_tokens), t->dx, v->ws.row_token, n, d);
+    if (k == 0) dsv3i_embed_backward(ctx, dsv3i_grad(&grad->embed_tokens), t->own->dx, v->ws.row_token, n, d);
     return DSV3_OK;
 }
 
 static dsv3_result dsv3i_train_backward(const dsv3_context *ctx, dsv3_trainer *t, dsv3_error *error) {
-    size_t d = (size_t)t->weights.model.config.hidden_size, n = t->depth[0].n;
-    float *carry = t->carry[0], *next = t->carry[1], *swap;
-    t->backward->balance = &t->settings.balance;
-    t->backward->balance_scale = t->sequences > 0 ? 1.0 / (double)t->sequences : 0.0;
+    size_t d = (size_t)t->weights.model.config.hidden_size, n = t->own->depth[0].n;
+    float *carry = t->own->carry, *next = t->own->carry_next, *swap;
+    t->own->backward->balance = &t->settings.balance;
+    t->own->backward->balance_scale = t->own->sequences > 0 ? 1.0 / (double)t->own->sequences : 0.0;
     DSV3_MEMSET(carry, 0, n * d * sizeof *carry);
     for (size_t k = t->losses.depths + 1; k > 0; k--) {
-        if (t->depth[k - 1].n == 0) continue;
+        if (t->own->depth[k - 1].n == 0) continue;
         DSV3I_TRY(dsv3i_train_depth_backward(ctx, t, k - 1, carry, error));
         if (k == 1) break;
         DSV3_MEMSET(next, 0, n * d * sizeof *next);
@@ -6873,20 +6969,20 @@ static dsv3_result dsv3i_train_backward(const dsv3_context *ctx, dsv3_trainer *t
 
 /* A text that has been checked, forward and backward. */
 static dsv3_result dsv3i_train_text(const dsv3_context *context, dsv3_trainer *t, const dsv3_text *text, dsv3_error *error) {
-    const dsv3i_evaluation a = {&t->losses, text, NULL, t->depth, dsv3i_train_head, t};
+    const dsv3i_evaluation a = {&t->losses, text, NULL, t->own->depth, dsv3i_train_head, t};
     dsv3_context ctx = *context;
-    dsv3_workspace *ws = &t->workspace;
-    const dsv3i_run p = {&ctx, &t->weights.model, 0,  t->caches, t->most_sequences, NULL, ws->row_hidden,
-                         NULL, ws,                error, &a,     t->saved};
+    dsv3i_workspace *ws = &t->own->depth[0].ws;
+    const dsv3i_run p = {&ctx, &t->weights.model, 0,  t->own->caches, t->own->most_sequences, NULL, ws->row_hidden,
+                         NULL, ws,                error, &a,     t->own->saved};
     ctx.attention = DSV3_ATTENTION_EXPANDED;
     ctx.compute = DSV3_EXACT;
     t->losses.actual = t->settings.balance.actual;
-    for (size_t k = 0; k <= t->losses.depths; k++) t->depth[k].n = 0;
-    t->stage = 0;
+    for (size_t k = 0; k <= t->losses.depths; k++) t->own->depth[k].n = 0;
+    t->own->stage = 0;
     DSV3I_TRY(dsv3i_evaluate_rows(&a, p, 0, text->rows));
     t->losses.sequences += dsv3i_text_sequences(text);
     DSV3I_TRY(dsv3i_train_backward(&ctx, t, error));
-    t->stage = 2;
+    t->own->stage = 2;
     return dsv3i_ok(error);
 }
 
@@ -6904,18 +7000,20 @@ static dsv3_result dsv3i_train_check(const dsv3_trainer *t, int32_t stage, dsv3_
         return dsv3i_fail(error, DSV3_ERR_ARG, name, "must be finite, eps above 0, others at least 0, decays below 1");
     }
     return dsv3i_check_between(error, DSV3_ERR_ARG, "trainer.stage", "a step is begun, then accumulated, then ended",
-                               t->stage, stage, 2);
+                               t->own->stage, stage, 2);
 }
 
 DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_trainer *t, const dsv3_text *text,
                                            dsv3_error *error) {
     const dsv3_balance_weights *balance;
-    if (context == NULL || t == NULL || text == NULL || text->token == NULL) return dsv3i_fail_null(error, "argument");
+    DSV3I_TRY(dsv3i_trainer_check(t, error));
+    DSV3I_TRY(dsv3i_workspace_check(&t->workspace, context, &t->weights.model, error));
+    if (text == NULL || text->token == NULL) return dsv3i_fail_null(error, text == NULL ? "text" : "text.token");
     DSV3I_TRY(dsv3i_train_check(t, 1, error));
     balance = &t->settings.balance;
     DSV3I_TRY(dsv3i_check_between(error, text->rows < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "rows",
                                   "is not a micro-batch the trainer was made for", (int64_t)text->rows, 1,
-                                  (int64_t)t->most_rows));
+                                  (int64_t)t->own->most_rows));
     if ((balance->device > 0.0 || balance->communication > 0.0) &&
         (balance->devices < 1 || balance->most_devices < 1 || t->balancer.experts % balance->devices != 0)) {
         return dsv3i_fail(error, DSV3_ERR_ARG, "balance.devices", "must divide the experts, and most_devices be positive");
@@ -6939,7 +7037,7 @@ static int dsv3i_matches_any(const char *const *patterns, const char *name) {
 
 typedef struct dsv3i_optimizer {
     dsv3_trainer *t;
-    size_t at, runs;                /* the walk's place among the parameters; t->squares in use */
+    size_t at, runs;                /* the walk's place among the parameters; t->own->squares in use */
     float decay, scale, rate, root; /* 1 - lr decay; clipping; lr / (1 - b1^t); 1 / sqrt(1 - b2^t) */
 } dsv3i_optimizer;
 
@@ -6952,7 +7050,7 @@ static dsv3_result dsv3i_optimizer_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     int skip = (info->kind == DSV3_KIND_ROUTER && info->rank == 1) || dsv3i_matches_any(s->frozen, info->name);
     (void)slot;
     for (size_t i = 0; i < n && !skip; i += DSV3I_RUN) {
-        dsv3i_squares *run = &o->t->squares[o->runs++];
+        dsv3i_squares *run = &o->t->own->squares[o->runs++];
         run->at = o->at + i;
         run->n = dsv3i_min(DSV3I_RUN, n - i);
         run->decay = info->rank == 2 && !dsv3i_matches_any(s->exempt, info->name) ? o->decay : 1.0f;
@@ -6965,14 +7063,14 @@ static void dsv3i_squares_task(void *arg, size_t begin, size_t end, size_t worke
     const dsv3_trainer *t = (const dsv3_trainer *)arg;
     (void)worker;
     for (size_t i = begin; i < end; i++) {
-        const float *g = t->gradients.data + t->squares[i].at;
-        size_t n = t->squares[i].n, j = 0;
+        const float *g = t->gradients.data + t->own->squares[i].at;
+        size_t n = t->own->squares[i].n, j = 0;
         double sum[4] = {0, 0, 0, 0};
         for (; j + 4 <= n; j += 4) {
             for (size_t k = 0; k < 4; k++) sum[k] += (double)g[j + k] * (double)g[j + k];
         }
         for (size_t k = 0; j + k < n; k++) sum[k] += (double)g[j + k] * (double)g[j + k];
-        t->squares[i].sum = (sum[0] + sum[2]) + (sum[1] + sum[3]);
+        t->own->squares[i].sum = (sum[0] + sum[2]) + (sum[1] + sum[3]);
     }
 }
 
@@ -6994,9 +7092,9 @@ static void dsv3i_adamw_task(void *arg, size_t begin, size_t end, size_t worker)
     const dsv3_trainer *t = o->t;
     (void)worker;
     for (size_t i = begin; i < end; i++) {
-        size_t at = t->squares[i].at;
-        dsv3i_adamw(o, t->squares[i].decay, t->weights.data + at, t->m + at, t->v + at, t->gradients.data + at,
-                    t->squares[i].n);
+        size_t at = t->own->squares[i].at;
+        dsv3i_adamw(o, t->own->squares[i].decay, t->weights.data + at, t->m + at, t->v + at, t->gradients.data + at,
+                    t->own->squares[i].n);
     }
 }
 
@@ -7015,7 +7113,7 @@ static dsv3_result dsv3i_bias_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     size_t E = w->info.cols;
     if (w->info.kind != DSV3_KIND_ROUTER || w->info.rank != 1) return DSV3_OK;
     if (dsv3i_matches_any(t->settings.frozen, w->info.name)) return DSV3_OK;
-    DSV3_MEMCPY(dsv3i_grad(slot), t->bias + (size_t)w->info.layer * E, E * sizeof *t->bias);
+    DSV3_MEMCPY(dsv3i_grad(slot), t->own->bias + (size_t)w->info.layer * E, E * sizeof *t->own->bias);
     return DSV3_OK;
 }
 
@@ -7023,12 +7121,12 @@ static dsv3_result dsv3i_bias_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
 static void dsv3i_train_bias(dsv3_trainer *t) {
     dsv3_model *model = &t->weights.model;
     size_t layers = t->balancer.layers, E = t->balancer.experts;
-    DSV3_MEMSET(t->bias, 0, layers * E * sizeof *t->bias);
+    DSV3_MEMSET(t->own->bias, 0, layers * E * sizeof *t->own->bias);
     for (size_t i = 0; i < layers; i++) {
         const void *bias = model->layers[i].e_score_correction_bias.data;
-        if (bias != NULL) DSV3_MEMCPY(t->bias + i * E, bias, E * sizeof *t->bias);
+        if (bias != NULL) DSV3_MEMCPY(t->own->bias + i * E, bias, E * sizeof *t->own->bias);
     }
-    dsv3i_balancer_move(&t->balancer, t->bias, t->step);
+    dsv3i_balancer_move(&t->balancer, t->own->bias, t->step);
     (void)dsv3i_walk_parameters(&model->config, model, t, dsv3i_bias_tensor);
 }
 
@@ -7053,7 +7151,7 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
     if (!(learning_rate >= 0.0 && rate <= FLT_MAX && decay >= -FLT_MAX)) {
         return dsv3i_fail(error, DSV3_ERR_ARG, "learning_rate", "is negative, or too large for float32");
     }
-    t->stage = 0;
+    t->own->stage = 0;
     if (t->settings.reduce != NULL) {
         result = t->settings.reduce(t->settings.reduce_user, t->gradients.data, t->gradients.count);
     }
@@ -7062,7 +7160,7 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
     o.decay = (float)decay;
     (void)dsv3i_walk_parameters(&t->weights.model.config, NULL, &o, dsv3i_optimizer_tensor);
     dsv3i_loop(context, o.runs, DSV3I_RUN, dsv3i_squares_task, t);
-    for (size_t i = 0; i < o.runs; i++) size += t->squares[i].sum;
+    for (size_t i = 0; i < o.runs; i++) size += t->own->squares[i].sum;
     size = DSV3_POW(size, 0.5); /* the global norm: of the gradients of all that is trained */
     if (norm != NULL) *norm = size;
     clip = (double)t->settings.clip;
@@ -7383,18 +7481,19 @@ static void dsv3i_save_tokens(dsv3i_save *f, const char *name, int32_t *token, s
 static void dsv3i_save_hidden(dsv3i_save *f, const dsv3_sequence *s, size_t depth, size_t begin, size_t end,
                               size_t first) {
     for (size_t i = begin; i < end && depth < s->n_modules; i++) {
-        if (i < first) (void)dsv3i_save_next(f, s->d * sizeof(float));
-        if (i >= first) dsv3i_save_array(f, dsv3i_hidden(s, depth, i), sizeof(float), s->d);
+        if (i < first) (void)dsv3i_save_next(f, s->own->d * sizeof(float));
+        if (i >= first) dsv3i_save_array(f, dsv3i_hidden(s, depth, i), sizeof(float), s->own->d);
     }
 }
 
 static void dsv3i_save_states(dsv3i_save *f, dsv3_sequence *s) {
-    size_t N = s->cache.length, length = N + (size_t)s->pending, oldest = N, begin, first;
+    size_t N = s->cache.length, length = N + (size_t)s->pending, oldest = N, begin, first, top = s->own->top;
     if (s->n_modules == 0) return; /* there is no ring */
-    begin = dsv3i_save_between(f, "begin", dsv3i_sub(s->top, s->window), 0, N, DSV3_ERR_DAMAGED);
-    s->top = dsv3i_save_between(f, "top", s->top, length, SIZE_MAX / 2, DSV3_ERR_DAMAGED);
-    if (begin > 0) s->top = dsv3i_max(s->top, begin + s->window); /* longer rings have nothing before `begin` either */
-    first = dsv3i_sub(s->top, s->window);
+    begin = dsv3i_save_between(f, "begin", dsv3i_sub(top, s->own->window), 0, N, DSV3_ERR_DAMAGED);
+    top = dsv3i_save_between(f, "top", top, length, SIZE_MAX / 2, DSV3_ERR_DAMAGED);
+    if (begin > 0) top = dsv3i_max(top, begin + s->own->window); /* longer rings have nothing before `begin` either */
+    if (f->mode == DSV3I_SAVE_READ) s->own->top = top;
+    first = dsv3i_sub(top, s->own->window);
     dsv3i_save_hidden(f, s, 0, begin, N, first);
     for (size_t k = 1; k <= s->n_modules; k++) {
         dsv3_cache module = s->modules[k - 1];
@@ -7436,7 +7535,7 @@ static void dsv3i_save_sequence_walk(dsv3i_save *f, void *object) {
     dsv3i_save_array(f, s->log_p, sizeof *s->log_p, s->want_log_p ? s->n_token : 0);
     dsv3i_save_array(f, s->drafted, sizeof *s->drafted, n);
     dsv3i_save_array(f, s->accepted, sizeof *s->accepted, n);
-    dsv3i_save_array(f, s->rate, sizeof *s->rate, n);
+    dsv3i_save_array(f, s->own->rate, sizeof *s->own->rate, n);
     dsv3i_save_cache(f, &s->cache);
     dsv3i_save_tokens(f, "history", s->history, s->cache.length + (size_t)s->pending);
     dsv3i_save_states(f, s);
@@ -7445,7 +7544,7 @@ static void dsv3i_save_sequence_walk(dsv3i_save *f, void *object) {
 DSV3_API dsv3_result dsv3_sequence_save_size(const dsv3_sequence *s, size_t *bytes, dsv3_error *error) {
     dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_SEQUENCE, NULL, 0, dsv3i_save_sequence_walk, error);
     dsv3_sequence copy;
-    if (s == NULL) return dsv3i_fail_null(error, "sequence");
+    DSV3I_TRY(dsv3i_sequence_check(s, "sequence", error));
     copy = *s;
     return dsv3i_save_size(&f, &copy, bytes);
 }
@@ -7454,9 +7553,10 @@ DSV3_API dsv3_result dsv3_sequence_save(const dsv3_model *model, const dsv3_sequ
                                         size_t bytes, dsv3_error *error) {
     dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_SEQUENCE, NULL, tag, dsv3i_save_sequence_walk, error);
     dsv3_sequence copy;
-    if (s == NULL || model == NULL) return dsv3i_fail_null(error, "argument");
+    DSV3I_TRY(dsv3i_sequence_check(s, "sequence", error));
+    if (model == NULL) return dsv3i_fail_null(error, "model");
     if (s->prompt_left > 0) return dsv3i_fail(error, DSV3_ERR_ARG, "sequence", "has a prompt that is not yet read");
-    if (s->made_for != dsv3i_fingerprint(&model->config)) {
+    if (s->own->made_for != dsv3i_fingerprint(&model->config)) {
         return dsv3i_fail(error, DSV3_ERR_MISMATCH, "sequence", "was made for another model");
     }
     f.config = &model->config;
@@ -7468,8 +7568,9 @@ DSV3_API dsv3_result dsv3_sequence_load(const dsv3_model *model, dsv3_sequence *
                                         size_t bytes, dsv3_error *error) {
     dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_SEQUENCE, NULL, tag, dsv3i_save_sequence_walk, error);
     dsv3_sequence copy;
-    if (s == NULL || model == NULL) return dsv3i_fail_null(error, "argument");
-    if (s->made_for != dsv3i_fingerprint(&model->config)) {
+    DSV3I_TRY(dsv3i_sequence_check(s, "sequence", error));
+    if (model == NULL) return dsv3i_fail_null(error, "model");
+    if (s->own->made_for != dsv3i_fingerprint(&model->config)) {
         return dsv3i_fail(error, DSV3_ERR_MISMATCH, "sequence", "was made for another model");
     }
     f.config = &model->config;
@@ -7534,8 +7635,8 @@ DSV3_API dsv3_result dsv3_trainer_load(dsv3_trainer *t, uint64_t tag, const void
     DSV3I_TRY(dsv3i_save_run(&f, DSV3I_SAVE_CHECK, &state));
     (void)dsv3i_save_run(&f, DSV3I_SAVE_READ, &state);
     t->step = state.step;
-    (void)dsv3_train_begin(t, NULL, 0);
-    t->stage = 0;
+    dsv3i_train_clear(t);
+    t->own->stage = 0;
     return dsv3i_ok(error);
 }
 #endif /* DSV3_NO_TRAINING */
@@ -8533,7 +8634,7 @@ static void dsv3i_expand_keys(const dsv3i_attention *a, dsv3i_attention_tile *ti
 static size_t dsv3i_expanded_rows(const dsv3i_call *c, dsv3i_attention_tile tile, size_t t, size_t h, size_t b,
                                   size_t nk) {
     const dsv3i_dims *m = &c->m;
-    const dsv3_workspace *ws = c->ws;
+    const dsv3i_workspace *ws = c->ws;
     const unsigned char *keys = (const unsigned char *)tile.keys, *values = (const unsigned char *)tile.values;
     float *state = ws->softmax + (t * m->H + h) * 2;
     size_t last;
@@ -8561,7 +8662,7 @@ static void dsv3i_expanded_task(void *arg, size_t begin, size_t end, size_t work
     const dsv3i_attention *a = (const dsv3i_attention *)arg;
     const dsv3i_call *c = a->c;
     const dsv3i_dims *m = &c->m;
-    const dsv3_workspace *ws = c->ws;
+    const dsv3i_workspace *ws = c->ws;
     float *scratch = a->worker + worker * a->worker_floats;
     dsv3i_attention_tile tile = dsv3i_tile_of(c, scratch + dsv3i_up_floats(m), DSV3_F32, m->qk, m->dv);
     for (size_t i = begin; i < end; i++) {
@@ -8587,7 +8688,7 @@ static void dsv3i_expanded_task(void *arg, size_t begin, size_t end, size_t work
 }
 
 static void dsv3i_fast_attend(dsv3i_call *c) {
-    const dsv3_workspace *ws = c->ws;
+    const dsv3i_workspace *ws = c->ws;
     int expanded = 0;
     dsv3i_attention a;
     (void)dsv3i_attention_layout(&a, &c->m, ws->rows, ws->threads, ws->scratch);
@@ -8713,7 +8814,7 @@ static size_t dsv3i_ffn_layout(dsv3i_ffn *at, const dsv3i_dims *m, size_t n, siz
 /* Of a token alone, all experts see one row: it is not grouped. */
 static void dsv3i_mlps_at_once(dsv3i_ffn *a) {
     const dsv3i_call *c = a->c;
-    const dsv3_workspace *ws = c->ws;
+    const dsv3i_workspace *ws = c->ws;
     size_t total = 0;
     for (size_t j = 0; j < a->count; j++) {
         const dsv3i_mlp *r = &a->list[j];
@@ -11127,17 +11228,17 @@ DSV3_API const char *dsv3_backend_name(dsv3_backend backend) {
     }
 }
 
-DSV3_API dsv3_result dsv3_backend_find(dsv3_backend *backend, const char *name) {
-    if (backend == NULL || name == NULL) return DSV3_ERR_ARG;
+DSV3_API dsv3_result dsv3_backend_find(dsv3_backend *backend, const char *name, dsv3_error *error) {
+    if (backend == NULL || name == NULL) return dsv3i_fail_null(error, backend == NULL ? "backend" : "name");
     for (int i = 0; i < DSV3_BACKENDS; i++) {
         const char *a = dsv3_backend_name((dsv3_backend)i), *b = name;
         while (*a != '\0' && *a == *b) a++, b++;
         if (*a == *b) {
             *backend = (dsv3_backend)i;
-            return DSV3_OK;
+            return dsv3i_ok(error);
         }
     }
-    return DSV3_ERR_ARG;
+    return dsv3i_fail(error, DSV3_ERR_ARG, name, "is not the name of a backend");
 }
 
 #ifndef DSV3I_X86

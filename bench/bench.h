@@ -730,7 +730,7 @@ static inline void bench_synthetic_init(bench_synthetic *s, const dsv3_config *c
     memset(s, 0, sizeof *s);
     s->type = type;
     bench_check_error(dsv3_config_check(config, &error), "config", &error);
-    bench_check(dsv3_model_tensors(config, bench_collect, s), "list of tensors");
+    bench_check(dsv3_model_tensors(config, bench_collect, s, NULL), "list of tensors");
     bytes = bench_layout(s, config);
     s->arena = (unsigned char *)bench_alloc(bytes);
     for (size_t i = 0; i < s->count; i++) {

@@ -94,7 +94,7 @@ static dsv3_result add_bytes(void *user, const dsv3_tensor_info *info) {
 static void check_memory(const bench_options *o, const dsv3_config *config) {
     double need, available = bench_available_bytes();
     bench_need weights = {o->type, 0.0};
-    bench_check(dsv3_model_tensors(config, add_bytes, &weights), "list of tensors");
+    bench_check(dsv3_model_tensors(config, add_bytes, &weights, NULL), "list of tensors");
     need = (o->pack ? 2.0 : 1.0) * weights.bytes + (double)BENCH_READ_BYTES + 268435456.0;
     if (available <= 0.0 || need <= available) return;
     fprintf(stderr, BENCH_NAME ": needs %.1f GiB of memory, found %.1f GiB available: choose fewer --experts\n",

@@ -161,7 +161,7 @@ static void count_flops(bench_run *r) {
     double sequences = (double)(r->options.batch * r->options.accum), sum = 0.0;
     bench_count n = {NULL, 0, 0};
     n.config = c;
-    bench_check(dsv3_model_tensors(c, count_tensor, &n), "list of tensors");
+    bench_check(dsv3_model_tensors(c, count_tensor, &n, NULL), "list of tensors");
     if (c->tie_word_embeddings) n.main += head;
     for (size_t k = 0; k <= D && k < r->options.seq; k++) {
         double T = (double)(r->options.seq - k), layers = k == 0 ? c->num_hidden_layers : 1.0;
@@ -239,7 +239,7 @@ static void run_free(bench_run *r) {
 static void run_step(bench_run *r, double *accumulate, double *end) {
     double at = bench_now(), then;
     dsv3_error error;
-    bench_check(dsv3_train_begin(&r->trainer, r->targets, r->sequences), "dsv3_train_begin");
+    bench_check(dsv3_train_begin(&r->trainer, r->targets, r->sequences, NULL), "dsv3_train_begin");
     for (size_t i = 0; i < r->options.accum; i++) {
         dsv3_text text = micro_batch(r, i);
         bench_check_error(dsv3_train_accumulate(&r->context, &r->trainer, &text, &error), "dsv3_train_accumulate",

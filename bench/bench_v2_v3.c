@@ -273,7 +273,7 @@ static double run_step(bench_run *r, double rate) {
     for (size_t b = 0; b < B; b++) run_place(r, b, (size_t)(dsv3_random(&r->rng) % (r->text->train - T)));
     text = run_text(r, B);
     dsv3_text_count(&text, 0, &targets, &sequences);
-    bench_check(dsv3_train_begin(&r->trainer, &targets, sequences), "dsv3_train_begin");
+    bench_check(dsv3_train_begin(&r->trainer, &targets, sequences, NULL), "dsv3_train_begin");
     bench_check_error(dsv3_train_accumulate(r->context, &r->trainer, &text, &error), "dsv3_train_accumulate", &error);
     vio = mean_max_vio(&r->trainer.weights.model, r->trainer.balancer.load); /* the end of the step clears it */
     bench_check_error(dsv3_train_end(r->context, &r->trainer, rate, NULL, &error), "dsv3_train_end", &error);

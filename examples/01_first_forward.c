@@ -50,7 +50,7 @@ static dsv3_result find(void *user, const char *name, dsv3_tensor *tensor) {
     question q;
     memset(&q, 0, sizeof q);
     q.name = name;
-    dsv3_model_tensors(&w->config, compare_name, &q);
+    dsv3_model_tensors(&w->config, compare_name, &q, NULL);
     tensor->data = w->values + w->used;
     tensor->type = DSV3_F32;
     tensor->rank = q.info.rank;

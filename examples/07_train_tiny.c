@@ -98,7 +98,7 @@ static void train(const dsv3_text *text) {
         uint64_t targets[2] = {0, 0}, sequences = 0;
         double rate = dsv3_learning_rate(&schedule, (uint64_t)s), main_loss, mtp_loss, vio;
         dsv3_text_count(text, 1, targets, &sequences);
-        check(dsv3_train_begin(&trainer, targets, sequences));
+        check(dsv3_train_begin(&trainer, targets, sequences, NULL));
         check(dsv3_train_accumulate(&context, &trainer, text, &error));
         vio = dsv3_load_statistics(trainer.balancer.load + 1 * trainer.balancer.experts, trainer.balancer.experts).max_vio;
         check(dsv3_train_end(&context, &trainer, rate, NULL, &error)); /* clears the loads */

@@ -880,7 +880,7 @@ static st_result checkpointi_leftover(checkpoint *c, const char *directory, st_e
     }
     memset(u.used, 0, count + 1);
     config.num_nextn_predict_layers = c->model.n_mtp;
-    walked = dsv3_model_tensors(&config, checkpointi_use, &u);
+    walked = dsv3_model_tensors(&config, checkpointi_use, &u, NULL);
     for (size_t i = 0; i < count && walked == DSV3_OK; i++) {
         const char *name = c->file.tensor[i].name;
         if (u.used[i] || checkpointi_superfluous(c, name)) continue;
@@ -897,7 +897,7 @@ static st_result checkpointi_leftover(checkpoint *c, const char *directory, st_e
 static st_result checkpointi_bind(checkpoint *c, const char *directory, st_error *error) {
     dsv3_error why;
     size_t bytes;
-    dsv3_result result = dsv3_model_tensors(&c->config, checkpointi_expect, c);
+    dsv3_result result = dsv3_model_tensors(&c->config, checkpointi_expect, c, NULL);
     if (result != DSV3_OK) return checkpointi_unexpected(c, result, directory, error);
     result = dsv3_model_size(&c->config, &bytes, NULL);
     if (result != DSV3_OK) {
@@ -1327,7 +1327,7 @@ static dsv3_result checkpointi_save_walk(checkpointi_save *s) {
     dsv3_result result = DSV3_OK;
     s->count = 0;
     for (s->bytes = 4; s->bytes > 0 && result == DSV3_OK; s->bytes /= 2) {
-        result = dsv3_model_tensors(s->config, checkpointi_save_visit, s);
+        result = dsv3_model_tensors(s->config, checkpointi_save_visit, s, NULL);
     }
     return result;
 }

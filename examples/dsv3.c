@@ -341,7 +341,7 @@ static void open_context(dsv3_context *context, const char *name, long threads) 
     dsv3_backend backend;
     dsv3_result result;
     threads_pool *pool;
-    if (dsv3_backend_find(&backend, name) != DSV3_OK) {
+    if (dsv3_backend_find(&backend, name, NULL) != DSV3_OK) {
         stop("--backend: expected auto, reference, avx2, avx512, avx512_bf16 or amx, found '%s'", name);
     }
     result = dsv3_context_init(context, backend, 1, NULL);
@@ -2199,7 +2199,7 @@ static int plan(int argc, char **argv, const command *c) {
     memset(&p, 0, sizeof p);
     p.config = &config;
     p.type = parse_type("--type", type);
-    stop_result(name, dsv3_model_tensors(&config, plan_tensor, &p));
+    stop_result(name, dsv3_model_tensors(&config, plan_tensor, &p, NULL));
     plan_print(&p, name);
     if (context == 0) context = config.max_position_embeddings < 4096 ? config.max_position_embeddings : 4096;
     plan_print_memory(&config, (size_t)context, (size_t)batch, (size_t)rows, (size_t)threads);
@@ -2995,7 +2995,7 @@ static void train_check_names(const train_state *s, const char *which, const tex
     size_t shared = 0;
     for (size_t i = 0; i < patterns->count; i++) {
         train_names n = {patterns->item[i], 0, 0};
-        stop_result(which, dsv3_model_tensors(&s->config, train_match_visit, &n));
+        stop_result(which, dsv3_model_tensors(&s->config, train_match_visit, &n, NULL));
         if (n.matches == 0) stop("%s: no tensor has a name like '%s'", which, n.pattern);
         shared += n.shared;
     }
@@ -3023,10 +3023,10 @@ static dsv3_result train_tensor_visit(void *user, const dsv3_tensor_info *info) 
 }
 
 static void train_list_tensors(train_state *s) {
-    stop_result("tensors", dsv3_model_tensors(&s->config, train_tensor_visit, s));
+    stop_result("tensors", dsv3_model_tensors(&s->config, train_tensor_visit, s, NULL));
     s->tensor = (train_tensor *)route_table("tensors", s->tensors, 1, 1, sizeof *s->tensor);
     s->tensors = 0;
-    stop_result("tensors", dsv3_model_tensors(&s->config, train_tensor_visit, s));
+    stop_result("tensors", dsv3_model_tensors(&s->config, train_tensor_visit, s, NULL));
 }
 
 /* A dsv3_find over an array in the order of the parameters. It is mostly asked in that order. */
@@ -3843,7 +3843,7 @@ static void train_step(train_state *s, double *row) {
     char message[256];
     for (size_t m = 0; m < s->accum; m++) dsv3_text_count(&text, s->D, targets, &sequences);
     row[TRAIN_LR] = dsv3_learning_rate(&s->schedule, s->done);
-    stop_result("training", dsv3_train_begin(&s->trainer, targets, sequences));
+    stop_result("training", dsv3_train_begin(&s->trainer, targets, sequences, NULL));
     for (size_t m = 0; m < s->accum && result == DSV3_OK; m++) {
         text = train_micro_batch(s, s->done, m);
         result = dsv3_train_accumulate(&s->eval.context, &s->trainer, &text, &error);

@@ -58,6 +58,9 @@
 #define dsv3_router_weights(config, gate, idx, score, n) dsv3_router_weights(config, gate, idx, score, n, NULL)
 #define dsv3_sample(token, logits, V, temperature, top_p, rng, candidates)                                           \
     dsv3_sample(token, logits, V, temperature, top_p, rng, candidates, NULL)
+#define dsv3_backend_find(backend, name) dsv3_backend_find(backend, name, NULL)
+#define dsv3_model_tensors(config, visit, user) dsv3_model_tensors(config, visit, user, NULL)
+#define dsv3_train_begin(trainer, targets, sequences) dsv3_train_begin(trainer, targets, sequences, NULL)
 #define dsv3_ffn_forward(context, y, u, model, layer, n, workspace)                                                  \
     dsv3_ffn_forward(context, y, u, model, layer, n, workspace, NULL)
 static size_t dsv3_linear_scratch(const dsv3_context *context, size_t n, size_t cols) {

@@ -233,7 +233,7 @@ static void compute_bias(run *r, dsv3_balancer *balancer) {
         int32_t row = 0;
         if (b->data != NULL) dsv3_embed(&r->context, bias + i * E, &row, b, 1);
     }
-    dsv3_balancer_step(balancer, bias, 0);
+    dsv3_balancer_step(balancer, bias, 0, NULL);
     for (size_t i = 0; i < balancer->layers; i++) {
         if (r->model->model.layers[i].e_score_correction_bias.data == NULL) continue;
         memcpy(record_add(r, "router", (long)i, ".bias_after", ST_F32, E, 0, 0), bias + i * E, E * sizeof *bias);
@@ -335,7 +335,7 @@ static void record_parameters(run *r, const char *prefix, const dsv3_parameters 
     walk.data = parameters->data;
     walk.at = 0;
     walk.gradient = strcmp(prefix, "grad.") == 0;
-    dsv3_model_tensors(&r->model->config, record_parameter, &walk);
+    dsv3_model_tensors(&r->model->config, record_parameter, &walk, NULL);
 }
 
 /* B sequences of S tokens, one after another. */
@@ -389,7 +389,7 @@ static void compute_gradients(run *r) {
     training_begin(&t, r, r->B, r->S, dsv3_training_default());
     text = text_of(r->tokens, t.sequence, r->B, r->S);
     dsv3_text_count(&text, t.D, t.targets, &sequences);
-    dsv3_train_begin(&t.trainer, t.targets, sequences);
+    dsv3_train_begin(&t.trainer, t.targets, sequences, NULL);
     check(dsv3_train_accumulate(&r->context, &t.trainer, &text, &error), &error);
     record_parameters(r, "grad.", &t.trainer.gradients);
     training_end(&t);
@@ -427,7 +427,7 @@ static void compute_trajectory(run *r, size_t steps, size_t micro) {
             dsv3_text text = text_of(tokens + i * B * S, t.sequence, B, S);
             dsv3_text_count(&text, t.D, t.targets, &sequences);
         }
-        dsv3_train_begin(&t.trainer, t.targets, sequences);
+        dsv3_train_begin(&t.trainer, t.targets, sequences, NULL);
         for (size_t i = 0; i < micro; i++) {
             dsv3_text text = text_of(tokens + i * B * S, t.sequence, B, S);
             check(dsv3_train_accumulate(&r->context, &t.trainer, &text, &error), &error);
@@ -646,7 +646,7 @@ int main(int argc, char **argv) {
             directory = argv[i];
         }
     }
-    if (directory == NULL || threads < 0 || dsv3_backend_find(&which, backend) != DSV3_OK) {
+    if (directory == NULL || threads < 0 || dsv3_backend_find(&which, backend, NULL) != DSV3_OK) {
         return usage();
     }
     memset(&r, 0, sizeof r);

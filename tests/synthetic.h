@@ -388,7 +388,7 @@ static inline synth *synth_make(const dsv3_config *config, int types, uint64_t s
     test_state = seed;
     synth_demand(dsv3_config_check(config, &error), "config", &error);
     synth_demand(dsv3_context_init(&s->context, test_backend(), 1, NULL), "context", NULL);
-    synth_demand(dsv3_model_tensors(config, synth_add, s), "tensors", NULL);
+    synth_demand(dsv3_model_tensors(config, synth_add, s, NULL), "tensors", NULL);
     synth_demand(dsv3_model_size(config, &s->model_bytes, NULL), "model size", NULL);
     s->model_memory = synth_alloc(s->model_bytes);
     return s;

@@ -29,7 +29,7 @@ static void test_count(int ok, const char *file, int line, const char *what) {
 static inline dsv3_backend test_backend(void) {
     const char *name = getenv("TEST_BACKEND");
     dsv3_backend backend = DSV3_BACKEND_REFERENCE;
-    if (name != NULL && dsv3_backend_find(&backend, name) != DSV3_OK) {
+    if (name != NULL && dsv3_backend_find(&backend, name, NULL) != DSV3_OK) {
         fprintf(stderr, "TEST_BACKEND: there is no backend '%s'\n", name);
         exit(2);
     }

@@ -406,7 +406,7 @@ static void balancer_setup(void) {
     CHECK_EQ(dsv3_balancer_size(&c, &need, NULL), DSV3_OK);
     memory = (unsigned char *)synth_alloc(need);
     CHECK_EQ(dsv3_balancer_init(&c, &b, memory, need, NULL), DSV3_OK);
-    CHECK_EQ(dsv3_balancer_step(&b, NULL, 0), DSV3_OK);
+    CHECK_EQ(dsv3_balancer_step(&b, NULL, 0, NULL), DSV3_OK);
     synth_release(memory);
 }
 
@@ -429,7 +429,7 @@ static void balancer_memory(void) {
         balance_load(load);
         memcpy(b.load, load, sizeof load);
         CHECK(all_zero(b.load_all, LOADS));
-        CHECK_EQ(dsv3_balancer_step(&b, bias, 0), DSV3_OK);
+        CHECK_EQ(dsv3_balancer_step(&b, bias, 0, NULL), DSV3_OK);
         CHECK(all_zero(b.load, LOADS) && memcmp(b.load_all, load, sizeof load) == 0);
         CHECK(untouched(memory, shift) && untouched(memory + shift + need, 64 - shift));
         synth_release(memory);
@@ -456,7 +456,7 @@ static void balancer_steps(void) {
             }
             for (size_t i = 0; i < LOADS; i++) all[i] += load[i];
             CHECK((memcmp(want, b.bias, sizeof want) == 0) == (step >= 4));
-            CHECK_EQ(dsv3_balancer_step(&b.b, b.bias, 10 * step), DSV3_OK);
+            CHECK_EQ(dsv3_balancer_step(&b.b, b.bias, 10 * step, NULL), DSV3_OK);
             CHECK(memcmp(want, b.bias, sizeof want) == 0 && memcmp(dense, b.bias, sizeof dense) == 0);
             CHECK(all_zero(b.b.load, LOADS) && memcmp(all, b.b.load_all, sizeof all) == 0);
         }
@@ -497,9 +497,9 @@ static void balancer_ranks(void) {
             memcpy(other[1 - i].load, part[i].b.load, sizeof other[i].load);
             for (size_t j = 0; j < LOADS; j++) whole.b.load[j] += part[i].b.load[j];
         }
-        CHECK_EQ(dsv3_balancer_step(&whole.b, whole.bias, step), DSV3_OK);
+        CHECK_EQ(dsv3_balancer_step(&whole.b, whole.bias, step, NULL), DSV3_OK);
         for (int i = 0; i < 2; i++) {
-            CHECK_EQ(dsv3_balancer_step(&part[i].b, part[i].bias, step), DSV3_OK);
+            CHECK_EQ(dsv3_balancer_step(&part[i].b, part[i].bias, step, NULL), DSV3_OK);
             CHECK(memcmp(part[i].bias, whole.bias, sizeof whole.bias) == 0);
             CHECK(memcmp(part[i].b.load_all, whole.b.load_all, LOADS * sizeof(uint64_t)) == 0);
             CHECK(all_zero(part[i].b.load, LOADS));
@@ -521,17 +521,17 @@ static void balancer_reduce_fails(void) {
     balance_open(&b);
     b.b.reduce = add_rank, b.b.reduce_user = &other;
     balance_load(b.b.load);
-    CHECK_EQ(dsv3_balancer_step(&b.b, b.bias, 0), DSV3_OK);
+    CHECK_EQ(dsv3_balancer_step(&b.b, b.bias, 0, NULL), DSV3_OK);
     balance_load(b.b.load);
     memcpy(load, b.b.load, sizeof load), memcpy(all, b.b.load_all, sizeof all), memcpy(bias, b.bias, sizeof bias);
     for (size_t i = 0; i < 3; i++) {
         other.answer = answers[i];
-        CHECK_EQ(dsv3_balancer_step(&b.b, b.bias, 1), answers[i]);
+        CHECK_EQ(dsv3_balancer_step(&b.b, b.bias, 1, NULL), answers[i]);
         CHECK(memcmp(load, b.b.load, sizeof load) == 0 && memcmp(all, b.b.load_all, sizeof all) == 0);
         CHECK(memcmp(bias, b.bias, sizeof bias) == 0);
     }
     other.answer = DSV3_OK;
-    CHECK_EQ(dsv3_balancer_step(&b.b, b.bias, 1), DSV3_OK);
+    CHECK_EQ(dsv3_balancer_step(&b.b, b.bias, 1, NULL), DSV3_OK);
     CHECK(memcmp(bias, b.bias, sizeof bias) != 0 && all_zero(b.b.load, LOADS));
     for (size_t i = 0; i < LOADS; i++) CHECK_EQ(b.b.load_all[i], all[i] + load[i]);
     balance_close(&b);
@@ -559,7 +559,7 @@ static void balancer_micro_batches(void) {
             }
         }
         CHECK(memcmp(parts.b.load, whole.b.load, LOADS * sizeof(uint64_t)) == 0);
-        CHECK_EQ(dsv3_balancer_step(&parts.b, parts.bias, 0), DSV3_OK);
+        CHECK_EQ(dsv3_balancer_step(&parts.b, parts.bias, 0, NULL), DSV3_OK);
         for (size_t l = 1; l < LAYERS; l++) { /* the step of the whole, on the bias as it was */
             float want[EXPERTS];
             memcpy(want, whole.bias + l * EXPERTS, sizeof want);
@@ -791,7 +791,7 @@ static double late_max_vio(dsv3_bias_form form, dsv3_bias_rule rule, double spee
         dsv3_router_select(&c, idx, gate, score, bias, NULL, N, scratch, NULL);
         dsv3_load_count(b.b.load + EXPERTS, idx, NULL, N, CHOSEN);
         vio = dsv3_load_statistics(b.b.load + EXPERTS, EXPERTS).max_vio;
-        dsv3_balancer_step(&b.b, b.bias, step);
+        dsv3_balancer_step(&b.b, b.bias, step, NULL);
         *lowest = fmin(*lowest, vio);
         if (step >= STEPS - 100) worst = fmax(worst, vio);
     }

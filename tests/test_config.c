@@ -374,7 +374,7 @@ static tally count_model(dsv3_preset preset) {
     tally t;
     memset(&t, 0, sizeof t);
     t.config = &c;
-    CHECK_EQ(dsv3_model_tensors(&c, count_tensor, &t), DSV3_OK);
+    CHECK_EQ(dsv3_model_tensors(&c, count_tensor, &t, NULL), DSV3_OK);
     CHECK_EQ(t.wrong, 0);
     return t;
 }
@@ -476,13 +476,13 @@ static void test_names(void) {
                        {"lm_head.weight", 2, 0, 0, 0, 0, 0}, /* tied below */
                        {NULL, 0, 0, 0, 0, 0, 0}};
     dsv3_config c = dsv3_config_preset(DSV3_PRESET_V3);
-    CHECK_EQ(dsv3_model_tensors(&c, look_for, v3), DSV3_OK);
+    CHECK_EQ(dsv3_model_tensors(&c, look_for, v3, NULL), DSV3_OK);
     for (wanted *w = v3; w->name != NULL; w++) CHECK_EQ(w->found, 1);
     c = dsv3_config_preset(DSV3_PRESET_V2_LITE);
-    CHECK_EQ(dsv3_model_tensors(&c, look_for, lite), DSV3_OK);
+    CHECK_EQ(dsv3_model_tensors(&c, look_for, lite, NULL), DSV3_OK);
     for (wanted *w = lite; w->name != NULL; w++) CHECK_EQ(w->found, 1);
     c.tie_word_embeddings = 1;
-    CHECK_EQ(dsv3_model_tensors(&c, look_for, absent), DSV3_OK);
+    CHECK_EQ(dsv3_model_tensors(&c, look_for, absent, NULL), DSV3_OK);
     for (wanted *w = absent; w->name != NULL; w++) CHECK_EQ(w->found, 0);
 }
 
@@ -490,14 +490,14 @@ static void test_names(void) {
 static void test_walk(void) {
     dsv3_config c = dsv3_config_preset(DSV3_PRESET_V3);
     tally t;
-    CHECK_EQ(dsv3_model_tensors(NULL, count_tensor, &t), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_model_tensors(&c, NULL, &t), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_model_tensors(NULL, count_tensor, &t, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_model_tensors(&c, NULL, &t, NULL), DSV3_ERR_ARG);
     for (long stop = 1; stop < 5000; stop += 61) {
         long seen = 0;
         memset(&t, 0, sizeof t);
         t.config = &c;
         t.stop_at = stop;
-        CHECK_EQ(dsv3_model_tensors(&c, count_tensor, &t), DSV3_ERR_NAN);
+        CHECK_EQ(dsv3_model_tensors(&c, count_tensor, &t, NULL), DSV3_ERR_NAN);
         for (int g = 0; g < DSV3_KINDS; g++) seen += t.groups[g];
         CHECK_EQ(seen, stop);
     }

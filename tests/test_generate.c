@@ -10,6 +10,7 @@
 #define _POSIX_C_SOURCE 200809L
 #endif
 #define CHECKPOINT_IMPLEMENTATION
+#define DSV3_IMPLEMENTATION
 #include "checkpoint.h"
 #include "synthetic.h"
 
@@ -242,7 +243,7 @@ static dsv3_result writer_steer(void *user, float *logits, size_t V, const int32
                                 size_t sequence) {
     writer *w = (writer *)user;
     if (w == NULL) return steering(NULL, logits, V, text, length, sequence);
-    EXPECT(w, length >= w->length && length <= w->length + w->s.planned && text == w->s.history);
+    EXPECT(w, length >= w->length && length <= w->length + w->s.own->planned && text == w->s.history);
     for (size_t t = 0; t < w->length && t < length; t++) EXPECT(w, text[t] == w->text[t]);
     return steering(NULL, logits, V, text, length, sequence);
 }
@@ -314,7 +315,7 @@ static void writer_invariants(writer *w) {
     for (size_t k = 1; k <= s->n_modules; k++) {
         EXPECT(w, s->modules[k - 1].length <= s->cache.length);
         EXPECT(w, s->modules[k - 1].length <= (told > k ? told - k : 0));
-        EXPECT(w, s->cache.length + 1 - s->modules[k - 1].length <= s->window);
+        EXPECT(w, s->cache.length + 1 - s->modules[k - 1].length <= s->own->window);
     }
 }
 
@@ -340,7 +341,7 @@ static size_t writer_drafts(const writer *w) {
 static void writer_counts(writer *w, size_t first) {
     const dsv3_sequence *s = &w->s;
     const witness *t = w->truth;
-    size_t p = s->planned, a = 0;
+    size_t p = s->own->planned, a = 0;
     int stopped = 0;
     int cut = p > 0 && !w->loose &&
               t->guess[(first - 1) * t->drafts + p - 1] == s->stop; /* nothing is drafted behind a stop token */

@@ -706,7 +706,7 @@ static void see_routing(void *user, int32_t layer, const real *score, const int3
     setup *a = (setup *)user;
     size_t E = (size_t)a->c.n_routed_experts, K = (size_t)a->c.num_experts_per_tok;
     int32_t depth = layer < a->c.num_hidden_layers ? 0 : layer - a->c.num_hidden_layers + 1;
-    const dsv3_workspace *ws = &a->t.depth[depth].ws; /* each depth has its own rows */
+    const dsv3i_workspace *ws = &a->t.own->depth[depth].ws; /* each depth has its own rows */
     (void)gate;
     for (size_t i = 0; i < n * K; i++) {
         a->choices += choice_hash((uint64_t)layer, i / K, (uint64_t)idx[i], 0);
@@ -758,7 +758,7 @@ static void open_setup(setup *a, uint64_t seed) {
     CHECK_EQ(dsv3_trainer_init(&a->c, &a->t, &a->s, 1, a->memory, bytes, NULL), DSV3_OK);
     test_state = seed;
     at = a->t.weights.data;
-    dsv3_model_tensors(&a->c, weight_tensor, &at);
+    dsv3_model_tensors(&a->c, weight_tensor, &at, NULL);
     CHECK_EQ(at - a->t.weights.data, a->t.weights.count);
     memset(a->targets, 0, sizeof a->targets);
     a->sequences = 0;
@@ -768,7 +768,7 @@ static void open_setup(setup *a, uint64_t seed) {
 static void close_setup(setup *a) { free(a->memory); }
 
 static void begin_pass(setup *a) {
-    dsv3_train_begin(&a->t, a->targets, a->sequences);
+    dsv3_train_begin(&a->t, a->targets, a->sequences, NULL);
     a->choices = 0;
     a->balance = 0;
     memset(a->used, 0, sizeof a->used);
@@ -891,7 +891,7 @@ static void test_differences(setup *a, const real *g) {
     CHECK(a->t.losses.sequences == a->sequences);
     for (int32_t k = 0; k <= a->c.num_nextn_predict_layers; k++) CHECK_EQ(a->t.losses.targets[k], a->targets[k]);
     if (whole) CHECK(fabs(dsv3_train_loss(&a->t) - total_loss(a)) <= 1e-13 * total_loss(a));
-    dsv3_model_tensors(&a->c, difference_tensor, &w);
+    dsv3_model_tensors(&a->c, difference_tensor, &w, NULL);
     CHECK_EQ(w.at, a->t.weights.count);
     CHECK(w.unexpected == 0 || a->quiet);
     CHECK(w.skipped * 10 <= w.checked);
@@ -943,7 +943,7 @@ static void compare_gradients(setup *a, const real *got, const real *want, int (
     w.bound = 1e-12;
     w.least = 1e-15;
     w.what = what;
-    dsv3_model_tensors(&a->c, compare_tensor, &w);
+    dsv3_model_tensors(&a->c, compare_tensor, &w, NULL);
 }
 
 /* One micro-batch per sequence: the same sums but for rounding. */
@@ -1140,7 +1140,7 @@ static void compare_file(FILE *f, int which) {
     w.g = a.t.gradients.data;
     w.want = want;
     w.least = 2e-7 * largest_of(w.g, count); /* what cancels in double leaves float's rounding */
-    dsv3_model_tensors(&a.c, float_tensor, &w);
+    dsv3_model_tensors(&a.c, float_tensor, &w, NULL);
     free(want);
     close_setup(&a);
     for (int32_t keep = 1; keep < 8; keep++) {

@@ -1637,13 +1637,13 @@ static void check_backend_names(void) {
         found = (dsv3_backend)((i + 1) % DSV3_BACKENDS);
         CHECK(name != NULL);
         if (name == NULL) continue;
-        CHECK_EQ(dsv3_backend_find(&found, name), DSV3_OK);
+        CHECK_EQ(dsv3_backend_find(&found, name, NULL), DSV3_OK);
         CHECK_EQ(found, i);
     }
-    for (size_t i = 0; i < 7; i++) CHECK_EQ(dsv3_backend_find(&found, wrong[i]), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_backend_find(NULL, "reference"), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_backend_find(&found, NULL), DSV3_ERR_ARG);
-    CHECK_EQ(dsv3_backend_find(NULL, NULL), DSV3_ERR_ARG);
+    for (size_t i = 0; i < 7; i++) CHECK_EQ(dsv3_backend_find(&found, wrong[i], NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_backend_find(NULL, "reference", NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_backend_find(&found, NULL, NULL), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_backend_find(NULL, NULL, NULL), DSV3_ERR_ARG);
     CHECK(dsv3_backend_name((dsv3_backend)99) == NULL);
     CHECK(dsv3_backend_name((dsv3_backend)DSV3_BACKENDS) == NULL);
 }

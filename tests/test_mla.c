@@ -3,6 +3,7 @@
  * A failure means that attention gives wrong numbers: a head reads another head's rows of kv_b_proj, a key block or a
  * query block is cut in the wrong place, RoPE turns the wrong part, the absorbed and the expanded form have come
  * apart, or the cache keeps something other than the normalised latent and the rotated key. */
+#define DSV3_IMPLEMENTATION
 #include "dsv3.h"
 #include "synthetic.h"
 
@@ -250,7 +251,7 @@ static int form_of(synth *s, size_t rows, size_t other, int *second) {
     batch.token = token;
     batch.sequence = sequence;
     CHECK_EQ(dsv3_batch_begin(&s->context, &s->model, s->caches, 2, &batch, &s->ws, NULL), DSV3_OK);
-    for (size_t i = 0; i < n; i++) count[sequence[i]] += s->ws.expanded[i] != 0;
+    for (size_t i = 0; i < n; i++) count[sequence[i]] += dsv3i_workspace_of(&s->ws, &s->config).expanded[i] != 0;
     for (int i = 0; i < 2; i++) form[i] = count[i] == 0 ? 0 : count[i] == seen[i] ? 1 : -1;
     if (second != NULL) *second = form[1];
     free(token), free(sequence);

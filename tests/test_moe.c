@@ -3,6 +3,7 @@
  * A failure means that a feed-forward layer gives wrong numbers: rows go to the wrong expert or come back to the wrong
  * token, a gate weight or the shared experts are lost, an expert without tokens disturbs its neighbours, or the result
  * of a token depends on what else is in the batch. */
+#define DSV3_IMPLEMENTATION
 #include "dsv3.h"
 #include "synthetic.h"
 
@@ -12,7 +13,8 @@ static float row_of_u[ROWS * 512], row_of_y[ROWS * 512];
 
 /* slot is a permutation of 0 .. n K - 1, experts in ascending order, tokens in ascending order within an expert, and
  * offset tells where each expert's rows begin. */
-static void check_slots(const dsv3_workspace *ws, size_t n, size_t K, size_t E) {
+static void check_slots(const synth *s, size_t n, size_t K, size_t E) {
+    const dsv3i_workspace inside = dsv3i_workspace_of(&s->ws, &s->config), *ws = &inside;
     size_t seen[ROWS * 8] = {0}, wrong = 0;
     CHECK_EQ(ws->offset[0], 0);
     CHECK_EQ(ws->offset[E], n * K);
@@ -42,7 +44,7 @@ static void check_layer(synth *s, int layer, size_t n) {
     memset(s->ws_memory, 0xFF, s->ws_bytes);
     CHECK_EQ(dsv3_ffn_forward(&s->context, y, u, &s->model, w, n, &s->ws, NULL), DSV3_OK);
     CHECK_CLOSE(y, y64, n * d, 2e-6);
-    if (w->is_moe) check_slots(&s->ws, n, K, (size_t)s->config.n_routed_experts);
+    if (w->is_moe) check_slots(s, n, K, (size_t)s->config.n_routed_experts);
     for (size_t t = 0; t < n; t++) {
         dsv3_ffn_forward(&s->context, alone, u + t * d, &s->model, w, 1, &s->ws, NULL);
         differ += memcmp(alone, y + t * d, d * sizeof *alone) != 0;
@@ -71,15 +73,17 @@ static void test_crowd(int which, const int *chosen) {
     int layer = s->config.num_hidden_layers - 1;
     size_t E = (size_t)s->config.n_routed_experts, K = (size_t)s->config.num_experts_per_tok;
     synth_tensor *bias = synth_get(s, layer, -1, "mlp.gate.e_score_correction_bias");
+    dsv3i_workspace ws;
     for (size_t k = 0; k < K; k++) synth_set(bias, (size_t)chosen[k], (float)(40 - 4 * k));
     synth_run(s, ROWS, 1, 1, ROWS, DSV3_F32);
     check_layer(s, layer, ROWS);
     dsv3_ffn_forward(&s->context, row_of_y, row_of_u, &s->model, &s->model.layers[layer], ROWS, &s->ws, NULL);
-    for (size_t i = 0; i < ROWS * K; i++) CHECK_EQ(s->ws.idx[i], chosen[i % K]);
+    ws = dsv3i_workspace_of(&s->ws, &s->config);
+    for (size_t i = 0; i < ROWS * K; i++) CHECK_EQ(ws.idx[i], chosen[i % K]);
     for (size_t e = 0; e < E; e++) {
         size_t rows = 0;
         for (size_t k = 0; k < K; k++) rows += (size_t)chosen[k] == e ? ROWS : 0;
-        CHECK_EQ(s->ws.offset[e + 1] - s->ws.offset[e], rows);
+        CHECK_EQ(ws.offset[e + 1] - ws.offset[e], rows);
     }
     synth_close(s);
 }
@@ -95,8 +99,8 @@ static void test_one_expert(void) {
         synth_run(s, ROWS, 1, 1, ROWS, DSV3_F32);
         check_layer(s, 2, ROWS);
         dsv3_ffn_forward(&s->context, row_of_y, row_of_u, &s->model, &s->model.layers[2], ROWS, &s->ws, NULL);
-        CHECK_EQ(s->ws.offset[e], 0);
-        CHECK_EQ(s->ws.offset[e + 1], ROWS);
+        CHECK_EQ(dsv3i_workspace_of(&s->ws, &s->config).offset[e], 0);
+        CHECK_EQ(dsv3i_workspace_of(&s->ws, &s->config).offset[e + 1], ROWS);
         synth_close(s);
     }
 }
@@ -124,11 +128,11 @@ static void test_ties(void) {
     for (size_t i = 0; i < gate->t.rows * gate->t.cols; i++) synth_encode(DSV3_F32, gate->data, i, 0.0f);
     for (size_t i = 0; i < 16; i++) synth_set(bias, i, 0.0f);
     CHECK_EQ(dsv3_ffn_forward(&s->context, y, u, &s->model, &s->model.layers[1], 2, &s->ws, NULL), DSV3_OK);
-    for (int i = 0; i < 8; i++) CHECK_EQ(s->ws.idx[i], all_equal[i % 4]);
+    for (int i = 0; i < 8; i++) CHECK_EQ(dsv3i_workspace_of(&s->ws, &s->config).idx[i], all_equal[i % 4]);
     synth_set(bias, 8, 0.25f); /* groups 2 and 3 win and tie; within them the others tie */
     synth_set(bias, 12, 0.25f);
     CHECK_EQ(dsv3_ffn_forward(&s->context, y, u, &s->model, &s->model.layers[1], 2, &s->ws, NULL), DSV3_OK);
-    for (int i = 0; i < 8; i++) CHECK_EQ(s->ws.idx[i], late_groups[i % 4]);
+    for (int i = 0; i < 8; i++) CHECK_EQ(dsv3i_workspace_of(&s->ws, &s->config).idx[i], late_groups[i % 4]);
     synth_close(s);
 }
 
@@ -143,7 +147,7 @@ static void test_nan_row(void) {
     u[bad * d + 7] = (float)NAN;
     CHECK_EQ(dsv3_ffn_forward(&s->context, y, u, &s->model, &s->model.layers[1], n, &s->ws, NULL), DSV3_ERR_NAN);
     for (size_t t = 0; t < n; t++) CHECK((memcmp(y + t * d, good + t * d, d * sizeof *y) == 0) == (t != bad));
-    check_slots(&s->ws, n, 4, 16);
+    check_slots(s, n, 4, 16);
     CHECK_EQ(dsv3_ffn_forward(&s->context, y, u, &s->model, &s->model.layers[0], n, &s->ws, NULL), DSV3_OK);
     synth_close(s);
 }

@@ -625,7 +625,7 @@ static void check_linear_backward(int kind) {
 typedef struct attention {
     dsv3_model model;
     dsv3_layer layer;
-    dsv3_workspace ws;
+    dsv3i_workspace ws;
     dsv3i_dims m;
     dsv3_cache caches[SEQUENCES];
     weights kv_b;
@@ -865,7 +865,7 @@ static void attend_known(const attention *a, attended to[2], dsv3_compute comput
 
 /* o [n, H dv] and log sum exp [n, H], in memory of exactly the sizes of a workspace for these rows and threads. */
 static float *attend_by(const attention *a, const dsv3_context *ctx, float **lse, int packed) {
-    dsv3_workspace ws = a->ws;
+    dsv3i_workspace ws = a->ws;
     dsv3_model model = a->model;
     dsv3_layer layer = a->layer;
     dsv3_cache caches[SEQUENCES];
@@ -1072,7 +1072,7 @@ static void check_attend_backward(const dsv3_config *config, const size_t *rows,
         for (size_t turn = 0; turn < (i == 0 ? 1u : 2u); turn++) {
             dsv3_context ctx = i == 0 ? plain_of(DSV3_EXACT) : context_of(i - 1, DSV3_EXACT, turn);
             float **o = out[i == 0 ? 0 : 1 + turn];
-            dsv3_workspace ws = a.ws;
+            dsv3i_workspace ws = a.ws;
             dsv3i_call c = dsv3i_call_of(&ctx, &a.model, &a.layer, 0, NULL, n, &ws);
             ws.threads = ctx.threads;
             ws.scratch = floats_new(dsv3i_pass_floats(m, n, ws.threads), 0);
@@ -1118,7 +1118,7 @@ typedef struct mlp_case {
     dsv3_model model;
     dsv3_layer layer, gradients;
     dsv3i_dims m;
-    dsv3_workspace ws; /* idx, offset, slot, pair */
+    dsv3i_workspace ws; /* idx, offset, slot, pair */
     mlp_weights *w;    /* [E], shared or dense */
     dsv3_mlp *experts, *dexperts;
     const float *u, *dy, *gate; /* [n, d], [n, d], [n, K] */
@@ -1258,7 +1258,7 @@ typedef struct mlp_out {
 } mlp_out;
 
 /* A call over a workspace whose arrays are exactly as large as shapes say. */
-static dsv3i_call mlp_call(const mlp_case *a, const dsv3_context *ctx, dsv3_workspace *ws, dsv3_layer *layer,
+static dsv3i_call mlp_call(const mlp_case *a, const dsv3_context *ctx, dsv3i_workspace *ws, dsv3_layer *layer,
                            dsv3_mlp *experts, int packed) {
     dsv3_model model = a->model;
     dsv3i_call c;
@@ -1278,7 +1278,7 @@ static dsv3i_call mlp_call(const mlp_case *a, const dsv3_context *ctx, dsv3_work
 
 /* keep: hidden values, too. */
 static mlp_out mlps_by(const mlp_case *a, const dsv3_context *ctx, int packed, int keep) {
-    dsv3_workspace ws;
+    dsv3i_workspace ws;
     dsv3_layer layer;
     dsv3_mlp *experts = (dsv3_mlp *)bytes_new((a->m.E + 1) * sizeof *experts, 0);
     dsv3i_call c = mlp_call(a, ctx, &ws, &layer, experts, packed);
@@ -1465,7 +1465,7 @@ static backward_want mlps_backward_known(const mlp_case *a, const float *ha, con
 static backward_out mlps_backward_by(const mlp_case *a, const dsv3_context *ctx, const float *ha, const float *hb,
                                      const float *h, const float *dw0, int packed) {
     size_t d = a->m.d, chosen = a->n * a->m.K;
-    dsv3_workspace ws;
+    dsv3i_workspace ws;
     dsv3_layer layer, g;
     dsv3_mlp *experts = (dsv3_mlp *)bytes_new((a->m.E + 1) * sizeof *experts, 0);
     dsv3i_call c = mlp_call(a, ctx, &ws, &layer, experts, packed);

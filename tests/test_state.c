@@ -6,6 +6,7 @@
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
 #endif
+#define DSV3_IMPLEMENTATION
 #include "dsv3.h"
 #include "synthetic.h"
 
@@ -442,7 +443,7 @@ static int same_sequences(const dsv3_sequence *a, const dsv3_sequence *b) {
     if (n > 0) {
         same = same && memcmp(a->drafted, b->drafted, n * sizeof *a->drafted) == 0 &&
                memcmp(a->accepted, b->accepted, n * sizeof *a->accepted) == 0 &&
-               memcmp(a->rate, b->rate, n * sizeof *a->rate) == 0;
+               memcmp(a->own->rate, b->own->rate, n * sizeof *a->own->rate) == 0;
     }
     for (size_t k = 0; k < a->n_modules && a->rows == b->rows; k++) {
         same = same && same_caches(&a->modules[k], &b->modules[k]);
@@ -696,7 +697,7 @@ static void train_step(dsv3_context *ctx, thing *t) {
     text.token = token;
     text.sequence = sequence;
     dsv3_text_count(&text, trainer->losses.depths, targets, &sequences);
-    synth_demand(dsv3_train_begin(trainer, targets, sequences), "begin", NULL);
+    synth_demand(dsv3_train_begin(trainer, targets, sequences, NULL), "begin", NULL);
     synth_demand(dsv3_train_accumulate(ctx, trainer, &text, &error), "accumulate", &error);
     synth_demand(dsv3_train_end(ctx, trainer, 0.01, NULL, &error), "end", &error);
 }

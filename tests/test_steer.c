@@ -118,7 +118,7 @@ static int same_state(const dsv3_sequence *a, const dsv3_sequence *b) {
            a->written == b->written && dsv3_sequence_state(a) == dsv3_sequence_state(b) &&
            memcmp(a->drafted, b->drafted, n * sizeof *a->drafted) == 0 &&
            memcmp(a->accepted, b->accepted, n * sizeof *a->accepted) == 0 &&
-           memcmp(a->rate, b->rate, n * sizeof *a->rate) == 0;
+           memcmp(a->own->rate, b->own->rate, n * sizeof *a->own->rate) == 0;
 }
 
 /* ---- 1. A step that the caller ends, by a code or an abort, at every call, has left no trace */
@@ -274,7 +274,7 @@ static void test_stops(void) {
             if (end > ROOM - 8) break;
             CHECK_EQ(pens_run(s, &p, 1), DSV3_OK);
             CHECK(same_text(&p.s, truth, end) && dsv3_sequence_state(&p.s) == DSV3_STATE_STOPPED);
-            accepted = p.s.planned > 0 && p.s.agreed == p.s.n_token; /* the stop token was a draft */
+            accepted = p.s.own->planned > 0 && p.s.own->agreed == p.s.n_token; /* the stop token was a draft */
             inside += accepted;
             if (begin == 3) CHECK_EQ(p.s.written, end - 3);
             if (begin == 3) stopped(s, &p, end);
@@ -545,10 +545,10 @@ static void test_training_aborted(void) {
         CHECK_EQ(dsv3_parameters_from_model(&t.weights, &s->model, NULL), DSV3_OK);
         count = t.weights.count;
         if (at < 0) want = (float *)test_alloc(count * sizeof *want);
-        CHECK_EQ(dsv3_train_begin(&t, targets, sequences), DSV3_OK);
+        CHECK_EQ(dsv3_train_begin(&t, targets, sequences, NULL), DSV3_OK);
         if (at >= 0) {
             CHECK_EQ(dsv3_train_accumulate(&s->context, &t, &text, NULL), DSV3_ERR_ABORTED);
-            CHECK_EQ(dsv3_train_begin(&t, targets, sequences), DSV3_OK);
+            CHECK_EQ(dsv3_train_begin(&t, targets, sequences, NULL), DSV3_OK);
             f.asked = 0, f.fails = -1;
         }
         CHECK_EQ(dsv3_train_accumulate(&s->context, &t, &text, NULL), DSV3_OK);

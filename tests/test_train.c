@@ -82,7 +82,7 @@ static void demand(dsv3_result result, const dsv3_error *error) { synth_demand(r
 
 static void gradients(subject *a) {
     dsv3_error error;
-    demand(dsv3_train_begin(&a->t, a->targets, a->sequences), NULL);
+    demand(dsv3_train_begin(&a->t, a->targets, a->sequences, NULL), NULL);
     demand(dsv3_train_accumulate(&a->ctx, &a->t, &a->text, &error), &error);
 }
 
@@ -127,7 +127,7 @@ static place place_of(const subject *a, const char *name) {
     place p;
     p.name = name;
     p.at = p.n = 0;
-    if (dsv3_model_tensors(&a->c, find_place, &p) != DSV3_ERR_MISSING) exit(2);
+    if (dsv3_model_tensors(&a->c, find_place, &p, NULL) != DSV3_ERR_MISSING) exit(2);
     return p;
 }
 
@@ -155,7 +155,7 @@ static dsv3_result list_tensor(void *user, const dsv3_tensor_info *info) {
 
 static void list_tensors(listing *l, const dsv3_config *c) {
     l->count = l->floats = 0;
-    synth_demand(dsv3_model_tensors(c, list_tensor, l), "list", NULL);
+    synth_demand(dsv3_model_tensors(c, list_tensor, l, NULL), "list", NULL);
 }
 
 static int is_bias(const dsv3_tensor_info *info) { return info->kind == DSV3_KIND_ROUTER && info->rank == 1; }
@@ -201,7 +201,7 @@ static void test_micro_batches(int given_targets) {
     load = (uint64_t *)test_alloc(loads * sizeof *load);
     memcpy(load, a.t.balancer.load, loads * sizeof *load);
     for (size_t cut = 0; cut < 2; cut++) {
-        demand(dsv3_train_begin(&a.t, a.targets, a.sequences), NULL);
+        demand(dsv3_train_begin(&a.t, a.targets, a.sequences, NULL), NULL);
         for (size_t i = 0; i < 6 && cuts[cut][i] < cuts[cut][i + 1]; i++) {
             dsv3_text part = a.text;
             dsv3_error error;
@@ -749,7 +749,7 @@ static void test_not_finite(void) {
         a.t.weights.data[p.at] = INFINITY;
         if (i == 0) a.t.weights.data[p.at + (size_t)a.token[0] * 16] = INFINITY;
         s = snapshot_take(&a);
-        demand(dsv3_train_begin(&a.t, a.targets, a.sequences), NULL);
+        demand(dsv3_train_begin(&a.t, a.targets, a.sequences, NULL), NULL);
         result = dsv3_train_accumulate(&a.ctx, &a.t, &a.text, &error);
         if (result == DSV3_OK) result = dsv3_train_end(&a.ctx, &a.t, 0.01, &norm, &error);
         test_count(result == DSV3_ERR_NAN && error.code == DSV3_ERR_NAN, __FILE__, __LINE__, names[i]);
@@ -787,7 +787,7 @@ static void test_overflow(void) {
         for (size_t i = p.at; i < p.at + p.n; i++) a.t.weights.data[i] = 2e-38f;
     }
     s = snapshot_take(&a);
-    demand(dsv3_train_begin(&a.t, one, a.sequences), NULL);
+    demand(dsv3_train_begin(&a.t, one, a.sequences, NULL), NULL);
     CHECK_EQ(dsv3_train_accumulate(&a.ctx, &a.t, &a.text, &error), DSV3_OK);
     CHECK_EQ(dsv3_train_end(&a.ctx, &a.t, 0.01, NULL, &error), DSV3_ERR_NAN);
     CHECK(snapshot_same(&s, &a));
@@ -1002,7 +1002,7 @@ static void test_order(void) {
     CHECK_EQ(dsv3_train_end(&a.ctx, &a.t, 0.01, NULL, &error), DSV3_ERR_ARG); /* twice */
     CHECK(strcmp(error.name, "trainer.stage") == 0);
     CHECK_EQ(dsv3_train_accumulate(&a.ctx, &a.t, &a.text, &error), DSV3_ERR_ARG);
-    demand(dsv3_train_begin(&a.t, a.targets, a.sequences), NULL);
+    demand(dsv3_train_begin(&a.t, a.targets, a.sequences, NULL), NULL);
     CHECK_EQ(dsv3_train_end(&a.ctx, &a.t, 0.01, NULL, &error), DSV3_ERR_ARG); /* without text */
     CHECK(snapshot_same(&s, &a));
     memset(&r, 0, sizeof r);
@@ -1088,7 +1088,7 @@ static void test_memory(void) {
 }
 
 static dsv3_result try_text(subject *a, const dsv3_text *text, dsv3_error *error) {
-    demand(dsv3_train_begin(&a->t, a->targets, a->sequences), NULL);
+    demand(dsv3_train_begin(&a->t, a->targets, a->sequences, NULL), NULL);
     memset(error, 0, sizeof *error);
     return dsv3_train_accumulate(&a->ctx, &a->t, text, error);
 }
@@ -1109,7 +1109,7 @@ static void test_misuse(void) {
     a.s.rows = 30, a.s.sequences = 3, a.s.longest = 14;
     open_trainer(&a, 1);
     expect(&a, &a.text, DSV3_OK);
-    CHECK_EQ(dsv3_train_begin(NULL, a.targets, 1), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_train_begin(NULL, a.targets, 1, NULL), DSV3_ERR_ARG);
     CHECK_EQ(dsv3_train_accumulate(NULL, &a.t, &a.text, &error), DSV3_ERR_ARG);
     CHECK_EQ(dsv3_train_accumulate(&a.ctx, NULL, &a.text, &error), DSV3_ERR_ARG);
     CHECK_EQ(dsv3_train_accumulate(&a.ctx, &a.t, NULL, NULL), DSV3_ERR_ARG);
@@ -1270,7 +1270,7 @@ static void test_load(int which) {
     open_parameters(&q, &memory, &s->config);
     CHECK_EQ(dsv3_parameters_from_model(&q, &s->model, NULL), DSV3_OK);
     both.written = s, both.at = q.data;
-    synth_demand(dsv3_model_tensors(&s->config, same_tensor, &both), "compare", NULL);
+    synth_demand(dsv3_model_tensors(&s->config, same_tensor, &both, NULL), "compare", NULL);
     CHECK_EQ(both.at - q.data, q.count);
     CHECK_EQ(dsv3_parameters_from_model(NULL, &s->model, NULL), DSV3_ERR_ARG);
     CHECK_EQ(dsv3_parameters_from_model(&q, NULL, NULL), DSV3_ERR_ARG);

@@ -37,7 +37,7 @@ static dsv3_result find(void *user, const char *name, dsv3_tensor *t) {
         t->type = DSV3_F32;
     }
     s->name = plain;
-    dsv3_model_tensors(s->config, same_name, s);
+    dsv3_model_tensors(s->config, same_name, s, NULL);
     if (s->info.rank == 0) return DSV3_ERR_MISSING;
     if (s->info.rank == 1 && t->type >= DSV3_F8_E4M3) t->type = DSV3_BF16;
     if (s->info.cols % dsv3_type_block(t->type) != 0) t->type = DSV3_BF16;

@@ -126,7 +126,7 @@ int main(void) {
 
     /* 1. The configuration; what tensors it calls for; their weights, from -1/2 to 1/2. */
     check("dsv3_config_check", dsv3_config_check(&config, &error), &error);
-    expect(dsv3_model_tensors(&config, lay_out, &weights) == DSV3_OK, "the table is large enough");
+    expect(dsv3_model_tensors(&config, lay_out, &weights, NULL) == DSV3_OK, "the table is large enough");
     for (size_t i = 0; i < weights.used; i++) weights.weights[i] = dsv3_random_uniform(&rng) - 0.5f;
 
     /* 2. Binding: the model points at the weights, its own tables lie in memory that we give. */

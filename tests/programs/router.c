@@ -121,7 +121,7 @@ static void mistakes(dsv3_config config) {
     expect(dsv3_router_select(&config, idx, gate, score, bias, NULL, N, scratch, &error) == DSV3_OK &&
                error.code == DSV3_OK,
            "success does not clear the error");
-    expect(dsv3_backend_find(&backend, "abacus") == DSV3_ERR_ARG, "a backend that does not exist");
+    expect(dsv3_backend_find(&backend, "abacus", NULL) == DSV3_ERR_ARG, "a backend that does not exist");
     expect_error(dsv3_context_init(&context, (dsv3_backend)DSV3_BACKENDS, 1, &error), DSV3_ERR_UNSUPPORTED, &error,
                  "backend", "6");
 

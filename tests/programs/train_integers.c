@@ -91,7 +91,7 @@ static double train_step(dsv3_trainer *trainer) {
     }
     dsv3_text_count(&text, 0, targets, &sequences);
     expect(targets[0] == B * (T - 1) && sequences == B, "every number but the last of a text has a target");
-    expect(dsv3_train_begin(trainer, targets, sequences) == DSV3_OK, "train_begin"); /* this one takes no error */
+    expect(dsv3_train_begin(trainer, targets, sequences, NULL) == DSV3_OK, "train_begin"); /* this one takes no error */
     check(dsv3_train_accumulate(&context, trainer, &text, &error), "train_accumulate");
     check(dsv3_train_end(&context, trainer, dsv3_learning_rate(&schedule, trainer->step), NULL, &error), "train_end");
     return trainer->losses.nll[0] / (double)trainer->losses.targets[0];
