@@ -951,8 +951,12 @@ static void prompt_cache_load(prompt_cache *c, dsv3_sequence *to, const dsv3_mod
     if (dsv3_sequence_load(model, &all, c->tag, c->state->data, c->state->bytes, &error) != DSV3_OK) {
         stop("%s: %s; it is left as it is", c->path, dsv3_error_text(&error, text, sizeof text));
     }
-    if (dsv3_sequence_length(&all) != c->count) stop("%s: is damaged: its parts do not fit together", c->path);
-    stop_result(c->path, dsv3_sequence_truncate(&all, c->common, &c->reused, NULL));
+    if (dsv3_sequence_length(&all) > c->count) stop("%s: is damaged: its parts do not fit together", c->path);
+    if (c->common < dsv3_sequence_length(&all)) {
+        stop_result(c->path, dsv3_sequence_truncate(&all, c->common, &c->reused, NULL));
+    } else {
+        c->reused = dsv3_sequence_length(&all);
+    }
     stop_result(c->path, dsv3_sequence_copy(to, &all, NULL));
     free(memory);
     st_close(&c->file);
@@ -960,19 +964,20 @@ static void prompt_cache_load(prompt_cache *c, dsv3_sequence *to, const dsv3_mod
     for (size_t j = 0; j < to->max_drafts; j++) to->drafted[j] = to->accepted[j] = 0;
 }
 
-/* The text, for the next call. */
-static void prompt_cache_save(const prompt_cache *c, const dsv3_sequence *from, const dsv3_model *model) {
+/* The text, for the next call; the sequence has read it, but perhaps not to its end. */
+static void prompt_cache_save(const prompt_cache *c, const dsv3_sequence *from, const dsv3_model *model,
+                              const int32_t *token, size_t length) {
     const char *pairs[] = {"format", "dsv3 prompt cache", "tokens hash", NULL, NULL};
     st_tensor list[2];
     st_error error;
     char hash[24];
-    size_t bytes = 0, length = dsv3_sequence_length(from);
+    size_t bytes = 0;
     void *data;
     if (c->path == NULL) return;
     stop_result(c->path, dsv3_sequence_save_size(from, &bytes, NULL));
     data = allocate(c->path, bytes);
     stop_result(c->path, dsv3_sequence_save(model, from, c->tag, data, bytes, NULL));
-    prompt_cache_tokens_hash(hash, from->history, length);
+    prompt_cache_tokens_hash(hash, token, length);
     pairs[3] = hash;
     memset(list, 0, sizeof list);
     list[0].name = "sequence";
@@ -981,9 +986,9 @@ static void prompt_cache_save(const prompt_cache *c, const dsv3_sequence *from, 
     list[0].shape[0] = list[0].bytes = bytes;
     list[1].name = "tokens";
     list[1].dtype = ST_I32;
-    list[1].data = from->history;
+    list[1].data = token;
     list[1].shape[0] = length;
-    list[1].bytes = length * sizeof *from->history;
+    list[1].bytes = length * sizeof *token;
     list[0].rank = list[1].rank = 1;
     if (st_write(c->path, list, 2, pairs, &error) != ST_OK) stop("%s", error.message);
     free(data);
@@ -1223,7 +1228,7 @@ static int generate(int argc, char **argv, const command *c) {
     if (w.sequence.prompt_left > 0) { /* interrupted: what is read stays */
         stop_result("prompt", dsv3_sequence_truncate(&w.sequence, dsv3_sequence_length(&w.sequence), NULL, NULL));
     }
-    prompt_cache_save(&cached, &w.sequence, &s.model.model);
+    prompt_cache_save(&cached, &w.sequence, &s.model.model, w.sequence.history, dsv3_sequence_length(&w.sequence));
     if (o.stats && cache_path != NULL) {
         fprintf(stderr, "reused   %zu of %zu tokens of the prompt, from %s\n", cached.reused, prompt.count, cache_path);
     }
@@ -1262,6 +1267,8 @@ static const char chat_help[] =
     "                   are paragraphs\n"
     "  --stop-id ID     the token that ends a reply (default: the end-of-text tokens; a line feed if there are none,\n"
     "                   and no --stop)\n"
+    "  --prompt-cache F file that keeps the conversation with all that was computed for it: written at the end, and if\n"
+    "                   it is there at the beginning, the conversation goes on from it (one turn, for /undo)\n"
     "  -n N             most tokens of a reply (default 400)\n" WRITER_HELP;
 
 typedef struct chat_state {
@@ -1402,6 +1409,21 @@ static void chat_load(chat_state *c, const char *path) {
     free(t.id);
 }
 
+/* What --prompt-cache has, and where the conversation is to go on from it. It begins with --system. */
+static void chat_cached(chat_state *c, prompt_cache *cached, const char *path) {
+    prompt_cache_open(cached, path, &c->s, &c->text);
+    if (!cached->found) return;
+    if (cached->common < c->begin) {
+        stop("%s: begins with another text than this conversation (--system); it is left as it is", path);
+    }
+    if (cached->count >= (size_t)c->o.context) {
+        stop("%s: --context: expected more than the %zu tokens that it has, found %ld", path, cached->count, c->o.context);
+    }
+    for (size_t i = c->begin; i < cached->count; i++) tokens_add(&c->text, cached->token[i]);
+    if (cached->count > c->begin) chat_mark(c, c->begin);
+    cached->common = cached->count;
+}
+
 /* The model's turn, written as it is made, and remembered. */
 static void chat_reply(chat_state *c) {
     dsv3_sequence *q = &c->w.sequence;
@@ -1478,7 +1500,8 @@ static int chat_line(chat_state *c, const char *line, size_t length) {
 
 static int chat(int argc, char **argv, const command *c) {
     chat_state chat = {0};
-    const char *directory = NULL;
+    const char *directory = NULL, *cache_path = NULL;
+    prompt_cache cached;
     long stop_token = -1;
     double begin = now(), load;
     char *line;
@@ -1488,6 +1511,7 @@ static int chat(int argc, char **argv, const command *c) {
                               {"--before", OPTION_TEXT, &chat.before, 0, 0},
                               {"--after", OPTION_TEXT, &chat.after, 0, 0},
                               {"--stop-id", OPTION_INT, &stop_token, 0, (double)DSV3_MAX_VOCAB},
+                              {"--prompt-cache", OPTION_TEXT, &cache_path, 0, 0},
                               WRITER_OPTIONS(chat.o),
                               {NULL, OPTION_FLAG, NULL, 0, 0}};
     chat.o = writer_defaults();
@@ -1502,10 +1526,6 @@ static int chat(int argc, char **argv, const command *c) {
     load = now() - begin;
     if (chat.o.context == 0) chat.o.context = chat.s.model.config.max_position_embeddings;
     warn_context((size_t)chat.o.context, &chat.s);
-    writer_open(&chat.w, &chat.s, &chat.o, (size_t)chat.o.context,
-                (size_t)chat.o.context < CHUNK ? (size_t)chat.o.context : CHUNK, NULL);
-    chat.w.load = load;
-    chat.w.sequence.stop = (int32_t)stop_token;
     if (chat.system != NULL) chat_add(&chat, "--system", chat.system);
     if (chat.text.count == 0 && chat.s.model.config.bos_token_id >= 0) {
         tokens_add(&chat.text, chat.s.model.config.bos_token_id);
@@ -1515,6 +1535,11 @@ static int chat(int argc, char **argv, const command *c) {
         stop("--system: is longer than the context: expected less than %ld tokens, found %zu", chat.o.context,
              chat.begin);
     }
+    chat_cached(&chat, &cached, cache_path);
+    writer_open(&chat.w, &chat.s, &chat.o, (size_t)chat.o.context,
+                (size_t)chat.o.context < CHUNK ? (size_t)chat.o.context : CHUNK, &cached);
+    chat.w.load = load;
+    chat.w.sequence.stop = (int32_t)stop_token;
     chat.s.context.aborted = chat_aborted;
     chat_catch_interrupts();
     for (;;) {
@@ -1528,6 +1553,7 @@ static int chat(int argc, char **argv, const command *c) {
     free(line);
     if (is_terminal(stdin) && is_terminal(stdout)) printf("\n");
     if (chat.o.stats) writer_stats(&chat.w, &chat.s);
+    prompt_cache_save(&cached, &chat.w.sequence, &chat.s.model.model, chat.text.id, chat.text.count);
     free(chat.text.id);
     free(chat.turn);
     writer_close(&chat.w);

@@ -513,10 +513,10 @@ static void refuse(bad_call *c, int code, const char *name, int line) {
 
 static void refuse_pointers(bad_call c) {
     bad_call good = c;
-    c.context = NULL, REFUSE(DSV3_ERR_ARG, "argument"), c = good;
-    c.model = NULL, REFUSE(DSV3_ERR_ARG, "argument"), c = good;
+    c.context = NULL, REFUSE(DSV3_ERR_ARG, "context"), c = good;
+    c.model = NULL, REFUSE(DSV3_ERR_ARG, "model"), c = good;
     c.caches = NULL, REFUSE(DSV3_ERR_ARG, "argument"), c = good;
-    c.ws = NULL, REFUSE(DSV3_ERR_ARG, "argument"), c = good;
+    c.ws = NULL, REFUSE(DSV3_ERR_ARG, "workspace"), c = good;
     c.batch.token = NULL, REFUSE(DSV3_ERR_ARG, "argument"), c = good;
     c.hidden = NULL, REFUSE(DSV3_ERR_ARG, "hidden"), c = good;
     c.logits = NULL, REFUSE(DSV3_ERR_ARG, "logits"), c = good;
@@ -1410,13 +1410,13 @@ static void refuse_text_pointers(bad_text c) {
     bad_text good = c;
     dsv3_losses losses = *c.losses;
     dsv3_text text = *c.text;
-    c.context = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "argument"), c = good;
+    c.context = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "context"), c = good;
     c.losses = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "argument"), c = good;
-    c.model = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "argument"), c = good;
+    c.model = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "model"), c = good;
     c.caches = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "argument"), c = good;
     c.modules = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "argument"), c = good;
     c.text = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "argument"), c = good;
-    c.ws = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "argument"), c = good;
+    c.ws = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "workspace"), c = good;
     c.text->token = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "argument"), *c.text = text;
     c.losses->nll = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "argument"), *c.losses = losses;
     c.losses->targets = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "argument"), *c.losses = losses;

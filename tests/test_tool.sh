@@ -497,7 +497,7 @@ said() {
     status=0
     if [ $status = 0 ] && [ ! -s $tmp/err ]; then ok; else fail "$name: status $status"; fi
 }
-for option in --system --before --after --stop --stop-id -n --mtp --temp; do
+for option in --system --before --after --stop --stop-id --prompt-cache -n --mtp --temp; do
     misused "chat $option without a value" "missing behind $option" chat $micro $option
 done
 misused "chat: no operand" "operand is missing" chat
@@ -527,6 +527,21 @@ for options in "--mtp 1" "--mtp 4" "--mtp 2 --adaptive" "--threads 1"; do
     said "chat $options" 'My dear\nWhat is it?\nAnd then?\n' --temp 0 -n 50 $options
     same "chat $options" $tmp/b $tmp/out
 done
+# A conversation in one go, and in two with a file between them.
+for options in "" "--mtp 2"; do
+    rm -f $tmp/talk
+    said "chat: a conversation" 'My dear\nWhat is it?\n/undo\nAnd then?\n' --temp 0 -n 50 --attention absorbed $options
+    cp $tmp/out $tmp/talked
+    said "chat --prompt-cache" 'My dear\nWhat is it?\n/undo\n' --temp 0 -n 50 --attention absorbed --prompt-cache $tmp/talk $options
+    cp $tmp/out $tmp/begun
+    said "chat --prompt-cache, goes on" 'And then?\n' --temp 0 -n 50 --attention absorbed --prompt-cache $tmp/talk $options
+    cat $tmp/begun $tmp/out > $tmp/both
+    same "chat --prompt-cache $options" $tmp/talked $tmp/both
+    said "chat --prompt-cache, forgets" '/undo\nMy dear\n' --temp 0 -n 50 --attention absorbed --prompt-cache $tmp/talk $options
+    equal "chat --prompt-cache, forgets $options" "$(cat $tmp/out)" "$(sed -n 1p $tmp/talked)"
+done
+refused "chat --prompt-cache of another beginning" "$tmp/talk: begins with another text" chat $micro --mtp 2 --system Emma --prompt-cache $tmp/talk
+refused "chat --prompt-cache, --context" "$tmp/talk: --context: expected more than" chat $micro --mtp 2 --context 20 --prompt-cache $tmp/talk
 said "chat: /undo" 'My dear\nNo\n/undo\nWhat is it?\nAnd then?\n' --temp 0 -n 50 --mtp 2
 sed 2d $tmp/out > $tmp/c
 same "chat: /undo" $tmp/b $tmp/c
