@@ -104,7 +104,7 @@ limit moe 320
 limit model 620
 limit pass 480
 limit save 480
-at_most "chapters 2 to 14" "$(awk '$1 ~ /^[0-9]+$/ && $1 >= 2 && $1 <= 14 { n += $3 } END { print n + 0 }' $out/chapters)" 5600
+at_most "chapters 2 to 14" "$(awk '$1 ~ /^[0-9]+$/ && $1 >= 2 && $1 <= 14 { n += $3 } END { print n + 0 }' $out/chapters)" 5850
 printf 'whole file: %s, and 9800 are wanted\n' "$(wc -l < "$header")"
 for name in tools formats ops rope mla router moe block model pass mtp infer train save; do
     if grep -q " $name " $out/chapters; then ok; else bad "there is no chapter >>$name"; fi
