@@ -22,6 +22,9 @@
 #if !defined(_POSIX_C_SOURCE) && (defined(__unix__) || defined(__APPLE__))
 #define _POSIX_C_SOURCE 200809L
 #endif
+#if defined(__MINGW32__) && !defined(__USE_MINGW_ANSI_STDIO)
+#define __USE_MINGW_ANSI_STDIO 1 /* %zu */
+#endif
 #define DSV3_SIMD
 #define DSV3_IMPLEMENTATION
 #define CHECKPOINT_IMPLEMENTATION
@@ -42,6 +45,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 #define TOOL_POSIX
+#elif defined(_WIN32)
+#include <direct.h>
+#include <sys/stat.h>
 #endif
 
 #define CHUNK 128 /* most rows of one forward call */
@@ -56,7 +62,9 @@ static void progress_leave(void) {
     progress_stands = 0;
 }
 
-#ifdef __GNUC__
+#ifdef __MINGW_PRINTF_FORMAT
+__attribute__((format(__MINGW_PRINTF_FORMAT, 1, 2), noreturn))
+#elif defined(__GNUC__)
 __attribute__((format(printf, 1, 2), noreturn))
 #endif
 static void
@@ -672,6 +680,16 @@ static FILE *output_begin(const char *path, char **temporary) {
 #endif
 }
 
+/* Of a file that cannot be replaced nothing is lost. */
+static int output_replace(const char *from, const char *to) {
+#ifdef _WIN32
+    errno = EACCES;
+    return MoveFileExA(from, to, 1) != 0; /* safetensors.h declares it */
+#else
+    return rename(from, to) == 0;
+#endif
+}
+
 /* Called before the work, so that an hour of it does not end with a path that cannot be written. */
 static void output_try(const char *name, const char *path) {
     char *temporary, *real;
@@ -705,10 +723,7 @@ static int output_put(const char *path, int (*put)(FILE *file, const void *what)
         good = put(file, what);
         error = errno;
         if (fclose(file) != 0 && good) good = 0, error = errno;
-#ifndef TOOL_POSIX
-        if (good) remove(real); /* where rename does not replace */
-#endif
-        if (good && temporary != NULL && rename(temporary, real) != 0) good = 0, error = errno;
+        if (good && temporary != NULL && !output_replace(temporary, real)) good = 0, error = errno;
         if (!good && temporary != NULL) remove(temporary);
     }
     if (!good) {
@@ -2465,6 +2480,12 @@ static void make_directory(const char *name, const char *path) {
     if (mkdir(path, 0777) == 0) return;
     if (errno != EEXIST) stop("%s: cannot be made: %s", path, strerror(errno));
     if (stat(path, &s) == 0 && !S_ISDIR(s.st_mode)) stop("%s: is not a directory", path);
+#elif defined(_WIN32)
+    struct _stat s;
+    if (*path == '\0') stop("%s: expected a directory, found ''", name);
+    if (_mkdir(path) == 0) return;
+    if (errno != EEXIST) stop("%s: cannot be made: %s", path, strerror(errno));
+    if (_stat(path, &s) == 0 && (s.st_mode & _S_IFDIR) == 0) stop("%s: is not a directory", path);
 #else
     (void)name, (void)path; /* C alone cannot make one: it must be there */
 #endif
@@ -2487,9 +2508,10 @@ static int file_exists(const char *directory, const char *name) {
     found = lstat(path, &s) == 0;
     if (!found && errno != ENOENT && errno != ENOTDIR) stop("%s: cannot be looked at: %s", path, strerror(errno));
 #else
-    FILE *file = fopen(path, "rb");
+    FILE *file = (errno = 0, fopen(path, "rb"));
     found = file != NULL;
-    if (file != NULL) fclose(file);
+    if (!found && errno != 0 && errno != ENOENT) stop("%s: cannot be looked at: %s", path, strerror(errno));
+    if (found) fclose(file);
 #endif
     free(path);
     return found;
@@ -2609,7 +2631,9 @@ typedef struct convert_files {
     int was[2], is[2]; /* bool: OUT had one; it has the new one */
 } convert_files;
 
+#ifdef TOOL_POSIX
 static const char convert_names[2][24] = {"model.safetensors", "config.json"};
+#endif
 
 static void convert_begin(convert_files *f, const char *out) {
     memset(f, 0, sizeof *f);

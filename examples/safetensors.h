@@ -236,6 +236,13 @@ int lstat(const char *path, struct stat *status); /* hidden where a system heade
 #endif
 #endif
 
+#ifdef _WIN32 /* from <windows.h>, which need not be here */
+#ifdef __cplusplus
+extern "C"
+#endif
+__declspec(dllimport) int __stdcall MoveFileExA(const char *from, const char *to, unsigned long how);
+#endif
+
 #ifndef ST_MALLOC
 #define ST_MALLOC(bytes) malloc(bytes)
 #define ST_FREE(pointer) free(pointer)
@@ -1552,10 +1559,17 @@ static int sti_sink_close(sti_sink *sink, int good) {
     return fclose(*sink) == 0 && good;
 }
 
+#ifdef _WIN32
+static int sti_replace(const char *from, const char *to) {
+    errno = EACCES;
+    return MoveFileExA(from, to, 1) != 0; /* 1: replaces what is there */
+}
+#else
 /* Where rename does not replace, the old file has to go first. */
 static int sti_replace(const char *from, const char *to) {
     return rename(from, to) == 0 || (remove(to) == 0 && rename(from, to) == 0);
 }
+#endif
 
 #endif
 
