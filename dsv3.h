@@ -154,14 +154,7 @@
 extern "C" {
 #endif
 
-/* ========================================================================================================
- * Chapter 1  >>api
- * ==================================================================================================== */
-
-#define DSV3_VERSION_MAJOR 0 /* grows when a program must be changed; while it is 0, MINOR does */
-#define DSV3_VERSION_MINOR 2 /* grows when something is added */
-#define DSV3_VERSION_PATCH 0 /* grows when something is mended */
-#define DSV3_VERSION (DSV3_VERSION_MAJOR * 10000 + DSV3_VERSION_MINOR * 100 + DSV3_VERSION_PATCH)
+/* ---- What the options are where they are not set ------------------------------------------------------ */
 
 #ifndef DSV3_API
 #ifdef DSV3_STATIC
@@ -183,11 +176,6 @@ extern "C" {
 #else
 #define DSV3_ENUM(name) enum name
 #endif
-
-/* Bytes; alignment of every buffer given to an _init or _bind. malloc's is enough on 32 and 64 bits. */
-#define DSV3_ALIGN 8
-
-#define DSV3_MAX_NAME 128 /* bytes of a name in an error or a tensor's description, its zero included */
 
 /* Limits. dsv3_config_check refuses more; they keep hostile files from asking for absurd work. */
 #ifndef DSV3_MAX_LAYERS
@@ -215,8 +203,22 @@ extern "C" {
 #define DSV3_MAX_SEQ 16777216L /* positions */
 #endif
 
+/* ========================================================================================================
+ * Chapter 1  >>api
+ * ==================================================================================================== */
+
+#define DSV3_VERSION_MAJOR 0 /* grows when a program must be changed; while it is 0, MINOR does */
+#define DSV3_VERSION_MINOR 2 /* grows when something is added */
+#define DSV3_VERSION_PATCH 0 /* grows when something is mended */
+#define DSV3_VERSION (DSV3_VERSION_MAJOR * 10000 + DSV3_VERSION_MINOR * 100 + DSV3_VERSION_PATCH)
+
 /* DSV3_VERSION of the library that the program has linked; the header's is that of what it was compiled with. */
 DSV3_API int32_t dsv3_version(void);
+
+/* Bytes; alignment of every buffer given to an _init or _bind. malloc's is enough on 32 and 64 bits. */
+#define DSV3_ALIGN 8
+
+#define DSV3_MAX_NAME 128 /* bytes of a name in an error or a tensor's description, its zero included */
 
 /* ---- Results and errors ------------------------------------------------------------------------------ */
 
