@@ -52,7 +52,7 @@
  *   DSV3_EXPF DSV3_LOGF DSV3_SQRTF DSV3_SINF DSV3_COSF    float -> float
  *   DSV3_POW DSV3_LOG        double functions, for RoPE frequencies when a model is bound, log-probabilities, losses
  *   DSV3_MEMCPY DSV3_MEMSET  as in <string.h>
- *   DSV3_MAX_...             the limits that dsv3_config_check enforces, see chapter 1
+ *   DSV3_MAX_...             the limits that dsv3_config_check enforces, below
  *
  * >>conventions
  *   Shapes   stand in brackets behind every pointer, row-major: float *x [n, d] is x[row * d + column].
