@@ -134,6 +134,7 @@
  *   15 >>save     caches, sequences and training runs as bytes
  *   A  >>fast     what all instruction sets share: packed weights, work for threads and caches
  *   B  >>simd     kernels for AVX2, AVX-512 and AMX
+ *   X  >>calls    the book's ops and blocks as calls of their own, which look at their arguments
  *   Y  >>backends the choice of a backend
  *   Z  >>changes  what stays, what has changed; licence
  */
@@ -336,7 +337,8 @@ typedef struct dsv3_config {
     int32_t topk_group;
     dsv3_scoring_func scoring_func;
     dsv3_topk_method topk_method;
-    int32_t norm_topk_prob; /* bool: gate weights of a token sum to 1 before scaling */
+    int32_t norm_topk_prob; /* bool: gate weights of a token sum to 1 before scaling; with K = 1 of no effect, as in the
+                               code released with V2, V3, Moonlight and K2 */
     float routed_scaling_factor;
     int32_t seq_aux;      /* bool, training only */
     float aux_loss_alpha; /* training only */
@@ -928,8 +930,9 @@ DSV3_API dsv3_result dsv3_generate_step(const dsv3_context *context, float *logi
 /* ---- Load balancing on plain arrays. [R] 2.1.2, arXiv 2408.15664; chapter 7 --------------------------------- */
 
 /* load [E] += how often idx [n, K] names each expert; rows with mask[t] = 0 (padding) are passed over. mask [n],
- * NULL: all rows count. Do not count evaluation or recomputation. */
-DSV3_API void dsv3_load_count(uint64_t *load, const int32_t *idx, const uint8_t *mask, size_t n, size_t topk);
+ * NULL: all rows count. Do not count evaluation or recomputation. ARG, and nothing counted: NULL, or an expert out of range. */
+DSV3_API dsv3_result dsv3_load_count(uint64_t *load, const int32_t *idx, const uint8_t *mask, size_t n, size_t experts,
+                                     size_t topk, dsv3_error *error);
 
 /* How even a load is, of one batch or of several added up. All zero, and dead = E, when nothing was counted. */
 typedef struct dsv3_load_stats {
@@ -949,12 +952,14 @@ typedef DSV3_ENUM(dsv3_bias_rule) {
     DSV3_BIAS_FACTOR = 3        /* 1 + b *= 1 + speed sign(e), for DSV3_BIAS_MULTIPLY; speed < 1 */
 } dsv3_bias_rule;
 
-/* One step of bias [E] from the loads of the whole optimizer step, after it has succeeded; e is the relative error
- * (mean - load) / mean. Always: less load never moves b down more (or up less) than more load does; an expert at the
- * mean keeps its b (under CENTRED: moves with the common drift only); without any load, or unless speed is positive
- * and finite, nothing moves; a finite b stays finite, and under FACTOR b stays within -0.999 and above, from where it
- * can still come back. The loads add up to less than 2^64. */
-DSV3_API void dsv3_bias_step(float *bias, const uint64_t *load, size_t experts, dsv3_bias_rule rule, double speed);
+/* One step of bias [layers, E] from load [layers, E] of the whole optimizer step, after it has succeeded; e is the relative
+ * error (mean - load) / mean within a layer. Always: less load never moves b down more (or up less) than more load does; an
+ * expert at the mean keeps its b (under CENTRED: moves with the common drift only); a layer without any load stays as it
+ * is; a finite b stays finite, and under FACTOR b stays within -0.999 and above, from where it can still come back. The
+ * loads of a layer add up to less than 2^64. ARG, and nothing moves: NULL, no experts, an unknown rule, a speed that is
+ * negative or not finite. */
+DSV3_API dsv3_result dsv3_bias_step(float *bias, const uint64_t *load, size_t layers, size_t experts, dsv3_bias_rule rule,
+                                    double speed, dsv3_error *error);
 
 /* The schedule of the update speed: `speed` until `freeze` tokens (or steps) have been seen, then 0. freeze 0: never.
  * V3: 0.001 for the first 14.3 T tokens. */
@@ -977,30 +982,37 @@ typedef struct dsv3_balancer {
     uint64_t *load;     /* [layers, E] since the last step: add with dsv3_load_count, or let dsv3_evaluate */
     uint64_t *load_all; /* [layers, E] of all steps: accumulated MaxVio */
 } dsv3_balancer;
+/* Of config only n_routed_experts and the numbers of layers are read. */
 DSV3_API dsv3_result dsv3_balancer_size(const dsv3_config *config, size_t *bytes, dsv3_error *error);
 /* Sign rule, speed 0.001, never frozen, no loads. */
 DSV3_API dsv3_result dsv3_balancer_init(const dsv3_config *config, dsv3_balancer *balancer, void *memory,
                                         size_t bytes, dsv3_error *error);
 /* Sums load over the ranks, moves bias [layers, E] (rows of dense layers stay), adds load to load_all and clears
- * it. When reduce fails nothing has changed but what reduce did. */
+ * it. When reduce fails nothing has changed but what reduce did. ARG as of dsv3_bias_step. */
 DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, uint64_t seen, dsv3_error *error);
 #endif
 
-/* Balance losses, without their weights. score [n, E], idx [n, K], mask [n] or NULL as above; 0 when no row
- * counts. Scores are finite, K at most DSV3_MAX_TOPK; f and P are sums in double; scratch [2 E].
- * The sequence-wise loss of one sequence, sum_i f_i P_i, [R] eq. 17-20: 1 when perfectly even. idx NULL: f from the
- * K largest scores, without bias and groups, as the report has it; else from the actual routing. With softmax
- * scores and idx it is V2's expert-level loss. A row whose scores add up to 0 counts in f only. */
-DSV3_API double dsv3_balance_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t experts,
-                                  size_t topk, double *scratch);
+/* How the rows of one sequence were routed. */
+typedef struct dsv3_routing {
+    const float *score;  /* [n, E] finite */
+    const int32_t *idx;  /* [n, K] the actual choice; NULL: the K largest scores, without bias and groups */
+    const uint8_t *mask; /* [n] 0: padding, which does not count; NULL: none */
+    size_t n, experts, topk;
+    size_t devices, most_devices; /* V2's losses: experts in `devices` equal groups, a token goes to M of them at most */
+} dsv3_routing;
+
+/* Balance losses, without their weights; 0 when no row counts. f and P are sums in double; scratch [2 E]. Errors, with
+ * nothing written: ARG (NULL, no experts, an expert out of range, devices that do not divide the experts), LIMIT (more than
+ * there are), NAN (a score that counts).
+ * The sequence-wise loss of one sequence, sum_i f_i P_i, [R] eq. 17-20: 1 when perfectly even. With idx NULL it is as the
+ * report has it, with softmax scores and idx V2's expert-level loss. A row whose scores add up to 0 counts in f only. */
+DSV3_API dsv3_result dsv3_balance_loss(double *loss, const dsv3_routing *routing, double *scratch, dsv3_error *error);
 #ifndef DSV3_NO_TRAINING
-/* V2's device-level loss, [R2] eq. 26-28: experts in `devices` equal groups. idx may be NULL as above. */
-DSV3_API double dsv3_device_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t experts,
-                                 size_t topk, size_t devices, double *scratch);
-/* V2's communication loss, [R2] eq. 29-31: a token is sent to at most most_devices (M) of them. idx not NULL. */
-DSV3_API double dsv3_communication_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n,
-                                        size_t experts, size_t topk, size_t devices, size_t most_devices, double *scratch);
-/* How much each balance loss counts. */
+/* V2's device-level loss, [R2] eq. 26-28, and its communication loss, [R2] eq. 29-31, which wants idx. */
+DSV3_API dsv3_result dsv3_device_loss(double *loss, const dsv3_routing *routing, double *scratch, dsv3_error *error);
+DSV3_API dsv3_result dsv3_communication_loss(double *loss, const dsv3_routing *routing, double *scratch,
+                                             dsv3_error *error);
+/* How much each balance loss counts: finite, and not less than 0 (ARG where it is used). */
 typedef struct dsv3_balance_weights {
     double expert;                /* alpha of dsv3_balance_loss: V3 0.0001, V2 0.003 */
     double device, communication; /* V2: 0.05 and 0.02; V3: 0 */
@@ -1172,13 +1184,14 @@ DSV3_API dsv3_result dsv3_trainer_load(dsv3_trainer *trainer, uint64_t tag, cons
 DSV3_API dsv3_result dsv3_batch_begin(const dsv3_context *context, const dsv3_model *model, const dsv3_cache *caches,
                                       size_t n_caches, const dsv3_batch *batch, dsv3_workspace *workspace,
                                       dsv3_error *error);
-DSV3_API void dsv3_batch_end(dsv3_cache *caches, const dsv3_batch *batch, const dsv3_workspace *workspace);
+DSV3_API dsv3_result dsv3_batch_end(dsv3_cache *caches, const dsv3_batch *batch, const dsv3_workspace *workspace,
+                                    dsv3_error *error);
 
 /* layer is the layer's index in the caches, n the rows of the batch that was begun.
  * y [n, d] = MLA(u [n, d]); appends the rows' latents to their caches at their positions. u is not y. */
-DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
-                               const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
-                               dsv3_workspace *workspace);
+DSV3_API dsv3_result dsv3_mla_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
+                                      const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
+                                      dsv3_workspace *workspace, dsv3_error *error);
 /* y [n, d] = FFN(u [n, d]): the dense MLP or the mixture of experts. Returns DSV3_ERR_NAN as dsv3_router_select. */
 DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
                                       const dsv3_layer *weights, size_t n, dsv3_workspace *workspace,
@@ -1188,23 +1201,28 @@ DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, c
                                         const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
                                         dsv3_workspace *workspace, dsv3_error *error);
 
-/* ---- Ops on plain arrays ----------------------------------------------------------------------------- */
+/* ---- Ops on plain arrays -----------------------------------------------------------------------------
+ *
+ * Each looks at its arguments first. Errors, with nothing written: ARG (NULL where something is needed, a value outside its
+ * domain, an output over an input), TOKEN, MISMATCH (sizes that disagree), OVERFLOW, UNSUPPORTED. How long an array really
+ * is, no op can know. n may be 0: nothing is done then, and arrays of rows may be NULL. */
 
 /* y[i] = g[i] x[i] / sqrt(mean(x^2) + eps) for each of n rows. y [n, d] may be x itself. g [d], not FP8.
  * A row whose squares overflow float32 gives zeros (NaN where x is infinite), as the official code does. */
-DSV3_API void dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *g, size_t n,
-                           size_t d, float eps);
+DSV3_API dsv3_result dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *g, size_t n,
+                                  size_t d, float eps, dsv3_error *error);
 
-/* x [n, cols] = rows token[t] of w, decoded to float32: the embedding, with w = embed_tokens. token [n] in range. */
-DSV3_API void dsv3_embed(const dsv3_context *context, float *x, const int32_t *token, const dsv3_tensor *w, size_t n);
+/* x [n, cols] = rows token[t] of w, decoded to float32: the embedding, with w = embed_tokens. */
+DSV3_API dsv3_result dsv3_embed(const dsv3_context *context, float *x, const int32_t *token, const dsv3_tensor *w,
+                                size_t n, dsv3_error *error);
 
 /* Bytes of scratch that dsv3_linear needs for n rows and a matrix of cols columns. */
 DSV3_API dsv3_result dsv3_linear_size(const dsv3_context *context, size_t n, size_t cols, size_t *bytes,
                                       dsv3_error *error);
 
 /* y [n, rows] = x [n, cols] W^T. scratch [dsv3_linear_size]. y must not overlap x. */
-DSV3_API void dsv3_linear(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *w, size_t n,
-                          float *scratch);
+DSV3_API dsv3_result dsv3_linear(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *w, size_t n,
+                                 float *scratch, dsv3_error *error);
 
 /* log sum exp(logits[0..V)), safe for any finite logits. -log p(target) = this - logits[target], in nats. For up to 2^24
  * logits in any order the error is below 2^-19, and 2^-17 of what this is above the largest logit, beside the rounding of
@@ -1220,29 +1238,30 @@ DSV3_API dsv3_result dsv3_cross_entropy_size(const dsv3_context *context, const 
 /* nll [n] = -log softmax(head u_t)[target_t] in nats for u [n, d], head [V, d] and target [n], a token or
  * DSV3_IGNORE. The logits are never all in memory: the vocabulary is taken in pieces. For up to 2^24 tokens in any order
  * the error is below 2^-19, beside that of the logits and the rounding of the result. scratch [dsv3_cross_entropy_size]. */
-DSV3_API void dsv3_cross_entropy(const dsv3_context *context, float *nll, const float *u, const dsv3_tensor *head,
-                                 const int32_t *target, size_t n, float *scratch);
+DSV3_API dsv3_result dsv3_cross_entropy(const dsv3_context *context, float *nll, const float *u, const dsv3_tensor *head,
+                                        const int32_t *target, size_t n, float *scratch, dsv3_error *error);
 
 /* RoPE frequencies in radians per position, theta [dr/2], YaRN applied. [R] sec. 4.3; chapter 5. */
-DSV3_API void dsv3_rope_frequencies(const dsv3_config *config, double *theta);
+DSV3_API dsv3_result dsv3_rope_frequencies(const dsv3_config *config, double *theta, dsv3_error *error);
 /* The same as 64-bit fractions of a turn (2^64 = one turn), turns [dr/2]. */
-DSV3_API void dsv3_rope_turns(const dsv3_config *config, uint64_t *turns);
+DSV3_API dsv3_result dsv3_rope_turns(const dsv3_config *config, uint64_t *turns, dsv3_error *error);
 /* Multiplier of cos and sin: m(mscale) / m(mscale_all_dim); 1 for every released model. */
 DSV3_API float dsv3_rope_factor(const dsv3_config *config);
 /* (dn+dr)^-1/2 m(mscale_all_dim)^2, applied to the whole attention score. */
 DSV3_API float dsv3_softmax_scale(const dsv3_config *config);
 /* cos_sin [n, dr]: for pair i of row t, cos at [t, 2i] and sin at [t, 2i+1]; as exact at position 2^24 as at 1. */
-DSV3_API void dsv3_rope_table(float *cos_sin, const int32_t *position, const uint64_t *turns, float factor, size_t n,
-                              size_t dr);
+DSV3_API dsv3_result dsv3_rope_table(float *cos_sin, const int32_t *position, const uint64_t *turns, float factor,
+                                     size_t n, size_t dr, dsv3_error *error);
 /* Rotates x [dr] in place by one row of the table. interleave: pairs (2i, 2i+1), else (i, i + dr/2). */
-DSV3_API void dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr, int interleave);
+DSV3_API dsv3_result dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr, int interleave, dsv3_error *error);
 
 /* ---- The router on plain arrays: no model needed. Of config only the routing fields are read ------------- */
 
 /* score [n, E] = sigmoid or softmax of z = gate_w x + gate_bias, in float32. gate_bias [E]: NULL in every released
  * model. scratch as for dsv3_linear. */
-DSV3_API void dsv3_router_scores(const dsv3_context *context, const dsv3_config *config, float *score, const float *x,
-                                 const dsv3_tensor *gate_w, const float *gate_bias, size_t n, float *scratch);
+DSV3_API dsv3_result dsv3_router_scores(const dsv3_context *context, const dsv3_config *config, float *score,
+                                        const float *x, const dsv3_tensor *gate_w, const float *gate_bias, size_t n,
+                                        float *scratch, dsv3_error *error);
 /* DSV3_OK, or ARG and the first of the routing fields that is wrong: all that the calls of this section ask of a config. */
 DSV3_API dsv3_result dsv3_router_check(const dsv3_config *config, dsv3_error *error);
 /* From score [n, E], bias [E] (NULL: none) and its strengths alpha [E] (NULL: 1) choose idx [n, K], in order of
@@ -1265,30 +1284,33 @@ DSV3_API dsv3_result dsv3_router_weights(const dsv3_config *config, float *gate,
 
 /* dx [n, cols] += dy W, dw [rows, cols] += dy^T x, for dy [n, rows] and x [n, cols]. dx, dw may be NULL. scratch as
  * dsv3_linear. */
-DSV3_API void dsv3_linear_backward(const dsv3_context *context, float *dx, float *dw, const float *dy, const float *x,
-                                   const dsv3_tensor *w, size_t n, float *scratch);
+DSV3_API dsv3_result dsv3_linear_backward(const dsv3_context *context, float *dx, float *dw, const float *dy,
+                                          const float *x, const dsv3_tensor *w, size_t n, float *scratch,
+                                          dsv3_error *error);
 /* dx [dr] in place, from the gradient of the rotated values to that of those before. */
-DSV3_API void dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t dr, int interleave);
+DSV3_API dsv3_result dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t dr, int interleave,
+                                               dsv3_error *error);
 /* dw [V, d]: row token[t] += dx[t]. */
-DSV3_API void dsv3_embed_backward(float *dw, const float *dx, const int32_t *token, size_t n, size_t d);
-/* dx [n, d], dg [d]. scratch [n]. */
-DSV3_API void dsv3_rmsnorm_backward(const dsv3_context *context, float *dx, float *dg, const float *dy,
-                                    const float *x, const dsv3_tensor *g, size_t n, size_t d, float eps,
-                                    float *scratch);
+DSV3_API dsv3_result dsv3_embed_backward(float *dw, const float *dx, const int32_t *token, size_t n, size_t vocab_size,
+                                         size_t d, dsv3_error *error);
+/* dx [n, d], dg [d], where d is the number of columns of g. scratch [n]. */
+DSV3_API dsv3_result dsv3_rmsnorm_backward(const dsv3_context *context, float *dx, float *dg, const float *dy,
+                                           const float *x, const dsv3_tensor *g, size_t n, float eps, float *scratch,
+                                           dsv3_error *error);
 /* Of weight * sum_t nll_t: du [n, d], dhead [V, d] or NULL. scratch as dsv3_cross_entropy has left it, for the same
  * u, head and target. */
-DSV3_API void dsv3_cross_entropy_backward(const dsv3_context *context, float *du, float *dhead, float weight,
-                                          const float *u, const dsv3_tensor *head, const int32_t *target, size_t n,
-                                          float *scratch);
+DSV3_API dsv3_result dsv3_cross_entropy_backward(const dsv3_context *context, float *du, float *dhead, float weight,
+                                                 const float *u, const dsv3_tensor *head, const int32_t *target, size_t n,
+                                                 float *scratch, dsv3_error *error);
 /* The router's: dscore [n, E] from dgate [n, K]; dz [n, E] = from dscore [n, E] (not added; dz may be dscore); and
- * scale times the gradient of the weighted balance losses of one sequence. scratch [E]. */
-DSV3_API void dsv3_router_weights_backward(const dsv3_config *config, float *dscore, const float *dgate,
-                                           const int32_t *idx, const float *score, size_t n);
-DSV3_API void dsv3_router_scores_backward(const dsv3_config *config, float *dz, const float *dscore,
-                                          const float *score, size_t n);
-DSV3_API void dsv3_balance_backward(float *dscore, double scale, const dsv3_balance_weights *weights,
-                                    const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t experts,
-                                    size_t topk, double *scratch);
+ * scale times the gradient of the weighted balance losses of one sequence (the devices are those of weights). scratch
+ * [2 E]. A score that is not finite weighed nothing, and gets no gradient. Errors as of the ops whose backward they are. */
+DSV3_API dsv3_result dsv3_router_weights_backward(const dsv3_config *config, float *dscore, const float *dgate,
+                                                  const int32_t *idx, const float *score, size_t n, dsv3_error *error);
+DSV3_API dsv3_result dsv3_router_scores_backward(const dsv3_config *config, float *dz, const float *dscore,
+                                                 const float *score, size_t n, dsv3_error *error);
+DSV3_API dsv3_result dsv3_balance_backward(float *dscore, double scale, const dsv3_balance_weights *weights,
+                                           const dsv3_routing *routing, double *scratch, dsv3_error *error);
 #endif
 
 #ifdef __cplusplus
@@ -1674,9 +1696,15 @@ static dsv3_result dsv3i_check_least(dsv3_error *error, dsv3_result code, const 
     return dsv3i_fail_range(error, code, name, why, (int64_t)least, (int64_t)least, (int64_t)n);
 }
 
+/* name: perhaps behind the struct that it is in, "batch->token". */
 DSV3I_APART dsv3_result dsv3i_fail_null(dsv3_error *error, const char *name) {
+    for (const char *c = name; *c != '\0'; c++) name = *c == '>' ? c + 1 : name;
     return dsv3i_fail(error, DSV3_ERR_ARG, name, "is NULL");
 }
+
+/* Returns from the calling function when an array of n elements is NULL. */
+#define DSV3I_NEED(n, array)                                                                                         \
+    if ((n) > 0 && (array) == NULL) return dsv3i_fail_null(error, #array)
 
 static dsv3_result dsv3i_ok(dsv3_error *error) { return dsv3i_fail(error, DSV3_OK, "", "ok"); }
 
@@ -1697,6 +1725,29 @@ DSV3_API const char *dsv3_error_text(const dsv3_error *e, char *text, size_t cap
     dsv3i_text_add_index(&t, ", found ", e->found[0], shape ? " x " : ")");
     if (shape) dsv3i_text_add_index(&t, "", e->found[1], ")");
     return text;
+}
+
+/* There is at least one of something, and not more than `most`. */
+DSV3I_APART dsv3_result dsv3i_check_count(dsv3_error *error, const char *name, size_t n, int64_t most) {
+    int64_t found = n > (size_t)PTRDIFF_MAX ? INT64_MAX : (int64_t)n;
+    return dsv3i_check_between(error, n < 1 ? DSV3_ERR_ARG : DSV3_ERR_LIMIT, name, "is out of range", found, 1, most);
+}
+
+/* Do a [n] and b [m], in bytes, have any in common? */
+static int dsv3i_overlap(const void *a, size_t n, const void *b, size_t m) {
+    uintptr_t x = (uintptr_t)a, y = (uintptr_t)b;
+    return n > 0 && m > 0 && (x < y ? y - x < n : x - y < m);
+}
+
+/* Fields that the caller may set, and that dsv3_context_init has been here. */
+static dsv3_result dsv3i_check_context(const dsv3_context *context, dsv3_error *error) {
+    DSV3I_NEED(1, context);
+    if (context->ops == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "context", "was not made by dsv3_context_init");
+    DSV3I_TRY(dsv3i_check_count(error, "context.threads", context->threads, INT64_MAX));
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "context.compute", "is not one of dsv3_compute",
+                                  (int64_t)context->compute, DSV3_EXACT, DSV3_FAST));
+    return dsv3i_check_between(error, DSV3_ERR_ARG, "context.attention", "is not one of dsv3_attention",
+                               (int64_t)context->attention, DSV3_ATTENTION_AUTO, DSV3_ATTENTION_EXPANDED);
 }
 
 /* ---- Layouts: one cursor walks through a buffer, or through nothing to learn the size. The same function
@@ -1771,12 +1822,6 @@ static dsv3_result dsv3i_memory_check(const void *memory, size_t bytes, size_t n
         return dsv3i_fail_where(error, DSV3_ERR_ALIGN, "memory", "lies behind a multiple of 8, by bytes:", (int64_t)past);
     }
     return dsv3i_check_least(error, DSV3_ERR_MEMORY, "memory", "is too small", bytes, need);
-}
-
-/* There is at least one of something, and not more than `most`. */
-DSV3I_APART dsv3_result dsv3i_check_count(dsv3_error *error, const char *name, size_t n, int64_t most) {
-    int64_t found = n > (size_t)PTRDIFF_MAX ? INT64_MAX : (int64_t)n;
-    return dsv3i_check_between(error, n < 1 ? DSV3_ERR_ARG : DSV3_ERR_LIMIT, name, "is out of range", found, 1, most);
 }
 
 /* Begins the layout of an object over memory [bytes], which was measured, with that result, as *need bytes. */
@@ -2231,7 +2276,7 @@ DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3
     unsigned char *y = (unsigned char *)data, *scales = (unsigned char *)scale;
     size_t n = dsv3i_mul(rows, cols), block = dsv3_type_block(type);
     int is_f8 = type == DSV3_F8_E4M3;
-    if (x == NULL || (is_f8 ? scale : data) == NULL) return dsv3i_fail_null(error, "argument");
+    DSV3I_NEED(1, x); DSV3I_NEED(is_f8, scale); DSV3I_NEED(!is_f8, data);
     if (dsv3_type_bytes(type) == 0) return dsv3i_fail(error, DSV3_ERR_ARG, "type", "is unknown");
     if (cols % block != 0) return dsv3i_fail_where(error, DSV3_ERR_ARG, "cols", "are not whole blocks of", DSV3_QBLOCK);
     if (dsv3i_mul(n, sizeof *x) == SIZE_MAX) {
@@ -2477,14 +2522,12 @@ static void dsv3i_embed_task(void *arg, size_t begin, size_t end, size_t worker)
     const dsv3i_rows *a = (const dsv3i_rows *)arg;
     (void)worker;
     for (size_t t = begin; t < end; t++) {
-        DSV3_ASSERT(a->token[t] >= 0 && (size_t)a->token[t] < a->w->rows);
         dsv3i_decode_row(a->ctx, a->y + t * a->d, a->w, (size_t)a->token[t]);
     }
 }
 
-DSV3_API void dsv3_embed(const dsv3_context *context, float *x, const int32_t *token, const dsv3_tensor *w,
-                         size_t n) {
-    dsv3i_rows a = dsv3i_rows_of(context, x, NULL, w->cols);
+static void dsv3i_embed(const dsv3_context *ctx, float *x, const int32_t *token, const dsv3_tensor *w, size_t n) {
+    dsv3i_rows a = dsv3i_rows_of(ctx, x, NULL, w->cols);
     a.token = token;
     a.w = w;
     dsv3i_rows_run(&a, n, 2, dsv3i_embed_task);
@@ -2534,27 +2577,6 @@ static size_t dsv3i_linear_floats(size_t n, size_t cols, size_t threads) {
     return dsv3i_max(dsv3i_mul(dsv3i_add(threads, n), cols), dsv3i_engine_linear_floats(n, cols, threads));
 }
 
-/* Bytes of so many floats of scratch. */
-static dsv3_result dsv3i_scratch_size(size_t floats, size_t *bytes, dsv3_error *error) {
-    if (bytes == NULL) return dsv3i_fail_null(error, "bytes");
-    *bytes = dsv3i_mul(floats, sizeof(float));
-    if (*bytes < SIZE_MAX) return dsv3i_ok(error);
-    *bytes = 0;
-    return dsv3i_fail(error, DSV3_ERR_OVERFLOW, "scratch", "needs more bytes than size_t can count");
-}
-
-DSV3_API dsv3_result dsv3_linear_size(const dsv3_context *context, size_t n, size_t cols, size_t *bytes,
-                                      dsv3_error *error) {
-    if (context == NULL) return dsv3i_fail_null(error, "context");
-    return dsv3i_scratch_size(dsv3i_linear_floats(n, cols, context->threads), bytes, error);
-}
-
-DSV3_API void dsv3_linear(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *w, size_t n,
-                          float *scratch) {
-    dsv3i_product p = dsv3i_product_of(y, x, w, n);
-    context->ops->linear(context, &p, 1, scratch);
-}
-
 #ifndef DSV3_NO_TRAINING
 /* Backward: dx += dy W, dW += dy^T x. Both are sums of scaled rows: of W for a row of dx, of x for a row of dW. The loops
  * are split over rows of dx and rows of dW, so that every sum is taken by one worker, in one order. */
@@ -2589,12 +2611,6 @@ static void dsv3i_linear_backward(const dsv3_context *ctx, float *dx, int beta0,
     if (dw != NULL) dsv3i_loop(ctx, p->rows, p->n * cols, dsv3i_linear_dw_task, &a);
 }
 
-DSV3_API void dsv3_linear_backward(const dsv3_context *context, float *dx, float *dw, const float *dy, const float *x,
-                                   const dsv3_tensor *w, size_t n, float *scratch) {
-    dsv3i_product p = dsv3i_product_of((float *)(uintptr_t)dy, x, w, n);
-    context->ops->linear_backward(context, dx, 0, dw, &p, scratch);
-}
-
 /* The embedding is a linear map of one-hot rows: its gradient is added row by row, columns apart. */
 
 #define DSV3I_COLUMNS 32u
@@ -2617,11 +2633,6 @@ static void dsv3i_embed_backward(const dsv3_context *ctx, float *dw, const float
     dsv3i_loop(ctx, dsv3i_blocks(d, DSV3I_COLUMNS), 2 * n * DSV3I_COLUMNS, dsv3i_embed_backward_task, &a);
 }
 
-DSV3_API void dsv3_embed_backward(float *dw, const float *dx, const int32_t *token, size_t n, size_t d) {
-    dsv3_context alone;
-    DSV3_MEMSET(&alone, 0, sizeof alone);
-    dsv3i_embed_backward(&alone, dw, dx, token, n, d);
-}
 #endif
 
 /* ---- RMSNorm: y = g * x / rms(x) */
@@ -2664,16 +2675,14 @@ static void dsv3i_rmsnorm_task(void *arg, size_t begin, size_t end, size_t worke
 static void dsv3i_rmsnorm(const dsv3_context *ctx, float *y, size_t ldy, const float *x, const dsv3_tensor *g,
                           size_t n, size_t d, float eps) {
     dsv3i_rows a = dsv3i_rows_of(ctx, y, x, d);
-    DSV3_ASSERT(g->cols == d && g->scale == NULL);
     a.ldy = ldy;
     a.w = g;
     a.eps = eps;
     dsv3i_rows_run(&a, n, 4, dsv3i_rmsnorm_task);
 }
 
-DSV3_API void dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *g, size_t n,
-                           size_t d, float eps) {
-    dsv3i_rmsnorm(context, y, d, x, g, n, d, eps);
+static void dsv3i_norm(const dsv3_context *ctx, float *y, const float *x, const dsv3_tensor *g, size_t n, float eps) {
+    dsv3i_rmsnorm(ctx, y, g->cols, x, g, n, g->cols, eps);
 }
 
 #ifndef DSV3_NO_TRAINING
@@ -2740,12 +2749,9 @@ static void dsv3i_norm_backward(dsv3i_rows *a, size_t n) {
     dsv3i_loop(a->ctx, dsv3i_blocks(a->d, DSV3I_COLUMNS), 2 * n * DSV3I_COLUMNS, dsv3i_norm_dg_task, a);
 }
 
-DSV3_API void dsv3_rmsnorm_backward(const dsv3_context *context, float *dx, float *dg, const float *dy,
-                                    const float *x, const dsv3_tensor *g, size_t n, size_t d, float eps,
-                                    float *scratch) {
-    dsv3i_rows a = dsv3i_norm_rows(context, dx, 0, dg, dy, x, g, eps, scratch);
-    DSV3_ASSERT(g->cols == d);
-    (void)d;
+static void dsv3i_norm_back(const dsv3_context *ctx, float *dx, float *dg, const float *dy, const float *x,
+                            const dsv3_tensor *g, size_t n, float eps, float *r) {
+    dsv3i_rows a = dsv3i_norm_rows(ctx, dx, 0, dg, dy, x, g, eps, r);
     dsv3i_norm_backward(&a, n);
 }
 #endif
@@ -2915,23 +2921,6 @@ static void dsv3i_cross_entropy(dsv3i_loss *a, float *nll) {
     }
 }
 
-DSV3_API dsv3_result dsv3_cross_entropy_size(const dsv3_context *context, const dsv3_tensor *head, size_t n,
-                                             size_t *bytes, dsv3_error *error) {
-    if (context == NULL || head == NULL) return dsv3i_fail_null(error, "argument");
-    return dsv3i_scratch_size(
-        dsv3i_add(dsv3i_loss_floats(head->rows, n), dsv3i_linear_floats(n, head->cols, context->threads)), bytes, error);
-}
-
-DSV3_API void dsv3_cross_entropy(const dsv3_context *context, float *nll, const float *u, const dsv3_tensor *head,
-                                 const int32_t *target, size_t n, float *scratch) {
-    float *linear = scratch + dsv3i_loss_floats(head->rows, n);
-    dsv3i_loss a = dsv3i_loss_of(context, u, head, target, n, scratch, linear);
-    for (size_t t = 0; t < n; t++) {
-        DSV3_ASSERT(target[t] == DSV3_IGNORE || (target[t] >= 0 && (size_t)target[t] < head->rows));
-    }
-    dsv3i_cross_entropy(&a, nll);
-}
-
 #ifndef DSV3_NO_TRAINING
 /* Backward: dlogits = weight (softmax - onehot), part by part again. */
 static void dsv3i_loss_backward_task(void *arg, size_t begin, size_t end, size_t worker) {
@@ -2961,13 +2950,6 @@ static void dsv3i_cross_entropy_backward(dsv3i_loss *a, float *du, int beta0, fl
     }
 }
 
-DSV3_API void dsv3_cross_entropy_backward(const dsv3_context *context, float *du, float *dhead, float weight,
-                                          const float *u, const dsv3_tensor *head, const int32_t *target, size_t n,
-                                          float *scratch) {
-    float *linear = scratch + dsv3i_loss_floats(head->rows, n);
-    dsv3i_loss a = dsv3i_loss_of(context, u, head, target, n, scratch, linear);
-    dsv3i_cross_entropy_backward(&a, du, 0, dhead, weight);
-}
 #endif
 
 /* ========================================================================================================
@@ -3031,11 +3013,7 @@ static double dsv3i_rope_theta(const dsv3_config *c, int32_t i) {
     return f * (1.0 - ramp) + f / (double)r->factor * ramp;
 }
 
-DSV3_API void dsv3_rope_frequencies(const dsv3_config *config, double *theta) {
-    for (int32_t i = 0; i < config->qk_rope_head_dim / 2; i++) theta[i] = dsv3i_rope_theta(config, i);
-}
-
-DSV3_API void dsv3_rope_turns(const dsv3_config *config, uint64_t *turns) {
+static void dsv3i_rope_turns(const dsv3_config *config, uint64_t *turns) {
     for (int32_t i = 0; i < config->qk_rope_head_dim / 2; i++) { /* 2^64 to the turn; theta <= 1 < 2 pi */
         turns[i] = (uint64_t)(dsv3i_rope_theta(config, i) / (2.0 * DSV3I_PI) * 18446744073709551616.0);
     }
@@ -3053,8 +3031,8 @@ DSV3_API float dsv3_softmax_scale(const dsv3_config *config) {
     return (float)(m * m * DSV3_POW(width, -0.5));
 }
 
-DSV3_API void dsv3_rope_table(float *cos_sin, const int32_t *position, const uint64_t *turns, float factor, size_t n,
-                              size_t dr) {
+static void dsv3i_rope_table(float *cos_sin, const int32_t *position, const uint64_t *turns, float factor, size_t n,
+                             size_t dr) {
     for (size_t t = 0; t < n; t++) {
         for (size_t i = 0; i < dr / 2; i++) {
             uint64_t phase = (uint64_t)position[t] * turns[i]; /* modulo one turn */
@@ -3067,9 +3045,9 @@ DSV3_API void dsv3_rope_table(float *cos_sin, const int32_t *position, const uin
     }
 }
 
+/* sign -1: the rotation back, which is the transpose and so the gradient's way. */
 static void dsv3i_rotate(float *x, const float *cos_sin, size_t dr, int interleave, float sign) {
     size_t step = interleave ? 2 : 1, other = interleave ? 1 : dr / 2;
-    DSV3_ASSERT(dr % 2 == 0);
     for (size_t i = 0; i < dr / 2; i++) {
         float c = cos_sin[2 * i], s = sign * cos_sin[2 * i + 1];
         float a = x[step * i], b = x[step * i + other];
@@ -3077,17 +3055,6 @@ static void dsv3i_rotate(float *x, const float *cos_sin, size_t dr, int interlea
         x[step * i + other] = a * s + b * c;
     }
 }
-
-DSV3_API void dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr, int interleave) {
-    dsv3i_rotate(x, cos_sin, dr, interleave, 1.0f);
-}
-
-#ifndef DSV3_NO_TRAINING
-/* The transpose of a rotation is the rotation back. */
-DSV3_API void dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t dr, int interleave) {
-    dsv3i_rotate(dx, cos_sin, dr, interleave, -1.0f);
-}
-#endif
 
 /* ========================================================================================================
  * Chapter 6  >>mla
@@ -3168,9 +3135,9 @@ static void dsv3i_mla_kv_task(void *arg, size_t begin, size_t end, size_t worker
     (void)worker;
     for (size_t t = begin; t < end; t++) {
         float *kv = c->ws->kv + t * c->m.width, *raw = c->ws->kv_raw + t * c->m.width;
-        dsv3_rmsnorm(c->ctx, kv, raw, &c->w->kv_a_layernorm, 1, rk, config->latent_norm_eps);
+        dsv3i_norm(c->ctx, kv, raw, &c->w->kv_a_layernorm, 1, config->latent_norm_eps);
         if (kv != raw) DSV3_MEMCPY(kv + rk, raw + rk, dr * sizeof *kv);
-        dsv3_rope_rotate(kv + rk, c->ws->cos_sin + t * dr, dr, config->rope_interleave);
+        dsv3i_rotate(kv + rk, c->ws->cos_sin + t * dr, dr, config->rope_interleave, 1.0f);
     }
 }
 
@@ -3182,8 +3149,8 @@ static void dsv3i_mla_rotate_task(void *arg, size_t begin, size_t end, size_t wo
     const dsv3i_dims *m = &c->m;
     (void)worker;
     for (size_t i = begin * m->H; i < end * m->H; i++) {
-        dsv3_rope_rotate(c->ws->q + i * m->qk + m->dn, c->ws->cos_sin + i / m->H * m->dr, m->dr,
-                         c->model->config.rope_interleave);
+        dsv3i_rotate(c->ws->q + i * m->qk + m->dn, c->ws->cos_sin + i / m->H * m->dr, m->dr,
+                     c->model->config.rope_interleave, 1.0f);
     }
 }
 
@@ -3191,7 +3158,7 @@ static void dsv3i_mla_rotate_task(void *arg, size_t begin, size_t end, size_t wo
 static void dsv3i_mla_q(dsv3i_call *c) {
     dsv3i_workspace *ws = c->ws;
     if (c->m.rq > 0) {
-        dsv3_rmsnorm(c->ctx, ws->q_latent, ws->q_raw, &c->w->q_a_layernorm, c->n, c->m.rq, c->model->config.latent_norm_eps);
+        dsv3i_norm(c->ctx, ws->q_latent, ws->q_raw, &c->w->q_a_layernorm, c->n, c->model->config.latent_norm_eps);
         dsv3i_project(c, ws->q, ws->q_latent, &c->w->q_b_proj);
     }
     dsv3i_loop(c->ctx, c->n, 4 * c->m.H * c->m.dr, dsv3i_mla_rotate_task, c);
@@ -3353,15 +3320,6 @@ static void dsv3i_mla_forward(dsv3i_call *c, float *y, const float *u) {
     dsv3i_project(c, y, ws->o, &c->w->o_proj);
 }
 
-DSV3_API void dsv3_mla_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
-                               const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
-                               dsv3_workspace *workspace) {
-    dsv3i_workspace ws = dsv3i_workspace_of(workspace, &model->config);
-    dsv3i_call c = dsv3i_call_of(context, model, weights, layer, caches, n, &ws);
-    DSV3_ASSERT(n <= workspace->rows && context->threads <= workspace->threads);
-    dsv3i_mla_forward(&c, y, u);
-}
-
 /* Rows of the sequence that row t begins; 0 if it begins none. Where losses are computed, the rows of
  * a sequence lie together. */
 static size_t dsv3i_sequence_rows(const int32_t *leader, size_t t, size_t n) {
@@ -3442,9 +3400,9 @@ static void dsv3i_mla_rotate_backward_task(void *arg, size_t begin, size_t end, 
             const float *dkey = b->dkeys + t * m->Hq + h * m->qk;
             DSV3_MEMCPY(b->dkv_up + t * m->Hkv + h * m->kv, dkey, m->dn * sizeof *dkey);
             for (size_t i = 0; i < m->dr; i++) dkr[i] += dkey[m->dn + i];
-            dsv3_rope_rotate_backward(b->dq + t * m->Hq + h * m->qk + m->dn, cos_sin, m->dr, interleave);
+            dsv3i_rotate(b->dq + t * m->Hq + h * m->qk + m->dn, cos_sin, m->dr, interleave, -1.0f);
         }
-        dsv3_rope_rotate_backward(dkr, cos_sin, m->dr, interleave);
+        dsv3i_rotate(dkr, cos_sin, m->dr, interleave, -1.0f);
     }
 }
 
@@ -3457,7 +3415,7 @@ static void dsv3i_mla_rebuild(dsv3i_call *c, const float *u) {
     if (s->q == NULL && c->m.rq == 0) dsv3i_project(c, ws->q, u, &c->w->q_proj);
     if (s->q == NULL) dsv3i_mla_q(c);
     if (s->q != NULL && s->q_latent == NULL && c->m.rq > 0) {
-        dsv3_rmsnorm(c->ctx, ws->q_latent, s->q_raw, &c->w->q_a_layernorm, c->n, c->m.rq, c->model->config.latent_norm_eps);
+        dsv3i_norm(c->ctx, ws->q_latent, s->q_raw, &c->w->q_a_layernorm, c->n, c->model->config.latent_norm_eps);
     }
     latent.x = ws->kv;
     latent.ldx = c->m.width;
@@ -3503,7 +3461,7 @@ static void dsv3i_mla_backward(dsv3i_call *c, float *du, const float *dy, const 
  *     groups (G > 1): a group's score is the sum of its two largest sel (noaux_tc) or its largest
  *                     (group_limited_greedy); only the best Gt groups stay, the others are masked
  *     idx = the K largest sel that are left
- *     w_k = s[idx_k], divided by (sum_k w_k + 1e-20) if norm_topk_prob, times routed_scaling_factor
+ *     w_k = s[idx_k], divided by (sum_k w_k + 1e-20) if norm_topk_prob and K > 1, times routed_scaling_factor
  * The weights follow s, not sel: an expert chosen for its bias is not weighted by it, and the weights need
  * not fall in order. Ties, for groups and for experts: the higher score first, then the lower index.
  *
@@ -3549,13 +3507,14 @@ static void dsv3i_scores_task(void *arg, size_t begin, size_t end, size_t worker
 }
 
 /* The product is exact, whatever the context says. */
-DSV3_API void dsv3_router_scores(const dsv3_context *context, const dsv3_config *config, float *score, const float *x,
-                                 const dsv3_tensor *gate_w, const float *gate_bias, size_t n, float *scratch) {
-    dsv3_context exact = *context;
-    dsv3i_scores_arg a = {context, score, gate_bias, gate_w->rows, config->scoring_func};
+static void dsv3i_router_scores(const dsv3_context *ctx, const dsv3_config *config, float *score, const float *x,
+                                const dsv3_tensor *gate_w, const float *gate_bias, size_t n, float *scratch) {
+    const dsv3i_product product = dsv3i_product_of(score, x, gate_w, n);
+    dsv3_context exact = *ctx;
+    dsv3i_scores_arg a = {ctx, score, gate_bias, gate_w->rows, config->scoring_func};
     exact.compute = DSV3_EXACT;
-    dsv3_linear(&exact, score, x, gate_w, n, scratch);
-    dsv3i_loop(context, n, 16 * a.E, dsv3i_scores_task, &a);
+    exact.ops->linear(&exact, &product, 1, scratch);
+    dsv3i_loop(ctx, n, 16 * a.E, dsv3i_scores_task, &a);
 }
 
 /* What the choice goes by. */
@@ -3612,25 +3571,40 @@ static void dsv3i_topk(int32_t *idx, const float *sel, size_t E, size_t K) {
     }
 }
 
+/* Are weights divided by their sum? The code released with V2, V3, Moonlight and K2 does so only where K > 1: one weight
+ * alone would be 1 whatever its score, and the router learn nothing. */
+static int dsv3i_is_normed(const dsv3_config *c) { return c->norm_topk_prob && c->num_experts_per_tok > 1; }
+
+static float dsv3i_gate_scale(const dsv3_config *c) {
+    return dsv3i_is_normed(c) && c->gate_scaling == DSV3_SCALE_UNLESS_NORMED ? 1.0f : c->routed_scaling_factor;
+}
+
+static float dsv3i_finite_score(float s) { return dsv3i_is_finite(s) ? s : 0.0f; }
+
 /* gate [K] from the scores of the chosen; one that is not finite weighs nothing. */
 static void dsv3i_gate_weights(const dsv3_config *c, float *gate, const int32_t *idx, const float *score) {
     size_t K = (size_t)c->num_experts_per_tok;
-    float sum = 0.0f, scale = c->routed_scaling_factor;
+    float sum = 0.0f, scale = dsv3i_gate_scale(c);
+    for (size_t k = 0; k < K; k++) sum += gate[k] = dsv3i_finite_score(score[idx[k]]);
     for (size_t k = 0; k < K; k++) {
-        float s = score[idx[k]];
-        gate[k] = dsv3i_is_finite(s) ? s : 0.0f;
-        sum += gate[k];
-    }
-    if (c->norm_topk_prob && c->gate_scaling == DSV3_SCALE_UNLESS_NORMED) scale = 1.0f;
-    for (size_t k = 0; k < K; k++) {
-        if (c->norm_topk_prob) gate[k] /= sum + 1e-20f;
+        if (dsv3i_is_normed(c)) gate[k] /= sum + 1e-20f;
         gate[k] *= scale;
     }
 }
 
-/* Groups and choice, in themselves. least: experts of a token, 0 where there are none. */
+/* The routing fields, in themselves. least: experts of a token, 0 where there are none. */
 static dsv3_result dsv3i_check_routing(const dsv3_config *c, int32_t least, dsv3_error *e) {
     int32_t G = c->n_group, E = c->n_routed_experts;
+#define DSV3I_ROUTING(field, most, why)                                                                              \
+    DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_UNSUPPORTED, #field, why, (int64_t)c->field, 0, most))
+    DSV3I_ROUTING(scoring_func, DSV3_SOFTMAX, "must be sigmoid or softmax");
+    DSV3I_ROUTING(topk_method, DSV3_GREEDY, "must be noaux_tc, group_limited_greedy or greedy");
+    DSV3I_ROUTING(group_mask, DSV3_MASK_ZERO, "is not one of dsv3_group_mask");
+    DSV3I_ROUTING(gate_scaling, DSV3_SCALE_UNLESS_NORMED, "is not one of dsv3_gate_scaling");
+    DSV3I_ROUTING(bias_form, DSV3_BIAS_MULTIPLY, "is not one of dsv3_bias_form");
+    if (!(c->routed_scaling_factor >= FLT_MIN && c->routed_scaling_factor <= FLT_MAX)) {
+        return dsv3i_fail(e, DSV3_ERR_ARG, "routed_scaling_factor", "must be positive and finite");
+    }
     if (G < 1 || E % G != 0) {
         return dsv3i_fail_where(e, DSV3_ERR_ARG, "n_group", "must divide n_routed_experts, and is", G);
     }
@@ -3640,21 +3614,11 @@ static dsv3_result dsv3i_check_routing(const dsv3_config *c, int32_t least, dsv3
                                c->topk_method == DSV3_GREEDY ? E : E / G * c->topk_group);
 }
 
-DSV3_API dsv3_result dsv3_router_check(const dsv3_config *config, dsv3_error *error) {
-    if (config == NULL) return dsv3i_fail_null(error, "config");
-    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "n_routed_experts", "is out of range", config->n_routed_experts, 1,
-                                  DSV3_MAX_EXPERTS));
-    DSV3I_TRY(dsv3i_check_routing(config, 1, error));
-    return dsv3i_ok(error);
-}
-
-DSV3_API dsv3_result dsv3_router_select(const dsv3_config *config, int32_t *idx, float *gate, const float *score,
-                                        const float *bias, const float *alpha, size_t n, float *scratch,
-                                        dsv3_error *error) {
-    size_t E = (size_t)config->n_routed_experts, K = (size_t)config->num_experts_per_tok;
+/* As dsv3_router_select. Returns the first row with something that is not finite; n: none. */
+static size_t dsv3i_router_select(const dsv3_config *config, int32_t *idx, float *gate, const float *score,
+                                  const float *bias, const float *alpha, size_t n, float *scratch) {
+    size_t E = (size_t)config->n_routed_experts, K = (size_t)config->num_experts_per_tok, bad = n;
     float *sel = scratch, *group = scratch + E;
-    size_t bad = n; /* the first row with something that is not finite */
-    DSV3I_TRY(dsv3_router_check(config, error));
     for (size_t t = 0; t < n; t++) {
         const float *s = score + t * E;
         for (size_t e = 0; e < E; e++) {
@@ -3666,8 +3630,7 @@ DSV3_API dsv3_result dsv3_router_select(const dsv3_config *config, int32_t *idx,
         dsv3i_topk(idx + t * K, sel, E, K);
         dsv3i_gate_weights(config, gate + t * K, idx + t * K, s);
     }
-    if (bad == n) return dsv3i_ok(error);
-    return dsv3i_fail_where(error, DSV3_ERR_NAN, "score", "is not finite, in row", (int64_t)bad);
+    return bad;
 }
 
 /* Are these K different experts? */
@@ -3681,14 +3644,20 @@ static int dsv3i_choice_valid(const int32_t *idx, size_t K, size_t E) {
     return 1;
 }
 
-DSV3_API dsv3_result dsv3_router_weights(const dsv3_config *config, float *gate, const int32_t *idx,
-                                         const float *score, size_t n, dsv3_error *error) {
+static dsv3_result dsv3i_check_choice(const dsv3_config *config, const int32_t *idx, size_t n, dsv3_error *error) {
     size_t E = (size_t)config->n_routed_experts, K = (size_t)config->num_experts_per_tok;
     for (size_t t = 0; t < n; t++) {
-        if (!dsv3i_choice_valid(idx + t * K, K, E)) {
-            return dsv3i_fail_where(error, DSV3_ERR_ARG, "idx", "has an expert twice or out of range, in row", (int64_t)t);
-        }
+        if (dsv3i_choice_valid(idx + t * K, K, E)) continue;
+        return dsv3i_fail_where(error, DSV3_ERR_ARG, "idx", "has an expert twice or out of range, in row", (int64_t)t);
     }
+    return DSV3_OK;
+}
+
+/* gate [n, K] of a choice made elsewhere, if it is one. */
+static dsv3_result dsv3i_router_weights(const dsv3_config *config, float *gate, const int32_t *idx, const float *score,
+                                        size_t n, dsv3_error *error) {
+    size_t E = (size_t)config->n_routed_experts, K = (size_t)config->num_experts_per_tok;
+    DSV3I_TRY(dsv3i_check_choice(config, idx, n, error));
     for (size_t t = 0; t < n; t++) dsv3i_gate_weights(config, gate + t * K, idx + t * K, score + t * E);
     return dsv3i_ok(error);
 }
@@ -3697,7 +3666,7 @@ DSV3_API dsv3_result dsv3_router_weights(const dsv3_config *config, float *gate,
 
 static int dsv3i_counts(const uint8_t *mask, size_t t) { return mask == NULL || mask[t] != 0; }
 
-DSV3_API void dsv3_load_count(uint64_t *load, const int32_t *idx, const uint8_t *mask, size_t n, size_t K) {
+static void dsv3i_load_count(uint64_t *load, const int32_t *idx, const uint8_t *mask, size_t n, size_t K) {
     for (size_t t = 0; t < n; t++) {
         for (size_t k = 0; k < K && dsv3i_counts(mask, t); k++) load[idx[t * K + k]]++;
     }
@@ -3740,11 +3709,12 @@ static float dsv3i_bias_moved(float b, double move, dsv3_bias_rule rule) {
     return (float)(to < low ? low : to > (double)FLT_MAX ? (double)FLT_MAX : to);
 }
 
-DSV3_API void dsv3_bias_step(float *bias, const uint64_t *load, size_t E, dsv3_bias_rule rule, double speed) {
+/* Of one layer: bias [E], load [E]. */
+static void dsv3i_bias_step(float *bias, const uint64_t *load, size_t E, dsv3_bias_rule rule, double speed) {
     uint64_t sum = 0, whole, rest;
     double mean, drift = 0.0;
     for (size_t e = 0; e < E; e++) sum += load[e];
-    if (sum == 0 || !(speed > 0.0) || !(speed <= DBL_MAX)) return;
+    if (sum == 0 || !(speed > 0.0)) return;
     whole = sum / E; /* the mean is whole + rest / E, exactly */
     rest = sum % E;
     mean = (double)sum / (double)E;
@@ -3756,6 +3726,13 @@ DSV3_API void dsv3_bias_step(float *bias, const uint64_t *load, size_t E, dsv3_b
             speed * (rule == DSV3_BIAS_PROPORTIONAL ? (sign > 0.0 || sign < 0.0 ? error : 0.0) : sign - drift);
         bias[e] = dsv3i_bias_moved(bias[e], move, rule);
     }
+}
+
+static dsv3_result dsv3i_check_bias_step(dsv3_bias_rule rule, double speed, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "rule", "is not one of dsv3_bias_rule", (int64_t)rule, 0,
+                                  DSV3_BIAS_FACTOR));
+    if (speed >= 0.0 && speed <= DBL_MAX) return DSV3_OK;
+    return dsv3i_fail(error, DSV3_ERR_ARG, "speed", "is negative or not finite");
 }
 
 DSV3_API double dsv3_bias_speed(const dsv3_bias_schedule *schedule, uint64_t seen) {
@@ -3771,7 +3748,13 @@ static void dsv3i_balancer_layout(dsv3_balancer *b, const dsv3_config *config, d
 }
 
 DSV3_API dsv3_result dsv3_balancer_size(const dsv3_config *config, size_t *bytes, dsv3_error *error) {
-    DSV3I_TRY(dsv3_config_check(config, error));
+    DSV3I_NEED(1, config);
+    const int64_t L = config->num_hidden_layers, D = config->num_nextn_predict_layers;
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "num_hidden_layers", "is out of range", L, 1, DSV3_MAX_LAYERS));
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "num_nextn_predict_layers", "is out of range", D, 0,
+                                  DSV3_MAX_LAYERS - L));
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "n_routed_experts", "is out of range", config->n_routed_experts, 0,
+                                  DSV3_MAX_EXPERTS));
     DSV3I_SIZE(dsv3_balancer, bytes, dsv3i_balancer_layout(&it, config, &l));
 }
 
@@ -3794,67 +3777,57 @@ static void dsv3i_balancer_move(dsv3_balancer *b, float *bias, uint64_t seen) {
     size_t n = b->layers * b->experts;
     double speed = dsv3_bias_speed(&b->schedule, seen);
     for (size_t i = 0; i < n; i += b->experts) { /* dense layers have no load, and so do not move */
-        dsv3_bias_step(bias + i, b->load + i, b->experts, b->rule, speed);
+        dsv3i_bias_step(bias + i, b->load + i, b->experts, b->rule, speed);
     }
     for (size_t i = 0; i < n; i++) b->load_all[i] += b->load[i];
     DSV3_MEMSET(b->load, 0, n * sizeof *b->load);
 }
 
-DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, uint64_t seen, dsv3_error *error) {
-    dsv3_result result;
-    if (balancer == NULL) return dsv3i_fail_null(error, "balancer");
-    result = dsv3i_balancer_reduce(balancer);
-    if (result != DSV3_OK) return dsv3i_fail(error, result, "balancer.reduce", "ended the step");
-    dsv3i_balancer_move(balancer, bias, seen);
-    return dsv3i_ok(error);
-}
 #endif
 
 /* ---- Balance losses: sum_i f_i P_i, where f_i and P_i = mean s'_i have sum E and sum 1. V2's losses differ in f_i. */
 
 enum { DSV3I_LOSS_EXPERT, DSV3I_LOSS_DEVICE, DSV3I_LOSS_COMMUNICATION };
 
-typedef struct dsv3i_balance {
-    const float *score;  /* [n, E] */
-    const int32_t *idx;  /* [n, K] or NULL: the K largest scores */
-    const uint8_t *mask; /* [n] or NULL */
-    size_t n, E, K, devices, most_devices;
-} dsv3i_balance;
+static dsv3_result dsv3i_check_devices(size_t E, size_t devices, size_t most_devices, dsv3_error *error) {
+    if (devices < 1 || E % devices != 0) {
+        return dsv3i_fail_where(error, DSV3_ERR_ARG, "devices", "must divide the experts, and are", (int64_t)devices);
+    }
+    return dsv3i_check_count(error, "most_devices", most_devices, (int64_t)devices);
+}
 
 /* Sums count [E] over the rows that count. Returns their number. */
-static double dsv3i_balance_count(const dsv3i_balance *b, double *count) {
+static double dsv3i_balance_count(const dsv3_routing *b, double *count) {
     int32_t largest[DSV3_MAX_TOPK];
     double rows = 0.0;
-    DSV3_ASSERT(b->K <= DSV3_MAX_TOPK);
-    for (size_t e = 0; e < b->E; e++) count[e] = 0.0;
+    for (size_t e = 0; e < b->experts; e++) count[e] = 0.0;
     for (size_t t = 0; t < b->n; t++) {
-        const int32_t *chosen = b->idx != NULL ? b->idx + t * b->K : largest;
+        const int32_t *chosen = b->idx != NULL ? b->idx + t * b->topk : largest;
         if (!dsv3i_counts(b->mask, t)) continue;
-        if (b->idx == NULL) dsv3i_topk(largest, b->score + t * b->E, b->E, b->K);
+        if (b->idx == NULL) dsv3i_topk(largest, b->score + t * b->experts, b->experts, b->topk);
         rows += 1.0;
-        for (size_t k = 0; k < b->K; k++) count[chosen[k]] += 1.0;
+        for (size_t k = 0; k < b->topk; k++) count[chosen[k]] += 1.0;
     }
     return rows;
 }
 
 /* Rows that go to experts first .. first + each - 1. */
-static double dsv3i_balance_sent(const dsv3i_balance *b, size_t first, size_t each) {
+static double dsv3i_balance_sent(const dsv3_routing *b, size_t first, size_t each) {
     double sent = 0.0;
     for (size_t t = 0; t < b->n; t++) {
         size_t k = 0;
-        while (k < b->K && (size_t)b->idx[t * b->K + k] / each != first / each) k++;
-        sent += dsv3i_counts(b->mask, t) && k < b->K;
+        while (k < b->topk && (size_t)b->idx[t * b->topk + k] / each != first / each) k++;
+        sent += dsv3i_counts(b->mask, t) && k < b->topk;
     }
     return sent;
 }
 
 /* f [E] of a loss: E / (K T) count_i; its mean over a device's experts; or what the device is sent. Returns T. */
-static double dsv3i_balance_f(const dsv3i_balance *b, int loss, double *f) {
-    double rows = dsv3i_balance_count(b, f), E = (double)b->E, devices = (double)b->devices;
-    double even = loss == DSV3I_LOSS_COMMUNICATION ? (double)b->most_devices * rows : (double)b->K * rows;
-    size_t each = loss == DSV3I_LOSS_EXPERT ? 1 : b->E / b->devices;
-    DSV3_ASSERT(each >= 1 && b->E % each == 0);
-    for (size_t g = 0; g < b->E && rows > 0.0; g += each) {
+static double dsv3i_balance_f(const dsv3_routing *b, int loss, double *f) {
+    double rows = dsv3i_balance_count(b, f), E = (double)b->experts, devices = (double)b->devices;
+    double even = loss == DSV3I_LOSS_COMMUNICATION ? (double)b->most_devices * rows : (double)b->topk * rows;
+    size_t each = loss == DSV3I_LOSS_EXPERT ? 1 : b->experts / b->devices;
+    for (size_t g = 0; g < b->experts && rows > 0.0; g += each) {
         double sum = 0.0;
         for (size_t i = g; i < g + each; i++) sum += f[i];
         if (loss == DSV3I_LOSS_COMMUNICATION) sum = dsv3i_balance_sent(b, g, each);
@@ -3865,104 +3838,100 @@ static double dsv3i_balance_f(const dsv3i_balance *b, int loss, double *f) {
 }
 
 /* scratch [2 E]: f, and the sums over t of s'_ti = s_ti / sum_j s_tj. */
-static double dsv3i_balance_loss(const dsv3i_balance *b, int loss, double *scratch) {
-    double *f = scratch, *share = scratch + b->E, total = 0.0, rows = dsv3i_balance_f(b, loss, f);
-    for (size_t e = 0; e < b->E; e++) share[e] = 0.0;
+static double dsv3i_balance_loss(const dsv3_routing *b, int loss, double *scratch) {
+    double *f = scratch, *share = scratch + b->experts, total = 0.0, rows = dsv3i_balance_f(b, loss, f);
+    for (size_t e = 0; e < b->experts; e++) share[e] = 0.0;
     for (size_t t = 0; t < b->n; t++) {
-        const float *s = b->score + t * b->E;
+        const float *s = b->score + t * b->experts;
         double sum = 0.0;
         if (!dsv3i_counts(b->mask, t)) continue;
-        for (size_t e = 0; e < b->E; e++) sum += (double)s[e];
-        for (size_t e = 0; e < b->E && sum > 0.0; e++) share[e] += (double)s[e] / sum;
+        for (size_t e = 0; e < b->experts; e++) sum += (double)s[e];
+        for (size_t e = 0; e < b->experts && sum > 0.0; e++) share[e] += (double)s[e] / sum;
     }
-    for (size_t e = 0; e < b->E; e++) total += f[e] * share[e];
+    for (size_t e = 0; e < b->experts; e++) total += f[e] * share[e];
     return rows > 0.0 ? total / rows : 0.0;
 }
 
-DSV3_API double dsv3_balance_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
-                                  size_t K, double *scratch) {
-    const dsv3i_balance b = {score, idx, mask, n, E, K, 0, 0};
-    return dsv3i_balance_loss(&b, DSV3I_LOSS_EXPERT, scratch);
-}
-
 #ifndef DSV3_NO_TRAINING
-DSV3_API double dsv3_device_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
-                                 size_t K, size_t devices, double *scratch) {
-    const dsv3i_balance b = {score, idx, mask, n, E, K, devices, 0};
-    return dsv3i_balance_loss(&b, DSV3I_LOSS_DEVICE, scratch);
-}
-
-DSV3_API double dsv3_communication_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n,
-                                        size_t E, size_t K, size_t devices, size_t most_devices, double *scratch) {
-    const dsv3i_balance b = {score, idx, mask, n, E, K, devices, most_devices};
-    return dsv3i_balance_loss(&b, DSV3I_LOSS_COMMUNICATION, scratch);
-}
-
 /* ---- Backward. The choice has no gradient, and neither has the bias. With c = routed_scaling_factor, S = sum of
  * the chosen scores (+ 1e-20) and mu = sum_k dw_k s_k / S:
- *     ds_k = c / S (dw_k - mu)  if norm_topk_prob,  else  c dw_k          for the chosen k
+ *     ds_k = c / S (dw_k - mu)  if weights are divided by S,  else  c dw_k    for the chosen k
  * A balance loss sum_i f_i P_i, f constant:  ds_ti = 1 / (T S_t) (f_i - sum_j f_j s_tj / S_t),  S_t = sum_j s_tj
  * Sigmoid: dz = ds s (1 - s).   Softmax: dz_i = p_i (ds_i - sum_j p_j ds_j). */
 
-DSV3_API void dsv3_router_weights_backward(const dsv3_config *config, float *dscore, const float *dgate,
-                                           const int32_t *idx, const float *score, size_t n) {
+static void dsv3i_router_weights_backward(const dsv3_config *config, float *dscore, const float *dgate,
+                                          const int32_t *idx, const float *score, size_t n) {
     size_t E = (size_t)config->n_routed_experts, K = (size_t)config->num_experts_per_tok;
     for (size_t t = 0; t < n; t++) {
         const int32_t *chosen = idx + t * K;
         const float *s = score + t * E, *dw = dgate + t * K;
-        float sum = 0.0f, mu = 0.0f, c = config->routed_scaling_factor;
+        float sum = 0.0f, mu = 0.0f, c = dsv3i_gate_scale(config);
         for (size_t k = 0; k < K; k++) {
-            sum += s[chosen[k]];
-            mu += dw[k] * s[chosen[k]];
+            sum += dsv3i_finite_score(s[chosen[k]]);
+            mu += dw[k] * dsv3i_finite_score(s[chosen[k]]);
         }
-        sum = config->norm_topk_prob ? sum + 1e-20f : 1.0f;
-        mu = config->norm_topk_prob ? mu / sum : 0.0f;
-        if (config->norm_topk_prob && config->gate_scaling == DSV3_SCALE_UNLESS_NORMED) c = 1.0f;
-        for (size_t k = 0; k < K; k++) dscore[t * E + (size_t)chosen[k]] += c / sum * (dw[k] - mu);
+        sum = dsv3i_is_normed(config) ? sum + 1e-20f : 1.0f;
+        mu = dsv3i_is_normed(config) ? mu / sum : 0.0f;
+        for (size_t k = 0; k < K; k++) { /* a score that is not finite weighed nothing */
+            if (dsv3i_is_finite(s[chosen[k]])) dscore[t * E + (size_t)chosen[k]] += c / sum * (dw[k] - mu);
+        }
     }
 }
 
-DSV3_API void dsv3_router_scores_backward(const dsv3_config *config, float *dz, const float *dscore,
-                                          const float *score, size_t n) {
+static void dsv3i_router_scores_backward(const dsv3_config *config, float *dz, const float *dscore, const float *score,
+                                         size_t n) {
     size_t E = (size_t)config->n_routed_experts;
     for (size_t t = 0; t < n; t++) {
         const float *s = score + t * E, *ds = dscore + t * E;
         float sum = 0.0f;
-        for (size_t e = 0; e < E && config->scoring_func == DSV3_SOFTMAX; e++) sum += s[e] * ds[e];
+        for (size_t e = 0; e < E && config->scoring_func == DSV3_SOFTMAX; e++) sum += dsv3i_finite_score(s[e]) * ds[e];
         for (size_t e = 0; e < E; e++) {
-            float slope = config->scoring_func == DSV3_SOFTMAX ? s[e] : s[e] * (1.0f - s[e]);
+            float p = dsv3i_finite_score(s[e]), slope = config->scoring_func == DSV3_SOFTMAX ? p : p * (1.0f - p);
             dz[t * E + e] = slope * (ds[e] - sum);
         }
     }
 }
 
 /* dscore += weight d(sum f P) */
-static void dsv3i_balance_back(const dsv3i_balance *b, float *dscore, double weight, const double *f, double rows) {
+static void dsv3i_balance_back(const dsv3_routing *b, float *dscore, double weight, const double *f, double rows) {
     for (size_t t = 0; t < b->n; t++) {
-        const float *s = b->score + t * b->E;
-        float *ds = dscore + t * b->E;
+        const float *s = b->score + t * b->experts;
+        float *ds = dscore + t * b->experts;
         double sum = 0.0, mean = 0.0;
         if (!dsv3i_counts(b->mask, t)) continue;
-        for (size_t e = 0; e < b->E; e++) {
+        for (size_t e = 0; e < b->experts; e++) {
             sum += (double)s[e];
             mean += f[e] * (double)s[e];
         }
-        for (size_t e = 0; e < b->E && sum > 0.0; e++) ds[e] += (float)(weight / (rows * sum) * (f[e] - mean / sum));
+        for (size_t e = 0; e < b->experts && sum > 0.0; e++) {
+            ds[e] += (float)(weight / (rows * sum) * (f[e] - mean / sum));
+        }
     }
 }
 
-DSV3_API void dsv3_balance_backward(float *dscore, double scale, const dsv3_balance_weights *weights,
-                                    const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
-                                    size_t K, double *scratch) {
+static void dsv3i_balance_backward(float *dscore, double scale, const dsv3_balance_weights *weights,
+                                   const dsv3_routing *routing, double *scratch) {
     const double weight[3] = {weights->expert, weights->device, weights->communication};
+    dsv3_routing b = *routing;
+    b.devices = weights->devices;
+    b.most_devices = weights->most_devices;
     for (int loss = DSV3I_LOSS_EXPERT; loss <= DSV3I_LOSS_COMMUNICATION; loss++) {
-        const int32_t *chosen = loss == DSV3I_LOSS_EXPERT && !weights->actual ? NULL : idx;
-        const dsv3i_balance b = {score, chosen, mask, n, E, K, weights->devices, weights->most_devices};
         double rows;
+        b.idx = loss == DSV3I_LOSS_EXPERT && !weights->actual ? NULL : routing->idx;
         if (!(weight[loss] > 0.0)) continue;
         rows = dsv3i_balance_f(&b, loss, scratch);
         if (rows > 0.0) dsv3i_balance_back(&b, dscore, scale * weight[loss], scratch, rows);
     }
+}
+
+static dsv3_result dsv3i_check_weights(const dsv3_balance_weights *w, size_t E, dsv3_error *error) {
+    if (!(w->expert >= 0.0 && w->device >= 0.0 && w->communication >= 0.0 &&
+          w->expert + w->device + w->communication <= DBL_MAX)) {
+        return dsv3i_fail(error, DSV3_ERR_ARG, "balance", "has a weight that is negative or not finite");
+    }
+    return w->device > 0.0 || w->communication > 0.0
+               ? dsv3i_check_devices(E, w->devices, w->communication > 0.0 ? w->most_devices : 1, error)
+               : DSV3_OK;
 }
 #endif
 
@@ -4025,13 +3994,13 @@ static void dsv3i_select_task(void *arg, size_t begin, size_t end, size_t worker
     const dsv3i_call *c = (const dsv3i_call *)arg;
     size_t E = c->m.E, K = c->m.K, G = c->m.G;
     float *scratch = c->ws->select + worker * (E + G + 1);
-    if (dsv3_router_select(&c->model->config, c->ws->idx + begin * K, c->ws->gate + begin * K,
-                           c->ws->score + begin * E, dsv3i_choice_bias(c), NULL, end - begin, scratch, NULL) != DSV3_OK) {
+    if (dsv3i_router_select(&c->model->config, c->ws->idx + begin * K, c->ws->gate + begin * K, c->ws->score + begin * E,
+                            dsv3i_choice_bias(c), NULL, end - begin, scratch) < end - begin) {
         scratch[E + G] = 1.0f;
     }
 }
 
-/* dsv3_router_select by all threads. */
+/* dsv3i_router_select by all threads. */
 static dsv3_result dsv3i_select(dsv3i_call *c) {
     size_t floats = c->m.E + c->m.G + 1, threads = c->ctx->threads, bad = 0;
     for (size_t i = 1; i <= threads; i++) c->ws->select[i * floats - 1] = 0.0f;
@@ -4047,11 +4016,11 @@ static dsv3_result dsv3i_route(dsv3i_call *c, const float *u) {
     dsv3i_workspace *ws = c->ws;
     dsv3_result result;
     if (dsv3i_choice_bias(c) != NULL) dsv3i_decode_row(c->ctx, ws->bias, &c->w->e_score_correction_bias, 0);
-    dsv3_router_scores(c->ctx, config, ws->score, u, &c->w->gate, NULL, c->n, ws->scratch);
+    dsv3i_router_scores(c->ctx, config, ws->score, u, &c->w->gate, NULL, c->n, ws->scratch);
     result = dsv3i_select(c);
     if (o->choose != NULL) {
         o->choose(o->user, c->w->index, ws->idx, ws->score, c->n);
-        DSV3I_TRY(dsv3_router_weights(config, ws->gate, ws->idx, ws->score, c->n, NULL));
+        DSV3I_TRY(dsv3i_router_weights(config, ws->gate, ws->idx, ws->score, c->n, NULL));
     }
     if (o->routing != NULL) o->routing(o->user, c->w->index, ws->score, ws->idx, ws->gate, c->n);
     return result;
@@ -4143,14 +4112,6 @@ static dsv3_result dsv3i_ffn_forward(dsv3i_call *c, float *y, const float *u) {
     return DSV3_OK;
 }
 
-DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
-                                      const dsv3_layer *weights, size_t n, dsv3_workspace *workspace, dsv3_error *error) {
-    dsv3i_workspace ws = dsv3i_workspace_of(workspace, &model->config);
-    dsv3i_call c = dsv3i_call_of(context, model, weights, 0, NULL, n, &ws);
-    DSV3_ASSERT(n <= workspace->rows && context->threads <= workspace->threads);
-    return dsv3i_layer_result(&c, dsv3i_ffn_forward(&c, y, u), error);
-}
-
 #ifndef DSV3_NO_TRAINING
 /* ---- Backward. Expert k of row t sees dY_t; with v = W_down^T dY_t and h its SwiGLU output,
  *     dw_tk = v . h     (the weight commutes with W_down, behind the non-linearity)
@@ -4196,12 +4157,12 @@ static void dsv3i_router_backward_task(void *arg, size_t begin, size_t end, size
         size_t rows = dsv3i_sequence_rows(c->ws->leader, t, c->n);
         const float *score = c->s->score + t * E;
         const int32_t *idx = c->s->idx + t * K;
+        const dsv3_routing routing = {score, idx, c->ws->row_mask + t, rows, E, K, 0, 0};
         float *dscore = c->b->dscore + t * E;
         DSV3_MEMSET(dscore, 0, rows * E * sizeof *dscore);
-        dsv3_router_weights_backward(config, dscore, c->b->dgate + t * K, idx, score, rows);
-        dsv3_balance_backward(dscore, c->b->balance_scale, c->b->balance, score, idx, c->ws->row_mask + t, rows, E, K,
-                              scratch);
-        dsv3_router_scores_backward(config, dscore, dscore, score, rows);
+        dsv3i_router_weights_backward(config, dscore, c->b->dgate + t * K, idx, score, rows);
+        dsv3i_balance_backward(dscore, c->b->balance_scale, c->b->balance, &routing, scratch);
+        dsv3i_router_scores_backward(config, dscore, dscore, score, rows);
     }
 }
 
@@ -4247,22 +4208,14 @@ static dsv3_result dsv3i_layer_forward(dsv3i_call *c, float *x) {
     size_t n = c->n, d = c->m.d;
     float eps = c->model->config.rms_norm_eps;
     dsv3_result result;
-    dsv3_rmsnorm(c->ctx, ws->u, x, &c->w->input_layernorm, n, d, eps);
+    dsv3i_norm(c->ctx, ws->u, x, &c->w->input_layernorm, n, eps);
     dsv3i_mla_forward(c, ws->y, ws->u);
     dsv3i_add_rows(c->ctx, x, ws->y, n, d);
     if (ws->x_mid != NULL) dsv3i_copy_rows(c->ctx, ws->x_mid, x, n, d);
-    dsv3_rmsnorm(c->ctx, ws->u_ffn, x, &c->w->post_attention_layernorm, n, d, eps);
+    dsv3i_norm(c->ctx, ws->u_ffn, x, &c->w->post_attention_layernorm, n, eps);
     result = dsv3i_ffn_forward(c, ws->y, ws->u_ffn);
     dsv3i_add_rows(c->ctx, x, ws->y, n, d);
     return result;
-}
-
-DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, const dsv3_model *model,
-                                        const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
-                                        dsv3_workspace *workspace, dsv3_error *error) {
-    dsv3i_workspace ws = dsv3i_workspace_of(workspace, &model->config);
-    dsv3i_call c = dsv3i_call_of(context, model, weights, layer, caches, n, &ws);
-    return dsv3i_layer_result(&c, dsv3i_layer_forward(&c, x), error);
 }
 
 #ifndef DSV3_NO_TRAINING
@@ -4271,16 +4224,16 @@ DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, c
 static void dsv3i_layer_backward(dsv3i_call *c, float *dx) {
     const dsv3i_saved *s = c->s;
     const dsv3_layer *w = c->w, *g = c->g;
-    size_t n = c->n, d = c->m.d;
+    size_t n = c->n;
     float eps = c->model->config.rms_norm_eps, *du = c->b->du, *u = c->ws->u_ffn;
-    if (s->u_ffn == NULL) dsv3_rmsnorm(c->ctx, u, s->x_mid, &w->post_attention_layernorm, n, d, eps);
+    if (s->u_ffn == NULL) dsv3i_norm(c->ctx, u, s->x_mid, &w->post_attention_layernorm, n, eps);
     dsv3i_ffn_backward(c, du, dx, u);
-    dsv3_rmsnorm_backward(c->ctx, dx, dsv3i_grad(&g->post_attention_layernorm), du, s->x_mid,
-                          &w->post_attention_layernorm, n, d, eps, c->b->r);
+    dsv3i_norm_back(c->ctx, dx, dsv3i_grad(&g->post_attention_layernorm), du, s->x_mid,
+                    &w->post_attention_layernorm, n, eps, c->b->r);
     u = c->ws->u;
-    if (s->u == NULL) dsv3_rmsnorm(c->ctx, u, s->x_in, &w->input_layernorm, n, d, eps);
+    if (s->u == NULL) dsv3i_norm(c->ctx, u, s->x_in, &w->input_layernorm, n, eps);
     dsv3i_mla_backward(c, du, dx, u);
-    dsv3_rmsnorm_backward(c->ctx, dx, dsv3i_grad(&g->input_layernorm), du, s->x_in, &w->input_layernorm, n, d, eps, c->b->r);
+    dsv3i_norm_back(c->ctx, dx, dsv3i_grad(&g->input_layernorm), du, s->x_in, &w->input_layernorm, n, eps, c->b->r);
 }
 #endif
 
@@ -4403,7 +4356,7 @@ static dsv3_result dsv3i_check_float(dsv3_error *error, const char *name, float 
     X(moe_intermediate_size, 0, DSV3_MAX_DIM) X(n_routed_experts, 0, DSV3_MAX_EXPERTS)                               \
     X(n_shared_experts, 0, DSV3_MAX_EXPERTS) X(n_group, 1, DSV3_MAX_EXPERTS)                                         \
     X(num_experts_per_tok, 0, DSV3_MAX_TOPK) X(max_position_embeddings, 1, DSV3_MAX_SEQ)                             \
-    X(routed_scaling_factor, 0, 0) X(rms_norm_eps, 0, 0) X(latent_norm_eps, 0, 0) /* these are floats */
+    X(rms_norm_eps, 0, 0) X(latent_norm_eps, 0, 0) /* these are floats */
 
 static dsv3_result dsv3i_check_bounds(const dsv3_config *c, dsv3_error *e) {
 #define DSV3I_NAME(field, least, most) #field "\0"
@@ -4423,11 +4376,8 @@ static dsv3_result dsv3i_check_bounds(const dsv3_config *c, dsv3_error *e) {
 
 /* Members of enums, which have the values 0 .. choices - 1. */
 #define DSV3I_CHOICES(X)                                                                                             \
-    X(scoring_func, 2, "must be sigmoid or softmax")                                                                 \
-    X(topk_method, 3, "must be noaux_tc, group_limited_greedy or greedy")                                            \
-    X(group_mask, 2, "is not one of dsv3_group_mask") X(gate_scaling, 2, "is not one of dsv3_gate_scaling")          \
-    X(bias_form, 2, "is not one of dsv3_bias_form") X(mtp_concat, 2, "is not one of dsv3_mtp_concat")                \
-    X(mtp_hidden, 2, "is not one of dsv3_mtp_hidden") X(rope_scaling.type, 2, "must be yarn or absent")              \
+    X(mtp_concat, 2, "is not one of dsv3_mtp_concat") X(mtp_hidden, 2, "is not one of dsv3_mtp_hidden")              \
+    X(rope_scaling.type, 2, "must be yarn or absent")                                                                \
     X(attention_bias, 1, "no published model has attention biases")
 
 static dsv3_result dsv3i_check_choices(const dsv3_config *c, dsv3_error *e) {
@@ -4715,7 +4665,7 @@ static void dsv3i_model_layout(dsv3_model *model, const dsv3_config *c, dsv3i_la
     model->config = *c;
     model->rope_factor = dsv3_rope_factor(c);
     model->softmax_scale = dsv3_softmax_scale(c);
-    dsv3_rope_turns(c, model->rope_turns);
+    dsv3i_rope_turns(c, model->rope_turns);
     for (size_t i = 0; i < layers; i++) {
         model->layers[i].index = (int32_t)i;
         model->layers[i].is_moe = dsv3_config_is_moe(c, (int32_t)i);
@@ -4838,7 +4788,7 @@ DSV3_API dsv3_result dsv3_model_bind(const dsv3_config *config, dsv3_model *mode
     dsv3i_layout l = {NULL, 0};
     dsv3i_walk w;
     size_t need = 0;
-    if (model == NULL || find == NULL) return dsv3i_fail_null(error, "model or find");
+    DSV3I_NEED(1, model); DSV3I_NEED(1, find);
     DSV3I_TRY(dsv3i_layout_begin(&l, model, dsv3_model_size(config, &need, error), memory, bytes, &need, error));
     DSV3_MEMSET(model, 0, sizeof *model);
     dsv3i_model_layout(model, config, &l);
@@ -4915,7 +4865,7 @@ DSV3_API dsv3_result dsv3_cache_truncate(dsv3_cache *cache, size_t length, dsv3_
 }
 
 DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from, dsv3_error *error) {
-    if (to == NULL || from == NULL) return dsv3i_fail_null(error, "argument");
+    DSV3I_NEED(1, to); DSV3I_NEED(1, from);
     if (to->type != from->type) return dsv3i_fail(error, DSV3_ERR_MISMATCH, "to", "is of another type");
     if (to->layers != from->layers || to->width != from->width) {
         return dsv3i_fail_numbers(error, DSV3_ERR_MISMATCH, "to", "has other layers and width", DSV3_NUMBERS_SHAPE,
@@ -5006,8 +4956,8 @@ static dsv3i_workspace dsv3i_workspace_of(const dsv3_workspace *workspace, const
 /* Context, model and workspace as a program was given them. */
 static dsv3_result dsv3i_workspace_check(const dsv3_workspace *workspace, const dsv3_context *ctx,
                                          const dsv3_model *model, dsv3_error *error) {
-    const char *null = ctx == NULL ? "context" : model == NULL ? "model" : workspace == NULL ? "workspace" : NULL;
-    if (null != NULL) return dsv3i_fail_null(error, null);
+    DSV3I_TRY(dsv3i_check_context(ctx, error));
+    DSV3I_NEED(1, model); DSV3I_NEED(1, workspace);
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MEMORY, "threads", "is more than the workspace was made for",
                                   (int64_t)ctx->threads, 1, (int64_t)workspace->threads));
     if (workspace->made_for != dsv3i_fingerprint(&model->config)) {
@@ -5083,13 +5033,13 @@ static dsv3_result dsv3i_batch_outputs(const dsv3_batch *batch, dsv3_error *erro
 
 static dsv3_result dsv3i_batch_check(const dsv3i_run *p) {
     const dsv3i_workspace *ws = p->ws;
-    dsv3_error *e = p->error;
+    dsv3_error *error = p->error;
     const dsv3_config *c;
     size_t layers, rows, width;
-    if (p->caches == NULL || p->batch == NULL || p->batch->token == NULL) return dsv3i_fail_null(e, "argument");
+    DSV3I_NEED(1, p->caches); DSV3I_NEED(1, p->batch); DSV3I_NEED(1, p->batch->token);
     rows = p->batch->rows;
-    if (rows < 1) return dsv3i_fail(e, DSV3_ERR_ARG, "rows", "the batch is empty");
-    DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_MEMORY, "rows", "is more than the workspace was made for", (int64_t)rows,
+    if (rows < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "rows", "the batch is empty");
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MEMORY, "rows", "is more than the workspace was made for", (int64_t)rows,
                                   1, (int64_t)ws->rows));
     c = &p->model->config;
     layers = p->k > 0 || p->saved != NULL ? 1 : (size_t)c->num_hidden_layers;
@@ -5097,11 +5047,11 @@ static dsv3_result dsv3i_batch_check(const dsv3i_run *p) {
     for (size_t s = 0; s < p->n_caches; s++) {
         const dsv3_cache *cache = &p->caches[s];
         if (cache->layers == layers && cache->width == width) continue;
-        (void)dsv3i_fail_numbers(e, DSV3_ERR_MISMATCH, "caches", "was made for another config", DSV3_NUMBERS_SHAPE,
+        (void)dsv3i_fail_numbers(error, DSV3_ERR_MISMATCH, "caches", "was made for another config", DSV3_NUMBERS_SHAPE,
                                  (int64_t)layers, (int64_t)width, (int64_t)cache->layers, (int64_t)cache->width);
-        return dsv3i_fail_at(e, s, DSV3_ERR_MISMATCH);
+        return dsv3i_fail_at(error, s, DSV3_ERR_MISMATCH);
     }
-    return dsv3i_batch_outputs(p->batch, e);
+    return dsv3i_batch_outputs(p->batch, error);
 }
 
 /* Which rows use the expanded form: see chapter 6. */
@@ -5126,7 +5076,7 @@ static dsv3_result dsv3i_batch_begin(const dsv3i_run *p) {
     for (size_t r = 0; r < n; r++) DSV3I_TRY(dsv3i_batch_row(p, r));
     m = dsv3i_dims_of(&model->config);
     dsv3i_batch_forms(p->ctx, m.rk, m.kv, n, p->ws);
-    dsv3_rope_table(p->ws->cos_sin, p->ws->position, model->rope_turns, model->rope_factor, n, m.dr);
+    dsv3i_rope_table(p->ws->cos_sin, p->ws->position, model->rope_turns, model->rope_factor, n, m.dr);
     return dsv3i_ok(p->error);
 }
 
@@ -5142,10 +5092,6 @@ DSV3_API dsv3_result dsv3_batch_begin(const dsv3_context *context, const dsv3_mo
 
 static void dsv3i_batch_end(dsv3_cache *caches, size_t n, const int32_t *sequence, const int32_t *position) {
     for (size_t r = 0; r < n; r++) caches[sequence[r]].length = (size_t)position[r] + 1;
-}
-
-DSV3_API void dsv3_batch_end(dsv3_cache *caches, const dsv3_batch *batch, const dsv3_workspace *workspace) {
-    dsv3i_batch_end(caches, batch->rows, workspace->sequence, workspace->position);
 }
 
 /* ---- The pass: rows in ws->x go through a stack of layers and a norm. The main model is one such stack, and so is each
@@ -5195,7 +5141,7 @@ static dsv3_result dsv3i_pass(const dsv3i_run *p) {
     const dsv3_observer *o = &p->ctx->observer;
     dsv3i_workspace *ws = p->ws;
     dsv3i_stack stack = dsv3i_stack_of(p->model, p->k);
-    size_t n = p->batch->rows, d = stack.norm->cols;
+    size_t n = p->batch->rows;
     for (size_t i = 0; i < stack.count; i++) {
         const dsv3_layer *w = &stack.layers[i];
         dsv3i_call c = dsv3i_call_of(p->ctx, p->model, w, p->saved == NULL ? i : 0, p->caches, n, ws);
@@ -5206,7 +5152,7 @@ static dsv3_result dsv3i_pass(const dsv3i_run *p) {
         if (result != DSV3_OK) return result;
 #ifndef DSV3_NO_TRAINING
         if (p->saved != NULL) {
-            dsv3i_copy_rows(p->ctx, p->saved[w->index].x_in, ws->x, n, d);
+            dsv3i_copy_rows(p->ctx, p->saved[w->index].x_in, ws->x, n, stack.norm->cols);
             keeping = dsv3i_keeping(ws, &p->saved[w->index]);
             c.ws = &keeping;
         }
@@ -5216,7 +5162,7 @@ static dsv3_result dsv3i_pass(const dsv3i_run *p) {
         if (p->sums != NULL && w->is_moe) dsv3i_evaluate_layer(p->sums, &c);
         if (o->hidden != NULL) o->hidden(o->user, w->index, ws->x, n);
     }
-    dsv3_rmsnorm(p->ctx, ws->u, ws->x, stack.norm, n, d, p->model->config.rms_norm_eps);
+    dsv3i_norm(p->ctx, ws->u, ws->x, stack.norm, n, p->model->config.rms_norm_eps);
     ws->hidden = p->model->config.mtp_hidden == DSV3_MTP_PRE_NORM ? ws->x : ws->u;
     if (o->hidden != NULL) o->hidden(o->user, -1, ws->u, n);
     return DSV3_OK;
@@ -5258,7 +5204,7 @@ static dsv3_result dsv3i_forward(const dsv3i_run *p) {
     DSV3I_TRY(dsv3i_batch_begin(p));
     if (p->k > 0 && p->hidden == NULL) return dsv3i_fail_null(p->error, "hidden");
     if (p->logits == NULL && p->batch->outputs > 0) return dsv3i_fail_null(p->error, "logits");
-    if (p->k == 0) dsv3_embed(p->ctx, p->ws->x, p->batch->token, &p->model->embed_tokens, p->batch->rows);
+    if (p->k == 0) dsv3i_embed(p->ctx, p->ws->x, p->batch->token, &p->model->embed_tokens, p->batch->rows);
     if (p->k > 0) dsv3i_mtp_input(p);
     DSV3I_TRY(dsv3i_pass(p));
     if (p->saved == NULL) DSV3I_TRY(dsv3i_pass_finite(p));
@@ -5282,7 +5228,7 @@ DSV3_API dsv3_result dsv3_states(const dsv3_model *model, float *state, const ds
                                  const int32_t *row, size_t n, dsv3_error *error) {
     size_t d;
     const float *u;
-    if (state == NULL || model == NULL || workspace == NULL || row == NULL) return dsv3i_fail_null(error, "argument");
+    DSV3I_NEED(1, model); DSV3I_NEED(n, state); DSV3I_NEED(1, workspace); DSV3I_NEED(n, row);
     if (workspace->made_for != dsv3i_fingerprint(&model->config)) {
         return dsv3i_fail(error, DSV3_ERR_MISMATCH, "workspace", "was made for another config");
     }
@@ -5334,7 +5280,7 @@ static void dsv3i_mtp_concat(const dsv3_context *ctx, const dsv3_model *model, c
     size_t d = (size_t)model->config.hidden_size;
     size_t e = model->config.mtp_concat == DSV3_MTP_HIDDEN_FIRST ? d : 0, h = d - e;
     float eps = model->config.rms_norm_eps;
-    dsv3_embed(ctx, ws->y, token, &mtp->embed_tokens, n);
+    dsv3i_embed(ctx, ws->y, token, &mtp->embed_tokens, n);
     dsv3i_rmsnorm(ctx, ws->concat + e, 2 * d, ws->y, &mtp->enorm, n, d, eps);
     dsv3i_rmsnorm(ctx, ws->concat + h, 2 * d, hidden, &mtp->hnorm, n, d, eps);
 }
@@ -5443,8 +5389,9 @@ static void dsv3i_evaluate_balance_task(void *arg, size_t begin, size_t end, siz
     size_t E = a->c->m.E, K = a->c->m.K;
     for (size_t t = begin; t < end; t++) {
         size_t rows = dsv3i_sequence_rows(ws->leader, t, a->c->n);
-        ws->sequence_loss[t] = dsv3_balance_loss(ws->score + t * E, a->idx != NULL ? a->idx + t * K : NULL,
-                                                 ws->row_mask + t, rows, E, K, ws->balance + worker * 2 * E);
+        const int32_t *idx = a->idx != NULL ? a->idx + t * K : NULL;
+        const dsv3_routing routing = {ws->score + t * E, idx, ws->row_mask + t, rows, E, K, 0, 0};
+        ws->sequence_loss[t] = dsv3i_balance_loss(&routing, DSV3I_LOSS_EXPERT, ws->balance + worker * 2 * E);
     }
 }
 
@@ -5454,7 +5401,7 @@ static void dsv3i_evaluate_layer(const dsv3i_evaluation *a, dsv3i_call *c) {
     const dsv3i_workspace *ws = c->ws;
     size_t layer = (size_t)c->w->index;
     dsv3i_balance_loop loop = {c, sums->actual ? ws->idx : NULL};
-    if (sums->load != NULL) dsv3_load_count(sums->load + layer * c->m.E, ws->idx, ws->row_mask, c->n, c->m.K);
+    if (sums->load != NULL) dsv3i_load_count(sums->load + layer * c->m.E, ws->idx, ws->row_mask, c->n, c->m.K);
     if (sums->balance == NULL) return;
     dsv3i_loop(c->ctx, c->n, 16 * c->m.E, dsv3i_evaluate_balance_task, &loop);
     for (size_t t = 0; t < c->n; t++) sums->balance[layer] += ws->sequence_loss[t];
@@ -5554,11 +5501,9 @@ DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *los
     const dsv3i_evaluation a = {losses, text, modules, NULL, NULL, NULL};
     dsv3i_workspace ws;
     dsv3i_run p = {context, model, 0, caches, n_caches, NULL, NULL, NULL, &ws, error, &a, NULL};
-    if (losses == NULL || caches == NULL || text == NULL || text->token == NULL || losses->nll == NULL ||
-        losses->targets == NULL || (modules == NULL && losses->depths > 0)) {
-        return dsv3i_fail_null(error, "argument");
-    }
     DSV3I_TRY(dsv3i_workspace_open(&ws, workspace, context, model, error));
+    DSV3I_NEED(1, losses); DSV3I_NEED(1, caches); DSV3I_NEED(1, text); DSV3I_NEED(1, text->token);
+    DSV3I_NEED(1, losses->nll); DSV3I_NEED(1, losses->targets); DSV3I_NEED(losses->depths, modules);
     if (text->rows < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "rows", "the text is empty");
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "depths", "is more than the model has modules",
                                   (int64_t)losses->depths, 0, model->n_mtp));
@@ -5741,7 +5686,7 @@ DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t V, 
         *token = (int32_t)best;
         return dsv3i_ok(error);
     }
-    if (rng == NULL || candidates == NULL) return dsv3i_fail_null(error, "rng or candidates");
+    DSV3I_NEED(1, rng); DSV3I_NEED(1, candidates);
     *token = dsv3i_draw(candidates, logits, best, V, temperature, top_p, rng);
     return dsv3i_ok(error);
 }
@@ -5770,7 +5715,7 @@ DSV3_API dsv3_result dsv3_sample_log_p(double *log_p, double *entropy, int32_t t
 
 DSV3_API dsv3_result dsv3_log_p(double *log_p, const float *logits, const int32_t *token, size_t n, size_t V,
                                 dsv3_error *error) {
-    if (log_p == NULL || logits == NULL || token == NULL) return dsv3i_fail_null(error, "argument");
+    DSV3I_NEED(n, log_p); DSV3I_NEED(n, logits); DSV3I_NEED(n, token);
     for (size_t t = 0; t < n; t++, logits += V) {
         size_t best = 0;
         double sum = 0.0;
@@ -5994,7 +5939,7 @@ DSV3_API dsv3_result dsv3_sequence_append(const dsv3_model *model, dsv3_sequence
                                           dsv3_error *error) {
     size_t room;
     DSV3I_TRY(dsv3i_sequence_check(s, "sequence", error));
-    if (model == NULL || token == NULL) return dsv3i_fail_null(error, model == NULL ? "model" : "token");
+    DSV3I_NEED(1, model); DSV3I_NEED(1, token);
     if (n < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "n", "is 0");
     if (s->prompt_left > 0) return dsv3i_fail(error, DSV3_ERR_ARG, "sequence", "has an earlier prompt that is not yet read");
     room = dsv3i_sub(s->cache.capacity, dsv3_sequence_length(s));
@@ -6502,9 +6447,7 @@ DSV3_API dsv3_result dsv3_generate_step(const dsv3_context *context, float *logi
     dsv3i_workspace ws;
     dsv3i_step a = {context, logits, model, sequences, n, &ws, error, {0, NULL, NULL, NULL, 0, NULL}};
     dsv3_result result;
-    if (context == NULL || logits == NULL || model == NULL || sequences == NULL || workspace == NULL) {
-        return dsv3i_fail_null(error, "argument");
-    }
+    DSV3I_NEED(1, context); DSV3I_NEED(1, logits); DSV3I_NEED(1, model); DSV3I_NEED(1, sequences); DSV3I_NEED(1, workspace);
     DSV3I_TRY(dsv3i_generate_check(&a, workspace));
     dsv3i_gather_begin(&a);
     if (dsv3i_plan(&a) == 0) return dsv3i_nothing_to_do(&a);
@@ -6633,7 +6576,7 @@ DSV3_API dsv3_result dsv3_parameters_from_model(dsv3_parameters *parameters, con
     dsv3i_flat flat = {NULL, 0, 0, error};
     dsv3_model copy;
     const dsv3_config *config;
-    if (parameters == NULL || from == NULL) return dsv3i_fail_null(error, "argument");
+    DSV3I_NEED(1, parameters); DSV3I_NEED(1, from);
     config = &parameters->model.config;
     if (dsv3i_fingerprint(config) != dsv3i_fingerprint(&from->config)) {
         return dsv3i_fail(error, DSV3_ERR_MISMATCH, "model", "is of another config");
@@ -7007,19 +6950,14 @@ static dsv3_result dsv3i_train_check(const dsv3_trainer *t, int32_t stage, dsv3_
 
 DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_trainer *t, const dsv3_text *text,
                                            dsv3_error *error) {
-    const dsv3_balance_weights *balance;
     DSV3I_TRY(dsv3i_trainer_check(t, error));
     DSV3I_TRY(dsv3i_workspace_check(&t->workspace, context, &t->weights.model, error));
-    if (text == NULL || text->token == NULL) return dsv3i_fail_null(error, text == NULL ? "text" : "text.token");
+    DSV3I_NEED(1, text); DSV3I_NEED(1, text->token);
     DSV3I_TRY(dsv3i_train_check(t, 1, error));
-    balance = &t->settings.balance;
     DSV3I_TRY(dsv3i_check_between(error, text->rows < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "rows",
                                   "is not a micro-batch the trainer was made for", (int64_t)text->rows, 1,
                                   (int64_t)t->own->most_rows));
-    if ((balance->device > 0.0 || balance->communication > 0.0) &&
-        (balance->devices < 1 || balance->most_devices < 1 || t->balancer.experts % balance->devices != 0)) {
-        return dsv3i_fail(error, DSV3_ERR_ARG, "balance.devices", "must divide the experts, and most_devices be positive");
-    }
+    DSV3I_TRY(dsv3i_check_weights(&t->settings.balance, t->balancer.experts, error));
     DSV3I_TRY(dsv3i_text_check(text, t->weights.model.config.vocab_size, error));
     return dsv3i_train_text(context, t, text, error);
 }
@@ -7146,7 +7084,9 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
     dsv3i_optimizer o = {t, 0, 0, 1.0f, 1.0f, 0.0f, 0.0f};
     dsv3_result result = DSV3_OK;
     double size = 0.0, rate, decay, clip;
-    if (context == NULL || t == NULL) return dsv3i_fail_null(error, "argument");
+    DSV3I_TRY(dsv3i_check_context(context, error));
+    if (t == NULL) return dsv3i_fail_null(error, "trainer");
+    DSV3I_TRY(dsv3i_check_bias_step(t->balancer.rule, dsv3_bias_speed(&t->balancer.schedule, t->step), error));
     DSV3I_TRY(dsv3i_train_check(t, t->settings.reduce != NULL ? 1 : 2, error));
     rate = learning_rate / (1.0 - dsv3i_power((double)t->settings.beta1, t->step + 1));
     decay = 1.0 - learning_rate * (double)t->settings.weight_decay;
@@ -7443,7 +7383,7 @@ DSV3_API dsv3_result dsv3_cache_save(const dsv3_config *config, const dsv3_cache
                                      size_t bytes, dsv3_error *error) {
     dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_CACHE, config, tag, dsv3i_save_cache_walk, error);
     dsv3_cache copy;
-    if (cache == NULL || config == NULL) return dsv3i_fail_null(error, "argument");
+    DSV3I_NEED(1, cache); DSV3I_NEED(1, config);
     if (!dsv3i_save_cache_fits(cache, config)) {
         return dsv3i_fail(error, DSV3_ERR_MISMATCH, "cache", "was made for another model");
     }
@@ -7455,7 +7395,7 @@ DSV3_API dsv3_result dsv3_cache_load(const dsv3_config *config, dsv3_cache *cach
                                      size_t bytes, dsv3_error *error) {
     dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_CACHE, config, tag, dsv3i_save_cache_walk, error);
     dsv3_cache copy;
-    if (cache == NULL || config == NULL) return dsv3i_fail_null(error, "argument");
+    DSV3I_NEED(1, cache); DSV3I_NEED(1, config);
     if (!dsv3i_save_cache_fits(cache, config)) {
         return dsv3i_fail(error, DSV3_ERR_MISMATCH, "cache", "was made for another model");
     }
@@ -7556,7 +7496,7 @@ DSV3_API dsv3_result dsv3_sequence_save(const dsv3_model *model, const dsv3_sequ
     dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_SEQUENCE, NULL, tag, dsv3i_save_sequence_walk, error);
     dsv3_sequence copy;
     DSV3I_TRY(dsv3i_sequence_check(s, "sequence", error));
-    if (model == NULL) return dsv3i_fail_null(error, "model");
+    DSV3I_NEED(1, model);
     if (s->prompt_left > 0) return dsv3i_fail(error, DSV3_ERR_ARG, "sequence", "has a prompt that is not yet read");
     if (s->own->made_for != dsv3i_fingerprint(&model->config)) {
         return dsv3i_fail(error, DSV3_ERR_MISMATCH, "sequence", "was made for another model");
@@ -7571,7 +7511,7 @@ DSV3_API dsv3_result dsv3_sequence_load(const dsv3_model *model, dsv3_sequence *
     dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_SEQUENCE, NULL, tag, dsv3i_save_sequence_walk, error);
     dsv3_sequence copy;
     DSV3I_TRY(dsv3i_sequence_check(s, "sequence", error));
-    if (model == NULL) return dsv3i_fail_null(error, "model");
+    DSV3I_NEED(1, model);
     if (s->own->made_for != dsv3i_fingerprint(&model->config)) {
         return dsv3i_fail(error, DSV3_ERR_MISMATCH, "sequence", "was made for another model");
     }
@@ -7630,7 +7570,7 @@ DSV3_API dsv3_result dsv3_trainer_load(dsv3_trainer *t, uint64_t tag, const void
                                        dsv3_error *error) {
     dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_TRAINER, NULL, tag, dsv3i_save_trainer_walk, error);
     dsv3i_save_state state;
-    if (t == NULL) return dsv3i_fail_null(error, "argument");
+    if (t == NULL) return dsv3i_fail_null(error, "trainer");
     f.config = &t->weights.model.config;
     state = dsv3i_save_state_of(t);
     DSV3I_TRY(dsv3i_save_open(&f, data, bytes));
@@ -11180,6 +11120,452 @@ DSV3I_BACKEND(dsv3i_amx, dsv3i_avx512, NULL, dsv3i_bf16_widen_f8, dsv3i_bf16_rou
 #endif /* DSV3I_ENGINE */
 
 /* ========================================================================================================
+ * Chapter X  >>calls
+ *
+ * The book's ops and blocks as calls of their own. The book looks at its arguments once, where a batch or a step begins,
+ * and then calls dsv3i_... functions, which trust them. Who calls an op alone is told here what is wrong, before anything
+ * is written. Test: tests/test_arguments.c.
+ * ==================================================================================================== */
+
+/* A tensor w of that name, and n rows beside it, of as many numbers as w has rows or columns. */
+static dsv3_result dsv3i_check_op(const dsv3_context *context, const dsv3_tensor *w, const char *name, size_t n,
+                                  dsv3_error *error) {
+    size_t bytes;
+    DSV3I_TRY(dsv3i_check_context(context, error));
+    if (w == NULL || w->data == NULL) return dsv3i_fail_null(error, name);
+    bytes = dsv3_row_bytes(w->type, w->cols);
+    if (w->rows < 1 || bytes == 0 || bytes == SIZE_MAX) {
+        return dsv3i_fail(error, DSV3_ERR_ARG, name, "is empty, of an unknown type, or has no whole blocks in a row");
+    }
+    if (dsv3i_mul(n, dsv3i_mul(dsv3i_max(w->rows, w->cols), sizeof(float))) < SIZE_MAX) return DSV3_OK;
+    return dsv3i_fail(error, DSV3_ERR_OVERFLOW, "n", "rows have more bytes than size_t can count");
+}
+
+/* Floats a [n] and b [m] do not overlap, unless they may be the same. */
+static dsv3_result dsv3i_check_apart(dsv3_error *error, const char *name, const float *a, size_t n, const float *b,
+                                     size_t m, int same) {
+    if ((same && a == b) || !dsv3i_overlap(a, n * sizeof *a, b, m * sizeof *b)) return DSV3_OK;
+    return dsv3i_fail(error, DSV3_ERR_ARG, name, "overlaps an input");
+}
+
+static dsv3_result dsv3i_check_not(dsv3_error *error, const char *name, int wrong, const char *why) {
+    return wrong ? dsv3i_fail(error, DSV3_ERR_ARG, name, why) : DSV3_OK;
+}
+
+static dsv3_result dsv3i_check_number(dsv3_error *error, const char *name, double x) {
+    return dsv3i_check_not(error, name, !(x >= -DBL_MAX && x <= DBL_MAX), "is not finite");
+}
+
+/* ---- Chapter 4 */
+
+DSV3_API dsv3_result dsv3_embed(const dsv3_context *context, float *x, const int32_t *token, const dsv3_tensor *w,
+                                size_t n, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_check_op(context, w, "w", n, error));
+    DSV3I_NEED(n, x);
+    DSV3I_TRY(dsv3i_ids_check(token, n, dsv3i_min(w->rows, INT32_MAX), error));
+    dsv3i_embed(context, x, token, w, n);
+    return dsv3i_ok(error);
+}
+
+/* Bytes of so many floats of scratch. */
+static dsv3_result dsv3i_scratch_size(size_t floats, size_t *bytes, dsv3_error *error) {
+    DSV3I_NEED(1, bytes);
+    *bytes = dsv3i_mul(floats, sizeof(float));
+    if (*bytes < SIZE_MAX) return dsv3i_ok(error);
+    *bytes = 0;
+    return dsv3i_fail(error, DSV3_ERR_OVERFLOW, "scratch", "needs more bytes than size_t can count");
+}
+
+DSV3_API dsv3_result dsv3_linear_size(const dsv3_context *context, size_t n, size_t cols, size_t *bytes,
+                                      dsv3_error *error) {
+    DSV3I_TRY(dsv3i_check_context(context, error));
+    return dsv3i_scratch_size(dsv3i_linear_floats(n, cols, context->threads), bytes, error);
+}
+
+DSV3_API dsv3_result dsv3_linear(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *w, size_t n,
+                                 float *scratch, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_check_op(context, w, "w", n, error));
+    DSV3I_NEED(n, y); DSV3I_NEED(n, x); DSV3I_NEED(n, scratch);
+    DSV3I_TRY(dsv3i_check_apart(error, "y", y, n * w->rows, x, n * w->cols, 0));
+    dsv3i_product p = dsv3i_product_of(y, x, w, n);
+    if (n > 0) context->ops->linear(context, &p, 1, scratch);
+    return dsv3i_ok(error);
+}
+
+static dsv3_result dsv3i_check_norm(const dsv3_context *context, const dsv3_tensor *g, size_t n, float eps,
+                                    dsv3_error *error) {
+    DSV3I_TRY(dsv3i_check_op(context, g, "g", n, error));
+    if (g->rows != 1 || g->type == DSV3_F8_E4M3 || dsv3_type_block(g->type) > 1) {
+        return dsv3i_fail(error, DSV3_ERR_UNSUPPORTED, "g", "must be one row of F32, F16 or BF16");
+    }
+    return dsv3i_check_not(error, "eps", !(eps >= 0.0f && eps <= FLT_MAX), "is negative or not finite");
+}
+
+static dsv3_result dsv3i_check_cols(const dsv3_tensor *w, const char *name, size_t rows, size_t cols, dsv3_error *error) {
+    if (w->rows == rows && w->cols == cols) return DSV3_OK;
+    return dsv3i_fail_numbers(error, DSV3_ERR_MISMATCH, name, "has another shape", DSV3_NUMBERS_SHAPE, (int64_t)rows,
+                              (int64_t)cols, (int64_t)w->rows, (int64_t)w->cols);
+}
+
+DSV3_API dsv3_result dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *g, size_t n,
+                                  size_t d, float eps, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_check_norm(context, g, n, eps, error));
+    DSV3I_TRY(dsv3i_check_cols(g, "g", 1, d, error));
+    DSV3I_NEED(n, y); DSV3I_NEED(n, x);
+    DSV3I_TRY(dsv3i_check_apart(error, "y", y, n * d, x, n * d, 1));
+    dsv3i_norm(context, y, x, g, n, eps);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_cross_entropy_size(const dsv3_context *context, const dsv3_tensor *head, size_t n,
+                                             size_t *bytes, dsv3_error *error) {
+    size_t linear;
+    DSV3I_TRY(dsv3i_check_context(context, error));
+    DSV3I_NEED(1, head);
+    linear = dsv3i_linear_floats(n, head->cols, context->threads);
+    return dsv3i_scratch_size(dsv3i_add(dsv3i_loss_floats(head->rows, n), linear), bytes, error);
+}
+
+static dsv3_result dsv3i_check_loss(const dsv3i_loss *a, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_check_op(a->ctx, a->head, "head", a->n, error));
+    if (a->n > 0 && a->u == NULL) return dsv3i_fail_null(error, "u");
+    if (a->n > 0 && a->target == NULL) return dsv3i_fail_null(error, "target");
+    if (a->n > 0 && a->state == NULL) return dsv3i_fail_null(error, "scratch");
+    for (size_t t = 0; t < a->n; t++) {
+        int32_t V = (int32_t)dsv3i_min(a->head->rows, INT32_MAX);
+        if (a->target[t] != DSV3_IGNORE) DSV3I_TRY(dsv3i_check_token(error, "target", t, V, a->target[t]));
+    }
+    return DSV3_OK;
+}
+
+static dsv3i_loss dsv3i_loss_alone(const dsv3_context *ctx, const float *u, const dsv3_tensor *head,
+                                   const int32_t *target, size_t n, float *scratch) {
+    size_t floats = head != NULL && scratch != NULL ? dsv3i_loss_floats(head->rows, n) : 0;
+    return dsv3i_loss_of(ctx, u, head, target, n, scratch, floats < SIZE_MAX ? scratch + floats : scratch);
+}
+
+DSV3_API dsv3_result dsv3_cross_entropy(const dsv3_context *context, float *nll, const float *u, const dsv3_tensor *head,
+                                        const int32_t *target, size_t n, float *scratch, dsv3_error *error) {
+    dsv3i_loss a = dsv3i_loss_alone(context, u, head, target, n, scratch);
+    DSV3I_TRY(dsv3i_check_loss(&a, error));
+    DSV3I_NEED(n, nll);
+    if (n > 0) dsv3i_cross_entropy(&a, nll);
+    return dsv3i_ok(error);
+}
+
+/* ---- Chapter 5 */
+
+static dsv3_result dsv3i_check_pairs(const dsv3_config *config, dsv3_error *error) {
+    DSV3I_NEED(1, config);
+    int32_t dr = config->qk_rope_head_dim, type = (int32_t)config->rope_scaling.type;
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "qk_rope_head_dim", "is out of range", dr, 2, DSV3_MAX_DIM));
+    DSV3I_TRY(dsv3i_check_not(error, "qk_rope_head_dim", dr % 2 != 0, "must be even: RoPE turns pairs"));
+    DSV3I_TRY(dsv3i_check_not(error, "rope_scaling.type", type != DSV3_ROPE_NONE && type != DSV3_ROPE_YARN, "is unknown"));
+    return dsv3i_check_rope(config, error);
+}
+
+DSV3_API dsv3_result dsv3_rope_frequencies(const dsv3_config *config, double *theta, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_check_pairs(config, error));
+    DSV3I_NEED(1, theta);
+    for (int32_t i = 0; i < config->qk_rope_head_dim / 2; i++) theta[i] = dsv3i_rope_theta(config, i);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_rope_turns(const dsv3_config *config, uint64_t *turns, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_check_pairs(config, error));
+    DSV3I_NEED(1, turns);
+    dsv3i_rope_turns(config, turns);
+    return dsv3i_ok(error);
+}
+
+static dsv3_result dsv3i_check_dr(size_t dr, dsv3_error *error) {
+    return dsv3i_check_not(error, "dr", dr < 2 || dr % 2 != 0, "must be even and not 0: RoPE turns pairs");
+}
+
+DSV3_API dsv3_result dsv3_rope_table(float *cos_sin, const int32_t *position, const uint64_t *turns, float factor,
+                                     size_t n, size_t dr, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_check_dr(dr, error));
+    DSV3I_TRY(dsv3i_check_number(error, "factor", (double)factor));
+    DSV3I_NEED(n, cos_sin); DSV3I_NEED(n, position); DSV3I_NEED(n, turns);
+    dsv3i_rope_table(cos_sin, position, turns, factor, n, dr);
+    return dsv3i_ok(error);
+}
+
+static dsv3_result dsv3i_rotate_alone(float *x, const float *cos_sin, size_t dr, int interleave, float sign,
+                                      dsv3_error *error) {
+    DSV3I_NEED(1, x); DSV3I_NEED(1, cos_sin);
+    DSV3I_TRY(dsv3i_check_dr(dr, error));
+    DSV3I_TRY(dsv3i_check_apart(error, "x", x, dr, cos_sin, dr, 0));
+    dsv3i_rotate(x, cos_sin, dr, interleave, sign);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr, int interleave, dsv3_error *error) {
+    return dsv3i_rotate_alone(x, cos_sin, dr, interleave, 1.0f, error);
+}
+
+/* ---- Chapters 6, 8 and 9 */
+
+/* Opens the workspace, and looks at what all blocks have. */
+static dsv3_result dsv3i_block(dsv3i_workspace *ws, const dsv3_workspace *workspace, const dsv3_context *context,
+                               const dsv3_model *model, const dsv3_layer *weights, const float *x, size_t n,
+                               dsv3_error *error) {
+    DSV3I_TRY(dsv3i_workspace_open(ws, workspace, context, model, error));
+    DSV3I_NEED(1, weights); DSV3I_NEED(1, x);
+    return dsv3i_check_between(error, n < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "n", "is none, or more than the workspace has",
+                               (int64_t)dsv3i_min(n, INT32_MAX), 1, (int64_t)workspace->rows);
+}
+
+/* Caches of a batch are alike. */
+static dsv3_result dsv3i_check_layer(const dsv3_cache *caches, size_t layer, dsv3_error *error) {
+    DSV3I_NEED(1, caches);
+    return dsv3i_check_between(error, DSV3_ERR_ARG, "layer", "is not one of the caches",
+                               (int64_t)dsv3i_min(layer, INT32_MAX), 0, (int64_t)caches->layers - 1);
+}
+
+DSV3_API dsv3_result dsv3_mla_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
+                                      const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
+                                      dsv3_workspace *workspace, dsv3_error *error) {
+    dsv3i_workspace ws;
+    DSV3I_TRY(dsv3i_block(&ws, workspace, context, model, weights, u, n, error));
+    DSV3I_TRY(dsv3i_check_layer(caches, layer, error));
+    DSV3I_NEED(1, y);
+    dsv3i_call c = dsv3i_call_of(context, model, weights, layer, caches, n, &ws);
+    DSV3I_TRY(dsv3i_check_apart(error, "y", y, n * c.m.d, u, n * c.m.d, 0));
+    dsv3i_mla_forward(&c, y, u);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
+                                      const dsv3_layer *weights, size_t n, dsv3_workspace *workspace,
+                                      dsv3_error *error) {
+    dsv3i_workspace ws;
+    DSV3I_TRY(dsv3i_block(&ws, workspace, context, model, weights, u, n, error));
+    DSV3I_NEED(1, y);
+    dsv3i_call c = dsv3i_call_of(context, model, weights, 0, NULL, n, &ws);
+    DSV3I_TRY(dsv3i_check_apart(error, "y", y, n * c.m.d, u, n * c.m.d, 0));
+    return dsv3i_layer_result(&c, dsv3i_ffn_forward(&c, y, u), error);
+}
+
+DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, const dsv3_model *model,
+                                        const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
+                                        dsv3_workspace *workspace, dsv3_error *error) {
+    dsv3i_workspace ws;
+    DSV3I_TRY(dsv3i_block(&ws, workspace, context, model, weights, x, n, error));
+    DSV3I_TRY(dsv3i_check_layer(caches, layer, error));
+    dsv3i_call c = dsv3i_call_of(context, model, weights, layer, caches, n, &ws);
+    return dsv3i_layer_result(&c, dsv3i_layer_forward(&c, x), error);
+}
+
+DSV3_API dsv3_result dsv3_batch_end(dsv3_cache *caches, const dsv3_batch *batch, const dsv3_workspace *workspace,
+                                    dsv3_error *error) {
+    DSV3I_NEED(1, caches); DSV3I_NEED(1, batch); DSV3I_NEED(1, workspace);
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MEMORY, "rows", "is more than the workspace was made for",
+                                  (int64_t)dsv3i_min(batch->rows, INT32_MAX), 0, (int64_t)workspace->rows));
+    dsv3i_batch_end(caches, batch->rows, workspace->sequence, workspace->position);
+    return dsv3i_ok(error);
+}
+
+/* ---- Chapter 7 */
+
+DSV3_API dsv3_result dsv3_router_check(const dsv3_config *config, dsv3_error *error) {
+    DSV3I_NEED(1, config);
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "n_routed_experts", "is out of range", config->n_routed_experts, 1,
+                                  DSV3_MAX_EXPERTS));
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "num_experts_per_tok", "is out of range", config->num_experts_per_tok,
+                                  1, DSV3_MAX_TOPK));
+    DSV3I_TRY(dsv3i_check_routing(config, 1, error));
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_router_scores(const dsv3_context *context, const dsv3_config *config, float *score,
+                                        const float *x, const dsv3_tensor *gate_w, const float *gate_bias, size_t n,
+                                        float *scratch, dsv3_error *error) {
+    DSV3I_TRY(dsv3_router_check(config, error));
+    DSV3I_TRY(dsv3i_check_op(context, gate_w, "gate_w", n, error));
+    DSV3I_TRY(dsv3i_check_cols(gate_w, "gate_w", (size_t)config->n_routed_experts, gate_w->cols, error));
+    DSV3I_NEED(n, score); DSV3I_NEED(n, x); DSV3I_NEED(n, scratch);
+    DSV3I_TRY(dsv3i_check_apart(error, "score", score, n * gate_w->rows, x, n * gate_w->cols, 0));
+    if (n > 0) dsv3i_router_scores(context, config, score, x, gate_w, gate_bias, n, scratch);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_router_select(const dsv3_config *config, int32_t *idx, float *gate, const float *score,
+                                        const float *bias, const float *alpha, size_t n, float *scratch,
+                                        dsv3_error *error) {
+    size_t bad;
+    DSV3I_TRY(dsv3_router_check(config, error));
+    DSV3I_NEED(n, idx); DSV3I_NEED(n, gate); DSV3I_NEED(n, score); DSV3I_NEED(n, scratch);
+    bad = dsv3i_router_select(config, idx, gate, score, bias, alpha, n, scratch);
+    if (bad == n) return dsv3i_ok(error);
+    return dsv3i_fail_where(error, DSV3_ERR_NAN, "score", "is not finite, in row", (int64_t)bad);
+}
+
+DSV3_API dsv3_result dsv3_router_weights(const dsv3_config *config, float *gate, const int32_t *idx,
+                                         const float *score, size_t n, dsv3_error *error) {
+    DSV3I_TRY(dsv3_router_check(config, error));
+    DSV3I_NEED(n, gate); DSV3I_NEED(n, idx); DSV3I_NEED(n, score);
+    return dsv3i_router_weights(config, gate, idx, score, n, error);
+}
+
+/* Sizes; experts and scores of the rows that count, where there are any. */
+static dsv3_result dsv3i_check_rows(const dsv3_routing *r, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_check_count(error, "experts", r->experts, DSV3_MAX_EXPERTS));
+    DSV3I_TRY(dsv3i_check_count(error, "topk", r->topk, (int64_t)dsv3i_min(r->experts, DSV3_MAX_TOPK)));
+    for (size_t t = 0; t < r->n; t++) {
+        if (!dsv3i_counts(r->mask, t)) continue;
+        for (size_t i = t * r->topk; r->idx != NULL && i < (t + 1) * r->topk; i++) {
+            DSV3I_TRY(dsv3i_check_element(error, DSV3_ERR_ARG, "idx", i, "is not an expert", (int64_t)r->experts, r->idx[i]));
+        }
+        if (r->score == NULL || dsv3i_all_finite(r->score + t * r->experts, r->experts)) continue;
+        return dsv3i_fail_where(error, DSV3_ERR_NAN, "score", "is not finite, in row", (int64_t)t);
+    }
+    return DSV3_OK;
+}
+
+DSV3_API dsv3_result dsv3_load_count(uint64_t *load, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
+                                     size_t K, dsv3_error *error) {
+    const dsv3_routing rows = {NULL, idx, mask, n, E, K, 0, 0};
+    DSV3I_NEED(1, load); DSV3I_NEED(n, idx);
+    DSV3I_TRY(dsv3i_check_rows(&rows, error));
+    dsv3i_load_count(load, idx, mask, n, K);
+    return dsv3i_ok(error);
+}
+
+static dsv3_result dsv3i_check_balance(const dsv3_routing *routing, int loss, const double *scratch, dsv3_error *error) {
+    DSV3I_NEED(1, routing); DSV3I_NEED(1, scratch); DSV3I_NEED(routing->n, routing->score);
+    if (loss == DSV3I_LOSS_COMMUNICATION) DSV3I_NEED(routing->n, routing->idx);
+    DSV3I_TRY(dsv3i_check_rows(routing, error));
+    if (loss == DSV3I_LOSS_EXPERT) return DSV3_OK;
+    return dsv3i_check_devices(routing->experts, routing->devices,
+                               loss == DSV3I_LOSS_COMMUNICATION ? routing->most_devices : 1, error);
+}
+
+static dsv3_result dsv3i_balance_alone(double *value, const dsv3_routing *routing, int loss, double *scratch,
+                                       dsv3_error *error) {
+    if (value == NULL) return dsv3i_fail_null(error, "loss");
+    DSV3I_TRY(dsv3i_check_balance(routing, loss, scratch, error));
+    *value = dsv3i_balance_loss(routing, loss, scratch);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_balance_loss(double *loss, const dsv3_routing *routing, double *scratch, dsv3_error *error) {
+    return dsv3i_balance_alone(loss, routing, DSV3I_LOSS_EXPERT, scratch, error);
+}
+
+#ifndef DSV3_NO_TRAINING
+DSV3_API dsv3_result dsv3_device_loss(double *loss, const dsv3_routing *routing, double *scratch, dsv3_error *error) {
+    return dsv3i_balance_alone(loss, routing, DSV3I_LOSS_DEVICE, scratch, error);
+}
+
+DSV3_API dsv3_result dsv3_communication_loss(double *loss, const dsv3_routing *routing, double *scratch,
+                                             dsv3_error *error) {
+    return dsv3i_balance_alone(loss, routing, DSV3I_LOSS_COMMUNICATION, scratch, error);
+}
+
+DSV3_API dsv3_result dsv3_bias_step(float *bias, const uint64_t *load, size_t layers, size_t E, dsv3_bias_rule rule,
+                                    double speed, dsv3_error *error) {
+    DSV3I_NEED(layers, bias); DSV3I_NEED(layers, load);
+    DSV3I_TRY(dsv3i_check_count(error, "experts", E, DSV3_MAX_EXPERTS));
+    DSV3I_TRY(dsv3i_check_bias_step(rule, speed, error));
+    for (size_t i = 0; i < layers; i++) dsv3i_bias_step(bias + i * E, load + i * E, E, rule, speed);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, uint64_t seen, dsv3_error *error) {
+    dsv3_result result;
+    DSV3I_NEED(1, balancer); DSV3I_NEED(balancer->experts, bias);
+    DSV3I_TRY(dsv3i_check_bias_step(balancer->rule, dsv3_bias_speed(&balancer->schedule, seen), error));
+    result = dsv3i_balancer_reduce(balancer);
+    if (result != DSV3_OK) return dsv3i_fail(error, result, "reduce", "failed");
+    dsv3i_balancer_move(balancer, bias, seen);
+    return dsv3i_ok(error);
+}
+
+/* ---- Backward */
+
+DSV3_API dsv3_result dsv3_linear_backward(const dsv3_context *context, float *dx, float *dw, const float *dy,
+                                          const float *x, const dsv3_tensor *w, size_t n, float *scratch,
+                                          dsv3_error *error) {
+    DSV3I_TRY(dsv3i_check_op(context, w, "w", n, error));
+    DSV3I_NEED(n, dy); DSV3I_NEED(n, scratch); DSV3I_NEED(n * (dw != NULL), x);
+    DSV3I_TRY(dsv3i_check_apart(error, "dx", dx, dx != NULL ? n * w->cols : 0, dy, n * w->rows, 0));
+    dsv3i_product p = dsv3i_product_of((float *)(uintptr_t)dy, x, w, n);
+    if (n > 0) context->ops->linear_backward(context, dx, 0, dw, &p, scratch);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t dr, int interleave,
+                                               dsv3_error *error) {
+    return dsv3i_rotate_alone(dx, cos_sin, dr, interleave, -1.0f, error);
+}
+
+DSV3_API dsv3_result dsv3_embed_backward(float *dw, const float *dx, const int32_t *token, size_t n, size_t V, size_t d,
+                                         dsv3_error *error) {
+    dsv3_context alone;
+    DSV3I_NEED(n, dw); DSV3I_NEED(n, dx);
+    DSV3I_TRY(dsv3i_check_count(error, "d", d, DSV3_MAX_DIM));
+    DSV3I_TRY(dsv3i_check_count(error, "vocab_size", V, DSV3_MAX_VOCAB));
+    DSV3I_TRY(dsv3i_ids_check(token, n, V, error));
+    DSV3_MEMSET(&alone, 0, sizeof alone);
+    dsv3i_embed_backward(&alone, dw, dx, token, n, d);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_rmsnorm_backward(const dsv3_context *context, float *dx, float *dg, const float *dy,
+                                           const float *x, const dsv3_tensor *g, size_t n, float eps, float *scratch,
+                                           dsv3_error *error) {
+    DSV3I_TRY(dsv3i_check_norm(context, g, n, eps, error));
+    DSV3I_NEED(n, dx); DSV3I_NEED(n, dg); DSV3I_NEED(n, dy); DSV3I_NEED(n, x); DSV3I_NEED(n, scratch);
+    DSV3I_TRY(dsv3i_check_apart(error, "dx", dx, n * g->cols, dy, n * g->cols, 0));
+    DSV3I_TRY(dsv3i_check_apart(error, "dx", dx, n * g->cols, x, n * g->cols, 0));
+    dsv3i_norm_back(context, dx, dg, dy, x, g, n, eps, scratch);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_cross_entropy_backward(const dsv3_context *context, float *du, float *dhead, float weight,
+                                                 const float *u, const dsv3_tensor *head, const int32_t *target, size_t n,
+                                                 float *scratch, dsv3_error *error) {
+    dsv3i_loss a = dsv3i_loss_alone(context, u, head, target, n, scratch);
+    DSV3I_TRY(dsv3i_check_loss(&a, error));
+    DSV3I_TRY(dsv3i_check_number(error, "weight", (double)weight));
+    DSV3I_NEED(n, du);
+    DSV3I_TRY(dsv3i_check_apart(error, "du", du, n * head->cols, u, n * head->cols, 0));
+    if (n > 0) dsv3i_cross_entropy_backward(&a, du, 0, dhead, weight);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_router_weights_backward(const dsv3_config *config, float *dscore, const float *dgate,
+                                                  const int32_t *idx, const float *score, size_t n, dsv3_error *error) {
+    DSV3I_TRY(dsv3_router_check(config, error));
+    DSV3I_NEED(n, dscore); DSV3I_NEED(n, dgate); DSV3I_NEED(n, idx); DSV3I_NEED(n, score);
+    DSV3I_TRY(dsv3i_check_choice(config, idx, n, error));
+    dsv3i_router_weights_backward(config, dscore, dgate, idx, score, n);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_router_scores_backward(const dsv3_config *config, float *dz, const float *dscore,
+                                                 const float *score, size_t n, dsv3_error *error) {
+    DSV3I_TRY(dsv3_router_check(config, error));
+    DSV3I_NEED(n, dz); DSV3I_NEED(n, dscore); DSV3I_NEED(n, score);
+    dsv3i_router_scores_backward(config, dz, dscore, score, n);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_balance_backward(float *dscore, double scale, const dsv3_balance_weights *weights,
+                                           const dsv3_routing *routing, double *scratch, dsv3_error *error) {
+    DSV3I_NEED(1, weights);
+    DSV3I_TRY(dsv3i_check_balance(routing, DSV3I_LOSS_EXPERT, scratch, error));
+    DSV3I_TRY(dsv3i_check_weights(weights, routing->experts, error));
+    if (weights->communication > 0.0) DSV3I_NEED(routing->n, routing->idx);
+    DSV3I_NEED(routing->n, dscore);
+    DSV3I_TRY(dsv3i_check_number(error, "scale", scale));
+    dsv3i_balance_backward(dscore, scale, weights, routing, scratch);
+    return dsv3i_ok(error);
+}
+#endif
+
+/* ========================================================================================================
  * Chapter Y  >>backends
  *
  * The choice of a backend when a context is made, and packing for it. A new instruction set has an entry in dsv3_backend
@@ -11191,7 +11577,8 @@ DSV3I_BACKEND(dsv3i_amx, dsv3i_avx512, NULL, dsv3i_bf16_widen_f8, dsv3i_bf16_rou
 DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_model *model, size_t *bytes,
                                     dsv3_error *error) {
     dsv3i_layout l = {NULL, 0};
-    if (context == NULL || model == NULL || bytes == NULL) return dsv3i_fail_null(error, "argument");
+    DSV3I_TRY(dsv3i_check_context(context, error));
+    DSV3I_NEED(1, model); DSV3I_NEED(1, bytes);
 #ifdef DSV3I_ENGINE
     if (context->ops->own != NULL) {
         dsv3_model view = *model; /* its tables are not written to, since there is no memory to point to */

@@ -353,7 +353,7 @@ static void linear_free(bench_linear *b) {
 
 static void call_linear(void *arg, size_t i) {
     const bench_linear *b = (const bench_linear *)arg;
-    dsv3_linear(b->context, b->y, b->x, &b->matrix[i % b->matrices], b->n, b->scratch);
+    dsv3_linear(b->context, b->y, b->x, &b->matrix[i % b->matrices], b->n, b->scratch, NULL);
 }
 
 static void linear_print(const bench_options *o, const bench_linear *b, const bench_limits *l, double seconds) {

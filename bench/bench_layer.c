@@ -169,7 +169,7 @@ static void run_token(bench_run *r, dsv3_rng *rng) {
     bench_check(dsv3_layer_forward(&r->context, r->x, &r->synthetic.model, &r->synthetic.model.layers[0], 0,
                                    &r->cache, 1, &r->workspace, NULL),
                 "dsv3_layer_forward");
-    dsv3_batch_end(&r->cache, &batch, &r->workspace);
+    dsv3_batch_end(&r->cache, &batch, &r->workspace, NULL);
 }
 
 /* milliseconds for a token */

@@ -37,10 +37,10 @@ static float rotated_product(const dsv3_config *config, int32_t t, int32_t j) {
     int32_t positions[2];
     positions[0] = t;
     positions[1] = j;
-    dsv3_rope_turns(config, turns);
-    dsv3_rope_table(cos_sin, positions, turns, 1.0f, 2, 8);
-    dsv3_rope_rotate(q, cos_sin, 8, 1);
-    dsv3_rope_rotate(k, cos_sin + 8, 8, 1);
+    dsv3_rope_turns(config, turns, NULL);
+    dsv3_rope_table(cos_sin, positions, turns, 1.0f, 2, 8, NULL);
+    dsv3_rope_rotate(q, cos_sin, 8, 1, NULL);
+    dsv3_rope_rotate(k, cos_sin + 8, 8, 1, NULL);
     return dot(q, k, 8);
 }
 

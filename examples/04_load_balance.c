@@ -62,13 +62,14 @@ static void draw_tokens(dsv3_rng *rng) {
 static void route(const dsv3_context *context, router *r, int s, uint64_t *load, float *linear_scratch) {
     float scratch[E + 1];
     double sums[2 * E];
+    dsv3_routing routing = {score, idx, NULL, N, E, K, 0, 0};
     dsv3_tensor w = {r->w, NULL, E, D, DSV3_F32, 2, 0};
-    dsv3_router_scores(context, &r->config, score, x, &w, NULL, N, linear_scratch);
+    dsv3_router_scores(context, &r->config, score, x, &w, NULL, N, linear_scratch, NULL);
     dsv3_router_select(&r->config, idx, gate, score, r->bias, NULL, N, scratch, NULL);
     for (int e = 0; e < E; e++) load[e] = 0;
-    dsv3_load_count(load, idx, NULL, N, K);
+    dsv3_load_count(load, idx, NULL, N, E, K, NULL);
     r->max_vio[s] = dsv3_load_statistics(load, E).max_vio;
-    r->loss[s] = dsv3_balance_loss(score, idx, NULL, N, E, K, sums);
+    dsv3_balance_loss(&r->loss[s], &routing, sums, NULL);
 }
 
 /* W -= 0.05 dL/dW. f_i = E load_i / (K N) is a constant, P_i the mean of s_i = softmax(z)_i, z = W x:
@@ -145,7 +146,7 @@ int main(void) {
             uint64_t load[E];
             route(&context, &routers[i], s, load, scratch);
             if (i == 1) loss_step(&routers[i], load);
-            if (i == 2) dsv3_bias_step(routers[i].bias, load, E, DSV3_BIAS_SIGN, 0.001);
+            if (i == 2) dsv3_bias_step(routers[i].bias, load, 1, E, DSV3_BIAS_SIGN, 0.001, NULL);
         }
     }
     plot(routers);

@@ -52,7 +52,7 @@ static double loss(const float *row, const float *gains) {
     dsv3_tensor t = {gains, NULL, 1, N, DSV3_F32, 1, 0};
     float y[N];
     double sum = 0;
-    dsv3_rmsnorm(&context, y, row, &t, 1, N, eps);
+    dsv3_rmsnorm(&context, y, row, &t, 1, N, eps, NULL);
     for (int i = 0; i < N; i++) sum += (double)dy[i] * (double)y[i];
     return sum;
 }
@@ -110,7 +110,7 @@ int main(void) {
         g[i] = (float)(1.0 + 0.1 * cos(i));
         dy[i] = (float)cos(0.2 * i);
     }
-    dsv3_rmsnorm_backward(&context, dx, dg, dy, x, &t, 1, N, eps, scratch);
+    dsv3_rmsnorm_backward(&context, dx, dg, dy, x, &t, 1, eps, scratch, NULL);
     forgetful(wrong);
     printf("i  dx: dsv3.h    by h  forgot r   dg: dsv3.h    by h\n");
     for (int i = 0; i < N; i++) {

@@ -1344,7 +1344,7 @@ static void checkpointi_decode(checkpointi_save *s, const dsv3_tensor *t, size_t
         part.scale = (const unsigned char *)t->scale + begin / DSV3_BLOCK * blocks * sizeof(float);
     }
     for (size_t r = 0; r < n; r++) row[r] = (int32_t)r;
-    dsv3_embed(&s->context, s->rows, row, &part, n);
+    dsv3_embed(&s->context, s->rows, row, &part, n, NULL);
 }
 
 /* 128 rows at a time: one row of scale blocks. */

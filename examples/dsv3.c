@@ -1796,7 +1796,7 @@ static void route_watch(void *user, int32_t layer, const float *score, const int
     size_t row = r->row[layer];
     uint64_t *pairs = r->pairs + row * r->E * r->E;
     (void)score, (void)gate;
-    dsv3_load_count(r->window + row * r->E, idx, NULL, n, r->K);
+    dsv3_load_count(r->window + row * r->E, idx, NULL, n, r->E, r->K, NULL);
     for (size_t t = 0; t < n; t++, idx += r->K) {
         for (size_t i = 1; i < r->K; i++) {
             for (size_t j = 0; j < i; j++) {
@@ -2338,7 +2338,7 @@ static range inspect_blocks(const dsv3_tensor *t) {
     for (uint64_t i = 0; i < n; i += DSV3_QBLOCK, block += dsv3_type_bytes(t->type)) {
         float x[DSV3_QBLOCK];
         one.data = block;
-        dsv3_embed(&context, x, &row, &one, 1);
+        dsv3_embed(&context, x, &row, &one, 1, NULL);
         for (uint64_t j = 0; j < DSV3_QBLOCK; j++) range_add(&r, (double)x[j], i + j);
     }
     return r;

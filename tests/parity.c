@@ -231,7 +231,7 @@ static void compute_bias(run *r, dsv3_balancer *balancer) {
     for (size_t i = 0; i < balancer->layers; i++) {
         const dsv3_tensor *b = &r->model->model.layers[i].e_score_correction_bias;
         int32_t row = 0;
-        if (b->data != NULL) dsv3_embed(&r->context, bias + i * E, &row, b, 1);
+        if (b->data != NULL) dsv3_embed(&r->context, bias + i * E, &row, b, 1, NULL);
     }
     dsv3_balancer_step(balancer, bias, 0, NULL);
     for (size_t i = 0; i < balancer->layers; i++) {

@@ -648,8 +648,8 @@ static inline double oracle_route(const dsv3_config *c, size_t *idx, double *w, 
     sum = 0;
     for (size_t k = 0; k < K; k++) sum += s[idx[k]];
     for (size_t k = 0; k < K; k++) {
-        int scaled = c->gate_scaling == DSV3_SCALE_ALWAYS || !c->norm_topk_prob;
-        w[k] = s[idx[k]] / (c->norm_topk_prob ? sum + 1e-20 : 1) * (scaled ? (double)c->routed_scaling_factor : 1);
+        int normed = c->norm_topk_prob && K > 1, scaled = c->gate_scaling == DSV3_SCALE_ALWAYS || !normed;
+        w[k] = s[idx[k]] / (normed ? sum + 1e-20 : 1) * (scaled ? (double)c->routed_scaling_factor : 1);
     }
     free(s), free(sel), free(group), free(order), free(taken);
     return margin;

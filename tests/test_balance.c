@@ -54,7 +54,7 @@ static void counting(void) {
             for (size_t k = 0; k < K; k++) want[idx[t * K + k]] += mask == NULL || mask[t] != 0;
             if (mask != NULL && mask[t] == 0) idx[t * K] = -7; /* padding may hold anything */
         }
-        dsv3_load_count(load, idx, mask, n, K);
+        CHECK_EQ(dsv3_load_count(load, idx, mask, n, E, K, NULL), DSV3_OK);
         CHECK(memcmp(load, want, E * sizeof *load) == 0);
         free(load), free(idx), free(mask);
     }
@@ -151,7 +151,7 @@ static void step_golden(void) {
     static const uint64_t load[8] = {5, 3, 0, 4, 4, 4, 2, 10};
     static const float sign[8] = {-1, 1, 1, 0, 0, 0, 1, -1}, error[8] = {-0.25f, 0.25f, 1, 0, 0, 0, 0.5f, -1.5f};
     float b[RULES][8] = {{0}};
-    for (int rule = 0; rule < RULES; rule++) dsv3_bias_step(b[rule], load, 8, (dsv3_bias_rule)rule, 0.001);
+    for (int rule = 0; rule < RULES; rule++) dsv3_bias_step(b[rule], load, 1, 8, (dsv3_bias_rule)rule, 0.001, NULL);
     for (int e = 0; e < 8; e++) {
         CHECK(b[DSV3_BIAS_SIGN][e] == 0.001f * sign[e]);
         CHECK(near((double)b[DSV3_BIAS_CENTRED][e], 0.001 * ((double)sign[e] - 0.125), 1e-9));
@@ -161,7 +161,7 @@ static void step_golden(void) {
     for (int rule = 0; rule < RULES; rule++) { /* and a second time, from where it is now */
         float before[8];
         memcpy(before, b[rule], sizeof before);
-        dsv3_bias_step(b[rule], load, 8, (dsv3_bias_rule)rule, 0.25);
+        dsv3_bias_step(b[rule], load, 1, 8, (dsv3_bias_rule)rule, 0.25, NULL);
         for (size_t e = 0; e < 8; e++) {
             CHECK(near((double)b[rule][e], moved((double)before[e], load, 8, e, (dsv3_bias_rule)rule, 0.25), 1e-7));
         }
@@ -181,7 +181,7 @@ static void step_random(void) {
         load[0] += (uint64_t)(round % 3); /* a mean between two whole numbers, too */
         test_fill(bias, E, -0.9f, 2);
         memcpy(before, bias, E * sizeof *bias);
-        dsv3_bias_step(bias, load, E, rule, speed);
+        dsv3_bias_step(bias, load, 1, E, rule, speed, NULL);
         for (size_t e = 0; e < E; e++) {
             wrong += !near((double)bias[e], moved((double)before[e], load, E, e, rule, speed), 2e-7);
         }
@@ -200,7 +200,7 @@ static void step_order(void) {
         int wrong = 0;
         random_load(load, E);
         for (size_t e = 0; e < E; e++) bias[e] = start, sum += load[e];
-        dsv3_bias_step(bias, load, E, rule, (double)test_uniform(0, 0.9f));
+        dsv3_bias_step(bias, load, 1, E, rule, (double)test_uniform(0, 0.9f), NULL);
         for (size_t i = 0; i < E; i++) {
             for (size_t j = 0; j < E; j++) wrong += load[i] <= load[j] && bias[i] < bias[j];
             wrong += rule != DSV3_BIAS_CENTRED && load[i] * (uint64_t)E == sum && bias[i] != start;
@@ -217,13 +217,13 @@ static void step_still(void) {
         test_fill(bias, 8, -0.9f, 3);
         bias[2] = NAN, bias[3] = FLT_MAX; /* not even touched */
         memcpy(before, bias, sizeof bias);
-        dsv3_bias_step(bias, none, 8, (dsv3_bias_rule)rule, 0.1);
+        dsv3_bias_step(bias, none, 1, 8, (dsv3_bias_rule)rule, 0.1, NULL);
         CHECK(memcmp(bias, before, sizeof bias) == 0);
         bias[2] = before[2] = 0.25f;
-        dsv3_bias_step(bias, equal, 8, (dsv3_bias_rule)rule, 0.1);
+        dsv3_bias_step(bias, equal, 1, 8, (dsv3_bias_rule)rule, 0.1, NULL);
         for (int e = 0; e < 8; e++) CHECK(bias[e] == before[e]);
         for (uint64_t load = 0; load < 3; load++) {
-            dsv3_bias_step(bias, &load, 1, (dsv3_bias_rule)rule, 0.1);
+            dsv3_bias_step(bias, &load, 1, 1, (dsv3_bias_rule)rule, 0.1, NULL);
             CHECK(bias[0] == before[0]);
         }
     }
@@ -245,7 +245,7 @@ static void step_stays_finite(void) {
                     if (rule == DSV3_BIAS_FACTOR && bias[e] <= -1) bias[e] = FLT_MAX;
                 }
                 for (int again = 0; again < 5; again++) {
-                    dsv3_bias_step(bias, load, 9, (dsv3_bias_rule)rule, speeds[i]);
+                    dsv3_bias_step(bias, load, 1, 9, (dsv3_bias_rule)rule, speeds[i], NULL);
                     for (size_t e = 0; e < 9; e++) {
                         wrong += !isfinite(bias[e]) || (rule == DSV3_BIAS_FACTOR && !(bias[e] > -1));
                     }
@@ -261,20 +261,20 @@ static void step_stops(void) {
     static const uint64_t load[2] = {1, 3};
     static const double none[] = {0, -0.001, -INFINITY, INFINITY, NAN};
     float bias[2] = {FLT_MAX, FLT_MAX};
-    dsv3_bias_step(bias, load, 2, DSV3_BIAS_SIGN, (double)FLT_MAX);
+    dsv3_bias_step(bias, load, 1, 2, DSV3_BIAS_SIGN, (double)FLT_MAX, NULL);
     CHECK(bias[0] == FLT_MAX && bias[1] == 0);
     bias[0] = bias[1] = -3e38f;
-    dsv3_bias_step(bias, load, 2, DSV3_BIAS_SIGN, (double)3e38f);
+    dsv3_bias_step(bias, load, 1, 2, DSV3_BIAS_SIGN, (double)3e38f, NULL);
     CHECK(bias[0] == 0 && bias[1] == -FLT_MAX);
     bias[0] = bias[1] = 0.5f;
-    dsv3_bias_step(bias, load, 2, DSV3_BIAS_FACTOR, 1.5); /* 1.5 * (1 - 1.5) would be negative */
+    dsv3_bias_step(bias, load, 1, 2, DSV3_BIAS_FACTOR, 1.5, NULL); /* 1.5 * (1 - 1.5) would be negative */
     CHECK(bias[0] == 2.75f && bias[1] == -0.999f);
     bias[0] = bias[1] = 0;
-    for (int i = 0; i < 1000; i++) dsv3_bias_step(bias, load, 2, DSV3_BIAS_FACTOR, 0.5); /* halved for ever */
+    for (int i = 0; i < 1000; i++) dsv3_bias_step(bias, load, 1, 2, DSV3_BIAS_FACTOR, 0.5, NULL); /* halved for ever */
     CHECK(bias[0] == FLT_MAX && bias[1] == -0.999f);
     for (int rule = 0; rule < RULES; rule++) {
         bias[0] = 0.25f, bias[1] = -0.25f;
-        for (int i = 0; i < 5; i++) dsv3_bias_step(bias, load, 2, (dsv3_bias_rule)rule, none[i]);
+        for (int i = 0; i < 5; i++) dsv3_bias_step(bias, load, 1, 2, (dsv3_bias_rule)rule, none[i], NULL);
         CHECK(bias[0] == 0.25f && bias[1] == -0.25f);
     }
 }
@@ -290,15 +290,15 @@ static void step_edges(void) {
         int moves = 0;
         for (int i = 0; i < 2; i++) {
             bias[0] = bias[1] = bias[2] = bias[3] = 3e38f;
-            dsv3_bias_step(bias, uneven[i], 4, (dsv3_bias_rule)rule, speed);
+            dsv3_bias_step(bias, uneven[i], 1, 4, (dsv3_bias_rule)rule, speed, NULL);
             for (int e = 1; e < 4; e++) CHECK(bias[e - 1] >= bias[e]);
         }
         bias[0] = 1e-42f, bias[1] = 1e-10f;
-        dsv3_bias_step(bias, middle, 2, (dsv3_bias_rule)rule, 0.5);
+        dsv3_bias_step(bias, middle, 1, 2, (dsv3_bias_rule)rule, 0.5, NULL);
         CHECK(bias[0] == 1e-42f && bias[1] == 1e-10f);
         for (size_t E = 1; E <= 7; E++) {
             for (size_t e = 0; e < E; e++) huge[e] = ((uint64_t)1 << 53) - 1, bias[e] = 0;
-            dsv3_bias_step(bias, huge, E, (dsv3_bias_rule)rule, 0.5);
+            dsv3_bias_step(bias, huge, 1, E, (dsv3_bias_rule)rule, 0.5, NULL);
             for (size_t e = 0; e < E; e++) moves += bias[e] != 0;
         }
         CHECK_EQ(moves, 0);
@@ -314,8 +314,8 @@ static void step_centred(void) {
         double sum = 0, drift = 0;
         int wrong = 0;
         random_load(load, E);
-        dsv3_bias_step(centred, load, E, DSV3_BIAS_CENTRED, 0.001);
-        dsv3_bias_step(sign, load, E, DSV3_BIAS_SIGN, 0.001);
+        dsv3_bias_step(centred, load, 1, E, DSV3_BIAS_CENTRED, 0.001, NULL);
+        dsv3_bias_step(sign, load, 1, E, DSV3_BIAS_SIGN, 0.001, NULL);
         for (size_t e = 0; e < E; e++) sum += (double)centred[e], drift += (double)sign[e] / (double)E;
         for (size_t e = 0; e < E; e++) wrong += !(fabs((double)(sign[e] - centred[e]) - drift) < 1e-9);
         CHECK_EQ(wrong, 0);
@@ -383,7 +383,7 @@ static void balancer_setup(void) {
     dsv3_balancer b;
     size_t need = 0;
     unsigned char *memory;
-    bad.n_group = 3;
+    bad.n_routed_experts = -1;
     CHECK_EQ(dsv3_balancer_size(NULL, &need, NULL), DSV3_ERR_ARG);
     CHECK_EQ(dsv3_balancer_size(&bad, &need, NULL), DSV3_ERR_ARG);
     CHECK_EQ(dsv3_balancer_size(&c, NULL, NULL), DSV3_ERR_ARG);
@@ -452,7 +452,7 @@ static void balancer_steps(void) {
             memcpy(b.b.load, load, sizeof load);
             memcpy(want, b.bias, sizeof want);
             for (size_t l = 1; l < LAYERS && step < 4; l++) {
-                dsv3_bias_step(want + l * EXPERTS, load + l * EXPERTS, EXPERTS, (dsv3_bias_rule)rule, 0.01);
+                dsv3_bias_step(want + l * EXPERTS, load + l * EXPERTS, 1, EXPERTS, (dsv3_bias_rule)rule, 0.01, NULL);
             }
             for (size_t i = 0; i < LOADS; i++) all[i] += load[i];
             CHECK((memcmp(want, b.bias, sizeof want) == 0) == (step >= 4));
@@ -546,7 +546,7 @@ static void balancer_micro_batches(void) {
     balance_open(&whole);
     for (size_t l = 1; l < LAYERS; l++) {
         random_choice(idx[l], ROWS, CHOSEN, EXPERTS);
-        dsv3_load_count(whole.b.load + l * EXPERTS, idx[l], mask, ROWS, CHOSEN);
+        dsv3_load_count(whole.b.load + l * EXPERTS, idx[l], mask, ROWS, EXPERTS, CHOSEN, NULL);
     }
     for (int cut = 0; cut < 20; cut++) {
         balance parts;
@@ -555,7 +555,7 @@ static void balancer_micro_batches(void) {
         for (size_t t = 0, n; t < ROWS; t += n) {
             n = cut == 0 ? 1 : 1 + test_below(ROWS - t);
             for (size_t l = 1; l < LAYERS; l++) {
-                dsv3_load_count(parts.b.load + l * EXPERTS, idx[l] + t * CHOSEN, mask + t, n, CHOSEN);
+                dsv3_load_count(parts.b.load + l * EXPERTS, idx[l] + t * CHOSEN, mask + t, n, EXPERTS, CHOSEN, NULL);
             }
         }
         CHECK(memcmp(parts.b.load, whole.b.load, LOADS * sizeof(uint64_t)) == 0);
@@ -563,7 +563,7 @@ static void balancer_micro_batches(void) {
         for (size_t l = 1; l < LAYERS; l++) { /* the step of the whole, on the bias as it was */
             float want[EXPERTS];
             memcpy(want, whole.bias + l * EXPERTS, sizeof want);
-            dsv3_bias_step(want, whole.b.load + l * EXPERTS, EXPERTS, DSV3_BIAS_SIGN, 0.001);
+            dsv3_bias_step(want, whole.b.load + l * EXPERTS, 1, EXPERTS, DSV3_BIAS_SIGN, 0.001, NULL);
             CHECK(memcmp(want, parts.bias + l * EXPERTS, sizeof want) == 0);
         }
         balance_close(&parts);
@@ -651,13 +651,23 @@ static double communication_want(const batch *b) {
     return sum;
 }
 
+static dsv3_result (*const losses[3])(double *, const dsv3_routing *, double *, dsv3_error *) = {
+    dsv3_balance_loss, dsv3_device_loss, dsv3_communication_loss};
+
+static double balance_loss(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E, size_t K) {
+    const dsv3_routing r = {score, idx, mask, n, E, K, 0, 0};
+    double loss = NAN, scratch[2 * MOST];
+    CHECK_EQ(dsv3_balance_loss(&loss, &r, scratch, NULL), DSV3_OK);
+    return loss;
+}
+
 /* Runs in memory of exact size; kind 0: balance, 1: device, 2: communication. */
 static double loss_got(const batch *b, int kind) {
     size_t n = b->n, E = b->E, K = b->K;
     float *score = (float *)test_alloc(n * E * sizeof *score);
     int32_t *idx = b->chosen ? (int32_t *)test_alloc(n * K * sizeof *idx) : NULL;
     uint8_t *mask = b->masked ? (uint8_t *)test_alloc(n) : NULL;
-    double *scratch = (double *)test_alloc(2 * E * sizeof *scratch), got;
+    double *scratch = (double *)test_alloc(2 * E * sizeof *scratch), got = NAN;
     memcpy(score, b->score, n * E * sizeof *score);
     memset(scratch, 0xFF, 2 * E * sizeof *scratch);
     if (idx != NULL) memcpy(idx, b->idx, n * K * sizeof *idx);
@@ -666,12 +676,10 @@ static double loss_got(const batch *b, int kind) {
         for (size_t e = 0; e < E && !counts(b, t); e++) score[t * E + e] = NAN;
         for (size_t k = 0; k < K && idx != NULL && !counts(b, t); k++) idx[t * K + k] = k % 2 ? -7 : INT32_MAX;
     }
-    if (kind == 0)
-        got = dsv3_balance_loss(score, idx, mask, n, E, K, scratch);
-    else if (kind == 1)
-        got = dsv3_device_loss(score, idx, mask, n, E, K, b->devices, scratch);
-    else
-        got = dsv3_communication_loss(score, idx, mask, n, E, K, b->devices, b->most, scratch);
+    {
+        const dsv3_routing r = {score, idx, mask, n, E, K, kind > 0 ? b->devices : 0, kind > 1 ? b->most : 0};
+        CHECK_EQ(losses[kind](&got, &r, scratch, NULL), DSV3_OK);
+    }
     free(score), free(idx), free(mask), free(scratch);
     return got;
 }
@@ -714,9 +722,8 @@ static void losses_random(void) {
 /* The three tokens of the golden router table as one sequence. */
 static void loss_golden(void) {
     float score[48];
-    double scratch[32];
     for (int i = 0; i < 48; i++) score[i] = (float)(1 / (1 + exp(-2 * sin(1 + 0.9 * (i % 16) + 1.7 * (i / 16)))));
-    CHECK(near(dsv3_balance_loss(score, NULL, NULL, 3, 16, 4, scratch), 1.01646217, 1e-8));
+    CHECK(near(balance_loss(score, NULL, NULL, 3, 16, 4), 1.01646217, 1e-8));
 }
 
 /* Each row is the one before, two experts further: everybody has the same load, and every loss is 1. Two devices out
@@ -751,12 +758,11 @@ static void loss_even_and_worst(void) {
 static void loss_zero_row(void) {
     static const float score[8] = {0, 0, 0, 0, 0.5f, 0.125f, 0.25f, 0.125f}, zero[8] = {0};
     static const uint8_t second[2] = {0, 1};
-    double scratch[8];
     /* counts 2 1 1 0, P = (0.5, 0.125, 0.25, 0.125) / 2; f = counts * 4 / (2 * 2) */
-    CHECK(near(dsv3_balance_loss(score, NULL, NULL, 2, 4, 2, scratch), (2 * 0.5 + 0.125 + 0.25) / 2, 1e-15));
-    CHECK(near(dsv3_balance_loss(score, NULL, second, 2, 4, 2, scratch), 2 * 0.5 + 2 * 0.25, 1e-15));
-    CHECK(dsv3_balance_loss(zero, NULL, NULL, 2, 4, 2, scratch) == 0);
-    CHECK(dsv3_balance_loss(zero, NULL, NULL, 0, 4, 2, scratch) == 0);
+    CHECK(near(balance_loss(score, NULL, NULL, 2, 4, 2), (2 * 0.5 + 0.125 + 0.25) / 2, 1e-15));
+    CHECK(near(balance_loss(score, NULL, second, 2, 4, 2), 2 * 0.5 + 2 * 0.25, 1e-15));
+    CHECK(balance_loss(zero, NULL, NULL, 2, 4, 2) == 0);
+    CHECK(balance_loss(zero, NULL, NULL, 0, 4, 2) == 0);
 }
 
 /* ---- Dynamics: a skewed stream ------------------------------------------------------------------------- */
@@ -789,7 +795,7 @@ static double late_max_vio(dsv3_bias_form form, dsv3_bias_rule rule, double spee
         double vio;
         stream(score, N);
         dsv3_router_select(&c, idx, gate, score, bias, NULL, N, scratch, NULL);
-        dsv3_load_count(b.b.load + EXPERTS, idx, NULL, N, CHOSEN);
+        dsv3_load_count(b.b.load + EXPERTS, idx, NULL, N, EXPERTS, CHOSEN, NULL);
         vio = dsv3_load_statistics(b.b.load + EXPERTS, EXPERTS).max_vio;
         dsv3_balancer_step(&b.b, b.bias, step, NULL);
         *lowest = fmin(*lowest, vio);

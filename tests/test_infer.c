@@ -258,9 +258,9 @@ static void test_bad_calls(void) {
     /* a NULL in the place of each pointer that must not be one */
     c.context = NULL, REFUSE(DSV3_ERR_ARG, "context"), c = good;
     c.model = NULL, REFUSE(DSV3_ERR_ARG, "model"), c = good;
-    c.caches = NULL, REFUSE(DSV3_ERR_ARG, "argument"), c = good;
+    c.caches = NULL, REFUSE(DSV3_ERR_ARG, "caches"), c = good;
     c.ws = NULL, REFUSE(DSV3_ERR_ARG, "workspace"), c = good;
-    c.batch.token = NULL, REFUSE(DSV3_ERR_ARG, "argument"), c = good;
+    c.batch.token = NULL, REFUSE(DSV3_ERR_ARG, "token"), c = good;
     c.logits = NULL, REFUSE(DSV3_ERR_ARG, "logits"), c = good;
     CHECK_EQ(dsv3_forward(&s->context, logits, &s->model, s->caches, 3, NULL, &s->ws, NULL), DSV3_ERR_ARG);
     /* sizes */

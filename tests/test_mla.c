@@ -21,8 +21,8 @@ static void run_mla(synth *s, float *y, const float *u, size_t layer, size_t n) 
     batch.rows = n;
     batch.token = token;
     CHECK_EQ(dsv3_batch_begin(&s->context, &s->model, s->caches, s->n_caches, &batch, &s->ws, &error), DSV3_OK);
-    dsv3_mla_forward(&s->context, y, u, &s->model, &s->model.layers[layer], layer, s->caches, n, &s->ws);
-    dsv3_batch_end(s->caches, &batch, &s->ws);
+    dsv3_mla_forward(&s->context, y, u, &s->model, &s->model.layers[layer], layer, s->caches, n, &s->ws, NULL);
+    dsv3_batch_end(s->caches, &batch, &s->ws, NULL);
     free(token);
 }
 
@@ -224,7 +224,7 @@ static void test_two_sequences(void) {
         batch.token = token;
         batch.sequence = sequence;
         CHECK_EQ(dsv3_batch_begin(&s->context, &s->model, s->caches, 2, &batch, &s->ws, NULL), DSV3_OK);
-        dsv3_mla_forward(&s->context, both, u, &s->model, &s->model.layers[0], 0, s->caches, 2 * N, &s->ws);
+        dsv3_mla_forward(&s->context, both, u, &s->model, &s->model.layers[0], 0, s->caches, 2 * N, &s->ws, NULL);
         CHECK(memcmp(both, alone, 2 * N * d * sizeof *u) == 0);
     }
     free(u), free(alone), free(both), free(part);

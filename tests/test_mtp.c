@@ -515,9 +515,9 @@ static void refuse_pointers(bad_call c) {
     bad_call good = c;
     c.context = NULL, REFUSE(DSV3_ERR_ARG, "context"), c = good;
     c.model = NULL, REFUSE(DSV3_ERR_ARG, "model"), c = good;
-    c.caches = NULL, REFUSE(DSV3_ERR_ARG, "argument"), c = good;
+    c.caches = NULL, REFUSE(DSV3_ERR_ARG, "caches"), c = good;
     c.ws = NULL, REFUSE(DSV3_ERR_ARG, "workspace"), c = good;
-    c.batch.token = NULL, REFUSE(DSV3_ERR_ARG, "argument"), c = good;
+    c.batch.token = NULL, REFUSE(DSV3_ERR_ARG, "token"), c = good;
     c.hidden = NULL, REFUSE(DSV3_ERR_ARG, "hidden"), c = good;
     c.logits = NULL, REFUSE(DSV3_ERR_ARG, "logits"), c = good;
     CHECK_EQ(dsv3_mtp_forward(c.context, c.logits, c.model, 1, c.caches, 2, NULL, c.hidden, c.ws, NULL),
@@ -875,14 +875,15 @@ static double by_hand_nll(const float *logits, size_t V, int32_t target) {
 static void by_hand_layer(const rig *r, dsv3_losses *l, const passage *p, size_t at, size_t T, size_t k, size_t layer,
                           const seen *w) {
     uint8_t counts[LONGEST];
-    double scratch[2 * EXPERTS];
+    double scratch[2 * EXPERTS], loss = NAN;
+    dsv3_routing routing = {w->score[layer], l->actual ? w->idx[layer] : NULL, counts, T - k, r->E, r->K, 0, 0};
     if (!r->s->model.layers[layer].is_moe || T <= k) return;
     for (size_t i = 0; i < T - k; i++) {
         counts[i] = (uint8_t)by_hand_input(p, at, T, i, k);
         for (size_t j = 0; j < r->K && counts[i]; j++) l->load[layer * r->E + (size_t)w->idx[layer][i * r->K + j]]++;
     }
-    l->balance[layer] +=
-        dsv3_balance_loss(w->score[layer], l->actual ? w->idx[layer] : NULL, counts, T - k, r->E, r->K, scratch);
+    CHECK_EQ(dsv3_balance_loss(&loss, &routing, scratch, NULL), DSV3_OK);
+    l->balance[layer] += loss;
 }
 
 static void by_hand_sequence(rig *r, dsv3_losses *l, const passage *p, size_t at, size_t T, seen *w) {
@@ -1411,15 +1412,15 @@ static void refuse_text_pointers(bad_text c) {
     dsv3_losses losses = *c.losses;
     dsv3_text text = *c.text;
     c.context = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "context"), c = good;
-    c.losses = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "argument"), c = good;
+    c.losses = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "losses"), c = good;
     c.model = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "model"), c = good;
-    c.caches = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "argument"), c = good;
-    c.modules = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "argument"), c = good;
-    c.text = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "argument"), c = good;
+    c.caches = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "caches"), c = good;
+    c.modules = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "modules"), c = good;
+    c.text = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "text"), c = good;
     c.ws = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "workspace"), c = good;
-    c.text->token = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "argument"), *c.text = text;
-    c.losses->nll = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "argument"), *c.losses = losses;
-    c.losses->targets = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "argument"), *c.losses = losses;
+    c.text->token = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "token"), *c.text = text;
+    c.losses->nll = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "nll"), *c.losses = losses;
+    c.losses->targets = NULL, REFUSE_TEXT(DSV3_ERR_ARG, "targets"), *c.losses = losses;
     c.text->rows = 0, REFUSE_TEXT(DSV3_ERR_ARG, "rows"), *c.text = text;
 }
 

@@ -117,11 +117,11 @@ static void linear_case(dsv3_type type, size_t rows, size_t cols, size_t shift) 
     test_fill(x, N * cols, -1, 1);
     memset(y, 0xFF, N * rows * sizeof(float));
     memset(scratch, 0xFF, floats * sizeof(float)); /* scratch may hold anything */
-    dsv3_linear(&ctx, y, x, &w.tensor, N, scratch);
+    dsv3_linear(&ctx, y, x, &w.tensor, N, scratch, NULL);
     wrong = linear_wrong(y, x, &w, N);
     for (size_t t = 0; t < N; t++) {
         memset(one, 0xFF, rows * sizeof(float));
-        dsv3_linear(&ctx, one, x + t * cols, &w.tensor, 1, scratch);
+        dsv3_linear(&ctx, one, x + t * cols, &w.tensor, 1, scratch, NULL);
         alone += !same_bits(one, y + t * rows, rows);
     }
     if (wrong || alone) fprintf(stderr, "linear %s %zux%zu shift %zu\n", dsv3_type_name(type), rows, cols, shift);
@@ -247,7 +247,7 @@ static void linear_jobs(void) {
         p.want[j] = (float *)test_alloc(n * rows * sizeof(float));
         p.got[j] = (float *)test_alloc(n * rows * sizeof(float));
         test_fill(p.x[j], n * cols, -1, 1);
-        dsv3_linear(&ctx, p.want[j], p.x[j], &p.w[j].tensor, n, scratch);
+        dsv3_linear(&ctx, p.want[j], p.x[j], &p.w[j].tensor, n, scratch, NULL);
         p.list[j] = dsv3i_product_of(p.got[j], p.x[j], &p.w[j].tensor, n);
     }
     p.list[3] = p.list[0];
@@ -277,10 +277,10 @@ static void rmsnorm_golden(void) {
         x[i] = (float)sin(0.1 + 0.37 * i);
         gain[i] = (float)(1 + 0.1 * cos((double)i));
     }
-    dsv3_rmsnorm(&ctx, y, x, &g, 1, 8, 1e-6f);
+    dsv3_rmsnorm(&ctx, y, x, &g, 1, 8, 1e-6f, NULL);
     CHECK(dsv3i_all_finite(y, 8));
     CHECK_CLOSE(y, want, 8, 3e-7);
-    dsv3_rmsnorm(&ctx, x, x, &g, 1, 8, 1e-6f); /* in place */
+    dsv3_rmsnorm(&ctx, x, x, &g, 1, 8, 1e-6f, NULL); /* in place */
     CHECK(same_bits(x, y, 8));
 }
 
@@ -294,7 +294,7 @@ static void rmsnorm_case(dsv3_type type, size_t d, float eps) {
     test_fill(x, N * d, -2, 2);
     for (size_t i = 0; i < d; i++) x[d + i] *= 1e-4f; /* a row where eps matters */
     memset(y, 0xFF, N * d * sizeof(float));
-    dsv3_rmsnorm(&ctx, y, x, &g.tensor, N, d, eps);
+    dsv3_rmsnorm(&ctx, y, x, &g.tensor, N, d, eps, NULL);
     for (size_t t = 0; t < N; t++) {
         double sum = 0;
         for (size_t i = 0; i < d; i++) sum += (double)x[t * d + i] * x[t * d + i];
@@ -302,7 +302,7 @@ static void rmsnorm_case(dsv3_type type, size_t d, float eps) {
             double want = g.value[i] * (double)x[t * d + i] / sqrt(sum / (double)d + (double)eps);
             wrong += !(fabs((double)y[t * d + i] - want) <= ((double)d / 16 + 8) * UNIT * fabs(want));
         }
-        dsv3_rmsnorm(&ctx, x + t * d, x + t * d, &g.tensor, 1, d, eps);
+        dsv3_rmsnorm(&ctx, x + t * d, x + t * d, &g.tensor, 1, d, eps, NULL);
         alone += !same_bits(x + t * d, y + t * d, d);
     }
     CHECK_EQ(wrong, 0);
@@ -325,7 +325,7 @@ static void rmsnorm_row(float *y, float a, float b, float c, float d) {
     dsv3_tensor g = vector(gain, 4, DSV3_F32);
     float x[4];
     x[0] = a, x[1] = b, x[2] = c, x[3] = d;
-    dsv3_rmsnorm(&ctx, y, x, &g, 1, 4, 1e-6f);
+    dsv3_rmsnorm(&ctx, y, x, &g, 1, 4, 1e-6f, NULL);
 }
 
 static int all_zero(const float *y) { return y[0] == 0 && y[1] == 0 && y[2] == 0 && y[3] == 0; }
@@ -356,10 +356,10 @@ static void rmsnorm_rows_apart(void) {
     static const float gain[4] = {1, 1, 1, 1};
     dsv3_tensor g = vector(gain, 4, DSV3_F32);
     float x[12] = {1, 2, 3, 4, NAN, 1, 1, INFINITY, 4, 3, 2, 1}, y[12], alone[4];
-    dsv3_rmsnorm(&ctx, y, x, &g, 3, 4, 1e-6f);
-    dsv3_rmsnorm(&ctx, alone, x, &g, 1, 4, 1e-6f);
+    dsv3_rmsnorm(&ctx, y, x, &g, 3, 4, 1e-6f, NULL);
+    dsv3_rmsnorm(&ctx, alone, x, &g, 1, 4, 1e-6f, NULL);
     CHECK(same_bits(y, alone, 4) && dsv3i_all_finite(y, 4));
-    dsv3_rmsnorm(&ctx, alone, x + 8, &g, 1, 4, 1e-6f);
+    dsv3_rmsnorm(&ctx, alone, x + 8, &g, 1, 4, 1e-6f, NULL);
     CHECK(same_bits(y + 8, alone, 4) && dsv3i_all_finite(y + 8, 4));
 }
 
@@ -488,12 +488,12 @@ static void entropy_case(dsv3_type type, size_t V, size_t d) {
     test_fill(u, N * d, -1, 1);
     memset(nll, 0xFF, N * sizeof(float));
     memset(scratch, 0xFF, floats * sizeof(float));
-    dsv3_cross_entropy(&ctx, nll, u, &w.tensor, target, N, scratch);
+    dsv3_cross_entropy(&ctx, nll, u, &w.tensor, target, N, scratch, NULL);
     for (size_t t = 0; t < N; t++) {
         double bound = 0, want = target[t] == DSV3_IGNORE ? 0 : entropy_want(&w, u + t * d, target[t], &bound);
         wrong += !(fabs((double)nll[t] - want) <= bound);
         memset(scratch_one, 0xFF, floats_one * sizeof(float));
-        dsv3_cross_entropy(&ctx, &one, u + t * d, &w.tensor, target + t, 1, scratch_one);
+        dsv3_cross_entropy(&ctx, &one, u + t * d, &w.tensor, target + t, 1, scratch_one, NULL);
         alone += !same_bits(&one, nll + t, 1);
     }
     if (wrong || alone) fprintf(stderr, "cross-entropy %s %zux%zu\n", dsv3_type_name(type), V, d);
@@ -524,7 +524,7 @@ static void entropy_peak(size_t V, size_t peak, float low, float high) {
     w.data = head, w.scale = NULL, w.rows = V, w.cols = 1, w.type = DSV3_F32, w.rank = 2, w.packed = 0;
     target[0] = (int32_t)peak, target[1] = peak == 0 ? 1 : 0, target[2] = DSV3_IGNORE;
     scratch = (float *)test_alloc(cross_entropy_floats(&ctx, &w, 3) * sizeof(float));
-    dsv3_cross_entropy(&ctx, nll, u, &w, target, 3, scratch);
+    dsv3_cross_entropy(&ctx, nll, u, &w, target, 3, scratch, NULL);
     CHECK(fabs((double)nll[0] - rest) <= 2e-6);
     CHECK(fabs((double)nll[1] - (rest + ((double)high - (double)low))) <= 2e-6 + UNIT * (double)(high - low));
     CHECK(nll[2] == 0 && !signbit(nll[2]));
@@ -550,9 +550,9 @@ static void entropy_nan(void) {
     float u[N * D], good[N], bad[N];
     float *scratch = (float *)test_alloc(cross_entropy_floats(&ctx, &w.tensor, N) * sizeof(float));
     test_fill(u, N * D, -1, 1);
-    dsv3_cross_entropy(&ctx, good, u, &w.tensor, target, N, scratch);
+    dsv3_cross_entropy(&ctx, good, u, &w.tensor, target, N, scratch, NULL);
     u[D + 3] = u[2 * D] = NAN;
-    dsv3_cross_entropy(&ctx, bad, u, &w.tensor, target, N, scratch);
+    dsv3_cross_entropy(&ctx, bad, u, &w.tensor, target, N, scratch, NULL);
     CHECK(isnan(bad[1]) && bad[2] == 0);
     CHECK(same_bits(good, bad, 1) && same_bits(good + 3, bad + 3, 1));
     weights_free(&w);
@@ -576,7 +576,7 @@ static void entropy_threads(void) {
             if (hook) many.parallel_for = backwards, many.parallel_user = &calls, many.threads = threads;
             scratch = (float *)test_alloc(cross_entropy_floats(&many, &w.tensor, N) * sizeof(float));
             memset(got, 0xFF, sizeof got);
-            dsv3_cross_entropy(&many, got, u, &w.tensor, target, N, scratch);
+            dsv3_cross_entropy(&many, got, u, &w.tensor, target, N, scratch, NULL);
             if (threads == 1 && !hook) memcpy(want, got, sizeof want);
             CHECK(same_bits(got, want, N));
             CHECK_EQ(calls, hook && threads > 1 ? 6 : 0); /* logits and losses of three pieces */
@@ -639,7 +639,7 @@ static void order_case(float *z, size_t V, float *scratch, int order, float dept
     got = dsv3_log_sum_exp(z, V);
     ok = fabs((double)got - (top + want)) <= fmin(ldexp(1, -19), ldexp(want, -17)) + UNIT * fabs(top + want);
     if (!ok) fprintf(stderr, "log_sum_exp: got %.9g, want %.9g\n", (double)got, top + want);
-    dsv3_cross_entropy(&ctx, nll, one, &w, target, 2, scratch);
+    dsv3_cross_entropy(&ctx, nll, one, &w, target, 2, scratch, NULL);
     for (size_t t = 0; t < 2; t++) {
         double exact = want + (top - (double)z[target[t]]);
         int near = fabs((double)nll[t] - exact) <= ldexp(1, -19) + UNIT * exact;

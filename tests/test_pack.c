@@ -308,7 +308,7 @@ static void check_unscaled(const dsv3_context *packer) {
         dsv3_context ctx = *packer;
         ctx.compute = fast ? DSV3_FAST : DSV3_EXACT;
         want[fast] = (float *)test_alloc(5 * V * sizeof(float));
-        dsv3_linear(&ctx, want[fast], x, &s->model.lm_head, 5, scratch);
+        dsv3_linear(&ctx, want[fast], x, &s->model.lm_head, 5, scratch, NULL);
     }
     CHECK_EQ(dsv3_pack_size(packer, &s->model, &bytes, NULL), DSV3_OK);
     memory = synth_alloc(bytes);
@@ -318,7 +318,7 @@ static void check_unscaled(const dsv3_context *packer) {
         dsv3_context ctx = *packer;
         ctx.compute = fast ? DSV3_FAST : DSV3_EXACT;
         for (size_t n = 1; n <= 5; n++) {
-            dsv3_linear(&ctx, got, x, &s->model.lm_head, n, scratch);
+            dsv3_linear(&ctx, got, x, &s->model.lm_head, n, scratch, NULL);
             CHECK(memcmp(got, want[fast], n * V * sizeof *got) == 0);
         }
         free(want[fast]);

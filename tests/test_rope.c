@@ -35,7 +35,7 @@ static int is_yarn(const dsv3_config *c) { return c->rope_scaling.type == DSV3_R
 static int frequencies_wrong(const dsv3_config *c) {
     double theta[MOST_PAIRS];
     int wrong = 0;
-    dsv3_rope_frequencies(c, theta);
+    dsv3_rope_frequencies(c, theta, NULL);
     for (int i = 0; i < c->qk_rope_head_dim / 2; i++) {
         double want = is_yarn(c) ? yarn_frequency(c, i) : frequency(c, i);
         wrong += !(fabs(theta[i] - want) <= 1e-12 * want);
@@ -67,7 +67,7 @@ static dsv3_config yarn(int32_t dr, int32_t original, float factor, float beta_f
 static void ramp_is(const dsv3_config *c, int lo, int hi) {
     double theta[MOST_PAIRS];
     int wrong = 0;
-    dsv3_rope_frequencies(c, theta);
+    dsv3_rope_frequencies(c, theta, NULL);
     for (int i = 0; i < c->qk_rope_head_dim / 2; i++) {
         double full = frequency(c, i), slow = full / (double)c->rope_scaling.factor;
         if (i <= lo) {
@@ -85,7 +85,7 @@ static void golden(void) {
     dsv3_config v3 = dsv3_config_preset(DSV3_PRESET_V3), lite = dsv3_config_preset(DSV3_PRESET_V2_LITE);
     dsv3_config k2 = dsv3_config_preset(DSV3_PRESET_K2), plain = v3;
     double theta[MOST_PAIRS];
-    dsv3_rope_frequencies(&v3, theta);
+    dsv3_rope_frequencies(&v3, theta, NULL);
     NEAR(theta[0], 1, 1e-12);
     NEAR(theta[10], 0.0562341, 1e-6);
     NEAR(theta[16], 0.0055, 1e-6);
@@ -93,7 +93,7 @@ static void golden(void) {
     NEAR(theta[23], 3.3338e-5, 1e-5);
     NEAR(theta[31], 3.3338e-6, 1e-5);
     ramp_is(&v3, 10, 23);
-    dsv3_rope_frequencies(&k2, theta);
+    dsv3_rope_frequencies(&k2, theta, NULL);
     NEAR(theta[9], 0.0476886, 1e-6);
     ramp_is(&k2, 19, 20);
     plain.rope_scaling.type = DSV3_ROPE_NONE;
@@ -140,9 +140,9 @@ static void ramp_not_truncated(void) {
     dsv3_config c = dsv3_config_preset(DSV3_PRESET_V3);
     double whole[MOST_PAIRS], exact[MOST_PAIRS];
     CHECK_EQ(c.rope_scaling.truncate, 1);
-    dsv3_rope_frequencies(&c, whole);
+    dsv3_rope_frequencies(&c, whole, NULL);
     c.rope_scaling.truncate = 0;
-    dsv3_rope_frequencies(&c, exact);
+    dsv3_rope_frequencies(&c, exact, NULL);
     for (int i = 0; i < 32; i++) CHECK(i <= 10 || i >= 23 ? exact[i] == whole[i] : exact[i] != whole[i]);
 }
 
@@ -190,9 +190,9 @@ static double table_error(const dsv3_config *c, const int32_t *position, size_t 
     uint64_t turns[MOST_PAIRS] = {0};
     double theta[MOST_PAIRS], worst = 0;
     float *table = (float *)test_alloc(n * dr * sizeof(float));
-    dsv3_rope_turns(c, turns);
-    dsv3_rope_frequencies(c, theta);
-    dsv3_rope_table(table, position, turns, factor, n, dr);
+    dsv3_rope_turns(c, turns, NULL);
+    dsv3_rope_frequencies(c, theta, NULL);
+    dsv3_rope_table(table, position, turns, factor, n, dr, NULL);
     for (size_t t = 0; t < n; t++) {
         for (size_t i = 0; i < dr / 2; i++) {
             double angle = position[t] * theta[i];
@@ -221,8 +221,8 @@ static void table(void) {
     CHECK(table_error(&v3, position, 100, 1.5f) <= 7.5e-7); /* the multiplier is applied */
     small.qk_rope_head_dim = 2;                             /* one pair, one radian per position */
     CHECK(table_error(&small, position, N, 1.0f) <= 5e-7);
-    dsv3_rope_turns(&v3, turns);
-    dsv3_rope_table(first, &zero, turns, 1.0f, 1, 64);
+    dsv3_rope_turns(&v3, turns, NULL);
+    dsv3_rope_table(first, &zero, turns, 1.0f, 1, 64, NULL);
     for (size_t i = 0; i < 32; i++) CHECK(first[2 * i] == 1 && first[2 * i + 1] == 0);
 }
 
@@ -232,10 +232,10 @@ static void table_rows(void) {
     dsv3_config c = dsv3_config_preset(DSV3_PRESET_V3);
     uint64_t turns[MOST_PAIRS] = {0};
     float *all = (float *)test_alloc(3 * 64 * sizeof(float)), *one = (float *)test_alloc(64 * sizeof(float));
-    dsv3_rope_turns(&c, turns);
-    dsv3_rope_table(all, position, turns, 1.0f, 3, 64);
+    dsv3_rope_turns(&c, turns, NULL);
+    dsv3_rope_table(all, position, turns, 1.0f, 3, 64, NULL);
     for (size_t t = 0; t < 3; t++) {
-        dsv3_rope_table(one, position + t, turns, 1.0f, 1, 64);
+        dsv3_rope_table(one, position + t, turns, 1.0f, 1, 64, NULL);
         CHECK(memcmp(one, all + t * 64, 64 * sizeof(float)) == 0);
     }
     free(all), free(one);
@@ -245,8 +245,8 @@ static void table_rows(void) {
 
 static void table_of(const dsv3_config *c, float *cos_sin, int32_t position) {
     uint64_t turns[MOST_PAIRS] = {0};
-    dsv3_rope_turns(c, turns);
-    dsv3_rope_table(cos_sin, &position, turns, 1.0f, 1, (size_t)c->qk_rope_head_dim);
+    dsv3_rope_turns(c, turns, NULL);
+    dsv3_rope_table(cos_sin, &position, turns, 1.0f, 1, (size_t)c->qk_rope_head_dim, NULL);
 }
 
 /* By hand: pair i is (a, b) -> (a cos - b sin, a sin + b cos). */
@@ -264,7 +264,7 @@ static void rotate_by_hand(size_t dr) {
             want[q] = (double)x[p] * s + (double)x[q] * k;
         }
         memcpy(y, x, dr * sizeof *x);
-        dsv3_rope_rotate(y, cos_sin, dr, interleave);
+        dsv3_rope_rotate(y, cos_sin, dr, interleave, NULL);
         CHECK(dsv3i_all_finite(y, dr));
         CHECK_CLOSE(y, want, dr, 3e-7);
     }
@@ -279,10 +279,10 @@ static void rotate_back(size_t dr) {
         test_fill(x, dr, -1, 1);
         for (size_t i = 0; i < dr; i++) want[i] = (double)x[i];
         table_of(&c, cos_sin, 4321);
-        dsv3_rope_rotate(x, cos_sin, dr, interleave);
+        dsv3_rope_rotate(x, cos_sin, dr, interleave, NULL);
         CHECK(fabs((double)x[0] - want[0]) > 1e-3); /* it did turn */
         for (size_t i = 0; i < dr / 2; i++) cos_sin[2 * i + 1] = -cos_sin[2 * i + 1];
-        dsv3_rope_rotate(x, cos_sin, dr, interleave);
+        dsv3_rope_rotate(x, cos_sin, dr, interleave, NULL);
         CHECK(dsv3i_all_finite(x, dr));
         CHECK_CLOSE(x, want, dr, 1e-6);
     }
@@ -296,8 +296,8 @@ static void rotate_layouts(size_t dr) {
     table_of(&c, cos_sin, 999);
     test_fill(x, dr, -1, 1);
     for (size_t i = 0; i < dr / 2; i++) halves[i] = x[2 * i], halves[i + dr / 2] = x[2 * i + 1];
-    dsv3_rope_rotate(x, cos_sin, dr, 1);
-    dsv3_rope_rotate(halves, cos_sin, dr, 0);
+    dsv3_rope_rotate(x, cos_sin, dr, 1, NULL);
+    dsv3_rope_rotate(halves, cos_sin, dr, 0, NULL);
     for (size_t i = 0; i < dr / 2; i++) want[i] = (double)x[2 * i], want[i + dr / 2] = (double)x[2 * i + 1];
     CHECK(dsv3i_all_finite(halves, dr));
     CHECK_CLOSE(halves, want, dr, 2e-7); /* equal but for how the compiler fuses products */
@@ -310,9 +310,9 @@ static double product_at(const dsv3_config *c, const float *q, const float *k, i
     memcpy(a, q, dr * sizeof *a);
     memcpy(b, k, dr * sizeof *b);
     table_of(c, cos_sin, at_q);
-    dsv3_rope_rotate(a, cos_sin, dr, c->rope_interleave);
+    dsv3_rope_rotate(a, cos_sin, dr, c->rope_interleave, NULL);
     table_of(c, cos_sin, at_k);
-    dsv3_rope_rotate(b, cos_sin, dr, c->rope_interleave);
+    dsv3_rope_rotate(b, cos_sin, dr, c->rope_interleave, NULL);
     for (size_t i = 0; i < dr; i++) sum += (double)a[i] * (double)b[i];
     return sum;
 }

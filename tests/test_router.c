@@ -89,13 +89,14 @@ static void expected_indices(const dsv3_config *c, choice *out, const float *s, 
 
 static void expected_gates(const dsv3_config *c, choice *out, const float *s) {
     double sum = 0, scale = (double)c->routed_scaling_factor;
+    int normed = c->norm_topk_prob && c->num_experts_per_tok > 1; /* as in released code */
     for (int k = 0; k < c->num_experts_per_tok; k++) {
         out->gate[k] = isfinite(s[out->idx[k]]) ? (double)s[out->idx[k]] : 0.0;
         sum += out->gate[k];
     }
-    if (c->norm_topk_prob && c->gate_scaling == DSV3_SCALE_UNLESS_NORMED) scale = 1;
+    if (normed && c->gate_scaling == DSV3_SCALE_UNLESS_NORMED) scale = 1;
     for (int k = 0; k < c->num_experts_per_tok; k++) {
-        out->gate[k] = (c->norm_topk_prob ? out->gate[k] / (sum + 1e-20) : out->gate[k]) * scale;
+        out->gate[k] = (normed ? out->gate[k] / (sum + 1e-20) : out->gate[k]) * scale;
     }
 }
 
@@ -167,7 +168,7 @@ static void golden_scores(const dsv3_config *c, float *score) {
     }
     gate_w.data = w, gate_w.scale = NULL, gate_w.rows = 16, gate_w.cols = 3, gate_w.type = DSV3_F32, gate_w.rank = 2;
     gate_w.packed = 0;
-    dsv3_router_scores(&ctx, c, score, x, &gate_w, NULL, 3, scratch);
+    dsv3_router_scores(&ctx, c, score, x, &gate_w, NULL, 3, scratch, NULL);
     free(scratch);
 }
 
@@ -211,9 +212,11 @@ static void scores_biased(dsv3_scoring_func func, float *score, const float *z, 
     dsv3_config c = dsv3_config_default();
     dsv3_tensor gate_w;
     c.scoring_func = func;
+    c.n_routed_experts = (int32_t)E;
+    c.num_experts_per_tok = 1;
     gate_w.data = z, gate_w.scale = NULL, gate_w.rows = E, gate_w.cols = 1, gate_w.type = DSV3_F32, gate_w.rank = 2;
     gate_w.packed = 0;
-    dsv3_router_scores(&ctx, &c, score, one, &gate_w, gate_bias, 1, scratch);
+    CHECK_EQ(dsv3_router_scores(&ctx, &c, score, one, &gate_w, gate_bias, 1, scratch, NULL), DSV3_OK);
     free(scratch);
 }
 
@@ -270,15 +273,16 @@ static void scores_rows(void) {
     float z[8], all[24], alone[8], *scratch = (float *)test_alloc(linear_floats(&ctx, 3, 1) * sizeof(float));
     dsv3_config c = dsv3_config_default();
     dsv3_tensor gate_w;
+    c.n_routed_experts = 8, c.num_experts_per_tok = 1;
     test_fill(z, 8, -2, 2);
     gate_w.data = z, gate_w.scale = NULL, gate_w.rows = 8, gate_w.cols = 1, gate_w.type = DSV3_F32, gate_w.rank = 2;
     gate_w.packed = 0;
     for (int func = 0; func < 2; func++) {
         c.scoring_func = func ? DSV3_SOFTMAX : DSV3_SIGMOID;
-        dsv3_router_scores(&ctx, &c, all, x, &gate_w, NULL, 3, scratch);
+        dsv3_router_scores(&ctx, &c, all, x, &gate_w, NULL, 3, scratch, NULL);
         CHECK(isnan(all[8]) && isnan(all[15]));
         for (size_t t = 0; t < 3; t += 2) {
-            dsv3_router_scores(&ctx, &c, alone, x + t, &gate_w, NULL, 1, scratch);
+            dsv3_router_scores(&ctx, &c, alone, x + t, &gate_w, NULL, 1, scratch, NULL);
             CHECK(memcmp(alone, all + t * 8, sizeof alone) == 0);
         }
     }
@@ -298,8 +302,9 @@ static void scores_gate_bias(void) {
             dsv3_tensor gate_w = {w, NULL, E, 1, DSV3_F32, 2, 0};
             int wrong = 0;
             c.scoring_func = func ? DSV3_SOFTMAX : DSV3_SIGMOID;
+            c.n_routed_experts = (int32_t)E, c.num_experts_per_tok = 1;
             test_fill(w, E, -3, 3), test_fill(gate_bias, E, -3, 3);
-            dsv3_router_scores(&ctx, &c, score, x, &gate_w, gate_bias, 3, scratch);
+            dsv3_router_scores(&ctx, &c, score, x, &gate_w, gate_bias, 3, scratch, NULL);
             for (size_t t = 0; t < 3; t++) {
                 double sum = 0;
                 for (size_t e = 0; e < E; e++) z[e] = w[e] * x[t] + gate_bias[e], sum += exp((double)z[e]);
@@ -309,8 +314,8 @@ static void scores_gate_bias(void) {
                 }
             }
             CHECK_EQ(wrong, 0);
-            dsv3_router_scores(&ctx, &c, plain, x, &gate_w, NULL, 3, scratch); /* none is the same as zero */
-            dsv3_router_scores(&ctx, &c, score, x, &gate_w, zero, 3, scratch);
+            dsv3_router_scores(&ctx, &c, plain, x, &gate_w, NULL, 3, scratch, NULL); /* none is the same as zero */
+            dsv3_router_scores(&ctx, &c, score, x, &gate_w, zero, 3, scratch, NULL);
             CHECK(memcmp(score, plain, 3 * E * sizeof *score) == 0);
         }
     }
@@ -736,6 +741,56 @@ static void scaling(void) {
     }
 }
 
+/* One expert a token: the code released with V2, V3, Moonlight and K2 divides by the sum only where K > 1 (and V2's scales
+ * wherever it does not divide). Its weight is its score, and the router learns. */
+static void one_expert(void) {
+    static const dsv3_preset families[] = {DSV3_PRESET_V3, DSV3_PRESET_V2, DSV3_PRESET_V2_LITE, DSV3_PRESET_MOONLIGHT,
+                                           DSV3_PRESET_K2};
+    static const float score[4] = {0.25f, 0.5f, 0.75f, 0.125f}, dgate[1] = {2};
+    static const int32_t chosen[1] = {2};
+    for (size_t i = 0; i < sizeof families / sizeof families[0]; i++) {
+        for (int norm = 0; norm < 2; norm++) {
+            dsv3_config c = dsv3_config_preset(families[i]);
+            float dscore[4] = {1, 1, 1, 1}, scale = c.routed_scaling_factor, gate;
+            c.n_routed_experts = 4, c.num_experts_per_tok = c.n_group = c.topk_group = 1;
+            c.norm_topk_prob = norm;
+            CHECK_EQ(pick(&c, score, NULL), DSV3_OK);
+            CHECK(got_idx[0] == 2 && got_gate[0] == 0.75f * scale);
+            CHECK_EQ(dsv3_router_weights(&c, &gate, chosen, score, 1, NULL), DSV3_OK);
+            CHECK(gate == 0.75f * scale);
+#ifndef DSV3_NO_TRAINING
+            CHECK_EQ(dsv3_router_weights_backward(&c, dscore, dgate, chosen, score, 1, NULL), DSV3_OK);
+            CHECK(dscore[2] == 1 + 2 * scale && dscore[0] == 1 && dscore[1] == 1 && dscore[3] == 1);
+#endif
+        }
+    }
+}
+
+#ifndef DSV3_NO_TRAINING
+/* A score that is not finite weighs nothing forward, so nothing flows back through it, and the others of its row have the
+ * gradients that they would have if it were 0. */
+static void not_finite_backward(void) {
+    static const float bad[] = {NAN, INFINITY, -INFINITY}, dgate[3] = {0.5f, -1, 2};
+    static const int32_t chosen[3] = {4, 1, 2};
+    for (int mode = 0; mode < 12; mode++) {
+        dsv3_config c = routing(5, 1, 1, 3);
+        float score[5] = {0.3f, 0.6f, 0.2f, 0.9f, 0.4f}, zero[5], got[5] = {0}, want[5] = {0}, dz[5], dz_want[5];
+        score[1] = bad[mode % 3];
+        memcpy(zero, score, sizeof zero);
+        zero[1] = 0;
+        c.norm_topk_prob = mode / 3 % 2;
+        c.scoring_func = mode / 6 ? DSV3_SOFTMAX : DSV3_SIGMOID;
+        CHECK_EQ(dsv3_router_weights_backward(&c, got, dgate, chosen, score, 1, NULL), DSV3_OK);
+        CHECK_EQ(dsv3_router_weights_backward(&c, want, dgate, chosen, zero, 1, NULL), DSV3_OK);
+        want[1] = 0;
+        CHECK(memcmp(got, want, sizeof got) == 0 && got[4] != 0 && got[2] != 0);
+        CHECK_EQ(dsv3_router_scores_backward(&c, dz, got, score, 1, NULL), DSV3_OK);
+        CHECK_EQ(dsv3_router_scores_backward(&c, dz_want, want, zero, 1, NULL), DSV3_OK);
+        CHECK(memcmp(dz, dz_want, sizeof dz) == 0 && dz[1] == 0 && isfinite(dz[4]) && dz[4] != 0);
+    }
+}
+#endif
+
 /* greedy knows no groups: they limit neither the choice nor what the config may ask for. */
 static void greedy_ignores_groups(void) {
     static const float score[8] = {0.1f, 0.9f, 0.2f, 0.3f, 0.8f, 0.4f, 0.7f, 0.5f};
@@ -755,6 +810,10 @@ static void greedy_ignores_groups(void) {
 
 int main(void) {
     greedy_ignores_groups();
+    one_expert();
+#ifndef DSV3_NO_TRAINING
+    not_finite_backward();
+#endif
     CHECK_EQ(dsv3_context_init(&ctx, test_backend(), 1, NULL), DSV3_OK);
     golden();
     scores();

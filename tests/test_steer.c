@@ -575,7 +575,7 @@ static void test_states(void) {
     CHECK_EQ(dsv3_states(&s->model, state, &s->ws, row, 3, NULL), DSV3_OK);
     CHECK(memcmp(state, state + 48, 24 * sizeof *state) == 0);
     scratch = (float *)test_alloc(cross_entropy_floats(&s->context, &s->model.lm_head, 3) * sizeof *scratch);
-    dsv3_cross_entropy(&s->context, nll, state, &s->model.lm_head, target, 3, scratch);
+    dsv3_cross_entropy(&s->context, nll, state, &s->model.lm_head, target, 3, scratch, NULL);
     free(scratch);
     for (size_t i = 0; i < 2; i++) {
         double log_p = 1;

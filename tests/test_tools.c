@@ -404,10 +404,10 @@ static void parallel_bits(void) {
     ctx.threads = THREADS;
     scratch = (float *)test_alloc(linear_floats(&ctx, N, COLS) * sizeof(float));
     w.data = data, w.scale = NULL, w.rows = ROWS, w.cols = COLS, w.type = DSV3_F32, w.rank = 2, w.packed = 0;
-    dsv3_linear(&serial, want, x, &w, N, scratch);
+    dsv3_linear(&serial, want, x, &w, N, scratch, NULL);
     for (int i = 0; i < 20; i++) {
         memset(got, 0xFF, N * ROWS * sizeof(float));
-        dsv3_linear(&ctx, got, x, &w, N, scratch);
+        dsv3_linear(&ctx, got, x, &w, N, scratch, NULL);
         CHECK(memcmp(got, want, N * ROWS * sizeof(float)) == 0);
     }
     CHECK_EQ(s.calls, 20);

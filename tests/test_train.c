@@ -401,7 +401,7 @@ static void test_wide_loops(void) {
         set_how(&ctx, how == 0 ? HOW_SERIAL : HOW_BACKWARDS, 3);
         memset(dx + how * N * WIDTH, 0, N * WIDTH * sizeof *dx);
         memset(dg[how], 0, sizeof dg[how]);
-        dsv3_rmsnorm_backward(&ctx, dx + how * N * WIDTH, dg[how], dy, x, &g, N, WIDTH, 1e-6f, scratch);
+        dsv3_rmsnorm_backward(&ctx, dx + how * N * WIDTH, dg[how], dy, x, &g, N, 1e-6f, scratch, NULL);
     }
     CHECK(same_floats(dx, dx + N * WIDTH, N * WIDTH) && same_floats(dg[0], dg[1], WIDTH));
     CHECK(split[LOOP_NORM_DX] > 0 && split[LOOP_NORM_DG] > 0);

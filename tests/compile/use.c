@@ -30,9 +30,9 @@ dsv3_result use_everything(void) {
     if (dsv3_config_check(&config, &error) != DSV3_OK) return error.code;
     if (dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1, NULL) != DSV3_OK) return DSV3_ERR_ARG;
     if (dsv3_sample(&token, logits, 4, 1.0f, 0.9f, &rng, candidates, NULL) != DSV3_OK) return DSV3_ERR_ARG;
-    dsv3_rope_turns(&config, turns);
-    dsv3_rope_table(cos_sin, &position, turns, dsv3_rope_factor(&config), 1, 8);
-    dsv3_rope_rotate(score, cos_sin, 8, config.rope_interleave);
+    dsv3_rope_turns(&config, turns, NULL);
+    dsv3_rope_table(cos_sin, &position, turns, dsv3_rope_factor(&config), 1, 8, NULL);
+    dsv3_rope_rotate(score, cos_sin, 8, config.rope_interleave, NULL);
     if (dsv3_router_select(&config, idx, gate, score, NULL, NULL, 1, scratch, NULL) != DSV3_OK) return DSV3_ERR_ARG;
     if (dsv3_log_sum_exp(logits, 4) < 3.0f) return DSV3_ERR_ARG;
     if (dsv3_workspace_size(&config, 1, 1, &bytes, NULL) != DSV3_OK || bytes == 0) return DSV3_ERR_ARG;

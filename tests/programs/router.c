@@ -80,7 +80,7 @@ static void balance(const dsv3_config *config) {
         dsv3_error error;
         if (dsv3_router_select(config, idx, gate, score, bias, NULL, N, scratch, &error) != DSV3_OK) break;
         check_rows(config);
-        dsv3_load_count(load, idx, NULL, N, K);
+        dsv3_load_count(load, idx, NULL, N, E, K, NULL);
         for (int e = 0; e < E; e++) sum += load[e];
         expect(sum == (uint64_t)N * K, "assignments got lost");
         stats = dsv3_load_statistics(load, E);
@@ -90,7 +90,7 @@ static void balance(const dsv3_config *config) {
             printf("  step %3d  MaxVio %.2f  dead %d\n", step, last, (int)stats.dead);
         }
         if (last < 0.1) break;
-        dsv3_bias_step(bias, load, E, DSV3_BIAS_SIGN, 0.002);
+        dsv3_bias_step(bias, load, 1, E, DSV3_BIAS_SIGN, 0.002, NULL);
     }
     printf("  step %3d  MaxVio %.2f\n", step, last);
     expect(first > 1.0, "the stream is not skewed");
@@ -158,7 +158,7 @@ int main(void) {
     if (dsv3_linear_size(&context, N, D, &bytes, NULL) != DSV3_OK) return 1;
     scratch = malloc(bytes + 1); /* bytes may be 0 */
     if (scratch == NULL) return 1;
-    dsv3_router_scores(&context, &config, score, x, &gate_w, NULL, N, (float *)scratch);
+    dsv3_router_scores(&context, &config, score, x, &gate_w, NULL, N, (float *)scratch, NULL);
     free(scratch);
     balance(&config);
     mistakes(config);
