@@ -63,6 +63,55 @@
 #define dsv3_train_begin(trainer, targets, sequences) dsv3_train_begin(trainer, targets, sequences, NULL)
 #define dsv3_ffn_forward(context, y, u, model, layer, n, workspace)                                                  \
     dsv3_ffn_forward(context, y, u, model, layer, n, workspace, NULL)
+#define dsv3_linear(context, y, x, w, n, scratch) dsv3_linear(context, y, x, w, n, scratch, NULL)
+#define dsv3_linear_backward(context, dx, dw, dy, x, w, n, scratch)                                                  \
+    dsv3_linear_backward(context, dx, dw, dy, x, w, n, scratch, NULL)
+#define dsv3_cross_entropy(context, nll, u, head, target, n, scratch)                                                \
+    dsv3_cross_entropy(context, nll, u, head, target, n, scratch, NULL)
+#define dsv3_cross_entropy_backward(context, du, dhead, weight, u, head, target, n, scratch)                         \
+    dsv3_cross_entropy_backward(context, du, dhead, weight, u, head, target, n, scratch, NULL)
+#define dsv3_embed(context, x, token, w, n) dsv3_embed(context, x, token, w, n, NULL)
+#define dsv3_embed_backward(dw, dx, token, n, d) dsv3_embed_backward(dw, dx, token, n, INT32_MAX / 256, d, NULL)
+#define dsv3_rmsnorm(context, y, x, g, n, d, eps) dsv3_rmsnorm(context, y, x, g, n, d, eps, NULL)
+#define dsv3_rmsnorm_backward(context, dx, dg, dy, x, g, n, d, eps, scratch)                                         \
+    dsv3_rmsnorm_backward(context, dx, dg, dy, x, g, n, eps, scratch, NULL)
+#define dsv3_router_scores(context, config, score, x, w, bias, n, scratch)                                           \
+    dsv3_router_scores(context, config, score, x, w, bias, n, scratch, NULL)
+#define dsv3_router_weights_backward(config, dscore, dgate, idx, score, n)                                           \
+    dsv3_router_weights_backward(config, dscore, dgate, idx, score, n, NULL)
+#define dsv3_router_scores_backward(config, dz, dscore, score, n)                                                    \
+    dsv3_router_scores_backward(config, dz, dscore, score, n, NULL)
+#define dsv3_rope_frequencies(config, theta) dsv3_rope_frequencies(config, theta, NULL)
+#define dsv3_rope_turns(config, turns) dsv3_rope_turns(config, turns, NULL)
+#define dsv3_rope_table(table, position, turns, factor, n, dr)                                                       \
+    dsv3_rope_table(table, position, turns, factor, n, dr, NULL)
+#define dsv3_rope_rotate(x, table, dr, interleave) dsv3_rope_rotate(x, table, dr, interleave, NULL)
+#define dsv3_rope_rotate_backward(x, table, dr, interleave) dsv3_rope_rotate_backward(x, table, dr, interleave, NULL)
+#define dsv3_bias_step(bias, load, E, rule, speed) dsv3_bias_step(bias, load, 1, E, rule, speed, NULL)
+#define dsv3_mla_forward(context, y, u, model, weights, layer, caches, n, workspace)                                 \
+    dsv3_mla_forward(context, y, u, model, weights, layer, caches, n, workspace, NULL)
+typedef dsv3_result (*loss_call)(double *loss, const dsv3_routing *routing, double *scratch, dsv3_error *error);
+static double loss_of(loss_call call, dsv3_routing routing, double *scratch) {
+    double loss = -1;
+    return call(&loss, &routing, scratch, NULL) == DSV3_OK ? loss : -1;
+}
+static dsv3_routing routing_of(const float *score, const int32_t *idx, const uint8_t *mask, size_t n, size_t E, size_t K,
+                               size_t devices, size_t most) {
+    dsv3_routing routing = {score, idx, mask, n, E, K, devices, most};
+    return routing;
+}
+static void balance_backward(float *dscore, double scale, const dsv3_balance_weights *weights, dsv3_routing routing,
+                             double *scratch) {
+    (void)dsv3_balance_backward(dscore, scale, weights, &routing, scratch, NULL);
+}
+#define dsv3_balance_loss(score, idx, mask, n, E, K, scratch)                                                        \
+    loss_of(dsv3_balance_loss, routing_of(score, idx, mask, n, E, K, 0, 0), scratch)
+#define dsv3_device_loss(score, idx, mask, n, E, K, devices, scratch)                                                \
+    loss_of(dsv3_device_loss, routing_of(score, idx, mask, n, E, K, devices, 0), scratch)
+#define dsv3_communication_loss(score, idx, mask, n, E, K, devices, most, scratch)                                   \
+    loss_of(dsv3_communication_loss, routing_of(score, idx, mask, n, E, K, devices, most), scratch)
+#define dsv3_balance_backward(dscore, scale, weights, score, idx, mask, n, E, K, scratch)                            \
+    balance_backward(dscore, scale, weights, routing_of(score, idx, mask, n, E, K, 0, 0), scratch)
 static size_t dsv3_linear_scratch(const dsv3_context *context, size_t n, size_t cols) {
     size_t bytes;
     return dsv3_linear_size(context, n, cols, &bytes, NULL) == DSV3_OK ? bytes / sizeof(float) : SIZE_MAX;
@@ -966,6 +1015,7 @@ static void ops_router(const backend *b) {
                 for (size_t i = 0; i < 8; i++) {
                     size_t rows = counts[i / 2];
                     c.scoring_func = i % 2 ? DSV3_SOFTMAX : DSV3_SIGMOID;
+                    c.n_routed_experts = (int32_t)E, c.n_group = c.topk_group = c.num_experts_per_tok = 1;
                     scratch = get_floats(dsv3_linear_scratch(&ctx, rows, d));
                     memset(score, 0xFF, rows * E * sizeof *score);
                     dsv3_router_scores(&ctx, &c, score, x, &w, i % 2 ? NULL : bias, rows, scratch);
