@@ -11706,10 +11706,13 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
  * no promise between versions.
  *
  * 0.2.0
- *   Errors     calls that can fail for several reasons take a dsv3_error, the last argument, and always set it: all _size
- *              and _init,
- *              _append, _truncate, _copy, _pack, dsv3_quantize, dsv3_router_select, dsv3_router_weights, dsv3_sample,
- *              dsv3_ffn_forward, dsv3_layer_forward. New codes: DSV3_ERR_ABORTED, DSV3_ERR_DAMAGED.
+ *   Errors     every call that has a result takes a dsv3_error, the last argument, and always sets it. Blocks and ops on
+ *              plain arrays look at their arguments, too, and say DSV3_OK; contexts are checked where they are used. New
+ *              codes: DSV3_ERR_ABORTED, DSV3_ERR_DAMAGED.
+ *   Balance    dsv3_load_count knows E; dsv3_bias_step moves all layers; balance losses take a dsv3_routing and give the
+ *              loss through their first argument, as NaN and the like are refused; dsv3_embed_backward knows V.
+ *   Router     norm_topk_prob has no effect with one expert a token; a score that is not finite gets no gradient.
+ *   Sums       dsv3_log_sum_exp and dsv3_cross_entropy add up in double, whatever the order of logits.
  *   Order      context, config or model comes first, then what is written: dsv3_model_bind(config, model, ..),
  *              dsv3_cache_init(config, cache, ..), likewise workspace, sequence, parameters, trainer and balancer;
  *              dsv3_sequence_append(model, sequence, ..).

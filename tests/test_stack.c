@@ -27,7 +27,7 @@ static void job_train(job *j) {
     text.rows = ROWS;
     text.token = token;
     dsv3_text_count(&text, (size_t)j->s->config.num_nextn_predict_layers, targets, &sequences);
-    j->result = dsv3_train_begin(j->trainer, targets, sequences);
+    j->result = dsv3_train_begin(j->trainer, targets, sequences, NULL);
     if (j->result == DSV3_OK) j->result = dsv3_train_accumulate(&j->s->context, j->trainer, &text, NULL);
     if (j->result == DSV3_OK) j->result = dsv3_train_end(&j->s->context, j->trainer, 0.001, NULL, NULL);
 }
