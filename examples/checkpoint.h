@@ -723,13 +723,13 @@ static st_result checkpointi_config_file(dsv3_config *config, int *blocks, check
 /* directory/generation_config.json, if there is one. */
 static st_result checkpointi_generation(checkpoint *c, const char *directory, st_error *error) {
     char inside[4096];
-    st_error none;
-    FILE *file;
+    sti_source source;
+    st_result result;
     int blocks;
-    if (checkpointi_path(inside, sizeof inside, directory, "generation_config.json", &none) != ST_OK) return ST_OK;
-    file = fopen(inside, "rb");
-    if (file == NULL && errno == ENOENT) return ST_OK;
-    if (file != NULL) fclose(file);
+    if (checkpointi_path(inside, sizeof inside, directory, "generation_config.json", error) != ST_OK) return ST_OK;
+    result = sti_source_open(&source, inside, error);
+    if (result != ST_OK) return result == ST_ERR_MISSING ? ST_OK : result;
+    sti_source_close(&source);
     return checkpointi_config_file(NULL, &blocks, c, inside, error);
 }
 

@@ -647,6 +647,18 @@ static int output_kind(const char *path) {
 #endif
 }
 
+/* Is there nothing yet, nor behind a link of that name? */
+static int output_is_new(const char *path) {
+#ifdef TOOL_POSIX
+    struct stat s;
+    return stat(path, &s) != 0 && errno == ENOENT;
+#else
+    FILE *file = fopen(path, "rb");
+    if (file != NULL) fclose(file);
+    return file == NULL && errno == ENOENT;
+#endif
+}
+
 /* The path of the file itself, behind any links. The caller frees it. */
 static char *output_real(const char *path) {
     size_t n = strlen(path) + 1;
@@ -922,16 +934,12 @@ static void prompt_cache_open(prompt_cache *c, const char *path, const session *
     const char *format, *hash;
     char found[24];
     st_error error;
-    FILE *file;
     memset(c, 0, sizeof *c);
     c->path = path;
     if (path == NULL) return;
     output_try("--prompt-cache", path);
     c->tag = prompt_cache_tag(&s->model.file);
-    file = fopen(path, "rb");
-    if (file == NULL && errno == ENOENT) return;
-    if (file == NULL) stop("%s: cannot be opened: %s", path, strerror(errno));
-    fclose(file);
+    if (output_is_new(path)) return;
     if (st_open(&c->file, path, &error) != ST_OK) stop("%s", error.message);
     c->found = 1;
     text = st_find(&c->file, "tokens");
@@ -3427,6 +3435,7 @@ static void train_log_open(train_state *s) {
     log->column = (double **)route_table("log", log->columns, 1, 1, sizeof *log->column);
     if (s->o.resume && file_exists(s->o.out, "log.csv")) {
         size_t length = 0;
+        if (output_kind(log->path) == OUTPUT_SPECIAL) stop("%s: not a regular file", log->path); /* a pipe would be waited for */
         text = read_file(log->path, &length);
         text = (char *)realloc(text, length + 1);
         if (text == NULL) stop("%s: no memory for %zu bytes", log->path, length + 1);

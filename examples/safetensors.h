@@ -191,7 +191,8 @@ const char *st_result_string(st_result result);
  * The bytes go to a new file PATH.PROCESS-NUMBER.tmp (ST_NO_POSIX: PATH.tmp), are synced, and are then renamed
  * to PATH, so that a reader sees the old file or the new one and never half of one, and writers are not in each
  * other's way. On an error the new file is removed and PATH is untouched. Whatever st_open would refuse is
- * refused here, with the same code; so is ST_OTHER. */
+ * refused here, with the same code; so is ST_OTHER. A file beyond the process's limit (ulimit -f) is an error like a full
+ * disk in a program that ignores SIGXFSZ, which else ends it in the middle. */
 st_result st_write(const char *path, const st_tensor *tensors, size_t count, const char *const *metadata_pairs,
                    st_error *error);
 

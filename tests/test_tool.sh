@@ -1502,6 +1502,11 @@ rm $tmp/strange/config.json
 mkfifo $tmp/strange/config.json
 everywhere "a pipe as config.json" "$tmp/strange/config.json: not a regular file" $tmp/strange
 refused "plan: a pipe as config.json" "$tmp/strange/config.json: not a regular file" plan $tmp/strange
+copy strange_generation
+mkfifo $tmp/strange_generation/generation_config.json
+everywhere "a pipe as generation_config.json" "generation_config.json: not a regular file" $tmp/strange_generation
+mkfifo $tmp/strange/cache
+refused "--prompt-cache: a pipe" "$tmp/strange/cache: not a regular file" generate $micro -n 3 --prompt-cache $tmp/strange/cache
 rm $tmp/strange/config.json
 printf '{"model_type": "kimi_k25", "text_config": {"hidden_size": 64}}' > $tmp/strange/config.json
 everywhere "a wrapper" "text_config: this is a wrapper with the model inside" $tmp/strange
@@ -1565,6 +1570,11 @@ mkdir $tmp/unread
 ln -s nowhere $tmp/unread/train.safetensors
 refused "train: a run that cannot be read" "$tmp/unread: holds a checkpoint already" train $recipe --steps 1 --out $tmp/unread
 if [ -L $tmp/unread/train.safetensors ]; then ok; else bad "train: a run that cannot be read is gone"; fi
+trains "before the log is a pipe" $recipe --out $tmp/piped_log --steps 1
+rm $tmp/piped_log/log.csv
+mkfifo $tmp/piped_log/log.csv
+"$tool" train --resume --out $tmp/piped_log --steps 2 > $tmp/out 2> $tmp/err
+equal "train: a pipe as log.csv" "$? $(grep -c "^dsv3: $tmp/piped_log/log.csv: not a regular file" $tmp/err)" "1 1"
 # Two processes on one directory.
 "$tool" train $recipe --steps 100000 --save-every 100000 --out $tmp/two_runs > $tmp/out 2> $tmp/b &
 child=$!
