@@ -11728,6 +11728,8 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
  *   Training   dsv3_text.apart; dsv3_train_accumulate and _end check settings, rate and the order of calls; a gradient whose
  *              square overflows ends the step with DSV3_ERR_NAN.
  *   Options    DSV3_NO_TRAINING also leaves out the balancer, the bias step and V2's balance losses.
+ *   Builds     enums have 32 bits on both sides of a call (DSV3_ENUM); dsv3_version; dsv3_balancer.E is experts, and no name
+ *              in a declaration is a single capital. More kinds of fast math, and the x87, are refused; C89 by one message.
  *
  * MIT License
  *
