@@ -922,7 +922,7 @@ DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *
  * distribution. n <= workspace->rows; rows that do not fit wait (drafts are dropped first).
  * logits [sum of (max_drafts + 1), V] is scratch. Errors: as of dsv3_forward; what a steer returns, and NAN when it left
  * nothing to choose; when no sequence has anything to do, FULL if one is FULL, else ARG. Every sequence is then as
- * before (its counters and random numbers too), and n_token 0. */
+ * before (its counters and random numbers too; but its modules may have read on), and n_token 0. */
 DSV3_API dsv3_result dsv3_generate_step(const dsv3_context *context, float *logits, const dsv3_model *model,
                                         dsv3_sequence *const *sequences, size_t n, dsv3_workspace *workspace,
                                         dsv3_error *error);
@@ -6425,6 +6425,8 @@ DSV3I_APART dsv3_result dsv3i_compute(dsv3i_step *a) {
         dsv3_sequence *s = a->sequences[i];
         if (s->own->step_rows > 0) DSV3I_TRY(dsv3i_catch_up(a, i, s->own->step_rows));
         s->own->top = dsv3i_max(s->own->top, s->cache.length + s->own->step_rows + 1);
+        /* Behind an error, too, modules have read what they read here: the states may be gone that they would need again. */
+        for (size_t k = 0; k < s->n_modules; k++) s->own->lengths[k] = s->modules[k].length;
     }
     DSV3I_TRY(dsv3i_draft(a));
     for (size_t i = 0; i < a->n; i++) {

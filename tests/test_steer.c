@@ -669,6 +669,52 @@ static void test_aborted_behind_rollback(void) {
     synth_close(s);
 }
 
+/* A step is aborted in which modules that lag behind had to read first, at each place: the sequence can still be saved, its
+ * modules are not put back to where the states are gone, and what they draft later is what they had drafted. */
+static void test_aborted_behind_lag(void) {
+    static const int32_t prompt[3] = {1, 2, 3};
+    synth *s = random_model(6, 2, 84);
+    int aborted = 0;
+    for (size_t plain = 1; plain < 12; plain++) {
+        pen right;
+        for (int fails = -1; fails < 40; fails++) {
+            size_t bytes = 0;
+            dsv3_result result = DSV3_OK;
+            void *data;
+            fuse f = {0, 0};
+            pen p;
+            pen_open(&p, s, 2, 3);
+            f.fails = fails;
+            CHECK_EQ(dsv3_sequence_append(&s->model, &p.s, prompt, 3, NULL), DSV3_OK);
+            p.s.drafts = 0;
+            for (size_t i = 0; i <= plain; i++) CHECK_EQ(pens_step(s, &p, 1, NULL), DSV3_OK);
+            p.s.drafts = 3, p.s.limit = 22;
+            s->context.aborted = fuse_blows;
+            s->context.abort_user = &f;
+            result = pens_step(s, &p, 1, NULL);
+            s->context.aborted = NULL;
+            CHECK(result == DSV3_OK || result == DSV3_ERR_ABORTED);
+            aborted += result != DSV3_OK;
+            CHECK_EQ(dsv3_sequence_save_size(&p.s, &bytes, NULL), DSV3_OK);
+            data = test_alloc(bytes);
+            CHECK_EQ(dsv3_sequence_save(&s->model, &p.s, 0, data, bytes, NULL), DSV3_OK);
+            free(data);
+            CHECK_EQ(pens_run(s, &p, 1), DSV3_OK);
+            if (fails < 0) {
+                right = p;
+                continue;
+            }
+            CHECK(same_text(&p.s, right.s.history, dsv3_sequence_length(&right.s)));
+            CHECK(memcmp(p.s.accepted, right.s.accepted, 3 * sizeof *p.s.accepted) == 0);
+            pen_close(&p);
+            if (result == DSV3_OK) break;
+        }
+        pen_close(&right);
+    }
+    CHECK(aborted > 50);
+    synth_close(s);
+}
+
 /* A workspace of another config is refused before anything is written to it; a step that is refused has no results. */
 static void test_foreign_workspace(void) {
     static const int32_t prompt[2] = {3, 0};
@@ -705,6 +751,7 @@ int main(void) {
     test_bad_stops();
     test_half_read();
     test_aborted_behind_rollback();
+    test_aborted_behind_lag();
     test_foreign_workspace();
     return test_done("steer");
 }
