@@ -126,6 +126,7 @@ typedef struct command {
     const char *name, *help;
     int (*run)(int argc, char **argv, const struct command *command);
     const char *operands[2]; /* what they are called */
+    const char *more;        /* the rest of a help that is longer than C lets a text be; or NULL */
 } command;
 
 static int usage(const command *c, const char *why, const char *what) {
@@ -206,7 +207,7 @@ static int parse(int argc, char **argv, const command *c, const option *options,
         const option *o;
         const char *value;
         if (!only_operands && (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0)) {
-            printf("%s", c->help);
+            printf("%s%s", c->help, c->more != NULL ? c->more : "");
             flush_output();
             return 1;
         }
@@ -2757,6 +2758,7 @@ static const char train_help[] =
     "Trains a model on text: AdamW, multi-token prediction, experts balanced by their biases. DIR gets the\n"
     "checkpoint (model.safetensors, config.json), what --resume needs (train.safetensors), log.csv and pictures of\n"
     "it. Ctrl-C ends it after the current step, with everything saved. Standard error shows the progress.\n"
+    "Texts S may hold \\n, \\t and \\\\; with --ids they are token ids.\n"
     "The model:\n"
     "  --preset NAME    random weights for one of " PLAN_NAMES "\n"
     "  --config FILE    random weights for this config.json, or the one in this directory\n"
@@ -2767,13 +2769,24 @@ static const char train_help[] =
     "The text:\n"
     "  --text FILE      may be repeated: the files are joined\n"
     "  --ids            they hold token ids\n"
-    "  --val P          the last P percent are for validation (default 5)\n"
+    "  --separator S    ends a document, as the end of a file then does; may be repeated. No loss crosses the border\n"
+    "                   of two documents; attention does, as in V3's training\n"
+    "  --apart          unless this is given: each document is read as if it stood alone\n"
+    "  --loss-from S    within a document the loss begins behind S: prompts before it are read, but not learnt; may\n"
+    "                   be repeated\n"
+    "  --loss-to S      and ends behind this, up to the next --loss-from; may be repeated\n"
+    "  --val P          the last P percent are for validation (default 5; with --val-text 0)\n"
+    "  --val-text FILE  validation reads this instead; may be repeated\n"
     "  --seq N          tokens of a sequence (default: what the model was made for, at most 1024; it will predict\n"
     "                   badly at positions it has not seen)\n"
     "  --batch N        sequences of a step (default 4)\n"
-    "  --accum N        micro-batches into which they are divided, to save memory (default: up to 4096 tokens each)\n"
+    "  --accum N        micro-batches into which they are divided, to save memory (default: up to 4096 tokens each)\n";
+
+static const char train_help_more[] =
     "The recipe:\n"
-    "  --steps N        (default 1000)\n"
+    "  --steps N        (default 1000); sequences are drawn from anywhere in the text\n"
+    "  --epochs N       instead: N passes through the text, each in another order, in which every token comes once (but\n"
+    "                   for less than --seq at the ends)\n"
     "  --lr X           highest learning rate (default 0.003; with --init 0.0001)\n"
     "  --schedule S     v3 (warm-up, constant, cosine, low, tail) or cosine (default v3)\n"
     "  --warmup N       steps of the warm-up (default: a twentieth; with --init at least 40, but at most half of all)\n"
@@ -2783,25 +2796,35 @@ static const char train_help[] =
     "  --low F          rate of the low phase, or where the cosine ends, as a fraction of --lr (default 0.1)\n"
     "  --tail F         v3: rate of the last phase, likewise (default 0.033)\n"
     "  --lambda X       weight of the MTP losses (default 0.3)\n"
-    "  --alpha X        weight of the balance loss (default 0.0001)\n"
+    "  --alpha X        weight of the balance loss (default: aux_loss_alpha of the config)\n"
+    "  --alpha-loads W  what it counts: scores (the largest ones, V3) or routing (what was chosen, V2) (default: by\n"
+    "                   topk_method)\n"
+    "  --alpha-device X, --alpha-comm X   weights of V2's device and communication losses (default 0; V2: 0.05, 0.02)\n"
+    "  --devices N, --most-devices N      for these: equal groups of experts, and how many of them a token is sent to\n"
+    "                   (default: n_group and topk_group of the config)\n"
     "  --bias-speed X   step of the routers' biases (default 0.001)\n"
     "  --bias-freeze F  where the biases stop, as a fraction of the steps (default 0.966)\n"
     "  --weight-decay X (default 0.1)\n"
     "  --exempt NAMES   no weight decay for these tensors (norms never have any); may be repeated\n"
     "  --clip X         largest norm of the gradients, 0: any (default 1)\n"
-    "  --ema X          decay of a moving average of the weights, kept in DIR/ema; 0: none (default 0)\n"
+    "  --ema X          decay of a moving average of the weights, kept in DIR/ema; 0: none (default 0); at most\n"
+    "                   0.99999: beyond that steps are lost in the roundings of the average\n"
+    "  --patience N     ends the run when N validations in a row were no better than the best; 0: never (default 0)\n"
     "  --seed N         (default 1)\n"
     "Memory and output:\n"
     "  --keep WHAT      activations that are kept, not computed again: none (default), all, or some of norms, up,\n"
     "                   swiglu with commas between them; does not change the result\n"
     "  --type TYPE      of the saved weights: F32, F16, BF16, F8_E4M3, Q8_0 or Q4_0 (default F32)\n"
     "  --save-every N   steps between checkpoints (default 100)\n"
+    "  --save-minutes X and minutes, if steps take longer; 0: any (default 10)\n"
+    "  --keep-last N    the weights of the last N checkpoints also stay in DIR/step-...; 0: none (default 0)\n"
+    "  --keep-best      those with the lowest validation loss (main model) stay in DIR/best\n"
     "  --val-every N    steps between validations (default 100)\n"
     "  --val-tokens N   tokens of a validation (default 8192)\n"
     "  --sample-every N steps between samples of the model's text, 0: none (default 0)\n"
     "  --threads N      default: all cores; does not change the result\n"
-    "  --backend NAME   auto, reference, avx2, avx512, avx512_bf16 or amx (default auto: the best); roundings\n"
-    "                   depend on it\n"
+    "  --backend NAME   auto, reference, avx2, avx512, avx512_bf16 or amx (default auto: the best; with --resume that of\n"
+    "                   the run); roundings depend on it\n"
     "  --resume         goes on with the run in DIR, bit for bit as if it had never stopped; options and text are "
     "those\n"
     "                   of the run, and what is given again must agree (except under \"Memory and output\")\n"
@@ -2809,14 +2832,17 @@ static const char train_help[] =
     "                   the last rate (--tail; cosine: --low) goes on. For a new cycle use --init\n";
 
 typedef struct train_options {
-    const char *config, *preset, *init, *out, *schedule, *keep, *type, *backend;
-    texts text, freeze, exempt;
-    long steps, batch, accum, seq, warmup, seed, val_every, val_tokens, sample_every, save_every, threads;
+    const char *config, *preset, *init, *out, *schedule, *keep, *type, *backend, *alpha_loads;
+    texts text, val_text, separator, loss_from, loss_to, freeze, exempt;
+    long steps, epochs, batch, accum, seq, warmup, seed, val_every, val_tokens, sample_every, save_every, threads;
+    long devices, most_devices, patience, keep_last;
     double std, val, lr, constant, low, tail, lambda, alpha, bias_speed, bias_freeze, weight_decay, clip, ema;
-    int ids, resume;
+    double alpha_device, alpha_comm, save_minutes;
+    int ids, resume, apart, keep_best;
 } train_options;
 
-#define TRAIN_OPTIONS 37
+#define TRAIN_OPTIONS 53
+#define TRAIN_STEPS 1000
 
 /* Defaults of --lr and --warmup. A trained model stands where large steps lead away from, and AdamW begins with moments
  * that know nothing: in its first 2 / (1 - beta2) = 40 steps the second ones are a few gradients' noise. */
@@ -2836,6 +2862,21 @@ static void train_table(option *table, train_options *o) {
                                                {"--threads", OPTION_INT, &o->threads, 1, 4096},
                                                {"--backend", OPTION_TEXT, &o->backend, 0, 0},
                                                {"--text", OPTION_LIST, &o->text, 0, 0},
+                                               {"--val-text", OPTION_LIST, &o->val_text, 0, 0},
+                                               {"--separator", OPTION_LIST, &o->separator, 0, 0},
+                                               {"--apart", OPTION_FLAG, &o->apart, 0, 0},
+                                               {"--loss-from", OPTION_LIST, &o->loss_from, 0, 0},
+                                               {"--loss-to", OPTION_LIST, &o->loss_to, 0, 0},
+                                               {"--epochs", OPTION_INT, &o->epochs, 0, 1e9},
+                                               {"--alpha-loads", OPTION_TEXT, &o->alpha_loads, 0, 0},
+                                               {"--alpha-device", OPTION_FLOAT, &o->alpha_device, 0, 1e6},
+                                               {"--alpha-comm", OPTION_FLOAT, &o->alpha_comm, 0, 1e6},
+                                               {"--devices", OPTION_INT, &o->devices, 1, 1e9},
+                                               {"--most-devices", OPTION_INT, &o->most_devices, 1, 1e9},
+                                               {"--patience", OPTION_INT, &o->patience, 0, 1e9},
+                                               {"--save-minutes", OPTION_FLOAT, &o->save_minutes, 0, 1e9},
+                                               {"--keep-last", OPTION_INT, &o->keep_last, 0, 1e6},
+                                               {"--keep-best", OPTION_FLAG, &o->keep_best, 0, 0},
                                                {"--keep", OPTION_TEXT, &o->keep, 0, 0},
                                                {"--type", OPTION_TEXT, &o->type, 0, 0},
                                                {"--save-every", OPTION_INT, &o->save_every, 1, 1e9},
@@ -2863,7 +2904,7 @@ static void train_table(option *table, train_options *o) {
                                                {"--weight-decay", OPTION_FLOAT, &o->weight_decay, 0, 1e6},
                                                {"--exempt", OPTION_LIST, &o->exempt, 0, 0},
                                                {"--clip", OPTION_FLOAT, &o->clip, 0, 1e30},
-                                               {"--ema", OPTION_FLOAT, &o->ema, 0, 0.999999999},
+                                               {"--ema", OPTION_FLOAT, &o->ema, 0, 0.99999},
                                                {"--seed", OPTION_INT, &o->seed, 0, 9e15},
                                                {NULL, OPTION_FLAG, NULL, 0, 0}};
     memcpy(table, options, sizeof options);
@@ -2872,12 +2913,13 @@ static void train_table(option *table, train_options *o) {
 static train_role train_role_of(const char *name) {
     static const char calls[7][12] = {"--config", "--preset",  "--init",   "--out",
                                       "--resume", "--threads", "--backend"};
-    static const char frees[8][16] = {"--text",      "--keep",       "--type",         "--save-every",
-                                      "--val-every", "--val-tokens", "--sample-every", "--steps"};
+    static const char frees[14][16] = {"--text",      "--keep",       "--type",         "--save-every",   "--val-every",
+                                       "--val-tokens", "--sample-every", "--steps",      "--epochs",       "--val-text",
+                                       "--save-minutes", "--keep-last",  "--keep-best",  "--patience"};
     for (int i = 0; i < 7; i++) {
         if (strcmp(name, calls[i]) == 0) return TRAIN_CALL;
     }
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < 14; i++) {
         if (strcmp(name, frees[i]) == 0) return TRAIN_FREE;
     }
     return TRAIN_FIXED;
@@ -2887,25 +2929,20 @@ static train_options train_defaults(void) {
     train_options o;
     memset(&o, 0, sizeof o);
     o.schedule = "v3";
-    o.backend = "auto";
     o.keep = "none";
     o.type = "F32";
-    o.steps = 1000;
     o.batch = 4;
     o.warmup = -1;
     o.seed = 1;
     o.save_every = o.val_every = 100;
     o.val_tokens = 8192;
     o.std = 0.02;
-    o.val = 5;
-    o.lr = -1; /* until it is known whether the model is new */
+    o.save_minutes = 10;
+    o.val = o.lr = o.alpha = o.bias_speed = o.bias_freeze = -1; /* until more is known: train_resolve */
     o.constant = 10.0 / 14.8; /* [R] 4.2: trillions of tokens */
     o.low = 0.1;
     o.tail = 7.3e-6 / 2.2e-4;
     o.lambda = 0.3;
-    o.alpha = 0.0001;
-    o.bias_speed = 0.001;
-    o.bias_freeze = 14.3 / 14.8;
     o.weight_decay = 0.1;
     o.clip = 1;
     return o;
@@ -2934,7 +2971,13 @@ static const char *train_misuse(const train_options *o) {
     if (o->resume && models > 0) return "--resume: the model is the one in --out; expected no other";
     snprintf(why, sizeof why, "expected one of --preset, --config and --init, found %d", models);
     if (!o->resume && models != 1) return why;
+    if (o->steps > 0 && o->epochs > 0) return "--steps and --epochs exclude each other";
+    if (!o->resume && o->loss_to.count > 0 && o->loss_from.count == 0) return "--loss-to: expected --loss-from, too";
     return !o->resume && o->text.count == 0 ? "--text: expected at least one file, found none" : NULL;
+}
+
+static void train_check_warmup(const train_options *o, long steps) {
+    if (o->warmup > steps) stop("--warmup: expected at most %ld, the steps, found %ld", steps, o->warmup);
 }
 
 /* The values of options, as far as they need no file. */
@@ -2947,7 +2990,10 @@ static void train_check(const train_options *o) {
     if (o->accum > 0 && o->batch % o->accum != 0) {
         stop("--accum: expected a divisor of the batch of %ld sequences, found %ld", o->batch, o->accum);
     }
-    if (o->warmup > o->steps) stop("--warmup: expected at most %ld, the steps, found %ld", o->steps, o->warmup);
+    if (o->alpha_loads != NULL && strcmp(o->alpha_loads, "scores") != 0 && strcmp(o->alpha_loads, "routing") != 0) {
+        stop("--alpha-loads: expected scores or routing, found '%s'", o->alpha_loads);
+    }
+    train_check_warmup(o, o->steps > 0 ? o->steps : o->epochs > 0 ? LONG_MAX : TRAIN_STEPS);
 }
 
 /* ---- train: everything there is */
@@ -2971,6 +3017,40 @@ typedef struct train_log {
     size_t columns, rows, capacity;
 } train_log;
 
+/* Places in a text, never falling. */
+typedef struct places {
+    size_t *at; /* [count] */
+    size_t count, capacity;
+} places;
+
+static void places_add(places *p, size_t at) {
+    if (p->count == p->capacity) {
+        p->capacity = p->capacity > 0 ? 2 * p->capacity : 256;
+        p->at = (size_t *)realloc(p->at, p->capacity * sizeof *p->at);
+        if (p->at == NULL) stop("text: no memory for %zu places", p->capacity);
+    }
+    p->at[p->count++] = at;
+}
+
+/* The first of them behind x, by its index. */
+static size_t places_behind(const places *p, size_t x) {
+    size_t low = 0, high = p->count;
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        if (p->at[middle] > x) high = middle;
+        else low = middle + 1;
+    }
+    return low;
+}
+
+/* A text that is trained on or read for validation. Tokens take as many bytes as the vocabulary needs. */
+typedef struct corpus {
+    unsigned char *data;
+    size_t count, width; /* tokens; bytes of one: 1, 2 or 4 */
+    places begin;        /* of documents but the first */
+    places edge;         /* where the loss begins, ends, begins ..: at first it is off */
+} corpus;
+
 typedef struct train_state {
     train_options o;
     char **string; /* [strings] what was restored */
@@ -2978,8 +3058,8 @@ typedef struct train_state {
     dsv3_config config;
     dsv3_type type;
     size_t D;
-    tokens text;
-    size_t taught; /* tokens that are trained on; the others are for validation */
+    corpus text, val_text;
+    size_t taught; /* tokens that are trained on; the others are for validation, unless it has a text of its own */
     uint64_t hash; /* of the tokens */
     dsv3_training settings;
     uint64_t phases; /* steps over which the phases of the schedule are laid out: --steps, unless that was changed late */
@@ -2989,7 +3069,7 @@ typedef struct train_state {
     train_tensor *tensor; /* [tensors] in the order of the parameters */
     size_t tensors;
     size_t accum, sequences, seq;          /* micro-batches; sequences of one; tokens of a sequence */
-    int32_t *token, *target, *sequence_id; /* [sequences * seq] */
+    int32_t *token, *target, *sequence_id, *document; /* [sequences * seq] */
     session eval;                          /* the trainer's weights, for validation and samples */
     dsv3_cache *modules;
     void *modules_memory;
@@ -3000,9 +3080,13 @@ typedef struct train_state {
     uint64_t done;     /* steps, skipped ones included */
     uint64_t skipped;  /* of these */
     uint64_t in_a_row; /* of these, the last ones */
+    uint64_t good;     /* the last step that trained something */
     uint64_t saved;    /* the step of the last checkpoint */
+    int broken;        /* bool: weights are not finite */
+    double best;       /* the lowest validation loss of the main model; NOTHING: none */
+    uint64_t best_step, worse; /* where that was; validations since then */
     train_log log;
-    double begin, shown, drawn; /* seconds */
+    double begin, shown, drawn, kept; /* seconds: of what was done last; kept: saved */
     uint64_t began_at;          /* step */
 } train_state;
 
@@ -3142,13 +3226,15 @@ static char *train_value(const option *o) {
     const texts *list = (const texts *)o->value;
     size_t n = 64;
     char *text, *at;
-    if (o->kind == OPTION_TEXT) n += strlen(*(const char **)o->value);
+    if (o->kind == OPTION_TEXT && *(const char **)o->value != NULL) n += strlen(*(const char **)o->value);
     for (size_t i = 0; o->kind == OPTION_LIST && i < list->count; i++) n += 3 * strlen(list->item[i]) + 1;
     at = text = (char *)allocate(o->name, n);
     *text = '\0';
     switch (o->kind) {
     case OPTION_FLAG: snprintf(text, n, "%d", *(int *)o->value); break;
-    case OPTION_TEXT: snprintf(text, n, "%s", *(const char **)o->value); break;
+    case OPTION_TEXT:
+        if (*(const char **)o->value != NULL) snprintf(text, n, "%s", *(const char **)o->value);
+        break;
     case OPTION_INT: snprintf(text, n, "%ld", *(long *)o->value); break;
     case OPTION_FLOAT: train_number_text(text, *(double *)o->value); break;
     case OPTION_LIST:
@@ -3194,11 +3280,12 @@ static void train_restore(train_state *s, const st_file *file, const char *path)
     for (const option *o = table; o->name != NULL; o++) {
         const char *value = st_metadata(file, o->name);
         if (train_role_of(o->name) == TRAIN_CALL) continue;
-        if (value == NULL) stop("%s: is no state of a training run: %s is missing", path, o->name);
+        if (st_metadata(file, "--steps") == NULL) stop("%s: is no state of a training run: --steps is missing", path);
+        if (value == NULL) continue; /* a version that did not have it yet: the default is as it was then */
         if (o->kind == OPTION_LIST) {
             train_restore_list(s, (texts *)o->value, value);
         } else if (o->kind == OPTION_TEXT) {
-            *(const char **)o->value = train_keep_string(s, value, strlen(value));
+            *(const char **)o->value = *value != '\0' ? train_keep_string(s, value, strlen(value)) : NULL;
         } else if (o->kind == OPTION_FLAG) {
             *(int *)o->value = strcmp(value, "1") == 0;
         } else {
@@ -3277,9 +3364,15 @@ static void train_load_state(train_state *s, const st_file *file, const char *pa
         stop("%s: loads is missing or has the wrong type or shape", path);
     }
     memcpy(b->load_all, loads->data, loads->bytes);
-    s->done = train_number(file, path, "step");
+    s->good = s->saved = s->done = train_number(file, path, "step");
     s->trainer.step = train_number(file, path, "trained");
     s->skipped = train_number(file, path, "skipped");
+    s->in_a_row = 0;
+    s->best = NOTHING;
+    if (st_metadata(file, "best") == NULL || *st_metadata(file, "best") == '\0') return;
+    s->best = strtod(st_metadata(file, "best"), NULL);
+    s->best_step = train_number(file, path, "best step");
+    s->worse = train_number(file, path, "worse");
 }
 
 /* The tensors of train.safetensors; their names follow them in the same memory. */
@@ -3315,10 +3408,12 @@ static st_tensor *train_state_tensors(train_state *s, size_t *count) {
 }
 
 static void train_save_state(train_state *s) {
-    static const char keys[6][12] = {"step", "trained", "skipped", "text tokens", "text hash", "phases"};
-    const uint64_t values[6] = {s->done, s->trainer.step, s->skipped, s->text.count, s->hash, s->phases};
-    const char *pairs[2 * (TRAIN_OPTIONS + 9) + 1];
-    char numbers[6][24], *path = train_path(s, "train.safetensors"), *config = NULL, *value[TRAIN_OPTIONS];
+    static const char keys[8][12] = {"step",      "trained", "skipped",   "text tokens",
+                                     "text hash", "phases",  "best step", "worse"};
+    const uint64_t values[8] = {s->done, s->trainer.step, s->skipped,   s->text.count,
+                                s->hash, s->phases,       s->best_step, s->worse};
+    const char *pairs[2 * (TRAIN_OPTIONS + 12) + 1];
+    char numbers[8][24], best[64] = "", *path = train_path(s, "train.safetensors"), *config = NULL, *value[TRAIN_OPTIONS];
     option table[TRAIN_OPTIONS + 1];
     size_t n = 0, count = 0, stored = 0;
     st_error error;
@@ -3326,7 +3421,12 @@ static void train_save_state(train_state *s) {
     if (checkpoint_config_text(&config, &s->config, DSV3_F32, &error) != ST_OK) stop("%s", error.message);
     pairs[n++] = "config";
     pairs[n++] = config;
-    for (int i = 0; i < 6; i++) {
+    pairs[n++] = "backend";
+    pairs[n++] = s->eval.context.backend;
+    if (isfinite(s->best)) train_number_text(best, s->best);
+    pairs[n++] = "best";
+    pairs[n++] = best;
+    for (int i = 0; i < 8; i++) {
         snprintf(numbers[i], sizeof numbers[i], "%llu", (unsigned long long)values[i]);
         pairs[n++] = keys[i];
         pairs[n++] = numbers[i];
@@ -3358,26 +3458,67 @@ static void train_save_model(const train_state *s, const char *directory, const 
     free(text);
 }
 
+static int train_is_finite(const train_state *s) {
+    for (size_t i = 0; i < s->trainer.weights.count; i++) {
+        if (!isfinite(s->trainer.weights.data[i])) return 0;
+    }
+    return 1;
+}
+
+/* The weights as a checkpoint in a folder of DIR. */
+static void train_save_copy(const train_state *s, const char *folder, const float *data) {
+    char *path = train_path(s, folder);
+    make_directory("--out", path);
+    train_save_model(s, path, data);
+    free(path);
+}
+
+/* --keep-last: of the folders DIR/step-N those with the largest N stay. Of the others goes what was put there. */
+static void train_forget(const train_state *s) {
+#ifdef TOOL_POSIX
+    places steps = {NULL, 0, 0};
+    DIR *list = opendir(s->o.out);
+    struct dirent *entry;
+    while (list != NULL && (entry = readdir(list)) != NULL) {
+        const char *name = entry->d_name;
+        size_t digits = strncmp(name, "step-", 5) == 0 ? strspn(name + 5, "0123456789") : 0;
+        if (digits > 0 && digits < 19 && name[5 + digits] == '\0') places_add(&steps, (size_t)strtoull(name + 5, NULL, 10));
+    }
+    if (list != NULL) closedir(list);
+    for (size_t i = 0; i < steps.count; i++) {
+        size_t later = 0;
+        char name[64], *folder, *model, *config;
+        for (size_t j = 0; j < steps.count; j++) later += steps.at[j] > steps.at[i];
+        if (later < (size_t)s->o.keep_last) continue;
+        snprintf(name, sizeof name, "step-%zu", steps.at[i]);
+        folder = train_path(s, name);
+        model = path_join(folder, "model.safetensors");
+        config = path_join(folder, "config.json");
+        unlink(model), unlink(config), rmdir(folder);
+        free(folder), free(model), free(config);
+    }
+    free(steps.at);
+#else
+    (void)s;
+#endif
+}
+
 /* The state first: it alone is enough to go on, so it does not matter when this is cut short between the files. */
 static void train_save(train_state *s) {
-    for (size_t i = 0; i < s->trainer.weights.count; i++) {
-        if (!isfinite(s->trainer.weights.data[i])) {
-            stop("step %llu: the weights are not finite any more; what was saved before stays in %s",
-                 (unsigned long long)s->done, s->o.out);
-        }
-    }
 #ifdef TOOL_POSIX
     if (s->log.file != NULL) (void)fsync(fileno(s->log.file));
 #endif
     s->saved = s->done;
     train_save_state(s);
     train_save_model(s, s->o.out, s->trainer.weights.data);
-    if (s->trainer.ema != NULL && s->trainer.step > 0) {
-        char *path = train_path(s, "ema");
-        make_directory("--out", path);
-        train_save_model(s, path, s->trainer.ema);
-        free(path);
+    if (s->trainer.ema != NULL && s->trainer.step > 0) train_save_copy(s, "ema", s->trainer.ema);
+    if (s->o.keep_last > 0 && s->done > 0) {
+        char name[64];
+        snprintf(name, sizeof name, "step-%llu", (unsigned long long)s->done);
+        train_save_copy(s, name, s->trainer.weights.data);
+        train_forget(s);
     }
+    s->kept = now();
 }
 
 /* ---- train: log.csv */
@@ -3399,18 +3540,18 @@ static void train_log_reserve(train_log *log) {
     }
 }
 
-/* A line of the file as a row. Returns 0 if it is none, or one of a step behind `last`. */
-static int train_log_parse(train_log *log, const char *line, double last) {
+/* A line of the file as a row. Returns 0 if it is none. */
+static int train_log_parse(train_log *log, const char *line) {
     train_log_reserve(log);
     for (size_t c = 0; c < log->columns; c++) {
-        const char last_one = c + 1 < log->columns ? ',' : '\n';
+        const char last_one = c + 1 < log->columns ? ',' : '\0';
         char *end = NULL;
         double x = *line == last_one ? NOTHING : strtod(line, &end);
         log->column[c][log->rows] = x;
         if (end == line || (end != NULL ? *end : *line) != last_one) return 0;
         line = (end != NULL ? end : line) + 1;
     }
-    return log->column[TRAIN_STEP][log->rows] <= last;
+    return 1;
 }
 
 typedef struct train_log_text {
@@ -3425,11 +3566,42 @@ static int train_log_put(FILE *file, const void *what) {
     return fwrite(t->text, 1, t->length, file) == t->length && fflush(file) == 0 && !ferror(file);
 }
 
-/* Begins the file, or keeps the rows up to the step of the state: those behind it are about to be written again. */
+/* What a file has, line by line, goes to kept [length + 1]: rows up to the step of the state, since those behind it are about
+ * to be written again; and lines that are no rows, which somebody may have put there. Returns how much that is. */
+static size_t train_log_read(train_state *s, char *text, size_t length, char *kept) {
+    train_log *log = &s->log;
+    size_t n = 0, number = 0, odd = 0, first = 0;
+    for (char *line = text, *end; line < text + length; line = end + 1) {
+        size_t size;
+        end = (char *)memchr(line, '\n', (size_t)(text + length - line));
+        if (end == NULL) end = text + length; /* the text has a zero there */
+        *end = '\0';
+        size = strlen(line);
+        if (size > 0 && line[size - 1] == '\r') line[--size] = '\0';
+        number++;
+        if (number == 1 && strstr(line, "step,tokens,") != NULL) continue; /* the header is written anew */
+        if (size == 0 || strtod(line, NULL) > (double)s->done) continue;
+        if (train_log_parse(log, line)) {
+            log->rows++;
+        } else if (odd++ == 0) {
+            first = number;
+        }
+        memcpy(kept + n, line, size);
+        kept[n + size] = '\n';
+        n += size + 1;
+    }
+    if (odd > 0) {
+        fprintf(stderr, "dsv3: warning: %s: line %zu%s is no row of this run; it stays, and is in no picture\n", log->path,
+                first, odd > 1 ? ", as others behind it," : "");
+    }
+    return n;
+}
+
+/* Begins the file, or goes on with that of the run. */
 static void train_log_open(train_state *s) {
     train_log *log = &s->log;
     train_log_text kept = {s, "", 0};
-    char *text = NULL, *line;
+    char *text = NULL, *rows = NULL;
     log->path = train_path(s, "log.csv");
     log->columns = train_val(s) + 1 + s->D;
     log->column = (double **)route_table("log", log->columns, 1, 1, sizeof *log->column);
@@ -3440,21 +3612,19 @@ static void train_log_open(train_state *s) {
         text = (char *)realloc(text, length + 1);
         if (text == NULL) stop("%s: no memory for %zu bytes", log->path, length + 1);
         text[length] = '\0';
-        line = strchr(text, '\n');
-        kept.text = line = line != NULL ? line + 1 : text + length;
-        while (strchr(line, '\n') != NULL && train_log_parse(log, line, (double)s->done)) {
-            log->rows++;
-            line = strchr(line, '\n') + 1;
-        }
-        kept.length = (size_t)(line - kept.text);
+        rows = (char *)allocate(log->path, length + 1);
+        kept.length = train_log_read(s, text, length, rows);
+        kept.text = rows;
     }
     output_write(log->path, train_log_put, &kept);
     free(text);
+    free(rows);
     log->file = fopen(log->path, "ab");
     if (log->file == NULL) stop("%s: cannot be written: %s", log->path, strerror(errno));
 }
 
-static void train_log_add(train_log *log, const double *row) {
+/* Returns 0 if it cannot be written. */
+static int train_log_add(train_log *log, const double *row) {
     train_log_reserve(log);
     for (size_t c = 0; c < log->columns; c++) {
         log->column[c][log->rows] = row[c];
@@ -3463,9 +3633,7 @@ static void train_log_add(train_log *log, const double *row) {
     }
     fputc('\n', log->file);
     log->rows++;
-    if (fflush(log->file) != 0 || ferror(log->file)) {
-        stop("%s: cannot be written: %s; what was saved before stays", log->path, strerror(errno));
-    }
+    return fflush(log->file) == 0 && !ferror(log->file);
 }
 
 /* ---- train: pictures */
@@ -3611,32 +3779,184 @@ static void train_draw(train_state *s) {
 
 /* ---- train: the run's beginning */
 
-static void train_read_text(train_state *s) {
-    for (size_t i = 0; i < s->o.text.count; i++) {
-        size_t length = 0;
-        char *text = read_file(s->o.text.item[i], &length);
-        tokens_from_text(&s->text, s->o.text.item[i], text, length, (size_t)s->config.vocab_size, s->o.ids);
-        free(text);
-    }
-    s->hash = 0xCBF29CE484222325u; /* FNV-1a */
-    for (size_t i = 0; i < s->text.count; i++) s->hash = (s->hash ^ (uint64_t)s->text.id[i]) * 0x100000001B3u;
-    s->taught = (size_t)((double)s->text.count * (1 - s->o.val / 100)); /* the rest is what score --last P reads */
-    if (s->taught <= (size_t)s->o.seq) {
-        stop("--text: expected at least %ld tokens before the part for validation, found %zu", s->o.seq + 1,
-             s->taught);
-    }
-    if (s->taught < s->text.count && s->text.count - s->taught < 2) s->taught = s->text.count;
+static int32_t corpus_at(const corpus *c, size_t i) {
+    const unsigned char *at = c->data + i * c->width;
+    uint16_t two;
+    int32_t four;
+    if (c->width == 1) return *at;
+    memcpy(&two, at, sizeof two);
+    if (c->width == 2) return two;
+    memcpy(&four, at, sizeof four);
+    return four;
 }
 
-/* The micro-batches: as many sequences as make up to 4096 tokens, of those numbers that divide the batch. */
+static void corpus_reserve(corpus *c, const char *path, size_t more) {
+    if (more > SIZE_MAX / c->width - c->count) stop("%s: is too large", path);
+    c->data = (unsigned char *)realloc(c->data, (c->count + more) * c->width + 1);
+    if (c->data == NULL) stop("%s: no memory for %zu tokens", path, c->count + more);
+}
+
+/* Appends a file. Bytes are their own tokens. */
+static void corpus_read(corpus *c, const char *path, size_t V, int ids) {
+    size_t length = 0;
+    char *text = read_file(path, &length);
+    tokens t = {NULL, 0, 0};
+    c->width = V <= 256 ? 1 : V <= 65536 ? 2 : 4;
+    tokens_from_text(&t, path, text, ids ? length : 0, V, ids);
+    corpus_reserve(c, path, ids ? t.count : length);
+    if (!ids) memcpy(c->data + c->count, text, length);
+    for (size_t i = 0; i < t.count; i++) {
+        uint16_t two = (uint16_t)t.id[i];
+        unsigned char *at = c->data + (c->count + i) * c->width;
+        if (c->width == 1) *at = (unsigned char)t.id[i];
+        if (c->width == 2) memcpy(at, &two, sizeof two);
+        if (c->width == 4) memcpy(at, &t.id[i], sizeof t.id[i]);
+    }
+    c->count += ids ? t.count : length;
+    free(t.id);
+    free(text);
+}
+
+/* The texts of an option, as tokens. */
+typedef struct marks {
+    tokens *text; /* [count] */
+    size_t count;
+} marks;
+
+static marks marks_open(const char *name, const texts *t, size_t V, int ids) {
+    marks m = {(tokens *)route_table(name, t->count + 1, 1, 1, sizeof(tokens)), t->count};
+    for (size_t i = 0; i < t->count; i++) {
+        tokens_from_escaped(&m.text[i], name, t->item[i], V, ids);
+        if (m.text[i].count == 0) stop("%s: expected a text, found '%s'", name, t->item[i]);
+    }
+    return m;
+}
+
+static void marks_close(marks *m) {
+    for (size_t i = 0; i < m->count; i++) free(m->text[i].id);
+    free(m->text);
+}
+
+/* Does tokens [first, end) of the text end with one of them? */
+static int marks_match(const marks *m, const corpus *c, size_t first, size_t end) {
+    for (size_t i = 0; i < m->count; i++) {
+        const tokens *t = &m->text[i];
+        size_t n = 0;
+        while (n < t->count && n < end - first && corpus_at(c, end - 1 - n) == t->id[t->count - 1 - n]) n++;
+        if (n == t->count) return 1;
+    }
+    return 0;
+}
+
+/* Documents, and where the loss counts, of the file that begins at `from`. */
+static void corpus_mark(corpus *c, size_t from, const marks *separator, const marks *loss_from, const marks *loss_to) {
+    size_t document = from, behind = from; /* the last mark */
+    if (from > 0 && (c->begin.count == 0 || c->begin.at[c->begin.count - 1] < from)) places_add(&c->begin, from);
+    if (c->edge.count % 2 == 1) places_add(&c->edge, from);
+    for (size_t i = from + 1; i <= c->count; i++) {
+        if (marks_match(separator, c, document, i)) {
+            if (c->edge.count % 2 == 1) places_add(&c->edge, i);
+            if (i < c->count) places_add(&c->begin, i);
+            document = behind = i;
+        } else if (marks_match(c->edge.count % 2 == 1 ? loss_to : loss_from, c, behind, i)) {
+            places_add(&c->edge, i);
+            behind = i;
+        }
+    }
+}
+
+static int train_has_documents(const train_options *o) {
+    return o->separator.count > 0 || o->apart || o->loss_from.count > 0;
+}
+
+static int train_validates(const train_state *s) { return s->val_text.count > 0 || s->taught < s->text.count; }
+
+static void train_read_files(train_state *s, corpus *c, const texts *files) {
+    const train_options *o = &s->o;
+    size_t V = (size_t)s->config.vocab_size;
+    marks separator = marks_open("--separator", &o->separator, V, o->ids);
+    marks loss_from = marks_open("--loss-from", &o->loss_from, V, o->ids);
+    marks loss_to = marks_open("--loss-to", &o->loss_to, V, o->ids);
+    for (size_t i = 0; i < files->count; i++) {
+        size_t from = c->count;
+        corpus_read(c, files->item[i], V, o->ids);
+        if (train_has_documents(o)) corpus_mark(c, from, &separator, &loss_from, &loss_to);
+    }
+    marks_close(&separator);
+    marks_close(&loss_from);
+    marks_close(&loss_to);
+}
+
+static void train_read_text(train_state *s) {
+    const train_options *o = &s->o;
+    train_read_files(s, &s->text, &o->text);
+    train_read_files(s, &s->val_text, &o->val_text);
+    s->hash = 0xCBF29CE484222325u; /* FNV-1a */
+    for (size_t i = 0; i < s->text.count; i++) {
+        s->hash = (s->hash ^ (uint64_t)corpus_at(&s->text, i)) * 0x100000001B3u;
+    }
+    s->taught = (size_t)((double)s->text.count * (1 - o->val / 100)); /* the rest is what score --last P reads */
+    if (s->taught <= (size_t)o->seq) {
+        stop("--text: expected at least %ld tokens before the part for validation, found %zu", o->seq + 1, s->taught);
+    }
+    if (s->taught < s->text.count && s->text.count - s->taught < 2) s->taught = s->text.count;
+    if (o->val_text.count > 0 && s->val_text.count < 2) {
+        stop("--val-text: expected at least 2 tokens, found %zu", s->val_text.count);
+    }
+    if (o->patience > 0 && !train_validates(s)) stop("--patience: expected a text for validation, found none");
+    if (o->keep_best && !train_validates(s)) stop("--keep-best: expected a text for validation, found none");
+    if (o->loss_from.count > 0 && s->text.edge.count == 0) stop("--loss-from: is nowhere in the text");
+    if (o->separator.count > 0 && s->text.begin.count < o->text.count) {
+        fprintf(stderr, "dsv3: warning: --separator: is nowhere within the text\n");
+    }
+}
+
+/* The shortest decimal number that is read back as x. */
+static double train_decimal(float x) {
+    for (int digits = 1; digits < 9; digits++) {
+        char text[32];
+        snprintf(text, sizeof text, "%.*g", digits, (double)x);
+        if (!(fabs(strtod(text, NULL) - (double)x) > 0) || (float)strtod(text, NULL) - x == 0) return strtod(text, NULL);
+    }
+    return (double)x;
+}
+
+/* The balance: what the config says, unless an option does; and what has no effect is said. */
+static void train_resolve_balance(train_options *o, const dsv3_config *c) {
+    int moe = 0, biased;
+    long E = c->n_routed_experts;
+    for (int32_t i = 0; i < c->num_hidden_layers + c->num_nextn_predict_layers; i++) moe |= dsv3_config_is_moe(c, i);
+    biased = moe && c->topk_method == DSV3_NOAUX_TC;
+    if (!biased && (o->bias_speed >= 0 || o->bias_freeze >= 0)) {
+        fprintf(stderr, "dsv3: warning: --bias-%s: has no effect: %s\n", o->bias_speed >= 0 ? "speed" : "freeze",
+                moe ? "routers have a bias with topk_method noaux_tc only" : "the model has no experts");
+    }
+    if (!moe && (o->alpha > 0 || o->alpha_device > 0 || o->alpha_comm > 0)) {
+        fprintf(stderr, "dsv3: warning: --alpha: has no effect: the model has no experts\n");
+    }
+    if (o->alpha < 0) {
+        o->alpha = train_decimal(c->aux_loss_alpha);
+        if (moe && o->alpha > 0 && !c->seq_aux) {
+            fprintf(stderr, "dsv3: warning: seq_aux is false: here the balance loss is of each sequence all the same\n");
+        }
+    }
+    if (o->bias_speed < 0) o->bias_speed = 0.001;
+    if (o->bias_freeze < 0) o->bias_freeze = 14.3 / 14.8;
+    if (o->alpha_loads == NULL) o->alpha_loads = c->topk_method == DSV3_NOAUX_TC ? "scores" : "routing";
+    if (o->devices == 0) o->devices = c->n_group > 0 ? c->n_group : 1;
+    if (o->most_devices == 0) o->most_devices = c->topk_group > 0 ? c->topk_group : 1;
+    if ((o->alpha_device > 0 || o->alpha_comm > 0) && moe && E % o->devices != 0) {
+        stop("--devices: expected a divisor of the %ld experts, found %ld", E, o->devices);
+    }
+}
+
+/* What does not depend on the text. The micro-batches: as many sequences as make up to 4096 tokens, of those numbers that
+ * divide the batch. */
 static void train_resolve(train_options *o, const dsv3_config *c) {
     if (o->seq == 0) o->seq = c->max_position_embeddings < 1024 ? c->max_position_embeddings : 1024;
     if (o->lr < 0) o->lr = o->init != NULL ? TRAIN_RATE_TUNED : TRAIN_RATE;
-    if (o->warmup < 0) {
-        o->warmup = o->steps / 20;
-        if (o->init != NULL && o->warmup < TRAIN_WARMUP_TUNED) o->warmup = TRAIN_WARMUP_TUNED;
-        if (o->init != NULL && o->warmup > o->steps / 2) o->warmup = o->steps / 2;
-    }
+    if (o->val < 0) o->val = o->val_text.count > 0 ? 0 : 5;
+    train_resolve_balance(o, c);
     if (o->accum == 0) {
         o->accum = 1;
         while (o->batch % o->accum != 0 || (o->accum < o->batch && o->batch / o->accum > 4096 / o->seq)) o->accum++;
@@ -3645,6 +3965,28 @@ static void train_resolve(train_options *o, const dsv3_config *c) {
         fprintf(stderr, "dsv3: warning: sequences of %ld tokens, longer than the %ld that the model was made for\n",
                 o->seq, (long)c->max_position_embeddings);
     }
+}
+
+/* Sequences of an epoch: they lie side by side. */
+static size_t train_windows(const train_state *s) { return (s->taught - 1) / (size_t)s->o.seq; }
+
+static void train_resolve_epochs(train_state *s) {
+    double steps = ceil((double)s->o.epochs * (double)train_windows(s) / (double)s->o.batch);
+    if (steps > 1e9) stop("--epochs: expected at most 1000000000 steps, found %.0f", steps);
+    s->o.steps = (long)steps;
+}
+
+/* What does. */
+static void train_resolve_steps(train_state *s) {
+    train_options *o = &s->o;
+    if (o->epochs > 0) train_resolve_epochs(s);
+    if (o->steps == 0) o->steps = TRAIN_STEPS;
+    if (o->warmup < 0) {
+        o->warmup = o->steps / 20;
+        if (o->init != NULL && o->warmup < TRAIN_WARMUP_TUNED) o->warmup = TRAIN_WARMUP_TUNED;
+        if (o->init != NULL && o->warmup > o->steps / 2) o->warmup = o->steps / 2;
+    }
+    train_check_warmup(o, o->steps);
 }
 
 /* The phases over so many steps. Behind them the last rate stays. */
@@ -3660,6 +4002,8 @@ static dsv3_schedule train_schedule(const train_options *o, uint64_t steps) {
         s.tail = o->lr * o->tail;
         s.cosine = (uint64_t)(14.3 / 14.8 * (double)steps);
         s.end = (uint64_t)(14.633 / 14.8 * (double)steps);
+        if (s.cosine <= s.constant) s.cosine = s.constant + (s.constant < steps); /* it begins at its top */
+        if (s.end < s.cosine) s.end = s.cosine;
     }
     return s;
 }
@@ -3695,6 +4039,13 @@ static void train_set(train_state *s) {
     t->ema_decay = (float)o->ema;
     t->lambda = o->lambda;
     t->balance.expert = o->alpha;
+    t->balance.actual = strcmp(o->alpha_loads, "routing") == 0;
+    t->balance.device = o->alpha_device;
+    t->balance.communication = o->alpha_comm;
+    t->balance.devices = (size_t)o->devices;
+    t->balance.most_devices = (size_t)o->most_devices;
+    s->config.aux_loss_alpha = (float)o->alpha;
+    s->config.seq_aux = 1;
     t->weight_decay = (float)o->weight_decay;
     t->clip = (float)o->clip;
     t->frozen = o->freeze.count > 0 ? o->freeze.item : NULL;
@@ -3705,13 +4056,14 @@ static void train_set(train_state *s) {
 static void train_set_balancer(train_state *s) {
     dsv3_balancer *b = &s->trainer.balancer;
     uint64_t freeze = (uint64_t)(s->o.bias_freeze * (double)s->phases);
+    if (freeze == 0 && s->o.bias_freeze > 0) freeze = 1; /* of a very short run */
     b->schedule.speed = freeze > 0 ? s->o.bias_speed : 0;
     b->schedule.freeze = freeze < s->phases ? freeze : 0; /* 0: never */
 }
 
 static void train_reserve(train_state *s) {
     size_t bytes = 0, n = s->settings.rows, E = (size_t)s->config.n_routed_experts;
-    open_context(&s->eval.context, s->o.backend, s->o.threads);
+    open_context(&s->eval.context, s->o.backend != NULL ? s->o.backend : "auto", s->o.threads);
     stop_result("training", dsv3_trainer_size(&s->config, &s->settings, s->eval.context.threads, &bytes, NULL));
     s->trainer_memory = allocate("training", bytes);
     stop_result("training", dsv3_trainer_init(&s->config, &s->trainer, &s->settings, s->eval.context.threads,
@@ -3721,6 +4073,7 @@ static void train_reserve(train_state *s) {
     s->token = (int32_t *)route_table("batch", n, 1, 1, sizeof *s->token);
     s->target = (int32_t *)route_table("batch", n, 1, 1, sizeof *s->target);
     s->sequence_id = (int32_t *)route_table("batch", n, 1, 1, sizeof *s->sequence_id);
+    s->document = (int32_t *)route_table("batch", n, 1, 1, sizeof *s->document);
     for (size_t i = 0; i < n; i++) s->sequence_id[i] = (int32_t)(i / s->seq);
     s->layer = (int32_t *)route_table("layers", s->trainer.balancer.layers, 1, 1, sizeof *s->layer);
     for (size_t i = 0; i < s->trainer.balancer.layers; i++) {
@@ -3762,11 +4115,25 @@ static void train_model(train_state *s, checkpoint *from) {
     }
 }
 
+/* NaN and infinity would spread from the first step on. */
+static void train_check_weights(const train_state *s, const checkpoint *from) {
+    const float *data = s->trainer.weights.data;
+    for (size_t i = 0; i < s->tensors; i++) {
+        const train_tensor *t = &s->tensor[i];
+        for (size_t j = 0; j < t->rows * t->cols; j++) {
+            if (isfinite(data[t->at + j])) continue;
+            stop("%s%s: %s: element %zu is not finite", s->o.init, from->file.shards == 1 ? "/model.safetensors" : "",
+                 t->name, j);
+        }
+    }
+}
+
 static void train_first_weights(train_state *s, checkpoint *from) {
     dsv3_rng rng;
     rng.state = (uint64_t)s->o.seed;
     if (s->o.init != NULL) {
         stop_result(s->o.init, dsv3_parameters_from_model(&s->trainer.weights, &from->model, NULL));
+        train_check_weights(s, from);
         checkpoint_close(from);
     } else {
         dsv3_parameters_random(&s->trainer.weights, &rng, (float)s->o.std);
@@ -3778,10 +4145,16 @@ static void train_prepare(train_state *s) {
     s->type = parse_type("--type", s->o.type);
     train_check_names(s, "--freeze", &s->o.freeze);
     train_check_names(s, "--exempt", &s->o.exempt);
-    train_read_text(s);
     train_set(s);
     train_reserve(s);
     train_reserve_evaluation(s);
+}
+
+static void train_refuse_checkpoint(const train_state *s) {
+    if (file_exists(s->o.out, "train.safetensors") || file_exists(s->o.out, "model.safetensors") ||
+        file_exists(s->o.out, "model.safetensors.index.json")) {
+        stop("%s: holds a checkpoint already; expected another directory, or --resume to go on", s->o.out);
+    }
 }
 
 static void train_begin(train_state *s) {
@@ -3789,27 +4162,70 @@ static void train_begin(train_state *s) {
     memset(&from, 0, sizeof from);
     train_model(s, &from);
     train_resolve(&s->o, &s->config);
+    train_read_text(s);
+    train_resolve_steps(s);
     s->phases = (uint64_t)s->o.steps;
+    s->best = NOTHING;
     train_prepare(s);
+    train_refuse_checkpoint(s);
+    train_first_weights(s, &from);
     make_directory("--out", s->o.out);
     lock_take(s->o.out);
-    if (file_exists(s->o.out, "train.safetensors") || file_exists(s->o.out, "model.safetensors") ||
-        file_exists(s->o.out, "model.safetensors.index.json")) {
-        stop("%s: holds a checkpoint already; expected another directory, or --resume to go on", s->o.out);
-    }
-    train_first_weights(s, &from);
+    train_refuse_checkpoint(s); /* another may have been quicker */
     train_log_open(s);
     train_save(s); /* there is a checkpoint from the first moment on; and what cannot be written shows up now */
 }
 
-/* Returns parse's result. */
-static int train_resume(train_state *s, int argc, char **argv, const command *c, const char *out) {
+/* The backend of the run, unless another is asked for, or it does not run here: then the bits are others. */
+static void train_resume_backend(train_state *s, const char *before) {
+    dsv3_backend backend;
+    dsv3_context context;
+    if (before == NULL || s->o.backend != NULL) return;
+    if (dsv3_backend_find(&backend, before) != DSV3_OK || dsv3_context_init(&context, backend, 1, NULL) != DSV3_OK) return;
+    s->o.backend = train_keep_string(s, before, strlen(before));
+}
+
+static void train_compare_backend(const train_state *s, const char *before) {
+    if (before == NULL || strcmp(before, s->eval.context.backend) == 0) return;
+    fprintf(stderr, "dsv3: warning: --backend: the run was made with %s and goes on with %s, whose roundings are others\n",
+            before, s->eval.context.backend);
+}
+
+/* Options and text of the run, and what the command line changes of them. Returns parse's result. */
+static int train_resume_options(train_state *s, int argc, char **argv, const command *c, const st_file *file,
+                                const char *path, const train_options *given) {
     option table[TRAIN_OPTIONS + 1];
+    st_error error;
+    const char *config = st_metadata(file, "config");
+    uint64_t before;
+    long epochs;
+    int status;
+    train_restore(s, file, path);
+    before = (uint64_t)s->o.steps;
+    epochs = s->o.epochs;
+    train_table(table, &s->o);
+    status = parse(argc, argv, c, table, NULL, 0);
+    if (status != 0) return status;
+    train_compare(s, file);
+    if (given->epochs > 0 && epochs == 0) stop("--epochs: the run draws its sequences from anywhere; expected --steps");
+    s->done = train_number(file, path, "step");
+    s->phases = st_metadata(file, "phases") != NULL ? train_number(file, path, "phases") : before; /* of 0.1: none */
+    if (config == NULL) stop("%s: is no state of a training run: config is missing", path);
+    if (checkpoint_config_parse(&s->config, config, strlen(config), path, &error) != ST_OK) stop("%s", error.message);
+    train_resolve_balance(&s->o, &s->config); /* what a version before did not save */
+    train_read_text(s);
+    if (given->epochs > 0) train_resolve_epochs(s);
+    train_extend(s, before);
+    train_check(&s->o);
+    return 0;
+}
+
+/* Returns parse's result. */
+static int train_resume(train_state *s, int argc, char **argv, const command *c, const train_options *given) {
     st_file file;
     st_error error;
-    const char *config;
+    const char *out = given->out;
     char *path;
-    uint64_t before;
     int status;
     s->o = train_defaults();
     s->o.out = out;
@@ -3817,20 +4233,11 @@ static int train_resume(train_state *s, int argc, char **argv, const command *c,
     if (!file_exists(out, "train.safetensors")) stop("%s: does not exist; there is no run to go on with", path);
     lock_take(out);
     if (st_open(&file, path, &error) != ST_OK) stop("%s", error.message);
-    train_restore(s, &file, path);
-    before = (uint64_t)s->o.steps;
-    train_table(table, &s->o);
-    status = parse(argc, argv, c, table, NULL, 0);
+    status = train_resume_options(s, argc, argv, c, &file, path, given);
     if (status != 0) return status;
-    train_compare(s, &file);
-    s->done = train_number(&file, path, "step");
-    s->phases = st_metadata(&file, "phases") != NULL ? train_number(&file, path, "phases") : before; /* of 0.1: none */
-    train_extend(s, before);
-    train_check(&s->o);
-    config = st_metadata(&file, "config");
-    if (config == NULL) stop("%s: is no state of a training run: config is missing", path);
-    if (checkpoint_config_parse(&s->config, config, strlen(config), path, &error) != ST_OK) stop("%s", error.message);
+    train_resume_backend(s, st_metadata(&file, "backend"));
     train_prepare(s);
+    train_compare_backend(s, st_metadata(&file, "backend"));
     if (s->text.count != train_number(&file, path, "text tokens") ||
         s->hash != train_number(&file, path, "text hash")) {
         stop("--text: expected the text of the run in %s, found another", out);
@@ -3844,26 +4251,78 @@ static int train_resume(train_state *s, int argc, char **argv, const command *c,
 
 /* ---- train: a step */
 
-/* Where sequence j of a step begins: from the seed and these two alone, so that nothing has to be remembered. */
+/* A permutation of 0 .. n-1: four rounds that mix one half of the bits into the other, again until the result is below n. */
+static size_t train_shuffled(uint64_t key, size_t i, size_t n) {
+    unsigned half = 1;
+    uint64_t left, right, mask;
+    while (half < 31 && (uint64_t)1 << 2 * half < n) half++;
+    mask = ((uint64_t)1 << half) - 1;
+    do {
+        left = (uint64_t)i >> half, right = (uint64_t)i & mask;
+        for (uint64_t round = 0; round < 4; round++) {
+            dsv3_rng rng = {key + round};
+            uint64_t mixed;
+            rng.state = dsv3_random(&rng) + right;
+            mixed = left ^ (dsv3_random(&rng) & mask);
+            left = right;
+            right = mixed;
+        }
+        i = (size_t)(left << half | right);
+    } while (i >= n);
+    return i;
+}
+
+/* Where sequence j of a step begins: from the seed and these two alone, so that nothing has to be remembered. Of an epoch
+ * the sequences lie side by side, and only where the first one begins is drawn. */
 static size_t train_place(const train_state *s, uint64_t step, uint64_t j) {
     dsv3_rng rng;
     rng.state = (uint64_t)s->o.seed;
+    if (s->o.epochs > 0) {
+        size_t windows = train_windows(s), rest = (s->taught - 1) % s->seq;
+        uint64_t index = step * (uint64_t)s->o.batch + j;
+        rng.state = dsv3_random(&rng) + index / windows;
+        rest = (size_t)(dsv3_random(&rng) % (rest + 1));
+        return rest + s->seq * train_shuffled(dsv3_random(&rng), (size_t)(index % windows), windows);
+    }
     rng.state = dsv3_random(&rng) + step;
     rng.state = dsv3_random(&rng) + j;
     return (size_t)(dsv3_random(&rng) % (s->taught - s->seq));
 }
 
-static dsv3_text train_micro_batch(train_state *s, uint64_t step, size_t micro) {
+/* Tokens at .. at+n-1 of a text as rows of the batch. What comes next is the target, but for borders and prompts. */
+static void train_fill(train_state *s, const corpus *c, size_t at, size_t n, size_t row) {
+    size_t d = places_behind(&c->begin, at), e = places_behind(&c->edge, at);
+    int masked = s->o.loss_from.count > 0;
+    int32_t document = 0;
+    for (size_t next = at + 1; next <= at + n; next++, row++) {
+        int border = d < c->begin.count && c->begin.at[d] == next;
+        while (e < c->edge.count && c->edge.at[e] == next) e++;
+        s->token[row] = corpus_at(c, next - 1);
+        s->target[row] = border || (masked && e % 2 == 0) ? DSV3_IGNORE : corpus_at(c, next);
+        s->document[row] = document;
+        d += (size_t)border;
+        document += border;
+    }
+}
+
+/* The batch's first rows. */
+static dsv3_text train_rows(const train_state *s, size_t rows) {
     dsv3_text text;
     memset(&text, 0, sizeof text);
-    for (size_t i = 0; i < s->sequences; i++) {
-        const int32_t *from = s->text.id + train_place(s, step, micro * s->sequences + i);
-        memcpy(s->token + i * s->seq, from, s->seq * sizeof *from);
-        memcpy(s->target + i * s->seq, from + 1, s->seq * sizeof *from);
-    }
-    text.rows = s->settings.rows;
+    text.rows = rows;
     text.token = s->token;
     text.target = s->target;
+    text.document = train_has_documents(&s->o) ? s->document : NULL;
+    text.apart = s->o.apart;
+    return text;
+}
+
+static dsv3_text train_micro_batch(train_state *s, uint64_t step, size_t micro) {
+    dsv3_text text;
+    for (size_t i = 0; i < s->sequences; i++) {
+        train_fill(s, &s->text, train_place(s, step, micro * s->sequences + i), s->seq, i * s->seq);
+    }
+    text = train_rows(s, s->settings.rows);
     text.sequence = s->sequence_id;
     return text;
 }
@@ -3898,9 +4357,12 @@ static void train_step(train_state *s, double *row) {
     uint64_t *targets = (uint64_t *)route_table("targets", 1 + s->D, 1, 1, sizeof *targets), sequences = 0;
     dsv3_result result = DSV3_OK;
     dsv3_error error;
-    dsv3_text text = train_micro_batch(s, s->done, 0);
+    dsv3_text text;
     char message[256];
-    for (size_t m = 0; m < s->accum; m++) dsv3_text_count(&text, s->D, targets, &sequences);
+    for (size_t m = 0; m < s->accum; m++) {
+        text = train_micro_batch(s, s->done, m);
+        dsv3_text_count(&text, s->D, targets, &sequences);
+    }
     row[TRAIN_LR] = dsv3_learning_rate(&s->schedule, s->done);
     stop_result("training", dsv3_train_begin(&s->trainer, targets, sequences, NULL));
     for (size_t m = 0; m < s->accum && result == DSV3_OK; m++) {
@@ -3914,6 +4376,7 @@ static void train_step(train_state *s, double *row) {
     free(targets);
     s->done++;
     s->in_a_row = result == DSV3_OK ? 0 : s->in_a_row + 1;
+    if (result == DSV3_OK) s->good = s->done;
     if (result == DSV3_OK) return;
     row[train_norm(s)] = NOTHING;
     s->skipped++;
@@ -3924,17 +4387,15 @@ static void train_step(train_state *s, double *row) {
 }
 
 static void train_validate(train_state *s, double *row) {
-    size_t end = s->text.count - 1, limit = (size_t)s->o.val_tokens;
-    dsv3_text text;
+    const corpus *c = s->val_text.count > 0 ? &s->val_text : &s->text;
+    size_t begin = s->val_text.count > 0 ? 0 : s->taught, end = c->count - 1, limit = (size_t)s->o.val_tokens;
     dsv3_error error;
-    if (end - s->taught > limit) end = s->taught + limit;
-    memset(&text, 0, sizeof text);
+    if (end - begin > limit) end = begin + limit;
     memset(s->val.nll, 0, (1 + s->D) * sizeof *s->val.nll);
     memset(s->val.targets, 0, (1 + s->D) * sizeof *s->val.targets);
-    for (size_t at = s->taught; at < end; at += text.rows) {
-        text.rows = end - at < s->seq ? end - at : s->seq;
-        text.token = s->text.id + at;
-        text.target = s->text.id + at + 1;
+    for (size_t at = begin; at < end; at += s->seq) {
+        dsv3_text text = train_rows(s, end - at < s->seq ? end - at : s->seq);
+        train_fill(s, c, at, text.rows, 0);
         if (dsv3_evaluate(&s->eval.context, &s->val, &s->eval.model.model, &s->eval.cache, s->modules, 1, &text,
                           &s->eval.workspace, &error) != DSV3_OK) {
             return; /* not finite: the steps will tell */
@@ -3945,12 +4406,29 @@ static void train_validate(train_state *s, double *row) {
     }
 }
 
+/* Is it the best so far? */
+static void train_judge(train_state *s, double loss) {
+    if (!isfinite(loss)) return;
+    if (isfinite(s->best) && loss >= s->best) {
+        s->worse++;
+        return;
+    }
+    s->best = loss;
+    s->best_step = s->done;
+    s->worse = 0;
+    if (s->o.keep_best && train_is_finite(s)) train_save_copy(s, "best", s->trainer.weights.data);
+}
+
+static int train_has_patience(const train_state *s) {
+    return s->o.patience == 0 || s->worse < (uint64_t)s->o.patience;
+}
+
 /* A line of what the model writes by now. */
 static void train_sample(const train_state *s) {
     writer_options o = writer_defaults();
     session model = s->eval;
     writer w;
-    int32_t first = s->config.bos_token_id >= 0 ? s->config.bos_token_id : s->text.id[0];
+    int32_t first = s->config.bos_token_id >= 0 ? s->config.bos_token_id : corpus_at(&s->text, 0);
     writer_open(&w, &model, &o, s->seq < 161 ? s->seq : 161, 1, NULL);
     stop_result("sample", dsv3_sequence_append(&model.model.model, &w.sequence, &first, 1, NULL));
     progress_leave();
@@ -3992,6 +4470,9 @@ static void train_catch_interrupts(void) {
     action.sa_handler = train_interrupt;
     action.sa_flags = SA_RESTART;
     sigaction(SIGPIPE, &action, NULL);
+#ifdef SIGXCPU
+    sigaction(SIGXCPU, &action, NULL); /* ulimit -t */
+#endif
     if (sigaction(SIGHUP, NULL, &before) == 0 && before.sa_handler != SIG_IGN) sigaction(SIGHUP, &action, NULL);
 #ifdef SA_RESETHAND
     action.sa_flags |= (int)SA_RESETHAND;
@@ -4059,47 +4540,98 @@ static int train_due(uint64_t step, long every) { return every > 0 && step % (ui
 /* One more step, and all that is due behind it. A state whose last step was skipped is not saved: if the weights are
  * to blame, what was saved before is better. */
 static void train_once(train_state *s, double *row) {
-    int measure;
+    int measure, due;
     for (size_t c = 0; c < s->log.columns; c++) row[c] = NOTHING;
     train_step(s, row);
     row[TRAIN_STEP] = (double)s->done;
     row[TRAIN_TOKENS] = (double)s->done * (double)s->o.batch * (double)s->seq;
-    measure = s->taught < s->text.count && (train_due(s->done, s->o.val_every) || s->done == (uint64_t)s->o.steps);
-    if (measure) train_validate(s, row);
-    train_log_add(&s->log, row);
+    measure = train_validates(s) && (train_due(s->done, s->o.val_every) || s->done == (uint64_t)s->o.steps);
+    if (measure) {
+        train_validate(s, row);
+        train_judge(s, row[train_val(s)]);
+    }
+    if (!train_log_add(&s->log, row)) {
+        const char *why = strerror(errno);
+        if (train_is_finite(s)) train_save(s);
+        stop("%s: cannot be written: %s; the run is saved up to step %llu", s->log.path, why, (unsigned long long)s->saved);
+    }
     train_show(s, row, measure && isfinite(row[train_val(s)]));
     if (train_due(s->done, s->o.sample_every)) train_sample(s);
-    if (train_due(s->done, s->o.save_every) && s->in_a_row == 0) train_save(s);
+    due = train_due(s->done, s->o.save_every) || (s->o.save_minutes > 0 && now() - s->kept >= 60 * s->o.save_minutes);
+    if (due && s->in_a_row == 0) s->broken = !train_is_finite(s);
+    if (due && s->in_a_row == 0 && !s->broken) train_save(s);
     if (now() - s->drawn > 10) train_draw(s);
+}
+
+/* The training has diverged. The last step made weights of which nothing good comes; those before it led to finite gradients.
+ * They are made once more, from what was saved, and saved. Then it ends. */
+static void train_give_up(train_state *s, double *row) {
+    uint64_t skipped = s->in_a_row, saved = s->saved, end = s->good > 0 ? s->good - 1 : 0;
+    char *path = train_path(s, "train.safetensors");
+    st_file file;
+    st_error error;
+    if (end > saved && st_open(&file, path, &error) == ST_OK) {
+        progress_leave();
+        fprintf(stderr, "dsv3: the training has diverged; going back to step %llu\n", (unsigned long long)end);
+        train_load_state(s, &file, path);
+        st_close(&file);
+        while (s->done < end && !train_interrupted) {
+            train_step(s, row);
+            train_show(s, row, 0);
+        }
+        progress_leave();
+        if (s->done == end && train_is_finite(s)) train_save(s);
+    }
+    stop("the last %llu steps changed nothing, the training has diverged: they are not saved; what was saved before stays in "
+         "%s: step %llu. --resume would go the same way; --init with it and a lower --lr, or --clip, may not",
+         (unsigned long long)skipped, s->o.out, (unsigned long long)s->saved);
+}
+
+static void train_report(const train_state *s, uint64_t steps) {
+    if (s->in_a_row > 0) {
+        fprintf(stderr, "dsv3: warning: the last %llu steps changed nothing: the model is that of step %llu\n",
+                (unsigned long long)s->in_a_row, (unsigned long long)s->good);
+    }
+    if (s->skipped > 0) fprintf(stderr, "dsv3: %llu steps changed nothing\n", (unsigned long long)s->skipped);
+    if (!train_has_patience(s)) {
+        fprintf(stderr, "dsv3: the run in %s has ended at step %llu: %llu validations were no better than %.4f at step %llu\n",
+                s->o.out, (unsigned long long)s->done, (unsigned long long)s->worse, s->best,
+                (unsigned long long)s->best_step);
+    } else if (s->done == s->began_at && s->done == steps) {
+        fprintf(stderr, "dsv3: the run in %s is complete: step %llu of %ld; --steps with more goes on\n", s->o.out,
+                (unsigned long long)s->done, s->o.steps);
+    } else if (s->done < steps) {
+        fprintf(stderr, "dsv3: stopped and saved after step %llu; go on with: dsv3 train --resume --out %s\n",
+                (unsigned long long)s->done, s->o.out);
+    }
 }
 
 static void train_run(train_state *s) {
     double *row = (double *)route_table("log", s->log.columns, 1, 1, sizeof *row);
     uint64_t steps = (uint64_t)s->o.steps;
     train_catch_interrupts();
-    s->begin = s->shown = s->drawn = now();
+    s->begin = s->shown = s->drawn = s->kept = now();
     s->began_at = s->done;
-    while (s->done < steps && !train_interrupted && s->in_a_row < TRAIN_PATIENCE) train_once(s, row);
-    free(row);
-    progress_leave();
-    if (s->in_a_row > 0) {
-        if (s->done > s->began_at) train_draw(s);
-        stop("the last %llu steps changed nothing%s: they are not saved; what was saved before stays in %s",
-             (unsigned long long)s->in_a_row, s->in_a_row < TRAIN_PATIENCE ? "" : ", the training has diverged",
-             s->o.out);
+    while (s->done < steps && !train_interrupted && s->in_a_row < TRAIN_PATIENCE && !s->broken && train_has_patience(s)) {
+        train_once(s, row);
     }
+    progress_leave();
+    if (s->in_a_row >= TRAIN_PATIENCE || !train_is_finite(s)) {
+        if (s->done > s->began_at) train_draw(s);
+        train_give_up(s, row);
+    }
+    free(row);
     if (s->saved != s->done || s->done == s->began_at) train_save(s);
     if (s->done > s->began_at) train_draw(s);
-    if (s->skipped > 0) fprintf(stderr, "dsv3: %llu steps changed nothing\n", (unsigned long long)s->skipped);
-    if (s->done == s->began_at && s->done == steps) {
-        fprintf(stderr, "dsv3: the run in %s is complete: step %llu of %ld; --steps with more goes on\n", s->o.out,
-                (unsigned long long)s->done, s->o.steps);
-    }
-    if (s->done < steps) {
-        fprintf(stderr, "dsv3: stopped and saved after step %llu; go on with: dsv3 train --resume --out %s\n",
-                (unsigned long long)s->done, s->o.out);
-    }
+    train_report(s, steps);
 }
+
+static void train_free_lists(train_options *o) {
+    free(o->text.item), free(o->val_text.item), free(o->separator.item), free(o->loss_from.item), free(o->loss_to.item);
+    free(o->freeze.item), free(o->exempt.item);
+}
+
+static void corpus_free(corpus *c) { free(c->data), free(c->begin.at), free(c->edge.at); }
 
 static void train_end(train_state *s) {
     for (size_t c = 0; c < s->log.columns; c++) free(s->log.column[c]);
@@ -4108,10 +4640,10 @@ static void train_end(train_state *s) {
     if (s->log.file != NULL && fclose(s->log.file) != 0) stop("log.csv: cannot be written: %s", strerror(errno));
     for (size_t i = 0; i < s->strings; i++) free(s->string[i]);
     free(s->string);
-    free(s->o.text.item);
-    free(s->o.freeze.item);
-    free(s->o.exempt.item);
-    free(s->text.id);
+    train_free_lists(&s->o);
+    corpus_free(&s->text);
+    corpus_free(&s->val_text);
+    free(s->document);
     free(s->trainer_memory);
     free(s->tensor);
     free(s->token);
@@ -4142,11 +4674,9 @@ static int train(int argc, char **argv, const command *c) {
     train_check(&s.o);
     first = s.o;
     if (first.resume) {
-        status = train_resume(&s, argc, argv, c, first.out);
+        status = train_resume(&s, argc, argv, c, &first);
         if (status != 0) return status - 1;
-        free(first.text.item);
-        free(first.freeze.item);
-        free(first.exempt.item);
+        train_free_lists(&first);
     } else {
         train_begin(&s);
     }
@@ -4169,14 +4699,14 @@ static const char main_help[] = "usage: dsv3 COMMAND ...\n"
                                 "dsv3 COMMAND --help lists the options of a command; dsv3 --version says which.\n";
 
 int main(int argc, char **argv) {
-    const command commands[] = {{"generate", generate_help, generate, {"DIR", NULL}},
-                                {"chat", chat_help, chat, {"DIR", NULL}},
-                                {"score", score_help, score, {"DIR", "FILE"}},
-                                {"route", route_help, route, {"DIR", "FILE"}},
-                                {"plan", plan_help, plan, {"DIR, CONFIG.json or NAME", NULL}},
-                                {"inspect", inspect_help, inspect, {"DIR or FILE.safetensors", NULL}},
-                                {"convert", convert_help, convert, {"DIR", "OUT"}},
-                                {"train", train_help, train, {NULL, NULL}}};
+    const command commands[] = {{"generate", generate_help, generate, {"DIR", NULL}, NULL},
+                                {"chat", chat_help, chat, {"DIR", NULL}, NULL},
+                                {"score", score_help, score, {"DIR", "FILE"}, NULL},
+                                {"route", route_help, route, {"DIR", "FILE"}, NULL},
+                                {"plan", plan_help, plan, {"DIR, CONFIG.json or NAME", NULL}, NULL},
+                                {"inspect", inspect_help, inspect, {"DIR or FILE.safetensors", NULL}, NULL},
+                                {"convert", convert_help, convert, {"DIR", "OUT"}, NULL},
+                                {"train", train_help, train, {NULL, NULL}, train_help_more}};
     const char *nearest = NULL;
     size_t least = 9;
 #ifdef SIGXFSZ
