@@ -1068,8 +1068,7 @@ typedef struct dsv3_training {
     int32_t detach_head;  /* bool: nor its embedding and head */
     float beta1, beta2, eps, weight_decay;
     float clip; /* largest global norm of the gradients; 0: no limit */
-    float ema_decay; /* below 1. Its average is float32, and stays as soon as a weight is closer than 6e-8 / (1 - ema_decay)
-                        of it */
+    double ema_decay; /* below 1 */
     const char *const *exempt; /* names with * for any characters, NULL ends: no weight decay (vectors never have) */
     const char *const *frozen; /* likewise: not trained, routers' biases not moved. NULL: none */
     dsv3_reduce_gradients reduce; /* NULL: one rank. The loads' hook is the balancer's */
@@ -6632,7 +6631,7 @@ DSV3_API dsv3_training dsv3_training_default(void) {
     s.eps = 1e-8f;
     s.weight_decay = 0.1f;
     s.clip = 1.0f;
-    s.ema_decay = 0.999f;
+    s.ema_decay = 0.999;
     return s;
 }
 
@@ -6939,7 +6938,7 @@ static dsv3_result dsv3i_train_check(const dsv3_trainer *t, int32_t stage, dsv3_
                                 "beta1\0beta2\0ema_decay\0divisor";
     const dsv3_training *s = &t->settings;
     const double value[] = {(double)s->eps, s->lambda, s->balance.expert, s->balance.device, s->balance.communication,
-                            (double)s->weight_decay, (double)s->clip, (double)s->beta1, (double)s->beta2, (double)s->ema_decay,
+                            (double)s->weight_decay, (double)s->clip, (double)s->beta1, (double)s->beta2, s->ema_decay,
                             (double)s->divisor / (DSV3_DIVIDE_BY_VALID + 1)};
     const char *name = names;
     for (size_t i = 0; i < DSV3I_COUNT(value); i++, name = dsv3i_next_text(name)) {
@@ -7040,13 +7039,21 @@ static void dsv3i_adamw_task(void *arg, size_t begin, size_t end, size_t worker)
     }
 }
 
-/* The moving average follows the weights, biases included. */
+/* The moving average follows the weights, biases included. It is rounded up or down by chance (a hash of step and place), to
+ * either as often as it is near: so steps far smaller than what float32 resolves are not lost, but taken whole at times. */
 static void dsv3i_ema_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3_trainer *t = (const dsv3_trainer *)arg;
-    float decay = t->step == 0 ? 0.0f : t->settings.ema_decay;
+    const double decay = t->step == 0 ? 0.0 : t->settings.ema_decay;
+    const uint64_t below = 0x1FFFFFFFu; /* the bits of a double that a float does not have */
     (void)worker;
     for (size_t i = begin * DSV3I_RUN; i < dsv3i_min(end * DSV3I_RUN, t->weights.count); i++) {
-        t->ema[i] = decay * t->ema[i] + (1.0f - decay) * t->weights.data[i];
+        dsv3_rng rng = {t->step * t->weights.count + i};
+        double x = decay * (double)t->ema[i] + (1.0 - decay) * (double)t->weights.data[i];
+        uint64_t bits;
+        DSV3_MEMCPY(&bits, &x, sizeof bits);
+        bits = (bits + (dsv3_random(&rng) & below)) & ~below;
+        DSV3_MEMCPY(&x, &bits, sizeof bits);
+        t->ema[i] = (float)x;
     }
 }
 
@@ -11728,7 +11735,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
  *              log-probabilities and states of chosen rows; saving (dsv3_cache_save, dsv3_sequence_save,
  *              dsv3_trainer_save); rope_scaling.truncate. A sequence holds its whole text.
  *   Training   dsv3_text.apart; dsv3_train_accumulate and _end check settings, rate and the order of calls; a gradient whose
- *              square overflows ends the step with DSV3_ERR_NAN.
+ *              square overflows ends the step with DSV3_ERR_NAN. ema_decay is a double, and its average loses no steps.
  *   Options    DSV3_NO_TRAINING also leaves out the balancer, the bias step and V2's balance losses.
  *   Builds     enums have 32 bits on both sides of a call (DSV3_ENUM); dsv3_version; dsv3_balancer.E is experts, and no name
  *              in a declaration is a single capital. More kinds of fast math, and the x87, are refused; C89 by one message.

@@ -2807,8 +2807,7 @@ static const char train_help_more[] =
     "  --weight-decay X (default 0.1)\n"
     "  --exempt NAMES   no weight decay for these tensors (norms never have any); may be repeated\n"
     "  --clip X         largest norm of the gradients, 0: any (default 1)\n"
-    "  --ema X          decay of a moving average of the weights, kept in DIR/ema; 0: none (default 0); at most\n"
-    "                   0.99999: beyond that steps are lost in the roundings of the average\n"
+    "  --ema X          decay of a moving average of the weights, kept in DIR/ema; 0: none (default 0)\n"
     "  --patience N     ends the run when N validations in a row were no better than the best; 0: never (default 0)\n"
     "  --seed N         (default 1)\n"
     "Memory and output:\n"
@@ -2904,7 +2903,7 @@ static void train_table(option *table, train_options *o) {
                                                {"--weight-decay", OPTION_FLOAT, &o->weight_decay, 0, 1e6},
                                                {"--exempt", OPTION_LIST, &o->exempt, 0, 0},
                                                {"--clip", OPTION_FLOAT, &o->clip, 0, 1e30},
-                                               {"--ema", OPTION_FLOAT, &o->ema, 0, 0.99999},
+                                               {"--ema", OPTION_FLOAT, &o->ema, 0, 0.999999999},
                                                {"--seed", OPTION_INT, &o->seed, 0, 9e15},
                                                {NULL, OPTION_FLAG, NULL, 0, 0}};
     memcpy(table, options, sizeof options);
@@ -4036,7 +4035,7 @@ static void train_set(train_state *s) {
     t->longest = s->seq;
     t->keep = train_keep(o->keep);
     t->ema = o->ema > 0;
-    t->ema_decay = (float)o->ema;
+    t->ema_decay = o->ema;
     t->lambda = o->lambda;
     t->balance.expert = o->alpha;
     t->balance.actual = strcmp(o->alpha_loads, "routing") == 0;

@@ -484,7 +484,7 @@ static double oracle_step(oracle *o, const subject *a, const listing *l, const i
 }
 
 static void oracle_average(oracle *o, const subject *a, size_t n) {
-    double decay = o->steps++ == 0 ? 0 : (double)a->t.settings.ema_decay;
+    double decay = o->steps++ == 0 ? 0 : a->t.settings.ema_decay;
     for (size_t j = 0; j < n; j++) o->ema[j] = decay * o->ema[j] + (1 - decay) * o->w[j];
 }
 
@@ -531,7 +531,7 @@ static void test_adamw(double clip, int patterns) {
     size_t n;
     prepare(&a, lengths);
     a.s.ema = 1;
-    a.s.ema_decay = 0.75f;
+    a.s.ema_decay = 0.75;
     a.s.clip = (float)clip;
     a.s.eps = 1e-3f;
     if (patterns) a.s.frozen = frozen_names, a.s.exempt = exempt_names;
@@ -575,6 +575,44 @@ static void test_adamw(double clip, int patterns) {
     oracle_close(&o);
     free(before);
     close_trainer(&a);
+}
+
+/* Averages that move by less than float32 resolves: of single weights nothing can be said, of all together they keep up
+ * with a second opinion in double. */
+static void test_slow_average(void) {
+    static const int lengths[] = {9, 14, 7, 0};
+    static const double decays[] = {0.9, 0.999, 0.99999, 0.9999999, 0.999999999};
+    for (size_t i = 0; i < sizeof decays / sizeof *decays; i++) {
+        subject a;
+        float *first;
+        double *want, moved = 0, far = 0, worst = 0;
+        size_t n;
+        prepare(&a, lengths);
+        a.c.vocab_size = 4000; /* many weights */
+        a.s.ema = 1, a.s.ema_decay = decays[i];
+        open_trainer(&a, 1);
+        a.s.weight_decay = a.t.settings.weight_decay = 100; /* they all move */
+        step(&a, 1e-3);
+        n = a.t.weights.count;
+        CHECK(same_floats(a.t.ema, a.t.weights.data, n));
+        first = copy_floats(a.t.ema, n);
+        want = synth_doubles(n);
+        for (size_t j = 0; j < n; j++) want[j] = (double)first[j];
+        for (int k = 0; k < 12; k++) {
+            step(&a, 1e-3);
+            for (size_t j = 0; j < n; j++) want[j] += (1 - decays[i]) * ((double)a.t.weights.data[j] - want[j]);
+        }
+        for (size_t j = 0; j < n; j++) { /* along the way of each */
+            double sign = want[j] > (double)first[j] ? 1 : -1;
+            moved += sign * ((double)a.t.ema[j] - (double)first[j]);
+            far += sign * (want[j] - (double)first[j]);
+            worst = fmax(worst, fabs((double)a.t.ema[j] - want[j]) / fmax(fabs(want[j]), 1e-3));
+        }
+        CHECK(far > 0 && fabs(moved / far - 1) < (i < 4 ? 0.02 : 0.2));
+        CHECK(worst < 12 * 1.2e-7);
+        free(first), free(want);
+        close_trainer(&a);
+    }
 }
 
 /* Does the pattern freeze exactly the tensors whose names match? */
@@ -934,8 +972,8 @@ static const bad_number bad_numbers[] = {
     BAD_SIGN(BAD_DOUBLE, lambda), BAD_SIGN(BAD_DOUBLE, balance.expert), BAD_SIGN(BAD_DOUBLE, balance.device),
     BAD_SIGN(BAD_DOUBLE, balance.communication), BAD_SIGN(BAD_FLOAT, beta1), BAD_FLOAT(beta1, 1),
     BAD_SIGN(BAD_FLOAT, beta2), BAD_FLOAT(beta2, 1), BAD_SIGN(BAD_FLOAT, eps), BAD_FLOAT(eps, 0),
-    BAD_SIGN(BAD_FLOAT, weight_decay), BAD_SIGN(BAD_FLOAT, clip), BAD_SIGN(BAD_FLOAT, ema_decay),
-    BAD_FLOAT(ema_decay, 1), BAD_FLOAT(ema_decay, 0.999999999)};
+    BAD_SIGN(BAD_FLOAT, weight_decay), BAD_SIGN(BAD_FLOAT, clip), BAD_SIGN(BAD_DOUBLE, ema_decay),
+    BAD_DOUBLE(ema_decay, 1)};
 
 static double set_number(subject *a, const bad_number *bad) {
     float narrow = (float)bad->value;
@@ -1507,6 +1545,7 @@ int main(void) {
     test_wide_loops();
     test_norm_threads();
     for (int i = 0; i < 4; i++) test_adamw(i % 2 ? 0.5 : 0, i / 2);
+    test_slow_average();
     test_patterns();
     test_decay();
     test_bias();
