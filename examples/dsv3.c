@@ -2992,7 +2992,7 @@ static void train_check(const train_options *o) {
     if (o->alpha_loads != NULL && strcmp(o->alpha_loads, "scores") != 0 && strcmp(o->alpha_loads, "routing") != 0) {
         stop("--alpha-loads: expected scores or routing, found '%s'", o->alpha_loads);
     }
-    train_check_warmup(o, o->steps > 0 ? o->steps : o->epochs > 0 ? LONG_MAX : TRAIN_STEPS);
+    if (o->epochs == 0) train_check_warmup(o, o->steps > 0 ? o->steps : TRAIN_STEPS);
 }
 
 /* ---- train: everything there is */
@@ -4055,7 +4055,6 @@ static void train_set(train_state *s) {
 static void train_set_balancer(train_state *s) {
     dsv3_balancer *b = &s->trainer.balancer;
     uint64_t freeze = (uint64_t)(s->o.bias_freeze * (double)s->phases);
-    if (freeze == 0 && s->o.bias_freeze > 0) freeze = 1; /* of a very short run */
     b->schedule.speed = freeze > 0 ? s->o.bias_speed : 0;
     b->schedule.freeze = freeze < s->phases ? freeze : 0; /* 0: never */
 }
@@ -4149,7 +4148,10 @@ static void train_prepare(train_state *s) {
     train_reserve_evaluation(s);
 }
 
-static void train_refuse_checkpoint(const train_state *s) {
+/* The directory of a new run, which is this process's alone from here on. */
+static void train_take(const train_state *s) {
+    make_directory("--out", s->o.out);
+    lock_take(s->o.out);
     if (file_exists(s->o.out, "train.safetensors") || file_exists(s->o.out, "model.safetensors") ||
         file_exists(s->o.out, "model.safetensors.index.json")) {
         stop("%s: holds a checkpoint already; expected another directory, or --resume to go on", s->o.out);
@@ -4158,6 +4160,7 @@ static void train_refuse_checkpoint(const train_state *s) {
 
 static void train_begin(train_state *s) {
     checkpoint from;
+    int there;
     memset(&from, 0, sizeof from);
     train_model(s, &from);
     train_resolve(&s->o, &s->config);
@@ -4166,11 +4169,10 @@ static void train_begin(train_state *s) {
     s->phases = (uint64_t)s->o.steps;
     s->best = NOTHING;
     train_prepare(s);
-    train_refuse_checkpoint(s);
+    there = file_exists(s->o.out, ".");
+    if (there) train_take(s);
     train_first_weights(s, &from);
-    make_directory("--out", s->o.out);
-    lock_take(s->o.out);
-    train_refuse_checkpoint(s); /* another may have been quicker */
+    if (!there) train_take(s); /* an error before leaves no directory behind */
     train_log_open(s);
     train_save(s); /* there is a checkpoint from the first moment on; and what cannot be written shows up now */
 }
@@ -4180,7 +4182,7 @@ static void train_resume_backend(train_state *s, const char *before) {
     dsv3_backend backend;
     dsv3_context context;
     if (before == NULL || s->o.backend != NULL) return;
-    if (dsv3_backend_find(&backend, before) != DSV3_OK || dsv3_context_init(&context, backend, 1, NULL) != DSV3_OK) return;
+    if (dsv3_backend_find(&backend, before, NULL) != DSV3_OK || dsv3_context_init(&context, backend, 1, NULL) != DSV3_OK) return;
     s->o.backend = train_keep_string(s, before, strlen(before));
 }
 
