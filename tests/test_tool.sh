@@ -1415,72 +1415,69 @@ done
 state() { head -c 40000 $tmp/"$1"/train.safetensors | grep -ao "\"$2\":\"[^\"]*\"" | head -n 1 | cut -d '"' -f 4; }
 for rate in 50 100 20 200 10 1000; do # which of them is wild enough, and not at once, depends on roundings
     wild="$recipe --lr $rate --clip 0 --save-every 1000 --constant 1 --warmup 0 --bias-freeze 1"
-    rm -rf $tmp/wild
-    run train $wild --steps 60 --out $tmp/wild
-    end=$(awk -F, 'NR > 1 && $8 != "" { last = $1 } END { print last - 1 }' $tmp/wild/log.csv)
+    rm -rf $tmp/run_wild
+    run train $wild --steps 60 --out $tmp/run_wild
+    end=$(awk -F, 'NR > 1 && $8 != "" { last = $1 } END { print last - 1 }' $tmp/run_wild/log.csv)
     [ $status = 1 ] && [ "$end" -ge 2 ] && break
 done
 equal "train: it diverges" "$status $((end >= 2))" "1 1"
-first=$(awk -F, 'NR > 1 && $8 == "" { print $1; exit }' $tmp/wild/log.csv)
-run train $wild --steps "$first" --out $tmp/last
+first=$(awk -F, 'NR > 1 && $8 == "" { print $1; exit }' $tmp/run_wild/log.csv)
+run train $wild --steps "$first" --out $tmp/run_last
 equal "train: the last step is skipped: status" $status 0
 if grep -q "warning: the last 1 steps changed nothing: the model is that of step $((first - 1))" $tmp/err; then ok; else
     fail "train: the last step is skipped: no warning"
 fi
-equal "train: the last step is skipped: saved" "$(state last step) $(state last trained)" "$first $((first - 1))"
-good "train: the last step is skipped: the checkpoint" inspect $tmp/last --check-finite
-differ "train: the last step is skipped: it was trained" $tmp/wild/config.json $tmp/last/model.safetensors
-run train --resume --out $tmp/last
+equal "train: the last step is skipped: saved" "$(state run_last step) $(state run_last trained)" "$first $((first - 1))"
+good "train: the last step is skipped: the checkpoint" inspect $tmp/run_last --check-finite
+differ "train: the last step is skipped: it was trained" $tmp/run_wild/config.json $tmp/run_last/model.safetensors
+run train --resume --out $tmp/run_last
 equal "train: the last step is skipped: --resume" "$status $(grep -c 'is complete' $tmp/err)" "0 1"
 # One that has diverged ends with what led to finite gradients, made once more.
-equal "train: diverged: the last good state" "$(state wild step)" "$end"
-run train $wild --steps "$end" --out $tmp/tame
-same "train: diverged: its weights" $tmp/tame/model.safetensors $tmp/wild/model.safetensors
-run train --resume --out $tmp/wild
-equal "train: diverged: --resume goes the same way" "$status $(state wild step)" "1 $end"
+equal "train: diverged: the last good state" "$(state run_wild step)" "$end"
+run train $wild --steps "$end" --out $tmp/run_tame
+same "train: diverged: its weights" $tmp/run_tame/model.safetensors $tmp/run_wild/model.safetensors
+run train --resume --out $tmp/run_wild
+equal "train: diverged: --resume goes the same way" "$status $(state run_wild step)" "1 $end"
 
 # log.csv as a spreadsheet or a person leaves it: no row is lost, and what is no row is told.
-trains "a log" $recipe --steps 6 --out $tmp/log
+trains "a log" $recipe --steps 6 --out $tmp/run_log
 trains "its whole" $recipe --steps 9 --constant 1 --warmup 0 --out $tmp/log9
-cp $tmp/log/log.csv $tmp/log.csv
-logged() { awk -F, 'NR > 1 { printf "%s ", $1 }' $tmp/log/log.csv; }
-sed 's/$/\r/' $tmp/log.csv > $tmp/log/log.csv
+cp $tmp/run_log/log.csv $tmp/log.csv
+logged() { awk -F, 'NR > 1 { printf "%s ", $1 }' $tmp/run_log/log.csv; }
+sed 's/$/\r/' $tmp/log.csv > $tmp/run_log/log.csv
 good_steps=6
 relog() { # NAME WARNINGS ROWS
     good_steps=$((good_steps + 1))
-    trains "$1" --resume --out $tmp/log --steps $good_steps
+    trains "$1" --resume --out $tmp/run_log --steps $good_steps
     equal "$1: warnings" "$(grep -c 'log.csv: line' $tmp/err)" "$2"
     equal "$1: rows" "$(logged)" "$3"
 }
 relog "log.csv with CR LF" 0 "1 2 3 4 5 6 7 "
-if tail -n +2 $tmp/log/log.csv | head -n 6 | cmp -s - $tmp/log.tail 2> /dev/null || grep -q "$(printf '\r')" $tmp/log/log.csv; then
-    bad "log.csv with CR LF: other rows"
-else
-    ok
-fi
-sed -i '3s/,.*/,edited/' $tmp/log/log.csv
+head -n 7 $tmp/run_log/log.csv > $tmp/a
+same "log.csv with CR LF: the rows stay" $tmp/log.csv $tmp/a
+sed '3s/,.*/,edited/' $tmp/run_log/log.csv > $tmp/a && mv $tmp/a $tmp/run_log/log.csv
 relog "log.csv with an edited line" 1 "1 2 3 4 5 6 7 8 "
 if grep -q 'log.csv: line 3 is no row of this run; it stays' $tmp/err; then ok; else fail "log.csv: which line"; fi
-equal "log.csv: the edited line stays" "$(sed -n 3p $tmp/log/log.csv)" "2,edited"
-{ printf '\357\273\277' && cat $tmp/log/log.csv; } > $tmp/log.bom && mv $tmp/log.bom $tmp/log/log.csv # a byte order mark
+equal "log.csv: the edited line stays" "$(sed -n 3p $tmp/run_log/log.csv)" "2,edited"
+{ printf '\357\273\277' && cat $tmp/run_log/log.csv; } > $tmp/log.bom && mv $tmp/log.bom $tmp/run_log/log.csv # a byte order mark
 relog "log.csv with a mark in front" 1 "1 2 3 4 5 6 7 8 9 "
-printf '10,480,0.00' >> $tmp/log/log.csv # torn: that step comes again
+printf '10,480,0.00' >> $tmp/run_log/log.csv # torn: that step comes again
 relog "log.csv with a torn end" 1 "1 2 3 4 5 6 7 8 9 10 "
-sed -i '1d' $tmp/log/log.csv
+sed 1d $tmp/run_log/log.csv > $tmp/a && mv $tmp/a $tmp/run_log/log.csv
 relog "log.csv without a header" 1 "1 2 3 4 5 6 7 8 9 10 11 "
 
 # The backend is of the run, too.
-trains "a run with another backend" $recipe --steps 4 --backend reference --out $tmp/plain
-trains "half of it" $recipe --steps 2 --backend reference --out $tmp/half --constant 1 --bias-freeze 1 --warmup 0
-trains "the whole of it" $recipe --steps 4 --backend reference --out $tmp/both --constant 1 --bias-freeze 1 --warmup 0
-equal "train: its backend" "$(state half backend)" reference
-trains "the other half" --resume --out $tmp/half --steps 4
+trains "a run with another backend" $recipe --steps 4 --backend reference --out $tmp/run_plain
+trains "half of it" $recipe --steps 2 --backend reference --out $tmp/run_half --constant 1 --bias-freeze 1 --warmup 0
+trains "the whole of it" $recipe --steps 4 --backend reference --out $tmp/run_both --constant 1 --bias-freeze 1 --warmup 0
+equal "train: its backend" "$(state run_half backend)" reference
+trains "the other half" --resume --out $tmp/run_half --steps 4
 equal "train --resume: no word about the backend" "$(grep -c 'warning' $tmp/err)" 0
-same "train --resume: the backend of the run" $tmp/half/model.safetensors $tmp/both/model.safetensors
-equal "train --resume: its backend" "$(state half backend)" reference
-run train --resume --out $tmp/half --steps 5 --backend auto
-if [ "$(state half backend)" = reference ] ||
-    grep -q "warning: --backend: the run was made with reference and goes on with $(state half backend), whose" $tmp/err
+same "train --resume: the backend of the run" $tmp/run_half/model.safetensors $tmp/run_both/model.safetensors
+equal "train --resume: its backend" "$(state run_half backend)" reference
+run train --resume --out $tmp/run_half --steps 5 --backend auto
+if [ "$(state run_half backend)" = reference ] ||
+    grep -q "warning: --backend: the run was made with reference and goes on with $(state run_half backend), whose" $tmp/err
 then ok; else fail "train --resume: another backend is told"; fi
 
 # The balance loss is the config's, and what was used is written back.
@@ -1526,20 +1523,20 @@ if [ -e $tmp/t ]; then bad "train --init with NaN: a directory"; else ok; fi
 # A loss that no border changes: both have the same targets, and only what is seen before them differs.
 for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do printf 'Q: %s and %s? A: it is %s.\n' $i $i $((2 * i)); done > $tmp/qa
 qa="--preset micro --text $tmp/qa --seq 64 --batch 2 --steps 2 --threads 1 --val 0"
-trains "joined" $qa --out $tmp/joined
-trains "--separator" $qa --out $tmp/parted --separator '\n'
-differ "train --separator: losses" $tmp/joined/log.csv $tmp/parted/log.csv
-trains "--apart" $qa --out $tmp/apart --separator '\n' --apart
-differ "train --apart: losses" $tmp/parted/log.csv $tmp/apart/log.csv
-trains "--loss-from" $qa --out $tmp/answers --separator '\n' --loss-from 'A: '
-differ "train --loss-from" $tmp/parted/log.csv $tmp/answers/log.csv
-trains "--loss-to" $qa --out $tmp/some --separator '\n' --loss-from 'A: ' --loss-to 'is'
-differ "train --loss-to" $tmp/some/log.csv $tmp/answers/log.csv
-trains "resumed" --resume --out $tmp/answers --steps 3
-refused "train --resume: another separator" "--separator: expected '\\n', as the run" train --resume --out $tmp/answers --separator x
+trains "joined" $qa --out $tmp/run_joined
+trains "--separator" $qa --out $tmp/run_parted --separator '\n'
+differ "train --separator: losses" $tmp/run_joined/log.csv $tmp/run_parted/log.csv
+trains "--apart" $qa --out $tmp/run_apart --separator '\n' --apart
+differ "train --apart: losses" $tmp/run_parted/log.csv $tmp/run_apart/log.csv
+trains "--loss-from" $qa --out $tmp/run_answers --separator '\n' --loss-from 'A: '
+differ "train --loss-from" $tmp/run_parted/log.csv $tmp/run_answers/log.csv
+trains "--loss-to" $qa --out $tmp/run_some --separator '\n' --loss-from 'A: ' --loss-to 'is'
+differ "train --loss-to" $tmp/run_some/log.csv $tmp/run_answers/log.csv
+trains "resumed" --resume --out $tmp/run_answers --steps 3
+refused "train --resume: another separator" "--separator: expected '\\n', as the run" train --resume --out $tmp/run_answers --separator x
 refused "train --loss-from: nowhere" "--loss-from: is nowhere in the text" train $qa --out $tmp/t --loss-from zzz
 misused "train --loss-to alone" "--loss-to: expected --loss-from" train $qa --out $tmp/t --loss-to A
-run train $qa --out $tmp/nowhere --separator zzz
+run train $qa --out $tmp/run_nowhere --separator zzz
 equal "train --separator: nowhere" "$status $(grep -c 'warning: --separator: is nowhere' $tmp/err)" "0 1"
 # What is before a document does not reach it: two texts that differ in their first document alone have, apart, the same
 # losses in validation, where only the second one has targets.
@@ -1556,11 +1553,34 @@ done
 same "train --apart: nothing crosses" $tmp/apart1.val $tmp/apart2.val
 differ "train: without it, it does" $tmp/across1.val $tmp/across2.val
 same "train: the text trained on is the same" $tmp/apart1/model.safetensors $tmp/apart2/model.safetensors
-# Targets are what they should be: as many as are counted by hand, by the total of a step of loss 0 weights.
+# The loss is that of the answer's tokens alone: what the scores of prompt with and without answer make of it.
+prompt='It is a truth universally '
+answer='acknowledged, that a single man'
+printf '%s' "$prompt" > $tmp/p
+printf '%s%s' "$prompt" "$answer" > $tmp/pa
+total() { "$tool" score $micro $tmp/"$1" | awk -v n="$(wc -c < $tmp/"$1")" '/^nats.token/ { print $2 * (n - 1) }'; }
+want=$(echo "$(total pa) $(total p) ${#answer}" | awk '{ print ($1 - $2) / $3 }')
+trains "the loss of an answer" --init $micro --text $tmp/train.txt --val-text $tmp/pa --loss-from 'universally ' --separator '\n' --apart \
+    --seq 64 --batch 1 --steps 1 --lr 0 --bias-speed 0 --threads 1 --out $tmp/run_answer
+if awk -F, -v want="$want" 'END { d = $10 - want; exit !(d < 2e-3 && d > -2e-3 && want > 0.1) }' $tmp/run_answer/log.csv; then ok; else
+    bad "train --loss-from: $(tail -n 1 $tmp/run_answer/log.csv) is not $want"
+fi
 refused "train --val-text: too short" "--val-text: expected at least 2 tokens, found 0" train $qa --out $tmp/t --val-text /dev/null
 refused "train --val-text: missing" "$tmp/none: cannot be opened" train $qa --out $tmp/t --val-text $tmp/none
 
-# Epochs: each token once in each. A text of 12 windows of 16 different tokens: what is seen is counted by --ids.
+# Epochs: each token once in each. The mean loss of one, over weights that stay, does not depend on the order; that of as many
+# sequences from anywhere does.
+head -c 1633 examples/text/austen.txt > $tmp/t1633 # 102 windows of 16 tokens, and one more token
+means() { # NAME OPTION VALUE: the mean losses of three seeds, and how many are different
+    for seed in 1 2 3; do
+        trains "$1" --init $micro --text $tmp/t1633 --val 0 --seq 16 --batch 6 --lr 0 --bias-speed 0 --threads 1 --seed $seed \
+            "$2" "$3" --out $tmp/run_"$1"$seed
+        awk -F, 'NR > 1 { sum += $5 } END { printf "%.4f %d\n", sum / (NR - 1), NR - 1 }' $tmp/run_"$1"$seed/log.csv
+    done | sort -u | tee $tmp/a | wc -l | tr -d ' '
+}
+equal "train --epochs: each token once" "$(means epochs --epochs 1) $(cut -d ' ' -f 2 $tmp/a | sort -u)" "1 17"
+equal "train --steps: from anywhere" "$(means steps --steps 17)" 3
+differ "train --epochs: another order" $tmp/run_epochs1/log.csv $tmp/run_epochs2/log.csv
 awk 'BEGIN { for (i = 0; i < 97; i++) printf "%d ", i }' > $tmp/ids97
 epochs="--config $tmp/v128 --ids --text $tmp/ids97 --val 0 --seq 8 --batch 4 --threads 1"
 trains "--epochs 1" $epochs --epochs 1 --out $tmp/epoch1
@@ -1569,39 +1589,39 @@ trains "--epochs 2" --resume --out $tmp/epoch1 --epochs 2
 equal "train --epochs: more" "$(tail -n 1 $tmp/epoch1/log.csv | cut -d, -f 1)" 6
 misused "train --steps and --epochs" "--steps and --epochs exclude each other" train $epochs --steps 1 --epochs 1 --out $tmp/t
 refused "train --resume --epochs: of another order" "--epochs: the run draws its sequences from anywhere" \
-    train --resume --out $tmp/joined --epochs 2
+    train --resume --out $tmp/run_joined --epochs 2
 refused "train --warmup with --epochs" "--warmup: expected at most 3, the steps, found 4" train $epochs --epochs 1 --warmup 4 --out $tmp/t
 
 # What is kept, and when it ends.
-trains "--keep-last" $recipe --steps 12 --save-every 2 --keep-last 3 --keep-best --out $tmp/kept
-equal "train --keep-last: which" "$(ls -d $tmp/kept/step-* | sed 's/.*step-//' | sort -n | tr '\n' ' ')" "8 10 12 "
-same "train --keep-last: the last" $tmp/kept/step-12/model.safetensors $tmp/kept/model.safetensors
-good "train --keep-last: a checkpoint" score $tmp/kept/step-8 $tmp/part
-best=$(awk -F, '$10 != "" && NR > 1 && (low == "" || $10 < low) { low = $10; at = $1 } END { print at }' $tmp/kept/log.csv)
-equal "train --keep-best" "$(state kept 'best step')" "$best"
-good "train --keep-best: a checkpoint" score $tmp/kept/best $tmp/part
-mkdir $tmp/kept/step-1 && touch $tmp/kept/step-1/mine
-trains "--keep-last, another's folder" --resume --out $tmp/kept --steps 14
-if [ -e $tmp/kept/step-1/mine ] && [ ! -e $tmp/kept/step-8 ]; then ok; else bad "train --keep-last: another's file"; fi
-trains "--patience" $recipe --steps 60 --lr 0 --bias-speed 0 --patience 2 --out $tmp/patient
-equal "train --patience: it ends" "$(tail -n 1 $tmp/patient/log.csv | cut -d, -f 1)" 12
+trains "--keep-last" $recipe --steps 12 --save-every 2 --keep-last 3 --keep-best --out $tmp/run_kept
+equal "train --keep-last: which" "$(ls -d $tmp/run_kept/step-* | sed 's/.*step-//' | sort -n | tr '\n' ' ')" "8 10 12 "
+same "train --keep-last: the last" $tmp/run_kept/step-12/model.safetensors $tmp/run_kept/model.safetensors
+good "train --keep-last: a checkpoint" score $tmp/run_kept/step-8 $tmp/part
+best=$(awk -F, '$10 != "" && NR > 1 && (low == "" || $10 < low) { low = $10; at = $1 } END { print at }' $tmp/run_kept/log.csv)
+equal "train --keep-best" "$(state run_kept 'best step')" "$best"
+good "train --keep-best: a checkpoint" score $tmp/run_kept/best $tmp/part
+mkdir $tmp/run_kept/step-1 && touch $tmp/run_kept/step-1/mine
+trains "--keep-last, another's folder" --resume --out $tmp/run_kept --steps 14
+if [ -e $tmp/run_kept/step-1/mine ] && [ ! -e $tmp/run_kept/step-8 ]; then ok; else bad "train --keep-last: another's file"; fi
+trains "--patience" $recipe --steps 60 --lr 0 --bias-speed 0 --patience 2 --out $tmp/run_patient
+equal "train --patience: it ends" "$(tail -n 1 $tmp/run_patient/log.csv | cut -d, -f 1)" 12
 if grep -q 'has ended at step 12: 2 validations were no better than [0-9.]* at step 4' $tmp/err; then ok; else fail "train --patience"; fi
-trains "--patience: again" --resume --out $tmp/patient
-equal "train --patience: it has ended" "$(tail -n 1 $tmp/patient/log.csv | cut -d, -f 1)" 12
-trains "--patience 3" --resume --out $tmp/patient --patience 3
-equal "train --patience: with more" "$(tail -n 1 $tmp/patient/log.csv | cut -d, -f 1)" 16
+trains "--patience: again" --resume --out $tmp/run_patient
+equal "train --patience: it has ended" "$(tail -n 1 $tmp/run_patient/log.csv | cut -d, -f 1)" 12
+trains "--patience 3" --resume --out $tmp/run_patient --patience 3
+equal "train --patience: with more" "$(tail -n 1 $tmp/run_patient/log.csv | cut -d, -f 1)" 16
 refused "train --patience without validation" "--patience: expected a text for validation" train $recipe --val 0 --patience 1 --out $tmp/t
 refused "train --keep-best without validation" "--keep-best: expected a text for validation" train $recipe --val 0 --keep-best --out $tmp/t
 # By the clock: a run that is killed has not lost all.
-"$tool" train $recipe --out $tmp/clock --steps 100000 --save-every 1000000 --save-minutes 0.001 > $tmp/out 2> $tmp/err &
+"$tool" train $recipe --out $tmp/run_clock --steps 100000 --save-every 1000000 --save-minutes 0.001 > $tmp/out 2> $tmp/err &
 child=$!
 for try in $(seq 100); do
-    [ "$(state clock step 2> /dev/null)" -gt 2 ] 2> /dev/null && break
+    [ "$(state run_clock step 2> /dev/null)" -gt 2 ] 2> /dev/null && break
     sleep 0.05
 done
 kill -9 $child 2> /dev/null
 wait $child 2> /dev/null
-if [ "$(state clock step)" -gt 2 ]; then ok; else bad "train --save-minutes: step $(state clock step)"; fi
+if [ "$(state run_clock step)" -gt 2 ]; then ok; else bad "train --save-minutes: step $(state run_clock step)"; fi
 if [ -e $tmp/t ]; then bad "train: a directory from an error"; else ok; fi
 
 # ---- Checkpoints as they are found
