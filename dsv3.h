@@ -127,14 +127,15 @@
  *   8  >>moe      rows grouped by expert, shared experts
  *   9  >>block    one transformer layer
  *   10 >>model    configurations, tensor names, binding
- *   11 >>pass     caches, workspaces, batches, the forward program
+ *   11 >>pass     batches, the forward program
  *   12 >>mtp      multi-token prediction: modules, and the losses of whole texts
  *   13 >>infer    sampling, generation with drafts
  *   14 >>train    parameters, backward through everything, AdamW, the training step
- *   15 >>save     caches, sequences and training runs as bytes
+ *   15 >>memory   where everything lies: sizes, layouts, forks
+ *   16 >>save     caches, sequences and training runs as bytes
+ *   17 >>calls    the book's ops and blocks as calls of their own, which look at their arguments; steering
  *   A  >>fast     what all instruction sets share: packed weights, work for threads and caches
  *   B  >>simd     kernels for AVX2, AVX-512 and AMX
- *   X  >>calls    the book's ops and blocks as calls of their own, which look at their arguments
  *   Y  >>backends the choice of a backend
  *   Z  >>changes  what stays, what has changed; licence
  */
@@ -1130,7 +1131,7 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
 DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 #endif
 
-/* ---- Saving: a cache, a sequence or a training run as bytes, and back; chapter 15 --------------------------
+/* ---- Saving: a cache, a sequence or a training run as bytes, and back; chapter 16 --------------------------
  *
  * The bytes are the same on every machine (little-endian by definition) and may lie at any address. They hold what is
  * filled, not what there is room for, then a checksum. _save_size: how many they are now; _save writes exactly so many.
@@ -2021,7 +2022,7 @@ typedef struct dsv3i_workspace {
     const float *hidden;               /* x or u */
 } dsv3i_workspace;
 
-/* Its arrays: in chapter 11. */
+/* Its arrays: in chapter 15. */
 static dsv3i_workspace dsv3i_workspace_of(const dsv3_workspace *workspace, const dsv3_config *config);
 
 /* One layer's part of a pass. */
@@ -3738,35 +3739,6 @@ DSV3_API double dsv3_bias_speed(const dsv3_bias_schedule *schedule, uint64_t see
     return schedule->freeze == 0 || seen < schedule->freeze ? schedule->speed : 0.0;
 }
 
-static void dsv3i_balancer_layout(dsv3_balancer *b, const dsv3_config *config, dsv3i_layout *l) {
-    dsv3i_dims m = dsv3i_dims_of(config);
-    b->layers = m.L + m.D;
-    b->experts = m.E;
-    b->load = (uint64_t *)dsv3i_take(l, sizeof *b->load, b->layers, m.E, 1);
-    b->load_all = (uint64_t *)dsv3i_take(l, sizeof *b->load_all, b->layers, m.E, 1);
-}
-
-DSV3_API dsv3_result dsv3_balancer_size(const dsv3_config *config, size_t *bytes, dsv3_error *error) {
-    DSV3I_NEED(1, config);
-    const int64_t L = config->num_hidden_layers, D = config->num_nextn_predict_layers;
-    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "num_hidden_layers", "is out of range", L, 1, DSV3_MAX_LAYERS));
-    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "num_nextn_predict_layers", "is out of range", D, 0,
-                                  DSV3_MAX_LAYERS - L));
-    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "n_routed_experts", "is out of range", config->n_routed_experts, 0,
-                                  DSV3_MAX_EXPERTS));
-    DSV3I_SIZE(dsv3_balancer, bytes, dsv3i_balancer_layout(&it, config, &l));
-}
-
-DSV3_API dsv3_result dsv3_balancer_init(const dsv3_config *config, dsv3_balancer *balancer, void *memory,
-                                        size_t bytes, dsv3_error *error) {
-    DSV3I_INIT(balancer, dsv3_balancer_size(config, &need, error));
-    DSV3_MEMSET(balancer, 0, sizeof *balancer);
-    balancer->schedule.speed = 0.001;
-    dsv3i_balancer_layout(balancer, config, &l);
-    DSV3_MEMSET(l.base, 0, l.used);
-    return dsv3i_ok(error);
-}
-
 static dsv3_result dsv3i_balancer_reduce(const dsv3_balancer *b) {
     return b->reduce == NULL ? DSV3_OK : b->reduce(b->reduce_user, b->load, b->layers * b->experts);
 }
@@ -3781,7 +3753,6 @@ static void dsv3i_balancer_move(dsv3_balancer *b, float *bias, uint64_t seen) {
     for (size_t i = 0; i < n; i++) b->load_all[i] += b->load[i];
     DSV3_MEMSET(b->load, 0, n * sizeof *b->load);
 }
-
 #endif
 
 /* ---- Balance losses: sum_i f_i P_i, where f_i and P_i = mean s'_i have sum E and sum 1. V2's losses differ in f_i. */
@@ -4803,7 +4774,7 @@ DSV3_API dsv3_result dsv3_model_bind(const dsv3_config *config, dsv3_model *mode
 /* ========================================================================================================
  * Chapter 11  >>pass
  *
- * Caches, workspaces, batches, and the forward program
+ * Batches, and the forward program
  *     x = embed_tokens[token];   x = layer_i(x) for i < L;   logits = lm_head RMSNorm_final(x)
  * for a batch of rows that may belong to several sequences, each with its own cache. All rows' latents of
  * a layer are stored before any row attends, so a row sees the earlier rows of its own sequence in the
@@ -4812,145 +4783,6 @@ DSV3_API dsv3_result dsv3_model_bind(const dsv3_config *config, dsv3_model *mode
  * Nothing is final until the end: the caches' lengths move last, so a call that fails leaves every
  * sequence where it was. Test: tests/test_infer.c, tests/test_same_bits.c.
  * ==================================================================================================== */
-
-/* ---- Cache */
-
-/* layers: 1 for an MTP module; 0: those of the main model. */
-static dsv3_result dsv3i_cache_layout(dsv3_cache *cache, const dsv3_config *config, size_t layers, size_t capacity,
-                                      dsv3_type type, dsv3i_layout *l, dsv3_error *error) {
-    DSV3I_TRY(dsv3_config_check(config, error));
-    if (type != DSV3_F32 && type != DSV3_BF16) {
-        return dsv3i_fail(error, DSV3_ERR_UNSUPPORTED, "type", "of a cache must be F32 or BF16");
-    }
-    DSV3I_TRY(dsv3i_check_count(error, "capacity", capacity, DSV3_MAX_SEQ));
-    cache->type = type;
-    cache->layers = layers > 0 ? layers : (size_t)config->num_hidden_layers;
-    cache->capacity = capacity;
-    cache->width = dsv3i_dims_of(config).width;
-    cache->length = 0;
-    cache->data = dsv3i_take(l, cache->width * dsv3_type_bytes(type), cache->layers, capacity, 1);
-    return dsv3i_ok(error);
-}
-
-static dsv3_result dsv3i_cache_size(const dsv3_config *config, size_t layers, size_t capacity, dsv3_type type,
-                                    size_t *bytes, dsv3_error *error) {
-    DSV3I_SIZE(dsv3_cache, bytes, DSV3I_TRY(dsv3i_cache_layout(&it, config, layers, capacity, type, &l, error)));
-}
-
-static dsv3_result dsv3i_cache_init(dsv3_cache *cache, const dsv3_config *config, size_t layers, size_t capacity,
-                                    dsv3_type type, void *memory, size_t bytes, dsv3_error *error) {
-    DSV3I_INIT(cache, dsv3i_cache_size(config, layers, capacity, type, &need, error));
-    return dsv3i_cache_layout(cache, config, layers, capacity, type, &l, error);
-}
-
-DSV3_API dsv3_result dsv3_cache_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes,
-                                     dsv3_error *error) {
-    return dsv3i_cache_size(config, 0, capacity, type, bytes, error);
-}
-
-DSV3_API dsv3_result dsv3_cache_init(const dsv3_config *config, dsv3_cache *cache, size_t capacity, dsv3_type type,
-                                     void *memory, size_t bytes, dsv3_error *error) {
-    return dsv3i_cache_init(cache, config, 0, capacity, type, memory, bytes, error);
-}
-
-DSV3_API dsv3_result dsv3_cache_truncate(dsv3_cache *cache, size_t length, dsv3_error *error) {
-    if (cache == NULL) return dsv3i_fail_null(error, "cache");
-    if (length > cache->length) {
-        return dsv3i_fail_range(error, DSV3_ERR_ARG, "length", "is more than is filled", 0, (int64_t)cache->length,
-                                (int64_t)length);
-    }
-    cache->length = length;
-    return dsv3i_ok(error);
-}
-
-DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from, dsv3_error *error) {
-    DSV3I_NEED(1, to); DSV3I_NEED(1, from);
-    if (to->type != from->type) return dsv3i_fail(error, DSV3_ERR_MISMATCH, "to", "is of another type");
-    if (to->layers != from->layers || to->width != from->width) {
-        return dsv3i_fail_numbers(error, DSV3_ERR_MISMATCH, "to", "has other layers and width", DSV3_NUMBERS_SHAPE,
-                                  (int64_t)from->layers, (int64_t)from->width, (int64_t)to->layers, (int64_t)to->width);
-    }
-    DSV3I_TRY(dsv3i_check_least(error, DSV3_ERR_FULL, "to", "has too few positions", to->capacity, from->length));
-    if (to == from) return dsv3i_ok(error);
-    for (size_t i = 0; i < from->layers; i++) {
-        DSV3_MEMCPY(dsv3i_cache_at(to, i, 0), dsv3i_cache_at(from, i, 0),
-                    from->length * from->width * dsv3_type_bytes(from->type));
-    }
-    to->length = from->length;
-    return dsv3i_ok(error);
-}
-
-/* ---- Workspace */
-
-/* Floats of scratch that the ops of a pass of n rows take, one after the other. */
-static size_t dsv3i_pass_floats(const dsv3i_dims *m, size_t n, size_t threads) {
-    size_t cols = dsv3i_max(dsv3i_max(m->D > 0 ? 2 * m->d : m->d, m->Ho), dsv3i_max(m->rq, m->rk)); /* eh_proj: 2 d */
-    size_t floats;
-    cols = dsv3i_max(dsv3i_max(cols, m->Fd), dsv3i_max(m->F, m->Fs));
-    floats = dsv3i_max(dsv3i_linear_floats(n, cols, threads), dsv3i_mul(threads, dsv3i_attend_floats(m)));
-    return dsv3i_max(floats, dsv3i_engine_pass_floats(m, n, threads));
-}
-
-/* Sizes of a pass of n rows. */
-typedef struct dsv3i_pass_sizes {
-    dsv3i_dims m;
-    size_t one, n, threads, modules, H2, E1, E2, Kd, hidden, mlps, select, scratch, loss;
-} dsv3i_pass_sizes;
-
-#define DSV3I_PASS(p, t, n, r, c) DSV3I_ARRAY(dsv3i_workspace, dsv3i_pass_sizes, p, t, n, r, c)
-static const dsv3i_array dsv3i_workspace_arrays[] = {DSV3I_WORKSPACE(DSV3I_PASS)};
-
-static void dsv3i_workspace_layout(dsv3i_workspace *at, const dsv3_config *config, size_t n, size_t threads,
-                                   dsv3i_layout *l) {
-    const dsv3i_dims m = dsv3i_dims_of(config);
-    const dsv3i_pass_sizes s = {
-        m, 1, n, threads, m.D > 0 ? n : 0, 2 * m.H, m.E + 1, 2 * m.E, dsv3i_mul(m.K, m.d),
-        dsv3i_max(dsv3i_add(dsv3i_mul(m.K, m.F), m.Fs), m.Fd), dsv3i_min(m.E, dsv3i_mul(n, m.K)) + 1, m.E + m.G + 1,
-        dsv3i_pass_floats(&m, n, threads), dsv3i_loss_floats(m.V, n)};
-    DSV3_MEMSET(at, 0, sizeof *at);
-    at->rows = n;
-    at->threads = threads;
-    dsv3i_take_arrays(l, at, dsv3i_workspace_arrays, DSV3I_COUNT(dsv3i_workspace_arrays), &s);
-    at->u_ffn = at->u; /* pairs of which nobody wants both */
-    at->kv_raw = at->kv;
-    at->q_raw = at->q_latent;
-    at->h = at->h_gate;
-}
-
-/* The one that begins where l stands. */
-static dsv3i_workspace dsv3i_workspace_make(dsv3_workspace *workspace, const dsv3_config *config, size_t n,
-                                            size_t threads, dsv3i_layout *l) {
-    dsv3_workspace made = {n, threads, NULL, NULL, NULL, NULL, dsv3i_fingerprint(config)};
-    dsv3i_workspace ws;
-    if (l->base != NULL) made.memory = l->base + l->used;
-    dsv3i_workspace_layout(&ws, config, n, threads, l);
-    made.sequence = ws.sequence;
-    made.position = ws.position;
-    *workspace = made;
-    return ws;
-}
-
-DSV3_API dsv3_result dsv3_workspace_size(const dsv3_config *config, size_t rows, size_t threads, size_t *bytes,
-                                         dsv3_error *error) {
-    DSV3I_TRY(dsv3_config_check(config, error));
-    DSV3I_TRY(dsv3i_check_count(error, "rows", rows, DSV3_MAX_SEQ));
-    DSV3I_TRY(dsv3i_check_count(error, "threads", threads, INT64_MAX));
-    DSV3I_SIZE(dsv3i_workspace, bytes, dsv3i_workspace_layout(&it, config, rows, threads, &l));
-}
-
-DSV3_API dsv3_result dsv3_workspace_init(const dsv3_config *config, dsv3_workspace *workspace, size_t rows,
-                                         size_t threads, void *memory, size_t bytes, dsv3_error *error) {
-    DSV3I_INIT(workspace, dsv3_workspace_size(config, rows, threads, &need, error));
-    (void)dsv3i_workspace_make(workspace, config, rows, threads, &l);
-    return dsv3i_ok(error);
-}
-
-static dsv3i_workspace dsv3i_workspace_of(const dsv3_workspace *workspace, const dsv3_config *config) {
-    dsv3i_workspace ws;
-    dsv3i_layout l = {dsv3i_layout_base(workspace->memory), 0};
-    dsv3i_workspace_layout(&ws, config, workspace->rows, workspace->threads, &l);
-    return ws;
-}
 
 /* Context, model and workspace as a program was given them. */
 static dsv3_result dsv3i_workspace_check(const dsv3_workspace *workspace, const dsv3_context *ctx,
@@ -5262,16 +5094,6 @@ DSV3_API dsv3_result dsv3_states(const dsv3_model *model, float *state, const ds
  * from depth to depth behind shared_head.norm; eh_proj's first d columns are the embedding's, although eq. 21 prints
  * them the other way round. Both are choices in the config. Test: tests/test_mtp.c.
  * ==================================================================================================== */
-
-DSV3_API dsv3_result dsv3_cache_mtp_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes,
-                                         dsv3_error *error) {
-    return dsv3i_cache_size(config, 1, capacity, type, bytes, error);
-}
-
-DSV3_API dsv3_result dsv3_cache_mtp_init(const dsv3_config *config, dsv3_cache *cache, size_t capacity,
-                                         dsv3_type type, void *memory, size_t bytes, dsv3_error *error) {
-    return dsv3i_cache_init(cache, config, 1, capacity, type, memory, bytes, error);
-}
 
 /* ws->y [n, d] = embedding, ws->concat [n, 2d] = [enorm(embedding) ; hnorm(hidden)] */
 static void dsv3i_mtp_concat(const dsv3_context *ctx, const dsv3_model *model, const dsv3_mtp *mtp,
@@ -5728,115 +5550,12 @@ DSV3_API dsv3_result dsv3_log_p(double *log_p, const float *logits, const int32_
     return dsv3i_ok(error);
 }
 
-/* ---- Steering */
-
-static dsv3_result dsv3i_logits_check(const float *logits, size_t V, dsv3_error *error) {
-    DSV3I_TRY(dsv3i_vocab_check(logits, V, error));
-    for (size_t i = 0; i < V; i++) {
-        if (!(logits[i] <= FLT_MAX)) {
-            return dsv3i_fail_where(error, DSV3_ERR_NAN, "logits", "are NaN or infinite at index", (int64_t)i);
-        }
-    }
-    return DSV3_OK;
-}
-
-static dsv3_result dsv3i_ids_check(const int32_t *token, size_t n, size_t V, dsv3_error *error) {
-    if (token == NULL && n > 0) return dsv3i_fail_null(error, "token");
-    for (size_t i = 0; i < n; i++) DSV3I_TRY(dsv3i_check_token(error, "token", i, (int32_t)V, token[i]));
-    return DSV3_OK;
-}
-
-/* Negated: in a heap of such the worst is "most probable", and stands on top. */
-static dsv3_candidate dsv3i_negated(const float *logits, size_t i) {
-    dsv3_candidate c;
-    c.p = -logits[i];
-    c.token = -(int32_t)i;
-    return c;
-}
-
-/* A heap of the k best so far. */
-DSV3_API dsv3_result dsv3_logits_top_k(float *logits, size_t V, size_t k, dsv3_candidate *scratch, dsv3_error *error) {
-    DSV3I_TRY(dsv3i_logits_check(logits, V, error));
-    if (scratch == NULL) return dsv3i_fail_null(error, "scratch");
-    if (k < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "k", "is 0: no token would be left");
-    if (k >= V) return dsv3i_ok(error);
-    for (size_t i = 0; i < k; i++) scratch[i] = dsv3i_negated(logits, i);
-    for (size_t i = k / 2; i > 0; i--) dsv3i_heap_sink(scratch, k, i - 1);
-    for (size_t i = k; i < V; i++) {
-        dsv3_candidate c = dsv3i_negated(logits, i);
-        if (!dsv3i_before(scratch[0], c)) continue;
-        scratch[0] = c;
-        dsv3i_heap_sink(scratch, k, 0);
-    }
-    for (size_t i = 0; i < V; i++) {
-        if (dsv3i_before(dsv3i_negated(logits, i), scratch[0])) logits[i] = dsv3i_never();
-    }
-    return dsv3i_ok(error);
-}
-
-DSV3_API dsv3_result dsv3_logits_min_p(float *logits, size_t V, float min_p, dsv3_error *error) {
-    float least;
-    DSV3I_TRY(dsv3i_logits_check(logits, V, error));
-    if (!(min_p >= 0.0f) || min_p > 1.0f) return dsv3i_fail(error, DSV3_ERR_ARG, "min_p", "is not between 0 and 1");
-    least = min_p > 0.0f ? dsv3i_max_float(logits, V) + DSV3_LOGF(min_p) : dsv3i_never();
-    for (size_t i = 0; i < V; i++) {
-        if (logits[i] < least) logits[i] = dsv3i_never();
-    }
-    return dsv3i_ok(error);
-}
-
-DSV3_API dsv3_result dsv3_logits_penalty(float *logits, size_t V, const int32_t *token, size_t n, float penalty,
-                                         uint8_t *seen, dsv3_error *error) {
-    DSV3I_TRY(dsv3i_logits_check(logits, V, error));
-    if (seen == NULL) return dsv3i_fail_null(error, "seen");
-    if (!(penalty > 0.0f) || penalty > FLT_MAX) {
-        return dsv3i_fail(error, DSV3_ERR_ARG, "penalty", "must be positive and finite");
-    }
-    DSV3I_TRY(dsv3i_ids_check(token, n, V, error));
-    DSV3_MEMSET(seen, 0, (V + 7) / 8);
-    for (size_t i = 0; i < n; i++) {
-        size_t id = (size_t)token[i];
-        unsigned bit = 1u << (id & 7);
-        if (seen[id >> 3] & bit) continue;
-        seen[id >> 3] = (uint8_t)(seen[id >> 3] | bit);
-        logits[id] = logits[id] > 0.0f ? logits[id] / penalty : logits[id] * penalty;
-        if (logits[id] > FLT_MAX) logits[id] = FLT_MAX;
-    }
-    return dsv3i_ok(error);
-}
-
-DSV3_API dsv3_result dsv3_logits_bias(float *logits, size_t V, const int32_t *token, const float *bias, size_t n,
-                                      dsv3_error *error) {
-    DSV3I_TRY(dsv3i_logits_check(logits, V, error));
-    if (bias == NULL && n > 0) return dsv3i_fail_null(error, "bias");
-    DSV3I_TRY(dsv3i_ids_check(token, n, V, error));
-    for (size_t i = 0; i < n; i++) {
-        if (!(bias[i] <= FLT_MAX)) {
-            return dsv3i_fail_where(error, DSV3_ERR_ARG, "bias", "is NaN or plus infinity at index", (int64_t)i);
-        }
-    }
-    for (size_t i = 0; i < n; i++) {
-        float x = logits[token[i]] + bias[i];
-        logits[token[i]] = x > FLT_MAX ? FLT_MAX : x;
-    }
-    return dsv3i_ok(error);
-}
-
 /* ---- A sequence: caches, the text, and rings of the last `window` positions. hidden of depth j holds h_i^j, the states that
  * module j + 1 reads, until that module has been at position i. */
 
 #define DSV3I_RATE 0.8f /* of drafts, before anything is known */
 
-typedef struct dsv3i_sequence_sizes {
-    size_t one, modules, drafts, drafting, tokens, text, states, d, V;
-} dsv3i_sequence_sizes;
-/* A fork copies what is in part 0; part 1 is scratch, but for the modules and the text, which
- * are copied as far as they go. One table makes the layout
- * and the copy: neither can forget any. */
-#define DSV3I_SEQUENCE(X)                                                                                            \
-    X(0, int32_t, token, tokens, one) X(0, uint64_t, drafted, drafts, one) X(0, uint64_t, accepted, drafts, one)     \
-    X(0, float, log_p, tokens, one)                                                                                  \
-    X(1, dsv3_cache, modules, modules, one) X(1, int32_t, history, text, one) X(1, struct dsv3i_sequence, own, one, one)
+/* What a sequence keeps to itself, in its memory. */
 #define DSV3I_DRAFTER(X)                                                                                             \
     X(0, float, hidden, states, d) X(0, float, rate, drafts, one)                                                    \
     X(1, size_t, lengths, modules, one) X(1, float, p, drafting, V) X(1, float, q, drafts, V)                        \
@@ -5849,70 +5568,6 @@ typedef struct dsv3i_sequence {
     dsv3_rng rng_before;       /* in case the step fails; likewise lengths, of the modules' caches */
     DSV3I_DRAFTER(DSV3I_WORKSPACE_MEMBER)
 } dsv3i_sequence;
-#define DSV3I_OF_SEQUENCE(p, t, n, r, c) DSV3I_ARRAY(dsv3_sequence, dsv3i_sequence_sizes, p, t, n, r, c)
-#define DSV3I_OF_DRAFTER(p, t, n, r, c) DSV3I_ARRAY(dsv3i_sequence, dsv3i_sequence_sizes, p, t, n, r, c)
-static const dsv3i_array dsv3i_sequence_arrays[] = {DSV3I_SEQUENCE(DSV3I_OF_SEQUENCE)};
-static const dsv3i_array dsv3i_drafter_arrays[] = {DSV3I_DRAFTER(DSV3I_OF_DRAFTER)};
-
-static dsv3i_sequence_sizes dsv3i_sequence_sizes_of(const dsv3_sequence *s, const dsv3i_sequence *own,
-                                                    size_t capacity, size_t V) {
-    const size_t drafts = s->max_drafts, states = dsv3i_mul(s->n_modules, own->window);
-    const size_t text = dsv3i_add(capacity, 1);
-    const dsv3i_sequence_sizes z = {1, s->n_modules, drafts, drafts > 0, drafts + 1, text, states, own->d, V};
-    return z;
-}
-
-static void dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, size_t capacity, dsv3_type type,
-                                  size_t rows, size_t drafts, dsv3i_layout *l) {
-    dsv3i_sequence own;
-    dsv3i_sequence_sizes z;
-    DSV3_MEMSET(&own, 0, sizeof own);
-    s->n_modules = dsv3i_min(drafts, (size_t)model->n_mtp);
-    s->max_drafts = s->n_modules > 0 ? drafts : 0;
-    s->rows = rows;
-    own.made_for = dsv3i_fingerprint(&model->config);
-    own.d = (size_t)model->config.hidden_size;
-    own.window = dsv3i_add(dsv3i_max(rows, s->max_drafts + 1), s->n_modules + 2);
-    z = dsv3i_sequence_sizes_of(s, &own, capacity, (size_t)model->config.vocab_size);
-    dsv3i_take_arrays(l, s, dsv3i_sequence_arrays, DSV3I_COUNT(dsv3i_sequence_arrays), &z);
-    dsv3i_take_arrays(l, &own, dsv3i_drafter_arrays, DSV3I_COUNT(dsv3i_drafter_arrays), &z);
-    if (l->base != NULL) *s->own = own;
-    (void)dsv3i_cache_layout(&s->cache, &model->config, 0, capacity, type, l, NULL);
-    for (size_t k = 0; k < s->n_modules; k++) {
-        dsv3_cache cache;
-        (void)dsv3i_cache_layout(&cache, &model->config, 1, capacity, type, l, NULL);
-        if (l->base != NULL) s->modules[k] = cache;
-    }
-}
-
-DSV3_API dsv3_result dsv3_sequence_size(const dsv3_model *model, size_t capacity, dsv3_type type, size_t rows,
-                                        size_t drafts, size_t *bytes, dsv3_error *error) {
-    if (model == NULL) return dsv3i_fail_null(error, "model");
-    DSV3I_TRY(dsv3i_check_count(error, "rows", rows, DSV3_MAX_SEQ));
-    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_LIMIT, "drafts", "are more than a step can have",
-                                  (int64_t)dsv3i_min(drafts, INT32_MAX), 0, DSV3_MAX_DRAFTS));
-    DSV3I_TRY(dsv3_cache_size(&model->config, capacity, type, bytes, error)); /* checks the rest */
-    DSV3I_SIZE(dsv3_sequence, bytes, dsv3i_sequence_layout(&it, model, capacity, type, rows, drafts, &l));
-}
-
-DSV3_API dsv3_result dsv3_sequence_init(const dsv3_model *model, dsv3_sequence *s, size_t capacity, dsv3_type type,
-                                        size_t rows, size_t drafts, void *memory, size_t bytes, dsv3_error *error) {
-    DSV3I_INIT(s, dsv3_sequence_size(model, capacity, type, rows, drafts, &need, error));
-    DSV3_MEMSET(s, 0, sizeof *s);
-    dsv3i_sequence_layout(s, model, capacity, type, rows, drafts, &l);
-    s->top_p = 1.0f;
-    s->rng.state = 1;
-    s->drafts = s->max_drafts;
-    s->draft_cost = 0.25f;
-    s->stop = model->config.eos_token_id;
-    s->limit = SIZE_MAX;
-    for (size_t j = 0; j < s->max_drafts; j++) {
-        s->drafted[j] = s->accepted[j] = 0;
-        s->own->rate[j] = DSV3I_RATE;
-    }
-    DSV3_MEMSET(s->log_p, 0, (s->max_drafts + 1) * sizeof *s->log_p);
-    return dsv3i_ok(error);
-}
 
 static dsv3_result dsv3i_sequence_check(const dsv3_sequence *s, const char *name, dsv3_error *error) {
     if (s == NULL) return dsv3i_fail_null(error, name);
@@ -5990,48 +5645,6 @@ DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *s, size_t length, siz
     dsv3i_modules_keep(s, s->cache.length, SIZE_MAX);
     s->own->top = s->cache.length + s->own->window; /* from here on the rings are filled anew */
     if (kept != NULL) *kept = s->cache.length;
-    return dsv3i_ok(error);
-}
-
-/* A struct that has just been copied from another keeps the arrays that it had, and part 0 of what the other's hold. */
-static void dsv3i_keep_arrays(void *to, const void *had, const dsv3i_array *list, size_t count, const void *sizes) {
-    for (size_t i = 0; i < count; i++) {
-        size_t bytes = list[i].size * dsv3i_size_at(sizes, list[i].rows) * dsv3i_size_at(sizes, list[i].columns);
-        unsigned char *place = (unsigned char *)to + list[i].at;
-        void *array, *from;
-        DSV3_MEMCPY(&from, place, sizeof from);
-        DSV3_MEMCPY(&array, (const unsigned char *)had + list[i].at, sizeof array);
-        DSV3_MEMCPY(place, &array, sizeof array);
-        if (list[i].part == 0 && bytes > 0) DSV3_MEMCPY(array, from, bytes);
-    }
-}
-
-DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *s, dsv3_error *error) {
-    dsv3_sequence had; /* its memory; everything else is copied */
-    dsv3i_sequence own;
-    dsv3i_sequence_sizes z;
-    size_t need;
-    DSV3I_TRY(dsv3i_sequence_check(to, "to", error));
-    DSV3I_TRY(dsv3i_sequence_check(s, "from", error));
-    if (to == s) return dsv3i_ok(error);
-    if (to->own->made_for != s->own->made_for || to->n_modules != s->n_modules || to->max_drafts != s->max_drafts ||
-        to->own->window != s->own->window) {
-        return dsv3i_fail(error, DSV3_ERR_MISMATCH, "to", "was made for another model, rows or drafts");
-    }
-    need = dsv3_sequence_length(s) + s->prompt_left - (s->prompt_left == 0 && s->pending);
-    DSV3I_TRY(dsv3i_check_least(error, DSV3_ERR_FULL, "to", "has too few positions", to->cache.capacity, need));
-    DSV3I_TRY(dsv3_cache_copy(&to->cache, &s->cache, error));
-    for (size_t k = 0; k < to->n_modules; k++) DSV3I_TRY(dsv3_cache_copy(&to->modules[k], &s->modules[k], error));
-    DSV3_MEMCPY(to->history, s->history, dsv3_sequence_length(s) * sizeof *s->history);
-    z = dsv3i_sequence_sizes_of(s, s->own, 0, 0);
-    had = *to;
-    own = *to->own;
-    *to->own = *s->own;
-    dsv3i_keep_arrays(to->own, &own, dsv3i_drafter_arrays, DSV3I_COUNT(dsv3i_drafter_arrays), &z);
-    *to = *s;
-    to->cache = had.cache;
-    dsv3i_keep_arrays(to, &had, dsv3i_sequence_arrays, DSV3I_COUNT(dsv3i_sequence_arrays), &z);
-    to->cache.length = s->cache.length;
     return dsv3i_ok(error);
 }
 
@@ -6484,7 +6097,7 @@ DSV3_API dsv3_result dsv3_generate_step(const dsv3_context *context, float *logi
  * AdamW: m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2,
  *     w = w (1 - lr decay) - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
  * A checkpoint that a run goes on from with the same bits holds the weights (routers' biases are among them), m, v, the
- * moving average, t, and the loads of all steps: dsv3_trainer_save (chapter 15). What is not in the trainer is the
+ * moving average, t, and the loads of all steps: dsv3_trainer_save (chapter 16). What is not in the trainer is the
  * program's to remember: its settings, the schedule, the place in the text.
  * Test: tests/test_gradients.c, tests/test_train.c.
  * ==================================================================================================== */
@@ -6527,36 +6140,6 @@ static dsv3_result dsv3i_walk_parameters(const dsv3_config *config, dsv3_model *
     dsv3i_walk_begin(&w, config, user, visit);
     w.copies = 0;
     return dsv3i_walk_all(&w, model);
-}
-
-static void dsv3i_parameters_layout(dsv3_parameters *q, const dsv3_config *config, dsv3i_layout *l) {
-    dsv3i_flat none = {NULL, 0, 0, NULL}, flat = {NULL, 0, 0, NULL};
-    dsv3_model *model = &q->model;
-    (void)dsv3i_walk_parameters(config, NULL, &none, dsv3i_flat_tensor);
-    q->count = none.count;
-    dsv3i_model_layout(model, config, l);
-    q->data = flat.data = (float *)dsv3i_take_rows(l, sizeof *q->data, q->count, 1);
-    if (l->base == NULL) return;
-    DSV3_MEMSET(q->data, 0, q->count * sizeof *q->data);
-    (void)dsv3i_walk_parameters(config, model, &flat, dsv3i_flat_tensor);
-    if (config->tie_word_embeddings) model->lm_head = model->embed_tokens;
-    for (model->n_mtp = 0; model->n_mtp < config->num_nextn_predict_layers; model->n_mtp++) {
-        model->mtp[model->n_mtp].embed_tokens = model->embed_tokens;
-        model->mtp[model->n_mtp].shared_head_head = model->lm_head;
-    }
-}
-
-DSV3_API dsv3_result dsv3_parameters_size(const dsv3_config *config, size_t *bytes, dsv3_error *error) {
-    DSV3I_TRY(dsv3_config_check(config, error));
-    DSV3I_SIZE(dsv3_parameters, bytes, dsv3i_parameters_layout(&it, config, &l));
-}
-
-DSV3_API dsv3_result dsv3_parameters_init(const dsv3_config *config, dsv3_parameters *parameters, void *memory,
-                                          size_t bytes, dsv3_error *error) {
-    DSV3I_INIT(parameters, dsv3_parameters_size(config, &need, error));
-    DSV3_MEMSET(parameters, 0, sizeof *parameters);
-    dsv3i_parameters_layout(parameters, config, &l);
-    return dsv3i_ok(error);
 }
 
 static dsv3_result dsv3i_load_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
@@ -6616,7 +6199,7 @@ DSV3_API void dsv3_parameters_random(dsv3_parameters *parameters, dsv3_rng *rng,
     (void)dsv3i_walk_parameters(&parameters->model.config, NULL, &r, dsv3i_random_tensor);
 }
 
-/* ---- Settings and memory */
+/* ---- Settings */
 
 DSV3_API dsv3_training dsv3_training_default(void) {
     dsv3_training s;
@@ -6645,37 +6228,6 @@ DSV3_API double dsv3_learning_rate(const dsv3_schedule *s, uint64_t step) {
     return step < s->end ? s->low : s->tail;
 }
 
-/* The part of a workspace that each depth has of its own: its rows, from their tokens to what its head is given. */
-#define DSV3I_DEPTH(X)                                                                                               \
-    X(int32_t, row_token, n, 1) X(uint8_t, row_mask, n, 1) X(size_t, row_index, n, 1) X(int32_t, sequence, n, 1)     \
-    X(int32_t, position, n, 1) X(int32_t, leader, n, 1) X(float, cos_sin, n, m->dr) X(float, x, n, m->d)             \
-    X(float, u, n, m->d)
-
-static void dsv3i_depth_layout(dsv3i_depth *depth, const dsv3i_workspace *shared, const dsv3i_dims *m, size_t n,
-                               dsv3i_layout *l) {
-    dsv3i_workspace *at = &depth->ws;
-    *at = *shared;
-    DSV3I_DEPTH(DSV3I_TAKE)
-    depth->from = (size_t *)dsv3i_take_rows(l, sizeof(size_t), n, 1);
-    depth->du = (float *)dsv3i_take_rows(l, sizeof(float), n, m->d);
-}
-
-static size_t dsv3i_hidden_floats(const dsv3i_dims *m, int is_moe) {
-    return is_moe ? dsv3i_add(dsv3i_mul(m->K, m->F), m->Fs) : m->Fd;
-}
-
-static void dsv3i_saved_layout(dsv3i_saved *at, const dsv3i_dims *m, size_t n, int is_moe, int32_t keep, dsv3i_layout *l) {
-    size_t hidden = dsv3i_hidden_floats(m, is_moe), moe = is_moe ? n : 0, norms = keep & DSV3_KEEP_NORMS ? n : 0;
-    size_t queries = keep & DSV3_KEEP_UP_PROJECTIONS ? n : 0, swiglu = keep & DSV3_KEEP_SWIGLU ? n : 0;
-    at->x_in = (float *)dsv3i_take_rows(l, sizeof(float), n, m->d);
-    DSV3I_SAVED(DSV3I_TAKE)
-}
-
-static void dsv3i_backward_layout(dsv3i_backward *at, const dsv3i_dims *m, size_t n, dsv3i_layout *l) {
-    size_t hidden = dsv3i_max(dsv3i_hidden_floats(m, 1), m->Fd);
-    DSV3I_BACKWARD(DSV3I_TAKE)
-}
-
 /* What a trainer keeps to itself, in its memory. targets [1 + D] and sequences are those of the whole step. */
 #define DSV3I_OWN(X)                                                                                                 \
     X(uint64_t, targets, depths, 1) X(float, bias, layers, m.E) X(dsv3i_squares, squares, flat.runs, 1)              \
@@ -6688,65 +6240,6 @@ typedef struct dsv3i_trainer {
     uint64_t sequences;
     DSV3I_OWN(DSV3I_MEMBER)
 } dsv3i_trainer;
-
-#define DSV3I_TRAINER(X)                                                                                             \
-    X(float, m, flat.count, 1) X(float, v, flat.count, 1) X(float, ema, s->ema ? flat.count : 0, 1)                  \
-    X(double, losses.nll, depths, 1) X(uint64_t, losses.targets, depths, 1) X(double, losses.balance, layers, 1)     \
-    X(dsv3i_trainer, own, 1, 1)
-
-/* Laid out for nobody: the elements of arrays that do not exist yet. */
-typedef struct dsv3i_nobody {
-    dsv3i_trainer own;
-    dsv3_cache cache;
-    dsv3i_saved saved;
-    dsv3i_depth depth;
-    dsv3i_backward backward;
-} dsv3i_nobody;
-
-static void dsv3i_trainer_own_layout(dsv3i_trainer *at, const dsv3_config *c, const dsv3_training *s,
-                                     const dsv3i_workspace *ws, dsv3i_flat flat, dsv3i_layout *l) {
-    dsv3i_dims m = dsv3i_dims_of(c);
-    size_t n = s->rows, layers = m.L + m.D, depths = 1 + m.D;
-    int exists = l->base != NULL;
-    dsv3i_nobody nobody;
-    if (!exists) at = &nobody.own;
-    DSV3I_OWN(DSV3I_TAKE)
-    for (size_t i = 0; i < s->sequences; i++) {
-        (void)dsv3i_cache_layout(exists ? &at->caches[i] : &nobody.cache, c, 1, s->longest, DSV3_F32, l, NULL);
-    }
-    for (size_t i = 0; i < layers; i++) {
-        int32_t keep = s->keep_layers != NULL ? s->keep_layers[i] : s->keep;
-        dsv3i_saved_layout(exists ? &at->saved[i] : &nobody.saved, &m, n, dsv3_config_is_moe(c, (int32_t)i), keep, l);
-    }
-    for (size_t k = 0; k < depths; k++) dsv3i_depth_layout(exists ? &at->depth[k] : &nobody.depth, ws, &m, n, l);
-    dsv3i_backward_layout(exists ? at->backward : &nobody.backward, &m, n, l);
-}
-
-static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const dsv3_training *s, size_t threads,
-                                 dsv3i_layout *l) {
-    size_t layers = (size_t)c->num_hidden_layers + (size_t)c->num_nextn_predict_layers;
-    size_t depths = 1 + (size_t)c->num_nextn_predict_layers;
-    dsv3i_flat flat = {NULL, 0, 0, NULL};
-    dsv3i_workspace ws;
-    (void)dsv3i_walk_parameters(c, NULL, &flat, dsv3i_flat_tensor);
-    dsv3i_parameters_layout(&at->weights, c, l);
-    dsv3i_parameters_layout(&at->gradients, c, l);
-    dsv3i_balancer_layout(&at->balancer, c, l);
-    ws = dsv3i_workspace_make(&at->workspace, c, s->rows, threads, l);
-    DSV3I_TRAINER(DSV3I_TAKE)
-    dsv3i_trainer_own_layout(at->own, c, s, &ws, flat, l);
-}
-
-DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_training *s, size_t threads,
-                                       size_t *bytes, dsv3_error *error) {
-    DSV3I_TRY(dsv3_config_check(config, error));
-    if (s == NULL) return dsv3i_fail_null(error, "settings");
-    DSV3I_TRY(dsv3i_check_count(error, "rows", s->rows, DSV3_MAX_SEQ));
-    DSV3I_TRY(dsv3i_check_count(error, "sequences", s->sequences, (int64_t)s->rows));
-    DSV3I_TRY(dsv3i_check_count(error, "longest", s->longest, DSV3_MAX_SEQ));
-    DSV3I_TRY(dsv3i_check_count(error, "threads", threads, INT64_MAX));
-    DSV3I_SIZE(dsv3_trainer, bytes, dsv3i_trainer_layout(&it, config, s, threads, &l));
-}
 
 /* Nothing is summed up yet, and nothing expected. */
 static void dsv3i_train_clear(dsv3_trainer *t) {
@@ -6761,27 +6254,6 @@ static void dsv3i_train_clear(dsv3_trainer *t) {
     DSV3_MEMSET(sums->balance, 0, b->layers * sizeof *sums->balance);
     DSV3_MEMSET(b->load, 0, b->layers * b->experts * sizeof *b->load);
     DSV3_MEMSET(t->gradients.data, 0, t->gradients.count * sizeof(float));
-}
-
-DSV3_API dsv3_result dsv3_trainer_init(const dsv3_config *config, dsv3_trainer *t, const dsv3_training *settings,
-                                       size_t threads, void *memory, size_t bytes, dsv3_error *error) {
-    DSV3I_INIT(t, dsv3_trainer_size(config, settings, threads, &need, error));
-    size_t n;
-    DSV3_MEMSET(t, 0, sizeof *t);
-    dsv3i_trainer_layout(t, config, settings, threads, &l);
-    t->settings = *settings;
-    t->own->most_rows = settings->rows;
-    t->own->most_sequences = settings->sequences;
-    n = t->weights.count * sizeof(float);
-    DSV3_MEMSET(t->m, 0, n);
-    DSV3_MEMSET(t->v, 0, n);
-    if (t->ema != NULL) DSV3_MEMSET(t->ema, 0, n);
-    DSV3_MEMSET(t->balancer.load_all, 0, t->balancer.layers * t->balancer.experts * sizeof *t->balancer.load_all);
-    t->balancer.schedule.speed = 0.001;
-    t->losses.depths = (size_t)config->num_nextn_predict_layers;
-    dsv3i_train_clear(t);
-    t->own->stage = 0;
-    return dsv3i_ok(error);
 }
 
 /* ---- Begin */
@@ -7130,7 +6602,457 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
 #endif /* DSV3_NO_TRAINING */
 
 /* ========================================================================================================
- * Chapter 15  >>save
+ * Chapter 15  >>memory
+ *
+ * Where everything lies. Each object has one layout function: _size runs it over nothing, _init over the caller's memory
+ * (chapter 2), so that the two cannot disagree. Test: tests/test_tools.c, tests/test_state.c.
+ * ==================================================================================================== */
+
+/* ---- Caches */
+
+/* layers: 1 for an MTP module; 0: those of the main model. */
+static dsv3_result dsv3i_cache_layout(dsv3_cache *cache, const dsv3_config *config, size_t layers, size_t capacity,
+                                      dsv3_type type, dsv3i_layout *l, dsv3_error *error) {
+    DSV3I_TRY(dsv3_config_check(config, error));
+    if (type != DSV3_F32 && type != DSV3_BF16) {
+        return dsv3i_fail(error, DSV3_ERR_UNSUPPORTED, "type", "of a cache must be F32 or BF16");
+    }
+    DSV3I_TRY(dsv3i_check_count(error, "capacity", capacity, DSV3_MAX_SEQ));
+    cache->type = type;
+    cache->layers = layers > 0 ? layers : (size_t)config->num_hidden_layers;
+    cache->capacity = capacity;
+    cache->width = dsv3i_dims_of(config).width;
+    cache->length = 0;
+    cache->data = dsv3i_take(l, cache->width * dsv3_type_bytes(type), cache->layers, capacity, 1);
+    return dsv3i_ok(error);
+}
+
+static dsv3_result dsv3i_cache_size(const dsv3_config *config, size_t layers, size_t capacity, dsv3_type type,
+                                    size_t *bytes, dsv3_error *error) {
+    DSV3I_SIZE(dsv3_cache, bytes, DSV3I_TRY(dsv3i_cache_layout(&it, config, layers, capacity, type, &l, error)));
+}
+
+static dsv3_result dsv3i_cache_init(dsv3_cache *cache, const dsv3_config *config, size_t layers, size_t capacity,
+                                    dsv3_type type, void *memory, size_t bytes, dsv3_error *error) {
+    DSV3I_INIT(cache, dsv3i_cache_size(config, layers, capacity, type, &need, error));
+    return dsv3i_cache_layout(cache, config, layers, capacity, type, &l, error);
+}
+
+DSV3_API dsv3_result dsv3_cache_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes,
+                                     dsv3_error *error) {
+    return dsv3i_cache_size(config, 0, capacity, type, bytes, error);
+}
+
+DSV3_API dsv3_result dsv3_cache_init(const dsv3_config *config, dsv3_cache *cache, size_t capacity, dsv3_type type,
+                                     void *memory, size_t bytes, dsv3_error *error) {
+    return dsv3i_cache_init(cache, config, 0, capacity, type, memory, bytes, error);
+}
+
+DSV3_API dsv3_result dsv3_cache_truncate(dsv3_cache *cache, size_t length, dsv3_error *error) {
+    if (cache == NULL) return dsv3i_fail_null(error, "cache");
+    if (length > cache->length) {
+        return dsv3i_fail_range(error, DSV3_ERR_ARG, "length", "is more than is filled", 0, (int64_t)cache->length,
+                                (int64_t)length);
+    }
+    cache->length = length;
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from, dsv3_error *error) {
+    DSV3I_NEED(1, to); DSV3I_NEED(1, from);
+    if (to->type != from->type) return dsv3i_fail(error, DSV3_ERR_MISMATCH, "to", "is of another type");
+    if (to->layers != from->layers || to->width != from->width) {
+        return dsv3i_fail_numbers(error, DSV3_ERR_MISMATCH, "to", "has other layers and width", DSV3_NUMBERS_SHAPE,
+                                  (int64_t)from->layers, (int64_t)from->width, (int64_t)to->layers, (int64_t)to->width);
+    }
+    DSV3I_TRY(dsv3i_check_least(error, DSV3_ERR_FULL, "to", "has too few positions", to->capacity, from->length));
+    if (to == from) return dsv3i_ok(error);
+    for (size_t i = 0; i < from->layers; i++) {
+        DSV3_MEMCPY(dsv3i_cache_at(to, i, 0), dsv3i_cache_at(from, i, 0),
+                    from->length * from->width * dsv3_type_bytes(from->type));
+    }
+    to->length = from->length;
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_cache_mtp_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes,
+                                         dsv3_error *error) {
+    return dsv3i_cache_size(config, 1, capacity, type, bytes, error);
+}
+
+DSV3_API dsv3_result dsv3_cache_mtp_init(const dsv3_config *config, dsv3_cache *cache, size_t capacity,
+                                         dsv3_type type, void *memory, size_t bytes, dsv3_error *error) {
+    return dsv3i_cache_init(cache, config, 1, capacity, type, memory, bytes, error);
+}
+
+/* ---- Workspaces */
+
+/* Floats of scratch that the ops of a pass of n rows take, one after the other. */
+static size_t dsv3i_pass_floats(const dsv3i_dims *m, size_t n, size_t threads) {
+    size_t cols = dsv3i_max(dsv3i_max(m->D > 0 ? 2 * m->d : m->d, m->Ho), dsv3i_max(m->rq, m->rk)); /* eh_proj: 2 d */
+    size_t floats;
+    cols = dsv3i_max(dsv3i_max(cols, m->Fd), dsv3i_max(m->F, m->Fs));
+    floats = dsv3i_max(dsv3i_linear_floats(n, cols, threads), dsv3i_mul(threads, dsv3i_attend_floats(m)));
+    return dsv3i_max(floats, dsv3i_engine_pass_floats(m, n, threads));
+}
+
+/* Sizes of a pass of n rows. */
+typedef struct dsv3i_pass_sizes {
+    dsv3i_dims m;
+    size_t one, n, threads, modules, H2, E1, E2, Kd, hidden, mlps, select, scratch, loss;
+} dsv3i_pass_sizes;
+
+#define DSV3I_PASS(p, t, n, r, c) DSV3I_ARRAY(dsv3i_workspace, dsv3i_pass_sizes, p, t, n, r, c)
+static const dsv3i_array dsv3i_workspace_arrays[] = {DSV3I_WORKSPACE(DSV3I_PASS)};
+
+static void dsv3i_workspace_layout(dsv3i_workspace *at, const dsv3_config *config, size_t n, size_t threads,
+                                   dsv3i_layout *l) {
+    const dsv3i_dims m = dsv3i_dims_of(config);
+    const dsv3i_pass_sizes s = {
+        m, 1, n, threads, m.D > 0 ? n : 0, 2 * m.H, m.E + 1, 2 * m.E, dsv3i_mul(m.K, m.d),
+        dsv3i_max(dsv3i_add(dsv3i_mul(m.K, m.F), m.Fs), m.Fd), dsv3i_min(m.E, dsv3i_mul(n, m.K)) + 1, m.E + m.G + 1,
+        dsv3i_pass_floats(&m, n, threads), dsv3i_loss_floats(m.V, n)};
+    DSV3_MEMSET(at, 0, sizeof *at);
+    at->rows = n;
+    at->threads = threads;
+    dsv3i_take_arrays(l, at, dsv3i_workspace_arrays, DSV3I_COUNT(dsv3i_workspace_arrays), &s);
+    at->u_ffn = at->u; /* pairs of which nobody wants both */
+    at->kv_raw = at->kv;
+    at->q_raw = at->q_latent;
+    at->h = at->h_gate;
+}
+
+/* The one that begins where l stands. */
+static dsv3i_workspace dsv3i_workspace_make(dsv3_workspace *workspace, const dsv3_config *config, size_t n,
+                                            size_t threads, dsv3i_layout *l) {
+    dsv3_workspace made = {n, threads, NULL, NULL, NULL, NULL, dsv3i_fingerprint(config)};
+    dsv3i_workspace ws;
+    if (l->base != NULL) made.memory = l->base + l->used;
+    dsv3i_workspace_layout(&ws, config, n, threads, l);
+    made.sequence = ws.sequence;
+    made.position = ws.position;
+    *workspace = made;
+    return ws;
+}
+
+DSV3_API dsv3_result dsv3_workspace_size(const dsv3_config *config, size_t rows, size_t threads, size_t *bytes,
+                                         dsv3_error *error) {
+    DSV3I_TRY(dsv3_config_check(config, error));
+    DSV3I_TRY(dsv3i_check_count(error, "rows", rows, DSV3_MAX_SEQ));
+    DSV3I_TRY(dsv3i_check_count(error, "threads", threads, INT64_MAX));
+    DSV3I_SIZE(dsv3i_workspace, bytes, dsv3i_workspace_layout(&it, config, rows, threads, &l));
+}
+
+DSV3_API dsv3_result dsv3_workspace_init(const dsv3_config *config, dsv3_workspace *workspace, size_t rows,
+                                         size_t threads, void *memory, size_t bytes, dsv3_error *error) {
+    DSV3I_INIT(workspace, dsv3_workspace_size(config, rows, threads, &need, error));
+    (void)dsv3i_workspace_make(workspace, config, rows, threads, &l);
+    return dsv3i_ok(error);
+}
+
+static dsv3i_workspace dsv3i_workspace_of(const dsv3_workspace *workspace, const dsv3_config *config) {
+    dsv3i_workspace ws;
+    dsv3i_layout l = {dsv3i_layout_base(workspace->memory), 0};
+    dsv3i_workspace_layout(&ws, config, workspace->rows, workspace->threads, &l);
+    return ws;
+}
+
+/* ---- Sequences */
+
+typedef struct dsv3i_sequence_sizes {
+    size_t one, modules, drafts, drafting, tokens, text, states, d, V;
+} dsv3i_sequence_sizes;
+/* A fork copies what is in part 0; part 1 is scratch, but for the modules and the text, which
+ * are copied as far as they go. One table makes the layout
+ * and the copy: neither can forget any. */
+#define DSV3I_SEQUENCE(X)                                                                                            \
+    X(0, int32_t, token, tokens, one) X(0, uint64_t, drafted, drafts, one) X(0, uint64_t, accepted, drafts, one)     \
+    X(0, float, log_p, tokens, one)                                                                                  \
+    X(1, dsv3_cache, modules, modules, one) X(1, int32_t, history, text, one) X(1, struct dsv3i_sequence, own, one, one)
+
+#define DSV3I_OF_SEQUENCE(p, t, n, r, c) DSV3I_ARRAY(dsv3_sequence, dsv3i_sequence_sizes, p, t, n, r, c)
+#define DSV3I_OF_DRAFTER(p, t, n, r, c) DSV3I_ARRAY(dsv3i_sequence, dsv3i_sequence_sizes, p, t, n, r, c)
+static const dsv3i_array dsv3i_sequence_arrays[] = {DSV3I_SEQUENCE(DSV3I_OF_SEQUENCE)};
+static const dsv3i_array dsv3i_drafter_arrays[] = {DSV3I_DRAFTER(DSV3I_OF_DRAFTER)};
+
+static dsv3i_sequence_sizes dsv3i_sequence_sizes_of(const dsv3_sequence *s, const dsv3i_sequence *own,
+                                                    size_t capacity, size_t V) {
+    const size_t drafts = s->max_drafts, states = dsv3i_mul(s->n_modules, own->window);
+    const size_t text = dsv3i_add(capacity, 1);
+    const dsv3i_sequence_sizes z = {1, s->n_modules, drafts, drafts > 0, drafts + 1, text, states, own->d, V};
+    return z;
+}
+
+static void dsv3i_sequence_layout(dsv3_sequence *s, const dsv3_model *model, size_t capacity, dsv3_type type,
+                                  size_t rows, size_t drafts, dsv3i_layout *l) {
+    dsv3i_sequence own;
+    dsv3i_sequence_sizes z;
+    DSV3_MEMSET(&own, 0, sizeof own);
+    s->n_modules = dsv3i_min(drafts, (size_t)model->n_mtp);
+    s->max_drafts = s->n_modules > 0 ? drafts : 0;
+    s->rows = rows;
+    own.made_for = dsv3i_fingerprint(&model->config);
+    own.d = (size_t)model->config.hidden_size;
+    own.window = dsv3i_add(dsv3i_max(rows, s->max_drafts + 1), s->n_modules + 2);
+    z = dsv3i_sequence_sizes_of(s, &own, capacity, (size_t)model->config.vocab_size);
+    dsv3i_take_arrays(l, s, dsv3i_sequence_arrays, DSV3I_COUNT(dsv3i_sequence_arrays), &z);
+    dsv3i_take_arrays(l, &own, dsv3i_drafter_arrays, DSV3I_COUNT(dsv3i_drafter_arrays), &z);
+    if (l->base != NULL) *s->own = own;
+    (void)dsv3i_cache_layout(&s->cache, &model->config, 0, capacity, type, l, NULL);
+    for (size_t k = 0; k < s->n_modules; k++) {
+        dsv3_cache cache;
+        (void)dsv3i_cache_layout(&cache, &model->config, 1, capacity, type, l, NULL);
+        if (l->base != NULL) s->modules[k] = cache;
+    }
+}
+
+DSV3_API dsv3_result dsv3_sequence_size(const dsv3_model *model, size_t capacity, dsv3_type type, size_t rows,
+                                        size_t drafts, size_t *bytes, dsv3_error *error) {
+    if (model == NULL) return dsv3i_fail_null(error, "model");
+    DSV3I_TRY(dsv3i_check_count(error, "rows", rows, DSV3_MAX_SEQ));
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_LIMIT, "drafts", "are more than a step can have",
+                                  (int64_t)dsv3i_min(drafts, INT32_MAX), 0, DSV3_MAX_DRAFTS));
+    DSV3I_TRY(dsv3_cache_size(&model->config, capacity, type, bytes, error)); /* checks the rest */
+    DSV3I_SIZE(dsv3_sequence, bytes, dsv3i_sequence_layout(&it, model, capacity, type, rows, drafts, &l));
+}
+
+DSV3_API dsv3_result dsv3_sequence_init(const dsv3_model *model, dsv3_sequence *s, size_t capacity, dsv3_type type,
+                                        size_t rows, size_t drafts, void *memory, size_t bytes, dsv3_error *error) {
+    DSV3I_INIT(s, dsv3_sequence_size(model, capacity, type, rows, drafts, &need, error));
+    DSV3_MEMSET(s, 0, sizeof *s);
+    dsv3i_sequence_layout(s, model, capacity, type, rows, drafts, &l);
+    s->top_p = 1.0f;
+    s->rng.state = 1;
+    s->drafts = s->max_drafts;
+    s->draft_cost = 0.25f;
+    s->stop = model->config.eos_token_id;
+    s->limit = SIZE_MAX;
+    for (size_t j = 0; j < s->max_drafts; j++) {
+        s->drafted[j] = s->accepted[j] = 0;
+        s->own->rate[j] = DSV3I_RATE;
+    }
+    DSV3_MEMSET(s->log_p, 0, (s->max_drafts + 1) * sizeof *s->log_p);
+    return dsv3i_ok(error);
+}
+
+/* A struct that has just been copied from another keeps the arrays that it had, and part 0 of what the other's hold. */
+static void dsv3i_keep_arrays(void *to, const void *had, const dsv3i_array *list, size_t count, const void *sizes) {
+    for (size_t i = 0; i < count; i++) {
+        size_t bytes = list[i].size * dsv3i_size_at(sizes, list[i].rows) * dsv3i_size_at(sizes, list[i].columns);
+        unsigned char *place = (unsigned char *)to + list[i].at;
+        void *array, *from;
+        DSV3_MEMCPY(&from, place, sizeof from);
+        DSV3_MEMCPY(&array, (const unsigned char *)had + list[i].at, sizeof array);
+        DSV3_MEMCPY(place, &array, sizeof array);
+        if (list[i].part == 0 && bytes > 0) DSV3_MEMCPY(array, from, bytes);
+    }
+}
+
+DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *s, dsv3_error *error) {
+    dsv3_sequence had; /* its memory; everything else is copied */
+    dsv3i_sequence own;
+    dsv3i_sequence_sizes z;
+    size_t need;
+    DSV3I_TRY(dsv3i_sequence_check(to, "to", error));
+    DSV3I_TRY(dsv3i_sequence_check(s, "from", error));
+    if (to == s) return dsv3i_ok(error);
+    if (to->own->made_for != s->own->made_for || to->n_modules != s->n_modules || to->max_drafts != s->max_drafts ||
+        to->own->window != s->own->window) {
+        return dsv3i_fail(error, DSV3_ERR_MISMATCH, "to", "was made for another model, rows or drafts");
+    }
+    need = dsv3_sequence_length(s) + s->prompt_left - (s->prompt_left == 0 && s->pending);
+    DSV3I_TRY(dsv3i_check_least(error, DSV3_ERR_FULL, "to", "has too few positions", to->cache.capacity, need));
+    DSV3I_TRY(dsv3_cache_copy(&to->cache, &s->cache, error));
+    for (size_t k = 0; k < to->n_modules; k++) DSV3I_TRY(dsv3_cache_copy(&to->modules[k], &s->modules[k], error));
+    DSV3_MEMCPY(to->history, s->history, dsv3_sequence_length(s) * sizeof *s->history);
+    z = dsv3i_sequence_sizes_of(s, s->own, 0, 0);
+    had = *to;
+    own = *to->own;
+    *to->own = *s->own;
+    dsv3i_keep_arrays(to->own, &own, dsv3i_drafter_arrays, DSV3I_COUNT(dsv3i_drafter_arrays), &z);
+    *to = *s;
+    to->cache = had.cache;
+    dsv3i_keep_arrays(to, &had, dsv3i_sequence_arrays, DSV3I_COUNT(dsv3i_sequence_arrays), &z);
+    to->cache.length = s->cache.length;
+    return dsv3i_ok(error);
+}
+
+#ifndef DSV3_NO_TRAINING
+/* ---- Training: the balancer, parameters, and the trainer with all that it keeps */
+
+static void dsv3i_balancer_layout(dsv3_balancer *b, const dsv3_config *config, dsv3i_layout *l) {
+    dsv3i_dims m = dsv3i_dims_of(config);
+    b->layers = m.L + m.D;
+    b->experts = m.E;
+    b->load = (uint64_t *)dsv3i_take(l, sizeof *b->load, b->layers, m.E, 1);
+    b->load_all = (uint64_t *)dsv3i_take(l, sizeof *b->load_all, b->layers, m.E, 1);
+}
+
+DSV3_API dsv3_result dsv3_balancer_size(const dsv3_config *config, size_t *bytes, dsv3_error *error) {
+    DSV3I_NEED(1, config);
+    const int64_t L = config->num_hidden_layers, D = config->num_nextn_predict_layers;
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "num_hidden_layers", "is out of range", L, 1, DSV3_MAX_LAYERS));
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "num_nextn_predict_layers", "is out of range", D, 0,
+                                  DSV3_MAX_LAYERS - L));
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "n_routed_experts", "is out of range", config->n_routed_experts, 0,
+                                  DSV3_MAX_EXPERTS));
+    DSV3I_SIZE(dsv3_balancer, bytes, dsv3i_balancer_layout(&it, config, &l));
+}
+
+DSV3_API dsv3_result dsv3_balancer_init(const dsv3_config *config, dsv3_balancer *balancer, void *memory,
+                                        size_t bytes, dsv3_error *error) {
+    DSV3I_INIT(balancer, dsv3_balancer_size(config, &need, error));
+    DSV3_MEMSET(balancer, 0, sizeof *balancer);
+    balancer->schedule.speed = 0.001;
+    dsv3i_balancer_layout(balancer, config, &l);
+    DSV3_MEMSET(l.base, 0, l.used);
+    return dsv3i_ok(error);
+}
+
+static void dsv3i_parameters_layout(dsv3_parameters *q, const dsv3_config *config, dsv3i_layout *l) {
+    dsv3i_flat none = {NULL, 0, 0, NULL}, flat = {NULL, 0, 0, NULL};
+    dsv3_model *model = &q->model;
+    (void)dsv3i_walk_parameters(config, NULL, &none, dsv3i_flat_tensor);
+    q->count = none.count;
+    dsv3i_model_layout(model, config, l);
+    q->data = flat.data = (float *)dsv3i_take_rows(l, sizeof *q->data, q->count, 1);
+    if (l->base == NULL) return;
+    DSV3_MEMSET(q->data, 0, q->count * sizeof *q->data);
+    (void)dsv3i_walk_parameters(config, model, &flat, dsv3i_flat_tensor);
+    if (config->tie_word_embeddings) model->lm_head = model->embed_tokens;
+    for (model->n_mtp = 0; model->n_mtp < config->num_nextn_predict_layers; model->n_mtp++) {
+        model->mtp[model->n_mtp].embed_tokens = model->embed_tokens;
+        model->mtp[model->n_mtp].shared_head_head = model->lm_head;
+    }
+}
+
+DSV3_API dsv3_result dsv3_parameters_size(const dsv3_config *config, size_t *bytes, dsv3_error *error) {
+    DSV3I_TRY(dsv3_config_check(config, error));
+    DSV3I_SIZE(dsv3_parameters, bytes, dsv3i_parameters_layout(&it, config, &l));
+}
+
+DSV3_API dsv3_result dsv3_parameters_init(const dsv3_config *config, dsv3_parameters *parameters, void *memory,
+                                          size_t bytes, dsv3_error *error) {
+    DSV3I_INIT(parameters, dsv3_parameters_size(config, &need, error));
+    DSV3_MEMSET(parameters, 0, sizeof *parameters);
+    dsv3i_parameters_layout(parameters, config, &l);
+    return dsv3i_ok(error);
+}
+
+/* The part of a workspace that each depth has of its own: its rows, from their tokens to what its head is given. */
+#define DSV3I_DEPTH(X)                                                                                               \
+    X(int32_t, row_token, n, 1) X(uint8_t, row_mask, n, 1) X(size_t, row_index, n, 1) X(int32_t, sequence, n, 1)     \
+    X(int32_t, position, n, 1) X(int32_t, leader, n, 1) X(float, cos_sin, n, m->dr) X(float, x, n, m->d)             \
+    X(float, u, n, m->d)
+
+static void dsv3i_depth_layout(dsv3i_depth *depth, const dsv3i_workspace *shared, const dsv3i_dims *m, size_t n,
+                               dsv3i_layout *l) {
+    dsv3i_workspace *at = &depth->ws;
+    *at = *shared;
+    DSV3I_DEPTH(DSV3I_TAKE)
+    depth->from = (size_t *)dsv3i_take_rows(l, sizeof(size_t), n, 1);
+    depth->du = (float *)dsv3i_take_rows(l, sizeof(float), n, m->d);
+}
+
+static size_t dsv3i_hidden_floats(const dsv3i_dims *m, int is_moe) {
+    return is_moe ? dsv3i_add(dsv3i_mul(m->K, m->F), m->Fs) : m->Fd;
+}
+
+static void dsv3i_saved_layout(dsv3i_saved *at, const dsv3i_dims *m, size_t n, int is_moe, int32_t keep, dsv3i_layout *l) {
+    size_t hidden = dsv3i_hidden_floats(m, is_moe), moe = is_moe ? n : 0, norms = keep & DSV3_KEEP_NORMS ? n : 0;
+    size_t queries = keep & DSV3_KEEP_UP_PROJECTIONS ? n : 0, swiglu = keep & DSV3_KEEP_SWIGLU ? n : 0;
+    at->x_in = (float *)dsv3i_take_rows(l, sizeof(float), n, m->d);
+    DSV3I_SAVED(DSV3I_TAKE)
+}
+
+static void dsv3i_backward_layout(dsv3i_backward *at, const dsv3i_dims *m, size_t n, dsv3i_layout *l) {
+    size_t hidden = dsv3i_max(dsv3i_hidden_floats(m, 1), m->Fd);
+    DSV3I_BACKWARD(DSV3I_TAKE)
+}
+
+#define DSV3I_TRAINER(X)                                                                                             \
+    X(float, m, flat.count, 1) X(float, v, flat.count, 1) X(float, ema, s->ema ? flat.count : 0, 1)                  \
+    X(double, losses.nll, depths, 1) X(uint64_t, losses.targets, depths, 1) X(double, losses.balance, layers, 1)     \
+    X(dsv3i_trainer, own, 1, 1)
+
+/* Laid out for nobody: the elements of arrays that do not exist yet. */
+typedef struct dsv3i_nobody {
+    dsv3i_trainer own;
+    dsv3_cache cache;
+    dsv3i_saved saved;
+    dsv3i_depth depth;
+    dsv3i_backward backward;
+} dsv3i_nobody;
+
+static void dsv3i_trainer_own_layout(dsv3i_trainer *at, const dsv3_config *c, const dsv3_training *s,
+                                     const dsv3i_workspace *ws, dsv3i_flat flat, dsv3i_layout *l) {
+    dsv3i_dims m = dsv3i_dims_of(c);
+    size_t n = s->rows, layers = m.L + m.D, depths = 1 + m.D;
+    int exists = l->base != NULL;
+    dsv3i_nobody nobody;
+    if (!exists) at = &nobody.own;
+    DSV3I_OWN(DSV3I_TAKE)
+    for (size_t i = 0; i < s->sequences; i++) {
+        (void)dsv3i_cache_layout(exists ? &at->caches[i] : &nobody.cache, c, 1, s->longest, DSV3_F32, l, NULL);
+    }
+    for (size_t i = 0; i < layers; i++) {
+        int32_t keep = s->keep_layers != NULL ? s->keep_layers[i] : s->keep;
+        dsv3i_saved_layout(exists ? &at->saved[i] : &nobody.saved, &m, n, dsv3_config_is_moe(c, (int32_t)i), keep, l);
+    }
+    for (size_t k = 0; k < depths; k++) dsv3i_depth_layout(exists ? &at->depth[k] : &nobody.depth, ws, &m, n, l);
+    dsv3i_backward_layout(exists ? at->backward : &nobody.backward, &m, n, l);
+}
+
+static void dsv3i_trainer_layout(dsv3_trainer *at, const dsv3_config *c, const dsv3_training *s, size_t threads,
+                                 dsv3i_layout *l) {
+    size_t layers = (size_t)c->num_hidden_layers + (size_t)c->num_nextn_predict_layers;
+    size_t depths = 1 + (size_t)c->num_nextn_predict_layers;
+    dsv3i_flat flat = {NULL, 0, 0, NULL};
+    dsv3i_workspace ws;
+    (void)dsv3i_walk_parameters(c, NULL, &flat, dsv3i_flat_tensor);
+    dsv3i_parameters_layout(&at->weights, c, l);
+    dsv3i_parameters_layout(&at->gradients, c, l);
+    dsv3i_balancer_layout(&at->balancer, c, l);
+    ws = dsv3i_workspace_make(&at->workspace, c, s->rows, threads, l);
+    DSV3I_TRAINER(DSV3I_TAKE)
+    dsv3i_trainer_own_layout(at->own, c, s, &ws, flat, l);
+}
+
+DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_training *s, size_t threads,
+                                       size_t *bytes, dsv3_error *error) {
+    DSV3I_TRY(dsv3_config_check(config, error));
+    if (s == NULL) return dsv3i_fail_null(error, "settings");
+    DSV3I_TRY(dsv3i_check_count(error, "rows", s->rows, DSV3_MAX_SEQ));
+    DSV3I_TRY(dsv3i_check_count(error, "sequences", s->sequences, (int64_t)s->rows));
+    DSV3I_TRY(dsv3i_check_count(error, "longest", s->longest, DSV3_MAX_SEQ));
+    DSV3I_TRY(dsv3i_check_count(error, "threads", threads, INT64_MAX));
+    DSV3I_SIZE(dsv3_trainer, bytes, dsv3i_trainer_layout(&it, config, s, threads, &l));
+}
+
+DSV3_API dsv3_result dsv3_trainer_init(const dsv3_config *config, dsv3_trainer *t, const dsv3_training *settings,
+                                       size_t threads, void *memory, size_t bytes, dsv3_error *error) {
+    DSV3I_INIT(t, dsv3_trainer_size(config, settings, threads, &need, error));
+    size_t n;
+    DSV3_MEMSET(t, 0, sizeof *t);
+    dsv3i_trainer_layout(t, config, settings, threads, &l);
+    t->settings = *settings;
+    t->own->most_rows = settings->rows;
+    t->own->most_sequences = settings->sequences;
+    n = t->weights.count * sizeof(float);
+    DSV3_MEMSET(t->m, 0, n);
+    DSV3_MEMSET(t->v, 0, n);
+    if (t->ema != NULL) DSV3_MEMSET(t->ema, 0, n);
+    DSV3_MEMSET(t->balancer.load_all, 0, t->balancer.layers * t->balancer.experts * sizeof *t->balancer.load_all);
+    t->balancer.schedule.speed = 0.001;
+    t->losses.depths = (size_t)config->num_nextn_predict_layers;
+    dsv3i_train_clear(t);
+    t->own->stage = 0;
+    return dsv3i_ok(error);
+}
+#endif
+
+/* ========================================================================================================
+ * Chapter 16  >>save
  *
  * A cache, a sequence or a training run as bytes. All numbers are little-endian; one that is not in an array is a word of
  * 8 bytes, and an array is filled up to whole words with zeros:
@@ -7591,6 +7513,546 @@ DSV3_API dsv3_result dsv3_trainer_load(dsv3_trainer *t, uint64_t tag, const void
     return dsv3i_ok(error);
 }
 #endif /* DSV3_NO_TRAINING */
+
+/* ========================================================================================================
+ * Chapter 17  >>calls
+ *
+ * The book's ops and blocks as calls of their own. The book looks at its arguments once, where a batch or a step begins,
+ * and then calls dsv3i_... functions, which trust them. Who calls an op alone is told here what is wrong, before anything
+ * is written. Test: tests/test_arguments.c.
+ * ==================================================================================================== */
+
+/* A tensor w of that name, and n rows beside it, of as many numbers as w has rows or columns. */
+static dsv3_result dsv3i_check_op(const dsv3_context *context, const dsv3_tensor *w, const char *name, size_t n,
+                                  dsv3_error *error) {
+    size_t bytes;
+    DSV3I_TRY(dsv3i_check_context(context, error));
+    if (w == NULL || w->data == NULL) return dsv3i_fail_null(error, name);
+    bytes = dsv3_row_bytes(w->type, w->cols);
+    if (w->rows < 1 || bytes == 0 || bytes == SIZE_MAX) {
+        return dsv3i_fail(error, DSV3_ERR_ARG, name, "is empty, of an unknown type, or has no whole blocks in a row");
+    }
+    if (dsv3i_mul(n, dsv3i_mul(dsv3i_max(w->rows, w->cols), sizeof(float))) < SIZE_MAX) return DSV3_OK;
+    return dsv3i_fail(error, DSV3_ERR_OVERFLOW, "n", "rows have more bytes than size_t can count");
+}
+
+/* Floats a [n] and b [m] do not overlap, unless they may be the same. */
+static dsv3_result dsv3i_check_apart(dsv3_error *error, const char *name, const float *a, size_t n, const float *b,
+                                     size_t m, int same) {
+    if ((same && a == b) || !dsv3i_overlap(a, n * sizeof *a, b, m * sizeof *b)) return DSV3_OK;
+    return dsv3i_fail(error, DSV3_ERR_ARG, name, "overlaps an input");
+}
+
+static dsv3_result dsv3i_check_not(dsv3_error *error, const char *name, int wrong, const char *why) {
+    return wrong ? dsv3i_fail(error, DSV3_ERR_ARG, name, why) : DSV3_OK;
+}
+
+static dsv3_result dsv3i_check_number(dsv3_error *error, const char *name, double x) {
+    return dsv3i_check_not(error, name, !(x >= -DBL_MAX && x <= DBL_MAX), "is not finite");
+}
+
+static dsv3_result dsv3i_ids_check(const int32_t *token, size_t n, size_t V, dsv3_error *error) {
+    if (token == NULL && n > 0) return dsv3i_fail_null(error, "token");
+    for (size_t i = 0; i < n; i++) DSV3I_TRY(dsv3i_check_token(error, "token", i, (int32_t)V, token[i]));
+    return DSV3_OK;
+}
+
+/* ---- Chapter 4 */
+
+DSV3_API dsv3_result dsv3_embed(const dsv3_context *context, float *x, const int32_t *token, const dsv3_tensor *w,
+                                size_t n, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_check_op(context, w, "w", n, error));
+    DSV3I_NEED(n, x);
+    DSV3I_TRY(dsv3i_ids_check(token, n, dsv3i_min(w->rows, INT32_MAX), error));
+    dsv3i_embed(context, x, token, w, n);
+    return dsv3i_ok(error);
+}
+
+/* Bytes of so many floats of scratch. */
+static dsv3_result dsv3i_scratch_size(size_t floats, size_t *bytes, dsv3_error *error) {
+    DSV3I_NEED(1, bytes);
+    *bytes = dsv3i_mul(floats, sizeof(float));
+    if (*bytes < SIZE_MAX) return dsv3i_ok(error);
+    *bytes = 0;
+    return dsv3i_fail(error, DSV3_ERR_OVERFLOW, "scratch", "needs more bytes than size_t can count");
+}
+
+DSV3_API dsv3_result dsv3_linear_size(const dsv3_context *context, size_t n, size_t cols, size_t *bytes,
+                                      dsv3_error *error) {
+    DSV3I_TRY(dsv3i_check_context(context, error));
+    return dsv3i_scratch_size(dsv3i_linear_floats(n, cols, context->threads), bytes, error);
+}
+
+DSV3_API dsv3_result dsv3_linear(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *w, size_t n,
+                                 float *scratch, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_check_op(context, w, "w", n, error));
+    DSV3I_NEED(n, y); DSV3I_NEED(n, x); DSV3I_NEED(n, scratch);
+    DSV3I_TRY(dsv3i_check_apart(error, "y", y, n * w->rows, x, n * w->cols, 0));
+    dsv3i_product p = dsv3i_product_of(y, x, w, n);
+    if (n > 0) context->ops->linear(context, &p, 1, scratch);
+    return dsv3i_ok(error);
+}
+
+static dsv3_result dsv3i_check_norm(const dsv3_context *context, const dsv3_tensor *g, size_t n, float eps,
+                                    dsv3_error *error) {
+    DSV3I_TRY(dsv3i_check_op(context, g, "g", n, error));
+    if (g->rows != 1 || g->type == DSV3_F8_E4M3 || dsv3_type_block(g->type) > 1) {
+        return dsv3i_fail(error, DSV3_ERR_UNSUPPORTED, "g", "must be one row of F32, F16 or BF16");
+    }
+    return dsv3i_check_not(error, "eps", !(eps >= 0.0f && eps <= FLT_MAX), "is negative or not finite");
+}
+
+static dsv3_result dsv3i_check_cols(const dsv3_tensor *w, const char *name, size_t rows, size_t cols, dsv3_error *error) {
+    if (w->rows == rows && w->cols == cols) return DSV3_OK;
+    return dsv3i_fail_numbers(error, DSV3_ERR_MISMATCH, name, "has another shape", DSV3_NUMBERS_SHAPE, (int64_t)rows,
+                              (int64_t)cols, (int64_t)w->rows, (int64_t)w->cols);
+}
+
+DSV3_API dsv3_result dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *g, size_t n,
+                                  size_t d, float eps, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_check_norm(context, g, n, eps, error));
+    DSV3I_TRY(dsv3i_check_cols(g, "g", 1, d, error));
+    DSV3I_NEED(n, y); DSV3I_NEED(n, x);
+    DSV3I_TRY(dsv3i_check_apart(error, "y", y, n * d, x, n * d, 1));
+    dsv3i_norm(context, y, x, g, n, eps);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_cross_entropy_size(const dsv3_context *context, const dsv3_tensor *head, size_t n,
+                                             size_t *bytes, dsv3_error *error) {
+    size_t linear;
+    DSV3I_TRY(dsv3i_check_context(context, error));
+    DSV3I_NEED(1, head);
+    linear = dsv3i_linear_floats(n, head->cols, context->threads);
+    return dsv3i_scratch_size(dsv3i_add(dsv3i_loss_floats(head->rows, n), linear), bytes, error);
+}
+
+static dsv3_result dsv3i_check_loss(const dsv3i_loss *a, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_check_op(a->ctx, a->head, "head", a->n, error));
+    if (a->n > 0 && a->u == NULL) return dsv3i_fail_null(error, "u");
+    if (a->n > 0 && a->target == NULL) return dsv3i_fail_null(error, "target");
+    if (a->n > 0 && a->state == NULL) return dsv3i_fail_null(error, "scratch");
+    for (size_t t = 0; t < a->n; t++) {
+        int32_t V = (int32_t)dsv3i_min(a->head->rows, INT32_MAX);
+        if (a->target[t] != DSV3_IGNORE) DSV3I_TRY(dsv3i_check_token(error, "target", t, V, a->target[t]));
+    }
+    return DSV3_OK;
+}
+
+static dsv3i_loss dsv3i_loss_alone(const dsv3_context *ctx, const float *u, const dsv3_tensor *head,
+                                   const int32_t *target, size_t n, float *scratch) {
+    size_t floats = head != NULL && scratch != NULL ? dsv3i_loss_floats(head->rows, n) : 0;
+    return dsv3i_loss_of(ctx, u, head, target, n, scratch, floats < SIZE_MAX ? scratch + floats : scratch);
+}
+
+DSV3_API dsv3_result dsv3_cross_entropy(const dsv3_context *context, float *nll, const float *u, const dsv3_tensor *head,
+                                        const int32_t *target, size_t n, float *scratch, dsv3_error *error) {
+    dsv3i_loss a = dsv3i_loss_alone(context, u, head, target, n, scratch);
+    DSV3I_TRY(dsv3i_check_loss(&a, error));
+    DSV3I_NEED(n, nll);
+    if (n > 0) dsv3i_cross_entropy(&a, nll);
+    return dsv3i_ok(error);
+}
+
+/* ---- Chapter 5 */
+
+static dsv3_result dsv3i_check_pairs(const dsv3_config *config, dsv3_error *error) {
+    DSV3I_NEED(1, config);
+    int32_t dr = config->qk_rope_head_dim, type = (int32_t)config->rope_scaling.type;
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "qk_rope_head_dim", "is out of range", dr, 2, DSV3_MAX_DIM));
+    DSV3I_TRY(dsv3i_check_not(error, "qk_rope_head_dim", dr % 2 != 0, "must be even: RoPE turns pairs"));
+    DSV3I_TRY(dsv3i_check_not(error, "rope_scaling.type", type != DSV3_ROPE_NONE && type != DSV3_ROPE_YARN, "is unknown"));
+    return dsv3i_check_rope(config, error);
+}
+
+DSV3_API dsv3_result dsv3_rope_frequencies(const dsv3_config *config, double *theta, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_check_pairs(config, error));
+    DSV3I_NEED(1, theta);
+    for (int32_t i = 0; i < config->qk_rope_head_dim / 2; i++) theta[i] = dsv3i_rope_theta(config, i);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_rope_turns(const dsv3_config *config, uint64_t *turns, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_check_pairs(config, error));
+    DSV3I_NEED(1, turns);
+    dsv3i_rope_turns(config, turns);
+    return dsv3i_ok(error);
+}
+
+static dsv3_result dsv3i_check_dr(size_t dr, dsv3_error *error) {
+    return dsv3i_check_not(error, "dr", dr < 2 || dr % 2 != 0, "must be even and not 0: RoPE turns pairs");
+}
+
+DSV3_API dsv3_result dsv3_rope_table(float *cos_sin, const int32_t *position, const uint64_t *turns, float factor,
+                                     size_t n, size_t dr, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_check_dr(dr, error));
+    DSV3I_TRY(dsv3i_check_number(error, "factor", (double)factor));
+    DSV3I_NEED(n, cos_sin); DSV3I_NEED(n, position); DSV3I_NEED(n, turns);
+    dsv3i_rope_table(cos_sin, position, turns, factor, n, dr);
+    return dsv3i_ok(error);
+}
+
+static dsv3_result dsv3i_rotate_alone(float *x, const float *cos_sin, size_t dr, int interleave, float sign,
+                                      dsv3_error *error) {
+    DSV3I_NEED(1, x); DSV3I_NEED(1, cos_sin);
+    DSV3I_TRY(dsv3i_check_dr(dr, error));
+    DSV3I_TRY(dsv3i_check_apart(error, "x", x, dr, cos_sin, dr, 0));
+    dsv3i_rotate(x, cos_sin, dr, interleave, sign);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr, int interleave, dsv3_error *error) {
+    return dsv3i_rotate_alone(x, cos_sin, dr, interleave, 1.0f, error);
+}
+
+/* ---- Chapters 6, 8 and 9 */
+
+/* Opens the workspace, and looks at what all blocks have. */
+static dsv3_result dsv3i_block(dsv3i_workspace *ws, const dsv3_workspace *workspace, const dsv3_context *context,
+                               const dsv3_model *model, const dsv3_layer *weights, const float *x, size_t n,
+                               dsv3_error *error) {
+    DSV3I_TRY(dsv3i_workspace_open(ws, workspace, context, model, error));
+    DSV3I_NEED(1, weights); DSV3I_NEED(1, x);
+    return dsv3i_check_between(error, n < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "n", "is none, or more than the workspace has",
+                               (int64_t)dsv3i_min(n, INT32_MAX), 1, (int64_t)workspace->rows);
+}
+
+/* Caches of a batch are alike. */
+static dsv3_result dsv3i_check_layer(const dsv3_cache *caches, size_t layer, dsv3_error *error) {
+    DSV3I_NEED(1, caches);
+    return dsv3i_check_between(error, DSV3_ERR_ARG, "layer", "is not one of the caches",
+                               (int64_t)dsv3i_min(layer, INT32_MAX), 0, (int64_t)caches->layers - 1);
+}
+
+DSV3_API dsv3_result dsv3_mla_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
+                                      const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
+                                      dsv3_workspace *workspace, dsv3_error *error) {
+    dsv3i_workspace ws;
+    DSV3I_TRY(dsv3i_block(&ws, workspace, context, model, weights, u, n, error));
+    DSV3I_TRY(dsv3i_check_layer(caches, layer, error));
+    DSV3I_NEED(1, y);
+    dsv3i_call c = dsv3i_call_of(context, model, weights, layer, caches, n, &ws);
+    DSV3I_TRY(dsv3i_check_apart(error, "y", y, n * c.m.d, u, n * c.m.d, 0));
+    dsv3i_mla_forward(&c, y, u);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
+                                      const dsv3_layer *weights, size_t n, dsv3_workspace *workspace,
+                                      dsv3_error *error) {
+    dsv3i_workspace ws;
+    DSV3I_TRY(dsv3i_block(&ws, workspace, context, model, weights, u, n, error));
+    DSV3I_NEED(1, y);
+    dsv3i_call c = dsv3i_call_of(context, model, weights, 0, NULL, n, &ws);
+    DSV3I_TRY(dsv3i_check_apart(error, "y", y, n * c.m.d, u, n * c.m.d, 0));
+    return dsv3i_layer_result(&c, dsv3i_ffn_forward(&c, y, u), error);
+}
+
+DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, const dsv3_model *model,
+                                        const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
+                                        dsv3_workspace *workspace, dsv3_error *error) {
+    dsv3i_workspace ws;
+    DSV3I_TRY(dsv3i_block(&ws, workspace, context, model, weights, x, n, error));
+    DSV3I_TRY(dsv3i_check_layer(caches, layer, error));
+    dsv3i_call c = dsv3i_call_of(context, model, weights, layer, caches, n, &ws);
+    return dsv3i_layer_result(&c, dsv3i_layer_forward(&c, x), error);
+}
+
+DSV3_API dsv3_result dsv3_batch_end(dsv3_cache *caches, const dsv3_batch *batch, const dsv3_workspace *workspace,
+                                    dsv3_error *error) {
+    DSV3I_NEED(1, caches); DSV3I_NEED(1, batch); DSV3I_NEED(1, workspace);
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MEMORY, "rows", "is more than the workspace was made for",
+                                  (int64_t)dsv3i_min(batch->rows, INT32_MAX), 0, (int64_t)workspace->rows));
+    dsv3i_batch_end(caches, batch->rows, workspace->sequence, workspace->position);
+    return dsv3i_ok(error);
+}
+
+/* ---- Chapter 13: steering */
+
+static dsv3_result dsv3i_logits_check(const float *logits, size_t V, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_vocab_check(logits, V, error));
+    for (size_t i = 0; i < V; i++) {
+        if (!(logits[i] <= FLT_MAX)) {
+            return dsv3i_fail_where(error, DSV3_ERR_NAN, "logits", "are NaN or infinite at index", (int64_t)i);
+        }
+    }
+    return DSV3_OK;
+}
+
+/* Negated: in a heap of such the worst is "most probable", and stands on top. */
+static dsv3_candidate dsv3i_negated(const float *logits, size_t i) {
+    dsv3_candidate c;
+    c.p = -logits[i];
+    c.token = -(int32_t)i;
+    return c;
+}
+
+/* A heap of the k best so far. */
+DSV3_API dsv3_result dsv3_logits_top_k(float *logits, size_t V, size_t k, dsv3_candidate *scratch, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_logits_check(logits, V, error));
+    if (scratch == NULL) return dsv3i_fail_null(error, "scratch");
+    if (k < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "k", "is 0: no token would be left");
+    if (k >= V) return dsv3i_ok(error);
+    for (size_t i = 0; i < k; i++) scratch[i] = dsv3i_negated(logits, i);
+    for (size_t i = k / 2; i > 0; i--) dsv3i_heap_sink(scratch, k, i - 1);
+    for (size_t i = k; i < V; i++) {
+        dsv3_candidate c = dsv3i_negated(logits, i);
+        if (!dsv3i_before(scratch[0], c)) continue;
+        scratch[0] = c;
+        dsv3i_heap_sink(scratch, k, 0);
+    }
+    for (size_t i = 0; i < V; i++) {
+        if (dsv3i_before(dsv3i_negated(logits, i), scratch[0])) logits[i] = dsv3i_never();
+    }
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_logits_min_p(float *logits, size_t V, float min_p, dsv3_error *error) {
+    float least;
+    DSV3I_TRY(dsv3i_logits_check(logits, V, error));
+    if (!(min_p >= 0.0f) || min_p > 1.0f) return dsv3i_fail(error, DSV3_ERR_ARG, "min_p", "is not between 0 and 1");
+    least = min_p > 0.0f ? dsv3i_max_float(logits, V) + DSV3_LOGF(min_p) : dsv3i_never();
+    for (size_t i = 0; i < V; i++) {
+        if (logits[i] < least) logits[i] = dsv3i_never();
+    }
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_logits_penalty(float *logits, size_t V, const int32_t *token, size_t n, float penalty,
+                                         uint8_t *seen, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_logits_check(logits, V, error));
+    if (seen == NULL) return dsv3i_fail_null(error, "seen");
+    if (!(penalty > 0.0f) || penalty > FLT_MAX) {
+        return dsv3i_fail(error, DSV3_ERR_ARG, "penalty", "must be positive and finite");
+    }
+    DSV3I_TRY(dsv3i_ids_check(token, n, V, error));
+    DSV3_MEMSET(seen, 0, (V + 7) / 8);
+    for (size_t i = 0; i < n; i++) {
+        size_t id = (size_t)token[i];
+        unsigned bit = 1u << (id & 7);
+        if (seen[id >> 3] & bit) continue;
+        seen[id >> 3] = (uint8_t)(seen[id >> 3] | bit);
+        logits[id] = logits[id] > 0.0f ? logits[id] / penalty : logits[id] * penalty;
+        if (logits[id] > FLT_MAX) logits[id] = FLT_MAX;
+    }
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_logits_bias(float *logits, size_t V, const int32_t *token, const float *bias, size_t n,
+                                      dsv3_error *error) {
+    DSV3I_TRY(dsv3i_logits_check(logits, V, error));
+    if (bias == NULL && n > 0) return dsv3i_fail_null(error, "bias");
+    DSV3I_TRY(dsv3i_ids_check(token, n, V, error));
+    for (size_t i = 0; i < n; i++) {
+        if (!(bias[i] <= FLT_MAX)) {
+            return dsv3i_fail_where(error, DSV3_ERR_ARG, "bias", "is NaN or plus infinity at index", (int64_t)i);
+        }
+    }
+    for (size_t i = 0; i < n; i++) {
+        float x = logits[token[i]] + bias[i];
+        logits[token[i]] = x > FLT_MAX ? FLT_MAX : x;
+    }
+    return dsv3i_ok(error);
+}
+
+/* ---- Chapter 7 */
+
+DSV3_API dsv3_result dsv3_router_check(const dsv3_config *config, dsv3_error *error) {
+    DSV3I_NEED(1, config);
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "n_routed_experts", "is out of range", config->n_routed_experts, 1,
+                                  DSV3_MAX_EXPERTS));
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "num_experts_per_tok", "is out of range", config->num_experts_per_tok,
+                                  1, DSV3_MAX_TOPK));
+    DSV3I_TRY(dsv3i_check_routing(config, 1, error));
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_router_scores(const dsv3_context *context, const dsv3_config *config, float *score,
+                                        const float *x, const dsv3_tensor *gate_w, const float *gate_bias, size_t n,
+                                        float *scratch, dsv3_error *error) {
+    DSV3I_TRY(dsv3_router_check(config, error));
+    DSV3I_TRY(dsv3i_check_op(context, gate_w, "gate_w", n, error));
+    DSV3I_TRY(dsv3i_check_cols(gate_w, "gate_w", (size_t)config->n_routed_experts, gate_w->cols, error));
+    DSV3I_NEED(n, score); DSV3I_NEED(n, x); DSV3I_NEED(n, scratch);
+    DSV3I_TRY(dsv3i_check_apart(error, "score", score, n * gate_w->rows, x, n * gate_w->cols, 0));
+    if (n > 0) dsv3i_router_scores(context, config, score, x, gate_w, gate_bias, n, scratch);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_router_select(const dsv3_config *config, int32_t *idx, float *gate, const float *score,
+                                        const float *bias, const float *alpha, size_t n, float *scratch,
+                                        dsv3_error *error) {
+    size_t bad;
+    DSV3I_TRY(dsv3_router_check(config, error));
+    DSV3I_NEED(n, idx); DSV3I_NEED(n, gate); DSV3I_NEED(n, score); DSV3I_NEED(n, scratch);
+    bad = dsv3i_router_select(config, idx, gate, score, bias, alpha, n, scratch);
+    if (bad == n) return dsv3i_ok(error);
+    return dsv3i_fail_where(error, DSV3_ERR_NAN, "score", "is not finite, in row", (int64_t)bad);
+}
+
+DSV3_API dsv3_result dsv3_router_weights(const dsv3_config *config, float *gate, const int32_t *idx,
+                                         const float *score, size_t n, dsv3_error *error) {
+    DSV3I_TRY(dsv3_router_check(config, error));
+    DSV3I_NEED(n, gate); DSV3I_NEED(n, idx); DSV3I_NEED(n, score);
+    return dsv3i_router_weights(config, gate, idx, score, n, error);
+}
+
+/* Sizes; experts and scores of the rows that count, where there are any. */
+static dsv3_result dsv3i_check_rows(const dsv3_routing *r, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_check_count(error, "experts", r->experts, DSV3_MAX_EXPERTS));
+    DSV3I_TRY(dsv3i_check_count(error, "topk", r->topk, (int64_t)dsv3i_min(r->experts, DSV3_MAX_TOPK)));
+    for (size_t t = 0; t < r->n; t++) {
+        if (!dsv3i_counts(r->mask, t)) continue;
+        for (size_t i = t * r->topk; r->idx != NULL && i < (t + 1) * r->topk; i++) {
+            DSV3I_TRY(dsv3i_check_element(error, DSV3_ERR_ARG, "idx", i, "is not an expert", (int64_t)r->experts, r->idx[i]));
+        }
+        if (r->score == NULL || dsv3i_all_finite(r->score + t * r->experts, r->experts)) continue;
+        return dsv3i_fail_where(error, DSV3_ERR_NAN, "score", "is not finite, in row", (int64_t)t);
+    }
+    return DSV3_OK;
+}
+
+DSV3_API dsv3_result dsv3_load_count(uint64_t *load, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
+                                     size_t K, dsv3_error *error) {
+    const dsv3_routing rows = {NULL, idx, mask, n, E, K, 0, 0};
+    DSV3I_NEED(1, load); DSV3I_NEED(n, idx);
+    DSV3I_TRY(dsv3i_check_rows(&rows, error));
+    dsv3i_load_count(load, idx, mask, n, K);
+    return dsv3i_ok(error);
+}
+
+static dsv3_result dsv3i_check_balance(const dsv3_routing *routing, int loss, const double *scratch, dsv3_error *error) {
+    DSV3I_NEED(1, routing); DSV3I_NEED(1, scratch); DSV3I_NEED(routing->n, routing->score);
+    if (loss == DSV3I_LOSS_COMMUNICATION) DSV3I_NEED(routing->n, routing->idx);
+    DSV3I_TRY(dsv3i_check_rows(routing, error));
+    if (loss == DSV3I_LOSS_EXPERT) return DSV3_OK;
+    return dsv3i_check_devices(routing->experts, routing->devices,
+                               loss == DSV3I_LOSS_COMMUNICATION ? routing->most_devices : 1, error);
+}
+
+static dsv3_result dsv3i_balance_alone(double *value, const dsv3_routing *routing, int loss, double *scratch,
+                                       dsv3_error *error) {
+    if (value == NULL) return dsv3i_fail_null(error, "loss");
+    DSV3I_TRY(dsv3i_check_balance(routing, loss, scratch, error));
+    *value = dsv3i_balance_loss(routing, loss, scratch);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_balance_loss(double *loss, const dsv3_routing *routing, double *scratch, dsv3_error *error) {
+    return dsv3i_balance_alone(loss, routing, DSV3I_LOSS_EXPERT, scratch, error);
+}
+
+#ifndef DSV3_NO_TRAINING
+DSV3_API dsv3_result dsv3_device_loss(double *loss, const dsv3_routing *routing, double *scratch, dsv3_error *error) {
+    return dsv3i_balance_alone(loss, routing, DSV3I_LOSS_DEVICE, scratch, error);
+}
+
+DSV3_API dsv3_result dsv3_communication_loss(double *loss, const dsv3_routing *routing, double *scratch,
+                                             dsv3_error *error) {
+    return dsv3i_balance_alone(loss, routing, DSV3I_LOSS_COMMUNICATION, scratch, error);
+}
+
+DSV3_API dsv3_result dsv3_bias_step(float *bias, const uint64_t *load, size_t layers, size_t E, dsv3_bias_rule rule,
+                                    double speed, dsv3_error *error) {
+    DSV3I_NEED(layers, bias); DSV3I_NEED(layers, load);
+    DSV3I_TRY(dsv3i_check_count(error, "experts", E, DSV3_MAX_EXPERTS));
+    DSV3I_TRY(dsv3i_check_bias_step(rule, speed, error));
+    for (size_t i = 0; i < layers; i++) dsv3i_bias_step(bias + i * E, load + i * E, E, rule, speed);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, uint64_t seen, dsv3_error *error) {
+    dsv3_result result;
+    DSV3I_NEED(1, balancer); DSV3I_NEED(balancer->experts, bias);
+    DSV3I_TRY(dsv3i_check_bias_step(balancer->rule, dsv3_bias_speed(&balancer->schedule, seen), error));
+    result = dsv3i_balancer_reduce(balancer);
+    if (result != DSV3_OK) return dsv3i_fail(error, result, "reduce", "failed");
+    dsv3i_balancer_move(balancer, bias, seen);
+    return dsv3i_ok(error);
+}
+
+/* ---- Backward */
+
+DSV3_API dsv3_result dsv3_linear_backward(const dsv3_context *context, float *dx, float *dw, const float *dy,
+                                          const float *x, const dsv3_tensor *w, size_t n, float *scratch,
+                                          dsv3_error *error) {
+    DSV3I_TRY(dsv3i_check_op(context, w, "w", n, error));
+    DSV3I_NEED(n, dy); DSV3I_NEED(n, scratch); DSV3I_NEED(n * (dw != NULL), x);
+    DSV3I_TRY(dsv3i_check_apart(error, "dx", dx, dx != NULL ? n * w->cols : 0, dy, n * w->rows, 0));
+    dsv3i_product p = dsv3i_product_of((float *)(uintptr_t)dy, x, w, n);
+    if (n > 0) context->ops->linear_backward(context, dx, 0, dw, &p, scratch);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t dr, int interleave,
+                                               dsv3_error *error) {
+    return dsv3i_rotate_alone(dx, cos_sin, dr, interleave, -1.0f, error);
+}
+
+DSV3_API dsv3_result dsv3_embed_backward(float *dw, const float *dx, const int32_t *token, size_t n, size_t V, size_t d,
+                                         dsv3_error *error) {
+    dsv3_context alone;
+    DSV3I_NEED(n, dw); DSV3I_NEED(n, dx);
+    DSV3I_TRY(dsv3i_check_count(error, "d", d, DSV3_MAX_DIM));
+    DSV3I_TRY(dsv3i_check_count(error, "vocab_size", V, DSV3_MAX_VOCAB));
+    DSV3I_TRY(dsv3i_ids_check(token, n, V, error));
+    DSV3_MEMSET(&alone, 0, sizeof alone);
+    dsv3i_embed_backward(&alone, dw, dx, token, n, d);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_rmsnorm_backward(const dsv3_context *context, float *dx, float *dg, const float *dy,
+                                           const float *x, const dsv3_tensor *g, size_t n, float eps, float *scratch,
+                                           dsv3_error *error) {
+    DSV3I_TRY(dsv3i_check_norm(context, g, n, eps, error));
+    DSV3I_NEED(n, dx); DSV3I_NEED(n, dg); DSV3I_NEED(n, dy); DSV3I_NEED(n, x); DSV3I_NEED(n, scratch);
+    DSV3I_TRY(dsv3i_check_apart(error, "dx", dx, n * g->cols, dy, n * g->cols, 0));
+    DSV3I_TRY(dsv3i_check_apart(error, "dx", dx, n * g->cols, x, n * g->cols, 0));
+    dsv3i_norm_back(context, dx, dg, dy, x, g, n, eps, scratch);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_cross_entropy_backward(const dsv3_context *context, float *du, float *dhead, float weight,
+                                                 const float *u, const dsv3_tensor *head, const int32_t *target, size_t n,
+                                                 float *scratch, dsv3_error *error) {
+    dsv3i_loss a = dsv3i_loss_alone(context, u, head, target, n, scratch);
+    DSV3I_TRY(dsv3i_check_loss(&a, error));
+    DSV3I_TRY(dsv3i_check_number(error, "weight", (double)weight));
+    DSV3I_NEED(n, du);
+    DSV3I_TRY(dsv3i_check_apart(error, "du", du, n * head->cols, u, n * head->cols, 0));
+    if (n > 0) dsv3i_cross_entropy_backward(&a, du, 0, dhead, weight);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_router_weights_backward(const dsv3_config *config, float *dscore, const float *dgate,
+                                                  const int32_t *idx, const float *score, size_t n, dsv3_error *error) {
+    DSV3I_TRY(dsv3_router_check(config, error));
+    DSV3I_NEED(n, dscore); DSV3I_NEED(n, dgate); DSV3I_NEED(n, idx); DSV3I_NEED(n, score);
+    DSV3I_TRY(dsv3i_check_choice(config, idx, n, error));
+    dsv3i_router_weights_backward(config, dscore, dgate, idx, score, n);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_router_scores_backward(const dsv3_config *config, float *dz, const float *dscore,
+                                                 const float *score, size_t n, dsv3_error *error) {
+    DSV3I_TRY(dsv3_router_check(config, error));
+    DSV3I_NEED(n, dz); DSV3I_NEED(n, dscore); DSV3I_NEED(n, score);
+    dsv3i_router_scores_backward(config, dz, dscore, score, n);
+    return dsv3i_ok(error);
+}
+
+DSV3_API dsv3_result dsv3_balance_backward(float *dscore, double scale, const dsv3_balance_weights *weights,
+                                           const dsv3_routing *routing, double *scratch, dsv3_error *error) {
+    DSV3I_NEED(1, weights);
+    DSV3I_TRY(dsv3i_check_balance(routing, DSV3I_LOSS_EXPERT, scratch, error));
+    DSV3I_TRY(dsv3i_check_weights(weights, routing->experts, error));
+    if (weights->communication > 0.0) DSV3I_NEED(routing->n, routing->idx);
+    DSV3I_NEED(routing->n, dscore);
+    DSV3I_TRY(dsv3i_check_number(error, "scale", scale));
+    dsv3i_balance_backward(dscore, scale, weights, routing, scratch);
+    return dsv3i_ok(error);
+}
+#endif
 
 /* ########################################################################################################
  * The engine: the same ops once more, made for speed. Nothing here needs to be read to understand the model.
@@ -11129,452 +11591,6 @@ DSV3I_BACKEND(dsv3i_amx, dsv3i_avx512, NULL, dsv3i_bf16_widen_f8, dsv3i_bf16_rou
 #endif /* DSV3I_ENGINE */
 
 /* ========================================================================================================
- * Chapter X  >>calls
- *
- * The book's ops and blocks as calls of their own. The book looks at its arguments once, where a batch or a step begins,
- * and then calls dsv3i_... functions, which trust them. Who calls an op alone is told here what is wrong, before anything
- * is written. Test: tests/test_arguments.c.
- * ==================================================================================================== */
-
-/* A tensor w of that name, and n rows beside it, of as many numbers as w has rows or columns. */
-static dsv3_result dsv3i_check_op(const dsv3_context *context, const dsv3_tensor *w, const char *name, size_t n,
-                                  dsv3_error *error) {
-    size_t bytes;
-    DSV3I_TRY(dsv3i_check_context(context, error));
-    if (w == NULL || w->data == NULL) return dsv3i_fail_null(error, name);
-    bytes = dsv3_row_bytes(w->type, w->cols);
-    if (w->rows < 1 || bytes == 0 || bytes == SIZE_MAX) {
-        return dsv3i_fail(error, DSV3_ERR_ARG, name, "is empty, of an unknown type, or has no whole blocks in a row");
-    }
-    if (dsv3i_mul(n, dsv3i_mul(dsv3i_max(w->rows, w->cols), sizeof(float))) < SIZE_MAX) return DSV3_OK;
-    return dsv3i_fail(error, DSV3_ERR_OVERFLOW, "n", "rows have more bytes than size_t can count");
-}
-
-/* Floats a [n] and b [m] do not overlap, unless they may be the same. */
-static dsv3_result dsv3i_check_apart(dsv3_error *error, const char *name, const float *a, size_t n, const float *b,
-                                     size_t m, int same) {
-    if ((same && a == b) || !dsv3i_overlap(a, n * sizeof *a, b, m * sizeof *b)) return DSV3_OK;
-    return dsv3i_fail(error, DSV3_ERR_ARG, name, "overlaps an input");
-}
-
-static dsv3_result dsv3i_check_not(dsv3_error *error, const char *name, int wrong, const char *why) {
-    return wrong ? dsv3i_fail(error, DSV3_ERR_ARG, name, why) : DSV3_OK;
-}
-
-static dsv3_result dsv3i_check_number(dsv3_error *error, const char *name, double x) {
-    return dsv3i_check_not(error, name, !(x >= -DBL_MAX && x <= DBL_MAX), "is not finite");
-}
-
-/* ---- Chapter 4 */
-
-DSV3_API dsv3_result dsv3_embed(const dsv3_context *context, float *x, const int32_t *token, const dsv3_tensor *w,
-                                size_t n, dsv3_error *error) {
-    DSV3I_TRY(dsv3i_check_op(context, w, "w", n, error));
-    DSV3I_NEED(n, x);
-    DSV3I_TRY(dsv3i_ids_check(token, n, dsv3i_min(w->rows, INT32_MAX), error));
-    dsv3i_embed(context, x, token, w, n);
-    return dsv3i_ok(error);
-}
-
-/* Bytes of so many floats of scratch. */
-static dsv3_result dsv3i_scratch_size(size_t floats, size_t *bytes, dsv3_error *error) {
-    DSV3I_NEED(1, bytes);
-    *bytes = dsv3i_mul(floats, sizeof(float));
-    if (*bytes < SIZE_MAX) return dsv3i_ok(error);
-    *bytes = 0;
-    return dsv3i_fail(error, DSV3_ERR_OVERFLOW, "scratch", "needs more bytes than size_t can count");
-}
-
-DSV3_API dsv3_result dsv3_linear_size(const dsv3_context *context, size_t n, size_t cols, size_t *bytes,
-                                      dsv3_error *error) {
-    DSV3I_TRY(dsv3i_check_context(context, error));
-    return dsv3i_scratch_size(dsv3i_linear_floats(n, cols, context->threads), bytes, error);
-}
-
-DSV3_API dsv3_result dsv3_linear(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *w, size_t n,
-                                 float *scratch, dsv3_error *error) {
-    DSV3I_TRY(dsv3i_check_op(context, w, "w", n, error));
-    DSV3I_NEED(n, y); DSV3I_NEED(n, x); DSV3I_NEED(n, scratch);
-    DSV3I_TRY(dsv3i_check_apart(error, "y", y, n * w->rows, x, n * w->cols, 0));
-    dsv3i_product p = dsv3i_product_of(y, x, w, n);
-    if (n > 0) context->ops->linear(context, &p, 1, scratch);
-    return dsv3i_ok(error);
-}
-
-static dsv3_result dsv3i_check_norm(const dsv3_context *context, const dsv3_tensor *g, size_t n, float eps,
-                                    dsv3_error *error) {
-    DSV3I_TRY(dsv3i_check_op(context, g, "g", n, error));
-    if (g->rows != 1 || g->type == DSV3_F8_E4M3 || dsv3_type_block(g->type) > 1) {
-        return dsv3i_fail(error, DSV3_ERR_UNSUPPORTED, "g", "must be one row of F32, F16 or BF16");
-    }
-    return dsv3i_check_not(error, "eps", !(eps >= 0.0f && eps <= FLT_MAX), "is negative or not finite");
-}
-
-static dsv3_result dsv3i_check_cols(const dsv3_tensor *w, const char *name, size_t rows, size_t cols, dsv3_error *error) {
-    if (w->rows == rows && w->cols == cols) return DSV3_OK;
-    return dsv3i_fail_numbers(error, DSV3_ERR_MISMATCH, name, "has another shape", DSV3_NUMBERS_SHAPE, (int64_t)rows,
-                              (int64_t)cols, (int64_t)w->rows, (int64_t)w->cols);
-}
-
-DSV3_API dsv3_result dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *g, size_t n,
-                                  size_t d, float eps, dsv3_error *error) {
-    DSV3I_TRY(dsv3i_check_norm(context, g, n, eps, error));
-    DSV3I_TRY(dsv3i_check_cols(g, "g", 1, d, error));
-    DSV3I_NEED(n, y); DSV3I_NEED(n, x);
-    DSV3I_TRY(dsv3i_check_apart(error, "y", y, n * d, x, n * d, 1));
-    dsv3i_norm(context, y, x, g, n, eps);
-    return dsv3i_ok(error);
-}
-
-DSV3_API dsv3_result dsv3_cross_entropy_size(const dsv3_context *context, const dsv3_tensor *head, size_t n,
-                                             size_t *bytes, dsv3_error *error) {
-    size_t linear;
-    DSV3I_TRY(dsv3i_check_context(context, error));
-    DSV3I_NEED(1, head);
-    linear = dsv3i_linear_floats(n, head->cols, context->threads);
-    return dsv3i_scratch_size(dsv3i_add(dsv3i_loss_floats(head->rows, n), linear), bytes, error);
-}
-
-static dsv3_result dsv3i_check_loss(const dsv3i_loss *a, dsv3_error *error) {
-    DSV3I_TRY(dsv3i_check_op(a->ctx, a->head, "head", a->n, error));
-    if (a->n > 0 && a->u == NULL) return dsv3i_fail_null(error, "u");
-    if (a->n > 0 && a->target == NULL) return dsv3i_fail_null(error, "target");
-    if (a->n > 0 && a->state == NULL) return dsv3i_fail_null(error, "scratch");
-    for (size_t t = 0; t < a->n; t++) {
-        int32_t V = (int32_t)dsv3i_min(a->head->rows, INT32_MAX);
-        if (a->target[t] != DSV3_IGNORE) DSV3I_TRY(dsv3i_check_token(error, "target", t, V, a->target[t]));
-    }
-    return DSV3_OK;
-}
-
-static dsv3i_loss dsv3i_loss_alone(const dsv3_context *ctx, const float *u, const dsv3_tensor *head,
-                                   const int32_t *target, size_t n, float *scratch) {
-    size_t floats = head != NULL && scratch != NULL ? dsv3i_loss_floats(head->rows, n) : 0;
-    return dsv3i_loss_of(ctx, u, head, target, n, scratch, floats < SIZE_MAX ? scratch + floats : scratch);
-}
-
-DSV3_API dsv3_result dsv3_cross_entropy(const dsv3_context *context, float *nll, const float *u, const dsv3_tensor *head,
-                                        const int32_t *target, size_t n, float *scratch, dsv3_error *error) {
-    dsv3i_loss a = dsv3i_loss_alone(context, u, head, target, n, scratch);
-    DSV3I_TRY(dsv3i_check_loss(&a, error));
-    DSV3I_NEED(n, nll);
-    if (n > 0) dsv3i_cross_entropy(&a, nll);
-    return dsv3i_ok(error);
-}
-
-/* ---- Chapter 5 */
-
-static dsv3_result dsv3i_check_pairs(const dsv3_config *config, dsv3_error *error) {
-    DSV3I_NEED(1, config);
-    int32_t dr = config->qk_rope_head_dim, type = (int32_t)config->rope_scaling.type;
-    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "qk_rope_head_dim", "is out of range", dr, 2, DSV3_MAX_DIM));
-    DSV3I_TRY(dsv3i_check_not(error, "qk_rope_head_dim", dr % 2 != 0, "must be even: RoPE turns pairs"));
-    DSV3I_TRY(dsv3i_check_not(error, "rope_scaling.type", type != DSV3_ROPE_NONE && type != DSV3_ROPE_YARN, "is unknown"));
-    return dsv3i_check_rope(config, error);
-}
-
-DSV3_API dsv3_result dsv3_rope_frequencies(const dsv3_config *config, double *theta, dsv3_error *error) {
-    DSV3I_TRY(dsv3i_check_pairs(config, error));
-    DSV3I_NEED(1, theta);
-    for (int32_t i = 0; i < config->qk_rope_head_dim / 2; i++) theta[i] = dsv3i_rope_theta(config, i);
-    return dsv3i_ok(error);
-}
-
-DSV3_API dsv3_result dsv3_rope_turns(const dsv3_config *config, uint64_t *turns, dsv3_error *error) {
-    DSV3I_TRY(dsv3i_check_pairs(config, error));
-    DSV3I_NEED(1, turns);
-    dsv3i_rope_turns(config, turns);
-    return dsv3i_ok(error);
-}
-
-static dsv3_result dsv3i_check_dr(size_t dr, dsv3_error *error) {
-    return dsv3i_check_not(error, "dr", dr < 2 || dr % 2 != 0, "must be even and not 0: RoPE turns pairs");
-}
-
-DSV3_API dsv3_result dsv3_rope_table(float *cos_sin, const int32_t *position, const uint64_t *turns, float factor,
-                                     size_t n, size_t dr, dsv3_error *error) {
-    DSV3I_TRY(dsv3i_check_dr(dr, error));
-    DSV3I_TRY(dsv3i_check_number(error, "factor", (double)factor));
-    DSV3I_NEED(n, cos_sin); DSV3I_NEED(n, position); DSV3I_NEED(n, turns);
-    dsv3i_rope_table(cos_sin, position, turns, factor, n, dr);
-    return dsv3i_ok(error);
-}
-
-static dsv3_result dsv3i_rotate_alone(float *x, const float *cos_sin, size_t dr, int interleave, float sign,
-                                      dsv3_error *error) {
-    DSV3I_NEED(1, x); DSV3I_NEED(1, cos_sin);
-    DSV3I_TRY(dsv3i_check_dr(dr, error));
-    DSV3I_TRY(dsv3i_check_apart(error, "x", x, dr, cos_sin, dr, 0));
-    dsv3i_rotate(x, cos_sin, dr, interleave, sign);
-    return dsv3i_ok(error);
-}
-
-DSV3_API dsv3_result dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr, int interleave, dsv3_error *error) {
-    return dsv3i_rotate_alone(x, cos_sin, dr, interleave, 1.0f, error);
-}
-
-/* ---- Chapters 6, 8 and 9 */
-
-/* Opens the workspace, and looks at what all blocks have. */
-static dsv3_result dsv3i_block(dsv3i_workspace *ws, const dsv3_workspace *workspace, const dsv3_context *context,
-                               const dsv3_model *model, const dsv3_layer *weights, const float *x, size_t n,
-                               dsv3_error *error) {
-    DSV3I_TRY(dsv3i_workspace_open(ws, workspace, context, model, error));
-    DSV3I_NEED(1, weights); DSV3I_NEED(1, x);
-    return dsv3i_check_between(error, n < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "n", "is none, or more than the workspace has",
-                               (int64_t)dsv3i_min(n, INT32_MAX), 1, (int64_t)workspace->rows);
-}
-
-/* Caches of a batch are alike. */
-static dsv3_result dsv3i_check_layer(const dsv3_cache *caches, size_t layer, dsv3_error *error) {
-    DSV3I_NEED(1, caches);
-    return dsv3i_check_between(error, DSV3_ERR_ARG, "layer", "is not one of the caches",
-                               (int64_t)dsv3i_min(layer, INT32_MAX), 0, (int64_t)caches->layers - 1);
-}
-
-DSV3_API dsv3_result dsv3_mla_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
-                                      const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
-                                      dsv3_workspace *workspace, dsv3_error *error) {
-    dsv3i_workspace ws;
-    DSV3I_TRY(dsv3i_block(&ws, workspace, context, model, weights, u, n, error));
-    DSV3I_TRY(dsv3i_check_layer(caches, layer, error));
-    DSV3I_NEED(1, y);
-    dsv3i_call c = dsv3i_call_of(context, model, weights, layer, caches, n, &ws);
-    DSV3I_TRY(dsv3i_check_apart(error, "y", y, n * c.m.d, u, n * c.m.d, 0));
-    dsv3i_mla_forward(&c, y, u);
-    return dsv3i_ok(error);
-}
-
-DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
-                                      const dsv3_layer *weights, size_t n, dsv3_workspace *workspace,
-                                      dsv3_error *error) {
-    dsv3i_workspace ws;
-    DSV3I_TRY(dsv3i_block(&ws, workspace, context, model, weights, u, n, error));
-    DSV3I_NEED(1, y);
-    dsv3i_call c = dsv3i_call_of(context, model, weights, 0, NULL, n, &ws);
-    DSV3I_TRY(dsv3i_check_apart(error, "y", y, n * c.m.d, u, n * c.m.d, 0));
-    return dsv3i_layer_result(&c, dsv3i_ffn_forward(&c, y, u), error);
-}
-
-DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, const dsv3_model *model,
-                                        const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
-                                        dsv3_workspace *workspace, dsv3_error *error) {
-    dsv3i_workspace ws;
-    DSV3I_TRY(dsv3i_block(&ws, workspace, context, model, weights, x, n, error));
-    DSV3I_TRY(dsv3i_check_layer(caches, layer, error));
-    dsv3i_call c = dsv3i_call_of(context, model, weights, layer, caches, n, &ws);
-    return dsv3i_layer_result(&c, dsv3i_layer_forward(&c, x), error);
-}
-
-DSV3_API dsv3_result dsv3_batch_end(dsv3_cache *caches, const dsv3_batch *batch, const dsv3_workspace *workspace,
-                                    dsv3_error *error) {
-    DSV3I_NEED(1, caches); DSV3I_NEED(1, batch); DSV3I_NEED(1, workspace);
-    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MEMORY, "rows", "is more than the workspace was made for",
-                                  (int64_t)dsv3i_min(batch->rows, INT32_MAX), 0, (int64_t)workspace->rows));
-    dsv3i_batch_end(caches, batch->rows, workspace->sequence, workspace->position);
-    return dsv3i_ok(error);
-}
-
-/* ---- Chapter 7 */
-
-DSV3_API dsv3_result dsv3_router_check(const dsv3_config *config, dsv3_error *error) {
-    DSV3I_NEED(1, config);
-    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "n_routed_experts", "is out of range", config->n_routed_experts, 1,
-                                  DSV3_MAX_EXPERTS));
-    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "num_experts_per_tok", "is out of range", config->num_experts_per_tok,
-                                  1, DSV3_MAX_TOPK));
-    DSV3I_TRY(dsv3i_check_routing(config, 1, error));
-    return dsv3i_ok(error);
-}
-
-DSV3_API dsv3_result dsv3_router_scores(const dsv3_context *context, const dsv3_config *config, float *score,
-                                        const float *x, const dsv3_tensor *gate_w, const float *gate_bias, size_t n,
-                                        float *scratch, dsv3_error *error) {
-    DSV3I_TRY(dsv3_router_check(config, error));
-    DSV3I_TRY(dsv3i_check_op(context, gate_w, "gate_w", n, error));
-    DSV3I_TRY(dsv3i_check_cols(gate_w, "gate_w", (size_t)config->n_routed_experts, gate_w->cols, error));
-    DSV3I_NEED(n, score); DSV3I_NEED(n, x); DSV3I_NEED(n, scratch);
-    DSV3I_TRY(dsv3i_check_apart(error, "score", score, n * gate_w->rows, x, n * gate_w->cols, 0));
-    if (n > 0) dsv3i_router_scores(context, config, score, x, gate_w, gate_bias, n, scratch);
-    return dsv3i_ok(error);
-}
-
-DSV3_API dsv3_result dsv3_router_select(const dsv3_config *config, int32_t *idx, float *gate, const float *score,
-                                        const float *bias, const float *alpha, size_t n, float *scratch,
-                                        dsv3_error *error) {
-    size_t bad;
-    DSV3I_TRY(dsv3_router_check(config, error));
-    DSV3I_NEED(n, idx); DSV3I_NEED(n, gate); DSV3I_NEED(n, score); DSV3I_NEED(n, scratch);
-    bad = dsv3i_router_select(config, idx, gate, score, bias, alpha, n, scratch);
-    if (bad == n) return dsv3i_ok(error);
-    return dsv3i_fail_where(error, DSV3_ERR_NAN, "score", "is not finite, in row", (int64_t)bad);
-}
-
-DSV3_API dsv3_result dsv3_router_weights(const dsv3_config *config, float *gate, const int32_t *idx,
-                                         const float *score, size_t n, dsv3_error *error) {
-    DSV3I_TRY(dsv3_router_check(config, error));
-    DSV3I_NEED(n, gate); DSV3I_NEED(n, idx); DSV3I_NEED(n, score);
-    return dsv3i_router_weights(config, gate, idx, score, n, error);
-}
-
-/* Sizes; experts and scores of the rows that count, where there are any. */
-static dsv3_result dsv3i_check_rows(const dsv3_routing *r, dsv3_error *error) {
-    DSV3I_TRY(dsv3i_check_count(error, "experts", r->experts, DSV3_MAX_EXPERTS));
-    DSV3I_TRY(dsv3i_check_count(error, "topk", r->topk, (int64_t)dsv3i_min(r->experts, DSV3_MAX_TOPK)));
-    for (size_t t = 0; t < r->n; t++) {
-        if (!dsv3i_counts(r->mask, t)) continue;
-        for (size_t i = t * r->topk; r->idx != NULL && i < (t + 1) * r->topk; i++) {
-            DSV3I_TRY(dsv3i_check_element(error, DSV3_ERR_ARG, "idx", i, "is not an expert", (int64_t)r->experts, r->idx[i]));
-        }
-        if (r->score == NULL || dsv3i_all_finite(r->score + t * r->experts, r->experts)) continue;
-        return dsv3i_fail_where(error, DSV3_ERR_NAN, "score", "is not finite, in row", (int64_t)t);
-    }
-    return DSV3_OK;
-}
-
-DSV3_API dsv3_result dsv3_load_count(uint64_t *load, const int32_t *idx, const uint8_t *mask, size_t n, size_t E,
-                                     size_t K, dsv3_error *error) {
-    const dsv3_routing rows = {NULL, idx, mask, n, E, K, 0, 0};
-    DSV3I_NEED(1, load); DSV3I_NEED(n, idx);
-    DSV3I_TRY(dsv3i_check_rows(&rows, error));
-    dsv3i_load_count(load, idx, mask, n, K);
-    return dsv3i_ok(error);
-}
-
-static dsv3_result dsv3i_check_balance(const dsv3_routing *routing, int loss, const double *scratch, dsv3_error *error) {
-    DSV3I_NEED(1, routing); DSV3I_NEED(1, scratch); DSV3I_NEED(routing->n, routing->score);
-    if (loss == DSV3I_LOSS_COMMUNICATION) DSV3I_NEED(routing->n, routing->idx);
-    DSV3I_TRY(dsv3i_check_rows(routing, error));
-    if (loss == DSV3I_LOSS_EXPERT) return DSV3_OK;
-    return dsv3i_check_devices(routing->experts, routing->devices,
-                               loss == DSV3I_LOSS_COMMUNICATION ? routing->most_devices : 1, error);
-}
-
-static dsv3_result dsv3i_balance_alone(double *value, const dsv3_routing *routing, int loss, double *scratch,
-                                       dsv3_error *error) {
-    if (value == NULL) return dsv3i_fail_null(error, "loss");
-    DSV3I_TRY(dsv3i_check_balance(routing, loss, scratch, error));
-    *value = dsv3i_balance_loss(routing, loss, scratch);
-    return dsv3i_ok(error);
-}
-
-DSV3_API dsv3_result dsv3_balance_loss(double *loss, const dsv3_routing *routing, double *scratch, dsv3_error *error) {
-    return dsv3i_balance_alone(loss, routing, DSV3I_LOSS_EXPERT, scratch, error);
-}
-
-#ifndef DSV3_NO_TRAINING
-DSV3_API dsv3_result dsv3_device_loss(double *loss, const dsv3_routing *routing, double *scratch, dsv3_error *error) {
-    return dsv3i_balance_alone(loss, routing, DSV3I_LOSS_DEVICE, scratch, error);
-}
-
-DSV3_API dsv3_result dsv3_communication_loss(double *loss, const dsv3_routing *routing, double *scratch,
-                                             dsv3_error *error) {
-    return dsv3i_balance_alone(loss, routing, DSV3I_LOSS_COMMUNICATION, scratch, error);
-}
-
-DSV3_API dsv3_result dsv3_bias_step(float *bias, const uint64_t *load, size_t layers, size_t E, dsv3_bias_rule rule,
-                                    double speed, dsv3_error *error) {
-    DSV3I_NEED(layers, bias); DSV3I_NEED(layers, load);
-    DSV3I_TRY(dsv3i_check_count(error, "experts", E, DSV3_MAX_EXPERTS));
-    DSV3I_TRY(dsv3i_check_bias_step(rule, speed, error));
-    for (size_t i = 0; i < layers; i++) dsv3i_bias_step(bias + i * E, load + i * E, E, rule, speed);
-    return dsv3i_ok(error);
-}
-
-DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, uint64_t seen, dsv3_error *error) {
-    dsv3_result result;
-    DSV3I_NEED(1, balancer); DSV3I_NEED(balancer->experts, bias);
-    DSV3I_TRY(dsv3i_check_bias_step(balancer->rule, dsv3_bias_speed(&balancer->schedule, seen), error));
-    result = dsv3i_balancer_reduce(balancer);
-    if (result != DSV3_OK) return dsv3i_fail(error, result, "reduce", "failed");
-    dsv3i_balancer_move(balancer, bias, seen);
-    return dsv3i_ok(error);
-}
-
-/* ---- Backward */
-
-DSV3_API dsv3_result dsv3_linear_backward(const dsv3_context *context, float *dx, float *dw, const float *dy,
-                                          const float *x, const dsv3_tensor *w, size_t n, float *scratch,
-                                          dsv3_error *error) {
-    DSV3I_TRY(dsv3i_check_op(context, w, "w", n, error));
-    DSV3I_NEED(n, dy); DSV3I_NEED(n, scratch); DSV3I_NEED(n * (dw != NULL), x);
-    DSV3I_TRY(dsv3i_check_apart(error, "dx", dx, dx != NULL ? n * w->cols : 0, dy, n * w->rows, 0));
-    dsv3i_product p = dsv3i_product_of((float *)(uintptr_t)dy, x, w, n);
-    if (n > 0) context->ops->linear_backward(context, dx, 0, dw, &p, scratch);
-    return dsv3i_ok(error);
-}
-
-DSV3_API dsv3_result dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t dr, int interleave,
-                                               dsv3_error *error) {
-    return dsv3i_rotate_alone(dx, cos_sin, dr, interleave, -1.0f, error);
-}
-
-DSV3_API dsv3_result dsv3_embed_backward(float *dw, const float *dx, const int32_t *token, size_t n, size_t V, size_t d,
-                                         dsv3_error *error) {
-    dsv3_context alone;
-    DSV3I_NEED(n, dw); DSV3I_NEED(n, dx);
-    DSV3I_TRY(dsv3i_check_count(error, "d", d, DSV3_MAX_DIM));
-    DSV3I_TRY(dsv3i_check_count(error, "vocab_size", V, DSV3_MAX_VOCAB));
-    DSV3I_TRY(dsv3i_ids_check(token, n, V, error));
-    DSV3_MEMSET(&alone, 0, sizeof alone);
-    dsv3i_embed_backward(&alone, dw, dx, token, n, d);
-    return dsv3i_ok(error);
-}
-
-DSV3_API dsv3_result dsv3_rmsnorm_backward(const dsv3_context *context, float *dx, float *dg, const float *dy,
-                                           const float *x, const dsv3_tensor *g, size_t n, float eps, float *scratch,
-                                           dsv3_error *error) {
-    DSV3I_TRY(dsv3i_check_norm(context, g, n, eps, error));
-    DSV3I_NEED(n, dx); DSV3I_NEED(n, dg); DSV3I_NEED(n, dy); DSV3I_NEED(n, x); DSV3I_NEED(n, scratch);
-    DSV3I_TRY(dsv3i_check_apart(error, "dx", dx, n * g->cols, dy, n * g->cols, 0));
-    DSV3I_TRY(dsv3i_check_apart(error, "dx", dx, n * g->cols, x, n * g->cols, 0));
-    dsv3i_norm_back(context, dx, dg, dy, x, g, n, eps, scratch);
-    return dsv3i_ok(error);
-}
-
-DSV3_API dsv3_result dsv3_cross_entropy_backward(const dsv3_context *context, float *du, float *dhead, float weight,
-                                                 const float *u, const dsv3_tensor *head, const int32_t *target, size_t n,
-                                                 float *scratch, dsv3_error *error) {
-    dsv3i_loss a = dsv3i_loss_alone(context, u, head, target, n, scratch);
-    DSV3I_TRY(dsv3i_check_loss(&a, error));
-    DSV3I_TRY(dsv3i_check_number(error, "weight", (double)weight));
-    DSV3I_NEED(n, du);
-    DSV3I_TRY(dsv3i_check_apart(error, "du", du, n * head->cols, u, n * head->cols, 0));
-    if (n > 0) dsv3i_cross_entropy_backward(&a, du, 0, dhead, weight);
-    return dsv3i_ok(error);
-}
-
-DSV3_API dsv3_result dsv3_router_weights_backward(const dsv3_config *config, float *dscore, const float *dgate,
-                                                  const int32_t *idx, const float *score, size_t n, dsv3_error *error) {
-    DSV3I_TRY(dsv3_router_check(config, error));
-    DSV3I_NEED(n, dscore); DSV3I_NEED(n, dgate); DSV3I_NEED(n, idx); DSV3I_NEED(n, score);
-    DSV3I_TRY(dsv3i_check_choice(config, idx, n, error));
-    dsv3i_router_weights_backward(config, dscore, dgate, idx, score, n);
-    return dsv3i_ok(error);
-}
-
-DSV3_API dsv3_result dsv3_router_scores_backward(const dsv3_config *config, float *dz, const float *dscore,
-                                                 const float *score, size_t n, dsv3_error *error) {
-    DSV3I_TRY(dsv3_router_check(config, error));
-    DSV3I_NEED(n, dz); DSV3I_NEED(n, dscore); DSV3I_NEED(n, score);
-    dsv3i_router_scores_backward(config, dz, dscore, score, n);
-    return dsv3i_ok(error);
-}
-
-DSV3_API dsv3_result dsv3_balance_backward(float *dscore, double scale, const dsv3_balance_weights *weights,
-                                           const dsv3_routing *routing, double *scratch, dsv3_error *error) {
-    DSV3I_NEED(1, weights);
-    DSV3I_TRY(dsv3i_check_balance(routing, DSV3I_LOSS_EXPERT, scratch, error));
-    DSV3I_TRY(dsv3i_check_weights(weights, routing->experts, error));
-    if (weights->communication > 0.0) DSV3I_NEED(routing->n, routing->idx);
-    DSV3I_NEED(routing->n, dscore);
-    DSV3I_TRY(dsv3i_check_number(error, "scale", scale));
-    dsv3i_balance_backward(dscore, scale, weights, routing, scratch);
-    return dsv3i_ok(error);
-}
-#endif
-
-/* ========================================================================================================
  * Chapter Y  >>backends
  *
  * The choice of a backend when a context is made, and packing for it. A new instruction set has an entry in dsv3_backend
@@ -11711,7 +11727,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
  *
  * What stays: with a new patch number (0.2.x) programs compile, link and compute as before; what is mended is listed here.
  * With a new minor number names and structs may change as well, before 1.0, and the list says how. Bytes that a version
- * has saved (chapter 15) are read by later ones, or refused with the version's number, never misread. Bits of results are
+ * has saved (chapter 16) are read by later ones, or refused with the version's number, never misread. Bits of results are
  * no promise between versions.
  *
  * 0.2.0

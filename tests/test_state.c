@@ -1,4 +1,4 @@
-/* test_state.c -- chapter 15 (save): caches, sequences and training runs as bytes, and back.
+/* test_state.c -- chapter 16 (save): caches, sequences and training runs as bytes, and back.
  *
  * A failure means that what was loaded does not go on as what was saved would have, bit for bit; that bytes which are cut,
  * altered, hostile or another model's are not refused, or that a refusal has left traces; or that the format is not what
