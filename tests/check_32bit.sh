@@ -22,8 +22,8 @@ for source in tests/test_*.c tests/parity.c; do
     later "build $name" $cc "$source" -o $out/$name $out/libdsv3.a -lm -lpthread
 done
 # A system header came first, so off_t stays at 32 bits, and the message says how to have 64.
-later "build late" i686-linux-gnu-gcc -std=c99 -O1 -static -Iexamples tests/compile/late.c -o $out/late -lm
-later "build late, 64 bit off_t" i686-linux-gnu-gcc -std=c99 -D_FILE_OFFSET_BITS=64 -O1 -static -Iexamples tests/compile/late.c \
+later "build late" i686-linux-gnu-gcc -std=c99 -O1 -msse2 -mfpmath=sse -static -Iexamples tests/compile/late.c -o $out/late -lm
+later "build late, 64 bit off_t" i686-linux-gnu-gcc -std=c99 -D_FILE_OFFSET_BITS=64 -O1 -msse2 -mfpmath=sse -static -Iexamples tests/compile/late.c \
     -o $out/late64 -lm
 run_later
 emulate=
