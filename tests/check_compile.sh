@@ -64,6 +64,15 @@ for source in examples/[0-9]*.c; do
     check "$source alone" gcc -std=c99 -O2 -I. -Iexamples "$source" -o $out/$name -lm
     check "$name prints the same" sh -c "$out/$name > $out/alone && build/$name > $out/linked && cmp $out/alone $out/linked"
 done
+# OpenMP's threads after fork and dlclose: what the comment of dsv3_context_init says helps.
+posix="-std=c99 -D_GNU_SOURCE -O1 -I. -Itests"
+for cc in gcc clang; do
+    check "$cc OpenMP: build" $cc $posix -fopenmp tests/compile/openmp.c tests/library.c -o $out/openmp -lm -ldl
+    check "$cc OpenMP: a plugin" $cc $posix -fopenmp -fPIC -shared -DPLUGIN tests/compile/openmp.c tests/library.c -o $out/plugin.so -lm
+    check "$cc OpenMP: its host" $cc $posix tests/compile/openmp.c tests/library.c -o $out/host -lm -ldl
+    check "$cc OpenMP: a child works alone" $out/openmp fork
+    check "$cc OpenMP: a plugin that works alone can be closed" $out/host $out/plugin.so
+done
 # The hidden-visibility object exports nothing when the user asks for that.
 check "DSV3_API can be set" gcc -std=c99 '-DDSV3_API=__attribute__((visibility("default")))' -fvisibility=hidden -I. \
     -c tests/compile/implement.c -o /dev/null
