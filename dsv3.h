@@ -161,7 +161,7 @@ extern "C" {
 #ifndef DSV3_API
 #ifdef DSV3_STATIC
 #if defined(__GNUC__)
-#define DSV3_API __attribute__((unused)) static
+#define DSV3_API __attribute__((__unused__)) static
 #else
 #define DSV3_API static
 #endif
@@ -174,7 +174,7 @@ extern "C" {
 #if defined(__cplusplus) && (__cplusplus >= 201103L || defined(_MSC_VER))
 #define DSV3_ENUM(name) enum name : int32_t
 #elif defined(__GNUC__)
-#define DSV3_ENUM(name) enum __attribute__((mode(SI))) name
+#define DSV3_ENUM(name) enum __attribute__((__mode__(__SI__))) name
 #else
 #define DSV3_ENUM(name) enum name
 #endif
@@ -1410,11 +1410,11 @@ struct dsv3i_mlp;
 #define DSV3I_SANITIZED
 #endif
 #ifdef DSV3I_SANITIZED /* unrolled loops with a check at each access take minutes to compile */
-#define DSV3I_TARGET __attribute__((target(DSV3I_ISA), no_sanitize("address"), no_sanitize("undefined")))
+#define DSV3I_TARGET __attribute__((__target__(DSV3I_ISA), __no_sanitize__("address"), __no_sanitize__("undefined")))
 #else
-#define DSV3I_TARGET __attribute__((target(DSV3I_ISA))) /* DSV3I_ISA: what the code that follows is made for */
+#define DSV3I_TARGET __attribute__((__target__(DSV3I_ISA))) /* DSV3I_ISA: what the code that follows is made for */
 #endif
-#define DSV3I_INLINE static inline __attribute__((always_inline)) DSV3I_TARGET
+#define DSV3I_INLINE static inline __attribute__((__always_inline__)) DSV3I_TARGET
 #define DSV3I_KERNEL static DSV3I_TARGET
 #if defined(__clang__)
 #define DSV3I_UNROLL _Pragma("clang loop unroll(full)")
@@ -1456,7 +1456,7 @@ struct dsv3i_mlp;
 
 /* A function that is not worth to be copied into its callers. */
 #if defined(__GNUC__)
-#define DSV3I_APART __attribute__((noinline)) static
+#define DSV3I_APART __attribute__((__noinline__)) static
 #else
 #define DSV3I_APART static
 #endif

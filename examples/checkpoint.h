@@ -127,7 +127,7 @@ st_result checkpoint_config_write(const char *directory, const char *text, st_er
 #include <string.h>
 
 #ifdef __GNUC__
-__attribute__((format(printf, 3, 4)))
+__attribute__((__format__(__printf__, 3, 4)))
 #endif
 static st_result
 checkpointi_fail(st_error *error, st_result code, const char *format, ...) {
@@ -956,7 +956,7 @@ static void checkpointi_put(checkpointi_text *t, const char *bytes, size_t n) {
 }
 
 #ifdef __GNUC__
-__attribute__((format(printf, 2, 3)))
+__attribute__((__format__(__printf__, 2, 3)))
 #endif
 static void
 checkpointi_print(checkpointi_text *t, const char *format, ...) {

@@ -55,7 +55,7 @@ extern "C" {
 #if defined(__cplusplus) && (__cplusplus >= 201103L || defined(_MSC_VER))
 #define JSON_ENUM(name) enum name : int32_t
 #elif defined(__GNUC__)
-#define JSON_ENUM(name) enum __attribute__((mode(SI))) name
+#define JSON_ENUM(name) enum __attribute__((__mode__(__SI__))) name
 #else
 #define JSON_ENUM(name) enum name
 #endif

@@ -22,8 +22,8 @@ for letter in A B C D E F G H I J K L M N O P Q R S T U V W X Y Z; do echo "#def
 for header in dsv3.h examples/*.h; do
     check "$header behind letters" $CC -std=c99 $wide $c -include $out/letters.h -I. -fsyntax-only -x c "$header"
 done
-for options in "" -DDSV3_SIMD; do
-    check "implement.c $options behind words" $CC -std=c99 $wide $c $options -include tests/compile/words.h -I. -fsyntax-only \
+for options in -std=c99 -std=c11 "-std=c99 -DDSV3_SIMD"; do
+    check "implement.c $options behind words" $CC $options $wide $c -include tests/compile/words.h -I. -fsyntax-only \
         tests/compile/implement.c
 done
 for name in json safetensors checkpoint svg thread_pool large_pages; do

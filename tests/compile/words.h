@@ -1,4 +1,4 @@
-/* What may stand in front of an include: every header of C99, and the words that <windows.h> defines. */
+/* What may stand in front of an include: every header of C99 and C11, and the words that <windows.h> defines. */
 #include <assert.h>
 #include <complex.h>
 #include <ctype.h>
@@ -23,6 +23,13 @@
 #include <time.h>
 #include <wchar.h>
 #include <wctype.h>
+#if defined(__STDC_VERSION__) && __STDC_VERSION__ >= 201112L
+#include <stdalign.h>
+#include <stdatomic.h>
+#include <stdnoreturn.h>
+#include <threads.h>
+#include <uchar.h>
+#endif
 #define near
 #define far
 #define pascal
@@ -33,3 +40,6 @@
 #define uuid(x)
 #define min(a, b) (((a) < (b)) ? (a) : (b))
 #define max(a, b) (((a) > (b)) ? (a) : (b))
+#define noinline /* and those by which programs call attributes of a compiler */
+#define always_inline
+#define SI 1
