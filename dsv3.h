@@ -2259,7 +2259,7 @@ static int dsv3i_quantize_block(unsigned char *y, const float *x, dsv3_type type
     for (size_t i = 0; is_q4 && i < DSV3_QBLOCK / 2; i++) {
         code[i] = (unsigned char)(code[i] | code[i + DSV3_QBLOCK / 2] << 4);
     }
-    DSV3_MEMCPY(y + 2, code, dsv3_type_bytes(type) - 2);
+    DSV3_MEMCPY(y + 2, code, is_q4 ? DSV3_QBLOCK / 2 : DSV3_QBLOCK);
     return 1;
 }
 
@@ -6414,7 +6414,7 @@ static dsv3_result dsv3i_train_check(const dsv3_trainer *t, int32_t stage, dsv3_
                             (double)s->divisor / (DSV3_DIVIDE_BY_VALID + 1)};
     const char *name = names;
     for (size_t i = 0; i < DSV3I_COUNT(value); i++, name = dsv3i_next_text(name)) {
-        if (value[i] >= (i < 1 ? FLT_MIN : 0.0) && value[i] < (i < 7 ? FLT_MAX : 1.0)) continue;
+        if (value[i] >= (i < 1 ? (double)FLT_MIN : 0.0) && value[i] < (i < 7 ? (double)FLT_MAX : 1.0)) continue;
         return dsv3i_fail(error, DSV3_ERR_ARG, name, "must be finite, eps above 0, others at least 0, decays below 1");
     }
     return dsv3i_check_between(error, DSV3_ERR_ARG, "trainer.stage", "a step is begun, then accumulated, then ended",
@@ -6571,7 +6571,7 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
     DSV3I_TRY(dsv3i_train_check(t, t->settings.reduce != NULL ? 1 : 2, error));
     rate = learning_rate / (1.0 - dsv3i_power((double)t->settings.beta1, t->step + 1));
     decay = 1.0 - learning_rate * (double)t->settings.weight_decay;
-    if (!(learning_rate >= 0.0 && rate <= FLT_MAX && decay >= -FLT_MAX)) {
+    if (!(learning_rate >= 0.0 && rate <= (double)FLT_MAX && decay >= -(double)FLT_MAX)) {
         return dsv3i_fail(error, DSV3_ERR_ARG, "learning_rate", "is negative, or too large for float32");
     }
     t->own->stage = 0;
@@ -6588,7 +6588,7 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
     if (norm != NULL) *norm = size;
     clip = (double)t->settings.clip;
     if (clip > 0.0 && size > clip) o.scale = (float)(clip / size);
-    if (!(DSV3_POW((double)o.scale * size, 2.0) <= FLT_MAX)) {
+    if (!(DSV3_POW((double)o.scale * size, 2.0) <= (double)FLT_MAX)) {
         return dsv3i_fail(error, DSV3_ERR_NAN, "gradients", "or their squares are not finite, and the step is skipped");
     }
     o.rate = (float)rate;
