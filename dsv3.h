@@ -156,7 +156,16 @@
 extern "C" {
 #endif
 
-/* ---- What the options are where they are not set ------------------------------------------------------ */
+/* ---- Version, sizes, and what the options are where they are not set --------------------------------- */
+
+#define DSV3_VERSION_MAJOR 0 /* grows when a program must be changed; while it is 0, MINOR does */
+#define DSV3_VERSION_MINOR 2 /* grows when something is added */
+#define DSV3_VERSION_PATCH 0 /* grows when something is mended */
+#define DSV3_VERSION (DSV3_VERSION_MAJOR * 10000 + DSV3_VERSION_MINOR * 100 + DSV3_VERSION_PATCH)
+
+/* Bytes; alignment of every buffer given to an _init or _bind. malloc's is enough on 32 and 64 bits. */
+#define DSV3_ALIGN 8
+#define DSV3_MAX_NAME 128 /* bytes of a name in an error or a tensor's description, its zero included */
 
 #ifndef DSV3_API
 #ifdef DSV3_STATIC
@@ -209,18 +218,8 @@ extern "C" {
  * Chapter 1  >>api
  * ==================================================================================================== */
 
-#define DSV3_VERSION_MAJOR 0 /* grows when a program must be changed; while it is 0, MINOR does */
-#define DSV3_VERSION_MINOR 2 /* grows when something is added */
-#define DSV3_VERSION_PATCH 0 /* grows when something is mended */
-#define DSV3_VERSION (DSV3_VERSION_MAJOR * 10000 + DSV3_VERSION_MINOR * 100 + DSV3_VERSION_PATCH)
-
 /* DSV3_VERSION of the library that the program has linked; the header's is that of what it was compiled with. */
 DSV3_API int32_t dsv3_version(void);
-
-/* Bytes; alignment of every buffer given to an _init or _bind. malloc's is enough on 32 and 64 bits. */
-#define DSV3_ALIGN 8
-
-#define DSV3_MAX_NAME 128 /* bytes of a name in an error or a tensor's description, its zero included */
 
 /* ---- Results and errors ------------------------------------------------------------------------------ */
 
@@ -259,10 +258,8 @@ typedef struct dsv3_error {
     dsv3_numbers numbers;
     int64_t expected[2], found[2];
 } dsv3_error;
-
 /* A few words for a code; static storage. */
 DSV3_API const char *dsv3_result_string(dsv3_result result);
-
 /* Writes "name: why (expected 256 x 48, found 48 x 256)" into text [capacity], always zero-terminated when
  * capacity > 0, cut when too long. Returns text. */
 DSV3_API const char *dsv3_error_text(const dsv3_error *error, char *text, size_t capacity);
@@ -270,38 +267,31 @@ DSV3_API const char *dsv3_error_text(const dsv3_error *error, char *text, size_t
 /* ---- Configuration ----------------------------------------------------------------------------------- */
 
 typedef DSV3_ENUM(dsv3_scoring_func) { DSV3_SIGMOID = 0 /* V3 */, DSV3_SOFTMAX = 1 /* V2 */ } dsv3_scoring_func;
-
 typedef DSV3_ENUM(dsv3_topk_method) {
     DSV3_NOAUX_TC = 0,             /* V3: score + bias; a group counts by the sum of its two best */
     DSV3_GROUP_LIMITED_GREEDY = 1, /* V2: score; a group counts by its best */
     DSV3_GREEDY = 2                /* V2-Lite: score; no groups */
 } dsv3_topk_method;
-
 typedef DSV3_ENUM(dsv3_group_mask) {
     DSV3_MASK_NEG_INF = 0, /* experts of dropped groups are out of the question (official code) */
     DSV3_MASK_ZERO = 1     /* they take part with a choice score of 0, as older ports do */
 } dsv3_group_mask;
-
 typedef DSV3_ENUM(dsv3_gate_scaling) {
     DSV3_SCALE_ALWAYS = 0,       /* V3: routed_scaling_factor applies with or without normalisation */
     DSV3_SCALE_UNLESS_NORMED = 1 /* original V2 code: only when norm_topk_prob is 0 */
 } dsv3_gate_scaling;
-
 typedef DSV3_ENUM(dsv3_bias_form) {
     DSV3_BIAS_ADD = 0,     /* choice score s + alpha b (released models) */
     DSV3_BIAS_MULTIPLY = 1 /* s (1 + alpha b), a variant of arXiv 2408.15664; b = 0 is neutral in both */
 } dsv3_bias_form;
-
 typedef DSV3_ENUM(dsv3_mtp_concat) {
     DSV3_MTP_EMBED_FIRST = 0, /* eh_proj [enorm(embedding) ; hnorm(hidden)]: released weights */
     DSV3_MTP_HIDDEN_FIRST = 1 /* the order in which the report writes it */
 } dsv3_mtp_concat;
-
 typedef DSV3_ENUM(dsv3_mtp_hidden) {
     DSV3_MTP_POST_NORM = 0, /* modules get states behind the final norm, and behind shared_head.norm */
     DSV3_MTP_PRE_NORM = 1   /* before these norms */
 } dsv3_mtp_hidden;
-
 typedef DSV3_ENUM(dsv3_rope_type) { DSV3_ROPE_NONE = 0, DSV3_ROPE_YARN = 1 } dsv3_rope_type;
 
 typedef struct dsv3_rope_scaling {
@@ -316,8 +306,7 @@ typedef struct dsv3_rope_scaling {
 /* The fields of the published config.json under the same names, then choices that no file carries.
  * Start from dsv3_config_default or dsv3_config_preset, so that fields added later have their defaults. */
 typedef struct dsv3_config {
-    int32_t vocab_size;
-    int32_t hidden_size;
+    int32_t vocab_size, hidden_size;
     int32_t intermediate_size;        /* width of the dense layers' MLP */
     int32_t moe_intermediate_size;    /* width of one expert */
     int32_t num_hidden_layers;        /* main layers */
@@ -327,15 +316,11 @@ typedef struct dsv3_config {
     int32_t num_attention_heads;
     int32_t num_key_value_heads; /* ignored: MLA has one latent for all heads */
     int32_t q_lora_rank;         /* 0 (null in files): one q_proj instead of q_a, norm, q_b */
-    int32_t kv_lora_rank;
-    int32_t qk_nope_head_dim;
+    int32_t kv_lora_rank, qk_nope_head_dim;
     int32_t qk_rope_head_dim; /* even */
-    int32_t v_head_dim;
-    int32_t n_routed_experts;
+    int32_t v_head_dim, n_routed_experts;
     int32_t n_shared_experts; /* one MLP of n_shared_experts * moe_intermediate_size; 0 if none */
-    int32_t num_experts_per_tok;
-    int32_t n_group;
-    int32_t topk_group;
+    int32_t num_experts_per_tok, n_group, topk_group;
     dsv3_scoring_func scoring_func;
     dsv3_topk_method topk_method;
     int32_t norm_topk_prob; /* bool: gate weights of a token sum to 1 before scaling; with K = 1 of no effect, as in the
@@ -343,8 +328,7 @@ typedef struct dsv3_config {
     float routed_scaling_factor;
     int32_t seq_aux;      /* bool, training only */
     float aux_loss_alpha; /* training only */
-    float rms_norm_eps;
-    float rope_theta;
+    float rms_norm_eps, rope_theta;
     dsv3_rope_scaling rope_scaling;
     int32_t max_position_embeddings; /* the context the model was made for; caches may be any length */
     int32_t rope_interleave;         /* bool, default 1: pairs (2i, 2i+1) as in released weights; 0: halves */
@@ -360,7 +344,6 @@ typedef struct dsv3_config {
     dsv3_mtp_concat mtp_concat;
     dsv3_mtp_hidden mtp_hidden;
 } dsv3_config;
-
 typedef DSV3_ENUM(dsv3_preset) {
     DSV3_PRESET_V3,        /* DeepSeek-V3, R1: 671 B */
     DSV3_PRESET_V2,        /* DeepSeek-V2: 236 B */
@@ -370,17 +353,13 @@ typedef DSV3_ENUM(dsv3_preset) {
     DSV3_PRESET_AUSTEN,    /* examples/models/austen: 6.5 M, bytes */
     DSV3_PRESET_MICRO      /* examples/models/micro: 0.3 M, bytes */
 } dsv3_preset;
-
 /* Values for every field that has a sensible default; sizes are 0 and must be set. */
 DSV3_API dsv3_config dsv3_config_default(void);
 /* A published model. An unknown preset gives dsv3_config_default. */
 DSV3_API dsv3_config dsv3_config_preset(dsv3_preset preset);
-
 /* DSV3_OK, or the first bad field and why: ARG (outside its domain), LIMIT (a size that is negative or beyond
- * DSV3_MAX_...), OVERFLOW (a tensor would not fit into size_t), UNSUPPORTED. All other calls expect a config that
- * passed. */
+ * DSV3_MAX_...), OVERFLOW (a tensor would not fit into size_t), UNSUPPORTED. All other calls expect a config that passed. */
 DSV3_API dsv3_result dsv3_config_check(const dsv3_config *config, dsv3_error *error);
-
 /* Is layer i (MTP layers included: i >= L) a mixture of experts? */
 DSV3_API int dsv3_config_is_moe(const dsv3_config *config, int32_t i);
 
@@ -415,7 +394,6 @@ typedef struct dsv3_tensor {
     int32_t rank;   /* 1: vector, 2: matrix */
     int32_t packed; /* bool: in the order of dsv3_pack; 0 for what a finder returns */
 } dsv3_tensor;
-
 /* Exact conversions of one number. Encoders round to nearest, ties to even; NaN stays NaN.
  * E4M3 saturates at +-448 (also infinities); F16 and BF16 overflow to infinity. */
 DSV3_API float dsv3_f32_from_f16(uint16_t bits);
@@ -429,13 +407,7 @@ DSV3_API uint8_t dsv3_f8_e4m3_from_f32(float x);
  *   data   [rows, dsv3_row_bytes(type, cols)] bytes of the caller's, at any address, not x; FP8: may be NULL, then only
  *          the scales are computed
  *   scale  FP8: float [ceil(rows/128), ceil(cols/128)] of the caller's, at any address; else not used
- * Every number becomes the nearest that its type and its block's scale offer; ties go to the even code.
- *   FP8    scale amax / 448, amax being the largest magnitude in the block; 1 if that is no normal float, and all
- *          of the block becomes zero
- *   Q8_0   scale d = amax / 127, codes -127 to 127
- *   Q4_0   d = (the value of largest magnitude, the first of equals) / -8, codes 0 to 15: the other sign ends at 7 |d|
- * d is rounded to F16 before x is divided by it: to the nearest, but away from zero below 2^-14, where the nearest may
- * be far off, so that no d of a block that is not all zero is 0.
+ * Every number becomes the nearest that its type and its block's scale offer (chapter 3); ties go to the even code.
  * ARG: a pointer that is needed is NULL, the type is unknown, or cols are not whole blocks. OVERFLOW: rows x cols does
  * not fit into size_t, or a finite number is too large for the type (FP8: a scale of 2^119 or more). NAN: NaN or
  * infinity as FP8, Q8_0 or Q4_0; F32, F16 and BF16 keep them. After an error data and scale may hold anything. */
@@ -463,18 +435,13 @@ DSV3_API dsv3_result dsv3_backend_find(dsv3_backend *backend, const char *name, 
 /* What a product of weights and activations is computed from. Sums are float32 either way. */
 typedef DSV3_ENUM(dsv3_compute) {
     DSV3_EXACT = 0, /* activations as they are, float32 */
-    DSV3_FAST = 1   /* activations rounded first: to BF16 for BF16 and FP8 weights, to a multiple, -127 to 127, of
-                       1/127 of the largest of 32 for Q8_0 and Q4_0; as they are for F32 and F16. The backend
-                       avx512_bf16 and amx also round to BF16, with any type of weights, what attention multiplies:
-                       queries, keys, values and the softmax's weights. The router, norms and the softmax itself
-                       stay exact. Training is always exact. README.md, "Speed", has the errors that
-                       bench/bench_modes.c measures */
+    DSV3_FAST = 1   /* activations rounded first: to BF16 for BF16 and FP8 weights, to a multiple, -127 to 127, of 1/127 of
+                       the largest of 32 for Q8_0 and Q4_0. avx512_bf16 and amx also round to BF16 what attention
+                       multiplies. Router, norms, the softmax itself, and training stay exact. Errors: README.md, "Speed" */
 } dsv3_compute;
-
 typedef DSV3_ENUM(dsv3_attention) {
-    DSV3_ATTENTION_AUTO = 0,     /* per sequence and call: expanded when it brings more than
-                                    rk(dn+dv) / (2rk-dn-dv) rows (V3: 171 or more) and
-                                    more than a step with drafts ever does, else absorbed */
+    DSV3_ATTENTION_AUTO = 0,     /* per sequence and call: expanded when it brings more than rk(dn+dv) / (2rk-dn-dv) rows
+                                    (V3: 171 or more) and more than a step with drafts ever does, else absorbed */
     DSV3_ATTENTION_ABSORBED = 1, /* queries move into the latent space: decode, short chunks */
     DSV3_ATTENTION_EXPANDED = 2  /* keys and values are rebuilt from latents: long prompts */
 } dsv3_attention;
@@ -517,20 +484,11 @@ typedef struct dsv3_context {
     int (*aborted)(void *user);
     void *abort_user;
 } dsv3_context;
-
-/* threads = 0: what OpenMP offers, or 1. Without OpenMP the result is serial, threads = 1, until the caller
- * sets parallel_for and threads. UNSUPPORTED for a backend that is not compiled in or that this machine cannot run:
- * the CPU and the operating system are asked on each call, nothing is remembered. Where the CPU has AMX, and with the
- * backends AUTO and AMX only, Linux is asked to let this process use tiles (arch_prctl, which allocates nothing): it may
- * from then on, in all threads, and its signal frames need 8 KiB more, so that stacks of sigaltstack may have to grow. If
- * Linux refuses, AUTO means avx512_bf16, and AMX is unsupported.
- * Stack of each thread that works, as gcc and clang optimise: reference 12 KiB, avx2 and avx512 48, avx512_bf16 64, amx 96.
- * OpenMP keeps its threads. With gcc's, a child hangs that is forked behind the first loop, unless it sets parallel_for to
- * NULL and threads to 1, or to threads of its own; and a plugin that is unloaded (dlclose) takes them down with the
- * program, unless it does that from the start, stays loaded (RTLD_NODELETE), or the program itself is linked with OpenMP.
- * DSV3_NO_OPENMP avoids both. */
-DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backend, size_t threads,
-                                       dsv3_error *error);
+/* threads = 0: what OpenMP offers, or 1. Without OpenMP the result is serial, threads = 1, until the caller sets parallel_for
+ * and threads. UNSUPPORTED for a backend that is not compiled in or that this machine cannot run: it is asked on each call,
+ * nothing is remembered. What AMX asks of Linux, and OpenMP of programs that fork or unload: chapter Y, >>backends.
+ * Stack of each thread that works, as gcc and clang optimise: reference 12 KiB, avx2 and avx512 48, avx512_bf16 64, amx 96. */
+DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backend, size_t threads, dsv3_error *error);
 
 /* ---- Model: weights bound by their published names ---------------------------------------------------- */
 
@@ -591,18 +549,15 @@ typedef dsv3_result (*dsv3_find)(void *user, const char *name, dsv3_tensor *tens
 
 /* Bytes of the tables that dsv3_model_bind lays out (not of the weights, which stay where they are). */
 DSV3_API dsv3_result dsv3_model_size(const dsv3_config *config, size_t *bytes, dsv3_error *error);
-
 /* Binds every tensor the config calls for, MTP layers when the file has them. Checks type, rank and shape and
  * that router biases are finite; on failure error names the first tensor that is wrong. memory [bytes] must
  * live as long as the model, and so must everything find returned. FP8 scales are not read here. */
 DSV3_API dsv3_result dsv3_model_bind(const dsv3_config *config, dsv3_model *model, void *memory, size_t bytes,
                                      dsv3_find find, void *user, dsv3_error *error);
-
 /* Copies of the matrices in the order in which a SIMD backend reads them, so that it need not reorder them
  * on each call: faster, at the price of the memory. Bits do not change. 0 bytes for a backend that reads weights as they
  * lie. The embedding stays where it is, since its rows are wanted as such; kv_b_proj is there in both orders. */
-DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_model *model, size_t *bytes,
-                                    dsv3_error *error);
+DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_model *model, size_t *bytes, dsv3_error *error);
 /* Packs, with the context's threads, and makes the model's tensors point into memory [bytes], which must live as long as
  * it. Whatever find returned for packed tensors is no longer needed. All backends can use a packed model. A model is
  * packed once: tensors that are packed stay as they are. */
@@ -648,7 +603,6 @@ typedef struct dsv3_cache {
     size_t layers, capacity, width;
     size_t length; /* positions filled; grows by dsv3_forward */
 } dsv3_cache;
-
 DSV3_API dsv3_result dsv3_cache_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes,
                                      dsv3_error *error);
 /* memory [bytes], aligned; need not be cleared. */
@@ -670,12 +624,11 @@ typedef struct dsv3_workspace {
     void *memory;             /* private, as is the next */
     uint64_t made_for;
 } dsv3_workspace;
-
 /* rows: most rows of one dsv3_forward call; threads: dsv3_context.threads. */
 DSV3_API dsv3_result dsv3_workspace_size(const dsv3_config *config, size_t rows, size_t threads, size_t *bytes,
                                          dsv3_error *error);
-DSV3_API dsv3_result dsv3_workspace_init(const dsv3_config *config, dsv3_workspace *workspace, size_t rows,
-                                         size_t threads, void *memory, size_t bytes, dsv3_error *error);
+DSV3_API dsv3_result dsv3_workspace_init(const dsv3_config *config, dsv3_workspace *workspace, size_t rows, size_t threads,
+                                         void *memory, size_t bytes, dsv3_error *error);
 
 /* ---- Programs ---------------------------------------------------------------------------------------- */
 
@@ -688,37 +641,35 @@ typedef struct dsv3_batch {
     size_t outputs;          /* rows whose logits are wanted, 0 .. n */
     const int32_t *output;   /* [outputs] their indices in the batch; NULL: the last `outputs` rows */
 } dsv3_batch;
-
 /* Runs the rows through the model and appends them to caches [n_caches]. logits [outputs, V].
  * Errors: ARG, TOKEN, POSITION, FULL, MISMATCH (cache or workspace of another config), MEMORY (more rows or
  * threads than the workspace has), NAN (error->name is row[i], or logits: weights or state are not finite), ABORTED.
  * After an error all cache lengths are as before the call. Thread safety: see >>conventions. */
-DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, const dsv3_model *model,
-                                  dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
-                                  dsv3_workspace *workspace, dsv3_error *error);
+DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, const dsv3_model *model, dsv3_cache *caches,
+                                  size_t n_caches, const dsv3_batch *batch, dsv3_workspace *workspace, dsv3_error *error);
 
 /* After dsv3_forward or dsv3_mtp_forward, until the workspace's next call: state [n, d], the final norm's output for rows
  * row [n] of the batch, in any order. An embedding is made of these; dsv3_linear with model->lm_head makes logits of
  * them, and dsv3_cross_entropy losses. If only they are wanted, batch->outputs is 0. ARG: NULL, or no row of the
  * workspace's; MISMATCH: a workspace of another config. */
-DSV3_API dsv3_result dsv3_states(const dsv3_model *model, float *state, const dsv3_workspace *workspace,
-                                 const int32_t *row, size_t n, dsv3_error *error);
+DSV3_API dsv3_result dsv3_states(const dsv3_model *model, float *state, const dsv3_workspace *workspace, const int32_t *row,
+                                 size_t n, dsv3_error *error);
 
 /* ---- Multi-token prediction. [R] 2.2; chapter 12 ----------------------------------------------------- */
 
 /* The cache of one MTP module for one sequence: a dsv3_cache of one layer. truncate and copy as for others. */
 DSV3_API dsv3_result dsv3_cache_mtp_size(const dsv3_config *config, size_t capacity, dsv3_type type, size_t *bytes,
                                          dsv3_error *error);
-DSV3_API dsv3_result dsv3_cache_mtp_init(const dsv3_config *config, dsv3_cache *cache, size_t capacity,
-                                         dsv3_type type, void *memory, size_t bytes, dsv3_error *error);
+DSV3_API dsv3_result dsv3_cache_mtp_init(const dsv3_config *config, dsv3_cache *cache, size_t capacity, dsv3_type type,
+                                         void *memory, size_t bytes, dsv3_error *error);
 
 /* Module k = 1 .. n_mtp on a batch of rows. The row at position i has as its token t_{i+k}, and as its hidden state
  * h_i^{k-1}: workspace->hidden of dsv3_forward (k = 1) or of module k - 1, at the same position. caches [n_caches]
  * are this module's. logits [outputs, V] predict t_{i+k+1}. hidden [n, d] may be workspace->hidden itself. Errors as
  * of dsv3_forward, and ARG for a module that the model does not have. */
 DSV3_API dsv3_result dsv3_mtp_forward(const dsv3_context *context, float *logits, const dsv3_model *model, size_t k,
-                                      dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
-                                      const float *hidden, dsv3_workspace *workspace, dsv3_error *error);
+                                      dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch, const float *hidden,
+                                      dsv3_workspace *workspace, dsv3_error *error);
 
 /* Whole sequences as training sees them: the row of an input token, and its target, the next token. */
 typedef struct dsv3_text {
@@ -748,12 +699,10 @@ typedef struct dsv3_losses {
     uint64_t sequences; /* how many, those of padding alone left out; divide by it */
     int32_t actual;     /* bool: f_i of the balance loss from the actual routing, not from the largest scores */
 } dsv3_losses;
-
-/* Runs the main model and `depths` MTP modules over text. caches [n_caches] and modules [depths, n_caches] are
- * emptied first and hold the text's latents afterwards (apart: stay empty). Longer texts than the workspace has rows are
- * taken piece by piece, except that the balance loss needs them whole (MEMORY). Observers see every layer, MTP layers
- * included. Errors as of dsv3_forward; TOKEN for a target outside the vocabulary; after an error sums and caches are
- * unspecified. */
+/* Runs the main model and `depths` MTP modules over text. caches [n_caches] and modules [depths, n_caches] are emptied
+ * first and hold the text's latents afterwards (apart: stay empty). Longer texts than the workspace has rows are taken
+ * piece by piece, except that the balance loss needs them whole (MEMORY). Observers see every layer, MTP layers included.
+ * Errors as of dsv3_forward; TOKEN for a target outside the vocabulary; after an error sums and caches are unspecified. */
 DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *losses, const dsv3_model *model,
                                    dsv3_cache *caches, dsv3_cache *modules, size_t n_caches, const dsv3_text *text,
                                    dsv3_workspace *workspace, dsv3_error *error);
@@ -762,38 +711,27 @@ typedef DSV3_ENUM(dsv3_mtp_divisor) {
     DSV3_DIVIDE_BY_MAIN = 0, /* every depth by the number of main targets ([R]) */
     DSV3_DIVIDE_BY_VALID = 1 /* each by its own */
 } dsv3_mtp_divisor;
-
 /* main + lambda / depths * sum over depths + alpha * sum over layers of the balance loss, in nats per target. [R] eq.
- * 24-25, 17. Depths without any target add nothing; without main targets the sum is that of the rest. layers = L +
- * D. */
+ * 24-25, 17. Depths without any target add nothing; without main targets the sum is that of the rest. layers = L + D. */
 DSV3_API double dsv3_losses_total(const dsv3_losses *losses, size_t layers, double lambda, double alpha,
                                   dsv3_mtp_divisor divisor);
 
 /* Random numbers: one 64-bit word of state, the same stream on every machine. Any seed will do. */
-typedef struct dsv3_rng {
-    uint64_t state;
-} dsv3_rng;
+typedef struct dsv3_rng { uint64_t state; } dsv3_rng;
 DSV3_API uint64_t dsv3_random(dsv3_rng *rng);
 DSV3_API float dsv3_random_uniform(dsv3_rng *rng); /* in [0, 1) */
-
-typedef struct dsv3_candidate {
-    float p;
-    int32_t token;
-} dsv3_candidate;
-
+typedef struct dsv3_candidate { float p; int32_t token; } dsv3_candidate;
 /* Draws a token from softmax(logits / temperature), restricted to the smallest set of most probable tokens that
  * together have at least top_p. temperature 0: the most probable token, ties to the lower id, rng untouched.
  * top_p 1: no restriction; 0: as temperature 0. candidates [V] is scratch. Errors: ARG (temperature negative or
  * not finite, top_p outside 0..1, V 0), NAN (a NaN among the logits, or no finite maximum). */
 DSV3_API dsv3_result dsv3_sample(int32_t *token, const float *logits, size_t vocab_size, float temperature, float top_p,
                                  dsv3_rng *rng, dsv3_candidate *candidates, dsv3_error *error);
-
 /* What dsv3_sample makes of the same arguments, for a token: *log_p is the logarithm of the probability with which it is
  * drawn, in nats, minus infinity if never; *entropy (may be NULL) that of the whole distribution. Greedy: 0 for the
  * token that is taken, and entropy 0. candidates [V] is scratch. Errors as of dsv3_sample, and TOKEN. */
 DSV3_API dsv3_result dsv3_sample_log_p(double *log_p, double *entropy, int32_t token, const float *logits, size_t vocab_size,
                                        float temperature, float top_p, dsv3_candidate *candidates, dsv3_error *error);
-
 /* log_p [n] = log softmax(logits)[token], in nats, of each row of logits [n, V] and its token [n]; 0 for DSV3_IGNORE,
  * minus infinity for a logit of minus infinity. Sums are doubles. ARG, TOKEN, NAN (as dsv3_sample). */
 DSV3_API dsv3_result dsv3_log_p(double *log_p, const float *logits, const int32_t *token, size_t n, size_t vocab_size,
@@ -882,23 +820,19 @@ typedef struct dsv3_sequence {
     uint64_t *accepted; /* [max_drafts] and was accepted */
     struct dsv3i_sequence *own; /* private */
 } dsv3_sequence;
-
 /* capacity: positions of the caches (a prompt of P tokens and n written ones want P + n - 1); type: theirs, as for
  * dsv3_cache_init; rows: most prompt tokens read in one call;
  * drafts: most tokens drafted in a step, 0 .. DSV3_MAX_DRAFTS. min(drafts, D) modules are used; more drafts than
  * modules re-use the last one. init also needs the model, to know how many modules it really has. */
 DSV3_API dsv3_result dsv3_sequence_size(const dsv3_model *model, size_t capacity, dsv3_type type, size_t rows,
                                         size_t drafts, size_t *bytes, dsv3_error *error);
-DSV3_API dsv3_result dsv3_sequence_init(const dsv3_model *model, dsv3_sequence *sequence, size_t capacity,
-                                        dsv3_type type, size_t rows, size_t drafts, void *memory, size_t bytes,
-                                        dsv3_error *error);
-
+DSV3_API dsv3_result dsv3_sequence_init(const dsv3_model *model, dsv3_sequence *sequence, size_t capacity, dsv3_type type,
+                                        size_t rows, size_t drafts, void *memory, size_t bytes, dsv3_error *error);
 /* Tokens [n] follow the text: the first prompt, or the next turn of a conversation. They are read by the next calls
  * of dsv3_generate_step, and must stay where they are until prompt_left is 0. Errors, with nothing changed: ARG (n = 0,
  * an earlier prompt not yet read), TOKEN, FULL (more than the caches hold). */
-DSV3_API dsv3_result dsv3_sequence_append(const dsv3_model *model, dsv3_sequence *sequence, const int32_t *token,
-                                          size_t n, dsv3_error *error);
-
+DSV3_API dsv3_result dsv3_sequence_append(const dsv3_model *model, dsv3_sequence *sequence, const int32_t *token, size_t n,
+                                          dsv3_error *error);
 /* Tokens of the text: read, and pending. */
 DSV3_API size_t dsv3_sequence_length(const dsv3_sequence *sequence);
 DSV3_API dsv3_state dsv3_sequence_state(const dsv3_sequence *sequence);
@@ -909,7 +843,6 @@ DSV3_API dsv3_state dsv3_sequence_state(const dsv3_sequence *sequence);
  * sequence's). Otherwise the next step goes on from token length - 1. ARG when length is more than
  * dsv3_sequence_length. */
 DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *sequence, size_t length, size_t *kept, dsv3_error *error);
-
 /* Fork: to, made with the same model, type, rows and drafts (MISMATCH), becomes a copy of from; sampler, steering, stop
  * tokens (the list stays the caller's), limit and counters included. FULL when its caches are too short. */
 DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *from, dsv3_error *error);
@@ -952,7 +885,6 @@ typedef DSV3_ENUM(dsv3_bias_rule) {
     DSV3_BIAS_PROPORTIONAL = 2, /* b += speed e */
     DSV3_BIAS_FACTOR = 3        /* 1 + b *= 1 + speed sign(e), for DSV3_BIAS_MULTIPLY; speed < 1 */
 } dsv3_bias_rule;
-
 /* One step of bias [layers, E] from load [layers, E] of the whole optimizer step, after it has succeeded; e is the relative
  * error (mean - load) / mean within a layer. Always: less load never moves b down more (or up less) than more load does; an
  * expert at the mean keeps its b (under CENTRED: moves with the common drift only); a layer without any load stays as it
@@ -964,10 +896,7 @@ DSV3_API dsv3_result dsv3_bias_step(float *bias, const uint64_t *load, size_t la
 
 /* The schedule of the update speed: `speed` until `freeze` tokens (or steps) have been seen, then 0. freeze 0: never.
  * V3: 0.001 for the first 14.3 T tokens. */
-typedef struct dsv3_bias_schedule {
-    double speed;
-    uint64_t freeze;
-} dsv3_bias_schedule;
+typedef struct dsv3_bias_schedule { double speed; uint64_t freeze; } dsv3_bias_schedule;
 DSV3_API double dsv3_bias_speed(const dsv3_bias_schedule *schedule, uint64_t seen);
 
 /* Adds load [n] of all ranks, in place; DSV3_OK, or a code that ends the step. */
@@ -986,8 +915,8 @@ typedef struct dsv3_balancer {
 /* Of config only n_routed_experts and the numbers of layers are read. */
 DSV3_API dsv3_result dsv3_balancer_size(const dsv3_config *config, size_t *bytes, dsv3_error *error);
 /* Sign rule, speed 0.001, never frozen, no loads. */
-DSV3_API dsv3_result dsv3_balancer_init(const dsv3_config *config, dsv3_balancer *balancer, void *memory,
-                                        size_t bytes, dsv3_error *error);
+DSV3_API dsv3_result dsv3_balancer_init(const dsv3_config *config, dsv3_balancer *balancer, void *memory, size_t bytes,
+                                        dsv3_error *error);
 /* Sums load over the ranks, moves bias [layers, E] (rows of dense layers stay), adds load to load_all and clears
  * it. When reduce fails nothing has changed but what reduce did. ARG as of dsv3_bias_step. */
 DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, uint64_t seen, dsv3_error *error);
@@ -1001,7 +930,6 @@ typedef struct dsv3_routing {
     size_t n, experts, topk;
     size_t devices, most_devices; /* V2's losses: experts in `devices` equal groups, a token goes to M of them at most */
 } dsv3_routing;
-
 /* Balance losses, without their weights; 0 when no row counts. f and P are sums in double; scratch [2 E]. Errors, with
  * nothing written: ARG (NULL, no experts, an expert out of range, devices that do not divide the experts), LIMIT (more than
  * there are), NAN (a score that counts).
@@ -1011,8 +939,7 @@ DSV3_API dsv3_result dsv3_balance_loss(double *loss, const dsv3_routing *routing
 #ifndef DSV3_NO_TRAINING
 /* V2's device-level loss, [R2] eq. 26-28, and its communication loss, [R2] eq. 29-31, which wants idx. */
 DSV3_API dsv3_result dsv3_device_loss(double *loss, const dsv3_routing *routing, double *scratch, dsv3_error *error);
-DSV3_API dsv3_result dsv3_communication_loss(double *loss, const dsv3_routing *routing, double *scratch,
-                                             dsv3_error *error);
+DSV3_API dsv3_result dsv3_communication_loss(double *loss, const dsv3_routing *routing, double *scratch, dsv3_error *error);
 /* How much each balance loss counts: finite, and not less than 0 (ARG where it is used). */
 typedef struct dsv3_balance_weights {
     double expert;                /* alpha of dsv3_balance_loss: V3 0.0001, V2 0.003 */
@@ -1020,9 +947,7 @@ typedef struct dsv3_balance_weights {
     size_t devices, most_devices; /* V2: 8 and 3 */
     int32_t actual;               /* bool: f_i of the first from the actual routing (V2), not the largest scores */
 } dsv3_balance_weights;
-#endif
 
-#ifndef DSV3_NO_TRAINING
 /* ---- Training. [R] 4.2; chapter 14 ------------------------------------------------------------------- */
 
 /* Every tensor a config calls for, as float32, in one array in file order (the order of dsv3_model_tensors, without
@@ -1036,10 +961,8 @@ DSV3_API dsv3_result dsv3_parameters_size(const dsv3_config *config, size_t *byt
 /* Zeros. */
 DSV3_API dsv3_result dsv3_parameters_init(const dsv3_config *config, dsv3_parameters *parameters, void *memory,
                                           size_t bytes, dsv3_error *error);
-/* Decodes a bound model of the same config into them. MISMATCH for another config, or fewer MTP modules than it
- * names. */
-DSV3_API dsv3_result dsv3_parameters_from_model(dsv3_parameters *parameters, const dsv3_model *from,
-                                                dsv3_error *error);
+/* Decodes a bound model of the same config into them. MISMATCH for another config, or fewer MTP modules than it names. */
+DSV3_API dsv3_result dsv3_parameters_from_model(dsv3_parameters *parameters, const dsv3_model *from, dsv3_error *error);
 /* Matrices from N(0, std^2), norms 1, router biases 0. V3: std 0.006. */
 DSV3_API void dsv3_parameters_random(dsv3_parameters *parameters, dsv3_rng *rng, float std);
 
@@ -1053,8 +976,7 @@ typedef DSV3_ENUM(dsv3_keep) {
 /* Adds gradients [n] of all ranks, in place; DSV3_OK, or a code that ends the step. */
 typedef dsv3_result (*dsv3_reduce_gradients)(void *user, float *gradients, size_t n);
 
-/* How to train. Start from dsv3_training_default; the first six fix the memory, the others may change between
- * steps. */
+/* How to train. Start from dsv3_training_default; the first six fix the memory, the others may change between steps. */
 typedef struct dsv3_training {
     size_t rows;      /* most rows of a micro-batch */
     size_t sequences; /* most sequences of a micro-batch, <= rows */
@@ -1075,13 +997,11 @@ typedef struct dsv3_training {
     dsv3_reduce_gradients reduce; /* NULL: one rank. The loads' hook is the balancer's */
     void *reduce_user;
 } dsv3_training;
-
 /* The report's: lambda 0.3, balance 0.0001, AdamW (0.9, 0.95), decay 0.1, clip 1, eps 1e-8; one sequence of 4096. */
 DSV3_API dsv3_training dsv3_training_default(void);
 
-/* Warm-up from 0 to peak, constant, cosine to low, low, tail. [R] 4.2: 2000 steps to 2.2e-4, constant to 10 T
- * tokens, cosine to 2.2e-5 over 4.3 T, 333 B tokens there, 167 B at 7.3e-6. A plain cosine has constant = warmup and
- * low = end. */
+/* Warm-up from 0 to peak, constant, cosine to low, low, tail. [R] 4.2: 2000 steps to 2.2e-4, constant to 10 T tokens,
+ * cosine to 2.2e-5 over 4.3 T, 333 B tokens there, 167 B at 7.3e-6. A plain cosine has constant = warmup and low = end. */
 typedef struct dsv3_schedule {
     double peak, low, tail;
     uint64_t warmup, constant, cosine, end; /* steps at which each phase ends; behind `end`: tail */
@@ -1100,14 +1020,11 @@ typedef struct dsv3_trainer {
     dsv3_workspace workspace; /* of settings.rows rows; free for other calls between the stages */
     struct dsv3i_trainer *own; /* private */
 } dsv3_trainer;
-
 DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_training *settings, size_t threads,
                                        size_t *bytes, dsv3_error *error);
 /* Weights are zero: load or randomise trainer->weights before the first step. */
-DSV3_API dsv3_result dsv3_trainer_init(const dsv3_config *config, dsv3_trainer *trainer,
-                                       const dsv3_training *settings, size_t threads, void *memory, size_t bytes,
-                                       dsv3_error *error);
-
+DSV3_API dsv3_result dsv3_trainer_init(const dsv3_config *config, dsv3_trainer *trainer, const dsv3_training *settings,
+                                       size_t threads, void *memory, size_t bytes, dsv3_error *error);
 /* Adds the targets of a text to targets [1 + depths] and its sequences to *sequences. */
 DSV3_API void dsv3_text_count(const dsv3_text *text, size_t depths, uint64_t *targets, uint64_t *sequences);
 
@@ -1124,8 +1041,8 @@ DSV3_API dsv3_result dsv3_train_begin(dsv3_trainer *trainer, const uint64_t *tar
 DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_trainer *trainer, const dsv3_text *text,
                                            dsv3_error *error);
 /* norm (may be NULL): global norm of the gradients before clipping. */
-DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *trainer, double learning_rate,
-                                    double *norm, dsv3_error *error);
+DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *trainer, double learning_rate, double *norm,
+                                    dsv3_error *error);
 /* The loss of the step so far, as it is minimised -- but for V2's device and communication losses, whose gradients are
  * taken and whose values are not. */
 DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
@@ -1136,13 +1053,11 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
  * The bytes are the same on every machine (little-endian by definition) and may lie at any address. They hold what is
  * filled, not what there is room for, then a checksum. _save_size: how many they are now; _save writes exactly so many.
  * tag: 64 bits of the caller's that must be the same again, such as a hash of the weights' file: two models of one config
- * are told apart by nothing else. 0 will do where that cannot happen.
+ * are told apart by nothing else. Objects that are saved are only read; one that is loaded must not be in use elsewhere.
  * Errors of _save: ARG (NULL, or see there), MISMATCH (made for another model), MEMORY (bytes are fewer than _save_size).
- * Errors of _load, with error->name for what is at fault: DAMAGED (cut, altered, or no such bytes at all), UNSUPPORTED (a
- * later version), MISMATCH (another kind, config, tag, type, or form of the object: expected is what the object has),
- * FULL (longer than the caches: error->found[0] positions). All is checked before anything is written: after an error
- * the object is as it was.
- * Thread safety: objects that are saved are only read; an object that is loaded must not be in use elsewhere. */
+ * Errors of _load, with error->name for what is at fault, and the object as it was: DAMAGED (cut, altered, or no such bytes
+ * at all), UNSUPPORTED (a later version), MISMATCH (another kind, config, tag, type, or form of the object: expected is what
+ * the object has), FULL (longer than the caches: error->found[0] positions). */
 
 /* config: of the model that fills the cache. The main model's caches and those of MTP modules alike. */
 DSV3_API dsv3_result dsv3_cache_save_size(const dsv3_cache *cache, size_t *bytes, dsv3_error *error);
@@ -1151,18 +1066,17 @@ DSV3_API dsv3_result dsv3_cache_save(const dsv3_config *config, const dsv3_cache
 /* Into a cache that was made by _init, for the same type; its capacity may be another. */
 DSV3_API dsv3_result dsv3_cache_load(const dsv3_config *config, dsv3_cache *cache, uint64_t tag, const void *data,
                                      size_t bytes, dsv3_error *error);
-
 /* Text, sampler, counters, last results: the loaded sequence goes on as the saved one would have, bit for bit. ARG for
  * one with a prompt not yet read, which is the caller's memory: read it first, or drop it with dsv3_sequence_truncate and
  * append it behind the load. */
 DSV3_API dsv3_result dsv3_sequence_save_size(const dsv3_sequence *sequence, size_t *bytes, dsv3_error *error);
-DSV3_API dsv3_result dsv3_sequence_save(const dsv3_model *model, const dsv3_sequence *sequence, uint64_t tag,
-                                        void *data, size_t bytes, dsv3_error *error);
+DSV3_API dsv3_result dsv3_sequence_save(const dsv3_model *model, const dsv3_sequence *sequence, uint64_t tag, void *data,
+                                        size_t bytes, dsv3_error *error);
 /* Into a sequence that was made by _init, with the same type, modules and drafts. capacity and rows may be others; with
  * other rows, dsv3_sequence_truncate may keep fewer tokens. MISMATCH of rows: they are so few that states which modules
  * have yet to read find no place. A prompt not yet read is dropped. */
-DSV3_API dsv3_result dsv3_sequence_load(const dsv3_model *model, dsv3_sequence *sequence, uint64_t tag,
-                                        const void *data, size_t bytes, dsv3_error *error);
+DSV3_API dsv3_result dsv3_sequence_load(const dsv3_model *model, dsv3_sequence *sequence, uint64_t tag, const void *data,
+                                        size_t bytes, dsv3_error *error);
 
 #ifndef DSV3_NO_TRAINING
 /* A run between two steps: weights with the routers' biases, moments, moving average, the number of steps, all loads so far.
@@ -1186,7 +1100,6 @@ DSV3_API dsv3_result dsv3_batch_begin(const dsv3_context *context, const dsv3_mo
                                       dsv3_error *error);
 DSV3_API dsv3_result dsv3_batch_end(dsv3_cache *caches, const dsv3_batch *batch, const dsv3_workspace *workspace,
                                     dsv3_error *error);
-
 /* layer is the layer's index in the caches, n the rows of the batch that was begun.
  * y [n, d] = MLA(u [n, d]); appends the rows' latents to their caches at their positions. u is not y. */
 DSV3_API dsv3_result dsv3_mla_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
@@ -1194,8 +1107,7 @@ DSV3_API dsv3_result dsv3_mla_forward(const dsv3_context *context, float *y, con
                                       dsv3_workspace *workspace, dsv3_error *error);
 /* y [n, d] = FFN(u [n, d]): the dense MLP or the mixture of experts. Returns DSV3_ERR_NAN as dsv3_router_select. */
 DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
-                                      const dsv3_layer *weights, size_t n, dsv3_workspace *workspace,
-                                      dsv3_error *error);
+                                      const dsv3_layer *weights, size_t n, dsv3_workspace *workspace, dsv3_error *error);
 /* x [n, d] += MLA(norm(x)); x += FFN(norm(x)). x is not the workspace's u or y. */
 DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, const dsv3_model *model,
                                         const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
@@ -1211,27 +1123,21 @@ DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, c
  * A row whose squares overflow float32 gives zeros (NaN where x is infinite), as the official code does. */
 DSV3_API dsv3_result dsv3_rmsnorm(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *g, size_t n,
                                   size_t d, float eps, dsv3_error *error);
-
 /* x [n, cols] = rows token[t] of w, decoded to float32: the embedding, with w = embed_tokens. */
-DSV3_API dsv3_result dsv3_embed(const dsv3_context *context, float *x, const int32_t *token, const dsv3_tensor *w,
-                                size_t n, dsv3_error *error);
-
+DSV3_API dsv3_result dsv3_embed(const dsv3_context *context, float *x, const int32_t *token, const dsv3_tensor *w, size_t n,
+                                dsv3_error *error);
 /* Bytes of scratch that dsv3_linear needs for n rows and a matrix of cols columns. */
-DSV3_API dsv3_result dsv3_linear_size(const dsv3_context *context, size_t n, size_t cols, size_t *bytes,
-                                      dsv3_error *error);
-
+DSV3_API dsv3_result dsv3_linear_size(const dsv3_context *context, size_t n, size_t cols, size_t *bytes, dsv3_error *error);
 /* y [n, rows] = x [n, cols] W^T. scratch [dsv3_linear_size]. y must not overlap x. */
 DSV3_API dsv3_result dsv3_linear(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *w, size_t n,
                                  float *scratch, dsv3_error *error);
-
 /* log sum exp(logits[0..V)), safe for any finite logits. -log p(target) = this - logits[target], in nats. For up to 2^24
  * logits in any order the error is below 2^-19, and 2^-17 of what this is above the largest logit, beside the rounding of
  * the result. Minus infinity for V = 0. */
 DSV3_API float dsv3_log_sum_exp(const float *logits, size_t vocab_size);
-
 /* Bytes of scratch that dsv3_cross_entropy needs for n rows. */
-DSV3_API dsv3_result dsv3_cross_entropy_size(const dsv3_context *context, const dsv3_tensor *head, size_t n,
-                                             size_t *bytes, dsv3_error *error);
+DSV3_API dsv3_result dsv3_cross_entropy_size(const dsv3_context *context, const dsv3_tensor *head, size_t n, size_t *bytes,
+                                             dsv3_error *error);
 
 #define DSV3_IGNORE (-100) /* a target that is none: its loss is 0 */
 
@@ -1240,7 +1146,6 @@ DSV3_API dsv3_result dsv3_cross_entropy_size(const dsv3_context *context, const 
  * the error is below 2^-19, beside that of the logits and the rounding of the result. scratch [dsv3_cross_entropy_size]. */
 DSV3_API dsv3_result dsv3_cross_entropy(const dsv3_context *context, float *nll, const float *u, const dsv3_tensor *head,
                                         const int32_t *target, size_t n, float *scratch, dsv3_error *error);
-
 /* RoPE frequencies in radians per position, theta [dr/2], YaRN applied. [R] sec. 4.3; chapter 5. */
 DSV3_API dsv3_result dsv3_rope_frequencies(const dsv3_config *config, double *theta, dsv3_error *error);
 /* The same as 64-bit fractions of a turn (2^64 = one turn), turns [dr/2]. */
@@ -1250,8 +1155,8 @@ DSV3_API float dsv3_rope_factor(const dsv3_config *config);
 /* (dn+dr)^-1/2 m(mscale_all_dim)^2, applied to the whole attention score. */
 DSV3_API float dsv3_softmax_scale(const dsv3_config *config);
 /* cos_sin [n, dr]: for pair i of row t, cos at [t, 2i] and sin at [t, 2i+1]; as exact at position 2^24 as at 1. */
-DSV3_API dsv3_result dsv3_rope_table(float *cos_sin, const int32_t *position, const uint64_t *turns, float factor,
-                                     size_t n, size_t dr, dsv3_error *error);
+DSV3_API dsv3_result dsv3_rope_table(float *cos_sin, const int32_t *position, const uint64_t *turns, float factor, size_t n,
+                                     size_t dr, dsv3_error *error);
 /* Rotates x [dr] in place by one row of the table. interleave: pairs (2i, 2i+1), else (i, i + dr/2). */
 DSV3_API dsv3_result dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr, int interleave, dsv3_error *error);
 
@@ -1269,20 +1174,19 @@ DSV3_API dsv3_result dsv3_router_check(const dsv3_config *config, dsv3_error *er
  * score that is not finite counts as the lowest and weighs nothing; the choice is then still valid and free of
  * duplicates, and the call returns DSV3_ERR_NAN after all rows are done. */
 DSV3_API dsv3_result dsv3_router_select(const dsv3_config *config, int32_t *idx, float *gate, const float *score,
-                                        const float *bias, const float *alpha, size_t n, float *scratch,
-                                        dsv3_error *error);
+                                        const float *bias, const float *alpha, size_t n, float *scratch, dsv3_error *error);
 /* gate [n, K] of a choice idx [n, K] made elsewhere. ARG, and nothing written, if an expert is out of range or
  * chosen twice by a row. */
-DSV3_API dsv3_result dsv3_router_weights(const dsv3_config *config, float *gate, const int32_t *idx,
-                                         const float *score, size_t n, dsv3_error *error);
+DSV3_API dsv3_result dsv3_router_weights(const dsv3_config *config, float *gate, const int32_t *idx, const float *score,
+                                         size_t n, dsv3_error *error);
 
 #ifndef DSV3_NO_TRAINING
 /* ---- Backward ops --------------------------------------------------------------------------------------- */
 
-/* Gradients d.. are added to what stands there, so that branches and micro-batches add up; dy is the
- * gradient of the op's output. Saved values: the op's inputs. */
-
-/* dx [n, cols] += dy W, dw [rows, cols] += dy^T x, for dy [n, rows] and x [n, cols]. dx, dw may be NULL. scratch as
+/* Gradients d.. are added to what stands there, so that branches and micro-batches add up; dy is the gradient of the op's
+ * output. Saved values: the op's inputs.
+ *
+ * dx [n, cols] += dy W, dw [rows, cols] += dy^T x, for dy [n, rows] and x [n, cols]. dx, dw may be NULL. scratch as
  * dsv3_linear. */
 DSV3_API dsv3_result dsv3_linear_backward(const dsv3_context *context, float *dx, float *dw, const float *dy,
                                           const float *x, const dsv3_tensor *w, size_t n, float *scratch,
@@ -2078,6 +1982,12 @@ static void dsv3i_project_backward(const dsv3_context *ctx, const dsv3i_workspac
  *     F16      1 sign, 5 exponent and 10 mantissa bits        BF16    1, 8 and 7: the upper half of a float
  *     E4M3     1, 4 and 3; a float scale for every 128 x 128 of a matrix
  *     Q8_0     32 signed bytes and their F16 scale            Q4_0    32 times 4 bits, likewise
+ * The scales that dsv3_quantize takes, with amax the largest magnitude in the block:
+ *     E4M3     amax / 448; 1 if that is no normal float, and all of the block becomes zero
+ *     Q8_0     d = amax / 127, codes -127 to 127
+ *     Q4_0     d = (the value of largest magnitude, the first of equals) / -8, codes 0 to 15: the other sign ends at 7 |d|
+ * d is rounded to F16 before x is divided by it: to the nearest, but away from zero below 2^-14, where the nearest may be
+ * far off, so that no d of a block that is not all zero is 0.
  * Test: tests/test_codecs.c.
  * ==================================================================================================== */
 
@@ -11595,6 +11505,15 @@ DSV3I_BACKEND(dsv3i_amx, dsv3i_avx512, NULL, dsv3i_bf16_widen_f8, dsv3i_bf16_rou
  *
  * The choice of a backend when a context is made, and packing for it. A new instruction set has an entry in dsv3_backend
  * and its count, in dsv3_backend_name, in dsv3i_best_backend and in dsv3i_ops_of. Test: tests/test_backends.sh.
+ *
+ * AMX: where the CPU has it, and with the backends AUTO and AMX only, Linux is asked to let this process use tiles
+ * (arch_prctl, which allocates nothing): it may from then on, in all threads, and its signal frames need 8 KiB more, so that
+ * stacks of sigaltstack may have to grow. If Linux refuses, AUTO means avx512_bf16, and AMX is unsupported.
+ *
+ * OpenMP keeps its threads. With gcc's, a child hangs that is forked behind the first loop, unless it sets parallel_for to
+ * NULL and threads to 1, or to threads of its own; and a plugin that is unloaded (dlclose) takes them down with the
+ * program, unless it does that from the start, stays loaded (RTLD_NODELETE), or the program itself is linked with OpenMP.
+ * DSV3_NO_OPENMP avoids both.
  * ==================================================================================================== */
 
 /* ---- Packing: nothing to do where weights are read as they lie */
