@@ -11598,8 +11598,8 @@ static int dsv3i_sums_in_order(void) {
     return 1;
 #else
     volatile float large = 9007199254740992.0f, one = 1.0f; /* 2^53; nothing for a compiler to compute */
-    float a = large, b = one;
-    return a + b - a < b;
+    float a = large, b = one, left = a + b - a;
+    return left < b || left > b; /* above: rounded upwards */
 #endif
 }
 
