@@ -6,6 +6,18 @@
 
 #include <pthread.h>
 
+/* Sanitizers make frames larger, and so does a compiler that does not optimise. */
+#if !defined(__OPTIMIZE__) || defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define MEASURED 0
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) || __has_feature(memory_sanitizer)
+#define MEASURED 0
+#endif
+#endif
+#ifndef MEASURED
+#define MEASURED 1
+#endif
+
 #define ROWS 40
 #define STACK ((size_t)1 << 20)
 #define PAINT 0xC5
@@ -146,11 +158,8 @@ int main(void) {
             train = max_size(train, train_depth(configs[c], backend));
         }
         printf("%s: %u bytes of stack, training %u\n", dsv3_backend_name(backend), (unsigned)forward, (unsigned)train);
-#if defined(__OPTIMIZE__) && !defined(__SANITIZE_ADDRESS__)
-        CHECK(forward <= bound[b]);
-        CHECK(train <= bound[b]);
-#endif
+        CHECK(!MEASURED || forward <= bound[b]);
+        CHECK(!MEASURED || train <= bound[b]);
     }
-    (void)bound;
     return test_done("stack");
 }
