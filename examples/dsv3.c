@@ -3935,6 +3935,7 @@ static void train_resolve_balance(train_options *o, const dsv3_config *c) {
     }
     if (o->alpha < 0) {
         o->alpha = train_decimal(c->aux_loss_alpha);
+        if (!(o->alpha >= 0 && o->alpha <= 1e6)) stop("aux_loss_alpha: expected 0 to 1000000, found %g", o->alpha);
         if (moe && o->alpha > 0 && !c->seq_aux) {
             fprintf(stderr, "dsv3: warning: seq_aux is false: here the balance loss is of each sequence all the same\n");
         }
@@ -4576,6 +4577,8 @@ static void train_give_up(train_state *s, double *row) {
         fprintf(stderr, "dsv3: the training has diverged; going back to step %llu\n", (unsigned long long)end);
         train_load_state(s, &file, path);
         st_close(&file);
+        s->begin = s->shown = now();
+        s->began_at = s->done;
         while (s->done < end && !train_interrupted) {
             train_step(s, row);
             train_show(s, row, 0);

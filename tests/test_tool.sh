@@ -1493,6 +1493,9 @@ sed 's/"seq_aux": true/"seq_aux": false/' $tmp/alpha.json > $tmp/seq.json
 run train --config $tmp/seq.json --text $tmp/train.txt --seq 12 --batch 4 --threads 1 --steps 1 --out $tmp/alpha4
 equal "train: seq_aux false is told" "$status $(grep -c 'warning: seq_aux is false' $tmp/err)" "0 1"
 equal "train: seq_aux as used" "$(grep -c '"seq_aux": true' $tmp/alpha4/config.json)" 1
+sed 's/"aux_loss_alpha": *[0-9.e-]*/"aux_loss_alpha": -0.5/' $tmp/steps1/config.json > $tmp/minus.json
+refused "train: aux_loss_alpha below 0" "aux_loss_alpha: expected 0 to 1000000, found -0.5" \
+    train --config $tmp/minus.json --text $tmp/train.txt --seq 12 --out $tmp/t
 v2small="--config tests/golden/v2 --ids --text $tmp/v2ids --seq 8 --batch 2 --threads 1 --steps 1"
 awk 'BEGIN { for (i = 0; i < 400; i++) printf "%d ", i * i % 31 }' > $tmp/v2ids
 trains "V2" $v2small --out $tmp/v2a
@@ -1592,6 +1595,20 @@ refused "train --resume --epochs: of another order" "--epochs: the run draws its
     train --resume --out $tmp/run_joined --epochs 2
 refused "train --warmup with --epochs" "--warmup: expected at most 3, the steps, found 4" train $epochs --epochs 1 --warmup 4 --out $tmp/t
 
+# Tokens are kept as bytes, 16 or 32 bits, as the vocabulary wants: the same ids are the same text.
+for V in 256 300 70000; do
+    sed "s/\"vocab_size\": 128/\"vocab_size\": $V/; s/\"hidden_size\": 64/\"hidden_size\": 16/" $tmp/v128/config.json > $tmp/v$V.json
+    trains "a vocabulary of $V" --config $tmp/v$V.json --ids --text $tmp/ids97 --seq 8 --batch 1 --steps 1 --threads 1 --out $tmp/run_v$V
+done
+equal "train: bytes and 16 bits" "$(state run_v256 'text hash')" "$(state run_v300 'text hash')"
+equal "train: bytes and 32 bits" "$(state run_v256 'text hash')" "$(state run_v70000 'text hash')"
+if state run_v256 'text hash' | grep -q '^[1-9][0-9]*$'; then ok; else bad "train: no hash of the text"; fi
+awk 'BEGIN { for (i = 0; i < 90; i++) printf "%d ", 299 - i }' > $tmp/ids299
+for V in 300 70000; do
+    trains "larger ids, $V" --config $tmp/v$V.json --ids --text $tmp/ids299 --seq 8 --batch 1 --steps 1 --threads 1 --out $tmp/run_w$V
+done
+equal "train: 16 and 32 bits" "$(state run_w300 'text hash')" "$(state run_w70000 'text hash')"
+
 # What is kept, and when it ends.
 trains "--keep-last" $recipe --steps 12 --save-every 2 --keep-last 3 --keep-best --out $tmp/run_kept
 equal "train --keep-last: which" "$(ls -d $tmp/run_kept/step-* | sed 's/.*step-//' | sort -n | tr '\n' ' ')" "8 10 12 "
@@ -1622,6 +1639,13 @@ done
 kill -9 $child 2> /dev/null
 wait $child 2> /dev/null
 if [ "$(state run_clock step)" -gt 2 ]; then ok; else bad "train --save-minutes: step $(state run_clock step)"; fi
+# A limit of processor time is an end like others.
+(
+    ulimit -St 1
+    "$tool" train $recipe --out $tmp/run_limit --steps 100000 --save-every 1000000 > $tmp/out 2> $tmp/err
+)
+equal "train: ulimit -t: status" $? 0
+if grep -q "stopped and saved after step $(state run_limit step); go on with" $tmp/err; then ok; else fail "train: ulimit -t"; fi
 if [ -e $tmp/t ]; then bad "train: a directory from an error"; else ok; fi
 
 # ---- Checkpoints as they are found
