@@ -4673,8 +4673,11 @@ static int train(int argc, char **argv, const command *c) {
     s.o = train_defaults();
     train_table(table, &s.o);
     status = parse(argc, argv, c, table, NULL, 0);
-    if (status != 0) return status - 1;
-    if (train_misuse(&s.o) != NULL) return usage(c, train_misuse(&s.o), "");
+    if (status == 0 && train_misuse(&s.o) != NULL) status = 1 + usage(c, train_misuse(&s.o), "");
+    if (status != 0) {
+        train_free_lists(&s.o);
+        return status - 1;
+    }
     train_check(&s.o);
     first = s.o;
     if (first.resume) {
