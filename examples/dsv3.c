@@ -3493,7 +3493,9 @@ static void train_forget(const train_state *s) {
         folder = train_path(s, name);
         model = path_join(folder, "model.safetensors");
         config = path_join(folder, "config.json");
-        unlink(model), unlink(config), rmdir(folder);
+        unlink(model), unlink(config);
+        clean_directory(folder, 0);
+        rmdir(folder);
         free(folder), free(model), free(config);
     }
     free(steps.at);

@@ -1557,17 +1557,37 @@ same "train --apart: nothing crosses" $tmp/apart1.val $tmp/apart2.val
 differ "train: without it, it does" $tmp/across1.val $tmp/across2.val
 same "train: the text trained on is the same" $tmp/apart1/model.safetensors $tmp/apart2/model.safetensors
 # The loss is that of the answer's tokens alone: what the scores of prompt with and without answer make of it.
-prompt='It is a truth universally '
-answer='acknowledged, that a single man'
-printf '%s' "$prompt" > $tmp/p
-printf '%s%s' "$prompt" "$answer" > $tmp/pa
-total() { "$tool" score $micro $tmp/"$1" | awk -v n="$(wc -c < $tmp/"$1")" '/^nats.token/ { print $2 * (n - 1) }'; }
-want=$(echo "$(total pa) $(total p) ${#answer}" | awk '{ print ($1 - $2) / $3 }')
-trains "the loss of an answer" --init $micro --text $tmp/train.txt --val-text $tmp/pa --loss-from 'universally ' --separator '\n' --apart \
-    --seq 64 --batch 1 --steps 1 --lr 0 --bias-speed 0 --threads 1 --out $tmp/run_answer
-if awk -F, -v want="$want" 'END { d = $10 - want; exit !(d < 2e-3 && d > -2e-3 && want > 0.1) }' $tmp/run_answer/log.csv; then ok; else
-    bad "train --loss-from: $(tail -n 1 $tmp/run_answer/log.csv) is not $want"
-fi
+total() { # TEXT: the nats of all its tokens but the first
+    printf '%s' "$1" > $tmp/a
+    "$tool" score $micro $tmp/a | awk -v n="$(wc -c < $tmp/a)" '/^nats.token/ { print $2 * (n - 1) }'
+}
+# validates NAME TEXT WANT OPTIONS...: the validation loss of the trained model, which no step changes.
+validates() {
+    what=$1 want=$3
+    printf '%s' "$2" > $tmp/val
+    shift 3
+    rm -rf $tmp/run_val
+    trains "$what" --init $micro --text $tmp/train.txt --val-text $tmp/val --seq 96 --batch 1 --steps 1 --lr 0 --bias-speed 0 \
+        --threads 1 --out $tmp/run_val "$@"
+    if awk -F, -v want="$want" 'END { d = $10 - want; exit !(d < 2e-3 && d > -2e-3 && want > 0.1) }' $tmp/run_val/log.csv; then ok; else
+        bad "$what: $(tail -n 1 $tmp/run_val/log.csv) is not $want"
+    fi
+}
+number() { awk "BEGIN { print $1 }"; }
+p='It is a truth universally ' a='acknowledged, that a single man'
+want=$(number "($(total "$p$a") - $(total "$p")) / ${#a}")
+validates "the loss of an answer" "$p$a" "$want" --loss-from 'universally '
+b=' in possession of a good ' c='fortune'
+want=$(number "($(total "$p$a$b$c") - $(total "$p$a$b") + $(total "$p$a in") - $(total "$p")) / (${#a} + ${#c} + 3)")
+validates "the loss of two answers" "$p$a$b$c" "$want" --loss-from 'universally ' --loss-from 'good ' --loss-to ' in'
+validates "a prompt behind the border" "$p$a;$b$c" "$(number "($(total "$p$a;") - $(total "$p")) / (${#a} + 1)")" \
+    --loss-from 'universally ' --loss-from ';' --separator ';'
+n=$((${#p} + ${#a}))
+whole_text="$p$a$b$c"
+want=$(number "($(total "$whole_text") - $(total "$p$a ") + $(total "$p$a")) / ($n + ${#b} + ${#c} - 2)")
+validates "no loss across a border" "$whole_text" "$want" --separator 'single man'
+want=$(number "($(total "$p$a") + $(total "$b$c")) / ($n + ${#b} + ${#c} - 2)")
+validates "each document alone" "$whole_text" "$want" --separator 'single man' --apart
 refused "train --val-text: too short" "--val-text: expected at least 2 tokens, found 0" train $qa --out $tmp/t --val-text /dev/null
 refused "train --val-text: missing" "$tmp/none: cannot be opened" train $qa --out $tmp/t --val-text $tmp/none
 
