@@ -230,7 +230,7 @@ static bool mistakes(const raii::context &context, const raii::checkpoint &model
     return throws(DSV3_ERR_TOKEN, "found 300",
                   [&] { raii::sequence(model.model(), 8, 4, 0).append(model.model(), {300}); }) &&
            throws(DSV3_ERR_ARG, "rows", [&] { raii::workspace(model.config(), 0, 1); }) &&
-           throws(DSV3_ERR_MISMATCH, "sequences[0]", [&] { /* what was moved from is no sequence */
+           throws(DSV3_ERR_ARG, "sequences[0]", [&] { /* what was moved from is no sequence */
                                                            dsv3_sequence *list = sequence.get();
                                                            raii::call(dsv3_generate_step, context.get(),
                                                                       logits.data(), model.model(), &list,
