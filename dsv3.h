@@ -268,7 +268,8 @@ DSV3_API const char *dsv3_error_text(const dsv3_error *error, char *text, size_t
 
 typedef DSV3_ENUM(dsv3_scoring_func) { DSV3_SIGMOID = 0 /* V3 */, DSV3_SOFTMAX = 1 /* V2 */ } dsv3_scoring_func;
 typedef DSV3_ENUM(dsv3_topk_method) {
-    DSV3_NOAUX_TC = 0,             /* V3: score + bias; a group counts by the sum of its two best */
+    DSV3_NOAUX_TC = 0,             /* V3: score + bias; a group counts by the sum of its two best, whatever K and Gt are
+                                      (Megatron takes its K / Gt best, which is the same for V3 only) */
     DSV3_GROUP_LIMITED_GREEDY = 1, /* V2: score; a group counts by its best */
     DSV3_GREEDY = 2                /* V2-Lite: score; no groups */
 } dsv3_topk_method;
@@ -408,6 +409,7 @@ DSV3_API uint8_t dsv3_f8_e4m3_from_f32(float x);
  *          the scales are computed
  *   scale  FP8: float [ceil(rows/128), ceil(cols/128)] of the caller's, at any address; else not used
  * Every number becomes the nearest that its type and its block's scale offer (chapter 3); ties go to the even code.
+ * llama.cpp divides by a scale d that is not yet rounded to F16: 0.7 % of its Q8_0 codes are other ones, farther from x.
  * ARG: a pointer that is needed is NULL, the type is unknown, or cols are not whole blocks. OVERFLOW: rows x cols does
  * not fit into size_t, or a finite number is too large for the type (FP8: a scale of 2^119 or more). NAN: NaN or
  * infinity as FP8, Q8_0 or Q4_0; F32, F16 and BF16 keep them. After an error data and scale may hold anything. */
@@ -716,7 +718,8 @@ typedef DSV3_ENUM(dsv3_mtp_divisor) {
 DSV3_API double dsv3_losses_total(const dsv3_losses *losses, size_t layers, double lambda, double alpha,
                                   dsv3_mtp_divisor divisor);
 
-/* Random numbers: one 64-bit word of state, the same stream on every machine. Any seed will do. */
+/* Random numbers: one 64-bit word of state, the same stream on every machine. Any seed will do. A stream is split by
+ * making another state of its next number: other.state = dsv3_random(&rng). */
 typedef struct dsv3_rng { uint64_t state; } dsv3_rng;
 DSV3_API uint64_t dsv3_random(dsv3_rng *rng);
 DSV3_API float dsv3_random_uniform(dsv3_rng *rng); /* in [0, 1) */
@@ -784,7 +787,8 @@ typedef DSV3_ENUM(dsv3_state) {
 typedef struct dsv3_sequence {
     /* the caller's to set, after init and between calls */
     float temperature, top_p; /* as dsv3_sample; init: 0 and 1, greedy */
-    dsv3_rng rng;             /* init: state 1 */
+    dsv3_rng rng;             /* init: state 1. The same state repeats a text if prompt, drafts, rows and the company in steps
+                                 are the same: where a workspace is too small for all drafts, fewer numbers are drawn */
     size_t drafts;    /* tokens to draft in a step; more than max_drafts count as that. init: max_drafts. With 0, plain
                                  decoding,
                                  the modules still read along now and then: to do without them, init with 0 */
@@ -797,13 +801,14 @@ typedef struct dsv3_sequence {
                              just appended: dsv3_sequence_length + prompt_left + n */
     dsv3_steer steer;     /* NULL (init): nobody */
     void *steer_user;
-    int32_t want_log_p;   /* bool: log_p, too. init: 0 */
+    int32_t want_log_p;   /* bool: log_p and entropy, too. init: 0 */
     int32_t stopped;      /* bool: the last token was written and is one of those that stop. Ends when more is appended and
                              read, when it is rolled back, or when the caller clears it */
     /* results of a call of dsv3_generate_step */
     int32_t *token; /* [n_token] written by it, in order */
     float *log_p;   /* [n_token] if wanted: of the distribution each was drawn from (steer, temperature, top_p); in
                        greedy text: of softmax(logits), behind steer */
+    float *entropy; /* [n_token] likewise: of that distribution, in nats */
     size_t n_token; /* 0 .. max_drafts + 1 */
     /* to be read: caches.length tokens are in the caches, one more is known if pending */
     dsv3_cache cache;    /* main layers */
@@ -816,7 +821,8 @@ typedef struct dsv3_sequence {
     /* counters, to be read and cleared */
     uint64_t steps;     /* steps that wrote something (not those that only read a prompt) */
     uint64_t written;   /* tokens */
-    uint64_t *drafted;  /* [max_drafts] how often a draft stood in this place */
+    uint64_t *drafted;  /* [max_drafts] how often a draft in this place was reached: all before it were accepted, and the text
+                           went on so far. Those behind a refused one are drafted, too, but not counted */
     uint64_t *accepted; /* [max_drafts] and was accepted */
     struct dsv3i_sequence *own; /* private */
 } dsv3_sequence;
@@ -844,7 +850,8 @@ DSV3_API dsv3_state dsv3_sequence_state(const dsv3_sequence *sequence);
  * dsv3_sequence_length. */
 DSV3_API dsv3_result dsv3_sequence_truncate(dsv3_sequence *sequence, size_t length, size_t *kept, dsv3_error *error);
 /* Fork: to, made with the same model, type, rows and drafts (MISMATCH), becomes a copy of from; sampler, steering, stop
- * tokens (the list stays the caller's), limit and counters included. FULL when its caches are too short. */
+ * tokens (the list stays the caller's), limit and counters included. The random state, too: both draw the same numbers
+ * until one is given another (to->rng.state = dsv3_random(&to->rng)). FULL when its caches are too short. */
 DSV3_API dsv3_result dsv3_sequence_copy(dsv3_sequence *to, const dsv3_sequence *from, dsv3_error *error);
 
 /* One step of each of n sequences, together. A sequence with a prompt reads up to `rows` of it, and behind its last
@@ -1647,7 +1654,7 @@ static int dsv3i_overlap(const void *a, size_t n, const void *b, size_t m) {
 static dsv3_result dsv3i_check_context(const dsv3_context *context, dsv3_error *error) {
     DSV3I_NEED(1, context);
     if (context->ops == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "context", "was not made by dsv3_context_init");
-    DSV3I_TRY(dsv3i_check_count(error, "context.threads", context->threads, INT64_MAX));
+    if (context->threads < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "context.threads", "is 0");
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "context.compute", "is not one of dsv3_compute",
                                   (int64_t)context->compute, DSV3_EXACT, DSV3_FAST));
     return dsv3i_check_between(error, DSV3_ERR_ARG, "context.attention", "is not one of dsv3_attention",
@@ -4741,10 +4748,16 @@ static size_t dsv3i_previous_row(const int32_t *sequence, size_t r) {
     return r;
 }
 
+static int dsv3i_cache_overlap(const dsv3_cache *a, const dsv3_cache *b) {
+    size_t width = a->width * dsv3_type_bytes(a->type), other = b->width * dsv3_type_bytes(b->type);
+    return dsv3i_overlap(a->data, a->layers * a->capacity * width, b->data, b->layers * b->capacity * other);
+}
+
 DSV3I_APART dsv3_result dsv3i_batch_row(const dsv3i_run *p, size_t r) {
     const dsv3_batch *batch = p->batch;
     dsv3i_workspace *ws = p->ws;
     int32_t s = batch->sequence != NULL ? batch->sequence[r] : 0;
+    int documents = p->sums != NULL && p->caches == ws->views; /* which share a cache: chapter 12 */
     size_t before, position;
     DSV3I_TRY(dsv3i_check_element(p->error, DSV3_ERR_ARG, "sequence", r, "is not one of the caches",
                                   (int64_t)p->n_caches, s));
@@ -4753,6 +4766,11 @@ DSV3I_APART dsv3_result dsv3i_batch_row(const dsv3i_run *p, size_t r) {
     before = dsv3i_previous_row(ws->sequence, r);
     position = before == r ? p->caches[s].length : (size_t)ws->position[before] + 1;
     ws->leader[r] = before == r ? (int32_t)r : ws->leader[before];
+    for (size_t i = 0; i < r && before == r && !documents; i++) {
+        if (ws->leader[i] != (int32_t)i || !dsv3i_cache_overlap(&p->caches[s], &p->caches[ws->sequence[i]])) continue;
+        (void)dsv3i_fail(p->error, DSV3_ERR_ARG, "caches", "lies over the memory of another that is in the call");
+        return dsv3i_fail_at(p->error, (size_t)s, DSV3_ERR_ARG);
+    }
     if (batch->position != NULL && (int64_t)batch->position[r] != (int64_t)position) {
         return dsv3i_fail_row(p->error, DSV3_ERR_POSITION, "position", r, "does not continue its sequence",
                               (int64_t)position, (int64_t)position, batch->position[r]);
@@ -5241,6 +5259,10 @@ DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *los
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MEMORY, "rows", "the balance loss needs the text in one piece",
                                   losses->balance != NULL ? (int64_t)text->rows : 1, 1, (int64_t)ws.rows));
     DSV3I_TRY(dsv3i_text_check(text, model->config.vocab_size, error));
+    for (size_t m = 0; m < n_caches * losses->depths; m++) {
+        if (!dsv3i_cache_overlap(&modules[m], &caches[m % n_caches])) continue;
+        return dsv3i_fail_at(error, m, dsv3i_fail(error, DSV3_ERR_ARG, "modules", "lies over the memory of caches"));
+    }
     for (size_t s = 0; s < n_caches; s++) caches[s].length = 0;
     for (size_t s = 0; s < n_caches * losses->depths; s++) modules[s].length = 0;
     p.hidden = ws.row_hidden;
@@ -5446,7 +5468,7 @@ DSV3_API dsv3_result dsv3_sample_log_p(double *log_p, double *entropy, int32_t t
 
 DSV3_API dsv3_result dsv3_log_p(double *log_p, const float *logits, const int32_t *token, size_t n, size_t V,
                                 dsv3_error *error) {
-    DSV3I_NEED(n, log_p); DSV3I_NEED(n, logits); DSV3I_NEED(n, token);
+    DSV3I_NEED(1, log_p); DSV3I_NEED(1, logits); DSV3I_NEED(1, token);
     for (size_t t = 0; t < n; t++, logits += V) {
         size_t best = 0;
         double sum = 0.0;
@@ -5784,10 +5806,11 @@ static dsv3_result dsv3i_choose(const dsv3i_step *a, size_t i, float *logits) {
             *token = dsv3i_draw(s->own->candidates, logits, best, V, s->temperature, s->top_p, &s->rng);
         }
         if (s->want_log_p) {
-            double log_p;
-            DSV3I_TRY(dsv3_sample_log_p(&log_p, NULL, *token, logits, V, greedy ? 1.0f : s->temperature,
+            double log_p, entropy;
+            DSV3I_TRY(dsv3_sample_log_p(&log_p, &entropy, *token, logits, V, greedy ? 1.0f : s->temperature,
                                         greedy ? 1.0f : s->top_p, s->own->candidates, a->error));
             s->log_p[j] = (float)log_p;
+            s->entropy[j] = (float)entropy;
         }
         s->history[length] = *token;
         s->n_token = j + 1;
@@ -6577,6 +6600,7 @@ DSV3_API dsv3_result dsv3_cache_copy(dsv3_cache *to, const dsv3_cache *from, dsv
     }
     DSV3I_TRY(dsv3i_check_least(error, DSV3_ERR_FULL, "to", "has too few positions", to->capacity, from->length));
     if (to == from) return dsv3i_ok(error);
+    if (dsv3i_cache_overlap(to, from)) return dsv3i_fail(error, DSV3_ERR_ARG, "to", "lies over the memory of from");
     for (size_t i = 0; i < from->layers; i++) {
         DSV3_MEMCPY(dsv3i_cache_at(to, i, 0), dsv3i_cache_at(from, i, 0),
                     from->length * from->width * dsv3_type_bytes(from->type));
@@ -6677,7 +6701,7 @@ typedef struct dsv3i_sequence_sizes {
  * and the copy: neither can forget any. */
 #define DSV3I_SEQUENCE(X)                                                                                            \
     X(0, int32_t, token, tokens, one) X(0, uint64_t, drafted, drafts, one) X(0, uint64_t, accepted, drafts, one)     \
-    X(0, float, log_p, tokens, one)                                                                                  \
+    X(0, float, log_p, tokens, one) X(0, float, entropy, tokens, one)                                                \
     X(1, dsv3_cache, modules, modules, one) X(1, int32_t, history, text, one) X(1, struct dsv3i_sequence, own, one, one)
 
 #define DSV3I_OF_SEQUENCE(p, t, n, r, c) DSV3I_ARRAY(dsv3_sequence, dsv3i_sequence_sizes, p, t, n, r, c)
@@ -6742,6 +6766,7 @@ DSV3_API dsv3_result dsv3_sequence_init(const dsv3_model *model, dsv3_sequence *
         s->own->rate[j] = DSV3I_RATE;
     }
     DSV3_MEMSET(s->log_p, 0, (s->max_drafts + 1) * sizeof *s->log_p);
+    DSV3_MEMSET(s->entropy, 0, (s->max_drafts + 1) * sizeof *s->entropy);
     return dsv3i_ok(error);
 }
 
@@ -7316,6 +7341,7 @@ static void dsv3i_save_sequence_walk(dsv3i_save *f, void *object) {
     s->pending = (int32_t)dsv3i_save_between(f, "pending", s->pending != 0, 0, 1, DSV3_ERR_DAMAGED);
     dsv3i_save_tokens(f, "token", s->token, s->n_token);
     dsv3i_save_array(f, s->log_p, sizeof *s->log_p, s->want_log_p ? s->n_token : 0);
+    dsv3i_save_array(f, s->entropy, sizeof *s->entropy, s->want_log_p ? s->n_token : 0);
     dsv3i_save_array(f, s->drafted, sizeof *s->drafted, n);
     dsv3i_save_array(f, s->accepted, sizeof *s->accepted, n);
     dsv3i_save_array(f, s->own->rate, sizeof *s->own->rate, n);

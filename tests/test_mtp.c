@@ -1434,8 +1434,8 @@ static void refuse_text_sizes(bad_text c) {
     c.ws = &small, REFUSE_TEXT(DSV3_ERR_MEMORY, "rows"), c = good;
     small = *c.ws, small.made_for++;
     c.ws = &small, REFUSE_TEXT(DSV3_ERR_MISMATCH, "workspace"), c = good;
-    c.caches = c.modules, REFUSE_TEXT(DSV3_ERR_MISMATCH, "caches[0]"), c = good;
-    c.modules = c.caches, c.losses->depths = 1, REFUSE_TEXT(DSV3_ERR_MISMATCH, "caches[0]"), c = good;
+    c.caches = c.modules, REFUSE_TEXT(DSV3_ERR_ARG, "modules[0]"), c = good;
+    c.modules = c.caches, c.losses->depths = 1, REFUSE_TEXT(DSV3_ERR_ARG, "modules[0]"), c = good;
     c.losses->depths = 2;
     c.n_caches = 1, REFUSE_TEXT(DSV3_ERR_ARG, "sequence[4]"), c = good;
     c.caches[1].capacity = 1, REFUSE_TEXT(DSV3_ERR_FULL, "position[5]"), c.caches[1].capacity = S;
