@@ -393,12 +393,13 @@ static void test_dead_ends(void) {
 
 /* ---- 3. Log-probabilities of what is written */
 
-/* log p of token behind text [n] by one call of the model from an empty cache, in double. */
-static double log_p_behind(synth *s, const int32_t *text, size_t n, const dsv3_sequence *q, int32_t token) {
+/* log p of token behind text [n], and the entropy, by one call of the model from an empty cache, in double. */
+static double log_p_behind(synth *s, const int32_t *text, size_t n, const dsv3_sequence *q, int32_t token,
+                           double *entropy) {
     float *logits = (float *)test_alloc(n * (size_t)s->config.vocab_size * sizeof *logits), *row;
     size_t V = (size_t)s->config.vocab_size;
     int greedy = !(q->temperature > 0);
-    double sum = 0, top = -INFINITY, T = greedy ? 1 : (double)q->temperature, kept = 0, p = 0, e[16];
+    double sum = 0, top = -INFINITY, T = greedy ? 1 : (double)q->temperature, kept = 0, p = 0, e[16], h = 0;
     CHECK_EQ(dsv3_cache_truncate(s->caches, 0, NULL), DSV3_OK);
     CHECK_EQ(synth_forward(s, logits, text, n, 0, NULL), DSV3_OK);
     row = logits + (n - 1) * V;
@@ -411,9 +412,11 @@ static double log_p_behind(synth *s, const int32_t *text, size_t n, const dsv3_s
         for (size_t i = 1; i < V; i++) best = e[i] > e[best] ? i : best;
         if (!(e[best] > 0)) break;
         kept += e[best];
+        h += e[best] * log(e[best]);
         e[best] = 0;
     }
     free(logits);
+    *entropy = log(kept) - h / kept;
     return log(p / kept);
 }
 
@@ -436,8 +439,9 @@ static void test_log_p(void) {
             size_t n = dsv3_sequence_length(&p.s) + p.s.prompt_left;
             CHECK_EQ(pens_step(s, &p, 1, NULL), DSV3_OK);
             for (size_t t = 0; t < p.s.n_token; t++) {
-                double want = log_p_behind(s, p.s.history, n + t, &p.s, p.s.token[t]);
+                double entropy, want = log_p_behind(s, p.s.history, n + t, &p.s, p.s.token[t], &entropy);
                 worst = fmax(worst, fabs(want - (double)p.s.log_p[t]));
+                worst = fmax(worst, fabs(entropy - (double)p.s.entropy[t]));
             }
         }
         CHECK(worst < 2e-5);
