@@ -61,7 +61,8 @@
  *   Errors   0 is ok, negative is a dsv3_result; what, where, expected and found go to a dsv3_error, the last argument,
  *            which may be NULL and is set by every call that takes one, also by success. A call that fails leaves
  *            every cache as long as it was (but see dsv3_evaluate). Outputs and workspace are then unspecified; a model
- *            whose dsv3_model_bind failed must be bound again before use.
+ *            whose dsv3_model_bind failed must be bound again before use. Arguments that are wrong change nothing. Calls
+ *            that return a number, a name or a struct have no way to say no: their pointers must be valid.
  *   Memory   is the caller's, all of it; a workspace may hold any bytes before a call. Every _size(.., &bytes) has its
  *            _init(.., memory, bytes), which wants at least that many. Buffers for _init are aligned to DSV3_ALIGN, as
  *            malloc's are; tensor data may have any alignment and live in flash.
@@ -971,7 +972,7 @@ DSV3_API dsv3_result dsv3_parameters_init(const dsv3_config *config, dsv3_parame
 /* Decodes a bound model of the same config into them. MISMATCH for another config, or fewer MTP modules than it names. */
 DSV3_API dsv3_result dsv3_parameters_from_model(dsv3_parameters *parameters, const dsv3_model *from, dsv3_error *error);
 /* Matrices from N(0, std^2), norms 1, router biases 0. V3: std 0.006. */
-DSV3_API void dsv3_parameters_random(dsv3_parameters *parameters, dsv3_rng *rng, float std);
+DSV3_API dsv3_result dsv3_parameters_random(dsv3_parameters *parameters, dsv3_rng *rng, float std, dsv3_error *error);
 
 /* What the forward pass keeps for the backward pass, beside what it must. The report keeps nothing of these. */
 typedef DSV3_ENUM(dsv3_keep) {
@@ -1033,7 +1034,8 @@ DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_tra
 DSV3_API dsv3_result dsv3_trainer_init(const dsv3_config *config, dsv3_trainer *trainer, const dsv3_training *settings,
                                        size_t threads, void *memory, size_t bytes, dsv3_error *error);
 /* Adds the targets of a text to targets [1 + depths] and its sequences to *sequences. */
-DSV3_API void dsv3_text_count(const dsv3_text *text, size_t depths, uint64_t *targets, uint64_t *sequences);
+DSV3_API dsv3_result dsv3_text_count(const dsv3_text *text, size_t depths, uint64_t *targets, uint64_t *sequences,
+                                     dsv3_error *error);
 
 /* A step in four stages. begin: clears gradients, loads and sums; targets [1 + D] and sequences are those of all
  * micro-batches and ranks, known before the first of them, so that each term has its final weight where it is made.
@@ -6127,9 +6129,12 @@ static dsv3_result dsv3i_random_tensor(dsv3i_walk *w, dsv3_tensor *slot) {
     return DSV3_OK;
 }
 
-DSV3_API void dsv3_parameters_random(dsv3_parameters *parameters, dsv3_rng *rng, float std) {
+DSV3_API dsv3_result dsv3_parameters_random(dsv3_parameters *parameters, dsv3_rng *rng, float std, dsv3_error *error) {
+    DSV3I_NEED(1, parameters); DSV3I_NEED(1, rng);
+    if (!(std >= 0.0f && std <= FLT_MAX)) return dsv3i_fail(error, DSV3_ERR_ARG, "std", "is negative or not finite");
     dsv3i_random r = {rng, parameters->data, std};
     (void)dsv3i_walk_parameters(&parameters->model.config, NULL, &r, dsv3i_random_tensor);
+    return dsv3i_ok(error);
 }
 
 /* ---- Settings */
@@ -6191,11 +6196,17 @@ static void dsv3i_train_clear(dsv3_trainer *t) {
 
 /* ---- Begin */
 
-DSV3_API void dsv3_text_count(const dsv3_text *text, size_t depths, uint64_t *targets, uint64_t *sequences) {
+DSV3_API dsv3_result dsv3_text_count(const dsv3_text *text, size_t depths, uint64_t *targets, uint64_t *sequences,
+                                     dsv3_error *error) {
+    DSV3I_NEED(1, text); DSV3I_NEED(1, text->token); DSV3I_NEED(1, targets); DSV3I_NEED(1, sequences);
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_LIMIT, "depths", "are too many", (int64_t)dsv3i_min(depths, INT32_MAX), 0,
+                                  DSV3_MAX_LAYERS));
+    DSV3I_TRY(dsv3i_text_check(text, INT32_MAX, error));
     for (size_t r = 0; r < text->rows; r++) {
         for (size_t k = 0; k <= depths; k++) targets[k] += dsv3i_text_target(text, r, k) != DSV3_IGNORE;
     }
     *sequences += dsv3i_text_sequences(text);
+    return dsv3i_ok(error);
 }
 
 static dsv3_result dsv3i_trainer_check(const dsv3_trainer *t, dsv3_error *error) {

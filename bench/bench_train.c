@@ -210,7 +210,7 @@ static void run_init(bench_run *r) {
     bench_check(
         dsv3_trainer_init(&o->config, &r->trainer, &settings, r->context.threads, r->memory, r->trainer_bytes, NULL),
         "dsv3_trainer_init");
-    dsv3_parameters_random(&r->trainer.weights, &rng, 0.02f);
+    dsv3_parameters_random(&r->trainer.weights, &rng, 0.02f, NULL);
     r->token = (int32_t *)bench_alloc(tokens * sizeof *r->token);
     r->target = (int32_t *)bench_alloc(tokens * sizeof *r->target);
     r->sequence = (int32_t *)bench_alloc(r->rows * sizeof *r->sequence);
@@ -219,7 +219,7 @@ static void run_init(bench_run *r) {
     fill_tokens(r);
     for (size_t i = 0; i < o->accum; i++) {
         dsv3_text text = micro_batch(r, i);
-        dsv3_text_count(&text, D, r->targets, &r->sequences);
+        dsv3_text_count(&text, D, r->targets, &r->sequences, NULL);
     }
     caches_init(r);
     count_flops(r);

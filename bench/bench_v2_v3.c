@@ -272,7 +272,7 @@ static double run_step(bench_run *r, double rate) {
     dsv3_error error;
     for (size_t b = 0; b < B; b++) run_place(r, b, (size_t)(dsv3_random(&r->rng) % (r->text->train - T)));
     text = run_text(r, B);
-    dsv3_text_count(&text, 0, &targets, &sequences);
+    dsv3_text_count(&text, 0, &targets, &sequences, NULL);
     bench_check(dsv3_train_begin(&r->trainer, &targets, sequences, NULL), "dsv3_train_begin");
     bench_check_error(dsv3_train_accumulate(r->context, &r->trainer, &text, &error), "dsv3_train_accumulate", &error);
     vio = mean_max_vio(&r->trainer.weights.model, r->trainer.balancer.load); /* the end of the step clears it */
@@ -306,7 +306,7 @@ static void run(bench_result *result, const bench_options *o, const bench_text *
     r.context = context;
     r.rng.state = 1000 + seed;
     run_memory(&r, result, &c, &settings);
-    dsv3_parameters_random(&r.trainer.weights, &weights, 0.02f);
+    dsv3_parameters_random(&r.trainer.weights, &weights, 0.02f, NULL);
     for (size_t s = 0; s <= o->steps; s++) {
         double vio, at;
         if (s % every == 0 || s == o->steps) {

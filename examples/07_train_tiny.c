@@ -85,7 +85,7 @@ static void *prepare(const dsv3_config *config) {
     check(dsv3_trainer_size(config, &settings, context.threads, &bytes, NULL));
     memory = malloc(bytes);
     check(dsv3_trainer_init(config, &trainer, &settings, context.threads, memory, bytes, NULL));
-    dsv3_parameters_random(&trainer.weights, &rng, 0.006f);
+    dsv3_parameters_random(&trainer.weights, &rng, 0.006f, NULL);
     trainer.balancer.schedule.speed = 0.01; /* V3's 0.001 is for many more steps */
     return memory;
 }
@@ -97,7 +97,7 @@ static void train(const dsv3_text *text) {
     for (int s = 0; s <= STEPS; s++) {
         uint64_t targets[2] = {0, 0}, sequences = 0;
         double rate = dsv3_learning_rate(&schedule, (uint64_t)s), main_loss, mtp_loss, vio;
-        dsv3_text_count(text, 1, targets, &sequences);
+        dsv3_text_count(text, 1, targets, &sequences, NULL);
         check(dsv3_train_begin(&trainer, targets, sequences, NULL));
         check(dsv3_train_accumulate(&context, &trainer, text, &error));
         vio = dsv3_load_statistics(trainer.balancer.load + 1 * trainer.balancer.experts, trainer.balancer.experts).max_vio;

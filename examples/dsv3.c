@@ -4137,7 +4137,7 @@ static void train_first_weights(train_state *s, checkpoint *from) {
         train_check_weights(s, from);
         checkpoint_close(from);
     } else {
-        dsv3_parameters_random(&s->trainer.weights, &rng, (float)s->o.std);
+        dsv3_parameters_random(&s->trainer.weights, &rng, (float)s->o.std, NULL);
     }
 }
 
@@ -4365,7 +4365,7 @@ static void train_step(train_state *s, double *row) {
     char message[256];
     for (size_t m = 0; m < s->accum; m++) {
         text = train_micro_batch(s, s->done, m);
-        dsv3_text_count(&text, s->D, targets, &sequences);
+        dsv3_text_count(&text, s->D, targets, &sequences, NULL);
     }
     row[TRAIN_LR] = dsv3_learning_rate(&s->schedule, s->done);
     stop_result("training", dsv3_train_begin(&s->trainer, targets, sequences, NULL));

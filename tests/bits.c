@@ -63,6 +63,8 @@
 #define dsv3_train_begin(trainer, targets, sequences) dsv3_train_begin(trainer, targets, sequences, NULL)
 #define dsv3_ffn_forward(context, y, u, model, layer, n, workspace)                                                  \
     dsv3_ffn_forward(context, y, u, model, layer, n, workspace, NULL)
+#define dsv3_text_count(text, depths, targets, sequences) dsv3_text_count(text, depths, targets, sequences, NULL)
+#define dsv3_parameters_random(parameters, rng, std) dsv3_parameters_random(parameters, rng, std, NULL)
 #define dsv3_linear(context, y, x, w, n, scratch) dsv3_linear(context, y, x, w, n, scratch, NULL)
 #define dsv3_linear_backward(context, dx, dw, dy, x, w, n, scratch)                                                  \
     dsv3_linear_backward(context, dx, dw, dy, x, w, n, scratch, NULL)

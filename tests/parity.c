@@ -388,7 +388,7 @@ static void compute_gradients(run *r) {
     if (st_find(r->golden, "greedy") != NULL) return; /* a trained model's file */
     training_begin(&t, r, r->B, r->S, dsv3_training_default());
     text = text_of(r->tokens, t.sequence, r->B, r->S);
-    dsv3_text_count(&text, t.D, t.targets, &sequences);
+    dsv3_text_count(&text, t.D, t.targets, &sequences, NULL);
     dsv3_train_begin(&t.trainer, t.targets, sequences, NULL);
     check(dsv3_train_accumulate(&r->context, &t.trainer, &text, &error), &error);
     record_parameters(r, "grad.", &t.trainer.gradients);
@@ -425,7 +425,7 @@ static void compute_trajectory(run *r, size_t steps, size_t micro) {
         memset(t.targets, 0, (1 + t.D) * sizeof *t.targets);
         for (size_t i = 0; i < micro; i++) {
             dsv3_text text = text_of(tokens + i * B * S, t.sequence, B, S);
-            dsv3_text_count(&text, t.D, t.targets, &sequences);
+            dsv3_text_count(&text, t.D, t.targets, &sequences, NULL);
         }
         dsv3_train_begin(&t.trainer, t.targets, sequences, NULL);
         for (size_t i = 0; i < micro; i++) {

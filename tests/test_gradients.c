@@ -768,7 +768,7 @@ static void open_setup(setup *a, uint64_t seed) {
     CHECK_EQ(at - a->t.weights.data, a->t.weights.count);
     memset(a->targets, 0, sizeof a->targets);
     a->sequences = 0;
-    dsv3_text_count(&a->text, (size_t)a->c.num_nextn_predict_layers, a->targets, &a->sequences);
+    dsv3_text_count(&a->text, (size_t)a->c.num_nextn_predict_layers, a->targets, &a->sequences, NULL);
 }
 
 static void close_setup(setup *a) { free(a->memory); }

@@ -38,7 +38,7 @@ static void job_train(job *j) {
     for (int i = 0; i < ROWS; i++) token[i] = i;
     text.rows = ROWS;
     text.token = token;
-    dsv3_text_count(&text, (size_t)j->s->config.num_nextn_predict_layers, targets, &sequences);
+    dsv3_text_count(&text, (size_t)j->s->config.num_nextn_predict_layers, targets, &sequences, NULL);
     j->result = dsv3_train_begin(j->trainer, targets, sequences, NULL);
     if (j->result == DSV3_OK) j->result = dsv3_train_accumulate(&j->s->context, j->trainer, &text, NULL);
     if (j->result == DSV3_OK) j->result = dsv3_train_end(&j->s->context, j->trainer, 0.001, NULL, NULL);
@@ -134,7 +134,7 @@ static size_t train_depth(int which, dsv3_backend backend) {
     synth_demand(dsv3_trainer_size(&j.s->config, &settings, 1, &bytes, NULL), "trainer size", NULL);
     memory = synth_alloc(bytes);
     synth_demand(dsv3_trainer_init(&j.s->config, &trainer, &settings, 1, memory, bytes, NULL), "trainer", NULL);
-    dsv3_parameters_random(&trainer.weights, &rng, 0.02f);
+    dsv3_parameters_random(&trainer.weights, &rng, 0.02f, NULL);
     j.trainer = &trainer;
     depth = depth_beyond(&j);
     synth_release(memory);

@@ -675,7 +675,7 @@ static thing *thing_trainer(const dsv3_config *config, int ema, uint64_t seed) {
     t->memory = synth_alloc(t->bytes);
     memset(t->memory, junk, t->bytes);
     synth_demand(dsv3_trainer_init(config, &t->trainer, &settings, 1, t->memory, t->bytes, NULL), "trainer", NULL);
-    dsv3_parameters_random(&t->trainer.weights, &rng, 0.3f);
+    dsv3_parameters_random(&t->trainer.weights, &rng, 0.3f, NULL);
     t->config = *config;
     return t;
 }
@@ -696,7 +696,7 @@ static void train_step(dsv3_context *ctx, thing *t) {
     text.rows = 24;
     text.token = token;
     text.sequence = sequence;
-    dsv3_text_count(&text, trainer->losses.depths, targets, &sequences);
+    dsv3_text_count(&text, trainer->losses.depths, targets, &sequences, NULL);
     synth_demand(dsv3_train_begin(trainer, targets, sequences, NULL), "begin", NULL);
     synth_demand(dsv3_train_accumulate(ctx, trainer, &text, &error), "accumulate", &error);
     synth_demand(dsv3_train_end(ctx, trainer, 0.01, NULL, &error), "end", &error);

@@ -537,7 +537,7 @@ static void test_training_aborted(void) {
     synth_tokens(token, 12, 6);
     memset(&text, 0, sizeof text);
     text.rows = 12, text.token = token;
-    dsv3_text_count(&text, 2, targets, &sequences);
+    dsv3_text_count(&text, 2, targets, &sequences, NULL);
     CHECK_EQ(dsv3_trainer_size(&s->config, &settings, 1, &bytes, NULL), DSV3_OK);
     memory = synth_alloc(bytes);
     for (int at = -1; at < asked; at++) {

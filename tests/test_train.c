@@ -69,11 +69,11 @@ static void open_trainer(subject *a, size_t threads) {
     a->memory = synth_alloc(bytes);
     memset(a->memory, 0xFF, bytes);
     synth_demand(dsv3_trainer_init(&a->c, &a->t, &a->s, threads, a->memory, bytes, NULL), "trainer", NULL);
-    dsv3_parameters_random(&a->t.weights, &rng, 0.3f);
+    dsv3_parameters_random(&a->t.weights, &rng, 0.3f, NULL);
     a->D = (size_t)a->c.num_nextn_predict_layers;
     memset(a->targets, 0, sizeof a->targets);
     a->sequences = 0;
-    dsv3_text_count(&a->text, a->D, a->targets, &a->sequences);
+    dsv3_text_count(&a->text, a->D, a->targets, &a->sequences, NULL);
 }
 
 static void close_trainer(subject *a) { synth_release(a->memory); }
@@ -840,7 +840,7 @@ static void test_all_ignored(void) {
     a.text.target = a.target;
     a.t.settings.balance.expert = 0;
     a.targets[0] = a.targets[1] = a.sequences = 0;
-    dsv3_text_count(&a.text, 1, a.targets, &a.sequences);
+    dsv3_text_count(&a.text, 1, a.targets, &a.sequences, NULL);
     CHECK_EQ(a.targets[0], 0);
     CHECK_EQ(a.targets[1], 0);
     CHECK_EQ(a.sequences, 3);
@@ -1349,7 +1349,7 @@ static void test_random_parameters(void) {
     float *first;
     c.vocab_size = 2000;
     open_parameters(&q, &memory, &c);
-    dsv3_parameters_random(&q, &rng, 0.006f);
+    dsv3_parameters_random(&q, &rng, 0.006f, NULL);
     first = copy_floats(q.data, q.count);
     list_tensors(&l, &c);
     CHECK_EQ(l.floats, q.count);
@@ -1365,10 +1365,10 @@ static void test_random_parameters(void) {
     CHECK(fabs(sum[0] / n) < 0.015 && fabs(sum[1] / n - 1) < 0.02 && fabs(sum[2] / n - 3) < 0.2);
     CHECK(largest_of(q.data, 1000) > 0.006 * 2.5 && largest_of(q.data, 1000) < 0.006 * 6);
     rng.state = 5;
-    dsv3_parameters_random(&q, &rng, 0.006f);
+    dsv3_parameters_random(&q, &rng, 0.006f, NULL);
     CHECK(same_floats(first, q.data, q.count));
     rng.state = 6;
-    dsv3_parameters_random(&q, &rng, 0.006f);
+    dsv3_parameters_random(&q, &rng, 0.006f, NULL);
     CHECK(!same_floats(first, q.data, 16));
     free(first);
     synth_release(memory);
@@ -1522,7 +1522,7 @@ static void test_overfit(void) {
     prepare(&a, lengths);
     a.s.weight_decay = 0;
     open_trainer(&a, 1);
-    dsv3_parameters_random(&a.t.weights, &rng, 0.02f);
+    dsv3_parameters_random(&a.t.weights, &rng, 0.02f, NULL);
     gradients(&a);
     first = a.t.losses.nll[0] / (double)a.targets[0];
     CHECK(fabs(first - log(29.0)) < 0.1);

@@ -89,7 +89,7 @@ static double train_step(dsv3_trainer *trainer) {
             sequence[b * T + t] = b;
         }
     }
-    dsv3_text_count(&text, 0, targets, &sequences);
+    dsv3_text_count(&text, 0, targets, &sequences, NULL);
     expect(targets[0] == B * (T - 1) && sequences == B, "every number but the last of a text has a target");
     expect(dsv3_train_begin(trainer, targets, sequences, NULL) == DSV3_OK, "train_begin"); /* this one takes no error */
     check(dsv3_train_accumulate(&context, trainer, &text, &error), "train_accumulate");
@@ -160,7 +160,7 @@ int main(void) {
     check(dsv3_config_check(&config, &error), "config");
     check(dsv3_context_init(&context, DSV3_BACKEND_AUTO, 0, &error), "context");
     run_memory = prepare(&config, &run);
-    dsv3_parameters_random(&run.weights, &rng, 0.02f);
+    dsv3_parameters_random(&run.weights, &rng, 0.02f, NULL);
     for (int s = 0; s < STEPS / 2; s++) {
         last = train_step(&run);
         if (s == 0) first = last;
