@@ -2201,6 +2201,10 @@ DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3
     if (dsv3i_mul(n, sizeof *x) == SIZE_MAX) {
         return dsv3i_fail(error, DSV3_ERR_OVERFLOW, "rows x cols", "are more than size_t can count");
     }
+    if (dsv3i_overlap(data, rows * dsv3_row_bytes(type, cols), x, n * sizeof *x) ||
+        dsv3i_overlap(scale, is_f8 ? sizeof(float) : 0, x, n * sizeof *x)) {
+        return dsv3i_fail(error, DSV3_ERR_ARG, "x", "overlaps what is written");
+    }
     if ((is_f8 || block > 1) && !dsv3i_all_finite(x, n)) return dsv3i_fail(error, DSV3_ERR_NAN, "x", "is not finite");
     if (type == DSV3_F32) {
         DSV3_MEMCPY(y, x, n * sizeof *x);
@@ -4990,6 +4994,8 @@ DSV3_API dsv3_result dsv3_states(const dsv3_model *model, float *state, const ds
     size_t d;
     const float *u;
     DSV3I_NEED(1, model); DSV3I_NEED(n, state); DSV3I_NEED(1, workspace); DSV3I_NEED(n, row);
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "n", "is more than the workspace has rows",
+                                  (int64_t)dsv3i_min(n, INT32_MAX), 0, (int64_t)workspace->rows));
     if (workspace->made_for != dsv3i_fingerprint(&model->config)) {
         return dsv3i_fail(error, DSV3_ERR_MISMATCH, "workspace", "was made for another config");
     }
@@ -5117,6 +5123,7 @@ static uint64_t dsv3i_text_sequences(const dsv3_text *x) {
 }
 
 static dsv3_result dsv3i_text_check(const dsv3_text *x, int32_t V, dsv3_error *error) {
+    if (x->rows < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "rows", "the text is empty");
     for (size_t r = 0; r < x->rows; r++) {
         int32_t target = x->target != NULL ? x->target[r] : DSV3_IGNORE;
         DSV3I_TRY(dsv3i_check_token(error, "token", r, V, x->token[r]));
@@ -5255,11 +5262,10 @@ DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *los
     DSV3I_TRY(dsv3i_workspace_open(&ws, workspace, context, model, error));
     DSV3I_NEED(1, losses); DSV3I_NEED(1, caches); DSV3I_NEED(1, text); DSV3I_NEED(1, text->token);
     DSV3I_NEED(1, losses->nll); DSV3I_NEED(1, losses->targets); DSV3I_NEED(losses->depths, modules);
-    if (text->rows < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "rows", "the text is empty");
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "depths", "is more than the model has modules",
                                   (int64_t)losses->depths, 0, model->n_mtp));
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MEMORY, "rows", "the balance loss needs the text in one piece",
-                                  losses->balance != NULL ? (int64_t)text->rows : 1, 1, (int64_t)ws.rows));
+                                  losses->balance != NULL ? (int64_t)text->rows : 0, 0, (int64_t)ws.rows));
     DSV3I_TRY(dsv3i_text_check(text, model->config.vocab_size, error));
     for (size_t m = 0; m < n_caches * losses->depths; m++) {
         if (!dsv3i_cache_overlap(&modules[m], &caches[m % n_caches])) continue;
@@ -5453,9 +5459,9 @@ DSV3_API dsv3_result dsv3_sample_log_p(double *log_p, double *entropy, int32_t t
     if (log_p == NULL) return dsv3i_fail_null(error, "log_p");
     DSV3I_TRY(dsv3i_sample_check(&best, logits, V, temperature, top_p, error));
     DSV3I_TRY(dsv3i_check_token(error, "token", 0, (int32_t)V, token));
+    DSV3I_NEED(!dsv3i_is_greedy(temperature, top_p), candidates);
     *log_p = (size_t)token == best ? 0.0 : (double)dsv3i_never();
     if (!dsv3i_is_greedy(temperature, top_p)) {
-        if (candidates == NULL) return dsv3i_fail_null(error, "candidates");
         kept = dsv3i_candidates(candidates, logits, best, V, temperature, top_p, &sum);
     }
     log_sum = DSV3_LOG(sum);
@@ -5470,14 +5476,17 @@ DSV3_API dsv3_result dsv3_sample_log_p(double *log_p, double *entropy, int32_t t
 
 DSV3_API dsv3_result dsv3_log_p(double *log_p, const float *logits, const int32_t *token, size_t n, size_t V,
                                 dsv3_error *error) {
-    DSV3I_NEED(1, log_p); DSV3I_NEED(1, logits); DSV3I_NEED(1, token);
+    DSV3I_NEED(1, log_p); DSV3I_NEED(1, token);
+    DSV3I_TRY(dsv3i_vocab_check(logits, V, error));
+    for (size_t t = 0; t < n; t++) {
+        if (token[t] != DSV3_IGNORE) DSV3I_TRY(dsv3i_check_token(error, "token", t, (int32_t)V, token[t]));
+    }
     for (size_t t = 0; t < n; t++, logits += V) {
         size_t best = 0;
         double sum = 0.0;
         DSV3I_TRY(dsv3i_sample_check(&best, logits, V, 0.0f, 1.0f, error));
         log_p[t] = 0.0;
         if (token[t] == DSV3_IGNORE) continue;
-        DSV3I_TRY(dsv3i_check_token(error, "token", t, (int32_t)V, token[t]));
         for (size_t i = 0; i < V; i++) sum += (double)DSV3_EXPF(logits[i] - logits[best]);
         log_p[t] = ((double)logits[token[t]] - (double)logits[best]) - DSV3_LOG(sum);
     }
@@ -6510,7 +6519,7 @@ DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *t
     dsv3_result result = DSV3_OK;
     double size = 0.0, rate, decay, clip;
     DSV3I_TRY(dsv3i_check_context(context, error));
-    if (t == NULL) return dsv3i_fail_null(error, "trainer");
+    DSV3I_TRY(dsv3i_trainer_check(t, error));
     DSV3I_TRY(dsv3i_check_bias_step(t->balancer.rule, dsv3_bias_speed(&t->balancer.schedule, t->step), error));
     DSV3I_TRY(dsv3i_train_check(t, t->settings.reduce != NULL ? 1 : 2, error));
     rate = learning_rate / (1.0 - dsv3i_power((double)t->settings.beta1, t->step + 1));
@@ -7429,7 +7438,7 @@ static dsv3i_save_state dsv3i_save_state_of(const dsv3_trainer *t) {
 DSV3_API dsv3_result dsv3_trainer_save_size(const dsv3_trainer *t, size_t *bytes, dsv3_error *error) {
     dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_TRAINER, NULL, 0, dsv3i_save_trainer_walk, error);
     dsv3i_save_state state;
-    if (t == NULL) return dsv3i_fail_null(error, "trainer");
+    DSV3I_TRY(dsv3i_trainer_check(t, error));
     state = dsv3i_save_state_of(t);
     return dsv3i_save_size(&f, &state, bytes);
 }
@@ -7438,7 +7447,7 @@ DSV3_API dsv3_result dsv3_trainer_save(const dsv3_trainer *t, uint64_t tag, void
                                        dsv3_error *error) {
     dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_TRAINER, NULL, tag, dsv3i_save_trainer_walk, error);
     dsv3i_save_state state;
-    if (t == NULL) return dsv3i_fail_null(error, "trainer");
+    DSV3I_TRY(dsv3i_trainer_check(t, error));
     f.config = &t->weights.model.config;
     state = dsv3i_save_state_of(t);
     return dsv3i_save_write(&f, &state, data, bytes);
@@ -7448,7 +7457,7 @@ DSV3_API dsv3_result dsv3_trainer_load(dsv3_trainer *t, uint64_t tag, const void
                                        dsv3_error *error) {
     dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_TRAINER, NULL, tag, dsv3i_save_trainer_walk, error);
     dsv3i_save_state state;
-    if (t == NULL) return dsv3i_fail_null(error, "trainer");
+    DSV3I_TRY(dsv3i_trainer_check(t, error));
     f.config = &t->weights.model.config;
     state = dsv3i_save_state_of(t);
     DSV3I_TRY(dsv3i_save_open(&f, data, bytes));
@@ -7641,7 +7650,7 @@ DSV3_API dsv3_result dsv3_rope_table(float *cos_sin, const int32_t *position, co
 
 static dsv3_result dsv3i_rotate_alone(float *x, const float *cos_sin, size_t dr, int interleave, float sign,
                                       dsv3_error *error) {
-    DSV3I_NEED(1, x); DSV3I_NEED(1, cos_sin);
+    DSV3I_NEED(1, cos_sin);
     DSV3I_TRY(dsv3i_check_dr(dr, error));
     DSV3I_TRY(dsv3i_check_apart(error, "x", x, dr, cos_sin, dr, 0));
     dsv3i_rotate(x, cos_sin, dr, interleave, sign);
@@ -7649,6 +7658,7 @@ static dsv3_result dsv3i_rotate_alone(float *x, const float *cos_sin, size_t dr,
 }
 
 DSV3_API dsv3_result dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr, int interleave, dsv3_error *error) {
+    DSV3I_NEED(1, x);
     return dsv3i_rotate_alone(x, cos_sin, dr, interleave, 1.0f, error);
 }
 
@@ -7656,10 +7666,9 @@ DSV3_API dsv3_result dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr,
 
 /* Opens the workspace, and looks at what all blocks have. */
 static dsv3_result dsv3i_block(dsv3i_workspace *ws, const dsv3_workspace *workspace, const dsv3_context *context,
-                               const dsv3_model *model, const dsv3_layer *weights, const float *x, size_t n,
-                               dsv3_error *error) {
+                               const dsv3_model *model, const dsv3_layer *weights, size_t n, dsv3_error *error) {
     DSV3I_TRY(dsv3i_workspace_open(ws, workspace, context, model, error));
-    DSV3I_NEED(1, weights); DSV3I_NEED(1, x);
+    DSV3I_NEED(1, weights);
     return dsv3i_check_between(error, n < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "n", "is none, or more than the workspace has",
                                (int64_t)dsv3i_min(n, INT32_MAX), 1, (int64_t)workspace->rows);
 }
@@ -7675,9 +7684,9 @@ DSV3_API dsv3_result dsv3_mla_forward(const dsv3_context *context, float *y, con
                                       const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
                                       dsv3_workspace *workspace, dsv3_error *error) {
     dsv3i_workspace ws;
-    DSV3I_TRY(dsv3i_block(&ws, workspace, context, model, weights, u, n, error));
+    DSV3I_TRY(dsv3i_block(&ws, workspace, context, model, weights, n, error));
     DSV3I_TRY(dsv3i_check_layer(caches, layer, error));
-    DSV3I_NEED(1, y);
+    DSV3I_NEED(1, y); DSV3I_NEED(1, u);
     dsv3i_call c = dsv3i_call_of(context, model, weights, layer, caches, n, &ws);
     DSV3I_TRY(dsv3i_check_apart(error, "y", y, n * c.m.d, u, n * c.m.d, 0));
     dsv3i_mla_forward(&c, y, u);
@@ -7688,8 +7697,8 @@ DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, con
                                       const dsv3_layer *weights, size_t n, dsv3_workspace *workspace,
                                       dsv3_error *error) {
     dsv3i_workspace ws;
-    DSV3I_TRY(dsv3i_block(&ws, workspace, context, model, weights, u, n, error));
-    DSV3I_NEED(1, y);
+    DSV3I_TRY(dsv3i_block(&ws, workspace, context, model, weights, n, error));
+    DSV3I_NEED(1, y); DSV3I_NEED(1, u);
     dsv3i_call c = dsv3i_call_of(context, model, weights, 0, NULL, n, &ws);
     DSV3I_TRY(dsv3i_check_apart(error, "y", y, n * c.m.d, u, n * c.m.d, 0));
     return dsv3i_layer_result(&c, dsv3i_ffn_forward(&c, y, u), error);
@@ -7699,7 +7708,8 @@ DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, c
                                         const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
                                         dsv3_workspace *workspace, dsv3_error *error) {
     dsv3i_workspace ws;
-    DSV3I_TRY(dsv3i_block(&ws, workspace, context, model, weights, x, n, error));
+    DSV3I_TRY(dsv3i_block(&ws, workspace, context, model, weights, n, error));
+    DSV3I_NEED(1, x);
     DSV3I_TRY(dsv3i_check_layer(caches, layer, error));
     dsv3i_call c = dsv3i_call_of(context, model, weights, layer, caches, n, &ws);
     return dsv3i_layer_result(&c, dsv3i_layer_forward(&c, x), error);
@@ -7926,6 +7936,7 @@ DSV3_API dsv3_result dsv3_linear_backward(const dsv3_context *context, float *dx
     DSV3I_TRY(dsv3i_check_op(context, w, "w", n, error));
     DSV3I_NEED(n, dy); DSV3I_NEED(n, scratch); DSV3I_NEED(n * (dw != NULL), x);
     DSV3I_TRY(dsv3i_check_apart(error, "dx", dx, dx != NULL ? n * w->cols : 0, dy, n * w->rows, 0));
+    DSV3I_TRY(dsv3i_check_apart(error, "dx", dx, dx != NULL && dw != NULL ? n * w->cols : 0, x, n * w->cols, 0));
     dsv3i_product p = dsv3i_product_of((float *)(uintptr_t)dy, x, w, n);
     if (n > 0) context->ops->linear_backward(context, dx, 0, dw, &p, scratch);
     return dsv3i_ok(error);
@@ -7933,6 +7944,7 @@ DSV3_API dsv3_result dsv3_linear_backward(const dsv3_context *context, float *dx
 
 DSV3_API dsv3_result dsv3_rope_rotate_backward(float *dx, const float *cos_sin, size_t dr, int interleave,
                                                dsv3_error *error) {
+    DSV3I_NEED(1, dx);
     return dsv3i_rotate_alone(dx, cos_sin, dr, interleave, -1.0f, error);
 }
 

@@ -62,7 +62,7 @@ static void all_open(all *a, int move) {
     synth_demand(dsv3_trainer_size(&MODEL(a)->config, &settings, 1, &bytes, NULL), "trainer size", NULL);
     a->trainer_memory = synth_alloc(bytes);
     synth_demand(dsv3_trainer_init(&MODEL(a)->config, &trainer, &settings, 1, a->trainer_memory, bytes, NULL), "trainer", NULL);
-    dsv3_parameters_random(&trainer.weights, &rng, 0.05f);
+    dsv3_parameters_random(&trainer.weights, &rng, 0.05f, NULL);
     a->trainer = on_heap(&trainer, sizeof trainer);
     a->rng = on_heap(&rng, sizeof rng);
     memset(&sequence, 0xEE, sizeof sequence);
@@ -133,7 +133,7 @@ static void train(all *a) {
     for (int i = 0; i < ROWS; i++) token[i] = 5 * i % VOCAB;
     text.rows = ROWS;
     text.token = token;
-    dsv3_text_count(&text, 1, targets, &sequences);
+    dsv3_text_count(&text, 1, targets, &sequences, NULL);
     for (int step = 0; step < 3; step++) {
         all_move(a);
         CHECK_EQ(dsv3_train_begin(TRAINER(a), targets, sequences, NULL), DSV3_OK);

@@ -456,7 +456,8 @@ static void log_p_edges(void) {
     CHECK_EQ(dsv3_log_p(p, tied, token, 1, (size_t)DSV3_MAX_VOCAB + 1, NULL), DSV3_ERR_ARG);
     CHECK_EQ(dsv3_log_p(p, tied, outside[0], 1, 4, NULL), DSV3_ERR_TOKEN);
     CHECK_EQ(dsv3_log_p(p, tied, outside[1], 1, 4, NULL), DSV3_ERR_TOKEN);
-    CHECK_EQ(dsv3_log_p(p, bad, outside[1], 1, 2, NULL), DSV3_ERR_NAN);
+    CHECK_EQ(dsv3_log_p(p, bad, outside[1], 1, 2, NULL), DSV3_ERR_TOKEN); /* looked at first */
+    CHECK_EQ(dsv3_log_p(p, bad, token, 1, 2, NULL), DSV3_ERR_NAN);
     CHECK_EQ(dsv3_log_p(p, none, token + 1, 1, 1, NULL), DSV3_ERR_NAN);
     CHECK_EQ(dsv3_log_p(p, NULL, token, 0, 4, NULL), DSV3_ERR_ARG);
     CHECK_EQ(dsv3_log_p(p, bad, token, 0, 2, NULL), DSV3_OK); /* no rows */

@@ -80,7 +80,7 @@ static void make(world *w, int drafting) {
     c.routed_scaling_factor = 1.5f;
     void *memory = need(dsv3_parameters_size(&c, &n, NULL), n);
     MUST_OK(dsv3_parameters_init(&c, &w->weights, memory, n, &error));
-    dsv3_parameters_random(&w->weights, &rng, 0.6f);
+    dsv3_parameters_random(&w->weights, &rng, 0.6f, NULL);
     for (int i = 0; i < 3; i++) {
         dsv3_cache *cache = i < 2 ? &w->cache[i] : &w->fresh;
         memory = need(dsv3_cache_size(&c, CAPACITY, DSV3_F32, &n, NULL), n);

@@ -107,7 +107,7 @@ static void make(int base) {
     MUST(dsv3_parameters_size(&c, &bytes, NULL) == DSV3_OK);
     memory = malloc(bytes);
     MUST(dsv3_parameters_init(&c, &p, memory, bytes, NULL) == DSV3_OK);
-    dsv3_parameters_random(&p, &rng, 0.3f);
+    dsv3_parameters_random(&p, &rng, 0.3f, NULL);
     MUST(checkpoint_save(folder, &c, find, &p, types[base], &error) == ST_OK);
     MUST(checkpoint_config_text(&made, &c, types[base], &error) == ST_OK);
     MUST(checkpoint_config_write(folder, made, &error) == ST_OK);
