@@ -1022,9 +1022,66 @@ static void test_bad_numbers(void) {
     a.t.settings.divisor = (dsv3_mtp_divisor)2;
     CHECK_EQ(dsv3_train_end(&a.ctx, &a.t, 0.01, NULL, NULL), DSV3_ERR_ARG);
     a.t.settings.divisor = DSV3_DIVIDE_BY_MAIN;
+    {
+        const dsv3_training keep = a.t.settings;
+        snapshot s = snapshot_take(&a);
+        a.t.settings.weight_decay = 1e30f; /* times the rate it is no float any more */
+        CHECK_EQ(dsv3_train_end(&a.ctx, &a.t, 1e10, NULL, NULL), DSV3_ERR_ARG);
+        CHECK(snapshot_same(&s, &a));
+        a.t.settings = keep;
+    }
     demand(dsv3_train_end(&a.ctx, &a.t, 0.01, NULL, NULL), NULL);
     CHECK(same_floats(want, a.t.weights.data, a.t.weights.count));
     free(want);
+    close_trainer(&a);
+}
+
+/* What is at the edge of its domain is in it. */
+static void test_edge_numbers(void) {
+    subject a;
+    prepare_failing(&a);
+    a.t.settings.lambda = a.t.settings.balance.expert = 0;
+    a.t.settings.beta1 = a.t.settings.beta2 = a.t.settings.weight_decay = a.t.settings.clip = 0;
+    a.t.settings.ema_decay = 0;
+    a.t.settings.divisor = DSV3_DIVIDE_BY_VALID;
+    step(&a, 0);
+    CHECK(same_floats(a.t.ema, a.t.weights.data, a.t.weights.count));
+    a.t.settings.lambda = a.t.settings.balance.expert = 1e3;
+    a.t.settings.eps = FLT_MIN;
+    a.t.settings.clip = 1e30f;
+    step(&a, 1e-3);
+    close_trainer(&a);
+}
+
+static int always(void *user) { return user == NULL; }
+
+/* A micro-batch that is refused has changed nothing; one that was aborted has, and the step is to be begun again. So has a
+ * run that was loaded. */
+static void test_order_after_errors(void) {
+    subject a;
+    dsv3_error error;
+    size_t bytes = 0;
+    void *saved;
+    prepare_failing(&a);
+    gradients(&a);
+    a.token[3] = -1;
+    CHECK_EQ(dsv3_train_accumulate(&a.ctx, &a.t, &a.text, &error), DSV3_ERR_TOKEN);
+    a.token[3] = 1;
+    CHECK_EQ(dsv3_train_end(&a.ctx, &a.t, 0.01, NULL, &error), DSV3_OK);
+    gradients(&a);
+    a.ctx.aborted = always;
+    CHECK_EQ(dsv3_train_accumulate(&a.ctx, &a.t, &a.text, &error), DSV3_ERR_ABORTED);
+    a.ctx.aborted = NULL;
+    CHECK_EQ(dsv3_train_accumulate(&a.ctx, &a.t, &a.text, &error), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_train_end(&a.ctx, &a.t, 0.01, NULL, &error), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_trainer_save_size(&a.t, &bytes, NULL), DSV3_OK);
+    saved = synth_alloc(bytes);
+    CHECK_EQ(dsv3_trainer_save(&a.t, 0, saved, bytes, NULL), DSV3_OK);
+    gradients(&a);
+    CHECK_EQ(dsv3_trainer_load(&a.t, 0, saved, bytes, NULL), DSV3_OK);
+    CHECK_EQ(dsv3_train_end(&a.ctx, &a.t, 0.01, NULL, &error), DSV3_ERR_ARG);
+    step(&a, 0.01);
+    synth_release(saved);
     close_trainer(&a);
 }
 
@@ -1556,7 +1613,9 @@ int main(void) {
     test_ranks();
     test_failing_hooks();
     test_bad_numbers();
+    test_edge_numbers();
     test_order();
+    test_order_after_errors();
     test_large_squares();
     test_memory();
     test_misuse();
