@@ -80,8 +80,8 @@
  *   Rounding is to nearest and subnormal numbers are kept, as programs start; with other modes numbers are others
  *            (linking with -ffast-math may flush subnormals in the whole program; AMX always does).
  *            gcc's settings that reorder sums are refused, clang 13 and MSVC are told to keep the order. Unnoticed go
- *            clang's -freciprocal-math, -fapprox-func, -fno-honor-nans and -fno-honor-infinities, and reordering in the
- *            engine where the program includes <immintrin.h> before this file.
+ *            clang's -fapprox-func, -fno-honor-nans, -fno-honor-infinities and, before clang 18, -freciprocal-math; and
+ *            reordering in the engine where the program includes <immintrin.h> before this file.
  *   Tensors  are in the byte order of the machine.
  *
  * >>glossary  The sizes of the architecture, by one name each in all comments and code:
@@ -1300,7 +1300,9 @@ struct dsv3i_mlp;
 #if defined(FLT_EVAL_METHOD) && FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16
 #error "dsv3.h: float is computed in a wider type; on x86 use -msse2 -mfpmath=sse (DSV3_ALLOW_FAST_MATH accepts it)"
 #endif
-#if defined(__clang__) && __clang_major__ >= 13
+#if defined(__clang__) && __clang_major__ >= 18
+#pragma clang fp reassociate(off) reciprocal(off)
+#elif defined(__clang__) && __clang_major__ >= 13
 #pragma clang fp reassociate(off)
 #elif defined(_MSC_VER) && !defined(__clang__)
 #pragma float_control(precise, on)

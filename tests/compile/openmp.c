@@ -1,4 +1,4 @@
-/* OpenMP's threads, and what dsv3_context_init's comment says to do about them. `openmp fork`: a child is forked behind a
+/* OpenMP's threads, and what >>backends says to do about them. `openmp fork`: a child is forked behind a
  * loop, and works alone. `openmp PLUGIN`: a library is opened that computes alone, closed, and opened again. The plugin is
  * this file with PLUGIN defined. */
 #include <dlfcn.h>
