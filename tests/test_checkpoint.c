@@ -374,6 +374,38 @@ static const struct {
     const char *what; /* what the message must name */
     edit edits[MOST_EDITS];
 } cases[] = {
+    {"blocks of FP8, rows", ST_ERR_UNSUPPORTED, "weight_block_size",
+     {{"quantization_config", QUANT("fp8", "e4m3", "[64, 128]")}}},
+    {"blocks of FP8, columns", ST_ERR_UNSUPPORTED, "weight_block_size",
+     {{"quantization_config", QUANT("fp8", "e4m3", "[128, 64]")}}},
+    {"blocks of FP8, no numbers", ST_ERR_UNSUPPORTED, "found '[128, \"128\"]'",
+     {{"quantization_config", QUANT("fp8", "e4m3", "[128, \"128\"]")}}},
+    {"blocks of FP8, no numbers", ST_ERR_UNSUPPORTED, "found '[null, 128]'",
+     {{"quantization_config", QUANT("fp8", "e4m3", "[null, 128]")}}},
+    {"a long value", ST_ERR_FORMAT, "found '[\"aaaaaaaaabbbbbbbbbbccccccccccddddddddd'",
+     {{"hidden_size", "[\"aaaaaaaaabbbbbbbbbbccccccccccddddddddddeeeeeeeeee\"]"}}},
+    {"a long name", ST_ERR_UNSUPPORTED, "found 'aaaaaaaaaabbbbbbbbbbccccccccccddddddddddeeeeeeee'",
+     {{"scoring_func", "\"aaaaaaaaaabbbbbbbbbbccccccccccddddddddddeeeeeeeeee\""}}},
+    {"a long field of RoPE", ST_ERR_UNSUPPORTED,
+     "aaaaaaaaaabbbbbbbbbbccccccccccddddddddddeeeeeeeeeeffffffffff: is a field of RoPE",
+     {{"rope_scaling", YARN_WITH("\"aaaaaaaaaabbbbbbbbbbccccccccccddddddddddeeeeeeeeeeffffffffffg\": 1")}}},
+    {"a number below any", ST_ERR_LIMIT, "aux_loss_alpha", {{"aux_loss_alpha", "-1e39"}}},
+    {"attention_factor below", ST_ERR_UNSUPPORTED, "attention_factor",
+     {{"rope_scaling", YARN_WITH("\"attention_factor\": 0.5")}}},
+    {"attention_factor above", ST_ERR_UNSUPPORTED, "attention_factor",
+     {{"rope_scaling", YARN_WITH("\"attention_factor\": 5.5")}}},
+    {"rope_theta of an object that is replaced, below", ST_ERR_UNSUPPORTED, "rope_theta",
+     {{"rope_theta", NULL},
+      {"rope_scaling", YARN_WITH("\"beta_fast\": 32")},
+      {"rope_parameters", "{\"rope_theta\": 9999.0}"}}},
+    {"rope_theta of an object that is replaced, above", ST_ERR_UNSUPPORTED, "rope_theta",
+     {{"rope_theta", NULL},
+      {"rope_scaling", YARN_WITH("\"beta_fast\": 32")},
+      {"rope_parameters", "{\"rope_theta\": 10001.0}"}}},
+    {"rope_theta in what is no object", ST_ERR_MISSING, "rope_theta",
+     {{"rope_theta", NULL}, {"rope_scaling", YARN_WITH("\"beta_fast\": 32")}, {"rope_parameters", "3"}}},
+    {"no wrapper", ST_ERR_MISSING, "hidden_size", {{"hidden_size", NULL}, {"text_config", "3"}}},
+    {"a wrapper", ST_ERR_UNSUPPORTED, "llm_config", {{"hidden_size", NULL}, {"llm_config", "{}"}}},
     {"CF-13 odd", ST_ERR_ARG, "qk_rope_head_dim", {{"qk_rope_head_dim", "3"}}},
     {"CF-13 one", ST_ERR_ARG, "qk_rope_head_dim", {{"qk_rope_head_dim", "1"}}},
     {"CF-14 zero", ST_ERR_ARG, "qk_rope_head_dim", {{"qk_rope_head_dim", "0"}}},
@@ -1309,6 +1341,19 @@ static void test_round_trips(void) {
     }
 }
 
+/* The presets of the models that are in the repository are what their files say, all fields of them. */
+static void test_demo_presets(void) {
+    dsv3_config want[2], got;
+    st_error error;
+    want[0] = dsv3_config_preset(DSV3_PRESET_AUSTEN), want[1] = dsv3_config_preset(DSV3_PRESET_MICRO);
+    for (int i = 0; i < 2; i++) {
+        CHECK_EQ(checkpoint_config(&got, i ? "examples/models/micro" : "examples/models/austen", &error), ST_OK);
+        check_same_config(i ? "preset of micro" : "preset of austen", &got, &want[i]);
+        if (got.rope_scaling.type == DSV3_ROPE_NONE) got.rope_scaling = want[i].rope_scaling;
+        CHECK(memcmp(&got, &want[i], sizeof got) == 0);
+    }
+}
+
 /* Where config.json is looked for. */
 static void test_paths(void) {
     dsv3_config config;
@@ -2040,6 +2085,109 @@ static void test_ends(const disk *d) {
     drop_file("generation_config.json");
 }
 
+/* ---- Part four: codes, and messages that need a file which cannot be made */
+
+static void test_codes(void) {
+    static const st_result of_dsv3[] = {ST_OK, ST_ERR_ARG, ST_ERR_LIMIT, ST_ERR_OVERFLOW, ST_ERR_UNSUPPORTED, ST_ERR_ARG,
+                                        ST_ERR_ARG, ST_ERR_MISSING, ST_ERR_MISMATCH, ST_ERR_ARG, ST_ERR_ARG, ST_ERR_ARG,
+                                        ST_ERR_FORMAT, ST_ERR_ARG, ST_ERR_FORMAT, ST_ERR_ARG}; /* the last: none of them */
+    static const struct {
+        json_result from;
+        st_result to;
+    } of_json[] = {{JSON_OK, ST_OK}, {JSON_ERR_TRUNC, ST_ERR_TRUNC}, {JSON_ERR_LIMIT, ST_ERR_LIMIT},
+                   {JSON_ERR_MISSING, ST_ERR_MISSING}, {JSON_ERR_TOKENS, ST_ERR_NOMEM}, {JSON_ERR_FORMAT, ST_ERR_FORMAT},
+                   {JSON_ERR_TYPE, ST_ERR_FORMAT}, {(json_result)-99, ST_ERR_FORMAT}};
+    for (int i = 0; i < 16; i++) CHECK_EQ(checkpointi_from_dsv3((dsv3_result)-i), of_dsv3[i]);
+    CHECK_EQ(DSV3_ERR_DAMAGED, -14);
+    for (size_t i = 0; i < sizeof of_json / sizeof of_json[0]; i++)
+        CHECK_EQ(checkpointi_from_json(of_json[i].from), of_json[i].to);
+}
+
+/* A checkpoint of one tensor, which is not in any file. */
+static void one_tensor(checkpoint *c, st_tensor *t) {
+    memset(c, 0, sizeof *c);
+    memset(t, 0, sizeof *t);
+    t->name = (char *)"x";
+    t->dtype = ST_U8;
+    t->rank = 2;
+    t->shape[0] = 1, t->shape[1] = 34;
+    t->data = "";
+    c->file.tensor = t;
+    c->file.count = 1;
+    c->blocks = DSV3_Q8_0;
+    c->config.num_hidden_layers = 1;
+    snprintf(c->wrong, sizeof c->wrong, "x");
+}
+
+static void test_messages(void) {
+    static const struct {
+        dsv3_result why;
+        int known;
+        st_result code;
+        const char *text;
+    } table[] = {{DSV3_ERR_UNSUPPORTED, 0, ST_ERR_UNSUPPORTED, "x: is U8, but"},
+                 {DSV3_ERR_UNSUPPORTED, 1, ST_ERR_UNSUPPORTED, "x: is U8, but"},
+                 {DSV3_ERR_UNSUPPORTED, 2, ST_ERR_UNSUPPORTED, "expected the type F32, F16, BF16 or F8_E4M3, found I8"},
+                 {DSV3_ERR_MISMATCH, 0, ST_ERR_MISMATCH, "x: shape"},
+                 {DSV3_ERR_MISMATCH, 1, ST_ERR_MISMATCH, "34 bytes each; found rank 2 and rows of 34 bytes"},
+                 {DSV3_ERR_MISMATCH, 3, ST_ERR_MISMATCH, "34 bytes each; found rank 0 and rows of 1 bytes"},
+                 {DSV3_ERR_NAN, 1, ST_ERR_FORMAT, "x: has a scale that is not finite and positive"},
+                 {DSV3_ERR_OVERFLOW, 1, ST_ERR_OVERFLOW, "x: "},
+                 {DSV3_ERR_MISSING, 0, ST_ERR_MISSING, "x: "}};
+    checkpoint c;
+    st_tensor t;
+    st_error error;
+    for (size_t i = 0; i < sizeof table / sizeof table[0]; i++) {
+        one_tensor(&c, &t);
+        if (table[i].known == 0) c.file.count = 0;
+        if (table[i].known == 2) t.dtype = ST_I8, t.type = "I8";
+        if (table[i].known == 3) t.rank = 0;
+        CHECK_EQ(checkpointi_unexpected(&c, table[i].why, "place", &error), table[i].code);
+        check_message("unexpected", &error, table[i].code, "place", table[i].text);
+    }
+    one_tensor(&c, &t);
+    CHECK(!checkpointi_superfluous(&c, "lm_head.weight"));
+    c.config.tie_word_embeddings = 1;
+    CHECK(checkpointi_superfluous(&c, "lm_head.weight") && !checkpointi_superfluous(&c, "lm_head.bias"));
+    CHECK(checkpointi_superfluous(&c, "a.rotary_emb.inv_freq") && !checkpointi_superfluous(&c, ".rotary_emb.inv_freq"));
+}
+
+/* Rows of blocks that are no blocks, or too many. */
+static void test_block_rows(void) {
+    checkpoint c;
+    st_tensor t;
+    dsv3_tensor got;
+    one_tensor(&c, &t);
+    CHECK_EQ(checkpoint_find(&c, "x", &got), DSV3_OK);
+    CHECK(got.rows == 1 && got.cols == 32 && got.type == DSV3_Q8_0 && got.rank == 2 && got.data == t.data);
+    CHECK_EQ(checkpoint_find(&c, "y", &got), DSV3_ERR_MISSING);
+    t.shape[1] = 35;
+    CHECK_EQ(checkpoint_find(&c, "x", &got), DSV3_ERR_MISMATCH);
+    t.shape[1] = SIZE_MAX / 34 * 34;
+    CHECK_EQ(checkpoint_find(&c, "x", &got), SIZE_MAX / 34 > SIZE_MAX / 32 ? DSV3_ERR_MISMATCH : DSV3_OK);
+    t.rank = 1, t.shape[0] = 34;
+    CHECK_EQ(checkpoint_find(&c, "x", &got), DSV3_ERR_MISMATCH);
+    c.blocks = -1;
+    CHECK_EQ(checkpoint_find(&c, "x", &got), DSV3_ERR_UNSUPPORTED);
+}
+
+/* More choices than a message holds: it is cut, and still one line. */
+static void test_many_choices(void) {
+    static const char long_name[] = "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
+    static const char *const names[] = {long_name, long_name, long_name, long_name, long_name, NULL};
+    json_token token;
+    st_error error;
+    checkpointi_reader r;
+    memset(&r, 0, sizeof r);
+    memset(&token, 0, sizeof token);
+    r.doc.text = "b", r.doc.length = 1, r.doc.token = &token, r.doc.count = 1;
+    token.type = JSON_STRING, token.end = 1;
+    r.label = "place", r.error = &error;
+    checkpointi_not_listed(&r, "key", 0, names);
+    check_message("many choices", &error, ST_ERR_UNSUPPORTED, "place", "key: expected aaaa");
+    CHECK(strstr(error.message, "found") == NULL && r.result == ST_ERR_UNSUPPORTED);
+}
+
 int main(void) {
     const char *temporary = getenv("TMPDIR");
     dsv3_config config;
@@ -2049,6 +2197,10 @@ int main(void) {
         fprintf(stderr, "checkpoint: no temporary directory\n");
         return 2;
     }
+    test_codes();
+    test_messages();
+    test_block_rows();
+    test_many_choices();
     test_keys();
     test_ranges();
     test_cases();
@@ -2067,6 +2219,7 @@ int main(void) {
     test_labels();
     test_published();
     test_types();
+    test_demo_presets();
     test_paths();
     test_round_trips();
     test_fp8();

@@ -207,7 +207,34 @@ static void test_fields(void) {
     }
 }
 
-/* Fields that are enums, and cases that need more than one field. */
+/* Fields that are enums: what they have names for and no more, each with its own words. */
+static void test_choices(void) {
+#define CHOICE(field, count, words) {offsetof(dsv3_config, field), count, #field, words}
+    static const struct {
+        size_t offset;
+        int32_t count;
+        const char *name, *words;
+    } field[] = {CHOICE(scoring_func, 2, "sigmoid or softmax"), CHOICE(topk_method, 3, ""), CHOICE(group_mask, 2, ""),
+                 CHOICE(gate_scaling, 2, ""), CHOICE(bias_form, 2, ""),
+                 CHOICE(mtp_concat, 2, "is not one of dsv3_mtp_concat"),
+                 CHOICE(mtp_hidden, 2, "is not one of dsv3_mtp_hidden"),
+                 CHOICE(rope_scaling.type, 2, "must be yarn or absent"),
+                 CHOICE(attention_bias, 1, "no published model has attention biases")};
+    for (size_t i = 0; i < sizeof field / sizeof field[0]; i++) {
+        for (int32_t value = -2; value < field[i].count + 2; value++) {
+            dsv3_config c = dsv3_config_preset(DSV3_PRESET_V3);
+            dsv3_error error;
+            int known = value >= 0 && value < field[i].count;
+            memcpy((char *)&c + field[i].offset, &value, sizeof value);
+            CHECK_EQ(dsv3_config_check(&c, &error), known ? DSV3_OK : DSV3_ERR_UNSUPPORTED);
+            if (known) continue;
+            CHECK(strcmp(error.name, field[i].name) == 0);
+            CHECK(strstr(error.why, field[i].words) != NULL);
+        }
+    }
+}
+
+/* Cases that need more than one field. */
 static void test_combinations(void) {
     dsv3_config c = dsv3_config_preset(DSV3_PRESET_V3);
     c.scoring_func = (dsv3_scoring_func)7;
@@ -507,6 +534,7 @@ int main(void) {
     test_presets();
     test_moe_layers();
     test_fields();
+    test_choices();
     test_combinations();
     test_sizes();
     test_monotonic();

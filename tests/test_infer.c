@@ -848,7 +848,56 @@ static void test_foreign_workspace(void) {
     synth_close(other);
 }
 
+/* ---- Which form attention takes: with AUTO, by the rows that a call brings to each sequence */
+
+/* Bits of the logits of `first` rows of one sequence and then `second` of another, in one call. */
+static void form_bits(synth *s, dsv3_attention form, const int32_t *token, size_t first, size_t second, float *logits) {
+    int32_t sequence[160];
+    size_t n = first + second;
+    dsv3_batch batch = {n, token, sequence, NULL, n, NULL};
+    for (size_t i = 0; i < n; i++) sequence[i] = i >= first;
+    synth_run(s, n, 1, 2, n, DSV3_F32);
+    s->context.attention = form;
+    CHECK_EQ(dsv3_forward(&s->context, logits, &s->model, s->caches, 2, &batch, &s->ws, NULL), DSV3_OK);
+}
+
+/* The largest number of rows that are still absorbed; 0: any are. The rule of chapter 1: rk(dn+dv) / (2rk-dn-dv), and no
+ * fewer than a step with drafts brings. */
+static void test_form_switch(void) {
+    static const struct {
+        int rk, dn, dv;
+        size_t most;
+    } shape[] = {{20, 16, 14, 60}, {24, 8, 10, 16}, {20, 8, 24, 80}, {20, 8, 25, 94}, {12, 16, 8, 0}, {12, 16, 10, 0}};
+    for (size_t i = 0; i < sizeof shape / sizeof shape[0]; i++) {
+        dsv3_config c = synth_config(SYNTH_DENSE, NULL);
+        synth *s;
+        int32_t token[160];
+        size_t most = shape[i].most, V;
+        float *got, *absorbed, *expanded;
+        synth_attention(&c, 2, 0, shape[i].rk, shape[i].dn, 4, shape[i].dv);
+        c.num_hidden_layers = 1, c.first_k_dense_replace = 1;
+        s = synth_open(&c, SYNTH_F32, 31 + i);
+        V = (size_t)c.vocab_size;
+        synth_tokens(token, 160, c.vocab_size);
+        got = (float *)test_alloc(160 * V * sizeof *got), absorbed = (float *)test_alloc(160 * V * sizeof *got);
+        expanded = (float *)test_alloc(160 * V * sizeof *got);
+        for (size_t more = 0; more < 2; more++) { /* one row more turns the form of its sequence, and of no other */
+            size_t first = most == 0 ? 100 : most + more, n = most == 0 ? 100 : first + 20 - 4 * (most == 16);
+            int expands = most > 0 && more;
+            form_bits(s, DSV3_ATTENTION_AUTO, token, first, n - first, got);
+            form_bits(s, DSV3_ATTENTION_ABSORBED, token, first, n - first, absorbed);
+            form_bits(s, DSV3_ATTENTION_EXPANDED, token, first, n - first, expanded);
+            CHECK(memcmp(absorbed, expanded, first * V * sizeof *got) != 0);
+            CHECK(memcmp(got, expands ? expanded : absorbed, first * V * sizeof *got) == 0);
+            CHECK(memcmp(got + first * V, absorbed + first * V, (n - first) * V * sizeof *got) == 0);
+        }
+        free(got), free(absorbed), free(expanded);
+        synth_close(s);
+    }
+}
+
 int main(void) {
+    test_form_switch();
     for (int which = 0; which < SYNTH_CONFIGS; which++) {
         for (int form = 1; form <= 2; form++) {
             test_oracle(which, form, DSV3_F32);

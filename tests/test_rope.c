@@ -121,6 +121,7 @@ static void ramp_corners(void) {
         {64, 4096, 40, 1e6f, 1, 10000},     {64, 16777216, 2, 32, 1, 10},
         {64, 16777216, 2, 1e-3f, 1e-4f, 2}, {64, 8, 40, 32, 1, 10000},
         {64, 4096, 40, 1e6f, 600, 1e4f},    {64, 4096, 40, 1e6f, 1e5f, 1e4f}, /* hi < 0 */
+        {64, 4096, 40, 32, 1e-6f, 10000},   {16, 4096, 8, 600, 1e-3f, 100}, /* lo within, hi beyond dr - 1 */
         {64, 4, 40, 32, 1, 10000} /* hi < 0: the original context is shorter than a turn */
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {

@@ -1307,6 +1307,35 @@ static int lowest_free_handle(void) {
     return handle;
 }
 
+/* Sizes at their edges, metadata without a pair, a file of no bytes. */
+static void test_edges(void) {
+    static const char *const none[] = {NULL};
+    uint64_t product = 7;
+    float x = 1.0f;
+    st_tensor t = describe("x", ST_F32, 1, &x, sizeof x);
+    st_file file;
+    st_error error;
+    unsigned char bytes[7] = {1, 2, 3, 4, 5, 6, 7};
+    CHECK(sti_alloc((size_t)-1, 2, "marks", "place", &error) == NULL);
+    CHECK(error.code == ST_ERR_NOMEM && strstr(error.message, "place: out of memory for marks") != NULL);
+    CHECK(sti_multiply(UINT64_MAX, 0, &product) && product == 0);
+    CHECK(sti_multiply(UINT64_MAX, 1, &product) && product == UINT64_MAX);
+    CHECK(!sti_multiply(UINT64_MAX / 2 + 1, 2, &product) && product == UINT64_MAX);
+    sti_swap(bytes, 6, 2);
+    CHECK(memcmp(bytes, "\2\1\4\3\6\5\7", 7) == 0);
+    sti_swap(bytes, 7, 1);
+    CHECK(memcmp(bytes, "\2\1\4\3\6\5\7", 7) == 0);
+    sti_swap(bytes, 7, 4); /* whole elements only */
+    CHECK(memcmp(bytes, "\3\4\1\2\6\5\7", 7) == 0);
+    CHECK_EQ(st_write(in_directory("e"), &t, 1, none, &error), ST_OK);
+    CHECK_EQ(st_open(&file, in_directory("e"), &error), ST_OK);
+    CHECK(file.count == 1 && file.metadata_count == 0);
+    st_close(&file);
+    CHECK_EQ(st_write_bytes(in_directory("e"), NULL, 0, &error), ST_OK);
+    CHECK_EQ(st_open(&file, in_directory("e"), &error), ST_ERR_TRUNC);
+    drop_file("e");
+}
+
 int main(void) {
     static const char *const names[] = {"s1", "s2", INDEX};
     const char *base = getenv("TMPDIR");
@@ -1344,6 +1373,7 @@ int main(void) {
     test_write_failures();
     test_no_memory();
     test_faults();
+    test_edges();
     for (i = 0; i < 3; i++) drop_file(names[i]);
     CHECK_EQ(rmdir(directory), 0); /* nothing was left behind */
     CHECK_EQ(live_blocks, 0);

@@ -6,6 +6,13 @@
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L /* mkdtemp, posix_memalign */
 #endif
+#include <stdlib.h>
+
+/* The allocation that fails, counted from the next; -1: none. */
+static long fails_at = -1;
+static void *sometimes(size_t bytes) { return fails_at >= 0 && fails_at-- == 0 ? NULL : malloc(bytes); }
+#define ST_MALLOC(bytes) sometimes(bytes)
+#define ST_FREE(memory) free(memory)
 #define CHECKPOINT_IMPLEMENTATION
 #include "checkpoint.h"
 #include "synthetic.h"
@@ -184,6 +191,163 @@ static void test_errors(void) {
     synth_close(with_module);
 }
 
+/* One tensor is another than the config calls for, in each way. */
+static int odd;
+static dsv3_result find_odd(void *user, const char *name, dsv3_tensor *tensor) {
+    dsv3_result result = synth_find(user, name, tensor);
+    if (strcmp(name, "lm_head.weight") == 0) {
+        if (odd == 0) tensor->rank = 1;
+        if (odd == 1) tensor->cols++;
+        if (odd == 2) tensor->type = (dsv3_type)DSV3_TYPES;
+        if (odd == 3) tensor->type = (dsv3_type)-1;
+        if (odd == 4) tensor->type = DSV3_Q8_0; /* of 36 columns */
+    }
+    if (strstr(name, "kv_b_proj.weight_scale_inv") != NULL) {
+        if (odd == 5) tensor->type = DSV3_F16;
+        if (odd == 6) tensor->rows++;
+        if (odd == 7) tensor->cols++;
+    }
+    return result;
+}
+
+/* Each list of tensors is asked for twice; the second time it is another. */
+typedef struct fickle {
+    synth *s;
+    int asked;
+} fickle;
+static dsv3_result find_fickle(void *user, const char *name, dsv3_tensor *tensor) {
+    fickle *f = (fickle *)user;
+    if (strcmp(name, "lm_head.weight") == 0 && f->asked++ > 0) return DSV3_ERR_MISSING;
+    return synth_find(f->s, name, tensor);
+}
+
+static void test_odd_tensors(void) {
+    int types;
+    dsv3_config config = synth_config(SYNTH_BLOCKS, &types);
+    synth *s;
+    st_error error;
+    fickle f;
+    config.hidden_size = 36;
+    s = synth_make(&config, SYNTH_FP8, 3);
+    for (odd = 0; odd < 8; odd++) {
+        int unknown = odd >= 2 && odd <= 4;
+        CHECK_EQ(checkpoint_save(directory, &config, find_odd, s, DSV3_F32, &error),
+                 unknown ? ST_ERR_UNSUPPORTED : ST_ERR_MISMATCH);
+        CHECK_EQ(error.code, unknown ? ST_ERR_UNSUPPORTED : ST_ERR_MISMATCH);
+        CHECK(strstr(error.message, odd < 5 ? "lm_head.weight" : "kv_b_proj.weight_scale_inv") != NULL);
+        CHECK(strstr(error.message, odd < 2   ? "has the wrong shape"
+                                    : unknown ? "has an unknown type or no whole blocks"
+                                              : "has the wrong type or shape") != NULL);
+    }
+    f.s = s, f.asked = 0;
+    CHECK_EQ(checkpoint_save(directory, &config, find_fickle, &f, DSV3_F32, &error), ST_ERR_ARG);
+    CHECK(f.asked == 2 && strstr(error.message, "lm_head.weight") != NULL);
+    synth_close(s);
+}
+
+/* A tensor of more bytes than size_t can count, and more columns than 128 rows of them find memory. */
+static dsv3_result find_giant(void *user, const char *name, dsv3_tensor *tensor) {
+    (void)name;
+    *tensor = *(const dsv3_tensor *)user;
+    return DSV3_OK;
+}
+
+static void test_giants(void) {
+    dsv3_tensor giant;
+    dsv3_tensor_info info;
+    checkpointi_save s;
+    st_error error;
+    memset(&giant, 0, sizeof giant), memset(&info, 0, sizeof info), memset(&s, 0, sizeof s);
+    snprintf(info.name, sizeof info.name, "giant");
+    info.rank = giant.rank = 2;
+    info.rows = giant.rows = SIZE_MAX / 8, info.cols = giant.cols = 3;
+    giant.data = "";
+    s.find = find_giant, s.user = &giant, s.error = &error, s.bytes = 4;
+    CHECK_EQ(checkpointi_save_visit(&s, &info), DSV3_ERR_OVERFLOW);
+    CHECK(error.code == ST_ERR_OVERFLOW && strcmp(error.message, "giant: is too large") == 0 && s.count == 0);
+    s.widest = SIZE_MAX / 2;
+    CHECK_EQ(checkpointi_save_run(&s, weights, &error), ST_ERR_NOMEM);
+    CHECK(strncmp(error.message, "saving: no memory for", 21) == 0);
+    ST_FREE(s.tensors), ST_FREE(s.pieces), ST_FREE(s.rows), ST_FREE(s.code), ST_FREE(s.scale);
+    CHECK_EQ(checkpointi_dtype((dsv3_type)DSV3_TYPES), ST_U8);
+}
+
+/* Whatever allocation fails: an error that says so, and the file that was there. */
+static void test_no_memory(void) {
+    int types, failed = 0;
+    dsv3_config config = synth_config(SYNTH_V3, &types);
+    synth *s = synth_make(&config, SYNTH_F32, 3);
+    st_error error;
+    st_file file;
+    char *text, *other;
+    CHECK_EQ(st_write_bytes(weights, "old", 3, &error), ST_OK);
+    for (long k = 0; k < 100; k++) {
+        st_result result;
+        fails_at = k;
+        result = checkpoint_save(directory, &config, synth_find, s, DSV3_BF16, &error);
+        if (fails_at >= 0) break; /* none did */
+        fails_at = -1, failed++;
+        CHECK_EQ(result, ST_ERR_NOMEM);
+        CHECK(error.code == ST_ERR_NOMEM && strstr(error.message, "memory") != NULL);
+        CHECK_EQ(st_open(&file, weights, &error), ST_ERR_TRUNC); /* the old one */
+    }
+    CHECK(failed >= 5);
+    fails_at = 0, text = (char *)weights;
+    CHECK_EQ(checkpoint_config_text(&text, &config, DSV3_F32, &error), ST_ERR_NOMEM);
+    CHECK(text == NULL && strstr(error.message, "no memory") != NULL);
+    CHECK_EQ(checkpoint_config_text(&text, &config, DSV3_F32, &error), ST_OK);
+    for (long k = 0; k < 3; k++) {
+        fails_at = k, other = text;
+        CHECK_EQ(checkpoint_config_adapt(&other, text, strlen(text), "text", DSV3_F32, &error), ST_ERR_NOMEM);
+        CHECK(other == NULL && strstr(error.message, "memory") != NULL && fails_at < 0);
+    }
+    fails_at = -1;
+    ST_FREE(text);
+    synth_close(s);
+}
+
+/* ---- Paths */
+
+static void test_long_paths(void) {
+    static char path[5000];
+    dsv3_config config = dsv3_config_preset(DSV3_PRESET_MICRO), got;
+    checkpoint c;
+    st_error error;
+    char *text = path;
+    size_t n = 7;
+    memset(path, 'a', sizeof path - 1);
+    for (int k = 0; k < 5; k++) {
+        st_result result = k == 0   ? checkpoint_save(path, &config, synth_find, NULL, DSV3_F32, &error)
+                           : k == 1 ? checkpoint_config_write(path, "{}", &error)
+                           : k == 2 ? checkpoint_config_read(&text, &n, path, &error)
+                                    : checkpoint_config(&got, path, &error);
+        CHECK_EQ(result, ST_ERR_LIMIT);
+        CHECK(error.code == ST_ERR_LIMIT && strstr(error.message, "aaa...: the path is too long") != NULL);
+        if (k == 3) memcpy(path + sizeof path - 6, ".json", 5);
+    }
+    CHECK(text == NULL);
+    /* generation_config.json is longer than config.json: where it cannot be, there is none */
+    memset(&c, 0, sizeof c);
+    path[4096 - 14] = '\0';
+    CHECK_EQ(checkpointi_generation(&c, path, &error), ST_OK);
+}
+
+static void test_read(void) {
+    char *text = NULL, name[80];
+    size_t n = 0;
+    st_error error;
+    CHECK_EQ(checkpoint_config_write(directory, "{\"a\": 1}", &error), ST_OK);
+    for (int k = 0; k < 2; k++) {
+        snprintf(name, sizeof name, "%s%s", directory, k ? "/config.json" : "");
+        CHECK_EQ(checkpoint_config_read(&text, &n, name, &error), ST_OK);
+        CHECK(n == 8 && memcmp(text, "{\"a\": 1}", 8) == 0);
+        ST_FREE(text);
+    }
+    snprintf(name, sizeof name, "%s/none.json", directory);
+    CHECK_EQ(checkpoint_config_read(&text, &n, name, &error), ST_ERR_MISSING);
+    CHECK(text == NULL && strstr(error.message, "none.json: does not exist") != NULL);
+}
+
 /* ---- config.json */
 
 static void check_config(const dsv3_config *want, const char *text) {
@@ -246,6 +410,47 @@ static void test_adapt(void) {
     ST_FREE(text);
 }
 
+/* Which family's config.json is written follows from the gate's scaling where that can be seen. */
+static void test_scaling(void) {
+    for (int i = 0; i < 12; i++) {
+        static const float factor[3] = {0.5f, 1.0f, 2.5f};
+        dsv3_config config = dsv3_config_preset(DSV3_PRESET_MICRO), got;
+        char *text;
+        st_error error;
+        config.routed_scaling_factor = factor[i % 3];
+        config.norm_topk_prob = i / 3 % 2;
+        config.gate_scaling = i / 6 ? DSV3_SCALE_UNLESS_NORMED : DSV3_SCALE_ALWAYS;
+        CHECK_EQ(checkpoint_config_text(&text, &config, DSV3_F32, &error), ST_OK);
+        CHECK_EQ(checkpoint_config_parse(&got, text, strlen(text), "text", &error), ST_OK);
+        if (config.norm_topk_prob && i % 3 != 1) CHECK_EQ(got.gate_scaling, config.gate_scaling);
+        CHECK(memcmp(&got.routed_scaling_factor, &config.routed_scaling_factor, sizeof(float)) == 0);
+        CHECK(got.norm_topk_prob == config.norm_topk_prob && got.topk_method == config.topk_method);
+        ST_FREE(text);
+    }
+}
+
+/* Text beyond its room is refused as a whole. */
+static void test_full_text(void) {
+    checkpointi_text t;
+    st_error error;
+    char *text = weights, wide[600];
+    memset(wide, 'x', sizeof wide - 1);
+    wide[sizeof wide - 1] = '\0';
+    for (int k = 0; k < 3; k++) {
+        CHECK_EQ(checkpointi_text_begin(&t, k < 2 ? 8 : 4096, &error), ST_OK);
+        if (k < 2) checkpointi_put(&t, "1234567890", k ? 8 : 7);
+        if (k == 2) checkpointi_print(&t, "%s", wide); /* no line of a config.json is that long */
+        if (k == 0) {
+            CHECK_EQ(checkpointi_text_end(&t, &text, &error), ST_OK);
+            CHECK(strcmp(text, "1234567") == 0);
+            ST_FREE(text);
+        } else {
+            CHECK_EQ(checkpointi_text_end(&t, &text, &error), ST_ERR_LIMIT);
+            CHECK(strcmp(error.message, "config.json: is too long") == 0);
+        }
+    }
+}
+
 /* ---- Files */
 
 static st_result make_bytes(void *user, size_t index, st_sink *sink, st_error *error) {
@@ -301,8 +506,15 @@ int main(void) {
     test_models();
     test_edges();
     test_errors();
+    test_odd_tensors();
+    test_giants();
+    test_no_memory();
+    test_long_paths();
+    test_read();
     test_configs();
     test_adapt();
+    test_scaling();
+    test_full_text();
     test_files();
     remove(weights);
     remove(config);

@@ -62,9 +62,9 @@ static dsv3_result steer(void *user, float *row, size_t n, const int32_t *text, 
     return DSV3_OK;
 }
 
-static void *need(dsv3_result result, size_t bytes) {
+static void *need(dsv3_result result, const size_t *bytes) { /* which the result came with */
     MUST(result == DSV3_OK);
-    return malloc(bytes);
+    return malloc(*bytes);
 }
 
 static void make(world *w, int drafting) {
@@ -78,23 +78,23 @@ static void make(world *w, int drafting) {
     c.qk_nope_head_dim = 2, c.qk_rope_head_dim = 2, c.v_head_dim = 3;
     c.n_routed_experts = 4, c.n_shared_experts = 1, c.num_experts_per_tok = 2, c.n_group = 2, c.topk_group = 1;
     c.routed_scaling_factor = 1.5f;
-    void *memory = need(dsv3_parameters_size(&c, &n, NULL), n);
+    void *memory = need(dsv3_parameters_size(&c, &n, NULL), &n);
     MUST_OK(dsv3_parameters_init(&c, &w->weights, memory, n, &error));
     dsv3_parameters_random(&w->weights, &rng, 0.6f, NULL);
     for (int i = 0; i < 3; i++) {
         dsv3_cache *cache = i < 2 ? &w->cache[i] : &w->fresh;
-        memory = need(dsv3_cache_size(&c, CAPACITY, DSV3_F32, &n, NULL), n);
+        memory = need(dsv3_cache_size(&c, CAPACITY, DSV3_F32, &n, NULL), &n);
         MUST_OK(dsv3_cache_init(&c, cache, CAPACITY, DSV3_F32, memory, n, &error));
     }
     for (int i = 0; i < 2; i++) {
         dsv3_model *model = &w->weights.model;
-        memory = need(dsv3_sequence_size(model, CAPACITY, DSV3_F32, 4, DRAFTS, &n, NULL), n);
+        memory = need(dsv3_sequence_size(model, CAPACITY, DSV3_F32, 4, DRAFTS, &n, NULL), &n);
         MUST_OK(dsv3_sequence_init(model, &w->writing[i].s, CAPACITY, DSV3_F32, 4, DRAFTS, memory, n, &error));
     }
-    memory = need(dsv3_workspace_size(&c, CAPACITY, 1, &n, NULL), n);
+    memory = need(dsv3_workspace_size(&c, CAPACITY, 1, &n, NULL), &n);
     MUST_OK(dsv3_workspace_init(&c, &w->ws, CAPACITY, 1, memory, n, &error));
     settings.rows = ROWS, settings.sequences = 2, settings.longest = ROWS;
-    memory = need(dsv3_trainer_size(&c, &settings, 1, &n, NULL), n);
+    memory = need(dsv3_trainer_size(&c, &settings, 1, &n, NULL), &n);
     MUST_OK(dsv3_trainer_init(&c, &w->trainer, &settings, 1, memory, n, &error));
     MUST(w->trainer.weights.count == w->weights.count);
     w->was = (float *)malloc(w->weights.count * sizeof(float));
