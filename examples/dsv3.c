@@ -90,6 +90,24 @@ static void *allocate(const char *what, size_t bytes) {
     return p;
 }
 
+/* Bytes of memory of this machine, or 0. */
+static double machine_memory(void) {
+#if defined(TOOL_POSIX) && defined(_SC_PHYS_PAGES) && defined(_SC_PAGESIZE)
+    long pages = sysconf(_SC_PHYS_PAGES), bytes = sysconf(_SC_PAGESIZE);
+    if (pages > 0 && bytes > 0) return (double)pages * (double)bytes;
+#endif
+    return 0;
+}
+
+/* Memory that will be used to its end: a system that promises more than it has would kill the program for it. */
+static void *allocate_whole(const char *what, size_t bytes) {
+    double memory = machine_memory();
+    if (memory > 0 && (double)bytes > memory) {
+        stop("%s: no memory for %zu bytes: this machine has %.0f", what, bytes, memory);
+    }
+    return allocate(what, bytes);
+}
+
 /* Output that cannot be written (full disk, closed pipe) is an error, not a silence. */
 static void flush_output(void) {
     if (fflush(stdout) != 0 || ferror(stdout)) stop("standard output: cannot be written: %s", strerror(errno));
@@ -2186,15 +2204,6 @@ static void plan_print_memory(const dsv3_config *c, size_t context, size_t batch
     plan_memory(line, result, bytes, 1);
 }
 
-/* Bytes of memory of this machine, or 0. */
-static double machine_memory(void) {
-#if defined(TOOL_POSIX) && defined(_SC_PHYS_PAGES) && defined(_SC_PAGESIZE)
-    long pages = sysconf(_SC_PHYS_PAGES), bytes = sysconf(_SC_PAGESIZE);
-    if (pages > 0 && bytes > 0) return (double)pages * (double)bytes;
-#endif
-    return 0;
-}
-
 /* All that one process needs to write text: weights, tables, caches, and a workspace for prompts and for decoding. */
 static void plan_print_total(const plan_state *p, size_t context, size_t batch, size_t rows, size_t threads) {
     const dsv3_config *c = p->config;
@@ -4066,7 +4075,7 @@ static void train_reserve(train_state *s) {
     size_t bytes = 0, n = s->settings.rows, E = (size_t)s->config.n_routed_experts;
     open_context(&s->eval.context, s->o.backend != NULL ? s->o.backend : "auto", s->o.threads);
     stop_result("training", dsv3_trainer_size(&s->config, &s->settings, s->eval.context.threads, &bytes, NULL));
-    s->trainer_memory = allocate("training", bytes);
+    s->trainer_memory = allocate_whole("training", bytes);
     stop_result("training", dsv3_trainer_init(&s->config, &s->trainer, &s->settings, s->eval.context.threads,
                                               s->trainer_memory, bytes, NULL));
     train_set_balancer(s);

@@ -134,6 +134,18 @@ static double largest_of(const real *x, size_t n) {
     return largest;
 }
 
+/* The weighted sum of all three losses. */
+static double balance_sum(const dsv3_balance_weights *b, const real *score, const int32_t *idx, const uint8_t *mask,
+                          size_t n, size_t E, size_t K, double *sums) {
+    dsv3_routing all = {score, idx, mask, n, E, K, b->devices, b->most_devices}, expert = all;
+    double loss[3] = {0, 0, 0};
+    if (!b->actual) expert.idx = NULL;
+    CHECK_EQ(dsv3_balance_loss(&loss[0], &expert, sums, NULL), DSV3_OK);
+    if (b->device > 0) CHECK_EQ(dsv3_device_loss(&loss[1], &all, sums, NULL), DSV3_OK);
+    if (b->communication > 0) CHECK_EQ(dsv3_communication_loss(&loss[2], &all, sums, NULL), DSV3_OK);
+    return b->expert * loss[0] + b->device * loss[1] + b->communication * loss[2];
+}
+
 #ifndef GRADIENTS_FLOAT
 
 typedef double (*objective)(void *arg);
@@ -400,18 +412,6 @@ static void test_router_scores(dsv3_scoring_func scoring) {
     dsv3_router_scores_backward(&o.c, zero, zero, score, N, NULL);
     CHECK(memcmp(zero, dz, N * E * sizeof *dz) == 0);
     release();
-}
-
-/* The weighted sum of all three losses. */
-static double balance_sum(const dsv3_balance_weights *b, const real *score, const int32_t *idx, const uint8_t *mask,
-                          size_t n, size_t E, size_t K, double *sums) {
-    dsv3_routing all = {score, idx, mask, n, E, K, b->devices, b->most_devices}, expert = all;
-    double loss[3] = {0, 0, 0};
-    if (!b->actual) expert.idx = NULL;
-    CHECK_EQ(dsv3_balance_loss(&loss[0], &expert, sums, NULL), DSV3_OK);
-    if (b->device > 0) CHECK_EQ(dsv3_device_loss(&loss[1], &all, sums, NULL), DSV3_OK);
-    if (b->communication > 0) CHECK_EQ(dsv3_communication_loss(&loss[2], &all, sums, NULL), DSV3_OK);
-    return b->expert * loss[0] + b->device * loss[1] + b->communication * loss[2];
 }
 
 static double balance_value(void *arg) {

@@ -399,7 +399,7 @@ static double log_p_behind(synth *s, const int32_t *text, size_t n, const dsv3_s
     float *logits = (float *)test_alloc(n * (size_t)s->config.vocab_size * sizeof *logits), *row;
     size_t V = (size_t)s->config.vocab_size;
     int greedy = !(q->temperature > 0);
-    double sum = 0, top = -INFINITY, T = greedy ? 1 : (double)q->temperature, kept = 0, p = 0, e[16], h = 0;
+    double sum = 0, top = -INFINITY, T = greedy ? 1 : (double)q->temperature, kept = 0, p = 0, e[16] = {0}, h = 0;
     CHECK_EQ(dsv3_cache_truncate(s->caches, 0, NULL), DSV3_OK);
     CHECK_EQ(synth_forward(s, logits, text, n, 0, NULL), DSV3_OK);
     row = logits + (n - 1) * V;
