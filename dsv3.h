@@ -368,9 +368,7 @@ DSV3_API int dsv3_config_is_moe(const dsv3_config *config, int32_t i);
 /* ---- Tensors ----------------------------------------------------------------------------------------- */
 
 typedef DSV3_ENUM(dsv3_type) {
-    DSV3_F32 = 0,
-    DSV3_F16 = 1,
-    DSV3_BF16 = 2,
+    DSV3_F32 = 0, DSV3_F16 = 1, DSV3_BF16 = 2,
     DSV3_F8_E4M3 = 3, /* one byte, no infinity, max 448; a matrix has a float32 scale per 128x128 block */
     DSV3_Q8_0 = 4, /* blocks of 32 in a row, 34 bytes: an F16 scale, then 32 signed bytes (as in GGUF files) */
     DSV3_Q4_0 = 5  /* likewise, 18 bytes: F16 scale, 16 bytes; byte i has element i in its low four bits and
@@ -457,9 +455,8 @@ typedef void (*dsv3_task)(void *arg, size_t begin, size_t end, size_t worker);
  * written by the tasks must be visible to the caller afterwards. The result does not depend on the cut. */
 typedef void (*dsv3_parallel_for)(void *user, size_t threads, size_t n, dsv3_task task, void *arg);
 
-/* Watch a forward pass, called on the calling thread. Pointers are valid during the call only. layer is the layer's
- * index in the file: 0 .. L-1, MTP modules from L on. Rows are those of the call; their sequences and positions
- * stand in the workspace.
+/* Watch a forward pass, called on the calling thread. Pointers are valid during the call only. layer is the layer's index in
+ * the file: 0 .. L-1, MTP modules from L on. Sequences and positions of the call's rows stand in the workspace.
  * hidden: after each layer, x [n, d] (the residual stream); at the end, with layer = -1, the final norm's output.
  * choose: in each MoE layer, may overwrite idx [n, K] before the gate weights are computed from score [n, E], to
  *         replay or to force a routing. Experts out of range or chosen twice by a row end the call with ARG.
@@ -497,9 +494,8 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
 
 /* y = down_proj (silu(gate_proj u) * up_proj u) */
 typedef struct dsv3_mlp {
-    dsv3_tensor gate_proj; /* [F, d] */
-    dsv3_tensor up_proj;   /* [F, d] */
-    dsv3_tensor down_proj; /* [d, F] */
+    dsv3_tensor gate_proj, up_proj; /* [F, d] */
+    dsv3_tensor down_proj;          /* [d, F] */
 } dsv3_mlp;
 
 typedef struct dsv3_layer {
@@ -561,21 +557,14 @@ DSV3_API dsv3_result dsv3_model_bind(const dsv3_config *config, dsv3_model *mode
  * on each call: faster, at the price of the memory. Bits do not change. 0 bytes for a backend that reads weights as they
  * lie. The embedding stays where it is, since its rows are wanted as such; kv_b_proj is there in both orders. */
 DSV3_API dsv3_result dsv3_pack_size(const dsv3_context *context, const dsv3_model *model, size_t *bytes, dsv3_error *error);
-/* Packs, with the context's threads, and makes the model's tensors point into memory [bytes], which must live as long as
- * it. Whatever find returned for packed tensors is no longer needed. All backends can use a packed model. A model is
- * packed once: tensors that are packed stay as they are. */
+/* Packs, with the context's threads, and makes the model's tensors point into memory [bytes], which must live as long as it;
+ * what find returned for them is no longer needed. All backends can use a packed model, and what is packed stays as it is. */
 DSV3_API dsv3_result dsv3_pack(const dsv3_context *context, dsv3_model *model, void *memory, size_t bytes,
                                dsv3_error *error);
 
 typedef DSV3_ENUM(dsv3_tensor_kind) {
-    DSV3_KIND_EMBED = 0,
-    DSV3_KIND_ATTENTION,
-    DSV3_KIND_DENSE,
-    DSV3_KIND_ROUTER,
-    DSV3_KIND_EXPERTS,
-    DSV3_KIND_SHARED,
-    DSV3_KIND_NORM,
-    DSV3_KIND_HEAD,
+    DSV3_KIND_EMBED = 0, DSV3_KIND_ATTENTION, DSV3_KIND_DENSE, DSV3_KIND_ROUTER, DSV3_KIND_EXPERTS, DSV3_KIND_SHARED,
+    DSV3_KIND_NORM, DSV3_KIND_HEAD,
     DSV3_KIND_MTP, /* enorm, hnorm, eh_proj, shared_head.norm and the copies */
     DSV3_KINDS
 } dsv3_tensor_kind;
@@ -645,9 +634,8 @@ typedef struct dsv3_batch {
     const int32_t *output;   /* [outputs] their indices in the batch; NULL: the last `outputs` rows */
 } dsv3_batch;
 /* Runs the rows through the model and appends them to caches [n_caches]. logits [outputs, V].
- * Errors: ARG, TOKEN, POSITION, FULL, MISMATCH (cache or workspace of another config), MEMORY (more rows or
- * threads than the workspace has), NAN (error->name is row[i], or logits: weights or state are not finite), ABORTED.
- * After an error all cache lengths are as before the call. Thread safety: see >>conventions. */
+ * Errors, with all cache lengths as before: ARG, TOKEN, POSITION, FULL, MISMATCH (cache or workspace of another config),
+ * MEMORY (more rows or threads than the workspace has), ABORTED, NAN (error->name is row[i], or logits: not finite). */
 DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, const dsv3_model *model, dsv3_cache *caches,
                                   size_t n_caches, const dsv3_batch *batch, dsv3_workspace *workspace, dsv3_error *error);
 
@@ -790,9 +778,8 @@ typedef struct dsv3_sequence {
     float temperature, top_p; /* as dsv3_sample; init: 0 and 1, greedy */
     dsv3_rng rng;             /* init: state 1. The same state repeats a text if prompt, drafts, rows and the company in steps
                                  are the same: where a workspace is too small for all drafts, fewer numbers are drawn */
-    size_t drafts;    /* tokens to draft in a step; more than max_drafts count as that. init: max_drafts. With 0, plain
-                                 decoding,
-                                 the modules still read along now and then: to do without them, init with 0 */
+    size_t drafts;    /* tokens to draft in a step; more than max_drafts count as that. init: max_drafts. With 0 the modules
+                         still read along now and then: to do without them, init with 0 */
     int32_t adaptive; /* bool: fewer of them while they are seldom accepted. init: 0 */
     float draft_cost; /* for that: what one draft adds to the time of a step with one row. init: 0.25 */
     int32_t stop;     /* writing ends behind this token, -1: never. init: eos_token_id */
@@ -1147,9 +1134,7 @@ DSV3_API float dsv3_log_sum_exp(const float *logits, size_t vocab_size);
 /* Bytes of scratch that dsv3_cross_entropy needs for n rows. */
 DSV3_API dsv3_result dsv3_cross_entropy_size(const dsv3_context *context, const dsv3_tensor *head, size_t n, size_t *bytes,
                                              dsv3_error *error);
-
 #define DSV3_IGNORE (-100) /* a target that is none: its loss is 0 */
-
 /* nll [n] = -log softmax(head u_t)[target_t] in nats for u [n, d], head [V, d] and target [n], a token or
  * DSV3_IGNORE. The logits are never all in memory: the vocabulary is taken in pieces. For up to 2^24 tokens in any order
  * the error is below 2^-19, beside that of the logits and the rounding of the result. scratch [dsv3_cross_entropy_size]. */
@@ -11722,6 +11707,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
  *              dsv3_trainer_save); rope_scaling.truncate. A sequence holds its whole text.
  *   Training   dsv3_text.apart; dsv3_train_accumulate and _end check settings, rate and the order of calls; a gradient whose
  *              square overflows ends the step with DSV3_ERR_NAN. ema_decay is a double, and its average loses no steps.
+ *   Structs    a workspace, sequence or trainer shows what is the caller's, and keeps the rest to itself.
  *   Options    DSV3_NO_TRAINING also leaves out the balancer, the bias step and V2's balance losses.
  *   Builds     enums have 32 bits on both sides of a call (DSV3_ENUM); dsv3_version; dsv3_balancer.E is experts, and no name
  *              in a declaration is a single capital. More kinds of fast math, and the x87, are refused; C89 by one message.

@@ -98,6 +98,8 @@ none "lines of the book with the engine's words" $out/words
 
 chapters "$header" > $out/chapters
 limit() { at_most "chapter $1" "$(awk -v name="$1" '$2 == name { n += $3 } END { print n + 0 }' $out/chapters)" "$2"; }
+# What a program sees: from the chapter's banner to the end of the declarations.
+at_most "chapter api, its declarations" "$(awk '/^ \* Chapter 1 +>>api/ { from = NR - 1 } /^#endif \/\* DSV3_H \*\// { print NR - from + 1; exit }' "$header")" 1000
 limit ops 520
 limit mla 420
 limit moe 320
