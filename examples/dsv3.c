@@ -2763,7 +2763,7 @@ static int convert(int argc, char **argv, const command *c) {
 
 static const char train_help[] =
     "usage: dsv3 train (--preset NAME | --config FILE | --init DIR) --text FILE --out DIR [options]\n"
-    "       dsv3 train --resume --out DIR [--steps MORE]\n"
+    "       dsv3 train --resume --out DIR [--steps MORE | --epochs MORE]\n"
     "Trains a model on text: AdamW, multi-token prediction, experts balanced by their biases. DIR gets the\n"
     "checkpoint (model.safetensors, config.json), what --resume needs (train.safetensors), log.csv and pictures of\n"
     "it. Ctrl-C ends it after the current step, with everything saved. Standard error shows the progress.\n"
@@ -2824,7 +2824,7 @@ static const char train_help_more[] =
     "                   swiglu with commas between them; does not change the result\n"
     "  --type TYPE      of the saved weights: F32, F16, BF16, F8_E4M3, Q8_0 or Q4_0 (default F32)\n"
     "  --save-every N   steps between checkpoints (default 100)\n"
-    "  --save-minutes X and minutes, if steps take longer; 0: any (default 10)\n"
+    "  --save-minutes X one comes after so many minutes at the latest; 0: by steps alone (default 10)\n"
     "  --keep-last N    the weights of the last N checkpoints also stay in DIR/step-...; 0: none (default 0)\n"
     "  --keep-best      those with the lowest validation loss (main model) stay in DIR/best\n"
     "  --val-every N    steps between validations (default 100)\n"
@@ -2835,7 +2835,8 @@ static const char train_help_more[] =
     "                   the run); roundings depend on it\n"
     "  --resume         goes on with the run in DIR, bit for bit as if it had never stopped; options and text are "
     "those\n"
-    "                   of the run, and what is given again must agree (except under \"Memory and output\")\n"
+    "                   of the run, and what is given again must agree (except --val-text, --patience and\n"
+    "                   what is under \"Memory and output\")\n"
     "  --resume --steps MORE   to another end. Before the rate falls the phases are laid out anew; later they stay, and\n"
     "                   the last rate (--tail; cosine: --low) goes on. For a new cycle use --init\n";
 
@@ -3509,7 +3510,7 @@ static void train_forget(const train_state *s) {
     }
     free(steps.at);
 #else
-    (void)s;
+    (void)s; /* C alone cannot list a directory: all stay */
 #endif
 }
 
