@@ -1154,14 +1154,16 @@ DSV3_API dsv3_result dsv3_rope_table(float *cos_sin, const int32_t *position, co
 /* Rotates x [dr] in place by one row of the table. interleave: pairs (2i, 2i+1), else (i, i + dr/2). */
 DSV3_API dsv3_result dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr, int interleave, dsv3_error *error);
 
-/* ---- The router on plain arrays: no model needed. Of config only the routing fields are read ------------- */
+/* ---- The router on plain arrays: no model needed. Of config only the routing fields are read: n_routed_experts,
+ * num_experts_per_tok, n_group, topk_group, scoring_func, topk_method, norm_topk_prob, routed_scaling_factor, group_mask,
+ * gate_scaling, bias_form. */
 
 /* score [n, E] = sigmoid or softmax of z = gate_w x + gate_bias, in float32. gate_bias [E]: NULL in every released
  * model. scratch as for dsv3_linear. */
 DSV3_API dsv3_result dsv3_router_scores(const dsv3_context *context, const dsv3_config *config, float *score,
                                         const float *x, const dsv3_tensor *gate_w, const float *gate_bias, size_t n,
                                         float *scratch, dsv3_error *error);
-/* DSV3_OK, or ARG and the first of the routing fields that is wrong: all that the calls of this section ask of a config. */
+/* DSV3_OK, or ARG or UNSUPPORTED and the first routing field that is wrong: all that these calls ask of a config. */
 DSV3_API dsv3_result dsv3_router_check(const dsv3_config *config, dsv3_error *error);
 /* From score [n, E], bias [E] (NULL: none) and its strengths alpha [E] (NULL: 1) choose idx [n, K], in order of
  * falling choice score, ties to the lower index, and their weights gate [n, K]. scratch [E + G]. A score or choice
