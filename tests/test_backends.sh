@@ -6,7 +6,7 @@ for backend in avx2 avx512 avx512_bf16 amx; do
     if ! build/parity tests/golden/v2 --backend $backend > $check_output 2>&1; then
         if grep -q 'not on this machine' $check_output; then continue; fi
     fi
-    for name in balance checkpoint generate infer mla model moe mtp ops router same_bits tools train; do
+    for name in arguments balance checkpoint generate infer mla model moe mtp ops router same_bits tools train; do
         later "$name, $backend" env TEST_BACKEND=$backend build/test_$name
     done
     for dir in tests/golden/* examples/models/*; do
