@@ -87,7 +87,7 @@ build/inside/libdsv3.a: build/inside/library.o
 	$(AR) rc $@ $< build/inside/numbers.o
 
 INSIDE = -Ibuild/inside
-build/test_gradients: private INSIDE = # has an implementation of its own, in double
+build/test_gradients build/test_no_double: private INSIDE = # have an implementation of their own: in double, in float
 build/%: tests/%.c tests/test.h tests/synthetic.h $(HEADERS) build/inside/libdsv3.a
 	$(TEST_COMPILE) $< build/inside/libdsv3.a -o $@ $(LIBS)
 

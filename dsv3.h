@@ -1128,8 +1128,8 @@ DSV3_API dsv3_result dsv3_linear_size(const dsv3_context *context, size_t n, siz
 DSV3_API dsv3_result dsv3_linear(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *w, size_t n,
                                  float *scratch, dsv3_error *error);
 /* log sum exp(logits[0..V)), safe for any finite logits. -log p(target) = this - logits[target], in nats. For up to 2^24
- * logits in any order the error is below 2^-19, and 2^-17 of what this is above the largest logit, beside the rounding of
- * the result. Minus infinity for V = 0. */
+ * logits in any order the error is below 2^-19, and 2^-17 of what this is above the largest logit (where double is a float,
+ * 2^-17), beside the rounding of the result. Minus infinity for V = 0. */
 DSV3_API float dsv3_log_sum_exp(const float *logits, size_t vocab_size);
 /* Bytes of scratch that dsv3_cross_entropy needs for n rows. */
 DSV3_API dsv3_result dsv3_cross_entropy_size(const dsv3_context *context, const dsv3_tensor *head, size_t n, size_t *bytes,
@@ -2745,14 +2745,20 @@ static void dsv3i_swiglu_backward(const dsv3_context *ctx, float *dh, float *a, 
 }
 #endif
 
-/* ---- Log-sum-exp: log sum exp(x) = top + log sum exp(x - top), whose terms are at most 1. The sum is a double: small terms,
- * added one by one to a float near 1, would vanish or be rounded up, all of them. */
+/* ---- Log-sum-exp: log sum exp(x) = top + log sum exp(x - top), whose terms are at most 1. Many small ones beside it would
+ * vanish in a float, or be rounded up, all of them: sums are doubles, and keep what they are rounded by (Kahan), since small
+ * machines may have doubles that are floats: sum[0] - sum[1] += x. */
+static void dsv3i_sum_add(double *sum, double x) {
+    double y = x - sum[1], s = sum[0] + y;
+    sum[1] = (s - sum[0]) - y;
+    sum[0] = s;
+}
 
 DSV3_API float dsv3_log_sum_exp(const float *logits, size_t V) {
     float top = V > 0 ? dsv3i_max_float(logits, V) : 0.0f;
-    double sum = 0.0;
-    for (size_t i = 0; i < V; i++) sum += (double)DSV3_EXPF(logits[i] - top);
-    return (float)((double)top + DSV3_LOG(sum));
+    double sum[2] = {0.0, 0.0};
+    for (size_t i = 0; i < V; i++) dsv3i_sum_add(sum, (double)DSV3_EXPF(logits[i] - top));
+    return (float)((double)top + DSV3_LOG(sum[0] - sum[1]));
 }
 
 /* ---- Cross-entropy: -log p(target) = log sum exp(logits) - logit[target]. A vocabulary of 129280 times a thousand
@@ -2806,17 +2812,18 @@ static void dsv3i_loss_task(void *arg, size_t begin, size_t end, size_t worker) 
     for (size_t t = begin; t < end; t++) {
         float *z = a->logits + t * a->part.rows, *state = a->state + 4 * t, top = dsv3i_max_float(z, a->part.rows);
         const float *target = dsv3i_loss_target(a, t);
-        double sum = (double)state[1] + (double)state[2];
+        double sum[2] = {(double)state[1], -(double)state[2]}, rescale;
         if (a->target[t] == DSV3_IGNORE) continue;
         if (target != NULL) state[3] = *target;
         if (state[0] > top) top = state[0];
-        if (state[0] < top) sum *= DSV3_POW(2.718281828459045, (double)state[0] - (double)top);
+        rescale = state[0] < top ? DSV3_POW(2.718281828459045, (double)state[0] - (double)top) : 1.0;
+        for (size_t i = 0; i < 2; i++) sum[i] *= rescale;
         for (size_t i = 0; i < a->part.rows; i += DSV3I_SHORT) {
-            sum += (double)a->ctx->ops->exp_sum(z + i, z + i, top, dsv3i_min(DSV3I_SHORT, a->part.rows - i));
+            dsv3i_sum_add(sum, (double)a->ctx->ops->exp_sum(z + i, z + i, top, dsv3i_min(DSV3I_SHORT, a->part.rows - i)));
         }
         state[0] = top;
-        state[1] = (float)sum;
-        state[2] = (float)(sum - (double)state[1]);
+        state[1] = (float)(sum[0] - sum[1]);
+        state[2] = (float)((sum[0] - (double)state[1]) - sum[1]);
     }
 }
 
@@ -3811,9 +3818,8 @@ static dsv3_result dsv3i_check_weights(const dsv3_balance_weights *w, size_t E, 
           w->expert + w->device + w->communication <= DBL_MAX)) {
         return dsv3i_fail(error, DSV3_ERR_ARG, "balance", "has a weight that is negative or not finite");
     }
-    return w->device > 0.0 || w->communication > 0.0
-               ? dsv3i_check_devices(E, w->devices, w->communication > 0.0 ? w->most_devices : 1, error)
-               : DSV3_OK;
+    if (w->device <= 0.0 && w->communication <= 0.0) return DSV3_OK;
+    return dsv3i_check_devices(E, w->devices, w->communication > 0.0 ? w->most_devices : 1, error);
 }
 #endif
 
@@ -6834,12 +6840,10 @@ static void dsv3i_balancer_layout(dsv3_balancer *b, const dsv3_config *config, d
 
 DSV3_API dsv3_result dsv3_balancer_size(const dsv3_config *config, size_t *bytes, dsv3_error *error) {
     DSV3I_NEED(1, config);
-    const int64_t L = config->num_hidden_layers, D = config->num_nextn_predict_layers;
+    const int64_t L = config->num_hidden_layers, D = config->num_nextn_predict_layers, E = config->n_routed_experts;
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "num_hidden_layers", "is out of range", L, 1, DSV3_MAX_LAYERS));
-    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "num_nextn_predict_layers", "is out of range", D, 0,
-                                  DSV3_MAX_LAYERS - L));
-    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "n_routed_experts", "is out of range", config->n_routed_experts, 0,
-                                  DSV3_MAX_EXPERTS));
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "num_nextn_predict_layers", "is out of range", D, 0, DSV3_MAX_LAYERS - L));
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "n_routed_experts", "is out of range", E, 0, DSV3_MAX_EXPERTS));
     DSV3I_SIZE(dsv3_balancer, bytes, dsv3i_balancer_layout(&it, config, &l));
 }
 
