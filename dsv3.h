@@ -809,8 +809,7 @@ typedef struct dsv3_sequence {
     /* counters, to be read and cleared */
     uint64_t steps;     /* steps that wrote something (not those that only read a prompt) */
     uint64_t written;   /* tokens */
-    uint64_t *drafted;  /* [max_drafts] how often a draft in this place was reached: all before it were accepted, and the text
-                           went on so far. Those behind a refused one are drafted, too, but not counted */
+    uint64_t *drafted;  /* [max_drafts] how often a draft in this place was reached; what stood behind a refused one was not */
     uint64_t *accepted; /* [max_drafts] and was accepted */
     struct dsv3i_sequence *own; /* private */
 } dsv3_sequence;
@@ -1154,9 +1153,8 @@ DSV3_API dsv3_result dsv3_rope_table(float *cos_sin, const int32_t *position, co
 /* Rotates x [dr] in place by one row of the table. interleave: pairs (2i, 2i+1), else (i, i + dr/2). */
 DSV3_API dsv3_result dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr, int interleave, dsv3_error *error);
 
-/* ---- The router on plain arrays: no model needed. Of config only the routing fields are read: n_routed_experts,
- * num_experts_per_tok, n_group, topk_group, scoring_func, topk_method, norm_topk_prob, routed_scaling_factor, group_mask,
- * gate_scaling, bias_form. */
+/* ---- The router on plain arrays, without a model. Of config the routing fields alone are read: n_routed_experts,
+ * num_experts_per_tok and those from there to routed_scaling_factor, group_mask, gate_scaling, bias_form. */
 
 /* score [n, E] = sigmoid or softmax of z = gate_w x + gate_bias, in float32. gate_bias [E]: NULL in every released
  * model. scratch as for dsv3_linear. */
