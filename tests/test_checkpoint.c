@@ -2165,6 +2165,11 @@ static void test_block_rows(void) {
     CHECK_EQ(checkpoint_find(&c, "x", &got), DSV3_ERR_MISMATCH);
     t.shape[1] = SIZE_MAX / 34 * 34;
     CHECK_EQ(checkpoint_find(&c, "x", &got), SIZE_MAX / 34 > SIZE_MAX / 32 ? DSV3_ERR_MISMATCH : DSV3_OK);
+    c.blocks = DSV3_Q4_0, t.shape[1] = SIZE_MAX / 18 * 18; /* 32 numbers in 18 bytes: more than size_t can count */
+    CHECK_EQ(checkpoint_find(&c, "x", &got), DSV3_ERR_MISMATCH);
+    t.shape[1] = SIZE_MAX / 32 / 18 * 18;
+    CHECK_EQ(checkpoint_find(&c, "x", &got), DSV3_OK);
+    c.blocks = DSV3_Q8_0;
     t.rank = 1, t.shape[0] = 34;
     CHECK_EQ(checkpoint_find(&c, "x", &got), DSV3_ERR_MISMATCH);
     c.blocks = -1;

@@ -16,6 +16,7 @@ static void *sometimes(size_t bytes) { return fails_at >= 0 && fails_at-- == 0 ?
 #define CHECKPOINT_IMPLEMENTATION
 #include "checkpoint.h"
 #include "synthetic.h"
+#include <sys/stat.h>
 #include <unistd.h>
 
 static char directory[] = "/tmp/dsv3-save-XXXXXX";
@@ -245,6 +246,34 @@ static void test_odd_tensors(void) {
     synth_close(s);
 }
 
+/* Scales that come with the tensor are taken, and nobody is asked for them. */
+static dsv3_result find_scaled(void *user, const char *name, dsv3_tensor *tensor) {
+    const synth *s = (const synth *)user;
+    dsv3_result result = synth_find(user, name, tensor);
+    CHECK(strstr(name, "_scale_inv") == NULL);
+    if (result == DSV3_OK && tensor->type == DSV3_F8_E4M3) tensor->scale = synth_tensor_of(s, name)->scale;
+    return result;
+}
+
+static void test_scales_given(void) {
+    int types;
+    dsv3_config config = synth_config(SYNTH_BLOCKS, &types);
+    synth *s = synth_make(&config, SYNTH_FP8, 3);
+    st_file file[2];
+    st_error error;
+    for (int i = 0; i < 2; i++) {
+        CHECK_EQ(checkpoint_save(directory, &config, i ? find_scaled : synth_find, s, DSV3_F32, &error), ST_OK);
+        CHECK_EQ(st_open(&file[i], weights, &error), ST_OK);
+    }
+    CHECK_EQ(file[0].count, file[1].count);
+    for (size_t i = 0; i < file[0].count; i++) {
+        const st_tensor *a = &file[0].tensor[i], *b = st_find(&file[1], a->name);
+        CHECK(b != NULL && a->bytes == b->bytes && memcmp(a->data, b->data, a->bytes) == 0);
+    }
+    st_close(&file[0]), st_close(&file[1]);
+    synth_close(s);
+}
+
 /* A tensor of more bytes than size_t can count, and more columns than 128 rows of them find memory. */
 static dsv3_result find_giant(void *user, const char *name, dsv3_tensor *tensor) {
     (void)name;
@@ -326,6 +355,8 @@ static void test_long_paths(void) {
         if (k == 3) memcpy(path + sizeof path - 6, ".json", 5);
     }
     CHECK(text == NULL);
+    CHECK_EQ(checkpoint_config(&got, "/-", &error), ST_ERR_MISSING);
+    CHECK(strstr(error.message, "/-/config.json: does not exist") != NULL);
     /* generation_config.json is longer than config.json: where it cannot be, there is none */
     memset(&c, 0, sizeof c);
     path[4096 - 14] = '\0';
@@ -335,6 +366,7 @@ static void test_long_paths(void) {
 static void test_read(void) {
     char *text = NULL, name[80];
     size_t n = 0;
+    checkpoint c;
     st_error error;
     CHECK_EQ(checkpoint_config_write(directory, "{\"a\": 1}", &error), ST_OK);
     for (int k = 0; k < 2; k++) {
@@ -346,6 +378,13 @@ static void test_read(void) {
     snprintf(name, sizeof name, "%s/none.json", directory);
     CHECK_EQ(checkpoint_config_read(&text, &n, name, &error), ST_ERR_MISSING);
     CHECK(text == NULL && strstr(error.message, "none.json: does not exist") != NULL);
+    memset(&c, 0, sizeof c);
+    snprintf(name, sizeof name, "%s/generation_config.json", directory);
+    CHECK_EQ(checkpointi_generation(&c, directory, &error), ST_OK); /* there is none */
+    CHECK_EQ(mkdir(name, 0777), 0);
+    CHECK_EQ(checkpointi_generation(&c, directory, &error), ST_ERR_IO);
+    CHECK(strstr(error.message, "generation_config.json: not a regular file") != NULL);
+    CHECK_EQ(rmdir(name), 0);
 }
 
 /* ---- config.json */
@@ -507,6 +546,7 @@ int main(void) {
     test_edges();
     test_errors();
     test_odd_tensors();
+    test_scales_given();
     test_giants();
     test_no_memory();
     test_long_paths();

@@ -587,6 +587,15 @@ static void test_sequence_damage(void) {
     thing *t = written(&p, &s->model, 4, 2);
     blob b = thing_save(t);
     hostile_player = &p;
+    for (size_t k = 0; k < 2; k++) { /* a module that knows more than the text */
+        dsv3_cache *module = &t->sequence.modules[k];
+        size_t was = module->length, bytes = 7;
+        dsv3_error error;
+        module->length = t->sequence.cache.length + 1;
+        CHECK_EQ(dsv3_sequence_save_size(&t->sequence, &bytes, &error), DSV3_ERR_DAMAGED);
+        CHECK(strcmp(error.name, "length") == 0 && strstr(error.why, "of a module is more than that of the text") != NULL);
+        module->length = was;
+    }
     check_damage(t, b, LIGHT ? 61 : 1);
     check_others(t, b);
     check_hostile(t, b, b.bytes / 8, play_on);

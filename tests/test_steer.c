@@ -719,6 +719,50 @@ static void test_aborted_behind_lag(void) {
     synth_close(s);
 }
 
+/* Rolled back to any place while the modules lag behind: what is drafted from there on is what a sequence drafts whose
+ * modules had always read along, step by step; and where states are gone, fewer tokens are kept, which says so. */
+static void test_truncated_behind_lag(void) {
+    static const int32_t prompt[3] = {1, 2, 3};
+    synth *s = random_model(6, 2, 85);
+    int whole = 0, less = 0;
+    for (size_t plain = 0; plain < 14; plain++) {
+        for (size_t length = 1; length < plain + 4; length++) {
+            pen p[2];
+            size_t kept[2] = {99, 99};
+            for (int i = 0; i < 2; i++) { /* the second drafts all the time */
+                pen_open(&p[i], s, 2, 3);
+                CHECK_EQ(dsv3_sequence_append(&s->model, &p[i].s, prompt, 3, NULL), DSV3_OK);
+                if (i == 0) p[i].s.drafts = 0;
+                p[i].s.limit = plain + 4;
+                CHECK_EQ(pens_run(s, &p[i], 1), DSV3_OK);
+                CHECK_EQ(dsv3_sequence_truncate(&p[i].s, length, &kept[i], NULL), DSV3_OK);
+                CHECK(kept[i] == dsv3_sequence_length(&p[i].s) && kept[i] <= length && kept[i] + 2 >= length);
+                for (size_t k = 1; k <= 2; k++) { /* nobody has read what is no more */
+                    CHECK(p[i].s.modules[k - 1].length + k <= (kept[i] < length ? length + k : length) ||
+                          p[i].s.modules[k - 1].length == 0);
+                    CHECK(p[i].s.modules[k - 1].length <= kept[i]);
+                }
+                p[i].s.drafts = 3, p[i].s.limit = 26;
+            }
+            whole += kept[0] == length, less += kept[0] < length;
+            while (kept[0] == length && kept[1] == length && dsv3_sequence_state(&p[0].s) == DSV3_STATE_WRITING) {
+                CHECK_EQ(pens_step(s, &p[0], 1, NULL), DSV3_OK);
+                CHECK_EQ(pens_step(s, &p[1], 1, NULL), DSV3_OK);
+                CHECK_EQ(p[0].s.n_token, p[1].s.n_token);
+                CHECK(same_text(&p[0].s, p[1].s.history, dsv3_sequence_length(&p[1].s)));
+                for (size_t k = 0; k < 2; k++) { /* and the modules have read the same states, to the bit */
+                    const dsv3_cache *a = &p[0].s.modules[k], *b = &p[1].s.modules[k];
+                    size_t both = a->length < b->length ? a->length : b->length;
+                    CHECK(memcmp(a->data, b->data, both * a->width * sizeof(float)) == 0);
+                }
+            }
+            pen_close(&p[0]), pen_close(&p[1]);
+        }
+    }
+    CHECK(whole > 20 && less > 5);
+    synth_close(s);
+}
+
 /* A workspace of another config is refused before anything is written to it; a step that is refused has no results. */
 static void test_foreign_workspace(void) {
     static const int32_t prompt[2] = {3, 0};
@@ -756,6 +800,7 @@ int main(void) {
     test_half_read();
     test_aborted_behind_rollback();
     test_aborted_behind_lag();
+    test_truncated_behind_lag();
     test_foreign_workspace();
     return test_done("steer");
 }

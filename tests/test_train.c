@@ -1369,6 +1369,17 @@ static void test_load(int which) {
     CHECK_EQ(both.at - q.data, q.count);
     CHECK_EQ(dsv3_parameters_from_model(NULL, &s->model, NULL), DSV3_ERR_ARG);
     CHECK_EQ(dsv3_parameters_from_model(&q, NULL, NULL), DSV3_ERR_ARG);
+    for (int k = 0; k < 3; k++) { /* bound to one thing, and then pointed to another */
+        dsv3_tensor *odd = &s->model.layers[0].o_proj, was = *odd;
+        dsv3_error error;
+        if (k == 0) odd->data = NULL;
+        if (k == 1) odd->rows++;
+        if (k == 2) odd->cols++;
+        CHECK_EQ(dsv3_parameters_from_model(&q, &s->model, &error), DSV3_ERR_MISMATCH);
+        CHECK(strcmp(error.name, "model.layers.0.self_attn.o_proj.weight") == 0);
+        CHECK(strstr(error.why, "is not there, or has another shape") != NULL);
+        *odd = was;
+    }
     s->config.vocab_size++;
     s->model.config.vocab_size++;
     CHECK_EQ(dsv3_parameters_from_model(&q, &s->model, NULL), DSV3_ERR_MISMATCH);
