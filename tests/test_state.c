@@ -589,10 +589,14 @@ static void test_sequence_damage(void) {
     hostile_player = &p;
     for (size_t k = 0; k < 2; k++) { /* a module that knows more than the text */
         dsv3_cache *module = &t->sequence.modules[k];
-        size_t was = module->length, bytes = 7;
+        size_t was = module->length, bytes = 0;
         dsv3_error error;
+        void *data;
         module->length = t->sequence.cache.length + 1;
-        CHECK_EQ(dsv3_sequence_save_size(&t->sequence, &bytes, &error), DSV3_ERR_DAMAGED);
+        CHECK_EQ(dsv3_sequence_save_size(&t->sequence, &bytes, NULL), DSV3_OK);
+        data = test_alloc(bytes);
+        CHECK_EQ(dsv3_sequence_save(&s->model, &t->sequence, TAG, data, bytes, &error), DSV3_ERR_DAMAGED);
+        free(data);
         CHECK(strcmp(error.name, "length") == 0 && strstr(error.why, "of a module is more than that of the text") != NULL);
         module->length = was;
     }
