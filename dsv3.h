@@ -79,9 +79,10 @@
  *            between backends, compilers, libm versions and -ffp-contract settings.
  *   Rounding is to nearest and subnormal numbers are kept, as programs start; with other modes numbers are others
  *            (linking with -ffast-math may flush subnormals in the whole program; AMX always does).
- *            gcc's settings that reorder sums are refused, clang 13 and MSVC are told to keep the order. Unnoticed go
- *            clang's -fapprox-func, -fno-honor-nans, -fno-honor-infinities and, before clang 18, -freciprocal-math; and
- *            reordering in the engine where the program includes <immintrin.h> before this file.
+ *            gcc's settings that reorder sums are refused (its pragmas in C++ by dsv3_context_init, which sees no other
+ *            kind there), clang 13 and MSVC are told to keep the order. Unnoticed go clang's -fapprox-func,
+ *            -fno-honor-nans, -fno-honor-infinities and, before clang 18, -freciprocal-math; and reordering in the
+ *            engine where the program includes <immintrin.h> before this file.
  *   Tensors  are in the byte order of the machine.
  *
  * >>glossary  The sizes of the architecture, by one name each in all comments and code:

@@ -59,11 +59,13 @@ if $CC --version | grep -q "Free Software Foundation"; then
         printf '#pragma GCC optimize("%s")\n#include "tests/compile/implement.c"\n' $option > $out/pragma.c
         check "pragma optimize $option is refused" refused "fast math" $CC -std=c99 -fsyntax-only -I. $out/pragma.c
         for unit in implement freestanding; do # the pragma stands in front of the last include
-            printf '#include "dsv3.h"\n#pragma GCC optimize("%s")\n#include "tests/compile/%s.c"\n' $option $unit > $out/pragma.c
+            printf '#include "dsv3.h"\n#pragma GCC optimize("%s")\n#include "tests/compile/%s.c"\n' $option $unit \
+                > $out/pragma.c
             check "pragma optimize $option is refused, $unit.c" refused "fast math" $CC -std=c99 -fsyntax-only -I. $out/pragma.c
         done
     done
 fi
+refused_there() { ! "$@" > $out/said && grep -q '^compiler: reorders sums' $out/said; } # when a context is made
 # One message to who compiles with a standard that is too old.
 one_error() { "$@" > $out/said 2>&1; test "$(grep -c 'error:' $out/said)" = 1 && grep -q 'error.* C99 .*-std=c99' $out/said; }
 for file in tests/compile/implement.c tests/compile/main.c $out/checkpoint.c $out/svg.c $out/thread_pool.c; do
@@ -82,6 +84,9 @@ if command -v g++ > /dev/null; then
     for unit in use implement main static; do
         check "$unit.c, C++11" g++ -x c++ -std=c++11 -O2 $wide -I. -c tests/compile/$unit.c -o $out/$unit.cxx.o
     done
+    printf '#pragma GCC optimize("unsafe-math-optimizations")\n#include "tests/compile/context.c"\n' > $out/pragma.c
+    check "pragma optimize, C++" g++ -x c++ -std=c++11 -O1 -I. $out/pragma.c -o $out/pragma
+    check "pragma optimize is found out, C++" refused_there $out/pragma
     check "C++ units link" g++ $out/main.cxx.o $out/use.cxx.o $out/implement.cxx.o -o $out/cxx
     check "C++ units run" $out/cxx
     check "C++ program, C library" g++ $out/main.cxx.o $out/use.cxx.o $out/implement.o -o $out/mixed -lm
