@@ -7959,7 +7959,7 @@ DSV3_API dsv3_result dsv3_rmsnorm_backward(const dsv3_context *context, float *d
     DSV3I_NEED(n, dx); DSV3I_NEED(n, dg); DSV3I_NEED(n, dy); DSV3I_NEED(n, x); DSV3I_NEED(n, scratch);
     DSV3I_TRY(dsv3i_check_apart(error, "dx", dx, n * g->cols, dy, n * g->cols, 0));
     DSV3I_TRY(dsv3i_check_apart(error, "dx", dx, n * g->cols, x, n * g->cols, 0));
-    dsv3i_norm_back(context, dx, dg, dy, x, g, n, eps, scratch);
+    if (n > 0) dsv3i_norm_back(context, dx, dg, dy, x, g, n, eps, scratch);
     return dsv3i_ok(error);
 }
 

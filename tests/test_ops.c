@@ -667,6 +667,37 @@ static void orders_all(void) {
     CHECK(isinf(dsv3_log_sum_exp(NULL, 0)) && dsv3_log_sum_exp(NULL, 0) < 0);
 }
 
+/* No rows: nothing is read or written, whatever the pointers are. */
+static void no_rows(void) {
+    static const float numbers[4 * 8] = {0};
+    dsv3_config c = dsv3_config_default();
+    dsv3_context ctx;
+    dsv3_tensor w, g;
+    dsv3_error error;
+    c.n_routed_experts = 4, c.num_experts_per_tok = 2, c.n_group = c.topk_group = 1, c.routed_scaling_factor = 1.0f;
+    memset(&w, 0, sizeof w);
+    w.data = numbers, w.rows = 4, w.cols = 8, w.rank = 2;
+    g = w;
+    g.rows = 1, g.rank = 1;
+    CHECK_EQ(dsv3_context_init(&ctx, DSV3_BACKEND_REFERENCE, 1, NULL), DSV3_OK);
+#define NOTHING(call) CHECK_EQ(call, DSV3_OK), CHECK_EQ(error.code, DSV3_OK)
+    NOTHING(dsv3_rmsnorm(&ctx, NULL, NULL, &g, 0, 8, 1e-6f, &error));
+    NOTHING(dsv3_embed(&ctx, NULL, NULL, &w, 0, &error));
+    NOTHING(dsv3_linear(&ctx, NULL, NULL, &w, 0, NULL, &error));
+    NOTHING(dsv3_cross_entropy(&ctx, NULL, NULL, &w, NULL, 0, NULL, &error));
+    NOTHING(dsv3_rope_table(NULL, NULL, NULL, 1.0f, 0, 8, &error));
+    NOTHING(dsv3_router_scores(&ctx, &c, NULL, NULL, &w, NULL, 0, NULL, &error));
+    NOTHING(dsv3_router_select(&c, NULL, NULL, NULL, NULL, NULL, 0, NULL, &error));
+    NOTHING(dsv3_router_weights(&c, NULL, NULL, NULL, 0, &error));
+    NOTHING(dsv3_bias_step(NULL, NULL, 0, 4, DSV3_BIAS_SIGN, 0.001, &error));
+    NOTHING(dsv3_linear_backward(&ctx, NULL, NULL, NULL, NULL, &w, 0, NULL, &error));
+    NOTHING(dsv3_embed_backward(NULL, NULL, NULL, 0, 4, 8, &error));
+    NOTHING(dsv3_rmsnorm_backward(&ctx, NULL, NULL, NULL, NULL, &g, 0, 1e-6f, NULL, &error));
+    NOTHING(dsv3_cross_entropy_backward(&ctx, NULL, NULL, 1.0f, NULL, &w, NULL, 0, NULL, &error));
+    NOTHING(dsv3_router_weights_backward(&c, NULL, NULL, NULL, NULL, 0, &error));
+    NOTHING(dsv3_router_scores_backward(&c, NULL, NULL, NULL, 0, &error));
+}
+
 int main(void) {
     CHECK_EQ(dsv3_context_init(&ctx, test_backend(), 1, NULL), DSV3_OK);
     linear_all();
@@ -684,5 +715,6 @@ int main(void) {
     entropy_nan();
     entropy_threads();
     orders_all();
+    no_rows();
     return test_done("ops");
 }
