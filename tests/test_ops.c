@@ -698,6 +698,42 @@ static void no_rows(void) {
     NOTHING(dsv3_router_scores_backward(&c, NULL, NULL, NULL, 0, &error));
 }
 
+/* Arguments that are wrong upwards only: infinite, another shape; and logits that stop at the largest number. */
+static void edges(void) {
+    static float y[64], scratch[4096];
+    static const float numbers[64] = {0};
+    static const int32_t token[2] = {1, 1};
+    static const float bias[2] = {3e38f, 3e38f};
+    float logits[3] = {0.0f, 3e38f, 1.0f};
+    int32_t position[1] = {0};
+    uint8_t seen[1];
+    uint64_t turns[4] = {0};
+    dsv3_config c = dsv3_config_default();
+    dsv3_context ctx;
+    dsv3_tensor w, g;
+    dsv3_error error;
+    c.n_routed_experts = 4, c.num_experts_per_tok = 2, c.n_group = c.topk_group = 1, c.routed_scaling_factor = 1.0f;
+    memset(&w, 0, sizeof w);
+    w.data = numbers, w.rows = 3, w.cols = 8, w.rank = 2;
+    g = w;
+    g.rows = 1, g.rank = 1;
+    CHECK_EQ(dsv3_context_init(&ctx, DSV3_BACKEND_REFERENCE, 1, NULL), DSV3_OK);
+    CHECK_EQ(dsv3_rmsnorm(&ctx, y, numbers, &g, 1, 8, INFINITY, &error), DSV3_ERR_ARG);
+    CHECK(strcmp(error.name, "eps") == 0);
+    g.rows = 2;
+    CHECK_EQ(dsv3_rmsnorm(&ctx, y, numbers, &g, 1, 8, 1e-6f, &error), DSV3_ERR_UNSUPPORTED);
+    CHECK(strcmp(error.name, "g") == 0);
+    CHECK_EQ(dsv3_rope_table(y, position, turns, INFINITY, 1, 8, &error), DSV3_ERR_ARG);
+    CHECK(strcmp(error.name, "factor") == 0);
+    CHECK_EQ(dsv3_router_scores(&ctx, &c, y, numbers, &w, NULL, 1, scratch, &error), DSV3_ERR_MISMATCH);
+    CHECK(strcmp(error.name, "gate_w") == 0 && error.expected[0] == 4 && error.found[0] == 3);
+    CHECK_EQ(dsv3_logits_penalty(logits, 3, token, 2, 0.5f, seen, &error), DSV3_OK);
+    CHECK(logits[1] >= 3.4028234e38f && logits[1] - logits[1] == 0.0f && logits[2] == 1.0f);
+    logits[1] = 3e38f;
+    CHECK_EQ(dsv3_logits_bias(logits, 3, token, bias, 2, &error), DSV3_OK);
+    CHECK(logits[1] >= 3.4028234e38f && logits[1] - logits[1] == 0.0f && logits[0] == 0.0f);
+}
+
 int main(void) {
     CHECK_EQ(dsv3_context_init(&ctx, test_backend(), 1, NULL), DSV3_OK);
     linear_all();
@@ -716,5 +752,6 @@ int main(void) {
     entropy_threads();
     orders_all();
     no_rows();
+    edges();
     return test_done("ops");
 }
