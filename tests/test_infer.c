@@ -848,6 +848,68 @@ static void test_foreign_workspace(void) {
     synth_close(other);
 }
 
+/* ---- DSV3_FAST from end to end: activations are rounded in front of weights of BF16, FP8, Q8_0 and Q4_0, and nowhere else */
+
+static void test_fast(int which) {
+    int types;
+    dsv3_config c = synth_config(which, &types);
+    synth *s = synth_open(&c, types, 51);
+    size_t V = (size_t)c.vocab_size, different = 0;
+    int rounds = types != SYNTH_F32 && types != SYNTH_F16;
+    int32_t token[20];
+    double most = 0, worst = 0;
+    float *logits[2];
+    synth_tokens(token, 20, c.vocab_size);
+    for (int fast = 0; fast < 2; fast++) {
+        logits[fast] = (float *)test_alloc(20 * V * sizeof(float));
+        synth_run(s, 20, 1, 1, 20, DSV3_F32);
+        s->context.attention = DSV3_ATTENTION_ABSORBED;
+        s->context.compute = fast ? DSV3_FAST : DSV3_EXACT;
+        CHECK_EQ(synth_forward(s, logits[fast], token, 20, 0, NULL), DSV3_OK);
+    }
+    for (size_t i = 0; i < 20 * V; i++) {
+        double x = (double)logits[0][i], e = fabs((double)logits[1][i] - x);
+        most = fmax(most, fabs(x)), worst = fmax(worst, e), different += e > 0;
+    }
+    CHECK(rounds ? different > 10 * V : different == 0);
+    CHECK(worst <= most / 4); /* a token may take another expert, whose gate was nearly as large */
+    free(logits[0]), free(logits[1]);
+    synth_close(s);
+}
+
+/* What is rounded, and how: y = W x is y = W x' to the bit, with x' computed here. */
+static void test_fast_rounding(void) {
+    static const dsv3_type types[5] = {DSV3_F32, DSV3_F16, DSV3_BF16, DSV3_Q8_0, DSV3_Q4_0};
+    enum { COLS = 64, OUT = 5 };
+    dsv3_context ctx;
+    CHECK_EQ(dsv3_context_init(&ctx, DSV3_BACKEND_REFERENCE, 1, NULL), DSV3_OK);
+    for (int k = 0; k < 5; k++) {
+        float x[COLS], rounded[COLS], y[OUT], want[OUT], numbers[OUT * COLS], *scratch;
+        unsigned char data[OUT * COLS * 4];
+        size_t bytes = 0;
+        dsv3_tensor w;
+        test_fill(x, COLS, -2, 2), test_fill(numbers, OUT * COLS, -1, 1);
+        memset(&w, 0, sizeof w);
+        w.data = data, w.rows = OUT, w.cols = COLS, w.type = types[k], w.rank = 2;
+        memcpy(data, numbers, sizeof numbers);
+        if (types[k] != DSV3_F32) CHECK_EQ(dsv3_quantize(data, NULL, numbers, types[k], OUT, COLS, NULL), DSV3_OK);
+        for (size_t i = 0; i < COLS; i++) {
+            float top = 0;
+            for (size_t j = i / 32 * 32; j < i / 32 * 32 + 32; j++) top = fmaxf(top, fabsf(x[j]));
+            rounded[i] = k < 2 ? x[i] : k == 2 ? dsv3_f32_from_bf16(dsv3_bf16_from_f32(x[i]))
+                                               : top / 127.0f * nearbyintf(x[i] * (127.0f / top));
+        }
+        CHECK_EQ(dsv3_linear_size(&ctx, 1, COLS, &bytes, NULL), DSV3_OK);
+        scratch = (float *)test_alloc(bytes);
+        ctx.compute = DSV3_FAST;
+        CHECK_EQ(dsv3_linear(&ctx, y, x, &w, 1, scratch, NULL), DSV3_OK);
+        ctx.compute = DSV3_EXACT;
+        CHECK_EQ(dsv3_linear(&ctx, want, rounded, &w, 1, scratch, NULL), DSV3_OK);
+        CHECK(memcmp(y, want, sizeof y) == 0);
+        free(scratch);
+    }
+}
+
 /* ---- Which form attention takes: with AUTO, by the rows that a call brings to each sequence */
 
 /* Bits of the logits of `first` rows of one sequence and then `second` of another, in one call. */
@@ -898,6 +960,9 @@ static void test_form_switch(void) {
 
 int main(void) {
     test_form_switch();
+    for (int which = 0; which < SYNTH_CONFIGS; which++)
+        if (which != SYNTH_ODD) test_fast(which);
+    test_fast_rounding();
     for (int which = 0; which < SYNTH_CONFIGS; which++) {
         for (int form = 1; form <= 2; form++) {
             test_oracle(which, form, DSV3_F32);
