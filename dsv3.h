@@ -63,13 +63,14 @@
  *            every cache as long as it was (but see dsv3_evaluate). Outputs and workspace are then unspecified; a model
  *            whose dsv3_model_bind failed must be bound again before use. Arguments that are wrong change nothing. Calls
  *            that return a number, a name or a struct have no way to say no: their pointers must be valid.
- *   Memory   is the caller's, all of it; a workspace may hold any bytes before a call. Every _size(.., &bytes) has its
- *            _init(.., memory, bytes), which wants at least that many. Buffers for _init are aligned to DSV3_ALIGN, as
- *            malloc's are; tensor data may have any alignment and live in flash.
+ *   Memory   is the caller's, all of it; a workspace may hold any bytes before a call (but a batch that is begun, and what
+ *            dsv3_states and workspace->hidden show, lie in it). Every _size(.., &bytes) has its _init(.., memory, bytes),
+ *            which wants at least that many. Buffers for _init are aligned to DSV3_ALIGN, as malloc's are; tensor data may
+ *            have any alignment and live in flash.
  *   Structs  hold no pointers to themselves: between calls any of them may be moved. Configs, tensors, batches, errors
  *            and random states are values, to be copied at will. A context or a model may be copied (dsv3_pack changes
- *            the model that it is given). A cache, workspace, sequence or trainer owns its memory: a copy of the struct is
- *            the same object; dsv3_cache_copy and dsv3_sequence_copy make a second one. Memory given to
+ *            the model that it is given). A cache, workspace, sequence or trainer owns its memory: of copies of the
+ *            struct use one only; dsv3_cache_copy and dsv3_sequence_copy make a second object. Memory given to
  *            _init or _bind must outlive the struct, and weights the model; a model must outlive what was made for it.
  *   Threads  every function is reentrant. Calls running at the same time may share context, config and
  *            model (they are only read), and must not share cache, workspace or outputs.
@@ -956,7 +957,7 @@ DSV3_API dsv3_result dsv3_parameters_size(const dsv3_config *config, size_t *byt
 /* Zeros. */
 DSV3_API dsv3_result dsv3_parameters_init(const dsv3_config *config, dsv3_parameters *parameters, void *memory,
                                           size_t bytes, dsv3_error *error);
-/* Decodes a bound model of the same config into them. MISMATCH for another config, or fewer MTP modules than it names. */
+/* Decodes a bound model of the same config into them. MISMATCH for other sizes, or fewer MTP modules than config names. */
 DSV3_API dsv3_result dsv3_parameters_from_model(dsv3_parameters *parameters, const dsv3_model *from, dsv3_error *error);
 /* Matrices from N(0, std^2), norms 1, router biases 0. V3: std 0.006. */
 DSV3_API dsv3_result dsv3_parameters_random(dsv3_parameters *parameters, dsv3_rng *rng, float std, dsv3_error *error);
@@ -1062,7 +1063,7 @@ DSV3_API dsv3_result dsv3_cache_save(const dsv3_config *config, const dsv3_cache
 /* Into a cache that was made by _init, for the same type; its capacity may be another. */
 DSV3_API dsv3_result dsv3_cache_load(const dsv3_config *config, dsv3_cache *cache, uint64_t tag, const void *data,
                                      size_t bytes, dsv3_error *error);
-/* Text, sampler, counters, last results: the loaded sequence goes on as the saved one would have, bit for bit. ARG for
+/* Text, sampler, counters, last results, all but steer and stops: a loaded sequence goes on as the saved one would have. ARG for
  * one with a prompt not yet read, which is the caller's memory: read it first, or drop it with dsv3_sequence_truncate and
  * append it behind the load. */
 DSV3_API dsv3_result dsv3_sequence_save_size(const dsv3_sequence *sequence, size_t *bytes, dsv3_error *error);
@@ -1104,7 +1105,7 @@ DSV3_API dsv3_result dsv3_mla_forward(const dsv3_context *context, float *y, con
 /* y [n, d] = FFN(u [n, d]): the dense MLP or the mixture of experts. Returns DSV3_ERR_NAN as dsv3_router_select. */
 DSV3_API dsv3_result dsv3_ffn_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
                                       const dsv3_layer *weights, size_t n, dsv3_workspace *workspace, dsv3_error *error);
-/* x [n, d] += MLA(norm(x)); x += FFN(norm(x)). x is not the workspace's u or y. */
+/* x [n, d] += MLA(norm(x)); x += FFN(norm(x)). x is not in the workspace's memory. */
 DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, const dsv3_model *model,
                                         const dsv3_layer *weights, size_t layer, dsv3_cache *caches, size_t n,
                                         dsv3_workspace *workspace, dsv3_error *error);
@@ -1112,8 +1113,8 @@ DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, c
 /* ---- Ops on plain arrays -----------------------------------------------------------------------------
  *
  * Each looks at its arguments first. Errors, with nothing written: ARG (NULL where something is needed, a value outside its
- * domain, an output over an input), TOKEN, MISMATCH (sizes that disagree), OVERFLOW, UNSUPPORTED. How long an array really
- * is, no op can know. n may be 0: nothing is done then, and arrays of rows may be NULL. */
+ * domain, y or dx over the x it is made of), TOKEN, MISMATCH (sizes that disagree), OVERFLOW, UNSUPPORTED. How long an array
+ * really is, no op can know, nor what else it overlaps. n may be 0: nothing is done then, and arrays of rows may be NULL. */
 
 /* y[i] = g[i] x[i] / sqrt(mean(x^2) + eps) for each of n rows. y [n, d] may be x itself. g [d], not FP8.
  * A row whose squares overflow float32 gives zeros (NaN where x is infinite), as the official code does. */
@@ -1965,8 +1966,7 @@ static float *dsv3i_grad(const dsv3_tensor *g) { return (float *)(uintptr_t)g->d
 
 /* dx [n, cols] += dy W (beta0: =), and the gradient g of w. */
 static void dsv3i_project_backward(const dsv3_context *ctx, const dsv3i_workspace *ws, float *dx, int beta0,
-                                   const dsv3_tensor *g, const float *dy, const float *x, const dsv3_tensor *w,
-                                   size_t n) {
+                                   const dsv3_tensor *g, const float *dy, const float *x, const dsv3_tensor *w, size_t n) {
     dsv3i_product p = dsv3i_product_of((float *)(uintptr_t)dy, x, w, n);
     ctx->ops->linear_backward(ctx, dx, beta0, dsv3i_grad(g), &p, ws->scratch);
 }
@@ -2174,8 +2174,7 @@ static int dsv3i_quantize_block(unsigned char *y, const float *x, dsv3_type type
 static int dsv3i_quantize_half(unsigned char *y, float x, dsv3_type type) {
     uint16_t bits = type == DSV3_F16 ? dsv3_f16_from_f32(x) : dsv3_bf16_from_f32(x);
     DSV3_MEMCPY(y, &bits, 2);
-    return dsv3i_is_finite(type == DSV3_F16 ? dsv3_f32_from_f16(bits) : dsv3_f32_from_bf16(bits)) ||
-           !dsv3i_is_finite(x);
+    return dsv3i_is_finite(type == DSV3_F16 ? dsv3_f32_from_f16(bits) : dsv3_f32_from_bf16(bits)) || !dsv3i_is_finite(x);
 }
 
 DSV3_API dsv3_result dsv3_quantize(void *data, void *scale, const float *x, dsv3_type type, size_t rows, size_t cols,
@@ -2801,8 +2800,7 @@ static void dsv3i_loss_part(dsv3i_loss *a, size_t row, dsv3_task task) {
 static float *dsv3i_loss_target(const dsv3i_loss *a, size_t t) {
     size_t target = (size_t)a->target[t]; /* DSV3_IGNORE is beyond all */
     return target < a->part.row || target - a->part.row >= a->part.rows
-               ? NULL
-               : a->logits + t * a->part.rows + (target - a->part.row);
+               ? NULL : a->logits + t * a->part.rows + (target - a->part.row);
 }
 
 static void dsv3i_loss_task(void *arg, size_t begin, size_t end, size_t worker) {
@@ -3528,8 +3526,7 @@ static dsv3_result dsv3i_check_routing(const dsv3_config *c, int32_t least, dsv3
     }
     DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_ARG, "topk_group", "must be between 1 and n_group", c->topk_group, 1, G));
     return dsv3i_check_between(e, DSV3_ERR_ARG, "num_experts_per_tok", "is more than the selected groups have",
-                               c->num_experts_per_tok, least,
-                               c->topk_method == DSV3_GREEDY ? E : E / G * c->topk_group);
+                               c->num_experts_per_tok, least, c->topk_method == DSV3_GREEDY ? E : E / G * c->topk_group);
 }
 
 /* As dsv3_router_select. Returns the first row with something that is not finite; n: none. */
@@ -3640,8 +3637,7 @@ static void dsv3i_bias_step(float *bias, const uint64_t *load, size_t E, dsv3_bi
     drift = rule == DSV3_BIAS_CENTRED ? drift / (double)E : 0.0;
     for (size_t e = 0; e < E; e++) {
         double sign = dsv3i_load_sign(load[e], whole, rest), error = (mean - (double)load[e]) / mean;
-        double move =
-            speed * (rule == DSV3_BIAS_PROPORTIONAL ? (sign > 0.0 || sign < 0.0 ? error : 0.0) : sign - drift);
+        double move = speed * (rule == DSV3_BIAS_PROPORTIONAL ? (sign > 0.0 || sign < 0.0 ? error : 0.0) : sign - drift);
         bias[e] = dsv3i_bias_moved(bias[e], move, rule);
     }
 }
@@ -4033,8 +4029,7 @@ static void dsv3i_mlps_backward(dsv3i_call *c, const dsv3i_mlp *list, size_t cou
     for (size_t j = 0; j < count; j++) dsv3i_mlp_backward(c, &list[j]);
 }
 
-/* The gradients of scores, then of z. A balance loss is one of a whole sequence: whoever has its first row does all
- * of it. */
+/* The gradients of scores, then of z. A balance loss is one of a whole sequence: whoever has its first row does all of it. */
 static void dsv3i_router_backward_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_call *c = (const dsv3i_call *)arg;
     const dsv3_config *config = &c->model->config;
@@ -4503,15 +4498,13 @@ static dsv3_result dsv3i_walk_main(dsv3i_walk *w, dsv3_model *model) {
         DSV3I_TRY(dsv3i_walk_layer(w, model != NULL ? &model->layers[i] : NULL));
     }
     w->info.layer = -1;
-    return dsv3i_walk_parts(w, model,
-                            w->config->tie_word_embeddings ? DSV3I_PART_LAST : DSV3I_PART_LAST | DSV3I_PART_HEAD);
+    return dsv3i_walk_parts(w, model, w->config->tie_word_embeddings ? DSV3I_PART_LAST : DSV3I_PART_LAST | DSV3I_PART_HEAD);
 }
 
 /* MTP module k = 0 .. D-1: its own parts, then its layer. */
 static dsv3_result dsv3i_walk_module(dsv3i_walk *w, dsv3_model *model, size_t k) {
     w->info.layer = (int32_t)(w->m.L + k);
-    DSV3I_TRY(dsv3i_walk_parts(w, model != NULL ? &model->mtp[k] : NULL,
-                               DSV3I_PART_JOIN | DSV3I_PART_NORMS | w->copies));
+    DSV3I_TRY(dsv3i_walk_parts(w, model != NULL ? &model->mtp[k] : NULL, DSV3I_PART_JOIN | DSV3I_PART_NORMS | w->copies));
     return dsv3i_walk_layer(w, model != NULL ? &model->layers[w->m.L + k] : NULL);
 }
 
@@ -4706,6 +4699,7 @@ static dsv3_result dsv3i_workspace_check(const dsv3_workspace *workspace, const 
                                          const dsv3_model *model, dsv3_error *error) {
     DSV3I_TRY(dsv3i_check_context(ctx, error));
     DSV3I_NEED(1, model); DSV3I_NEED(1, workspace);
+    if (workspace->memory == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "workspace", "was not made by dsv3_workspace_init");
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MEMORY, "threads", "is more than the workspace was made for",
                                   (int64_t)ctx->threads, 1, (int64_t)workspace->threads));
     if (workspace->made_for != dsv3i_fingerprint(&model->config)) {
@@ -4972,9 +4966,8 @@ static dsv3_result dsv3i_forward(const dsv3i_run *p) {
     return dsv3i_ok(p->error);
 }
 
-DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, const dsv3_model *model,
-                                  dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
-                                  dsv3_workspace *workspace, dsv3_error *error) {
+DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, const dsv3_model *model, dsv3_cache *caches,
+                                  size_t n_caches, const dsv3_batch *batch, dsv3_workspace *workspace, dsv3_error *error) {
     dsv3i_workspace ws;
     const dsv3i_run p = {context, model, 0, caches, n_caches, batch, NULL, logits, &ws, error, NULL, NULL};
     DSV3I_TRY(dsv3i_workspace_open(&ws, workspace, context, model, error));
@@ -4988,6 +4981,7 @@ DSV3_API dsv3_result dsv3_states(const dsv3_model *model, float *state, const ds
     size_t d;
     const float *u;
     DSV3I_NEED(1, model); DSV3I_NEED(n, state); DSV3I_NEED(1, workspace); DSV3I_NEED(n, row);
+    if (workspace->hidden == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "workspace", "has no states: no call has used it");
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "n", "is more than the workspace has rows",
                                   (int64_t)dsv3i_min(n, INT32_MAX), 0, (int64_t)workspace->rows));
     if (workspace->made_for != dsv3i_fingerprint(&model->config)) {
@@ -6379,6 +6373,13 @@ DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_tra
                                   (int64_t)t->own->most_rows));
     DSV3I_TRY(dsv3i_check_weights(&t->settings.balance, t->balancer.experts, error));
     DSV3I_TRY(dsv3i_text_check(text, t->weights.model.config.vocab_size, error));
+    for (size_t r = 0, rows = 0; r < text->rows; r++) {
+        rows = r > 0 && dsv3i_text_continues(text, r - 1, 1) ? rows + 1 : 1;
+        DSV3I_TRY(dsv3i_check_element(error, DSV3_ERR_ARG, "sequence", r, "is not one of settings.sequences",
+                                      (int64_t)t->own->most_sequences, dsv3i_text_sequence(text, r)));
+        DSV3I_TRY(dsv3i_check_element(error, DSV3_ERR_FULL, "sequence", r, "is longer than settings.longest",
+                                      (int64_t)t->own->caches[0].capacity, (int64_t)rows - 1));
+    }
     return dsv3i_train_text(context, t, text, error);
 }
 
@@ -6972,6 +6973,7 @@ DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_tra
     DSV3I_TRY(dsv3i_check_count(error, "rows", s->rows, DSV3_MAX_SEQ));
     DSV3I_TRY(dsv3i_check_count(error, "sequences", s->sequences, (int64_t)s->rows));
     DSV3I_TRY(dsv3i_check_count(error, "longest", s->longest, DSV3_MAX_SEQ));
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "keep", "is not a sum of dsv3_keep", s->keep, 0, 7));
     DSV3I_TRY(dsv3i_check_count(error, "threads", threads, INT64_MAX));
     DSV3I_SIZE(dsv3_trainer, bytes, dsv3i_trainer_layout(&it, config, s, threads, &l));
 }
@@ -7484,6 +7486,13 @@ static dsv3_result dsv3i_check_op(const dsv3_context *context, const dsv3_tensor
     return dsv3i_fail(error, DSV3_ERR_OVERFLOW, "n", "rows have more bytes than size_t can count");
 }
 
+/* The same for a matrix, which has scales if it is FP8. */
+static dsv3_result dsv3i_check_matrix(const dsv3_context *context, const dsv3_tensor *w, const char *name, size_t n,
+                                      dsv3_error *error) {
+    DSV3I_TRY(dsv3i_check_op(context, w, name, n, error));
+    return w->type == DSV3_F8_E4M3 && w->scale == NULL && !w->packed ? dsv3i_fail_null(error, "scale") : DSV3_OK;
+}
+
 /* Floats a [n] and b [m] do not overlap, unless they may be the same. */
 static dsv3_result dsv3i_check_apart(dsv3_error *error, const char *name, const float *a, size_t n, const float *b,
                                      size_t m, int same) {
@@ -7509,7 +7518,7 @@ static dsv3_result dsv3i_ids_check(const int32_t *token, size_t n, size_t V, dsv
 
 DSV3_API dsv3_result dsv3_embed(const dsv3_context *context, float *x, const int32_t *token, const dsv3_tensor *w,
                                 size_t n, dsv3_error *error) {
-    DSV3I_TRY(dsv3i_check_op(context, w, "w", n, error));
+    DSV3I_TRY(dsv3i_check_matrix(context, w, "w", n, error));
     DSV3I_NEED(n, x);
     DSV3I_TRY(dsv3i_ids_check(token, n, dsv3i_min(w->rows, INT32_MAX), error));
     dsv3i_embed(context, x, token, w, n);
@@ -7533,7 +7542,7 @@ DSV3_API dsv3_result dsv3_linear_size(const dsv3_context *context, size_t n, siz
 
 DSV3_API dsv3_result dsv3_linear(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *w, size_t n,
                                  float *scratch, dsv3_error *error) {
-    DSV3I_TRY(dsv3i_check_op(context, w, "w", n, error));
+    DSV3I_TRY(dsv3i_check_matrix(context, w, "w", n, error));
     DSV3I_NEED(n, y); DSV3I_NEED(n, x); DSV3I_NEED(n, scratch);
     DSV3I_TRY(dsv3i_check_apart(error, "y", y, n * w->rows, x, n * w->cols, 0));
     dsv3i_product p = dsv3i_product_of(y, x, w, n);
@@ -7576,7 +7585,7 @@ DSV3_API dsv3_result dsv3_cross_entropy_size(const dsv3_context *context, const 
 }
 
 static dsv3_result dsv3i_check_loss(const dsv3i_loss *a, dsv3_error *error) {
-    DSV3I_TRY(dsv3i_check_op(a->ctx, a->head, "head", a->n, error));
+    DSV3I_TRY(dsv3i_check_matrix(a->ctx, a->head, "head", a->n, error));
     if (a->n > 0 && a->u == NULL) return dsv3i_fail_null(error, "u");
     if (a->n > 0 && a->target == NULL) return dsv3i_fail_null(error, "target");
     if (a->n > 0 && a->state == NULL) return dsv3i_fail_null(error, "scratch");
@@ -7636,6 +7645,9 @@ DSV3_API dsv3_result dsv3_rope_table(float *cos_sin, const int32_t *position, co
     DSV3I_TRY(dsv3i_check_dr(dr, error));
     DSV3I_TRY(dsv3i_check_number(error, "factor", (double)factor));
     DSV3I_NEED(n, cos_sin); DSV3I_NEED(n, position); DSV3I_NEED(n, turns);
+    if (dsv3i_mul(dsv3i_mul(n, dr), sizeof(float)) == SIZE_MAX) {
+        return dsv3i_fail(error, DSV3_ERR_OVERFLOW, "n", "rows have more bytes than size_t can count");
+    }
     dsv3i_rope_table(cos_sin, position, turns, factor, n, dr);
     return dsv3i_ok(error);
 }
@@ -7767,6 +7779,12 @@ DSV3_API dsv3_result dsv3_logits_min_p(float *logits, size_t V, float min_p, dsv
     return dsv3i_ok(error);
 }
 
+/* What overflows stays finite, unless it is forbidden. */
+static float dsv3i_clamped(float x, int forbidden) {
+    if (x > FLT_MAX) return FLT_MAX;
+    return x < -FLT_MAX && !forbidden ? -FLT_MAX : x;
+}
+
 DSV3_API dsv3_result dsv3_logits_penalty(float *logits, size_t V, const int32_t *token, size_t n, float penalty,
                                          uint8_t *seen, dsv3_error *error) {
     DSV3I_TRY(dsv3i_logits_check(logits, V, error));
@@ -7779,10 +7797,12 @@ DSV3_API dsv3_result dsv3_logits_penalty(float *logits, size_t V, const int32_t 
     for (size_t i = 0; i < n; i++) {
         size_t id = (size_t)token[i];
         unsigned bit = 1u << (id & 7);
+        int forbidden;
         if (seen[id >> 3] & bit) continue;
         seen[id >> 3] = (uint8_t)(seen[id >> 3] | bit);
+        forbidden = logits[id] < -FLT_MAX;
         logits[id] = logits[id] > 0.0f ? logits[id] / penalty : logits[id] * penalty;
-        if (logits[id] > FLT_MAX) logits[id] = FLT_MAX;
+        logits[id] = dsv3i_clamped(logits[id], forbidden);
     }
     return dsv3i_ok(error);
 }
@@ -7798,8 +7818,8 @@ DSV3_API dsv3_result dsv3_logits_bias(float *logits, size_t V, const int32_t *to
         }
     }
     for (size_t i = 0; i < n; i++) {
-        float x = logits[token[i]] + bias[i];
-        logits[token[i]] = x > FLT_MAX ? FLT_MAX : x;
+        int forbidden = logits[token[i]] < -FLT_MAX || bias[i] < -FLT_MAX;
+        logits[token[i]] = dsv3i_clamped(logits[token[i]] + bias[i], forbidden);
     }
     return dsv3i_ok(error);
 }
@@ -7820,7 +7840,7 @@ DSV3_API dsv3_result dsv3_router_scores(const dsv3_context *context, const dsv3_
                                         const float *x, const dsv3_tensor *gate_w, const float *gate_bias, size_t n,
                                         float *scratch, dsv3_error *error) {
     DSV3I_TRY(dsv3_router_check(config, error));
-    DSV3I_TRY(dsv3i_check_op(context, gate_w, "gate_w", n, error));
+    DSV3I_TRY(dsv3i_check_matrix(context, gate_w, "gate_w", n, error));
     DSV3I_TRY(dsv3i_check_cols(gate_w, "gate_w", (size_t)config->n_routed_experts, gate_w->cols, error));
     DSV3I_NEED(n, score); DSV3I_NEED(n, x); DSV3I_NEED(n, scratch);
     DSV3I_TRY(dsv3i_check_apart(error, "score", score, n * gate_w->rows, x, n * gate_w->cols, 0));
@@ -7912,7 +7932,9 @@ DSV3_API dsv3_result dsv3_bias_step(float *bias, const uint64_t *load, size_t la
 
 DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, uint64_t seen, dsv3_error *error) {
     dsv3_result result;
-    DSV3I_NEED(1, balancer); DSV3I_NEED(balancer->experts, bias);
+    DSV3I_NEED(1, balancer);
+    if (balancer->load == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "balancer", "was not made by dsv3_balancer_init");
+    DSV3I_NEED(balancer->experts, bias);
     DSV3I_TRY(dsv3i_check_bias_step(balancer->rule, dsv3_bias_speed(&balancer->schedule, seen), error));
     result = dsv3i_balancer_reduce(balancer);
     if (result != DSV3_OK) return dsv3i_fail(error, result, "reduce", "failed");
@@ -7925,7 +7947,7 @@ DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, ui
 DSV3_API dsv3_result dsv3_linear_backward(const dsv3_context *context, float *dx, float *dw, const float *dy,
                                           const float *x, const dsv3_tensor *w, size_t n, float *scratch,
                                           dsv3_error *error) {
-    DSV3I_TRY(dsv3i_check_op(context, w, "w", n, error));
+    DSV3I_TRY(dsv3i_check_matrix(context, w, "w", n, error));
     DSV3I_NEED(n, dy); DSV3I_NEED(n, scratch); DSV3I_NEED(n * (dw != NULL), x);
     DSV3I_TRY(dsv3i_check_apart(error, "dx", dx, dx != NULL ? n * w->cols : 0, dy, n * w->rows, 0));
     DSV3I_TRY(dsv3i_check_apart(error, "dx", dx, dx != NULL && dw != NULL ? n * w->cols : 0, x, n * w->cols, 0));

@@ -1147,7 +1147,7 @@ static const char generate_help[] =
     "  --prompt-cache F file that keeps the text with all that was computed for it: written at the end, and if it is\n"
     "                   there, what its text and the prompt begin with in common is not read again. It belongs to one\n"
     "                   model, --cache and --mtp: of another it is refused, and left as it is. The text is the same as\n"
-    "                   without it, bit for bit if --attention is not auto\n" WRITER_HELP;
+    "                   without it, bit for bit if --attention is not auto, without --adaptive\n" WRITER_HELP;
 
 /* The prompt as it is meant; *where becomes what messages call it. */
 static char *generate_input(const char *text, const char *file, size_t *length, const char **where) {
@@ -1246,6 +1246,8 @@ static int generate(int argc, char **argv, const command *c) {
     text = generate_input(given, file, &length, &where);
     generate_prompt(&prompt, &s, where, text, length, o.ids);
     prompt_cache_open(&cached, cache_path, &s, &prompt);
+    /* A prompt's last token is read anew: the first step must be what it is without the file. */
+    if (cached.common == prompt.count && prompt.count > 0) cached.common--;
     load = now() - begin;
     writer_open(&w, &s, &o, generate_context(&s, &o, where, prompt.count),
                 prompt.count < CHUNK && cache_path == NULL ? prompt.count : CHUNK, &cached);
@@ -2835,7 +2837,7 @@ static const char train_help_more[] =
     "                   the run); roundings depend on it\n"
     "  --resume         goes on with the run in DIR, bit for bit as if it had never stopped; options and text are "
     "those\n"
-    "                   of the run, and what is given again must agree (except --val-text, --patience and\n"
+    "                   of the run, and what is given again must agree (except --val-text, --epochs, --patience and\n"
     "                   what is under \"Memory and output\")\n"
     "  --resume --steps MORE   to another end. Before the rate falls the phases are laid out anew; later they stay, and\n"
     "                   the last rate (--tail; cosine: --low) goes on. For a new cycle use --init\n";
@@ -3069,7 +3071,7 @@ typedef struct train_state {
     size_t D;
     corpus text, val_text;
     size_t taught; /* tokens that are trained on; the others are for validation, unless it has a text of its own */
-    uint64_t hash; /* of the tokens */
+    uint64_t hash, val_hash; /* of the tokens; of those that validation reads */
     dsv3_training settings;
     uint64_t phases; /* steps over which the phases of the schedule are laid out: --steps, unless that was changed late */
     dsv3_schedule schedule;
@@ -3379,6 +3381,10 @@ static void train_load_state(train_state *s, const st_file *file, const char *pa
     s->in_a_row = 0;
     s->best = NOTHING;
     if (st_metadata(file, "best") == NULL || *st_metadata(file, "best") == '\0') return;
+    if (st_metadata(file, "validation hash") != NULL && train_number(file, path, "validation hash") != s->val_hash) {
+        fprintf(stderr, "dsv3: validation reads another text than before: what was best there is forgotten\n");
+        return;
+    }
     s->best = strtod(st_metadata(file, "best"), NULL);
     s->best_step = train_number(file, path, "best step");
     s->worse = train_number(file, path, "worse");
@@ -3417,12 +3423,12 @@ static st_tensor *train_state_tensors(train_state *s, size_t *count) {
 }
 
 static void train_save_state(train_state *s) {
-    static const char keys[8][12] = {"step",      "trained", "skipped",   "text tokens",
-                                     "text hash", "phases",  "best step", "worse"};
-    const uint64_t values[8] = {s->done, s->trainer.step, s->skipped,   s->text.count,
-                                s->hash, s->phases,       s->best_step, s->worse};
-    const char *pairs[2 * (TRAIN_OPTIONS + 12) + 1];
-    char numbers[8][24], best[64] = "", *path = train_path(s, "train.safetensors"), *config = NULL, *value[TRAIN_OPTIONS];
+    static const char keys[9][16] = {"step",   "trained",   "skipped", "text tokens",    "text hash",
+                                     "phases", "best step", "worse",   "validation hash"};
+    const uint64_t values[9] = {s->done,   s->trainer.step, s->skipped, s->text.count, s->hash,
+                                s->phases, s->best_step,    s->worse,   s->val_hash};
+    const char *pairs[2 * (TRAIN_OPTIONS + 13) + 1];
+    char numbers[9][24], best[64] = "", *path = train_path(s, "train.safetensors"), *config = NULL, *value[TRAIN_OPTIONS];
     option table[TRAIN_OPTIONS + 1];
     size_t n = 0, count = 0, stored = 0;
     st_error error;
@@ -3435,7 +3441,7 @@ static void train_save_state(train_state *s) {
     if (isfinite(s->best)) train_number_text(best, s->best);
     pairs[n++] = "best";
     pairs[n++] = best;
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < 9; i++) {
         snprintf(numbers[i], sizeof numbers[i], "%llu", (unsigned long long)values[i]);
         pairs[n++] = keys[i];
         pairs[n++] = numbers[i];
@@ -3491,7 +3497,8 @@ static void train_forget(const train_state *s) {
     while (list != NULL && (entry = readdir(list)) != NULL) {
         const char *name = entry->d_name;
         size_t digits = strncmp(name, "step-", 5) == 0 ? strspn(name + 5, "0123456789") : 0;
-        if (digits > 0 && digits < 19 && name[5 + digits] == '\0') places_add(&steps, (size_t)strtoull(name + 5, NULL, 10));
+        unsigned long long n = digits > 0 && digits < 19 && name[5 + digits] == '\0' ? strtoull(name + 5, NULL, 10) : 0;
+        if (n > 0 && n <= s->done) places_add(&steps, (size_t)n); /* others are of another run */
     }
     if (list != NULL) closedir(list);
     for (size_t i = 0; i < steps.count; i++) {
@@ -3801,6 +3808,12 @@ static int32_t corpus_at(const corpus *c, size_t i) {
     return four;
 }
 
+static uint64_t corpus_hash(const corpus *c, size_t begin, size_t end) {
+    uint64_t hash = 0xCBF29CE484222325u; /* FNV-1a */
+    for (size_t i = begin; i < end; i++) hash = (hash ^ (uint64_t)corpus_at(c, i)) * 0x100000001B3u;
+    return hash;
+}
+
 static void corpus_reserve(corpus *c, const char *path, size_t more) {
     if (more > SIZE_MAX / c->width - c->count) stop("%s: is too large", path);
     c->data = (unsigned char *)realloc(c->data, (c->count + more) * c->width + 1);
@@ -3898,15 +3911,26 @@ static void train_read_files(train_state *s, corpus *c, const texts *files) {
     marks_close(&loss_to);
 }
 
+/* What validation reads: inputs [begin, end) of *c. Returns 0 if it has nothing to read. */
+static int train_val_range(const train_state *s, const corpus **c, size_t *begin, size_t *end) {
+    size_t limit = (size_t)s->o.val_tokens;
+    *c = s->val_text.count > 0 ? &s->val_text : &s->text;
+    *begin = s->val_text.count > 0 ? 0 : s->taught;
+    if (*begin >= (*c)->count) return 0;
+    *end = (*c)->count - 1;
+    if (*end - *begin > limit) *end = *begin + limit;
+    return 1;
+}
+
 static void train_read_text(train_state *s) {
     const train_options *o = &s->o;
+    const corpus *c;
+    size_t begin, end;
     train_read_files(s, &s->text, &o->text);
     train_read_files(s, &s->val_text, &o->val_text);
-    s->hash = 0xCBF29CE484222325u; /* FNV-1a */
-    for (size_t i = 0; i < s->text.count; i++) {
-        s->hash = (s->hash ^ (uint64_t)corpus_at(&s->text, i)) * 0x100000001B3u;
-    }
+    s->hash = corpus_hash(&s->text, 0, s->text.count);
     s->taught = (size_t)((double)s->text.count * (1 - o->val / 100)); /* the rest is what score --last P reads */
+    s->val_hash = train_val_range(s, &c, &begin, &end) ? corpus_hash(c, begin, end + 1) : 0;
     if (s->taught <= (size_t)o->seq) {
         stop("--text: expected at least %ld tokens before the part for validation, found %zu", o->seq + 1, s->taught);
     }
@@ -4401,10 +4425,10 @@ static void train_step(train_state *s, double *row) {
 }
 
 static void train_validate(train_state *s, double *row) {
-    const corpus *c = s->val_text.count > 0 ? &s->val_text : &s->text;
-    size_t begin = s->val_text.count > 0 ? 0 : s->taught, end = c->count - 1, limit = (size_t)s->o.val_tokens;
+    const corpus *c;
+    size_t begin, end;
     dsv3_error error;
-    if (end - begin > limit) end = begin + limit;
+    if (!train_val_range(s, &c, &begin, &end)) return;
     memset(s->val.nll, 0, (1 + s->D) * sizeof *s->val.nll);
     memset(s->val.targets, 0, (1 + s->D) * sizeof *s->val.targets);
     for (size_t at = begin; at < end; at += s->seq) {

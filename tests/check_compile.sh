@@ -33,6 +33,7 @@ for cc in gcc clang; do
         later "$cc $level, backends" $cc -std=c99 $level $wide $c -I. -c tests/compile/simd.c -o /dev/null
     done
     for file in examples/*.c bench/*.c tests/*.c; do
+        [ $file = tests/test_no_double.c ] && continue # where double is float, constants lose digits on purpose
         later "$cc $file" $cc -std=c99 -D_POSIX_C_SOURCE=200809L -O1 $wide $c -Wno-float-equal -Wno-double-promotion -I. -Iexamples -Itests \
             -Ibench -c "$file" -o /dev/null
     done

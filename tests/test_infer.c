@@ -944,7 +944,7 @@ static void test_form_switch(void) {
         got = (float *)test_alloc(160 * V * sizeof *got), absorbed = (float *)test_alloc(160 * V * sizeof *got);
         expanded = (float *)test_alloc(160 * V * sizeof *got);
         for (size_t more = 0; more < 2; more++) { /* one row more turns the form of its sequence, and of no other */
-            size_t first = most == 0 ? 100 : most + more, n = most == 0 ? 100 : first + 20 - 4 * (most == 16);
+            size_t first = most == 0 ? 100 : most + more, n = most == 0 ? 100 : first + (most == 16 ? 16u : 20u);
             int expands = most > 0 && more;
             form_bits(s, DSV3_ATTENTION_AUTO, token, first, n - first, got);
             form_bits(s, DSV3_ATTENTION_ABSORBED, token, first, n - first, absorbed);

@@ -671,7 +671,7 @@ static void orders_all(void) {
 static void no_rows(void) {
     static const float numbers[4 * 8] = {0};
     dsv3_config c = dsv3_config_default();
-    dsv3_context ctx;
+    dsv3_context plain;
     dsv3_tensor w, g;
     dsv3_error error;
     c.n_routed_experts = 4, c.num_experts_per_tok = 2, c.n_group = c.topk_group = 1, c.routed_scaling_factor = 1.0f;
@@ -679,21 +679,21 @@ static void no_rows(void) {
     w.data = numbers, w.rows = 4, w.cols = 8, w.rank = 2;
     g = w;
     g.rows = 1, g.rank = 1;
-    CHECK_EQ(dsv3_context_init(&ctx, DSV3_BACKEND_REFERENCE, 1, NULL), DSV3_OK);
+    CHECK_EQ(dsv3_context_init(&plain, DSV3_BACKEND_REFERENCE, 1, NULL), DSV3_OK);
 #define NOTHING(call) CHECK_EQ(call, DSV3_OK), CHECK_EQ(error.code, DSV3_OK)
-    NOTHING(dsv3_rmsnorm(&ctx, NULL, NULL, &g, 0, 8, 1e-6f, &error));
-    NOTHING(dsv3_embed(&ctx, NULL, NULL, &w, 0, &error));
-    NOTHING(dsv3_linear(&ctx, NULL, NULL, &w, 0, NULL, &error));
-    NOTHING(dsv3_cross_entropy(&ctx, NULL, NULL, &w, NULL, 0, NULL, &error));
+    NOTHING(dsv3_rmsnorm(&plain, NULL, NULL, &g, 0, 8, 1e-6f, &error));
+    NOTHING(dsv3_embed(&plain, NULL, NULL, &w, 0, &error));
+    NOTHING(dsv3_linear(&plain, NULL, NULL, &w, 0, NULL, &error));
+    NOTHING(dsv3_cross_entropy(&plain, NULL, NULL, &w, NULL, 0, NULL, &error));
     NOTHING(dsv3_rope_table(NULL, NULL, NULL, 1.0f, 0, 8, &error));
-    NOTHING(dsv3_router_scores(&ctx, &c, NULL, NULL, &w, NULL, 0, NULL, &error));
+    NOTHING(dsv3_router_scores(&plain, &c, NULL, NULL, &w, NULL, 0, NULL, &error));
     NOTHING(dsv3_router_select(&c, NULL, NULL, NULL, NULL, NULL, 0, NULL, &error));
     NOTHING(dsv3_router_weights(&c, NULL, NULL, NULL, 0, &error));
     NOTHING(dsv3_bias_step(NULL, NULL, 0, 4, DSV3_BIAS_SIGN, 0.001, &error));
-    NOTHING(dsv3_linear_backward(&ctx, NULL, NULL, NULL, NULL, &w, 0, NULL, &error));
+    NOTHING(dsv3_linear_backward(&plain, NULL, NULL, NULL, NULL, &w, 0, NULL, &error));
     NOTHING(dsv3_embed_backward(NULL, NULL, NULL, 0, 4, 8, &error));
-    NOTHING(dsv3_rmsnorm_backward(&ctx, NULL, NULL, NULL, NULL, &g, 0, 1e-6f, NULL, &error));
-    NOTHING(dsv3_cross_entropy_backward(&ctx, NULL, NULL, 1.0f, NULL, &w, NULL, 0, NULL, &error));
+    NOTHING(dsv3_rmsnorm_backward(&plain, NULL, NULL, NULL, NULL, &g, 0, 1e-6f, NULL, &error));
+    NOTHING(dsv3_cross_entropy_backward(&plain, NULL, NULL, 1.0f, NULL, &w, NULL, 0, NULL, &error));
     NOTHING(dsv3_router_weights_backward(&c, NULL, NULL, NULL, NULL, 0, &error));
     NOTHING(dsv3_router_scores_backward(&c, NULL, NULL, NULL, 0, &error));
 }
@@ -709,7 +709,7 @@ static void edges(void) {
     uint8_t seen[1];
     uint64_t turns[4] = {0};
     dsv3_config c = dsv3_config_default();
-    dsv3_context ctx;
+    dsv3_context plain;
     dsv3_tensor w, g;
     dsv3_error error;
     c.n_routed_experts = 4, c.num_experts_per_tok = 2, c.n_group = c.topk_group = 1, c.routed_scaling_factor = 1.0f;
@@ -717,15 +717,15 @@ static void edges(void) {
     w.data = numbers, w.rows = 3, w.cols = 8, w.rank = 2;
     g = w;
     g.rows = 1, g.rank = 1;
-    CHECK_EQ(dsv3_context_init(&ctx, DSV3_BACKEND_REFERENCE, 1, NULL), DSV3_OK);
-    CHECK_EQ(dsv3_rmsnorm(&ctx, y, numbers, &g, 1, 8, INFINITY, &error), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_context_init(&plain, DSV3_BACKEND_REFERENCE, 1, NULL), DSV3_OK);
+    CHECK_EQ(dsv3_rmsnorm(&plain, y, numbers, &g, 1, 8, INFINITY, &error), DSV3_ERR_ARG);
     CHECK(strcmp(error.name, "eps") == 0);
     g.rows = 2;
-    CHECK_EQ(dsv3_rmsnorm(&ctx, y, numbers, &g, 1, 8, 1e-6f, &error), DSV3_ERR_UNSUPPORTED);
+    CHECK_EQ(dsv3_rmsnorm(&plain, y, numbers, &g, 1, 8, 1e-6f, &error), DSV3_ERR_UNSUPPORTED);
     CHECK(strcmp(error.name, "g") == 0);
     CHECK_EQ(dsv3_rope_table(y, position, turns, INFINITY, 1, 8, &error), DSV3_ERR_ARG);
     CHECK(strcmp(error.name, "factor") == 0);
-    CHECK_EQ(dsv3_router_scores(&ctx, &c, y, numbers, &w, NULL, 1, scratch, &error), DSV3_ERR_MISMATCH);
+    CHECK_EQ(dsv3_router_scores(&plain, &c, y, numbers, &w, NULL, 1, scratch, &error), DSV3_ERR_MISMATCH);
     CHECK(strcmp(error.name, "gate_w") == 0 && error.expected[0] == 4 && error.found[0] == 3);
     CHECK_EQ(dsv3_logits_penalty(logits, 3, token, 2, 0.5f, seen, &error), DSV3_OK);
     CHECK(logits[1] >= 3.4028234e38f && logits[1] - logits[1] == 0.0f && logits[2] == 1.0f);
@@ -735,7 +735,7 @@ static void edges(void) {
 }
 
 int main(void) {
-    CHECK_EQ(dsv3_context_init(&ctx, test_backend(), 1, NULL), DSV3_OK);
+    CHECK_EQ(dsv3_context_init(&plain, test_backend(), 1, NULL), DSV3_OK);
     linear_all();
     rows_exact();
     linear_jobs();

@@ -251,7 +251,10 @@ static dsv3_result find_scaled(void *user, const char *name, dsv3_tensor *tensor
     const synth *s = (const synth *)user;
     dsv3_result result = synth_find(user, name, tensor);
     CHECK(strstr(name, "_scale_inv") == NULL);
-    if (result == DSV3_OK && tensor->type == DSV3_F8_E4M3) tensor->scale = synth_tensor_of(s, name)->scale;
+    if (result == DSV3_OK && tensor->type == DSV3_F8_E4M3) {
+        const synth_tensor *t = synth_tensor_of(s, name);
+        tensor->scale = t != NULL ? t->scale : NULL;
+    }
     return result;
 }
 

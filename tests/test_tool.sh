@@ -454,8 +454,8 @@ kept() {
     same "--prompt-cache, $name: the file" $tmp/cache.before $tmp/cache
 }
 cached "fresh" 0 $micro -p 'It is a truth' -n 20
-cached "the same prompt" 13 $micro -p 'It is a truth' -n 20
-cached "a shorter prompt" 5 $micro -p 'It is' -n 300 --seed 4
+cached "the same prompt" 12 $micro -p 'It is a truth' -n 20
+cached "a shorter prompt" 4 $micro -p 'It is' -n 300 --seed 4
 "$tool" generate $micro -p 'It is' -n 300 --seed 4 --echo --attention absorbed > $tmp/said
 cached "the text goes on" 200 $micro -p "$(head -c 200 $tmp/said) and so" -n 5 --temp 0
 cached "part of it" 6 $micro -p 'It is a t' -n 5 --temp 0
@@ -484,7 +484,10 @@ rm $tmp/cache
 refused "--prompt-cache in no directory" "cannot be written" generate $micro --prompt-cache $tmp/nowhere/c -n 1
 refused "--prompt-cache is a directory" "is a directory" generate $micro --prompt-cache $tmp -n 1
 cached "drafts" 0 examples/models/austen -p 'It is a truth' -n 20 --mtp 3 --temp 0 --cache BF16
-cached "drafts, the same prompt" 13 examples/models/austen -p 'It is a truth' -n 20 --mtp 3 --temp 0 --cache BF16
+cached "drafts, the same prompt" 12 examples/models/austen -p 'It is a truth' -n 20 --mtp 3 --temp 0 --cache BF16
+for seed in 1 2 3; do
+    cached "drafts, sampled" 12 examples/models/austen -p 'It is a truth' -n 20 --mtp 3 --temp 0.9 --seed $seed --cache BF16
+done
 cached "drafts, a longer prompt" 13 examples/models/austen -p 'It is a truth!?' -n 20 --mtp 3 --temp 0 --cache BF16
 
 # ---- chat
@@ -1640,6 +1643,9 @@ good "train --keep-best: a checkpoint" score $tmp/run_kept/best $tmp/part
 mkdir $tmp/run_kept/step-1 && touch $tmp/run_kept/step-1/mine
 trains "--keep-last, another's folder" --resume --out $tmp/run_kept --steps 14
 if [ -e $tmp/run_kept/step-1/mine ] && [ ! -e $tmp/run_kept/step-8 ]; then ok; else bad "train --keep-last: another's file"; fi
+mkdir $tmp/run_kept/step-99
+trains "--keep-last, a later run's folder" --resume --out $tmp/run_kept --steps 16
+equal "train --keep-last: a later run's folder" "$(ls -d $tmp/run_kept/step-* | sed 's/.*step-//' | sort -n | tr '\n' ' ')" "1 12 14 16 99 "
 trains "--patience" $recipe --steps 60 --lr 0 --bias-speed 0 --patience 2 --out $tmp/run_patient
 equal "train --patience: it ends" "$(tail -n 1 $tmp/run_patient/log.csv | cut -d, -f 1)" 12
 if grep -q 'has ended at step 12: 2 validations were no better than [0-9.]* at step 4' $tmp/err; then ok; else fail "train --patience"; fi
@@ -1647,6 +1653,8 @@ trains "--patience: again" --resume --out $tmp/run_patient
 equal "train --patience: it has ended" "$(tail -n 1 $tmp/run_patient/log.csv | cut -d, -f 1)" 12
 trains "--patience 3" --resume --out $tmp/run_patient --patience 3
 equal "train --patience: with more" "$(tail -n 1 $tmp/run_patient/log.csv | cut -d, -f 1)" 16
+trains "--patience: another text" --resume --out $tmp/run_patient --patience 3 --val-text $tmp/val
+if grep -q 'validation reads another text than before' $tmp/err; then ok; else fail "train: validation by another text"; fi
 refused "train --patience without validation" "--patience: expected a text for validation" train $recipe --val 0 --patience 1 --out $tmp/t
 refused "train --keep-best without validation" "--keep-best: expected a text for validation" train $recipe --val 0 --keep-best --out $tmp/t
 # By the clock: a run that is killed has not lost all.
