@@ -735,7 +735,7 @@ static void edges(void) {
 }
 
 int main(void) {
-    CHECK_EQ(dsv3_context_init(&plain, test_backend(), 1, NULL), DSV3_OK);
+    CHECK_EQ(dsv3_context_init(&ctx, test_backend(), 1, NULL), DSV3_OK);
     linear_all();
     rows_exact();
     linear_jobs();
