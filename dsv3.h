@@ -390,7 +390,7 @@ DSV3_API const char *dsv3_type_name(dsv3_type type);
 /* A read-only view of a weight. Data belongs to the caller, must outlive the model, and may be unaligned. */
 typedef struct dsv3_tensor {
     const void *data;  /* [rows, cols] elements of type */
-    const void *scale; /* FP8: float [ceil(rows/128), ceil(cols/128)], below 2^119, W = code * scale; else NULL */
+    const void *scale; /* FP8: float [ceil(rows/128), ceil(cols/128)], below 2^119, W = code * scale; NULL: 1 */
     size_t rows, cols; /* a vector has rows = 1 */
     dsv3_type type;
     int32_t rank;   /* 1: vector, 2: matrix */
@@ -7486,13 +7486,6 @@ static dsv3_result dsv3i_check_op(const dsv3_context *context, const dsv3_tensor
     return dsv3i_fail(error, DSV3_ERR_OVERFLOW, "n", "rows have more bytes than size_t can count");
 }
 
-/* The same for a matrix, which has scales if it is FP8. */
-static dsv3_result dsv3i_check_matrix(const dsv3_context *context, const dsv3_tensor *w, const char *name, size_t n,
-                                      dsv3_error *error) {
-    DSV3I_TRY(dsv3i_check_op(context, w, name, n, error));
-    return w->type == DSV3_F8_E4M3 && w->scale == NULL && !w->packed ? dsv3i_fail_null(error, "scale") : DSV3_OK;
-}
-
 /* Floats a [n] and b [m] do not overlap, unless they may be the same. */
 static dsv3_result dsv3i_check_apart(dsv3_error *error, const char *name, const float *a, size_t n, const float *b,
                                      size_t m, int same) {
@@ -7518,7 +7511,7 @@ static dsv3_result dsv3i_ids_check(const int32_t *token, size_t n, size_t V, dsv
 
 DSV3_API dsv3_result dsv3_embed(const dsv3_context *context, float *x, const int32_t *token, const dsv3_tensor *w,
                                 size_t n, dsv3_error *error) {
-    DSV3I_TRY(dsv3i_check_matrix(context, w, "w", n, error));
+    DSV3I_TRY(dsv3i_check_op(context, w, "w", n, error));
     DSV3I_NEED(n, x);
     DSV3I_TRY(dsv3i_ids_check(token, n, dsv3i_min(w->rows, INT32_MAX), error));
     dsv3i_embed(context, x, token, w, n);
@@ -7542,7 +7535,7 @@ DSV3_API dsv3_result dsv3_linear_size(const dsv3_context *context, size_t n, siz
 
 DSV3_API dsv3_result dsv3_linear(const dsv3_context *context, float *y, const float *x, const dsv3_tensor *w, size_t n,
                                  float *scratch, dsv3_error *error) {
-    DSV3I_TRY(dsv3i_check_matrix(context, w, "w", n, error));
+    DSV3I_TRY(dsv3i_check_op(context, w, "w", n, error));
     DSV3I_NEED(n, y); DSV3I_NEED(n, x); DSV3I_NEED(n, scratch);
     DSV3I_TRY(dsv3i_check_apart(error, "y", y, n * w->rows, x, n * w->cols, 0));
     dsv3i_product p = dsv3i_product_of(y, x, w, n);
@@ -7585,7 +7578,7 @@ DSV3_API dsv3_result dsv3_cross_entropy_size(const dsv3_context *context, const 
 }
 
 static dsv3_result dsv3i_check_loss(const dsv3i_loss *a, dsv3_error *error) {
-    DSV3I_TRY(dsv3i_check_matrix(a->ctx, a->head, "head", a->n, error));
+    DSV3I_TRY(dsv3i_check_op(a->ctx, a->head, "head", a->n, error));
     if (a->n > 0 && a->u == NULL) return dsv3i_fail_null(error, "u");
     if (a->n > 0 && a->target == NULL) return dsv3i_fail_null(error, "target");
     if (a->n > 0 && a->state == NULL) return dsv3i_fail_null(error, "scratch");
@@ -7840,7 +7833,7 @@ DSV3_API dsv3_result dsv3_router_scores(const dsv3_context *context, const dsv3_
                                         const float *x, const dsv3_tensor *gate_w, const float *gate_bias, size_t n,
                                         float *scratch, dsv3_error *error) {
     DSV3I_TRY(dsv3_router_check(config, error));
-    DSV3I_TRY(dsv3i_check_matrix(context, gate_w, "gate_w", n, error));
+    DSV3I_TRY(dsv3i_check_op(context, gate_w, "gate_w", n, error));
     DSV3I_TRY(dsv3i_check_cols(gate_w, "gate_w", (size_t)config->n_routed_experts, gate_w->cols, error));
     DSV3I_NEED(n, score); DSV3I_NEED(n, x); DSV3I_NEED(n, scratch);
     DSV3I_TRY(dsv3i_check_apart(error, "score", score, n * gate_w->rows, x, n * gate_w->cols, 0));
@@ -7947,7 +7940,7 @@ DSV3_API dsv3_result dsv3_balancer_step(dsv3_balancer *balancer, float *bias, ui
 DSV3_API dsv3_result dsv3_linear_backward(const dsv3_context *context, float *dx, float *dw, const float *dy,
                                           const float *x, const dsv3_tensor *w, size_t n, float *scratch,
                                           dsv3_error *error) {
-    DSV3I_TRY(dsv3i_check_matrix(context, w, "w", n, error));
+    DSV3I_TRY(dsv3i_check_op(context, w, "w", n, error));
     DSV3I_NEED(n, dy); DSV3I_NEED(n, scratch); DSV3I_NEED(n * (dw != NULL), x);
     DSV3I_TRY(dsv3i_check_apart(error, "dx", dx, dx != NULL ? n * w->cols : 0, dy, n * w->rows, 0));
     DSV3I_TRY(dsv3i_check_apart(error, "dx", dx, dx != NULL && dw != NULL ? n * w->cols : 0, x, n * w->cols, 0));
