@@ -481,6 +481,14 @@ static void context_codes(void) {
     CHECK(c.ops->linear_backward != NULL && c.ops->attend_backward != NULL && c.ops->mlps_backward != NULL);
 }
 
+/* Bytes in common; of nothing there are none. */
+static void overlaps(void) {
+    char a[8] = {0};
+    CHECK(dsv3i_overlap(a, 8, a + 7, 4) && dsv3i_overlap(a + 7, 4, a, 8));
+    CHECK(!dsv3i_overlap(a, 4, a + 4, 4) && !dsv3i_overlap(a + 4, 4, a, 4));
+    CHECK(!dsv3i_overlap(a, 8, a + 2, 0) && !dsv3i_overlap(a + 2, 0, a, 8));
+}
+
 int main(void) {
     sizes_at_boundaries();
     sizes_of_blocks();
@@ -497,5 +505,6 @@ int main(void) {
     parallel_openmp();
 #endif
     context_codes();
+    overlaps();
     return test_done("tools");
 }
