@@ -6469,10 +6469,10 @@ static void dsv3i_ema_task(void *arg, size_t begin, size_t end, size_t worker) {
     for (size_t i = begin * DSV3I_RUN; i < dsv3i_min(end * DSV3I_RUN, t->weights.count); i++) {
         dsv3_rng rng = {t->step * t->weights.count + i};
         double x = decay * (double)t->ema[i] + (1.0 - decay) * (double)t->weights.data[i];
-        uint64_t bits;
-        DSV3_MEMCPY(&bits, &x, sizeof bits);
+        uint64_t bits = 0;
+        if (sizeof x == sizeof bits) DSV3_MEMCPY(&bits, &x, sizeof bits); /* else a double is a float, and rounded already */
         bits = (bits + (dsv3_random(&rng) & below)) & ~below;
-        DSV3_MEMCPY(&x, &bits, sizeof bits);
+        if (sizeof x == sizeof bits) DSV3_MEMCPY(&x, &bits, sizeof bits);
         t->ema[i] = (float)x;
     }
 }

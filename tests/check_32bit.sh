@@ -19,7 +19,9 @@ refused() { ! i686-linux-gnu-gcc -std=c99 -I. -fsyntax-only tests/compile/implem
 check "the x87 is refused" refused
 for source in tests/test_*.c tests/parity.c; do
     name=$(basename "$source" .c)
-    later "build $name" $cc "$source" -o $out/$name $out/libdsv3.a -lm -lpthread
+    relaxed=
+    [ $name = test_no_double ] && relaxed=-w # where double is float, constants lose digits on purpose
+    later "build $name" $cc $relaxed "$source" -o $out/$name $out/libdsv3.a -lm -lpthread
 done
 # A system header came first, so off_t stays at 32 bits, and the message says how to have 64.
 later "build late" i686-linux-gnu-gcc -std=c99 -O1 -msse2 -mfpmath=sse -static -Iexamples tests/compile/late.c -o $out/late -lm

@@ -680,7 +680,8 @@ static void test_aborted_behind_lag(void) {
     synth *s = random_model(6, 2, 84);
     int aborted = 0;
     for (size_t plain = 1; plain < 12; plain++) {
-        pen right;
+        pen right; /* of fails -1, the first */
+        memset(&right, 0, sizeof right);
         for (int fails = -1; fails < 40; fails++) {
             size_t bytes = 0;
             dsv3_result result = DSV3_OK;
