@@ -837,11 +837,16 @@ static void test_foreign_workspace(void) {
     float *got = (float *)test_alloc(logits_bytes(s, S));
     int32_t token[1] = {1};
     dsv3_batch batch = {1, token, NULL, NULL, 1, NULL};
+    dsv3_workspace none;
     dsv3_error e;
     synth_run(s, S, 1, 1, S, DSV3_F32);
     synth_run(other, S, 1, 1, S, DSV3_F32);
     CHECK_EQ(dsv3_forward(&s->context, got, &s->model, s->caches, 1, &batch, &other->ws, &e), DSV3_ERR_MISMATCH);
     CHECK(strcmp(e.name, "workspace") == 0);
+    memset(&none, 0, sizeof none);
+    CHECK_EQ(dsv3_forward(&s->context, got, &s->model, s->caches, 1, &batch, &none, &e), DSV3_ERR_ARG);
+    CHECK(strcmp(e.why, "was not made by dsv3_workspace_init") == 0);
+    CHECK_EQ(dsv3_states(&s->model, got, &s->ws, token, 1, &e), DSV3_ERR_ARG); /* of no call */
     CHECK_EQ(dsv3_forward(&s->context, got, &s->model, s->caches, 1, &batch, &s->ws, &e), DSV3_OK);
     free(got);
     synth_close(s);

@@ -703,7 +703,7 @@ static void edges(void) {
     static float y[64], scratch[4096];
     static const float numbers[64] = {0};
     static const int32_t token[2] = {1, 1};
-    static const float bias[2] = {3e38f, 3e38f};
+    static const float bias[2] = {3e38f, 3e38f}, low[2] = {-3e38f, -3e38f};
     float logits[3] = {0.0f, 3e38f, 1.0f};
     int32_t position[1] = {0};
     uint8_t seen[1];
@@ -732,6 +732,16 @@ static void edges(void) {
     logits[1] = 3e38f;
     CHECK_EQ(dsv3_logits_bias(logits, 3, token, bias, 2, &error), DSV3_OK);
     CHECK(logits[1] >= 3.4028234e38f && logits[1] - logits[1] == 0.0f && logits[0] == 0.0f);
+    logits[1] = -3e38f; /* what is low is not forbidden, and what is forbidden stays so */
+    CHECK_EQ(dsv3_logits_penalty(logits, 3, token, 2, 10.0f, seen, &error), DSV3_OK);
+    CHECK(logits[1] <= -3.4028234e38f && logits[1] - logits[1] == 0.0f);
+    CHECK_EQ(dsv3_logits_bias(logits, 3, token, low, 2, &error), DSV3_OK);
+    CHECK(logits[1] <= -3.4028234e38f && logits[1] - logits[1] == 0.0f);
+    logits[1] = -INFINITY;
+    CHECK_EQ(dsv3_logits_penalty(logits, 3, token, 2, 10.0f, seen, &error), DSV3_OK);
+    CHECK_EQ(dsv3_logits_bias(logits, 3, token, bias, 2, &error), DSV3_OK);
+    CHECK(logits[1] < -3.4028235e38f && logits[1] - logits[1] != 0.0f);
+    CHECK_EQ(dsv3_rope_table(y, position, turns, 1.0f, SIZE_MAX / 8, 8, &error), DSV3_ERR_OVERFLOW);
 }
 
 int main(void) {

@@ -1194,6 +1194,22 @@ static void expect(subject *a, const dsv3_text *text, dsv3_result want) {
     CHECK_EQ(error.code, want);
 }
 
+/* A micro-batch of too many or too long sequences is refused, and the step that it was for goes on. */
+static void refused_within_step(subject *a) {
+    int32_t many[30], one[30] = {0};
+    dsv3_text text = a->text;
+    dsv3_error error;
+    for (int i = 0; i < 30; i++) many[i] = i / 8; /* 0 .. 3, three are allowed */
+    CHECK_EQ(try_text(a, &a->text, &error), DSV3_OK);
+    text.sequence = many;
+    CHECK_EQ(dsv3_train_accumulate(&a->ctx, &a->t, &text, &error), DSV3_ERR_ARG);
+    CHECK(strcmp(error.name, "sequence[24]") == 0);
+    text.sequence = one; /* of 14 at most */
+    CHECK_EQ(dsv3_train_accumulate(&a->ctx, &a->t, &text, &error), DSV3_ERR_FULL);
+    CHECK(strcmp(error.name, "sequence[14]") == 0);
+    CHECK_EQ(dsv3_train_end(&a->ctx, &a->t, 0.0, NULL, &error), DSV3_OK);
+}
+
 static void test_misuse(void) {
     static const int lengths[] = {9, 14, 7, 0};
     static const int32_t bad_tokens[] = {-1, 29, INT32_MAX, INT32_MIN, DSV3_IGNORE};
@@ -1204,6 +1220,7 @@ static void test_misuse(void) {
     a.s.rows = 30, a.s.sequences = 3, a.s.longest = 14;
     open_trainer(&a, 1);
     expect(&a, &a.text, DSV3_OK);
+    refused_within_step(&a);
     CHECK_EQ(dsv3_train_begin(NULL, a.targets, 1, NULL), DSV3_ERR_ARG);
     CHECK_EQ(dsv3_train_accumulate(NULL, &a.t, &a.text, &error), DSV3_ERR_ARG);
     CHECK_EQ(dsv3_train_accumulate(&a.ctx, NULL, &a.text, &error), DSV3_ERR_ARG);
