@@ -3533,9 +3533,9 @@ static dsv3_result dsv3i_check_routing(const dsv3_config *c, int32_t least, dsv3
 static size_t dsv3i_router_select(const dsv3_config *config, int32_t *idx, float *gate, const float *score,
                                   const float *bias, const float *alpha, size_t n, float *scratch) {
     size_t E = (size_t)config->n_routed_experts, K = (size_t)config->num_experts_per_tok, bad = n;
-    float *sel = scratch, *group = scratch + E;
     for (size_t t = 0; t < n; t++) {
         const float *s = score + t * E;
+        float *sel = scratch, *group = scratch + E;
         for (size_t e = 0; e < E; e++) {
             sel[e] = bias == NULL ? s[e] : dsv3i_choice(config->bias_form, s[e], bias[e], alpha ? alpha[e] : 1.0f);
             if (bad == n && !(dsv3i_is_finite(sel[e]) && dsv3i_is_finite(s[e]))) bad = t;
@@ -7577,28 +7577,28 @@ DSV3_API dsv3_result dsv3_cross_entropy_size(const dsv3_context *context, const 
     return dsv3i_scratch_size(dsv3i_add(dsv3i_loss_floats(head->rows, n), linear), bytes, error);
 }
 
-static dsv3_result dsv3i_check_loss(const dsv3i_loss *a, dsv3_error *error) {
-    DSV3I_TRY(dsv3i_check_op(a->ctx, a->head, "head", a->n, error));
-    if (a->n > 0 && a->u == NULL) return dsv3i_fail_null(error, "u");
-    if (a->n > 0 && a->target == NULL) return dsv3i_fail_null(error, "target");
-    if (a->n > 0 && a->state == NULL) return dsv3i_fail_null(error, "scratch");
-    for (size_t t = 0; t < a->n; t++) {
-        int32_t V = (int32_t)dsv3i_min(a->head->rows, INT32_MAX);
-        if (a->target[t] != DSV3_IGNORE) DSV3I_TRY(dsv3i_check_token(error, "target", t, V, a->target[t]));
+/* Checks, then fills *a; of no rows it is left as it is. */
+static dsv3_result dsv3i_loss_alone(dsv3i_loss *a, const dsv3_context *ctx, const float *u, const dsv3_tensor *head,
+                                    const int32_t *target, size_t n, float *scratch, dsv3_error *error) {
+    size_t floats;
+    DSV3I_TRY(dsv3i_check_op(ctx, head, "head", n, error));
+    DSV3I_NEED(n, u);
+    DSV3I_NEED(n, target);
+    DSV3I_NEED(n, scratch);
+    for (size_t t = 0; t < n; t++) {
+        int32_t V = (int32_t)dsv3i_min(head->rows, INT32_MAX);
+        if (target[t] != DSV3_IGNORE) DSV3I_TRY(dsv3i_check_token(error, "target", t, V, target[t]));
     }
+    floats = n > 0 ? dsv3i_loss_floats(head->rows, n) : 0;
+    if (floats == SIZE_MAX) return dsv3i_fail(error, DSV3_ERR_OVERFLOW, "n", "rows have more bytes than size_t can count");
+    if (n > 0) *a = dsv3i_loss_of(ctx, u, head, target, n, scratch, scratch + floats);
     return DSV3_OK;
-}
-
-static dsv3i_loss dsv3i_loss_alone(const dsv3_context *ctx, const float *u, const dsv3_tensor *head,
-                                   const int32_t *target, size_t n, float *scratch) {
-    size_t floats = head != NULL && scratch != NULL ? dsv3i_loss_floats(head->rows, n) : 0;
-    return dsv3i_loss_of(ctx, u, head, target, n, scratch, floats < SIZE_MAX ? scratch + floats : scratch);
 }
 
 DSV3_API dsv3_result dsv3_cross_entropy(const dsv3_context *context, float *nll, const float *u, const dsv3_tensor *head,
                                         const int32_t *target, size_t n, float *scratch, dsv3_error *error) {
-    dsv3i_loss a = dsv3i_loss_alone(context, u, head, target, n, scratch);
-    DSV3I_TRY(dsv3i_check_loss(&a, error));
+    dsv3i_loss a;
+    DSV3I_TRY(dsv3i_loss_alone(&a, context, u, head, target, n, scratch, error));
     DSV3I_NEED(n, nll);
     if (n > 0) dsv3i_cross_entropy(&a, nll);
     return dsv3i_ok(error);
@@ -7981,8 +7981,8 @@ DSV3_API dsv3_result dsv3_rmsnorm_backward(const dsv3_context *context, float *d
 DSV3_API dsv3_result dsv3_cross_entropy_backward(const dsv3_context *context, float *du, float *dhead, float weight,
                                                  const float *u, const dsv3_tensor *head, const int32_t *target, size_t n,
                                                  float *scratch, dsv3_error *error) {
-    dsv3i_loss a = dsv3i_loss_alone(context, u, head, target, n, scratch);
-    DSV3I_TRY(dsv3i_check_loss(&a, error));
+    dsv3i_loss a;
+    DSV3I_TRY(dsv3i_loss_alone(&a, context, u, head, target, n, scratch, error));
     DSV3I_TRY(dsv3i_check_number(error, "weight", (double)weight));
     DSV3I_NEED(n, du);
     DSV3I_TRY(dsv3i_check_apart(error, "du", du, n * head->cols, u, n * head->cols, 0));

@@ -285,6 +285,7 @@ typedef struct line {
 #define OVER(parameter, field, other, name)                                                                          \
     { #parameter, AT(field), COPY, (double)AT(other), DSV3_ERR_ARG, name }
 #define HUGE_ 1e19 /* more than a size_t holds: becomes SIZE_MAX */
+#define MANY (double)(SIZE_MAX / 16) /* of one thing too many bytes */
 
 #define CONTEXT                                                                                                      \
     NEED(context, context), BAD(context, ctx, ZERO, sizeof(dsv3_context), ARG, "context"),                           \
@@ -376,7 +377,7 @@ CALL(workspace_size, w.config, w.rows, w.threads, w.out_bytes){CONFIG,
                                                                BAD(rows, rows, SIZE, 0, ARG, "rows"),
                                                                BAD(rows, rows, SIZE, HUGE_, LIMIT, "rows"),
                                                                BAD(threads, threads, SIZE, 0, ARG, "threads"),
-                                                               BAD(threads, threads, SIZE, 1e18, OVERFLOW, "bytes"),
+                                                               BAD(threads, threads, SIZE, MANY, OVERFLOW, "bytes"),
                                                                NEED(bytes, out_bytes)};
 CALL(workspace_init, w.config, &w.spare_ws, w.rows, w.threads, w.memory,
      w.bytes){CONFIG, BAD(rows, rows, SIZE, 0, ARG, "rows"), BAD(threads, threads, SIZE, 0, ARG, "threads"), MEMORY,

@@ -977,8 +977,9 @@ static const bad_number bad_numbers[] = {
 
 static double set_number(subject *a, const bad_number *bad) {
     float narrow = (float)bad->value;
-    char *to = (char *)&a->t.settings + bad->at;
+    char *to = (char *)&a->t.settings;
     if (bad->at == SIZE_MAX) return bad->value;
+    to += bad->at;
     if (bad->is_float) memcpy(to, &narrow, sizeof narrow);
     if (!bad->is_float) memcpy(to, &bad->value, sizeof bad->value);
     return 0.01;
