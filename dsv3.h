@@ -372,7 +372,7 @@ DSV3_API int dsv3_config_is_moe(const dsv3_config *config, int32_t i);
 typedef DSV3_ENUM(dsv3_type) {
     DSV3_F32 = 0, DSV3_F16 = 1, DSV3_BF16 = 2,
     DSV3_F8_E4M3 = 3, /* one byte, no infinity, max 448; a matrix has a float32 scale per 128x128 block */
-    DSV3_Q8_0 = 4, /* blocks of 32 in a row, 34 bytes: an F16 scale, then 32 signed bytes (as in GGUF files) */
+    DSV3_Q8_0 = 4, /* blocks of 32 in a row, 34 bytes: an F16 scale, low byte first, 32 signed bytes (as in GGUF) */
     DSV3_Q4_0 = 5  /* likewise, 18 bytes: F16 scale, 16 bytes; byte i has element i in its low four bits and
                       element i + 16 in its high ones, each stored with 8 added (as in GGUF files) */
 } dsv3_type;
@@ -2157,7 +2157,7 @@ static int dsv3i_quantize_block(unsigned char *y, const float *x, dsv3_type type
     bits = dsv3i_block_scale(dsv3i_magnitude(most), is_q4 ? 8.0f : 127.0f);
     if (is_q4 && most > 0.0f) bits = (uint16_t)(bits | 0x8000u); /* most becomes -8 */
     d = dsv3_f32_from_f16(bits);
-    DSV3_MEMCPY(y, &bits, 2);
+    y[0] = (unsigned char)(bits & 255u), y[1] = (unsigned char)(bits >> 8);
     if (!dsv3i_is_finite(d)) return 0;
     for (size_t i = 0; i < DSV3_QBLOCK; i++) {
         int q = d > 0.0f || d < 0.0f ? (int)dsv3i_round_float(x[i] / d) : 0; /* |x / d| < 127.1; Q4_0: x / d > -8.1 */
@@ -2244,7 +2244,7 @@ static void dsv3i_decode_f8_e4m3(float *DSV3I_RESTRICT y, const void *DSV3I_REST
 static void dsv3i_decode_q8_0(float *DSV3I_RESTRICT y, const void *DSV3I_RESTRICT w, size_t n) {
     const unsigned char *at = (const unsigned char *)w;
     for (size_t i = 0; i < n; i += DSV3_QBLOCK, at += 2 + DSV3_QBLOCK) {
-        float d = dsv3_f32_from_f16(dsv3i_u16(at));
+        float d = dsv3_f32_from_f16((uint16_t)(at[0] | at[1] << 8)); /* on any machine */
         for (size_t j = 0; j < DSV3_QBLOCK; j++) y[i + j] = d * (float)(at[2 + j] < 128 ? at[2 + j] : at[2 + j] - 256);
     }
 }
@@ -2252,7 +2252,7 @@ static void dsv3i_decode_q8_0(float *DSV3I_RESTRICT y, const void *DSV3I_RESTRIC
 static void dsv3i_decode_q4_0(float *DSV3I_RESTRICT y, const void *DSV3I_RESTRICT w, size_t n) {
     const unsigned char *at = (const unsigned char *)w;
     for (size_t i = 0; i < n; i += DSV3_QBLOCK, at += 2 + DSV3_QBLOCK / 2) {
-        float d = dsv3_f32_from_f16(dsv3i_u16(at));
+        float d = dsv3_f32_from_f16((uint16_t)(at[0] | at[1] << 8));
         for (size_t j = 0; j < DSV3_QBLOCK / 2; j++) {
             y[i + j] = d * (float)((int)(at[2 + j] & 15u) - 8);
             y[i + j + DSV3_QBLOCK / 2] = d * (float)((int)(at[2 + j] >> 4) - 8);
@@ -11713,6 +11713,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
  *              loss through their first argument, as NaN and the like are refused; dsv3_embed_backward knows V.
  *   Router     norm_topk_prob has no effect with one expert a token; a score that is not finite gets no gradient.
  *   Sums       dsv3_log_sum_exp and dsv3_cross_entropy add up in double, whatever the order of logits.
+ *   Formats    the scale of a Q8_0 or Q4_0 block has its low byte first on big-endian machines, too.
  *   Order      context, config or model comes first, then what is written: dsv3_model_bind(config, model, ..),
  *              dsv3_cache_init(config, cache, ..), likewise workspace, sequence, parameters, trainer and balancer;
  *              dsv3_sequence_append(model, sequence, ..).

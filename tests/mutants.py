@@ -26,7 +26,8 @@ LEAST = 95.0
 FLAGS = ["gcc", "-std=c99", "-O1", "-w", "-DNDEBUG", "-D_POSIX_C_SOURCE=200809L"]
 INCLUDE = ["-I.", "-Iexamples", "-Itests"]
 # Slow, or about other files.
-SLOW = {"test_kernels", "test_svg", "test_ops_table", "test_json", "test_stack", "test_threads", "test_safetensors"}
+SLOW = {"test_kernels", "test_same_bits", "test_svg", "test_ops_table", "test_json", "test_stack", "test_threads",
+        "test_safetensors"}
 GENERATE = ["2", "4", "5", "7", "8", "9", "10", "11", "12", "13", "14", "15", "16", "17", "18", "19", "21"]
 SWAPS = [(r" < ", " <= "), (r" <= ", " < "), (r" > ", " >= "), (r" >= ", " > "), (r" == ", " != "), (r" != ", " == "),
          (r" && ", " || "), (r" \|\| ", " && "), (r" \+ ", " - "), (r" - ", " + "), (r" \* (?=[a-zA-Z0-9(])", " / "),

@@ -216,6 +216,11 @@ static inline double synth_decode(unsigned bits, int exponent_bits, int fraction
     return (bits >> (exponent_bits + fraction_bits)) & 1u ? -x : x;
 }
 
+/* The scale of a block of Q8_0 or Q4_0: its low byte comes first on any machine. */
+static inline double synth_block_scale(const unsigned char *block) {
+    return synth_decode(block[0] + 256u * block[1], 5, 10, 15);
+}
+
 static inline double synth_element(dsv3_type type, const unsigned char *data, size_t i) {
     const unsigned char *block = data + i / 32 * (type == DSV3_Q8_0 ? 34 : 18); /* of those types that have them */
     uint16_t half;
@@ -223,13 +228,11 @@ static inline double synth_element(dsv3_type type, const unsigned char *data, si
     int code;
     switch (type) {
     case DSV3_Q8_0:
-        memcpy(&half, block, 2);
         code = block[2 + i % 32];
-        return synth_decode(half, 5, 10, 15) * (code < 128 ? code : code - 256);
+        return synth_block_scale(block) * (code < 128 ? code : code - 256);
     case DSV3_Q4_0:
-        memcpy(&half, block, 2);
         code = i % 32 < 16 ? block[2 + i % 16] % 16 : block[2 + i % 16] / 16;
-        return synth_decode(half, 5, 10, 15) * (code - 8);
+        return synth_block_scale(block) * (code - 8);
     case DSV3_F16: memcpy(&half, data + 2 * i, 2); return synth_decode(half, 5, 10, 15);
     case DSV3_BF16: memcpy(&half, data + 2 * i, 2); return synth_decode(half, 8, 7, 127);
     case DSV3_F8_E4M3: return synth_decode(data[i], 4, 3, 7);
@@ -241,10 +244,7 @@ static inline double synth_element(dsv3_type type, const unsigned char *data, si
 /* Of Q8_0 and Q4_0 the code of the element, with the scale that its block has. */
 static inline void synth_encode_code(dsv3_type type, unsigned char *data, size_t i, float x) {
     unsigned char *block = data + i / 32 * (type == DSV3_Q8_0 ? 34 : 18), *byte;
-    uint16_t half;
-    double q;
-    memcpy(&half, block, 2);
-    q = nearbyint((double)x / synth_decode(half, 5, 10, 15));
+    double q = nearbyint((double)x / synth_block_scale(block));
     byte = block + 2 + i % (type == DSV3_Q8_0 ? 32 : 16);
     if (type == DSV3_Q8_0) {
         *byte = (unsigned char)(int)fmax(-127, fmin(127, q));
@@ -318,7 +318,8 @@ static inline dsv3_result synth_add(void *user, const dsv3_tensor_info *info) {
     }
     for (size_t i = 0; i < n && dsv3_type_block(t->t.type) > 1; i += 32) { /* no two scales alike */
         uint16_t half = dsv3_f16_from_f32(high / (t->t.type == DSV3_Q8_0 ? 127.0f : -8.0f) * test_uniform(0.5f, 1));
-        memcpy(t->data + i / 32 * dsv3_type_bytes(t->t.type), &half, 2);
+        unsigned char *block = t->data + i / 32 * dsv3_type_bytes(t->t.type);
+        block[0] = (unsigned char)(half & 255), block[1] = (unsigned char)(half >> 8);
     }
     for (size_t i = 0; i < n; i++) synth_encode(t->t.type, t->data, i, test_uniform(low, high));
     synth_refresh(t);

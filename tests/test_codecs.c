@@ -233,13 +233,10 @@ static size_t block_bytes(dsv3_type type) { return type == DSV3_Q8_0 ? 34 : 18; 
 static int lowest_code(dsv3_type type) { return type == DSV3_Q8_0 ? -127 : -8; }
 static int highest_code(dsv3_type type) { return type == DSV3_Q8_0 ? 127 : 7; }
 
-/* The scale of a block, by the definition of F16. */
+/* The scale of a block, by the definition of F16; its low byte comes first on any machine. */
 static double block_d(const unsigned char *block) {
-    uint16_t bits;
-    uint32_t a;
+    uint32_t bits = block[0] + 256u * block[1], a = bits & 0x7FFFu;
     double d;
-    memcpy(&bits, block, 2);
-    a = bits & 0x7FFFu;
     d = a > 0x7C00 ? (double)NAN : a == 0x7C00 ? (double)INFINITY : value_of(&formats[1], a);
     return bits & 0x8000u ? -d : d;
 }
@@ -274,7 +271,7 @@ static void blocks_decode(dsv3_type type) {
     for (size_t b = 0; b < 65536; b++) {
         uint16_t d = (uint16_t)b;
         for (size_t i = 2; i < bytes; i++) w[b * bytes + i] = (unsigned char)(test_random() >> 56);
-        memcpy(w + b * bytes, &d, 2);
+        w[b * bytes] = (unsigned char)(d & 255), w[b * bytes + 1] = (unsigned char)(d >> 8);
     }
     CHECK_EQ(decoded_wrong(type, w, 65536), 0);
     for (size_t k = 0; k < sizeof some / sizeof some[0]; k++) {
@@ -380,7 +377,7 @@ static void blocks_back(dsv3_type type) {
             } while (type == DSV3_Q8_0 && w[b * bytes + i] == 0x80);
         }
         w[b * bytes + 2 + b % 16] = type == DSV3_Q8_0 ? (b % 2 ? 127 : 129) : 0x40;
-        memcpy(w + b * bytes, &d, 2);
+        w[b * bytes] = (unsigned char)(d & 255), w[b * bytes + 1] = (unsigned char)(d >> 8);
     }
     dsv3i_plain.decode[type](x, w, N * QBLOCK);
     again = quantized(type, x, N, QBLOCK, DSV3_OK);
