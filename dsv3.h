@@ -1631,8 +1631,7 @@ DSV3_API const char *dsv3_error_text(const dsv3_error *e, char *text, size_t cap
 
 /* There is at least one of something, and not more than `most`. */
 DSV3I_APART dsv3_result dsv3i_check_count(dsv3_error *error, const char *name, size_t n, int64_t most) {
-    int64_t found = n > (size_t)PTRDIFF_MAX ? INT64_MAX : (int64_t)n;
-    return dsv3i_check_between(error, n < 1 ? DSV3_ERR_ARG : DSV3_ERR_LIMIT, name, "is out of range", found, 1, most);
+    return dsv3i_check_between(error, n < 1 ? DSV3_ERR_ARG : DSV3_ERR_LIMIT, name, "is out of range", (int64_t)n, 1, most);
 }
 
 /* Do a [n] and b [m], in bytes, have any in common? */
@@ -1647,9 +1646,9 @@ static dsv3_result dsv3i_check_context(const dsv3_context *context, dsv3_error *
     if (context->ops == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "context", "was not made by dsv3_context_init");
     if (context->threads < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "context.threads", "is 0");
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "context.compute", "is not one of dsv3_compute",
-                                  (int64_t)context->compute, DSV3_EXACT, DSV3_FAST));
+                                  (int32_t)context->compute, DSV3_EXACT, DSV3_FAST));
     return dsv3i_check_between(error, DSV3_ERR_ARG, "context.attention", "is not one of dsv3_attention",
-                               (int64_t)context->attention, DSV3_ATTENTION_AUTO, DSV3_ATTENTION_EXPANDED);
+                               (int32_t)context->attention, DSV3_ATTENTION_AUTO, DSV3_ATTENTION_EXPANDED);
 }
 
 /* ---- Layouts: one cursor walks through a buffer, or through nothing to learn the size. The same function
@@ -3512,7 +3511,7 @@ static void dsv3i_gate_weights(const dsv3_config *c, float *gate, const int32_t 
 static dsv3_result dsv3i_check_routing(const dsv3_config *c, int32_t least, dsv3_error *e) {
     int32_t G = c->n_group, E = c->n_routed_experts;
 #define DSV3I_ROUTING(field, most, why)                                                                              \
-    DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_UNSUPPORTED, #field, why, (int64_t)c->field, 0, most))
+    DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_UNSUPPORTED, #field, why, (int32_t)c->field, 0, most))
     DSV3I_ROUTING(scoring_func, DSV3_SOFTMAX, "must be sigmoid or softmax");
     DSV3I_ROUTING(topk_method, DSV3_GREEDY, "must be noaux_tc, group_limited_greedy or greedy");
     DSV3I_ROUTING(group_mask, DSV3_MASK_ZERO, "is not one of dsv3_group_mask");
@@ -3643,7 +3642,7 @@ static void dsv3i_bias_step(float *bias, const uint64_t *load, size_t E, dsv3_bi
 }
 
 static dsv3_result dsv3i_check_bias_step(dsv3_bias_rule rule, double speed, dsv3_error *error) {
-    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "rule", "is not one of dsv3_bias_rule", (int64_t)rule, 0,
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "rule", "is not one of dsv3_bias_rule", (int32_t)rule, 0,
                                   DSV3_BIAS_FACTOR));
     if (speed >= 0.0 && speed <= DBL_MAX) return DSV3_OK;
     return dsv3i_fail(error, DSV3_ERR_ARG, "speed", "is negative or not finite");
@@ -4792,6 +4791,7 @@ static dsv3_result dsv3i_batch_check(const dsv3i_run *p) {
     DSV3I_NEED(1, p->caches); DSV3I_NEED(1, p->batch); DSV3I_NEED(1, p->batch->token);
     rows = p->batch->rows;
     if (rows < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "rows", "the batch is empty");
+    if (p->n_caches < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "n_caches", "is 0: every sequence needs a cache");
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MEMORY, "rows", "is more than the workspace was made for", (int64_t)rows,
                                   1, (int64_t)ws->rows));
     c = &p->model->config;
@@ -4983,7 +4983,7 @@ DSV3_API dsv3_result dsv3_states(const dsv3_model *model, float *state, const ds
     DSV3I_NEED(1, model); DSV3I_NEED(n, state); DSV3I_NEED(1, workspace); DSV3I_NEED(n, row);
     if (workspace->hidden == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "workspace", "has no states: no call has used it");
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "n", "is more than the workspace has rows",
-                                  (int64_t)dsv3i_min(n, INT32_MAX), 0, (int64_t)workspace->rows));
+                                  (int64_t)n, 0, (int64_t)workspace->rows));
     if (workspace->made_for != dsv3i_fingerprint(&model->config)) {
         return dsv3i_fail(error, DSV3_ERR_MISMATCH, "workspace", "was made for another config");
     }
@@ -5044,8 +5044,8 @@ DSV3_API dsv3_result dsv3_mtp_forward(const dsv3_context *context, float *logits
                                       const float *hidden, dsv3_workspace *workspace, dsv3_error *error) {
     dsv3i_workspace ws;
     const dsv3i_run p = {context, model, k, caches, n_caches, batch, hidden, logits, &ws, error, NULL, NULL};
-    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "k", "is not a module of this model", (int64_t)k, 1,
-                                  model != NULL ? model->n_mtp : INT32_MAX));
+    DSV3I_NEED(1, model);
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "k", "is not a module of this model", (int64_t)k, 1, model->n_mtp));
     DSV3I_TRY(dsv3i_workspace_open(&ws, workspace, context, model, error));
     DSV3I_TRY(dsv3i_forward(&p));
     workspace->hidden = ws.hidden;
@@ -5116,7 +5116,8 @@ static dsv3_result dsv3i_text_check(const dsv3_text *x, int32_t V, dsv3_error *e
         int32_t target = x->target != NULL ? x->target[r] : DSV3_IGNORE;
         DSV3I_TRY(dsv3i_check_token(error, "token", r, V, x->token[r]));
         if (r > 0 && dsv3i_text_sequence(x, r) < dsv3i_text_sequence(x, r - 1)) {
-            return dsv3i_fail_row(error, DSV3_ERR_ARG, "sequence", r, "falls", x->sequence[r - 1], INT32_MAX, x->sequence[r]);
+            return dsv3i_fail_row(error, DSV3_ERR_ARG, "sequence", r, "is below that of the row before", x->sequence[r - 1],
+                                  x->sequence[r - 1], x->sequence[r]);
         }
         if (target != DSV3_IGNORE) DSV3I_TRY(dsv3i_check_token(error, "target", r, V, target));
     }
@@ -5255,6 +5256,7 @@ DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *los
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MEMORY, "rows", "the balance loss needs the text in one piece",
                                   losses->balance != NULL ? (int64_t)text->rows : 0, 0, (int64_t)ws.rows));
     DSV3I_TRY(dsv3i_text_check(text, model->config.vocab_size, error));
+    if (n_caches < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "n_caches", "is 0: every sequence needs a cache");
     for (size_t m = 0; m < n_caches * losses->depths; m++) {
         if (!dsv3i_cache_overlap(&modules[m], &caches[m % n_caches])) continue;
         return dsv3i_fail_at(error, m, dsv3i_fail(error, DSV3_ERR_ARG, "modules", "lies over the memory of caches"));
@@ -5413,8 +5415,7 @@ static int32_t dsv3i_draw(dsv3_candidate *c, const float *logits, size_t best, s
 /* Is there a row of logits [V]? */
 static dsv3_result dsv3i_vocab_check(const float *logits, size_t V, dsv3_error *error) {
     if (logits == NULL) return dsv3i_fail_null(error, "logits");
-    return dsv3i_check_between(error, DSV3_ERR_ARG, "V", "is out of range", (int64_t)dsv3i_min(V, INT32_MAX), 1,
-                               DSV3_MAX_VOCAB);
+    return dsv3i_check_between(error, DSV3_ERR_ARG, "vocab_size", "is out of range", (int64_t)V, 1, DSV3_MAX_VOCAB);
 }
 
 static dsv3_result dsv3i_sample_check(size_t *best, const float *logits, size_t V, float temperature, float top_p,
@@ -5529,8 +5530,7 @@ DSV3_API dsv3_result dsv3_sequence_append(const dsv3_model *model, dsv3_sequence
     if (s->prompt_left > 0) return dsv3i_fail(error, DSV3_ERR_ARG, "sequence", "has an earlier prompt that is not yet read");
     room = dsv3i_sub(s->cache.capacity, dsv3_sequence_length(s));
     if (n > room) {
-        return dsv3i_fail_range(error, DSV3_ERR_FULL, "n", "is more than the caches have room for", 0, (int64_t)room,
-                                (int64_t)dsv3i_min(n, INT32_MAX));
+        return dsv3i_fail_range(error, DSV3_ERR_FULL, "n", "is more than the caches have room for", 0, (int64_t)room, (int64_t)n);
     }
     for (size_t i = 0; i < n; i++) DSV3I_TRY(dsv3i_check_token(error, "token", i, model->config.vocab_size, token[i]));
     s->prompt = token;
@@ -5903,7 +5903,7 @@ DSV3I_APART dsv3_result dsv3i_generate_check(const dsv3i_step *a, const dsv3_wor
     uint64_t made_for = dsv3i_fingerprint(&a->model->config);
     DSV3I_TRY(dsv3i_check_between(e, a->n < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "n",
                                   "is not a number of sequences the workspace has rows for",
-                                  (int64_t)dsv3i_min(a->n, INT32_MAX), 1, (int64_t)workspace->rows));
+                                  (int64_t)a->n, 1, (int64_t)workspace->rows));
     for (size_t i = 0; i < a->n; i++) {
         if (a->sequences[i] == NULL || a->sequences[i]->own == NULL) continue;
         a->sequences[i]->own->step_rows = a->sequences[i]->n_token = 0; /* not yet planned: until then a mark below */
@@ -5956,7 +5956,7 @@ static dsv3_result dsv3i_nothing_to_do(const dsv3i_step *a) {
         const dsv3_sequence *s = a->sequences[i];
         if (dsv3_sequence_state(s) != DSV3_STATE_LIMIT) continue;
         return dsv3i_fail_where(a->error, DSV3_ERR_ARG, "sequences", "have as many tokens as their limit allows:",
-                                (int64_t)dsv3i_min(s->limit, INT32_MAX));
+                                (int64_t)s->limit);
     }
     return dsv3i_fail(a->error, DSV3_ERR_ARG, "sequences", "have stopped, or no token to go on from: append a prompt");
 }
@@ -6196,8 +6196,7 @@ static void dsv3i_train_clear(dsv3_trainer *t) {
 DSV3_API dsv3_result dsv3_text_count(const dsv3_text *text, size_t depths, uint64_t *targets, uint64_t *sequences,
                                      dsv3_error *error) {
     DSV3I_NEED(1, text); DSV3I_NEED(1, text->token); DSV3I_NEED(1, targets); DSV3I_NEED(1, sequences);
-    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_LIMIT, "depths", "are too many", (int64_t)dsv3i_min(depths, INT32_MAX), 0,
-                                  DSV3_MAX_LAYERS));
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_LIMIT, "depths", "are too many", (int64_t)depths, 0, DSV3_MAX_LAYERS));
     DSV3I_TRY(dsv3i_text_check(text, INT32_MAX, error));
     for (size_t r = 0; r < text->rows; r++) {
         for (size_t k = 0; k <= depths; k++) targets[k] += dsv3i_text_target(text, r, k) != DSV3_IGNORE;
@@ -6358,8 +6357,9 @@ static dsv3_result dsv3i_train_check(const dsv3_trainer *t, int32_t stage, dsv3_
         if (value[i] >= (i < 1 ? (double)FLT_MIN : 0.0) && value[i] < (i < 7 ? (double)FLT_MAX : 1.0)) continue;
         return dsv3i_fail(error, DSV3_ERR_ARG, name, "must be finite, eps above 0, others at least 0, decays below 1");
     }
-    return dsv3i_check_between(error, DSV3_ERR_ARG, "trainer.stage", "a step is begun, then accumulated, then ended",
-                               t->own->stage, stage, 2);
+    if (t->own->stage >= stage) return DSV3_OK;
+    return dsv3i_fail(error, DSV3_ERR_ARG, "trainer", t->own->stage > 0 ? "has accumulated nothing in this step"
+                      : "has no step begun: dsv3_train_begin comes first, also behind an error");
 }
 
 DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_trainer *t, const dsv3_text *text,
@@ -6688,7 +6688,7 @@ DSV3_API dsv3_result dsv3_workspace_size(const dsv3_config *config, size_t rows,
                                          dsv3_error *error) {
     DSV3I_TRY(dsv3_config_check(config, error));
     DSV3I_TRY(dsv3i_check_count(error, "rows", rows, DSV3_MAX_SEQ));
-    DSV3I_TRY(dsv3i_check_count(error, "threads", threads, INT64_MAX));
+    DSV3I_TRY(dsv3i_check_least(error, DSV3_ERR_ARG, "threads", "are none", threads, 1));
     DSV3I_SIZE(dsv3i_workspace, bytes, dsv3i_workspace_layout(&it, config, rows, threads, &l));
 }
 
@@ -6760,7 +6760,7 @@ DSV3_API dsv3_result dsv3_sequence_size(const dsv3_model *model, size_t capacity
     if (model == NULL) return dsv3i_fail_null(error, "model");
     DSV3I_TRY(dsv3i_check_count(error, "rows", rows, DSV3_MAX_SEQ));
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_LIMIT, "drafts", "are more than a step can have",
-                                  (int64_t)dsv3i_min(drafts, INT32_MAX), 0, DSV3_MAX_DRAFTS));
+                                  (int64_t)drafts, 0, DSV3_MAX_DRAFTS));
     DSV3I_TRY(dsv3_cache_size(&model->config, capacity, type, bytes, error)); /* checks the rest */
     DSV3I_SIZE(dsv3_sequence, bytes, dsv3i_sequence_layout(&it, model, capacity, type, rows, drafts, &l));
 }
@@ -6974,7 +6974,7 @@ DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_tra
     DSV3I_TRY(dsv3i_check_count(error, "sequences", s->sequences, (int64_t)s->rows));
     DSV3I_TRY(dsv3i_check_count(error, "longest", s->longest, DSV3_MAX_SEQ));
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "keep", "is not a sum of dsv3_keep", s->keep, 0, 7));
-    DSV3I_TRY(dsv3i_check_count(error, "threads", threads, INT64_MAX));
+    DSV3I_TRY(dsv3i_check_least(error, DSV3_ERR_ARG, "threads", "are none", threads, 1));
     DSV3I_SIZE(dsv3_trainer, bytes, dsv3i_trainer_layout(&it, config, s, threads, &l));
 }
 
@@ -7028,6 +7028,14 @@ typedef enum dsv3i_save_mode {
     DSV3I_SAVE_READ
 } dsv3i_save_mode;
 
+/* Of a trainer, what is saved. */
+typedef struct dsv3i_save_state {
+    float *array[4];    /* [count] weights, moments, moving average or NULL */
+    uint64_t *load_all; /* [loads] */
+    size_t count, loads;
+    uint64_t step;
+} dsv3i_save_state;
+
 typedef struct dsv3i_save {
     dsv3i_save_mode mode;
     size_t kind;
@@ -7039,6 +7047,11 @@ typedef struct dsv3i_save {
     size_t bytes, at;
     dsv3_error *error;
     dsv3_result result; /* the first that is wrong: from then on nothing moves */
+    union {
+        dsv3_cache cache;
+        dsv3_sequence sequence;
+        dsv3i_save_state state;
+    } copy; /* of the object: what is checked or written, so that only reading changes it */
 } dsv3i_save;
 
 /* n numbers of size bytes each, between memory and little-endian bytes; the same way in both directions. */
@@ -7192,20 +7205,20 @@ static dsv3i_save dsv3i_save_of(size_t kind, const dsv3_config *config, uint64_t
     return f;
 }
 
-static dsv3_result dsv3i_save_size(dsv3i_save *f, void *object, size_t *bytes) {
+static dsv3_result dsv3i_save_size(dsv3i_save *f, size_t *bytes) {
     if (bytes == NULL) return dsv3i_fail_null(f->error, "bytes");
-    (void)dsv3i_save_run(f, DSV3I_SAVE_MEASURE, object);
+    (void)dsv3i_save_run(f, DSV3I_SAVE_MEASURE, &f->copy);
     *bytes = f->at < SIZE_MAX ? f->at : 0;
     if (f->at < SIZE_MAX) return dsv3i_ok(f->error);
     return dsv3i_fail(f->error, DSV3_ERR_OVERFLOW, "bytes", "are more than size_t can count");
 }
 
-static dsv3_result dsv3i_save_write(dsv3i_save *f, void *object, void *data, size_t bytes) {
+static dsv3_result dsv3i_save_write(dsv3i_save *f, void *data, size_t bytes) {
     if (data == NULL) return dsv3i_fail_null(f->error, "data");
-    DSV3I_TRY(dsv3i_save_size(f, object, &f->bytes));
+    DSV3I_TRY(dsv3i_save_size(f, &f->bytes));
     DSV3I_TRY(dsv3i_check_least(f->error, DSV3_ERR_MEMORY, "data", "is too small", bytes, f->bytes));
     f->to = (unsigned char *)data;
-    return dsv3i_save_run(f, DSV3I_SAVE_WRITE, object);
+    return dsv3i_save_run(f, DSV3I_SAVE_WRITE, &f->copy);
 }
 
 /* Are these bytes what was once written, whatever it was? */
@@ -7233,7 +7246,15 @@ static dsv3_result dsv3i_save_open(dsv3i_save *f, const void *data, size_t bytes
     return DSV3_OK;
 }
 
-/* ---- A cache: the positions that are filled, layer by layer */
+/* Checks the bytes with the copy, then reads them into the object. */
+static dsv3_result dsv3i_save_load(dsv3i_save *f, void *object, const void *data, size_t bytes) {
+    DSV3I_TRY(dsv3i_save_open(f, data, bytes));
+    DSV3I_TRY(dsv3i_save_run(f, DSV3I_SAVE_CHECK, &f->copy));
+    (void)dsv3i_save_run(f, DSV3I_SAVE_READ, object);
+    return dsv3i_ok(f->error);
+}
+
+/* ---- A cache: the positions that are filled, layer by layer. What the three calls of a kind begin with is one function */
 
 static void dsv3i_save_cache(dsv3i_save *f, dsv3_cache *c) {
     dsv3i_save_same(f, "type", (size_t)c->type);
@@ -7247,43 +7268,38 @@ static void dsv3i_save_cache(dsv3i_save *f, dsv3_cache *c) {
 
 static void dsv3i_save_cache_walk(dsv3i_save *f, void *object) { dsv3i_save_cache(f, (dsv3_cache *)object); }
 
-static int dsv3i_save_cache_fits(const dsv3_cache *c, const dsv3_config *config) {
-    return c->width == dsv3i_dims_of(config).width && (c->layers == 1 || c->layers == (size_t)config->num_hidden_layers);
+static dsv3_result dsv3i_save_cache_begin(dsv3i_save *f, dsv3i_save_mode mode, const dsv3_config *config,
+                                          const dsv3_cache *cache, uint64_t tag, dsv3_error *error) {
+    *f = dsv3i_save_of(DSV3I_SAVE_CACHE, config, tag, dsv3i_save_cache_walk, error);
+    DSV3I_NEED(1, cache);
+    f->copy.cache = *cache;
+    if (mode == DSV3I_SAVE_MEASURE) return DSV3_OK;
+    DSV3I_NEED(1, config);
+    if (cache->width == dsv3i_dims_of(config).width &&
+        (cache->layers == 1 || cache->layers == (size_t)config->num_hidden_layers)) {
+        return DSV3_OK;
+    }
+    return dsv3i_fail(error, DSV3_ERR_MISMATCH, "cache", "was made for another model");
 }
 
 DSV3_API dsv3_result dsv3_cache_save_size(const dsv3_cache *cache, size_t *bytes, dsv3_error *error) {
-    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_CACHE, NULL, 0, dsv3i_save_cache_walk, error);
-    dsv3_cache copy;
-    if (cache == NULL) return dsv3i_fail_null(error, "cache");
-    copy = *cache;
-    return dsv3i_save_size(&f, &copy, bytes);
+    dsv3i_save f;
+    DSV3I_TRY(dsv3i_save_cache_begin(&f, DSV3I_SAVE_MEASURE, NULL, cache, 0, error));
+    return dsv3i_save_size(&f, bytes);
 }
 
 DSV3_API dsv3_result dsv3_cache_save(const dsv3_config *config, const dsv3_cache *cache, uint64_t tag, void *data,
                                      size_t bytes, dsv3_error *error) {
-    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_CACHE, config, tag, dsv3i_save_cache_walk, error);
-    dsv3_cache copy;
-    DSV3I_NEED(1, cache); DSV3I_NEED(1, config);
-    if (!dsv3i_save_cache_fits(cache, config)) {
-        return dsv3i_fail(error, DSV3_ERR_MISMATCH, "cache", "was made for another model");
-    }
-    copy = *cache;
-    return dsv3i_save_write(&f, &copy, data, bytes);
+    dsv3i_save f;
+    DSV3I_TRY(dsv3i_save_cache_begin(&f, DSV3I_SAVE_WRITE, config, cache, tag, error));
+    return dsv3i_save_write(&f, data, bytes);
 }
 
 DSV3_API dsv3_result dsv3_cache_load(const dsv3_config *config, dsv3_cache *cache, uint64_t tag, const void *data,
                                      size_t bytes, dsv3_error *error) {
-    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_CACHE, config, tag, dsv3i_save_cache_walk, error);
-    dsv3_cache copy;
-    DSV3I_NEED(1, cache); DSV3I_NEED(1, config);
-    if (!dsv3i_save_cache_fits(cache, config)) {
-        return dsv3i_fail(error, DSV3_ERR_MISMATCH, "cache", "was made for another model");
-    }
-    DSV3I_TRY(dsv3i_save_open(&f, data, bytes));
-    copy = *cache;
-    DSV3I_TRY(dsv3i_save_run(&f, DSV3I_SAVE_CHECK, &copy));
-    (void)dsv3i_save_run(&f, DSV3I_SAVE_READ, cache);
-    return dsv3i_ok(error);
+    dsv3i_save f;
+    DSV3I_TRY(dsv3i_save_cache_begin(&f, DSV3I_SAVE_READ, config, cache, tag, error));
+    return dsv3i_save_load(&f, cache, data, bytes);
 }
 
 /* ---- A sequence. Of its ring of states what is known is saved, by position: it may be of another length where it is
@@ -7364,56 +7380,45 @@ static void dsv3i_save_sequence_walk(dsv3i_save *f, void *object) {
     dsv3i_save_states(f, s);
 }
 
-DSV3_API dsv3_result dsv3_sequence_save_size(const dsv3_sequence *s, size_t *bytes, dsv3_error *error) {
-    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_SEQUENCE, NULL, 0, dsv3i_save_sequence_walk, error);
-    dsv3_sequence copy;
+static dsv3_result dsv3i_save_sequence_begin(dsv3i_save *f, dsv3i_save_mode mode, const dsv3_model *model,
+                                             const dsv3_sequence *s, uint64_t tag, dsv3_error *error) {
+    *f = dsv3i_save_of(DSV3I_SAVE_SEQUENCE, NULL, tag, dsv3i_save_sequence_walk, error);
     DSV3I_TRY(dsv3i_sequence_check(s, "sequence", error));
-    copy = *s;
-    return dsv3i_save_size(&f, &copy, bytes);
+    f->copy.sequence = *s;
+    if (mode == DSV3I_SAVE_MEASURE) return DSV3_OK;
+    DSV3I_NEED(1, model);
+    f->config = &model->config;
+    if (mode == DSV3I_SAVE_WRITE && s->prompt_left > 0) {
+        return dsv3i_fail(error, DSV3_ERR_ARG, "sequence", "has a prompt that is not yet read");
+    }
+    if (s->own->made_for == dsv3i_fingerprint(&model->config)) return DSV3_OK;
+    return dsv3i_fail(error, DSV3_ERR_MISMATCH, "sequence", "was made for another model");
+}
+
+DSV3_API dsv3_result dsv3_sequence_save_size(const dsv3_sequence *s, size_t *bytes, dsv3_error *error) {
+    dsv3i_save f;
+    DSV3I_TRY(dsv3i_save_sequence_begin(&f, DSV3I_SAVE_MEASURE, NULL, s, 0, error));
+    return dsv3i_save_size(&f, bytes);
 }
 
 DSV3_API dsv3_result dsv3_sequence_save(const dsv3_model *model, const dsv3_sequence *s, uint64_t tag, void *data,
                                         size_t bytes, dsv3_error *error) {
-    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_SEQUENCE, NULL, tag, dsv3i_save_sequence_walk, error);
-    dsv3_sequence copy;
-    DSV3I_TRY(dsv3i_sequence_check(s, "sequence", error));
-    DSV3I_NEED(1, model);
-    if (s->prompt_left > 0) return dsv3i_fail(error, DSV3_ERR_ARG, "sequence", "has a prompt that is not yet read");
-    if (s->own->made_for != dsv3i_fingerprint(&model->config)) {
-        return dsv3i_fail(error, DSV3_ERR_MISMATCH, "sequence", "was made for another model");
-    }
-    f.config = &model->config;
-    copy = *s;
-    return dsv3i_save_write(&f, &copy, data, bytes);
+    dsv3i_save f;
+    DSV3I_TRY(dsv3i_save_sequence_begin(&f, DSV3I_SAVE_WRITE, model, s, tag, error));
+    return dsv3i_save_write(&f, data, bytes);
 }
 
 DSV3_API dsv3_result dsv3_sequence_load(const dsv3_model *model, dsv3_sequence *s, uint64_t tag, const void *data,
                                         size_t bytes, dsv3_error *error) {
-    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_SEQUENCE, NULL, tag, dsv3i_save_sequence_walk, error);
-    dsv3_sequence copy;
-    DSV3I_TRY(dsv3i_sequence_check(s, "sequence", error));
-    DSV3I_NEED(1, model);
-    if (s->own->made_for != dsv3i_fingerprint(&model->config)) {
-        return dsv3i_fail(error, DSV3_ERR_MISMATCH, "sequence", "was made for another model");
-    }
-    f.config = &model->config;
-    DSV3I_TRY(dsv3i_save_open(&f, data, bytes));
-    copy = *s;
-    DSV3I_TRY(dsv3i_save_run(&f, DSV3I_SAVE_CHECK, &copy));
-    (void)dsv3i_save_run(&f, DSV3I_SAVE_READ, s);
+    dsv3i_save f;
+    DSV3I_TRY(dsv3i_save_sequence_begin(&f, DSV3I_SAVE_READ, model, s, tag, error));
+    DSV3I_TRY(dsv3i_save_load(&f, s, data, bytes));
     s->prompt_left = 0;
-    return dsv3i_ok(error);
+    return DSV3_OK;
 }
 
 #ifndef DSV3_NO_TRAINING
 /* ---- A training run, between two steps */
-
-typedef struct dsv3i_save_state {
-    float *array[4];    /* [count] weights, moments, moving average or NULL */
-    uint64_t *load_all; /* [loads] */
-    size_t count, loads;
-    uint64_t step;
-} dsv3i_save_state;
 
 static void dsv3i_save_trainer_walk(dsv3i_save *f, void *object) {
     dsv3i_save_state *s = (dsv3i_save_state *)object;
@@ -7423,44 +7428,37 @@ static void dsv3i_save_trainer_walk(dsv3i_save *f, void *object) {
     dsv3i_save_array(f, s->load_all, sizeof *s->load_all, s->loads);
 }
 
-static dsv3i_save_state dsv3i_save_state_of(const dsv3_trainer *t) {
-    dsv3i_save_state s = {{t->weights.data, t->m, t->v, t->ema}, t->balancer.load_all, t->weights.count, 0, t->step};
-    s.loads = t->balancer.layers * t->balancer.experts;
-    return s;
+static dsv3_result dsv3i_save_trainer_begin(dsv3i_save *f, const dsv3_trainer *t, uint64_t tag, dsv3_error *error) {
+    DSV3I_TRY(dsv3i_trainer_check(t, error));
+    *f = dsv3i_save_of(DSV3I_SAVE_TRAINER, &t->weights.model.config, tag, dsv3i_save_trainer_walk, error);
+    dsv3i_save_state state = {{t->weights.data, t->m, t->v, t->ema}, t->balancer.load_all, t->weights.count, 0, t->step};
+    state.loads = t->balancer.layers * t->balancer.experts;
+    f->copy.state = state;
+    return DSV3_OK;
 }
 
 DSV3_API dsv3_result dsv3_trainer_save_size(const dsv3_trainer *t, size_t *bytes, dsv3_error *error) {
-    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_TRAINER, NULL, 0, dsv3i_save_trainer_walk, error);
-    dsv3i_save_state state;
-    DSV3I_TRY(dsv3i_trainer_check(t, error));
-    state = dsv3i_save_state_of(t);
-    return dsv3i_save_size(&f, &state, bytes);
+    dsv3i_save f;
+    DSV3I_TRY(dsv3i_save_trainer_begin(&f, t, 0, error));
+    return dsv3i_save_size(&f, bytes);
 }
 
 DSV3_API dsv3_result dsv3_trainer_save(const dsv3_trainer *t, uint64_t tag, void *data, size_t bytes,
                                        dsv3_error *error) {
-    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_TRAINER, NULL, tag, dsv3i_save_trainer_walk, error);
-    dsv3i_save_state state;
-    DSV3I_TRY(dsv3i_trainer_check(t, error));
-    f.config = &t->weights.model.config;
-    state = dsv3i_save_state_of(t);
-    return dsv3i_save_write(&f, &state, data, bytes);
+    dsv3i_save f;
+    DSV3I_TRY(dsv3i_save_trainer_begin(&f, t, tag, error));
+    return dsv3i_save_write(&f, data, bytes);
 }
 
 DSV3_API dsv3_result dsv3_trainer_load(dsv3_trainer *t, uint64_t tag, const void *data, size_t bytes,
                                        dsv3_error *error) {
-    dsv3i_save f = dsv3i_save_of(DSV3I_SAVE_TRAINER, NULL, tag, dsv3i_save_trainer_walk, error);
-    dsv3i_save_state state;
-    DSV3I_TRY(dsv3i_trainer_check(t, error));
-    f.config = &t->weights.model.config;
-    state = dsv3i_save_state_of(t);
-    DSV3I_TRY(dsv3i_save_open(&f, data, bytes));
-    DSV3I_TRY(dsv3i_save_run(&f, DSV3I_SAVE_CHECK, &state));
-    (void)dsv3i_save_run(&f, DSV3I_SAVE_READ, &state);
-    t->step = state.step;
+    dsv3i_save f;
+    DSV3I_TRY(dsv3i_save_trainer_begin(&f, t, tag, error));
+    DSV3I_TRY(dsv3i_save_load(&f, &f.copy, data, bytes)); /* numbers go there, arrays to the trainer */
+    t->step = f.copy.state.step;
     dsv3i_train_clear(t);
     t->own->stage = 0;
-    return dsv3i_ok(error);
+    return DSV3_OK;
 }
 #endif /* DSV3_NO_TRAINING */
 
@@ -7667,14 +7665,14 @@ static dsv3_result dsv3i_block(dsv3i_workspace *ws, const dsv3_workspace *worksp
     DSV3I_TRY(dsv3i_workspace_open(ws, workspace, context, model, error));
     DSV3I_NEED(1, weights);
     return dsv3i_check_between(error, n < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "n", "is none, or more than the workspace has",
-                               (int64_t)dsv3i_min(n, INT32_MAX), 1, (int64_t)workspace->rows);
+                               (int64_t)n, 1, (int64_t)workspace->rows);
 }
 
 /* Caches of a batch are alike. */
 static dsv3_result dsv3i_check_layer(const dsv3_cache *caches, size_t layer, dsv3_error *error) {
     DSV3I_NEED(1, caches);
     return dsv3i_check_between(error, DSV3_ERR_ARG, "layer", "is not one of the caches",
-                               (int64_t)dsv3i_min(layer, INT32_MAX), 0, (int64_t)caches->layers - 1);
+                               (int64_t)layer, 0, (int64_t)caches->layers - 1);
 }
 
 DSV3_API dsv3_result dsv3_mla_forward(const dsv3_context *context, float *y, const float *u, const dsv3_model *model,
@@ -7716,7 +7714,7 @@ DSV3_API dsv3_result dsv3_batch_end(dsv3_cache *caches, const dsv3_batch *batch,
                                     dsv3_error *error) {
     DSV3I_NEED(1, caches); DSV3I_NEED(1, batch); DSV3I_NEED(1, workspace);
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MEMORY, "rows", "is more than the workspace was made for",
-                                  (int64_t)dsv3i_min(batch->rows, INT32_MAX), 0, (int64_t)workspace->rows));
+                                  (int64_t)batch->rows, 0, (int64_t)workspace->rows));
     dsv3i_batch_end(caches, batch->rows, workspace->sequence, workspace->position);
     return dsv3i_ok(error);
 }
@@ -11677,7 +11675,7 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
     if (backend == DSV3_BACKEND_AUTO) backend = best;
     if ((int)backend < (int)DSV3_BACKEND_REFERENCE || (int)backend > (int)best) {
         return dsv3i_fail_range(error, DSV3_ERR_UNSUPPORTED, "backend", "is not compiled in, or this machine cannot run it",
-                                DSV3_BACKEND_REFERENCE, (int64_t)best, (int64_t)backend);
+                                DSV3_BACKEND_REFERENCE, (int32_t)best, (int32_t)backend);
     }
     context->ops = dsv3i_ops_of(backend);
     context->backend = dsv3_backend_name(backend);

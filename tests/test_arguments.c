@@ -315,7 +315,7 @@ typedef struct line {
 #define BATCH                                                                                                        \
     NEED(caches, caches), BAD(caches, cache[1].width, SIZE, 5, MISMATCH, "caches[1]"),                               \
         OVER(caches, cache[1].data, cache[0].data, "caches[1]"),                                                     \
-        BAD(n_caches, n_caches, SIZE, 0, ARG, "sequence[0]"), NEED(batch, batch),                                    \
+        BAD(n_caches, n_caches, SIZE, 0, ARG, "n_caches"), NEED(batch, batch),                                    \
         BAD(batch, b.rows, SIZE, 0, ARG, "rows"), BAD(batch, b.rows, SIZE, 99, MEMORY, "rows"),                      \
         BAD(batch, b.rows, SIZE, HUGE_, MEMORY, "rows"), BAD(batch, b.token, NUL, 0, ARG, "token"),                  \
         BAD(batch, token[2], INT, -1, TOKEN, "token[2]"), BAD(batch, token[2], INT, 97, TOKEN, "token[2]"),          \
@@ -424,9 +424,10 @@ CALL(evaluate, w.context, w.losses, w.model, w.caches, w.modules, w.n_caches, w.
                   NEED(modules, modules),
                   OVER(modules, module[0].data, cache[0].data, "modules[0]"),
                   BAD(text, token[3], INT, 97, TOKEN, "token[3]"),
-                  FREE(n_caches)};
+                  BAD(n_caches, n_caches, SIZE, 0, ARG, "n_caches")};
 #define LOGITS                                                                                                       \
-    NEED(logits, logits), BAD(vocab_size, vocab, SIZE, 0, ARG, "V"), BAD(vocab_size, vocab, SIZE, HUGE_, ARG, "V"),  \
+    NEED(logits, logits), BAD(vocab_size, vocab, SIZE, 0, ARG, "vocab_size"),                                        \
+        BAD(vocab_size, vocab, SIZE, HUGE_, ARG, "vocab_size"),                                                      \
         BAD(logits, a[0][2], FLOAT, NAN, NAN, "logits")
 #define SAMPLER                                                                                                      \
     LOGITS, BAD(temperature, temperature, FLOAT, -1, ARG, "sampler"),                                                \
@@ -881,6 +882,7 @@ static int blocks_changed(void) {
 }
 
 static void walk_line(const entry *e, const line *l) {
+    static const char *const odd[] = {"2147483647", "4294967295", "9223372036854775807", "1 to 0", "0 to -1"};
     dsv3_error error;
     dsv3_result code, again;
     char text[400], shown[200];
@@ -896,6 +898,9 @@ static void walk_line(const entry *e, const line *l) {
                text);
     if (l->code == DSV3_OK) return;
     CHECK(error.why != NULL && error.why[0] != '\0');
+    for (size_t i = 0; i < sizeof odd / sizeof *odd; i++) { /* numbers that nobody has given */
+        test_count(strstr(shown, odd[i]) == NULL, __FILE__, __LINE__, shown);
+    }
     if (e->call != call_context_init) { /* a context that failed is none */
         snprintf(text, sizeof text, "%s, line %d (%s): something has changed", e->name, (int)(l - e->lines),
                  l->parameter);

@@ -277,8 +277,8 @@ static void test_bad_calls(void) {
     sequence[4] = 3, REFUSE(DSV3_ERR_ARG, "sequence[4]"), sequence[4] = -1, REFUSE(DSV3_ERR_ARG, "sequence[4]");
     sequence[4] = INT32_MAX, REFUSE(DSV3_ERR_ARG, "sequence[4]"), sequence[4] = 1;
     c.n_caches = 2, REFUSE(DSV3_ERR_ARG, "sequence[3]"), c = good;
-    c.n_caches = 0, REFUSE(DSV3_ERR_ARG, "sequence[0]"), c = good;
-    c.n_caches = 0, c.batch.sequence = NULL, REFUSE(DSV3_ERR_ARG, "sequence[0]"), c = good;
+    c.n_caches = 0, REFUSE(DSV3_ERR_ARG, "n_caches"), c = good;
+    c.n_caches = 0, c.batch.sequence = NULL, REFUSE(DSV3_ERR_ARG, "n_caches"), c = good;
     /* tokens */
     token[5] = V, REFUSE(DSV3_ERR_TOKEN, "token[5]"), token[5] = -1, REFUSE(DSV3_ERR_TOKEN, "token[5]");
     token[5] = INT32_MIN, REFUSE(DSV3_ERR_TOKEN, "token[5]"), token[5] = INT32_MAX;

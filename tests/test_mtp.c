@@ -538,7 +538,7 @@ static void refuse_sizes(bad_call c) {
     c.caches = c.r->s->caches, REFUSE(DSV3_ERR_MISMATCH, "caches[0]"), c = good; /* the main model's */
     c.caches[1].width++, REFUSE(DSV3_ERR_MISMATCH, "caches[1]"), c.caches[1].width--;
     c.n_caches = 1, REFUSE(DSV3_ERR_ARG, "sequence[1]"), c = good;
-    c.n_caches = 0, REFUSE(DSV3_ERR_ARG, "sequence[0]"), c = good;
+    c.n_caches = 0, REFUSE(DSV3_ERR_ARG, "n_caches"), c = good;
 }
 
 /* token, sequence and position are those of the batch. */

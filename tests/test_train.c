@@ -1096,10 +1096,11 @@ static void test_order(void) {
     prepare_failing(&a);
     s = snapshot_take(&a);
     CHECK_EQ(dsv3_train_end(&a.ctx, &a.t, 0.01, NULL, &error), DSV3_ERR_ARG); /* twice */
-    CHECK(strcmp(error.name, "trainer.stage") == 0);
+    CHECK(strcmp(error.name, "trainer") == 0 && strstr(error.why, "has no step begun: dsv3_train_begin") == error.why);
     CHECK_EQ(dsv3_train_accumulate(&a.ctx, &a.t, &a.text, &error), DSV3_ERR_ARG);
     demand(dsv3_train_begin(&a.t, a.targets, a.sequences, NULL), NULL);
     CHECK_EQ(dsv3_train_end(&a.ctx, &a.t, 0.01, NULL, &error), DSV3_ERR_ARG); /* without text */
+    CHECK(strcmp(error.name, "trainer") == 0 && strcmp(error.why, "has accumulated nothing in this step") == 0);
     CHECK(snapshot_same(&s, &a));
     memset(&r, 0, sizeof r);
     r.n = a.t.gradients.count;
