@@ -56,6 +56,8 @@
 
 static int progress_stands; /* bool: a line of progress is on the terminal, and has no end yet */
 
+static const char *stop_about; /* a file whose contents are to blame for what stops now; or NULL */
+
 /* What else is printed there begins on a line of its own. */
 static void progress_leave(void) {
     if (progress_stands) fputc('\n', stderr);
@@ -72,7 +74,7 @@ stop(const char *format, ...) {
     va_list list;
     fflush(stdout);
     progress_leave();
-    fprintf(stderr, "dsv3: ");
+    fprintf(stderr, "dsv3: %s%s", stop_about != NULL ? stop_about : "", stop_about != NULL ? ": " : "");
     va_start(list, format);
     vfprintf(stderr, format, list);
     va_end(list);
@@ -152,14 +154,31 @@ static int usage(const command *c, const char *why, const char *what) {
     return 2;
 }
 
+#define NUMBER 64 /* bytes of a number as text */
+
+/* The shortest text that is read back as x, as one types it: 50, 0.0005, 5e-5, 1e30. */
+static void number_text(char text[NUMBER], double x) {
+    int digits = 0, point = 0;
+    char *e;
+    do snprintf(text, NUMBER, "%.*g", ++digits, x);
+    while (digits < 17 && (strtod(text, NULL) < x || strtod(text, NULL) > x));
+    e = strchr(text, 'e');
+    if (e == NULL) return;
+    point = (int)strtol(e + 1, NULL, 10);
+    if (point >= 0 && point < 16) {
+        snprintf(text, NUMBER, "%.0f", x);
+    } else {
+        snprintf(e, (size_t)(text + NUMBER - e), "e%d", point);
+    }
+}
+
 static void option_number(const option *o, const char *text) {
-    char *end = NULL;
+    char *end = NULL, low[NUMBER], high[NUMBER];
     double x = strtod(text, &end);
     if (end == text || *end != '\0') stop("%s: expected a number, found '%s'", o->name, text);
-    if (!(x >= o->low && x <= o->high)) {
-        if (o->kind == OPTION_FLOAT) stop("%s: expected %.10g to %.10g, found %s", o->name, o->low, o->high, text);
-        stop("%s: expected %.0f to %.0f, found %s", o->name, o->low, o->high, text);
-    }
+    number_text(low, o->low);
+    number_text(high, o->high);
+    if (!(x >= o->low && x <= o->high)) stop("%s: expected %s to %s, found %s", o->name, low, high, text);
     if (o->kind == OPTION_FLOAT) {
         *(double *)o->value = x;
     } else {
@@ -611,6 +630,7 @@ static void stops_close(stops *p) {
 
 /* Prints the first n tokens that are held. */
 static void stops_print(stops *p, size_t n) {
+    if (n == 0) return; /* perhaps there has been none */
     for (size_t i = 0; i < n; i++) print_token(p->held.id[i], p->ids);
     p->held.count -= n;
     memmove(p->held.id, p->held.id + n, p->held.count * sizeof *p->held.id);
@@ -816,6 +836,8 @@ static writer_options writer_defaults(void) {
     return o;
 }
 
+static void writer_free(writer_options *o) { free(o->bias.item), free(o->stop.item); }
+
 /* clang-format off */
 #define WRITER_OPTIONS(o) /* the first lines of a command's table */                                                 \
     {"-n", OPTION_INT, &(o).n, 1, 1e9},                                                                              \
@@ -909,7 +931,8 @@ typedef struct writer {
 /* ---- --prompt-cache FILE: the text of an earlier call as tokens, and its sequence as dsv3_sequence_save has it */
 
 typedef struct prompt_cache {
-    const char *path; /* NULL: there is none */
+    const char *path;   /* NULL: there is none */
+    const char *writer; /* the command whose text it is: it writes over no other's */
     uint64_t tag;     /* of the weights */
     int found;        /* bool: the file exists */
     st_file file;
@@ -948,13 +971,15 @@ static void prompt_cache_tokens_hash(char text[24], const int32_t *token, size_t
 }
 
 /* Reads the file, if there is one, and how much of its text the prompt begins with. */
-static void prompt_cache_open(prompt_cache *c, const char *path, const session *s, const tokens *prompt) {
+static void prompt_cache_open(prompt_cache *c, const char *path, const char *writer, const session *s,
+                              const tokens *prompt) {
     const st_tensor *text;
-    const char *format, *hash;
+    const char *format, *hash, *by;
     char found[24];
     st_error error;
     memset(c, 0, sizeof *c);
     c->path = path;
+    c->writer = writer;
     if (path == NULL) return;
     output_try("--prompt-cache", path);
     c->tag = prompt_cache_tag(&s->model.file);
@@ -969,6 +994,10 @@ static void prompt_cache_open(prompt_cache *c, const char *path, const session *
         c->state->dtype != ST_U8 || text == NULL || text->dtype != ST_I32) {
         stop("%s: is no prompt cache, or is damaged; it is left as it is", path);
     }
+    by = st_metadata(&c->file, "written by"); /* NULL: before 0.2 nobody wrote that */
+    if (by != NULL && strcmp(by, writer) != 0) {
+        stop("%s: expected a text of dsv3 %s, found one of dsv3 %.16s; it is left as it is", path, writer, by);
+    }
     c->count = text->bytes / sizeof *c->token;
     c->token = (const int32_t *)text->data;
     prompt_cache_tokens_hash(found, c->token, c->count);
@@ -978,14 +1007,24 @@ static void prompt_cache_open(prompt_cache *c, const char *path, const session *
     }
 }
 
+/* What it was written with, and what is wanted now. */
+static void prompt_cache_same(const prompt_cache *c, const char *option, const char *found) {
+    const char *expected = st_metadata(&c->file, option);
+    if (expected == NULL || strcmp(expected, found) == 0) return;
+    stop("%s: %s: expected %.16s, as it was written with, found %s; it is left as it is", c->path, option, expected, found);
+}
+
 /* The common text into a sequence. What was saved may be longer than it has room for: it is loaded beside it first. */
 static void prompt_cache_load(prompt_cache *c, dsv3_sequence *to, const dsv3_model *model) {
     dsv3_sequence all;
     dsv3_error error;
     size_t bytes = 0, capacity = c->count > 0 ? c->count : 1;
     void *memory;
-    char text[256];
+    char text[256], drafts[NUMBER];
     if (!c->found) return;
+    number_text(drafts, (double)to->max_drafts);
+    prompt_cache_same(c, "--mtp", drafts);
+    prompt_cache_same(c, "--cache", dsv3_type_name(to->cache.type));
     stop_result(c->path, dsv3_sequence_size(model, capacity, to->cache.type, to->rows, to->max_drafts, &bytes, NULL));
     memory = allocate(c->path, bytes);
     stop_result(c->path, dsv3_sequence_init(model, &all, capacity, to->cache.type, to->rows, to->max_drafts, memory,
@@ -1009,13 +1048,16 @@ static void prompt_cache_load(prompt_cache *c, dsv3_sequence *to, const dsv3_mod
 /* The text, for the next call; the sequence has read it, but perhaps not to its end. */
 static void prompt_cache_save(const prompt_cache *c, const dsv3_sequence *from, const dsv3_model *model,
                               const int32_t *token, size_t length) {
-    const char *pairs[] = {"format", "dsv3 prompt cache", "tokens hash", NULL, NULL};
+    const char *pairs[] = {"format", "dsv3 prompt cache", "tokens hash", NULL, "written by", c->writer,
+                           "--cache", dsv3_type_name(from->cache.type), "--mtp", NULL, NULL};
     st_tensor list[2];
     st_error error;
-    char hash[24];
+    char hash[24], drafts[NUMBER];
     size_t bytes = 0;
     void *data;
     if (c->path == NULL) return;
+    number_text(drafts, (double)from->max_drafts);
+    pairs[9] = drafts;
     stop_result(c->path, dsv3_sequence_save_size(from, &bytes, NULL));
     data = allocate(c->path, bytes);
     stop_result(c->path, dsv3_sequence_save(model, from, c->tag, data, bytes, NULL));
@@ -1146,8 +1188,8 @@ static const char generate_help[] =
     "context\n"
     "  --prompt-cache F file that keeps the text with all that was computed for it: written at the end, and if it is\n"
     "                   there, what its text and the prompt begin with in common is not read again. It belongs to one\n"
-    "                   model, --cache and --mtp: of another it is refused, and left as it is. The text is the same as\n"
-    "                   without it, bit for bit if --attention is not auto, without --adaptive\n" WRITER_HELP;
+    "                   model, --cache and --mtp: of another, or of chat, it is refused, and left as it is. The text is\n"
+    "                   the same as without it, bit for bit if --attention is not auto, without --adaptive\n" WRITER_HELP;
 
 /* The prompt as it is meant; *where becomes what messages call it. */
 static char *generate_input(const char *text, const char *file, size_t *length, const char **where) {
@@ -1240,12 +1282,13 @@ static int generate(int argc, char **argv, const command *c) {
     size_t made, length;
     double begin = now(), load;
     status = parse(argc, argv, c, options, &directory, 1);
+    if (status == 0 && given != NULL && file != NULL) status = 1 + usage(c, "-p and -f exclude each other", "");
+    if (status != 0) writer_free(&o);
     if (status != 0) return status - 1;
-    if (given != NULL && file != NULL) return usage(c, "-p and -f exclude each other", "");
     writer_model(&s, directory, &o);
     text = generate_input(given, file, &length, &where);
     generate_prompt(&prompt, &s, where, text, length, o.ids);
-    prompt_cache_open(&cached, cache_path, &s, &prompt);
+    prompt_cache_open(&cached, cache_path, "generate", &s, &prompt);
     /* A prompt's last token is read anew: the first step must be what it is without the file. */
     if (cached.common == prompt.count && prompt.count > 0) cached.common--;
     load = now() - begin;
@@ -1279,6 +1322,7 @@ static int generate(int argc, char **argv, const command *c) {
     if (o.stats) writer_stats(&w, &s);
     free(prompt.id);
     writer_close(&w);
+    writer_free(&o);
     session_close(&s);
     if (generate_interrupted) { /* whoever waits is to know that it was */
         signal(SIGINT, SIG_DFL);
@@ -1312,7 +1356,8 @@ static const char chat_help[] =
     "  --stop-id ID     the token that ends a reply (default: the end-of-text tokens; a line feed if there are none,\n"
     "                   and no --stop)\n"
     "  --prompt-cache F file that keeps the conversation with all that was computed for it: written at the end, and if\n"
-    "                   it is there at the beginning, the conversation goes on from it (one turn, for /undo)\n"
+    "                   it is there at the beginning, the conversation goes on from it (one turn, for /undo). One\n"
+    "                   of generate is refused, and left as it is\n"
     "  -n N             most tokens of a reply (default 400)\n" WRITER_HELP;
 
 typedef struct chat_state {
@@ -1455,7 +1500,7 @@ static void chat_load(chat_state *c, const char *path) {
 
 /* What --prompt-cache has, and where the conversation is to go on from it. It begins with --system. */
 static void chat_cached(chat_state *c, prompt_cache *cached, const char *path) {
-    prompt_cache_open(cached, path, &c->s, &c->text);
+    prompt_cache_open(cached, path, "chat", &c->s, &c->text);
     if (!cached->found) return;
     if (cached->common < c->begin) {
         stop("%s: begins with another text than this conversation (--system); it is left as it is", path);
@@ -1474,7 +1519,7 @@ static void chat_reply(chat_state *c) {
     stops *held = &c->w.stops;
     size_t known = dsv3_sequence_length(q), fresh = c->text.count - known;
     int32_t *copy = (int32_t *)allocate("turn", (fresh + 1) * sizeof *copy); /* text may move while it is read */
-    memcpy(copy, c->text.id + known, fresh * sizeof *copy);
+    if (fresh > 0) memcpy(copy, c->text.id + known, fresh * sizeof *copy);
     if (fresh > 0) stop_result("turn", dsv3_sequence_append(&c->s.model.model, q, copy, fresh, NULL));
     c->w.prompt_tokens += fresh;
     chat_interrupted = 0;
@@ -1560,6 +1605,7 @@ static int chat(int argc, char **argv, const command *c) {
                               {NULL, OPTION_FLAG, NULL, 0, 0}};
     chat.o = writer_defaults();
     status = parse(argc, argv, c, options, &directory, 1);
+    if (status != 0) writer_free(&chat.o);
     if (status != 0) return status - 1;
     writer_model(&chat.s, directory, &chat.o);
     if (stop_token >= (long)chat.s.V) stop("--stop-id: expected below %zu, found %ld", chat.s.V, stop_token);
@@ -1601,6 +1647,7 @@ static int chat(int argc, char **argv, const command *c) {
     free(chat.text.id);
     free(chat.turn);
     writer_close(&chat.w);
+    writer_free(&chat.o);
     session_close(&chat.s);
     return 0;
 }
@@ -2819,7 +2866,8 @@ static const char train_help_more[] =
     "  --exempt NAMES   no weight decay for these tensors (norms never have any); may be repeated\n"
     "  --clip X         largest norm of the gradients, 0: any (default 1)\n"
     "  --ema X          decay of a moving average of the weights, kept in DIR/ema; 0: none (default 0)\n"
-    "  --patience N     ends the run when N validations in a row were no better than the best; 0: never (default 0)\n"
+    "  --patience N     ends the run when N validations in a row were no better than the best; 0: never (default 0). It\n"
+    "                   goes on by --resume with a larger N, or --patience 0\n"
     "  --seed N         (default 1)\n"
     "Memory and output:\n"
     "  --keep WHAT      activations that are kept, not computed again: none (default), all, or some of norms, up,\n"
@@ -2878,7 +2926,7 @@ static void train_table(option *table, train_options *o) {
                                                {"--apart", OPTION_FLAG, &o->apart, 0, 0},
                                                {"--loss-from", OPTION_LIST, &o->loss_from, 0, 0},
                                                {"--loss-to", OPTION_LIST, &o->loss_to, 0, 0},
-                                               {"--epochs", OPTION_INT, &o->epochs, 0, 1e9},
+                                               {"--epochs", OPTION_INT, &o->epochs, 1, 1e9},
                                                {"--alpha-loads", OPTION_TEXT, &o->alpha_loads, 0, 0},
                                                {"--alpha-device", OPTION_FLOAT, &o->alpha_device, 0, 1e6},
                                                {"--alpha-comm", OPTION_FLOAT, &o->alpha_comm, 0, 1e6},
@@ -3221,21 +3269,16 @@ static char *train_escape(char *to, const char *text) {
     return to;
 }
 
-static int train_hex(char c) { return c >= 'A' ? c - 'A' + 10 : c - '0'; }
-
-/* The shortest text that is read back as x. */
-static void train_number_text(char text[64], double x) {
-    for (int digits = 1; digits <= 17; digits++) {
-        double back;
-        snprintf(text, 64, "%.*g", digits, x);
-        back = strtod(text, NULL);
-        if (memcmp(&x, &back, sizeof x) == 0) return;
-    }
+/* What %XX stands for; 0: nothing that was written here. */
+static int train_unescape(const char *text) {
+    static const char digits[] = "0123456789ABCDEF";
+    const char *high = strchr(digits, text[1]), *low = high != NULL && text[1] != '\0' ? strchr(digits, text[2]) : NULL;
+    return low != NULL && text[2] != '\0' ? (int)(16 * (high - digits) + (low - digits)) : 0;
 }
 
 static char *train_value(const option *o) {
     const texts *list = (const texts *)o->value;
-    size_t n = 64;
+    size_t n = NUMBER;
     char *text, *at;
     if (o->kind == OPTION_TEXT && *(const char **)o->value != NULL) n += strlen(*(const char **)o->value);
     for (size_t i = 0; o->kind == OPTION_LIST && i < list->count; i++) n += 3 * strlen(list->item[i]) + 1;
@@ -3247,7 +3290,7 @@ static char *train_value(const option *o) {
         if (*(const char **)o->value != NULL) snprintf(text, n, "%s", *(const char **)o->value);
         break;
     case OPTION_INT: snprintf(text, n, "%ld", *(long *)o->value); break;
-    case OPTION_FLOAT: train_number_text(text, *(double *)o->value); break;
+    case OPTION_FLOAT: number_text(text, *(double *)o->value); break;
     case OPTION_LIST:
         for (size_t i = 0; i < list->count; i++) {
             if (i > 0) *at++ = ' ';
@@ -3268,14 +3311,15 @@ static const char *train_keep_string(train_state *s, const char *text, size_t n)
     return s->string[s->strings++] = copy;
 }
 
-static void train_restore_list(train_state *s, texts *list, const char *text) {
+static void train_restore_list(train_state *s, const char *name, texts *list, const char *text) {
     while (*text != '\0') {
         size_t n = strcspn(text, " "), length = 0;
         char *plain = (char *)allocate("options", n + 1);
         for (size_t i = 0; i < n; i++) {
-            int escaped = text[i] == '%' && n - i > 2;
-            plain[length++] = escaped ? (char)(16 * train_hex(text[i + 1]) + train_hex(text[i + 2])) : text[i];
-            i += escaped ? 2 : 0;
+            int escaped = text[i] == '%' ? train_unescape(text + i) : -1;
+            if (escaped == 0) stop("%s: expected %% and two digits for a byte, found '%.8s'", name, text + i);
+            plain[length++] = escaped > 0 ? (char)escaped : text[i];
+            i += escaped > 0 ? 2 : 0;
         }
         texts_add(list, train_keep_string(s, plain, length));
         free(plain);
@@ -3288,21 +3332,24 @@ static void train_restore_list(train_state *s, texts *list, const char *text) {
 static void train_restore(train_state *s, const st_file *file, const char *path) {
     option table[TRAIN_OPTIONS + 1];
     train_table(table, &s->o);
+    stop_about = path;
     for (const option *o = table; o->name != NULL; o++) {
         const char *value = st_metadata(file, o->name);
         if (train_role_of(o->name) == TRAIN_CALL) continue;
-        if (st_metadata(file, "--steps") == NULL) stop("%s: is no state of a training run: --steps is missing", path);
         if (value == NULL) continue; /* a version that did not have it yet: the default is as it was then */
         if (o->kind == OPTION_LIST) {
-            train_restore_list(s, (texts *)o->value, value);
+            train_restore_list(s, o->name, (texts *)o->value, value);
         } else if (o->kind == OPTION_TEXT) {
             *(const char **)o->value = *value != '\0' ? train_keep_string(s, value, strlen(value)) : NULL;
         } else if (o->kind == OPTION_FLAG) {
             *(int *)o->value = strcmp(value, "1") == 0;
-        } else {
+            if (strcmp(value, "0") != 0 && strcmp(value, "1") != 0) stop("%s: expected 0 or 1, found '%s'", o->name, value);
+        } else if (strcmp(o->name, "--epochs") != 0 || strcmp(value, "0") != 0) { /* there: none */
             option_number(o, value);
         }
     }
+    train_check(&s->o);
+    stop_about = NULL;
 }
 
 /* After the command line was read once more, over what was restored. */
@@ -3311,11 +3358,11 @@ static void train_compare(train_state *s, const st_file *file) {
     train_table(table, &s->o);
     for (const option *o = table; o->name != NULL; o++) {
         const char *before = st_metadata(file, o->name);
-        char *now_is, number[64];
+        char *now_is, number[NUMBER];
         if (train_role_of(o->name) != TRAIN_FIXED || before == NULL) continue;
         now_is = train_value(o);
         if (o->kind == OPTION_FLOAT) {
-            train_number_text(number, strtod(before, NULL));
+            number_text(number, strtod(before, NULL));
             before = number;
         }
         if (strcmp(before, now_is) != 0) {
@@ -3351,53 +3398,14 @@ static size_t train_arrays(train_state *s, float **array, const char *prefix[TRA
     return s->trainer.ema != NULL ? 4 : 3;
 }
 
-static void train_load_state(train_state *s, const st_file *file, const char *path) {
-    float *array[TRAIN_ARRAYS];
-    const char *prefix[TRAIN_ARRAYS];
-    size_t arrays = train_arrays(s, array, prefix);
-    const dsv3_balancer *b = &s->trainer.balancer;
-    const st_tensor *loads = st_find(file, "loads");
-    for (size_t a = 0; a < arrays; a++) {
-        for (size_t i = 0; i < s->tensors; i++) {
-            const train_tensor *t = &s->tensor[i];
-            char name[ST_MAX_NAME];
-            const st_tensor *from;
-            snprintf(name, sizeof name, "%s%s", prefix[a], t->name);
-            from = st_find(file, name);
-            if (from == NULL) stop("%s: %s is missing", path, name);
-            if (from->dtype != ST_F32 || from->bytes != t->rows * t->cols * sizeof(float)) {
-                stop("%s: %s has the wrong type or shape", path, name);
-            }
-            memcpy(array[a] + t->at, from->data, from->bytes);
-        }
-    }
-    if (loads == NULL || loads->dtype != ST_U64 || loads->bytes != b->layers * b->experts * sizeof *b->load_all) {
-        stop("%s: loads is missing or has the wrong type or shape", path);
-    }
-    memcpy(b->load_all, loads->data, loads->bytes);
-    s->good = s->saved = s->done = train_number(file, path, "step");
-    s->trainer.step = train_number(file, path, "trained");
-    s->skipped = train_number(file, path, "skipped");
-    s->in_a_row = 0;
-    s->best = NOTHING;
-    if (st_metadata(file, "best") == NULL || *st_metadata(file, "best") == '\0') return;
-    if (st_metadata(file, "validation hash") != NULL && train_number(file, path, "validation hash") != s->val_hash) {
-        fprintf(stderr, "dsv3: validation reads another text than before: what was best there is forgotten\n");
-        return;
-    }
-    s->best = strtod(st_metadata(file, "best"), NULL);
-    s->best_step = train_number(file, path, "best step");
-    s->worse = train_number(file, path, "worse");
-}
-
-/* The tensors of train.safetensors; their names follow them in the same memory. */
+/* The tensors of train.safetensors, with room for one more; their names follow them in the same memory. */
 static st_tensor *train_state_tensors(train_state *s, size_t *count) {
     float *array[TRAIN_ARRAYS];
     const char *prefix[TRAIN_ARRAYS];
     size_t arrays = train_arrays(s, array, prefix), n = 0;
     const dsv3_balancer *b = &s->trainer.balancer;
-    st_tensor *list = (st_tensor *)route_table("state", arrays * s->tensors + 1, 1, 1, sizeof *list + ST_MAX_NAME);
-    char(*name)[ST_MAX_NAME] = (char(*)[ST_MAX_NAME])(void *)(list + arrays * s->tensors + 1);
+    st_tensor *list = (st_tensor *)route_table("state", arrays * s->tensors + 2, 1, 1, sizeof *list + ST_MAX_NAME);
+    char(*name)[ST_MAX_NAME] = (char(*)[ST_MAX_NAME])(void *)(list + arrays * s->tensors + 2);
     list[n].name = "loads";
     list[n].dtype = ST_U64;
     list[n].rank = 2;
@@ -3422,13 +3430,177 @@ static st_tensor *train_state_tensors(train_state *s, size_t *count) {
     return list;
 }
 
+/* ---- train: checksums. A tensor of the state says of each other tensor, in the order of train_state_tensors, what its bytes
+ * add up to, and "checksum" of the metadata what all else in it and this tensor do: a bit that is another is found, and
+ * where. Files of 0.1 have neither. */
+
+#define TRAIN_SUM 0xCBF29CE484222325u
+
+/* Of words. Each step can be undone, in the sum and in the word: one word altered alters the sum. */
+static uint64_t train_sum(uint64_t sum, const void *data, size_t bytes) {
+    const unsigned char *at = (const unsigned char *)data;
+    for (size_t i = 0; i < bytes; i += sizeof sum) {
+        uint64_t word = bytes;
+        memcpy(&word, at + i, bytes - i < sizeof word ? bytes - i : sizeof word);
+        sum = (sum ^ word) * 0x9E3779B97F4A7C15u;
+        sum ^= sum >> 32;
+    }
+    return sum;
+}
+
+static uint64_t train_sum_pair(uint64_t sum, const char *key, const char *value) {
+    return train_sum(train_sum(sum, key, strlen(key) + 1), value, strlen(value) + 1);
+}
+
+static void train_sums_tensor(st_tensor *t, size_t count) {
+    t->name = "checksums";
+    t->dtype = ST_U64;
+    t->rank = 1;
+    t->shape[0] = count;
+    t->bytes = count * sizeof(uint64_t);
+}
+
+/* The metadata of a file, which stand in the order in which they were written. */
+static void train_check_metadata(const st_file *file, const char *path) {
+    const st_tensor *sums = st_find(file, "checksums");
+    const char *expected = st_metadata(file, "checksum");
+    char found[24];
+    uint64_t sum = TRAIN_SUM;
+    if (st_metadata(file, "--steps") == NULL) stop("%s: is no state of a training run: --steps is missing", path);
+    if (sums == NULL && expected == NULL) {
+        fprintf(stderr, "dsv3: warning: %s: has no checksums, as a version before wrote it: not all damage is noticed\n", path);
+        return;
+    }
+    if (sums == NULL || expected == NULL) stop("%s: is damaged: %s is missing", path, sums == NULL ? "checksums" : "checksum");
+    for (size_t i = 0; i < file->metadata_count; i++) {
+        if (strcmp(file->metadata[2 * i], "checksum") == 0) continue;
+        sum = train_sum_pair(sum, file->metadata[2 * i], file->metadata[2 * i + 1]);
+    }
+    snprintf(found, sizeof found, "%016llx", (unsigned long long)train_sum(sum, sums->data, sums->bytes));
+    if (strcmp(expected, found) == 0) return;
+    stop("%s: is damaged: what it says of the run, or checksums: expected checksum %.40s, found %s", path, expected, found);
+}
+
+/* ---- train: the state is read. All is looked at before anything is taken. */
+
+static void train_shape(char *out, size_t capacity, const st_tensor *t) {
+    int n = snprintf(out, capacity, "%.16s [", t->type != NULL ? t->type : st_dtype_name(t->dtype));
+    for (int i = 0; i < t->rank && n > 0 && (size_t)n < capacity; i++) {
+        n += snprintf(out + n, capacity - (size_t)n, "%s%llu", i > 0 ? ", " : "", (unsigned long long)t->shape[i]);
+    }
+    if (n > 0 && (size_t)n < capacity) snprintf(out + n, capacity - (size_t)n, "]");
+}
+
+/* Moments and weights: finite, and means of squares not below 0. */
+static void train_check_values(const st_tensor *t, const char *path) {
+    int square = strncmp(t->name, "v.", 2) == 0;
+    for (size_t i = 0; t->dtype == ST_F32 && i < t->bytes / sizeof(float); i++) {
+        float x;
+        memcpy(&x, (const char *)t->data + i * sizeof x, sizeof x);
+        if (isfinite(x) && !(square && x < 0)) continue;
+        stop("%s: %s: element %zu: expected a finite number%s, found %g", path, t->name, i, square ? " of at least 0" : "",
+             (double)x);
+    }
+}
+
+/* Tensor i of those that the run has, as the file has it. */
+static const st_tensor *train_check_tensor(const st_file *file, const char *path, const st_tensor *want, size_t i) {
+    const st_tensor *t = st_find(file, want->name), *sums = st_find(file, "checksums");
+    uint64_t expected, found;
+    char shape[2][96];
+    if (t == NULL) stop("%s: %s is missing", path, want->name);
+    if (t->dtype != want->dtype || t->rank != want->rank || memcmp(t->shape, want->shape, sizeof t->shape) != 0) {
+        train_shape(shape[0], sizeof shape[0], want);
+        train_shape(shape[1], sizeof shape[1], t);
+        stop("%s: %s: expected %s, found %s", path, t->name, shape[0], shape[1]);
+    }
+    if (sums != NULL && sums != t) {
+        memcpy(&expected, (const char *)sums->data + i * sizeof expected, sizeof expected);
+        found = train_sum(TRAIN_SUM, t->data, t->bytes);
+        if (found != expected) {
+            stop("%s: %s is damaged: expected checksum %016llx, found %016llx", path, t->name, (unsigned long long)expected,
+                 (unsigned long long)found);
+        }
+    }
+    train_check_values(t, path);
+    return t;
+}
+
+/* Every tensor there is and no other. list [count]: with where each goes. */
+static void train_check_tensors(const st_file *file, const char *path, st_tensor *list, size_t count) {
+    st_tensor *sums = &list[count];
+    size_t known = count;
+    if (st_find(file, "checksums") != NULL) {
+        train_sums_tensor(sums, count);
+        known++;
+        (void)train_check_tensor(file, path, sums, count);
+    }
+    for (size_t i = 0; i < count; i++) (void)train_check_tensor(file, path, &list[i], i);
+    for (size_t i = 0; i < file->count && file->count > known; i++) {
+        size_t j = 0;
+        while (j < known && strcmp(list[j].name, file->tensor[i].name) != 0) j++;
+        if (j == known) stop("%s: %s: expected no such tensor in the state of this run", path, file->tensor[i].name);
+    }
+}
+
+/* Steps that were counted must agree with each other. */
+static void train_check_counts(const st_file *file, const char *path) {
+    uint64_t step = train_number(file, path, "step"), trained = train_number(file, path, "trained");
+    uint64_t skipped = train_number(file, path, "skipped"), best = 0;
+    char *end;
+    if (trained > step || step - trained != skipped) {
+        stop("%s: trained and skipped: expected together %llu, the steps done, found %llu and %llu", path,
+             (unsigned long long)step, (unsigned long long)trained, (unsigned long long)skipped);
+    }
+    if (st_metadata(file, "best") == NULL || *st_metadata(file, "best") == '\0') return;
+    best = train_number(file, path, "best step");
+    if (best > step) {
+        stop("%s: best step: expected at most %llu, the steps done, found %llu", path, (unsigned long long)step,
+             (unsigned long long)best);
+    }
+    if (!isfinite(strtod(st_metadata(file, "best"), &end)) || *end != '\0') {
+        stop("%s: best: expected a finite number, found '%.40s'", path, st_metadata(file, "best"));
+    }
+    (void)train_number(file, path, "worse");
+}
+
+static void train_load_state(train_state *s, const st_file *file, const char *path) {
+    float *array[TRAIN_ARRAYS];
+    const char *prefix[TRAIN_ARRAYS];
+    size_t arrays = train_arrays(s, array, prefix), count;
+    st_tensor *list = train_state_tensors(s, &count);
+    train_check_counts(file, path);
+    train_check_tensors(file, path, list, count);
+    if (list[0].bytes > 0) memcpy(s->trainer.balancer.load_all, st_find(file, list[0].name)->data, list[0].bytes);
+    for (size_t a = 0, n = 1; a < arrays; a++) {
+        for (size_t i = 0; i < s->tensors; i++, n++) {
+            memcpy(array[a] + s->tensor[i].at, st_find(file, list[n].name)->data, list[n].bytes);
+        }
+    }
+    free(list);
+    s->good = s->saved = s->done = train_number(file, path, "step");
+    s->trainer.step = train_number(file, path, "trained");
+    s->skipped = train_number(file, path, "skipped");
+    s->in_a_row = 0;
+    s->best = NOTHING;
+    if (st_metadata(file, "best") == NULL || *st_metadata(file, "best") == '\0') return;
+    if (st_metadata(file, "validation hash") != NULL && train_number(file, path, "validation hash") != s->val_hash) {
+        fprintf(stderr, "dsv3: validation reads another text than before: what was best there is forgotten\n");
+        return;
+    }
+    s->best = strtod(st_metadata(file, "best"), NULL);
+    s->best_step = train_number(file, path, "best step");
+    s->worse = train_number(file, path, "worse");
+}
+
 static void train_save_state(train_state *s) {
     static const char keys[9][16] = {"step",   "trained",   "skipped", "text tokens",    "text hash",
                                      "phases", "best step", "worse",   "validation hash"};
     const uint64_t values[9] = {s->done,   s->trainer.step, s->skipped, s->text.count, s->hash,
                                 s->phases, s->best_step,    s->worse,   s->val_hash};
     const char *pairs[2 * (TRAIN_OPTIONS + 13) + 1];
-    char numbers[9][24], best[64] = "", *path = train_path(s, "train.safetensors"), *config = NULL, *value[TRAIN_OPTIONS];
+    uint64_t *sums, sum = TRAIN_SUM;
+    char numbers[9][24], checksum[24], best[NUMBER] = "", *path = train_path(s, "train.safetensors"), *config = NULL, *value[TRAIN_OPTIONS];
     option table[TRAIN_OPTIONS + 1];
     size_t n = 0, count = 0, stored = 0;
     st_error error;
@@ -3438,7 +3610,7 @@ static void train_save_state(train_state *s) {
     pairs[n++] = config;
     pairs[n++] = "backend";
     pairs[n++] = s->eval.context.backend;
-    if (isfinite(s->best)) train_number_text(best, s->best);
+    if (isfinite(s->best)) number_text(best, s->best);
     pairs[n++] = "best";
     pairs[n++] = best;
     for (int i = 0; i < 9; i++) {
@@ -3453,8 +3625,17 @@ static void train_save_state(train_state *s) {
         pairs[n++] = o->name;
         pairs[n++] = value[stored++];
     }
+    sums = (uint64_t *)allocate("checksums", count * sizeof *sums);
+    for (size_t i = 0; i < count; i++) sums[i] = train_sum(TRAIN_SUM, list[i].data, list[i].bytes);
+    for (size_t i = 0; i < n; i += 2) sum = train_sum_pair(sum, pairs[i], pairs[i + 1]);
+    snprintf(checksum, sizeof checksum, "%016llx", (unsigned long long)train_sum(sum, sums, count * sizeof *sums));
+    pairs[n++] = "checksum";
+    pairs[n++] = checksum;
     pairs[n] = NULL;
-    if (st_write(path, list, count, pairs, &error) != ST_OK) stop("%s", error.message);
+    train_sums_tensor(&list[count], count);
+    list[count].data = sums;
+    if (st_write(path, list, count + 1, pairs, &error) != ST_OK) stop("%s", error.message);
+    free(sums);
     while (stored > 0) free(value[--stored]);
     free(config);
     free(list);
@@ -3608,6 +3789,10 @@ static size_t train_log_read(train_state *s, char *text, size_t length, char *ke
         kept[n + size] = '\n';
         n += size + 1;
     }
+    if (log->rows > 0 ? log->column[TRAIN_STEP][log->rows - 1] < (double)s->done : s->done > 0) {
+        fprintf(stderr, "dsv3: warning: %s: expected rows up to step %llu, found them up to %.0f\n", log->path,
+                (unsigned long long)s->done, log->rows > 0 ? log->column[TRAIN_STEP][log->rows - 1] : 0);
+    }
     if (odd > 0) {
         fprintf(stderr, "dsv3: warning: %s: line %zu%s is no row of this run; it stays, and is in no picture\n", log->path,
                 first, odd > 1 ? ", as others behind it," : "");
@@ -3623,7 +3808,10 @@ static void train_log_open(train_state *s) {
     log->path = train_path(s, "log.csv");
     log->columns = train_val(s) + 1 + s->D;
     log->column = (double **)route_table("log", log->columns, 1, 1, sizeof *log->column);
-    if (s->o.resume && file_exists(s->o.out, "log.csv")) {
+    if (s->o.resume && s->done > 0 && !file_exists(s->o.out, "log.csv")) {
+        fprintf(stderr, "dsv3: warning: %s: does not exist; it begins anew behind step %llu\n", log->path,
+                (unsigned long long)s->done);
+    } else if (s->o.resume && file_exists(s->o.out, "log.csv")) {
         size_t length = 0;
         if (output_kind(log->path) == OUTPUT_SPECIAL) stop("%s: not a regular file", log->path); /* a pipe would be waited for */
         text = read_file(log->path, &length);
@@ -3956,22 +4144,24 @@ static double train_decimal(float x) {
     return (double)x;
 }
 
-/* The balance: what the config says, unless an option does; and what has no effect is said. */
-static void train_resolve_balance(train_options *o, const dsv3_config *c) {
+/* The balance: what the config says, unless an option does; and what has no effect is said of what was given. */
+static void train_resolve_balance(train_options *o, const train_options *given, const dsv3_config *c) {
     int moe = 0, biased;
     long E = c->n_routed_experts;
+    char found[NUMBER];
     for (int32_t i = 0; i < c->num_hidden_layers + c->num_nextn_predict_layers; i++) moe |= dsv3_config_is_moe(c, i);
     biased = moe && c->topk_method == DSV3_NOAUX_TC;
-    if (!biased && (o->bias_speed >= 0 || o->bias_freeze >= 0)) {
-        fprintf(stderr, "dsv3: warning: --bias-%s: has no effect: %s\n", o->bias_speed >= 0 ? "speed" : "freeze",
+    if (!biased && (given->bias_speed >= 0 || given->bias_freeze >= 0)) {
+        fprintf(stderr, "dsv3: warning: --bias-%s: has no effect: %s\n", given->bias_speed >= 0 ? "speed" : "freeze",
                 moe ? "routers have a bias with topk_method noaux_tc only" : "the model has no experts");
     }
-    if (!moe && (o->alpha > 0 || o->alpha_device > 0 || o->alpha_comm > 0)) {
+    if (!moe && (given->alpha > 0 || given->alpha_device > 0 || given->alpha_comm > 0)) {
         fprintf(stderr, "dsv3: warning: --alpha: has no effect: the model has no experts\n");
     }
     if (o->alpha < 0) {
         o->alpha = train_decimal(c->aux_loss_alpha);
-        if (!(o->alpha >= 0 && o->alpha <= 1e6)) stop("aux_loss_alpha: expected 0 to 1000000, found %g", o->alpha);
+        number_text(found, o->alpha);
+        if (!(o->alpha >= 0 && o->alpha <= 1e6)) stop("aux_loss_alpha: expected 0 to 1000000, found %s", found);
         if (moe && o->alpha > 0 && !c->seq_aux) {
             fprintf(stderr, "dsv3: warning: seq_aux is false: here the balance loss is of each sequence all the same\n");
         }
@@ -3989,10 +4179,11 @@ static void train_resolve_balance(train_options *o, const dsv3_config *c) {
 /* What does not depend on the text. The micro-batches: as many sequences as make up to 4096 tokens, of those numbers that
  * divide the batch. */
 static void train_resolve(train_options *o, const dsv3_config *c) {
+    const train_options given = *o;
     if (o->seq == 0) o->seq = c->max_position_embeddings < 1024 ? c->max_position_embeddings : 1024;
     if (o->lr < 0) o->lr = o->init != NULL ? TRAIN_RATE_TUNED : TRAIN_RATE;
     if (o->val < 0) o->val = o->val_text.count > 0 ? 0 : 5;
-    train_resolve_balance(o, c);
+    train_resolve_balance(o, &given, c);
     if (o->accum == 0) {
         o->accum = 1;
         while (o->batch % o->accum != 0 || (o->accum < o->batch && o->batch / o->accum > 4096 / o->seq)) o->accum++;
@@ -4055,8 +4246,6 @@ static void train_extend(train_state *s, uint64_t before) {
     if (s->done <= train_schedule(&s->o, s->phases).constant && s->done <= train_schedule(&s->o, steps).constant) {
         s->phases = steps;
     }
-    fprintf(stderr, "dsv3: the run of %llu steps goes on to step %ld; its phases are those of %llu steps\n",
-            (unsigned long long)before, s->o.steps, (unsigned long long)s->phases);
 }
 
 static void train_set(train_state *s) {
@@ -4247,10 +4436,17 @@ static int train_resume_options(train_state *s, int argc, char **argv, const com
     train_compare(s, file);
     if (given->epochs > 0 && epochs == 0) stop("--epochs: the run draws its sequences from anywhere; expected --steps");
     s->done = train_number(file, path, "step");
+    if (s->done > before) {
+        stop("%s: step: expected at most %llu, its --steps, found %llu", path, (unsigned long long)before,
+             (unsigned long long)s->done);
+    }
     s->phases = st_metadata(file, "phases") != NULL ? train_number(file, path, "phases") : before; /* of 0.1: none */
+    if (s->phases < 1 || s->phases > 1000000000) {
+        stop("%s: phases: expected 1 to 1000000000 steps, found %llu", path, (unsigned long long)s->phases);
+    }
     if (config == NULL) stop("%s: is no state of a training run: config is missing", path);
     if (checkpoint_config_parse(&s->config, config, strlen(config), path, &error) != ST_OK) stop("%s", error.message);
-    train_resolve_balance(&s->o, &s->config); /* what a version before did not save */
+    train_resolve_balance(&s->o, given, &s->config); /* what a version before did not save */
     train_read_text(s);
     if (given->epochs > 0) train_resolve_epochs(s);
     train_extend(s, before);
@@ -4264,6 +4460,7 @@ static int train_resume(train_state *s, int argc, char **argv, const command *c,
     st_error error;
     const char *out = given->out;
     char *path;
+    uint64_t before;
     int status;
     s->o = train_defaults();
     s->o.out = out;
@@ -4271,6 +4468,7 @@ static int train_resume(train_state *s, int argc, char **argv, const command *c,
     if (!file_exists(out, "train.safetensors")) stop("%s: does not exist; there is no run to go on with", path);
     lock_take(out);
     if (st_open(&file, path, &error) != ST_OK) stop("%s", error.message);
+    train_check_metadata(&file, path);
     status = train_resume_options(s, argc, argv, c, &file, path, given);
     if (status != 0) return status;
     train_resume_backend(s, st_metadata(&file, "backend"));
@@ -4281,6 +4479,11 @@ static int train_resume(train_state *s, int argc, char **argv, const command *c,
         stop("--text: expected the text of the run in %s, found another", out);
     }
     train_load_state(s, &file, path);
+    before = train_number(&file, path, "--steps");
+    if ((uint64_t)s->o.steps != before) {
+        fprintf(stderr, "dsv3: the run of %llu steps goes on to step %ld; its phases are those of %llu steps\n",
+                (unsigned long long)before, s->o.steps, (unsigned long long)s->phases);
+    }
     train_log_open(s);
     st_close(&file);
     free(path);
@@ -4634,9 +4837,10 @@ static void train_report(const train_state *s, uint64_t steps) {
     }
     if (s->skipped > 0) fprintf(stderr, "dsv3: %llu steps changed nothing\n", (unsigned long long)s->skipped);
     if (!train_has_patience(s)) {
-        fprintf(stderr, "dsv3: the run in %s has ended at step %llu: %llu validations were no better than %.4f at step %llu\n",
+        fprintf(stderr, "dsv3: the run in %s has ended at step %llu: %llu validations were no better than %.4f at step %llu; "
+                "go on with: dsv3 train --resume --patience 0 --out %s\n",
                 s->o.out, (unsigned long long)s->done, (unsigned long long)s->worse, s->best,
-                (unsigned long long)s->best_step);
+                (unsigned long long)s->best_step, s->o.out);
     } else if (s->done == s->began_at && s->done == steps) {
         fprintf(stderr, "dsv3: the run in %s is complete: step %llu of %ld; --steps with more goes on\n", s->o.out,
                 (unsigned long long)s->done, s->o.steps);

@@ -462,8 +462,12 @@ cached "part of it" 6 $micro -p 'It is a t' -n 5 --temp 0
 cached "it begins alike" 6 $micro -p 'It is not' -n 5 --temp 0
 cached "another text" 0 $micro -p 'Emma' -n 5
 kept "another model" "$tmp/cache: vocab_size: is not what was saved" $tmp/v128 --ids -p 1
-kept "--mtp" "$tmp/cache: n_modules: is not what was saved (expected 1, found 0)" $micro -p Emma --mtp 1
-kept "--cache" "$tmp/cache: type: is not what was saved (expected 2, found 0)" $micro -p Emma --cache BF16
+kept "--mtp" "$tmp/cache: --mtp: expected 0, as it was written with, found 1; it is left" $micro -p Emma --mtp 1
+kept "--cache" "$tmp/cache: --cache: expected F32, as it was written with, found BF16; it is left" $micro -p Emma --cache BF16
+cp $tmp/cache $tmp/cache.before
+refused "chat --prompt-cache of generate" "$tmp/cache: expected a text of dsv3 chat, found one of dsv3 generate; it is left" \
+    chat $micro --prompt-cache $tmp/cache
+same "chat --prompt-cache of generate" $tmp/cache.before $tmp/cache
 copy other
 printf '\125' | dd of=$tmp/other/model.safetensors bs=1 seek=$(($(wc -c < $tmp/other/model.safetensors) - 20)) conv=notrunc 2> /dev/null
 kept "other weights" "$tmp/cache: tag: is not what was saved" $tmp/other -p Emma
@@ -545,6 +549,10 @@ for options in "" "--mtp 2"; do
 done
 refused "chat --prompt-cache of another beginning" "$tmp/talk: begins with another text" chat $micro --mtp 2 --system Emma --prompt-cache $tmp/talk
 refused "chat --prompt-cache, --context" "$tmp/talk: --context: expected more than" chat $micro --mtp 2 --context 20 --prompt-cache $tmp/talk
+cp $tmp/talk $tmp/talk.before
+refused "generate --prompt-cache of chat" "$tmp/talk: expected a text of dsv3 generate, found one of dsv3 chat; it is left" \
+    generate $micro --mtp 2 -n 2 --prompt-cache $tmp/talk
+same "generate --prompt-cache of chat" $tmp/talk.before $tmp/talk
 said "chat: /undo" 'My dear\nNo\n/undo\nWhat is it?\nAnd then?\n' --temp 0 -n 50 --mtp 2
 sed 2d $tmp/out > $tmp/c
 same "chat: /undo" $tmp/b $tmp/c
@@ -1164,7 +1172,7 @@ misused "train: no model" "expected one of --preset, --config and --init, found 
 misused "train: two models" "found 2" train --out $tmp/t --text LICENSE --preset micro --init $micro
 misused "train: no text" "--text: expected at least one file" train --out $tmp/t --preset micro
 refused "train: empty --text" "--text: expected a value, found ''" train --out $tmp/t --preset micro --text ''
-for option in --steps --batch --accum --seq --save-every --val-every --val-tokens --threads; do
+for option in --steps --epochs --batch --accum --seq --save-every --val-every --val-tokens --threads; do
     misused "train $option without a value" "missing behind $option" train $option
     for value in 0 -1 1.5 nan abc ''; do
         refused "train $option '$value'" "$option: expected" train $recipe --out $tmp/t $option "$value"
@@ -1313,6 +1321,11 @@ trains "a complete run" --resume --out $tmp/stopped --threads 1
 whole "a complete run, resumed" stopped
 refused "train --resume: another option" "--lr: expected '0.003', as the run in $tmp/stopped has it" \
     train --resume --out $tmp/stopped --lr 0.004
+for pair in "--val 50 5" "--lr 5e-5 0.003" "--clip 1e30 1" "--ema 0.0005 0" "--weight-decay 12345 0.1"; do # as one types them
+    set -- $pair
+    refused "train --resume $1 $2" "$1: expected '$3', as the run in $tmp/stopped has it, found '$2'" \
+        train --resume --out $tmp/stopped $1 $2
+done
 refused "train --resume: another text" "--text: expected the text of the run" train --resume --out $tmp/stopped --text LICENSE
 misused "train --resume: a model" "--resume: the model is the one in" train --resume --out $tmp/stopped --preset micro
 # The reader behind a pipe ends, as tee does by Ctrl-C: so does the run, with everything saved.
@@ -1517,6 +1530,102 @@ equal "train --bias-freeze without biases" "$status $(grep -c 'warning: --bias-f
 refused "train --devices" "--devices: expected a divisor of the 8 experts, found 3" train $recipe --out $tmp/t --alpha-device 1 --devices 3
 refused "train --alpha-loads" "--alpha-loads: expected scores or routing, found 'x'" train $recipe --out $tmp/t --alpha-loads x
 
+# A state that is not what was written: which file, what of it, and all stays as it is.
+trains "V2, twice" $v2small --steps 2 --bias-speed 0.001 --ema 0.5 --out $tmp/state
+cp $tmp/state/train.safetensors $tmp/state.whole
+cp $tmp/state/log.csv $tmp/state.log
+run train --resume --out $tmp/state
+equal "train --resume: no word about options that were not given" "$status $(grep -c warning $tmp/err)" "0 0"
+header=$(($(od -An -v -tu1 -N 3 $tmp/state.whole | awk '{ print $1 + 256 * $2 + 65536 * $3 }') + 8))
+bytes=$(wc -c < $tmp/state.whole | tr -d ' ')
+# spoilt NAME TEXT: --resume refuses what is there, naming it, and changes nothing.
+spoilt() {
+    cp $tmp/state/train.safetensors $tmp/state.before
+    refused "train --resume: $1" "$tmp/state/train.safetensors: $2" train --resume --out $tmp/state --steps 5
+    if cmp -s $tmp/state.before $tmp/state/train.safetensors && cmp -s $tmp/state.log $tmp/state/log.csv; then ok; else
+        bad "train --resume: $1: something was written"
+    fi
+    cp $tmp/state.whole $tmp/state/train.safetensors
+}
+# flipped OFFSET BIT TEXT
+flipped() {
+    byte=$(($(od -An -v -tu1 -j "$1" -N 1 $tmp/state.whole) ^ (1 << $2)))
+    printf "$(printf '\\%03o' $byte)" | dd of=$tmp/state/train.safetensors bs=1 seek="$1" conv=notrunc 2> /dev/null
+    spoilt "bit $2 of byte $1" "$3"
+}
+flipped 0 0 ''
+flipped 1 7 ''
+for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do # of the metadata, then of what the header says of tensors
+    flipped $((8 + i * 379)) $((i % 8)) ''
+    flipped $((header - i * 2003)) $((i % 8)) ''
+done
+for i in 1 2 3 4 5 6 7 8; do flipped $((header + (bytes - header) / 9 * i)) $((i - 1)) ''; done
+flipped $((header + 3)) 5 'loads is damaged: expected checksum '
+flipped $((bytes - 1)) 0 'is damaged: what it says of the run, or checksums: expected checksum '
+# respelt NAME TEXT SED: the header changed; of the same length
+respelt() {
+    { head -c 8 $tmp/state.whole && printf '%s' "$(head -c $header $tmp/state.whole | tail -c +9 | sed "$3")" &&
+        tail -c +$((header + 1)) $tmp/state.whole; } > $tmp/state/train.safetensors
+    equal "train --resume: $1: as long" "$(wc -c < $tmp/state/train.safetensors | tr -d ' ')" "$bytes"
+    spoilt "$1" "$2"
+}
+respelt "another option" 'is damaged: what it says of the run' 's/"--lr":"0.003"/"--lr":"0.004"/'
+respelt "a tensor under another name" 'm.model.norm.weight is missing' 's/"m\.model\.norm\.weight"/"m.model.norm.weighs"/'
+respelt "another shape" 'm.model.layers.0.self_attn.q_b_proj.weight: expected F32 [96, 24], found F32 [24, 96]' \
+    's/\("m\.model\.layers\.0\.self_attn\.q_b_proj\.weight":{"dtype":"F32","shape":\[\)96,24/\124,96/'
+respelt "a type of no name" 'm.model.norm.weight: expected F32 [48], found X32 [48]' \
+    's/\("m\.model\.norm\.weight":{"dtype":"\)F32/\1X32/'
+respelt "another type" 'm.model.norm.weight: expected F32 [48], found I32 [48]' \
+    's/\("m\.model\.norm\.weight":{"dtype":"\)F32/\1I32/'
+respelt "no checksum" 'is damaged: checksum is missing' 's/"checksum":/"checksun":/'
+respelt "no checksums" 'is damaged: checksums is missing' 's/"checksums":/"checksunz":/'
+# One of 0.1 has none: it is loaded, with a warning; and what can be looked at without them is.
+sums=$(head -c $header $tmp/state.whole | grep -ao '"checksums":{"dtype":"U64","shape":\[[0-9]*' | grep -o '[0-9]*$')
+blanks() { printf '%*s' "$1" ''; }
+aged() { # SED: as 0.1 wrote it, and changed
+    { head -c 8 $tmp/state.whole && printf '%s' "$(head -c $header $tmp/state.whole | tail -c +9 |
+        sed -e "s/,\"checksum\":\"[0-9a-f]*\"/$(blanks 30)/;s/,\"checksums\":{[^}]*}/$tail/" -e "$1")" &&
+        tail -c +$((header + 1)) $tmp/state.whole | head -c -$((8 * sums)); } > $tmp/state/train.safetensors
+}
+tail=$(blanks "$(head -c $header $tmp/state.whole | grep -ao ',"checksums":{[^}]*}' | tr -d '\n' | wc -c)")
+aged ''
+run train --resume --out $tmp/state
+equal "train --resume: a state of 0.1" "$status $(grep -c 'warning: .*train.safetensors: has no checksums' $tmp/err)" "0 1"
+same "train --resume: a state of 0.1 gets its checksums" $tmp/state.whole $tmp/state/train.safetensors
+old() { aged "$3" && spoilt "0.1: $1" "$2"; }
+# But for the line of warning, which `refused` would not take.
+spoilt() {
+    run train --resume --out $tmp/state --steps 5
+    if [ $status = 1 ] && [ "$(grep -vc 'has no checksums' $tmp/err)" = 1 ] &&
+        grep -qF -e "$tmp/state/train.safetensors: $2" $tmp/err; then ok; else fail "train --resume: $1: '$2'"; fi
+    cp $tmp/state.whole $tmp/state/train.safetensors
+}
+old "steps" 'trained and skipped: expected together 2, the steps done, found 2 and 1' 's/"skipped":"0"/"skipped":"1"/'
+old "more steps than are to be" 'step: expected at most 2, its --steps, found 3' \
+    's/"step":"2"/"step":"3"/;s/"skipped":"0"/"skipped":"1"/'
+old "phases" 'phases: expected 1 to 1000000000 steps, found 0' 's/"phases":"2"/"phases":"0"/'
+old "best" "best: expected a finite number, found 'x." 's/"best":"5/"best":"x/'
+old "best step" 'best step: expected at most 2, the steps done, found 9' 's/"best step":"2/"best step":"9/'
+old "an option" "--lr: expected a number, found '0.0x3'" 's/"--lr":"0.003"/"--lr":"0.0x3"/'
+old "a flag" "--ids: expected 0 or 1, found '2'" 's/"--ids":"1"/"--ids":"2"/'
+old "a value" "--schedule: expected v3 or cosine, found 'v4'" 's/"--schedule":"v3"/"--schedule":"v4"/'
+# 1.5 and infinity, the last numbers of weights, moments and average: NaN has more bits than these.
+for where in 'ema.model.norm.weight' 'v.model.norm.weight'; do
+    at=$(head -c $header $tmp/state.whole | grep -ao "\"$where\":{[^}]*" | sed 's/.*offsets":\[\([0-9]*\).*/\1/')
+    aged ''
+    printf '\000\000\200\377' | dd of=$tmp/state/train.safetensors bs=1 seek=$((header + at + 4)) conv=notrunc 2> /dev/null
+    spoilt "0.1: minus infinity in $where" "$where: element 1: expected a finite number"
+done
+aged ''
+printf '\000\000\200\277' | dd of=$tmp/state/train.safetensors bs=1 seek=$((header + at + 4)) conv=notrunc 2> /dev/null
+spoilt "0.1: a square below 0" "v.model.norm.weight: element 1: expected a finite number of at least 0, found -1"
+rm $tmp/state/log.csv
+trains "--resume without log.csv" --resume --out $tmp/state
+equal "train --resume without log.csv is told" "$(grep -c 'warning: .*log.csv: does not exist; it begins anew behind step 2' $tmp/err)" 1
+sed 3d $tmp/state.log > $tmp/state/log.csv
+trains "--resume with a short log.csv" --resume --out $tmp/state
+equal "train --resume with a short log.csv is told" "$(grep -c 'warning: .*log.csv: expected rows up to step 2, found them up to 1' $tmp/err)" 1
+
 # NaN in --init: the file, the tensor, and nothing is made.
 trains "for a bad --init" $recipe --steps 1 --out $tmp/bad_init
 { head -c -4 $tmp/bad_init/model.safetensors && printf '\000\000\300\177'; } > $tmp/a && mv $tmp/a $tmp/bad_init/model.safetensors
@@ -1649,6 +1758,9 @@ equal "train --keep-last: a later run's folder" "$(ls -d $tmp/run_kept/step-* | 
 trains "--patience" $recipe --steps 60 --lr 0 --bias-speed 0 --patience 2 --out $tmp/run_patient
 equal "train --patience: it ends" "$(tail -n 1 $tmp/run_patient/log.csv | cut -d, -f 1)" 12
 if grep -q 'has ended at step 12: 2 validations were no better than [0-9.]* at step 4' $tmp/err; then ok; else fail "train --patience"; fi
+if grep -q "; go on with: dsv3 train --resume --patience 0 --out $tmp/run_patient" $tmp/err; then ok; else
+    fail "train --patience: how it goes on"
+fi
 trains "--patience: again" --resume --out $tmp/run_patient
 equal "train --patience: it has ended" "$(tail -n 1 $tmp/run_patient/log.csv | cut -d, -f 1)" 12
 trains "--patience 3" --resume --out $tmp/run_patient --patience 3
