@@ -47,7 +47,7 @@ for name in $chosen; do
     [ $name = test_safetensors ] && later "run $name, other order" $out/other
     case $name in
     test_generate) # but for its longest parts
-        for part in 2 4 5 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21; do later "run $name $part" $out/$name $part; done ;;
+        for part in 2 4 5 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23; do later "run $name $part" $out/$name $part; done ;;
     *) later "run $name" $out/$name ;;
     esac
     case $name in test_moe | test_infer)

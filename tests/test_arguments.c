@@ -538,6 +538,7 @@ CALL(balancer_size, w.config, w.out_bytes){BALANCER, NEED(bytes, out_bytes)};
 CALL(balancer_init, w.config, w.balancer, w.memory,
      w.bytes){BALANCER, MEMORY, {"balancer", AT(balancer), NUL, 0, DSV3_ERR_ARG, "object"}};
 CALL(balancer_step, w.balancer, w.bias, 0){NEED(balancer, balancer), NEED(bias, bias),
+                                           BAD(balancer, bal, ZERO, sizeof(dsv3_balancer), ARG, "balancer"),
                                            BAD(balancer, bal.rule, INT, 7, ARG, "rule"),
                                            BAD(balancer, bal.schedule.speed, DOUBLE, NAN, ARG, "speed"), FREE(seen)};
 #define ROUTING                                                                                                      \
@@ -572,10 +573,13 @@ CALL(trainer_size, w.config, w.settings, w.threads,
                   BAD(settings, set.sequences, SIZE, 0, ARG, "sequences"),
                   BAD(settings, set.sequences, SIZE, 5, LIMIT, "sequences"),
                   BAD(settings, set.longest, SIZE, 0, ARG, "longest"),
+                  BAD(settings, set.keep, INT, 8, ARG, "keep"),
+                  BAD(settings, set.keep, INT, -1, ARG, "keep"),
                   BAD(threads, threads, SIZE, 0, ARG, "threads"),
                   NEED(bytes, out_bytes)};
 CALL(trainer_init, w.config, &w.no_tr, w.settings, w.threads, w.memory, w.bytes){
-    CONFIG, NEED(settings, settings), BAD(threads, threads, SIZE, 0, ARG, "threads"), MEMORY, FREE(trainer)};
+    CONFIG, NEED(settings, settings), BAD(settings, set.keep, INT, 8, ARG, "keep"),
+    BAD(threads, threads, SIZE, 0, ARG, "threads"), MEMORY, FREE(trainer)};
 CALL(text_count, w.text, w.k, w.targets, w.sequences){TEXT, NEED(targets, targets), NEED(sequences, sequences),
                                                       BAD(depths, k, SIZE, HUGE_, LIMIT, "depths")};
 #define TRAINER NEED(trainer, trainer), BAD(trainer, tr, ZERO, sizeof(dsv3_trainer), ARG, "trainer")

@@ -934,6 +934,7 @@ static writer *odds_stem(odds *o, desk *k, size_t drafts, int past) {
 
 static const double uniform_step = 1.0 / 9007199254740992.0; /* 2^-53 */
 static double uniform(void) { return (double)(test_random() >> 11) * uniform_step; }
+static double uniform_of(dsv3_rng *rng) { return (double)(dsv3_random(rng) >> 11) * uniform_step; }
 
 /* Draws of three tokens behind the stem. seen [V, V, V]; accepted: how often the first step's first draft was. */
 static void odds_draw(const odds *o, desk *k, const writer *stem, size_t drafts, int draws, int *seen,
@@ -1536,6 +1537,118 @@ static void test_adaptive(void) {
     synth_close(s);
 }
 
+/* ---- 4b. Verifying and the choice of drafts, by hand: private halves of a sequence that hold what a test has put there */
+
+/* The token that a running sum of weight [n] passes u at, -1 where rounding may decide. */
+static int32_t passed_at(const double *weight, size_t n, double u) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) {
+        sum += weight[i];
+        if (fabs(sum - u) < 1e-6) return -1;
+        if (sum > u) return (int32_t)i;
+    }
+    return -1;
+}
+
+/* What verification makes of draft j, by its definition: two random numbers, of which the first accepts and the second draws
+ * from what p has more than q. */
+static void verify_one(writer *w, size_t j, const double *p, const double *q, int *drawn) {
+    enum { V = 5 };
+    dsv3_rng rng = w->s.rng;
+    int32_t draft = (int32_t)test_below(V), token = 3, want;
+    float logits[V];
+    double rest[V], sum = 0, u, keep;
+    size_t best = 0;
+    for (size_t i = 0; i < V; i++) {
+        logits[i] = p[i] > 0 ? (float)log(p[i]) : -INFINITY;
+        w->s.own->q[j * V + i] = (float)q[i];
+        sum += rest[i] = p[i] > q[i] ? p[i] - q[i] : 0;
+        if (p[i] > p[best]) best = i;
+    }
+    w->s.history[w->s.cache.length + 1 + j] = draft;
+    keep = uniform_of(&rng) * q[draft];
+    u = uniform_of(&rng) * sum;
+    want = passed_at(rest, V, u);
+    if (fabs(keep - p[draft]) < 1e-6 || (keep > p[draft] && want < 0)) {
+        w->s.rng.state = test_random();
+        return;
+    }
+    if (keep < p[draft]) {
+        CHECK(dsv3i_verify(&w->s, j, logits, best, V, &token) == 1 && token == draft);
+        drawn[V]++;
+        return;
+    }
+    CHECK_EQ(dsv3i_verify(&w->s, j, logits, best, V, &token), 0);
+    CHECK_EQ(token, want);
+    CHECK(w->s.rng.state == rng.state); /* two numbers, no more */
+    drawn[want]++;
+}
+
+static void test_verify(void) {
+    /* What is left of p is spread, then in one place; the draft's own place never is. Some tokens have no chance. */
+    static const double p[3][5] = {{0.3, 0.05, 0.25, 0.1, 0.3}, {0.1, 0.2, 0.3, 0.4, 0}, {0, 0.5, 0, 0.5, 0}};
+    static const double q[3][5] = {{0.1, 0.6, 0.1, 0.15, 0.05}, {0.15, 0.25, 0.35, 0.05, 0.2}, {0.5, 0, 0.1, 0.2, 0.2}};
+    synth *s = tiny_model(5, 1, 86);
+    writer *w = writer_open(&s->model, 12, DSV3_F32, 2, 3);
+    float never[5] = {0, 0, 0, 0, 0};
+    int32_t token = 4;
+    w->s.temperature = 1;
+    w->s.rng.state = 9;
+    for (size_t i = 0; i < 3; i++) {
+        for (size_t j = 0; j < 3; j++) {
+            int drawn[6] = {0};
+            for (int k = 0; k < 1000; k++) verify_one(w, j, p[i], q[i], drawn);
+            for (size_t t = 0; t < 5; t++) CHECK_EQ(drawn[t] > 0, p[i][t] > q[i][t]);
+            CHECK(drawn[5] > 300);
+        }
+    }
+    /* A draft is refused, but for rounding nothing of p is left: the most probable token. */
+    for (size_t i = 0; i < 5; i++) w->s.own->q[i] = 1e9f;
+    w->s.history[1] = 2;
+    CHECK_EQ(dsv3i_verify(&w->s, 0, never, 4, 5, &token), 0);
+    CHECK_EQ(token, 4);
+    writer_close(w);
+    synth_close(s);
+}
+
+/* Drafts that pay, by trying each number of them: a step writes 1 + r_1 + r_1 r_2 + .. tokens in 1 + cost k. */
+static size_t drafts_that_pay(const dsv3_sequence *s, size_t most, double *speed) {
+    size_t best = 0;
+    *speed = 1;
+    for (size_t k = 1; k <= most; k++) {
+        double tokens = 1, chance = 1;
+        for (size_t j = 0; j < k; j++) tokens += chance *= (double)s->own->rate[j];
+        if (tokens / (1 + (double)s->draft_cost * (double)k) <= *speed) continue;
+        *speed = tokens / (1 + (double)s->draft_cost * (double)k);
+        best = k;
+    }
+    return best;
+}
+
+static void test_best_drafts(void) {
+    synth *s = tiny_model(5, 1, 86);
+    writer *w = writer_open(&s->model, 12, DSV3_F32, 2, 4);
+    int seen[5] = {0}, close = 0;
+    test_state = 6;
+    for (int i = 0; i < 2000; i++) {
+        double speed;
+        size_t most = test_below(5), want;
+        for (size_t j = 0; j < 4; j++) w->s.own->rate[j] = test_uniform(0.4f, 1);
+        w->s.draft_cost = test_uniform(0, 0.6f);
+        want = drafts_that_pay(&w->s, most, &speed);
+        CHECK_EQ(dsv3i_best_drafts(&w->s, most), want);
+        seen[want]++;
+        close += want > 0 && speed < 1.05; /* hardly better than none */
+    }
+    for (size_t k = 0; k < 5; k++) CHECK(seen[k] > 50);
+    CHECK(close > 50);
+    for (size_t j = 0; j < 4; j++) w->s.own->rate[j] = 0.5f;
+    w->s.draft_cost = 0.5f; /* as fast with one draft as with none, slower with more */
+    CHECK_EQ(dsv3i_best_drafts(&w->s, 4), 0);
+    writer_close(w);
+    synth_close(s);
+}
+
 /* ---- 5. Misuse, and errors on the way */
 
 /* What a call that fails must not change. */
@@ -1891,7 +2004,7 @@ static void (*const tests[])(void) = {test_micro,         test_micro_fast,      
                                       test_full_context,  test_drafts_change,   test_adaptive,
                                       test_bad_sizes,     test_bad_appends,     test_bad_copies,
                                       test_bad_steps,     test_accidents,       test_huge,
-                                      test_steered};
+                                      test_steered,       test_verify,          test_best_drafts};
 
 int main(int argc, char **argv) {
     if (argc == 3 && strcmp(argv[1], "full") == 0) {

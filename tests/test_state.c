@@ -608,6 +608,33 @@ static void test_sequence_damage(void) {
     synth_close(s);
 }
 
+/* The first id that no token has, in each place where tokens are saved, and the last that one has. */
+static void test_sequence_tokens(void) {
+    synth *s = open_modules(2);
+    player p = player_open(&s->model);
+    thing *t = written(&p, &s->model, 4, 2), *to = thing_sequence(&s->model, 24, DSV3_F32, 4, 2);
+    blob b = thing_save(t);
+    size_t V = (size_t)s->config.vocab_size, n = t->sequence.n_token, length = dsv3_sequence_length(&t->sequence);
+    size_t layers = (size_t)s->config.num_hidden_layers, floats = t->sequence.cache.length * t->sequence.cache.width;
+    size_t token = OBJECT + 8 * 16, history = token + 8 * (n + 2 + 2 + 1 + 4 + layers * ((floats + 1) / 2));
+    CHECK(n > 0 && length >= 9);
+    for (size_t i = 0; i < n + length; i++) {
+        size_t at = i < n ? token + 8 * i : history + 8 * (i - n);
+        int32_t *saved = i < n ? t->sequence.token + i : t->sequence.history + (i - n);
+        const int32_t *loaded = i < n ? to->sequence.token + i : to->sequence.history + (i - n);
+        CHECK_EQ(word_at(b.data + at), *saved);
+        forge(b, at, V);
+        CHECK(refused(to, b, TAG, DSV3_ERR_DAMAGED, i < n ? "token" : "history"));
+        forge(b, at, V - 1);
+        CHECK_EQ(thing_load(to, b, TAG, NULL), DSV3_OK);
+        CHECK_EQ(*loaded, V - 1);
+        forge(b, at, (uint64_t)*saved);
+    }
+    blob_free(b), thing_free(to), thing_free(t);
+    player_close(&p);
+    synth_close(s);
+}
+
 static void test_sequence_misuse(void) {
     synth *s = open_modules(2), *other = open_modules(3);
     player p = player_open(&s->model);
@@ -784,6 +811,7 @@ int main(void) {
     synth_close(s);
     test_sequences();
     test_sequence_damage();
+    test_sequence_tokens();
     test_sequence_misuse();
     test_sequence_rows();
     test_training(0, 0);

@@ -1567,6 +1567,38 @@ static void test_keep(void) {
     free(want);
 }
 
+/* The settings that memory was made for are not read again: a step goes by what was laid out, whatever they say by then. */
+static void test_fixed_settings(void) {
+    static const int lengths[] = {9, 14, 7, 0};
+    static const int32_t others[4] = {7, 7, 7, 7};
+    for (int32_t keep = 0; keep < 8; keep += 7) {
+        subject a, b;
+        prepare(&a, lengths);
+        a.s.keep = keep, a.s.ema = keep > 0;
+        b = a;
+        open_trainer(&a, 1);
+        open_trainer(&b, 1);
+        b.text.token = b.token, b.text.sequence = b.sequence;
+        for (int i = 0; i < 2; i++) {
+            step(&a, 0.01);
+            step(&b, 0.01);
+            CHECK(same_floats(a.t.weights.data, b.t.weights.data, a.t.weights.count));
+            CHECK(a.t.ema == NULL || same_floats(a.t.ema, b.t.ema, a.t.weights.count));
+            b.t.settings.keep = 7 - keep, b.t.settings.keep_layers = keep == 0 ? others : NULL;
+            b.t.settings.ema = keep == 0;
+            b.t.settings.rows = b.t.settings.sequences = b.t.settings.longest = keep == 0 ? 1 : 1000;
+        }
+        if (keep > 0) { /* nor may more come in than there is room for */
+            dsv3_error error;
+            b.text.rows = ROWS + 1;
+            demand(dsv3_train_begin(&b.t, b.targets, b.sequences, NULL), NULL);
+            CHECK_EQ(dsv3_train_accumulate(&b.ctx, &b.t, &b.text, &error), DSV3_ERR_MEMORY);
+            CHECK(strcmp(error.name, "rows") == 0 && error.expected[1] == ROWS);
+        }
+        close_trainer(&a), close_trainer(&b);
+    }
+}
+
 /* ---- Schedules */
 
 static int near(double got, double want) { return fabs(got - want) <= 1e-9 + 1e-6 * fabs(want); }
@@ -1663,6 +1695,7 @@ int main(void) {
     test_parameter_memory();
     test_kept_layers();
     test_keep();
+    test_fixed_settings();
     test_schedule();
     test_overfit();
     return test_done("train");
