@@ -3537,7 +3537,7 @@ static size_t dsv3i_router_select(const dsv3_config *config, int32_t *idx, float
         float *sel = scratch, *group = scratch + E;
         for (size_t e = 0; e < E; e++) {
             sel[e] = bias == NULL ? s[e] : dsv3i_choice(config->bias_form, s[e], bias[e], alpha ? alpha[e] : 1.0f);
-            if (bad == n && !(dsv3i_is_finite(sel[e]) && dsv3i_is_finite(s[e]))) bad = t;
+            if (bad == n && !dsv3i_is_finite(sel[e])) bad = t; /* so is its score, then */
             sel[e] = dsv3i_choice_score(sel[e]);
         }
         if (config->topk_method != DSV3_GREEDY && config->n_group > 1) dsv3i_mask_groups(config, sel, group);
@@ -5749,7 +5749,7 @@ static dsv3_result dsv3i_catch_up(dsv3i_step *a, size_t i, size_t rows) {
     size_t known = dsv3_sequence_length(s), oldest = s->cache.length;
     for (size_t k = 1; k <= s->n_modules; k++) oldest = dsv3i_min(oldest, s->modules[k - 1].length);
     if (s->cache.length + rows + 1 - oldest <= s->own->window) return DSV3_OK;
-    for (size_t k = 1; k <= s->n_modules && k < known && s->cache.length > 0; k++) {
+    for (size_t k = 1; k <= s->n_modules; k++) { /* more positions are known than there are modules */
         DSV3I_TRY(dsv3i_module_read(a, i, k, dsv3i_min(known - k, s->cache.length - 1), 0));
         if (a->batch.rows > 0) DSV3I_TRY(dsv3i_module_call(a, k, 0));
     }
@@ -5871,7 +5871,7 @@ static size_t dsv3i_plan_rows(dsv3_sequence *s, size_t spare) {
 static void dsv3i_gather_main(dsv3i_step *a, size_t i) {
     dsv3_sequence *s = a->sequences[i];
     size_t N = s->cache.length, rows = s->own->step_rows, pending = s->pending != 0;
-    size_t read = s->prompt_left > 0 && rows > 0 ? rows - pending : 0;
+    size_t read = s->prompt_left > 0 ? rows - pending : 0;
     for (size_t r = 0; r < read; r++) s->history[N + pending + r] = s->prompt[r];
     for (size_t r = 0; r < rows; r++) {
         int output = s->prompt_left == 0 || (read == s->prompt_left && r + 1 == rows);
@@ -6315,7 +6315,7 @@ static dsv3_result dsv3i_train_backward(const dsv3_context *ctx, dsv3_trainer *t
     for (size_t k = t->losses.depths + 1; k > 0; k--) {
         if (t->own->depth[k - 1].n == 0) continue;
         DSV3I_TRY(dsv3i_train_depth_backward(ctx, t, k - 1, carry, error));
-        if (k == 1) break;
+        if (k == 1) continue;
         DSV3_MEMSET(next, 0, n * d * sizeof *next);
         dsv3i_mtp_backward(ctx, t, k - 1, next);
         swap = carry;
@@ -7578,8 +7578,10 @@ DSV3_API dsv3_result dsv3_cross_entropy_size(const dsv3_context *context, const 
 /* Checks, then fills *a; of no rows it is left as it is. */
 static dsv3_result dsv3i_loss_alone(dsv3i_loss *a, const dsv3_context *ctx, const float *u, const dsv3_tensor *head,
                                     const int32_t *target, size_t n, float *scratch, dsv3_error *error) {
-    size_t floats;
+    size_t floats = 0;
     DSV3I_TRY(dsv3i_check_op(ctx, head, "head", n, error));
+    if (n > 0) floats = dsv3i_loss_floats(head->rows, n);
+    if (floats == SIZE_MAX) return dsv3i_fail(error, DSV3_ERR_OVERFLOW, "n", "rows have more bytes than size_t can count");
     DSV3I_NEED(n, u);
     DSV3I_NEED(n, target);
     DSV3I_NEED(n, scratch);
@@ -7587,8 +7589,6 @@ static dsv3_result dsv3i_loss_alone(dsv3i_loss *a, const dsv3_context *ctx, cons
         int32_t V = (int32_t)dsv3i_min(head->rows, INT32_MAX);
         if (target[t] != DSV3_IGNORE) DSV3I_TRY(dsv3i_check_token(error, "target", t, V, target[t]));
     }
-    floats = n > 0 ? dsv3i_loss_floats(head->rows, n) : 0;
-    if (floats == SIZE_MAX) return dsv3i_fail(error, DSV3_ERR_OVERFLOW, "n", "rows have more bytes than size_t can count");
     if (n > 0) *a = dsv3i_loss_of(ctx, u, head, target, n, scratch, scratch + floats);
     return DSV3_OK;
 }

@@ -458,7 +458,7 @@ static void sti_source_close(sti_source *s) { close(s->handle); }
 static int sti_source_length(sti_source *s, uint64_t *length) {
     struct stat status;
     memset(&status, 0, sizeof status);
-    if (fstat(s->handle, &status) != 0 || !S_ISREG(status.st_mode) || status.st_size < 0) return 0;
+    if (fstat(s->handle, &status) != 0 || !S_ISREG(status.st_mode)) return 0;
     *length = (uint64_t)status.st_size;
     return 1;
 }
@@ -879,7 +879,7 @@ static st_result sti_check_coverage(sti_job *job) {
 static st_result sti_read_header(sti_job *job) {
     size_t key, i = 0;
     st_result result;
-    if (job->text_bytes == 0 || job->text[0] != '{')
+    if (job->text[0] != '{')
         return sti_fail(job->error, ST_ERR_FORMAT, "%.300s: the header does not begin with '{'", job->label);
     result = sti_tokenize(job->text, job->text_bytes, &job->token, &job->doc, job->label, job->error);
     if (result == ST_OK) result = sti_prepare(job);
@@ -919,7 +919,7 @@ static void sti_attach(sti_job *job, const unsigned char *data) {
         st_tensor *tensor = &job->file->sti_tensor[job->first + i];
         size_t begin = (size_t)job->range[i].begin;
         tensor->data = data + begin;
-        if (ST_BIG_ENDIAN && owned) sti_swap(owned + begin, tensor->bytes, st_dtype_bytes(tensor->dtype));
+        if (ST_BIG_ENDIAN) sti_swap(owned + begin, tensor->bytes, st_dtype_bytes(tensor->dtype));
     }
     job->file->count += job->count;
 }

@@ -11,7 +11,8 @@
 . tests/lib.sh
 out=build/coverage
 compile="gcc -std=c99 -DNDEBUG -D_POSIX_C_SOURCE=200809L -DDSV3_SIMD"
-flags="$compile -O0 --coverage"
+counters="--coverage -fprofile-update=atomic" # of several threads, too
+flags="$compile -O0 $counters"
 # Not those that are about other files or the engine, or take minutes without optimisation.
 chosen=${*:-$(cd tests && ls test_*.c | sed 's/\.c$//' | grep -v -e svg -e kernels -e same_bits -e stack -e ops_table)}
 if ! command -v gcov > /dev/null || ! command -v python3 > /dev/null; then
@@ -33,13 +34,13 @@ fi
 for name in $chosen; do
     inside=-I$out/inside counted=-O2
     [ $name = test_gradients ] && inside= # has an implementation of its own, in double
-    grep -q '_IMPLEMENTATION$' tests/$name.c && counted="-O0 --coverage"
+    grep -q '_IMPLEMENTATION$' tests/$name.c && counted="-O0 $counters"
     rm -f $out/$name-*
     later "build $name" $compile $counted $inside -I. -Iexamples -Itests tests/$name.c $out/libdsv3.a -o $out/$name \
         --coverage -lm -lpthread
     [ $name = test_safetensors ] || continue
     rm -f $out/other-*
-    later "build $name, other order" $compile -O0 --coverage -D"ST_BIG_ENDIAN=(!sti_host_is_big_endian())" -I. -Iexamples \
+    later "build $name, other order" $compile -O0 $counters -D"ST_BIG_ENDIAN=(!sti_host_is_big_endian())" -I. -Iexamples \
         -Itests tests/$name.c -o $out/other --coverage -lm
 done
 run_later
@@ -47,7 +48,7 @@ for name in $chosen; do
     [ $name = test_safetensors ] && later "run $name, other order" $out/other
     case $name in
     test_generate) # but for its longest parts
-        for part in 2 4 5 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23; do later "run $name $part" $out/$name $part; done ;;
+        for part in 2 4 5 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25; do later "run $name $part" $out/$name $part; done ;;
     *) later "run $name" $out/$name ;;
     esac
     case $name in test_moe | test_infer)

@@ -327,6 +327,7 @@ typedef struct line {
     NEED(parameter, pointer), BAD(parameter, tensor.data, NUL, 0, ARG, #parameter),                                  \
         BAD(parameter, tensor.type, INT, 9, ARG, #parameter), BAD(parameter, tensor.type, INT, -1, ARG, #parameter), \
         BAD(parameter, tensor.cols, SIZE, 0, ARG, #parameter),                                                       \
+        BAD(parameter, tensor.cols, SIZE, HUGE_, ARG, #parameter),                                                   \
         BAD(parameter, tensor.rows, SIZE, 0, ARG, #parameter), BAD(n, n, SIZE, HUGE_, OVERFLOW, "n")
 
 #define CALL(name, ...)                                                                                              \
@@ -565,7 +566,8 @@ CALL(parameters_from_model, w.parameters, w.model){NEED(parameters, parameters),
                                                    BAD(from, mdl.config.hidden_size, INT, 64, MISMATCH, "model")};
 CALL(parameters_random, w.parameters, w.rng, w.std){NEED(parameters, parameters), NEED(rng, rng),
                                                     BAD(std, std, FLOAT, -1, ARG, "std"),
-                                                    BAD(std, std, FLOAT, NAN, ARG, "std")};
+                                                    BAD(std, std, FLOAT, NAN, ARG, "std"),
+                                                    BAD(std, std, FLOAT, INFINITY, ARG, "std")};
 CALL(trainer_size, w.config, w.settings, w.threads,
      w.out_bytes){CONFIG,
                   NEED(settings, settings),
@@ -756,6 +758,7 @@ CALL(balance_backward, w.dx, w.scale, w.balance, w.routing,
              BAD(weights, bw.expert, DOUBLE, -0.1, ARG, "balance"),
              BAD(weights, bw.device, DOUBLE, NAN, ARG, "balance"),
              BAD(weights, bw.communication, DOUBLE, INFINITY, ARG, "balance"),
+             BAD(weights, bw.communication, DOUBLE, -0.1, ARG, "balance"),
              BAD(weights, bw.devices, SIZE, 0, ARG, "devices"),
              BAD(weights, bw.devices, SIZE, 3, ARG, "devices"),
              BAD(weights, bw.most_devices, SIZE, 3, LIMIT, "most_devices"),

@@ -1705,7 +1705,23 @@ static void test_shards(disk *d) {
         CHECK(strstr(c.file.warning, "visual.weight is not in model-00004.safetensors") != NULL);
         checkpoint_close(&c);
     }
-    put_shard(d, names[1], 0, 3);
+    disk_drop(d, "model.layers.3.enorm.weight"); /* alone in a shard that is missing: both is said */
+    put_shard(d, names[0], 0, 1);
+    disk_reset(d);
+    n = (size_t)sprintf(index, "{\"weight_map\": {");
+    for (size_t i = 0; i < d->count; i++) {
+        int apart = strcmp(d->t[i].name, "model.layers.3.enorm.weight") == 0;
+        n += (size_t)sprintf(index + n, "%s\"%s\": \"%s\"", i > 0 ? ", " : "", d->t[i].name, names[apart ? 2 : 0]);
+    }
+    sprintf(index + n, "}}");
+    put_text(INDEX, index);
+    drop_file(names[2]);
+    check_directory("a part of a module is missing with its shard", ST_ERR_MISSING,
+                    "absent: model.layers.3.enorm.weight is not in model-00003-of-00003.safetensors", NULL);
+    CHECK_EQ(checkpoint_open(&c, directory, &error), ST_ERR_MISSING);
+    CHECK(strstr(error.message, "model.layers.3.enorm.weight: ") != NULL && strstr(error.message, "; 1 of ") != NULL);
+    put_shard(d, names[0], 0, 1);
+    put_shard(d, names[2], 0, 1);
     check_directory("ST-52 the wrong shard", ST_ERR_FORMAT, "", NULL);
     drop_file(INDEX);
     check_directory("shards without an index", ST_ERR_MISSING, "model.safetensors", NULL);

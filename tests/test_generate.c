@@ -1539,6 +1539,23 @@ static void test_adaptive(void) {
 
 /* ---- 4b. Verifying and the choice of drafts, by hand: private halves of a sequence that hold what a test has put there */
 
+/* Rounding may leave a nucleus short of what it should reach, or a draw beyond all that it has: then all belong to it, and
+ * the last with a chance is drawn. */
+static void test_rounding(void) {
+    dsv3_candidate c[4] = {{0.25f, 3}, {0.5f, 1}, {0.25f, 0}, {0, 2}};
+    double sum = 7;
+    size_t kept = dsv3i_nucleus(c, 4, 1.0000001, &sum);
+    CHECK_EQ(kept, 4);
+    CHECK(!(sum < 1 || sum > 1));
+    CHECK(c[3].token == 1 && c[2].token == 0 && c[1].token == 3 && c[0].token == 2); /* best last, ties to the lower id */
+    CHECK_EQ(dsv3i_pick(c, 4, 1.0), 1);
+    CHECK_EQ(dsv3i_pick(c, 4, 1.0000001), 1);
+    CHECK_EQ(dsv3i_pick(c, 4, 0.3), 0);
+    CHECK_EQ(dsv3i_pick(c, 4, 0.0), 3); /* the first has none */
+    CHECK_EQ(dsv3i_pick(c, 2, 5.0), 3);
+    CHECK_EQ(dsv3i_pick(c, 1, 5.0), 2);
+}
+
 /* The token that a running sum of weight [n] passes u at, -1 where rounding may decide. */
 static int32_t passed_at(const double *weight, size_t n, double u) {
     double sum = 0;
@@ -1590,7 +1607,7 @@ static void test_verify(void) {
     static const double q[3][5] = {{0.1, 0.6, 0.1, 0.15, 0.05}, {0.15, 0.25, 0.35, 0.05, 0.2}, {0.5, 0, 0.1, 0.2, 0.2}};
     synth *s = tiny_model(5, 1, 86);
     writer *w = writer_open(&s->model, 12, DSV3_F32, 2, 3);
-    float never[5] = {0, 0, 0, 0, 0};
+    float even[5] = {0, 0, 0, 0, 0};
     int32_t token = 4;
     w->s.temperature = 1;
     w->s.rng.state = 9;
@@ -1605,8 +1622,9 @@ static void test_verify(void) {
     /* A draft is refused, but for rounding nothing of p is left: the most probable token. */
     for (size_t i = 0; i < 5; i++) w->s.own->q[i] = 1e9f;
     w->s.history[1] = 2;
-    CHECK_EQ(dsv3i_verify(&w->s, 0, never, 4, 5, &token), 0);
+    CHECK_EQ(dsv3i_verify(&w->s, 0, even, 4, 5, &token), 0);
     CHECK_EQ(token, 4);
+    test_rounding();
     writer_close(w);
     synth_close(s);
 }
@@ -1769,6 +1787,84 @@ static void test_bad_copies(void) {
     CHECK(memcmp(&before, &w->s, sizeof before) == 0);
     desk_close(k);
     synth_close(s), synth_close(other);
+}
+
+/* Sequences whose drafts come from no module, some or all, in one step; texts are those that each would write alone. */
+static void test_mixed_modules(void) {
+    static const size_t drafts[4] = {2, 0, 5, 1};
+    int32_t prompt[4][9];
+    synth *s = random_model(6, 3, 45);
+    desk *k = desk_open(&s->model, DSV3_ATTENTION_ABSORBED, 16, 1);
+    for (size_t i = 0; i < 4; i++) {
+        writer *w = desk_add(k, writer_open(&s->model, 60, DSV3_F32, 3, drafts[i]));
+        synth_tokens(prompt[i], 9, 6);
+        CHECK_EQ(w->s.n_modules, drafts[i] < 3 ? drafts[i] : 3);
+        w->truth = truth_of(&s->model, DSV3_F32, drafts[i], prompt[i], 9, 60);
+        writer_append(w, &s->model, prompt[i], 9);
+    }
+    desk_write(k, 50);
+    CHECK(desk_right(k));
+    for (size_t i = 0; i < 4; i++) witness_close(k->w[i]->truth);
+    desk_close(k);
+    synth_close(s);
+}
+
+/* ---- Aborted: in each place where the caller is asked, of steps in which modules that lag behind read more rows than the
+ * workspace has. */
+
+static long asked; /* how often; aborted when it is 0 */
+static int abort_there(void *user) {
+    (void)user;
+    return asked-- == 0;
+}
+
+/* One text, of which a part is written without drafts; step `when` is aborted when asked for the `place`th time, and taken
+ * again. Returns whether it was. */
+static int abort_run(const dsv3_model *model, witness *truth, const int32_t *prompt, size_t n, int when, long place) {
+    desk *k = desk_open(model, DSV3_ATTENTION_ABSORBED, 2, 1);
+    writer *w = desk_add(k, writer_open(model, 40, DSV3_F32, 6, 2));
+    int aborted = 0;
+    w->truth = truth, w->ample = 0, w->loose = 1;
+    w->goal = 34;
+    writer_append(w, model, prompt, n);
+    for (int step = 0;; step++) {
+        snapshot before = snapshot_of(&w->s);
+        w->s.drafts = step % 9 < 5 ? 0 : 2;
+        if (step == when) {
+            dsv3_sequence *list[1];
+            list[0] = &w->s;
+            k->context.aborted = abort_there;
+            asked = place;
+            aborted = desk_call(k, list, 1) == DSV3_ERR_ABORTED;
+            k->context.aborted = NULL;
+            EXPECT(w, aborted == (asked < 0));
+            if (!aborted) break;
+            EXPECT(w, k->error.code == DSV3_ERR_ABORTED && unchanged(&before, &w->s));
+            writer_invariants(w);
+        }
+        if (desk_step(k) == 0) break;
+    }
+    CHECK(w->wrong == 0 && (!aborted || w->length == 34));
+    desk_close(k);
+    return aborted;
+}
+
+static void test_aborted(void) {
+    int32_t prompt[11];
+    synth *s = random_model(6, 2, 44);
+    witness *truth;
+    int places = 0, most = 0;
+    synth_tokens(prompt, 11, 6);
+    truth = truth_of(&s->model, DSV3_F32, 0, prompt, 11, 40);
+    for (int when = 0; when < 20; when++) {
+        long place = 0;
+        while (abort_run(&s->model, truth, prompt, 11, when, place)) place++;
+        places += place > 0;
+        if (place > most) most = (int)place;
+    }
+    CHECK(places == 20 && most > 8); /* asked for each layer, of the modules, too */
+    witness_close(truth);
+    synth_close(s);
 }
 
 typedef struct bad_step {
@@ -2004,7 +2100,8 @@ static void (*const tests[])(void) = {test_micro,         test_micro_fast,      
                                       test_full_context,  test_drafts_change,   test_adaptive,
                                       test_bad_sizes,     test_bad_appends,     test_bad_copies,
                                       test_bad_steps,     test_accidents,       test_huge,
-                                      test_steered,       test_verify,          test_best_drafts};
+                                      test_steered,       test_verify,          test_best_drafts,
+                                      test_mixed_modules, test_aborted};
 
 int main(int argc, char **argv) {
     if (argc == 3 && strcmp(argv[1], "full") == 0) {

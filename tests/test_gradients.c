@@ -470,6 +470,13 @@ static void test_silu_tails(void) {
     CHECK(fabs(da[3] - 6) < 1e-12 && fabs(db[3] - 120) < 1e-12);
 }
 
+/* Numbers that are none are seen where float is double, too: what the other tests here are told by. */
+static void test_not_finite(void) {
+    static const real good[] = {0, -1, 1e-300, 1e300, -1e300}, bad[] = {HUGE_VAL, -HUGE_VAL, NAN, -NAN};
+    for (size_t i = 0; i < 5; i++) CHECK(dsv3i_is_finite(good[i]) && !dsv3i_is_nan(good[i]));
+    for (size_t i = 0; i < 4; i++) CHECK(!dsv3i_is_finite(bad[i]) && dsv3i_is_nan(bad[i]) == (i > 1));
+}
+
 static void test_ops(void) {
     static const size_t vocabularies[] = {7, 1024, 1025, 2500};
     test_linear(1, 1, 1);
@@ -494,6 +501,7 @@ static void test_ops(void) {
     test_router_scores(DSV3_SOFTMAX);
     for (int i = 0; i < 16; i++) test_balance(i / 4, i / 2 % 2, i % 2);
     test_silu_tails();
+    test_not_finite();
 }
 
 #endif /* GRADIENTS_FLOAT */

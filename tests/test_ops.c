@@ -542,6 +542,37 @@ static void entropy_extremes(void) {
     entropy_peak(2, 1, -1e4f, 1e4f);
 }
 
+/* Gradients of a negative weight are those of a positive one with the other sign; of none, and of rows without a target,
+ * zeros. */
+static void entropy_weights(void) {
+    enum { N = 3, V = 1100, D = 5 };
+    static const int32_t target[N] = {1050, DSV3_IGNORE, 2};
+    weights w = weights_make(DSV3_F32, V, D, 0);
+    float u[N * D], nll[N], du[3][N * D] = {{0}};
+    float *dhead[3], *scratch = (float *)test_alloc(cross_entropy_floats(&ctx, &w.tensor, N) * sizeof(float));
+    int right = 1;
+    test_fill(u, N * D, -1, 1);
+    for (int sign = 0; sign < 3; sign++) {
+        dhead[sign] = (float *)test_alloc(V * D * sizeof(float));
+        for (size_t i = 0; i < V * D; i++) dhead[sign][i] = 0;
+        CHECK_EQ(dsv3_cross_entropy(&ctx, nll, u, &w.tensor, target, N, scratch, NULL), DSV3_OK);
+        CHECK_EQ(dsv3_cross_entropy_backward(&ctx, du[sign], dhead[sign], 0.25f * (float)(1 - sign), u, &w.tensor, target, N,
+                                             scratch, NULL), DSV3_OK);
+    }
+    for (size_t i = 0; i < N * D; i++) {
+        float want = du[0][i];
+        right = right && !(du[2][i] > -want || du[2][i] < -want) && !(du[1][i] > 0 || du[1][i] < 0);
+        right = right && (want > 0 || want < 0) == (i / D != 1);
+    }
+    for (size_t i = 0; i < V * D; i++) {
+        right = right && !(dhead[2][i] > -dhead[0][i] || dhead[2][i] < -dhead[0][i]) && !(dhead[1][i] > 0 || dhead[1][i] < 0);
+    }
+    CHECK(right);
+    for (int sign = 0; sign < 3; sign++) free(dhead[sign]);
+    weights_free(&w);
+    free(scratch);
+}
+
 /* A NaN is the trouble of its own row, wherever it appears; a row without a target has none. */
 static void entropy_nan(void) {
     enum { N = 4, V = 1500, D = 9 };
@@ -670,10 +701,13 @@ static void orders_all(void) {
 /* No rows: nothing is read or written, whatever the pointers are. */
 static void no_rows(void) {
     static const float numbers[4 * 8] = {0};
+    static const dsv3_routing routing = {NULL, NULL, NULL, 0, 4, 2, 2, 1};
+    static const dsv3_balance_weights balance = {1, 1, 1, 2, 1, 0};
     dsv3_config c = dsv3_config_default();
     dsv3_context plain;
     dsv3_tensor w, g;
     dsv3_error error;
+    double loss = 7, sums[8];
     c.n_routed_experts = 4, c.num_experts_per_tok = 2, c.n_group = c.topk_group = 1, c.routed_scaling_factor = 1.0f;
     memset(&w, 0, sizeof w);
     w.data = numbers, w.rows = 4, w.cols = 8, w.rank = 2;
@@ -696,6 +730,9 @@ static void no_rows(void) {
     NOTHING(dsv3_cross_entropy_backward(&plain, NULL, NULL, 1.0f, NULL, &w, NULL, 0, NULL, &error));
     NOTHING(dsv3_router_weights_backward(&c, NULL, NULL, NULL, NULL, 0, &error));
     NOTHING(dsv3_router_scores_backward(&c, NULL, NULL, NULL, 0, &error));
+    NOTHING(dsv3_communication_loss(&loss, &routing, sums, &error));
+    CHECK(!(loss > 0 || loss < 0));
+    NOTHING(dsv3_balance_backward(NULL, 1.0, &balance, &routing, sums, &error));
 }
 
 /* Arguments that are wrong upwards only: infinite, another shape; and logits that stop at the largest number. */
@@ -742,6 +779,39 @@ static void edges(void) {
     CHECK_EQ(dsv3_logits_bias(logits, 3, token, bias, 2, &error), DSV3_OK);
     CHECK(logits[1] < -3.4028235e38f && logits[1] - logits[1] != 0.0f);
     CHECK_EQ(dsv3_rope_table(y, position, turns, 1.0f, SIZE_MAX / 8, 8, &error), DSV3_ERR_OVERFLOW);
+    w.rows = w.cols = 1; /* rows that can be counted, with losses that cannot: found out before a target is read */
+    CHECK_EQ(dsv3_cross_entropy(&plain, y, numbers, &w, token, SIZE_MAX / 4 - 1, scratch, &error), DSV3_ERR_OVERFLOW);
+    CHECK(strcmp(error.name, "n") == 0);
+}
+
+/* In fast mode what a block of Q8_0 or Q4_0 meets is rounded to 127ths of its largest; where that is nothing, or next to
+ * it, the block counts as zeros. What is not finite is not lost. */
+static void fast_small(void) {
+    static const float least[] = {0, 1e-45f, -9e-31f, 2e-30f, INFINITY, NAN};
+    static float scratch[4096];
+    unsigned char blocks[2][2 * 34];
+    float matrix[64], x[64], y[2], exact;
+    dsv3_context fast;
+    CHECK_EQ(dsv3_context_init(&fast, DSV3_BACKEND_REFERENCE, 1, NULL), DSV3_OK);
+    fast.compute = DSV3_FAST;
+    for (size_t i = 0; i < 64; i++) matrix[i] = i % 2 ? 1.0f : 127.0f; /* codes that are whole numbers */
+    for (int type = 0; type < 2; type++) {
+        dsv3_tensor w = {blocks[type], NULL, 1, 64, type ? DSV3_Q4_0 : DSV3_Q8_0, 2, 0};
+        CHECK_EQ(dsv3_quantize(blocks[type], NULL, matrix, w.type, 1, 64, NULL), DSV3_OK);
+        for (size_t k = 0; k < 6; k++) {
+            for (size_t i = 0; i < 64; i++) x[i] = i < 32 ? 0.0f : i % 2 ? 0.0f : 1.0f;
+            exact = 0;
+            CHECK_EQ(dsv3_linear(&fast, &exact, x, &w, 1, scratch, NULL), DSV3_OK);
+            x[6] = least[k];
+            CHECK_EQ(dsv3_linear(&fast, y, x, &w, 1, scratch, NULL), DSV3_OK);
+            CHECK(exact > 1000);
+            CHECK(k < 4 ? same_bits(y, &exact, 1) : y[0] - y[0] != 0);
+            memset(x, 0, sizeof x);
+            x[6] = least[k];
+            CHECK_EQ(dsv3_linear(&fast, y, x, &w, 1, scratch, NULL), DSV3_OK);
+            CHECK(k < 3 ? !(y[0] > 0 || y[0] < 0) : k > 3 ? y[0] - y[0] != 0 : fabs((double)y[0] - 2e-30 * 127) < 2e-29);
+        }
+    }
 }
 
 int main(void) {
@@ -758,10 +828,12 @@ int main(void) {
     lse_all();
     entropy_all();
     entropy_extremes();
+    entropy_weights();
     entropy_nan();
     entropy_threads();
     orders_all();
     no_rows();
     edges();
+    fast_small();
     return test_done("ops");
 }

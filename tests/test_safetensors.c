@@ -382,6 +382,8 @@ static void test_shapes(void) {
                sizeof(size_t) == 4 ? ST_ERR_OVERFLOW : ST_ERR_MISMATCH);
     check_json("product wraps beside a 0", "{" ENTRY("a", "U8", "0,4294967296,4294967296", "0,0") "}", 0,
                ST_ERR_OVERFLOW);
+    check_json("product wraps, and wraps again", "{" ENTRY("a", "U8", "4294967296,4294967296,4294967296,4", "0,4") "}", 4,
+               ST_ERR_OVERFLOW);
     check_json("ST-24 negative dimension", "{" ENTRY("a", "U8", "-1", "0,1") "}", 1, ST_ERR_FORMAT);
     check_json("ST-25 dimension 1.5", "{" ENTRY("a", "U8", "1.5", "0,1") "}", 1, ST_ERR_FORMAT);
     check_json("ST-26 dimension 1e30", "{" ENTRY("a", "U8", "1e30", "0,1") "}", 1, ST_ERR_FORMAT);
@@ -857,6 +859,21 @@ static void test_checkpoint(void) {
     CHECK(memcmp(st_find(&file, "c")->data, "\5\6\7\10", 4) == 0);
     CHECK(st_metadata(&file, "n") && strcmp(st_metadata(&file, "n"), "one") == 0);
     st_close(&file);
+    put_shard("s1", "{" ENTRY("a", "U8", "1", "0,1") "," ENTRY("d", "U8", "1", "1,2") "," ENTRY("f", "U8", "1", "2,3") "}", 3);
+    put_shard("s2", "{" ENTRY("b", "U8", "1", "0,1") "," ENTRY("e", "U8", "1", "1,2") "}", 2);
+    put_shard("s3", "{" ENTRY("c", "U8", "1", "0,1") "}", 1); /* each has fewer than the one before, the last none */
+    put_shard("s4", "{}", 0);
+    CHECK_EQ(open_index(&file, MAP("\"a\":\"s1\",\"b\":\"s2\",\"c\":\"s3\",\"d\":\"s1\",\"e\":\"s2\",\"f\":\"s1\",\"g\":\"s4\""),
+                        &error), ST_OK);
+    check_open_file(&file);
+    CHECK(file.count == 6 && file.shards == 4);
+    for (int i = 0; i < 6 && file.count == 6; i++) {
+        static const char data[7] = "\1\1\1\2\2\3";
+        CHECK(file.tensor[i].name[0] == 'a' + i && *(const char *)file.tensor[i].data == data[i]);
+    }
+    st_close(&file);
+    drop_file("s3"), drop_file("s4");
+    put_shards();
     put_shard("model.safetensors", "{" ENTRY("single", "U8", "4", "0,4") "}", 4);
     CHECK_EQ(st_open_checkpoint(&file, directory, &error), ST_OK); /* goes before the index */
     CHECK(file.count == 1 && st_find(&file, "single"));
@@ -1141,6 +1158,34 @@ static void test_write_refused(void) {
     drop_file(file);
 }
 
+#ifndef ST_NO_POSIX
+/* What a crash left behind ten thousand times: every name is taken, and one that is not is found. */
+static void test_names_taken(void) {
+    static unsigned char data[4];
+    char old[8], name[64];
+    st_tensor t = describe("x", ST_U8, sizeof data, data, sizeof data);
+    st_error error;
+    put_text("taken", "old");
+    for (int i = 0; i < 10000; i++) {
+        snprintf(name, sizeof name, "taken.%ld-%d.tmp", (long)getpid(), i);
+        if (link(in_directory("taken"), in_directory(name)) != 0) put_text(name, "old"); /* a link is quicker */
+    }
+    CHECK_EQ(st_write(in_directory("taken"), &t, 1, NULL, &error), ST_ERR_IO);
+    CHECK_EQ(error.code, ST_ERR_IO);
+    CHECK(strstr(error.message, "taken") != NULL);
+    CHECK(get_file("taken", old, sizeof old) == 3 && memcmp(old, "old", 3) == 0);
+    drop_file(name);
+    CHECK_EQ(st_write(in_directory("taken"), &t, 1, NULL, &error), ST_OK);
+    CHECK_EQ(get_file("taken", old, sizeof old), 8);
+    CHECK_EQ(temporaries(), 9999);
+    for (int i = 0; i < 9999; i++) {
+        snprintf(name, sizeof name, "taken.%ld-%d.tmp", (long)getpid(), i);
+        drop_file(name);
+    }
+    drop_file("taken");
+}
+#endif
+
 static void test_write_failures(void) {
     static unsigned char data[100000];
     char old[8];
@@ -1165,6 +1210,8 @@ static void test_write_failures(void) {
     small.rlim_cur = 50000;
     CHECK_EQ(setrlimit(RLIMIT_FSIZE, &small), 0);
     check_write("disk full", "old.safetensors", &t, 1, NULL, ST_ERR_IO);
+    t.dtype = ST_F32, t.shape[0] = sizeof data / 4;
+    check_write("disk full of words", "old.safetensors", &t, 1, NULL, ST_ERR_IO);
     small.rlim_cur = 4;
     CHECK_EQ(setrlimit(RLIMIT_FSIZE, &small), 0);
     check_write("disk full at once", "old.safetensors", &t, 1, NULL, ST_ERR_IO);
@@ -1371,6 +1418,9 @@ int main(void) {
     test_roundtrip();
     test_write_refused();
     test_write_failures();
+#ifndef ST_NO_POSIX
+    test_names_taken();
+#endif
     test_no_memory();
     test_faults();
     test_edges();

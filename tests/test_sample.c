@@ -424,6 +424,20 @@ static void sample_log_ps(void) {
     CHECK_EQ(wrong, 0);
 }
 
+/* A token so improbable that its share is 0 in float32 is never drawn: minus infinity, as outside the nucleus. */
+static void log_p_of_none(void) {
+    static const float logits[3] = {0, -200, -1};
+    double p = 1, h = 0, want = log(1 + exp(-1.0));
+    for (int whole = 0; whole < 2; whole++) {
+        float top_p = whole ? 1.0f : 0.9999999f;
+        CHECK_EQ(dsv3_sample_log_p(&p, &h, 1, logits, 3, 1, top_p, candidates, NULL), DSV3_OK);
+        CHECK(isinf(p) && p < 0);
+        CHECK(fabs(h - (want + exp(-1.0) / (1 + exp(-1.0)))) < 1e-6);
+        CHECK_EQ(dsv3_sample_log_p(&p, &h, 2, logits, 3, 1, top_p, candidates, NULL), DSV3_OK);
+        CHECK(fabs(p + 1 + want) < 1e-6);
+    }
+}
+
 static void log_p_edges(void) {
     static const float tied[4] = {1, 5, 5, -INFINITY}, bad[2] = {0, NAN}, none[1] = {-INFINITY};
     static const int32_t token[3] = {1, DSV3_IGNORE, 3}, outside[2][1] = {{4}, {-1}};
@@ -628,6 +642,7 @@ int main(void) {
     distributions();
     long_tail();
     sample_log_ps();
+    log_p_of_none();
     log_p_edges();
     log_p_large();
     top_k_and_min_p();

@@ -431,6 +431,21 @@ static void test_configs(void) {
     CHECK(other == NULL);
 }
 
+/* Numbers of nine digits come back as they were; short ones are written short. */
+static void test_digits(void) {
+    static const float eps[] = {1e-6f, 1.01529495e-05f, 1.0f / 3.0f, 0.25f};
+    static const char *const shown[] = {": 1e-06,", ": 1.01529495e-05,", ": 0.33333334,", ": 0.25,"};
+    for (size_t i = 0; i < 4; i++) {
+        dsv3_config config = dsv3_config_preset(DSV3_PRESET_MICRO);
+        char *text;
+        config.rms_norm_eps = eps[i];
+        CHECK_EQ(checkpoint_config_text(&text, &config, DSV3_F32, NULL), ST_OK);
+        CHECK(strstr(text, shown[i]) != NULL);
+        check_config(&config, text);
+        ST_FREE(text);
+    }
+}
+
 /* Everything else stays, byte for byte. */
 static void test_adapt(void) {
     dsv3_config config = dsv3_config_preset(DSV3_PRESET_MICRO);
@@ -557,6 +572,7 @@ int main(void) {
     test_long_paths();
     test_read();
     test_configs();
+    test_digits();
     test_adapt();
     test_scaling();
     test_full_text();

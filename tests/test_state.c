@@ -223,6 +223,11 @@ static void check_damage(thing *t, blob b, size_t step) {
     CHECK(cut);
     memcpy(more.data, b.data, b.bytes);
     CHECK(refused(t, more, TAG, DSV3_ERR_DAMAGED, "bytes"));
+    for (more.bytes--; more.bytes > b.bytes; more.bytes--) { /* no whole words, and the header says so, too */
+        word_set(more.data + 24, more.bytes);
+        word_set(more.data + more.bytes - 8, checksum(more.data, b.bytes - 8));
+        CHECK(refused(t, more, TAG, DSV3_ERR_DAMAGED, "data"));
+    }
     blob_free(more);
     for (size_t i = 0; i < b.bytes; i += i < OBJECT + 64 || i + 80 > b.bytes ? 1 : step) {
         unsigned char was = b.data[i];
@@ -245,6 +250,7 @@ static void check_others(thing *t, blob b) {
         (void)thing_load(t, b, TAG, &error);
         CHECK_EQ(error.numbers, i < FIRST_FLOAT ? DSV3_NUMBERS_RANGE : DSV3_NUMBERS_NONE);
         if (i < FIRST_FLOAT) CHECK_EQ(error.expected[0], was), CHECK_EQ(error.found[0], was + 1);
+        CHECK(refused(t, b, TAG + 1, DSV3_ERR_MISMATCH, fields[i])); /* which says more than the tag */
         forge(b, at, was);
     }
     for (uint64_t kind = 0; kind < 5; kind++) {
@@ -389,6 +395,12 @@ static void test_cache_misuse(synth *s) {
     other.kv_lora_rank += 4;
     CHECK_EQ(dsv3_cache_save(&other, &t->cache, 0, b.data, b.bytes, NULL), DSV3_ERR_MISMATCH);
     CHECK_EQ(dsv3_cache_load(&other, &t->cache, TAG, b.data, b.bytes, &error), DSV3_ERR_MISMATCH);
+    other = s->config;
+    other.num_hidden_layers++; /* as wide, and neither of that many layers nor a module's */
+    CHECK_EQ(dsv3_cache_save(&other, &t->cache, TAG, b.data, b.bytes, &error), DSV3_ERR_MISMATCH);
+    CHECK(strcmp(error.name, "cache") == 0);
+    CHECK_EQ(dsv3_cache_load(&other, &t->cache, TAG, b.data, b.bytes, &error), DSV3_ERR_MISMATCH);
+    CHECK(strcmp(error.name, "cache") == 0);
     other = s->config;
     other.rope_theta *= 2;
     CHECK_EQ(dsv3_cache_load(&other, &t->cache, TAG, b.data, b.bytes, &error), DSV3_ERR_MISMATCH);

@@ -593,6 +593,7 @@ static void test_states(void) {
     CHECK_EQ(dsv3_states(&s->model, state, &s->ws, bad[0], 1, NULL), DSV3_ERR_ARG);
     CHECK_EQ(dsv3_states(&s->model, state, &s->ws, bad[1], 1, NULL), DSV3_ERR_ARG);
     CHECK_EQ(dsv3_states(&other->model, state, &s->ws, row, 3, NULL), DSV3_ERR_MISMATCH);
+    CHECK_EQ(dsv3_states(&s->model, NULL, &s->ws, NULL, 0, NULL), DSV3_OK);
     synth_close(s), synth_close(other);
 }
 

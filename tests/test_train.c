@@ -856,6 +856,35 @@ static void test_all_ignored(void) {
     close_trainer(&a);
 }
 
+/* A step that was begun for no targets, or no sequences, weighs what comes all the same by nothing. */
+static void test_none_expected(void) {
+    static const uint64_t none[2] = {0, 0};
+    subject a;
+    dsv3_error error;
+    float *want;
+    double loss;
+    prepare_failing(&a);
+    a.t.settings.balance.expert = 0;
+    gradients(&a);
+    want = copy_floats(a.t.gradients.data, a.t.gradients.count);
+    loss = dsv3_train_loss(&a.t);
+    a.t.settings.balance.expert = 0.01;
+    demand(dsv3_train_begin(&a.t, a.targets, 0, NULL), NULL);
+    demand(dsv3_train_accumulate(&a.ctx, &a.t, &a.text, &error), &error);
+    for (size_t i = 0; i < a.t.gradients.count; i++) want[i] -= a.t.gradients.data[i];
+    CHECK(largest_of(a.t.gradients.data, a.t.gradients.count) > 0 && largest_of(want, a.t.gradients.count) <= 0);
+    CHECK(loss > 1 && !(fabs(dsv3_train_loss(&a.t) - loss) > 0));
+    for (int divisor = 0; divisor < 2; divisor++) {
+        a.t.settings.divisor = divisor ? DSV3_DIVIDE_BY_VALID : DSV3_DIVIDE_BY_MAIN;
+        demand(dsv3_train_begin(&a.t, none, 0, NULL), NULL);
+        demand(dsv3_train_accumulate(&a.ctx, &a.t, &a.text, &error), &error);
+        CHECK(a.t.losses.targets[0] > 0 && a.t.losses.targets[1] > 0);
+        CHECK(!(fabs(dsv3_train_loss(&a.t)) > 0) && largest_of(a.t.gradients.data, a.t.gradients.count) <= 0);
+    }
+    free(want);
+    close_trainer(&a);
+}
+
 /* ---- Ranks */
 
 typedef struct ranks {
@@ -1672,6 +1701,7 @@ int main(void) {
     test_not_finite();
     test_overflow();
     test_all_ignored();
+    test_none_expected();
     test_ranks();
     test_failing_hooks();
     test_bad_numbers();
