@@ -330,7 +330,7 @@ typedef struct dsv3_config {
     int32_t norm_topk_prob; /* bool: gate weights of a token sum to 1 before scaling; with K = 1 of no effect, as in the
                                code released with V2, V3, Moonlight and K2 */
     float routed_scaling_factor;
-    int32_t seq_aux;      /* bool, training only */
+    int32_t seq_aux;      /* bool: balance losses of each sequence; 0: of a micro-batch, for as many sequences as it has */
     float aux_loss_alpha; /* training only */
     float rms_norm_eps, rope_theta;
     dsv3_rope_scaling rope_scaling;
@@ -689,6 +689,7 @@ typedef struct dsv3_losses {
     uint64_t *targets;  /* [1 + depths] how many terms each has */
     uint64_t *load;     /* [L + D, E] assignments; NULL: not wanted */
     double *balance;    /* [L + D] sums over sequences of dsv3_balance_loss; NULL: not wanted */
+    double *device, *communication; size_t devices, most_devices; /* V2's losses likewise, if devices is not 0 */
     uint64_t sequences; /* how many, those of padding alone left out; divide by it */
     int32_t actual;     /* bool: f_i of the balance loss from the actual routing, not from the largest scores */
 } dsv3_losses;
@@ -1040,8 +1041,7 @@ DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_tra
 /* norm (may be NULL): global norm of the gradients before clipping. */
 DSV3_API dsv3_result dsv3_train_end(const dsv3_context *context, dsv3_trainer *trainer, double learning_rate, double *norm,
                                     dsv3_error *error);
-/* The loss of the step so far, as it is minimised -- but for V2's device and communication losses, whose gradients are
- * taken and whose values are not. */
+/* The loss of the step so far, as it is minimised. */
 DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
 #endif
 
@@ -1557,8 +1557,7 @@ DSV3I_APART dsv3_result dsv3i_fail_range(dsv3_error *error, dsv3_result code, co
     return dsv3i_fail_numbers(error, code, name, why, DSV3_NUMBERS_RANGE, low, high, found, 0);
 }
 
-DSV3I_APART dsv3_result dsv3i_fail_where(dsv3_error *error, dsv3_result code, const char *name, const char *why,
-                                        int64_t number) {
+DSV3I_APART dsv3_result dsv3i_fail_where(dsv3_error *error, dsv3_result code, const char *name, const char *why, int64_t number) {
     return dsv3i_fail_numbers(error, code, name, why, DSV3_NUMBERS_WHERE, 0, 0, number, 0);
 }
 
@@ -1838,8 +1837,7 @@ typedef struct dsv3i_ops {
     void (*mlps)(struct dsv3i_call *c, const struct dsv3i_mlp *list, size_t count);
 #ifndef DSV3_NO_TRAINING
     /* dx [n, cols] += dy W (beta0: =), dw [rows, cols] += dy^T x; p->y [n, rows] is dy; NULL: not wanted */
-    void (*linear_backward)(const dsv3_context *ctx, float *dx, int beta0, float *dw, const dsv3i_product *p,
-                            float *scratch);
+    void (*linear_backward)(const dsv3_context *ctx, float *dx, int beta0, float *dw, const dsv3i_product *p, float *scratch);
     void (*attend_backward)(struct dsv3i_call *c); /* b->dq, dkeys, and the values' part of dkv_up, of b->dout */
     void (*mlps_backward)(struct dsv3i_call *c, const struct dsv3i_mlp *list, size_t count);
 #endif
@@ -2119,8 +2117,7 @@ static float dsv3i_round_float(float x) { return dsv3i_float(dsv3i_bits(x + 1258
 static float dsv3i_magnitude(float x) { return x < 0.0f ? -x : x; }
 
 /* One block of 128 x 128, or what there is of it, of a matrix whose rows are cols wide. */
-static int dsv3i_quantize_f8(unsigned char *codes, unsigned char *scale, const float *x, size_t rows, size_t width,
-                             size_t cols) {
+static int dsv3i_quantize_f8(unsigned char *codes, unsigned char *scale, const float *x, size_t rows, size_t width, size_t cols) {
     float d = 0.0f;
     for (size_t r = 0; r < rows; r++) {
         for (size_t i = 0; i < width; i++) {
@@ -2430,9 +2427,7 @@ static void dsv3i_add_rows(const dsv3_context *ctx, float *y, const float *x, si
 static void dsv3i_embed_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_rows *a = (const dsv3i_rows *)arg;
     (void)worker;
-    for (size_t t = begin; t < end; t++) {
-        dsv3i_decode_row(a->ctx, a->y + t * a->d, a->w, (size_t)a->token[t]);
-    }
+    for (size_t t = begin; t < end; t++) dsv3i_decode_row(a->ctx, a->y + t * a->d, a->w, (size_t)a->token[t]);
 }
 
 static void dsv3i_embed(const dsv3_context *ctx, float *x, const int32_t *token, const dsv3_tensor *w, size_t n) {
@@ -2534,8 +2529,7 @@ static void dsv3i_embed_backward_task(void *arg, size_t begin, size_t end, size_
     }
 }
 
-static void dsv3i_embed_backward(const dsv3_context *ctx, float *dw, const float *dx, const int32_t *token, size_t n,
-                                 size_t d) {
+static void dsv3i_embed_backward(const dsv3_context *ctx, float *dw, const float *dx, const int32_t *token, size_t n, size_t d) {
     dsv3i_rows a = dsv3i_rows_of(ctx, dw, dx, d);
     a.token = token;
     a.n = n;
@@ -2946,8 +2940,7 @@ DSV3_API float dsv3_softmax_scale(const dsv3_config *config) {
     return (float)(m * m * DSV3_POW(width, -0.5));
 }
 
-static void dsv3i_rope_table(float *cos_sin, const int32_t *position, const uint64_t *turns, float factor, size_t n,
-                             size_t dr) {
+static void dsv3i_rope_table(float *cos_sin, const int32_t *position, const uint64_t *turns, float factor, size_t n, size_t dr) {
     for (size_t t = 0; t < n; t++) {
         for (size_t i = 0; i < dr / 2; i++) {
             uint64_t phase = (uint64_t)position[t] * turns[i]; /* modulo one turn */
@@ -3520,9 +3513,7 @@ static dsv3_result dsv3i_check_routing(const dsv3_config *c, int32_t least, dsv3
     if (!(c->routed_scaling_factor >= FLT_MIN && c->routed_scaling_factor <= FLT_MAX)) {
         return dsv3i_fail(e, DSV3_ERR_ARG, "routed_scaling_factor", "must be positive and finite");
     }
-    if (G < 1 || E % G != 0) {
-        return dsv3i_fail_where(e, DSV3_ERR_ARG, "n_group", "must divide n_routed_experts, and is", G);
-    }
+    if (G < 1 || E % G != 0) return dsv3i_fail_where(e, DSV3_ERR_ARG, "n_group", "must divide n_routed_experts, and is", G);
     DSV3I_TRY(dsv3i_check_between(e, DSV3_ERR_ARG, "topk_group", "must be between 1 and n_group", c->topk_group, 1, G));
     return dsv3i_check_between(e, DSV3_ERR_ARG, "num_experts_per_tok", "is more than the selected groups have",
                                c->num_experts_per_tok, least, c->topk_method == DSV3_GREEDY ? E : E / G * c->topk_group);
@@ -3908,6 +3899,13 @@ static dsv3_result dsv3i_route(dsv3i_call *c, const float *u) {
     return result;
 }
 
+/* How the rows were routed whose balance loss row t begins: its sequence's, or (seq_aux false) all; none if it begins none. */
+static dsv3_routing dsv3i_balance_rows(const dsv3i_call *c, size_t t, const float *score, const int32_t *idx) {
+    dsv3_routing r = {score + t * c->m.E, idx + t * c->m.K, c->ws->row_mask + t, 0, c->m.E, c->m.K, 0, 0};
+    r.n = !c->model->config.seq_aux && t > 0 ? 0 : !c->model->config.seq_aux ? c->n : dsv3i_sequence_rows(c->ws->leader, t, c->n);
+    return r;
+}
+
 /* ---- Grouping */
 
 /* Fills offset [E+1], slot [n, K] and its inverse pair [n K] from idx [n, K]: a counting sort. */
@@ -3980,8 +3978,7 @@ static size_t dsv3i_first_bad_row(const float *x, size_t n, size_t d) {
 static dsv3_result dsv3i_layer_result(const dsv3i_call *c, dsv3_result result, dsv3_error *error) {
     if (result == DSV3_OK) return dsv3i_ok(error);
     if (result == DSV3_ERR_ARG) {
-        return dsv3i_fail_where(error, result, "observer.choose", "chose an expert twice or out of range, in layer",
-                                c->w->index);
+        return dsv3i_fail_where(error, result, "observer.choose", "chose an expert twice or out of range, in layer", c->w->index);
     }
     (void)dsv3i_fail_where(error, result, "row", "router scores are not finite in layer", c->w->index);
     return dsv3i_fail_at(error, dsv3i_first_bad_row(c->ws->score, c->n, c->m.E), result);
@@ -4028,22 +4025,19 @@ static void dsv3i_mlps_backward(dsv3i_call *c, const dsv3i_mlp *list, size_t cou
     for (size_t j = 0; j < count; j++) dsv3i_mlp_backward(c, &list[j]);
 }
 
-/* The gradients of scores, then of z. A balance loss is one of a whole sequence: whoever has its first row does all of it. */
+/* The gradients of scores, then of z. Whoever has the first row of a balance loss does all of it. */
 static void dsv3i_router_backward_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_call *c = (const dsv3i_call *)arg;
     const dsv3_config *config = &c->model->config;
     size_t E = c->m.E, K = c->m.K;
     double *scratch = c->ws->balance + worker * 2 * E;
     for (size_t t = begin; t < end; t++) {
-        size_t rows = dsv3i_sequence_rows(c->ws->leader, t, c->n);
-        const float *score = c->s->score + t * E;
-        const int32_t *idx = c->s->idx + t * K;
-        const dsv3_routing routing = {score, idx, c->ws->row_mask + t, rows, E, K, 0, 0};
+        const dsv3_routing r = dsv3i_balance_rows(c, t, c->s->score, c->s->idx);
         float *dscore = c->b->dscore + t * E;
-        DSV3_MEMSET(dscore, 0, rows * E * sizeof *dscore);
-        dsv3i_router_weights_backward(config, dscore, c->b->dgate + t * K, idx, score, rows);
-        dsv3i_balance_backward(dscore, c->b->balance_scale, c->b->balance, &routing, scratch);
-        dsv3i_router_scores_backward(config, dscore, dscore, score, rows);
+        DSV3_MEMSET(dscore, 0, r.n * E * sizeof *dscore);
+        dsv3i_router_weights_backward(config, dscore, c->b->dgate + t * K, r.idx, r.score, r.n);
+        dsv3i_balance_backward(dscore, c->b->balance_scale, c->b->balance, &r, scratch);
+        dsv3i_router_scores_backward(config, dscore, dscore, r.score, r.n);
     }
 }
 
@@ -4346,16 +4340,13 @@ DSV3_API dsv3_result dsv3_config_check(const dsv3_config *c, dsv3_error *e) {
     DSV3I_TRY(dsv3i_check_bounds(c, e));
     DSV3I_TRY(dsv3i_check_layers(c, e));
     DSV3I_TRY(dsv3i_check_choices(c, e));
-    if (c->qk_rope_head_dim % 2 != 0) {
-        return dsv3i_fail(e, DSV3_ERR_ARG, "qk_rope_head_dim", "must be even: RoPE turns pairs");
-    }
+    if (c->qk_rope_head_dim % 2 != 0) return dsv3i_fail(e, DSV3_ERR_ARG, "qk_rope_head_dim", "must be even: RoPE turns pairs");
     DSV3I_TRY(dsv3i_check_rope(c, e));
     DSV3I_BETWEEN(bos_token_id, -1, c->vocab_size - 1, "is not in the vocabulary (-1: none)");
     DSV3I_BETWEEN(eos_token_id, -1, c->vocab_size - 1, "is not in the vocabulary (-1: none)");
     DSV3I_TRY(dsv3i_check_sizes(c, e));
     return dsv3i_ok(e);
 }
-
 
 /* ---- The checkpoint's table of contents, in file order: the part that a tensor is of, its place in the model, its
  * name (behind "model.layers.{i}." in a layer, and then "mlp.experts.{e}." in an expert), shape and group. */
@@ -4561,8 +4552,7 @@ DSV3_API dsv3_result dsv3_model_size(const dsv3_config *config, size_t *bytes, d
 
 static dsv3_result dsv3i_bind_shape(dsv3_error *error, const dsv3_tensor *t, const char *name, size_t rows,
                                     size_t cols, int32_t rank) {
-    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MISMATCH, name, "has the wrong number of dimensions", t->rank, rank,
-                                  rank));
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MISMATCH, name, "has the wrong number of dimensions", t->rank, rank, rank));
     if (t->rows != rows || t->cols != cols) {
         return dsv3i_fail_numbers(error, DSV3_ERR_MISMATCH, name, "has the wrong shape", DSV3_NUMBERS_SHAPE,
                                   (int64_t)rows, (int64_t)cols, (int64_t)t->rows, (int64_t)t->cols);
@@ -4595,8 +4585,7 @@ static dsv3_result dsv3i_bind_scale(const dsv3i_walk *w, dsv3_tensor *t) {
     }
     if (scale.type != DSV3_F32) return dsv3i_fail(w->error, DSV3_ERR_UNSUPPORTED, name, "scales must be F32");
     t->scale = scale.data;
-    return dsv3i_bind_shape(w->error, &scale, name, dsv3i_blocks(t->rows, DSV3_BLOCK),
-                            dsv3i_blocks(t->cols, DSV3_BLOCK), 2);
+    return dsv3i_bind_shape(w->error, &scale, name, dsv3i_blocks(t->rows, DSV3_BLOCK), dsv3i_blocks(t->cols, DSV3_BLOCK), 2);
 }
 
 /* Router biases steer discrete choices: a file with a NaN among them is broken, and says so now. */
@@ -4752,8 +4741,7 @@ DSV3I_APART dsv3_result dsv3i_batch_row(const dsv3i_run *p, size_t r) {
     int32_t s = batch->sequence != NULL ? batch->sequence[r] : 0;
     int documents = p->sums != NULL && p->caches == ws->views; /* which share a cache: chapter 12 */
     size_t before, position;
-    DSV3I_TRY(dsv3i_check_element(p->error, DSV3_ERR_ARG, "sequence", r, "is not one of the caches",
-                                  (int64_t)p->n_caches, s));
+    DSV3I_TRY(dsv3i_check_element(p->error, DSV3_ERR_ARG, "sequence", r, "is not one of the caches", (int64_t)p->n_caches, s));
     DSV3I_TRY(dsv3i_check_token(p->error, "token", r, p->model->config.vocab_size, batch->token[r]));
     ws->sequence[r] = s;
     before = dsv3i_previous_row(ws->sequence, r);
@@ -4834,8 +4822,7 @@ static dsv3_result dsv3i_batch_begin(const dsv3i_run *p) {
 }
 
 DSV3_API dsv3_result dsv3_batch_begin(const dsv3_context *context, const dsv3_model *model, const dsv3_cache *caches,
-                                      size_t n_caches, const dsv3_batch *batch, dsv3_workspace *workspace,
-                                      dsv3_error *error) {
+                                      size_t n_caches, const dsv3_batch *batch, dsv3_workspace *workspace, dsv3_error *error) {
     dsv3i_workspace ws;
     const dsv3i_run p = {context, model, 0,   (dsv3_cache *)(uintptr_t)caches, n_caches, batch, NULL,
                          NULL,    &ws,   error, NULL, NULL};
@@ -4928,8 +4915,7 @@ static dsv3_result dsv3i_pass_finite(const dsv3i_run *p) {
     for (size_t t = 0; t < p->batch->rows; t++) {
         const float *x = ws->x + t * d;
         if (dsv3i_is_finite(dsv3i_dot(x, x, d)) && dsv3i_all_finite(ws->u + t * d, d)) continue;
-        (void)dsv3i_fail_where(p->error, DSV3_ERR_NAN, "row", "final hidden state is not finite, in sequence",
-                               ws->sequence[t]);
+        (void)dsv3i_fail_where(p->error, DSV3_ERR_NAN, "row", "final hidden state is not finite, in sequence", ws->sequence[t]);
         return dsv3i_fail_at(p->error, t, DSV3_ERR_NAN);
     }
     return DSV3_OK;
@@ -5110,6 +5096,11 @@ static uint64_t dsv3i_text_sequences(const dsv3_text *x) {
     return sequences;
 }
 
+/* How many sequences a balance loss stands for: one, or (seq_aux false) all. */
+static double dsv3i_text_stands(const dsv3_text *x, const dsv3_config *c) {
+    return c->seq_aux ? 1.0 : (double)dsv3i_text_sequences(x);
+}
+
 static dsv3_result dsv3i_text_check(const dsv3_text *x, int32_t V, dsv3_error *error) {
     if (x->rows < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "rows", "the text is empty");
     for (size_t r = 0; r < x->rows; r++) {
@@ -5126,19 +5117,21 @@ static dsv3_result dsv3i_text_check(const dsv3_text *x, int32_t V, dsv3_error *e
 
 typedef struct dsv3i_balance_loop {
     const dsv3i_call *c;
-    const int32_t *idx; /* [n, K] or NULL: by score alone */
+    const dsv3_losses *sums;
+    double stands; /* for so many sequences */
+    int loss;
 } dsv3i_balance_loop;
 
-/* The balance loss of each sequence among the rows, which are whole sequences; 0 for rows that begin none. */
+/* A balance loss of the rows, which are whole sequences; 0 for rows that begin none. */
 static void dsv3i_evaluate_balance_task(void *arg, size_t begin, size_t end, size_t worker) {
     const dsv3i_balance_loop *a = (const dsv3i_balance_loop *)arg;
     const dsv3i_workspace *ws = a->c->ws;
-    size_t E = a->c->m.E, K = a->c->m.K;
     for (size_t t = begin; t < end; t++) {
-        size_t rows = dsv3i_sequence_rows(ws->leader, t, a->c->n);
-        const int32_t *idx = a->idx != NULL ? a->idx + t * K : NULL;
-        const dsv3_routing routing = {ws->score + t * E, idx, ws->row_mask + t, rows, E, K, 0, 0};
-        ws->sequence_loss[t] = dsv3i_balance_loss(&routing, DSV3I_LOSS_EXPERT, ws->balance + worker * 2 * E);
+        dsv3_routing r = dsv3i_balance_rows(a->c, t, ws->score, ws->idx);
+        if (a->loss == DSV3I_LOSS_EXPERT && !a->sums->actual) r.idx = NULL;
+        r.devices = a->sums->devices;
+        r.most_devices = a->sums->most_devices;
+        ws->sequence_loss[t] = a->stands * dsv3i_balance_loss(&r, a->loss, ws->balance + worker * 2 * r.experts);
     }
 }
 
@@ -5147,11 +5140,14 @@ static void dsv3i_evaluate_layer(const dsv3i_evaluation *a, dsv3i_call *c) {
     const dsv3_losses *sums = a->losses;
     const dsv3i_workspace *ws = c->ws;
     size_t layer = (size_t)c->w->index;
-    dsv3i_balance_loop loop = {c, sums->actual ? ws->idx : NULL};
+    double *const sum[] = {sums->balance, sums->device, sums->communication};
     if (sums->load != NULL) dsv3i_load_count(sums->load + layer * c->m.E, ws->idx, ws->row_mask, c->n, c->m.K);
-    if (sums->balance == NULL) return;
-    dsv3i_loop(c->ctx, c->n, 16 * c->m.E, dsv3i_evaluate_balance_task, &loop);
-    for (size_t t = 0; t < c->n; t++) sums->balance[layer] += ws->sequence_loss[t];
+    for (int loss = DSV3I_LOSS_EXPERT; loss <= DSV3I_LOSS_COMMUNICATION; loss++) {
+        dsv3i_balance_loop loop = {c, sums, dsv3i_text_stands(a->text, &c->model->config), loss};
+        if (sum[loss] == NULL || (loss > DSV3I_LOSS_EXPERT && sums->devices == 0)) continue;
+        dsv3i_loop(c->ctx, c->n, 16 * c->m.E, dsv3i_evaluate_balance_task, &loop);
+        for (size_t t = 0; t < c->n; t++) sum[loss][layer] += ws->sequence_loss[t];
+    }
 }
 
 /* Adds the loss of the rows in ws->u to the sums. ws->y (d >= 1) and ws->row_output are free: nobody has asked for logits. */
@@ -5254,7 +5250,10 @@ DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *los
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "depths", "is more than the model has modules",
                                   (int64_t)losses->depths, 0, model->n_mtp));
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MEMORY, "rows", "the balance loss needs the text in one piece",
-                                  losses->balance != NULL ? (int64_t)text->rows : 0, 0, (int64_t)ws.rows));
+                                  losses->balance != NULL || losses->devices > 0 ? (int64_t)text->rows : 0, 0, (int64_t)ws.rows));
+    if (losses->devices > 0) {
+        DSV3I_TRY(dsv3i_check_devices((size_t)model->config.n_routed_experts, losses->devices, losses->most_devices, error));
+    }
     DSV3I_TRY(dsv3i_text_check(text, model->config.vocab_size, error));
     if (n_caches < 1) return dsv3i_fail(error, DSV3_ERR_ARG, "n_caches", "is 0: every sequence needs a cache");
     for (size_t m = 0; m < n_caches * losses->depths; m++) {
@@ -5278,22 +5277,24 @@ static double dsv3i_depth_weight(size_t k, size_t D, double lambda) { return k =
 /* L of the chapter's head, or what the sums have of a step with targets [1 + D] and sequences. weighted: each term has
  * its weight from the start, and is (w / N) nll, not (w nll) / N. */
 static double dsv3i_loss_total(const dsv3_losses *sums, const uint64_t *targets, uint64_t sequences, size_t layers,
-                               double lambda, double alpha, dsv3_mtp_divisor divisor, int weighted) {
+                               double lambda, const double *alpha, dsv3_mtp_divisor divisor, int weighted) {
+    const double *const sum[] = {sums->balance, sums->device, sums->communication};
     double total = 0.0;
     for (size_t k = 0; k <= sums->depths; k++) {
         double w = dsv3i_depth_weight(k, sums->depths, lambda), nll = sums->nll[k];
         uint64_t N = targets[divisor == DSV3_DIVIDE_BY_VALID ? k : 0];
         if (sums->targets[k] > 0 && N > 0) total += weighted ? w / (double)N * nll : w * nll / (double)N;
     }
-    for (size_t i = 0; sums->balance != NULL && sequences > 0 && i < layers; i++) {
-        total += alpha * sums->balance[i] / (double)sequences;
+    for (size_t j = 0; j < DSV3I_COUNT(sum) && sequences > 0; j++) { /* weights alpha [3] */
+        for (size_t i = 0; sum[j] != NULL && i < layers; i++) total += alpha[j] * sum[j][i] / (double)sequences;
     }
     return total;
 }
 
 DSV3_API double dsv3_losses_total(const dsv3_losses *losses, size_t layers, double lambda, double alpha,
                                   dsv3_mtp_divisor divisor) {
-    return dsv3i_loss_total(losses, losses->targets, losses->sequences, layers, lambda, alpha, divisor, 0);
+    const double weight[3] = {alpha, 0.0, 0.0};
+    return dsv3i_loss_total(losses, losses->targets, losses->sequences, layers, lambda, weight, divisor, 0);
 }
 
 /* ========================================================================================================
@@ -5463,8 +5464,7 @@ DSV3_API dsv3_result dsv3_sample_log_p(double *log_p, double *entropy, int32_t t
     return dsv3i_ok(error);
 }
 
-DSV3_API dsv3_result dsv3_log_p(double *log_p, const float *logits, const int32_t *token, size_t n, size_t V,
-                                dsv3_error *error) {
+DSV3_API dsv3_result dsv3_log_p(double *log_p, const float *logits, const int32_t *token, size_t n, size_t V, dsv3_error *error) {
     DSV3I_NEED(1, log_p); DSV3I_NEED(1, token);
     DSV3I_TRY(dsv3i_vocab_check(logits, V, error));
     for (size_t t = 0; t < n; t++) {
@@ -5901,9 +5901,8 @@ static void dsv3i_finish(dsv3_sequence *s) {
 DSV3I_APART dsv3_result dsv3i_generate_check(const dsv3i_step *a, const dsv3_workspace *workspace) {
     dsv3_error *e = a->error;
     uint64_t made_for = dsv3i_fingerprint(&a->model->config);
-    DSV3I_TRY(dsv3i_check_between(e, a->n < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "n",
-                                  "is not a number of sequences the workspace has rows for",
-                                  (int64_t)a->n, 1, (int64_t)workspace->rows));
+    DSV3I_TRY(dsv3i_check_between(e, a->n < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "n", "is not a number of sequences the "
+                                  "workspace has rows for", (int64_t)a->n, 1, (int64_t)workspace->rows));
     for (size_t i = 0; i < a->n; i++) {
         if (a->sequences[i] == NULL || a->sequences[i]->own == NULL) continue;
         a->sequences[i]->own->step_rows = a->sequences[i]->n_token = 0; /* not yet planned: until then a mark below */
@@ -5988,8 +5987,7 @@ DSV3I_APART dsv3_result dsv3i_compute(dsv3i_step *a) {
 }
 
 DSV3_API dsv3_result dsv3_generate_step(const dsv3_context *context, float *logits, const dsv3_model *model,
-                                        dsv3_sequence *const *sequences, size_t n, dsv3_workspace *workspace,
-                                        dsv3_error *error) {
+                                        dsv3_sequence *const *sequences, size_t n, dsv3_workspace *workspace, dsv3_error *error) {
     dsv3i_workspace ws;
     dsv3i_step a = {context, logits, model, sequences, n, &ws, error, {0, NULL, NULL, NULL, 0, NULL}};
     dsv3_result result;
@@ -6002,9 +6000,7 @@ DSV3_API dsv3_result dsv3_generate_step(const dsv3_context *context, float *logi
         dsv3_sequence *s = sequences[i];
         s->rng = s->own->rng_before;
         s->n_token = 0;
-        for (size_t k = 0; k < s->n_modules; k++) {
-            s->modules[k].length = dsv3i_min(s->modules[k].length, s->own->lengths[k]);
-        }
+        for (size_t k = 0; k < s->n_modules; k++) s->modules[k].length = dsv3i_min(s->modules[k].length, s->own->lengths[k]);
     }
     for (size_t i = 0; i < n && result == DSV3_OK; i++) dsv3i_finish(sequences[i]);
     return result == DSV3_OK ? dsv3i_ok(error) : result;
@@ -6186,7 +6182,7 @@ static void dsv3i_train_clear(dsv3_trainer *t) {
     sums->load = b->load;
     DSV3_MEMSET(sums->nll, 0, (1 + sums->depths) * sizeof *sums->nll);
     DSV3_MEMSET(sums->targets, 0, (1 + sums->depths) * sizeof *sums->targets);
-    DSV3_MEMSET(sums->balance, 0, b->layers * sizeof *sums->balance);
+    DSV3_MEMSET(sums->balance, 0, 3 * b->layers * sizeof *sums->balance); /* device and communication are behind it */
     DSV3_MEMSET(b->load, 0, b->layers * b->experts * sizeof *b->load);
     DSV3_MEMSET(t->gradients.data, 0, t->gradients.count * sizeof(float));
 }
@@ -6227,8 +6223,9 @@ static double dsv3i_train_weight(const dsv3_trainer *t, size_t k) {
 }
 
 DSV3_API double dsv3_train_loss(const dsv3_trainer *t) {
-    return dsv3i_loss_total(&t->losses, t->own->targets, t->own->sequences, t->balancer.layers, t->settings.lambda,
-                            t->settings.balance.expert, t->settings.divisor, 1);
+    const double weight[3] = {t->settings.balance.expert, t->settings.balance.device, t->settings.balance.communication};
+    return dsv3i_loss_total(&t->losses, t->own->targets, t->own->sequences, t->balancer.layers, t->settings.lambda, weight,
+                            t->settings.divisor, 1);
 }
 
 /* ---- Accumulate: forward */
@@ -6309,8 +6306,6 @@ static dsv3_result dsv3i_train_depth_backward(const dsv3_context *ctx, dsv3_trai
 static dsv3_result dsv3i_train_backward(const dsv3_context *ctx, dsv3_trainer *t, dsv3_error *error) {
     size_t d = (size_t)t->weights.model.config.hidden_size, n = t->own->depth[0].n;
     float *carry = t->own->carry, *next = t->own->carry_next, *swap;
-    t->own->backward->balance = &t->settings.balance;
-    t->own->backward->balance_scale = t->own->sequences > 0 ? 1.0 / (double)t->own->sequences : 0.0;
     DSV3_MEMSET(carry, 0, n * d * sizeof *carry);
     for (size_t k = t->losses.depths + 1; k > 0; k--) {
         if (t->own->depth[k - 1].n == 0) continue;
@@ -6330,15 +6325,20 @@ static dsv3_result dsv3i_train_text(const dsv3_context *context, dsv3_trainer *t
     const dsv3i_evaluation a = {&t->losses, text, NULL, t->own->depth, dsv3i_train_head, t};
     dsv3_context ctx = *context;
     dsv3i_workspace *ws = &t->own->depth[0].ws;
+    double stands = dsv3i_text_stands(text, &t->weights.model.config);
     const dsv3i_run p = {&ctx, &t->weights.model, 0,  t->own->caches, t->own->most_sequences, NULL, ws->row_hidden,
                          NULL, ws,                error, &a,     t->own->saved};
     ctx.attention = DSV3_ATTENTION_EXPANDED;
     ctx.compute = DSV3_EXACT;
     t->losses.actual = t->settings.balance.actual;
+    t->losses.devices = t->settings.balance.device + t->settings.balance.communication > 0.0 ? t->settings.balance.devices : 0;
+    t->losses.most_devices = t->settings.balance.most_devices;
     for (size_t k = 0; k <= t->losses.depths; k++) t->own->depth[k].n = 0;
     t->own->stage = 0;
     DSV3I_TRY(dsv3i_evaluate_rows(&a, p, 0, text->rows));
     t->losses.sequences += dsv3i_text_sequences(text);
+    t->own->backward->balance = &t->settings.balance;
+    t->own->backward->balance_scale = t->own->sequences > 0 ? stands / (double)t->own->sequences : 0.0;
     DSV3I_TRY(dsv3i_train_backward(&ctx, t, error));
     t->own->stage = 2;
     return dsv3i_ok(error);
@@ -6368,9 +6368,8 @@ DSV3_API dsv3_result dsv3_train_accumulate(const dsv3_context *context, dsv3_tra
     DSV3I_TRY(dsv3i_workspace_check(&t->workspace, context, &t->weights.model, error));
     DSV3I_NEED(1, text); DSV3I_NEED(1, text->token);
     DSV3I_TRY(dsv3i_train_check(t, 1, error));
-    DSV3I_TRY(dsv3i_check_between(error, text->rows < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "rows",
-                                  "is not a micro-batch the trainer was made for", (int64_t)text->rows, 1,
-                                  (int64_t)t->own->most_rows));
+    DSV3I_TRY(dsv3i_check_between(error, text->rows < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "rows", "is not a micro-batch the "
+                                  "trainer was made for", (int64_t)text->rows, 1, (int64_t)t->own->most_rows));
     DSV3I_TRY(dsv3i_check_weights(&t->settings.balance, t->balancer.experts, error));
     DSV3I_TRY(dsv3i_text_check(text, t->weights.model.config.vocab_size, error));
     for (size_t r = 0, rows = 0; r < text->rows; r++) {
@@ -6920,7 +6919,7 @@ static void dsv3i_backward_layout(dsv3i_backward *at, const dsv3i_dims *m, size_
 
 #define DSV3I_TRAINER(X)                                                                                             \
     X(float, m, flat.count, 1) X(float, v, flat.count, 1) X(float, ema, s->ema ? flat.count : 0, 1)                  \
-    X(double, losses.nll, depths, 1) X(uint64_t, losses.targets, depths, 1) X(double, losses.balance, layers, 1)     \
+    X(double, losses.nll, depths, 1) X(uint64_t, losses.targets, depths, 1) X(double, losses.balance, layers, 3)     \
     X(dsv3i_trainer, own, 1, 1)
 
 /* Laid out for nobody: the elements of arrays that do not exist yet. */
@@ -6994,6 +6993,8 @@ DSV3_API dsv3_result dsv3_trainer_init(const dsv3_config *config, dsv3_trainer *
     DSV3_MEMSET(t->balancer.load_all, 0, t->balancer.layers * t->balancer.experts * sizeof *t->balancer.load_all);
     t->balancer.schedule.speed = 0.001;
     t->losses.depths = (size_t)config->num_nextn_predict_layers;
+    t->losses.device = t->losses.balance + t->balancer.layers;
+    t->losses.communication = t->losses.device + t->balancer.layers;
     dsv3i_train_clear(t);
     t->own->stage = 0;
     return dsv3i_ok(error);
@@ -11726,6 +11727,8 @@ DSV3_API dsv3_result dsv3_context_init(dsv3_context *context, dsv3_backend backe
  *              dsv3_trainer_save); rope_scaling.truncate. A sequence holds its whole text.
  *   Training   dsv3_text.apart; dsv3_train_accumulate and _end check settings, rate and the order of calls; a gradient whose
  *              square overflows ends the step with DSV3_ERR_NAN. ema_decay is a double, and its average loses no steps.
+ *              dsv3_losses has V2's device and communication losses, too, and dsv3_train_loss counts them; with seq_aux
+ *              false balance losses are of micro-batches.
  *   Structs    a workspace, sequence or trainer shows what is the caller's, and keeps the rest to itself.
  *   Options    DSV3_NO_TRAINING also leaves out the balancer, the bias step and V2's balance losses.
  *   Builds     enums have 32 bits on both sides of a call (DSV3_ENUM); dsv3_version; dsv3_balancer.E is experts, and no name

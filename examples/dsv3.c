@@ -971,7 +971,7 @@ static void prompt_cache_tokens_hash(char text[24], const int32_t *token, size_t
 }
 
 /* Reads the file, if there is one, and how much of its text the prompt begins with. */
-static void prompt_cache_open(prompt_cache *c, const char *path, const char *writer, const session *s,
+static void prompt_cache_open(prompt_cache *c, const char *path, const char *who, const session *s,
                               const tokens *prompt) {
     const st_tensor *text;
     const char *format, *hash, *by;
@@ -979,7 +979,7 @@ static void prompt_cache_open(prompt_cache *c, const char *path, const char *wri
     st_error error;
     memset(c, 0, sizeof *c);
     c->path = path;
-    c->writer = writer;
+    c->writer = who;
     if (path == NULL) return;
     output_try("--prompt-cache", path);
     c->tag = prompt_cache_tag(&s->model.file);
@@ -995,8 +995,8 @@ static void prompt_cache_open(prompt_cache *c, const char *path, const char *wri
         stop("%s: is no prompt cache, or is damaged; it is left as it is", path);
     }
     by = st_metadata(&c->file, "written by"); /* NULL: before 0.2 nobody wrote that */
-    if (by != NULL && strcmp(by, writer) != 0) {
-        stop("%s: expected a text of dsv3 %s, found one of dsv3 %.16s; it is left as it is", path, writer, by);
+    if (by != NULL && strcmp(by, who) != 0) {
+        stop("%s: expected a text of dsv3 %s, found one of dsv3 %.16s; it is left as it is", path, who, by);
     }
     c->count = text->bytes / sizeof *c->token;
     c->token = (const int32_t *)text->data;
@@ -1008,10 +1008,10 @@ static void prompt_cache_open(prompt_cache *c, const char *path, const char *wri
 }
 
 /* What it was written with, and what is wanted now. */
-static void prompt_cache_same(const prompt_cache *c, const char *option, const char *found) {
-    const char *expected = st_metadata(&c->file, option);
+static void prompt_cache_same(const prompt_cache *c, const char *name, const char *found) {
+    const char *expected = st_metadata(&c->file, name);
     if (expected == NULL || strcmp(expected, found) == 0) return;
-    stop("%s: %s: expected %.16s, as it was written with, found %s; it is left as it is", c->path, option, expected, found);
+    stop("%s: %s: expected %.16s, as it was written with, found %s; it is left as it is", c->path, name, expected, found);
 }
 
 /* The common text into a sequence. What was saved may be longer than it has room for: it is loaded beside it first. */
@@ -2854,7 +2854,8 @@ static const char train_help_more[] =
     "  --low F          rate of the low phase, or where the cosine ends, as a fraction of --lr (default 0.1)\n"
     "  --tail F         v3: rate of the last phase, likewise (default 0.033)\n"
     "  --lambda X       weight of the MTP losses (default 0.3)\n"
-    "  --alpha X        weight of the balance loss (default: aux_loss_alpha of the config)\n"
+    "  --alpha X        weight of the balance loss (default: aux_loss_alpha of the config). It is of each sequence, or if\n"
+    "                   the config says seq_aux false, of a micro-batch (--accum)\n"
     "  --alpha-loads W  what it counts: scores (the largest ones, V3) or routing (what was chosen, V2) (default: by\n"
     "                   topk_method)\n"
     "  --alpha-device X, --alpha-comm X   weights of V2's device and communication losses (default 0; V2: 0.05, 0.02)\n"
@@ -3149,12 +3150,16 @@ typedef struct train_state {
     uint64_t began_at;          /* step */
 } train_state;
 
-/* The columns of the log: step, tokens, lr, loss, main, mtp 1 .. D, balance, grad_norm, MaxVio, val main, mtp 1 .. */
+/* The columns of the log: step, tokens, lr, loss, main, mtp 1 .. D, balance, grad_norm, MaxVio, val main, mtp 1 .., and V2's
+ * device and communication losses if they have a weight. */
 enum { TRAIN_STEP, TRAIN_TOKENS, TRAIN_LR, TRAIN_LOSS, TRAIN_MAIN };
 static size_t train_balance(const train_state *s) { return TRAIN_MAIN + 1 + s->D; }
 static size_t train_norm(const train_state *s) { return train_balance(s) + 1; }
 static size_t train_vio(const train_state *s) { return train_balance(s) + 2; }
 static size_t train_val(const train_state *s) { return train_balance(s) + 3; }
+static size_t train_device(const train_state *s) { return train_val(s) + 1 + s->D; }
+static size_t train_communication(const train_state *s) { return train_device(s) + (s->o.alpha_device > 0); }
+static size_t train_columns(const train_state *s) { return train_communication(s) + (s->o.alpha_comm > 0); }
 
 /* ---- train: names of tensors */
 
@@ -3727,6 +3732,7 @@ static void train_log_header(const train_state *s, FILE *file) {
     for (size_t k = 1; k <= s->D; k++) fprintf(file, ",mtp%zu", k);
     fprintf(file, ",balance,grad_norm,maxvio,val_main");
     for (size_t k = 1; k <= s->D; k++) fprintf(file, ",val_mtp%zu", k);
+    fprintf(file, "%s%s", s->o.alpha_device > 0 ? ",device" : "", s->o.alpha_comm > 0 ? ",communication" : "");
     fprintf(file, "\n");
 }
 
@@ -3739,11 +3745,12 @@ static void train_log_reserve(train_log *log) {
     }
 }
 
-/* A line of the file as a row. Returns 0 if it is none. */
-static int train_log_parse(train_log *log, const char *line) {
+/* A line of the file as a row of so many columns; the others were not measured. Returns 0 if it is none. */
+static int train_log_parse(train_log *log, const char *line, size_t columns) {
     train_log_reserve(log);
-    for (size_t c = 0; c < log->columns; c++) {
-        const char last_one = c + 1 < log->columns ? ',' : '\0';
+    for (size_t c = columns; c < log->columns; c++) log->column[c][log->rows] = NOTHING;
+    for (size_t c = 0; c < columns; c++) {
+        const char last_one = c + 1 < columns ? ',' : '\0';
         char *end = NULL;
         double x = *line == last_one ? NOTHING : strtod(line, &end);
         log->column[c][log->rows] = x;
@@ -3765,11 +3772,11 @@ static int train_log_put(FILE *file, const void *what) {
     return fwrite(t->text, 1, t->length, file) == t->length && fflush(file) == 0 && !ferror(file);
 }
 
-/* What a file has, line by line, goes to kept [length + 1]: rows up to the step of the state, since those behind it are about
+/* What a file has, line by line, goes to kept [3 length + 1]: rows up to the step of the state, since those behind it are about
  * to be written again; and lines that are no rows, which somebody may have put there. Returns how much that is. */
 static size_t train_log_read(train_state *s, char *text, size_t length, char *kept) {
     train_log *log = &s->log;
-    size_t n = 0, number = 0, odd = 0, first = 0;
+    size_t n = 0, number = 0, odd = 0, first = 0, more;
     for (char *line = text, *end; line < text + length; line = end + 1) {
         size_t size;
         end = (char *)memchr(line, '\n', (size_t)(text + length - line));
@@ -3780,14 +3787,19 @@ static size_t train_log_read(train_state *s, char *text, size_t length, char *ke
         number++;
         if (number == 1 && strstr(line, "step,tokens,") != NULL) continue; /* the header is written anew */
         if (size == 0 || strtod(line, NULL) > (double)s->done) continue;
-        if (train_log_parse(log, line)) {
+        more = 0; /* columns that a version before did not have */
+        if (train_log_parse(log, line, log->columns)) {
             log->rows++;
+        } else if (train_log_parse(log, line, train_device(s))) {
+            log->rows++;
+            more = log->columns - train_device(s);
         } else if (odd++ == 0) {
             first = number;
         }
         memcpy(kept + n, line, size);
-        kept[n + size] = '\n';
-        n += size + 1;
+        memset(kept + n + size, ',', more);
+        kept[n + size + more] = '\n';
+        n += size + more + 1;
     }
     if (log->rows > 0 ? log->column[TRAIN_STEP][log->rows - 1] < (double)s->done : s->done > 0) {
         fprintf(stderr, "dsv3: warning: %s: expected rows up to step %llu, found them up to %.0f\n", log->path,
@@ -3806,7 +3818,7 @@ static void train_log_open(train_state *s) {
     train_log_text kept = {s, "", 0};
     char *text = NULL, *rows = NULL;
     log->path = train_path(s, "log.csv");
-    log->columns = train_val(s) + 1 + s->D;
+    log->columns = train_columns(s);
     log->column = (double **)route_table("log", log->columns, 1, 1, sizeof *log->column);
     if (s->o.resume && s->done > 0 && !file_exists(s->o.out, "log.csv")) {
         fprintf(stderr, "dsv3: warning: %s: does not exist; it begins anew behind step %llu\n", log->path,
@@ -3818,7 +3830,7 @@ static void train_log_open(train_state *s) {
         text = (char *)realloc(text, length + 1);
         if (text == NULL) stop("%s: no memory for %zu bytes", log->path, length + 1);
         text[length] = '\0';
-        rows = (char *)allocate(log->path, length + 1);
+        rows = (char *)allocate(log->path, 3 * length + 1); /* each line may get two more columns */
         kept.length = train_log_read(s, text, length, rows);
         kept.text = rows;
     }
@@ -3905,6 +3917,21 @@ static void train_draw_losses(const train_state *s) {
     free(names);
 }
 
+/* Balance losses, without their weights, that have one. */
+static void train_draw_balance(const train_state *s) {
+    static const char all[3][24] = {"experts", "devices", "communication"};
+    const double weight[3] = {s->o.alpha, s->o.alpha_device, s->o.alpha_comm};
+    const size_t place[3] = {train_balance(s), train_device(s), train_communication(s)};
+    char names[3][24];
+    size_t column[3], count = 0;
+    for (int i = 0; i < 3; i++) {
+        if (!(weight[i] > 0)) continue;
+        memcpy(names[count], all[i], sizeof all[i]);
+        column[count++] = place[i];
+    }
+    train_draw_lines(s, "balance.svg", "Balance losses, sums over the layers", NULL, 0, column, (const char(*)[24])names, count);
+}
+
 /* A map of layers and experts. */
 static void train_draw_map(const train_state *s, const char *name, const char *title, const char *value_name,
                            const double *value, double low, double middle, double high) {
@@ -3975,6 +4002,7 @@ static void train_draw(train_state *s) {
     train_draw_lines(s, "lr.svg", "Learning rate", NULL, 0, &lr, NULL, 1);
     train_draw_lines(s, "grad_norm.svg", "Norm of the gradients, before clipping", NULL, 1, &norm, NULL, 1);
     if (s->moe > 0) {
+        if (s->o.alpha > 0 || s->o.alpha_device > 0 || s->o.alpha_comm > 0) train_draw_balance(s);
         train_draw_lines(s, "maxvio.svg", "MaxVio of a step, mean over the layers", "busiest expert / mean load - 1",
                          0, &vio, NULL, 1);
         train_draw_loads(s);
@@ -4162,9 +4190,6 @@ static void train_resolve_balance(train_options *o, const train_options *given, 
         o->alpha = train_decimal(c->aux_loss_alpha);
         number_text(found, o->alpha);
         if (!(o->alpha >= 0 && o->alpha <= 1e6)) stop("aux_loss_alpha: expected 0 to 1000000, found %s", found);
-        if (moe && o->alpha > 0 && !c->seq_aux) {
-            fprintf(stderr, "dsv3: warning: seq_aux is false: here the balance loss is of each sequence all the same\n");
-        }
     }
     if (o->bias_speed < 0) o->bias_speed = 0.001;
     if (o->bias_freeze < 0) o->bias_freeze = 14.3 / 14.8;
@@ -4270,7 +4295,6 @@ static void train_set(train_state *s) {
     t->balance.devices = (size_t)o->devices;
     t->balance.most_devices = (size_t)o->most_devices;
     s->config.aux_loss_alpha = (float)o->alpha;
-    s->config.seq_aux = 1;
     t->weight_decay = (float)o->weight_decay;
     t->clip = (float)o->clip;
     t->frozen = o->freeze.count > 0 ? o->freeze.item : NULL;
@@ -4583,13 +4607,19 @@ static double train_loads(train_state *s) {
 /* Losses of the step into its row. */
 static void train_note_losses(train_state *s, double *row) {
     const dsv3_losses *l = &s->trainer.losses;
-    double balance = 0;
-    for (size_t i = 0; i < s->trainer.balancer.layers; i++) balance += l->balance[i] / (double)l->sequences;
+    double balance = 0, device = 0, communication = 0;
+    for (size_t i = 0; i < s->trainer.balancer.layers; i++) {
+        balance += l->balance[i] / (double)l->sequences;
+        device += l->device[i] / (double)l->sequences;
+        communication += l->communication[i] / (double)l->sequences;
+    }
     for (size_t k = 0; k <= s->D; k++) {
         if (l->targets[k] > 0) row[TRAIN_MAIN + k] = l->nll[k] / (double)l->targets[k];
     }
     row[TRAIN_LOSS] = dsv3_train_loss(&s->trainer);
     row[train_balance(s)] = balance;
+    if (s->o.alpha_device > 0) row[train_device(s)] = device;
+    if (s->o.alpha_comm > 0) row[train_communication(s)] = communication;
     row[train_vio(s)] = train_loads(s);
 }
 

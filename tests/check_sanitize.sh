@@ -36,9 +36,18 @@ for cc in gcc clang; do
     check "$cc plan" $out/dsv3 plan deepseek-v3 --type F8_E4M3
     check "$cc score" $out/dsv3 score examples/models/micro README.md
     check "$cc route" $out/dsv3 route examples/models/micro LICENSE --svg $out/a.svg --csv $out/a.csv
+    check "$cc options" $out/dsv3 generate examples/models/micro -n 5 --stop zz --stop yy --logit-bias 5:1 --top-k 9
+    check "$cc options of chat" sh -c "echo x | $out/dsv3 chat examples/models/micro -n 5 --stop zz"
+    check "$cc wrong usage" sh -c "$out/dsv3 generate examples/models/micro --stop x --nope; test \$? = 2"
+    mkdir -p $out/ends
+    cp examples/models/micro/model.safetensors $out/ends
+    first=$($out/dsv3 generate examples/models/micro -n 1 --temp 0 --ids)
+    sed "s/\"eos_token_id\": *[0-9a-z]*/\"eos_token_id\": ${first% }/" examples/models/micro/config.json > $out/ends/config.json
+    check "$cc a text that ends at once" sh -c "$out/dsv3 generate $out/ends -n 5 --temp 0 | wc -c | grep -qx ' *0'"
     check "$cc chat" sh -c "echo x | $out/dsv3 chat examples/models/micro -n 20 --mtp 3"
     rm -rf $out/run $out/fp8
     check "$cc train" $out/dsv3 train --preset micro --text LICENSE --out $out/run --steps 3 --batch 2 --seq 32
+    check "$cc resume" $out/dsv3 train --resume --out $out/run --steps 4
     check "$cc convert" $out/dsv3 convert $out/run $out/fp8 --type F8_E4M3
     rm -rf $out/*
 done

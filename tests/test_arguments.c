@@ -168,7 +168,7 @@ static void world_model(void) {
     w.ws = model->ws, w.workspace = &w.ws;
     w.txt.rows = w.b.rows = ROWS, w.txt.token = w.b.token = w.token, w.txt.sequence = NULL, w.b.sequence = w.sequence;
     w.b.position = w.position, w.b.outputs = 1, w.b.output = w.output, w.batch = &w.b, w.text = &w.txt;
-    w.sum.nll = w.doubles + 16, w.sum.targets = w.words + 8, w.sum.depths = 1, w.losses = &w.sum;
+    w.sum.nll = w.doubles + 16, w.sum.targets = w.words + 8, w.sum.depths = 1, w.sum.devices = w.sum.most_devices = 2, w.losses = &w.sum;
 }
 
 static void world_open(void) {
@@ -420,6 +420,8 @@ CALL(evaluate, w.context, w.losses, w.model, w.caches, w.modules, w.n_caches, w.
                   BAD(losses, sum.nll, NUL, 0, ARG, "nll"),
                   BAD(losses, sum.targets, NUL, 0, ARG, "targets"),
                   BAD(losses, sum.depths, SIZE, 2, ARG, "depths"),
+                  BAD(losses, sum.devices, SIZE, 3, ARG, "devices"),
+                  BAD(losses, sum.most_devices, SIZE, 3, LIMIT, "most_devices"),
                   NEED(model, model),
                   NEED(caches, caches),
                   NEED(modules, modules),

@@ -794,12 +794,13 @@ static dsv3_losses losses_make(const rig *r, size_t depths) {
     l.targets = (uint64_t *)test_alloc((1 + depths) * sizeof *l.targets);
     l.load = (uint64_t *)test_alloc(layers * r->E * sizeof *l.load);
     l.balance = synth_doubles(layers);
+    l.device = synth_doubles(layers), l.communication = synth_doubles(layers); /* devices: 0 */
     memset(l.targets, 0, (1 + depths) * sizeof *l.targets);
     memset(l.load, 0, layers * r->E * sizeof *l.load);
     return l;
 }
 
-static void losses_free(dsv3_losses *l) { free(l->nll), free(l->targets), free(l->load), free(l->balance); }
+static void losses_free(dsv3_losses *l) { free(l->nll), free(l->targets), free(l->load), free(l->balance), free(l->device), free(l->communication); }
 
 static dsv3_result evaluate(rig *r, dsv3_losses *l, const passage *p, dsv3_error *error) {
     dsv3_text x = text_of(p);
@@ -821,6 +822,8 @@ static void losses_compare(const rig *r, const dsv3_losses *got, const dsv3_loss
         CHECK(memcmp(got->load + i * r->E, want->load + i * r->E, r->E * sizeof *got->load) == 0);
         if (got->balance != NULL && want->balance != NULL) {
             CHECK(near_to(got->balance[i], want->balance[i], 1e-12));
+            CHECK(near_to(got->device[i], got->devices > 0 ? want->device[i] : 0, 1e-12));
+            CHECK(near_to(got->communication[i], got->devices > 0 ? want->communication[i] : 0, 1e-12));
         }
     }
     if (test_failed > failed) fprintf(stderr, "%s\n", what);
@@ -884,6 +887,11 @@ static void by_hand_layer(const rig *r, dsv3_losses *l, const passage *p, size_t
     }
     CHECK_EQ(dsv3_balance_loss(&loss, &routing, scratch, NULL), DSV3_OK);
     l->balance[layer] += loss;
+    routing.idx = w->idx[layer], routing.devices = l->devices, routing.most_devices = l->most_devices;
+    CHECK_EQ(dsv3_device_loss(&loss, &routing, scratch, NULL), DSV3_OK);
+    l->device[layer] += loss;
+    CHECK_EQ(dsv3_communication_loss(&loss, &routing, scratch, NULL), DSV3_OK);
+    l->communication[layer] += loss;
 }
 
 static void by_hand_sequence(rig *r, dsv3_losses *l, const passage *p, size_t at, size_t T, seen *w) {
@@ -909,6 +917,7 @@ static dsv3_losses by_hand(rig *r, size_t depths, const passage *p, int actual) 
     static seen w;
     dsv3_losses l = losses_make(r, depths);
     l.actual = actual;
+    l.devices = r->E % 2 == 0 ? 2 : 1, l.most_devices = 1;
     w.r = r;
     r->s->context.observer.user = &w;
     r->s->context.observer.routing = see_routing;
@@ -925,6 +934,7 @@ static dsv3_losses by_hand(rig *r, size_t depths, const passage *p, int actual) 
 static void hand_case(rig *r, size_t depths, const passage *p, int actual, const char *what) {
     dsv3_losses want = by_hand(r, depths, p, actual), got = losses_make(r, depths);
     got.actual = actual;
+    got.devices = actual ? want.devices : 0, got.most_devices = want.most_devices;
     CHECK_EQ(evaluate(r, &got, p, NULL), DSV3_OK);
     losses_compare(r, &got, &want, what);
     losses_free(&want), losses_free(&got);

@@ -1507,8 +1507,13 @@ trains "seq_aux" --config $tmp/alpha.json --text $tmp/train.txt --seq 12 --batch
 same "train --alpha over the config's" $tmp/alpha3/model.safetensors $tmp/steps1/model.safetensors
 sed 's/"seq_aux": true/"seq_aux": false/' $tmp/alpha.json > $tmp/seq.json
 run train --config $tmp/seq.json --text $tmp/train.txt --seq 12 --batch 4 --threads 1 --steps 1 --out $tmp/alpha4
-equal "train: seq_aux false is told" "$status $(grep -c 'warning: seq_aux is false' $tmp/err)" "0 1"
-equal "train: seq_aux as used" "$(grep -c '"seq_aux": true' $tmp/alpha4/config.json)" 1
+equal "train: seq_aux false" "$status $(grep -c warning $tmp/err)" "0 0"
+equal "train: seq_aux as used" "$(grep -c '"seq_aux": false' $tmp/alpha4/config.json)" 1
+differ "train: seq_aux false: the loss of the batch" $tmp/alpha4/model.safetensors $tmp/alpha1/model.safetensors
+for name in alpha seq; do # a micro-batch that is one sequence
+    trains "$name, one by one" --config $tmp/$name.json --text $tmp/train.txt --seq 12 --batch 4 --accum 4 --threads 1 --steps 1 --out $tmp/one_$name
+done
+same "train: seq_aux false: of micro-batches" $tmp/one_alpha/model.safetensors $tmp/one_seq/model.safetensors
 sed 's/"aux_loss_alpha": *[0-9.e-]*/"aux_loss_alpha": -0.5/' $tmp/steps1/config.json > $tmp/minus.json
 refused "train: aux_loss_alpha below 0" "aux_loss_alpha: expected 0 to 1000000, found -0.5" \
     train --config $tmp/minus.json --text $tmp/train.txt --seq 12 --out $tmp/t
@@ -1518,6 +1523,23 @@ trains "V2" $v2small --out $tmp/v2a
 equal "train, V2: the loss counts the routing" "$(state v2a --alpha-loads)" routing
 trains "V2's losses" $v2small --out $tmp/v2b --alpha-device 0.5 --alpha-comm 0.25
 equal "train, V2: no warning" "$(grep -c warning $tmp/err)" 0
+equal "train: V2's losses in the log" "$(head -n 1 $tmp/v2b/log.csv)" \
+    "step,tokens,lr,loss,main,balance,grad_norm,maxvio,val_main,device,communication"
+equal "train: V2's losses: no others" "$(head -n 1 $tmp/v2a/log.csv)" "step,tokens,lr,loss,main,balance,grad_norm,maxvio,val_main"
+if awk -F, -v alpha="$(state v2b --alpha)" 'NR == 2 { d = $4 - $5 - alpha * $6 - 0.5 * $10 - 0.25 * $11
+    good = d < 1e-6 && d > -1e-6 && $10 > 1.5 && $11 > 1.5 } END { exit !good }' $tmp/v2b/log.csv; then ok; else
+    bad "train: V2's losses: the loss is not their sum"
+fi
+cp $tmp/v2b/balance.svg $tmp/out
+shows "train: V2's losses: a picture" '>communication<'
+trains "V2, one loss" $v2small --out $tmp/v2g --alpha-comm 0.25
+equal "train: one of V2's losses" "$(head -n 1 $tmp/v2g/log.csv | cut -d, -f 9-) $(awk -F, 'NR == 2 { print NF }' $tmp/v2g/log.csv)" \
+    "val_main,communication 10"
+# A log of a version that did not have these columns.
+cut -d, -f 1-9 $tmp/v2b/log.csv > $tmp/a && cp $tmp/a $tmp/v2b/log.csv
+trains "--resume with a log of fewer columns" --resume --steps 2 --out $tmp/v2b
+equal "train --resume: a log of fewer columns" "$(grep -c warning $tmp/err) $(awk -F, '{ printf "%d ", NF }' $tmp/v2b/log.csv)" "0 11 11 11 "
+equal "train --resume: its rows" "$(sed -n 2p $tmp/v2b/log.csv)" "$(sed -n 2p $tmp/a),,"
 differ "train --alpha-device" $tmp/v2a/model.safetensors $tmp/v2b/model.safetensors
 trains "V2, by scores" $v2small --out $tmp/v2c --alpha-loads scores
 differ "train --alpha-loads" $tmp/v2a/model.safetensors $tmp/v2c/model.safetensors
