@@ -35,7 +35,9 @@
  *
  * >>options  Define before the first include of the file that has DSV3_IMPLEMENTATION (no macro changes a struct):
  *   DSV3_IMPLEMENTATION      compile the implementation here (once per program)
- *   DSV3_STATIC              everything static to this file (then any number of files may implement)
+ *   DSV3_STATIC              everything static to this file, which then has to define DSV3_IMPLEMENTATION, too, for this
+ *                            #include or a later one; any number of files may. (Compilers warn of static functions that
+ *                            are never defined: a file that only wants types and constants leaves DSV3_STATIC out)
  *   DSV3_API                 what stands before each public function; default: extern
  *   DSV3_ASSERT(x)           checks preconditions of single ops; default: nothing
  *   DSV3_SIMD                compile the SIMD backends in (x86-64; elsewhere it changes nothing). The CPU is asked

@@ -11,7 +11,7 @@ compilers=0
 for cc in gcc clang; do
     command -v $cc > /dev/null || continue
     compilers=$((compilers + 1))
-    for unit in use implement main static simd; do
+    for unit in use implement main static static_twice simd; do
         later "$cc -std=c99 -O2 $unit" $cc -std=c99 -O2 $wide $c -I. -c tests/compile/$unit.c -o /dev/null
         later "$cc -std=c++11 -O2 $unit" $cc -x c++ -std=c++11 -O2 $wide -I. -c tests/compile/$unit.c -o /dev/null
         for std in c11 c17 gnu99 gnu11; do # a standard changes what is parsed, not what is optimised
@@ -43,6 +43,12 @@ for cc in gcc clang; do
         later "$cc $header.h alone, C99" $cc -std=c99 -O2 $wide $c -Iexamples -c $out/$header.c -o /dev/null
         later "$cc $header.h alone, C++11" $cc -x c++ -std=c++11 -O2 $wide -Iexamples -c $out/$header.c -o /dev/null
     done
+done
+# Types and constants alone: clean without DSV3_STATIC; with it what is told is that functions have no body, and nothing else.
+printf '#include "dsv3.h"\nint vocab(void);\nint vocab(void) { return DSV3_MAX_VOCAB; }\n' > $out/types.c
+for compiler in "gcc -std=c99" "g++ -x c++ -std=c++17" "clang -std=c99" "clang++ -x c++ -std=c++17"; do
+    later "$compiler, types alone" $compiler $wide -Wunused -I. -c $out/types.c -o /dev/null
+    later "$compiler, types alone, static" $compiler $wide -Wno-unused-function -DDSV3_STATIC -I. -c $out/types.c -o /dev/null
 done
 if [ $compilers = 2 ]; then ok; else bad "gcc and clang are both needed (make deps)"; fi
 run_later
