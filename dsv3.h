@@ -678,7 +678,7 @@ typedef struct dsv3_text {
                                 padding in front changes what follows, unless it is a document apart */
     int32_t apart;           /* bool: each document (rows, until the number changes) is what a sequence of its own would be, to
                                 the bit: it sees itself alone, its positions begin at 0, its balance loss is its own. Only
-                                its latents lie in its sequence's cache */
+                                its latents lie in its sequence's cache, which has room for all rows of the sequence */
 } dsv3_text;
 
 /* What dsv3_evaluate adds to, so that micro-batches add up. Arrays are the caller's, cleared by her, not NULL unless
@@ -695,9 +695,9 @@ typedef struct dsv3_losses {
     uint64_t sequences; /* how many, those of padding alone left out; divide by it */
     int32_t actual;     /* bool: f_i of the balance loss from the actual routing, not from the largest scores */
 } dsv3_losses;
-/* Runs the main model and `depths` MTP modules over text. caches [n_caches] and modules [depths, n_caches] are emptied
- * first and hold the text's latents afterwards (apart: stay empty). Longer texts than the workspace has rows are taken
- * piece by piece, except that the balance loss needs them whole (MEMORY). Observers see every layer, MTP layers included.
+/* Runs the main model and `depths` MTP modules over text. caches [n_caches] and modules [depths, n_caches] (NULL if depths is
+ * 0), with room for a sequence's rows each, are emptied first and hold the text's latents afterwards (apart: stay empty). Longer
+ * texts than the workspace has rows are taken piece by piece, but balance losses need them whole (MEMORY). Observers see all.
  * Errors as of dsv3_forward; TOKEN for a target outside the vocabulary; after an error sums and caches are unspecified. */
 DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *losses, const dsv3_model *model,
                                    dsv3_cache *caches, dsv3_cache *modules, size_t n_caches, const dsv3_text *text,

@@ -1133,6 +1133,23 @@ static void test_apart(void) {
     CHECK(differ > 24); /* attention across borders is another thing */
 }
 
+/* Without depths there is nothing to lay in modules. */
+static void test_no_modules(void) {
+    rig r = rig_named(SYNTH_V3, 2, 34);
+    dsv3_losses l = losses_make(&r, 0);
+    dsv3_cache *modules;
+    passage p;
+    memset(&p, 0, sizeof p);
+    rig_run(&r, LONGEST, 1, 2, 9, DSV3_F32);
+    passage_add(&p, 0, 6, r.V);
+    modules = r.modules, r.modules = NULL;
+    CHECK_EQ(evaluate(&r, &l, &p, NULL), DSV3_OK);
+    CHECK(l.targets[0] == 5 && l.nll[0] > 0);
+    r.modules = modules;
+    losses_free(&l);
+    rig_close(&r);
+}
+
 /* Padding in front, as a document apart, changes nothing; else it does. What does not fit is refused. */
 static void test_apart_padding(void) {
     rig r = rig_named(SYNTH_V3, 2, 34);
@@ -1577,6 +1594,7 @@ int main(void) {
     test_nothing_counts();
     test_apart();
     test_apart_padding();
+    test_no_modules();
     test_micro_batches();
     test_pieces();
     test_evaluate_threads();

@@ -698,38 +698,49 @@ static void orders_all(void) {
     CHECK(isinf(dsv3_log_sum_exp(NULL, 0)) && dsv3_log_sum_exp(NULL, 0) < 0);
 }
 
-/* No rows: nothing is read or written, whatever the pointers are. */
-static void no_rows(void) {
-    static const float numbers[4 * 8] = {0};
-    static const dsv3_routing routing = {NULL, NULL, NULL, 0, 4, 2, 2, 1};
-    static const dsv3_balance_weights balance = {1, 1, 1, 2, 1, 0};
-    dsv3_config c = dsv3_config_default();
+/* A router of four experts and a matrix [rows, 8] of zeros, its first row as a vector, too. */
+typedef struct plain_ops {
+    dsv3_config c;
     dsv3_context plain;
     dsv3_tensor w, g;
+} plain_ops;
+
+static plain_ops plain_open(size_t rows) {
+    static const float numbers[4 * 8] = {0};
+    plain_ops o;
+    memset(&o, 0, sizeof o);
+    o.c = dsv3_config_default();
+    o.c.n_routed_experts = 4, o.c.num_experts_per_tok = 2, o.c.n_group = o.c.topk_group = 1, o.c.routed_scaling_factor = 1.0f;
+    o.w.data = numbers, o.w.rows = rows, o.w.cols = 8, o.w.rank = 2;
+    o.g = o.w;
+    o.g.rows = 1, o.g.rank = 1;
+    CHECK_EQ(dsv3_context_init(&o.plain, DSV3_BACKEND_REFERENCE, 1, NULL), DSV3_OK);
+    return o;
+}
+
+/* No rows: nothing is read or written, whatever the pointers are. */
+static void no_rows(void) {
+    static const dsv3_routing routing = {NULL, NULL, NULL, 0, 4, 2, 2, 1};
+    static const dsv3_balance_weights balance = {1, 1, 1, 2, 1, 0};
+    const plain_ops o = plain_open(4);
     dsv3_error error;
     double loss = 7, sums[8];
-    c.n_routed_experts = 4, c.num_experts_per_tok = 2, c.n_group = c.topk_group = 1, c.routed_scaling_factor = 1.0f;
-    memset(&w, 0, sizeof w);
-    w.data = numbers, w.rows = 4, w.cols = 8, w.rank = 2;
-    g = w;
-    g.rows = 1, g.rank = 1;
-    CHECK_EQ(dsv3_context_init(&plain, DSV3_BACKEND_REFERENCE, 1, NULL), DSV3_OK);
 #define NOTHING(call) CHECK_EQ(call, DSV3_OK), CHECK_EQ(error.code, DSV3_OK)
-    NOTHING(dsv3_rmsnorm(&plain, NULL, NULL, &g, 0, 8, 1e-6f, &error));
-    NOTHING(dsv3_embed(&plain, NULL, NULL, &w, 0, &error));
-    NOTHING(dsv3_linear(&plain, NULL, NULL, &w, 0, NULL, &error));
-    NOTHING(dsv3_cross_entropy(&plain, NULL, NULL, &w, NULL, 0, NULL, &error));
+    NOTHING(dsv3_rmsnorm(&o.plain, NULL, NULL, &o.g, 0, 8, 1e-6f, &error));
+    NOTHING(dsv3_embed(&o.plain, NULL, NULL, &o.w, 0, &error));
+    NOTHING(dsv3_linear(&o.plain, NULL, NULL, &o.w, 0, NULL, &error));
+    NOTHING(dsv3_cross_entropy(&o.plain, NULL, NULL, &o.w, NULL, 0, NULL, &error));
     NOTHING(dsv3_rope_table(NULL, NULL, NULL, 1.0f, 0, 8, &error));
-    NOTHING(dsv3_router_scores(&plain, &c, NULL, NULL, &w, NULL, 0, NULL, &error));
-    NOTHING(dsv3_router_select(&c, NULL, NULL, NULL, NULL, NULL, 0, NULL, &error));
-    NOTHING(dsv3_router_weights(&c, NULL, NULL, NULL, 0, &error));
+    NOTHING(dsv3_router_scores(&o.plain, &o.c, NULL, NULL, &o.w, NULL, 0, NULL, &error));
+    NOTHING(dsv3_router_select(&o.c, NULL, NULL, NULL, NULL, NULL, 0, NULL, &error));
+    NOTHING(dsv3_router_weights(&o.c, NULL, NULL, NULL, 0, &error));
     NOTHING(dsv3_bias_step(NULL, NULL, 0, 4, DSV3_BIAS_SIGN, 0.001, &error));
-    NOTHING(dsv3_linear_backward(&plain, NULL, NULL, NULL, NULL, &w, 0, NULL, &error));
+    NOTHING(dsv3_linear_backward(&o.plain, NULL, NULL, NULL, NULL, &o.w, 0, NULL, &error));
     NOTHING(dsv3_embed_backward(NULL, NULL, NULL, 0, 4, 8, &error));
-    NOTHING(dsv3_rmsnorm_backward(&plain, NULL, NULL, NULL, NULL, &g, 0, 1e-6f, NULL, &error));
-    NOTHING(dsv3_cross_entropy_backward(&plain, NULL, NULL, 1.0f, NULL, &w, NULL, 0, NULL, &error));
-    NOTHING(dsv3_router_weights_backward(&c, NULL, NULL, NULL, NULL, 0, &error));
-    NOTHING(dsv3_router_scores_backward(&c, NULL, NULL, NULL, 0, &error));
+    NOTHING(dsv3_rmsnorm_backward(&o.plain, NULL, NULL, NULL, NULL, &o.g, 0, 1e-6f, NULL, &error));
+    NOTHING(dsv3_cross_entropy_backward(&o.plain, NULL, NULL, 1.0f, NULL, &o.w, NULL, 0, NULL, &error));
+    NOTHING(dsv3_router_weights_backward(&o.c, NULL, NULL, NULL, NULL, 0, &error));
+    NOTHING(dsv3_router_scores_backward(&o.c, NULL, NULL, NULL, 0, &error));
     NOTHING(dsv3_communication_loss(&loss, &routing, sums, &error));
     CHECK(!(loss > 0 || loss < 0));
     NOTHING(dsv3_balance_backward(NULL, 1.0, &balance, &routing, sums, &error));
@@ -745,24 +756,16 @@ static void edges(void) {
     int32_t position[1] = {0};
     uint8_t seen[1];
     uint64_t turns[4] = {0};
-    dsv3_config c = dsv3_config_default();
-    dsv3_context plain;
-    dsv3_tensor w, g;
+    plain_ops o = plain_open(3);
     dsv3_error error;
-    c.n_routed_experts = 4, c.num_experts_per_tok = 2, c.n_group = c.topk_group = 1, c.routed_scaling_factor = 1.0f;
-    memset(&w, 0, sizeof w);
-    w.data = numbers, w.rows = 3, w.cols = 8, w.rank = 2;
-    g = w;
-    g.rows = 1, g.rank = 1;
-    CHECK_EQ(dsv3_context_init(&plain, DSV3_BACKEND_REFERENCE, 1, NULL), DSV3_OK);
-    CHECK_EQ(dsv3_rmsnorm(&plain, y, numbers, &g, 1, 8, INFINITY, &error), DSV3_ERR_ARG);
+    CHECK_EQ(dsv3_rmsnorm(&o.plain, y, numbers, &o.g, 1, 8, INFINITY, &error), DSV3_ERR_ARG);
     CHECK(strcmp(error.name, "eps") == 0);
-    g.rows = 2;
-    CHECK_EQ(dsv3_rmsnorm(&plain, y, numbers, &g, 1, 8, 1e-6f, &error), DSV3_ERR_UNSUPPORTED);
+    o.g.rows = 2;
+    CHECK_EQ(dsv3_rmsnorm(&o.plain, y, numbers, &o.g, 1, 8, 1e-6f, &error), DSV3_ERR_UNSUPPORTED);
     CHECK(strcmp(error.name, "g") == 0);
     CHECK_EQ(dsv3_rope_table(y, position, turns, INFINITY, 1, 8, &error), DSV3_ERR_ARG);
     CHECK(strcmp(error.name, "factor") == 0);
-    CHECK_EQ(dsv3_router_scores(&plain, &c, y, numbers, &w, NULL, 1, scratch, &error), DSV3_ERR_MISMATCH);
+    CHECK_EQ(dsv3_router_scores(&o.plain, &o.c, y, numbers, &o.w, NULL, 1, scratch, &error), DSV3_ERR_MISMATCH);
     CHECK(strcmp(error.name, "gate_w") == 0 && error.expected[0] == 4 && error.found[0] == 3);
     CHECK_EQ(dsv3_logits_penalty(logits, 3, token, 2, 0.5f, seen, &error), DSV3_OK);
     CHECK(logits[1] >= 3.4028234e38f && logits[1] - logits[1] == 0.0f && logits[2] == 1.0f);
@@ -779,8 +782,8 @@ static void edges(void) {
     CHECK_EQ(dsv3_logits_bias(logits, 3, token, bias, 2, &error), DSV3_OK);
     CHECK(logits[1] < -3.4028235e38f && logits[1] - logits[1] != 0.0f);
     CHECK_EQ(dsv3_rope_table(y, position, turns, 1.0f, SIZE_MAX / 8, 8, &error), DSV3_ERR_OVERFLOW);
-    w.rows = w.cols = 1; /* rows that can be counted, with losses that cannot: found out before a target is read */
-    CHECK_EQ(dsv3_cross_entropy(&plain, y, numbers, &w, token, SIZE_MAX / 4 - 1, scratch, &error), DSV3_ERR_OVERFLOW);
+    o.w.rows = o.w.cols = 1; /* rows that can be counted, with losses that cannot: found out before a target is read */
+    CHECK_EQ(dsv3_cross_entropy(&o.plain, y, numbers, &o.w, token, SIZE_MAX / 4 - 1, scratch, &error), DSV3_ERR_OVERFLOW);
     CHECK(strcmp(error.name, "n") == 0);
 }
 
