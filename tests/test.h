@@ -15,6 +15,10 @@
 
 static int test_passed, test_failed;
 
+/* The longest tests have two forms: this one, the same cases with fewer texts, draws and types; and, with TEST_LONG in the
+ * environment, all of them (tests/check_long.sh). */
+static inline int test_light(void) { return getenv("TEST_LONG") == NULL; }
+
 static void test_count(int ok, const char *file, int line, const char *what) {
     if (ok) {
         test_passed++;

@@ -16,18 +16,6 @@
 
 #include <time.h>
 
-/* Under AddressSanitizer everything takes ten times as long: the same cases with fewer texts and draws. */
-#if defined(__SANITIZE_ADDRESS__)
-#define LIGHT 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define LIGHT 1
-#endif
-#endif
-#ifndef LIGHT
-#define LIGHT 0
-#endif
-
 #define MODULES 4 /* most MTP modules of a model here */
 #define MOST_WRITERS 20
 
@@ -640,7 +628,7 @@ static void lossless(const library *l, dsv3_attention form, size_t least, size_t
 }
 
 static void test_micro(void) {
-    size_t texts = LIGHT ? 3 : TEXTS, goal = LIGHT ? 48 : 300;
+    size_t texts = test_light() ? 3 : TEXTS, goal = test_light() ? 48 : 300;
     library *l = library_open("examples/models/micro", texts, goal);
     library_truth(l, DSV3_ATTENTION_ABSORBED, DSV3_F32, 24, 15);
     lossless(l, DSV3_ATTENTION_ABSORBED, 0, 4, 0);
@@ -656,7 +644,7 @@ static void test_micro(void) {
 
 /* Rounded activations: drafts must not show there, either, nor that the second half is written with packed weights. */
 static void test_micro_fast(void) {
-    library *l = library_open("examples/models/micro", LIGHT ? 2 : 4, LIGHT ? 24 : 60);
+    library *l = library_open("examples/models/micro", test_light() ? 2 : 4, test_light() ? 24 : 60);
     dsv3_context ctx;
     size_t bytes;
     void *memory;
@@ -750,7 +738,7 @@ static void random_ways(const dsv3_model *model, dsv3_type type, uint64_t seed) 
         y.rows = rows[i / 5 % 3];
         y.ws_rows = ws_rows[i / 15 % 3];
         y.adaptive = i / 45 == 1;
-        if (LIGHT && i % 3 != 0) continue;
+        if (test_light() && i % 3 != 0) continue;
         random_way(model, truth, n, &y);
     }
     for (size_t i = 0; i < COMPANY; i++) witness_close(truth[i]);
@@ -1035,7 +1023,7 @@ static void test_rules(const odds *o, int draws) {
 
 static void test_distribution(int V, int D, uint64_t seed, int past, float temperature, float top_p) {
     odds o;
-    int seen[CELLS], accepted, draws = LIGHT ? 2000 : 20000;
+    int seen[CELLS], accepted, draws = test_light() ? 2000 : 20000;
     desk *k;
     writer *stem;
     memset(&o, 0, sizeof o);
@@ -1181,7 +1169,7 @@ static void test_roll_back(void) {
     int near = 0, far = 0;
     for (int D = 0; D <= 3; D++) {
         synth *s = random_model(5, D, 500 + (uint64_t)D);
-        for (int variant = 0; variant < (LIGHT ? 2 : 4); variant++) {
+        for (int variant = 0; variant < (test_light() ? 2 : 4); variant++) {
             roll r = {NULL, DSV3_F32, 0, 3, 0, 0, 0, NULL, NULL};
             r.model = &s->model;
             r.type = variant % 2 ? DSV3_BF16 : DSV3_F32;
@@ -1283,7 +1271,7 @@ static void live(life *f, size_t events) {
 }
 
 static void test_long_lives(void) {
-    for (int i = 0; i < (LIGHT ? 6 : 16); i++) {
+    for (int i = 0; i < (test_light() ? 6 : 16); i++) {
         int D = i % 4;
         synth *s = random_model(4 + i % 3, D, 600 + (uint64_t)D);
         life f;
@@ -1293,7 +1281,7 @@ static void test_long_lives(void) {
         f.drafts = D == 0 ? 0 : (size_t)D + (size_t)(i / 4 % 3);
         f.rows = 1 + (size_t)(i * 5 % 9);
         test_state = 900 + (uint64_t)i;
-        live(&f, LIGHT ? 40 : 80);
+        live(&f, test_light() ? 40 : 80);
         CHECK(f.cuts > 5 && f.turns > 1 && f.forks > 2);
         CHECK(f.rows > 3 || f.unread > 0);
         synth_close(s);

@@ -10,18 +10,6 @@
 #include "dsv3.h"
 #include "synthetic.h"
 
-/* Under AddressSanitizer everything takes ten times as long: fewer bytes are altered. */
-#if defined(__SANITIZE_ADDRESS__)
-#define LIGHT 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define LIGHT 1
-#endif
-#endif
-#ifndef LIGHT
-#define LIGHT 0
-#endif
-
 #define TAG 0x123456789ABCDEFu
 #define HEADER 40 /* bytes before the config's fields */
 
@@ -369,7 +357,7 @@ static void test_cache_damage(synth *s, dsv3_type type) {
     blob b;
     fill_cache(&t->cache, 3);
     b = thing_save(t);
-    check_damage(t, b, LIGHT ? 37 : 1);
+    check_damage(t, b, test_light() ? 37 : 1);
     check_others(t, b);
     check_hostile(t, b, 12, NULL);
     blob_free(b), thing_free(t);
@@ -612,7 +600,7 @@ static void test_sequence_damage(void) {
         CHECK(strcmp(error.name, "length") == 0 && strstr(error.why, "of a module is more than that of the text") != NULL);
         module->length = was;
     }
-    check_damage(t, b, LIGHT ? 61 : 1);
+    check_damage(t, b, test_light() ? 61 : 1);
     check_others(t, b);
     check_hostile(t, b, b.bytes / 8, play_on);
     blob_free(b), thing_free(t);
