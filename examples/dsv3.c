@@ -741,6 +741,15 @@ static int output_replace(const char *from, const char *to) {
 #endif
 }
 
+/* Two names of one file or directory? */
+static int is_same_file(const char *a, const char *b) {
+#ifdef TOOL_POSIX
+    struct stat s, t;
+    if (stat(a, &s) == 0 && stat(b, &t) == 0) return s.st_dev == t.st_dev && s.st_ino == t.st_ino;
+#endif
+    return strcmp(a, b) == 0;
+}
+
 /* Called before the work, so that an hour of it does not end with a path that cannot be written. */
 static void output_try(const char *name, const char *path) {
     char *temporary, *real;
@@ -882,7 +891,9 @@ static void steering_bias(steering *p, const char *text, size_t V) {
     double value = *end == ':' && end > text ? strtod(end + 1, &end) : 0;
     if (end == text || *end != '\0' || strchr(text, ':') == NULL || strchr(text, ':')[1] == '\0')
         stop("--logit-bias: expected ID:VALUE, found '%s'", text);
-    if (id < 0 || (size_t)id >= V) stop("--logit-bias: token id: expected below %zu, found %ld", V, id);
+    if (id < 0 || (size_t)id >= V) {
+        stop("--logit-bias: token id: expected below %zu, found %.*s", V, (int)strcspn(text, ":"), text);
+    }
     if (!(value <= 1e30)) stop("--logit-bias: expected a number up to 1e30, found '%s'", text);
     p->id[p->n] = (int32_t)id;
     p->bias[p->n++] = value < -1e30 ? -INFINITY : (float)value;
@@ -2107,7 +2118,9 @@ static int route(int argc, char **argv, const command *c) {
     size_t window;
     int status = parse(argc, argv, c, options, operands, 2);
     if (status != 0) return status - 1;
-    if (svg != NULL && csv != NULL && strcmp(svg, csv) == 0) stop("--csv: expected another path than --svg has");
+    if (svg != NULL && csv != NULL && is_same_file(svg, csv)) stop("--csv: expected another path than --svg has");
+    if (svg != NULL && is_same_file(svg, operands[1])) stop("--svg: %s: is the text that is read", svg);
+    if (csv != NULL && is_same_file(csv, operands[1])) stop("--csv: %s: is the text that is read", csv);
     output_try("--svg", svg);
     output_try("--csv", csv);
     window = windows_open(&s, &t, operands, &o, 0);
@@ -2671,14 +2684,6 @@ static const char convert_help[] =
     "                   of 32 become BF16. Router biases are always F32. What has its type already is copied bit\n"
     "                   for bit\n";
 
-static int is_same_directory(const char *a, const char *b) {
-#ifdef TOOL_POSIX
-    struct stat s, t;
-    if (stat(a, &s) == 0 && stat(b, &t) == 0) return s.st_dev == t.st_dev && s.st_ino == t.st_ino;
-#endif
-    return strcmp(a, b) == 0;
-}
-
 static void convert_print(const char *directory, dsv3_type type) {
     checkpoint c;
     st_error error;
@@ -2785,7 +2790,7 @@ static int convert(int argc, char **argv, const command *c) {
     if (status != 0) return status - 1;
     if (type_name == NULL) return usage(c, "an option is missing: --type", "");
     type = parse_type("--type", type_name);
-    if (is_same_directory(operands[0], operands[1])) {
+    if (is_same_file(operands[0], operands[1])) {
         stop("%s: expected another directory than the one to convert", operands[1]);
     }
     if (checkpoint_open(&from, operands[0], &error) != ST_OK) stop("%s", error.message);
@@ -4198,6 +4203,13 @@ static void train_resolve_balance(train_options *o, const train_options *given, 
     if (o->most_devices == 0) o->most_devices = c->topk_group > 0 ? c->topk_group : 1;
     if ((o->alpha_device > 0 || o->alpha_comm > 0) && moe && E % o->devices != 0) {
         stop("--devices: expected a divisor of the %ld experts, found %ld", E, o->devices);
+    }
+    if (o->alpha_comm > 0 && moe && o->most_devices > o->devices) {
+        stop("--most-devices: expected 1 to %ld, as many as there are (--devices), found %ld", o->devices, o->most_devices);
+    }
+    if (given->alpha_device <= 0 && given->alpha_comm <= 0 && (given->devices > 0 || given->most_devices > 0)) {
+        fprintf(stderr, "dsv3: warning: --%s: has no effect without --alpha-device or --alpha-comm\n",
+                given->devices > 0 ? "devices" : "most-devices");
     }
 }
 

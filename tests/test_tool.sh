@@ -128,7 +128,7 @@ for value in 30 30: :1 1:2:3 '1 :2' 30:nan 30:inf a:1 1:b; do
     refused "--logit-bias '$value'" "--logit-bias: expected" generate $micro --logit-bias "$value" -n 1
 done
 for value in 256:1 -1:1 99999999999999999999:1; do
-    refused "--logit-bias $value" "--logit-bias: token id: expected below 256" generate $micro --logit-bias=$value -n 1
+    refused "--logit-bias $value" "--logit-bias: token id: expected below 256, found ${value%%:*}" generate $micro --logit-bias=$value -n 1
 done
 refused "--stop ''" "--stop: expected a value" generate $micro --stop '' -n 1
 refused "--stop, ids" "--stop: expected a text, found ' '" generate $micro --ids --stop ' ' -n 1
@@ -970,6 +970,12 @@ cp $tmp/err $tmp/b
 refused "generate: NaN in a model" "is not finite" generate $tmp/nan -n 1
 refused "score: NaN in a model" "is not finite" score $tmp/nan LICENSE
 refused "route: NaN in a model" "is not finite" route $tmp/nan $tmp/part
+cp LICENSE $tmp/read.txt
+ln -s read.txt $tmp/read.link
+for option in --svg --csv; do
+    refused "route $option over the text" "$option: $tmp/read.link: is the text that is read" route $micro $tmp/read.txt $option $tmp/read.link
+done
+same "route: the text stays" LICENSE $tmp/read.txt
 
 # ---- convert
 
@@ -1550,6 +1556,10 @@ equal "train --bias-speed without biases" "$status $(grep -c 'warning: --bias-sp
 run train $v2small --out $tmp/v2f --bias-freeze 0.1
 equal "train --bias-freeze without biases" "$status $(grep -c 'warning: --bias-freeze: has no effect' $tmp/err)" "0 1"
 refused "train --devices" "--devices: expected a divisor of the 8 experts, found 3" train $recipe --out $tmp/t --alpha-device 1 --devices 3
+refused "train --most-devices" "--most-devices: expected 1 to 4, as many as there are (--devices), found 5" \
+    train $recipe --out $tmp/t --alpha-comm 1 --devices 4 --most-devices 5
+run train $v2small --out $tmp/v2h --devices 2
+equal "train --devices without a loss" "$status $(grep -c 'warning: --devices: has no effect' $tmp/err)" "0 1"
 refused "train --alpha-loads" "--alpha-loads: expected scores or routing, found 'x'" train $recipe --out $tmp/t --alpha-loads x
 
 # A state that is not what was written: which file, what of it, and all stays as it is.
