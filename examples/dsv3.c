@@ -82,8 +82,13 @@ stop(const char *format, ...) {
     exit(1);
 }
 
+static dsv3_error stop_error; /* for calls whose result goes to stop_result */
+
 static void stop_result(const char *what, dsv3_result result) {
-    if (result != DSV3_OK) stop("%s: %s", what, dsv3_result_string(result));
+    char text[256];
+    if (result == DSV3_OK) return;
+    if (stop_error.code != result) stop("%s: %s", what, dsv3_result_string(result));
+    stop("%s: %s", what, dsv3_error_text(&stop_error, text, sizeof text));
 }
 
 static void *allocate(const char *what, size_t bytes) {
@@ -390,7 +395,7 @@ static void open_context(dsv3_context *context, const char *name, long threads) 
     if (dsv3_backend_find(&backend, name, NULL) != DSV3_OK) {
         stop("--backend: expected auto, reference, avx2, avx512, avx512_bf16 or amx, found '%s'", name);
     }
-    result = dsv3_context_init(context, backend, 1, NULL);
+    result = dsv3_context_init(context, backend, 1, &stop_error);
     if (result == DSV3_ERR_UNSUPPORTED) stop("--backend: %s does not run on this machine", name);
     stop_result("--backend", result);
     pool = threads_create((size_t)threads);
@@ -419,12 +424,12 @@ static int parse_pack(int pack, int no_pack) {
 static void session_pack(session *s, int pack) {
     size_t bytes;
     if (pack == PACK_NEVER) return;
-    stop_result("--pack", dsv3_pack_size(&s->context, &s->model.model, &bytes, NULL));
+    stop_result("--pack", dsv3_pack_size(&s->context, &s->model.model, &bytes, &stop_error));
     if (bytes == 0 || (pack == PACK_SMALL && bytes > PACK_UNASKED)) return;
     s->packed_memory = large_pages_alloc(bytes);
     if (s->packed_memory == NULL) stop("--pack: no memory for %zu bytes", bytes);
     s->packed_bytes = bytes;
-    stop_result("--pack", dsv3_pack(&s->context, &s->model.model, s->packed_memory, bytes, NULL));
+    stop_result("--pack", dsv3_pack(&s->context, &s->model.model, s->packed_memory, bytes, &stop_error));
 }
 
 /* What is odd about it. */
@@ -448,13 +453,13 @@ static void session_open(session *s, const char *directory, const char *backend,
 
 static void session_reserve(session *s, size_t positions, size_t rows, dsv3_type type) {
     const dsv3_config *c = &s->model.config;
-    stop_result("cache", dsv3_cache_size(c, positions, type, &s->cache_bytes, NULL));
+    stop_result("cache", dsv3_cache_size(c, positions, type, &s->cache_bytes, &stop_error));
     s->cache_memory = allocate("cache", s->cache_bytes);
-    stop_result("cache", dsv3_cache_init(c, &s->cache, positions, type, s->cache_memory, s->cache_bytes, NULL));
-    stop_result("workspace", dsv3_workspace_size(c, rows, s->context.threads, &s->workspace_bytes, NULL));
+    stop_result("cache", dsv3_cache_init(c, &s->cache, positions, type, s->cache_memory, s->cache_bytes, &stop_error));
+    stop_result("workspace", dsv3_workspace_size(c, rows, s->context.threads, &s->workspace_bytes, &stop_error));
     s->workspace_memory = allocate("workspace", s->workspace_bytes);
     stop_result("workspace", dsv3_workspace_init(c, &s->workspace, rows, s->context.threads, s->workspace_memory,
-                                                 s->workspace_bytes, NULL));
+                                                 s->workspace_bytes, &stop_error));
 }
 
 static void session_close(session *s) {
@@ -1036,20 +1041,20 @@ static void prompt_cache_load(prompt_cache *c, dsv3_sequence *to, const dsv3_mod
     number_text(drafts, (double)to->max_drafts);
     prompt_cache_same(c, "--mtp", drafts);
     prompt_cache_same(c, "--cache", dsv3_type_name(to->cache.type));
-    stop_result(c->path, dsv3_sequence_size(model, capacity, to->cache.type, to->rows, to->max_drafts, &bytes, NULL));
+    stop_result(c->path, dsv3_sequence_size(model, capacity, to->cache.type, to->rows, to->max_drafts, &bytes, &stop_error));
     memory = allocate(c->path, bytes);
     stop_result(c->path, dsv3_sequence_init(model, &all, capacity, to->cache.type, to->rows, to->max_drafts, memory,
-                                            bytes, NULL));
+                                            bytes, &stop_error));
     if (dsv3_sequence_load(model, &all, c->tag, c->state->data, c->state->bytes, &error) != DSV3_OK) {
         stop("%s: %s; it is left as it is", c->path, dsv3_error_text(&error, text, sizeof text));
     }
     if (dsv3_sequence_length(&all) > c->count) stop("%s: is damaged: its parts do not fit together", c->path);
     if (c->common < dsv3_sequence_length(&all)) {
-        stop_result(c->path, dsv3_sequence_truncate(&all, c->common, &c->reused, NULL));
+        stop_result(c->path, dsv3_sequence_truncate(&all, c->common, &c->reused, &stop_error));
     } else {
         c->reused = dsv3_sequence_length(&all);
     }
-    stop_result(c->path, dsv3_sequence_copy(to, &all, NULL));
+    stop_result(c->path, dsv3_sequence_copy(to, &all, &stop_error));
     free(memory);
     st_close(&c->file);
     to->steps = to->written = 0;
@@ -1069,9 +1074,9 @@ static void prompt_cache_save(const prompt_cache *c, const dsv3_sequence *from, 
     if (c->path == NULL) return;
     number_text(drafts, (double)from->max_drafts);
     pairs[9] = drafts;
-    stop_result(c->path, dsv3_sequence_save_size(from, &bytes, NULL));
+    stop_result(c->path, dsv3_sequence_save_size(from, &bytes, &stop_error));
     data = allocate(c->path, bytes);
-    stop_result(c->path, dsv3_sequence_save(model, from, c->tag, data, bytes, NULL));
+    stop_result(c->path, dsv3_sequence_save(model, from, c->tag, data, bytes, &stop_error));
     prompt_cache_tokens_hash(hash, token, length);
     pairs[3] = hash;
     memset(list, 0, sizeof list);
@@ -1109,16 +1114,16 @@ static void writer_open(writer *w, session *s, const writer_options *o, size_t c
     dsv3_type type = parse_cache(o->cache);
     memset(w, 0, sizeof *w);
     if (rows < drafts + 1) rows = drafts + 1;
-    stop_result("cache", dsv3_sequence_size(model, context, type, rows, drafts, &w->bytes, NULL));
+    stop_result("cache", dsv3_sequence_size(model, context, type, rows, drafts, &w->bytes, &stop_error));
     w->memory = allocate("cache", w->bytes);
     stop_result("cache",
-                dsv3_sequence_init(model, &w->sequence, context, type, rows, drafts, w->memory, w->bytes, NULL));
+                dsv3_sequence_init(model, &w->sequence, context, type, rows, drafts, w->memory, w->bytes, &stop_error));
     if (cached != NULL) prompt_cache_load(cached, &w->sequence, model); /* what it says of the sampler is replaced here */
     stop_result("workspace",
-                dsv3_workspace_size(&model->config, rows, s->context.threads, &s->workspace_bytes, NULL));
+                dsv3_workspace_size(&model->config, rows, s->context.threads, &s->workspace_bytes, &stop_error));
     s->workspace_memory = allocate("workspace", s->workspace_bytes);
     stop_result("workspace", dsv3_workspace_init(&model->config, &s->workspace, rows, s->context.threads,
-                                                 s->workspace_memory, s->workspace_bytes, NULL));
+                                                 s->workspace_memory, s->workspace_bytes, &stop_error));
     w->logits = (float *)allocate("logits", (drafts + 1) * s->V * sizeof *w->logits);
     w->sequence.temperature = (float)o->temperature;
     w->sequence.top_p = (float)o->top_p;
@@ -1309,7 +1314,7 @@ static int generate(int argc, char **argv, const command *c) {
     w.prompt_tokens = prompt.count - cached.reused;
     if (w.prompt_tokens > 0) {
         stop_result("prompt", dsv3_sequence_append(&s.model.model, &w.sequence, prompt.id + cached.reused,
-                                                   w.prompt_tokens, NULL));
+                                                   w.prompt_tokens, &stop_error));
     }
     echo |= is_terminal(stdout); /* so that the page reads whole */
     if (echo) fwrite(text, 1, length, stdout);
@@ -1324,7 +1329,7 @@ static int generate(int argc, char **argv, const command *c) {
                 w.sequence.cache.capacity, made, o.n);
     }
     if (w.sequence.prompt_left > 0) { /* interrupted: what is read stays */
-        stop_result("prompt", dsv3_sequence_truncate(&w.sequence, dsv3_sequence_length(&w.sequence), NULL, NULL));
+        stop_result("prompt", dsv3_sequence_truncate(&w.sequence, dsv3_sequence_length(&w.sequence), NULL, &stop_error));
     }
     prompt_cache_save(&cached, &w.sequence, &s.model.model, w.sequence.history, dsv3_sequence_length(&w.sequence));
     if (o.stats && cache_path != NULL) {
@@ -1414,7 +1419,7 @@ static void chat_add(chat_state *c, const char *where, const char *text) {
 /* Rolls back to the first `length` tokens of the text; what the modules need again is appended with the next turn. */
 static void chat_truncate(chat_state *c, size_t length) {
     size_t kept = 0, known = dsv3_sequence_length(&c->w.sequence);
-    stop_result("roll back", dsv3_sequence_truncate(&c->w.sequence, length < known ? length : known, &kept, NULL));
+    stop_result("roll back", dsv3_sequence_truncate(&c->w.sequence, length < known ? length : known, &kept, &stop_error));
     c->text.count = length;
 }
 
@@ -1531,7 +1536,7 @@ static void chat_reply(chat_state *c) {
     size_t known = dsv3_sequence_length(q), fresh = c->text.count - known;
     int32_t *copy = (int32_t *)allocate("turn", (fresh + 1) * sizeof *copy); /* text may move while it is read */
     if (fresh > 0) memcpy(copy, c->text.id + known, fresh * sizeof *copy);
-    if (fresh > 0) stop_result("turn", dsv3_sequence_append(&c->s.model.model, q, copy, fresh, NULL));
+    if (fresh > 0) stop_result("turn", dsv3_sequence_append(&c->s.model.model, q, copy, fresh, &stop_error));
     c->w.prompt_tokens += fresh;
     chat_interrupted = 0;
     held->found = q->stopped = 0;
@@ -1738,12 +1743,12 @@ static void *score_modules(const session *s, dsv3_cache *caches, size_t modules)
     const dsv3_config *config = &s->model.config;
     size_t bytes = 0, capacity = s->cache.capacity;
     unsigned char *memory;
-    stop_result("cache", dsv3_cache_mtp_size(config, capacity, s->cache.type, &bytes, NULL));
+    stop_result("cache", dsv3_cache_mtp_size(config, capacity, s->cache.type, &bytes, &stop_error));
     bytes += DSV3_ALIGN - bytes % DSV3_ALIGN;
     memory = (unsigned char *)allocate("cache", modules > SIZE_MAX / bytes ? SIZE_MAX : modules * bytes);
     for (size_t k = 0; k < modules; k++) {
         stop_result("cache", dsv3_cache_mtp_init(config, &caches[k], capacity, s->cache.type, memory + k * bytes,
-                                                 bytes, NULL));
+                                                 bytes, &stop_error));
     }
     return memory;
 }
@@ -1913,7 +1918,7 @@ static void route_run(session *s, route_state *r, const tokens *t, size_t window
     s->context.observer.routing = route_watch;
     for (size_t begin = 0; begin < t->count; begin += window) {
         size_t rows = t->count - begin < window ? t->count - begin : window;
-        stop_result("cache", dsv3_cache_truncate(&s->cache, 0, NULL));
+        stop_result("cache", dsv3_cache_truncate(&s->cache, 0, &stop_error));
         for (size_t done = 0; done < rows;) {
             size_t n = rows - done < CHUNK ? rows - done : CHUNK;
             session_forward(s, NULL, t->id + begin + done, n, 0);
@@ -2320,7 +2325,7 @@ static int plan(int argc, char **argv, const command *c) {
     memset(&p, 0, sizeof p);
     p.config = &config;
     p.type = parse_type("--type", type);
-    stop_result(name, dsv3_model_tensors(&config, plan_tensor, &p, NULL));
+    stop_result(name, dsv3_model_tensors(&config, plan_tensor, &p, &stop_error));
     plan_print(&p, name);
     if (context == 0) context = config.max_position_embeddings < 4096 ? config.max_position_embeddings : 4096;
     plan_print_memory(&config, (size_t)context, (size_t)batch, (size_t)rows, (size_t)threads);
@@ -2414,7 +2419,7 @@ static range inspect_blocks(const dsv3_tensor *t) {
     one.cols = DSV3_QBLOCK;
     one.type = t->type;
     one.rank = 2;
-    stop_result("reference", dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1, NULL));
+    stop_result("reference", dsv3_context_init(&context, DSV3_BACKEND_REFERENCE, 1, &stop_error));
     for (uint64_t i = 0; i < n; i += DSV3_QBLOCK, block += dsv3_type_bytes(t->type)) {
         float x[DSV3_QBLOCK];
         one.data = block;
@@ -3206,7 +3211,7 @@ static void train_check_names(const train_state *s, const char *which, const tex
     size_t shared = 0;
     for (size_t i = 0; i < patterns->count; i++) {
         train_names n = {patterns->item[i], 0, 0};
-        stop_result(which, dsv3_model_tensors(&s->config, train_match_visit, &n, NULL));
+        stop_result(which, dsv3_model_tensors(&s->config, train_match_visit, &n, &stop_error));
         if (n.matches == 0) stop("%s: no tensor has a name like '%s'", which, n.pattern);
         shared += n.shared;
     }
@@ -3234,10 +3239,10 @@ static dsv3_result train_tensor_visit(void *user, const dsv3_tensor_info *info) 
 }
 
 static void train_list_tensors(train_state *s) {
-    stop_result("tensors", dsv3_model_tensors(&s->config, train_tensor_visit, s, NULL));
+    stop_result("tensors", dsv3_model_tensors(&s->config, train_tensor_visit, s, &stop_error));
     s->tensor = (train_tensor *)route_table("tensors", s->tensors, 1, 1, sizeof *s->tensor);
     s->tensors = 0;
-    stop_result("tensors", dsv3_model_tensors(&s->config, train_tensor_visit, s, NULL));
+    stop_result("tensors", dsv3_model_tensors(&s->config, train_tensor_visit, s, &stop_error));
 }
 
 /* A dsv3_find over an array in the order of the parameters. It is mostly asked in that order. */
@@ -3610,7 +3615,8 @@ static void train_save_state(train_state *s) {
                                 s->phases, s->best_step,    s->worse,   s->val_hash};
     const char *pairs[2 * (TRAIN_OPTIONS + 13) + 1];
     uint64_t *sums, sum = TRAIN_SUM;
-    char numbers[9][24], checksum[24], best[NUMBER] = "", *path = train_path(s, "train.safetensors"), *config = NULL, *value[TRAIN_OPTIONS];
+    char numbers[9][24], checksum[24], best[NUMBER] = "", *path = train_path(s, "train.safetensors"), *config = NULL;
+    char *value[TRAIN_OPTIONS];
     option table[TRAIN_OPTIONS + 1];
     size_t n = 0, count = 0, stored = 0;
     st_error error;
@@ -4294,6 +4300,10 @@ static void train_set(train_state *s) {
     *t = dsv3_training_default();
     if (s->seq > SIZE_MAX / s->sequences) stop("--batch: %zu x %zu tokens are too many", s->sequences, s->seq);
     t->rows = s->sequences * s->seq;
+    if (t->rows > DSV3_MAX_SEQ) {
+        stop("--batch: expected at most %ld tokens in a micro-batch (--accum), found %zu x %zu", (long)DSV3_MAX_SEQ,
+             s->sequences, s->seq);
+    }
     t->sequences = s->sequences;
     t->longest = s->seq;
     t->keep = train_keep(o->keep);
@@ -4324,10 +4334,10 @@ static void train_set_balancer(train_state *s) {
 static void train_reserve(train_state *s) {
     size_t bytes = 0, n = s->settings.rows, E = (size_t)s->config.n_routed_experts;
     open_context(&s->eval.context, s->o.backend != NULL ? s->o.backend : "auto", s->o.threads);
-    stop_result("training", dsv3_trainer_size(&s->config, &s->settings, s->eval.context.threads, &bytes, NULL));
+    stop_result("training", dsv3_trainer_size(&s->config, &s->settings, s->eval.context.threads, &bytes, &stop_error));
     s->trainer_memory = allocate_whole("training", bytes);
     stop_result("training", dsv3_trainer_init(&s->config, &s->trainer, &s->settings, s->eval.context.threads,
-                                              s->trainer_memory, bytes, NULL));
+                                              s->trainer_memory, bytes, &stop_error));
     train_set_balancer(s);
     train_list_tensors(s);
     s->token = (int32_t *)route_table("batch", n, 1, 1, sizeof *s->token);
@@ -4392,7 +4402,7 @@ static void train_first_weights(train_state *s, checkpoint *from) {
     dsv3_rng rng;
     rng.state = (uint64_t)s->o.seed;
     if (s->o.init != NULL) {
-        stop_result(s->o.init, dsv3_parameters_from_model(&s->trainer.weights, &from->model, NULL));
+        stop_result(s->o.init, dsv3_parameters_from_model(&s->trainer.weights, &from->model, &stop_error));
         train_check_weights(s, from);
         checkpoint_close(from);
     } else {
@@ -4647,7 +4657,7 @@ static void train_step(train_state *s, double *row) {
         dsv3_text_count(&text, s->D, targets, &sequences, NULL);
     }
     row[TRAIN_LR] = dsv3_learning_rate(&s->schedule, s->done);
-    stop_result("training", dsv3_train_begin(&s->trainer, targets, sequences, NULL));
+    stop_result("training", dsv3_train_begin(&s->trainer, targets, sequences, &stop_error));
     for (size_t m = 0; m < s->accum && result == DSV3_OK; m++) {
         text = train_micro_batch(s, s->done, m);
         result = dsv3_train_accumulate(&s->eval.context, &s->trainer, &text, &error);
@@ -4713,7 +4723,7 @@ static void train_sample(const train_state *s) {
     writer w;
     int32_t first = s->config.bos_token_id >= 0 ? s->config.bos_token_id : corpus_at(&s->text, 0);
     writer_open(&w, &model, &o, s->seq < 161 ? s->seq : 161, 1, NULL);
-    stop_result("sample", dsv3_sequence_append(&model.model.model, &w.sequence, &first, 1, NULL));
+    stop_result("sample", dsv3_sequence_append(&model.model.model, &w.sequence, &first, 1, &stop_error));
     progress_leave();
     fprintf(stderr, "sample at step %llu: ", (unsigned long long)s->done);
     while (dsv3_sequence_state(&w.sequence) <= DSV3_STATE_WRITING) {

@@ -1204,6 +1204,8 @@ for value in some norms, ,up norms,,up upp u NORMS "norms up" ''; do
 done
 refused "train --type" "--type: expected F32, F16, BF16, F8_E4M3, Q8_0 or Q4_0, found 'FP8'" train $recipe --out $tmp/t --type FP8
 refused "train --accum 3" "--accum: expected a divisor of the batch of 4" train $recipe --out $tmp/t --accum 3
+refused "train --batch" "--batch: expected at most 16777216 tokens in a micro-batch (--accum), found 1000000 x 500" \
+    train --preset micro --text $tmp/train.txt --out $tmp/t --batch 1000000 --accum 1 --seq 500
 refused "train --warmup" "--warmup: expected at most 8" train $recipe --out $tmp/t --warmup 9 --steps 8
 for option in --freeze --exempt; do
     refused "train $option" "$option: no tensor has a name like 'layers.*'" train $recipe --out $tmp/t $option 'layers.*'
