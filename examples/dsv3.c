@@ -3451,20 +3451,28 @@ static st_tensor *train_state_tensors(train_state *s, size_t *count) {
 
 #define TRAIN_SUM 0xCBF29CE484222325u
 
-/* Of words. Each step can be undone, in the sum and in the word: one word altered alters the sum. */
-static uint64_t train_sum(uint64_t sum, const void *data, size_t bytes) {
+/* Of n elements of 1, 4 or 8 bytes, the same in any byte order. Each step can be undone, in the sum and in the element: one
+ * element altered alters the sum. */
+static uint64_t train_sum(uint64_t sum, const void *data, size_t n, size_t size) {
     const unsigned char *at = (const unsigned char *)data;
-    for (size_t i = 0; i < bytes; i += sizeof sum) {
-        uint64_t word = bytes;
-        memcpy(&word, at + i, bytes - i < sizeof word ? bytes - i : sizeof word);
+    for (size_t i = 0; i < n; i++, at += size) {
+        uint64_t word = *at;
+        uint32_t half;
+        if (size == sizeof word) memcpy(&word, at, sizeof word);
+        if (size == sizeof half) memcpy(&half, at, sizeof half), word = half;
         sum = (sum ^ word) * 0x9E3779B97F4A7C15u;
         sum ^= sum >> 32;
     }
     return sum;
 }
 
+static uint64_t train_sum_tensor(uint64_t sum, const st_tensor *t) {
+    size_t size = st_dtype_bytes(t->dtype);
+    return train_sum(sum, t->data, t->bytes / size, size);
+}
+
 static uint64_t train_sum_pair(uint64_t sum, const char *key, const char *value) {
-    return train_sum(train_sum(sum, key, strlen(key) + 1), value, strlen(value) + 1);
+    return train_sum(train_sum(sum, key, strlen(key) + 1, 1), value, strlen(value) + 1, 1);
 }
 
 static void train_sums_tensor(st_tensor *t, size_t count) {
@@ -3491,7 +3499,8 @@ static void train_check_metadata(const st_file *file, const char *path) {
         if (strcmp(file->metadata[2 * i], "checksum") == 0) continue;
         sum = train_sum_pair(sum, file->metadata[2 * i], file->metadata[2 * i + 1]);
     }
-    snprintf(found, sizeof found, "%016llx", (unsigned long long)train_sum(sum, sums->data, sums->bytes));
+    if (sums->dtype != ST_U64) stop("%s: checksums: expected U64, found %.16s", path, sums->type);
+    snprintf(found, sizeof found, "%016llx", (unsigned long long)train_sum_tensor(sum, sums));
     if (strcmp(expected, found) == 0) return;
     stop("%s: is damaged: what it says of the run, or checksums: expected checksum %.40s, found %s", path, expected, found);
 }
@@ -3531,7 +3540,7 @@ static const st_tensor *train_check_tensor(const st_file *file, const char *path
     }
     if (sums != NULL && sums != t) {
         memcpy(&expected, (const char *)sums->data + i * sizeof expected, sizeof expected);
-        found = train_sum(TRAIN_SUM, t->data, t->bytes);
+        found = train_sum_tensor(TRAIN_SUM, t);
         if (found != expected) {
             stop("%s: %s is damaged: expected checksum %016llx, found %016llx", path, t->name, (unsigned long long)expected,
                  (unsigned long long)found);
@@ -3642,14 +3651,14 @@ static void train_save_state(train_state *s) {
         pairs[n++] = value[stored++];
     }
     sums = (uint64_t *)allocate("checksums", count * sizeof *sums);
-    for (size_t i = 0; i < count; i++) sums[i] = train_sum(TRAIN_SUM, list[i].data, list[i].bytes);
+    for (size_t i = 0; i < count; i++) sums[i] = train_sum_tensor(TRAIN_SUM, &list[i]);
     for (size_t i = 0; i < n; i += 2) sum = train_sum_pair(sum, pairs[i], pairs[i + 1]);
-    snprintf(checksum, sizeof checksum, "%016llx", (unsigned long long)train_sum(sum, sums, count * sizeof *sums));
+    train_sums_tensor(&list[count], count);
+    list[count].data = sums;
+    snprintf(checksum, sizeof checksum, "%016llx", (unsigned long long)train_sum_tensor(sum, &list[count]));
     pairs[n++] = "checksum";
     pairs[n++] = checksum;
     pairs[n] = NULL;
-    train_sums_tensor(&list[count], count);
-    list[count].data = sums;
     if (st_write(path, list, count + 1, pairs, &error) != ST_OK) stop("%s", error.message);
     free(sums);
     while (stored > 0) free(value[--stored]);
@@ -3658,16 +3667,20 @@ static void train_save_state(train_state *s) {
     free(path);
 }
 
-static void train_save_model(const train_state *s, const char *directory, const float *data) {
+/* Returns 0, and why, if it cannot. */
+static int train_try_model(const train_state *s, const char *directory, const float *data, st_error *error) {
     train_lookup lookup = {s, data, 0};
-    st_error error;
     char *text = NULL;
-    if (checkpoint_config_text(&text, &s->config, s->type, &error) != ST_OK ||
-        checkpoint_config_write(directory, text, &error) != ST_OK ||
-        checkpoint_save(directory, &s->config, train_find, &lookup, s->type, &error) != ST_OK) {
-        stop("%s", error.message);
-    }
+    int good = checkpoint_config_text(&text, &s->config, s->type, error) == ST_OK &&
+               checkpoint_config_write(directory, text, error) == ST_OK &&
+               checkpoint_save(directory, &s->config, train_find, &lookup, s->type, error) == ST_OK;
     free(text);
+    return good;
+}
+
+static void train_save_model(const train_state *s, const char *directory, const float *data) {
+    st_error error;
+    if (!train_try_model(s, directory, data, &error)) stop("%s", error.message);
 }
 
 static int train_is_finite(const train_state *s) {
@@ -4701,6 +4714,8 @@ static void train_validate(train_state *s, double *row) {
 
 /* Is it the best so far? */
 static void train_judge(train_state *s, double loss) {
+    st_error error;
+    char *path;
     if (!isfinite(loss)) return;
     if (isfinite(s->best) && loss >= s->best) {
         s->worse++;
@@ -4709,7 +4724,14 @@ static void train_judge(train_state *s, double loss) {
     s->best = loss;
     s->best_step = s->done;
     s->worse = 0;
-    if (s->o.keep_best && train_is_finite(s)) train_save_copy(s, "best", s->trainer.weights.data);
+    if (!s->o.keep_best || !train_is_finite(s)) return;
+    path = train_path(s, "best");
+    if (output_kind(path) != OUTPUT_DIRECTORY || !train_try_model(s, path, s->trainer.weights.data, &error)) {
+        train_save(s); /* no step is lost for a copy */
+        make_directory("--out", path);
+        train_save_model(s, path, s->trainer.weights.data);
+    }
+    free(path);
 }
 
 static int train_has_patience(const train_state *s) {

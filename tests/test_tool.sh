@@ -1803,6 +1803,15 @@ trains "--patience: another text" --resume --out $tmp/run_patient --patience 3 -
 if grep -q 'validation reads another text than before' $tmp/err; then ok; else fail "train: validation by another text"; fi
 refused "train --patience without validation" "--patience: expected a text for validation" train $recipe --val 0 --patience 1 --out $tmp/t
 refused "train --keep-best without validation" "--keep-best: expected a text for validation" train $recipe --val 0 --keep-best --out $tmp/t
+# A copy that cannot be written loses no step.
+trains "--keep-best" $recipe --out $tmp/run_copy --steps 4 --val-every 4 --keep-best
+rm -rf $tmp/run_copy/best
+mkdir -p $tmp/run_copy/best/model.safetensors
+copy_step=$(state run_copy step)
+run train --resume --out $tmp/run_copy --steps 8 --save-every 100
+equal "train --keep-best: it cannot be written" "$status $copy_step $(state run_copy step)" "1 4 8"
+if grep -q "$tmp/run_copy/best/model.safetensors: cannot replace" $tmp/err; then ok; else fail "train --keep-best: no line"; fi
+
 # By the clock: a run that is killed has not lost all.
 "$tool" train $recipe --out $tmp/run_clock --steps 100000 --save-every 1000000 --save-minutes 0.001 > $tmp/out 2> $tmp/err &
 child=$!
