@@ -4314,27 +4314,21 @@ static dsv3_result dsv3i_check_rope(const dsv3_config *c, dsv3_error *e) {
     return DSV3_OK;
 }
 
-/* (With 64 bits they always are: the limits above see to it.) */
-static dsv3_result dsv3i_check_product(dsv3_error *error, const char *name, size_t rows, size_t cols) {
-    if (sizeof(size_t) > 4 && SIZE_MAX / DSV3_MAX_DIM / DSV3_MAX_HEADS / 2 > DSV3_MAX_DIM) return DSV3_OK;
-    if (dsv3i_mul(rows, cols) < SIZE_MAX) return DSV3_OK;
-    return dsv3i_fail(error, DSV3_ERR_OVERFLOW, name, "needs more bytes than size_t can count");
-}
-
-/* The elements of every tensor must be countable; dsv3_model_bind checks the bytes, whose type it knows. */
+/* The elements of every tensor must be countable (with 64 bits they always are: the limits above see to it);
+ * dsv3_model_bind checks the bytes, whose type it knows. */
 static dsv3_result dsv3i_check_sizes(const dsv3_config *c, dsv3_error *e) {
     dsv3i_dims m = dsv3i_dims_of(c);
-    DSV3I_TRY(dsv3i_check_product(e, "vocab_size", m.V, m.d));
-    DSV3I_TRY(dsv3i_check_product(e, "num_attention_heads", m.Hq, dsv3i_max(m.rq, m.d)));
-    DSV3I_TRY(dsv3i_check_product(e, "num_attention_heads", m.Hkv, m.rk));
-    DSV3I_TRY(dsv3i_check_product(e, "num_attention_heads", m.Ho, m.d));
-    DSV3I_TRY(dsv3i_check_product(e, "kv_lora_rank", m.width, m.d));
-    DSV3I_TRY(dsv3i_check_product(e, "q_lora_rank", m.rq, m.d));
-    DSV3I_TRY(dsv3i_check_product(e, "intermediate_size", m.Fd, m.d));
-    DSV3I_TRY(dsv3i_check_product(e, "moe_intermediate_size", m.F, m.d));
-    DSV3I_TRY(dsv3i_check_product(e, "n_shared_experts", m.Fs, m.d));
-    DSV3I_TRY(dsv3i_check_product(e, "n_routed_experts", m.E, m.d));
-    return dsv3i_check_product(e, "hidden_size", m.d, m.d2);
+    static const char names[] = "vocab_size\0num_attention_heads\0num_attention_heads\0num_attention_heads\0kv_lora_rank\0"
+                                "q_lora_rank\0intermediate_size\0moe_intermediate_size\0n_shared_experts\0n_routed_experts\0"
+                                "hidden_size";
+    const size_t size[][2] = {{m.V, m.d}, {m.Hq, dsv3i_max(m.rq, m.d)}, {m.Hkv, m.rk}, {m.Ho, m.d}, {m.width, m.d}, {m.rq, m.d},
+                              {m.Fd, m.d}, {m.F, m.d}, {m.Fs, m.d}, {m.E, m.d}, {m.d, m.d2}};
+    const char *name = names;
+    for (size_t i = 0; i < DSV3I_COUNT(size); i++, name = dsv3i_next_text(name)) {
+        if (dsv3i_mul(size[i][0], size[i][1]) < SIZE_MAX) continue;
+        return dsv3i_fail(e, DSV3_ERR_OVERFLOW, name, "needs more bytes than size_t can count");
+    }
+    return DSV3_OK;
 }
 
 DSV3_API dsv3_result dsv3_config_check(const dsv3_config *c, dsv3_error *e) {

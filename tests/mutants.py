@@ -5,7 +5,7 @@
     python3 tests/mutants.py 12 7               another sample
     python3 tests/mutants.py 1 1 --only 'LINE:OLD -> NEW'   one again, as the table prints it
 
-One edit each: an operator, a constant, a condition turned round, or a statement left out, in code of chapters 2 to 15. The
+One edit each: an operator, a constant, a condition turned round, or a statement left out, in code of chapters 2 to 17. The
 library is compiled in plain C, with assertions off; the tests are those in C that take seconds, each linked with it, and
 parity on the golden files: first those that killed a mutant near by, then the quickest. A mutant is killed by the first
 that fails, crashes, or takes ten times as long. Those that cannot be told from the original by any result stand in

@@ -380,6 +380,14 @@ static void test_cache_misuse(synth *s) {
     CHECK_EQ(dsv3_cache_load(&s->config, NULL, TAG, b.data, b.bytes, &error), DSV3_ERR_ARG);
     CHECK_EQ(dsv3_cache_load(NULL, &t->cache, TAG, b.data, b.bytes, &error), DSV3_ERR_ARG);
     CHECK_EQ(dsv3_cache_load(&s->config, &t->cache, TAG, NULL, b.bytes, &error), DSV3_ERR_ARG);
+    {
+        thing giant = *t; /* of more bytes than can be counted: refused before one is looked at */
+        giant.cache.length = giant.cache.capacity = SIZE_MAX / giant.cache.width;
+        bytes = 7;
+        CHECK_EQ(dsv3_cache_save_size(&giant.cache, &bytes, &error), DSV3_ERR_OVERFLOW);
+        CHECK(bytes == 0 && strcmp(error.name, "bytes") == 0);
+        CHECK_EQ(dsv3_cache_save(&s->config, &giant.cache, TAG, b.data, b.bytes, &error), DSV3_ERR_OVERFLOW);
+    }
     other.kv_lora_rank += 4;
     CHECK_EQ(dsv3_cache_save(&other, &t->cache, 0, b.data, b.bytes, NULL), DSV3_ERR_MISMATCH);
     CHECK_EQ(dsv3_cache_load(&other, &t->cache, TAG, b.data, b.bytes, &error), DSV3_ERR_MISMATCH);

@@ -489,7 +489,26 @@ static void overlaps(void) {
     CHECK(!dsv3i_overlap(a, 8, a + 2, 0) && !dsv3i_overlap(a + 2, 0, a, 8));
 }
 
+/* What no config or tensor within the limits has where size_t has 64 bits: more than it can count. */
+static void uncountable(void) {
+    dsv3_config c = dsv3_config_default();
+    dsv3_error error;
+    dsv3_tensor t;
+    CHECK_EQ(dsv3i_check_sizes(&c, &error), DSV3_OK);
+    c.hidden_size = c.qk_nope_head_dim = c.num_attention_heads = INT32_MAX;
+    CHECK_EQ(dsv3i_check_sizes(&c, &error), DSV3_ERR_OVERFLOW);
+    CHECK(error.code == DSV3_ERR_OVERFLOW && strstr(error.why, "more bytes than size_t can count") != NULL);
+    CHECK(sizeof(size_t) == 4 || strcmp(error.name, "num_attention_heads") == 0);
+    memset(&t, 0, sizeof t);
+    t.data = &c, t.rank = 2, t.type = DSV3_F32, t.rows = SIZE_MAX / 32 + 1, t.cols = 8;
+    CHECK_EQ(dsv3i_bind_shape(&error, &t, "wide", t.rows, 8, 2), DSV3_ERR_OVERFLOW);
+    CHECK(strcmp(error.name, "wide") == 0 && strstr(error.why, "more bytes than size_t can count") != NULL);
+    t.rows--;
+    CHECK_EQ(dsv3i_bind_shape(&error, &t, "wide", t.rows, 8, 2), DSV3_OK);
+}
+
 int main(void) {
+    uncountable();
     sizes_at_boundaries();
     sizes_of_blocks();
     sizes_at_random();
