@@ -11032,12 +11032,11 @@ DSV3I_INLINE void dsv3i_bf16_gemv(const dsv3i_gemv_kind kind, const dsv3_type ty
     }
     y += (streams - 1) * ldp;
     ws += (streams - 1) * apart;
-    for (size_t p = streams * split; n != 2 && p < rows / 64; p++, y += 64, ws += bytes) {
-        if (n == 1) dsv3i_bf16_gemv_panels(kind, type, 1, 1, y, ldy, 0, 64, xs, ldx, ws, 0, k, table);
+    for (size_t p = 0; n > 2 && p < rows / 64; p++, y += 64, ws += bytes) {
         if (n == 3) dsv3i_bf16_gemv_panels(kind, type, 3, 1, y, ldy, 0, 64, xs, ldx, ws, 0, k, table);
         if (n == 4) dsv3i_bf16_gemv_panels(kind, type, 4, 1, y, ldy, 0, 64, xs, ldx, ws, 0, k, table);
     }
-    for (size_t r = n != 2 ? rows / 64 * 64 : streams * ldp, some; r < rows; r += some, y += 64, ws += bytes) {
+    for (size_t r = n > 2 ? rows / 64 * 64 : streams * ldp, some; r < rows; r += some, y += 64, ws += bytes) {
         some = dsv3i_min(rows - r, 64);
         for (size_t t = 0; t < n; t += 2, xs += 2 * ldx) {
             float *to = y + t * ldy;
