@@ -505,8 +505,12 @@ static void checkpointi_token(checkpointi_reader *r, const char *key, int32_t V,
     for (size_t i = 0; i < n && r->result == ST_OK; i++) {
         int32_t id = -1;
         checkpointi_int_at(r, key, value + i, &id);
-        if (r->result == ST_OK && id < 0) checkpointi_bad(r, ST_ERR_ARG, key, "must not be negative");
-        if (r->result == ST_OK && V > 0 && id >= V) checkpointi_bad(r, ST_ERR_ARG, key, "is outside the vocabulary");
+        if (r->result == ST_OK && id < 0) checkpointi_found(r, ST_ERR_ARG, key, value + i, "must not be negative");
+        if (r->result == ST_OK && V > 0 && id >= V) {
+            char why[64];
+            snprintf(why, sizeof why, "is outside the vocabulary: expected below %ld", (long)V);
+            checkpointi_found(r, ST_ERR_ARG, key, value + i, why);
+        }
         if (i == 0) *out = id;
         if (c == NULL || r->result != ST_OK) continue;
         for (known = 0; known < c->n_eos && c->eos[known] != id; known++) {

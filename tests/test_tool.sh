@@ -430,7 +430,7 @@ echo "{\"eos_token_id\": [0, $second]}" > $tmp/ends/generation_config.json
 good "generation_config.json" generate $tmp/ends -n 80 --temp 0 -p "It is a truth"
 same "generation_config.json" $tmp/c $tmp/out
 echo "{\"eos_token_id\": [0, 256]}" > $tmp/ends/generation_config.json
-everywhere "generation_config.json" "generation_config.json: eos_token_id: is outside the vocabulary" $tmp/ends
+everywhere "generation_config.json" "generation_config.json: eos_token_id: is outside the vocabulary: expected below 256, found '256'" $tmp/ends
 # ---- generate --prompt-cache
 
 # cached NAME REUSED ARGS...: the text is that of the same call without a cache, and so many tokens were not read again.
