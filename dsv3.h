@@ -617,8 +617,8 @@ typedef struct dsv3_workspace {
     const float *hidden;      /* [n, d] after dsv3_forward or dsv3_mtp_forward and until the next call, the rows' states as
                                  MTP modules take them (config.mtp_hidden) */
     const int32_t *sequence, *position; /* [n] of the rows of a call, for observers and steps in blocks */
-    void *memory;             /* private, as is the next */
-    uint64_t made_for;
+    void *memory;             /* private, as are the next */
+    uint64_t made_for; size_t begun; /* rows of dsv3_batch_begin */
 } dsv3_workspace;
 /* rows: most rows of one dsv3_forward call; threads: dsv3_context.threads. */
 DSV3_API dsv3_result dsv3_workspace_size(const dsv3_config *config, size_t rows, size_t threads, size_t *bytes,
@@ -1053,7 +1053,7 @@ DSV3_API double dsv3_train_loss(const dsv3_trainer *trainer);
  * filled, not what there is room for, then a checksum. _save_size: how many they are now; _save writes exactly so many.
  * tag: 64 bits of the caller's that must be the same again, such as a hash of the weights' file: two models of one config
  * are told apart by nothing else. Objects that are saved are only read; one that is loaded must not be in use elsewhere.
- * Errors of _save: ARG (NULL, or see there), MISMATCH (made for another model), MEMORY (bytes are fewer than _save_size).
+ * Errors of _save: ARG (NULL, or see there), MISMATCH (made for other sizes), MEMORY (bytes are fewer than _save_size).
  * Errors of _load, with error->name for what is at fault, and the object as it was: DAMAGED (cut, altered, or no such bytes
  * at all), UNSUPPORTED (a later version), MISMATCH (another kind, config, tag, type, or form of the object: expected is what
  * the object has), FULL (longer than the caches: error->found[0] positions). */
@@ -1091,9 +1091,9 @@ DSV3_API dsv3_result dsv3_trainer_load(dsv3_trainer *trainer, uint64_t tag, cons
 
 /* ---- Blocks ------------------------------------------------------------------------------------------ */
 
-/* A batch of rows, see dsv3_batch above, is begun, taken through blocks, and ended:
- * dsv3_batch_begin checks it and prepares the workspace (which row belongs to which cache, at which position,
- * turned by which angle); it changes nothing else. dsv3_batch_end moves the caches' lengths past the rows. */
+/* A batch of rows, see dsv3_batch above, is begun, taken through blocks, and ended: dsv3_batch_begin checks it and prepares the
+ * workspace (which row belongs to which cache, at which position, turned by which angle), no more; dsv3_batch_end moves the
+ * caches' lengths past the rows. Other calls with the workspace end it, too. ARG: no batch of n rows; FULL: other caches. */
 DSV3_API dsv3_result dsv3_batch_begin(const dsv3_context *context, const dsv3_model *model, const dsv3_cache *caches,
                                       size_t n_caches, const dsv3_batch *batch, dsv3_workspace *workspace,
                                       dsv3_error *error);
@@ -4340,6 +4340,9 @@ DSV3_API dsv3_result dsv3_config_check(const dsv3_config *c, dsv3_error *e) {
     DSV3I_TRY(dsv3i_check_rope(c, e));
     DSV3I_BETWEEN(bos_token_id, -1, c->vocab_size - 1, "is not in the vocabulary (-1: none)");
     DSV3I_BETWEEN(eos_token_id, -1, c->vocab_size - 1, "is not in the vocabulary (-1: none)");
+    if (!(c->aux_loss_alpha >= 0.0f && c->aux_loss_alpha <= FLT_MAX)) {
+        return dsv3i_fail(e, DSV3_ERR_ARG, "aux_loss_alpha", "must be finite and at least 0");
+    }
     DSV3I_TRY(dsv3i_check_sizes(c, e));
     return dsv3i_ok(e);
 }
@@ -4692,9 +4695,10 @@ static dsv3_result dsv3i_workspace_check(const dsv3_workspace *workspace, const 
     return DSV3_OK;
 }
 
-static dsv3_result dsv3i_workspace_open(dsv3i_workspace *ws, const dsv3_workspace *workspace, const dsv3_context *ctx,
+static dsv3_result dsv3i_workspace_open(dsv3i_workspace *ws, dsv3_workspace *workspace, const dsv3_context *ctx,
                                         const dsv3_model *model, dsv3_error *error) {
     DSV3I_TRY(dsv3i_workspace_check(workspace, ctx, model, error));
+    workspace->begun = 0; /* what was begun is overwritten */
     *ws = dsv3i_workspace_of(workspace, &model->config);
     return DSV3_OK;
 }
@@ -4806,12 +4810,10 @@ static void dsv3i_batch_forms(const dsv3_context *ctx, size_t rk, size_t kv, siz
 
 static dsv3_result dsv3i_batch_begin(const dsv3i_run *p) {
     const dsv3_model *model = p->model;
-    size_t n;
-    dsv3i_dims m;
     DSV3I_TRY(dsv3i_batch_check(p));
-    n = p->batch->rows;
+    const size_t n = p->batch->rows;
+    const dsv3i_dims m = dsv3i_dims_of(&model->config);
     for (size_t r = 0; r < n; r++) DSV3I_TRY(dsv3i_batch_row(p, r));
-    m = dsv3i_dims_of(&model->config);
     dsv3i_batch_forms(p->ctx, m.rk, m.kv, n, p->ws);
     dsv3i_rope_table(p->ws->cos_sin, p->ws->position, model->rope_turns, model->rope_factor, n, m.dr);
     return dsv3i_ok(p->error);
@@ -4820,10 +4822,12 @@ static dsv3_result dsv3i_batch_begin(const dsv3i_run *p) {
 DSV3_API dsv3_result dsv3_batch_begin(const dsv3_context *context, const dsv3_model *model, const dsv3_cache *caches,
                                       size_t n_caches, const dsv3_batch *batch, dsv3_workspace *workspace, dsv3_error *error) {
     dsv3i_workspace ws;
-    const dsv3i_run p = {context, model, 0,   (dsv3_cache *)(uintptr_t)caches, n_caches, batch, NULL,
-                         NULL,    &ws,   error, NULL, NULL};
+    dsv3_cache *unwritten = (dsv3_cache *)(uintptr_t)caches;
+    const dsv3i_run p = {context, model, 0, unwritten, n_caches, batch, NULL, NULL, &ws, error, NULL, NULL};
     DSV3I_TRY(dsv3i_workspace_open(&ws, workspace, context, model, error));
-    return dsv3i_batch_begin(&p);
+    DSV3I_TRY(dsv3i_batch_begin(&p));
+    workspace->begun = batch->rows;
+    return DSV3_OK;
 }
 
 static void dsv3i_batch_end(dsv3_cache *caches, size_t n, const int32_t *sequence, const int32_t *position) {
@@ -5894,7 +5898,7 @@ static void dsv3i_finish(dsv3_sequence *s) {
     if (comes_out) dsv3i_accept(s, N);
 }
 
-DSV3I_APART dsv3_result dsv3i_generate_check(const dsv3i_step *a, const dsv3_workspace *workspace) {
+DSV3I_APART dsv3_result dsv3i_generate_check(const dsv3i_step *a, dsv3_workspace *workspace) {
     dsv3_error *e = a->error;
     uint64_t made_for = dsv3i_fingerprint(&a->model->config);
     DSV3I_TRY(dsv3i_check_between(e, a->n < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "n", "is not a number of sequences the "
@@ -6351,7 +6355,8 @@ static dsv3_result dsv3i_train_check(const dsv3_trainer *t, int32_t stage, dsv3_
     const char *name = names;
     for (size_t i = 0; i < DSV3I_COUNT(value); i++, name = dsv3i_next_text(name)) {
         if (value[i] >= (i < 1 ? (double)FLT_MIN : 0.0) && value[i] < (i < 7 ? (double)FLT_MAX : 1.0)) continue;
-        return dsv3i_fail(error, DSV3_ERR_ARG, name, "must be finite, eps above 0, others at least 0, decays below 1");
+        return dsv3i_fail(error, DSV3_ERR_ARG, name, i == 0 ? "must be finite and above 0" : i == 10 ? "is not known" :
+                          i < 7 ? "must be finite and at least 0" : "must be at least 0 and below 1");
     }
     if (t->own->stage >= stage) return DSV3_OK;
     return dsv3i_fail(error, DSV3_ERR_ARG, "trainer", t->own->stage > 0 ? "has accumulated nothing in this step"
@@ -6669,7 +6674,7 @@ static void dsv3i_workspace_layout(dsv3i_workspace *at, const dsv3_config *confi
 /* The one that begins where l stands. */
 static dsv3i_workspace dsv3i_workspace_make(dsv3_workspace *workspace, const dsv3_config *config, size_t n,
                                             size_t threads, dsv3i_layout *l) {
-    dsv3_workspace made = {n, threads, NULL, NULL, NULL, NULL, dsv3i_fingerprint(config)};
+    dsv3_workspace made = {n, threads, NULL, NULL, NULL, NULL, dsv3i_fingerprint(config), 0};
     dsv3i_workspace ws;
     if (l->base != NULL) made.memory = l->base + l->used;
     dsv3i_workspace_layout(&ws, config, n, threads, l);
@@ -6706,9 +6711,8 @@ static dsv3i_workspace dsv3i_workspace_of(const dsv3_workspace *workspace, const
 typedef struct dsv3i_sequence_sizes {
     size_t one, modules, drafts, drafting, tokens, text, states, d, V;
 } dsv3i_sequence_sizes;
-/* A fork copies what is in part 0; part 1 is scratch, but for the modules and the text, which
- * are copied as far as they go. One table makes the layout
- * and the copy: neither can forget any. */
+/* Part 0: a fork copies it. Part 1: it does not; the modules and the text are copied apart, as far as they go. One table
+ * makes the layout and the copy: neither can forget any. */
 #define DSV3I_SEQUENCE(X)                                                                                            \
     X(0, int32_t, token, tokens, one) X(0, uint64_t, drafted, drafts, one) X(0, uint64_t, accepted, drafts, one)     \
     X(0, float, log_p, tokens, one) X(0, float, entropy, tokens, one)                                                \
@@ -6969,6 +6973,9 @@ DSV3_API dsv3_result dsv3_trainer_size(const dsv3_config *config, const dsv3_tra
     DSV3I_TRY(dsv3i_check_count(error, "sequences", s->sequences, (int64_t)s->rows));
     DSV3I_TRY(dsv3i_check_count(error, "longest", s->longest, DSV3_MAX_SEQ));
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "keep", "is not a sum of dsv3_keep", s->keep, 0, 7));
+    for (int32_t i = 0; s->keep_layers != NULL && i < config->num_hidden_layers + config->num_nextn_predict_layers; i++) {
+        DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "keep_layers", "is not a sum of dsv3_keep", s->keep_layers[i], 0, 7));
+    }
     DSV3I_TRY(dsv3i_check_least(error, DSV3_ERR_ARG, "threads", "are none", threads, 1));
     DSV3I_SIZE(dsv3_trainer, bytes, dsv3i_trainer_layout(&it, config, s, threads, &l));
 }
@@ -7659,15 +7666,32 @@ DSV3_API dsv3_result dsv3_rope_rotate(float *x, const float *cos_sin, size_t dr,
 /* Opens the workspace, and looks at what all blocks have. */
 static dsv3_result dsv3i_block(dsv3i_workspace *ws, const dsv3_workspace *workspace, const dsv3_context *context,
                                const dsv3_model *model, const dsv3_layer *weights, size_t n, dsv3_error *error) {
-    DSV3I_TRY(dsv3i_workspace_open(ws, workspace, context, model, error));
+    DSV3I_TRY(dsv3i_workspace_check(workspace, context, model, error));
+    *ws = dsv3i_workspace_of(workspace, &model->config);
     DSV3I_NEED(1, weights);
+    if (weights->input_layernorm.data == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "weights", "are not bound");
+    if (weights->is_moe && weights->experts == NULL) return dsv3i_fail(error, DSV3_ERR_ARG, "weights", "have no experts");
     return dsv3i_check_between(error, n < 1 ? DSV3_ERR_ARG : DSV3_ERR_MEMORY, "n", "is none, or more than the workspace has",
                                (int64_t)n, 1, (int64_t)workspace->rows);
 }
 
+/* The batch that was begun has n rows, and the caches have room for them. How many caches there are is not known here. */
+static dsv3_result dsv3i_check_begun(const dsv3_workspace *workspace, const dsv3_cache *caches, const char *name, size_t n,
+                                     dsv3_error *error) {
+    int64_t begun = (int64_t)workspace->begun;
+    if (begun == 0) return dsv3i_fail(error, DSV3_ERR_ARG, "workspace", "has no batch begun: dsv3_batch_begin comes first");
+    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, name, "is not that of the batch begun", (int64_t)n, begun, begun));
+    DSV3I_NEED(1, caches);
+    for (size_t r = 0; r < n; r++) {
+        size_t room = caches[workspace->sequence[r]].capacity;
+        if ((size_t)workspace->position[r] < room) continue;
+        return dsv3i_fail_where(error, DSV3_ERR_FULL, "caches", "has no room for row", (int64_t)r);
+    }
+    return DSV3_OK;
+}
+
 /* Caches of a batch are alike. */
 static dsv3_result dsv3i_check_layer(const dsv3_cache *caches, size_t layer, dsv3_error *error) {
-    DSV3I_NEED(1, caches);
     return dsv3i_check_between(error, DSV3_ERR_ARG, "layer", "is not one of the caches",
                                (int64_t)layer, 0, (int64_t)caches->layers - 1);
 }
@@ -7677,6 +7701,7 @@ DSV3_API dsv3_result dsv3_mla_forward(const dsv3_context *context, float *y, con
                                       dsv3_workspace *workspace, dsv3_error *error) {
     dsv3i_workspace ws;
     DSV3I_TRY(dsv3i_block(&ws, workspace, context, model, weights, n, error));
+    DSV3I_TRY(dsv3i_check_begun(workspace, caches, "n", n, error));
     DSV3I_TRY(dsv3i_check_layer(caches, layer, error));
     DSV3I_NEED(1, y); DSV3I_NEED(1, u);
     dsv3i_call c = dsv3i_call_of(context, model, weights, layer, caches, n, &ws);
@@ -7702,6 +7727,7 @@ DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, c
     dsv3i_workspace ws;
     DSV3I_TRY(dsv3i_block(&ws, workspace, context, model, weights, n, error));
     DSV3I_NEED(1, x);
+    DSV3I_TRY(dsv3i_check_begun(workspace, caches, "n", n, error));
     DSV3I_TRY(dsv3i_check_layer(caches, layer, error));
     dsv3i_call c = dsv3i_call_of(context, model, weights, layer, caches, n, &ws);
     return dsv3i_layer_result(&c, dsv3i_layer_forward(&c, x), error);
@@ -7710,8 +7736,7 @@ DSV3_API dsv3_result dsv3_layer_forward(const dsv3_context *context, float *x, c
 DSV3_API dsv3_result dsv3_batch_end(dsv3_cache *caches, const dsv3_batch *batch, const dsv3_workspace *workspace,
                                     dsv3_error *error) {
     DSV3I_NEED(1, caches); DSV3I_NEED(1, batch); DSV3I_NEED(1, workspace);
-    DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_MEMORY, "rows", "is more than the workspace was made for",
-                                  (int64_t)batch->rows, 0, (int64_t)workspace->rows));
+    DSV3I_TRY(dsv3i_check_begun(workspace, caches, "rows", batch->rows, error));
     dsv3i_batch_end(caches, batch->rows, workspace->sequence, workspace->position);
     return dsv3i_ok(error);
 }

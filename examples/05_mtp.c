@@ -80,8 +80,9 @@ static void prepare(void) {
 /* As in training, all depths at once: sums of losses over the text, divided by how many terms they have. */
 static void evaluate(double *nll) {
     uint64_t targets[1 + D] = {0};
-    dsv3_losses losses = {D, nll, targets, NULL, NULL, 0, 0};
+    dsv3_losses losses = {0};
     dsv3_text whole = {N, text, NULL, NULL, NULL, NULL, 0};
+    losses.depths = D, losses.nll = nll, losses.targets = targets;
     check(dsv3_evaluate(&context, &losses, &file.model, caches, caches + 1, 1, &whole, &workspace, &error));
     for (int k = 0; k <= D; k++) nll[k] /= (double)targets[k];
 }

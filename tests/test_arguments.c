@@ -21,7 +21,7 @@ typedef struct world {
     const dsv3_config *config, *router, *bad;
     dsv3_model mdl, spare_model;
     dsv3_model *model, *no_model;
-    const dsv3_layer *weights;
+    const dsv3_layer *weights, *unbound, *no_experts;
     dsv3_cache cache[2], module[2], other;
     dsv3_cache *caches, *modules, *to, *from;
     dsv3_workspace ws, spare_ws;
@@ -36,6 +36,7 @@ typedef struct world {
     int32_t type, backend, rule;
     dsv3_backend *backend_out, found_backend;
     const char *name, *unknown;
+    const int32_t *keeps;
     void *memory, *shifted, *data;
     dsv3_find find;
     dsv3_visit visit;
@@ -76,6 +77,9 @@ typedef struct world {
 
 static world w, before;
 static synth *model;
+
+static const int32_t keeps[] = {-1, -1, -1, -1};
+static dsv3_layer unbound, no_experts;
 
 /* ---- What the calls work on. Memory behind the world's pointers is watched, too, but for what private halves keep. */
 
@@ -120,7 +124,7 @@ static void world_arrays(void) {
     w.type = DSV3_F32, w.backend = DSV3_BACKEND_REFERENCE, w.rule = DSV3_BIAS_SIGN, w.one = 1;
     w.temperature = 0.8f, w.top_p = 0.9f, w.min_p = 0.1f, w.penalty = 1.5f, w.eps = 1e-6f, w.factor = w.weight = 1;
     w.std = 0.02f, w.speed = 0.01, w.rate = 0.001, w.scale = 0.5;
-    w.name = "reference", w.unknown = "none", w.find = synth_find, w.visit = visit_nothing,
+    w.name = "reference", w.unknown = "none", w.keeps = keeps, w.find = synth_find, w.visit = visit_nothing,
     w.backend_out = &w.found_backend;
     for (size_t i = 0; i < ROWS; i++)
         w.token[i] = w.target[i] = (int32_t)i, w.position[i] = (int32_t)i / 2, w.mask[i] = 1;
@@ -156,6 +160,8 @@ static void world_model(void) {
     w.ctx = model->context, w.cfg = model->config, w.mdl = model->model;
     w.ctx.parallel_for = NULL, w.ctx.threads = 1;
     w.context = &w.ctx, w.config = &w.cfg, w.model = &w.mdl, w.weights = &w.mdl.layers[0];
+    no_experts.input_layernorm = w.mdl.layers[0].input_layernorm, no_experts.is_moe = 1;
+    w.unbound = &unbound, w.no_experts = &no_experts;
     w.bad_cfg = w.cfg, w.bad_cfg.vocab_size = 0, w.bad = &w.bad_cfg;
     MADE(dsv3_cache_size(w.config, 8, DSV3_F32, &bytes, NULL));
     for (int i = 0; i < 2; i++) MADE(dsv3_cache_init(w.config, &w.cache[i], 8, DSV3_F32, block(bytes), bytes, NULL));
@@ -579,6 +585,7 @@ CALL(trainer_size, w.config, w.settings, w.threads,
                   BAD(settings, set.longest, SIZE, 0, ARG, "longest"),
                   BAD(settings, set.keep, INT, 8, ARG, "keep"),
                   BAD(settings, set.keep, INT, -1, ARG, "keep"),
+                  OVER(settings, set.keep_layers, keeps, "keep_layers"),
                   BAD(threads, threads, SIZE, 0, ARG, "threads"),
                   NEED(bytes, out_bytes)};
 CALL(trainer_init, w.config, &w.no_tr, w.settings, w.threads, w.memory, w.bytes){
@@ -623,12 +630,18 @@ CALL(trainer_load, w.trainer, 7, w.data, w.bytes){TRAINER, LOAD_BYTES};
 CALL(batch_begin, w.context, w.model, w.caches, w.n_caches, w.batch, w.workspace){CONTEXT, WORKSPACE, BATCH,
                                                                                   NEED(model, model)};
 CALL(batch_end, w.caches, w.batch, w.workspace){NEED(caches, caches), NEED(batch, batch), NEED(workspace, workspace),
-                                                BAD(batch, b.rows, SIZE, 9, MEMORY, "rows")};
+                                                BAD(batch, b.rows, SIZE, 9, ARG, "rows"), BAD(batch, b.rows, SIZE, 1, ARG, "rows"),
+                                                BAD(workspace, ws.begun, SIZE, 0, ARG, "workspace"),
+                                                BAD(caches, cache[0].capacity, SIZE, 1, FULL, "caches")};
 #define BLOCK                                                                                                        \
-    CONTEXT, WORKSPACE, NEED(model, model), NEED(weights, weights), BAD(n, n, SIZE, 0, ARG, "n"),                    \
+    CONTEXT, WORKSPACE, NEED(model, model), NEED(weights, weights), OVER(weights, weights, unbound, "weights"),      \
+        OVER(weights, weights, no_experts, "weights"), BAD(n, n, SIZE, 0, ARG, "n"),                                 \
         BAD(n, n, SIZE, 9, MEMORY, "n"), BAD(n, n, SIZE, HUGE_, MEMORY, "n")
+#define BEGUN                                                                                                        \
+    BLOCK, BAD(n, n, SIZE, 1, ARG, "n"), BAD(workspace, ws.begun, SIZE, 0, ARG, "workspace"),                        \
+        BAD(caches, cache[0].capacity, SIZE, 1, FULL, "caches")
 CALL(mla_forward, w.context, w.y, w.x, w.model, w.weights, w.layer, w.caches, w.n,
-     w.workspace){BLOCK,
+     w.workspace){BEGUN,
                   NEED(y, y),
                   NEED(u, x),
                   OVER(y, y, x, "y"),
@@ -638,7 +651,7 @@ CALL(mla_forward, w.context, w.y, w.x, w.model, w.weights, w.layer, w.caches, w.
 CALL(ffn_forward, w.context, w.y, w.x, w.model, w.weights, w.n, w.workspace){BLOCK, NEED(y, y), NEED(u, x),
                                                                              OVER(y, y, x, "y")};
 CALL(layer_forward, w.context, w.x, w.model, w.weights, w.layer, w.caches, w.n,
-     w.workspace){BLOCK, NEED(x, x), BAD(layer, layer, SIZE, 99, ARG, "layer"), NEED(caches, caches)};
+     w.workspace){BEGUN, NEED(x, x), BAD(layer, layer, SIZE, 99, ARG, "layer"), NEED(caches, caches)};
 CALL(rmsnorm, w.context, w.y, w.x, w.vector, w.n, w.cols,
      w.eps){CONTEXT,
             OPERATOR(g, vector, gain),

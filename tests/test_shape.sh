@@ -63,7 +63,7 @@ functions() {
 
 engine_line() { awk '/^ \* Chapter [A-Z] / { print NR - 1; exit }' "$1"; }
 
-# Engine words in chapters 2 to 15, but for lines that name the hook: where packed weights are met, or the engine asked, and
+# Engine words in chapters 2 to 17, but for lines that name the hook: where packed weights are met, or the engine asked, and
 # the comment of the table of ops. What programs print (strings) is not looked at.
 words() {
     awk '/^ \* Chapter [0-9]+ / { inside = $3 >= 2 } /^ \* Chapter [A-Z] / { inside = 0 }
