@@ -371,10 +371,12 @@ static dsv3_type parse_cache(const char *text) {
     return DSV3_F32;
 }
 
+static const char attention_names[3][12] = {"auto", "absorbed", "expanded"}; /* by dsv3_attention */
+
 static dsv3_attention parse_attention(const char *text) {
-    if (strcmp(text, "auto") == 0) return DSV3_ATTENTION_AUTO;
-    if (strcmp(text, "absorbed") == 0) return DSV3_ATTENTION_ABSORBED;
-    if (strcmp(text, "expanded") == 0) return DSV3_ATTENTION_EXPANDED;
+    for (int i = 0; i < 3; i++) {
+        if (strcmp(text, attention_names[i]) == 0) return (dsv3_attention)i;
+    }
     stop("--attention: expected auto, absorbed or expanded, found '%s'", text);
     return DSV3_ATTENTION_AUTO;
 }
@@ -805,6 +807,44 @@ static void output_write(const char *path, int (*put)(FILE *file, const void *wh
     if (!output_put(path, put, what, why)) stop("%s", why);
 }
 
+/* ---- Checksums */
+
+#define SUM 0xCBF29CE484222325u /* of nothing */
+
+/* Of n elements of 1, 4 or 8 bytes, the same in any byte order. Each step can be undone, in the sum and in the element: one
+ * element altered alters the sum. */
+static uint64_t sum_elements(uint64_t sum, const void *data, size_t n, size_t size) {
+    const unsigned char *at = (const unsigned char *)data;
+    for (size_t i = 0; i < n; i++, at += size) {
+        uint64_t word = *at;
+        uint32_t half;
+        if (size == sizeof word) memcpy(&word, at, sizeof word);
+        if (size == sizeof half) memcpy(&half, at, sizeof half), word = half;
+        sum = (sum ^ word) * 0x9E3779B97F4A7C15u;
+        sum ^= sum >> 32;
+    }
+    return sum;
+}
+
+static uint64_t sum_tensor(uint64_t sum, const st_tensor *t) {
+    size_t size = st_dtype_bytes(t->dtype);
+    return sum_elements(sum, t->data, t->bytes / size, size);
+}
+
+static uint64_t sum_pair(uint64_t sum, const char *key, const char *value) {
+    return sum_elements(sum_elements(sum, key, strlen(key) + 1, 1), value, strlen(value) + 1, 1);
+}
+
+/* The metadata of a file, which stand in the order in which they were written, but for the checksum itself. */
+static uint64_t sum_metadata(const st_file *file) {
+    uint64_t sum = SUM;
+    for (size_t i = 0; i < file->metadata_count; i++) {
+        if (strcmp(file->metadata[2 * i], "checksum") == 0) continue;
+        sum = sum_pair(sum, file->metadata[2 * i], file->metadata[2 * i + 1]);
+    }
+    return sum;
+}
+
 /* ---- Writing: what generate and chat have in common */
 
 #define WRITER_HELP                                                                                                  \
@@ -959,38 +999,38 @@ typedef struct prompt_cache {
     size_t reused; /* those of them that need not be read again */
 } prompt_cache;
 
-static uint64_t prompt_cache_hash(uint64_t hash, const void *data, size_t bytes) {
-    const unsigned char *at = (const unsigned char *)data;
-    for (size_t i = 0; i < bytes; i++) hash = (hash ^ at[i]) * 0x100000001B3u; /* FNV-1a */
-    return hash;
-}
+#define TAG_BYTES ((size_t)1 << 20) /* of one tensor */
+#define TAG_PIECE ((size_t)64)
 
-/* Tells weights apart without reading them all: names, types, and where each tensor begins and ends. */
+/* Tells weights apart without reading all of large ones: names, types, and up to 1 MiB of each tensor: the whole, or pieces at
+ * equal distances. */
 static uint64_t prompt_cache_tag(const st_file *file) {
-    uint64_t hash = 0xCBF29CE484222325u;
+    uint64_t sum = SUM;
     for (size_t i = 0; i < file->count; i++) {
         const st_tensor *t = &file->tensor[i];
-        const unsigned char type = (unsigned char)t->dtype;
-        size_t bytes = t->bytes < 64 ? t->bytes : 64;
-        hash = prompt_cache_hash(hash, t->name, strlen(t->name) + 1);
-        hash = prompt_cache_hash(hash, &type, 1);
-        hash = prompt_cache_hash(hash, t->data, bytes);
-        hash = prompt_cache_hash(hash, (const unsigned char *)t->data + (t->bytes - bytes), bytes);
+        const unsigned char type = (unsigned char)t->dtype, *data = (const unsigned char *)t->data;
+        size_t rest = t->bytes % TAG_PIECE;
+        size_t far = t->bytes > TAG_BYTES ? t->bytes / (TAG_BYTES / TAG_PIECE) : TAG_PIECE;
+        sum = sum_elements(sum, t->name, strlen(t->name) + 1, 1);
+        sum = sum_elements(sum, &type, 1, 1);
+        for (size_t left = t->bytes; left >= TAG_PIECE; left -= left > far ? far : left) {
+            sum = sum_elements(sum, data + (t->bytes - left), TAG_PIECE / 8, 8);
+        }
+        if (rest > 0) sum = sum_elements(sum, data + (t->bytes - rest), rest, 1);
     }
-    return hash;
+    return sum;
 }
 
-static void prompt_cache_tokens_hash(char text[24], const int32_t *token, size_t count) {
-    uint64_t hash = 0xCBF29CE484222325u;
-    for (size_t i = 0; i < count; i++) hash = (hash ^ (uint64_t)token[i]) * 0x100000001B3u;
-    snprintf(text, 24, "%llu", (unsigned long long)hash);
+/* Of what is said of a text, and the text. */
+static void prompt_cache_checksum(char text[24], uint64_t sum, const int32_t *token, size_t count) {
+    snprintf(text, 24, "%016llx", (unsigned long long)sum_elements(sum, token, count, sizeof *token));
 }
 
 /* Reads the file, if there is one, and how much of its text the prompt begins with. */
 static void prompt_cache_open(prompt_cache *c, const char *path, const char *who, const session *s,
                               const tokens *prompt) {
     const st_tensor *text;
-    const char *format, *hash, *by;
+    const char *format, *sum, *by;
     char found[24];
     st_error error;
     memset(c, 0, sizeof *c);
@@ -1005,19 +1045,21 @@ static void prompt_cache_open(prompt_cache *c, const char *path, const char *who
     text = st_find(&c->file, "tokens");
     c->state = st_find(&c->file, "sequence");
     format = st_metadata(&c->file, "format");
-    hash = st_metadata(&c->file, "tokens hash");
-    if (format == NULL || strcmp(format, "dsv3 prompt cache") != 0 || hash == NULL || c->state == NULL ||
+    sum = st_metadata(&c->file, "checksum");
+    if (format == NULL || strcmp(format, "dsv3 prompt cache") != 0 || sum == NULL || c->state == NULL ||
         c->state->dtype != ST_U8 || text == NULL || text->dtype != ST_I32) {
         stop("%s: is no prompt cache, or is damaged; it is left as it is", path);
     }
-    by = st_metadata(&c->file, "written by"); /* NULL: before 0.2 nobody wrote that */
-    if (by != NULL && strcmp(by, who) != 0) {
-        stop("%s: expected a text of dsv3 %s, found one of dsv3 %.16s; it is left as it is", path, who, by);
-    }
     c->count = text->bytes / sizeof *c->token;
     c->token = (const int32_t *)text->data;
-    prompt_cache_tokens_hash(found, c->token, c->count);
-    if (strcmp(hash, found) != 0) stop("%s: is damaged: its tokens are not those that were written", path);
+    prompt_cache_checksum(found, sum_metadata(&c->file), c->token, c->count);
+    if (strcmp(sum, found) != 0) {
+        stop("%s: is damaged: its tokens, or what it says of them: expected checksum %.40s, found %s", path, sum, found);
+    }
+    by = st_metadata(&c->file, "written by");
+    if (by == NULL || strcmp(by, who) != 0) {
+        stop("%s: expected a text of dsv3 %s, found one of dsv3 %.16s; it is left as it is", path, who, by != NULL ? by : "?");
+    }
     while (c->common < c->count && c->common < prompt->count && c->token[c->common] == prompt->id[c->common]) {
         c->common++;
     }
@@ -1026,12 +1068,33 @@ static void prompt_cache_open(prompt_cache *c, const char *path, const char *who
 /* What it was written with, and what is wanted now. */
 static void prompt_cache_same(const prompt_cache *c, const char *name, const char *found) {
     const char *expected = st_metadata(&c->file, name);
-    if (expected == NULL || strcmp(expected, found) == 0) return;
+    if (expected == NULL) expected = "nothing";
+    if (strcmp(expected, found) == 0) return;
     stop("%s: %s: expected %.16s, as it was written with, found %s; it is left as it is", c->path, name, expected, found);
 }
 
+/* All that is the caller's to set: what it was when the text was saved does not count. */
+static void prompt_cache_settings(dsv3_sequence *to, const dsv3_sequence *fresh) {
+    to->temperature = fresh->temperature;
+    to->top_p = fresh->top_p;
+    to->rng = fresh->rng;
+    to->drafts = fresh->drafts;
+    to->adaptive = fresh->adaptive;
+    to->draft_cost = fresh->draft_cost;
+    to->stop = fresh->stop;
+    to->stops = fresh->stops;
+    to->n_stops = fresh->n_stops;
+    to->limit = fresh->limit;
+    to->steer = fresh->steer;
+    to->steer_user = fresh->steer_user;
+    to->want_log_p = fresh->want_log_p;
+    to->stopped = fresh->stopped;
+}
+
 /* The common text into a sequence. What was saved may be longer than it has room for: it is loaded beside it first. */
-static void prompt_cache_load(prompt_cache *c, dsv3_sequence *to, const dsv3_model *model) {
+static void prompt_cache_load(prompt_cache *c, dsv3_sequence *to, const session *s) {
+    const dsv3_model *model = &s->model.model;
+    const dsv3_sequence fresh = *to;
     dsv3_sequence all;
     dsv3_error error;
     size_t bytes = 0, capacity = c->count > 0 ? c->count : 1;
@@ -1048,6 +1111,9 @@ static void prompt_cache_load(prompt_cache *c, dsv3_sequence *to, const dsv3_mod
     if (dsv3_sequence_load(model, &all, c->tag, c->state->data, c->state->bytes, &error) != DSV3_OK) {
         stop("%s: %s; it is left as it is", c->path, dsv3_error_text(&error, text, sizeof text));
     }
+    prompt_cache_same(c, "--backend", s->context.backend);
+    prompt_cache_same(c, "--attention", attention_names[s->context.attention]);
+    prompt_cache_same(c, "--fast", s->context.compute == DSV3_FAST ? "yes" : "no");
     if (dsv3_sequence_length(&all) > c->count) stop("%s: is damaged: its parts do not fit together", c->path);
     if (c->common < dsv3_sequence_length(&all)) {
         stop_result(c->path, dsv3_sequence_truncate(&all, c->common, &c->reused, &stop_error));
@@ -1057,28 +1123,32 @@ static void prompt_cache_load(prompt_cache *c, dsv3_sequence *to, const dsv3_mod
     stop_result(c->path, dsv3_sequence_copy(to, &all, &stop_error));
     free(memory);
     st_close(&c->file);
+    prompt_cache_settings(to, &fresh);
     to->steps = to->written = 0;
     for (size_t j = 0; j < to->max_drafts; j++) to->drafted[j] = to->accepted[j] = 0;
 }
 
 /* The text, for the next call; the sequence has read it, but perhaps not to its end. */
-static void prompt_cache_save(const prompt_cache *c, const dsv3_sequence *from, const dsv3_model *model,
-                              const int32_t *token, size_t length) {
-    const char *pairs[] = {"format", "dsv3 prompt cache", "tokens hash", NULL, "written by", c->writer,
-                           "--cache", dsv3_type_name(from->cache.type), "--mtp", NULL, NULL};
+static void prompt_cache_save(const prompt_cache *c, const dsv3_sequence *from, const session *s, const int32_t *token,
+                              size_t length) {
+    char checksum[24], drafts[NUMBER];
+    const char *pairs[] = {"format", "dsv3 prompt cache", "written by", c->writer, "--mtp", drafts,
+                           "--cache", dsv3_type_name(from->cache.type), "--backend", s->context.backend,
+                           "--attention", attention_names[s->context.attention],
+                           "--fast", s->context.compute == DSV3_FAST ? "yes" : "no", "checksum", checksum, NULL};
+    const dsv3_model *model = &s->model.model;
     st_tensor list[2];
     st_error error;
-    char hash[24], drafts[NUMBER];
+    uint64_t sum = SUM;
     size_t bytes = 0;
     void *data;
     if (c->path == NULL) return;
     number_text(drafts, (double)from->max_drafts);
-    pairs[9] = drafts;
+    for (const char **pair = pairs; pair[2] != NULL; pair += 2) sum = sum_pair(sum, pair[0], pair[1]);
+    prompt_cache_checksum(checksum, sum, token, length);
     stop_result(c->path, dsv3_sequence_save_size(from, &bytes, &stop_error));
     data = allocate(c->path, bytes);
     stop_result(c->path, dsv3_sequence_save(model, from, c->tag, data, bytes, &stop_error));
-    prompt_cache_tokens_hash(hash, token, length);
-    pairs[3] = hash;
     memset(list, 0, sizeof list);
     list[0].name = "sequence";
     list[0].dtype = ST_U8;
@@ -1118,7 +1188,7 @@ static void writer_open(writer *w, session *s, const writer_options *o, size_t c
     w->memory = allocate("cache", w->bytes);
     stop_result("cache",
                 dsv3_sequence_init(model, &w->sequence, context, type, rows, drafts, w->memory, w->bytes, &stop_error));
-    if (cached != NULL) prompt_cache_load(cached, &w->sequence, model); /* what it says of the sampler is replaced here */
+    if (cached != NULL) prompt_cache_load(cached, &w->sequence, s);
     stop_result("workspace",
                 dsv3_workspace_size(&model->config, rows, s->context.threads, &s->workspace_bytes, &stop_error));
     s->workspace_memory = allocate("workspace", s->workspace_bytes);
@@ -1204,8 +1274,9 @@ static const char generate_help[] =
     "context\n"
     "  --prompt-cache F file that keeps the text with all that was computed for it: written at the end, and if it is\n"
     "                   there, what its text and the prompt begin with in common is not read again. It belongs to one\n"
-    "                   model, --cache and --mtp: of another, or of chat, it is refused, and left as it is. The text is\n"
-    "                   the same as without it, bit for bit if --attention is not auto, without --adaptive\n" WRITER_HELP;
+    "                   model, --cache, --mtp, --backend, --attention and --fast: of another, or of chat, it is\n"
+    "                   refused, and left as it is (weights are compared; those beyond 1 MiB a tensor by samples). The\n"
+    "                   text is the same as without it, bit for bit if --attention is not auto, without --adaptive\n" WRITER_HELP;
 
 /* The prompt as it is meant; *where becomes what messages call it. */
 static char *generate_input(const char *text, const char *file, size_t *length, const char **where) {
@@ -1331,7 +1402,7 @@ static int generate(int argc, char **argv, const command *c) {
     if (w.sequence.prompt_left > 0) { /* interrupted: what is read stays */
         stop_result("prompt", dsv3_sequence_truncate(&w.sequence, dsv3_sequence_length(&w.sequence), NULL, &stop_error));
     }
-    prompt_cache_save(&cached, &w.sequence, &s.model.model, w.sequence.history, dsv3_sequence_length(&w.sequence));
+    prompt_cache_save(&cached, &w.sequence, &s, w.sequence.history, dsv3_sequence_length(&w.sequence));
     if (o.stats && cache_path != NULL) {
         fprintf(stderr, "reused   %zu of %zu tokens of the prompt, from %s\n", cached.reused, prompt.count, cache_path);
     }
@@ -1659,7 +1730,7 @@ static int chat(int argc, char **argv, const command *c) {
     free(line);
     if (is_terminal(stdin) && is_terminal(stdout)) printf("\n");
     if (chat.o.stats) writer_stats(&chat.w, &chat.s);
-    prompt_cache_save(&cached, &chat.w.sequence, &chat.s.model.model, chat.text.id, chat.text.count);
+    prompt_cache_save(&cached, &chat.w.sequence, &chat.s, chat.text.id, chat.text.count);
     free(chat.text.id);
     free(chat.turn);
     writer_close(&chat.w);
@@ -3445,35 +3516,9 @@ static st_tensor *train_state_tensors(train_state *s, size_t *count) {
     return list;
 }
 
-/* ---- train: checksums. A tensor of the state says of each other tensor, in the order of train_state_tensors, what its bytes
+/* ---- train: its checksums. A tensor of the state says of each other tensor, in the order of train_state_tensors, what its bytes
  * add up to, and "checksum" of the metadata what all else in it and this tensor do: a bit that is another is found, and
  * where. Files of 0.1 have neither. */
-
-#define TRAIN_SUM 0xCBF29CE484222325u
-
-/* Of n elements of 1, 4 or 8 bytes, the same in any byte order. Each step can be undone, in the sum and in the element: one
- * element altered alters the sum. */
-static uint64_t train_sum(uint64_t sum, const void *data, size_t n, size_t size) {
-    const unsigned char *at = (const unsigned char *)data;
-    for (size_t i = 0; i < n; i++, at += size) {
-        uint64_t word = *at;
-        uint32_t half;
-        if (size == sizeof word) memcpy(&word, at, sizeof word);
-        if (size == sizeof half) memcpy(&half, at, sizeof half), word = half;
-        sum = (sum ^ word) * 0x9E3779B97F4A7C15u;
-        sum ^= sum >> 32;
-    }
-    return sum;
-}
-
-static uint64_t train_sum_tensor(uint64_t sum, const st_tensor *t) {
-    size_t size = st_dtype_bytes(t->dtype);
-    return train_sum(sum, t->data, t->bytes / size, size);
-}
-
-static uint64_t train_sum_pair(uint64_t sum, const char *key, const char *value) {
-    return train_sum(train_sum(sum, key, strlen(key) + 1, 1), value, strlen(value) + 1, 1);
-}
 
 static void train_sums_tensor(st_tensor *t, size_t count) {
     t->name = "checksums";
@@ -3483,24 +3528,19 @@ static void train_sums_tensor(st_tensor *t, size_t count) {
     t->bytes = count * sizeof(uint64_t);
 }
 
-/* The metadata of a file, which stand in the order in which they were written. */
 static void train_check_metadata(const st_file *file, const char *path) {
     const st_tensor *sums = st_find(file, "checksums");
     const char *expected = st_metadata(file, "checksum");
     char found[24];
-    uint64_t sum = TRAIN_SUM;
+    uint64_t sum = sum_metadata(file);
     if (st_metadata(file, "--steps") == NULL) stop("%s: is no state of a training run: --steps is missing", path);
     if (sums == NULL && expected == NULL) {
         fprintf(stderr, "dsv3: warning: %s: has no checksums, as a version before wrote it: not all damage is noticed\n", path);
         return;
     }
     if (sums == NULL || expected == NULL) stop("%s: is damaged: %s is missing", path, sums == NULL ? "checksums" : "checksum");
-    for (size_t i = 0; i < file->metadata_count; i++) {
-        if (strcmp(file->metadata[2 * i], "checksum") == 0) continue;
-        sum = train_sum_pair(sum, file->metadata[2 * i], file->metadata[2 * i + 1]);
-    }
     if (sums->dtype != ST_U64) stop("%s: checksums: expected U64, found %.16s", path, sums->type);
-    snprintf(found, sizeof found, "%016llx", (unsigned long long)train_sum_tensor(sum, sums));
+    snprintf(found, sizeof found, "%016llx", (unsigned long long)sum_tensor(sum, sums));
     if (strcmp(expected, found) == 0) return;
     stop("%s: is damaged: what it says of the run, or checksums: expected checksum %.40s, found %s", path, expected, found);
 }
@@ -3540,7 +3580,7 @@ static const st_tensor *train_check_tensor(const st_file *file, const char *path
     }
     if (sums != NULL && sums != t) {
         memcpy(&expected, (const char *)sums->data + i * sizeof expected, sizeof expected);
-        found = train_sum_tensor(TRAIN_SUM, t);
+        found = sum_tensor(SUM, t);
         if (found != expected) {
             stop("%s: %s is damaged: expected checksum %016llx, found %016llx", path, t->name, (unsigned long long)expected,
                  (unsigned long long)found);
@@ -3623,7 +3663,7 @@ static void train_save_state(train_state *s) {
     const uint64_t values[9] = {s->done,   s->trainer.step, s->skipped, s->text.count, s->hash,
                                 s->phases, s->best_step,    s->worse,   s->val_hash};
     const char *pairs[2 * (TRAIN_OPTIONS + 13) + 1];
-    uint64_t *sums, sum = TRAIN_SUM;
+    uint64_t *sums, sum = SUM;
     char numbers[9][24], checksum[24], best[NUMBER] = "", *path = train_path(s, "train.safetensors"), *config = NULL;
     char *value[TRAIN_OPTIONS];
     option table[TRAIN_OPTIONS + 1];
@@ -3651,11 +3691,11 @@ static void train_save_state(train_state *s) {
         pairs[n++] = value[stored++];
     }
     sums = (uint64_t *)allocate("checksums", count * sizeof *sums);
-    for (size_t i = 0; i < count; i++) sums[i] = train_sum_tensor(TRAIN_SUM, &list[i]);
-    for (size_t i = 0; i < n; i += 2) sum = train_sum_pair(sum, pairs[i], pairs[i + 1]);
+    for (size_t i = 0; i < count; i++) sums[i] = sum_tensor(SUM, &list[i]);
+    for (size_t i = 0; i < n; i += 2) sum = sum_pair(sum, pairs[i], pairs[i + 1]);
     train_sums_tensor(&list[count], count);
     list[count].data = sums;
-    snprintf(checksum, sizeof checksum, "%016llx", (unsigned long long)train_sum_tensor(sum, &list[count]));
+    snprintf(checksum, sizeof checksum, "%016llx", (unsigned long long)sum_tensor(sum, &list[count]));
     pairs[n++] = "checksum";
     pairs[n++] = checksum;
     pairs[n] = NULL;

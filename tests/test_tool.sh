@@ -471,6 +471,21 @@ same "chat --prompt-cache of generate" $tmp/cache.before $tmp/cache
 copy other
 printf '\125' | dd of=$tmp/other/model.safetensors bs=1 seek=$(($(wc -c < $tmp/other/model.safetensors) - 20)) conv=notrunc 2> /dev/null
 kept "other weights" "$tmp/cache: tag: is not what was saved" $tmp/other -p Emma
+head -c 4000 examples/text/austen.txt > $tmp/tuning
+check "a tuned embedding: rows in its middle are others" "$tool" train --init $micro --freeze 'model.layers.*' --freeze 'lm_head*' \
+    --freeze 'model.norm*' --weight-decay 0 --text $tmp/tuning --seq 12 --batch 2 --steps 2 --lr 0.1 --warmup 0 --type BF16 \
+    --threads 1 --val 0 --out $tmp/rows
+kept "other rows of the embedding" "$tmp/cache: tag: is not what was saved" $tmp/rows -p Emma
+kept "--attention" "$tmp/cache: --attention: expected absorbed, as it was written with, found auto; it is left" $micro -p Emma
+kept "--fast" "$tmp/cache: --fast: expected no, as it was written with, found yes; it is left" $micro -p Emma \
+    --attention absorbed --fast
+run generate $micro -p Emma -n 5 --attention absorbed --backend reference --prompt-cache $tmp/reference
+if [ $status = 0 ]; then ok; else fail "--prompt-cache, --backend reference: status $status"; fi
+run generate $micro -p Emma -n 5 --attention absorbed --prompt-cache $tmp/reference --stats
+backend=$("$tool" generate $micro -n 1 --stats 2>&1 | sed -n 's/^machine *backend \([a-z0-9_]*\).*/\1/p')
+if [ "$backend" = reference ] || { [ $status = 1 ] && grep -q -e \
+    "$tmp/reference: --backend: expected reference, as it was written with, found $backend; it is left" $tmp/err; }
+then ok; else fail "--prompt-cache, --backend $backend: status $status"; fi
 cache_bytes=$(wc -c < $tmp/cache)
 cp $tmp/cache $tmp/cache.whole
 for at in 9 40 150 $((cache_bytes / 2)) $((cache_bytes - 30)) $((cache_bytes - 5)); do
@@ -478,6 +493,15 @@ for at in 9 40 150 $((cache_bytes / 2)) $((cache_bytes - 30)) $((cache_bytes - 5
     kept "byte $at is another" "$tmp/cache: " $micro -p Emma
     cp $tmp/cache.whole $tmp/cache
 done
+# respelled NAME FROM TO: a letter of what it says of the text, of the same length.
+respelled() {
+    LC_ALL=C sed "1s/\"$2\"/\"$3\"/" $tmp/cache.whole > $tmp/cache
+    differ "--prompt-cache, $1: is altered" $tmp/cache $tmp/cache.whole
+    kept "$1" "$tmp/cache: is " $micro -p Emma --attention absorbed
+    cp $tmp/cache.whole $tmp/cache
+}
+for key in 'written by' --mtp --cache --backend --attention --fast checksum; do respelled "$key" "$key" "${key%?}?"; done
+respelled "no" no yo
 for length in 0 100 $((cache_bytes / 2)) $((cache_bytes - 1)); do
     head -c $length $tmp/cache.whole > $tmp/cache
     kept "cut to $length bytes" "$tmp/cache: " $micro -p Emma
@@ -487,6 +511,13 @@ kept "a checkpoint" "$tmp/cache: is no prompt cache" $micro -p Emma
 rm $tmp/cache
 refused "--prompt-cache in no directory" "cannot be written" generate $micro --prompt-cache $tmp/nowhere/c -n 1
 refused "--prompt-cache is a directory" "is a directory" generate $micro --prompt-cache $tmp -n 1
+# What ends the text is of the call, not of the file.
+copy ends_e
+sed 's/"eos_token_id": null/"eos_token_id": 101/' $micro/config.json > $tmp/ends_e/config.json
+cached "an end" 0 $tmp/ends_e -p 'It is a truth' -n 40 --temp 0
+cached "no end" 12 $micro -p 'It is a truth' -n 40 --temp 0
+cached "an end again" 12 $tmp/ends_e -p 'It is a truth' -n 40 --temp 0
+rm $tmp/cache
 cached "drafts" 0 examples/models/austen -p 'It is a truth' -n 20 --mtp 3 --temp 0 --cache BF16
 cached "drafts, the same prompt" 12 examples/models/austen -p 'It is a truth' -n 20 --mtp 3 --temp 0 --cache BF16
 for seed in 1 2 3; do
