@@ -190,7 +190,8 @@ const char *st_result_string(st_result result);
  *   metadata_pairs  key, value, key, value, ..., NULL; or NULL for none
  * The bytes go to a new file PATH.PROCESS-NUMBER.tmp (ST_NO_POSIX: PATH.tmp), are synced, and are then renamed
  * to PATH, so that a reader sees the old file or the new one and never half of one, and writers are not in each
- * other's way. On an error the new file is removed and PATH is untouched. Whatever st_open would refuse is
+ * other's way. Where PATH is a link to a file, or to nothing yet, all this happens to that file, and the link stays.
+ * On an error the new file is removed and PATH is untouched. Whatever st_open would refuse is
  * refused here, with the same code; so is ST_OTHER. A file beyond the process's limit (ulimit -f) is an error like a full
  * disk in a program that ignores SIGXFSZ, which else ends it in the middle. */
 st_result st_write(const char *path, const st_tensor *tensors, size_t count, const char *const *metadata_pairs,
@@ -233,7 +234,9 @@ st_result st_write_bytes(const char *path, const void *bytes, size_t length, st_
 #include <sys/mman.h>
 #endif
 #if !defined(__USE_XOPEN2K) && !defined(__cplusplus)
-int lstat(const char *path, struct stat *status); /* hidden where a system header came before _POSIX_C_SOURCE */
+/* hidden where a system header came before _POSIX_C_SOURCE */
+int lstat(const char *path, struct stat *status);
+ssize_t readlink(const char *path, char *to, size_t size);
 #endif
 #endif
 
@@ -1672,10 +1675,40 @@ static st_result sti_write_file(const sti_job_out *job, st_error *error) {
     return result;
 }
 
+#define STI_PATH 4096 /* bytes of a path behind a link, with its NUL */
+
+/* The path behind links, in `real`, if there is a file or nothing yet; else the path as it is. */
+static const char *sti_real(const char *path, char real[STI_PATH]) {
+#ifdef STI_POSIX
+    const char *at = path, *slash;
+    char to[STI_PATH];
+    struct stat status;
+    ssize_t n;
+    int links;
+    for (links = 0; links < 40 && (n = readlink(at, to, sizeof to)) > 0; links++) {
+        size_t keep;
+        slash = strrchr(at, '/');
+        keep = to[0] != '/' && slash ? (size_t)(slash + 1 - at) : 0;
+        if (keep + (size_t)n >= STI_PATH) return path;
+        memmove(real, at, keep);
+        memcpy(real + keep, to, (size_t)n);
+        real[keep + (size_t)n] = '\0';
+        at = real;
+    }
+    if (stat(at, &status) == 0 ? S_ISREG(status.st_mode) : errno == ENOENT) return at;
+#else
+    (void)real;
+#endif
+    return path;
+}
+
 static st_result sti_write(sti_job_out *job, st_error *error) {
-    size_t length = strlen(job->path);
+    char real[STI_PATH], *temporary;
+    size_t length;
     st_result result = ST_ERR_NOMEM;
-    char *temporary = (char *)sti_alloc(length + STI_SUFFIX, 1, "a path", job->path, error);
+    job->path = sti_real(job->path, real);
+    length = strlen(job->path);
+    temporary = (char *)sti_alloc(length + STI_SUFFIX, 1, "a path", job->path, error);
     if (temporary) {
         memcpy(temporary, job->path, length);
         memcpy(temporary + length, ".tmp", sizeof ".tmp");

@@ -557,6 +557,48 @@ static void test_files(void) {
     CHECK_EQ(st_open(&file, weights, &error), ST_ERR_TRUNC);
 }
 
+/* A file is written where links lead, also when it is not there yet; what is no file is not written to. */
+static void test_links(void) {
+    static const char *const leads[3] = {"model.safetensors", "link0", "somewhere/there"}; /* the last is made absolute */
+    char named[3][64], folder[64], target[80], pipe_name[64], long_name[4096];
+    struct stat status;
+    st_file file;
+    st_error error;
+    snprintf(folder, sizeof folder, "%s/somewhere", directory);
+    snprintf(target, sizeof target, "%s/there", folder);
+    CHECK_EQ(mkdir(folder, 0777), 0);
+    CHECK_EQ(remove(weights), 0);
+    for (int i = 0; i < 3; i++) {
+        snprintf(named[i], sizeof named[i], "%s/link%d", directory, i);
+        CHECK_EQ(symlink(i < 2 ? leads[i] : target, named[i]), 0);
+    }
+    for (int i = 0; i < 3; i++) { /* nothing, a link to a link, nothing in another folder */
+        CHECK_EQ(st_write_bytes(named[i], &"abc"[i], 3 - (size_t)i, &error), ST_OK);
+        CHECK(lstat(named[i], &status) == 0 && S_ISLNK(status.st_mode));
+        CHECK(stat(i < 2 ? weights : target, &status) == 0 && status.st_size == 3 - i);
+    }
+    CHECK_EQ(remove(target), 0);
+    CHECK_EQ(rmdir(folder), 0); /* no temporary file was left in it */
+    CHECK_EQ(st_write_bytes(named[2], "abc", 3, &error), ST_ERR_IO);
+    CHECK(strstr(error.message, target) != NULL); /* that folder is no more */
+    CHECK_EQ(remove(named[2]), 0);
+    snprintf(pipe_name, sizeof pipe_name, "%s/pipe", directory);
+    CHECK(mkfifo(pipe_name, 0666) == 0 && symlink("pipe", named[2]) == 0);
+    CHECK_EQ(st_write_bytes(named[2], "abc", 3, &error), ST_OK); /* in place of the link */
+    CHECK(lstat(named[2], &status) == 0 && S_ISREG(status.st_mode));
+    CHECK(stat(pipe_name, &status) == 0 && S_ISFIFO(status.st_mode));
+    CHECK_EQ(remove(pipe_name), 0);
+    CHECK_EQ(remove(named[0]), 0);
+    memset(long_name, 'x', sizeof long_name);
+    long_name[sizeof long_name - 2] = long_name[sizeof long_name - 1] = '\0';
+    if (symlink(long_name, named[0]) == 0) { /* with its folder more than a path may have */
+        CHECK_EQ(st_write_bytes(named[0], "abc", 3, &error), ST_OK);
+        CHECK(lstat(named[0], &status) == 0 && S_ISREG(status.st_mode));
+    }
+    CHECK_EQ(st_open(&file, named[2], &error), ST_ERR_TRUNC);
+    for (int i = 0; i < 3; i++) remove(named[i]);
+}
+
 int main(void) {
     char config[64];
     if (mkdtemp(directory) == NULL) return 2;
@@ -577,6 +619,7 @@ int main(void) {
     test_scaling();
     test_full_text();
     test_files();
+    test_links();
     remove(weights);
     remove(config);
     CHECK(rmdir(directory) == 0); /* nothing else was left there */

@@ -511,6 +511,14 @@ kept "a checkpoint" "$tmp/cache: is no prompt cache" $micro -p Emma
 rm $tmp/cache
 refused "--prompt-cache in no directory" "cannot be written" generate $micro --prompt-cache $tmp/nowhere/c -n 1
 refused "--prompt-cache is a directory" "is a directory" generate $micro --prompt-cache $tmp -n 1
+rm -f $tmp/cache $tmp/cache.link
+ln -s cache $tmp/cache.link
+for reused in 0 3; do # a link to nothing yet, and to a file
+    run generate $micro -p Emma -n 5 --attention absorbed --prompt-cache $tmp/cache.link --stats
+    equal "--prompt-cache, a link" "$status $(sed -n 's/^reused *\([0-9]*\) of .*/\1/p' $tmp/err)" "0 $reused"
+    if [ -L $tmp/cache.link ] && [ -f $tmp/cache ] && [ ! -L $tmp/cache ]; then ok; else bad "--prompt-cache, a link"; fi
+done
+rm $tmp/cache
 # What ends the text is of the call, not of the file.
 copy ends_e
 sed 's/"eos_token_id": null/"eos_token_id": 101/' $micro/config.json > $tmp/ends_e/config.json
@@ -2033,6 +2041,18 @@ mkdir $tmp/unread
 ln -s nowhere $tmp/unread/train.safetensors
 refused "train: a run that cannot be read" "$tmp/unread: holds a checkpoint already" train $recipe --steps 1 --out $tmp/unread
 if [ -L $tmp/unread/train.safetensors ]; then ok; else bad "train: a run that cannot be read is gone"; fi
+# Files of a run that lie elsewhere: the links stay, and what they lead to is written.
+trains "its files elsewhere" $recipe --out $tmp/linked_run --steps 1
+mkdir -p $tmp/elsewhere
+for file in train.safetensors model.safetensors config.json log.csv; do
+    mv $tmp/linked_run/$file $tmp/elsewhere/$file
+    ln -s ../elsewhere/$file $tmp/linked_run/$file
+done
+trains "through links" --resume --steps 2 --out $tmp/linked_run
+for file in train.safetensors model.safetensors config.json log.csv; do
+    if [ -L $tmp/linked_run/$file ] && [ ! -L $tmp/elsewhere/$file ]; then ok; else bad "train: the link $file"; fi
+done
+equal "train: through links" "$(state linked_run step) $(ls $tmp/elsewhere | wc -l | tr -d ' ')" "2 4"
 trains "before the log is a pipe" $recipe --out $tmp/piped_log --steps 1
 rm $tmp/piped_log/log.csv
 mkfifo $tmp/piped_log/log.csv
