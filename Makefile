@@ -118,7 +118,8 @@ bench: $(BENCHES)
 deps:
 	apt-get update -q
 	apt-get install -y -q --no-install-recommends gcc g++ clang libc6-dev libomp-dev valgrind \
-	  gcc-i686-linux-gnu libc6-dev-i386-cross qemu-user gcc-mingw-w64-x86-64 wine64 \
+	  gcc-i686-linux-gnu libc6-dev-i386-cross gcc-s390x-linux-gnu libc6-dev-s390x-cross qemu-user \
+	  gcc-mingw-w64-x86-64 wine64 \
 	  pkg-config cmake meson ninja-build zip unzip libxml2-utils python3 python3-yaml python3-kconfiglib
 
 clean:
