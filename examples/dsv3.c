@@ -2629,22 +2629,25 @@ static int inspect(int argc, char **argv, const command *c) {
 
 /* ---- Directories that are written */
 
-static void make_directory(const char *name, const char *path) {
+/* Returns 0, and errno, if it is not there and cannot be made; EEXIST: something else has that name. */
+static int directory_try(const char *path) {
 #ifdef TOOL_POSIX
     struct stat s;
-    if (*path == '\0') stop("%s: expected a directory, found ''", name);
-    if (mkdir(path, 0777) == 0) return;
-    if (errno != EEXIST) stop("%s: cannot be made: %s", path, strerror(errno));
-    if (stat(path, &s) == 0 && !S_ISDIR(s.st_mode)) stop("%s: is not a directory", path);
+    return mkdir(path, 0777) == 0 || (errno == EEXIST && stat(path, &s) == 0 && S_ISDIR(s.st_mode));
 #elif defined(_WIN32)
     struct _stat s;
-    if (*path == '\0') stop("%s: expected a directory, found ''", name);
-    if (_mkdir(path) == 0) return;
-    if (errno != EEXIST) stop("%s: cannot be made: %s", path, strerror(errno));
-    if (_stat(path, &s) == 0 && (s.st_mode & _S_IFDIR) == 0) stop("%s: is not a directory", path);
+    return _mkdir(path) == 0 || (errno == EEXIST && _stat(path, &s) == 0 && (s.st_mode & _S_IFDIR) != 0);
 #else
-    (void)name, (void)path; /* C alone cannot make one: it must be there */
+    (void)path; /* C alone cannot make one: it must be there */
+    return 1;
 #endif
+}
+
+static void make_directory(const char *name, const char *path) {
+    if (*path == '\0') stop("%s: expected a directory, found ''", name);
+    if (directory_try(path)) return;
+    if (errno == EEXIST) stop("%s: is not a directory", path);
+    stop("%s: cannot be made: %s", path, strerror(errno));
 }
 
 /* directory/name. The caller frees it. */
@@ -2965,10 +2968,10 @@ static const char train_help_more[] =
     "  --threads N      default: all cores; does not change the result\n"
     "  --backend NAME   auto, reference, avx2, avx512, avx512_bf16 or amx (default auto: the best; with --resume that of\n"
     "                   the run); roundings depend on it\n"
-    "  --resume         goes on with the run in DIR, bit for bit as if it had never stopped; options and text are "
-    "those\n"
-    "                   of the run, and what is given again must agree (except --val-text, --epochs, --patience and\n"
-    "                   what is under \"Memory and output\")\n"
+    "  --resume         goes on with the run in DIR, bit for bit as if it had never stopped (but for load.svg, which\n"
+    "                   shows the steps since the last picture); options and text are those of the run, and what is\n"
+    "                   given again must agree (except --val-text, --epochs, --patience and what is under \"Memory and\n"
+    "                   output\")\n"
     "  --resume --steps MORE   to another end. Before the rate falls the phases are laid out anew; later they stay, and\n"
     "                   the last rate (--tail; cosine: --low) goes on. For a new cycle use --init\n";
 
@@ -3239,8 +3242,8 @@ static size_t train_norm(const train_state *s) { return train_balance(s) + 1; }
 static size_t train_vio(const train_state *s) { return train_balance(s) + 2; }
 static size_t train_val(const train_state *s) { return train_balance(s) + 3; }
 static size_t train_device(const train_state *s) { return train_val(s) + 1 + s->D; }
-static size_t train_communication(const train_state *s) { return train_device(s) + (s->o.alpha_device > 0); }
-static size_t train_columns(const train_state *s) { return train_communication(s) + (s->o.alpha_comm > 0); }
+static size_t train_communication(const train_state *s) { return train_device(s) + (s->settings.balance.device > 0); }
+static size_t train_columns(const train_state *s) { return train_communication(s) + (s->settings.balance.communication > 0); }
 
 /* ---- train: names of tensors */
 
@@ -3796,7 +3799,8 @@ static void train_log_header(const train_state *s, FILE *file) {
     for (size_t k = 1; k <= s->D; k++) fprintf(file, ",mtp%zu", k);
     fprintf(file, ",balance,grad_norm,maxvio,val_main");
     for (size_t k = 1; k <= s->D; k++) fprintf(file, ",val_mtp%zu", k);
-    fprintf(file, "%s%s", s->o.alpha_device > 0 ? ",device" : "", s->o.alpha_comm > 0 ? ",communication" : "");
+    fprintf(file, "%s", s->settings.balance.device > 0 ? ",device" : "");
+    fprintf(file, "%s", s->settings.balance.communication > 0 ? ",communication" : "");
     fprintf(file, "\n");
 }
 
@@ -3836,34 +3840,42 @@ static int train_log_put(FILE *file, const void *what) {
     return fwrite(t->text, 1, t->length, file) == t->length && fflush(file) == 0 && !ferror(file);
 }
 
+/* A line of the file as a row. Returns 0 if it is none, else 1 + how many columns it lacks, which a version before did not
+ * have. A zero byte is in no row. */
+static size_t train_log_row(train_state *s, const char *line, size_t size) {
+    train_log *log = &s->log;
+    if (strlen(line) != size) return 0;
+    if (train_log_parse(log, line, log->columns)) return 1;
+    return train_log_parse(log, line, train_device(s)) ? 1 + log->columns - train_device(s) : 0;
+}
+
 /* What a file has, line by line, goes to kept [3 length + 1]: rows up to the step of the state, since those behind it are about
- * to be written again; and lines that are no rows, which somebody may have put there. Returns how much that is. */
+ * to be written again; and lines that are no rows, which somebody may have put there, but for the beginning of one at the end
+ * of the file. Returns how much that is. */
 static size_t train_log_read(train_state *s, char *text, size_t length, char *kept) {
     train_log *log = &s->log;
-    size_t n = 0, number = 0, odd = 0, first = 0, more;
+    size_t n = 0, number = 0, odd = 0, first = 0, row;
     for (char *line = text, *end; line < text + length; line = end + 1) {
         size_t size;
+        int torn;
         end = (char *)memchr(line, '\n', (size_t)(text + length - line));
-        if (end == NULL) end = text + length; /* the text has a zero there */
+        torn = end == NULL;
+        if (torn) end = text + length; /* the text has a zero there */
         *end = '\0';
-        size = strlen(line);
+        size = (size_t)(end - line);
         if (size > 0 && line[size - 1] == '\r') line[--size] = '\0';
         number++;
         if (number == 1 && strstr(line, "step,tokens,") != NULL) continue; /* the header is written anew */
-        if (size == 0 || strtod(line, NULL) > (double)s->done) continue;
-        more = 0; /* columns that a version before did not have */
-        if (train_log_parse(log, line, log->columns)) {
-            log->rows++;
-        } else if (train_log_parse(log, line, train_device(s))) {
-            log->rows++;
-            more = log->columns - train_device(s);
-        } else if (odd++ == 0) {
-            first = number;
-        }
+        if (size == 0) continue;
+        row = train_log_row(s, line, size);
+        if (row > 0 && log->column[TRAIN_STEP][log->rows] > (double)s->done) continue;
+        if (row == 0 && torn && line[strspn(line, "0123456789.,e+-")] == '\0') continue;
+        if (row == 0 && odd++ == 0) first = number;
+        log->rows += row > 0;
         memcpy(kept + n, line, size);
-        memset(kept + n + size, ',', more);
-        kept[n + size + more] = '\n';
-        n += size + more + 1;
+        n += size;
+        for (; row > 1; row--) kept[n++] = ',';
+        kept[n++] = '\n';
     }
     if (log->rows > 0 ? log->column[TRAIN_STEP][log->rows - 1] < (double)s->done : s->done > 0) {
         fprintf(stderr, "dsv3: warning: %s: expected rows up to step %llu, found them up to %.0f\n", log->path,
@@ -4100,11 +4112,12 @@ static void corpus_reserve(corpus *c, const char *path, size_t more) {
     if (c->data == NULL) stop("%s: no memory for %zu tokens", path, c->count + more);
 }
 
-/* Appends a file. Bytes are their own tokens. */
-static void corpus_read(corpus *c, const char *path, size_t V, int ids) {
+/* Appends a file. Bytes are their own tokens. advice: what else is said when it cannot be read. */
+static void corpus_read(corpus *c, const char *path, size_t V, int ids, const char *advice) {
     size_t length = 0;
-    char *text = read_file(path, &length);
+    char why[WHY], *text = read_try(path, &length, why);
     tokens t = {NULL, 0, 0};
+    if (text == NULL) stop("%s%s", why, advice);
     c->width = V <= 256 ? 1 : V <= 65536 ? 2 : 4;
     tokens_from_text(&t, path, text, ids ? length : 0, V, ids);
     corpus_reserve(c, path, ids ? t.count : length);
@@ -4175,15 +4188,19 @@ static int train_has_documents(const train_options *o) {
 
 static int train_validates(const train_state *s) { return s->val_text.count > 0 || s->taught < s->text.count; }
 
-static void train_read_files(train_state *s, corpus *c, const texts *files) {
+static void train_read_files(train_state *s, corpus *c, const char *name, const texts *files) {
     const train_options *o = &s->o;
+    char advice[96] = "";
     size_t V = (size_t)s->config.vocab_size;
     marks separator = marks_open("--separator", &o->separator, V, o->ids);
     marks loss_from = marks_open("--loss-from", &o->loss_from, V, o->ids);
     marks loss_to = marks_open("--loss-to", &o->loss_to, V, o->ids);
+    if (files->replace) { /* as they were restored */
+        snprintf(advice, sizeof advice, "; it is %s of the run: if it is elsewhere now, --resume %s PATH says where", name, name);
+    }
     for (size_t i = 0; i < files->count; i++) {
         size_t from = c->count;
-        corpus_read(c, files->item[i], V, o->ids);
+        corpus_read(c, files->item[i], V, o->ids, advice);
         if (train_has_documents(o)) corpus_mark(c, from, &separator, &loss_from, &loss_to);
     }
     marks_close(&separator);
@@ -4206,8 +4223,8 @@ static void train_read_text(train_state *s) {
     const train_options *o = &s->o;
     const corpus *c;
     size_t begin, end;
-    train_read_files(s, &s->text, &o->text);
-    train_read_files(s, &s->val_text, &o->val_text);
+    train_read_files(s, &s->text, "--text", &o->text);
+    train_read_files(s, &s->val_text, "--val-text", &o->val_text);
     s->hash = corpus_hash(&s->text, 0, s->text.count);
     s->taught = (size_t)((double)s->text.count * (1 - o->val / 100)); /* the rest is what score --last P reads */
     s->val_hash = train_val_range(s, &c, &begin, &end) ? corpus_hash(c, begin, end + 1) : 0;
@@ -4236,19 +4253,40 @@ static double train_decimal(float x) {
     return (double)x;
 }
 
+static int train_has_experts(const dsv3_config *c) {
+    int moe = 0;
+    for (int32_t i = 0; i < c->num_hidden_layers + c->num_nextn_predict_layers; i++) moe |= dsv3_config_is_moe(c, i);
+    return moe;
+}
+
+/* Experts on devices, for V2's losses. */
+static void train_check_devices(const train_options *o, const train_options *given, long experts) {
+    if (o->alpha_device <= 0 && o->alpha_comm <= 0) {
+        if (given->devices <= 0 && given->most_devices <= 0) return;
+        fprintf(stderr, "dsv3: warning: --%s: has no effect without --alpha-device or --alpha-comm\n",
+                given->devices > 0 ? "devices" : "most-devices");
+        return;
+    }
+    if (experts % o->devices != 0) stop("--devices: expected a divisor of the %ld experts, found %ld", experts, o->devices);
+    if ((o->alpha_comm > 0 || given->most_devices > 0) && o->most_devices > o->devices) {
+        stop("--most-devices: expected 1 to %ld, as many as there are (--devices), found %ld", o->devices, o->most_devices);
+    }
+    if (o->alpha_comm <= 0 && given->most_devices > 0) {
+        fprintf(stderr, "dsv3: warning: --most-devices: has no effect without --alpha-comm\n");
+    }
+}
+
 /* The balance: what the config says, unless an option does; and what has no effect is said of what was given. */
 static void train_resolve_balance(train_options *o, const train_options *given, const dsv3_config *c) {
-    int moe = 0, biased;
-    long E = c->n_routed_experts;
+    int moe = train_has_experts(c), biased = moe && c->topk_method == DSV3_NOAUX_TC;
     char found[NUMBER];
-    for (int32_t i = 0; i < c->num_hidden_layers + c->num_nextn_predict_layers; i++) moe |= dsv3_config_is_moe(c, i);
-    biased = moe && c->topk_method == DSV3_NOAUX_TC;
     if (!biased && (given->bias_speed >= 0 || given->bias_freeze >= 0)) {
         fprintf(stderr, "dsv3: warning: --bias-%s: has no effect: %s\n", given->bias_speed >= 0 ? "speed" : "freeze",
                 moe ? "routers have a bias with topk_method noaux_tc only" : "the model has no experts");
     }
     if (!moe && (given->alpha > 0 || given->alpha_device > 0 || given->alpha_comm > 0)) {
-        fprintf(stderr, "dsv3: warning: --alpha: has no effect: the model has no experts\n");
+        fprintf(stderr, "dsv3: warning: --alpha%s: has no effect: the model has no experts\n",
+                given->alpha > 0 ? "" : given->alpha_device > 0 ? "-device" : "-comm");
     }
     if (o->alpha < 0) {
         o->alpha = train_decimal(c->aux_loss_alpha);
@@ -4260,16 +4298,7 @@ static void train_resolve_balance(train_options *o, const train_options *given, 
     if (o->alpha_loads == NULL) o->alpha_loads = c->topk_method == DSV3_NOAUX_TC ? "scores" : "routing";
     if (o->devices == 0) o->devices = c->n_group > 0 ? c->n_group : 1;
     if (o->most_devices == 0) o->most_devices = c->topk_group > 0 ? c->topk_group : 1;
-    if ((o->alpha_device > 0 || o->alpha_comm > 0) && moe && E % o->devices != 0) {
-        stop("--devices: expected a divisor of the %ld experts, found %ld", E, o->devices);
-    }
-    if (o->alpha_comm > 0 && moe && o->most_devices > o->devices) {
-        stop("--most-devices: expected 1 to %ld, as many as there are (--devices), found %ld", o->devices, o->most_devices);
-    }
-    if (given->alpha_device <= 0 && given->alpha_comm <= 0 && (given->devices > 0 || given->most_devices > 0)) {
-        fprintf(stderr, "dsv3: warning: --%s: has no effect without --alpha-device or --alpha-comm\n",
-                given->devices > 0 ? "devices" : "most-devices");
-    }
+    if (moe) train_check_devices(o, given, c->n_routed_experts);
 }
 
 /* What does not depend on the text. The micro-batches: as many sequences as make up to 4096 tokens, of those numbers that
@@ -4365,8 +4394,8 @@ static void train_set(train_state *s) {
     t->lambda = o->lambda;
     t->balance.expert = o->alpha;
     t->balance.actual = strcmp(o->alpha_loads, "routing") == 0;
-    t->balance.device = o->alpha_device;
-    t->balance.communication = o->alpha_comm;
+    t->balance.device = train_has_experts(&s->config) ? o->alpha_device : 0;
+    t->balance.communication = train_has_experts(&s->config) ? o->alpha_comm : 0;
     t->balance.devices = (size_t)o->devices;
     t->balance.most_devices = (size_t)o->most_devices;
     s->config.aux_loss_alpha = (float)o->alpha;
@@ -4693,8 +4722,8 @@ static void train_note_losses(train_state *s, double *row) {
     }
     row[TRAIN_LOSS] = dsv3_train_loss(&s->trainer);
     row[train_balance(s)] = balance;
-    if (s->o.alpha_device > 0) row[train_device(s)] = device;
-    if (s->o.alpha_comm > 0) row[train_communication(s)] = communication;
+    if (s->settings.balance.device > 0) row[train_device(s)] = device;
+    if (s->settings.balance.communication > 0) row[train_communication(s)] = communication;
     row[train_vio(s)] = train_loads(s);
 }
 
@@ -4752,9 +4781,11 @@ static void train_validate(train_state *s, double *row) {
     }
 }
 
-/* Is it the best so far? */
+/* Is it the best so far? What cannot be kept as that is not, and no step is lost for it. */
 static void train_judge(train_state *s, double loss) {
-    st_error error;
+    const double best = s->best;
+    const uint64_t best_step = s->best_step, worse = s->worse;
+    st_error error = {ST_OK, ""};
     char *path;
     if (!isfinite(loss)) return;
     if (isfinite(s->best) && loss >= s->best) {
@@ -4766,10 +4797,13 @@ static void train_judge(train_state *s, double loss) {
     s->worse = 0;
     if (!s->o.keep_best || !train_is_finite(s)) return;
     path = train_path(s, "best");
-    if (output_kind(path) != OUTPUT_DIRECTORY || !train_try_model(s, path, s->trainer.weights.data, &error)) {
-        train_save(s); /* no step is lost for a copy */
+    if (!directory_try(path) || !train_try_model(s, path, s->trainer.weights.data, &error)) {
+        s->best = best;
+        s->best_step = best_step;
+        s->worse = worse;
+        train_save(s);
         make_directory("--out", path);
-        train_save_model(s, path, s->trainer.weights.data);
+        stop("%s", error.message);
     }
     free(path);
 }

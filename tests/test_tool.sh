@@ -1374,6 +1374,20 @@ for pair in "--val 50 5" "--lr 5e-5 0.003" "--clip 1e30 1" "--ema 0.0005 0" "--w
         train --resume --out $tmp/stopped $1 $2
 done
 refused "train --resume: another text" "--text: expected the text of the run" train --resume --out $tmp/stopped --text LICENSE
+# A text by a relative path, and another folder.
+mkdir -p $tmp/here/there
+head -c 3000 $tmp/train.txt > $tmp/here/text
+case $tool in /*) from=$tool ;; *) from=$PWD/$tool ;; esac
+(cd $tmp/here && "$from" train --preset micro --seq 12 --threads 1 --steps 1 --text text --val-text text --out run) > $tmp/out 2>&1
+(cd $tmp/here/there && "$from" train --resume --steps 2 --out ../run) > $tmp/out 2> $tmp/err
+equal "train --resume: a relative text" "$? $(cat $tmp/err)" "1 dsv3: text: cannot be opened: No such file or directory; \
+it is --text of the run: if it is elsewhere now, --resume --text PATH says where"
+(cd $tmp/here/there && "$from" train --resume --steps 2 --out ../run --text ../text) > $tmp/out 2> $tmp/err
+equal "train --resume: a relative --val-text" "$? $(grep -c -e '; it is --val-text of the run: .* --resume --val-text PATH' $tmp/err)" "1 1"
+(cd $tmp/here/there && "$from" train --resume --steps 2 --out ../run --text ../text --val-text ../text) > $tmp/out 2> $tmp/err
+equal "train --resume: a relative text, given" $? 0
+(cd $tmp/here/there && "$from" train --resume --steps 2 --out ../run --text none) > $tmp/out 2> $tmp/err
+equal "train --resume: a text that is given" "$(cat $tmp/err)" "dsv3: none: cannot be opened: No such file or directory"
 misused "train --resume: a model" "--resume: the model is the one in" train --resume --out $tmp/stopped --preset micro
 # The reader behind a pipe ends, as tee does by Ctrl-C: so does the run, with everything saved.
 rm -rf $tmp/stopped
@@ -1528,6 +1542,20 @@ printf '10,480,0.00' >> $tmp/run_log/log.csv # torn: that step comes again
 relog "log.csv with a torn end" 1 "1 2 3 4 5 6 7 8 9 10 "
 sed 1d $tmp/run_log/log.csv > $tmp/a && mv $tmp/a $tmp/run_log/log.csv
 relog "log.csv without a header" 1 "1 2 3 4 5 6 7 8 9 10 11 "
+# Notes, whatever they begin with; one with a zero byte in it, and one without its end. Rows behind the state go.
+rm -rf $tmp/run_log
+trains "a log, again" $recipe --steps 6 --out $tmp/run_log
+{
+    sed 's/^3,/2026-11-30: 99 problems\n3,/' $tmp/run_log/log.csv && sed -n '7s/^6,/7,/p' $tmp/run_log/log.csv
+    printf '88,edited\n7,\0001\n2026-12-01: the end'
+} > $tmp/a && cp $tmp/a $tmp/run_log/log.csv
+good_steps=6
+relog "log.csv with notes" 1 "1 2 2026-11-30: 99 problems 3 4 5 6 88 7 2026-12-01: the end 7 "
+grep -av '^7,[0-9]' $tmp/a | tail -n +2 > $tmp/b
+grep -av '^7,[0-9]' $tmp/run_log/log.csv | tail -n +2 > $tmp/c
+same "log.csv with notes: they stay, to the byte" $tmp/b $tmp/c
+printf '8,480,0.003\0\0\0' >> $tmp/run_log/log.csv # torn, as a machine without power leaves it
+relog "log.csv with zeros at its end" 1 "1 2 2026-11-30: 99 problems 3 4 5 6 88 7 2026-12-01: the end 7 8 "
 
 # The backend is of the run, too.
 trains "a run with another backend" $recipe --steps 4 --backend reference --out $tmp/run_plain
@@ -1601,6 +1629,24 @@ refused "train --most-devices" "--most-devices: expected 1 to 4, as many as ther
     train $recipe --out $tmp/t --alpha-comm 1 --devices 4 --most-devices 5
 run train $v2small --out $tmp/v2h --devices 2
 equal "train --devices without a loss" "$status $(grep -c 'warning: --devices: has no effect' $tmp/err)" "0 1"
+refused "train --most-devices, --alpha-device" "--most-devices: expected 1 to 4, as many as there are (--devices), found 5" \
+    train $recipe --out $tmp/t --alpha-device 1 --devices 4 --most-devices 5
+run train $recipe --out $tmp/v2i --steps 1 --alpha-device 1 --devices 4 --most-devices 2
+equal "train --most-devices without its loss" "$status $(grep -c 'warning: --most-devices: has no effect without --alpha-comm$' $tmp/err)" "0 1"
+run train --resume --steps 2 --out $tmp/v2i --devices 4
+equal "train --resume --devices" "$status $(grep -c warning $tmp/err)" "0 0"
+# A model without experts: what has no effect is told once, by its name, and does nothing.
+sed 's/"first_k_dense_replace": *[0-9]*/"first_k_dense_replace": 9/' $micro/config.json > $tmp/dense.json
+dense="--config $tmp/dense.json --text $tmp/train.txt --seq 12 --batch 2 --threads 1 --steps 1"
+trains "no experts" $dense --out $tmp/dense0
+for option in alpha-device alpha-comm; do
+    run train $dense --$option 1 --devices 3 --out $tmp/dense_$option
+    equal "train --$option without experts" "$status $(grep -c warning $tmp/err)" "0 1"
+    if grep -q "warning: --$option: has no effect: the model has no experts" $tmp/err; then ok; else fail "train --$option"; fi
+    same "train --$option without experts: the log" $tmp/dense0/log.csv $tmp/dense_$option/log.csv
+done
+run train $dense --alpha 1 --out $tmp/dense_alpha
+equal "train --alpha without experts" "$status $(grep -c 'warning: --alpha: has no effect' $tmp/err)" "0 1"
 refused "train --alpha-loads" "--alpha-loads: expected scores or routing, found 'x'" train $recipe --out $tmp/t --alpha-loads x
 
 # A state that is not what was written: which file, what of it, and all stays as it is.
@@ -1850,6 +1896,16 @@ copy_step=$(state run_copy step)
 run train --resume --out $tmp/run_copy --steps 8 --save-every 100
 equal "train --keep-best: it cannot be written" "$status $copy_step $(state run_copy step)" "1 4 8"
 if grep -q "$tmp/run_copy/best/model.safetensors: cannot replace" $tmp/err; then ok; else fail "train --keep-best: no line"; fi
+equal "train --keep-best: it is not the best" "$(state run_copy 'best step')" 4
+rm -rf $tmp/run_copy/best
+: > $tmp/run_copy/best
+run train --resume --out $tmp/run_copy --steps 12
+equal "train --keep-best: a file is in the way" "$status $(state run_copy step) $(state run_copy 'best step')" "1 12 4"
+if grep -q "$tmp/run_copy/best: is not a directory" $tmp/err; then ok; else fail "train --keep-best: a file is in the way"; fi
+rm $tmp/run_copy/best
+trains "--keep-best, again" --resume --out $tmp/run_copy --steps 16
+equal "train --keep-best: the next one" "$(state run_copy 'best step')" 16
+same "train --keep-best: it is kept" $tmp/run_copy/best/model.safetensors $tmp/run_copy/model.safetensors
 
 # By the clock: a run that is killed has not lost all.
 "$tool" train $recipe --out $tmp/run_clock --steps 100000 --save-every 1000000 --save-minutes 0.001 > $tmp/out 2> $tmp/err &
