@@ -2754,6 +2754,7 @@ static const char convert_help[] =
     "usage: dsv3 convert DIR OUT --type TYPE\n"
     "Writes the checkpoint in DIR to the directory OUT in another type: OUT/model.safetensors, one file, and\n"
     "OUT/config.json with torch_dtype and quantization_config to match. Other files of DIR are not copied.\n"
+    "Links of these names in OUT are replaced: both files appear together, or what was there stays.\n"
     "  --type TYPE      F32, F16, BF16, F8_E4M3, Q8_0 or Q4_0. With F8_E4M3, embedding, head, norms, routers and\n"
     "                   eh_proj become BF16 as in the published files, and each 128x128 block of the other matrices\n"
     "                   has a scale. With Q8_0 and Q4_0, 8 and 4 bits a number, all matrices have a scale for "

@@ -1034,6 +1034,11 @@ done
 refused "convert: missing directory" "$tmp/none/config.json" convert $tmp/none $tmp/converted --type F32
 refused "convert: OUT is DIR" "expected another directory" convert $micro $micro --type F32
 refused "convert: OUT is DIR by another name" "expected another directory" convert $micro $micro/../micro/ --type F32
+mkdir -p $tmp/linked_out
+echo mine > $tmp/mine
+for file in config.json model.safetensors; do ln -s ../mine $tmp/linked_out/$file; done
+run convert $micro $tmp/linked_out --type F32
+equal "convert: links in OUT are replaced" "$status $(cat $tmp/mine) $(find $tmp/linked_out -type f | wc -l | tr -d ' ')" "0 mine 2"
 refused "convert: OUT is a file" "LICENSE: is not a directory" convert $micro LICENSE --type F32
 refused "convert: OUT in nowhere" "$tmp/none/x: cannot be made" convert $micro $tmp/none/x --type F32
 if [ -e $tmp/converted ]; then bad "convert: a directory from an error"; else ok; fi
@@ -1858,6 +1863,13 @@ awk 'BEGIN { for (i = 0; i < 90; i++) printf "%d ", 299 - i }' > $tmp/ids299
 for V in 300 70000; do
     trains "larger ids, $V" --config $tmp/v$V.json --ids --text $tmp/ids299 --seq 8 --batch 1 --steps 1 --threads 1 --out $tmp/run_w$V
 done
+# A tensor beyond 1 MiB is told from another by samples, which are nearer to each other than 4096 bytes here.
+large="generate $tmp/run_w70000 --ids -p 1,2,3 -n 2 --attention absorbed --prompt-cache $tmp/large"
+good "--prompt-cache, large tensors" $large
+good "--prompt-cache, large tensors, again" $large
+dd if=/dev/zero of=$tmp/run_w70000/model.safetensors bs=4096 count=1 conv=notrunc \
+    seek=$(($(wc -c < $tmp/run_w70000/model.safetensors) / 4096 / 4)) 2> /dev/null
+refused "--prompt-cache, large tensors that are others" "$tmp/large: tag: is not what was saved" $large
 equal "train: 16 and 32 bits" "$(state run_w300 'text hash')" "$(state run_w70000 'text hash')"
 
 # What is kept, and when it ends.
