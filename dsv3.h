@@ -7263,7 +7263,8 @@ static void dsv3i_save_cache(dsv3i_save *f, dsv3_cache *c) {
     dsv3i_save_same(f, "width", c->width);
     c->length = dsv3i_save_between(f, "length", c->length, 0, c->capacity, DSV3_ERR_FULL);
     for (size_t i = 0; i < c->layers; i++) {
-        dsv3i_save_array(f, dsv3i_cache_at(c, i, 0), dsv3_type_bytes(c->type), c->length * c->width);
+        int moves = f->mode == DSV3I_SAVE_READ || f->mode == DSV3I_SAVE_WRITE; /* before that, sizes may be any */
+        dsv3i_save_array(f, moves ? dsv3i_cache_at(c, i, 0) : NULL, dsv3_type_bytes(c->type), c->length * c->width);
     }
 }
 
