@@ -4713,6 +4713,7 @@ typedef struct dsv3i_run {
     dsv3i_workspace *ws;
     dsv3_error *error;
     const struct dsv3i_evaluation *sums; /* loads and balance losses are added up here; or NULL */
+    void (*add)(const struct dsv3i_evaluation *sums, dsv3i_call *c); /* does: programs without sums carry none of it */
     struct dsv3i_saved *saved; /* [L + D] training: where layers keep what their backward pass needs, and the caches
                                   have one layer each; else NULL */
 } dsv3i_run;
@@ -4820,7 +4821,7 @@ DSV3_API dsv3_result dsv3_batch_begin(const dsv3_context *context, const dsv3_mo
                                       size_t n_caches, const dsv3_batch *batch, dsv3_workspace *workspace, dsv3_error *error) {
     dsv3i_workspace ws;
     dsv3_cache *unwritten = (dsv3_cache *)(uintptr_t)caches;
-    const dsv3i_run p = {context, model, 0, unwritten, n_caches, batch, NULL, NULL, &ws, error, NULL, NULL};
+    const dsv3i_run p = {context, model, 0, unwritten, n_caches, batch, NULL, NULL, &ws, error, NULL, NULL, NULL};
     DSV3I_TRY(dsv3i_workspace_open(&ws, workspace, context, model, error));
     DSV3I_TRY(dsv3i_batch_begin(&p));
     workspace->begun = batch->rows;
@@ -4869,10 +4870,8 @@ static dsv3_result dsv3i_go_on(const dsv3_context *ctx, dsv3_error *error) {
     return dsv3i_fail(error, DSV3_ERR_ABORTED, "context.aborted", "has ended the call");
 }
 
-/* These are in chapter 12. */
+/* In chapter 12. */
 static void dsv3i_mtp_input(const dsv3i_run *p);
-static void dsv3i_evaluate_layer(const struct dsv3i_evaluation *a, dsv3i_call *c);
-
 /* The layers of depth k on the rows in ws->x, then the norm: ws->x, ws->u and ws->hidden. */
 static dsv3_result dsv3i_pass(const dsv3i_run *p) {
     const dsv3_observer *o = &p->ctx->observer;
@@ -4896,7 +4895,7 @@ static dsv3_result dsv3i_pass(const dsv3i_run *p) {
 #endif
         result = dsv3i_layer_forward(&c, ws->x);
         if (result != DSV3_OK) return dsv3i_layer_result(&c, result, p->error);
-        if (p->sums != NULL && w->is_moe) dsv3i_evaluate_layer(p->sums, &c);
+        if (p->sums != NULL && w->is_moe) p->add(p->sums, &c);
         if (o->hidden != NULL) o->hidden(o->user, w->index, ws->x, n);
     }
     dsv3i_norm(p->ctx, ws->u, ws->x, stack.norm, n, p->model->config.rms_norm_eps);
@@ -4952,7 +4951,7 @@ static dsv3_result dsv3i_forward(const dsv3i_run *p) {
 DSV3_API dsv3_result dsv3_forward(const dsv3_context *context, float *logits, const dsv3_model *model, dsv3_cache *caches,
                                   size_t n_caches, const dsv3_batch *batch, dsv3_workspace *workspace, dsv3_error *error) {
     dsv3i_workspace ws;
-    const dsv3i_run p = {context, model, 0, caches, n_caches, batch, NULL, logits, &ws, error, NULL, NULL};
+    const dsv3i_run p = {context, model, 0, caches, n_caches, batch, NULL, logits, &ws, error, NULL, NULL, NULL};
     DSV3I_TRY(dsv3i_workspace_open(&ws, workspace, context, model, error));
     DSV3I_TRY(dsv3i_forward(&p));
     workspace->hidden = ws.hidden;
@@ -5026,7 +5025,7 @@ DSV3_API dsv3_result dsv3_mtp_forward(const dsv3_context *context, float *logits
                                       dsv3_cache *caches, size_t n_caches, const dsv3_batch *batch,
                                       const float *hidden, dsv3_workspace *workspace, dsv3_error *error) {
     dsv3i_workspace ws;
-    const dsv3i_run p = {context, model, k, caches, n_caches, batch, hidden, logits, &ws, error, NULL, NULL};
+    const dsv3i_run p = {context, model, k, caches, n_caches, batch, hidden, logits, &ws, error, NULL, NULL, NULL};
     DSV3I_NEED(1, model);
     DSV3I_TRY(dsv3i_check_between(error, DSV3_ERR_ARG, "k", "is not a module of this model", (int64_t)k, 1, model->n_mtp));
     DSV3I_TRY(dsv3i_workspace_open(&ws, workspace, context, model, error));
@@ -5240,7 +5239,7 @@ DSV3_API dsv3_result dsv3_evaluate(const dsv3_context *context, dsv3_losses *los
                                    dsv3_workspace *workspace, dsv3_error *error) {
     const dsv3i_evaluation a = {losses, text, modules, NULL, NULL, NULL};
     dsv3i_workspace ws;
-    dsv3i_run p = {context, model, 0, caches, n_caches, NULL, NULL, NULL, &ws, error, &a, NULL};
+    dsv3i_run p = {context, model, 0, caches, n_caches, NULL, NULL, NULL, &ws, error, &a, dsv3i_evaluate_layer, NULL};
     DSV3I_TRY(dsv3i_workspace_open(&ws, workspace, context, model, error));
     DSV3I_NEED(1, losses); DSV3I_NEED(1, caches); DSV3I_NEED(1, text); DSV3I_NEED(1, text->token);
     DSV3I_NEED(1, losses->nll); DSV3I_NEED(1, losses->targets); DSV3I_NEED(losses->depths, modules);
@@ -5606,7 +5605,7 @@ static void dsv3i_gather_row(dsv3i_step *a, size_t s, int32_t token, size_t posi
 /* The rows gathered, through the main model (k = 0) or module k. */
 static dsv3_result dsv3i_gather_run(const dsv3i_step *a, size_t k) {
     const dsv3i_run p = {a->ctx, a->model, k, a->ws->views, a->n, &a->batch, a->ws->row_hidden, a->logits, a->ws,
-                         a->error, NULL, NULL};
+                         a->error, NULL, NULL, NULL};
     return dsv3i_forward(&p);
 }
 
@@ -6323,8 +6322,8 @@ static dsv3_result dsv3i_train_text(const dsv3_context *context, dsv3_trainer *t
     dsv3_context ctx = *context;
     dsv3i_workspace *ws = &t->own->depth[0].ws;
     double stands = dsv3i_text_stands(text, &t->weights.model.config);
-    const dsv3i_run p = {&ctx, &t->weights.model, 0,  t->own->caches, t->own->most_sequences, NULL, ws->row_hidden,
-                         NULL, ws,                error, &a,     t->own->saved};
+    const dsv3i_run p = {&ctx, &t->weights.model, 0, t->own->caches, t->own->most_sequences, NULL, ws->row_hidden, NULL, ws,
+                         error, &a, dsv3i_evaluate_layer, t->own->saved};
     ctx.attention = DSV3_ATTENTION_EXPANDED;
     ctx.compute = DSV3_EXACT;
     t->losses.actual = t->settings.balance.actual;
